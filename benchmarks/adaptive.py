@@ -1,4 +1,4 @@
-"""This table compares the guard's choice by cost with always keeping and always replanning.
+"""Table that compares the guard's choice by cost with always keeping and always replanning.
 
 Legend: N ranks, E experts.
 """
@@ -39,14 +39,13 @@ def adaptive(
     """Return outcomes, and predicted mean layer times by setting and layer.
 
     Settings are the restore algorithms, with the trace's own counts (4,096 pairs per rank) and with
-    their shares of as many pairs as the paper's runs have. Outcomes are those of a flat restore and
-    the paper's pairs.
+    these scaled to the paper's pairs. Outcomes are those of a flat restore and the paper's pairs.
 
-    `forecast` is charged nothing beyond the layer. `exact` is charged the solve and, unhidden, the
-    slots that differ from the planned layout: as if that had been restored ahead for it, which
-    favours it over the whole restore that it needs without a plan (`exact_whole_ms`). `adaptive` is
-    charged the same when it replans. What it solved for and then did not take is its own column, a
-    mean over all cases like the others (`unused_solve_ms`).
+    `forecast` is charged nothing beyond the layer. `exact` is charged the solve and the exposed
+    fetch of the slots that differ from the planned layout. This favours it over the whole restore
+    that it needs without a plan (`exact_whole_ms`). `adaptive` is charged the same when it replans.
+    Its solves without a replan are a column of their own, a mean over all cases like the others
+    (`unused_solve_ms`).
     """
     geometry = Geometry(static.num_ranks, static.num_experts, static.capacity, node_size)
     guards = {

@@ -1,9 +1,9 @@
 """Compares plan modes on routing that is known before: `python -m benchmarks.announced --help`.
 
 Gloo ranks on this machine run Megatron's own training loop on a drifting trace, through Megatron's
-router replay: the popularity of experts changes at every step, so a forecast is always of another
-one. The modes run in turn, again and again, since the machine's own speed drifts. Printed are
-balance, what the compute waited for (mean), and the time of a step (median).
+router replay. The popularity of experts changes at every step, so a forecast is always outdated.
+The modes run in turn, again and again, since the machine's own speed drifts. The output is the
+balance, the exposed waits of the compute (mean) and the step time (median).
 """
 
 from __future__ import annotations
@@ -39,12 +39,11 @@ from megatron_laer.tools.data import default_text_sources, prepare_data
 
 MODES = ("forecast", "exact", "announced")
 
-# Smaller than the end-to-end benchmark's, so that restores take a larger part of a step.
+# Smaller than the end-to-end benchmark's size, so that restores take a larger part of a step.
 SIZE = replace(FULL, hidden=256, ffn=1024, sequence=128, sequences=8)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure and print."""
     parser = parser_of("benchmarks.announced", __doc__)
     parser.add_argument(
         "--ranks", type=int, choices=RANKS, default=2, help="gloo ranks; they share the cores"
@@ -68,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(size: Size, ranks: int, repeats: int) -> dict[str, list[list[Measured]]]:
-    """Run every mode `repeats` times; of each run, what its ranks measured."""
+    """Run every mode `repeats` times; return the measurements of each run's ranks."""
     found: dict[str, list[list[Measured]]] = {mode: [] for mode in MODES}
     steps = size.warm_up + size.steps
     shape = size.routing_shape(ranks)
@@ -92,13 +91,12 @@ def run(size: Size, ranks: int, repeats: int) -> dict[str, list[list[Measured]]]
 
 
 def summary(mode: str, runs: list[list[Measured]], size: Size) -> dict[str, Any]:
-    """A row of the table, over the steps that count."""
 
     def counted(name: str) -> list[float]:
         values = [getattr(rank, name)[size.warm_up :] for ranks in runs for rank in ranks]
         return [value for of_rank in values for value in of_rank]
 
-    # A layer has one microbatch in a step; the first ones of every layer are not counted.
+    # A layer has one microbatch per step; the warm-up steps of each layer are not counted.
     skews = [
         skew
         for ranks in runs

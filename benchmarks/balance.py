@@ -1,7 +1,7 @@
-"""This table compares the balance of all planners on a routing trace, case by case.
+"""Table that compares the balance of all planners on a routing trace, case by case.
 
-Every case has a predecessor one record before it (its layout: lag `iteration`) or one microbatch
-before it (lag `microbatch`).
+The layout of a case comes from its predecessor: one record before it (lag `iteration`) or one
+microbatch before it (lag `microbatch`).
 
 Legend: N ranks, E experts.
 """
@@ -41,7 +41,7 @@ TOLERANCE = 1.05
 def balance(
     trace: Trace, cases: Sequence[Case], predicted: list[dict[str, Any]]
 ) -> Iterator[BalanceRow]:
-    """Yield all rows of the table; append the times behind the adaptive ones to `predicted`."""
+    """Yield all rows of the table; append the times of the adaptive ones to `predicted`."""
     num_ranks, num_experts = trace.counts.shape[3:]
     for capacity in CAPACITIES:
         geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
@@ -93,7 +93,7 @@ def balance(
 def forecasts(
     trace: Trace, cases: Sequence[Case], planner: Planner, split: Split, static: ExpertLayout
 ) -> list[Outcome]:
-    """Plan from forecasts one iteration old; a layer's layout is the next one's `current`."""
+    """Plan from forecasts one iteration old; a layer's layout is the `current` of its next plan."""
     layouts: dict[int, ExpertLayout] = defaultdict(lambda: static)
     planned: dict[int, int] = {}
     outcomes = []

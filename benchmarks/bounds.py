@@ -1,7 +1,7 @@
-"""These bounds say what the planner must show, beside what a run of the benchmark shows.
+"""Bounds that the planner must meet, next to the results of a benchmark run.
 
-Bounds are on one thread of an otherwise quiet machine and on all cases of the trace; a `--quick`
-run takes every 37th case and so has sampling error.
+Bounds are for one thread of an otherwise idle machine and for all cases of the trace. A `--quick`
+run uses every 37th case and so has sampling error.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ BALANCE_BOUNDS = (
     ("greedy", "tolerance", "iteration", "mean", (1.005, 1.002, 1.001)),
     ("greedy", "tolerance", "iteration", "replan_share", (0.10, 0.04, 0.02)),
 )
-# By ranks, capacity, experts.
+# Bounds by ranks, capacity and experts.
 SOLVE_BOUNDS_MS = {(1024, 8, 32): 2.0, (256, 2, 256): 0.5, (64, 4, 64): 0.15}
 QUOTA_BOUNDS_MS = {(64, 2, 64): 0.12, (256, 2, 256): 1.0}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure, its bound, and whether it is met."""
-
     figure: str
     bound: float
     value: float
@@ -43,7 +41,7 @@ class Figure:
 
 
 def must_show(result: dict[str, Any]) -> list[Figure]:
-    """All figures with a bound that the result (as written by `--json`) holds."""
+    """Return all bounded figures of a result (as written by `--json`)."""
     return [*_times(result), *_balance(result)]
 
 

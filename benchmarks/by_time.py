@@ -1,12 +1,12 @@
 """Compares the default planner with what it was without a choice: `python -m benchmarks.by_time`.
 
-Both get the same cases of a routing trace. *Before* takes the layout that holds up under drift,
-from a forecast of one weight; *now* takes the layout that is predicted to be fastest, from the
-forecast whose weight follows its errors. Layouts are made from counts one record old and serve all
-microbatches of their record.
+Both get the same cases of a routing trace. *Before* uses the layout that holds up under drift, from
+a forecast of one weight. *Now* uses the layout that is predicted to be fastest, from the forecast
+whose weight follows its errors. Layouts come from counts one record old and serve all microbatches
+of their record.
 
-Then microbatches of one step that differ in kind: every other microbatch of a step is taken from a
-layer of the trace's other half. Then named workloads.
+Two more parts follow: steps whose every other microbatch is from a layer of the trace's other half,
+and named workloads.
 
 Legend: N ranks, E experts.
 """
@@ -44,7 +44,7 @@ MODELS: dict[str, tuple[CostModel, int]] = {
     "Mixtral-8x7B": (paper_costs(), PAPER_PAIRS),
     "Qwen3-235B": (replace(paper_costs(), ffn=1536), PAPER_PAIRS * 4),
 }
-# Layers and records of the trace: what was chosen was chosen on the first two parts.
+# Layers and records of the trace; parameters were chosen on the first two parts.
 PARTS: dict[str, tuple[slice, slice]] = {
     "chosen on, early": (slice(0, None, 2), slice(0, 150)),
     "chosen on, late": (slice(0, None, 2), slice(150, None)),
@@ -55,7 +55,6 @@ PARTS: dict[str, tuple[slice, slice]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print and write the tables."""
     parser = parser_of("benchmarks.by_time", __doc__)
     parser.add_argument("--trace", type=path, required=True, help="npz with tokens [I, L, N, M, E]")
     parser.add_argument("--part", choices=PARTS, default="all", help="default: %(default)s")
@@ -93,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def workloads(steps: int) -> Iterator[dict[str, Any]]:
-    """Yield a line for each named workload and shape: layouts one microbatch old, Mixtral-8x7B."""
+    """Yield a row per named workload and shape: layouts one microbatch old, Mixtral-8x7B."""
     costs, _ = MODELS["Mixtral-8x7B"]
     for num_ranks, num_experts, capacity in ((16, 32, 3), (16, 32, 4), (64, 64, 4)):
         geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
@@ -118,15 +117,13 @@ def workloads(steps: int) -> Iterator[dict[str, Any]]:
 
 
 def shape_key(geometry: Geometry) -> tuple[int, int, int]:
-    """Return (N, E, C)."""
     return geometry.num_ranks, geometry.num_experts, geometry.capacity
 
 
 def rows(counts: Int64, every: int) -> Iterator[dict[str, Any]]:
-    """Yield a line for each capacity, model, planner and mode.
+    """Yield a row per capacity, model, planner and mode.
 
-    Args:
-        counts: tokens, [records, layers, microbatches, N, E].
+    `counts` are tokens, [records, layers, microbatches, N, E].
     """
     num_ranks, num_experts = counts.shape[-2:]
     for capacity in CAPACITIES:

@@ -2,10 +2,9 @@
 
 Usage: `python -m benchmarks.communication --help`.
 
-Eight gloo ranks stand for 1, 2, 4 and 8 nodes. Every exchange is run, its result is compared with
-plain indexing, its bytes are counted from the sizes that the collectives were given, and the counts
-are compared with the formulas of `docs/communication.md` on every rank. The JSON holds the rank
-that receives most.
+Eight gloo ranks stand for 1, 2, 4 and 8 nodes. Every exchange is run and compared with plain
+indexing. Its bytes are counted from the sizes given to the collectives, and compared with the
+formulas of `docs/communication.md` on every rank. The JSON has the rank that receives most.
 
 Legend: N ranks, E experts, C slots per rank, S = N·C slots, R rows, r rows of a slice, K columns.
 """
@@ -52,7 +51,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Workload:
-    """A layer by its layouts in turn, and (R, K) of its matrices."""
+    """A layer with its successive layouts, and (R, K) of its matrices."""
 
     name: str
     layouts: tuple[ExpertLayout, ...]
@@ -60,11 +59,11 @@ class Workload:
 
 
 def workloads(quick: bool) -> list[Workload]:
-    """List the workloads; the first goes into the JSON: each expert is twice in a half."""
+    """Return the workloads; the first goes into the JSON, and has each expert twice per half."""
     hidden, ffn = (64, 96) if quick else (512, 1024)
     twice = ExpertLayout.from_slots(RANKS, 2, 4, np.arange(RANKS * 2) % 4)
     found = [Workload("E=4 C=2", (twice,), ((2 * ffn, hidden), (hidden, ffn)))]
-    # Rows that do not divide by N, experts that do not either, and E > N.
+    # Rows and experts that N does not divide, and E > N.
     for capacity, experts in ((2, 8), (2, 5), (3, 12), (1, 8)):
         layouts = tuple(
             ExpertLayout.random(RANKS, capacity, experts, seed=(experts, step))
@@ -77,7 +76,7 @@ def workloads(quick: bool) -> list[Workload]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all exchanges; 1 if any count differs from its formula."""
+    """Run all exchanges; return 1 if any count differs from its formula."""
     parser = parser_of("benchmarks.communication", __doc__)
     add_json(parser)
     parser.add_argument("--quick", action="store_true", help="small matrices, fewer layouts")
@@ -107,12 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(wrong > 0)
 
 
-# Per exchange: (what, node size, algorithm, step) → intra-node and inter-node bytes received.
+# Intra-node and inter-node bytes received, by (exchange, node size, algorithm, step).
 Counts = dict[tuple[str, int, str, int], Int64]
 
 
 def summary(case: Workload, counts_of_ranks: Sequence[Counts]) -> Iterator[dict[str, Any]]:
-    """Yield one row per kind of exchange, summed over layouts, of the rank that receives most."""
+    """Yield a row per kind of exchange, summed over layouts, of the rank that receives most."""
     keys = sorted(
         {key[:3] for key in counts_of_ranks[0]}, key=lambda key: (key[0], -key[1], key[2])
     )
@@ -143,7 +142,6 @@ def summary(case: Workload, counts_of_ranks: Sequence[Counts]) -> Iterator[dict[
 def formula(
     case: Workload, what: str, node_size: int, algorithm: ExchangeAlgorithm, step: int
 ) -> Traffic:
-    """Compute what an exchange should move."""
     layout = case.layouts[step]
     if what == "gradients":
         return reduce_traffic(layout, node_size, case.matrices, algorithm)
@@ -152,7 +150,7 @@ def formula(
 
 
 def run_ranks(quick: bool) -> list[dict[str, Counts]]:
-    """Return what each rank counted, by workload; every rank is a fresh process."""
+    """Return each rank's counts by workload; every rank is a new process."""
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -175,7 +173,6 @@ def run_ranks(quick: bool) -> list[dict[str, Counts]]:
 
 
 def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
-    """Run every workload on every node size, as one rank."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
     found: dict[str, Counts] = {case.name: {} for case in workloads(quick)}
@@ -198,7 +195,7 @@ def serve(pipe: Connection, rank: int, address: str, quick: bool) -> None:
 def exchange_all(
     case: Workload, exchange: HierarchicalExchange, rank: int
 ) -> Iterator[tuple[str, int, Int64]]:
-    """Restore and reduce under each layout, and update what the layout before has restored."""
+    """Restore and reduce under each layout, and update weights from the previous layout."""
     count = exchange.count
     generator = torch.Generator().manual_seed(0)
     experts = case.layouts[0].num_experts
@@ -230,7 +227,7 @@ def exchange_all(
         start = received(count, "reduce")
         replicas_E11 = torch.from_numpy(layout.replicas_E.copy()).to(DTYPE)[:, None, None]
         for slice_ErK, matrix_CRK in zip(slices, restored, strict=True):
-            # Ones: a sum is the number of replicas, exact in bfloat16.
+            # The sum of ones is the number of replicas, exact in bfloat16.
             reduced = exchange.reduce(torch.ones_like(matrix_CRK), index)
             check(reduced, replicas_E11.expand_as(slice_ErK))
         yield "gradients", step, received(count, "reduce") - start
@@ -238,13 +235,13 @@ def exchange_all(
 
 
 def check(got: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raise if a result is wrong: bytes of an exchange that went wrong mean nothing."""
+    """Raise RuntimeError for a wrong result, whose bytes would mean nothing."""
     if not torch.equal(got, expected):
         raise RuntimeError("an exchange gave a wrong result")
 
 
 def received(count: ExchangeCount, what: str) -> Int64:
-    """Return the intra-node and inter-node bytes received so far by `what`."""
+    """Return the intra-node and inter-node bytes received so far by exchange `what`."""
     return np.array([getattr(count, f"{what}_intra_bytes"), getattr(count, f"{what}_inter_bytes")])
 
 

@@ -3,8 +3,8 @@
 Usage: `python -m benchmarks.convergence --help`; docs/performance.md is the page.
 
 Two gloo ranks train a small model from the same weights on the same batches, with and without an
-auxiliary loss: by stock, by FSEP, and by stock once more with other roundings, which is what FSEP
-is compared with. Times are those of two CPU processes, and say nothing of speed.
+auxiliary loss. They use stock, FSEP, and stock once more with different rounding, the yardstick for
+FSEP's deviation. Times are those of two CPU processes and do not show the speed of FSEP.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ from megatron_laer.files.writing import write_file
 from megatron_laer.tools.cli.argument_types import between
 from megatron_laer.tools.simulator.rendering import check_can_plot
 
-# More than any run takes: ten seconds for a step on a busy machine.
+# Limit per step, for a time-out; a step takes far less even on a busy machine.
 _MOST_STEP_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train what is missing, print the tables, draw the figure; 1 if what must hold does not."""
+    """Train missing runs, print the tables and draw the figure; return 1 if a check fails."""
     parser = parser_of("benchmarks.convergence", __doc__)
     parser.add_argument("--steps", type=_steps, default=2000, help="of each run")
     add_json(
@@ -86,16 +86,13 @@ def _steps(text: str) -> int:
 
 
 def _settings(steps: int) -> dict[str, Any]:
-    """Return what all runs of a file have in common."""
     return {"steps": steps, "ranks": RANKS, "model": MODEL.split()}
 
 
 def read(path: Path | None, steps: int) -> dict[tuple[str, str], Run]:
-    """Return the runs that a file has, by way and auxiliary loss.
+    """Return the runs in a file, by way and auxiliary loss.
 
-    Raises:
-        ValueError: it is none of this command, or has runs with other settings.
-        OSError: it cannot be read.
+    Raises ValueError for a file of another command or with other settings.
     """
     if path is None or not path.exists():
         return {}
@@ -120,7 +117,6 @@ def _write(path: Path, runs: dict[tuple[str, str], Run], steps: int) -> None:
 
 
 def _train(runs: dict[tuple[str, str], Run], steps: int, path: Path | None) -> None:
-    """Train what the runs lack, and write them after each."""
     missing = [(way, aux) for way in WAYS for aux in AUX_LOSSES if (way, aux) not in runs]
     with tempfile.TemporaryDirectory() as folder, RankPool(RANKS) as pool:
         text = Text.prepare(Path(folder)) if missing else None

@@ -1,7 +1,7 @@
-"""Draws the convergence benchmark's runs in four panels; what is drawn is worked out elsewhere.
+"""Drawing of the convergence benchmark's runs in four panels; nothing is computed here.
 
-Colours tell auxiliary losses apart and are those of Okabe and Ito, which colour-blind readers can
-tell apart; how a line is drawn tells the ways apart.
+Colours distinguish auxiliary losses; they are those of Okabe and Ito, safe for colour-blind
+readers. Line styles distinguish the ways to train.
 
 Legend: W windows of steps, L layers, E experts.
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _COLOURS = {NO_AUX: "#0072B2", AUX: "#D55E00"}
 _NAMES = {NO_AUX: "no aux loss", AUX: f"aux loss {AUX}"}
-# Stock is a wide pale line, so that FSEP's narrow one is seen on it.
+# Stock is a wide pale line, so that FSEP's narrow one is visible on it.
 _LINES: dict[str, dict[str, Any]] = {
     STOCK: {"linewidth": 5, "alpha": 0.35},
     FSEP: {"linewidth": 1.3},
@@ -31,7 +31,7 @@ _LINES: dict[str, dict[str, Any]] = {
 
 
 def write_figure(runs: Runs, path: Path) -> None:
-    """Draw all runs into a file of the kind that its ending says."""
+    """Draw all runs into a file in the format of its suffix."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 7.6), dpi=120, layout="constrained")
@@ -62,7 +62,7 @@ def _draw_losses(axes: Axes, runs: Runs) -> None:
         )
     axes.set_title("(a) training loss; validation: ○ stock, × FSEP")
     axes.set_ylabel("loss per byte")
-    # What the model learns first is the same everywhere, and would take all the room.
+    # The steep start is the same for all runs, and would use most of the range.
     curves = [smoothed(run.losses, _width(run)) for _, _, run in _of(runs, STOCK, FSEP)]
     ends = [float(curve[len(curve) // 20 :].max()) for curve in curves]
     axes.set_ylim(top=max(ends))

@@ -1,7 +1,7 @@
-"""These functions say how far the convergence benchmark's runs are apart; nothing is trained here.
+"""Differences between the convergence benchmark's runs; nothing is trained here.
 
-The bound is measured: how far two runs of stock come apart that only round otherwise (`WAYS` of
-`convergence_runs.py`). Rounding moves a router's near-ties, and what follows from one grows.
+The bound is measured: the distance between two runs of stock that differ in rounding only (`WAYS`
+of `convergence_runs.py`). Rounding moves a router's near-ties, and the effect grows.
 
 Legend: W windows of steps, L layers, E experts.
 """
@@ -19,22 +19,20 @@ import numpy.typing as npt
 
 from benchmarks.convergence_runs import FSEP, NO_AUX, POINTS, ROUNDING, STOCK, Run
 
-# By way and auxiliary loss.
+# Runs by way and auxiliary loss.
 Runs = Mapping[tuple[str, str], Run]
 Floats = npt.NDArray[np.float64]
 
-# One pair of runs is a small sample of how far rounding leads.
+# Allowance for one pair of runs, which is a small sample of the effect of rounding.
 ROUNDINGS = 3.0
 
 
 @dataclass(frozen=True)
 class Gap:
-    """Tells how far a run is from stock's under the same auxiliary loss.
+    """Distance of a run from stock's under the same auxiliary loss.
 
-    Attributes:
-        training: difference of a window's mean loss, root of the mean square over windows.
-        validation: difference of the validation loss, in the same way.
-        experts: share of tokens that another expert of the layer got, mean over windows and layers.
+    `training` and `validation` are root mean squares over windows. `experts` is the share of tokens
+    that another expert of the layer got, mean over windows and layers.
     """
 
     training: float
@@ -43,7 +41,6 @@ class Gap:
 
     @classmethod
     def between(cls, run: Run, stock: Run) -> Gap:
-        """Compare two runs of as many steps."""
         moved_WL = np.abs(shares_WLE(run) - shares_WLE(stock)).sum(axis=-1) / 2
         return cls(
             training=_distance(window_losses(run), window_losses(stock)),
@@ -54,14 +51,11 @@ class Gap:
 
 @dataclass(frozen=True)
 class Check:
-    """States what must hold, and whether it does."""
-
     sentence: str
     holds: bool
 
 
 def checks(runs: Runs) -> Iterator[Check]:
-    """Yield what must hold of all runs."""
     for aux in auxes(runs):
         gaps = gaps_from_stock(runs, aux)
         for part in ("training", "validation", "experts"):
@@ -77,7 +71,7 @@ def checks(runs: Runs) -> Iterator[Check]:
         )
     fsep_run = runs[FSEP, NO_AUX]
     busiest, stocks = _late(fsep_run.max_over_mean), _late(fsep_run.stock_max_over_mean)
-    # A tenth of what stock's placement would be out of balance with these very tokens.
+    # Limit: a tenth of the imbalance that stock's placement has with the same tokens.
     yield Check(
         f"no aux loss: max/mean over ranks is {busiest:.3f}, near 1, where stock's placement has "
         f"{stocks:.3f} and the busiest expert {busiest_expert(fsep_run):.2f} times the mean",
@@ -87,12 +81,10 @@ def checks(runs: Runs) -> Iterator[Check]:
 
 
 def auxes(runs: Runs) -> list[str]:
-    """Return the auxiliary losses of the runs, in their order."""
     return list(dict.fromkeys(aux for _, aux in runs))
 
 
 def gaps_from_stock(runs: Runs, aux: str) -> dict[str, Gap]:
-    """Return the gap of each other way that was run under the auxiliary loss."""
     return {
         way: Gap.between(run, runs[STOCK, aux])
         for (way, of), run in runs.items()
@@ -101,7 +93,7 @@ def gaps_from_stock(runs: Runs, aux: str) -> dict[str, Gap]:
 
 
 def rows(runs: Runs) -> list[dict[str, Any]]:
-    """Return a row for each run: where it ended, and how evenly experts and ranks were used."""
+    """Return a row per run: its final losses, and the balance of experts and ranks."""
     return [
         {
             "aux loss": aux,
@@ -121,7 +113,7 @@ def rows(runs: Runs) -> list[dict[str, Any]]:
 
 
 def gap_rows(runs: Runs) -> list[dict[str, Any]]:
-    """Return a row for each run but stock's: its gap from stock's, and its end less stock's."""
+    """Return a row per run except stock's: its gap and its final difference from stock's."""
     return [
         {
             "aux loss": aux,
@@ -140,12 +132,10 @@ def gap_rows(runs: Runs) -> list[dict[str, Any]]:
 
 
 def window_losses(run: Run) -> list[float]:
-    """Return the mean training loss of each window."""
     return np.reshape(run.losses, (POINTS, -1)).mean(axis=1).tolist()
 
 
 def shares_WLE(run: Run) -> Floats:
-    """Return each expert's share of its layer's tokens."""
     tokens_WLE = np.array(run.expert_tokens, dtype=np.float64)
     shares: Floats = tokens_WLE / tokens_WLE.sum(axis=-1, keepdims=True)
     return shares
@@ -158,9 +148,9 @@ def busiest_expert(run: Run) -> float:
 
 
 def effective_experts(run: Run) -> float:
-    """Return the exponential of the entropy of tokens over experts in the last window.
+    """Return the number of evenly used experts with the same entropy of tokens.
 
-    As many experts, used evenly, have that entropy; mean over layers.
+    It is the exponential of the entropy in the last window, mean over layers.
     """
     last_LE = shares_WLE(run)[-1]
     logarithms_LE = np.log(last_LE, out=np.zeros_like(last_LE), where=last_LE > 0)
@@ -168,13 +158,13 @@ def effective_experts(run: Run) -> float:
 
 
 def smoothed(values: Sequence[float], width: int) -> Floats:
-    """Return means of so many neighbours, without the ends."""
+    """Return running means over `width` neighbours, without the ends."""
     means: Floats = np.convolve(values, np.full(width, 1 / width), mode="valid")
     return means
 
 
 def _evened_out(runs: Runs) -> bool:
-    """Tell whether experts are used more evenly under each auxiliary loss than without one."""
+    """Return True if each auxiliary loss makes the use of experts more even."""
     return all(
         busiest_expert(runs[way, aux]) < busiest_expert(runs[way, NO_AUX])
         for way in (STOCK, FSEP)
@@ -184,7 +174,6 @@ def _evened_out(runs: Runs) -> bool:
 
 
 def _late(values: Sequence[float]) -> float:
-    """Return the mean over the second half of the steps."""
     return statistics.fmean(values[len(values) // 2 :])
 
 

@@ -1,6 +1,6 @@
-"""`measure` trains one model of the convergence benchmark on this rank and records what it learns.
+"""Training of one model of the convergence benchmark on this rank, with a record of its learning.
 
-Every run starts from the same weights and reads the same batches: Megatron's own loop runs with a
+Every run starts from the same weights and reads the same batches. Megatron's own loop runs with a
 command line, and hooks count the tokens that routers give each expert.
 
 Legend: L layers, N ranks, E experts.
@@ -26,7 +26,7 @@ from megatron_laer.session import current_coordinator
 from megatron_laer.tools.data import BYTES_TOKENIZER_FLAGS, default_text_sources, prepare_data
 
 RANKS = 2
-# How often in a run the model is validated; tokens of experts are summed over as many windows.
+# Number of validations in a run; tokens of experts are summed over as many windows.
 POINTS = 10
 
 MODEL = """
@@ -40,8 +40,8 @@ MODEL = """
 """
 
 STOCK, FSEP, ROUNDING = "stock", "FSEP", "stock, EP 1"
-# FSEP has its defaults. The last tells how far runs come apart that compute the same: with all
-# experts on each rank, sums are rounded otherwise, and nothing else differs.
+# FSEP has its defaults. The last way shows the distance between equal computations: with all
+# experts on each rank, only the rounding of sums differs.
 WAYS = {
     STOCK: f"--expert-model-parallel-size {RANKS}",
     FSEP: f"--expert-model-parallel-size {RANKS} --expert-parallel-mode fsep",
@@ -56,16 +56,16 @@ AUX_LOSSES = {
 
 @dataclass(frozen=True)
 class Run:
-    """Holds what a run left; the first three lists have one entry per step.
+    """Result of a run; the first three lists have one entry per step.
 
     Attributes:
         losses: of training, without the auxiliary loss.
-        max_over_mean: tokens of the busiest rank over the mean as the run placed its experts, mean
-            over layers. Without expert parallelism nothing is placed, and this is 1.
-        stock_max_over_mean: what it is with stock Megatron's placement for the same routing.
+        max_over_mean: tokens of the busiest rank over the mean with the run's own placement, mean
+            over layers; 1 without expert parallelism.
+        stock_max_over_mean: the same with stock Megatron's placement for the same routing.
         validation: losses over all of the held-out text, after each window of steps.
         expert_tokens: tokens of each expert, by window, layer and expert.
-        layouts: the version of the layouts that were in force at the end; 0 for stock.
+        layouts: the last version of the layouts; 0 for stock.
         fresh_layouts: share of FSEP's passes through a layer that had a layout of their own.
     """
 
@@ -81,16 +81,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Text:
-    """Names the data sets of training and of validation, which have no file in common."""
+    """Data sets of training and of validation, without a common file."""
 
     train: Path
     held_out: Path
 
     @classmethod
     def prepare(cls, folder: Path) -> Text:
-        """Write the Python standard library's sources, of which every 200th is held out.
+        """Write the Python standard library's sources, with every 200th held out.
 
-        Tables of encodings are left out: nearly all of one is in another.
+        Tables of encodings are omitted, since they are nearly the same.
         """
         files = [path for path in default_text_sources() if path.parent.name != "encodings"]
         held_out = files[::200]
@@ -102,7 +102,7 @@ class Text:
 
 
 def command_line(way: str, aux: str, steps: int, text: Text) -> list[str]:
-    """Return Megatron's flags for a run of so many steps, a multiple of `POINTS`."""
+    """Return Megatron's flags for a run of `steps` steps, a multiple of `POINTS`."""
     assert steps % POINTS == 0
     return [
         *MODEL.split(),
@@ -138,7 +138,7 @@ def measure(flags: Sequence[str], steps: int) -> Run:
 
 @dataclass
 class _Observer:
-    """Counts tokens by expert while the model trains, over all ranks."""
+    """Counter of tokens by expert over all ranks, while the model trains."""
 
     window_steps: int
     max_over_mean: list[float] = field(default_factory=list)
@@ -146,11 +146,11 @@ class _Observer:
     windows: list[Int64] = field(default_factory=list)
     layouts: int = 0
     fresh: float = 0.0
-    # Of the step's layers, in their order.
+    # Counts of the step's layers, in their order.
     _counts_LE: list[torch.Tensor] = field(default_factory=list)
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Count what the model's routers choose, without what they choose in validation."""
+        """Count the choices of the model's routers, without those in validation."""
         from megatron.core.transformer.moe.router import TopKRouter
 
         def count(router: torch.nn.Module, _: Any, output: tuple[Any, torch.Tensor]) -> None:
@@ -162,7 +162,7 @@ class _Observer:
                 module.register_forward_hook(count)
 
     def after_step(self, _: list[torch.nn.Module]) -> None:
-        """Keep the step's counts and balance. Collective."""
+        """Record the step's counts and balance. Collective."""
         from megatron.core import parallel_state
 
         mine_LE = torch.stack(self._counts_LE).cpu().numpy().astype(np.int64)
@@ -181,7 +181,7 @@ class _Observer:
         if coordinator is None:
             return
         self.layouts = coordinator.layouts.version
-        # Only the planner rank has any. A step has one microbatch, which is the newest.
+        # Only the planner rank has samples. A step has one microbatch, which is the newest.
         samples = [layer.statistics.take_samples()[-1:] for layer in coordinator.layers]
         if all(samples):
             newest = [sample.decision for (sample,) in samples]

@@ -1,4 +1,4 @@
-"""Benchmarks take the costs of layouts on the paper's cluster with Mixtral-8x7B's experts."""
+"""Costs of layouts on the paper's cluster with Mixtral-8x7B's experts."""
 
 from __future__ import annotations
 

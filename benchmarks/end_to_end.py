@@ -1,11 +1,14 @@
 """Compares step times of stock EP and FSEP, end to end: `python -m benchmarks.end_to_end --help`.
 
 Gloo ranks on this machine, one thread each, run Megatron's own training loop. All configurations
-run in turn, again and again, in one start: the ideal (stock, routing forced to balance), stock and
-FSEP under three skews and under Megatron's workloads W0 to W7, FSEP with layouts that never change,
-and FSEP on balanced routing in every mode. What is said first is the share of forced balance that
-each of them keeps. `--tokens` compares the two exchanges of tokens instead. What to expect and what
-is left is in `docs/performance.md`.
+run in turn, again and again, in one start:
+
+* the ideal: stock, with routing forced to balance;
+* stock and FSEP under three skews and under Megatron's workloads W0 to W7;
+* FSEP with layouts that never change, and on balanced routing in every mode.
+
+The first output is each one's share of forced balance. `--tokens` compares the two exchanges of
+tokens instead. `docs/performance.md` has the expected results.
 """
 
 from __future__ import annotations
@@ -58,10 +61,10 @@ from megatron_laer.tools.cli.argument_types import between
 from megatron_laer.tools.data import default_text_sources, prepare_data
 from megatron_laer.tools.traces.workloads import WORKLOADS
 
-# On this share of the ideal's throughput, and at most so much slower on balanced routing.
+# Goals: at least this share of the ideal's throughput; at most this slowdown on balanced routing.
 LEAST_THROUGHPUT, MOST_SLOWDOWN = 0.90, 0.05
 
-# The C library gives large arrays back to the system and zeroes new ones; ranks that keep their
+# The C library returns large arrays to the system and zeroes new ones. Ranks that keep their
 # memory, as CUDA's allocator does, take 7 % less time per step and vary less.
 KEEP_MEMORY = {
     "MALLOC_MMAP_MAX_": "0",
@@ -71,7 +74,7 @@ KEEP_MEMORY = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure everything; 1 if a skew is not what it should be."""
+    """Measure everything; return 1 if a skew is out of its range."""
     parser = parser_of("benchmarks.end_to_end", __doc__)
     parser.add_argument(
         "--ranks", type=int, choices=RANKS, default=2, help="gloo ranks; they share the cores"
@@ -119,24 +122,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 class Run:
     """One run of a configuration.
 
-    Attributes:
-        ranks: what each rank measured.
-        ideals: runs of the ideal just before and just after; of the ideal, the one before, so that
-            its shares show how much the machine drifts.
+    `ideals` are runs of the ideal just before and just after. The ideal itself has only the one
+    before, so that its shares show the machine's drift.
     """
 
     ranks: list[Measured]
     ideals: list[Run] = field(default_factory=list, repr=False)
 
 
-# Of each configuration, in the order in which they ran.
+# Runs of each configuration, in execution order.
 Runs = dict[str, list[Run]]
 
 
 def run_all(size: Size, ranks: int, cases: Sequence[Configuration], scratch: Path) -> Runs:
     """Run every configuration once, then again in opposite order; the ideal around every two.
 
-    The machine's own speed drifts by more than what is compared, so that neighbours are compared.
+    The machine's own speed drifts by more than the differences, so neighbours are compared.
     """
     runs: Runs = {case.name: [] for case in cases}
     ideal, *rivals = cases
@@ -179,24 +180,23 @@ def run_all(size: Size, ranks: int, cases: Sequence[Configuration], scratch: Pat
 
 
 def step_times(size: Size, run: Run) -> list[float]:
-    """Of the steps that count; every rank waits for the others, so rank 0 speaks for all."""
+    """Return the counted steps' times; rank 0 suffices, since every rank waits for the others."""
     return run.ranks[0].step_ms[size.warm_up :]
 
 
 def cpu_times(size: Size, run: Run) -> list[float]:
-    """Processor time of each such step on its busiest rank: the step's time but for waiting."""
+    """Return each counted step's CPU time on its busiest rank: its time without waits."""
     by_step = zip(*(measured.cpu_ms for measured in run.ranks), strict=True)
     return [max(of_ranks) for of_ranks in by_step][size.warm_up :]
 
 
 def spread(times: Iterable[float]) -> dict[str, float]:
-    """Median, least and most, in milliseconds."""
     found = list(times)
     return {"median": statistics.median(found), "min": min(found), "max": max(found)}
 
 
 def summary(cases: Sequence[Configuration], runs: Runs, size: Size) -> dict[str, Any]:
-    """The JSON, without what was not measured."""
+    """Return the JSON content, without unmeasured parts."""
 
     def times(name: str) -> dict[str, float]:
         return spread(time for run in runs[name] for time in step_times(size, run))
@@ -247,7 +247,7 @@ def summary(cases: Sequence[Configuration], runs: Runs, size: Size) -> dict[str,
 
 
 def exposed_shares(repeats: Sequence[Run], size: Size) -> dict[str, float]:
-    """What the compute waited for restores and for gradients, mean of ranks, per step time."""
+    """Return the exposed waits for restores and gradients per step time, means of ranks."""
     found = {}
     for name in ("restore", "reduce"):
         parts = [
@@ -265,7 +265,7 @@ def exposed_shares(repeats: Sequence[Run], size: Size) -> dict[str, float]:
 
 
 def stock_skew(repeats: Sequence[Run], size: Size, *, bursts_only: bool = False) -> float:
-    """Measured max/mean tokens per rank with stock placement, mean over the steps that count."""
+    """Return max/mean tokens per rank with stock placement, mean over the counted steps."""
     return statistics.fmean(
         skew
         for run in repeats
@@ -275,7 +275,6 @@ def stock_skew(repeats: Sequence[Run], size: Size, *, bursts_only: bool = False)
 
 
 def burst_times(repeats: Sequence[Run]) -> list[float]:
-    """Times of the skewed steps only."""
     return [
         step_ms
         for run in repeats
@@ -285,10 +284,10 @@ def burst_times(repeats: Sequence[Run]) -> list[float]:
 
 
 def throughput(runs: Runs, name: str, size: Size) -> dict[str, float]:
-    """Share of the ideal's throughput: its neighbours' median steps over its own, per run.
+    """Return the share of the ideal's throughput: the neighbours' median step over a run's own.
 
-    Of what recomputes, the share of stock's that does, of the same repeat. Of workloads the share
-    of mean steps, since bursts count.
+    Runs with recompute are compared with stock's of the same repeat. Workloads use mean steps,
+    since bursts count.
     """
     typical = statistics.fmean if name.split(", ")[-1] in WORKLOADS else statistics.median
 
@@ -305,7 +304,7 @@ def throughput(runs: Runs, name: str, size: Size) -> dict[str, float]:
 
 
 def kept(runs: Runs, size: Size) -> dict[str, dict[str, dict[str, float]]]:
-    """The share of forced balance that stock and FSEP keep under each workload that was run."""
+    """Return the share of forced balance that stock and FSEP keep under each measured workload."""
     return {
         workload: {
             kind: throughput(runs, f"{kind}, {workload}", size)
@@ -318,7 +317,7 @@ def kept(runs: Runs, size: Size) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def node_over_rank(runs: Runs, size: Size) -> dict[str, dict[str, dict[str, float]]]:
-    """Step and processor times with tokens through nodes over those by rank, of each repeat."""
+    """Return each repeat's ratios, tokens by node over tokens by rank, of step and CPU times."""
     found = {}
     for top in TOKENS_OF:
         by_rank, by_node = (runs.get(f"fsep {top}, tokens by {by}", []) for by in ("rank", "node"))
@@ -334,7 +333,7 @@ def node_over_rank(runs: Runs, size: Size) -> dict[str, dict[str, dict[str, floa
 
 
 def report(cases: Sequence[Configuration], runs: Runs, size: Size) -> None:
-    """The share of forced balance that is kept, the table of all, and which goals were met."""
+    """Print the shares of forced balance, the table of all runs, and the goals."""
     print_table(
         [
             {

@@ -1,6 +1,6 @@
-"""These are the configurations that the end-to-end benchmark compares, and the model they train.
+"""Configurations that the end-to-end benchmark compares, and the model that they train.
 
-It is described in `docs/performance.md`; `end_to_end.py` runs them.
+`docs/performance.md` describes them; `end_to_end.py` runs them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from megatron_laer.device import CPU_FLAGS
 from megatron_laer.tools.data import BYTES_TOKENIZER_FLAGS
 
 SKEWS = ("fixed", "drifting", "burst")
-# Steps of workloads that change from step to step: until hot experts have gone round, three bursts.
+# Steps of changing workloads: one round of the hot experts, three bursts.
 CHANGING = {"W6": 12, "W7": 12}
 BIAS_STD = 1.0
 SEED = 0
@@ -36,18 +36,16 @@ MODES = {
     "recompute": f"{FSEP} {RECOMPUTE}",
     "recompute, scheduler off": f"{FSEP} {RECOMPUTE} --fsep-scheduler off",
 }
-# What modes that recompute are compared with.
+# Baseline of modes that recompute.
 STOCK_RECOMPUTE = "stock balanced, recompute"
 
 
 @dataclass(frozen=True)
 class Size:
-    """The sizes of the model that is trained, and how long it is trained.
+    """Sizes of the model, and the length of its training.
 
-    Attributes:
-        sequences: of one microbatch of a rank, which is all that it trains on in a step.
-        warm_up: steps that are not counted.
-        steps: that are, per configuration and repeat; a whole period of bursts for the burst.
+    A step has one microbatch of `sequences` per rank. The burst has a whole period of bursts in
+    place of `steps`, and `warm_up` steps are not counted.
     """
 
     layers: int
@@ -60,11 +58,10 @@ class Size:
     warm_up: int
     steps: int
     repeats: int
-    # Megatron's flags for what else the model has.
+    # Further model flags of Megatron.
     more: str = ""
 
     def flags(self, data: str, ranks: int) -> list[str]:
-        """Return Megatron's flags."""
         return [
             *f"""
             --num-layers {self.layers} --hidden-size {self.hidden} --num-attention-heads 8
@@ -85,37 +82,34 @@ class Size:
         ]
 
     def routing_shape(self, ranks: int) -> RoutingShape:
-        """Return the sizes of a routing trace."""
         tokens = self.sequence * self.sequences
         return RoutingShape(self.layers, ranks, self.experts, tokens, self.topk)
 
 
-# Where experts dominate, and the same program at a size that shows that it runs.
+# A size at which experts dominate.
 FULL = Size(2, 512, 2048, 8, 2, 256, 32, warm_up=2, steps=4, repeats=3)
 # Half as wide, with half of the tokens: an eighth of the time.
 HALF = Size(2, 256, 1024, 8, 2, 256, 16, warm_up=2, steps=4, repeats=3)
 QUICK = Size(2, 128, 512, 8, 2, 64, 16, warm_up=2, steps=4, repeats=2)
-# Where exchanges of tokens dominate: top-4 of 8, wide rows, and few multiplications with each.
+# A size at which token exchanges dominate: top-4 of 8, wide rows, and few multiplications per row.
 TOKENS = Size(2, 1024, 32, 8, 4, 128, 16, 2, 6, 3, more="--kv-channels 8")
 QUICK_TOKENS = Size(2, 256, 32, 8, 4, 64, 16, 2, 4, 2, more="--kv-channels 8")
 
 
 @dataclass(frozen=True)
 class Configuration:
-    """One row of the table."""
-
     name: str
     flags: str
     routing: Routing
     steps: int
 
 
-# With top-1 a token has one row either way, so that nodes cannot gain.
+# With top-1 a token has one row either way, so that nodes gain nothing.
 TOKENS_OF = {"top-4": "", "top-1": "--moe-router-topk 1 --moe-router-pre-softmax"}
 
 
 def token_configurations(size: Size) -> list[Configuration]:
-    """List what compares token exchanges, each rank being a node; neighbours are compared."""
+    """Return the comparison of token exchanges, with each rank as a node; compare neighbours."""
     balanced, steps = Routing("--moe-router-force-load-balancing"), size.warm_up + size.steps
     return [
         Configuration("ideal", "", balanced, steps),
@@ -133,10 +127,9 @@ def token_configurations(size: Size) -> list[Configuration]:
 
 
 def chosen(cases: Sequence[Configuration], part: str) -> list[Configuration]:
-    """Choose those whose names contain `part`, and what they are compared with.
+    """Choose the configurations whose names contain `part`, and their baselines.
 
-    Raises:
-        ValueError: none does.
+    Raises ValueError if there is none.
     """
     names = {case.name for case in cases if part in case.name}
     if not names:
@@ -149,7 +142,7 @@ def chosen(cases: Sequence[Configuration], part: str) -> list[Configuration]:
 
 
 def configurations(size: Size, ranks: int, scratch: Path) -> list[Configuration]:
-    """List all configurations, and write their traces."""
+    """Return all configurations, and write their traces."""
     shape = size.routing_shape(ranks)
     burst_steps = size.warm_up + routing.BURST_EVERY
     steps = size.warm_up + size.steps

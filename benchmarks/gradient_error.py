@@ -2,12 +2,13 @@
 
 Usage: `python -m benchmarks.gradient_error --help`.
 
-Four gloo ranks, taken for two nodes, train one matrix: a linear layer per expert on random tokens
-in bf16, whose outputs' gradients are a fixed matrix times the token, plus noise. Slots compute
-their gradients by the GEMM back end, and the real exchange sums those of replicas. Straight means
-that the sums are added to main gradients as they are, as FSEP does; it is compared with sums that
-are rounded to bf16 first, and with stock's fused accumulation, where the products of all tokens are
-added to the main gradient in float32.
+Four gloo ranks, as two nodes, train one matrix in bf16: a linear layer per expert on random tokens.
+The outputs' gradients are a fixed matrix times the token, plus noise. The GEMM back end
+computes the slots' gradients, and the real exchange sums those of replicas.
+
+Straight means that the sums are added to main gradients unchanged, as FSEP does. It is compared
+with sums that are rounded to bf16 first, and with stock's fused accumulation. The latter adds the
+products of all tokens to the main gradient in float32.
 
 Legend: E experts, C slots per rank, T tokens, R rows, r rows of a rank, K columns.
 """
@@ -40,12 +41,11 @@ ROWS, COLUMNS, TOKENS = 128, 96, 256
 NOISE = 1.0
 CPU = torch.device("cpu")
 
-# By seed, then by way: squares of errors on a rank, and of the gradient under "".
+# By seed and way: squared errors on a rank; the key "" has the gradient's square.
 Squares = list[dict[str, float]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure all cases, print the table."""
     parser = parser_of("benchmarks.gradient_error", __doc__)
     parser.add_argument("--seeds", type=between(1, 1000), default=10)
     add_json(parser)
@@ -65,7 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def summary(by_rank: Sequence[Squares]) -> dict[str, str]:
-    """Put the ranks' rows together, and say what the seeds gave."""
     errors: dict[str, list[float]] = {}
     for of_seed in zip(*by_rank, strict=True):
         total = {way: sum(squares[way] for squares in of_seed) for way in of_seed[0]}
@@ -79,7 +78,7 @@ def summary(by_rank: Sequence[Squares]) -> dict[str, str]:
 
 
 def measure(algorithm: str, replicas: int, microbatches: int, seeds: int) -> Squares:
-    """Train on this rank; every expert has so many replicas, elsewhere in each microbatch."""
+    """Train on this rank; every expert has `replicas` replicas, elsewhere in each microbatch."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     try:
@@ -120,7 +119,7 @@ def squares(exchange: Any, replicas: int, microbatches: int, seed: int) -> dict[
 
 
 def shuffled(experts: int, replicas: int, generator: torch.Generator) -> ExpertLayout:
-    """Place the experts in another order, each as often, and on no rank twice."""
+    """Place the experts in random order, each equally often, and on no rank twice."""
     order = torch.randperm(experts, generator=generator).tolist()
     return ExpertLayout.from_slots(RANKS, CAPACITY, experts, order * replicas)
 

@@ -1,7 +1,7 @@
 """Times the guard's decision, which is on the critical path: `python -m benchmarks.guard_speed`.
 
-CPU time of one thread, the shortest of many repeats, median over counts; beside the forward of the
-layer that it decides on, by the cost model, with the paper's experts and tokens per rank.
+Times are CPU times of one thread, the shortest of many repeats, median over counts. They stand next
+to the layer's forward by the cost model, with the paper's experts and tokens per rank.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ from megatron_laer.planner.layout import ExpertLayout
 SHAPES = ((16, 3, 32), (64, 2, 64), (64, 4, 64), (256, 2, 256))
 REPEATS = 100
 CASES = 5
-# Forward is one of three passes of the experts and two of four All-to-Alls; a third is no more.
+# Forward is one of three passes of the experts and two of four All-to-Alls: at least a third.
 FORWARD_SHARE = 1 / 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table."""
     parser_of("benchmarks.guard_speed", __doc__).parse_args(arguments)
     print(json.dumps(machine()))
     print_table(list(guard_times()))
@@ -44,8 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def guard_times() -> Iterator[dict[str, Any]]:
-    """By shape and mode; `adaptive` once as it is, and once with free links, where bounds of the
-    gain never spare it the fresh layout."""
+    """Yield times by shape and mode; `adaptive` twice, once with free links.
+
+    With free links, bounds of the gain never save it the fresh layout.
+    """
     costs = paper_costs()
     free = Link(1e18, 0.0)
     free_costs = replace(costs, cluster=replace(costs.cluster, intra=free, inter=free, spreads=()))

@@ -1,17 +1,17 @@
 """Times the host between the counts' arrival and the dispatch: `python -m benchmarks.host_path`.
 
-With `--before DIR`, a checkout of an earlier commit with its own native core, a worker process of
-each commit takes the same microbatches in turns, so that both meet the same machine:
+`--before DIR` names a checkout of an earlier commit with its own native core. A worker process of
+each commit then processes the same microbatches in turns, so that both meet the same machine:
 
     git worktree add --detach ../before COMMIT
     (cd ../before && python setup.py -q build_ext --inplace)
     python -m benchmarks.host_path --before ../before
 
-It counts what our Python and C++ do from counts on the host to the last number that the kernels of
-the permutation need: the guard, one rank's row and columns, the digest of the decision, splits, and
-the indices that are uploaded. Restores, uploads and Megatron's own work are left out of both. Every
-microbatch is another one, as in training. Times are CPU time of the one thread that does it all, so
-that a busy machine counts less.
+It times our Python and C++ from counts on the host to the last number that the permutation's
+kernels need. Parts are the guard, one rank's row and columns, the digest of the decision, splits,
+and the uploaded indices. Restores, uploads and Megatron's own work are excluded. Every microbatch
+is different, as in training. Times are CPU time of the single thread, so that other work on the
+machine matters less.
 
 Legend: N ranks, E experts, C slots per rank.
 """
@@ -34,7 +34,7 @@ import numpy as np
 SHAPES = ((64, 64, 4), (64, 256, 5))
 NODE_SIZE, RANK = 8, 11
 MICROBATCHES, ROUNDS = 16, 20
-# Pairs per rank: with few tokens no change of layout pays, which `adaptive` sees without a solve.
+# Pairs per rank: with few tokens no change of layout pays, which `adaptive` knows without a solve.
 TOKENS, FEW_TOKENS = 65536, 8192
 MODES = ("forecast", "adaptive, keeps", "adaptive, solves", "exact")
 PARTS = ("decide", "rank", "sizes", "indices")
@@ -44,7 +44,6 @@ Path_ = Callable[[], dict[str, float]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark."""
     # Not at the top: workers run this file with the modules of earlier commits.
     from benchmarks.command_line import checkout, parser_of
     from megatron_laer.tools.cli.argument_types import between
@@ -80,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _measure(
     workers: dict[str, subprocess.Popen[str]], shape: tuple[int, int, int], mode: str, rounds: int
 ) -> Iterator[dict[str, Any]]:
-    """Let the workers take turns; a ratio is one of two turns that follow each other."""
+    """Run the workers in turns; a ratio compares two consecutive turns."""
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in workers}
     for number in range(rounds + 1):
         for name in sorted(workers, reverse=bool(number % 2)):
@@ -127,7 +126,7 @@ def _ask(worker: subprocess.Popen[str], question: object) -> dict[str, float]:
     return answer
 
 
-# In a worker, whose modules may be those of an earlier commit.
+# Code of a worker, whose modules may be those of an earlier commit.
 
 
 def _work() -> None:
@@ -141,7 +140,7 @@ def _work() -> None:
 
 
 def _host_path(shape: tuple[int, int, int], mode: str) -> Path_:
-    """Prepare microbatches; what is returned takes each once, and gives means in µs by part."""
+    """Prepare microbatches; the returned function processes each once and returns means in µs."""
     from megatron_laer.planner.construct import construct_layout
     from megatron_laer.planner.costs import CostModel
     from megatron_laer.planner.geometry import Geometry
@@ -169,7 +168,7 @@ def _host_path(shape: tuple[int, int, int], mode: str) -> Path_:
             for part_E in (share_E, before_E)
         )
         planned = construct_layout(before_NE, static, NODE_SIZE)
-        # As they come from the exchange: beside other numbers of the same rows.
+        # As they arrive from the exchange: a slice of rows with other numbers.
         arrived_NE = np.concatenate([now_NE, np.zeros((num_ranks, 3), dtype=np.int64)], axis=1)
         counts_NE = arrived_NE[:, :num_experts]
         if mode.startswith("adaptive"):
@@ -205,7 +204,7 @@ def _host_path(shape: tuple[int, int, int], mode: str) -> Path_:
 
 
 def _steps_now(guard: Any) -> tuple[Callable[[Any], Any], ...]:
-    """Return what the coordinator and the dispatcher do, by part."""
+    """Return the steps of the coordinator and the dispatcher, by part."""
     import torch
 
     from megatron_laer.runtime.comm.collectives import decision_digest
@@ -226,7 +225,7 @@ def _steps_now(guard: Any) -> tuple[Callable[[Any], Any], ...]:
 
 
 def _steps_before(guard: Any) -> tuple[Callable[[Any], Any], ...]:
-    """Return the same of a commit whose rank asked for each of its numbers, by part."""
+    """Return the same for an earlier commit, whose ranks request each number separately."""
     import torch
 
     from megatron_laer.layer.dispatch.slots import slot_ranges

@@ -2,13 +2,13 @@
 
     python -m benchmarks.launches [--before DIR] [--json OUT]
 
-It needs no GPU. One rank of N runs Megatron's MoE layer with FSEP on the CPU, its process groups
-are torch's fake ones, and every operation that would launch a kernel is counted: an ATen operation
-counts as one, views and memory counting nothing, and so does a launch of a Triton kernel, which
-Triton's interpreter executes. The router is left out: its choice is given. What torch compiles into
-one kernel on CUDA, the activation, counts with all its operations here.
+It needs no GPU. One rank of N runs Megatron's MoE layer with FSEP on the CPU, with torch's fake
+process groups. Every operation that would launch a kernel is counted: an ATen operation as one,
+views and memory as none. A launch of a Triton kernel, which Triton's interpreter executes, is one
+too. The router is omitted, since its choice is given. The activation, which torch compiles into one
+kernel on CUDA, counts with all its operations here.
 
-`--before` names a checkout of another commit, with its native core built, for a table beside it.
+`--before` names a checkout of another commit, with its native core built, for a second table.
 
 Legend: N ranks, C slots per rank, E experts, K experts of a token, T tokens of a rank.
 """
@@ -31,7 +31,7 @@ HIDDEN, FFN = 64, 128
 
 
 class Case(NamedTuple):
-    """Is one shape of a layer, and how its ranks make nodes."""
+    """One shape of a layer, and its restore algorithm (`exchange`)."""
 
     capacity: int
     ranks: int
@@ -48,11 +48,11 @@ class Case(NamedTuple):
 _SHAPES = ((2, 32, 8, 2, 512), (5, 64, 256, 8, 256), (16, 64, 256, 8, 256))
 CASES = (
     *(Case(*shape, exchange) for shape in _SHAPES for exchange in ("flat", "node")),
-    Case(8, 64, 256, 8, 8192),  # for what is kept for backward
+    Case(8, 64, 256, 8, 8192),  # for the memory kept for backward
 )
 _NODE_SIZE = 8
 
-# Operations that launch nothing: they make views, or ask for memory.
+# Operations that launch nothing: they make views or request memory.
 _LAUNCH_NOTHING = frozenset(
     "view detach expand select slice t transpose unbind permute alias split split_with_sizes "
     "_unsafe_view unsqueeze squeeze as_strided empty new_empty empty_like empty_strided "
@@ -64,7 +64,7 @@ _GEMMS = frozenset({"mm", "addmm", "bmm", "matmul", "_grouped_mm", "zero_"})
 
 
 def kind_of(operation: str) -> str | None:
-    """Return what an operation, as "namespace::name", counts as; None if it launches nothing."""
+    """Return the kind of an operation, "namespace::name"; None if it launches nothing."""
     namespace, name = operation.split("::")
     if namespace == "c10d":
         return "collectives"
@@ -74,7 +74,7 @@ def kind_of(operation: str) -> str | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Count in a process of its own per case and checkout, and print a table."""
+    """Count in one process per case and checkout, and print a table."""
     # Not at the top: workers run this file with the modules of earlier commits.
     from benchmarks.command_line import add_json, checkout, parser_of, write_json
 
@@ -93,7 +93,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Lay the counts out as a table in Markdown."""
     lines = [
         "| case | commit | replicas of the hottest | launches but GEMMs and collectives | of it "
         "reduce, per matrix | GEMMs | collectives | kept for backward, MB |",
@@ -111,7 +110,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _run(checkout: Path, place: int) -> Any:
-    # Triton decides when it is imported whether it interprets.
+    # Triton decides at import whether it interprets.
     environment = {
         **os.environ,
         "PYTHONPATH": str(checkout),
@@ -231,7 +230,6 @@ def _build(case: Case) -> Any:
 
 
 def _replicas(case: Case, counts_NE: Any) -> int:
-    """Count the replicas that the hottest expert gets."""
     from megatron_laer.planner.construct import construct_layout
     from megatron_laer.planner.layout import ExpertLayout
 
@@ -241,7 +239,7 @@ def _replicas(case: Case, counts_NE: Any) -> int:
 
 @contextmanager
 def _saved() -> Iterator[dict[int, int]]:
-    """Collect the bytes that autograd keeps, without hidden states and what the experts compute."""
+    """Collect the bytes that autograd keeps, except hidden states and results of the experts."""
     import torch
 
     found: dict[int, int] = {}
@@ -258,7 +256,7 @@ def _saved() -> Iterator[dict[int, int]]:
 
 @contextmanager
 def _gathering(counts_NE: Any) -> Iterator[None]:
-    """Let gathers of counts, with whatever the ranks send behind them, bring these counts."""
+    """Replace the counts that gathers return; keep the other values behind them."""
     import torch
     import torch.distributed as dist
 
@@ -287,9 +285,9 @@ def _uncounted() -> Any:
 
 
 def _take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
-    """Take Triton's kernels where CUDA would, and tell of each launch.
+    """Use Triton's kernels where CUDA would, and call `on_launch` at each launch.
 
-    A commit whose `rows` chooses no kernels has none, or is counted with none.
+    A commit without `rows.kernels_of` has no kernels, or is counted without them.
     """
     try:
         _ = import_module("megatron_laer.runtime.comm.rows").kernels_of
@@ -311,7 +309,7 @@ def _take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
 
 @contextmanager
 def _counter() -> Iterator[Any]:
-    """Count operations by the exchange that they belong to, and by name."""
+    """Count operations by name and by the exchange that they belong to."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 

@@ -1,8 +1,8 @@
 """Step times of the end-to-end benchmark on two ranks of this machine, measured and predicted.
 
-`calibrate` measures the hardware's constants. Two more are taken from balanced steps of stock, at
-two sizes that nothing else is compared at: what dense layers take beyond FLOPs and bytes, and what
-a step takes once. Other sizes, skews and modes are predicted.
+`calibrate` measures the hardware's constants. Balanced steps of stock at two sizes give two
+more: the dense layers' time beyond FLOPs and bytes, and the fixed time of a step. These two sizes
+are compared with nothing else. Other sizes, skews and modes are predicted.
 
 Legend: P steps, L layers, N ranks, E experts, T tokens of a rank, K experts of a token.
 """
@@ -43,11 +43,11 @@ from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.traces.workloads import Shape, workload_trace
 
 RANKS = 2
-# Bytes, padded as Megatron pads.
+# Size of the byte vocabulary, padded as Megatron pads.
 _VOCABULARY = 384
 _BALANCED_STEPS = 4
 
-# Balanced steps of stock at these sizes give two constants; the last size is predicted alone.
+# Balanced steps of stock at these sizes give two constants; the last size is only predicted.
 _CALIBRATED = (replace(HALF, sequences=8), replace(HALF, hidden=192, ffn=768, sequences=8))
 _OTHER = replace(HALF, hidden=320, ffn=1280, sequences=8)
 _NAMES = (
@@ -62,15 +62,12 @@ _QUICK_NAMES = ("stock, W2", "fsep, W2")
 
 @dataclass(frozen=True)
 class Job:
-    """One configuration at one size."""
-
     size: Size
     case: Configuration
     is_calibrated: bool
 
     @property
     def name(self) -> str:
-        """Return what it is called in the result."""
         size = self.size
         return (
             f"{self.case.name}; hidden {size.hidden}, ffn {size.ffn}, "
@@ -79,11 +76,10 @@ class Job:
 
 
 def compare(*, quick: bool = False, cluster: Path | None = None) -> list[dict[str, Any]]:
-    """Measure and predict; a row for each configuration.
+    """Measure and predict; return a row for each configuration.
 
-    Args:
-        quick: a few at the smallest size, which says nothing of accuracy.
-        cluster: a file of `calibrate`, which otherwise runs first.
+    `quick` chooses a few at the smallest size, which shows nothing about accuracy. `cluster` is a
+    file of `calibrate`, which otherwise runs first.
     """
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -113,7 +109,6 @@ def _calibrate(output: Path, *, quick: bool) -> None:
 
 
 def jobs_of(scratch: Path, *, quick: bool) -> Iterator[Job]:
-    """Yield what is trained, and write the routing for it."""
     sizes: list[tuple[Size, Sequence[str], bool]]
     if quick:
         small = replace(QUICK, sequences=8)
@@ -131,7 +126,6 @@ def jobs_of(scratch: Path, *, quick: bool) -> Iterator[Job]:
 
 
 def _measured(jobs: Sequence[Job], scratch: Path) -> dict[str, float]:
-    """Train each configuration, and return the median step time by name."""
     prefix = str(scratch / "text")
     prepare_data(default_text_sources()[:150], prefix, progress=False)
     found = {}
@@ -152,7 +146,7 @@ def _measured(jobs: Sequence[Job], scratch: Path) -> dict[str, float]:
 
 
 def fitted(rates: Rates, known: Sequence[tuple[Job, float]]) -> Rates:
-    """Solve for the two constants that balanced steps at two sizes determine, from their seconds.
+    """Solve for the two constants from the seconds of balanced steps at two sizes.
 
     Predictions are linear in both.
     """
@@ -168,13 +162,13 @@ def fitted(rates: Rates, known: Sequence[tuple[Job, float]]) -> Rates:
     print(
         f"dense layers take {overhead:.2f} times as long again as their bytes; {gap_s:.3f} s once"
     )
-    if gap_s < 0:  # noise; then all is of the layers
+    if gap_s < 0:  # noise; then attribute everything to the layers
         overhead, gap_s = float(((np.array([one_s, other_s]) - base) / slopes[:, 0]).mean()), 0.0
     return replace(rates, overhead=float(overhead), gap_s=float(gap_s))
 
 
 def predicted_seconds(job: Job, rates: Rates) -> float:
-    """Predict a configuration's mean step, over the steps that are counted."""
+    """Predict a configuration's mean step time, over the counted steps."""
     size, flags = job.size, job.case.flags.split()
     model = _model(size)
     run = RunShape(
@@ -223,7 +217,7 @@ def _model(size: Size) -> ModelShape:
 
 
 def _trace(job: Job) -> Trace:
-    """Return the counts of what is replayed, or of routing that is forced to balance."""
+    """Return the counts of the replayed routing, or of routing that is forced to balance."""
     size = job.size
     if job.case.routing.trace is None:
         shape = Shape(RANKS, size.experts, size.topk, size.sequence * size.sequences)

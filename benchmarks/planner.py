@@ -38,14 +38,13 @@ from megatron_laer.tools.cli.argument_types import between, path
 from megatron_laer.tools.simulator.rendering import check_can_plot
 from megatron_laer.tools.traces.workloads import WORKLOADS, Shape, workload_counts
 
-# Every how many cases `--quick` takes one; prime, so that it meets all layers and microbatches.
+# Stride of `--quick`'s cases; prime, so that it meets all layers and microbatches.
 QUICK_STRIDE = 37
 NODE_SIZE = 8
 SOLVE_KEYS = ("ranks", "capacity", "experts", "median_ms")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all parts."""
     parser = parser_of("benchmarks.planner", __doc__)
     parser.add_argument("--trace", type=path, help="npz with tokens [I, L, N, M, E]")
     add_json(parser)
@@ -97,7 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def named_workloads(count: int) -> Iterator[dict[str, Any]]:
-    """Exact and one microbatch old, for shapes other than the trace's too."""
+    """Yield results for exact counts and counts one microbatch old, also for other shapes."""
     for num_ranks, num_experts, capacity in ((16, 32, 3), (16, 32, 4), (32, 8, 2), (64, 64, 4)):
         geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
         greedy = make_strategy("greedy", geometry=geometry, costs=paper_costs())
@@ -126,7 +125,6 @@ def named_workloads(count: int) -> Iterator[dict[str, Any]]:
 
 
 def plot_growth(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Layout time against N."""
     from matplotlib import pyplot  # type: ignore[import-not-found,unused-ignore]
 
     figure, axes = pyplot.subplots()

@@ -1,9 +1,9 @@
-"""Iterations that LAER-MoE's artifact published, and what the simulator makes of them.
+"""Iterations that LAER-MoE's artifact published, and their predictions by the simulator.
 
-The artifact has times of four methods on six models, and the tokens that each rank received under
-three of them. Counts of experts are not published, so that layouts and splits are not planned here:
-received tokens go into the recursion as they are. Three constants are fitted, on the cells of
-Mixtral-8x7B alone; the others are those of the cluster's file.
+The artifact has times of four methods on six models, and each rank's received tokens under three of
+them. It has no counts of experts, so layouts and splits are not planned here: received tokens enter
+the recursion directly. Three constants are fitted, on the cells of Mixtral-8x7B alone; the others
+are those of the cluster's file.
 
 Legend: N ranks, L layers, M microbatches.
 """
@@ -53,14 +53,14 @@ _CLUSTER = "a100-4x8-ib800"
 
 @dataclass(frozen=True)
 class Constants:
-    """What is fitted: one of the hardware, within the cluster's own range, and two of routing.
+    """Fitted constants: one of the hardware, within the cluster's own range, and two of routing.
 
     Attributes:
         backward: time of a FLOP in backward over forward.
-        drift: how much more static layouts deviate from balance when times were taken than when
-            tokens were counted, for e8k2, whose tokens are of iterations 0 to 4 only.
-        kappa: deviation of single experts and sequences over that of what was published, groups of
-            experts over four sequences; for Megatron.
+        drift: additional deviation of static layouts from balance when times were taken, against
+            that of the counted tokens. Only for e8k2, whose tokens are of iterations 0 to 4.
+        kappa: for Megatron, deviation of single experts and sequences over that of the published
+            groups of experts over four sequences.
     """
 
     backward: float = 1.0
@@ -69,30 +69,28 @@ class Constants:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Constants:
-        """Make them from a vector, in the order of the fields."""
         return cls(*map(float, values))
 
 
 NAMES = tuple(Constants.__dataclass_fields__)
-# What one would say without having seen a time.
+# An estimate without any measured time.
 PRIORS = Constants()
 
 
 def model_of(name: str) -> ModelShape:
-    """Return a model of the artifact."""
     return replace(read_model(name), sequence=SEQUENCE)
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """Seconds of an iteration, and what experts' forward takes a rank on average."""
+    """Seconds of an iteration, and a rank's mean time for the experts' forward."""
 
     seconds: float
     expert_forward_s: float
 
 
 class Published:
-    """Predicts cells from the published tokens."""
+    """Predictor of cells from the published tokens."""
 
     def __init__(
         self,
@@ -111,11 +109,7 @@ class Published:
         self._predict = cache(self._uncached)
 
     def _check(self, folder: Path) -> None:
-        """Refuse times that lack a cell to compare with, or tokens to predict them from.
-
-        Raises:
-            ValueError: by file.
-        """
+        """Raise ValueError for times that lack a cell to compare with, or their tokens."""
         losses = {cell.aux_loss for cell in self.cells} | {NO_LOSS}
         found = {(cell.model, cell.aux_loss, cell.method) for cell in self.cells}
         wanted = set(product(MODELS, losses, METHODS))
@@ -135,19 +129,17 @@ class Published:
     def predict(self, cell: Cell, constants: Constants, corner: int | None = None) -> Predicted:
         """Predict a cell; auxiliary losses of 0 and 1e-4 are the same to the simulator.
 
-        Args:
-            corner: one of the sets of rates that the cluster's spreads allow.
+        `corner` is the number of a set of rates that the cluster's spreads allow.
         """
         return self._predict(cell.model, cell.method, constants, corner, True)
 
     def unscheduled(self, cell: Cell, constants: Constants) -> Predicted:
-        """Predict a cell with all exchanges exposed."""
         return self._predict(cell.model, cell.method, constants, None, False)
 
     def range(self, cell: Cell, constants: Constants) -> tuple[float, float]:
-        """Return the least and most over the spreads of the cluster's links and GEMMs.
+        """Return the minimum and maximum over the spreads of the cluster's links and GEMMs.
 
-        The factor of backward is a fitted one, so that it does not vary here.
+        The factor of backward is fitted, so it does not vary here.
         """
         found = [
             self.predict(cell, constants, corner).seconds for corner in range(len(self._spreads))
@@ -176,7 +168,7 @@ class Published:
         timing = Timing(model, run, rates, self._rates)
         schedule = make_schedule(overlaps=overlaps and not is_megatron)
         of_method = _method(model, schedule, is_megatron, family)
-        # As many whole iterations as there are microbatches whose tokens are known.
+        # As many whole iterations as the known microbatches allow.
         known = tokens_LMN.shape[1]
         iterations = 1 if is_megatron or self._quick else known // run.microbatches
         found = []
@@ -202,7 +194,7 @@ def _run(family: str, is_megatron: bool) -> RunShape:
 
 
 def _method(model: ModelShape, schedule: Schedule, is_megatron: bool, family: str) -> Method:
-    """Megatron owns its experts, eight ranks have all of them; the others share one engine."""
+    """Return the method; eight ranks of Megatron have all experts, the others share one engine."""
     capacity = 2 if family == "e8k2" else 4
 
     def never() -> None:
@@ -222,7 +214,7 @@ def _works(
     *,
     restores: bool,
 ) -> list[list[LayerWork]]:
-    """Make the work of every layer and microbatch; 8x22B takes the first layers of its family."""
+    """Make the work of every layer and microbatch; 8x22B uses the first layers of its family."""
     layers = len(model.layer_has_experts)
     mean = run.tokens * model.topk
     pairs_LMN = mean + (tokens_LMN[:layers] - tokens_LMN.mean()) * (
@@ -265,17 +257,13 @@ def _work(
     )
 
 
-# Fitting.
-
-
 @dataclass(frozen=True)
 class Fit:
-    """Holds fitted constants, and how well the data determine them.
+    """Fitted constants, and the certainty of the fit.
 
-    Attributes:
-        sigma: of each constant, as a share of it, if a cell is off by one percent.
-        singular: values of the scaled Jacobian, largest first; small ones are directions in which
-            constants can be exchanged for each other.
+    `sigma` is the relative deviation of each constant if a cell is off by one percent. `singular`
+    are values of the scaled Jacobian, largest first; small ones are directions in which constants
+    can be exchanged for each other.
     """
 
     constants: Constants
@@ -287,7 +275,7 @@ class Fit:
 def fit(predict: Callable[[Constants], np.ndarray], measured: np.ndarray, start: Constants) -> Fit:
     """Fit constants by Gauss-Newton steps on relative errors, damped, none below zero."""
     values = np.array([getattr(start, name) for name in NAMES])
-    # What a constant may reasonably change by.
+    # Plausible change of each constant.
     size = np.array([0.3, 0.3, 0.5])
 
     def errors(at: np.ndarray) -> np.ndarray:
@@ -307,7 +295,7 @@ def fit(predict: Callable[[Constants], np.ndarray], measured: np.ndarray, start:
         normal = slopes.T @ slopes
         step = np.linalg.solve(normal + damping * np.eye(len(values)), -slopes.T @ now)
         tried = np.maximum(values + step * size, 0.0)
-        tried[0] = np.clip(tried[0], 1.0, 1.73)  # what the cluster's file has as its range
+        tried[0] = np.clip(tried[0], 1.0, 1.73)  # the range in the cluster's file
         then = errors(tried)
         gained = float(now @ now - then @ then)
         if gained > 0:

@@ -1,7 +1,8 @@
-"""The files that LAER-MoE's artifact published are read here, and refused where they are damaged.
+"""Readers of the files that LAER-MoE's artifact published; damaged files are refused.
 
-Times of four methods on six models; tokens that each rank received under three of them, by layer
-and microbatch; ablations, and a profiled iteration. What is made of them is not known here.
+The files have times of four methods on six models, ablations and a profiled iteration. They also
+have the tokens that each rank received under three methods, by layer and microbatch. The use of the
+data is elsewhere.
 
 Legend: N ranks, L layers, M microbatches.
 """
@@ -29,13 +30,13 @@ MODELS = (
     "mixtral-8x22b-e16k4",
 )
 FIT_MODELS = ("mixtral-8x7b-e8k2", "mixtral-8x7b-e16k4")
-# Of the microbatches whose tokens are published: without the first, which have no plan yet, and for
-# e16k4 the last, which are nearest to the timed iterations.
+# Windows of the published microbatches: without the first, which have no plan yet, and for e16k4
+# the last, which are nearest to the timed iterations.
 _WINDOWS = {"e8k2": slice(2, 10), "e16k4": slice(20, 30)}
 END_TO_END = "laer_ae_e2e_wikitext.csv"
-# More than any model has layers, or any table microbatches or ranks.
+# Limit beyond any model's layers and any table's microbatches or ranks.
 _MOST_PLACES = 10**5
-# An auxiliary loss, as cells have it.
+# Auxiliary loss of cells without one.
 NO_LOSS = "0.0"
 # The ablation without the communication schedule.
 NO_SCHEDULE = "no_comm_opt"
@@ -53,7 +54,6 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Return what the cell is called, without its method."""
         return f"{self.dataset}, {self.model}, aux {self.aux_loss}"
 
     @property
@@ -63,17 +63,11 @@ class Cell:
 
     @property
     def is_fitted(self) -> bool:
-        """Tell whether constants are fitted on it."""
         return self.model in FIT_MODELS
 
 
 def read_cells(folder: Path) -> list[Cell]:
-    """Read the published times.
-
-    Raises:
-        ValueError: the table is not as it should be.
-        OSError: it cannot be read.
-    """
+    """Read the published times; raise ValueError for a bad table."""
     rows = read_rows(
         folder / END_TO_END,
         {
@@ -93,9 +87,7 @@ def read_tokens(
 ) -> dict[tuple[str, str], np.ndarray]:
     """Read received tokens by family and method, [L, M, N], of a window of microbatches.
 
-    Raises:
-        ValueError: a table is not as it should be, or lacks what the window asks for.
-        OSError: it cannot be read.
+    Raises ValueError for a bad table, or one that lacks a part of the window.
     """
     found = {}
     for family, window in windows.items():
@@ -110,7 +102,7 @@ def read_tokens(
                     f"{path}: {method} has {len(tokens)} counts, expected one for each layer, each "
                     f"of at least {window.stop} microbatches and each of {RANKS} ranks"
                 )
-            # In any order, each once.
+            # The rows may be in any order, but each occurs once.
             tokens_LMN = np.array([tokens[place] for place in sorted(tokens)]).reshape(shape)
             if not tokens_LMN.any(axis=2).all():
                 raise ValueError(f"{path}: {method} has a microbatch without tokens")
@@ -133,12 +125,7 @@ def _token_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def read_ablation(folder: Path) -> dict[str, float]:
-    """Read the published times of ablations, in milliseconds.
-
-    Raises:
-        ValueError: the table is not as it should be.
-        OSError: it cannot be read.
-    """
+    """Read the published times of ablations, in milliseconds; raise ValueError for a bad table."""
     columns = {"method": text, "avg_time_ms": positive}
     rows = read_rows(folder / "laer_ae_ablation_ms.csv", columns, key=("method",))
     return {row["method"]: row["avg_time_ms"] for row in rows}
@@ -155,9 +142,7 @@ class Profiled(NamedTuple):
 def read_breakdown(folder: Path) -> dict[tuple[str, str], Profiled]:
     """Read token exchanges', experts' and total seconds by model and method.
 
-    Raises:
-        ValueError: the table is not as it should be.
-        OSError: it cannot be read.
+    Raises ValueError for a bad table.
     """
     times = [f"{name}_time" for name in ("alltoall", "expert", "total")]
     columns = {
@@ -178,9 +163,7 @@ def read_breakdown(folder: Path) -> dict[tuple[str, str], Profiled]:
 def read_measured(folder: Path) -> tuple[Mapping[str, float], Mapping[tuple[str, str], Profiled]]:
     """Read the ablations' times and the profiles that are compared with.
 
-    Raises:
-        ValueError: a table is not as it should be, or lacks one of them.
-        OSError: it cannot be read.
+    Raises ValueError for a bad or incomplete table.
     """
     ablated, profiled = read_ablation(folder), read_breakdown(folder)
     absent = [name for name in (FSDP, LAER, NO_SCHEDULE) if name not in ablated]

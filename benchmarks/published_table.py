@@ -1,7 +1,4 @@
-"""Tables that others published are read here, and refused where they are not what they should be.
-
-Knows how a CSV file with a header is read, and what values can be; not which tables there are.
-"""
+"""Reader of CSV tables with a header, which checks every value; it knows no particular table."""
 
 from __future__ import annotations
 
@@ -22,36 +19,22 @@ Take = Callable[[str], Any]
 
 
 def text(given: str) -> str:
-    """Take a name.
-
-    Raises:
-        ValueError: it is empty, or could not be printed.
-    """
+    """Parse a name; raise ValueError for one that is empty or unprintable."""
     if not given or not given.isprintable():
         raise ValueError("must be a name")
     return given
 
 
 def positive(given: str) -> float:
-    """Take a time, or another number above 0.
-
-    Raises:
-        ValueError: it is none.
-    """
     return _number(given, math.ulp(0.0), "a number above 0")
 
 
 def not_negative(given: str) -> float:
-    """Take a number of at least 0.
-
-    Raises:
-        ValueError: it is none.
-    """
     return _number(given, 0.0, "a number of at least 0")
 
 
 def below(end: int) -> Take:
-    """Make a taker of whole numbers from 0 on, below `end`."""
+    """Make a parser of whole numbers from 0 to below `end`."""
 
     def take(given: str) -> int:
         if not (given.isascii() and given.isdigit() and len(given) < 19 and int(given) < end):
@@ -64,15 +47,12 @@ def below(end: int) -> Take:
 def read_rows(
     path: Path, columns: Mapping[str, Take], key: Sequence[str] = ()
 ) -> list[dict[str, Any]]:
-    """Read columns of a table; it may have others.
+    """Read columns of a table, which may have others.
 
-    Args:
-        columns: by name, what takes a value, or raises what it must be.
-        key: columns whose values together are in no two rows.
+    `columns` has a parser by name, which raises ValueError for a bad value. No two rows may have
+    the same values in the columns `key`.
 
-    Raises:
-        ValueError: no such table; with the file, the line and the value.
-        OSError: the file cannot be read.
+    Raises ValueError with the file, the line and the value.
     """
     reader = csv.reader(io.StringIO(read_text(path, MAX_BYTES), newline=""), strict=True)
     try:

@@ -1,4 +1,4 @@
-"""Benchmarks share these: how they print a table, name the machine and take times."""
+"""Common parts of benchmarks: printed tables, the machine's name, and times."""
 
 from __future__ import annotations
 
@@ -16,13 +16,12 @@ from megatron_laer.files.checks import one_line
 
 
 def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """Print rows, if there are any."""
     if rows:
         print(table_text(rows), end="\n\n", flush=True)
 
 
 def table_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Lay out rows in columns as wide as their longest cell; None is a dash."""
+    """Format rows in columns as wide as their longest cell; None is a dash."""
     header = list(rows[0])
     cells = [[_cell(row[key]) for key in header] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
@@ -39,7 +38,6 @@ def _cell(value: object) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on."""
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -56,12 +54,11 @@ def machine() -> dict[str, Any]:
 
 
 def median_ms(run: Callable[[], object], repeats: int) -> float:
-    """Median wall time of one call."""
     return statistics.median(times_ms(run, repeats))
 
 
 def times_ms(run: Callable[[], object], repeats: int) -> list[float]:
-    """Wall times of calls, after one that is not counted."""
+    """Return the wall times of calls, after one that is not counted."""
     run()
     times = []
     for _ in range(repeats):

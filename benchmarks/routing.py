@@ -1,8 +1,8 @@
-"""These functions make the routing that benchmarks of training impose, by seed.
+"""Routing for training benchmarks, by seed.
 
-Popularity first: every token draws its K experts without replacement in proportion to it (Gumbel
-noise on the logarithms, then the K largest). A trace holds the experts of every token, so that all
-rivals are given the same routing, token by token.
+Every token draws its K experts without replacement in proportion to their popularity (Gumbel noise
+on the logarithms, then the K largest). A trace has the experts of every token, so that all rivals
+get the same routing, token by token.
 
 Legend: P steps, L layers, N ranks, E experts, T tokens per rank and step, K top-k.
 """
@@ -27,23 +27,21 @@ from megatron_laer.tools.traces.workloads import (
 Floats = npt.NDArray[np.float64]
 Trace = npt.NDArray[np.uint8]  # [P, L, N, T, K]
 
-# What stock's largest rank load over the mean shall be: as published for trained models.
+# Range of stock's largest rank load over the mean, as published for trained models.
 LEAST_SKEW, MOST_SKEW = 1.4, 1.8
-# Inside of it by more than the noise of a step's draws.
+# Margin inside the range, larger than the noise of a step's draws.
 _MARGIN = 0.03
 
-# Popularity changes from step to step by about this much: the standard deviation of its logarithm.
+# Standard deviation of the logarithm of popularity's change from step to step.
 DRIFT = 0.2
 BURST_EVERY = 10
 
-# Of Megatron's workloads, those that its microbatches can have: they are as long on every rank.
+# Megatron's workloads that its microbatches allow: they are equally long on every rank.
 REPLAYED = tuple(name for name in WORKLOADS if name != "W4")
 
 
 @dataclass(frozen=True)
 class RoutingShape:
-    """Sizes that routing depends on."""
-
     layers: int
     ranks: int
     experts: int
@@ -52,7 +50,7 @@ class RoutingShape:
 
 
 def drifting_trace(shape: RoutingShape, steps: int, seed: int) -> Trace:
-    """Skewed at every step, and at every step otherwise: a random walk of popularity.
+    """Make a trace that is skewed differently at every step: a random walk of popularity.
 
     A step of the walk that would leave the skew's range is drawn again.
     """
@@ -62,7 +60,7 @@ def drifting_trace(shape: RoutingShape, steps: int, seed: int) -> Trace:
 
 
 def burst_trace(shape: RoutingShape, steps: int, seed: int) -> Trace:
-    """Even, but every tenth step skewed, each time in another way."""
+    """Make an even trace whose every tenth step is skewed, each time differently."""
     rng = np.random.default_rng(seed)
 
     def popularity(step: int, _layer: int) -> Floats:
@@ -72,12 +70,12 @@ def burst_trace(shape: RoutingShape, steps: int, seed: int) -> Trace:
 
 
 def is_burst(step: int) -> bool:
-    """Whether a step of a burst trace is skewed; counted from 0."""
+    """Return True if a step of a burst trace, counted from 0, is skewed."""
     return step % BURST_EVERY == BURST_EVERY - 1
 
 
 def replayed(name: str, shape: RoutingShape, steps: int) -> Trace:
-    """Route as a workload does, the same in all layers."""
+    """Make the routing of a workload, the same in all layers."""
     assert shape.experts <= 256
     sizes = Shape(shape.ranks, shape.experts, shape.topk, shape.tokens)
     by_step = [
@@ -89,10 +87,10 @@ def replayed(name: str, shape: RoutingShape, steps: int) -> Trace:
 
 
 def fixed_bias_seed(shape: RoutingShape, std: float) -> int:
-    """The first seed with which Megatron's `--moe-router-force-biased -std` is in the skew's range.
+    """Return the first seed with which `--moe-router-force-biased -std` is in the skew's range.
 
-    That flag adds normal noise per token to a normal bias per expert and layer; `fixed_biases` says
-    how the seed makes them.
+    Megatron's flag adds normal noise per token to a normal bias per expert and layer, which
+    `fixed_biases` makes from the seed.
     """
     for seed in range(10_000):
         generator = torch.Generator().manual_seed(seed)
@@ -107,13 +105,12 @@ def fixed_bias_seed(shape: RoutingShape, std: float) -> int:
 
 
 def fixed_biases(shape: RoutingShape, std: float, seed: int) -> list[torch.Tensor]:
-    """A bias per expert for each layer."""
     generator = torch.Generator().manual_seed(seed)
     return [std * torch.randn(shape.experts, generator=generator) for _ in range(shape.layers)]
 
 
 def _walk(shape: RoutingShape, rng: np.random.Generator) -> Iterator[Floats]:
-    """Logarithms of popularity, step by step, all within the skew's range."""
+    """Yield the logarithms of popularity, step by step, all within the skew's range."""
     log_E = np.zeros(shape.experts)
     while not _is_in_range(_skew(shape, _draw(log_E, 4096, shape.topk, rng))):
         log_E = rng.normal(scale=1.0, size=shape.experts)
@@ -139,12 +136,12 @@ def _trace(
 
 
 def _draw(log_E: Floats, tokens: int, topk: int, rng: np.random.Generator) -> npt.NDArray[np.int64]:
-    """Experts of each token, int64 [tokens, K], the likeliest first."""
+    """Return the experts of each token, int64 [tokens, K], the likeliest first."""
     return np.argsort(-(log_E + rng.gumbel(size=(tokens, log_E.size))), axis=1)[:, :topk]
 
 
 def _skew(shape: RoutingShape, chosen_TK: npt.NDArray[np.int64]) -> float:
-    """Largest over mean rank load under stock placement."""
+    """Return the largest over the mean rank load under stock placement."""
     counts_E = np.bincount(chosen_TK.ravel(), minlength=shape.experts)
     counts_NE = np.tile(counts_E, (shape.ranks, 1)).astype(np.int64)
     return max_over_mean(stock_tokens_N(counts_NE))

@@ -1,7 +1,7 @@
 """Measures time and memory of a large simulation: `python -m benchmarks.simulation_speed --help`.
 
-A trace is drawn whose experts' popularity differs by layer, step and rank, with every layer and
-microbatch of its own; then `simulate` runs on it, as the command does, with one thread.
+The trace is drawn with experts' popularity that differs by layer, step and rank; every layer and
+microbatch has its own counts. Then `simulate` runs on it, as the command does, with one thread.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _STEPS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Draw the trace, run the command, and print what it took."""
+    """Draw the trace, run the command, and print its time and memory."""
     parser = parser_of("benchmarks.simulation_speed", __doc__)
     parser.add_argument("--ranks", type=between(1, 2**16), default=1024)
     parser.add_argument("--layers", type=between(1, 4096), default=60)
@@ -83,11 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Refuse sizes that do not fit each other, or the memory.
-
-    Raises:
-        ValueError: with what was passed.
-    """
+    """Raise ValueError for sizes that do not fit each other, or the memory."""
     if options.ranks % options.recorded_ranks != 0:
         raise ValueError(
             f"--ranks {options.ranks} is no multiple of --recorded-ranks {options.recorded_ranks}"

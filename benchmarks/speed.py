@@ -1,4 +1,4 @@
-"""These tables say how long layouts and quotas take on one thread, as medians.
+"""Tables of the time of layouts and quotas on one thread, as medians.
 
 Legend: N ranks, E experts.
 """
@@ -34,7 +34,7 @@ QUOTA_SHAPES = ((64, 64), (256, 256))
 def zipf_counts_NE(
     num_ranks: int, num_experts: int, rng: np.random.Generator
 ) -> tuple[Int64, Int64]:
-    """Counts of a Zipf 1.0 workload, and the counts before every expert drifted by up to 20 %."""
+    """Return counts of a Zipf 1.0 workload, and those before each expert drifted by up to 20 %."""
     share_E = rng.permutation(1.0 / np.arange(1, num_experts + 1))
     before_E = share_E * rng.uniform(0.8, 1.2, num_experts)
     now_NE = rng.multinomial(8192, share_E / share_E.sum(), size=num_ranks)
@@ -43,7 +43,7 @@ def zipf_counts_NE(
 
 
 def solve_times(shapes: Sequence[tuple[int, int, int]], repeats: int) -> Iterator[dict[str, Any]]:
-    """The fresh layout and the one for a forecast, medians over several counts.
+    """Yield the times of a fresh layout and of one for a forecast, medians over several counts.
 
     `median_ms` is the slower of the two.
     """
@@ -70,7 +70,7 @@ def solve_times(shapes: Sequence[tuple[int, int, int]], repeats: int) -> Iterato
 
 
 def quota_times(repeats: int) -> Iterator[dict[str, Any]]:
-    """Solve, one row and one rank's columns, C = 2, for a layout made before a drift of 20 %."""
+    """Yield times of the solve, one row and one rank's columns, C = 2, after a drift of 20 %."""
     capacity = 2
     for num_ranks, num_experts in QUOTA_SHAPES:
         static = ExpertLayout.static(num_ranks, capacity, num_experts)

@@ -1,4 +1,4 @@
-"""An `Outcome` is the balance of one case under a system's own splitting of tokens.
+"""The balance of a case under a system's own splitting of tokens.
 
 Legend: N ranks, S slots.
 """
@@ -19,7 +19,7 @@ from megatron_laer.planner.quotas import even_split
 
 
 class Planner(Protocol):
-    """What this benchmark needs of a strategy, ours or a rival's."""
+    """Interface of a strategy, ours or a rival's."""
 
     @property
     def name(self) -> str: ...
@@ -39,7 +39,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class BalanceRow:
-    """A line of the balance table, over all cases."""
+    """A row of the balance table, over all cases."""
 
     strategy: str
     mode: str
@@ -79,20 +79,19 @@ Split = Callable[[Int64, ExpertLayout, int], Outcome]
 
 
 def split_exactly(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Outcome:
-    """Our own splitting."""
     quotas = exact_split(layout, node_size).solve(counts_NE)
     return _outcome(counts_NE, quotas.rank_loads_N(), int(quotas.totals().far_S.sum()))
 
 
 def split_evenly(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Outcome:
-    """The paper's splitting, used for all rivals that do not say otherwise."""
+    """Split as in the paper; for all rivals without a splitting of their own."""
     totals = even_split(layout, node_size).totals(counts_NE)
     loads_N = (totals.near_S + totals.far_S).reshape(layout.num_ranks, -1).sum(axis=1)
     return _outcome(counts_NE, loads_N, int(totals.far_S.sum()))
 
 
 def split_like_eplb(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Outcome:
-    """All replicas alike, wherever the source is."""
+    """Split evenly among all replicas, regardless of the source."""
     return _outcome(counts_NE, *split_among_all(counts_NE, layout, node_size))
 
 

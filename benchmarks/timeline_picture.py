@@ -1,8 +1,7 @@
 """Draws a training step from recorded timelines: `python -m benchmarks.timeline_picture --help`.
 
-Trains a small model on two CPU ranks with `--fsep-timeline`, with the scheduler and without, and
-draws one rank's tracks of one step for each, on one scale, as SVG. Nothing is drawn that was not
-recorded.
+It trains a small model on two CPU ranks with `--fsep-timeline`, with the scheduler and without. One
+rank's tracks of one step are drawn for each, on one scale, as SVG. Only recorded events are drawn.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from megatron_laer.tools.data import default_text_sources, prepare_data
 RANKS = 2
 SIZE = Size(3, 256, 1024, 8, 2, 128, 8, warm_up=0, steps=FIRST_STEP + NUM_STEPS, repeats=1)
 
-# Of a file, some steps of a rank; and of a run, a year.
+# Limits of a file, enough for some steps of a rank, and of a run, a year.
 _MAX_BYTES, _MAX_US = 2**28, 3.2e13
 
 WIDTH, LEFT, TRACK, BAR, HEAD = 1280, 110, 30, 22, 34
@@ -88,12 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read_trace_events(given: Path) -> dict[str, Any]:
-    """Read a timeline of one rank.
-
-    Raises:
-        ValueError: it is none, or has no whole step on our tracks.
-        OSError: it cannot be read.
-    """
+    """Read a timeline of one rank; raise ValueError for one without a whole step on our tracks."""
     try:
         trace = json.loads(read_text(given, _MAX_BYTES))
         events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
@@ -114,7 +108,6 @@ def read_trace_events(given: Path) -> dict[str, Any]:
 
 
 def record() -> list[dict[str, Any]]:
-    """Record rank 0's traces, with and without the scheduler."""
     traces = []
     with tempfile.TemporaryDirectory() as scratch, RankPool(RANKS) as pool:
         prefix = f"{scratch}/text"
@@ -137,7 +130,7 @@ def record() -> list[dict[str, Any]]:
 
 
 def shortest_step(trace: dict[str, Any]) -> list[Bar]:
-    """Pick the step that other work on the machine held up least."""
+    """Return the bars of the step that other work on the machine delayed least."""
     events = [event for event in trace["traceEvents"] if event["ph"] == "X"]
     steps = [event for event in events if event["name"].startswith("step ")]
     step = min(steps, key=lambda event: event["dur"])
@@ -150,7 +143,6 @@ def shortest_step(trace: dict[str, Any]) -> list[Bar]:
 
 
 def draw(on: dict[str, Any], off: dict[str, Any]) -> str:
-    """Draw the whole picture."""
     panels = [("scheduler on", shortest_step(on)), ("scheduler off", shortest_step(off))]
     longest_ms = max(bar.start_ms + bar.length_ms for _, bars in panels for bar in bars)
     scale = (WIDTH - LEFT - 20) / longest_ms
@@ -178,7 +170,7 @@ def _panel(bars: Sequence[Bar], top: float, scale: float) -> Iterator[str]:
         y = top + place * TRACK
         yield f'<text x="8" y="{y + 16:.0f}">{track}</text>'
         yield f'<line x1="{LEFT}" x2="{WIDTH - 20}" y1="{y + BAR}" y2="{y + BAR}" stroke="#ccc"/>'
-        # Waits lie within phases, hence over them.
+        # Waits lie within phases, so they are drawn over them.
         for bar in sorted(
             (bar for bar in bars if bar.track == track), key=lambda bar: bar.name.startswith("wait")
         ):

@@ -1,8 +1,8 @@
 """Counts the rows of token exchanges, and what a choice of replicas saves, by formula.
 
-Run as `python -m benchmarks.token_exchange`: tokens are routed by seed, a layout is made for their
-counts, quotas are exact or even, and rows are counted as `planner/token_traffic.py` says. Nothing
-is sent, and only the choice's time is measured.
+`python -m benchmarks.token_exchange` routes tokens by seed and makes a layout for their counts.
+Quotas are exact or even, and rows are counted as `token_traffic.py` describes. Nothing is sent, and
+only the choice's time is measured.
 
 Legend: N ranks, E experts, C slots per rank, S slots, T tokens of a rank, K top-k.
 """
@@ -37,8 +37,6 @@ SKEWS = {"random": 0.0, "skewed": 1.0}
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a case."""
-
     nodes: int
     node_size: int
     experts: int
@@ -47,18 +45,16 @@ class Shape:
 
     @property
     def ranks(self) -> int:
-        """N."""
         return self.nodes * self.node_size
 
 
 TOP_8_OF_128 = Shape(nodes=4, node_size=8, experts=128, topk=8, tokens=4096)
-# With 8 ranks in a node, every node would hold all of 8 experts.
+# With 8 ranks in a node, every node would have all 8 experts.
 TOP_2_OF_8 = Shape(nodes=4, node_size=2, experts=8, topk=2, tokens=4096)
 CAPACITIES = {TOP_8_OF_128: (4, 5, 8), TOP_2_OF_8: (1, 2, 3)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run all cases."""
     parser = parser_of("benchmarks.token_exchange", __doc__)
     add_json(parser)
     parser.add_argument("--seed", type=between(0, 2**32 - 1), default=0)
@@ -82,14 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def rows_of(shape: Shape, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows per token between nodes, and between ranks, for every routing, capacity and split."""
+    """Yield rows per token between nodes and between ranks, by routing, capacity and split."""
     capacities = next(
         found for known, found in CAPACITIES.items() if _with_tokens(known, shape.tokens) == shape
     )
     for routing in SKEWS:
         maps = routing_maps(shape, SKEWS[routing], seed)
         for capacity in capacities:
-            # Layouts for nodes as they are, and for pairs of nodes that hold every expert together.
+            # Layouts for single nodes, and for pairs of nodes that have every expert together.
             for nodes_together in (1, 2):
                 domain = nodes_together * shape.node_size
                 for split in (Split.EXACT, Split.EVEN):
@@ -130,7 +126,7 @@ class Case:
         return cls(maps, shape, layout, max_over_mean(fsep_tokens_N(quotas)), mine)
 
     def figures(self) -> dict[str, Any]:
-        """Rows per token, of both exchanges and both choices, and how good expectations are."""
+        """Return rows per token of both exchanges and both choices, and the expectations' error."""
         plain, chosen = (self.count(chooses=chooses) for chooses in (False, True))
         rows_NS = np.stack([quotas.row_S for quotas in self.quotas])
         tokens_N = np.array([len(map_TE) for map_TE in self.maps])
@@ -165,15 +161,14 @@ class Case:
         return TokenRouting.count(self.maps, slots, self.layout.capacity, self.shape.node_size)
 
     def slots(self, rank: int, *, chooses: bool) -> torch.Tensor:
-        """Give each pair of a rank its slot."""
         map_TE, quotas = torch.from_numpy(self.maps[rank]), self.quotas[rank]
         if chooses:
-            with mock.patch.object(replica_choice, "_LEAST_SHARE", 0.0):  # also where it is little
+            with mock.patch.object(replica_choice, "_LEAST_SHARE", 0.0):  # also for a small gain
                 return choose_replicas(map_TE, quotas, self.shape.node_size, rank)
         return token_order(map_TE, quotas, self.shape.node_size)
 
     def _share_with_choice(self, rows_NS: npt.NDArray[np.int64]) -> float:
-        """Share of pairs whose expert has tokens of their rank in more than one node."""
+        """Return the share of pairs whose expert has tokens of their rank in several nodes."""
         slots_per_node = self.shape.node_size * self.layout.capacity
         node_S = np.arange(self.layout.num_slots) // slots_per_node
         tokens_NEM = np.zeros((len(rows_NS), self.shape.experts, self.shape.nodes), dtype=np.int64)
@@ -183,7 +178,7 @@ class Case:
 
 
 def times(seed: int) -> Iterator[dict[str, Any]]:
-    """Milliseconds of a rank's choice on one thread, beside token order."""
+    """Yield milliseconds of a rank's choice on one thread, next to token order."""
     for tokens in (4096, 8192):
         shape = _with_tokens(TOP_8_OF_128, tokens)
         maps = routing_maps(shape, SKEWS["skewed"], seed)
@@ -200,7 +195,7 @@ def times(seed: int) -> Iterator[dict[str, Any]]:
 
 
 def routing_maps(shape: Shape, skew: float, seed: int) -> list[Bool]:
-    """Every token draws K experts without replacement, by popularity with this log-deviation."""
+    """Draw each token's K experts without replacement, by popularity with this log-deviation."""
     rng = np.random.default_rng(seed)
     log_E = skew * rng.normal(size=shape.experts)
     maps = []

@@ -1,11 +1,11 @@
-"""These formulas tell what a layer's token exchange puts on the links, in rows and in bytes.
+"""Formulas of a layer's token exchange: its traffic on the links, in rows and in bytes.
 
-A row is one hidden state. With the exchange `rank`, which is Megatron's, one travels for every
-(token, expert) pair. With `node`, one travels for every token and node that has experts of it,
-between ranks with the same local rank, and then inside the node one for every token and rank.
-Combine goes the same ways back, and the backward pass of either goes the way of the other.
+A row is one hidden state. Megatron's exchange `rank` sends one for every (token, expert) pair. With
+`node`, one travels for every token and node that has experts of it, between ranks with the same
+local rank. Inside the node, one then travels for every token and rank. Combine reverses these
+paths, and the backward pass of either takes the path of the other.
 
-Probabilities and places of rows, a few bytes per pair, are counted apart (`metadata_bytes`).
+Probabilities and places of rows, a few bytes per pair, are counted separately (`metadata_bytes`).
 
 Legend: N ranks, E experts, C slots per rank, S = N·C slots, G ranks per node, M = N/G nodes; rank
 n = J·G + g is local rank g of node J; T tokens, P (token, expert) pairs of a rank.
@@ -26,7 +26,7 @@ from megatron_laer.planner.geometry import check_node_size
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_exchange import expected_tokens
 
-# Counted, or expected.
+# Counted or expected rows.
 Rows = npt.NDArray[np.int64] | npt.NDArray[np.float64]
 
 _PROBABILITY_BYTES, _PLACE_BYTES, _SIZE_BYTES = 4, 4, 4
@@ -36,9 +36,7 @@ _PROBABILITY_BYTES, _PLACE_BYTES, _SIZE_BYTES = 4, 4, 4
 class TokenTraffic:
     """Rows or bytes of one exchange per rank and link class, without those that stay on a rank.
 
-    Attributes:
-        intra_N, inter_N: received from ranks of the same node and of other nodes.
-        sent_intra_N, sent_inter_N: sent to them.
+    `intra` is traffic with ranks of the same node, `inter` with those of other nodes.
     """
 
     intra_N: Rows
@@ -47,11 +45,11 @@ class TokenTraffic:
     sent_inter_N: Rows
 
     def transposed(self) -> TokenTraffic:
-        """Return what the exchange moves in the other direction."""
+        """Return the traffic of the exchange in the other direction."""
         return TokenTraffic(self.sent_intra_N, self.sent_inter_N, self.intra_N, self.inter_N)
 
     def times(self, row_bytes: int) -> TokenTraffic:
-        """Return bytes, for rows of so many."""
+        """Convert rows of `row_bytes` to bytes."""
         return TokenTraffic(
             self.intra_N * row_bytes,
             self.inter_N * row_bytes,
@@ -60,7 +58,6 @@ class TokenTraffic:
         )
 
     def __add__(self, other: TokenTraffic) -> TokenTraffic:
-        """Return what both exchanges move."""
         return TokenTraffic(
             self.intra_N + other.intra_N,
             self.inter_N + other.inter_N,
@@ -73,11 +70,8 @@ class TokenTraffic:
 class TokenRouting:
     """Numbers of pairs and of distinct tokens from each rank to each rank and node.
 
-    Attributes:
-        pairs_NN: pairs of each source rank that go to slots of each rank.
-        to_ranks_NN: distinct tokens of each source that have such pairs.
-        to_nodes_NM: distinct tokens of each source that go to any rank of each node.
-        node_size: G.
+    `pairs_NN` are by source rank and rank, `to_ranks_NN` the distinct tokens that have such pairs.
+    `to_nodes_NM` are the distinct tokens of each source that go to any rank of each node.
     """
 
     pairs_NN: Rows
@@ -89,14 +83,10 @@ class TokenRouting:
     def count(
         cls, maps: Sequence[Bool], slots: Sequence[npt.NDArray[Any]], capacity: int, node_size: int
     ) -> TokenRouting:
-        """Count a routing that is known.
+        """Count a known routing.
 
-        Args:
-            maps: of each rank the router's, bool [T, E]; T may differ.
-            slots: of each rank the slots of its pairs, by expert, then token: see
-                `dispatch.replica_choice`.
-            capacity: C.
-            node_size: G.
+        `maps` are each rank's router map, bool [T, E]; T may differ. `slots` are each rank's slots
+        of its pairs, by expert, then token (see `dispatch.replica_choice`).
         """
         num_ranks = len(maps)
         check_node_size(num_ranks, node_size)
@@ -122,14 +112,14 @@ class TokenRouting:
     def expect(
         cls, quota_NS: Int64, tokens_N: Int64, layout: ExpertLayout, node_size: int
     ) -> TokenRouting:
-        """Expect it from quotas alone, as if a token chose each expert without regard to others.
+        """Expect the routing from quotas alone, as if a token chose its experts independently.
 
         A token of rank n goes to node J with one expert with probability q/T, where q is the
-        rank's quota of that expert in the node; it misses the node if it does so with no expert:
-        T·(1 - ∏(1 - q/T)) distinct tokens. Tokens have exactly K experts, so that those that miss
-        one expert of a node are a little likelier to have another one: the true number is larger,
-        by 3 % for 8 of 64 experts that are all as likely, less for more experts. Where experts are
-        chosen together more often than that, it is smaller.
+        rank's quota of that expert in the node. It misses the node if it does so with no expert:
+        T·(1 - ∏(1 - q/T)) distinct tokens. Tokens have exactly K experts, so those that miss one
+        expert of a node are a little likelier to have another one. The true number is thus larger:
+        by 3 % for 8 of 64 equally likely experts, less for more experts. Where experts are chosen
+        together more often than that, it is smaller.
 
         Args:
             quota_NS: tokens that each source sends to each slot.
@@ -158,9 +148,9 @@ def dispatch_rows(routing: TokenRouting, exchange: TokenExchange) -> TokenTraffi
         rank  Σ p(n, m) over m ≠ n in J intra              Σ p(n, m) over m not in J inter
         node  Σ d((J', g), m) over all J', m ≠ n in J      Σ D(n, J') over J' ≠ J inter
 
-    since what the nodes have for node J is passed on there by the rank with the source's local
-    rank. As D(n, J) ≤ Σ d(n, m) ≤ Σ p(n, m) over the ranks m of node J, no rank sends more to other
-    nodes with `node` than with `rank`, and no node receives more; a single rank may.
+    since the rank with the source's local rank forwards rows from other nodes inside node J. Over
+    the ranks m of node J, D(n, J) ≤ Σ d(n, m) ≤ Σ p(n, m). So with `node` no rank sends more to
+    other nodes than with `rank`, and no node receives more; a single rank may.
     """
     num_ranks, size = len(routing.pairs_NN), routing.node_size
     node_N = np.arange(num_ranks) // size
@@ -168,13 +158,13 @@ def dispatch_rows(routing: TokenRouting, exchange: TokenExchange) -> TokenTraffi
     if exchange == TokenExchange.RANK:
         return _between_ranks(routing.pairs_NN, is_near_NN)
     inter_NM = np.where(node_N[:, None] == np.arange(num_ranks // size), 0, routing.to_nodes_NM)
-    # Rows for rank m come in over each local rank g of its node, from all nodes.
+    # Rows for rank m arrive over each local rank g of its node, from all nodes.
     passed_GN = routing.to_ranks_NN.reshape(-1, size, num_ranks).sum(axis=0)
     passed_NN = np.where(is_near_NN, passed_GN[np.arange(num_ranks) % size], 0)
     inside = _between_ranks(passed_NN, is_near_NN)
     return TokenTraffic(
         intra_N=inside.intra_N,
-        # Local rank g of node J receives what those of other nodes send there.
+        # Local rank g of node J receives the rows that the same local ranks of other nodes send.
         inter_N=inter_NM.reshape(-1, size, num_ranks // size).sum(axis=0).T.ravel(),
         sent_intra_N=inside.sent_intra_N,
         sent_inter_N=inter_NM.sum(axis=1),
@@ -184,10 +174,10 @@ def dispatch_rows(routing: TokenRouting, exchange: TokenExchange) -> TokenTraffi
 def metadata_bytes(routing: TokenRouting, exchange: TokenExchange) -> TokenTraffic:
     """Count the bytes that one dispatch moves without hidden states.
 
-    `rank` sends the probability of each pair. `node` also sends the place of each pair's row, with
-    the row one bit for each local rank, where it has two stages, and before that the sizes: one
-    from each rank, and with two stages from those that send rows to this one's node as many more as
-    a node has ranks (`token_rows.SizeMessages`).
+    `rank` sends the probability of each pair. `node` also sends the place of each pair's row. With
+    two stages, a row between nodes also carries one bit for each local rank. Each rank first sends
+    one size to every other. With two stages, ranks that exchange rows between nodes add as many
+    sizes as a node has ranks (`token_rows.SizeMessages`).
     """
     num_ranks, size = len(routing.pairs_NN), routing.node_size
     pairs = dispatch_rows(routing, TokenExchange.RANK)
@@ -208,13 +198,13 @@ def metadata_bytes(routing: TokenRouting, exchange: TokenExchange) -> TokenTraff
 
 
 def metadata_bytes_backward(routing: TokenRouting) -> TokenTraffic:
-    """Count the bytes of the probabilities' gradients, which go back pair by pair with either."""
+    """Count the bytes of the probabilities' gradients, which return pair by pair with either."""
     pairs = dispatch_rows(routing, TokenExchange.RANK)
     return pairs.transposed().times(_PROBABILITY_BYTES)
 
 
 def _between_ranks(rows_NN: Rows, is_near_NN: Bool) -> TokenTraffic:
-    """Sum what each rank sends to each other one, [N, N], by link class."""
+    """Sum each rank's rows to each other rank, [N, N], by link class."""
     near_NN = np.where(is_near_NN & ~np.eye(len(rows_NN), dtype=np.bool_), rows_NN, 0)
     far_NN = np.where(is_near_NN, 0, rows_NN)
     return TokenTraffic(

@@ -1,6 +1,6 @@
-"""A `Trace` gives the balance benchmarks their cases: counts, and what was known before them.
+"""Cases of the balance benchmarks: counts from a trace, and the earlier counts for forecasts.
 
-It is an npz file with tokens [iterations, layers, ranks, microbatches, experts].
+The trace is an npz file with tokens [iterations, layers, ranks, microbatches, experts].
 
 Legend: N ranks, E experts.
 """
@@ -20,7 +20,7 @@ from megatron_laer.tools.traces import read_trace
 
 @dataclass(frozen=True)
 class Case:
-    """Where in a trace the counts to be balanced are."""
+    """Place of a case's counts in a trace."""
 
     iteration: int
     layer: int
@@ -28,11 +28,9 @@ class Case:
 
 
 class Trace:
-    """Reads counts_NE of every case from a trace, and forecasts them from earlier ones.
+    """Counts of every case of a trace, and forecasts from earlier ones.
 
-    Raises:
-        ValueError: no such file, or a microbatch of it has no tokens.
-        OSError: it cannot be read.
+    Raises ValueError for a missing file or a microbatch without tokens.
     """
 
     def __init__(self, path: Path) -> None:
@@ -40,12 +38,11 @@ class Trace:
         if not trace.counts_RNE.any(axis=(1, 2)).all():
             raise ValueError(f"{path} has a microbatch without tokens")
         shape = len(trace.layers), int(trace.microbatch_R.max()) + 1, *trace.counts_RNE.shape[1:]
-        # In the order of the file's axes, but for ranks, which come after microbatches.
+        # In the order of the file's axes, except ranks, which come after microbatches.
         self.counts: npt.NDArray[np.int64] = trace.counts_RNE.astype(np.int64).reshape(-1, *shape)
         self._forecasts: dict[int, list[SmoothedForecast]] = {}
 
     def cases(self, stride: int, offset: int) -> list[Case]:
-        """List every `stride`-th case, from `offset` on."""
         iterations, layers, count = self.counts.shape[:3]
         every = [
             Case(iteration, layer, microbatch)
@@ -56,7 +53,6 @@ class Trace:
         return every[offset::stride]
 
     def now(self, case: Case) -> Int64:
-        """Return the counts of the case itself."""
         counts_NE: Int64 = self.counts[case.iteration, case.layer, case.microbatch]
         return counts_NE
 
@@ -72,7 +68,6 @@ class Trace:
         return self._forecasts[case.layer][case.iteration - 1].counts_NE()
 
     def before(self, case: Case) -> Int64 | None:
-        """Return the microbatch before the case in its iteration, if there is one."""
         if case.microbatch == 0:
             return None
         counts_NE: Int64 = self.counts[case.iteration, case.layer, case.microbatch - 1]

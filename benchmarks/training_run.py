@@ -1,8 +1,8 @@
-"""`measure` runs Megatron's own training loop on this rank and times its steps.
+"""Timed training steps in Megatron's own loop on this rank.
 
-`pretrain_gpt.main()` runs with a command line; observers note when a step begins, which experts
-tokens went to, and what the compute waited for. Routing is imposed through Megatron's own means:
-its flags for balanced and biased routing, and its router replay.
+`pretrain_gpt.main()` runs with a command line. Observers record the starts of steps, the experts of
+tokens, and the exposed waits. Megatron's own means impose the routing: its flags for balanced and
+biased routing, and its router replay.
 
 Legend: P steps, L layers, N ranks, E experts.
 """
@@ -28,12 +28,10 @@ from megatron_laer.session import current_coordinator
 
 @dataclass(frozen=True)
 class Routing:
-    """How tokens find their experts.
+    """Choice of the tokens' experts.
 
-    Attributes:
-        flags: Megatron's.
-        trace: file of a trace that is replayed, one step after the other.
-        bias: standard deviation and seed of a fixed bias per expert.
+    `trace` is the file of a trace to replay, step by step. `bias` is the standard deviation and the
+    seed of a fixed bias per expert.
     """
 
     flags: str = ""
@@ -43,16 +41,16 @@ class Routing:
 
 @dataclass
 class Measured:
-    """What a run says about itself; lists have one entry per step.
+    """Measurements of a run, with one entry per step.
 
     Attributes:
-        step_ms: from the begin of a step to the begin of the next.
-        cpu_ms: processor time of this rank in the meantime, all threads. Unlike the wall clock it
-            hardly grows when other work shares the cores, and it leaves out waiting.
-        stock_skew: mean over layers of max/mean tokens per rank as stock placement has it.
-        restore_exposed_ms, reduce_exposed_ms: what this rank's compute waited for, FSEP only.
-        fsep_skew: max/mean tokens per rank as FSEP computed them, per layer and microbatch; of the
-            newest ones, on rank 0.
+        step_ms: from the start of a step to the start of the next.
+        cpu_ms: processor time of this rank in a step, all threads. Unlike wall time it excludes
+            waits, and hardly grows when other work shares the cores.
+        stock_skew: mean over layers of max/mean tokens per rank with stock placement.
+        restore_exposed_ms, reduce_exposed_ms: exposed waits of this rank's compute, FSEP only.
+        fsep_skew: max/mean tokens per rank as FSEP computed them, per layer and microbatch; only
+            the newest ones, on rank 0.
     """
 
     step_ms: list[float] = field(default_factory=list)
@@ -64,11 +62,10 @@ class Measured:
 
 
 def measure(flags: list[str], routing: Routing, shape: RoutingShape | None, steps: int) -> Measured:
-    """Train for so many steps, and one more whose begin ends the last. Collective.
+    """Train for `steps` steps, and one more whose start ends the last. Collective.
 
-    Args:
-        shape: of the routing; without it nothing is said of stock's skew, as where layers are on
-            other ranks.
+    Without `shape`, the routing's sizes, stock's skew is omitted, as where layers are on other
+    ranks.
     """
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
@@ -96,7 +93,7 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape | None, step
         if routing.bias is not None:
             assert shape is not None
             _set_fixed_biases(shape, *routing.bias)
-        torch.manual_seed(dist.get_rank())  # what forced routing draws its noise from
+        torch.manual_seed(dist.get_rank())  # forced routing draws its noise from this generator
         return result
 
     def observed_step(*args: Any, **kwargs: Any) -> Any:
@@ -134,10 +131,10 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape | None, step
 
 
 def _set_fixed_biases(shape: RoutingShape, std: float, seed: int) -> None:
-    """Give Megatron's cache of fixed biases its content, which it would otherwise draw.
+    """Fill Megatron's cache of fixed biases, which it would otherwise draw.
 
-    It draws from the generator that also draws stock's experts, and FSEP's come from others: stock
-    and FSEP would get different biases.
+    Its draws use the generator that also draws stock's experts, whereas FSEP's come from others:
+    stock and FSEP would get different biases.
     """
     from megatron.core.transformer.moe.moe_utils import RandomSTEShared
 
@@ -147,7 +144,7 @@ def _set_fixed_biases(shape: RoutingShape, std: float, seed: int) -> None:
 
 
 def _stock_skew(counts_ME: torch.Tensor, steps: int) -> list[float]:
-    """Per step; M = P·L, or more where layers are run again."""
+    """Return the skew of each step; M = P·L, or more where layers are run again."""
     counts_NME = counts_ME.new_empty((dist.get_world_size(), *counts_ME.shape))
     dist.all_gather_into_tensor(counts_NME.view(-1, counts_ME.shape[1]), counts_ME.contiguous())
     counts_MNE = counts_NME.transpose(0, 1).cpu().numpy()

@@ -1,8 +1,8 @@
 """Compares `simulate`'s predictions with measured times: `python -m benchmarks.validate_simulator`.
 
-Here: the end-to-end benchmark on two ranks of this machine, after constants were measured on it.
-Published: the cells of LAER-MoE's artifact, if its files are there. What to expect, and what these
-comparisons cannot show, is in `docs/simulator.md`.
+Here: the end-to-end benchmark on two ranks of this machine, after its constants were measured.
+Published: the cells of LAER-MoE's artifact, if its files are there. `docs/simulator.md` has the
+expected results, and the limits of these comparisons.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from megatron_laer.files.checks import quoted, refuse_overwriting
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.tools.cli.argument_types import path
 
-# A pair of times that differs by less is not expected in order.
+# Relative difference from which on a pair of times is expected in order.
 _TOLD_APART = 0.05
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compare what is asked for; 1 if nothing could be compared."""
+    """Compare the requested parts; return 1 if nothing could be compared."""
     parser = parser_of("benchmarks.validate_simulator", __doc__)
     add_json(parser)
     parser.add_argument("--published", type=path, help="the folder with laer_ae_*.csv")
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report_here(rows: Sequence[dict[str, Any]]) -> None:
-    """Print this machine's configurations, and how many of those not calibrated on are near."""
+    """Print this machine's configurations, and the accuracy of those not calibrated on."""
     unseen = [row for row in rows if not row["calibrated"]]
     print_table([{**row, "error": row["predicted_s"] / row["measured_s"] - 1} for row in rows])
     near = sum(abs(row["predicted_s"] / row["measured_s"] - 1) <= 0.1 for row in unseen)
@@ -87,7 +87,7 @@ def _report_here(rows: Sequence[dict[str, Any]]) -> None:
 
 
 def _pairs(times: Sequence[tuple[float, float]], apart: float = _TOLD_APART) -> tuple[int, int]:
-    """Count the pairs that are in the right order, and those that are apart as measured."""
+    """Count the pairs in the right order, and those that are measurably apart."""
     told = [
         (one, other)
         for one, other in combinations(times, 2)
@@ -98,7 +98,7 @@ def _pairs(times: Sequence[tuple[float, float]], apart: float = _TOLD_APART) -> 
 
 
 def published(folder: Path, of: Published, *, quick: bool = False) -> dict[str, Any]:
-    """Fit on Mixtral-8x7B's cells, predict all, and print scores beside priors and FLOPs."""
+    """Fit on Mixtral-8x7B's cells, predict all, and print scores next to priors and FLOPs."""
     found = _fitted(of)
     rows = []
     for cell in of.cells:
@@ -145,7 +145,7 @@ def _fitted(of: Published) -> Fit:
     )
 
 
-# Rates that others hold possible: see the spreads in the cluster's file.
+# Other plausible rates: see the spreads in the cluster's file.
 _OTHERWISE = {
     "as in the file": {},
     "token exchange 30 GB/s": {"intra.bytes_per_s": 3.0e10},
@@ -157,7 +157,7 @@ _OTHERWISE = {
 
 
 def undetermined(folder: Path) -> list[dict[str, Any]]:
-    """Fit again with other hardware: what changes no error is not determined by the data."""
+    """Fit again with other hardware: the data do not determine a rate that changes no error."""
     rows = []
     for name, constants in _OTHERWISE.items():
         of = Published(folder, constants=constants)
@@ -192,7 +192,7 @@ def naive_seconds(cell: Cell, cells: Sequence[Cell]) -> float:
 
 
 def score(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return errors by group of cells, and how many pairs of methods are in the right order."""
+    """Return errors by group of cells, and the number of method pairs in the right order."""
     groups = {
         "fitted (Mixtral-8x7B)": [row for row in rows if row["fitted"]],
         "unseen, Qwen-8x7B": [row for row in rows if "qwen" in row["cell"]],
@@ -246,10 +246,10 @@ def _print_constants(found: Fit) -> None:
 
 
 def ablations(folder: Path, of: Published, constants: Constants) -> list[dict[str, Any]]:
-    """Compare ablations of LAER: those that need no counts of experts.
+    """Compare those ablations of LAER that need no counts of experts.
 
     Without its communication schedule the artifact restores behind attention and exchanges
-    gradients at once; with everything exposed is the most that can cost.
+    gradients at once. Full exposure is an upper bound of that cost.
     """
     measured, _ = read_measured(folder)
     cells = {

@@ -1,7 +1,7 @@
-"""A small MoE GPT is trained on this machine's CPU with FSEP, then with stock, for a comparison.
+"""Quick start: trains a small MoE GPT on this machine's CPU with FSEP, then with stock.
 
 `quickstart.sh` makes the environment and calls this. It starts `pretrain_gpt.py` twice under
-torchrun, follows its log, and compares; it trains nothing itself.
+torchrun, follows its log and compares; it trains nothing itself.
 
 Legend: N ranks, E experts, M microbatches, L MoE layers.
 """
@@ -40,7 +40,7 @@ _SCRIPT = Path(__file__).resolve().parents[1] / "pretrain_gpt.py"
 
 MODEL = "tiny-moe"
 STEPS = 200
-# Some hours; whoever wants more trains on more than this.
+# Some hours; longer runs belong on larger machines.
 MAX_STEPS = 100_000
 _SECONDS_BETWEEN_LINES = 5.0
 _CACHE, _LOG = "cache", "{}.log"
@@ -54,7 +54,7 @@ TRAINING_FLAGS = """
 
 @dataclass
 class Run:
-    """What one training said about itself."""
+    """Measurements of one training, from its log."""
 
     name: str
     losses: list[float] = field(default_factory=list)
@@ -66,10 +66,9 @@ class Run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train twice and print the comparison; 1 if a part fails.
+    """Train twice and print the comparison; return 1 if a part fails.
 
-    Raises:
-        ValueError, OSError: what was passed does not work.
+    Raises ValueError or OSError for bad arguments.
     """
     args = _parser().parse_args(argv)
     started_s = time.monotonic()
@@ -105,11 +104,7 @@ def _recordings(work_dir: Path) -> tuple[Path, ...]:
 
 
 def _refuse_others(work_dir: Path) -> None:
-    """Refuse a folder with recordings of another run, which a quick start would remove.
-
-    Raises:
-        ValueError: with one of them.
-    """
+    """Raise ValueError for a folder with recordings of another run, which would be removed."""
     there = [path for path in _recordings(work_dir) if path.exists()]
     if there and not (work_dir / _LOG.format("fsep")).exists():
         raise ValueError(
@@ -118,7 +113,7 @@ def _refuse_others(work_dir: Path) -> None:
 
 
 def _fsep_flags(work_dir: Path) -> list[str]:
-    """Return the flags of FSEP, which records what the page shows; an earlier run's goes."""
+    """Remove an earlier run's recordings; return FSEP's flags, which record the page's data."""
     for path in _recordings(work_dir):
         path.unlink(missing_ok=True)
     kinds = ("--fsep-record-metrics", "--fsep-record-trace", "--fsep-record-layouts")
@@ -178,7 +173,7 @@ def _prepare_text(work_dir: Path) -> Path:
     )
     if result.returncode:
         raise RuntimeError(f"Making the dataset failed:\n{result.stderr}")
-    # Of an earlier quick start, perhaps with another Python's sources.
+    # The cache may be of an earlier quick start, with another Python's sources.
     shutil.rmtree(work_dir / _CACHE, ignore_errors=True)
     print(f"  {result.stdout.splitlines()[0]}")
     return prefix
@@ -197,7 +192,7 @@ def _run_flags(args: argparse.Namespace) -> list[str]:
 def _train(name: str, flags: list[str], args: argparse.Namespace) -> Run:
     print(f"\nTraining with {name} on {args.ranks} CPU ranks, {args.steps} steps", flush=True)
     if name == "stock":
-        # Stock has no metric of balance, so its routing is written out and counted afterwards.
+        # Stock has no metric of balance, so its routing is recorded and counted afterwards.
         flags = [*flags, "--moe-routing-trace-path", str(args.work_dir / "stock-routing")]
     command = [
         *(sys.executable, "-m", "torch.distributed.run"),
@@ -222,7 +217,7 @@ def _train(name: str, flags: list[str], args: argparse.Namespace) -> Run:
         try:
             _follow(_copied(process.stdout, log), run, args.steps)
         except BaseException:
-            # torchrun then ends its ranks.
+            # torchrun then terminates its ranks.
             process.terminate()
             raise
     run.wall_s = time.monotonic() - started_s
@@ -236,7 +231,7 @@ def _train(name: str, flags: list[str], args: argparse.Namespace) -> Run:
 
 
 _ENVIRONMENT = {
-    # Also where there is a GPU: the quick start is the same everywhere.
+    # Also with a GPU, so that the quick start is the same everywhere.
     "MEGATRON_LAER_DEVICE": "cpu",
     "OMP_NUM_THREADS": "1",
     "PYTHONUNBUFFERED": "1",
@@ -251,7 +246,7 @@ def _copied(lines: Iterator[str], log: object) -> Iterator[str]:
 
 
 def _follow(lines: Iterator[str], run: Run, steps: int) -> None:
-    """Read a run's numbers from its log, printing progress now and then."""
+    """Read a run's numbers from its log, and print progress from time to time."""
     printed_s = -float("inf")
     for line in lines:
         if match := re.search(r"validation loss at .*validation set .*lm loss value: (\S+)", line):
@@ -279,7 +274,7 @@ def _follow(lines: Iterator[str], run: Run, steps: int) -> None:
 
 
 def _traced_imbalance(folder: Path, num_ranks: int) -> list[float]:
-    """Per step, max/mean tokens per rank, over layers and microbatches: counted, not predicted."""
+    """Return each step's measured max/mean tokens per rank, over layers and microbatches."""
     by_step: dict[int, list[float]] = {}
     paths = [folder / f"router_trace_rank{rank}.jsonl" for rank in range(num_ranks)]
     # Ranks run the same layers in the same order, so equal lines are the same microbatch.

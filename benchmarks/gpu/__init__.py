@@ -1,1 +1,1 @@
-"""What a card shows: one module for each subject, and `__main__` for all of them."""
+"""Measurements on a card: one module for each subject, and `__main__` for all of them."""

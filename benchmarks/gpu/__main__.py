@@ -1,7 +1,7 @@
-"""Runs every part of the GPU check: `scripts/gpu_check.sh` starts it.
+"""All parts of the GPU check, which `scripts/gpu_check.sh` starts.
 
-A part is a process of its own, so that it has the card's memory for itself, and its failure is told
-after the others have run. Parts that time does not suffice for are named.
+A part is a process of its own, so that it has the card's memory for itself. Its failure is reported
+after the others have run. Parts are named for which time does not suffice.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from megatron_laer.tools.cli.program import Parser
 _ROOT = Path(__file__).resolve().parents[2]
 _CONNECTIONS = ("1", "8", "32")
 _PARITY_RANKS = (2, 4, 8)
-# What a part's processes need beside their measurements, and what the last one may be late by.
+# Time that a part's processes need besides measurements, and slack of the last one.
 _SPARE_S, _SPARE_ON_RANKS_S = 15.0, 40.0
 _LAST_S = 30.0
 _DRY_S = 600.0
@@ -40,13 +40,10 @@ _DRY_S = 600.0
 
 @dataclass(frozen=True)
 class Task:
-    """Describes one process of the check.
+    """One process of the check.
 
-    Attributes:
-        name: of the part; several tasks may have parts of it.
-        share: of the time, beside the other tasks' shares.
-        ranks: that it needs; 1 runs without torchrun.
-        environment: what it is started with besides.
+    A part `name` may have several tasks. `share` is the weight of the task's time; with one of
+    `ranks` it runs without torchrun.
     """
 
     name: str
@@ -57,7 +54,7 @@ class Task:
 
     @property
     def title(self) -> str:
-        """The name, with what tells tasks of a name apart."""
+        """Return the name, with the differences between tasks of one name."""
         more = [f"{self.ranks} ranks"] if self.ranks > 1 else []
         return " ".join([self.name, *more, *("=".join(pair) for pair in self.environment)])
 
@@ -74,7 +71,6 @@ PARTS = (*(task.name for task in _ON_ONE_CARD), *_ON_RANKS)
 
 
 def tasks(parts: Sequence[str], ranks: int, nodes: int, *, dry: bool) -> list[Task]:
-    """The processes of these parts, in the order in which they run."""
     found = [task for task in _ON_ONE_CARD if task.name in parts]
     if ranks == 1:
         return found
@@ -99,7 +95,7 @@ def tasks(parts: Sequence[str], ranks: int, nodes: int, *, dry: bool) -> list[Ta
 
 
 def launch(task: Task, options: argparse.Namespace) -> list[str]:
-    """The words that start a task's Python, up to its module's arguments."""
+    """Return the words that start a task's Python, up to its module's arguments."""
     if task.ranks == 1:
         return [sys.executable, "-m", task.module]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(task.ranks // options.nodes)]
@@ -116,7 +112,7 @@ def launch(task: Task, options: argparse.Namespace) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the check; 1 if a part failed, 2 if it cannot run here."""
+    """Run the check; return 1 if a part failed, 2 if it cannot run here."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(given)
     parts = options.parts.split(",") if options.parts else list(PARTS)
@@ -134,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             share_s = end_s - time.monotonic()
             spare_s = _SPARE_S if left[0].ranks == 1 else _SPARE_ON_RANKS_S
             seconds = share_s * left[0].share / sum(task.share for task in left) - spare_s
-            # There it is not about speed, and everything is to run.
+            # A dry run measures no speed, and must run everything.
             seconds = _DRY_S if options.dry_run else seconds
             task = left.pop(0)
             print(f"== {task.title}", flush=True)
@@ -152,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(task: Task, options: argparse.Namespace, data: str, seconds: float) -> Part | None:
-    """Run one task; None if it failed."""
+    """Run one task; return None if it failed."""
     if not task.module:
         return run_tests(options.dry_run, seconds)
     name = task.title.replace(" ", "-")
@@ -161,7 +157,7 @@ def run(task: Task, options: argparse.Namespace, data: str, seconds: float) -> P
     words = [*launch(task, options), "--seconds", f"{seconds:.0f}", "--json", str(json_file)]
     words += ["--data", data] * (task.ranks > 1) + ["--dry-run"] * options.dry_run
     environment = {**os.environ, **dict(task.environment), "PYTHONPATH": _python_path()}
-    # Runs end by their own budget; this is for those that hang.
+    # Runs end by their own budget; this limit is for those that hang.
     limit_s = seconds + 120
     with log.open("w") as output:
         status = _status_of(words, environment, output, limit_s)
@@ -175,7 +171,7 @@ def run(task: Task, options: argparse.Namespace, data: str, seconds: float) -> P
 def _status_of(
     words: Sequence[str], environment: dict[str, str], output: IO[str], limit_s: float
 ) -> int | None:
-    """Status of a program; None if it took too long. Ends all that it has started with it."""
+    """Return a program's status, or None if it took too long; end its whole process group."""
     process = subprocess.Popen(
         words, env=environment, cwd=_ROOT, stdout=output, stderr=output, start_new_session=True
     )
@@ -209,10 +205,9 @@ def run_tests(dry: bool, seconds: float) -> Part | None:
 
 
 def refusal(options: argparse.Namespace, parts: Sequence[str]) -> str | None:
-    """Why this machine cannot run the check as asked; None if it can.
+    """Return the reason why this machine cannot run the check as requested, or None.
 
-    Raises:
-        ValueError: there can be no folder for the result.
+    Raises ValueError for an unusable output folder.
     """
     unknown = [part for part in parts if part not in PARTS]
     if unknown:
@@ -256,7 +251,6 @@ def _parser() -> argparse.ArgumentParser:
 
 @contextlib.contextmanager
 def _data(options: argparse.Namespace, is_needed: bool) -> Iterator[str]:
-    """The prefix of a dataset, where all nodes see it."""
     prefix = options.output.resolve() / "data" / "text"
     if is_needed and not prefix.with_suffix(".idx").exists():
         from megatron_laer.tools.data import default_text_sources, prepare_data

@@ -23,7 +23,6 @@ _NAMES = (
 
 
 def measure_memory(ranks: Ranks) -> Part:
-    """Use every communicator once, one after the other."""
     if not ranks.may_run():
         return Part(left_out=["communicators: the time was spent"])
     dist.init_process_group("gloo" if ranks.dry else "nccl")
@@ -42,7 +41,7 @@ def measure_memory(ranks: Ranks) -> Part:
 
 
 def rows(gathered: list[dict[str, int]], sizes: dict[str, int]) -> list[dict[str, Any]]:
-    """The table of communicators, with the least and the most of all ranks."""
+    """Return the table of communicators, with minimum and maximum over all ranks."""
     return [
         {
             "communicator": name,

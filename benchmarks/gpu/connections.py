@@ -20,7 +20,7 @@ from benchmarks.training_run import Measured, Routing, measure
 
 _PIPELINE = "--pipeline-model-parallel-size 2"
 _ACCUMULATION = 4
-# Flags, and the layers that they need at least.
+# Flags, and the minimum number of layers.
 PIPELINES = {
     "none": ("", 1),
     "pipeline 2": (_PIPELINE, 2),
@@ -29,7 +29,6 @@ PIPELINES = {
 
 
 def measure_pipelines(ranks: Ranks) -> Part:
-    """Train FSEP with each pipeline."""
     part = Part()
     found: dict[str, Measured] = {}
     for name, (more, layers) in PIPELINES.items():
@@ -62,7 +61,6 @@ def measure_pipelines(ranks: Ranks) -> Part:
 
 
 def rows(found: dict[str, Measured], warm_up: int) -> list[dict[str, Any]]:
-    """The table of pipelines."""
     return [
         {
             "pipeline": name,

@@ -21,7 +21,7 @@ from benchmarks.gpu.timing import Times, in_turn, matmul_tflops
 from megatron_laer.layer.experts.gemm import SlotGemm, gemm_names, slot_gemm
 
 _MATMUL, _DRY_MATMUL = 8192, 64
-# Of the largest value; a rounding to bfloat16 is 0.004.
+# Limit relative to the largest value; a rounding to bfloat16 is 0.004.
 _MOST_DIFFERENT = 0.02
 _PASSES = ("forward", "backward")
 
@@ -30,7 +30,7 @@ Case = tuple[Model, str, str, dict[str, Times]]
 
 
 def measure(setting: Setting) -> Part:
-    """Measure every back end that computes here."""
+    """Measure every back end that works here."""
     part = Part()
     cases = [(model, split) for model in models(setting.dry) for split in ("even", "skewed")]
     share_s = setting.budget.left_s / (2 * len(cases) + 1)
@@ -67,7 +67,7 @@ def measure(setting: Setting) -> Part:
 
 
 def rows(found: Sequence[Case], plain_tflops: float) -> list[dict[str, Any]]:
-    """The table of back ends: times, ratios to `loop`, and shares of a plain product's speed."""
+    """Return the table of times, ratios to `loop`, and shares of a plain product's speed."""
     return [
         {
             "model": model.name,
@@ -89,13 +89,13 @@ def rows(found: Sequence[Case], plain_tflops: float) -> list[dict[str, Any]]:
 
 
 def operations(model: Model, which: str) -> float:
-    """Multiplications and additions of a pass over the gated experts' two matrices."""
+    """Return the multiplications and additions of a pass over the gated experts' two matrices."""
     forward = 2.0 * model.rows * 3 * model.hidden * model.ffn
     return forward if which == "forward" else 2 * forward
 
 
 class _Experts:
-    """Holds the tensors of the experts' two products."""
+    """Tensors of the experts' two products."""
 
     def __init__(self, model: Model, rows_C: list[int], setting: Setting) -> None:
         self.rows_C = rows_C
@@ -110,16 +110,13 @@ class _Experts:
         self.outs = [make(model.slots, *shape, dtype=torch.float32) for shape in shapes]
 
     def run(self, gemm: SlotGemm, which: str) -> Callable[[], list[torch.Tensor]]:
-        """A pass on this back end."""
         return lambda: self.forward(gemm) if which == "forward" else self.backward(gemm)
 
     def forward(self, gemm: SlotGemm) -> list[torch.Tensor]:
-        """Both outputs."""
         pairs = zip(self.inputs, self.weights, strict=True)
         return [gemm.forward(input_TK, weight_CRK, self.rows_C) for input_TK, weight_CRK in pairs]
 
     def backward(self, gemm: SlotGemm) -> list[torch.Tensor]:
-        """All gradients."""
         found = []
         for parts in zip(self.grads, self.inputs, self.weights, self.outs, strict=True):
             grad_TR, input_TK, weight_CRK, out_CRK = parts
@@ -128,10 +125,10 @@ class _Experts:
         return [*found, *self.outs]
 
     def difference(self, gemm: SlotGemm) -> dict[str, float]:
-        """How far its results are from `loop`'s, of the largest value, in each pass."""
+        """Return the largest difference from `loop` in each pass, relative to the largest value."""
         found = {}
         for which in _PASSES:
-            # Copies, since the next pass writes the same gradients of weights.
+            # Copies, since the next pass overwrites the gradients of weights.
             expected = [each.clone() for each in self.run(slot_gemm("loop"), which)()]
             for out_CRK in self.outs:
                 out_CRK.fill_(float("nan"))

@@ -1,7 +1,7 @@
 """Bandwidth of the project's kernels, as a share of a plain copy's on the same card.
 
-`python -m benchmarks.gpu.kernels`. The bytes of a kernel are those of everything that it is given
-and of everything that it returns, once each. Without a card the torch of each kernel runs.
+`python -m benchmarks.gpu.kernels`. A kernel's bytes are those of its arguments and results, once
+each. Without a card each kernel's torch version runs.
 
 Legend: T tokens, E experts, C slots of a rank, S of all, P pairs, H columns; R rows of a matrix,
 r of a rank, K columns.
@@ -34,10 +34,9 @@ _COPY_BYTES, _DRY_COPY_BYTES = 2**30, 2**16
 
 @dataclass(frozen=True)
 class Kernel:
-    """Names a kernel, what computes the same on the CPU, and what both are given.
+    """A kernel, its reference on the CPU, and the arguments of both.
 
-    Attributes:
-        make: arguments of `run` and of `reference`, of a model's sizes.
+    `make` returns the arguments of `run` and of `reference` for a model's sizes.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Kernel:
 
 
 def measure(setting: Setting) -> Part:
-    """Measure every kernel at every model's sizes."""
     part = Part()
     share_s = setting.budget.left_s / (len(KERNELS) * len(models(setting.dry)) + 2)
     copied = copy_gb_per_s(
@@ -75,7 +73,7 @@ def measure(setting: Setting) -> Part:
 
 
 def rows(found: list[tuple[str, str, int, Times]], copied_gb_per_s: float) -> list[dict[str, Any]]:
-    """The table of kernels: their bandwidth and its share of a copy's."""
+    """Return the table of kernels: their bandwidth and its share of a copy's."""
     return [
         {
             "kernel": name,
@@ -96,7 +94,7 @@ def _bytes(value: Any) -> int:
 
 
 def _triton(name: str) -> Callable[..., Any]:
-    """A function of the permutations' Triton kernels, which are imported when it is called."""
+    """Return a function of the permutations' Triton kernels, imported at the first call."""
 
     def call(*given: Any) -> Any:
         return getattr(import_module("megatron_laer.layer.dispatch.kernels"), name)(*given)

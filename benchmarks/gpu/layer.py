@@ -1,10 +1,10 @@
 """One whole MoE layer, forward and backward: FSEP's against stock Megatron's on the same card.
 
-`python -m benchmarks.gpu.layer`. The process stands in for rank 0 of N (`lone_rank`), routing is
-forced to balance on both sides, and parameters have the gradient buffers in float32 that Megatron's
-data-parallel wrapper gives them. Stock computes its experts with Transformer Engine's grouped GEMM
-where that is installed, else one after the other. Times are for a layer alone, behind which FSEP
-can hide nothing of its exchanges but what its own other products hide.
+`python -m benchmarks.gpu.layer`. The process stands in for rank 0 of N (`lone_rank`), and routing
+is forced to balance on both sides. Parameters have the float32 gradient buffers of Megatron's
+data-parallel wrapper. Stock computes its experts with Transformer Engine's grouped GEMM where that
+is installed, else one after the other. Times are for a layer alone, where FSEP can hide its
+exchanges only behind the layer's own products.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def measure(setting: Setting) -> Part:
 
 
 def rows(found: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
-    """The table of layers: times of all turns together, ratios to stock, and peaks of memory."""
+    """Return the table of times over all turns, ratios to stock, and memory peaks."""
     table = []
     for model, sides in found.items():
         all_ms = {
@@ -87,7 +87,6 @@ def rows(found: dict[str, dict[str, list[dict[str, Any]]]]) -> list[dict[str, An
 
 
 def measure_one(side: str, model: Model, dry: bool) -> dict[str, Any]:
-    """Build a layer of one side, and measure it."""
     from megatron_laer import launch
 
     lone_rank.install(model.ranks)
@@ -121,7 +120,7 @@ def measure_one(side: str, model: Model, dry: bool) -> dict[str, Any]:
 
 
 def _build(model: Model, grouped: bool) -> torch.nn.Module:
-    """Megatron's MoE layer of these sizes; FSEP's, where FSEP is on."""
+    """Build Megatron's MoE layer of these sizes; FSEP's if FSEP is on."""
     from megatron.core.models.gpt import gpt_layer_specs
     from megatron.core.transformer import TransformerConfig
 
@@ -156,7 +155,7 @@ def _build(model: Model, grouped: bool) -> torch.nn.Module:
 def _times(
     layer: torch.nn.Module, model: Model, device: torch.device, computed: list[int], rounds: int
 ) -> dict[str, list[float]]:
-    """Times of each step; `computed` gets the rows of the experts."""
+    """Return the times of each step; `computed` receives the rows of the experts."""
     import megatron_laer
 
     shape = model.tokens, 1, model.hidden
@@ -180,7 +179,7 @@ def _times(
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure all, or one side of one model for the process that measures all."""
+    """Measure everything, or one model's side for the process that measures everything."""
     if arguments[:1] != [_ONE]:
         return run_part(__doc__, measure, arguments)
     parser = argparse.ArgumentParser()

@@ -1,8 +1,8 @@
-"""One process stands in for rank 0 of N: collectives copy what it sent to where it would receive.
+"""Stand-in for rank 0 of N: collectives copy the sent data to the receive buffers.
 
-Every other rank is taken to send what this one does. So counts, plans and the sizes of all buffers
-are those of N ranks; received values are finite and mean nothing, and a copy on the card takes the
-place of the wire.
+Every other rank is assumed to send the same as this one. So counts, plans and the sizes of all
+buffers are those of N ranks. Received values are finite and meaningless, and a copy on the card
+replaces the wire.
 """
 
 from __future__ import annotations
@@ -14,19 +14,18 @@ import torch.distributed as dist
 
 
 class _Done:
-    """Is the work of a collective that is in its stream already."""
+    """Work of a collective that is already in its stream."""
 
     def wait(self, *_: Any) -> bool:
-        """Return at once: the stream orders what follows."""
+        """Return at once: the stream orders later work."""
         return True
 
     def is_completed(self) -> bool:
-        """Tell so."""
         return True
 
 
 def install(ranks: int) -> None:
-    """Make this process rank 0 of so many. Before Megatron is imported, which binds collectives."""
+    """Make this process rank 0 of N. Call it before importing Megatron, which binds collectives."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     for function in (all_gather_into_tensor, all_to_all_single, all_gather_object):
@@ -37,19 +36,17 @@ def install(ranks: int) -> None:
 def all_gather_into_tensor(
     output: torch.Tensor, given: torch.Tensor, group: Any = None, async_op: bool = False
 ) -> _Done:
-    """Gather what this rank has from every rank."""
     _fill(output, given)
     return _Done()
 
 
 def all_to_all_single(output: torch.Tensor, given: torch.Tensor, *_: Any, **__: Any) -> _Done:
-    """Receive what this rank sends, again and again, or as much of it as was asked for."""
+    """Receive this rank's sent data, repeated or cut to the output's size."""
     _fill(output, given)
     return _Done()
 
 
 def all_gather_object(objects: list[Any], mine: Any, group: Any = None) -> None:
-    """Gather this rank's object from every rank."""
     objects[:] = [mine] * len(objects)
 
 

@@ -19,7 +19,6 @@ _MOST_ROUNDS = 30
 
 
 def measure(setting: Setting) -> Part:
-    """Measure the copy alone, and beside the chain at each priority, in turn."""
     device = setting.device
     size, links, copied = (64, 3, 2**12) if setting.dry else (8192, 12, 2**24)
     a, b = (torch.randn(size, size, device=device, dtype=setting.dtype) for _ in range(2))
@@ -49,7 +48,7 @@ def measure(setting: Setting) -> Part:
 
 
 def rows(alone: dict[str, Times], found: dict[int, tuple[Times, Times]]) -> list[dict[str, Any]]:
-    """The table of priorities; both times count from the beginning of the chain."""
+    """Return the table of priorities; both times count from the start of the chain."""
     return [
         {
             "priority": priority,
@@ -63,7 +62,7 @@ def rows(alone: dict[str, Times], found: dict[int, tuple[Times, Times]]) -> list
 
 
 def _beside(chain: Any, copy: Any, priority: int, device: torch.device) -> tuple[float, float]:
-    """When the copy was done, and the chain, in ms since the chain began."""
+    """Return the end times of the copy and of the chain, in ms since the chain's start."""
     if device.type != "cuda":
         chain_ms = elapsed_ms(chain, device)
         return chain_ms + elapsed_ms(copy, device), chain_ms

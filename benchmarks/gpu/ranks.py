@@ -1,7 +1,7 @@
-"""Parts on several cards run here: one process for each rank, as torchrun starts them.
+"""Parts on several cards: one process for each rank, as torchrun starts them.
 
-A part trains again and again in the same processes. Each run has a process group of its own, so
-each needs an address of its own to meet at, which rank 0 tells through torchrun's store.
+A part trains again and again in the same processes. Each run has its own process group and thus
+needs its own rendezvous address, which rank 0 distributes through torchrun's store.
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ from benchmarks.end_to_end_cases import Size
 from benchmarks.gpu.report import Part, finish
 from benchmarks.gpu.timing import Budget
 
-# Large enough that experts dominate a step, and small enough for many runs. Experts for each rank.
+# Sizes at which experts dominate a step, yet many runs fit. `experts` is per rank.
 _CARD = Size(4, 2048, 4096, 4, 4, 4096, 1, warm_up=2, steps=8, repeats=1)
 _DRY = Size(1, 32, 48, 4, 2, 16, 2, warm_up=1, steps=4, repeats=1)
 
 
 class Ranks:
-    """Is what all ranks of a part agree on.
+    """State that all ranks of a part share.
 
-    Attributes:
-        data: prefix of the dataset that runs train on.
-        folder: where ranks may leave files for each other.
+    `data` is the prefix of the training data; ranks leave files for each other in `folder`.
     """
 
     def __init__(self, seconds: float, data: str, folder: Path, *, dry: bool) -> None:
@@ -43,7 +41,7 @@ class Ranks:
         )
 
     def may_run(self) -> bool:
-        """Tell all ranks alike whether there is time for a run, which then has a new address."""
+        """Return on all ranks alike whether there is time for a run, and set its new address."""
         key = f"gpu check {self._runs}"
         self._runs += 1
         if self.rank == 0:
@@ -55,11 +53,11 @@ class Ranks:
 
     @property
     def model(self) -> Size:
-        """The model that is trained; its experts are those of each rank."""
+        """Return the model's sizes; its experts are those of each rank."""
         return _DRY if self.dry else _CARD
 
     def backend_flags(self) -> list[str]:
-        """What a command line for the CPU needs besides, to run here."""
+        """Return the flags that a command line for the CPU also needs here."""
         return [] if self.dry else ["--distributed-backend", "nccl", "--bf16"]
 
 

@@ -1,4 +1,4 @@
-"""The parts of the GPU check say here what they found, and on what machine."""
+"""Results of the GPU check's parts, and a description of the machine."""
 
 from __future__ import annotations
 
@@ -25,12 +25,10 @@ _PACKAGES = ("torch", "triton", "megatron-core", "transformer-engine")
 
 @dataclass
 class Part:
-    """Holds the tables of one part.
+    """Tables of one part.
 
-    Attributes:
-        tables: rows by title; a row has a cell for each column.
-        left_out: what was not measured, and why.
-        problems: what must not be, such as results that differ; one is a failure.
+    `tables` are rows by title. `left_out` are omitted measurements, with the reason. `problems` are
+    failures, such as results that differ.
     """
 
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -40,7 +38,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Setting:
-    """Says where a part runs, and how large and long it may be."""
+    """Device, size and time budget of a part."""
 
     device: torch.device
     budget: Budget
@@ -48,7 +46,6 @@ class Setting:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What training computes in."""
         return torch.bfloat16
 
 
@@ -57,7 +54,7 @@ def run_part(
     measure: Callable[[Setting], Part],
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Run one part from its command line: print its tables, and write them where asked."""
+    """Run one part from its command line: print its tables, and write them to --json."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120.0, help="what it may take")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes, on the CPU")
@@ -73,14 +70,12 @@ def run_part(
 
 
 def finish(part: Part, json_file: Path | None, dry: bool) -> None:
-    """Print a part, and write it."""
     show(part, dry)
     if json_file is not None:
         json_file.write_text(json.dumps(asdict(part), indent=1) + "\n")
 
 
 def show(part: Part, dry: bool) -> None:
-    """Print a part's tables."""
     for title, rows in part.tables.items():
         print(f"{title} ({DRY})" if dry else title)
         print_table(rows)
@@ -91,7 +86,6 @@ def show(part: Part, dry: bool) -> None:
 
 
 def about(command: Sequence[str]) -> dict[str, Any]:
-    """What a result was measured on, and by which command."""
     found: dict[str, Any] = machine()
     found |= {name: _version(name) for name in _PACKAGES}
     found["commit"] = _said("git", "-C", str(_ROOT), "describe", "--always", "--dirty")
@@ -121,7 +115,7 @@ def _said(*command: str) -> str | None:
 
 
 def page_rows(result: dict[str, Any]) -> str:
-    """Rows for docs/gpu_status.md: where it was measured, and a table for each of the parts'."""
+    """Return the text for docs/gpu_status.md: the machine, and a table for each part's."""
     told = result["about"]
     card = told.get("card", DRY)
     lines = [
@@ -139,7 +133,6 @@ def page_rows(result: dict[str, Any]) -> str:
 
 
 def markdown(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A Markdown table."""
     if not rows:
         return []
     lines = [list(rows[0]), ["---"] * len(rows[0]), *([*map(_cell, row.values())] for row in rows)]

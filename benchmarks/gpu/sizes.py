@@ -1,4 +1,4 @@
-"""These are the experts' sizes of public models, on the ranks that they are trained with here."""
+"""Experts' sizes of public models, with the number of ranks for each."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ from megatron_laer.planner.layout import default_capacity
 
 @dataclass(frozen=True)
 class Model:
-    """Describes the experts of one MoE layer on one rank.
+    """Experts of one MoE layer on one rank.
 
-    Attributes:
-        ranks: N of the FSEP group.
-        tokens: of a rank and microbatch.
+    `ranks` is N of the FSEP group; `tokens` is T of a rank and microbatch.
     """
 
     name: str
@@ -26,12 +24,12 @@ class Model:
 
     @property
     def slots(self) -> int:
-        """C, as FSEP takes it by default."""
+        """Return C, FSEP's default."""
         return default_capacity(self.ranks, self.experts)
 
     @property
     def rows(self) -> int:
-        """What a rank computes of a balanced microbatch: a row for each expert of a token."""
+        """Return a rank's rows of a balanced microbatch: one for each expert of a token."""
         return self.tokens * self.topk
 
 
@@ -45,14 +43,13 @@ TINY = (Model("tiny", 32, 48, 8, 2, ranks=8, tokens=32),)
 
 
 def models(dry: bool) -> tuple[Model, ...]:
-    """The models to measure."""
     return TINY if dry else MODELS
 
 
 def splits(slots: int, rows: int) -> dict[str, list[int]]:
-    """Rows of each slot: even, and skewed, where each slot has half of what the one before has.
+    """Return the rows of each slot, split evenly, and skewed: each slot has half of the one before.
 
-    The skewed one ends with slots that have none, as FSEP's may.
+    The skewed split ends with empty slots, as FSEP's may.
     """
     even = [rows // slots + (slot < rows % slots) for slot in range(slots)]
     skewed, left = [], rows

@@ -1,4 +1,4 @@
-"""Times on a card are taken here by CUDA events, variants in turn, until a budget is spent."""
+"""Times on a card by CUDA events, of variants in turn, until a budget is spent."""
 
 from __future__ import annotations
 
@@ -16,26 +16,21 @@ Run = Callable[[], object]
 
 
 class Budget:
-    """Tells a part when its time is spent."""
-
     def __init__(self, seconds: float) -> None:
         self._end_s = time.monotonic() + seconds
 
     @property
     def left_s(self) -> float:
-        """Seconds that are left; negative when it is spent."""
+        """Return the remaining seconds; negative when the budget is spent."""
         return self._end_s - time.monotonic()
 
     @property
     def spent(self) -> bool:
-        """Whether nothing is left."""
         return self.left_s <= 0
 
 
 @dataclass(frozen=True)
 class Times:
-    """Times of one variant."""
-
     median_ms: float
     least_ms: float
     most_ms: float
@@ -43,11 +38,9 @@ class Times:
 
     @classmethod
     def of(cls, times_ms: list[float]) -> Times:
-        """Sum up measured times."""
         return cls(statistics.median(times_ms), min(times_ms), max(times_ms), len(times_ms))
 
     def cells(self, prefix: str = "") -> dict[str, float]:
-        """Median and spread, as cells of a table."""
         return {
             f"{prefix}ms": self.median_ms,
             f"{prefix}least": self.least_ms,
@@ -56,7 +49,7 @@ class Times:
 
 
 def elapsed_ms(run: Run, device: torch.device) -> float:
-    """Time of one call: on a card between two events, elsewhere by the clock."""
+    """Return the time of one call: on a card between two events, elsewhere by the clock."""
     if device.type != "cuda":
         start_s = time.perf_counter()
         run()
@@ -70,9 +63,9 @@ def elapsed_ms(run: Run, device: torch.device) -> float:
 
 
 def in_turn(variants: Mapping[str, Run], device: torch.device, seconds: float) -> dict[str, Times]:
-    """Measure variants one after the other, round by round, so that a card's drift meets all.
+    """Measure variants one after the other, round by round, so that drift affects all alike.
 
-    Every variant is measured once at least, whatever the time; warm-up comes first.
+    After a warm-up every variant is measured at least once, even without time.
     """
     for run in variants.values():
         for _ in range(_WARM_UP if device.type == "cuda" else 1):
@@ -88,7 +81,7 @@ def in_turn(variants: Mapping[str, Run], device: torch.device, seconds: float) -
 
 
 def copy_gb_per_s(device: torch.device, size_bytes: int, seconds: float) -> float:
-    """Bytes read and written per second by a plain copy on the device."""
+    """Return the bytes read and written per second by a plain copy on the device, in GB/s."""
     source = torch.empty(size_bytes, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
     times = in_turn({"copy": lambda: target.copy_(source)}, device, seconds)["copy"]
@@ -96,7 +89,7 @@ def copy_gb_per_s(device: torch.device, size_bytes: int, seconds: float) -> floa
 
 
 def matmul_tflops(device: torch.device, size: int, dtype: torch.dtype, seconds: float) -> float:
-    """Operations per second of a plain square matrix product on the device."""
+    """Return the speed of a plain square matrix product on the device, in TFLOP/s."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = in_turn({"matmul": lambda: torch.mm(a, b)}, device, seconds)["matmul"]
     return 2 * size**3 / times.median_ms / 1e9

@@ -1,9 +1,9 @@
 """Training's share of forced balance under W0 to W7, and what it waits for, stock and FSEP.
 
 Under torchrun: `-m benchmarks.gpu.workloads --data PREFIX`. The share is the throughput of a run
-against that of stock Megatron with `--moe-router-force-load-balancing`, run before and after it.
-Routing is imposed by Megatron's router replay. W4 is left out: Megatron's microbatches have the
-same number of tokens on every rank.
+relative to stock Megatron with `--moe-router-force-load-balancing`, run before and after it.
+Megatron's router replay imposes the routing. W4 is omitted: Megatron's microbatches have the same
+number of tokens on every rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _DRY_WORKLOADS = ("W2",)
 
 @dataclass(frozen=True)
 class Case:
-    """Holds what one run measured, beside the forced balance around it."""
+    """Measurements of one run, and of the forced balance around it."""
 
     workload: str
     side: str
@@ -72,7 +72,7 @@ def measure_workloads(ranks: Ranks) -> Part:
 
 
 def rows(cases: list[Case], warm_up: int) -> list[dict[str, Any]]:
-    """The table of workloads; a mean, since bursts count."""
+    """Return the table of workloads; it has means, since bursts count."""
 
     def mean_ms(measured: Measured) -> float:
         return statistics.fmean(measured.step_ms[warm_up:])

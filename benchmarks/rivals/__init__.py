@@ -1,1 +1,1 @@
-"""Other people's planners, each written from its public description, for comparison only."""
+"""Public planners by others, each written from its description, for comparison only."""

@@ -1,9 +1,9 @@
-"""`Eplb` plans like DeepSeek's EPLB in its global form, from the description in its README.
+"""DeepSeek's EPLB in its global form, from the description in its README.
 
-Redundant slots go, one after the other, to the expert with most load per replica; replicas are then
-packed in descending order of load, each onto the least loaded rank with room. Tokens are shared
-evenly among all replicas, wherever they come from. Its hierarchical form needs expert groups that
-divide by nodes and balances worse on skewed loads, so it is left out.
+Redundant slots go, one after the other, to the expert with most load per replica. Replicas are then
+packed in descending order of load, each onto the least loaded rank with room. All replicas share
+tokens evenly, regardless of the source. The hierarchical form is omitted: it needs expert groups
+that nodes divide, and balances worse on skewed loads.
 
 Legend: N ranks, E experts, S slots.
 """
@@ -22,13 +22,12 @@ from megatron_laer.planner.layout import ExpertLayout
 
 @dataclass(frozen=True)
 class Eplb:
-    """Replication by load and balanced packing; knows no nodes and no previous layout."""
+    """Replication by load and balanced packing, without regard to nodes or the previous layout."""
 
     geometry: Geometry
     name: str = "eplb"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """The layout for the total load of each expert."""
         shape = self.geometry
         loads = counts_NE.sum(axis=0).tolist()
         replicas = [1] * shape.num_experts
@@ -53,7 +52,7 @@ class Eplb:
 
 
 def split_among_all(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> tuple[Int64, int]:
-    """Loads of all ranks, int64 [N], and tokens off their node, if all replicas share evenly.
+    """Return all ranks' loads, int64 [N], and tokens off their node, if all replicas share evenly.
 
     Each source deals its tokens for an expert to the replicas in turn, so totals differ by at most
     one token per source.

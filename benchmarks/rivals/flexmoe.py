@@ -1,11 +1,9 @@
-"""`FlexMoE` plans like the scheduler of that name, from its description in the paper.
+"""The scheduler FlexMoE, from its description in the paper (SIGMOD 2023, arXiv 2304.03946).
 
-The paper: SIGMOD 2023, arXiv 2304.03946.
-
-From the layout in use, step by step: the expert with most load per replica expands by one, the one
-with least shrinks by one in its place; a step stays if the largest rank load falls, else planning
-ends. Tokens are shared evenly among replicas. No public code exists; ours moves experts for free,
-as sharded experts can, and takes the best slot among all that the shrinking expert has.
+Each step starts from the layout in use. The expert with most load per replica expands by one, and
+the one with least shrinks by one in its place. A step stays if the largest rank load falls, else
+planning ends. Replicas share tokens evenly. No public code exists. Ours moves experts for free, as
+sharded experts can, and uses the best slot among all that the shrinking expert has.
 
 Legend: N ranks, E experts, S slots.
 """
@@ -25,13 +23,13 @@ _STEPS = 10
 
 @dataclass(frozen=True)
 class FlexMoE:
-    """Expand and shrink from the layout in use, at most ten times per plan."""
+    """Planner that expands and shrinks the layout in use, at most ten times per plan."""
 
     geometry: Geometry
     name: str = "flexmoe"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """The layout after the last step that helped."""
+        """Return the layout after the last step that helped."""
         shape = self.geometry
         loads_E = counts_NE.sum(axis=0).astype(np.float64)
         slots_S = current.slot_expert_S.astype(np.int64)

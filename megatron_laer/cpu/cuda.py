@@ -1,8 +1,4 @@
-"""Replacements of functions of torch that need CUDA, made once by `install.install`.
-
-Every replacement carries its reason. Nothing is undone: the process stays on the CPU. `megatron.py`
-fixes Megatron itself.
-"""
+"""CPU replacements of torch functions that need CUDA, made once and never undone."""
 
 import atexit
 import collections
@@ -16,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-# Under these names, functions and classes are replaced by some of other types.
+# Typed Any, since the replacements have other types.
 _CUDA: Any = torch.cuda
 _TENSOR: Any = torch.Tensor
 _MODULE: Any = torch.nn.Module
@@ -35,7 +31,7 @@ _replaced = False
 
 
 def replace() -> None:
-    """Replace everything, in the order of this file. Doing it twice does nothing."""
+    """Make all replacements, in the order of this file; a second call does nothing."""
     global _replaced
     if _replaced:
         return
@@ -51,7 +47,7 @@ def replace() -> None:
 
 
 def _replace_compilation() -> None:
-    # torch may have been imported before TORCHDYNAMO_DISABLE was set, and reads it once.
+    # Set here too: torch may have been imported before TORCHDYNAMO_DISABLE was set.
     import torch._dynamo.config
 
     torch._dynamo.config.disable = True
@@ -62,12 +58,12 @@ def _replace_devices() -> None:
     # Megatron requires CUDA; one device per local rank keeps its local-rank arithmetic valid.
     cuda.is_available = lambda: True
     cuda.device_count = lambda: int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    # Its value is passed as `device=` everywhere, so it is the true device, not an index.
+    # Callers pass the value as `device=`, so it is the true device, not an index.
     cuda.current_device = lambda: _CPU
     cuda.set_device = _nothing
     cuda.device = lambda *_: contextlib.nullcontext()
-    # That of an A100, below which Megatron refuses --moe-grouped-gemm, though its layers without
-    # Transformer Engine, and FSEP's, ignore the flag.
+    # An A100's: Megatron refuses --moe-grouped-gemm below it. Its layers without Transformer
+    # Engine, and FSEP's, ignore the flag.
     cuda.get_device_capability = lambda *_: (8, 0)
     cuda.get_device_name = lambda *_: "cpu"
     cuda.get_device_properties = lambda *_: types.SimpleNamespace(
@@ -94,14 +90,14 @@ def _replace_streams() -> None:
     cuda.synchronize = _nothing
     cuda.is_current_stream_capturing = lambda: False
     _TENSOR.record_stream = _nothing
-    # NVTX ranges are only visible to a CUDA profiler, and need its library.
+    # Only a CUDA profiler reads NVTX ranges, and they need its library.
     for name in ("range_push", "range_pop", "mark", "range_start", "range_end"):
         setattr(cuda.nvtx, name, _nothing)
 
 
 def _replace_memory() -> None:
     cuda = _CUDA
-    # Logged by Megatron in every run; the allocator that they ask about does not exist.
+    # Megatron logs these in every run; there is no CUDA allocator to ask.
     for name in (
         *("memory_allocated", "max_memory_allocated", "memory_reserved"),
         *("max_memory_reserved", "device_memory_used"),
@@ -114,7 +110,7 @@ def _replace_memory() -> None:
 
 
 def _replace_random() -> None:
-    # Private: on the default generator, Megatron's per-rank "GPU" seeds would also seed dense
+    # A private generator: on the default one, Megatron's per-rank "GPU" seeds would also seed dense
     # weights, which would then differ between expert-parallel ranks.
     generator = torch.Generator()
     functions = {
@@ -133,7 +129,7 @@ def _replace_random() -> None:
 
 
 def _replace_moves() -> None:
-    # Megatron moves to the GPU without asking whether there is one.
+    # Megatron moves tensors to the GPU without checking for one.
     _TENSOR.cuda = lambda self, *_, **__: self
     _MODULE.cuda = lambda self, *_, **__: self
     _TENSOR.pin_memory = lambda self, *_, **__: self
@@ -149,7 +145,7 @@ def _replace_moves() -> None:
 def _replace_type_names() -> None:
     true_type = torch.Tensor.type
 
-    # Megatron's optimizers sort parameters by the name of their type and accept CUDA's only.
+    # Megatron's optimizers sort parameters by type name and accept only CUDA's.
     @functools.wraps(true_type)
     def type_(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is None:
@@ -168,7 +164,7 @@ def _replace_collectives() -> None:
     true_barrier = dist.barrier
     true_init = dist.init_process_group
 
-    # Megatron's dispatcher turns split sizes into a list only while it copies them off a GPU.
+    # Megatron's dispatcher converts split sizes to a list only when it copies them off a GPU.
     @functools.wraps(true_all_to_all)
     def all_to_all_single(
         output: torch.Tensor,
@@ -187,7 +183,7 @@ def _replace_collectives() -> None:
             **kwargs,
         )
 
-    # NCCL gathers tensors of several sizes; gloo's ranks then send one after the other.
+    # Unlike NCCL, gloo cannot gather tensors of several sizes; each rank broadcasts its own.
     @functools.wraps(true_all_gather)
     def all_gather(
         tensor_list: list[torch.Tensor],
@@ -206,13 +202,12 @@ def _replace_collectives() -> None:
         ]
         return _Works(works) if async_op else None
 
-    # gloo's barrier takes no device ids.
     @functools.wraps(true_barrier)
     def barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
         return true_barrier(*args, **kwargs)
 
-    # A group must not be bound to a device that is not there. And Megatron leaves its groups open:
-    # a thread that is still alive after the interpreter can abort a run that has succeeded.
+    # Do not bind a group to a missing device. Megatron leaves its groups open: a thread that
+    # outlives the interpreter can abort a run that has succeeded.
     @functools.wraps(true_init)
     def init_process_group(*args: Any, device_id: Any = None, **kwargs: Any) -> Any:
         true_init(*args, **kwargs)
@@ -224,8 +219,6 @@ def _replace_collectives() -> None:
 
 
 class _Works(NamedTuple):
-    """Handle of several collectives."""
-
     works: list[Any]
 
     def wait(self) -> None:
@@ -234,7 +227,7 @@ class _Works(NamedTuple):
 
 
 class Event:
-    """Replacement of a CUDA event: its time is the wall clock at `record`."""
+    """Replacement of a CUDA event; its time is the wall clock at `record`."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self._recorded_s = 0.0
@@ -243,7 +236,7 @@ class Event:
         self._recorded_s = time.perf_counter()
 
     def elapsed_time(self, end: "Event") -> float:
-        """Return the milliseconds from this event to `end`, as CUDA's."""
+        """Return the milliseconds from this event to `end`, as CUDA's events do."""
         return (end._recorded_s - self._recorded_s) * 1e3
 
     def query(self) -> bool:
@@ -256,7 +249,7 @@ class Event:
 
 
 class Stream:
-    """Replacement of a CUDA stream: work is done when the call returns."""
+    """Replacement of a CUDA stream; work is done when the call returns."""
 
     cuda_stream = 0
 
@@ -274,7 +267,6 @@ class Stream:
         return 0, 0
 
     def record_event(self, event: Event | None = None) -> Event:
-        """Record `event`, or a new one."""
         event = event or Event()
         event.record()
         return event
@@ -289,7 +281,7 @@ class Stream:
 
 
 class _OneGenerator:
-    # Megatron indexes `default_generators` with `current_device()`, which is no index here.
+    # Megatron indexes `default_generators` with `current_device()`, which is a device here.
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
 
@@ -323,16 +315,12 @@ def _is_gpu(device: Any) -> bool:
 
 
 def _on_cpu(function: Callable[..., Any], positional: bool = False) -> Callable[..., Any]:
-    """Wrap `function`: a GPU in `device=`, or in its second positional argument, becomes the CPU.
-
-    Nothing is pinned.
-    """
+    """Wrap `function` to use the CPU for a GPU in `device=` or its second argument; never pin."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if "device" in kwargs and _is_gpu(kwargs["device"]):
             kwargs["device"] = _CPU
-        # Pinning asks the driver.
         kwargs.pop("pin_memory", None)
         if positional and len(args) > 1 and _is_gpu(args[1]):
             args = (args[0], _CPU, *args[2:])

@@ -1,10 +1,10 @@
-"""Buffers with the interfaces of DeepEP's and HybridEP's, by All-to-All.
+"""All-to-All replacements of DeepEP's and HybridEP's buffers for Megatron's flex dispatcher.
 
-As far as Megatron's flex dispatcher calls them: dispatch, combine and handles, in any dtype. A
-token goes once to each rank with a slot for it; ranks get tokens by source rank, in token order.
+A token is sent once to each rank that has one of its experts. Ranks receive tokens by source rank,
+in token order.
 
-Legend: T tokens of this rank, N ranks, E experts, C experts per rank, K top-k, R tokens received,
-H hidden, P rows for experts: the pairs of a received token and an expert here.
+Legend: T tokens of this rank, Q tokens sent, N ranks, E experts, C experts per rank, K top-k. R
+tokens received, H hidden, P pairs of a received token and an expert here.
 """
 
 import importlib
@@ -32,11 +32,11 @@ def give_to_megatron() -> None:
 
 
 class EventHandle:
-    """Replacement of a CUDA event: work is done when a call returns."""
+    """Replacement of a CUDA event; work is done when a call returns."""
 
 
 class EventOverlap:
-    """Replacement of DeepEP's holder of an event."""
+    """Replacement of DeepEP's event holder."""
 
     def __init__(self, event: EventHandle | None = None) -> None:
         self.event = event
@@ -46,7 +46,7 @@ class EventOverlap:
 
 
 class Config:
-    """Replacement of DeepEP's tuning."""
+    """Replacement of DeepEP's tuning configuration."""
 
     def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
         return 0
@@ -57,12 +57,7 @@ class Config:
 
 @dataclass(frozen=True, eq=False)
 class _Route:
-    """Destinations of tokens, each once per rank.
-
-    Attributes:
-        token_Q: the tokens that this rank sends, by rank.
-        sent_N, received_N: numbers of tokens.
-    """
+    """Tokens that this rank sends and receives; each is sent once per destination rank."""
 
     group: dist.ProcessGroup
     num_tokens: int
@@ -79,15 +74,15 @@ class _Route:
         return cls(group, len(goes_TN), token_Q, sent_N.tolist(), received_N.tolist())
 
     def there(self, rows_Q: torch.Tensor) -> torch.Tensor:
-        """Send a row with each token; return those of received tokens."""
+        """Send one row per token, [Q, …], and return the received rows, [R, …]."""
         return self._exchange(rows_Q, self.sent_N, self.received_N)
 
     def back(self, rows_R: torch.Tensor) -> torch.Tensor:
-        """Return rows of received tokens to where these came from, [Q, …]."""
+        """Send rows of received tokens, [R, …], back to their source ranks; return [Q, …]."""
         return self._exchange(rows_R, self.received_N, self.sent_N)
 
     def sum_back(self, rows_R: torch.Tensor) -> torch.Tensor:
-        """Return rows of received tokens, and add up each token's in fp32 or wider."""
+        """Send rows of received tokens back and add up each token's rows, in fp32 or wider."""
         rows_Q = self.back(rows_R)
         wide = torch.promote_types(rows_Q.dtype, torch.float32)
         total_T = rows_Q.new_zeros(self.num_tokens, *rows_Q.shape[1:], dtype=wide)
@@ -149,7 +144,7 @@ class Buffer:
         topk_weights: torch.Tensor | None = None,
         **_: Any,
     ) -> tuple[Any, ...]:
-        """Send tokens, [T, H]; with a handle, along its route and without their choices."""
+        """Send tokens, [T, H]; with a handle, along its route and without expert indices."""
         if handle is not None:
             assert topk_idx is None and topk_weights is None
             (route,) = handle
@@ -214,11 +209,10 @@ class HybridEPBuffer:
         non_blocking: bool = False,
         fuse_permute_dispatch: bool = False,
     ) -> tuple[Any, ...]:
-        """Send tokens, [T, H], and sort them by expert.
+        """Send tokens, [T, H], and sort the received ones by expert.
 
-        Returns:
-            [P, H], probabilities [P], None, the tokens of each expert here, and a handle. Its last
-            part is whether there were more rows than `num_permuted_tokens`.
+        Return rows [P, H], probabilities [P], None, tokens by expert, and a handle. Its last part
+        is 1 if there were more rows than `num_permuted_tokens`.
         """
         if non_blocking:
             assert num_permuted_tokens is not None
@@ -245,7 +239,7 @@ class HybridEPBuffer:
         pad_multiple: None = None,
         fuse_unpermute_combine: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Add up the rows of each received token, [P, H], send the sums back, and add up these."""
+        """Add up the rows of each received token, [P, H], send the sums back, and add these up."""
         route, source_P, expert_P, _, _ = handle
         received, rows = sum(route.received_N), len(source_P)
         wide = torch.promote_types(hidden.dtype, torch.float32)

@@ -1,7 +1,4 @@
-"""Transformer Engine's fused permutations and routers, by Megatron's unfused functions.
-
-Interface and results are those of the fused ones.
-"""
+"""Transformer Engine's fused permutations and routers, by Megatron's unfused functions."""
 
 from typing import Any
 
@@ -27,7 +24,6 @@ def give_to_megatron() -> None:
 def permute(
     tokens: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int | None = None
 ) -> tuple[Any, Any]:
-    """Return the tokens by expert, and the inverse order."""
     found = moe_utils.permute(tokens, routing_map, num_out_tokens=num_out_tokens)
     return found[0], found[2]
 
@@ -38,7 +34,6 @@ def permute_with_probs(
     routing_map: torch.Tensor,
     num_out_tokens: int | None = None,
 ) -> tuple[Any, Any, Any]:
-    """Return the tokens and their probabilities by expert, and the inverse order."""
     found = moe_utils.permute(tokens, routing_map, probs=probs, num_out_tokens=num_out_tokens)
     return found[0], found[1], found[2]
 
@@ -49,7 +44,7 @@ def unpermute(
     merging_probs: torch.Tensor | None = None,
     restore_shape: torch.Size | None = None,
 ) -> Any:
-    """Return the tokens in their own order, those of several experts added up."""
+    """Return the tokens in their original order, with a token's rows added up."""
     assert merging_probs is None, "Megatron's dispatchers leave probabilities to the experts"
     return moe_utils.unpermute(tokens, order, restore_shape)
 
@@ -61,7 +56,6 @@ def sort_chunks(tokens: torch.Tensor, sizes: torch.Tensor, order: torch.Tensor) 
 def sort_chunks_with_probs(
     tokens: torch.Tensor, probs: torch.Tensor, sizes: torch.Tensor, order: torch.Tensor
 ) -> Any:
-    """Return chunks of tokens and of their probabilities in this order."""
     return moe_utils.sort_chunks_by_idxs(tokens, sizes, order, probs=probs)
 
 

@@ -1,12 +1,10 @@
 """`install` replaces CUDA by functions that keep everything on the CPU.
 
-`cuda.py` has the replacements in torch, `megatron.py` the fixes of Megatron itself.
-
-Randomness: torch draws from its default generator on the CPU, whatever generator Megatron selects
-for "the GPU". Three things follow. Experts start equal on every expert-parallel rank. So do
-tensor-parallel shards, unless `--use-cpu-initialization` cuts them from one whole matrix. And
-dropout shares its draws with the data loader: a run with dropout resumes correctly, but not bit for
-bit. Use `--attention-dropout 0 --hidden-dropout 0` where that matters.
+torch draws from its default CPU generator, whichever generator Megatron selects for "the GPU". So
+experts start equal on every expert-parallel rank. Tensor-parallel shards do too, unless
+`--use-cpu-initialization` cuts them from one whole matrix. Dropout shares its draws with the data
+loader, so a run with dropout resumes correctly, but not bit for bit. For that, use
+`--attention-dropout 0 --hidden-dropout 0`.
 """
 
 from __future__ import annotations
@@ -49,9 +47,9 @@ def _set_environment() -> None:
     os.environ[DEVICE] = "cpu"
     # Megatron's jit warm-up would compile for CUDA.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    # Megatron refuses sequence parallelism and overlap without it; it means nothing on the CPU.
+    # Megatron refuses sequence parallelism and overlap without it; the CPU ignores it.
     os.environ.setdefault(CONNECTIONS, "1")
-    # A GPU that the user turned down must stay invisible to torch's C++ side as well.
+    # Hide a GPU from torch's C++ side as well.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    # Megatron asks for pinned batches; without a device that is a warning at every DataLoader.
+    # Megatron asks for pinned batches; without a device every DataLoader warns.
     warnings.filterwarnings("ignore", message=r"'pin_memory' argument is set as true")

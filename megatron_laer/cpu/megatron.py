@@ -1,7 +1,4 @@
-"""Fixes of Megatron's paths that need Transformer Engine or Apex, for the CPU.
-
-`torch.cuda` (`cuda.py`) has to be replaced before Megatron is imported.
-"""
+"""CPU fixes of Megatron's paths that need Transformer Engine or Apex; needs `cuda.py` before."""
 
 import contextlib
 import copy
@@ -20,10 +17,10 @@ _async_loop: Callable[..., None] | None = None
 
 
 def fix() -> None:
-    """Fix all of these paths. Imports `megatron.core`."""
+    """Apply all fixes. Imports `megatron.core`."""
     deep_ep.give_to_megatron()
 
-    # It imports Megatron, which has now found those buffers.
+    # Imported here: it imports Megatron, which needs the buffers first.
     from megatron_laer.cpu import fusions
 
     fusions.give_to_megatron()
@@ -44,7 +41,7 @@ def _fix_norm() -> None:
 
     stock = torch_norm.WrappedTorchNorm.__new__
 
-    # Megatron's torch norm refuses sequence parallelism because nothing marks its parameters; with
+    # Megatron's torch norm refuses sequence parallelism because nothing marks its parameters. With
     # the mark, their gradients are summed over the tensor-parallel group like the fused norms'.
     @functools.wraps(stock)
     def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
@@ -63,7 +60,7 @@ def _fix_hybrid_norm() -> None:
     from megatron.core.models.hybrid import hybrid_block
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    # Behind its last layer HybridModel has Transformer Engine's norm, whatever its layers are.
+    # HybridModel's final norm is always Transformer Engine's.
     hybrid_block.TENorm = WrappedTorchNorm
 
 
@@ -74,9 +71,9 @@ def _fix_attention() -> None:
     stock_init, stock_forward = DotProductAttention.__init__, DotProductAttention.forward
 
     # Without Transformer Engine, attention refuses a sequence that is cut over context-parallel
-    # ranks. With keys and values of the whole sequence it needs nothing more: Megatron cuts the
-    # mask by its queries. Nor does it take the sizes of a head's keys and values, which differ in
-    # latent attention: its computation fits any, and its outputs are as wide as values.
+    # ranks. With keys and values of the whole sequence it works: Megatron cuts the mask by its
+    # queries. It also lacks the sizes of a head's keys and values, which differ in latent
+    # attention. Its computation fits any, and its outputs are as wide as values.
     @functools.wraps(stock_init)
     def init(
         self: Any,
@@ -115,10 +112,7 @@ def _fix_attention() -> None:
 
 
 def _whole_sequence(part: torch.Tensor, group: Any) -> torch.Tensor:
-    """Gather the sequence `[s, …]` of which rank r of n holds pieces r and 2n - 1 - r of 2n.
-
-    Backward sums what all ranks' queries send to this rank's pieces.
-    """
+    """Gather the sequence `[s, …]`; rank r of n holds pieces r and 2n - 1 - r of 2n."""
     from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
     gathered = gather_from_sequence_parallel_region(part.contiguous(), group=group)
@@ -131,7 +125,7 @@ def _fix_latent_projections() -> None:
 
     if moe_layer.HAVE_TE:
         return
-    # Megatron has a linear layer for projections to a latent space in Transformer Engine alone.
+    # Megatron requires Transformer Engine's linear layer for projections to a latent space.
     moe_layer.HAVE_TE = True
     moe_layer.TELinear = DuplicatedLinear
 
@@ -141,7 +135,7 @@ def _fix_multi_token_prediction() -> None:
 
     if inference_layers.HAVE_TE or not INFERENCE_LINEARS.is_in(inference_layers):
         return
-    # Megatron asks whether a layer is of these classes, which without Transformer Engine are none.
+    # Megatron tests for instances of these names, which are no classes without Transformer Engine.
     inference_layers.InferenceColumnParallelLinear = ()
     inference_layers.InferenceLayerNormColumnParallelLinear = ()
 
@@ -152,8 +146,8 @@ def _fix_expert_bias() -> None:
     stock = RowParallelLinear.__init__
 
     # Under sequence parallelism Megatron adds up the gradients of marked biases over tensor ranks.
-    # Its own linear layers, unlike Transformer Engine's, mark those of experts as well, of which
-    # these ranks hold different ones.
+    # Unlike Transformer Engine's, its own linear layers also mark biases of experts, which differ
+    # between these ranks.
     @functools.wraps(stock)
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         stock(self, *args, **kwargs)
@@ -168,17 +162,14 @@ def _fix_output_discarding() -> None:
 
     if random.HAVE_TE:
         return
-    # The checkpoint that recomputes norms asks Transformer Engine for fp8, there or not.
+    # Recomputation of norms asks Transformer Engine for fp8, even if it is not installed.
     random.FP8GlobalStateManager = types.SimpleNamespace(is_fp8_enabled=lambda: False)
     random.activation_recompute_forward = lambda **_: contextlib.nullcontext()
     random.fp8_autocast = lambda **_: contextlib.nullcontext()
 
 
 class DuplicatedLinear(torch.nn.Module):
-    """Replacement of Transformer Engine's linear layer in projections to a latent space.
-
-    The weight is whole on every tensor-parallel rank.
-    """
+    """Replacement of Transformer Engine's linear layer for latent projections; not sharded."""
 
     def __init__(
         self, input_size: int, output_size: int, *, config: Any, init_method: Any, **_: Any
@@ -190,12 +181,12 @@ class DuplicatedLinear(torch.nn.Module):
         self.weight = weight
         if config.perform_initialization:
             init_method(self.weight)
-        # With sequence parallelism each rank has the gradient of its own tokens.
+        # With sequence parallelism each rank has only its own tokens' gradient.
         weight.sequence_parallel = config.sequence_parallel
         weight.allreduce = True
 
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, None]:
-        """Return the output, and by Megatron's convention a bias, which is None."""
+        """Return the output, and None for the bias, by Megatron's convention."""
         return torch.nn.functional.linear(input, self.weight), None
 
 
@@ -210,7 +201,7 @@ def _fix_optimizer_load() -> None:
     stock_set = optimizer._set_main_param_and_optimizer_states
 
     # Before a load Megatron reads the step from torch's Adam, which has none until its first step.
-    # A text key passes through Adam's state_dict, and is gone before anyone else can see it.
+    # A text key passes through Adam's state_dict; it is removed again at once.
     @functools.wraps(stock_state_dict)
     def state_dict(self: Any) -> Any:
         state = self.optimizer.state
@@ -223,7 +214,7 @@ def _fix_optimizer_load() -> None:
             state.clear()
 
     # Megatron gives all parameters one step tensor, which Adam would then count up once for each.
-    # And its fp32 shards are views of parameters, which autograd protects from the copy.
+    # Its fp32 shards are views of parameters, so autograd forbids the copy without `no_grad`.
     @functools.wraps(stock_load)
     @torch.no_grad()
     def load_state_dict(self: Any, loaded: Any) -> None:
@@ -231,8 +222,8 @@ def _fix_optimizer_load() -> None:
         for state in self.optimizer.state.values():
             state["step"] = state["step"].clone()
 
-    # The step comes from the parameter groups; per parameter, checkpoints hold none or a stale one.
-    # Megatron leaves alone values that are no tensors.
+    # The step comes from the parameter groups; checkpoints have none per parameter, or a stale one.
+    # Megatron does not load values that are no tensors.
     @functools.wraps(stock_set)
     def set_states(self: Any, model_param: torch.Tensor, tensors: dict[str, Any]) -> None:
         stock_set(self, model_param, tensors | {"step": None})
@@ -243,8 +234,6 @@ def _fix_optimizer_load() -> None:
 
 
 class _OnHost(torch.Tensor):
-    """Tensor that was moved to the host, unlike those "on the GPU"."""
-
     is_cuda = False
 
 
@@ -253,8 +242,8 @@ def _fix_optimizer_offload() -> None:
 
     stock = HybridDeviceOptimizer._get_sub_optimizer_param_groups
 
-    # It only keeps copies on the host of parameters that are on a GPU, and counts on having some of
-    # each. Here all are, until it moves them.
+    # The stock method copies only parameters on a GPU to the host, and expects some of each kind.
+    # Here all count as on the GPU until it moves them.
     @functools.wraps(stock)
     def groups(self: Any, fraction: float) -> Any:
         with (
@@ -279,7 +268,7 @@ def _fix_async_saves() -> None:
 
 
 def _run_async_worker(*args: Any) -> None:
-    """Run the worker of async saves with `torch.cuda` replaced; it is found by its name."""
+    """Replace `torch.cuda`, then run the worker of async saves, which is pickled by this name."""
     from megatron.core.dist_checkpointing.strategies.async_utils import PersistentAsyncCaller
 
     from megatron_laer.cpu import cuda

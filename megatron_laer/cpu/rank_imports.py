@@ -1,4 +1,4 @@
-"""Importing this makes a process ready for Megatron on the CPU; a pool's ranks are forked from it.
+"""Imports that prepare a process for Megatron on the CPU; a pool's ranks are forked from it.
 
 So imports cost time and memory once. Forked ranks also share the order of sets, unlike torchrun's.
 """
@@ -13,7 +13,6 @@ ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "MEGATRON_LAE
 
 
 def _import() -> dict[str, str]:
-    """Import what ranks need, and return what changed in the environment."""
     before = dict(os.environ)
     from megatron_laer.launch import prepare
 
@@ -24,8 +23,8 @@ def _import() -> dict[str, str]:
 
 
 os.environ.update(ENVIRONMENT)
-# A rank that started by itself would have set these.
+# Set by `prepare`, which ranks do not run themselves.
 SET_BY_PREPARE = _import()
-# Imported objects are neither walked nor copied by ranks.
+# Keep imported objects from being walked or copied by ranks.
 gc.collect()
 gc.freeze()

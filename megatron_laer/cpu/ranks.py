@@ -3,12 +3,12 @@
     with RankPool(4) as pool:
         results = pool.run(function, argument)      # one result per rank
 
-A function is found by its import path, so it must live at module level. An exception on any rank
-comes back with its traceback; a time-out dumps every rank's stacks and ends the pool.
+A function must be at module level, since ranks import it by path. An exception on any rank comes
+back with its traceback; a time-out dumps every rank's stacks and ends the pool.
 
-Nothing outlives a pool. Each rank leads a session of its own, and its processes end with it:
-Megatron's checkpoint writer, for one, leaves a server process on every rank, and one that outlives
-its rank keeps Python from exiting, since it holds the pipe of multiprocessing's resource tracker.
+Nothing outlives a pool: each rank leads a session of its own, whose processes end with it.
+Megatron's checkpoint writer, for one, leaves a server process on every rank. If that outlives its
+rank, it keeps Python from exiting, since it holds the pipe of multiprocessing's resource tracker.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-# Lines of each rank's log to show when one fails: stacks of all threads, and the lines before.
+# Lines of each rank's log shown on a failure: stacks of all threads, and the lines before.
 _SHOWN_LINES = 250
 _STACK_SIGNAL = signal.SIGUSR1
 
@@ -52,20 +52,17 @@ class Raised:
 
 
 class RankPool:
-    """`world_size` processes on this machine, each on the CPU platform.
-
-    They are forked from one that `rank_imports` made ready, with the environment of the start.
-    """
+    """`world_size` processes on the CPU platform, forked from one prepared by `rank_imports`."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
-        # How long the others are waited for once a rank has raised: they may wait for it.
+        # Wait this long for the other ranks once one has raised, since they may wait for it.
         self.patience_s = 120.0
         self._processes: list[Any] = []
         self._pipes: list[Connection] = []
         self._logs: list[Path] = []
         self._store: Any = None
-        # Before multiprocessing's own handler, which would wait for ranks that serve for ever.
+        # Registered before multiprocessing's own handler, which would wait for ranks for ever.
         atexit.register(self.close)
 
     def __enter__(self) -> RankPool:
@@ -76,7 +73,6 @@ class RankPool:
 
     @property
     def running(self) -> bool:
-        """Whether the processes have started; a closed pool starts them again on use."""
         return bool(self._processes)
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = 1200.0) -> list[Any]:
@@ -100,9 +96,8 @@ class RankPool:
         return self._collect(timeout_s)
 
     def close(self) -> None:
-        """End the processes, and whatever they started."""
         for process in self._processes:
-            # A rank that has not yet come to lead its session has started nothing.
+            # A rank that does not lead its session yet has started nothing.
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
@@ -117,8 +112,8 @@ class RankPool:
     def _open_store(self) -> int:
         """Serve a store for one call's process group, as torchrun does, and return its port.
 
-        A call makes one such group, since a second one would find the first one's addresses.
-        Where rank 0 serves it, ranks that come before it try again later, after up to a second.
+        A second group would find the first one's addresses. If rank 0 served it, earlier ranks
+        would retry only after up to a second.
         """
         from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
@@ -177,11 +172,7 @@ class RankPool:
 
 
 def _await_stacks(process: Any, log: Path, written: int, within_s: float = 60.0) -> None:
-    """Wait until a rank has written its stacks and nothing more for 1 s, or has ended.
-
-    Args:
-        written: bytes in its log before it was asked.
-    """
+    """Wait until a rank has written its stacks and nothing more for 1 s, or has ended."""
     give_up_s = time.monotonic() + within_s
     sizes = [written]
     while process.is_alive() and time.monotonic() < give_up_s:
@@ -192,11 +183,7 @@ def _await_stacks(process: Any, log: Path, written: int, within_s: float = 60.0)
 
 
 class RankPools:
-    """Pools by number of ranks: `pools(4)`.
-
-    Where a pool would make more than `most` ranks, the others are closed; they start again when
-    they are used.
-    """
+    """Pools by number of ranks, `pools(4)`; above `most` ranks in all, others are closed."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -221,13 +208,11 @@ class RankPools:
 
 
 def share_gloo_device() -> None:
-    """Share one of gloo's devices among all process groups, instead of a thread for each.
+    """Share one gloo device among all process groups, instead of a thread for each.
 
-    A device's thread wakes 100 times a second, and the end of a group waits for it. The name
-    replaced is torch's own, not public; where it is another, groups keep a device each.
-
-    A group is returned when all its ranks are connected. Otherwise a rank that raises at once would
-    close the connections of one that still makes them.
+    A device's thread wakes 100 times a second, and the end of a group waits for it. This replaces a
+    private function of torch. Each group waits for all its ranks' connections. Otherwise a rank
+    that raises at once would close those that another still makes.
     """
     from torch.distributed import ProcessGroupGloo, distributed_c10d
 
@@ -260,7 +245,7 @@ def _serve(
     faulthandler.register(_STACK_SIGNAL, all_threads=True)
     from megatron_laer.cpu.rank_imports import ENVIRONMENT, SET_BY_PREPARE
 
-    # The process that it was forked from has the environment of the first pool's start.
+    # The process it was forked from has the environment of the first pool's start.
     os.environ.clear()
     os.environ.update(environment | SET_BY_PREPARE)
     os.environ.update(
@@ -301,10 +286,7 @@ def _serve(
 
 
 def _end_with_the_starter() -> None:
-    """End this rank and its processes when the process that started it is gone.
-
-    The process that it was forked from stays as long as any rank.
-    """
+    """End this rank and its processes with the pool's process; the fork server would stay."""
     starter = multiprocessing.parent_process()
     assert starter is not None, "a rank is a child of its pool's process"
     starter.join()

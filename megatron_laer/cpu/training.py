@@ -1,8 +1,4 @@
-"""`train` runs Megatron's own pretraining loop on this rank and observes it.
-
-Nothing of the loop is replaced: `pretrain_gpt.main()` runs with a command line. Observers wrap the
-functions through which weights, gradients, losses and norms pass.
-"""
+"""`train` runs Megatron's own pretraining loop, unchanged, on this rank and observes it."""
 
 from __future__ import annotations
 
@@ -23,9 +19,9 @@ from megatron_laer.cpu.weights import Tensors
 
 @dataclass
 class Record:
-    """Results of a run, the same on every rank but for the tensors, which rank 0 has.
+    """Results of a run; tensors are on rank 0 only, the rest is the same on every rank.
 
-    No gradients of runs without a training step, or with instances of the distributed optimizer.
+    There are no gradients without a training step, or with several distributed optimizer instances.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -52,16 +48,13 @@ def train(
     adapt: Adapt | None = None,
     gradients: bool = True,
 ) -> Record:
-    """Run `pretrain_gpt.py` with these flags from the common weights. Collective.
-
-    A run with `--load` keeps the weights that it loads.
+    """Run `pretrain_gpt.py` with these flags from the common weights, or `--load`. Collective.
 
     Args:
         probe: called after every step with the model chunks; its results are recorded.
         script: run this Megatron script by `megatron_laer train` instead of our own.
         adapt: changes every model chunk before Megatron wraps it.
-        gradients: whether to record the first step's, which overlapped reduces in a pipeline leave
-            in parts.
+        gradients: whether to record the first step's; overlapped reduces in a pipeline split them.
     """
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
@@ -88,11 +81,11 @@ def train(
         model[:] = result[0]
         if training.get_args().load is None:
             weights.load_common_weights(model)
-            torch.manual_seed(dist.get_rank())  # what routers draw their noise from
-            if result[1] is not None:  # a run that only evaluates has no optimizer
+            torch.manual_seed(dist.get_rank())  # for the noise of routers
+            if result[1] is not None:  # None in a run that only evaluates
                 result[1].reload_model_params()
-        # Makes Megatron reduce whole gradients in the first step, and hand them over. Between
-        # instances of the distributed optimizer it reduces parts only.
+        # Make Megatron reduce and save whole gradients in the first step. Between instances of the
+        # distributed optimizer it reduces only parts.
         if gradients and training.get_args().num_distributed_optimizer_instances == 1:
             training.get_args().save_wgrads_interval = 1
         return result
@@ -153,8 +146,6 @@ def train(
 
 @dataclass
 class _Writer:
-    """Replacement of TensorBoard's writer."""
-
     series: dict[str, list[float]]
 
     def add_scalar(self, name: str, value: Any, _step: int) -> None:
@@ -179,21 +170,19 @@ def initial_weights(flags: list[str]) -> Tensors:
 
 
 def dist_object(value: Any, source: int) -> list[Any]:
-    """Return the source rank's value, on every rank."""
+    """Broadcast the source rank's value and return it in a list of one."""
     holder = [value]
     dist.broadcast_object_list(holder, src=source)
     return holder
 
 
 def rank_of_environment() -> int:
-    """Return this process's rank, also when no process group exists."""
     import os
 
     return int(os.environ["RANK"])
 
 
 def gather(value: Any) -> list[Any]:
-    """Return every rank's value, rank 0 first, on every rank."""
     gathered: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(gathered, value)
     return gathered
@@ -214,10 +203,10 @@ def fresh_megatron(model: list[torch.nn.Module]) -> Iterator[None]:
 
         for chunk in model:
             _strip(chunk)
-        # Its cache of rotary embeddings is one of the class, and each holds a group.
+        # The cache of rotary embeddings belongs to the class; each embedding keeps a group alive.
         RotaryEmbedding.forward.cache_clear()
         router_replay.RouterReplay.clear_global_router_replay_instances()
-        # And so do the flex dispatcher's buffers; HybridEP's would serve the next group as well.
+        # The flex dispatcher's buffers do too; HybridEP's would also serve the next group.
         fused_a2a._buffer = None
         fused_a2a.reset_hybrid_ep_buffer()
         model.clear()
@@ -236,7 +225,7 @@ def _strip(chunk: Any) -> None:
     """Remove a model's references to process groups, whose threads and sockets live as long.
 
     Megatron's DDP, the dispatchers' last probabilities, the loop's functions in the configuration
-    and autograd's C++ nodes hold each other. Python's collector does not see it.
+    and autograd's C++ nodes reference each other. Python's collector cannot see that cycle.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
 

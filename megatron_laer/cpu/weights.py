@@ -1,7 +1,7 @@
 """Names of weights and gradients that stock and FSEP models share.
 
-Every parameter has a key that no parallel size enters: its name with the global layer number, and
-for an expert matrix the expert. A rank's share of a key is a block of its rows.
+A parameter's key does not depend on parallel sizes: its name with the global layer number, and the
+expert of an expert matrix. A rank's share of a key is a block of its rows.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _LAYER = re.compile(r"^(.*?layers)\.(\d+)\.(.*)$")
 
 @dataclass(frozen=True)
 class Piece:
-    """A rank's share of one key: rows [start, start + len) of a tensor of `shape`."""
+    """Share of one key on this rank: rows [start, start + len) of a tensor of `shape`."""
 
     key: str
     shape: tuple[int, ...]
     start: int
     parameter: torch.nn.Parameter
-    # The piece within the parameter (one expert of a slice), applied to its gradient as well.
+    # Selects the piece in the parameter (one expert of a slice), or in its gradient.
     select: Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -81,10 +81,10 @@ def _pieces_of(
                 partial(_expert, expert, spec.saved_shape),
             )
     else:
-        # One weight that the first and the last pipeline stage each hold a copy of.
+        # The first and the last pipeline stage each hold a copy of this weight.
         if getattr(parameter, "shared_embedding", False):
             key = _TIED
-        # Both sides cut dense tensors over tensor ranks alike, so each cut counts as a tensor.
+        # Stock and FSEP cut dense tensors over tensor ranks alike, so each cut counts as a tensor.
         if getattr(parameter, "tensor_model_parallel", False):
             key += f"@{_tensor_rank()}"
         yield Piece(key, shape, 0, parameter, _whole)
@@ -107,11 +107,11 @@ def _expert(expert: int, shape: tuple[int, ...], tensor: torch.Tensor) -> torch.
 
 @torch.no_grad()
 def load_common_weights(model: list[torch.nn.Module]) -> None:
-    """Set weights that depend on each key alone, so that all models start alike."""
+    """Set weights that depend only on keys, so that all models start alike."""
     for piece in pieces(model):
         generator = torch.Generator().manual_seed(zlib.crc32(piece.key.encode()))
         whole = torch.randn(piece.shape, generator=generator)
-        # Norm weights are vectors around one, all else is small enough for a stable start.
+        # Norm weights are vectors around one; all others are small enough for a stable start.
         is_norm = whole.dim() == 1 and "bias" not in piece.key
         whole = 1 + 0.05 * whole if is_norm else 0.04 * whole
         mine = piece.select(piece.parameter)
@@ -119,7 +119,7 @@ def load_common_weights(model: list[torch.nn.Module]) -> None:
 
 
 def read(model: list[torch.nn.Module], what: str) -> list[tuple[str, int, torch.Tensor]]:
-    """Read (key, start, rows) of every piece's `weight`, or of its `main_grad` if it has one."""
+    """Return (key, start, rows) of every piece's `weight`, or of trainable ones' `main_grad`."""
     return [
         (
             piece.key,
@@ -136,7 +136,7 @@ def _tensor(parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
 
 
 def assemble(parts: list[list[tuple[str, int, torch.Tensor]]]) -> Tensors:
-    """Make whole tensors from all ranks' pieces."""
+    """Assemble whole tensors from all ranks' pieces."""
     by_key: dict[str, dict[int, torch.Tensor]] = {}
     for part in parts:
         for key, start, rows in part:

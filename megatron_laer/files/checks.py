@@ -1,7 +1,6 @@
-"""Files and folders that users name, to read or to write, are checked before they are used.
+"""Checks of files and folders that users name, before they are used.
 
-Knows no format, and writes nothing (`writing` does). Everything that reads a file named by a
-user goes through `open_input` or what is built on it.
+All code that reads a file named by a user goes through `open_input`. `writing` writes files.
 """
 
 from __future__ import annotations
@@ -19,15 +18,15 @@ from typing import IO, BinaryIO
 
 logger = logging.getLogger(__name__)
 
-# Of files that people write by hand, and of lists that describe other files.
+# Maximum bytes of files that people write by hand, and of lists that describe other files.
 MAX_TEXT_BYTES = 2**20
 
-# Of files that machines write, line by line: the longest are the routing of some million tokens.
+# Maximum bytes of a line written by machines: routing of some million tokens is the longest.
 MAX_LINE = 2**25
 
 
 def check_regular(path: Path) -> None:
-    """Refuse a path that is not a regular file, such as a pipe or a device, which may never end."""
+    """Refuse a path that is no regular file, such as a pipe or a device, which may never end."""
     mode = os.stat(path).st_mode
     if not stat.S_ISREG(mode):
         kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "no regular file")
@@ -44,29 +43,27 @@ _KINDS = (
 
 
 def open_input(path: Path) -> BinaryIO:
-    """Open a regular file that can be read."""
     check_regular(path)
-    # Without waiting, should a pipe have taken the file's place since.
+    # Non-blocking, in case a pipe has taken the file's place since.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise ValueError(f"{quoted(path)} is no regular file; give a regular file")
     try:
         file.peek(1)
-    except OSError as error:  # said here, where the name is known
+    except OSError as error:  # raised here, where the name is known
         file.close()
         raise OSError(error.errno, error.strerror, str(path)) from error
     return file
 
 
 def read_bytes(path: Path, max_bytes: int) -> bytes:
-    """Read a whole regular file of limited size."""
     with open_input(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = b""
         if size <= max_bytes:
             content = file.read(size + 1)
-            if len(content) > size:  # it has grown, or its file system tells no sizes, as /proc
+            if len(content) > size:  # it has grown, or its file system reports no sizes, as /proc
                 content += file.read(max_bytes + 1 - len(content))
                 size = len(content)
     if size > max_bytes:
@@ -75,7 +72,7 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
 
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """Read a whole regular file of limited size as UTF-8, a byte-order mark left out."""
+    """Read a whole regular file of limited size as UTF-8, without its byte-order mark."""
     content = read_bytes(path, max_bytes)
     try:
         return content.decode("utf-8-sig")
@@ -84,7 +81,6 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
 
 
 def lines[T: (str, bytes)](file: IO[T], path: Path) -> Iterator[T]:
-    """Yield the lines of an open file, with their ends."""
     for number in itertools.count(1):
         line = file.readline(MAX_LINE + 1)
         if not line:
@@ -95,22 +91,19 @@ def lines[T: (str, bytes)](file: IO[T], path: Path) -> Iterator[T]:
 
 
 def quoted(text: object, longest: int = 200) -> str:
-    """Quote what a user passed, on one line, escaped and of limited length, for a message."""
+    """Quote user input for a message: one line, escaped, of limited length."""
     shown = _shortened(str(text), longest)
     return ascii(shown) if not shown.isprintable() else repr(shown)
 
 
 def one_line(text: object, longest: int = 2000) -> str:
-    """Show a text that somebody else may have written, on one line of limited length.
-
-    Control characters, which could move a terminal's cursor, are escaped; quotes are not added.
-    """
+    """Return a possibly foreign text on one line, with control characters escaped."""
     shown = _shortened(str(text), longest)
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 def shell_words(words: Iterable[str]) -> str:
-    """Join words for a shell; one with control characters or raw bytes as bash's $'...'."""
+    """Join words for a shell; words with control characters or raw bytes become bash's $'...'."""
     return " ".join(map(_shell_word, words))
 
 
@@ -138,11 +131,7 @@ def is_same_file(one: str | os.PathLike[str], other: str | os.PathLike[str]) -> 
 def refuse_overwriting(
     output: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], flag: str
 ) -> None:
-    """Refuse an output that is one of the inputs, or lies in a folder that is one.
-
-    Args:
-        flag: which names the output, for the message.
-    """
+    """Refuse an output that is one of the inputs, or lies in a folder that is one."""
     folder = Path(os.path.realpath(output)).parent
     for given in inputs:
         is_inside = os.path.isdir(given) and folder.is_relative_to(os.path.realpath(given))
@@ -154,7 +143,7 @@ def refuse_overwriting(
 
 
 def refuse_unwritable(output: str | os.PathLike[str], flag: str) -> None:
-    """Refuse a file that cannot be written, before the work whose result it is to hold."""
+    """Refuse a file that cannot be written, before the work for it is done."""
     path = Path(output)
     folder = path.absolute().parent
     problem = _why_not_looked_at(path)
@@ -173,7 +162,7 @@ def refuse_unwritable(output: str | os.PathLike[str], flag: str) -> None:
 
 
 def refuse_unusable_folder(folder: str | os.PathLike[str], flag: str) -> None:
-    """Refuse a folder for output that neither is there nor can be made, and make nothing."""
+    """Refuse an output folder that neither exists nor can be created; create nothing."""
     path = Path(folder).absolute()
     problem = _why_not_looked_at(path)
     if not str(folder):
@@ -192,7 +181,7 @@ def _why_not_looked_at(path: Path) -> str | None:
     """Return why nothing could ever be at a path, such as too long a name."""
     try:
         os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):  # told better by whoever asks
+    except (FileNotFoundError, NotADirectoryError):  # callers have a better message
         return None
     except OSError as error:
         return str(error.strerror)
@@ -200,7 +189,7 @@ def _why_not_looked_at(path: Path) -> str | None:
 
 
 def _why_not_writable(folder: Path) -> str | None:
-    """Return why no file can be made in a folder; tried, since permissions do not bind root."""
+    """Return why no file can be created in a folder; tried, since permissions do not bind root."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -209,7 +198,7 @@ def _why_not_writable(folder: Path) -> str | None:
 
 
 def in_one_line(error: Exception) -> str:
-    """Put an error of `prepare` or of a command on one line; a missing module's says what to do."""
+    """Return an error of `prepare` or a command as one line; add a remedy for missing modules."""
     if isinstance(error, ModuleNotFoundError):
         return f"{error}; `python -m megatron_laer doctor` says what is missing"
     return str(error)

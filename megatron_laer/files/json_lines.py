@@ -1,10 +1,9 @@
-"""Lines of JSON in recordings: their checksums, headers, and checks that all formats share.
+"""Lines of JSON in recordings: checksums, headers, and checks that all formats share.
 
     {"format":"megatron_laer-metrics","version":2,...,"crc":"89abcdef"}\\n
     {"step":7,...,"crc":"0a1b2c3d"}\\n
 
-The last key is the CRC-32 of the line's bytes before its comma. Version 1 of a format had no
-checksums.
+The last key is the CRC-32 of the line's bytes before its comma. Version 1 had no checksums.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from megatron_laer.files.checks import MAX_TEXT_BYTES, quoted
 
 logger = logging.getLogger(__name__)
 
-# The version of every format whose lines end with a checksum.
+# Version of all formats with checksums.
 VERSION = 2
 
 _KEY = "crc"
@@ -38,7 +37,6 @@ def headers(format_name: str, fields: Mapping[str, Any]) -> tuple[bytes, bytes]:
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
-    """Return a line that ends with its checksum."""
     body = unsealed(content).removesuffix(b"}\n")
     return b'%s,"%s":"%08x"}\n' % (body, _KEY.encode(), zlib.crc32(body))
 
@@ -48,17 +46,12 @@ def unsealed(content: Mapping[str, Any]) -> bytes:
 
 
 def warn_of(version: int, path: Path) -> None:
-    """Warn that a recording is of version 1, if it is."""
     if version == 1:
         logger.warning("%s: version 1 of the format, in which not all damage is noticed", path)
 
 
 def read_header(line: bytes, format_name: str, kind: str) -> tuple[dict[str, Any], int]:
-    """Return the fields of a recording's first line, without format and version, and the version.
-
-    Args:
-        kind: of recording, for messages.
-    """
+    """Return a first line's fields, without format and version, and the version."""
     content = _object(line)
     if content.pop("format", None) != format_name:
         raise ValueError(f"it is no {kind}, since it begins with {quoted(line[:100])}")
@@ -72,7 +65,6 @@ def read_header(line: bytes, format_name: str, kind: str) -> tuple[dict[str, Any
 
 
 def read_line(line: bytes, version: int) -> dict[str, Any]:
-    """Return the object of a line, in this version of the format."""
     content = _object(line)
     try:
         _check_seal(line, content, is_sealed=version > 1)
@@ -86,10 +78,7 @@ def numbered_lines(
 ) -> Iterator[tuple[int, int, bytes]]:
     """Yield number, end and bytes of each line; the first one has at most `MAX_TEXT_BYTES`.
 
-    Args:
-        longest: bytes of any further line.
-        whole_only: whether a last line without its end is left out, with a warning.
-        kind: of the file, before its path in errors.
+    With `whole_only` an incomplete last line is skipped, with a warning.
     """
     end, limit = 0, MAX_TEXT_BYTES
     for number in itertools.count(1):
@@ -109,7 +98,7 @@ def numbered_lines(
 
 
 def check_shape(sizes: Mapping[str, tuple[object, int]], layers: object) -> None:
-    """Check the sizes in a header, each with its largest value, and the names of layers."""
+    """Check the sizes in a header, given with their maxima, and the names of layers."""
     for name, (value, most) in sizes.items():
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{name} must be an integer in 1..{most}, got {quoted(value)}")
@@ -132,7 +121,7 @@ def _object(line: bytes) -> dict[str, Any]:
 
 
 def _check_seal(line: bytes, content: dict[str, Any], *, is_sealed: bool) -> None:
-    """Check a line's checksum, and take it out of the content; version 1 must have none."""
+    """Check a line's checksum, and remove it from the content; version 1 must have none."""
     if not is_sealed:
         if _KEY in content:
             raise ValueError(f"has the key {_KEY!r}, which version 1 of the format has not")

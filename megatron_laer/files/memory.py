@@ -1,7 +1,4 @@
-"""Memory is asked for before it is taken: how much this process may still take.
-
-Linux rarely refuses memory: it ends a process when there is none left.
-"""
+"""Available memory, checked before large allocations: Linux kills processes when none is left."""
 
 from __future__ import annotations
 
@@ -10,12 +7,12 @@ from pathlib import Path
 import psutil
 
 _GIB = 2**30
-# Of the second version, as the process sees its own group in a container.
+# Version 2, as a process in a container sees its own group.
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes() -> int:
-    """Return the bytes that the machine has free, or this container or job may take, if fewer."""
+    """Return the free bytes of the machine, or of this container's or job's limit, if fewer."""
     free = int(psutil.virtual_memory().available)
     try:
         limit = int((_CGROUP / "memory.max").read_text())
@@ -26,12 +23,7 @@ def available_bytes() -> int:
 
 
 def check_enough(needed_bytes: int, purpose: str, remedy: str) -> None:
-    """Refuse work that would take more memory than is there.
-
-    Args:
-        purpose: what takes the memory, as the begin of a sentence.
-        remedy: what to do instead.
-    """
+    """Refuse work that would take more memory than is available; `purpose` starts the message."""
     there = available_bytes()
     if needed_bytes > there:
         raise ValueError(

@@ -1,10 +1,9 @@
 """A recording is a file with a header and records that its one writer only ever appends.
 
-Writers of formats say where each record ends; nothing here knows their content. A recording is
-never rewritten in place. Steps that a run makes again are copied to another file, and a copy of the
-rest takes the recording's place. So a run that is killed at any moment leaves the old recording or
-the new one. An incomplete last record, as a killed run leaves it, is cut off in place. A recording
-in an older version of its format is set aside, never added to.
+Writers of formats know where each record ends; nothing here knows their content. A recording is
+never rewritten in place. Steps that a run repeats are copied to another file, and a copy of the
+rest replaces the recording. So a run that is killed at any moment leaves the old recording or the
+new one. An incomplete last record is cut off in place.
 """
 
 from __future__ import annotations
@@ -36,26 +35,21 @@ _ASIDE = re.compile(rf".+\.(cut-from-\d+|{_OLDER})(\.\d+)?\.[^.]+")
 
 
 class RecordingFile:
-    """The only writer of a recording.
+    """Only writer of a recording. On an OSError all records are kept.
 
     Args:
-        path: the file, made with its folders if it is missing.
-        header: its first bytes.
-        older: its first bytes in an older version of the format, if there was one.
-        records: called with the path, yields the step of every whole record and the offset where it
-            ends, in order.
-        first_step: the first step of this run; 0 for one that begins, or restarts.
+        header, older: the file's first bytes, and those in an older version of its format, if any.
+        records: called with the path, yields each whole record's step and end offset, in order.
+        first_step: the first step of this run; 0 if it does not resume another.
 
     Attributes:
-        path: its real path, if `path` is a link.
         last: the last step of earlier runs that stays, if any.
-        step: the newest that began, or the one before the run's first.
+        step: the newest started step, or the one before the run's first.
 
     Raises:
         InUseError: another run writes it.
-        ValueError: the path is no regular file, or one with another header; or this run begins, and
-            another one's records are there, see `run_mark`.
-        OSError: it cannot be written; every record is then where it was.
+        ValueError: the path is no regular file, or has another header. Or this run starts at step
+            0 and the file has another run's records, see `run_mark`.
     """
 
     def __init__(
@@ -88,18 +82,17 @@ class RecordingFile:
             raise
 
     def append(self, record: bytes) -> None:
-        """Write at the end, at once."""
         with _naming(self.path):
             end = self._file.seek(0, os.SEEK_END)
             try:
                 write_all(self._file, record)
             except OSError:
-                # A part of a record would make what follows it unreadable.
+                # A partial record would make later ones unreadable.
                 self._file.truncate(end)
                 raise
 
     def begin_step(self, step: int) -> None:
-        """Begin a step; one that comes again moves its records, and later ones, to another file."""
+        """Start a step; a repeated one moves its records, and later ones, to another file."""
         if step <= self.step:
             self._cut_from(step)
         self.step = step
@@ -126,10 +119,9 @@ class RecordingFile:
         self.last = self._cut_from(first_step)
 
     def _cut_from(self, step: int) -> int | None:
-        """Move the records from a step on to another file, and cut off an incomplete record.
+        """Move records from a step on to another file, and cut off an incomplete one.
 
-        Returns:
-            The last step that stays, if any.
+        Return the last step that stays, if any.
         """
         stays = end = len(self._header)
         last, is_cut = None, False
@@ -151,7 +143,7 @@ class RecordingFile:
         return last
 
     def _renew(self, header: bytes) -> None:
-        """Set aside this recording of an older version whole, and begin anew."""
+        """Set this recording of an older version aside, and start a new one."""
         beside = free_name(self.path.with_stem(f"{self.path.stem}.{_OLDER}"))
         with self._file:
             os.replace(self.path, beside)
@@ -165,7 +157,6 @@ class RecordingFile:
         )
 
     def close(self) -> None:
-        """Close the file, which another run may then write."""
         self._file.close()
 
     def _move_aside(self, begin: int, end: int, step: int) -> None:
@@ -206,13 +197,13 @@ class RecordingFile:
 
 
 def is_cut_off(path: Path) -> bool:
-    """Return whether a file was set aside, by its name: its steps came again, or are old."""
+    """Return True for names of files that were set aside: their steps were repeated, or are old."""
     return _ASIDE.fullmatch(path.name) is not None
 
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Name the file in an error that does not, as those of a write."""
+    """Add the path to an OSError without one, such as a write's."""
     try:
         yield
     except OSError as error:

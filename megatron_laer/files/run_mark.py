@@ -1,14 +1,13 @@
-"""A mark beside a recording says which run wrote it, so that a restart is told from another run.
+"""Marks next to recordings, which tell a restart from another run.
 
-Both begin at step 0: a run that died before its first checkpoint and is started again, and an
-unrelated one that is given the same folder by mistake. Two signs tell that it is the same run:
+Both start at step 0. One restarts a run that died before its first checkpoint; the other was given
+the same folder by mistake. There are two signs of the same run:
 
-- it saves to and loads from the same folder of checkpoints, so that a restart goes on with it;
-- the same process launched its ranks, as torchrun does when it starts them again. torchrun's count
-  of restarts is no sign, since a run that is refused is started again as well; nor is its run id
-  alone, which people write into their scripts.
+- it saves to and loads from the same folder of checkpoints, so a restart continues it;
+- the same process launched its ranks, as torchrun does for restarts. Its count of restarts is no
+  sign, since it also restarts a refused run. Nor is its run id alone: people put it into scripts.
 
-Knows no format of a recording. A run without signs leaves no mark, and is refused as unrelated.
+A run without signs leaves no mark, and is refused as unrelated.
 """
 
 from __future__ import annotations
@@ -26,11 +25,7 @@ _checkpoints: str | None = None
 
 
 def set_checkpoints(load: str | None, save: str | None, *, finetune: bool) -> None:
-    """Set the folders of checkpoints of this process's run.
-
-    Args:
-        finetune: whether every start begins at step 0, from the weights in `load`.
-    """
+    """Set this run's folders of checkpoints; with `finetune` every start begins at step 0."""
     global _checkpoints
     _checkpoints = None
     if load and save and not finetune and os.path.realpath(load) == os.path.realpath(save):
@@ -38,7 +33,7 @@ def set_checkpoints(load: str | None, save: str | None, *, finetune: bool) -> No
 
 
 def is_of_this_run(recording: Path) -> bool:
-    """Return whether the mark beside a recording bears a sign of this process's run."""
+    """Return whether the recording's mark has a sign of this process's run."""
     try:
         content = read_bytes(_mark_of(recording), _MAX_BYTES)
     except (OSError, ValueError):
@@ -47,7 +42,7 @@ def is_of_this_run(recording: Path) -> bool:
 
 
 def mark(recording: Path) -> None:
-    """Mark a recording as written by this process's run, in place of an earlier run's mark."""
+    """Mark a recording as written by this process's run, replacing an earlier run's mark."""
     signs, path = _signs(), _mark_of(recording)
     if signs:
         write_file(path, "".join(f"{sign}\n" for sign in sorted(signs)))
@@ -60,20 +55,20 @@ def _mark_of(recording: Path) -> Path:
 
 
 def _signs() -> set[str]:
-    """Return digests, since recordings are passed on and paths are nobody else's business."""
+    """Return this run's signs as digests, since recordings are passed on and paths are private."""
     found = []
     if _checkpoints is not None:
         found.append(f"checkpoints {_checkpoints}")
     launch = os.environ.get("TORCHELASTIC_RUN_ID")
     if launch is not None:
-        with contextlib.suppress(OSError):  # no Linux, or a /proc that is hidden
+        with contextlib.suppress(OSError):  # no Linux, or a hidden /proc
             found.append(f"launcher {_process(os.getppid())} {launch}")
     return {hashlib.sha256(os.fsencode(sign)).hexdigest() for sign in found}
 
 
 def _process(pid: int) -> str:
-    """Name a process of this machine so that no other one, earlier or later, has the name."""
+    """Return a name of a process that no other on this machine, earlier or later, has."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    # The name of its program, in brackets, may have blanks; its start is the 22nd field.
+    # The program's name, in brackets, may have blanks; the start time is the 22nd field.
     start = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     return f"{boot} {pid} {start}"

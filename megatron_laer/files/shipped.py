@@ -1,4 +1,4 @@
-"""Users name a cluster or a model that we ship, or give the path of a YAML file of their own."""
+"""Cluster and model files, given as the name of a shipped one or as a path."""
 
 from __future__ import annotations
 
@@ -8,16 +8,11 @@ _PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def yaml_file(kind: str, path_or_name: str | Path) -> Path:
-    """Return the file that is meant: a path as it is, a name as the shipped file of that name.
-
-    Args:
-        kind: `cluster` or `model`.
-        path_or_name: a text with a slash, or that ends in .yaml or .yml, is a path.
-    """
+    """Return a shipped file by name, or a path: a text with a slash, .yaml or .yml."""
     name = str(path_or_name)
     if isinstance(path_or_name, Path) or name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(path_or_name)
-    # The package's own data first: beside an installed package, `configs` may be somebody else's.
+    # The package's own data first: `configs` next to an installed package may be another project's.
     folders = (_PACKAGE / "configs" / f"{kind}s", _PACKAGE.parent / "configs" / f"{kind}s")
     known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
     if name not in known:

@@ -1,7 +1,7 @@
-"""Files that somebody needs are written whole, by one writer, and never over one another.
+"""Files are written whole, by one writer, and never over one another.
 
-Knows no format. A file that is kept open goes through `open_exclusively`, one that is written anew
-through `write_file`, or `Replacement` where its content comes bit by bit.
+Use `open_exclusively` for a file that is kept open, and `write_file` to write one at once. Use
+`Replacement` if the content comes bit by bit.
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ from megatron_laer.files.checks import check_regular, quoted
 
 logger = logging.getLogger(__name__)
 
-# Where a file system has no locks (Lustre without `-o flock`, some network mounts).
+# Errors of file systems without locks (Lustre without `-o flock`, some network mounts).
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class InUseError(ValueError):
-    """A file has a writer already."""
+    """Error of a second writer of a file."""
 
 
-# What this process has locked, for `_unlock_in_child`.
+# Files that this process has locked, for `_unlock_in_child`.
 _locked: weakref.WeakSet[IO[bytes] | IO[str]] = weakref.WeakSet()
 
 
 def lock(file: IO[bytes] | IO[str], path: Path) -> None:
-    """Make this open file its only writer, until it is closed or the process ends.
+    """Lock an open file, until it is closed or the process ends; warn if its file system cannot.
 
-    Children that the process forks, such as a data loader's workers, do not hold the lock. On a
-    file system without locks it says so in a warning and goes on.
+    Forked children, such as a data loader's workers, do not hold the lock.
     """
     _locked.add(file)  # first, since another thread may fork at any time
     try:
@@ -58,7 +57,7 @@ def lock(file: IO[bytes] | IO[str], path: Path) -> None:
 
 
 def _unlock_in_child() -> None:
-    """Let go of what the parent has locked, so that a child that outlives it keeps no lock."""
+    """Drop the parent's locks, so that a child that outlives it keeps none."""
     null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
     for file in _locked:
         if not file.closed:
@@ -70,13 +69,7 @@ os.register_at_fork(after_in_child=_unlock_in_child)
 
 
 def open_exclusively(path: Path) -> BinaryIO:
-    """Open a file for reading and writing, made if it is missing, as its only writer. Unbuffered.
-
-    Raises:
-        InUseError: it has another writer.
-        ValueError: it is no regular file.
-        OSError: it cannot be opened.
-    """
+    """Open a file unbuffered for reading and writing, as its only writer; create it if missing."""
     while True:
         if path.exists():
             check_regular(path)
@@ -95,12 +88,12 @@ def open_exclusively(path: Path) -> BinaryIO:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold `path` as a lock during the block; it is made for that, and removed at the end."""
+    """Hold `path` as a lock during the block; it is created for that, and removed at the end."""
     with open_exclusively(path):
         try:
             yield
         finally:
-            # Before it is closed: who has opened it meanwhile then sees that it has gone.
+            # Before it is closed: another process that has opened it then sees that it is gone.
             path.unlink(missing_ok=True)
 
 
@@ -113,16 +106,11 @@ def _is_at(file: IO[bytes], path: Path) -> bool:
 
 
 class Replacement:
-    """A file under a temporary name, which replaces its target when it is complete.
+    """File under a temporary name, which replaces its target when it is complete.
 
-    The temporary file is locked while it is written, so that what a killed run left can be told
-    from what a living one writes: making a replacement removes what was left for the same target.
-    The name that `path` gives may also be written through another open file.
-
-    Attributes:
-        path: of the temporary file.
-        file: open for reading and writing, unbuffered, and the only writer of the target afterwards
-            until it is closed.
+    It is locked while it is written, so `remove_leftovers` can tell a killed run's from a living
+    one's. `path` may also be written through another open file. `file` is unbuffered. After
+    `commit`, until it is closed, it is the target's only writer.
     """
 
     def __init__(self, target: Path) -> None:
@@ -132,7 +120,7 @@ class Replacement:
             pass
 
     def _open(self) -> bool:
-        """Open a new temporary file; False if another's `remove_leftovers` met it unlocked."""
+        """Open a new temporary file; return False if another's `remove_leftovers` came first."""
         path = self._target.with_name(f".{self._target.name}.{secrets.token_hex(8)}.tmp")
         self.path, self.file = path, cast(BinaryIO, path.open("x+b", buffering=0))
         try:
@@ -148,28 +136,20 @@ class Replacement:
         return is_ours
 
     def commit(self, target: Path | None = None) -> None:
-        """Put the content on disk, then the file in its target's place; leaves it open.
-
-        Args:
-            target: another file of the same folder to replace.
-        """
-        # Also what came through another open file of the same name.
+        """Sync the content and replace the target, or another file of its folder; stay open."""
+        # This also covers content from another open file of the same name.
         os.fsync(self.file.fileno())
         os.replace(self.path, target or self._target)
         sync_folder(self._target.parent)
 
     def discard(self) -> None:
-        """Close and remove the temporary file; does nothing to the target."""
         self.file.close()
         self.path.unlink(missing_ok=True)
 
 
 @contextmanager
 def replaced_when_complete(target: Path) -> Iterator[BinaryIO]:
-    """Yield a file that takes the target's place if the block ends well, and is removed if not.
-
-    A symbolic link stays, and what it leads to is replaced.
-    """
+    """Yield a file that replaces the target, or a link's, if the block succeeds; else remove it."""
     replacement = Replacement(Path(os.path.realpath(target)))
     try:
         yield replacement.file
@@ -181,13 +161,12 @@ def replaced_when_complete(target: Path) -> Iterator[BinaryIO]:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file, text in UTF-8, in place of what is there: `replaced_when_complete`."""
+    """Write a whole file, text in UTF-8: see `replaced_when_complete`."""
     with replaced_when_complete(path) as file:
         write_all(file, content.encode() if isinstance(content, str) else content)
 
 
 def write_output(path: Path, content: str | bytes, flag: str) -> None:
-    """Write a whole file that a flag of a command names."""
     try:
         write_file(path, content)
     except OSError as error:
@@ -195,7 +174,7 @@ def write_output(path: Path, content: str | bytes, flag: str) -> None:
 
 
 def remove_leftovers(target: Path) -> None:
-    """Remove temporary files for `target` whose run has ended; those that are locked stay."""
+    """Remove temporary files for `target` of runs that have ended; locked ones stay."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{16}}\.tmp")
     if not target.parent.is_dir():
         return
@@ -203,7 +182,7 @@ def remove_leftovers(target: Path) -> None:
         if not pattern.fullmatch(path.name) or path.is_symlink() or not path.is_file():
             continue
         try:
-            # For writing, since network file systems lock nothing else exclusively.
+            # Opened for writing, since network file systems lock nothing else exclusively.
             with path.open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
@@ -212,7 +191,7 @@ def remove_leftovers(target: Path) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """Return the path, or the first of PATH.2, PATH.3, …, before its suffix, that nothing has."""
+    """Return `path`, or the first of PATH.2, PATH.3, … (before the suffix) that does not exist."""
     names = itertools.chain(
         (path,), (path.with_stem(f"{path.stem}.{n}") for n in itertools.count(2))
     )
@@ -220,14 +199,14 @@ def free_name(path: Path) -> Path:
 
 
 def write_all(file: BinaryIO, content: bytes) -> None:
-    """Write to an unbuffered file, which may take a part at a time."""
+    """Write to an unbuffered file, which may accept a part at a time."""
     left = memoryview(content)
     while left:
         left = left[file.write(left) :]
 
 
 def sync_folder(folder: Path) -> None:
-    """Put a folder's list of files on disk, where its file system can."""
+    """Put a folder's list of files on disk, if its file system can."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -1,9 +1,8 @@
-"""YAML that people write by hand is read as texts, lists and mappings alone.
+"""YAML that people write by hand, read as texts, lists and mappings alone.
 
-This guesses no types: `237e12` is a number to us, where YAML 1.1 takes it for text, and `no` is no
-boolean. Nor does it take what such files have no use for and what makes YAML dangerous: tags,
-anchors and aliases (which write a text of any length in a few bytes), and deep nesting. What the
-texts mean is for the callers to say.
+It guesses no types: `237e12` is a number to us, where YAML 1.1 has a text, and `no` is no boolean.
+Unneeded and dangerous features are refused: tags, deep nesting, and anchors and aliases, which
+write a text of any length in a few bytes. Callers interpret the texts.
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from megatron_laer.files.checks import quoted, read_text
 
 type Content = str | list[Content] | dict[str, Content] | None
 
-# The parser, in Python, needs some seconds for a megabyte; the files that we ship have a kilobyte.
+# The parser, in Python, needs some seconds for a megabyte; our shipped files have a kilobyte.
 MAX_BYTES = 2**16
 MAX_DEPTH = 16
 
 
 def read_yaml(path: Path) -> Content:
-    """Read the content of a YAML file; None if there is none."""
+    """Read the content of a YAML file; return None if it is empty."""
     text = read_text(path, MAX_BYTES)
     try:
         return parse_yaml(text)
@@ -32,7 +31,6 @@ def read_yaml(path: Path) -> Content:
 
 
 def parse_yaml(text: str) -> Content:
-    """Parse the content of a YAML document; None if there is none."""
     try:
         return _document(yaml.parse(text, Loader=yaml.BaseLoader))
     except yaml.MarkedYAMLError as error:

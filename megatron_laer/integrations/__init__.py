@@ -1,1 +1,1 @@
-"""Frameworks around Megatron Core, with loops and configurations of their own, are served here."""
+"""Adapters to frameworks around Megatron Core with their own loops and configurations."""

@@ -1,10 +1,10 @@
-"""FSEP in Megatron-Bridge: one callback for its `pretrain` and `finetune`.
+"""Callback that adds FSEP to Megatron-Bridge's `pretrain` and `finetune`.
 
     from megatron_laer.integrations.bridge import FSEPCallback
 
     pretrain(recipe, forward_step, callbacks=[FSEPCallback(recipe, FSEPConfig(capacity=4))])
 
-Its configuration is read in `bridge_config`.
+`bridge_config` reads Megatron-Bridge's configuration.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ logger = logging.getLogger(__name__)
 
 
 class FSEPCallback:
-    """Turns FSEP on for the recipe's model, and marks the steps of Megatron-Bridge's loop.
+    """Callback that turns FSEP on for the recipe's model, and marks training steps.
 
-    Make it before `pretrain` is called, which makes the process groups and the model. Its methods
-    have the names of Megatron-Bridge's events, by which callbacks are found.
+    Create it before `pretrain`, which creates the process groups and the model. Megatron-Bridge
+    finds its methods by the names of events.
 
     Args:
-        recipe: Megatron-Bridge's ConfigContainer, with all that the run changes in it.
+        recipe: Megatron-Bridge's ConfigContainer, with all of the run's changes to it.
         config: settings of FSEP; the defaults if None.
 
     Raises:
-        ValueError: what FSEP cannot run with, and what would work.
+        ValueError: settings that FSEP cannot run with, and alternatives.
     """
 
     def __init__(self, recipe: Any, config: FSEPConfig | None = None) -> None:
@@ -54,7 +54,7 @@ class FSEPCallback:
         self._outcome = StepOutcome()
 
     def on_train_start(self, context: Any) -> None:
-        """Let Megatron-Bridge's writers have FSEP's metrics."""
+        """Add FSEP's metrics to Megatron-Bridge's writers."""
         container = context.state.cfg
         settings = settings_of(container)
         install_metrics(
@@ -62,27 +62,21 @@ class FSEPCallback:
         )
 
     def on_train_step_start(self, context: Any) -> None:
-        """Enter the step, at whose start layouts change."""
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
         step = training_step(context.state.train_state.step, get_num_microbatches(), context.model)
         self._outcome = self._step.enter_context(step)
 
     def on_train_step_end(self, context: Any) -> None:
-        """Leave the step, and say whether the optimizer made it."""
         self._outcome.weights_changed = not context.skipped_iter
         self._step.close()
 
 
 def check_recipe(recipe: Any, config: FSEPConfig) -> None:
-    """Refuse what FSEP cannot run with, by the table that Megatron's arguments are refused by.
-
-    Args:
-        recipe: Megatron-Bridge's ConfigContainer.
-        config: settings of FSEP.
+    """Refuse settings that FSEP cannot run with, by the same table as Megatron's arguments.
 
     Raises:
-        RefusedError: what was given, why it cannot work, and what would.
+        RefusedError: the setting, why it cannot work, and alternatives.
     """
     settings = settings_of(recipe)
     found = [*problems_of(recipe), *arguments.problems(settings, config)]

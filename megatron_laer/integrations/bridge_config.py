@@ -1,7 +1,7 @@
-"""Megatron-Bridge's ConfigContainer is read here as the arguments of Megatron that it amounts to.
+"""Megatron-Bridge's ConfigContainer, read as the equivalent arguments of Megatron.
 
-A recipe is read as its function returns it: what Megatron-Bridge applies to the model when it
-starts, precision and communication, is applied to what is read, and the container is not changed.
+A recipe is read as its function returns it. Precision and communication, which Megatron-Bridge
+applies to the model at start, are applied to the result; the container is not changed.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ _EXPERTS_LINEAR = ("linear_fc1", "linear_fc2")
 
 
 def settings_of(recipe: Any) -> Namespace:
-    """Return Megatron's arguments, by the names that the table of refusals knows them by."""
+    """Return Megatron's arguments, by their names in the table of refusals."""
     model = recipe.model
     found: dict[str, Any] = {"num_moe_experts": None, "expert_model_parallel_size": 1}
-    # Of newer models the fields of TransformerConfig are in a part of their own.
+    # Newer models have the fields of TransformerConfig in a part of their own.
     for part in (recipe.dist, recipe.ddp, recipe.optimizer, getattr(model, "transformer", model)):
         found |= vars(part)
     found |= vars(model)
     found |= {name: value for name, value in vars(_precision(recipe)).items() if name in found}
     if recipe.comm_overlap is not None:
-        # Megatron-Bridge takes these from here alone, and what nobody set for off.
+        # Megatron-Bridge reads these only here; unset means off.
         found |= {name: bool(getattr(recipe.comm_overlap, name)) for name in _OVERLAPS}
     found["cuda_graph_modules"] = _graphed(
         found.get("cuda_graph_modules") or found.get("cuda_graph_scope")
@@ -52,15 +52,15 @@ def settings_of(recipe: Any) -> Namespace:
         found["cpu_offloading_num_layers"] = 0
     found["num_experts"] = found["num_moe_experts"]
     found["rank"] = int(os.environ.get("RANK", "0"))
-    # A launcher may say it by another name; Megatron-Bridge then checks it.
+    # A launcher may use another variable; Megatron-Bridge then checks the size.
     found["world_size"] = int(os.environ.get("WORLD_SIZE", found["expert_model_parallel_size"]))
     return Namespace(**found)
 
 
 def problems_of(recipe: Any) -> list[str]:
-    """List what FSEP cannot run with in settings that Megatron has no argument for."""
+    """Return refusals of settings that are no arguments of Megatron."""
     found = [_DECENTRALIZED] if recipe.dist.use_decentralized_pg else []
-    # Only newer releases can.
+    # Only newer releases have it.
     if getattr(recipe.checkpoint, "also_save_hf_checkpoint", False):
         found.append(_SAVES_HUGGING_FACE)
     return found + ([LORA_ON_EXPERTS] if _adapts_experts(recipe) else [])
@@ -76,12 +76,12 @@ def _precision(recipe: Any) -> Any:
 
 
 def _graphed(given: Any) -> list[str]:
-    """Return the modules that a graph captures; none are listed for whole layers."""
+    """Return the modules that a graph captures; empty for whole layers."""
     words = given.split(",") if isinstance(given, str) else names_of(given or ())
     return [word for word in words if word != "full"]
 
 
 def _adapts_experts(recipe: Any) -> bool:
     targets = getattr(recipe.peft, "target_modules", None) or ()
-    names = {target.split(".")[-1] for target in targets} - {"*"}  # of whatever comes before
+    names = {target.split(".")[-1] for target in targets} - {"*"}  # in any parent module
     return any(fnmatchcase(linear, name) for linear in _EXPERTS_LINEAR for name in names)

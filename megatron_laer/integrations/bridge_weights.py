@@ -1,11 +1,10 @@
-"""Megatron-Bridge converts the weights of FSEP models to and from Hugging Face's format.
+"""Conversion of FSEP models' weights to and from Hugging Face's format by Megatron-Bridge.
 
     with stock_weights():
         bridge.load_hf_weights(model)
 
-Its conversion lists the model's parameters by name, makes a task for each, and carries out the
-tasks in the order of layers. Here the list is stock's, and a layer's experts are restored when the
-first of its tasks comes.
+Its conversion makes a task for each parameter, and runs them in the order of layers. Here these are
+stock's parameters; a layer's experts are restored at its first task.
 """
 
 from __future__ import annotations
@@ -24,13 +23,12 @@ from megatron_laer.integrations.stock_names import StockLayer, stock_layers
 
 @contextlib.contextmanager
 def stock_weights() -> Iterator[None]:
-    """Let Megatron-Bridge see the weights of FSEP models as stock's, while the context lasts.
+    """Show Megatron-Bridge the weights of FSEP models as stock's in this context.
 
-    In it, what `AutoBridge` does with Hugging Face's weights works as without FSEP, in both
-    directions: `load_hf_weights`, `export_hf_weights`, `save_hf_weights`, `save_hf_pretrained`. All
-    ranks take part, as always, and iterate over exported weights to the end. Of the experts one
-    layer's at a time are restored, as stock's ranks hold them for the expert-parallel size of the
-    model. After a load call Megatron's `reload_model_params()` of the optimizer.
+    `AutoBridge` then converts weights as without FSEP, in both directions: `load_hf_weights`,
+    `export_hf_weights`, `save_hf_weights`, `save_hf_pretrained`. All ranks take part, and iterate
+    over exported weights to the end. One layer's experts at a time are restored, for the model's
+    expert-parallel size. After a load call Megatron's `reload_model_params()` of the optimizer.
 
     Raises:
         ValueError: from Megatron-Bridge's functions, on every rank: the group's ranks do not divide
@@ -71,12 +69,7 @@ def stock_weights() -> Iterator[None]:
 
 
 class _Tasks:
-    """Megatron-Bridge's tasks, those of an expert with the weight in its place.
-
-    Args:
-        layers: of each model chunk.
-        writes: whether the tasks write to weights.
-    """
+    """Megatron-Bridge's tasks, with stock's weights in those of experts."""
 
     def __init__(
         self, tasks: Sequence[Any], layers: Sequence[list[StockLayer]], *, writes: bool
@@ -88,7 +81,7 @@ class _Tasks:
             for parameter in layer.parameters()
         }
         # Layers of MTP count from 0 too, and their experts' tasks would alternate with others. The
-        # order must be the same on all ranks, so it goes by names alone.
+        # order must be the same on all ranks, so it depends on names alone.
         places: dict[str, int] = {}
         for task in tasks:
             places.setdefault(_owner(task), len(places))
@@ -114,14 +107,14 @@ class _Tasks:
 
 
 def _owner(task: Any) -> str:
-    """Name the experts that a task's parameter belongs to, or else the parameter."""
+    """Return the name of the experts with a task's parameter, or else the parameter's."""
     name: str = task.global_param_name
     return name.partition(".experts.")[0] if ".experts." in name else name
 
 
 @contextlib.contextmanager
 def _shown_as_stock(chunk: torch.nn.Module, layer: StockLayer) -> Iterator[None]:
-    """Put modules with stock's parameters, which have no memory, in the place of the experts."""
+    """Replace the experts by modules with stock's parameters, on the meta device."""
     parent = chunk.get_submodule(layer.prefix.rpartition(".")[0])
     shown = torch.nn.Module()
     for name, weight in layer.named(layer.empty_blocks(torch.device("meta"))):
@@ -137,7 +130,7 @@ def _shown_as_stock(chunk: torch.nn.Module, layer: StockLayer) -> Iterator[None]
 
 
 class _Linear(torch.nn.Module):
-    """A linear layer's parameters, and the cuts of tensor-parallel ranks."""
+    """Parameters of a linear layer, with attributes for tensor-parallel cuts."""
 
     def __init__(self, partition_dim: int) -> None:
         super().__init__()

@@ -1,7 +1,4 @@
-"""Without a network, what asks Hugging Face for a model's configuration fails soon.
-
-Nothing is downloaded here, and nothing of Hugging Face is imported.
-"""
+"""Offline mode of Hugging Face's library, so that it fails fast without a network."""
 
 from __future__ import annotations
 
@@ -17,12 +14,10 @@ _PATIENCE_S = 5.0
 
 
 def go_offline_if_unreachable() -> bool:
-    """Let Hugging Face's library look into its cache alone if its server cannot be reached.
+    """Restrict Hugging Face's library to its cache if its server cannot be reached.
 
-    It would try for minutes. Must be called before that library is imported.
-
-    Returns:
-        whether it looks there alone, be it that the user said so.
+    Return whether it is restricted. It would otherwise retry for minutes. Must be called before
+    that library is imported.
     """
     if find_spec("huggingface_hub") is None:
         return False
@@ -47,7 +42,7 @@ def _is_reachable(address: str) -> bool:
             return
         reached.append(True)
 
-    # A name server that does not answer would hold the call up for longer.
+    # In a thread, since an unresponsive name server would block the call for longer.
     attempt = Thread(target=connect, daemon=True)
     attempt.start()
     attempt.join(_PATIENCE_S)

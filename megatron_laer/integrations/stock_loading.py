@@ -1,8 +1,6 @@
-"""Weights under stock Megatron's names come back into a model chunk here.
+"""Loading of weights under stock Megatron's names; `stock_names.py` defines these.
 
-What they are called, and which of them a rank has, is said in `stock_names.py`.
-
-Legend: e experts that stock would hold on a rank; R rows and K columns of a matrix.
+Legend: e experts of a rank in stock; R rows and K columns of a matrix.
 """
 
 from __future__ import annotations
@@ -30,33 +28,32 @@ def load_stock_named_parameters(
 ) -> None:
     """Copy tensors under stock Megatron's names into a model chunk.
 
-    Takes what `stock_named_parameters` gives with the same arguments: each name once, on every rank
-    those that stock would hold there, of any dtype and device. Any order will do. A layer's experts
-    are kept until they are complete and all layers before them are, and then exchanged; so in the
-    chunk's order of layers this takes the memory of one layer's experts and twice that of one
-    matrix. Where several ranks hold an expert, that of the group's first one counts.
+    Accepts the output of `stock_named_parameters` with the same arguments, in any order, dtype and
+    device. Each rank gives once each name that stock would hold there. A layer's experts are kept
+    until they and all earlier layers are complete, and then exchanged. In the chunk's order of
+    layers this needs the memory of one layer's experts and twice that of one matrix. Where several
+    ranks hold an expert, the group's first one counts.
 
     Collective over the world: every rank calls it for its chunks in turn, also those without an
     FSEP layer. Optimizers keep weights of their own: call Megatron's `reload_model_params()` after.
 
     Args:
         model: one chunk, in Megatron's wrappers or without.
-        named_tensors: pairs of a name and a tensor in the shape that stock has.
+        named_tensors: pairs of a name and a tensor in stock's shape.
         expert_parallel_size: X, as for `stock_named_parameters`.
         grouped: as for `stock_named_parameters`.
 
     Raises:
-        ValueError: on every rank of the world, once all have read what they were given: names that
-            are missing, unknown or come twice, other shapes, what is no tensor, or an error that
-            `named_tensors` raised. Weights may have been overwritten by then. Also as
-            `stock_named_parameters`.
+        ValueError: missing, unknown or repeated names, other shapes, a value that is no tensor, or
+            an error of `named_tensors`. Raised on every rank of the world once all have read their
+            input; weights may have been overwritten. Also as `stock_named_parameters`.
         RuntimeError: FSEP was turned off after the model was built.
     """
     chunk, layers = stock_layers(model, expert_parallel_size, grouped)
     reader = _Reader(chunk, layers, named_tensors)
     is_sound = True
     for layer in layers:
-        # Also after an error ranks go on reading: the tensors may come by collectives.
+        # Ranks go on reading after an error, since the tensors may come by collectives.
         reader.read_until(layer)
         is_sound = is_sound and not _is_any(reader.has_problems, session.get_fsep_group())
         blocks = reader.take(layer)
@@ -71,7 +68,7 @@ def load_stock_named_parameters(
 
 
 class _Reader:
-    """Reads named tensors: dense ones into the parameters, experts into blocks of their layer."""
+    """Reader of named tensors: dense ones into parameters, experts into their layer's blocks."""
 
     def __init__(
         self, chunk: torch.nn.Module, layers: list[StockLayer], named_tensors: Iterable[Named]
@@ -96,29 +93,28 @@ class _Reader:
 
     @property
     def has_problems(self) -> bool:
-        """Return whether anything is wrong so far; missing names are known only at the end."""
+        """Return whether there are problems so far; missing names are known only at the end."""
         return bool(self._problems) or (self._is_at_end and bool(self._missing))
 
     def problem(self) -> str | None:
-        """Describe what was wrong with the tensors, once all were read."""
         problems = list(self._problems)
         if self._missing:
             problems.append(f"missing: {_some(list(self._missing))}")
         return "; ".join(problems) or None
 
     def read_until(self, layer: StockLayer | None) -> None:
-        """Read until the layer's experts are complete; if they never are, or without one, all."""
+        """Read until the layer's experts are complete; read all without a layer."""
         while not self._is_at_end and (layer is None or self._left[layer.prefix]):
             try:
                 self._copy(*next(self._iterator))
             except StopIteration:
                 self._is_at_end = True
-            except Exception as error:  # whatever it is, the other ranks must hear of it
+            except Exception as error:  # the other ranks must learn of any error
                 self._is_at_end, self.error = True, error
                 self._problems.append(f"named_tensors: {type(error).__name__}: {error}")
 
     def take(self, layer: StockLayer) -> list[torch.Tensor]:
-        """Hand over the layer's blocks, all of which were read unless there are problems."""
+        """Return the layer's blocks and drop them here."""
         return self._held.pop(layer.prefix, ([], {}))[0]
 
     def _copy(self, name: str, tensor: torch.Tensor) -> None:
@@ -138,7 +134,7 @@ class _Reader:
             )
 
     def _target(self, name: str) -> torch.Tensor:
-        """Find what the tensor is copied to; an expert counts as read."""
+        """Return the destination of a tensor, and count an expert as read."""
         if name in self._dense:
             return self._dense[name]
         layer = self._experts[name]

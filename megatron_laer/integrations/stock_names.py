@@ -1,12 +1,11 @@
-"""Parameters are read here under the names and in the shapes of stock Megatron's.
+"""Read access to parameters under stock Megatron's names and in its shapes.
 
-What converts or sends weights by name reads stock's parameters: one matrix per expert, on the ranks
-of the expert-parallel group in turn. FSEP's own are slices of all experts, on every rank.
+Tools that convert or send weights by name expect stock's parameters: one matrix per expert, split
+over the ranks of the expert-parallel group. FSEP's own are slices of all experts, on every rank.
+`stock_loading.py` writes weights under these names.
 
-What takes tensors under these names is in `stock_loading.py`.
-
-Legend: N ranks of the FSEP group, E experts, X the expert-parallel size that is asked for, e = E/X
-experts of a rank; R rows and K columns of a matrix, r rows of a slice.
+Legend: N ranks of the FSEP group, E experts, X the requested expert-parallel size, e = E/X experts
+of a rank. R rows and K columns of a matrix, r rows of a slice.
 """
 
 from __future__ import annotations
@@ -29,13 +28,7 @@ Named = tuple[str, torch.Tensor]
 
 
 class StockParameter(NamedTuple):
-    """One parameter of an expert as stock would hold it.
-
-    Attributes:
-        name: in the model chunk.
-        matrix: the number of its slice among the layer's.
-        expert: its number among the e experts of this rank.
-    """
+    """One parameter of an expert in stock, with indices of its slice and of its expert here."""
 
     name: str
     matrix: int
@@ -44,12 +37,11 @@ class StockParameter(NamedTuple):
 
 @dataclass(frozen=True)
 class StockLayer:
-    """Experts of one FSEP layer as stock would hold them on this rank.
+    """Experts of one FSEP layer on this rank, as in stock Megatron.
 
     Attributes:
         prefix: the name of the experts' module in the model chunk.
         num_blocks: X.
-        is_grouped: whether under the names of grouped experts, or of a sequence of them.
     """
 
     prefix: str
@@ -59,11 +51,10 @@ class StockLayer:
 
     @property
     def block_size(self) -> int:
-        """Return e, the experts that this rank holds."""
+        """Return e, the number of experts of this rank."""
         return self.experts.specs[0].num_experts // self.num_blocks
 
     def parameters(self) -> list[StockParameter]:
-        """Return the parameters in stock's order."""
         found = [
             (spec, StockParameter(self._name(spec, expert), matrix, expert))
             for expert in range(self.block_size)
@@ -82,7 +73,7 @@ class StockLayer:
         ]
 
     def empty_blocks(self, device: torch.device | None = None) -> list[torch.Tensor]:
-        """Make blocks to be filled; without a device, where the slices are."""
+        """Allocate blocks, [e, R, K] each, on `device` or else the slices' device."""
         slices = self.experts.local_slices()
         return [
             slice_ErK.new_empty((self.block_size, rows, slice_ErK.shape[2]), device=device)
@@ -90,10 +81,7 @@ class StockLayer:
         ]
 
     def named(self, blocks: list[torch.Tensor]) -> Iterator[Named]:
-        """Yield stock's names with their parts of the blocks.
-
-        The tensors are marked as stock's parameters are, for those who ask how they are cut.
-        """
+        """Yield stock's names with views of the blocks, marked like stock's parameters."""
         for name, matrix, expert in self.parameters():
             spec = self.experts.specs[matrix]
             tensor = blocks[matrix][expert].view(stock_shape(spec))
@@ -102,13 +90,7 @@ class StockLayer:
 
     @contextmanager
     def lent(self, *, writable: bool) -> Iterator[Iterator[Named]]:
-        """Restore this rank's experts, and write them back at the end if they are writable.
-
-        Collective over the group, both at the begin and, if they are writable, at the end.
-
-        Raises:
-            RuntimeError: the context ended early, after some of them were written to.
-        """
+        """Restore this rank's experts; if `writable`, write them back. Both are collective."""
         blocks, version = self.blocks(), session.weights_version()
         loan = Loan(writable, is_old=lambda: session.weights_version() != version)
         try:
@@ -132,7 +114,7 @@ class StockLayer:
         for block_eRK, slice_ErK in zip(blocks, slices, strict=True):
             scatter_block(block_eRK, slice_ErK, session.get_fsep_group())
         if (coordinator := session.current_coordinator()) is not None:
-            coordinator.experts.end_step(weights_changed=True)  # what is held for a step is stale
+            coordinator.experts.end_step(weights_changed=True)  # step-held experts are stale
 
     @property
     def _num_experts(self) -> int:
@@ -145,13 +127,14 @@ class StockLayer:
         return f"{self.prefix}.local_experts.{expert}.{spec.name}.{kind}"
 
     def _mark(self, tensor: Any, spec: SliceSpec) -> None:
-        """Set what Megatron sets on parameters of experts."""
+        """Set the attributes that Megatron sets on parameters of experts."""
         is_first = spec.name == "linear_fc1"
         # Every rank of a tensor-parallel group would hold all of the second layer's bias.
         is_cut = is_first or not spec.is_bias
-        # Rows of a gate and of what it gates alternate between tensor-parallel ranks.
+        # Rows of a gate and its gated values alternate between tensor-parallel ranks.
         alternates = is_first and self.experts.config.gated_linear_unit and not self.is_grouped
-        # Tensor ranks hold experts whole and other layers not, and so have groups of their own.
+        # Tensor ranks hold whole experts but parts of other layers, so experts have their own
+        # groups.
         has_own_groups = self.num_blocks > 1 or self.experts.config.tensor_model_parallel_size > 1
         tensor.allreduce = not has_own_groups
         tensor.tensor_model_parallel = is_cut
@@ -160,7 +143,7 @@ class StockLayer:
 
 
 def stock_shape(spec: SliceSpec) -> tuple[int, ...]:
-    """Return the shape of one expert's parameter, [R, K], or [R] of a bias."""
+    """Return the shape of one expert's parameter: [R, K], or [R] for a bias."""
     return (spec.rows,) if spec.is_bias else (spec.rows, spec.columns)
 
 
@@ -173,33 +156,32 @@ def stock_named_parameters(
 ) -> Iterator[Named]:
     """Iterate over the parameters of a model chunk under stock Megatron's names and shapes.
 
-    Names, their order, shapes and values are those of `named_parameters()` of the same chunk
-    without FSEP: of experts the e = E/X that this rank would hold, `[R, K]` each and `[R]` for a
-    bias, as tensors of their own; of all else the chunk's own parameters. Layers and experts are
-    numbered from 0 in each chunk and on each rank, as stock numbers them.
+    Names, order, shapes and values are those of `named_parameters()` of the same chunk without
+    FSEP. Experts are separate tensors: the e = E/X of this rank, `[R, K]` each and `[R]` for a
+    bias. All other parameters are the chunk's own. Layers and experts are numbered from 0 in each
+    chunk and on each rank, as in stock. Call it for each chunk in turn:
 
         for chunk in model:  # Megatron's list
             for name, tensor in megatron_laer.stock_named_parameters(chunk):
                 ...
 
-    Collective over the FSEP group: every rank iterates to the end. The experts of one layer at a
-    time are restored, when the first of them is asked for, which takes their memory and for the
-    exchange twice that of one matrix; it is free once the caller has dropped the layer's tensors. A
-    chunk without FSEP layers, or of stock Megatron, takes no collective.
+    Collective over the FSEP group: every rank iterates to the end. Each layer's experts are
+    restored when the first of them is reached. That needs their memory and, for the exchange, twice
+    that of one matrix. It is free once the caller has dropped the layer's tensors. A chunk without
+    FSEP layers, or of stock Megatron, needs no collective.
 
     Args:
-        model: one chunk, in Megatron's wrappers or without. With `--overlap-param-gather`, weights
-            that are still on their way are waited for, which needs the wrapper and is collective
-            over data-parallel ranks.
-        expert_parallel_size: X, which divides N and E: rank i of the group gets the experts that
-            stock's expert-parallel rank i modulo X holds. N without it.
-        grouped: names as of Megatron's grouped experts, `linear_fc1.weight0`, or as of a sequence
-            of experts, `local_experts.0.linear_fc1.weight`. Without it those of the experts that
-            the model's own module spec asks for.
-        writable: experts may be written to, as stock's parameters may, until the next layer's are
-            asked for: they are then cut into slices again, which exchanges them once more. Where
-            several ranks hold an expert, that of the group's first one counts. Optimizers keep
-            weights of their own: call Megatron's `reload_model_params()` after.
+        model: one chunk, in Megatron's wrappers or without. `--overlap-param-gather` needs the
+            wrapper: iteration waits for pending weights, collectively over data-parallel ranks.
+        expert_parallel_size: X, which divides N and E; N by default. Rank i of the group gets the
+            experts of stock's expert-parallel rank i modulo X.
+        grouped: True for names of Megatron's grouped experts, `linear_fc1.weight0`; False for those
+            of a sequence of experts, `local_experts.0.linear_fc1.weight`. By default as in the
+            model's own module spec.
+        writable: allow writes to a layer's experts until the next layer's are reached. They are
+            then exchanged again and cut into slices. Where several ranks hold an expert, the
+            group's first one counts. Optimizers keep weights of their own: call Megatron's
+            `reload_model_params()` after.
 
     Returns:
         Pairs of a name and a tensor of the model's dtype, on its device.
@@ -207,9 +189,9 @@ def stock_named_parameters(
     Raises:
         ValueError: a list of chunks; a size that does not divide N and E, or that differs between
             ranks. On every rank of the group.
-        RuntimeError: FSEP was turned off after the model was built. Also from an expert that is
-            written to where that would be lost: without `writable`, or too late; or that is read
-            after a training step has changed the weights.
+        RuntimeError: FSEP was turned off after the model was built. An expert also raises it if a
+            write would be lost: without `writable`, or too late. So does a read after a training
+            step has changed the weights.
     """
     chunk, layers = stock_layers(model, expert_parallel_size, grouped, writable=writable)
     if getattr(getattr(model, "ddp_config", None), "overlap_param_gather", False):
@@ -236,9 +218,6 @@ def stock_layers(
     writable: bool = False,
 ) -> tuple[torch.nn.Module, list[StockLayer]]:
     """Find the FSEP layers of a chunk. Collective over the group, if there are any.
-
-    Args:
-        expert_parallel_size, grouped, writable: see `stock_named_parameters`.
 
     Returns:
         The chunk without its wrappers, and its layers in the order of its parameters.

@@ -1,10 +1,8 @@
-"""Whole experts are lent as tensors that notice when they are written to.
+"""Tensors that lend whole experts, copied from slices, and notice writes.
 
-They are copies of weights that FSEP keeps in slices. A write reaches the slices while their layer
-is lent for writing, and raises otherwise, so that none is lost without a word. Reading them is like
-reading any tensor, until the weights are others; all that is computed from them is a plain tensor.
-
-What only knows an address, such as a kernel of one's own, cannot be noticed.
+A write reaches the slices while their layer is lent for writing. Otherwise it raises, so that none
+is lost silently. Reads work until the weights change; results computed from them are plain tensors.
+Code that only has an address, such as a custom kernel, is not noticed.
 """
 
 from __future__ import annotations
@@ -22,13 +20,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 @dataclass
 class Loan:
-    """Permission to write to tensors, and to go on reading them.
+    """Permission to read and write tensors.
 
     Attributes:
-        is_writable: whether this was asked for.
-        is_old: tells whether the weights have changed since they were copied.
-        is_over: whether what is written now would be lost.
-        is_written: whether something was written.
+        is_old: returns whether the weights have changed since they were copied.
+        is_over: whether later writes would be lost.
     """
 
     is_writable: bool
@@ -37,11 +33,7 @@ class Loan:
     is_written: bool = False
 
     def check_read(self) -> None:
-        """Refuse a read of old weights, where stock's parameters would have the new ones.
-
-        Raises:
-            RuntimeError: the weights have changed.
-        """
+        """Raise RuntimeError if the weights changed; stock's parameters would have the new ones."""
         if self.is_old():
             raise RuntimeError(
                 f"{_IS_COPY}, and these have changed since: ask for it again, or keep a clone() of "
@@ -49,11 +41,7 @@ class Loan:
             )
 
     def check_write(self) -> None:
-        """Note a write.
-
-        Raises:
-            RuntimeError: it would be lost.
-        """
+        """Note a write; raise RuntimeError if it would be lost."""
         if not self.is_writable:
             raise RuntimeError(f"{_IS_COPY} and is read-only: {_WAYS_OUT}")
         if self.is_over:
@@ -66,20 +54,16 @@ class Loan:
 
 
 class LentExpert(torch.Tensor):
-    """A tensor whose memory is another's, and whose loan says whether that may be changed.
-
-    Views of it are lent too.
-    """
+    """Tensor in borrowed memory, whose loan permits or refuses writes. Views of it are lent too."""
 
     _plain: torch.Tensor
     _loan: Loan
 
-    # All operators come to `__torch_dispatch__`, also those of C++ and of torch.distributed.
+    # All operators reach `__torch_dispatch__`, including those of C++ and of torch.distributed.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, plain: torch.Tensor, loan: Loan) -> LentExpert:
-        """Lend a tensor, with the attributes that were set on it."""
         lent: LentExpert = torch.Tensor._make_subclass(cls, plain)
         lent.__dict__.update(plain.__dict__)
         lent._plain, lent._loan = plain, loan
@@ -89,7 +73,7 @@ class LentExpert(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Run an operator on the plain tensors, unless it writes to what must not be written to."""
+        """Run an operator on the plain tensors, unless it writes to one that is not writable."""
         kwargs = kwargs or {}
         for tensor in _written_by(func, args, kwargs):
             if func in _OTHER_MEMORY:
@@ -112,18 +96,16 @@ class LentExpert(torch.Tensor):
 
     @property
     def plain(self) -> torch.Tensor:
-        """Return the tensor itself, for those that only read it."""
+        """Return the plain tensor, for reading only."""
         self._loan.check_read()
         return self._plain
 
     @property
     def data(self) -> torch.Tensor:
-        """Return a view."""
         return self.detach()
 
     @data.setter
     def data(self, value: torch.Tensor) -> None:
-        """Copy a tensor of this shape."""
         if value.shape != self.shape:
             raise RuntimeError(
                 f"{_IS_COPY}: it has the shape {list(self.shape)}, and cannot take the data of "
@@ -132,13 +114,11 @@ class LentExpert(torch.Tensor):
         self.detach().copy_(value.detach())
 
     def numpy(self, **options: Any) -> Any:
-        """Return an array that cannot be written to."""
         array = self.plain.numpy(**options)
         array.flags.writeable = False
         return array
 
     def tolist(self) -> Any:
-        """Return the values."""
         return self.plain.tolist()
 
     def __copy__(self) -> torch.Tensor:
@@ -152,7 +132,7 @@ class LentExpert(torch.Tensor):
 
 
 def _reduce_between_processes(tensor: LentExpert) -> Any:
-    # Asked for by its name, since rollout engines replace it.
+    # Looked up at each call, since rollout engines replace it.
     return reductions.reduce_tensor(tensor.plain)
 
 
@@ -160,8 +140,7 @@ ForkingPickler.register(LentExpert, _reduce_between_processes)
 
 
 def _written_by(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[LentExpert]:
-    """Yield the lent tensors that an operator writes to."""
-    if func.namespace == "c10d":  # whose schemas do not say it: the first argument receives
+    if func.namespace == "c10d":  # c10d's schemas mark no writes: the first argument receives
         name = func._schema.name.partition("::")[2]
         is_root = name == "broadcast_" and dist.ProcessGroup.unbox(args[1]).rank() == args[2]
         written = [args[0]] if name.endswith("_") and not is_root else []

@@ -1,7 +1,7 @@
-"""`FSEPMoELayer` is Megatron's MoE layer with its experts in slots.
+"""MoE layer of Megatron with its experts in slots.
 
-Router, losses, shared experts and the token All-to-All stay Megatron's. Only steps of
-`MoELayer` are overridden, never `forward`, which Megatron's combined 1F1B schedule bypasses.
+Router, losses, shared experts and the token All-to-All stay Megatron's. Only steps of `MoELayer`
+are overridden, never `forward`, which Megatron's combined 1F1B schedule bypasses.
 
 Legend: N ranks, E experts, C slots per rank, S = N·C slots, T tokens, H hidden.
 """
@@ -35,7 +35,7 @@ _is_for_mtp = ContextVar("is_for_mtp", default=False)
 
 @contextlib.contextmanager
 def numbered_later() -> Iterator[None]:
-    """Allow layers without a number in this block; `set_layer_number` gives each one later."""
+    """Allow layers without a number in this block; `set_layer_number` sets it later."""
     token = _is_numbered_later.set(True)
     try:
         yield
@@ -45,10 +45,7 @@ def numbered_later() -> Iterator[None]:
 
 @contextlib.contextmanager
 def for_multi_token_prediction() -> Iterator[None]:
-    """Mark layers built in this block as layers of multi-token prediction.
-
-    Megatron's hybrid models do not mark them.
-    """
+    """Mark layers built in this block as MTP layers, which Megatron's hybrid models do not do."""
     token = _is_for_mtp.set(True)
     try:
         yield
@@ -57,11 +54,11 @@ def for_multi_token_prediction() -> Iterator[None]:
 
 
 class FSEPMoELayer(MoELayer):
-    """Megatron's MoE layer with C local slots in place of experts, filled as the layout says.
+    """Megatron's MoE layer with C local slots in place of experts, filled according to the layout.
 
     Args:
         layer_number: in the whole model, from 1; optional where Megatron's transformer layer builds
-            this one and numbers it.
+            and numbers this layer.
     """
 
     def __init__(
@@ -116,34 +113,30 @@ class FSEPMoELayer(MoELayer):
         return self._state
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Register the layer under its number, on which the seeds of the weights depend."""
         super().set_layer_number(layer_number)
         if self._state is None:
             self._register(layer_number)
 
     def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
-        """Put shared experts off until counts are on their way, after the router."""
-        # A graph of the router has the shared experts in it.
+        """Defer the shared experts until the counts exchange has started, after the router."""
+        # A CUDA graph of the router contains the shared experts.
         if self.config.cuda_graph_impl != "none":
             output: torch.Tensor | None = super().shared_experts_compute(hidden_states)
             return output
         if self.use_shared_expert and not self.shared_expert_overlap:
-            # A node that is older than the router's adds their gradient where stock's does: last.
+            # This node is older than the router's, so their gradient is added last, as in stock.
             self._shared_input = hidden_states.view_as(hidden_states)
         return None
 
     def preprocess(
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> Any:
-        """Plan this microbatch, which exchanges counts; from here on tokens go to slots.
-
-        While counts are on their way, the device has the shared experts to compute.
-        """
+        """Plan this microbatch; the shared experts' compute hides the exchange of counts."""
         finish_plan = self._coordinator.microbatch_planner.start(
             self.state,
             routing_map,
             training=self.training,
-            # Where the layer is a checkpoint, autograd sees its inputs and no more.
+            # In a checkpointed layer, autograd sees its inputs only.
             has_rerun=hidden_states.requires_grad or not self.moe_layer_recompute,
         )
         if self._shared_input is not None:
@@ -156,10 +149,7 @@ class FSEPMoELayer(MoELayer):
         return super().preprocess(hidden_states, probs, routing_map)
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Exchange tokens; once they crossed nodes, the next layer's experts may be fetched.
-
-        In backward, the arrival of the tokens' gradients starts the reduction of the experts'.
-        """
+        """Exchange tokens; once they have crossed nodes, the next layer's restore may start."""
         assert self._plan is not None, "dispatch before preprocess"
         hidden_states = self._plan.restored.reduce_after_dispatch(hidden_states)
         dispatched = super().dispatch(hidden_states, probs)
@@ -175,7 +165,7 @@ class FSEPMoELayer(MoELayer):
     def routed_experts_compute(
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
-        """Sort the received tokens by slot and let the restored experts compute."""
+        """Sort the received tokens by slot and compute the restored experts."""
         input_TH, _, probs_T = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
         plan, self._plan = self._plan, None
         assert plan is not None, "routed_experts_compute before preprocess"
@@ -189,14 +179,12 @@ class FSEPMoELayer(MoELayer):
     def postprocess(
         self, output: torch.Tensor, shared_expert_output: torch.Tensor | None
     ) -> torch.Tensor:
-        """Add the shared experts' output, also if they were put off."""
         if self._shared_output is not None:
             shared_expert_output, self._shared_output = self._shared_output, None
         summed: torch.Tensor = super().postprocess(output, shared_expert_output)
         return summed
 
     def what_changed(self) -> str | None:
-        """Describe changes to the experts since they were built; None without any."""
         experts: torch.nn.Module = self.experts
         if isinstance(experts, FSEPExperts):
             return experts.what_changed()
@@ -227,7 +215,6 @@ _NO_NUMBER = (
 
 
 def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
-    """Check the layer's configuration, and return the session's coordinator."""
     current = session.current()
     assert current is not None, "an FSEP layer was built while FSEP is off"
     model_support.check(config, current.config.allow_unproven)
@@ -245,7 +232,7 @@ def _slot_submodules(
 ) -> MoESubmodules:
     """Return a copy of `submodules` that builds a layer of slots.
 
-    Stock sizes everything behind the router by `config.num_moe_experts`, and is given S there. The
+    Stock sizes everything behind the router by `config.num_moe_experts`, which is S there. The
     router and the shared experts get the true config. The copy is shallow: layers share
     `submodules`.
     """
@@ -274,28 +261,25 @@ def _slot_submodules(
 
 
 def _activation_builder(submodules: MoESubmodules) -> Any:
-    """Return Transformer Engine's activation module, where the module spec brings one."""
     options = getattr(submodules.experts, "keywords", {})
     return getattr(options.get("submodules"), "activation_func", None)
 
 
 def _stock_is_grouped(submodules: MoESubmodules) -> bool:
-    """Return whether the module spec asks for experts that compute in one grouped product."""
     builder = getattr(submodules.experts, "func", submodules.experts)
     return not (isinstance(builder, type) and issubclass(builder, SequentialMLP))
 
 
 def _seed_of_arguments() -> int | None:
-    """Return the seed of Megatron's command line; None in a script that has none."""
     from megatron.training import global_vars
 
     return None if global_vars._GLOBAL_ARGS is None else int(global_vars.get_args().seed)
 
 
 def _tokens_of_arguments(config: Any) -> int | None:
-    """Return the tokens of a rank and microbatch by Megatron's command line; None in a script.
+    """Return the command line's tokens per rank and microbatch; None without a command line.
 
-    Tensor parallelism cuts a sequence too: MoE layers train with sequence parallelism only.
+    Tensor parallelism splits sequences too: MoE layers train with sequence parallelism only.
     """
     from megatron.training import global_vars
 

@@ -1,8 +1,7 @@
-"""Megatron is changed for FSEP here alone; each patch says why, and can be undone.
+"""All changes to Megatron for FSEP; each patch has a reason and can be undone.
 
-Patches are attributes replaced at the place where Megatron looks them up. Each is found by name
-first, applied once, and put back by `disable` or `uninstall`. Without `--expert-parallel-mode fsep`
-only the two argument functions are wrapped, and those only by the launchers.
+Without `--expert-parallel-mode fsep` only the two argument functions are wrapped, and those only by
+the launchers.
 """
 
 from megatron_laer.megatron_version import check_version

@@ -1,11 +1,11 @@
-"""Helper processes of checkpoint writers live exactly as long as their rank.
+"""Helper processes of checkpoint writers that live exactly as long as their rank.
 
 The writer passes its results through a `multiprocessing` manager, which stays from the first save
-on, and async saves write in a worker process. A launcher signals every process of a job: both die,
-and a rank with `--exit-signal-handler`, which saves then, fails to. After a SIGKILL of the rank
-both stay. Here they hear no signal, and watch their rank: those of Megatron's own writer and, where
-Megatron has found it, of nvidia-resiliency-ext's, its default for async saves. Not here: data
-loaders' workers, in which Megatron sets its handler itself.
+on; async saves write in a worker process. A launcher's signal to all processes of a job would end
+both, and a rank with `--exit-signal-handler` could not save. After a SIGKILL of the rank both would
+stay. So they block signals and watch their rank. This covers Megatron's own writer and, if Megatron
+has found it, nvidia-resiliency-ext's. Data loaders' workers need nothing: Megatron sets its handler
+in them.
 """
 
 from __future__ import annotations
@@ -51,13 +51,12 @@ def _with_lasting_worker(original: Any) -> Any:
     @functools.wraps(original.__func__)
     def _get_process(cls: Any, rank: int, mp_mode: str = "spawn", *args: Any, **kwargs: Any) -> Any:
         fresh = cls._persistent_process is None
-        # Spawned, not taken from a fork server: that one would be ended by the signal as well, and
-        # if it blocked signals, so would all that it starts for others.
+        # Spawned, not from a fork server: the signal would also end that one. If it blocked
+        # signals, so would all processes that it starts for others.
         with signals_blocked():
             process = original.__func__(cls, rank, "spawn", *args, **kwargs)
         if fresh:
-            # At a rank's exit multiprocessing terminates the worker, which is deaf to that, and
-            # waits for it.
+            # At a rank's exit multiprocessing sends SIGTERM, which the worker blocks, and waits.
             util.Finalize(None, process.kill, exitpriority=0)
         return process
 
@@ -67,7 +66,7 @@ def _with_lasting_worker(original: Any) -> Any:
 def _with_lasting_nvrx_worker(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def _start_worker(self: Any, rank: int) -> None:
-        # Its own way to abort it sends SIGTERM, and SIGKILL where that does nothing for 30 s.
+        # Its own abort sends SIGTERM, and SIGKILL only after 30 s.
         with signals_blocked():
             original(self, rank)
         util.Finalize(None, _abandon, args=(weakref.ref(self),), exitpriority=0)
@@ -76,10 +75,9 @@ def _with_lasting_nvrx_worker(original: Callable[..., Any]) -> Callable[..., Any
 
 
 def _abandon(caller_of: Callable[[], Any]) -> None:
-    """Kill the worker of a caller that a rank leaves open, as it does when it fails.
+    """Kill the worker of a caller that a failing rank leaves open.
 
-    Multiprocessing would terminate the worker, deaf to that, and wait for it, and so would the
-    caller when it is deleted.
+    The worker blocks SIGTERM, so multiprocessing, or the caller when deleted, would wait for ever.
     """
     caller = caller_of()
     if caller is not None and caller.process is not None:
@@ -88,13 +86,12 @@ def _abandon(caller_of: Callable[[], Any]) -> None:
 
 
 def _run_worker(*args: Any) -> None:
-    """Run Megatron's loop of the worker, in the worker, which finds this function by its name."""
+    """Run Megatron's worker loop, in the worker. Pickled by name, so at module level."""
     _prepare_worker()
     original_of(_WORKER_LOOP)(*args)
 
 
 def _run_nvrx_worker(*args: Any) -> None:
-    """Run nvidia-resiliency-ext's loop of the worker, in the worker."""
     _prepare_worker()
     original_of(_NVRX_WORKER_LOOP)(*args)
 
@@ -153,9 +150,10 @@ NVRX_PATCHES = (
 
 
 def nvrx_patches() -> tuple[Patch, ...]:
-    """Return the patches of nvidia-resiliency-ext, if Megatron has found one to use.
+    """Return the patches of nvidia-resiliency-ext, if Megatron has found it.
 
-    One without what they replace is left as it is, with a warning: all but stops work.
+    An unknown version is not patched, with a warning: all works but saving after a signal to the
+    job.
     """
     from megatron.core.dist_checkpointing.strategies import torch
 

@@ -1,6 +1,6 @@
-"""Checkpoints carry the planner's state, and say which optimizer state only FSEP can read.
+"""Patches that add the planner's state to checkpoints, and mark optimizer state only FSEP can read.
 
-Megatron looks `save` and `load` up in the package at each call. A checkpoint counts once its
+Megatron looks up `save` and `load` in the package at each call. A checkpoint is valid once its
 tracker file names it; that is written after `save` has returned, also under async save.
 """
 
@@ -29,21 +29,21 @@ def _storage() -> Any:
 
     if CHECKPOINT_STORAGE.is_in(msc_utils):
         return msc_utils.maybe_msc
-    # An older Megatron decides at each place by itself.
+    # Older releases of Megatron decide this at each call.
     feature = msc_utils.MultiStorageClientFeature
     return feature.import_package() if feature.is_enabled() else SimpleNamespace(open=open, os=os)
 
 
-# Megatron's distributed optimizer in its form `dp_reshardable`: buffers as they lie in memory.
+# Buffers of Megatron's distributed optimizer in its memory layout, `dp_reshardable`.
 _BUFFERS = re.compile(r"(?:^|\.)optimizer\.distributed\.dp_group_idx_\d+\.")
 _MARK = ".fsep-"
 
 
 def _mark_buffers(sharded_state_dict: Any, group_size: int) -> bool:
-    """Name the optimizer's buffers by FSEP's group size; returns whether there are any.
+    """Mark the optimizer's buffers with FSEP's group size; return whether there are any.
 
-    A rank's slices of all experts have as many elements as stock's whole experts, so that without
-    this the buffers of one would be read into those of the other, and nobody would notice.
+    A rank's slices of all experts have as many elements as stock's whole experts. Without the mark,
+    one kind would silently be read into the other.
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedBase
@@ -61,11 +61,7 @@ def _mark_buffers(sharded_state_dict: Any, group_size: int) -> bool:
 
 
 def _report_gemm(before: str | None, now: str) -> None:
-    """Warn that a resumed run multiplies by another back end than the run that was saved.
-
-    Args:
-        before: None in a checkpoint of stock, or of a version that had no choice.
-    """
+    """Warn if the back end of GEMMs differs from the saved run's; stock's checkpoints have None."""
     if before not in (None, now) and int(os.environ.get("RANK", "0")) == 0:
         logger.warning(
             "FSEP: the checkpoint is of a run with --fsep-gemm %s, and this one has --fsep-gemm "
@@ -101,7 +97,7 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
         )
         try:
             loaded = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
-        except (Exception, CheckpointException) as error:  # torch's is no Exception
+        except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
             if is_marked and _MARK in str(error):
                 raise ValueError(
                     f"{checkpoint_dir}: its optimizer state, in Megatron's form dp_reshardable, is "

@@ -1,4 +1,4 @@
-"""Megatron's command line gets FSEP's flags, and its validation turns FSEP on."""
+"""FSEP's flags in Megatron's command line; its validation turns FSEP on."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ logger = logging.getLogger(__name__)
 
 
 def install() -> None:
-    """Teach Megatron's command line `--expert-parallel-mode`; a second call does nothing.
+    """Add FSEP's flags to Megatron's command line; a second call does nothing.
 
-    FSEP itself is turned on when the arguments are validated and ask for it.
+    FSEP is turned on when arguments that ask for it are validated.
     """
     check_version()
     for patch in ARGUMENT_PATCHES:
@@ -44,7 +44,6 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Undo `install` and `enable`."""
     disable()
     for patch in ARGUMENT_PATCHES:
         undo(patch)
@@ -58,12 +57,12 @@ def _with_fsep_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
             if yaml_cfg is not None:
                 _refuse_yaml(yaml_cfg)
             if mode == ExpertParallelMode.FSEP:
-                # Megatron reads them as they are while it adds its arguments and parses.
+                # Megatron reads these variables while it adds its arguments and parses.
                 launcher.check_ranks(os.environ)
         parser = flags.add_arguments(original(parser))
         if mode == ExpertParallelMode.FSEP:
-            # None tells what was left out from what was given, and Megatron then takes what it
-            # reads of a checkpoint's arguments. Filled in when the arguments are validated.
+            # None marks a flag as not given, so that Megatron uses a checkpoint's argument. The
+            # validation fills in the rest.
             parser.set_defaults(**dict.fromkeys(arguments.FILLED_IN))
         return parser
 
@@ -80,8 +79,8 @@ def _asked_for() -> tuple[str | None, str | None]:
 
 
 def _refuse_yaml(path: str) -> None:
-    """Refuse settings of ours beside Megatron's YAML file, or in it: it would not see them."""
-    # The file takes the place of the command line, ours included.
+    """Refuse FSEP's settings in or next to Megatron's YAML file, where they have no effect."""
+    # The file replaces the command line, including FSEP's flags.
     words = [word.split("=")[0] for word in sys.argv]
     ours = [word for word in words if word.startswith(("--fsep-", "--expert-parallel-mode"))]
     if ours:
@@ -92,7 +91,7 @@ def _refuse_yaml(path: str) -> None:
     try:
         text = read_text(Path(path))
     except (OSError, ValueError):
-        return  # Megatron says what is wrong with it
+        return  # Megatron reports that error
     keys = re.findall(r"^\s*(expert_parallel_mode|fsep_\w+)\s*:", text, re.MULTILINE)
     if keys:
         raise ValueError(
@@ -110,12 +109,12 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
                 config, said = _checked(args, config, rest[0] if rest else kwargs.get("defaults"))
         if config is None:
             return original(args, *rest, **kwargs)
-        # A plain word that Megatron lists with its arguments and keeps in checkpoints, where `auto`
-        # would not say what computed.
+        # A plain string that Megatron lists with its arguments and keeps in checkpoints. `auto`
+        # would not name the back end.
         args.fsep_gemm = gemm_in_force(config.gemm).value
         args.fsep_capacity = arguments.geometry(args, config).capacity
-        # Megatron demands that experts divide over ranks, which slots do not need. It reads the
-        # number for nothing else before the model is built.
+        # Megatron requires that experts divide over ranks; slots do not. Before the model is built
+        # it uses the number for nothing else.
         experts, ranks = args.num_experts, args.expert_model_parallel_size
         args.num_experts = -(-experts // ranks) * ranks
         try:
@@ -125,13 +124,13 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
         arguments.check(args, config)  # again, since Megatron rewrites deprecated flags
         if args.rank == 0:
             for line in said:
-                # Printed like Megatron's own lines on what it derives, before logging has a level.
+                # Printed like Megatron's own lines on derived values, before logging has a level.
                 print(line, flush=True)
             on_cuda = not cpu_installed()
             for warning in arguments.warnings(config, os.environ, on_cuda=on_cuda):
                 logger.warning("FSEP: %s", warning)
         with _refusing():
-            # By now Megatron has derived the dtype.
+            # Megatron has derived the dtype at this point.
             device = torch.device("cpu" if cpu_installed() else "cuda")
             check_gemm(args.fsep_gemm, device, args.params_dtype)
             check_installed(args.optimizer)
@@ -146,7 +145,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
 def _checked(
     args: Namespace, config: FSEPConfig, script_defaults: Mapping[str, object] | None
 ) -> tuple[FSEPConfig, list[str]]:
-    """Check and complete arguments; return the config in force, and lines on what was changed."""
+    """Check and complete arguments; return the config in force, and lines about changes."""
     if getattr(args, "deterministic_mode", False):
         if flags.given_flags(args).get("late_plan") == LatePlan.KEEP:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""FSEP's metrics tracker replaces Megatron's, through Megatron's own setter."""
+"""Installs FSEP's metrics tracker through Megatron's own setter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _MODULE = "megatron.core.transformer.moe.moe_logging"
 
 
 def install_metrics(interval: int, decoder_layers: int, mtp_layers: int) -> None:
-    """Add the metrics of FSEP to those that Megatron logs: see `FSEPMetricsTracker`."""
+    """Add FSEP's metrics to those that Megatron logs: see `FSEPMetricsTracker`."""
     from megatron.core.transformer.moe.moe_logging import set_moe_metrics_tracker
 
     from megatron_laer.plugin.metrics_tracker import FSEPMetricsTracker
@@ -18,7 +18,7 @@ def install_metrics(interval: int, decoder_layers: int, mtp_layers: int) -> None
 
 
 def remove_metrics() -> None:
-    """Leave Megatron to make a tracker of its own."""
+    """Remove FSEP's tracker; Megatron then makes one of its own."""
     from megatron.core.transformer.moe import moe_logging
 
     from megatron_laer.plugin.metrics_tracker import FSEPMetricsTracker

@@ -1,4 +1,4 @@
-"""Patches make Megatron build FSEP layers, and FSEP groups beside its own process groups."""
+"""Patches that make Megatron build FSEP layers, and FSEP groups next to its own."""
 
 from __future__ import annotations
 
@@ -49,10 +49,7 @@ def _for_multi_token_prediction(original: Callable[..., None]) -> Callable[..., 
 
 
 def repoint_hybrid_specs() -> None:
-    """Make the hybrid model's layer specs, built when their module was imported, follow the switch.
-
-    Does nothing while that module is not imported: it will then be built with the right layer.
-    """
+    """Make imported layer specs of hybrid models follow the switch; later imports do anyway."""
     module = sys.modules.get(_HYBRID_SPECS)
     if module is None:
         return
@@ -68,10 +65,8 @@ def create_groups(
 ) -> None:
     """Create the session's FSEP groups. Collective over the world.
 
-    Args:
-        timeout: of their collectives; torch's default without it.
-        nccl_settings: the file of Megatron's `--nccl-communicator-config-path`. Ours are under
-            `fsep_parameters`, `fsep_gradients` and `fsep_tokens`.
+    `nccl_settings` is the file of Megatron's `--nccl-communicator-config-path`. Ours are under
+    `fsep_parameters`, `fsep_gradients` and `fsep_tokens`.
     """
     from megatron.core import parallel_state
 
@@ -81,7 +76,7 @@ def create_groups(
     if _uses_nccl():
         by_group["fsep_tokens"] = {
             **by_group.get("fsep_tokens", {}),
-            "is_high_priority_stream": True,  # as that of the whole group
+            "is_high_priority_stream": True,  # like the whole group's
         }
 
     def create_group(ranks: Sequence[int], group_desc: str) -> Any:
@@ -107,7 +102,7 @@ def _with_fsep_groups(original: Callable[..., Any]) -> Callable[..., Any]:
         call.apply_defaults()
         given = call.arguments
         if _uses_nccl():
-            # Tokens go before weights and gradients, whose streams have a lower priority.
+            # Tokens precede weights and gradients, whose streams have a lower priority.
             given["high_priority_stream_groups"] = [
                 *(given["high_priority_stream_groups"] or ()),
                 "ep",

@@ -1,7 +1,7 @@
-"""FSEP's metrics are collected here for Megatron's log line, TensorBoard and W&B.
+"""FSEP's metrics for Megatron's log line, TensorBoard and W&B.
 
-Megatron asks its MoE metrics tracker for a report once per step and puts what it returns into the
-log line; the tracker is replaceable by design (`set_moe_metrics_tracker`), so nothing is patched.
+Megatron's MoE metrics tracker is replaceable by design (`set_moe_metrics_tracker`), so nothing is
+patched.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ _GIB = 2**30
 
 
 class FSEPMetricsTracker(MoEMetricsTracker):
-    """Extends Megatron's tracker: it also reports balance and planning.
+    """Megatron's tracker, extended by balance and planning.
 
-    Args:
-        interval: steps between two reports; a report gathers over the world, so not every step.
-        decoder_layers, mtp_layers: of the whole model.
+    A report gathers over the world, so there is one per `interval` steps only.
     """
 
     def __init__(self, interval: int, decoder_layers: int, mtp_layers: int) -> None:
@@ -43,12 +41,7 @@ class FSEPMetricsTracker(MoEMetricsTracker):
         self._layers = (decoder_layers, mtp_layers)
 
     def report(self, *args: Any, **kwargs: Any) -> str:
-        """Return Megatron's report, followed by FSEP's, and write both. Collective over the world.
-
-        Args:
-            args, kwargs: Megatron's own; `iteration` by name, and `writer` and `wandb_writer` where
-                metrics go to TensorBoard and W&B.
-        """
+        """Write and return Megatron's report and FSEP's. Collective over the world."""
         line: str = super().report(*args, **kwargs)
         iteration = kwargs["iteration"]
         if iteration % self._interval:
@@ -70,10 +63,8 @@ def collect(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Collect metrics since the last call, of the model and by layer. Collective over the world.
 
-    A pipeline stage without MoE layers, hence without a coordinator, takes part.
-
-    Returns:
-        Scalars and per-layer values by name. Values of planning are those of this rank's group.
+    A pipeline stage without MoE layers, hence without a coordinator, takes part. Values of planning
+    are those of this rank's group.
     """
     layers = [LayerMetrics()] * (decoder_layers + mtp_layers)
     rank = RankMetrics()
@@ -95,7 +86,7 @@ def collect(
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
             row = min(row, len(layers) - 1)
             passes = LayerPasses.of(coordinator.geometry.num_ranks, samples)
-            # Of one microbatch: a prediction takes as long as a decision.
+            # For one microbatch only: a prediction takes as long as a decision.
             layers[row] += LayerMetrics.of(passes, predict(coordinator.guard, decision))
         if newest and logger.isEnabledFor(logging.INFO):
             logger.info("FSEP: %s", in_words(newest))
@@ -125,7 +116,7 @@ def _sum_over_ranks(
 
 
 def _least_headroom_bytes() -> float:
-    """Return the least memory that a rank of the world has left. Collective."""
+    """Return the least headroom over all ranks of the world. Collective."""
     device = current_device()
     least = torch.tensor(memory_use(device).headroom_bytes, dtype=torch.float64).to(device)
     dist.all_reduce(least, op=dist.ReduceOp.MIN)

@@ -1,7 +1,7 @@
-"""Optimizers that Megatron gives matrices alone take slices of experts, as they take stock's.
+"""Patches that make Muon and Lion update slices of experts.
 
-These are Muon and Lion; others of Megatron's registry are refused. Adam and SGD get every parameter
-and need nothing here.
+Megatron gives these optimizers only matrices; others of its registry are refused. Adam and SGD get
+every parameter and need nothing here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DISTRIBUTED = "--optimizer muon with --use-distributed-optimizer (or dist_muon)
 
 
 def check_installed(optimizer: str) -> None:
-    """Refuse an optimizer that Megatron takes from a package which is missing."""
+    """Raise ValueError for an optimizer whose package, emerging-optimizers, is missing."""
     from megatron.core.optimizer import HAVE_EMERGING_OPTIMIZERS
 
     if optimizer not in ("adam", "sgd") and not HAVE_EMERGING_OPTIMIZERS:
@@ -37,7 +37,6 @@ def _with_slices(original: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: Any) -> Any:
-    """Adapt an entry of Megatron's registry to slices."""
     from megatron_laer.layer.experts.muon import ExpertMuon
 
     if name not in ("muon", "lion"):
@@ -60,7 +59,7 @@ def _refuse(name: str, *_: Any) -> Any:
 
 
 def _without_slices(rule: Any) -> Any:
-    """Exclude slices from a rule for parameters that are no matrices; a slice has 3 dimensions."""
+    """Exclude slices, which have 3 dimensions, from a rule for parameters that are no matrices."""
     matches = rule.predicate.fn
 
     def fn(parameter: Any) -> bool:
@@ -95,7 +94,7 @@ def _problem_of_dtype(config: Any) -> str | None:
 def _problem_of_replicas(model_chunks: Any, pg_collection: Any, num_ranks: int) -> str | None:
     """Return why replicas cannot share the update of this model's slices; None if they can.
 
-    Megatron shares parameters out by their sizes, and each rank does that for its own.
+    Each rank divides its own parameters among replicas by their sizes.
     """
     slices = (whole_matrix_of(p) for chunk in model_chunks for p in chunk.parameters())
     uneven = sorted({whole.rows for whole in slices if whole and whole.rows % num_ranks})

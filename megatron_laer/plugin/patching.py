@@ -1,4 +1,4 @@
-"""A `Patch` finds an attribute of Megatron by name, replaces it once, and puts it back."""
+"""`Patch` finds an attribute of Megatron by name, replaces it once, and restores it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,12 @@ from megatron_laer.releases import TESTED_RANGE
 
 @dataclass(frozen=True)
 class Patch:
-    """One attribute to replace, and its replacement.
+    """Attribute to replace, and its replacement.
 
     Attributes:
-        module: imported when the patch is applied.
         path: of the attribute in the module, `name` or `Class.name`.
-        replace: takes the original and returns the replacement.
-        reason: for the printed table.
-        also: further changes that the replacement makes in Megatron, for the same table.
+        replace: called with the original, returns the replacement.
+        reason, also: for the printed table; `also` has further changes to Megatron.
     """
 
     module: str
@@ -31,7 +29,6 @@ class Patch:
     also: tuple[str, ...] = ()
 
     def owner_and_name(self) -> tuple[Any, str]:
-        """Find the object that holds the attribute."""
         try:
             owner: Any = importlib.import_module(self.module)
             *parents, name = self.path.split(".")
@@ -48,16 +45,16 @@ class Patch:
 
 
 _applied: dict[Patch, tuple[Any, str, Any]] = {}
-# Changes by Megatron's own setters, by what they change.
+# Changes by Megatron's own setters, by changed object.
 _noted: dict[str, str] = {}
 
 
 def apply(patch: Patch) -> bool:
-    """Replace the attribute; False if it is replaced already."""
+    """Replace the attribute; return False if it is replaced already."""
     if patch in _applied:
         return False
     owner, name = patch.owner_and_name()
-    # The raw attribute, so that a classmethod is put back as one.
+    # The raw attribute, so that a classmethod is restored as one.
     original = inspect.getattr_static(owner, name)
     setattr(owner, name, patch.replace(original))
     _applied[patch] = (owner, name, original)
@@ -65,14 +62,13 @@ def apply(patch: Patch) -> bool:
 
 
 def undo(patch: Patch) -> None:
-    """Put the original back, if it is replaced."""
     if patch in _applied:
         owner, name, original = _applied.pop(patch)
         setattr(owner, name, original)
 
 
 def original_of(patch: Patch) -> Any:
-    """Return the attribute as Megatron has it, replaced or not."""
+    """Return Megatron's own attribute, replaced or not."""
     if patch in _applied:
         return _applied[patch][2]
     owner, name = patch.owner_and_name()
@@ -85,12 +81,11 @@ def note(target: str, change: str) -> None:
 
 
 def forget(target: str) -> None:
-    """Remove a change from the table, if it is there."""
     _noted.pop(target, None)
 
 
 def patch_table() -> str:
-    """Describe all that is changed in Megatron at this moment, one line each."""
+    """Describe all current changes in Megatron, one line each."""
     rows = [f"{target}: {change}" for target, change in _noted.items()]
     for patch in reversed(_applied):
         further = [f"  also {change}" for change in patch.also]

@@ -1,7 +1,7 @@
-"""Our training script asks here for what it must do differently by release of Megatron.
+"""Differences between releases of Megatron (`megatron_laer/releases.py`), for our training script.
 
-Newer releases build a GPT model from a configuration; older ones want a function that builds it,
-and their wheel has none. Which release is which: `megatron_laer/releases.py`.
+Newer releases build a GPT model from a configuration. Older ones need a function for it, and their
+wheel has none.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from megatron_laer.releases import GPT_FROM_CONFIG, PACKED_SEQUENCES
 
 
 def pretrain_arguments(args: Namespace) -> dict[str, Any]:
-    """Return the keywords of Megatron's `pretrain` that say which model is trained, and how.
+    """Return the keywords of Megatron's `pretrain` for the model and its configuration.
 
-    A HybridModel with `--hybrid-layer-pattern`, else a GPT model.
+    The model is a HybridModel with `--hybrid-layer-pattern`, else a GPT model.
 
     Raises:
-        ValueError: what `build_gpt`, where it is needed, does not build, quoting the flag.
+        ValueError: an option that is given and that `build_gpt`, if needed, does not support.
     """
     from megatron.training import argument_utils
 
@@ -40,7 +40,7 @@ def pretrain_arguments(args: Namespace) -> dict[str, Any]:
     return {"cfg_container": container(args), "model_provider": build_gpt}
 
 
-# What such a Megatron leaves to the function that builds the model, beside what is built here.
+# Options that such a Megatron leaves to the function that builds the model, and ours lacks.
 _NOT_BUILT = (
     "hybrid_layer_pattern",
     "spec",
@@ -66,17 +66,7 @@ def build_gpt(
     config: Any = None,
     pg_collection: Any = None,
 ) -> Any:
-    """Build one chunk of the MoE GPT model that Megatron's arguments describe.
-
-    Megatron calls it in releases without `GPT_FROM_CONFIG`.
-
-    Args:
-        pre_process: the chunk holds the embedding.
-        post_process: the chunk holds the output layer.
-        vp_stage: of the chunk, with virtual pipeline stages.
-        config: Megatron's transformer configuration; from the arguments if None.
-        pg_collection: process groups; Megatron's global ones if None.
-    """
+    """Build one chunk of the MoE GPT model; for releases without `GPT_FROM_CONFIG`."""
     from megatron.core.models.gpt import GPTModel, gpt_layer_specs
     from megatron.training import get_args
     from megatron.training.arguments import core_transformer_config_from_args

@@ -1,4 +1,4 @@
-"""Layouts change at the boundaries of steps, where the scheduler also learns of model chunks."""
+"""Patches for step boundaries, where layouts change and the scheduler gets the model chunks."""
 
 from __future__ import annotations
 
@@ -33,11 +33,7 @@ def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
 
 @dataclass
 class StepOutcome:
-    """Outcome of a step.
-
-    Attributes:
-        weights_changed: false where the optimizer skipped its step, say for an infinite gradient.
-    """
+    """Outcome of a step; `weights_changed` is False if the optimizer skipped it."""
 
     weights_changed: bool = True
 
@@ -48,19 +44,19 @@ def training_step(
 ) -> Iterator[StepOutcome]:
     """Mark a training step, at whose start layouts change. Collective: every rank must enter it.
 
-    Megatron's own loop is wrapped in it by the plugin; a loop of one's own does it like this:
+    The plugin wraps Megatron's own loop; another loop enters it like this:
 
         with megatron_laer.training_step(iteration, num_microbatches, model):
             ...  # forward and backward of all microbatches, optimizer
 
     Args:
         step: counted over the whole run, resumed runs included.
-        num_microbatches: of this step; without it, planning starts only when the step is over.
-        model: Megatron's list of model chunks, the same at every step; without it, restores are
+        num_microbatches: of this step; if None, planning starts only when the step is over.
+        model: Megatron's list of model chunks, the same at every step. Without it, restores are
             scheduled within each layer only.
 
     Yields:
-        The outcome, whose `weights_changed` is to be set to False if the optimizer skips.
+        The outcome; set its `weights_changed` to False if the optimizer skips.
 
     Raises:
         ValueError: at the first step, on every rank of the world: a recording that cannot be
@@ -90,7 +86,7 @@ def _chunk(wrapped: Any) -> Chunk:
         for part in block.children()
         if isinstance(part, FSEPMoELayer)
     ]
-    # Megatron repeats the layers of multi-token prediction alone, which are a chunk's last ones.
+    # Megatron repeats only the layers of multi-token prediction, a chunk's last ones.
     repeated = [pair for pair in found if pair[0].state.passes > 1]
     if repeated:
         found += repeated * (repeated[0][0].state.passes - 1)
@@ -109,11 +105,7 @@ def _chunk(wrapped: Any) -> Chunk:
 
 
 def _replayed(routers: Sequence[Any]) -> list[torch.Tensor] | None:
-    """Return the experts that Megatron's router replay will choose in the next forward pass.
-
-    Returns:
-        Int [T, K] for each router; None where one of them will choose by itself.
-    """
+    """Return Megatron's replayed experts of the next pass, int [T, K] per router, or None."""
     from megatron.core.transformer.moe.router_replay import RouterReplayAction
 
     replays = [router.router_replay for router in routers]
@@ -126,9 +118,9 @@ def _replayed(routers: Sequence[Any]) -> list[torch.Tensor] | None:
 
 
 def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None:
-    """Do before an early read of weights what Megatron does in a hook before their owner's call.
+    """Wait for weights before an early read, as Megatron's hook does before their module's call.
 
-    With `--overlap-param-gather`, weights may still be on their way from other replicas.
+    With `--overlap-param-gather`, weights may not have arrived yet from other replicas.
     """
     if not getattr(wrapped, "remove_forward_pre_hook_handles", None):
         return  # Megatron gathers nothing in forward, or has synchronised all weights
@@ -136,7 +128,7 @@ def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> No
         wrapped.ddp_config.align_param_gather or wrapped.overlap_param_gather_with_optimizer_step
     )
     for parameter in parameters:
-        if not parameter.requires_grad:  # Megatron keeps no buffer of what is frozen
+        if not parameter.requires_grad:  # Megatron keeps no buffer of frozen parameters
             continue
         wrapped.param_to_bucket_group[parameter].finish_param_sync(
             skip_next_bucket_dispatch=is_dispatched_elsewhere

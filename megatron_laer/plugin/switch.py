@@ -38,20 +38,20 @@ FSEP_PATCHES = (
 def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None:
     """Turn FSEP on: MoE layers built from now on are sharded.
 
-    Idempotent. Other settings than before hold for models built from now on; those built before
-    cannot go on training. Before Megatron's model parallel state is initialised it makes no
-    collective; after that it is collective over the world, because it creates the FSEP groups, and
-    these have torch's time-out and NCCL's defaults, and token exchanges the priority of compute.
+    Idempotent. Other settings than before apply to models built from now on; earlier ones cannot go
+    on training. Before Megatron's model parallel state is initialised it makes no collective. After
+    that it is collective over the world, because it creates the FSEP groups. These have torch's
+    time-out and NCCL's defaults, and token exchanges the priority of compute.
 
     Args:
         config: settings; the defaults if None.
-        seed: of the experts' weights. None takes that of Megatron's arguments, or else torch's
+        seed: of the experts' weights. If None, that of Megatron's arguments, or else torch's
             initial seed of the group's first rank.
 
     Raises:
-        ImportError: a Megatron without a seam that FSEP needs, naming it.
-        ValueError: a torch that is too old for a GPU; an unknown planner; a file or folder that
-            cannot be used; a node size that does not divide the group, on every rank.
+        ImportError: Megatron lacks a patched attribute, which is named.
+        ValueError: torch is too old for a GPU; an unknown planner; a file or folder that cannot be
+            used. On every rank: a node size that does not divide the group.
     """
     asked = config or FSEPConfig()
     wanted = Session(dataclasses.replace(asked, gemm=gemm_in_force(asked.gemm)), seed)
@@ -63,7 +63,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
         raise ValueError(f"FSEP cannot run with {problem}")
     check_planner(wanted.config.planner)
     run_files.check(wanted.config)
-    # All seams are found before one is used, so that a missing one leaves nothing patched.
+    # Look up all attributes before replacing one, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:
         patch.owner_and_name()
     patches = (*FSEP_PATCHES, *nvrx_patches())
@@ -89,7 +89,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
 
 
 def disable() -> None:
-    """Turn FSEP off and put back what `enable` replaced.
+    """Turn FSEP off and undo the patches of `enable`.
 
     Destroys the FSEP groups: models that were built with FSEP cannot go on training.
     """

@@ -1,4 +1,4 @@
-"""Gaps of Megatron's wheel, which every device has, are filled here."""
+"""Fixes for gaps in Megatron's wheel, needed on every device."""
 
 import functools
 import os
@@ -9,10 +9,10 @@ from pathlib import Path
 
 
 def mend_dataset_helper() -> None:
-    """Keep Megatron from building its dataset helper where the wheel brings it built.
+    """Keep Megatron from building its dataset helper if its wheel has it compiled.
 
-    `pretrain()` runs `make` for it; the wheel has the compiled helper and no Makefile, so the run
-    would end there. With a source checkout, which has the Makefile, look at what was built.
+    `pretrain()` runs `make` for it; the wheel has no Makefile, so the run would end there. In a
+    source checkout, which has the Makefile, check the built file instead.
     """
     from megatron.core.datasets import utils
 
@@ -28,7 +28,7 @@ def _already_compiled() -> None:
 
 
 def _compile(compile_helpers: Callable[[], None], folder: Path) -> None:
-    """Build the helper, for the Python that is first in the PATH."""
+    """Build the helper; raise ImportError if it was built for another Python."""
     compile_helpers()
     if any((folder / f"helpers_cpp{suffix}").exists() for suffix in EXTENSION_SUFFIXES):
         return

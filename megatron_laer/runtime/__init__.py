@@ -1,1 +1,1 @@
-"""The runtime holds all effects: collectives, groups, streams, and state that ranks agree on."""
+"""All effects of training: collectives, groups, streams, and state that ranks agree on."""

@@ -1,4 +1,4 @@
-"""`build_coordinator` makes the coordinator from the settings, the process groups and the model."""
+"""Construction of the coordinator from the settings, the process groups and the model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ _WIRE_DTYPES = {
 # Tokens per rank and microbatch assumed for own loops, which choose the batch size later.
 _TOKENS = 8192
 
-# Part of a card's name → the shipped cluster whose devices are most like it.
+# Part of a card's name → the shipped cluster with the most similar devices.
 _CLUSTERS = {"A100": "a100-4x8-ib800", "H100": "h100-8", "H200": "h200-8", "B200": "b200-8"}
 
 
@@ -67,11 +67,7 @@ def build_coordinator(
     seed: int,
     device: torch.device,
 ) -> Coordinator:
-    """Build the coordinator of one rank, with all its parts.
-
-    Args:
-        tokens: of a rank and microbatch, by which tokens are priced; None for a typical number.
-    """
+    """Build the coordinator of one rank; `tokens` per rank and microbatch are priced if given."""
     num_experts = transformer_config.num_moe_experts
     geometry = resolve_geometry(
         num_experts,
@@ -89,7 +85,7 @@ def build_coordinator(
     costs = with_token_exchange(costs, exchange, geometry, top_k, tokens)
     chosen = costs.with_exchange(config.restore_algorithm, geometry)
     overlaps = config.scheduler == OverlapScheduler.ON
-    # Announced layouts are kept after the gate, as forecast ones are.
+    # Announced layouts, as forecast ones, are kept after the gate.
     at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode
     guard = Guard(at_gate, chosen, geometry, config.imbalance_tolerance, config.split)
     schedule = make_schedule(
@@ -142,7 +138,6 @@ def build_coordinator(
 def token_exchange(
     config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int, tokens: int
 ) -> TokenExchange:
-    """Return the configured exchange of tokens; for `auto` the faster one."""
     if config.token_exchange == Auto.AUTO:
         return choose_token_exchange(costs, geometry, top_k, tokens)
     return TokenExchange(config.token_exchange)
@@ -158,9 +153,8 @@ def make_exchange(
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:
-    """Make the cost model of one MoE layer of this model on the configured cluster, or this one."""
     return CostModel(
-        # `auto` computes with the back end whose GEMMs a cluster has anyhow.
+        # `auto` uses the back end whose GEMMs a cluster always has.
         cluster=load_cluster(config.cluster or default_cluster(device)).for_back_end(config.gemm),
         hidden=transformer_config.hidden_size,
         ffn=transformer_config.moe_ffn_hidden_size,
@@ -171,10 +165,7 @@ def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.devic
 
 
 def _recompute(transformer_config: Any) -> Recompute:
-    """Return the recomputation that layers are priced with.
-
-    With `--recompute-method block` only some layers are in a checkpoint; all are priced as those.
-    """
+    """Return the recomputation of all layers in prices, even if `block` only covers some."""
     granularity = transformer_config.recompute_granularity
     runs_again = granularity == "full" or (
         granularity == "selective" and "moe" in transformer_config.recompute_modules
@@ -183,13 +174,12 @@ def _recompute(transformer_config: Any) -> Recompute:
 
 
 def current_device() -> torch.device:
-    """Return the device that Megatron computes on, which is the CPU where CUDA is replaced."""
+    """Return Megatron's device, which is the CPU where CUDA is replaced."""
     device = torch.cuda.current_device()
     return device if isinstance(device, torch.device) else torch.device("cuda", device)
 
 
 def default_cluster(device: torch.device) -> str:
-    """Return the name of the shipped cluster with the most similar devices."""
     if device.type == "cpu":
         return "cpu-gloo"
     name = torch.cuda.get_device_name()

@@ -1,6 +1,6 @@
-"""The coordinator leads the MoE layers of one rank through steps and checkpoints.
+"""Coordinator of one rank's MoE layers, steps and checkpoints.
 
-`build` puts it together; `MicrobatchPlanner` plans the passes within a step.
+`build` constructs it; `MicrobatchPlanner` plans the passes within a step.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Coordinator:
     """Coordinator of one rank of an FSEP group.
 
     Attributes:
-        guard: chooses each microbatch's layout; its cost model is the planner's as well.
+        guard: selects each microbatch's layout; the planner shares its cost model.
         pass_layouts: the plan mode.
     """
 
@@ -64,10 +64,7 @@ class Coordinator:
         return self.guard.geometry
 
     def register_layer(self, number: int, is_mtp: bool, **described: Any) -> LayerState:
-        """Add a MoE layer with these fields of `FsepLayer`.
-
-        Every rank of the group adds the same layers in the same order.
-        """
+        """Add a MoE layer, in the same order on all ranks, with these fields of `FsepLayer`."""
         assert not self.microbatch_planner.in_steps, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
         state = LayerState(len(self.layers), name, number, is_mtp, **described)
@@ -76,9 +73,7 @@ class Coordinator:
         return state
 
     def start(self, first_step: int) -> str | None:
-        """Open the timeline; on the planner rank also the planner and the recordings.
-
-        Before that, the ranks compare their settings. Collective over the group.
+        """Compare the ranks' settings, and open timeline, planner and recordings. Collective.
 
         Returns:
             A problem, for the caller to raise on every rank of the world.
@@ -98,7 +93,7 @@ class Coordinator:
             self.layouts.start(first_step)
         except (ValueError, OSError) as error:
             return str(error)
-        except Exception as error:  # whatever it is, the other ranks must hear of it
+        except Exception as error:  # reported to the other ranks
             logger.exception("FSEP: planner and recordings could not be opened")
             return f"{type(error).__name__}: {error}"
         return None
@@ -107,7 +102,7 @@ class Coordinator:
         """Begin a step: layouts that are due take effect. Collective over the group.
 
         Args:
-            step: of the run, so that a resumed run goes on with the same numbers.
+            step: of the run, so that a resumed run continues the same numbers.
             num_microbatches: of this step; lets planning start while the last backward passes run.
         """
         assert self.microbatch_planner.in_steps, "begin_step before start"
@@ -123,11 +118,10 @@ class Coordinator:
         known = self.pass_layouts.known([layer.next_pass(training=True) for layer in self.layers])
         layouts = [(self.layers[at], layout) for at, layout in known.items()]
         for layer, layout in layouts:
-            self.microbatch_planner.tag(layer, layout)  # uploaded now
+            self.microbatch_planner.tag(layer, layout)  # upload it now
         self.experts.begin_step(layouts, num_microbatches)
 
     def end_step(self, *, weights_changed: bool) -> None:
-        """End a step, whose statistics are complete."""
         check_no_plan_is_left(self.layers)
         for layer in self.layers:
             layer.on_step_end()
@@ -143,15 +137,10 @@ class Coordinator:
         return restores.exposed.take_ms() / steps, reduces.exposed.take_ms() / steps
 
     def resume_planner(self, directory: str, storage: Any) -> None:
-        """Go on from the planner's state in a checkpoint: see `LayoutsInForce.resume`.
-
-        Does nothing once training has begun. Collective over the group.
-        """
         if self.layers and not self.microbatch_planner.in_steps:
             self.layouts.resume(directory, storage)
 
     def close(self) -> None:
-        """Stop the planner and the streams, and close the recordings and the timeline."""
         self.scheduler.close()
         self.measurements.close()
         self.pass_layouts.close()

@@ -1,4 +1,4 @@
-"""`LayerState` is the changing state of one MoE layer: plans, counts and statistics."""
+"""Changing state of one MoE layer: plans, counts and statistics."""
 
 from __future__ import annotations
 
@@ -16,17 +16,14 @@ from megatron_laer.runtime.planning.pass_layouts import LayerPass
 from megatron_laer.runtime.weights.layer import FsepLayer
 from megatron_laer.telemetry.statistics import Sample
 
-# Microbatches per layer whose balance is reported: measuring all of a long log interval would hold
-# up the step that logs.
+# Maximum microbatches per layer and balance report: more would delay the step that logs.
 _SAMPLES = 32
 
 
 class RerunPlans:
     """Plans of forward passes without gradients, under a checkpoint, for their re-runs.
 
-    A list for each microbatch, oldest first: per layer, microbatches have one order in backward and
-    forward, in 1F1B and interleaved schedules alike. Backward comes to the last pass of a
-    microbatch first, since its passes feed each other.
+    One list per microbatch, in the order of forward and backward; each is used from its end.
     """
 
     def __init__(self, passes: int) -> None:
@@ -38,11 +35,9 @@ class RerunPlans:
 
     @property
     def next(self) -> MicrobatchPlan | None:
-        """Return the plan of the next re-run, which stays here."""
         return self._plans[0][-1] if self._plans else None
 
     def keep(self, plan: MicrobatchPlan) -> None:
-        """Add the plan of a first pass."""
         if not self._plans or len(self._plans[-1]) == self._passes:
             self._plans.append([])
         self._plans[-1].append(plan)
@@ -50,8 +45,7 @@ class RerunPlans:
     def take(self) -> MicrobatchPlan | None:
         """Return the plan of this forward pass, if it is the re-run of a checkpoint.
 
-        In the re-run of a checkpoint that has another one inside, the inner one runs without
-        gradients once more. Its own re-run follows in the same backward pass.
+        The inner one of nested checkpoints first re-runs without gradients, and keeps its plan.
         """
         plan = self.next
         if plan is None:
@@ -76,7 +70,6 @@ class SentRows:
     dispatches: int = 0
 
     def add(self, intra_rows: int, inter_rows: int, row_bytes: int) -> None:
-        """Count one dispatch."""
         self.intra_rows += intra_rows
         self.inter_rows += inter_rows
         self.intra_bytes += intra_rows * row_bytes
@@ -95,13 +88,11 @@ class LayerStatistics:
         self._samples.append(sample)
 
     def take_samples(self) -> list[Sample]:
-        """Return the newest decisions since the last call, on the planner rank, oldest first."""
         samples = list(self._samples)
         self._samples.clear()
         return samples
 
     def take_sent(self) -> SentRows:
-        """Return the rows sent since the last call."""
         sent, self.sent = self.sent, SentRows()
         return sent
 
@@ -121,24 +112,16 @@ class LayerState(FsepLayer):
         self.reruns = RerunPlans(self.passes)
 
     def begin_step(self, num_microbatches: int | None) -> None:
-        """Begin a step of this many microbatches, if that is known."""
         self._routed, self._num_microbatches = 0, num_microbatches
 
     def next_pass(self, *, training: bool) -> LayerPass:
-        """Describe the pass that is routed next.
-
-        Megatron's rerun state machine repeats a step: after the last microbatch comes the first.
-        """
+        """Return the next pass; Megatron's rerun state machine repeats steps."""
         microbatch = self._routed // self.passes
         microbatch = 0 if microbatch == self._num_microbatches else microbatch
         return LayerPass(self.index, self._routed, microbatch, training)
 
     def count_pass(self, counts_NE: Int64) -> tuple[int, Int64] | None:
-        """Count a routed pass.
-
-        Returns:
-            With a microbatch's last pass, the microbatch and the sum of its passes' counts.
-        """
+        """Count a routed pass; return a microbatch's number and total counts with its last pass."""
         microbatch, at = self.next_pass(training=True).microbatch, self._routed % self.passes
         self._routed = microbatch * self.passes + at + 1
         before_NE, self._counts_NE = self._counts_NE, None
@@ -149,7 +132,6 @@ class LayerState(FsepLayer):
         return None
 
     def tag(self, version: int, layout: ExpertLayout, device: torch.device) -> torch.Tensor:
-        """Return the tag of an exchange, uploaded once for as long as it holds."""
         tag = LayoutTag(version, layout.digest)
         if self._tag is None or self._tag[0] != tag:
             self._tag = (tag, tag.tensor(device))
@@ -157,17 +139,13 @@ class LayerState(FsepLayer):
 
 
 def name_of_layer(number: int, is_mtp: bool, taken: Sequence[str]) -> str:
-    """Name a layer for seeds and messages, unlike the names that are taken.
-
-    Hybrid models number the MTP layers of each depth from 1.
-    """
+    """Return a unique name for seeds and messages; MTP numbers repeat in hybrid models."""
     name = f"mtp {number}" if is_mtp else f"layer {number}"
     same = sum(other.split(" #")[0] == name for other in taken)
     return f"{name} #{same + 1}" if same else name
 
 
 def frozen_in(layers: Sequence[FsepLayer]) -> str:
-    """Name the layers with frozen matrices, and the positions of these, for ranks to compare."""
     frozen = {
         layer.name: sorted(set(range(len(layer.slices.rows))) - set(layer.slices.trained_at))
         for layer in layers
@@ -182,7 +160,6 @@ def what_changed(layers: Sequence[FsepLayer]) -> str | None:
 
 
 def check_no_plan_is_left(layers: Sequence[LayerState]) -> None:
-    """Raise a RuntimeError that names the layers whose forward passes left plans."""
     left = {layer.name: len(layer.reruns) for layer in layers if len(layer.reruns)}
     if left:
         raise RuntimeError(

@@ -22,12 +22,9 @@ from megatron_laer.telemetry.timeline import Timeline, open_timeline
 class Measurements:
     """Measurements of one rank; none before `start`.
 
-    Args:
-        priced: the routing by which tokens are priced.
-
     Attributes:
         listener: to the intervals of compute and exchanges; None without measurements.
-        recorder: of each step's metrics; None but on a planner rank with `--fsep-record-metrics`.
+        recorder: of each step's metrics; only on a planner rank with `--fsep-record-metrics`.
     """
 
     def __init__(
@@ -48,11 +45,7 @@ class Measurements:
         self._timeline: Timeline | None = None
 
     def start(self, layers: Sequence[str], first_step: int, device: torch.device) -> None:
-        """Open the timeline, and on the planner rank the recording.
-
-        Args:
-            layers: names of the rank's MoE layers.
-        """
+        """Open the timeline, and on the planner rank the recording."""
         config, groups = self._config, self._groups
         if config.timeline is not None:
             with naming_flag("timeline", config.timeline):
@@ -83,23 +76,19 @@ class Measurements:
             self.recorder.begin_step(step)
 
     def add(self, layer: int, sample: Sample) -> None:
-        """Add a routed pass of a layer, by index."""
         if self.recorder is not None:
             self.recorder.add(layer, sample)
 
     def end_step(self, step: int, status: PlannerStatus, version: int) -> None:
-        """End a step, with the state of the planner and the version of the layouts in force."""
         if self._timeline is not None:
             self._timeline.end_step(step)
         if self.recorder is not None:
             self.recorder.end_step(status, version)
 
     def take_layer_ms(self) -> float | None:
-        """Return the measured time of a layer: see `MetricsRecorder.take_layer_ms`."""
         return None if self.recorder is None else self.recorder.take_layer_ms()
 
     def close(self) -> None:
-        """Write what is left, and close the files."""
         if self._timeline is not None:
             self._timeline.close()
         if self.recorder is not None:

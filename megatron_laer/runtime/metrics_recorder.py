@@ -1,7 +1,6 @@
-"""The metrics recorder writes each step's metrics of one FSEP group, on its planner rank.
+"""Recorder of each step's metrics of one FSEP group, on its planner rank.
 
-It waits for no device and makes no collective. A file that can no longer be written ends the
-recording, not the run.
+It waits for no device and makes no collective. A write error ends the recording, not the run.
 
 Legend: N ranks, L MoE layers.
 """
@@ -48,7 +47,7 @@ _EXCHANGES = (Kind.DISPATCH, Kind.EXPERTS, Kind.COMBINE)
 
 @dataclass(frozen=True)
 class _EndedStep:
-    """A step whose times are not known yet."""
+    """Step whose times are not known yet."""
 
     step: int
     layers: Sequence[LayerPasses]
@@ -59,15 +58,7 @@ class _EndedStep:
 
 
 class MetricsRecorder:
-    """Writer of the recording that `telemetry/metrics_file` describes.
-
-    Args:
-        names: of the group's layers, by index.
-        clock: that waits and exchanges are measured with.
-
-    Attributes:
-        times: listener to the rank's intervals.
-    """
+    """Writer of the recording that `telemetry/metrics_file` describes."""
 
     def __init__(
         self,
@@ -88,7 +79,6 @@ class MetricsRecorder:
         self._layer_ms: float | None = None
 
     def begin_step(self, step: int) -> None:
-        """Begin a step."""
         if self._writer is None:
             return
         self._step = step
@@ -97,15 +87,11 @@ class MetricsRecorder:
         self.times.begin_step()
 
     def add(self, layer: int, sample: Sample) -> None:
-        """Add a routed pass of a layer, by index."""
         if self._layers:
             self._layers[layer].add(sample)
 
     def end_step(self, status: PlannerStatus, version: int) -> None:
-        """End a step, and write those whose times are known by now.
-
-        Whatever goes wrong ends the recording: other ranks are waiting for this one.
-        """
+        """End a step, and write the steps whose times are known; an error ends the recording."""
         if self._writer is None:
             return
         try:
@@ -127,12 +113,11 @@ class MetricsRecorder:
         self._write()
 
     def take_layer_ms(self) -> float | None:
-        """Return the mean time of a layer and microbatch in the newest step that is known, once."""
+        """Return the mean time of a layer and microbatch in the newest known step, once."""
         taken, self._layer_ms = self._layer_ms, None
         return taken
 
     def close(self) -> None:
-        """Write what is left, and close the file."""
         if self._waiting:
             try:
                 self.times.catch_up()
@@ -184,7 +169,6 @@ class MetricsRecorder:
         return {metric.name: [row[metric.name] for row in rows] for metric in RECORDED_OF_LAYERS}
 
     def _metrics(self, step: _EndedStep, of_step: Mapping[str, float]) -> dict[str, float]:
-        """Name the metrics of this group and step as they are logged."""
         layers = [
             LayerMetrics() if predicted is None else LayerMetrics.of(passes, predicted)
             for passes, predicted in zip(step.layers, step.predictions, strict=True)
@@ -210,11 +194,7 @@ def open_recorder(
     device: torch.device,
     clock: Clock,
 ) -> MetricsRecorder:
-    """Open the recording of one FSEP group in the folder of `--fsep-record-metrics`.
-
-    Args:
-        priced: the routing by which tokens are priced.
-    """
+    """Open the recording of one FSEP group; `priced` is the routing that the cost model prices."""
     assert config.record_metrics is not None
     path = recording_path(config.record_metrics, group_index)
     run = run_settings(config, guard.costs, priced, device)
@@ -227,10 +207,7 @@ def open_recorder(
 def run_settings(
     config: FSEPConfig, costs: CostModel, priced: Mapping[str, int], device: torch.device
 ) -> dict[str, str]:
-    """Return the settings that a run's metrics depend on, as texts by name.
-
-    Every field of the cost model but the cluster's constants is there.
-    """
+    """Return the settings that metrics depend on, with all of the cost model except constants."""
     settings: dict[str, Any] = {
         "plan_mode": config.mode,
         "planner": config.planner,
@@ -257,7 +234,7 @@ def run_settings(
     for package in ("megatron_laer", "megatron-core", "torch", "numpy"):
         try:
             settings[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from a folder
+        except metadata.PackageNotFoundError:  # run from a source folder
             continue
     return {name: str(value) for name, value in settings.items() if value is not None}
 

@@ -1,4 +1,4 @@
-"""A `MicrobatchPlan` is the plan of one forward pass of one layer on one rank.
+"""Plan of one forward pass of one layer on one rank.
 
 Legend: T tokens, E experts.
 """
@@ -27,12 +27,12 @@ class MicrobatchPlan:
     """Layout and quotas of one microbatch on one rank.
 
     Attributes:
-        restored: the experts that the pass computes with, under the layout that was planned.
-        quotas: which tokens this rank sends and receives.
-        routing_map_TE: only in the plan of a re-run under a checkpoint, the first pass's routing.
-            A router that runs again may decide a near-tie the other way, since Megatron's combine
-            adds with atomics on CUDA. The counts exchanged in the first pass would not fit.
-        first_pass: the same for the first pass and for the re-run.
+        restored: the pass's experts, under the planned layout.
+        quotas: tokens that this rank sends and receives.
+        routing_map_TE: the first pass's routing, only in a re-run's plan. A router that runs again
+            may decide a near-tie differently, since Megatron's combine adds with atomics on CUDA.
+            The first pass's counts would not fit.
+        first_pass: shared by the first pass and the re-run.
     """
 
     restored: RestoredExperts
@@ -42,10 +42,7 @@ class MicrobatchPlan:
 
     @property
     def backward_follows(self) -> bool:
-        """Whether the backward pass runs right after this forward, as in a checkpoint's re-run.
-
-        Restored weights are then kept for it.
-        """
+        """Return True in a checkpoint's re-run, which keeps restored weights for its backward."""
         return self.routing_map_TE is not None
 
     @property
@@ -53,5 +50,4 @@ class MicrobatchPlan:
         return self.restored.index.layout
 
     def for_rerun(self, routing_map_TE: torch.Tensor) -> MicrobatchPlan:
-        """Return the same plan, for the re-run under a checkpoint."""
         return replace(self, routing_map_TE=routing_map_TE)

@@ -1,4 +1,4 @@
-"""`MicrobatchPlanner` plans each forward pass of a layer on one rank, from all ranks' counts.
+"""Planner of each forward pass of a layer on one rank, from all ranks' counts.
 
 Legend: N ranks, E experts, T tokens.
 """
@@ -41,7 +41,7 @@ class MicrobatchPlanner:
 
     Attributes:
         token_sizes: the exchange of row numbers, where tokens go through nodes.
-        follows_steps: the settings ask for something that happens at step boundaries only.
+        follows_steps: whether settings need step boundaries.
         in_steps: whether the first step has begun.
     """
 
@@ -62,7 +62,6 @@ class MicrobatchPlanner:
         self._warns = self.follows_steps
 
     def tag(self, layer: LayerState, layout: ExpertLayout) -> torch.Tensor:
-        """Return the tag that goes with a layer's counts, on the device."""
         return layer.tag(self.layouts.version, layout, self.device)
 
     def start(
@@ -75,9 +74,8 @@ class MicrobatchPlanner:
     ) -> Callable[[], MicrobatchPlan]:
         """Start to plan this forward pass. Collective, except in the re-run of a checkpoint.
 
-        A pass without gradients while training is the first one under a checkpoint. Its plan is
-        kept for the re-run, which exchanges nothing, decides nothing and records nothing.
-        Evaluation leaves no trace.
+        A training pass without gradients is the first one under a checkpoint. Its plan is kept for
+        the re-run, which exchanges, decides and records nothing. Evaluation has no side effects.
 
         Args:
             routing_map_TE: bool [T, E], the router's choice.
@@ -85,7 +83,7 @@ class MicrobatchPlanner:
 
         Returns:
             A function that waits for all ranks' counts and plans. Call it before the next plan is
-            started, once the work that the device can do meanwhile is enqueued.
+            started, after work that can overlap is enqueued.
         """
         assert not torch.cuda.is_current_stream_capturing(), (
             "a CUDA graph is being captured where a microbatch is planned: layouts and split sizes "
@@ -136,7 +134,6 @@ class MicrobatchPlanner:
     def _note(
         self, layer: LayerState, counts_NE: Int64, decision: Decision, decide_s: float
     ) -> None:
-        """Count a pass; on the planner rank, also pass it to the planner and the metrics."""
         microbatch = layer.count_pass(counts_NE)
         if self.layouts.mailbox is not None:
             sample = Sample(decision, decide_s)
@@ -146,14 +143,11 @@ class MicrobatchPlanner:
                 self.layouts.mailbox.put(layer.index, *microbatch)
 
     def _warn_without_steps(self) -> None:
-        """Warn once that training goes on without steps: a backward pass preceded this forward.
-
-        Evaluation has no backward pass, and a trial of a model has a single one.
-        """
+        """Warn once about training without steps, which a backward before this forward reveals."""
         if not self._warns or not self.scheduler.backward_has_run:
             return
         self._warns = False
-        if self.groups.rank == 0 and self.groups.index == 0:  # it is so for all of them
+        if self.groups.rank == 0 and self.groups.index == 0:  # the same on all ranks
             logger.warning(
                 "FSEP: training goes on without steps, so layouts stay as they are, nothing is "
                 "planned, replayed or recorded, and experts are restored layer by layer: enter "

@@ -1,10 +1,10 @@
-"""The scheduler carries out the communication schedule: what overlaps what within a model chunk.
+"""Scheduler of the overlap of communication and compute within a model chunk.
 
 `schedule.py` has the rules as data. The scheduler follows a chunk's forward passes by hooks on the
 chunk. The layer's calls mark the arrival of tokens, and autograd nodes mark the backward pass.
 
-A chunk's forward for one microbatch leaves a chain of `RestoredExperts`, each knowing the layer
-before. Backward follows it, whenever the pipeline comes to it.
+A chunk's forward for one microbatch leaves a chain of `RestoredExperts`, each with a link to the
+previous layer's. Backward follows it, in any order of the pipeline.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from megatron_laer.schedule import Schedule
 
 @dataclass
 class Chunk:
-    """A model chunk: the MoE layers that one forward call of it passes, in order.
+    """Model chunk: the MoE layers that one forward call of it passes, in order.
 
     Attributes:
         module: called once per microbatch and pass.
-        layers: one that a microbatch passes several times is there as often.
-        blocks: for each layer, the transformer layer that it belongs to, called with the hidden
-            states as its first argument or as `hidden_states`. None where their calls are not to be
-            followed: then gradients of layers that recompute are waited for as soon as they leave.
+        layers: with repetitions of a layer that a microbatch passes several times.
+        blocks: each layer's transformer layer, called with the hidden states as first argument or
+            as `hidden_states`. Without them, gradients of layers that recompute are waited for at
+            once.
         await_weights: waits until these slices hold this step's weights, which Megatron may still
             be gathering over replicas.
-        replayed: returns the experts that the layers' routers are set to choose; None for a model
-            without router replay.
+        replayed: returns the experts that the layers' routers will choose; None without router
+            replay.
     """
 
     module: torch.nn.Module
@@ -49,14 +49,11 @@ class Chunk:
 
 @dataclass
 class _Forward:
-    """One forward pass of a chunk."""
-
     chunk: Chunk
     position: int = -1
     entered: list[RestoredExperts] = field(default_factory=list)
 
     def next_position(self, layer: LayerState) -> int | None:
-        """Return the position of a layer's next pass; None if the chunk has none."""
         layers = self.chunk.layers
         return next(
             (at for at in range(self.position + 1, len(layers)) if layers[at] is layer), None
@@ -80,15 +77,14 @@ class Scheduler:
         self._chunks: list[Chunk] = []
         self._hooks: list[Any] = []
         self._forward: _Forward | None = None
-        # Experts of coming layers, perhaps on their way, by the layer's position in the chunk.
+        # Experts of coming layers, by position in the chunk; their restores may have started.
         self._ahead: dict[int, RestoredExperts] = {}
 
     def attach(self, chunks: Sequence[Chunk]) -> None:
-        """Follow the forward passes of these chunks, and of no others."""
         self._detach()
         self._chunks = list(chunks)
         for chunk in self._chunks:
-            # The module keeps its hooks and they keep the chunk: a cycle, which `_detach` breaks.
+            # Module, hooks and chunk form a reference cycle, which `_detach` breaks.
             self._hooks += [
                 chunk.module.register_forward_pre_hook(_call(self._begin_forward, chunk)),
                 chunk.module.register_forward_hook(_call(self._end_forward)),
@@ -111,15 +107,11 @@ class Scheduler:
         return self._streams.exchange.count.backwards > 0
 
     def close(self) -> None:
-        """Detach from the chunks and end the communication streams."""
         self._detach()
         self._streams.close()
 
     def enter(self, layer: LayerState, training: bool) -> RestoredExperts:
-        """Return the experts of a layer whose forward begins, perhaps already on their way.
-
-        Not for the re-run of a checkpoint, which has those of its first pass.
-        """
+        """Return the experts of a layer whose forward begins, unless a checkpoint runs it again."""
         forward = self._forward
         position = None if forward is None else forward.next_position(layer)
         if forward is None or position is None:
@@ -152,10 +144,7 @@ class Scheduler:
         return self._experts.of_pass(layer, layout, training=training)
 
     def _prepare(self, position: int, training: bool, starts: bool) -> None:
-        """Prepare the layer that comes next: start its restore, if `starts`.
-
-        Its gradients' place in backward is taken either way.
-        """
+        """Prepare the next layer, at least its wait node; start its restore if `starts`."""
         assert self._forward is not None
         chunk, entered = self._forward.chunk, self._forward.entered
         if position >= len(chunk.layers):
@@ -225,8 +214,6 @@ class Scheduler:
 
 
 def _call(function: Callable[..., None], *bound: Any) -> Callable[..., None]:
-    """Make a module hook that passes on the bound arguments, and a forward hook's output."""
-
     def hook(_module: torch.nn.Module, _inputs: Any, *output: Any) -> None:
         function(*bound, *output)
 

@@ -1,1 +1,1 @@
-"""FSEP measures a run and reports on it here: durations, timelines, and tables of logs."""
+"""Measurements of a run: durations, timelines, recordings, and tables of logs."""

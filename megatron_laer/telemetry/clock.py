@@ -1,7 +1,7 @@
-"""A clock takes timestamps in the order of the compute, and tells how much time lies between.
+"""Clocks with timestamps in the order of the compute.
 
-On the CPU a timestamp is the wall clock. On CUDA it is an event on the current stream: the host
-neither waits for it nor knows when it will be; durations are read once the device has passed it.
+On the CPU a timestamp is the wall clock. On CUDA it is an event on the current stream. The host
+does not wait for it; durations are readable once the device has passed it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ Timestamp = Any  # a float of seconds, or torch.cuda.Event
 
 
 class Clock(Protocol):
-    """Measures durations of work on one device."""
+    """Clock of work on one device."""
 
     def now(self) -> Timestamp:
         """Return a timestamp at this point of the caller's stream."""
@@ -40,29 +40,25 @@ def make_clock(device: torch.device) -> Clock:
 
 
 class HostClock:
-    """Reads the wall clock, monotonic and the same in every process of a machine."""
+    """Wall clock, monotonic and the same in every process of a machine."""
 
     def now(self) -> Timestamp:
-        """Return the wall clock's seconds."""
         return time.perf_counter()
 
     def passed(self, timestamp: Timestamp) -> bool:
-        """Return True: the host's time has passed."""
         return True
 
     def seconds(self, start: Timestamp, end: Timestamp) -> float:
         elapsed: float = end - start
         return elapsed
 
-    def catch_up(self) -> None:
-        """Do nothing, since nothing is ahead of the host."""
+    def catch_up(self) -> None: ...
 
 
 class StreamClock:
-    """Records events on the current CUDA stream."""
+    """Clock of events on the current CUDA stream; only `catch_up` waits for the device."""
 
     def now(self) -> Timestamp:
-        """Record an event, without waiting for it."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
@@ -71,16 +67,14 @@ class StreamClock:
         return bool(timestamp.query())
 
     def seconds(self, start: Timestamp, end: Timestamp) -> float:
-        """Return the seconds that the device measured."""
         return float(start.elapsed_time(end)) * 1e-3
 
     def catch_up(self) -> None:
-        """Wait for the device; no other call here does."""
         torch.cuda.synchronize()
 
 
 class Stopwatch:
-    """Adds up durations, which may become known late."""
+    """Sum of durations, which may become known late."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -92,7 +86,7 @@ class Stopwatch:
         self._add_passed()
 
     def take_ms(self) -> float:
-        """Return the sum of what became known since the last call, in milliseconds."""
+        """Return the milliseconds that became known since the last call."""
         self._add_passed()
         taken, self._seconds = self._seconds, 0.0
         return taken * 1e3

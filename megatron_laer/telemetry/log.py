@@ -1,8 +1,8 @@
-"""Megatron's log is read here: the numbers of each step, and a table that compares runs.
+"""Steps of Megatron's log, and a table that compares runs.
 
     python -m megatron_laer.telemetry.log fsep=FSEP.log standard=STANDARD.log
 
-prints the table for runs that have ended; a run in several parts may have one log. Trains nothing.
+prints the table for runs that have ended; a run in several parts may have one log.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_laer.files.checks import lines, one_line, open_input
 
-# Steps after which routing and speed are steady enough to be worth averaging, of all steps.
+# Share of all steps after which routing and speed are steady enough to be averaged.
 STEADY_AFTER = 0.5
 
 LOSS = "lm loss"
@@ -30,12 +30,7 @@ _SKIPPED = "-"
 
 @dataclass(frozen=True)
 class Step:
-    """One step of Megatron's log, counted from 1.
-
-    Attributes:
-        of: steps of the whole run.
-        values: by Megatron's names, such as `lm loss`, and by those of its metrics trackers.
-    """
+    """One step of Megatron's log, counted from 1; `values` are by Megatron's names."""
 
     number: int
     of: int
@@ -44,12 +39,7 @@ class Step:
 
 @dataclass
 class LoggedRun:
-    """A run, as in its log.
-
-    Attributes:
-        of: steps of the whole run, also where it ended early; 0 without any.
-        steps: by number. A step that was made again after a restart is as it was the last time.
-    """
+    """Steps of a run by number, as in its log; a step repeated after a restart counts once."""
 
     name: str
     of: int = 0
@@ -57,24 +47,23 @@ class LoggedRun:
 
 
 def step_of_line(line: str) -> Step | None:
-    """Read the step that a line of Megatron's log is about; None for all other lines."""
+    """Parse the step of a line of Megatron's log; return None for other lines."""
     found = re.search(r"\biteration +(\d{1,18})/ *(\d{1,18}) \|(.*)", line)
     if found is None:
         return None
     values = {}
-    # `name: value |`, as Megatron and its metrics trackers write them. Split, not searched for,
-    # since that would take time by the square of a line's length.
+    # `name: value |`, as Megatron and its metrics trackers write them. A regular expression would
+    # take time quadratic in a line's length.
     for part in found[3].split("|")[:-1]:
         name, _, value = part.rpartition(": ")
         try:
             values[name.strip()] = float(value)
-        except ValueError:  # a time of day, say
+        except ValueError:  # e.g. a time of day
             continue
     return Step(int(found[1]), int(found[2]), values)
 
 
 def read_run(name: str, text: Iterable[str]) -> LoggedRun:
-    """Read what a log's lines say of its run."""
     run = LoggedRun(name)
     for line in text:
         if (step := step_of_line(line)) is not None:
@@ -84,24 +73,19 @@ def read_run(name: str, text: Iterable[str]) -> LoggedRun:
 
 
 def read_log(name: str, path: Path) -> LoggedRun:
-    """Read a run from its log."""
     with open_input(path) as file:
         return read_run(name, (line.decode(errors="replace") for line in lines(file, path)))
 
 
 def steady(values: Sequence[float]) -> Sequence[float]:
-    """Return the values of the last steps, in which a run is steady."""
     return values[int(len(values) * STEADY_AFTER) :]
 
 
 def steady_steps(number: int) -> str:
-    """Describe these steps of so many."""
     return f"steps {int(number * STEADY_AFTER) + 1} to {number}"
 
 
 def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> str:
-    """Lay out lines with a label and one value per column."""
-
     def line(label: str, cells: Sequence[str]) -> str:
         return f"{label:{_LABEL_WIDTH}}" + "".join(f"{cell:>{_COLUMN_WIDTH}}" for cell in cells)
 
@@ -109,7 +93,7 @@ def table(heads: Sequence[str], rows: Iterable[tuple[str, Sequence[str]]]) -> st
 
 
 def comparison(runs: Sequence[LoggedRun]) -> str:
-    """Make a table of runs that trained the same model on the same data."""
+    """Return a table of runs that trained the same model on the same data."""
     number = max(run.of for run in runs)
 
     def values(run: LoggedRun, name: str) -> list[float]:
@@ -119,8 +103,8 @@ def comparison(runs: Sequence[LoggedRun]) -> str:
     def steady_mean(found: list[float]) -> str:
         return f"{statistics.fmean(steady(found)):.3f}" if found else _SKIPPED
 
-    # Stock has no metric of balance. An FSEP run also counts what stock's placement would have
-    # made of its own tokens, which are routed alike at the same loss.
+    # Stock has no metric of balance. An FSEP run also measures its own tokens under stock's
+    # placement, and both route alike at the same loss.
     as_stock = next((found for run in runs if (found := values(run, STOCK_IMBALANCE))), [])
     losses = [values(run, LOSS) for run in runs]
     rows: list[tuple[str, Sequence[str]]] = [
@@ -142,7 +126,7 @@ def comparison(runs: Sequence[LoggedRun]) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    """Print the comparison of `NAME=LOG` for each word; 2 for words that are none."""
+    """Print the comparison of `NAME=LOG` words; return 2 for invalid ones."""
     runs = []
     try:
         for word in words:

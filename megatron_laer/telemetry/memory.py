@@ -1,4 +1,4 @@
-"""A rank's memory is read here, without waiting for its device."""
+"""Memory of a rank, read without waiting for its device."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from megatron_laer.files.memory import available_bytes
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """Memory that a rank has taken, and the rest.
+    """Memory that a rank has used, and the rest.
 
     Attributes:
-        used_bytes: of a device the peak of what torch reserved, of the CPU what is resident.
-        headroom_bytes: of a device what is beyond that peak, which other libraries share; of the
-            CPU what is free now, which the machine's ranks share.
+        used_bytes: peak of torch's reserved memory; on the CPU, resident memory.
+        headroom_bytes: the device's memory beyond that peak, shared with other libraries; on the
+            CPU, free memory, shared with the machine's ranks.
     """
 
     used_bytes: int
@@ -25,7 +25,6 @@ class MemoryUse:
 
 
 def memory_use(device: torch.device) -> MemoryUse:
-    """Return what this process has taken of the device's memory, or of the machine's."""
     if device.type == "cuda":
         used_bytes = torch.cuda.max_memory_reserved(device)
         total_bytes = torch.cuda.get_device_properties(device).total_memory

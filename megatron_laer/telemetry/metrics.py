@@ -1,14 +1,14 @@
-"""Every metric is described here: its name, unit and meaning, and where a run writes it.
+"""Names, units and meanings of all metrics, and where a run writes them.
 
-`statistics` and `plugin/metrics_tracker` work the logged ones out, `telemetry/metrics_file`
-has the format of the recorded ones. `docs/metrics.md` is made from this file.
+`statistics` and `plugin/metrics_tracker` compute the logged ones, `telemetry/metrics_file` has the
+format of the recorded ones. `docs/metrics.md` is generated from this file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Over layers.
+# Percentiles over layers.
 PERCENTILES = (50, 95, 99)
 
 
@@ -17,12 +17,10 @@ class Metric:
     """Description of a metric.
 
     Attributes:
-        name: in Megatron's log line, TensorBoard and W&B, or in a recording.
         unit: "1" for a number without any.
-        meaning: what it says, and what it is a mean of.
         over_layers: whether its percentiles and its value for each layer are logged as well.
-        when: where it is not always there, when it is.
-        in_line: whether it stands in the log line, not only in TensorBoard, W&B and recordings.
+        when: condition under which it exists, if any.
+        in_line: whether it is in the log line, not only in TensorBoard, W&B and recordings.
     """
 
     name: str
@@ -129,10 +127,10 @@ LOGGED = (
 
 
 def is_in_line(name: str) -> bool:
-    """Return whether a logged value stands in the log line too.
+    """Return whether a logged value is in the log line too.
 
-    A line is kept shorter than 1,024 bytes: Slurm passes output on in pieces of that size, and
-    another rank's may come between two pieces.
+    The line is kept below 1,024 bytes: Slurm forwards output in pieces of that size, and another
+    rank's may come between two pieces.
     """
     return name not in _NOT_IN_LINE
 
@@ -141,7 +139,7 @@ _NOT_IN_LINE = {metric.name for metric in LOGGED if not metric.in_line} | {
     f"{metric.name}_p99" for metric in LOGGED if metric.over_layers
 }
 
-# Of a step, on the planner rank; `metrics` are those above, of this group and step alone.
+# Metrics of a step on the planner rank; `metrics` has those above, of this group and step alone.
 RECORDED_OF_STEPS = (
     Metric("step", "1", "the training step, from 0"),
     Metric("step_ms", "ms", "the step, from its begin to its end"),
@@ -159,7 +157,7 @@ RECORDED_OF_STEPS = (
     Metric("headroom_bytes", "bytes", "as `fsep_memory_headroom_gib`, of the planner rank"),
 )
 
-# Of a layer in a step.
+# Metrics of a layer in a step.
 RECORDED_OF_LAYERS = (
     Metric("passes", "1", "forward passes, one per microbatch; several where layers repeat"),
     Metric("fresh", "1", "passes that got a layout of their own"),
@@ -182,7 +180,6 @@ RECORDED_OF_LAYERS = (
 
 
 def table(metrics: tuple[Metric, ...]) -> list[str]:
-    """Return the lines of a table of metrics, as the docs have it."""
     lines = ["| name | unit | |", "|---|---|---|"]
     for metric in metrics:
         names = f"`{metric.name}`"

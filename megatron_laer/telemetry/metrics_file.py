@@ -1,16 +1,14 @@
-"""`--fsep-record-metrics` writes this format of JSON lines, one file per FSEP group.
+"""Format of `--fsep-record-metrics`: JSON lines, one file per FSEP group.
 
     {"format":"megatron_laer-metrics","version":2,"num_ranks":N,...,"layers":[...],"crc":...}\\n
     {"step":7,"run":{"plan_mode":"adaptive",...},"cluster":{"name":...,"gemm":...},"crc":...}\\n
     {"step":7,"step_ms":...,"metrics":{...},"layers":{"max_over_mean":[...L],...},
      "rank_tokens":[[...N],...L],"crc":...}\\n
 
-A line `run` says how a run began that goes on from this step, and `cluster` the constants that it
-reckoned with, under the keys of a cluster's YAML file. What the names mean is told in `metrics`;
-numbers of a step have four digits, and `null` stands for what was not there. `files/json_lines.py`
-says of what each line's checksum is; version 1 had none, and is read too. `files/recording.py` says
-how a file is kept when a run is resumed. Imports neither torch nor Megatron, so that a report
-is made anywhere.
+A `run` line describes a run that starts or resumes at this step, and its planner's cluster as in a
+cluster's YAML file. `metrics` describes the names. Numbers of a step have four digits; `null` is a
+missing value. `files/json_lines.py` defines the checksum, which version 1 lacks. Imports neither
+torch nor Megatron, so that reports need neither.
 
 Legend: N ranks, L MoE layers, T recorded steps.
 """
@@ -76,16 +74,14 @@ class Shape:
 
 @dataclass(frozen=True)
 class MetricsRecording:
-    """A recording that was read.
+    """Content of a recording; missing values are NaN.
 
     Attributes:
-        runs: the first step of each run that wrote it, and how that began.
-        clusters: of each of these runs, the cluster that it reckoned with, its GEMMs those of the
-            run's back end; None where that was not recorded yet.
-        of_steps: float [T] by name, NaN for what was not there.
+        runs: first step of each run that wrote it, and its description.
+        clusters: each of these runs' planner cluster, with the run's GEMMs; None if unknown.
+        of_steps: float [T] by name.
         of_layers: float [T, L] by name.
-        rank_tokens_TLN: tokens that each rank computed.
-        metrics: float [T] by name: those that are logged, of this group.
+        metrics: float [T] by name: the logged metrics, of this group.
     """
 
     shape: Shape
@@ -98,18 +94,16 @@ class MetricsRecording:
 
     @property
     def steps_T(self) -> Int64:
-        """Return the numbers of the recorded steps."""
         steps_T: Int64 = self.of_steps["step"].astype(np.int64)
         return steps_T
 
 
 class MetricsWriter:
-    """Writes a line for each step; on the planner rank.
+    """Writer of a line for each step, on the planner rank.
 
     Args:
-        run: how this run began, as texts by name.
-        first_step: of this run; 0 for one that begins.
-        cluster: that it reckons with.
+        run: description of this run, texts by name.
+        first_step: of this run; 0 if it does not resume another.
     """
 
     def __init__(
@@ -121,7 +115,7 @@ class MetricsWriter:
         cluster: Cluster | None = None,
     ) -> None:
         self._file = RecordingFile(path, *headers(FORMAT, asdict(shape)), _recorded, first_step)
-        # Written with the first step: a run that ends before it leaves nothing.
+        # Written with the first step, so that a run without one leaves nothing.
         constants = {} if cluster is None else {"cluster": cluster_content(cluster)}
         self._run = sealed({"step": first_step, "run": dict(run), **constants})
 
@@ -132,7 +126,7 @@ class MetricsWriter:
         of_layers: Mapping[str, Sequence[float]],
         rank_tokens_LN: Int64,
     ) -> None:
-        """Write a step; what an earlier attempt at it wrote is moved to a file beside."""
+        """Write a step; records of an earlier attempt at it are moved to another file."""
         step = int(of_step["step"])
         self._file.begin_step(step)
         line = {
@@ -150,17 +144,12 @@ class MetricsWriter:
 
 
 def recording_path(directory: str | Path, group_index: int) -> Path:
-    """Name the file of one FSEP group; each pipeline stage and data-parallel replica has one."""
+    """Return the file of one FSEP group; each pipeline stage and data-parallel replica has one."""
     return Path(directory) / f"metrics-{group_index}.jsonl"
 
 
 def read_metrics(path: Path) -> MetricsRecording:
-    """Read what a `MetricsWriter` wrote; a last line without its end is left out, and that is said.
-
-    Raises:
-        ValueError: another format or version, or a line that no writer writes, by number.
-        OSError: the file cannot be read.
-    """
+    """Read a recording of `MetricsWriter`; an incomplete last line is skipped with a warning."""
     runs: list[tuple[int, Mapping[str, str]]] = []
     clusters: list[Cluster | None] = []
     steps: list[_RecordedStep] = []
@@ -213,7 +202,7 @@ class _RecordedStep:
 
 
 def _recorded(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield the step of every whole line but the first, and where it ends."""
+    """Yield the step of every whole line but the first, and the offset of its end."""
     with open_input(path) as file:
         version = VERSION
         for number, end, line in numbered_lines(file, path, MAX_LINE):
@@ -224,7 +213,6 @@ def _recorded(path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _read_header(line: bytes, path: Path) -> tuple[Shape, int]:
-    """Return a recording's shape, and the version of its format."""
     try:
         header, version = read_header(line, FORMAT, "recording of metrics")
         expected = {*_SIZES, "layers"}
@@ -293,14 +281,14 @@ def _step_of(content: Mapping[str, Any], shape: Shape) -> _RecordedStep:
 def _number(value: object, name: str) -> float:
     if value is None:
         return math.nan
-    # Written so that it refuses NaN and infinity as well, which Python's JSON reads.
+    # This form also refuses NaN and infinity, which Python's JSON reads.
     if type(value) not in (int, float) or not -_LARGEST <= value <= _LARGEST:  # type: ignore[operator]
         raise ValueError(f"{name} must be a number or null, got {quoted(value)}")
     return float(value)  # type: ignore[arg-type]
 
 
 def _check_memory(path: Path, line_bytes: int, shape: Shape) -> None:
-    """Refuse a file whose steps would not fit into memory, by the length of its first one."""
+    """Refuse a file that would not fit into memory, estimated from its first step's length."""
     steps = path.stat().st_size // max(1, line_bytes) + 1
     cells = len(shape.layers) * (shape.num_ranks + 2 * len(_OF_LAYERS))
     memory.check_enough(32 * steps * cells, f"{path} with some {steps} steps", "give a shorter one")
@@ -311,7 +299,7 @@ def _column(values: Sequence[Any]) -> Float64:
 
 
 def _short(value: float) -> float | int | None:
-    """Return a number with four digits; None for what JSON has no number for."""
+    """Round a number to four digits; return None for inf and nan, which JSON does not have."""
     if not math.isfinite(value):
         return None
     if value == int(value):

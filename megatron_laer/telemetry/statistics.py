@@ -1,8 +1,8 @@
-"""Statistics of layers and ranks: one set, for the log line and for recordings of metrics.
+"""Statistics of layers and ranks, for the log line and for recordings of metrics.
 
-A `Sample` is one decided pass. `LayerPasses` adds up a layer's samples. `LayerMetrics` and
-`RankMetrics` are sums over groups and ranks, and `named` gives their names, which `metrics.py`
-describes. Nothing here measures time, and a report on a trace alone uses the same code.
+`LayerPasses` adds up a layer's samples, one per decided pass. `LayerMetrics` and `RankMetrics` are
+sums over groups and ranks. `named` gives their names, which `metrics.py` describes. Nothing here
+measures time, so a report on a trace alone uses the same code.
 
 Legend: N ranks.
 """
@@ -25,14 +25,13 @@ from megatron_laer.telemetry.metrics import PERCENTILES
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A decision on one pass of a layer, and the seconds that the host took for it."""
+    """Decision on one pass of a layer, and the host's seconds for it."""
 
     decision: Decision
     decide_s: float = 0.0
 
     @cached_property
     def tokens_N(self) -> Int64:
-        """Return the tokens that each rank computes."""
         return fsep_tokens_N(self.decision.quotas)
 
     @cached_property
@@ -47,18 +46,10 @@ class Sample:
 
 @dataclass
 class LayerPasses:
-    """Sums over some passes of one layer, as those of a step.
+    """Sums over some passes of one layer; `metrics.RECORDED_OF_LAYERS` describes most fields.
 
-    Attributes:
-        rank_tokens_N: tokens that each rank computed.
-        fresh: passes that got a layout of their own.
-        changed_slots: slots fetched after the gate.
-        largest_tokens, least_tokens: of the busiest rank, in the pass with the most, and with
-            perfect balance in that pass.
-        ratios, stock_ratios: see `Sample`.
-        gains_s, costs_s: of the passes that weighed a fresh layout.
-        taken_cost_s, taken_decide_s: sums over the passes that took one.
-        last: the newest decision.
+    `gains_s` and `costs_s` are of passes that weighed a fresh layout, `taken_*` sums over those
+    that took one.
     """
 
     rank_tokens_N: Int64
@@ -84,7 +75,6 @@ class LayerPasses:
         return passes
 
     def add(self, sample: Sample) -> None:
-        """Add a pass."""
         decision, tokens_N = sample.decision, sample.tokens_N
         self.last = decision
         self.rank_tokens_N += tokens_N
@@ -122,9 +112,7 @@ class LayerPasses:
     def host_values(self, changed_wait_s: float, exchanged_s: float) -> dict[str, float]:
         """Return the recorded values of measured times, by name.
 
-        Args:
-            changed_wait_s: waits of the compute for changed slots.
-            exchanged_s: all passes' time from dispatch to combine, in both directions.
+        `exchanged_s` is all passes' time from dispatch to combine, in both directions.
         """
         change_s = changed_wait_s + self.taken_decide_s
         return {
@@ -136,7 +124,7 @@ class LayerPasses:
 
 
 def predicted_values(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """Return the means of predictions of some passes, by the names of recordings."""
+    """Return the means of some passes' predictions, by the names of recordings."""
     return {
         "predicted_ms": mean([of.layer_s for of in predictions]) * 1e3,
         "stock_ms": mean([of.stock_s for of in predictions]) * 1e3,
@@ -151,18 +139,10 @@ def mean(values: Sequence[float]) -> float:
 
 @dataclass(frozen=True)
 class LayerMetrics:
-    """Sums over FSEP groups of each one's measurements of one layer.
+    """Sums over FSEP groups of their measurements of one layer.
 
     A layer's mean is the sum divided by `groups`. To add a metric of layers, add a field here, fill
     it in `of`, name it in `named`, and describe it in `metrics.py`.
-
-    Attributes:
-        imbalance: max/mean tokens per rank, mean over passes.
-        stock_imbalance: the same under stock Megatron's placement.
-        fresh_layouts: share of passes with a layout of their own.
-        decide_ms: the host's milliseconds to decide on a pass.
-        predicted_ms, balanced_ms, bound_ms: of the newest pass: see `Prediction`.
-        groups: FSEP groups that measured the layer.
     """
 
     imbalance: float = 0.0
@@ -176,7 +156,7 @@ class LayerMetrics:
 
     @classmethod
     def of(cls, passes: LayerPasses, predicted: Prediction) -> LayerMetrics:
-        """Return those of one group, from at least one pass and the prediction of the newest."""
+        """Return one group's metrics, from at least one pass and the prediction of the newest."""
         return cls(
             imbalance=mean(passes.ratios),
             stock_imbalance=mean(passes.stock_ratios),
@@ -197,13 +177,9 @@ class LayerMetrics:
 
 @dataclass(frozen=True)
 class RankMetrics:
-    """Sums over ranks of each one's measurements.
+    """Sums over ranks of their measurements in a step; rows and bytes as in `SentRows`.
 
-    Attributes:
-        restore_exposed_ms, reduce_exposed_ms: waits of the compute in a step.
-        ranks: those that have MoE layers.
-        intra_rows, inter_rows, intra_bytes, inter_bytes, dispatches: as in `SentRows`.
-        layer_ms, layer_ranks: measured time of a layer and microbatch, and how many ranks did.
+    `ranks` counts those with MoE layers, `layer_ranks` those with a measured `layer_ms`.
     """
 
     restore_exposed_ms: float = 0.0
@@ -221,11 +197,7 @@ class RankMetrics:
 def named(
     layers: Sequence[LayerMetrics], rank: RankMetrics
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Name scalars and per-layer values as Megatron logs them.
-
-    Args:
-        layers: by row of the whole model; one without groups has no MoE layer.
-    """
+    """Name scalars and per-layer values as Megatron logs them, from a row per model layer."""
     means = {index: layer.mean() for index, layer in enumerate(layers) if layer.groups}
     scalars: dict[str, float] = {}
     per_layer: dict[str, float] = {}
@@ -242,7 +214,7 @@ def named(
         bound_ms = sum(mean.bound_ms for mean in means.values())
         balanced_ms = sum(mean.balanced_ms for mean in means.values())
         scalars["fsep_predicted_layer_ms"] = predicted_ms / len(means)
-        # Without any token, nothing takes any time.
+        # Without tokens, predictions are zero.
         scalars["fsep_optimality_gap"] = predicted_ms / bound_ms - 1 if bound_ms else 0.0
         scalars["fsep_share_of_forced_balance"] = (
             balanced_ms / predicted_ms if predicted_ms else 1.0
@@ -261,7 +233,6 @@ def named(
 
 
 def _over_layers(name: str, by_layer: Mapping[int, float]) -> dict[str, float]:
-    """Return the mean over layers, and percentiles."""
     if not by_layer:
         return {}
     values = np.array([*by_layer.values()])

@@ -1,8 +1,6 @@
 """`StepTimes` adds up the activities of one rank's compute in each step.
 
-It listens to the same intervals as a `Timeline`, in every step instead of a few, and keeps their
-sums. It waits for no device: on CUDA a step's sums can be read once the device has passed its last
-interval.
+It never waits for the device: on CUDA a step's sums are readable once its last interval has passed.
 """
 
 from __future__ import annotations
@@ -14,24 +12,18 @@ from typing import Protocol
 from megatron_laer.telemetry.clock import Clock, Timestamp
 from megatron_laer.telemetry.trace_events import COMPUTE, Activity, Kind
 
-# The whole of a step, among the sums of `StepTimes`.
+# Key of the whole step in the sums of `StepTimes`.
 STEP = Activity(Kind.STEP)
 
 
 class IntervalListener(Protocol):
-    """Listener to intervals, token exchanges and phases: a timeline, or sums of steps."""
+    """Listener to intervals, token exchanges and phases, such as a timeline."""
 
-    def add(self, track: str, activity: Activity, start: Timestamp, end: Timestamp) -> None:
-        """Add an interval on a track."""
-        ...
+    def add(self, track: str, activity: Activity, start: Timestamp, end: Timestamp) -> None: ...
 
-    def begin_exchange(self, activity: Activity) -> None:
-        """Begin a token exchange."""
-        ...
+    def begin_exchange(self, activity: Activity) -> None: ...
 
-    def end_exchange(self, phase: Activity) -> None:
-        """End a token exchange; a phase follows."""
-        ...
+    def end_exchange(self, phase: Activity) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -49,13 +41,12 @@ class Listeners:
             listener.begin_exchange(activity)
 
     def end_exchange(self, phase: Activity) -> None:
-        """End a token exchange; a phase follows."""
         for listener in self.listeners:
             listener.end_exchange(phase)
 
 
 def join(*listeners: IntervalListener | None) -> IntervalListener | None:
-    """Return one listener for those that are there; None without any."""
+    """Combine listeners, ignoring None; return None without any."""
     there = tuple(listener for listener in listeners if listener is not None)
     return there[0] if len(there) == 1 else Listeners(there) if there else None
 
@@ -68,10 +59,9 @@ class _StepIntervals:
 
 
 class StepTimes:
-    """Listener that adds up one rank's intervals for each step, in order.
+    """Listener that adds up one rank's intervals of compute and tokens for each step, in order.
 
-    Tracks of communication streams run next to those of compute and tokens, and are left out; so
-    are intervals between two steps, such as an evaluation.
+    Communication streams run in parallel and do not count, nor do intervals between steps.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -85,7 +75,6 @@ class StepTimes:
         self._current, self._open = _StepIntervals(self._clock.now()), None
 
     def end_step(self) -> None:
-        """End a step, whose sums `take` will give."""
         if self._current is not None:
             self._current.end = self._clock.now()
             self._ended.append(self._current)
@@ -97,7 +86,7 @@ class StepTimes:
             self._current.intervals.append((activity, start, end))
 
     def begin_exchange(self, activity: Activity) -> None:
-        """Begin a token exchange, which ends the phase before it."""
+        """Start a token exchange, which ends the phase before it."""
         if self._current is None:
             return
         now = self._clock.now()
@@ -106,15 +95,10 @@ class StepTimes:
         self._open = activity, now
 
     def end_exchange(self, phase: Activity) -> None:
-        """End a token exchange; a phase follows."""
         self.begin_exchange(phase)
 
     def take(self) -> dict[Activity, float] | None:
-        """Return the seconds of the oldest step that was not taken; the whole step is `STEP`.
-
-        Returns:
-            None where there is no such step, or the device has not passed it.
-        """
+        """Return the oldest step's seconds by activity; None unless the device has passed one."""
         if not self._ended:
             return None
         if not self._is_caught_up and not self._clock.passed(self._ended[0].end):
@@ -126,11 +110,10 @@ class StepTimes:
         return seconds
 
     def catch_up(self) -> None:
-        """Wait until every step can be taken, at the end of a run."""
         self._clock.catch_up()
         self._is_caught_up = True
 
     def forget(self) -> None:
-        """Drop every step that was not taken, and hear nothing until the next begins."""
+        """Drop every step not yet taken, and ignore intervals until the next step."""
         self._current = self._open = None
         self._ended.clear()

@@ -1,12 +1,11 @@
-"""A `Timeline` is what `--fsep-timeline` writes: a rank's trace of a few steps, for Perfetto.
+"""`Timeline` writes `--fsep-timeline`: a rank's trace of a few steps, for Perfetto.
 
-It is one process per rank with four tracks: compute, tokens, and the two communication streams,
-parameters and gradients. The compute track shows phases, which begin and end where tokens are
-exchanged, and in them what it waited for. The trace is written once, after the last of the steps;
-nothing here changes what runs when.
+Each rank is a process with four tracks: compute, tokens, and the communication streams of
+parameters and gradients. Compute has phases, which start and end at token exchanges, and the waits
+in them. The trace is written once, after its last step; nothing here changes the order of work.
 
 Format: the JSON of Chrome's trace viewer, complete events (`"ph": "X"`), times in microseconds
-since 1970. Files of several ranks go into one by joining their `traceEvents`.
+since 1970. To merge files of several ranks, join their `traceEvents`.
 """
 
 from __future__ import annotations
@@ -30,34 +29,27 @@ from megatron_laer.telemetry.trace_events import COMPUTE, TOKENS, Activity, Kind
 
 logger = logging.getLogger(__name__)
 
-# Of the run, counted from 0: the first steps allocate memory and have no plan yet.
+# Steps of this run, from 0; the first ones allocate memory and have no plan yet.
 FIRST_STEP, NUM_STEPS = 2, 3
 
 
-# Begins a range of this name in the device's profiler, and returns the function that ends it.
-# Unlike `with` blocks, ranges may end in another thread: a phase of forward ends in autograd's.
+# Starts a named range in the device's profiler, and returns the function that ends it. Unlike
+# `with` blocks, ranges may end in another thread: a phase of forward ends in autograd's.
 OpenRange = Callable[[str], Callable[[], None]]
 
 
 @dataclass(frozen=True)
 class _Open:
-    """An interval that has begun."""
-
     activity: Activity
     start: Timestamp
     end_range: Callable[[], None]
 
 
 class Timeline:
-    """Records one rank's trace.
+    """Recorder of one rank's trace.
 
-    Args:
-        path: of the trace, created empty at once so that a run does not train in vain. A resumed
-            run adds its first recorded step to the name, and a number if that is taken.
-        rank: global; the trace's process.
-        open_range: of the device's profiler, for the compute and token tracks; the
-            communication streams name their work themselves.
-        origin_step: the first step of this run, which may be a resumed one.
+    The file is created empty at once, so that a run does not train in vain. A resumed run, one with
+    `origin_step` above 0, adds its first recorded step to the name, and a number if that is taken.
     """
 
     def __init__(
@@ -69,7 +61,7 @@ class Timeline:
         if origin_step > 0:
             path = free_name(path.with_stem(f"{path.stem}.step-{self._steps[0] + 1}"))
         self._path = path
-        # Empty, and open until the end so that no other run takes the name.
+        # Open until the end, so that no other run uses the name.
         self._file = open_exclusively(path)
         if path.stat().st_size > 0:
             self._file = _moved_aside(path, self._file)
@@ -81,11 +73,10 @@ class Timeline:
         self._step_start: Timestamp = None
 
     def begin_step(self, step: int) -> None:
-        """Begin a step."""
         if step not in self._steps:
             return
         if self._origin is None:
-            # The device is made to stand where the host is, once, so that ranks can be compared.
+            # Synchronise device and host once, so that ranks can be compared.
             self._clock.catch_up()
             self._origin = self._clock.now(), time.time_ns()
         self._step_start = self._clock.now()
@@ -94,7 +85,6 @@ class Timeline:
         self._phase = self._open(Activity(Kind.DENSE), self._step_start)
 
     def end_step(self, step: int) -> None:
-        """End a step; with the last one the trace is written."""
         if not self._is_recording:
             return
         self._end_phase(self._clock.now())
@@ -108,20 +98,19 @@ class Timeline:
             self._intervals.append((track, activity, start, end))
 
     def begin_exchange(self, activity: Activity) -> None:
-        """Begin a token exchange, which the compute waits for."""
         now = self._clock.now()
         self._end_phase(now)
         self._exchange = self._open(activity, now)
 
     def end_exchange(self, phase: Activity) -> None:
-        """End a token exchange; the compute goes on with a phase."""
+        """End a token exchange and start a phase of compute."""
         now = self._clock.now()
         self._close(TOKENS, self._exchange, now)
         self._exchange = None
         self._phase = self._open(phase, now)
 
     def close(self) -> None:
-        """Write what was recorded, once; where no step was recorded, the empty file is removed."""
+        """Write the recorded steps, once; without any, remove the empty file."""
         if self._file.closed:
             return
         self._is_recording = False
@@ -174,7 +163,7 @@ class Timeline:
 
 
 def _moved_aside(path: Path, file: BinaryIO) -> BinaryIO:
-    """Move a trace that this run wrote before its restart to a file beside; open an empty one."""
+    """Move this run's trace from before its restart to another file; open an empty one."""
     with file:
         if not run_mark.is_of_this_run(path):
             raise ValueError(
@@ -188,7 +177,6 @@ def _moved_aside(path: Path, file: BinaryIO) -> BinaryIO:
 
 
 def open_timeline(directory: str, rank: int, device: torch.device, first_step: int) -> Timeline:
-    """Open this rank's trace in the directory: see `Timeline`."""
     clock, open_range = make_clock(device), _nvtx_range if device.type == "cuda" else _no_range
     return Timeline(timeline_path(directory, rank), rank, clock, open_range, first_step)
 

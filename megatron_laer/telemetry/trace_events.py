@@ -1,6 +1,6 @@
 """Activities of a rank, and their events in the JSON of Chrome's trace viewer, for Perfetto.
 
-A process has four tracks, whether its intervals were recorded in a run or predicted.
+Recorded and predicted intervals have the same four tracks per process.
 """
 
 from __future__ import annotations
@@ -32,10 +32,8 @@ class Kind(StrEnum):
 class Activity:
     """Key of intervals: an activity of one layer in one direction, or compute's wait for it.
 
-    Attributes:
-        layer: its name; of a step, the step's number from 1; empty for the dense layers.
-        waits: whether it is compute's wait.
-        inside_node: whether it is the second stage of a token exchange through nodes.
+    `layer` is a step's number, from 1, and empty for dense layers. `inside_node` marks the second
+    stage of a token exchange through nodes.
     """
 
     kind: Kind
@@ -53,11 +51,7 @@ class Activity:
 def trace_events(
     process: int, name: str, intervals: Iterable[tuple[str, str, float, float]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the events of one process.
-
-    Args:
-        intervals: track, label, begin and end in microseconds.
-    """
+    """Yield one process's events; intervals are track, label, start and end in microseconds."""
 
     def named(kind: str, value: str, **where: int) -> dict[str, Any]:
         return {"ph": "M", "name": kind, "pid": process, "args": {"name": value}, **where}

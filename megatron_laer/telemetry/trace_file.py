@@ -1,4 +1,4 @@
-"""`--fsep-record-trace` writes this trace format, one file per FSEP group.
+"""Format of `--fsep-record-trace`, one file per FSEP group.
 
 A line of JSON, then binary records, all little-endian:
 
@@ -12,12 +12,12 @@ A line of JSON, then binary records, all little-endian:
              uint32  CRC-32 of the counts
              N*E counts, source rank by source rank
 
-The line's checksum is that of `files.json_lines`. Version 1, which is read too, had none there, and
-one for all of a record that follows it.
+`files.json_lines` defines the line's checksum. Version 1 can be read too. It had no checksum in
+that line, and in records a single one of all that follows it.
 
-A record is written at once and without buffering, so a run that is killed leaves a file that is
-readable up to its last complete record. Neither compressed nor indexed: it is written by the thread
-that trains. How steps are cut off is said in `files.recording`.
+A record is written at once and unbuffered, so a killed run leaves a file that is readable up to its
+last complete record. There is no compression and no index, because the training thread writes it.
+`files.recording` describes resuming.
 
 Legend: N source ranks, E experts.
 """
@@ -51,10 +51,10 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "megatron_laer-trace"
 
-# Files begin with this, whatever their version: what detection looks for.
+# First bytes of files of any version, for detection.
 MAGIC = b'{"format":"' + FORMAT.encode() + b'"'
 
-# By version: begins of records, and from where in a record the checksum of its counts is taken.
+# By version: headers of records, and offset in a record where its checked bytes start.
 _FRAMES = {1: struct.Struct("<IIqII"), 2: struct.Struct("<IIqIII")}
 _COVERED_FROM = {1: 4, 2: _FRAMES[2].size}
 _CRC_BYTES = 4
@@ -65,13 +65,11 @@ _WIDTHS: dict[int, np.dtype[np.unsignedinteger[Any]]] = {
 }
 _MAX_HEADER_BYTES = 2**20
 
-# A machine that loses power may leave zeros for what it had not yet put on disk: some seconds.
+# A power failure may leave zeros for data not yet on disk, up to some seconds' worth.
 _MAX_LOST_BYTES = 2**26
 
 
 class _Header(NamedTuple):
-    """Content and bytes of a file's header."""
-
     version: int
     num_ranks: int
     num_experts: int
@@ -80,8 +78,6 @@ class _Header(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """Place, keys and checksum of a record, without its counts."""
-
     offset: int
     end: int
     width: int
@@ -92,16 +88,11 @@ class _Frame(NamedTuple):
 
 
 class TraceWriter:
-    """Writes the counts of every microbatch; on rank 0 of an FSEP group.
+    """Writer of every microbatch's counts, on rank 0 of an FSEP group.
 
-    A recording that is there already is continued where a run is resumed: its records of earlier
-    steps stay, those from `first_step` on are moved to a file beside, named `*.cut-from-STEP.*`.
-    The same happens whenever the step goes back.
-
-    Args:
-        path: the file; its folders are made.
-        layer_names: of all the MoE layers whose counts will come.
-        first_step: that will be recorded; 0 for a run that begins.
+    A resumed run continues an existing recording. Records of earlier steps stay; those from
+    `first_step` on are moved to another file, named `*.cut-from-STEP.*`. The same happens whenever
+    the step goes back.
     """
 
     def __init__(
@@ -133,12 +124,7 @@ class TraceWriter:
         microbatch: int,
         counts_NE: npt.NDArray[np.integer[Any]],
     ) -> None:
-        """Write one record. Of two with the same keys, readers take the later one.
-
-        Args:
-            layer_index: into `layer_names`.
-            counts_NE: tokens on each source rank for each expert.
-        """
+        """Write one record. Of two with the same keys, readers use the later one."""
         payload, width = self._packed(counts_NE)
         for name, value in (("step", step), ("microbatch", microbatch)):
             if not 0 <= value <= (MAX_INDEX if name == "step" else 2**32 - 1):
@@ -154,7 +140,6 @@ class TraceWriter:
         self._file.append(zlib.crc32(fields).to_bytes(_CRC_BYTES, "little") + fields + payload)
 
     def close(self) -> None:
-        """Close the file; the writer is of no use after that."""
         self._file.close()
 
     def _packed(self, counts_NE: npt.NDArray[np.integer[Any]]) -> tuple[bytes, int]:
@@ -175,13 +160,7 @@ def recording_path(directory: str | Path, group_index: int) -> Path:
 
 
 def read_recording(path: Path) -> Trace:
-    """Read what a `TraceWriter` wrote; an incomplete last record is left out, and that is said.
-
-    Raises:
-        ValueError: no regular file, another format or version, or a damaged record, by number and
-            offset.
-        OSError: the file cannot be read.
-    """
+    """Read a recording of `TraceWriter`; an incomplete last record is skipped with a warning."""
     with open_input(path) as file:
         header = _read_header(path, file.readline(_MAX_HEADER_BYTES))
         warn_of(header.version, path)
@@ -191,7 +170,6 @@ def read_recording(path: Path) -> Trace:
             where = f"{path}, record {number} at byte {frame.offset}"
             counts_NE = _read_counts(file, frame, header)
             if counts_NE is None:
-                # What a machine that lost power may leave at the end.
                 if frame.end >= size:
                     break
                 raise ValueError(f"{where}: the checksum does not fit; {_damage(frame.offset)}")
@@ -219,7 +197,7 @@ def read_recording(path: Path) -> Trace:
 
 
 def _recorded(path: Path) -> Iterator[tuple[int, int]]:
-    """Yield every record's step and end, without a last record that is damaged."""
+    """Yield every record's step and the offset of its end, but no damaged last record."""
     with open_input(path) as file:
         header = _read_header(path, file.readline(_MAX_HEADER_BYTES))
         last: _Frame | None = None
@@ -248,7 +226,7 @@ def _read_header(path: Path, line: bytes) -> _Header:
 
 
 def _frames(file: BinaryIO, path: Path, header: _Header) -> Iterator[_Frame]:
-    """Yield all the complete records; their counts are skipped."""
+    """Yield all complete records; their counts are skipped."""
     offset, size, begin = header.size, _size(file), _FRAMES[header.version]
     while offset + begin.size <= size:
         file.seek(offset)
@@ -274,10 +252,7 @@ def _damage(offset: int) -> str:
 
 
 def _is_torn(file: BinaryIO, offset: int, size: int, most: int) -> bool:
-    """Return whether a tail is zeros but for a part of a record's begin.
-
-    So may a machine that lost power leave it.
-    """
+    """Return True if a power failure may have left this tail: zeros after part of a header."""
     if size - offset > _MAX_LOST_BYTES:
         return False
     file.seek(offset + most)
@@ -295,7 +270,7 @@ def _size(file: BinaryIO) -> int:
 def _read_counts(
     file: BinaryIO, frame: _Frame, header: _Header
 ) -> npt.NDArray[np.unsignedinteger[Any]] | None:
-    """Read the counts [N, E]; None if the checksum does not fit."""
+    """Read the counts [N, E]; return None if the checksum differs."""
     begin = frame.offset + _COVERED_FROM[header.version]
     file.seek(begin)
     covered = file.read(frame.end - begin)

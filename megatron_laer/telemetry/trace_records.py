@@ -1,4 +1,4 @@
-"""A routing trace is a value that is checked here; the readers beside this file read files.
+"""Routing traces as checked values; other modules read them from files.
 
 Legend: R records, N source ranks, E experts. A record is one microbatch of one layer.
 """
@@ -18,12 +18,12 @@ from megatron_laer.planner.layout import MAX_EXPERTS
 Int32 = npt.NDArray[np.int32]
 
 MAX_COUNT = int(np.iinfo(np.int32).max)
-# Steps and microbatches are numbers that a text format may give with any number of digits.
+# Text formats may have steps and microbatches with any number of digits.
 MAX_INDEX = 2**53
 MAX_RANKS = 2**20
 
-# A file may be far smaller than the dense counts it stands for (sparse tables, compression), but
-# not without limit: a few damaged digits must not ask for all of the memory.
+# A file may be far smaller than its dense counts (sparse tables, compression). The limit keeps a
+# few damaged digits from asking for all memory.
 _FREE_BYTES = 2**24
 _BYTES_PER_FILE_BYTE = 512
 # A count is read into 8 bytes and kept in 4.
@@ -34,12 +34,8 @@ _BYTES_PER_COUNT = 12
 class Trace:
     """Counts of every recorded microbatch, ordered by step, layer and microbatch.
 
-    Attributes:
-        layers: names of the MoE layers, in their order in the model.
-        step_R: the training step of each record, int64 [R].
-        layer_R: index into `layers`, int64 [R].
-        microbatch_R: number within the step, from 0, int64 [R].
-        counts_RNE: tokens on each source rank for each expert, int32 [R, N, E].
+    `layer_R` indexes `layers`, which are in the model's order. `microbatch_R` counts within the
+    step. `counts_RNE` has the tokens on each source rank for each expert.
     """
 
     layers: tuple[str, ...]
@@ -79,7 +75,6 @@ class Trace:
 
     @property
     def num_ranks(self) -> int:
-        """Return N, the number of source ranks."""
         return int(self.counts_RNE.shape[1])
 
     @property
@@ -90,15 +85,14 @@ class Trace:
         return len(self.counts_RNE)
 
     def counts_NE(self, record: int) -> Int64:
-        """Return the tokens on each source rank for each expert, int64 [N, E]."""
         counts_NE: Int64 = self.counts_RNE[record].astype(np.int64)
         return counts_NE
 
     def with_ranks(self, num_ranks: int) -> Trace:
         """Return the same tokens on another number of source ranks.
 
-        Fewer: neighbours are merged. More: each rank's tokens are dealt out to its successors,
-        expert after expert as cards are, so that they get the same number of tokens to within one.
+        Fewer ranks: neighbours are merged. More: each rank's tokens are dealt out to its successors
+        like cards, expert after expert. Their numbers of tokens differ by at most one.
         """
         self.check_divides(num_ranks)
         recorded = self.num_ranks
@@ -113,7 +107,7 @@ class Trace:
         return replace(self, counts_RNE=_dealt_out(self.counts_RNE, num_ranks // recorded))
 
     def check_divides(self, num_ranks: int) -> None:
-        """Reject a number of ranks that `with_ranks` cannot make."""
+        """Raise ValueError for a number of ranks that `with_ranks` cannot make."""
         recorded = self.num_ranks
         if num_ranks >= 1 and (recorded % num_ranks == 0 or num_ranks % recorded == 0):
             return
@@ -124,7 +118,6 @@ class Trace:
         )
 
     def of_ranks(self, ranks: Sequence[int]) -> Trace:
-        """Return the trace of only these source ranks, in this order."""
         wrong = [rank for rank in ranks if not 0 <= rank < self.num_ranks]
         if wrong or not ranks:
             raise ValueError(
@@ -143,7 +136,7 @@ def assemble(
     num_experts: int,
     file_bytes: int,
 ) -> Trace:
-    """Make a trace from cells: I times (step, layer index, microbatch), rank, expert, tokens."""
+    """Make a trace from I cells: (step, layer index, microbatch), rank, expert, tokens."""
     if len(key_I3) == 0:
         raise ValueError("the trace holds no records; record at least two steps")
     key_R3, record_I = np.unique(key_I3, axis=0, return_inverse=True)
@@ -158,7 +151,7 @@ def assemble(
 
 
 def check_cells(num_records: int, num_ranks: int, num_experts: int, file_bytes: int) -> None:
-    """Reject sizes that no honest file of this length has, or for which memory does not suffice."""
+    """Reject sizes that are implausible for a file of this length, or exceed the memory."""
     needed = 8 * num_records * num_ranks * num_experts
     if needed > _FREE_BYTES + _BYTES_PER_FILE_BYTE * file_bytes:
         raise ValueError(
@@ -175,7 +168,7 @@ def check_cells(num_records: int, num_ranks: int, num_experts: int, file_bytes: 
 
 def _dealt_out(counts_RNE: Int32, parts: int) -> Int32:
     share_RNE, left_RNE = np.divmod(counts_RNE, parts)
-    # Where the last expert's remainder ended, the next one's begins.
+    # Each expert's remainder starts where the previous one's ended.
     begin_RNE = np.cumsum(left_RNE, axis=2, dtype=np.int64) - left_RNE
     dealt = np.empty((*counts_RNE.shape[:2], parts, counts_RNE.shape[2]), dtype=np.int32)
     for part in range(parts):

@@ -1,7 +1,7 @@
-"""A restricted unpickler: it imports and calls nothing, whatever a pickle names.
+"""A restricted unpickler, which imports and calls nothing that a pickle names.
 
 Classes and functions become `Name`s and their results `Record`s. Only the operations of the binary
-protocols are known, and mappings keep only text keys: hashing hostile ones could take forever.
+protocols are known. Mappings keep only text keys: hashing hostile ones could take forever.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-# Half a million pieces of tensors, at most; no operation needs more than a hundred bytes.
+# Enough for half a million pieces of tensors; no operation needs more than a hundred bytes.
 MAX_OPERATIONS = 2**25
 
 
@@ -24,7 +24,7 @@ class Name(NamedTuple):
     name: str
 
     def __call__(self, *arguments: object) -> Any:
-        """Return a record of an object; mappings are empty until their items follow."""
+        """Return a record of an object, or an empty mapping, whose items follow."""
         return {} if self in _MAPPINGS and not arguments else Record(self, arguments)
 
     def __str__(self) -> str:
@@ -53,11 +53,7 @@ class Record:
 def read(data: bytes, is_allowed: Callable[[Name], bool]) -> Any:
     """Return a pickle's object, made of plain values, `Name`s and `Record`s.
 
-    Args:
-        is_allowed: whether the pickle may contain this name.
-
-    Raises:
-        ValueError: a name that is not allowed, an unknown operation, or damage.
+    Raises ValueError for a name that `is_allowed` rejects, an unknown operation or damage.
     """
     with _as_value_error():
         return _Unpickler(data, is_allowed).load()
@@ -69,13 +65,13 @@ def _as_value_error() -> Iterator[None]:
         yield
     except ValueError:
         raise
-    # Handlers of operations fail in any way on a stack that they do not expect.
+    # Handlers of operations fail in many ways on an unexpected stack.
     except Exception as error:
         raise ValueError(f"it is damaged: {type(error).__name__}: {error}"[:200]) from error
 
 
 class _Operations(dict[int, Callable[[Any], None]]):
-    """Handlers by operation, of which a limited number may run."""
+    """Handlers by operation, with a limit on the operations that may run."""
 
     left = MAX_OPERATIONS
 
@@ -100,7 +96,6 @@ class _Unpickler(_PYTHONS):  # type: ignore[misc]
         self.dispatch = _Operations(_HANDLERS)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return the name itself, which nothing imports."""
         found = Name(module, name)
         if not self._is_allowed(found):
             raise ValueError(f"it asks for {found}")

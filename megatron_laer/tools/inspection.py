@@ -20,7 +20,7 @@ from megatron_laer.planner.state import PlannerState
 from megatron_laer.tools import inert_pickle
 from megatron_laer.tools.inert_pickle import Name, Record
 
-# A list of tensors needs some hundred bytes for each piece that a rank has saved.
+# Limit on a list of tensors, which needs some hundred bytes for each piece that a rank has saved.
 _MAX_LIST_BYTES = 2**28
 _MAX_SIZE = 2**63 - 1
 _MAX_AXES = 64
@@ -31,8 +31,8 @@ _EXPERTS = ".mlp.experts.experts.linear_fc"
 _DIMENSIONS_OF_EXPERTS = {"weight": 3, "bias": 2}
 _OPTIMIZER = "optimizer."
 
-# Classes in torch's list of tensors, and torch's names for types. None of them is imported; a list
-# with any other name is refused.
+# Classes in torch's list of tensors, and torch's names for types. None of them is imported, and a
+# list with any other name is refused.
 _MODULES = (
     "torch",
     "torch.distributed.checkpoint.metadata",
@@ -58,15 +58,13 @@ class Entry:
 
     @property
     def elements(self) -> int:
-        """Return the number of elements."""
         return math.prod(self.shape)
 
 
 def describe(path: str | Path) -> str:
     """Describe the checkpoint at `path`, a run's directory or one iteration's.
 
-    Raises:
-        ValueError: no checkpoint, or a damaged one; a damaged planner's state is only described.
+    Raises ValueError without an intact checkpoint; a damaged planner's state is only described.
     """
     folder = _find(Path(path))
     config = _json(folder / "metadata.json")
@@ -78,11 +76,7 @@ def describe(path: str | Path) -> str:
     return "\n".join(lines)
 
 
-# Finding it.
-
-
 def _find(path: Path) -> Path:
-    """Find the directory of one iteration."""
     if not path.is_dir():
         raise ValueError(f"{path} is no directory; give a checkpoint's, or that of a run")
     tracker = path / _TRACKER
@@ -112,7 +106,7 @@ def _json(path: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise ValueError(f"{path} is not JSON: nested too deeply") from error
     except ValueError as error:
-        # Python's limit on digits is no JSONDecodeError, and names a function of Python's.
+        # Python's limit on digits is no JSONDecodeError; its message names a Python function.
         problem = error if isinstance(error, json.JSONDecodeError) else "a number is too long"
         raise ValueError(f"{path} is not JSON: {problem}") from error
     if not isinstance(found, dict):
@@ -123,9 +117,6 @@ def _json(path: Path) -> dict[str, Any]:
 def _format(config: Mapping[str, Any]) -> str:
     backend = config.get("sharded_backend", "unknown")
     return one_line(f"{backend} {config.get('sharded_backend_version', '')}".strip(), 100)
-
-
-# Tensors.
 
 
 def _tensors(path: Path) -> dict[str, Entry]:
@@ -162,7 +153,7 @@ def _entry(name: str, record: Record) -> Entry:
             f"tensor {quoted(name)} has the size {reprlib.repr(shape)}, expected integers in "
             f"0..{_MAX_SIZE}"
         )
-    # Properties pickle themselves as a tuple that begins with the type.
+    # Properties pickle themselves as a tuple that starts with the type.
     state = properties.state if isinstance(properties, Record) else None
     dtype = state[0] if isinstance(state, tuple) and state else None
     if not isinstance(dtype, Name) or dtype.module != "torch":
@@ -220,9 +211,6 @@ def _optimizer(tensors: Mapping[str, Entry]) -> Iterator[str]:
 
 def _is_optimizers(name: str) -> bool:
     return name.startswith((_OPTIMIZER, "chained_"))
-
-
-# The planner.
 
 
 def _planner(folder: Path) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Megatron's flags of a model configuration in YAML.
 
-A file is grouped for the reader; a group's keys are Megatron's flags without the dashes, so there
-is nothing to look up twice:
+A file is grouped for the reader; a group's keys are Megatron's flags without the dashes, so that
+they need no translation:
 
     description: a model for tests
     architecture:
@@ -28,30 +28,30 @@ from megatron_laer.files.yaml_text import read_yaml
 GROUPS = ("architecture", "moe", "initialization", "precision", "data")
 
 _KEY = re.compile(r"[a-z0-9]+([-_][a-z0-9]+)*")
-# YAML 1.1's words for both, which people may have learnt elsewhere.
+# YAML 1.1's words for true and false, which users may know from elsewhere.
 _ON = ("true", "yes", "on")
 _OFF = ("false", "no", "off")
 _NOTHING = ("", "~", "null")
 _YAML_POINT = re.compile(r"\.(?=(inf|nan)$)", re.IGNORECASE)
-# Of a model's sizes, of which Megatron takes one number each.
+# Model sizes that Megatron reads as one number each.
 _SIZES = frozenset(
     "num-layers mtp-num-layers hidden-size ffn-hidden-size num-attention-heads num-query-groups "
     "kv-channels seq-length max-position-embeddings vocab-size num-experts moe-ffn-hidden-size "
     "moe-router-topk moe-shared-expert-intermediate-size moe-layer-freq q-lora-rank kv-lora-rank "
     "qk-head-dim qk-pos-emb-head-dim v-head-dim".split()
 )
-# A path may be long; no number is.
+# A path may be long; a number may not.
 _LONGEST_VALUE = 4096
 
 
 def model_flags(path_or_name: str | Path) -> list[str]:
-    """Return Megatron's flags for a model, by path to a YAML file or by the name of one we ship."""
+    """Return Megatron's flags for a model, by a YAML file's path or the name of a shipped one."""
     path = yaml_file("model", path_or_name)
     content = read_yaml(path)
     try:
         flags: dict[str, list[str]] = {}
         for key, value in _settings(content):
-            # To argparse, which fills one variable, both spellings are the same flag.
+            # argparse fills one variable from both spellings, so they are the same flag.
             if (name := key.replace("_", "-")) in flags:
                 raise ValueError(f"{key} is given twice; leave one out")
             flags[name] = [f"--{key}", *flag_words(key, value)]
@@ -61,10 +61,7 @@ def model_flags(path_or_name: str | Path) -> list[str]:
 
 
 def model_values(path_or_name: str | Path) -> dict[str, str]:
-    """Return the value of each of a model's flags, whose underscores become dashes.
-
-    A switch has the value "".
-    """
+    """Return the value of each of a model's flags, with dashes for underscores; "" for a switch."""
     values: dict[str, str] = {}
     for word in model_flags(path_or_name):
         if word.startswith("--"):
@@ -84,7 +81,7 @@ def whole_number(
     default: int | None = None,
     way_out: str = "mend it",
 ) -> int:
-    """Return the value of one of a model's flags; ValueError with its range and the way out."""
+    """Return the value of a model's flag; raise ValueError with its range and a remedy."""
     text = values.get(flag, "" if default is None else str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 19 and least <= int(text) <= most):
         name = flag.removeprefix("--")
@@ -118,7 +115,7 @@ def _settings(content: object) -> Iterator[tuple[str, object]]:
 
 
 def flag_words(key: str, value: object) -> list[str]:
-    """Return what follows a flag on a command line, for its value in YAML."""
+    """Return the command-line words after a flag, for its value in YAML."""
     if isinstance(value, str) and value.lower() in _ON:
         return []
     values = value if isinstance(value, list) else [value]

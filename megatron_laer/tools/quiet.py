@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Suppress warnings and logged ones in the block."""
+    """Suppress warnings, including logged ones, in the block."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

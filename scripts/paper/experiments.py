@@ -1,8 +1,8 @@
-"""The paper's experiments are listed here: models, methods, settings, and what has no counterpart.
+"""The paper's experiments: models, methods, settings, and parts without a counterpart.
 
 Source: "LAER-MoE: Load-Adaptive Expert Re-layout for Efficient MoE Training", arXiv 2602.11686, and
-the settings of its published artifact. Each run goes through `scripts/slurm/pretrain.sbatch`, on a
-cluster and at toy scale alike: this module says with which settings. It starts nothing.
+the settings of its published artifact. This module lists the settings of each run and starts
+nothing. Runs go through `scripts/slurm/pretrain.sbatch`, on a cluster and at toy scale alike.
 
 Legend: N ranks, E experts, C slots per rank, K experts of a token.
 """
@@ -23,13 +23,10 @@ TOY_RANKS = 2
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train.
+    """Training method.
 
-    Attributes:
-        name: on the command line, in logs' names and in tables.
-        paper: its name in the artifact's files; None where the paper has no such method.
-        flags: FSEP's; without `uses_fsep` there are none.
-        about: what it is, for the page and the help.
+    `name` is part of command lines, log names and tables. `paper` is the name in the artifact's
+    files, or None where the paper has no such method.
     """
 
     name: str
@@ -57,11 +54,9 @@ FSEP = Method("fsep", None, "FSEP as it is by default")
 
 @dataclass(frozen=True)
 class Length:
-    """How long runs are.
+    """Length of runs in steps; `skipped` first steps are not counted.
 
-    Attributes:
-        skipped: first steps that are not counted.
-        time_limit: of a job, as `sbatch --time` takes it.
+    `time_limit` is a job's limit in the format of `sbatch --time`.
     """
 
     steps: int
@@ -71,7 +66,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Case:
-    """A method under an auxiliary loss, as the flag takes its coefficient; 0 is without."""
+    """A method with an auxiliary loss; `aux` is the flag's coefficient, 0 is off."""
 
     method: Method
     aux: str = "0"
@@ -81,15 +76,10 @@ class Case:
 class Experiment:
     """The runs of one figure.
 
-    Attributes:
-        models: of the paper; `toy_models` are those that stand for them at toy scale, shrunk.
-        cases: each model is trained in each of these; `toy_cases` at toy scale, None for the same.
-        sequence: tokens of a sequence, of which a rank has `sequences` in a microbatch.
-        stock_tensor: stock Megatron's tensor-parallel size, by experts and top-k.
-        records_metrics: whether FSEP writes its metrics to a file.
-        toy_flags: Megatron's, at toy scale.
-        published: the artifact's files that the figure's tables need.
-        notes: sentences on what has no counterpart, or another one than its name says.
+    `toy_models` are shrunk models that replace `models` at toy scale, as `toy_cases` replaces
+    `cases`. A rank's microbatch has `sequences` sequences of `sequence` tokens. `stock_tensor` is
+    stock Megatron's tensor-parallel size, by experts and top-k. `published` lists the artifact's
+    files for the tables, and `notes` the parts without a true counterpart.
     """
 
     figure: int
@@ -109,11 +99,9 @@ class Experiment:
     notes: Sequence[str] = ()
 
     def cases_at(self, *, toy: bool) -> Sequence[Case]:
-        """Return the cases of a scale."""
         return self.cases if not toy or self.toy_cases is None else self.toy_cases
 
     def methods(self) -> list[Method]:
-        """Return every method once."""
         return list({case.method.name: case.method for case in self.cases}.values())
 
 
@@ -126,19 +114,15 @@ class Run:
 
     @property
     def name(self) -> str:
-        """Return its name, which its files have too."""
         return f"{self.model}_aux{self.case.aux}_{self.case.method.name}"
 
 
 @dataclass(frozen=True)
 class Request:
-    """What is asked for on the command line.
+    """Request of the command line.
 
-    Attributes:
-        folder: absolute; holds logs and what is written beside them.
-        data_prefix, tokenizer: as pretrain.sbatch takes them.
-        flags: given to Megatron, after all others.
-        sbatch: options of sbatch.
+    `folder` is an absolute path. `data_prefix` and `tokenizer` are in the format of
+    pretrain.sbatch. `flags` are Megatron flags after all others, and `sbatch` options of sbatch.
     """
 
     toy: bool
@@ -151,16 +135,16 @@ class Request:
     flags: Sequence[str] = ()
 
 
-# The paper's, but for what pretrain.sbatch has already: Adam's betas, cosine decay, 10 % warm-up.
+# The paper's flags, except those of pretrain.sbatch: Adam's betas, cosine decay, 10 % warm-up.
 # Its weight decay differs between the systems that it compares; here all have pretrain.sbatch's.
 _PAPER_FLAGS = (
     "--global-batch-size 128 --lr 1.25e-6 --min-lr 1.25e-7 --adam-eps 1e-5 --clip-grad 0 "
     "--eval-iters 0 --log-interval 1 --seed 1234"
 )
-# The paper recomputes layers in everything but Megatron, whose tensor parallelism saves the memory.
+# The paper recomputes layers for all systems but Megatron, where tensor parallelism saves memory.
 _RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
-# A model of the paper with its sizes taken down; kind of attention, router and precision stay.
+# A shrunk model of the paper, with the same kind of attention, router and precision.
 _TOY_FLAGS = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --kv-channels 16 --num-query-groups 2 "
     "--global-batch-size 8 --num-workers 0"
@@ -170,17 +154,17 @@ _TOY_FFN = {"e8k2": 128, "e16k4": 64}
 
 
 def family(model: str) -> str:
-    """Return experts and top-k, as the last part of a model's name has them."""
+    """Return experts and top-k, the last part of a model's name."""
     return model.rsplit("-", 1)[1]
 
 
 def settings(experiment: Experiment, run: Run, request: Request) -> dict[str, str]:
-    """Return what pretrain.sbatch reads from the environment."""
+    """Return the environment variables for pretrain.sbatch."""
     method = run.case.method
     found = {
         "MODEL": run.model,
         "DATA_PREFIX": request.data_prefix,
-        # Of its own, since jobs that run at the same time would make one together.
+        # A cache per run, since simultaneous jobs would write a common one together.
         "DATA_CACHE": str(request.folder / "cache" / run.name),
         "TOKENIZER": request.tokenizer,
         "MODE": "fsep" if method.uses_fsep else "standard",
@@ -199,7 +183,7 @@ def settings(experiment: Experiment, run: Run, request: Request) -> dict[str, st
 
 
 def flags(experiment: Experiment, run: Run, request: Request) -> list[str]:
-    """Return Megatron's flags, for behind the `--` of pretrain.sbatch."""
+    """Return Megatron's flags, which follow the `--` of pretrain.sbatch."""
     method, aux = run.case.method, run.case.aux
     sequence = _TOY_SEQUENCE if request.toy else experiment.sequence
     # A tensor-parallel group has one sequence at a time, as in the paper.
@@ -225,10 +209,8 @@ def flags(experiment: Experiment, run: Run, request: Request) -> list[str]:
 
 
 def log_path(run: Run, request: Request) -> Path:
-    """Return the path of a run's log."""
     return request.folder / f"{run.name}.log"
 
 
 def metrics_folder(run: Run, request: Request) -> Path:
-    """Return the folder of the metrics that a run records."""
     return request.folder / f"{run.name}-metrics"

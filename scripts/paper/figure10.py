@@ -41,7 +41,6 @@ EXPERIMENT = Experiment(
 
 
 def tables(found: Found) -> Sequence[Table]:
-    """Make the breakdown, and a table of tokens."""
     of_paper, balance = {}, {}
     if found.published is not None:
         of_paper, balance = read_breakdown(found.published), read_balance(found.published)
@@ -76,7 +75,7 @@ def tables(found: Found) -> Sequence[Table]:
 
 
 def _kinds(of: str, seconds: tuple[float, float, float] | None) -> dict[str, float | None]:
-    """Make columns from seconds of tokens, of experts, and of the whole step."""
+    """Make columns of seconds for token exchange, experts and the rest of the step."""
     names = [f"{of}{kind} s" for kind in ("tokens", "experts", "rest")]
     if seconds is None:
         return dict.fromkeys(names)

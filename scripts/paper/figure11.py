@@ -1,7 +1,7 @@
 """Figure 11 times the planner by ranks and capacity; it trains nothing and needs no GPU.
 
-Source of the shapes: 32 experts, 64 to 1024 ranks, 1 to 16 slots per rank, and counts between 0 and
-999, all equally likely; means of ten solves.
+Shapes: 32 experts, 64 to 1024 ranks, 1 to 16 slots per rank. Counts are drawn uniformly from 0 to
+999; times are means of ten solves.
 """
 
 from __future__ import annotations
@@ -38,16 +38,12 @@ RANKS, CAPACITIES = (64, 128, 256, 512, 1024), (1, 2, 4, 8, 16)
 TOY_RANKS, TOY_CAPACITIES = (64, 128), (1, 4)
 STRATEGIES = ("laer", "greedy")
 _TITLE = "Solve time of the planner"
-# The layers and microbatches over which the paper spreads an iteration, for what a solve may take.
+# Layers and microbatches of the paper's iteration, over which its time limit for solves is spread.
 _LAYERS, _MICROBATCHES = 32, 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Time the planner at all shapes.
-
-    Raises:
-        ValueError, OSError: what was passed does not work; said before anything is timed.
-    """
+    """Time the planner at all shapes; raise ValueError or OSError for bad input before that."""
     parser = Parser(
         prog="scripts/paper/figure11.py",
         description=f"The paper's figure 11: {_TITLE}. It needs a processor alone.",
@@ -66,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.slurm and (options.dry_run or options.srun is not None):
         raise ValueError("--dry-run and --srun are for --slurm; nothing else is submitted")
     options.srun = split_words(options.srun, "--srun")
-    # Before the work: it may be that it cannot be read.
+    # Read before the work, since it may be unreadable.
     paper_s = {} if missing(options.published, [PLANNER]) else read_planner(options.published)
     allowed = _allowed(options.published)
     if options.slurm:
@@ -86,7 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def rows(
     shapes: Sequence[tuple[int, int]], paper_s: Mapping[tuple[int, int], float]
 ) -> list[dict[str, Any]]:
-    """Time every shape."""
     found = []
     for num_ranks, capacity in shapes:
         geometry = Geometry(num_ranks, EXPERTS, capacity, NODE_SIZE)
@@ -105,7 +100,7 @@ def rows(
 
 
 def _allowed(folder: Path | None) -> list[str]:
-    """Say what an iteration of the paper leaves a solve, for the line in its figure."""
+    """Describe the time per solve that the paper's iteration allows, for the line in its figure."""
     if missing(folder, [END_TO_END]) or folder is None:
         return []
     found = [
@@ -122,7 +117,7 @@ def _allowed(folder: Path | None) -> list[str]:
 
 
 def _on_a_node(options: argparse.Namespace) -> int:
-    """Run this file under srun, or print that."""
+    """Run this file under srun, or print the command."""
     words = ["srun", "--nodes", "1", "--ntasks", "1", *options.srun]
     words += [sys.executable, str(Path(__file__).resolve()), "--here"]
     words += ["--work-dir", str(Path(options.work_dir).resolve())]

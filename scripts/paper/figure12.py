@@ -1,4 +1,4 @@
-"""Figure 12 takes parts of FSEP away, one at a time."""
+"""Figure 12 removes parts of FSEP, one at a time."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _VARIANTS = (
     FSEP,
     Method("unscheduled", None, "FSEP without overlapped exchanges", "--fsep-scheduler off"),
 )
-# Either half of the paper's planner by itself; ours has no flag for that.
+# Each half of the paper's planner alone; ours has no flag for that.
 _NO_COUNTERPART = ("no_even", "no_pq")
 
 EXPERIMENT = Experiment(
@@ -58,7 +58,7 @@ EXPERIMENT = Experiment(
 
 
 def tables(found: Found) -> Sequence[Table]:
-    """Make a row for each variant; speed is over the layout that never changes."""
+    """Make a row for each variant; speed is relative to the layout that never changes."""
     paper_s = {}
     if found.published is not None:
         paper_s = {name: ms / 1e3 for name, ms in read_ablation(found.published).items()}

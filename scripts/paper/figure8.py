@@ -29,7 +29,7 @@ from scripts.paper.runner import Found, main
 from scripts.paper.tables import Table, times
 
 _METHODS = (STOCK, STATIC, LAER, FSEP)
-# The artifact's name; nothing here trains with it.
+# The artifact's name of a method that nothing here trains with.
 _FLEXMOE = "FLEX"
 
 EXPERIMENT = Experiment(
@@ -50,7 +50,7 @@ EXPERIMENT = Experiment(
 
 
 def tables(found: Found) -> Sequence[Table]:
-    """Make a row for each model, auxiliary loss and method; speed is over stock Megatron's."""
+    """Make a row per model, auxiliary loss and method; speed is relative to stock Megatron."""
     cells = [] if found.published is None else read_cells(found.published)
     paper_s = {(cell.model, float(cell.aux_loss), cell.method): cell.measured_s for cell in cells}
     rows: list[dict[str, Any]] = []

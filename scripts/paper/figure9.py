@@ -18,7 +18,7 @@ from scripts.paper.published import CONVERGENCE, Curve, read_curves
 from scripts.paper.runner import Found, main
 from scripts.paper.tables import Table, ratio
 
-# The last steps whose mean is the final loss.
+# Number of last steps whose mean is the final loss.
 _LAST = 10
 _HIGH, _LOW = Case(STOCK, "1e-2"), Case(STOCK, "1e-4")
 _FSEP = Case(FSEP, "1e-4")
@@ -34,7 +34,7 @@ EXPERIMENT = Experiment(
     sequence=4096,
     sequences=4,
     stock_tensor={"e8k2": 4},
-    # Only with a large learning rate does so short a run learn anything.
+    # So short a run learns only with a large learning rate.
     toy_flags="--lr 2e-3 --min-lr 2e-4",
     published=(CONVERGENCE,),
     notes=(
@@ -45,7 +45,7 @@ EXPERIMENT = Experiment(
 
 
 def tables(found: Found) -> Sequence[Table]:
-    """Make a row for each run, and one for each half of the paper's point."""
+    """Make a row for each run, and one for each half of the paper's claim."""
     ours = {
         run.case: Curve(measured.losses, measured.step_s) for run, measured in found.runs.items()
     }
@@ -87,7 +87,7 @@ def _summary(curve: Curve | None) -> dict[str, float | None]:
 
 
 def _step_s(curve: Curve) -> float:
-    """Return the mean step, without the same share of first steps at either scale."""
+    """Return the mean step time, without the same share of first steps at either scale."""
     share = EXPERIMENT.length.skipped / EXPERIMENT.length.steps
     return statistics.fmean(curve.step_s[max(1, round(share * len(curve.step_s))) :])
 
@@ -97,7 +97,7 @@ def _final(curve: Curve) -> float:
 
 
 def answer(curves: Mapping[Case, Curve]) -> dict[str, Any]:
-    """Compare FSEP under the low loss with stock under either; None for what was not run."""
+    """Compare FSEP with the low loss to stock with either; None for missing runs."""
     high, low, fsep = (curves.get(case) for case in (_HIGH, _LOW, _FSEP))
 
     def speed(stock: Curve | None) -> float | None:
@@ -118,7 +118,7 @@ def answer(curves: Mapping[Case, Curve]) -> dict[str, Any]:
 
 
 def _seconds_to(curve: Curve, loss: float) -> float | None:
-    """Return when the mean of the last steps first reaches a loss."""
+    """Return the time at which the mean of the last steps first reaches a loss."""
     for step, passed_s in enumerate(accumulate(curve.step_s), start=1):
         if step >= _LAST and statistics.fmean(curve.losses[step - _LAST : step]) <= loss:
             return passed_s

@@ -1,4 +1,4 @@
-"""What a run left is read here: Megatron's log, and the metrics that FSEP recorded."""
+"""Readers of a run's results: Megatron's log, and the metrics that FSEP recorded."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
 
 @dataclass(frozen=True)
 class Measured:
-    """Holds what a whole run says of itself; lists have an entry for each step.
+    """Measurements of a whole run, one entry per step.
 
-    Attributes:
-        imbalance: max/mean tokens per rank as they were computed; empty for stock.
+    `imbalance` is max/mean tokens per rank as computed; empty for stock.
     """
 
     losses: list[float]
@@ -26,17 +25,16 @@ class Measured:
     imbalance: list[float]
 
     def seconds(self, skipped: int) -> float:
-        """Return the mean step, without the first ones."""
+        """Return the mean step time without the first `skipped` steps."""
         return statistics.fmean(self.step_s[skipped:])
 
     def balance(self, skipped: int) -> float | None:
-        """Return the mean imbalance without the first steps, where it was measured."""
         return statistics.fmean(self.imbalance[skipped:]) if self.imbalance else None
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Holds seconds of a step by kind on the planner rank, and max/mean tokens per rank."""
+    """Seconds of a step by kind on the planner rank, and max/mean tokens per rank."""
 
     tokens_s: float
     experts_s: float
@@ -47,16 +45,12 @@ class Profile:
 
     @property
     def kinds(self) -> tuple[float, float, float]:
-        """Return seconds of tokens, of experts, and of the whole step."""
+        """Return seconds of tokens, of experts and of the whole step."""
         return self.tokens_s, self.experts_s, self.step_s
 
 
 def read_log(path: Path, steps: int) -> Measured:
-    """Read a run that ended after so many steps.
-
-    Raises:
-        ValueError: the log is not there, or lacks steps.
-    """
+    """Read the log of a run of `steps` steps; raise ValueError if it is missing or lacks steps."""
     if not path.is_file():
         raise ValueError(f"{path.stem}: no log at {path}")
     run = log.read_log(path.stem, path)
@@ -77,10 +71,9 @@ def read_log(path: Path, steps: int) -> Measured:
 
 
 def read_profile(folder: Path, skipped: int) -> Profile:
-    """Read a run's recorded metrics; means over steps after the first ones.
+    """Return means of a run's recorded metrics, without the first `skipped` steps.
 
-    Raises:
-        ValueError, OSError: there are none, or none of a later step.
+    Raises ValueError or OSError without a recording or a later step.
     """
     recording = read_metrics(recording_path(folder, 0))
     later_T = recording.steps_T >= skipped

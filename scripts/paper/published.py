@@ -1,4 +1,4 @@
-"""The artifact's files are read here, in place; what `benchmarks` reads of them it reads for us."""
+"""Readers of the artifact's files, in place; `benchmarks` reads those that it needs itself."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ TOKENS = ("laer_ae_tokens_e8k2.csv", "laer_ae_tokens_e16k4.csv")
 PLANNER = "laer_ae_planner_seconds.csv"
 ABLATION = "laer_ae_ablation_ms.csv"
 
-# Of a convergence run: some of its first steps are not counted, and of the others there is a mean.
+# Bounds on the steps of a convergence run, whose first steps are not counted.
 _FEWEST_STEPS, _MOST_STEPS = 2, 10**8
-# The microbatches that the paper's figure shows.
+# The microbatches in the paper's figure.
 _SHOWN = {"e8k2": slice(5, 10), "e16k4": slice(25, 30)}
 
 
@@ -32,7 +32,7 @@ class Curve:
 
 
 def missing(folder: Path | None, names: Sequence[str]) -> list[str]:
-    """Say which of the artifact's files are not there."""
+    """Return a sentence for each missing file of the artifact."""
     if folder is None:
         return [f"The paper's columns need {', '.join(names)}: give --published FOLDER."]
     return [
@@ -43,12 +43,7 @@ def missing(folder: Path | None, names: Sequence[str]) -> list[str]:
 
 
 def read_curves(folder: Path) -> dict[tuple[str, float], Curve]:
-    """Read the convergence runs by method and auxiliary loss.
-
-    Raises:
-        ValueError: the table is not as it should be.
-        OSError: it cannot be read.
-    """
+    """Read the convergence runs by method and auxiliary loss; raise ValueError for a bad table."""
     columns = {
         "method": text,
         "aux_loss": not_negative,
@@ -82,11 +77,9 @@ def read_balance(folder: Path) -> dict[tuple[str, str], float]:
 
 
 def read_planner(folder: Path) -> Mapping[tuple[int, int], float]:
-    """Read the solve time of the artifact's planner in seconds, by ranks and capacity.
+    """Read the artifact's solve times in seconds, by ranks and capacity.
 
-    Raises:
-        ValueError: the table is not as it should be.
-        OSError: it cannot be read.
+    Raises ValueError for a bad table.
     """
     columns = {"n_device": below(2**20), "C_e": below(2**20), "time": positive}
     rows = read_rows(folder / PLANNER, columns, key=("n_device", "C_e"))

@@ -1,8 +1,8 @@
-"""A figure's command is run here: its words, its runs, its result. The figures' files are thin.
+"""Command of a figure: its arguments, runs and result. The figures' own files are thin.
 
-`--toy` trains on this machine's CPU, one run after the other; `--slurm` submits a job for each run
-and waits. Both go through `scripts/slurm/pretrain.sbatch`, with one log for each run; `--collect`
-reads the logs alone. What a figure trains is in `experiments`.
+`--toy` trains on this machine's CPU, one run after the other. `--slurm` submits a job for each run
+and waits. Both go through `scripts/slurm/pretrain.sbatch`, with one log per run. `--collect` only
+reads the logs. `experiments` defines the runs.
 """
 
 from __future__ import annotations
@@ -42,19 +42,16 @@ from scripts.paper.tables import Result, Table
 SBATCH = Path(__file__).resolve().parents[1] / "slurm" / "pretrain.sbatch"
 _MOST_STEPS = 100_000
 _TOY_NOTE = "Times at toy scale say that it runs, and nothing of what is faster."
-# Enough text for toy runs, of sources of Python's standard library.
+# Number of source files of Python's standard library: enough text for toy runs.
 _TOY_SOURCES = 150
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a figure's tables are made from.
+    """Input of a figure's tables.
 
-    Attributes:
-        runs: those that ended; `all_runs` were asked for.
-        profiles: of those whose metrics were recorded.
-        skipped: first steps that are not counted.
-        published: the folder with the artifact's files, if all that the figure needs are there.
+    `runs` are the completed ones of `all_runs`. `published` is the folder of the artifact's files,
+    if it has all that the figure needs.
     """
 
     runs: Mapping[Run, Measured]
@@ -64,17 +61,16 @@ class Found:
     published: Path | None
 
     def seconds(self, run: Run | None) -> float | None:
-        """Return the mean step of a run, if there is one and it ended."""
+        """Return a run's mean step time, or None if it is missing."""
         found = None if run is None else self.runs.get(run)
         return None if found is None else found.seconds(self.skipped)
 
     def balance(self, run: Run | None) -> float | None:
-        """Return max/mean tokens per rank of a run, if there is one, and it measured that."""
+        """Return a run's max/mean tokens per rank, or None if it is missing or unmeasured."""
         found = None if run is None else self.runs.get(run)
         return None if found is None else found.balance(self.skipped)
 
     def models(self) -> list[str]:
-        """Return the models of the runs, each once."""
         return list(dict.fromkeys(run.model for run in self.all_runs))
 
 
@@ -86,16 +82,10 @@ def main(
     tables: Tables,
     arguments: Sequence[str] | None = None,
 ) -> int:
-    """Run a figure's command.
+    """Run a figure's command; return 1 if a run failed or is missing, else 0.
 
-    Args:
-        tables: makes the figure's tables.
-
-    Returns:
-        1 if a run failed or is not there, else 0.
-
-    Raises:
-        ValueError, OSError: what was passed does not work; said before anything is trained.
+    Raises ValueError or OSError for bad arguments before anything is trained. `tables` makes the
+    figure's tables.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     ours, extra = _split(words)
@@ -107,7 +97,7 @@ def main(
     absent = published.missing(options.published, experiment.published)
     known = None if absent else options.published
     if known is not None:
-        # What is damaged is to be told before hours of training, and tables read all of it.
+        # Report damage before hours of training; making the tables reads all of it.
         tables(Found({}, {}, runs, request.length.skipped, known))
     if options.dry_run:
         for run in runs:
@@ -122,12 +112,8 @@ def main(
 
 
 def _split(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
-    """Divide words into ours and those behind `--`, which are Megatron's."""
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
-
-
-# The command line.
 
 
 def _parser(experiment: Experiment) -> argparse.ArgumentParser:
@@ -173,28 +159,18 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
 
 
 def add_result_options(parser: argparse.ArgumentParser) -> None:
-    """Add what every figure's command takes."""
     parser.add_argument("--published", type=path, help="the folder with laer_ae_*.csv")
     parser.add_argument("--work-dir", default=".paper", help="for logs; default %(default)s")
 
 
 def check_result_options(options: argparse.Namespace) -> None:
-    """Refuse folders that cannot be.
-
-    Raises:
-        ValueError: saying which.
-    """
     refuse_unusable_folder(options.work_dir, "--work-dir")
     if options.published is not None and not options.published.is_dir():
         raise ValueError(f"--published {quoted(options.published)} is no folder; give one that is")
 
 
 def split_words(text: str | None, flag: str) -> list[str]:
-    """Divide a flag's value into words, as a shell does.
-
-    Raises:
-        ValueError: a quotation has no end.
-    """
+    """Split a flag's value into words as a shell does; raise ValueError for an open quotation."""
     try:
         return shlex.split(text or "")
     except ValueError as error:
@@ -225,7 +201,7 @@ def _request(experiment: Experiment, options: argparse.Namespace, extra: Sequenc
     scale = "toy" if options.toy else "slurm"
     length = experiment.toy_length if options.toy else experiment.length
     if options.steps is not None:
-        # The same share is skipped.
+        # Skip the same share of steps.
         skipped = max(1, length.skipped * options.steps // length.steps)
         length = replace(length, steps=options.steps, skipped=skipped)
     folder = Path(options.work_dir).resolve() / f"figure{experiment.figure}-{scale}"
@@ -242,7 +218,6 @@ def _request(experiment: Experiment, options: argparse.Namespace, extra: Sequenc
 
 
 def _chosen(experiment: Experiment, options: argparse.Namespace) -> list[Run]:
-    """Return the runs that are asked for, all by default."""
     default = experiment.toy_models if options.toy else experiment.models
     models = [model for model in MODELS if model in (options.models or default)]
     return [
@@ -253,15 +228,13 @@ def _chosen(experiment: Experiment, options: argparse.Namespace) -> list[Run]:
     ]
 
 
-# Training.
-
-# What is of one run, and not of all; and what is of jobs, within which a toy run may be started.
+# Environment variables of single runs; and of jobs, from within which a toy run may be started.
 _OF_RUNS = ("CAPACITY", "CHECKPOINT", "DRY_RUN", "EP_SIZE", "GPUS_PER_NODE", "MODE")
 _OF_JOBS = ("CONTAINER_", "LOG_DIR", "MASTER_ADDR", "SCRIPT", "SLURM_")
 
 
 def command_line(experiment: Experiment, run: Run, request: Request) -> str:
-    """Return what a shell would be told, from anywhere."""
+    """Return the run's command for a shell, valid in any folder."""
     variables = [
         f"{name}={shell_words([value])}"
         for name, value in settings(experiment, run, request).items()
@@ -284,7 +257,7 @@ def _sbatch(experiment: Experiment, run: Run, request: Request) -> list[str]:
 
 
 def _move_aside(runs: Sequence[Run], request: Request) -> None:
-    """Keep what earlier commands left of these runs, which may be of days, under other names."""
+    """Rename results of earlier commands for these runs, since they may have taken days."""
     for run in runs:
         for there in (log_path(run, request), metrics_folder(run, request)):
             if os.path.lexists(there):
@@ -293,7 +266,7 @@ def _move_aside(runs: Sequence[Run], request: Request) -> None:
 
 
 def _train(experiment: Experiment, runs: Sequence[Run], request: Request) -> None:
-    """Train all; what fails shows in its log, which then lacks steps."""
+    """Train all runs. A failure shows in its log, which then lacks steps."""
     if request.toy:
         print("Making a dataset from the sources of Python's standard library ...", flush=True)
         prepare_data(default_text_sources()[:_TOY_SOURCES], request.data_prefix, progress=False)
@@ -322,7 +295,7 @@ def _train(experiment: Experiment, runs: Sequence[Run], request: Request) -> Non
 
 
 def _environment(experiment: Experiment, run: Run, request: Request) -> dict[str, str]:
-    """Return the environment of a run: what users set for pretrain.sbatch stays, but for these."""
+    """Return a run's environment: the user's variables for pretrain.sbatch, except these."""
     dropped = _OF_RUNS + (_OF_JOBS if request.toy else ())
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     if request.toy:
@@ -336,9 +309,6 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-# The result.
-
-
 def _report(
     experiment: Experiment,
     tables: Tables,
@@ -347,10 +317,9 @@ def _report(
     absent: Sequence[str],
     known: Path | None,
 ) -> int:
-    """Read what the runs left, and make the result.
+    """Read the runs' results and write the figure's.
 
-    Args:
-        absent: sentences on what is missing of the artifact's files; `known` has all of them.
+    `absent` are sentences on missing files of the artifact; `known` has all of them.
     """
     skipped = request.length.skipped
     found: dict[Run, Measured] = {}
@@ -372,7 +341,6 @@ def _report(
 
 
 def finish(result: Result, folder: Path, *, failed: bool = False) -> int:
-    """Print and write a result; return the command's status."""
     written = result.write(folder)
     print(f"\n{result.text()}\n\n{one_line(f'Also in {written} and, as text, beside it.')}")
     return int(failed)

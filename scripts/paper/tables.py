@@ -1,4 +1,4 @@
-"""A figure's result is tables of the paper's numbers beside ours, kept as text and as JSON."""
+"""Tables of the paper's numbers next to ours, kept as text and as JSON."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from megatron_laer.files.writing import write_file
 
 @dataclass(frozen=True)
 class Table:
-    """Rows with the same columns; None is what was not measured, published, or has no counterpart.
+    """Rows with the same columns; None is unmeasured, unpublished or without a counterpart.
 
-    Columns of the paper's numbers begin with `paper`, the other numbers are ours.
+    Columns of the paper's numbers start with `paper`; the other numbers are ours.
     """
 
     title: str
@@ -26,11 +26,9 @@ class Table:
 
 @dataclass
 class Result:
-    """What a figure's command ends with.
+    """Result of a figure's command.
 
-    Attributes:
-        scale: `toy` or `slurm`.
-        notes: sentences on what is missing, and why.
+    `scale` is `toy` or `slurm`. `notes` are sentences on missing parts and the reasons.
     """
 
     figure: int
@@ -40,7 +38,6 @@ class Result:
     notes: list[str] = field(default_factory=list)
 
     def text(self) -> str:
-        """Return it for people."""
         parts = [f"Figure {self.figure}. {self.title} ({self.scale})"]
         parts += [f"{table.title}\n{table_text(table.rows)}" for table in self.tables]
         parts += ["\n".join(f"* {one_line(note)}" for note in self.notes)] if self.notes else []
@@ -54,7 +51,7 @@ class Result:
             (folder / "result.txt", self.text()),
             (path, json.dumps(asdict(self) | {"machine": machine()}, indent=1)),
         ):
-            # In place of a file that may have other names too, and not into it.
+            # Replace the file instead of writing into it, since it may have hard links.
             write_file(there, f"{content}\n")
         return path
 
@@ -62,7 +59,7 @@ class Result:
 def times(
     paper_s: float | None, paper_base_s: float | None, ours_s: float | None, base_s: float | None
 ) -> dict[str, float | None]:
-    """Make columns of seconds per step, and of speed over a base's."""
+    """Make columns of seconds per step, and of speed relative to a base."""
     return {
         "paper s": paper_s,
         "s": ours_s,
@@ -72,5 +69,5 @@ def times(
 
 
 def ratio(one: float | None, other: float | None) -> float | None:
-    """Divide two numbers, if both are there."""
+    """Divide two numbers; None if either is missing."""
     return None if one is None or other is None else one / other

@@ -141,7 +141,7 @@ _PROGRAMS = {
     # Only what it is asked to install is looked at.
     "sbatch": 'while [ "${1#--}" != "$1" ]; do [ "$1" != --nodes ] || nodes=$2; shift 2; done; '
     'SLURM_JOB_NUM_NODES=$nodes DRY_RUN=1 exec bash "$@"',
-    "pip": '[ "$*" = "install ." ] || [ "$*" = "install -e ." ]',
+    "pip": 'case "$*" in "install ."|"install .[tools]"|"install -e .") ;; *) exit 1 ;; esac',
 }
 
 

@@ -1,1 +1,1 @@
-"""The dispatcher sends each token to slots: to replicas of the experts that the router chose."""
+"""Token dispatchers to slots: to replicas of the experts that the router chose."""

@@ -1,4 +1,4 @@
-"""`make_dispatcher` makes the token dispatcher that a layer's settings ask for."""
+"""Selection of the token dispatcher by a layer's settings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ def make_dispatcher(
     groups: FSEPGroups,
     sizes: TokenSizesExchange | None,
 ) -> Any:
-    """Make a dispatcher over slots."""
     make: Any = SlotTokenDispatcher
     if slot_config.moe_token_dispatcher_type == "flex":
         make = SlotFlexDispatcher

@@ -1,8 +1,8 @@
-"""`SlotTokenDispatcher` is Megatron's All-to-All dispatcher over slots instead of experts.
+"""Megatron's All-to-All dispatcher over slots instead of experts.
 
-Slots are equal in number and contiguous per rank, which is all that stock's exchanges assume. Sizes
-come from the quotas, not from an exchange, and so do the permutations (`permutation`). With
-`--moe-permute-fusion` these are stock's fused ones, over the map of tokens to slots (`slots`).
+Slots are equal in number and contiguous per rank, as stock's exchanges assume. Sizes and
+permutations come from the quotas, not from an exchange (`permutation`). With `--moe-permute-fusion`
+stock's fused ones run over the map of tokens to slots (`slots`).
 
 Legend: T tokens, E experts, S slots, C slots per rank, P rows sent, R rows received, H hidden.
 """
@@ -19,28 +19,22 @@ from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching
 
 
 class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
-    """Dispatcher to S slots, of which C are local; its config gives S as the number of experts."""
+    """Dispatcher to S slots, of which C are local; its config has S as the number of experts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # On the group's own stream, whose priority the plugin raises, tokens overtake other work.
+        # The group's own high-priority stream lets tokens overtake other work.
         self.use_nccl_stream = True
         self._permutation: SlotPermutation | None = None
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> Any:
-        """Put tokens [..., H] and probabilities [T, E] into the order in which they are sent.
-
-        A re-run under a checkpoint uses the first pass's routing map, from its plan.
-
-        Returns:
-            [P, H] and [P].
-        """
+        """Sort tokens [..., H] and probabilities [T, E] for sending, to [P, H] and [P]."""
         plan = self._current.plan
         routing_map = self._routed(routing_map)
         if self.config.moe_permute_fusion:
-            shared_experts, self.shared_experts = self.shared_experts, None  # they were started
+            shared_experts, self.shared_experts = self.shared_experts, None  # already started
             sent = super().dispatch_preprocess(hidden_states, *self._to_slots(routing_map, probs))
             self.shared_experts = shared_experts
             return sent
@@ -53,11 +47,7 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
     ) -> Any:
-        """Sort tokens [R, H] and probabilities [R] from source ranks by slot.
-
-        Returns:
-            Both, by slot, and between them the tokens of each local slot, int64 [C].
-        """
+        """Sort tokens [R, H] and probabilities [R] by slot; count tokens per slot, int64 [C]."""
         if self._permutation is None:
             return super().dispatch_postprocess(global_input_tokens, global_probs)
         if self.num_local_experts > 1:
@@ -66,7 +56,6 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
         return global_input_tokens, self.tokens_per_expert, global_probs
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> Any:
-        """Sort the experts' outputs, [R, H], by the ranks that they go back to."""
         if self._permutation is None:
             return super().combine_preprocess(hidden_states)
         if self.num_local_experts == 1:
@@ -74,7 +63,6 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
         return self._permutation.by_rank(hidden_states)
 
     def combine_postprocess(self, permutated_local_input_tokens: torch.Tensor) -> Any:
-        """Sum the outputs [P, H] of each token, and add the shared experts' output."""
         if self._permutation is None:
             return super().combine_postprocess(permutated_local_input_tokens)
         permutation, self._permutation = self._permutation, None
@@ -84,16 +72,12 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
         return output
 
     def preprocess(self, routing_map: torch.Tensor) -> torch.Tensor:
-        """Set the sizes from the plan; stock's would gather counts and copy them to the host.
-
-        Returns:
-            Tokens of each local slot, int64 [C] on the host.
-        """
+        """Set sizes from the plan, without stock's exchange; return tokens per slot, int64 [C]."""
         quotas = self._current.plan.quotas
         self.num_out_tokens = quotas.num_sent
         self.input_splits = quotas.input_splits_N
         self.output_splits = quotas.output_splits_N
         self.output_splits_tp = None
-        # The fused sort of chunks runs on the device and reads sizes there.
+        # The fused sort of chunks reads sizes on the device.
         self.num_global_tokens_per_local_expert, self._columns_NC = self._columns_NC, None
         return torch.tensor(quotas.tokens_C)

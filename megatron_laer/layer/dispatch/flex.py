@@ -1,9 +1,9 @@
-"""`SlotFlexDispatcher` is Megatron's flex dispatcher over slots, with DeepEP or HybridEP.
+"""Megatron's flex dispatcher over slots, with DeepEP or HybridEP.
 
-Metadata come from the plan instead of the router's probabilities. DeepEP gets the slots of each
-token; HybridEP gets the map of tokens to slots and the number of rows that this rank will receive.
-A buffer's counts are compared with the plan. DeepEP's are at once; HybridEP's are when they have
-arrived from the device, or at the end of the training step.
+Metadata come from the plan instead of the router's probabilities. DeepEP receives the slots of each
+token. HybridEP receives the map of tokens to slots and the number of rows that this rank will
+receive. A buffer's counts are compared with the plan. DeepEP's are compared at once; HybridEP's
+after their arrival from the device, or at the end of the training step.
 
 Legend: T tokens, E experts, S slots, C slots per rank, H hidden.
 """
@@ -28,8 +28,8 @@ class _Received:
     """Tokens that a pass brought to each local slot, by the plan and by the buffer.
 
     Attributes:
-        counted_C: on the host, once `arrived` has passed.
-        arrived: None where the host had it at once.
+        counted_C: on the host, valid after `arrived`.
+        arrived: None if the host had it at once.
     """
 
     layer_name: str
@@ -43,7 +43,7 @@ class _Received:
 
 
 class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
-    """Dispatcher to S slots, of which C are local; its config gives S as the number of experts."""
+    """Dispatcher to S slots, of which C are local; its config has S as the number of experts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,29 +51,23 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
         self._received: deque[_Received] = deque()
 
     def rows_sent(self, rank: int, node_size: int) -> None:
-        """Return None: the buffers make rows of their own."""
+        """Return None: the buffers create their own rows."""
 
     def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
-        """Do nothing: Megatron's dispatcher starts them itself."""
+        """Do nothing: Megatron's dispatcher starts them."""
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> Any:
-        """Set the destinations of tokens in the buffer, which reads tokens where they are.
-
-        A re-run under a checkpoint uses the first pass's routing map, from its plan.
-
-        Returns:
-            Tokens [T, H], and the probabilities for the buffer.
-        """
+        """Set the destinations of tokens; return tokens [T, H] and the buffer's probabilities."""
         plan, manager = self._current.plan, self._comm_manager
         routing_map = self._routed(routing_map)
         self.hidden_shape = hidden_states.shape
         if self._backend == "hybridep":
             manager.moe_expert_rank_capacity_factor = None
             manager.setup_metadata(*self._to_slots(routing_map, probs))
-            # With a budget of rows, stock waits for no count and keeps the buffer's. Ours is the
-            # plan's number, and not a factor's.
+            # With a budget of rows, stock does not wait for a count, and keeps the buffer's. The
+            # budget is the plan's number, not a factor's.
             manager.moe_expert_rank_capacity_factor = 1.0
             manager.num_permuted_tokens = plan.quotas.num_received
         else:
@@ -90,12 +84,12 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
         return hidden_states.view(-1, self.hidden_shape[-1]), manager.token_probs
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Send tokens, [T, H], and compare what the buffer counted with the plan."""
+        """Send tokens, [T, H], and compare the buffer's counts with the plan."""
         dispatched = super().token_dispatch(tokens, probs)
         counted_C = self._comm_manager.get_number_of_tokens_per_expert()
         current, arrived = self._current, None
         if counted_C.is_cuda:
-            counted_C = counted_C.to("cpu", non_blocking=True)  # torch pins what it copies to
+            counted_C = counted_C.to("cpu", non_blocking=True)  # torch pins the target
             arrived = torch.cuda.Event()
             arrived.record()
         self._received.append(
@@ -106,7 +100,6 @@ class SlotFlexDispatcher(SlotDispatching, MoEFlexTokenDispatcher):
         return dispatched
 
     def end_step(self) -> None:
-        """Compare the rest of a training step's counts."""
         while self._received:
             received = self._received.popleft()
             if received.arrived is not None:

@@ -1,4 +1,4 @@
-"""Triton kernels of the token permutations, for CUDA; `permutation` has the torch of each.
+"""Triton kernels of the token permutations; `permutation` has the torch code of each.
 
 Every result has one writer, so nothing is atomic and bits never depend on timing.
 
@@ -24,10 +24,10 @@ def send_rows(
     """Find the row of every pair in the send buffer; return int32 tensors.
 
     Args:
-        starts_S, ends_S: the places among its expert's tokens that each slot serves.
+        starts_S, ends_S: each slot's range among its expert's tokens.
         first_row_S: the first row of each slot in the send buffer.
-        by_expert_S: the slots in the order of their experts.
-        first_E1: [E + 1], the beginning of each expert's slots there.
+        by_expert_S: the slots sorted by expert.
+        first_E1: [E + 1], the start of each expert's slots there.
 
     Returns:
         pair_P, token_P, and ends_T and by_token_P of `RowMap`.
@@ -62,7 +62,7 @@ def send_rows(
 
 
 def sum_rows(rows_PH: torch.Tensor, ends_T: torch.Tensor, by_token_P: torch.Tensor) -> torch.Tensor:
-    """Add up the rows of each token in the order of `by_token_P`, in fp32, copying no row."""
+    """Sum the rows of each token in the order of `by_token_P`, in fp32, without copies."""
     num_tokens, width = len(ends_T), rows_PH.shape[1]
     sums_TH = rows_PH.new_empty(num_tokens, width)
     if num_tokens:
@@ -87,7 +87,7 @@ def _rows_of_expert(
     num_experts,
     BLOCK: tl.constexpr,
 ):
-    """Number an expert's tokens, give each number its slot's row, and note the row both ways."""
+    """Number an expert's tokens, and store each one's row in its slot, both ways."""
     expert = tl.program_id(0)
     first = tl.load(first_E1 + expert)
     last = tl.load(first_E1 + expert + 1)
@@ -113,7 +113,7 @@ def _rows_of_expert(
 
 @triton.jit
 def _rows_of_token(row_TE, ends_T, by_token_P, num_experts, BLOCK: tl.constexpr):
-    """Write a token's rows in rising order, which is that of slots."""
+    """Write a token's rows in ascending order, which is that of slots."""
     token = tl.program_id(0)
     expert = tl.arange(0, BLOCK)
     row = tl.load(row_TE + token * num_experts + expert, mask=expert < num_experts, other=-1)
@@ -127,7 +127,6 @@ def _rows_of_token(row_TE, ends_T, by_token_P, num_experts, BLOCK: tl.constexpr)
 
 @triton.jit
 def _sum_rows(rows_PH, ends_T, by_token_P, sums_TH, width, BLOCK: tl.constexpr):
-    """Add a token's rows one after the other; a program has up to `BLOCK` of its columns."""
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width

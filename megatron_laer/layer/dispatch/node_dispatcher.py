@@ -1,13 +1,12 @@
-"""`NodeTokenDispatcher` sends a token's hidden state once per node, and there once per rank.
+"""Token dispatcher that sends a hidden state once per node, and there once per rank.
 
-Rows cross nodes in `token_dispatch`, as Megatron's All-to-All does. They are forwarded inside the
-node in `dispatch_postprocess`, where Megatron has the exchange of tensor parallelism. So experts of
-the next layer may be fetched as soon as links between nodes are free. Outputs return the same way,
-summed in each step. Where a node has one rank, or all of them, there is one exchange, with a row
-per rank.
+Rows cross nodes in `token_dispatch`, as in Megatron's All-to-All. `dispatch_postprocess` forwards
+them inside the node, as Megatron's exchange of tensor parallelism. So the next layer's restore may
+start as soon as links between nodes are free. Outputs return the same way, summed in each step.
+Where a node has one rank, or all of them, there is one exchange, with a row per rank.
 
-Legend: T tokens, E experts, P pairs sent, R pairs received, U rows arrived, Y rows of the first
-stage, X rows sent in it, H hidden.
+Legend: T tokens, E experts, P pairs sent, R pairs received, H hidden. U rows arrived, Y rows of the
+first stage, X rows sent in it.
 """
 
 from __future__ import annotations
@@ -31,20 +30,16 @@ from megatron_laer.telemetry.trace_events import Activity, Kind
 
 
 class _FirstStage(MoEAlltoAllTokenDispatcher):
-    """Exchange of rows where Megatron's dispatcher exchanges a row for each pair."""
+    """Exchange of rows in place of Megatron's rows per pair."""
 
     _groups: FSEPGroups
     _rows: TokenRows
-    # With each pair goes its row's number, and with each row the local ranks that it is for.
+    # Each pair is sent with its row's number, and each row with its local ranks as bits.
     _row_of_pairs: torch.Tensor | None
     _bits: torch.Tensor | None
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Send rows, [X, H], and what belongs to pairs, [P].
-
-        Returns:
-            [Y, H] and [R].
-        """
+        """Send rows, [X, H], and per-pair data, [P]; return [Y, H] and [R]."""
         if self.shared_experts is not None:
             self.shared_experts.wait_current_stream()
         tokens = self._exchange_first(tokens)
@@ -80,7 +75,7 @@ class _FirstStage(MoEAlltoAllTokenDispatcher):
 
 
 class NodeTokenDispatcher(SlotDispatching, _FirstStage):
-    """Dispatcher to S slots, of which C are local; its config gives S as the number of experts."""
+    """Dispatcher to S slots, of which C are local; its config has S as the number of experts."""
 
     def __init__(
         self, *args: Any, groups: FSEPGroups, sizes: TokenSizesExchange, **kwargs: Any
@@ -91,19 +86,13 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         self._first: RowMap | None = None
         self._second: RowMap | None = None
         self._arrivals: Arrivals | None = None
-        # Rows that arrived, and the experts' input made of them, until the experts have kept it.
+        # Arrived rows and the experts' input copied from them, until the experts have saved it.
         self._experts_input: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
     ) -> Any:
-        """Put tokens [..., H] and probabilities [T, E] into the order in which they are sent.
-
-        A re-run under a checkpoint uses the first pass's routing map, from its plan.
-
-        Returns:
-            [X, H] and [P].
-        """
+        """Sort tokens [..., H] and probabilities [T, E] for sending, to [X, H] and [P]."""
         plan, groups = self._current.plan, self._groups
         quotas, layout = plan.quotas, plan.layout
         routing_map = self._routed(routing_map)
@@ -125,8 +114,8 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         """Forward rows [Y, H] inside the node, and copy each pair its row.
 
         Returns:
-            Tokens by pairs, sorted by slot; the tokens of each local slot, int64 [C]; probabilities
-            by pairs.
+            Tokens by pairs, sorted by slot; tokens of each local slot, int64 [C]; probabilities by
+            pairs.
         """
         rows, quotas = self._rows, self._current.plan.quotas
         if self._bits is not None:
@@ -164,7 +153,6 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
         return summed
 
     def combine_postprocess(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Sum the outputs [X, H] of each token, and add the shared experts' output."""
         assert self._first is not None
         output = self._first.collect(tokens).view(self.hidden_shape)
         self._first = None
@@ -189,7 +177,6 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
 
 
 def rows_through_nodes(rows: TokenRows, rank: int, node_size: int) -> tuple[int, int]:
-    """Return the rows that a rank sends inside its node and to other nodes, in both stages."""
     if not rows.has_two_stages:
         return rows_by_node(rows.first_sent, rank, node_size)
     node, local_rank = divmod(rank, node_size)
@@ -200,7 +187,7 @@ def rows_through_nodes(rows: TokenRows, rank: int, node_size: int) -> tuple[int,
 def exchange(
     group: Group | None, sent: torch.Tensor, received_sizes: list[int], sent_sizes: list[int]
 ) -> torch.Tensor:
-    """Exchange rows, in autograd, on the group's own stream, whose priority is high."""
+    """Exchange rows, in autograd, on the group's own high-priority stream."""
     received: torch.Tensor = all_to_all(
         group, sent, received_sizes, sent_sizes, use_nccl_stream=True
     )

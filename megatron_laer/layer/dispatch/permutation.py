@@ -1,17 +1,17 @@
-"""The permutations of tokens around the experts follow in closed form from the plan's sizes.
+"""Permutations of tokens around the experts, in closed form from the plan's sizes.
 
-Three orders of (token, expert) pairs matter on a rank. Each pair's row in one is its row in another
-plus a number that is the same for a whole run of rows:
+Three orders of (token, expert) pairs matter on a rank. Between two of them, the rows of a run shift
+by the same number:
 
 * by expert, then token: the order in which the router's map is read,
 * by slot, then token: the send buffer, for slots are in rank order,
 * by slot, then source rank: the experts' input, which arrives by source rank, then slot.
 
-So one gather makes the send buffer, one sorts what arrived, and combine adds up the rows of each
-token in slot order. There is no map [T, S], no sort of one, and on CUDA nothing is atomic.
+So one gather makes the send buffer, one sorts the arrivals, and combine sums the rows of each token
+in slot order. There is no map [T, S], no sort of one, and on CUDA nothing is atomic.
 
-Legend: N ranks, T tokens, E experts, C slots per rank, S = N·C slots, P pairs that are sent,
-R pairs that are received, X runs of rows.
+Legend: N ranks, T tokens, E experts, C slots per rank, S = N·C slots. P pairs that are sent, R
+pairs that are received, X runs of rows.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ class SlotPermutation:
     """Moves of one rank's rows in one microbatch of one layer.
 
     Attributes:
-        pair_P: the pair of each row of the send buffer, as a place in the router's map [T, E].
+        pair_P: the pair of each row of the send buffer, as a position in the router's map [T, E].
         sent: the map of tokens to rows of the send buffer, those of a token in slot order.
-        arrived_R: for each row in the experts' order, its row among those that arrived.
-        sorted_R: the inverse.
+        arrived_R: for each row in the experts' order, its row among arrivals; `sorted_R` is the
+            inverse.
     """
 
     pair_P: torch.Tensor
@@ -51,7 +51,7 @@ class SlotPermutation:
         return self.sent.spread(hidden_TH), probs_TE.reshape(-1).index_select(0, self.pair_P)
 
     def by_slot(self, arrived: torch.Tensor) -> torch.Tensor:
-        """Sort rows that arrived, [R, ...], from (source rank, slot) by (slot, source rank)."""
+        """Sort arrivals, [R, ...], from (source rank, slot) by (slot, source rank)."""
         return reorder(arrived, self.arrived_R, self.sorted_R)
 
     def by_rank(self, rows: torch.Tensor) -> torch.Tensor:
@@ -59,15 +59,11 @@ class SlotPermutation:
         return reorder(rows, self.sorted_R, self.arrived_R)
 
     def combine(self, hidden_PH: torch.Tensor) -> torch.Tensor:
-        """Add up each token's returned rows, to [T, H]."""
         return self.sent.collect(hidden_PH)
 
 
 def slot_permutation(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> SlotPermutation:
-    """Find the moves of a rank's rows, without waiting for the device.
-
-    Deterministic: replicas of an expert serve consecutive runs of its tokens, in slot order.
-    """
+    """Find the moves of a rank's rows, deterministically and without waiting for the device."""
     device, kernels = routing_map_TE.device, dispatch_kernels(routing_map_TE)
     sizes = run_sizes(quotas.row_S.size, routing_map_TE.shape[1])
     runs = torch.from_numpy(quotas.runs)
@@ -87,17 +83,14 @@ def slot_permutation(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> SlotPe
 def run_sizes(num_slots: int, num_experts: int) -> list[int]:
     """Return the lengths of the parts of `RankQuotas.runs`, which `reference.token_runs` defines.
 
-    The first five are what `kernels.send_rows` asks of slots, then come the shifts and counts of
-    arrivals, then those of `send_rows`.
+    In order: five parts for `kernels.send_rows`, shifts and counts of arrivals, those of
+    `send_rows`.
     """
     return [*[num_slots] * 4, num_experts + 1, *[2 * num_slots] * 2, *[num_slots] * 2]
 
 
 def slot_ranges(quotas: RankQuotas) -> npt.NDArray[np.int32]:
-    """Return the starts and ends of each slot's run among its expert's tokens, int32 [2, S].
-
-    Tokens of an expert are numbered in token order, and its replicas are in slot order.
-    """
+    """Return the starts and ends of each slot's run among its expert's tokens, int32 [2, S]."""
     ranges_2S: npt.NDArray[np.int32] = quotas.runs[: 2 * quotas.row_S.size].reshape(2, -1)
     return ranges_2S
 
@@ -127,18 +120,15 @@ def rows_of_runs(shifts_X: torch.Tensor, counts_X: torch.Tensor, total: int) -> 
 
 
 def true_places(flags: torch.Tensor, count: int) -> torch.Tensor:
-    """Return the places of the `count` true flags, read row by row, without waiting for the device.
+    """Return the positions of the `count` true flags, row by row, without waiting for the device.
 
-    `nonzero_static` is the same, but on CUDA torch 2.6 lacks it, and some later versions crash
-    where there are no flags.
+    `nonzero_static` lacks CUDA in torch 2.6, and crashes without flags in some later versions.
     """
     dtype = torch.int32 if flags.numel() < 2**31 else torch.int64
     return torch.repeat_interleave(flags.reshape(-1).to(dtype), output_size=count).long()
 
 
 class _Reorder(torch.autograd.Function):
-    """Row `order[i]` for row i; `inverse` undoes it."""
-
     @staticmethod
     def forward(
         ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor

@@ -1,11 +1,10 @@
-"""A choice of replicas assigns each (token, expert) pair a slot, within the slots' quotas.
+"""Choice of a slot for each (token, expert) pair, within the slots' quotas.
 
-It moves no token. `token_order` is the plain one; `choose_replicas` keeps a token's experts
-together, first in one node, then on one rank, so that fewer rows travel
-(`planner/token_traffic.py`).
+It moves no token. `token_order` is the plain choice; `choose_replicas` keeps a token's experts
+together, first in one node, then on one rank. So fewer rows travel (`planner/token_traffic.py`).
 
-Legend: T tokens, E experts, S slots, P (token, expert) pairs; B places, which are nodes or ranks;
-Q pairs of a wave, J groups of pairs in it, K places that a group can go to.
+Legend: T tokens, E experts, S slots, P (token, expert) pairs, B places (nodes or ranks). Q pairs of
+a wave in J groups, K places of a group.
 """
 
 from __future__ import annotations
@@ -20,22 +19,16 @@ from megatron_laer.layer.dispatch.permutation import run_sizes, true_places
 from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.runtime.comm.copies import upload, upload_arrays
 
-# Pairs that have a choice, of all: with fewer, the choice takes longer than the rows that it saves.
-# No more rows can be saved than pairs choose; exact quotas leave a choice to some 2 %.
+# Minimum share of pairs with a choice: below it, the choice takes longer than the rows it saves. No
+# more rows can be saved than pairs choose; exact quotas leave a choice to some 2 %.
 _LEAST_SHARE = 0.05
-# Experts of one wave choose at once, and do not see each other's choices. With this many waves the
-# work on the device does not grow with the number of experts.
+# Experts of one wave choose at once, without each other's choices. This number of waves keeps the
+# work on the device independent of the number of experts.
 _WAVES = 8
 
 
 def token_order(routing_map_TE: torch.Tensor, quotas: RankQuotas, node_size: int) -> torch.Tensor:
-    """Assign consecutive runs of an expert's tokens to its replicas, in slot order.
-
-    The device is not waited for.
-
-    Returns:
-        slot_P, int32 on the map's device: each pair's slot, by expert, then token.
-    """
+    """Assign consecutive runs of an expert's tokens to its replicas, in slot order, as slot_P."""
     sizes = run_sizes(quotas.row_S.size, routing_map_TE.shape[1])
     by_expert_S = quotas.runs[sum(sizes[:3]) : sum(sizes[:4])]
     tokens_S = quotas.row_S[by_expert_S].astype(by_expert_S.dtype)
@@ -47,14 +40,15 @@ def token_order(routing_map_TE: torch.Tensor, quotas: RankQuotas, node_size: int
 def choose_replicas(
     routing_map_TE: torch.Tensor, quotas: RankQuotas, node_size: int, rank: int
 ) -> torch.Tensor:
-    """Assign tokens to replicas near the tokens' other experts; return slot_P, as `token_order`.
+    """Assign tokens to replicas near the tokens' other experts; return each pair's slot, slot_P.
 
-    Every slot serves as many tokens as in `token_order`. Experts choose one after the other, in a
-    few waves. An expert's tokens go first to a node that they go to anyway, then, inside it, to
-    such a rank. Token order is used where that would send more rows, or hardly any pair has a
-    choice.
+    Pairs are ordered by expert, then token. Every slot serves as many tokens as in `token_order`.
+    Experts choose one after the other, in a few waves. An expert's tokens prefer a node that they
+    go to anyway, and in it such a rank. Token order is kept if the choice would send more rows, or
+    hardly any pair has one.
 
-    Deterministic: sorts are stable, and sums are of integers. The device is not waited for.
+    Deterministic: sorts are stable, and sums are of integers. The host does not wait for the
+    device.
     """
     plain_P = token_order(routing_map_TE, quotas, node_size)
     if not quotas.num_sent:
@@ -75,7 +69,7 @@ def choose_replicas(
 
     num_tokens = len(routing_map_TE)
     token_P = true_places(routing_map_TE.t(), quotas.num_sent) % num_tokens
-    # In every order below, the pairs of a group are a run, whose slots are those of token order.
+    # In every order below, the pairs of a group are a run, with the slots of token order.
     order_P = torch.arange(quotas.num_sent, device=token_P.device)
     for level in levels:
         if level.choices:
@@ -92,7 +86,7 @@ def choose_replicas(
 
 @dataclass(frozen=True, eq=False)
 class _Shares:
-    """The X slots that serve any token of this rank, by expert, and their tokens."""
+    """The X slots that serve tokens of this rank, by expert, and their numbers of tokens."""
 
     slot_X: Int64
     expert_X: Int64
@@ -111,11 +105,7 @@ class _Shares:
 
 @dataclass(frozen=True)
 class _Choice:
-    """Places of a group of pairs, two or more, and the tokens of each.
-
-    Attributes:
-        first: the group's first pair, in the order in which its pairs are a run.
-    """
+    """Two or more places of a group of pairs, the tokens of each, and the group's first pair."""
 
     first: int
     places: tuple[int, ...]
@@ -124,12 +114,10 @@ class _Choice:
 
 @dataclass(frozen=True)
 class _Level:
-    """Choice among nodes, or among ranks inside a node.
+    """Choice among nodes, or among ranks inside a node; `home` is this rank's place.
 
     Attributes:
-        num_places: B.
-        home: the place from which nothing has to travel.
-        choices: of the groups that have one; none where too few pairs are in them.
+        choices: of the groups that have one; empty if they have too few pairs.
         group_sizes: the pairs of all groups.
     """
 
@@ -141,11 +129,7 @@ class _Level:
 
     @classmethod
     def of(cls, shares: _Shares, group_X: Int64, slots_per_place: int, home: int) -> _Level:
-        """Find the groups of pairs that can go to several places.
-
-        Args:
-            group_X: of each share its group; equal ones are neighbours.
-        """
+        """Find the groups with several places; equal `group_X` are neighbours."""
         place_X = shares.slot_X // slots_per_place
         begins = np.flatnonzero(np.append(True, np.diff(group_X) != 0))
         ends = np.append(begins[1:], len(group_X))
@@ -170,11 +154,11 @@ class _Level:
         """Choose a place for each pair, and return the order of pairs by group, then place.
 
         Args:
-            token_P, slot_P: of pairs by group; the slots are those of token order.
+            token_P, slot_P: of pairs by group; slots in token order.
         """
         place_P = slot_P.long() // self.slots_per_place
         here_TB = _pairs_at(token_P, place_P, num_tokens, self.num_places)
-        # Once is enough: going through all of them again saves less than 0.2 % of rows.
+        # A second round saves less than 0.2 % of rows.
         for first in range(min(_WAVES, len(self.choices))):
             wave = _Wave.of(self.choices[first::_WAVES], token_P.device)
             wave.choose(token_P, place_P, here_TB, self)
@@ -196,10 +180,9 @@ class _Wave:
     """Groups of pairs that choose at once.
 
     Attributes:
-        pair_Q: number of each pair, by group.
-        group_Q: group of each pair.
+        pair_Q, group_Q: number and group of each pair, by group.
         first_J: first of these pairs of each group.
-        place_JK: the places of each group; those past its last one are 0 and serve no token.
+        place_JK: places of each group, padded with places 0 that serve no token.
         tokens_JK: number of the group's pairs that each place serves.
     """
 
@@ -232,14 +215,11 @@ class _Wave:
     def choose(
         self, token_P: torch.Tensor, place_P: torch.Tensor, here_TB: torch.Tensor, level: _Level
     ) -> None:
-        """Choose anew the places of these groups' pairs, and keep the counts of pairs in step.
+        """Choose new places for these groups' pairs, and update the counts of pairs, `here_TB`.
 
-        Place after place takes its tokens: first those that go there anyway and to none of the
-        places still to come. Last are those that go to one of these alone. With two places no other
-        choice of one group alone has fewer rows.
-
-        Args:
-            here_TB: how many pairs each token has at each place, flat.
+        Each place first selects tokens that go there anyway and to none of the remaining places. It
+        last selects those that go to a remaining place only. With two places no other choice of one
+        group alone has fewer rows.
         """
         row_Q = token_P[self.pair_Q] * level.num_places
         one_Q = torch.ones_like(row_Q, dtype=here_TB.dtype)
@@ -254,7 +234,7 @@ class _Wave:
         taken_Q = torch.full_like(row_Q, width - 1)
         for choice in range(width - 1):
             preference_Q = goes_QK[:, choice + 1 :].any(1).long() - goes_QK[:, choice].long() + 1
-            preference_Q = preference_Q.masked_fill(taken_Q < choice, 3)  # they have a place
+            preference_Q = preference_Q.masked_fill(taken_Q < choice, 3)  # already placed
             by_preference_Q = torch.sort(self.group_Q * 4 + preference_Q, stable=True).indices
             # Groups stay runs, so the place in a group is the same before and after the sort.
             takes_Q = place_in_group_Q < self.tokens_JK[self.group_Q, choice]
@@ -269,7 +249,6 @@ class _Wave:
 def _pairs_at(
     token_P: torch.Tensor, place_P: torch.Tensor, num_tokens: int, num_places: int
 ) -> torch.Tensor:
-    """Count each token's pairs at each place, flat [T·B]; sums of integers have no order."""
     counts_TB = token_P.new_zeros(num_tokens * num_places, dtype=torch.int32)
     one_P = torch.ones_like(token_P, dtype=torch.int32)
     return counts_TB.index_add_(0, token_P * num_places + place_P, one_P)
@@ -278,6 +257,6 @@ def _pairs_at(
 def _rows(
     levels: list[_Level], token_P: torch.Tensor, slot_P: torch.Tensor, num_tokens: int
 ) -> torch.Tensor:
-    """Count rows such that one between nodes weighs more than all inside of them."""
+    """Count rows, with more weight on one between nodes than on all inside of them."""
     nodes, ranks = (level.rows(token_P, slot_P, num_tokens) for level in levels)
     return nodes * (len(slot_P) + 1) + ranks

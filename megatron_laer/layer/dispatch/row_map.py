@@ -1,6 +1,6 @@
-"""A `RowMap` copies rows to the places where they are needed, and collects sums of such copies.
+"""Map of rows to copies: it spreads rows to positions, and collects sums of copies.
 
-The two are each other's transpose, so that the gradient of one is the other. No collective is run.
+Spreading and collecting are each other's gradients. No collective is run.
 
 Legend: Y rows, X copies of them, H hidden.
 """
@@ -25,8 +25,8 @@ class RowMap:
     Attributes:
         row_X: each copy's row, int32.
         num_rows: Y.
-        ends_Y: end of each row's copies in `by_row_X`; None where torch adds them.
-        by_row_X: copies by row, those of a row in their order; None where torch adds them.
+        ends_Y: end of each row's copies in `by_row_X`; None where torch sums them.
+        by_row_X: copies by row, in stable order; None where torch sums them.
     """
 
     row_X: torch.Tensor
@@ -35,30 +35,24 @@ class RowMap:
     by_row_X: torch.Tensor | None = None
 
     def spread(self, rows_YH: torch.Tensor) -> torch.Tensor:
-        """Return a copy of its row for each place, [X, H]."""
+        """Return each copy's row, [X, H]."""
         copies_XH: torch.Tensor = _Spread.apply(rows_YH, self.num_rows, *self._tensors)
         return copies_XH
 
     def collect(self, copies_XH: torch.Tensor) -> torch.Tensor:
-        """Add up each row's copies, [Y, H], in fp32 where they are narrower, and in their order.
-
-        A row without copies is zero.
-        """
+        """Sum each row's copies in order, [Y, H], at least in fp32; without copies, zero."""
         rows_YH: torch.Tensor = _Collect.apply(copies_XH, self.num_rows, *self._tensors)
         return rows_YH
 
     def keeping_rows(
         self, copies_XH: torch.Tensor, rows_YH: torch.Tensor
     ) -> AbstractContextManager[Any]:
-        """Return a context in which autograd keeps rows in place of `copies_XH`.
+        """Return a context in which autograd saves rows in place of their spread copies.
 
-        They are spread again when backward asks for them.
-
-        Args:
-            copies_XH: from `spread(rows_YH)`; to be held by the caller while in the context.
+        The caller must reference the copies while in the context.
         """
         kept = rows_YH.detach(), self.row_X
-        # Not the tensor, for what autograd keeps holds on to `pack`.
+        # Not the tensor, since autograd's saved values reference `pack`.
         copies = _identity(copies_XH)
 
         def pack(saved: torch.Tensor) -> _Kept:
@@ -72,7 +66,6 @@ class RowMap:
 
 
 def row_map(row_X: torch.Tensor, num_rows: int) -> RowMap:
-    """Make the map of copies whose rows these are, without waiting for the device."""
     if dispatch_kernels(row_X) is None:
         return RowMap(row_X, num_rows)
     by_row_X = torch.sort(row_X, stable=True).indices.int()
@@ -82,7 +75,7 @@ def row_map(row_X: torch.Tensor, num_rows: int) -> RowMap:
 
 
 def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    # Strides too, for the transpose of as many rows as columns has the same shape.
+    # Strides too: the transpose of a square matrix has the same shape.
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 
 
@@ -94,7 +87,6 @@ def _unpack(kept: _Kept) -> torch.Tensor:
 
 
 def dispatch_kernels(tensor: torch.Tensor) -> Any:
-    """Return the Triton kernels for a tensor's device; None where torch does their work."""
     return kernels_of("megatron_laer.layer.dispatch", tensor.device)
 
 
@@ -105,7 +97,6 @@ def sum_copies(
     ends_Y: torch.Tensor | None = None,
     by_row_X: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Add up each row's copies: see `RowMap.collect`."""
     if ends_Y is not None:
         summed: torch.Tensor = dispatch_kernels(copies_XH).sum_rows(copies_XH, ends_Y, by_row_X)
         return summed
@@ -117,7 +108,7 @@ def sum_copies(
 
 
 class _Spread(torch.autograd.Function):
-    """Each copy's row; the gradient of a row is the sum of its copies' ones."""
+    """Each copy's row; a row's gradient is the sum of its copies'."""
 
     @staticmethod
     def forward(
@@ -137,7 +128,7 @@ class _Spread(torch.autograd.Function):
 
 
 class _Collect(torch.autograd.Function):
-    """Sum of each row's copies; the gradient of a copy is its row's one."""
+    """Sum of each row's copies; a copy's gradient is its row's."""
 
     @staticmethod
     def forward(

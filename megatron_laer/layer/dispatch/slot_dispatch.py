@@ -1,7 +1,7 @@
-"""`SlotDispatching` is the common part of dispatchers over slots, in front of Megatron's own.
+"""Common base of dispatchers over slots, in front of Megatron's own.
 
-A dispatcher sees S slots instead of E experts. Slots are equal in number and contiguous per rank,
-which is all that stock's exchanges assume. Sizes come from the plan.
+A dispatcher uses S slots instead of E experts. Slots are equal in number and contiguous per rank,
+as stock's exchanges assume. Sizes come from the plan.
 
 Legend: N ranks, T tokens, E experts, S slots, H hidden.
 """
@@ -35,10 +35,7 @@ class SlotDispatch:
 
 
 class SlotDispatching:
-    """First base of a dispatcher over slots; the second one is Megatron's.
-
-    Megatron's gets a config that gives S as the number of experts.
-    """
+    """First base of a dispatcher over slots; the second is Megatron's, configured for S experts."""
 
     tp_size: int
     shared_experts: Any
@@ -46,37 +43,34 @@ class SlotDispatching:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._pass: SlotDispatch | None = None
-        # Tokens by source rank and slot on the device, for kernels of stock's that read them there.
+        # Tokens by source rank and slot on the device, for kernels of stock.
         self._columns_NC: torch.Tensor | None = None
         assert self.tp_size == 1, "experts are never cut by tensor parallelism"
 
     def begin(self, dispatch: SlotDispatch) -> None:
-        """Begin a forward pass of the layer; its steps follow."""
         self._pass = dispatch
 
     def rows_sent(self, rank: int, node_size: int) -> tuple[int, int] | None:
         """Return the rows sent inside the node and to other nodes by this pass's dispatch.
 
-        Forwarded rows count; those that stay on the rank do not. None where a buffer library makes
-        the rows.
+        Forwarded rows count; rows to the own rank do not. None if a buffer library makes the rows.
         """
         return rows_by_node(self._current.plan.quotas.input_splits_N, rank, node_size)
 
     def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
         """Start the shared experts that overlap with exchanges; stock does so after the sizes."""
         if self.shared_experts is not None:
-            # A node of its own, as stock's view: gradients are then added in stock's order.
+            # A separate node, as stock's view, preserves stock's order of adding gradients.
             self.shared_experts.pre_forward_comm(hidden_states.view_as(hidden_states))
 
     def end_step(self) -> None:
         """Finish a training step."""
 
     def keeping_rows(self) -> contextlib.AbstractContextManager[Any]:
-        """Return a context for the experts, in which autograd keeps less of their input."""
+        """Return a context for the experts, in which autograd saves less of their input."""
         return contextlib.nullcontext()
 
     def token_dispatch(self, tokens: torch.Tensor, probs: torch.Tensor) -> Any:
-        """Dispatch as Megatron does, timed by the listener."""
         megatrons: Any = super()
         layer = self._current.layer_name
         return self._timed(
@@ -90,7 +84,6 @@ class SlotDispatching:
         )
 
     def token_combine(self, tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Combine as Megatron does, timed by the listener."""
         megatrons: Any = super()
         layer = self._current.layer_name
         (combined,) = self._timed(
@@ -110,11 +103,7 @@ class SlotDispatching:
         tensors: tuple[torch.Tensor, ...],
         activities: tuple[Activity, Activity, Activity],
     ) -> tuple[torch.Tensor, ...]:
-        """Exchange tensors between two identity nodes that time it, if there is a listener.
-
-        Args:
-            activities: the exchange, and the compute after it in forward and in backward.
-        """
+        """Exchange tensors between two identity nodes that time it, and the compute after it."""
         listener = self._current.listener
         if listener is None:
             return exchange(*tensors)
@@ -156,7 +145,6 @@ class SlotDispatching:
 
 
 def rows_by_node(sent_N: Sequence[int], rank: int, node_size: int) -> tuple[int, int]:
-    """Return the rows that a rank sends to others of its node, and to other nodes."""
     first = rank - rank % node_size
     in_node = sum(sent_N[first : first + node_size])
     return in_node - sent_N[rank], sum(sent_N) - in_node
@@ -171,7 +159,7 @@ class _Edge(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         pass_()
         ctx.back = back
-        ctx.set_materialize_grads(False)  # an exchange of nothing must stay one
+        ctx.set_materialize_grads(False)  # missing gradients must stay missing
         return tuple(tensor.view_as(tensor) for tensor in tensors)
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""The token → slot map says which replica of an expert serves a token; this is the torch reference.
+"""Map of tokens to slots: the replica that serves each token's expert, in torch.
 
-It has a column for each slot (`to_slots`), or one for each choice of the router (`to_choices`). No
-collective is run and no choice made: how many tokens go to each slot was decided by the quotas.
+It has a column for each slot (`to_slots`), or one for each choice of the router (`to_choices`). The
+quotas have decided how many tokens go to each slot. No collective is run.
 
 Legend: T tokens, E experts, S slots, K top-k, P (token, expert) pairs.
 """
@@ -20,8 +20,7 @@ def to_slots(
     """Translate the router's output from experts to slots.
 
     Deterministic: no atomics, so the same token always goes to the same replica. The gradient of
-    the probabilities flows back to the experts. A (token, expert) pair has exactly one slot, so its
-    sum over replicas has one term.
+    the probabilities flows back to the experts, as one term per (token, expert) pair.
 
     Args:
         slot_expert_S: int64, the expert in each slot.
@@ -30,7 +29,7 @@ def to_slots(
     Returns:
         probs_TS and the bool map [T, S].
     """
-    # Along the inner dimension, whose scan is parallel on CUDA; the other one's walks all tokens.
+    # A scan along the inner dimension is parallel on CUDA; the other one walks all tokens.
     place_TE = torch.cumsum(routing_map_TE.t().contiguous(), dim=1, dtype=torch.int32).t() - 1
     place_TS = place_TE.index_select(1, slot_expert_S)
     routed_TS = routing_map_TE.index_select(1, slot_expert_S)
@@ -49,11 +48,11 @@ def to_choices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Translate the router's output to the slots that each token goes to, as `to_slots` does.
 
-    The map decides, so a pair of probability 0 has its slot too. Read by expert, then token, the
-    pairs of an expert lie in runs, one for each of its slots; the device is not waited for.
+    The map decides, so a pair of probability 0 has a slot too. The host does not wait for the
+    device.
 
     Args:
-        by_expert_S: the slots in the order of their experts.
+        by_expert_S: the slots sorted by expert.
         tokens_S: in that order, the number of this rank's tokens that each slot serves.
         num_pairs: P, the sum of these.
 

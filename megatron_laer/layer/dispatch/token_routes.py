@@ -1,12 +1,12 @@
-"""The rows that a rank sends in each stage of a token exchange follow from its pairs' slots.
+"""Rows that a rank sends in each stage of a token exchange, by its pairs' slots.
 
 A row is a token's hidden state on its way to a rank, or to a node. The order is the same in every
-stage: by destination, then in the order of the rows before, which at the source are tokens. All
-work is on the device, without waiting for it: sizes are exchanged separately.
+stage: by destination, then in the previous order, which at the source is that of tokens. All work
+is on the device, without waiting for it: sizes are exchanged separately.
 
-Legend: N ranks, C slots per rank, G ranks per node, M = N/G nodes, B = ⌈G/8⌉ bytes of bits; T
-tokens, E experts, P pairs that are sent, R pairs that are received; Y rows, X rows sent of them;
-Z = N + M, or N where the exchange has one stage.
+Legend: N ranks, C slots per rank, G ranks per node, M = N/G nodes, B = ⌈G/8⌉ bytes of bits. T
+tokens, E experts, P pairs that are sent, R pairs that are received. Y rows, X rows sent of them; Z
+= N + M, or N for an exchange in one stage.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from megatron_laer.runtime.comm.copies import upload
 
 @dataclass(frozen=True, eq=False)
 class PairRoutes:
-    """A rank's routes, before other ranks' sizes are known.
+    """Routes of a rank's pairs, before other ranks' sizes are known.
 
     Attributes:
-        pair_P: place of each pair in the router's map [T, E], by slot, then token.
+        pair_P: position of each pair in the router's map [T, E], by slot, then token.
         row_P: number of each pair's row among those for the pair's rank, int32.
         reaches_NT: whether a token goes to a rank.
-        node_size: G; N where the exchange has one stage.
+        node_size: G; N for an exchange in one stage.
     """
 
     pair_P: torch.Tensor
@@ -49,11 +49,9 @@ class PairRoutes:
         return torch.cat([rows_N, rows_M])
 
     def first_stage(self, num_rows: int) -> tuple[RowMap, torch.Tensor | None]:
-        """Find the `num_rows` rows that are sent first.
+        """Return the map of tokens to the `num_rows` rows that are sent first.
 
-        Returns:
-            The map of tokens to these rows, and the local ranks that each is forwarded to, as bits,
-            uint8 [X, B]. The bits are None where the exchange has one stage.
+        With it come bits, uint8 [X, B], of the local ranks to forward to; None for one stage.
         """
         num_tokens = self.reaches_NT.shape[1]
         if self.node_size == len(self.reaches_NT):
@@ -76,11 +74,7 @@ def pair_routes(
     capacity: int,
     node_size: int,
 ) -> PairRoutes:
-    """Find the rows of a rank's pairs.
-
-    Args:
-        slot_P: int32, each pair's slot, by expert, then token (`replica_choice`).
-    """
+    """Find the rows of a rank's pairs, with slots by expert, then token (`replica_choice`)."""
     num_tokens, num_experts = routing_map_TE.shape
     token_P, expert_P = _true_places(routing_map_TE.t(), len(slot_P))
     by_slot_P = torch.sort(slot_P, stable=True).indices
@@ -100,11 +94,7 @@ def pair_routes(
 
 
 def second_stage(bits_YB: torch.Tensor, node_size: int, num_rows: int) -> RowMap:
-    """Find the `num_rows` rows that a rank forwards to the ranks of its node.
-
-    Args:
-        bits_YB: the local ranks of each row of the first stage, as bits.
-    """
+    """Find the `num_rows` rows that a rank forwards in its node, by the bits of local ranks."""
     passed_on_GY = _from_bits(bits_YB, node_size).t()
     row_X, _ = _true_places(passed_on_GY, num_rows)
     return row_map(row_X, len(bits_YB))
@@ -116,8 +106,7 @@ class Arrivals:
 
     Attributes:
         rows: the map of rows that arrived to pairs, by slot, then source rank.
-        arrived_R: number of each pair in that order among those that arrived.
-        sorted_R: the inverse.
+        arrived_R: position, among arrivals, of each pair in that order; `sorted_R` is the inverse.
     """
 
     rows: RowMap

@@ -1,1 +1,1 @@
-"""A rank holds slices of all experts, and restored experts compute; both are defined here."""
+"""Slices of all experts on a rank, and the compute with restored experts."""

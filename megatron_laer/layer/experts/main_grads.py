@@ -1,7 +1,7 @@
 """Megatron's convention for gradients that are added to main gradients outside of autograd.
 
-Its data-parallel wrapper gives each parameter a `main_grad`. A kernel that adds to it by itself
-sets `grad_added_to_main_grad` and gives autograd a dummy gradient.
+Its data-parallel wrapper gives each parameter a `main_grad`. A kernel that adds to it sets
+`grad_added_to_main_grad` and returns a dummy gradient to autograd.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class MegatronMainGrads:
     def mark_added(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """Mark the parameter and return a dummy gradient.
 
-        Megatron looks at the mark when autograd is done with the parameter, and takes it off at
-        each step. A new tensor on whole memory is taken as it is; a placeholder would be copied.
+        Megatron clears the mark at each step. Autograd would copy a placeholder, but accepts a new
+        tensor with full storage as it is.
         """
         parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return _zeros(parameter.shape, parameter.dtype, parameter.device).detach()
@@ -34,5 +34,5 @@ class MegatronMainGrads:
 
 @functools.cache
 def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Make the memory of dummy gradients, which all layers share, as Transformer Engine's do."""
+    """Return the memory of dummy gradients, which all layers share, as Transformer Engine's do."""
     return torch.zeros(shape, dtype=dtype, device=device)

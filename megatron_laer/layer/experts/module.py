@@ -1,8 +1,7 @@
-"""`FSEPExperts` is the module that owns the slices and computes with restored experts.
+"""Module of a layer's experts: it owns the slices and computes with restored experts.
 
-It stands where Megatron's MoE layer keeps its local experts. The activation, its fusions, clamps
-and the routing probabilities are those of Megatron's own `MLP`, whose two linear layers are
-identities.
+It replaces the local experts of Megatron's MoE layer. The activation, its fusions, clamps and the
+routing probabilities are those of Megatron's own `MLP`, whose two linear layers are identities.
 
 Legend: E experts, C slots per rank, T tokens received, H hidden, r rows of a slice, K columns.
 """
@@ -28,10 +27,10 @@ from megatron_laer.runtime.weights.layer import Slices
 
 _EXTRA_STATE = "._extra_state"
 
-# In one message: modules that were not built here.
+# Maximum number of foreign modules per message.
 _SHOWN = 4
 
-# Why nothing may be put into experts.
+# Reason to refuse changed experts.
 ADAPTED = (
     "FSEP computes experts from slices, and their two linear layers are no modules that could be "
     "wrapped, so adapters such as LoRA cannot be on them; give as targets layers of attention "
@@ -40,15 +39,15 @@ ADAPTED = (
 
 
 class FSEPExperts(MegatronModule):
-    """1/N of every expert of a layer, and the compute with the C experts in this rank's slots.
+    """Slices of every expert of a layer, and the compute with the C experts in this rank's slots.
 
-    Must be *called*, not have its methods used from outside. Megatron's distributed optimizer
-    waits for updated parameters in a hook before the call of the module that owns them.
+    Must be *called*: Megatron's distributed optimizer waits for updated parameters in a pre-call
+    hook of the module that owns them.
 
     Args:
         activation_builder: Transformer Engine's activation from the module spec, or None.
-        stock_is_grouped: stock would build grouped experts from the module spec, which decides
-            under which names it would hold these experts.
+        stock_is_grouped: whether stock would build grouped experts, which determines the names of
+            their parameters.
     """
 
     def __init__(
@@ -71,14 +70,14 @@ class FSEPExperts(MegatronModule):
         self._layer_name: str | None = None
         self.stock_is_grouped = stock_is_grouped
         self._gemm = slot_gemm(gemm)
-        # Also a stock module of grouped experts recomputes nothing without this granularity.
+        # Stock's grouped experts too recompute nothing without this granularity.
         self._recomputes_activation = (
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
         )
         matrices: list[SliceSpec] = []
 
         def builder(name: str) -> Any:
-            """Make a builder that describes a linear layer of Megatron's MLP and adds none."""
+            """Return a builder that describes a linear layer of Megatron's MLP and adds none."""
 
             def build(input_size: int, output_size: int, **options: Any) -> _PassOn:
                 sizes = config.num_moe_experts, output_size, input_size
@@ -117,7 +116,6 @@ class FSEPExperts(MegatronModule):
         self._built = self._parts()
 
     def initialise(self, layer_name: str, seed: int) -> None:
-        """Draw the weights, which depend on the seed and the global layer but on no rank."""
         self._layer_name = layer_name
         if self.config.perform_initialization:
             for slice_ErK, spec in zip(self.slices(), self._specs, strict=True):
@@ -132,11 +130,10 @@ class FSEPExperts(MegatronModule):
 
     @property
     def specs(self) -> tuple[SliceSpec, ...]:
-        """Return each slice's whole matrix or bias, and the rows of it that the slice has."""
         return self._specs
 
     def what_changed(self) -> str | None:
-        """Describe modules and parameters that were not built here; None without any."""
+        """Describe modules and parameters that were not built here; None if there are none."""
         parts = self._parts()
         others = [name for name, kind in parts.items() if self._built.get(name) is not kind]
         if not others:
@@ -148,7 +145,6 @@ class FSEPExperts(MegatronModule):
     def forward(
         self, input_TH: torch.Tensor, probs_T: torch.Tensor, plan: MicrobatchPlan
     ) -> torch.Tensor:
-        """Return the outputs of this rank's slots on the tokens they received."""
         assert self._layer_name is not None, "the experts' weights were never initialised"
         if self.config.moe_apply_probs_on_input:
             input_TH = (probs_T.unsqueeze(-1) * input_TH).to(input_TH.dtype)
@@ -169,8 +165,8 @@ class FSEPExperts(MegatronModule):
                 output_TR, bias_scale_T, placeholders[at + 1], restored, at + 1, tokens_C
             )
 
-        # As in Megatron's grouped experts, the first bias comes before a clamp, and the second one
-        # is multiplied with the probability, which the activation's output has been already.
+        # As in Megatron's grouped experts, the first bias precedes a clamp. The second one is
+        # multiplied by the probability, which the activation's output already includes.
         hidden_TF = linear(0, input_TH)
         if self._recomputes_activation and torch.is_grad_enabled():
             checkpoint = CheckpointWithoutOutput()
@@ -182,7 +178,7 @@ class FSEPExperts(MegatronModule):
         return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
 
     def backward_dw(self) -> None:
-        """Megatron's hook for delayed weight gradients, which FSEP refuses at start."""
+        """Do nothing: delayed weight gradients are refused at start."""
 
     def sharded_state_dict(
         self,
@@ -200,8 +196,8 @@ class FSEPExperts(MegatronModule):
             )
             if spec.is_bias:
                 continue
-            # Stock's linear layers ask for an extra state per expert, which is empty without fp8.
-            # Each is written by one rank.
+            # Stock's linear layers need an extra state per expert, which is empty without fp8. One
+            # rank writes each.
             for expert in range(self._rank, spec.num_experts, self._num_ranks):
                 state[f"{prefix}{spec.name}{_EXTRA_STATE}.{expert}"] = (
                     make_sharded_object_for_checkpoint(
@@ -235,10 +231,7 @@ class FSEPExperts(MegatronModule):
 
 
 class _PassOn(torch.nn.Module):
-    """Identity where Megatron's MLP has a linear layer, without a bias.
-
-    Adapters that look for linear layers by name, as Megatron-Bridge's LoRA, ask for attributes.
-    """
+    """Identity in place of a linear layer of Megatron's MLP; refuses adapters such as LoRA."""
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -1,8 +1,8 @@
-"""`ExpertMuon` is Megatron's Muon with Newton-Schulz steps on each expert's whole matrix.
+"""Megatron's Muon with Newton-Schulz steps on each expert's whole matrix.
 
 A rank holds some rows of every expert. Momentum and weight decay work on rows, and stay Megatron's.
-One All-to-All brings each matrix whole to one rank of the FSEP group, where Megatron's own function
-makes the update; another one returns the updates. Groups of other replicas do the same again.
+One All-to-All assembles each matrix on one rank of the FSEP group, where Megatron's own function
+computes the update; another one returns the updates. Other replicas' groups repeat the work.
 
 Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns.
 """
@@ -22,17 +22,13 @@ from megatron.core.optimizer.emerging_optimizers import TensorParallelMuon
 from megatron_laer.layer.experts.whole_matrix import WholeMatrix, whole_matrix_of
 from megatron_laer.runtime.comm.blocks import WholeMatrices
 
-# With so many matrices for each rank, one more on some ranks is little.
+# From this number of matrices per rank, the imbalance of one more is small.
 _ENOUGH_PER_RANK = 8
 
 
 @dataclass
 class _Batch:
-    """Slices that are exchanged together.
-
-    Attributes:
-        waiting: updates to orthogonalise, of slices that the loop has come to in this step.
-    """
+    """Slices that are exchanged together; `waiting` has this step's updates to orthogonalise."""
 
     exchange: WholeMatrices
     slices: list[tuple[torch.Tensor, WholeMatrix]]
@@ -57,8 +53,8 @@ class ExpertMuon(TensorParallelMuon):
     def step(self, closure: Any = None) -> Any:
         """Update all parameters. Collective over the FSEP group."""
         if self._batch_of is None:
-            # Only now: Megatron puts fp32 copies in the place of parameters, or leaves out those
-            # that other replicas update.
+            # Only now: Megatron replaces parameters by fp32 copies, or omits those that other
+            # replicas update.
             self._batch_of = {
                 parameter: batch for batch in self._batches() for parameter, _ in batch.slices
             }
@@ -67,7 +63,7 @@ class ExpertMuon(TensorParallelMuon):
     def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **group: Any) -> torch.Tensor:
         """Return a parameter's update, which Megatron's loop scales by the learning rate.
 
-        For the first slices of a batch that is zero. They get their update when the last one does.
+        It is zero for a batch's slices but the last one, which updates the others here.
         """
         assert self._batch_of is not None, "only `step` orthogonalises"
         batch = self._batch_of.get(p)
@@ -92,7 +88,7 @@ class ExpertMuon(TensorParallelMuon):
         return update
 
     def _batches(self) -> Iterator[_Batch]:
-        """Put slices together until the matrices of each size divide over the ranks, or are enough.
+        """Group slices until the matrices of each size divide over the ranks, or are enough.
 
         A batch has slices of one parameter group, and so one learning rate.
         """
@@ -126,5 +122,4 @@ def _multiplications(rows: int, columns: int) -> int:
 
 
 def _stocks_parameter(whole: WholeMatrix) -> Any:
-    """Make a replacement of a parameter, with the marks of stock's expert matrices."""
     return SimpleNamespace(expert_tp=True, partition_dim=whole.partition_dim)

@@ -1,8 +1,7 @@
-"""A rank holds one parameter per matrix: a slice, a block of whole rows of every expert.
+"""Slices: one parameter per matrix and rank, a block of whole rows of every expert.
 
-A linear layer's bias is a matrix of one column: a slice has the same rows of both.
-
-Initialisation and the mapping to checkpoints live here; restoring and computing do not.
+A linear layer's bias is a matrix of one column: a slice has the same rows of both. Slices are
+initialised and mapped to checkpoints here, and restored elsewhere.
 
 Legend: E experts, R rows of a matrix, r rows held by this rank, K columns.
 """
@@ -22,18 +21,18 @@ from megatron_laer.planner.sharding import row_bounds
 
 Init = Callable[[torch.Tensor], object]
 
-# Megatron cuts the first linear layer of an MLP by rows over tensor ranks, the second by columns.
+# Megatron splits the first linear layer of an MLP by rows over tensor ranks, the second by columns.
 _PARTITION_DIM = {"linear_fc1": 0, "linear_fc2": 1}
 
 
 @dataclass(frozen=True)
 class SliceSpec:
-    """Description of one expert matrix, or bias, as a rank holds it.
+    """Description of a rank's slice of one expert matrix, or bias.
 
     Attributes:
         name: Megatron's name of the linear layer, `linear_fc1` or `linear_fc2`.
-        rows, columns: R and K of the whole matrix, as `F.linear` takes it; of a bias K is 1.
-        start, end: the rows [start, end) that this rank holds.
+        rows, columns: R and K of the whole matrix, as for `F.linear`; K of a bias is 1.
+        start, end: this rank's rows [start, end).
         init_method: Megatron's initialisation of the whole matrix.
     """
 
@@ -63,7 +62,6 @@ class SliceSpec:
         return cls(name, num_experts, rows, columns, start, end, init_method)
 
     def of_bias(self) -> SliceSpec:
-        """Describe the bias of the matrix's layer, which begins with zeros as Megatron's do."""
         return replace(self, columns=1, init_method=torch.nn.init.zeros_, is_bias=True)
 
     @property
@@ -72,7 +70,6 @@ class SliceSpec:
 
     @property
     def saved_as(self) -> str:
-        """Return stock's name of the parameter, used in checkpoints."""
         return f"{self.name}.bias" if self.is_bias else f"{self.name}.weight"
 
     @property
@@ -82,10 +79,9 @@ class SliceSpec:
         return shape if self.is_bias else (*shape, self.columns)
 
     def new_parameter(self, dtype: torch.dtype, device: torch.device) -> torch.nn.Parameter:
-        """Make an uninitialised parameter, marked as distinct on every rank of the group.
+        """Create an uninitialised parameter, marked as distinct on every rank of the group.
 
-        Megatron exempts vectors from weight decay, as stock's biases are; so a bias is flat, [E·r],
-        and a matrix has three dimensions.
+        A bias is flat, [E·r], since Megatron exempts only vectors from weight decay.
         """
         whole = torch.empty(self.saved_shape, dtype=dtype, device=device)
         slice_ErK = torch.nn.Parameter(whole.view(-1) if self.is_bias else whole)
@@ -102,18 +98,14 @@ class SliceSpec:
 
 
 def expert_seed(seed: int, layer: str, matrix: str, expert: int) -> int:
-    """Return the 63-bit seed of one expert's matrix; no rank, group size or layout enters it."""
+    """Return the 63-bit seed of one expert's matrix, independent of rank, group size and layout."""
     text = f"{seed}/{layer}/{matrix}/{expert}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
 
 
 @torch.no_grad()
 def initialise(slice_ErK: torch.Tensor, spec: SliceSpec, seed: int, layer: str) -> None:
-    """Draw every expert's whole matrix and keep this rank's rows.
-
-    The whole matrix is drawn, one at a time, since an initialisation may depend on its shape.
-    Generators are forked, so nothing else drawn by the run changes.
-    """
+    """Draw every expert's whole matrix with forked generators, and keep this rank's rows."""
     if spec.is_bias:
         spec.init_method(slice_ErK)
         return
@@ -136,10 +128,10 @@ def sharded_slice(
     """Describe the slice as a part of the tensor that stock Megatron saves under `key`.
 
     Stock saves expert matrices as `[…, E, R, K]` and biases as `[…, E, R]`, one shard per expert,
-    where `…` stands for axes such as the layers'. This rank's rows of all experts are the block at
-    offset (…, 0, start, 0) of it, so either side reads what the other wrote. Megatron takes uneven
-    blocks, but not together with axes that the local tensor lacks. So a factory adds them as axes
-    of length one, for the weight and for the optimizer's states of it.
+    with leading axes such as the layers'. This rank's rows of all experts are the block at offset
+    (…, 0, start, 0), so either side reads the other's checkpoints. Megatron accepts uneven blocks,
+    but not with axes that the local tensor lacks. So a factory adds them as axes of length one, for
+    the weight and for the optimizer's states of it.
     """
     extra = (1,) * len(sharded_offsets)
     local_shape = (*extra, *spec.saved_shape)

@@ -1,7 +1,7 @@
-"""`slot_linear` is a linear layer over restored experts, in autograd; `slot_bias` adds its bias.
+"""Linear layer over restored experts, in autograd, and its bias.
 
 The GEMMs are a back end's (`experts.gemm`), the activation between two layers is Megatron's own
-(see `experts.module`). Nothing here runs a collective or frees a weight.
+(`experts.module`). No collective is run and no weight freed here.
 
 Legend: C slots, T tokens received, R output features (rows), K input features (columns), n tokens
 of one slot.
@@ -26,7 +26,7 @@ def slot_linear(
     tokens_C: Sequence[int],
     gemm: SlotGemm,
 ) -> torch.Tensor:
-    """Multiply each slot's tokens with the slot's matrix."""
+    """Multiply each slot's tokens by the slot's matrix."""
     output_TR: torch.Tensor = _SlotLinear.apply(
         input_TK, placeholder_CRK, experts, position, tokens_C, gemm
     )
@@ -41,11 +41,7 @@ def slot_bias(
     position: int,
     tokens_C: Sequence[int],
 ) -> torch.Tensor:
-    """Add each slot's bias to the output of its tokens, in place, and return it.
-
-    Args:
-        scale_T: factors of the bias, or None.
-    """
+    """Add each slot's bias, times `scale_T` if given, to its tokens' output, in place."""
     biased_TR: torch.Tensor = _SlotBias.apply(
         output_TR, scale_T, placeholder_CR1, experts, position, tokens_C
     )
@@ -53,11 +49,10 @@ def slot_bias(
 
 
 class _SlotLinear(torch.autograd.Function):
-    """`F.linear` of each slot's tokens with the slot's matrix.
+    """`F.linear` of each slot's tokens with the slot's matrix, a placeholder in autograd's graph.
 
-    It asks for the matrices in forward and again in backward, so that they can be freed in between.
-    The placeholder stands for them in autograd's graph. All slots' weight gradients are written
-    into the one `[C, R, K]` buffer that is exchanged.
+    Forward and backward request the matrices separately, so that they can be freed in between. All
+    slots' weight gradients are written to the one `[C, R, K]` buffer that is exchanged.
     """
 
     @staticmethod
@@ -89,11 +84,7 @@ class _SlotLinear(torch.autograd.Function):
 
 
 class _SlotBias(torch.autograd.Function):
-    """Sum of output and the slots' biases.
-
-    It goes over the slots, so that nothing of the output's size is made. A bias's gradient is
-    summed in float32 and in one order.
-    """
+    """Sum of output and the slots' biases, slot by slot; their gradients are summed in float32."""
 
     @staticmethod
     def forward(
@@ -143,7 +134,6 @@ class _SlotBias(torch.autograd.Function):
 
 
 def _scales(scale_T: torch.Tensor | None, tokens_C: Sequence[int]) -> Sequence[torch.Tensor | None]:
-    """Return each slot's scales `[n, 1]`; None for each where nothing is scaled."""
     if scale_T is None:
         return [None] * len(tokens_C)
     return torch.split(scale_T.unsqueeze(1), list(tokens_C))

@@ -1,4 +1,4 @@
-"""`WholeMatrix` marks a slice, for optimizers that need whole matrices."""
+"""Mark of a slice, for optimizers that need whole matrices."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 @dataclass(frozen=True)
 class WholeMatrix:
-    """The matrix that a parameter is a slice of.
+    """Matrix that a parameter is a slice of.
 
     Attributes:
         rows: R of each expert's whole matrix.
-        partition_dim: the mark of stock's parameter: the dimension that tensor ranks would cut.
+        partition_dim: stock's attribute: the dimension that tensor ranks would split.
     """
 
     rows: int
@@ -21,5 +21,4 @@ class WholeMatrix:
 
 
 def whole_matrix_of(parameter: torch.Tensor) -> WholeMatrix | None:
-    """Return a parameter's mark; None if it is no slice of matrices."""
     return getattr(parameter, "whole_matrix", None)

@@ -1,4 +1,4 @@
-"""This package holds what ranks of one FSEP group exchange: groups, streams, collectives, weights.
+"""Exchanges between the ranks of one FSEP group: groups, streams, collectives, weights.
 
-It knows neither Megatron nor the experts' computation.
+Neither Megatron nor the experts' computation is known here.
 """

@@ -1,8 +1,8 @@
-"""Before the first step the ranks of an FSEP group compare what they decide by.
+"""Comparison, before the first step, of the inputs to decisions on the ranks of an FSEP group.
 
-After the gate every rank works out layouts and splits for itself from the same counts, so settings,
-hardware constants or code that differ would let ranks decide differently. What they then decide is
-compared in each exchange of counts (`collectives`).
+After the gate every rank computes layouts and splits from the same counts. Different settings,
+hardware constants or code could lead to different decisions. Each exchange of counts compares the
+decisions (`collectives`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from megatron_laer.planner.native_core import native
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.version import __version__
 
-# Paths may differ from rank to rank: of a cluster its constants are compared, and the other files
-# are read and written by single ranks, so only whether layouts are replayed concerns the others.
+# Paths may differ between ranks. Of a cluster, its constants are compared. Single ranks read and
+# write the other files, so only the presence of a replay matters.
 _PATHS = (
     "cluster",
     "record_layouts",
@@ -34,16 +34,16 @@ _PATHS = (
     "replay_layouts",
     "timeline",
 )
-# Of a cluster, what no decision depends on: texts, spreads, and what the constants were made from.
+# Cluster fields that no decision reads: descriptions, spreads and provenance.
 _TEXTS = ("name", "source", "assumed", "back_ends", "spreads", "figures", "measured")
-# In one message: differing values, and ranks with the same value.
+# Maximum differing values, and ranks per value, in one message.
 _SHOWN = 8
 
 
 def summarise(
     config: FSEPConfig, geometry: Geometry, costs: CostModel, seed: int
 ) -> dict[str, str]:
-    """Return what a rank decides by, as texts by name; floats are written with all their digits."""
+    """Return the inputs to a rank's decisions, as texts by name; floats have all their digits."""
     flags = {
         flag_name(spec.name): value_text(getattr(config, spec.name))
         for spec in dataclasses.fields(config)
@@ -62,18 +62,13 @@ def summarise(
 
 
 def difference(summary: Mapping[str, str], groups: FSEPGroups) -> str | None:
-    """Gather the summaries of the FSEP group and say how they differ. Collective over the group.
-
-    Returns:
-        None where all are equal; else the same text on every rank of the group.
-    """
+    """Compare the summaries of the FSEP group's ranks; return one text for all. Collective."""
     summaries: list[Mapping[str, str]] = [{}] * groups.size
     dist.all_gather_object(summaries, summary, group=groups.tokens)
     return describe_difference(summaries, groups.ranks)
 
 
 def describe_difference(summaries: Sequence[Mapping[str, str]], ranks: Sequence[int]) -> str | None:
-    """Name the values that differ and the ranks that have them; None where none differs."""
     found = []
     for name in dict.fromkeys(chain.from_iterable(summaries)):
         values = [summary.get(name, "missing") for summary in summaries]

@@ -1,13 +1,13 @@
-"""Rows of expert matrices: which rank holds which, and two exchanges between slices and whole ones.
+"""Row blocks of expert matrices, and two exchanges between slices and whole matrices.
 
 Rank J·G + g is local rank g of node J. An exchange inside a node moves, per peer, the rows that one
 local rank holds on all nodes together (`RowBlocks`).
 
-`gather_block` and `scatter_block` move experts between slices and stock Megatron's blocks: runs of
-whole experts. `WholeMatrices` puts each matrix together on one rank, for optimizers whose updates
-need whole matrices. Unlike restores, these exchanges know no layouts and no workspaces.
+`gather_block` and `scatter_block` convert between slices and stock Megatron's blocks of whole
+experts. `WholeMatrices` assembles each matrix on one rank, for optimizers that need it whole.
+Unlike restores, these exchanges use neither layouts nor workspaces.
 
-Legend: N ranks, G ranks per node, M = N/G nodes, E experts, X blocks of e experts, C slots; R rows
+Legend: N ranks, G ranks per node, M = N/G nodes, E experts, X blocks of e experts, C slots. R rows
 of a matrix, r rows of a rank, P rows of a local rank on all nodes together, K columns.
 """
 
@@ -39,7 +39,6 @@ class RowBlocks:
 
     @property
     def num_nodes(self) -> int:
-        """Return M, the number of nodes of the group."""
         return len(self.rows_GM[0])
 
     @cached_property
@@ -55,19 +54,16 @@ class RowBlocks:
 
     @property
     def even(self) -> bool:
-        """Whether all ranks hold equally many rows."""
         return self.bounds_N1[-1] % (len(self.bounds_N1) - 1) == 0
 
     def pairs(
         self, whole_CRK: torch.Tensor, by_local_rank: torch.Tensor, first: int, capacity: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield views of equal shape that hold the same elements of both arrangements.
+        """Yield views of equal shape on the same elements of both arrangements.
 
         Args:
-            whole_CRK: whole matrices of some slots, c of them.
+            whole_CRK: whole matrices of slots `first`, `first` + 1, ….
             by_local_rank: flat; for each local rank, [capacity, P, K].
-            first: which of the `capacity` slots is the first of `whole_CRK`.
-            capacity: slots in `by_local_rank`.
         """
         slots, rows, columns = whole_CRK.shape
         nodes, node_size = self.num_nodes, self.node_size
@@ -91,18 +87,12 @@ class RowBlocks:
 
 @lru_cache(maxsize=256)
 def row_blocks(rows: int, num_ranks: int, node_size: int) -> RowBlocks:
-    """Make the blocks of a matrix with `rows` rows."""
     return RowBlocks(tuple(row_bounds(rows, num_ranks)), node_size)
 
 
 @torch.no_grad()
 def gather_block(slice_ErK: torch.Tensor, rows: int, num_blocks: int, group: Group) -> torch.Tensor:
-    """Return this rank's block of whole experts, [e, R, K], from all ranks' slices. Collective.
-
-    Args:
-        rows: R, rows of the whole matrix.
-        num_blocks: X, which divides N and E.
-    """
+    """Return this rank's block of whole experts, [e, R, K], from all slices. Collective."""
     num_experts, _, columns = slice_ErK.shape
     block_size, num_ranks = num_experts // num_blocks, dist.get_world_size(group)
     shapes = [(block_size, height, columns) for height in _heights(rows, num_ranks)]
@@ -116,13 +106,7 @@ def gather_block(slice_ErK: torch.Tensor, rows: int, num_blocks: int, group: Gro
 
 @torch.no_grad()
 def scatter_block(block_eRK: torch.Tensor, slice_ErK: torch.Tensor, group: Group) -> None:
-    """Write all ranks' blocks of whole experts into the slices. Collective.
-
-    Of the ranks that hold the same block, the first one's counts.
-
-    Args:
-        slice_ErK: this rank's rows of every expert, contiguous; overwritten.
-    """
+    """Write all ranks' blocks, each from the first rank that has it, to the slices. Collective."""
     block_size, rows, _ = block_eRK.shape
     num_blocks, num_ranks = slice_ErK.shape[0] // block_size, dist.get_world_size(group)
     has_senders = [sender < num_blocks for sender in range(num_ranks)]
@@ -149,12 +133,10 @@ Shape = tuple[int, int, int]
 
 
 def shares(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Share tasks out among ranks so that their costs are about equal.
+    """Assign tasks to ranks at about equal cost; return each rank's tasks, ascending.
 
-    The dearest task goes first, each to the rank with the least so far, in ties to the first one.
-
-    Returns:
-        The numbers of each rank's tasks, ascending.
+    The costliest task goes first, each to the rank with the least cost so far, in ties to the
+    first.
     """
     tasks_N: list[list[int]] = [[] for _ in range(num_ranks)]
     cost_N = [0] * num_ranks
@@ -166,15 +148,14 @@ def shares(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
 
 
 class WholeMatrices:
-    """Assignment of whole matrices to ranks, and the exchange in both directions.
+    """Assignment of whole float32 matrices to ranks, and the exchange in both directions.
 
     Args:
-        shapes_ERK: (E, R, K) for each slice, of the whole matrices; the same on every rank.
+        shapes_ERK: (E, R, K) of each slice's whole matrices; the same on every rank.
         costs: of a matrix of each slice.
-        device: of the tensors, which are float32.
 
     Attributes:
-        mine: this rank's matrices, each by the place of its slice and its expert.
+        mine: this rank's matrices, each as the position of its slice and its expert.
     """
 
     def __init__(
@@ -208,11 +189,7 @@ class WholeMatrices:
         return [torch.cat(blocks) for blocks in zip(*blocks_N, strict=True)]
 
     def scatter(self, matrices_RK: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Cut what every rank made of its matrices into slices `[E, r, K]`. Collective.
-
-        Args:
-            matrices_RK: in the order of `mine`.
-        """
+        """Split all ranks' matrices, in the order of `mine`, into `[E, r, K]`. Collective."""
         sent = [
             matrix_RK[self._bounds[at][rank] : self._bounds[at][rank + 1]]
             for rank in self._ranks
@@ -234,7 +211,6 @@ class WholeMatrices:
         ]
 
     def _shapes(self, owner: int, *, rows_of: int) -> list[tuple[int, int]]:
-        """List (r, K) of what a rank holds of an owner's matrices."""
         return [
             (self._bounds[at][rows_of + 1] - self._bounds[at][rows_of], self._shapes_ERK[at][2])
             for at, _ in self._matrices_N[owner]
@@ -246,8 +222,7 @@ class WholeMatrices:
         sent_shapes: Sequence[Sequence[tuple[int, int]]],
         shapes: Sequence[Sequence[tuple[int, int]]],
     ) -> list[list[torch.Tensor]]:
-        """Send blocks in the order of ranks, and return those from each rank."""
-        # Some rank may have nothing to send.
+        # A rank may have nothing to send.
         flat = torch.cat([self._nothing, *(block.reshape(-1) for block in sent)])
         sizes, sent_sizes = (
             [sum(rows * columns for rows, columns in blocks) for blocks in of_ranks]

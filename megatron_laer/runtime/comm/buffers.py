@@ -1,4 +1,4 @@
-"""Memory of exchanges: pools of their results, and workspaces that they send from and receive into.
+"""Memory of exchanges: pools of their results, and workspaces to send from and receive into.
 
 Legend: N ranks, E experts, C slots per rank; G ranks per node, M = N/G nodes; R rows, K columns.
 """
@@ -22,13 +22,13 @@ _Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
 class BufferPool:
     """Reused tensors, by shape and dtype.
 
-    On CUDA a tensor may be put back while the caller's stream still uses it: whoever takes it next
-    submits its work behind that stream (see `streams.CommStream`). So all callers must share one
-    stream, which is asserted.
+    On CUDA a tensor may be put back while the caller's stream still uses it. Its next user submits
+    work behind that stream (`streams.CommStream`), so all callers must share one, which is
+    asserted.
 
     Attributes:
-        in_use: how many tensors were taken and not put back.
-        num_bytes: the size of all tensors ever made.
+        in_use: number of tensors that were taken and not put back.
+        num_bytes: size of all tensors ever made.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,6 @@ class BufferPool:
     def take(
         self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     ) -> torch.Tensor:
-        """Hand out an uninitialised tensor."""
         self._compute.check(device)
         self.in_use += 1
         free = self._free[shape, dtype, device]
@@ -51,17 +50,15 @@ class BufferPool:
         return tensor
 
     def put_back(self, tensor: torch.Tensor) -> None:
-        """Return a tensor from `take` that is not read any more."""
         self._compute.check(tensor.device)
         self.in_use -= 1
         self._free[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)
 
 
 class Workspace:
-    """Named byte buffers that only ever grow, on the device of their first use.
+    """Named byte buffers that only grow, for one exchange at a time and one CUDA stream.
 
-    One exchange at a time may use it, and on CUDA always on the same stream: what one exchange left
-    in a buffer is overwritten by the next without waiting.
+    Exchanges overwrite each other's data without waiting.
     """
 
     def __init__(self) -> None:
@@ -69,32 +66,24 @@ class Workspace:
 
     @property
     def num_bytes(self) -> int:
-        """Count the bytes that all buffers hold together."""
         return sum(buffer.numel() for buffer in self._buffers.values())
 
     def buffer(self, name: str, num_bytes: int, device: torch.device) -> torch.Tensor:
-        """Return the buffer `name`, of at least so many bytes."""
         if name not in self._buffers or self._buffers[name].numel() < num_bytes:
-            self._buffers.pop(name, None)  # before its successor is allocated
+            self._buffers.pop(name, None)  # free before the new allocation
             self._buffers[name] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return self._buffers[name]
 
 
 @dataclass(frozen=True)
 class MatrixBuffers:
-    """Lends the buffers of a workspace, for exchanges of one size of matrix.
-
-    Attributes:
-        sizes: bytes that each buffer will ever need for matrices of this size, so that it is
-            allocated once and not again for the next layout.
-    """
+    """Buffers of a workspace with maximum `sizes` for one size of matrix, to be allocated once."""
 
     workspace: Workspace
     sizes: Mapping[str, int]
     device: torch.device
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Lay an uninitialised contiguous tensor on buffer `name`."""
         num_bytes, most_bytes = math.prod(shape) * dtype.itemsize, self.sizes[name]
         assert num_bytes <= most_bytes, f"{name}: {num_bytes} bytes exceed the bound {most_bytes}"
         buffer = self.workspace.buffer(name, most_bytes, self.device)
@@ -105,17 +94,15 @@ class MatrixBuffers:
 def restore_workspace(
     geometry: Geometry, rows: int, columns: int, element_bytes: int
 ) -> dict[str, int]:
-    """Compute the bytes of each buffer that restores of one matrix need, whatever the layout.
+    """Return the bytes of each buffer that restores of one matrix need under any layout.
 
     With r = ⌈R/N⌉ rows of a rank and P = min(M·r, R) rows of a local rank on all nodes together:
 
         send     max(min(N·C, M·E)·r if M > 1, G·C·P if G > 1)·K
         receive  max(min(E, G·C)·P if M > 1, C·R if G > 1)·K
 
-    The stages of an exchange take turns in them, so this is the peak beside the result.
-
-    Args:
-        geometry: with G as its node size; G = N for `flat`.
+    The stages of an exchange reuse them, so this is the peak besides the result. The geometry's
+    node size is G, or N for `flat`.
     """
     nodes, slots = geometry.num_nodes, geometry.node_size * geometry.capacity
     block = -(-rows // geometry.num_ranks)
@@ -136,9 +123,9 @@ def restore_workspace(
 def reduce_workspace(
     geometry: Geometry, rows: int, columns: int, grad_bytes: int, wire_bytes: int
 ) -> dict[str, int]:
-    """Compute the bytes of each buffer that reduces of one matrix need, whatever the layout.
+    """Return the bytes of each buffer that reduces of one matrix need under any layout.
 
-    With r and P as for restores, g bytes of a gradient and w of what travels between nodes:
+    With r and P as for restores, g bytes of a gradient and w of a sum between nodes:
 
         send      max(C·R·g if G > 1, min(E, G·C)·P·w if M > 1)·K
         receive   max(G·C·P·g if G > 1, min(N·C, M·E)·r·w if M > 1)·K

@@ -1,6 +1,6 @@
-"""Small collectives give the ranks of an FSEP group the same counts, layouts, bytes and errors.
+"""Small collectives that synchronise counts, layouts, bytes and errors of an FSEP group's ranks.
 
-What these mean is decided elsewhere; expert weights are exchanged in `exchange.py`.
+Their meaning is decided elsewhere; expert weights are exchanged in `exchange.py`.
 
 Legend: N ranks, E experts, S slots, L MoE layers.
 """
@@ -25,14 +25,12 @@ from megatron_laer.support import RefusedError
 
 
 class LayoutMismatchError(RuntimeError):
-    """Ranks of an FSEP group hold or chose different layouts for the same layer."""
+    """Different layouts for the same layer on ranks of an FSEP group."""
 
 
 @dataclass(frozen=True)
 class LayoutTag:
-    """Identifies in every exchange of counts the layout that all ranks must hold.
-
-    So a rank that holds another one is found before anything is sent.
+    """Identity of the layout that all ranks must have, sent with the counts to detect mismatches.
 
     Attributes:
         version: of the planned layouts.
@@ -43,24 +41,18 @@ class LayoutTag:
     digest: int
 
     def tensor(self, device: torch.device) -> torch.Tensor:
-        """Upload the tag as int64 [2]."""
         return upload(torch.tensor([self.version, self.digest], dtype=torch.int64), device)
 
 
 def decision_digest(layout: ExpertLayout, *, solved: bool) -> int:
-    """Return the digest of a decision: the layout that was chosen, and in the lowest bit `solved`.
-
-    Args:
-        solved: whether a fresh layout was made, also if it was not taken.
-    """
+    """Return the chosen layout's digest, with `solved`, even if not used, in the lowest bit."""
     return layout.digest & ~1 | solved
 
 
 class CountsExchange:
-    """Gathers every rank's tokens per expert, while the host may enqueue other work.
+    """Exchange of every rank's tokens per expert, while the host may enqueue other work.
 
-    With the counts go the tag of the planned layout and the digest of the rank's last decision, so
-    that one that decided otherwise is found here. Nothing follows a run's last decision.
+    The layout's tag and the digest of the last decision reveal ranks that decided differently.
     """
 
     def __init__(self, groups: FSEPGroups, device: torch.device) -> None:
@@ -73,16 +65,16 @@ class CountsExchange:
         """Start the exchange: one All-gather of N·(E + 3) integers and one copy to the host.
 
         Args:
-            tag_2: of the layout that is planned for this layer, see `LayoutTag.tensor`.
-            last_decision: of this rank, in whichever layer: see `decision_digest`; 0 before the
-                first.
+            tag_2: `LayoutTag.tensor` of the layout that is planned for this layer.
+            last_decision: `decision_digest` of this rank's last decision, in any layer; 0 before
+                the first.
 
         Returns:
             A function that waits for the copy, the layer's only synchronisation, and returns
-            counts_NE. If ranks differ in the tag or the last decision, it raises a
-            LayoutMismatchError on every rank of the group, naming those that differ.
+            counts_NE. It raises LayoutMismatchError on every rank of the group if tags or decisions
+            differ.
         """
-        # As an argument of a kernel the number needs no copy from the host.
+        # A kernel's argument needs no copy from the host.
         decision_1 = torch.full((1,), last_decision, dtype=torch.int64, device=counts_E.device)
         payload = torch.cat([counts_E.to(torch.int64), tag_2, decision_1])
         gathered = payload.new_empty(self._groups.size * payload.numel())
@@ -174,16 +166,9 @@ def broadcast_layouts(
     groups: FSEPGroups,
     device: torch.device,
 ) -> tuple[list[ExpertLayout] | None, PlannerStatus]:
-    """Broadcast the next layouts from the group's rank 0. One small collective.
+    """Broadcast rank 0's next layouts, one per layer or None, and its planner's status.
 
-    Args:
-        layouts: on rank 0, one per layer, or None for "nothing new"; ignored elsewhere.
-        status: of rank 0's planner; ignored elsewhere.
-        shape: (N, C, E).
-        num_layers: L, the layers of this rank.
-
-    Returns:
-        On every rank, what rank 0 passed.
+    One small collective; other ranks' layouts and status are ignored. `shape` is (N, C, E).
     """
     num_ranks, capacity, _ = shape
     slots_LS = np.zeros((num_layers, num_ranks * capacity), dtype=np.int16)
@@ -215,11 +200,6 @@ def gather_integers(values: torch.Tensor, groups: FSEPGroups, device: torch.devi
 
 
 def broadcast_bytes(data: bytes, groups: FSEPGroups, device: torch.device) -> bytes:
-    """Broadcast bytes from the group's rank 0; what other ranks pass is ignored.
-
-    Returns:
-        On every rank, what rank 0 passed.
-    """
     size = torch.tensor([len(data)], dtype=torch.int64, device=device)
     dist.broadcast(size, src=groups.planner_rank, group=groups.tokens)
     message = torch.empty(int(size.item()), dtype=torch.uint8, device=device)
@@ -231,7 +211,7 @@ def broadcast_bytes(data: bytes, groups: FSEPGroups, device: torch.device) -> by
 
 
 def raise_everywhere(problem: str | None) -> None:
-    """Raise on every rank of the world what went wrong on any. Collective over the world."""
+    """Raise any rank's problem on every rank of the world. Collective over the world."""
     problems: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(problems, problem)
     for rank, found in enumerate(problems):

@@ -1,7 +1,7 @@
-"""Copies between host and device. The host waits for none, except where it reads a download.
+"""Copies between host and device. The host waits only where it reads a download.
 
-Uploads run on the current stream. Another stream that reads the copy must come after it, and must
-tell the allocator (`read_here`). Downloads run on a stream of their own.
+Uploads run on the current stream. Another stream that reads the copy must be ordered after it, and
+inform the allocator (`read_here`). Downloads run on a stream of their own.
 """
 
 from __future__ import annotations
@@ -17,17 +17,14 @@ from megatron_laer.runtime.comm.streams import exchange_stream, has_streams
 
 
 def upload(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy a host tensor to the device on the current stream, without waiting for that stream.
-
-    A copy from memory that is not pinned would wait.
-    """
+    """Copy a host tensor on the current stream; only pinned memory avoids waiting for it."""
     if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def upload_arrays(arrays: Sequence[Int64], device: torch.device) -> list[torch.Tensor]:
-    """Copy arrays to the device at once, as `upload` does; they share one piece of memory."""
+    """Copy arrays to the device at once, as `upload` does, into shared memory."""
     packed = upload(torch.from_numpy(np.concatenate(arrays)), device)
     return list(packed.split([len(array) for array in arrays]))
 
@@ -35,31 +32,24 @@ def upload_arrays(arrays: Sequence[Int64], device: torch.device) -> list[torch.T
 def read_here(tensor: torch.Tensor) -> None:
     """Mark a tensor from another stream as read by the current one, for CUDA's allocator.
 
-    When the host lets go of the tensor, this stream may still have kernels in its queue that read
-    it: its memory is another's only after these. One call covers all that share the memory.
+    Its memory is not reused before this stream's kernels have read it. One call covers all tensors
+    that share the memory.
     """
     if tensor.device.type == "cuda":
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class Download:
-    """Copies tensors of one shape to the host, on a stream of its own beside the compute.
-
-    They go to the same pinned memory, so each is read before the next copy starts.
-    """
+    """Copies to one pinned buffer on a separate stream, each read before the next starts."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = exchange_stream(device) if has_streams(device) else None
         self._pinned: torch.Tensor | None = None
-        # Of the copy that was not read yet; the tensor must live as long.
+        # Event and tensor of the pending copy; the tensor must live as long.
         self._latest: tuple[torch.cuda.Event, torch.Tensor] | None = None
 
     def start(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Enqueue a copy behind what the current stream holds so far; the host does not wait.
-
-        Returns:
-            A function that waits until the copy is there, and returns what was copied.
-        """
+        """Enqueue a copy behind the current stream's work; return a function that waits for it."""
         if self._stream is None:
             return lambda: tensor
         if self._pinned is None:

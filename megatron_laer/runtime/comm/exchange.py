@@ -1,12 +1,12 @@
-"""The hierarchical exchange restores experts and reduces their gradients, node by node.
+"""Hierarchical exchange: restores of experts and reduces of their gradients, node by node.
 
 `node_exchange` has one stage between nodes and one inside a node; a weight crosses nodes once for
-each distinct expert of a node. `flat_exchange` takes the whole group for one node, so that only the
-stage inside it is left: one All-to-All each. Both move the same values. The data path of one matrix
-is in `restore.py` and `reduce.py`.
+each distinct expert of a node. `flat_exchange` treats the group as one node, with a single
+All-to-All each. Both move the same values. `restore.py` and `reduce.py` have the data path of one
+matrix.
 
-Legend: N ranks, E experts, C slots per rank; G ranks per node; R rows of a matrix, r rows of the
-slice that one rank holds, K columns.
+Legend: N ranks, E experts, C slots per rank, G ranks per node. R rows of a matrix, r rows of one
+rank's slice, K columns.
 """
 
 from __future__ import annotations
@@ -34,10 +34,7 @@ from megatron_laer.runtime.comm.stages import DataPath, ExchangeCount, Stage, St
 
 @dataclass(frozen=True)
 class ReusableWeights:
-    """A restored matrix that may be updated in place, and the layout it was restored under.
-
-    Its slices must not have changed since: not across an optimizer step.
-    """
+    """Restored matrix and its layout, to update in place until the optimizer changes the slices."""
 
     index: LayoutIndex
     matrix_CRK: torch.Tensor
@@ -46,17 +43,16 @@ class ReusableWeights:
 class HierarchicalExchange:
     """Restores and reduces, collective over the FSEP group: all ranks call in the same order.
 
-    A restore fetches, from the rank of the same local rank on every node, the rows that those ranks
-    hold of each distinct expert that this node needs (the inter-node stage); then the ranks of a
-    node send each other those rows for their slots (the intra-node stage). A reduce goes the other
-    way, and sums before and after the inter-node stage.
+    A restore's inter-node stage fetches rows of each distinct expert that this node needs, from the
+    peers of the same local rank. In its intra-node stage, the ranks of a node exchange those rows
+    for their slots. A reduce goes the other way, and sums before and after the inter-node stage.
 
     Restores share a communicator and a workspace, reduces another of each. So one restore and one
     reduce may be in flight at once, from two threads or two streams, but no two restores.
 
     Args:
         node_size: G, ranks per node; it divides N.
-        grad_wire_dtype: of gradients between nodes, whatever a reduce says.
+        grad_wire_dtype: of gradients between nodes; overrides a reduce's.
     """
 
     def __init__(
@@ -76,19 +72,14 @@ class HierarchicalExchange:
         self._grad_wire_dtype = grad_wire_dtype
 
     def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
-        """Build the index tensors that restores of this layout need, unless they are there.
+        """Build the index tensors that restores of this layout need, unless they exist.
 
-        Restores would do it themselves, but on CUDA their stream is not the only one that reads
-        the tensors: so this must be called before a restore is submitted, on the stream that
-        submits it.
-
-        Args:
-            before: the layout of weights that will be reused.
+        Call it before a restore, on the stream that submits it, since other CUDA streams read them
+        too.
         """
         self._restore_index(index, before)
 
     def prepare_reduce(self, index: LayoutIndex) -> None:
-        """Build the index tensors that reduces of this layout need, as `prepare_restore` does."""
         self._reduce_index(index)
 
     @torch.no_grad()
@@ -105,17 +96,14 @@ class HierarchicalExchange:
 
         Args:
             slice_ErK: this rank's rows of every expert.
-            index: the layout to restore.
             rows: R, rows of the whole matrix.
-            reuse: what was restored under another layout. Only slots whose expert differs are
-                restored, into this very tensor; between nodes move only experts that the receiving
-                node did not have. If no slot of any rank differs, there is no collective. All ranks
-                must reuse the same layout.
-            out: where to restore to, contiguous [C, R, K]; a new tensor without it. Not with
-                `reuse`.
+            reuse: weights of another layout, the same one on all ranks. Only slots with another
+                expert are restored, in place; only experts new to a node cross nodes. If no slot of
+                any rank differs, there is no collective.
+            out: contiguous [C, R, K] to restore to, instead of a new tensor; not with `reuse`.
 
         Returns:
-            [C, R, K], expert `slots[c]` of this rank at c; `out` or the reused tensor if given.
+            [C, R, K], the expert of this rank's slot c at c; `out` or the reused tensor if given.
         """
         assert reuse is None or out is None, "reused weights are updated in place"
         columns = slice_ErK.shape[2]
@@ -149,15 +137,13 @@ class HierarchicalExchange:
         rounded once, to the dtype of the result.
 
         Args:
-            grad_CRK: gradients of this rank's restored experts; left as they are.
-            index: the layout they were restored with.
-            wire_dtype: of sums that cross nodes, unless the exchange was made for one; the
-                gradient's own without either.
-            add_to: what the sums are added to, contiguous [E, r, K] of any float dtype: a main
-                gradient.
+            grad_CRK: gradients of this rank's restored experts, not modified.
+            wire_dtype: of sums that cross nodes, unless set for the exchange; default: the
+                gradient's.
+            add_to: main gradient to add the sums to, contiguous [E, r, K] of any float dtype.
 
         Returns:
-            `add_to`; without it, a new [E, r, K] in the gradient's dtype, as autograd demands.
+            `add_to`, or a new [E, r, K] in the gradient's dtype, as autograd demands.
         """
         grad_CRK = grad_CRK.contiguous()
         _, rows, columns = grad_CRK.shape
@@ -200,10 +186,10 @@ class HierarchicalExchange:
 
 
 def flat_exchange(groups: FSEPGroups) -> HierarchicalExchange:
-    """Make the exchange that runs one All-to-All over the whole group.
+    """Create the exchange that runs one All-to-All over the whole group.
 
-    A restore receives C·R·K elements of which C·(R - r)·K come from other ranks; a reduce sends as
-    many. Neither depends on the layout.
+    A restore receives C·(R - r)·K elements from other ranks under any layout; a reduce sends as
+    many.
     """
     first = groups.rank - groups.rank % groups.node_size
     same_machine = slice(first, first + groups.node_size)
@@ -220,16 +206,18 @@ def flat_exchange(groups: FSEPGroups) -> HierarchicalExchange:
 def node_exchange(
     groups: FSEPGroups, grad_wire_dtype: torch.dtype | None = None
 ) -> HierarchicalExchange:
-    """Make the exchange that crosses nodes once for each distinct expert of a node.
+    """Create the exchange that crosses nodes once for each distinct expert of a node.
 
-    Restores equal those of `flat_exchange` bit for bit. Reduces add up the same replicas with other
-    roundings: |node - flat| <= (u_wire + 2·u_grad + 2·n·2**-24)·Σ|replica|, where n is the number
-    of replicas and u = 2**-8 for bfloat16, 2**-11 for float16; u_wire and u_grad are 0 for float32,
-    whose roundings are in the last term. With float16 add n·2**-24 for what is too small for it.
+    Restores equal those of `flat_exchange` bit for bit. Reduces sum the same n replicas with other
+    roundings:
+
+        |node - flat| <= (u_wire + 2·u_grad + 2·n·2**-24)·Σ|replica|
+
+    Here u = 2**-8 for bfloat16, 2**-11 for float16, and 0 for float32, whose roundings are in the
+    last term. Float16 adds n·2**-24 for underflow.
 
     Args:
-        grad_wire_dtype: of gradients between nodes, whatever a reduce says. Inside a node they keep
-            their own.
+        grad_wire_dtype: of gradients between nodes only; overrides a reduce's.
     """
     return HierarchicalExchange(
         groups,
@@ -247,7 +235,7 @@ def node_exchange(
 def _node_stages(
     groups: FSEPGroups, whole: Group, inter_node: Group | None, intra_node: Group | None
 ) -> Stages:
-    """Make the stages of nodes; one of them is left out where nodes hold one rank, or all."""
+    """Create the stages of nodes; one is omitted where nodes have a single rank or all ranks."""
     node, local_rank = divmod(groups.rank, groups.node_size)
     if groups.size == 1:
         return Stages(None, None)

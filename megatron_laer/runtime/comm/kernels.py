@@ -1,12 +1,12 @@
-"""Triton kernels that copy and sum rows of matrices, for CUDA; `rows` has the torch of each.
+"""Triton kernels that copy and sum rows of matrices; `rows` has the torch code of each.
 
 Every result has one writer, so nothing is atomic and bits never depend on timing. A rank's rows
-follow from its number as in `sharding.row_bounds`, so a kernel needs no table of them, and takes
-even and uneven rows alike. Programs of axis 0 share the elements of one contiguous run, which has
-at most ⌈R/N⌉·K of them; where runs begin is computed in 64 bits. Numbers that change with layouts
-are not specialised, so that none is compiled while training goes on.
+follow from its number as in `sharding.row_bounds`. So kernels need no table of them, even or
+uneven. Programs of axis 0 share the elements of one contiguous run of at most ⌈R/N⌉·K; its start is
+computed in 64 bits. Numbers that change with layouts are not specialised, so that no kernel is
+compiled during training.
 
-Legend: N ranks, G ranks per node, M nodes; D targets; R rows of a matrix, r rows of a rank, P rows
+Legend: N ranks, G ranks per node, M nodes, D targets. R rows of a matrix, r rows of a rank, P rows
 of a local rank on all nodes together, K columns.
 """
 
@@ -32,7 +32,6 @@ def move_rows(
     *,
     packs: bool,
 ) -> None:
-    """Copy as `rows.pack_rows`, or as `rows.unpack_rows`."""
     slots, _, columns = whole_CRK.shape
     rows, ranks, node_size = _cut(blocks)
     if whole_CRK.numel():
@@ -59,7 +58,6 @@ def gather_rows(
     blocks: RowBlocks,
     local_rank: int,
 ) -> None:
-    """Gather as `rows.gather_rows`."""
     number, _, columns = target_nPK.shape
     if target_nPK.numel():
         _gather_rows[(_programs(blocks, columns, _BLOCK_MOVED), number, blocks.num_nodes)](
@@ -85,7 +83,6 @@ def sum_replicas(
     *,
     adds: bool = False,
 ) -> None:
-    """Sum as `rows.sum_replicas`."""
     columns = parts_nPK.shape[2]
     if out.numel():
         _sum_replicas[
@@ -106,12 +103,11 @@ def sum_replicas(
 
 
 def _cut(blocks: RowBlocks) -> tuple[int, int, int]:
-    """Return R, N and G, from which a kernel knows all rows."""
     return blocks.bounds_N1[-1], len(blocks.bounds_N1) - 1, blocks.node_size
 
 
 def _programs(blocks: RowBlocks, columns: int, block: int) -> int:
-    """Count the programs that a rank's rows need; axis 0 alone may have over 65535."""
+    """Return the programs that a rank's rows need; axis 0 alone may exceed 65535."""
     rows, ranks, _ = _cut(blocks)
     return -(-(-(-rows // ranks) * columns) // block)
 
@@ -172,7 +168,7 @@ def _gather_rows(
     NODES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Copy the rows that come from one node of one expert."""
+    """Copy one expert's rows that come from one node."""
     wanted = tl.program_id(1).to(tl.int64)
     node = tl.program_id(2)
     other = tl.arange(0, NODES)
@@ -205,7 +201,7 @@ def _sum_replicas(
     NODES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add up the replicas' rows that one node holds of one target."""
+    """Sum the replicas' rows that one node has of one target."""
     target = tl.program_id(1).to(tl.int64)
     node = tl.program_id(2)
     other = tl.arange(0, NODES)

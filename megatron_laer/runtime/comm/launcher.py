@@ -1,6 +1,6 @@
-"""These functions read a job's ranks from the variables of torchrun, Open MPI and Slurm.
+"""Ranks of a job, from the environment variables of torchrun, Open MPI and Slurm.
 
-They ask neither torch nor the machine. What follows for groups is decided in `process_groups.py`.
+`process_groups.py` derives groups from them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from collections.abc import Mapping
 
 from megatron_laer.files.checks import quoted
 
-# Ranks on this node; the first one that is set counts.
+# Ranks on this node; the first variable that is set counts.
 PER_NODE = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 # Tasks on every node, as `8(x2)`, and tasks of the whole Slurm step.
 SLURM_PER_NODE, SLURM_TASKS = "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NUM_TASKS"
 
 
 def check_ranks(environment: Mapping[str, str]) -> None:
-    """Refuse a RANK, LOCAL_RANK or WORLD_SIZE that Megatron could not use."""
+    """Raise ValueError for a RANK, LOCAL_RANK or WORLD_SIZE that Megatron could not use."""
     world = _number(environment, "WORLD_SIZE", 1)
     world = 1 if world is None else world  # Megatron's default
     for name in ("RANK", "LOCAL_RANK"):
@@ -30,12 +30,7 @@ def check_ranks(environment: Mapping[str, str]) -> None:
 
 
 def told_ranks_per_node(environment: Mapping[str, str], world_size: int) -> tuple[str, int] | None:
-    """Find the variable that gives the ranks per node, and their number; None if none is set.
-
-    Args:
-        environment: the process's variables.
-        world_size: ranks of the world.
-    """
+    """Return the variable that gives the ranks per node, and their number; None if none is set."""
     for name in PER_NODE:
         ranks = _number(environment, name, 1)
         if ranks is None:
@@ -45,8 +40,8 @@ def told_ranks_per_node(environment: Mapping[str, str], world_size: int) -> tupl
                 f"{name}={ranks}: more ranks on a node than the {world_size} of the job; {_WAY_OUT}"
             )
         return name, ranks
-    # Slurm's variables count tasks. A task is a rank only where there are as many tasks as ranks;
-    # otherwise tasks are launchers that start several ranks.
+    # Slurm counts tasks. Tasks are ranks only if their numbers agree; otherwise they are launchers
+    # that start several ranks.
     by_node = environment.get(SLURM_PER_NODE)
     if by_node is None or environment.get(SLURM_TASKS) != str(world_size):
         return None
@@ -71,15 +66,13 @@ def ranks_per_node(
     """Return the ranks of the world on each node; without a launcher, all ranks are on one node.
 
     Args:
-        environment: the process's variables.
-        world_size: ranks of the world.
         devices: GPUs that this rank sees.
         on_cuda: whether each rank trains on a GPU.
     """
     told = told_ranks_per_node(environment, world_size)
     if told is not None:
         return told[1]
-    # Where each rank sees one GPU, their number says nothing.
+    # One visible GPU per rank gives no information.
     if on_cuda and world_size > devices > 1:
         names = ", ".join((*PER_NODE, SLURM_PER_NODE))
         raise ValueError(
@@ -93,11 +86,10 @@ _WAY_OUT = "launchers set it: start the ranks with torchrun, mpirun or srun, or 
 
 
 def _number(environment: Mapping[str, str], name: str, least: int) -> int | None:
-    """Read a variable as an integer; None where it is not set."""
     value = environment.get(name)
     if value is None:
         return None
-    # Not int(): that takes blanks, underscores and digits of other scripts too.
+    # Not int(), which accepts blanks, underscores and digits of other scripts.
     if not re.fullmatch(r"[0-9]{1,9}", value) or int(value) < least:
         raise ValueError(f"{name}={quoted(value)}: must be an integer from {least}; {_WAY_OUT}")
     return int(value)

@@ -1,4 +1,4 @@
-"""A `LayoutIndex` is a layout together with all index tensors that it needs on the device.
+"""Layout together with all its index tensors on the device.
 
 There is no cache: the tensors live as long as their `LayoutIndex`. A layer holds that of the layout
 in force, a microbatch its own until its backward is done.
@@ -21,15 +21,11 @@ from megatron_laer.runtime.comm.restore import RestoreIndex, restore_index
 
 @dataclass(frozen=True, eq=False)
 class LayoutIndex:
-    """One layout on one device.
-
-    Attributes:
-        slot_expert_S: int64, the expert in each slot.
-    """
+    """One layout on one device, with `slot_expert_S`, int64, the expert in each slot."""
 
     layout: ExpertLayout
     slot_expert_S: torch.Tensor
-    # By what they were built for.
+    # By the arguments that they were built for.
     _restores: dict[tuple[ExpertLayout | None, int, int], RestoreIndex] = field(
         default_factory=dict
     )
@@ -37,18 +33,15 @@ class LayoutIndex:
 
     @property
     def device(self) -> torch.device:
-        """Return the device that the index tensors live on."""
         return self.slot_expert_S.device
 
     def for_restore(self, before: ExpertLayout | None, node_size: int, rank: int) -> RestoreIndex:
-        """Return what a restore looks up, built at the first call: see `restore_index`."""
         key = before, node_size, rank
         if key not in self._restores:
             self._restores[key] = restore_index(before, self.layout, node_size, rank, self.device)
         return self._restores[key]
 
     def for_reduce(self, node_size: int, rank: int) -> ReduceIndex:
-        """Return what a reduce looks up, built at the first call: see `reduce_index`."""
         key = node_size, rank
         if key not in self._reduces:
             self._reduces[key] = reduce_index(self.layout, node_size, rank, self.device)
@@ -56,6 +49,5 @@ class LayoutIndex:
 
 
 def layout_index(layout: ExpertLayout, device: torch.device) -> LayoutIndex:
-    """Upload the slot map of `layout` to `device`; the rest follows when it is asked for."""
     (slot_expert_S,) = upload_arrays([layout.slot_expert_S.astype(np.int64)], device)
     return LayoutIndex(layout, slot_expert_S)

@@ -1,12 +1,11 @@
-"""`FSEPGroups` holds the communicators over Megatron's expert-parallel group and over its nodes.
+"""Communicators over Megatron's expert-parallel group and over its nodes.
 
-It does not decide what is exchanged (`exchange.py`) or when (`scheduler.py`).
+`exchange.py` decides what is exchanged, and `scheduler.py` when.
 
-The FSEP group is Megatron's expert-parallel group, because DDP, the optimizer, the gradient norm
-and checkpoints already treat parameters of that group as distinct per rank. Parameters and
-gradients get communicators of their own over the same ranks, and over the sub-groups of nodes: two
-exchanges on one communicator run one after the other, so a restore would delay the token All-to-All
-it should hide behind.
+The FSEP group is Megatron's expert-parallel group: DDP, the optimizer, the gradient norm and
+checkpoints already treat that group's parameters as distinct per rank. Parameters and gradients
+have communicators of their own over the same ranks and over the nodes' sub-groups. Two exchanges on
+one communicator are serialised, so a restore would delay the token All-to-All that should hide it.
 """
 
 from __future__ import annotations
@@ -27,18 +26,16 @@ Group = dist.ProcessGroup
 class FSEPGroups:
     """Communicators of one FSEP group of N ranks, G of them per node.
 
+    Groups of nodes are None if nodes have one rank or all ranks of the group.
+
     Attributes:
         tokens: Megatron's expert-parallel group; token All-to-All and the exchange of counts.
-        tokens_intra_node, tokens_inter_node: like those of parameters, for the two stages of a
-            token exchange through nodes; None also where there is no such exchange.
-        parameters: same ranks, for restores.
-        gradients: same ranks, for gradient exchanges.
+        tokens_intra_node, tokens_inter_node: for a token exchange in two stages; else None.
+        parameters, gradients: same ranks, for restores and for reduces.
         parameters_intra_node, gradients_intra_node: the ranks of this rank's node within the group.
-            None, like those between nodes, where nodes hold one rank or the whole group: then these
-            groups would hold one rank, or the same ranks as `parameters`.
         parameters_inter_node, gradients_inter_node: the ranks with this rank's local rank, one on
             every node.
-        index: which of the world's FSEP groups this is (one per pipeline stage and replica).
+        index: number of this FSEP group in the world (one per pipeline stage and replica).
     """
 
     tokens: Group
@@ -56,12 +53,10 @@ class FSEPGroups:
 
     @property
     def size(self) -> int:
-        """Return N, the number of ranks in the group."""
         return len(self.ranks)
 
     @property
     def rank(self) -> int:
-        """Return this rank's position in the group, 0..N-1."""
         return dist.get_rank(self.tokens)
 
     @property
@@ -70,7 +65,6 @@ class FSEPGroups:
         return self.ranks[0]
 
     def extra(self) -> tuple[Group, ...]:
-        """Return all groups that were made here (Megatron owns `tokens`)."""
         groups = (
             self.tokens_intra_node,
             self.tokens_inter_node,
@@ -84,7 +78,6 @@ class FSEPGroups:
         return tuple(group for group in groups if group is not None)
 
     def destroy(self) -> None:
-        """Destroy the communicators made here, unless torch's distributed state is gone already."""
         if dist.is_initialized():
             for group in self.extra():
                 dist.destroy_process_group(group)
@@ -105,7 +98,6 @@ def detect_node_size(ranks: Sequence[int], local_world_size: int) -> int:
 
 
 def ranks_per_node() -> int:
-    """Ask the launcher for the ranks of the world on each node: see `launcher.ranks_per_node`."""
     return launcher.ranks_per_node(
         os.environ,
         dist.get_world_size(),
@@ -121,26 +113,25 @@ def create_groups(
     *,
     tokens_through_nodes: bool = False,
 ) -> FSEPGroups:
-    """Make the FSEP communicators. Collective: every rank of the world must call it.
+    """Create the FSEP communicators. Collective: every rank of the world must call it.
 
     Args:
         expert_group: Megatron's expert-parallel group of this rank.
-        node_size: G, or None to take it from `ranks_per_node`.
-        create_group: called with ranks and `group_desc`; goes through Megatron's
-            `parallel_state.create_group`, which keeps the list of groups whose time-outs Megatron
-            changes after start-up.
+        node_size: G, or None for `ranks_per_node`.
+        create_group: Megatron's `parallel_state.create_group`, which lists groups so that Megatron
+            can change their time-outs after start-up.
         tokens_through_nodes: whether tokens may be exchanged in two stages.
 
     Raises:
-        ValueError: a node size that does not divide N, or that is not known, or ranks that were
-            told differently. On every rank.
+        ValueError: the node size is unknown, does not divide N, or differs between ranks. On every
+            rank.
     """
     mine = tuple(dist.get_process_group_ranks(expert_group))
     sizes = _node_sizes(mine, node_size, tokens_through_nodes)
 
-    # new_group is collective: every rank creates every group, in the same order. It waits for
-    # nobody, and with local synchronisation ranks would count groups, and so name the next one of
-    # the world, differently (docs/communication.md).
+    # new_group is collective: every rank creates every group, in the same order. It does not wait.
+    # With local synchronisation, ranks would count groups differently, and so name the world's next
+    # one differently (docs/communication.md).
     made: dict[str, Group] = {}
 
     def make(kind: str, ranks: Sequence[int]) -> None:
@@ -180,7 +171,7 @@ def _node_sizes(
 ) -> dict[tuple[int, ...], int]:
     """Agree on the ranks of every FSEP group of the world and its ranks per node, in order.
 
-    Every rank checks every group, so that all of them raise and none waits for the others.
+    Every rank checks every group, so that all ranks raise and none hangs.
     """
     per_node: int | str = 0
     if node_size is None:
@@ -193,7 +184,7 @@ def _node_sizes(
     gathered = [((), 0, {})] * dist.get_world_size()
     dist.all_gather_object(gathered, (mine, per_node, settings))
 
-    # Ranks that make other groups than the others wait for these for ever.
+    # Ranks that create different groups would wait for the others forever.
     for name in settings:
         values = sorted({str(of_rank[name]) for _, _, of_rank in gathered})
         if len(values) > 1:

@@ -2,9 +2,9 @@
 
 `reduce_matrix` sums the gradients of a matrix's replicas into the slices of their experts.
 
-Legend: N ranks, E experts, C slots per rank, S slots of all ranks; G ranks per node, M = N/G nodes,
-D distinct experts of a node, n slots of a node; R rows of a matrix, r rows of the slice that one
-rank holds, P rows that one local rank holds on all nodes together, K columns.
+Legend: N ranks, E experts, C slots per rank, S slots of all ranks, G ranks per node, M = N/G nodes.
+D distinct experts of a node, n slots of a node. R rows of a matrix, r rows of one rank's slice, P
+rows of one local rank on all nodes together, K columns.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class ReduceIndex:
 
     Attributes:
         distinct_M: distinct experts of each node; empty with one node.
-        intra_node: sums the node's slots into its D distinct experts, or into all E experts where
-            there is but one node; in slot order.
-        inter_node: sums what the nodes send, `distinct_M` each, into all E experts; in node order.
-            None with one node. It shares the device's memory with `intra_node`.
+        intra_node: sums the node's slots, in slot order, into its D distinct experts; into all E
+            experts with one node.
+        inter_node: sums the nodes' sums, `distinct_M` each, into all E experts, in node order; None
+            with one node. It shares device memory with `intra_node`.
     """
 
     distinct_M: list[int]
@@ -44,7 +44,6 @@ class ReduceIndex:
 def reduce_index(
     layout: ExpertLayout, node_size: int, rank: int, device: torch.device
 ) -> ReduceIndex:
-    """Index the sums of a layout as this rank computes them."""
     expert_S = layout.slot_expert_S.astype(np.int64)
     if layout.num_ranks == node_size:
         (sums,) = _replica_sums([expert_S], device)
@@ -66,7 +65,6 @@ def reduce_index(
 
 
 def _replica_sums(targets: Sequence[Int64], device: torch.device) -> list[ReplicaSums]:
-    """List the sums by the target of each part, and upload them at once."""
     arrays = [_csr(target_of_part) for target_of_part in targets]
     return [
         ReplicaSums(int(csr[0]) - 1, csr, uploaded)
@@ -90,11 +88,7 @@ def reduce_matrix(
     *,
     adds: bool,
 ) -> None:
-    """Reduce the gradients of this rank's slots, and all others', into or onto `out_ErK`.
-
-    Args:
-        wire_dtype: of sums that cross nodes.
-    """
+    """Reduce all ranks' gradients into or onto `out_ErK`; sums cross nodes in `wire_dtype`."""
     parts, sums = grad_CRK, index.intra_node
     if path.stages.intra_node is not None:
         parts = _collect(path, path.stages.intra_node, grad_CRK)
@@ -128,11 +122,7 @@ def _sum_and_send(
     parts_nPK: torch.Tensor,
     wire_dtype: torch.dtype,
 ) -> torch.Tensor:
-    """Sum the node's replicas and send the sums.
-
-    Returns:
-        This rank's rows of all nodes' sums, [D, r, K] node by node.
-    """
+    """Sum the node's replicas and exchange the sums: this rank's rows, [D, r, K] node by node."""
     _, rows, columns = parts_nPK.shape
     distinct_M, rows_M = index.distinct_M, path.blocks.rows_GM[path.local_rank]
     distinct, own_rows = distinct_M[path.node], rows_M[path.node]

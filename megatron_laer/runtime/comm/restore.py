@@ -1,7 +1,7 @@
-"""Restores of one matrix: which rows a rank sends, receives and copies, and their data path.
+"""Restores of one matrix: the rows that a rank sends, receives and copies, and their data path.
 
-Every rank knows both layouts, so each works out its own `RestoreIndex`, and those of all ranks fit
-together. `restore_matrix` fetches rows of experts and lays out whole experts in slots.
+Every rank knows both layouts and computes its own `RestoreIndex`, consistent with the others'.
+`restore_matrix` fetches rows of experts and lays out whole experts in slots.
 
 Worked example, on 4 ranks, 2 nodes, 2 slots per rank. Two slots change, both on node 0:
 
@@ -9,10 +9,10 @@ Worked example, on 4 ranks, 2 nodes, 2 slots per rank. Two slots change, both on
     before        0 1      0 2      3 0      3 2
     after         3 1      1 2      3 0      3 2
 
-Node 0 needs experts 3 and 1. None of its slots had 3, so each of its ranks fetches rows of 3 from
-the other node; slot 1 of rank 0 had 1, so rank 0 shares it with its node. On rank 0:
+Node 0 needs experts 3 and 1. None of its slots had 3, so its ranks fetch rows of 3 from the other
+node. Slot 1 of rank 0 had 1, so rank 0 shares it with its node. On rank 0:
 
-    sent_experts [3]              what a rank sends: 3 to node 0 ...
+    sent_experts [3]              expert 3 goes to node 0 ...
     fetched_M    [1, 0]           ... that is one expert to node 0, none to node 1
     shared_slots [1]              its slot 1 has an expert that the node needs
     shared_G     [1, 0]           rank 0 of the node shares one expert, rank 1 none
@@ -20,10 +20,9 @@ the other node; slot 1 of rank 0 had 1, so rank 0 shares it with its node. On ra
     restored_G   [1, 1]           each rank of the node has one slot to restore
     runs         [(0, slot 0)]    the first of rank 0's slots to restore is slot 0
 
-Legend: N ranks, E experts, C slots per rank, S = N·C slots; G ranks per node, M = N/G nodes, n
-slots of a node to restore, D distinct experts that arrive at a node for them; R rows of a matrix,
-r rows of the slice that one rank holds, P rows that one local rank holds on all nodes together, K
-columns.
+Legend: N ranks, E experts, C slots per rank, S = N·C slots, G ranks per node, M = N/G nodes. n
+slots of a node to restore, D distinct experts that arrive at a node for them. R rows of a matrix, r
+rows of one rank's slice, P rows of one local rank on all nodes together, K columns.
 """
 
 from __future__ import annotations
@@ -55,15 +54,13 @@ class RestoreIndex:
 
     Attributes:
         has_work: whether any rank of the group has a slot to restore.
-        sent_experts: the experts that node 0, node 1, … fetch: this rank sends its rows of them to
-            the rank of the same local rank on each node.
-        fetched_M: how many experts each node fetches.
-        shared_slots: this rank's slots whose expert it shares with its node, from the weights
-            restored under the layout before.
-        shared_G: how many experts each rank of this node shares.
-        position_n: for each slot to restore on this node, rank by rank, the position of its expert
-            among the D that arrive: those fetched, then those shared. With one node, where nothing
-            has to arrive, the expert itself.
+        sent_experts: experts that node 0, node 1, … fetch, by way of their ranks of this local
+            rank.
+        fetched_M: number of experts that each node fetches.
+        shared_slots: this rank's slots whose experts, restored before, it shares with its node.
+        shared_G: number of experts that each rank of this node shares.
+        position_n: for each slot to restore on this node, by rank, its expert's position among the
+            D that arrive: fetched ones first, then shared ones. With one node, the expert itself.
         restored_G: slots to restore on each rank of this node.
         runs: this rank's slots to restore.
     """
@@ -85,7 +82,7 @@ def restore_index(
     rank: int,
     device: torch.device,
 ) -> RestoreIndex:
-    """Index the slots of `after` whose expert differs from `before`, or all slots without one."""
+    """Index the slots of `after` whose expert differs from `before`; all slots if that is None."""
     num_ranks, capacity = after.num_ranks, after.capacity
     node, local_rank = divmod(rank, node_size)
     if before is None:
@@ -113,11 +110,7 @@ def restore_index(
 
 @dataclass(frozen=True, eq=False)
 class _Arrivals:
-    """Ways of experts to the nodes that need them; `RestoreIndex` has the first four too.
-
-    Attributes:
-        expert_D: the experts that arrive at this rank's node, fetched ones first.
-    """
+    """Routes of experts to nodes; `expert_D` arrive at this rank's node, fetched ones first."""
 
     sent_experts: Int64
     fetched_M: list[int]
@@ -161,7 +154,6 @@ def _arrivals(
 
 
 def _runs(slots: Int64) -> list[Run]:
-    """Group ascending slots into runs of neighbours."""
     runs, first = [], 0
     for run in np.split(slots, np.flatnonzero(np.diff(slots) > 1) + 1):
         if len(run):
@@ -173,7 +165,7 @@ def _runs(slots: Int64) -> list[Run]:
 def restore_matrix(
     index: RestoreIndex, path: DataPath, slice_ErK: torch.Tensor, out_CRK: torch.Tensor
 ) -> None:
-    """Restore the slots of the index into `out_CRK`, whose other slots are right already."""
+    """Restore the slots of the index into `out_CRK`, whose other slots are already right."""
     # Without an inter-node stage, the ranks of the node hold all rows of every expert.
     arrived = slice_ErK
     if path.stages.inter_node is not None:
@@ -192,11 +184,9 @@ def _fetch(
     slice_ErK: torch.Tensor,
     before_CRK: torch.Tensor,
 ) -> torch.Tensor:
-    """Fetch this local rank's rows of the experts that the node needs.
+    """Fetch this local rank's rows of the experts that the node needs, flat.
 
-    Returns:
-        Flat: experts fetched, [D, r, K] node by node, then those that ranks of this node shared,
-        [D, P, K].
+    They are [D, r, K] node by node, then those shared by this node, [D, P, K].
     """
     rows_M = path.blocks.rows_GM[path.local_rank]
     _, own_rows, columns = slice_ErK.shape
@@ -221,7 +211,7 @@ def _fetch(
 def _share(
     index: RestoreIndex, path: DataPath, before_CRK: torch.Tensor, received: torch.Tensor
 ) -> None:
-    """Exchange, inside the node, rows of experts that its ranks have whole from before."""
+    """Exchange, inside the node, rows of experts that its ranks hold from before."""
     stage, slots = path.stages.intra_node, index.shared_slots
     _, rows, columns = before_CRK.shape
     send = received
@@ -241,7 +231,7 @@ def _share(
 def _spread(
     index: RestoreIndex, path: DataPath, stage: Stage, arrived: torch.Tensor, out_CRK: torch.Tensor
 ) -> None:
-    """Send this local rank's rows to the slots of the node; receive whole experts for mine."""
+    """Send this local rank's rows to the slots of the node, and receive its own whole experts."""
     restored_G, rows_G = index.restored_G, path.blocks.rows_G
     total, num_restored = sum(restored_G), restored_G[path.local_rank]
     if total == 0:  # known to every rank of the node
@@ -264,12 +254,7 @@ def _gather(
     first: int,
     target_nPK: torch.Tensor,
 ) -> None:
-    """Gather this local rank's rows of the experts of some of the node's slots to restore.
-
-    Args:
-        arrived: the result of `_fetch`; with one node, the slices of all experts.
-        first: the target's first slot among those to restore.
-    """
+    """Gather this local rank's rows for the target's slots, `first` and following."""
     position_n = index.position_n[first : first + len(target_nPK)]
     if path.blocks.num_nodes == 1:
         torch.index_select(arrived, 0, position_n, out=target_nPK)

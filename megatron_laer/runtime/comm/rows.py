@@ -1,8 +1,8 @@
 """Copies and sums of matrix rows: Triton kernels on CUDA, torch elsewhere.
 
-The kernels of `kernels.py` are compared with the torch code here.
+The torch code is the reference for `kernels.py`.
 
-Legend: G ranks per node, M nodes, C slots, D distinct experts of a node, n slots of a node; R rows
+Legend: G ranks per node, M nodes, C slots, D distinct experts of a node, n slots of a node. R rows
 of a matrix, r rows of a rank, P rows of a local rank on all nodes together, K columns.
 """
 
@@ -31,14 +31,13 @@ def kernels_of(package: str, device: torch.device) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class ReplicaSums:
-    """Parts of each sum, in the order of addition.
+    """Parts of each sum, at least one, in the order of addition.
 
-    Every target has at least one. No target is written by two, so sums need no atomics and have the
-    same bits every time.
+    Each target has one writer, so sums need no atomics and have the same bits every time.
 
     Attributes:
-        num_targets: how many sums there are.
-        csr: from place `csr[d]` to before `csr[d + 1]` are, in `csr` itself, the parts of sum d.
+        num_targets: number of sums.
+        csr: the parts of sum d are `csr[csr[d] : csr[d + 1]]`.
         uploaded: the same on the device.
     """
 
@@ -54,12 +53,11 @@ def pack_rows(
     first: int,
     capacity: int,
 ) -> None:
-    """Copy whole matrices to where their rows are sent from, local rank by local rank.
+    """Copy whole matrices to a send buffer, local rank by local rank.
 
     Args:
-        whole_CRK: of some slots, contiguous.
+        whole_CRK: of slots `first`, `first` + 1, …, contiguous.
         by_local_rank: flat; for each local rank, [capacity, P, K].
-        first: which of the `capacity` slots is the first of `whole_CRK`.
     """
     if (kernels := _kernels(whole_CRK)) is not None:
         kernels.move_rows(whole_CRK, by_local_rank, blocks, first, capacity, packs=True)
@@ -96,7 +94,7 @@ def gather_rows(
 
     Args:
         arrived: flat; experts fetched, [D, r, K] node by node, then shared ones, [D, P, K].
-        position_n: of each expert wanted, its place among those fetched, then shared.
+        position_n: each wanted expert's position among those fetched, then shared.
     """
     if (kernels := _kernels(arrived)) is not None:
         kernels.gather_rows(arrived, position_n, num_fetched, target_nPK, blocks, local_rank)
@@ -128,7 +126,7 @@ def sum_replicas(
     Args:
         parts_nPK: contiguous; replicas' rows of one local rank.
         out: contiguous, of any float dtype; [D, r, K] node by node.
-        adds: whether the sums are added to what is in `out`.
+        adds: whether to add the sums to `out`.
     """
     if (kernels := _kernels(parts_nPK)) is not None:
         kernels.sum_replicas(parts_nPK, sums, out, blocks, local_rank, adds=adds)

@@ -14,12 +14,7 @@ from megatron_laer.runtime.comm.buffers import MatrixBuffers
 
 @dataclass
 class ExchangeCount:
-    """Bytes that this rank received from others, for metrics and tests of the documented formulas.
-
-    Counted from the sizes that collectives are given. Restores, changes of what was restored,
-    reduces and backward passes are counted by their caller, since a layer restores several matrices
-    at once.
-    """
+    """Bytes that this rank received from others; callers count their restores and passes."""
 
     restores: int = 0
     changes: int = 0
@@ -34,12 +29,10 @@ class ExchangeCount:
 
     @property
     def restore_bytes(self) -> int:
-        """Return the bytes received by restores, over any link."""
         return self.restore_intra_bytes + self.restore_inter_bytes
 
     @property
     def reduce_bytes(self) -> int:
-        """Return the bytes received by reduces, over any link."""
         return self.reduce_intra_bytes + self.reduce_inter_bytes
 
     def add_restore(self, intra_bytes: int, inter_bytes: int) -> None:
@@ -55,11 +48,7 @@ class ExchangeCount:
 
 @dataclass(frozen=True)
 class Stage:
-    """A communicator, this rank's position in it, and its ranks on the same machine.
-
-    Attributes:
-        same_machine: the range of the group's ranks that are on this rank's machine.
-    """
+    """Communicator, this rank's position in it, and the range of its ranks on the same machine."""
 
     group: dist.ProcessGroup
     position: int
@@ -77,12 +66,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Stages:
-    """Stages of a restore or of a reduce; None for one that moves nothing.
-
-    Attributes:
-        inter_node: between the ranks of one local rank on all nodes.
-        intra_node: between the ranks of one node.
-    """
+    """Stages between peers on all nodes and inside a node; None for one that moves nothing."""
 
     inter_node: Stage | None
     intra_node: Stage | None
@@ -90,11 +74,7 @@ class Stages:
 
 @dataclass(frozen=True)
 class DataPath:
-    """Links, row blocks and buffers of one matrix's restore or reduce on this rank.
-
-    Attributes:
-        count: called with the bytes that each collective received, as `Stage.all_to_all` returns.
-    """
+    """Data path of one matrix on this rank; `count` is called after each `Stage.all_to_all`."""
 
     node: int
     local_rank: int

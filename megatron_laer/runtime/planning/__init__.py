@@ -1,1 +1,1 @@
-"""This package gets the layouts of a step on the planner rank, records them and saves its state."""
+"""Layouts of a step on the planner rank, their recording, and the planner's checkpoints."""

@@ -1,7 +1,7 @@
-"""`AnnouncedLayouts` solves layouts ahead, each for the announced counts of its microbatch.
+"""Layouts solved ahead, each for the announced counts of its microbatch.
 
-Every rank solves the same ones from the same counts, in a thread, in the order of their use:
-nothing is broadcast. After the gate, counts are only compared. Routers choose as ever.
+Every rank solves the same layouts from the same counts, in a thread, in the order of their use:
+nothing is broadcast. After the gate, counts are only compared. Routers are not affected.
 
 Legend: M microbatches of a step, L MoE layers of this rank, N ranks, E experts, T tokens, K top-k.
 """
@@ -27,10 +27,7 @@ from megatron_laer.runtime.planning.pass_layouts import LayerPass, PassLayouts, 
 
 
 class AnnouncedLayouts(PassLayouts):
-    """Decisions that were made ahead for announced counts, one for each pass.
-
-    The guard keeps a planned layout where the routing is not the announced one.
-    """
+    """Decisions made ahead for announced counts; the guard keeps their layouts on a mismatch."""
 
     misses: int
 
@@ -48,7 +45,7 @@ class AnnouncedLayouts(PassLayouts):
         self._given_MLE: torch.Tensor | None = None
         self._awaits_replay = False
         self._step: int | None = None
-        # By layer and microbatch of the step.
+        # Decisions by layer and microbatch of the step.
         self._decisions: dict[tuple[int, int], Future[Decision]] = {}
 
     def announce(self, counts_MLE: torch.Tensor, num_layers: int) -> None:
@@ -75,16 +72,16 @@ class AnnouncedLayouts(PassLayouts):
         """Exchange the ranks' announcements for this step, and start to solve. Collective.
 
         Args:
-            num_microbatches: of the step; without it, those that were announced.
+            num_microbatches: of the step; None for the announced number.
             replays: whether Megatron's router replay may announce each microbatch instead.
 
         Returns:
-            The number of microbatches, if it is known now.
+            The number of microbatches, if already known.
         """
         given_MLE, self._given_MLE = self._given_MLE, None
         self._step = step
         for decision in self._decisions.values():
-            decision.cancel()  # of microbatches that were announced, and not run
+            decision.cancel()  # announced, but not run
         self._decisions.clear()
         announced = torch.tensor([0 if given_MLE is None else len(given_MLE)])
         announced_N = gather_integers(announced, self.groups, self._device)[:, 0]
@@ -107,11 +104,11 @@ class AnnouncedLayouts(PassLayouts):
         return num_microbatches
 
     def known(self, passes: Sequence[LayerPass]) -> dict[int, ExpertLayout]:
-        """Return nothing: each microbatch has its own layout, and many are still being solved."""
+        """Return nothing: each microbatch has its own layout, perhaps not solved yet."""
         return {}
 
     def begin_forward(self, passes: Sequence[LayerPass], replayed: Replayed | None) -> None:
-        """Exchange the choices that routers are set to, if the step awaits it. Collective then."""
+        """Exchange the routers' replayed choices, if the step awaits them. Collective then."""
         if not self._awaits_replay:
             return
         num_experts = self.guard.geometry.num_experts
@@ -132,12 +129,11 @@ class AnnouncedLayouts(PassLayouts):
             self._solve_ahead(each.layer, each.microbatch, counts_NE)
 
     def layout_for(self, layer_pass: LayerPass) -> ExpertLayout:
-        """Return the layout that was solved ahead, waiting for it; outside of steps, as usual."""
+        """Wait for the layout that was solved ahead; outside of steps, return the one in force."""
         ahead = self._decided(layer_pass)
         return super().layout_for(layer_pass) if ahead is None else ahead.layout
 
     def decide(self, layer_pass: LayerPass, counts_NE: Int64, planned: ExpertLayout) -> Decision:
-        """Return the decision made ahead, or new quotas of its layout where the counts differ."""
         ahead = self._decided(layer_pass)
         if ahead is None:
             return super().decide(layer_pass, counts_NE, planned)
@@ -168,10 +164,7 @@ class AnnouncedLayouts(PassLayouts):
 
 
 def _counts(experts_LTK: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """Count the tokens of each layer's experts, in one call, for which a host waits on a GPU.
-
-    An expert that a token names twice gets it once, as Megatron sends it.
-    """
+    """Count the tokens of each layer's experts at once; a token counts once per expert."""
     num_layers = len(experts_LTK)
     layer_L = torch.arange(num_layers, device=experts_LTK.device)
     numbered = (experts_LTK + num_experts * layer_L[:, None, None]).sort(dim=-1).values

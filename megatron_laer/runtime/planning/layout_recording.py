@@ -1,15 +1,14 @@
-"""A layout recording is the file of JSON lines that `--fsep-record-layouts` writes per FSEP group.
+"""Layout recording: the file of JSON lines that `--fsep-record-layouts` writes per FSEP group.
 
-The first line says what the layouts were made for. Each further one holds a step at which layouts
-changed, and the new layout of every layer:
+The first line describes the run. Each further one has a step at which layouts changed, and the new
+layout of every layer:
 
     {"format":"megatron_laer-layouts","version":2,"num_ranks":N,"capacity":C,"num_experts":E,...,
      "layers":["layer 1",...],"crc":...}\\n
     {"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer],"crc":...}\\n
 
-A line is written at once. `files/json_lines.py` says of what its checksum is. Version 1 had none,
-and named neither format nor version; it is read too. `files/recording.py` says how a file is kept
-when a run is resumed.
+`files/json_lines.py` defines the checksum. Version 1, which had none and named neither format nor
+version, is still read. `files/recording.py` explains how resumed runs continue a file.
 """
 
 from __future__ import annotations
@@ -41,18 +40,14 @@ logger = logging.getLogger(__name__)
 
 FORMAT = "megatron_laer-layouts"
 
-# How a run uses its layouts, by the names of settings; part of a recording's header.
+# Settings that affect the use of layouts, by name; part of a recording's header.
 RunSignature = Mapping[str, Any]
 
 
 class LayoutRecorder:
     """Recording of every applied set of layouts, as lines of JSON, to replay a run from.
 
-    A resumed run continues an existing recording. Lines of earlier steps stay, and those from
-    `first_step` on are moved to another file. The same happens whenever the step goes back.
-
-    Args:
-        first_step: of this run; 0 for one that begins.
+    A resumed run, or a step back, moves the lines from that step on to another file.
     """
 
     def __init__(
@@ -74,7 +69,7 @@ class LayoutRecorder:
         self._file = RecordingFile(path, header, unsealed(shape.header), recorded, first_step)
 
     def begin_step(self, step: int) -> None:
-        """Set aside what was recorded from this step on, if the step comes again."""
+        """Move lines from this step on to another file, if the step is repeated."""
         self._file.begin_step(step)
 
     def record(self, step: int, layouts: Sequence[ExpertLayout]) -> None:
@@ -89,11 +84,7 @@ class LayoutRecorder:
 
 
 class LayoutRecording:
-    """Recording to replay.
-
-    All of it is checked at first. Layouts are read again on demand, so that a long recording takes
-    no memory.
-    """
+    """Recording to replay: checked as a whole at first, and read again on demand to save memory."""
 
     def __init__(
         self, path: Path, geometry: Geometry, signature: RunSignature, layers: Sequence[str]
@@ -122,7 +113,6 @@ class LayoutRecording:
         return max((at for at in self._begins if at <= step), default=None)
 
     def layouts(self, step: int) -> list[ExpertLayout] | None:
-        """Return the layouts that took effect with this step; None if nothing changed."""
         if step not in self._begins:
             return None
         self._file.seek(self._begins[step])
@@ -134,11 +124,7 @@ class LayoutRecording:
 
 
 def read_layouts(path: Path) -> Iterator[tuple[int, list[ExpertLayout]]]:
-    """Yield each step at which layouts changed with the layout of every layer.
-
-    Of whatever run: its shape is taken from the first line. A last line without its end, as a run
-    leaves it that is killed or goes on, is left out.
-    """
+    """Yield a recording's steps with all layers' layouts; skip an incomplete last line."""
     with open_input(path) as file:
         shape, version = _recorded_shape(path, file.readline(MAX_TEXT_BYTES))
         warn_of(version, path)
@@ -151,13 +137,13 @@ def read_layouts(path: Path) -> Iterator[tuple[int, list[ExpertLayout]]]:
 
 
 def recording_path(directory: str, group_index: int) -> Path:
-    """Name the file of one FSEP group; each pipeline stage and data-parallel replica has one."""
+    """Return the file of one FSEP group; each pipeline stage and data-parallel replica has one."""
     return Path(directory) / f"group-{group_index}.jsonl"
 
 
 @dataclass(frozen=True)
 class _Shape:
-    """Shapes, layers and settings of a run, which its recording must have too."""
+    """Shapes, layers and settings of a run, which its recording must share."""
 
     geometry: Geometry
     signature: RunSignature
@@ -181,14 +167,13 @@ class _Shape:
         return 100 + len(self.layers) * (slots * (digits + 2) + 4)
 
     def check_header(self, line: bytes) -> int:
-        """Return the version of the format; raises ValueError where it was another run's."""
+        """Return the format's version; raise ValueError for another run's recording."""
         found, version = _read_header(line)
         if found != self.header:
             raise ValueError(f"was recorded for {quoted(found, 800)}, this run is {self.header}")
         return version
 
     def layouts_of(self, line: bytes, version: int) -> tuple[int, list[ExpertLayout]]:
-        """Parse the step of a line, and its layouts."""
         entry = read_line(line, version)
         if set(entry) != {"step", "slots"}:
             raise ValueError(f"has {quoted(sorted(entry))}, expected 'slots' and 'step'")
@@ -203,14 +188,12 @@ class _Shape:
 
 
 def _read_header(line: bytes) -> tuple[dict[str, Any], int]:
-    """Return what a recording says of itself, and the version of its format."""
     if line.startswith(b'{"format":'):
         return read_header(line, FORMAT, "recording of layouts")
     return read_line(line, version=1), 1
 
 
 def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
-    """Return what a recording says of itself, and the version of its format."""
     try:
         header, version = _read_header(line)
         num_ranks, num_experts, capacity = (
@@ -219,7 +202,7 @@ def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
         layers = header.pop("layers")
         sizes = {"num_ranks": num_ranks, "num_experts": num_experts, "capacity": capacity}
         check_shape({name: (value, MAX_RANKS) for name, value in sizes.items()}, layers)
-        # The node size is no part of a layout.
+        # Layouts do not depend on the node size.
         geometry = Geometry(num_ranks, num_experts, capacity, node_size=num_ranks)
         return _Shape(geometry, header, layers), version
     except KeyError as error:
@@ -230,8 +213,6 @@ def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
 
 @dataclass(frozen=True)
 class _Entry:
-    """Bytes of a step's line in a file of this version."""
-
     step: int
     begin: int
     end: int
@@ -241,11 +222,7 @@ class _Entry:
 def _entries(
     file: BinaryIO, path: Path, shape: _Shape, *, whole_lines_only: bool = False
 ) -> Iterator[_Entry]:
-    """Yield all the lines but the first, checked.
-
-    Args:
-        whole_lines_only: leave out a last line without its end, to which nothing can be appended.
-    """
+    """Yield all lines but the first, checked; `whole_lines_only` skips an incomplete last line."""
     begin, number, step, version = 0, 0, -1, VERSION
     longest, kind = shape.longest_line_bytes, "layout recording: "
     lines = numbered_lines(file, path, longest, whole_only=whole_lines_only, kind=kind)

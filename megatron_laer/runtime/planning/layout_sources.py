@@ -1,6 +1,6 @@
-"""A layout source gives rank 0 of an FSEP group the layouts of a step: a planner or a recording.
+"""Sources of a step's layouts on rank 0 of an FSEP group: a planner or a recording.
 
-Sources take part in no collective.
+They take part in no collective.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import Strategy
 from megatron_laer.runtime.planning.layout_recording import LayoutRecording, RunSignature
 
-# A planner that takes longer than this under `wait` is not waited for again.
+# Time-out under `wait`; a planner that exceeds it is not waited for again.
 WAIT_TIMEOUT_S = 120.0
 
-# How long saving a checkpoint waits for plans in the making under `keep`.
+# Wait for pending plans before a checkpoint is saved, under `keep`.
 PLANS_TIMEOUT_S = 1.0
 
 
@@ -34,12 +34,10 @@ class LayoutSource(Protocol):
     @property
     def failures(self) -> int: ...
 
-    def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
-        """Add the counts of a whole step in one layer."""
-        ...
+    def observe(self, step: int, layer: int, counts_NE: Int64) -> None: ...
 
     def due(self, step: int) -> list[ExpertLayout] | None:
-        """Return the layouts that take effect with `step`, one per layer; None for nothing new."""
+        """Return the layouts that take effect with `step`, one per layer; None for no change."""
         ...
 
     def close(self) -> None: ...
@@ -50,8 +48,8 @@ class PlannedLayouts:
 
     Args:
         lag: a plan from the counts of step t takes effect at step t + lag.
-        wait: wait for plans that are due, until one does not come in time.
-        resumed: an earlier run's state to go on with; it fits these layers.
+        wait: wait for plans that are due, until one is late.
+        resumed: state of an earlier run, with the same layers.
     """
 
     def __init__(
@@ -111,7 +109,6 @@ class PlannedLayouts:
         return [plan.layouts[layer] for layer in self._layers]
 
     def state(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]]:
-        """Wait for plans in the making; return forecasts, and plans not in force, oldest first."""
         timeout_s = WAIT_TIMEOUT_S if self._wait else PLANS_TIMEOUT_S
         forecasts, plans, caught_up = self._service.state(timeout_s)
         if self._wait and not caught_up:
@@ -119,7 +116,7 @@ class PlannedLayouts:
         smoothed = []
         for layer in self._layers:
             forecast = forecasts[layer]
-            assert isinstance(forecast, SmoothedForecast)  # as the service began with
+            assert isinstance(forecast, SmoothedForecast)  # the service's initial type
             smoothed.append(forecast)
         return tuple(smoothed), tuple(plans)
 
@@ -127,7 +124,7 @@ class PlannedLayouts:
         self._service.close(timeout_s=1.0)
 
     def _stop_waiting(self) -> None:
-        """Stop waiting, so that a planner that hangs costs its time once and not at every step."""
+        """Stop waiting, so that a hanging planner costs its time once and not at every step."""
         self._wait = False
         self._service.drop_late_steps()
         self._on_warning(
@@ -145,7 +142,6 @@ class ReplayedLayouts:
     def __init__(
         self, path: Path, geometry: Geometry, signature: RunSignature, layers: Sequence[str]
     ) -> None:
-        """Check the whole recording."""
         self._recording = LayoutRecording(path, geometry, signature, layers)
         self._is_first = True
 

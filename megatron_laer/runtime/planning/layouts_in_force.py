@@ -1,6 +1,6 @@
-"""`LayoutsInForce` holds the layouts of a rank's layers, which change at step boundaries only.
+"""Layouts of a rank's layers, which change at step boundaries only.
 
-Every rank of the group holds the same: the planner rank broadcasts them.
+All ranks of the group have the same ones: the planner rank broadcasts them.
 """
 
 from __future__ import annotations
@@ -44,28 +44,23 @@ class LayoutsInForce:
 
     @property
     def layouts(self) -> tuple[ExpertLayout, ...]:
-        """Return the layouts in force, by index of the layer."""
         return tuple(self._layouts)
 
     @property
     def mailbox(self) -> RoutingMailbox | None:
-        """Return the mailbox of the planner rank; None on other ranks."""
         return None if self._planner_rank is None else self._planner_rank.mailbox
 
     def add_layer(self, name: str) -> None:
-        """Add the next layer, with the static layout."""
         self._layers.append(name)
         self._layouts.append(ExpertLayout.static(*self._shape()))
 
     def of_pass(self, layer: int, draw: int, *, training: bool) -> ExpertLayout:
-        """Return the layout that a layer's next pass is planned with."""
         if self.config.planner == FixedPlanner.RANDOM and training:
             seed = (self.seed, self._step, layer, draw)
             return ExpertLayout.random(*self._shape(), seed)
         return self._layouts[layer]
 
     def start(self, first_step: int) -> None:
-        """Go on from an earlier run's state; open planner and recordings on the planner rank."""
         self._go_on(first_step)
         if self.groups.rank == 0 and self._layers:
             self._planner_rank = PlannerRank(
@@ -80,9 +75,9 @@ class LayoutsInForce:
             )
 
     def begin_step(self, step: int, num_microbatches: int | None) -> None:
-        """Put layouts into force that are due. Collective over the group.
+        """Apply layouts that are due. Collective over the group.
 
-        Without `num_microbatches`, planning starts when the step is over.
+        Without `num_microbatches`, planning starts at the end of the step.
         """
         self._step = step
         if self.mailbox is not None:
@@ -99,10 +94,9 @@ class LayoutsInForce:
         planner_checkpoint.save_state(directory, self.groups, self._planner_state, storage)
 
     def resume(self, directory: str, storage: Any) -> None:
-        """Go on from the planner's state in a checkpoint, if the next step is the one after it.
+        """Resume the planner's state in a checkpoint, if the next step follows it. Collective.
 
-        Otherwise planning starts from the static layout, and the session logs why when training
-        begins. Collective over the group.
+        Otherwise planning starts from the static layout, and the session logs the reason.
         """
         self.resumption = planner_checkpoint.load_state(
             directory,
@@ -147,10 +141,7 @@ class LayoutsInForce:
         self._layouts = list(state.layouts)
 
     def _planner_state(self) -> PlannerState | None:
-        """Return the planner's state between two steps, once plans in the making are done.
-
-        None on other ranks.
-        """
+        """Return the planner's state between two steps after pending plans; None on other ranks."""
         planned = None if self._planner_rank is None else self._planner_rank.planned()
         if planned is None:
             return self.resumption.state  # loaded, and saved again before the first step

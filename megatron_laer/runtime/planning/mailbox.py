@@ -1,4 +1,4 @@
-"""`RoutingMailbox` collects each microbatch's counts on the planner rank, and delivers step sums.
+"""Collection of each microbatch's counts on the planner rank, and of their sums per step.
 
 Legend: N ranks, E experts.
 """
@@ -16,8 +16,8 @@ Planner = Callable[[int, int, Int64], None]
 class RoutingMailbox:
     """Counts of routed microbatches on their way to the recorder and the planner.
 
-    The planner gets each layer's sum over the step with the step's last microbatch of the layer. No
-    fault here stops training.
+    The planner receives each layer's sum over the step with the layer's last microbatch. No error
+    here stops training.
 
     Args:
         planner: called with step, layer and int64 [N, E], tokens on each source rank for each
@@ -25,7 +25,7 @@ class RoutingMailbox:
         trace: the recording of each microbatch, closed here.
 
     Attributes:
-        faults: sums so far that the planner refused.
+        faults: number of sums that the planner refused.
     """
 
     def __init__(
@@ -45,15 +45,10 @@ class RoutingMailbox:
         self._sums_NE: dict[int, Int64] = {}
 
     def begin_step(self, step: int, num_microbatches: int | None) -> None:
-        """Begin a step, and drop incomplete sums.
-
-        Without `num_microbatches`, sums are complete when the step ends.
-        """
         self._step, self._num_microbatches = step, num_microbatches
         self._sums_NE.clear()
 
     def put(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
-        """Add the counts of a layer's microbatch; microbatch 0 starts the sum anew."""
         self._record(layer, microbatch, counts_NE)
         if self._planner is None:
             return
@@ -63,7 +58,7 @@ class RoutingMailbox:
             self._deliver(layer)
 
     def end_step(self) -> None:
-        """Deliver the sums of a step whose number of microbatches was not known."""
+        """Deliver the sums of a step whose number of microbatches was unknown."""
         if self._num_microbatches is None:
             for layer in list(self._sums_NE):
                 self._deliver(layer)

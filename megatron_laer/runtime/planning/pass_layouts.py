@@ -1,4 +1,4 @@
-"""`PassLayouts` gives each pass of a layer its layout before the gate, and decides after it.
+"""Layout of each pass of a layer before the gate, and the decision after it.
 
 A plan mode is one such object. This one serves `forecast`, `exact` and `adaptive`, which differ in
 the guard's choice after the gate; `announced_layouts` has the fourth.
@@ -19,8 +19,8 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 
-# Returns the experts that routers are set to choose in the next forward pass of a chunk, int [T, K]
-# for each layer, or None where they choose by themselves.
+# Returns the experts that routers will choose in the next forward pass of a chunk, int [T, K] for
+# each layer, or None without replay.
 Replayed = Callable[[], Sequence[torch.Tensor] | None]
 
 
@@ -44,8 +44,8 @@ class PassLayouts:
     """Layouts in force, each kept or replaced after the gate.
 
     Attributes:
-        one_per_step: all passes of a layer in one step have the same layout, also a random one.
-        misses: passes whose routing was not the announced one; None where nothing is announced.
+        one_per_step: all passes of a layer in one step have the same layout, even a random one.
+        misses: passes whose routing differed from the announced one; None without announcements.
     """
 
     guard: Guard
@@ -57,7 +57,6 @@ class PassLayouts:
     def begin_step(
         self, step: int, num_microbatches: int | None, num_layers: int, *, replays: bool
     ) -> int | None:
-        """Begin a step, and return its number of microbatches, if that is known now."""
         return num_microbatches
 
     def known(self, passes: Sequence[LayerPass]) -> dict[int, ExpertLayout]:
@@ -68,12 +67,10 @@ class PassLayouts:
         """Begin the training forward of a chunk with these passes."""
 
     def layout_for(self, layer_pass: LayerPass) -> ExpertLayout:
-        """Return the layout that a pass is planned with."""
         draw = 0 if self.one_per_step else layer_pass.number
         return self.in_force.of_pass(layer_pass.layer, draw, training=layer_pass.training)
 
     def decide(self, layer_pass: LayerPass, counts_NE: Int64, planned: ExpertLayout) -> Decision:
-        """Decide on the layout and quotas of a pass, by its counts."""
         return self.guard.decide(counts_NE, planned, self.groups.rank)
 
     def close(self) -> None:

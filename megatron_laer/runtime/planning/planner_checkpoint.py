@@ -1,7 +1,7 @@
-"""A checkpoint's directory holds the planners' states, one small file per FSEP group.
+"""Planner states in a checkpoint's directory, one small file per FSEP group.
 
-`planner/state.py` defines a state and its bytes. Megatron deletes the files with the checkpoint.
-No fault here stops a run: it then plans anew, from the static layout.
+`planner/state.py` defines a state and its bytes. Megatron deletes the files with the checkpoint. No
+error here stops a run: planning then restarts from the static layout.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ MAX_FILE_BYTES = 2**32
 
 
 def state_path(directory: str, group_index: int) -> str:
-    """Name the file of one FSEP group within a checkpoint's directory."""
     return os.path.join(directory, FOLDER, f"group-{group_index}.bin")
 
 
@@ -38,8 +37,8 @@ class Resumption:
     """State of an earlier run's planner, the same on all ranks of an FSEP group.
 
     Attributes:
-        state: None where planning starts anew, from the static layout.
-        problem: why there is no fitting state; None where none was looked for.
+        state: None if planning starts from the static layout.
+        problem: reason for a missing state; None if none was expected.
     """
 
     state: PlannerState | None = None
@@ -49,11 +48,7 @@ class Resumption:
 def save_state(
     directory: str, groups: FSEPGroups, make_state: Callable[[], PlannerState | None], storage: Any
 ) -> None:
-    """Write this group's state, on its rank 0 and with a planner.
-
-    Args:
-        storage: an object with `open` and `os`, like Megatron's `maybe_msc`.
-    """
+    """Write this group's state on its rank 0, to a `storage` like Megatron's `maybe_msc`."""
     if groups.rank != 0:
         return
     path = state_path(directory, groups.index)
@@ -84,9 +79,7 @@ def load_state(
 ) -> Resumption:
     """Read this group's state on rank 0 and broadcast it. Collective over the group.
 
-    Args:
-        check: raises ValueError for the state of another model.
-        storage: an object with `open` and `os`, like Megatron's `maybe_msc`.
+    `check` raises ValueError for the state of another model.
     """
     path = state_path(directory, groups.index)
     data, problem = b"", f"there is no planner's state {path}"
@@ -109,7 +102,7 @@ def load_state(
 
 
 def report_resumption(resumption: Resumption | None, first_step: int) -> None:
-    """Log one line for the whole run, if it is a resumed one. Collective over the world."""
+    """Log one line for the whole run, if it was resumed. Collective over the world."""
     mine: tuple[int | None, str | None] = None, None
     if resumption is not None:
         version = None if resumption.state is None else resumption.state.version
@@ -146,7 +139,6 @@ def _log_resumption(versions: list[int], problems: list[str], first_step: int) -
 
 
 def read_state(path: str, storage: Any = None) -> bytes:
-    """Read the bytes of a state's file; only their number is checked."""
     with (storage.open if storage else open)(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size > MAX_FILE_BYTES:

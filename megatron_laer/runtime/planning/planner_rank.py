@@ -1,4 +1,4 @@
-"""`PlannerRank` is the planner and the recordings of an FSEP group, on its rank 0.
+"""Planner and recordings of an FSEP group, on its rank 0.
 
 The other ranks wait for it in the next collective, so nothing raises once training runs.
 """
@@ -75,7 +75,7 @@ class PlannerRank:
             if (folder := config.record_layouts) is not None:
                 path = recording_path(folder, group_index)
                 if config.replay_layouts is not None:
-                    # Files of all groups, since a link may have any name.
+                    # Files of all groups, since links may have any name.
                     replayed = Path(config.replay_layouts).glob(f"*{path.suffix}")
                     refuse_overwriting(path, replayed, flag_name("record_layouts"))
                 with naming_flag("record_layouts", folder):
@@ -88,11 +88,10 @@ class PlannerRank:
                     trace = TraceWriter(path, *sizes, layers, first_step)
             observe = None if self._source is None else self._source.observe
             self.mailbox = RoutingMailbox(layers, observe, trace, _warn)
-            opened.pop_all()  # all of them are open, and closed by `close`
+            opened.pop_all()  # all are open; `close` closes them
 
     @property
     def status(self) -> PlannerStatus:
-        """Return the state of planning, for metrics."""
         source = self._source
         if source is None:
             return PlannerStatus()
@@ -100,11 +99,9 @@ class PlannerRank:
         return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
 
     def planned(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]] | None:
-        """Wait for plans in the making; return forecasts and plans, or None without a planner."""
         return self._source.state() if isinstance(self._source, PlannedLayouts) else None
 
     def due(self, step: int) -> list[ExpertLayout] | None:
-        """Return the layouts that take effect with this step; None for nothing new."""
         if self._recorder is not None:
             try:
                 self._recorder.begin_step(step)
@@ -140,7 +137,6 @@ class PlannerRank:
 
 @contextmanager
 def naming_flag(field_name: str, folder: str) -> Iterator[None]:
-    """Prefix errors about a folder with the flag of this field."""
     try:
         yield
     except ValueError as error:

@@ -1,19 +1,19 @@
 """Autograd nodes between a layer's slices and its restored experts.
 
-Two nodes lie on the way of a layer's gradients. The backward of `SlicesToSlots` receives the
-gradients of whole matrices, and that of a second node hands the slices' gradients to Megatron.
-Between the two, the gradients are being reduced. The reduce starts when the tokens' gradients have
-arrived (a `RunOnBackward` at the dispatch), since the backward pass waits for those. The second
-node is a `WaitForGrads`, or under a checkpoint a `WaitForGradsAfterBlock`:
+A layer's gradients pass two nodes. The backward of `SlicesToSlots` receives the gradients of whole
+matrices, and that of a second node hands the slices' gradients to Megatron. In between, the
+gradients are reduced. The reduce starts after the tokens' gradients have arrived (a `RunOnBackward`
+at the dispatch), since the backward pass waits for those. The second node is a `WaitForGrads`, or
+under a checkpoint a `WaitForGradsAfterBlock`:
 
-- Autograd runs the node that was made last first. So a `WaitForGrads` made early in forward, while
-  the layer before was computing, waits only after that layer's backward.
+- Autograd runs the newest node first. So a `WaitForGrads` created early in forward, during the
+  previous layer's compute, waits only after that layer's backward.
 - A checkpoint's backward is a backward pass of its own, at whose end all its nodes are done.
-  `WaitForGradsAfterBlock` lies on the hidden states that enter the transformer layer, so it waits
-  when their gradient is there, after the attention's backward.
+  `WaitForGradsAfterBlock` is an identity of the transformer layer's input. So it waits when that
+  has its gradient, after the attention's backward.
 
-The tensors on the edges of this graph are placeholders of the right shape without storage. Weights
-and gradients are held by `RestoredWeights` and `SlotGrads`, whose methods the nodes call.
+The tensors on the edges of this graph are placeholders of the right shape without storage.
+`RestoredWeights` and `SlotGrads` own weights and gradients; the nodes call their methods.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 Shape = tuple[int, ...]
-# Waits for the slices' gradients, and returns what autograd is given for them.
+# Waits for the slices' gradients, and returns autograd's gradients for them.
 FinishReduce = Callable[[], tuple[torch.Tensor, ...]]
 
 
@@ -36,7 +36,7 @@ def placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 @cache
 def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    with torch.inference_mode(False):  # or training could not use what an evaluation made
+    with torch.inference_mode(False):  # an inference tensor would fail in training
         return torch.zeros((), dtype=dtype, device=device)
 
 
@@ -71,10 +71,10 @@ class WaitForGradsAfterBlock(torch.autograd.Function):
 
 
 class RunOnBackward(torch.autograd.Function):
-    """Identity of tensors; the backward calls `call` once all their gradients are there.
+    """Identity of tensors; the backward calls `call` once all their gradients have arrived.
 
-    An autograd node and not a hook: a node runs exactly once per backward, at the same place on
-    every rank, also on a rank without tokens.
+    Unlike a hook, a node runs once per backward, in the same order on every rank, even without
+    tokens.
     """
 
     @staticmethod
@@ -91,7 +91,6 @@ class RunOnBackward(torch.autograd.Function):
 
 
 def run_on_backward(call: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Mark tensors: `call` runs once the gradients of all that need one are there."""
     marked = iter(RunOnBackward.apply(call, *(part for part in tensors if part.requires_grad)))
     return tuple(next(marked) if tensor.requires_grad else tensor for tensor in tensors)
 
@@ -101,7 +100,6 @@ class SlicesToSlots(torch.autograd.Function):
 
     Args:
         on_grads: receives the gradients `[C, R, K]`.
-        shapes: of the whole matrices.
         returns_grads: whether backward passes on placeholders, to a `WaitForGrads`.
     """
 

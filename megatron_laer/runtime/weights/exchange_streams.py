@@ -1,4 +1,4 @@
-"""`ExchangeStreams`: one exchange, its communication streams and buffers for all layers."""
+"""One exchange, its communication streams and its buffers for all layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from megatron_laer.runtime.comm.streams import CommStream
 
 @dataclass(frozen=True)
 class ExchangeStreams:
-    """The exchange, the communication streams it runs on, and the memory it fills."""
+    """Exchange, its communication streams, and its result buffers."""
 
     exchange: HierarchicalExchange
     parameters: CommStream

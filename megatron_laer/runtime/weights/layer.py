@@ -1,6 +1,6 @@
-"""`FsepLayer` describes a MoE layer as built: names, sizes and this rank's slices of its experts.
+"""Static description of a MoE layer: names, sizes and this rank's slices of its experts.
 
-Initialising and saving slices is in `layer/experts/slices.py`.
+`layer/experts/slices.py` initialises and saves slices.
 
 Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns.
 """
@@ -17,9 +17,7 @@ import torch
 class MainGrads(Protocol):
     """Access to the gradients that a training framework keeps in buffers of its own."""
 
-    def kept_for(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
-        """Return whether the framework keeps such gradients for all of these parameters."""
-        ...
+    def kept_for(self, parameters: Sequence[torch.nn.Parameter]) -> bool: ...
 
     def of(self, parameter: torch.nn.Parameter) -> torch.Tensor: ...
 
@@ -30,7 +28,7 @@ class MainGrads(Protocol):
 
 @dataclass(frozen=True)
 class Slices:
-    """A rank's slices of a layer's experts, as exchanges see them: a bias is a matrix with K = 1.
+    """A rank's slices of a layer's experts for exchanges: a bias is a matrix with K = 1.
 
     Attributes:
         parameters: `[E, r, K]` for each matrix, `[E·r]` for each bias.
@@ -44,13 +42,11 @@ class Slices:
 
     @property
     def columns(self) -> tuple[int, ...]:
-        """Return K of each matrix, 1 of each bias."""
         return tuple(
             parameter.shape[2] if parameter.dim() == 3 else 1 for parameter in self.parameters
         )
 
     def values(self, num_experts: int) -> tuple[torch.Tensor, ...]:
-        """Return the parameters as they are now, each as `[E, r, K]`."""
         return tuple(
             parameter.detach().view(
                 num_experts, parameter.numel() // num_experts // columns, columns
@@ -60,7 +56,6 @@ class Slices:
 
     @property
     def trained_at(self) -> tuple[int, ...]:
-        """Return the positions of the trained matrices; the others are frozen."""
         return tuple(at for at, part in enumerate(self.parameters) if part.requires_grad)
 
     @property
@@ -69,13 +64,13 @@ class Slices:
 
     @property
     def have_main_grads(self) -> bool:
-        """Whether gradients are added to main gradients, and not returned to autograd."""
+        """Return True if gradients are added to main gradients, and not returned to autograd."""
         return self.main_grads.kept_for(self.trained)
 
 
 @dataclass(eq=False)
 class FsepLayer:
-    """Description of one MoE layer on this rank, which training does not change.
+    """Static description of one MoE layer on this rank.
 
     Attributes:
         index: among the layers of this rank, from 0.
@@ -83,8 +78,8 @@ class FsepLayer:
         number: the 3 of "layer 3".
         recomputes: whether the MoE layer is a checkpoint of its own.
         passes: of each microbatch through the layer; several where Megatron repeats it.
-        what_changed: describes changes to the experts since they were built, if there are any.
-        on_step_end: called when a training step is over.
+        what_changed: describes changes to the experts since construction; None if there are none.
+        on_step_end: called at the end of a training step.
     """
 
     index: int

@@ -1,4 +1,4 @@
-"""`LayerExperts` gives each pass of a layer its restored experts, new ones or those of the step."""
+"""Restored experts of each pass of a layer, new ones or those of the step."""
 
 from __future__ import annotations
 
@@ -25,14 +25,12 @@ class LayerExperts:
         self._of_step: dict[str, StepExperts] = {}
 
     def of_pass(self, layer: FsepLayer, layout: ExpertLayout, *, training: bool) -> RestoredExperts:
-        """Return the experts of a layer's next pass, restored under this layout if need be."""
         index = self._index(layer, layout)
         if training and layer.name in self._of_step:
             return self._of_step[layer.name].experts
         return RestoredExperts.for_pass(layer.name, layer.slices, index, self._streams)
 
     def change(self, experts: RestoredExperts, layout: ExpertLayout) -> None:
-        """Restore a pass's experts under a layout made for this pass."""
         experts.weights.change(layout_index(layout, self._device))
 
     def begin_step(
@@ -59,12 +57,10 @@ class LayerExperts:
             self._of_step[layer.name].begin_step(index, num_microbatches * layer.passes)
 
     def end_step(self, *, weights_changed: bool) -> None:
-        """End the step; experts that are held must be restored anew once weights changed."""
         for held in self._of_step.values():
             held.end_step(weights_changed=weights_changed)
 
     def memory_held(self, layers: Sequence[FsepLayer], capacity: int) -> str | None:
-        """Describe the memory of experts held over a step, if they are."""
         slices = [layer.slices for layer in layers]
         return memory_held(slices, capacity) if self.holds_step else None
 

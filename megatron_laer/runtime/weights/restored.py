@@ -1,29 +1,28 @@
-"""`RestoredExperts` follows the whole experts of a layer through one pass and its backward.
+"""Whole experts of a layer through one pass and its backward.
 
 The life of a layer's weights (`restored_weights.py`) and gradients (`slot_grads.py`) in one
 microbatch, by states (`states.py`):
 
- 1. The weights are SHARDED: every rank holds a slice of every expert, and no memory is taken.
- 2. `start_restore`, called by the scheduler while the layer before computes: RESTORING. If the
-    layout changes after the gate, `change` fetches the slots that differ: RESTORING still.
- 3. The GEMM of the first matrix asks for it by `matrix`, which waits: RESTORED.
+ 1. The weights are SHARDED: every rank holds a slice of every expert; no other memory is used.
+ 2. The scheduler calls `start_restore` during the previous layer's compute: RESTORING. If the
+    layout changes after the gate, `change` fetches the slots that differ: still RESTORING.
+ 3. The GEMM of the first matrix calls `matrix`, which waits: RESTORED.
  4. `after_compute` ends the forward: SHARDED, and the memory is free. Autograd saves no weights.
     Evaluation ends here. A checkpoint's re-run keeps them, since its backward follows at once.
  5. The gradient of the experts' output arrives in backward: RESTORING again, and RESTORED. The
     layer that backward comes to next follows (`prefetch_in_backward`).
  6. The gradients of the experts' inputs and weights are computed: SHARDED, the memory is free.
-    Where a microbatch makes its next pass through the same layer, the weights are handed on to that
-    pass in 4 and 6 instead. Only slots that differ are fetched.
- 7. The weights' gradients wait for the tokens' gradients, which go first: DEFERRED. Without overlap
-    this is left out, and with `--fsep-restore step` they are SUMMED over microbatches.
- 8. The dispatch's backward is done and starts the reduce: REDUCING. Sums over replicas are added to
-    Megatron's main gradients where they are computed, on the gradients' communication stream.
- 9. `finish_reduce`, called by autograd after the backward of the layer before, waits for that, and
-    marks the gradients as added. No gradient is left: NONE.
+    If a microbatch makes its next pass through the same layer, 4 and 6 hand the weights on to
+    that pass instead. Only slots that differ are fetched.
+ 7. The weights' gradients wait for the tokens' gradients, which go first: DEFERRED. Without
+    overlap this is skipped; with `--fsep-restore step` they are SUMMED over microbatches.
+ 8. The dispatch's backward is done and starts the reduce: REDUCING. Sums over replicas are added
+    to Megatron's main gradients on the gradients' communication stream.
+ 9. Autograd calls `finish_reduce` after the previous layer's backward. It waits for the reduce,
+    and marks the gradients as added: NONE.
 
-Of frozen matrices no gradient is computed, reduced or waited for; autograd sees no parameter.
-
-The scheduler decides when an exchange starts.
+Frozen matrices have no gradient to compute, reduce or wait for. The scheduler decides when an
+exchange starts.
 
 Legend: C slots per rank, R rows of a matrix, K columns.
 """
@@ -61,7 +60,7 @@ class RestoredExperts:
         self._slices = weights.slices
         self._exchange = streams.exchange
         self._next_in_backward: RestoredExperts | None = None
-        # Created ahead, one tuple per coming pass; experts that are held over a step can queue two.
+        # Created ahead, one tuple per coming pass; step-held experts can queue two.
         self._placeholders: deque[tuple[torch.Tensor, ...]] = deque()
         self._waits_after_block = False
         self._defers_reduce = False
@@ -71,7 +70,6 @@ class RestoredExperts:
     def for_pass(
         cls, name: str, slices: Slices, index: LayoutIndex, streams: ExchangeStreams
     ) -> RestoredExperts:
-        """Make the experts of a single pass, not restored yet."""
         weights = RestoredWeights(name, slices, index, streams)
         return cls(weights, SlotGrads(weights, streams), streams)
 
@@ -84,40 +82,29 @@ class RestoredExperts:
         return self.weights.state
 
     def is_same_layer(self, other: RestoredExperts) -> bool:
-        """Return whether both are experts of one layer, in two passes of it."""
         return self._slices is other._slices
 
     # Called by the scheduler and the planner of microbatches.
 
     def expect_no_backward(self) -> None:
-        """Restore nothing for a backward pass: the inputs of this pass need no gradient."""
+        """Skip the restore for backward: the inputs of this pass need no gradient."""
         self._has_backward = False
 
     def start_backward_restore(self) -> None:
-        """Start to fetch the slots' experts for backward, if that comes. Collective then."""
+        """Start the restore for backward, if one is expected. Collective then."""
         if self._has_backward:
             self.weights.start_restore()
 
     def prefetch_in_backward(self, previous: RestoredExperts) -> None:
-        """Restore `previous` too when the backward of these experts begins.
-
-        It is the MoE layer before in the same chunk and microbatch, to which backward comes next.
-        If that is an earlier pass of this layer, it is given the weights when backward is done.
-        """
+        """Start the restore of `previous` in this backward, or hand the weights on to it."""
         self._next_in_backward = previous
 
     def wait_for_grads_here(self) -> None:
-        """Make the node that waits for this pass's gradients now.
-
-        The earlier it is made in forward, the later it runs in backward.
-        """
+        """Create the node that waits for this pass's gradients: the earlier, the later it runs."""
         self._placeholders.append(self._make_wait_node())
 
     def wait_for_grads_after_block(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Mark hidden states, on whose gradient's arrival this layer's gradients are waited for.
-
-        Whatever uses the hidden states must use the marked ones.
-        """
+        """Mark hidden states, whose gradient's arrival waits for this layer's gradients."""
         if not self._slices.trained:
             return hidden
         self._waits_after_block = True
@@ -129,11 +116,7 @@ class RestoredExperts:
     # Called by the layer.
 
     def reduce_after_dispatch(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Mark the tokens to dispatch, on whose gradient's arrival the reduce starts.
-
-        The reduce starts without them where it would be waited for at once, or where experts or
-        tokens need no gradient.
-        """
+        """Mark the tokens to dispatch, whose gradient's arrival starts a deferred reduce."""
         placeholders = self._placeholders[0] if self._placeholders else ()
         waits_later = self._waits_after_block or any(part.requires_grad for part in placeholders)
         if not (waits_later and torch.is_grad_enabled() and tokens.requires_grad):
@@ -142,7 +125,6 @@ class RestoredExperts:
         return run_on_backward(self.grads.start_deferred, tokens)[0]
 
     def weight_placeholders(self) -> tuple[torch.Tensor, ...]:
-        """Make the tensors that stand for the weights in autograd's graph of this pass."""
         shapes, trained_at = self.weights.shapes, self._slices.trained_at
         weights = [
             placeholder(parameter.detach(), shape)
@@ -150,7 +132,7 @@ class RestoredExperts:
         ]
         placeholders = self._placeholders.popleft() if self._placeholders else None
         if self._waits_after_block:
-            # Gradients take the other way; these only make autograd run `SlicesToSlots`.
+            # Gradients bypass these; they only make autograd run `SlicesToSlots`.
             placeholders = tuple(
                 placeholder(slice_ErK.detach(), slice_ErK.shape).requires_grad_()
                 for slice_ErK in self._slices.trained
@@ -174,10 +156,9 @@ class RestoredExperts:
         return run_on_backward(self.weights.used, *inputs)
 
     def after_compute(self, output: torch.Tensor, *, backward_follows: bool) -> torch.Tensor:
-        """Mark the experts' output, on whose gradient's arrival the weights are needed again.
+        """Mark the experts' output, whose gradient's arrival starts the restore for backward.
 
-        Args:
-            backward_follows: at once, so that the weights are kept for it.
+        `backward_follows` keeps the weights for an immediate backward.
         """
         if torch.is_grad_enabled() and not output.requires_grad:
             self.expect_no_backward()
@@ -186,10 +167,7 @@ class RestoredExperts:
         return run_on_backward(self._begin_backward, output)[0]
 
     def prepare_backward(self) -> None:
-        """Build the index tensors that backward needs, which a layout made for this pass lacks.
-
-        Called when the experts' compute is queued, so that the device is busy meanwhile.
-        """
+        """Build backward's index tensors of a new layout, while the device computes the experts."""
         self._exchange.prepare_restore(self.index)
         self._exchange.prepare_reduce(self.index)
 
@@ -205,8 +183,8 @@ class RestoredExperts:
             following.start_backward_restore()
 
     def _grads_computed(self, defers: bool, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        # Inputs that need no gradient have not ended the use. Those that need one have their
-        # gradient by now, since their nodes were made later. So frozen matrices are done with too.
+        # Inputs without gradients have not ended the use of the weights. The other inputs' nodes
+        # were created later and have run, so frozen matrices are unused too.
         self.weights.used()
         if defers:
             self.grads.defer(grads_CRK)

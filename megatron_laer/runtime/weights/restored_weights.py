@@ -1,6 +1,6 @@
-"""`RestoredWeights` holds the whole matrices of one layer's slots while something uses them.
+"""Whole matrices of one layer's slots while they are in use.
 
-Memory of whole weights is taken and returned here alone.
+Memory of whole weights is allocated and freed only here.
 
 Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's slice, K columns.
 """
@@ -21,11 +21,7 @@ from megatron_laer.telemetry.trace_events import Activity, Kind
 
 
 class RestoredWeights:
-    """Matrices `[C, R, K]` of one layer's slots.
-
-    Args:
-        keeps: weights stay after each use, until `free`.
-    """
+    """Matrices `[C, R, K]` of one layer's slots; with `keeps`, they stay until `free`."""
 
     def __init__(
         self,
@@ -47,7 +43,6 @@ class RestoredWeights:
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
-        """Return [C, R, K] of each matrix."""
         capacity = self.index.layout.capacity
         return tuple(
             (capacity, rows, columns)
@@ -55,7 +50,7 @@ class RestoredWeights:
         )
 
     def start_restore(self) -> None:
-        """Start to fetch the slots' experts, unless that has begun. Collective over the group."""
+        """Start to fetch the slots' experts, unless already started. Collective over the group."""
         if self.state.weights is not WeightState.SHARDED:
             return
         self.state.enter(WeightState.RESTORING)
@@ -63,7 +58,7 @@ class RestoredWeights:
         exchange.prepare_restore(self.index)
         self._matrices = tuple(
             self._streams.parameters.submit(
-                # The slices as they are now: they change between steps only.
+                # The present slices: they change between steps only.
                 partial(
                     exchange.restore,
                     slice_ErK,
@@ -80,10 +75,7 @@ class RestoredWeights:
         exchange.count.restores += 1
 
     def change(self, index: LayoutIndex) -> None:
-        """Follow another layout; only slots that differ are fetched again.
-
-        Collective over the group if `start_restore` was.
-        """
+        """Switch to another layout, and fetch only slots that differ. Collective once started."""
         before, self.index = self.index, index
         if self.state.weights is WeightState.SHARDED or index is before:
             return
@@ -101,7 +93,6 @@ class RestoredWeights:
         self._streams.exchange.count.changes += 1
 
     def matrix(self, position: int) -> torch.Tensor:
-        """Wait for the `position`-th matrix of every slot, and return it."""
         self.start_restore()
         matrix_CRK = self._matrices[position].wait()
         if self.state.weights is WeightState.RESTORING:
@@ -109,11 +100,10 @@ class RestoredWeights:
         return matrix_CRK
 
     def hand_on(self, following: RestoredWeights) -> None:
-        """Hand the weights on to the layer's following pass when this one has used them."""
+        """Hand the weights on to the layer's following pass after this one has used them."""
         self._heir = following
 
     def used(self) -> None:
-        """Hand on or free the weights after a forward or backward pass."""
         if self._keeps:
             return
         heir, self._heir = self._heir, None
@@ -122,7 +112,6 @@ class RestoredWeights:
         self.free()
 
     def free(self) -> None:
-        """Return the memory of the weights, after their restore is over."""
         if self.state.weights is not WeightState.SHARDED:
             for pending in self._matrices:
                 self._streams.weights.put_back(pending.wait())
@@ -130,7 +119,7 @@ class RestoredWeights:
             self.state.enter(WeightState.SHARDED)
 
     def _take_over(self, other: RestoredWeights) -> None:
-        """Receive the other pass's weights. Collective over the group if the layouts differ."""
+        """Inherit the other pass's weights. Collective over the group if the layouts differ."""
         other.state.enter(WeightState.SHARDED)
         self._matrices, other._matrices = other._matrices, ()
         self.state.enter(WeightState.RESTORING)
@@ -148,6 +137,6 @@ class RestoredWeights:
         before: LayoutIndex,
         pending: Pending,
     ) -> torch.Tensor:
-        """Update a matrix on the communication stream that `pending` runs on, hence after it."""
+        """Update a matrix on `pending`'s communication stream, hence after it."""
         reuse = ReusableWeights(before, pending.result())
         return self._streams.exchange.restore(slice_ErK, index, rows, reuse=reuse)

@@ -1,6 +1,6 @@
-"""`SlotGrads` takes the gradients of one layer's slots to the slices that they belong to.
+"""Gradients of one layer's slots, on their way to the slices.
 
-Memory of whole gradients is taken and returned here alone.
+Memory of whole gradients is allocated and freed only here.
 
 Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's slice, K columns.
 """
@@ -33,19 +33,17 @@ class SlotGrads:
         self._arriving: tuple[Pending, ...] = ()
 
     def new(self, position: int) -> torch.Tensor:
-        """Return uninitialised memory for the gradient of the `position`-th matrix."""
         like = self.slices.parameters[position]
         grad_CRK = self._streams.grads.take(self._weights.shapes[position], like.dtype, like.device)
         self._written_CRK.append(grad_CRK)
         return grad_CRK
 
     def defer(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        """Keep gradients until `start_deferred`."""
         self.state.enter(GradState.DEFERRED)
         self._deferred_CRK = grads_CRK
 
     def start_deferred(self) -> None:
-        """Start to reduce the gradients that were kept. Collective over the group."""
+        """Start to reduce the deferred gradients. Collective over the group."""
         assert self._deferred_CRK, "tokens' gradients arrived before the experts had any"
         grads_CRK, self._deferred_CRK = self._deferred_CRK, ()
         self.start_reduce(grads_CRK)
@@ -62,7 +60,7 @@ class SlotGrads:
                     exchange.reduce,
                     grad_CRK,
                     index,
-                    # A step's sums are float32, and cross nodes as one microbatch's would.
+                    # A step's float32 sums cross nodes in a microbatch's dtype.
                     wire_dtype=values[at].dtype,
                     add_to=self._main_grad(at, values[at].shape),
                 ),
@@ -75,8 +73,8 @@ class SlotGrads:
     def finish_reduce(self) -> tuple[torch.Tensor, ...]:
         """Wait for the slices' gradients `[E, r, K]`, and return autograd's gradients for them.
 
-        Main gradients, where there are any, have received them. Autograd is given dummy gradients,
-        as by Megatron's own fused kernels.
+        If main gradients have received them, autograd's are dummies, as from Megatron's fused
+        kernels.
         """
         self.state.enter(GradState.NONE)
         grads_ErK = tuple(pending.wait() for pending in self._arriving)
@@ -90,7 +88,6 @@ class SlotGrads:
         return tuple(map(self.slices.main_grads.mark_added, self.slices.trained))
 
     def free(self) -> None:
-        """Return the memory of the gradients."""
         for grad_CRK in self._written_CRK:
             self._streams.grads.put_back(grad_CRK)
         self._written_CRK.clear()

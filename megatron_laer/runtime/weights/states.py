@@ -1,7 +1,7 @@
 """States of restored experts, and their transitions.
 
-Weights and gradients have a state each: with `--fsep-restore step` the weights stay restored while
-the gradients of one microbatch after the other come and go.
+Weights and gradients have separate states: with `--fsep-restore step` the weights stay restored
+while each microbatch's gradients come and go.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class GradState(Enum):
 
 
 _FOLLOWING: dict[WeightState | GradState, set[WeightState] | set[GradState]] = {
-    # Weights that are restored, or nearly, are restored again where their layout changes.
+    # A change of layout restores the weights again, even before they arrive.
     WeightState.SHARDED: {WeightState.RESTORING},
     WeightState.RESTORING: {WeightState.RESTORING, WeightState.RESTORED, WeightState.SHARDED},
     WeightState.RESTORED: {WeightState.RESTORING, WeightState.SHARDED},
@@ -48,7 +48,7 @@ class ExpertsState:
     grads: GradState = GradState.NONE
 
     def enter(self, state: WeightState | GradState) -> None:
-        """Move the weights or the gradients on to a state that may follow their present one."""
+        """Change the state of the weights or the gradients to a permitted successor."""
         present = self.weights if isinstance(state, WeightState) else self.grads
         assert state in _FOLLOWING[present], f"{self.name}: {state} cannot follow {present}"
         if isinstance(state, WeightState):

@@ -1,4 +1,4 @@
-"""`StepExperts` serve all microbatches of a step: they are restored once and reduced once.
+"""Experts for all microbatches of a step: restored once and reduced once.
 
 With M microbatches the layer's exchanges fall from 3·M to 2. In return a rank holds the restored
 matrices of every layer, and float32 sums of their gradients, as long as the step runs.
@@ -31,7 +31,6 @@ class StepGrads(SlotGrads):
         self._sums_CRK: list[torch.Tensor] = []
 
     def begin_step(self, num_passes: int) -> None:
-        """Begin a step with this many passes through the layer, of all microbatches."""
         self._num_passes = self._left = num_passes
 
     def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
@@ -52,10 +51,7 @@ class StepGrads(SlotGrads):
             self._left = self._num_passes  # Megatron's rerun state machine repeats steps
 
     def finish_reduce(self) -> tuple[torch.Tensor, ...]:
-        """Return dummy gradients; wait for the main gradients if the sum is being reduced.
-
-        Another pass of the same microbatch may have begun or ended its backward before.
-        """
+        """Return dummy gradients; wait for the main gradients if the sum is being reduced."""
         if self.state.grads is not GradState.REDUCING:
             return tuple(map(self.slices.main_grads.mark_added, self.slices.trained))
         handed_over = super().finish_reduce()
@@ -68,8 +64,7 @@ class StepGrads(SlotGrads):
 class StepExperts:
     """One layer's restored experts, shared by the microbatches of a step, and by steps.
 
-    Needs Megatron's main gradients: through a bfloat16 parameter's `grad` the sum of a step would
-    be rounded, on more than the wire between nodes.
+    In place of main gradients, a bfloat16 parameter's `grad` would round the sum of a step.
     """
 
     def __init__(
@@ -86,19 +81,11 @@ class StepExperts:
         self.experts = RestoredExperts(weights, self._grads, streams)
 
     def begin_step(self, index: LayoutIndex, num_passes: int) -> None:
-        """Begin another step, perhaps under another layout.
-
-        Weights that the step before left unchanged are used again: only slots that differ are
-        fetched.
-
-        Args:
-            num_passes: through the layer, of all microbatches.
-        """
+        """Begin another step; weights that are still valid fetch only changed slots."""
         self.experts.weights.change(index)
         self._grads.begin_step(num_passes)
 
     def end_step(self, *, weights_changed: bool) -> None:
-        """End the step; restored weights are outdated once weights changed."""
         if weights_changed:
             self.experts.weights.free()
 

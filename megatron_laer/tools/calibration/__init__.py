@@ -1,5 +1,5 @@
 """Measurement of a cluster's hardware constants, on the ranks of a launcher.
 
-`settings` says what is measured, `jobs` and its neighbours measure it, `sampling` repeats and
-gathers, and `constants` makes a cluster of the figures by the fits in `fitting`.
+`gemms`, `links`, `host` and `contention` measure at the sizes in `settings`; `sampling` repeats and
+gathers. `constants` makes a cluster of the figures, by the fits in `fitting`.
 """

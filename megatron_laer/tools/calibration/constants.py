@@ -1,7 +1,4 @@
-"""A cluster's constants and their spreads, from the measured figures.
-
-Nothing here measures or writes.
-"""
+"""Constants of a cluster and their spreads, computed from the measured figures."""
 
 from __future__ import annotations
 
@@ -49,7 +46,7 @@ from megatron_laer.tools.calibration.quantities import (
 )
 from megatron_laer.tools.calibration.settings import CalibrationSettings
 
-# Whose GEMMs the cost model takes, unless a run names another back end.
+# Back end whose GEMMs the cost model uses, unless a run names another.
 DEFAULT_BACK_END = "loop"
 _PERCENTILES = "measured: 10th to 90th percentile of"
 _SIDES = ("median", "low", "high")
@@ -64,14 +61,7 @@ def cluster_of(
     name: str,
     measured: Mapping[str, str],
 ) -> Cluster:
-    """Make a cluster of all figures.
-
-    Args:
-        figures: of at least one link, and of all else that `settings` names.
-        nodes: of the ranks that measured.
-        name: of the cluster.
-        measured: where and with what, for people.
-    """
+    """Make a cluster of all figures; `measured` describes hardware and software for readers."""
     back_ends = _back_ends(figures, settings)
     links, link_spreads = _links(figures)
     default = next(back_end for back_end in back_ends if back_end.name == DEFAULT_BACK_END)
@@ -160,9 +150,9 @@ def _backward_spread(back_end: BackEnd) -> Spread:
 
 
 def _links(figures: Figures) -> tuple[dict[str, Link], dict[str, Spread]]:
-    """Fit each class of links that was measured; return links and the spreads of all constants.
+    """Return the measured classes of links and the spreads of all constants.
 
-    The other class gets the same numbers, and its spreads as well.
+    A class that was not measured has the other's spreads.
     """
     links, spreads = {}, {}
     for name, other in ((INTRA, INTER), (INTER, INTRA)):
@@ -186,7 +176,7 @@ def _link(found: Sequence[tuple[AllToAll, Figure]]) -> tuple[Link, dict[str, Spr
     }
     link = fit_link(by_side["median"])
     rates = [statistics.median(rates_of(link, exchanges)) for exchanges in by_side.values()]
-    # What the smallest message takes is latency and nothing else.
+    # The time of the smallest message is latency alone.
     smallest = min(found, key=lambda item: (item[0].sent_bytes, item[0].peers))[1]
     return link, {
         "bytes_per_s": _spread(

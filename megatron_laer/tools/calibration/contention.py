@@ -1,7 +1,7 @@
 """Measurements of a GEMM and of an exchange, alone and while the other one runs.
 
-In training weights are exchanged under the experts' GEMMs: on CUDA their kernels share the GPU's
-processors and memory, and on the CPU its cores.
+In training, weights are exchanged during the experts' GEMMs. Both share the GPU's processors and
+memory, or the CPU's cores.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_laer.tools.calibration.quantities import EXCHANGE, FORWARD, GEMM, 
 from megatron_laer.tools.calibration.sampling import Job, Sample
 from megatron_laer.tools.calibration.settings import CalibrationSettings
 
-# What is measured is covered by so many times its own length of the other.
+# Length of the covering work over that of the measured work.
 _COVER = 3
 
 
@@ -33,12 +33,9 @@ def contention_jobs(
     settings: CalibrationSettings,
     device: torch.device,
 ) -> Iterator[Job]:
-    """Yield four jobs: each of the two, alone and covered by the other.
+    """Yield four jobs: GEMM and exchange, each alone and covered by the other.
 
-    Args:
-        stream: for the exchanges.
-        exchanging: all ranks, on a communicator that nothing else uses meanwhile.
-        control: all ranks, to agree on numbers.
+    Both groups have all ranks; nothing else uses `exchanging` meanwhile.
     """
     for name in (GEMM, EXCHANGE):
         for beside in (False, True):
@@ -74,7 +71,7 @@ class _Pair:
         self._group = exchanging
 
     def cover(self, covered: str, control: dist.ProcessGroup) -> int:
-        """Return how many of the other outlast one of what is covered, on every rank."""
+        """Return the number of the other's repeats that outlast one `covered`, on every rank."""
         lengths_s = []
         for sample in (self.gemms(0), self.exchanges(0)):
             sample(1)
@@ -87,7 +84,7 @@ class _Pair:
         return math.ceil(found.item())
 
     def gemms(self, cover: int) -> Sample:
-        """Sample GEMMs, with so many exchanges beside each."""
+        """Sample GEMMs, each during `cover` exchanges."""
 
         def sample(repeats: int) -> float:
             pending = self._stream.submit(
@@ -101,7 +98,7 @@ class _Pair:
         return sample
 
     def exchanges(self, cover: int) -> Sample:
-        """Sample exchanges, with so many GEMMs beside each."""
+        """Sample exchanges, each during `cover` GEMMs."""
 
         def sample(repeats: int) -> float:
             between: list[Timestamp] = []

@@ -17,27 +17,25 @@ from megatron_laer.planner.gemm_curve import GemmCurve
 
 _Float64 = npt.NDArray[np.float64]
 
-# In a file; what is measured here is known to no more.
+# Significant digits in a file; measurements are no more accurate.
 _DIGITS = 4
-# Between neighbouring points of a curve, so that rounding puts no two the other way round.
+# Minimum growth between points of a curve, so that rounding cannot reverse their order.
 _LEAST_GROWTH = 1.0 + 10.0 ** (1 - _DIGITS)
 
 
 def figure_of(samples: Iterable[float]) -> Figure:
-    """Return the median, the 10th and the 90th percentile."""
     median, low, high = np.percentile(list(samples), (50, 10, 90)).tolist()
     return Figure(rounded(median), rounded(low), rounded(high))
 
 
 def rounded(value: float) -> float:
-    """Round to the digits that a file holds."""
     return float(f"{value:.{_DIGITS}g}")
 
 
 def fit_curve(seconds: Sequence[tuple[int, float]], flops_per_token: float) -> GemmCurve:
-    """Make a GEMM curve of the seconds of one slot, by its tokens.
+    """Make a GEMM curve of a slot's (tokens, seconds).
 
-    A point that took less time than one with fewer tokens is taken to have taken as long.
+    A point that was faster than one with fewer tokens gets the slower time.
     """
     points = []
     least_s = 0.0
@@ -49,12 +47,9 @@ def fit_curve(seconds: Sequence[tuple[int, float]], flops_per_token: float) -> G
 
 
 def fit_terms(terms_PT: _Float64, seconds_P: _Float64) -> _Float64:
-    """Return the factors, none negative, whose sums of terms have the least relative errors.
-
-    With so few terms, every choice of those that are not zero is tried.
-    """
+    """Return the non-negative factors of least relative error, over all subsets of terms."""
     scaled_PT, num_terms = terms_PT / seconds_P[:, None], terms_PT.shape[1]
-    # Terms of like size, or a small one would be lost in a large one's rounding.
+    # Scale terms to similar size, or a small one is lost in a large one's rounding.
     size_T = np.maximum(np.abs(scaled_PT).max(axis=0), np.finfo(float).tiny)
     best, best_error = np.zeros(num_terms), math.inf
     for count in range(1, num_terms + 1):
@@ -62,7 +57,7 @@ def fit_terms(terms_PT: _Float64, seconds_P: _Float64) -> _Float64:
             columns = (scaled_PT / size_T)[:, chosen]
             found, *_ = np.linalg.lstsq(columns, np.ones(len(columns)), rcond=None)
             error = float(np.square(columns @ found - 1.0).sum())
-            # More terms must earn their place: on equal errors the simpler fit stays.
+            # On equal errors, the fit with fewer terms stays.
             if (found >= 0).all() and error < best_error * (1.0 - 1e-9):
                 best, best_error = np.zeros(num_terms), error
                 best[chosen] = found / size_T[chosen]
@@ -83,16 +78,16 @@ def fit_link(exchanges: Sequence[tuple[int, int, float]]) -> Link:
 
 
 def rates_of(link: Link, exchanges: Sequence[tuple[int, int, float]]) -> list[float]:
-    """Return the rate of each exchange whose bytes take longer than its latency, by the fit.
+    """Return the rates of the largest exchanges and those whose bytes take longer than latency.
 
-    Of the largest one, if there is none: from smaller ones no rate can be told.
+    Smaller exchanges determine no rate.
     """
     largest = max(sent for _, sent, _ in exchanges)
     rates = []
     for peers, sent, seconds in exchanges:
         latency_s = link.latency_s + peers * link.peer_s
         if sent == largest or sent / link.bytes_per_s >= latency_s:
-            # A message that was as quick as an empty one had a rate of at least this.
+            # A message that was as fast as an empty one had at least this rate.
             rates.append(sent / max(seconds - latency_s, seconds / 10))
     return rates
 

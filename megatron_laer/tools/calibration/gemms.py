@@ -16,12 +16,11 @@ from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of weights and tokens: what training has on such a device."""
+    """Return the dtype of weights and tokens in training on such a device."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def usable_back_ends(settings: CalibrationSettings, device: torch.device) -> list[str]:
-    """Return the names of the back ends that compute on this rank."""
     sizes = [size for matrix in settings.expert.matrices for size in matrix]
     dtype = compute_dtype(device)
     return [name for name in gemm_names() if slot_gemm(name).problem(device, dtype, sizes) is None]
@@ -53,7 +52,7 @@ def product_of(
     options = {"device": device, "dtype": compute_dtype(device)}
     calls: list[Callable[[], None]] = []
     for rows, columns in settings.expert.matrices:
-        # Not zeros: a GPU's clock depends on what it multiplies.
+        # Not zeros: a GPU's clock depends on the values.
         weight_CRK = torch.randn(settings.slots, rows, columns, **options)  # type: ignore[call-overload]
         input_TK = torch.randn(total, columns, **options)  # type: ignore[call-overload]
         grad_TR = torch.randn(total, rows, **options)  # type: ignore[call-overload]

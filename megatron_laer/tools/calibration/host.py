@@ -1,6 +1,6 @@
 """Measurements of a rank's host: launches, copies, the exchange of counts, quotas and layouts.
 
-Legend: N ranks, E experts, C slots per rank.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
@@ -39,14 +39,13 @@ from megatron_laer.tools.calibration.settings import CalibrationSettings
 _LAUNCHES = 100
 _NODE_SIZE = 8
 _TOKENS = 8192
-# Counts that take turns, so that no call is the second one with the same.
+# Number of counts that are used in turn, so that consecutive calls differ.
 _CASES = 5
 
 
 def host_jobs(
     everybody: dist.ProcessGroup, settings: CalibrationSettings, device: torch.device
 ) -> Iterator[Job]:
-    """Yield the jobs for launches, memory, the exchange of counts, and calls into the planner."""
 
     def launches() -> Sample:
         one = torch.zeros(1, device=device)
@@ -96,9 +95,9 @@ def host_jobs(
 
 
 def _planner_call(name: str, shape: tuple[int, int, int], device: torch.device) -> Sample:
-    """Sample the guard where it keeps the planned layout, or what a fresh one adds.
+    """Sample the guard without a new layout (`gate`), or the added time of a new one (`solve`).
 
-    In CPU time of the one thread that does it, since the host's other threads do not wait for it.
+    Times are CPU times of the calling thread, since the host's other threads do not wait for it.
     """
     num_ranks, capacity, num_experts = shape
     node_size = min(_NODE_SIZE, num_ranks)
@@ -137,7 +136,7 @@ def _drifted_counts(
     return now_NE, before_NE
 
 
-# The time of a call depends on no constant.
+# Placeholders: the time of a call depends on no constant.
 _COSTS = CostModel(
     Cluster(
         name="any",

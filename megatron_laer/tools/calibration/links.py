@@ -1,7 +1,7 @@
 """Measurements of collectives, by class of links, number of peers and size.
 
-All groups of one kind exchange at the same time, as they do in training: the ranks of every node,
-or for links between nodes, the ranks with the same local rank.
+As in training, all groups of one kind exchange at the same time. Groups between nodes have ranks
+with the same local rank.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from megatron_laer.tools.calibration.quantities import (
 from megatron_laer.tools.calibration.sampling import Job, Sample, timed
 from megatron_laer.tools.calibration.settings import CalibrationSettings
 
-# What a rank gathers beside its counts, and the bytes of each number: as `CountsExchange` does.
+# Numbers that `CountsExchange` gathers with the counts, and the bytes of each.
 BESIDE_COUNTS, COUNT_BYTES = 3, 8
 
 
 @dataclass(frozen=True)
 class Partners:
-    """Group in which this rank exchanges with so many peers over one class of links."""
+    """Group in which this rank exchanges over one class of links."""
 
     link: str
     peers: int
@@ -37,9 +37,9 @@ class Partners:
 
 
 def partner_ranks(world_size: int, node_size: int) -> list[tuple[str, list[list[int]]]]:
-    """Return for each class of links and number of peers all groups, which have no rank in common.
+    """Return the disjoint groups of each class of links and size.
 
-    Groups of 2, 4, 8, … ranks as far as they fill a node, or the nodes, evenly; and the whole.
+    Sizes are powers of 2 that divide a node, or the number of nodes, and the whole.
     """
     num_nodes = world_size // node_size
     found = []
@@ -62,7 +62,7 @@ def _sizes(whole: int) -> list[int]:
 
 
 def make_partners(settings: CalibrationSettings, backend: str) -> list[Partners]:
-    """Make all groups, and return this rank's. Collective over all ranks."""
+    """Create all groups and return this rank's. Collective over all ranks."""
     mine = []
     for link, groups in partner_ranks(dist.get_world_size(), settings.node_size):
         for ranks in groups:
@@ -76,7 +76,6 @@ def make_partners(settings: CalibrationSettings, backend: str) -> list[Partners]
 def exchange_jobs(
     partners: list[Partners], settings: CalibrationSettings, device: torch.device
 ) -> Iterator[Job]:
-    """Yield a job per class of links, number of peers and size."""
     for of in partners:
         for wanted_bytes in settings.sent_bytes:
             peer_bytes = max(1, wanted_bytes // of.peers)

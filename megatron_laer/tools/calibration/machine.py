@@ -17,7 +17,6 @@ from megatron_laer.version import __version__
 
 
 def hardware_name(device: torch.device) -> str:
-    """Name the GPU or the processor of this rank."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -29,11 +28,6 @@ def hardware_name(device: torch.device) -> str:
 def describe(
     hardware: Sequence[str], settings: CalibrationSettings, device: torch.device
 ) -> Mapping[str, str]:
-    """Describe the hardware and software of the measurements.
-
-    Args:
-        hardware: of every rank.
-    """
     on_cuda = device.type == "cuda"
     names = [f"{count} x {name}" for name, count in Counter(hardware).most_common()]
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if on_cuda else "none, but gloo"

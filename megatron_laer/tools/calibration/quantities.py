@@ -1,7 +1,4 @@
-"""Keys of the measured figures; as texts they are the names of figures in a cluster file.
-
-Every text ends in the unit.
-"""
+"""Keys of the measured figures; their texts, with units, are the names in a cluster file."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from typing import NamedTuple
 
 
 class Product(NamedTuple):
-    """Product of a back end, by the tokens of each slot: seconds of one slot."""
+    """Product of a back end, by the tokens of each slot, in seconds of one slot."""
 
     back_end: str
     name: str

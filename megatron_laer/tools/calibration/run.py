@@ -1,7 +1,4 @@
-"""Measurement of a cluster by all ranks of a launcher; rank 0 gets the result.
-
-An error of one rank is raised on every rank, in the same words, before anything is measured.
-"""
+"""Measurement of a cluster by all ranks of a launcher; rank 0 gets the result."""
 
 from __future__ import annotations
 
@@ -36,13 +33,13 @@ from megatron_laer.tools.calibration.settings import (
 
 _TIMEOUT = timedelta(minutes=10)
 
-# Shows how far the jobs are.
+# Wraps the jobs in a progress bar.
 Progress = Callable[[Sequence[Job]], Iterable[Job]]
 
 
 @contextmanager
 def all_ranks() -> Iterator[dist.ProcessGroup]:
-    """Connect the ranks of the launcher during the block, by gloo, for what is not measured."""
+    """Connect the launcher's ranks by gloo during the block, for control messages."""
     try:
         dist.init_process_group("gloo", timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
@@ -56,7 +53,7 @@ def all_ranks() -> Iterator[dist.ProcessGroup]:
 
 
 def together[T](control: dist.ProcessGroup, do: Callable[[], T]) -> T:
-    """Call a function on every rank, and raise its error on all. Collective over all ranks."""
+    """Return the result of a function, and raise one rank's error on all. Collective."""
     result, problem = None, None
     try:
         result = do()
@@ -78,11 +75,9 @@ def agree_on_settings(
     quick: bool,
     control: dist.ProcessGroup,
 ) -> tuple[CalibrationSettings, torch.device]:
-    """Choose each rank's device and what is measured. Collective over all ranks.
+    """Choose each rank's device and the common settings. Collective over all ranks.
 
-    Args:
-        expert: None for one that suits the device.
-        node_size: None to ask the launcher.
+    None means an expert that suits the device, and the launcher's node size.
     """
     settings, device = together(control, lambda: _settings(expert, node_size, quick))
     everybody: list[CalibrationSettings | None] = [None] * dist.get_world_size()
@@ -105,13 +100,9 @@ def calibrate(
     control: dist.ProcessGroup,
     progress: Progress,
 ) -> Cluster | None:
-    """Measure everything and make a cluster of it. Collective over all ranks.
-
-    Returns:
-        None on ranks other than 0.
-    """
+    """Measure a cluster and return it on rank 0, None on others. Collective over all ranks."""
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # Of all ranks both, so that exchanges beside GEMMs have a communicator of their own.
+    # Two groups of all ranks, so that exchanges during GEMMs have a communicator of their own.
     everybody, exchanging = (cast(dist.ProcessGroup, dist.new_group(backend=backend)) for _ in "12")
     partners = make_partners(settings, backend)
     usable: list[list[str]] = [[] for _ in range(dist.get_world_size())]
@@ -138,7 +129,7 @@ def calibrate(
     return cluster_of(figures, settings, len(hardware) // settings.node_size, name, measured)
 
 
-# An expert of Mixtral-8x7B on a GPU, and one that a processor computes in milliseconds.
+# Experts by `on_cuda`: Mixtral-8x7B's, and one that a processor computes in milliseconds.
 _EXPERTS = {False: ExpertShape(512, 1024, True), True: ExpertShape(4096, 14336, True)}
 
 

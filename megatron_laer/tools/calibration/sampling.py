@@ -1,4 +1,4 @@
-"""Samples of each figure, taken on all ranks in step with each other and gathered on rank 0."""
+"""Samples of each figure, taken on all ranks in step and gathered on rank 0."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from megatron_laer.tools.calibration.fitting import figure_of
 from megatron_laer.tools.calibration.quantities import Quantity
 from megatron_laer.tools.calibration.settings import CalibrationSettings
 
-# Of a figure, round and rank; more tell no more.
+# Maximum samples per figure, round and rank; more do not narrow the estimate.
 _MOST_SAMPLES = 200
 
-# Returns the seconds of so many repeats.
+# Returns the seconds of a number of repeats.
 Sample = Callable[[int], float]
 
 
@@ -28,8 +28,6 @@ class Job:
     """Measurement of one figure.
 
     Attributes:
-        quantity: what it is.
-        prepare: takes memory and returns what is sampled, which holds the memory.
         units: in one repeat; the figure is of one unit.
         is_shared: whether all ranks take part in a repeat, so that the slowest one's time counts.
     """
@@ -45,7 +43,7 @@ def timed(
     device: torch.device,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Sample:
-    """Make a sample of a function; what it enqueues on the device is waited for at the end."""
+    """Return a sample of a function, with a synchronization of the device at the end."""
 
     def sample(repeats: int) -> float:
         start = clock()
@@ -61,15 +59,12 @@ def timed(
 def measure(
     jobs: Iterable[Job], settings: CalibrationSettings, control: dist.ProcessGroup
 ) -> dict[Quantity, Figure]:
-    """Measure one figure after the other. Collective over all ranks, which have the same jobs.
+    """Return the figures on rank 0, none on others. Collective over all ranks.
 
     Args:
-        jobs: those of one figure may come several times, with others between: what disturbs the
-            machine for seconds then touches few of a figure's samples.
+        jobs: the same on all ranks. Those of one figure may repeat, with others between: a
+            disturbance of seconds then touches few of its samples.
         control: a gloo group of all ranks, on which nothing is measured.
-
-    Returns:
-        The figures on rank 0, and nothing on others.
     """
     mine: dict[Quantity, list[float]] = {}
     shared = set()
@@ -95,7 +90,7 @@ def measure(
 def _samples(job: Job, settings: CalibrationSettings, control: dist.ProcessGroup) -> list[float]:
     sample = job.prepare()
     sample(1)
-    # What comes first may be slow for once, so the shorter of two tells how often to repeat.
+    # The first calls may be slow, so the shorter of two sets the number of repeats.
     estimate_s = _slowest(min(sample(1), sample(1)), control)
     repeats = max(1, math.ceil(settings.sample_s / estimate_s))
     wanted = int(settings.round_s / (repeats * estimate_s))

@@ -6,16 +6,16 @@ from dataclasses import dataclass
 
 START = "start at least two with `torchrun --nproc-per-node 2 -m megatron_laer calibrate FILE`"
 
-# Tokens of a slot, from the fewest to more than any slot is likely to get.
+# Tokens of a slot by `on_cuda`, up to more than any slot is likely to get.
 _TOKENS = {False: (1, 4, 16, 64, 256, 1024, 4096), True: (1, 16, 64, 256, 1024, 4096, 8192)}
 _QUICK_TOKENS = {False: (1, 16, 256), True: (1, 256, 4096)}
-# What a rank sends in one All-to-All.
+# Bytes that a rank sends in one All-to-All.
 _SENT = {
     False: (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**25),
     True: (2**10, 2**14, 2**17, 2**20, 2**22, 2**24, 2**26, 2**28),
 }
 _QUICK_SENT = {False: (2**10, 2**17, 2**21), True: (2**10, 2**20, 2**26)}
-# N, C, E: small and large layers, scarce slots and plenty of them.
+# (N, C, E) of small and large layers, with few and many slots.
 _SHAPES = (
     *((2, 3, 4), (8, 2, 8), (8, 4, 8), (16, 3, 32), (16, 6, 32), (32, 2, 8), (64, 2, 64)),
     *((64, 8, 256), (128, 2, 128), (256, 4, 64), (512, 2, 64)),
@@ -25,7 +25,7 @@ _QUICK_SHAPES = ((2, 3, 4), (16, 3, 32), (64, 8, 256))
 
 @dataclass(frozen=True)
 class ExpertShape:
-    """Widths H and F of an expert whose GEMMs are measured; `gated`: [2F, H] in place of [F, H]."""
+    """Widths of an expert whose GEMMs are measured; with `gated`, its first matrix is [2F, H]."""
 
     hidden: int
     ffn: int
@@ -38,7 +38,7 @@ class ExpertShape:
 
     @property
     def flops_per_token(self) -> int:
-        """Count the FLOPs of one token in one pass: a multiplication and an addition per weight."""
+        """Count the FLOPs of one token in one pass: two per weight."""
         return 2 * sum(rows * columns for rows, columns in self.matrices)
 
 
@@ -47,21 +47,15 @@ class CalibrationSettings:
     """Sizes and durations of all measurements; the same on every rank.
 
     Attributes:
-        device: its type, "cpu" or "cuda".
-        expert: whose GEMMs.
         slots: of a rank in one call of a back end.
         tokens: of each slot, increasing.
-        sent_bytes: of a rank in one All-to-All, increasing.
+        sent_bytes: by a rank in one All-to-All, increasing.
         shapes: (N, C, E) for which the planner is timed.
-        copy_bytes: of a copy in memory.
-        contended_tokens, contended_bytes: of a slot and of a rank's All-to-All, where the two run
-            beside each other.
-        counts_experts: E of the exchange of counts.
-        rounds: how often all figures are measured, one after the other.
-        round_s: how long each figure is measured then, unless its samples take longer.
-        sample_s: a sample repeats what it measures for as long as this at least.
-        least_samples: of each figure, round and rank.
-        node_size: ranks per node.
+        contended_tokens, contended_bytes: of a slot's GEMM and a rank's All-to-All that overlap.
+        rounds: passes over all figures.
+        round_s: time of a figure in a round, unless `least_samples` take longer.
+        sample_s: minimum time of a sample, which repeats its work.
+        least_samples: minimum per figure, round and rank.
     """
 
     device: str
@@ -92,7 +86,6 @@ class CalibrationSettings:
         return elements * (2 if self.device == "cuda" else 4)
 
     def check_memory(self, free_bytes: int) -> None:
-        """Refuse experts whose products would take more memory than is free for a rank."""
         if self.gemm_bytes > free_bytes:
             raise ValueError(
                 f"an expert of hidden size {self.expert.hidden} and width {self.expert.ffn} would "
@@ -105,7 +98,7 @@ class CalibrationSettings:
 def make_settings(
     expert: ExpertShape, node_size: int, *, on_cuda: bool, quick: bool
 ) -> CalibrationSettings:
-    """Choose sizes for a device; `quick` measures less, and for seconds in place of minutes."""
+    """Choose sizes for a device; `quick` measures fewer points, in seconds, not minutes."""
     return CalibrationSettings(
         device="cuda" if on_cuda else "cpu",
         expert=expert,

@@ -1,8 +1,8 @@
-"""The command line: `_EXAMPLES` has one of each command.
+"""Command line; `_EXAMPLES` has one of each command.
 
-Each command has a file here with its arguments and its printing, as `add_arguments` and `run`;
-other folders do the work. The file is imported for its command alone, so that the others, and
-`doctor` above all, work where it cannot be imported.
+Each command has a file with `add_arguments` and `run`, which parse and print; other folders do the
+work. A file is imported for its command only, so that `doctor` works where others cannot be
+imported.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ _COMMANDS = {
     "doctor": "print what this machine has, and what is missing",
 }
 
-# Commands that take flags behind `--`.
+# Commands that take flags after `--`.
 _TAKE_FLAGS = ("train", "check-recipe")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status, as `program.ended` does.
 
-    The script of `train` runs as if Python had started it: signals and exceptions are its own, but
-    for settings that the plugin refuses.
+    The script of `train` runs as if Python had started it: signals and exceptions are its own,
+    except for settings that the plugin refuses.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     name = " ".join([_program(), *words[:1]])
@@ -100,8 +100,8 @@ examples:
 
 
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Return the arguments, and what follows `--`, which is among them as `flags` too."""
-    # That belongs to the script; argparse treats `--` differently from version to version.
+    """Return the arguments, and the words after `--`, which are also `args.flags`."""
+    # Split off the script's words first: argparse's treatment of `--` differs between versions.
     own, script_args = _split_at_dashes(words)
     parser = _parser(own[0] if own else "")
     args, unknown = parser.parse_known_args(own)
@@ -116,7 +116,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _parser(command: str) -> Parser:
-    """Make the parser of all commands; `command` alone gets its arguments."""
+    """Make the parser of all commands; only `command` gets its arguments."""
     parser = Parser(
         prog=_program(),
         description="Fully Sharded Expert Parallel for Megatron-LM",

@@ -1,8 +1,4 @@
-"""Types and options for argparse that several commands share.
-
-A type refuses a number out of range, an empty path or a malformed range. Its message quotes the
-value and says what would work.
-"""
+"""Types and options for argparse that several commands share."""
 
 from __future__ import annotations
 
@@ -22,10 +18,9 @@ MOST_RANKS = 2**16
 
 
 def between(low: int, high: int) -> Callable[[str], int]:
-    """Make a type for integers in a range."""
 
     def parse(text: str) -> int:
-        # Not int(): that takes blanks, underscores and digits of other scripts too.
+        # Not int() alone: it accepts blanks, underscores and digits of other scripts too.
         number = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
         if number is None or not low <= number <= high:
             raise argparse.ArgumentTypeError(f"{quoted(text)} is no integer in {low}..{high}")
@@ -35,7 +30,6 @@ def between(low: int, high: int) -> Callable[[str], int]:
 
 
 def number(low: float, high: float) -> Callable[[str], float]:
-    """Make a type for numbers in a range."""
 
     def parse(text: str) -> float:
         try:
@@ -50,7 +44,6 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 
 def path(text: str) -> Path:
-    """Return a path that is not empty."""
     # To pathlib, the empty text is the current folder.
     if not text:
         raise argparse.ArgumentTypeError("the path is empty; give a file")
@@ -76,25 +69,23 @@ def option(
     kind: Callable[[str], Any] = str,
     **more: Any,
 ) -> None:
-    """Add an option, whose `flag` is followed by the name of its value: `--ranks N`."""
+    """Add an option; `flag` may include the name of its value, as in `--ranks N`."""
     name, _, metavar = flag.partition(" ")
     parser.add_argument(name, metavar=metavar or None, help=text, type=kind, **more)
 
 
 def describe(parser: argparse.ArgumentParser, text: str, examples: str) -> None:
-    """Set a command's description, and the examples behind its options."""
     parser.description, parser.epilog = text, examples
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
 
 
 def add_hours(parser: argparse.ArgumentParser) -> None:
-    """Add `--hours`, after which a command stops (`program.stopped_after`)."""
     text = "stop after so many hours; default: never"
     option(parser, "--hours X", text, number(1e-6, 24.0 * 365))
 
 
 def named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
-    """Return the result of `load` for a flag's value, and name the flag in its errors."""
+    """Load a flag's value, and name the flag in errors."""
     try:
         return load(given)
     except (OSError, ValueError) as error:
@@ -102,7 +93,7 @@ def named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
 
 
 def yaml_inputs(**given: tuple[str, str | None]) -> list[Path]:
-    """Return the files of flags that take a YAML file, as `config=("model", value)`."""
+    """Return the YAML files of flags, given as `config=("model", value)`."""
     return [
         named(f"--{flag}", value, partial(yaml_file, kind))
         for flag, (kind, value) in given.items()
@@ -111,7 +102,6 @@ def yaml_inputs(**given: tuple[str, str | None]) -> list[Path]:
 
 
 def refuse_repeated(args: argparse.Namespace, flags: Sequence[str]) -> None:
-    """Refuse a flag that has one of its values twice."""
     for flag in flags:
         values = getattr(args, flag.removeprefix("--").replace("-", "_")) or []
         twice = [value for place, value in enumerate(values) if value in values[:place]]

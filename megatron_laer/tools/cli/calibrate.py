@@ -1,6 +1,6 @@
 """The command `calibrate` measures a cluster's constants, on the ranks that a launcher starts.
 
-Torch is imported when arguments and launcher have been checked.
+Torch is imported only after arguments and launcher have been checked.
 """
 
 from __future__ import annotations
@@ -46,7 +46,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `calibrate` to `parser`."""
     describe(
         parser,
         "Measures GEMMs, exchanges and the host on all ranks of a launcher, and writes a cluster "
@@ -68,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `calibrate`."""
     try:
         launcher.check_ranks(os.environ)
         if "RANK" not in os.environ or os.environ.get("WORLD_SIZE", "1") == "1":

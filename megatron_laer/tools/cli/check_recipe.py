@@ -35,7 +35,7 @@ from megatron_laer.tools.recipes.containers import (
 )
 from megatron_laer.tools.recipes.verdict import Judgement, Verdict, judge
 
-# 2 is for settings that cannot be judged, as with every command.
+# Exit status by verdict; 2 is for settings that cannot be judged, as with every command.
 STATUS = {
     Verdict.RUNS: 0,
     Verdict.REFUSED: 1,
@@ -50,7 +50,6 @@ _SAID = {
     Verdict.SET_EP: "uses no expert parallelism, which FSEP needs",
     Verdict.REFUSED: "refused",
 }
-# No figure weighs the flags that go.
 _LOST = {
     Verdict.SPEED_ONLY: "their speed-up is lost, and no figure weighs it",
     Verdict.PRECISION: "the speed-up of fp8 or fp4 and of these is lost, and no figure weighs it",
@@ -65,7 +64,6 @@ the flags that are named, 5 uses no expert parallelism, 1 refused, 2 cannot be j
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `check-recipe` to `parser`; Megatron's flags follow `--`."""
     parser.usage = (
         "%(prog)s [FILE] [--bridge-recipe NAME] [--bridge-csv CSV [--json OUT]] [-- FLAGS]"
     )
@@ -83,7 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    """Run `check-recipe`."""
     given = [args.file, args.bridge_recipe, args.bridge_csv, args.flags or None]
     if sum(source is not None for source in given) != 1:
         raise ValueError("give one of FILE, --bridge-recipe NAME, --bridge-csv CSV and -- FLAGS")
@@ -159,8 +156,7 @@ def _in_json(recipe: str, found: Judgement | None, because: tuple[str, ...]) -> 
 def _judge_function(name: str) -> Judgement:
     """Judge the container that a function of Megatron-Bridge returns.
 
-    Output of its imports and libraries goes to stderr once all went well: it would bury the one
-    line of an error.
+    Output of its imports goes to stderr only on success: it would bury the one line of an error.
     """
     _say_wait("Megatron-Bridge")
     is_offline = go_offline_if_unreachable()
@@ -192,7 +188,7 @@ def _judge_flags(words: list[str]) -> int:
     if judgement.verdict is Verdict.PRECISION and not {"--bf16", "--fp16"} & set(kept):
         kept.append("--bf16")
     if judgement.runs:
-        try:  # once more, and now with the sizes that no row of the table knows
+        try:  # once more, with the sizes that no row of the table covers
             arguments.check(_parsed(kept), config)
         except RefusedError as error:
             judgement = Judgement(Verdict.REFUSED, None, (str(error),))
@@ -203,7 +199,6 @@ def _judge_flags(words: list[str]) -> int:
 
 
 def _parsed(words: list[str]) -> Namespace:
-    """Parse flags as Megatron does, for a run in FSEP's mode."""
     from megatron_laer import flags
     from megatron_laer.config import ExpertParallelMode
     from megatron_laer.support import arguments
@@ -212,7 +207,7 @@ def _parsed(words: list[str]) -> Namespace:
     if "megatron.training.arguments" not in sys.modules:
         _say_wait("Megatron")
     with warnings.catch_warnings():
-        # Megatron says at import what a run would miss here, and nothing is run.
+        # Megatron warns at import about parts that a run would need, and nothing is run.
         warnings.simplefilter("ignore")
         _replace_cuda_where_needed()
         from megatron.training.arguments import add_megatron_arguments
@@ -246,8 +241,6 @@ def _replace_cuda_where_needed() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Parser that raises its errors."""
-
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 

@@ -1,6 +1,6 @@
 """`doctor` prints the present, supported and missing parts of this machine.
 
-Like the room that examines, it needs only the standard library.
+Like `tools.doctor`, it needs only the standard library.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ from megatron_laer.environment import CONNECTIONS
 from megatron_laer.files.checks import one_line
 from megatron_laer.tools.doctor import examine
 
-# The longest name. A long path or reason must not push all results out of sight.
+# Width of the longest name. A long path or reason must not push all results out of sight.
 _NAME_WIDTH, _FOUND_WIDTH = len(CONNECTIONS), 48
 _PATIENCE_S = 3.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Describe `doctor`, which takes no arguments."""
     parser.description = (
         "The facts for a bug report: versions, devices, the native core and the launcher as seen "
         "from here. Status 1 if something that training needs is missing."
@@ -36,7 +35,7 @@ def run(_: argparse.Namespace) -> int:
     try:
         for check in examine(os.environ):
             text = f"{check.name:{_NAME_WIDTH}}  {check.found:{_FOUND_WIDTH}}  "
-            # Texts of broken modules may contain anything. An import may take minutes.
+            # Texts of broken modules may contain anything. Flush, since an import may take minutes.
             print(one_line(text + check.status_and_note), flush=True)
             if check.stops:
                 stopping.append(check.name)

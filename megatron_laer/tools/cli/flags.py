@@ -9,13 +9,12 @@ import shlex
 from megatron_laer.device import CPU_FLAGS
 from megatron_laer.tools.model_flags import model_flags
 
-# Words that `$(...)` leaves as they are, where quotes would become a part of them. Brackets and
-# stars are for Megatron's lists, such as [0]*3+[1]*58; no file has such a name.
+# Words that get no quotes, which `$(...)` would make a part of them. Brackets and stars are for
+# Megatron's lists, such as [0]*3+[1]*58; no file has such a name.
 _PLAIN = re.compile(r"[\w@%+=:,./\[\]*-]+", re.ASCII)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `flags` to `parser`."""
     parser.add_argument("file", metavar="FILE", help="a YAML file, or a name in configs/models")
     parser.add_argument(
         "--cpu", action="store_true", help="add the flags that Megatron needs without a GPU"
@@ -23,7 +22,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `flags`."""
     words = [*model_flags(args.file), *(CPU_FLAGS if args.cpu else ())]
     print(" ".join(word if _PLAIN.fullmatch(word) else shlex.quote(word) for word in words))
     return 0

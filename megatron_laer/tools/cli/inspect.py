@@ -1,4 +1,4 @@
-"""`inspect` prints what a checkpoint holds, without loading a tensor."""
+"""`inspect` prints the contents of a checkpoint, without loading a tensor."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import argparse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `inspect` to `parser`."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of a run, or of one iteration")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `inspect`."""
     # Not at the top: it imports NumPy, which help does not need.
     from megatron_laer.tools import inspection
 

@@ -22,9 +22,7 @@ def check_outputs(
 ) -> None:
     """Refuse outputs that cannot be written, are one file, or would replace an input.
 
-    Args:
-        outputs: files by flag; None for a flag that was not given.
-        trace: in whose folder no output may take the name of a recording.
+    In the trace's folder, no output may have the name of a recording.
     """
     given = {flag: output for flag, output in outputs.items() if output is not None}
     read = [file for file in (*inputs, trace) if file is not None]
@@ -39,5 +37,5 @@ def check_outputs(
 
 
 def bar(title: str, **more: Any) -> Any:
-    """Return a function that wraps items in a progress bar, which shows on a terminal only."""
+    """Return a function that wraps items in a progress bar, shown on a terminal only."""
     return lambda items: tqdm(items, desc=title, disable=None, **more)

@@ -46,15 +46,15 @@ from megatron_laer.tools.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH
 from megatron_laer.tools.traces.workloads import WORKLOADS, Shape, workload_trace
 
 _DEFAULT_TOLERANCE = 0.05
-# Steps back, and cases: more than any trace has records.
+# Maximum of --lag and --every: more than any trace has records.
 _MAX_STRIDE = 10**9
-# Of a workload: the largest value, the default and a word for the help.
+# Flags of a workload, with their maximum, default and help.
 _WORKLOAD_ONLY = {
     "--topk": (MAX_EXPERTS, 2, "experts of a token"),
     "--tokens": (routing_input.MAX_TOKENS, 4096, "tokens of a rank"),
     "--steps": (10**5, 32, "steps, of a microbatch each"),
 }
-# A workload's counts are made in 8 bytes and kept in 4.
+# Bytes per count of a workload: 8 to make it, 4 to keep it.
 _BYTES_PER_COUNT = 12
 
 _EXAMPLES = """\
@@ -68,7 +68,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `plan` to `parser`."""
     describe(
         parser,
         "Balance, traffic and predicted time of a layer under each strategy, for a recorded run or "
@@ -130,7 +129,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `plan`."""
     metrics = None if args.trace is None else metrics_beside(args.trace)
     _check(args, metrics)
     recording = read_recording(metrics)
@@ -224,7 +222,7 @@ def run(args: argparse.Namespace) -> int:
         every=args.every,
         progress=bar("planning", unit="case"),
     )
-    # First of all, or a reader of the table that stops early would end the command before.
+    # Files first: a reader of the table that stops early would end the command.
     if args.json is not None:
         plan_output.write_json(args.json, about, rows)
     if args.plot is not None:
@@ -243,11 +241,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Trace]:
-    """Read or make the trace; returns its name too.
-
-    Args:
-        num_experts: of --experts, or the model's.
-    """
     if args.workload is None:
         return str(args.trace), routing_input.read(args, num_experts)
     assert num_experts is not None
@@ -281,11 +274,6 @@ def _given(args: argparse.Namespace) -> Given:
 
 
 def _check(args: argparse.Namespace, metrics: Path | None) -> None:
-    """Refuse arguments that do not fit each other, and outputs that cannot be written.
-
-    Args:
-        metrics: the recording that is read too.
-    """
     refuse_repeated(args, ("--strategy", "--mode", "--capacity"))
     if args.tolerance is not None and TOLERANCE not in args.mode:
         raise ValueError(

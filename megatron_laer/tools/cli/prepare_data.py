@@ -12,7 +12,6 @@ from megatron_laer.tools.data.text_files import default_text_sources
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `prepare-data` to `parser`."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--input", nargs="+", metavar="PATH", help="files of text or JSONL, and folders of them"
@@ -49,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `prepare-data`, and print what was written and how to train on it."""
     if args.python_sources and args.follow_links:
         raise ValueError("--follow-links is for the folders of --input; leave it out")
     written = prepare_data(

@@ -1,4 +1,4 @@
-"""Commands and benchmarks end as shells expect: with a status, and one line for an error."""
+"""Exit statuses and one-line errors of commands and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import NoReturn
 from megatron_laer.environment import variables_behind
 from megatron_laer.files.checks import in_one_line, one_line, quoted
 
-# As shells report a process that a signal ended.
+# Statuses as shells report them for a process that a signal ended.
 _INTERRUPTED = 128 + signal.SIGINT
 _NO_READER = 128 + signal.SIGPIPE
 
@@ -25,18 +25,14 @@ class Parser(argparse.ArgumentParser):
     """Parser whose errors take one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """End the program with status 2."""
         self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
 def ended(name: str, run: Callable[[], int]) -> int:
     """Run a program and return its exit status.
 
-    2 is for errors that the user can correct, with one line on stderr; 130 for Ctrl-C; 141, without
-    a line, for a reader of the output that has gone, such as `head`.
-
-    Args:
-        name: begins the line.
+    2 is for errors that the user can correct, with one line on stderr that begins with `name`; 130
+    for Ctrl-C. 141, without a line, is for a reader of the output that has gone, such as `head`.
     """
     try:
         try:
@@ -53,7 +49,6 @@ def ended(name: str, run: Callable[[], int]) -> int:
 
 
 def failed(name: str, problem: str, status: int = 2) -> int:
-    """Print the problem on one line, and return the status."""
     print(one_line(f"{name}: {problem}"), file=sys.stderr)
     return status
 
@@ -87,19 +82,19 @@ class _OneLine(logging.Formatter):
 
 
 def escape_warnings() -> None:
-    """Print each warning of this process, which may quote a file's name, on one line, escaped."""
+    """Print each warning, which may quote a file's name, escaped on one line."""
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(_OneLine())
 
 
 @contextmanager
 def stopped_by_exceptions() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP raise SystemExit in the block, so that its `finally` clauses run."""
+    """Raise SystemExit on SIGTERM and SIGHUP in the block, so that its `finally` clauses run."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
-    # A signal that is ignored, as under nohup, stays so.
+    # A signal that is ignored, as under nohup, stays ignored.
     mine = [
         number
         for number in (signal.SIGTERM, signal.SIGHUP)
@@ -116,12 +111,12 @@ def stopped_by_exceptions() -> Iterator[None]:
 
 
 class TimeIsUpError(BaseException):
-    """The end of `--hours`. Not an Exception, so that nothing on the way takes it for its own."""
+    """End of `--hours`. Not an Exception, so that no handler on the way catches it."""
 
 
 @contextmanager
 def stopped_after(hours: float | None) -> Iterator[None]:
-    """Raise TimeIsUpError in the block after so many hours; never for None."""
+    """Raise TimeIsUpError in the block after a number of hours; never for None."""
     if hours is None:
         yield
         return

@@ -41,7 +41,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `report` to `parser`."""
     parser.description = (
         "One page of HTML on a run: its share of forced balance, where time went, and predictions "
         "for other settings on its routing."
@@ -101,7 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `report`."""
     try:
         from megatron_laer.tools.report.page import page
     except ModuleNotFoundError as error:
@@ -129,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             refuse_as_source(args.out, given, "--out")
     shown, rows, predicted_for = _read(args, files, args.cases)
     other = None if others is None else _read(args, others, 0)[0]
-    # Names of files that are not UTF-8 are there with escapes, as on the terminal.
+    # File names that are not UTF-8 get escapes, as on the terminal.
     content = page(shown, rows, other, predicted_for).encode(errors="backslashreplace")
     write_output(args.out, content, "--out")
     print(one_line(f"{shown.name}: {assess(shown).sentence()}"))
@@ -201,7 +199,6 @@ def _read(
 
 
 def _bar(title: str) -> Any:
-    """Return a progress bar, which shows on a terminal only."""
 
     def wrapped(items: Sequence[Any]) -> Iterable[Any]:
         bar: Iterable[Any] = tqdm(items, desc=title, leave=False, disable=None)

@@ -16,7 +16,6 @@ MAX_TOKENS = 2**24
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the trace, or the workload in its place, to `parser`."""
     parser.add_argument(
         "trace",
         metavar="TRACE",
@@ -36,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace, purpose: str) -> None:
-    """Refuse a trace and a workload, neither, and arguments of a trace with a workload."""
+    """Refuse both trace and workload, or neither; refuse a trace's arguments with a workload."""
     if args.workload is None:
         if args.trace is None:
             raise ValueError(
@@ -53,7 +52,6 @@ def check(args: argparse.Namespace, purpose: str) -> None:
 
 
 def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> None:
-    """Refuse flags that have no effect here."""
     for flag in flags:
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
         if value is not None:
@@ -61,7 +59,6 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> No
 
 
 def read(args: argparse.Namespace, num_experts: int | None) -> Trace:
-    """Read the trace."""
     with naming(args.trace):
         return read_trace(
             args.trace,

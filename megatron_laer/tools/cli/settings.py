@@ -1,7 +1,7 @@
 """Settings of the predictions of `plan` and `report`: of flags, else recorded, else defaults.
 
-Both take them from here, so that a row of the one is printed again by the other. A note names the
-settings of a recording that cannot be used, and their replacements.
+Both commands share them, so that they print the same rows. A note names unusable settings of a
+recording, and their replacements.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from megatron_laer.tools.simulator.comparison import mean_tokens
 from megatron_laer.tools.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
 
 DEFAULT_CLUSTER = "a100-4x8-ib800"
-# Of bf16, and of the widest numbers.
+# Bytes per element: default (bf16) and maximum.
 _BYTES_PER_ELEMENT, _MOST_BYTES = 2, 8
-# Recordings of earlier versions do not say these.
+# Settings that recordings of earlier versions lack.
 _MAY_BE_MISSING = ("token_exchange", "top_k")
 
 
@@ -48,7 +48,7 @@ class Given:
     top_k: int | None = None
 
     def words(self) -> list[str]:
-        """Return the flags that a row is printed with again."""
+        """Return the flags with which `plan` prints the same row."""
         flags = (("--cluster", self.cluster), ("--config", self.config))
         return [word for flag, value in flags if value is not None for word in (flag, value)]
 
@@ -59,10 +59,8 @@ class PredictionSettings:
 
     Attributes:
         costs: with tokens that travel by rank.
-        has_flag_cluster: whether a flag names the cluster.
-        shape: of the run that was recorded; None without a recording.
-        recorded: names of the settings that the recording gave.
-        defaults: names of those that neither a flag nor a recording gave.
+        shape: of the recorded run; None without a recording.
+        recorded, defaults: names of the settings from the recording, and from neither it nor flags.
         note: recorded settings that cannot be used, and their replacements; "" for none.
     """
 
@@ -76,7 +74,6 @@ class PredictionSettings:
     note: str
 
     def words(self) -> str:
-        """Describe the experts and the cluster."""
         sizes = f"{self.sizes.hidden} x {self.sizes.ffn}{'' if self.sizes.gated else ', not gated'}"
         sent = "" if self.token_exchange == TokenExchange.RANK else ", tokens sent by node"
         return (
@@ -95,11 +92,8 @@ class PredictionSettings:
     ) -> tuple[list[Geometry], tuple[str, ...]]:
         """Return the shapes, one per capacity, and the names of the sizes that were recorded.
 
-        Recorded sizes are used for the recorded number of ranks, and the node size for its cluster.
-
-        Args:
-            capacities: of `--capacity`; none takes the recording's, or the default.
-            node_size: of `--node-size`.
+        For the recorded number of ranks, sizes that were not given are the recorded ones. The node
+        size is not, if a flag names the cluster.
         """
         shape = self.shape if self.shape and self.shape.num_ranks == num_ranks else None
         recorded, flag = [], "--node-size"
@@ -122,7 +116,6 @@ class PredictionSettings:
 
 
 def read_recording(path: Path | None) -> MetricsRecording | None:
-    """Read a recording of metrics, if there is one."""
     if path is None:
         return None
     with naming(path):
@@ -132,11 +125,7 @@ def read_recording(path: Path | None) -> MetricsRecording | None:
 def settings_of(
     given: Given, recording: MetricsRecording | None = None, path: Path | None = None
 ) -> PredictionSettings:
-    """Return the settings of predictions.
-
-    Args:
-        recording: of the run, and its `path` for the note.
-    """
+    """Return the settings of predictions; `path` names the recording in the note."""
     model = None if given.config is None else named("--config", given.config, model_sizes)
     noted = _Noted(given, model, recording)
     width = between(1, MAX_WIDTH)
@@ -180,19 +169,12 @@ def settings_of(
 
 
 class _Noted:
-    """Settings of flags, else of the start of the last run that wrote the recording.
-
-    Attributes:
-        texts: of the recording, by name.
-        recorded: names of the settings that these gave.
-        defaults: names of those that nothing gave.
-        replaced: values that were taken for unusable ones, in words.
-    """
+    """Settings of flags, else of the start of the recording's last run, with their origins."""
 
     def __init__(
         self, given: Given, model: ExpertSizes | None, recording: MetricsRecording | None
     ) -> None:
-        # Another model is taken to be in bf16, whatever this run computed with.
+        # Another model is assumed to be in bf16, regardless of this run's dtype.
         of_model = (
             {} if model is None else asdict(model) | {"bytes_per_element": _BYTES_PER_ELEMENT}
         )
@@ -205,7 +187,7 @@ class _Noted:
         self.replaced: list[str] = []
 
     def value[T](self, name: str, read: Callable[[str], T], otherwise: T, hint: str = "") -> T:
-        """Return a flag's value, else the recorded text as `read` has it, else `otherwise`."""
+        """Return a flag's value, else the recorded text parsed by `read`, else `otherwise`."""
         if name in self._given:
             given: T = self._given[name]
             return given
@@ -231,7 +213,7 @@ def _boolean(text: str) -> bool:
 
 
 def _token_exchange(text: str) -> TokenExchange:
-    # The exchange that a run had; `auto` is for flags.
+    # A recording has the exchange that the run used; `auto` is for flags only.
     return TokenExchange(text)
 
 
@@ -248,7 +230,7 @@ def _cluster(given: str | None, recording: MetricsRecording | None, noted: _Note
 
 
 def _shipped_cluster(name: str) -> str:
-    # A recording is no reason to open a path.
+    # A recording must not make us open a path.
     if "/" in name or name.endswith((".yaml", ".yml")):
         raise ValueError(f"{name!r} is a path")
     load_cluster(name)

@@ -65,7 +65,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `simulate` to `parser`."""
     describe(
         parser,
         "Time of an iteration of stock EP, FSDP+EP, FlexMoE, LAER and FSEP for recorded or made-up "
@@ -115,8 +114,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class _Results:
-    """Predictions and refusals by case, in order."""
-
     predicted: dict[Case, dict[str, IterationPrediction]] = field(default_factory=dict)
     refused: dict[Case, dict[str, str]] = field(default_factory=dict)
     runs: list[RunShape] = field(default_factory=list)
@@ -124,7 +121,6 @@ class _Results:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run `simulate`."""
     _check(args)
     cluster = named("--cluster", args.cluster, load_cluster)
     model = named("--model", args.model, lambda name: read_model(name, args.experts))

@@ -20,14 +20,13 @@ from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.traces.workloads import Shape, workload_counts
 
 _MAX_COUNT = 2**16
-# Of workloads: layers differ by their seed; the longest workload shows its pattern in 8 steps.
+# Sizes of workloads: layers differ by their seed; 8 steps show the longest pattern.
 _WORKLOAD_LAYERS, _WORKLOAD_STEPS, _WORKLOAD_MICROBATCHES = 4, 8, 8
-# A workload's counts are made in 8 bytes and kept in 4.
+# Bytes per count of a workload: 8 to make it, 4 to keep it.
 _BYTES_PER_COUNT = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of the inputs to `parser`."""
     routing_input.add_arguments(parser)
     option(parser, "--model NAME|YAML", "of configs/models, or a file", required=True)
     text = "hardware constants, a name from configs/clusters or a file; default: %(default)s"
@@ -68,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse sizes that contradict each other, and a routing that is none or given twice."""
+    """Refuse contradictory sizes, and a routing that is missing or given twice."""
     if args.world is not None:
         if args.expert_data_parallel is not None:
             raise ValueError("--world and --expert-data-parallel say the same; leave one out")
@@ -79,7 +78,7 @@ def check(args: argparse.Namespace) -> None:
 
 
 def routing_of(args: argparse.Namespace, model: ModelShape) -> Callable[[int, int | None], Trace]:
-    """Return a function that gives the trace for a number of ranks, and for a workload's tokens."""
+    """Return a function that returns the trace for a number of ranks and a workload's tokens."""
     if args.workload is None:
         trace = routing_input.read(args, model.num_experts)
         return lambda ranks, tokens: trace
@@ -106,12 +105,10 @@ def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: i
 
 
 def workload_sizes(args: argparse.Namespace, model: ModelShape) -> tuple[int, int]:
-    """Return the steps and the layers of a workload."""
     return max(_WORKLOAD_STEPS, args.lag + 1), min(_WORKLOAD_LAYERS, model.moe_layers)
 
 
 def run_shape(args: argparse.Namespace, geometry: Geometry, tokens: int, trace: Trace) -> RunShape:
-    """Return the parallel sizes of a run on these ranks."""
     ranks = geometry.num_ranks
     if args.microbatches is not None:
         microbatches = args.microbatches

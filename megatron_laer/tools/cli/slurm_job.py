@@ -1,10 +1,10 @@
-"""The batch script for Slurm gets a job's flags here, before its nodes do any work.
+"""Flags of a Slurm job, checked for its batch script before its nodes do any work.
 
     python -m megatron_laer.tools.cli.slurm_job NODES GPUS FLAGS
 
-prints assignments of bash; or, with status 2, one line on a setting that cannot be. The settings
-are the script's variables. Sizes and FSEP's flags are checked as training checks them. All other
-flags are left to Megatron, whose import would take longer than the rest of the script.
+prints assignments of bash or, with status 2, one line on a wrong setting. The settings are the
+script's variables. Sizes and FSEP's flags are checked as in training. All other flags are left to
+Megatron, whose import would take longer than the rest of the script.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TRAINING = (
     "--split 99,1,0 --eval-interval 500 --eval-iters 10 --log-interval 1"
 ).split()
 _FOLDERS = ("CHECKPOINT", "LOG_DIR")
-# Megatron's sizes of parallelism, with their default.
+# Megatron's sizes of parallelism, with their defaults.
 _SIZES = {
     "--expert-model-parallel-size": 1,
     "--tensor-model-parallel-size": 1,
@@ -51,11 +51,9 @@ _SET_BY = {"--expert-model-parallel-size": "EP_SIZE", "--fsep-capacity": "CAPACI
 def job_settings(
     user: Sequence[str], ranks: int, settings: Mapping[str, str]
 ) -> dict[str, str | list[str]]:
-    """Return the variables of the batch script that follow from its settings.
+    """Return the variables of the batch script that follow from its `settings`.
 
-    Args:
-        user: flags behind `--`, which win.
-        settings: MODEL, DATA_PREFIX and others of the script's variables.
+    `user` has the flags after `--`, which take precedence.
     """
     settings = {name: value for name, value in settings.items() if value}
     mode = settings.get("MODE", ExpertParallelMode.FSEP)
@@ -74,13 +72,13 @@ def job_settings(
     steps = last_value("--train-iters", [*training, *user])
     if not (steps.isascii() and steps.isdigit() and len(steps) <= 12):
         raise ValueError(f"--train-iters {steps} is no number of steps")
-    # With one connection, kernels of all streams wait for each other in the order of their launch:
-    # FSEP's exchanges hide nothing. Megatron demands one with tensor or context parallelism.
+    # With one connection, kernels of all streams run in the order of their launch, so FSEP's
+    # exchanges are not hidden. Megatron requires one with tensor or context parallelism.
     in_order = max(args.tensor_model_parallel_size, args.context_parallel_size) > 1
     return {
         "training_flags": training,
         "user_flags_fsep": user,
-        # The plugin refuses flags of FSEP without its mode; of both runs they are meant for one.
+        # The plugin refuses FSEP's flags without its mode; with `both`, only one run has them.
         "user_flags_standard": _without_fsep(user) if mode == _BOTH else user,
         "steps": steps,
         "connections": "1" if in_order else "32",
@@ -89,7 +87,7 @@ def job_settings(
 
 
 def last_value(flag: str, words: Sequence[str]) -> str:
-    """Return the value of a flag that counts; "" without one."""
+    """Return the last value of a flag, the effective one; "" without one."""
     value = ""
     for place, word in enumerate(words):
         if word.startswith(f"{flag}="):
@@ -132,13 +130,7 @@ def _without_fsep(words: Sequence[str]) -> list[str]:
 
 
 def check(words: Sequence[str], ranks: int, mode: str, settings: Mapping[str, str]) -> Namespace:
-    """Refuse a job that cannot run; returns the flags that were checked.
-
-    Args:
-        words: Megatron's flags, the model's among them.
-        mode: of expert parallelism, or `both`.
-        settings: TOKENIZER, CHECKPOINT and LOG_DIR, where they are set.
-    """
+    """Refuse a job that cannot run; return the checked flags."""
     mode_in_check = ExpertParallelMode.FSEP if mode == _BOTH else mode
     args = _parsed(["--expert-parallel-mode", mode_in_check, *words])
     args.world_size = ranks
@@ -167,7 +159,7 @@ def _parsed(words: Sequence[str]) -> Namespace:
     parser.add_argument("--moe-token-dispatcher-type", default=None)
     parser.add_argument("--moe-flex-dispatcher-backend", default="deepep")
     parser.add_argument("--moe-permute-fusion", action="store_true")
-    # What `--fsep-allow-unproven` allows, and is refused without.
+    # Flags that are refused without `--fsep-allow-unproven`.
     for row in REFUSALS:
         if row.unproven:
             parser.add_argument(row.flag, dest=row.argument, default=row.accepted[0])
@@ -214,7 +206,7 @@ def _check_division(args: Namespace) -> None:
 
 
 def _check_tokenizer(folder: str) -> None:
-    # Any of the forms that there are: tokenizer.json, tokenizer.model, vocab.json.
+    # Any form, such as tokenizer.json, tokenizer.model or vocab.json.
     files = (file for name in ("tokenizer*", "vocab*") for file in Path(folder).glob(name))
     if not Path(folder).is_dir() or next(files, None) is None:
         raise ValueError(
@@ -229,7 +221,7 @@ def _check_tokenizer(folder: str) -> None:
 
 
 def main(words: Sequence[str]) -> int:
-    """Print the script's variables; 2 and one line for a job that cannot run."""
+    """Print the script's variables; return 2 after one line for a job that cannot run."""
     nodes, gpus, *user = words
     try:
         found = job_settings(user, int(nodes) * int(gpus), os.environ)

@@ -11,7 +11,6 @@ from megatron_laer import launch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `train` to `parser`; what follows `--` is the script's."""
     parser.usage = "%(prog)s SCRIPT -- ARGS"
     parser.description = (
         "Runs a script such as Megatron-LM's pretrain_gpt.py, under torchrun, with "
@@ -21,12 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def prepare(script: str, script_args: list[str]) -> None:
-    """Make this process look as if `python SCRIPT ARGS` had started it, with the plugin on."""
+    """Set this process up as if `python SCRIPT ARGS` had started it, with the plugin on."""
     if not Path(script).is_file():
         raise ValueError(f"script {script!r} does not exist; give a path to Megatron's script")
     sys.argv[:] = [script, *script_args]
-    # As Python does, and before the first import of Megatron: the `megatron` folder beside a
-    # checkout's script wins over an installed one, and is the one whose version is checked.
+    # As Python does, and before the first import of Megatron: the `megatron` folder next to the
+    # script precedes an installed one, and its version is the one that is checked.
     if not sys.flags.safe_path:
         sys.path[0] = str(Path(script).resolve().parent)
 
@@ -34,10 +33,7 @@ def prepare(script: str, script_args: list[str]) -> None:
 
 
 def run_script(script: str) -> str | None:
-    """Run the script, and return why the plugin refused its settings, if it did.
-
-    Signals and all other exceptions are the script's own.
-    """
+    """Run the script; return the plugin's refusal of its settings, or None."""
     from megatron_laer.support import RefusedError
 
     try:

@@ -1,8 +1,8 @@
 """`prepare_data` writes a dataset of Megatron's format, with Megatron's own builder.
 
 PREFIX.bin holds the ids of all documents, PREFIX.idx their lengths and places. One sequence is one
-document, since Megatron's GPTDataset shuffles sequences. Megatron is imported when the input has
-been checked. A dataset is put in place when it is complete.
+document, since Megatron's GPTDataset shuffles sequences. Megatron is imported after the input has
+been checked. A dataset is put in place only when complete.
 """
 
 import os
@@ -47,12 +47,8 @@ _CACHE = "cache"
 class PreparedData:
     """Result of `prepare_data`.
 
-    Attributes:
-        prefix: prefix of the dataset's two files.
-        documents: number of documents.
-        tokens: number of tokens, including the ends of documents.
-        flags: Megatron's flags for training on the dataset.
-        left_out: a sentence for each kind of omitted input.
+    `tokens` include the ends of documents. `flags` are Megatron's for training on the dataset, and
+    `left_out` has a sentence for each kind of omitted input.
     """
 
     prefix: Path
@@ -75,11 +71,11 @@ def prepare_data(
     """Write `output_prefix`.bin and .idx, with one document per file of text or line of JSONL.
 
     An existing dataset is replaced only when the new one is complete, together with Megatron's
-    cache next to it; a folder given to Megatron as --data-cache-path is not cleared. However the
-    call ends, it leaves no temporary file; the next call removes the leftovers of a killed process.
+    cache next to it. A folder given to Megatron as --data-cache-path is not cleared. The call
+    leaves no temporary file, and removes the leftovers of a killed process.
 
     Args:
-        inputs: files, and directories, which are walked in sorted order, without hidden and empty
+        inputs: files, and directories, which are walked in sorted order without hidden and empty
             files.
         output_prefix: a path outside the inputs; missing directories are made.
         tokenizer: `bytes`, or a directory with a Hugging Face tokenizer; its end-of-sequence token
@@ -90,9 +86,8 @@ def prepare_data(
         follow_links: whether to follow symbolic links inside directories.
 
     Raises:
-        ValueError: the input cannot be used, the output not be written, or another run is writing
-            this dataset.
-        ImportError: Megatron, or the tokenizer's package, is missing.
+        ValueError: unusable input or output, or another run is writing this dataset.
+        ImportError: Megatron or the tokenizer's package is missing.
         OSError: writing failed, such as on a full disk.
     """
     inputs = as_list(inputs)
@@ -111,7 +106,7 @@ def prepare_data(
         desc="tokenizing",
         unit="B",
         unit_scale=True,
-        # None: shown where stderr is a terminal.
+        # None shows the bar where stderr is a terminal.
         disable=None if progress else True,
     )
     empty = 0
@@ -163,9 +158,8 @@ def _checked_prefix(
     inputs: Sequence[str | os.PathLike[str]],
     files: Sequence[Path],
 ) -> Path:
-    """Return the prefix as a path; raise ValueError if no dataset can be written there."""
     prefix = Path(output_prefix)
-    # Megatron keeps its indices of a dataset in a directory called like the prefix.
+    # Megatron keeps its indices of a dataset in a directory with the prefix's name.
     is_cache = prefix.is_dir() and {path.name for path in prefix.iterdir()} == {_CACHE}
     if (prefix.is_dir() and not is_cache) or prefix.suffix in (".bin", ".idx"):
         raise ValueError(
@@ -178,14 +172,12 @@ def _checked_prefix(
             refuse_unwritable(target, "--output")
         refuse_overwriting(target, inputs, "--output")
         if target.exists():
-            # A link in an input folder may lead there.
+            # The target may be a link to an input.
             refuse_overwriting(target, files, "--output")
     return prefix
 
 
 class _Dataset:
-    """Megatron's builder of a dataset, for documents in pieces."""
-
     def __init__(self, bin_path: Path, vocab_size: int) -> None:
         with quiet():
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -196,7 +188,6 @@ class _Dataset:
         self._length = 0
 
     def add(self, ids: Ids) -> None:
-        """Add a piece of a document."""
         if ids.max() > np.iinfo(self._dtype).max:
             raise ValueError(
                 f"the tokenizer gave the id {ids.max()}, which is beyond its own size; correct its "
@@ -220,11 +211,11 @@ class _Dataset:
 
 @contextmanager
 def _new_dataset(prefix: Path, vocab_size: int) -> Iterator[_Dataset]:
-    """Yield a dataset that replaces `prefix`'s if the block ends well."""
+    """Yield a dataset that replaces the one at `prefix` if the block succeeds."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         try:
-            # For both files together: two runs might otherwise each put one of them in place.
+            # One lock for both files: two runs might otherwise each put one of them in place.
             stack.enter_context(locked(prefix.with_name(f".{prefix.name}.lock")))
         except InUseError as error:
             raise InUseError(
@@ -251,15 +242,14 @@ def _targets(prefix: Path) -> tuple[Path, Path]:
 
 
 def _put_in_place(new_bin: Replacement, new_idx: Replacement, prefix: Path) -> None:
-    # Before the old dataset is removed, since this may take long, or fail.
+    # Sync before the old dataset is removed, since this may take long or fail.
     for new in (new_bin, new_idx):
         os.fsync(new.file.fileno())
-    # Megatron opens a dataset by its index. Without one it reports a missing dataset, whereas an
-    # index of other data would be read without an error: so the old index is removed first, and the
-    # new one comes last.
+    # Megatron opens a dataset by its index. A missing index is reported, whereas an index of other
+    # data is read without an error. So the old index is removed first and the new one comes last.
     _, idx_path = _targets(prefix)
     idx_path.unlink(missing_ok=True)
-    # Megatron's own indices are found by the prefix, and do not fit the new data.
+    # Megatron finds its own indices by the prefix, and they do not fit the new data.
     shutil.rmtree(prefix / _CACHE, ignore_errors=True)
     sync_folder(prefix.parent)
     new_bin.commit()

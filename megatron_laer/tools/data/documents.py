@@ -1,6 +1,6 @@
 """Documents of a file, read in pieces of token ids, so that a file may have any length.
 
-Knows the formats of input; `tokenizers` encodes the texts.
+This module knows the formats of input; `tokenizers` encodes the texts.
 """
 
 import json
@@ -19,7 +19,7 @@ from megatron_laer.tools.data.tokenizers import (
 FORMATS = ("text", "jsonl")
 DEFAULT_JSON_KEY = "text"
 
-# Megatron's own examples call their JSONL `.json`.
+# Megatron's own examples use `.json` for their JSONL.
 _JSONL = (".jsonl", ".ndjson", ".json")
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -39,10 +39,10 @@ def format_of(path: Path) -> str:
 def documents(
     file: BinaryIO, path: Path, text_format: str, json_key: str, tokenizer: ByteTokenizer
 ) -> Iterator[Iterable[Ids] | None]:
-    """Yield the documents of an open file, each in pieces, or None for one without text.
+    """Yield the documents of an open file, each in pieces; None stands for one without text.
 
-    Each document must be read to its end before the next one. Raises ValueError meanwhile for a
-    file that cannot be read, or is malformed.
+    Read each document to its end before the next one. Raises ValueError for an unreadable or
+    malformed file.
     """
     if text_format == "text":
         yield tokenizer.encode_file(file, path)
@@ -114,7 +114,7 @@ def _parsed(line: bytes, where: str) -> Any:
     except RecursionError:
         problem = "nested too deeply"
     except ValueError:
-        # Python's limit on digits, whose message names a function of Python's.
+        # Python's limit on digits; the error's own message names a Python function.
         problem = "a number is too long"
     raise ValueError(f"{where}: {_shown(line)} is not JSON ({problem}); {_EXPECTED}")
 

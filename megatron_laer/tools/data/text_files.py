@@ -11,14 +11,13 @@ from megatron_laer.files.checks import check_regular, quoted
 
 @dataclass
 class TextFiles:
-    """Files to read, and the number of omitted entries of folders by reason."""
+    """Files to read, with the number of omitted folder entries by reason."""
 
     files: list[Path] = field(default_factory=list)
     links: int = 0
     special_files: int = 0
 
     def left_out(self) -> Iterator[str]:
-        """Yield a sentence for each reason of an omission."""
         if self.links:
             yield (
                 f"left out symbolic links inside folders: {self.links}; --follow-links reads what "
@@ -37,9 +36,8 @@ def find_files(inputs: Iterable[str | os.PathLike[str]], follow_links: bool = Fa
     Folders are walked in sorted order, without hidden and empty files. A given link is followed;
     one inside a folder only with `follow_links`, and then no folder is read twice.
 
-    Raises:
-        ValueError: nothing is given, or a path does not exist, cannot be listed, is no regular
-            file, or holds no text.
+    Raises ValueError if nothing is given, or if a path does not exist, cannot be listed, is no
+    regular file or holds no text.
     """
     found = TextFiles()
     inputs = as_list(inputs)
@@ -50,7 +48,7 @@ def find_files(inputs: Iterable[str | os.PathLike[str]], follow_links: bool = Fa
             raise ValueError("an input is '', the empty path; write . for this directory")
         path = Path(given)
         if path.is_dir():
-            # A folder of sources holds empty files by custom; named singly, one is a mistake.
+            # Source folders often contain empty files; one that is given by name is a mistake.
             files = [file for file in _walk(path, found, follow_links) if _has_content(file)]
             if not files:
                 raise ValueError(
@@ -74,14 +72,13 @@ def default_text_sources() -> list[Path]:
     skipped = {"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"}
     return [
         path
-        # Distributions link some of its files to other places.
+        # Distributions link some of the library's files to other places.
         for path in _walk(root, TextFiles(), follow_links=True, skipped=skipped)
         if path.suffix == ".py" and path.stat().st_size and os.access(path, os.R_OK)
     ]
 
 
 def as_list(inputs: Iterable[str | os.PathLike[str]]) -> list[str | os.PathLike[str]]:
-    """Return the inputs as a list; a single path becomes a list of one."""
     return [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
 
 
@@ -89,7 +86,7 @@ def _walk(
     root: Path, found: TextFiles, follow_links: bool, skipped: Collection[str] = ()
 ) -> Iterator[Path]:
     """Yield the regular files below `root` in sorted order, and count the others in `found`."""
-    # A link may lead to a folder that is being walked.
+    # A link may lead to a folder that contains it.
     seen = {None, _identity(root)}
     for name, folders, files in os.walk(root, onerror=_refuse, followlinks=follow_links):
         folder = Path(name)
@@ -115,7 +112,7 @@ def _walk(
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
-    """Return a folder's device and number; None if it has gone since it was listed."""
+    """Return a folder's device and inode; None if it has vanished since it was listed."""
     try:
         status = folder.stat()
     except FileNotFoundError:
@@ -126,7 +123,7 @@ def _identity(folder: Path) -> tuple[int, int] | None:
 def _has_content(file: Path) -> bool:
     try:
         return file.stat().st_size > 0
-    except FileNotFoundError:  # it has gone since it was listed
+    except FileNotFoundError:  # it has vanished since it was listed
         return False
 
 

@@ -1,7 +1,7 @@
-"""Tokenizers, which return ids in pieces of limited size where they can.
+"""Tokenizers that return ids in pieces of limited size where they can.
 
 The tokenizer `bytes` needs no vocabulary: ids 0 to 255 are the bytes of the file, 256 ends a
-document. Train on it with `BYTES_TOKENIZER_FLAGS`: Megatron's NullTokenizer takes its last id,
+document. `BYTES_TOKENIZER_FLAGS` are its training flags: Megatron's NullTokenizer uses its last id,
 vocabulary size - 1, as the end of a document.
 """
 
@@ -39,11 +39,10 @@ _END_OF_DOCUMENT = 256
 
 
 class ByteTokenizer:
-    """Encoder of documents as bytes, in pieces and with the id of their end.
+    """Encoder of documents as bytes, in pieces that end with the end-of-document id.
 
-    Attributes:
-        flags: Megatron's flags, for training on these ids.
-        max_file_bytes: size of the longest file that can be one document.
+    `flags` are Megatron's for training on these ids. `max_file_bytes` is the longest file that can
+    be one document.
     """
 
     vocab_size = _END_OF_DOCUMENT + 1
@@ -57,7 +56,7 @@ class ByteTokenizer:
         yield np.array([_END_OF_DOCUMENT])
 
     def encode_text(self, text: str) -> Iterator[Ids]:
-        """Yield the ids of a text that UTF-8 can express."""
+        """Yield the ids of a text, which UTF-8 must be able to express."""
         yield np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
         yield np.array([_END_OF_DOCUMENT])
 
@@ -73,7 +72,6 @@ class HuggingFaceTokenizer(ByteTokenizer):
         self.flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder)
 
     def encode_file(self, file: BinaryIO, path: Path) -> Iterator[Ids]:
-        """Yield the ids of an open file; `path` is for messages."""
         content = _read(file, path, MAX_TEXT_BYTES + 1)
         check_length(path, len(content), MAX_TEXT_BYTES)
         try:
@@ -86,7 +84,6 @@ class HuggingFaceTokenizer(ByteTokenizer):
         yield from self.encode_text(text)
 
     def encode_text(self, text: str) -> Iterator[Ids]:
-        """Yield the ids of a text."""
         ids = self._tokenizer.encode(text, add_special_tokens=False)
         yield np.array([*ids, self._tokenizer.eos_token_id])
 
@@ -112,7 +109,7 @@ def _load_hugging_face(folder: str) -> Any:
             "`pip install transformers`, or use --tokenizer bytes, which needs none"
         ) from error
     try:
-        # Nothing is downloaded, and none of the directory's code is run.
+        # Download nothing, and run none of the directory's code.
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
@@ -127,7 +124,6 @@ def _load_hugging_face(folder: str) -> Any:
 
 
 def check_length(path: Path, size_bytes: int, max_bytes: int) -> None:
-    """Raise ValueError for a file that is too long to be one document."""
     if size_bytes > max_bytes:
         raise ValueError(
             f"{quoted(path)} has {size_bytes:,} bytes, but a file that is one document at most "
@@ -137,7 +133,7 @@ def check_length(path: Path, size_bytes: int, max_bytes: int) -> None:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Raise ValueError, quoting the path, for a file that cannot be read in the block."""
+    """Turn a read error in the block into a ValueError that quotes the path."""
     try:
         yield
     except OSError as error:

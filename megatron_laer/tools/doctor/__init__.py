@@ -1,6 +1,6 @@
 """`doctor` checks a machine for training: present, supported and missing packages and devices.
 
-It needs only the standard library, so that it runs where everything else is missing; `probes`
+It needs only the standard library, so that it runs where everything else is missing. `probes`
 imports packages in other processes.
 """
 
@@ -14,7 +14,7 @@ from megatron_laer.tools.doctor.probes import asked
 
 
 def examine(environment: Mapping[str, str]) -> Iterator[Check]:
-    """Yield all checks in the order of printing, each when it is known."""
+    """Yield all checks in the order of printing, each as soon as its result is known."""
     python, needed, optional = packages.requirements()
     questions = {one.name: ["module", one.module, one.name] for one in (*needed, *optional)}
     questions |= {
@@ -47,7 +47,7 @@ def examine(environment: Mapping[str, str]) -> Iterator[Check]:
         for check in checks():
             can_train &= not check.stops
             yield check
-        # With a missing package it would repeat that error.
+        # Without a needed package, this check would only repeat that error.
         if can_train:
             yield packages.plugin(answers["plugin"].result())
         torch = answers["torch"].result()

@@ -1,4 +1,4 @@
-"""A `Check` is one line of the output of `doctor`."""
+"""One line of the output of `doctor`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Check:
-    """Result for one thing that was looked for.
-
-    Attributes:
-        found: its version or state.
-        note: the way out, or a remark; may be empty.
-    """
+    """Result of one check: the version or state found, and a remedy or remark (may be empty)."""
 
     name: str
     found: str
@@ -35,10 +30,9 @@ class Check:
 
     @property
     def stops(self) -> bool:
-        """Return whether training cannot run with this."""
+        """Return True if training cannot run with this."""
         return self.status in (Status.MISSING, Status.UNSUPPORTED)
 
     @property
     def status_and_note(self) -> str:
-        """Return the text of the last column."""
         return f"{self.status}: {self.note}" if self.note else str(self.status)

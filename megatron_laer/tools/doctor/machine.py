@@ -51,12 +51,11 @@ def _driver() -> str:
 
 
 def cards(torch: Answer) -> Check:
-    """Return the GPUs that torch sees."""
     return Check("cards", "; ".join(torch["cards"]) or "none")
 
 
 def nccl(torch: Answer, on_cuda: bool) -> Check:
-    """Check the library with which ranks exchange: NCCL, or gloo on the CPU."""
+    """Check the library of the exchanges between ranks: NCCL, or gloo on the CPU."""
     found = torch["nccl"] or "none"
     if on_cuda and not torch["nccl"]:
         return Check("NCCL", found, Status.MISSING, "install a torch with NCCL")
@@ -83,7 +82,6 @@ def dataset_helper(megatron: Answer, environment: Mapping[str, str]) -> Check:
 
 
 def launched(environment: Mapping[str, str]) -> Check:
-    """Check the variables of the launcher that started this process."""
     names = {"WORLD_SIZE": "torchrun", "OMPI_COMM_WORLD_SIZE": "Open MPI"}
     world = _first(environment, _WORLD)
     rank = _first(environment, _RANK)
@@ -101,7 +99,7 @@ def launched(environment: Mapping[str, str]) -> Check:
 
 
 def node_size(environment: Mapping[str, str], num_cards: int, on_cuda: bool) -> Check:
-    """Return the ranks per node, as FSEP counts them without --fsep-node-size."""
+    """Check the ranks per node that FSEP assumes without --fsep-node-size."""
     given = _first(environment, _WORLD)
     world = int(given[1]) if given and _NUMBER.fullmatch(given[1]) else 1
     try:

@@ -1,4 +1,4 @@
-"""Checks of this package and the packages that it needs, whose ranges pyproject.toml has."""
+"""Checks of this package and of its dependencies, whose ranges are in pyproject.toml."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _MODULES = {
     "pyyaml": "yaml",
     "transformer-engine": "transformer_engine.pytorch",
 }
-# Packages that training or a command can do without, and their use.
+# Packages that are optional for training or for a command, and their use.
 _OPTIONAL = {
     "transformer-engine": "Megatron's default on a GPU; without it give --transformer-impl local",
     "apex": "with --transformer-impl local; without it give --no-gradient-accumulation-fusion",
@@ -37,23 +37,21 @@ _FOR_GPUS = ("transformer-engine", "apex")
 
 @dataclass(frozen=True)
 class Requirement:
-    """One line of dependencies, as pip takes it, and the distribution's name in lower case."""
+    """One dependency: its pip requirement, and the distribution's name in lower case."""
 
     name: str
     text: str
 
     @property
     def module(self) -> str:
-        """Return the module whose import shows that the package works."""
         return _MODULES.get(self.name, self.name)
 
     @property
     def install(self) -> str:
-        """Return the command that installs it."""
         return shlex.join([sys.executable, "-m", "pip", "install", self.text])
 
     def allows(self, version: str) -> bool:
-        """Return whether a version is in range; without `packaging`, itself needed, any is."""
+        """Return whether a version is in range; True if `packaging`, itself needed, is missing."""
         try:
             from packaging.requirements import Requirement as Parsed
         except ImportError:
@@ -64,7 +62,7 @@ class Requirement:
 def requirements() -> tuple[str, list[Requirement], list[Requirement]]:
     """Return the range of Python versions, the needed packages and the optional ones.
 
-    They are those of the checkout whose sources run, or else of the installed package.
+    The source is the checkout whose code runs, or else the installed package.
     """
     checkout = _PACKAGE.parent / "pyproject.toml"
     if checkout.is_file():
@@ -88,7 +86,7 @@ def _parsed(line: str) -> Requirement:
 
 
 def ours() -> Check:
-    """Return this package's version and a checkout's commit; note another installed version."""
+    """Return this package's version and commit; note another installed version."""
     every = importlib.metadata.distributions(name="megatron_laer")
     others = {distribution.version for distribution in every} - {megatron_laer.__version__}
     note = f"these files come before the installed {', '.join(sorted(others))}" if others else ""
@@ -98,7 +96,6 @@ def ours() -> Check:
 
 
 def _commit(checkout: Path) -> str:
-    """Return the commit of our own checkout; "" without one."""
     if not (checkout / ".git").exists():
         return ""
     command = ["git", "-C", str(checkout), "rev-parse", "--short", "HEAD"]
@@ -110,14 +107,12 @@ def _commit(checkout: Path) -> str:
 
 
 def native_core(answer: Answer) -> Check:
-    """Return the file of the planner's compiled core."""
     if "error" in answer:
         return Check("native core", "none", Status.MISSING, answer["error"])
     return Check("native core", answer["file"])
 
 
 def python(supported: str) -> Check:
-    """Check the interpreter's version."""
     version = platform.python_version()
     found = f"{version}, {sys.executable}"
     if Requirement("python", f"python{supported}").allows(version):
@@ -126,7 +121,6 @@ def python(supported: str) -> Check:
 
 
 def system() -> Check:
-    """Check the operating system."""
     found = f"{platform.platform()}, {os.cpu_count()} cores"
     if sys.platform == "linux":
         return Check("system", found)
@@ -134,7 +128,6 @@ def system() -> Check:
 
 
 def needed(required: Requirement, answer: Answer) -> Check:
-    """Check a package that training needs."""
     name = required.name
     if answer.get("absent"):
         return Check(name, "none", Status.MISSING, required.install)
@@ -150,7 +143,7 @@ def needed(required: Requirement, answer: Answer) -> Check:
         return Check(name, found, Status.UNSUPPORTED, answer["unsupported"])
     if not required.allows(version):
         return Check(name, found, Status.UNSUPPORTED, required.install)
-    # The mark of a build follows the plus.
+        # The build's tag follows the plus.
     release = version.partition("+")[0]
     tested = answer.get("tested", [release])
     note = "" if release in tested else f"supported; tested were {', '.join(tested)}"
@@ -158,7 +151,7 @@ def needed(required: Requirement, answer: Answer) -> Check:
 
 
 def extra(required: Requirement, answer: Answer, on_cuda: bool) -> Check:
-    """Check a package that training, or a command, can do without."""
+    """Check a package that is optional for training or for a command."""
     name, use = required.name, _OPTIONAL[required.name]
     if name in _FOR_GPUS and not on_cuda:
         return Check(name, answer.get("version", "none"), note="not used without a GPU")
@@ -173,7 +166,7 @@ def extra(required: Requirement, answer: Answer, on_cuda: bool) -> Check:
 
 
 def plugin(answer: Answer) -> Check:
-    """Check that the plugin finds in Megatron everything that it replaces."""
+    """Check that Megatron has everything that the plugin replaces."""
     if "error" in answer:
         return Check("plugin", "does not start", Status.UNSUPPORTED, answer["error"])
     return Check("plugin", f"finds all {answer['places']} places in Megatron")

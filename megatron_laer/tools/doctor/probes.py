@@ -1,4 +1,4 @@
-"""Imports of `doctor`, each in a process of its own: one may fail in any way, or never end."""
+"""Imports of `doctor`, each in a process of its own, since one may fail in any way or hang."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_laer.environment import variables_behind
 from megatron_laer.tools.doctor.check import Answer
 
-# A cold import from a network's file system takes minutes; a longer one hangs.
+# A cold import from a network file system takes minutes; a longer one hangs.
 _TIMEOUT_S = 600.0
 
 
@@ -32,7 +32,7 @@ def asked(questions: Mapping[str, list[str]]) -> Iterator[dict[str, Future[Answe
 
 
 def _ask(question: list[str]) -> Answer:
-    # The process finds modules where this one does.
+    # The process has this one's module path.
     code = (
         "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1)); "
         "from megatron_laer.tools.doctor import probes; probes.main()"
@@ -60,17 +60,17 @@ def _ask(question: list[str]) -> Answer:
 def main() -> None:
     """Print the answer to the question `sys.argv[1]` about `sys.argv[2:]`, as one line of JSON.
 
-    After a failure the answer has `error`, one line; and `absent` if the module itself is not
-    there, or `lacks`, another module that it imports.
+    After a failure the answer has a one-line `error`. `absent` is added if the module itself is
+    missing, or `lacks` with the name of another missing module.
     """
-    # Output of imports goes where warnings go.
+    # Output of imports goes to stderr, like warnings.
     stdout = os.dup(1)
     os.dup2(2, 1)
     asked = sys.argv[2:]
     try:
         answer = _QUESTIONS[sys.argv[1]](*asked)
     except Exception as error:
-        # An ImportError of ours is a sentence.
+        # Our own ImportErrors are sentences.
         kind = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         answer = {"error": kind + " ".join(str(error).split())}
         if variables := variables_behind(error):
@@ -82,24 +82,22 @@ def main() -> None:
 
 
 def module(name: str, distribution: str) -> Answer:
-    """Return the version of a module that can be imported."""
     imported = importlib.import_module(name)
     found = getattr(imported, "__version__", None)
     return {"version": str(found or importlib.metadata.version(distribution))}
 
 
 def native_core(_: str) -> Answer:
-    """Return the file of the core that fits."""
     from megatron_laer.planner.native_core import native
 
     return {"file": native.__file__}
 
 
 def torch(_: str) -> Answer:
-    """Describe torch, its libraries for exchanges, and the cards that it sees.
+    """Describe torch, its communication libraries and the cards that it sees.
 
-    `device` is the device of training, cpu or cuda; `device_error` is why it is not known, and
-    `unsupported` why this torch cannot train on it.
+    `device` is cpu or cuda. `device_error` says why it is unknown, and `unsupported` why this torch
+    cannot train on it.
     """
     import torch
 
@@ -139,7 +137,6 @@ def torch(_: str) -> Answer:
 
 
 def megatron(_: str) -> Answer:
-    """Describe Megatron: version, folder and dataset helper."""
     import megatron.core.datasets
 
     from megatron_laer import megatron_version
@@ -161,7 +158,7 @@ def megatron(_: str) -> Answer:
 
 
 def plugin(_: str) -> Answer:
-    """Install the plugin, find everything that it replaces in Megatron, and return the number."""
+    """Install the plugin and count the places in Megatron that it replaces."""
     from megatron_laer.launch import prepare
 
     prepare()

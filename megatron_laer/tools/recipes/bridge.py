@@ -1,7 +1,7 @@
-"""Recipes of Megatron-Bridge, exported as rows of a table, become arguments of Megatron.
+"""Conversion of Megatron-Bridge recipes, exported as rows of a table, to Megatron's arguments.
 
-A row has the columns that `COLUMNS` names, and may have those of `MORE_COLUMNS`; others are left
-unread. What their texts may be is here, and what they do not say of a model in `families`.
+A row has the columns in `COLUMNS` and may have those in `MORE_COLUMNS`; others are ignored. This
+module defines the columns' values; `families` has the settings that no column states.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _words(text: str, empty: object = None) -> dict[str, object]:
     return {"": empty} | {word: word for word in text.split()}
 
 
-# An empty text is left to Megatron-Bridge's default, which comes first.
+# An empty text means Megatron-Bridge's default, which comes first.
 _SWITCH: dict[str, object] = {"": False, "False": False, "True": True}
 _WORDS: dict[str, dict[str, object]] = {
     "pool": {word: word for word in ("pretrain", "sft", "peft", "perf")},
@@ -56,8 +56,8 @@ _LISTS = ("cuda_graph_scope", "recompute_modules")
 _OPTIMIZER = "optimizer"
 COLUMNS = ("recipe", *_WORDS, *_SIZES, *_LISTS, _OPTIMIZER)
 
-# Without a column these leave nothing open: the first two are old names of --cuda-graph-impl, the
-# next two configure a backend that is refused, and the last two are no setting of a recipe.
+# These need no column: the first two are old names of --cuda-graph-impl, the next two configure a
+# backend that is refused, and the last two are no settings of a recipe.
 _WITHOUT_COLUMN: dict[str, object] = {
     "enable_cuda_graph": False,
     "external_cuda_graph": False,
@@ -71,7 +71,7 @@ _READ = (
     "moe_flex_dispatcher_backend fp8 fp4 cuda_graph_impl cuda_graph_modules recompute_modules "
     "overlap_moe_expert_parallel_comm delay_wgrad_compute optimizer"
 ).split()
-# What decides as well, by the names of Megatron's arguments; what refuses a run comes first.
+# Other deciding settings, by the names of Megatron's arguments; those that refuse a run come first.
 _DECIDING = tuple(
     row.argument
     for row in sorted(REFUSALS, key=lambda row: row.left_out is not None)
@@ -86,7 +86,6 @@ _OPTIMIZERS = re.compile(r"(?:opt:)?(distributed_)?(?:fused_)?(adam|sgd|muon|lio
 
 
 def read_recipes(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV file with these columns."""
     rows = csv.reader(read_text(path).splitlines(keepends=True), strict=True)
     try:
         names = next(rows, [])
@@ -107,7 +106,6 @@ def read_recipes(path: Path) -> list[dict[str, str]]:
 
 
 def recipe_of(content: Mapping[str, Content], where: str) -> dict[str, str]:
-    """Return a recipe's fields in a mapping, such as a YAML file's, as a row of the table."""
     _check_columns(list(content), where)
     found = {}
     for name in [*COLUMNS, *(name for name in MORE_COLUMNS if name in content)]:
@@ -121,13 +119,12 @@ def recipe_of(content: Mapping[str, Content], where: str) -> dict[str, str]:
 
 
 def judge_recipe(row: Mapping[str, str]) -> Judgement:
-    """Judge a recipe by its fields."""
     try:
         settings, implied = _settings(row), implied_by(row["recipe"])
         for one in implied:
             vars(settings).update(one.settings)
         refused = [one.refused for one in implied if one.refused]
-        # Columns beside those that every table has.
+        # Columns that a table may have or omit.
         given = {name: _setting(name, row[name]) for name in _DECIDING if name in row}
         vars(settings).update(given)
         if settings.is_lora and adapts_experts(row["recipe"]):
@@ -179,7 +176,7 @@ def _settings(row: Mapping[str, str]) -> Namespace:
         use_distributed_optimizer=bool(optimizer[1]),
         bf16=True,
         pipeline_model_parallel_size=_size(row, "PP") if "PP" in row else 1,
-        # The pool of performance recipes has all kinds.
+        # The pool of performance recipes has recipes of all kinds.
         is_lora=row["pool"] == "peft" or "_peft_" in row["recipe"],
         **_WITHOUT_COLUMN,
     )

@@ -1,4 +1,4 @@
-"""Flags of Megatron in files and command lines."""
+"""Megatron's flags in files and command lines."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.files.yaml_text import Content
 from megatron_laer.tools.model_flags import flag_words
 
-# What Megatron evaluates, such as ([0]*3+[1]*58) in --moe-layer-freq, and how many layers that are.
+# Expressions that Megatron evaluates, such as ([0]*3+[1]*58) in --moe-layer-freq, and their limit.
 _PATTERN = re.compile(r"[,\d\[\]()+*]*\*[,\d\[\]()+*]*", re.ASCII)
 _DIGITS = re.compile(r"[0-9]+")
 _MOST_LAYERS = 10**7
@@ -21,7 +21,7 @@ _KEY = re.compile(r"(?:--)?([a-z0-9]+(?:[-_][a-z0-9]+)*)")
 
 
 def flags_in_text(path: Path) -> list[str]:
-    """Read a command line, such as a script's, with lines that a backslash continues."""
+    """Read a command line, such as a script's; a backslash continues a line."""
     text = read_text(path).replace("\\\n", " ")
     if len(text) > _LONGEST_TEXT:  # the time of shlex grows with the square of a word
         raise ValueError(
@@ -35,14 +35,14 @@ def flags_in_text(path: Path) -> list[str]:
 
 
 def script_flags(words: list[str]) -> list[str]:
-    """Return the flags of a command line without what starts the script, if that is there."""
+    """Return the flags of a command line without the words that start the script, if any."""
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), -1)
     flags = words[script + 1 :]
     return flags[1:] if flags[:1] == ["--"] else flags
 
 
 def flags_in_mapping(content: Mapping[str, Content], where: str) -> list[str]:
-    """Return the flags of a mapping `flag: value`, whose groups are mappings in it."""
+    """Return the flags of a mapping `flag: value`, which may group them in mappings."""
     try:
         return [word for key, value in _settings(content) for word in _flag(key, value)]
     except ValueError as error:
@@ -50,7 +50,7 @@ def flags_in_mapping(content: Mapping[str, Content], where: str) -> list[str]:
 
 
 def check_patterns(words: list[str]) -> None:
-    """Refuse a pattern of layers whose value would take all memory, or forever."""
+    """Refuse a layer pattern whose evaluation would exhaust memory or never end."""
     for word in words:
         pattern = word.rpartition("=")[2]
         if not _PATTERN.fullmatch(pattern):
@@ -66,7 +66,6 @@ def check_patterns(words: list[str]) -> None:
 
 
 def without(words: Sequence[str], flags: Collection[str]) -> list[str]:
-    """Return a command line without some flags and their values."""
     kept, is_dropped = [], False
     for word in words:
         if word.startswith("--"):

@@ -1,4 +1,4 @@
-"""Recipes of Megatron-Bridge, called by name and judged by their ConfigContainer."""
+"""Judgement of Megatron-Bridge recipes, called by name, by their ConfigContainer."""
 
 from __future__ import annotations
 
@@ -16,21 +16,16 @@ from megatron_laer.tools.recipes.families import implied_by
 from megatron_laer.tools.recipes.verdict import Judgement, Verdict, judge
 
 _RECIPES = "megatron.bridge.recipes"
-# What is read of a ConfigContainer.
+# Parts of a ConfigContainer that are read.
 _PARTS = ("model", "dist", "ddp", "optimizer", "mixed_precision", "comm_overlap", "checkpoint")
 
 
 class EvaluationError(ValueError):
-    """A recipe's function was called, and failed."""
+    """Failure of a recipe's function."""
 
 
 def judge_container(name: str, recipe: Any) -> Judgement:
-    """Judge a recipe by its container.
-
-    Args:
-        name: of its function, as `module:function`.
-        recipe: what the function returned.
-    """
+    """Judge a recipe's container; `name` is its function as `module:function`."""
     refused = [row.refused for row in implied_by(name) if row.refused]
     settings = settings_of(recipe)
     settings.world_size = settings.expert_model_parallel_size  # of the run, not of this process
@@ -41,22 +36,21 @@ def judge_container(name: str, recipe: Any) -> Judgement:
     for row in REFUSALS:
         if row.flag in judgement.drop:
             setattr(settings, row.argument, row.accepted[0])
-    # Once more, and now with the sizes that no row of the table knows.
+    # Check once more, now with the sizes that no row of the table knows.
     found = arguments.problems(settings, FSEPConfig())
     return Judgement(Verdict.REFUSED, None, tuple(found)) if found else judgement
 
 
 def load_recipe(name: str) -> tuple[str, Any]:
-    """Call a recipe's function; returns `module:function` and its container.
+    """Call a recipe's function; return `module:function` and its container.
 
-    Args:
-        name: of a function of `megatron.bridge.recipes`, or `module:function`.
+    `name` is a function of `megatron.bridge.recipes`, or `module:function`.
     """
     module, _, function = name.rpartition(":")
     recipe = _function(module or _RECIPES, function)
     try:
         full_name, container = f"{recipe.__module__}:{recipe.__name__}", recipe()
-    except Exception as error:  # whatever it is, from code that is not ours
+    except Exception as error:  # code that is not ours may raise anything
         raise EvaluationError(
             f"recipe {quoted(name)} cannot be evaluated: {type(error).__name__}: {error}"
         ) from error
@@ -71,7 +65,7 @@ def load_recipe(name: str) -> tuple[str, Any]:
 def _function(module: str, name: str) -> Callable[[], Any]:
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # also what an imported file raises, or a name with a dot in front
+    except Exception as error:  # also errors of an imported file, or a name with a dot in front
         raise ValueError(
             f"recipe {quoted(f'{module}:{name}')}: {module} cannot be imported ({error}); install "
             "Megatron-Bridge with what it needs, or give the recipe's fields in a YAML file"

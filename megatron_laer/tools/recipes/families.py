@@ -1,7 +1,7 @@
 """Settings that a Megatron-Bridge recipe and its model imply, and that no exported column has.
 
-Read in Megatron-Bridge's source at 067f987d, recipes and performance recipes; each row has a
-comment with the place.
+Source: Megatron-Bridge at 067f987d, recipes and performance recipes. Each row has a comment with
+the place.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import NamedTuple
 
 
 class Implied(NamedTuple):
-    """Settings of the recipes whose `module:function` a regular expression finds.
+    """Settings of the recipes whose `module:function` matches the regular expression `recipes`.
 
-    Attributes:
-        settings: arguments of Megatron, by attribute.
-        refused: parts that no Megatron that FSEP supports can build, with a way out.
+    `settings` are Megatron's arguments, by attribute. `refused` are parts that no supported
+    Megatron can build, with a remedy.
     """
 
     recipes: str
@@ -28,7 +27,7 @@ def _balanced(kind: str, coefficient: float) -> dict[str, object]:
     return {"moe_router_load_balancing_type": kind, "moe_aux_loss_coeff": coefficient}
 
 
-# Of a number that is not 0 the number itself is left open.
+# Nonzero numbers are placeholders, whose size is left open.
 _GROUPS: Mapping[str, Mapping[str, object]] = {
     "sequence-loss": _balanced("seq_aux_loss", 1e-4),
     "global-loss": _balanced("global_aux_loss", 1e-3),
@@ -89,7 +88,7 @@ IMPLIED = (
         experimental_attention_variant="gated_delta_net",
         moe_shared_expert_gate=True,
     ),
-    # HybridModel, whose pattern is the checkpoint's, and experts of squared ReLU
+    # HybridModel, with the checkpoint's pattern, and experts of squared ReLU
     # (nemotron_h_bridge, nemotron_omni_provider).
     _row(
         r"\.(nemotron_3_\w+|nemotron_omni):|:nemotron_3_",
@@ -97,9 +96,9 @@ IMPLIED = (
         hybrid_layer_pattern="ME*",
         gated_linear_unit=False,
     ),
-    # Of the checkpoint (nemotron_h_bridge).
+    # The checkpoint's latent size (nemotron_h_bridge).
     _row(r":nemotron_3_(super|ultra)_", moe_latent_size=1),
-    # In each of the recipes.
+    # Set in each of the recipes.
     _row(
         r"\.nemotron_3_(super|ultra):|:nemotron_3_(super|ultra|5_lightning)",
         mtp_use_repeated_layer=True,
@@ -115,7 +114,7 @@ IMPLIED = (
     _row(r"\.(step35|step37):", "aux-loss fp32 shared first-dense fused"),
     # gemma4_provider.
     _row(r"\.gemma4_vl:", "aux-loss fp32 shared fused"),
-    # Static shapes for HybridEP; the performance recipe takes it over from that for training.
+    # Static shapes for HybridEP; the performance recipe inherits this from the training recipe.
     _row(
         r":nemotron_3_super_pretrain(_64gpu_h100_bf16)?_config$",
         moe_expert_capacity_factor=1.1,
@@ -123,7 +122,7 @@ IMPLIED = (
     ),
     # dist.use_megatron_fsdp and ddp.use_megatron_fsdp.
     _row(r"_[fh]sdp_config$|perf_recipes\..*:nemotron_3_ultra_", use_megatron_fsdp=True),
-    # In each of these recipes.
+    # Set in each of these recipes.
     _row(
         r"perf_recipes\..*(:deepseek_v3_.*_[fh]sdp_config$|:deepseek_v3_.*_gb200_.*_partial_cg_dev_"
         r"|:deepseek_v4_pro_|:nemotron_3_ultra_|:nemotron_3_5_lightning_.*_h100_bf16_config$)",
@@ -146,12 +145,12 @@ IMPLIED = (
     ),
 )
 
-# LoRA recipes that name layers of attention as their targets; the others take Bridge's default,
-# which has linear_fc1 and linear_fc2, or name these themselves.
+# LoRA recipes that name attention layers as their targets; the others use Bridge's default, which
+# has linear_fc1 and linear_fc2, or name these themselves.
 _LORA_ON_ATTENTION = re.compile(
     r"\.(exaone_moe|glm5|qwen3_moe|nemotron_3_nano_4b):|:moonlight_16b_peft_4gpu"
 )
-# Folders of megatron.bridge.recipes and perf_recipes whose models were read for the table above.
+# Folders of megatron.bridge.recipes and perf_recipes whose models the table above covers.
 _KNOWN = re.compile(
     r"^megatron\.bridge\.(perf_)?recipes\.(deepseek|exaone|gemma4_vl|glm|glm_moe_dsa|glm_vl|gpt_oss|"
     r"kimi|kimi_vl|minimax|moonlight|nemotronh|nemotron_omni|olmoe|qwen|qwen_omni|qwen_vl|stepfun)\."
@@ -164,15 +163,13 @@ UNKNOWN_FAMILY = (
 
 
 def is_known(recipe: str) -> bool:
-    """Return whether the table covers a recipe's family, by its `module:function`."""
+    """Return True if the table covers a recipe's family, by its `module:function`."""
     return _KNOWN.search(recipe) is not None
 
 
 def implied_by(recipe: str) -> list[Implied]:
-    """Return the rows about a recipe, by its `module:function`."""
     return [row for row in IMPLIED if re.search(row.recipes, recipe)]
 
 
 def adapts_experts(recipe: str) -> bool:
-    """Return whether a LoRA recipe adapts experts."""
     return not _LORA_ON_ATTENTION.search(recipe)

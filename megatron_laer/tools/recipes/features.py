@@ -1,8 +1,8 @@
 """Features of a run by its settings: a parity row must have them to prove the run.
 
-They are about what FSEP changes, which are MoE layers, their parameters and their place in a model.
-Of the rest those are listed that no row has, or that run on a replacement in the rows that have
-them. Settings without an attribute count as off.
+They concern the parts that FSEP changes: MoE layers, their parameters and their place in a model.
+Other features are listed if no row has them, or if the rows that have them run on a replacement.
+Settings without an attribute count as off.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ _ZERO = re.compile(r"(?<![\d.])0(?![\d.])")
 
 
 def features_of(settings: Namespace) -> frozenset[str]:
-    """Return the features of parsed arguments, or of the same attributes from elsewhere."""
+    """Return the features of parsed arguments, or of another object with these attributes."""
     found = frozenset(_features(settings))
-    # Muon that is shared among replicas has its own way of it.
+    # Muon that is shared among replicas has its own kind of distributed optimizer.
     return found - {"distributed optimizer"} if "shared Muon" in found else found
 
 
@@ -98,7 +98,7 @@ def _features(settings: Namespace) -> Iterator[str]:
         yield "HybridEP" if is_hybrid else "DeepEP"
     if variant := get("experimental_attention_variant"):
         yield _VARIANTS.get(variant, "experimental attention")
-    # The second is Megatron's old name.
+    # The second name is Megatron's old one.
     pattern = str(get("hybrid_layer_pattern") or get("hybrid_override_pattern") or "")
     if pattern:
         yield "HybridModel"
@@ -118,7 +118,7 @@ def _features(settings: Namespace) -> Iterator[str]:
 def _recomputed(granularity: Any, modules: Any) -> Iterator[str]:
     if granularity == "full":
         yield "full recompute"
-    if granularity == "selective":  # of attention's core, where no module is named
+    if granularity == "selective":  # by default of attention's core
         yield from (f"recompute of {name}" for name in _listed(modules) or ["core_attn"])
 
 

@@ -1,7 +1,7 @@
 """Proof by rows of the parity table that FSEP equals stock Megatron, for their features.
 
-docs/support.md lists the rows. `proved_rows.csv` has the features of each, as
-`python -m tests.proved_rows` writes them.
+docs/support.md lists the rows. `python -m tests.proved_rows` writes their features to
+`proved_rows.csv`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MOST_NAMED = 6
 
 
 class ProvedRow(NamedTuple):
-    """Row of the parity table; `is_replaced`: with replacements for parts that need a GPU."""
+    """Row of the parity table; `is_replaced` means that it replaces parts that need a GPU."""
 
     name: str
     features: frozenset[str]
@@ -31,7 +31,6 @@ class ProvedRow(NamedTuple):
 
 @cache
 def proved_rows() -> tuple[ProvedRow, ...]:
-    """Return all rows."""
     with FILE.open(encoding="utf-8", newline="") as file:
         return tuple(
             ProvedRow(name, frozenset(filter(None, features.split(", "))), bool(replaced))
@@ -43,12 +42,9 @@ def proved_rows() -> tuple[ProvedRow, ...]:
 class Proof:
     """Rows that have the features of a run, and features that no row has.
 
-    Attributes:
-        row: a row that has all features together, or "".
-        is_replaced: whether this row, or every row of some feature, runs on a replacement of what
-            Megatron has for GPUs alone.
-        no_row: features that no row has.
-        no_row_together: pairs of other features that no row has together, as `a + b`.
+    `row` has all features together, or is "". `is_replaced` says that it, or every row of some
+    feature, replaces parts that Megatron has for GPUs alone. `no_row_together` has pairs of other
+    features, as `a + b`.
     """
 
     row: str
@@ -57,7 +53,7 @@ class Proof:
     no_row_together: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """Return one line, with some of the features and pairs where there are many."""
+        """Return one line, which abbreviates long lists of features and pairs."""
         where = "on the CPU"
         if self.is_replaced:
             where += ", where replacements stand for what Megatron has for GPUs alone"
@@ -77,7 +73,7 @@ def proof_of(settings: Namespace) -> Proof:
     features = features_of(settings)
     proving = [row for row in proved_rows() if features <= row.features]
     if proving:
-        # On the real thing where a row is, and then the row that has the least beside.
+        # Prefer a row without replacements, then the row with the fewest other features.
         row = min(proving, key=lambda row: (row.is_replaced, len(row.features)))
         return Proof(row.name, row.is_replaced)
     rows_of = {

@@ -1,4 +1,4 @@
-"""A run's settings are judged by the table that training refuses them by."""
+"""Judgement of a run's settings by the table of training's refusals."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from megatron_laer.tools.recipes.proof import Proof, proof_of
 
 
 class Verdict(Choice):
-    """Kinds of judgement: a run works with FSEP as it is, with a change, or not.
+    """Kinds of judgement: a run works with FSEP unchanged, with a change, or not.
 
-    `SET_EP` uses no expert parallelism, which FSEP needs. `SPEED_ONLY` runs without some flags that
+    `SET_EP` lacks expert parallelism, which FSEP needs. `SPEED_ONLY` runs without some flags that
     only change the speed, and `PRECISION` without these and in bf16.
     """
 
@@ -32,11 +32,11 @@ class Judgement:
     """Verdict on a run with its reasons.
 
     Attributes:
-        proof: what rows prove of the run without the flags in `drop`; None if nothing is known to
-            be proved, or if it does not run.
-        because: why it is refused; of what runs, why flags must go and what is not proved.
-        drop: the flags without which it runs, or would once it used expert parallelism.
-        if_none_of: settings that would change the verdict, and of which nothing was given.
+        proof: by rows, for the run without the flags in `drop`. None if nothing is known to be
+            proved, or if it does not run.
+        because: reasons for a refusal, for dropping flags, and for a missing proof.
+        drop: the flags without which it runs, or would run with expert parallelism.
+        if_none_of: settings that would change the verdict and that were not given.
     """
 
     verdict: Verdict
@@ -47,11 +47,11 @@ class Judgement:
 
     @property
     def runs(self) -> bool:
-        """Return whether there is a way to run it that changes no more than speed or precision."""
+        """Return True if the run works with changes of speed and precision at most."""
         return self.verdict not in (Verdict.SET_EP, Verdict.REFUSED)
 
 
-# Beyond them a size is a slip of the hand, and no row of the table looks.
+# Larger sizes are typing errors, which no row of the table detects.
 _MOST = 10**6
 _SIZES = (
     "num_experts expert_model_parallel_size expert_tensor_parallel_size "
@@ -66,13 +66,10 @@ def judge(
     also_refused: Sequence[str] = (),
     doubts: Sequence[str] = (),
 ) -> Judgement:
-    """Judge parsed arguments, or the same attributes from elsewhere.
+    """Judge parsed arguments, or an object with the same attributes.
 
-    Args:
-        settings: every attribute that the table looks for is checked if it is there.
-        allowed: the words of `--fsep-allow-unproven`.
-        also_refused: what else keeps the run from working, which no argument tells.
-        doubts: why nothing proves the run, if it is not refused.
+    `allowed` are the words of `--fsep-allow-unproven`. `also_refused` are further reasons for a
+    refusal, which no argument shows. `doubts` are reasons why nothing proves an accepted run.
     """
     _check_sizes(settings)
     found = [(row, text) for row in REFUSALS if (text := row.problem_with_flag(settings, allowed))]

@@ -25,14 +25,9 @@ _WORTH_NAMING = 0.002
 class Assessment:
     """Assessment of a run, over all steps.
 
-    Attributes:
-        total_s: time of steps, where measured; else predicted time of MoE layers.
-        imbalance_s: time lost to imbalance.
-        exchanges_s: wait for restores, gradients and decisions; 0 where times are predicted,
-            since the prediction includes them.
-        stock_s: time that stock's placement would have lost to imbalance.
-        kept: time with forced balance over `total_s`.
-        lost_ms_L, stock_lost_ms_L: time lost to imbalance by layer.
+    `total_s` and `exchanges_s` are measured, or else `total_s` is the predicted time of MoE layers
+    including exchanges, and `exchanges_s` is 0. `stock_s` is the time that stock's placement would
+    have lost to imbalance, and `kept` the time with forced balance over `total_s`.
     """
 
     is_measured: bool
@@ -45,7 +40,6 @@ class Assessment:
     stock_lost_ms_L: Float64
 
     def sentence(self) -> str:
-        """Return the assessment in one sentence."""
         of = "" if self.is_measured else " predicted for the MoE layers"
         waits = f", waits for exchanges {seconds(self.exchanges_s)}" if self.is_measured else ""
         verb = "kept" if self.is_measured else "would keep"
@@ -56,7 +50,7 @@ class Assessment:
         )
 
     def causes(self, layers: tuple[str, ...]) -> str:
-        """Name the layers with most of the lost time; "" where next to none was lost."""
+        """Name the layers with most of the lost time; "" if hardly any was lost."""
         total_ms = float(self.lost_ms_L.sum())
         if total_ms * 1e-3 <= _WORTH_NAMING * self.total_s or len(layers) <= _NAMED:
             return ""
@@ -67,7 +61,6 @@ class Assessment:
 
 
 def assess(run: RunData) -> Assessment:
-    """Compute the assessment of a run."""
     ratio_TL = np.maximum(run.imbalance_TL, 1.0)
     lost_ms_TL = run.layer_ms_TL * (1 - 1 / ratio_TL)
     stock_lost_ms_TL = run.layer_ms_TL * (np.maximum(run.stock_TL, 1.0) - 1) / ratio_TL
@@ -96,12 +89,11 @@ def assess(run: RunData) -> Assessment:
 
 
 def percent(share: float) -> str:
-    """Write a share as 96.8 %."""
     return f"{100 * share:.1f} %"
 
 
 def seconds(value: float) -> str:
-    """Write seconds with as many digits as one reads: 41 s, 4.1 s, 410 ms, 4.1 ms."""
+    """Format seconds with few digits: 41 s, 4.1 s, 410 ms, 4.1 ms."""
     if value >= 10 or value == 0:
         return f"{value:,.0f} s"
     if value >= 1:

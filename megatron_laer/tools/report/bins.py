@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from megatron_laer.tools.report.run_data import Float64, RunData
 
-# Columns of a figure, and cells of a figure with a picture for each layer.
+# Maximum columns of a figure, and cells of a figure with one picture per layer.
 MAX_BINS = 240
 _MAX_CELLS = 80_000
 _UNITS = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("bytes", 1))
@@ -23,7 +23,7 @@ Bins = list[list[int]]
 
 
 def bin_edges(number: int, most: int) -> list[int]:
-    """Divide so many steps into at most `most` bins of equal length; the last may be shorter."""
+    """Divide steps into at most `most` bins of equal length; the last may be shorter."""
     length = max(1, -(-number // most))
     return [*range(0, number, length), number]
 
@@ -46,13 +46,13 @@ def bins_of(run: RunData, edges: Sequence[int]) -> Bins:
 
 
 def largest(values: Float64) -> float:
-    """Return the largest value that is there; 0 without any."""
+    """Return the largest finite value; 0 without any."""
     there = values[np.isfinite(values)]
     return float(there.max()) if there.size else 0.0
 
 
 def in_unit(series: Mapping[str, Float64]) -> tuple[dict[str, Float64], str]:
-    """Return numbers of bytes in a unit that fits the largest."""
+    """Convert bytes to a unit that fits the largest value."""
     most = max(largest(values) for values in series.values())
     unit, size = next(((u, s) for u, s in _UNITS if most >= s), _UNITS[-1])
     return {name: values / size for name, values in series.items()}, unit
@@ -64,13 +64,12 @@ def text_of(value: float) -> str:
 
 
 def over_mean(tokens: npt.NDArray[np.int64]) -> Float64:
-    """Return tokens over the mean of the last axis."""
     mean = tokens.mean(axis=-1, keepdims=True)
     over: Float64 = np.where(mean > 0, tokens / np.maximum(mean, 1e-9), np.nan)
     return over
 
 
 def edges_by_layer(run: RunData) -> list[int]:
-    """Return the bins of a figure that has a picture for each layer."""
+    """Return the bins of a figure with one picture per layer."""
     cells = len(run.shape.layers) * run.shape.num_experts
     return bin_edges(len(run.steps_T), max(1, min(MAX_BINS, _MAX_CELLS // cells)))

@@ -71,7 +71,7 @@ def _gini(tokens_E: npt.NDArray[np.int64]) -> float:
 
 
 def _drift(share_BLE: Float64) -> list[float]:
-    """Return the mean cosine of experts' shares in neighbouring bins, by layer."""
+    """Return the mean cosine between experts' shares in neighbouring bins, by layer."""
     share_BLE = np.nan_to_num(share_BLE)
     found = []
     for layer in range(share_BLE.shape[1]):
@@ -122,7 +122,7 @@ def replicas(run: RunData) -> Section:
 
 
 def _layouts_by_bin(run: RunData, bins: Bins) -> tuple[Float64, list[int]]:
-    """Return the replicas at the end of each bin, and the slots that changed in it."""
+    """Return the replicas at the end of each bin, and its number of changed slots."""
     num_layers, num_experts = len(run.shape.layers), run.shape.num_experts
     static = ExpertLayout.static(run.shape.num_ranks, run.shape.capacity, num_experts)
     # A run begins with static layouts, which are not recorded.
@@ -144,7 +144,6 @@ def _layouts_by_bin(run: RunData, bins: Bins) -> tuple[Float64, list[int]]:
 
 
 def _slot_bytes(settings: Sequence[tuple[str, str]]) -> int | None:
-    """Return the bytes of an expert's weights, from the recorded settings."""
     of = dict(settings)
     try:
         hidden, ffn, each = (int(of[name]) for name in ("hidden", "ffn", "bytes_per_element"))

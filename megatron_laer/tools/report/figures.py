@@ -47,11 +47,7 @@ KINDS = ("dense layers", "dispatch", "experts", "combine", "waits for restores",
 def sections(
     run: RunData, assessment: Assessment, other: RunData | None = None
 ) -> Iterator[Section]:
-    """Yield the sections for which there is data.
-
-    Args:
-        other: a run to compare with.
-    """
+    """Yield the sections for which there is data; `other` is a run to compare with."""
     edges = bin_edges(len(run.steps_T), MAX_BINS)
     yield _balance(run, edges)
     yield _time(run, edges, assessment)
@@ -92,7 +88,6 @@ def _balance(run: RunData, edges: Sequence[int]) -> Section:
 
 
 def _worst(run: RunData) -> Iterator[tuple[str, ...]]:
-    """Yield the steps and layers with the largest max/mean."""
     ratio_TL = np.nan_to_num(run.imbalance_TL, nan=0.0)
     for place in np.argsort(-ratio_TL, axis=None, kind="stable")[:_NUM_WORST].tolist():
         step, layer = divmod(place, ratio_TL.shape[1])
@@ -157,7 +152,6 @@ def _time_parts(run: RunData, edges: Sequence[int]) -> dict[str, list[float | No
 
 
 def _ranks(run: RunData, edges: Sequence[int]) -> Section:
-    """Show each rank's tokens over the mean: by bin over all layers, and by layer."""
     kinds = {"FSEP": run.rank_tokens_TLN}
     if run.stock_rank_tokens_TLN is not None:
         kinds["Stock's placement"] = run.stock_rank_tokens_TLN
@@ -190,7 +184,6 @@ def _ranks(run: RunData, edges: Sequence[int]) -> Section:
 
 
 def _guard(run: RunData) -> Section:
-    """Show the guard's choices and the cost model's predictions: a point per step and layer."""
     of = run.of_layers
     passes = float(np.nansum(of["passes"]))
     share = float(np.nansum(of["fresh"])) / passes if passes else math.nan
@@ -247,7 +240,7 @@ def _against_measured(title: str, text: str, predicted: Float64, measured: Float
 
 
 def _thinned(*values: Float64, most: int | None = _MAX_POINTS) -> list[Float64]:
-    """Return the places at which the first two have values, thinned out evenly."""
+    """Select the places at which the first two have values, thinned out evenly."""
     flat = [each.ravel() for each in values]
     there = np.flatnonzero(np.isfinite(flat[0]) & np.isfinite(flat[1]))
     stride = 1 if most is None else max(1, -(-len(there) // most))
@@ -255,7 +248,6 @@ def _thinned(*values: Float64, most: int | None = _MAX_POINTS) -> list[Float64]:
 
 
 def _memory(run: RunData, edges: Sequence[int]) -> Section:
-    """Show tokens of the busiest rank and the bound, and measured bytes."""
     x = plots.steps_axis(bins_of(run, edges))
     names = {"busiest rank": "largest_tokens", "perfect balance": "least_tokens"}
     figures = [
@@ -292,13 +284,12 @@ def _memory(run: RunData, edges: Sequence[int]) -> Section:
 
 
 def _largest_of_layers(values_TL: Float64) -> Float64:
-    """Return the largest of a step's layers; NaN without any."""
+    """Return the largest value of a step's layers; NaN without any."""
     largest = np.where(np.isfinite(values_TL), values_TL, -np.inf).max(axis=1)
     return np.where(np.isfinite(largest), largest, np.nan)
 
 
 def _comparison(run: RunData, other: RunData) -> Section:
-    """Show the balance and times of two runs next to each other, on one scale."""
     both = [(one, bin_edges(len(one.steps_T), MAX_BINS)) for one in (run, other)]
     names = ("FSEP", "stock's placement")
     means = [

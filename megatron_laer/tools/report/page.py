@@ -1,4 +1,4 @@
-"""The page: one file of HTML with its scripts, its style and its data.
+"""The page: one HTML file with its scripts, style and data.
 
 The same data give the same bytes. jinja2 escapes all text from a run; within the data, `<`, `>`
 and `&` are JSON escapes. The page's policy forbids the browser to load anything.
@@ -27,13 +27,7 @@ from megatron_laer.version import __version__
 def page(
     run: RunData, rows: Sequence[WhatIf], other: RunData | None = None, predicted_for: str = ""
 ) -> str:
-    """Return the page.
-
-    Args:
-        rows: predictions for other capacities and modes.
-        other: a run to compare with.
-        predicted_for: settings of the predictions, in words.
-    """
+    """Render the page; `predicted_for` describes the settings of the predictions in `rows`."""
     runs = [run] if other is None else [run, other]
     assessment = assess(run)
     shown = list(sections(run, assessment, other))
@@ -79,13 +73,12 @@ def page(
 
 
 def _embedded(data: dict[str, Any]) -> str:
-    """Return JSON that no text in it can end early."""
+    """Return JSON in which no text can end the script element early."""
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 def _about(run: RunData) -> str:
-    """Describe the run in one line."""
     shape, of = run.shape, dict(run.settings)
     sizes = f" of {of['hidden']} x {of['ffn']}" if {"hidden", "ffn"} <= {*of} else ""
     parts = [
@@ -98,7 +91,6 @@ def _about(run: RunData) -> str:
 
 
 def _key_figures(runs: Sequence[RunData]) -> Iterator[tuple[str, ...]]:
-    """Yield rows of figures, with a column for each run."""
     columns = [dict(_figures_of(one)) for one in runs]
     for name in dict.fromkeys(name for column in columns for name in column):
         yield (name, *(column.get(name, "–") for column in columns))
@@ -137,7 +129,6 @@ def _figures_of(run: RunData) -> Iterator[tuple[str, str]]:
 
 
 def _cells(row: WhatIf) -> list[tuple[str, str]]:
-    """Return the cells of a what-if row, each with its head."""
     return [
         ("strategy", row.strategy),
         ("mode", row.mode),

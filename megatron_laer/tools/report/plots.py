@@ -1,7 +1,7 @@
-"""Figures as plotly.js takes them: dictionaries of traces and layouts, without plotly itself.
+"""Figures as dictionaries of plotly.js traces and layouts, without plotly itself.
 
-Every axis has a title, every colour bar too, and labels are escaped: plotly.js reads some HTML in
-them. The colours are legible on a light and on a dark page; `page.js` sets only fonts and grids.
+Axes and colour bars have titles. Labels are escaped, since plotly.js reads some HTML in them.
+Colours are legible on light and dark pages; `page.js` sets only fonts and grids.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from megatron_laer.tools.report.run_data import Float64
 
 BLUE, GREEN, RED, GREY = "#3b82c4", "#2a9d74", "#d55e00", "#8c96a0"
-# A step's kinds of time, distinguishable with impaired colour vision too.
+# Colours of a step's kinds of time, distinguishable with impaired colour vision too.
 KIND_COLOURS = (GREY, BLUE, GREEN, "#7fb8de", RED, "#e69f00")
 _RISING = [[0, "#b9d3e3"], [0.35, "#fdd0a2"], [0.7, "#e66e28"], [1, "#7f1914"]]
 _BELOW_ONE, _ONE, _ABOVE_ONE = "#2166ac", "#c9ced4", "#b2182b"
@@ -30,13 +30,7 @@ _LONGEST_LABEL = 28
 
 @dataclass(frozen=True)
 class Figure:
-    """Figure of the page.
-
-    Attributes:
-        text: caption.
-        data, layout: traces and layout of plotly.js.
-        choices: labels of the traces, of which one is shown at a time; empty shows all.
-    """
+    """Figure of the page; with `choices` of labels, one trace is shown at a time."""
 
     title: str
     text: str
@@ -77,16 +71,10 @@ def heat_map(
     choices: Sequence[str] = (),
     borders: Sequence[float] = (),
 ) -> Figure:
-    """Return a figure of rows and columns.
+    """Return a figure of rows and columns from `values[trace][row][column]`.
 
-    Args:
-        values: numbers [row][column] of each trace.
-        x: axis of the columns, from `steps_axis` or `names_axis`.
-        y: axis of each trace's rows.
-        unit: title of the colour bar; `OVER_MEAN` has different colours below and above 1.
-        bounds: values at the ends of the colours.
-        choices: labels of the traces, if there are several.
-        borders: rows before which a line is drawn.
+    `unit` is the title of the colour bar; `OVER_MEAN` has different colours below and above 1.
+    `bounds` are the values at the ends of the colours. `borders` are rows with a line before them.
     """
     low, high = bounds
     traces = [
@@ -167,11 +155,7 @@ def stacked_bars(
     y: str,
     most: float | None = None,
 ) -> Figure:
-    """Return a figure of stacked bars over the steps.
-
-    Args:
-        most: end of the y axis; by default far longer columns than the others are cut off.
-    """
+    """Return a figure of stacked bars; without `most`, the y axis cuts off far longer columns."""
     traces = [
         {"type": "bar", "name": name, "x": x["values"], "y": values, "marker": {"color": colour}}
         for (name, values), colour in zip(parts.items(), KIND_COLOURS, strict=True)
@@ -202,7 +186,6 @@ def bars_by_name(
     y: str,
     colours: Sequence[str],
 ) -> Figure:
-    """Return a figure of horizontal bars by name, each with its number."""
     traces = [
         {
             "type": "bar",
@@ -226,7 +209,7 @@ def bars_by_name(
     return Figure(title, text, traces, layout)
 
 
-# With labels at 1, 2 and 5 times powers of ten.
+# Ticks at 1, 2 and 5 times powers of ten.
 _LOG = {"type": "log", "dtick": "D2"}
 
 
@@ -275,7 +258,6 @@ def points(
 
 
 def _robust(values: Float64) -> tuple[float, float]:
-    """Return the range of nearly all values, with 0 and a margin."""
     low, high = min(0.0, *np.quantile(values, [0.005])), max(0.0, *np.quantile(values, [0.995]))
     margin = 0.06 * (high - low) or 1.0
     return low - margin, high + margin
@@ -297,7 +279,6 @@ def names_axis(title: str, names: Sequence[str], before: str = "") -> dict[str, 
 
 
 def numbers_axis(title: str, number: int) -> dict[str, Any]:
-    """Return the axis of the ranks or experts 0 to `number` - 1."""
     axis = {"title": {"text": title}, "dtick": _tick(number)}
     return {"before": f"{title} ", "values": list(range(number)), "axis": axis}
 
@@ -332,7 +313,6 @@ def labels(names: Sequence[str]) -> list[str]:
 
 
 def label(name: str) -> str:
-    """Return one short label."""
     short = name if len(name) <= _LONGEST_LABEL else f"{name[: _LONGEST_LABEL - 1]}…"
     return html.escape(short, quote=False)
 
@@ -343,7 +323,7 @@ def _numbers(values: npt.ArrayLike) -> Float64:
 
 
 def rounded(values: npt.ArrayLike, digits: int = 4) -> Any:
-    """Return nested lists of numbers with so many digits, and None for missing ones."""
+    """Round to nested lists of numbers, with None for missing ones."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim > 1:
         return [rounded(row, digits) for row in array]

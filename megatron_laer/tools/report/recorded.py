@@ -22,15 +22,9 @@ from megatron_laer.tools.report.run_files import RunFiles, naming
 
 
 def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | None) -> RunData:
-    """Read the rest of a run that has recorded its metrics.
+    """Read the rest of a run with recorded metrics.
 
-    Args:
-        recording: its metrics.
-        trace: its routing, if it was recorded too.
-
-    Raises:
-        ValueError: a damaged file, by line, or files of different runs.
-        OSError: a file cannot be read.
+    Raises ValueError for a damaged line or files of different runs, OSError for unreadable files.
     """
     assert files.metrics is not None
     shape = recording.shape
@@ -71,13 +65,11 @@ def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | No
 
 
 def recorded_until(path: Path) -> str:
-    """Return the time of a recording's last change, in words."""
     time = datetime.fromtimestamp(path.stat().st_mtime, UTC)
     return f"recorded until {time:%Y-%m-%d %H:%M} UTC"
 
 
 def stock_tokens_TLN(experts_TLE: Int64, shape: Shape) -> Int64:
-    """Return the tokens that each rank would compute under stock's placement."""
     owner_E = stock_owner_E(shape.num_ranks, shape.num_experts)
     tokens_TLN = np.zeros((*experts_TLE.shape[:2], shape.num_ranks), dtype=np.int64)
     for expert, rank in enumerate(owner_E.tolist()):
@@ -86,7 +78,7 @@ def stock_tokens_TLN(experts_TLE: Int64, shape: Shape) -> Int64:
 
 
 def check_same_run(metrics: Path, shape: Shape, path: Path | None, trace: Trace) -> None:
-    """Raise ValueError for a trace of other sizes than the metrics of its folder."""
+    """Raise ValueError for a trace whose sizes differ from those of the metrics."""
     of_trace = (trace.num_ranks, trace.num_experts, trace.layers)
     of_metrics = (shape.num_ranks, shape.num_experts, shape.layers)
     if of_trace != of_metrics:
@@ -140,7 +132,6 @@ def _loss(logs: tuple[Path, ...]) -> list[tuple[int, float]]:
 
 
 def _settings(recording: MetricsRecording) -> list[tuple[str, str]]:
-    """Return the sizes, and the settings of the last run that wrote the recording."""
     sizes = shape_settings(recording.shape)
     return [*sizes, *(recording.runs[-1][1].items() if recording.runs else ())]
 

@@ -1,8 +1,7 @@
-"""A `RunData` from a trace without metrics, which is replayed through the code of training.
+"""A `RunData` from a trace without metrics, replayed through the code of training.
 
 Layouts and decisions are those of the default strategy and plan mode; times are predicted. Long
 traces are thinned out evenly, and a note says so.
-
 Legend: T steps, L MoE layers, N ranks, E experts, R records.
 """
 
@@ -28,7 +27,7 @@ from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.report.recorded import stock_tokens_TLN
 from megatron_laer.tools.report.run_data import Float64, RunData, expert_tokens_TLE, shape_settings
 
-# Decisions take about a millisecond each.
+# Maximum decisions per replay; each takes about a millisecond.
 MOST_CASES = 20_000
 STRATEGY, MODE = FSEPConfig().planner, PlanMode.ADAPTIVE
 
@@ -40,15 +39,7 @@ def replayed_run(
     costs: CostModel,
     progress: Callable[[Sequence[Any]], Iterable[Any]] = iter,
 ) -> RunData:
-    """Replay a trace.
-
-    Args:
-        name: the trace, as the user gave it.
-        progress: wraps the steps, as tqdm does.
-
-    Raises:
-        ValueError: a trace of other sizes, or without tokens.
-    """
+    """Replay a trace; raise ValueError for one of other sizes or without tokens."""
     geometry.check_counts(trace.counts_RNE.shape[1:])
     if not trace.counts_RNE.any():
         raise ValueError(f"trace {name!r} holds no tokens; record a run that routes some")
@@ -115,13 +106,12 @@ def replayed_run(
 
 
 def _stride(trace: Trace, num_steps: int) -> int:
-    """Return every how many steps one is shown."""
+    """Return the stride at which steps are shown."""
     per_step = -(-len(trace) // num_steps)
     return max(1, -(-per_step * num_steps // MOST_CASES))
 
 
 def _by_step_and_layer(trace: Trace) -> Iterator[tuple[int, int, list[int]]]:
-    """Yield the records of each step and layer, in order."""
     keys = list(zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True))
     begin = 0
     for end in range(1, len(keys) + 1):
@@ -133,7 +123,6 @@ def _by_step_and_layer(trace: Trace) -> Iterator[tuple[int, int, list[int]]]:
 def _decided(
     guard: Guard, layout: ExpertLayout, microbatches: Sequence[Int64]
 ) -> tuple[Int64, dict[str, float]]:
-    """Return each rank's tokens and the recorded values of one layer's passes in one step."""
     passes, predictions = LayerPasses.of(guard.geometry.num_ranks), []
     for counts_NE in microbatches:
         decision = guard.decide(counts_NE, layout)

@@ -1,4 +1,4 @@
-"""`RunData` holds the data of a report on a run, recorded or replayed.
+"""Data of a report on a run, recorded or replayed.
 
 Legend: T steps, L MoE layers, N ranks, E experts.
 """
@@ -26,22 +26,13 @@ class RunData:
     """Data of a run, by layer and step; NaN stands for missing values.
 
     Attributes:
-        name: as the user gave it.
-        is_measured: whether times were measured in the run; else all are predicted.
-        steps_T: numbers of the steps.
         imbalance_TL, stock_TL: tokens of the busiest rank over the mean, with FSEP and under
             stock's placement.
-        layer_ms_TL: a layer's time in a step over all its passes: measured, or predicted.
-        of_steps: [T] measured times and state by the recording's names; may be empty.
-        of_layers: [T, L] by the recording's names.
-        metrics: [T] by the names under which they are logged.
-        rank_tokens_TLN, stock_rank_tokens_TLN: tokens of each rank.
+        layer_ms_TL: time of a layer over all its passes in a step, predicted if not `is_measured`.
+        of_steps, of_layers, metrics: [T], [T, L] and [T] by recorded or logged names.
         experts_TLE: tokens of each expert; None without a trace.
         layouts: planned layouts, by their first step.
         loss: [step from 1, loss] of Megatron's log.
-        recorded: time of the last record, in words.
-        settings: settings of the run and of its predictions.
-        notes: remarks on these data.
     """
 
     name: str
@@ -67,12 +58,7 @@ class RunData:
 def expert_tokens_TLE(
     steps_R: Int64, layer_R: Int64, counts_RNE: npt.NDArray[np.int32], steps_T: Int64, layers: int
 ) -> Int64:
-    """Add up the tokens of each expert by step and layer.
-
-    Args:
-        steps_R, layer_R, counts_RNE: a trace's records.
-        steps_T: the steps to add up, in order.
-    """
+    """Add up a trace's tokens of each expert by step and layer, for the ordered steps `steps_T`."""
     at_R = np.searchsorted(steps_T, steps_R)
     is_known_R = (at_R < len(steps_T)) & (steps_T[np.minimum(at_R, len(steps_T) - 1)] == steps_R)
     experts_TLE = np.zeros((len(steps_T), layers, counts_RNE.shape[2]), dtype=np.int64)
@@ -85,7 +71,6 @@ def expert_tokens_TLE(
 
 
 def shape_settings(shape: Shape) -> list[tuple[str, str]]:
-    """Return the sizes of a run as settings of the page."""
     return [
         ("ranks N", str(shape.num_ranks)),
         ("ranks per node G", str(shape.node_size)),

@@ -1,6 +1,6 @@
 """Files of a run, found by their names in one folder; none is read.
 
-Names alone identify the files, so no output may take such a name in a run's folder.
+Names alone identify the files, so no output in a run's folder may have such a name.
 """
 
 from __future__ import annotations
@@ -20,17 +20,10 @@ _WAYS = "--fsep-record-metrics, --fsep-record-trace and --fsep-record-layouts wr
 
 @dataclass(frozen=True)
 class RunFiles:
-    """Files of one FSEP group; at least a recording of metrics or a trace.
+    """Files of one FSEP group: at least a recording of metrics or a trace.
 
-    Attributes:
-        name: the run, as the user gave it.
-        groups: all groups that have recordings.
-        metrics: the recording of metrics.
-        metrics_beside: the recording of metrics next to a trace that is given alone; only its
-            settings are read.
-        trace: the recorded routing, of any format that `plan` reads.
-        layouts: the recording of layouts.
-        logs: logs of Megatron.
+    `groups` are all groups with recordings. `trace` may have any format that `plan` reads. Only the
+    settings of `metrics_beside` are read; they are next to a trace that is given alone.
     """
 
     name: str
@@ -43,20 +36,15 @@ class RunFiles:
     logs: tuple[Path, ...] = ()
 
     def all_files(self) -> list[Path]:
-        """Return all files that are there."""
         recordings = (self.metrics, self.metrics_beside, self.trace, self.layouts)
         return [file for file in (*recordings, *self.logs) if file is not None]
 
 
 def find_run(given: Path, group: int | None) -> RunFiles:
-    """Find the files of a run.
+    """Find the files of a run; without `group`, those of the first group.
 
-    Args:
-        group: number of the FSEP group; None takes the first.
-
-    Raises:
-        ValueError: nothing is there, or not of this group, or two recordings of one group.
-        OSError: the folder cannot be read.
+    Raises ValueError if nothing is there (of this group) or a group has two recordings of a kind,
+    and OSError for an unreadable folder.
     """
     if not given.exists():
         raise ValueError(f"run {quoted(given)} does not exist; give a folder or a trace")
@@ -84,7 +72,7 @@ def find_run(given: Path, group: int | None) -> RunFiles:
 
 
 def metrics_beside(trace: Path) -> Path | None:
-    """Return the metrics of the run that has recorded a trace, a file or its folder; else None."""
+    """Return the metrics of the run that recorded a trace (a file or its folder), or None."""
     is_folder = trace.is_dir()
     if not is_folder and not (trace.is_file() and _NAMES["trace"].fullmatch(trace.name)):
         return None
@@ -94,7 +82,7 @@ def metrics_beside(trace: Path) -> Path | None:
 
 
 def refuse_as_source(output: Path, run: Path, flag: str) -> None:
-    """Raise ValueError for an output that would be read as a file of the run the next time."""
+    """Raise ValueError for an output that a later call would read as a file of the run."""
     folder, name = os.path.split(os.path.realpath(output))
     patterns = (*_NAMES.values(), _LOG)
     is_source = any(one.fullmatch(name) for one in patterns) or _OTHER_TRACES.match(name)
@@ -107,7 +95,7 @@ def refuse_as_source(output: Path, run: Path, flag: str) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn an OSError without a file's name into a ValueError with this one."""
+    """Turn an OSError without a file name into a ValueError that names the file."""
     try:
         yield
     except OSError as error:
@@ -121,7 +109,6 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _by_group(files: Sequence[Path]) -> dict[str, dict[int, Path]]:
-    """Return the recordings by kind and group."""
     found: dict[str, dict[int, Path]] = {kind: {} for kind in _NAMES}
     for path in files:
         for kind, name in _NAMES.items():
@@ -141,5 +128,5 @@ _NAMES = {
     "layouts": re.compile(r"group-([0-9]{1,9})\.jsonl"),
 }
 _LOG = re.compile(r"[^.].*\.log", re.DOTALL)
-# Names in the folders of Megatron's and of SmartMoE's traces.
+# File names in the trace folders of Megatron and SmartMoE.
 _OTHER_TRACES = re.compile(r"router_trace_rank|table_iter")

@@ -23,7 +23,7 @@ _STRATEGY = FSEPConfig().planner
 _LAG = 1
 
 
-# Fields that are taken from a row of `plan`.
+# Fields copied from a row of `plan`.
 _OF_ROW = (
     *("strategy", "mode", "capacity", "cases", "mean", "p95", "p99"),
     *("off_node_share", "replan_share", "layer_ms"),
@@ -32,12 +32,9 @@ _OF_ROW = (
 
 @dataclass(frozen=True)
 class WhatIf:
-    """Prediction for one capacity and mode on the trace.
+    """Prediction for one capacity and mode on the trace; `command` prints the row again.
 
-    Attributes:
-        layer_ms: predicted time of a layer, with the cost of fresh layouts.
-        share: time of stock with forced balance over `layer_ms`.
-        command: prints the row again.
+    `layer_ms` includes fresh layouts. `share` is stock's time with forced balance over `layer_ms`.
     """
 
     strategy: str
@@ -66,13 +63,9 @@ def what_if(
     flags: Sequence[str],
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[WhatIf]:
-    """Compute the rows from at most `most_cases` microbatches; none for a trace of one step.
+    """Compute rows from at most `most_cases` microbatches; none for a trace of one step.
 
-    Args:
-        path: the trace, for the commands.
-        costs: cost model of the run, with tokens that travel by rank.
-        top_k: experts of a token.
-        flags: flags that give `plan` the same settings, for the commands.
+    `costs` assume that tokens travel by rank. `path` and `flags` are for the printed commands.
     """
     if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
         return []
@@ -101,21 +94,20 @@ def what_if(
 
 
 def _every(trace: Trace, most_cases: int) -> int:
-    """Return every how many cases one is taken."""
+    """Return the stride at which cases are chosen."""
     cases = len(chosen_cases(trace, _LAG, 1))
     every = _prime_from(-(-cases // most_cases))
     return every if every <= cases else 1
 
 
 def _geometries(geometry: Geometry) -> list[Geometry]:
-    """Return the run's shape, and those with a slot less and a slot more, where they can be."""
+    """Return the run's shape, and those with one slot fewer and more where they are legal."""
     least = -(-geometry.num_experts // geometry.num_ranks)
     around = (geometry.capacity - 1, geometry.capacity, geometry.capacity + 1)
     return [replace(geometry, capacity=c) for c in around if least <= c <= geometry.num_experts]
 
 
 def _balanced_ms(trace: Trace, geometry: Geometry, costs: CostModel, cases: Sequence[int]) -> float:
-    """Return the mean predicted time of stock's layer with forced balance."""
     found = [
         stock_seconds(
             costs,
@@ -136,7 +128,7 @@ def _command(
     every: int,
     row: PlanRow,
 ) -> str:
-    """Return the command that prints this row; stock's is the first of any."""
+    """Return the command that prints this row; every command prints stock's row first."""
     is_stock = row.strategy != _STRATEGY
     capacity = geometry.capacity if is_stock else row.capacity
     mode = GUARD_MODES[0].value if is_stock else row.mode
@@ -153,7 +145,7 @@ def _command(
 
 
 def _prime_from(number: int) -> int:
-    """Return the least prime number from this one on, which meets all layers; 1 for 1."""
+    """Return the first prime from `number` on (1 for 1): such a stride meets all layers."""
     if number <= 1:
         return 1
     while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)):

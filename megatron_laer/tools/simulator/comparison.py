@@ -1,7 +1,6 @@
 """Comparison of strategies and modes on every microbatch of a trace: the rows of `plan`.
 
-As in training, a layer's layout of a step is planned once from the counts of earlier steps, and
-serves all microbatches of the step. The planner's `current` is the layout of the step before.
+As in training, each layer's layout is planned once per step, from the counts of earlier steps.
 
 Legend: N ranks, E experts, R records.
 """
@@ -27,33 +26,23 @@ from megatron_laer.tools.simulator.replay import Outcome, evaluate, restored_byt
 
 STOCK = "stock EP"
 
-# `adaptive` by cost, and by a tolerance.
+# `adaptive` with a threshold on max/mean in place of the predicted cost.
 TOLERANCE = "tolerance"
 MODES = (*(mode.value for mode in GUARD_MODES), TOLERANCE)
 
-# Shown as they are; a layout made after the gate would hide what they do.
+# Always in mode `forecast`: layouts made after the gate would hide their own.
 BASELINES = ("static", "laer")
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One strategy and mode over all cases.
+    """One strategy and mode over all cases; `plan_output.LEGEND` explains the columns.
 
     Attributes:
-        split: how tokens are split over replicas.
-        cases: microbatches, of a layer each, that have a step before them and any token.
-        mean, p95, p99, max: of max/mean tokens per rank.
-        load_over_bound: mean of largest load / ceil(tokens / N).
+        cases: microbatches of one layer, with tokens and enough earlier steps.
         off_node_share, off_node_tokens: tokens that leave their node, of all and per case.
-        replan_share: cases whose layout was made after the gate.
-        plan_ms: measured time of a planned layout, in the background, median.
-        gate_ms: measured time after the gate, on the critical path: split and guard, median.
-        restored_bytes: received by the busiest rank for one forward pass, mean.
-        fetched_bytes: the part of `restored_bytes` that is fetched after the gate, mean.
-        layer_ms: mean predicted time of a layer, forward and backward, with the cost of layouts
-            that are made after the gate; other restores are taken to be hidden.
+        fetched_bytes: the part of `restored_bytes` that is fetched after the gate; both are means.
         time_over_bound: sum of predicted times / sum of their lower bounds.
-        ratios_R: max/mean of each case, for plots.
     """
 
     strategy: str
@@ -80,10 +69,7 @@ class PlanRow:
 
 @dataclass
 class _Planner:
-    """A strategy with the layouts in force by layer, and the outcomes under each mode's guard.
-
-    Without a strategy it is stock: `ExpertLayout.static` at C = E/N, and nothing is restored.
-    """
+    """Strategy (None for stock EP) with its layouts by layer, and each mode's outcomes."""
 
     name: str
     strategy: Strategy | None
@@ -95,7 +81,6 @@ class _Planner:
     restored_bytes: list[int] = field(default_factory=list)
 
     def plan(self, layer: int, forecast_NE: Int64, costs: CostModel) -> None:
-        """Plan the next layout of a layer."""
         geometry = self.geometry
         current = self.layouts.get(layer) or ExpertLayout.static(
             geometry.num_ranks, geometry.capacity, geometry.num_experts
@@ -129,17 +114,15 @@ def simulate(
     every: int = 1,
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[PlanRow]:
-    """Run all strategies and modes over a trace of the geometries' ranks and experts.
+    """Run all strategies and modes over a trace.
 
-    `BASELINES` are always in mode `forecast`. Stock expert parallelism is the first row, where E
-    is a multiple of N.
+    Stock expert parallelism is the first row if E is a multiple of N.
 
     Args:
         geometries: one per capacity; N, E and node size are the same in all.
-        modes: of `MODES`; `tolerance` is `adaptive` with `tolerance`.
-        lag: a layout is planned from counts that are this many recorded steps old, or older.
-        every: evaluate each so many-th case; a number that divides neither the layers nor the
-            microbatches meets them all.
+        lag: age of the newest counts behind a layout, in recorded steps.
+        every: stride over the cases; one that is coprime to the numbers of layers and of
+            microbatches samples all of them.
         progress: wraps the cases, as tqdm does.
     """
     for geometry in geometries:
@@ -170,7 +153,7 @@ def simulate(
 
 
 def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
-    """Return the records that are evaluated, in order."""
+    """Return the evaluated records in order; refuse a lag or stride that leaves none."""
     if lag < 1 or every < 1:
         raise ValueError(f"lag and every must be at least 1, got {lag} and {every}")
     if not trace.counts_RNE.any():
@@ -190,7 +173,6 @@ def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
 
 
 def mean_tokens(trace: Trace, top_k: int) -> int:
-    """Return the mean tokens of a rank and microbatch, each of so many experts; at least one."""
     pairs = int(trace.counts_RNE.sum(dtype=np.int64))
     return max(1, pairs // (len(trace) * trace.num_ranks * top_k))
 
@@ -210,7 +192,7 @@ def _planners(
         yield _Planner(STOCK, None, stock, {"-": guard})
     for geometry in geometries:
         for name in strategies:
-            # The paper's strategy reckons with even splits.
+            # The paper's strategy assumes even splits.
             split = Split.EVEN if name == "laer" else Split.EXACT
             guards = {
                 mode: _guard(mode, costs, geometry, split, tolerance)

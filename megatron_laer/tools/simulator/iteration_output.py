@@ -29,7 +29,6 @@ by a rank in an iteration. memory: without the allocator's loss and buffers of l
 
 
 def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str, str]) -> str:
-    """Return the methods of one case side by side."""
     head = (
         *("method", "s/iteration", "low", "high", "x stock", "naive", "tokens/s", "MFU"),
         *("max/mean", "waiting", "exposed", "received GB in/between nodes", "memory GiB"),
@@ -60,7 +59,7 @@ def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str,
 
 
 def parts_text(methods: Mapping[str, IterationPrediction]) -> str:
-    """Return seconds by kind and memory by part, a column for each method."""
+    """Return seconds by kind and memory by part, with a column for each method."""
     first = next(iter(methods.values()))
     lines = [("", *methods)]
     by_kind = [(f"compute {kind} s", kind, True) for kind in first.compute_s]
@@ -79,7 +78,7 @@ def parts_text(methods: Mapping[str, IterationPrediction]) -> str:
 
 
 def sweep_text(cases: Cases) -> str:
-    """Return a line for each case with the seconds of each method."""
+    """Return the seconds of each method, with a line for each case."""
     names = [name for name in METHODS if any(name in methods for methods in cases.values())]
     lines: list[tuple[str, ...]] = [("s/iteration", *names)]
     for case, methods in cases.items():
@@ -94,7 +93,7 @@ def sweep_text(cases: Cases) -> str:
 
 
 def content(about: Mapping[str, Any], cases: Cases, refused: Refused, advice: str) -> object:
-    """Return what the JSON holds: the first case by method, and all cases."""
+    """Return the content of the JSON file: the first case by method, and all cases."""
     listed = [
         asdict(case)
         | {
@@ -119,7 +118,7 @@ def _of_method(found: IterationPrediction) -> dict[str, Any]:
 
 
 def draw(title: str, cases: Cases) -> Figure:
-    """Draw one case as stacked seconds by kind, several as throughput over the cases."""
+    """Draw one case as stacked seconds by kind, or several as throughput over the cases."""
 
     def draw_on(axes: Axes) -> None:
         if len(cases) == 1:
@@ -170,7 +169,7 @@ def _draw_sweep(axes: Axes, cases: Cases) -> None:
         if not shown:
             continue
         places = [place for place, _, _ in shown]
-        # Of a rank, so that cases of different size can be compared.
+        # Throughput per rank, so that cases of different size can be compared.
         each = [found.tokens_per_s / case.world for _, case, found in shown]
         best, worst = (
             [

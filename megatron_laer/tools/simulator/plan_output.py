@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _MIB = 2**20
-# A tenth of a percent: below, more or less is of no interest.
+# Excess below which the plot is linear: smaller differences do not matter.
 _PERFECT = 1e-3
 _COLUMNS = (
     ("strategy", lambda row: row.strategy),
@@ -37,7 +37,7 @@ _COLUMNS = (
     ("layer ms", lambda row: f"{row.layer_ms:.3f}"),
     ("time/bound", lambda row: f"{row.time_over_bound:.3f}"),
 )
-_WORDS = (0, 1, 3)  # columns that hold no number
+_WORDS = (0, 1, 3)  # columns of text
 
 LEGEND = """\
 mean, p95, p99, max: of max/mean tokens per rank. load/bound: largest load / ceil(tokens/N), mean.
@@ -50,13 +50,12 @@ slots and no split gets below."""
 
 
 def table_text(rows: Sequence[PlanRow]) -> str:
-    """Return the table as aligned text, with a line of names."""
     head = [name for name, _ in _COLUMNS]
     return aligned([head, *([text(row) for _, text in _COLUMNS] for row in rows)], _WORDS)
 
 
 def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[PlanRow]) -> None:
-    """Write the settings and the rows, without the single cases."""
+    """Write the settings and the rows, without the ratios of single cases."""
     lines = [
         {name: value for name, value in asdict(row).items() if name != "ratios_R"} for row in rows
     ]
@@ -64,7 +63,7 @@ def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[PlanRow]) ->
 
 
 def draw(title: str, rows: Sequence[PlanRow]) -> Figure:
-    """Draw quantiles of max/mean - 1, how much longer the largest rank computes, a line per row."""
+    """Draw the quantiles of max/mean - 1, the busiest rank's excess, with a line per row."""
     return plot(title, lambda axes: _draw_rows(axes, rows), (11, 5))
 
 
@@ -85,7 +84,7 @@ def _draw_rows(axes: Axes, rows: Sequence[PlanRow]) -> None:
         )
     axes.set_xlabel("share of microbatches (one layer each)")
     axes.set_ylabel("max/mean tokens per rank - 1, at most")
-    # Logarithmic, so that a percent and a multiple can both be told apart; perfect balance is 0.
+    # Logarithmic, so that one percent and a multiple both show; perfect balance is 0.
     axes.set_yscale("symlog", linthresh=_PERFECT)
     axes.set_ylim(bottom=-_PERFECT / 5)
     axes.yaxis.set_major_formatter("{x:g}")

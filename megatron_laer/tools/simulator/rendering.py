@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """Return a table as text.
-
-    Args:
-        left: columns that begin at the left; the others end at the right.
-    """
+    """Return a table as text, with the columns of `left` left-aligned, others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
         "  ".join(
@@ -47,7 +43,6 @@ def check_can_plot(path: Path, flag: str = "--plot") -> None:
 
 
 def plot(title: str, draw: Callable[[Axes], None], size: tuple[float, float]) -> Figure:
-    """Return a figure with a title, a grid and a legend at its right."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
@@ -60,7 +55,6 @@ def plot(title: str, draw: Callable[[Axes], None], size: tuple[float, float]) ->
 
 
 def write_plot(path: Path, figure: Figure, flag: str) -> None:
-    """Write a figure in the format of the file's ending."""
     content = io.BytesIO()
     figure.savefig(content, format=_ending(path))
     write_output(path, content.getvalue(), flag)

@@ -1,4 +1,4 @@
-"""Replay of a recorded run by the forecast, planner and guard of training.
+"""Replay of a recorded run with the forecast, planner and guard of training.
 
 Legend: N ranks, E experts, S slots.
 """
@@ -23,18 +23,17 @@ from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.planner.traffic import Traffic
 from megatron_laer.telemetry.trace_records import Trace
 
-# Bytes per count [N, E], measured: of a forecast, and of the case in work.
+# Measured bytes per count [N, E] of a forecast, and of the current case.
 _FORECAST_BYTES, _WORKING_BYTES = 16, 170
 
 
 def walk(
     trace: Trace, lag: int, total_NE: Callable[[Sequence[int]], Int64]
 ) -> Iterator[tuple[int, int, list[int], SmoothedForecast | None]]:
-    """Yield step, layer, records and the forecast that was there for them, in order.
+    """Yield step, layer, records and their forecast, in order.
 
-    Args:
-        lag: age of the newest counts of a forecast, in steps that recorded the layer.
-        total_NE: returns the sum of some records' counts.
+    The newest counts of a forecast are `lag` steps old, among steps that recorded the layer;
+    it is None before there are so many. `total_NE` sums the counts of records.
     """
     keys = list(zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True))
     states: dict[int, deque[SmoothedForecast]] = {}
@@ -46,7 +45,6 @@ def walk(
 
 
 def kept_forecasts(trace: Trace, lag: int) -> int:
-    """Return the number of forecasts that a walk keeps at once."""
     return len(trace.layers) * (min(lag, len(set(trace.step_R.tolist()))) + 1)
 
 
@@ -55,9 +53,7 @@ def check_memory(
 ) -> None:
     """Refuse a replay that would take more memory than is free.
 
-    Args:
-        record_bytes: of all records, per count [N, E].
-        forecasts: that are kept at once, of all layers.
+    `record_bytes` are of all records, per count [N, E].
     """
     per_count = record_bytes + _FORECAST_BYTES * forecasts + _WORKING_BYTES
     needed = num_ranks * num_experts * per_count
@@ -67,19 +63,17 @@ def check_memory(
 
 @dataclass(frozen=True)
 class Outcome:
-    """Decision of the guard on one microbatch of one layer, in numbers.
+    """Loads, traffic and times of one microbatch of one layer, under the guard's decision.
 
     Attributes:
         tokens: (token, expert) pairs of the microbatch.
-        largest_load: of a rank, in tokens.
-        least_load: ceil(tokens / N), below which no layout and no split can bring the largest.
-        off_node_tokens: tokens that are computed on another node than their own.
-        layer_s: predicted seconds of the layer, forward and backward, with the cost of a layout
-            that was made after the gate.
-        least_s: lower bound of `layer_s` for every layout of this capacity and every split.
-        replanned: whether a layout was made after the gate, and taken.
-        fetched_bytes: bytes that the busiest rank receives for it after the gate.
-        gate_s: measured seconds of the decision and the split, on the critical path.
+        largest_load, least_load: tokens of the busiest rank, and their bound ceil(tokens / N).
+        layer_s: predicted seconds, forward and backward, of the layer and of a layout made after
+            the gate.
+        least_s: lower bound of `layer_s` over all layouts of this capacity and all splits.
+        replanned: whether a layout that was made after the gate is used.
+        fetched_bytes: bytes that the busiest rank receives for it.
+        gate_s: measured seconds of decision and split, on the critical path.
     """
 
     num_ranks: int
@@ -95,25 +89,19 @@ class Outcome:
 
     @property
     def max_over_mean(self) -> float:
-        """Return the largest over the mean rank load."""
         return self.largest_load * self.num_ranks / self.tokens
 
     @property
     def load_over_bound(self) -> float:
-        """Return the largest load over the least that is possible; 1 is perfect."""
         return self.largest_load / self.least_load
 
 
 def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
-    """Decide on counts with at least one token, as in training.
-
-    Args:
-        planned: the layout that was planned for this step.
-    """
+    """Decide on counts with at least one token, as in training; `planned` is the step's layout."""
     costs, node_size, num_ranks = guard.costs, guard.geometry.node_size, planned.num_ranks
     start_s = time.perf_counter()
     decision = guard.decide(counts_NE, planned)
-    # Even splits are computed here, at the first use.
+    # Even splits are computed at this first use, so it is timed too.
     loads_S = decision.quotas.loads_S
     gate_s = time.perf_counter() - start_s
 
@@ -139,7 +127,6 @@ def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
 
 
 def split_totals(guard: Guard, decision: Decision) -> SplitTotals:
-    """Return the totals of a decision's split."""
     if isinstance(decision.quotas, ExactQuotas):
         return decision.quotas.totals()
     split = even_split(decision.layout, guard.geometry.node_size)
@@ -160,5 +147,5 @@ def restored_bytes(layout: ExpertLayout, node_size: int, costs: CostModel) -> in
 
 
 def busiest_rank(traffic: Traffic) -> int:
-    """Return the most that one rank receives, over both link classes."""
+    """Return the most bytes that one rank receives, over both link classes."""
     return int((traffic.intra_N + traffic.inter_N).max())

@@ -1,4 +1,4 @@
-"""Widths of an expert, of the paper's model or of a model configuration."""
+"""Widths of an expert, from a model configuration or of the paper's model."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ from dataclasses import dataclass
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.tools.model_flags import model_values, whole_number
 
-# A hundred times that of the widest models; products of two, in bytes, stay far below 2**63.
+# Maximum width, far above any model's; products of two, in bytes, stay far below 2**63.
 MAX_WIDTH = 2**20
 
 
 @dataclass(frozen=True)
 class ExpertSizes:
-    """Widths of an expert, which decide on compute, tokens and restores.
-
-    Attributes:
-        top_k: experts of a token, which rows of tokens follow from.
-    """
+    """Widths of an expert, and the number of experts of a token."""
 
     hidden: int
     ffn: int
@@ -27,7 +23,7 @@ class ExpertSizes:
     top_k: int = 2
 
 
-# Mixtral-8x7B's experts, as the paper has them.
+# Mixtral-8x7B's experts, as in the paper.
 DEFAULT_SIZES = ExpertSizes(hidden=4096, ffn=14336, gated=True)
 
 # Megatron's flags for activations that multiply two halves of the first matrix's output.
@@ -35,7 +31,7 @@ _GATED: Sequence[str] = ("--swiglu", "--quick-geglu")
 
 
 def model_sizes(config: str) -> ExpertSizes:
-    """Read the widths from a model configuration, by path or by the name of one we ship."""
+    """Read the widths from a model configuration, given by path or by a shipped one's name."""
     values = model_values(config)
 
     def size(flag: str, most: int) -> int:

@@ -1,7 +1,7 @@
 """Routing traces: the tokens that each rank sent to each expert, over a training run.
 
-`read_trace` reads the formats below and tells them apart by their content; `telemetry.trace_file`
-writes ours during training. Nothing is unpickled, and a stated size is compared with the file's
+`read_trace` reads the formats below and recognizes them by content; `telemetry.trace_file` writes
+ours during training. Nothing is unpickled, and a stated size is checked against the file's size
 first. Neither Megatron nor torch is imported.
 
 | format | what it is | file |

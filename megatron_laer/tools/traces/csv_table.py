@@ -1,11 +1,11 @@
-"""`read_csv` reads a table of counts in CSV, with a line of column names, in one of two forms.
+"""Reader of a table of counts in CSV, with a line of column names, in one of two forms.
 
 Long:  step,layer,microbatch,source_rank,expert,tokens
        one line per count; missing ones are 0, but every source rank has a line somewhere.
 Wide:  step,layer,microbatch,source_rank,expert_0,expert_1,...
-       one line per source rank, which must all be there.
+       one line per source rank; all must be present.
 
-All are whole numbers of at least 0, except that layers may be names.
+All values are whole numbers of at least 0, except that layers may be names.
 
 Legend: I lines, J cells, E experts.
 """
@@ -34,14 +34,9 @@ _BYTES_PER_FILE_BYTE = 32
 
 
 def read_csv(path: Path, num_experts: int | None = None) -> Trace:
-    """Read a table of counts.
+    """Read a table of counts; E defaults to the number of columns or the largest number + 1.
 
-    Args:
-        num_experts: E; by default as many as there are columns, or the largest number + 1.
-
-    Raises:
-        ValueError: unknown columns, a malformed line, or a cell that is there twice.
-        OSError: the file cannot be read.
+    Raises ValueError for unknown columns, a malformed line or a repeated cell.
     """
     try:
         with open_input(path) as file:
@@ -52,7 +47,7 @@ def read_csv(path: Path, num_experts: int | None = None) -> Trace:
             experts = _check_columns(names)
             fields = [(name, object if name == "layer" else np.int64) for name in names]
             with warnings.catch_warnings():
-                # A table without lines, which is refused below.
+                # An empty table, which is refused below.
                 warnings.simplefilter("ignore", UserWarning)
                 table_I = np.loadtxt(
                     text, fields, comments=None, delimiter=",", quotechar='"', ndmin=1
@@ -65,7 +60,7 @@ def read_csv(path: Path, num_experts: int | None = None) -> Trace:
         raise ValueError(problem if str(path) in problem else f"{path}: {problem}") from error
 
 
-# An error of NumPy, which counts rows from 0.
+# NumPy's error, which counts rows from 0.
 _NO_NUMBER = re.compile(r"could not convert string (.*) to int64 at row (\d+), .*", re.DOTALL)
 
 
@@ -74,7 +69,6 @@ def _no_number(match: re.Match[str]) -> str:
 
 
 def _check_columns(names: Sequence[str]) -> list[str]:
-    """Return the columns of the experts; none in the long form."""
     experts = [f"expert_{number}" for number in range(len(names) - len(KEYS))]
     for columns in (["expert", "tokens"], experts):
         if sorted(names) == sorted([*KEYS, *columns]) and columns:
@@ -122,7 +116,6 @@ def _trace(table_I: np.ndarray, experts: list[str], num_experts: int | None, siz
 
 
 def _layers(layer_I: np.ndarray) -> tuple[list[str], Int64]:
-    """Return the layers' names in order, and the place of each line's layer among them."""
     stripped = [name.strip() for name in layer_I.tolist()]
     if "" in stripped:
         raise ValueError(f"row {stripped.index('') + 1}: the layer is empty")
@@ -132,7 +125,7 @@ def _layers(layer_I: np.ndarray) -> tuple[list[str], Int64]:
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sort decoder.2 before decoder.10."""
+    """Return a sort key that puts decoder.2 before decoder.10."""
     parts = re.findall(r"[0-9]{1,18}|[^0-9]+", name)
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts]
 

@@ -1,12 +1,12 @@
-"""Traces of Megatron's `--moe-routing-trace-path`: JSON lines, a file per rank.
+"""Reader of Megatron's `--moe-routing-trace-path`: JSON lines, one file per rank.
 
-Each line is one call of one router: step, block, layer, rank and the experts of every token. Lines
-of one step and layer are its microbatches, in order (a router that runs again under recompute
-counts as one more, those of an evaluation count towards the step after it). Megatron numbers layers
+Each line is one call of one router: step, block, layer, rank and the experts of every token. The
+lines of one step and layer are its microbatches, in order. A router that runs again under recompute
+counts as one more; calls of an evaluation count towards the step after it. Megatron numbers layers
 within a pipeline stage, and its ranks are global: with several stages or FSEP groups, choose the
 ranks of one group.
 
-Files do not say how many experts there are; without `num_experts` it is the largest one seen + 1.
+Files do not state the number of experts; without `num_experts` it is the largest one seen + 1.
 
 Legend: I cells (a record, a rank and an expert), T tokens, K top-k.
 """
@@ -52,19 +52,14 @@ def read_megatron(
 ) -> Trace:
     """Read a folder of `router_trace_rank*.jsonl`, or one such file.
 
-    A truncated last line, and steps that not all ranks have reached, are left out.
+    A truncated last line, and steps that some rank has not reached, are omitted. `ranks` are the
+    ranks to read, in their new order; all by default.
 
-    Args:
-        ranks: the ranks to read, in their new order; all by default.
-        num_experts: E.
-
-    Raises:
-        ValueError: a malformed line, ranks that routed different layers, or a rank without a file.
-        OSError: a file cannot be read.
+    Raises ValueError for a malformed line, ranks with different layers or a rank without a file.
     """
     files = _files(path, ranks)
     calls = [_read_rank(file, num_experts) for file in progress(files)]
-    # A run that was killed: its ranks were not equally far.
+    # The ranks of a killed run stopped at different steps.
     last_step = min(max(rank_calls.steps(), default=-1) for rank_calls in calls)
     for rank_calls in calls:
         rank_calls.tokens = {
@@ -79,7 +74,7 @@ def read_megatron(
     tokens: list[Int64] = []
     for rank, rank_calls in enumerate(calls):
         for (step, layer, microbatch), tokens_E in rank_calls.tokens.items():
-            # One cell even without tokens, or the record would be lost.
+            # Keep one cell even without tokens, or the record would be lost.
             expert_I = np.flatnonzero(tokens_E) if tokens_E.any() else np.zeros(1, dtype=np.int64)
             cells += [(step, number[layer], microbatch, rank)] * expert_I.size
             experts.append(expert_I)
@@ -134,7 +129,7 @@ def _read_rank(path: Path, num_experts: int | None) -> _RankCalls:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
                 if not line.endswith(b"\n"):
-                    # Cut off, so its step is not complete either.
+                    # A truncated line, so its step is incomplete too.
                     calls.tokens = {k: value for k, value in calls.tokens.items() if k[0] < step}
                     break
                 raise ValueError(f"{path}, line {number}: not JSON: {error}") from error

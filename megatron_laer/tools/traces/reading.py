@@ -1,4 +1,4 @@
-"""`read_trace` reads a routing trace of any format, which its content tells."""
+"""Reader of a routing trace of any format, which is recognized by its content."""
 
 from __future__ import annotations
 
@@ -24,19 +24,16 @@ def read_trace(
     num_experts: int | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Trace:
-    """Read a trace.
+    """Read a trace from a file, or a folder of one format.
 
     Args:
-        path: a file, or a folder of one format.
-        format: one of `FORMATS`; by default what the content tells.
+        format: one of `FORMATS`; by default it is recognized.
         ranks: only these source ranks, in this order.
-        num_experts: E, for formats that do not say it; checked with the others.
-        progress: wraps what is gone through file by file, as tqdm does.
+        num_experts: E, for formats that do not state it; checked against the others.
 
     Raises:
-        ValueError: a format that is unknown, damaged content (by file and line or record), or
-            another number of experts.
-        OSError: a path that cannot be read.
+        ValueError: an unknown format, damaged content (by file and line or record), or another
+            number of experts.
     """
     if num_experts is not None and not 1 <= num_experts <= MAX_EXPERTS:
         raise ValueError(f"the number of experts must be in 1..{MAX_EXPERTS}, got {num_experts}")
@@ -108,7 +105,7 @@ def _detect_folder(path: Path) -> tuple[Path, str]:
 
 
 def _is_recording(file: Path) -> bool:
-    # Neither what a killed run left, nor steps that a later one made again.
+    # Skip leftovers of a killed run, and steps that a later run repeated.
     if file.name.startswith(".") or is_cut_off(file):
         return False
     with open_input(file) as content:

@@ -1,9 +1,9 @@
-"""Traces of the SmartMoE artifact (USENIX ATC'23): its folder, or a packed form.
+"""Reader of the SmartMoE artifact's traces (USENIX ATC'23): its folder, or a packed form.
 
-The folder `moe_trace` holds a file `table_iter{I}_rank{R}.log` per iteration and rank; each line is
-`{layer}:{counts}`, counts as JSON lists [microbatches][experts] of whole numbers written as floats.
-The packed form is an npz with `tokens` [iterations, layers, ranks, microbatches, experts] and,
-optionally, `iteration` [iterations].
+The folder `moe_trace` has one file `table_iter{I}_rank{R}.log` per iteration and rank. Each line is
+`{layer}:{counts}`; counts are JSON lists [microbatches][experts] of whole numbers in floating-point
+notation. The packed form is an npz with `tokens` [iterations, layers, ranks, microbatches, experts]
+and, optionally, `iteration` [iterations].
 
 Legend: I iterations, L layers, N ranks, M microbatches, E experts.
 """
@@ -27,7 +27,7 @@ from megatron_laer.telemetry.trace_records import MAX_COUNT, MAX_INDEX, Int32, T
 FILE_NAME = re.compile(r"table_iter([0-9]{1,15})_rank([0-9]{1,7})\.log")
 
 _LINE = re.compile(rb"([0-9]{1,15}):(.*)")
-# One rank and iteration: a hundred times as much as 60 layers with 256 experts.
+# Limit for one rank and iteration: a hundred times as much as 60 layers with 256 experts.
 _MAX_TABLE_BYTES = 2**26
 
 Integers = npt.NDArray[np.integer[Any]]
@@ -38,14 +38,9 @@ def read_smartmoe(
     ranks: Sequence[int] | None = None,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Trace:
-    """Read the folder.
+    """Read the folder; `ranks` are the ranks to read, in their new order.
 
-    Args:
-        ranks: the ranks to read, in their new order; all by default.
-
-    Raises:
-        ValueError: a malformed line, a missing file, or files of different shapes.
-        OSError: a file cannot be read.
+    Raises ValueError for a malformed line, a missing file or files of different shapes.
     """
     if not path.is_dir():
         raise ValueError(f"{path} is a file; give the folder of table_iter*_rank*.log")
@@ -75,17 +70,12 @@ def read_smartmoe(
     counts_INLME = np.stack([counts for _, counts in tables])
     counts_INLME = counts_INLME.reshape(len(iterations), len(wanted), *tables[0][1].shape)
     names = [str(name) for name in tables[0][0]]
-    # Step, layer and microbatch first.
+    # Move step, layer and microbatch to the front.
     return _dense(counts_INLME.transpose(0, 2, 3, 1, 4), np.array(iterations), names)
 
 
 def read_npz(path: Path) -> Trace:
-    """Read the packed form.
-
-    Raises:
-        ValueError: not such a file, or sizes that do not fit the file's own.
-        OSError: the file cannot be read.
-    """
+    """Read the packed form; raise ValueError for another file or sizes that do not fit it."""
     with open_input(path) as file:
         try:
             with zipfile.ZipFile(file) as archive:
@@ -125,7 +115,7 @@ def _names(archive: zipfile.ZipFile) -> list[str]:
 
 
 def _read_array(archive: zipfile.ZipFile, name: str, file_bytes: int) -> Integers:
-    """Read an array of integers, after a check of the sizes that its header states."""
+    """Read an array of integers after checking the sizes in its header."""
     with archive.open(f"{name}.npy") as member:
         is_first = np.lib.format.read_magic(member) == (1, 0)
         header = np.lib.format
@@ -156,7 +146,7 @@ def _dense(counts_ILMNE: Integers, iteration_I: Integers, layers: Sequence[str])
 
 
 def _read_table(path: Path) -> tuple[list[int], Int32]:
-    """Read the layers of one file, in order, and counts [L, M, E]."""
+    """Read the ordered layers and the counts [L, M, E] of one file."""
     found: dict[int, Int32] = {}
     for number, line in enumerate(read_bytes(path, _MAX_TABLE_BYTES).splitlines(), start=1):
         try:

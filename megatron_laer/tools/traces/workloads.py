@@ -1,11 +1,13 @@
 """Generators of the workloads W0 to W7 of Megatron's imbalance benchmark.
 
-They follow its description (Megatron-LM, pull request 7488): a workload is given by its name, a
-seed and a step alone, every token has K different experts, and in W1 to W3 and W6 three tokens of
-four choose among the hot experts, a quarter of all and at least K. What it leaves open is decided
-here. W1's hot experts are drawn by the seed, so that it differs from W2, whose hot ones are the
-first, on neighbouring ranks of stock; W4's ranks have between an eighth of the tokens and twice as
-many. Here are counts, and experts of tokens for a replay of the routing; no probabilities.
+They follow its description (Megatron-LM, pull request 7488). A workload depends on its name, a seed
+and a step alone, and every token has K different experts. In W1 to W3 and W6, three tokens of four
+choose among the hot experts: a quarter of all, and at least K.
+
+We decide details that the description leaves open. The seed draws W1's hot experts, so that it
+differs from W2, whose hot ones are the first, on neighbouring ranks of stock. W4's ranks have
+between an eighth of the tokens and twice as many. The functions return counts, and experts of
+tokens for a replay of the routing; no probabilities.
 
 Legend: N ranks, E experts, T tokens of a rank, K experts of a token, M steps.
 """
@@ -20,19 +22,15 @@ import numpy as np
 from megatron_laer.arrays import Int64
 from megatron_laer.telemetry.trace_records import Trace
 
-# NumPy draws from fewer cards than this.
+# NumPy's limit on the cards of a draw, exclusive.
 _CARDS = 10**9
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a workload.
+    """Sizes of a workload; `tokens` is T of each rank, from which W4's ranks deviate.
 
-    Attributes:
-        tokens: T of each rank; W4 gives some more and some fewer.
-
-    Raises:
-        ValueError: tokens that cannot have so many different experts, or too many of both.
+    Raises ValueError for tokens without enough different experts, or too many of both.
     """
 
     ranks: int
@@ -57,10 +55,8 @@ class Shape:
 class Workload:
     """One workload, by the experts among which its tokens choose.
 
-    Attributes:
-        title: its name in Megatron's benchmark, without the number.
-        hot: the hot experts of a step, of which there are `hot_width`.
-        quarters: how many tokens of four choose among these in a step.
+    `hot` returns the `hot_width` hot experts of a step, and `quarters` how many of four tokens
+    choose among these. `title` is the name in Megatron's benchmark, without the number.
     """
 
     title: str
@@ -69,7 +65,6 @@ class Workload:
 
 
 def hot_width(shape: Shape) -> int:
-    """Return the number of hot experts."""
     return max(shape.topk, shape.experts // 4)
 
 
@@ -108,10 +103,9 @@ WORKLOADS: Mapping[str, Workload] = {
 
 
 def workload_counts(name: str, shape: Shape, step: int, seed: int = 0) -> Int64:
-    """Make counts_NE, int64 [N, E], of one step of a workload.
+    """Return counts_NE, int64 [N, E], of one step of a workload.
 
-    Raises:
-        ValueError: an unknown name, or a workload that has too few experts for so many per token.
+    Raises ValueError for an unknown name, or for too few experts for so many per token.
     """
     if name not in WORKLOADS:
         raise ValueError(f"unknown workload {name!r}; use one of {', '.join(WORKLOADS)}")
@@ -141,19 +135,19 @@ def workload_counts(name: str, shape: Shape, step: int, seed: int = 0) -> Int64:
 
 
 def _chosen(experts: int, tokens: int, topk: int, rng: np.random.Generator) -> Int64:
-    """Draw how often each expert is chosen where tokens choose K different ones, all alike.
+    """Draw the number of tokens of each expert, where tokens choose K different ones uniformly.
 
-    As if drawn without replacement from as many cards of each expert as there are tokens: no expert
-    has more tokens than there are, and mean and variance are those of tokens that choose.
+    Equivalent to drawing without replacement from as many cards of each expert as there are tokens.
+    No expert exceeds the tokens; mean and variance are those of choosing tokens.
     """
     cards = np.full(experts, tokens)
     return rng.multivariate_hypergeometric(cards, tokens * topk, method="marginals")
 
 
 def experts_of_tokens(counts_E: Int64, topk: int) -> Int64:
-    """Return the experts of each token, int64 [T, K], of tokens with these counts together.
+    """Return the experts of each token, int64 [T, K], for tokens with these total counts.
 
-    Dealt out like sorted cards, so that a token has no expert twice.
+    They are dealt out like sorted cards, so that a token has no expert twice.
     """
     tokens = int(counts_E.sum()) // topk
     assert counts_E.sum() == tokens * topk and counts_E.max(initial=0) <= tokens
@@ -167,11 +161,7 @@ def workload_trace(
     seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> Trace:
-    """Make a trace of one layer, with a microbatch in each step.
-
-    Args:
-        progress: wraps the steps, as tqdm does.
-    """
+    """Make a trace of one layer, with one microbatch per step."""
     counts_MNE = np.stack(
         [workload_counts(name, shape, step, seed) for step in progress(range(steps))]
     )

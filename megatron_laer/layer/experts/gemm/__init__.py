@@ -1,8 +1,8 @@
 """Interface and names of GEMM back ends, which multiply the tokens of a rank's slots.
 
-A back end is a module of this folder with an object `GEMM` that has the methods of `SlotGemm`. The
-module's name is the back end's. It computes and does nothing else: the weights, the gradient's
-memory and autograd are the caller's (`layer/experts/slot_linear.py`).
+A back end is a module of this folder, of the same name, with an object `GEMM` that implements
+`SlotGemm`. It only computes: the caller owns weights, gradients and autograd
+(`layer/experts/slot_linear.py`).
 
 Legend: C slots, T tokens received, R output features (rows), K input features (columns).
 """
@@ -21,16 +21,16 @@ if TYPE_CHECKING:  # in this package, `torch` is the back end of that name
 
 
 class SlotGemm(Protocol):
-    """Product of the tokens of each slot, which lie in a row, with the slot's own matrix.
+    """Product of the tokens of each slot, in consecutive rows, with the slot's own matrix.
 
-    In all methods `tokens_C` has the number of tokens of each slot, on the host, and zeros among
-    them; their sum is T. A result is written by the time the current stream gets there.
+    `tokens_C` has the number of tokens of each slot, on the host, perhaps zero; their sum is T. A
+    result is ready in the order of the current stream.
     """
 
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
     ) -> str | None:
-        """Return why this back end cannot compute there, with a way out; None if it can."""
+        """Return why this back end cannot compute there, with a remedy; None if it can."""
         ...
 
     def forward(
@@ -57,7 +57,7 @@ class SlotGemm(Protocol):
         """Write the gradients of all slots' matrices to `out_CRK`, zeros for slots without tokens.
 
         Args:
-            out_CRK: contiguous, in the tokens' dtype, or in float32, to which nothing is rounded.
+            out_CRK: contiguous, in the tokens' dtype, or in float32 without rounding.
             accumulate: add to `out_CRK`, instead of overwriting it.
         """
         ...
@@ -68,15 +68,11 @@ def gemm_names() -> list[str]:
 
 
 def gemm_in_force(asked: GemmBackEnd) -> GemmBackEnd:
-    """Return the back end that computes; `auto` is `loop` while docs/gpu_status.md has no figures.
-
-    With figures of a card, `auto` becomes what was fastest there.
-    """
+    """Return the back end for `asked`: `auto` is `loop` until docs/gpu_status.md has figures."""
     return GemmBackEnd.LOOP if asked is GemmBackEnd.AUTO else asked
 
 
 def slot_gemm(name: str) -> SlotGemm:
-    """Return the back end of this name; no other one is imported."""
     if name not in gemm_names():
         raise ValueError(f"{name!r} is no GEMM back end; take one of: {', '.join(gemm_names())}")
     back_end: SlotGemm = importlib.import_module(f"{__name__}.{name}").GEMM
@@ -86,6 +82,5 @@ def slot_gemm(name: str) -> SlotGemm:
 def check_gemm(
     name: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
 ) -> None:
-    """Refuse a back end that cannot compute with this: see `SlotGemm.problem`."""
     if (problem := slot_gemm(name).problem(device, dtype, sizes)) is not None:
         raise ValueError(f"--fsep-gemm {name}: {problem}")

@@ -1,4 +1,4 @@
-"""The back end `loop` goes over the slots, with one `torch.mm` for each.
+"""Back end `loop`: one `torch.mm` per slot.
 
 Legend: C slots, T tokens received, R output features (rows), K input features (columns), n tokens
 of one slot.
@@ -17,7 +17,7 @@ from megatron_laer.layer.experts.gemm import SlotGemm
 
 
 class Loop:
-    """`SlotGemm` that writes every product where it belongs, so that nothing is stacked."""
+    """`SlotGemm` that writes every product in place, so that nothing is stacked."""
 
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
@@ -66,7 +66,6 @@ class Loop:
 
 
 def spans(tokens_C: Sequence[int]) -> Iterable[tuple[int, slice]]:
-    """Return each slot with the rows of its tokens."""
     ends = running_sums(tokens_C, initial=0)
     return enumerate(slice(start, end) for start, end in pairwise(ends))
 

@@ -1,4 +1,4 @@
-"""The back end `streams` is `loop` on a few CUDA streams, so that small GEMMs run side by side.
+"""Back end `streams`: `loop` on a few CUDA streams, so that small GEMMs run concurrently.
 
 Legend: C slots.
 """
@@ -17,11 +17,7 @@ _STREAMS = 4  # as many as Transformer Engine's grouped GEMM has
 
 
 class _Streams(Loop):
-    """`SlotGemm` with the slots on several streams in turn.
-
-    The compute stream waits for all of them before it goes on. So no tensor needs to be recorded on
-    the other streams.
-    """
+    """`SlotGemm` with the slots on several streams in turn, for which the compute stream waits."""
 
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()

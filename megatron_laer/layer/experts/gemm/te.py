@@ -1,8 +1,8 @@
-"""The back end `te` gives all slots to Transformer Engine's grouped GEMM, on four cuBLAS streams.
+"""Back end `te`: Transformer Engine's grouped GEMM over all slots, on four cuBLAS streams.
 
 It writes weight gradients in float32 and adds them in place, as Megatron's fused accumulation does.
-`general_grouped_gemm` is no public interface, so it is used only with the parameters that are known
-here: those of Transformer Engine 2.11 to 2.20.
+`general_grouped_gemm` is not public, so it is used only with known parameters: those of Transformer
+Engine 2.11 to 2.20.
 
 Legend: C slots, T tokens received, R output features (rows), K input features (columns).
 """
@@ -31,7 +31,7 @@ KNOWN = "2.11 to 2.20"
 
 
 class _TransformerEngine:
-    """`SlotGemm` by a column-major function, so that weights come before tokens."""
+    """`SlotGemm` by a column-major function, so that weights precede tokens."""
 
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
@@ -94,7 +94,7 @@ def _multiply(
     tokens_C: Sequence[int],
     accumulate: bool = False,
 ) -> None:
-    """Call the grouped GEMM; products of tokens fill one tensor, weight gradients one a slot."""
+    """Call the grouped GEMM, with one output for products of tokens, one per slot for gradients."""
     is_weight_grad = layout == "NT"
     _grouped_gemm()(
         list(firsts),
@@ -111,14 +111,14 @@ def _multiply(
 
 
 def _rows(tokens_TX: torch.Tensor, tokens_C: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    """Return each slot's rows, packed, since Transformer Engine looks at no strides."""
+    """Return each slot's rows, contiguous, since Transformer Engine ignores strides."""
     rows: tuple[torch.Tensor, ...] = tokens_TX.contiguous().split(list(tokens_C))
     return rows
 
 
 @functools.cache
 def _grouped_gemm() -> Any:
-    """Import the function; it comes with CUDA libraries, which nothing else here needs."""
+    """Import the function late: it loads CUDA libraries that are not needed elsewhere."""
     return getattr(importlib.import_module(_MODULE), _FUNCTION)
 
 

@@ -1,12 +1,11 @@
-"""The back end `torch` multiplies all slots by one call of torch's `grouped_mm`.
+"""Back end `torch`: torch's `grouped_mm`, one call for all slots.
 
-On a GPU that is one kernel, on cards of compute capability 9 and 10 and in bf16. Elsewhere torch
-copies the offsets to the host and goes over the slots, which would make every layer wait. On the
-CPU, where nothing waits, it runs in fp32 too.
+On GPUs of compute capability 9 and 10 and in bf16 that is one kernel. Elsewhere torch copies the
+offsets to the host and loops over the slots, which would make every layer wait. On the CPU, where
+nothing waits, it runs in fp32 too.
 
-Weight gradients are those of `loop`. `grouped_mm` cannot write to memory that it is given, nor
-float32 from bf16. Its result would have to be copied to the buffer that is exchanged. Moving a
-slot's matrix takes longer than the launch of a `torch.mm` that the copy would save.
+Weight gradients are those of `loop`. `grouped_mm` can neither write to given memory, nor float32
+from bf16. A copy to the exchanged buffer would take longer than the `torch.mm` launches it saves.
 
 Legend: C slots, T tokens received, R output features (rows), K input features (columns).
 """
@@ -24,9 +23,9 @@ from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.layer.experts.gemm.loop import Loop
 from megatron_laer.runtime.comm.copies import upload
 
-_ALIGNMENT = 16  # bytes, of rows
+_ALIGNMENT = 16  # of rows, in bytes
 _CAPABILITIES = (9, 10)
-_KEPT = 64  # uploaded offsets; a microbatch's four products ask for the same ones
+_KEPT = 64  # uploaded offsets, which a microbatch's four products share
 
 
 class _Torch(Loop):
@@ -86,7 +85,6 @@ def _multiply(
 
 @functools.lru_cache(maxsize=_KEPT)
 def _ends(tokens_C: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """Return the row after each slot's last one, on the device."""
     return upload(torch.tensor(list(running_sums(tokens_C)), dtype=torch.int32), device)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from megatron_laer.tools.simulator.iteration.methods import FSDP_EP, FSEP, STOCK
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
 
-# Less is not worth another library in the loop, nor told apart by constants of any kind.
+# Minimum gain: a smaller one is not worth another library, nor beyond the error of constants.
 _WORTH = 1.02
 
 
@@ -25,7 +25,6 @@ class Case:
 
     @property
     def label(self) -> str:
-        """Return the case in a few characters."""
         return " ".join(self._parts())
 
     def among(self, cases: Iterable[Case]) -> str:
@@ -41,7 +40,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Gain:
-    """Speed of one method over that of another, with its range over the rates."""
+    """Speed of one method over another's, with its range over the rates."""
 
     times: float
     low: float
@@ -62,11 +61,7 @@ def gain(method: IterationPrediction, over: IterationPrediction) -> Gain:
 def advice(
     cases: Mapping[Case, Mapping[str, IterationPrediction]], most_bytes: float | None = None
 ) -> str:
-    """Return one sentence on the case in which FSEP has the most tokens per second and rank.
-
-    Args:
-        most_bytes: of a rank's memory; cases in which FSEP needs more are left out.
-    """
+    """Return one sentence on the case in which FSEP has the most tokens per second and rank."""
     rivals_of = {
         case: STOCK if STOCK in methods else FSDP_EP
         for case, methods in cases.items()

@@ -1,6 +1,6 @@
 """One pass of a microbatch through a model chunk, forward or backward, on the clocks.
 
-Which exchange starts where is read from `schedule.py`, as the runtime's scheduler does.
+Exchanges start where `schedule.py` says, as in the runtime's scheduler.
 
 Legend: N ranks.
 """
@@ -19,13 +19,12 @@ class MoETimes:
     """Seconds of the parts of a MoE layer for one microbatch.
 
     Attributes:
-        forward_N, backward_N: the experts' compute, `backward_N` with what it computes again.
-        tokens_N: one exchange of tokens.
-        within_node: whether that exchange has nodes wait for nobody else.
-        group: neighbours that exchange tokens and counts; None for all ranks.
-        gate_s: from counts to a decision and quotas, with the exchange of counts.
-        restore_s, reduce_s: of the experts; None where there is none in this pass.
-        change_s: of slots that are fetched after the gate.
+        forward_N, backward_N: compute of the experts; `backward_N` includes recompute.
+        tokens_N, within_node: one exchange of tokens, and whether ranks wait for their node only.
+        gate_s: exchange of counts, decision and quotas.
+        restore_s, backward_restore_s, reduce_s: of the experts; None if this pass has none.
+        change_s: fetching changed slots after the gate; None if there are none.
+        group: number of neighbours that exchange tokens and counts; None for all ranks.
     """
 
     forward_N: Seconds
@@ -45,15 +44,13 @@ class LayerTimes:
     """Seconds of the parts of a layer for one microbatch.
 
     Attributes:
-        name: of the layer in a timeline.
-        attention_s, dense_s: forward, backward; `dense_s` is all that is neither attention nor
-            experts. Backward is with what it computes again but for `again`.
+        attention_s, dense_s: forward, backward; `dense_s` is neither attention nor experts.
+            Backward includes recompute, except for `again`.
         tensor_s: collectives among tensor-parallel ranks, forward and backward.
-        host_s: of starting small kernels, in either direction.
-        moe: None for a dense layer.
-        again: forward once more, with its exchanges of tokens, before backward.
-        gather_s: of the layer's dense parameters over data-parallel ranks, and of their gradients;
-            0 in passes without.
+        again: whether backward first runs forward again, with its exchanges of tokens.
+        host_s: launches of small kernels, per direction.
+        gather_s, scatter_s: data-parallel exchanges of the layer's parameters and gradients; 0 in
+            passes without.
     """
 
     name: str
@@ -68,12 +65,11 @@ class LayerTimes:
 
 
 def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -> None:
-    """Run one microbatch's forward through the layers of a chunk."""
     with_experts = [place for place, layer in enumerate(layers) if layer.moe is not None]
     restored_s: dict[int, float] = {}
 
     def restore(number: int) -> None:
-        """Start the restore of the chunk's so many-th MoE layer, once."""
+        """Start the restore of the chunk's MoE layer `number`, once."""
         if number not in range(len(with_experts)) or number in restored_s:
             return
         layer = layers[with_experts[number]]
@@ -99,7 +95,7 @@ def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) ->
         if layer.moe.change_s is not None:
             changed_s = clocks.exchange(PARAMETERS, layer.moe.change_s, f"change {layer.name}")
         _tokens(clocks, layer.moe, f"dispatch {layer.name}")
-        restore(number)  # unless a rule has started it
+        restore(number)  # if no rule has started it
         if schedule.restores_next:
             restore(number + 1)
         ready_s = max(restored_s.get(number, 0.0), changed_s)
@@ -109,7 +105,6 @@ def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) ->
 
 
 def backward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -> None:
-    """Run one microbatch's backward through the layers of a chunk."""
     with_experts = [place for place, layer in enumerate(layers) if layer.moe is not None]
     restored_s: dict[int, float] = {}
     reducing: tuple[float, str] | None = None

@@ -1,7 +1,7 @@
-"""Clocks of a stage's ranks, with the seconds that they spent by kind.
+"""Clocks of a stage's ranks, with their seconds by kind.
 
-Max-plus: a rank that waits takes the maximum of its clock and the awaited one, then adds its own
-seconds. Operations of a stage come in one order, so that no queue of events is needed.
+Max-plus: a waiting rank advances to the maximum of its clock and the awaited one, then adds its own
+seconds. Operations of a stage have one order, so no queue of events is needed.
 
 Legend: N ranks of a stage.
 """
@@ -17,30 +17,27 @@ Seconds = npt.NDArray[np.float64]
 
 COMPUTE = ("attention", "dense", "experts", "optimizer")
 EXPOSED = ("tokens", "restore", "reduce", "gate", "tensor", "data_parallel", "pipeline", "host")
-# For ranks that compute longer.
+# Time in which a rank waits for others that compute longer.
 WAITING = "waiting"
 KINDS = (*COMPUTE, *EXPOSED, WAITING)
 
 PARAMETERS, GRADIENTS = "parameters", "gradients"
 
-# Takes a track, a label, and the begin and end of each rank.
+# Called with a track, a label, and the start and end of each rank.
 Recorder = Callable[[str, str, Seconds, Seconds], None]
 
 
 class Clocks:
     """Clocks of one stage's ranks and of its communication streams.
 
-    An exchange of parameters or gradients takes all ranks of the group, so that the streams have
-    one clock for all: it begins when the last rank has begun it. So do data-parallel exchanges, of
-    which `gathered_s` and `scattered_s` say when those of parameters and of gradients are done.
+    Exchanges involve all ranks, so a stream has one clock: an exchange starts with the last rank.
+    `gathered_s` and `scattered_s` are the ends of data-parallel exchanges of parameters and
+    gradients.
 
     Args:
-        ranks: N.
-        node_size: G.
-        contention: share by which experts are slower while an exchange runs beside them.
-        stretch: how many times as long an exchange takes, as compute runs beside it.
-        one_stream: parameters and gradients share a communicator, and wait for each other.
-        record: takes what is done, for a timeline.
+        contention: share by which experts are slower during an exchange.
+        stretch: factor by which an exchange is slower during compute.
+        one_stream: whether parameters and gradients share a communicator, and wait for each other.
     """
 
     def __init__(
@@ -63,7 +60,6 @@ class Clocks:
         self._record = record
 
     def work(self, kind: str, seconds: Seconds | float, track: str = "", label: str = "") -> None:
-        """Advance every rank by so many seconds."""
         if kind == "experts" and self._contention > 0:
             seconds = seconds + self._contention * self._beside(seconds)
         begin_N = self.now_N
@@ -73,7 +69,6 @@ class Clocks:
             self._record(track, label or kind, begin_N, self.now_N)
 
     def wait(self, kind: str, until: Seconds | float, label: str = "") -> None:
-        """Advance every rank to a time that may have passed."""
         begin_N = self.now_N
         self.now_N = np.maximum(begin_N, until)
         self.spent[kind] += self.now_N - begin_N
@@ -81,11 +76,7 @@ class Clocks:
             self._record("compute", label, begin_N, self.now_N)
 
     def meet(self, group: int | None = None, within_node: bool = False) -> None:
-        """Advance ranks to the last one of all, of their group, or of their node.
-
-        Args:
-            group: so many neighbours each; None for all ranks.
-        """
+        """Advance ranks to the last of their node or of their `group` neighbours; None for all."""
         size = group or len(self.now_N)
         if within_node:
             size = min(size, self._node_size)
@@ -93,7 +84,7 @@ class Clocks:
         self.wait(WAITING, np.repeat(last_J, size))
 
     def exchange(self, stream: str, seconds: float, label: str) -> float:
-        """Begin an exchange on a communication stream, and return when it will be done."""
+        """Start an exchange on a communication stream, and return its end."""
         free_s = self._busy[stream][1]
         if self._one_stream:
             free_s = max(end for _, end in self._busy.values())

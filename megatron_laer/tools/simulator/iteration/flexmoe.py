@@ -1,10 +1,10 @@
-"""FlexMoE's scheduler grows and shrinks the previous layout step by step; here for comparison only.
+"""FlexMoE's scheduler, which changes the previous layout step by step; for comparison only.
 
 Source: "FlexMoE: Scaling Large-scale Sparse Pre-trained Model Training via Dynamic Device
-Placement" (SIGMOD 2023), which published no code. As in the comparison of LAER-MoE's artifact it
-runs on freely restored experts, so that only its choice of a layout is compared: at most ten times
-per plan, the expert with the most load per replica takes a slot, on every node that can spare one,
-from the expert with the least, if the largest rank load falls by that.
+Placement" (SIGMOD 2023), which published no code. As in LAER-MoE's artifact, it runs on freely
+restored experts, so that only its choice of a layout is compared. At most ten times per plan, the
+expert with the most load per replica gets slots of the expert with the least. Every node that can
+spare a slot gives one; a change must lower the largest rank load.
 
 Legend: N ranks, E experts, C slots per rank.
 """
@@ -25,13 +25,12 @@ _MOST_CHANGES = 10
 
 @dataclass(frozen=True)
 class FlexMoEStrategy:
-    """Moves of single replicas, as long as the busiest rank gets less busy, by even splits."""
+    """Strategy that moves replicas while the largest rank load, by even splits, falls."""
 
     geometry: Geometry
     name: str = "flexmoe"
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        """Return the layout after at most ten changes."""
         self.geometry.check_counts(counts_NE.shape)
         self.geometry.check_layout(current)
         loads_E = counts_NE.sum(axis=0)
@@ -52,7 +51,7 @@ class FlexMoEStrategy:
     ) -> ExpertLayout | None:
         """Move slots of the coldest expert to the hottest one, on each node that can spare one.
 
-        Nodes keep a copy of every expert that they hold, so that tokens stay where they are.
+        Nodes keep a replica of every expert that they have, so that tokens stay on their node.
         """
         node_size = self.geometry.node_size
         slots_NC = layout.slot_expert_S.reshape(layout.num_ranks, -1).copy()

@@ -1,6 +1,6 @@
 """One iteration of a method: all microbatches, data-parallel exchanges and the optimizer.
 
-Legend: N ranks, L layers of the model.
+Legend: N ranks.
 """
 
 from __future__ import annotations
@@ -18,24 +18,20 @@ from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.pipeline import Operation, order, sweep
 from megatron_laer.tools.simulator.iteration.work import LayerWork
 
-# Main weight, gradient and two moments read; main weight, moments and the bf16 weight written.
+# Bytes per weight: main weight, gradient and two moments read; main weight, moments and the bf16
+# weight written.
 _OPTIMIZER_BYTES = 4 * 4 + 3 * 4 + 2
 _GRADIENT_BYTES = 4
-# The gradients' norm, and the count of tokens.
+# Collectives for the gradients' norm and the number of tokens.
 _STEP_COLLECTIVES = 2
 
-# Work by the model's layer and microbatch; None for dense layers.
+# Returns the work of a layer and microbatch; None for dense layers.
 WorkOf = Callable[[int, int], LayerWork | None]
 
 
 @dataclass(frozen=True)
 class Iteration:
-    """Time of an iteration.
-
-    Attributes:
-        seconds: from the first rank's begin to the last one's end.
-        spent: by kind, mean over all ranks; they add up to `seconds`.
-    """
+    """Time of an iteration; `spent`, by kind and a mean over all ranks, adds up to `seconds`."""
 
     seconds: float
     spent: Mapping[str, float]
@@ -47,11 +43,7 @@ def run_iteration(
     work: WorkOf,
     record: Callable[[int], Recorder] | None = None,
 ) -> Iteration:
-    """Run one iteration through all stages.
-
-    Args:
-        record: makes a recorder for a stage.
-    """
+    """Run one iteration through all stages; `record` makes a recorder for a stage."""
     run, rates, contention = timing.run, timing.rates, timing.rates.cluster.contention
     stages = [
         Clocks(
@@ -126,10 +118,10 @@ def _gathered(method: Method, timing: Timing, stage: int) -> list[tuple[float, f
 
 
 def data_parallel_seconds(method: Method, timing: Timing, layer: int) -> tuple[float, float]:
-    """Return the time of gathering a layer's parameters and of exchanging its gradients.
+    """Return the times of gathering a layer's parameters and of exchanging its gradients.
 
-    Dense ones over all ranks of a stage; experts' over the groups that hold the same. Without the
-    distributed optimizer gradients are all-reduced, and no parameters are gathered.
+    Dense ones go over the stage's data-parallel ranks, experts' over the ranks that hold the same.
+    Without the distributed optimizer, gradients are all-reduced and no parameters are gathered.
     """
     model, run, rates = timing.model, timing.run, timing.rates
     has_experts = model.layer_has_experts[layer]
@@ -152,17 +144,15 @@ def data_parallel_seconds(method: Method, timing: Timing, layer: int) -> tuple[f
 
 
 class _Passes:
-    """Times of layers, kept for microbatches that share their work."""
+    """Times of layers, kept for backward and for other microbatches with the same work."""
 
     def __init__(self, method: Method, timing: Timing, work: WorkOf) -> None:
         self._method, self._timing, self._work = method, timing, work
         run = timing.run
         self._by_place = run.layers_by_chunk(len(timing.model.layer_has_experts))
-        # Those of forward serve backward, and other microbatches with the same work.
         self._kept: dict[tuple[int, int, bool, bool], LayerTimes] = {}
 
     def layers(self, place: int, microbatch: int) -> list[LayerTimes]:
-        """Return the times of a chunk's layers for a microbatch."""
         run = self._timing.run
         first, last = microbatch == 0, microbatch == run.microbatches - 1
         return [self._layer(layer, microbatch, first, last) for layer in self._by_place[place]]

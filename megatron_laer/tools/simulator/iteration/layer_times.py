@@ -1,9 +1,9 @@
-"""Seconds of a layer's work, by a set of rates.
+"""Seconds of a layer's work, at a set of rates.
 
-Bytes of operations that only read and write are counted by hand: each tensor of a transformer layer
-is read by the operation that uses it and written by the one that makes it.
+Bytes of memory-bound operations are counted by hand: the operation that makes a tensor writes it,
+and the one that uses it reads it.
 
-Legend: N ranks, T tokens of a rank, K experts of a token, H hidden, F width of an expert.
+Legend: N ranks, H hidden.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import LayerWork
 
-# Of H elements per token and layer: two norms (each read and written) and two residual sums (two
-# read, one written).
+# Passes over H elements per token and layer: two norms (a read and a write each) and two residual
+# sums (two reads and a write each).
 _HIDDEN_PASSES = 2 * 2 + 2 * 3
-# Of H elements per (token, expert) pair on its own rank, and on the one that computes it: rows are
-# put in order (read and written), there and back.
+# Passes over H elements per (token, expert) pair on its own rank, and on the computing one: rows
+# are put in order (a read and a write), there and back.
 _PERMUTED_PASSES, _SORTED_PASSES = 4, 4
-# Backward reads and writes a gradient for each, and reads the input of most.
+# Backward's bytes over forward's: a gradient read and written, and most inputs read.
 _BACKWARD_PASSES = 2
-# Logits: written, read for the largest and for the sum, and their gradient written, in fp32.
+# Bytes per logit in fp32: written, read for the maximum and the sum, and its gradient written.
 _LOGIT_BYTES = 16
-# Of attention's scores, unless they stay on the chip, forward and again backward: written, masked
-# (read and written), through the softmax (the same) and read.
+# Passes over attention's scores per direction, unless they stay on the chip: written, masked (read
+# and written), through the softmax (the same) and read.
 _SCORE_PASSES = 6
-# Small kernels of a MoE layer in one direction: half of what the cost model counts for both.
+# Small kernels of a MoE layer in one direction: half of the cost model's count for both.
 _LAUNCHES = 26
 # Backward has two GEMMs for each of forward's.
 _BACKWARD_GEMMS = 2
@@ -40,11 +40,7 @@ _BACKWARD_GEMMS = 2
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of work for one model, run and set of rates.
-
-    Attributes:
-        nominal: the rates that the work's GEMM seconds were found with.
-    """
+    """Seconds of work for one model, run and set of rates; `LayerWork` is at `nominal` rates."""
 
     model: ModelShape
     run: RunShape
@@ -63,12 +59,9 @@ class Timing:
         gather_s: float = 0.0,
         scatter_s: float = 0.0,
     ) -> LayerTimes:
-        """Return the times of one layer's microbatch.
+        """Return the times of one microbatch in one layer; `work` is None for a dense layer.
 
-        Args:
-            work: of its experts; None for a dense layer.
-            restores, restores_backward, reduces: whether this microbatch does, if the method does
-                at all.
+        With `restores`, `restores_backward` or `reduces` False, it has no such exchange.
         """
         attention_s, attention_backward_s = self._attention()
         dense_s, dense_backward_s = self._dense(has_experts)
@@ -99,7 +92,6 @@ class Timing:
         return gemm_s + memory_s, gemm_s * factor + memory_s
 
     def send_seconds(self) -> float:
-        """Return the time of sending a microbatch's hidden states to the next stage."""
         run = self.run
         if run.stages == 1:
             return 0.0
@@ -107,8 +99,6 @@ class Timing:
         link = cluster.inter if run.ranks * run.replicas >= run.node_size else cluster.intra
         size = run.tokens * self.model.hidden * self.model.bytes_per_element
         return size / link.bytes_per_s + link.latency_s
-
-    # Dense parts: the same on every rank.
 
     def _gemm(self, flops_per_token: float) -> float:
         tensor = self.run.tensor
@@ -120,13 +110,13 @@ class Timing:
         core = model.core_flops_per_token * self.run.tokens / rates.best_flops_per_s
         backward_s = gemm_s * _BACKWARD_GEMMS * rates.backward_factor
         if not self.run.flash_attention:
-            # All pairs, as GEMMs of their own, and scores in memory.
+            # Separate GEMMs over all pairs, not only the causal half, with scores in memory.
             core_s = 2 * core
             scores = self.run.tokens * model.heads * model.sequence * model.bytes_per_element
             scores_s = rates.memory_seconds(_SCORE_PASSES * scores) * (1 + rates.overhead)
             backward_s += _BACKWARD_GEMMS * core_s * rates.backward_factor + scores_s
             return gemm_s + core_s + scores_s, backward_s
-        # Backward of the core: five GEMMs for two, as flash attention computes scores again.
+        # Backward of the core has five GEMMs for two: flash attention recomputes the scores.
         return gemm_s + core / rates.core_forward, backward_s + 2.5 * core / rates.core_backward
 
     def _dense(self, has_experts: bool) -> tuple[float, float]:
@@ -148,10 +138,8 @@ class Timing:
     def _tensor(self) -> float:
         run = self.run
         size = run.tokens * run.tensor * self.model.hidden * self.model.bytes_per_element
-        # An all-gather before attention and a reduce-scatter behind it.
+        # An all-gather before attention and a reduce-scatter after it.
         return 2 * self.rates.ring_seconds(size, run.tensor, run.node_size)
-
-    # Experts.
 
     def _moe(
         self, work: LayerWork, restores: bool, restores_backward: bool, reduces: bool
@@ -197,7 +185,7 @@ class Timing:
         run, rates, host = self.run, self.rates, self.rates.cluster.host
         counting = work.group or run.ranks
         seconds = rates.collective_seconds(counting, run.node_size) + work.solve_s
-        # Groups with a placement of their own have nothing to decide.
+        # Groups have a fixed placement, with nothing to decide.
         if host is not None and work.group is None:
             seconds += host.gate.seconds(run.ranks, work.slots, self.model.num_experts)
         return seconds

@@ -1,7 +1,4 @@
-"""Bytes of an iteration on the links, received by a rank on average.
-
-Legend: N ranks.
-"""
+"""Bytes of an iteration on the links, received by a rank on average."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ _GRADIENT_BYTES = 4
 def link_bytes(
     method: Method, model: ModelShape, run: RunShape, work: WorkOf
 ) -> dict[str, dict[str, float]]:
-    """Return bytes by link class and by what is exchanged."""
+    """Return bytes by link class and by kind of exchange."""
     found: dict[str, dict[str, float]] = {INTRA: {}, INTER: {}}
 
     def add(kind: str, intra: float, inter: float) -> None:
@@ -80,5 +77,4 @@ def _leaving(ranks: int, node_size: int, stride: int) -> float:
 
 
 def totals(by_kind: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return the bytes by link class alone."""
     return {link: sum(of.values()) for link, of in by_kind.items()}

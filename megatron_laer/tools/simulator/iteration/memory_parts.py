@@ -1,9 +1,6 @@
 """Memory of the rank and stage that need most, by part.
 
-Counted are weights, gradients, optimizer states, whole experts and what backward keeps; not the
-allocator's loss, NCCL's buffers and the runtime's.
-
-Legend: T tokens of a rank, K experts of a token, H hidden, F width of an expert.
+The allocator's loss and buffers of NCCL and the runtime are not included.
 """
 
 from __future__ import annotations
@@ -17,26 +14,20 @@ from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 
-# Main gradients, and main weights with two moments, in fp32.
+# Bytes per weight in fp32: of the main gradient, and of the main weight with two moments.
 _GRADIENT_BYTES, _OPTIMIZER_BYTES = 4, 12
 _LOGIT_BYTES = 4
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Counts the weights of one stage's rank.
-
-    Attributes:
-        dense: of attention, dense FFNs, routers, embedding and LM head.
-        expert: of experts that the rank owns, as slices or whole.
-    """
+    """Number of weights on a rank of one stage: of experts, as slices or whole, and all others."""
 
     dense: float
     expert: float
 
 
 def stage_weights(model: ModelShape, run: RunShape, method: Method, stage: int) -> Weights:
-    """Count the weights that a rank of a stage holds."""
     layers = _layers_of(model, run, stage)
     dense = sum(
         model.attention_weights + model.dense_weights(has_experts) for has_experts in layers
@@ -52,11 +43,7 @@ def stage_weights(model: ModelShape, run: RunShape, method: Method, stage: int) 
 def memory_bytes(
     model: ModelShape, run: RunShape, method: Method, most_pairs: float
 ) -> dict[str, float]:
-    """Return the bytes by part on the stage that needs most.
-
-    Args:
-        most_pairs: (token, expert) pairs that the busiest rank computes in a microbatch.
-    """
+    """Return bytes by part on the stage that needs most; `most_pairs` are the busiest rank's."""
     of_stages = [_stage_bytes(model, run, method, stage, most_pairs) for stage in range(run.stages)]
     return max(of_stages, key=lambda parts: sum(parts.values()))
 
@@ -73,7 +60,7 @@ def _stage_bytes(
     whole = method.restored * model.expert_weights * model.bytes_per_element
     with_experts = sum(layers)
     gradients = method.schedule.gradient_layers(with_experts) * whole
-    if method.schedule.holds_step:  # sums of all microbatches, of every layer
+    if method.schedule.holds_step:  # sums over all microbatches, for every layer
         gradients += with_experts * method.restored * model.expert_weights * _GRADIENT_BYTES
     held = in_flight(order(stage, run.stages, run.chunks, run.microbatches)) / run.chunks
     working = _layer_activations(model, run, True, most_pairs)
@@ -100,11 +87,11 @@ def _stage_bytes(
 def _layer_activations(
     model: ModelShape, run: RunShape, has_experts: bool, most_pairs: float
 ) -> float:
-    """Count what a layer keeps for backward of one microbatch.
+    """Return the bytes that a layer keeps for backward of one microbatch.
 
-    Per token: inputs of both norms and their outputs, queries, keys, values, attention's output.
-    FFN: its first matrix's output and the activation's; experts also keep the rows that they were
-    sent and their outputs, for the gradient of the probabilities.
+    Per token: inputs and outputs of both norms, queries, keys, values and attention's output.
+    FFN: outputs of its first matrix and of the activation. Experts also keep their input rows
+    and their outputs, for the gradient of the probabilities.
     """
     per_token = 4 * model.hidden + 2 * (model.query_width + model.key_value_width)
     width = model.shared_ffn if has_experts else model.dense_ffn

@@ -1,9 +1,9 @@
 """Methods of training MoE layers, with their layouts, splits and exchanges.
 
-FSEP is what training runs: its strategy, guard, exact split and schedule. The others are as their
-authors describe them, on equal terms: the same forecasts, rates and overlap.
+FSEP has training's strategy, guard, exact split and schedule. The others follow their authors'
+descriptions, with the same forecasts, rates and overlap.
 
-Legend: N ranks, E experts, C slots per rank, X ranks of an expert-parallel group.
+Legend: N ranks, E experts, S slots, X ranks of an expert-parallel group.
 """
 
 from __future__ import annotations
@@ -38,12 +38,9 @@ class MethodSettings:
     """Settings that methods are made from.
 
     Attributes:
-        geometry: of FSEP, LAER and FlexMoE; others follow from it.
-        mode: of FSEP's guard.
-        strategy: of FSEP's planner.
-        overlaps: whether exchanges run beside compute.
+        geometry: of FSEP, LAER and FlexMoE; the others derive theirs from it.
         holds_step: whether FSEP's experts stay restored over a step.
-        stock_group: X of stock, None for as many as fit.
+        stock_group: X of stock; None for the largest possible.
     """
 
     geometry: Geometry
@@ -56,15 +53,13 @@ class MethodSettings:
 
 
 class LayerPlanner(Protocol):
-    """Work of each microbatch of one layer, with layouts that live from step to step."""
+    """Planner of one layer, which keeps its layout from step to step."""
 
     def begin_step(self, forecast_NE: Int64) -> None:
         """Plan the layer's layout of a step."""
         ...
 
-    def work(self, counts_NE: Int64) -> LayerWork:
-        """Return the work of a microbatch of this step."""
-        ...
+    def work(self, counts_NE: Int64) -> LayerWork: ...
 
 
 @dataclass(frozen=True)
@@ -72,12 +67,10 @@ class Method:
     """Layouts, exchanges and memory of one method of training.
 
     Attributes:
-        schedule: of its exchanges.
-        one_stream: parameters and gradients share a communicator.
-        layer_planner: makes a planner for a layer.
-        experts_held: whole experts' worth of weights that a rank owns, in each layer.
-        restored: whole experts that a rank restores in each layer; 0 where it owns what it uses.
-        replicas: ranks of the FSEP group's size that hold the same expert weights.
+        one_stream: whether parameters and gradients share a communicator.
+        experts_held: experts' worth of weights that a rank owns in each layer.
+        restored: whole experts that a rank restores in each layer; 0 without restores.
+        replicas: copies of the same expert weights among the ranks of an FSEP group.
     """
 
     name: str
@@ -90,11 +83,7 @@ class Method:
 
 
 def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
-    """Make a method by name.
-
-    Args:
-        rates: nominal ones.
-    """
+    """Make a method by name, at the nominal rates."""
     makers = {STOCK: _stock, FSDP_EP: _fsdp, FLEXMOE: _flexmoe, LAER: _laer, FSEP: _fsep}
     if name not in makers:
         raise ValueError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
@@ -125,7 +114,7 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
 def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
     geometry, costs = settings.geometry, settings.costs
     num_ranks, num_experts = geometry.num_ranks, geometry.num_experts
-    # As many experts to a rank as FSEP has slots, or the next fewer that fit.
+    # Experts per rank: as many as FSEP has slots, or the next smaller number that fits.
     fits = [
         each
         for each in range(geometry.capacity, 0, -1)
@@ -247,7 +236,6 @@ class _Relaid:
             self.exchanges = self._exchanges(self.layout)
 
     def work(self, counts_NE: Int64) -> LayerWork:
-        """Return the work of a microbatch under the layout that the guard chooses."""
         guard, costs = self.guard, self.guard.costs
         decision = guard.decide(counts_NE, self.layout)
         restore, reduce = self.exchanges

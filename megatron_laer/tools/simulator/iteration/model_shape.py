@@ -1,7 +1,4 @@
-"""Weights and FLOPs of a model's parts, without hardware.
-
-Legend: T tokens of a rank, K experts of a token, H hidden, F width of an expert's FFN, L layers.
-"""
+"""Weights and FLOPs of a model's parts."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ _FREQUENCY_PART = re.compile(r"\[([01](?:,[01])*)\](?:\*(\d{1,4}))?")
 
 @dataclass(frozen=True)
 class LatentAttention:
-    """Ranks and head widths of multi-latent attention; no query rank means no LoRA."""
+    """Ranks and head widths of multi-latent attention; query rank 0 means queries without LoRA."""
 
     query_rank: int
     key_value_rank: int
@@ -32,15 +29,13 @@ class LatentAttention:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """Sizes of a MoE GPT that decide on times, FLOPs and memory.
+    """Sizes of a MoE GPT that determine times, FLOPs and memory.
 
     Attributes:
-        layer_has_experts: for each layer, whether it is a MoE layer; multi-token prediction's
-            layers are at the end.
-        heads, query_width, key_value_width: of attention; widths over all heads.
-        dense_ffn, expert_ffn, shared_ffn: widths; 0 where there is none.
-        prediction_heads: the LM head's passes: one, and one for each layer of multi-token
-            prediction.
+        layer_has_experts: True for a MoE layer; layers of multi-token prediction are last.
+        query_width, key_value_width: over all heads.
+        dense_ffn, expert_ffn, shared_ffn: widths; 0 for none.
+        prediction_heads: passes of the LM head: one, and one per layer of multi-token prediction.
         bytes_per_element: of weights, tokens and gradients on the wire.
     """
 
@@ -63,22 +58,19 @@ class ModelShape:
 
     @property
     def moe_layers(self) -> int:
-        """Count the MoE layers."""
         return sum(self.layer_has_experts)
 
     @property
     def expert_weights(self) -> int:
-        """Count the weights of one expert."""
         return self._ffn_weights(self.expert_ffn)
 
     @property
     def head_weights(self) -> int:
-        """Count the weights of the LM head, which the embedding has as well."""
+        """Count the weights of the LM head; the embedding has as many."""
         return self.hidden * self.vocabulary
 
     @cached_property
     def attention_weights(self) -> int:
-        """Count the weights of one layer's attention."""
         latent = self.latent
         if latent is None:
             return self.hidden * 2 * (self.query_width + self.key_value_width)
@@ -94,7 +86,7 @@ class ModelShape:
         )
 
     def dense_weights(self, has_experts: bool) -> int:
-        """Count a layer's weights beside attention that every token passes: FFN or shared ones."""
+        """Count the weights after attention that all tokens use: FFN, or router and shared ones."""
         if not has_experts:
             return self._ffn_weights(self.dense_ffn)
         return self._ffn_weights(self.shared_ffn) + self.hidden * self.num_experts
@@ -109,7 +101,7 @@ class ModelShape:
 
     @cached_property
     def flops_per_token(self) -> int:
-        """Count a token's FLOPs in one forward pass, each weight that it meets twice."""
+        """Count a token's FLOPs in one forward pass: two per weight used, and attention's core."""
         weights = self.prediction_heads * self.head_weights
         for has_experts in self.layer_has_experts:
             weights += self.attention_weights + self.dense_weights(has_experts)
@@ -121,11 +113,7 @@ class ModelShape:
 
 
 def read_model(config: str, num_experts: int | None = None) -> ModelShape:
-    """Read the shape from a model configuration, by path or by the name of one we ship.
-
-    Args:
-        num_experts: in place of the model's, as for a trace of another number.
-    """
+    """Read the shape from a model configuration; a trace's `num_experts` replaces the model's."""
     sizes = model_sizes(config)
     experts = num_experts or sizes.num_experts
     assert experts is not None

@@ -1,7 +1,7 @@
 """Megatron's pipeline schedules: 1F1B, and interleaved where a stage has several chunks.
 
-An order is a list of operations for each stage; a sweep runs each as soon as its stage is free and
-what it needs has arrived.
+A stage has a list of operations; a sweep runs each as soon as its stage is free and its input has
+arrived.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ class Operation:
 def order(stage: int, stages: int, chunks: int, microbatches: int) -> list[Operation]:
     """Return the operations of a stage: warm-up, one forward and one backward in turn, cool-down.
 
-    With one chunk a stage runs as many forwards ahead as there are stages after it. Interleaved,
-    chunks take turns every p microbatches, and Megatron runs (p - 1 - stage) * 2 + (chunks - 1) * p
-    forwards ahead.
+    With one chunk, warm-up is a forward per later stage. Interleaved, chunks take turns every p
+    microbatches, and Megatron's warm-up is (p - 1 - stage) * 2 + (chunks - 1) * p forwards.
     """
     total = microbatches * chunks
     if chunks == 1:
@@ -49,7 +48,7 @@ def order(stage: int, stages: int, chunks: int, microbatches: int) -> list[Opera
 
 
 def in_flight(operations: Sequence[Operation]) -> int:
-    """Return how many passes' activations a stage holds at once, at most."""
+    """Return the maximum number of passes whose activations a stage holds at once."""
     held = most = 0
     for operation in operations:
         held += 1 if operation.is_forward else -1
@@ -64,13 +63,9 @@ def sweep(
     run: Callable[[int, Operation], None],
     send_s: float,
 ) -> None:
-    """Run all operations, each when what it needs has arrived from the stage before or after.
+    """Run all operations, each when its input has arrived from the stage before or after.
 
-    Args:
-        stages: clocks by stage, which `run` moves.
-        orders: by stage: see `order`.
-        run: does one operation of a stage.
-        send_s: of hidden states, or of their gradients, to a neighbour; beside compute.
+    `run` advances the clocks of a stage; sending takes `send_s`, during compute.
     """
     num_stages = len(stages)
     done: dict[tuple[bool, int, int], Seconds] = {}  # by direction, place and microbatch
@@ -81,12 +76,12 @@ def sweep(
         place = operation.chunk * num_stages + stage
         if operation.is_forward:
             return (True, place - 1, operation.microbatch) if place > 0 else None
-        if place == last_place:  # its own forward, which comes earlier in the order
+        if place == last_place:  # needs only its own forward, which is earlier in the order
             return None
         return (False, place + 1, operation.microbatch)
 
     def advance(stage: int) -> bool:
-        """Run what is ready of a stage, and tell whether anything was."""
+        """Run the ready operations of a stage, and return True if there were any."""
         began_at = next_of[stage]
         while next_of[stage] < len(orders[stage]):
             operation = orders[stage][next_of[stage]]

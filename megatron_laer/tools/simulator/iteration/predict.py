@@ -1,6 +1,6 @@
 """Prediction of each method's iterations on a trace, as a range over the rates.
 
-Legend: N ranks, L layers of the model.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_laer.tools.simulator.iteration.routing import Routing, Step
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import LayerWork
 
-# A token's FLOPs in backward, and in a second forward, over those of forward.
+# A token's FLOPs in forward and backward, over those of forward.
 _TRAINING_PASSES = 3
 
 
@@ -33,17 +33,17 @@ class IterationPrediction:
     """Predicted iteration of a method; means over steps, and over ranks unless stated.
 
     Attributes:
-        iteration_s: at the nominal rates.
-        low_s, high_s: the least and the most over all sets of rates.
+        iteration_s, low_s, high_s: at the nominal rates, and the range over all sets of rates.
         by_rates_s: for each set of rates, nominal first.
         compute_s, exposed_s: by kind; with `waiting_s` they add up to `iteration_s`.
         waiting_s: for ranks that compute longer.
         mfu: FLOPs of the model, without recompute, over the peak's.
-        naive_s: the same FLOPs at the fastest GEMM's speed, with recompute; of no method.
-        bytes_by_kind: received by a rank, by link class and by what is exchanged.
+        naive_s: FLOPs of the model, with recompute, at the fastest GEMM's speed.
+        bytes_by_kind: received by a rank, by link class and kind of exchange.
         memory_bytes: by part, on the rank and stage that need most.
         max_over_mean: of tokens per rank, over all layers and microbatches.
-        replan_share: microbatches of a layer whose layout was made after the gate.
+        replan_share: share of a layer's microbatches that fetched slots after the gate; 0 in mode
+            `exact`.
     """
 
     method: str
@@ -64,19 +64,15 @@ class IterationPrediction:
 
     @property
     def bytes(self) -> dict[str, float]:
-        """Return the bytes that a rank receives, by link class."""
         return totals(self.bytes_by_kind)
 
     @property
     def peak_bytes(self) -> float:
-        """Return the sum over the parts of memory."""
         return sum(self.memory_bytes.values())
 
 
 @dataclass
 class _Collected:
-    """Iterations, bytes and loads of the steps so far."""
-
     iterations: list[list[Iteration]] = field(default_factory=list)  # by step, by rates
     bytes_by_kind: list[dict[str, dict[str, float]]] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
@@ -101,11 +97,11 @@ def predict(
 
     Args:
         rate_sets: nominal ones first.
-        steps: of the trace that are run, spread over it.
-        lag: a forecast is so many recorded steps old.
-        peak_flops_per_s: of a rank, for MFU; the fastest GEMM's by default.
-        progress: called with the number of microbatches of layers that were worked out.
-        record: makes a recorder for a method and a stage, of the first step at nominal rates.
+        steps: number of simulated steps, spread over the trace.
+        lag: age of a forecast, in recorded steps.
+        peak_flops_per_s: of a rank, for MFU; default: the fastest GEMM's.
+        progress: called with the number of newly planned microbatches of a layer.
+        record: makes a recorder of a method and stage, for the first step at nominal rates.
     """
     collected = {method.name: _Collected() for method in methods}
     planners = {

@@ -15,11 +15,7 @@ _SHOWN_RANKS = 4
 
 
 class PredictedTimeline:
-    """Intervals of a few ranks of each stage, evenly spread over the group.
-
-    Args:
-        ranks: of the group.
-    """
+    """Intervals of a few ranks of each stage, evenly spread over the group."""
 
     def __init__(self, ranks: int) -> None:
         self._ranks: list[int] = np.unique(
@@ -28,7 +24,6 @@ class PredictedTimeline:
         self._intervals: dict[tuple[str, int, int], list[tuple[str, str, float, float]]] = {}
 
     def recorder(self, method: str, stage: int) -> Recorder:
-        """Return what a stage's clocks report to."""
         of_rank = [self._intervals.setdefault((method, stage, rank), []) for rank in self._ranks]
 
         def record(track: str, label: str, begin_N: Seconds, end_N: Seconds) -> None:
@@ -40,7 +35,7 @@ class PredictedTimeline:
         return record
 
     def content(self) -> bytes:
-        """Return the file: a process for each method, stage and rank; time begins with 0."""
+        """Return the file's content, with a process for each method, stage and rank."""
         return json.dumps({"displayTimeUnit": "ms", "traceEvents": list(self._events())}).encode()
 
     def _events(self) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,6 @@
 """Rates of a rank's GEMMs, memory and links, from the cluster's file.
 
-The file says how far each constant may be off, so that iterations can be predicted for several sets
-of rates and a range be told.
+The file has a spread for each constant, so that iterations are predicted as a range.
 """
 
 from __future__ import annotations
@@ -15,11 +14,11 @@ import numpy.typing as npt
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.clusters import CONSTANTS, Cluster
 
-# Of the fastest GEMM, in the core of attention: flash attention on an A100 has 185 and 150 TFLOP/s
-# forward and backward, where GEMMs have 248, by its authors' tables.
+# Speed of attention's core over the fastest GEMM's: flash attention on an A100 reaches 185 and 150
+# TFLOP/s forward and backward, GEMMs 248, by its authors' tables.
 _CORE_FORWARD, _CORE_BACKWARD = 0.75, 0.60
 
-# Where a cluster's file tells no spread. Two profiles of GEMMs by LAER-MoE's artifact differ by a
+# Spreads for a cluster file without one. Two profiles of GEMMs in LAER-MoE's artifact differ by a
 # tenth; its All-to-Alls range from the data sheet's rate to a third of it.
 _GUESSED = {
     "gemm": (0.9, 1.1),
@@ -34,11 +33,9 @@ class Rates:
     """One set of constants of a rank.
 
     Attributes:
-        cluster: with this set of its constants.
-        bytes_per_element: of weights and tokens.
-        gap_s: once per iteration: the data loader, logging.
+        gap_s: host time once per iteration, as of the data loader and logging.
         core_forward, core_backward: speed of attention's core over that of the fastest GEMM.
-        overhead: time of dense layers that no FLOP and no byte explains, over what bytes take.
+        overhead: time explained by neither FLOPs nor bytes, over the bytes' time.
     """
 
     cluster: Cluster
@@ -50,19 +47,18 @@ class Rates:
 
     @property
     def backward_factor(self) -> float:
-        """Return the time of a FLOP in backward GEMMs over that in forward ones."""
+        """Return the time of a FLOP in backward GEMMs over that in forward GEMMs."""
         return self.cluster.backward_gemm_factor
 
     @property
     def best_flops_per_s(self) -> float:
-        """Return the speed of the fastest GEMM."""
         return max(speed for _, speed in self.cluster.gemm.points)
 
     @property
     def memory_bytes_per_s(self) -> float:
-        """Return the rate of memory; without a measured one, that of the smallest GEMM's weights.
+        """Return the measured rate of memory, else that of reading the smallest GEMM's weights.
 
-        It reads each of them once, for two FLOPs of a token.
+        A GEMM reads each weight once, for two FLOPs of a token.
         """
         if self.cluster.memory_bytes_per_s is not None:
             return self.cluster.memory_bytes_per_s
@@ -70,7 +66,6 @@ class Rates:
         return speed / tokens * self.bytes_per_element / 2
 
     def gemm_seconds(self, tokens: float, flops_per_token: float) -> float:
-        """Return the time of one GEMM of so many tokens."""
         unit_s = self.cluster.gemm.unit_seconds(np.array([math.ceil(tokens)]))
         return float(unit_s[0]) * flops_per_token
 
@@ -79,23 +74,17 @@ class Rates:
         return self.cluster.gemm.unit_seconds(tokens_S)
 
     def memory_seconds(self, moved_bytes: float) -> float:
-        """Return the time of reading and writing so many bytes."""
         return moved_bytes / self.memory_bytes_per_s
 
     def collective_seconds(self, ranks: int, node_size: int) -> float:
-        """Return the latency of a collective over so many ranks, as the cost model has it."""
         near = min(ranks, node_size) - 1
         return self.cluster.collective_seconds(near, ranks - near - 1)
 
     def ring_seconds(self, size_bytes: float, ranks: int, node_size: int, stride: int = 1) -> float:
         """Return the time of a reduce-scatter or an all-gather of a buffer of this size.
 
-        A ring passes each link with all but one rank's share; where it spans nodes, those of its
-        ranks that are on a node drive their adapters for it. The ranks between them have rings of
-        their own, at the same time.
-
-        Args:
-            stride: from one of its ranks to the next.
+        A ring passes each link with all but one rank's share. Between nodes, its ranks on a node
+        use their adapters together; the ranks between them run rings of their own.
         """
         if ranks <= 1:
             return 0.0
@@ -111,15 +100,14 @@ class Rates:
 
 
 def ring_neighbours(node_size: int, stride: int) -> int:
-    """Return how many ranks of a ring are on a node, with so many from one to the next."""
+    """Return the number of a ring's ranks on one node, `stride` ranks apart."""
     return max(node_size // stride, 1)
 
 
 def rate_sets(rates: Rates) -> tuple[Rates, ...]:
-    """Return the rates, then those with compute and links at either end of what they may be.
+    """Return the rates, then those with compute and links at either end of their spreads.
 
-    Four corners and not two, since what hides behind compute shows where compute is fast and links
-    are slow.
+    Four corners are needed: exchanges are exposed most where compute is fast and links are slow.
     """
     ends = _ends(rates.cluster)
     found = [rates]

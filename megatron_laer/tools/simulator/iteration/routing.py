@@ -1,8 +1,7 @@
-"""Counts of every step, layer and microbatch of a run, taken from a trace one at a time.
+"""Counts of every step, layer and microbatch of a run, made from a trace one at a time.
 
-A model may have other layers, microbatches, ranks and tokens than its trace: layers are spread over
-those of the trace, microbatches go round, ranks and tokens are dealt out. Nothing is kept, since
-all counts of a large run would not fit into memory.
+The run may have other numbers of ranks and tokens than its trace. Counts are not kept, since those
+of a large run would not fit into memory.
 
 Legend: N ranks, E experts.
 """
@@ -30,10 +29,9 @@ class Step:
 
 
 class Routing:
-    """Counts of a run with so many ranks and tokens, from a trace of others.
+    """Counts of a run with other ranks, or other `pairs` per microbatch, than its trace.
 
-    Args:
-        tokens: (token, expert) pairs of a rank and microbatch on average; None for the trace's.
+    `pairs` are the mean (token, expert) pairs of a rank.
     """
 
     def __init__(self, trace: Trace, num_ranks: int, pairs: float | None = None) -> None:
@@ -49,11 +47,10 @@ class Routing:
 
     @property
     def pairs(self) -> float:
-        """Return the (token, expert) pairs of a rank and microbatch, on average."""
+        """Return the mean (token, expert) pairs of a rank and microbatch."""
         return self.recorded_pairs * self._factor
 
     def steps(self) -> list[Step]:
-        """Return the trace's steps, in order."""
         found: dict[int, dict[int, list[int]]] = {}
         keys = zip(self._trace.step_R.tolist(), self._trace.layer_R.tolist(), strict=True)
         for record, (step, layer) in enumerate(keys):
@@ -61,7 +58,7 @@ class Routing:
         return [Step(step, layers) for step, layers in found.items()]
 
     def counts_NE(self, record: int) -> Int64:
-        """Return the tokens on each rank for each expert, int64 [N, E]."""
+        """Return the counts of one record, int64 [N, E]."""
         part = slice(record, record + 1)
         trace = self._trace
         alone = replace(
@@ -74,16 +71,14 @@ class Routing:
         counts_NE = alone.with_ranks(self.num_ranks).counts_NE(0)
         if self._factor == 1.0:
             return counts_NE
-        # Rounded as sums, so that a rank's tokens are right to within one.
+        # Round cumulative sums, so that a rank's total is off by less than one token.
         ends_NE = np.floor(np.cumsum(counts_NE, axis=1) * self._factor + 0.5).astype(np.int64)
         return np.diff(ends_NE, axis=1, prepend=0)
 
     def walk(self, lag: int, chosen: int) -> Iterator[tuple[Step, dict[int, Int64]]]:
-        """Yield steps that are simulated, with each layer's forecast at that time.
+        """Yield `chosen` steps, spread over the trace, with each layer's forecast at that time.
 
-        Args:
-            lag: the newest counts of a forecast are so many steps old.
-            chosen: how many steps, spread over the trace; those before `lag` have no forecast.
+        The newest counts of a forecast are `lag` steps old; earlier steps have none.
         """
         steps = self.steps()
         after = self._forecast_steps(steps, lag)
@@ -113,7 +108,7 @@ class Routing:
     def _forecast_steps(self, steps: Sequence[Step], lag: int) -> list[Step]:
         """Return the steps that have all layers, each with a forecast of that age.
 
-        A step lacks layers where the recording began or was stopped in it.
+        A step lacks layers if the recording started or stopped in it.
         """
         found, before = [], [0] * self.layers
         for step in steps:

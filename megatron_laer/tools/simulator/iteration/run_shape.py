@@ -1,7 +1,4 @@
-"""Parallel sizes of a run, and the parts of its iterations.
-
-Legend: N ranks of the FSEP group, T tokens of a rank in a microbatch.
-"""
+"""Parallel sizes of a run."""
 
 from __future__ import annotations
 
@@ -16,18 +13,13 @@ class RunShape:
     """Parallel sizes of a run.
 
     Attributes:
-        ranks: N, of one FSEP group; every pipeline stage has `replicas` such groups.
-        node_size: G.
-        tokens: T, of a rank in a microbatch.
-        microbatches: of an iteration.
-        stages: p, of the pipeline.
-        chunks: model chunks of a stage; more than one is the interleaved schedule.
+        ranks: of one FSEP group; every pipeline stage has `replicas` such groups.
+        tokens: of a rank in a microbatch.
+        chunks: model chunks of a stage; more than one means the interleaved schedule.
         replicas: groups that hold the same experts, between which slices are data parallel.
-        tensor: ranks that share a sequence in attention, with sequence parallelism.
-        recompute: what backward computes again.
-        shards_optimizer: Megatron's distributed optimizer.
-        flash_attention: whether attention's scores stay on the chip.
+        tensor: tensor-parallel ranks in attention, with sequence parallelism.
         overlaps_data_parallel: `--overlap-grad-reduce` and `--overlap-param-gather`.
+        flash_attention: whether attention's scores stay on the chip.
     """
 
     ranks: int
@@ -62,18 +54,17 @@ class RunShape:
 
     @property
     def world(self) -> int:
-        """Return the number of all ranks."""
         return self.ranks * self.replicas * self.stages
 
     @property
     def data_parallel(self) -> int:
-        """Return how many ranks hold the same dense weights."""
+        """Return the number of ranks that hold the same dense weights."""
         return self.ranks * self.replicas // self.tensor
 
     def layers_by_chunk(self, layers: int) -> list[list[int]]:
-        """Deal layers out to the pipeline's chunks, in the order in which a microbatch meets them.
+        """Return the layers of the pipeline's chunks, in the order of forward.
 
-        Chunk c of stage s is at place c * stages + s. As even as can be, the first get more.
+        Chunk c of stage s is at place c * stages + s. Numbers of layers differ by at most one.
         """
         parts = self.stages * self.chunks
         if layers < parts:

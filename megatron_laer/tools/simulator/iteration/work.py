@@ -1,4 +1,4 @@
-"""Work of a microbatch in one MoE layer, by rank and without rates.
+"""Work of a microbatch in one MoE layer, by rank.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots, X ranks of an expert-parallel group.
 """
@@ -26,9 +26,7 @@ class Exchange:
     Attributes:
         intra_bytes, inter_bytes: the most that any rank sends or receives, by link class.
         mean_intra_bytes, mean_inter_bytes: received by a rank on average.
-        in_stages: whether links inside nodes wait for those between them (`node`).
-        collectives: launched one after the other.
-        ranks, node_size: N and G.
+        in_stages: whether the link classes are used one after the other (`node`).
     """
 
     intra_bytes: float
@@ -44,7 +42,7 @@ class Exchange:
     def of(
         cls, traffic: Traffic, algorithm: ExchangeAlgorithm, matrices: int, node_size: int
     ) -> Exchange:
-        """Make it from bytes per rank: see `CostModel.restore_bytes` and `reduce_bytes`."""
+        """Make an exchange from bytes per rank of `CostModel.restore_bytes` or `reduce_bytes`."""
         in_stages = algorithm == ExchangeAlgorithm.NODE
         return cls(
             float(np.maximum(traffic.intra_N, traffic.sent_intra_N).max()),
@@ -58,10 +56,7 @@ class Exchange:
         )
 
     def seconds(self, rates: Rates) -> float:
-        """Return how long it takes once every rank has begun it.
-
-        As in `CostModel`: `flat` drives both link classes at once, `node` one after the other.
-        """
+        """Return the time from the last rank's start, as in `CostModel`."""
         intra_s = self.intra_bytes / rates.cluster.intra.bytes_per_s
         inter_s = self.inter_bytes / rates.cluster.inter.bytes_per_s
         if self.in_stages:
@@ -81,14 +76,12 @@ class LayerWork:
     Attributes:
         unit_s_N: seconds of each rank's expert GEMMs per FLOP of a token, at the nominal rates.
         pairs_N: (token, expert) pairs that each rank computes.
-        intra_N, inter_N: rows that each rank sends or receives in one token exchange, the more of
-            the two, by link class.
+        intra_N, inter_N: rows in one token exchange by link class; the larger of sent and received.
         mean_intra, mean_inter: rows that a rank receives on average.
-        restore, reduce: of the layer's experts; None where nothing is restored.
-        change: of slots that differ from what was restored ahead; None without.
-        solve_s: of a layout that is made after the gate.
+        restore, reduce, change: of the experts, and of slots that differ from the planned layout.
+        solve_s: making a layout after the gate.
         slots: GEMMs per matrix and pass on a rank.
-        group: neighbours that exchange tokens and counts; None for all ranks.
+        group: number of neighbours that exchange tokens and counts; None for all ranks.
     """
 
     unit_s_N: Seconds
@@ -106,12 +99,11 @@ class LayerWork:
 
     @property
     def leaves_nodes(self) -> bool:
-        """Return whether any token is computed on another node than its own."""
+        """Return True if any token is computed on another node than its own."""
         return bool(self.inter_N.any())
 
     @property
     def max_over_mean(self) -> float:
-        """Return the largest over the mean number of pairs."""
         total = int(self.pairs_N.sum())
         return int(self.pairs_N.max()) * self.pairs_N.size / total if total else 1.0
 
@@ -126,7 +118,6 @@ class LayerWork:
         solve_s: float = 0.0,
         group: int | None = None,
     ) -> LayerWork:
-        """Make it from a split's totals over N ranks of equally many slots."""
         num_ranks = len(totals.own_N)
 
         def by_rank(of_slots_S: Int64) -> Int64:
@@ -152,13 +143,9 @@ class LayerWork:
 
 
 def grouped_totals(counts_NE: Int64, group: int, node_size: int) -> SplitTotals:
-    """Return what ranks get where each group of X neighbours has every expert once.
+    """Return the totals of stock's placement in groups of X = `group` neighbours.
 
-    Stock's placement: E/X experts in a row on each rank, and no token leaves its group.
-
-    Args:
-        group: X, which divides N and E.
-        node_size: G.
+    A group has every expert once, E/X in a row on each rank, and no token leaves it.
     """
     num_ranks, num_experts = counts_NE.shape
     assert num_ranks % group == 0 and num_experts % group == 0
