@@ -50,7 +50,8 @@ def check_version() -> None:
 def megatron_version() -> str:
     """Return the version of the imported Megatron, or else of the installed one.
 
-    A checkout's has its commit. An installed one's would have that of any repository around it.
+    A checkout's has its commit. An installed one's is cut: its commit is that of any repository
+    around its folder.
     """
     try:
         from megatron.core import package_info

@@ -27,9 +27,10 @@ from megatron_laer.planner.sharding import changed_slots, node_sources, row_boun
 class Traffic:
     """Elements of one exchange per rank and link class, int64 [N], without those that stay.
 
-    Received and sent are separate because their maxima differ. Ranks of a node with many distinct
-    experts receive more than others send; with few changed slots, nearly all ranks send while few
-    receive. Links are full duplex, so the larger of the two counts.
+    Elements received (`intra_N`, `inter_N`) and sent are separate because their maxima differ.
+    Ranks of a node with many distinct experts receive more than others send; with few changed
+    slots, nearly all ranks send while few receive. Links are full duplex, so the larger of the two
+    counts.
     """
 
     intra_N: Int64
