@@ -1,4 +1,4 @@
-"""Opening what others made, writing what others need."""
+"""Reading files of other programs, and writing files for them."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_a_replacement_stays_locked_in_its_targets_place(tmp_path: Path) -> None
 def test_a_replacement_that_another_writer_takes_for_a_leftover_is_begun_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holds: bool
 ) -> None:
-    """Another process's `remove_leftovers` comes between opening and locking."""
+    """Run another process's `remove_leftovers` between opening and locking."""
     target, lock, met = tmp_path / "log", writing.lock, []
 
     def lock_late(file: IO[bytes], path: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_replacement_that_another_writer_takes_for_a_leftover_is_begun_anew(
 def test_content_is_on_disk_before_its_name_and_the_name_before_the_writer_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a machine that loses power may leave an empty file under the name of a whole one."""
+    """Otherwise a power loss may leave an empty file under the name of a complete one."""
     done = []
     fsync, replace = os.fsync, os.replace
 

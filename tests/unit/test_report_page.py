@@ -1,6 +1,6 @@
-"""A headless Chromium opens the page: nothing is said in its console, and it shows the numbers.
+"""A headless Chromium opens the report page without console messages and shows its numbers.
 
-Where there is no program `chromium` the tests are skipped, and say so.
+The tests are skipped where there is no program `chromium`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no program chromium: apt-get install chromium, to see the page drawn"
 )
 
-# Of console messages, which Chromium logs at this place; its own warnings are of other places.
+# Chromium logs console messages with this source; its own warnings have others.
 _CONSOLE = re.compile(r"CONSOLE[:(].*")
-# A page that talks: what is looked for must be found here.
+# A page with console errors, as a control.
 _TALKING = '<script>console.error("heard"); undefinedName();</script></body>'
 
 
 def opened(
     page: Path, tmp_path: Path, *, fragment: str = "", width: int = 1200, shot: Path | None = None
 ) -> tuple[str, list[str]]:
-    """What a page is after its scripts have run, and what was said in its console."""
+    """Return a page's content after its scripts have run, and its console messages."""
     assert CHROMIUM is not None
     asked = ["--dump-dom"] if shot is None else [f"--screenshot={shot}"]
     address = f"{page.as_uri()}{fragment}"
@@ -71,7 +71,7 @@ def opened(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run, with its page beside it."""
+    """Return a run's folder with its page next to it."""
     folder = tmp_path_factory.mktemp("report") / "run"
     record_run(folder)
     assert cli.main(["report", str(folder), "--out", str(folder.parent / "page.html")]) == 0
@@ -80,12 +80,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
-    """The page with all its tables open."""
+    """Return the page with all its tables open."""
     return opened(run.parent / "page.html", tmp_path_factory.mktemp("chromium"), fragment="#tables")
 
 
 def table(page: str, title: str) -> list[list[str]]:
-    """The cells of a figure's table."""
+    """Return the cells of a figure's table."""
     figure = next(
         part for part in page.split("<figure") if f"<h3>{title}</h3>" in html.unescape(part)
     )

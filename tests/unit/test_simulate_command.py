@@ -1,4 +1,4 @@
-"""`simulate`: what it prints and writes, and what it refuses."""
+"""`simulate`: its output, files and refusals."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Every GEMM back end computes what a linear layer per slot does, and back ends go by name.
+"""Every GEMM back end computes a linear layer per slot, and back ends are chosen by name.
 
-What needs a GPU runs here on the CPU with its GPU part replaced: CUDA streams by ones that note
-what they are told, Transformer Engine's function by one that does what its sources say.
+GPU parts are replaced: CUDA streams by recorders, Transformer Engine's function by one that follows
+its sources.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BOTH = [torch.float32, torch.bfloat16]
 
 
 class Stream:
-    """Notes events; a stream's are numbered in the order in which it records them."""
+    """Stream that numbers its events in the order of recording."""
 
     def __init__(self, name: Any, log: list[str]) -> None:
         self.name, self.device, self._log, self._recorded = name, CPU, log, 0
@@ -51,7 +51,7 @@ class Stream:
 
 @pytest.fixture
 def stream_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What streams are told, with the products that run on them."""
+    """Record calls of streams and the products that run on them."""
     log: list[str] = []
     current = [Stream("compute", log)]
     numbers = iter(range(1000))
@@ -94,7 +94,7 @@ def grouped_gemm(
     D_dtype: None = None,
     single_output: bool = False,
 ) -> None:
-    """What Transformer Engine's function does with bf16: column-major, so B comes first."""
+    """Compute as Transformer Engine does for bf16: column-major, so B comes first."""
     assert len(A) == len(B) == len(quantization_params) and out_dtype == out[0].dtype
     assert all(part.is_contiguous() for part in (*A, *B, *out))
     outs = out[0].split(m_splits or []) if single_output else out
@@ -114,7 +114,7 @@ def grouped_gemm(
 def gemm(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, stream_log: list[str]
 ) -> SlotGemm:
-    """Each back end, with what it needs of a GPU replaced."""
+    """Return each back end with its GPU parts replaced."""
     monkeypatch.setattr(te, "_grouped_gemm", lambda: grouped_gemm)
     return slot_gemm(request.param)
 
