@@ -1,6 +1,6 @@
-"""Adapters on experts are refused, as is what only some ranks freeze; attention may have them.
+"""Adapters on experts, and freezing on some ranks only, are refused; attention may have adapters.
 
-That LoRA on attention equals stock's is shown by rows of the parity table.
+Rows of the parity table show that LoRA on attention equals stock's.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def wrapped(model: torch.nn.Module, name: str) -> None:
 
 
 def asked(model: torch.nn.Module) -> None:
-    """Ask every linear layer of experts for what Megatron-Bridge's LoRA asks first."""
+    """Read the attributes that Megatron-Bridge's LoRA reads first."""
     for name, module in model.named_modules():
         if name.endswith("linear_fc1"):
             module.config.sequence_parallel  # type: ignore[union-attr]  # noqa: B018
 
 
 def replaced(model: torch.nn.Module) -> None:
-    """Put another module in the experts' place."""
+    """Replace the experts by another module."""
     for module in [*model.modules()]:
         if hasattr(module, "experts"):
             module.experts = torch.nn.Linear(4, 4)
@@ -79,7 +79,7 @@ def test_weights_that_some_ranks_freeze_are_named_on_every_rank(
 
 
 def refusal(pool: RankPool, data: str, adapt: Adapt, kind: str) -> str:
-    """The one error that every rank raises before its first step."""
+    """Return the one error that every rank raises before its first step."""
     flags = command_line(
         data,
         experts=8,

@@ -22,7 +22,7 @@ FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 def weights_of(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> Callable[[int, int, str], Tensors]:
-    """`weights_of(ranks, expert_parallel, extra flags)`."""
+    """Return `weights_of(ranks, expert_parallel, extra flags)`."""
 
     def initial(size: int, expert_parallel: int, extra: str) -> Tensors:
         flags = command_line(
@@ -74,7 +74,7 @@ def test_seeds_layers_and_experts_differ_and_spread_like_stock(
 
 
 def initial_weights_without_drawing_experts(flags: list[str]) -> Tensors:
-    """`initial_weights`, but no expert weight is drawn."""
+    """Return `initial_weights` without drawing any expert weight."""
     from megatron_laer.layer.experts import module
 
     with mock.patch.object(module, "initialise", lambda slice_ErK, *_: slice_ErK.data.zero_()):

@@ -23,14 +23,14 @@ FSEP = " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo
 
 
 def flags(data: str, steps: int, extra: str = "") -> list[str]:
-    """Two ranks, small enough for hundreds of steps."""
+    """Return a command line for two ranks, small enough for hundreds of steps."""
     return command_line(
         data, experts=8, expert_parallel=2, global_batch=4, steps=steps, extra=FSEP + extra
     )
 
 
 def planner_state(model: object) -> tuple[int, int, int]:
-    """A probe: version, late plans, failures, as this rank knows them."""
+    """Return the version, late plans and failures that this rank knows."""
     from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
@@ -40,7 +40,7 @@ def planner_state(model: object) -> tuple[int, int, int]:
 
 
 def train_with_slow_planner(command: list[str], longest_s: float) -> Record:
-    """The planner sleeps up to `longest_s` per layer before it answers."""
+    """Train while the planner sleeps up to `longest_s` per layer."""
     from megatron_laer.planner.laer import LaerStrategy
 
     plan = LaerStrategy.plan
@@ -55,7 +55,7 @@ def train_with_slow_planner(command: list[str], longest_s: float) -> Record:
 
 
 def train_with_broken_planner(command: list[str], fault: str) -> Record:
-    """The planner raises, has no memory, or returns another shape, every other time."""
+    """Train while the planner raises, lacks memory, or returns another shape, every other time."""
     from megatron_laer.planner.laer import LaerStrategy
     from megatron_laer.planner.layout import ExpertLayout
 
@@ -105,7 +105,7 @@ def test_a_slow_planner_under_wait_changes_nothing(
 
 
 def train_with_dead_planner(command: list[str]) -> Record:
-    """The planner's thread ends with its first job."""
+    """Train while the planner's thread ends with its first job."""
     from megatron_laer.planner.service import PlannerService
 
     def die(self: Any) -> None:
@@ -129,9 +129,9 @@ def test_a_dead_planner_leaves_training_alone(
 
 
 def train_with_planner_that_stops(command: list[str], fault: str, calls: int) -> tuple[Record, int]:
-    """After some calls the planner hangs for good, or its thread is gone.
+    """Train while the planner hangs for good, or its thread ends, after some calls.
 
-    Also returns how many steps waited for it in vain, for a second each.
+    Also return the number of steps that waited in vain, for a second each.
     """
     import threading
 

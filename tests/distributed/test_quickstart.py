@@ -1,4 +1,4 @@
-"""The quick start trains twice, shows progress, and compares what it counted; for few steps."""
+"""The quick start trains twice, shows progress, and compares its counts; for few steps."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Under stock's names an FSEP model has stock's parameters, in stock's shapes, and takes them back.
+"""Under stock's names an FSEP model has stock's parameters, in stock's shapes, and loads them.
 
-Both sides start from the weights that `cpu/weights.py` gives by name, and a learning rate of
-zero leaves them as they are.
+Both sides start from the weights that `cpu/weights.py` gives by name, and a learning rate of zero
+leaves them unchanged.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ SHARED = " --moe-shared-expert-intermediate-size 32"
 TENSOR = " --tensor-model-parallel-size 2 --sequence-parallel"
 STAGES = " --pipeline-model-parallel-size 2"
 UNTIED, NO_BIAS = "--untie-embeddings-and-output-weights", "--disable-bias-linear"
-# What converters ask a parameter for, to learn how it is cut.
+# Attributes that tell converters how a parameter is cut.
 MARKS = ("allreduce", "tensor_model_parallel", "partition_dim", "partition_stride")
 
 
 class Named(NamedTuple):
-    """Holds a parameter of one rank."""
+    """Parameter of one rank, with its marks."""
 
     name: str
     tensor: torch.Tensor
@@ -55,11 +55,7 @@ class Named(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """Describes one model, and the ranks that hold it.
-
-    Attributes:
-        sizes: the expert-parallel sizes under which stock is compared.
-    """
+    """One model and its ranks; stock is compared under the expert-parallel `sizes`."""
 
     ranks: int = 2
     experts: int = 4
@@ -69,7 +65,7 @@ class Case:
     without: str = ""
 
     def command(self, data: str, extra: str, expert_parallel: int | None = None) -> list[str]:
-        """Make the command line of one step that changes nothing."""
+        """Return the command line of one step that changes nothing."""
         return command_line(
             data,
             experts=self.experts,
@@ -102,7 +98,7 @@ CASES = {
 
 
 def copied(parameters: Iterator[Given]) -> list[Named]:
-    """Copy what an iterator gives, with its marks."""
+    """Copy an iterator's tensors with their marks."""
     return [
         Named(
             name,
@@ -127,8 +123,7 @@ def of_stock(flags: list[str]) -> list[list[Named]]:
 def of_fsep(flags: list[str], sizes: tuple[int, ...]) -> dict[int, list[list[Named]]]:
     """Return an FSEP model's parameters under stock's names, for each expert-parallel size.
 
-    Each time they are written back into a model of zeros, in the reverse order, which must give
-    what was there before.
+    Also write them back into a model of zeros, in reverse order, and check that this restores it.
     """
 
     def read(model: list[Chunk]) -> dict[int, list[list[Named]]]:
@@ -230,7 +225,7 @@ def test_the_module_spec_decides_between_the_names(builder: type, is_grouped: bo
 
 
 def one_layer_is_held(flags: list[str]) -> int:
-    """Return how many matrices were restored; those of another layer must be gone by then."""
+    """Return the number of restored matrices; check that those of other layers are freed."""
 
     def read(model: list[Chunk]) -> int:
         alive: list[weakref.ref[torch.Tensor]] = []
@@ -246,7 +241,7 @@ def one_layer_is_held(flags: list[str]) -> int:
 
         with mock.patch.object(stock_names, "gather_block", gathering):
             for _, tensor in megatron_laer.stock_named_parameters(model[0]):
-                del tensor  # or it would be held while the next one is made
+                del tensor  # otherwise it would be held while the next one is made
         return len(layers)
 
     found: int = train(flags, read).probes[0]
@@ -259,7 +254,7 @@ def test_one_layer_at_a_time_is_restored(ranks: Callable[[int], RankPool], text_
 
 
 def one_layer_is_loaded(flags: list[str]) -> int:
-    """Return how many layers' blocks were made to be filled, each after the last one had gone."""
+    """Return the number of layers whose blocks were filled, each after the last one was freed."""
 
     def read(model: list[Chunk]) -> int:
         given = [

@@ -24,7 +24,7 @@ Write = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 class Copies:
-    """Keeps copies of models under tags, and swaps them in place."""
+    """Copies of models under tags, swapped in place."""
 
     def __init__(self, read: Callable[[], Named]) -> None:
         self._read = read
@@ -32,7 +32,6 @@ class Copies:
 
     @torch.no_grad()
     def backup(self, tag: str) -> None:
-        """Copy the model."""
         kept = self._copies.setdefault(tag, {})
         for name, parameter in self._read():
             if name not in kept:
@@ -41,7 +40,6 @@ class Copies:
 
     @torch.no_grad()
     def restore(self, tag: str) -> None:
-        """Make the model that of a tag again."""
         for name, parameter in self._read():
             parameter.copy_(self._copies[tag][name], non_blocking=True)
 
@@ -98,7 +96,7 @@ def swapped(flags: list[str]) -> None:
 
 
 def written(flags: list[str]) -> None:
-    """Check each way to write, and all that would be lost, on this rank."""
+    """Check each way to write, and all writes that would be lost, on this rank."""
 
     def check(model: list[torch.nn.Module]) -> None:
         (chunk,) = model
@@ -129,11 +127,11 @@ def written(flags: list[str]) -> None:
                             write(tensor, expected[name])
             for tensor in given.values():
                 if dist.get_rank() == 0:
-                    dist.broadcast(tensor, src=0)  # read, and sent
+                    dist.broadcast(tensor, src=0)  # read and sent
                     continue
                 with pytest.raises(RuntimeError, match=words):
                     dist.broadcast(tensor, src=0)
-                dist.broadcast(tensor.clone(), src=0)  # or the other rank would wait
+                dist.broadcast(tensor.clone(), src=0)  # otherwise the other rank would wait
 
         step = session.current()
         assert step is not None
