@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md are made from a list of Megatron-Bridge's recipes.
+"""The tables of docs/recipes.md, made from a list of Megatron-Bridge's recipes.
 
 `python -m tests.recipes_page` prints them; a unit test looks for each of their lines on the page.
 """
@@ -22,7 +22,6 @@ Judged = list[tuple[Mapping[str, str], Judgement]]
 
 
 def judged(path: Path) -> Judged:
-    """Return every recipe with its judgement."""
     return [(row, judge_recipe(row)) for row in read_recipes(path)]
 
 

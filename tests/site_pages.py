@@ -31,7 +31,6 @@ SLURM = ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 
 
 def flags() -> Iterator[str]:
-    """Yield every flag, its values and its help."""
     parser = add_arguments(argparse.ArgumentParser(add_help=False))
     yield "| flag | takes | |"
     yield "|---|---|---|"
@@ -45,7 +44,6 @@ def flags() -> Iterator[str]:
 
 
 def releases() -> Iterator[str]:
-    """Yield every supported release of Megatron, and the next one."""
     yield "| Megatron | tested with | |"
     yield "|---|---|---|"
     for row in RELEASES:
@@ -55,7 +53,7 @@ def releases() -> Iterator[str]:
 
 
 def patches() -> Iterator[str]:
-    """Yield every replaced attribute of Megatron, and why."""
+    """Yield every replaced attribute of Megatron with its reason."""
     yield "| replaced in `megatron` | effect |"
     yield "|---|---|"
     for patch in (*ARGUMENT_PATCHES, *FSEP_PATCHES):
@@ -64,7 +62,7 @@ def patches() -> Iterator[str]:
 
 
 def environment() -> Iterator[str]:
-    """Yield every variable of the environment that is read, and who sets it."""
+    """Yield every environment variable that is read, and its source."""
     yield "| variable | set by | |"
     yield "|---|---|---|"
     for variable in VARIABLES:
@@ -100,11 +98,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
 
 
 def with_table(page: str, name: str, lines: Iterable[str]) -> str:
-    """Return the page with these lines between the marks of this name.
-
-    Raises:
-        ValueError: the page has no such marks.
-    """
+    """Return the page with these lines between the marks of this name; ValueError without them."""
     begin, end = f"<!-- {name}, by python -m tests.site_pages -->\n", "<!-- end -->"
     table = "\n".join(lines) + "\n"
     pattern = re.escape(begin) + ".*?" + re.escape(end)

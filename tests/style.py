@@ -23,7 +23,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 # Exceptions by rule and room, each as `file:line: text`.
 Exceptions = dict[tuple[str, str], list[str]]
 
-# A clause, or a verb of talk, in place of the verb of the field.
+# A clause, or a verb of talk, instead of the verb of the field.
 _RETIRED_FIRST = frozenset("Say Says Tell Tells Take Takes Give Gives Is Are Has Let Lets".split())
 # Words for which the field has others.
 _RETIRED = re.compile(r"\b(?:beside|likewise|mend(?:s|ed)?|nobody|told|whoever)\b", re.IGNORECASE)
@@ -59,14 +59,12 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def docstrings(module: ast.Module) -> Iterator[tuple[Documented, str]]:
-    """Yield what has a docstring, with it."""
     for node in ast.walk(module):
         if isinstance(node, Documented) and (text := ast.get_docstring(node)):
             yield node, text
 
 
 def first_word(text: str) -> str:
-    """Return the first word of a docstring, without punctuation."""
     return text.split()[0].rstrip(",.:;")
 
 

@@ -15,11 +15,11 @@ class Case:
     """One bad input.
 
     Attributes:
-        says: a part of the message, which quotes what was passed.
+        says: a part of the message, which quotes the input.
         environment: variables that are changed.
         status: of the command; 0 where the input is odd and still works.
-        prints: whether what could be done is printed all the same.
-        nightly: whether it is one of many that differ little, too many for every day.
+        prints: True if possible results are printed all the same.
+        nightly: True for one of many similar ones, too many for every day.
     """
 
     words: tuple[str, ...]
@@ -31,7 +31,7 @@ class Case:
 
     @property
     def command(self) -> str:
-        """For the count."""
+        """Return its command for the count."""
         first = self.words[0] if self.words else ""
         if first.endswith((".py", ".sbatch")):
             return " ".join(first.split("/")[:-1]) or first
@@ -39,5 +39,5 @@ class Case:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells it from others."""
+        """Return the values that identify it."""
         return self.words, tuple(sorted(self.environment.items()))

@@ -1,4 +1,4 @@
-"""Bad inputs of `report`: the folders of runs, and what the message must say of each."""
+"""Bad inputs of `report`: the folders of runs, and the message expected for each."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HEADERS: Mapping[str, Mapping[str, Any]] = {
     "more-layers": {"layers": ["a", "b", "c"]},
     "other-key": {"more": 1},
 }
-# Texts in place of its third line, which is the first step.
+# Replacements of its third line, which is the first step.
 _STEPS = {
     "text": "hello",
     "list": "[]",

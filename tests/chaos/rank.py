@@ -25,8 +25,8 @@ def run(
     """Train with these flags; write each step's loss, gradient norm and digest of all weights.
 
     Args:
-        log: of what it prints.
-        last_step: at whose end, counted from 1, it waits for a signal; None trains on.
+        log: file of its output.
+        last_step: step, counted from 1, after which it waits for a signal; None trains on.
     """
     os.setsid()
     threading.Thread(target=_end_with_the_starter, daemon=True).start()
@@ -64,7 +64,7 @@ def run(
 
 
 def _end_with_the_starter() -> None:
-    """End this rank and all of its session when the process that started it is gone."""
+    """End this rank and all of its session when its parent process ends."""
     starter = multiprocessing.parent_process()
     assert starter is not None
     starter.join()

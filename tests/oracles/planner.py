@@ -1,4 +1,4 @@
-"""These plain loops define what the fast code computes. Only tests use this file; it is not fast.
+"""Plain loops that define the fast code's results, for tests only. They are slow.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
@@ -13,11 +13,7 @@ from megatron_laer.planner.layout import ExpertLayout
 
 
 def quota_NS(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Int64:
-    """Return the even split as a whole matrix: tokens from each source to each slot, int64 [N, S].
-
-    Raises:
-        ValueError: a node size that does not divide N.
-    """
+    """Return the even split as a matrix: tokens from each source to each slot, int64 [N, S]."""
     check_node_size(layout.num_ranks, node_size)
     experts = layout.to_list()
     quota = np.zeros((layout.num_ranks, layout.num_slots), dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Models whose weights are frozen, wholly but for adapters or in part, alike in stock and FSEP.
+"""Models with frozen weights, wholly except adapters or in part, the same in stock and FSEP.
 
 A row of the parity table names one of these functions; it changes a model chunk before Megatron
 wraps it, as Megatron-Bridge does for LoRA.
@@ -14,7 +14,7 @@ _RANK = 4
 
 
 class LowRank(torch.nn.Module):
-    """Adds a product of two narrow matrices to what a linear layer of attention gives."""
+    """Linear layer of attention with an added product of two narrow matrices."""
 
     def __init__(self, linear: torch.nn.Module) -> None:
         super().__init__()

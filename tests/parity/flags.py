@@ -28,10 +28,9 @@ def command_line(
     extra: str = "",
     without: str = "",
 ) -> list[str]:
-    """Flags for one run; later ones win, so `extra` may override.
+    """Return flags for one run; later ones win, so `extra` may override.
 
-    Args:
-        without: flags of the model to leave out, with their values.
+    `without` are flags of the model to omit, with their values.
     """
     dropped = without.split()
     assert set(dropped) <= set(MODEL_FLAGS), f"the model has not all of {without}"

@@ -45,11 +45,7 @@ def figures_of(found: Distance, floor: Distance, row: Row) -> Figures:
 
 
 def figures_in(results: Path) -> dict[str, Figures]:
-    """Read figures by row's name from pytest's `--junitxml`.
-
-    Raises:
-        ValueError: a row failed, and a page must not show figures of a failed run.
-    """
+    """Read figures by row's name from pytest's `--junitxml`; ValueError if a row failed."""
     rows = {row.name: row for row in ROWS}
     found: dict[str, Figures] = {}
     for case in ElementTree.parse(results).iter("testcase"):
@@ -70,7 +66,6 @@ def _distance(text: str) -> Distance:
 
 
 def read_figures(path: Path | None = None) -> dict[str, Figures]:
-    """Read figures by row's name from the file of figures."""
     with (path or FIGURES).open(encoding="utf-8", newline="") as file:
         return {
             line["row"]: tuple(
@@ -93,7 +88,6 @@ def write_figures(figures: Mapping[str, Figures], path: Path | None = None) -> N
 
 
 def counts() -> Iterator[str]:
-    """Yield the page's first sentence, and the limits of releases."""
     yield (
         f"**{len(ROWS)} combinations are proved equal to stock, {len(REFUSALS)} settings are "
         "refused at start.**"
@@ -127,7 +121,7 @@ def replaced() -> Iterator[str]:
 
 
 def refused() -> Iterator[str]:
-    """Yield every refused setting, why, and what works instead."""
+    """Yield every refused setting with its reason and alternative."""
     yield "| refused, as a flag and as a field of TransformerConfig | because | instead |"
     yield "|---|---|---|"
     for item in REFUSALS:
@@ -168,7 +162,7 @@ TABLES = {
 
 
 def status(names: Collection[str]) -> tuple[str, str]:
-    """Return whether a feature with these rows, refusals and words is proved, and by what."""
+    """Return the status of a feature with these rows, refusals and words, and its proofs."""
     by = proved_by(names)
     if names and all(name in _SETTINGS for name in names):
         return "refused", _NONE
@@ -217,7 +211,7 @@ def _listed(names: Iterable[str]) -> str:
 def main(arguments: list[str]) -> int:
     """Write the figures of these results; rows not in them keep theirs.
 
-    Complains of rows that have no figures at all.
+    Report rows without any figures.
     """
     parser = argparse.ArgumentParser(prog="python -m tests.parity.report", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="junit XML files of pytest")

@@ -1,4 +1,4 @@
-"""A `Draft` collects the settings of a random case, whose luck depends on the seed alone."""
+"""A `Draft` collects the settings of a random case, drawn from the seed alone."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _Value = TypeVar("_Value")
 
 
 class Draft:
-    """Settings that were drawn so far.
+    """Settings drawn so far.
 
-    All luck comes from `random()`, which gives the same numbers in every version of Python.
+    All draws come from `random()`, which gives the same numbers in every version of Python.
 
     Attributes:
-        features: in the order in which they were drawn.
+        features: in the order of drawing.
         flags: of both sides.
         without: switches of the model that neither side gets.
         fsep: flags of FSEP alone.
@@ -33,7 +33,6 @@ class Draft:
         self.fsep = ""
 
     def has(self, *names: str) -> bool:
-        """Whether one of these features was drawn."""
         return any(name in self.features for name in names)
 
     def pick(self, values: Sequence[_Value]) -> _Value:
@@ -41,11 +40,8 @@ class Draft:
         return values[int(self._random() * len(values))]
 
     def choose(self, table: Choice, *, but: Container[str] = (), alone: bool = False) -> str:
-        """Draw one setting of a table, by weight.
-
-        Args:
-            but: names that are not legal here.
-            alone: its flags are FSEP's.
+        """Draw one setting of a table, by weight; `but` are illegal names, `alone` is for FSEP's
+        flags.
         """
         legal = [name for name in table if name not in but]
         ends = list(accumulate(table[name].weight for name in legal))
@@ -54,7 +50,7 @@ class Draft:
         return name
 
     def option(self, table: Choice, name: str, *, legal: bool = True, alone: bool = False) -> bool:
-        """Draw whether to take a setting, whose weight is its probability where it is legal."""
+        """Draw whether to add a setting, whose weight is its probability where it is legal."""
         drawn = legal and self._random() < table[name].weight
         if drawn:
             self.take(name, table[name], alone=alone)

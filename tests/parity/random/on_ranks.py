@@ -14,12 +14,7 @@ from tests.parity.replay import train_row
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run on one rank.
-
-    Attributes:
-        decisions: of its routers, where they choose by themselves.
-        processor_s: time of the rank's processor.
-    """
+    """Run on one rank, with its routers' own decisions and the rank's processor time."""
 
     record: Record
     decisions: Decisions | None
@@ -34,13 +29,12 @@ def train_case(
     adapt: Adapt | None = None,
     gradients: bool = True,
 ) -> Outcome:
-    """Train, and note what routers that choose by themselves choose. Collective.
+    """Train, and note the choices of routers that choose by themselves. Collective.
 
     Args:
-        chooses: whether routers do.
+        chooses: True if routers do.
         given: each rank's choices of another run, which this one must follow.
-        exact: whether partial sums of tokens are in fp32 where they cross ranks.
-        adapt, gradients: as for `train`.
+        exact: True for fp32 partial sums of tokens where they cross ranks.
     """
     begin_s = time.process_time()
     decisions = None

@@ -14,7 +14,7 @@ REPEAT = "python -m tests.parity.random --only {}"
 
 
 def line(judgement: Judgement) -> str:
-    """A line for people; a fault says how to repeat it."""
+    """Return a line for people; a fault's has the command that repeats it."""
     case = judgement.case
     parts = [f"{case.seed}: {judgement.verdict}", ", ".join(case.features)]
     for name in ("distance", "floor", "explained"):
@@ -28,7 +28,7 @@ def line(judgement: Judgement) -> str:
 
 
 def entry(judgement: Judgement) -> str:
-    """A line of JSON with all that is known."""
+    """Return a line of JSON with all details."""
     case, row = judgement.case, judgement.case.row
     found: dict[str, Any] = {
         "seed": case.seed,
@@ -54,7 +54,7 @@ def entry(judgement: Judgement) -> str:
 
 
 def seeds_in(file: Path) -> set[int]:
-    """Seeds of the cases that a file has; none if there is no file."""
+    """Return the seeds of a file's cases; none if there is no file."""
     if not file.exists():
         return set()
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -62,7 +62,7 @@ def seeds_in(file: Path) -> set[int]:
 
 
 def summary(verdicts: Iterable[Verdict]) -> str:
-    """How many cases have each verdict."""
+    """Return the number of cases with each verdict."""
     counts = Counter(verdicts)
     told = [f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict]]
     return f"{counts.total()} cases: {'; '.join(told)}"
