@@ -2,7 +2,7 @@
 
     scripts/compare_commits.sh BEFORE AFTER
 
-Each commit is checked out into a temporary worktree, where its native core is built and its own
+Each commit is checked out into a temporary worktree, which builds its native core. Its own
 `pretrain_gpt.py` trains configs/models/tiny-moe.yaml on two gloo ranks from a fixed seed. Equal
 means equal bits. Only command lines of the commits are used, so their modules may lie anywhere.
 """

@@ -3,8 +3,8 @@
     python -m tests.configurations
 
 prints them, in a process of its own, since it patches torch and Megatron. Megatron parses a model's
-flags, validates them, and builds the model with FSEP as one of `RANKS` ranks: on tensors that have
-shapes and no memory, with process groups that send nothing. A test looks for each line on the page.
+flags, validates them, and builds the model with FSEP as one of `RANKS` ranks. Its tensors have
+shapes and no memory, and its process groups send nothing. A test looks for each line on the page.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class Size(NamedTuple):
         return row_blocks(self.rows, self.ranks, self.node_size)
 
 
-# Flat, by nodes, and one rank; rows that divide by N, that do not, and fewer than ranks; columns
+# Flat, by nodes, and one rank. Rows that divide by N, that do not, and fewer than ranks. Columns
 # that fill blocks of either kernel, and that do not.
 SIZES = [
     Size(1, 1, 5, 7),

@@ -1,12 +1,12 @@
 """Record of each rank's launches on every communicator, and checks of their orders.
 
-On CUDA a communication stream launches its collectives while work is submitted to it, so the order
-in which they are launched is the program's own. On the CPU a thread would run them at another time;
-here streams do the work at once, at the same places in the program.
+On CUDA a communication stream launches its collectives while work is submitted to it, in program
+order. On the CPU a thread would run them later; here streams do the work at once, at the same
+places in the program.
 
 A set of ranks cannot hang, even if a device ran one launch after the other, if
-- the k-th collective of a communicator is the same one on all of its members, sizes included, and
-  the k-th message from one rank to another is received as the k-th one;
+- the k-th collective of a communicator is the same on all of its members, sizes included;
+- the k-th message from one rank to another is received as the k-th one;
 - program orders agree: no chain of launches, each before the next on some rank, ends where it
   began. A collective on several ranks, like a message sent and received, is one link of a chain.
 """

@@ -65,9 +65,8 @@ class Reference:
     """Stock run and its sensitivity to rounding.
 
     Attributes:
-        rounding_C: bound of score differences up to each call: a multiple of the distance to a
-            stock run with different expert placement and the same choices.
-        floor: that run's distance.
+        rounding_C: bound of score differences up to each call, in proportion to the floor's.
+        floor: distance to a stock run with different expert placement and the same choices.
         differ_CT: where that run would have chosen otherwise by itself.
     """
 

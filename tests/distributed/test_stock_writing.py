@@ -1,7 +1,7 @@
 """Loops that write to a model's parameters by name, one by one, reach the experts of FSEP too.
 
-The loops here make the calls of reinforcement learning's stacks: copies of several models that are
-swapped in place, and a loader of Hugging Face's weights.
+The loops here make the calls of reinforcement learning's stacks. Those keep copies of several
+models that are swapped in place, and load Hugging Face's weights.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Modes that `--fsep-allow-unproven` names, in Megatron's loop with Transformer Engine's layers.
 
-Two ranks. With one card both share it and exchange over gloo, since NCCL needs a card per rank;
-with more cards each has its own, and NCCL. These tests have not been run yet.
+Two ranks. With one card both share it and exchange over gloo, since NCCL needs a card per rank.
+With more cards each has its own, and NCCL. These tests have not been run yet.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Plain Python definitions of the native code's results, for tests only. They are slow.
 
 The least largest load comes from sets of experts (Hall's condition), which shares nothing with the
-native flows. The whole matrix of quotas comes from the loads of slots, token by token in order;
-replicas in proportion to load from fractions; the nodes' hosted experts from sorted lists. The
+native flows. The matrix of quotas comes from the loads of slots, token by token in order. Replicas
+in proportion to load come from fractions, the nodes' hosted experts from sorted lists. The
 construction for known counts has no double here: its definition is its result, perfect balance.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots.
@@ -44,8 +44,9 @@ def least_largest_load(counts_NE: Int64, layout: ExpertLayout) -> int:
 def exact_quota_NS(counts_NE: Int64, loads_S: Int64, layout: ExpertLayout, node_size: int) -> Int64:
     """Return the matrix that follows from the loads of all slots, int64 [N, S].
 
-    Own tokens first; then, inside each node, sources in turned order fill replicas in slot order;
-    then the rest in nodes, in that order, fills the rest of replicas in slot order.
+    Own tokens first. Then, inside each node, sources in turned order fill replicas in slot order.
+    The rest, in the same order of nodes and sources, fills the remaining room of replicas in slot
+    order.
     """
     check_node_size(layout.num_ranks, node_size)
     quota_NS = np.zeros((layout.num_ranks, layout.num_slots), dtype=np.int64)
@@ -104,8 +105,8 @@ def proportional_experts(counts_NE: Int64, geometry: Geometry) -> list[list[int]
 def hosted_by_node(counts_NE: Int64, geometry: Geometry, most_experts: int) -> list[set[int]]:
     """Return the experts that each node hosts where it has places for `most_experts` only.
 
-    Every expert goes first to the node with most of its tokens that has a place, the fuller one
-    later, with the largest experts before the others. Places left go to a node's largest experts.
+    Every expert, largest first, goes to the node with most of its tokens that has a place, or the
+    emptier of equals. Places left go to a node's largest experts.
     """
     shape = geometry.num_nodes, geometry.node_size, geometry.num_experts
     node_counts_QE = counts_NE.reshape(shape).sum(axis=1)

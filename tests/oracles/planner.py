@@ -37,11 +37,11 @@ def quota_NS(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Int64:
 def token_runs(layout: ExpertLayout, row_S: Int64, columns_NC: Int64) -> dict[str, list[int]]:
     """Return the runs of rows between which one rank's tokens move, in the order they are packed.
 
-    Of slots: the first and the last but one place that each serves among its expert's tokens, its
-    first row in the send buffer; the slots by expert, and where each expert's ones begin there. Of
-    arrivals, by slot and then by rank: what leads from a row to the same one in the other order,
-    numbered through, and the rows of each run. Of sources: what leads from a row of the send buffer
-    to its pair by expert, and the rows of each run.
+    By slot: the start and end of its places among its expert's tokens, and its first row in the
+    send buffer; also the slots by expert, and each expert's first. By arrival, in order of slot and
+    then of rank: the shift between a row's places in both orders, numbered through, and the rows of
+    each run. By source: the shift from a row of the send buffer to its pair by expert, and the rows
+    of each run.
     """
     experts, slots = layout.to_list(), range(layout.num_slots)
     ranks, places = range(layout.num_ranks), range(layout.capacity)

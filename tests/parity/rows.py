@@ -223,7 +223,7 @@ ROWS = [
     _row("e6-on-4", "E = 6 on 4 ranks", ranks=4, experts=6, stock=(1, 2), reference_ranks=1,
         steps=LONG),
     # With Adam's default of 1e-8 one gradient in 6144 is so near to zero that rounding moves its
-    # weight by 4e-6, which neither stock run happens to show.
+    # weight by 4e-6. Neither stock run happens to show that.
     _row("e3-on-4", "E = 3 on 4 ranks", " --adam-eps 1e-6", ranks=4, experts=3, stock=(1, 1),
         reference_ranks=1, steps=LONG),
     _row("edp", "expert data parallel 2", ranks=4, group=2, steps=LONG),

@@ -1,6 +1,6 @@
 """Three layers of experts that train on each rank: real exchanges, streams and GEMMs.
 
-It is the smallest program with all overlaps of training: restores run ahead in forward and
+It is the smallest program with all overlaps of training. Restores run ahead in forward and
 backward, reduces wait for the tokens' gradients, layouts change after the gate. Megatron's own loop
 is in `training.py`.
 """

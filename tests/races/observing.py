@@ -5,8 +5,8 @@ schemas name nothing as written. As on NCCL, a collective runs on the current st
 asynchronously on a stream of its group, which waits for the current one. `Work.wait` makes the
 current stream wait for it. Until then the work holds its tensors.
 
-On CUDA, autograd runs a leaf's accumulation and its hooks on the stream that was current when the
-leaf's node was made, for Megatron's DDP a side stream; hooks do the same here.
+On CUDA, autograd accumulates a leaf and runs its hooks on the stream that was current when the
+leaf's node was made. For Megatron's DDP that is a side stream; hooks do the same here.
 """
 
 from __future__ import annotations

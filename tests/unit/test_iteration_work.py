@@ -219,7 +219,7 @@ def test_tensor_parallel_ranks_gather_what_their_group_has():
 
 
 def test_stocks_groups_wait_for_their_own_counts():
-    """One of two groups of four is busy in both layers, or each group in one of them."""
+    """Make one of two groups of four busy in both layers, or each group in one of them."""
     step_R, layer_R = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
     model = replace(TINY, layer_has_experts=(True,) * 2, num_experts=4)
     found = []

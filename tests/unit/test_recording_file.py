@@ -426,7 +426,7 @@ def test_a_disk_that_is_too_full_to_move_steps_aside_leaves_all_where_it_is(
     path = tmp_path / kind.name
     record(kind, path, range(5), seed=1)
     content = path.read_bytes()
-    # Of step 1 the copy of what goes does not fit, of step 4 the copy of what stays.
+    # For step 1 the copy of the removed steps does not fit, for step 4 that of the kept steps.
     with full_disk(path, -len(content) // 2), pytest.raises(OSError, match=kind.name):
         kind(path, step)
     assert path.read_bytes() == content and os.listdir(tmp_path) == [kind.name]
@@ -436,7 +436,7 @@ def test_a_disk_that_is_too_full_to_move_steps_aside_leaves_all_where_it_is(
 
 
 CUT_AT = 3
-# What happens on disk while steps are moved aside, in this order; the run is killed before each.
+# Operations on disk while steps are moved aside, in order; the run is killed before each.
 PHASES = (
     "copy of what goes",
     "copy of what stays",

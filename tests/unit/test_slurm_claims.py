@@ -62,8 +62,8 @@ def end(folder: Path, job: int, step: int | None = None) -> None:
         (folder / "run" / "latest_checkpointed_iteration.txt").write_text(str(step))
 
 
-# The folder is new, or claimed by an ended job, which Slurm may not know; by a script without
-# links; or by one of the two jobs before its requeue.
+# The folder is new, or claimed by an ended job (which Slurm may not know), by a script without
+# links, or by one of the jobs before its requeue.
 _BEFORE = """
 case $((pair % 5)) in
     1) (claim 1 "$folder") 2>>log ;;

@@ -180,7 +180,7 @@ def test_metadata_of_a_routing_by_hand() -> None:
     assert layout.capacity == 2
     assert metadata_bytes(routing, RANK).sent_inter_N.tolist() == [2 * 4, 0, 0, 0]
     # Probability and place of two pairs, one row's bits, and sizes: one to the other node's rank
-    # with another local rank, and three to its peer there, which has the first already.
+    # with another local rank. Its peer there gets three, and has the first already.
     sizes = (1 + 3) * 4
     sent_N = metadata_bytes(routing, NODE).sent_inter_N
     assert sent_N.tolist() == [2 * 8 + 1 + sizes, *[sizes] * 3]

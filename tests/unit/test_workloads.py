@@ -31,7 +31,7 @@ MICROBATCH_OLD_BOUNDS = {
     # Every microbatch is the same.
     "W0": (1.0, 1.0, 1.0, 1.0),
     # Counts change only by sampling noise. With two spare slots per rank all of it flows off; with
-    # one, ranks full of hot replicas have no neighbour to pass it on to.
+    # one, ranks full of hot replicas have no neighbour for it.
     "W1": (1.02, 1.001, 1.001, 1.001),
     "W2": (1.02, 1.001, 1.001, 1.001),
     "W3": (1.02, 1.001, 1.001, 1.001),
@@ -40,7 +40,7 @@ MICROBATCH_OLD_BOUNDS = {
     # Half of the experts have twice a fair share each, and the others are empty.
     "W5": (1.02, 1.001, 1.001, 1.001),
     # In a third of the steps (2 of 8 here) experts go from 0.25 to 3.25 fair shares, each on one
-    # replica: one rank carries it all, or half of it at C = 6.
+    # replica. One rank carries it all, or half of it at C = 6.
     "W6": (1.65, 1.65, 1.25, 1.65),
     # In a fourth of the steps they go from 1 to 2.5.
     "W7": (1.40, 1.10, 1.01, 1.20),
@@ -49,7 +49,7 @@ MICROBATCH_OLD_BOUNDS = {
 # Largest share of tokens that leave their node with a layout for these very counts. With C = 6 a
 # node holds all experts, so only a node's excess leaves; the same holds in the last column.
 OFF_NODE_BOUNDS = {
-    # With one home per expert and two nodes, half of the tokens are at the wrong node, less the
+    # With one home per expert and two nodes, half of the tokens are at the wrong one, less the
     # share of C - 2 spare slots per rank.
     "W0": (0.50, 0.25, 0.0, 0.0),
     # Hot experts are on all ranks; only the cold ones' tokens leave.
@@ -126,7 +126,7 @@ def test_w0_is_even() -> None:
 
 
 # With 4 of 16 experts hot and three of K = 4 tokens on them, a hot one has 13/16 · 4 = 3.25 fair
-# shares and a cold one a quarter.
+# shares. A cold one has a quarter.
 @pytest.mark.parametrize("name", ["W1", "W2", "W3", "W6"])
 def test_a_quarter_of_the_experts_is_hot(name: str) -> None:
     shares_E = shares(name)

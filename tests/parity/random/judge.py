@@ -2,8 +2,8 @@
 
 FSEP must be within the bound of its precision, and within ten floors. If it is not, a router's
 near-tie may be the reason: then the run with stock's choices must be. With tokens by nodes in bf16
-other near-ties are possible, such as those of a clamp: then the run with stock's rounding of sums
-must be. No bound is ever widened.
+there are other near-ties, such as those of a clamp. Then the run with stock's rounding of sums must
+be within it. No bound is ever widened.
 """
 
 from __future__ import annotations
