@@ -119,7 +119,6 @@ def read_results(folder: Path, steps: int) -> Results:
 
 
 def without_times(state: bytes) -> bytes:
-    """Return a planner's state without its planning times."""
     prefix = struct.Struct("<8sII")
     magic, version, header_bytes = prefix.unpack_from(state)
     end = prefix.size + header_bytes
@@ -199,7 +198,6 @@ def _results_of(commit: str, folder: Path, steps: int) -> Results:
 
 @contextmanager
 def _worktree(commit: str, path: Path) -> Iterator[Path]:
-    """Yield the files of a commit."""
     git = ["git", "-C", str(ROOT), "worktree"]
     subprocess.run([*git, "add", "--quiet", "--detach", str(path), commit], check=True)
     try:

@@ -73,7 +73,6 @@ def here(tests: str) -> Stack:
 
 
 def recorded(path: Path = RECORD) -> list[Stack]:
-    """Return every stack of the record, in its order."""
     with path.open(encoding="utf-8", newline="") as file:
         return [Stack(**row) for row in csv.DictReader(file)]
 
@@ -91,7 +90,6 @@ def record(stack: Stack, path: Path = RECORD) -> bool:
 
 
 def combinations() -> Iterator[str]:
-    """Yield every stack that tests passed with, as a table."""
     names = ("tests", "Megatron", "torch", "Transformer Engine", "CUDA", "cards")
     yield "| " + " | ".join((*names, "communication", "Python", "system")) + " |"
     yield "|---" * len(dataclasses.fields(Stack)) + "|"
@@ -143,7 +141,6 @@ def _extra(project: dict[str, dict[str, dict[str, list[str]]]], name: str) -> li
 
 
 def _tested(values: Iterable[str]) -> str:
-    """Return values in the record's order, each once."""
     return ", ".join(dict.fromkeys(filter(None, values))) or _NOTHING
 
 

@@ -78,7 +78,6 @@ class Sizes:
 
 
 def facts() -> dict[str, dict[str, Any]]:
-    """Return published facts by configuration."""
     read: dict[str, dict[str, Any]] = yaml.safe_load(FACTS.read_text(encoding="utf-8"))
     return read
 
@@ -168,7 +167,6 @@ def left_out(name: str, kind: str) -> list[str]:
 
 
 def row(name: str, sizes: Sizes, verdict: str, proof: str) -> str:
-    """Return a model's line of the table."""
     published, as_they_count = "–", "–"
     if (fact := facts().get(name)) is not None:
         published = f"[{', '.join(fact['published'].values())}]({fact['by']})"

@@ -155,7 +155,6 @@ def flipped(content: bytes, length: int) -> Iterator[bytes]:
 
 
 def make(folder: Path) -> None:
-    """Write a file of every format."""
     record_run(folder)
     (folder / "group-0.bin").write_bytes(make_state().to_bytes())
 

@@ -83,7 +83,6 @@ def check_row_map(
 
 
 def check_all(device: torch.device) -> int:
-    """Check every case; return their number."""
     for sizes in SIZES:
         check_send_rows(*sizes, device)
     # The interpreter truncates float32 to bfloat16 where a card rounds.

@@ -39,8 +39,6 @@ def project_files() -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: its language, its text, and its first line on the page."""
-
     language: str
     text: str
     line: int

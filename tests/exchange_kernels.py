@@ -163,7 +163,6 @@ def replica_sums() -> list[ReplicaSums]:
 
 
 def check_all(device: torch.device) -> int:
-    """Check every case; return their number."""
     cases = 0
     for size in SIZES:
         check_move(size, 2, torch.float16, device)

@@ -58,6 +58,5 @@ def resealed(content: str) -> str:
 
 
 def bytes_read() -> int:
-    """Return all bytes that this process has read; for tests of very long files."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["rchar"])

@@ -26,7 +26,6 @@ STEPS, SAVED = 6, 4
 
 
 def copied(target: Path) -> Path:
-    """Copy the files with the checkpoint unpacked, for runs that resume from them."""
     shutil.copytree(FOLDER, target)
     with tarfile.open(target / "checkpoint.tar.xz") as archive:
         archive.extractall(target, filter="data")

@@ -99,7 +99,6 @@ class Ranks:
             self._all_say(f"{self._tests} left", "left")
 
     def pytest_sessionfinish(self) -> None:
-        """Write the results (hook of pytest)."""
         Path(RESULTS).write_text(json.dumps(self.verdicts, indent=1), encoding="utf-8")
 
     def _all_say(self, about: str, word: str) -> list[str]:

@@ -48,13 +48,11 @@ _DEFAULTS = dict.fromkeys(COLUMNS, "") | {
 
 
 def read() -> list[dict[str, Any]]:
-    """Return the entries of the file of commands."""
     entries: list[dict[str, Any]] = yaml.safe_load(COMMANDS.read_text(encoding="utf-8"))
     return entries
 
 
 def row_of(entry: Mapping[str, Any]) -> str:
-    """Return the name of the parity row with the features of a command."""
     (name,) = (row.name for row in ROWS if row.name.startswith(entry["row"]))
     return name
 

@@ -101,12 +101,10 @@ FIELDS_BEFORE_NEXT = {"moe_ncclep_static_shape"}
 
 
 def release_of(version: str) -> str:
-    """Return the number of the release that a version of Megatron belongs to."""
     return ".".join(version.split(".")[:2])
 
 
 def installed_release() -> str:
-    """Return the number of the installed release of Megatron."""
     return release_of(metadata.version("megatron-core"))
 
 

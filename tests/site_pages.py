@@ -53,7 +53,6 @@ def releases() -> Iterator[str]:
 
 
 def patches() -> Iterator[str]:
-    """Yield every replaced attribute of Megatron with its reason."""
     yield "| replaced in `megatron` | effect |"
     yield "|---|---|"
     for patch in (*ARGUMENT_PATCHES, *FSEP_PATCHES):
@@ -62,7 +61,6 @@ def patches() -> Iterator[str]:
 
 
 def environment() -> Iterator[str]:
-    """Yield every environment variable that is read, and its source."""
     yield "| variable | set by | |"
     yield "|---|---|---|"
     for variable in VARIABLES:

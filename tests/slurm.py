@@ -35,7 +35,6 @@ _FINAL = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL TIME
 
 
 def missing_programs() -> list[str]:
-    """Return the programs of Slurm that are not installed here."""
     return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
 
 
@@ -83,7 +82,6 @@ class Cluster:
     def submit(
         self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> Job:
-        """Submit these words with `sbatch`, with more variables in the environment."""
         return Job(self, self._sbatch("%j", words, cwd, environment))
 
     def submit_array(
@@ -122,7 +120,6 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Return the name that Slurm's commands use."""
         return f"{self.number}" if self.task is None else f"{self.number}_{self.task}"
 
     @property
@@ -136,7 +133,6 @@ class Job:
         return dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)[name]
 
     def signal(self, name: str, *options: str) -> None:
-        """Run `scancel --signal`."""
         self.cluster.run("scancel", f"--signal={name}", *options, self.name)
 
     def wait_until(
@@ -153,11 +149,9 @@ class Job:
             time.sleep(0.1)
 
     def wait_for_text(self, text: str, count: int = 1) -> None:
-        """Wait until the log has `count` copies of the text."""
         self.wait_until(lambda: self.log.count(text) >= count, f"{count} × {text!r} in its log")
 
     def end(self) -> str:
-        """Wait for its end and return its state, such as COMPLETED."""
         self.wait_until(lambda: self.field("JobState") in _FINAL, "ended")
         return self.field("JobState")
 

@@ -114,7 +114,6 @@ def limits(path: Path = LIMITS) -> dict[tuple[str, str], int]:
 
 
 def excess(found: Exceptions, allowed: dict[tuple[str, str], int]) -> list[str]:
-    """Return the exceptions of every rule and room that has more than it may have."""
     return [
         line
         for key, items in sorted(found.items())

@@ -57,7 +57,6 @@ class Graph:
         return self._buffers
 
     def reset(self) -> None:
-        """Free it, as Megatron does at the end of a run."""
         self._buffers.clear()
 
 

@@ -90,7 +90,6 @@ class SharedExperts:
 
 
 def noting_timeline() -> tuple[list[tuple[str, str]], Any]:
-    """Make a listener to exchanges, and the list of its notes."""
     noted: list[tuple[str, str]] = []
     return noted, SimpleNamespace(
         begin_exchange=lambda name: noted.append(("begin", str(name))),
@@ -112,7 +111,6 @@ def gloo_groups(node_size: int) -> Iterator[FSEPGroups]:
 
 
 def known_rows(to_ranks_NN: Int64, to_nodes_NM: Int64, node_size: int) -> list[TokenRows]:
-    """Return each rank's knowledge of its rows, given all ranks' sizes."""
     num_ranks = len(to_ranks_NN)
     sizes_NZ = np.hstack([to_ranks_NN, to_nodes_NM])
     found = []
@@ -126,7 +124,6 @@ def known_rows(to_ranks_NN: Int64, to_nodes_NM: Int64, node_size: int) -> list[T
 
 
 def routing_maps(case: Case) -> list[torch.Tensor]:
-    """Return the router's map of every rank."""
     maps = []
     for rank, tokens in enumerate(case.tokens):
         generator = torch.Generator().manual_seed(1000 * case.seed + rank)
@@ -342,7 +339,6 @@ class Expected:
 
 
 def slots_of(case: Case) -> list[torch.Tensor]:
-    """Return the slots of every rank's pairs."""
     from megatron_laer.layer.dispatch.replica_choice import choose_replicas
 
     return [
@@ -352,7 +348,6 @@ def slots_of(case: Case) -> list[torch.Tensor]:
 
 
 def routing_of(case: Case) -> TokenRouting:
-    """Return the input of the formulas."""
     maps = [map_TE.numpy() for map_TE in routing_maps(case)]
     slots = [slot_P.numpy() for slot_P in slots_of(case)]
     return TokenRouting.count(maps, slots, case.capacity, case.node_size)

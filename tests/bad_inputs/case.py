@@ -31,7 +31,6 @@ class Case:
 
     @property
     def command(self) -> str:
-        """Return its command for the count."""
         first = self.words[0] if self.words else ""
         if first.endswith((".py", ".sbatch")):
             return " ".join(first.split("/")[:-1]) or first
@@ -39,5 +38,4 @@ class Case:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Return the values that identify it."""
         return self.words, tuple(sorted(self.environment.items()))

@@ -401,7 +401,6 @@ FLAGS = tuple(command_line("absent", experts=8, expert_parallel=2, global_batch=
 
 
 def every_case() -> list[Case]:
-    """Return every bad input, without duplicates."""
     cases: dict[tuple[object, ...], Case] = {}
     for case in _all():
         cases.setdefault(case.key, case)
@@ -464,7 +463,6 @@ def _all() -> Iterator[Case]:
 
 
 def _yaml_cases() -> Iterator[Case]:
-    """Yield bad YAML for each of its readers."""
     shared = [(f"yaml-{name}", says) for name, (_, says) in inputs.YAML.items()]
     shared += [
         ("yaml-latin", "is not UTF-8"),

@@ -111,7 +111,6 @@ class Ended:
 
 
 def run_all(jobs: Iterable[Job]) -> Iterator[Ended]:
-    """Yield each job's end, in order."""
     jobs = list(jobs)
     light = iter(_served([job for job in jobs if not job.needs_torch], "light"))
     heavy = iter(_served([job for job in jobs if job.needs_torch], "heavy"))

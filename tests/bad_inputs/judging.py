@@ -30,7 +30,6 @@ def make(folder: Path) -> None:
 
 
 def tried(folder: Path, cases: Sequence[Case]) -> list[Ended]:
-    """Run all in a folder, and return their ends."""
     return list(run_all(Job(case.words, str(folder), case.environment) for case in cases))
 
 

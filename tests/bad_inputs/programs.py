@@ -213,7 +213,6 @@ _OTHERS = (
 
 
 def cases() -> Iterator[tuple[str, str]]:
-    """Yield a program with its words, and the expected message."""
     yield from _OTHERS
     for file, damages in _DAMAGE.items():
         for name, (_, says) in damages.items():
@@ -240,7 +239,6 @@ def make(folder: Path) -> None:
         (whole / file).write_text("\n".join(lines) + "\n")
 
     def copy(name: str, file: str) -> Path:
-        """Make a folder with all files but one."""
         place = folder / f"published-{name}"
         place.mkdir()
         for other in good:

@@ -125,7 +125,6 @@ CASES = (
 
 
 def make(folder: Path) -> None:
-    """Write a good run, and copies with one thing wrong."""
     good = folder / "measured"
     record_run(good, steps=2)
     metrics = recording_path(good, 0).read_bytes()

@@ -81,7 +81,6 @@ _OTHERS = (
 
 
 def cases() -> Iterator[tuple[str, str]]:
-    """Yield the words after `simulate`, and the expected message."""
     yield from _OTHERS
     for words, says in _OPTIONS:
         yield f"good.trace {_MODEL} {words}", says

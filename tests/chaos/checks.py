@@ -19,7 +19,6 @@ _CUT = ".cut-from-"
 
 
 def problems(plan: Plan, outcome: Outcome, undisturbed: Path) -> list[str]:
-    """Return all problems of a run's end."""
     if outcome.problem:
         return [outcome.problem]
     checks = (_steps, _recordings, _leftovers)

@@ -19,7 +19,6 @@ from tests.parity.flags import command_line
 
 
 def wrapped(model: torch.nn.Module, name: str) -> None:
-    """Put an adapter on a linear layer of every expert, by its name."""
     for module in [*model.modules()]:
         child: Any = getattr(module, name, None)
         if isinstance(child, torch.nn.Module) and not hasattr(child, "weight"):
@@ -35,14 +34,12 @@ def asked(model: torch.nn.Module) -> None:
 
 
 def replaced(model: torch.nn.Module) -> None:
-    """Replace the experts by another module."""
     for module in [*model.modules()]:
         if hasattr(module, "experts"):
             module.experts = torch.nn.Linear(4, 4)
 
 
 def frozen_on_rank_1(model: torch.nn.Module) -> None:
-    """Freeze the first layer's experts on one rank."""
     for name, parameter in model.named_parameters():
         if rank_of_environment() == 1 and "layers.0.mlp.experts.linear_fc2" in name:
             parameter.requires_grad = False

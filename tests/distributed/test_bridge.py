@@ -123,7 +123,6 @@ class Run(Record):
 
 
 def train(folder: Path, load: Path | None, iterations: int, is_fsep: bool) -> Run:
-    """Run Megatron-Bridge's `pretrain` on this rank."""
     with bridge():
         from megatron.bridge.training.callbacks import Callback
         from megatron.bridge.training.gpt_step import forward_step
@@ -218,7 +217,6 @@ JUDGED = {
 
 
 def judge_recipes(names: list[str]) -> list[tuple[int, str]]:
-    """Return exit status and output of `check-recipe` for each name."""
     import transformers
 
     from megatron_laer.tools import cli

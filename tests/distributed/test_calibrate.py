@@ -87,7 +87,6 @@ def calibrated(words: str, rank_words: str = "", rank: int = -1) -> None:
 
 
 def refusal(pool: RankPool, *args: Any) -> str:
-    """Return the one ValueError that every rank raises."""
     raised = pool.run_raw(calibrated, *args)
     assert all(isinstance(result, Raised) for result in raised), raised
     assert {result.type_name for result in raised} == {"ValueError"}

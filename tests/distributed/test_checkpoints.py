@@ -36,8 +36,6 @@ TORCH_DIST = " --ckpt-format torch_dist"
 
 @dataclass(frozen=True)
 class Stop:
-    """Run that loads a checkpoint and saves it again, with its parallel sizes."""
-
     ranks: int
     expert_parallel: int
     mode: str = ""
@@ -45,8 +43,6 @@ class Stop:
 
 @dataclass(frozen=True)
 class Journey:
-    """Series of parallel settings that a checkpoint passes through."""
-
     name: str
     flags: str
     stops: tuple[Stop, ...]

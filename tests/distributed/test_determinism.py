@@ -21,7 +21,6 @@ WAIT = " --fsep-planner {} --fsep-late-plan wait"
 
 
 def layout_version(model: object) -> int:
-    """Return the number of layout changes so far."""
     from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
@@ -30,8 +29,6 @@ def layout_version(model: object) -> int:
 
 @pytest.fixture
 def run(ranks: Callable[[int], RankPool], text_data: str) -> Callable[[str], Record]:
-    """Return a function that trains on two ranks with accumulation 2 and extra flags."""
-
     def run_with(extra: str) -> Record:
         flags = command_line(
             text_data, experts=8, expert_parallel=2, global_batch=8, steps=STEPS, extra=extra
@@ -85,7 +82,6 @@ def test_evaluation_changes_no_later_loss(run: Callable[[str], Record], planner:
 
 
 def train_without_plugin(flags: list[str]) -> Record:
-    """Train with unmodified Megatron, its command line included."""
     from megatron_laer import plugin
 
     plugin.uninstall()

@@ -45,7 +45,6 @@ class Outcome:
 
 
 def make_plan(capacity: int, experts: int, topk: int, tokens: list[int]) -> tuple[Any, Any]:
-    """Make a plan for random tokens, and the router's map of this rank."""
     import torch.distributed as dist
 
     case = Case(tuple(tokens), node_size=1, capacity=capacity, experts=experts, top_k=topk)
@@ -153,7 +152,6 @@ def flex_and_all_to_all(
 
 
 def exchanges_noted(backend: str) -> list[list[tuple[str, str]]]:
-    """Return the timeline's notes of either dispatcher, forward and backward."""
     import torch
 
     found = []

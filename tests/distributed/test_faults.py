@@ -41,7 +41,6 @@ FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4)
 
 
 def two_ranks(data: str) -> Callable[..., list[str]]:
-    """Return command lines for two ranks, by default with 8 experts and 2 microbatches."""
     return partial(command_line, data, experts=8, expert_parallel=2, global_batch=8, steps=8)
 
 
@@ -98,7 +97,6 @@ def test_a_signal_in_a_step_saves_and_exits_as_stock_does(
 
 
 def saved_steps(folder: Path) -> int | None:
-    """Return the step of the checkpoint that a run would resume from."""
     path = folder / "latest_checkpointed_iteration.txt"
     return int(path.read_text()) if path.exists() else None
 
@@ -134,7 +132,6 @@ def test_a_rank_with_another_layout_ends_the_ranks_of_other_groups_too(
 
 
 def damage(folder: Path, how: str) -> None:
-    """Damage the newest checkpoint."""
     tracker = folder / "latest_checkpointed_iteration.txt"
     newest = folder / f"iter_{saved_steps(folder):07d}"
     largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)

@@ -74,7 +74,6 @@ def test_seeds_layers_and_experts_differ_and_spread_like_stock(
 
 
 def initial_weights_without_drawing_experts(flags: list[str]) -> Tensors:
-    """Return `initial_weights` without drawing any expert weight."""
     from megatron_laer.layer.experts import module
 
     with mock.patch.object(module, "initialise", lambda slice_ErK, *_: slice_ErK.data.zero_()):

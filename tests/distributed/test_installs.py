@@ -51,8 +51,6 @@ def tell():
 
 @dataclass(frozen=True)
 class Environment:
-    """Virtual environment in `folder`."""
-
     folder: Path
 
     @property
@@ -70,8 +68,6 @@ class Environment:
 
 @dataclass(frozen=True)
 class Install:
-    """Environment with the package, and the checkout that it is used with."""
-
     environment: Environment
     checkout: Path
     editable: bool
@@ -98,7 +94,6 @@ def run(
 
 
 def succeed(command: list[Any], cwd: Path | None = None, **environment: str) -> str:
-    """Run and return the output."""
     result = run(command, cwd, **environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
@@ -111,7 +106,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dependencies(folder: Path) -> Path:
-    """Link the packages that this Python finds, except ours."""
     links = folder / "dependencies"
     links.mkdir()
     for entry in map(Path, sys.path):
@@ -178,7 +172,6 @@ def _ways() -> list[Any]:
 
 @pytest.fixture(scope="module", params=_ways())
 def install(request: pytest.FixtureRequest, make: Maker, folder: Path) -> Install:
-    """Install the package in one of the ways."""
     way = request.param
     environment = make.environment(way)
     if way == "editable":
@@ -201,7 +194,6 @@ def install(request: pytest.FixtureRequest, make: Maker, folder: Path) -> Instal
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """Write routing of two steps on two ranks as CSV."""
     lines = [f"{step},0,0,{rank},{e},{1 + e}" for step in (0, 1) for rank in (0, 1) for e in (0, 1)]
     path = tmp_path / "trace.csv"
     path.write_text("\n".join(["step,microbatch,layer,source_rank,expert,tokens", *lines]) + "\n")
@@ -313,7 +305,6 @@ def test_the_readmes_way_trains(make: Maker, wheel: Path, text_data: str, tmp_pa
 
 @pytest.fixture(scope="module")
 def alone(make: Maker, wheel: Path) -> Environment:
-    """Make an environment with the wheel, used without a checkout."""
     environment = make.environment("alone")
     environment.install(wheel)
     return environment

@@ -105,7 +105,6 @@ class Held:
 
 
 def held_buffers(command: list[str]) -> Held:
-    """Train and record the buffers."""
     from megatron.core.models.gpt import GPTModel
 
     from megatron_laer.session import current_coordinator

@@ -45,7 +45,6 @@ def to_owners_and_back() -> list[tuple[int, int]]:
 
 
 def in_a_group(function: Callable[[], Any]) -> Any:
-    """Call a function that needs a process group and no Megatron."""
     dist.init_process_group("gloo")
     try:
         return function()

@@ -51,7 +51,6 @@ class Run:
 
     @property
     def decisions(self) -> Decisions:
-        """Return the decisions of all ranks' tokens."""
         return Decisions.of_all_ranks(self.decisions_by_rank)
 
     @property
@@ -94,13 +93,11 @@ class Comparison:
 
     @property
     def first(self) -> int | None:
-        """Return the first call in which a token chose other experts."""
         calls = np.flatnonzero(self.differ_CT.any(axis=1))
         return int(calls[0]) if calls.size else None
 
     @property
     def leaves(self) -> bool:
-        """Return True if scores differ by more than rounding explains."""
         return bool((self.gap_C > self.reference.rounding_C).any())
 
     @property
@@ -122,7 +119,6 @@ class Search:
 
 
 def compare(name: str, train: Callable[..., Run], run: Run, reference: Reference) -> Comparison:
-    """Compare a run, which `train` can repeat."""
     mine, stocks = run.decisions, reference.stock.decisions
     gap_C = mine.gaps_CT(stocks).max(axis=1)
     return Comparison(name, train, run, reference, gap_C, mine.differ_CT(stocks))
@@ -175,7 +171,6 @@ def searched(ranks: Callable[[int], RankPool], text_data: str) -> Search:
 
 @pytest.fixture
 def leaving(searched: Search) -> Comparison:
-    """Return the run that leaves stock."""
     assert searched.leaving is not None, (
         f"no run left stock, so nothing is shown: {'; '.join(searched.excess)}"
     )

@@ -65,12 +65,10 @@ class Compared:
     exact: list[Outcome]
 
     def distance(self, run: list[Outcome]) -> Distance:
-        """Return the distance from stock."""
         return distance(run[0].record, self.stock[0].record)
 
 
 def decisions(run: list[Outcome]) -> Decisions:
-    """Return the decisions of all ranks' tokens."""
     found = [outcome.decisions for outcome in run if outcome.decisions is not None]
     return Decisions.of_all_ranks(found)
 
@@ -83,7 +81,6 @@ without_clamp = pytest.mark.parametrize("compared", [ROW], ids=["plain"], indire
 def compared(
     request: pytest.FixtureRequest, ranks: Callable[[int], RankPool], text_data: str
 ) -> Compared:
-    """Run a row in all ways."""
     row: Row = request.param
 
     def train(run: tuple[int, list[str]], *more: object) -> list[Outcome]:

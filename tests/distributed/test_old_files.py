@@ -26,7 +26,6 @@ FSEP = ("--expert-parallel-mode", "fsep", "--fsep-late-plan", "wait")
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """Copy the old files, for a Megatron that reads the checkpoint."""
     if Version(version("megatron-core")) < Version(MEGATRON):
         pytest.skip(
             f"megatron-core {MEGATRON} wrote the checkpoint, and older releases do not read it"
@@ -35,7 +34,6 @@ def old(tmp_path: Path) -> Path:
 
 
 def command(old: Path, *more: object, fsep: bool = True) -> list[str]:
-    """Return the command line of the old run, with more flags."""
     flags = (FOLDER / "flags.txt").read_text().split()
     assert tuple(flags[-len(FSEP) :]) == FSEP
     data = f"--data-path {old / 'text'} --data-cache-path {old / 'cache'} --train-iters {STEPS}"
@@ -43,7 +41,6 @@ def command(old: Path, *more: object, fsep: bool = True) -> list[str]:
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a recording, without checksums."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: entry[name] for name in entry if name != "crc"} for entry in found]
 

@@ -26,7 +26,6 @@ STEPS = 4
 
 
 def code_of(page: str, word: str) -> str:
-    """Return the block of Python of a page that contains this word."""
     blocks = re.findall(
         r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE
     )
@@ -62,14 +61,12 @@ def first_run(script: Path) -> tuple[str, Path]:
 
 
 def losses(output: str) -> dict[int, float]:
-    """Return the losses by step."""
     return {
         int(step): float(loss) for step, loss in re.findall(r"step (\d+) \| loss (\S+)", output)
     }
 
 
 def layout_versions(output: str) -> list[float]:
-    """Return the version of each step's layouts."""
     return [float(version) for version in re.findall(r"fsep_layout_version: (\S+)", output)]
 
 
@@ -88,7 +85,6 @@ def loaded(path: Path) -> Iterator[ModuleType]:
 
 
 def run(path: Path, words: str) -> str:
-    """Run the script; return its output on this rank."""
     output = io.StringIO()
     with (
         loaded(path) as module,
@@ -168,8 +164,6 @@ def test_hooks_of_slime_train_as_the_script_does(
 
 
 class _Heard(logging.Handler):
-    """Handler that keeps the plugin's warnings."""
-
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.lines: list[str] = []
@@ -289,7 +283,6 @@ def build_unnumbered_layer() -> tuple[float, bool]:
 
 
 def build_numbered_layer() -> tuple[float, bool]:
-    """Build a layer with a given number."""
     return build_layer(layer_number=1)
 
 

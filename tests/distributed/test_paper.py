@@ -41,7 +41,6 @@ def tables(
 
 
 def ours(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the rows of trained runs."""
     return [row for row in rows if row["ours"] is not None]
 
 

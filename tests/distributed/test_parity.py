@@ -52,7 +52,6 @@ def stock(ranks: Callable[[int], RankPool]) -> Callable[[int, list[str], Adapt |
 
 @pytest.fixture(scope="module")
 def refused() -> dict[str, str]:
-    """Return flags of rows that an older Megatron does not know, with its complaint."""
     return refused_flags([row.flags for row in ROWS])
 
 

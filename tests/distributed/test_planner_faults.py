@@ -23,14 +23,12 @@ FSEP = " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo
 
 
 def flags(data: str, steps: int, extra: str = "") -> list[str]:
-    """Return a command line for two ranks, small enough for hundreds of steps."""
     return command_line(
         data, experts=8, expert_parallel=2, global_batch=4, steps=steps, extra=FSEP + extra
     )
 
 
 def planner_state(model: object) -> tuple[int, int, int]:
-    """Return the version, late plans and failures that this rank knows."""
     from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
@@ -105,7 +103,6 @@ def test_a_slow_planner_under_wait_changes_nothing(
 
 
 def train_with_dead_planner(command: list[str]) -> Record:
-    """Train while the planner's thread ends with its first job."""
     from megatron_laer.planner.service import PlannerService
 
     def die(self: Any) -> None:

@@ -178,7 +178,6 @@ def test_ranks_go_on_alike_where_fsep_groups_are_unlike(ranks: Callable[[int], R
 
 
 def chosen_node_size(command: list[str]) -> int:
-    """Return the node size that a run's exchange uses."""
     from megatron_laer.session import current_coordinator
 
     sizes: list[int] = []

@@ -73,7 +73,6 @@ def test_what_ranks_started_ends_with_the_pool_and_keeps_nobody_waiting(
 
 
 def raise_on_one_rank() -> None:
-    """Fail on rank 1 while rank 0 waits for it."""
     assert os.environ["RANK"] == "0", "rank 1 is ill"
     time.sleep(3600)
 
@@ -124,7 +123,6 @@ def test_results_hold_no_files_open(ranks: Callable[[int], RankPool]) -> None:
 
 
 def open_after_training(flags: list[str]) -> tuple[int, int]:
-    """Return threads and open files of this rank after a run."""
     from megatron_laer.cpu.training import train
 
     train(flags)

@@ -30,7 +30,6 @@ FILES = {
 
 
 def flags(data: str, folder: Path, recordings: list[str], extra: str = "") -> list[str]:
-    """Return the flags of a run that records these kinds into one folder each."""
     recorded = " ".join(f"{flag} {folder / flag.lstrip('-')}" for flag in recordings)
     return command_line(
         data,
@@ -59,7 +58,6 @@ def first_run(
 
 @pytest.fixture
 def used(first_run: tuple[Path, Record], tmp_path: Path) -> Path:
-    """Copy that folder."""
     copied: Path = shutil.copytree(first_run[0], tmp_path / "run")
     return copied
 

@@ -50,7 +50,6 @@ CASES = {
 
 
 def commands(data: str, extra: str) -> list[str]:
-    """Return command lines of a run that works without `extra`."""
     return command_line(data, experts=8, expert_parallel=2, global_batch=4, steps=1, extra=extra)
 
 
@@ -83,7 +82,6 @@ def test_an_fsep_flag_without_the_mode_is_refused(
 
 
 def train_told(variables: dict[str, str], flags: list[str]) -> object:
-    """Train with these launcher variables."""
     with mock.patch.dict(os.environ, variables):
         return train(flags)
 

@@ -83,7 +83,6 @@ def test_the_schedule_changes_no_bit(
 
 
 def train_with_frozen_experts(command: list[str]) -> Record:
-    """Train all but the experts, as fine-tuning may."""
     from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     register = FSEPMoELayer._register

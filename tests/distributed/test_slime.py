@@ -107,7 +107,6 @@ def _converted(args: Any, _kind: str, name: str, tensor: torch.Tensor, *_: Any, 
 
 
 def _exported(load: Callable[[str], ModuleType], args: Any, model: Any) -> dict[str, torch.Tensor]:
-    """Return the weights that slime would send to its rollout engines."""
     common = load("slime.backends.megatron_utils.update_weight.common")
     direct = load("slime.backends.megatron_utils.update_weight.hf_weight_iterator_direct")
     load("slime.utils.distributed_utils").set_gloo_group(dist.group.WORLD)

@@ -55,7 +55,6 @@ def settings(tmp_path: Path) -> Callable[..., dict[str, str]]:
 
 @pytest.fixture(autouse=True)
 def no_job_is_left(slurm_cluster: Cluster) -> Iterator[None]:
-    """Free the nodes after each test."""
     yield
     slurm_cluster.cancel_jobs()
 
@@ -66,7 +65,6 @@ def command_lines(folder: Path) -> str:
 
 
 def started(folder: Path) -> dict[str, list[str]]:
-    """Return torchrun's words by node."""
     lines = map(shlex.split, command_lines(folder).splitlines())
     return {node: words for node, *words in lines}
 

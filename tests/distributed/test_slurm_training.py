@@ -70,7 +70,6 @@ class Training:
         return self.folder / "checkpoint"
 
     def submit_held(self, words: str = "", **variables: str) -> Job:
-        """Submit a job on two nodes with CHECKPOINT, and wait until both of its ranks are held."""
         job = self.submit(
             *TWO_NODES, words=words, held=True, CHECKPOINT=str(self.checkpoint), **variables
         )

@@ -32,12 +32,10 @@ def flags_of(data: str, extra: str = "") -> list[str]:
 
 
 def without(name: str) -> Callable[[list[Given]], Iterator[Given]]:
-    """Omit a name."""
     return lambda given: (pair for pair in given if pair[0] != name)
 
 
 def failing(given: list[Given]) -> Iterator[Given]:
-    """Give the first tensor, then fail on one rank."""
     yield given[0]
     if dist.get_rank() == 1:
         raise KeyError("lm_head.weight")

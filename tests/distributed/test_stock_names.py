@@ -46,8 +46,6 @@ MARKS = ("allreduce", "tensor_model_parallel", "partition_dim", "partition_strid
 
 
 class Named(NamedTuple):
-    """Parameter of one rank, with its marks."""
-
     name: str
     tensor: torch.Tensor
     marks: dict[str, Any]
@@ -98,7 +96,6 @@ CASES = {
 
 
 def copied(parameters: Iterator[Given]) -> list[Named]:
-    """Copy an iterator's tensors with their marks."""
     return [
         Named(
             name,
@@ -110,7 +107,6 @@ def copied(parameters: Iterator[Given]) -> list[Named]:
 
 
 def of_stock(flags: list[str]) -> list[list[Named]]:
-    """Return stock's own parameters of each chunk of this rank."""
     from megatron.core.utils import unwrap_model
 
     def read(model: list[Chunk]) -> list[list[Named]]:

@@ -24,8 +24,6 @@ Write = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 class Copies:
-    """Copies of models under tags, swapped in place."""
-
     def __init__(self, read: Callable[[], Named]) -> None:
         self._read = read
         self._copies: dict[str, dict[str, torch.Tensor]] = {}
@@ -63,13 +61,10 @@ WRITES: dict[str, Write] = {
 
 
 def values(model: list[torch.nn.Module]) -> list[torch.Tensor]:
-    """Copy FSEP's own parameters."""
     return [parameter.detach().clone() for chunk in model for parameter in chunk.parameters()]
 
 
 def swapped(flags: list[str]) -> None:
-    """Check copies that are swapped, on this rank."""
-
     def check(model: list[torch.nn.Module]) -> None:
         copies = Copies(
             lambda: (

@@ -112,7 +112,6 @@ def test_a_rerun_under_a_checkpoint_exchanges_no_sizes(ranks: Callable[[int], Ra
 
 
 def exchanges_noted(case: Case) -> list[tuple[str, str]]:
-    """Return the timeline's notes of a whole exchange through nodes."""
     noted, timeline = noting_timeline()
     with gloo_groups(case.node_size) as groups:
         run(case, groups, nodes=True, timeline=timeline)
@@ -152,7 +151,6 @@ BYTES = Case((20, 9, 31, 0, 14, 25, 7, 18), 1, capacity=3, experts=12, top_k=4)
 
 
 def sent_by(case: Case) -> dict[bool, Outcome]:
-    """Exchange by Megatron's rows and through nodes."""
     with gloo_groups(case.node_size) as groups:
         return {nodes: run(case, groups, nodes=nodes) for nodes in (False, True)}
 

@@ -23,7 +23,6 @@ from tests.faults.delays import digest
 
 
 def current_step() -> int:
-    """Return Megatron's current step, from 0."""
     from megatron.training import get_args
 
     step: int = get_args().curr_iteration

@@ -77,7 +77,6 @@ def run_job(
 
 
 def output_of(folder: Path) -> str:
-    """Return the output of the launcher and its ranks."""
     return (folder / "output").read_text(errors="replace")
 
 

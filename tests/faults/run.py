@@ -36,7 +36,6 @@ from tests.faults.injected import act_in_step, current_step, other_layout
 
 
 def main(path: str) -> None:
-    """Run one attempt."""
     spec = json.loads(Path(path).read_text())
     fault, folder = spec["fault"], Path(spec["folder"])
     attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])

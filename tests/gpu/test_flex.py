@@ -52,7 +52,6 @@ def needs_two_cards() -> None:
 
 @pytest.fixture(scope="module")
 def train(text_data: str) -> Train:
-    """Return `train(flags)`: the losses of a run of two ranks."""
     found: dict[str, list[float]] = {}
 
     def run(extra: str) -> list[float]:

@@ -34,16 +34,13 @@ class Distance:
     logged: float = 0.0
 
     def within(self, bound: Distance) -> bool:
-        """Return True if no part exceeds the bound's."""
         pairs = zip(self.parts(), bound.parts(), strict=True)
         return all(mine <= allowed for mine, allowed in pairs)
 
     def times(self, factor: float) -> Distance:
-        """Return a bound `factor` times as wide."""
         return Distance(*(factor * part for part in self.parts()))
 
     def at_least(self, smallest: float) -> Distance:
-        """Return the distance, with no part below `smallest`."""
         return Distance(*(max(part, smallest) for part in self.parts()))
 
     def parts(self) -> tuple[float, ...]:
@@ -76,7 +73,6 @@ def distance(run: Record, reference: Record) -> Distance:
 
 
 def identical(run: Record, reference: Record) -> bool:
-    """Return True if two runs agree in every recorded bit."""
     return (
         run.losses == reference.losses
         and run.grad_norms == reference.grad_norms

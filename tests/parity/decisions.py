@@ -50,11 +50,9 @@ class Decisions:
         return ascending_TE[:, -top_k] - ascending_TE[:, -top_k - 1]
 
     def gaps_CT(self, other: Decisions) -> npt.NDArray[np.float32]:
-        """Return the largest difference between a token's scores in the two runs."""
         return np.abs(self.scores_CTE - other.scores_CTE).max(axis=2)
 
     def differ_CT(self, other: Decisions) -> npt.NDArray[np.bool_]:
-        """Return True where a token chose other experts, ignoring their order."""
         return _differ(self.chosen_CTK, other.chosen_CTK)
 
 

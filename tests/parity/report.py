@@ -116,12 +116,10 @@ def proved() -> Iterator[str]:
 
 
 def replaced() -> Iterator[str]:
-    """Yield the parts of Megatron that are replaced on CPU ranks, in stock too."""
     yield from (f"* {part}" for part in REPLACED.values())
 
 
 def refused() -> Iterator[str]:
-    """Yield every refused setting with its reason and alternative."""
     yield "| refused, as a flag and as a field of TransformerConfig | because | instead |"
     yield "|---|---|---|"
     for item in REFUSALS:
@@ -134,7 +132,6 @@ def refused() -> Iterator[str]:
 
 
 def allowed() -> Iterator[str]:
-    """Yield every word of `--fsep-allow-unproven`, its settings and its proof."""
     yield "| word | allows | settings | proved by |"
     yield "|---|---|---|---|"
     for word, text in UNPROVEN.items():
@@ -143,7 +140,6 @@ def allowed() -> Iterator[str]:
 
 
 def without_effect() -> Iterator[str]:
-    """Yield the fields about MoE that change nothing under FSEP."""
     yield "| fields | reason |"
     yield "|---|---|"
     for reason, fields in WITHOUT_EFFECT_BY_REASON.items():

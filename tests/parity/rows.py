@@ -111,7 +111,6 @@ Pairs = set[tuple[str, str]]
 
 
 def pairs_of(rows: Iterable[Row]) -> Pairs:
-    """Return every setting and every pair of settings in these rows."""
     return {pair for row in rows for pair in combinations_with_replacement(sorted(row.values), 2)}
 
 

@@ -36,8 +36,6 @@ class Span(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """Operation by its number on its stream."""
-
     number: int
     name: str
 
@@ -117,7 +115,6 @@ class Checker:
         memory.accesses[new] = Operation(number, name)
 
     def allocated(self, stream: int, tensor: torch.Tensor) -> bool:
-        """Note an output's memory; return True if it is new."""
         storage = tensor.untyped_storage()
         if tensor.numel() == 0 or storage.data_ptr() in self._memory:
             return False
@@ -182,7 +179,6 @@ def _covers(new: Span, old: Span) -> bool:
 
 
 def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the range from the first to the last byte of a tensor's elements."""
     size = tensor.element_size()
     start = tensor.storage_offset() * size
     steps = zip(tensor.shape, tensor.stride(), strict=True)

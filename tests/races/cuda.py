@@ -37,8 +37,6 @@ class Simulation:
 
 
 class Event:
-    """A CUDA event."""
-
     def __init__(self, *_: Any, **__: Any) -> None:
         self.clock: Clock = {}
 
@@ -60,8 +58,6 @@ class Event:
 
 
 class Stream:
-    """A CUDA stream."""
-
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
         self.number = self.cuda_stream = self.stream_id = next(_numbers)
         self.device, self.priority = device, priority

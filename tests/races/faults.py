@@ -67,7 +67,6 @@ def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 def _result_at_once(pending: Any) -> torch.Tensor:
-    """Wait for nothing."""
     result: torch.Tensor = pending._result
     return result
 
@@ -81,7 +80,6 @@ def _unordered_result(stream: Any, work: Any, label: str) -> Any:
 
 
 def _on_new_stream(stream: Any, work: Any, label: str) -> Any:
-    """Give each exchange a stream of its own, though they share a workspace."""
     stream._stream = torch.cuda.Stream()
     return _submit(stream, work, label)
 
@@ -195,7 +193,6 @@ def _let_go_of_the_source(download: Any, tensor: torch.Tensor) -> Any:
 
 
 def _works_without_order(manager: Any) -> None:
-    """Wait for works on the host, and let no stream wait."""
     for work in manager.works:
         work.finish()
 

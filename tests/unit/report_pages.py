@@ -26,11 +26,9 @@ def written(tmp_path: Path, *words: object) -> str:
 
 
 def figure_of(data: dict[str, Any], title: str) -> dict[str, Any]:
-    """Return the only figure whose title starts with this."""
     (found,) = [figure for figure in data["figures"] if figure["title"].startswith(title)]
     return found
 
 
 def values_of(data: dict[str, Any], title: str) -> Any:
-    """Return the numbers of a heat map's first trace."""
     return figure_of(data, title)["data"][0]["z"]

@@ -31,7 +31,6 @@ def counts(cases: list[Case]) -> dict[str, int]:
 
 
 def try_all(folder: Path, cases: list[Case]) -> Tried:
-    """Return how each case ended, and the changed entries of the inputs' folder."""
     judging.make(folder)
     before = set(judging.content(folder))
     ended = judging.tried(folder, cases)

@@ -55,7 +55,6 @@ def recipe(**model: Any) -> SimpleNamespace:
 
 
 def changed(part: str, **fields: Any) -> SimpleNamespace:
-    """Return the recipe with other values in one of its parts."""
     found = recipe()
     if part in ("mixed_precision", "comm_overlap", "peft"):
         setattr(found, part, SimpleNamespace(**fields))
@@ -150,8 +149,6 @@ def test_fields_of_a_transformer_of_its_own_are_found() -> None:
 
 
 class Steps:
-    """Replacement of `training_step` that records its calls."""
-
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
@@ -202,7 +199,6 @@ def test_a_refused_recipe_turns_nothing_on() -> None:
 
 
 def failing() -> None:
-    """Raise because a requirement is missing."""
     raise OSError("no such model")
 
 
@@ -271,7 +267,6 @@ def noisy_and_fine() -> SimpleNamespace:
 
 
 def judged(made: Any) -> int:
-    """Return the status of a recipe that this function makes."""
     module = ModuleType("megatron.bridge.recipes")
     vars(module)["made"] = made
     packages = {"megatron.bridge": ModuleType("megatron.bridge"), module.__name__: module}

@@ -66,7 +66,6 @@ def slot_seconds(product: str, tokens: int) -> float:
 
 
 def figure(seconds: float) -> Figure:
-    """Return a figure with a spread of a tenth in both directions."""
     return Figure(rounded(seconds), rounded(seconds / 1.1), rounded(seconds * 1.1))
 
 

@@ -223,7 +223,6 @@ def test_a_script_gets_signals_as_under_python_itself(script):
 
 
 def stopped_by(number, words):
-    """Return status, output and errors of a program that is signalled at work."""
     process = started_at_work(words)
     process.send_signal(number)
     output, error = process.communicate()

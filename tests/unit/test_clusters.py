@@ -361,7 +361,6 @@ def test_any_text_is_a_value_error(text: str) -> None:
 
 @st.composite
 def curves(draw: st.DrawFn) -> GemmCurve:
-    """Draw a curve with growing times."""
     tokens = sorted(draw(st.sets(st.integers(1, 5000), min_size=1, max_size=6)))
     seconds = sorted(draw(st.floats(1e-6, 1.0)) for _ in tokens)
     return GemmCurve(tuple((m, m / s) for m, s in zip(tokens, seconds, strict=True)))

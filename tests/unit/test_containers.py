@@ -148,7 +148,6 @@ def test_a_base_without_cuda_asks_for_gpus_as_one_with_cuda_does() -> None:
 
 
 def wheel(folder: Path, name: str, version: str, needs: Sequence[str] = ()) -> None:
-    """Make a wheel without modules."""
     info = f"{name}-{version}.dist-info"
     about = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {need}" for need in needs)]
     tags = ["Wheel-Version: 1.0", "Root-Is-Purelib: true", "Tag: py3-none-any"]

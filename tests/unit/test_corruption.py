@@ -57,7 +57,6 @@ def test_a_record_that_says_to_be_longer_is_an_error_and_not_the_end(tmp_path: P
 def test_a_trace_ends_where_a_machine_that_lost_power_left_zeros(
     tmp_path: Path, zeros: int
 ) -> None:
-    """The last record has 28 bytes of fields and 64 of counts."""
     trace = FORMATS["trace"]
     corruption.make(tmp_path)
     path = tmp_path / trace.name

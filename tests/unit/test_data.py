@@ -154,7 +154,6 @@ def test_a_full_disk_names_the_output_and_keeps_the_old_dataset(texts, tmp_path)
 
 
 def content(folder):
-    """Return the contents of a folder's files by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 

@@ -158,7 +158,6 @@ REQUIRED = {
 
 
 def missing(name: str) -> tuple[str, str]:
-    """Return the row of a missing package."""
     return "none", f"missing: {sys.executable} -m pip install '{REQUIRED[name]}'"
 
 

@@ -36,7 +36,6 @@ def anchors(page: str) -> set[str]:
 
 
 def dead_links(path: Path) -> list[str]:
-    """Return the links of a document that lead to no file or heading."""
     dead = []
     for link in _LINK.findall(_CODE.sub("", path.read_text(encoding="utf-8"))):
         if link.startswith(_ELSEWHERE):

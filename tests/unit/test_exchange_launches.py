@@ -29,8 +29,6 @@ SILENT = "empty new_empty view slice select split split_with_sizes detach alias"
 
 
 class Launches(TorchDispatchMode):
-    """Number of launches by name."""
-
     def __init__(self) -> None:
         super().__init__()
         self.counted: Counter[str] = Counter()
@@ -57,7 +55,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 
 def exchange_of(algorithm: ExchangeAlgorithm, node_size: int) -> tuple[Any, LayoutIndex]:
-    """Make the exchange of one rank and a built index."""
     groups: Any = SimpleNamespace(rank=RANK, size=HOT.num_ranks, node_size=node_size)
     for name in ("parameters", "gradients"):
         for stage in ("", "_inter_node", "_intra_node"):

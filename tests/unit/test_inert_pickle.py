@@ -15,8 +15,6 @@ from tests.fuzz import damaged
 
 
 class Thing:
-    """Object pickled by class, arguments and state."""
-
     def __new__(cls, *arguments: object) -> Thing:
         return super().__new__(cls)
 

@@ -23,7 +23,6 @@ BIASES = "decoder.layers.mlp.experts.experts.linear_fc1.bias"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Make a run's directory with one checkpoint, at iteration 7."""
     folder = tmp_path / "iter_0000007"
     folder.mkdir()
     tensors = {

@@ -41,7 +41,6 @@ def index_of(*slots: int) -> LayoutIndex:
 
 
 def tensors_of(index: LayoutIndex) -> list[torch.Tensor]:
-    """Return all tensors that were built for an index."""
     found = [index.slot_expert_S]
     for restore in index._restores.values():
         found += [restore.sent_experts, restore.position_n]

@@ -18,7 +18,6 @@ def counts(value: int) -> npt.NDArray[np.int64]:
 
 
 def mailbox(trace: TraceWriter | None = None) -> tuple[RoutingMailbox, Delivered, list[str]]:
-    """Return a mailbox of two layers, its planner's steps, and its warnings."""
     delivered: Delivered = []
     warnings: list[str] = []
 

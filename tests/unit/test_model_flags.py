@@ -16,8 +16,6 @@ MODELS = sorted(path.stem for path in (_ROOT / "configs" / "models").glob("*.yam
 
 @pytest.fixture
 def model(tmp_path):
-    """Return a function that writes a model file and returns its path."""
-
     def write(text):
         path = tmp_path / "model.yaml"
         path.write_text(text)

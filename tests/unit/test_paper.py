@@ -26,7 +26,6 @@ E8K2 = "mixtral-8x7b-e8k2"
 
 
 def log_line(step: int, of: int, time_ms: float, loss: float, more: str = "") -> str:
-    """Return a line as Megatron writes it."""
     return (
         f" [2026-01-01 00:00:00] iteration {step:8d}/{of:8d} | consumed samples: {step} | "
         f"elapsed time per iteration (ms): {time_ms} | lm loss: {loss:.6E} | {more}"

@@ -29,8 +29,6 @@ HIDDEN = 5
 
 @dataclass(frozen=True)
 class Rank:
-    """Inputs of one rank's dispatch."""
-
     layout: ExpertLayout
     map_TE: torch.Tensor
     quotas: RankQuotas
@@ -41,8 +39,6 @@ class Rank:
 
 @dataclass(frozen=True)
 class Steps:
-    """The four permutations around a dispatch."""
-
     to_send: Callable[[torch.Tensor, torch.Tensor], Tensors]
     by_slot: Callable[[torch.Tensor], torch.Tensor]
     by_rank: Callable[[torch.Tensor], torch.Tensor]

@@ -48,7 +48,6 @@ def planner(name: str, lag: int, resumed: PlannerState | None = None) -> Planned
 
 
 def counts(step: int, layer: int) -> Int64:
-    """Return skewed counts that change from step to step."""
     draw = np.random.default_rng((step, layer))
     return (draw.pareto(1.0, (GEOMETRY.num_ranks, GEOMETRY.num_experts)) * 100).astype(np.int64)
 

@@ -22,8 +22,6 @@ Planner = Callable[[Int64, ExpertLayout], object]
 
 
 class Scripted:
-    """Strategy that runs a function of the test."""
-
     name = "scripted"
 
     def __init__(self, plan: Planner) -> None:
@@ -60,8 +58,6 @@ def made_from(value: int) -> ExpertLayout:
 
 
 class Services:
-    """Factory of services that keeps their warnings."""
-
     def __init__(self) -> None:
         self.warnings: list[str] = []
         self.started: list[PlannerService] = []

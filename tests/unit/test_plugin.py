@@ -36,7 +36,6 @@ def snapshot(patches):
 
 
 def run(code: str, **environment: str) -> str:
-    """Run code in a fresh interpreter and return its output."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,

@@ -47,7 +47,6 @@ class Made:
         *_: Any,
         **__: Any,
     ) -> list[Any]:
-        """Return one rank's outcome."""
         self.runs += 1
         if self.fails in flags:
             return [Raised("ValueError", "is\nnot possible", "")]
@@ -70,7 +69,6 @@ class Made:
 
 
 def case_with(*names: str, but: tuple[str, ...] = ()) -> Case:
-    """Return the first case with all of these features and none of the others."""
     cases = (draw(seed) for seed in range(5000))
     return next(
         case

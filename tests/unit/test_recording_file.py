@@ -43,16 +43,12 @@ LAYERS = ["layer 1", "layer 2"]
 
 
 class Writer(Protocol):
-    """Writer of one step after the other."""
-
     def step(self, step: int, seed: int) -> None: ...
 
     def close(self) -> None: ...
 
 
 class Traces:
-    """Recordings of routing, one microbatch of each layer per step."""
-
     name = "group-0.trace"
 
     def __init__(self, path: Path, first_step: int) -> None:
@@ -69,7 +65,6 @@ class Traces:
 
     @staticmethod
     def read(path: Path) -> dict[int, int]:
-        """Return the seed of every step."""
         trace = read_trace(path)
         firsts = np.flatnonzero(trace.layer_R == 0)
         return {
@@ -79,8 +74,6 @@ class Traces:
 
 
 class Layouts:
-    """Recordings of layouts, one of each layer per step."""
-
     name = "group-0.jsonl"
     geometry = Geometry(NUM_RANKS, NUM_EXPERTS, CAPACITY, NUM_RANKS)
     signature: ClassVar = {"split": "exact"}
@@ -110,8 +103,6 @@ class Layouts:
 
 
 class Metrics:
-    """Recordings of metrics."""
-
     name = "group-0.metrics"
     shape = Shape(NUM_RANKS, NUM_EXPERTS, CAPACITY, NUM_RANKS, tuple(LAYERS))
 
@@ -144,7 +135,6 @@ def kind(request: pytest.FixtureRequest) -> Kind:
 
 
 def record(kind: Kind, path: Path, steps: range, seed: int) -> None:
-    """Record these steps as one run does."""
     writer = kind(path, steps[0])
     for step in steps:
         writer.step(step, seed)

@@ -448,7 +448,6 @@ def test_one_line_says_what_was_allowed_but_not_run(megatron: dict[str, Any]) ->
 
 
 def twice(names: Iterable[str]) -> list[str]:
-    """Return the names that occur more than once, ignoring ""."""
     return [name for name, times in Counter(names).items() if name and times > 1]
 
 

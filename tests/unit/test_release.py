@@ -36,7 +36,6 @@ def runs(job: Any) -> list[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """Copy the files that `check` reads, and the script."""
     for name in ("scripts/release.sh", "megatron_laer/version.py", "CHANGELOG.md", "CITATION.cff"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)

@@ -27,8 +27,6 @@ LEAST_SHARE = replica_choice._LEAST_SHARE
 
 @dataclass(frozen=True)
 class Rank:
-    """Inputs of one rank's choice."""
-
     layout: ExpertLayout
     map_TE: torch.Tensor
     quotas: RankQuotas
@@ -42,7 +40,6 @@ class Rank:
         return token_order(self.map_TE, self.quotas, self.node_size)
 
     def rows(self, slot_P: torch.Tensor) -> tuple[int, int]:
-        """Count rows to other nodes and to other ranks, one by one."""
         _, tokens = np.nonzero(self.map_TE.numpy().T)
         ranks = slot_P.numpy() // self.layout.capacity
         to_ranks = set(zip(tokens.tolist(), ranks.tolist(), strict=True))

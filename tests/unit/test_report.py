@@ -36,7 +36,6 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Return a run's folder with all recordings."""
     run = tmp_path / "run"
     record_run(run)
     return run

@@ -71,7 +71,6 @@ def opened(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a run's folder with its page next to it."""
     folder = tmp_path_factory.mktemp("report") / "run"
     record_run(folder)
     assert cli.main(["report", str(folder), "--out", str(folder.parent / "page.html")]) == 0
@@ -80,12 +79,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
-    """Return the page with all its tables open."""
     return opened(run.parent / "page.html", tmp_path_factory.mktemp("chromium"), fragment="#tables")
 
 
 def table(page: str, title: str) -> list[list[str]]:
-    """Return the cells of a figure's table."""
     figure = next(
         part for part in page.split("<figure") if f"<h3>{title}</h3>" in html.unescape(part)
     )

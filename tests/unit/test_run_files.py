@@ -26,7 +26,6 @@ def recording(tmp_path: Path) -> Path:
 
 
 def there(folder: Path) -> set[Path]:
-    """Return all entries of a folder."""
     return set(folder.rglob("*"))
 
 

@@ -40,7 +40,6 @@ def test_scripts_that_are_started_can_be(script):
 
 
 def find_python(folder, **environment):
-    """Return the output of `laer_find_python` with only `folder` in the PATH."""
     source = (_ROOT / "scripts" / "environment.sh").read_text()
     functions = source.removesuffix("laer_environment\n")
     assert functions != source
@@ -59,7 +58,6 @@ def find_python(folder, **environment):
 
 @pytest.fixture
 def tools(tmp_path):
-    """Make a PATH with the tools that the script itself needs."""
     for tool in ("dirname", "bash"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     return tmp_path

@@ -79,8 +79,6 @@ def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
 
 
 class _Links(HTMLParser):
-    """Links of a page and the names of its parts."""
-
     def __init__(self, text: str) -> None:
         super().__init__()
         self.links: list[str] = []
@@ -98,7 +96,6 @@ class _Links(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the site with warnings as errors, and return its folder."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
     command += ["-d", str(folder / "cache"), str(DOCS), str(folder / "html")]

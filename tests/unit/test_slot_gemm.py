@@ -35,8 +35,6 @@ BOTH = [torch.float32, torch.bfloat16]
 
 
 class Stream:
-    """Stream that numbers its events in the order of recording."""
-
     def __init__(self, name: Any, log: list[str]) -> None:
         self.name, self.device, self._log, self._recorded = name, CPU, log, 0
 
@@ -114,7 +112,6 @@ def grouped_gemm(
 def gemm(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, stream_log: list[str]
 ) -> SlotGemm:
-    """Return each back end with its GPU parts replaced."""
     monkeypatch.setattr(te, "_grouped_gemm", lambda: grouped_gemm)
     return slot_gemm(request.param)
 

@@ -56,7 +56,6 @@ def claim(folder: Path, job: int, **settings: str) -> subprocess.CompletedProces
 
 
 def end(folder: Path, job: int, step: int | None = None) -> None:
-    """End a job after it has saved this step."""
     (folder / f"known.{job}").write_text("")
     if step is not None:
         (folder / "run" / "latest_checkpointed_iteration.txt").write_text(str(step))

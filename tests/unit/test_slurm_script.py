@@ -42,7 +42,6 @@ def slurm_command(*words, **environment):
 
 
 def value_of(flag, command):
-    """Return the last value of a flag, which is the effective one."""
     return command[len(command) - command[::-1].index(flag)]
 
 

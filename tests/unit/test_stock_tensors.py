@@ -66,7 +66,6 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def lent(loan: Loan) -> tuple[torch.Tensor, LentExpert]:
-    """Return the owner's matrix [2, 4, 3], and its second expert."""
     block = torch.arange(24.0).view(2, 4, 3)
     return block, LentExpert(block[1], loan)
 

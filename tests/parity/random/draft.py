@@ -36,7 +36,6 @@ class Draft:
         return any(name in self.features for name in names)
 
     def pick(self, values: Sequence[_Value]) -> _Value:
-        """Draw one of these, each as likely."""
         return values[int(self._random() * len(values))]
 
     def choose(self, table: Choice, *, but: Container[str] = (), alone: bool = False) -> str:
@@ -57,7 +56,6 @@ class Draft:
         return drawn
 
     def take(self, name: str, setting: Setting | None = None, *, alone: bool = False) -> None:
-        """Add a feature, with its flags if it has some."""
         self.features.append(name)
         if setting is None:
             return

@@ -41,7 +41,6 @@ class Verdict(StrEnum):
 
     @property
     def is_fault(self) -> bool:
-        """Return True if FSEP is to blame."""
         return self in (Verdict.BEYOND, Verdict.FAILED)
 
 

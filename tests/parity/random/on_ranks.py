@@ -14,8 +14,6 @@ from tests.parity.replay import train_row
 
 @dataclass(frozen=True)
 class Outcome:
-    """Run on one rank, with its routers' own decisions and the rank's processor time."""
-
     record: Record
     decisions: Decisions | None
     processor_s: float

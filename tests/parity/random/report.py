@@ -28,7 +28,6 @@ def line(judgement: Judgement) -> str:
 
 
 def entry(judgement: Judgement) -> str:
-    """Return a line of JSON with all details."""
     case, row = judgement.case, judgement.case.row
     found: dict[str, Any] = {
         "seed": case.seed,
