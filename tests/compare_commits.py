@@ -73,8 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def comparison(before: Results, after: Results) -> tuple[list[str], bool]:
     """Return a table with one line per kind of result, and True if all results are equal.
 
-    A result that only one of the two has differs. A kind without results is not equal either, since
-    nothing was compared.
+    A missing result counts as different, and so does a kind without results.
     """
     rows = [("what", "compared", "result")]
     is_equal = True

@@ -32,7 +32,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put unit tests last, since a long file at the end idles workers (hook of pytest).
 
-    With more than one worker they come in this order, as `--no-loadscope-reorder` asks.
+    This needs `--no-loadscope-reorder`.
     """
     of_file = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.parent.name == "unit", -of_file[item.path]))

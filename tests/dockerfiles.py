@@ -15,13 +15,9 @@ _OPTION = re.compile(r"--([a-z]+)=(\S+)\s+")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction, without its options.
+    """One instruction, without its options, whose `mount` may occur more than once.
 
-    Attributes:
-        name: in capitals, such as RUN.
-        text: the rest, with its line ends as a shell sees them.
-        options: such as from and mount; the latter may occur more than once.
-        stage: the number of FROM instructions before it, itself included.
+    The text has line ends as a shell sees them; `stage` counts FROM instructions, itself included.
     """
 
     name: str

@@ -44,14 +44,10 @@ _OTHERS = """
 class Launch:
     """Operation that a rank launched.
 
-    Attributes:
-        group: the communicator's name, the same on all of its members.
-        description: the communicator's, as Megatron and FSEP name it.
-        members: its ranks in the world.
-        sizes: equal on all members, except for exchanges with splits, which have received and sent
-            sizes by member.
-        peer: the other rank of a message; None of a collective.
-        batch: number shared by the operations of one batch, which are launched at once.
+    `group` and `description` name the communicator, whose `members` are ranks of the world. `sizes`
+    are equal on all members, except for exchanges with splits, which have received and sent sizes
+    by member. `peer` is the other rank of a message. All operations of a batch are launched at
+    once.
     """
 
     group: str

@@ -104,10 +104,10 @@ def naming_token_sizes(done: list[str]) -> Iterator[None]:
 def host_work(
     layer: Any, watched: Callable[[], AbstractContextManager[list[str]]], steps: int = 3
 ) -> list[HostWork]:
-    """Train the layer; return the host's operations in each step after the first.
+    """Train the layer; return the host's operations in each step but the first, which makes
+    buffers.
 
-    The first step makes buffers, communicators and libraries' handles. `watched` is a context in
-    which waits and uploads are appended to its list.
+    `watched` is a context in which waits and uploads are appended to its list.
     """
     import megatron_laer
 

@@ -47,12 +47,10 @@ class Verdict:
 
 
 def run(mode: Mode, checkout: Path, files: Sequence[str], timeout_s: float) -> dict[str, Verdict]:
-    """Run these files of Megatron's unit tests, and return the verdict of each test.
+    """Run files from tests/unit_tests of the checkout, and return the verdict of each test.
 
-    Args:
-        mode: `without` the plugin, with it but FSEP off (`standard`), or with all MoE layers that
-            tests build sharded (`fsep`).
-        files: from the folder tests/unit_tests of the checkout.
+    The mode is `without` the plugin, with it but FSEP off (`standard`), or with all MoE layers that
+    tests build sharded (`fsep`).
     """
     from torch.distributed import TCPStore
 

@@ -49,7 +49,6 @@ RUN = {
 SIGNATURE = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
 # Enough for a fresh layout to pay.
 TOKENS = 60_000
-# Milliseconds between two readings of the clock.
 TICK_MS = 2.0
 
 

@@ -34,11 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 class Place:
     """Text about releases in a file that cannot import the table.
 
-    Attributes:
-        file: from the repository's top.
-        before: the text in front, which occurs once in the file.
-        after: the text behind.
-        text: the table's text between them.
+    `before`, which occurs once in the file, and `after` enclose the place of `text`.
     """
 
     file: str
@@ -132,8 +128,7 @@ print(json.dumps([__version__, [complaint(line) for line in lines]]))
 def refused_flags(lines: Sequence[str]) -> dict[str, str]:
     """Return the lines of flags that the installed Megatron does not know, with its complaint.
 
-    Raises:
-        AssertionError: there are some, and no newer Megatron would know them.
+    Check that a newer Megatron would know them.
     """
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _PROGRAM],

@@ -40,11 +40,9 @@ def missing_programs() -> list[str]:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Slurm's nodes on this machine, each with fake GPUs.
+    """Slurm's nodes on this machine, each with fake GPUs; `folder` has all of its files and logs.
 
-    Attributes:
-        folder: for all files of the cluster, jobs' logs included.
-        nodes: their names, which are addresses.
+    The names of nodes are addresses.
     """
 
     folder: Path
@@ -164,11 +162,9 @@ class Job:
 
 @contextlib.contextmanager
 def slurm_cluster(folder: Path, nodes: int = 2, gpus: int = 2, cpus: int = 4) -> Iterator[Cluster]:
-    """Yield a running cluster; end it with all its jobs.
+    """Yield a running cluster of nodes with `gpus` and `cpus` each; end it with all its jobs.
 
-    Args:
-        folder: an empty one. Its path must be short: a socket's has 107 characters at most.
-        gpus, cpus: of each node, whatever the machine has.
+    The folder must be empty and have a short path: a socket's has 107 characters at most.
     """
     # All of 127/8 is this machine. Not 127.0.0.1, where others listen.
     network = f"127.{random.randrange(1, 255)}.{random.randrange(255)}"

@@ -12,14 +12,10 @@ _COMMANDS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One bad input.
+    """One bad input, with a part of the message that quotes it and the command's status.
 
-    Attributes:
-        says: a part of the message, which quotes the input.
-        environment: variables that are changed.
-        status: of the command; 0 where the input is odd and still works.
-        prints: True if possible results are printed all the same.
-        nightly: True for one of many similar ones, too many for every day.
+    The status is 0 where the input is odd and still works. With `prints`, possible results are
+    printed all the same. Cases that are `nightly` are many and similar.
     """
 
     words: tuple[str, ...]

@@ -60,7 +60,6 @@ COMMAND_LINE = (
     ("prepare-data --output out/x", "one of the arguments --input --python-sources is required"),
 )
 
-# For a good trace.
 PLAN_OPTIONS = (
     ("--format xml", "invalid choice: 'xml'"),
     ("--format", "--format: expected one argument"),
@@ -396,7 +395,6 @@ CHECK_RECIPE = (
 
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "pretrain_gpt.py")
-# The script would run with these.
 FLAGS = tuple(command_line("absent", experts=8, expert_parallel=2, global_batch=4, steps=1))
 
 

@@ -68,11 +68,10 @@ _READ_AT_START = ("PYTHON", "MPL", "MATPLOTLIBRC", "TQDM_", "LC_", "LANG", "COLU
 
 @dataclass(frozen=True)
 class Job:
-    """One command line of `megatron_laer`, in a folder, with these variables changed.
+    """One command line of `megatron_laer`, or of a program of the repository by its path from the
+    top.
 
-    Attributes:
-        words: the first one may be a program of this repository, by its path from the top.
-        cpu_s: limit of processor time.
+    It runs in a folder with these variables changed, within `cpu_s` of processor time.
     """
 
     words: Sequence[str]
@@ -95,11 +94,8 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """End of a command.
-
-    Attributes:
-        limit: the limit that stopped it, or "".
-        status: its exit status; negative if a signal ended it.
+    """End of a command: its exit status, negative after a signal, and the limit that stopped it, or
+    "".
     """
 
     status: int
@@ -140,7 +136,6 @@ def _served(jobs: Sequence[Job], kind: str) -> list[Ended]:
 
 
 def _serve() -> None:
-    # Imports and their warnings may print.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))

@@ -17,7 +17,6 @@ from tests.recorded_runs import record_run
 _LONG = "x" * 300
 HUGE = 2**36
 
-# Changes of the header of a recording of metrics.
 _HEADERS: Mapping[str, Mapping[str, Any]] = {
     "version": {"version": 9},
     "no-ranks": {"num_ranks": 0},

@@ -34,14 +34,7 @@ _LOOK_S = 0.5
 
 @dataclass
 class Outcome:
-    """Result of a run.
-
-    Attributes:
-        folder: of its files.
-        starts: the end of each start.
-        problem: the reason for giving up; "" if its last step was made.
-        started: all processes seen below its ranks, and the ranks.
-    """
+    """Result of a run: its starts' ends, all processes seen, and the reason to give up, or ""."""
 
     folder: Path
     starts: list[str] = field(default_factory=list)

@@ -46,13 +46,9 @@ KINDS = ("KILL one", "KILL all", "TERM one", "TERM all", "STOP one")
 class Fault:
     """Fault of a job's ranks, injected once.
 
-    Attributes:
-        kind: one of `KINDS`: the signal, and whether one rank gets it or all.
-        rank: the rank, if it is one.
-        step: after whose end, counted from 1; 0 is while the ranks start.
-        delay_s: after that.
-        stopped_s: time until a stopped rank is continued.
-        is_awaited: True if ranks wait at this step until it comes.
+    `kind` names the signal, and `rank` its target if it is one rank. It comes `delay_s` after the
+    end of the `step`, counted from 1; 0 is while the ranks start. A stopped rank is continued after
+    `stopped_s`. With `is_awaited`, ranks wait at this step until it comes.
     """
 
     kind: str

@@ -24,9 +24,7 @@ def run(
 ) -> None:
     """Train with these flags; write each step's loss, gradient norm and digest of all weights.
 
-    Args:
-        log: file of its output.
-        last_step: step, counted from 1, after which it waits for a signal; None trains on.
+    After `last_step`, counted from 1, it waits for a signal; None trains on.
     """
     os.setsid()
     threading.Thread(target=_end_with_the_starter, daemon=True).start()

@@ -37,10 +37,8 @@ PASSES = STEPS * LAYERS * MICROBATCHES
 class Seen:
     """Observations of a run on one rank.
 
-    Attributes:
-        solved_after_gate: decisions made by the main thread.
-        restores_ahead: for each pass, whether its restore started before its decision.
-        max_over_mean: of each pass, on rank 0.
+    `solved_after_gate` counts decisions of the main thread; `restores_ahead` states per pass
+    whether its restore started before its decision.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -62,9 +60,8 @@ def page() -> Any:
 def start(
     module: ModuleType, mode: str | None, hook: Callable[[Any], None] | None = None
 ) -> tuple[Any, Any]:
-    """Build the page's model and optimizer on own loops, from the common weights.
-
-    The hook is slime's, and enables FSEP instead of the mode.
+    """Build the page's model and optimizer from the common weights; slime's hook may replace the
+    mode.
     """
     import torch
     import torch.distributed as dist
@@ -257,10 +254,8 @@ class RoutingReplay:
 def announce_by_slimes_hooks(
     path: Path, hooks: Path, replay_class: type[RoutingReplay] | None = None
 ) -> tuple[list[int], int]:
-    """Train on two rollouts of two steps by the page's hooks.
-
-    Returns:
-        Microbatches announced before each step, and the number of passes without an announcement.
+    """Train on two rollouts of two steps; return announced microbatches per step, and passes
+    without.
     """
     import megatron_laer
     from megatron_laer.session import current_coordinator

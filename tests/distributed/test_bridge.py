@@ -79,7 +79,6 @@ def small_recipe(folder: Path, load: Path | None, iterations: int) -> Any:
         seq_length=64,
         vocab_size=256,
         expert_model_parallel_size=2,
-        # These are kernels for GPUs.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         cross_entropy_loss_fusion=False,

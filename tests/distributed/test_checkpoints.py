@@ -388,6 +388,5 @@ def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
         assert resumed(PLANNED, said) == whole.probes[0]
     file.unlink()
     assert resumed(PLANNED, "there is no planner's state") == whole.probes[0]
-    # Stock expert parallelism ignores the file.
     file.write_bytes(state)
     assert len(pool.run(train, command(load))[0].losses) == 1

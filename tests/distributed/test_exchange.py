@@ -34,8 +34,7 @@ class Case:
         return ExpertLayout.random(ranks, self.capacity, self.experts, seed=(self.seed, step))
 
 
-# E that does and does not divide by N, E below N, each expert once, one only. Rows that divide by 4
-# and do not, and fewer than ranks.
+# E that does and does not divide by N, E below N, each expert once, one only.
 SHAPES = [(2, 5), (1, 3), (3, 6), (1, 4), (2, 8), (1, 1)]
 CASES = [
     Case(capacity, experts, rows, dtype, seed)

@@ -35,7 +35,7 @@ _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 _OFFLINE = ["--no-index", "--no-build-isolation"]
 _PKG_INFO = re.compile("[^/]+/PKG-INFO")
 
-# Python reads this at start-up in every environment that is made here.
+# Read at start-up in every environment that is made here.
 TELLING = """
 import atexit, json, os, sys
 
@@ -379,7 +379,6 @@ def test_a_core_of_other_sources_is_passed_over_and_named(
     (line,) = refused.stderr.splitlines()
     assert f": {stale} was built from other sources; run " in line
 
-    # The installed wheel fits.
     environment.install(wheel)
     succeed([environment.python, *plan], checkout)
 

@@ -29,7 +29,6 @@ from tests.parity.row import FLOOR_FACTOR, FP32_BOUND, SMALLEST_FLOOR
 
 STEPS = 40
 LAYERS = 4
-# Each is another order of the data.
 SEEDS = range(2, 10)
 # The default comes first, with plans that arrive at the same step in a repetition.
 LAYOUTS = [
@@ -77,12 +76,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """FSEP run compared with its reference.
-
-    Attributes:
-        gap_C: largest difference of a call's scores.
-        differ_CT: tokens that chose other experts.
-    """
+    """FSEP run against its reference: gaps of calls' scores, and tokens with other experts."""
 
     name: str
     train: Callable[..., Run]
@@ -102,9 +96,8 @@ class Comparison:
 
     @property
     def excess(self) -> float:
-        """Return the largest ratio of score difference to its bound, up to the first other choice.
-
-        This includes that choice's own scores.
+        """Return the largest ratio of score difference to its bound, up to and with the first other
+        choice.
         """
         calls = len(self.gap_C) if self.first is None else self.first + 1
         return float((self.gap_C / self.reference.rounding_C)[:calls].max())

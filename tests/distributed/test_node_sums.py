@@ -49,13 +49,10 @@ CLAMPED = Row(
 
 @dataclass(frozen=True)
 class Compared:
-    """FSEP's runs of a row, compared with stock's.
+    """Stock's and FSEP's runs of a row: by itself, given stock's choices, and with exact sums in
+    fp32.
 
-    Attributes:
-        floor: the distance of stock with other placement.
-        by_itself: the run as users have it.
-        given: the run with stock's choices.
-        exact: the run whose sums cross ranks in fp32.
+    `floor` is the distance of stock with other placement.
     """
 
     floor: Distance

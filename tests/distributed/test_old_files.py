@@ -89,7 +89,6 @@ def test_a_run_is_resumed_with_its_planner_and_its_recordings(
 
     events = EventAccumulator(str(old / "tensorboard"))
     events.Reload()
-    # Newer metrics may follow.
     expected = json.loads((FOLDER / "names.json").read_text())["metrics"]
     assert set(expected) <= set(events.Tags()["scalars"])
 

@@ -126,10 +126,7 @@ def test_a_dead_planner_leaves_training_alone(
 
 
 def train_with_planner_that_stops(command: list[str], fault: str, calls: int) -> tuple[Record, int]:
-    """Train while the planner hangs for good, or its thread ends, after some calls.
-
-    Also return the number of steps that waited in vain, for a second each.
-    """
+    """Train while the planner hangs or ends after some calls; also count the vain waits."""
     import threading
 
     from megatron_laer.planner.laer import LaerStrategy
@@ -199,7 +196,7 @@ def test_a_broken_planner_keeps_the_last_good_layout(
     for record in ranks(2).run(train_with_broken_planner, command, fault):
         assert len(record.losses) == 10
         version, _, failures = record.probes[-1]
-        assert version == 9 and failures == 9  # one of the two layers, each step
+        assert version == 9 and failures == 9
 
 
 @pytest.mark.counts(fault_runs=1)

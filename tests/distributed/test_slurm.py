@@ -352,7 +352,6 @@ def test_both_modes_run_one_after_the_other_also_over_a_requeue(
     slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
     line = "iteration %d/ 10 | elapsed time per iteration (ms): 5.0 | lm loss: %s |"
-    # Six steps in each run.
     body = f"""
         mode=standard; [[ $* == *"-parallel-mode standard"* ]] || mode=fsep
         tracker=$CHECKPOINT/$mode/latest_checkpointed_iteration.txt

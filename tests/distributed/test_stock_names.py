@@ -167,10 +167,7 @@ def test_names_shapes_and_values_are_stocks_and_come_back(
 
 
 def under_grouped_names(flags: list[str]) -> tuple[list[Named], list[Named]]:
-    """Return an FSEP model's parameters as of grouped experts, and as of a sequence of experts.
-
-    The former are also written back into a model of zeros.
-    """
+    """Return an FSEP model's parameters under both grouped names; write back the first ones."""
 
     def read(model: list[Chunk]) -> tuple[list[Named], list[Named]]:
         (chunk,) = model

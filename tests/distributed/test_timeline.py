@@ -73,7 +73,6 @@ def test_every_exchange_of_the_recorded_steps_is_on_its_track(
         for layer in LAYERS:
             passes = NUM_STEPS * MICROBATCHES
             matrices = 2
-            # Forward and backward restore, and both matrices are exchanged by themselves.
             assert len(named(tracks["parameters"], f"restore {layer}")) == 2 * matrices * passes
             assert len(named(tracks["gradients"], f"reduce {layer}")) == matrices * passes
             for exchange in (f"dispatch {layer}", f"combine {layer}"):

@@ -253,4 +253,4 @@ def test_experts_in_megatrons_loop_keep_rows(
         steps=3,
         extra=" --expert-parallel-mode fsep --fsep-node-size 1 --fsep-token-exchange node" + flags,
     )
-    assert ranks(2).run(rows_unpacked, command) == [3 * 2] * 2  # steps and layers
+    assert ranks(2).run(rows_unpacked, command) == [3 * 2] * 2

@@ -36,7 +36,6 @@ pytestmark = [
 
 FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
 RANDOM = " --expert-parallel-mode fsep --fsep-planner random"
-# Each script and its model.
 SCRIPTS = {
     "pretrain_gpt.py": "",
     "pretrain_hybrid.py": HYBRID_MTP,
@@ -80,7 +79,6 @@ def test_megatrons_script_with_fsep_equals_stock(
         for mode in ("", RANDOM)
     )
     found = distance(fsep, stock)
-    # As Megatron prints them.
     printed = [[f"{loss:.6E}" for loss in run.losses] for run in (stock, fsep)]
     record_property("fsep", str(found))
     print(f"\n{found}; equal as printed: {sum(map(str.__eq__, *printed))} of {len(printed[0])}")

@@ -89,12 +89,9 @@ class Delays:
 class Trace:
     """Results of a run on one rank; the index is the step.
 
-    Attributes:
-        digests: of all weights and main gradients after each step.
-        completed: exchanges by name, in order of observed completion: streams and compute together.
-        versions: numbers of layout changes so far.
-        late_plans: late plans that this rank knows of.
-        slept: delays longer than zero.
+    `digests` are of all weights and main gradients, `completed` are exchanges in order of
+    completion on streams and compute. `versions` count layout changes, `slept` are delays longer
+    than zero.
     """
 
     record: Record

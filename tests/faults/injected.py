@@ -137,13 +137,7 @@ def train_with_rerun(flags: list[str], step: int) -> tuple[Record, list[str]]:
 
 @dataclass
 class Skipped:
-    """Run in which the optimizer skipped a step.
-
-    Attributes:
-        digests: of this rank's weights and gradients after each step.
-        restores: full restores of a layer's experts.
-        skipped: steps after which no weight had changed.
-    """
+    """Run with a skipped step: digests by step, full restores, and steps without a change."""
 
     digests: list[str] = field(default_factory=list)
     restores: int = 0
@@ -267,11 +261,8 @@ def train_with_routing(flags: list[str], name: str) -> Record:
 class Received:
     """Tokens and memory of one rank over a run with bursts; the index is the step.
 
-    Attributes:
-        tokens: per microbatch, of each layer: (received by this rank, routed by all ranks).
-        tensors: live tensors after a step.
-        tensor_bytes: of their storages, each counted once.
-        rss_bytes: resident memory of the process after a step.
+    `tokens` has (received by this rank, routed by all ranks) per microbatch and layer.
+    `tensor_bytes` counts each storage once; `rss_bytes` is the process's resident memory.
     """
 
     tokens: list[tuple[int, int]] = field(default_factory=list)
@@ -316,10 +307,7 @@ def train_with_bursts(flags: list[str], every: int, look_every: int) -> Received
 
 
 def train_with_full_disk(flags: list[str], from_step: int, limit_bytes: int) -> Record:
-    """Limit the files of this rank and of its checkpoint writers from some step on.
-
-    The system's limit on file sizes makes a write fail in the middle, as on a full disk.
-    """
+    """Limit the files of this rank and its checkpoint writers from a step on, as on a full disk."""
     steps = 0
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 

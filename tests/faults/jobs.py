@@ -31,10 +31,8 @@ def run_job(
 ) -> int:
     """Run a job and end all its ranks; return `torchrun`'s status. The output is in `output`.
 
-    Args:
-        folder: for the ranks' files; exists or is made.
-        fault: see `run.py`, and for `step`, `rank` and `signal_name` too.
-        ignored: name of a signal that the launcher is started to ignore.
+    `run.py` explains `fault`, `step`, `rank` and `signal_name`. The launcher ignores the signal
+    named `ignored`.
     """
     folder.mkdir(exist_ok=True)
     spec: dict[str, Any] = {"flags": list(flags), "folder": str(folder), "fault": fault}

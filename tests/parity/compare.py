@@ -16,15 +16,11 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Distance:
-    """Distance between two runs.
+    """Distance between two runs: the largest relative differences.
 
-    Attributes:
-        grads: largest relative L2 distance of a tensor's gradient in the first step.
-        losses: largest relative difference of a step's or an evaluation's loss.
-        norms: largest relative difference of a step's gradient norm.
-        weights: largest relative L2 distance of a final weight.
-        logged: largest relative difference of a loss that Megatron logs of the MoE layers, for a
-            layer or over all of them; 0 where it logs none.
+    Gradients of the first step and final weights are compared by L2 distance of tensors. `losses`
+    has steps and evaluations, `norms` gradient norms of steps, `logged` Megatron's logged losses of
+    MoE layers, for a layer or over all; 0 where it logs none.
     """
 
     grads: float

@@ -25,12 +25,7 @@ Chosen = npt.NDArray[np.int16]
 
 @dataclass(frozen=True)
 class Decisions:
-    """Input of each router call and its own top-k choice, even where that was overruled.
-
-    Attributes:
-        scores_CTE: input of top-k; logits for a softmax router.
-        chosen_CTK: experts, the highest score first.
-    """
+    """Input of each router call (logits for softmax) and its own top-k, highest score first."""
 
     scores_CTE: npt.NDArray[np.float32]
     chosen_CTK: Chosen
@@ -100,9 +95,8 @@ def train_choosing(
     adapt: Adapt | None = None,
     gradients: bool = True,
 ) -> tuple[Record, Decisions]:
-    """Train, and return the record with this rank's decisions. Collective.
-
-    `given` is each rank's `chosen_CTK` of another run, which this one must follow.
+    """Train with the given choices of all ranks, if any; return the record and decisions.
+    Collective.
     """
     from megatron.core.transformer.moe import router
     from megatron.training import get_args

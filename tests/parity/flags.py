@@ -28,9 +28,8 @@ def command_line(
     extra: str = "",
     without: str = "",
 ) -> list[str]:
-    """Return flags for one run; later ones win, so `extra` may override.
-
-    `without` are flags of the model to omit, with their values.
+    """Return flags for one run, without some of the model's; later ones win, so `extra` may
+    override.
     """
     dropped = without.split()
     assert set(dropped) <= set(MODEL_FLAGS), f"the model has not all of {without}"

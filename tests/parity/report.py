@@ -205,10 +205,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the figures of these results; rows not in them keep theirs.
-
-    Report rows without any figures.
-    """
+    """Write the figures of these results, keep other rows' figures, and report rows without any."""
     parser = argparse.ArgumentParser(prog="python -m tests.parity.report", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="junit XML files of pytest")
     options = parser.parse_args(arguments)

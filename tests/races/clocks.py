@@ -44,10 +44,8 @@ class Operation(NamedTuple):
 class Memory:
     """State of a storage.
 
-    Attributes:
-        home: the stream it was allocated on; None if it was there before the checker.
-        recorded: streams that the allocator knows of.
-        accesses: the last operation of each kind of access.
+    `home` is the stream it was allocated on, if the checker saw that. `recorded` are streams that
+    the allocator knows of, `accesses` the last operation of each kind of access.
     """
 
     home: int | None

@@ -23,13 +23,7 @@ _numbers = itertools.count(1)
 
 
 class Simulation:
-    """Current simulation.
-
-    Attributes:
-        checker: receives every operation.
-        current: the streams that are current, innermost last.
-        leaf_streams: those that autograd accumulated gradients on.
-    """
+    """Current simulation: its checker, current streams (innermost last), and streams of leaves."""
 
     checker: ClassVar[Checker]
     current: ClassVar[list[Stream]]
@@ -208,10 +202,7 @@ def _copies_to(true_to: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _replace_everywhere(stack: contextlib.ExitStack, name: str, replacement: Any) -> None:
-    """Replace a function of `upload` in every module that imported it by its name.
-
-    A module imported meanwhile gets the replacement, and returns it at the end.
-    """
+    """Replace a function of `upload` in every module that imports it by name, also meanwhile."""
     original = getattr(copies, name)
     stack.callback(_exchange_everywhere, name, replacement, original)
     _exchange_everywhere(name, original, replacement)

@@ -72,7 +72,6 @@ def test_there_are_over_a_thousand_different_bad_inputs() -> None:
 
 
 GUARDED = f"stopped by the guard of {WALL_S} s"
-# Programs, each with the expected problem.
 WRONG = {
     "print(end='')": "status 0",
     "raise ValueError('x')": "a traceback",

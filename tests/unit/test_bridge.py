@@ -137,7 +137,6 @@ def test_what_works_is_accepted(given: SimpleNamespace) -> None:
 def test_a_recipe_is_read_as_bridge_applies_it_and_is_not_changed() -> None:
     given = recipe(delay_wgrad_compute=True)
     given.comm_overlap = SimpleNamespace(**OVERLAP)
-    # Megatron-Bridge reads the overlap from there alone.
     assert settings_of(given).delay_wgrad_compute is False
     assert given.model.delay_wgrad_compute is True
 

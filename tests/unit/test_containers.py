@@ -120,7 +120,6 @@ def test_what_is_run_is_run_by_no_root(path: Path) -> None:
     names = [i.name for i in instructions(path)]
     users = [i for i in instructions(path) if i.name == "USER"]
     assert [user.text for user in users] == ["laer"]
-    # That user runs the final check.
     assert names[names.index("USER") :] == ["USER", "WORKDIR", "RUN", "CMD"]
 
 

@@ -29,7 +29,6 @@ def anchors(page: str) -> set[str]:
     for heading in re.findall(r"^#+ +(.+?) *$", _BLOCK.sub("", page), re.MULTILINE):
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
         name = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
-        # Repeated names are numbered.
         found.add(f"{name}-{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return found

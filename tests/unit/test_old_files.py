@@ -44,7 +44,6 @@ def test_a_checkpoint_and_its_planners_state_are_inspected(tmp_path: Path) -> No
         "planner, group 0: N = 2 ranks, C = 3 slots, E = 4 experts; goes on with step 4, layout "
         "version 3, plans not in force yet from steps 3\n"
     ) in report
-    # As recorded for step 3.
     assert report.count("replicas per expert") == 2
     assert report.count("replicas per expert 2 2 1 1") == 2
 

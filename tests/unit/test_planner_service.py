@@ -222,7 +222,7 @@ def test_a_step_that_lost_a_layer_does_not_hold_up_later_ones(
     service = services.start(layout_of, lossless=lossless)
     service.submit(0, 0, counts(0))
     submit_step(service, 1)
-    service.submit(0, 1, counts(1))  # Too late.
+    service.submit(0, 1, counts(1))
     assert wait_for(service, 1).layouts[0] == made_from(100)
     submit_step(service, 2)
     assert wait_for(service, 2).layouts[0] == made_from(200)

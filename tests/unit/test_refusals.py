@@ -311,7 +311,6 @@ STANDARD: dict[str, Case] = {
     "standard": ("", {}, {}, {}),
     "standard from a checkpoint": ("--use-checkpoint-args --load there", {}, {}, ALLTOALL),
 }
-# An explicitly given value is not overruled.
 OVERRULED: dict[str, tuple[Case, str]] = {
     "Megatron's default, given": ((f"{DISPATCHER} allgather {FSEP}", {}, {}, {}), "allgather"),
     "given with =": ((f"{FSEP} {DISPATCHER}=allgather", {}, {}, {}), "allgather"),

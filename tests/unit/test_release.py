@@ -117,7 +117,6 @@ def test_the_index_gets_the_files_and_the_release_page_the_changes(checkout: Pat
     result = release(checkout, "page", f"v{VERSION}", PATH=f"{tools}:{os.environ['PATH']}")
     _, gh, *notes = result.stdout.splitlines()
     assert gh.startswith(f"gh release create v{VERSION} --verify-tag") and gh.endswith("dist/a.whl")
-    # The news of this version, without its heading and older ones.
     first = changes.read_text().split("\n## ")[1].splitlines()[1:]
     assert "\n".join(notes).strip() == "\n".join(first).strip() and "Older" not in result.stdout
     assert release(checkout, "publish").returncode != 0

@@ -81,7 +81,7 @@ def make_rank(
         chosen_TK = np.argsort(-(log_E + rng.gumbel(size=map_TE.shape)), axis=1)[:, :top_k]
         np.put_along_axis(map_TE, chosen_TK, True, axis=1)
     if tokens > 3:
-        maps[:, 2] = False  # a padding token
+        maps[:, 2] = False
     rank = int(rng.integers(ranks))
     layout = ExpertLayout.random(ranks, capacity, experts, seed=(seed,))
     quotas = solve_quotas(split, maps.sum(axis=1, dtype=np.int64), layout, node_size)

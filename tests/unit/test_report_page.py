@@ -207,5 +207,4 @@ def test_pictures_have_both_themes_and_no_sideways_scrolling(
     assert corner < 0.2 if fragment else corner > 0.9
     # The page fits: its margin on the right is empty, from top to bottom.
     assert np.ptp(pixels[:2990, -6:-2].reshape(-1, 3), axis=0).max() < 0.02
-    # Something is drawn in colour.
     assert (np.ptp(pixels, axis=2) > 0.3).sum() > 500

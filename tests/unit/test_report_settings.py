@@ -63,7 +63,6 @@ def test_a_run_is_predicted_with_the_constants_that_it_recorded(
         assert not any("--cluster" in row["command"] for row in rows[cluster.name])
     for own, other in zip(*rows.values(), strict=True):
         assert own["layer_ms"] > 1.5 * other["layer_ms"]
-    # A flag wins.
     page = written(tmp_path, tmp_path / OWN.name, "--cluster", COSTS.cluster.name)
     again, there = data_of(page)["what_if"], rows[COSTS.cluster.name]
     assert [row["layer_ms"] for row in again] == [row["layer_ms"] for row in there]
@@ -94,7 +93,6 @@ def test_settings_that_cannot_be_used_are_named_with_what_is_taken_instead(
     err = capsys.readouterr().err
     assert says in err and len(err.splitlines()) == 1 and err.strip().isprintable()
     assert f"taken instead: {says}" in html.unescape(page)
-    # Without predictions no replacement is mentioned.
     assert "taken instead" not in written(tmp_path, folder, "--cases", 0)
     assert capsys.readouterr().err == ""
 

@@ -95,12 +95,10 @@ def test_ranks_that_one_launcher_starts_again_are_the_same_run(
     record(tmp_path, 0, range(3))
     record(tmp_path, 0, range(1))
     assert (tmp_path / NAME).read_bytes() == HEADER + b"0\n"
-    # Another launch of the same process.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
     with pytest.raises(ValueError, match=REFUSED):
         record(tmp_path, 0, range(3))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    # A process with the same environment, launched by this one.
     program = (
         "from pathlib import Path; from megatron_laer.files import run_mark;"
         f"print(run_mark.is_of_this_run(Path({str(tmp_path / NAME)!r})))"

@@ -170,7 +170,6 @@ def test_a_checkpoint_of_another_script_is_gone_on_from(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     end(tmp_path, 1, step=3)
     assert "step 3 of a run that was not started by this script" in claim(tmp_path, 7).stderr
-    # The form of earlier releases.
     old = "job=5\nname=first\nmodel=tiny-moe\nmode=fsep\ndata=/d\n"
     (tmp_path / "run" / "slurm-run.txt").write_text(old)
     end(tmp_path, 7)

@@ -307,7 +307,6 @@ def test_continuous_integration_needs_slurm_once_it_is_there(tmp_path, may_insta
         (tmp_path / folder).mkdir()
     # Hide the machine's own Slurm.
     script = (_ROOT / ".ci" / "run").read_text().replace("/usr/sbin", "/nowhere")
-    # Root only installs.
     script = script.replace("EUID == 0", "1")
     (tmp_path / ".ci" / "run").write_text(script)
     test = fake_python(tmp_path / "scripts", "test.sh", 'echo "needed: $MEGATRON_LAER_NEED_SLURM"')
@@ -325,7 +324,6 @@ def test_continuous_integration_needs_slurm_once_it_is_there(tmp_path, may_insta
     assert f"needed: {'1' if may_install else ''}\n" in result.stdout
     if may_install:
         options = f"install -qq --no-install-recommends {slurm.PACKAGES}\n"
-        # A browser follows.
         assert (tmp_path / "log").read_text().startswith(options)
     else:
         assert "Slurm could not be installed" in result.stderr

@@ -82,7 +82,6 @@ def test_a_folder_stands_for_its_only_recording(tmp_path):
     write_recording(path, counts)
     write_recording(path, counts[1:], first_step=1)
     assert (tmp_path / "group-0.cut-from-1.trace").exists()
-    # A killed run leaves such a file.
     shutil.copy(path, tmp_path / ".group-0.trace.0123456789abcdef.tmp")
     assert_holds(read_trace(tmp_path), counts)
     write_recording(recording_path(tmp_path, 1), counts)

@@ -28,7 +28,6 @@ TOKENS, TOPK = 2048, 2
 # Mean max/mean with a layout one microbatch old, by shape. Seeds 1 to 7 stay a little below; the
 # test takes another seed, which influenced no choice in the planner.
 MICROBATCH_OLD_BOUNDS = {
-    # Every microbatch is the same.
     "W0": (1.0, 1.0, 1.0, 1.0),
     # Counts change only by sampling noise. With two spare slots per rank all of it flows off; with
     # one, ranks full of hot replicas have no neighbour for it.

@@ -14,15 +14,9 @@ _Value = TypeVar("_Value")
 
 
 class Draft:
-    """Settings drawn so far.
+    """Settings drawn so far: features in order, flags of both sides and of FSEP alone.
 
     All draws come from `random()`, which gives the same numbers in every version of Python.
-
-    Attributes:
-        features: in the order of drawing.
-        flags: of both sides.
-        without: switches of the model that neither side gets.
-        fsep: flags of FSEP alone.
     """
 
     def __init__(self, seed: int) -> None:

@@ -46,12 +46,9 @@ _OF_RANKS = {
 
 @dataclass(frozen=True)
 class Case:
-    """Combination under test.
+    """Combination under test, with its features in order of drawing.
 
-    Attributes:
-        row: as one of the parity table.
-        features: in the order of drawing.
-        model_parallel: ranks that have the same data.
+    `model_parallel` is the number of ranks that have the same data.
     """
 
     seed: int

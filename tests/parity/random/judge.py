@@ -85,13 +85,7 @@ class _Runs:
         given: list[Decisions] | None = None,
         exact: bool = False,
     ) -> list[Outcome]:
-        """Train; return every rank's outcome.
-
-        Args:
-            run: ranks and command line.
-            given: each rank's decisions that this run must follow.
-            exact: True for fp32 sums of tokens where they cross ranks.
-        """
+        """Train; return every rank's outcome. `exact` keeps sums of tokens across ranks in fp32."""
         size, command = run
         pool, case = self.ranks(size), self.case
         chosen = None if given is None else [decisions.chosen_CTK for decisions in given]
@@ -182,10 +176,7 @@ def _decisions(outcome: Outcome) -> Decisions:
 
 
 def describe_near_ties(run: list[Decisions], stock: list[Decisions]) -> str:
-    """Describe the ties at which a run, given stock's choices, would have chosen otherwise.
-
-    Both arguments have one entry per rank.
-    """
+    """Describe the ties at which a run, given stock's choices, would have chosen otherwise."""
     count, total, margin, gap = 0, 0, 0.0, 0.0
     for mine, theirs in zip(run, stock, strict=True):
         differ_CT, gaps_CT = mine.differ_CT(theirs), mine.gaps_CT(theirs)

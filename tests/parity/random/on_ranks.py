@@ -27,12 +27,10 @@ def train_case(
     adapt: Adapt | None = None,
     gradients: bool = True,
 ) -> Outcome:
-    """Train, and note the choices of routers that choose by themselves. Collective.
+    """Train, and note the choices of routers, if these choose by themselves. Collective.
 
-    Args:
-        chooses: True if routers do.
-        given: each rank's choices of another run, which this one must follow.
-        exact: True for fp32 partial sums of tokens where they cross ranks.
+    `given` are each rank's choices to follow; `exact` keeps partial sums of tokens across ranks in
+    fp32.
     """
     begin_s = time.process_time()
     decisions = None
