@@ -1,8 +1,7 @@
-"""Record of the stacks that tests passed with, written by scripts/test.sh, and its tables on a
-page.
+"""Record of the stacks that tests passed with, and its tables on a page.
 
-`python -m tests.site_pages --passed TESTS` adds the installed stack to tests/tested.csv, for a set
-of tests that has just passed. `scripts/test.sh` calls it after each whole set.
+After each whole set `scripts/test.sh` calls `python -m tests.site_pages --passed TESTS`, which adds
+the installed stack to tests/tested.csv.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Triton kernels of the permutations equal torch, in Triton's interpreter or on a card.
 
-`TRITON_INTERPRET=1 python -m tests.dispatch_kernels` checks them on the CPU: Triton decides when it
-is imported whether it interprets, so a test starts a process for it.
+`TRITON_INTERPRET=1 python -m tests.dispatch_kernels` checks them on the CPU. Triton reads this at
+import, so tests start a process.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Record of each rank's launches on every communicator, and checks of their orders.
 
-On CUDA a communication stream launches its collectives while work is submitted to it, in program
-order. On the CPU a thread would run them later; here streams do the work at once, at the same
-places in the program.
+On CUDA a communication stream launches its collectives in program order. On the CPU a thread would
+run them later; here streams do the work at once, at the same places in the program.
 
 A set of ranks cannot hang, even if a device ran one launch after the other, if
 - the k-th collective of a communicator is the same on all of its members, sizes included;

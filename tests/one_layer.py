@@ -1,7 +1,7 @@
 """One FSEP layer on one rank, alone in its process group, for runs on one GPU or none.
 
-Command lines with a single rank are refused, since no other rank shares the experts. A layer built
-by itself runs all its code, and its exchanges return a rank's own data.
+Command lines refuse a single rank, since no other rank shares the experts. A layer built by itself
+runs all its code.
 """
 
 from __future__ import annotations

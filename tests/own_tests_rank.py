@@ -3,8 +3,8 @@
     RANK=… python tests/own_tests_rank.py MODE CHECKOUT PORT RESULTS.json FILE...
 
 `tests/own_tests.py` starts the ranks. This file is never imported, since Megatron's tests are a
-package of the same name as ours. Ranks meet after every test, in a store of their own. After a
-failed test on any rank, all of them start the next one with new process groups.
+package of the same name as ours. Ranks meet after every test; after a failed one on any of them,
+all start the next one with new process groups.
 """
 
 from __future__ import annotations

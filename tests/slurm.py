@@ -1,7 +1,7 @@
 """A Slurm for tests, run by the own user: controller, nodes on loopback addresses, and jobs.
 
-Needs the programs of Slurm and munge, but no systemd, no cgroups and no names to resolve; root is
-needed only to install them. Several of these clusters can run at once. This module does not train.
+Needs the programs of Slurm and munge, but no systemd, cgroups or names to resolve. Only installing
+them needs root. Several of these clusters can run at once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Supervisor that runs pytest and ends with it: `python -m tests.supervise <pytest's arguments>`.
 
-pytest's status is final when its summary is printed, but its process may stay. Python waits for
-threads and children at exit, and readers of our output wait for every process that holds it. So
-pytest runs as a child that writes its status to a file; some time later all remaining processes are
-ended. The verdict of the tests is pytest's alone.
+After its summary pytest's process may wait for threads and children, and readers of our output wait
+for every process that holds it. So pytest runs as a child that writes its status to a file; some
+time later all remaining processes are ended.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Calls that replace Transformer Engine's CUDA graphs, so that ranks on the CPU follow their path.
 
-Megatron's own loop captures after some steps and replays from then on. Its capture asks Transformer
-Engine for graphs of layers. Here it gets functions that run the captured calls, as one autograd
-node each. Like graphs, they write their outputs to the same memory at every call; like Transformer
-Engine, they accept no layer with hooks.
+Megatron's own loop captures and replays. Instead of graphs it gets functions that run the captured
+calls, as one autograd node each. Their outputs go to the same memory at every call. Like
+Transformer Engine, they accept no layer with hooks.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Arguments that name paths, each with every kind of bad path.
 
-A row of the tables is an argument, a column a kind of path. Daily tests try every sixteenth pair of
-each row, so that each argument and each kind is tried every day.
+A row of the tables is an argument, a column a kind of path. Daily tests try every sixteenth pair.
 """
 
 from __future__ import annotations

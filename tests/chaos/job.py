@@ -1,7 +1,6 @@
 """A job that is restarted until its last step, as by torchrun and Slurm, amid faults.
 
-If a rank fails, the others are asked to end and then killed, as by torchrun. `checks` judges the
-outcome.
+If a rank fails, the others are asked to end and then killed. `checks` judges the outcome.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Shared experts are enqueued during the exchange of counts: counts leave, they run, counts arrive.
 
-On CUDA the host's order decides: it waits for counts where they are read, and the device computes
-the work that was enqueued before.
+On CUDA the host waits where counts are read; the device computes the work enqueued before.
 """
 
 from __future__ import annotations

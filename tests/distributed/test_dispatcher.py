@@ -1,7 +1,6 @@
 """Dispatchers over slots agree: own permutations and stock's, All-to-All and the flex dispatcher's.
 
-The flex dispatcher has replacements of DeepEP's and HybridEP's buffers. Helpers run
-on ranks.
+DeepEP's and HybridEP's buffers are replaced. Helpers run on ranks.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Every command in the README and in docs runs unchanged, in the order of its page.
 
-Commands run in a folder that looks like the top of the repository. Assumptions of a page that tests
-cannot meet are replaced: a cluster, a checkout of Megatron, hours. Commands that install everything
-are omitted: this test runs in their result, and other tests run their parts.
+Assumptions of a page that tests cannot meet are replaced: a cluster, a checkout of Megatron, hours.
+Commands that install everything are omitted, since this test runs in their result.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Installations of every kind, inside and outside the checkout, with every entry point.
 
-A checkout is a copy of this one without built or ignored files. Nothing is downloaded: each
-environment sees the test environment's packages except this one. It records the package's files
-that each process imports.
+A checkout is a copy of this one. Nothing is downloaded: environments see the test environment's
+packages except this one. They record the package's files that each process imports.
 
 Over 400 lines: all tests share the built archives and environments, which take minutes to make.
 """

@@ -1,7 +1,6 @@
 """Ranks launch the same on every communicator, and in orders that cannot hang a device.
 
-Megatron's own loop runs; its communicators and FSEP's are recorded from the making of the process
-groups to the end of training. `tests/launch_order.py` states the checks and reasons.
+`tests/launch_order.py` states the checks and reasons; here Megatron's own loop is recorded.
 """
 
 from __future__ import annotations

@@ -1,11 +1,8 @@
 """An FSEP run leaves stock's numbers only where rounding decides a near-tie in a router.
 
 Another layout sums experts' gradients in another order, so the routers' scores differ in their last
-bits. A token with such close k-th and (k+1)-th scores goes to another expert. From there on, the
-runs differ, as two stock runs with different expert placement do.
-
-The machine's rounding decides which run meets a near-tie, so one is searched for. Many tokens and
-experts make near-ties frequent.
+bits. A token with such close k-th and (k+1)-th scores goes to another expert, and the runs differ
+from there on. The machine's rounding decides which run meets a near-tie, so one is searched for.
 
 Legend: C router calls in a run's order (step, layer), T tokens of all ranks.
 """
@@ -96,9 +93,7 @@ class Comparison:
 
     @property
     def excess(self) -> float:
-        """Return the largest ratio of score difference to its bound, up to and with the first other
-        choice.
-        """
+        """Return the largest ratio of score difference to bound, first other choice included."""
         calls = len(self.gap_C) if self.first is None else self.first + 1
         return float((self.gap_C / self.reference.rounding_C)[:calls].max())
 

@@ -27,7 +27,7 @@ from tests.parity.rows import CLAMPED_GEGLU, TOKENS
 ROUNDING = 2.0**-8
 FEW = 4
 
-# Many tokens make near-ties certain, whatever the machine's rounding.
+# Many tokens make near-ties certain for any machine's rounding.
 ROW = Row(
     "tokens by nodes in bf16",
     flags=" --bf16 --moe-router-topk 3 --num-layers 4 --micro-batch-size 8",

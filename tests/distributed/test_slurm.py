@@ -1,7 +1,6 @@
-"""scripts/slurm/pretrain.sbatch on a real Slurm: which programs it starts where, and its requeues.
+"""scripts/slurm/pretrain.sbatch on a real Slurm: the programs it starts where, and its requeues.
 
-Some lines of shell replace torchrun on each node; Slurm, srun and the script itself are real. Real
-training is in test_slurm_training.py.
+Shell replaces torchrun on each node. Real training is in test_slurm_training.py.
 """
 
 from __future__ import annotations

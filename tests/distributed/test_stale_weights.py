@@ -1,7 +1,6 @@
 """Restores never read parameters that the distributed optimizer is still gathering.
 
-With `--overlap-param-gather`, Megatron waits for a parameter's all-gather in a hook before the call
-of its module. Slices are read inside such a call; these tests show that it matters.
+With `--overlap-param-gather`, Megatron waits for them in a hook before their module's call.
 """
 
 from __future__ import annotations

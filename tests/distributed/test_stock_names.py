@@ -1,7 +1,6 @@
 """Under stock's names an FSEP model has stock's parameters, in stock's shapes, and loads them.
 
-Both sides start from the weights that `cpu/weights.py` gives by name, and a learning rate of zero
-leaves them unchanged.
+Both sides keep the weights that `cpu/weights.py` gives by name: the learning rate is zero.
 """
 
 from __future__ import annotations

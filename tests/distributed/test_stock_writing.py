@@ -1,7 +1,6 @@
-"""Loops that write to a model's parameters by name, one by one, reach the experts of FSEP too.
+"""Loops that write to a model's parameters by name reach the experts of FSEP too.
 
-The loops here make the calls of reinforcement learning's stacks. Those keep copies of several
-models that are swapped in place, and load Hugging Face's weights.
+As in reinforcement learning, copies of models are swapped in place, and checkpoints are loaded.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Random delays in every exchange and every plan change no bit.
 
-A configuration starts once. Its seeds are consecutive steps of one run, two steps for each. After
-every step each rank's weights and gradients are compared with the undisturbed run's. As long as
-nothing differs, this equals a fresh start for every seed, with streams and workspaces in use.
+A configuration starts once; each seed is two steps of its run. Every rank's weights and gradients
+are compared after every step, so that a seed starts as in the undisturbed run.
 
 Runs 5 seeds. The 200 are for a machine with time:
 

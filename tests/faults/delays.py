@@ -1,7 +1,7 @@
 """Random delays wherever ranks meet or plans are made, and a record of completion orders.
 
-A delay is drawn from (seed, rank, site, number of the call), so a seed repeats its delays for any
-timing of threads. A seed covers some steps of one training run.
+Delays are drawn from (seed, rank, site, number of the call), so a seed repeats them for any timing.
+A seed covers some steps of one run.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`pretrain_gpt.py` that stops in the middle of a step, until the run is asked to end.
 
 That is done by a signal or by `--exit-duration-in-mins`. HELD_IN_STEP is the step, counted from 1.
-HELD_FOLDER records that a rank was held, with its process id, since each is held once.
+HELD_FOLDER records held ranks, since each is held once. A held rank prints its process id.
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 
 Tokens that go through nodes are the one exception: a second wait, which has a name.
 
-torch's debug mode raises at operations that wait for a stream. Waits for an event, which it does
-not see, are recorded here: a layer has one, for the copy of counts. Asynchronous copies from memory
-that is not pinned are recorded as well.
+torch's debug mode raises at waits for a stream. It does not see waits for an event and asynchronous
+copies from memory that is not pinned, so both are recorded here.
 """
 
 from __future__ import annotations

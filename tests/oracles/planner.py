@@ -38,10 +38,9 @@ def token_runs(layout: ExpertLayout, row_S: Int64, columns_NC: Int64) -> dict[st
     """Return the runs of rows between which one rank's tokens move, in the order they are packed.
 
     By slot: the start and end of its places among its expert's tokens, and its first row in the
-    send buffer; also the slots by expert, and each expert's first. By arrival, in order of slot and
-    then of rank: the shift between a row's places in both orders, numbered through, and the rows of
-    each run. By source: the shift from a row of the send buffer to its pair by expert, and the rows
-    of each run.
+    send buffer. Then the slots by expert, and each expert's first. By arrival, in order of slot and
+    then of rank: the shift between a row's places in both orders, and each run's rows. By source:
+    the shift from a row of the send buffer to its pair by expert, and the rows of each run.
     """
     experts, slots = layout.to_list(), range(layout.num_slots)
     ranks, places = range(layout.num_ranks), range(layout.capacity)

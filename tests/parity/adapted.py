@@ -1,7 +1,6 @@
 """Models with frozen weights, wholly except adapters or in part, the same in stock and FSEP.
 
-A row of the parity table names one of these functions; it changes a model chunk before Megatron
-wraps it, as Megatron-Bridge does for LoRA.
+These functions of the parity table's rows change a model chunk before Megatron wraps it.
 """
 
 from __future__ import annotations

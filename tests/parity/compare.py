@@ -19,8 +19,8 @@ class Distance:
     """Distance between two runs: the largest relative differences.
 
     Gradients of the first step and final weights are compared by L2 distance of tensors. `losses`
-    has steps and evaluations, `norms` gradient norms of steps, `logged` Megatron's logged losses of
-    MoE layers, for a layer or over all; 0 where it logs none.
+    has steps and evaluations, `norms` gradient norms of steps. `logged` has Megatron's logged
+    losses of MoE layers, for a layer or over all; 0 where it logs none.
     """
 
     grads: float

@@ -1,8 +1,7 @@
 """The routers' decisions in a run: recorded, compared with another run's, and given to a run.
 
-Megatron's top-k is intercepted through the seam of its routing replay (`RouterReplay`). Sinkhorn
-and quantile balancing do not use it, so their results are replaced. A router's other parts, losses
-among them, are not affected, and neither is a fused router.
+Megatron's top-k is intercepted at its routing replay (`RouterReplay`). Sinkhorn and quantile
+balancing do not use it, so their results are replaced. All else in a router is unchanged.
 
 Legend: C router calls in a run's order (step, microbatch, layer), T tokens, E experts, K top-k.
 """

@@ -1,8 +1,7 @@
 """`exact_sums()` sends partial sums of tokens across ranks in fp32, for tests only.
 
-With `--fsep-token-exchange node` a rank adds up a token's outputs of its experts, and a token's
-gradients too, before they leave. In bf16 each such sum is rounded once more than in stock. Here
-rows cross in fp32, so that a token's sum is rounded once, as in stock.
+With `--fsep-token-exchange node` a rank sums outputs and gradients of a token before they leave, a
+rounding more in bf16 than in stock. In fp32 a token's sum is rounded once, as in stock.
 """
 
 from __future__ import annotations

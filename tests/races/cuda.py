@@ -1,7 +1,6 @@
-"""Replacements of streams and events that report CUDA's orders to the checker.
+"""Replacements of `torch.cuda`'s streams and events that report CUDA's orders to the checker.
 
-`StreamsOnCPU` replaces those of `torch.cuda`, and lets the package's code for CUDA run on tensors
-of the CPU. The replacements themselves order nothing.
+They order nothing themselves, and let the package's code for CUDA run on tensors of the CPU.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Three layers of experts that train on each rank: real exchanges, streams and GEMMs.
+"""Three layers of experts on each rank, the smallest program with all overlaps of training.
 
-It is the smallest program with all overlaps of training. Restores run ahead in forward and
-backward, reduces wait for the tokens' gradients, layouts change after the gate. Megatron's own loop
-is in `training.py`.
+Restores run ahead in forward and backward, reduces wait for the tokens' gradients, layouts change
+after the gate. Megatron's own loop is in `training.py`.
 """
 
 from __future__ import annotations

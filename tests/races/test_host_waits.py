@@ -2,9 +2,8 @@
 
 Tokens that go through nodes are the one exception: a second wait, which has a name, and an upload.
 
-The code for CUDA runs on replaced streams. Waits are recorded, and so are operations that would
-read a number back from the device to learn a size or a value. Effects that only a GPU shows, such
-as a copy to pageable memory, are left to `tests/gpu/test_host_waits.py`, which runs the same layer.
+The code for CUDA runs on replaced streams. Waits, and operations that would read a number back from
+the device, are recorded. Effects that only a GPU shows are left to `tests/gpu/test_host_waits.py`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
     --spec tests.specs.gated_delta_net block_spec
 
-Megatron makes such layers of Transformer Engine, and has their kernels from flash-linear-attention.
-Here are its local modules, and torch instead of the kernels.
+It has Megatron's local modules, and torch instead of the kernels of flash-linear-attention.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """An exchange of one matrix launches few kernels on CUDA, however often an expert is replicated.
 
-A counter replaces Triton's kernels, and collectives do nothing, so that one process acts for 32
-ranks. Other launches are counted in torch's dispatch.
+Launches are counted, and collectives do nothing, so that one process acts for 32 ranks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Published tables are read from complete files, whatever else they hold."""
+"""Published tables are read from complete files that also hold other data."""
 
 from __future__ import annotations
 

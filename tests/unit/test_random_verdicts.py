@@ -21,9 +21,9 @@ from tests.parity.random.on_ranks import Outcome
 class Made:
     """Replacement of pools whose gradients are 1 for stock, and larger by a given gap elsewhere.
 
-    `apart` has the gaps of FSEP by itself, given stock's choices, and with exact sums; `floor` that
-    of the other stock run (None where it does not train). Commands with the word in `fails` do not
-    train.
+    `apart` has the gaps of FSEP by itself, given stock's choices, and with exact sums. `floor` is
+    that of the other stock run, or None where it does not train. Commands with the word in `fails`
+    do not train.
     """
 
     apart: tuple[float, float, float] = (0.0, 0.0, 0.0)

@@ -1,7 +1,7 @@
-"""Refusals fire for flags that Megatron's own parser knows, by flag and by field.
+"""Refusals fire for flags that Megatron's own parser knows, by flag and by field, and only then.
 
-Without such a flag none fires, and settings that FSEP needs are filled in. Megatron parses all rows
-of the table in one process. `tests/distributed/test_refusals.py` tests refusals on ranks.
+Megatron parses all rows of the table in one process. `tests/distributed/test_refusals.py` has
+ranks.
 
 Over 400 lines: tables of flags, and the program that gives them to Megatron.
 """

@@ -1,7 +1,6 @@
 """Every GEMM back end computes a linear layer per slot, and back ends are chosen by name.
 
-GPU parts are replaced: CUDA streams by recorders, Transformer Engine's function by one that follows
-its sources.
+CUDA streams and Transformer Engine's function are replaced.
 """
 
 from __future__ import annotations

@@ -1,7 +1,6 @@
 """Jobs that share a CHECKPOINT train one at a time and log the job whose step they resume.
 
-The batch script's functions run with replacements of squeue and scontrol: a job runs while a file
-has its number.
+squeue and scontrol are replaced: a job runs while a file has its number.
 """
 
 import os
@@ -61,8 +60,8 @@ def end(folder: Path, job: int, step: int | None = None) -> None:
         (folder / "run" / "latest_checkpointed_iteration.txt").write_text(str(step))
 
 
-# The folder is new, or claimed by an ended job (which Slurm may not know), by a script without
-# links, or by one of the jobs before its requeue.
+# The folder is new, or claimed: by an ended job, known to Slurm or not; by a script without links;
+# or by one of the jobs before its requeue.
 _BEFORE = """
 case $((pair % 5)) in
     1) (claim 1 "$folder") 2>>log ;;

@@ -1,4 +1,4 @@
-"""Test runs end with pytest's verdict, whatever processes they leave."""
+"""Test runs end with pytest's verdict, even if they leave processes."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ MICROBATCH_OLD_BOUNDS = {
 # Largest share of tokens that leave their node with a layout for these very counts. With C = 6 a
 # node holds all experts, so only a node's excess leaves; the same holds in the last column.
 OFF_NODE_BOUNDS = {
-    # With one home per expert and two nodes, half of the tokens are at the wrong one, less the
-    # share of C - 2 spare slots per rank.
+    # With one home per expert and two nodes, half of the tokens are at the wrong one. C - 2 spare
+    # slots per rank reduce that.
     "W0": (0.50, 0.25, 0.0, 0.0),
     # Hot experts are on all ranks; only the cold ones' tokens leave.
     "W1": (0.14, 0.07, 0.0, 0.0),
