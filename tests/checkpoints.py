@@ -56,6 +56,5 @@ def assert_equal(found: Tensors, expected: Tensors) -> None:
 
 
 def train_until_exit(flags: list[str]) -> None:
-    """Train; catch the exit with which Megatron ends a run at `--exit-interval`."""
     with pytest.raises(SystemExit):
         train(flags)

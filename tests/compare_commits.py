@@ -94,7 +94,6 @@ def comparison(before: Results, after: Results) -> tuple[list[str], bool]:
 
 
 def read_results(folder: Path, steps: int) -> Results:
-    """Read the results of a run with this many steps from its folder."""
     checkpoint = iteration_folder(folder / "checkpoint", steps)
     entries = torch_checkpoint.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     tensors: dict[str, dict[str, str]] = {"weights": {}, "optimizer state": {}}
@@ -167,7 +166,6 @@ def _commit(name: str) -> str:
 
 
 def _results_of(commit: str, folder: Path, steps: int) -> Results:
-    """Build a commit, train every configuration with it in `folder`, and read the results."""
     folder.mkdir()
     data = folder.parent / "text"
     results: dict[str, Mapping[str, str]] = {}

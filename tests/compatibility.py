@@ -50,7 +50,6 @@ class Stack:
 
 
 def here(tests: str) -> Stack:
-    """Return the installed stack, with the cards that torch sees."""
     import torch
 
     from megatron_laer.megatron_version import megatron_version
@@ -98,7 +97,6 @@ def combinations() -> Iterator[str]:
 
 
 def versions() -> Iterator[str]:
-    """Yield each part of a stack: tested, by the record; expected and refused, by the code."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     needs = [*project["project"]["dependencies"], *_extra(project, "te")]
     ranges = dict(re.fullmatch(r"([\w-]+)(?:\[.*\])?(.*)", text).groups() for text in needs)

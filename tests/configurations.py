@@ -29,7 +29,6 @@ from megatron_laer.tools.recipes.command_lines import without
 from tests.documents import ROOT
 
 _CONFIGS = ROOT / "configs"
-# Small ones, for tests, come last.
 MODELS = sorted(
     (path.stem for path in _CONFIGS.glob("models/*.yaml")),
     key=lambda name: (name.startswith("tiny-"), name),
@@ -90,7 +89,6 @@ def number(published: str) -> tuple[float, float]:
 
 
 def counted(name: str) -> Sizes:
-    """Count a model's parameters as Megatron builds it with FSEP on rank 0."""
     with _built(name) as (args, model):
         found = Sizes(Counter(), Counter(), args.moe_router_topk / args.num_experts)
         for parameter_name, parameter in model.named_parameters():
@@ -161,7 +159,6 @@ def judged(name: str) -> tuple[str, str]:
 
 
 def left_out(name: str, kind: str) -> list[str]:
-    """Return the parts that a model's publisher does not count."""
     found: list[str] = facts().get(name, {}).get("left_out", {}).get(kind, [])
     return found
 
@@ -205,7 +202,6 @@ def cluster_table() -> list[str]:
 
 
 def main() -> None:
-    """Print the tables, or with `--json` the parameters of each model and its line."""
     # Megatron prints its arguments, and loggers their messages.
     with contextlib.redirect_stdout(sys.stderr):
         # First, since building models makes the plugin add its flags to Megatron's parser.

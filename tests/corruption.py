@@ -172,7 +172,6 @@ def outcome(format: Format, path: Path, expected: Records) -> str:
 
 
 def outcomes(format: Format, path: Path, copies: Iterator[bytes]) -> Counter[str]:
-    """Count the outcomes of reading changed copies, and restore the file."""
     content, expected = path.read_bytes(), format.read(path)
     found: Counter[str] = Counter()
     for copy in copies:

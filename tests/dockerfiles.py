@@ -27,7 +27,6 @@ class Instruction:
 
     @property
     def mounts(self) -> list[dict[str, str]]:
-        """Return its mounts, each by key, such as type, source, target."""
         given = self.options.get("mount", [])
         return [dict(pair.split("=", 1) for pair in mount.split(",")) for mount in given]
 

@@ -31,7 +31,6 @@ _PROGRAMS = "torchrun python pip sbatch srun scontrol bash megatron-laer scripts
 
 
 def project_files() -> Iterator[Path]:
-    """Yield every file of the project, including built and cached ones."""
     yield from (path for path in ROOT.iterdir() if path.is_file())
     for folder in FOLDERS:
         yield from (path for path in ROOT.joinpath(folder).rglob("*") if path.is_file())

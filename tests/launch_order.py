@@ -60,7 +60,6 @@ class Launch:
 
 @contextlib.contextmanager
 def recorded(launches: list[Launch]) -> Iterator[None]:
-    """Append all launches of this rank, in program order."""
     from megatron_laer.runtime import build
 
     make_comm_stream, batch_isend_irecv = build.make_comm_stream, dist.batch_isend_irecv
@@ -187,7 +186,6 @@ def _unequal(launches: Sequence[Sequence[Launch]]) -> tuple[list[str], list[list
 
 
 def _misfit(launches: Sequence[Launch]) -> str | None:
-    """Describe why these launches, one of each member, are not the same collective."""
     operations = [launch.operation for launch in launches]
     if len(set(operations)) > 1:
         return f"operations {operations}"

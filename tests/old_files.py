@@ -18,7 +18,6 @@ from megatron_laer.telemetry.trace_file import MAGIC
 
 FOLDER = Path(__file__).resolve().parent / "files_of_0_1"
 
-# The release of Megatron that wrote the checkpoint.
 MEGATRON = "0.19"
 
 # The run had six steps; the checkpoint is of the fourth.
@@ -38,7 +37,6 @@ def logged_losses() -> list[float]:
 
 
 def as_version_1(content: bytes) -> bytes:
-    """Return a recording of routing, layouts or metrics in its form before checksums."""
     if content.startswith(MAGIC):
         return _trace_as_version_1(content)
     return b"".join(_line_as_version_1(line) for line in content.splitlines())

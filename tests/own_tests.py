@@ -40,8 +40,6 @@ FILES = """
 
 @dataclass(frozen=True)
 class Verdict:
-    """Worst outcome of a test over the ranks: passed, skipped or failed, with its reasons."""
-
     outcome: str
     reasons: tuple[str, ...] = ()
 
@@ -105,7 +103,6 @@ def _worst(by_rank: list[dict[str, list[str]]]) -> dict[str, Verdict]:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the files, write the verdicts as JSON, and print the number of each."""
     mode, checkout, out, *files = arguments
     assert mode in ("without", "standard", "fsep"), mode
     verdicts = run(mode, Path(checkout), files or FILES, timeout_s=7200.0)

@@ -30,7 +30,6 @@ def text() -> str:
 
 
 def settings_of(row: Row) -> Namespace:
-    """Return the settings of a row's run under test, by Megatron's names."""
     found: dict[str, Any] = {"is_lora": "lora" in getattr(row.adapt, "__name__", "")}
     flag = ""
     for word in row.fsep_run("data")[1]:

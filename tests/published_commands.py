@@ -58,7 +58,6 @@ def row_of(entry: Mapping[str, Any]) -> str:
 
 
 def table(folder: Path) -> list[str]:
-    """Return the lines of the table, judged by `check-recipe` from files in the folder."""
     lines = ["| model | published by | verdict | proved by | in the way | row |"]
     lines.append("|---|---|---|---|---|---|")
     for number, entry in enumerate(read()):
@@ -83,7 +82,6 @@ def table(folder: Path) -> list[str]:
 
 
 def proof_in(said: str) -> str:
-    """Return the proof of a verdict, from the first line of `check-recipe`."""
     if lacking := _NO_ROW.search(said):
         return f"all but {lacking[1]}"
     return next(kind for kind, text in _PROOFS.items() if text in said)

@@ -60,7 +60,6 @@ def _proof(found: Judgement) -> str:
 
 
 def no_rows(recipes: Judged) -> Counter[str]:
-    """Count the recipes that run with each feature that no row has."""
     proofs = [found.proof for _, found in recipes if found.proof]
     return Counter(feature for proof in proofs for feature in proof.no_row)
 

@@ -72,7 +72,6 @@ class TickingClock:
 
 
 def counts_NE(step: int, layer: int, microbatch: int) -> Int64:
-    """Return skewed counts, the same at every call."""
     luck = np.random.default_rng((step, layer, microbatch))
     shares_E = np.random.default_rng(layer).gamma(0.4, size=GEOMETRY.num_experts) + 0.02
     return luck.multinomial(TOKENS, shares_E / shares_E.sum(), size=GEOMETRY.num_ranks)

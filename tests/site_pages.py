@@ -68,7 +68,6 @@ def environment() -> Iterator[str]:
 
 
 def slurm_settings() -> Iterator[str]:
-    """Yield the settings of the batch script for Slurm, as its head lists them."""
     text = SLURM.read_text(encoding="utf-8")
     listed = re.findall(
         r"^#   ([A-Z_]+(?:, [A-Z_]+)*) +(\S.*(?:\n# {19}\S.*)*)", text, re.MULTILINE
@@ -122,7 +121,6 @@ def old(write: bool = False) -> list[str]:
 
 
 def main() -> None:
-    """Write every table into its page, or name the old ones with `--check`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--passed", metavar="TESTS", help="how a set was started that has passed")
     parser.add_argument("--check", action="store_true", help="write nothing; fail for old tables")

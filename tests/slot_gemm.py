@@ -42,7 +42,6 @@ def poisoned_memory() -> Iterator[None]:
 def check_back_end(
     gemm: SlotGemm, dtype: torch.dtype, device: torch.device, tokens_C: Sequence[int] = TOKENS_C
 ) -> None:
-    """Compare output and gradients of `slot_linear` on this back end with the reference."""
     generator = torch.Generator(device).manual_seed(0)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
     weight_CRK = torch.randn(len(tokens_C), ROWS, COLUMNS, **options).requires_grad_()

@@ -62,7 +62,6 @@ class Cluster:
     def run(
         self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> str:
-        """Return the output of a Slurm command; raise RuntimeError with the output if it fails."""
         result = subprocess.run(
             words,
             env=self.environment(**(environment or {})),
@@ -100,7 +99,6 @@ class Cluster:
         return int(self.run(*sbatch, cwd=cwd, environment=environment))
 
     def cancel_jobs(self) -> None:
-        """End all jobs and wait until their nodes are free."""
         self.run("scancel", f"--user={getpass.getuser()}")
         deadline_s = time.monotonic() + _WAIT_S
         while left := self.run("squeue", "--noheader"):
@@ -273,7 +271,6 @@ def _start(cluster: Cluster) -> None:
 
 
 def start_node(cluster: Cluster, node: str) -> None:
-    """Start a node as its machine would, for the first time or again."""
     cluster.run("slurmd", "-N", node)
 
 

@@ -85,7 +85,6 @@ def without_remedy(module: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def exceptions() -> Exceptions:
-    """Collect the exceptions of the package's files and of the pages."""
     found: Exceptions = defaultdict(list)
     for path in sorted((ROOT / "megatron_laer").rglob("*.py")):
         name = path.relative_to(ROOT)
@@ -123,7 +122,6 @@ def excess(found: Exceptions, allowed: dict[tuple[str, str], int]) -> list[str]:
 
 
 def main() -> None:
-    """List the exceptions, or lower the counts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true", help="lower the counts to today's")
     parser.add_argument("--new", action="store_true", help="list rooms that are not listed")

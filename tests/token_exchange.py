@@ -60,8 +60,6 @@ class Sent:
 
 @dataclass
 class Outcome:
-    """Whole exchange: the experts' inputs and weights, the result and its gradients."""
-
     experts: list[torch.Tensor]
     combined: torch.Tensor
     grads: list[torch.Tensor]
@@ -70,8 +68,6 @@ class Outcome:
 
 
 class SharedExperts:
-    """Shared experts with constant output that record the order of the dispatcher's calls."""
-
     use_shared_expert_gate = False
 
     def __init__(self) -> None:
@@ -139,7 +135,6 @@ def routing_maps(case: Case) -> list[torch.Tensor]:
 
 
 def plan_of(case: Case, rank: int) -> MicrobatchPlan:
-    """Return a rank's plan under a random layout, with exact quotas."""
     layout = ExpertLayout.random(case.ranks, case.capacity, case.experts, (case.seed,))
     counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in routing_maps(case)])
     quotas = solve_quotas(Split.EXACT, counts_NE, layout, case.node_size)

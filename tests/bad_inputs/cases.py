@@ -331,7 +331,6 @@ PREPARE_DATA = (
     ("--input latin.jsonl", "latin.jsonl"),
     ("--input packed.jsonl.gz", "'packed.jsonl.gz' is compressed by its ending"),
 )
-# Each with an output of its own.
 OUTPUTS = (
     ("--input good.txt --output prefix", "output prefix 'prefix' must be a path"),
     ("--input good.txt --output x.bin", "output prefix 'x.bin' must be a path"),

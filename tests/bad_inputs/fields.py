@@ -91,7 +91,6 @@ GOOD_RECIPE = dict.fromkeys(COLUMNS, "''") | {
 }
 _CSV_LINE = ",".join(GOOD_RECIPE.values()).replace("''", "")
 _CSV = f"{','.join(COLUMNS)}\n{_CSV_LINE}\n"
-# Tables of recipes: content, status and message.
 TABLES: dict[str, tuple[bytes, int, str]] = {
     "nothing": (b"", 2, "no field recipe"),
     "columns-alone": (_CSV.splitlines()[0].encode(), 2, "no recipe follows"),

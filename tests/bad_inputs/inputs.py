@@ -400,7 +400,6 @@ def _yaml(folder: Path) -> None:
 
 
 def pickles() -> dict[str, tuple[bytes, str]]:
-    """Yield lists of tensors with the expected messages."""
     import torch
     from torch.distributed.checkpoint import metadata
 
@@ -453,8 +452,6 @@ def pickles() -> dict[str, tuple[bytes, str]]:
 
 
 class _Size:
-    """Pickle of torch.Size with any content."""
-
     def __init__(self, sizes: object) -> None:
         self._sizes = sizes
 

@@ -76,7 +76,6 @@ def failures(
 
 
 def content(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield every entry of a folder, with a value that shows changes."""
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(place, name)

@@ -18,7 +18,6 @@ HUGE = 2**36
 _EVERY = 16
 _SHOWN = 40
 
-# Names of missing files.
 ODD_NAMES = {
     "erases the screen": "\x1b[2J\x1b[31mFAKE",
     "title": "\x1b]0;FAKE\x07",
@@ -122,7 +121,6 @@ _TAKEN = {
     "train {}": ("memory", "counters"),
 }
 
-# Paths in folders that do not exist.
 NO_FOLDERS = {
     "escapes": "nowhere\x1b[2J/x",
     "lines": "no\nFAKE/x",
@@ -156,7 +154,6 @@ WRITTEN = (
     "benchmarks/convergence.py --figure {}.png",
     "benchmarks/end_to_end.py --json {}.json",
 )
-# Arguments for folders that are created.
 MADE = (
     "prepare-data --input good.txt --output {}",
     "benchmarks/gpu/__main__.py --dry-run --output {}/y",

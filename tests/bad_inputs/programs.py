@@ -21,7 +21,6 @@ Change = Callable[[list[str]], list[str]]
 
 
 def _line(number: int, text: str) -> Change:
-    """Replace a line; 0 is the header."""
     return lambda lines: [*lines[:number], text, *lines[number + 1 :]]
 
 
@@ -224,7 +223,6 @@ def cases() -> Iterator[tuple[str, str]]:
 
 
 def make(folder: Path) -> None:
-    """Write tables as the artifact has them, and copies with one thing wrong."""
     good = {
         _E2E: _end_to_end(),
         _CURVES: _convergence(),

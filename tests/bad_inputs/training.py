@@ -158,7 +158,6 @@ _VARIABLES = (
     ("MEGATRON_LAER_DEVICE", "tpu", "MEGATRON_LAER_DEVICE='tpu' names no device"),
 )
 
-# In a script without the plugin.
 UNMODIFIED = (
     ("--fsep-cluster nope", "train: --fsep-cluster 'nope': unknown cluster 'nope'"),
     ("--num-experts 0", "train: --expert-parallel-mode fsep cannot run with --num-experts 0"),

@@ -29,7 +29,6 @@ _TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 _PLAN = ("plan", "good.trace")
 _PLOT = ("plan", "good.trace", "--plot", "out/plot.png")
 _DATA = ("prepare-data", "--input", "good.txt", "--output", "out/fresh")
-# Words, variables, status and message.
 _AT_START = (
     (_PLOT, {"MPLBACKEND": "foo"}, "MPLBACKEND='foo': "),
     (_PLOT, {"MPLBACKEND": "\x1b[2J\nFAKE"}, "MPLBACKEND='\\x1b[2J\\nFAKE': "),

@@ -42,7 +42,6 @@ class Outcome:
 
 
 def run_job(plan: Plan, data: str, folder: Path) -> Outcome:
-    """Run it to its end; each start meets one of the remaining faults."""
     folder.mkdir(parents=True)
     outcome, faults = Outcome(folder), list(plan.faults)
     for start in range(len(faults) + 2):
@@ -68,7 +67,6 @@ def steps_made(folder: Path, of_rank: int = 0) -> list[int]:
 
 
 def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | None) -> list[int]:
-    """Start all ranks once, inject the fault, and return their ends."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_laer.cpu.rank_imports"])
     environment = _environment(plan, start)

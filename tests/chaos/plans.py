@@ -20,8 +20,6 @@ _LAER = "--fsep-planner laer --fsep-cluster cpu-gloo --fsep-plan-lag 2"
 
 @dataclass(frozen=True)
 class Variant:
-    """Kind of run: its number of ranks, its flags, and whether it has checkpoints."""
-
     name: str
     flags: str
     ranks: int = 2
@@ -74,7 +72,6 @@ class Plan:
     steps: int = STEPS
 
     def flags(self, data: str, folder: str) -> list[str]:
-        """Return the command line of every start; the run's files are in `folder`."""
         saved = f"{folder}/saved"
         saves = f"--save {saved} --load {saved} --save-interval {SAVE_EVERY}"
         handles = "--exit-signal-handler" if self.handles_term else ""

@@ -21,7 +21,6 @@ class Chaos:
         self._undisturbed: dict[Variant, Path] = {}
 
     def run(self, plan: Plan, name: str) -> tuple[str, list[str]]:
-        """Make a run; return its course in words, and its problems."""
         expected = self._without_faults(plan.variant)
         began_s = time.monotonic()
         outcome = run_job(plan, self._data, self._folder / name)

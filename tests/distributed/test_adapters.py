@@ -76,7 +76,6 @@ def test_weights_that_some_ranks_freeze_are_named_on_every_rank(
 
 
 def refusal(pool: RankPool, data: str, adapt: Adapt, kind: str) -> str:
-    """Return the one error that every rank raises before its first step."""
     flags = command_line(
         data,
         experts=8,

@@ -29,7 +29,6 @@ OTHER_NUMPY = "0.0.other"
 def train_with_other_rank(
     flags: list[str], rank: int, others: list[str], numpy_version: str | None
 ) -> None:
-    """Train; one rank gets more flags than the others, or another version of NumPy."""
     mine = rank_of_environment() == rank
     with contextlib.ExitStack() as stack:
         if mine and numpy_version is not None:

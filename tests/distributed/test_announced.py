@@ -24,7 +24,7 @@ from megatron_laer.cpu.training import train
 from tests.distributed.test_own_loop import code_of, loaded, script
 from tests.parity.flags import command_line
 
-__all__ = ["script"]  # the fixture
+__all__ = ["script"]
 
 # Steps on one rollout: from the second on, routers would choose otherwise by themselves.
 ROLLOUTS, UPDATES = 2, 3
@@ -51,7 +51,6 @@ class Seen:
 
 
 def page() -> Any:
-    """Return the functions of the page."""
     names: dict[str, Any] = {}
     exec(compile(code_of("rl.md", "RouterReplayAction"), "rl.md", "exec"), names)
     return SimpleNamespace(**names)
@@ -315,7 +314,6 @@ def test_slimes_replay_is_announced_by_its_hook(
 
 
 def problems(path: Path) -> list[str]:
-    """Return the errors of wrong announcements, one after the other."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -376,7 +374,6 @@ def test_a_wrong_announcement_is_an_error_on_every_rank(
 
 
 def announce_in_another_mode() -> str:
-    """Return the error of an announcement that nothing reads."""
     import megatron_laer
 
     megatron_laer.enable(megatron_laer.FSEPConfig(plan_mode="exact"))

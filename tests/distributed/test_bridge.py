@@ -115,8 +115,6 @@ def small_recipe(folder: Path, load: Path | None, iterations: int) -> Any:
 
 @dataclass
 class Run(Record):
-    """Results of a run: a layout version per step, and FSEP's reports."""
-
     versions: list[int] = field(default_factory=list)
     reports: list[str] = field(default_factory=list)
 

@@ -77,7 +77,6 @@ def test_two_ranks_write_a_file_that_plan_takes_and_keep_what_is_there(tmp_path:
 
 
 def calibrated(words: str, rank_words: str = "", rank: int = -1) -> None:
-    """Run the command on a rank of the pool, with more arguments on one of them."""
     from megatron_laer.tools.cli import calibrate
 
     parser = argparse.ArgumentParser()
@@ -141,7 +140,6 @@ def test_bad_input_is_the_same_sentence_on_every_rank(
         (f"{tmp_path / 'x.yaml'} --config moon", "--config 'moon': unknown model 'moon'"),
     ):
         assert message in refusal(pool, words)
-    # One rank alone has it.
     assert refusal(pool, good, "--config moon", 1).startswith("rank 1: --config and --hidden")
     differing = refusal(pool, good, "--node-size 1", 1)
     assert "ranks 0 and 1 would measure differently (node_size is 2 and 1); start all" in differing

@@ -81,7 +81,7 @@ JOURNEYS = (
     ),
     Journey("offloaded", DISTRIBUTED + OFFLOADED, (Stop(2, 2), Stop(4, 4, FSEP), Stop(4, 4))),
     Journey(
-        "uneven rows of both matrices and biases",  # 10 and 54 on four ranks
+        "uneven rows of both matrices and biases",
         DISTRIBUTED + " --ffn-hidden-size 10 --hidden-size 54 --num-attention-heads 3",
         STOCK_TO_STOCK,
         without="--swiglu --disable-bias-linear",
@@ -194,7 +194,6 @@ def test_weights_go_from_stock_to_fsep_and_back(
     more_slots = FSEP + " --fsep-capacity 7" + load_fsep
     assert_equal(two.run(initial_weights, command(2, more_slots))[0], trained)
     assert_equal(four.run(initial_weights, command(4, load_fsep))[0], trained)
-    # Two replicas of FSEP on two ranks, and two pipeline stages, each with half of the layers.
     assert_equal(four.run(initial_weights, command(2, FSEP + load_fsep))[0], trained)
     stages = " --pipeline-model-parallel-size 2"
     assert_equal(four.run(initial_weights, command(2, FSEP + stages + load_fsep))[0], trained)
@@ -238,7 +237,6 @@ def test_optimizer_buffers_are_read_by_their_own_kind_of_run_alone(
 
 
 def layouts_in_force(_: list[torch.nn.Module]) -> Any:
-    """Return the layouts in force after a step; none on a stage without MoE layers."""
     coordinator = current_coordinator()
     if coordinator is None:
         return None

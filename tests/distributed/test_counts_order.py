@@ -42,7 +42,6 @@ CASES = {
 
 @contextlib.contextmanager
 def noted(events: list[str]) -> Iterator[None]:
-    """Append this rank's host events, in order."""
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 

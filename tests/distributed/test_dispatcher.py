@@ -51,7 +51,6 @@ def make_plan(capacity: int, experts: int, topk: int, tokens: list[int]) -> tupl
 
 
 def dispatch(plan: Any, map_TE: Any, topk: int, path: str, with_shared: bool) -> Outcome:
-    """Dispatch tokens, let experts square and weigh them, combine, and run backward."""
     import torch
     import torch.distributed as dist
 
@@ -101,7 +100,6 @@ def on_gloo() -> Iterator[None]:
 
 
 def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared: bool) -> int:
-    """Run a whole dispatch by either path; return the names of the compared tensors."""
     import torch
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -210,7 +208,7 @@ def flex_against_another_plan(backend: str) -> list[str]:
         with pytest.raises(RuntimeError) as third:
             dispatcher.end_step()
         awaited.synchronize.assert_called_once()
-        dispatcher.end_step()  # nothing is left
+        dispatcher.end_step()
     return [str(error.value) for error in (first, second, third)]
 
 

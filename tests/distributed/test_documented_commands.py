@@ -116,7 +116,6 @@ def test_what_is_run_elsewhere_is() -> None:
 
 @pytest.fixture
 def top(tmp_path: Path) -> Path:
-    """Make a writable folder with the repository's files."""
     folder = tmp_path
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name not in ("build", "dist"):

@@ -290,7 +290,6 @@ def test_bytes_of_the_collectives_equal_the_formulas(
 
 
 def layouts_that_follow(node_size: int) -> None:
-    """Restore five layouts one after the other into the same tensor, then the last one again."""
     import torch
 
     with exchanges_on(node_size) as make:
@@ -416,7 +415,6 @@ def test_buffers_are_allocated_once_and_as_large_as_the_formula(
 
 
 def both_at_once(node_size: int) -> None:
-    """Run restores on one thread and reduces on another, started in either order."""
     import torch
 
     case = Case(3, 6, 8, "float32", 2)

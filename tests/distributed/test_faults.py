@@ -197,7 +197,6 @@ def test_a_damaged_checkpoint_is_met_as_stock_meets_it(
 
 
 def how_it_ended(result: Any, folder: Path) -> str:
-    """Return the number of steps, or the error without the folder's name."""
     if isinstance(result, Raised):
         first_line = result.message.replace(str(folder), "FOLDER").split("\n")[0]
         return f"{result.type_name}: {first_line}"

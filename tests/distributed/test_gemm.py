@@ -20,7 +20,6 @@ def command(text_data: str, steps: int, extra: str) -> list[str]:
 
 
 def listen(flags: list[str]) -> tuple[list[str], int]:
-    """Train; return FSEP's log of back ends, and the number of splits that `grouped_mm` got."""
     from megatron_laer.layer.experts.gemm import torch as grouped
 
     grouped._ends.cache_clear()

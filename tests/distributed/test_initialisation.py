@@ -64,7 +64,7 @@ def test_seeds_layers_and_experts_differ_and_spread_like_stock(
     fsep, stock = weights_of(2, 2, FSEP), weights_of(2, 2, "")
     other_seed = weights_of(2, 2, FSEP + " --seed 99")
     experts = experts_of(fsep)
-    assert len(experts) == 2 * 2 * 4  # layers, matrices, experts
+    assert len(experts) == 2 * 2 * 4
     for (one, a), (two, b) in combinations(experts.items(), 2):
         assert a.shape != b.shape or not torch.equal(a, b), f"{one} equals {two}"
     for key, weight in experts.items():

@@ -73,7 +73,6 @@ class Install:
 
     @property
     def package(self) -> Path:
-        """Return the folder that an import finds outside the checkout."""
         return (self.checkout if self.editable else self.environment.packages) / "megatron_laer"
 
 
@@ -118,8 +117,6 @@ def dependencies(folder: Path) -> Path:
 
 
 class Maker:
-    """Factory of environments and checkouts, each in a folder of its own."""
-
     def __init__(self, folder: Path, dependencies: Path) -> None:
         self._folder, self._dependencies = folder, dependencies
 
@@ -200,7 +197,6 @@ def trace(tmp_path: Path) -> Path:
 
 
 def starts(python: Path, script: str | Path, cwd: Path, log: Path) -> None:
-    """Run a training script as far as its command line, which has Megatron's flags and ours."""
     words = [python, script, "--expert-parallel-mode", "none"]
     result = run(words, cwd, IMPORTED=str(log))
     assert result.returncode == 2, result.stderr
@@ -336,7 +332,6 @@ def test_doctor_knows_what_an_installed_package_needs(alone: Environment, tmp_pa
 
 @pytest.fixture(scope="module")
 def bare(make: Maker) -> Install:
-    """Make a fresh clone, and an environment with all packages but this one."""
     return Install(make.environment("bare"), make.checkout("bare"), editable=False)
 
 

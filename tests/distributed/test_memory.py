@@ -247,7 +247,7 @@ def test_bytes_on_the_wire_follow_the_formula(
     command = command_line(
         text_data, experts=8, expert_parallel=size, global_batch=4 * size, steps=3, extra=FSEP
     )
-    passes = 3 * 2 * 2  # steps, microbatches, layers
+    passes = 3 * 2 * 2
     for restores, reduces, restored, reduced, slots in ranks(size).run(exchange_counts_of, command):
         assert restores == 2 * passes
         assert reduces == passes

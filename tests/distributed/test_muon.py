@@ -62,7 +62,6 @@ def test_matrices_come_whole_to_one_rank_each_and_go_back(
 
 
 def count_updates(flags: list[str]) -> list[tuple[int, ...]]:
-    """Train; return the shapes of the experts' matrices that this rank updated in all steps."""
     from megatron_laer.layer.experts.muon import ExpertMuon
 
     shapes = []

@@ -51,7 +51,6 @@ class Run:
 
     @property
     def chosen(self) -> list[Chosen]:
-        """Return the choices that make another run choose the same."""
         return [decisions.chosen_CTK for decisions in self.decisions_by_rank]
 
 
@@ -113,7 +112,6 @@ def compare(name: str, train: Callable[..., Run], run: Run, reference: Reference
 
 
 def reference_of(train: Callable[..., Run]) -> Reference:
-    """Train with stock, with half of the experts on each rank and with all of them on both."""
     stock = train("", expert_parallel=2)
     other = train("", expert_parallel=1, given=stock.chosen)
     stocks, others = stock.decisions, other.decisions

@@ -42,7 +42,6 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first_run(script: Path) -> tuple[str, Path]:
-    """Return the output of the page's command, with warnings, and the saved checkpoint."""
     folder = script.with_name("checkpoint")
     python = [sys.executable, "-W", "ignore"]
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
@@ -72,7 +71,6 @@ def layout_versions(output: str) -> list[float]:
 
 @contextlib.contextmanager
 def loaded(path: Path) -> Iterator[ModuleType]:
-    """Load the script as a module in this rank, and remove all traces of its run."""
     spec = importlib.util.spec_from_file_location("own_loop", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

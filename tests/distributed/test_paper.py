@@ -20,7 +20,6 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def toy(figure: int, folder: Path, words: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
-    """Run a figure's command as users do; return the rows of its tables."""
     script = f"scripts/paper/figure{figure}.py"
     environment = os.environ | {"PYTHONPATH": processes.python_path()}
     return tables([script, "--toy", "--work-dir", str(folder), *words], folder, environment)
@@ -49,7 +48,6 @@ def check_breakdown(times: list[dict[str, Any]], tokens: list[dict[str, Any]]) -
         assert min(row["tokens s"], row["experts s"], row["rest s"]) > 0
         assert row["exposed s"] >= 0
     for row in ours(tokens):
-        # With two ranks.
         assert 1 <= row["max/mean"] < 2 and 1 < row["stock's placement"] < 2
         if row["ours"] == "fsep":
             assert row["max/mean"] < 1.05

@@ -38,7 +38,6 @@ def planner_state(model: object) -> tuple[int, int, int]:
 
 
 def train_with_slow_planner(command: list[str], longest_s: float) -> Record:
-    """Train while the planner sleeps up to `longest_s` per layer."""
     from megatron_laer.planner.laer import LaerStrategy
 
     plan = LaerStrategy.plan
@@ -53,7 +52,6 @@ def train_with_slow_planner(command: list[str], longest_s: float) -> Record:
 
 
 def train_with_broken_planner(command: list[str], fault: str) -> Record:
-    """Train while the planner raises, lacks memory, or returns another shape, every other time."""
     from megatron_laer.planner.laer import LaerStrategy
     from megatron_laer.planner.layout import ExpertLayout
 

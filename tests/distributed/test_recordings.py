@@ -49,7 +49,6 @@ def file_of(folder: Path, flag: str) -> Path:
 def first_run(
     ranks: Callable[[int], RankPool], text_data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Record]:
-    """Make a run's folder with all recordings and a checkpoint; return it and its record."""
     folder = tmp_path_factory.mktemp("run")
     saved = folder / "saved"
     save = f"--ckpt-format torch_dist --save {saved} --load {saved} --save-interval {SAVED}"
@@ -86,7 +85,7 @@ def test_a_second_run_beside_the_first_is_refused_on_every_rank(
 ) -> None:
     path = file_of(tmp_path, flag)
     path.parent.mkdir(parents=True)
-    with open_exclusively(path):  # by this process
+    with open_exclusively(path):
         for raised in ranks(2).run_raw(train, flags(text_data, tmp_path, [flag])):
             assert raised.type_name == "RefusedError", raised.traceback
             assert f"{flag} '{path.parent}'" in raised.message

@@ -28,7 +28,7 @@ from tests.distributed.test_own_loop import code_of, script
 from tests.distributed.test_stock_loading import flags_of
 from tests.distributed.test_stock_writing import values
 
-__all__ = ["script"]  # the fixture
+__all__ = ["script"]
 
 CHECKOUT = os.environ.get("SLIME_CHECKOUT")
 PAGE = documents.ROOT / "docs" / "checkpoints.md"
@@ -42,7 +42,6 @@ pytestmark = [
 
 
 def _of_page() -> str:
-    """Return the page's replacement of `named_parameters()` in slime."""
     (block,) = [block.text for block in documents.blocks(PAGE) if "module.module." in block.text]
     return " ".join(block.split()).replace("chunk", "model_module")
 

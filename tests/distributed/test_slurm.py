@@ -59,7 +59,6 @@ def no_job_is_left(slurm_cluster: Cluster) -> Iterator[None]:
 
 
 def command_lines(folder: Path) -> str:
-    """Return a line for each start of torchrun: the node and its words."""
     return (folder / "python.started").read_text()
 
 

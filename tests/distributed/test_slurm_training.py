@@ -88,7 +88,6 @@ def make(slurm_cluster: Cluster, text_data: str, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def training(make: Make, tmp_path: Path) -> Iterator[Training]:
-    """Yield this test's jobs, and end all of them after it."""
     training = make(tmp_path)
     yield training
     training.cluster.cancel_jobs()
@@ -96,7 +95,6 @@ def training(make: Make, tmp_path: Path) -> Iterator[Training]:
 
 @pytest.fixture(scope="module")
 def undisturbed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """Run an undisturbed job on two nodes, with logs per rank."""
     training = make(tmp_path_factory.mktemp("undisturbed"))
     job = training.submit(*TWO_NODES, LOG_DIR=str(training.folder / "logs"))
     assert job.end() == "COMPLETED", job.log[-6000:]

@@ -70,8 +70,6 @@ WRONG: dict[str, tuple[Callable[[list[Given]], Iterator[Given]], str]] = {
 
 
 def errors(flags: list[str]) -> dict[str, str]:
-    """Return this rank's error for each wrong call, when only rank 1 makes it wrong."""
-
     def attempts(model: list[Chunk]) -> dict[str, str]:
         (chunk,) = model
         given = [

@@ -62,7 +62,6 @@ class Case:
     without: str = ""
 
     def command(self, data: str, extra: str, expert_parallel: int | None = None) -> list[str]:
-        """Return the command line of one step that changes nothing."""
         return command_line(
             data,
             experts=self.experts,
@@ -277,7 +276,6 @@ def test_one_layer_at_a_time_is_loaded(ranks: Callable[[int], RankPool], text_da
 
 
 def page_runs(flags: list[str]) -> list[str]:
-    """Run the page's code on this rank's model, and return the names that were sent."""
     code = "".join(
         block.text for block in documents.blocks(PAGE) if block.language == documents.SCRIPT
     )
@@ -312,8 +310,6 @@ def test_the_pages_code_runs_with_fsep_and_without(
 
 
 def after_a_step(flags: list[str]) -> dict[str, torch.Tensor]:
-    """Return this rank's dense parameters after a step, under stock's names."""
-
     def read(model: list[Chunk]) -> dict[str, torch.Tensor]:
         return {
             name: tensor

@@ -90,8 +90,6 @@ def swapped(flags: list[str]) -> None:
 
 
 def written(flags: list[str]) -> None:
-    """Check each way to write, and all writes that would be lost, on this rank."""
-
     def check(model: list[torch.nn.Module]) -> None:
         (chunk,) = model
 

@@ -63,7 +63,7 @@ def test_graphs_change_no_number(
         text_data,
         experts=8,
         expert_parallel=2,
-        global_batch=4 * size // pipelines,  # two microbatches
+        global_batch=4 * size // pipelines,
         steps=STEPS,
         extra=flags + FSEP,
     )

@@ -36,7 +36,6 @@ def flags(data: str, extra: str, steps: int = STEPS) -> list[str]:
 
 
 def read(directory: Path, rank: int) -> dict[str, list[dict[str, Any]]]:
-    """Return intervals by track, in order of their start."""
     events = json.loads((directory / f"rank-{rank}.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {rank}
     names = {

@@ -110,7 +110,6 @@ def describe(kind: str, fp8: str | None) -> dict[str, Any]:
 
 
 def _parts_of(module: Any, package: str) -> list[str]:
-    """Return the kinds of its modules that are this package's, or derive from it."""
     return sorted(
         {
             type(part).__name__
@@ -121,7 +120,6 @@ def _parts_of(module: Any, package: str) -> list[str]:
 
 
 def _chunk_of(built: Any) -> Any:
-    """Return the transformer layers whose calls the scheduler would follow."""
     from megatron_laer.plugin.steps import _chunk
 
     return _chunk(built).blocks

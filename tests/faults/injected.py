@@ -161,7 +161,7 @@ def train_with_skipped_step(flags: list[str], step: int, forgets: bool) -> Skipp
 
     def step_with_norm(*args: Any, **kwargs: Any) -> Any:
         result = list(train_step(*args, **kwargs))
-        if result[5] is None:  # of a skipped step
+        if result[5] is None:
             result[5] = float("nan")
         return tuple(result)
 

@@ -79,6 +79,5 @@ def output_of(folder: Path) -> str:
 
 
 def steps_of(folder: Path, rank: int) -> list[dict[str, Any]]:
-    """Return a rank's lines after each step: `attempt`, `step` and `digest`."""
     lines = (folder / f"rank-{rank}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]

@@ -39,7 +39,6 @@ def test_slot_gemms_equal_a_linear_layer_per_slot(dtype: torch.dtype, name: str)
 
 
 def routed() -> tuple[ExpertLayout, torch.Tensor, torch.Tensor, RankQuotas]:
-    """Make a layout, scores and a map of 4096 tokens, and their rank's quotas."""
     layout = ExpertLayout.random(4, 4, 12, (1,))
     generator = torch.Generator().manual_seed(2)
     scores_TE = torch.rand(4096, 12, generator=generator)

@@ -30,7 +30,6 @@ class LowRank(torch.nn.Module):
 
 
 def lora_on_attention(model: torch.nn.Module) -> None:
-    """Freeze everything, and adapt both linear layers of every attention."""
     model.requires_grad_(False)
     for layer in [*model.modules()]:
         if hasattr(layer, "self_attention"):

@@ -76,7 +76,6 @@ class _TopK:
         return values if used_TK is own_TK else scores.gather(1, used_TK), used_TK
 
     def choose(self, scores_TE: torch.Tensor, own_TK: torch.Tensor) -> torch.Tensor:
-        """Note a call's own choice; return it, or the given one."""
         call = len(self.chosen)
         self.scores.append(scores_TE.detach().float().numpy().copy())
         self.chosen.append(own_TK.numpy().astype(np.int16))
@@ -123,6 +122,6 @@ def train_choosing(
         mock.patch.object(router, "qb_dual_update", observed_quantiles),
     ):
         record = train(flags, adapt=adapt, gradients=gradients)
-    if not top_k.chosen:  # a stage of a pipeline without experts
+    if not top_k.chosen:
         return record, Decisions(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.int16))
     return record, Decisions(np.stack(top_k.scores), np.stack(top_k.chosen))

@@ -77,7 +77,6 @@ def read_figures(path: Path | None = None) -> dict[str, Figures]:
 
 
 def write_figures(figures: Mapping[str, Figures], path: Path | None = None) -> None:
-    """Write the figures of all rows that have any, in the order of rows."""
     with (path or FIGURES).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["row", *(head for name in _COLUMNS for head in (name, f"{name} floor"))])

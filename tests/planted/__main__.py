@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.documents import ROOT
 from tests.planted.faults import FAULTS, Fault
 
-_FOUND = 1  # status of pytest where a test failed
+_FOUND = 1
 
 
 def copy_of_tree(folder: Path) -> Path:
@@ -41,14 +41,12 @@ def copy_of_tree(folder: Path) -> Path:
 
 
 def planted(fault: Fault, content: str) -> str:
-    """Return a file's content with the fault; ValueError unless it has the text exactly once."""
     if (times := content.count(fault.right)) != 1:
         raise ValueError(f"{fault.file} has {fault.right!r} {times} times, expected once")
     return content.replace(fault.right, fault.wrong)
 
 
 def status_of(tests: tuple[str, ...], tree: Path) -> int:
-    """Run tests in a tree until the first failure; return pytest's status."""
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("PYTHONPYCACHEPREFIX", None)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]

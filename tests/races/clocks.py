@@ -30,7 +30,6 @@ class Span(NamedTuple):
     writes: bool
 
     def conflicts(self, other: Span) -> bool:
-        """Return True if both touch a byte that one of them writes."""
         overlaps = self.start < other.end and other.start < self.end
         return overlaps and (self.writes or other.writes)
 

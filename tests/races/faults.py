@@ -92,7 +92,6 @@ def _copied_on_new_stream(tensor: torch.Tensor, *, waits: bool) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _one_workspace() -> Iterator[None]:
-    """Let restores and reduces use the same buffers."""
     true_init = HierarchicalExchange.__init__
 
     def init(exchange: Any, *args: Any, **kwargs: Any) -> None:
@@ -104,7 +103,6 @@ def _one_workspace() -> Iterator[None]:
 
 
 def _one_buffer(pool: Any, shape: Any, dtype: Any, device: Any) -> torch.Tensor:
-    """Return the same tensor to everyone who asks for this shape."""
     pool.in_use += 1
     key = shape, dtype, device
     if not pool._free[key]:
@@ -168,7 +166,6 @@ def _change_on_the_other_stream(weights: Any, index: Any) -> None:
 
 
 def _read_without_waiting(_: Any, __: Any, pinned: torch.Tensor) -> torch.Tensor:
-    """Read a copy in pinned memory that may not be there yet."""
     return pinned.clone()
 
 

@@ -53,8 +53,6 @@ class _Tokens(torch.autograd.Function):
 
 
 class Model:
-    """Layers of one rank and their shared state."""
-
     def __init__(self, scene: Scene, groups: FSEPGroups) -> None:
         exchange = node_exchange(groups) if scene is Scene.NODE else flat_exchange(groups)
         self.scene, self.groups = scene, groups
@@ -87,7 +85,6 @@ class Model:
         return layout_index.layout_index(layout, CPU)
 
     def experts(self) -> list[RestoredExperts]:
-        """Return the restored experts of one microbatch's layers."""
         if self.scene is Scene.STEP:
             return [held.experts for held in self.held]
         index = self.next_index()

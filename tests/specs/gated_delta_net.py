@@ -21,7 +21,6 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 
 def block_spec(config: Any) -> TransformerBlockSubmodules:
-    """Build the spec for Megatron's GPTModelConfig, on one pipeline stage."""
     _replace_kernels()
     attention = get_gpt_layer_local_spec(normalization="RMSNorm")
     # Not at import, since the kind of an MoE layer changes with the switch of FSEP.

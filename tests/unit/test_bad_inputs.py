@@ -89,7 +89,6 @@ def test_the_harness_finds_what_goes_wrong(tmp_path: Path) -> None:
     for script, code in zip(scripts, WRONG, strict=True):
         script.write_text(code)
     cases = [Case((str(script),), "quoted") for script in scripts]
-    # Filling the memory takes seconds.
     seconds = [1 if "while" in code else 10 for code in WRONG]
     jobs = [Job(case.words, str(tmp_path), {}, s) for case, s in zip(cases, seconds, strict=True)]
     for case, end, problem in zip(cases, run_all(jobs), WRONG.values(), strict=True):

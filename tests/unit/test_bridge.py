@@ -24,7 +24,6 @@ from megatron_laer.tools.cli import check_recipe as command
 
 
 def recipe(**model: Any) -> SimpleNamespace:
-    """Return the parts of a ConfigContainer that FSEP reads."""
     fields = {
         "num_moe_experts": 8,
         "num_layers": 2,

@@ -74,7 +74,6 @@ def all_figures(
     links: Mapping[str, Link] = LINKS,
     peers: tuple[int, ...] = (1, 3, 7),
 ) -> dict[Quantity, Figure]:
-    """Return the figures of a machine with the constants above."""
     found: dict[Quantity, Figure] = {
         Product(back_end, product, tokens): figure(slot_seconds(product, tokens) * factor)
         for back_end, factor in (("loop", 1.0), ("torch", 0.5))

@@ -33,8 +33,6 @@ def run(*words, cwd=None, device="cpu"):
 
 @pytest.fixture
 def script(tmp_path):
-    """Write a script next to a module that it imports, and return its path."""
-
     def write(code):
         (tmp_path / "neighbour.py").write_text("NAME = 'neighbour'\n")
         path = tmp_path / "script.py"

@@ -395,7 +395,7 @@ def test_no_division_into_gemms_is_faster_than_the_bound(data: st.DataObject) ->
 
 
 def test_time_is_linear_between_points_and_constant_below_the_first() -> None:
-    curve = GemmCurve(((10, 1e3), (30, 1.5e3)))  # 10 ms and 20 ms
+    curve = GemmCurve(((10, 1e3), (30, 1.5e3)))
     tokens = np.array([0, 1, 10, 20, 30, 60])
     np.testing.assert_allclose(curve.unit_seconds(tokens), [0, 0.01, 0.01, 0.015, 0.02, 0.04])
     with pytest.raises(ValueError, match="at least one point"):

@@ -32,7 +32,6 @@ PAPER = {
 
 @pytest.fixture(scope="module")
 def made() -> Any:
-    """Return the result of `python -m tests.configurations --json`, which takes some 15 seconds."""
     result = processes.run(
         [sys.executable, "-W", "ignore", "-m", "tests.configurations", "--json"],
         timeout_s=900.0,

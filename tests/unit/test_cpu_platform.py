@@ -50,7 +50,6 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def on_cpu():
-    """Return a function that runs code with CUDA replaced and returns the last printed line."""
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _SERVER],
         env=os.environ | {"PYTHONPATH": python_path()},

@@ -43,7 +43,6 @@ def command(*words):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Make a folder with an old dataset, `train`, and the input of the next one."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "transformers.py").write_text(_TRANSFORMERS)
     (tmp_path / "old.txt").write_text("old")
@@ -55,7 +54,6 @@ def folder(tmp_path):
 
 @pytest.fixture
 def at_work(folder):
-    """Run the command into the middle of its work."""
     with subprocess.Popen(
         command(
             *("--input", folder / "in.jsonl", "--output", folder / "out" / "train"),

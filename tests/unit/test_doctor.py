@@ -118,7 +118,7 @@ def doctor(tmp_path: Path) -> Doctor:
         lines = result.stdout.splitlines()
         found = [match.groups() for line in lines if (match := _ROW.fullmatch(line))]
         rows = {name: (state, verdict) for name, state, verdict in found}
-        assert len(found) == max(0, len(lines) - 2), result.stdout  # an empty line and the last one
+        assert len(found) == max(0, len(lines) - 2), result.stdout
         return Examined(result.returncode, rows, lines[-1] if lines else "", result.stderr)
 
     return run

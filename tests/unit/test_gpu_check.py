@@ -196,7 +196,7 @@ def test_what_cannot_run_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     try:
         status = __main__.main(words.split())
-    except SystemExit as stopped:  # by argparse
+    except SystemExit as stopped:
         status = int(str(stopped.code))
     assert status == 2
     assert problem in capsys.readouterr().err
@@ -252,7 +252,6 @@ def test_the_scripts_options_go_to_the_check(tmp_path: Path) -> None:
 
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, str]:
-    """Make the environment of a two-node job, with a replacement of scontrol."""
     shown = f'echo "   Command={_SBATCH} --wheels w"'
     fake_python(tmp_path, "scontrol", f'[ "$2" = job ] && {shown} || printf "n7\\nn8\\n"')
     return {

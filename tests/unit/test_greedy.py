@@ -76,7 +76,6 @@ def test_greedy_is_legal_repeatable_and_steady(geometry: Geometry, kind: str, se
     planned = greedy.plan(counts_NE, random_layout(geometry, seed))
     geometry.check_layout(planned)
     assert greedy.plan(counts_NE, random_layout(geometry, seed)) == planned
-    # Planning from its own result changes nothing.
     assert greedy.plan(counts_NE, planned) is planned
 
 

@@ -73,7 +73,6 @@ def test_names_are_asked_for() -> None:
             b"\x80\x04cpathlib\nPath\n}X\1\0\0\0aK\1sb.",
             b"\x80\x04}(Kxu.",
         ),
-        # Operations that no list needs.
         *(b"(ios\nsystem\n.", b"\x80\x02\x82\x01.", b"\x80\x02KxQ.", b"Pid\n."),
         b"I" + b"9" * 5000,
         *(

@@ -74,8 +74,6 @@ def test_a_damaged_state_is_part_of_the_report(run: Path) -> None:
 
 
 class Command:
-    """Object that makes a file when it is unpickled."""
-
     def __init__(self, function: object, *arguments: object) -> None:
         self._call = function, arguments
 

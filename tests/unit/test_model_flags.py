@@ -117,7 +117,6 @@ _RUN_FLAGS = (
 
 @pytest.fixture(scope="module")
 def parsed():
-    """Return Megatron's arguments of every shipped model on 8 ranks with FSEP, by name."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _PARSE, " ".join(MODELS), _RUN_FLAGS],
         env=os.environ

@@ -84,7 +84,7 @@ def test_nodes_host_their_largest_experts_like_the_plain_reference(
     most = min(num_experts, max(node_size * (capacity - 1), -(-num_experts // geometry.num_nodes)))
     counts_NE = np.random.default_rng(seed).integers(0, 1 + seed % 50, (num_ranks, num_experts))
     slots_S = native.proportional_by_node(counts_NE, capacity, node_size, most)
-    ExpertLayout(num_ranks, capacity, num_experts, slots_S.astype("<i2").tobytes())  # is legal
+    ExpertLayout(num_ranks, capacity, num_experts, slots_S.astype("<i2").tobytes())
     hosted = hosted_by_node(counts_NE, geometry, most)
     for made, wanted in zip(slots_S.reshape(geometry.num_nodes, -1).tolist(), hosted, strict=True):
         assert wanted <= set(made)

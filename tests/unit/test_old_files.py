@@ -22,7 +22,6 @@ MEASURED = ("plan_ms", "gate_ms")
 
 
 def run(*words: object) -> str:
-    """Return the output of a package command, run from the folder of the old files."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", *map(str, words)],
         env=os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"},

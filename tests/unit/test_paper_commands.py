@@ -26,7 +26,6 @@ DATA = ["--data-prefix", "/data/text", "--tokenizer", "/data/tokenizer"]
 
 
 def run_figure(figure: Any, *words: object) -> int:
-    """Return the status of a figure's command, also where argparse ends it."""
     given = [*map(str, words)]
 
     def run() -> int:

@@ -32,7 +32,7 @@ def trace():
 def run(*words, capsys):
     try:
         status = cli.main(["plan", *map(str, words)])
-    except SystemExit as stopped:  # by argparse
+    except SystemExit as stopped:
         status = stopped.code
     return status, *capsys.readouterr()
 

@@ -91,7 +91,7 @@ def test_both_planners_get_the_same_cases(monkeypatch: pytest.MonkeyPatch) -> No
     share_E = rng.dirichlet(np.full(32, 0.15))
     counts = rng.multinomial(256, share_E, size=(4, 2, 2, 16))
     rows = list(by_time.rows(counts, 1))
-    assert len(rows) == 2 * 2 * 3  # models, planners, modes
+    assert len(rows) == 2 * 2 * 3
     # All records but the first, two layers, two microbatches.
     assert {row["cases"] for row in rows} == {3 * 2 * 2}
     by_key = {(row["model"], row["planner"], row["mode"]): row for row in rows}

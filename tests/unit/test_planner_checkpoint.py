@@ -28,8 +28,6 @@ def save(directory: Path, storage: Any, group_rank: int = 0) -> None:
 
 
 class FullDisk:
-    """Storage whose files accept half of the written bytes."""
-
     os = os
 
     def open(self, path: str, mode: str) -> Any:

@@ -53,7 +53,6 @@ def counts(step: int, layer: int) -> Int64:
 
 
 def run(source: PlannedLayouts, steps: range, layouts: list[ExpertLayout]) -> list[object]:
-    """Return the layouts in force in each step, and update `layouts` to the last ones."""
     in_force = []
     for step in steps:
         due = source.due(step)

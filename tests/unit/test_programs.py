@@ -13,7 +13,6 @@ import pytest
 from tests.processes import default_signals, python_path
 
 ROOT = Path(__file__).resolve().parents[2]
-# Programs that print at once and then work for long.
 PROGRAMS = (
     ("-m", "benchmarks.planner"),
     ("scripts/paper/figure8.py", "--toy"),

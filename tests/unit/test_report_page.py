@@ -38,7 +38,6 @@ _TALKING = '<script>console.error("heard"); undefinedName();</script></body>'
 def opened(
     page: Path, tmp_path: Path, *, fragment: str = "", width: int = 1200, shot: Path | None = None
 ) -> tuple[str, list[str]]:
-    """Return a page's content after its scripts have run, and its console messages."""
     assert CHROMIUM is not None
     asked = ["--dump-dom"] if shot is None else [f"--screenshot={shot}"]
     address = f"{page.as_uri()}{fragment}"

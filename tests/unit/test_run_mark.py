@@ -29,8 +29,6 @@ def _no_signs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def record(folder: Path, first_step: int, steps: range) -> int | None:
-    """Go on in the folder, and write a line of one digit for each step."""
-
     def records(path: Path) -> list[tuple[int, int]]:
         lines = path.read_bytes()[len(HEADER) :].split()
         return [(int(line), len(HEADER) + 2 * (n + 1)) for n, line in enumerate(lines)]
@@ -157,8 +155,6 @@ def test_a_mark_says_no_path(tmp_path: Path) -> None:
 
 
 class Clock:
-    """Clock of the host that stands still."""
-
     def now(self) -> float:
         return 0.0
 

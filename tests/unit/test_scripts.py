@@ -44,7 +44,6 @@ def find_python(folder, **environment):
     functions = source.removesuffix("laer_environment\n")
     assert functions != source
     script = folder / "functions.sh"
-    # Hide the machine's own Python.
     script.write_text(functions.replace("/usr/bin/", "/nowhere/"))
     bash = shutil.which("bash")
     return subprocess.run(
@@ -101,8 +100,6 @@ esac
 
 @pytest.fixture
 def install(tmp_path):
-    """Return a function that sources environment.sh and returns its output and pip's arguments."""
-
     def run(version=None, **environment):
         top, asked = tmp_path / "top", tmp_path / "asked"
         shutil.rmtree(top, ignore_errors=True)

@@ -22,7 +22,7 @@ def path(tmp_path_factory):
 def run(*words, capsys):
     try:
         status = cli.main(["simulate", *map(str, words)])
-    except SystemExit as stopped:  # by argparse
+    except SystemExit as stopped:
         status = stopped.code
     return status, *capsys.readouterr()
 

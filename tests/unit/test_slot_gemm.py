@@ -48,7 +48,6 @@ class Stream:
 
 @pytest.fixture
 def stream_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """Record calls of streams and the products that run on them."""
     log: list[str] = []
     current = [Stream("compute", log)]
     numbers = iter(range(1000))

@@ -35,7 +35,6 @@ def fake_slurm(tmp_path):
 
 
 def slurm_command(*words, **environment):
-    """Return the words of the command line that the Slurm script would run."""
     result = shell(_SBATCH, *words, DRY_RUN="1", PYTHON=sys.executable, **environment)
     assert result.returncode == 0, result.stderr
     return shlex.split(result.stdout)
@@ -305,7 +304,6 @@ def test_the_slurm_command_line_trains_on_this_machine(text_data, tmp_path):
 def test_continuous_integration_needs_slurm_once_it_is_there(tmp_path, may_install):
     for folder in (".ci", "scripts", "bin"):
         (tmp_path / folder).mkdir()
-    # Hide the machine's own Slurm.
     script = (_ROOT / ".ci" / "run").read_text().replace("/usr/sbin", "/nowhere")
     script = script.replace("EUID == 0", "1")
     (tmp_path / ".ci" / "run").write_text(script)

@@ -45,7 +45,6 @@ def counts_for(draw_seed: int, geometry: Geometry) -> Int64:
     if kind == 0:
         return np.zeros(shape, dtype=np.int64)
     if kind == 1:
-        # All tokens want one expert.
         counts_NE = np.zeros(shape, dtype=np.int64)
         counts_NE[:, draw_seed % geometry.num_experts] = 100
         return counts_NE
@@ -74,7 +73,6 @@ def test_laer_is_legal_repeatable_and_never_costs_more(geometry: Geometry, seed:
     seconds = COSTS.layer_seconds(counts_NE, planned, geometry.node_size, Split.EVEN)
     for other in (current, static):
         assert seconds <= COSTS.layer_seconds(counts_NE, other, geometry.node_size, Split.EVEN)
-    # Planning from its own result changes nothing.
     assert laer.plan(counts_NE, planned) is planned
 
 

@@ -31,7 +31,6 @@ def test_that_leaves_a_mess():
 def supervise(
     folder: Path, *arguments: str, grace_s: float, hangs: bool, passes: bool, lasts_s: float = 0.0
 ) -> tuple[int, str, int]:
-    """Return exit status, output, and the id of the process that the test left."""
     (folder / "test_mess.py").write_text(
         STUBBORN.format(hangs=hangs, passes=passes, lasts_s=lasts_s)
     )

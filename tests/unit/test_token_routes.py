@@ -36,8 +36,6 @@ def exchange(
 
 
 class Exchange:
-    """State of all ranks of a token exchange, from random routing on a random layout."""
-
     def __init__(self, num_ranks: int, node_size: int) -> None:
         self.layout = ExpertLayout.random(num_ranks, CAPACITY, EXPERTS, seed=(node_size,))
         generator = torch.Generator().manual_seed(num_ranks)

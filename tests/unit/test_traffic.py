@@ -48,7 +48,6 @@ def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
 
 
 def traffic_by_message(case: Case, algorithm: ExchangeAlgorithm, keep: bool = False) -> Traffic:
-    """Return every message of a restore, one by one."""
     layout, G = case.layout, case.node_size
     N, C = layout.num_ranks, layout.capacity
     changed_S = changed_slots(case.before, layout) if keep else case.changed_S

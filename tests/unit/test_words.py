@@ -17,7 +17,6 @@ Rules = dict[re.Pattern[str], str]
 
 
 def rules(text: str) -> Rules:
-    """Return the replacement of each expression of a list."""
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     return {re.compile(old): new for old, _, new in (line.partition("\t") for line in lines)}
 

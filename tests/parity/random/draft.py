@@ -33,9 +33,6 @@ class Draft:
         return values[int(self._random() * len(values))]
 
     def choose(self, table: Choice, *, but: Container[str] = (), alone: bool = False) -> str:
-        """Draw one setting of a table, by weight; `but` are illegal names, `alone` is for FSEP's
-        flags.
-        """
         legal = [name for name in table if name not in but]
         ends = list(accumulate(table[name].weight for name in legal))
         name = legal[bisect_right(ends, self._random() * ends[-1], hi=len(ends) - 1)]

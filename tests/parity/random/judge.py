@@ -73,8 +73,6 @@ class _RunFailed(Exception):
 
 @dataclass
 class _Runs:
-    """Runs of one case, with their processor time."""
-
     case: Case
     ranks: Callable[[int], RankPool]
     processor_s: float = 0.0
@@ -105,7 +103,6 @@ class _Runs:
 
 
 def judge(case: Case, ranks: Callable[[int], RankPool], data: str) -> Judgement:
-    """Train a case as often as its verdict needs."""
     runs = _Runs(case, ranks)
     try:
         reference = runs.train(case.row.reference(data))

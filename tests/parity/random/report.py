@@ -14,7 +14,6 @@ REPEAT = "python -m tests.parity.random --only {}"
 
 
 def line(judgement: Judgement) -> str:
-    """Return a line for people; a fault's has the command that repeats it."""
     case = judgement.case
     parts = [f"{case.seed}: {judgement.verdict}", ", ".join(case.features)]
     for name in ("distance", "floor", "explained"):
