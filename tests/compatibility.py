@@ -32,10 +32,7 @@ _NONE = "–"
 class Stack:
     """Stack of a set of tests, in the order of the columns; empty where a part is missing.
 
-    Attributes:
-        tests: the command of the set.
-        cards: the GPUs' names.
-        system: the operating system and the processor.
+    `tests` is the command of the set, `cards` are the GPUs' names.
     """
 
     tests: str

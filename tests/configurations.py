@@ -55,12 +55,9 @@ _UNITS = {"B": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Number of parameters of a model.
+    """Number of parameters of a model, by part; "" is outside all `PARTS`.
 
-    Attributes:
-        dense: those that every token uses, by part; "" is outside all `PARTS`.
-        routed: of routed experts, by part.
-        used: the share of routed experts that a token uses, K/E.
+    Every token uses the `dense` ones, and the share `used` = K/E of the `routed` ones.
     """
 
     dense: Counter[str]

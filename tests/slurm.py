@@ -49,9 +49,7 @@ class Cluster:
     nodes: tuple[str, ...]
 
     def environment(self, **more: str) -> dict[str, str]:
-        """Return this process' environment for the cluster's commands, without a Slurm job's
-        variables.
-        """
+        """Return this environment for the cluster's commands, without a Slurm job's variables."""
         kept = {
             name: value
             for name, value in os.environ.items()

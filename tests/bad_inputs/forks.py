@@ -94,9 +94,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Ended:
-    """End of a command: its exit status, negative after a signal, and the limit that stopped it, or
-    "".
-    """
+    """End of a command: its status, negative after a signal, and the limit that stopped it."""
 
     status: int
     output: str

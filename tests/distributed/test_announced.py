@@ -59,9 +59,7 @@ def page() -> Any:
 def start(
     module: ModuleType, mode: str | None, hook: Callable[[Any], None] | None = None
 ) -> tuple[Any, Any]:
-    """Build the page's model and optimizer from the common weights; slime's hook may replace the
-    mode.
-    """
+    """Build the page's model and optimizer from the common weights; slime's hook sets the mode."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -253,9 +251,7 @@ class RoutingReplay:
 def announce_by_slimes_hooks(
     path: Path, hooks: Path, replay_class: type[RoutingReplay] | None = None
 ) -> tuple[list[int], int]:
-    """Train on two rollouts of two steps; return announced microbatches per step, and passes
-    without.
-    """
+    """Train on two rollouts of two steps; return announced microbatches by step, other passes."""
     import megatron_laer
     from megatron_laer.session import current_coordinator
 

@@ -52,9 +52,7 @@ CASES = {
 
 
 def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome, Outcome]:
-    """Dispatch by Megatron's rows, twice through nodes, and through nodes with a choice of
-    replicas.
-    """
+    """Dispatch by Megatron's rows, twice through nodes, and with a choice of replicas."""
     from megatron_laer.layer.dispatch import replica_choice
 
     dtype = getattr(torch, dtype_name)

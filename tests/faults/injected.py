@@ -95,9 +95,7 @@ def train_with_other_layout(flags: list[str], rank: int, after_step: int, ahead:
 
 
 def train_with_bad_loss(flags: list[str], step: int, value: float, passing: bool) -> Record:
-    """Train with a NaN or infinite loss of one step on rank 0; a `passing` fault is gone in a
-    rerun.
-    """
+    """Train with a bad loss of a step on rank 0; a `passing` fault is gone in a rerun."""
     import pretrain_gpt
 
     loss_func, calls = pretrain_gpt.loss_func, 0

@@ -93,9 +93,7 @@ def train_choosing(
     adapt: Adapt | None = None,
     gradients: bool = True,
 ) -> tuple[Record, Decisions]:
-    """Train with the given choices of all ranks, if any; return the record and decisions.
-    Collective.
-    """
+    """Train with all ranks' given choices, if any; return record and decisions. Collective."""
     from megatron.core.transformer.moe import router
     from megatron.training import get_args
 

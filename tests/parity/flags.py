@@ -28,9 +28,7 @@ def command_line(
     extra: str = "",
     without: str = "",
 ) -> list[str]:
-    """Return flags for one run, without some of the model's; later ones win, so `extra` may
-    override.
-    """
+    """Return flags for one run, `without` some of the model's; `extra` may override any."""
     dropped = without.split()
     assert set(dropped) <= set(MODEL_FLAGS), f"the model has not all of {without}"
     return [

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fault:
-    """One deliberate fault.
+    """One deliberate fault: the right text, which its file has once, and the wrong one.
 
-    Attributes:
-        name: unique, in words.
-        file: its path below `megatron_laer`.
-        right, wrong: the text, which the file has once, and its replacement.
-        tests: arguments of pytest, one of which fails with the fault.
+    `file` is a path below `megatron_laer`; of `tests`, pytest's arguments, one fails with the
+    fault.
     """
 
     name: str

@@ -46,15 +46,10 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Judgement:
-    """Case with its verdict.
+    """Case with its verdict, its processor time on all ranks, and FSEP's distance from stock.
 
-    Attributes:
-        distance: of FSEP's run from stock's.
-        floor: of another stock run, at least a rounding of fp32.
-        explained: the distance of another run that is within the bound, if one was needed.
-        near_ties: of the run with stock's choices.
-        message: of the exception, where there was one.
-        processor_s: of all ranks in all runs.
+    The floor is at least a rounding of fp32. `explained` is the distance of another run that is
+    within the bound, if one was needed; `near_ties` are those of the run with stock's choices.
     """
 
     case: Case
