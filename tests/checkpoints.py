@@ -23,12 +23,10 @@ NEEDS_NVRX = pytest.mark.skipif(
 
 
 def iteration_folder(directory: Path, iteration: int) -> Path:
-    """Return Megatron's folder of one checkpoint of a run."""
     return directory / f"iter_{iteration:07d}"
 
 
 def saved_iteration(directory: Path) -> int:
-    """Return the iteration of the latest complete checkpoint."""
     return int((directory / "latest_checkpointed_iteration.txt").read_text())
 
 

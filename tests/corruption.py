@@ -142,7 +142,6 @@ KINDS = (_bit, _byte, _cut, _truncated, _zeros, _doubled)
 
 
 def changed(content: bytes) -> Iterator[bytes]:
-    """Yield copies with one change each, the same number of every kind."""
     for kind in KINDS:
         for seed in range(CHANGES_OF_A_KIND):
             yield kind(content, random.Random(f"{kind.__name__} {seed}"))
@@ -160,7 +159,6 @@ def make(folder: Path) -> None:
 
 
 def outcome(format: Format, path: Path, expected: Records) -> str:
-    """Read a file that was changed; return one of `OUTCOMES`."""
     try:
         found = format.read(path)
     except ValueError as error:

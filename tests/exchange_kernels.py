@@ -138,7 +138,6 @@ def seeded() -> torch.Generator:
 
 
 def numbered(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Return elements that identify their place."""
     count = int(np.prod(shape))
     return (torch.arange(count) % 2039).to(dtype).view(shape)
 

@@ -26,7 +26,6 @@ def judged(path: Path) -> Judged:
 
 
 def tables(recipes: Judged) -> list[list[str]]:
-    """Return the two tables of the page: verdicts, and the settings in the way."""
     lora = [(row, found) for row, found in recipes if row["pool"] == "peft"]
     training = [(row, found) for row, found in recipes if row["pool"] != "peft"]
     return [list(_verdicts(training, lora)), list(_reasons(training, lora))]

@@ -122,7 +122,6 @@ class Job:
         return path.read_text(errors="replace") if path.exists() else ""
 
     def field(self, name: str) -> str:
-        """Return a field of `scontrol show job`, such as JobState."""
         shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.name)
         return dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)[name]
 

@@ -107,7 +107,6 @@ def exceptions() -> Exceptions:
 
 
 def limits(path: Path = LIMITS) -> dict[tuple[str, str], int]:
-    """Read the allowed numbers of exceptions, by rule and room; zero where none is listed."""
     with path.open(encoding="utf-8", newline="") as file:
         return {(row["rule"], row["room"]): int(row["allowed"]) for row in csv.DictReader(file)}
 

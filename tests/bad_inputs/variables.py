@@ -60,6 +60,5 @@ def cases() -> Iterator[Case]:
 
 
 def make(folder: Path) -> None:
-    """Write a model whose name is not ASCII."""
     model = "{description: d, data: {data-path: caf\u00e9}}"
     (folder / "latin-name.yaml").write_text(model, encoding="utf-8")

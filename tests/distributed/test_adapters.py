@@ -27,7 +27,6 @@ def wrapped(model: torch.nn.Module, name: str) -> None:
 
 
 def asked(model: torch.nn.Module) -> None:
-    """Read the attributes that Megatron-Bridge's LoRA reads first."""
     for name, module in model.named_modules():
         if name.endswith("linear_fc1"):
             module.config.sequence_parallel  # type: ignore[union-attr]  # noqa: B018

@@ -115,7 +115,6 @@ def test_a_node_size_that_does_not_divide_is_refused_on_every_rank(
 
 
 def groups_where_a_rank_is_told_otherwise() -> dict[str, Any]:
-    """Give rank 3 another number of ranks per node."""
     told = "1" if os.environ["RANK"] == "3" else "4"
     with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=told):
         return groups_of(4, None)
@@ -130,7 +129,6 @@ def test_launchers_that_disagree_are_refused_on_every_rank(
 
 
 def groups_where_a_rank_has_other_flags(token_exchange: str, node_size: int) -> dict[str, Any]:
-    """Give rank 1 these flags, and the others none."""
     if os.environ["RANK"] == "1":
         return groups_of(2, node_size, token_exchange)
     return groups_of(2, 2)

@@ -185,7 +185,6 @@ def test_slimes_own_files_read_and_write_every_expert(
 
 
 def by_slimes_replay(path: Path, hooks: Path) -> tuple[list[int], int]:
-    """Announce the routing that slime's own class replays on this rank."""
     with slime() as load:
         replay = load("slime.utils.routing_replay").RoutingReplay
         return announce_by_slimes_hooks(path, hooks, replay)

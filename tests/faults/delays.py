@@ -45,7 +45,6 @@ class Delays:
         self._stepped = threading.Condition()
 
     def begin_step(self, step: int) -> None:
-        """Release the plans that were held for this step."""
         with self._stepped:
             self._step = step
             self._stepped.notify_all()

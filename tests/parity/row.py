@@ -91,7 +91,6 @@ class Row:
         return frozenset(found | {getattr(self.adapt, "__name__", "all is trained")})
 
     def reference(self, data: str) -> tuple[int, list[str]]:
-        """Return ranks and command line of the stock run that the others are compared with."""
         flags = self.flags if self.reference_flags is None else self.reference_flags
         command = self._command(data, self.stock_parallel[0], flags)
         return self.reference_ranks or self.ranks, command

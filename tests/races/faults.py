@@ -85,7 +85,6 @@ def _on_new_stream(stream: Any, work: Any, label: str) -> Any:
 
 
 def _copied_on_new_stream(tensor: torch.Tensor, *, waits: bool) -> torch.Tensor:
-    """Upload on a stream without order to others."""
     with cuda.Stream():
         return tensor.clone()
 

@@ -18,7 +18,6 @@ Ranks = Callable[[int], RankPool]
 
 
 def check_clean(ranks: list[Watched], least_operations: int) -> None:
-    """Check that no rank found a race, and that every rank was observed."""
     assert [watched.races for watched in ranks] == [[]] * len(ranks)
     assert min(watched.operations for watched in ranks) >= least_operations
     assert min(watched.frees for watched in ranks) >= least_operations // 10

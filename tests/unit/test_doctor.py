@@ -72,8 +72,6 @@ def fake_megatron(version: str = TESTED[-1], helper: str = "helpers_cpp.so") -> 
 
 @dataclass(frozen=True)
 class Examined:
-    """Output of one `doctor`: `rows` by name, each with its finding and verdict."""
-
     status: int
     rows: dict[str, tuple[str, str]]
     last_line: str

@@ -49,7 +49,6 @@ def counts(value: int) -> Int64:
 
 
 def layout_of(counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-    """Make a layout that identifies its counts."""
     return ExpertLayout.random(N, C, E, seed=(int(counts_NE[0, 0]),))
 
 

@@ -24,7 +24,6 @@ for _ in range(900):
 
 
 def signed(header: object, payload: bytes) -> bytes:
-    """Return a file with a correct digest and any content."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     body = PREFIX.pack(b"FSEPPLAN", 1, len(text)) + text + payload
     return body + states._digest(body)

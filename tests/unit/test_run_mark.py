@@ -41,7 +41,6 @@ def record(folder: Path, first_step: int, steps: range) -> int | None:
 
 
 def resumed_from(folder: Path | None) -> None:
-    """Act as a run that saves to this folder and loads from it."""
     saved = folder and str(folder)
     run_mark.set_checkpoints(saved, saved, finetune=False)
 

@@ -133,8 +133,6 @@ def test_a_tokens_choices_are_its_columns_of_the_map_to_slots(
 
 
 class Alone(SlotDispatching):
-    """Dispatcher over slots without a plan from a layer."""
-
     tp_size = 1
 
 

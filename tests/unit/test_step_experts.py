@@ -15,7 +15,6 @@ from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 
 
 def slices(dtype: torch.dtype = torch.float32) -> Slices:
-    """Return slices of 4 experts on 2 ranks; matrices of 8 × 3 and 3 × 4."""
     shapes = [(4, 4, 3), (4, 2, 4)]
     parameters = tuple(torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes)
     return Slices(parameters, (8, 3), MegatronMainGrads())

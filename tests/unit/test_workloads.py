@@ -190,7 +190,6 @@ def microbatches(name: str, shape: tuple[int, int, int], count: int, seed: int) 
 
 
 def shares(name: str, step: int = 0, seed: int = 0) -> np.ndarray:
-    """Return the load of each of 16 experts, in fair shares."""
     loads_E = workload_counts(name, Shape(16, 16, 2, 4000), step, seed).sum(axis=0)
     found: np.ndarray = loads_E / loads_E.mean()
     return found

@@ -60,7 +60,6 @@ def seeds_in(file: Path) -> set[int]:
 
 
 def summary(verdicts: Iterable[Verdict]) -> str:
-    """Return the number of cases with each verdict."""
     counts = Counter(verdicts)
     told = [f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict]]
     return f"{counts.total()} cases: {'; '.join(told)}"
