@@ -1,8 +1,8 @@
 """`importable` lets Megatron-Bridge be imported without packages that it imports unconditionally.
 
-These are Transformer Engine, ModelOpt, NVIDIA's resiliency extension and Energon. For tests alone:
-the replacements compute nothing, and are seen by the modules of Megatron-Bridge that ask for them
-without `try`, so that what Megatron or Megatron-Bridge do without such a package, they go on doing.
+These are Transformer Engine, ModelOpt, NVIDIA's resiliency extension and Energon. The replacements
+compute nothing. Only modules of Megatron-Bridge that import them without `try` see them, so other
+code still detects that a package is missing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import Any
 from unittest import mock
 
-# Who imports a package, and what is in it, unconditionally. Read in Megatron-Bridge 0.5.1 and 0.6.
+# Importing modules, and the names that they use unconditionally. Read in Megatron-Bridge 0.5.1 and
+# 0.6.
 _ABSENT: dict[str, tuple[str, ...]] = {
     "transformer_engine.pytorch": (
         "megatron.bridge.models.gpt_full_te_layer_autocast_spec",
@@ -27,14 +28,14 @@ _ABSENT: dict[str, tuple[str, ...]] = {
     "modelopt.torch.opt.plugins": ("megatron.bridge.training.checkpointing",),
     "nvidia_resiliency_ext.inprocess": ("megatron.bridge",),
     "megatron.energon": ("megatron.bridge",),
-    # Its diffusion models need more packages than are worth a replacement here.
+    # Its diffusion models need too many packages to replace here.
     "megatron.bridge.recipes.flux": ("megatron.bridge.recipes",),
     "megatron.bridge.recipes.wan": ("megatron.bridge.recipes",),
 }
 
 
 class _Absent(ModuleType):
-    """Replaces a module: capitalised attributes are classes, others functions or modules."""
+    """Replacement of a module: capitalised attributes are classes, others functions or modules."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -44,12 +45,11 @@ class _Absent(ModuleType):
         setattr(self, name, value)
         return value
 
-    def __call__(self, *_args: object, **_kwargs: object) -> None:
-        """Do nothing, as a function of the package where its features are off."""
+    def __call__(self, *_args: object, **_kwargs: object) -> None: ...
 
 
 class _Nothing:
-    """Replaces a class: it takes all arguments and keeps none."""
+    """Replacement of a class that accepts all arguments and keeps none."""
 
     def __init__(self, *_args: object, **_kwargs: object) -> None: ...
 
@@ -59,7 +59,7 @@ class _Nothing:
 
 @contextlib.contextmanager
 def importable(checkout: Path) -> Iterator[None]:
-    """Make `megatron.bridge` importable from a checkout of Megatron-Bridge while the context lasts.
+    """Make `megatron.bridge` importable from a checkout of Megatron-Bridge in this context.
 
     Megatron itself must come from elsewhere: a checkout has none.
     """
@@ -77,7 +77,7 @@ def importable(checkout: Path) -> Iterator[None]:
         importer = str((globals or {}).get("__name__", ""))
         if level or not _is_absent(name, importer):
             return stock_import(name, globals, locals, fromlist, level)
-        # `import a.b as c` takes `b` from what it is given for `a`.
+        # `import a.b as c` reads `b` from the module returned for `a`.
         return _Absent(name if fromlist else name.split(".")[0])
 
     source = str(checkout / "src")

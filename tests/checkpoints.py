@@ -1,4 +1,4 @@
-"""What a checkpoint on disk holds, read without ranks; runs that end with one."""
+"""Content of checkpoints on disk, read without ranks; runs that end with a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_laer.cpu.training import train
 from megatron_laer.cpu.weights import Tensors
 from tests.releases import installed_release
 
-# The writer that Megatron takes for async saves from release 0.19 on, unless told otherwise.
+# Megatron's default writer of async saves from release 0.19 on.
 NEEDS_NVRX = pytest.mark.skipif(
     importlib.util.find_spec("nvidia_resiliency_ext") is None or installed_release() == "0.18",
     reason="needs nvidia-resiliency-ext 0.6 or newer, which has wheels for Python 3.10 to 3.12",
@@ -23,21 +23,15 @@ NEEDS_NVRX = pytest.mark.skipif(
 
 
 def iteration_folder(directory: Path, iteration: int) -> Path:
-    """Where Megatron keeps one checkpoint of a run."""
     return directory / f"iter_{iteration:07d}"
 
 
 def saved_iteration(directory: Path) -> int:
-    """The checkpoint that counts."""
     return int((directory / "latest_checkpointed_iteration.txt").read_text())
 
 
 def saved_tensors(folder: Path) -> Tensors:
-    """Every tensor of a checkpoint, whole, under its global name.
-
-    Raises:
-        AssertionError: shards leave a gap, seen as NaN.
-    """
+    """Return every tensor of a checkpoint, whole, by its global name; AssertionError for a gap."""
     reader = torch_checkpoint.FileSystemReader(folder)
     entries = reader.read_metadata().state_dict_metadata
     tensors = {
@@ -46,7 +40,7 @@ def saved_tensors(folder: Path) -> Tensors:
         if isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that there is no process group
+        warnings.simplefilter("ignore")  # about the missing process group
         torch_checkpoint.load(tensors, storage_reader=reader, no_dist=True)
     for name, tensor in tensors.items():
         assert not tensor.isnan().any(), f"shards of {name} leave gaps"
@@ -54,13 +48,11 @@ def saved_tensors(folder: Path) -> Tensors:
 
 
 def assert_equal(found: Tensors, expected: Tensors) -> None:
-    """Every tensor, bit for bit."""
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
         assert torch.equal(found[key], tensor), key
 
 
 def train_until_exit(flags: list[str]) -> None:
-    """Train; Megatron ends a run that `--exit-interval` stops by leaving the interpreter."""
     with pytest.raises(SystemExit):
         train(flags)

@@ -1,8 +1,8 @@
-"""Trains a small model with two commits and compares every number that training leaves.
+"""Comparison of two commits: each trains a small model, and every resulting number is compared.
 
     scripts/compare_commits.sh BEFORE AFTER
 
-Each commit is checked out into a temporary worktree, where its native core is built and its own
+Each commit is checked out into a temporary worktree, which builds its native core. Its own
 `pretrain_gpt.py` trains configs/models/tiny-moe.yaml on two gloo ranks from a fixed seed. Equal
 means equal bits. Only command lines of the commits are used, so their modules may lie anywhere.
 """
@@ -30,7 +30,7 @@ from tests.checkpoints import iteration_folder, saved_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# How names of metrics end that differ from run to run: times, and memory that is free.
+# Suffixes of metrics that differ from run to run: times, and free memory.
 _MEASURED = ("_ms", "_gib")
 
 _TRAINING_FLAGS = """
@@ -48,12 +48,12 @@ CONFIGURATIONS = {
     "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
 }
 
-# By kind of result a text for each number, tensor or file; texts are equal if the bits are.
+# By kind of result a text for each number, tensor or file; equal texts mean equal bits.
 Results = Mapping[str, Mapping[str, str]]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Compare two commits; returns 0 if nothing differs, 1 if something does, 2 for bad input."""
+    """Compare two commits; return 0 if they are equal, 1 if not, 2 for bad input."""
     args = _parser().parse_args(argv)
     try:
         commits = [_commit(name) for name in (args.before, args.after)]
@@ -71,10 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def comparison(before: Results, after: Results) -> tuple[list[str], bool]:
-    """A table with one line per kind of result, and whether all results are equal.
+    """Return a table with one line per kind of result, and True if all results are equal.
 
-    A result that only one of the two has differs. A kind without results is not equal either,
-    since nothing was compared.
+    A missing result counts as different, and so does a kind without results.
     """
     rows = [("what", "compared", "result")]
     is_equal = True
@@ -95,7 +94,6 @@ def comparison(before: Results, after: Results) -> tuple[list[str], bool]:
 
 
 def read_results(folder: Path, steps: int) -> Results:
-    """What a run of so many steps left in its folder."""
     checkpoint = iteration_folder(folder / "checkpoint", steps)
     entries = torch_checkpoint.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     tensors: dict[str, dict[str, str]] = {"weights": {}, "optimizer state": {}}
@@ -119,7 +117,6 @@ def read_results(folder: Path, steps: int) -> Results:
 
 
 def without_times(state: bytes) -> bytes:
-    """A planner's state without what differs from run to run: how long planning took."""
     prefix = struct.Struct("<8sII")
     magic, version, header_bytes = prefix.unpack_from(state)
     end = prefix.size + header_bytes
@@ -131,7 +128,7 @@ def without_times(state: bytes) -> bytes:
 
 
 def _scalars(folder: Path) -> dict[str, dict[str, str]]:
-    """TensorBoard's scalars, of the precision of loss and norm; what is measured is left out."""
+    """Return TensorBoard's scalars with the precision of loss and norm, without measured ones."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0})
@@ -160,9 +157,6 @@ def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:16]
 
 
-# Training.
-
-
 def _commit(name: str) -> str:
     words = ["git", "rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}"]
     found = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
@@ -172,9 +166,7 @@ def _commit(name: str) -> str:
 
 
 def _results_of(commit: str, folder: Path, steps: int) -> Results:
-    """Build a commit, train every configuration with it in `folder`, and read what it left."""
     folder.mkdir()
-    # Both commits train on the same files.
     data = folder.parent / "text"
     results: dict[str, Mapping[str, str]] = {}
     with _worktree(commit, folder / "tree") as tree:
@@ -203,7 +195,6 @@ def _results_of(commit: str, folder: Path, steps: int) -> Results:
 
 @contextmanager
 def _worktree(commit: str, path: Path) -> Iterator[Path]:
-    """The files of a commit, while the block runs."""
     git = ["git", "-C", str(ROOT), "worktree"]
     subprocess.run([*git, "add", "--quiet", "--detach", str(path), commit], check=True)
     try:
@@ -213,11 +204,7 @@ def _worktree(commit: str, path: Path) -> Iterator[Path]:
 
 
 def _run(command: Sequence[str], tree: Path, folder: Path) -> str:
-    """Run in `folder` with the modules of `tree`; returns what was printed.
-
-    Raises:
-        ValueError: the command failed.
-    """
+    """Run in `folder` with the modules of `tree`; return the output, or raise ValueError."""
     environment = {
         "PYTHONPATH": os.pathsep.join([str(tree), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "MEGATRON_LAER_DEVICE": "cpu",

@@ -1,7 +1,7 @@
-"""What the tests passed with: a record that scripts/test.sh writes, and its tables on a page.
+"""Record of the stacks that tests passed with, and its tables on a page.
 
-`python -m tests.site_pages --passed TESTS` adds what is installed here to tests/tested.csv, for a
-set of tests that has just passed. `scripts/test.sh` calls it after each whole set.
+After each whole set `scripts/test.sh` calls `python -m tests.site_pages --passed TESTS`, which adds
+the installed stack to tests/tested.csv.
 """
 
 from __future__ import annotations
@@ -30,12 +30,9 @@ _NONE = "–"
 
 @dataclass(frozen=True)
 class Stack:
-    """What a set of tests ran with, in the order of the columns; empty where it was not there.
+    """Stack of a set of tests, in the order of the columns; empty where a part is missing.
 
-    Attributes:
-        tests: how the set was started.
-        cards: the GPUs' names.
-        system: the operating system and the processor.
+    `tests` is the command of the set, `cards` are the GPUs' names.
     """
 
     tests: str
@@ -50,7 +47,6 @@ class Stack:
 
 
 def here(tests: str) -> Stack:
-    """What is installed here, and the cards that torch sees."""
     import torch
 
     from megatron_laer.megatron_version import megatron_version
@@ -59,7 +55,7 @@ def here(tests: str) -> Stack:
     on_cuda = bool(cards) and "--gpu" in tests
     return Stack(
         tests=tests,
-        # Without the commit of the repository that its files lie in, which may be ours.
+        # Without the commit of the surrounding repository, which may be ours.
         megatron=Version(megatron_version()).public,
         torch=torch.__version__,
         transformer_engine=_version("transformer-engine"),
@@ -72,13 +68,12 @@ def here(tests: str) -> Stack:
 
 
 def recorded(path: Path = RECORD) -> list[Stack]:
-    """Every stack of the record, in its order."""
     with path.open(encoding="utf-8", newline="") as file:
         return [Stack(**row) for row in csv.DictReader(file)]
 
 
 def record(stack: Stack, path: Path = RECORD) -> bool:
-    """Add a stack to the record; False if it is there."""
+    """Add a stack to the record; return False if it is there already."""
     if stack in (known := recorded(path)):
         return False
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -90,7 +85,6 @@ def record(stack: Stack, path: Path = RECORD) -> bool:
 
 
 def combinations() -> Iterator[str]:
-    """Every stack that tests passed with, as a table."""
     names = ("tests", "Megatron", "torch", "Transformer Engine", "CUDA", "cards")
     yield "| " + " | ".join((*names, "communication", "Python", "system")) + " |"
     yield "|---" * len(dataclasses.fields(Stack)) + "|"
@@ -100,7 +94,6 @@ def combinations() -> Iterator[str]:
 
 
 def versions() -> Iterator[str]:
-    """For each part of a stack: tested, by the record; expected and refused, by the code."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     needs = [*project["project"]["dependencies"], *_extra(project, "te")]
     ranges = dict(re.fullmatch(r"([\w-]+)(?:\[.*\])?(.*)", text).groups() for text in needs)
@@ -142,7 +135,6 @@ def _extra(project: dict[str, dict[str, dict[str, list[str]]]], name: str) -> li
 
 
 def _tested(values: Iterable[str]) -> str:
-    """Values in the record's order, each once."""
     return ", ".join(dict.fromkeys(filter(None, values))) or _NOTHING
 
 

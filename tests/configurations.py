@@ -1,10 +1,10 @@
-"""The tables of docs/calibrate.md: clusters, and what Megatron and FSEP make of each model.
+"""The tables of docs/calibrate.md: clusters, and each model as Megatron and FSEP build it.
 
     python -m tests.configurations
 
 prints them, in a process of its own, since it patches torch and Megatron. Megatron parses a model's
-flags, validates them, and builds the model with FSEP as one of `RANKS` ranks: on tensors that have
-shapes and no memory, with process groups that send nothing. A test looks for each line on the page.
+flags, validates them, and builds the model with FSEP as one of `RANKS` ranks. Its tensors have
+shapes and no memory, and its process groups send nothing. A test looks for each line on the page.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from megatron_laer.tools.recipes.command_lines import without
 from tests.documents import ROOT
 
 _CONFIGS = ROOT / "configs"
-# Small ones, for tests, come last.
 MODELS = sorted(
     (path.stem for path in _CONFIGS.glob("models/*.yaml")),
     key=lambda name: (name.startswith("tiny-"), name),
@@ -48,7 +47,7 @@ HEAD = (
 _RUN_FLAGS = (
     "--micro-batch-size 1 --train-iters 1 --lr 1e-4 --expert-tensor-parallel-size 1 "
     f"--expert-model-parallel-size {RANKS} --expert-parallel-mode fsep "
-    # Weights are not drawn, and the tokenizer, which is not there, gives no vocabulary.
+    # Weights are not drawn, and there is no tokenizer to give a vocabulary.
     "--no-initialization --tokenizer-type NullTokenizer"
 ).split()
 _UNITS = {"B": 1e9, "T": 1e12}
@@ -56,12 +55,9 @@ _UNITS = {"B": 1e9, "T": 1e12}
 
 @dataclass(frozen=True)
 class Sizes:
-    """Counts the parameters of a model.
+    """Number of parameters of a model, by part; "" is outside all `PARTS`.
 
-    Attributes:
-        dense: of what every token uses, by part; "" is what is in none of `PARTS`.
-        routed: of routed experts, by part.
-        used: the share of routed experts that a token uses, K/E.
+    Every token uses the `dense` ones, and the share `used` = K/E of the `routed` ones.
     """
 
     dense: Counter[str]
@@ -69,7 +65,7 @@ class Sizes:
     used: float
 
     def count(self, kind: str, left_out: Collection[str] = ()) -> int:
-        """Count all parameters, or the active ones, which one token uses, without some parts."""
+        """Count all parameters, or the active ones of one token, without some parts."""
         dense, routed = (
             sum(count for part, count in counts.items() if part not in left_out)
             for counts in (self.dense, self.routed)
@@ -78,20 +74,18 @@ class Sizes:
 
 
 def facts() -> dict[str, dict[str, Any]]:
-    """What was published, by configuration."""
     read: dict[str, dict[str, Any]] = yaml.safe_load(FACTS.read_text(encoding="utf-8"))
     return read
 
 
 def number(published: str) -> tuple[float, float]:
-    """A number such as 30.5B, and what its last digit is worth."""
+    """Return the value of a text such as 30.5B, and the value of a unit of its last digit."""
     digits, unit = published[:-1], _UNITS[published[-1]]
     decimals = len(digits.partition(".")[2])
     return float(digits) * unit, unit / 10**decimals
 
 
 def counted(name: str) -> Sizes:
-    """The parameters of a model, from what Megatron builds with FSEP on rank 0."""
     with _built(name) as (args, model):
         found = Sizes(Counter(), Counter(), args.moe_router_topk / args.num_experts)
         for parameter_name, parameter in model.named_parameters():
@@ -107,7 +101,7 @@ def counted(name: str) -> Sizes:
 
 @contextlib.contextmanager
 def _built(name: str) -> Iterator[tuple[Any, Any]]:
-    """Megatron's arguments and the model of one rank, and nothing of them afterwards."""
+    """Yield Megatron's arguments and the model of one rank, and remove all traces afterwards."""
     from megatron_laer.launch import prepare
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(RANKS)}
@@ -148,7 +142,7 @@ def _built(name: str) -> Iterator[tuple[Any, Any]]:
 
 
 def judged(name: str) -> tuple[str, str]:
-    """`check-recipe`'s verdict on a model with expert parallelism, and what proves it."""
+    """Return `check-recipe`'s verdict on a model with expert parallelism, and its proof."""
     from megatron_laer.tools import cli
     from megatron_laer.tools.cli.check_recipe import STATUS
     from tests.published_commands import proof_in
@@ -162,13 +156,11 @@ def judged(name: str) -> tuple[str, str]:
 
 
 def left_out(name: str, kind: str) -> list[str]:
-    """The parts that a model's publisher does not count."""
     found: list[str] = facts().get(name, {}).get("left_out", {}).get(kind, [])
     return found
 
 
 def row(name: str, sizes: Sizes, verdict: str, proof: str) -> str:
-    """A model's line of the table."""
     published, as_they_count = "–", "–"
     if (fact := facts().get(name)) is not None:
         published = f"[{', '.join(fact['published'].values())}]({fact['by']})"
@@ -187,7 +179,7 @@ def _short(count: int) -> str:
 
 
 def cluster_table() -> list[str]:
-    """A line for each cluster: what one rank reaches."""
+    """Return a line for each cluster with one rank's rates."""
     lines = [
         "| cluster | nodes of ranks | GEMM of most tokens | in a node | between nodes |",
         f"|{'---|' * 5}",
@@ -207,10 +199,9 @@ def cluster_table() -> list[str]:
 
 
 def main() -> None:
-    """Print the tables, or with `--json` the parameters of each model and its line."""
-    # Megatron prints its arguments, and loggers what they are told.
+    # Megatron prints its arguments, and loggers their messages.
     with contextlib.redirect_stdout(sys.stderr):
-        # First, since to build models the plugin gives Megatron's parser its flags.
+        # First, since building models makes the plugin add its flags to Megatron's parser.
         verdicts = {name: judged(name) for name in MODELS}
         sizes = {name: counted(name) for name in MODELS}
         lines = {name: row(name, sizes[name], *verdicts[name]) for name in MODELS}

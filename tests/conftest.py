@@ -1,4 +1,4 @@
-"""Rank pools and data that tests share, kinds of tests, and a count of cases at the end."""
+"""Shared rank pools and data, kinds of tests, and a count of cases at the end."""
 
 from __future__ import annotations
 
@@ -13,46 +13,46 @@ from hypothesis import HealthCheck, settings
 from megatron_laer.cpu.ranks import RankPool, RankPools
 from tests import slurm
 
-# A busy machine takes its time for an example, and for making one.
+# A busy machine is slow to run an example, and to make one.
 settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("any")
 
-# At once. A rank's own memory grows to some 500 MB, and three sessions run side by side.
+# Limit of live ranks. A rank grows to some 500 MB, and three sessions may run at once.
 RANKS_KEPT = 8
 
 KINDS = ("unit", "distributed", "races", "convergence", "gpu")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """A hook of pytest: a test is of its folder's kind, unless it is marked with another kind."""
+    """Give a test its folder's kind, unless it is marked with another one (hook of pytest)."""
     if not any(item.get_closest_marker(kind) for kind in KINDS):
         item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A hook of pytest: units come last, since long files of the others would let a worker wait.
+    """Put unit tests last, since a long file at the end idles workers (hook of pytest).
 
-    With more than one worker they come in this order, as `--no-loadscope-reorder` asks.
+    This needs `--no-loadscope-reorder`.
     """
     of_file = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.parent.name == "unit", -of_file[item.path]))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """A hook of pytest: `@pytest.mark.counts(fuzz_cases=300)` goes into the test's report."""
+    """Put `@pytest.mark.counts(fuzz_cases=300)` into the test's report (hook of pytest)."""
     for mark in item.iter_markers("counts"):
         item.user_properties += [("counts", mark.kwargs)]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A hook of pytest: how many cases passed and how many did not, by kind."""
+    """Print the numbers of passed and other cases, by kind (hook of pytest)."""
     found = {}
     for outcome in ("passed", "failed", "error"):  # the worst one of a test's phases counts
         for report in terminalreporter.stats.get(outcome, []):
             cases = dict(getattr(report, "user_properties", ())).get("counts")
             if cases is not None:
                 found[report.nodeid] = outcome == "passed", cases
-    # Also when there are none: where Slurm is not installed its tests are skipped.
+    # Print a zero too: where Slurm is not installed its tests are skipped.
     counted = {True: Counter(slurm_jobs=0), False: Counter[str]()}
     for passed, cases in found.values():
         counted[passed].update(cases)
@@ -63,14 +63,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Callable[[int], RankPool]]:
-    """`ranks(4)`: the session's pool of four ranks; ranks start once and serve many tests."""
+    """Return `ranks(4)`, the session's pool of four ranks, which start once for many tests."""
     with RankPools(RANKS_KEPT) as pools:
         yield pools
 
 
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Prefix of a Megatron dataset made of the standard library's sources, as bytes."""
+    """Return the prefix of a Megatron dataset of the standard library's sources, as bytes."""
     from megatron_laer.tools.data import default_text_sources, prepare_data
 
     prefix = tmp_path_factory.mktemp("data") / "text"
@@ -80,7 +80,7 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]:
-    """A Slurm with two nodes of two fake GPUs, where Slurm is installed."""
+    """Yield a Slurm with two nodes of two fake GPUs, where Slurm is installed."""
     if missing := slurm.missing_programs():
         message = f"Slurm is not installed: {slurm.INSTALL} (missing: {', '.join(missing)})"
         if os.environ.get(slurm.NEEDED_VARIABLE) == "1":

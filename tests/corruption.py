@@ -1,9 +1,9 @@
-"""Changes small files of every format that has checksums, and counts what is then read.
+"""Changes of small files with checksums, in every format, and a count of the readers' reactions.
 
     python -m tests.corruption
 
-prints a table; `tests/unit/test_corruption.py` holds that nothing else than what was written is
-ever read in silence. Changes are drawn by seeds, so that each run makes the same.
+prints a table; `tests/unit/test_corruption.py` checks that wrong content is never read silently.
+Changes are drawn by seeds, so that each run makes the same.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ ERROR, PREFIX, UNCHANGED, OTHER = OUTCOMES = (
     "other data, in silence",
 )
 
-# What a file holds, record by record, with the header in each: a list of one for a single value.
+# Content of a file by record, each with the header; a list of one for a single value.
 Records = list[Any]
 
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of file: its name in a run's folder, how it is read, and how long its header is."""
+    """Kind of file: its name in a run's folder, its reader, and the length of its header."""
 
     name: str
     read: Callable[[Path], Records]
@@ -142,26 +142,23 @@ KINDS = (_bit, _byte, _cut, _truncated, _zeros, _doubled)
 
 
 def changed(content: bytes) -> Iterator[bytes]:
-    """Copies with one change each, as many of every kind."""
     for kind in KINDS:
         for seed in range(CHANGES_OF_A_KIND):
             yield kind(content, random.Random(f"{kind.__name__} {seed}"))
 
 
 def flipped(content: bytes, length: int) -> Iterator[bytes]:
-    """Copies with one bit changed, of so many bytes at the begin."""
+    """Yield copies with one bit changed within this many bytes from the start."""
     for bit in range(8 * length):
         yield _with_byte(content, bit // 8, 1 << bit % 8)
 
 
 def make(folder: Path) -> None:
-    """Write a file of every format."""
     record_run(folder)
     (folder / "group-0.bin").write_bytes(make_state().to_bytes())
 
 
 def outcome(format: Format, path: Path, expected: Records) -> str:
-    """Read a file that was changed; the outcome is one of `OUTCOMES`."""
     try:
         found = format.read(path)
     except ValueError as error:
@@ -173,7 +170,6 @@ def outcome(format: Format, path: Path, expected: Records) -> str:
 
 
 def outcomes(format: Format, path: Path, copies: Iterator[bytes]) -> Counter[str]:
-    """How often reading changed copies had each outcome; the file is then as it was."""
     content, expected = path.read_bytes(), format.read(path)
     found: Counter[str] = Counter()
     for copy in copies:
@@ -184,7 +180,6 @@ def outcomes(format: Format, path: Path, copies: Iterator[bytes]) -> Counter[str
 
 
 def main() -> None:
-    """Print the table."""
     logging.disable(logging.WARNING)
     print(f"| file | changes | {' | '.join(OUTCOMES)} |")
     print("|---|---|" + "---|" * len(OUTCOMES))

@@ -20,7 +20,7 @@ def make_costs(
     backward_gemm_factor: float = 1.0,
     **shape: Any,
 ) -> CostModel:
-    """A small expert on a made-up cluster; by default at one speed for any number of tokens."""
+    """Make costs of a small expert on a made-up cluster; by default its speed is constant."""
     cluster = Cluster(
         name="test",
         source="made up",
@@ -39,6 +39,6 @@ def make_costs(
     )
 
 
-# Transfers take no time, so that cost is the largest load and nothing else.
+# Transfers take no time, so the cost is the largest load alone.
 FREE = Link(math.inf, 0.0)
 COMPUTE_ONLY = make_costs(intra=FREE, inter=FREE)

@@ -1,7 +1,7 @@
 """Triton kernels of the permutations equal torch, in Triton's interpreter or on a card.
 
-`TRITON_INTERPRET=1 python -m tests.dispatch_kernels` checks them on the CPU: Triton decides when it
-is imported whether it interprets, so a test starts a process for it.
+`TRITON_INTERPRET=1 python -m tests.dispatch_kernels` checks them on the CPU. Triton reads this at
+import, so tests start a process.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 
 CPU = torch.device("cpu")
-# Ranks, slots per rank, experts, tokens, experts of a token.
+# Ranks, slots per rank, experts, tokens, experts per token.
 SIZES = [
     (1, 1, 1, 3, 1),
     (2, 3, 4, 0, 2),
@@ -27,7 +27,6 @@ SIZES = [
     (3, 5, 12, 130, 8),
     (8, 512, 1024, 40, 8),
 ]
-# Tokens, rows, columns.
 SUMS = [(1, 0, 8), (5, 5, 7), (33, 99, 64), (9, 72, 1500)]
 
 
@@ -72,7 +71,7 @@ def check_sum_rows(
 def check_row_map(
     rows: int, copies: int, width: int, dtype: torch.dtype, device: torch.device
 ) -> None:
-    """A map that is made for the kernels collects as one for torch: in float32, rounded once."""
+    """Compare collecting by a kernel's map with torch's: in float32, rounded once."""
     generator = torch.Generator().manual_seed(2)
     copies_XH = torch.randn(copies, width, generator=generator).to(dtype)
     row_X = torch.randint(0, rows, (copies,), generator=generator, dtype=torch.int32)
@@ -83,10 +82,9 @@ def check_row_map(
 
 
 def check_all(device: torch.device) -> int:
-    """Check every case; returns how many there were."""
     for sizes in SIZES:
         check_send_rows(*sizes, device)
-    # The interpreter cuts float32 to bfloat16 where a card rounds.
+    # The interpreter truncates float32 to bfloat16 where a card rounds.
     narrow = torch.bfloat16 if device.type == "cuda" else torch.float16
     for dtype in (torch.float32, narrow):
         for shape in SUMS:

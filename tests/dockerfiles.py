@@ -1,4 +1,4 @@
-"""Dockerfiles are read into instructions, for tests that need no daemon."""
+"""Reader of Dockerfiles as instructions, for tests that need no daemon."""
 
 from __future__ import annotations
 
@@ -15,13 +15,9 @@ _OPTION = re.compile(r"--([a-z]+)=(\S+)\s+")
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction, without its options.
+    """One instruction, without its options, whose `mount` may occur more than once.
 
-    Attributes:
-        name: in capitals, such as RUN.
-        text: what follows, with its line ends as a shell sees them.
-        options: such as from, mount; the latter may be given more than once.
-        stage: the number of FROM instructions before it, itself included.
+    The text has line ends as a shell sees them; `stage` counts FROM instructions, itself included.
     """
 
     name: str
@@ -31,23 +27,18 @@ class Instruction:
 
     @property
     def mounts(self) -> list[dict[str, str]]:
-        """What is mounted while it runs, each by key, such as type, source, target."""
         given = self.options.get("mount", [])
         return [dict(pair.split("=", 1) for pair in mount.split(",")) for mount in given]
 
 
 def moved(text: str, folders: Mapping[str, Path]) -> str:
-    """A command of an image, with folders such as /tmp where they may be written here."""
+    """Return an image's command with folders such as /tmp replaced by writable ones."""
     known = re.compile(rf"(?<![\w.-])({'|'.join(folders)})(?![\w-])")
     return known.sub(lambda found: str(folders[found[1]]), text)
 
 
 def instructions(path: Path) -> list[Instruction]:
-    """The instructions of a file, in order.
-
-    Raises:
-        ValueError: a line that begins with no word in capitals.
-    """
+    """Return the instructions of a file; ValueError for a line without a word in capitals."""
     found: list[Instruction] = []
     lines = [line for line in path.read_text("utf-8").splitlines() if not re.match(r"\s*#", line)]
     for text in "\n".join(lines).replace("\\\n", "\\\v").split("\n"):

@@ -19,9 +19,10 @@ FOLDERS = (
     "tests",
 )
 
-# What is run, and what is only shown.
+# Languages of blocks that are run.
 COMMANDS, SCRIPT = "bash", "python"
-# Those in braces make the site: its contents, and the Python interface.
+# Languages that are only shown. Those in braces make the site: its contents, and the Python
+# interface.
 SHOWN = frozenset({"text", "csv", "yaml", "json", "{toctree}", "{eval-rst}"})
 
 _FENCE = re.compile(r"^```([\w{}-]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -30,7 +31,6 @@ _PROGRAMS = "torchrun python pip sbatch srun scontrol bash megatron-laer scripts
 
 
 def project_files() -> Iterator[Path]:
-    """Every file of the project, with what was built or cached beside the sources."""
     yield from (path for path in ROOT.iterdir() if path.is_file())
     for folder in FOLDERS:
         yield from (path for path in ROOT.joinpath(folder).rglob("*") if path.is_file())
@@ -38,15 +38,12 @@ def project_files() -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class Block:
-    """One fenced block: its language, its text, and the line of the page that it begins on."""
-
     language: str
     text: str
     line: int
 
 
 def blocks(page: Path) -> list[Block]:
-    """The fenced blocks of a page, in order."""
     text = page.read_text(encoding="utf-8")
     return [
         Block(match[1], match[2], text.count("\n", 0, match.start()) + 1)
@@ -55,7 +52,7 @@ def blocks(page: Path) -> list[Block]:
 
 
 def inline_commands(page: Path) -> list[str]:
-    """Commands in running text and tables: what stands between backticks and begins with one."""
+    """Return commands in running text and tables: texts in backticks that start with a program."""
     text = _FENCE.sub("", page.read_text(encoding="utf-8"))
     starts = tuple(f"{name}" if name.endswith("/") else f"{name} " for name in _PROGRAMS.split())
     return [code for code in _INLINE.findall(text) if code.startswith(starts)]

@@ -1,7 +1,7 @@
 """Triton kernels of the exchange equal torch, in Triton's interpreter or on a card.
 
-`TRITON_INTERPRET=1 python -m tests.exchange_kernels` checks them on the CPU: Triton decides when it
-is imported whether it interprets, so a test starts a process for it.
+`TRITON_INTERPRET=1 python -m tests.exchange_kernels` checks them on the CPU. Triton reads this at
+import, so tests start a process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 class Size(NamedTuple):
-    """A matrix of R × K over nodes of G ranks each."""
+    """Matrix of R × K over nodes of G ranks each."""
 
     ranks: int
     node_size: int
@@ -34,7 +34,7 @@ class Size(NamedTuple):
         return row_blocks(self.rows, self.ranks, self.node_size)
 
 
-# Flat, by nodes, of one rank too; rows that divide by N, that do not, and fewer than ranks; columns
+# Flat, by nodes, and one rank. Rows that divide by N, that do not, and fewer than ranks. Columns
 # that fill blocks of either kernel, and that do not.
 SIZES = [
     Size(1, 1, 5, 7),
@@ -62,7 +62,7 @@ LAYOUTS = [
 
 
 def check_move(size: Size, slots: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Pack some of the slots and unpack others; what is not theirs stays as it is."""
+    """Pack some slots and unpack others; all other memory must stay unchanged."""
     for first, capacity in ((0, slots), (2, slots + 3)):
         blocks = size.blocks
         whole_CRK = numbered(slots, size.rows, size.columns, dtype=dtype)
@@ -93,7 +93,7 @@ def check_gather(size: Size, fetched: int, shared: int, device: torch.device) ->
 def check_sum(
     sums: ReplicaSums, size: Size, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
 ) -> None:
-    """Sum the rows of each local rank, into new memory and onto what is there."""
+    """Sum the rows of each local rank, into new memory and onto existing sums."""
     dtype, out_dtype = dtypes
     parts = len(sums.csr) - sums.num_targets - 1
     on_device = ReplicaSums(sums.num_targets, sums.csr, sums.uploaded.to(device))
@@ -113,7 +113,7 @@ def check_sum(
 
 
 def check_far_apart(device: torch.device) -> None:
-    """Elements beyond the first 2**31 are found."""
+    """Find elements beyond the first 2**31."""
     rows_K, parts = 4096, (1 << 19) + 3
     far = torch.empty(parts, 1, rows_K, dtype=torch.float16, device=device)
     far[0], far[-1] = 1, 2
@@ -138,7 +138,6 @@ def seeded() -> torch.Generator:
 
 
 def numbered(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Elements that tell where they came from."""
     count = int(np.prod(shape))
     return (torch.arange(count) % 2039).to(dtype).view(shape)
 
@@ -150,7 +149,7 @@ def equal(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> None:
 
 
 def replica_sums() -> list[ReplicaSums]:
-    """The sums of all layouts, of one node and of the first of two."""
+    """Return the sums of all layouts, of one node and of the first of two."""
     found = []
     for layout in LAYOUTS:
         ranks = layout.num_ranks
@@ -163,7 +162,6 @@ def replica_sums() -> list[ReplicaSums]:
 
 
 def check_all(device: torch.device) -> int:
-    """Check every case; returns how many there were."""
     cases = 0
     for size in SIZES:
         check_move(size, 2, torch.float16, device)
@@ -175,7 +173,7 @@ def check_all(device: torch.device) -> int:
     check_move(SIZES[4], 2, torch.bfloat16, device)
     fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
     dtypes = [(fp16, fp16), (bf16, fp32), (fp32, fp32), (fp32, fp16)]
-    # The interpreter cuts float32 to bfloat16 where a card rounds.
+    # The interpreter truncates float32 to bfloat16 where a card rounds.
     dtypes += [(bf16, bf16), (fp32, bf16)] if device.type == "cuda" else []
     for number, sums in enumerate(replica_sums() * 2):  # an odd number: each in two dtypes
         check_sum(sums, SIZES[number % len(SIZES)], dtypes[number % len(dtypes)], device)

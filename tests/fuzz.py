@@ -25,7 +25,7 @@ JSON = b'0123456789-eE.,:{}[]"tn'
 
 
 def damaged(content: bytes, luck: random.Random) -> bytes:
-    """A copy with one to four parts changed, removed, doubled, replaced or all that follows cut."""
+    """Return a copy with one to four changed, removed, doubled or replaced parts, or a cut end."""
     changed = bytearray(content)
     for _ in range(luck.choice((1, 1, 2, 4))):
         begin = luck.randrange(len(changed) + 1)
@@ -49,7 +49,7 @@ def damaged(content: bytes, luck: random.Random) -> bytes:
 
 
 def resealed(content: str) -> str:
-    """Lines of a recording that were changed, with checksums that fit."""
+    """Return a recording's changed lines with correct checksums."""
 
     def seal(found: re.Match[str]) -> str:
         return f'{found[1]},"crc":"{zlib.crc32(found[1].encode()):08x}"}}'
@@ -58,6 +58,5 @@ def resealed(content: str) -> str:
 
 
 def bytes_read() -> int:
-    """By this process since its start, from whatever files; for tests of files of great length."""
     lines = Path("/proc/self/io").read_text().splitlines()
     return int(dict(line.split(": ") for line in lines)["rchar"])

@@ -1,12 +1,11 @@
-"""What each rank launches on which communicator is recorded, and the orders are checked.
+"""Record of each rank's launches on every communicator, and checks of their orders.
 
-On CUDA a communication stream launches its collectives while work is submitted to it, so the
-order in which they are launched is the program's own. On the CPU a thread would run them at another
-time; here streams do the work at once, at the same places in the program.
+On CUDA a communication stream launches its collectives in program order. On the CPU a thread would
+run them later; here streams do the work at once, at the same places in the program.
 
 A set of ranks cannot hang, even if a device ran one launch after the other, if
-- the k-th collective of a communicator is the same one on all of its members, sizes included, and
-  the k-th message from one rank to another is received as the k-th one;
+- the k-th collective of a communicator is the same on all of its members, sizes included;
+- the k-th message from one rank to another is received as the k-th one;
 - program orders agree: no chain of launches, each before the next on some rank, ends where it
   began. A collective on several ranks, like a message sent and received, is one link of a chain.
 """
@@ -26,8 +25,8 @@ import torch.distributed as dist
 
 Sizes = tuple[Any, ...]
 
-# Every way in which Python asks a process group to communicate, under the names of all versions of
-# torch; an exchange of what has splits has the arguments of `all_to_all_single`.
+# Python's ways to communicate over a process group, by the names of all torch versions. Exchanges
+# with splits have the arguments of `all_to_all_single`.
 WITH_SPLITS = ("all_to_all_single", "alltoall_base")
 _WITH_ROOT = ("gather", "gather_single", "scatter")  # lists of tensors on the root only
 _POINT_TO_POINT = ("send", "recv")
@@ -42,16 +41,12 @@ _OTHERS = """
 
 @dataclass(frozen=True)
 class Launch:
-    """One operation that a rank launched.
+    """Operation that a rank launched.
 
-    Attributes:
-        group: the communicator's name, the same on all of its members.
-        description: the communicator's, as Megatron and FSEP name it.
-        members: its ranks in the world.
-        sizes: of what is exchanged; equal on all members, but for exchanges with splits: there
-            what this rank receives from each member, and what it sends to each.
-        peer: the other rank of a message; None of a collective.
-        batch: operations of one batch are launched at once and have the same number.
+    `group` and `description` name the communicator, whose `members` are ranks of the world. `sizes`
+    are equal on all members, except for exchanges with splits, which have received and sent sizes
+    by member. `peer` is the other rank of a message. All operations of a batch are launched at
+    once.
     """
 
     group: str
@@ -63,12 +58,8 @@ class Launch:
     batch: int
 
 
-# Recording.
-
-
 @contextlib.contextmanager
 def recorded(launches: list[Launch]) -> Iterator[None]:
-    """Append all that this rank launches, in program order."""
     from megatron_laer.runtime import build
 
     make_comm_stream, batch_isend_irecv = build.make_comm_stream, dist.batch_isend_irecv
@@ -126,7 +117,7 @@ def _sizes(name: str, num_members: int, args: tuple[Any, ...]) -> Sizes:
 
 
 def _elements(tensor: torch.Tensor, splits: Sequence[int], num_members: int) -> list[int]:
-    """Elements for each member; no splits are equal ones."""
+    """Return elements for each member; no splits are equal ones."""
     if not splits:
         return [tensor.numel() // num_members] * num_members
     row = tensor.numel() // max(1, tensor.shape[0])
@@ -141,19 +132,17 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(item)
 
 
-# Checking.
-
 Place = tuple[int, int]  # rank, and number of the launch on it
 
 
 def problems(launches: Sequence[Sequence[Launch]]) -> list[str]:
-    """What could hang, given every rank's launches; the first problem is the earliest."""
+    """Return possible hangs, given every rank's launches; the first one is the earliest."""
     found, pairs = _unequal(launches)
     return found or _cycle(launches, pairs)
 
 
 def _unequal(launches: Sequence[Sequence[Launch]]) -> tuple[list[str], list[list[Place]]]:
-    """Operations that do not meet their like, and the places of those that do."""
+    """Return operations without matching partners, and the places of those that match."""
     collectives: dict[str, dict[int, list[Place]]] = defaultdict(lambda: defaultdict(list))
     messages: dict[tuple[str, int, int], dict[str, list[Place]]] = defaultdict(
         lambda: {"send": [], "recv": []}
@@ -197,7 +186,6 @@ def _unequal(launches: Sequence[Sequence[Launch]]) -> tuple[list[str], list[list
 
 
 def _misfit(launches: Sequence[Launch]) -> str | None:
-    """Say why these launches, one of each member, are not the same collective."""
     operations = [launch.operation for launch in launches]
     if len(set(operations)) > 1:
         return f"operations {operations}"
@@ -210,7 +198,7 @@ def _misfit(launches: Sequence[Launch]) -> str | None:
 
 
 def _cycle(launches: Sequence[Sequence[Launch]], same: Iterable[list[Place]]) -> list[str]:
-    """A chain of launches that ends where it began, if there is one."""
+    """Return a chain of launches that ends where it began, if there is one."""
     event_of: dict[Place, Place] = {
         (rank, number): (rank, number)
         for rank, of_rank in enumerate(launches)

@@ -1,6 +1,6 @@
-"""Files that version 0.1 wrote, in `files_of_0_1`; make.sh there says how they were made.
+"""Files of version 0.1 in `files_of_0_1`; make.sh there made them.
 
-Small recordings are also turned into what 0.1 would have written.
+Small recordings are also turned into the form of 0.1.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from megatron_laer.telemetry.trace_file import MAGIC
 
 FOLDER = Path(__file__).resolve().parent / "files_of_0_1"
 
-# The release of Megatron that wrote the checkpoint.
 MEGATRON = "0.19"
 
 # The run had six steps; the checkpoint is of the fourth.
@@ -26,7 +25,6 @@ STEPS, SAVED = 6, 4
 
 
 def copied(target: Path) -> Path:
-    """A copy of the files, the checkpoint unpacked, for runs that go on with them."""
     shutil.copytree(FOLDER, target)
     with tarfile.open(target / "checkpoint.tar.xz") as archive:
         archive.extractall(target, filter="data")
@@ -34,13 +32,11 @@ def copied(target: Path) -> Path:
 
 
 def logged_losses() -> list[float]:
-    """The loss of every step of the run."""
     text = (FOLDER / "training.log").read_text()
     return [float(loss) for loss in re.findall(r"lm loss: (\S+)", text)]
 
 
 def as_version_1(content: bytes) -> bytes:
-    """A recording of routing, layouts or metrics as it was before it had checksums of all of it."""
     if content.startswith(MAGIC):
         return _trace_as_version_1(content)
     return b"".join(_line_as_version_1(line) for line in content.splitlines())

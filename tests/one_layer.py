@@ -1,7 +1,7 @@
-"""One FSEP layer on one rank, alone in its process group: what one GPU, or none, can run of it.
+"""One FSEP layer on one rank, alone in its process group, for runs on one GPU or none.
 
-Command lines with a single rank are refused, for there is nobody to share experts with. A layer
-that is built by itself runs all its code, and its exchanges give a rank what it sent itself.
+Command lines refuse a single rank, since no other rank shares the experts. A layer built by itself
+runs all its code.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch.distributed as dist
 
 EXPERTS, CAPACITY, HIDDEN, TOKENS = 4, 4, 32, 24
 
-# What the host does for the device in a layer's forward and backward pass.
+# Host operations for the device in a layer's forward and backward pass.
 HostWork = tuple[list[str], list[str]]
 
-# What a layer may be in which Megatron's part of it differs.
+# Kinds of layers in which Megatron's part differs.
 MODELS: dict[str, dict[str, Any]] = {
     "no shared experts": {},
     "shared experts": {"moe_shared_expert_intermediate_size": 16},
@@ -47,11 +47,7 @@ nodes need another wait, for sizes, and another upload behind it. In backward th
 
 @contextlib.contextmanager
 def one_layer(backend: str, model: str, token_exchange: str = "rank", **more: Any) -> Iterator[Any]:
-    """Build a layer in Megatron's data-parallel wrapper, on the current device.
-
-    Args:
-        more: fields of `FSEPConfig`.
-    """
+    """Build a layer in Megatron's data-parallel wrapper; `more` are fields of `FSEPConfig`."""
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -92,7 +88,7 @@ def one_layer(backend: str, model: str, token_exchange: str = "rank", **more: An
 
 @contextlib.contextmanager
 def naming_token_sizes(done: list[str]) -> Iterator[None]:
-    """Append a name in front of the wait for the sizes of token exchanges."""
+    """Append a name before the wait for the sizes of token exchanges."""
     from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 
     wait = TokenSizesExchange._wait_for_token_sizes
@@ -108,12 +104,10 @@ def naming_token_sizes(done: list[str]) -> Iterator[None]:
 def host_work(
     layer: Any, watched: Callable[[], AbstractContextManager[list[str]]], steps: int = 3
 ) -> list[HostWork]:
-    """Train the layer; what the host did in each step after the first.
+    """Train the layer; return the host's operations in each step but the first, which makes
+    buffers.
 
-    The first one makes buffers, communicators and libraries' handles.
-
-    Args:
-        watched: a context in which waits and uploads are appended to its list.
+    `watched` is a context in which waits and uploads are appended to its list.
     """
     import megatron_laer
 

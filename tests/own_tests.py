@@ -1,4 +1,4 @@
-"""Megatron's own unit tests of its MoE layers, on gloo ranks: what passes, and what does not.
+"""Megatron's own unit tests of its MoE layers, on gloo ranks, with each one's verdict.
 
     python -m tests.own_tests MODE CHECKOUT OUT.json [FILE...]
 
@@ -27,7 +27,7 @@ Mode = Literal["without", "standard", "fsep"]
 RANKS = 4
 _SCRIPT = Path(__file__).with_name("own_tests_rank.py")
 
-# What builds MoE layers, from tests/unit_tests of Megatron-LM.
+# Tests in tests/unit_tests of Megatron-LM that build MoE layers.
 FILES = """
     transformer/moe/test_moe_layer.py transformer/moe/test_shared_experts.py
     transformer/moe/test_sequential_mlp.py transformer/moe/test_a2a_token_dispatcher.py
@@ -40,27 +40,15 @@ FILES = """
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a test ended on the ranks, the worst outcome of them.
-
-    Attributes:
-        outcome: passed, skipped or failed.
-        reasons: of those ranks, if it was not passed.
-    """
-
     outcome: str
     reasons: tuple[str, ...] = ()
 
 
 def run(mode: Mode, checkout: Path, files: Sequence[str], timeout_s: float) -> dict[str, Verdict]:
-    """Run these files of Megatron's unit tests, and return the verdict of each test.
+    """Run files from tests/unit_tests of the checkout, and return the verdict of each test.
 
-    Args:
-        mode: `without` the plugin, with it but FSEP off (`standard`), or with all MoE layers that
-            tests build sharded (`fsep`).
-        files: from the folder tests/unit_tests of the checkout.
-
-    Raises:
-        AssertionError: a rank wrote no verdicts, with the end of what it printed.
+    The mode is `without` the plugin, with it but FSEP off (`standard`), or with all MoE layers that
+    tests build sharded (`fsep`).
     """
     from torch.distributed import TCPStore
 
@@ -83,7 +71,7 @@ def run(mode: Mode, checkout: Path, files: Sequence[str], timeout_s: float) -> d
             logs.append(log)
         deadline_s = time.monotonic() + timeout_s
         for process in processes:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # its log says how far it came
+            with contextlib.suppress(subprocess.TimeoutExpired):  # its log shows how far it came
                 process.wait(max(0.0, deadline_s - time.monotonic()))
         for result, log in zip(results, logs, strict=True):
             log.seek(0)
@@ -115,7 +103,6 @@ def _worst(by_rank: list[dict[str, list[str]]]) -> dict[str, Verdict]:
 
 
 def main(arguments: list[str]) -> None:
-    """Run the files, write the verdicts as JSON, and print how many there are of each."""
     mode, checkout, out, *files = arguments
     assert mode in ("without", "standard", "fsep"), mode
     verdicts = run(mode, Path(checkout), files or FILES, timeout_s=7200.0)

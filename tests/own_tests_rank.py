@@ -1,10 +1,10 @@
-"""One rank runs Megatron's own unit tests, without the plugin, with it, or with FSEP.
+"""One rank of Megatron's own unit tests, without the plugin, with it, or with FSEP.
 
     RANK=… python tests/own_tests_rank.py MODE CHECKOUT PORT RESULTS.json FILE...
 
-`tests/own_tests.py` starts the ranks. This file is run and never imported, since Megatron's tests
-are a package of the name of ours. Ranks meet after every test, in a store of their own: where a
-test failed on one of them, all begin the next one with new process groups.
+`tests/own_tests.py` starts the ranks. This file is never imported, since Megatron's tests are a
+package of the same name as ours. Ranks meet after every test; after a failed one on any of them,
+all start the next one with new process groups.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import pytest
 MODE, CHECKOUT, PORT, RESULTS, *FILES = sys.argv[1:]
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-# In place of this script's folder.
+# Replace this script's folder.
 sys.path[0] = CHECKOUT
 os.chdir(CHECKOUT)
 
@@ -42,36 +42,36 @@ import torch.distributed as dist  # noqa: E402 -- after what replaces parts of t
 
 from megatron_laer.cpu.ranks import share_gloo_device  # noqa: E402
 
-# Megatron's tests leave 600 groups behind, whose devices' threads would keep two cores busy.
+# Megatron's tests leave 600 groups, whose devices' threads would keep two cores busy.
 share_gloo_device()
 
-# Longer than a busy machine makes a rank late; a rank that failed leaves its groups at once.
+# Longer than ranks are late on a busy machine; a failed rank leaves its groups at once.
 _GROUP_TIMEOUT = datetime.timedelta(seconds=120)
 _MEETING_TIMEOUT = datetime.timedelta(seconds=900)
 
 
 class Ranks:
-    """Lets this rank's tests run in step with those of the others; a plugin of pytest."""
+    """pytest plugin that keeps this rank's tests in step with those of the others."""
 
     def __init__(self) -> None:
         self.store = dist.TCPStore("127.0.0.1", int(PORT), is_master=False)
         self.store.set_timeout(_MEETING_TIMEOUT)
         self.verdicts: dict[str, list[str]] = {}
         self._tests, self._groups = 0, 0
-        # Fixtures of Megatron's come before its tests' own `set_up`, and download data.
+        # Megatron's fixtures run before `set_up` of its tests, and download data.
         name = "tests.test_utils.python_scripts.download_unit_tests_dataset"
         sys.modules[name] = types.ModuleType(name)
         sys.modules[name].download_and_extract_asset = _nothing
 
     def pytest_collection_finish(self) -> None:
-        """A hook of pytest: give modules of tests what they would have by a launcher on GPUs."""
+        """Give test modules the settings of a launcher on GPUs (hook of pytest)."""
         from tests.unit_tests.test_utilities import Utils
 
         Utils.initialize_distributed = staticmethod(self._initialize_distributed)
-        # Also those that other modules of tests take helpers from.
+        # Includes modules whose helpers others use.
         for module in [sys.modules[name] for name in sys.modules if name.startswith("tests.unit_")]:
             for value in list(vars(module).values()):
-                # Where such an object is collected differs by rank, and it waits for all.
+                # Ranks collect such objects at different times, and each waits for all.
                 if isinstance(value, type) and "__del__" in vars(value):
                     del value.__del__
             if MODE == "fsep" and hasattr(module, "MoELayer"):
@@ -79,7 +79,7 @@ class Ranks:
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Any:
-        """A hook of pytest: keep the worst outcome of a test, and why it was not passed."""
+        """Keep the worst outcome of a test, and its reason if it did not pass (hook of pytest)."""
         report = yield
         known = self.verdicts.setdefault(item.nodeid, ["passed", ""])
         order = ("passed", "skipped", "failed")
@@ -91,7 +91,7 @@ class Ranks:
 
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
-        """A hook of pytest: meet the other ranks, and leave all groups if the test failed."""
+        """Meet the other ranks, and leave all groups if the test failed (hook of pytest)."""
         self._tests += 1
         has_failed = self.verdicts[nodeid][0] == "failed"
         if "failed" in self._all_say(f"{self._tests}", "failed" if has_failed else "fine"):
@@ -99,7 +99,6 @@ class Ranks:
             self._all_say(f"{self._tests} left", "left")
 
     def pytest_sessionfinish(self) -> None:
-        """A hook of pytest: write down what was found."""
         Path(RESULTS).write_text(json.dumps(self.verdicts, indent=1), encoding="utf-8")
 
     def _all_say(self, about: str, word: str) -> list[str]:
@@ -121,7 +120,7 @@ class Ranks:
         Utils.inited = True
 
     def _leave(self) -> None:
-        """Leave all groups, so that those who wait for this rank in one of them wait no longer."""
+        """Leave all groups, so that no rank keeps waiting for this one."""
         from megatron.core import parallel_state
 
         from tests.unit_tests.test_utilities import Utils
@@ -145,7 +144,7 @@ def _nothing(**_: object) -> None:
 
 
 def _numbered_layer() -> type:
-    """Make a layer class that takes a number, as a model's layer would, where a test gives none."""
+    """Make a layer class that numbers layers as a model would, where a test gives no number."""
     from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     class MoELayer(FSEPMoELayer):
@@ -160,6 +159,6 @@ if __name__ == "__main__":
         import megatron_laer
 
         megatron_laer.enable()
-    # In Megatron's folder, with its own configuration and its own conftest files.
+    # Use Megatron's folder, configuration and conftest files.
     flags = ["-p", "no:cacheprovider", "-p", "no:xdist", "--rootdir", CHECKOUT, "-q", "--tb=short"]
     sys.exit(pytest.main([*flags, *FILES], plugins=[Ranks()]))

@@ -1,4 +1,4 @@
-"""Programs that tests start: `subprocess.run` for such as torchrun, which start others."""
+"""Programs that tests start: a `subprocess.run` for programs such as torchrun with children."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ROOT = Path(__file__).resolve().parent.parent
 
 
 def python_path() -> str:
-    """PYTHONPATH with this repository first, and then what is in it: another Megatron, maybe."""
+    """Return PYTHONPATH with this repository first; it may name another Megatron."""
     return os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 
@@ -26,10 +26,7 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end and capture the output; after `timeout_s`, end all descendants as well.
 
-    `subprocess.run` ends the command alone, and then waits for what holds its pipes.
-
-    Raises:
-        subprocess.TimeoutExpired: with what was printed so far.
+    `subprocess.run` ends only the command, and then waits for all processes that hold its pipes.
     """
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs
@@ -45,13 +42,13 @@ def run(
 
 
 def default_signals() -> None:
-    """For `preexec_fn`: undo what a shell's background (no SIGINT) or nohup (no SIGHUP) leaves."""
+    """Undo the signals ignored under a shell's background or nohup (for `preexec_fn`)."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
 
 
 def outlive(pids: Iterable[int], within_s: float = 300.0) -> list[int]:
-    """Those that run even after some seconds, given that all of them should end."""
+    """Return processes that still run after some seconds, given that all should end."""
     give_up_s = time.monotonic() + within_s
     while True:
         running = [pid for pid in pids if is_running(pid)]
@@ -61,7 +58,7 @@ def outlive(pids: Iterable[int], within_s: float = 300.0) -> list[int]:
 
 
 def is_running(pid: int) -> bool:
-    """Whether a process has not ended; nobody may have asked for its status yet."""
+    """Return True if a process has not ended; a zombie has."""
     try:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

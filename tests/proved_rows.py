@@ -1,4 +1,4 @@
-"""The rows of the parity table are written into the package, with the features that each has.
+"""The rows of the parity table with their features, as a file of the package.
 
     python -m tests.proved_rows
 
@@ -20,7 +20,6 @@ from tests.parity.rows import ROWS
 
 
 def text() -> str:
-    """The file of today."""
     written = io.StringIO()
     rows = csv.writer(written, lineterminator="\n")
     for row in ROWS:
@@ -31,7 +30,6 @@ def text() -> str:
 
 
 def settings_of(row: Row) -> Namespace:
-    """The settings of a row's run under test, by Megatron's names."""
     found: dict[str, Any] = {"is_lora": "lora" in getattr(row.adapt, "__name__", "")}
     flag = ""
     for word in row.fsep_run("data")[1]:
@@ -46,7 +44,6 @@ def settings_of(row: Row) -> Namespace:
 
 
 def _with(before: Any, word: str) -> Any:
-    """A flag's value with one more word."""
     if before is True:
         return word
     return [*before, word] if isinstance(before, list) else [before, word]

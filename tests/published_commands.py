@@ -1,4 +1,4 @@
-"""The table of published commands in docs/recipes.md says what `check-recipe` says of each.
+"""The table of published commands in docs/recipes.md, with `check-recipe`'s verdicts.
 
     python -m tests.published_commands
 
@@ -31,7 +31,7 @@ _SOURCES = {
     "modelzoo": ("model zoo", "https://github.com/yanring/Megatron-MoE-ModelZoo/blob/main"),
     "bridge": ("Bridge", "https://github.com/NVIDIA-NeMo/Megatron-Bridge/blob/main"),
 }
-# By a text of the first line; the last is in all of them.
+# Proofs by a text of the first line; the last text is in all of them.
 _PROOFS = {
     "one row": "; proved by row ",
     "each feature": "; each feature proved ",
@@ -39,7 +39,7 @@ _PROOFS = {
     "–": "",
 }
 _NO_ROW = re.compile(r"; no row has ([^;]*);")
-# What a Megatron-Bridge recipe has where an entry says nothing.
+# Defaults of a Megatron-Bridge recipe.
 _DEFAULTS = dict.fromkeys(COLUMNS, "") | {
     "pool": "pretrain",
     "precision": "bf16_mixed",
@@ -48,19 +48,16 @@ _DEFAULTS = dict.fromkeys(COLUMNS, "") | {
 
 
 def read() -> list[dict[str, Any]]:
-    """The entries of the file of commands."""
     entries: list[dict[str, Any]] = yaml.safe_load(COMMANDS.read_text(encoding="utf-8"))
     return entries
 
 
 def row_of(entry: Mapping[str, Any]) -> str:
-    """The name of the parity row with the features of a command."""
     (name,) = (row.name for row in ROWS if row.name.startswith(entry["row"]))
     return name
 
 
 def table(folder: Path) -> list[str]:
-    """The lines of the table, judged by `check-recipe` from files in the folder."""
     lines = ["| model | published by | verdict | proved by | in the way | row |"]
     lines.append("|---|---|---|---|---|---|")
     for number, entry in enumerate(read()):
@@ -85,14 +82,13 @@ def table(folder: Path) -> list[str]:
 
 
 def proof_in(said: str) -> str:
-    """What proves a verdict, from the first line of what `check-recipe` says."""
     if lacking := _NO_ROW.search(said):
         return f"all but {lacking[1]}"
     return next(kind for kind, text in _PROOFS.items() if text in said)
 
 
 def _checked(entry: Mapping[str, Any], file: Path) -> list[str]:
-    """The exit status of `check-recipe`, and what it says up to a command line that works."""
+    """Return the exit status of `check-recipe`, and its output up to a working command line."""
     if "recipe" in entry:
         file = file.with_suffix(".yaml")
         file.write_text(yaml.safe_dump(_DEFAULTS | entry["recipe"]), encoding="utf-8")

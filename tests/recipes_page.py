@@ -1,4 +1,4 @@
-"""The tables of docs/recipes.md are made from a list of Megatron-Bridge's recipes.
+"""The tables of docs/recipes.md, made from a list of Megatron-Bridge's recipes.
 
 `python -m tests.recipes_page` prints them; a unit test looks for each of their lines on the page.
 """
@@ -22,12 +22,10 @@ Judged = list[tuple[Mapping[str, str], Judgement]]
 
 
 def judged(path: Path) -> Judged:
-    """Return every recipe with its judgement."""
     return [(row, judge_recipe(row)) for row in read_recipes(path)]
 
 
 def tables(recipes: Judged) -> list[list[str]]:
-    """Return the two tables of the page: verdicts, and the settings in the way."""
     lora = [(row, found) for row, found in recipes if row["pool"] == "peft"]
     training = [(row, found) for row, found in recipes if row["pool"] != "peft"]
     return [list(_verdicts(training, lora)), list(_reasons(training, lora))]
@@ -61,7 +59,6 @@ def _proof(found: Judgement) -> str:
 
 
 def no_rows(recipes: Judged) -> Counter[str]:
-    """Count the recipes that run with each feature that no row has."""
     proofs = [found.proof for _, found in recipes if found.proof]
     return Counter(feature for proof in proofs for feature in proof.no_row)
 

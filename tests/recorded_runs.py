@@ -1,4 +1,4 @@
-"""Recordings of small runs, written by a planner rank's recorder with a clock of ours."""
+"""Recordings of small runs, written by a planner rank's recorder with a fake clock."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GEOMETRY = Geometry(num_ranks=4, num_experts=8, capacity=3, node_size=2)
 LAYERS = ("layer 1", "layer 2")
 STEPS, MICROBATCHES = 5, 2
 COSTS = CostModel(load_cluster("a100-4x8-ib800"), 4096, 14336, gated=True, bytes_per_element=2)
-# A cluster of a user's own file, ten times slower than the one that is taken by default.
+# A cluster of a user's own file, ten times slower than the default.
 OWN = replace(
     COSTS.cluster.with_constants({"intra.bytes_per_s": 1e10, "inter.bytes_per_s": 1e9}),
     name="my-machine",
@@ -47,14 +47,13 @@ RUN = {
     "recompute": "none",
 }
 SIGNATURE = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
-# So many that a fresh layout may be worth what it costs.
+# Enough for a fresh layout to pay.
 TOKENS = 60_000
-# Milliseconds between two readings of the clock.
 TICK_MS = 2.0
 
 
 class TickingClock:
-    """Moves on by a tick whenever it is read."""
+    """Clock that advances by a tick at every reading."""
 
     def __init__(self) -> None:
         self._ticks = itertools.count()
@@ -73,7 +72,6 @@ class TickingClock:
 
 
 def counts_NE(step: int, layer: int, microbatch: int) -> Int64:
-    """Skewed counts, the same at every call."""
     luck = np.random.default_rng((step, layer, microbatch))
     shares_E = np.random.default_rng(layer).gamma(0.4, size=GEOMETRY.num_experts) + 0.02
     return luck.multinomial(TOKENS, shares_E / shares_E.sum(), size=GEOMETRY.num_ranks)
@@ -88,9 +86,9 @@ def record_run(
     has_trace: bool = True,
     cluster: Cluster | None = COSTS.cluster,
 ) -> None:
-    """Write metrics, layouts and, unless told not to, the trace of a run into a folder.
+    """Write a run's metrics, layouts and, by default, its trace into a folder.
 
-    Without a cluster it is what earlier versions have written.
+    Without a cluster it has the form of earlier versions.
     """
     run = RUN if run is None else run
     shape = Shape(4, 8, 3, 2, layers)

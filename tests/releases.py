@@ -1,9 +1,9 @@
-"""What tests need to know of Megatron's releases, from the table in `megatron_laer/releases.py`.
+"""Facts about Megatron's releases for tests, from the table in `megatron_laer/releases.py`.
 
     python -m tests.releases
 
-writes what the table says into the files that cannot import it; a unit test compares them. Tests
-themselves are written for the newest supported release: here is what the installed one lacks.
+writes the table's texts into files that cannot import it; a unit test compares them. Tests are
+written for the newest supported release; this module lists the gaps of the installed one.
 """
 
 from __future__ import annotations
@@ -32,13 +32,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Place:
-    """A text about releases in a file that cannot import the table.
+    """Text about releases in a file that cannot import the table.
 
-    Attributes:
-        file: from the repository's top.
-        before: the text in front, which occurs once in the file.
-        after: the text behind.
-        text: what stands in between, by the table.
+    `before`, which occurs once in the file, and `after` enclose the place of `text`.
     """
 
     file: str
@@ -47,11 +43,7 @@ class Place:
     text: str
 
     def split(self) -> tuple[str, str, str]:
-        """The file up to the place, what stands there, and the rest.
-
-        Raises:
-            AssertionError: the place is not there, or not alone.
-        """
+        """Split the file into the part up to the place, its text, and the rest."""
         content = (ROOT / self.file).read_text(encoding="utf-8")
         head, found, rest = content.partition(self.before)
         there, ended, tail = rest.partition(self.after)
@@ -59,7 +51,7 @@ class Place:
         return head + found, there, ended + tail
 
     def write(self) -> bool:
-        """Write the text if another stands there; returns whether one did."""
+        """Write the text if another one is there; return True if so."""
         head, there, tail = self.split()
         if there == self.text:
             return False
@@ -95,7 +87,7 @@ PLACES = (
     ),
 )
 
-# Of the fields of TransformerConfig that our tables know, those that come and go with NEXT.
+# Fields of TransformerConfig in our tables that come and go with NEXT.
 FIELDS_FROM_NEXT = {
     "moe_combine_bwd_dtype",
     "moe_dispatch_fwd_dtype",
@@ -105,12 +97,10 @@ FIELDS_BEFORE_NEXT = {"moe_ncclep_static_shape"}
 
 
 def release_of(version: str) -> str:
-    """The number of the release that a version of Megatron belongs to."""
     return ".".join(version.split(".")[:2])
 
 
 def installed_release() -> str:
-    """The number of the release of Megatron that is installed."""
     return release_of(metadata.version("megatron-core"))
 
 
@@ -136,10 +126,9 @@ print(json.dumps([__version__, [complaint(line) for line in lines]]))
 
 
 def refused_flags(lines: Sequence[str]) -> dict[str, str]:
-    """Of these lines of flags, those that the installed Megatron does not know, with its complaint.
+    """Return the lines of flags that the installed Megatron does not know, with its complaint.
 
-    Raises:
-        AssertionError: there are some, and no newer Megatron would know them.
+    Check that a newer Megatron would know them.
     """
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _PROGRAM],

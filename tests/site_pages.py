@@ -31,7 +31,6 @@ SLURM = ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 
 
 def flags() -> Iterator[str]:
-    """Yield every flag, its values and its help."""
     parser = add_arguments(argparse.ArgumentParser(add_help=False))
     yield "| flag | takes | |"
     yield "|---|---|---|"
@@ -45,7 +44,6 @@ def flags() -> Iterator[str]:
 
 
 def releases() -> Iterator[str]:
-    """Yield every supported release of Megatron, and the next one."""
     yield "| Megatron | tested with | |"
     yield "|---|---|---|"
     for row in RELEASES:
@@ -55,7 +53,6 @@ def releases() -> Iterator[str]:
 
 
 def patches() -> Iterator[str]:
-    """Yield every replaced attribute of Megatron, and why."""
     yield "| replaced in `megatron` | effect |"
     yield "|---|---|"
     for patch in (*ARGUMENT_PATCHES, *FSEP_PATCHES):
@@ -64,7 +61,6 @@ def patches() -> Iterator[str]:
 
 
 def environment() -> Iterator[str]:
-    """Yield every variable of the environment that is read, and who sets it."""
     yield "| variable | set by | |"
     yield "|---|---|---|"
     for variable in VARIABLES:
@@ -72,7 +68,6 @@ def environment() -> Iterator[str]:
 
 
 def slurm_settings() -> Iterator[str]:
-    """Yield the settings of the batch script for Slurm, as its head lists them."""
     text = SLURM.read_text(encoding="utf-8")
     listed = re.findall(
         r"^#   ([A-Z_]+(?:, [A-Z_]+)*) +(\S.*(?:\n# {19}\S.*)*)", text, re.MULTILINE
@@ -100,11 +95,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
 
 
 def with_table(page: str, name: str, lines: Iterable[str]) -> str:
-    """Return the page with these lines between the marks of this name.
-
-    Raises:
-        ValueError: the page has no such marks.
-    """
+    """Return the page with these lines between the marks of this name; ValueError without them."""
     begin, end = f"<!-- {name}, by python -m tests.site_pages -->\n", "<!-- end -->"
     table = "\n".join(lines) + "\n"
     pattern = re.escape(begin) + ".*?" + re.escape(end)
@@ -130,7 +121,6 @@ def old(write: bool = False) -> list[str]:
 
 
 def main() -> None:
-    """Write every table into its page, or name the old ones with `--check`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--passed", metavar="TESTS", help="how a set was started that has passed")
     parser.add_argument("--check", action="store_true", help="write nothing; fail for old tables")

@@ -1,4 +1,4 @@
-"""The reference that every GEMM back end is compared with: a linear layer per slot."""
+"""The reference of every GEMM back end: a linear layer per slot."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROWS, COLUMNS = 64, 32
 
 
 def fixed_experts(weight_CRK: torch.Tensor) -> Any:
-    """Experts whose matrix stays where it is, and whose new memory for gradients is not empty."""
+    """Make experts with a fixed matrix, whose new memory for gradients is not empty."""
     return SimpleNamespace(
         weights=SimpleNamespace(matrix=lambda _: weight_CRK),
         grads=SimpleNamespace(new=lambda _: torch.full_like(weight_CRK, float("nan"))),
@@ -29,7 +29,7 @@ def fixed_experts(weight_CRK: torch.Tensor) -> Any:
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fill new memory with NaN, which shows what a back end has left as it was."""
+    """Fill new memory with NaN, which shows elements that a back end did not write."""
     mode = torch.get_deterministic_debug_mode()
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -42,7 +42,6 @@ def poisoned_memory() -> Iterator[None]:
 def check_back_end(
     gemm: SlotGemm, dtype: torch.dtype, device: torch.device, tokens_C: Sequence[int] = TOKENS_C
 ) -> None:
-    """Compare output and gradients of `slot_linear` on this back end with the reference."""
     generator = torch.Generator(device).manual_seed(0)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
     weight_CRK = torch.randn(len(tokens_C), ROWS, COLUMNS, **options).requires_grad_()
@@ -75,7 +74,7 @@ def check_weight_grad(
 ) -> None:
     """Compare weight gradients, written and then added, with products in float64.
 
-    The output gradients have no memory of their own for every element, as a sum's have none.
+    The output gradients are expanded, as a sum's are.
     """
     generator = torch.Generator(device).manual_seed(1)
     options: dict[str, Any] = {"device": device, "dtype": dtype, "generator": generator}
@@ -89,7 +88,7 @@ def check_weight_grad(
     )
     shape = (len(tokens_C), ROWS, COLUMNS)
     out_CRK = torch.full(shape, float("nan"), dtype=out_dtype, device=device)
-    # In float32 nothing is rounded to bfloat16 on the way: then only the sum's order differs.
+    # In float32 nothing is rounded to bfloat16 on the way, so only the order of sums differs.
     bound = 2e-5 if out_dtype == torch.float32 else 2e-2
     with poisoned_memory():
         for times in (1, 2):

@@ -1,8 +1,7 @@
-"""A Slurm of its own for tests: controller, nodes on loopback addresses, and jobs, as the own user.
+"""A Slurm for tests, run by the own user: controller, nodes on loopback addresses, and jobs.
 
-Needs the programs of Slurm and munge, but no systemd, no cgroups and no names to resolve; root is
-needed only to install them. Several of these clusters run side by side. Nothing here knows of
-training.
+Needs the programs of Slurm and munge, but no systemd, cgroups or names to resolve. Only installing
+them needs root. Several of these clusters can run at once.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
 INSTALL = f"apt-get install --no-install-recommends {PACKAGES}"
 NEEDED_VARIABLE = "MEGATRON_LAER_NEED_SLURM"
 PROGRAMS = "munged slurmctld slurmd sbatch salloc scancel scontrol sinfo srun squeue".split()
-# Debian has the daemons where only root looks.
+# Debian puts the daemons where only root's PATH leads.
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 
 _START_S = 120.0
@@ -36,24 +35,21 @@ _FINAL = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL TIME
 
 
 def missing_programs() -> list[str]:
-    """Programs of Slurm that are not installed here."""
     return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """Slurm's nodes on this machine, each with fake GPUs.
+    """Slurm's nodes on this machine, each with fake GPUs; `folder` has all of its files and logs.
 
-    Attributes:
-        folder: of everything that the cluster writes, jobs' logs among it.
-        nodes: their names, which are addresses.
+    The names of nodes are addresses.
     """
 
     folder: Path
     nodes: tuple[str, ...]
 
     def environment(self, **more: str) -> dict[str, str]:
-        """This process' environment without a Slurm job's, for commands of this cluster."""
+        """Return this environment for the cluster's commands, without a Slurm job's variables."""
         kept = {
             name: value
             for name, value in os.environ.items()
@@ -64,7 +60,6 @@ class Cluster:
     def run(
         self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> str:
-        """What a command of Slurm prints; RuntimeError with all of it where it fails."""
         result = subprocess.run(
             words,
             env=self.environment(**(environment or {})),
@@ -82,13 +77,12 @@ class Cluster:
     def submit(
         self, *words: str, cwd: Path | None = None, environment: Mapping[str, str] | None = None
     ) -> Job:
-        """`sbatch` these words, with these variables beside the own environment."""
         return Job(self, self._sbatch("%j", words, cwd, environment))
 
     def submit_array(
         self, tasks: str, *words: str, environment: Mapping[str, str] | None = None
     ) -> list[Job]:
-        """The jobs of two tasks: `tasks` is what `sbatch --array` takes, such as `1-2`."""
+        """Return the jobs of two tasks; `tasks` is the value of `sbatch --array`, such as `1-2`."""
         number = self._sbatch("%A_%a", (f"--array={tasks}", *words), None, environment)
         return [Job(self, number, task) for task in (1, 2)]
 
@@ -103,7 +97,6 @@ class Cluster:
         return int(self.run(*sbatch, cwd=cwd, environment=environment))
 
     def cancel_jobs(self) -> None:
-        """End all jobs and wait until their nodes are free."""
         self.run("scancel", f"--user={getpass.getuser()}")
         deadline_s = time.monotonic() + _WAIT_S
         while left := self.run("squeue", "--noheader"):
@@ -113,12 +106,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Job:
-    """One submitted job.
-
-    Attributes:
-        number: its own, or that of the array that it is a task of.
-        task: its number in the array, if it is in one.
-    """
+    """Submitted job with its number, or its array's number and its `task`."""
 
     cluster: Cluster
     number: int
@@ -126,28 +114,24 @@ class Job:
 
     @property
     def name(self) -> str:
-        """How Slurm's commands name it."""
         return f"{self.number}" if self.task is None else f"{self.number}_{self.task}"
 
     @property
     def log(self) -> str:
-        """What it has printed so far."""
         path = self.cluster.folder / "jobs" / f"{self.name}.log"
         return path.read_text(errors="replace") if path.exists() else ""
 
     def field(self, name: str) -> str:
-        """A field of `scontrol show job`, such as JobState."""
         shown = self.cluster.run("scontrol", "--oneliner", "show", "job", self.name)
         return dict(pair.split("=", 1) for pair in shown.split() if "=" in pair)[name]
 
     def signal(self, name: str, *options: str) -> None:
-        """`scancel --signal`."""
         self.cluster.run("scancel", f"--signal={name}", *options, self.name)
 
     def wait_until(
         self, condition: Callable[[], bool], what: str, timeout_s: float = 900.0
     ) -> None:
-        """Until the condition holds; AssertionError with the log where it can no longer."""
+        """Wait until the condition holds; AssertionError with the log if the job ends first."""
         deadline_s = time.monotonic() + timeout_s
         while not condition():
             state = self.field("JobState")
@@ -158,31 +142,24 @@ class Job:
             time.sleep(0.1)
 
     def wait_for_text(self, text: str, count: int = 1) -> None:
-        """Until the log holds the text so often."""
         self.wait_until(lambda: self.log.count(text) >= count, f"{count} × {text!r} in its log")
 
     def end(self) -> str:
-        """Wait for its end and return its state, such as COMPLETED."""
         self.wait_until(lambda: self.field("JobState") in _FINAL, "ended")
         return self.field("JobState")
 
     def restart_now(self) -> None:
-        """Requeued jobs wait for two minutes by default; this one hardly does."""
+        """Shorten the two minutes that requeued jobs wait by default."""
         self.wait_until(lambda: self.field("JobState") == "PENDING", "requeued")
-        # In the second of its end its credentials are still refused.
+        # Its credentials are still refused in the second of its end.
         self.cluster.run("scontrol", "update", f"JobId={self.name}", "StartTime=now+2")
 
 
 @contextlib.contextmanager
 def slurm_cluster(folder: Path, nodes: int = 2, gpus: int = 2, cpus: int = 4) -> Iterator[Cluster]:
-    """A running cluster, which is ended with all its jobs.
+    """Yield a running cluster of nodes with `gpus` and `cpus` each; end it with all its jobs.
 
-    Args:
-        folder: an empty one. Its path must be short: a socket's has 107 characters at most.
-        gpus, cpus: of each node, whatever the machine has.
-
-    Raises:
-        RuntimeError: it did not start; the message has the logs of its programs.
+    The folder must be empty and have a short path: a socket's has 107 characters at most.
     """
     # All of 127/8 is this machine. Not 127.0.0.1, where others listen.
     network = f"127.{random.randrange(1, 255)}.{random.randrange(255)}"
@@ -206,7 +183,7 @@ def _write_files(cluster: Cluster, gpus: int, cpus: int) -> None:
     key.chmod(stat.S_IRUSR)
     (folder / "munge").chmod(stat.S_IRWXU)
     for number in range(gpus):
-        # Without a file Slurm does not count a GPU, and an ordinary one sets no variable.
+        # Without a file Slurm does not count a GPU, and a regular file sets no variable.
         (folder / "dev" / f"gpu{number}").symlink_to("/dev/null")
     controller_port, *ports = _free_ports(nodes[0], 1 + len(nodes))
     host, user = socket.gethostname(), getpass.getuser()
@@ -291,16 +268,14 @@ def _start(cluster: Cluster) -> None:
 
 
 def start_node(cluster: Cluster, node: str) -> None:
-    """Start a node, as its machine would; also again."""
     cluster.run("slurmd", "-N", node)
 
 
 def kill_node(cluster: Cluster, node: str, silently: bool) -> None:
-    """A node's machine goes away: its daemon and everything that it has started, with SIGKILL.
+    """Kill a node's daemon and all its processes with SIGKILL.
 
-    Args:
-        silently: nobody hears of it before Slurm misses the node; else the step's manager still
-            reports how its processes ended, and ends itself.
+    With `silently`, Slurm learns of it only by missing the node. Otherwise the step's manager still
+    reports the ends of its processes, and ends itself.
     """
     victims = [psutil.Process(int((cluster.folder / f"slurmd.{node}.pid").read_text()))]
     for process in _processes(cluster):
@@ -316,7 +291,7 @@ def kill_node(cluster: Cluster, node: str, silently: bool) -> None:
 
 
 def _processes(cluster: Cluster) -> list[psutil.Process]:
-    """All that run with this cluster's configuration."""
+    """Return all processes with this cluster's configuration."""
     mine = str(cluster.folder / "slurm.conf")
     found = []
     for process in psutil.process_iter():

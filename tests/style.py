@@ -23,7 +23,7 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 # Exceptions by rule and room, each as `file:line: text`.
 Exceptions = dict[tuple[str, str], list[str]]
 
-# A clause, or a verb of talk, in place of the verb of the field.
+# A clause, or a verb of talk, instead of the verb of the field.
 _RETIRED_FIRST = frozenset("Say Says Tell Tells Take Takes Give Gives Is Are Has Let Lets".split())
 # Words for which the field has others.
 _RETIRED = re.compile(r"\b(?:beside|likewise|mend(?:s|ed)?|nobody|told|whoever)\b", re.IGNORECASE)
@@ -59,14 +59,12 @@ def _paragraphs(text: str) -> Iterator[str]:
 
 
 def docstrings(module: ast.Module) -> Iterator[tuple[Documented, str]]:
-    """Yield what has a docstring, with it."""
     for node in ast.walk(module):
         if isinstance(node, Documented) and (text := ast.get_docstring(node)):
             yield node, text
 
 
 def first_word(text: str) -> str:
-    """Return the first word of a docstring, without punctuation."""
     return text.split()[0].rstrip(",.:;")
 
 
@@ -87,7 +85,6 @@ def without_remedy(module: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def exceptions() -> Exceptions:
-    """Collect the exceptions of the package's files and of the pages."""
     found: Exceptions = defaultdict(list)
     for path in sorted((ROOT / "megatron_laer").rglob("*.py")):
         name = path.relative_to(ROOT)
@@ -110,13 +107,11 @@ def exceptions() -> Exceptions:
 
 
 def limits(path: Path = LIMITS) -> dict[tuple[str, str], int]:
-    """Read the allowed numbers of exceptions, by rule and room; zero where none is listed."""
     with path.open(encoding="utf-8", newline="") as file:
         return {(row["rule"], row["room"]): int(row["allowed"]) for row in csv.DictReader(file)}
 
 
 def excess(found: Exceptions, allowed: dict[tuple[str, str], int]) -> list[str]:
-    """Return the exceptions of every rule and room that has more than it may have."""
     return [
         line
         for key, items in sorted(found.items())
@@ -126,7 +121,6 @@ def excess(found: Exceptions, allowed: dict[tuple[str, str], int]) -> list[str]:
 
 
 def main() -> None:
-    """List the exceptions, or lower the counts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--write", action="store_true", help="lower the counts to today's")
     parser.add_argument("--new", action="store_true", help="list rooms that are not listed")

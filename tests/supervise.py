@@ -1,9 +1,8 @@
-"""Runs pytest, and ends with it: `python -m tests.supervise <pytest's arguments>`.
+"""Supervisor that runs pytest and ends with it: `python -m tests.supervise <pytest's arguments>`.
 
-pytest's status is final when its summary is printed, but its process may stay: Python waits for
-threads and children at exit, and whoever reads our output waits for every process that holds it.
-So pytest runs as a child, tells its status in a file, and some time after that everything that is
-left is ended. Decides nothing about the tests.
+After its summary pytest's process may wait for threads and children, and readers of our output wait
+for every process that holds it. So pytest runs as a child that writes its status to a file; some
+time later all remaining processes are ended.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 
 def main(arguments: Sequence[str], grace_s: float = GRACE_S) -> int:
     """Run pytest and return its exit status, at most `grace_s` seconds after its summary."""
-    # What pytest's children leave behind becomes a child of this process, and is found.
+    # Orphans of pytest's children become children of this process, and are found.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "status"
@@ -51,7 +50,7 @@ def _wait(pytest: subprocess.Popen[bytes], path: Path, grace_s: float) -> int:
             if path.exists() and deadline_s == float("inf"):
                 deadline_s = time.monotonic() + grace_s
         except KeyboardInterrupt:
-            # The terminal told pytest too, which is now tearing down and printing.
+            # The terminal signalled pytest too, which is now tearing down and printing.
             deadline_s = min(deadline_s, time.monotonic() + 2 * grace_s)
     print(f"pytest did not end {grace_s:.0f} s after its last word and is killed", file=sys.stderr)
     return int(path.read_text()) if path.exists() else 2
@@ -68,12 +67,12 @@ def _end_what_is_left() -> None:
 
 
 def pytest_sessionfinish(session: object, exitstatus: int) -> None:
-    """A hook of pytest, to which this module is a plugin: remember the status."""
+    """Remember the status (hook of pytest, whose plugin this module is)."""
     session.config.final_status = int(exitstatus)  # type: ignore[attr-defined]
 
 
 def pytest_unconfigure(config: object) -> None:
-    """A hook of pytest: its summary is printed. Its workers load this plugin as well."""
+    """Report that the summary is printed (hook of pytest). Its workers load this plugin as well."""
     status = getattr(config, "final_status", None)
     worker = hasattr(config, "workerinput")
     if status is not None and STATUS_VARIABLE in os.environ and not worker:

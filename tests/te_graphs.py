@@ -1,9 +1,8 @@
-"""Calls take the place of Transformer Engine's CUDA graphs, so that ranks on the CPU go their way.
+"""Calls that replace Transformer Engine's CUDA graphs, so that ranks on the CPU follow their path.
 
-Megatron's own loop captures after some steps and replays from then on. Its capture asks Transformer
-Engine for graphs of layers; here it gets functions that run what would have been captured, as one
-autograd node each, and that write their outputs to the same memory at every call, as graphs do.
-Like Transformer Engine, it takes no layer with hooks.
+Megatron's own loop captures and replays. Instead of graphs it gets functions that run the captured
+calls, as one autograd node each. Their outputs go to the same memory at every call. Like
+Transformer Engine, they accept no layer with hooks.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from megatron_laer.cpu.training import Record, train
 
 
 class Graph:
-    """Replaces the graph of one layer, or of what is captured of it."""
+    """Replacement of the graph of one layer, or of its captured part."""
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
@@ -32,14 +31,13 @@ class Graph:
         self._buffers: list[torch.Tensor] = []
 
     def __call__(self, hidden: torch.Tensor, **tensors: Any) -> tuple[torch.Tensor, ...]:
-        """Replay it."""
         self.replays += 1
         del tensors["is_first_microbatch"]
         outputs: tuple[torch.Tensor, ...] = _Node.apply(self, tensors, hidden, *self._parameters)
         return outputs
 
     def run(self, hidden: torch.Tensor, tensors: dict[str, Any]) -> tuple[torch.Tensor, ...]:
-        """Run what is captured; Megatron stops there because a capture is going on."""
+        """Run the captured part; during capture, Megatron stops there."""
         from megatron.core.transformer import cuda_graphs
 
         cuda_graphs._set_capture_start()
@@ -50,7 +48,7 @@ class Graph:
             cuda_graphs._set_capture_end()
 
     def keep(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Copy outputs to where every replay leaves them."""
+        """Copy outputs to the fixed memory of replays."""
         if not self._buffers:
             self._buffers = [torch.empty_like(output) for output in outputs]
         for buffer, output in zip(self._buffers, outputs, strict=True):
@@ -58,7 +56,6 @@ class Graph:
         return self._buffers
 
     def reset(self) -> None:
-        """Free it, as Megatron does at the end of a run."""
         self._buffers.clear()
 
 
@@ -101,7 +98,7 @@ made: list[Graph] = []
 
 @contextlib.contextmanager
 def graphs_replaced() -> Iterator[list[Graph]]:
-    """Let Megatron capture on the CPU; yields the graphs that it makes."""
+    """Let Megatron capture on the CPU; yield the graphs that it makes."""
     from megatron.core.tensor_parallel import random
     from megatron.core.transformer import cuda_graphs
     from megatron.core.transformer.module import GraphableMegatronModule
@@ -116,7 +113,7 @@ def graphs_replaced() -> Iterator[list[Graph]]:
         mock.patch.object(cuda_graphs, "HAVE_TE_GRAPHS", True),
         mock.patch.object(cuda_graphs, "make_graphed_callables", _make_graphs, create=True),
         mock.patch.object(random, "initialize_rng_tracker", plain_tracker),
-        # Megatron's adds a mask where there is none, for which it imports Transformer Engine.
+        # Megatron's own adds a missing mask, for which it imports Transformer Engine.
         mock.patch.object(
             TransformerLayer,
             "_get_te_cuda_graph_replay_args",
@@ -127,10 +124,7 @@ def graphs_replaced() -> Iterator[list[Graph]]:
 
 
 def train_graphed(flags: list[str], probe: Callable[..., Any] | None = None) -> tuple[Record, int]:
-    """Train with calls in place of graphs; returns the record, and how often graphs were replayed.
-
-    Collective.
-    """
+    """Train with calls for graphs; return the record and the number of replays. Collective."""
     with graphs_replaced() as graphs:
         record = train(flags, probe)
         return record, sum(graph.replays for graph in graphs)

@@ -1,4 +1,4 @@
-"""A whole token exchange on gloo ranks, by Megatron's rows or through nodes, and what it sends.
+"""Whole token exchanges on gloo ranks, by Megatron's rows or through nodes, and their sent rows.
 
 Legend: N ranks, C slots per rank, G ranks per node, T tokens, E experts, H hidden.
 """
@@ -33,7 +33,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Case:
-    """A shape of the exchange; tokens of each rank, some of which may have none."""
+    """Shape of the exchange; `tokens` are per rank, and may be zero."""
 
     tokens: tuple[int, ...]
     node_size: int
@@ -46,13 +46,12 @@ class Case:
 
     @property
     def ranks(self) -> int:
-        """N."""
         return len(self.tokens)
 
 
 @dataclass(frozen=True)
 class Sent:
-    """What this rank received in one collective: rows from each rank, and bytes of a row."""
+    """Received rows of one collective on this rank, by sender, and bytes of a row."""
 
     received_N: tuple[int, ...]
     row_bytes: int
@@ -61,8 +60,6 @@ class Sent:
 
 @dataclass
 class Outcome:
-    """A whole exchange: the experts' inputs and weights, the result and its gradients."""
-
     experts: list[torch.Tensor]
     combined: torch.Tensor
     grads: list[torch.Tensor]
@@ -71,8 +68,6 @@ class Outcome:
 
 
 class SharedExperts:
-    """Notes in which order the dispatcher calls it, and gives a constant output."""
-
     use_shared_expert_gate = False
 
     def __init__(self) -> None:
@@ -91,7 +86,6 @@ class SharedExperts:
 
 
 def noting_timeline() -> tuple[list[tuple[str, str]], Any]:
-    """Make a listener to exchanges, and the list of what it is told."""
     noted: list[tuple[str, str]] = []
     return noted, SimpleNamespace(
         begin_exchange=lambda name: noted.append(("begin", str(name))),
@@ -101,7 +95,7 @@ def noting_timeline() -> tuple[list[tuple[str, str]], Any]:
 
 @contextlib.contextmanager
 def gloo_groups(node_size: int) -> Iterator[FSEPGroups]:
-    """The groups of all ranks, for exchanges through nodes of this size."""
+    """Yield groups of all ranks, for exchanges through nodes of this size."""
     dist.init_process_group("gloo")
     try:
         groups = process_groups.create_groups(
@@ -113,7 +107,6 @@ def gloo_groups(node_size: int) -> Iterator[FSEPGroups]:
 
 
 def known_rows(to_ranks_NN: Int64, to_nodes_NM: Int64, node_size: int) -> list[TokenRows]:
-    """What each rank hears of its rows, if all ranks' sizes are these."""
     num_ranks = len(to_ranks_NN)
     sizes_NZ = np.hstack([to_ranks_NN, to_nodes_NM])
     found = []
@@ -127,7 +120,6 @@ def known_rows(to_ranks_NN: Int64, to_nodes_NM: Int64, node_size: int) -> list[T
 
 
 def routing_maps(case: Case) -> list[torch.Tensor]:
-    """The router's map of every rank."""
     maps = []
     for rank, tokens in enumerate(case.tokens):
         generator = torch.Generator().manual_seed(1000 * case.seed + rank)
@@ -137,13 +129,12 @@ def routing_maps(case: Case) -> list[torch.Tensor]:
         map_TE = torch.zeros(scores_TE.shape, dtype=torch.bool)
         map_TE.scatter_(1, scores_TE.topk(case.top_k, dim=1).indices, True)
         if tokens > 2:
-            map_TE[1] = False  # as a token of padding
+            map_TE[1] = False  # a padding token
         maps.append(map_TE)
     return maps
 
 
 def plan_of(case: Case, rank: int) -> MicrobatchPlan:
-    """A rank's plan under a random layout, with exact quotas."""
     layout = ExpertLayout.random(case.ranks, case.capacity, case.experts, (case.seed,))
     counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in routing_maps(case)])
     quotas = solve_quotas(Split.EXACT, counts_NE, layout, case.node_size)
@@ -205,7 +196,7 @@ def run(
     shared: Any = None,
     timeline: Any = None,
 ) -> Outcome:
-    """On a rank: dispatch tokens, let experts square and weigh them, combine, go back."""
+    """On a rank: dispatch tokens, let experts square and weigh them, combine, and run backward."""
     rank = groups.rank
     map_TE, plan = routing_maps(case)[rank], plan_of(case, rank)
     generator = torch.Generator().manual_seed(rank)
@@ -257,7 +248,7 @@ def _forward(
 
 
 class _Experts(torch.autograd.Function):
-    """Squares tokens and weighs them, and keeps its input, as a linear layer does."""
+    """Square of tokens, weighed, that keeps its input, as a linear layer does."""
 
     @staticmethod
     def forward(ctx: Any, tokens_RH: torch.Tensor, weights_R: torch.Tensor) -> torch.Tensor:
@@ -274,7 +265,7 @@ class _Experts(torch.autograd.Function):
 
 @contextlib.contextmanager
 def recorded(sent: dict[str, list[Sent]], phase: str) -> Iterator[None]:
-    """Note what every All-to-All brings to this rank."""
+    """Record the rows that every All-to-All brings to this rank."""
     true_exchange, size = dist.all_to_all_single, dist.get_world_size()
     of_phase = sent.setdefault(phase, [])
 
@@ -301,18 +292,17 @@ def recorded(sent: dict[str, list[Sent]], phase: str) -> Iterator[None]:
 
 
 class _Kept:
-    """Adds up the memory that autograd keeps of what is computed inside, shared storage once."""
+    """Sum of the memory that autograd keeps inside, with shared storage counted once."""
 
     def __init__(self) -> None:
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     @property
     def total_bytes(self) -> int:
-        """The sum so far."""
         return sum(storage.nbytes() for storage in self._storages.values())
 
     def counting(self, inner: Any = None) -> contextlib.AbstractContextManager[Any]:
-        """A context; `inner` is another one that decides what is kept."""
+        """Return a context that counts; `inner` is another one that decides what is kept."""
         pack = getattr(inner, "pack_hook", lambda saved: saved)
         unpack = getattr(inner, "unpack_hook", lambda kept: kept)
         return torch.autograd.graph.saved_tensors_hooks(lambda t: self._note(pack(t)), unpack)
@@ -320,11 +310,10 @@ class _Kept:
     def _note(self, kept: Any) -> Any:
         for tensor in tree_leaves(kept):
             storage = tensor.untyped_storage()
-            self._storages[storage.data_ptr()] = storage  # held, so that no other takes its place
+            self._storages[storage.data_ptr()] = (
+                storage  # held, so that no other storage reuses its address
+            )
         return kept
-
-
-# What is sent, by a plain definition.
 
 
 @dataclass(frozen=True)
@@ -332,7 +321,7 @@ class Expected:
     """Rows that ranks receive from others, by a plain definition: inside their node, and between.
 
     Attributes:
-        dispatch_N2: with tokens; those of combine are what the other side sends.
+        dispatch_N2: with tokens; those of combine are sent by the other side.
         combine_N2: with outputs.
         sent_N: rows that a rank sends, or passes on, in both stages; those to itself included.
         arrived_N: rows at the end of the exchange, a rank's own included.
@@ -345,7 +334,6 @@ class Expected:
 
 
 def slots_of(case: Case) -> list[torch.Tensor]:
-    """Of every rank the slots of its pairs."""
     from megatron_laer.layer.dispatch.replica_choice import choose_replicas
 
     return [
@@ -355,14 +343,12 @@ def slots_of(case: Case) -> list[torch.Tensor]:
 
 
 def routing_of(case: Case) -> TokenRouting:
-    """What the formulas are told."""
     maps = [map_TE.numpy() for map_TE in routing_maps(case)]
     slots = [slot_P.numpy() for slot_P in slots_of(case)]
     return TokenRouting.count(maps, slots, case.capacity, case.node_size)
 
 
 def expected(case: Case, *, nodes: bool) -> Expected:
-    """Count sets of tokens."""
     size, node_size = case.ranks, case.node_size
     pairs: list[tuple[int, int, int]] = []  # source, token, rank
     slots_N = slots_of(case)
@@ -372,7 +358,7 @@ def expected(case: Case, *, nodes: bool) -> Expected:
         slots = zip(routed, slots_N[source].tolist(), strict=True)
         pairs += [(source, token, slot // case.capacity) for token, slot in slots]
 
-    hops: list[tuple[int, int]] = []  # of each row: from, to
+    hops: list[tuple[int, int]] = []  # (from, to) of each row
     rows: Any = pairs
     if nodes:
         rows = set(pairs)

@@ -1,4 +1,4 @@
-"""Try all bad inputs, and count how they ended by command: `python -m tests.bad_inputs`."""
+"""Try all bad inputs, and count their ends by command: `python -m tests.bad_inputs`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tests.bad_inputs.cases import every_case
 
 
 def main() -> int:
-    """Print the counts; 1 if a case did not end as it should."""
     cases = every_case()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

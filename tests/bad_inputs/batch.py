@@ -1,6 +1,6 @@
-"""Settings of the Slurm script that cannot be. Each is refused by the shell, before Python starts.
+"""Bad settings of the Slurm script. The shell refuses each before Python starts.
 
-Where the script takes one after all, it is a dry run, but for data that are not there.
+Where the script accepts one, it is a dry run, except for missing data.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ _WORDS = ("--save x", "--load x", "--save=x", "--load=x")
 
 
 def cases() -> Iterator[Case]:
-    """Yield them all."""
     for name in _NUMBERS:
         for value in _NO_NUMBERS:
             yield _case({name: value}, f"{name}={value}")

@@ -12,14 +12,10 @@ _COMMANDS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One bad input.
+    """One bad input, with a part of the message that quotes it and the command's status.
 
-    Attributes:
-        says: a part of the message, which quotes what was passed.
-        environment: variables that are changed.
-        status: of the command; 0 where the input is odd and still works.
-        prints: whether what could be done is printed all the same.
-        nightly: whether it is one of many that differ little, too many for every day.
+    The status is 0 where the input is odd and still works. With `prints`, possible results are
+    printed all the same. Cases that are `nightly` are many and similar.
     """
 
     words: tuple[str, ...]
@@ -31,7 +27,6 @@ class Case:
 
     @property
     def command(self) -> str:
-        """For the count."""
         first = self.words[0] if self.words else ""
         if first.endswith((".py", ".sbatch")):
             return " ".join(first.split("/")[:-1]) or first
@@ -39,5 +34,4 @@ class Case:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What tells it from others."""
         return self.words, tuple(sorted(self.environment.items()))

@@ -1,4 +1,4 @@
-"""Command lines that cannot work, and what the message must say of each.
+"""Command lines that cannot work, and the message expected for each.
 
 Words are separated by spaces; files are those of `inputs`, in the folder that the command runs in.
 
@@ -60,7 +60,6 @@ COMMAND_LINE = (
     ("prepare-data --output out/x", "one of the arguments --input --python-sources is required"),
 )
 
-# On a trace that is good.
 PLAN_OPTIONS = (
     ("--format xml", "invalid choice: 'xml'"),
     ("--format", "--format: expected one argument"),
@@ -332,7 +331,6 @@ PREPARE_DATA = (
     ("--input latin.jsonl", "latin.jsonl"),
     ("--input packed.jsonl.gz", "'packed.jsonl.gz' is compressed by its ending"),
 )
-# With an output of its own.
 OUTPUTS = (
     ("--input good.txt --output prefix", "output prefix 'prefix' must be a path"),
     ("--input good.txt --output x.bin", "output prefix 'x.bin' must be a path"),
@@ -396,12 +394,10 @@ CHECK_RECIPE = (
 
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "pretrain_gpt.py")
-# With which the script would run.
 FLAGS = tuple(command_line("absent", experts=8, expert_parallel=2, global_batch=4, steps=1))
 
 
 def every_case() -> list[Case]:
-    """Return every bad input, each once; the first of those that are the same."""
     cases: dict[tuple[object, ...], Case] = {}
     for case in _all():
         cases.setdefault(case.key, case)
@@ -446,7 +442,7 @@ def _all() -> Iterator[Case]:
         yield Case(("check-recipe", *words.split()), says)
     for name, (_, says) in inputs.pickles().items():
         yield Case(("inspect", f"checkpoint-{name}"), says)
-    # Cases run beside each other, and two that write one output refuse each other for that.
+    # Cases run at once, and two that write one output would refuse each other.
     for number, (words, says) in enumerate(PREPARE_DATA):
         yield Case(("prepare-data", *words.split(" "), "--output", f"out/data{number}"), says)
     for words, says in OUTPUTS:
@@ -464,7 +460,6 @@ def _all() -> Iterator[Case]:
 
 
 def _yaml_cases() -> Iterator[Case]:
-    """Yield bad YAML for each reader of it."""
     shared = [(f"yaml-{name}", says) for name, (_, says) in inputs.YAML.items()]
     shared += [
         ("yaml-latin", "is not UTF-8"),

@@ -1,6 +1,6 @@
-"""Fields of files, each with every value that is of another kind.
+"""Fields of files, each with every value of another kind.
 
-A row is a field, a column a value. Daily tests take every sixteenth pair of a row.
+A row is a field, a column a value. Daily tests try every sixteenth pair of a row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from tests.bad_inputs.inputs import GOOD_CALL, GOOD_CLUSTER
 
 _EVERY = 16
 
-# As YAML has them.
 OF_YAML = {
     "two": "[1, 2]",
     "mapping": "{a: 1}",
@@ -43,7 +42,6 @@ OF_YAML = {
     "deep": "[" * 40 + "]" * 40,
     "flag": "--lr",
 }
-# As JSON has them.
 OF_JSON: Mapping[str, str] = {
     "null": "null",
     "true": "true",
@@ -93,7 +91,6 @@ GOOD_RECIPE = dict.fromkeys(COLUMNS, "''") | {
 }
 _CSV_LINE = ",".join(GOOD_RECIPE.values()).replace("''", "")
 _CSV = f"{','.join(COLUMNS)}\n{_CSV_LINE}\n"
-# Tables of recipes: content, status, what is said.
 TABLES: dict[str, tuple[bytes, int, str]] = {
     "nothing": (b"", 2, "no field recipe"),
     "columns-alone": (_CSV.splitlines()[0].encode(), 2, "no recipe follows"),
@@ -116,7 +113,7 @@ TABLES: dict[str, tuple[bytes, int, str]] = {
     "lines": (_CSV.replace("x:y", '"x:\nruns        y"').encode(), 0, "x:\\nruns"),
     "many": (_CSV.encode() + f"{_CSV_LINE}\n".encode() * 20_000, 2, "bytes; at most"),
 }
-# Names of recipes of Megatron-Bridge, or functions that are none.
+# Names of recipes of Megatron-Bridge, or functions that are not recipes.
 BRIDGE = (
     "nothing_there_config",
     "",
@@ -142,7 +139,6 @@ BRIDGE = (
 
 
 def cases() -> Iterator[Case]:
-    """Yield them all."""
     for_megatron = {"negative", "fraction", "hexadecimal", "10^18", "2^63", "date", "words"}
     for_megatron |= {"fullwidth digit"}
     ours = {kind: text for kind, text in OF_YAML.items() if kind not in for_megatron}
@@ -156,7 +152,7 @@ def cases() -> Iterator[Case]:
     yield from _of("plan call-of-{}", _CALL, OF_JSON)
     recipe = "check-recipe recipe-of-{}.yaml"
     lists = {"cuda_graph_scope", "recompute_modules"}
-    # Modules may be called like numbers.
+    # Modules may have names that look like numbers.
     words = [kind for kind in OF_YAML if not OF_YAML[kind].isalnum() and kind != "two"]
     words += ["fullwidth digit"]
     yield from _of(recipe, [name for name in _RECIPE if name not in lists], OF_YAML, "{field}")
@@ -186,7 +182,6 @@ def _name(field: str, kind: str) -> str:
 
 
 def make(folder: Path) -> None:
-    """Write the files."""
     for kind, text in OF_YAML.items():
         for field in _SIZES:
             lines = [f"  {key}: {size}" for key, size in _SIZES.items() if key != field]

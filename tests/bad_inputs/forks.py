@@ -1,9 +1,9 @@
-"""Runs many commands, each in a process of its own, which costs their imports once.
+"""Runner of many commands, each in a process of its own, at the cost of one import.
 
-A program: `python -m tests.bad_inputs.forks`. It imports what the commands need, then reads lines
-of JSON (`Job`) and forks a child for each, two at a time; a child runs `cli.main(words)`, or a
-program of the repository, and is killed at a limit. It answers with a line of JSON for each, in
-order. One such server imports torch and Megatron as well, which makes each fork five times as long.
+A program: `python -m tests.bad_inputs.forks`. It imports the commands' modules, then reads lines of
+JSON (`Job`) and forks a child for each, two at a time. A child runs `cli.main(words)`, or a program
+of the repository, and is killed at a limit. The answers are lines of JSON, in order. One such
+server imports torch and Megatron as well, which makes each fork five times as long.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from tests.processes import python_path
 
 CPU_S = 10
 RESIDENT_BYTES = 2 * 2**30
-# A guard against waiting for ever; nothing is concluded from how long a case takes.
+# A guard against endless waits; no verdict depends on a case's duration.
 WALL_S = 120
 AT_ONCE = 2
 _TOO_LARGE = f"{RESIDENT_BYTES:,} bytes resident"
@@ -59,7 +59,7 @@ _IMPORTED_WITH_TORCH = (
     "megatron_laer.tools.inspection",
     "megatron_laer.runtime.planning.planner_checkpoint",
 )
-# Commands, and beginnings of programs, that import torch.
+# Commands, and prefixes of programs, that import torch.
 _NEED_TORCH = ("train", "inspect", "check-recipe")
 _PROGRAMS_WITH_TORCH = ("benchmarks/", "scripts/")
 # Variables that Python, a shell or a library reads when it starts.
@@ -68,11 +68,10 @@ _READ_AT_START = ("PYTHON", "MPL", "MATPLOTLIBRC", "TQDM_", "LC_", "LANG", "COLU
 
 @dataclass(frozen=True)
 class Job:
-    """One command line of `megatron_laer`, in a folder, with these variables changed.
+    """One command line of `megatron_laer`, or of a program of the repository by its path from the
+    top.
 
-    Attributes:
-        words: the first one may be a program of this repository, by its path from the top.
-        cpu_s: the most processor time.
+    It runs in a folder with these variables changed, within `cpu_s` of processor time.
     """
 
     words: Sequence[str]
@@ -82,25 +81,20 @@ class Job:
 
     @property
     def needs_torch(self) -> bool:
-        """Whether its imports would take seconds in a child."""
+        """Return True if its imports would take seconds in a child."""
         first = self.words[0] if self.words else ""
         is_program = first.startswith(_PROGRAMS_WITH_TORCH) and first.endswith(".py")
         return is_program or first in _NEED_TORCH
 
     @property
     def starts_anew(self) -> bool:
-        """Whether it is not enough to change the variables of a Python that runs."""
+        """Return True if changing the variables of a running Python is not enough."""
         return any(name.startswith(_READ_AT_START) for name in self.environment)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended.
-
-    Attributes:
-        limit: what it was stopped by, or "".
-        status: its exit status; negative if a signal ended it.
-    """
+    """End of a command: its status, negative after a signal, and the limit that stopped it."""
 
     status: int
     output: str
@@ -111,7 +105,6 @@ class Ended:
 
 
 def run_all(jobs: Iterable[Job]) -> Iterator[Ended]:
-    """Yield how each job ended, in order."""
     jobs = list(jobs)
     light = iter(_served([job for job in jobs if not job.needs_torch], "light"))
     heavy = iter(_served([job for job in jobs if job.needs_torch], "heavy"))
@@ -140,11 +133,7 @@ def _served(jobs: Sequence[Job], kind: str) -> list[Ended]:
     return [Ended(**json.loads(line)) for line in server.stdout.splitlines() if line[:1] == "{"]
 
 
-# The program.
-
-
 def _serve() -> None:
-    # Imports and their warnings may print.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     sys.path.insert(0, str(ROOT))
@@ -158,7 +147,7 @@ def _serve() -> None:
         importlib.import_module(name)
     jobs = [Job(**json.loads(line)) for line in sys.stdin]
     gc.collect()
-    gc.freeze()  # or each child would copy what its collector looks at
+    gc.freeze()  # otherwise each child would copy memory that its collector scans
     # A child's end interrupts the wait below.
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])
     with tempfile.TemporaryDirectory() as folder:
@@ -181,8 +170,6 @@ def _serve() -> None:
 
 
 class _Child:
-    """One job's process, watched."""
-
     def __init__(self, job: Job, files: Path) -> None:
         self._output, self._errors = files.with_suffix(".out"), files.with_suffix(".err")
         self._job = job
@@ -195,7 +182,7 @@ class _Child:
             _run_job(job, self._output, self._errors)
 
     def poll(self) -> Ended | None:
-        """How it ended, if it has; stops it at a limit."""
+        """Return its end, if it has ended; stop it at a limit."""
         pid, status, usage = os.wait4(self._pid, os.WNOHANG)
         if pid == 0:
             self._stop_at_limit()
@@ -219,7 +206,7 @@ class _Child:
         with contextlib.suppress(OSError):
             pages = int(Path(f"/proc/{self._pid}/statm").read_text().split()[1])
             if pages * resource.getpagesize() > RESIDENT_BYTES:
-                # Said here, since the kernel may count a little less once a child has ended.
+                # Set here, since the kernel may count a little less once a child has ended.
                 self._limit = _TOO_LARGE
                 os.kill(self._pid, signal.SIGKILL)
         if time.monotonic() > self._deadline_s:
@@ -228,7 +215,7 @@ class _Child:
 
 
 def _run_job(job: Job, output: Path, errors: Path) -> NoReturn:
-    """In the child: run the command, and exit as Python would."""
+    """Run the command in the child, and exit as Python would."""
     status = 1
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
@@ -272,7 +259,7 @@ def _accept_settings() -> None:
 
 
 def _answer_the_doctor() -> None:
-    """Let its imports have failed with a text that is not to reach a terminal."""
+    """Make its imports fail with a text that must not reach a terminal."""
     from megatron_laer.tools import doctor
 
     def answer(error: str) -> Future[dict[str, Any]]:
@@ -300,7 +287,7 @@ def _status_of(words: Sequence[str]) -> int:
             runpy.run_path(sys.argv[0], run_name="__main__")
             return 0
         return cli.main(words)
-    except SystemExit as stopped:  # as Python itself does with it
+    except SystemExit as stopped:  # as Python itself handles it
         if isinstance(stopped.code, int):
             return stopped.code
         if stopped.code is not None:

@@ -1,6 +1,6 @@
-"""The files that bad inputs are made of: good ones, and copies with one thing wrong.
+"""Good files, and copies with one thing wrong, from which bad inputs are made.
 
-Over 400 lines: a table of contents by format, beside the function that writes each format.
+Over 400 lines: a table of contents by format, next to the function that writes each format.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ HUGE = 2**36
 
 
 def make(folder: Path) -> None:
-    """Write all of them."""
     _traces(folder)
     _tables(folder)
     _megatron(folder)
@@ -303,7 +302,7 @@ def _npz(folder: Path) -> None:
 _LEVELS = "".join(
     f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * 9)}]\n" for level in range(1, 9)
 )
-# Text, and what is said of it whoever reads it.
+# Text, and the message of any command that reads it.
 YAML = {
     "empty": ("", "expected a mapping"),
     "text": ("hello", "'hello', expected a mapping"),
@@ -401,7 +400,6 @@ def _yaml(folder: Path) -> None:
 
 
 def pickles() -> dict[str, tuple[bytes, str]]:
-    """Lists of tensors, and what is said of them."""
     import torch
     from torch.distributed.checkpoint import metadata
 
@@ -454,8 +452,6 @@ def pickles() -> dict[str, tuple[bytes, str]]:
 
 
 class _Size:
-    """Pickled as torch.Size of anything."""
-
     def __init__(self, sizes: object) -> None:
         self._sizes = sizes
 

@@ -1,4 +1,4 @@
-"""All bad inputs are tried here, and how each one ended is judged."""
+"""Trials of all bad inputs, and the judgement of their ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.bad_inputs import fields, inputs, paths, programs, report, variables
 from tests.bad_inputs.case import Case
 from tests.bad_inputs.forks import Ended, Job, run_all
 
-# What is counted, by how a problem begins.
+# Classes of the count, by the start of a problem.
 CLASSES = {
     "tracebacks": "a traceback",
     "hangs": "stopped by",
@@ -25,18 +25,16 @@ _LONGEST = 2500
 
 
 def make(folder: Path) -> None:
-    """Write all files that bad inputs are made of."""
     for part in (inputs, report, programs, paths, fields, variables):
         part.make(folder)
 
 
 def tried(folder: Path, cases: Sequence[Case]) -> list[Ended]:
-    """Run all in a folder, and return how each ended."""
     return list(run_all(Job(case.words, str(folder), case.environment) for case in cases))
 
 
 def problems(case: Case, ended: Ended) -> Iterator[str]:
-    """Yield what is wrong with how a case ended; each begins as one of `CLASSES`."""
+    """Yield the problems of a case's end; each begins as one of `CLASSES`."""
     if ended.limit:
         yield f"stopped by {ended.limit}"
     if ended.status != case.status:
@@ -49,7 +47,7 @@ def problems(case: Case, ended: Ended) -> Iterator[str]:
         yield f"messages: {len(lines)}"
     if case.says not in (ended.errors if is_refused else ended.output + ended.errors):
         yield f"does not say {case.says!r}"
-    is_script = case.words[:1] == ("train",)  # which may print what it likes
+    is_script = case.words[:1] == ("train",)  # which may print anything
     printed = ended.errors if is_script else ended.errors + ended.output
     if not printed.replace("\n", "").isprintable():
         yield "control characters"
@@ -61,7 +59,7 @@ def problems(case: Case, ended: Ended) -> Iterator[str]:
 
 
 def _messages(errors: str) -> list[str]:
-    """Lines on stderr, without argparse's usage and the further lines of a message."""
+    """Return lines on stderr, without argparse's usage and the further lines of a message."""
     lines = errors.splitlines()
     return [line for line in lines if not line.startswith((" ", "usage:"))]
 
@@ -69,7 +67,7 @@ def _messages(errors: str) -> list[str]:
 def failures(
     cases: Sequence[Case], ended: Sequence[Ended]
 ) -> Iterator[tuple[Case, list[str], str]]:
-    """Yield each case that did not end as it should, with the problems and a text on it."""
+    """Yield each case that ended wrongly, with the problems and a text on it."""
     for case, end in zip(cases, ended, strict=True):
         if found := list(problems(case, end)):
             words = " ".join(case.words)[-300:]
@@ -78,7 +76,6 @@ def failures(
 
 
 def content(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield every entry of a folder, with what tells whether it was changed."""
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(place, name)

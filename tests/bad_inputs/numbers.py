@@ -1,6 +1,6 @@
-"""Every option that takes a number, with every text that is none, or none that can be.
+"""Options that take a number, each with every text that is no number, or no allowed one.
 
-A row is an option, a column a kind of text. Daily tests take every sixteenth pair of a row.
+A row is an option, a column a kind of text. Daily tests try every sixteenth pair of a row.
 """
 
 from __future__ import annotations
@@ -96,7 +96,6 @@ NUMBERS = {
 
 
 def cases() -> Iterator[Case]:
-    """Yield them all."""
     for options, texts in ((INTEGERS, NO_INTEGERS), (NUMBERS, NO_NUMBERS)):
         pairs = ((words, name) for words, names in options.items() for name in names.split())
         for row, (words, name) in enumerate(pairs):

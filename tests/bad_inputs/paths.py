@@ -1,7 +1,6 @@
-"""Every place of a command line that takes a path, with every kind of path that cannot be.
+"""Arguments that name paths, each with every kind of bad path.
 
-A row of the tables is a place, a column a kind of path. Daily tests take every sixteenth pair of
-each row, so that each place and each kind is tried every day.
+A row of the tables is an argument, a column a kind of path. Daily tests try every sixteenth pair.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ HUGE = 2**36
 _EVERY = 16
 _SHOWN = 40
 
-# Names of nothing that is there.
 ODD_NAMES = {
     "erases the screen": "\x1b[2J\x1b[31mFAKE",
     "title": "\x1b]0;FAKE\x07",
@@ -50,7 +48,7 @@ ODD_NAMES = {
     "percent": "%s%n{0}{x}",
     "backslash": "C:\\nothing",
 }
-# What is there and is no file with a content that fits; by `make`, or on every Linux.
+# Existing entries that are no file with a fitting content; made by `make`, or on every Linux.
 SPECIAL = {
     "pipe": "pipe",
     "socket": "socket",
@@ -77,7 +75,7 @@ CONTENTS = {
     "a page": "page.html",
 }
 _MODEL = "--model mixtral-8x7b-e8k2 --node-size 2"
-# Where a path is read. A place with ./ takes names of what we ship as well.
+# Arguments that are read. One with ./ accepts names of shipped files as well.
 READ = (
     "plan {}",
     "plan {} --format fsep",
@@ -109,21 +107,20 @@ READ = (
     "benchmarks/validate_simulator.py --no-here --cluster {}",
     "benchmarks/host_path.py --before {}",
 )
-# A folder that is not there, or a script: what holds no text that could be taken for one.
+# Arguments for folders or scripts, tried without contents, which could be accepted.
 READ_NAMES = (
     "train {}",
     "benchmarks/validate_simulator.py --no-here --published {}",
     "scripts/paper/figure8.py --toy --collect --work-dir out/paper --published {}",
     "scripts/paper/figure11.py --here --work-dir out/paper --published {}",
 )
-# What may hold anything: a text, a command line, a script, which fails as Python does.
+# These accept any content: a text, a command line, a script, which fails as Python does.
 _TAKEN = {
     "prepare-data --input {} --output out/read": tuple(CONTENTS.keys() - {"no bytes", "sparse"}),
     "check-recipe {}": ("zero bytes", "no bytes", "returns", "a page"),
     "train {}": ("memory", "counters"),
 }
 
-# Paths that can never be written, in a folder or in place of one.
 NO_FOLDERS = {
     "escapes": "nowhere\x1b[2J/x",
     "lines": "no\nFAKE/x",
@@ -140,7 +137,7 @@ UNWRITABLE = {
     "dangling": "dangling/x",
     "full": "/dev/full/x",
 }
-# Where a file is written. Its ending is that of the place.
+# Arguments for written files. The suffix is the argument's.
 WRITTEN = (
     "plan good.trace --json {}.json",
     "plan good.trace --plot {}.png",
@@ -157,7 +154,6 @@ WRITTEN = (
     "benchmarks/convergence.py --figure {}.png",
     "benchmarks/end_to_end.py --json {}.json",
 )
-# Where folders that are not there are made.
 MADE = (
     "prepare-data --input good.txt --output {}",
     "benchmarks/gpu/__main__.py --dry-run --output {}/y",
@@ -168,7 +164,6 @@ MADE = (
 
 
 def cases() -> Iterator[Case]:
-    """Yield them all."""
     everything = ODD_NAMES | SPECIAL | CONTENTS
     for row, place in enumerate(READ):
         for column, (kind, path) in enumerate(everything.items()):
@@ -199,7 +194,7 @@ def _part(path: str) -> str:
     if path.startswith("d/d/"):
         return "d/d/d"
     if path in UNWRITABLE.values() or path in NO_FOLDERS.values():
-        path = path.removesuffix("/x")  # what cannot be is the folder
+        path = path.removesuffix("/x")  # the folder is the bad part
     for whole, part in (("http://", ":1/x"), ("C:\\", "nothing")):
         path = part if path.startswith(whole) else path
     return one_line(path)[:_SHOWN]

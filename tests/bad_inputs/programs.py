@@ -1,6 +1,6 @@
-"""Bad inputs of benchmarks and of the paper's experiments, and what the message must say of each.
+"""Bad inputs of benchmarks and of the paper's experiments, and the message expected for each.
 
-Most are tables that others published, with one thing wrong; `make` writes whole ones of our own.
+Most are published tables with one thing wrong; `make` writes whole ones of our own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ Change = Callable[[list[str]], list[str]]
 
 
 def _line(number: int, text: str) -> Change:
-    """Replace a line; 0 is the header."""
     return lambda lines: [*lines[:number], text, *lines[number + 1 :]]
 
 
@@ -72,7 +71,7 @@ _COMMANDS = {
     _PLANNER: _FIGURE.format(11),
     _PARTS: _FIGURE.format(12),
 }
-# By file, name of the folder: the change, and what is said by whoever reads the file.
+# By file, name of the folder: the change, and the message of any program that reads the file.
 _DAMAGE: dict[str, dict[str, tuple[Change, str]]] = {
     _E2E: {
         "empty": (lambda lines: [], "line 1: the columns are ''"),
@@ -116,7 +115,7 @@ _DAMAGE: dict[str, dict[str, tuple[Change, str]]] = {
         "ablation": (_line(1, "FSDP,1e400"), "line 2: avg_time_ms must be a number above 0"),
     },
 }
-# Read whole by `validate_simulator` alone.
+# Only `validate_simulator` reads these whole.
 _LACKING: dict[str, tuple[str, Change, str]] = {
     "cell": (_E2E, lambda lines: lines[:-1], "needs each of megatron, FSDP, FLEX, LAER"),
     "model": (_E2E, _line(1, "wikitext,LAER,moon,0.0,5"), "needs each of megatron, FSDP"),
@@ -213,7 +212,6 @@ _OTHERS = (
 
 
 def cases() -> Iterator[tuple[str, str]]:
-    """Yield a program with its words, and what the message must say."""
     yield from _OTHERS
     for file, damages in _DAMAGE.items():
         for name, (_, says) in damages.items():
@@ -225,7 +223,6 @@ def cases() -> Iterator[tuple[str, str]]:
 
 
 def make(folder: Path) -> None:
-    """Write tables as the artifact has them, and copies with one thing wrong."""
     good = {
         _E2E: _end_to_end(),
         _CURVES: _convergence(),
@@ -240,7 +237,6 @@ def make(folder: Path) -> None:
         (whole / file).write_text("\n".join(lines) + "\n")
 
     def copy(name: str, file: str) -> Path:
-        """Make a folder with all files but one."""
         place = folder / f"published-{name}"
         place.mkdir()
         for other in good:

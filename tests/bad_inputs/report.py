@@ -1,4 +1,4 @@
-"""Bad inputs of `report`: the folders of runs, and what the message must say of each."""
+"""Bad inputs of `report`: the folders of runs, and the message expected for each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from tests.recorded_runs import record_run
 _LONG = "x" * 300
 HUGE = 2**36
 
-# Changes of the header of a recording of metrics.
 _HEADERS: Mapping[str, Mapping[str, Any]] = {
     "version": {"version": 9},
     "no-ranks": {"num_ranks": 0},
@@ -30,7 +29,7 @@ _HEADERS: Mapping[str, Mapping[str, Any]] = {
     "more-layers": {"layers": ["a", "b", "c"]},
     "other-key": {"more": 1},
 }
-# Texts in place of its third line, which is the first step.
+# Replacements of its third line, which is the first step.
 _STEPS = {
     "text": "hello",
     "list": "[]",
@@ -125,7 +124,6 @@ CASES = (
 
 
 def make(folder: Path) -> None:
-    """Write a good run, and copies with one thing wrong."""
     good = folder / "measured"
     record_run(good, steps=2)
     metrics = recording_path(good, 0).read_bytes()

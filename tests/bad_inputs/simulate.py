@@ -1,4 +1,4 @@
-"""Bad inputs of `simulate`: its words, and what the message must say of them."""
+"""Bad inputs of `simulate`: its words, and the expected message."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.bad_inputs import inputs
 _MODEL = "--model mixtral-8x7b-e8k2 --node-size 2"
 _LONG = "x" * 300
 
-# Beside a good trace and a good model.
+# Added to a good trace and a good model.
 _OPTIONS = (
     ("--cluster moon", "--cluster 'moon': unknown cluster"),
     ("--cluster /dev/zero", "--cluster '/dev/zero'"),
@@ -81,7 +81,6 @@ _OTHERS = (
 
 
 def cases() -> Iterator[tuple[str, str]]:
-    """Yield the words after `simulate`, and what the message must say."""
     yield from _OTHERS
     for words, says in _OPTIONS:
         yield f"good.trace {_MODEL} {words}", says

@@ -1,4 +1,4 @@
-"""Flags and variables of training that cannot work, each with what the message must say.
+"""Flags and variables of training that cannot work, each with the expected message.
 
 They are added to flags with which a run of 8 experts on 2 ranks would start.
 """
@@ -158,7 +158,6 @@ _VARIABLES = (
     ("MEGATRON_LAER_DEVICE", "tpu", "MEGATRON_LAER_DEVICE='tpu' names no device"),
 )
 
-# In a script that knows nothing of the plugin.
 UNMODIFIED = (
     ("--fsep-cluster nope", "train: --fsep-cluster 'nope': unknown cluster 'nope'"),
     ("--num-experts 0", "train: --expert-parallel-mode fsep cannot run with --num-experts 0"),

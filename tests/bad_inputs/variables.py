@@ -1,4 +1,4 @@
-"""Variables of the environment that cannot be: the launcher's, ours, Python's and libraries'.
+"""Bad variables of the environment: the launcher's, ours, Python's and libraries'.
 
 Those that Python or a library reads at its start need a Python of their own, and are few.
 """
@@ -29,7 +29,6 @@ _TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 _PLAN = ("plan", "good.trace")
 _PLOT = ("plan", "good.trace", "--plot", "out/plot.png")
 _DATA = ("prepare-data", "--input", "good.txt", "--output", "out/fresh")
-# Words, variables, status, and what is said.
 _AT_START = (
     (_PLOT, {"MPLBACKEND": "foo"}, "MPLBACKEND='foo': "),
     (_PLOT, {"MPLBACKEND": "\x1b[2J\nFAKE"}, "MPLBACKEND='\\x1b[2J\\nFAKE': "),
@@ -40,7 +39,6 @@ _AT_START = (
 
 
 def cases() -> Iterator[Case]:
-    """Yield them all."""
     for name in _OF_RANKS:
         for kind, value in _NOT_INTEGERS.items():
             environment = _TORCHRUN | {name: value}
@@ -62,6 +60,5 @@ def cases() -> Iterator[Case]:
 
 
 def make(folder: Path) -> None:
-    """Write a model whose name is no ASCII."""
     model = "{description: d, data: {data-path: caf\u00e9}}"
     (folder / "latin-name.yaml").write_text(model, encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Runs that are killed, stopped and signalled at random moments end as if nothing had happened.
+"""Runs that are killed, stopped and signalled at random moments end as if undisturbed.
 
     python -m tests.chaos --runs 40 --seed 1
 
-Prints a line for each run, and what is wrong with it; the exit status is 1 if anything is.
+Prints a line for each run with its problems; the exit status is 1 if there are any.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from tests.chaos.runs import chaos
 
 
 def main() -> int:
-    """Run as many as are asked for."""
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--seed", type=int, default=1)

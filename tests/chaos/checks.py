@@ -1,4 +1,4 @@
-"""What must hold of a run that met faults, against one of the same kind that did not."""
+"""Checks of a run with faults against an undisturbed one of the same kind."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from tests.chaos.job import Outcome
 from tests.chaos.plans import Plan
 from tests.processes import outlive
 
-# What a recording of metrics holds of layers that no clock enters.
+# Fields of a metrics recording that do not depend on a clock.
 _DETERMINED = ("max_over_mean", "stock_max_over_mean", "predicted_ms")
 _CUT = ".cut-from-"
 
 
 def problems(plan: Plan, outcome: Outcome, undisturbed: Path) -> list[str]:
-    """Everything that is wrong with a run's end; nothing if all is well."""
     if outcome.problem:
         return [outcome.problem]
     checks = (_steps, _recordings, _leftovers)
@@ -31,13 +30,13 @@ def problems(plan: Plan, outcome: Outcome, undisturbed: Path) -> list[str]:
 
 
 def cut_from(folder: Path) -> list[int]:
-    """The steps from which a group's routing was moved aside, once for each time."""
+    """Return the steps from which a group's routing was moved aside, once for each time."""
     names = [path.name for path in folder.glob(f"recorded/group-0{_CUT}*.trace")]
     return sorted(int(name.split(_CUT)[1].split(".")[0]) for name in names)
 
 
 def _steps(folder: Path, undisturbed: Path, steps: int) -> Iterator[str]:
-    """Every step of every start is the undisturbed run's, to the last bit."""
+    """Compare every step of every start with the undisturbed run's, to the last bit."""
     for path in sorted(undisturbed.glob("rank-*.jsonl")):
         expected = {line["step"]: line for line in _lines(path)}
         made = _lines(folder / path.name)
@@ -51,7 +50,7 @@ def _steps(folder: Path, undisturbed: Path, steps: int) -> Iterator[str]:
 
 
 def _recordings(folder: Path, undisturbed: Path, steps: int) -> Iterator[str]:
-    """Layouts and routing are the undisturbed run's byte for byte; of metrics, all but times."""
+    """Compare layouts and routing byte for byte, and metrics except times."""
     recorded, expected = folder / "recorded", undisturbed / "recorded"
     for path in sorted(expected.glob("group-*")):
         if (recorded / path.name).read_bytes() != path.read_bytes():
@@ -67,13 +66,13 @@ def _recordings(folder: Path, undisturbed: Path, steps: int) -> Iterator[str]:
             if (mine.of_layers[name] != other.of_layers[name]).any():
                 yield f"{path.name} differs in {name}"
     for path in sorted(recorded.glob("rank-*.json")):
-        # One that is empty is of a rank that was killed before it could write.
+        # An empty one belongs to a rank that was killed before it could write.
         if path.stat().st_size and not json.loads(path.read_text())["traceEvents"]:
             yield f"{path.name} holds nothing"
 
 
 def _leftovers(folder: Path, *_: object) -> Iterator[str]:
-    """No temporary file, and no file that somebody holds."""
+    """Find temporary files, and files that a process holds."""
     for path in sorted(folder.rglob("*")):
         if path.name.endswith(".tmp"):
             yield f"{path.relative_to(folder)} is left"

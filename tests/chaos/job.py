@@ -1,7 +1,6 @@
-"""A job is started again until its last step is made, as torchrun and Slurm would, amid faults.
+"""A job that is restarted until its last step, as by torchrun and Slurm, amid faults.
 
-Where a rank fails, the others are told to end and then killed, as by torchrun. What the outcome
-should be is the business of `checks`.
+If a rank fails, the others are asked to end and then killed. `checks` judges the outcome.
 """
 
 from __future__ import annotations
@@ -23,25 +22,18 @@ import psutil
 from tests.chaos import rank
 from tests.chaos.plans import Fault, Plan
 
-# Of one start, an order of magnitude above need.
+# Limit of one start, an order of magnitude above need.
 _HANG_S = 900.0
 # As torchrun waits, on a busy machine.
 _TERM_S = 60.0
 _POLL_S = 0.02
-# At what else runs: a look walks all processes of the machine.
+# Interval of looks at all processes of the machine.
 _LOOK_S = 0.5
 
 
 @dataclass
 class Outcome:
-    """What is left of a run.
-
-    Attributes:
-        folder: of its files.
-        starts: how each one ended.
-        problem: why it was given up; "" if its last step was made.
-        started: all processes that were seen below its ranks, and the ranks.
-    """
+    """Result of a run: its starts' ends, all processes seen, and the reason to give up, or ""."""
 
     folder: Path
     starts: list[str] = field(default_factory=list)
@@ -50,7 +42,6 @@ class Outcome:
 
 
 def run_job(plan: Plan, data: str, folder: Path) -> Outcome:
-    """Run it to its end; each start meets one of the faults that are left."""
     folder.mkdir(parents=True)
     outcome, faults = Outcome(folder), list(plan.faults)
     for start in range(len(faults) + 2):
@@ -67,7 +58,7 @@ def run_job(plan: Plan, data: str, folder: Path) -> Outcome:
 
 
 def steps_made(folder: Path, of_rank: int = 0) -> list[int]:
-    """The steps that a rank has ended, repeated ones as well, in the order in which it did."""
+    """Return the steps that a rank has ended, in order, repeated ones included."""
     path = folder / f"rank-{of_rank}.jsonl"
     if not path.exists():
         return []
@@ -76,7 +67,6 @@ def steps_made(folder: Path, of_rank: int = 0) -> list[int]:
 
 
 def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | None) -> list[int]:
-    """Start all ranks once, put the fault in, and return how they ended."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_laer.cpu.rank_imports"])
     environment = _environment(plan, start)
@@ -94,7 +84,7 @@ def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | N
     try:
         _supervise(processes, outcome, fault)
     finally:
-        # Only ranks that still run: what others had started has to end by itself.
+        # Only ranks that still run: their children have to end by themselves.
         _signal(processes, signal.SIGKILL)
         for process in processes:
             process.kill()
@@ -140,7 +130,7 @@ def _inject(processes: Sequence[ForkServerProcess], fault: Fault) -> None:
     number = signal.Signals[f"SIG{name}"]
     chosen = processes if who == "all" else [processes[fault.rank]]
     if fault.kind == "TERM all":
-        _signal(processes, number)  # with all that they started, as Slurm and torchrun do
+        _signal(processes, number)  # with all their processes, as Slurm and torchrun do
         return
     for process in chosen:
         # A rank may have ended just now.
@@ -184,6 +174,6 @@ def _environment(plan: Plan, start: int) -> dict[str, str]:
         "PYTHONWARNINGS": "ignore",
     }
     if not plan.variant.saves:
-        # Without checkpoints only its launcher tells that it is the same run: the fork server.
+        # Without checkpoints only the launcher, the fork server, identifies the run.
         found |= {"TORCHELASTIC_RUN_ID": "none", "TORCHELASTIC_RESTART_COUNT": str(start)}
     return found

@@ -1,6 +1,6 @@
-"""Which run meets which faults and when: drawn from a seed, so that a seed repeats its faults.
+"""Runs with their faults and times: drawn from a seed, so that a seed repeats its faults.
 
-The moment within a step is the machine's, since it depends on how quick its ranks are.
+The moment within a step depends on the speed of the machine's ranks.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ _LAER = "--fsep-planner laer --fsep-cluster cpu-gloo --fsep-plan-lag 2"
 
 @dataclass(frozen=True)
 class Variant:
-    """A kind of run: its number of ranks, its flags, and whether it has checkpoints."""
-
     name: str
     flags: str
     ranks: int = 2
@@ -44,15 +42,11 @@ KINDS = ("KILL one", "KILL all", "TERM one", "TERM all", "STOP one")
 
 @dataclass(frozen=True)
 class Fault:
-    """What happens to the ranks of a job, once.
+    """Fault of a job's ranks, injected once.
 
-    Attributes:
-        kind: one of `KINDS`: the signal, and whether one rank gets it or all.
-        rank: which one.
-        step: after whose end, counted from 1; 0 is while the ranks start.
-        delay_s: after that.
-        stopped_s: how long a rank that is stopped waits to be continued.
-        is_awaited: whether ranks go no further than this step until it comes.
+    `kind` names the signal, and `rank` its target if it is one rank. It comes `delay_s` after the
+    end of the `step`, counted from 1; 0 is while the ranks start. A stopped rank is continued after
+    `stopped_s`. With `is_awaited`, ranks wait at this step until it comes.
     """
 
     kind: str
@@ -78,7 +72,6 @@ class Plan:
     steps: int = STEPS
 
     def flags(self, data: str, folder: str) -> list[str]:
-        """The command line of every start; the run's files are in `folder`."""
         saved = f"{folder}/saved"
         saves = f"--save {saved} --load {saved} --save-interval {SAVE_EVERY}"
         handles = "--exit-signal-handler" if self.handles_term else ""

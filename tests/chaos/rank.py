@@ -24,9 +24,7 @@ def run(
 ) -> None:
     """Train with these flags; write each step's loss, gradient norm and digest of all weights.
 
-    Args:
-        log: of what it prints.
-        last_step: at whose end, counted from 1, it waits for a signal; None trains on.
+    After `last_step`, counted from 1, it waits for a signal; None trains on.
     """
     os.setsid()
     threading.Thread(target=_end_with_the_starter, daemon=True).start()
@@ -64,7 +62,7 @@ def run(
 
 
 def _end_with_the_starter() -> None:
-    """End this rank and all of its session when the process that started it is gone."""
+    """End this rank and all of its session when its parent process ends."""
     starter = multiprocessing.parent_process()
     assert starter is not None
     starter.join()

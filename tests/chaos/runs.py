@@ -13,11 +13,7 @@ from tests.chaos.plans import Plan, Variant, plans
 
 
 class Chaos:
-    """Runs of one folder, each kind of which is made once without faults.
-
-    Args:
-        data: prefix of a Megatron dataset.
-    """
+    """Runs in one folder, with one undisturbed run of each kind; `data` is a dataset's prefix."""
 
     def __init__(self, data: str, folder: Path) -> None:
         self._data = data
@@ -25,7 +21,6 @@ class Chaos:
         self._undisturbed: dict[Variant, Path] = {}
 
     def run(self, plan: Plan, name: str) -> tuple[str, list[str]]:
-        """Make a run; returns how it went in words, and what is wrong with it."""
         expected = self._without_faults(plan.variant)
         began_s = time.monotonic()
         outcome = run_job(plan, self._data, self._folder / name)
@@ -55,11 +50,7 @@ class Chaos:
 def chaos(
     runs: int, seed: int, data: str, folder: Path, only: Sequence[int] | None = None
 ) -> list[str]:
-    """Make the runs of a seed, print a line for each, and return what is wrong with any.
-
-    Args:
-        only: numbers of the runs to make; all if None.
-    """
+    """Make the runs of a seed, or `only` some by number; print a line each, return problems."""
     made, failed = Chaos(data, folder), []
     print("run | kind | | faults | starts, each with its last step and exit codes | moved | time |")
     for number, plan in enumerate(plans(runs, seed)):

@@ -23,7 +23,7 @@ FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
 
 
 def balance_of_step(model: object) -> tuple[float, int]:
-    """A probe: mean max/mean tokens per rank of the step, and its layouts' version."""
+    """Return mean max/mean tokens per rank of the step, and its layouts' version."""
     from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()

@@ -1,6 +1,6 @@
-"""Adapters on experts are refused, as is what only some ranks freeze; attention may have them.
+"""Adapters on experts, and freezing on some ranks only, are refused; attention may have adapters.
 
-That LoRA on attention equals stock's is shown by rows of the parity table.
+Rows of the parity table show that LoRA on attention equals stock's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from tests.parity.flags import command_line
 
 
 def wrapped(model: torch.nn.Module, name: str) -> None:
-    """Put an adapter on a linear layer of every expert, by its name."""
     for module in [*model.modules()]:
         child: Any = getattr(module, name, None)
         if isinstance(child, torch.nn.Module) and not hasattr(child, "weight"):
@@ -28,21 +27,18 @@ def wrapped(model: torch.nn.Module, name: str) -> None:
 
 
 def asked(model: torch.nn.Module) -> None:
-    """Ask every linear layer of experts for what Megatron-Bridge's LoRA asks first."""
     for name, module in model.named_modules():
         if name.endswith("linear_fc1"):
             module.config.sequence_parallel  # type: ignore[union-attr]  # noqa: B018
 
 
 def replaced(model: torch.nn.Module) -> None:
-    """Put another module in the experts' place."""
     for module in [*model.modules()]:
         if hasattr(module, "experts"):
             module.experts = torch.nn.Linear(4, 4)
 
 
 def frozen_on_rank_1(model: torch.nn.Module) -> None:
-    """Freeze the first layer's experts on one rank."""
     for name, parameter in model.named_parameters():
         if rank_of_environment() == 1 and "layers.0.mlp.experts.linear_fc2" in name:
             parameter.requires_grad = False
@@ -79,7 +75,6 @@ def test_weights_that_some_ranks_freeze_are_named_on_every_rank(
 
 
 def refusal(pool: RankPool, data: str, adapt: Adapt, kind: str) -> str:
-    """The one error that every rank raises before its first step."""
     flags = command_line(
         data,
         experts=8,

@@ -1,4 +1,4 @@
-"""Ranks that would decide or decide otherwise than the others of their group are found and named.
+"""Ranks that would decide otherwise than the rest of their group are found and named.
 
 They run Megatron's own loop, whose ranks are given other files, versions or decisions.
 """
@@ -29,7 +29,6 @@ OTHER_NUMPY = "0.0.other"
 def train_with_other_rank(
     flags: list[str], rank: int, others: list[str], numpy_version: str | None
 ) -> None:
-    """Train; one rank gets more flags than the others, or another version of NumPy."""
     mine = rank_of_environment() == rank
     with contextlib.ExitStack() as stack:
         if mine and numpy_version is not None:
@@ -40,7 +39,7 @@ def train_with_other_rank(
 def refusals(
     pool: RankPool, flags: list[str], rank: int, others: str = "", numpy: str | None = None
 ) -> str:
-    """The one error that every rank of the world raises before its first step."""
+    """Return the one error that every rank of the world raises before its first step."""
     raised = pool.run_raw(train_with_other_rank, flags, rank, others.split(), numpy)
     assert all(isinstance(result, Raised) for result in raised)
     assert {result.type_name for result in raised} == {"RefusedError"}
@@ -82,7 +81,7 @@ def test_a_rank_with_another_numpy_or_other_flags_is_named(
 def train_with_other_decision(flags: list[str], rank: int, step: int) -> None:
     """Train; one rank's first decision of a step swaps experts between two slots of rank 0.
 
-    Sizes stay the same, so that the exchanges before the next one of counts come to their ends.
+    Sizes stay the same, so that the exchanges before the next one of counts complete.
     """
     from megatron_laer.planner.guard import Decision, Guard
 

@@ -1,8 +1,8 @@
-"""Announced routing: layouts as `exact` makes them, nothing decided after the gate, and its errors.
+"""Announced routing: layouts equal those of `exact`, decisions precede the gate, and errors.
 
 The page's functions record routing without gradients, as a rollout does, and training replays it.
 
-Over 400 lines: the tests share what records and replays a routing.
+Over 400 lines: the tests share the code that records and replays a routing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from megatron_laer.cpu.training import train
 from tests.distributed.test_own_loop import code_of, loaded, script
 from tests.parity.flags import command_line
 
-__all__ = ["script"]  # the fixture
+__all__ = ["script"]
 
 # Steps on one rollout: from the second on, routers would choose otherwise by themselves.
 ROLLOUTS, UPDATES = 2, 3
@@ -35,12 +35,10 @@ PASSES = STEPS * LAYERS * MICROBATCHES
 
 @dataclass
 class Seen:
-    """What a run showed on one rank.
+    """Observations of a run on one rank.
 
-    Attributes:
-        solved_after_gate: decisions that the main thread made.
-        restores_ahead: for each pass, whether its experts were on their way before its decision.
-        max_over_mean: of each pass, on rank 0.
+    `solved_after_gate` counts decisions of the main thread; `restores_ahead` states per pass
+    whether its restore started before its decision.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -53,7 +51,6 @@ class Seen:
 
 
 def page() -> Any:
-    """Return the functions of the page."""
     names: dict[str, Any] = {}
     exec(compile(code_of("rl.md", "RouterReplayAction"), "rl.md", "exec"), names)
     return SimpleNamespace(**names)
@@ -62,10 +59,7 @@ def page() -> Any:
 def start(
     module: ModuleType, mode: str | None, hook: Callable[[Any], None] | None = None
 ) -> tuple[Any, Any]:
-    """Model and optimizer of the page on own loops, from the common weights.
-
-    The hook is slime's, and turns FSEP on in place of the mode.
-    """
+    """Build the page's model and optimizer from the common weights; slime's hook sets the mode."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -93,10 +87,10 @@ def start(
 
 
 def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
-    """Record, and train with replay; `announces` what was recorded, something else, or nothing.
+    """Record and train with replay; `announces` selects the announcement.
 
-    "and more": what was recorded, and a microbatch that does not come, in steps that are not told
-    how many there are. "twice": nothing, in such steps, where tokens name an expert twice.
+    "and more" adds a microbatch that never comes, and "twice" announces nothing while tokens name
+    an expert twice. In both, steps do not know their number of microbatches.
     """
     import torch
     from megatron.core import parallel_state
@@ -178,7 +172,7 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
 
 @pytest.fixture(scope="module")
 def run(ranks: Callable[[int], RankPool], script: Path) -> Callable[[str | None, str], list[Seen]]:
-    """`run(mode, announces)`: what both ranks saw; tests that need the same one share it."""
+    """Return `run(mode, announces)`, which gives both ranks' observations and caches them."""
     runs: dict[tuple[str | None, str], list[Seen]] = {}
 
     def once(mode: str | None, announces: str) -> list[Seen]:
@@ -197,7 +191,7 @@ Runs = Callable[[str | None, str], list[Seen]]
 def test_announced_layouts_are_those_of_exact_with_nothing_left_for_after_the_gate(
     run: Runs, announces: str
 ) -> None:
-    # Where nothing is announced before the step, the router replay tells each microbatch.
+    # Without announcements before the step, the router replay announces each microbatch.
     stock, exact = run(None, "nothing")[0], run("exact", "nothing")[0]
     assert len(set(stock.losses)) == STEPS
     for announced in run("announced", announces):
@@ -232,7 +226,7 @@ def test_routing_that_differs_from_the_announced_is_computed_rightly_and_counted
 
 
 class RoutingReplay:
-    """Replays routing as slime's class of this name does, of which a router has one each."""
+    """Replacement of slime's class of this name, of which each router has one."""
 
     all_routing_replays: ClassVar[list[RoutingReplay]] = []
 
@@ -242,17 +236,14 @@ class RoutingReplay:
         RoutingReplay.all_routing_replays.append(self)
 
     def record(self, top_indices: Any) -> None:
-        """Add a microbatch."""
         self.top_indices_list.append(top_indices)
 
     def pop_forward(self) -> Any:
-        """Return the next microbatch's."""
         self.forward_index += 1
         return self.top_indices_list[self.forward_index - 1]
 
     @staticmethod
     def clear_all() -> None:
-        """Forget the rollout."""
         for replay in RoutingReplay.all_routing_replays:
             replay.forward_index, replay.top_indices_list = 0, []
 
@@ -260,11 +251,7 @@ class RoutingReplay:
 def announce_by_slimes_hooks(
     path: Path, hooks: Path, replay_class: type[RoutingReplay] | None = None
 ) -> tuple[list[int], int]:
-    """Train on two rollouts of two steps by the page's hooks.
-
-    Returns:
-        How many microbatches were announced before each step, and passes that were not announced.
-    """
+    """Train on two rollouts of two steps; return announced microbatches by step, other passes."""
     import megatron_laer
     from megatron_laer.session import current_coordinator
 
@@ -323,7 +310,6 @@ def test_slimes_replay_is_announced_by_its_hook(
 
 
 def problems(path: Path) -> list[str]:
-    """What is said of wrong announcements, one after the other."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -352,7 +338,7 @@ def problems(path: Path) -> list[str]:
         step(None, right[: 1 + dist.get_rank()])
         step(MICROBATCHES, right[:1])
         step(MICROBATCHES, right if dist.get_rank() == 0 else None)
-        # Routers are told on one rank only.
+        # Set the routers on one rank only.
         RouterReplay.clear_global_indices()
         if dist.get_rank() == 0:
             tokens = module.BATCH * module.LENGTH
@@ -384,7 +370,6 @@ def test_a_wrong_announcement_is_an_error_on_every_rank(
 
 
 def announce_in_another_mode() -> str:
-    """What is said of an announcement that nothing reads."""
     import megatron_laer
 
     megatron_laer.enable(megatron_laer.FSEPConfig(plan_mode="exact"))

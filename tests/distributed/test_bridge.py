@@ -1,7 +1,7 @@
 """Megatron-Bridge's own loop trains a small recipe with FSEP, and equals stock.
 
-Needs a checkout of Megatron-Bridge 0.6, whose folder MEGATRON_BRIDGE_CHECKOUT names, and what that
-imports beside Megatron: transformers, datasets, omegaconf and hydra-core.
+Needs a checkout of Megatron-Bridge 0.6 in the folder MEGATRON_BRIDGE_CHECKOUT, and its
+dependencies: transformers, datasets, omegaconf and hydra-core.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ pytestmark = [
 
 @contextlib.contextmanager
 def bridge() -> Iterator[None]:
-    """Megatron-Bridge, which logs a lot while it is imported, and keeps files that it has read."""
+    """Import Megatron-Bridge, which logs a lot and caches files."""
     assert CHECKOUT is not None
     logging.disable(logging.INFO)
     try:
@@ -53,7 +53,7 @@ def bridge() -> Iterator[None]:
 
 
 def small_recipe(folder: Path, load: Path | None, iterations: int) -> Any:
-    """OLMoE's recipe, small, in fp32, and of layers that Megatron has without other packages."""
+    """Return a small OLMoE recipe in fp32, with layers that Megatron has without packages."""
     import torch
     from megatron.bridge.recipes.olmoe import olmoe_7b_pretrain_config
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -79,7 +79,6 @@ def small_recipe(folder: Path, load: Path | None, iterations: int) -> Any:
         seq_length=64,
         vocab_size=256,
         expert_model_parallel_size=2,
-        # These are kernels for GPUs.
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         cross_entropy_loss_fusion=False,
@@ -116,14 +115,11 @@ def small_recipe(folder: Path, load: Path | None, iterations: int) -> Any:
 
 @dataclass
 class Run(Record):
-    """What a run left, also of planning: a version of layouts for each step, and FSEP's reports."""
-
     versions: list[int] = field(default_factory=list)
     reports: list[str] = field(default_factory=list)
 
 
 def train(folder: Path, load: Path | None, iterations: int, is_fsep: bool) -> Run:
-    """Run Megatron-Bridge's `pretrain` on this rank."""
     with bridge():
         from megatron.bridge.training.callbacks import Callback
         from megatron.bridge.training.gpt_step import forward_step
@@ -183,7 +179,7 @@ def test_bridge_trains_with_fsep_like_stock_from_equal_weights(
         eval_losses=fsep.eval_losses[:1],
         weights=after.weights,
     )
-    stock.eval_losses = stock.eval_losses[:1]  # at SECOND, and once more at the end
+    stock.eval_losses = stock.eval_losses[:1]  # evaluated at SECOND, and once more at the end
     apart = distance(journey, stock)
     print(apart)
     assert apart.within(FP32_BOUND)
@@ -194,13 +190,13 @@ def test_bridge_trains_with_fsep_like_stock_from_equal_weights(
     assert not stock.reports and not after.reports
 
 
-# By what Megatron-Bridge asks Hugging Face for, its class there; only its defaults are needed.
+# Hugging Face's class by the name that Megatron-Bridge requests; only its defaults are needed.
 MODELS = {
     "deepseek-ai/DeepSeek-V3": "DeepseekV3",
     "openai/gpt-oss-20b": "GptOss",
     "Qwen/Qwen3-30B-A3B": "Qwen3Moe",
 }
-# Of recipes: the exit status, and a text of what is said.
+# Exit status and a text of the output, by recipe.
 JUDGED = {
     "olmoe_7b_pretrain_config": (0, "runs"),
     "olmoe_7b_peft_config": (5, "LoRA on linear_fc1"),
@@ -218,7 +214,6 @@ JUDGED = {
 
 
 def judge_recipes(names: list[str]) -> list[tuple[int, str]]:
-    """Exit status and output of `check-recipe` for each."""
     import transformers
 
     from megatron_laer.tools import cli

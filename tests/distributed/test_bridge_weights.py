@@ -1,7 +1,7 @@
 """Megatron-Bridge's mapping code converts weights of an FSEP model as it does those of stock.
 
-Needs a checkout of Megatron-Bridge 0.6, whose folder MEGATRON_BRIDGE_CHECKOUT names, and what it
-imports beside Megatron, which the pages on it name.
+Needs a checkout of Megatron-Bridge 0.6 in the folder MEGATRON_BRIDGE_CHECKOUT, and its
+dependencies, which the pages on it name.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ PARTS = {"gate": [64, 48], "up": [64, 48], "down": [48, 64]}
 
 
 class Pretrained:
-    """Is to Megatron-Bridge a model of Hugging Face's with these weights."""
+    """Model of Hugging Face's with these weights, as Megatron-Bridge sees it."""
 
     model_name_or_path = "weights of a test"
 
@@ -60,7 +60,7 @@ class _State(dict[str, torch.Tensor]):
 def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
     """Return the weights in Hugging Face's format, and after a load of the doubled ones.
 
-    The last ones are once more the doubled ones, by tasks that were kept from before the load.
+    The last entry has the doubled ones again, by tasks that were kept from before the load.
     """
 
     def convert(model: list[torch.nn.Module]) -> list[dict[str, torch.Tensor]]:
@@ -86,7 +86,7 @@ def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
         again = exported(kept)
         fsep = session.current()
         if fsep is not None and torch.distributed.get_world_size() == 2:  # no stage waits for one
-            listed = list(kept)  # as NeMo-RL keeps them, so that experts are copies of now
+            listed = list(kept)  # as NeMo-RL keeps them, so that experts are copies of this moment
             exported(listed)
             fsep.end_step(weights_changed=True)
             with pytest.raises(RuntimeError, match="keep no list from one step to another"):

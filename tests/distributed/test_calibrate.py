@@ -1,4 +1,4 @@
-"""`calibrate` on gloo ranks: files that others read, and refusals that reach every rank."""
+"""`calibrate` on gloo ranks: files that other commands read, and refusals that reach every rank."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def torchrun(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def grows(cluster: Cluster, kind: str) -> None:
-    """The largest takes no less than the smallest, by their least times and with room for noise."""
+    """Check that least times grow from the smallest to the largest, with room for noise."""
     found = [figure for name, figure in cluster.figures if name.startswith(kind)]
     assert len(found) == 3, kind
     assert found[-1].low > 0.5 * found[0].low > 0, kind
@@ -77,7 +77,6 @@ def test_two_ranks_write_a_file_that_plan_takes_and_keep_what_is_there(tmp_path:
 
 
 def calibrated(words: str, rank_words: str = "", rank: int = -1) -> None:
-    """The command on a rank of the pool, with more arguments on one of them."""
     from megatron_laer.tools.cli import calibrate
 
     parser = argparse.ArgumentParser()
@@ -87,7 +86,6 @@ def calibrated(words: str, rank_words: str = "", rank: int = -1) -> None:
 
 
 def refusal(pool: RankPool, *args: Any) -> str:
-    """The one ValueError that every rank raises."""
     raised = pool.run_raw(calibrated, *args)
     assert all(isinstance(result, Raised) for result in raised), raised
     assert {result.type_name for result in raised} == {"ValueError"}
@@ -142,7 +140,6 @@ def test_bad_input_is_the_same_sentence_on_every_rank(
         (f"{tmp_path / 'x.yaml'} --config moon", "--config 'moon': unknown model 'moon'"),
     ):
         assert message in refusal(pool, words)
-    # And where one rank alone has it.
     assert refusal(pool, good, "--config moon", 1).startswith("rank 1: --config and --hidden")
     differing = refusal(pool, good, "--node-size 1", 1)
     assert "ranks 0 and 1 would measure differently (node_size is 2 and 1); start all" in differing

@@ -1,4 +1,4 @@
-"""Runs with all recordings on that die at any moment, and are started again, end as if undisturbed.
+"""Runs with all recordings that die at any moment and are restarted end as if undisturbed.
 
 One dies before its first checkpoint; the night's others are drawn from a seed.
 """

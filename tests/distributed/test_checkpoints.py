@@ -1,4 +1,4 @@
-"""Checkpoints hold stock's names and shapes, and what a resumed planner needs."""
+"""Checkpoints hold stock's names and shapes, and the state that a resumed planner needs."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ TORCH_DIST = " --ckpt-format torch_dist"
 
 @dataclass(frozen=True)
 class Stop:
-    """A run that loads a checkpoint and saves it again, and how it is parallel."""
-
     ranks: int
     expert_parallel: int
     mode: str = ""
@@ -45,8 +43,6 @@ class Stop:
 
 @dataclass(frozen=True)
 class Journey:
-    """A checkpoint goes from one way of being parallel to the next."""
-
     name: str
     flags: str
     stops: tuple[Stop, ...]
@@ -62,7 +58,7 @@ STOCK_TO_STOCK = (
 )
 THERE_AND_BACK = STOCK_TO_STOCK[::3] + STOCK_TO_STOCK[:1]
 DISTRIBUTED = " --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
-# Without its worker Megatron saves in the foreground after all.
+# Without the persistent worker, Megatron saves in the foreground.
 ASYNC = " --async-save --use-persistent-ckpt-worker --async-strategy mcore"
 OFFLOADED = " --bf16 --optimizer-cpu-offload --use-precision-aware-optimizer"
 STAGES = " --pipeline-model-parallel-size 2"
@@ -74,7 +70,7 @@ JOURNEYS = (
     Journey(
         "distributed optimizer, bf16, async, fully parallel",
         DISTRIBUTED + " --bf16 --ckpt-fully-parallel-load",
-        # A worker starts on each rank that saves so, which takes seconds.
+        # Each rank that saves asynchronously starts a worker, which takes seconds.
         (
             Stop(2, 2, ASYNC),
             Stop(4, 4, FSEP),
@@ -85,7 +81,7 @@ JOURNEYS = (
     ),
     Journey("offloaded", DISTRIBUTED + OFFLOADED, (Stop(2, 2), Stop(4, 4, FSEP), Stop(4, 4))),
     Journey(
-        "uneven rows of both matrices and biases",  # 10 and 54 on four ranks
+        "uneven rows of both matrices and biases",
         DISTRIBUTED + " --ffn-hidden-size 10 --hidden-size 54 --num-attention-heads 3",
         STOCK_TO_STOCK,
         without="--swiglu --disable-bias-linear",
@@ -139,7 +135,7 @@ def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
     folders = []
     for number, stop in enumerate(journey.stops):
         source, target = tmp_path / str(number - 1), tmp_path / str(number)
-        # The first run trains; the others have no step left, and save what they loaded.
+        # The first run trains; the others have no step left, and save the loaded state.
         flags = journey.flags + TORCH_DIST + stop.mode + f" --save {target} --save-interval 1000"
         flags += " --save-interval 2" if number == 0 else f" --load {source}"
         command = command_line(
@@ -198,7 +194,6 @@ def test_weights_go_from_stock_to_fsep_and_back(
     more_slots = FSEP + " --fsep-capacity 7" + load_fsep
     assert_equal(two.run(initial_weights, command(2, more_slots))[0], trained)
     assert_equal(four.run(initial_weights, command(4, load_fsep))[0], trained)
-    # Two replicas of FSEP on two ranks, and two pipeline stages, each with half of the layers.
     assert_equal(four.run(initial_weights, command(2, FSEP + load_fsep))[0], trained)
     stages = " --pipeline-model-parallel-size 2"
     assert_equal(four.run(initial_weights, command(2, FSEP + stages + load_fsep))[0], trained)
@@ -242,7 +237,6 @@ def test_optimizer_buffers_are_read_by_their_own_kind_of_run_alone(
 
 
 def layouts_in_force(_: list[torch.nn.Module]) -> Any:
-    """What decides where experts are, after a step; nothing on a stage without MoE layers."""
     coordinator = current_coordinator()
     if coordinator is None:
         return None
@@ -305,7 +299,7 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 
 
 def order_of_files(flags: list[str], tracker: str) -> list[bool]:
-    """For each planner's state that this rank writes, whether its checkpoint counted by then."""
+    """Return, for each planner state written here, whether its checkpoint counted at that time."""
     counted = []
     save = planner_checkpoint.save_state
 
@@ -334,7 +328,7 @@ def test_a_checkpoint_counts_only_after_its_planner_state_is_there(
 
 
 def train_and_listen(flags: list[str]) -> tuple[list[str], Any]:
-    """Train; returns what FSEP logged on this rank of going on, and the layouts at the end."""
+    """Train; return FSEP's log about resuming on this rank, and the layouts at the end."""
     lines: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
@@ -392,6 +386,5 @@ def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
         assert resumed(PLANNED, said) == whole.probes[0]
     file.unlink()
     assert resumed(PLANNED, "there is no planner's state") == whole.probes[0]
-    # Stock expert parallelism does not mind the file.
     file.write_bytes(state)
     assert len(pool.run(train, command(load))[0].losses) == 1

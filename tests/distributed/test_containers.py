@@ -16,8 +16,8 @@ from tests.documents import ROOT
 
 _PYTHON = shlex.quote(sys.executable)
 _PIP = f"{_PYTHON} -m pip --disable-pip-version-check"
-# In place of programs of the image: what is installed goes into a folder, and what the package
-# needs is there already.
+# Replacements of the image's programs: installs go into a folder, and the package's dependencies
+# are there already.
 _PROGRAMS = {
     "apt-get": 'echo "apt-get $*"',
     "chown": 'echo "chown $*"',

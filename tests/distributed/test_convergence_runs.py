@@ -1,4 +1,4 @@
-"""The convergence benchmark measures what it says, in a run that is too short to learn much."""
+"""The convergence benchmark measures the stated quantities, in a run too short to learn much."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_stock_and_fsep_are_measured_alike(
         ranks(2).run(measure, command_line(way, NO_AUX, POINTS, text), POINTS)[0]
         for way in (STOCK, FSEP)
     )
-    # From the same weights on the same batches, and no choice of a router differs as yet.
+    # The same weights and batches, before any router choice differs.
     assert fsep.losses == pytest.approx(stock.losses, rel=1e-4)
     assert fsep.validation == pytest.approx(stock.validation, rel=1e-4)
     assert len(stock.losses) == len(stock.validation) == len(stock.expert_tokens) == POINTS

@@ -1,7 +1,6 @@
-"""Shared experts are enqueued while counts are on their way: counts leave, they run, counts come.
+"""Shared experts are enqueued during the exchange of counts: counts leave, they run, counts arrive.
 
-On CUDA the host's order is what decides: it waits for counts where they are read, and the device
-computes meanwhile what was enqueued before.
+On CUDA the host waits where counts are read; the device computes the work enqueued before.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ PLAIN = ["router", LEAVE, READ, "dispatch"]
 COVERED = ["router", LEAVE, SHARE, READ, "dispatch"]
 RERUN = ["router", SHARE, "dispatch"]
 
-# What a layer does in forward, and in the re-run of a checkpoint.
+# Events of a layer in forward, and in the re-run of a checkpoint.
 CASES = {
     "no shared experts": ("", PLAIN, []),
     "shared experts": (SHARED, COVERED, []),
@@ -43,7 +42,6 @@ CASES = {
 
 @contextlib.contextmanager
 def noted(events: list[str]) -> Iterator[None]:
-    """Append what the host does on this rank, in order."""
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
@@ -71,7 +69,7 @@ def noted(events: list[str]) -> Iterator[None]:
 
 
 def observed(flags: list[str], cuda_graph_impl: str = "none") -> tuple[list[str], Record]:
-    """What the host did on this rank, and what is left of a run whose layers see that setting."""
+    """Return this rank's host events, and the record of a run whose layers see that setting."""
     from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     events: list[str] = []

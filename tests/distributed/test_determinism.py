@@ -1,4 +1,4 @@
-"""What is bitwise: reruns, replays, evaluation or none, and stock when FSEP is not asked for."""
+"""Bitwise equality of reruns, replays, runs with and without evaluation, and stock without FSEP."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ WAIT = " --fsep-planner {} --fsep-late-plan wait"
 
 
 def layout_version(model: object) -> int:
-    """A probe: how many times layouts changed so far."""
     from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
@@ -30,8 +29,6 @@ def layout_version(model: object) -> int:
 
 @pytest.fixture
 def run(ranks: Callable[[int], RankPool], text_data: str) -> Callable[[str], Record]:
-    """Train on two ranks with accumulation 2 and these extra flags."""
-
     def run_with(extra: str) -> Record:
         flags = command_line(
             text_data, experts=8, expert_parallel=2, global_batch=8, steps=STEPS, extra=extra
@@ -85,7 +82,6 @@ def test_evaluation_changes_no_later_loss(run: Callable[[str], Record], planner:
 
 
 def train_without_plugin(flags: list[str]) -> Record:
-    """Train with Megatron as it is, its command line included."""
     from megatron_laer import plugin
 
     plugin.uninstall()
@@ -173,7 +169,7 @@ def test_one_groups_bad_recording_stops_the_other_groups_too(
 
 
 def train_with_fickle_router(flags: list[str]) -> Record:
-    """The router decides otherwise when a checkpoint runs it again."""
+    """Train with a router that decides otherwise when a checkpoint runs it again."""
     from unittest import mock
 
     import torch

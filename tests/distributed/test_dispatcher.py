@@ -1,6 +1,6 @@
 """Dispatchers over slots agree: own permutations and stock's, All-to-All and the flex dispatcher's.
 
-The flex dispatcher has replacements of DeepEP's and HybridEP's buffers.
+DeepEP's and HybridEP's buffers are replaced. Helpers run on ranks.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.token_exchange import (
 
 @dataclass
 class Outcome:
-    """A whole dispatch: what is sent, the experts' inputs, what returns, and gradients."""
+    """Tensors of a whole dispatch: sent rows, experts' inputs, returned rows, and gradients."""
 
     sent: list[Any]
     experts: list[Any]
@@ -44,7 +44,6 @@ class Outcome:
 
 
 def make_plan(capacity: int, experts: int, topk: int, tokens: list[int]) -> tuple[Any, Any]:
-    """On a rank: a plan for random tokens, and the router's map of this rank's."""
     import torch.distributed as dist
 
     case = Case(tuple(tokens), node_size=1, capacity=capacity, experts=experts, top_k=topk)
@@ -52,7 +51,6 @@ def make_plan(capacity: int, experts: int, topk: int, tokens: list[int]) -> tupl
 
 
 def dispatch(plan: Any, map_TE: Any, topk: int, path: str, with_shared: bool) -> Outcome:
-    """On a rank: dispatch tokens, let experts square and weigh them, combine, go back."""
     import torch
     import torch.distributed as dist
 
@@ -62,7 +60,7 @@ def dispatch(plan: Any, map_TE: Any, topk: int, path: str, with_shared: bool) ->
     generator = torch.Generator().manual_seed(dist.get_rank())
     hidden = torch.randn(1, len(map_TE), HIDDEN, generator=generator).requires_grad_()
     probs = torch.rand(map_TE.shape, generator=generator) * map_TE
-    probs[:, 0] = 0  # tokens go to expert 0 all the same
+    probs[:, 0] = 0  # tokens go to expert 0 even with probability zero
     probs.requires_grad_()
     weight = torch.randn(hidden.shape, generator=generator)
     shared = SharedExperts() if with_shared else None
@@ -88,7 +86,7 @@ def dispatch(plan: Any, map_TE: Any, topk: int, path: str, with_shared: bool) ->
 
 @contextlib.contextmanager
 def on_gloo() -> Iterator[None]:
-    """A process group of all ranks; nothing holds it afterwards."""
+    """Yield a process group of all ranks, and check that it is freed afterwards."""
     import torch.distributed as dist
     from megatron.core.transformer.moe import fused_a2a
 
@@ -102,7 +100,6 @@ def on_gloo() -> Iterator[None]:
 
 
 def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared: bool) -> int:
-    """On a rank: a whole dispatch by either path; returns the tensors that were compared."""
     import torch
     from megatron.core.transformer.moe import token_dispatcher
 
@@ -136,7 +133,7 @@ def both_paths(capacity: int, experts: int, topk: int, tokens: list[int], shared
 def flex_and_all_to_all(
     backend: str, capacity: int, experts: int, topk: int, tokens: list[int], shared: bool
 ) -> None:
-    """On a rank: experts get the same bits by either dispatcher; sums are taken in other orders."""
+    """Check that experts get the same bits from either dispatcher; sums have other orders."""
     import torch
 
     with on_gloo():
@@ -152,7 +149,6 @@ def flex_and_all_to_all(
 
 
 def exchanges_noted(backend: str) -> list[list[tuple[str, str]]]:
-    """On a rank: what either dispatcher tells a timeline, forward and backward."""
     import torch
 
     found = []
@@ -172,10 +168,7 @@ def exchanges_noted(backend: str) -> list[list[tuple[str, str]]]:
 
 
 def flex_against_another_plan(backend: str) -> list[str]:
-    """On a rank: what is said where the buffer brings other numbers than planned, and when.
-
-    That is when they arrive, at once, and at the end of the step.
-    """
+    """Return errors for numbers other than planned: found late, at once, and at the step's end."""
     import torch
     import torch.distributed as dist
 
@@ -191,13 +184,13 @@ def flex_against_another_plan(backend: str) -> list[str]:
         def run() -> None:
             dispatcher.token_dispatch(*dispatcher.dispatch_preprocess(hidden, map_TE, probs))
 
-        run()  # nobody waits for what has not arrived
+        run()  # numbers that have not arrived are not awaited
         late.query = lambda: True
         with pytest.raises(RuntimeError) as first:
             run()
         run()
         assert not dispatcher._received
-        # As many in all, on other slots.
+        # The same total, on other slots.
         others = dataclasses.replace(plan.quotas, tokens_C=plan.quotas.tokens_C[::-1])
         wrong = dataclasses.replace(plan, quotas=others)
         dispatcher.begin(dataclasses.replace(dispatcher._current, plan=wrong))
@@ -215,7 +208,7 @@ def flex_against_another_plan(backend: str) -> list[str]:
         with pytest.raises(RuntimeError) as third:
             dispatcher.end_step()
         awaited.synchronize.assert_called_once()
-        dispatcher.end_step()  # nothing is left
+        dispatcher.end_step()
     return [str(error.value) for error in (first, second, third)]
 
 
@@ -267,7 +260,7 @@ def test_what_a_buffer_counted_is_compared_with_the_plan_once_it_is_there(
 
 
 def count_ends(flags: list[str]) -> int:
-    """On a rank: train; returns how often a layer's flex dispatcher was told of a step's end."""
+    """Train; return how often the layers' flex dispatchers were notified of a step's end."""
     from megatron_laer.layer.dispatch.flex import SlotFlexDispatcher
 
     with mock.patch.object(SlotFlexDispatcher, "end_step", autospec=True) as told:

@@ -1,8 +1,7 @@
-"""Every command in the README and in docs is run as it stands, in the order of its page.
+"""Every command in the README and in docs runs unchanged, in the order of its page.
 
-Commands run in a folder that looks like the top of the repository. What a page takes for granted
-and no test has is replaced: a cluster, a checkout of Megatron, hours. Left out are commands that
-install everything: this test runs in what they have installed, and other tests run what they start.
+Assumptions of a page that tests cannot meet are replaced: a cluster, a checkout of Megatron, hours.
+Commands that install everything are omitted, since this test runs in their result.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tests.documents import (
     inline_commands,
 )
 
-# What is replaced in the commands of a page, and each must be there.
+# Replacements in the commands of a page; each must occur there.
 ON_TWO_CPU_RANKS = {
     "--nproc-per-node 8": "--nproc-per-node 2",
     "--expert-model-parallel-size 8": "--expert-model-parallel-size 2",
@@ -51,7 +50,7 @@ SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
     "megatron.md": ON_TWO_CPU_RANKS | SHORT,
     "plan.md": ON_TWO_CPU_RANKS | SHORT,
     "report.md": ON_TWO_CPU_RANKS | SHORT,
-    # The batch script's own tests run it in a Slurm; here it prints what it would start.
+    # The batch script's own tests run it in a Slurm; here it prints its command.
     "slurm.md": {
         # The package that it needs is installed by the page alone.
         "TOKENIZER=/data/tokenizer": "TOKENIZER=bytes",
@@ -66,9 +65,9 @@ SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
         for figure in (8, 9, 10, 12)
     },
 }
-# Logs that a page lets a command write, to be looked at: FSEP's metrics are in them.
+# Logs written by a page's commands; FSEP's metrics must be in them.
 LOGS = {"start.md": "run/train.log", "report.md": "runs/one/train.log"}
-# What a page takes for granted.
+# Preparations that a page assumes.
 BEFORE = {
     "checkpoints.md": """
         python -m megatron_laer prepare-data --python-sources --output data/text
@@ -87,7 +86,7 @@ INSTALLS = (
 )
 # Of other projects, which are not on the package index or need more than a CPU.
 NOT_OURS = ("scripts/conversion/convert.sh", "from megatron.bridge", "git apply")
-# Blocks of a page that another test runs, with ranks, by a word in them.
+# Blocks of a page that another test runs on ranks, by a word in them.
 RUN_ELSEWHERE = {
     ("performance.md", "benchmarks.convergence"): "convergence/test_long_convergence.py",
     ("own_loop.md", "own_loop.py"): "distributed/test_own_loop.py",
@@ -117,7 +116,6 @@ def test_what_is_run_elsewhere_is() -> None:
 
 @pytest.fixture
 def top(tmp_path: Path) -> Path:
-    """A folder with the repository's files, in which commands may write."""
     folder = tmp_path
     for path in ROOT.iterdir():
         if not path.name.startswith(".") and path.name not in ("build", "dist"):
@@ -138,7 +136,7 @@ _PROGRAMS = {
     "python": f'exec {_PYTHON} "$@"',
     "torchrun": f'exec {_PYTHON} -m torch.distributed.run --standalone "$@"',
     "megatron-laer": f'exec {_PYTHON} -m megatron_laer "$@"',
-    # Only what it is asked to install is looked at.
+    # Only its request is checked.
     "sbatch": 'while [ "${1#--}" != "$1" ]; do [ "$1" != --nodes ] || nodes=$2; shift 2; done; '
     'SLURM_JOB_NUM_NODES=$nodes DRY_RUN=1 exec bash "$@"',
     "pip": 'case "$*" in "install ."|"install .[tools]"|"install -e .") ;; *) exit 1 ;; esac',
@@ -167,7 +165,6 @@ def run(page: str, command: list[str], text: str, top: Path) -> None:
 
 
 def _is_run_here(page: Path, block: Block) -> bool:
-    """Return whether a block is a command or a script that this file runs."""
     elsewhere = (word for name, word in RUN_ELSEWHERE if name == page.name)
     return block.language not in SHOWN and not any(
         word in block.text for word in (*NOT_OURS, *elsewhere)

@@ -1,4 +1,4 @@
-"""The end-to-end benchmark measures what it says, at a size that says nothing of speed."""
+"""The end-to-end benchmark measures the stated quantities, at a size that shows no speed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMES = {"median", "min", "max"}
 
 
 def test_every_configuration_runs_under_the_routing_it_is_named_for(tmp_path: Path) -> None:
-    # The other workloads are configurations alike, each of which takes seconds.
+    # The other workloads are similar configurations, each of which takes seconds.
     cases = [
         case
         for case in configurations(TINY, 2, tmp_path)
@@ -51,7 +51,7 @@ def test_every_configuration_runs_under_the_routing_it_is_named_for(tmp_path: Pa
         stock, fsep, static = (
             runs[f"{kind}, {skew}"][0].ranks[0] for kind in ("stock", "fsep", "fsep static")
         )
-        if skew == "fixed":  # of this routing only the bias is the same, not its noise
+        if skew == "fixed":  # only the bias of this routing repeats, not its noise
             assert fsep.stock_skew == pytest.approx(stock.stock_skew, rel=0.03)
         else:
             assert fsep.stock_skew == stock.stock_skew

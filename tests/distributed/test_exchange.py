@@ -1,4 +1,4 @@
-"""Restore and reduce on real ranks: right, bit for bit, and as many bytes as the formulas say.
+"""Restore and reduce on real ranks are exact, and send as many bytes as the formulas say.
 
 Over 400 lines: every test runs the same cases through the same ranks, made by the first half.
 """
@@ -22,7 +22,7 @@ COLUMNS = 3
 
 @dataclass(frozen=True)
 class Case:
-    """Layouts that follow each other, and one matrix."""
+    """Consecutive layouts and one matrix."""
 
     capacity: int
     experts: int
@@ -34,8 +34,7 @@ class Case:
         return ExpertLayout.random(ranks, self.capacity, self.experts, seed=(self.seed, step))
 
 
-# E that does and does not divide by N, N above E, every expert once, one expert only; rows that
-# divide by 4, that do not, and fewer rows than ranks.
+# E that does and does not divide by N, E below N, each expert once, one only.
 SHAPES = [(2, 5), (1, 3), (3, 6), (1, 4), (2, 8), (1, 1)]
 CASES = [
     Case(capacity, experts, rows, dtype, seed)
@@ -47,7 +46,7 @@ CASES = [
 
 @contextmanager
 def exchanges_on(node_size: int) -> Iterator[Callable[..., Any]]:
-    """`make(algorithm, grad_wire_dtype)` over fresh gloo groups of all ranks."""
+    """Yield `make(algorithm, grad_wire_dtype)` over fresh gloo groups of all ranks."""
     import torch.distributed as dist
 
     from megatron_laer.runtime.comm import process_groups
@@ -69,7 +68,7 @@ def exchanges_on(node_size: int) -> Iterator[Callable[..., Any]]:
 
 
 class Rank:
-    """What this rank has in one case, and what plain code without communication makes of it."""
+    """Data of this rank in one case, with results computed without communication."""
 
     def __init__(self, case: Case, node_size: int) -> None:
         import torch
@@ -108,7 +107,7 @@ class Rank:
         return self.whole_ERK[list(self.case.layout(self.size, step).experts_of(self.rank))]
 
     def expected_ErK(self, algorithm: str, wire: Any) -> Any:
-        """Sums in float32, slot by slot; `node` rounds what a node sends to its wire dtype.
+        """Return float32 sums, slot by slot; `node` rounds the sums of a node to its wire dtype.
 
         The exchange rounds them to the gradient's dtype, or adds them to a main gradient.
         """
@@ -136,7 +135,7 @@ class Rank:
         return torch.stack(reduced)
 
     def bound_ErK(self, wire: Any, out: Any) -> Any:
-        """How far apart the sums of flat and node may be, as `node_exchange` states it."""
+        """Bound the difference between the sums of flat and node, as `node_exchange` states it."""
         import torch
 
         roundoff = {torch.float32: 0.0, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -149,9 +148,9 @@ class Rank:
 
 
 def every_case(node_size: int) -> tuple[int, int]:
-    """Restore and reduce all cases with both algorithms; returns how many reduces differed.
+    """Restore and reduce all cases with both algorithms; return how many reduces differed.
 
-    First of those whose wire holds every bit of the gradients, then of the others.
+    The first number is for wires that hold every bit of the gradients, the second for the others.
     """
     import torch
 
@@ -203,8 +202,8 @@ def test_both_algorithms_equal_plain_code_bit_for_bit_and_each_other_within_the_
     ranks: Callable[[int], RankPool], node_size: int
 ) -> None:
     exact, rounded = map(sum, zip(*ranks(4).run(every_case, node_size), strict=True))
-    # Only nodes of two ranks sum before they send, and one node of all sends nothing; or the bound
-    # would have bounded nothing.
+    # Only nodes of two ranks sum before they send, and one node of all sends nothing. Otherwise the
+    # bound would not have been tested.
     assert (exact > 0) == (node_size == 2)
     assert (rounded > 0) == (node_size < 4)
 
@@ -229,7 +228,7 @@ def test_a_group_of_one_rank_needs_no_collective(ranks: Callable[[int], RankPool
 
 
 def bytes_of_every_case(node_size: int) -> list[tuple[Case, str, str, int, int]]:
-    """(case, what, algorithm, intra-node bytes, inter-node bytes) as counted on this rank."""
+    """Return (case, what, algorithm, intra-node bytes, inter-node bytes) of this rank."""
     import torch
 
     rows = []
@@ -291,7 +290,6 @@ def test_bytes_of_the_collectives_equal_the_formulas(
 
 
 def layouts_that_follow(node_size: int) -> None:
-    """Restore five layouts one after the other into the same tensor, then the last one again."""
     import torch
 
     with exchanges_on(node_size) as make:
@@ -308,7 +306,7 @@ def layouts_that_follow(node_size: int) -> None:
                     assert torch.equal(matrix, here.expected_CRK(step)), (rows, algorithm, step)
                 collectives = exchange.count.restore_collectives
                 reuse = reusable(here.index(4), matrix)
-                # Other weights, so that fetching anything would show.
+                # Other weights, so that a fetch would show.
                 exchange.restore(here.slice_ErK + 1, here.index(4), rows, reuse=reuse)
                 assert torch.equal(matrix, here.expected_CRK(4))
                 assert exchange.count.restore_collectives == collectives
@@ -322,10 +320,10 @@ def test_kept_matrices_fetch_changed_slots_and_nothing_if_nothing_changed(
 
 
 def one_slot_changes(slot: int, algorithm: str) -> tuple[list[int], int]:
-    """Only `slot` changes. Returns this rank's slots that came anew, and bytes from other nodes.
+    """Change one slot; return this rank's correct slots, and bytes from other nodes.
 
-    With `flat`, all that is reused is poisoned: what is not poison was fetched. With `node`, nodes
-    have all experts, and it is the slices that are poisoned: what is not poison came from slots.
+    `flat` starts with a poisoned matrix: correct slots were fetched. `node` starts with poisoned
+    slices, as nodes have all experts: correct slots came from slots.
     """
     import torch
 
@@ -365,7 +363,7 @@ def test_only_changed_slots_are_fetched_and_from_the_own_node_where_it_has_them(
 
 
 def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, int]]:
-    """Workspace bytes after the first and after many layouts, and by formula."""
+    """Return workspace bytes after the first and after many layouts, and by formula."""
     import torch
 
     from megatron_laer.planner.geometry import Geometry
@@ -417,7 +415,6 @@ def test_buffers_are_allocated_once_and_as_large_as_the_formula(
 
 
 def both_at_once(node_size: int) -> None:
-    """Restores on one thread, reduces on another, started in either order."""
     import torch
 
     case = Case(3, 6, 8, "float32", 2)

@@ -1,4 +1,4 @@
-"""What goes wrong in long runs, with real processes: as stock Megatron does, and nobody hangs."""
+"""Faults of long runs, with real processes: they end as under stock Megatron, and no rank hangs."""
 
 from __future__ import annotations
 
@@ -35,23 +35,18 @@ FSEP = " --expert-parallel-mode fsep"
 STATIC = FSEP + " --fsep-planner static"
 EXACT = FSEP + " --fsep-plan-mode exact"
 WAIT = FSEP + " --fsep-planner greedy --fsep-late-plan wait"
-# What fragmentation and the interpreter may add in 400 steps: a sixth of one restored matrix each.
+# Fragmentation and the interpreter over 400 steps: a sixth of one restored matrix each.
 ALLOCATOR_SLACK_BYTES = 8 * 2**20
 FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4)
 
 
 def two_ranks(data: str) -> Callable[..., list[str]]:
-    """Command lines for two ranks, 8 experts and 2 microbatches unless said otherwise."""
     return partial(command_line, data, experts=8, expert_parallel=2, global_batch=8, steps=8)
 
 
 @pytest.fixture
 def command(text_data: str) -> Callable[..., list[str]]:
-    """`two_ranks` of the tests' text."""
     return two_ranks(text_data)
-
-
-# A rank that dies.
 
 
 @pytest.mark.counts(fault_runs=1, resumed_runs=1)
@@ -81,9 +76,6 @@ def test_a_rank_killed_in_a_step_is_restarted_and_ends_bitwise_as_without(
         assert [step["digest"] for step in steps[4:]] == whole[rank][3:]
 
 
-# A rank that is told to stop.
-
-
 @pytest.mark.counts(fault_runs=1, resumed_runs=1)
 def test_a_signal_in_a_step_saves_and_exits_as_stock_does(
     ranks: Callable[[int], RankPool], command: Callable[..., list[str]], tmp_path: Path
@@ -105,12 +97,8 @@ def test_a_signal_in_a_step_saves_and_exits_as_stock_does(
 
 
 def saved_steps(folder: Path) -> int | None:
-    """Which checkpoint a run would resume from."""
     path = folder / "latest_checkpointed_iteration.txt"
     return int(path.read_text()) if path.exists() else None
-
-
-# Layouts that differ.
 
 
 @pytest.mark.counts(fault_runs=1)
@@ -132,7 +120,7 @@ def test_a_rank_with_another_layout_and_version_stops_every_rank(
 def test_a_rank_with_another_layout_ends_the_ranks_of_other_groups_too(
     command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    # Two groups of two ranks: those of the first hear nothing, and wait in the data-parallel group.
+    # Two groups of two ranks: the first sees no fault, and waits in the data-parallel group.
     flags = command(extra=STATIC, global_batch=16)
     assert run_job(tmp_path, flags, fault="layout", step=4, rank=3, ranks=4) != 0
     output = output_of(tmp_path)
@@ -143,11 +131,7 @@ def test_a_rank_with_another_layout_ends_the_ranks_of_other_groups_too(
         assert len(steps_of(tmp_path, rank)) == 4
 
 
-# Checkpoints that are damaged, and disks that are full.
-
-
 def damage(folder: Path, how: str) -> None:
-    """Spoil the newest checkpoint."""
     tracker = folder / "latest_checkpointed_iteration.txt"
     newest = folder / f"iter_{saved_steps(folder):07d}"
     largest = max(newest.glob("*.distcp"), key=lambda path: path.stat().st_size)
@@ -183,7 +167,7 @@ DAMAGES = [
 def sound_checkpoints(
     ranks: Callable[[int], RankPool], text_data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder with checkpoints of `stock` and `fsep` after two steps, to be copied."""
+    """Make a folder with checkpoints of `stock` and `fsep` after two steps, to be copied."""
     folder = tmp_path_factory.mktemp("sound")
     for name, mode in (("stock", ""), ("fsep", STATIC)):
         save = f"{mode} --save {folder / name} --save-interval 2"
@@ -213,7 +197,6 @@ def test_a_damaged_checkpoint_is_met_as_stock_meets_it(
 
 
 def how_it_ended(result: Any, folder: Path) -> str:
-    """How many steps were made; or the error, with the folder's name left out."""
     if isinstance(result, Raised):
         first_line = result.message.replace(str(folder), "FOLDER").split("\n")[0]
         return f"{result.type_name}: {first_line}"
@@ -238,9 +221,6 @@ def test_a_disk_that_fills_while_saving_leaves_the_checkpoint_before(
     print(f"\nfull disk: {ends[1]}")
     assert ends[0] == ends[1] == ends[2]
     assert "6 steps" not in ends[1]
-
-
-# Numbers that are none.
 
 
 @pytest.mark.counts(fault_runs=2)
@@ -295,9 +275,6 @@ def test_experts_kept_over_a_skipped_step_are_those_that_a_restore_brings(
         assert mine.digests == other.digests
 
 
-# Tokens that are unevenly spread, or not there.
-
-
 @pytest.mark.counts(fault_runs=2)
 @pytest.mark.parametrize("routing", ROUTINGS)
 def test_extreme_routing_trains_as_stock_does(
@@ -330,7 +307,7 @@ def test_a_burst_to_one_expert_gives_no_rank_more_than_its_share(
         (total,) = {routed for _, routed in per_rank}
         assert total == 4 * 2 * 48, "each token has one expert here"
         shares.append(max(mine for mine, _ in per_rank) / -(-total // 4))
-    # As the README says: its even share, or what the layout's replicas allow.
+    # As the README says: its even share, or the limit of the layout's replicas.
     replicas = int(ExpertLayout.static(4, 3, 8).replicas_E[3])
     assert set(shares) == ({1.0} if is_even else {4 / replicas}), shares
 
@@ -346,6 +323,6 @@ def test_bursts_leave_no_memory_behind_in_500_steps(
             f"\nrank {rank}: {held.tensors} live tensors, {held.tensor_bytes} bytes; "
             f"resident from step 100 to 500: {grown / 2**20:+.1f} MiB"
         )
-        # By step 200 the caches of index tensors hold all the layouts that they ever will.
+        # By step 200 the caches of index tensors hold all layouts of the run.
         assert held.tensor_bytes[-1] < 1.01 * held.tensor_bytes[1]
         assert grown < ALLOCATOR_SLACK_BYTES

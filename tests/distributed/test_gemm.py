@@ -1,4 +1,4 @@
-"""The back end of the experts' products in whole runs: what computes, is refused and is resumed."""
+"""The back end of the experts' products in whole runs: choice, refusals and resuming."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ def command(text_data: str, steps: int, extra: str) -> list[str]:
 
 
 def listen(flags: list[str]) -> tuple[list[str], int]:
-    """Train; returns what FSEP said of back ends, and how many splits `grouped_mm` was given."""
     from megatron_laer.layer.experts.gemm import torch as grouped
 
     grouped._ends.cache_clear()
@@ -42,7 +41,7 @@ def test_a_run_that_goes_on_with_another_back_end_says_so(
     pool = ranks(2)
     saved = pool.run(listen, command(text_data, 1, f" --save {tmp_path} --save-interval 1"))
     assert saved == [([], 0), ([], 0)]
-    # The schedule of learning rates follows the number of steps, which another run has.
+    # The schedule of learning rates follows the number of steps, which differs between the runs.
     go_on = f" --load {tmp_path} --override-opt_param-scheduler"
     assert pool.run(listen, command(text_data, 2, go_on)) == saved
     (first, uploads), (second, _) = pool.run(

@@ -1,4 +1,4 @@
-"""The benchmark of gradients' errors trains as FSEP does, and shows what it is made for."""
+"""The benchmark of gradients' errors trains as FSEP does, and shows the errors it is made for."""
 
 from __future__ import annotations
 

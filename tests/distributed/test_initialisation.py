@@ -22,7 +22,7 @@ FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 def weights_of(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> Callable[[int, int, str], Tensors]:
-    """`weights_of(ranks, expert_parallel, extra flags)`."""
+    """Return `weights_of(ranks, expert_parallel, extra flags)`."""
 
     def initial(size: int, expert_parallel: int, extra: str) -> Tensors:
         flags = command_line(
@@ -64,7 +64,7 @@ def test_seeds_layers_and_experts_differ_and_spread_like_stock(
     fsep, stock = weights_of(2, 2, FSEP), weights_of(2, 2, "")
     other_seed = weights_of(2, 2, FSEP + " --seed 99")
     experts = experts_of(fsep)
-    assert len(experts) == 2 * 2 * 4  # layers, matrices, experts
+    assert len(experts) == 2 * 2 * 4
     for (one, a), (two, b) in combinations(experts.items(), 2):
         assert a.shape != b.shape or not torch.equal(a, b), f"{one} equals {two}"
     for key, weight in experts.items():
@@ -74,7 +74,6 @@ def test_seeds_layers_and_experts_differ_and_spread_like_stock(
 
 
 def initial_weights_without_drawing_experts(flags: list[str]) -> Tensors:
-    """`initial_weights`, but no expert weight is drawn."""
     from megatron_laer.layer.experts import module
 
     with mock.patch.object(module, "initialise", lambda slice_ErK, *_: slice_ErK.data.zero_()):

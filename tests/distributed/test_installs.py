@@ -1,8 +1,7 @@
-"""Every way to install, from inside and outside the checkout, through every way in.
+"""Installations of every kind, inside and outside the checkout, with every entry point.
 
-A checkout is a copy of this one without what is built or ignored. Nothing is downloaded: each
-environment sees the packages of the one that runs the tests, but not the installation of this
-package there. An environment tells which files of the package each process had imported.
+A checkout is a copy of this one. Nothing is downloaded: environments see the test environment's
+packages except this one. They record the package's files that each process imports.
 
 Over 400 lines: all tests share the built archives and environments, which take minutes to make.
 """
@@ -35,7 +34,7 @@ _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 _OFFLINE = ["--no-index", "--no-build-isolation"]
 _PKG_INFO = re.compile("[^/]+/PKG-INFO")
 
-# Read by Python at start-up in every environment that is made here.
+# Read at start-up in every environment that is made here.
 TELLING = """
 import atexit, json, os, sys
 
@@ -51,12 +50,6 @@ def tell():
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment.
-
-    Attributes:
-        folder: where it is.
-    """
-
     folder: Path
 
     @property
@@ -74,25 +67,22 @@ class Environment:
 
 @dataclass(frozen=True)
 class Install:
-    """An environment with the package, and the checkout that it is used with."""
-
     environment: Environment
     checkout: Path
     editable: bool
 
     @property
     def package(self) -> Path:
-        """The folder that an import finds outside the checkout."""
         return (self.checkout if self.editable else self.environment.packages) / "megatron_laer"
 
 
 def run(
     command: list[Any], cwd: Path | None = None, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run without what would lead to this checkout, on the CPU, and with no launcher around."""
+    """Run on the CPU without paths to this checkout and without a launcher's variables."""
     dropped = ("PYTHONPATH", "SLURM_", "OMPI_", "WORLD_SIZE", "RANK", "LOCAL_")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(dropped)}
-    # Another release of Megatron stays, if these tests run with one.
+    # Keep another release of Megatron, if these tests run with one.
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     others = [path for path in paths if path and not (Path(path) / "megatron_laer").exists()]
     if others:
@@ -102,7 +92,6 @@ def run(
 
 
 def succeed(command: list[Any], cwd: Path | None = None, **environment: str) -> str:
-    """What it prints."""
     result = run(command, cwd, **environment)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
@@ -115,7 +104,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def dependencies(folder: Path) -> Path:
-    """Links to the packages that this Python finds, but for ours."""
     links = folder / "dependencies"
     links.mkdir()
     for entry in map(Path, sys.path):
@@ -129,8 +117,6 @@ def dependencies(folder: Path) -> Path:
 
 
 class Maker:
-    """Makes environments and checkouts, each in a folder of its own."""
-
     def __init__(self, folder: Path, dependencies: Path) -> None:
         self._folder, self._dependencies = folder, dependencies
 
@@ -182,7 +168,6 @@ def _ways() -> list[Any]:
 
 @pytest.fixture(scope="module", params=_ways())
 def install(request: pytest.FixtureRequest, make: Maker, folder: Path) -> Install:
-    """The package, installed in one of the ways."""
     way = request.param
     environment = make.environment(way)
     if way == "editable":
@@ -205,7 +190,6 @@ def install(request: pytest.FixtureRequest, make: Maker, folder: Path) -> Instal
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    """Routing of two steps on two ranks, as CSV."""
     lines = [f"{step},0,0,{rank},{e},{1 + e}" for step in (0, 1) for rank in (0, 1) for e in (0, 1)]
     path = tmp_path / "trace.csv"
     path.write_text("\n".join(["step,microbatch,layer,source_rank,expert,tokens", *lines]) + "\n")
@@ -213,7 +197,6 @@ def trace(tmp_path: Path) -> Path:
 
 
 def starts(python: Path, script: str | Path, cwd: Path, log: Path) -> None:
-    """Run a training script as far as its command line, which has Megatron's flags and ours."""
     words = [python, script, "--expert-parallel-mode", "none"]
     result = run(words, cwd, IMPORTED=str(log))
     assert result.returncode == 2, result.stderr
@@ -224,7 +207,7 @@ INSIDE_AND_OUTSIDE = pytest.mark.parametrize("place", ["inside", "outside"])
 
 
 def imported(file: Path) -> list[tuple[Path, Path | None]]:
-    """The package's folder and the core of every process that had imported the package."""
+    """Return the package's folder and core for every process that imported the package."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     return [(Path(package).parent, core and Path(core)) for package, core in lines]
 
@@ -282,17 +265,17 @@ def test_the_slurm_script_starts(install: Install, place: str, tmp_path: Path) -
         MASTER_PORT=str(port),
         IMPORTED=str(log),
     )
-    # Its rank comes as far as `starts` does, and fails.
+    # Its rank gets as far as `starts` does, and fails.
     assert result.returncode == 1, result.stderr
     assert "unrecognized arguments: --no-such-flag" in result.stderr
-    # What is installed, in all of its processes, though they run a script of the checkout.
+    # All of its processes use the installed package, though they run a script of the checkout.
     packages, cores = zip(*imported(log), strict=True)
     assert {*packages} == {install.package}
     assert {core.parent for core in cores if core} == {install.package / "planner"}
 
 
 def test_the_readmes_way_trains(make: Maker, wheel: Path, text_data: str, tmp_path: Path) -> None:
-    """Not an editable installation, started at the top of the checkout."""
+    """Use a plain installation, started at the top of the checkout."""
     environment, checkout = make.environment("training"), make.checkout("training")
     environment.install(wheel)
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
@@ -317,7 +300,6 @@ def test_the_readmes_way_trains(make: Maker, wheel: Path, text_data: str, tmp_pa
 
 @pytest.fixture(scope="module")
 def alone(make: Maker, wheel: Path) -> Environment:
-    """One with the wheel, used without any checkout."""
     environment = make.environment("alone")
     environment.install(wheel)
     return environment
@@ -341,19 +323,15 @@ def test_doctor_knows_what_an_installed_package_needs(alone: Environment, tmp_pa
     assert {*needed} <= {row.split()[0] for row in rows if row}
     assert str(alone.packages / "megatron_laer") in rows[0]
 
-    # Ranges are those of its metadata.
+    # The allowed ranges come from its metadata.
     (tmp_path / "psutil.py").write_text("__version__ = '1.0'")
     old = run(command, tmp_path, PYTHONPATH=str(tmp_path))
     assert old.returncode == 1
     assert "pip install 'psutil>=" in old.stdout
 
 
-# What cannot run says in one line what to do.
-
-
 @pytest.fixture(scope="module")
 def bare(make: Maker) -> Install:
-    """A fresh clone, and an environment with all but this package."""
     return Install(make.environment("bare"), make.checkout("bare"), editable=False)
 
 
@@ -395,7 +373,6 @@ def test_a_core_of_other_sources_is_passed_over_and_named(
     (line,) = refused.stderr.splitlines()
     assert f": {stale} was built from other sources; run " in line
 
-    # The installed one fits.
     environment.install(wheel)
     succeed([environment.python, *plan], checkout)
 
@@ -406,9 +383,6 @@ def test_a_core_of_other_sources_is_passed_over_and_named(
     (line,) = refused.stderr.splitlines()
     assert line.count("was built from other sources") == 2
     assert str(environment.packages) in line
-
-
-# What is in the archives.
 
 
 def test_the_wheel_has_what_type_checkers_and_users_need_and_no_sources(wheel: Path) -> None:

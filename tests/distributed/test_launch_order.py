@@ -1,7 +1,6 @@
-"""Ranks launch the same on every communicator, and in orders that no device could hang on.
+"""Ranks launch the same on every communicator, and in orders that cannot hang a device.
 
-Megatron's own loop runs; what is recorded are its communicators and FSEP's, from the making of the
-process groups to the end of training. See `tests/launch_order.py` for what is checked and why.
+`tests/launch_order.py` states the checks and reasons; here Megatron's own loop is recorded.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ CASES = {
 
 
 def launches_of(flags: list[str]) -> tuple[list[Launch], list[tuple[int, int]]]:
-    """What this rank launched in a run, and (FSEP group, digest) of the fresh layouts it made."""
+    """Return this rank's launches in a run, and (FSEP group, digest) of its fresh layouts."""
     from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 
     launches: list[Launch] = []
@@ -59,7 +58,7 @@ def launches_of(flags: list[str]) -> tuple[list[Launch], list[tuple[int, int]]]:
     with (
         recorded(launches),
         mock.patch.object(MicrobatchPlanner, "_note", noted),
-        # Pipelines that overlap reduce parts of gradients only, so whole ones cannot be compared.
+        # Overlapping pipelines reduce parts of gradients, so whole ones cannot be compared.
         mock.patch.object(weights, "assemble", lambda _: {}),
     ):
         train(flags)
@@ -98,7 +97,7 @@ def test_ranks_launch_in_orders_that_agree(
 
 
 def some_launches_swapped_are_found(launches: list[list[Launch]], of_fsep: set[str]) -> None:
-    """Swap, on one rank, launches that follow each other; each time the check must tell."""
+    """Swap consecutive launches on one rank; the check must find each swap."""
     mine, swaps = launches[0], {"one communicator": 0, "two communicators": 0}
     for number, (first, second) in enumerate(pairwise(mine)):
         if not {first.description, second.description} & of_fsep:
@@ -121,7 +120,7 @@ def some_launches_swapped_are_found(launches: list[list[Launch]], of_fsep: set[s
 
 
 def exchanges_of(flags: list[str]) -> tuple[int, int]:
-    """The All-to-Alls of tokens that this rank launched, and those that were priced."""
+    """Return the number of token All-to-Alls that this rank launched, and of those priced."""
     from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 
     launches: list[Launch] = []
@@ -155,11 +154,7 @@ def test_a_layer_exchanges_tokens_as_often_as_it_is_priced(
         assert launched == priced * 3 // 2 > 0
 
 
-# The check itself, on orders made by hand.
-
-
 def launch(group: str, members: tuple[int, ...], batch: int, **changes: Any) -> Launch:
-    """A launch on a communicator of that name."""
     made = Launch(group, group, members, "allreduce", (1,), None, batch)
     return replace(made, **changes)
 

@@ -1,7 +1,7 @@
 """Megatron's own unit tests of its MoE layers end as they do without the plugin.
 
-With FSEP a test may end otherwise only by a refusal that docs/recipes.md names. Needs a checkout of
-the installed Megatron-LM, whose folder MEGATRON_LM_CHECKOUT names: no wheel holds the tests.
+With FSEP, only a refusal that docs/recipes.md names may change a result. Needs a checkout of the
+installed Megatron-LM in the folder MEGATRON_LM_CHECKOUT, since no wheel holds the tests.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ pytestmark = [
     ),
 ]
 
-# From the one refusal that is not about a setting.
+# Part of the one refusal that is not about a setting.
 ALONE = "its dispatcher alone"
 TIMEOUT_S = 4 * 3600.0
 
 
 def verdicts(mode: Mode) -> dict[str, Verdict]:
-    """Every test's verdict, and a line with the number of each."""
+    """Return every test's verdict, and print the number of each."""
     assert CHECKOUT is not None
     found = run(mode, Path(CHECKOUT).resolve(), FILES, TIMEOUT_S)
     print(f"\n{mode}: {dict(Counter(verdict.outcome for verdict in found.values()))}")
@@ -40,13 +40,12 @@ def verdicts(mode: Mode) -> dict[str, Verdict]:
 
 
 def outcomes(found: dict[str, Verdict]) -> dict[str, str]:
-    """The outcome of each test."""
     return {test: verdict.outcome for test, verdict in found.items()}
 
 
 @pytest.fixture(scope="module")
 def without() -> dict[str, Verdict]:
-    """The verdicts without the plugin; some tests pass, or what follows says nothing."""
+    """Return the verdicts without the plugin, some of which must have passed."""
     found = verdicts("without")
     assert "passed" in outcomes(found).values()
     return found

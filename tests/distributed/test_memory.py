@@ -1,4 +1,4 @@
-"""What a rank pays: 1/N of the experts' state, and restored weights only while they are used."""
+"""Memory of a rank: 1/N of the experts' state, and restored weights only during their use."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FSEP = " --expert-parallel-mode fsep" + RANDOM
 
 
 def expert_state_bytes(command: list[str]) -> tuple[int, int]:
-    """Bytes of this rank's expert weights, main gradients and optimizer state; elements of all."""
+    """Return bytes of this rank's expert weights, main gradients and optimizer; all elements."""
     from megatron.training import training
 
     sizes: list[tuple[int, int]] = []
@@ -105,7 +105,6 @@ class Held:
 
 
 def held_buffers(command: list[str]) -> Held:
-    """Train, and look at the buffers."""
     from megatron.core.models.gpt import GPTModel
 
     from megatron_laer.session import current_coordinator
@@ -204,12 +203,14 @@ def test_buffers_stay_as_they_are_after_the_first_step(
         weights, grads, _ = held.buffer_bytes[0]
         restored, arriving = held.layers
         assert weights == restored * held.layer_bytes
-        sums = restored * held.layer_bytes if "restore step" in flags else 0  # float32, like all
+        sums = (
+            restored * held.layer_bytes if "restore step" in flags else 0
+        )  # float32, like all other buffers
         assert held.layer_bytes <= grads - sums <= arriving * held.layer_bytes
 
 
 def exchange_counts_of(command: list[str]) -> tuple[int, int, int, int, int]:
-    """Restores, reduces, and bytes received for each, after a run; and bytes of the slots."""
+    """Return restores, reduces, and bytes received for each, after a run; bytes of the slots."""
     from megatron_laer.session import current_coordinator
 
     found: list[tuple[int, int, int, int, int]] = []
@@ -246,17 +247,17 @@ def test_bytes_on_the_wire_follow_the_formula(
     command = command_line(
         text_data, experts=8, expert_parallel=size, global_batch=4 * size, steps=3, extra=FSEP
     )
-    passes = 3 * 2 * 2  # steps, microbatches, layers
+    passes = 3 * 2 * 2
     for restores, reduces, restored, reduced, slots in ranks(size).run(exchange_counts_of, command):
         assert restores == 2 * passes
         assert reduces == passes
-        # C experts of P parameters, but for the 1/N of each that is here: C·P·(N-1)/N.
+        # C experts of P parameters, less the 1/N of each that is local: C·P·(N-1)/N.
         assert restored * size == restores * slots * (size - 1)
         assert reduced * size == reduces * slots * (size - 1)
 
 
 def kept_activations(command: list[str]) -> tuple[int, int]:
-    """Train; how often experts' activations were computed, and the bytes kept after forward."""
+    """Train; return the number of activation computations, and bytes kept after forward."""
     from megatron.core.models.gpt import GPTModel
 
     from megatron_laer.layer.experts.module import FSEPExperts

@@ -17,7 +17,6 @@ from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
 STEPS = 6
-# Of a step.
 MICROBATCHES = 2
 RECORDING = "`--fsep-record-metrics`"
 ROW_BYTES = 48 * 4  # of a hidden state in fp32
@@ -81,7 +80,7 @@ def test_balance_and_planning_are_in_tensorboard(
     assert all(value > 0 for value in series("fsep_plan_ms"))
     assert series("fsep_late_plans") == series("fsep_plan_failures") == [0, 0, 0]
 
-    # Of each group; with a pipeline each stage's group has one of the layers.
+    # One per group; with a pipeline each stage's group has one of the layers.
     recordings = [read_metrics(path) for path in sorted((tmp_path / "recorded").iterdir())]
     assert len(recordings) == size // 2
     assert sorted(name for one in recordings for name in one.shape.layers) == ["layer 1", "layer 2"]

@@ -24,7 +24,7 @@ SHAPES_ERK = [(3, 4, 5), (3, 5, 2), (1, 1, 3)]
 
 
 def to_owners_and_back() -> list[tuple[int, int]]:
-    """Gather and scatter matrices whose elements say which they are; returns this rank's."""
+    """Gather and scatter matrices whose elements identify them; return this rank's."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     wholes_ERK = [
         100.0 * place + torch.arange(float(torch.Size(shape).numel())).view(shape)
@@ -45,7 +45,6 @@ def to_owners_and_back() -> list[tuple[int, int]]:
 
 
 def in_a_group(function: Callable[[], Any]) -> Any:
-    """Call a function that needs a process group and no Megatron."""
     dist.init_process_group("gloo")
     try:
         return function()
@@ -63,7 +62,6 @@ def test_matrices_come_whole_to_one_rank_each_and_go_back(
 
 
 def count_updates(flags: list[str]) -> list[tuple[int, ...]]:
-    """Train; returns the shapes of the experts' matrices that this rank updated in all steps."""
     from megatron_laer.layer.experts.muon import ExpertMuon
 
     shapes = []
@@ -101,7 +99,7 @@ def test_every_expert_is_updated_once_per_group_by_ranks_that_share_the_work(
 def train_with_layout(flags: list[str]) -> tuple[Record, set[bool]]:
     """Train with the buffers that Megatron lays out for its distributed Muon.
 
-    In 0.19 Megatron makes them only for models that a function builds. Returns whether it did.
+    In 0.19 Megatron makes them only for models that a function builds. Return True if it did.
     """
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 

@@ -1,11 +1,8 @@
-"""An FSEP run leaves stock's numbers where rounding decides a near-tie in a router, and only there.
+"""An FSEP run leaves stock's numbers only where rounding decides a near-tie in a router.
 
 Another layout sums experts' gradients in another order, so the routers' scores differ in their last
-bits. A token whose k-th and (k+1)-th scores are that close goes to another expert, and from there
-on two runs train on different numbers, as two stock runs with different expert placement do.
-
-Which run meets a near-tie depends on the machine's rounding, so one is searched for. Many tokens
-and experts make near-ties frequent.
+bits. A token with such close k-th and (k+1)-th scores goes to another expert, and the runs differ
+from there on. The machine's rounding decides which run meets a near-tie, so one is searched for.
 
 Legend: C router calls in a run's order (step, layer), T tokens of all ranks.
 """
@@ -29,7 +26,6 @@ from tests.parity.row import FLOOR_FACTOR, FP32_BOUND, SMALLEST_FLOOR
 
 STEPS = 40
 LAYERS = 4
-# Each is another order of the data.
 SEEDS = range(2, 10)
 # The default comes first, with plans that arrive at the same step in a repetition.
 LAYOUTS = [
@@ -46,30 +42,25 @@ FLAGS = (
 
 @dataclass(frozen=True)
 class Run:
-    """A run on two ranks."""
-
     record: Record
     decisions_by_rank: list[Decisions]
 
     @property
     def decisions(self) -> Decisions:
-        """Of all ranks' tokens."""
         return Decisions.of_all_ranks(self.decisions_by_rank)
 
     @property
     def chosen(self) -> list[Chosen]:
-        """What another run must be given to choose the same."""
         return [decisions.chosen_CTK for decisions in self.decisions_by_rank]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A stock run, and what rounding does to it.
+    """Stock run and its sensitivity to rounding.
 
     Attributes:
-        rounding_C: how far apart scores may be by each call, over all calls before it as well: some
-            times the distance to a stock run with different expert placement and the same choices.
-        floor: that run's distance.
+        rounding_C: bound of score differences up to each call, in proportion to the floor's.
+        floor: distance to a stock run with different expert placement and the same choices.
         differ_CT: where that run would have chosen otherwise by itself.
     """
 
@@ -81,12 +72,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """An FSEP run beside its reference.
-
-    Attributes:
-        gap_C: how far apart the scores of a call are.
-        differ_CT: which tokens chose other experts.
-    """
+    """FSEP run against its reference: gaps of calls' scores, and tokens with other experts."""
 
     name: str
     train: Callable[..., Run]
@@ -97,46 +83,35 @@ class Comparison:
 
     @property
     def first(self) -> int | None:
-        """The first call in which a token chose other experts."""
         calls = np.flatnonzero(self.differ_CT.any(axis=1))
         return int(calls[0]) if calls.size else None
 
     @property
     def leaves(self) -> bool:
-        """Whether scores are further apart than rounding explains."""
         return bool((self.gap_C > self.reference.rounding_C).any())
 
     @property
     def excess(self) -> float:
-        """The largest part of what rounding explains that scores differ by, until a choice differs.
-
-        The scores of the first decision that differs are themselves no further apart.
-        """
+        """Return the largest ratio of score difference to bound, first other choice included."""
         calls = len(self.gap_C) if self.first is None else self.first + 1
         return float((self.gap_C / self.reference.rounding_C)[:calls].max())
 
 
 @dataclass(frozen=True)
 class Search:
-    """What was looked at until a run left stock, and that run.
-
-    Attributes:
-        excess: `Comparison.excess` by name.
-    """
+    """Excess of all compared runs by name, and the first run that left stock, if any."""
 
     excess: dict[str, float]
     leaving: Comparison | None
 
 
 def compare(name: str, train: Callable[..., Run], run: Run, reference: Reference) -> Comparison:
-    """The comparison of a run that `train` repeats."""
     mine, stocks = run.decisions, reference.stock.decisions
     gap_C = mine.gaps_CT(stocks).max(axis=1)
     return Comparison(name, train, run, reference, gap_C, mine.differ_CT(stocks))
 
 
 def reference_of(train: Callable[..., Run]) -> Reference:
-    """Train with stock, with half of the experts on each rank and with all of them on both."""
     stock = train("", expert_parallel=2)
     other = train("", expert_parallel=1, given=stock.chosen)
     stocks, others = stock.decisions, other.decisions
@@ -152,7 +127,7 @@ def reference_of(train: Callable[..., Run]) -> Reference:
 
 @pytest.fixture(scope="module")
 def searched(ranks: Callable[[int], RankPool], text_data: str) -> Search:
-    """FSEP runs with one kind of layouts and order of data after the other, until one leaves."""
+    """Run FSEP with one kind of layouts and order of data after the other, until one leaves."""
 
     def train(
         seed: int, extra: str, expert_parallel: int = 2, given: list[Chosen] | None = None
@@ -182,7 +157,6 @@ def searched(ranks: Callable[[int], RankPool], text_data: str) -> Search:
 
 @pytest.fixture
 def leaving(searched: Search) -> Comparison:
-    """The run that leaves stock."""
     assert searched.leaving is not None, (
         f"no run left stock, so nothing is shown: {'; '.join(searched.excess)}"
     )

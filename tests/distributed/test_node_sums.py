@@ -1,9 +1,9 @@
-"""In bf16, tokens by nodes leave stock's first gradients by near-ties of rounding, and only there.
+"""In bf16, tokens by nodes leave stock's first gradients only by near-ties of rounding.
 
-A token's partial sums are rounded before they leave a rank, which stock has no place for. So
-scores of the next routers differ by a rounding, and where a k-th and a (k+1)-th score are that
-close, the token goes elsewhere; one such token moves the gradient of an expert with few tokens by
-more than the bound. A clamp has near-ties too: within a rounding of it, a gradient is cut or not.
+A token's partial sums are rounded before they leave a rank; stock has no such rounding. So scores
+of the next routers differ by a rounding, and tokens with close k-th and (k+1)-th scores go
+elsewhere. One such token moves the gradient of an expert with few tokens by more than the bound. A
+clamp has near-ties too: within a rounding of it, a gradient is cut or not.
 
 Legend: C router calls in a run's order, T tokens of all ranks.
 """
@@ -27,7 +27,7 @@ from tests.parity.rows import CLAMPED_GEGLU, TOKENS
 ROUNDING = 2.0**-8
 FEW = 4
 
-# Many tokens, so that some are near-ties whatever the machine's rounding.
+# Many tokens make near-ties certain for any machine's rounding.
 ROW = Row(
     "node-sums",
     "tokens by nodes in bf16",
@@ -49,13 +49,10 @@ CLAMPED = replace(
 
 @dataclass(frozen=True)
 class Compared:
-    """FSEP's runs of a row beside stock's.
+    """Stock's and FSEP's runs of a row: by itself, given stock's choices, and with exact sums in
+    fp32.
 
-    Attributes:
-        floor: the distance of stock with other placement.
-        by_itself: the run as users have it.
-        given: the run that takes stock's choices.
-        exact: the run whose sums cross ranks in fp32.
+    `floor` is the distance of stock with other placement.
     """
 
     floor: Distance
@@ -65,12 +62,10 @@ class Compared:
     exact: list[Outcome]
 
     def distance(self, run: list[Outcome]) -> Distance:
-        """From stock."""
         return distance(run[0].record, self.stock[0].record)
 
 
 def decisions(run: list[Outcome]) -> Decisions:
-    """Of all ranks' tokens."""
     found = [outcome.decisions for outcome in run if outcome.decisions is not None]
     return Decisions.of_all_ranks(found)
 
@@ -83,7 +78,6 @@ without_clamp = pytest.mark.parametrize("compared", [ROW], ids=["plain"], indire
 def compared(
     request: pytest.FixtureRequest, ranks: Callable[[int], RankPool], text_data: str
 ) -> Compared:
-    """The runs of a row."""
     row: Row = request.param
 
     def train(run: tuple[int, list[str]], *more: object) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""Runs of today go on from a checkpoint and with recordings of version 0.1, FSEP and stock."""
+"""Today's runs resume from a checkpoint and recordings of version 0.1, with FSEP and stock."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ FSEP = ("--expert-parallel-mode", "fsep", "--fsep-late-plan", "wait")
 
 @pytest.fixture
 def old(tmp_path: Path) -> Path:
-    """A copy of the old files, for a Megatron that reads the checkpoint."""
     if Version(version("megatron-core")) < Version(MEGATRON):
         pytest.skip(
             f"megatron-core {MEGATRON} wrote the checkpoint, and older releases do not read it"
@@ -35,7 +34,6 @@ def old(tmp_path: Path) -> Path:
 
 
 def command(old: Path, *more: object, fsep: bool = True) -> list[str]:
-    """The command line of the old run, and more."""
     flags = (FOLDER / "flags.txt").read_text().split()
     assert tuple(flags[-len(FSEP) :]) == FSEP
     data = f"--data-path {old / 'text'} --data-cache-path {old / 'cache'} --train-iters {STEPS}"
@@ -43,7 +41,6 @@ def command(old: Path, *more: object, fsep: bool = True) -> list[str]:
 
 
 def entries(path: Path) -> list[dict[str, Any]]:
-    """The lines of a recording, without checksums."""
     found = [json.loads(line) for line in path.read_text().splitlines()]
     return [{name: entry[name] for name in entry if name != "crc"} for entry in found]
 
@@ -68,9 +65,9 @@ def test_a_run_is_resumed_with_its_planner_and_its_recordings(
 
     header, *recorded = entries(old / "layouts" / "group-0.jsonl")
     old_header, *steps = entries(FOLDER / "layouts" / "group-0.jsonl")
-    # Steps 1 to 3 are set aside, since they have no checksums, and step 4 has the plan in the
-    # checkpoint. Step 5 is planned from what was routed in step 4, which another processor may
-    # round otherwise.
+    # Steps 1 to 3 are moved aside, since they have no checksums, and step 4 has the plan in the
+    # checkpoint. Step 5 is planned from the routing of step 4, which another processor may round
+    # otherwise.
     assert recorded[:-1] == steps[SAVED - 1 : -1]
     assert recorded[-1]["step"] == steps[-1]["step"] == STEPS - 1
     assert header == old_header | {"format": "megatron_laer-layouts", "version": 2}
@@ -92,7 +89,6 @@ def test_a_run_is_resumed_with_its_planner_and_its_recordings(
 
     events = EventAccumulator(str(old / "tensorboard"))
     events.Reload()
-    # There may be more by now.
     expected = json.loads((FOLDER / "names.json").read_text())["metrics"]
     assert set(expected) <= set(events.Tags()["scalars"])
 
@@ -122,7 +118,7 @@ def test_a_timeline_names_its_events_as_it_did(ranks: Callable[[int], RankPool],
     def names(folder: Path) -> set[Any]:
         content = json.loads((folder / "rank-0.json").read_text())
         assert set(content) == {"displayTimeUnit", "traceEvents"}
-        # Whether compute has to wait is a matter of time.
+        # Timing decides whether compute has to wait.
         return {
             (event["name"], event["ph"], event.get("cat"), event.get("tid"), tuple(sorted(event)))
             for event in content["traceEvents"]

@@ -1,4 +1,4 @@
-"""Pages on training loops of one's own: their code runs as it stands, and what they say is so."""
+"""Code of the pages on own training loops runs unchanged, and their statements hold."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ STEPS = 4
 
 
 def code_of(page: str, word: str) -> str:
-    """The block of Python of a page that has this word in it."""
     blocks = re.findall(
         r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE
     )
@@ -36,7 +35,6 @@ def code_of(page: str, word: str) -> str:
 
 @pytest.fixture(scope="module")
 def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The page's script."""
     path = tmp_path_factory.mktemp("own") / "own_loop.py"
     path.write_text(code_of("own_loop.md", "__main__"))
     return path
@@ -44,7 +42,6 @@ def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first_run(script: Path) -> tuple[str, Path]:
-    """What the page's command prints, warnings included, and the checkpoint that it saves."""
     folder = script.with_name("checkpoint")
     python = [sys.executable, "-W", "ignore"]
     launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
@@ -63,25 +60,22 @@ def first_run(script: Path) -> tuple[str, Path]:
 
 
 def losses(output: str) -> dict[int, float]:
-    """By step."""
     return {
         int(step): float(loss) for step, loss in re.findall(r"step (\d+) \| loss (\S+)", output)
     }
 
 
 def layout_versions(output: str) -> list[float]:
-    """Of each step."""
     return [float(version) for version in re.findall(r"fsep_layout_version: (\S+)", output)]
 
 
 @contextlib.contextmanager
 def loaded(path: Path) -> Iterator[ModuleType]:
-    """The script as a module in this rank, with nothing of its run left behind."""
     spec = importlib.util.spec_from_file_location("own_loop", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     with fresh_megatron([]), mock.patch.dict(os.environ):
-        # Where Megatron leaves a run's kind of attention, and wants to find no other.
+        # Megatron stores a run's kind of attention there, and accepts no other.
         for name in [name for name in os.environ if name.startswith("NVTE_")]:
             del os.environ[name]
         spec.loader.exec_module(module)
@@ -89,7 +83,6 @@ def loaded(path: Path) -> Iterator[ModuleType]:
 
 
 def run(path: Path, words: str) -> str:
-    """What the script prints on this rank."""
     output = io.StringIO()
     with (
         loaded(path) as module,
@@ -121,7 +114,7 @@ def test_it_goes_on_from_its_checkpoint_and_so_does_stock(
 
 
 def train_by_slimes_hooks(path: Path, hooks: Path) -> tuple[list[float], list[int]]:
-    """Call the hooks of docs/rl.md as slime does: losses, and versions of layouts, by step."""
+    """Call the hooks of docs/rl.md as slime does; return losses and layout versions by step."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -148,7 +141,7 @@ def train_by_slimes_hooks(path: Path, hooks: Path) -> tuple[list[float], list[in
                 coordinator = session.current_coordinator()
                 assert coordinator is not None
                 versions.append(coordinator.layouts.version)
-                # Log probabilities, within what FSEP takes for the step.
+                # Log probabilities, computed within a training step of FSEP.
                 model[0].eval()
                 with torch.no_grad():
                     own.forward_step(own.batches(step), model[0])
@@ -169,8 +162,6 @@ def test_hooks_of_slime_train_as_the_script_does(
 
 
 class _Heard(logging.Handler):
-    """Keeps warnings of the plugin."""
-
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
         self.lines: list[str] = []
@@ -180,7 +171,7 @@ class _Heard(logging.Handler):
 
 
 def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> list[str]:
-    """What the plugin warns of on this rank while the script does this, without training steps."""
+    """Return the plugin's warnings on this rank while the script runs without training steps."""
     import torch
 
     import megatron_laer
@@ -244,7 +235,7 @@ def test_who_needs_no_steps_is_not_told_to_take_them(
 
 
 def build_layer(**numbered: int) -> tuple[float, bool]:
-    """Build a MoE layer by itself: spread of its weights, and whether it computes."""
+    """Build a MoE layer by itself; return its weights' spread, and whether it computes."""
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -281,7 +272,7 @@ def build_layer(**numbered: int) -> tuple[float, bool]:
 
 
 def build_unnumbered_layer() -> tuple[float, bool]:
-    """One that nobody numbers, after layers of Megatron's that were numbered later."""
+    """Build a layer without a number, after Megatron's layers that were numbered later."""
     from megatron_laer.layer.moe_layer import numbered_later
 
     with numbered_later():
@@ -290,7 +281,6 @@ def build_unnumbered_layer() -> tuple[float, bool]:
 
 
 def build_numbered_layer() -> tuple[float, bool]:
-    """One that is given its number."""
     return build_layer(layer_number=1)
 
 

@@ -20,7 +20,6 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def toy(figure: int, folder: Path, words: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
-    """Run a figure's command as users do; the rows of its tables."""
     script = f"scripts/paper/figure{figure}.py"
     environment = os.environ | {"PYTHONPATH": processes.python_path()}
     return tables([script, "--toy", "--work-dir", str(folder), *words], folder, environment)
@@ -41,7 +40,6 @@ def tables(
 
 
 def ours(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of what was trained."""
     return [row for row in rows if row["ours"] is not None]
 
 
@@ -50,7 +48,6 @@ def check_breakdown(times: list[dict[str, Any]], tokens: list[dict[str, Any]]) -
         assert min(row["tokens s"], row["experts s"], row["rest s"]) > 0
         assert row["exposed s"] >= 0
     for row in ours(tokens):
-        # Of two ranks.
         assert 1 <= row["max/mean"] < 2 and 1 < row["stock's placement"] < 2
         if row["ours"] == "fsep":
             assert row["max/mean"] < 1.05
@@ -69,7 +66,7 @@ def test_one_training_of_the_breakdown_runs(tmp_path: Path) -> None:
 def test_a_job_of_the_breakdown_is_waited_for(
     slurm_cluster: Cluster, text_data: str, tmp_path: Path
 ) -> None:
-    """On two nodes of Slurm, with a model that two CPU ranks can hold."""
+    """Train on two nodes of Slurm, with a model that two CPU ranks can hold."""
     sizes = """
         --num-layers 2 --hidden-size 64 --num-attention-heads 4 --kv-channels 16
         --num-query-groups 2 --ffn-hidden-size 64 --moe-ffn-hidden-size 64 --seq-length 64
@@ -110,7 +107,7 @@ def test_end_to_end_runs(tmp_path: Path) -> None:
 def test_convergence_runs_and_all_three_learn_alike(tmp_path: Path) -> None:
     runs, answers = toy(9, tmp_path)
     losses = [row["final loss"] for row in runs]
-    # Bytes that are all alike have 5.5.
+    # Uniform predictions of bytes would give 5.5.
     assert len(losses) == 3 and max(losses) < 4.5
     assert max(losses) - min(losses) < 0.3
     assert all(row["ours"] is not None for row in answers[:4])

@@ -1,8 +1,8 @@
-"""FSEP equals stock Megatron: losses, gradient norms, gradients and weights, whatever the layout.
+"""FSEP equals stock Megatron: losses, gradient norms, gradients and weights, for every layout.
 
 Each row of `ROWS` is one combination. Stock and FSEP start from the same weights and train in
 Megatron's own loop; FSEP gets a new random layout at every microbatch. The distance between two
-stock runs with different expert placement is the noise floor: what rounding alone does.
+stock runs with different expert placement is the noise floor of rounding.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from tests.releases import refused_flags
 
 
 def check_nothing_left(model: object) -> tuple[int, int, int]:
-    """After a step: plans left in FIFOs (must be none), restores and reduces so far."""
+    """Check that no plans are left after a step; return restores and reduces so far."""
     from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
@@ -38,7 +38,7 @@ def check_nothing_left(model: object) -> tuple[int, int, int]:
 
 @pytest.fixture(scope="module")
 def stock(ranks: Callable[[int], RankPool]) -> Callable[[int, list[str], Adapt | None], Record]:
-    """`stock(ranks, flags, adapt)`: a stock run; rows that need the same one share it."""
+    """Return `stock(ranks, flags, adapt)`: a stock run, shared by rows with the same one."""
     records: dict[tuple[int, str, Adapt | None], Record] = {}
 
     def run(size: int, flags: list[str], adapt: Adapt | None) -> Record:
@@ -52,12 +52,11 @@ def stock(ranks: Callable[[int], RankPool]) -> Callable[[int, list[str], Adapt |
 
 @pytest.fixture(scope="module")
 def refused() -> dict[str, str]:
-    """Flags of rows that an older Megatron than the newest does not know, with its complaint."""
     return refused_flags([row.flags for row in ROWS])
 
 
 def parameters(row: Row) -> Iterator[object]:
-    """The row as pytest's parameters, with its marks; what trains longer does so at night."""
+    """Return the row as pytest's parameters with its marks; long training is nightly."""
     marks = [pytest.mark.releases] if row.releases else []
     marks += [] if row.id in daily() else [pytest.mark.nightly]
     yield pytest.param(replace(row, steps=min(row.steps, STEPS)), id=row.id, marks=marks)
@@ -91,7 +90,7 @@ def test_fsep_equals_stock(
         assert fsep.losses[-1] < falls * fsep.losses[0], "must learn, or little is compared"
     floor = distance(other, reference).at_least(SMALLEST_FLOOR)
     found = distance(fsep, reference)
-    if row in ROWS:  # the page of what is supported has the figures of whole rows
+    if row in ROWS:  # the page of supported settings has the figures of whole rows
         record_property("row", row.name)
     record_property("floor", str(floor))
     record_property("fsep", str(found))
@@ -100,12 +99,12 @@ def test_fsep_equals_stock(
     assert found.within(floor.times(FLOOR_FACTOR)), f"{found} exceeds ten times {floor}"
 
     # With M microbatches 3·M exchanges of a layer in a step, or 2. Each pass of a repeated layer
-    # has gradients of its own, and hands restored weights on to a pass that follows at once.
+    # has its own gradients, and passes restored weights on to one that follows at once.
     passes = 1 if STEP in row.fsep else row.accumulation
     in_layer = 1 if STEP in row.fsep else 2
     restores, reduces = row.exchanges or (row.moe_layers * in_layer, row.moe_layers)
     assert len(fsep.probes) == row.steps
     for step, (left, restored, reduced) in enumerate(fsep.probes, start=1):
         assert left == 0 and reduced == reduces * passes * step
-        if not row.evaluations:  # which restore experts as well
+        if not row.evaluations:  # evaluations restore experts as well
             assert restored == restores * passes * step

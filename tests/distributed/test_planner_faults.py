@@ -23,14 +23,12 @@ FSEP = " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo
 
 
 def flags(data: str, steps: int, extra: str = "") -> list[str]:
-    """Two ranks, small enough for hundreds of steps."""
     return command_line(
         data, experts=8, expert_parallel=2, global_batch=4, steps=steps, extra=FSEP + extra
     )
 
 
 def planner_state(model: object) -> tuple[int, int, int]:
-    """A probe: version, late plans, failures, as this rank knows them."""
     from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
@@ -40,7 +38,6 @@ def planner_state(model: object) -> tuple[int, int, int]:
 
 
 def train_with_slow_planner(command: list[str], longest_s: float) -> Record:
-    """The planner sleeps up to `longest_s` per layer before it answers."""
     from megatron_laer.planner.laer import LaerStrategy
 
     plan = LaerStrategy.plan
@@ -55,7 +52,6 @@ def train_with_slow_planner(command: list[str], longest_s: float) -> Record:
 
 
 def train_with_broken_planner(command: list[str], fault: str) -> Record:
-    """The planner raises, has no memory, or returns another shape, every other time."""
     from megatron_laer.planner.laer import LaerStrategy
     from megatron_laer.planner.layout import ExpertLayout
 
@@ -105,7 +101,6 @@ def test_a_slow_planner_under_wait_changes_nothing(
 
 
 def train_with_dead_planner(command: list[str]) -> Record:
-    """The planner's thread ends with its first job."""
     from megatron_laer.planner.service import PlannerService
 
     def die(self: Any) -> None:
@@ -129,10 +124,7 @@ def test_a_dead_planner_leaves_training_alone(
 
 
 def train_with_planner_that_stops(command: list[str], fault: str, calls: int) -> tuple[Record, int]:
-    """After some calls the planner hangs for good, or its thread is gone.
-
-    Also returns how many steps waited for it in vain, for a second each.
-    """
+    """Train while the planner hangs or ends after some calls; also count the vain waits."""
     import threading
 
     from megatron_laer.planner.laer import LaerStrategy
@@ -202,7 +194,7 @@ def test_a_broken_planner_keeps_the_last_good_layout(
     for record in ranks(2).run(train_with_broken_planner, command, fault):
         assert len(record.losses) == 10
         version, _, failures = record.probes[-1]
-        assert version == 9 and failures == 9  # one of the two layers, each step
+        assert version == 9 and failures == 9
 
 
 @pytest.mark.counts(fault_runs=1)

@@ -1,4 +1,4 @@
-"""In training, index tensors are built where nothing waits for them, and never by an exchange."""
+"""In training, index tensors are built ahead of their exchange, where nothing waits for them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from megatron_laer.cpu.ranks import RankPool
 from tests.parity.flags import command_line
 from tests.parity.replay import train_row
 
-# Whichever of these is on the stack first built the index.
+# Functions that may build an index, found on the stack in this order.
 PLACES = ("begin_step", "prepare_backward", "change", "start_restore", "start_reduce")
 RECOMPUTE = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 
 
 def places_of_builds(command: list[str]) -> set[str]:
-    """Train; for each index that was built, the place of the host's program, or the thread."""
+    """Train; return the place in the host's program, or the thread, of every build of an index."""
     from megatron_laer.runtime.comm import layout_index
 
     places: set[str] = set()
@@ -55,7 +55,7 @@ def places_of_builds(command: list[str]) -> set[str]:
     [
         ("--fsep-plan-mode forecast --fsep-late-plan wait", {"begin_step"}),
         ("--fsep-restore step --fsep-late-plan wait", {"begin_step"}),
-        # What is fetched after the gate is indexed after the gate, and nothing else.
+        # Only experts fetched after the gate are indexed after the gate.
         (
             "--fsep-imbalance-tolerance 0.02 --fsep-late-plan wait",
             {"begin_step", "change", "prepare_backward"},

@@ -20,7 +20,7 @@ from tests.parity.flags import command_line
 def groups_of(
     expert_parallel: int, node_size: int | None, token_exchange: str = "rank"
 ) -> dict[str, Any]:
-    """Initialise Megatron's state with FSEP on, look at the groups, and tear everything down."""
+    """Initialise Megatron's state with FSEP, describe the groups, and destroy everything."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
@@ -115,7 +115,6 @@ def test_a_node_size_that_does_not_divide_is_refused_on_every_rank(
 
 
 def groups_where_a_rank_is_told_otherwise() -> dict[str, Any]:
-    """Rank 3 is told of another number of ranks per node than the others."""
     told = "1" if os.environ["RANK"] == "3" else "4"
     with mock.patch.dict(os.environ, LOCAL_WORLD_SIZE=told):
         return groups_of(4, None)
@@ -130,7 +129,6 @@ def test_launchers_that_disagree_are_refused_on_every_rank(
 
 
 def groups_where_a_rank_has_other_flags(token_exchange: str, node_size: int) -> dict[str, Any]:
-    """Rank 1 is given these flags, and the others none."""
     if os.environ["RANK"] == "1":
         return groups_of(2, node_size, token_exchange)
     return groups_of(2, 2)
@@ -152,7 +150,7 @@ def test_ranks_that_would_make_other_groups_are_refused_on_every_rank(
 
 
 def groups_across_a_node_and_inside_one() -> tuple[int, float]:
-    """Groups of 4 on nodes of 6: one lies inside a node, the other half on each of two."""
+    """Make groups of 4 on nodes of 6: one lies inside a node, one spans two."""
     import torch
     import torch.distributed as dist
 
@@ -178,7 +176,6 @@ def test_ranks_go_on_alike_where_fsep_groups_are_unlike(ranks: Callable[[int], R
 
 
 def chosen_node_size(command: list[str]) -> int:
-    """What the exchange that a run takes counts as a node."""
     from megatron_laer.session import current_coordinator
 
     sizes: list[int] = []
@@ -203,7 +200,7 @@ def test_auto_goes_through_nodes_where_links_inside_are_faster(
     expected: int,
 ) -> None:
     values = yaml.safe_load(yaml_file("cluster", "cpu-gloo").read_text())
-    # Which the rates below are outside of.
+    # The rates below are outside of them.
     del values["spreads"]
     values["intra"] = {"bytes_per_s": inside_bytes_per_s, "latency_s": 0.0}
     values["inter"] = {"bytes_per_s": 1e9, "latency_s": 0.0}

@@ -1,4 +1,4 @@
-"""The quick start trains twice, shows progress, and compares what it counted; for few steps."""
+"""The quick start trains twice, shows progress, and compares its counts; for few steps."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_what_cannot_be_is_refused_before_anything_is_made(
 
     try:
         status = ended("scripts/quickstart.sh", lambda: quickstart.main(words))
-    except SystemExit as stopped:  # argparse
+    except SystemExit as stopped:
         status = int(str(stopped.code))
     assert status == 2
     assert said in capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""A rank pool leaves no process behind, however stubborn what its ranks started is."""
+"""A rank pool leaves no process running, however stubborn its ranks' children are."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if __name__ == "__main__":
 
 
 def stay_for_ever() -> None:
-    """Outlive every polite request, and whoever started this process."""
+    """Ignore every request to end, and survive the parent process."""
     import signal
 
     for name in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -43,7 +43,7 @@ def stay_for_ever() -> None:
 
 
 def start_stubborn_child() -> tuple[int, int]:
-    """Start one as Megatron's checkpoint writer does; this rank's process id and the child's."""
+    """Start a child as Megatron's checkpoint writer does; return both process ids."""
     import multiprocessing
 
     child = multiprocessing.get_context("spawn").Process(target=stay_for_ever)
@@ -73,7 +73,6 @@ def test_what_ranks_started_ends_with_the_pool_and_keeps_nobody_waiting(
 
 
 def raise_on_one_rank() -> None:
-    """Rank 1 fails, rank 0 waits for it."""
     assert os.environ["RANK"] == "0", "rank 1 is ill"
     time.sleep(3600)
 
@@ -97,7 +96,8 @@ def test_no_more_ranks_are_kept_than_said() -> None:
         assert pools(1) is one and pools(1).run(os.getpid) == [before]
         two = pools(2)
         assert not one.running and len(set(two.run(os.getpid))) == 2
-        # Who still has the pool gets it started again; the other ends when it is next in the way.
+        # A holder of a stopped pool gets it restarted; the other pool stops when it is next in the
+        # way.
         (after,) = one.run(os.getpid)
         assert after != before and two.running
         assert pools(1).running and not two.running
@@ -105,7 +105,7 @@ def test_no_more_ranks_are_kept_than_said() -> None:
 
 
 def tensors() -> object:
-    """More tensors than a pipe could carry as open files, whose number is limited."""
+    """Return more tensors than a pipe could carry as open files, whose number is limited."""
     import torch
 
     return [torch.full((2,), float(number)) for number in range(2000)]
@@ -123,7 +123,6 @@ def test_results_hold_no_files_open(ranks: Callable[[int], RankPool]) -> None:
 
 
 def open_after_training(flags: list[str]) -> tuple[int, int]:
-    """Threads and open files of this rank after a run."""
     from megatron_laer.cpu.training import train
 
     train(flags)
@@ -138,7 +137,7 @@ def test_a_run_leaves_no_process_group_in_its_rank(
     flags = command_line(
         text_data, experts=8, expert_parallel=2, global_batch=4, steps=1, extra=overlap + mode
     )
-    # What the first run opens for good, such as the dataset, the second does not open again.
+    # Files that the first run opens for good, such as the dataset, are not opened again.
     runs = [ranks(2).run(open_after_training, flags) for _ in range(3)]
     for (threads, files), (threads_after, files_after) in zip(runs[1], runs[2], strict=True):
         assert threads_after <= threads

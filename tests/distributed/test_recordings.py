@@ -20,7 +20,7 @@ from tests.parity.flags import command_line
 
 SAVED, STEPS = 4, 6
 
-# Flags, and the file of each that the tests look at: the timeline's of the other rank.
+# Flags, and the file of each that the tests read: the timeline's of the other rank.
 FILES = {
     "--fsep-record-layouts": "group-0.jsonl",
     "--fsep-record-trace": "group-0.trace",
@@ -30,7 +30,6 @@ FILES = {
 
 
 def flags(data: str, folder: Path, recordings: list[str], extra: str = "") -> list[str]:
-    """Of a run that records these kinds into one folder each."""
     recorded = " ".join(f"{flag} {folder / flag.lstrip('-')}" for flag in recordings)
     return command_line(
         data,
@@ -50,7 +49,6 @@ def file_of(folder: Path, flag: str) -> Path:
 def first_run(
     ranks: Callable[[int], RankPool], text_data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Record]:
-    """The folder of a run with every kind of recording and a checkpoint within; what it trained."""
     folder = tmp_path_factory.mktemp("run")
     saved = folder / "saved"
     save = f"--ckpt-format torch_dist --save {saved} --load {saved} --save-interval {SAVED}"
@@ -59,7 +57,6 @@ def first_run(
 
 @pytest.fixture
 def used(first_run: tuple[Path, Record], tmp_path: Path) -> Path:
-    """A copy of that folder."""
     copied: Path = shutil.copytree(first_run[0], tmp_path / "run")
     return copied
 
@@ -73,7 +70,7 @@ def test_a_new_run_in_a_used_folder_is_refused_on_every_rank(
     ranks: Callable[[int], RankPool], text_data: str, used: Path, flag: str
 ) -> None:
     before, other = contents(used), used / "other"
-    # It would go on from its own checkpoints, were there any: it is not the run that recorded.
+    # It would resume from its own checkpoints, of which there are none: it is not the recorded run.
     own = f"--ckpt-format torch_dist --save {other} --load {other} --save-interval {SAVED}"
     for raised in ranks(2).run_raw(train, flags(text_data, used, [flag], own)):
         assert raised.type_name == "RefusedError", raised.traceback
@@ -88,7 +85,7 @@ def test_a_second_run_beside_the_first_is_refused_on_every_rank(
 ) -> None:
     path = file_of(tmp_path, flag)
     path.parent.mkdir(parents=True)
-    with open_exclusively(path):  # by this process
+    with open_exclusively(path):
         for raised in ranks(2).run_raw(train, flags(text_data, tmp_path, [flag])):
             assert raised.type_name == "RefusedError", raised.traceback
             assert f"{flag} '{path.parent}'" in raised.message
@@ -102,7 +99,7 @@ def test_a_replay_over_its_own_recording_is_refused_on_every_rank(
 ) -> None:
     old, new = file_of(used, "--fsep-record-layouts"), file_of(tmp_path, "--fsep-record-layouts")
     new.parent.mkdir()
-    # Of another group's, under another name: not seen where flags are checked.
+    # Another group's file under another name is not seen where flags are checked.
     new.hardlink_to(shutil.copy(old, old.with_stem("group-1")))
     before = contents(used)
     command = command_line(
@@ -131,7 +128,7 @@ def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
     def lines(path: Path) -> list[str]:
         return path.read_text().splitlines()
 
-    # Since the run repeats itself to the bit, what was moved aside is what was recorded anew.
+    # Since the run repeats itself to the bit, the new recording equals the one moved aside.
     for flag in ("--fsep-record-layouts", "--fsep-record-trace"):
         path, old = file_of(used, flag), file_of(first_run[0], flag)
         assert path.read_bytes() == old.read_bytes()
@@ -153,7 +150,7 @@ def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
     aside = path.with_stem(f"{path.stem}.cut-from-{SAVED}")
     assert read_metrics(aside).steps_T.tolist() == list(range(SAVED, STEPS))
 
-    # Too short for a timeline of its own: the first run's is as it was.
+    # Too short for a timeline of its own, so the first run's is unchanged.
     timeline = file_of(used, "--fsep-timeline")
     assert timeline.read_bytes() == file_of(first_run[0], "--fsep-timeline").read_bytes()
     steps = json.loads(timeline.read_text())["traceEvents"]

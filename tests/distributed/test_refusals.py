@@ -1,4 +1,4 @@
-"""Bad input is refused on every rank before any training step, with what would work."""
+"""Bad input is refused on every rank before any training step, with a remedy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.parity.flags import command_line
 
 FSEP = " --expert-parallel-mode fsep"
 
-# One of each kind, by the place where it is found; `tests/unit/test_refusals.py` has every row of
+# One case of each kind, by the place of its check; `tests/unit/test_refusals.py` has every row of
 # the table, `tests/bad_inputs` the settings of FSEP. Flags, then parts of the message.
 CASES = {
     "rows of the table": (
@@ -50,7 +50,6 @@ CASES = {
 
 
 def commands(data: str, extra: str) -> list[str]:
-    """A run that would work but for `extra`."""
     return command_line(data, experts=8, expert_parallel=2, global_batch=4, steps=1, extra=extra)
 
 
@@ -83,7 +82,6 @@ def test_an_fsep_flag_without_the_mode_is_refused(
 
 
 def train_told(variables: dict[str, str], flags: list[str]) -> object:
-    """A run whose launcher says this of its ranks."""
     with mock.patch.dict(os.environ, variables):
         return train(flags)
 

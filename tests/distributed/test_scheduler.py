@@ -1,4 +1,4 @@
-"""The communication schedule changes when things happen, and no bit of the result."""
+"""The communication schedule changes the order of events, and no bit of the result."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ VIRTUAL = PIPELINE + " --num-layers-per-virtual-pipeline-stage 1"
 
 STEP = " --fsep-restore step"
 EXACT = " --fsep-plan-mode exact"
-# Some microbatches keep the planned layout and some do not; a plan that is late would differ.
+# Some microbatches keep the planned layout and some do not; a late plan would differ.
 ADAPTIVE = " --fsep-imbalance-tolerance 0.02 --fsep-late-plan wait"
 NODES = " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-restore-algorithm node"
 TOKENS = " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-token-exchange node"
 
-# Ranks and flags; 3 layers where not said otherwise, 4 microbatches of 2 sequences per rank.
+# Ranks and flags; 3 layers by default, 4 microbatches of 2 sequences per rank.
 CASES = {
     "plain": (2, " --num-layers 3"),
     "full recompute": (2, " --num-layers 3" + FULL),
@@ -83,7 +83,6 @@ def test_the_schedule_changes_no_bit(
 
 
 def train_with_frozen_experts(command: list[str]) -> Record:
-    """Train all but the experts, as fine-tuning may."""
     from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     register = FSEPMoELayer._register
@@ -119,14 +118,13 @@ def test_experts_that_need_no_gradient_hold_up_nothing(
 
 
 def order_of_events(command: list[str]) -> list[str]:
-    """What starts, leaves and arrives on this rank in the first microbatch, in program order.
+    """Return the starts, departures and arrivals of the first microbatch on this rank, in order.
 
-    Between them, of layer N: `attends N` is the end of its attention's forward, `tokens N` says
-    that its tokens were dispatched, `experts N` that the experts are called, `back N` that its
-    tokens' gradients came back, and `attention N` that its attention's backward is done. Where
-    tokens go through nodes, they crossed them at `tokens N`, and `inside N` says that they are
-    passed on now. The first forward begins with `embedding`; `head` is the end of the output
-    layer's backward.
+    Marks between them, for layer N: `attends N` ends its attention's forward, `tokens N` its
+    dispatch. `experts N` is the call of its experts, `back N` the return of its tokens' gradients.
+    `attention N` ends its attention's backward. Where tokens go through nodes, `tokens N` ends the
+    stage between nodes, and `inside N` starts the one inside. `embedding` starts the first forward;
+    `head` ends the output layer's backward.
     """
     from megatron.core.models.common.embeddings.language_model_embedding import (
         LanguageModelEmbedding,
@@ -211,8 +209,8 @@ def order_of_events(command: list[str]) -> list[str]:
     return events
 
 
-# A layer's experts are under way before its attention begins, since the tokens of the layer before
-# were dispatched; the first one's before anything of the chunk is computed.
+# A layer's restore starts before its attention, at the dispatch of the previous layer; the first
+# layer's starts before any compute of the chunk.
 FORWARD = (
     "restore 1, embedding, attends 1, tokens 1, restore 2, experts 1, "
     "attends 2, tokens 2, restore 3, experts 2, attends 3, tokens 3, experts 3, "
@@ -228,16 +226,16 @@ FORWARD_WITHOUT = (
     [
         (
             "",
-            # The last layer's experts before the output layer's backward. Gradients of a layer
-            # leave behind its tokens' and arrive when the experts' backward of the layer before
-            # is done.
+            # The last layer's experts come before the output layer's backward. A layer's gradients
+            # leave after its tokens' and arrive at the end of the experts' backward of the previous
+            # layer.
             FORWARD + "restore 3, head, restore 2, back 3, leave 3, attention 3, "
             "restore 1, arrive 3, back 2, leave 2, attention 2, "
             "arrive 2, back 1, leave 1, attention 1, arrive 1",
         ),
         (
             FULL,
-            # Each layer's backward is one of its own: they arrive when its attention is done.
+            # Each layer has a backward of its own: gradients arrive at the end of its attention.
             FORWARD + "restore 3, head, "
             "attends 3, tokens 3, experts 3, restore 2, back 3, leave 3, attention 3, arrive 3, "
             "attends 2, tokens 2, experts 2, restore 1, back 2, leave 2, attention 2, arrive 2, "
@@ -258,7 +256,7 @@ FORWARD_WITHOUT = (
         ),
         (
             EXACT,
-            # What to restore is known after the gate, and that is when it starts.
+            # The restored experts are known after the gate, where their restore starts.
             "embedding, attends 1, restore 1, tokens 1, experts 1, "
             "attends 2, restore 2, tokens 2, experts 2, "
             "attends 3, restore 3, tokens 3, experts 3, "

@@ -1,7 +1,7 @@
 """slime's own copies of models, loader and weight iterator work on an FSEP model as pages say.
 
-Needs a checkout of slime, whose folder SLIME_CHECKOUT names, and what these files import: tqdm and
-safetensors. Around them slime needs Ray, SGLang and more, which are replaced here.
+Needs a checkout of slime in the folder SLIME_CHECKOUT, and the imports of these files: tqdm and
+safetensors. slime's further dependencies, such as Ray and SGLang, are replaced here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.distributed.test_own_loop import code_of, script
 from tests.distributed.test_stock_loading import flags_of
 from tests.distributed.test_stock_writing import values
 
-__all__ = ["script"]  # the fixture
+__all__ = ["script"]
 
 CHECKOUT = os.environ.get("SLIME_CHECKOUT")
 PAGE = documents.ROOT / "docs" / "checkpoints.md"
@@ -42,14 +42,13 @@ pytestmark = [
 
 
 def _of_page() -> str:
-    """Return what the page puts in place of `named_parameters()` in slime."""
     (block,) = [block.text for block in documents.blocks(PAGE) if "module.module." in block.text]
     return " ".join(block.split()).replace("chunk", "model_module")
 
 
 @contextlib.contextmanager
 def slime() -> Iterator[Callable[[str], ModuleType]]:
-    """Make slime's files importable one by one, with the page's change in the one that it names."""
+    """Make slime's files importable one by one, with the page's change in the named one."""
     assert CHECKOUT is not None
     root = Path(CHECKOUT)
     before = set(sys.modules)
@@ -99,7 +98,7 @@ def slime() -> Iterator[Callable[[str], ModuleType]]:
 
 
 def _converted(args: Any, _kind: str, name: str, tensor: torch.Tensor, *_: Any, **__: Any) -> Any:
-    """Convert an expert as slime does; Megatron's local layers have names that it does not know."""
+    """Convert an expert as slime does, which does not know the names of Megatron's local layers."""
     if ".experts." not in name:
         return [(name, tensor)]
     qwen = importlib.import_module("slime.backends.megatron_utils.megatron_to_hf.qwen3moe")
@@ -107,7 +106,6 @@ def _converted(args: Any, _kind: str, name: str, tensor: torch.Tensor, *_: Any, 
 
 
 def _exported(load: Callable[[str], ModuleType], args: Any, model: Any) -> dict[str, torch.Tensor]:
-    """Return the weights that slime would send to its rollout engines."""
     common = load("slime.backends.megatron_utils.update_weight.common")
     direct = load("slime.backends.megatron_utils.update_weight.hf_weight_iterator_direct")
     load("slime.utils.distributed_utils").set_gloo_group(dist.group.WORLD)
@@ -187,7 +185,6 @@ def test_slimes_own_files_read_and_write_every_expert(
 
 
 def by_slimes_replay(path: Path, hooks: Path) -> tuple[list[int], int]:
-    """Announce, on this rank, what slime's own class replays."""
     with slime() as load:
         replay = load("slime.utils.routing_replay").RoutingReplay
         return announce_by_slimes_hooks(path, hooks, replay)

@@ -1,7 +1,6 @@
-"""scripts/slurm/pretrain.sbatch on a real Slurm: what it starts where, and when it starts it again.
+"""scripts/slurm/pretrain.sbatch on a real Slurm: the programs it starts where, and its requeues.
 
-Training is replaced by a few lines of shell, put in the place of torchrun on each node; what Slurm,
-srun and the script itself do is real. Real training is in test_slurm_training.py.
+Shell replaces torchrun on each node. Real training is in test_slurm_training.py.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ pytestmark = pytest.mark.slurm
 
 _ROOT = Path(__file__).resolve().parents[2]
 SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
-# Exclusive jobs hold all of a node's GPUs, so that one asked for is one of two held.
+# Exclusive jobs hold all GPUs of a node: one is requested, and two are held.
 TWO_NODES = ("--nodes=2", "--gpus-per-node=1")
 ONE_NODE = ("--nodes=1", "--gpus-per-node=2")
 # Ten steps of ten have been saved.
@@ -32,14 +31,14 @@ Submit = Callable[..., Job]
 
 @pytest.fixture
 def settings(tmp_path: Path) -> Callable[..., dict[str, str]]:
-    """`settings(body, **more)`: a job's variables; `body` runs in the place of torchrun."""
+    """Return `settings(body, **more)`: a job's variables; `body` replaces torchrun."""
 
     def make(body: str = "", **more: str) -> dict[str, str]:
         python = tmp_path / "python"
         python.write_text(
             "#!/usr/bin/env bash\n"
             f'[[ $* == *torch.distributed.run* ]] || exec {shlex.quote(sys.executable)} "$@"\n'
-            # Not into the job's log, where srun mixes long lines of two nodes.
+            # A separate file, since srun mixes long lines of two nodes in the job's log.
             'printf "%s %s\\n" "$SLURMD_NODENAME" "$*" >>"$0.started"\n'
             'echo "started: $SLURMD_NODENAME"\n'
             f"{body}\n"
@@ -55,27 +54,21 @@ def settings(tmp_path: Path) -> Callable[..., dict[str, str]]:
 
 @pytest.fixture(autouse=True)
 def no_job_is_left(slurm_cluster: Cluster) -> Iterator[None]:
-    """After each test the nodes are free."""
     yield
     slurm_cluster.cancel_jobs()
 
 
 def command_lines(folder: Path) -> str:
-    """A line for each start of torchrun: the node, and the words that it was given."""
     return (folder / "python.started").read_text()
 
 
 def started(folder: Path) -> dict[str, list[str]]:
-    """Words that were given to torchrun, by node."""
     lines = map(shlex.split, command_lines(folder).splitlines())
     return {node: words for node, *words in lines}
 
 
 def value_of(flag: str, words: list[str]) -> str:
     return words[words.index(flag) + 1]
-
-
-# What is started.
 
 
 @pytest.mark.quick
@@ -101,7 +94,7 @@ def test_every_node_starts_its_ranks_in_the_order_of_slurm_and_meets_on_the_firs
         assert value_of("--master-addr", words) == slurm_cluster.nodes[0]
         assert value_of("--master-port", words) == str(20000 + job.number * 8 % 12000)
         assert value_of("--log-dir", words) == str(tmp_path / "logs" / node)
-        # Found from the job, which was submitted from elsewhere.
+        # Found from the job, which was submitted from another folder.
         assert str(_ROOT / "pretrain_gpt.py") in words
         assert words[-2:] == ["--lr", "3e-4"]
     assert "this job holds 2 GPUs per node and uses 1;" in job.log
@@ -138,9 +131,6 @@ def test_settings_that_slurm_hides_are_asked_for_and_may_be_given_by_name(
     named = slurm_cluster.submit(*ONE_NODE, f"--export={given}", str(SBATCH))
     assert named.end() == "COMPLETED", named.log
     assert "connections: 32, tiny-moe" in named.log
-
-
-# Requeue.
 
 
 @pytest.mark.counts(slurm_jobs=1)
@@ -227,9 +217,6 @@ def test_a_run_that_saves_no_further_step_is_not_requeued(
     assert "the run has saved no further step" in job.log
 
 
-# Failures and signals.
-
-
 @pytest.mark.counts(slurm_jobs=1)
 def test_a_failed_run_ends_on_every_node_and_is_started_again(
     slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
@@ -274,7 +261,7 @@ def test_usr1_reaches_what_handles_it_and_nothing_else_ends(
     options: tuple[str, ...],
 ) -> None:
     # A launcher that ignores the signal, as it must, and a rank that handles it. A shell cannot
-    # handle what it was started to ignore, but Python can.
+    # handle a signal that it was started to ignore, but Python can.
     rank = (
         "import signal, time, sys; "
         "signal.signal(signal.SIGUSR1, lambda *_: sys.exit(0)); print('ready', flush=True); "
@@ -289,9 +276,6 @@ def test_usr1_reaches_what_handles_it_and_nothing_else_ends(
     job.signal("USR1", *options)
     assert job.end() == "COMPLETED", job.log
     assert job.log.count("saved") == 2
-
-
-# Checkpoints of others.
 
 
 @pytest.mark.counts(slurm_jobs=3)
@@ -319,7 +303,7 @@ def test_a_checkpoint_in_use_or_of_another_model_is_refused_and_another_jobs_is_
     assert "nothing is left to do" in third.log and "started:" not in third.log
 
 
-# Arrays. The last task has the number of the whole array.
+# The last task of an array has the number of the whole array.
 
 
 @pytest.mark.counts(slurm_jobs=2)
@@ -342,7 +326,7 @@ def test_tasks_of_an_array_that_run_one_by_one_go_on_from_each_other(
 def test_a_task_of_an_array_requeues_itself_alone(
     slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
-    # The second task stops at a half and then waits for the first to end.
+    # The second task stops halfway and then waits for the first to end.
     body = """
         step=10; [[ $CHECKPOINT == */1 || $SLURM_RESTART_COUNT == 1 ]] || step=5
         echo "$step" >"$CHECKPOINT/latest_checkpointed_iteration.txt"
@@ -361,15 +345,11 @@ def test_a_task_of_an_array_requeues_itself_alone(
     assert [job.field("Restarts") for job in (others, requeued)] == ["0", "1"]
 
 
-# Both modes.
-
-
 @pytest.mark.counts(slurm_jobs=1)
 def test_both_modes_run_one_after_the_other_also_over_a_requeue(
     slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
 ) -> None:
     line = "iteration %d/ 10 | elapsed time per iteration (ms): 5.0 | lm loss: %s |"
-    # Six steps in each run.
     body = f"""
         mode=standard; [[ $* == *"-parallel-mode standard"* ]] || mode=fsep
         tracker=$CHECKPOINT/$mode/latest_checkpointed_iteration.txt

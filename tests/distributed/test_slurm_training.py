@@ -1,9 +1,8 @@
-"""Training under a real Slurm: stopped, requeued and restarted jobs go on as if nothing had been.
+"""Training under a real Slurm: stopped, requeued and restarted jobs go on as if undisturbed.
 
-Every job is compared with one that nothing happened to, under `--fsep-late-plan wait`: all printed
-digits of losses and gradient norms, and the layouts' versions. One loss is left out: Megatron
-prints the mean of two at the second step after a start. The script's own decisions are in
-test_slurm.py.
+Each job is compared with an undisturbed one, under `--fsep-late-plan wait`: all printed digits of
+losses and gradient norms, and the layouts' versions. One loss is omitted: Megatron prints the mean
+of two at the second step after a start. The script's own decisions are in test_slurm.py.
 """
 
 from __future__ import annotations
@@ -39,11 +38,9 @@ FLAGS = [
 
 @dataclass(frozen=True)
 class Training:
-    """Submits jobs that train the same model.
+    """Submitter of jobs that train the same model, with checkpoints in `folder`.
 
-    Attributes:
-        folder: for this test's checkpoints.
-        data_cache: of the dataset that all share.
+    All tests share the dataset in `data_cache`.
     """
 
     cluster: Cluster
@@ -52,7 +49,7 @@ class Training:
     data_cache: Path
 
     def submit(self, *options: str, words: str = "", held: bool = False, **variables: str) -> Job:
-        """A job on the nodes that `options` ask for; `held`: its ranks stop in step HELD_IN."""
+        """Submit a job with `options`; the ranks of a `held` job stop in step HELD_IN."""
         settings = {
             "MODEL": "tiny-moe",
             "DATA_PREFIX": self.text_data,
@@ -73,7 +70,6 @@ class Training:
         return self.folder / "checkpoint"
 
     def submit_held(self, words: str = "", **variables: str) -> Job:
-        """A job on two nodes with CHECKPOINT, once both of its ranks are held."""
         job = self.submit(
             *TWO_NODES, words=words, held=True, CHECKPOINT=str(self.checkpoint), **variables
         )
@@ -92,7 +88,6 @@ def make(slurm_cluster: Cluster, text_data: str, tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def training(make: Make, tmp_path: Path) -> Iterator[Training]:
-    """This test's jobs, of which none is left after it."""
     training = make(tmp_path)
     yield training
     training.cluster.cancel_jobs()
@@ -100,7 +95,6 @@ def training(make: Make, tmp_path: Path) -> Iterator[Training]:
 
 @pytest.fixture(scope="module")
 def undisturbed(make: Make, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """A job on two nodes that nothing happened to, with logs per rank."""
     training = make(tmp_path_factory.mktemp("undisturbed"))
     job = training.submit(*TWO_NODES, LOG_DIR=str(training.folder / "logs"))
     assert job.end() == "COMPLETED", job.log[-6000:]
@@ -112,7 +106,7 @@ def steps_of(job: Job) -> dict[int, log.Step]:
 
 
 def assert_same(job: Job, undisturbed: Job, resumed_at: int | None, last: int = STEPS) -> None:
-    """Every step is the undisturbed job's; `resumed_at` is the step of the checkpoint."""
+    """Compare every step with the undisturbed job's; `resumed_at` is the checkpoint's step."""
     found, expected = steps_of(job), steps_of(undisturbed)
     assert sorted(expected) == list(range(1, STEPS + 1))
     assert sorted(found) == list(range(1, last + 1))
@@ -126,8 +120,8 @@ def assert_same(job: Job, undisturbed: Job, resumed_at: int | None, last: int = 
 
 @pytest.mark.counts(slurm_jobs=2)
 def test_one_node_trains_as_two_do(training: Training, undisturbed: Job) -> None:
-    # Tokens go where they are nearest, and both ranks are one node here: that would be another
-    # sum, equal within rounding.
+    # Tokens go to the nearest replicas, and both ranks are one node here: another order of sums,
+    # equal only within rounding.
     words = f"--fsep-node-size 1 --exit-interval {HELD_IN}"
     job = training.submit(*ONE_NODE, words=words, GPUS_PER_NODE="2")
     assert job.end() == "COMPLETED", job.log[-6000:]
@@ -214,9 +208,6 @@ def test_both_modes_train_in_one_job_and_are_compared(training: Training) -> Non
     assert log.IMBALANCE in fsep.steps[6].values and log.IMBALANCE not in standard.steps[6].values
     balance = [float(word) for word in printed["max/mean tokens per rank, steps 13 to 24"][-2:]]
     assert 1.0 <= balance[0] < balance[1] < 2.0
-
-
-# Longer, or with waits that Slurm prescribes.
 
 
 @pytest.mark.nightly

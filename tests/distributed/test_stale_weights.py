@@ -1,7 +1,6 @@
 """Restores never read parameters that the distributed optimizer is still gathering.
 
-With `--overlap-param-gather`, Megatron waits for a parameter's all-gather in a hook before the
-call of the module that owns it. Slices are read inside such a call; this shows that it matters.
+With `--overlap-param-gather`, Megatron waits for them in a hook before their module's call.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ CLOSE = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4)
 
 
 def train_without_call(command: list[str]) -> Record:
-    """The experts' forward runs without their call, so without Megatron's hook before it."""
+    """Run the experts' forward without their call, so without Megatron's hook before it."""
     from megatron_laer.layer.experts.module import FSEPExperts
     from megatron_laer.layer.moe_layer import FSEPMoELayer
 
@@ -39,7 +38,7 @@ def train_without_call(command: list[str]) -> Record:
 
 
 def train_without_waiting(command: list[str]) -> Record:
-    """The scheduler restores the next layer without asking whether its weights are there."""
+    """Restore the next layer without checking whether its weights are there."""
     from megatron_laer.plugin import steps
 
     with mock.patch.object(steps, "_await_weights", lambda wrapped, parameters: None):

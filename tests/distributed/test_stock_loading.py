@@ -1,6 +1,6 @@
-"""A load of weights under stock's names is strict: what is wrong is named on every rank, at once.
+"""A load of weights under stock's names is strict: errors are named on every rank, at once.
 
-That what it takes is what there was before, `test_stock_names.py` shows.
+`test_stock_names.py` shows that a good load restores the weights.
 """
 
 from __future__ import annotations
@@ -26,19 +26,16 @@ FSEP = " --expert-parallel-mode fsep --fsep-planner random"
 
 
 def flags_of(data: str, extra: str = "") -> list[str]:
-    """Make the command line of a step with FSEP."""
     return command_line(
         data, experts=4, expert_parallel=2, global_batch=4, steps=1, extra=FSEP + extra
     )
 
 
 def without(name: str) -> Callable[[list[Given]], Iterator[Given]]:
-    """Leave a name out."""
     return lambda given: (pair for pair in given if pair[0] != name)
 
 
 def failing(given: list[Given]) -> Iterator[Given]:
-    """Give the first tensor, then fail on one rank."""
     yield given[0]
     if dist.get_rank() == 1:
         raise KeyError("lm_head.weight")
@@ -47,7 +44,7 @@ def failing(given: list[Given]) -> Iterator[Given]:
 
 EXPERT = "decoder.layers.1.mlp.experts.local_experts.1.linear_fc2.weight"
 ROUTER = "decoder.layers.0.mlp.router.weight"
-# What a rank is given instead of what belongs there, and what every rank says to it.
+# Wrong input of one rank, and the error of every rank.
 WRONG: dict[str, tuple[Callable[[list[Given]], Iterator[Given]], str]] = {
     "a dense one is missing": (without(ROUTER), f"rank 1: missing: '{ROUTER}'"),
     "an expert is missing": (without(EXPERT), f"rank 1: missing: '{EXPERT}'"),
@@ -73,8 +70,6 @@ WRONG: dict[str, tuple[Callable[[list[Given]], Iterator[Given]], str]] = {
 
 
 def errors(flags: list[str]) -> dict[str, str]:
-    """Return what this rank was told for each wrong call, when only rank 1 makes it wrong."""
-
     def attempts(model: list[Chunk]) -> dict[str, str]:
         (chunk,) = model
         given = [
@@ -97,7 +92,7 @@ def errors(flags: list[str]) -> dict[str, str]:
             with pytest.raises(ValueError) as raised:
                 call()
             said[name] = str(raised.value)
-        megatron_laer.load_stock_named_parameters(chunk, given)  # nobody is out of step
+        megatron_laer.load_stock_named_parameters(chunk, given)  # all ranks are still in step
         return said
 
     found: dict[str, str] = train(flags, attempts).probes[0]
@@ -117,14 +112,14 @@ def test_wrong_calls_are_refused_on_every_rank_and_named(
 
 
 def held_over_a_load(flags: list[str]) -> bool:
-    """Tell whether experts that are held over a step were dropped by a load."""
+    """Return True if a load dropped experts that are held over a step."""
 
     def load(model: list[Chunk]) -> bool:
         (chunk,) = model
         coordinator = session.current_coordinator()
         assert coordinator is not None
         held = [each.experts for each in coordinator.experts._of_step.values()]
-        # The step's end, which is yet to come, would keep them if its optimizer had been skipped.
+        # The coming step's end would keep them if its optimizer had been skipped.
         assert held and all(experts.state.weights is WeightState.RESTORED for experts in held)
         given = [
             (name, tensor.clone()) for name, tensor in megatron_laer.stock_named_parameters(chunk)

@@ -1,7 +1,6 @@
-"""Under stock's names an FSEP model has stock's parameters, in stock's shapes, and takes them back.
+"""Under stock's names an FSEP model has stock's parameters, in stock's shapes, and loads them.
 
-Both sides start from the weights that `cpu/weights.py` gives by name, and a learning rate of
-zero leaves them as they are.
+Both sides keep the weights that `cpu/weights.py` gives by name: the learning rate is zero.
 """
 
 from __future__ import annotations
@@ -41,13 +40,11 @@ SHARED = " --moe-shared-expert-intermediate-size 32"
 TENSOR = " --tensor-model-parallel-size 2 --sequence-parallel"
 STAGES = " --pipeline-model-parallel-size 2"
 UNTIED, NO_BIAS = "--untie-embeddings-and-output-weights", "--disable-bias-linear"
-# What converters ask a parameter for, to learn how it is cut.
+# Attributes that tell converters how a parameter is cut.
 MARKS = ("allreduce", "tensor_model_parallel", "partition_dim", "partition_stride")
 
 
 class Named(NamedTuple):
-    """Holds a parameter of one rank."""
-
     name: str
     tensor: torch.Tensor
     marks: dict[str, Any]
@@ -55,11 +52,7 @@ class Named(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """Describes one model, and the ranks that hold it.
-
-    Attributes:
-        sizes: the expert-parallel sizes under which stock is compared.
-    """
+    """One model and its ranks; stock is compared under the expert-parallel `sizes`."""
 
     ranks: int = 2
     experts: int = 4
@@ -69,7 +62,6 @@ class Case:
     without: str = ""
 
     def command(self, data: str, extra: str, expert_parallel: int | None = None) -> list[str]:
-        """Make the command line of one step that changes nothing."""
         return command_line(
             data,
             experts=self.experts,
@@ -102,7 +94,6 @@ CASES = {
 
 
 def copied(parameters: Iterator[Given]) -> list[Named]:
-    """Copy what an iterator gives, with its marks."""
     return [
         Named(
             name,
@@ -114,7 +105,6 @@ def copied(parameters: Iterator[Given]) -> list[Named]:
 
 
 def of_stock(flags: list[str]) -> list[list[Named]]:
-    """Return stock's own parameters of each chunk of this rank."""
     from megatron.core.utils import unwrap_model
 
     def read(model: list[Chunk]) -> list[list[Named]]:
@@ -127,8 +117,7 @@ def of_stock(flags: list[str]) -> list[list[Named]]:
 def of_fsep(flags: list[str], sizes: tuple[int, ...]) -> dict[int, list[list[Named]]]:
     """Return an FSEP model's parameters under stock's names, for each expert-parallel size.
 
-    Each time they are written back into a model of zeros, in the reverse order, which must give
-    what was there before.
+    Also write them back into a model of zeros, in reverse order, and check that this restores it.
     """
 
     def read(model: list[Chunk]) -> dict[int, list[list[Named]]]:
@@ -176,10 +165,7 @@ def test_names_shapes_and_values_are_stocks_and_come_back(
 
 
 def under_grouped_names(flags: list[str]) -> tuple[list[Named], list[Named]]:
-    """Return an FSEP model's parameters as of grouped experts, and as of a sequence of experts.
-
-    The former are also written back into a model of zeros.
-    """
+    """Return an FSEP model's parameters under both grouped names; write back the first ones."""
 
     def read(model: list[Chunk]) -> tuple[list[Named], list[Named]]:
         (chunk,) = model
@@ -230,7 +216,7 @@ def test_the_module_spec_decides_between_the_names(builder: type, is_grouped: bo
 
 
 def one_layer_is_held(flags: list[str]) -> int:
-    """Return how many matrices were restored; those of another layer must be gone by then."""
+    """Return the number of restored matrices; check that those of other layers are freed."""
 
     def read(model: list[Chunk]) -> int:
         alive: list[weakref.ref[torch.Tensor]] = []
@@ -246,7 +232,7 @@ def one_layer_is_held(flags: list[str]) -> int:
 
         with mock.patch.object(stock_names, "gather_block", gathering):
             for _, tensor in megatron_laer.stock_named_parameters(model[0]):
-                del tensor  # or it would be held while the next one is made
+                del tensor  # otherwise it would be held while the next one is made
         return len(layers)
 
     found: int = train(flags, read).probes[0]
@@ -259,7 +245,7 @@ def test_one_layer_at_a_time_is_restored(ranks: Callable[[int], RankPool], text_
 
 
 def one_layer_is_loaded(flags: list[str]) -> int:
-    """Return how many layers' blocks were made to be filled, each after the last one had gone."""
+    """Return the number of layers whose blocks were filled, each after the last one was freed."""
 
     def read(model: list[Chunk]) -> int:
         given = [
@@ -290,7 +276,6 @@ def test_one_layer_at_a_time_is_loaded(ranks: Callable[[int], RankPool], text_da
 
 
 def page_runs(flags: list[str]) -> list[str]:
-    """Run the page's code on this rank's model, and return the names that were sent."""
     code = "".join(
         block.text for block in documents.blocks(PAGE) if block.language == documents.SCRIPT
     )
@@ -325,8 +310,6 @@ def test_the_pages_code_runs_with_fsep_and_without(
 
 
 def after_a_step(flags: list[str]) -> dict[str, torch.Tensor]:
-    """Return this rank's dense parameters after a step, under stock's names."""
-
     def read(model: list[Chunk]) -> dict[str, torch.Tensor]:
         return {
             name: tensor

@@ -1,7 +1,6 @@
-"""Loops that write to a model's parameters by name, one by one, reach the experts of FSEP too.
+"""Loops that write to a model's parameters by name reach the experts of FSEP too.
 
-The loops here make the calls of reinforcement learning's stacks: copies of several models that are
-swapped in place, and a loader of Hugging Face's weights.
+As in reinforcement learning, copies of models are swapped in place, and checkpoints are loaded.
 """
 
 from __future__ import annotations
@@ -24,15 +23,12 @@ Write = Callable[[torch.Tensor, torch.Tensor], object]
 
 
 class Copies:
-    """Keeps copies of models under tags, and swaps them in place."""
-
     def __init__(self, read: Callable[[], Named]) -> None:
         self._read = read
         self._copies: dict[str, dict[str, torch.Tensor]] = {}
 
     @torch.no_grad()
     def backup(self, tag: str) -> None:
-        """Copy the model."""
         kept = self._copies.setdefault(tag, {})
         for name, parameter in self._read():
             if name not in kept:
@@ -41,7 +37,6 @@ class Copies:
 
     @torch.no_grad()
     def restore(self, tag: str) -> None:
-        """Make the model that of a tag again."""
         for name, parameter in self._read():
             parameter.copy_(self._copies[tag][name], non_blocking=True)
 
@@ -65,13 +60,10 @@ WRITES: dict[str, Write] = {
 
 
 def values(model: list[torch.nn.Module]) -> list[torch.Tensor]:
-    """Copy FSEP's own parameters."""
     return [parameter.detach().clone() for chunk in model for parameter in chunk.parameters()]
 
 
 def swapped(flags: list[str]) -> None:
-    """Check copies that are swapped, on this rank."""
-
     def check(model: list[torch.nn.Module]) -> None:
         copies = Copies(
             lambda: (
@@ -98,8 +90,6 @@ def swapped(flags: list[str]) -> None:
 
 
 def written(flags: list[str]) -> None:
-    """Check each way to write, and all that would be lost, on this rank."""
-
     def check(model: list[torch.nn.Module]) -> None:
         (chunk,) = model
 
@@ -129,11 +119,11 @@ def written(flags: list[str]) -> None:
                             write(tensor, expected[name])
             for tensor in given.values():
                 if dist.get_rank() == 0:
-                    dist.broadcast(tensor, src=0)  # read, and sent
+                    dist.broadcast(tensor, src=0)  # read and sent
                     continue
                 with pytest.raises(RuntimeError, match=words):
                     dist.broadcast(tensor, src=0)
-                dist.broadcast(tensor.clone(), src=0)  # or the other rank would wait
+                dist.broadcast(tensor.clone(), src=0)  # otherwise the other rank would wait
 
         step = session.current()
         assert step is not None

@@ -1,4 +1,4 @@
-"""Jobs that a launcher stops: every rank saves and ends with 0, and nothing outlives its rank."""
+"""Jobs that a launcher stops: every rank saves and ends with 0, and no child outlives its rank."""
 
 from __future__ import annotations
 
@@ -28,12 +28,11 @@ RESTORED = "FSEP: the planner's state is restored"
 
 @pytest.fixture
 def command(text_data: str) -> Callable[..., list[str]]:
-    """Command lines for two ranks."""
     return partial(command_line, text_data, experts=8, expert_parallel=2, global_batch=8)
 
 
 def stops_at(signal_name: str, folder: Path, workers: int = 0, save: str = "") -> str:
-    """Flags of a run that saves and ends at a signal, and goes on from what is in the folder."""
+    """Return flags of a run that saves and ends at a signal, and resumes from the folder."""
     return (
         f"{PLANNED} --save {folder} --load {folder} --save-interval 2 --exit-signal-handler"
         f" --exit-signal {signal_name} --num-workers {workers}{save}"
@@ -56,8 +55,8 @@ def test_a_job_stopped_over_and_over_ends_bitwise_as_one_that_was_not(
     tmp_path: Path,
     stops: list[tuple[str, int, str]],
 ) -> None:
-    # Every start makes three steps: a save after one or two starts what a save leaves behind, and
-    # the signal comes in the third.
+    # Every start makes three steps: a save after one or two starts its helpers, and the signal
+    # comes in the third.
     steps = 3 * len(stops) + 2
     flags = partial(command, steps=steps)
     whole_flags = flags(extra=f"{PLANNED} --load {tmp_path / 'none'}")
@@ -100,10 +99,10 @@ def test_a_signal_that_also_reaches_torchrun_finds_the_job_saved(
         fault="signal job",
         step=4,
         signal_name=signal_name,
-        # As the Slurm script starts it: torchrun dies of this signal.
+        # As the Slurm script starts it, since this signal would end torchrun.
         ignored="USR1" if signal_name == "SIGUSR1" else "",
     )
-    # Told to terminate, torchrun ends its ranks and fails, however well they ended.
+    # At SIGTERM, torchrun ends its ranks and fails, however well they ended.
     assert status == (1 if signal_name == "SIGTERM" else 0), output_of(tmp_path)[-4000:]
     assert saved_iteration(tmp_path / "checkpoints") == 5
     assert [(tmp_path / f"rank-{rank}.status").read_text() for rank in range(2)] == ["0"] * 2

@@ -1,9 +1,7 @@
-"""Whatever is late, no bit changes: random delays in every exchange and in every plan.
+"""Random delays in every exchange and every plan change no bit.
 
-A configuration starts once. Its seeds are consecutive steps of one run, two steps for each, and
-after every step each rank's weights and gradients are compared with the undisturbed run's. That is
-no weaker than a fresh start for every seed: as long as nothing differs, a seed begins from the very
-state it would be given, and with communication streams, planner and workspaces in use.
+A configuration starts once; each seed is two steps of its run. Every rank's weights and gradients
+are compared after every step, so that a seed starts as in the undisturbed run.
 
 Runs 5 seeds. The 200 are for a machine with time:
 
@@ -30,7 +28,7 @@ VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-s
 FORECAST = " --fsep-plan-mode forecast"
 NODES = " --fsep-node-size 2 --fsep-restore-algorithm node"
 TOKENS = " --fsep-node-size 2 --fsep-token-exchange node"
-# Below what a forecast achieves here, so that layouts also change between gate and experts.
+# Below the imbalance of forecasts here, so that layouts also change between gate and experts.
 ADAPTIVE = " --fsep-plan-mode adaptive --fsep-imbalance-tolerance 0.02"
 
 
@@ -44,7 +42,6 @@ class Case:
         self.flags = f" --num-layers {layers}{flags}"
 
     def command(self, data: str, seeds: int, extra: str) -> list[str]:
-        """Megatron's command line for so many seeds."""
         replicas = self.ranks // (2 if VIRTUAL in self.flags else 1)
         return command_line(
             data,
@@ -76,7 +73,7 @@ WAIT = " --fsep-late-plan wait"
 
 
 def reordered_seeds(disturbed: list[Trace], steady: list[Trace]) -> int:
-    """Seeds in which some rank saw exchanges complete in another order; all see the same ones."""
+    """Return seeds in which a rank saw exchanges complete in another order; all agree on them."""
     seeds = set()
     for mine, other in zip(disturbed, steady, strict=True):
         for step, pair in enumerate(zip(mine.completed, other.completed, strict=True)):
@@ -87,7 +84,7 @@ def reordered_seeds(disturbed: list[Trace], steady: list[Trace]) -> int:
 
 
 def differing_steps(disturbed: list[Trace], steady: list[Trace]) -> list[tuple[int, int]]:
-    """(rank, step) wherever a bit of weights, gradients, loss or gradient norm differs."""
+    """Return (rank, step) wherever a bit of weights, gradients, loss or gradient norm differs."""
     return [
         (rank, step)
         for rank, (mine, other) in enumerate(zip(disturbed, steady, strict=True))
@@ -152,7 +149,7 @@ def test_a_disturbed_run_that_keeps_its_layouts_equals_its_replay(
 def test_without_overlap_delays_reorder_nothing(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> None:
-    """The control: where everything runs in program order, the same delays must show as none."""
+    """Control: where everything runs in program order, the same delays reorder nothing."""
     command = CASES["restored per layer"].command(text_data, 5, WAIT + " --fsep-scheduler off")
     steady = ranks(2).run(train_with_delays, command, None)
     disturbed = ranks(2).run(train_with_delays, command, 0)
@@ -162,7 +159,7 @@ def test_without_overlap_delays_reorder_nothing(
 
 
 def train_without_waiting(flags: list[str], first_seed: int | None) -> Trace:
-    """Experts compute with whatever is in the buffer that a restore is still filling."""
+    """Let experts compute with a buffer that a restore is still filling."""
     from unittest import mock
 
     from megatron_laer.runtime.comm.streams import ThreadStream
@@ -188,18 +185,18 @@ def train_without_waiting(flags: list[str], first_seed: int | None) -> Trace:
 def test_a_restore_that_is_not_waited_for_is_found(
     ranks: Callable[[int], RankPool], text_data: str
 ) -> None:
-    """The other control: a missing wait, and the delays bring it to light."""
+    """Control: delays reveal a missing wait."""
     command = CASES["restored per layer"].command(text_data, 10, WAIT)
     steady = ranks(2).run(train_with_delays, command, None)
     careless = ranks(2).run_raw(train_without_waiting, command, 0)
-    # Random bits may also be found out by Megatron, whose loss must be finite.
+    # Megatron may also find random bits, since its loss must be finite.
     assert any(isinstance(result, Raised) for result in careless) or differing_steps(
         careless, steady
     )
 
 
 def train_into_a_hang(flags: list[str], watchdog_s: float) -> None:
-    """The gradients' communication stream of rank 1 stops in the middle of a step."""
+    """Stop the gradients' communication stream of rank 1 in the middle of a step."""
     import threading
     from unittest import mock
 

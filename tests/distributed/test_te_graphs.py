@@ -1,4 +1,4 @@
-"""Layers whose attention, router or dense MLP is graphed compute what they compute without graphs.
+"""Layers whose attention, router or dense MLP is graphed compute the same as without graphs.
 
 Megatron's own capture and replay run, with calls in place of Transformer Engine's graphs.
 """
@@ -63,7 +63,7 @@ def test_graphs_change_no_number(
         text_data,
         experts=8,
         expert_parallel=2,
-        global_batch=4 * size // pipelines,  # two microbatches
+        global_batch=4 * size // pipelines,
         steps=STEPS,
         extra=flags + FSEP,
     )
@@ -80,7 +80,7 @@ def test_graphs_change_no_number(
 
 
 def saved_words(folder: Path) -> list[tuple[str, str]]:
-    """What a checkpoint's arguments allow, with the words' types."""
+    """Return the allowed words in a checkpoint's arguments, with their types."""
     from megatron.core.dist_checkpointing import load_common_state_dict
 
     args = load_common_state_dict(str(folder))["args"]

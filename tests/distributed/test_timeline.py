@@ -1,4 +1,4 @@
-"""`--fsep-timeline` writes what each track did when; the log says what compute waited for."""
+"""`--fsep-timeline` writes the events of each track; the log has the waits of compute."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ def flags(data: str, extra: str, steps: int = STEPS) -> list[str]:
 
 
 def read(directory: Path, rank: int) -> dict[str, list[dict[str, Any]]]:
-    """Intervals by track, in order of their begin."""
     events = json.loads((directory / f"rank-{rank}.json").read_text())["traceEvents"]
     assert {event["pid"] for event in events} == {rank}
     names = {
@@ -73,7 +72,6 @@ def test_every_exchange_of_the_recorded_steps_is_on_its_track(
         for layer in LAYERS:
             passes = NUM_STEPS * MICROBATCHES
             matrices = 2
-            # Forward and backward restore, and both matrices are exchanged by themselves.
             assert len(named(tracks["parameters"], f"restore {layer}")) == 2 * matrices * passes
             assert len(named(tracks["gradients"], f"reduce {layer}")) == matrices * passes
             for exchange in (f"dispatch {layer}", f"combine {layer}"):
@@ -115,7 +113,7 @@ def test_work_on_one_track_is_in_order_and_phases_alternate_with_exchanges(
 def test_the_next_layers_restore_begins_before_this_layers_experts_end(
     ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
 ) -> None:
-    """What the schedule is for; without it, the trace must show that nothing overlaps."""
+    """Compare with and without the schedule: without it, the trace must show no overlap."""
     overlapped = {}
     for scheduler in ("on", "off"):
         directory = tmp_path / scheduler
@@ -135,7 +133,7 @@ def test_the_next_layers_restore_begins_before_this_layers_experts_end(
             restore["ts"] < end(compute) for restore, compute in zip(restores, experts, strict=True)
         )
         overlapped[scheduler] = early
-    # On a busy machine, a communication stream's thread may get its turn only after the experts.
+    # On a busy machine, a communication stream's thread may run only after the experts.
     assert overlapped["on"] > 0
     assert overlapped["off"] == 0
 
@@ -164,7 +162,7 @@ def test_a_run_that_ends_early_leaves_what_it_recorded(
 def test_a_timeline_that_cannot_be_written_is_refused_on_every_rank(
     ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
 ) -> None:
-    # In the way of one rank's file only, so that the other must be told.
+    # Blocks one rank's file only, so that the other rank must learn of it.
     (tmp_path / "rank-1.json").mkdir()
     command = flags(text_data, f" --fsep-timeline {tmp_path}")
     for result in ranks(2).run_raw(train, command):
@@ -191,7 +189,7 @@ def test_exposed_times_are_in_tensorboard(
         series = [event.value for event in events.Scalars(f"fsep_{what}_exposed_ms")]
         assert len(series) == STEPS // 2
         assert all(value >= 0 for value in series)
-        if waits:  # for everything that the stream does; steps 3 and 4 are the second report's
+        if waits:  # for all work of the stream; steps 3 and 4 are the second report's
             track_ms = 0.0
             for rank in range(2):
                 tracks = read(tmp_path / "trace", rank)

@@ -1,4 +1,7 @@
-"""Tokens that go through nodes bring experts the same bits, and send what the formulas say."""
+"""Tokens that go through nodes bring experts the same bits, and send as many bytes as the formulas.
+
+Functions with a Case run on a rank.
+"""
 
 from __future__ import annotations
 
@@ -49,13 +52,13 @@ CASES = {
 
 
 def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome, Outcome]:
-    """On a rank: by Megatron's rows, twice through nodes, and so with a choice of replicas."""
+    """Dispatch by Megatron's rows, twice through nodes, and with a choice of replicas."""
     from megatron_laer.layer.dispatch import replica_choice
 
     dtype = getattr(torch, dtype_name)
     with gloo_groups(case.node_size) as groups:
         by_rank = run(case, groups, nodes=False, dtype=dtype)
-        # Of more than all pairs, so never; then always.
+        # Choose never, since the share exceeds 1; then always.
         with mock.patch.object(replica_choice, "_LEAST_SHARE", 1.1):
             through_nodes = [run(case, groups, nodes=True, dtype=dtype) for _ in range(2)]
         with mock.patch.object(replica_choice, "_LEAST_SHARE", 0.0):
@@ -71,7 +74,7 @@ def test_experts_get_the_same_bits_and_sums_differ_by_rounding(
     for by_rank, nodes, again, chosen in ranks(CASES[case].ranks).run(both, CASES[case], dtype):
         for mine, stocks in zip(nodes.experts, by_rank.experts, strict=True):
             assert torch.equal(mine, stocks)
-        # A bf16 rounding per sum: of a rank's pairs, of a node's ranks, and of nodes.
+        # One bf16 rounding per sum: over a rank's pairs, a node's ranks, and nodes.
         bound = {} if dtype == "float32" else {"rtol": 5e-2, "atol": 5e-2}
         for ours in (nodes, chosen):
             for mine, stocks in zip(
@@ -86,7 +89,7 @@ def test_experts_get_the_same_bits_and_sums_differ_by_rounding(
 
 
 def exchanges_of_sizes(case: Case) -> list[int]:
-    """On a rank: exchanges of sizes in a first pass, and with them in its re-run."""
+    """Return the exchanges of sizes after a first pass, and after its re-run."""
     import torch.distributed as dist
 
     counts = []
@@ -107,7 +110,6 @@ def test_a_rerun_under_a_checkpoint_exchanges_no_sizes(ranks: Callable[[int], Ra
 
 
 def exchanges_noted(case: Case) -> list[tuple[str, str]]:
-    """On a rank: what a timeline is told of a whole exchange through nodes."""
     noted, timeline = noting_timeline()
     with gloo_groups(case.node_size) as groups:
         run(case, groups, nodes=True, timeline=timeline)
@@ -125,7 +127,7 @@ def test_a_timeline_has_both_stages(ranks: Callable[[int], RankPool]) -> None:
 
 
 def calls_of_shared_experts(case: Case) -> list[list[str]]:
-    """On a rank: what either exchange lets shared experts do that overlap with it."""
+    """Return the calls of overlapping shared experts by either exchange."""
     calls = []
     with gloo_groups(case.node_size) as groups:
         for nodes in (False, True):
@@ -147,13 +149,12 @@ BYTES = Case((20, 9, 31, 0, 14, 25, 7, 18), 1, capacity=3, experts=12, top_k=4)
 
 
 def sent_by(case: Case) -> dict[bool, Outcome]:
-    """On a rank: whole exchanges by Megatron's rows, and through nodes."""
     with gloo_groups(case.node_size) as groups:
         return {nodes: run(case, groups, nodes=nodes) for nodes in (False, True)}
 
 
 def received_by_link(sent: list[Sent], rank: int, node_size: int) -> tuple[list[int], list[int]]:
-    """Rows of hidden states that a rank received, and other bytes: inside its node, and between."""
+    """Return rows of hidden states that a rank received, and other bytes: intra, inter."""
     hidden, other = [0, 0], [0, 0]
     for collective in sent:
         for source, rows in enumerate(collective.received_N):
@@ -195,7 +196,7 @@ def test_rows_and_bytes_of_real_collectives_equal_the_formulas(
             assert beside == [more.intra_N[rank], more.inter_N[rank]]
             assert grads == [of_grads.intra_N[rank], of_grads.inter_N[rank]]
     by_rank, through_nodes = (expected(case, nodes=nodes) for nodes in (False, True))
-    # What a rank sends in dispatch is what it receives in combine.
+    # A rank sends in dispatch as much as it receives in combine.
     assert (through_nodes.combine_N2[:, 1] <= by_rank.combine_N2[:, 1]).all()
     assert through_nodes.combine_N2[:, 1].sum() < by_rank.combine_N2[:, 1].sum() or node_size == 8
 
@@ -210,7 +211,7 @@ def test_backward_keeps_rows_instead_of_pairs(
         by_rank, nodes = (outcomes[nodes] for nodes in (False, True))
         received, row_bytes = len(nodes.experts[0]), 4 * HIDDEN
         routed = int(routing_maps(case)[rank].sum())
-        # The order of what was received, and the experts' own weights, are the same in both.
+        # The order of received rows, and the experts' own weights, are the same in both.
         of_pairs = (8 + 4) * received
         assert by_rank.kept_bytes == row_bytes * received + of_pairs + 16 * routed
         rows, sent = int(plain.arrived_N[rank]), int(plain.sent_N[rank])
@@ -220,7 +221,7 @@ def test_backward_keeps_rows_instead_of_pairs(
 
 
 def rows_unpacked(flags: list[str]) -> int:
-    """On a rank: how often a run's backward passes spread rows that were kept."""
+    """Return how often a run's backward passes spread rows that were kept."""
     from megatron_laer.layer.dispatch import row_map
 
     unpacked = 0
@@ -250,4 +251,4 @@ def test_experts_in_megatrons_loop_keep_rows(
         steps=3,
         extra=" --expert-parallel-mode fsep --fsep-node-size 1 --fsep-token-exchange node" + flags,
     )
-    assert ranks(2).run(rows_unpacked, command) == [3 * 2] * 2  # steps and layers
+    assert ranks(2).run(rows_unpacked, command) == [3 * 2] * 2

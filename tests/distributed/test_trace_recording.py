@@ -1,4 +1,4 @@
-"""Routing recorded in training is what the router did, and what `plan` reads."""
+"""Recorded routing equals the router's decisions, and `plan` reads it."""
 
 from __future__ import annotations
 

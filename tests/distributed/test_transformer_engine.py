@@ -1,4 +1,4 @@
-"""Transformer Engine's layers take ours, as far as that shows without a GPU: nothing is computed.
+"""Transformer Engine's layers accept ours, as far as this shows without a GPU: nothing is computed.
 
 Skipped, with the reason, where Transformer Engine is not installed or cannot be imported.
 """
@@ -24,7 +24,7 @@ LINEAR_LAYERS = {"TELayerNormColumnParallelLinear", "TERowParallelLinear"}
 
 @pytest.fixture(scope="module", autouse=True)
 def needs_transformer_engine() -> None:
-    """Imported in a process of its own, since it loads CUDA libraries."""
+    """Import it in a process of its own, since it loads CUDA libraries."""
     if importlib.util.find_spec(_PACKAGE) is None:
         pytest.skip("Transformer Engine is not installed")
     program = [sys.executable, "-W", "ignore", "-c", f"import {_PACKAGE}.pytorch"]
@@ -110,7 +110,6 @@ def describe(kind: str, fp8: str | None) -> dict[str, Any]:
 
 
 def _parts_of(module: Any, package: str) -> list[str]:
-    """The kinds of modules in it that are this package's, or derive from it."""
     return sorted(
         {
             type(part).__name__
@@ -121,7 +120,6 @@ def _parts_of(module: Any, package: str) -> list[str]:
 
 
 def _chunk_of(built: Any) -> Any:
-    """The transformer layers whose calls the scheduler would follow."""
     from megatron_laer.plugin.steps import _chunk
 
     return _chunk(built).blocks
@@ -136,7 +134,7 @@ def test_layers_of_transformer_engine_are_built_around_ours(
         assert found["MoE layers"] == 2
         assert set(found["of Transformer Engine"]) >= LINEAR_LAYERS
         assert found["devices"] == ["meta"]
-        # fp8 is computed by modules of Transformer Engine alone.
+        # Only modules of Transformer Engine compute in fp8.
         assert found["in experts"] == [[], []]
         assert found["slices"] == [[(8, 96, 64), (8, 32, 96)]] * 2
         assert found["dtypes"] == ["torch.bfloat16"]

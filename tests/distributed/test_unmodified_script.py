@@ -1,8 +1,8 @@
 """Megatron's own scripts, unmodified, train through `megatron_laer train` like ours.
 
-Needs a checkout of the Megatron-LM that is installed, whose folder MEGATRON_LM_CHECKOUT names: no
-wheel holds the scripts. Megatron builds the checkout's dataset helper itself, with `make`, a
-compiler and the `python3` in the PATH, which must be this one and have pybind11.
+Needs a checkout of the installed Megatron-LM in the folder MEGATRON_LM_CHECKOUT, since no wheel
+holds the scripts. Megatron builds the checkout's dataset helper itself, with `make`, a compiler and
+the `python3` in the PATH, which must be this one and have pybind11.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ pytestmark = [
 
 FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
 RANDOM = " --expert-parallel-mode fsep --fsep-planner random"
-# Each script and the model that it is given.
 SCRIPTS = {
     "pretrain_gpt.py": "",
     "pretrain_hybrid.py": HYBRID_MTP,
@@ -80,7 +79,6 @@ def test_megatrons_script_with_fsep_equals_stock(
         for mode in ("", RANDOM)
     )
     found = distance(fsep, stock)
-    # As Megatron prints them.
     printed = [[f"{loss:.6E}" for loss in run.losses] for run in (stock, fsep)]
     record_property("fsep", str(found))
     print(f"\n{found}; equal as printed: {sum(map(str.__eq__, *printed))} of {len(printed[0])}")
@@ -92,7 +90,7 @@ def test_megatrons_script_with_fsep_equals_stock(
 def test_the_checkouts_own_megatron_trains_like_the_wheel(
     text_data: str, tmp_path: Path, script: str
 ) -> None:
-    """As a user starts it: in the tests above ranks have imported the wheel's Megatron already."""
+    """Start as a user does: ranks of the other tests import the wheel's Megatron first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     assert CHECKOUT is not None

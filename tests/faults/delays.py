@@ -1,7 +1,7 @@
-"""Random delays wherever ranks meet or plans are made, and the order in which exchanges completed.
+"""Random delays wherever ranks meet or plans are made, and a record of completion orders.
 
-A delay is drawn from (seed, rank, site, number of the call), so a seed repeats its delays whatever
-the threads do. A seed covers some steps of one training run. Nothing of training is decided here.
+Delays are drawn from (seed, rank, site, number of the call), so a seed repeats them for any timing.
+A seed covers some steps of one run.
 """
 
 from __future__ import annotations
@@ -27,15 +27,14 @@ WATCHDOG_S = 30.0
 
 # A seed makes each site of each rank quick or slow, so that streams overtake each other both ways.
 _LONGEST_MS = (0.0, 0.0, 0.5, 2.0, 10.0)
-# How often a plan is held until the step that it is made for has begun: then it is late, however
-# long steps take.
+# Probability that a plan is held until its own step has begun: then it is late for any step time.
 _HELD_PLANS = (0.0, 0.2, 0.8)
-# A plan for a step that never comes is let go after this.
+# A plan for a step that never comes is released after this.
 _HELD_S = 5.0
 
 
 class Delays:
-    """The delays of one rank; without a seed there are none."""
+    """Delays of one rank; without a seed there are none."""
 
     def __init__(self, rank: int) -> None:
         self.slept = 0
@@ -46,13 +45,12 @@ class Delays:
         self._stepped = threading.Condition()
 
     def begin_step(self, step: int) -> None:
-        """Plans that were held for this step are made now."""
         with self._stepped:
             self._step = step
             self._stepped.notify_all()
 
     def at_plan(self, source_step: int) -> None:
-        """Wait, as often as the seed says, until the step after the plan's source has begun.
+        """Wait, with the seed's probability, until the step after the plan's source has begun.
 
         That cannot block a run which waits for plans: it begins a step, and then waits.
         """
@@ -69,12 +67,11 @@ class Delays:
             time.sleep(draws.uniform(0.0, 0.02))
 
     def reseed(self, seed: int) -> None:
-        """Other delays from now on."""
         self._seed = seed
         self._sites = {}
 
     def at(self, site: str) -> None:
-        """Sleep as long as the seed says; each site belongs to one thread."""
+        """Sleep for the seed's time; each site belongs to one thread."""
         if self._seed is None:
             return
         if site not in self._sites:
@@ -89,14 +86,11 @@ class Delays:
 
 @dataclass
 class Trace:
-    """What one rank left of a run; index is the step.
+    """Results of a run on one rank; the index is the step.
 
-    Attributes:
-        digests: of all weights and main gradients after each step.
-        completed: exchanges by name, as their completion was seen: streams and compute together.
-        versions: how many times layouts had changed.
-        late_plans: plans that were not ready in time, as this rank was told.
-        slept: delays longer than zero.
+    `digests` are of all weights and main gradients, `completed` are exchanges in order of
+    completion on streams and compute. `versions` count layout changes, `slept` are delays longer
+    than zero.
     """
 
     record: Record
@@ -112,8 +106,8 @@ def train_with_delays(
 ) -> Trace:
     """Train; step s has the delays of seed `first_seed + s // STEPS_PER_SEED`, or none. Collective.
 
-    A seed that takes longer than `watchdog_s` ends the rank with all its stacks in its log, on
-    which the pool of ranks asks the others for theirs.
+    A seed that takes longer than `watchdog_s` ends the rank with all stacks in its log. The pool of
+    ranks then asks the others for theirs.
     """
     from megatron_laer.session import current_coordinator
 
@@ -145,7 +139,7 @@ def train_with_delays(
 
 
 def digest(model: list[torch.nn.Module]) -> str:
-    """Of every bit of this rank's weights and main gradients."""
+    """Return a digest of every bit of this rank's weights and main gradients."""
     found = hashlib.blake2b(digest_size=16)
     for chunk in model:
         for parameter in chunk.parameters():
@@ -181,8 +175,8 @@ def _injected(
         return all_to_all(self, *args)
 
     def slow_tokens(ctx: Any, *args: Any) -> Any:
-        # Dispatch and combine, forward and backward: Megatron's backward applies it again.
-        # Each stage of an exchange through nodes has a group, and with it delays of its own.
+        # Dispatch and combine, forward and backward: Megatron's backward applies it again. Each
+        # stage of an exchange through nodes has a group with its own delays.
         delay(f"tokens {args[0].group_name}")
         result = tokens(ctx, *args)
         completed("tokens")
@@ -212,7 +206,7 @@ def _injected(
 
     def observed(submit: Callable[..., Any]) -> Callable[..., Any]:
         def observed_submit(self: Any, work: Callable[[], Any], label: Any) -> Any:
-            @functools.wraps(work, assigned=(), updated=())  # leaves the work itself to be found
+            @functools.wraps(work, assigned=(), updated=())  # the work itself stays accessible
             def job() -> Any:
                 result = work()
                 completed(str(label))

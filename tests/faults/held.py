@@ -1,8 +1,7 @@
-"""`pretrain_gpt.py` that stops in the middle of a step, until the run shall end: by a signal, or by
-`--exit-duration-in-mins`.
+"""`pretrain_gpt.py` that stops in the middle of a step, until the run is asked to end.
 
-HELD_IN_STEP is the step, counted from 1; HELD_FOLDER remembers that a rank was held, since each is
-held once. A held rank says so, with its process id. What then happens to it is the tests' business.
+That is done by a signal or by `--exit-duration-in-mins`. HELD_IN_STEP is the step, counted from 1.
+HELD_FOLDER records held ranks, since each is held once. A held rank prints its process id.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ _forward_step = pretrain_gpt.forward_step
 
 
 def forward_step(*args: Any, **kwargs: Any) -> Any:
-    """Megatron's forward step, after the wait."""
     rank = os.environ["RANK"]
     held = Path(os.environ["HELD_FOLDER"]) / f"rank-{rank}"
     if get_args().curr_iteration + 1 == int(os.environ["HELD_IN_STEP"]) and not held.exists():

@@ -1,7 +1,6 @@
-"""Faults put into one run of Megatron's training loop, alike under stock and under FSEP.
+"""Faults in one run of Megatron's training loop, the same under stock and under FSEP.
 
-Each is a context manager, or a function that a rank runs. What a fault should lead to is the
-tests' business.
+Each is a context manager, or a function that a rank runs. The tests check the consequences.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ from tests.faults.delays import digest
 
 
 def current_step() -> int:
-    """The step that Megatron is in, from 0."""
     from megatron.training import get_args
 
     step: int = get_args().curr_iteration
@@ -33,7 +31,7 @@ def current_step() -> int:
 
 @contextlib.contextmanager
 def act_in_step(step: int, rank: int, act: Callable[[], object]) -> Iterator[None]:
-    """A rank does something in the middle of a step: at a token exchange of its backward."""
+    """Act on one rank in the middle of a step: at a token exchange of its backward."""
     from megatron.core.tensor_parallel.mappings import _AllToAll
 
     forward, calls = _AllToAll.forward, 0
@@ -52,7 +50,7 @@ def act_in_step(step: int, rank: int, act: Callable[[], object]) -> Iterator[Non
 
 
 def train_with_signal(flags: list[str], step: int, rank: int, number: int) -> Record:
-    """Train; a rank gets a signal in a step. Leaves no handler of Megatron's behind."""
+    """Train; signal a rank in a step. Remove Megatron's signal handlers afterwards."""
     before = signal.getsignal(number)
     try:
         with act_in_step(step, rank, lambda: os.kill(os.getpid(), number)):
@@ -62,11 +60,10 @@ def train_with_signal(flags: list[str], step: int, rank: int, number: int) -> Re
 
 
 def other_layout(rank: int, after_step: int, *, ahead: bool) -> Callable[[object], None]:
-    """A probe after which, from some step on, one rank holds another layout than the others.
+    """Return a probe that gives one rank another layout after some step.
 
-    Args:
-        ahead: under the next version and in every layer, as if the rank had heard one broadcast
-            more; else under the same version and in the last layer.
+    With `ahead`, it changes every layer and the version, as after one more broadcast. Otherwise it
+    changes the last layer under the same version.
     """
     import torch.distributed as dist
 
@@ -93,12 +90,12 @@ def other_layout(rank: int, after_step: int, *, ahead: bool) -> Callable[[object
 
 
 def train_with_other_layout(flags: list[str], rank: int, after_step: int, ahead: bool) -> None:
-    """For planners that change no layout, or the next broadcast would repair it."""
+    """Train with a planner that changes no layout, or the next broadcast would repair the fault."""
     train(flags, other_layout(rank, after_step, ahead=ahead))
 
 
 def train_with_bad_loss(flags: list[str], step: int, value: float, passing: bool) -> Record:
-    """The loss of one step is NaN or infinite on rank 0; a `passing` fault is gone in a rerun."""
+    """Train with a bad loss of a step on rank 0; a `passing` fault is gone in a rerun."""
     import pretrain_gpt
 
     loss_func, calls = pretrain_gpt.loss_func, 0
@@ -116,7 +113,7 @@ def train_with_bad_loss(flags: list[str], step: int, value: float, passing: bool
 
 
 def train_with_rerun(flags: list[str], step: int) -> tuple[Record, list[str]]:
-    """Megatron's rerun state machine repeats one step, and goes on; also a digest per step."""
+    """Train; let Megatron's rerun state machine repeat one step. Also return a digest per step."""
     import pretrain_gpt
 
     check_loss, passes, digests = pretrain_gpt.check_loss, 0, []
@@ -138,13 +135,7 @@ def train_with_rerun(flags: list[str], step: int) -> tuple[Record, list[str]]:
 
 @dataclass
 class Skipped:
-    """A run in which the optimizer skipped a step.
-
-    Attributes:
-        digests: of this rank's weights and gradients after each step.
-        restores: how often a layer's experts were restored, in full.
-        skipped: steps after which no weight had changed.
-    """
+    """Run with a skipped step: digests by step, full restores, and steps without a change."""
 
     digests: list[str] = field(default_factory=list)
     restores: int = 0
@@ -152,7 +143,7 @@ class Skipped:
 
 
 def train_with_skipped_step(flags: list[str], step: int, forgets: bool) -> Skipped:
-    """An infinite loss makes a loss-scaling optimizer skip; `forgets` then restores all anew."""
+    """Skip a step by an infinite loss under loss scaling; `forgets` then restores all anew."""
     from megatron.training import training
 
     import pretrain_gpt
@@ -168,7 +159,7 @@ def train_with_skipped_step(flags: list[str], step: int, forgets: bool) -> Skipp
 
     def step_with_norm(*args: Any, **kwargs: Any) -> Any:
         result = list(train_step(*args, **kwargs))
-        if result[5] is None:  # of a step that is skipped
+        if result[5] is None:
             result[5] = float("nan")
         return tuple(result)
 
@@ -194,7 +185,7 @@ def train_with_skipped_step(flags: list[str], step: int, forgets: bool) -> Skipp
     return found
 
 
-# Which tokens go to which experts, from what the router chose: bool [T, E] to bool [T, E].
+# Map from the router's choice to tokens' experts: bool [T, E] to bool [T, E].
 Routing = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -231,7 +222,7 @@ ROUTINGS: dict[str, Routing] = {
 
 @contextlib.contextmanager
 def routed(routing: Callable[[], Routing | None]) -> Iterator[None]:
-    """What MoE layers take for the router's choice, asked for at every pass; None leaves it."""
+    """Replace the router's choice in MoE layers, asked for at every pass; None keeps it."""
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
@@ -247,7 +238,7 @@ def routed(routing: Callable[[], Routing | None]) -> Iterator[None]:
         return (probs_TE + 0.5 * (routed_TE & ~map_TE)) * routed_TE, routed_TE
 
     def sized(self: Any, map_TE: torch.Tensor) -> Any:
-        # Stock takes T·K for granted as long as no capacity drops tokens.
+        # Stock assumes T·K as long as no capacity drops tokens.
         result = preprocess(self, map_TE)
         self.num_out_tokens = int(map_TE.sum())
         return result
@@ -260,20 +251,16 @@ def routed(routing: Callable[[], Routing | None]) -> Iterator[None]:
 
 
 def train_with_routing(flags: list[str], name: str) -> Record:
-    """Train with one of `ROUTINGS`."""
     with routed(lambda: ROUTINGS[name]):
         return train(flags)
 
 
 @dataclass
 class Received:
-    """What one rank received and held over a run with bursts; index is the step.
+    """Tokens and memory of one rank over a run with bursts; the index is the step.
 
-    Attributes:
-        tokens: per microbatch, of each layer: (received by this rank, routed by all ranks).
-        tensors: live tensors after a step.
-        tensor_bytes: of their storages, each counted once.
-        rss_bytes: resident memory of the process after a step.
+    `tokens` has (received by this rank, routed by all ranks) per microbatch and layer.
+    `tensor_bytes` counts each storage once; `rss_bytes` is the process's resident memory.
     """
 
     tokens: list[tuple[int, int]] = field(default_factory=list)
@@ -283,7 +270,7 @@ class Received:
 
 
 def train_with_bursts(flags: list[str], every: int, look_every: int) -> Received:
-    """All tokens go to one expert in every so-many-th step; memory is looked at now and then."""
+    """Send all tokens to one expert in every `every`-th step; measure every `look_every`-th."""
     from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
 
     received, preprocess, steps = Received(), SlotTokenDispatcher.preprocess, 0
@@ -318,10 +305,7 @@ def train_with_bursts(flags: list[str], every: int, look_every: int) -> Received
 
 
 def train_with_full_disk(flags: list[str], from_step: int, limit_bytes: int) -> Record:
-    """From some step on, no file of this rank or of its checkpoint writers may grow beyond that.
-
-    By the system's limit on file sizes: a write fails in the middle, as on a full disk.
-    """
+    """Limit the files of this rank and its checkpoint writers from a step on, as on a full disk."""
     steps = 0
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
@@ -338,7 +322,7 @@ def train_with_full_disk(flags: list[str], from_step: int, limit_bytes: int) -> 
 
 
 def limit_files(limit_bytes: int) -> None:
-    """The limit for this process and all that it started; above it, writes fail."""
+    """Limit the files of this process and its descendants; larger writes fail."""
     # Without the handler the first such write would end the process.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     for process in (psutil.Process(), *psutil.Process().children(recursive=True)):

@@ -1,4 +1,4 @@
-"""Jobs of real ranks under `torchrun`. What a rank does and suffers says `run.py`."""
+"""Jobs of real ranks under `torchrun`; `run.py` has the ranks' part."""
 
 from __future__ import annotations
 
@@ -29,12 +29,10 @@ def run_job(
     restarts: int = 0,
     ignored: str = "",
 ) -> int:
-    """What `torchrun` returns; all its ranks have ended by then. Their output is in `output`.
+    """Run a job and end all its ranks; return `torchrun`'s status. The output is in `output`.
 
-    Args:
-        folder: for what the ranks see; exists or is made.
-        fault: see `run.py`, and for `step`, `rank` and `signal_name` too.
-        ignored: name of a signal that the launcher is started to ignore.
+    `run.py` explains `fault`, `step`, `rank` and `signal_name`. The launcher ignores the signal
+    named `ignored`.
     """
     folder.mkdir(exist_ok=True)
     spec: dict[str, Any] = {"flags": list(flags), "folder": str(folder), "fault": fault}
@@ -54,8 +52,8 @@ def run_job(
                 "MEGATRON_LAER_DEVICE": "cpu",
                 "PYTHONPATH": python_path(),
                 "OMP_NUM_THREADS": "1",
-                # Or a restarted rank may find addresses of the attempt before in the shared store:
-                # github.com/pytorch/pytorch/issues/135712.
+                # Otherwise a restarted rank may find addresses of the previous attempt in the
+                # shared store: github.com/pytorch/pytorch/issues/135712.
                 "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
                 # A busy machine may need longer for a save than the 30 s that torchrun waits for.
                 "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
@@ -67,7 +65,7 @@ def run_job(
         try:
             return process.wait(timeout=600.0)
         finally:
-            # Ranks lead sessions of their own. When all is well, torchrun has ended them.
+            # Ranks lead sessions of their own. Normally torchrun has ended them.
             with contextlib.suppress(psutil.NoSuchProcess):
                 for descendant in psutil.Process(process.pid).children(recursive=True):
                     descendant.kill()
@@ -77,11 +75,9 @@ def run_job(
 
 
 def output_of(folder: Path) -> str:
-    """What the launcher and its ranks printed."""
     return (folder / "output").read_text(errors="replace")
 
 
 def steps_of(folder: Path, rank: int) -> list[dict[str, Any]]:
-    """What a rank wrote after each step: `attempt`, `step` and `digest`."""
     lines = (folder / f"rank-{rank}.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]

@@ -1,6 +1,6 @@
 """A rank of a job that `jobs.py` starts: `torchrun ... -m tests.faults.run SPEC.json`.
 
-SPEC has the flags of the run, a folder for what the ranks see, and a fault with its step and rank:
+SPEC has the flags of the run, a folder for the ranks' files, and a fault with its step and rank:
 
     kill           the rank is killed, at the job's first start; `started.json` has the ids of all
                    processes that it had started
@@ -8,8 +8,8 @@ SPEC has the flags of the run, a folder for what the ranks see, and a fault with
     signal ranks   the rank sends `signal` to all processes of the job but the launcher
     signal job     and to the launcher
 
-Each rank writes a line per step into `rank-R.jsonl`, and what Megatron exits with, if it does so
-before the last step, into `rank-R.status`.
+Each rank writes a line per step into `rank-R.jsonl`, and Megatron's exit status, if it exits before
+the last step, into `rank-R.status`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from tests.faults.injected import act_in_step, current_step, other_layout
 
 
 def main(path: str) -> None:
-    """One attempt at the run."""
     spec = json.loads(Path(path).read_text())
     fault, folder = spec["fault"], Path(spec["folder"])
     attempt, rank = int(os.environ["TORCHELASTIC_RESTART_COUNT"]), int(os.environ["RANK"])
@@ -67,7 +66,7 @@ def main(path: str) -> None:
 
 
 def kill(folder: Path) -> None:
-    """End this rank like a machine that runs out of memory does."""
+    """Kill this rank as the kernel does when a machine runs out of memory."""
     started = [process.pid for process in psutil.Process().children(recursive=True)]
     (folder / "started.json").write_text(json.dumps(started))
     os.kill(os.getpid(), signal.SIGKILL)
@@ -77,7 +76,7 @@ def stop(number: int, with_launcher: bool) -> None:
     """Signal every process of the job, as Slurm does; without its launcher, as torchrun does."""
     launcher = psutil.Process().parent()
     assert launcher is not None
-    # This one last: what it has not signalled by then is not signalled.
+    # This process last: the rest of its loop would not run.
     others = [
         process for process in launcher.children(recursive=True) if process.pid != os.getpid()
     ]

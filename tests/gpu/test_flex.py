@@ -1,6 +1,6 @@
 """Megatron's flex dispatcher on the true buffers of DeepEP and HybridEP, in Megatron's loop.
 
-Two ranks with a card each, which must reach each other's memory. Nobody has run these tests yet.
+Two ranks with a card each, which must reach each other's memory. These tests have not been run yet.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Train = Callable[[str], list[float]]
 
 @pytest.fixture(autouse=True)
 def needs_two_cards() -> None:
-    """DeepEP is not imported with this file, which every session collects."""
+    """Import DeepEP here, since every session collects this file."""
     pytest.importorskip("deep_ep")
     if torch.cuda.device_count() < 2:
         pytest.skip("a rank needs a card of its own")
@@ -52,13 +52,12 @@ def needs_two_cards() -> None:
 
 @pytest.fixture(scope="module")
 def train(text_data: str) -> Train:
-    """`train(flags)`: the losses of a run of two ranks."""
     found: dict[str, list[float]] = {}
 
     def run(extra: str) -> list[float]:
         if extra not in found:
             flags = ["--data-path", text_data, *BYTES_TOKENIZER_FLAGS, *extra.split()]
-            found[extra] = _run([*FLAGS, *CPU_FLAGS[2:], *flags])  # all but the backend
+            found[extra] = _run([*FLAGS, *CPU_FLAGS[2:], *flags])  # all but the back end
         return found[extra]
 
     return run

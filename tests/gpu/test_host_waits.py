@@ -2,9 +2,8 @@
 
 Tokens that go through nodes are the one exception: a second wait, which has a name.
 
-torch's debug mode raises at operations that wait for a stream. It does not know of waits for an
-event, which are noted here: the one for the copy of counts is a layer's only one. Nor does it know
-of copies from memory that is not pinned and that were asked not to wait; these are noted as well.
+torch's debug mode raises at waits for a stream. It does not see waits for an event and asynchronous
+copies from memory that is not pinned, so both are recorded here.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from tests.one_layer import EXPECTED, MODELS, UPLOAD, WAIT, host_work, naming_to
 
 
 class _Uploads(TorchDispatchMode):
-    """Notes copies from the host to the device."""
+    """Record of copies from the host to the device."""
 
     def __init__(self, done: list[str]) -> None:
         super().__init__()

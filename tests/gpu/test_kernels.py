@@ -1,4 +1,4 @@
-"""What runs inside a rank, on CUDA: slot GEMMs, the slot map, sums over replicas, streams.
+"""Parts of a rank on CUDA: slot GEMMs, the slot map, sums over replicas, streams.
 
 `scripts/test.sh --gpu` runs these; they need one GPU and no process group.
 """
@@ -39,7 +39,6 @@ def test_slot_gemms_equal_a_linear_layer_per_slot(dtype: torch.dtype, name: str)
 
 
 def routed() -> tuple[ExpertLayout, torch.Tensor, torch.Tensor, RankQuotas]:
-    """Make a layout, scores and a map of 4096 tokens, and their rank's quotas."""
     layout = ExpertLayout.random(4, 4, 12, (1,))
     generator = torch.Generator().manual_seed(2)
     scores_TE = torch.rand(4096, 12, generator=generator)
@@ -94,7 +93,7 @@ def test_a_communication_stream_sees_what_was_computed_before_and_shows_what_it_
     stream = make_comm_stream("parameters", DEVICE, overlaps=True)
     value = torch.zeros(1 << 22, device=DEVICE)
     for step in range(1, 51):
-        value = value + 1  # on the compute stream, perhaps not done when the stream is asked
+        value = value + 1  # on the compute stream, perhaps not done when the stream is queried
         doubled = stream.submit(lambda value=value: value * 2, "double").wait()
         assert torch.equal(doubled, torch.full_like(doubled, 2.0 * step))
     stream.close()

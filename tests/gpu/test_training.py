@@ -1,7 +1,7 @@
 """Modes that `--fsep-allow-unproven` names, in Megatron's loop with Transformer Engine's layers.
 
-Two ranks. With one card both are on it and gloo carries what they exchange, since NCCL takes a card
-only once; with more cards each has its own, and NCCL. Nobody has run these tests yet.
+Two ranks. With one card both share it and exchange over gloo, since NCCL needs a card per rank.
+With more cards each has its own, and NCCL. These tests have not been run yet.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ GRAPHS = (
 FP8 = " --fsep-allow-unproven dense-fp8 --fp8-format hybrid --fp8-recipe "
 BOTH = " --fsep-allow-unproven te-graphs dense-fp8"  # of several, the last one counts
 
-# Where gloo carries CUDA tensors it takes no device ids, as on the CPU.
+# Where gloo carries CUDA tensors it accepts no device ids, as on the CPU.
 WITH_GLOO = """
 import runpy, sys
 from megatron_laer.cpu import cuda
@@ -61,13 +61,13 @@ Train = Callable[[str], tuple[list[float], str]]
 
 @pytest.fixture(autouse=True)
 def needs_transformer_engine() -> None:
-    """Not imported with this file, which every session collects."""
+    """Import it here, since every session collects this file."""
     pytest.importorskip("transformer_engine.pytorch")
 
 
 @pytest.fixture(scope="module")
 def train(text_data: str, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """`train(flags)`: the losses of a run of two ranks, and what they printed."""
+    """Return `train(flags)`: the losses of a run of two ranks, and their output."""
     folder = tmp_path_factory.mktemp("training")
     found: dict[str, tuple[list[float], str]] = {}
 
@@ -133,7 +133,7 @@ def test_graphs_change_losses_by_rounding_at_most(modules: str, extra: str, trai
 
 
 def _cannot_compute(recipe: str) -> str | None:
-    """Why this card cannot compute in fp8 by this recipe; None if it can."""
+    """Return the reason why this card cannot compute in fp8 by this recipe; None if it can."""
     from transformer_engine.pytorch import fp8
 
     asked = {

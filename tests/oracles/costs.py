@@ -1,4 +1,4 @@
-"""The cost model in NumPy, term by term as `native/costs.cpp` has it; equal to the last bit.
+"""The cost model in NumPy, term by term as in `native/costs.cpp`; equal to the last bit.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes.
 """
@@ -18,12 +18,12 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import SplitTotals
 from megatron_laer.planner.sharding import changed_slots
 
-# Lower bounds give way by more than the rounding of what they bound, which is some 1e-15.
+# Lower bounds are reduced by more than rounding, which is some 1e-15.
 _BELOW_ROUNDING = 1.0 - 1e-9
 
 
 def split_seconds(costs: CostModel, totals: SplitTotals, geometry: Geometry) -> float:
-    """Seconds of one layer and microbatch: token counts added as integers, floats by slot."""
+    """Return seconds of one layer and microbatch: integer token counts, floats by slot."""
     slot_s_S = costs.cluster.gemm.unit_seconds(totals.near_S + totals.far_S)
     slot_s_NC = slot_s_S.reshape(geometry.num_ranks, geometry.capacity)
     rank_s_N = slot_s_NC[:, 0].copy()
@@ -35,7 +35,7 @@ def split_seconds(costs: CostModel, totals: SplitTotals, geometry: Geometry) -> 
 
 
 def least_layer_seconds(costs: CostModel, counts_NE: Int64, geometry: Geometry) -> float:
-    """Seconds that no layout and no split gets below."""
+    """Return seconds that no layout and no split can beat."""
     gemm, num_ranks = costs.cluster.gemm, geometry.num_ranks
     loads_E = counts_NE.sum(axis=0)
     largest = np.array([-(-int(loads_E.sum()) // num_ranks)])
@@ -50,10 +50,10 @@ def least_layer_seconds(costs: CostModel, counts_NE: Int64, geometry: Geometry) 
 
 
 def least_unit_seconds(gemm: GemmCurve, tokens: Int64) -> npt.NDArray[np.float64]:
-    """Seconds of these tokens at least, however they are divided into GEMMs.
+    """Return the least seconds of these tokens, however they are divided into GEMMs.
 
-    At the highest speed that as many or fewer tokens reach. Between points speed is monotone, since
-    time is linear there, so that is the speed of a point below, or theirs in one GEMM.
+    Use the highest speed up to their number. Between points speed is monotone, since time is linear
+    there, so that is the speed of a point below, or theirs in one GEMM.
     """
     tokens_P, *_, best_P = gemm.columns()
     point = np.searchsorted(tokens_P, tokens, side="right")
@@ -64,7 +64,7 @@ def least_unit_seconds(gemm: GemmCurve, tokens: Int64) -> npt.NDArray[np.float64
 def change_seconds(
     costs: CostModel, before: ExpertLayout, after: ExpertLayout, geometry: Geometry
 ) -> float:
-    """The solve, and the fetch of the changed slots; 0 for the same layout."""
+    """Return the seconds of the solve and of fetching the changed slots; 0 for the same layout."""
     changed_S = changed_slots(before, after)
     if not changed_S.any():
         return 0.0
@@ -75,7 +75,7 @@ def change_seconds(
 def exposed_seconds(
     costs: CostModel, layout: ExpertLayout, node_size: int, beside_s: float
 ) -> tuple[float, float]:
-    """What a layer of `beside_s` does not hide in both passes, and in backward alone."""
+    """Return the exposed seconds next to a layer of `beside_s`, of both passes and of backward."""
     restore_s = costs.restore_seconds(layout, node_size, costs.restore_algorithm)
     forward_s = max(restore_s - beside_s * costs.forward_share, 0.0)
     backward_s = max(2 * restore_s - (beside_s - beside_s * costs.forward_share), 0.0)
@@ -112,7 +112,7 @@ def _least_pass_seconds(costs: CostModel, counts_NE: Int64, geometry: Geometry) 
 
 
 def _least_leaving(counts: Int64, kept_experts: int) -> int:
-    """Tokens that leave the row that keeps fewest, if rows keep their top experts'."""
+    """Return the tokens that leave the row that keeps fewest, if rows keep their top experts'."""
     others = counts.shape[1] - kept_experts
     if others <= 0:
         return 0

@@ -1,8 +1,8 @@
-"""This plain Python defines what the native code computes. Only tests use it; it is not fast.
+"""Plain Python definitions of the native code's results, for tests only. They are slow.
 
 The least largest load comes from sets of experts (Hall's condition), which shares nothing with the
-native flows; the whole matrix of quotas from the loads of slots, token by token in order; replicas
-in proportion to load from fractions; the experts that nodes host from sorted lists. The
+native flows. The matrix of quotas comes from the loads of slots, token by token in order. Replicas
+in proportion to load come from fractions, the nodes' hosted experts from sorted lists. The
 construction for known counts has no double here: its definition is its result, perfect balance.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots.
@@ -24,7 +24,7 @@ def least_largest_load(counts_NE: Int64, layout: ExpertLayout) -> int:
     """Return the least largest rank load: over all sets of experts, their tokens per rank.
 
     Experts of a set can only go to ranks that host one of them; some rank gets at least the
-    average, rounded up. That the largest such bound is attained is the max-flow min-cut theorem.
+    average, rounded up. The max-flow min-cut theorem shows that the largest such bound is attained.
     O(2^E).
     """
     load_E = counts_NE.sum(axis=0)
@@ -44,11 +44,9 @@ def least_largest_load(counts_NE: Int64, layout: ExpertLayout) -> int:
 def exact_quota_NS(counts_NE: Int64, loads_S: Int64, layout: ExpertLayout, node_size: int) -> Int64:
     """Return the matrix that follows from the loads of all slots, int64 [N, S].
 
-    Own tokens first; then, inside each node, sources in turned order fill replicas in slot order;
-    then what is left in nodes in that order fills what is left of replicas in slot order.
-
-    Raises:
-        ValueError: a node size that does not divide N.
+    Own tokens first. Then, inside each node, sources in turned order fill replicas in slot order.
+    The rest, in the same order of nodes and sources, fills the remaining room of replicas in slot
+    order.
     """
     check_node_size(layout.num_ranks, node_size)
     quota_NS = np.zeros((layout.num_ranks, layout.num_slots), dtype=np.int64)
@@ -76,14 +74,12 @@ def exact_quota_NS(counts_NE: Int64, loads_S: Int64, layout: ExpertLayout, node_
 
 
 def off_node_tokens(quota_NS: Int64, layout: ExpertLayout, node_size: int) -> int:
-    """Count the tokens that a whole matrix of quotas sends to another node."""
     source_node_N = np.arange(layout.num_ranks) // node_size
     slot_node_S = np.arange(layout.num_slots) // (layout.capacity * node_size)
     return int(quota_NS[source_node_N[:, None] != slot_node_S].sum())
 
 
 def off_rank_tokens(quota_NS: Int64, layout: ExpertLayout) -> int:
-    """Count the tokens that a whole matrix of quotas sends to another rank."""
     slot_rank_S = np.arange(layout.num_slots) // layout.capacity
     return int(quota_NS[np.arange(layout.num_ranks)[:, None] != slot_rank_S].sum())
 
@@ -93,10 +89,10 @@ def proportional_experts(counts_NE: Int64, geometry: Geometry) -> list[list[int]
 
     Every expert counts as having a quarter of the mean load more. Nodes whose slots suffice are
     served one by one, on their own tokens. A replica goes to the node with most tokens of its
-    expert that no replica there serves yet. In it, of the eight least loaded ranks without the
-    expert, and at most half a replica's load above the least of them, it goes to the first one that
-    is not linked to the expert's other ranks by shared experts, else to the one that shares fewest
-    experts with them.
+    expert that no replica there serves yet. There, candidates are the eight least loaded ranks
+    without the expert, at most half a replica's load above the least of them. The first candidate
+    without a link to the expert's other ranks by shared experts wins, else the one that shares
+    fewest with them.
     """
     per_node = geometry.num_experts <= geometry.node_size * (geometry.capacity - 1)
     size = geometry.node_size if per_node else geometry.num_ranks
@@ -109,8 +105,8 @@ def proportional_experts(counts_NE: Int64, geometry: Geometry) -> list[list[int]
 def hosted_by_node(counts_NE: Int64, geometry: Geometry, most_experts: int) -> list[set[int]]:
     """Return the experts that each node hosts where it has places for `most_experts` only.
 
-    Every expert goes first to the node with most of its tokens that has a place, the fuller one
-    later, with the largest experts before the others. Places left go to a node's largest experts.
+    Every expert, largest first, goes to the node with most of its tokens that has a place, or the
+    emptier of equals. Places left go to a node's largest experts.
     """
     shape = geometry.num_nodes, geometry.node_size, geometry.num_experts
     node_counts_QE = counts_NE.reshape(shape).sum(axis=1)

@@ -1,4 +1,4 @@
-"""These plain loops define what the fast code computes. Only tests use this file; it is not fast.
+"""Plain loops that define the fast code's results, for tests only. They are slow.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
@@ -13,11 +13,7 @@ from megatron_laer.planner.layout import ExpertLayout
 
 
 def quota_NS(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Int64:
-    """Return the even split as a whole matrix: tokens from each source to each slot, int64 [N, S].
-
-    Raises:
-        ValueError: a node size that does not divide N.
-    """
+    """Return the even split as a matrix: tokens from each source to each slot, int64 [N, S]."""
     check_node_size(layout.num_ranks, node_size)
     experts = layout.to_list()
     quota = np.zeros((layout.num_ranks, layout.num_slots), dtype=np.int64)
@@ -41,11 +37,10 @@ def quota_NS(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Int64:
 def token_runs(layout: ExpertLayout, row_S: Int64, columns_NC: Int64) -> dict[str, list[int]]:
     """Return the runs of rows between which one rank's tokens move, in the order they are packed.
 
-    Of slots: the first and the last but one place that each serves among its expert's tokens, its
-    first row in the send buffer; the slots by expert, and where each expert's ones begin there. Of
-    arrivals, by slot and then by rank: what leads from a row to the same one in the other order,
-    numbered through, and the rows of each run. Of sources: what leads from a row of the send buffer
-    to its pair by expert, and the rows of each run.
+    By slot: the start and end of its places among its expert's tokens, and its first row in the
+    send buffer. Then the slots by expert, and each expert's first. By arrival, in order of slot and
+    then of rank: the shift between a row's places in both orders, and each run's rows. By source:
+    the shift from a row of the send buffer to its pair by expert, and the rows of each run.
     """
     experts, slots = layout.to_list(), range(layout.num_slots)
     ranks, places = range(layout.num_ranks), range(layout.capacity)

@@ -1,7 +1,6 @@
-"""Models whose weights are frozen, wholly but for adapters or in part, alike in stock and FSEP.
+"""Models with frozen weights, wholly except adapters or in part, the same in stock and FSEP.
 
-A row of the parity table names one of these functions; it changes a model chunk before Megatron
-wraps it, as Megatron-Bridge does for LoRA.
+These functions of the parity table's rows change a model chunk before Megatron wraps it.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ _RANK = 4
 
 
 class LowRank(torch.nn.Module):
-    """Adds a product of two narrow matrices to what a linear layer of attention gives."""
+    """Linear layer of attention with an added product of two narrow matrices."""
 
     def __init__(self, linear: torch.nn.Module) -> None:
         super().__init__()
@@ -31,7 +30,6 @@ class LowRank(torch.nn.Module):
 
 
 def lora_on_attention(model: torch.nn.Module) -> None:
-    """Freeze everything, and adapt both linear layers of every attention."""
     model.requires_grad_(False)
     for layer in [*model.modules()]:
         if hasattr(layer, "self_attention"):

@@ -16,15 +16,11 @@ _TINY = 1e-30
 
 @dataclass(frozen=True)
 class Distance:
-    """How far two runs are apart.
+    """Distance between two runs: the largest relative differences.
 
-    Attributes:
-        grads: largest relative L2 distance of a tensor's gradient in the first step.
-        losses: largest relative difference of a step's or an evaluation's loss.
-        norms: largest relative difference of a step's gradient norm.
-        weights: largest relative L2 distance of a final weight.
-        logged: largest relative difference of a loss that Megatron logs of the MoE layers, for a
-            layer or over all of them; 0 where it logs none.
+    Gradients of the first step and final weights are compared by L2 distance of tensors. `losses`
+    has steps and evaluations, `norms` gradient norms of steps. `logged` has Megatron's logged
+    losses of MoE layers, for a layer or over all; 0 where it logs none.
     """
 
     grads: float
@@ -34,20 +30,16 @@ class Distance:
     logged: float = 0.0
 
     def within(self, bound: Distance) -> bool:
-        """Whether no part exceeds the bound's."""
         pairs = zip(self.parts(), bound.parts(), strict=True)
         return all(mine <= allowed for mine, allowed in pairs)
 
     def times(self, factor: float) -> Distance:
-        """A bound `factor` times as wide."""
         return Distance(*(factor * part for part in self.parts()))
 
     def at_least(self, smallest: float) -> Distance:
-        """The distance, with no part below `smallest`."""
         return Distance(*(max(part, smallest) for part in self.parts()))
 
     def parts(self) -> tuple[float, ...]:
-        """In the order of the attributes."""
         return astuple(self)
 
     def __str__(self) -> str:
@@ -57,9 +49,9 @@ class Distance:
 
 
 def distance(run: Record, reference: Record) -> Distance:
-    """How far `run` is from `reference`; both have the same steps and the same tensors.
+    """Return the distance of `run` from `reference`; both have the same steps and tensors.
 
-    What neither run has counts as equal: gradients, and norms where there was no training step.
+    Values that neither run has count as equal: gradients, and norms without a training step.
     """
     assert run.moe_losses.keys() == reference.moe_losses.keys()
     has_gradients = bool(run.first_grads or reference.first_grads)
@@ -77,7 +69,6 @@ def distance(run: Record, reference: Record) -> Distance:
 
 
 def identical(run: Record, reference: Record) -> bool:
-    """Whether two runs agree in every bit that was recorded."""
     return (
         run.losses == reference.losses
         and run.grad_norms == reference.grad_norms

@@ -1,8 +1,7 @@
 """The routers' decisions in a run: recorded, compared with another run's, and given to a run.
 
-Megatron's top-k is asked through the seam of its routing replay (`RouterReplay`), or where that is
-not asked, by sinkhorn and quantile balancing, in place of what they find. A router's other parts,
-losses among them, do not come into it, and neither does a fused router.
+Megatron's top-k is intercepted at its routing replay (`RouterReplay`). Sinkhorn and quantile
+balancing do not use it, so their results are replaced. All else in a router is unchanged.
 
 Legend: C router calls in a run's order (step, microbatch, layer), T tokens, E experts, K top-k.
 """
@@ -25,36 +24,29 @@ Chosen = npt.NDArray[np.int16]
 
 @dataclass(frozen=True)
 class Decisions:
-    """What each router call saw and what its top-k chose by itself, also where it was overruled.
-
-    Attributes:
-        scores_CTE: what top-k was taken of; logits for a softmax router.
-        chosen_CTK: experts, the highest score first.
-    """
+    """Input of each router call (logits for softmax) and its own top-k, highest score first."""
 
     scores_CTE: npt.NDArray[np.float32]
     chosen_CTK: Chosen
 
     @classmethod
     def of_all_ranks(cls, parts: list[Decisions]) -> Decisions:
-        """The calls of ranks that run side by side, each with the tokens of all of them."""
+        """Join the calls of parallel ranks, each with the tokens of all of them."""
         return cls(
             np.concatenate([part.scores_CTE for part in parts], axis=1),
             np.concatenate([part.chosen_CTK for part in parts], axis=1),
         )
 
     def margins_T(self, call: int) -> npt.NDArray[np.float32]:
-        """How far the lowest score that a call chose is above the highest that it did not."""
+        """Return the gap between the lowest chosen and the highest other score of a call."""
         top_k = self.chosen_CTK.shape[2]
         ascending_TE = np.sort(self.scores_CTE[call], axis=1)
         return ascending_TE[:, -top_k] - ascending_TE[:, -top_k - 1]
 
     def gaps_CT(self, other: Decisions) -> npt.NDArray[np.float32]:
-        """The largest difference between a token's scores in the two runs."""
         return np.abs(self.scores_CTE - other.scores_CTE).max(axis=2)
 
     def differ_CT(self, other: Decisions) -> npt.NDArray[np.bool_]:
-        """Whether a token chose other experts, in whatever order."""
         return _differ(self.chosen_CTK, other.chosen_CTK)
 
 
@@ -64,7 +56,7 @@ def _differ(one: Chosen, other: Chosen) -> npt.NDArray[np.bool_]:
 
 @dataclass
 class _TopK:
-    """Takes the place of a router's `RouterReplay`; one serves all routers of a rank."""
+    """Replacement of a router's `RouterReplay`; one serves all routers of a rank."""
 
     given_CTK: Chosen | None
     scores: list[npt.NDArray[np.float32]] = field(default_factory=list)
@@ -78,13 +70,12 @@ class _TopK:
         group_topk: int | None,
         default_compute_topk: Callable[..., tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Called by Megatron: values and indices of the top-k, as given where they differ."""
+        """Return values and indices of the top-k for Megatron, as given where they differ."""
         values, own_TK = default_compute_topk(scores, topk, num_groups, group_topk)
         used_TK = self.choose(scores, own_TK)
         return values if used_TK is own_TK else scores.gather(1, used_TK), used_TK
 
     def choose(self, scores_TE: torch.Tensor, own_TK: torch.Tensor) -> torch.Tensor:
-        """Note a call's own choice; returns it, or where another is given, that one."""
         call = len(self.chosen)
         self.scores.append(scores_TE.detach().float().numpy().copy())
         self.chosen.append(own_TK.numpy().astype(np.int16))
@@ -102,12 +93,7 @@ def train_choosing(
     adapt: Adapt | None = None,
     gradients: bool = True,
 ) -> tuple[Record, Decisions]:
-    """A run of `train`, with this rank's decisions. Collective.
-
-    Args:
-        given: each rank's `chosen_CTK` of another run, which this one must follow.
-        adapt, gradients: as for `train`.
-    """
+    """Train with all ranks' given choices, if any; return record and decisions. Collective."""
     from megatron.core.transformer.moe import router
     from megatron.training import get_args
 
@@ -121,7 +107,7 @@ def train_choosing(
     def observed_sinkhorn(cost: torch.Tensor) -> torch.Tensor:
         scores_TE = balance(cost)
         own_TK = scores_TE.topk(get_args().moe_router_topk, dim=1).indices
-        # Only the places of the highest scores are asked for.
+        # Only the places of the highest scores are used.
         return scores_TE.scatter(1, top_k.choose(scores_TE, own_TK), float("inf"))
 
     def observed_quantiles(logits: torch.Tensor, topk: int, beta: Any, **kwargs: Any) -> Any:
@@ -134,6 +120,6 @@ def train_choosing(
         mock.patch.object(router, "qb_dual_update", observed_quantiles),
     ):
         record = train(flags, adapt=adapt, gradients=gradients)
-    if not top_k.chosen:  # a stage of a pipeline without experts
+    if not top_k.chosen:
         return record, Decisions(np.zeros((0, 0, 0), np.float32), np.zeros((0, 0, 0), np.int16))
     return record, Decisions(np.stack(top_k.scores), np.stack(top_k.chosen))

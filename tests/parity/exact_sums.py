@@ -1,8 +1,7 @@
-"""Partial sums of tokens cross ranks in fp32 within `exact_sums()`, as in no run outside of tests.
+"""`exact_sums()` sends partial sums of tokens across ranks in fp32, for tests only.
 
-With `--fsep-token-exchange node` a rank adds up a token's outputs of its experts, and a token's
-gradients likewise, before they leave. In bf16 each such sum is rounded once more than in stock.
-Here rows cross in fp32, so that a token's sum is rounded once, as in stock.
+With `--fsep-token-exchange node` a rank sums outputs and gradients of a token before they leave, a
+rounding more in bf16 than in stock. In fp32 a token's sum is rounded once, as in stock.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 
 @dataclass
 class _Rounding:
-    """Takes the place of the last step's map: rounds its sums."""
+    """Replacement of the last step's map that rounds its sums."""
 
     map: Any
     dtype: torch.dtype
@@ -30,7 +29,6 @@ class _Rounding:
 
 @contextlib.contextmanager
 def exact_sums() -> Iterator[None]:
-    """Let every `NodeTokenDispatcher` round a token's sum once."""
     from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
 
     steps = {

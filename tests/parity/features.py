@@ -1,8 +1,8 @@
-"""What users ask for, and where the answer is: in rows of the parity table, or in refusals.
+"""Features that users ask for, with the parity rows or refusals that answer.
 
 Rows go by their ids. Names that begin with a flag are settings of
-`megatron_laer.support.table.REFUSALS`, or words of `--fsep-allow-unproven`. A feature without
-names runs, and nothing proves it.
+`megatron_laer.support.table.REFUSALS`, or words of `--fsep-allow-unproven`. A feature without names
+runs, and nothing proves it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from megatron_laer.config import Unproven
 
 ALLOW = "--fsep-allow-unproven"
 
-# Where Megatron has no implementation for the CPU, the replacement of `megatron_laer/cpu`,
-# by the word of a row's flags that needs it.
+# Replacements in `megatron_laer/cpu` for parts that Megatron lacks on the CPU, by the word of a
+# row's flags that needs them.
 REPLACED = {
     "--context-parallel-size": "attention over a sequence that is cut (context parallel)",
     "--hybrid-layer-pattern": "the layers of HybridModel and its last norm (no Mamba layers)",
@@ -28,7 +28,7 @@ REPLACED = {
     "dist_muon": "gathers of tensors of several sizes (Muon's distributed form)",
 }
 
-# Ids of rows and words of `--fsep-allow-unproven` of which docs/gpu_status.md has a run.
+# Ids of rows and words of `--fsep-allow-unproven` with a run in docs/gpu_status.md.
 SEEN_ON_A_CARD: frozenset[str] = frozenset()
 
 FEATURES: dict[str, tuple[str, ...]] = {

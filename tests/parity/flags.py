@@ -28,11 +28,7 @@ def command_line(
     extra: str = "",
     without: str = "",
 ) -> list[str]:
-    """Flags for one run; later ones win, so `extra` may override.
-
-    Args:
-        without: flags of the model to leave out, with their values.
-    """
+    """Return flags for one run, `without` some of the model's; `extra` may override any."""
     dropped = without.split()
     assert set(dropped) <= set(MODEL_FLAGS), f"the model has not all of {without}"
     return [

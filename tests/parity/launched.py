@@ -68,7 +68,6 @@ def compare(ranks: Ranks) -> Part:
 
 
 def rows(found: list[tuple[Row, Distance, Distance]]) -> list[dict[str, Any]]:
-    """The table of parity rows."""
     return [
         {
             "row": row.name,
@@ -81,7 +80,6 @@ def rows(found: list[tuple[Row, Distance, Distance]]) -> list[dict[str, Any]]:
 
 
 def is_equal(row: Row, found: Distance, floor: Distance) -> bool:
-    """Whether FSEP is as near to stock as the row's bound and its floor demand."""
     return found.within(row.bound) and found.within(floor.times(FLOOR_FACTOR))
 
 

@@ -1,8 +1,7 @@
-"""Runs with `--moe-enable-routing-replay` have their routing from outside, as in training from RL.
+"""Runs with `--moe-enable-routing-replay`, whose routing is given, as in training from RL.
 
-Megatron's flag alone changes nothing: somebody must tell `RouterReplay` what to choose. Here that
-is skewed at random, anew for each rank, microbatch and layer, and nothing that the routers would
-choose.
+Megatron's flag alone changes nothing: `RouterReplay` must be given the choices. Here they are
+skewed at random, anew for each rank, microbatch and layer, and unlike the routers' own.
 
 Legend: L layers of a rank, T tokens of a rank's microbatch, E experts, K top-k.
 """
@@ -27,7 +26,7 @@ def train_row(
     adapt: Adapt | None = None,
     gradients: bool = True,
 ) -> Record:
-    """Train with the flags of a row, with routing from outside where these ask for it."""
+    """Train with the flags of a row, with given routing where these ask for it."""
     if REPLAY not in flags:
         return train(flags, probe, adapt=adapt, gradients=gradients)
     from megatron.training import training
@@ -48,7 +47,7 @@ def _told(train_step: Callable[..., Any]) -> Callable[..., Any]:
             RouterReplay.set_replay_data(_experts_LTK(get_args(), microbatch))
             RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
             output = forward_step(iterator, model)
-            # What a checkpoint's re-run is told: the oldest indices that none had yet.
+            # A checkpoint's re-run gets the oldest indices that were not used yet.
             RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
             microbatch += 1
             return output

@@ -45,11 +45,7 @@ def figures_of(found: Distance, floor: Distance, row: Row) -> Figures:
 
 
 def figures_in(results: Path) -> dict[str, Figures]:
-    """Read figures by row's name from pytest's `--junitxml`.
-
-    Raises:
-        ValueError: a row failed, and a page must not show figures of a failed run.
-    """
+    """Read figures by row's name from pytest's `--junitxml`; ValueError if a row failed."""
     rows = {row.name: row for row in ROWS}
     found: dict[str, Figures] = {}
     for case in ElementTree.parse(results).iter("testcase"):
@@ -70,7 +66,6 @@ def _distance(text: str) -> Distance:
 
 
 def read_figures(path: Path | None = None) -> dict[str, Figures]:
-    """Read figures by row's name from the file of figures."""
     with (path or FIGURES).open(encoding="utf-8", newline="") as file:
         return {
             line["row"]: tuple(
@@ -82,7 +77,6 @@ def read_figures(path: Path | None = None) -> dict[str, Figures]:
 
 
 def write_figures(figures: Mapping[str, Figures], path: Path | None = None) -> None:
-    """Write the figures of all rows that have any, in the order of rows."""
     with (path or FIGURES).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["row", *(head for name in _COLUMNS for head in (name, f"{name} floor"))])
@@ -93,7 +87,6 @@ def write_figures(figures: Mapping[str, Figures], path: Path | None = None) -> N
 
 
 def counts() -> Iterator[str]:
-    """Yield the page's first sentence, and the limits of releases."""
     yield (
         f"**{len(ROWS)} combinations are proved equal to stock, {len(REFUSALS)} settings are "
         "refused at start.**"
@@ -122,12 +115,10 @@ def proved() -> Iterator[str]:
 
 
 def replaced() -> Iterator[str]:
-    """Yield the parts of Megatron that are replaced on CPU ranks, in stock too."""
     yield from (f"* {part}" for part in REPLACED.values())
 
 
 def refused() -> Iterator[str]:
-    """Yield every refused setting, why, and what works instead."""
     yield "| refused, as a flag and as a field of TransformerConfig | because | instead |"
     yield "|---|---|---|"
     for item in REFUSALS:
@@ -140,7 +131,6 @@ def refused() -> Iterator[str]:
 
 
 def allowed() -> Iterator[str]:
-    """Yield every word of `--fsep-allow-unproven`, its settings and its proof."""
     yield "| word | allows | settings | proved by |"
     yield "|---|---|---|---|"
     for word, text in UNPROVEN.items():
@@ -149,7 +139,6 @@ def allowed() -> Iterator[str]:
 
 
 def without_effect() -> Iterator[str]:
-    """Yield the fields about MoE that change nothing under FSEP."""
     yield "| fields | reason |"
     yield "|---|---|"
     for reason, fields in WITHOUT_EFFECT_BY_REASON.items():
@@ -168,7 +157,7 @@ TABLES = {
 
 
 def status(names: Collection[str]) -> tuple[str, str]:
-    """Return whether a feature with these rows, refusals and words is proved, and by what."""
+    """Return the status of a feature with these rows, refusals and words, and its proofs."""
     by = proved_by(names)
     if names and all(name in _SETTINGS for name in names):
         return "refused", _NONE
@@ -215,10 +204,7 @@ def _listed(names: Iterable[str]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the figures of these results; rows not in them keep theirs.
-
-    Complains of rows that have no figures at all.
-    """
+    """Write the figures of these results, keep other rows' figures, and report rows without any."""
     parser = argparse.ArgumentParser(prog="python -m tests.parity.report", description=__doc__)
     parser.add_argument("results", nargs="+", type=Path, help="junit XML files of pytest")
     options = parser.parse_args(arguments)

@@ -23,11 +23,11 @@ BF16_BOUND = Distance(grads=2e-2, losses=1e-2, norms=1e-1, weights=5e-2, logged=
 # An update is the sign of a momentum, which rounding decides near zero.
 LION_BOUND = replace(FP32_BOUND, weights=1e-2)
 FLOOR_FACTOR = 10
-# Two stock runs of few steps may agree in every loss, but no run can be held to less than a
-# rounding of fp32.
+# Two stock runs of few steps may agree in every loss, but no run can be closer than a rounding of
+# fp32.
 SMALLEST_FLOOR = 2.0**-23
 
-# Values whose size does not decide what code runs: not a digit alone.
+# Values whose size selects no code path: more than a single digit.
 _AMOUNT = re.compile(r"-?[\d.]{2,}(e-?\d+)?|-?\d+e-?\d+|-\d")
 
 
@@ -38,22 +38,22 @@ class Row:
     Attributes:
         id: in pytest's output and in `features`.
         name: in docs/support.md.
-        flags: given to both sides.
+        flags: of both sides.
         fsep: flags for the FSEP side alone.
         expert_parallel: FSEP's group size N, where not all ranks.
         stock_parallel: expert-parallel sizes of the two stock runs, the reference first.
         without: switches of the model that neither side gets.
-        reference_ranks: run the reference on this many ranks instead of `ranks`.
-        reference_flags: given to the reference instead of `flags`: the same model, cut less.
+        reference_ranks: ranks of the reference, instead of `ranks`.
+        reference_flags: of the reference, instead of `flags`: the same model, cut less.
         capacity: `--fsep-capacity`, where not the default.
         steps: training steps; 0 for a run that only evaluates.
-        evaluations: how often the run evaluates.
+        evaluations: number of evaluations in the run.
         moe_layers: on rank 0.
         exchanges: restores and reduces of a microbatch over rank 0's MoE layers, where these are
             repeated, or not all of their weights trained.
         adapt: changes the model on both sides.
-        gradients: whether Megatron can hand over the first step's; norms are compared without.
-        releases: whether the row is run with the oldest supported Megatron as well.
+        gradients: False if Megatron cannot return the first step's; norms are compared anyway.
+        releases: True to run the row with the oldest supported Megatron as well.
     """
 
     id: str
@@ -80,7 +80,7 @@ class Row:
 
     @property
     def values(self) -> frozenset[str]:
-        """The row's settings: a word for each value of each flag, and its sizes."""
+        """Return the row's settings: a word for each value of each flag, and its sizes."""
         found, flag = set[str](), ""
         for word in f"{self.flags} {self.fsep}".split():
             flag = word if word.startswith("--") else flag
@@ -91,23 +91,21 @@ class Row:
         return frozenset(found | {getattr(self.adapt, "__name__", "all is trained")})
 
     def reference(self, data: str) -> tuple[int, list[str]]:
-        """Ranks and command line of the stock run that the others are compared with."""
         flags = self.flags if self.reference_flags is None else self.reference_flags
         command = self._command(data, self.stock_parallel[0], flags)
         return self.reference_ranks or self.ranks, command
 
     def other_stock(self, data: str) -> tuple[int, list[str]]:
-        """The stock run whose distance from the reference is the floor."""
+        """Return the stock run whose distance from the reference is the floor."""
         return self.ranks, self._command(data, self.stock_parallel[1], self.flags)
 
     def fsep_run(self, data: str) -> tuple[int, list[str]]:
-        """The run under test."""
         capacity = "" if self.capacity is None else f" --fsep-capacity {self.capacity}"
         flags = self.flags + FSEP + capacity + self.fsep
         return self.ranks, self._command(data, self.expert_parallel or self.ranks, flags)
 
     def _command(self, data: str, expert_parallel: int, flags: str) -> list[str]:
-        """Every run of the row sees the same global batches."""
+        """Return a run's command line, with the same global batches for all runs of the row."""
         model_parallel = 1
         for size in ("tensor-model", "pipeline-model", "context"):
             model_parallel *= 2 if f"--{size}-parallel-size 2" in self.flags else 1

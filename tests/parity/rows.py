@@ -39,13 +39,13 @@ AUX_LOSSES = (
 # The reference has stock's All-to-All dispatcher; buffers of the other side are replacements.
 DEEPEP = " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend deepep"
 HYBRIDEP = " --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep"
-# Both sides are told what routers choose: see `tests/parity/replay.py`.
+# The routers' choices are given on both sides: see `tests/parity/replay.py`.
 REPLAY = " --moe-enable-routing-replay"
 ANNOUNCED = " --fsep-plan-mode announced"
 # Megatron's default multiplies in bf16, whose rounding would hide other differences.
 MUON = " --optimizer muon --muon-fp32-matmul-prec high"
 MUON_BF16 = " --optimizer muon --muon-extra-scale-factor 0.5 --bf16"
-# As `--optimizer muon --use-distributed-optimizer`, by its name of old.
+# Equals `--optimizer muon --use-distributed-optimizer`, by its old name.
 MUON_SHARED = MUON_BF16.replace("muon", "dist_muon", 1)
 UNTIED = "--untie-embeddings-and-output-weights"
 CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
@@ -61,7 +61,7 @@ LATENT_RECOMPUTE = " --recompute-granularity selective --recompute-modules mla_u
 GROUPED_QUERIES = " --group-query-attention --num-query-groups 2"
 AUX_LOSS = " --moe-router-load-balancing-type aux_loss"
 FIRST_LAYER_DENSE = " --num-layers 3 --moe-layer-freq ([0]*1+[1]*2) --moe-ffn-hidden-size 40"
-# Of DeepSeek-V3, which Kimi-K2 follows but for its groups.
+# As in DeepSeek-V3; Kimi-K2 has the same without groups.
 SIGMOID_ROUTER = (
     " --moe-router-score-function sigmoid --moe-router-enable-expert-bias"
     " --moe-router-bias-update-rate 1e-3 --moe-router-dtype fp32"
@@ -93,7 +93,7 @@ SCHEDULER_OFF = " --fsep-scheduler off"
 
 
 def _row(id: str, name: str, flags: str = "", fsep: str = "", **more: Any) -> Row:
-    """Return a row with what most rows have: random layouts, and a bound by precision."""
+    """Return a row with common defaults: random layouts, and a bound by precision."""
     ranks, group = more.get("ranks", 2), more.pop("group", None)
     return Row(
         id,
@@ -111,11 +111,10 @@ Pairs = set[tuple[str, str]]
 
 
 def pairs_of(rows: Iterable[Row]) -> Pairs:
-    """Return every setting and every pair of settings that any of these rows has."""
     return {pair for row in rows for pair in combinations_with_replacement(sorted(row.values), 2)}
 
 
-# A row: its id, its name, flags of both sides, and what differs from the defaults of `Row`.
+# A row: its id, its name, flags of both sides, and differences from the defaults of `Row`.
 # fmt: off
 ROWS = [
     _row("plain", "plain DDP", steps=LONG),
@@ -222,8 +221,8 @@ ROWS = [
         stock=(4, 2)),
     _row("e6-on-4", "E = 6 on 4 ranks", ranks=4, experts=6, stock=(1, 2), reference_ranks=1,
         steps=LONG),
-    # With Adam's default of 1e-8 one gradient in 6144 is so near to zero that rounding moves
-    # its weight by 4e-6, and neither stock run happens to show that.
+    # With Adam's default of 1e-8 one gradient in 6144 is so near to zero that rounding moves its
+    # weight by 4e-6. Neither stock run happens to show that.
     _row("e3-on-4", "E = 3 on 4 ranks", " --adam-eps 1e-6", ranks=4, experts=3, stock=(1, 1),
         reference_ranks=1, steps=LONG),
     _row("edp", "expert data parallel 2", ranks=4, group=2, steps=LONG),
@@ -297,7 +296,7 @@ ROWS = [
         " gated_delta_net --linear-attention-freq 2 --linear-key-head-dim 8"
         " --linear-value-head-dim 12 --linear-num-key-heads 2 --linear-num-value-heads 4"
         + SELECTIVE + " gdn_norm_out"),
-    # In smaller sizes what Megatron's own command for 256 GPUs has.
+    # A smaller version of Megatron's own command for 256 GPUs.
     _row("deepseek-v3", "as DeepSeek-V3: latent attention, first layer dense, shared experts,"
         " group-limited sigmoid router with expert bias, multi-token prediction, flex dispatcher"
         " with DeepEP, recompute", DIST_OPT + LATENT_ATTENTION + FIRST_LAYER_DENSE + SIGMOID_ROUTER
@@ -314,12 +313,12 @@ ROWS = [
         " --moe-router-topk-scaling-factor 2.827" + SHARED + " --rotary-scaling-factor 32 --mscale"
         " 1.0 --mscale-all-dim 1.0" + LATENT_RECOMPUTE + " mlp layernorm", fsep=HYBRIDEP
         + " --moe-grouped-gemm" + LATENT_RECOMPUTE + " mlp layernorm moe_act", experts=6),
-    # Feature sets of published commands, in smaller sizes; so are the two before.
-    # In a pipeline, overlapped reduces would leave parts of the gradients that are compared.
+    # Feature sets of published commands, in smaller sizes, like the two before. In a pipeline,
+    # overlapped reduces would leave parts of the compared gradients.
     _row("mixtral", "as Mixtral: grouped queries, aux loss, pipeline 2, distributed optimizer,"
         " accumulation 2", PIPELINE + " --use-distributed-optimizer" + GROUPED_QUERIES + AUX_LOSS
         + " --moe-aux-loss-coeff 1e-2", ranks=4, group=2, accumulation=2, moe_layers=1),
-    # Stock recomputes nothing here, for want of Transformer Engine.
+    # Stock recomputes nothing here, since that needs Transformer Engine.
     _row("qwen3", "as Qwen3: grouped and normalised queries, top-4, aux loss, fp32 router, tensor"
         " parallel 2, flex dispatcher with DeepEP, recompute of norms and of the experts'"
         " activation", TENSOR + DIST_OPT + GROUPED_QUERIES + AUX_LOSS + " --qk-layernorm"
@@ -337,7 +336,7 @@ ROWS = [
         + AUX_LOSS + " --softmax-type learnable --window-size 15,0 --window-attn-skip-freq 2"
         " --moe-aux-loss-coeff 1e-3" + TOP_4 + FP32_ROUTER, ranks=4, stock=(4, 2),
         without=NO_BIAS_NOR_SWIGLU),
-    # No Mamba layers, for which Megatron has kernels on GPUs alone.
+    # No Mamba layers, for which Megatron has only GPU kernels.
     _row("nemotron", "as Nemotron-3: HybridModel, latent MoE without a gate, shared experts,"
         " sigmoid router with expert bias, repeated multi-token prediction, flex dispatcher with"
         " HybridEP", DIST_OPT + HYBRID + "*E-*E/*E/*E --mtp-use-repeated-layer" + SQUARED_RELU
@@ -440,7 +439,7 @@ ROWS = [
 def daily() -> frozenset[str]:
     """Return ids of rows with all of `pairs_of(ROWS)`, with those that older releases run too.
 
-    Greedily, the most new pairs per rank first; then without those that others make needless.
+    Choose greedily the most new pairs per rank, then drop rows that others make redundant.
     """
     pairs = {row.id: pairs_of([row]) for row in ROWS}
     chosen = [row for row in ROWS if row.releases]

@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.documents import ROOT
 from tests.planted.faults import FAULTS, Fault
 
-_FOUND = 1  # status of pytest where a test failed
+_FOUND = 1
 
 
 def copy_of_tree(folder: Path) -> Path:
@@ -41,18 +41,12 @@ def copy_of_tree(folder: Path) -> Path:
 
 
 def planted(fault: Fault, content: str) -> str:
-    """Return a file's content with the fault.
-
-    Raises:
-        ValueError: the text to replace is not there exactly once.
-    """
     if (times := content.count(fault.right)) != 1:
         raise ValueError(f"{fault.file} has {fault.right!r} {times} times, expected once")
     return content.replace(fault.right, fault.wrong)
 
 
 def status_of(tests: tuple[str, ...], tree: Path) -> int:
-    """Run tests in a tree until the first failure; return pytest's status."""
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("PYTHONPYCACHEPREFIX", None)
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
@@ -63,11 +57,7 @@ def status_of(tests: tuple[str, ...], tree: Path) -> int:
 
 
 def outcome_of(fault: Fault, tree: Path, sound: int) -> str:
-    """Plant a fault, run its tests, and take it out again.
-
-    Args:
-        sound: the tests' status without the fault.
-    """
+    """Plant a fault, run its tests, and remove it; `sound` is the tests' status without it."""
     if sound != 0:
         return f"tests fail without it ({sound})"
     path = tree / "megatron_laer" / fault.file
@@ -79,7 +69,6 @@ def outcome_of(fault: Fault, tree: Path, sound: int) -> str:
 
 
 def main() -> int:
-    """Run the faults; return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tests.planted", description=__doc__)
     parser.add_argument("--only", default="", help="faults whose name or file has this text")
     parser.add_argument("--json", type=Path, help="write the outcomes to this file")

@@ -1,7 +1,7 @@
-"""A table of deliberate faults: one line of the core, as it is and as it must not be.
+"""A table of deliberate faults: one line of the core, with its correct and its wrong text.
 
-Each was chosen because it trains on without a crash, or hides behind the usual path. The tests that
-are named must fail with it; `__main__` plants and runs them.
+Each was chosen because it trains on without a crash, or hides behind the usual path. Its tests must
+fail with it; `__main__` plants and runs them.
 
 Over 400 lines: one table.
 """
@@ -13,13 +13,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Fault:
-    """One deliberate fault.
+    """One deliberate fault: the right text, which its file has once, and the wrong one.
 
-    Attributes:
-        name: unique, in words.
-        file: where it is planted, below `megatron_laer`.
-        right, wrong: the text, which the file has once, and its replacement.
-        tests: arguments of pytest, one of which fails with the fault.
+    `file` is a path below `megatron_laer`; of `tests`, pytest's arguments, one fails with the
+    fault.
     """
 
     name: str
@@ -86,7 +83,7 @@ _LOADING = _in("integrations/stock_loading.py", *_ranks("stock_loading"))
 _LAYER = _in("layer/moe_layer.py", *_ranks("own_loop"))
 
 FAULTS: tuple[Fault, ...] = (
-    # Planner: what it packs, forecasts and forgets.
+    # Planner: packing, forecasts and state.
     _LAER.fault("laer packs a full rank further", "open_N = free_N > 0", "open_N = free_N >= 0"),
     _LAER.fault(
         "laer counts no replicas per node",
@@ -131,7 +128,7 @@ FAULTS: tuple[Fault, ...] = (
         "int(tokens_N.max()) * tokens_N.size",
         "int(tokens_N.min()) * tokens_N.size",
     ),
-    # Layouts and who holds which rows.
+    # Layouts and owners of rows.
     _LAYOUT.fault(
         "static layouts begin one expert on",
         "start_N[:, None] + np.arange(capacity)",

@@ -1,1 +1,1 @@
-"""The real stream code runs on CPU tensors here, and accesses that nothing orders are found."""
+"""The real stream code on CPU tensors, with a check for unordered accesses."""

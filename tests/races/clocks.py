@@ -1,11 +1,11 @@
-"""`Checker` keeps a vector clock per stream, and finds accesses to memory that nothing orders.
+"""`Checker` keeps a vector clock per stream, and finds unordered accesses to memory.
 
-A stream's clock says up to which operation of every other stream it has waited. Two accesses to the
-same bytes, one of them a write, are a race unless the later one's stream had waited for the earlier
-one. Memory is freed as CUDA's caching allocator frees it: the next allocation on its stream may get
-it, so by then that stream must have waited for every other one that used it and was not recorded.
+A stream's clock has the last operation of every other stream that it has waited for. Two accesses
+to the same bytes, one of them a write, are a race unless the later one's stream had waited for the
+earlier one. Memory is freed as CUDA's caching allocator frees it: the next allocation on its stream
+may get it. So that stream must have waited for every other stream that used it unrecorded.
 
-What only the host orders is not seen, apart from `host_waits`: a test must not rest on the host's
+Orders by the host are ignored, apart from `host_waits`: a test must not rest on the host's
 slowness.
 """
 
@@ -30,26 +30,21 @@ class Span(NamedTuple):
     writes: bool
 
     def conflicts(self, other: Span) -> bool:
-        """Whether both touch a byte that one of them writes."""
         overlaps = self.start < other.end and other.start < self.end
         return overlaps and (self.writes or other.writes)
 
 
 class Operation(NamedTuple):
-    """An operation by its number on its stream."""
-
     number: int
     name: str
 
 
 @dataclass
 class Memory:
-    """What is known of a storage.
+    """State of a storage.
 
-    Attributes:
-        home: the stream it was allocated on; None if it was there before the checker.
-        recorded: streams that the allocator was told of.
-        accesses: the last operation of each kind of access.
+    `home` is the stream it was allocated on, if the checker saw that. `recorded` are streams that
+    the allocator knows of, `accesses` the last operation of each kind of access.
     """
 
     home: int | None
@@ -58,7 +53,7 @@ class Memory:
 
 
 class Checker:
-    """Collects races, each once."""
+    """Collector of races, each once."""
 
     def __init__(self) -> None:
         self.names: dict[int, str] = {}
@@ -72,13 +67,10 @@ class Checker:
 
     @property
     def races(self) -> list[str]:
-        """What was found, in the order in which it was found."""
         return list(self._races)
 
-    # Order.
-
     def enqueue(self, stream: int) -> int:
-        """Number the next operation of a stream; the host enqueues it after all it waited for."""
+        """Number the next operation of a stream; the host enqueues it after all its waits."""
         self.operations += 1
         clock = self._clocks[stream]
         _merge(clock, self._host)
@@ -86,19 +78,16 @@ class Checker:
         return clock[stream]
 
     def now(self, stream: int) -> Clock:
-        """What an event that is recorded now on this stream stands for."""
+        """Return the clock of an event that is recorded now on this stream."""
         _merge(self._clocks[stream], self._host)
         return dict(self._clocks[stream])
 
     def wait(self, stream: int, event: Clock) -> None:
-        """Let a stream wait for an event."""
         _merge(self._clocks[stream], event)
 
     def host_waits(self, event: Clock) -> None:
-        """Let the host wait for an event, and so whatever it enqueues from now on."""
+        """Let the host wait for an event, and so all work that it enqueues from now on."""
         _merge(self._host, event)
-
-    # Accesses.
 
     def access(
         self, stream: int, number: int, tensor: torch.Tensor, *, writes: bool, name: str
@@ -116,14 +105,13 @@ class Checker:
                     f"{operation.name} on {self._name(old.stream)} "
                     f"{'writes' if old.writes else 'reads'}: nothing orders them"
                 )
-        if writes:  # what was ordered before this write is ordered before all after it
+        if writes:  # work ordered before this write is ordered before all later work
             covered = [old for old in memory.accesses if _covers(new, old)]
             for old in covered:
                 del memory.accesses[old]
         memory.accesses[new] = Operation(number, name)
 
     def allocated(self, stream: int, tensor: torch.Tensor) -> bool:
-        """Note an output's memory; whether it is new."""
         storage = tensor.untyped_storage()
         if tensor.numel() == 0 or storage.data_ptr() in self._memory:
             return False
@@ -132,7 +120,6 @@ class Checker:
         return True
 
     def recorded(self, stream: int, tensor: torch.Tensor) -> None:
-        """Note `Tensor.record_stream`."""
         if tensor.numel():
             self._known(tensor, None).recorded.add(stream)
 
@@ -146,7 +133,7 @@ class Checker:
         return self._memory[pointer]
 
     def free(self, pointer: int) -> None:
-        """Note that the host let go of memory: the next allocation of its stream may get it."""
+        """Note that the host freed memory: the next allocation of its stream may get it."""
         memory = self._memory.pop(pointer, None)
         if memory is not None and memory.home is not None:
             self.frees += 1
@@ -189,7 +176,6 @@ def _covers(new: Span, old: Span) -> bool:
 
 
 def _bytes_of(tensor: torch.Tensor) -> tuple[int, int]:
-    """From the first to the last byte that a tensor's elements lie on."""
     size = tensor.element_size()
     start = tensor.storage_offset() * size
     steps = zip(tensor.shape, tensor.stride(), strict=True)

@@ -1,4 +1,4 @@
-"""Ranks of these tests alone: what is imported while torch's streams are replaced stays in them."""
+"""Ranks of these tests alone: modules imported while torch's streams are replaced stay in them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,6 @@ from megatron_laer.cpu.ranks import RankPool, RankPools
 
 @pytest.fixture(scope="package")
 def ranks() -> Iterator[Callable[[int], RankPool]]:
-    """`ranks(4)`: a pool of four ranks, which ends with the tests of this folder."""
+    """Return `ranks(4)`: a pool of four ranks, which ends with the tests of this folder."""
     with RankPools(4) as pools:
         yield pools

@@ -1,7 +1,6 @@
-"""Streams and events that order nothing themselves, but tell the checker what CUDA's would order.
+"""Replacements of `torch.cuda`'s streams and events that report CUDA's orders to the checker.
 
-`StreamsOnCPU` puts them in the place of `torch.cuda`'s, and lets the package's code for CUDA run on
-tensors of the CPU.
+They order nothing themselves, and let the package's code for CUDA run on tensors of the CPU.
 """
 
 from __future__ import annotations
@@ -23,13 +22,7 @@ _numbers = itertools.count(1)
 
 
 class Simulation:
-    """What is simulated at present.
-
-    Attributes:
-        checker: is told of everything.
-        current: the streams that are current, innermost last.
-        leaf_streams: those that autograd accumulated gradients on.
-    """
+    """Current simulation: its checker, current streams (innermost last), and streams of leaves."""
 
     checker: ClassVar[Checker]
     current: ClassVar[list[Stream]]
@@ -37,8 +30,6 @@ class Simulation:
 
 
 class Event:
-    """A CUDA event."""
-
     def __init__(self, *_: Any, **__: Any) -> None:
         self.clock: Clock = {}
 
@@ -49,7 +40,7 @@ class Event:
         (stream or current_stream()).wait_event(self)
 
     def query(self) -> bool:
-        """The worst case: the host never finds anything done."""
+        """Return False, the worst case: the host never sees finished work."""
         return False
 
     def elapsed_time(self, _: Event) -> float:
@@ -60,8 +51,6 @@ class Event:
 
 
 class Stream:
-    """A CUDA stream."""
-
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
         self.number = self.cuda_stream = self.stream_id = next(_numbers)
         self.device, self.priority = device, priority
@@ -100,13 +89,13 @@ class Stream:
 
 
 class Card:
-    """Stands for the CUDA device where code asks for its type, or copies a host tensor to it."""
+    """Replacement of the CUDA device for questions about its type and copies of host tensors."""
 
     type, index = "cuda", 0
 
 
 class _OnCard:
-    """Passes for a tensor on the card."""
+    """Tensor that claims to be on the card."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.device: Any = Card()
@@ -114,19 +103,18 @@ class _OnCard:
 
 
 def current_stream(_: Any = None) -> Stream:
-    """`torch.cuda.current_stream`."""
     return Simulation.current[-1]
 
 
 @contextlib.contextmanager
 def on_stream(stream: Any) -> Iterator[None]:
-    """`torch.cuda.stream`; for None, or another's stream, it does nothing, as torch's."""
+    """Replace `torch.cuda.stream`, which ignores None and foreign streams."""
     with stream if isinstance(stream, Stream) else contextlib.nullcontext():
         yield
 
 
 def behind(stream: Stream, other: Stream) -> None:
-    """Let a stream wait for another, whatever a fault made of `wait_stream`."""
+    """Let a stream wait for another, even if a fault replaced `wait_stream`."""
     checker = Simulation.checker
     checker.wait(stream.number, checker.now(other.number))
 
@@ -180,7 +168,7 @@ def _refuse(stream: Any) -> None:
 
 
 def _named(true_init: Callable[..., None]) -> Callable[..., None]:
-    """Make streams known to the checker by their names; copies to the host are those of counts."""
+    """Name streams for the checker; copies to the host are those of counts."""
 
     def init(stream: Any, times: Any, *args: Any, **kwargs: Any) -> None:
         true_init(stream, times, *args, **kwargs)
@@ -213,10 +201,7 @@ def _copies_to(true_to: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _replace_everywhere(stack: contextlib.ExitStack, name: str, replacement: Any) -> None:
-    """Replace a function of `upload` in every module that imported it by its name.
-
-    A module that is imported meanwhile takes the replacement, and gives it back in the end.
-    """
+    """Replace a function of `upload` in every module that imports it by name, also meanwhile."""
     original = getattr(copies, name)
     stack.callback(_exchange_everywhere, name, replacement, original)
     _exchange_everywhere(name, original, replacement)

@@ -31,7 +31,7 @@ from tests.races.observing import AsyncWork
 
 
 class Scene(StrEnum):
-    """How the layers of `layers.py` train."""
+    """Settings with which the layers of `layers.py` train."""
 
     PLAIN = "plain"
     FRESH = "fresh layouts after the gate"
@@ -42,7 +42,7 @@ class Scene(StrEnum):
 
 
 class Fault(NamedTuple):
-    """What is replaced, in which scene it shows, and what its report says among others."""
+    """Replaced function, the scene in which the fault shows, and a part of its report."""
 
     replaced: Callable[[], AbstractContextManager[Any]]
     scene: str = Scene.PLAIN
@@ -63,12 +63,10 @@ def _replaced(owner: Any, name: str, replacement: Any) -> Callable[[], AbstractC
     return lambda: mock.patch.object(owner, name, replacement)
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """Forget an order."""
+def _nothing(*_: Any, **__: Any) -> None: ...
 
 
 def _result_at_once(pending: Any) -> torch.Tensor:
-    """Wait for nothing."""
     result: torch.Tensor = pending._result
     return result
 
@@ -82,20 +80,17 @@ def _unordered_result(stream: Any, work: Any, label: str) -> Any:
 
 
 def _on_new_stream(stream: Any, work: Any, label: str) -> Any:
-    """Give each exchange a stream of its own, though they share a workspace."""
     stream._stream = torch.cuda.Stream()
     return _submit(stream, work, label)
 
 
 def _copied_on_new_stream(tensor: torch.Tensor, *, waits: bool) -> torch.Tensor:
-    """Upload beside everything else."""
     with cuda.Stream():
         return tensor.clone()
 
 
 @contextlib.contextmanager
 def _one_workspace() -> Iterator[None]:
-    """Let restores and reduces use the same buffers."""
     true_init = HierarchicalExchange.__init__
 
     def init(exchange: Any, *args: Any, **kwargs: Any) -> None:
@@ -107,7 +102,6 @@ def _one_workspace() -> Iterator[None]:
 
 
 def _one_buffer(pool: Any, shape: Any, dtype: Any, device: Any) -> torch.Tensor:
-    """Hand the same tensor to everybody who asks for one of this shape."""
     pool.in_use += 1
     key = shape, dtype, device
     if not pool._free[key]:
@@ -117,13 +111,13 @@ def _one_buffer(pool: Any, shape: Any, dtype: Any, device: Any) -> torch.Tensor:
 
 
 def _reduce_and_put_back(grads: Any, grads_CRK: Any) -> None:
-    """Put whole gradients back when they are sent, not when they have arrived."""
+    """Put whole gradients back when they are sent instead of when they have arrived."""
     _start_reduce(grads, grads_CRK)
     grads.free()
 
 
 def _reduce_and_reset_sums(grads: Any, grads_CRK: Any) -> None:
-    """Use a step's sums again when they are sent."""
+    """Reuse a step's sums when they are sent."""
     _start_step_reduce(grads, grads_CRK)
     if grads._left == grads._num_passes:
         for sum_CRK in grads._sums_CRK:
@@ -131,13 +125,13 @@ def _reduce_and_reset_sums(grads: Any, grads_CRK: Any) -> None:
 
 
 def _finish_at_once(grads: Any) -> Any:
-    """Tell Megatron that gradients were added, and let nobody wait until they are."""
+    """Report to Megatron that gradients were added, without waiting until they are."""
     with mock.patch.object(_StreamResult, "wait", _result_at_once):
         return _finish_reduce(grads)
 
 
 def _add_beside(exchange: Any, *args: Any, add_to: Any, **kwargs: Any) -> torch.Tensor:
-    """Add to main gradients on a stream of its own, once there are sums; nobody waits for it."""
+    """Add to main gradients on a stream of its own, once there are sums, without a wait for it."""
     summed = _reduce(exchange, *args, **kwargs)
     beside = cuda.Stream()
     cuda.behind(beside, cuda.current_stream())
@@ -171,7 +165,6 @@ def _change_on_the_other_stream(weights: Any, index: Any) -> None:
 
 
 def _read_without_waiting(_: Any, __: Any, pinned: torch.Tensor) -> torch.Tensor:
-    """Read a copy in pinned memory that may not be there yet."""
     return pinned.clone()
 
 
@@ -182,13 +175,13 @@ def _sizes_without_waiting(exchange: Any, sizes_Z: torch.Tensor) -> Any:
 
 
 def _copy_beside_the_exchange(download: Any, tensor: torch.Tensor) -> Any:
-    """Copy to the host without waiting for what is copied."""
+    """Copy to the host without waiting for the source."""
     with mock.patch.object(cuda.Stream, "wait_stream", _nothing):
         return _start_download(download, tensor)
 
 
 def _let_go_of_the_source(download: Any, tensor: torch.Tensor) -> Any:
-    """Free what is copied to the host before it was copied."""
+    """Free the source of a copy to the host too early."""
     read = _start_download(download, tensor)
     done, _ = download._latest
     download._latest = done, torch.empty(0)
@@ -196,14 +189,13 @@ def _let_go_of_the_source(download: Any, tensor: torch.Tensor) -> Any:
 
 
 def _works_without_order(manager: Any) -> None:
-    """Wait on the host until works are done, and let no stream wait."""
     for work in manager.works:
         work.finish()
 
 
 @contextlib.contextmanager
 def _activations_at_once() -> Iterator[None]:
-    """Wait for no collective, and leave out the synchronisation that Megatron adds to batches."""
+    """Wait for no collective, and omit the synchronisation that Megatron adds to batches."""
     with (
         mock.patch.object(AsyncWork, "order", _nothing),
         mock.patch.object(torch.cuda, "synchronize", _nothing),

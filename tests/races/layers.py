@@ -1,8 +1,7 @@
-"""Three layers of experts train on each rank: real exchanges, streams, GEMMs and token exchanges.
+"""Three layers of experts on each rank, the smallest program with all overlaps of training.
 
-It is the smallest program in which everything overlaps that overlaps in training: restores run
-ahead in forward and backward, reduces wait for the tokens' gradients, layouts change after the
-gate. Megatron's own loop is in `training.py`.
+Restores run ahead in forward and backward, reduces wait for the tokens' gradients, layouts change
+after the gate. Megatron's own loop is in `training.py`.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ TOKENS_C = [4, 0, 2]
 
 
 class _Tokens(torch.autograd.Function):
-    """Exchanges equally many tokens with every rank, asynchronously and waited for at once."""
+    """Exchange of equally many tokens with every rank, asynchronous and waited for at once."""
 
     @staticmethod
     def forward(ctx: Any, group: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -54,8 +53,6 @@ class _Tokens(torch.autograd.Function):
 
 
 class Model:
-    """The layers of one rank, and what they share."""
-
     def __init__(self, scene: Scene, groups: FSEPGroups) -> None:
         exchange = node_exchange(groups) if scene is Scene.NODE else flat_exchange(groups)
         self.scene, self.groups = scene, groups
@@ -82,13 +79,12 @@ class Model:
         return Slices(parameters, (FFN, HIDDEN), MegatronMainGrads())
 
     def next_index(self) -> Any:
-        """Another layout, the same on every rank."""
+        """Return another layout, the same on every rank."""
         self.layouts += 1
         layout = ExpertLayout.random(self.groups.size, CAPACITY, EXPERTS, seed=(7, self.layouts))
         return layout_index.layout_index(layout, CPU)
 
     def experts(self) -> list[RestoredExperts]:
-        """What the layers of one microbatch restore."""
         if self.scene is Scene.STEP:
             return [held.experts for held in self.held]
         index = self.next_index()
@@ -104,7 +100,6 @@ class Model:
         return passes
 
     def step(self) -> None:
-        """Train one step."""
         if self.scene is Scene.STEP:
             index = self.next_index()
             self.held = self.held or [
@@ -127,7 +122,7 @@ class Model:
                 parameter.grad = None
 
     def microbatch(self) -> None:
-        """Pass forward and backward, as the scheduler lets a chunk do."""
+        """Run forward and backward in the scheduler's order for a chunk."""
         experts = self.experts()
         hidden = torch.randn(sum(TOKENS_C), HIDDEN, requires_grad=True)
         first, last = experts[0], experts[-1]
@@ -138,7 +133,7 @@ class Model:
                 restored.prefetch_in_backward(experts[number - 1])
             ones = torch.ones(EXPERTS + 2, dtype=torch.int64)
             read_counts = self.counts.start(ones[2:], ones[:2], 0, "layer")
-            hidden = torch.tanh(hidden)  # as shared experts do while counts are on their way
+            hidden = torch.tanh(hidden)  # like shared experts during the exchange of counts
             assert (read_counts() == 1).all()
             if self.scene is Scene.FRESH:
                 restored.weights.change(self.next_index())
@@ -167,7 +162,7 @@ class Model:
 
 @contextlib.contextmanager
 def gloo_groups() -> Iterator[FSEPGroups]:
-    """The groups of all ranks, taken for nodes of one rank each."""
+    """Make groups of all ranks, each rank being a node."""
     dist.init_process_group("gloo")
     try:
         groups = process_groups.create_groups(dist.group.WORLD, 1, dist.new_group)
@@ -178,7 +173,7 @@ def gloo_groups() -> Iterator[FSEPGroups]:
 
 
 def watch(scene: Scene, fault: str | None) -> Watched:
-    """Train in this scene, with a fault or none; what the checker saw of this rank."""
+    """Train in this scene, with a fault or none; return the checker's findings on this rank."""
     torch.manual_seed(0)
     broken = contextlib.nullcontext() if fault is None else LAYER_FAULTS[fault].replaced()
     with gloo_groups() as groups, observed() as checker, broken:

@@ -1,12 +1,12 @@
-"""The checker is told of every operation that torch dispatches: its reads, writes, allocations.
+"""Observer that reports every operation that torch dispatches: reads, writes, allocations.
 
-Of an aten operation its schema says so; of a collective the table here does, since c10d's schemas
-name nothing as written. As on NCCL, a collective runs on the current stream, or asynchronously on a
-stream of its group's own, which waits for the current one; `Work.wait` lets the current stream wait
-for it. Until then the work holds its tensors.
+Schemas tell the effects of aten operations, and a table here those of collectives, whose c10d
+schemas name nothing as written. As on NCCL, a collective runs on the current stream, or
+asynchronously on a stream of its group, which waits for the current one. `Work.wait` makes the
+current stream wait for it. Until then the work holds its tensors.
 
-Autograd runs on CUDA a leaf's accumulation and its hooks on the stream that was current when the
-leaf's node was made, for Megatron's DDP a side stream; here they are run there by hooks.
+On CUDA, autograd accumulates a leaf and runs its hooks on the stream that was current when the
+leaf's node was made. For Megatron's DDP that is a side stream; hooks do the same here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.races.cuda import Event, Simulation, Stream, behind, current_stream, 
 
 
 class Effect(NamedTuple):
-    """The arguments that a collective reads and writes, by their names in c10d's schema."""
+    """Arguments that a collective reads and writes, by their names in c10d's schema."""
 
     reads: tuple[str, ...] = ()
     writes: tuple[str, ...] = ()
@@ -66,13 +66,13 @@ _POINT_TO_POINT = {"send": "dst", "recv_": "src", "recv_any_source_": ""}
 
 # Operations that give another view of their input and whose schema does not say so.
 _VIEWS = {"aten::_unsafe_view", "aten::lift_fresh", "aten::_reshape_alias"}
-# Operations that look at no element of their inputs, and those that write none of their output.
+# Operations that read no element of their inputs, and those that write none of their output.
 _SHAPES = ("aten::empty", "aten::new_", "aten::zeros", "aten::ones", "aten::full", "aten::rand")
 _UNINITIALISED = ("aten::empty", "aten::new_empty")
 
 
 class Observer(TorchDispatchMode):
-    """Tells the checker of every operation in the thread that entered it."""
+    """Observer of every operation in the thread that entered it."""
 
     def __init__(self, checker: Checker, works: Works) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def _tensors(value: Any) -> list[torch.Tensor]:
 
 
 class Works:
-    """Runs collectives on the streams where NCCL would, and remembers when each is done."""
+    """Collectives run on the streams that NCCL would use, with the end of each."""
 
     def __init__(self, checker: Checker) -> None:
         self._checker = checker
@@ -134,7 +134,6 @@ class Works:
         self._held: list[list[tuple[Event, list[torch.Tensor]]]] = []
 
     def enqueued(self, name: str, given: dict[str, Any]) -> None:
-        """Note one operation of the group whose method is running."""
         assert name in COLLECTIVES, f"say in COLLECTIVES what c10d::{name} reads and writes"
         assert self._group is not None, f"c10d::{name} was called past ProcessGroup's methods"
         effect, checker = COLLECTIVES[name], self._checker
@@ -164,14 +163,14 @@ class Works:
             enqueued, self._enqueued = self._enqueued, []
             if not enqueued:
                 return work
-            # Work that nobody waits for holds its tensors until it is done; here, for ever.
+            # Work that is never waited for holds its tensors until it is done; here, forever.
             self._held.append(enqueued)
             return AsyncWork(work, enqueued)
 
         return run
 
     def _stream_of(self, name: str, given: dict[str, Any]) -> Stream:
-        """NCCL has a stream per communicator; point-to-point, one per pair of ranks."""
+        """Return NCCL's stream: one per communicator, or per pair of ranks for point-to-point."""
         peer = _POINT_TO_POINT.get(name)
         key = self._group.group_name, None if peer is None else given.get(peer)
         if key not in self._streams:
@@ -182,7 +181,7 @@ class Works:
 
 
 class AsyncWork:
-    """Waits as NCCL's work: it lets the current stream wait, and lets go of the tensors."""
+    """Work as NCCL's: the current stream waits for it, and it then releases the tensors."""
 
     def __init__(self, work: Any, enqueued: list[tuple[Event, list[torch.Tensor]]]) -> None:
         self._work = work
@@ -194,12 +193,12 @@ class AsyncWork:
         return True
 
     def finish(self, *args: Any) -> None:
-        """Wait until gloo is done, whose own copies are no work of this program."""
+        """Wait until gloo is done, whose own copies do not belong to this program."""
         with _disable_current_modes():
             self._work.wait(*args)
 
     def order(self) -> None:
-        """Let the current stream wait, and let go of the tensors."""
+        """Let the current stream wait, and release the tensors."""
         for event, _ in self._enqueued:
             Simulation.checker.wait(current_stream().number, event.clock)
         self._enqueued.clear()
@@ -220,7 +219,7 @@ _COLLECTIVE_METHODS = [
 
 @contextlib.contextmanager
 def observed() -> Iterator[Checker]:
-    """Run the block on replaced streams, and yield the checker of all it does in this thread."""
+    """Run the block on replaced streams; yield the checker of this thread's operations."""
     with contextlib.ExitStack() as stack:
         checker = stack.enter_context(streams_on_cpu())
         works = Works(checker)
@@ -250,7 +249,7 @@ class _Engine:
 
 
 def accumulate_on(stream: Stream, node: Any) -> None:
-    """Run the accumulation of a leaf, and the hooks it has already, on this stream."""
+    """Run the accumulation of a leaf, and its existing hooks, on this stream."""
 
     def enter(grads: tuple[torch.Tensor | None, ...]) -> None:
         for grad in grads:

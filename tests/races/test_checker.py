@@ -1,4 +1,4 @@
-"""The checker itself: what it takes for a race, and what for order."""
+"""The checker's own distinction between races and order."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_a_pool_and_a_communication_stream_refuse_a_second_compute_stream() -> N
 
 
 def read_late() -> list[str]:
-    """What a rank says of copies to the host that are read after another one was started."""
+    """Return a rank's report on copies to the host that are read after another one was started."""
     with observed():
         download = Download(torch.device("cpu"))
         said = []

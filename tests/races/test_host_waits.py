@@ -2,9 +2,8 @@
 
 Tokens that go through nodes are the one exception: a second wait, which has a name, and an upload.
 
-The code for CUDA runs on replaced streams, whose waits are noted, and so are operations that would
-read a number back from the device to learn a size or a value. What only a GPU shows, a copy to
-pageable memory for one, is left to `tests/gpu/test_host_waits.py`, which runs the same layer.
+The code for CUDA runs on replaced streams. Waits, and operations that would read a number back from
+the device, are recorded. Effects that only a GPU shows are left to `tests/gpu/test_host_waits.py`.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _READ_BACK = """
 
 
 class _ReadsBack(TorchDispatchMode):
-    """Notes operations whose result on the host needs the device's."""
+    """Record of operations whose result on the host needs the device's."""
 
     def __init__(self, done: list[str]) -> None:
         super().__init__()
@@ -84,7 +83,7 @@ def watched() -> Iterator[list[str]]:
 
 
 def work_of(model: str, token_exchange: str, fault: bool) -> list[HostWork]:
-    """What the host does on this rank, with a number that is read back or without."""
+    """Return the host's operations on this rank, with or without a number that is read back."""
     from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
 
     broken: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -111,7 +110,7 @@ def test_the_host_waits_for_counts_and_uploads_what_it_planned(
 
 
 def waits_of_recorded(folder: str) -> list[list[str]]:
-    """What the host does in whole steps that are recorded, their begin and end included."""
+    """Return the host's operations in whole recorded steps, their start and end included."""
     import megatron_laer
 
     found = []
@@ -137,7 +136,7 @@ def test_a_rank_that_records_metrics_waits_for_nothing_more(
 ) -> None:
     (steps,) = ranks(1).run(waits_of_recorded, str(tmp_path))
     assert [done.count(WAIT) for done in steps[1:]] == [1, 1]
-    # Here no event is ever found to have passed: all steps are written at the end.
+    # No event is ever found to have passed here, so all steps are written at the end.
     recording = read_metrics(recording_path(tmp_path, 0))
     assert recording.steps_T.tolist() == [0, 1, 2]
 

@@ -1,6 +1,6 @@
 """No access to memory is unordered, in any scenario; and every deliberate fault is found.
 
-The code for CUDA streams runs as it is, on replaced streams and tensors of the CPU (`cuda.py`).
+The code for CUDA streams runs unchanged, on replaced streams and tensors of the CPU (`cuda.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ Ranks = Callable[[int], RankPool]
 
 
 def check_clean(ranks: list[Watched], least_operations: int) -> None:
-    """Nobody found a race, and everybody looked."""
     assert [watched.races for watched in ranks] == [[]] * len(ranks)
     assert min(watched.operations for watched in ranks) >= least_operations
     assert min(watched.frees for watched in ranks) >= least_operations // 10

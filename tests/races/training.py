@@ -1,4 +1,4 @@
-"""Megatron's own loop trains a small model on replaced streams, watched by the checker."""
+"""Megatron's own loop, which trains a small model on replaced streams, watched by the checker."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MOE = " --recompute-granularity selective --recompute-modules moe"
 
 
 class Training(NamedTuple):
-    """A scenario: flags of a training run, and how many ranks it takes with groups of two."""
+    """Scenario: flags of a training run, and its number of ranks, in groups of two."""
 
     flags: str
     ranks: int = 2
@@ -51,7 +51,7 @@ SCENARIOS = {
 
 
 def watch(data: str, scenario: str, fault: str | None) -> Watched:
-    """Train a scenario, with a fault or none; what the checker saw of this rank."""
+    """Train a scenario, with a fault or none; return the checker's findings on this rank."""
     flags = "--expert-parallel-mode fsep" + SCENARIOS[scenario].flags
     command = command_line(data, experts=4, expert_parallel=2, global_batch=8, steps=3, extra=flags)
     broken = contextlib.nullcontext() if fault is None else TRAINING_FAULTS[fault].replaced()
@@ -63,7 +63,7 @@ def watch(data: str, scenario: str, fault: str | None) -> Watched:
 
 @contextlib.contextmanager
 def _synchronised(model: list[torch.nn.Module]) -> Iterator[None]:
-    """Wait for the device before a run's memory is given up, as the end of a process does."""
+    """Wait for the device before a run's memory is freed, as the end of a process does."""
     with _fresh_megatron(model):
         try:
             yield
@@ -92,7 +92,7 @@ def _side_stream_of_leaves() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fresh_streams() -> Iterator[None]:
-    """Let Megatron make anew, inside and after the block, the stream that its class keeps."""
+    """Let Megatron make the stream that its class keeps anew, inside and after the block."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
     with mock.patch.object(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None):

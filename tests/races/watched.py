@@ -1,4 +1,4 @@
-"""What a rank tells of a run that the checker watched."""
+"""Report of a rank on a run that the checker watched."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Watched:
-    """What the checker saw of a run."""
+    """The checker's findings of a run."""
 
     races: list[str]
     operations: int

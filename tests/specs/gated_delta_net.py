@@ -1,9 +1,8 @@
-"""A layer spec of GPT whose layers but the last have a gated delta net in place of attention.
+"""A layer spec of GPT whose layers but the last have a gated delta net instead of attention.
 
     --spec tests.specs.gated_delta_net block_spec
 
-Megatron makes such layers of Transformer Engine, and has their kernels from flash-linear-attention.
-Here are its local modules, and torch in place of the kernels.
+It has Megatron's local modules, and torch instead of the kernels of flash-linear-attention.
 """
 
 from __future__ import annotations
@@ -22,10 +21,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 
 
 def block_spec(config: Any) -> TransformerBlockSubmodules:
-    """Build the spec for Megatron's GPTModelConfig, on one pipeline stage."""
     _replace_kernels()
     attention = get_gpt_layer_local_spec(normalization="RMSNorm")
-    # Here, and not at import, since what an MoE layer is changes with the switch of FSEP.
+    # Not at import, since the kind of an MoE layer changes with the switch of FSEP.
     attention.submodules.mlp = moe_module_specs.get_moe_module_spec(use_te=False, num_experts=1)
     linear = copy.deepcopy(attention)
     linear.submodules.self_attention = ModuleSpec(
@@ -55,7 +53,7 @@ def _unit_length(vectors: torch.Tensor) -> torch.Tensor:
 def _causal_conv1d(
     *, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, **_: Any
 ) -> tuple[torch.Tensor, None]:
-    """Convolve each channel `d` of `[b, s, d]` with what came before it, and apply SiLU."""
+    """Convolve each channel `d` of `[b, s, d]` with the past, and apply SiLU."""
     width = weight.shape[1]
     padded = torch.nn.functional.pad(x.transpose(1, 2), (width - 1, 0))
     convolved = torch.nn.functional.conv1d(padded, weight[:, None], bias, groups=len(weight))

@@ -1,4 +1,4 @@
-"""A layer spec of HybridModel without Transformer Engine, of which Megatron's own is made.
+"""A layer spec of HybridModel without Transformer Engine, unlike Megatron's own.
 
     --spec tests.specs.hybrid hybrid_stack_spec
 
@@ -30,7 +30,7 @@ from megatron.core.transformer.transformer_layer import (
 
 
 def _moe_layer(**options: Any) -> Any:
-    """Build an MoE layer of the kind that is in force now: the spec outlives switches of FSEP."""
+    """Build an MoE layer of the kind now in force: the spec outlives switches of FSEP."""
     build = moe_module_specs.get_moe_module_spec(use_te=False, num_experts=1)
     return build(**options)
 
@@ -40,7 +40,7 @@ _NORMS_AND_PROJECTION = MultiTokenPredictionLayerSubmodules(
     enorm=WrappedTorchNorm,
     hnorm=WrappedTorchNorm,
     eh_proj=ColumnParallelLinear,
-    mtp_model_layer=None,  # the pattern says which
+    mtp_model_layer=None,  # the pattern selects it
     layer_norm=WrappedTorchNorm,
 )
 

@@ -1,4 +1,4 @@
-"""Datasets made and read by tests, and a tokenizer that needs no package."""
+"""Datasets that tests make and read, and a tokenizer that needs no package."""
 
 import argparse
 import sys
@@ -33,7 +33,7 @@ def install_fake_transformers(monkeypatch, eos_token_id):
 
         @classmethod
         def from_pretrained(cls, folder, **kwargs):
-            # As transformers does with a folder that brings code: asks, or refuses.
+            # As transformers does for a folder with code: asks, or refuses.
             assert kwargs == {"local_files_only": True, "trust_remote_code": False}
             return cls()
 

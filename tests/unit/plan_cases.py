@@ -1,4 +1,4 @@
-"""Tests of `plan` and of its simulator share this routing trace and its costs."""
+"""Routing trace and costs that tests of `plan` and of its simulator share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STRATEGIES = ("static", "laer", "greedy", "search")
 
 
 def drifting_trace(steps=6, layers=2, microbatches=3, ranks=4, experts=8, seed=0):
-    """Skewed counts whose hot experts move slowly, and jump in the last step."""
+    """Return skewed counts whose hot experts move slowly, and jump in the last step."""
     luck = np.random.default_rng(seed)
     popularity = luck.gamma(0.3, size=(layers, experts)) + 0.01
     counts = np.empty((steps, layers, microbatches, ranks, experts), dtype=np.int64)

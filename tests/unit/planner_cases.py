@@ -14,7 +14,6 @@ KINDS = ("zero", "one token", "one expert", "one source", "few", "even", "zipf")
 
 
 def counts_of(kind: str, geometry: Geometry, seed: int) -> Int64:
-    """counts_NE of a kind, int64 [N, E]."""
     rng = np.random.default_rng(seed)
     shape = (geometry.num_ranks, geometry.num_experts)
     counts_NE = np.zeros(shape, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Tests of `report` write pages and read their data by these."""
+"""Helpers that write report pages and read their data."""
 
 from __future__ import annotations
 
@@ -26,11 +26,9 @@ def written(tmp_path: Path, *words: object) -> str:
 
 
 def figure_of(data: dict[str, Any], title: str) -> dict[str, Any]:
-    """The only figure whose title begins so."""
     (found,) = [figure for figure in data["figures"] if figure["title"].startswith(title)]
     return found
 
 
 def values_of(data: dict[str, Any], title: str) -> Any:
-    """The numbers of a heat map's first trace."""
     return figure_of(data, title)["data"][0]["z"]

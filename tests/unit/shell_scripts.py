@@ -1,4 +1,4 @@
-"""Tests of shell scripts run them, and write replacements of the programs that they call."""
+"""Helpers that run shell scripts and replace the programs that they call."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What ranks compare before the first step, and how a difference reads."""
+"""Values that ranks compare before the first step, and the text of a difference."""
 
 from __future__ import annotations
 

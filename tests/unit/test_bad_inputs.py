@@ -1,7 +1,6 @@
-"""Whatever is passed to a command that cannot work: one message that quotes it, and nothing else.
+"""Bad input of any command gives one message that quotes it, and has no other effect.
 
-Over a thousand whole commands, each in a process of its own with limits of processor time and
-memory.
+Over a thousand whole commands run, each in a process with limits of processor time and memory.
 """
 
 from __future__ import annotations
@@ -32,7 +31,6 @@ def counts(cases: list[Case]) -> dict[str, int]:
 
 
 def try_all(folder: Path, cases: list[Case]) -> Tried:
-    """How each case ended, and which entries of the folder of the inputs have changed."""
     judging.make(folder)
     before = set(judging.content(folder))
     ended = judging.tried(folder, cases)
@@ -74,7 +72,6 @@ def test_there_are_over_a_thousand_different_bad_inputs() -> None:
 
 
 GUARDED = f"stopped by the guard of {WALL_S} s"
-# Programs, and the problem that is found with each.
 WRONG = {
     "print(end='')": "status 0",
     "raise ValueError('x')": "a traceback",
@@ -92,12 +89,11 @@ def test_the_harness_finds_what_goes_wrong(tmp_path: Path) -> None:
     for script, code in zip(scripts, WRONG, strict=True):
         script.write_text(code)
     cases = [Case((str(script),), "quoted") for script in scripts]
-    # To fill the memory takes seconds.
     seconds = [1 if "while" in code else 10 for code in WRONG]
     jobs = [Job(case.words, str(tmp_path), {}, s) for case, s in zip(cases, seconds, strict=True)]
     for case, end, problem in zip(cases, run_all(jobs), WRONG.values(), strict=True):
         found = list(judging.problems(case, end))
-        # Where others keep the machine busy, a child may not come to its limit within the guard.
+        # On a busy machine, a child may not reach its limit within the guard.
         assert problem in found or (problem.startswith("stopped") and GUARDED in found)
 
 

@@ -1,4 +1,4 @@
-"""The balance that is reported, against balance counted by hand."""
+"""Reported balance equals balance counted by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Routing that the end-to-end benchmark imposes has the skew that its results are read with."""
+"""Routing that the end-to-end benchmark imposes has the stated skew."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_drifting_trace_has_new_counts_at_each_step() -> None:
         for layer in range(SHAPE.layers):
             before_E = counts_NE(trace, step - 1, layer).sum(axis=0)
             now_E = counts_NE(trace, step, layer).sum(axis=0)
-            # By more than noise: two draws from one popularity differ by about 1.4 √count.
+            # More than noise: two draws from one popularity differ by about 1.4 √count.
             assert (np.abs(now_E - before_E) > 4 * np.sqrt(before_E + 1)).any()
 
 

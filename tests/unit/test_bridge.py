@@ -1,4 +1,4 @@
-"""FSEP's callback for Megatron-Bridge, and what it makes of a recipe, without Megatron-Bridge."""
+"""FSEP's callback for Megatron-Bridge and the judgement of recipes, without Megatron-Bridge."""
 
 from __future__ import annotations
 
@@ -24,7 +24,6 @@ from megatron_laer.tools.cli import check_recipe as command
 
 
 def recipe(**model: Any) -> SimpleNamespace:
-    """What FSEP reads of a ConfigContainer."""
     fields = {
         "num_moe_experts": 8,
         "num_layers": 2,
@@ -55,7 +54,6 @@ def recipe(**model: Any) -> SimpleNamespace:
 
 
 def changed(part: str, **fields: Any) -> SimpleNamespace:
-    """The recipe with another value in one of its parts."""
     found = recipe()
     if part in ("mixed_precision", "comm_overlap", "peft"):
         setattr(found, part, SimpleNamespace(**fields))
@@ -95,7 +93,7 @@ REFUSED = {
 
 @pytest.fixture(autouse=True)
 def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launcher's words, and torch as it is in the processes of other tests."""
+    """Hide the launcher's variables, and undo other tests' changes of torch."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(command, "_replace_cuda_where_needed", lambda: None)
     monkeypatch.setattr(command, "go_offline_if_unreachable", lambda: False)
@@ -138,7 +136,6 @@ def test_what_works_is_accepted(given: SimpleNamespace) -> None:
 def test_a_recipe_is_read_as_bridge_applies_it_and_is_not_changed() -> None:
     given = recipe(delay_wgrad_compute=True)
     given.comm_overlap = SimpleNamespace(**OVERLAP)
-    # Megatron-Bridge takes the overlap from there alone.
     assert settings_of(given).delay_wgrad_compute is False
     assert given.model.delay_wgrad_compute is True
 
@@ -150,8 +147,6 @@ def test_fields_of_a_transformer_of_its_own_are_found() -> None:
 
 
 class Steps:
-    """Stands where `training_step` is, and remembers."""
-
     def __init__(self) -> None:
         self.seen: list[Any] = []
 
@@ -202,7 +197,6 @@ def test_a_refused_recipe_turns_nothing_on() -> None:
 
 
 def failing() -> None:
-    """A recipe that asks for what is not there."""
     raise OSError("no such model")
 
 
@@ -258,21 +252,19 @@ def test_a_recipe_is_judged_by_its_name(
 
 
 def noisy() -> None:
-    """A recipe whose imports warn before it fails, as those of Megatron do."""
+    """Warn on import before failing, as Megatron's modules do."""
     print("retrying in 8 s", file=sys.stderr)
     print("a model's docstring lacks a line")
     raise OSError("no such model")
 
 
 def noisy_and_fine() -> SimpleNamespace:
-    """The same, which does not fail."""
     with contextlib.suppress(OSError):
         noisy()
     return recipe()
 
 
 def judged(made: Any) -> int:
-    """The status of a recipe that this function makes."""
     module = ModuleType("megatron.bridge.recipes")
     vars(module)["made"] = made
     packages = {"megatron.bridge": ModuleType("megatron.bridge"), module.__name__: module}

@@ -1,4 +1,4 @@
-"""Constants are found again from timings that were made with them, and noise breaks no fit."""
+"""Fits recover the constants behind synthetic timings, and noise breaks no fit."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from megatron_laer.tools.calibration.settings import CalibrationSettings, Expert
 LINKS = {INTRA: Link(2e11, 1e-5, 2e-6), INTER: Link(2.5e10, 3e-5, 4e-6)}
 SOLVE, GATE = SolveTime(4e-5, 4e-7, 2e-8), SolveTime(1e-5, 1e-7, 3e-9)
 EXPERT = ExpertShape(1024, 4096, True)
-# By product: seconds of a GEMM without tokens, which reads the weights, and FLOP/s beyond.
+# Per product: seconds of a GEMM without tokens, which reads the weights, and FLOP/s.
 SPEEDS = {"forward": (1e-4, 4e14), "input_grad": (1e-4, 4e14), "weight_grad": (3e-4, 2e14)}
 SIZES = [2**power for power in range(10, 29, 2)]
 
@@ -66,7 +66,6 @@ def slot_seconds(product: str, tokens: int) -> float:
 
 
 def figure(seconds: float) -> Figure:
-    """A figure with a tenth of spread to both sides."""
     return Figure(rounded(seconds), rounded(seconds / 1.1), rounded(seconds * 1.1))
 
 
@@ -75,7 +74,6 @@ def all_figures(
     links: Mapping[str, Link] = LINKS,
     peers: tuple[int, ...] = (1, 3, 7),
 ) -> dict[Quantity, Figure]:
-    """What a machine with the constants above would show."""
     found: dict[Quantity, Figure] = {
         Product(back_end, product, tokens): figure(slot_seconds(product, tokens) * factor)
         for back_end, factor in (("loop", 1.0), ("torch", 0.5))
@@ -114,7 +112,7 @@ def test_constants_are_found_again_from_what_they_make() -> None:
     expected_P = [slot_seconds("forward", int(tokens)) for tokens in tokens_P]
     found_P = cluster.gemm.unit_seconds(tokens_P) * EXPERT.flops_per_token
     np.testing.assert_allclose(found_P, expected_P, rtol=1e-3)
-    # Of 64 to 8192 tokens; forward and input gradient are equal, the weight gradient is slower.
+    # For 64 and 8192 tokens; forward and input gradient are equal, the weight gradient is slower.
     ratios = [slot_seconds("weight_grad", n) / slot_seconds("forward", n) for n in (64, 8192)]
     factor = cluster.backward_gemm_factor
     assert (1 + min(ratios)) / 2 <= factor <= (1 + max(ratios)) / 2
@@ -123,7 +121,7 @@ def test_constants_are_found_again_from_what_they_make() -> None:
     assert cluster.host is not None
     assert cluster.host.launch_s == 4e-6
     assert cluster.host.gate.slot_s == pytest.approx(GATE.slot_s, rel=0.01)
-    # With what the exchange of counts takes beyond its All-gather.
+    # Includes the time of counts' exchange outside its All-gather.
     assert cluster.host.gate.base_s == pytest.approx(GATE.base_s + 3e-5, rel=0.01)
     assert (cluster.contention.gemm, cluster.contention.exchange) == (1.2, 1.1)
     assert cluster.memory_bytes_per_s == pytest.approx(1.5e12, rel=1e-3)
@@ -161,7 +159,7 @@ def test_links_that_are_not_there_have_the_numbers_of_those_that_are(there: str)
     cluster = cluster_of(figures, CHOSEN, 1, "found", MEASURED)
     assert cluster.intra == cluster.inter
     assert f"they have the numbers of {there}-node links" in cluster.assumed
-    # One number of peers does not tell latency per peer.
+    # A single number of peers does not determine latency per peer.
     assert cluster.intra.peer_s == 0.0
     spreads = dict(cluster.spreads)
     for constant in ("bytes_per_s", "latency_s"):
@@ -180,7 +178,7 @@ def test_noise_moves_a_links_rate_no_further_than_itself(noise: list[float]) -> 
         for (peers, sent), factor in zip(cases, noise, strict=True)
     ]
     link = fit_link(exchanges)
-    # The largest messages are as good as all rate.
+    # The rate dominates the largest messages.
     assert 2e11 / 2 < link.bytes_per_s < 2e11 * 2
     assert 2e11 / 4 < statistics.median(rates_of(link, exchanges)) < 2e11 * 4
 
@@ -190,7 +188,7 @@ def test_noise_moves_a_links_rate_no_further_than_itself(noise: list[float]) -> 
 def test_any_times_make_a_curve_a_link_and_a_solve_time(times: list[float]) -> None:
     curve = fit_curve([(4**place, seconds) for place, seconds in enumerate(times)], 1e9)
     assert [tokens for tokens, _ in curve.points] == [4**place for place in range(len(times))]
-    # The same as it is written and varied.
+    # Written and scaled in the same way.
     curve.times(0.9), curve.times(1.1)
     link = fit_link([(1, 2 ** (10 + place), seconds) for place, seconds in enumerate(times)])
     assert link.latency_s >= 0 and link.peer_s == 0
@@ -252,7 +250,7 @@ def test_settings_have_points_in_order_and_tokens_that_count(on_cuda: bool, quic
     chosen = make_settings(EXPERT, 2, on_cuda=on_cuda, quick=quick)
     assert list(chosen.tokens) == sorted(set(chosen.tokens)) and chosen.tokens[0] == 1
     assert list(chosen.sent_bytes) == sorted(set(chosen.sent_bytes))
-    # A fit of three terms needs as many shapes.
+    # A fit of three terms needs three shapes.
     assert len(chosen.shapes) >= 3
 
 
@@ -324,5 +322,5 @@ def test_products_take_about_the_memory_that_is_estimated(monkeypatch):
     product_of(
         slot_gemm("loop"), quantities.FORWARD, chosen.tokens[-1], chosen, torch.device("cpu")
     )
-    # What comes out is in the estimate as well.
+    # The estimate includes the outputs.
     assert sum(taken) <= chosen.gemm_bytes <= 2 * sum(taken)

@@ -1,6 +1,6 @@
-"""The worker of async saves as ranks with a GPU have it: a new process, not a fork of its rank.
+"""The worker of async saves on ranks with a GPU: a new process, not a fork of its rank.
 
-Of Megatron's own writer, and of nvidia-resiliency-ext's where that is installed.
+Covers Megatron's own writer, and nvidia-resiliency-ext's where that is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from tests.processes import outlive, python_path
 
 pytestmark = pytest.mark.releases
 
-# Megatron asks torch for the worker's GPU; new processes import this, and so have one.
+# Megatron asks torch for the worker's GPU; new processes import this replacement.
 RANK = """
 import os, signal, sys
 import torch

@@ -1,4 +1,4 @@
-"""The command line, mostly in a process of its own: a script that it runs may change anything."""
+"""The command line, mostly in a process of its own: a script may change any state."""
 
 import argparse
 import json
@@ -33,8 +33,6 @@ def run(*words, cwd=None, device="cpu"):
 
 @pytest.fixture
 def script(tmp_path):
-    """Writes a script beside a module that it imports, and returns its path."""
-
     def write(code):
         (tmp_path / "neighbour.py").write_text("NAME = 'neighbour'\n")
         path = tmp_path / "script.py"
@@ -70,7 +68,7 @@ def test_a_checkout_beside_the_script_is_the_megatron_whose_version_is_checked(s
     for module in (core / "__init__.py", core / "datasets" / "utils.py"):
         module.touch()
     (core / "package_info.py").write_text("__version__ = '0.17.1'\n")
-    # The CPU platform would mend modules that this checkout does not have.
+    # The CPU platform would repair modules that this checkout lacks.
     result = run("train", path, device="cuda")
     assert result.returncode == 2
     assert f"supports megatron-core {TESTED_RANGE}, found 0.17.1" in result.stderr
@@ -160,8 +158,8 @@ def test_messages_name_the_program_as_it_was_started(tmp_path):
     assert result.stderr.startswith("megatron-laer flags: unknown model 'x'")
 
 
-# A command that says when it is at work, and when its `finally` clause has run. It sleeps again and
-# again, since a signal just before `signal.pause` would leave it there.
+# A command that reports its start and the end of its `finally` clause. It sleeps in a loop, since a
+# signal just before `signal.pause` would be lost.
 _WAITING = """
 import sys, time
 from megatron_laer.tools import cli
@@ -223,7 +221,6 @@ def test_a_script_gets_signals_as_under_python_itself(script):
 
 
 def stopped_by(number, words):
-    """Status, output and errors of a program that gets a signal when it is at work."""
     process = started_at_work(words)
     process.send_signal(number)
     output, error = process.communicate()
@@ -257,7 +254,7 @@ def test_a_reader_that_goes_away_is_no_error(words):
     os.close(reading)
     result = subprocess.run(
         [sys.executable, "-m", "megatron_laer", *words],
-        # Unbuffered, argparse itself passes over it.
+        # Unbuffered, argparse ignores it.
         env=os.environ | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": ""},
         stdout=writing,
         stderr=subprocess.PIPE,

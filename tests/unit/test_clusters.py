@@ -1,4 +1,4 @@
-"""Cluster files: what is shipped loads, and whatever else is in a file is a ValueError.
+"""Shipped cluster files load; any other content of a file is a ValueError.
 
 Over 400 lines: a table of files with one thing wrong.
 """
@@ -54,7 +54,7 @@ inter: {bytes_per_s: 1.25e+10, latency_s: 2e-5}
 solve: {base_s: 1e-5, slot_s: 1e-7, count_s: 1e-9}
 """
 
-# What a file may have beyond.
+# Optional constants of a file.
 MEASURED = """backward_gemm_factor: 1.5
 host: {launch_s: 5e-6, gate: {base_s: 1e-5, slot_s: 1e-7, count_s: 1e-9}}
 contention: {gemm: 1.1, exchange: 1.2}
@@ -77,7 +77,7 @@ def test_shipped_clusters_load_by_name_and_by_path(name: str) -> None:
     assert load_cluster(file) == load_cluster(str(file)) == cluster
 
 
-# How a file speaks of its constants; every file has these.
+# Descriptions of the constants that every file has.
 _SPOKEN_OF = {
     "gemm": "GEMM",
     "gemm of one token": "One token",
@@ -94,7 +94,7 @@ def test_every_constant_that_is_not_ours_is_published_or_said_to_be_assumed(name
     told = f"{cluster.source} {cluster.assumed}"
     untold = [constant for constant, word in _SPOKEN_OF.items() if not re.search(word, told)]
     assert untold == []
-    # What is not among them has a sentence of its own beside its ends.
+    # Other constants have a sentence of their own next to their ranges.
     beyond = {"backward_gemm_factor", "memory_bytes_per_s", "host.launch_s", "contention.gemm"}
     given = {constant for constant in beyond if cluster.constant(constant) not in (None, 1.0)}
     assert given <= dict(cluster.spreads).keys()
@@ -111,7 +111,7 @@ def test_few_tokens_cost_more_each_on_every_shipped_cluster(name: str) -> None:
 
 def test_the_papers_cluster_has_the_papers_numbers() -> None:
     cluster = load_cluster("a100-4x8-ib800")
-    # Its profile: 6.7096 ms for 4096 tokens through an expert of Mixtral-8x7B.
+    # The file's profile: 6.7096 ms for 4096 tokens through an expert of Mixtral-8x7B.
     expert_flops = 2 * 3 * 4096 * 14336
     seconds = expert_flops * cluster.gemm.unit_seconds(np.array([4096]))[0]
     assert seconds == pytest.approx(6.7096e-3, rel=2e-3)
@@ -132,7 +132,7 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(GOOD)
     cluster = load_cluster(path)
-    # YAML 1.1 takes a number without a point or without the exponent's sign for text.
+    # YAML 1.1 reads a number without a point or without the exponent's sign as text.
     assert cluster.gemm == GemmCurve(((1, 2e12), (4096, 2.37e14)))
     assert cluster.intra == Link(3e11, 0.0)
     assert cluster.solve == SolveTime(1e-5, 1e-7, 1e-9)
@@ -276,7 +276,6 @@ def test_json_of_a_cluster_is_checked_as_its_file_is(change: dict[str, Any], say
 
 
 def as_json(cluster: Cluster) -> dict[str, Any]:
-    """A cluster as a line of JSON gives it back."""
     content: dict[str, Any] = json.loads(json.dumps(cluster_content(cluster)))
     return content
 
@@ -362,7 +361,6 @@ def test_any_text_is_a_value_error(text: str) -> None:
 
 @st.composite
 def curves(draw: st.DrawFn) -> GemmCurve:
-    """Any curve with growing times."""
     tokens = sorted(draw(st.sets(st.integers(1, 5000), min_size=1, max_size=6)))
     seconds = sorted(draw(st.floats(1e-6, 1.0)) for _ in tokens)
     return GemmCurve(tuple((m, m / s) for m, s in zip(tokens, seconds, strict=True)))
@@ -373,7 +371,7 @@ def curves(draw: st.DrawFn) -> GemmCurve:
 def test_time_grows_with_tokens_and_meets_the_points(data: st.DataObject) -> None:
     try:
         curve = data.draw(curves())
-    except ValueError:  # two equal times that rounding put the other way round
+    except ValueError:  # rounding put two equal times in the wrong order
         return
     tokens = np.unique(data.draw(st.lists(st.integers(0, 6000), min_size=1, max_size=40)))
     seconds = curve.unit_seconds(tokens)
@@ -397,7 +395,7 @@ def test_no_division_into_gemms_is_faster_than_the_bound(data: st.DataObject) ->
 
 
 def test_time_is_linear_between_points_and_constant_below_the_first() -> None:
-    curve = GemmCurve(((10, 1e3), (30, 1.5e3)))  # 10 ms and 20 ms
+    curve = GemmCurve(((10, 1e3), (30, 1.5e3)))
     tokens = np.array([0, 1, 10, 20, 30, 60])
     np.testing.assert_allclose(curve.unit_seconds(tokens), [0, 0.01, 0.01, 0.015, 0.02, 0.04])
     with pytest.raises(ValueError, match="at least one point"):

@@ -1,4 +1,4 @@
-"""Megatron's flags are taken from files and command lines, and from no others than hold some."""
+"""Megatron's flags are read from files and command lines that hold some, and from no others."""
 
 from __future__ import annotations
 

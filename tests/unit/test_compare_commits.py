@@ -1,4 +1,4 @@
-"""Two commits compared: a number that differs is found, and nothing to compare is not equal."""
+"""Comparison of two commits: a difference is found, and an empty comparison is no equality."""
 
 from __future__ import annotations
 

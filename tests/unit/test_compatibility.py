@@ -1,4 +1,4 @@
-"""The record of what tests passed with is sound, and the page says what it says."""
+"""The record of tested versions is sound, and the page agrees with it."""
 
 from __future__ import annotations
 

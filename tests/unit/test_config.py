@@ -1,4 +1,4 @@
-"""Flags come from the dataclass, and none of them is without effect."""
+"""Flags come from the dataclass, and each of them has an effect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations of models have the sizes that were published, and their page is that of today."""
+"""Configurations of models have the published sizes, and their page is up to date."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.documents import ROOT
 
 PAGE = (ROOT / "docs" / "calibrate.md").read_text(encoding="utf-8").partition("\n## Clusters\n")[2]
 PUBLISHED = sorted(facts())
-# The paper's table: layers, hidden, FFN, heads, experts, top-k, and whether queries, keys and
-# values have a bias. Heads have 128 columns, 8 are of keys and values; 32,000 words.
+# The paper's table: layers, hidden, FFN, heads, experts, top-k, and biases of queries, keys and
+# values. Heads have 128 columns, 8 are of keys and values; 32,000 words.
 PAPER = {
     "mixtral-8x7b-e8k2": (32, 4096, 14336, 32, 8, 2, False),
     "qwen-8x7b-e8k2": (32, 4096, 14336, 32, 8, 2, True),
@@ -32,7 +32,6 @@ PAPER = {
 
 @pytest.fixture(scope="module")
 def made() -> Any:
-    """What `python -m tests.configurations --json` finds; some 15 seconds."""
     result = processes.run(
         [sys.executable, "-W", "ignore", "-m", "tests.configurations", "--json"],
         timeout_s=900.0,
@@ -48,7 +47,7 @@ def made() -> Any:
 def test_parameters_are_those_that_were_published(name: str, kind: str, made: Any) -> None:
     published, last_digit = number(facts()[name]["published"][kind])
     _, as_they_count = made["counts"][name][kind]
-    # Some round, some cut, and one has a single digit.
+    # Some publications round, some cut, and one has a single digit.
     most = min(last_digit, 0.03 * published)
     assert abs(as_they_count - published) < most, (as_they_count, published)
 

@@ -17,7 +17,7 @@ from tests.unit.planner_cases import KINDS, counts_of
 
 @st.composite
 def geometries(draw: st.DrawFn, spare: int = 4) -> Geometry:
-    """Any N, E, G, and C from the least for which perfect balance always exists."""
+    """Draw any N, E, G, and C from the least for which perfect balance always exists."""
     num_ranks = draw(st.integers(1, 40))
     num_experts = draw(st.integers(1, 64))
     least = min(num_experts, 1 + -(-(num_experts - 1) // num_ranks))
@@ -79,7 +79,7 @@ def test_no_token_leaves_its_node_where_a_node_can_balance_itself(
 ) -> None:
     capacity = min(num_experts, -(-num_experts // node_size) + 1)
     geometry = Geometry(num_nodes * node_size, num_experts, capacity, node_size)
-    # Equally many tokens on every rank, a multiple of nothing in particular.
+    # Every rank has the same number of tokens, without a convenient divisor.
     counts_NE = counts_of("zipf", geometry, seed)
     layout = construct_layout(counts_NE, static(geometry), node_size)
     assert off_node_share(counts_NE, layout, node_size) == 0

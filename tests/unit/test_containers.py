@@ -1,4 +1,4 @@
-"""Dockerfiles are sound as far as one can tell without building them."""
+"""Dockerfiles are sound, as far as this shows without a build."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.documents import ROOT
 from tests.unit.shell_scripts import fake_python
 
 _KNOWN = {"ARG", "CMD", "COPY", "ENV", "FROM", "RUN", "SHELL", "USER", "WORKDIR"}
-# What is mounted from the repository, and neither from a stage nor a cache.
+# Options of a mount from the repository rather than from a stage or a cache.
 _OF_SOURCES = {"type", "source", "target"}
 _IDS = [path.name for path in DOCKERFILES]
 each = pytest.mark.parametrize("path", DOCKERFILES, ids=_IDS)
@@ -45,7 +45,7 @@ def test_arguments_are_declared_before_they_are_used(path: Path) -> None:
     for instruction in instructions(path):
         if instruction.name == "ARG":
             declared.add((instruction.stage, instruction.text.partition("=")[0]))
-        # What is declared before the first FROM is seen by FROM alone.
+        # Only FROM sees declarations before the first FROM.
         scope = 0 if instruction.name == "FROM" else instruction.stage
         for name in re.findall(r"\$\{?([A-Z_]+)", instruction.text):
             assert (scope, name) in declared, name
@@ -120,7 +120,6 @@ def test_what_is_run_is_run_by_no_root(path: Path) -> None:
     names = [i.name for i in instructions(path)]
     users = [i for i in instructions(path) if i.name == "USER"]
     assert [user.text for user in users] == ["laer"]
-    # The check at the end is that user's.
     assert names[names.index("USER") :] == ["USER", "WORKDIR", "RUN", "CMD"]
 
 
@@ -148,7 +147,6 @@ def test_a_base_without_cuda_asks_for_gpus_as_one_with_cuda_does() -> None:
 
 
 def wheel(folder: Path, name: str, version: str, needs: Sequence[str] = ()) -> None:
-    """A wheel without modules."""
     info = f"{name}-{version}.dist-info"
     about = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {need}" for need in needs)]
     tags = ["Wheel-Version: 1.0", "Root-Is-Purelib: true", "Tag: py3-none-any"]
@@ -158,7 +156,7 @@ def wheel(folder: Path, name: str, version: str, needs: Sequence[str] = ()) -> N
         file.writestr(f"{info}/RECORD", "")
 
 
-# As in an image: torch is of no release, and a constraint holds what is too old for Megatron.
+# As in an image: torch is no release, and a constraint pins a version too old for Megatron.
 _IN_IMAGE = {
     "torch": "2.10.0a0+b4e4ee81d3.nv25.12",
     "numpy": "2.1.0",
@@ -170,7 +168,7 @@ _IN_IMAGE = {
 
 
 def test_on_an_image_with_constraints_only_what_is_too_old_is_replaced(tmp_path: Path) -> None:
-    """The commands and pip's resolution are real; packages are empty."""
+    """Run the real commands and pip's resolution on empty packages."""
     index, etc = tmp_path / "index", tmp_path / "etc" / "pip"
     for folder in (index, etc, tmp_path / "bin"):
         folder.mkdir(parents=True)

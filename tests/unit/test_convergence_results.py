@@ -1,4 +1,4 @@
-"""The convergence benchmark notices whatever does not learn as stock does."""
+"""The convergence benchmark notices runs that do not learn as stock does."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Runs = dict[tuple[str, str], Run]
 
 
 def alike() -> Runs:
-    """Runs as they should be: FSEP is as far from stock as stock with other roundings is."""
+    """Make good runs: FSEP is as far from stock as stock with other roundings is."""
     rng = np.random.default_rng(0)
     curve = 2 + np.exp(-np.arange(STEPS) / 20)
     runs = {}

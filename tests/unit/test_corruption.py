@@ -1,4 +1,4 @@
-"""Whatever is changed in a file with checksums, nothing else than what was written is read."""
+"""A changed file with checksums yields nothing but the written content."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_a_header_with_any_bit_changed_is_refused(format: corruption.Format, pat
 
 
 def test_a_record_that_says_to_be_longer_is_an_error_and_not_the_end(tmp_path: Path) -> None:
-    """Else the rest of a trace would be left out, and be cut off by the next run."""
+    """Otherwise the rest of a trace would be ignored, and cut off by the next run."""
     trace = FORMATS["trace"]
     corruption.make(tmp_path)
     path = tmp_path / trace.name
@@ -57,7 +57,6 @@ def test_a_record_that_says_to_be_longer_is_an_error_and_not_the_end(tmp_path: P
 def test_a_trace_ends_where_a_machine_that_lost_power_left_zeros(
     tmp_path: Path, zeros: int
 ) -> None:
-    """Of the last record's 28 bytes of fields and 64 of counts."""
     trace = FORMATS["trace"]
     corruption.make(tmp_path)
     path = tmp_path / trace.name

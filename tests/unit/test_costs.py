@@ -1,4 +1,4 @@
-"""Predicted seconds: equal to their definition, and bounded as physics bounds them."""
+"""Predicted seconds equal their definition and respect physical bounds."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.oracles import costs as oracle
 from tests.oracles.planner import quota_NS
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
-# Curved, with transfers and latencies that matter beside compute.
+# Curved, with transfers and latencies that matter next to compute.
 COSTS = make_costs(
     points=((1, 1e8), (16, 1e9), (256, 1e10)),
     intra=Link(3e8, 1e-6, 2e-7),
@@ -38,7 +38,7 @@ SMALL = geometries().filter(lambda geometry: geometry.num_ranks <= 16)
 
 
 def matrix_seconds(costs: CostModel, quota: Int64, layout: ExpertLayout, node_size: int) -> float:
-    """The cost's definition, rank by rank and slot by slot on the matrix of quotas."""
+    """Compute the cost by its definition, per rank and slot of the quota matrix."""
     num_ranks = layout.num_ranks
     gemm, intra, inter = costs.cluster.gemm, costs.cluster.intra, costs.cluster.inter
     loads_NC = quota.sum(axis=0).reshape(num_ranks, -1)
@@ -163,7 +163,7 @@ def test_nothing_is_faster_than_the_lower_bound(geometry: Geometry, seed: int) -
 
 
 def test_the_lower_bound_is_met_by_a_balanced_layer_without_transfers() -> None:
-    # Every rank has its own expert, which all its tokens want.
+    # Every rank's tokens want the expert that it owns.
     counts_NE = np.diag([50, 50, 50, 50])
     geometry = Geometry(4, 4, 1, 2)
     seconds = COSTS.layer_seconds(counts_NE, ExpertLayout.static(4, 1, 4), 2)
@@ -171,7 +171,7 @@ def test_the_lower_bound_is_met_by_a_balanced_layer_without_transfers() -> None:
 
 
 def totals_of(loads_S: list[int], num_ranks: int) -> SplitTotals:
-    """Tokens that were where they are computed."""
+    """Return totals of tokens that stay on their ranks."""
     loads = np.array(loads_S)
     own_N = loads.reshape(num_ranks, -1).sum(axis=1)
     nothing_N = np.zeros(num_ranks, dtype=np.int64)
@@ -242,10 +242,10 @@ def test_restores_of_the_papers_setting_have_the_papers_bytes() -> None:
     received = costs.restore_bytes(layout, 8, "flat")
     np.testing.assert_allclose(received.intra_N + received.inter_N, 683e6, rtol=1e-3)
     np.testing.assert_allclose(received.inter_N, 528.5e6, rtol=1e-3)
-    # By rate of the slower class, 12.5 GB/s between nodes, and a latency for each matrix.
+    # The slower class limits: 12.5 GB/s between nodes, and a latency for each matrix.
     expected_s = received.inter_N.max() / 12.5e9 + 2 * costs.cluster.inter.latency_s
     assert costs.restore_seconds(layout, 8, "flat") == pytest.approx(expected_s, rel=1e-9)
-    # By node, the two phases one after the other, each with the latency of its links.
+    # `node` runs two phases in sequence, each with the latency of its links.
     phased = costs.restore_bytes(layout, 8, "node")
     latencies_s = costs.cluster.intra.latency_s + costs.cluster.inter.latency_s
     expected_node_s = (
@@ -296,7 +296,7 @@ def test_what_no_layer_hides_is_exposed(
     layout, size = ExpertLayout.random(*shape_of(geometry), seed=(seed,)), geometry.node_size
     restore_s = costs.restore_seconds(layout, size, algorithm)
     assert costs.reduce_seconds(layout, size, algorithm) == restore_s
-    # Beside a layer without time nothing is hidden: two restores and a reduce.
+    # A layer without time hides nothing: two restores and a reduce are exposed.
     assert costs.exposed_seconds(layout, size, 0.0) == pytest.approx(3 * restore_s, rel=1e-12)
     assert costs.exposed_seconds(layout, size, 3 * restore_s * (1 + 1e-9)) == 0.0
     longer = [costs.exposed_seconds(layout, size, part * restore_s) for part in (0.5, 1, 2)]
@@ -310,7 +310,7 @@ def test_what_no_layer_hides_is_exposed(
         (1.0, Recompute.FULL, 1 / 4),
         (1.5, Recompute.NONE, 1 / 4),
         (2.0, Recompute.FULL, 1 / 6),
-        # Of the experts two thirds or two fifths, of the All-to-Alls half, or a third.
+        # Two thirds or two fifths of the experts, and half or a third of the All-to-Alls.
         (0.25, Recompute.NONE, 1 / 2),
         (0.25, Recompute.COMPUTE, 1 / 2.5),
         (0.25, Recompute.FULL, 1 / 3),
@@ -338,7 +338,7 @@ def test_auto_takes_the_exchange_that_the_links_favour() -> None:
 
     assert chosen(300e9, 8) == "node"
     assert chosen(12.5e9, 8) == "flat"
-    # Without nodes to speak of there is but one way.
+    # With one node or nodes of one rank there is a single algorithm.
     assert chosen(300e9, 32) == chosen(300e9, 1) == "flat"
 
 

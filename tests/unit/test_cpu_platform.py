@@ -1,4 +1,4 @@
-"""The CPU platform changes the whole process, so a process of its own runs whatever installs it."""
+"""The CPU platform changes the whole process, so tests install it in a process of their own."""
 
 import json
 import os
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.releases
 
 
 def run(code, **environment):
-    """The last line that `code` prints in a fresh interpreter, or its error output."""
+    """Return the last line that `code` prints in a fresh interpreter, or its error output."""
     kept = {k: v for k, v in os.environ.items() if k != "MEGATRON_LAER_DEVICE"}
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
@@ -50,7 +50,6 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def on_cpu():
-    """A function that runs code with CUDA replaced and returns the last line it prints."""
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", _SERVER],
         env=os.environ | {"PYTHONPATH": python_path()},

@@ -1,4 +1,4 @@
-"""A table of counts in CSV comes back, or is refused for what does not fit."""
+"""A table of counts in CSV is read back, or refused with a reason."""
 
 from __future__ import annotations
 

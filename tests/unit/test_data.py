@@ -1,4 +1,4 @@
-"""The dataset that `prepare_data` writes: whole, or the old one; and what it refuses to write."""
+"""`prepare_data` writes a complete dataset or keeps the old one; refusals."""
 
 import io
 import os
@@ -60,7 +60,7 @@ def test_a_directory_is_read_without_its_empty_and_hidden_files(texts, tmp_path)
 
 
 def test_an_unreadable_file_is_refused_by_name_and_leaves_nothing(texts, tmp_path, monkeypatch):
-    # Permissions do not stop root, who runs many test machines, so opening itself is made to fail.
+    # Permissions do not stop root, so opening itself is made to fail.
     def refuse(path):
         raise PermissionError(13, "Permission denied")
 
@@ -154,7 +154,6 @@ def test_a_full_disk_names_the_output_and_keeps_the_old_dataset(texts, tmp_path)
 
 
 def content(folder):
-    """Of the files in a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
@@ -191,7 +190,7 @@ def test_the_command_prints_the_flags_for_training_ready_for_a_shell(texts, tmp_
     printed = capfd.readouterr()
     flags = "--tokenizer-type NullTokenizer --vocab-size 257"
     assert f"train with: --data-path '{prefix}' {flags}\n" in printed.out
-    # A log gets no bar.
+    # A log gets no progress bar.
     assert printed.err == ""
 
 
@@ -231,7 +230,7 @@ def test_documents_in_pieces_give_the_bytes_of_whole_ones(vocab_size, tmp_path):
 
 
 def test_a_file_that_is_read_in_pieces_is_whole_in_the_dataset(texts, tmp_path, monkeypatch):
-    # Of which one file is a multiple.
+    # One file's size is a multiple of it.
     monkeypatch.setattr(tokenizers, "_PIECE_BYTES", 8)
     (texts / "c.jsonl").write_text('{"text": "longer than a piece"}')
     documents = read_documents(prepare_data([texts], tmp_path / "train").prefix)

@@ -13,7 +13,6 @@ from megatron_laer.tools.data.text_files import find_files
 
 
 def texts_of(written):
-    """The documents as texts, without the id that ends each."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     dataset = IndexedDataset(str(written.prefix))

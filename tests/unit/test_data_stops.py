@@ -1,4 +1,4 @@
-"""`prepare-data` as a command: stopped at work, and what it prints where it cannot work."""
+"""`prepare-data` as a command: stopped at work, and its messages where it cannot work."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ import pytest
 from megatron_laer.tools import data
 from tests.processes import default_signals, python_path, run
 
-# A tokenizer that stops at its second document, for as long as this test lives.
+# A tokenizer that stops at its second document for the duration of this test.
 _TRANSFORMERS = """
 import sys
 
@@ -43,7 +43,6 @@ def command(*words):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with an old dataset, `train`, and with what the next one is to be made of."""
     (tmp_path / "modules").mkdir()
     (tmp_path / "modules" / "transformers.py").write_text(_TRANSFORMERS)
     (tmp_path / "old.txt").write_text("old")
@@ -55,7 +54,6 @@ def folder(tmp_path):
 
 @pytest.fixture
 def at_work(folder):
-    """The command, in the middle of its work."""
     with subprocess.Popen(
         command(
             *("--input", folder / "in.jsonl", "--output", folder / "out" / "train"),
@@ -76,7 +74,6 @@ def at_work(folder):
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Of the files in a folder, by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 

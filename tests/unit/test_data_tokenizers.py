@@ -1,4 +1,4 @@
-"""What tokenizers `prepare_data` takes, how long a text they take, and how much memory."""
+"""Tokenizers that `prepare_data` accepts, the length of their texts, and their memory."""
 
 import argparse
 import sys

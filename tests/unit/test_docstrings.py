@@ -10,9 +10,9 @@ import megatron_laer
 from tests import style
 from tests.documents import ROOT
 
-# With these a first line names a thing, or a clause, and says nothing about it.
+# First words of a name or a clause, which state nothing.
 CLAUSE_WORDS = frozenset({"What", "Which", "Whose", "Whether", "How", "Why", "Of"})
-# A function's first line begins with what it does.
+# First words of a noun phrase; a function's first line starts with a verb.
 NOUN_WORDS = frozenset({"A", "All", "An", "Each", "Every", "One", "That", "The", "This", "Those"})
 
 

@@ -1,8 +1,7 @@
-"""`doctor` with what is there, and with each thing missing, broken or out of range.
+"""`doctor` with sound installations, and with each part missing, broken or out of range.
 
-What is missing is hidden from whole processes, and what is faked comes before the installed: both
-hold for the processes that `doctor` starts as well. Each run starts some fifteen of those, so few
-of these tests are in the quick set.
+Hidden and faked modules also apply to the processes that `doctor` starts. Each run starts some
+fifteen of those, so few of these tests are in the quick set.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from tests.processes import python_path
 _ROOT = Path(__file__).resolve().parents[2]
 _ROW = re.compile(r"(\S.*?) {2,}(.*?) {2,}((?:ok|optional|missing|unsupported)(?::.*)?)")
 
-# Reads at start-up which modules this process must not find.
+# Read at start-up: names of modules that this process must not find.
 HIDING = """
     import os, sys
 
@@ -73,8 +72,6 @@ def fake_megatron(version: str = TESTED[-1], helper: str = "helpers_cpp.so") -> 
 
 @dataclass(frozen=True)
 class Examined:
-    """What one `doctor` printed: `rows` by name, each with what was found and the verdict."""
-
     status: int
     rows: dict[str, tuple[str, str]]
     last_line: str
@@ -89,7 +86,7 @@ Doctor = Callable[..., Examined]
 
 @pytest.fixture
 def doctor(tmp_path: Path) -> Doctor:
-    """Runs `doctor` with `fakes`, code by file, before what is installed, and `hidden` modules."""
+    """Run `doctor` with `fakes` (code by file) ahead of installed modules, and `hidden` modules."""
 
     def run(
         fakes: dict[str, str] | None = None,
@@ -98,8 +95,8 @@ def doctor(tmp_path: Path) -> Doctor:
         words: tuple[str, ...] = (),
         **environment: str,
     ) -> Examined:
-        # A folder of its own for every run: in one, a file written anew within a second with the
-        # same length would have the byte code of the file before it.
+        # Each run has its own folder: a rewritten file of equal length within a second would reuse
+        # the byte code of its predecessor.
         folder = Path(tempfile.mkdtemp(prefix="fakes-", dir=tmp_path))
         for file, code in ({"sitecustomize.py": HIDING} | (fakes or {})).items():
             target = folder / file
@@ -119,7 +116,7 @@ def doctor(tmp_path: Path) -> Doctor:
         lines = result.stdout.splitlines()
         found = [match.groups() for line in lines if (match := _ROW.fullmatch(line))]
         rows = {name: (state, verdict) for name, state, verdict in found}
-        assert len(found) == max(0, len(lines) - 2), result.stdout  # an empty line and the last one
+        assert len(found) == max(0, len(lines) - 2), result.stdout
         return Examined(result.returncode, rows, lines[-1] if lines else "", result.stderr)
 
     return run
@@ -159,7 +156,6 @@ REQUIRED = {
 
 
 def missing(name: str) -> tuple[str, str]:
-    """The row of a package that is not there."""
     return "none", f"missing: {sys.executable} -m pip install '{REQUIRED[name]}'"
 
 

@@ -1,4 +1,4 @@
-"""Rows of `doctor` about the machine and the launcher, from what was found."""
+"""Rows of `doctor` about the machine and the launcher, for given findings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Links in documents lead somewhere; nothing is asked of the network."""
+"""Links in documents lead to files and headings; the network is not used."""
 
 from __future__ import annotations
 
@@ -23,20 +23,18 @@ _ELSEWHERE = ("https://", "http://")
 
 
 def anchors(page: str) -> set[str]:
-    """What a link may name after `#`: headings, in lower case, without marks and with hyphens."""
+    """Return the names of headings after `#`: lower case, without marks, with hyphens."""
     seen: Counter[str] = Counter()
     found = set()
     for heading in re.findall(r"^#+ +(.+?) *$", _BLOCK.sub("", page), re.MULTILINE):
         text = re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower()
         name = re.sub(r"[^\w\- ]", "", text).replace(" ", "-")
-        # The second of the same name is numbered.
         found.add(f"{name}-{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return found
 
 
 def dead_links(path: Path) -> list[str]:
-    """Links of a document that lead to no file beside it or to no heading."""
     dead = []
     for link in _LINK.findall(_CODE.sub("", path.read_text(encoding="utf-8"))):
         if link.startswith(_ELSEWHERE):

@@ -1,7 +1,6 @@
 """An exchange of one matrix launches few kernels on CUDA, however often an expert is replicated.
 
-Triton's kernels are replaced by a count, and collectives by nothing, so that one process stands for
-32 ranks. What else would launch is seen as torch dispatches it.
+Launches are counted, and collectives do nothing, so that one process acts for 32 ranks.
 """
 
 from __future__ import annotations
@@ -24,13 +23,11 @@ from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 HOT = pytest.importorskip("tests.exchange_kernels", reason="PyTorch for CUDA brings Triton").HOT
 FLAT, NODE = ExchangeAlgorithm.FLAT, ExchangeAlgorithm.NODE
 RANK, COLUMNS = 9, 3
-# They make tensors or views, and launch nothing.
+# Operations that make tensors or views, and launch nothing.
 SILENT = "empty new_empty view slice select split split_with_sizes detach alias".split()
 
 
 class Launches(TorchDispatchMode):
-    """Counts what would be launched, by name."""
-
     def __init__(self) -> None:
         super().__init__()
         self.counted: Counter[str] = Counter()
@@ -42,13 +39,11 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def counter(self, name: str) -> Any:
-        """Return a function that only counts its calls."""
         return lambda *_, **__: self.counted.update([name])
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
-    """Count what runs inside of it."""
     counting = Launches()
     kernels = {
         name: counting.counter(name) for name in ("move_rows", "gather_rows", "sum_replicas")
@@ -59,7 +54,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 
 def exchange_of(algorithm: ExchangeAlgorithm, node_size: int) -> tuple[Any, LayoutIndex]:
-    """Make the exchange of one rank, and an index that is ready."""
     groups: Any = SimpleNamespace(rank=RANK, size=HOT.num_ranks, node_size=node_size)
     for name in ("parameters", "gradients"):
         for stage in ("", "_inter_node", "_intra_node"):

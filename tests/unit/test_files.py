@@ -1,4 +1,4 @@
-"""Opening what others made, writing what others need."""
+"""Reading files of other programs, and writing files for them."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_second_writer_is_refused_until_the_first_has_closed(tmp_path: Path) -
 
 def test_a_lock_is_held_during_its_block_and_then_gone(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    path.touch()  # as a killed run leaves it
+    path.touch()
     with writing.locked(path):
         with pytest.raises(writing.InUseError), writing.locked(path):
             pass
@@ -134,7 +134,7 @@ def test_a_replacement_stays_locked_in_its_targets_place(tmp_path: Path) -> None
 def test_a_replacement_that_another_writer_takes_for_a_leftover_is_begun_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holds: bool
 ) -> None:
-    """Another process's `remove_leftovers` comes between opening and locking."""
+    """Run another process's `remove_leftovers` between opening and locking."""
     target, lock, met = tmp_path / "log", writing.lock, []
 
     def lock_late(file: IO[bytes], path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_replacement_that_another_writer_takes_for_a_leftover_is_begun_anew(
             with path.open("r+b") as other:
                 fcntl.flock(other, fcntl.LOCK_EX)
                 if holds:
-                    lock(file, path)  # raises
+                    lock(file, path)
                 path.unlink()
         lock(file, path)
 
@@ -155,7 +155,7 @@ def test_a_replacement_that_another_writer_takes_for_a_leftover_is_begun_anew(
 def test_content_is_on_disk_before_its_name_and_the_name_before_the_writer_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else a machine that loses power may leave an empty file under the name of a whole one."""
+    """Otherwise a power loss may leave an empty file under the name of a complete one."""
     done = []
     fsync, replace = os.fsync, os.replace
 
@@ -241,7 +241,7 @@ def test_a_child_that_outlives_a_killed_writer_keeps_no_lock(tmp_path: Path) -> 
         writer.wait()
         writing.open_exclusively(log).close()
         assert log.read_bytes() == b""
-        writer.stdin.close()  # ends the child
+        writer.stdin.close()
 
 
 def test_a_replacement_can_take_another_name(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Forecasts: values that weigh observations and can be saved."""
+"""Forecasts weigh observations and can be saved."""
 
 from __future__ import annotations
 
@@ -76,13 +76,13 @@ def test_without_a_weight_the_mean_that_did_best_lately_is_the_forecast() -> Non
         counts_NE = rng.multinomial(200, first_E, size=8)
         forecast, steady = forecast.observe(counts_NE), steady.observe(counts_NE)
     assert (forecast.counts_NE() == steady.counts_NE()).all()
-    # After a change of text the shorter one is, from the second step on.
+    # After a change of text the shorter memory is nearer, from the second step on.
     quick = SmoothedForecast(weight=0.75, level_NE=forecast.level_NE)
     for _ in range(2):
         counts_NE = rng.multinomial(200, second_E, size=8)
         forecast, quick = forecast.observe(counts_NE), quick.observe(counts_NE)
     assert (forecast.counts_NE() == quick.counts_NE()).all()
-    # And the longer one again, once all that differs is chance.
+    # The longer one is nearer again once only chance differs.
     for _ in range(20):
         forecast = forecast.observe(rng.multinomial(200, second_E, size=8))
     assert forecast.steady_NE is not None

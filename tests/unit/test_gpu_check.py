@@ -1,4 +1,4 @@
-"""Tables of the GPU check, from measurements that are made up, and what the check refuses."""
+"""Tables of the GPU check from made-up measurements, and its refusals."""
 
 from __future__ import annotations
 
@@ -158,9 +158,6 @@ def test_the_page_has_every_table_and_what_was_left_out() -> None:
     assert report.DRY in report.page_rows({"about": {}, "parts": {"p": part}})
 
 
-# Which processes run, and how.
-
-
 def test_every_part_has_tasks_and_ranks_are_asked_for() -> None:
     alone = __main__.tasks(__main__.PARTS, 1, 1, dry=False)
     assert [task.name for task in alone] == "tests kernels gemms priorities layer".split()
@@ -199,7 +196,7 @@ def test_what_cannot_run_is_refused(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     try:
         status = __main__.main(words.split())
-    except SystemExit as stopped:  # by argparse
+    except SystemExit as stopped:
         status = int(str(stopped.code))
     assert status == 2
     assert problem in capsys.readouterr().err
@@ -221,9 +218,6 @@ def test_a_machine_that_lacks_something_is_refused(
     options = __main__._parser().parse_args("--ranks 8".split())
     said = __main__.refusal(options, __main__.PARTS)
     assert said is not None and problem in said
-
-
-# The shell scripts.
 
 
 def test_wheels_without_megatron_are_refused(tmp_path: Path) -> None:
@@ -258,7 +252,6 @@ def test_the_scripts_options_go_to_the_check(tmp_path: Path) -> None:
 
 @pytest.fixture
 def job(tmp_path: Path) -> dict[str, str]:
-    """What a job on two nodes sees, with a replacement of scontrol."""
     shown = f'echo "   Command={_SBATCH} --wheels w"'
     fake_python(tmp_path, "scontrol", f'[ "$2" = job ] && {shown} || printf "n7\\nn8\\n"')
     return {

@@ -1,4 +1,4 @@
-"""Greedy and search: legal, repeatable, steady, and balanced when loads drift."""
+"""Greedy and search are legal, repeatable, steady, and balanced when loads drift."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.unit.planner_cases import KINDS, counts_of
 
 @st.composite
 def geometries(draw: st.DrawFn) -> Geometry:
-    """Any N, E, C and G that divides N, also with too few slots for perfect balance."""
+    """Draw any N, E, C and G that divides N, also with too few slots for perfect balance."""
     num_ranks = draw(st.integers(1, 24))
     num_experts = draw(st.integers(1, 40))
     least = -(-num_experts // num_ranks)
@@ -76,7 +76,6 @@ def test_greedy_is_legal_repeatable_and_steady(geometry: Geometry, kind: str, se
     planned = greedy.plan(counts_NE, random_layout(geometry, seed))
     geometry.check_layout(planned)
     assert greedy.plan(counts_NE, random_layout(geometry, seed)) == planned
-    # Planning again from its own result moves nothing.
     assert greedy.plan(counts_NE, planned) is planned
 
 
@@ -95,7 +94,7 @@ def test_greedy_holds_no_expert_twice_on_a_rank(geometry: Geometry, kind: str, s
 def test_layouts_depend_on_proportions_and_not_on_the_unit(
     geometry: Geometry, kind: str, seed: int, unit: int
 ) -> None:
-    # Forecasts are in parts of a token.
+    # Forecasts have fractions of tokens.
     counts_NE = counts_of(kind, geometry, seed) * 4096
     static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
     greedy = GreedyStrategy(geometry)
@@ -120,8 +119,8 @@ def test_search_is_legal_and_repeatable(geometry: Geometry, kind: str, seed: int
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("shape", [(16, 32, 4, 8), (16, 30, 4, 8), (24, 24, 4, 4), (12, 18, 4, 12)])
 def test_equal_experts_leave_no_rank_cut_off(shape: tuple[int, int, int, int], seed: int) -> None:
-    # If equal experts were dealt out in turns, ranks would share all of their experts with the
-    # same few others, and their common load could not flow to the rest.
+    # Dealt in turns, equal experts would let ranks share all their experts with the same few ranks,
+    # and their common load could not spread.
     geometry = Geometry(*shape)
     num_ranks, num_experts, capacity, node_size = shape
     equal_NE = np.full((num_ranks, num_experts), 1000)
@@ -160,7 +159,7 @@ def test_a_rank_keeps_its_experts_where_the_node_still_needs_them() -> None:
     counts_NE = zipf_counts_NE(geometry, 7)
     greedy = GreedyStrategy(geometry)
     first = greedy.plan(counts_NE, ExpertLayout.static(8, 4, 16))
-    # The same layout with the ranks of each node reversed, and the slots of each rank.
+    # The same layout with reversed ranks in each node and reversed slots in each rank.
     slots_QGC = first.slot_expert_S.reshape(2, 4, 4)[:, ::-1, ::-1]
     turned = ExpertLayout.from_slots(8, 4, 16, slots_QGC.reshape(-1))
     assert greedy.plan(counts_NE, turned) is turned
@@ -175,7 +174,7 @@ def test_negative_counts_are_quoted() -> None:
 
 
 def by_time_costs(algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT) -> CostModel:
-    # Between nodes, tokens are slow enough to count, and not so slow that nothing else does.
+    # Between nodes, tokens are slow enough to count, but do not dominate.
     points = ((1, 1e9), (256, 1e10))
     return make_costs(
         points=points,
@@ -189,7 +188,7 @@ def by_time_costs(algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT) -> Cost
 def judged_s(
     costs: CostModel, geometry: Geometry, counts_NE: Int64, slots_S: np.ndarray[tuple[int], Any]
 ) -> float:
-    """Sum what the cost model predicts for a forecast and its disturbed copies, in plain Python."""
+    """Sum the predicted seconds of a forecast and its disturbed copies, in plain Python."""
     layout = ExpertLayout(*shape_of(geometry), slots_S.astype("<i2").tobytes())
     wanted = geometry.num_slots * costs.cluster.gemm.points[-1][0]
     scaled_NE = counts_NE * wanted // max(int(counts_NE.sum()), 1)
@@ -234,7 +233,7 @@ def test_by_time_the_fastest_of_the_constructions_is_taken(
     assert greedy.plan(counts_NE, planned) == planned
     for rank in range(geometry.num_ranks):
         assert len(set(planned.experts_of(rank))) == geometry.capacity
-    # What is compared trades no places between ranks only where a node has a single one.
+    # The compared algorithm trades no places between ranks of nodes with several ranks.
     geometry = dataclasses.replace(geometry, node_size=1)
     planned = GreedyStrategy(geometry, costs).plan(counts_NE, static)
     drift = GreedyStrategy(geometry).plan(counts_NE, static)

@@ -1,4 +1,4 @@
-"""The guard: legal, the same for everybody, and never slower by its own prediction than keeping."""
+"""The guard is legal, agrees on all ranks, and never predicts worse than keeping the layout."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
 HOSTS = (None, HostTime(3e-6, SolveTime(1e-5, 1e-7, 1e-8)))
-# From changes that cost next to nothing to changes that never pay.
+# From almost free changes to changes that never pay.
 SOLVES = (SolveTime(0.0, 0.0, 0.0), SolveTime(1e-6, 1e-8, 1e-9), SolveTime(1e-3, 0.0, 0.0))
 NODE = TokenPrices(TokenExchange.NODE, intra_rows=0.9, inter_rows=0.46)
 
@@ -58,7 +58,7 @@ def one_token(geometry: Geometry, seed: int) -> Int64:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Geometry, Int64, ExpertLayout]:
-    """Any geometry; counts with no, one, few and skewed tokens; planned well, badly or for them."""
+    """Draw a geometry, counts of all kinds of skew, and a plan that is good, bad or exact."""
     geometry, seed = draw(geometries()), draw(st.integers(0, 2**16))
     make = draw(st.sampled_from([counts_for, lambda seed, shape: one_token(shape, seed)]))
     counts_NE = make(seed, geometry)
@@ -83,7 +83,6 @@ def check_legal(decision: Decision, counts_NE: Int64, geometry: Geometry) -> Non
     loads_E = np.zeros(geometry.num_experts, dtype=np.int64)
     np.add.at(loads_E, decision.layout.slot_expert_S.astype(int), decision.quotas.loads_S)
     np.testing.assert_array_equal(loads_E, counts_NE.sum(axis=0))
-    # The quotas are those of the layout: as good as exact quotas get.
     again = exact_split(decision.layout, geometry.node_size).solve(counts_NE)
     np.testing.assert_array_equal(again.loads_S, decision.quotas.loads_S)
     assert decision.replanned == (decision.layout != decision.planned_layout)
@@ -99,8 +98,7 @@ def test_decisions_are_legal_and_depend_on_nothing_but_the_arguments(
     guard = Guard(mode, costs, geometry)
     decision = guard.decide(counts_NE, planned)
     check_legal(decision, counts_NE, geometry)
-    # Whatever was decided in between, from an equal layout that is another object, by another guard
-    # that is equal, from counts that lie differently in memory.
+    # Earlier decisions, layout objects, guards and memory layouts must not matter.
     guard.decide(counts_NE[::-1].copy(), decision.layout)
     twin = ExpertLayout(
         planned.num_ranks, planned.capacity, planned.num_experts, bytes(planned.slot_bytes)
@@ -118,7 +116,7 @@ def test_adaptive_takes_the_cheaper_and_its_early_way_out_changes_nothing(
     geometry, counts_NE, planned = case
     decision = Guard(PlanMode.ADAPTIVE, costs, geometry).decide(counts_NE, planned)
 
-    # Both choices in full, as if there were no bounds to leave by.
+    # Evaluate both choices fully, without early exits.
     fresh = construct_layout(counts_NE, planned, geometry.node_size)
     kept_s = costs.layer_seconds(counts_NE, planned, geometry.node_size)
     fresh_s = costs.layer_seconds(counts_NE, fresh, geometry.node_size)
@@ -146,7 +144,7 @@ def test_adaptive_takes_the_cheaper_and_its_early_way_out_changes_nothing(
 
 
 def test_exchanges_that_backward_cannot_hide_count_against_more_experts_on_a_node() -> None:
-    """Each node has half of the experts, twice. A fresh layout brings more of them to both."""
+    """Give each node half of the experts twice. A fresh layout brings more of them to both."""
     geometry, tokens = Geometry(8, 16, 4, 4), (200, 800)
     slots = [expert for expert in range(16) for _ in range(2)]
     planned = ExpertLayout.from_slots(8, 4, 16, slots)
@@ -163,7 +161,7 @@ def test_exchanges_that_backward_cannot_hide_count_against_more_experts_on_a_nod
         counts_NE = np.tile(np.round(number * share_E / share_E.sum()).astype(np.int64), (8, 1))
         fresh = construct_layout(counts_NE, planned, 4)
         decision = Guard(PlanMode.ADAPTIVE, costs, geometry).decide(counts_NE, planned)
-        # As long as nothing else is asked, the fresh layout is worth its fetch with either number.
+        # Without further requirements the fresh layout is worth its fetch with either number.
         saved_s = costs.layer_seconds(counts_NE, planned, 4)
         saved_s -= costs.layer_seconds(counts_NE, fresh, 4)
         assert saved_s > costs.change_seconds(planned, fresh, 4)
@@ -229,7 +227,7 @@ HOT_NE = np.array([[90, 2, 2, 2], [90, 2, 2, 2], [90, 2, 2, 2], [90, 2, 2, 2]])
 
 
 def decide(mode: str, costs: CostModel, tolerance: float | None = None) -> Decision:
-    """Expert 0 takes 94 % of the tokens, and has one slot of eight in the planned layout."""
+    """Give expert 0 94 % of the tokens, and one slot of eight in the planned layout."""
     planned = ExpertLayout.from_slots(4, 2, 4, [0, 1, 1, 2, 2, 3, 3, 1])
     return Guard(mode, costs, Geometry(4, 4, 2, 4), tolerance).decide(HOT_NE, planned)
 
@@ -244,13 +242,13 @@ def test_reasons_say_what_was_compared() -> None:
     assert taken.reason.endswith(f" ms > cost 0.5 ms ({slots} slots changed)")
     assert taken.gain_s is not None and taken.gain_s * 1e3 == pytest.approx(gain_ms, rel=0.01)
 
-    # The gain cannot reach the cost, which is clear without a fresh layout.
+    # The gain cannot reach the cost; this is clear without a fresh layout.
     early = decide(PlanMode.ADAPTIVE, make_costs(solve=SolveTime(1.0, 0.0, 0.0)))
     assert not early.solved
     assert early.reason.startswith("kept forecast: gain at most ")
     assert early.reason.endswith(" ms < cost at least 1000.0 ms")
 
-    # It could, but every rank of the fresh layout has a second, small GEMM, as slow as 80 tokens.
+    # Every rank of the fresh layout has a second, small GEMM that is as slow as 80 tokens.
     small = make_costs(points=((80, 1e8),), intra=FREE, solve=SolveTime(0.055, 0.0, 0.0))
     late = decide(PlanMode.ADAPTIVE, small)
     assert late.solved and not late.replanned
@@ -264,7 +262,7 @@ def test_reasons_say_what_was_compared() -> None:
     kept = decide(PlanMode.ADAPTIVE, slow, tolerance=2.8)
     assert kept.reason == "kept forecast: max/mean 3.75, tolerance 3.80"
 
-    # One line for many layers explains the largest gain, or without one the largest imbalance.
+    # One line for many layers explains the largest gain; without a gain, the largest imbalance.
     many = {"layer 1": early, "layer 2": taken, "layer 3": early}
     counts = "kept forecast in 2 layers, fresh layout in 1 layer"
     assert in_words(many) == f"{counts}; layer 2: {taken.reason}"
@@ -329,7 +327,7 @@ def test_adaptive_finds_by_itself_that_microbatches_differ_in_kind(capacity: int
                     outcome = evaluate(guard, counts_NE, layout)
                     seconds[mode] += outcome.layer_s
                     if mode == PlanMode.ADAPTIVE and not outcome.replanned:
-                        seconds[mode] += costs.solve_seconds(geometry)  # may have been in vain
+                        seconds[mode] += costs.solve_seconds(geometry)  # the result may go unused
         forecast = forecast.observe(sum(microbatches, np.zeros((16, 32), dtype=np.int64)))
     # No layout fits both kinds: a forecast alone is slower, though it fetches nothing late.
     assert seconds[PlanMode.FORECAST] > 1.02 * seconds[PlanMode.EXACT]

@@ -1,4 +1,4 @@
-"""Helper processes: no signal ends them, the end of their parent does, and it misses no signal."""
+"""Helper processes ignore signals, end with their parent, and lose none of its signals."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 
 from tests.processes import is_running, outlive, python_path
 
-# Starts a manager as the checkpoint writer does, and waits for a line before, so that a signal may
-# come meanwhile. Prints the ids of what it started, and then sends each line through the manager.
+# Starts a manager as the checkpoint writer does, after waiting for a line, so that a signal may
+# come first. Prints the ids of its children, then sends each line through the manager.
 PARENT = """
 import multiprocessing, signal, sys
 from multiprocessing import resource_tracker
@@ -44,7 +44,7 @@ if __name__ == "__main__":
 def parent_with_manager(
     folder: Path, method: str
 ) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
-    """A process that was sent SIGTERM while it started a manager; and what it started."""
+    """Return a process that got SIGTERM while it started a manager, and its children."""
     script = folder / "parent.py"
     script.write_text(PARENT)
     with subprocess.Popen(

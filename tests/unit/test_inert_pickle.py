@@ -1,4 +1,4 @@
-"""Pickles as plain records, whatever they would do."""
+"""Pickles are read as plain records, and never executed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from tests.fuzz import damaged
 
 
 class Thing:
-    """Pickled by class, arguments and state."""
-
     def __new__(cls, *arguments: object) -> Thing:
         return super().__new__(cls)
 
@@ -69,13 +67,12 @@ def test_names_are_asked_for() -> None:
     [
         *(b"", b"\x80\x04", b"\xff", pickle.dumps([1])[:-1], b"\x80\x04.", b"\x80\x04t."),
         *(b"\x80\x04r\0\0\0\x10.", b"\x80\x04j\0\0\0\x10.", b"\x80\x04)]KxKys."),
-        # Objects that are no names are called or changed.
+        # Calls or changes of objects other than names.
         *(
             b"\x80\x04KxK\x01\x85R.",
             b"\x80\x04cpathlib\nPath\n}X\1\0\0\0aK\1sb.",
             b"\x80\x04}(Kxu.",
         ),
-        # Operations that no list needs.
         *(b"(ios\nsystem\n.", b"\x80\x02\x82\x01.", b"\x80\x02KxQ.", b"Pid\n."),
         b"I" + b"9" * 5000,
         *(
@@ -91,7 +88,7 @@ def test_damage_and_unknown_operations_are_value_errors(data: bytes) -> None:
 
 
 def test_deep_and_doubling_tuples_are_never_hashed() -> None:
-    # As a key, the first would overflow the stack and the second take for ever.
+    # As keys, the first would overflow the stack and the second take forever.
     for key in (b")" + b"\x85" * 1_000_000, b")" + b"q\0h\0\x86" * 100):
         assert read(b"\x80\x04}" + key + b"Kxs.", anything) == {}
 

@@ -1,4 +1,4 @@
-"""`inspect` tells what a checkpoint holds, in one process, and runs nothing that it finds there."""
+"""`inspect` reports a checkpoint's content in one process, and runs nothing that it contains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ BIASES = "decoder.layers.mlp.experts.experts.linear_fc1.bias"
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run's directory with one checkpoint, at iteration 7."""
     folder = tmp_path / "iter_0000007"
     folder.mkdir()
     tensors = {
@@ -75,8 +74,6 @@ def test_a_damaged_state_is_part_of_the_report(run: Path) -> None:
 
 
 class Command:
-    """Unpickled, it makes a file."""
-
     def __init__(self, function: object, *arguments: object) -> None:
         self._call = function, arguments
 
@@ -103,7 +100,7 @@ def test_a_pickle_that_would_run_something_is_refused(run: Path) -> None:
 
 
 def rewrite(run: Path, before: bytes, after: bytes) -> None:
-    """Change the list of tensors in one place, to the same length in its frame."""
+    """Change the list of tensors in one place, with equal length in its frame."""
     metadata = run / "iter_0000007" / ".metadata"
     data = metadata.read_bytes()
     assert data.count(before) > 0

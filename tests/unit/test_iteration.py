@@ -1,4 +1,4 @@
-"""The recursion over ranks' clocks against cases that are worked out by hand.
+"""The recursion over ranks' clocks, against cases that are worked out by hand.
 
 Legend: N ranks.
 """
@@ -19,7 +19,7 @@ AFTER_GATE = make_schedule(overlaps=True, after_gate=True)
 
 
 def layer(forward_N, backward_N=None, restore_s=None, reduce_s=None, **more):
-    """A MoE layer: attention 2 and 4 seconds, an exchange of tokens 1 second."""
+    """Make a MoE layer: attention 2 and 4 seconds, an exchange of tokens 1 second."""
     of_moe = {"tokens_N": np.ones(len(forward_N)), "within_node": False, "gate_s": 0.0}
     of_moe |= {"change_s": None, "group": None}
     of_moe |= {key: more.pop(key) for key in list(more) if key in of_moe}
@@ -36,7 +36,7 @@ def layer(forward_N, backward_N=None, restore_s=None, reduce_s=None, **more):
 
 
 def spent(clocks):
-    """Seconds by kind of rank 0, and that all kinds add up on every rank."""
+    """Return seconds by kind of rank 0, after checking that kinds add up on every rank."""
     total_N = sum(clocks.spent[kind] for kind in KINDS)
     assert total_N == pytest.approx(clocks.now_N)
     return {kind: seconds_N[0] for kind, seconds_N in clocks.spent.items() if seconds_N.any()}
@@ -100,7 +100,7 @@ def test_without_the_scheduler_all_of_a_restore_is_exposed():
 def test_a_layout_of_after_the_gate_is_restored_after_it():
     clocks = Clocks(1, 1)
     forward(clocks, [layer([10], restore_s=8)] * 2, AFTER_GATE)
-    assert spent(clocks)["restore"] == 2 * (8 - 1)  # beside the dispatch
+    assert spent(clocks)["restore"] == 2 * (8 - 1)  # next to the dispatch
 
 
 def test_changed_slots_are_fetched_after_the_gate_and_waited_for():
@@ -124,7 +124,7 @@ def test_a_restore_begins_when_the_last_rank_has_begun_it():
 
 
 def test_backward_restores_the_layer_before_and_delays_gradients():
-    """A reduce has the attention, the next layer's combine, experts and dispatch to hide in."""
+    """A reduce can hide in the attention and in the next layer's combine, experts and dispatch."""
     window = 4 + 1 + 20 + 1
     for reduce_s, exposed in ((window, 0), (window + 5, 5)):
         clocks = Clocks(1, 1)
@@ -133,7 +133,7 @@ def test_backward_restores_the_layer_before_and_delays_gradients():
         assert spent(clocks).get("reduce", 0) == exposed
     clocks = Clocks(1, 1)
     backward(clocks, [layer([10], [20], restore_s=3)] * 2, OVERLAPPED)
-    # Only the chunk's last is not ahead of its experts, but for the combine.
+    # Only the chunk's last restore has nothing but the combine before its experts.
     assert spent(clocks)["restore"] == 2
 
 
@@ -147,7 +147,7 @@ def test_the_last_gradients_of_a_chunk_are_exposed_but_for_its_attention():
 
 
 def test_one_communicator_has_gradients_wait_for_parameters():
-    """Layer 1's restore and layer 2's gradients want the link at once."""
+    """Layer 1's restore and layer 2's gradients compete for the link."""
     ends = []
     for one_stream in (False, True):
         clocks = Clocks(1, 1, one_stream=one_stream)

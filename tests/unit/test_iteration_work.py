@@ -1,4 +1,4 @@
-"""What methods make of counts, what models hold, and what holds for any rates.
+"""Work of an iteration: counts by method, sizes of models, and properties that hold for any rates.
 
 Legend: N ranks, E experts.
 """
@@ -132,7 +132,7 @@ def test_dense_layers_and_prediction_layers_are_told_apart(tmp_path):
     model = read_model(str(path))
     assert model.layer_has_experts == (False, True, True, True, True)
     assert model.prediction_heads == 2
-    # Down and up for queries, down for keys and values with the rotary part, up, and out.
+    # Query down and up, key and value down with the rotary part, up, and output.
     expected = 64 * 24 + 24 * 4 * 12 + 64 * (16 + 4) + 16 * 4 * (8 + 8) + 4 * 8 * 64
     assert model.attention_weights == expected
 
@@ -140,7 +140,7 @@ def test_dense_layers_and_prediction_layers_are_told_apart(tmp_path):
 @settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 99), nodes=st.sampled_from([1, 2, 4]), group=st.sampled_from([4, 8]))
 def test_stocks_tokens_are_those_of_its_placement(seed, nodes, group):
-    """Against a loop over every source, rank and expert."""
+    """Compare with a loop over every source, rank and expert."""
     num_ranks, num_experts = 8, 16
     counts_NE = np.random.default_rng(seed).integers(0, 50, (num_ranks, num_experts))
     node_size = num_ranks // nodes
@@ -176,7 +176,7 @@ def test_an_exchange_takes_what_the_cost_model_says(in_stages):
 
 
 def test_a_layers_compute_and_tokens_are_the_cost_models():
-    """Where nothing but GEMMs and links costs anything, both have the same layer."""
+    """Where only GEMMs and links cost time, both models have the same layer."""
     trace = drifting_trace()
     counts_NE = trace.counts_NE(3)
     costs = CostModel(CLUSTER, 4096, 14336, True, 2)
@@ -205,13 +205,13 @@ def test_replicas_of_experts_exchange_between_nodes():
     """Groups of four ranks on nodes of two: each expert's other copy is four ranks away."""
     found = predicted(drifting_trace(), names=[FSEP], replicas=2)[FSEP].bytes_by_kind
     expert = 4 * 8 / 4 * TINY.expert_weights  # slices in four layers
-    # Dense ones leave a node every second time; gradients have four bytes, and weights two.
+    # Dense gradients cross nodes in every second step; they have four bytes, weights two.
     more = found["inter"]["data_parallel"] - found["intra"]["data_parallel"]
     assert more == pytest.approx(expert * (4 + 2) / 2)
 
 
 def test_tensor_parallel_ranks_gather_what_their_group_has():
-    """Two collectives in each direction, of four layers and microbatches."""
+    """Expect two collectives in each direction, for four layers and microbatches."""
     found = predicted(drifting_trace(), names=[STOCK], tensor=2)[STOCK].bytes_by_kind
     tokens = round(Routing(drifting_trace(), 4).pairs / TINY.topk)
     assert found["intra"]["tensor"] == 2 * 2 * 4 * 4 * tokens * TINY.hidden * 2
@@ -219,7 +219,7 @@ def test_tensor_parallel_ranks_gather_what_their_group_has():
 
 
 def test_stocks_groups_wait_for_their_own_counts():
-    """Of two groups of four one is busy in both layers, or each in one of them."""
+    """Make one of two groups of four busy in both layers, or each group in one of them."""
     step_R, layer_R = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
     model = replace(TINY, layer_has_experts=(True,) * 2, num_experts=4)
     found = []
@@ -266,7 +266,7 @@ def test_parts_add_up_to_the_iteration_and_ranges_hold_it():
         assert min(*parts, prediction.waiting_s) >= 0
         assert prediction.low_s < prediction.iteration_s < prediction.high_s
         assert 0 < prediction.mfu < 1 and prediction.naive_s < prediction.iteration_s
-    # Skewed routing: balance is what FSEP has and stock lacks; so few tokens hide no restore.
+    # Routing is skewed: FSEP balances it and stock does not. So few tokens hide no restore.
     assert found[FSEP].max_over_mean < 1.2 < 1.5 < found[STOCK].max_over_mean
     assert found[FSEP].waiting_s < found[STOCK].waiting_s / 2
     assert found[FSEP].exposed_s["restore"] > found[STOCK].exposed_s["restore"] == 0
@@ -276,7 +276,7 @@ def test_parts_add_up_to_the_iteration_and_ranges_hold_it():
 @settings(deadline=None, max_examples=10)
 @given(factor=st.floats(1.0, 50.0), link=st.sampled_from(["intra", "inter"]))
 def test_more_bandwidth_is_never_slower(method, factor, link):
-    """Decisions are made by the cluster's constants, and stay."""
+    """Keep the decisions, which use the cluster's constants, while the rates change."""
     name = f"{link}.bytes_per_s"
     value = CLUSTER.constant(name) * factor
     faster = replace(RATES, cluster=CLUSTER.with_constants({name: value}))
@@ -300,19 +300,19 @@ def test_experts_that_are_held_are_restored_and_reduced_once_per_step():
         for holds in (False, True)
     )
     for link in ("intra", "inter"):
-        # Two restores in each of four microbatches, or one in all; and a reduce likewise.
+        # Two restores in each of four microbatches, or one per step; reduces are counted the same
+        # way.
         assert by_layer.bytes_by_kind[link]["restore"] == pytest.approx(
             8 * by_step.bytes_by_kind[link]["restore"]
         )
         assert by_layer.bytes_by_kind[link]["reduce"] == pytest.approx(
             4 * by_step.bytes_by_kind[link]["reduce"]
         )
-    # All four layers' experts, and sums of their gradients in four bytes.
+    # All four layers' experts, and their gradient sums in four bytes.
     layer = 3 * TINY.expert_weights
     held, passing = by_step.memory_bytes, by_layer.memory_bytes
     assert held["restored_experts"] == 2 * passing["restored_experts"] == 4 * layer * 2
     assert held["restored_gradients"] == layer * 2 + 4 * layer * 4
-    # So few tokens hide no restore: time follows bytes.
     assert by_step.exposed_s["restore"] < by_layer.exposed_s["restore"] / 6
     assert 0 < by_step.exposed_s["reduce"] < by_layer.exposed_s["reduce"]
 
@@ -369,7 +369,7 @@ def test_routing_deals_out_ranks_and_tokens():
 
 
 def test_steps_that_lack_a_layer_are_not_simulated():
-    """The first step and the second lack one, as where a run was killed and went on."""
+    """Steps 0 and 1 lack a layer, as after a killed and resumed run."""
     keys = [(0, 0), (1, 0), (1, 1), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
     step_R, layer_R = np.array(keys).T
     counts_RNE = np.ones((len(keys), 2, 4), dtype=np.int32)

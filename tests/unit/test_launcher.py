@@ -1,4 +1,4 @@
-"""What launchers say of ranks is taken or refused, and never ignored."""
+"""Launchers' statements about ranks are accepted or refused, and never ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer's state keeps of a microbatch's passes."""
+"""A layer's state of a microbatch's passes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ExpertLayout: legal by construction, equal by content, the same on every machine."""
+"""ExpertLayout is legal by construction, equal by content, and the same on every machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from megatron_laer.planner.layout import ExpertLayout, default_capacity, stock_o
 
 @st.composite
 def shapes(draw: st.DrawFn) -> tuple[int, int, int]:
-    """Any (N, C, E) that admits a layout, N in 1..40, E in 1..64."""
+    """Draw any (N, C, E) that admits a layout, N in 1..40, E in 1..64."""
     num_ranks = draw(st.integers(1, 40))
     num_experts = draw(st.integers(1, 64))
     capacity = draw(st.integers(-(-num_experts // num_ranks), num_experts))
@@ -59,7 +59,7 @@ def test_random_is_legal_and_repeatable(shape: tuple[int, int, int], seed: list[
 
 
 def test_random_is_the_same_on_every_machine() -> None:
-    # Made with this very call; it must hold for every NumPy version.
+    # Printed by this call; it must hold for every NumPy version.
     layout = ExpertLayout.random(4, 3, 5, seed=(7, 1))
     assert layout.to_list() == [4, 0, 3, 0, 1, 4, 1, 2, 2, 2, 0, 3]
 
@@ -86,7 +86,7 @@ def test_digest_is_a_signed_64_bit_number_of_content_and_shape() -> None:
     }
     assert len(digests) == 3
     assert all(-(2**63) <= digest < 2**63 for digest in digests)
-    # Printed by this very expression: ranks on other machines must compute the same.
+    # Printed by this expression: ranks on other machines must compute the same.
     assert ExpertLayout.from_slots(2, 2, 2, [0, 1, 0, 1]).digest == -6403159899245028533
 
 

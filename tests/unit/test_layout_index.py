@@ -30,7 +30,7 @@ EXPERTS, ROWS, COLUMNS = 4, 5, 2
 
 
 def one_rank() -> HierarchicalExchange:
-    """The exchange of a group of one rank, which sends nothing and looks up all the same."""
+    """Make the exchange of a group of one rank, which sends nothing but uses the index."""
     groups: Any = SimpleNamespace(rank=0, size=1)
     nothing = Stages(None, None)
     return HierarchicalExchange(groups, 1, nothing, nothing)
@@ -41,7 +41,6 @@ def index_of(*slots: int) -> LayoutIndex:
 
 
 def tensors_of(index: LayoutIndex) -> list[torch.Tensor]:
-    """All that was built for an index."""
     found = [index.slot_expert_S]
     for restore in index._restores.values():
         found += [restore.sent_experts, restore.position_n]
@@ -52,7 +51,7 @@ def tensors_of(index: LayoutIndex) -> list[torch.Tensor]:
 
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The names of what builds index tensors, at each call."""
+    """Record the names of functions that build index tensors, at each call."""
     calls: list[str] = []
     for name in ("restore_index", "reduce_index"):
         original = getattr(layout_index_file, name)
@@ -114,7 +113,7 @@ def test_a_layout_made_for_a_pass_is_indexed_before_and_outside_of_its_exchanges
 
 
 def test_a_change_on_the_stream_of_the_restore_does_not_count_as_waiting() -> None:
-    """The compute waits once, for the matrix."""
+    """Expect one wait of the compute, for the matrix."""
     stream = make_comm_stream("parameters", CPU, overlaps=True)
     waits = mock.Mock()
     submit = stream.submit
@@ -137,7 +136,7 @@ def test_a_change_on_the_stream_of_the_restore_does_not_count_as_waiting() -> No
 
 
 def test_a_microbatch_holds_its_index_tensors_while_other_layouts_come_and_go() -> None:
-    """An exchange that is submitted and not begun finds them, though nobody else has them."""
+    """Keep an index without other references until its submitted exchange starts."""
     streams = ExchangeStreams(
         one_rank(),
         parameters=make_comm_stream("parameters", CPU, overlaps=True),

@@ -1,4 +1,4 @@
-"""Recordings of layouts: what is refused to be read, and to be opened by the group's first rank."""
+"""Recordings of layouts: refusals when they are read or opened by the group's first rank."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_longest_line_that_a_recording_can_have_is_read(tmp_path: Path) -> N
     recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
     recorder.record(2**53, [LAYOUT] * len(LAYERS))
     recorder.close()
-    # As other tools write JSON, with blanks; without checksums, as such cannot know them.
+    # As other tools write JSON: with blanks and without checksums.
     old = as_version_1(path.read_bytes()).splitlines()
     path.write_text("".join(json.dumps(json.loads(line)) + "\n" for line in old))
     recording = LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
@@ -98,7 +98,7 @@ def test_a_replay_over_its_own_recording_is_refused_by_whatever_name(
     tmp_path: Path, link: str, first_step: int
 ) -> None:
     (tmp_path / "old").mkdir()
-    # Of another group: links may have any name.
+    # Another group's: links may have any name.
     record(tmp_path / "old" / "group-0.jsonl")
     record(tmp_path / "old" / "group-1.jsonl")
     content = (tmp_path / "old" / "group-1.jsonl").read_bytes()

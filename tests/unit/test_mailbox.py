@@ -18,7 +18,6 @@ def counts(value: int) -> npt.NDArray[np.int64]:
 
 
 def mailbox(trace: TraceWriter | None = None) -> tuple[RoutingMailbox, Delivered, list[str]]:
-    """A mailbox of two layers, what its planner got, and what it warned of."""
     delivered: Delivered = []
     warnings: list[str] = []
 

@@ -1,4 +1,4 @@
-"""Every metric is described once, and the log line stays within the limit of Slurm."""
+"""Every metric is described once, and the log line stays within Slurm's limit."""
 
 from __future__ import annotations
 
@@ -43,5 +43,5 @@ def test_the_log_line_leaves_megatrons_values_room_within_what_slurm_passes_on_a
     ]
     assert {"fsep_load_imbalance", "fsep_load_imbalance_p95"} <= set(names)
     assert "fsep_load_imbalance_p99" not in names
-    # Megatron's own, with throughput, losses of routers and of multi-token prediction: some 400.
+    # Megatron's own part, with throughput, router and multi-token prediction losses: some 400.
     assert len("".join(f" {name}: 1234.567 |" for name in names)) < 1024 - 400

@@ -1,4 +1,4 @@
-"""The metrics of a run are recorded as they were, read back, and refused where they are damaged."""
+"""Recorded metrics of a run are read back unchanged, and damaged ones are refused."""
 
 from __future__ import annotations
 
@@ -100,13 +100,13 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
 
 
 def test_times_are_those_between_exchanges(recorded: Path) -> None:
-    """Of each pass, the clock is read at the two edges of two exchanges."""
+    """In each pass the clock is read at both edges of two exchanges."""
     recording = read_metrics(recorded)
     passes = len(LAYERS) * MICROBATCHES
     for kind in ("dispatch_ms", "experts_ms", "combine_ms"):
         assert recording.of_steps[kind] == pytest.approx(passes * TICK_MS)
     assert recording.of_layers["layer_ms"] == pytest.approx(3 * TICK_MS)
-    # From the step's begin to its end it is read once more.
+    # Between the step's start and end it is read once more.
     assert recording.of_steps["step_ms"] == pytest.approx((4 * passes + 1) * TICK_MS)
     assert recording.of_steps["decide_ms"] == pytest.approx(passes * 1.0)
     assert recording.of_steps["plan_ms"] == pytest.approx(0.5)
@@ -126,7 +126,7 @@ def test_recorded_metrics_have_the_names_of_logged_ones(recorded: Path) -> None:
 def test_each_run_that_recorded_a_step_is_named_with_its_cluster(recorded: Path) -> None:
     shape = Shape(4, 8, 3, 2, LAYERS)
     first = read_metrics(recorded)
-    # Ended before its first step: it leaves no word of itself.
+    # Ended before its first step, so it leaves no trace.
     MetricsWriter(recorded, shape, RUN | {"torch": "8"}, 3, COSTS.cluster).close()
     other = load_cluster("cpu-gloo").for_back_end("loop")
     writer = MetricsWriter(recorded, shape, RUN | {"torch": "9"}, 3, other)
@@ -246,7 +246,7 @@ def test_nothing_is_heard_between_steps() -> None:
 
 
 def test_the_guard_of_the_recordings_takes_fresh_layouts_and_keeps_others() -> None:
-    """Else neither the page nor these tests would show both."""
+    """Check that both decisions occur, so that the page and these tests show both."""
     from_static = ExpertLayout.static(4, 3, 8)
     fresh = {
         GUARD.decide(counts_NE(0, layer, 0), planned).replanned

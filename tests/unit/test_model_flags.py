@@ -16,8 +16,6 @@ MODELS = sorted(path.stem for path in (_ROOT / "configs" / "models").glob("*.yam
 
 @pytest.fixture
 def model(tmp_path):
-    """Writes a model file and returns its path."""
-
     def write(text):
         path = tmp_path / "model.yaml"
         path.write_text(text)
@@ -119,7 +117,6 @@ _RUN_FLAGS = (
 
 @pytest.fixture(scope="module")
 def parsed():
-    """What Megatron makes of every shipped model on 8 ranks with FSEP, by name."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", _PARSE, " ".join(MODELS), _RUN_FLAGS],
         env=os.environ
@@ -130,7 +127,7 @@ def parsed():
         timeout=600,
     )
     assert result.returncode == 0, result.stderr
-    # Loggers that wrote to stdout before it was redirected still do.
+    # Loggers that wrote to stdout before its redirection still do.
     return json.loads(result.stdout.splitlines()[-1])
 
 

@@ -1,4 +1,4 @@
-"""Who gets which matrix, and what is refused of optimizers that need whole ones."""
+"""Owners of matrices under Muon, and refusals of optimizers that need whole matrices."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_shares_give_every_task_to_one_rank_and_balance_the_costs(
     assert len(tasks_N) == num_ranks
     assert sorted(task for tasks in tasks_N for task in tasks) == list(range(len(costs)))
     cost_N = [sum(costs[task] for task in tasks) for tasks in tasks_N]
-    # Whoever has most had the least before its last task.
+    # The most loaded rank had the least before its last task.
     assert max(cost_N) - min(cost_N) <= max(costs, default=0)
 
 
@@ -36,7 +36,7 @@ def test_equal_matrices_are_shared_out_evenly() -> None:
 
 
 def expert_slice(rows: int, *, bias: bool = False) -> torch.nn.Parameter:
-    """A parameter as FSEP's experts have it, on rank 0 of 2."""
+    """Make a parameter as FSEP's experts have it, on rank 0 of 2."""
     spec = SliceSpec.for_rank(
         "linear_fc1", 4, rows, 6, rank=0, num_ranks=2, init_method=torch.nn.init.zeros_
     )

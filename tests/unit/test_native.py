@@ -1,4 +1,4 @@
-"""The native core as a module: the GIL, repeatability across layouts of memory, large shapes."""
+"""The native core as a module: the GIL, repeatability across memory layouts, large shapes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_other_threads_run_while_it_solves() -> None:
         return ticks
 
     # With the GIL held, this thread would not run before the solve ends. On a busy machine it may
-    # not either, but not time after time.
+    # not run either, but not every time.
     assert any(ticks_beside_a_solve() >= 10 for _ in range(100))
 
 
@@ -59,7 +59,7 @@ def test_replicas_in_proportion_equal_the_plain_reference(
     static = ExpertLayout.static(num_ranks, capacity, num_experts)
     slots_S = native.proportional(counts_NE, static.slot_expert_S, node_size)
 
-    # The native code moves ranks of a node, and slots of a rank, to where they were before.
+    # The native code moves ranks of a node, and slots of a rank, back to their earlier places.
     def by_node(experts: list[list[int]]) -> list[list[list[int]]]:
         nodes = range(0, num_ranks, node_size)
         return [sorted(experts[node : node + node_size]) for node in nodes]
@@ -84,11 +84,11 @@ def test_nodes_host_their_largest_experts_like_the_plain_reference(
     most = min(num_experts, max(node_size * (capacity - 1), -(-num_experts // geometry.num_nodes)))
     counts_NE = np.random.default_rng(seed).integers(0, 1 + seed % 50, (num_ranks, num_experts))
     slots_S = native.proportional_by_node(counts_NE, capacity, node_size, most)
-    ExpertLayout(num_ranks, capacity, num_experts, slots_S.astype("<i2").tobytes())  # is legal
+    ExpertLayout(num_ranks, capacity, num_experts, slots_S.astype("<i2").tobytes())
     hosted = hosted_by_node(counts_NE, geometry, most)
     for made, wanted in zip(slots_S.reshape(geometry.num_nodes, -1).tolist(), hosted, strict=True):
         assert wanted <= set(made)
-        # A rank takes another expert only where it holds all of the node's already.
+        # A rank takes another expert only if it already holds all of the node's.
         if len(wanted) >= capacity and counts_NE.sum() >= 4 * counts_NE.size:
             assert wanted == set(made)
     for experts_C in slots_S.reshape(num_ranks, capacity).tolist():

@@ -1,4 +1,4 @@
-"""Files of version 0.1 are read by the commands of today, and names are what they were then."""
+"""Today's commands read files of version 0.1, and names have not changed since."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from megatron_laer.flags import add_arguments
 from tests.old_files import FOLDER, copied
 from tests.processes import python_path
 
-# Of a plan's rows: measured where it is made.
+# Fields of a plan that are measured when it is made.
 MEASURED = ("plan_ms", "gate_ms")
 
 
 def run(*words: object) -> str:
-    """What a command of the package prints, run from the folder of the old files."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", *map(str, words)],
         env=os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"},
@@ -44,7 +43,6 @@ def test_a_checkpoint_and_its_planners_state_are_inspected(tmp_path: Path) -> No
         "planner, group 0: N = 2 ranks, C = 3 slots, E = 4 experts; goes on with step 4, layout "
         "version 3, plans not in force yet from steps 3\n"
     ) in report
-    # As the recording has them for step 3.
     assert report.count("replicas per expert") == 2
     assert report.count("replicas per expert 2 2 1 1") == 2
 
@@ -62,7 +60,7 @@ def test_recorded_routing_is_planned_for_a_clusters_constants(tmp_path: Path) ->
     run("megatron_laer", "plan", "routing", "--cluster", "cluster.yaml", *sizes, "--json", made)
     found, expected = content(made), content(FOLDER / "plan.json")
     rows, expected_rows = found.pop("rows"), expected.pop("rows")
-    # What 0.1 wrote is there as it was; more has come since.
+    # All of 0.1's sizes are there; newer ones may follow.
     sizes_found, sizes_expected = found.pop("expert_sizes"), expected.pop("expert_sizes")
     assert sizes_found | sizes_expected == sizes_found
     assert found | expected == found
@@ -103,7 +101,7 @@ def test_flags_have_the_names_defaults_and_choices_that_they_had() -> None:
         for action in parser._actions
     }
     expected = json.loads((FOLDER / "names.json").read_text())["flags"]
-    # There may be more by now, of flags and of choices.
+    # Newer flags and choices may follow.
     for flag, then in expected.items():
         old = then["choices"]
         if old is not None:

@@ -1,4 +1,4 @@
-"""The paper's experiments: what is read of runs and of published files, and their tables."""
+"""The paper's experiments: reading runs and published files, and their tables."""
 
 from __future__ import annotations
 
@@ -26,14 +26,10 @@ E8K2 = "mixtral-8x7b-e8k2"
 
 
 def log_line(step: int, of: int, time_ms: float, loss: float, more: str = "") -> str:
-    """As Megatron writes it."""
     return (
         f" [2026-01-01 00:00:00] iteration {step:8d}/{of:8d} | consumed samples: {step} | "
         f"elapsed time per iteration (ms): {time_ms} | lm loss: {loss:.6E} | {more}"
     )
-
-
-# What is read.
 
 
 def test_a_whole_log_is_read_and_the_first_steps_are_not_counted(tmp_path: Path) -> None:
@@ -104,9 +100,6 @@ def test_published_balance_is_that_of_the_figure() -> None:
     assert found["e8k2", "FSDP"] == 1.66 and found["e16k4", "FSDP"] == 1.88
 
 
-# Tables.
-
-
 def measured(step_s: float, steps: int = 3) -> Measured:
     return Measured([1.0] * steps, [step_s] * steps, [1.2] * steps)
 
@@ -137,7 +130,7 @@ def test_figure_9_answers_at_which_speed_the_low_loss_is_had() -> None:
     found = figure9.answer({high: curve(1.2, 0.05), low: curve(2.0, 0.1), fsep: curve(1.0, 0.1)})
     speed_high, speed_low, less_high, less_low, sooner = found.values()
     assert speed_high == pytest.approx(1.2) and speed_low == pytest.approx(2.0)
-    # Means of the last ten of each.
+    # Means of each one's last ten.
     assert less_high == pytest.approx(0.05 * 94.5) and less_low == pytest.approx(0.0)
     # 10 - 0.05 * 94.5 is FSEP's mean over ten steps that end with number 51.75: the 53rd.
     assert sooner == pytest.approx(120 / 53)

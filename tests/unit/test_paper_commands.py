@@ -1,4 +1,4 @@
-"""The commands of the paper's experiments: jobs, what Megatron makes of them, and refusals."""
+"""The commands of the paper's experiments: jobs, their parsing by Megatron, and refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,6 @@ DATA = ["--data-prefix", "/data/text", "--tokenizer", "/data/tokenizer"]
 
 
 def run_figure(figure: Any, *words: object) -> int:
-    """The status of a figure's command, also where argparse ends it."""
     given = [*map(str, words)]
 
     def run() -> int:
@@ -84,7 +83,7 @@ print(json.dumps(seen), file=stdout)
 
 
 def started(command: list[str]) -> list[str]:
-    """Megatron's command line, as pretrain.sbatch makes it, on one node of 32 ranks."""
+    """Return Megatron's command line as pretrain.sbatch makes it, on one node of 32 ranks."""
     variables = dict(word.split("=", 1) for word in command[: command.index("sbatch")])
     result = shell(
         runner.SBATCH,
@@ -92,7 +91,7 @@ def started(command: list[str]) -> list[str]:
         DRY_RUN="1",
         GPUS_PER_NODE="32",
         PYTHON=sys.executable,
-        **variables | {"TOKENIZER": "bytes"},  # a folder is looked for
+        **variables | {"TOKENIZER": "bytes"},  # a folder would be checked
     )
     assert result.returncode == 0, result.stderr
     words = shlex.split(result.stdout)
@@ -101,7 +100,7 @@ def started(command: list[str]) -> list[str]:
 
 @pytest.mark.distributed
 def test_megatron_takes_what_jobs_start_on_32_ranks(capsys: pytest.CaptureFixture[str]) -> None:
-    """As far as its validation. All else of a job is as in tests of pretrain.sbatch."""
+    """Validate the flags only; tests of pretrain.sbatch cover the rest of a job."""
     e16k4 = ["--models", "mixtral-8x22b-e16k4"]
     stock, _, laer, *_ = dry_run(figure8, capsys, *e16k4)
     wide, *_ = dry_run(figure8, capsys, "--models", "qwen-8x7b-e8k2", "--methods", "stock")
@@ -121,7 +120,7 @@ def test_megatron_takes_what_jobs_start_on_32_ranks(capsys: pytest.CaptureFixtur
         timeout=900,
     )
     assert result.returncode == 0, result.stderr[-4000:]
-    # Expert and tensor parallelism, tokens of a rank's microbatch, microbatches: the paper's.
+    # Expert and tensor parallelism, tokens of a rank's microbatch, microbatches, as in the paper.
     assert json.loads(result.stdout.splitlines()[-1]) == [
         ["standard", 8, 4, 8192, 16],
         ["standard", 8, 8, 8192, 32],
@@ -164,7 +163,7 @@ def test_jobs_are_waited_for_and_their_logs_read_again(
 ) -> None:
     fake_python(tmp_path, "sbatch", _FAKE_SBATCH)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    # Neither is for all runs.
+    # Neither may apply to all runs.
     monkeypatch.setenv("CHECKPOINT", "one")
     monkeypatch.setenv("CAPACITY", "3")
     words = ["--slurm", "--work-dir", tmp_path, "--steps", "5", "--methods", "stock", "fsep"]
@@ -189,7 +188,7 @@ def test_a_failed_job_fails_the_command_and_not_the_others(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     models = ["--models", E8K2, "qwen-8x7b-e8k2"]
     words = ["--slurm", "--work-dir", tmp_path, "--steps", "5", "--methods", "fsep", *models]
-    # An earlier result is none of this run, and is kept.
+    # An earlier result does not belong to this run, and is kept.
     log = tmp_path / "figure8-slurm" / "qwen-8x7b-e8k2_aux0_fsep.log"
     log.parent.mkdir()
     earlier = "\n".join(log_line(step, 5, 1.0, 1.0) for step in range(1, 6))

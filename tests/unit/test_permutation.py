@@ -29,8 +29,6 @@ HIDDEN = 5
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank's dispatch works with."""
-
     layout: ExpertLayout
     map_TE: torch.Tensor
     quotas: RankQuotas
@@ -41,8 +39,6 @@ class Rank:
 
 @dataclass(frozen=True)
 class Steps:
-    """The four permutations around a dispatch."""
-
     to_send: Callable[[torch.Tensor, torch.Tensor], Tensors]
     by_slot: Callable[[torch.Tensor], torch.Tensor]
     by_rank: Callable[[torch.Tensor], torch.Tensor]
@@ -55,7 +51,7 @@ def ours(rank: Rank) -> Steps:
 
 
 def megatrons(rank: Rank) -> Steps:
-    """Megatron's, over the map [T, S], as its dispatcher calls them."""
+    """Return Megatron's permutations over the map [T, S], as its dispatcher calls them."""
     layout = rank.layout
     slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
     ranges = torch.from_numpy(slot_ranges(rank.quotas))
@@ -90,12 +86,7 @@ def world(
     hot: bool = False,
     uneven: bool = False,
 ) -> list[Rank]:
-    """Every rank routes its own tokens.
-
-    Args:
-        hot: all of them go to expert 0.
-        uneven: some have fewer experts than others, or none.
-    """
+    """Route on every rank; `hot` sends all to expert 0, `uneven` varies experts per token."""
     generator = torch.Generator().manual_seed(seed)
     maps = []
     for number in tokens:
@@ -120,7 +111,7 @@ def exchange(sent: list[torch.Tensor], sizes_NN: np.ndarray) -> list[torch.Tenso
 
 
 def whole_dispatch(ranks: list[Rank], make: Callable[[Rank], Steps], dtype: torch.dtype) -> Tensors:
-    """Every tensor on the way, and gradients, of a dispatch, experts that weigh, and a combine."""
+    """Return all tensors and gradients of a dispatch, weighing experts and a combine."""
     generator = torch.Generator().manual_seed(7)
     steps = [make(rank) for rank in ranks]
     sizes = np.stack([rank.quotas.row_S.reshape(len(ranks), -1).sum(1) for rank in ranks])
@@ -192,7 +183,7 @@ def test_4096_slots_and_few_tokens() -> None:
 
 
 def test_what_is_kept_for_backward_does_not_grow_with_slots() -> None:
-    """It is 16 bytes for each row that is sent, and 8 for each that is received."""
+    """Expect 16 bytes for each row that is sent, and 8 for each that is received."""
     tokens, topk = 256, 4
 
     def kept(make: Callable[[Rank], Steps], slots: int) -> int:

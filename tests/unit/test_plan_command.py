@@ -1,4 +1,4 @@
-"""`plan`: what it prints and writes, and what it refuses."""
+"""`plan`: its output, files and refusals."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def trace():
 def run(*words, capsys):
     try:
         status = cli.main(["plan", *map(str, words)])
-    except SystemExit as stopped:  # by argparse
+    except SystemExit as stopped:
         status = stopped.code
     return status, *capsys.readouterr()
 
@@ -69,7 +69,7 @@ def test_the_command_prices_the_token_exchange_that_is_asked_for(tmp_path, capsy
         assert f"top-8 and C = 5: rank {both_ms['rank']:.3f} ms, node {both_ms['node']:.3f}" in out
         assert both_ms["node"] < both_ms["rank"]
         layer_ms[exchange] = [row["layer_ms"] for row in written["rows"]]
-    # Stock, whose row is the first, has Megatron's exchange whatever is asked for.
+    # Stock, in the first row, always has Megatron's exchange.
     assert layer_ms["auto"] == layer_ms["node"] != layer_ms["rank"]
     assert layer_ms["node"][0] == layer_ms["rank"][0]
     assert layer_ms["node"][1] < layer_ms["rank"][1]
@@ -86,7 +86,7 @@ def test_the_command_prices_what_is_recomputed(tmp_path, capsys):
         assert written["recompute"] == recompute
         exchanged_ms[recompute] = written["token_exchange_ms"]["rank"]
         layer_ms[recompute] = [row["layer_ms"] for row in written["rows"]]
-    # Six All-to-Alls in place of four, with one more forward of the experts as `compute` has it.
+    # Six All-to-Alls instead of four, with one more forward of the experts than `compute`.
     assert exchanged_ms["compute"] == exchanged_ms["none"]
     assert exchanged_ms["full"] == pytest.approx(1.5 * exchanged_ms["none"])
     for none_ms, compute_ms, full_ms in zip(*layer_ms.values(), strict=True):

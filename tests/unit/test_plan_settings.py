@@ -1,4 +1,4 @@
-"""`plan` takes its defaults from the metrics that a run recorded beside its trace."""
+"""`plan` takes its defaults from the metrics that a run recorded next to its trace."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def test_a_trace_is_planned_for_as_the_metrics_beside_it_say(tmp_path, capsys):
     more = "--restore-algorithm flat --token-exchange rank"
     status, text, err = run(trace, *words.split(), *more.split(), *QUICK, out, capsys=capsys)
     assert (status, err) == (0, "")
-    # The recorded nodes are of the recorded cluster.
+    # The recorded nodes belong to the recorded cluster.
     assert "for 4 ranks in nodes of 4 on h100-8; experts of 4096 x 7\n" in text
     written = json.loads(out.read_text())
     assert written["from_recording"] == [] and written["bytes_per_element"] == 2
     assert [row["capacity"] for row in written["rows"]] == [2, 2]
 
-    # Slots and nodes are of the recorded number of ranks.
+    # Slots and nodes belong to the recorded number of ranks.
     status, text, _ = run(trace, "--ranks", 8, *QUICK, out, capsys=capsys)
     assert status == 0 and "planned for 8 ranks in nodes of 8 on my-machine; experts of" in text
     assert json.loads(out.read_text())["rows"][-1]["capacity"] == 2

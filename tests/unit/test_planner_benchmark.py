@@ -1,4 +1,4 @@
-"""What the planner benchmark writes, and how it judges its own figures."""
+"""Output of the planner benchmark, and its judgement of its own figures."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_a_trace_gives_only_what_was_known_before_the_case(tmp_path: Path) -> No
     assert trace.cases(3, 1) == every[1::3]
     first = Case(1, 1, 0)
     assert (trace.now(first) == tokens[1, 1, :, 0]).all()
-    # Only iteration 0 is before it; a forecast from one observation is that observation.
+    # Only iteration 0 precedes it; a forecast from one observation is that observation.
     assert (trace.forecast(first) == 16 * tokens[0, 1].astype(np.int64).sum(axis=1)).all()
     assert trace.before(first) is None
     before_NE = trace.before(Case(1, 1, 1))
@@ -91,7 +91,7 @@ def test_both_planners_get_the_same_cases(monkeypatch: pytest.MonkeyPatch) -> No
     share_E = rng.dirichlet(np.full(32, 0.15))
     counts = rng.multinomial(256, share_E, size=(4, 2, 2, 16))
     rows = list(by_time.rows(counts, 1))
-    assert len(rows) == 2 * 2 * 3  # models, planners, modes
+    assert len(rows) == 2 * 2 * 3
     # All records but the first, two layers, two microbatches.
     assert {row["cases"] for row in rows} == {3 * 2 * 2}
     by_key = {(row["model"], row["planner"], row["mode"]): row for row in rows}

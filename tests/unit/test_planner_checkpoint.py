@@ -1,4 +1,4 @@
-"""Planner states on a disk that takes none, and what a resumed run says of its groups' states."""
+"""Planner states on a full disk, and the log of a resumed run about its groups' states."""
 
 from __future__ import annotations
 
@@ -22,15 +22,12 @@ from megatron_laer.runtime.planning.planner_checkpoint import (
 
 
 def save(directory: Path, storage: Any, group_rank: int = 0) -> None:
-    """Save a state on this rank of the group."""
     groups: Any = SimpleNamespace(rank=group_rank, index=0)
     state: Any = SimpleNamespace(to_bytes=lambda: b"state")
     save_state(str(directory), groups, lambda: state, storage)
 
 
 class FullDisk:
-    """Opens files that take half of what is written."""
-
     os = os
 
     def open(self, path: str, mode: str) -> Any:
@@ -71,9 +68,9 @@ def test_only_the_groups_first_rank_writes(tmp_path: Path) -> None:
 
 
 def said(caplog: pytest.LogCaptureFixture, first_step: int, *groups: int | str | None) -> list[str]:
-    """What is logged by a world with a rank per group, which has a state's version, or a problem.
+    """Return the log of a world with one rank per group, given a state's version or problem.
 
-    The ranks are asked one after the other. Rank 0 is the last, and so hears them all.
+    The ranks load in turn. Rank 0 is the last, so it receives all answers.
     """
     shares: list[Any] = []
 
@@ -109,6 +106,6 @@ def test_a_run_that_was_resumed_says_once_for_all_groups_what_it_goes_on_from(
     assert line.endswith("layout version 5 to 7, 3 groups")
     (line,) = said(caplog, 30, 7, "group-1.bin is cut off")
     assert line.endswith("static layout in 1 of 2 groups: group-1.bin is cut off")
-    # Loaded in a way that asks the plugin nothing, like Megatron's local checkpoints.
+    # Loaded without calling the plugin, like Megatron's local checkpoints.
     (line,) = said(caplog, 30, None)
     assert "planning starts anew, from the static layout: what the run is resumed from" in line

@@ -1,4 +1,4 @@
-"""A planner that goes on from its saved state makes the plans that it would have made."""
+"""A planner resumed from its saved state makes the same plans."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ STEPS = 9
 
 
 class Slow:
-    """A strategy that takes its time, so that plans are in the making when state is asked for."""
+    """Strategy that takes time, so that plans are in progress when its state is read."""
 
     name = "slow"
 
@@ -48,13 +48,11 @@ def planner(name: str, lag: int, resumed: PlannerState | None = None) -> Planned
 
 
 def counts(step: int, layer: int) -> Int64:
-    """Skewed, and changing from step to step."""
     draw = np.random.default_rng((step, layer))
     return (draw.pareto(1.0, (GEOMETRY.num_ranks, GEOMETRY.num_experts)) * 100).astype(np.int64)
 
 
 def run(source: PlannedLayouts, steps: range, layouts: list[ExpertLayout]) -> list[object]:
-    """What is in force in each step; `layouts` is changed to what is in force at the end."""
     in_force = []
     for step in steps:
         due = source.due(step)
@@ -105,5 +103,5 @@ def test_state_does_not_wait_for_ever_and_leaves_out_what_is_not_planned() -> No
     _, plans, caught_up = service.state(timeout_s=300.0)
     assert caught_up
     assert [plan.source_step for plan in plans] == [0]
-    assert service.wait(0, 300.0) is plans[0]  # asking changed nothing
+    assert service.wait(0, 300.0) is plans[0]  # reading it changed nothing
     assert service.close(300.0)

@@ -1,4 +1,4 @@
-"""The planner's thread: what becomes of a step; no fault of a strategy reaches training."""
+"""The planner's thread handles every step, and no fault of a strategy reaches training."""
 
 from __future__ import annotations
 
@@ -22,8 +22,6 @@ Planner = Callable[[Int64, ExpertLayout], object]
 
 
 class Scripted:
-    """A strategy that runs a function of the test."""
-
     name = "scripted"
 
     def __init__(self, plan: Planner) -> None:
@@ -34,7 +32,7 @@ class Scripted:
 
 
 class Gate:
-    """A planner that waits in the middle of each call until the test lets it go on."""
+    """Planner that waits in the middle of each call until the test releases it."""
 
     def __init__(self) -> None:
         self.entered = threading.Semaphore(0)
@@ -51,7 +49,6 @@ def counts(value: int) -> Int64:
 
 
 def layout_of(counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-    """A layout that tells from which counts it was made."""
     return ExpertLayout.random(N, C, E, seed=(int(counts_NE[0, 0]),))
 
 
@@ -60,8 +57,6 @@ def made_from(value: int) -> ExpertLayout:
 
 
 class Services:
-    """Starts services and keeps their warnings."""
-
     def __init__(self) -> None:
         self.warnings: list[str] = []
         self.started: list[PlannerService] = []
@@ -164,7 +159,7 @@ def test_a_slow_strategy_plans_from_the_newest_counts(services: Services) -> Non
     submit_step(service, 0)
     assert gate.entered.acquire(timeout=PATIENCE_S)
     for step in range(1, 50):
-        submit_step(service, step)  # would block for ever if it waited for the planner
+        submit_step(service, step)  # would block forever if it waited for the planner
     gate.go_on.release(4)
     assert wait_for(service, 0).layouts[0] == made_from(0)
     assert wait_for(service, 49).layouts[0] == made_from(4900)
@@ -179,7 +174,7 @@ def test_waiting_for_a_dropped_step_ends_at_once(services: Services) -> None:
         if step == 0:
             assert gate.entered.acquire(timeout=PATIENCE_S)
     assert service.wait(1, PATIENCE_S) is None
-    (warning,) = services.warnings  # another one would say that the time was over
+    (warning,) = services.warnings  # a second one would report an overrun
     assert "step 1 was dropped" in warning
     gate.go_on.release(4)
 
@@ -226,7 +221,7 @@ def test_a_step_that_lost_a_layer_does_not_hold_up_later_ones(
     service = services.start(layout_of, lossless=lossless)
     service.submit(0, 0, counts(0))
     submit_step(service, 1)
-    service.submit(0, 1, counts(1))  # Too late.
+    service.submit(0, 1, counts(1))
     assert wait_for(service, 1).layouts[0] == made_from(100)
     submit_step(service, 2)
     assert wait_for(service, 2).layouts[0] == made_from(200)
@@ -305,7 +300,7 @@ def test_a_wait_that_times_out_returns_none_and_later_steps_go_on(services: Serv
         service.wait(0, 0.0)
 
 
-# The point of the test is that the thread ends; pytest reports that it did.
+# The thread is meant to end with an exception, which pytest would report.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_thread_never_hangs_the_caller(services: Services) -> None:
     def plan(counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
@@ -340,7 +335,7 @@ def test_close_wakes_a_waiting_caller(services: Services) -> None:
     waits, wait = threading.Event(), service._changed.wait
 
     def noticed(timeout_s: float | None = None) -> bool:
-        # Under the lock, which `close` gets once the caller has gone to sleep.
+        # Holds the lock, which `close` gets once the caller sleeps.
         if threading.current_thread() is threading.main_thread():
             waits.set()
         return wait(timeout_s)

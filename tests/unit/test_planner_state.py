@@ -1,4 +1,4 @@
-"""A planner's state comes back from its bytes; nothing else passes for one."""
+"""A planner's state comes back from its bytes, and nothing else is accepted as one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ from tests.fuzz import damaged
 from tests.planner_states import LAYERS, C, E, N, make_state
 
 PREFIX = struct.Struct("<8sII")
-# Not too deep for the reader of JSON.
+# The reader of JSON can handle this depth.
 NESTED: list[Any] = []
 for _ in range(900):
     NESTED = [NESTED]
 
 
 def signed(header: object, payload: bytes) -> bytes:
-    """A file with a right digest, whatever its content."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     body = PREFIX.pack(b"FSEPPLAN", 1, len(text)) + text + payload
     return body + states._digest(body)
@@ -55,7 +54,7 @@ def test_a_state_of_forecasts_with_one_mean_is_read() -> None:
     state = make_state()
     header, payload = taken_apart(state.to_bytes())
     del header["errors"]
-    levels = payload[: len(payload) - 2 * N * E * 8]  # of two layers, the third was not observed
+    levels = payload[: len(payload) - 2 * N * E * 8]  # of two layers; the third was not observed
     found = PlannerState.from_bytes(signed(header, levels))
     counts_NE = np.random.default_rng(1).integers(0, 1000, (N, E))
     for forecast, saved in zip(found.forecasts, state.forecasts, strict=True):
@@ -165,10 +164,10 @@ def test_only_value_errors_come_out_of_damaged_bytes() -> None:
     for case in range(CASES):
         if case % 3 == 0:
             data = damaged(state, draw)
-        elif case % 3 == 1:  # with a right digest, so that what lies behind it is reached
+        elif case % 3 == 1:  # a correct digest, so that the checks behind it run
             body = damaged(state[:end], draw)
             data = body + states._digest(body)
-        else:  # with a right prefix as well
+        else:  # with a correct prefix as well
             data = signed(damaged(state[PREFIX.size : text_end], draw), state[text_end:end])
         try:
             found = PlannerState.from_bytes(data)
@@ -176,4 +175,4 @@ def test_only_value_errors_come_out_of_damaged_bytes() -> None:
             continue
         accepted += 1
         assert PlannerState.from_bytes(found.to_bytes()).to_bytes() == found.to_bytes()
-    assert 0 < accepted < CASES // 4  # some changes make another legal state
+    assert 0 < accepted < CASES // 4

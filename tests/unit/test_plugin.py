@@ -1,4 +1,4 @@
-"""What the plugin changes in Megatron, and that it can be undone. Each in a process of its own."""
+"""The plugin's changes of Megatron can be undone. Each test runs in a process of its own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UNSUPPORTED = ("0.16.1", "0.17.1", f"{release_after(NEXT.number)}.0")
 
 PREPARE = "from megatron_laer.launch import prepare; prepare()\n"
 
-# Every attribute that a patch may replace, as an expression, read through Megatron's own modules.
+# Expressions of attributes that a patch may replace, read through Megatron's own modules.
 SNAPSHOT = """
 import importlib
 from megatron_laer.plugin import ARGUMENT_PATCHES, FSEP_PATCHES
@@ -36,11 +36,6 @@ def snapshot(patches):
 
 
 def run(code: str, **environment: str) -> str:
-    """Run code in a fresh interpreter and return what it prints.
-
-    Raises:
-        AssertionError: with the code's error output.
-    """
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
         capture_output=True,
@@ -106,7 +101,7 @@ assert plugin.patch_table() == ""
     assert TESTED_RANGE in refusals[3]
 
 
-# What is found, what is asked for, and words of the refusal; without a refusal, None.
+# Found version, requested release, and words of the refusal (None without one).
 UNRELEASED = [
     (f"{NEXT.number}.0", None, f"{UNRELEASED_MEGATRON}={NEXT.number} in the environment tries it"),
     (f"{NEXT.number}.0", NEXT.number, None),

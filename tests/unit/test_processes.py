@@ -1,4 +1,4 @@
-"""A command that takes too long ends with everything that it started."""
+"""A command that takes too long ends with all processes that it started."""
 
 from __future__ import annotations
 

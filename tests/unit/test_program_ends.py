@@ -1,4 +1,4 @@
-"""A program of ours ends in one line that names the culprit, and prints no foreign text raw."""
+"""Programs end in one line that names the culprit, and print no foreign text raw."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_a_variable_that_a_library_cannot_use_is_named(
     error = capsys.readouterr().err
     assert error == "plan: ODD_NUMBER='a\\x1b[2J\\nb': no float; correct or unset it\n"
     monkeypatch.delenv("ODD_NUMBER")
-    with pytest.raises(TypeError):  # a fault of ours keeps its traceback
+    with pytest.raises(TypeError):  # our own fault keeps its traceback
         ended("plan", fail)
 
 

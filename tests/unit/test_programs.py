@@ -1,4 +1,4 @@
-"""Benchmarks and the paper's experiments end like commands: stopped, or read by nobody."""
+"""Benchmarks and the paper's experiments end like commands when stopped or without a reader."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 from tests.processes import default_signals, python_path
 
 ROOT = Path(__file__).resolve().parents[2]
-# They print at once, and then work for long.
 PROGRAMS = (
     ("-m", "benchmarks.planner"),
     ("scripts/paper/figure8.py", "--toy"),

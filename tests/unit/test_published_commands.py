@@ -1,4 +1,4 @@
-"""The page says of published commands what `check-recipe` says of them today."""
+"""The page has the verdicts that `check-recipe` gives on published commands today."""
 
 from __future__ import annotations
 

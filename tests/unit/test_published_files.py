@@ -1,4 +1,4 @@
-"""Tables that others published: what is read of whole ones, whatever else they hold."""
+"""Published tables are read from complete files that also hold other data."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The even split: equal to its looped definition, conserved, inside the node first."""
+"""The even split equals its looped definition, is conserved, and stays inside nodes first."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ def random_case(
 
 @st.composite
 def cases(draw: st.DrawFn, max_ranks: int = 40, max_experts: int = 64) -> Case:
-    """Counts, a random layout and a node size, for any N, C, E and G."""
+    """Draw counts, a random layout and a node size, for any N, C, E and G."""
     num_ranks = draw(st.integers(1, max_ranks))
     num_experts = draw(st.integers(1, max_experts))
-    # Few slots, where experts are missing on nodes, and many.
+    # From few slots, where nodes lack experts, to many.
     least = -(-num_experts // num_ranks)
     capacity = draw(st.integers(least, min(num_experts, least + 4)))
     node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))

@@ -1,4 +1,4 @@
-"""Random cases of the parity check: the same for a seed, of every feature, and legal."""
+"""Random cases of the parity check are repeatable by seed, cover every feature, and are legal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAR = Distance(*(1.0,) * 5)
 
 
 def values(case: Case) -> dict[str, list[str]]:
-    """What each flag of FSEP's command line is given, by flag; none may be given twice."""
+    """Return the values of FSEP's flags, none of which may occur twice."""
     found: dict[str, list[str]] = {}
     words = (case.row.flags + case.row.fsep).split()
     for word in words:

@@ -1,4 +1,4 @@
-"""How a random case is judged, by runs that are made up."""
+"""Verdicts on random cases, from made-up runs."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ from tests.parity.random.on_ranks import Outcome
 
 @dataclass
 class Made:
-    """Takes the place of pools: gradients are 1, and in other runs than stock's so much more.
+    """Replacement of pools whose gradients are 1 for stock, and larger by a given gap elsewhere.
 
-    Attributes:
-        apart: FSEP by itself, given stock's choices, and with exact sums.
-        floor: of the other stock run; None where it does not train.
-        fails: a word of the command that does not train.
+    `apart` has the gaps of FSEP by itself, given stock's choices, and with exact sums. `floor` is
+    that of the other stock run, or None where it does not train. Commands with the word in `fails`
+    do not train.
     """
 
     apart: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -35,8 +34,7 @@ class Made:
     def __call__(self, _size: int) -> Made:
         return self
 
-    def close(self) -> None:
-        """Nothing runs."""
+    def close(self) -> None: ...
 
     def run_raw(
         self,
@@ -48,7 +46,6 @@ class Made:
         *_: Any,
         **__: Any,
     ) -> list[Any]:
-        """One rank's outcome."""
         self.runs += 1
         if self.fails in flags:
             return [Raised("ValueError", "is\nnot possible", "")]
@@ -71,7 +68,6 @@ class Made:
 
 
 def case_with(*names: str, but: tuple[str, ...] = ()) -> Case:
-    """The first case with all of these features and none of the others."""
     cases = (draw(seed) for seed in range(5000))
     return next(
         case

@@ -1,4 +1,4 @@
-"""What one rank must know of a microbatch equals its definition, and the core refuses the rest."""
+"""One rank's part of a microbatch equals its definition, and the core refuses other input."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_runs_of_rows_equal_their_definition(geometry: Geometry, seed: int) -> N
     shape = geometry.num_ranks, geometry.capacity, geometry.num_experts
     layout = ExpertLayout.random(*shape, seed=(seed,))
     rng = np.random.default_rng(seed)
-    # A rank's row and columns need not fit each other.
+    # A rank's row and columns need not match.
     row_S = rng.integers(0, 5, geometry.num_slots)
     columns_NC = rng.integers(0, 5, shape[:2])
     runs = RankQuotas.of(layout, row_S, columns_NC).runs

@@ -1,4 +1,4 @@
-"""Tables of recipes are judged row by row, and the page has the verdicts of ours."""
+"""Tables of recipes are judged row by row, and the page has our recipes' verdicts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes are judged by training's table, and what cannot be judged is quoted."""
+"""Recipes are judged by training's table, and fields that cannot be judged are quoted."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ PERF = "megatron.bridge.perf_recipes"
 PERF_V3 = f"{PERF}.deepseek.b200.deepseek_v3:deepseek_v3_pretrain_256gpu_b200_bf16_config"
 OLMOE = "megatron.bridge.recipes.olmoe.h100.olmoe_7b:olmoe_7b_peft_1gpu_h100_bf16_config"
 
-# Fields of a recipe; its verdict, the features that no row has (None if nothing is known to prove
-# it), what is said of it, and what is to be dropped.
+# Fields of a recipe; verdict, features without a row (None if no proof is known), quoted fields,
+# and fields to remove.
 JUDGED: dict[str, tuple[dict[str, str], Verdict, tuple[str, ...] | None, list[str], list[str]]] = {
     "as it is": ({}, Verdict.RUNS, (), [], []),
     "flex": ({"dispatcher": "flex"}, Verdict.RUNS, (), [], []),
@@ -228,7 +228,7 @@ def test_speed_only_are_the_settings_that_leave_the_model_as_it_is() -> None:
     }
 
 
-# What the tables of recipes lack a column for, and their functions set at 067f987d.
+# Fields without a column in the tables of recipes; their functions set them at 067f987d.
 UNSAID = {
     "deepseek.gb200.deepseek_v3:deepseek_v3_pretrain_256gpu_gb200_fp8mx_partial_cg_dev_config": (
         "--fine-grained-activation-offloading"
@@ -262,7 +262,7 @@ def test_a_verdict_names_the_settings_that_it_does_not_know() -> None:
     assert judge_recipe(NONE | {"EP": "1"}).if_none_of == ()
     given = dict.fromkeys(found.if_none_of, "")
     assert judge_recipe(NONE | given).if_none_of == ()
-    # Each of them would have made another verdict.
+    # Each of them would have changed the verdict.
     for name in found.if_none_of:
         value = "1.25" if "factor" in name else "32" if "size" in name or "num" in name else "True"
         # Router padding is for fp8 alone.

@@ -1,4 +1,4 @@
-"""How recordings of routing, layouts and metrics are kept: nothing recorded is ever lost.
+"""Recordings of routing, layouts and metrics never lose recorded steps.
 
 Over 400 lines: one suite for every format.
 """
@@ -43,18 +43,12 @@ LAYERS = ["layer 1", "layer 2"]
 
 
 class Writer(Protocol):
-    """Records one step after the other."""
+    def step(self, step: int, seed: int) -> None: ...
 
-    def step(self, step: int, seed: int) -> None:
-        """Record a step whose content depends on both."""
-
-    def close(self) -> None:
-        """Close the recording."""
+    def close(self) -> None: ...
 
 
 class Traces:
-    """Recordings of routing."""
-
     name = "group-0.trace"
 
     def __init__(self, path: Path, first_step: int) -> None:
@@ -62,7 +56,6 @@ class Traces:
         self.close = self._writer.close
 
     def step(self, step: int, seed: int) -> None:
-        """Record a microbatch of each layer."""
         for layer in range(len(LAYERS)):
             self._writer.append(step, layer, 0, self._counts(step, seed + layer))
 
@@ -72,7 +65,6 @@ class Traces:
 
     @staticmethod
     def read(path: Path) -> dict[int, int]:
-        """The seed of every step."""
         trace = read_trace(path)
         firsts = np.flatnonzero(trace.layer_R == 0)
         return {
@@ -82,8 +74,6 @@ class Traces:
 
 
 class Layouts:
-    """Recordings of layouts."""
-
     name = "group-0.jsonl"
     geometry = Geometry(NUM_RANKS, NUM_EXPERTS, CAPACITY, NUM_RANKS)
     signature: ClassVar = {"split": "exact"}
@@ -93,7 +83,6 @@ class Layouts:
         self.close = self._writer.close
 
     def step(self, step: int, seed: int) -> None:
-        """Record a layout of each layer."""
         self._writer.begin_step(step)
         self._writer.record(step, [self._layout(step, seed)] * len(LAYERS))
 
@@ -103,7 +92,6 @@ class Layouts:
 
     @classmethod
     def read(cls, path: Path) -> dict[int, int]:
-        """The seed of every step."""
         recording = LayoutRecording(path, cls.geometry, cls.signature, LAYERS)
         found = {}
         for step in range(20):
@@ -115,8 +103,6 @@ class Layouts:
 
 
 class Metrics:
-    """Recordings of metrics."""
-
     name = "group-0.metrics"
     shape = Shape(NUM_RANKS, NUM_EXPERTS, CAPACITY, NUM_RANKS, tuple(LAYERS))
 
@@ -125,7 +111,6 @@ class Metrics:
         self.close = self._writer.close
 
     def step(self, step: int, seed: int) -> None:
-        """Record a step."""
         of_step = dict.fromkeys([metric.name for metric in RECORDED_OF_STEPS], 0.0)
         of_layers = {metric.name: [0.0] * len(LAYERS) for metric in RECORDED_OF_LAYERS}
         tokens_LN = np.full((len(LAYERS), NUM_RANKS), 1000 * step + seed)
@@ -133,7 +118,6 @@ class Metrics:
 
     @staticmethod
     def read(path: Path) -> dict[int, int]:
-        """The seed of every step."""
         found = read_metrics(path)
         return {
             int(step): int(tokens_LN[0, 0] - 1000 * step)
@@ -146,13 +130,11 @@ Kind = type[Traces] | type[Layouts] | type[Metrics]
 
 @pytest.fixture(params=[Traces, Layouts, Metrics], ids=["traces", "layouts", "metrics"])
 def kind(request: pytest.FixtureRequest) -> Kind:
-    """What is recorded."""
     chosen: Kind = request.param
     return chosen
 
 
 def record(kind: Kind, path: Path, steps: range, seed: int) -> None:
-    """A run that records these steps."""
     writer = kind(path, steps[0])
     for step in steps:
         writer.step(step, seed)
@@ -434,7 +416,7 @@ def test_a_disk_that_is_too_full_to_move_steps_aside_leaves_all_where_it_is(
     path = tmp_path / kind.name
     record(kind, path, range(5), seed=1)
     content = path.read_bytes()
-    # Of step 1 the copy of what goes does not fit, of step 4 the copy of what stays.
+    # For step 1 the copy of the removed steps does not fit, for step 4 that of the kept steps.
     with full_disk(path, -len(content) // 2), pytest.raises(OSError, match=kind.name):
         kind(path, step)
     assert path.read_bytes() == content and os.listdir(tmp_path) == [kind.name]
@@ -444,7 +426,7 @@ def test_a_disk_that_is_too_full_to_move_steps_aside_leaves_all_where_it_is(
 
 
 CUT_AT = 3
-# What happens on disk while steps are moved aside, in this order; the run is killed before each.
+# Operations on disk while steps are moved aside, in order; the run is killed before each.
 PHASES = (
     "copy of what goes",
     "copy of what stays",

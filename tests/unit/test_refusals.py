@@ -1,7 +1,7 @@
-"""Every refusal fires for a flag that Megatron's own parser knows, by flag and by field.
+"""Refusals fire for flags that Megatron's own parser knows, by flag and by field, and only then.
 
-Without one, none fires; and settings that FSEP needs are filled in. The rows of the table are
-parsed by Megatron in one process. `tests/distributed/test_refusals.py` has what ranks do with one.
+Megatron parses all rows of the table in one process. `tests/distributed/test_refusals.py` has
+ranks.
 
 Over 400 lines: tables of flags, and the program that gives them to Megatron.
 """
@@ -53,7 +53,7 @@ GRAPHS = "--cuda-graph-impl transformer_engine"
 ALLOW_GRAPHS, ALLOW_FP8 = "--fsep-allow-unproven te-graphs", "--fsep-allow-unproven dense-fp8"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
 
-# By row of the table, flags that are refused for that setting alone; None for the flag itself.
+# Flags refused for each row of the table; None for the row's own flag.
 REFUSED: dict[str, list[str] | None] = {
     "--num-experts absent": ["--num-experts 0", "--num-experts -4"],
     "--expert-model-parallel-size 1": ["--expert-model-parallel-size 1"],
@@ -130,7 +130,7 @@ REFUSED: dict[str, list[str] | None] = {
 }
 SETTING = {line: name for name, lines in REFUSED.items() for line in lines or [name]}
 
-# Not refused: allowed by name, off for Megatron, the size of a dense part, or without effect.
+# Accepted: allowed by name, off for Megatron, the size of a dense part, or without effect.
 TAKEN = [
     "",
     f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn",
@@ -151,7 +151,7 @@ TAKEN = [
     f"{SELECTIVE} core_attn moe_act",
 ]
 
-# Refused for FSEP's own settings beside Megatron's: each part is in one of the problems.
+# Refused because of FSEP's own settings next to Megatron's; each part occurs in one problem.
 OWN = {
     "--fsep-capacity 3": ["--fsep-capacity 3: the slots of 2 ranks must hold each of 8 experts"],
     "--fsep-capacity 9 --fsep-node-size 3": ["--fsep-capacity 9:", "--fsep-node-size 3 does not"],
@@ -284,7 +284,7 @@ ALLGATHER: dict[str, object] = {"moe_token_dispatcher_type": "allgather"}
 ALLTOALL: dict[str, object] = {"moe_token_dispatcher_type": "alltoall"}
 ETP_2: dict[str, object] = {"expert_tensor_parallel_size": 2}
 
-# Flags, defaults of a script and of its parser, a checkpoint's arguments; then FSEP's own lines.
+# Given flags, script and parser defaults or checkpoint arguments; then FSEP's own lines.
 COMPLETED: dict[str, tuple[Case, list[str]]] = {
     "mode alone": ((FSEP, {}, {}, {}), [BOTH]),
     "mode with =": (("--expert-parallel-mode=fsep", {}, {}, {}), [BOTH]),
@@ -306,12 +306,11 @@ COMPLETED: dict[str, tuple[Case, list[str]]] = {
     ),
     "flex": ((f"{DISPATCHER} flex {FSEP}", {}, {}, {}), [ETP]),
 }
-# Stock's own defaults stay.
+# Stock keeps its own defaults.
 STANDARD: dict[str, Case] = {
     "standard": ("", {}, {}, {}),
     "standard from a checkpoint": ("--use-checkpoint-args --load there", {}, {}, ALLTOALL),
 }
-# Another value that was given is not overruled.
 OVERRULED: dict[str, tuple[Case, str]] = {
     "Megatron's default, given": ((f"{DISPATCHER} allgather {FSEP}", {}, {}, {}), "allgather"),
     "given with =": ((f"{FSEP} {DISPATCHER}=allgather", {}, {}, {}), "allgather"),
@@ -343,7 +342,7 @@ CAPACITY: dict[str, tuple[Case, int]] = {
 
 
 def of_megatron(given: dict[str, Any]) -> dict[str, Any]:
-    """What Megatron's parser and validation make of command lines, in a process of their own."""
+    """Return the results of Megatron's parser and validation, from a process of their own."""
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM],
         input=json.dumps(given),
@@ -447,11 +446,7 @@ def test_one_line_says_what_was_allowed_but_not_run(megatron: dict[str, Any]) ->
     assert other["words"] == ["dense-fp8"] and other["warned"] == []
 
 
-# The table.
-
-
 def twice(names: Iterable[str]) -> list[str]:
-    """The names that come more than once; "" is no name."""
     return [name for name, times in Counter(names).items() if name and times > 1]
 
 
@@ -492,12 +487,9 @@ def test_a_row_refuses_the_flag_and_the_field_for_the_same_reason() -> None:
     assert "speed-only" not in str(other.problem_with_flag(settings))
 
 
-# TransformerConfig.
-
-
 @dataclass
 class Config:
-    """As much of Megatron's configuration as is looked at, with fields that no release has."""
+    """Megatron configuration with the fields that checks read, and fields that no release has."""
 
     moe_token_dispatcher_type: str = "alltoall"
     moe_flex_dispatcher_backend: str | None = "deepep"
@@ -599,9 +591,6 @@ def test_all_that_a_token_exchange_cannot_work_with_is_listed_in_one_text() -> N
     first, *others = str(raised.value).splitlines()
     assert first == "FSEP cannot run this model:" and len(others) == 2
     assert all(line.startswith("  --fsep-token-exchange auto with --moe-") for line in others)
-
-
-# Words of --fsep-allow-unproven.
 
 
 @pytest.mark.parametrize("given", ["graphs", ["te-graphs", "graphs"], [None], 5, ""])

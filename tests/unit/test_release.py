@@ -1,4 +1,4 @@
-"""What is released is described once, and the script and the workflow that release it fit."""
+"""A release is described once, and its script and workflow fit."""
 
 from __future__ import annotations
 
@@ -36,7 +36,6 @@ def runs(job: Any) -> list[str]:
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """The files that `check` reads, and the script."""
     for name in ("scripts/release.sh", "megatron_laer/version.py", "CHANGELOG.md", "CITATION.cff"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
@@ -118,7 +117,6 @@ def test_the_index_gets_the_files_and_the_release_page_the_changes(checkout: Pat
     result = release(checkout, "page", f"v{VERSION}", PATH=f"{tools}:{os.environ['PATH']}")
     _, gh, *notes = result.stdout.splitlines()
     assert gh.startswith(f"gh release create v{VERSION} --verify-tag") and gh.endswith("dist/a.whl")
-    # What is new in this version, and not its heading nor an older one.
     first = changes.read_text().split("\n## ")[1].splitlines()[1:]
     assert "\n".join(notes).strip() == "\n".join(first).strip() and "Older" not in result.stdout
     assert release(checkout, "publish").returncode != 0
@@ -136,7 +134,7 @@ def test_the_workflow_runs_the_scripts_commands_in_their_order() -> None:
     order = {"sdist": None, "wheels": "sdist", "try": "wheels", "publish": "try", "page": "publish"}
     assert needs == order
     for name in ("publish", "page"):
-        # A run by hand can be given a tag as well, and is to publish nothing.
+        # A run by hand can have a tag too, and must publish nothing.
         assert jobs()[name]["if"] == "github.event_name == 'push' && github.ref_type == 'tag'"
 
 
@@ -158,7 +156,7 @@ def test_artifacts_that_are_fetched_were_stored() -> None:
         for verb in ("upload", "download")
     )
     assert {*fetched} - {None} <= {*stored}
-    # All of them are published.
+    # The last job fetches all artifacts.
     assert fetched[-1] is None
 
 

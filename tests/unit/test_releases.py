@@ -1,6 +1,6 @@
-"""The table of Megatron's releases is sound and true, and what differs by release is followed.
+"""The table of Megatron's releases is sound and true, and differences by release are followed.
 
-The release that is not installed has a replacement here.
+The release that is not installed is replaced here.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ MODEL = Namespace(num_experts=8, record_memory_history=False, spec=None)
 
 
 def with_training(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:
-    """`megatron.training.argument_utils` has these functions and no other."""
+    """Give `megatron.training.argument_utils` these functions and no other."""
     container = {"pretrain_cfg_container_from_args": lambda *given: given}
     utils = SimpleNamespace(**container, **functions)
     monkeypatch.setitem(sys.modules, "megatron.training", SimpleNamespace(argument_utils=utils))
@@ -181,7 +181,7 @@ def test_what_that_function_does_not_build_is_refused(
 
 
 def storage(monkeypatch: pytest.MonkeyPatch, **msc_utils: object) -> object:
-    """What checkpoints are written with, if Megatron has these switches."""
+    """Replace the checkpoint writer's storage, with these switches if Megatron has them."""
     core = SimpleNamespace(msc_utils=SimpleNamespace(**msc_utils))
     monkeypatch.setitem(sys.modules, "megatron.core", core)
     return checkpoints._storage()

@@ -1,4 +1,4 @@
-"""Choices of replicas keep the quotas and send fewer rows; compared with all choices there are.
+"""Choices of replicas keep the quotas and send fewer rows, compared with all possible choices.
 
 Legend: T tokens, E experts, S slots, P (token, expert) pairs.
 """
@@ -27,8 +27,6 @@ LEAST_SHARE = replica_choice._LEAST_SHARE
 
 @dataclass(frozen=True)
 class Rank:
-    """What one rank chooses for."""
-
     layout: ExpertLayout
     map_TE: torch.Tensor
     quotas: RankQuotas
@@ -42,7 +40,6 @@ class Rank:
         return token_order(self.map_TE, self.quotas, self.node_size)
 
     def rows(self, slot_P: torch.Tensor) -> tuple[int, int]:
-        """Rows to other nodes and to other ranks, counted one by one."""
         _, tokens = np.nonzero(self.map_TE.numpy().T)
         ranks = slot_P.numpy() // self.layout.capacity
         to_ranks = set(zip(tokens.tolist(), ranks.tolist(), strict=True))
@@ -54,7 +51,7 @@ class Rank:
         )
 
     def check_legal(self, slot_P: torch.Tensor) -> None:
-        """Every slot has as many pairs as its quota says, and all of its own expert."""
+        """Check that every slot has its quota of pairs, all of its own expert."""
         assert slot_P.dtype == torch.int32
         experts, _ = np.nonzero(self.map_TE.numpy().T)
         np.testing.assert_array_equal(self.layout.slot_expert_S[slot_P.numpy()], experts)
@@ -76,7 +73,7 @@ def make_rank(
     skew: float = 0.0,
     seed: int = 0,
 ) -> Rank:
-    """Routing by seed, on a random layout; the even split gives most experts a choice."""
+    """Route by seed on a random layout; the even split gives most experts a choice."""
     rng = np.random.default_rng(seed)
     log_E = skew * rng.normal(size=experts)
     maps = np.zeros((ranks, tokens, experts), dtype=np.bool_)
@@ -84,7 +81,7 @@ def make_rank(
         chosen_TK = np.argsort(-(log_E + rng.gumbel(size=map_TE.shape)), axis=1)[:, :top_k]
         np.put_along_axis(map_TE, chosen_TK, True, axis=1)
     if tokens > 3:
-        maps[:, 2] = False  # as a token of padding
+        maps[:, 2] = False
     rank = int(rng.integers(ranks))
     layout = ExpertLayout.random(ranks, capacity, experts, seed=(seed,))
     quotas = solve_quotas(split, maps.sum(axis=1, dtype=np.int64), layout, node_size)
@@ -94,7 +91,7 @@ def make_rank(
 
 @st.composite
 def any_rank(draw: st.DrawFn) -> Rank:
-    """Shapes of all kinds, nodes of one rank and of all, no tokens, more slots than experts."""
+    """Draw shapes of all kinds, nodes of one or all ranks, no tokens, more slots than experts."""
     ranks = draw(st.integers(1, 8))
     experts = draw(st.integers(1, 12))
     least = -(-experts // ranks)
@@ -113,7 +110,7 @@ def any_rank(draw: st.DrawFn) -> Rank:
 
 @pytest.fixture(scope="module", autouse=True)
 def even_few_pairs_choose() -> Iterator[None]:
-    """Exact quotas leave few pairs a choice, of which tests want to see the result."""
+    """Lower the threshold: exact quotas leave few pairs a choice."""
     with mock.patch.object(replica_choice, "_LEAST_SHARE", 0.0):
         yield
 
@@ -123,12 +120,12 @@ def even_few_pairs_choose() -> Iterator[None]:
 def test_quotas_are_kept_and_rows_are_never_more_than_in_token_order(rank: Rank) -> None:
     chosen_P = rank.chosen()
     rank.check_legal(chosen_P)
-    assert rank.rows(chosen_P) <= rank.rows(rank.plain())  # those between nodes count first
+    assert rank.rows(chosen_P) <= rank.rows(rank.plain())  # rows between nodes count first
     assert torch.equal(chosen_P, rank.chosen())
 
 
 def least_rows(rank: Rank) -> tuple[int, int]:
-    """The fewest rows of all ways to give pairs to slots that keep the quotas."""
+    """Return the fewest rows over all assignments of pairs to slots that keep the quotas."""
     experts, _ = np.nonzero(rank.map_TE.numpy().T)
     by_expert = rank.layout.slot_expert_S
     slots = [
@@ -163,7 +160,7 @@ def test_choices_save_most_of_what_the_best_of_all_would() -> None:
 
 
 def test_a_token_whose_experts_can_share_a_node_goes_to_one() -> None:
-    """Two experts with replicas on nodes 1 and 2; in token order the second one's are turned."""
+    """Give two experts replicas on nodes 1 and 2; in token order the second one's are swapped."""
     layout = ExpertLayout.from_slots(3, 3, 3, [2, 2, 2, 0, 1, 2, 0, 1, 2])
     counts_NE = np.zeros((3, 3), dtype=np.int64)
     counts_NE[0, :2] = 4

@@ -1,4 +1,4 @@
-"""The page has the numbers of its run, escapes what it quotes, and is the same again."""
+"""The report page has its run's numbers, escapes quoted text, and is reproducible."""
 
 from __future__ import annotations
 
@@ -29,14 +29,13 @@ from tests.recorded_runs import RUN, STEPS, record_run
 from tests.unit.plan_cases import drifting_trace, recording
 from tests.unit.report_pages import data_of, figure_of, report, values_of, written
 
-# Of the file without its data: nearly all of it is plotly.js.
+# Without the data, nearly all of the file is plotly.js.
 MAX_BYTES = 6 * 2**20
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028\"'{{DATA}}"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run with all recordings."""
     run = tmp_path / "run"
     record_run(run)
     return run
@@ -52,7 +51,6 @@ def test_the_page_has_the_numbers_of_the_recording(
     assert values_of(data, "Stock's placement, same") == rounded(of["stock_max_over_mean"].T)
     times = figure_of(data, "A step's time")["data"]
     assert times[0]["x"] == list(range(STEPS))
-    # A column of times adds up to the step.
     for step, column in enumerate(zip(*(trace["y"] for trace in times), strict=True)):
         assert sum(column) == pytest.approx(recording.of_steps["step_ms"][step], rel=1e-3)
     for trace in figure_of(data, "Tokens of each expert")["data"]:
@@ -183,7 +181,7 @@ def test_the_what_if_reckons_with_the_runs_exchange_of_experts_and_recompute(
     for noted_nothing, noted, noted_unknown in zip(*found.values(), strict=True):
         assert noted["layer_ms"] > noted_nothing["layer_ms"]
         assert noted_unknown["layer_ms"] == noted_nothing["layer_ms"]
-    # The command reckons so too.
+    # The command computes the same.
     (row,) = [of for of in found[1] if (of["mode"], of["capacity"]) == ("adaptive", 3)]
     out = tmp_path / "row.json"
     assert cli.main([*shlex.split(row["command"])[3:], "--json", str(out)]) == 0
@@ -201,7 +199,7 @@ def test_a_trace_alone_is_replayed_as_training_would_have_planned_it(tmp_path: P
     fsep = np.array(values_of(data, "FSEP: max/mean"))
     stock = np.array(values_of(data, "Stock's placement, same"))
     assert (fsep >= 1).all() and fsep.mean() < stock.mean()
-    # By `plan`, in the same mode and of all cases after the first step, which has no forecast.
+    # From `plan`, in the same mode, without the first step, which has no forecast.
     plan = tmp_path / "plan.json"
     options = "--strategy greedy --mode adaptive --capacity 3 --node-size 2".split()
     assert cli.main(["plan", str(path), *options, "--json", str(plan)]) == 0

@@ -1,4 +1,4 @@
-"""Files of a run that cannot be used are refused by name, and no page takes the name of one."""
+"""Unusable files of a run are refused by name, and no page replaces one of its files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from tests.unit.report_pages import report, written
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A run with all recordings."""
     run = tmp_path / "run"
     record_run(run)
     return run
@@ -88,7 +87,7 @@ def test_no_page_is_written_under_a_name_that_is_read_the_next_time(
     for words in ((folder,), (folder / "group-0.trace",), (trace, "--compare", folder)):
         assert report(*words, "--out", folder / name) == 2
         assert "would be read as a file of the run the next time" in capsys.readouterr().err
-    # Elsewhere, or under another name, it may be.
+    # Another folder or name is allowed.
     assert report(folder, "--out", tmp_path / name) == 0
     assert report(folder, "--out", folder / f"{name}.html") == 0
 

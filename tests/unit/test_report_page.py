@@ -1,6 +1,6 @@
-"""A headless Chromium opens the page: nothing is said in its console, and it shows the numbers.
+"""A headless Chromium opens the report page without console messages and shows its numbers.
 
-Where there is no program `chromium` the tests are skipped, and say so.
+The tests are skipped where there is no program `chromium`.
 """
 
 from __future__ import annotations
@@ -29,16 +29,15 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no program chromium: apt-get install chromium, to see the page drawn"
 )
 
-# Of console messages, which Chromium logs at this place; its own warnings are of other places.
+# Chromium logs console messages with this source; its own warnings have others.
 _CONSOLE = re.compile(r"CONSOLE[:(].*")
-# A page that talks: what is looked for must be found here.
+# A page with console errors, as a control.
 _TALKING = '<script>console.error("heard"); undefinedName();</script></body>'
 
 
 def opened(
     page: Path, tmp_path: Path, *, fragment: str = "", width: int = 1200, shot: Path | None = None
 ) -> tuple[str, list[str]]:
-    """What a page is after its scripts have run, and what was said in its console."""
     assert CHROMIUM is not None
     asked = ["--dump-dom"] if shot is None else [f"--screenshot={shot}"]
     address = f"{page.as_uri()}{fragment}"
@@ -71,7 +70,6 @@ def opened(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run, with its page beside it."""
     folder = tmp_path_factory.mktemp("report") / "run"
     record_run(folder)
     assert cli.main(["report", str(folder), "--out", str(folder.parent / "page.html")]) == 0
@@ -80,12 +78,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def drawn(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
-    """The page with all its tables open."""
     return opened(run.parent / "page.html", tmp_path_factory.mktemp("chromium"), fragment="#tables")
 
 
 def table(page: str, title: str) -> list[list[str]]:
-    """The cells of a figure's table."""
     figure = next(
         part for part in page.split("<figure") if f"<h3>{title}</h3>" in html.unescape(part)
     )
@@ -210,5 +206,4 @@ def test_pictures_have_both_themes_and_no_sideways_scrolling(
     assert corner < 0.2 if fragment else corner > 0.9
     # The page fits: its margin on the right is empty, from top to bottom.
     assert np.ptp(pixels[:2990, -6:-2].reshape(-1, 3), axis=0).max() < 0.02
-    # Something is drawn in colour.
     assert (np.ptp(pixels, axis=2) > 0.3).sum() > 500

@@ -1,4 +1,4 @@
-"""A run is predicted with what it recorded, or the page says what was taken instead."""
+"""A run is predicted with its recorded settings, or the page names the replacements."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_commands_of_the_what_if_print_their_rows_again(
 def test_a_run_is_predicted_with_the_constants_that_it_recorded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not with those of the cluster that is taken where nothing is known, and no file is needed."""
+    """Use neither the default cluster's constants nor a file."""
     rows = {}
     for cluster in (OWN, COSTS.cluster):
         record_run(tmp_path / cluster.name, run=RUN | {"cluster": cluster.name}, cluster=cluster)
@@ -63,7 +63,6 @@ def test_a_run_is_predicted_with_the_constants_that_it_recorded(
         assert not any("--cluster" in row["command"] for row in rows[cluster.name])
     for own, other in zip(*rows.values(), strict=True):
         assert own["layer_ms"] > 1.5 * other["layer_ms"]
-    # A flag wins.
     page = written(tmp_path, tmp_path / OWN.name, "--cluster", COSTS.cluster.name)
     again, there = data_of(page)["what_if"], rows[COSTS.cluster.name]
     assert [row["layer_ms"] for row in again] == [row["layer_ms"] for row in there]
@@ -94,7 +93,6 @@ def test_settings_that_cannot_be_used_are_named_with_what_is_taken_instead(
     err = capsys.readouterr().err
     assert says in err and len(err.splitlines()) == 1 and err.strip().isprintable()
     assert f"taken instead: {says}" in html.unescape(page)
-    # Without predictions there is nothing to say.
     assert "taken instead" not in written(tmp_path, folder, "--cases", 0)
     assert capsys.readouterr().err == ""
 

@@ -14,7 +14,7 @@ from tests.documents import ROOT, project_files
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
-# A file with more lines says why it is not split.
+# A longer file states why it is not split.
 MOST_LINES = 400
 OVER = re.compile(rf"^(?:# )?Over {MOST_LINES} lines: \S.*\.$", re.MULTILINE)
 SOURCES = {".py", ".cpp", ".hpp", ".sh", ".sbatch"}
@@ -50,15 +50,15 @@ def test_a_workflow_may_only_read_and_pins_what_it_uses(path: Path) -> None:
     steps = [step for job in workflow["jobs"].values() for step in job["steps"]]
     uses = [step["uses"] for step in steps if "uses" in step]
     assert [action for action in uses if not re.fullmatch(r"actions/[\w-]+@v\d+", action)] == []
-    # The workflows hold no logic: what they run can be run by hand.
+    # The workflows hold no logic: their commands can be run by hand.
     ours = r"(scripts/(test|release)\.sh|\.ci/run)\b"
     programs = [re.search(ours, step["run"]) for step in steps if "run" in step]
     assert programs and all(programs)
-    # What is ours to write is written by a job of its own, which asks for a person's word first.
+    # Jobs that write are separate, and wait for a person's approval.
     writing = {name: job for name, job in workflow["jobs"].items() if "permissions" in job}
     assert {*writing} <= {"publish", "page"}
     assert all(job["environment"] and job["if"] for job in writing.values())
-    # A program that is installed where there is one right must not find another.
+    # A program installed under one right must not find another.
     rights = [[*job["permissions"].values()].count("write") for job in writing.values()]
     assert rights == [1] * len(writing)
 

@@ -1,4 +1,4 @@
-"""The index of a restore is the one that its file's worked example shows, on every rank."""
+"""The index of a restore equals the worked example of its file, on every rank."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Restored experts go through their states in order, and free their memory where they say so."""
+"""Restored experts go through their states in order and free their memory in time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROWS = (8, 3)
 
 
 class OneRank:
-    """An exchange of a group of one rank, which holds all rows of each of its two experts."""
+    """Exchange of a group of one rank, which holds all rows of its two experts."""
 
     def __init__(self) -> None:
         self.count = ExchangeCount()
@@ -62,7 +62,7 @@ class OneRank:
 
 
 class LateStream:
-    """A communication stream that works only once it is waited for, in order."""
+    """Communication stream that works in order and only once it is waited for."""
 
     def __init__(self) -> None:
         self.times = StreamTimes("parameters", CPU)
@@ -83,7 +83,7 @@ class LateStream:
 
 
 class LateResult:
-    """A result that is there once it, or a later one, is waited for."""
+    """Result that arrives once it, or a later one, is waited for."""
 
     def __init__(self, stream: LateStream) -> None:
         self._stream = stream
@@ -112,7 +112,7 @@ def streams() -> Iterator[ExchangeStreams]:
 def restored_experts(
     streams: ExchangeStreams, *, trained: tuple[bool, bool] = (True, True)
 ) -> RestoredExperts:
-    """Two experts of 8 × 3 and 3 × 8; what is trained has main gradients."""
+    """Make two experts of 8 × 3 and 3 × 8; trained matrices have main gradients."""
     generator = torch.Generator().manual_seed(0)
     parameters = tuple(
         torch.nn.Parameter(torch.randn(2, *shape, generator=generator), requires_grad=is_trained)
@@ -127,7 +127,7 @@ def restored_experts(
 
 
 class Scaled(torch.autograd.Function):
-    """Multiplies with the sum of a matrix, which it asks for in forward and in backward."""
+    """Product with the sum of a matrix, which forward and backward both ask for."""
 
     @staticmethod
     def forward(ctx, tensor, placeholder, restored, position):  # type: ignore[no-untyped-def]
@@ -155,7 +155,7 @@ def compute(
     *,
     backward_follows: bool = False,
 ) -> torch.Tensor:
-    """Pass as the module does: the first matrix, the probabilities, the second matrix."""
+    """Compute as the module does: first matrix, probabilities, second matrix."""
     first, second = restored.weight_placeholders()
     tokens, probs = restored.before_compute(tokens, probs)
     hidden = Scaled.apply(tokens, first, restored, 0) * probs
@@ -295,7 +295,7 @@ def test_a_flat_bias_is_lent_as_a_matrix_of_one_column(
 
     compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
     grad = bias.main_grad if has_main_grads else bias.grad  # type: ignore[attr-defined]
-    # `Scaled` gives every element the sum of what it multiplied: four times that of the matrix.
+    # `Scaled` gives every element the sum of its input: four times the matrix's sum.
     assert torch.equal(grad, torch.full((16,), 4.0 * 48))
     assert streams.grads.in_use == 0
 

@@ -1,4 +1,4 @@
-"""Rivals of the benchmark: legal layouts, their splitting conserves tokens, and they balance."""
+"""Rivals of the benchmark: legal layouts, conserved tokens, and balance."""
 
 from __future__ import annotations
 

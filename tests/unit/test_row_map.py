@@ -1,4 +1,4 @@
-"""Autograd keeps rows in place of copies of them, and nothing else in place of anything.
+"""Autograd keeps rows instead of their copies, and replaces nothing else.
 
 Legend: Y rows, X copies of them, H hidden.
 """
@@ -11,7 +11,7 @@ from megatron_laer.layer.dispatch.row_map import row_map
 
 
 def test_what_is_kept_of_copies_comes_back_as_it_was() -> None:
-    """With as many copies as columns, a transpose has the shape of the copies themselves."""
+    """With as many copies as columns, a transpose has the shape of the copies."""
     rows_YH = torch.arange(8.0).view(2, 4).requires_grad_()
     map_ = row_map(torch.tensor([0, 1, 1, 0], dtype=torch.int32), 2)
     copies_XH = map_.spread(rows_YH)

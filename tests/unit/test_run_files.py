@@ -1,4 +1,4 @@
-"""Files and folders of a configuration are refused before a run, and nothing is made of them."""
+"""Files and folders of a configuration are refused before a run, without creating any."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from megatron_laer.telemetry.trace_file import recording_path as trace_path
 
 @pytest.fixture
 def recording(tmp_path: Path) -> Path:
-    """A folder of recorded layouts."""
     folder = tmp_path / "layouts"
     folder.mkdir()
     recording_path(str(folder), 0).write_text("{}\n")
@@ -27,7 +26,6 @@ def recording(tmp_path: Path) -> Path:
 
 
 def there(folder: Path) -> set[Path]:
-    """All that is in a folder."""
     return set(folder.rglob("*"))
 
 
@@ -84,13 +82,12 @@ def test_a_replay_of_what_is_no_recording_is_refused(
 
 
 def symbolic(folder: Path) -> str:
-    """A symbolic link to the folder."""
     folder.with_name("link").symlink_to(folder)
     return str(folder.with_name("link"))
 
 
 def hard(folder: Path) -> str:
-    """Another folder, with a hard link to the recording."""
+    """Make another folder, with a hard link to the recording."""
     folder.with_name("other").mkdir()
     file = recording_path(str(folder), 0)
     os.link(file, folder.with_name("other") / file.name)

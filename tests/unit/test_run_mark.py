@@ -1,4 +1,4 @@
-"""A run that is restarted before its first checkpoint goes on; an unrelated one is refused."""
+"""A run restarted before its first checkpoint goes on; an unrelated one is refused."""
 
 from __future__ import annotations
 
@@ -29,8 +29,6 @@ def _no_signs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def record(folder: Path, first_step: int, steps: range) -> int | None:
-    """Go on in the folder, and write a line of one digit for each step."""
-
     def records(path: Path) -> list[tuple[int, int]]:
         lines = path.read_bytes()[len(HEADER) :].split()
         return [(int(line), len(HEADER) + 2 * (n + 1)) for n, line in enumerate(lines)]
@@ -43,7 +41,6 @@ def record(folder: Path, first_step: int, steps: range) -> int | None:
 
 
 def resumed_from(folder: Path | None) -> None:
-    """Be a run that saves to this folder and loads from it."""
     saved = folder and str(folder)
     run_mark.set_checkpoints(saved, saved, finetune=False)
 
@@ -95,12 +92,10 @@ def test_ranks_that_one_launcher_starts_again_are_the_same_run(
     record(tmp_path, 0, range(3))
     record(tmp_path, 0, range(1))
     assert (tmp_path / NAME).read_bytes() == HEADER + b"0\n"
-    # Another launch of the same process.
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
     with pytest.raises(ValueError, match=REFUSED):
         record(tmp_path, 0, range(3))
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    # A process with the same environment, and this one for its launcher.
     program = (
         "from pathlib import Path; from megatron_laer.files import run_mark;"
         f"print(run_mark.is_of_this_run(Path({str(tmp_path / NAME)!r})))"
@@ -118,7 +113,7 @@ def test_the_last_run_that_wrote_is_the_one_that_may_restart(tmp_path: Path) -> 
     resumed_from(tmp_path / "first")
     with pytest.raises(ValueError, match=REFUSED):
         record(tmp_path, 0, range(1))
-    # A run without signs takes the mark away.
+    # A run without signs removes the mark.
     resumed_from(None)
     record(tmp_path, 3, range(3, 4))
     assert not (tmp_path / f".{NAME}.run").exists()
@@ -159,17 +154,12 @@ def test_a_mark_says_no_path(tmp_path: Path) -> None:
 
 
 class Clock:
-    """A clock of the host that stands still."""
-
     def now(self) -> float:
-        """Return the time."""
         return 0.0
 
-    def catch_up(self) -> None:
-        """Do nothing."""
+    def catch_up(self) -> None: ...
 
     def seconds(self, start: float, end: float) -> float:
-        """Return the time between."""
         return end - start
 
 

@@ -1,4 +1,4 @@
-"""Shell scripts and the patch for forks: checked, and run as far as one machine allows."""
+"""Shell scripts and the patch for forks, run as far as one machine allows."""
 
 import os
 import re
@@ -39,16 +39,11 @@ def test_scripts_that_are_started_can_be(script):
     assert is_sourced or os.access(script, os.X_OK)
 
 
-# Finding a Python.
-
-
 def find_python(folder, **environment):
-    """What `laer_find_python` prints with only `folder` in the PATH."""
     source = (_ROOT / "scripts" / "environment.sh").read_text()
     functions = source.removesuffix("laer_environment\n")
     assert functions != source
     script = folder / "functions.sh"
-    # No machine's own Python may be found.
     script.write_text(functions.replace("/usr/bin/", "/nowhere/"))
     bash = shutil.which("bash")
     return subprocess.run(
@@ -62,7 +57,6 @@ def find_python(folder, **environment):
 
 @pytest.fixture
 def tools(tmp_path):
-    """A PATH with what the script itself needs."""
     for tool in ("dirname", "bash"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     return tmp_path
@@ -89,7 +83,7 @@ def test_a_python_without_venv_is_named(tools):
     assert f"{python} cannot make virtual environments" in result.stderr
 
 
-# Where torch is from. Packages are not installed: a Python is made to write down what pip is told.
+# Source of torch. Nothing is installed: a replaced Python records pip's arguments.
 
 _DEFAULT = (
     "torch with CUDA, Megatron and tools; that is 3.2 GB to download and 5.8 GB on disk: some 10 m"
@@ -106,8 +100,6 @@ esac
 
 @pytest.fixture
 def install(tmp_path):
-    """Sources environment.sh in a copy of the repository; returns what it printed and asked pip."""
-
     def run(version=None, **environment):
         top, asked = tmp_path / "top", tmp_path / "asked"
         shutil.rmtree(top, ignore_errors=True)
@@ -117,7 +109,7 @@ def install(tmp_path):
             shutil.copy(_ROOT / name, top)
         (top / "megatron_laer" / "planner" / "native").mkdir(parents=True)
         (top / "megatron_laer" / "planner" / "native" / "x.cpp").touch()
-        # An interpreter without packages, or with one that is called torch.
+        # An interpreter without packages, or with one named torch.
         elsewhere = tmp_path / "elsewhere"
         shutil.rmtree(elsewhere, ignore_errors=True)
         (elsewhere / "lib").mkdir(parents=True)
@@ -155,7 +147,7 @@ def test_torch_with_cuda_is_installed_where_nothing_else_is_asked_for(install):
 
 
 def test_torch_comes_from_its_index_alone_and_everything_else_does_not(install):
-    # Also where the interpreter has one: who names an index wants what is there.
+    # Also where the interpreter has one: an explicit index wins.
     said, (torch, others), venv = install("2.9.0", TORCH_INDEX_URL="https://x/cpu")
     assert (
         "from TORCH_INDEX_URL" in said and "0.3 GB to download and 1.2 GB on disk: some 4 m" in said
@@ -178,7 +170,7 @@ def test_the_torch_of_the_interpreter_is_used(version, install):
     assert "megatron-core==" in (venv / "constraints.txt").read_text()
     (path,) = venv.rglob("*.pth")
     assert (Path(path.read_text().strip()) / f"torch-{version}.dist-info").is_dir()
-    # It starts ranks with the environment's Python, which is not the one that has torch.
+    # It starts ranks with the environment's Python, which does not have torch.
     torchrun = venv / "bin" / "torchrun"
     assert f'exec "{venv}/bin/python" -m torch.distributed.run "$@"' in torchrun.read_text()
     assert os.access(torchrun, os.X_OK)
@@ -201,7 +193,7 @@ def test_an_unknown_option_of_the_test_script_installs_nothing(tmp_path):
 
 @pytest.mark.parametrize("wrong", ["", "mypy"])
 def test_the_linters_run_without_tests_and_their_status_counts(tmp_path, wrong):
-    """Their replacements print what they are given, and `wrong` fails."""
+    """Replace the linters by programs that print their arguments; `wrong` fails."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(_ROOT / "scripts" / "test.sh", tmp_path / "scripts")
     python = fake_python(tmp_path, "python", f'echo "$*"; [ "$2" != "{wrong}" ]')
@@ -213,9 +205,6 @@ def test_the_linters_run_without_tests_and_their_status_counts(tmp_path, wrong):
     assert "lint_imports_command" in result.stdout
     assert "tests.supervise" not in result.stdout
     assert result.stdout.endswith("FAILED: mypy\n") == bool(wrong)
-
-
-# The patch for forks.
 
 
 @pytest.mark.parametrize("patch", _PATCHES, ids=lambda path: path.parent.name)

@@ -1,4 +1,4 @@
-"""`simulate`: what it prints and writes, and what it refuses."""
+"""`simulate`: its output, files and refusals."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def path(tmp_path_factory):
 def run(*words, capsys):
     try:
         status = cli.main(["simulate", *map(str, words)])
-    except SystemExit as stopped:  # by argparse
+    except SystemExit as stopped:
         status = stopped.code
     return status, *capsys.readouterr()
 

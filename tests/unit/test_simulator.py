@@ -161,7 +161,7 @@ def test_a_plan_takes_no_more_memory_than_is_asked_for(trace, monkeypatch):
         asked = []
         patched.setattr(memory, "check_enough", lambda needed, *_: asked.append(needed))
         check_memory(512, 8, **sizes)
-    # A process of any size takes the first part.
+    # A process of any size uses the first part.
     assert peak_bytes < 2**24 + asked[0]
     monkeypatch.setattr(memory, "available_bytes", lambda: asked[0] // 4)
     with pytest.raises(ValueError, match=r"planning would take .* give --ranks of at most 12[78]$"):
@@ -177,7 +177,7 @@ def test_a_plot_shows_how_far_each_row_is_from_perfect_balance(rows):
         row: axes.transData.transform((1, max(line.get_ydata())))[1]
         for line, row in zip(axes.lines, rows, strict=True)
     }
-    # Perfect balance, a few percent and the paper's planner are apart on the picture.
+    # The plot separates perfect balance, a few percent and the paper's planner.
     figure_height = axes.bbox.height
     exact, forecast = heights["greedy", "exact"], heights["greedy", "forecast"]
     assert forecast - exact > figure_height / 4

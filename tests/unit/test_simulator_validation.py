@@ -1,4 +1,4 @@
-"""The comparison with published times, where the artifact's files are; fits and scores without."""
+"""The simulator against published times, where the artifact is; fits and scores without."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ def test_two_balanced_times_give_the_two_constants(tmp_path):
     known = [(job, measured_cells.predicted_seconds(job, made)) for job in jobs[:2]]
     found = measured_cells.fitted(rates, known)
     assert (found.overhead, found.gap_s) == pytest.approx((2.5, 0.04))
-    # The smaller size alone is slow: the gap would be negative.
+    # Only the smaller size is slow: the gap would be negative.
     noisy = [known[0], (known[1][0], known[1][1] / 10)]
     found = measured_cells.fitted(rates, noisy)
     assert found.overhead > 0 and found.gap_s == 0.0
-    # W2 loads one rank of stock's two with three tokens of four.
+    # W2 gives one of stock's two ranks three tokens of four.
     stock_s, fsep_s = (measured_cells.predicted_seconds(job, made) for job in jobs[2:])
     assert fsep_s < stock_s
 
@@ -104,7 +104,7 @@ def test_nothing_to_compare_is_refused():
 
 @needs_files
 def test_published_cells_are_predicted(tmp_path):
-    """With a part of the routing, to be quick; the figures in the docs are of all of it."""
+    """Use a part of the routing for speed; the docs' figures use all of it."""
     output = tmp_path / "x.json"
     words = ["--no-here", "--quick", "--published", str(PUBLISHED), "--json", str(output)]
     assert validate_simulator.main(words) == 0

@@ -1,4 +1,4 @@
-"""The docs make a site without a warning, and what follows from the code is up to date."""
+"""The docs build without a warning, and pages derived from the code are up to date."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_page_without_marks_is_told() -> None:
         with_table("# A page\n", "flags", ["| a |"])
 
 
-# Of the package, of scripts, and of tests.
+# Variables read by the package, by scripts and by tests.
 READ = (
     r'"((?:MEGATRON_LAER|OMPI|SLURM|TORCHELASTIC|CUDA|LOCAL|TORCHDYNAMO)_[A-Z_]+|RANK|WORLD_SIZE|CXX)"',
     r"\$\{(PYTHON|CXX|TORCH_INDEX_URL|MEGATRON_[A-Z_]+)[:}]|\b(MEGATRON_LAER_[A-Z_]+)=",
@@ -56,7 +56,7 @@ def test_every_variable_that_is_read_is_in_the_table_and_no_other() -> None:
         for name in ([names] if isinstance(names, str) else names)
         if name
     }
-    # Named by the table itself, and what the supervisor of tests gives to its own child.
+    # Named by the table itself, and passed by the tests' supervisor to its child.
     read |= {environment.DEVICE, environment.UNRELEASED_MEGATRON, environment.CONNECTIONS}
     read -= {STATUS_VARIABLE}
     assert read == {variable.name for variable in environment.VARIABLES}
@@ -71,7 +71,7 @@ def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
         if row.startswith("| ")
         for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])
     }
-    # A message may be written over several lines.
+    # A message may span several lines.
     sources = [path.read_text("utf-8") for path in (ROOT / "megatron_laer").rglob("*.py")]
     code = "\n".join(re.sub(r'"\s*\n\s*f?"', "", source) for source in sources)
     assert len(quoted) > 10
@@ -79,8 +79,6 @@ def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
 
 
 class _Links(HTMLParser):
-    """Collects what a page links to and the names of its parts."""
-
     def __init__(self, text: str) -> None:
         super().__init__()
         self.links: list[str] = []
@@ -98,7 +96,6 @@ class _Links(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the site, made with warnings as errors."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html"]
     command += ["-d", str(folder / "cache"), str(DOCS), str(folder / "html")]
@@ -148,7 +145,7 @@ def test_every_claim_about_others_has_a_link() -> None:
     rows = [line.split(" | ") for line in page.splitlines() if line.startswith("| ")]
     bullets = re.split(r"^\* ", page, flags=re.MULTILINE)[1:]
     assert len(rows) > 5 and len(bullets) > 2
-    # What says that there is nothing needs no link.
+    # Cells that state an absence need no link.
     nothing = re.compile(r"nothing|the same|the baseline of every row|no code found|–")
     unproved = [
         cell

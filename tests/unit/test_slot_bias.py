@@ -22,7 +22,7 @@ def test_output_and_gradients_are_those_of_a_bias_for_each_token(
     bias_CR1 = torch.randn(len(tokens_C), ROWS, 1, generator=generator).to(dtype).requires_grad_()
     input_TR = torch.randn(sum(tokens_C), ROWS, generator=generator).to(dtype).requires_grad_()
     grad_TR = torch.randn(sum(tokens_C), ROWS, generator=generator).to(dtype)
-    # Probabilities are wider than what the experts compute in.
+    # Probabilities are wider than the experts' dtype.
     scale_T = torch.rand(sum(tokens_C), generator=generator).requires_grad_() if scaled else None
     inputs = [tensor for tensor in (input_TR, bias_CR1, scale_T) if tensor is not None]
 

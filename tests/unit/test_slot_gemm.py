@@ -1,7 +1,6 @@
-"""Every GEMM back end computes what a linear layer per slot does, and back ends go by name.
+"""Every GEMM back end computes a linear layer per slot, and back ends are chosen by name.
 
-What needs a GPU runs here on the CPU with its GPU part replaced: CUDA streams by ones that note
-what they are told, Transformer Engine's function by one that does what its sources say.
+CUDA streams and Transformer Engine's function are replaced.
 """
 
 from __future__ import annotations
@@ -35,8 +34,6 @@ BOTH = [torch.float32, torch.bfloat16]
 
 
 class Stream:
-    """Notes events; a stream's are numbered in the order in which it records them."""
-
     def __init__(self, name: Any, log: list[str]) -> None:
         self.name, self.device, self._log, self._recorded = name, CPU, log, 0
 
@@ -51,7 +48,6 @@ class Stream:
 
 @pytest.fixture
 def stream_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    """What streams are told, with the products that run on them."""
     log: list[str] = []
     current = [Stream("compute", log)]
     numbers = iter(range(1000))
@@ -94,7 +90,7 @@ def grouped_gemm(
     D_dtype: None = None,
     single_output: bool = False,
 ) -> None:
-    """What Transformer Engine's function does with bf16: column-major, so B comes first."""
+    """Compute as Transformer Engine does for bf16: column-major, so B comes first."""
     assert len(A) == len(B) == len(quantization_params) and out_dtype == out[0].dtype
     assert all(part.is_contiguous() for part in (*A, *B, *out))
     outs = out[0].split(m_splits or []) if single_output else out
@@ -114,7 +110,6 @@ def grouped_gemm(
 def gemm(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, stream_log: list[str]
 ) -> SlotGemm:
-    """Each back end, with what it needs of a GPU replaced."""
     monkeypatch.setattr(te, "_grouped_gemm", lambda: grouped_gemm)
     return slot_gemm(request.param)
 

@@ -1,4 +1,4 @@
-"""The token → slot map serves every (token, expert) pair once, in the numbers the quotas say."""
+"""The token → slot map serves every (token, expert) pair once, within the quotas."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_laer.planner.splits import RankQuotas
 
 
 def routed(tokens: int, experts: int, topk: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random top-k routing: probabilities [T, E], zero where not routed, and the map."""
+    """Return random top-k routing: probabilities [T, E], zero where not routed, and the map."""
     generator = torch.Generator().manual_seed(seed)
     scores = torch.rand(tokens, experts, generator=generator)
     routing_map = torch.zeros(tokens, experts, dtype=torch.bool)
@@ -28,7 +28,7 @@ def routed(tokens: int, experts: int, topk: int, seed: int) -> tuple[torch.Tenso
 def map_to_slots(
     probs: torch.Tensor, routing_map: torch.Tensor, layout: ExpertLayout, rank: int, node: int
 ) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
-    """The map of one rank whose tokens these are; the other ranks have none."""
+    """Return the map of one rank that has all tokens."""
     counts_NE = np.zeros((layout.num_ranks, layout.num_experts), dtype=np.int64)
     counts_NE[rank] = routing_map.sum(0).numpy()
     split = even_split(layout, node)
@@ -133,8 +133,6 @@ def test_a_tokens_choices_are_its_columns_of_the_map_to_slots(
 
 
 class Alone(SlotDispatching):
-    """A dispatcher over slots that no layer has given a plan."""
-
     tp_size = 1
 
 

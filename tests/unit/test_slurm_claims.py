@@ -1,7 +1,6 @@
-"""Jobs that share a CHECKPOINT: one trains at a time, and the log says whose step it begins from.
+"""Jobs that share a CHECKPOINT train one at a time and log the job whose step they resume.
 
-The batch script's functions run with replacements of squeue and scontrol: a job runs while a file
-has its number.
+squeue and scontrol are replaced: a job runs while a file has its number.
 """
 
 import os
@@ -14,7 +13,7 @@ import pytest
 _ROOT = Path(__file__).resolve().parents[2]
 _SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 
-# The script's functions without their call. Nobody waits for ten seconds here.
+# The script's functions without their call, and without its waits of ten seconds.
 _FUNCTIONS = f"""
 source <(sed '$d' {shlex.quote(str(_SBATCH))})
 MODEL=tiny-moe DATA_PREFIX=/data CHECKPOINT=run mode=fsep modes=(fsep)
@@ -49,21 +48,20 @@ def run(folder: Path, text: str) -> subprocess.CompletedProcess[str]:
 
 
 def claim(folder: Path, job: int, **settings: str) -> subprocess.CompletedProcess[str]:
-    """One job claims the folder `run`, and then runs; `settings` are variables of the script."""
+    """Claim the folder `run` for a job, which then runs; `settings` are variables of the script."""
     (folder / f"known.{job}").write_text("RUNNING\n")
     set_here = " ".join(f"{name}={shlex.quote(value)}" for name, value in settings.items())
     return run(folder, f"{set_here}\nclaim {job} run")
 
 
 def end(folder: Path, job: int, step: int | None = None) -> None:
-    """A job ends after it has saved this step."""
     (folder / f"known.{job}").write_text("")
     if step is not None:
         (folder / "run" / "latest_checkpointed_iteration.txt").write_text(str(step))
 
 
-# A folder is new; or the claim is of a job that has ended, which Slurm knows or not; or of a script
-# that made no links; or of one of the two itself, which was requeued.
+# The folder is new, or claimed: by an ended job, known to Slurm or not; by a script without links;
+# or by one of the jobs before its requeue.
 _BEFORE = """
 case $((pair % 5)) in
     1) (claim 1 "$folder") 2>>log ;;
@@ -142,7 +140,7 @@ def test_a_job_waits_and_then_refuses_what_squeue_does_not_say_is_free(
     )
     assert "if that job has ended, remove run/slurm-claims" in refused.stderr
     assert (tmp_path / "slept").read_text().count("slept") > 5
-    # It answers while somebody waits.
+    # It answers while another job waits.
     end(tmp_path, 7)
     (tmp_path / "squeue").write_text(f"[[ -e asked ]] || {{ >asked; {answer}; }}")
     assert claim(tmp_path, 9).returncode == 0
@@ -152,7 +150,7 @@ def test_a_step_is_of_the_job_that_saved_it_and_not_of_one_that_began_there(tmp_
     claim(tmp_path, 5, MODEL="tiny-moe", SLURM_JOB_NAME="first")
     end(tmp_path, 5, step=40)
     whose = "run holds step 40 of job 5 (first, MODEL=tiny-moe, MODE=fsep); the run goes on from it"
-    for job in (6, 7):  # which fail while they load
+    for job in (6, 7):  # both fail while they load
         assert whose in claim(tmp_path, job, mode="standard", SLURM_JOB_NAME="O1").stderr
         end(tmp_path, job)
     other = claim(tmp_path, 8, MODEL="other")
@@ -171,7 +169,6 @@ def test_a_checkpoint_of_another_script_is_gone_on_from(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     end(tmp_path, 1, step=3)
     assert "step 3 of a run that was not started by this script" in claim(tmp_path, 7).stderr
-    # As earlier releases of the script wrote it.
     old = "job=5\nname=first\nmodel=tiny-moe\nmode=fsep\ndata=/d\n"
     (tmp_path / "run" / "slurm-run.txt").write_text(old)
     end(tmp_path, 7)

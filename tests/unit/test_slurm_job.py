@@ -10,7 +10,7 @@ from megatron_laer.tools.cli import slurm_job as job
 from megatron_laer.tools.model_flags import model_flags
 from tests import processes
 
-_TINY = model_flags("tiny-moe")  # of 8 experts
+_TINY = model_flags("tiny-moe")  # has 8 experts
 
 
 def words(text: str) -> list[str]:
@@ -108,7 +108,7 @@ def test_flags_of_fsep_are_for_its_run_alone_where_both_run() -> None:
         *("--expert-tensor-parallel-size", "1"),
     ]
     assert training[-2:] == ["--data-cache-path", "/a b"]
-    # In one run they may not be dropped in silence.
+    # Within one run they may not be ignored silently.
     with pytest.raises(ValueError, match="no effect with --expert-parallel-mode standard"):
         settings_of(flags, MODE="standard")
 

@@ -1,4 +1,4 @@
-"""The Slurm script is run with replacements of Slurm, and on this machine alone."""
+"""The Slurm script runs with replacements of Slurm, on this machine alone."""
 
 import os
 import shlex
@@ -20,11 +20,10 @@ _SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 
 @pytest.fixture
 def fake_slurm(tmp_path):
-    """A folder with replacements of scontrol and srun, and what a job on three nodes sees."""
+    """Make a folder with replacements of scontrol and srun, and a three-node job's environment."""
     fake_python(
         tmp_path, "scontrol", '[ "$*" = "show hostnames n[7-9]" ] && printf "n7\\nn8\\nn9\\n"'
     )
-    # The command follows the options and their values.
     fake_python(tmp_path, "srun", 'until [ -x "$1" ]; do shift; done; exec "$@"')
     return {
         "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -36,14 +35,12 @@ def fake_slurm(tmp_path):
 
 
 def slurm_command(*words, **environment):
-    """The command line that the Slurm script would run, as words."""
     result = shell(_SBATCH, *words, DRY_RUN="1", PYTHON=sys.executable, **environment)
     assert result.returncode == 0, result.stderr
     return shlex.split(result.stdout)
 
 
 def value_of(flag, command):
-    """The value that counts, which is the last."""
     return command[len(command) - command[::-1].index(flag)]
 
 
@@ -72,7 +69,7 @@ def test_the_slurm_script_starts_a_launcher_per_node_and_meets_on_the_first(fake
     assert value_of("--data-cache-path", command) == "/shared/cache"
 
 
-# Their value may be left out, so a word that follows them is the command to run.
+# Their value is optional, so a following word is the command to run.
 _OPTIONAL_VALUES = {
     *("--accel-bind", "--exclusive", "--get-user-env", "--kill-on-bad-exit", "--label"),
     *("--nice", "--overlap", "--propagate", "--x11"),
@@ -137,7 +134,7 @@ def test_a_checkpoint_is_saved_to_and_loaded_from_and_signals_save(tmp_path):
     assert value_of("--save", command) == value_of("--load", command) == str(folder)
     assert value_of("--save-interval", command) == "7"
     assert value_of("--exit-signal", command) == "SIGUSR1"
-    # An hour but a margin of 20 minutes; the script may have waited for its turn.
+    # An hour less a margin of 20 minutes; the script may have waited for its turn.
     assert 20 <= int(value_of("--exit-duration-in-mins", command)) <= 40
     assert not folder.exists()
 
@@ -161,7 +158,7 @@ def test_both_modes_are_two_runs_with_ports_and_folders_of_their_own(tmp_path):
         f"{tmp_path}/fsep",
         f"{tmp_path}/standard",
     )
-    # Flags of FSEP are for one of them, and would be refused in the other.
+    # FSEP's flags go to one of the runs only; the other would refuse them.
     assert fsep[-9:] == ["--fsep-capacity", "3", *words[1:]]
     assert standard[-4:] == ["--lr", "3e-4", "--seed", "5"]
     assert not [word for word in standard if word.startswith("--fsep")]
@@ -244,7 +241,7 @@ def test_a_copy_of_the_slurm_script_says_what_it_misses(tmp_path):
     assert script in shlex.split(result.stdout), result.stderr
 
 
-# As Slurm shows the last task of an array, and some releases show what the script was given.
+# Slurm's form of an array's last task; some releases show the script's arguments.
 _TASKS = (
     "JobId=123457 ArrayJobId=123456 ArrayTaskId=1 Command=/else/where.sbatch WorkDir=/\n"
     f"JobId=123456 ArrayJobId=123456 ArrayTaskId=2 Requeue=0 Command={_SBATCH}{{}} WorkDir=/\n"
@@ -307,9 +304,7 @@ def test_the_slurm_command_line_trains_on_this_machine(text_data, tmp_path):
 def test_continuous_integration_needs_slurm_once_it_is_there(tmp_path, may_install):
     for folder in (".ci", "scripts", "bin"):
         (tmp_path / folder).mkdir()
-    # No machine's own Slurm may be found.
     script = (_ROOT / ".ci" / "run").read_text().replace("/usr/sbin", "/nowhere")
-    # Root only installs.
     script = script.replace("EUID == 0", "1")
     (tmp_path / ".ci" / "run").write_text(script)
     test = fake_python(tmp_path / "scripts", "test.sh", 'echo "needed: $MEGATRON_LAER_NEED_SLURM"')
@@ -327,7 +322,6 @@ def test_continuous_integration_needs_slurm_once_it_is_there(tmp_path, may_insta
     assert f"needed: {'1' if may_install else ''}\n" in result.stdout
     if may_install:
         options = f"install -qq --no-install-recommends {slurm.PACKAGES}\n"
-        # And then a browser.
         assert (tmp_path / "log").read_text().startswith(options)
     else:
         assert "Slurm could not be installed" in result.stderr

@@ -1,4 +1,4 @@
-"""Where layouts come from: repeated steps, recordings that go on, replays that start late."""
+"""Sources of layouts: repeated steps, recordings that go on, replays that start late."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first
                 assert source.due(step + 1) is None
         assert wait.call_count == (first == "a step")
         assert any("not waited for" in warning for warning in warnings)
-        _, plans = source.state()  # a checkpoint is not kept waiting either
+        _, plans = source.state()  # a checkpoint does not wait either
         assert not plans and source.late_plans == (60 if first == "a step" else 59)
 
         released.set()
@@ -183,4 +183,4 @@ def test_a_damaged_recording_gives_legal_layouts_or_a_value_error(tmp_path: Path
         assert all(len(layers) == len(LAYERS) for layers in due if layers is not None)
         for layout in (layout for layers in due if layers is not None for layout in layers):
             assert ExpertLayout.from_slots(2, 3, 4, layout.to_list()) == layout
-    assert 0 < accepted < CASES // 2  # a change may make another legal layout
+    assert 0 < accepted < CASES // 2

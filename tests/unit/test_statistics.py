@@ -1,4 +1,4 @@
-"""What a step's passes of a layer add up to, by the names of recordings."""
+"""Sums over a step's passes of a layer, by the names of recordings."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RANKS = GEOMETRY.num_ranks
 def test_passes_add_up_and_what_was_weighed_is_averaged() -> None:
     planned = ExpertLayout.static(RANKS, GEOMETRY.capacity, GEOMETRY.num_experts)
     counts = [counts_NE(0, 0, microbatch) for microbatch in range(3)]
-    counts[1] //= 8  # so few tokens are not worth a fresh layout
+    counts[1] //= 8
     decisions = [GUARD.decide(of_one, planned) for of_one in counts]
     assert [decision.replanned for decision in decisions] == [True, False, True]
     passes = LayerPasses.of(RANKS)

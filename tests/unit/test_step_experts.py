@@ -1,4 +1,4 @@
-"""Experts that are held over a step: what they need, and what they take."""
+"""Experts that are held over a step: their needs and their memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 
 
 def slices(dtype: torch.dtype = torch.float32) -> Slices:
-    """Of 4 experts on 2 ranks; matrices of 8 × 3 and 3 × 4."""
     shapes = [(4, 4, 3), (4, 2, 4)]
     parameters = tuple(torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes)
     return Slices(parameters, (8, 3), MegatronMainGrads())
@@ -35,7 +34,7 @@ def test_parameters_without_main_gradients_are_refused(
 
 
 def test_memory_is_that_of_slots_and_of_float32_sums() -> None:
-    elements = 2 * 1024 * (8 * 3 + 3 * 4)  # of two layers with 1024 slots
+    elements = 2 * 1024 * (8 * 3 + 3 * 4)  # two layers with 1024 slots
     text = memory_held([slices(torch.bfloat16)] * 2, capacity=1024)
     assert "2 layers" in text
     assert f"({2 * elements / 2**20:.1f} MiB)" in text

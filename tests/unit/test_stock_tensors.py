@@ -1,4 +1,4 @@
-"""Tensors that are lent read like others, and no write to them is lost without a word."""
+"""Lent tensors read like others, and no write to them is lost silently."""
 
 from __future__ import annotations
 
@@ -59,7 +59,6 @@ WRITES: dict[str, Write] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Make a group of this process alone."""
     store = dist.FileStore(str(tmp_path_factory.mktemp("group") / "store"), 1)
     dist.init_process_group("gloo", store=store, rank=0, world_size=1)
     yield
@@ -67,7 +66,6 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def lent(loan: Loan) -> tuple[torch.Tensor, LentExpert]:
-    """Return the owner's matrix [2, 4, 3], and its second expert."""
     block = torch.arange(24.0).view(2, 4, 3)
     return block, LentExpert(block[1], loan)
 
@@ -131,7 +129,7 @@ def test_reads_give_plain_tensors(tmp_path: Path) -> None:
     }
     for name, read in reads.items():
         assert type(read) is torch.Tensor and torch.equal(read, expected), name
-    dist.broadcast(tensor, src=0)  # its sender's is read
+    dist.broadcast(tensor, src=0)  # reads only the sender's
     assert tensor.data_ptr() == block[1].data_ptr() and not loan.is_written
     with pytest.raises(ValueError, match="read-only"):
         tensor.numpy()[0] = 1

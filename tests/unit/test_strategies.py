@@ -30,7 +30,7 @@ def skewed_counts_NE(geometry: Geometry, seed: int, skew: float = 1.2) -> Int64:
 
 @st.composite
 def geometries(draw: st.DrawFn) -> Geometry:
-    """Any N in 1..40, E in 1..64, C, and G that divides N."""
+    """Draw any N in 1..40, E in 1..64, C, and G that divides N."""
     num_ranks = draw(st.integers(1, 40))
     num_experts = draw(st.integers(1, 64))
     least = -(-num_experts // num_ranks)
@@ -45,7 +45,6 @@ def counts_for(draw_seed: int, geometry: Geometry) -> Int64:
     if kind == 0:
         return np.zeros(shape, dtype=np.int64)
     if kind == 1:
-        # All tokens want one expert.
         counts_NE = np.zeros(shape, dtype=np.int64)
         counts_NE[:, draw_seed % geometry.num_experts] = 100
         return counts_NE
@@ -74,7 +73,6 @@ def test_laer_is_legal_repeatable_and_never_costs_more(geometry: Geometry, seed:
     seconds = COSTS.layer_seconds(counts_NE, planned, geometry.node_size, Split.EVEN)
     for other in (current, static):
         assert seconds <= COSTS.layer_seconds(counts_NE, other, geometry.node_size, Split.EVEN)
-    # Planning again from its own result changes nothing.
     assert laer.plan(counts_NE, planned) is planned
 
 
@@ -142,7 +140,7 @@ def test_laer_removes_the_skew_that_static_suffers() -> None:
         return float(loads_N.max() / loads_N.mean())
 
     assert imbalance(static) > 2.0
-    # What is left is the greedy's: it fills the first node before the last experts have been there.
+    # The greedy's rest: it fills the first node before it places the last experts there.
     assert imbalance(planned) < 1.3
 
 
@@ -155,7 +153,7 @@ def test_placement_spreads_replicas_over_nodes_and_ranks() -> None:
 
 
 def placed_plainly(loads_E: Int64, replicas_E: Int64, geometry: Geometry) -> ExpertLayout:
-    """Follow the words of `place`, one slot at a time."""
+    """Follow the description of `place`, one slot at a time."""
     ranks = range(geometry.num_ranks)
     held: list[list[int]] = [[] for _ in ranks]
     weight_E = loads_E / replicas_E

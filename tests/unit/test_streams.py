@@ -1,4 +1,4 @@
-"""Settings that decide, on CUDA, which exchange goes first and what overlaps, tried with mocks."""
+"""Settings that decide the order and overlap of exchanges on CUDA, tested with mocks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCapt
         assert command_line._with_fsep_validation(lambda args: args)(args) is args
         args.rank = 1
         command_line._with_fsep_validation(lambda args: args)(args)
-    # What Megatron imports may have warned too.
+    # Megatron's imports may also have warned.
     ours = [record for record in caplog.records if record.name.startswith("megatron_laer.")]
     assert [record.getMessage() for record in ours] == ["FSEP: it crawls"]
 
@@ -191,7 +191,7 @@ def test_the_result_of_a_thread_is_waited_for() -> None:
         return torch.ones(3)
 
     pending = stream.submit(work, "late")
-    # Fires while `wait` below is under way; without waiting that gives None at once.
+    # Fires during `wait` below; without waiting, it would return None at once.
     threading.Timer(0.2, may_work.set).start()
     assert torch.equal(pending.wait(), torch.ones(3))
     stream.close()

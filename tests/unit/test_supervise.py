@@ -1,4 +1,4 @@
-"""Tests end when pytest has said how they went, whatever they leave behind."""
+"""Test runs end with pytest's verdict, even if they leave processes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 from tests.processes import python_path
 
-# A test that leaves a process in a session of its own which holds our output, and that keeps
-# pytest's process from ending.
+# A test that leaves a process in its own session which holds our output, and that keeps pytest's
+# process from ending.
 STUBBORN = """
 import atexit, subprocess, sys, time
 
@@ -31,7 +31,6 @@ def test_that_leaves_a_mess():
 def supervise(
     folder: Path, *arguments: str, grace_s: float, hangs: bool, passes: bool, lasts_s: float = 0.0
 ) -> tuple[int, str, int]:
-    """Exit status, output, and the id of the process that the test left behind."""
     (folder / "test_mess.py").write_text(
         STUBBORN.format(hangs=hangs, passes=passes, lasts_s=lasts_s)
     )
@@ -43,7 +42,7 @@ def supervise(
         [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *arguments],
         cwd=folder,
         env=os.environ | {"PYTHONPATH": python_path()},
-        stdout=subprocess.PIPE,  # read until nobody holds it
+        stdout=subprocess.PIPE,  # read until all writers close it
         stderr=subprocess.STDOUT,
         text=True,
         timeout=1200,
@@ -59,9 +58,9 @@ STATUS = pytest.mark.parametrize(("passes", "status"), [(True, 0), (False, 1)])
 def test_the_status_is_pytests_and_nothing_is_left(
     tmp_path: Path, hangs: bool, passes: bool, status: int
 ) -> None:
-    # Whoever ends needs no grace, and on a busy machine would overrun a short one.
+    # Processes that end need no grace, and on a busy machine would overrun a short one.
     grace_s = 1.0 if hangs else 600.0
-    # -s hands our output to what the test starts, as a rank has it before it writes to its log.
+    # With -s, processes of the test inherit our output, as ranks do before they write to logs.
     returned, output, pid = supervise(tmp_path, "-s", grace_s=grace_s, hangs=hangs, passes=passes)
     assert returned == status, output
     assert ("1 passed" if passes else "1 failed") in output
@@ -74,7 +73,7 @@ def test_the_status_is_pytests_and_nothing_is_left(
 def test_the_status_is_that_of_all_workers(tmp_path: Path, passes: bool, status: int) -> None:
     (tmp_path / "test_tidy.py").write_text("def test_that_ends_long_before(): pass")
     workers = ["--numprocesses", "2", "--dist", "loadfile"]
-    # The other worker ends at once, which must not begin the grace of a second.
+    # The other worker ends at once, which must not start a grace of one second.
     returned, output, pid = supervise(
         tmp_path, *workers, grace_s=1.0, hangs=False, passes=passes, lasts_s=4.0
     )

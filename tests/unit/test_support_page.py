@@ -20,7 +20,6 @@ WORDS = {f"{ALLOW} {word}" for word in Unproven}
 
 
 def results(tmp_path: Path, inside: str = "") -> Path:
-    """Results of one row, as pytest writes them."""
     path = tmp_path / "results.xml"
     properties = {"row": "aux loss", "floor": str(FLOOR), "fsep": str(FOUND)}
     listed = "".join(f'<property name="{k}" value="{v}"/>' for k, v in properties.items())

@@ -1,4 +1,4 @@
-"""The ranges that a timeline opens in the device's profiler, and its files, without a device."""
+"""Ranges of a timeline in the device's profiler, and its files, without a device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from megatron_laer.telemetry.trace_events import Activity, Kind
 
 
 class Ranges:
-    """Stands for the profiler: what is open, and all that was closed, in order."""
+    """Replacement of the profiler: open ranges, and all closed ones in order."""
 
     def __init__(self) -> None:
         self.opened: list[str] = []
@@ -58,7 +58,6 @@ def timeline(path: Path, first_step: int = 0) -> Timeline:
 
 
 def run(path: Path, first_step: int = 0, steps: int = FIRST_STEP + NUM_STEPS) -> None:
-    """A run of a few steps."""
     recorded = timeline(path, first_step)
     for step in range(first_step, first_step + steps):
         recorded.begin_step(step)
@@ -123,5 +122,5 @@ def test_a_timeline_appears_whole_or_not_at_all(
     assert (tmp_path / "rank-0.json").read_bytes() == b"" and len(os.listdir(tmp_path)) == 1
     assert "could not be written: [Errno 28] No space left" in caplog.text
     monkeypatch.undo()
-    run(tmp_path / "rank-0.json")  # what is empty holds nothing
+    run(tmp_path / "rank-0.json")  # an empty file does not block a new one
     assert len(steps_in(tmp_path / "rank-0.json")) == NUM_STEPS

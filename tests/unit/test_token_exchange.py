@@ -1,4 +1,4 @@
-"""`auto` takes the exchange that the cost model predicts to be faster, and the guard prices it."""
+"""`auto` chooses the exchange with the lower predicted time, and the guard prices it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_auto_takes_node_where_links_between_nodes_are_slow_and_tokens_have_many
 @pytest.mark.parametrize(
     ("geometry", "top_k", "tokens"),
     [
-        (Geometry(32, 128, 4, 8), 1, 8192),  # a row per token anyhow
+        (Geometry(32, 128, 4, 8), 1, 8192),  # one row per token either way
         (Geometry(32, 128, 4, 8), 8, 16),  # latencies outweigh rows
         (Geometry(1, 8, 8, 1), 2, 8192),  # nothing is sent
         (Geometry(8, 8, 8, 4), 2, 8192),  # every rank has every expert
@@ -59,20 +59,20 @@ def test_auto_takes_rank_where_links_inside_nodes_are_no_faster() -> None:
 
 
 def test_seconds_are_those_of_the_rows_by_arithmetic() -> None:
-    """Nodes of one rank, an expert each: 6 pairs of 8 leave, on 3·(1 - 1/2^…) distinct ranks."""
+    """Use nodes of one rank and one expert: 6 pairs of 8 leave, on 3·(1 - 1/2^…) distinct ranks."""
     geometry, tokens = Geometry(4, 128, 32, 1), 4096
     costs = make_costs(inter=Link(1e9, 0.0), hidden=512)
     seconds = token_seconds(costs, geometry, 8, tokens)
     row_s = tokens * 1024 / 1e9
     assert seconds[RANK] == pytest.approx(4 * 6 * row_s, rel=1e-3)
-    # A quarter of the experts is on each rank: 1 - (3/4)^8 if they were chosen with replacement.
+    # A quarter of the experts is on each rank: 1 - (3/4)^8 if chosen with replacement.
     assert seconds[NODE] == pytest.approx(4 * 3 * (1 - 0.75**8) * row_s, rel=0.03)
 
 
 @pytest.mark.parametrize("recompute", [Recompute.NONE, Recompute.FULL])
 @pytest.mark.parametrize("node_size", [1, 2, 4, 8])
 def test_a_layer_is_priced_as_its_exchange_is(node_size: int, recompute: Recompute) -> None:
-    """With compute free and even counts, a layer costs what `token_seconds` says, for either."""
+    """With free compute and even counts, a layer costs its `token_seconds` for either exchange."""
     geometry = Geometry(8, 64, 8, node_size)
     costs = make_costs(
         points=((1, 1e30),),
@@ -95,7 +95,7 @@ def test_a_layer_is_priced_as_its_exchange_is(node_size: int, recompute: Recompu
 def test_a_rerun_has_rows_and_their_places_again_and_sizes_only_once(
     node_size: int, stages_s: float, beside: int
 ) -> None:
-    """Links have latencies only, 20 µs between nodes and 10 inside; a wait is as long as either."""
+    """Give links latencies only: 20 µs between nodes and 10 inside; waits are as long."""
     geometry = Geometry(8, 64, 8, node_size)
     free = make_costs(intra=Link(math.inf, 1e-5), inter=Link(math.inf, 2e-5))
     for recompute, forwards in ((Recompute.NONE, 1), (Recompute.COMPUTE, 1), (Recompute.FULL, 2)):

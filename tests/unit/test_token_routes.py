@@ -1,4 +1,4 @@
-"""Rows find their ways through both stages, and back; all ranks are in one process here.
+"""Rows travel through both stages and back; one process acts as all ranks.
 
 Legend: N ranks, C slots per rank, G ranks per node, T tokens, E experts, P pairs, R pairs received.
 """
@@ -26,7 +26,7 @@ EXPERTS, CAPACITY, TOP_K = 24, 6, 4
 def exchange(
     sent: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]], groups: Sequence[list[int]]
 ) -> list[torch.Tensor]:
-    """An All-to-All in each of these groups; `sizes` are what each rank sends to its group."""
+    """Exchange rows within each group; `sizes` are the rows from each rank to its group."""
     received = {}
     for ranks in groups:
         parts = {rank: sent[rank].split(list(sizes[rank])) for rank in ranks}
@@ -36,8 +36,6 @@ def exchange(
 
 
 class Exchange:
-    """What all ranks of a token exchange know, from random routing on a random layout."""
-
     def __init__(self, num_ranks: int, node_size: int) -> None:
         self.layout = ExpertLayout.random(num_ranks, CAPACITY, EXPERTS, seed=(node_size,))
         generator = torch.Generator().manual_seed(num_ranks)
@@ -70,7 +68,7 @@ class Exchange:
             self.across = self.all
 
     def expected_R(self, rank: int) -> list[int]:
-        """The tokens of a rank's pairs, by slot, then source rank, then token."""
+        """Return the tokens of a rank's pairs, by slot, then source rank, then token."""
         pairs = []
         for source, (map_TE, slot_P) in enumerate(zip(self.maps, self.slots, strict=True)):
             tokens = [token for column in map_TE.t() for token in column.nonzero().view(-1)]
@@ -88,7 +86,7 @@ class Exchange:
 def test_each_pair_gets_its_tokens_row_and_each_token_the_sum_of_its_pairs(
     num_ranks: int, node_size: int
 ) -> None:
-    """A byte has bits for eight local ranks, so nodes of 9 and of 17 need two and three."""
+    """Nodes of 9 and of 17 need two and three bytes, with bits for eight local ranks each."""
     known = Exchange(num_ranks, node_size)
     rows, ranks = known.rows, range(num_ranks)
 

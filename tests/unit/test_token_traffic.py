@@ -1,4 +1,4 @@
-"""Traffic of token exchanges: equal to a row-by-row count, and `node` never sends more.
+"""Traffic of token exchanges equals a row-by-row count, and `node` never sends more.
 
 Legend: N ranks, C slots per rank, S slots, G ranks per node, T tokens, E experts, P pairs.
 """
@@ -54,7 +54,7 @@ def make_case(
     top_k: int,
     seed: int = 0,
 ) -> Case:
-    """Random routing on a random layout, each pair at any replica of its expert."""
+    """Route at random on a random layout, each pair to any replica of its expert."""
     rng = np.random.default_rng(seed)
     layout = ExpertLayout.random(ranks, capacity, experts, seed=(seed,))
     maps, slots = [], []
@@ -71,7 +71,7 @@ def make_case(
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    """Shapes of all kinds, also nodes of one rank and of all, and ranks without tokens."""
+    """Draw shapes of all kinds, also nodes of one or all ranks, and ranks without tokens."""
     ranks, experts = draw(st.integers(1, 8)), draw(st.integers(1, 12))
     least = -(-experts // ranks)
     return make_case(
@@ -86,7 +86,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def row_by_row(case: Case, exchange: TokenExchange) -> dict[str, list[int]]:
-    """Every row of a dispatch, sent one by one over every link that it takes."""
+    """Send every row of a dispatch separately over every link of its route."""
     size, ranks = case.node_size, case.layout.num_ranks
     found: dict[str, list[int]] = defaultdict(lambda: [0] * ranks)
 
@@ -170,7 +170,7 @@ def test_all_that_is_sent_is_received(case: Case, exchange: TokenExchange) -> No
 
 
 def test_metadata_of_a_routing_by_hand() -> None:
-    """Two nodes of two; rank 0 sends one token to both slots of rank 3 and to its own."""
+    """Use two nodes of two; rank 0 sends one token to both slots of rank 3 and to its own."""
     layout = ExpertLayout.from_slots(4, 2, 8, [0, 1, 2, 3, 4, 5, 6, 7])
     nothing = np.zeros((0, 8), dtype=np.bool_)
     token = np.zeros((1, 8), dtype=np.bool_)
@@ -179,8 +179,8 @@ def test_metadata_of_a_routing_by_hand() -> None:
     routing = TokenRouting.count([token, nothing, nothing, nothing], slots, 2, 2)
     assert layout.capacity == 2
     assert metadata_bytes(routing, RANK).sent_inter_N.tolist() == [2 * 4, 0, 0, 0]
-    # Probability and place of two pairs, one row's bits, and sizes: one to the rank of the other
-    # node that has another local rank, and three to the other, of which it has the first anyhow.
+    # Probability and place of two pairs, one row's bits, and sizes: one to the other node's rank
+    # with another local rank. Its peer there gets three, and has the first already.
     sizes = (1 + 3) * 4
     sent_N = metadata_bytes(routing, NODE).sent_inter_N
     assert sent_N.tolist() == [2 * 8 + 1 + sizes, *[sizes] * 3]

@@ -1,4 +1,4 @@
-"""Any file is told by its format and read as a valid trace, or refused; a trace checks itself."""
+"""Trace files are recognised by format and read as a valid trace, or refused."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ from tests.unit.traces import (
     write_recording,
     write_smartmoe,
 )
-
-# A trace.
 
 
 def test_neighbouring_ranks_are_merged(tmp_path):
@@ -64,9 +62,6 @@ def test_a_trace_checks_itself():
         Trace(("a",), *keys, np.full((1, 1, 1), -1, np.int32))
 
 
-# Telling formats apart.
-
-
 def test_what_is_no_trace_is_refused_with_the_formats_there_are(tmp_path):
     with pytest.raises(ValueError, match="'nowhere' does not exist"):
         read_trace(Path("nowhere"))
@@ -87,7 +82,6 @@ def test_a_folder_stands_for_its_only_recording(tmp_path):
     write_recording(path, counts)
     write_recording(path, counts[1:], first_step=1)
     assert (tmp_path / "group-0.cut-from-1.trace").exists()
-    # As a killed run leaves it.
     shutil.copy(path, tmp_path / ".group-0.trace.0123456789abcdef.tmp")
     assert_holds(read_trace(tmp_path), counts)
     write_recording(recording_path(tmp_path, 1), counts)
@@ -103,9 +97,6 @@ def test_ranks_and_experts_are_checked_for_every_format(tmp_path):
         read_trace(tmp_path / "x.trace", ranks=[1, 2])
     with pytest.raises(ValueError, match="has 4 experts, not 8"):
         read_trace(tmp_path / "x.trace", num_experts=8)
-
-
-# What may never end.
 
 
 @pytest.mark.parametrize("name", ["x.csv", "router_trace_rank0.jsonl"])
@@ -144,11 +135,8 @@ def test_two_files_of_one_rank_are_refused(tmp_path, names):
         read_trace(tmp_path)
 
 
-# Any bytes at all.
-
-
 def write_each(folder, counts):
-    """A small trace of every format: (path to read, file to damage)."""
+    """Write a small trace of every format: (path to read, file to damage)."""
     (folder / "megatron").mkdir()
     write_recording(folder / "x.trace", counts)
     write_smartmoe(folder / "smartmoe", counts)
@@ -181,7 +169,7 @@ DAMAGED, RANDOM = 300, 200
 
 
 def read_or_refuse(path, format=None):
-    """Whether a valid trace came back; anything but it and a ValueError fails the test."""
+    """Return True for a valid trace and False for a ValueError; anything else fails the test."""
     tracemalloc.reset_peak()
     try:
         trace = read_trace(path, format)
@@ -210,7 +198,7 @@ def test_damaged_files_are_read_or_refused(tmp_path, kind):
     tracemalloc.stop()
     file.write_bytes(content)
     assert len(read_trace(path)) == 8
-    # Most damage is found; some (a changed digit, a cut recording) is no damage to the format.
+    # Most damage is found; some (a changed digit, a cut recording) leaves a valid file.
     assert valid < 2 * DAMAGED - 100
 
 

@@ -1,4 +1,4 @@
-"""Traces of Megatron's tracer and of SmartMoE come back, or are refused for what does not fit."""
+"""Traces of Megatron's tracer and of SmartMoE are read back, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -20,9 +20,6 @@ from tests.unit.traces import (
 )
 
 SHARED_NPZ = Path(__file__).resolve().parents[3] / "shared" / "data" / "smartmoe_trace_dev.npz"
-
-
-# Megatron's.
 
 
 def test_megatrons_own_tracer_is_read_with_its_microbatches(tmp_path):
@@ -73,9 +70,6 @@ def test_ranks_that_routed_other_layers_are_refused(tmp_path):
         read_trace(tmp_path)
     with pytest.raises(ValueError, match=r"of ranks \[2, 3\]; it has \[0, 1\]"):
         read_trace(tmp_path, ranks=[1, 2, 3])
-
-
-# SmartMoE's.
 
 
 def test_a_smartmoe_folder_is_read(tmp_path):

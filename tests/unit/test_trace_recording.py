@@ -1,4 +1,4 @@
-"""A recording of our own format comes back whole, and goes on after every way of ending."""
+"""A recording of our own format is read back whole, and goes on however it ended."""
 
 from __future__ import annotations
 

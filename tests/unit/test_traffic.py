@@ -1,4 +1,4 @@
-"""Traffic of restores and gradient exchanges: equal to a message-by-message count, and bounded."""
+"""Traffic of restores and gradient exchanges equals a message-by-message count, and is bounded."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Case:
 
 @st.composite
 def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
-    """Random layouts of any N, C, E and G, and two matrices, also with fewer rows than ranks."""
+    """Draw layouts of any N, C, E and G, and two matrices, also with fewer rows than ranks."""
     num_ranks = draw(st.integers(1, max_ranks))
     num_experts = draw(st.integers(1, 64))
     least = -(-num_experts // num_ranks)
@@ -40,7 +40,7 @@ def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
     matrices = [(unit * draw(st.integers(1, 70)), draw(st.integers(1, 5))) for _ in range(2)]
     share = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     changed_S = np.random.default_rng(seed).random(layout.num_slots) < share
-    # Before: experts of some slots were in each other's places.
+    # The earlier layout has some experts in other places.
     before_S = layout.slot_expert_S.copy()
     before_S[changed_S] = np.random.default_rng(seed + 1).permutation(before_S[changed_S])
     before = ExpertLayout.from_slots(num_ranks, capacity, num_experts, before_S)
@@ -48,7 +48,6 @@ def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
 
 
 def traffic_by_message(case: Case, algorithm: ExchangeAlgorithm, keep: bool = False) -> Traffic:
-    """Every message of a restore, written down one by one."""
     layout, G = case.layout, case.node_size
     N, C = layout.num_ranks, layout.capacity
     changed_S = changed_slots(case.before, layout) if keep else case.changed_S

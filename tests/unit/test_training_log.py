@@ -1,4 +1,4 @@
-"""Megatron's log lines are read back as they are, and runs are compared over their steady steps."""
+"""Megatron's log lines are read back exactly, and runs are compared over their steady steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_laer.telemetry import log
 
 
 def line(number: int, of: int = 4, loss: float | None = None, **values: float) -> str:
-    """As Megatron prints it, behind what torchrun puts before it; `values` have their own names."""
+    """Return a line as Megatron prints it, with torchrun's prefix; `values` are named freely."""
     if loss is not None:
         values = {log.LOSS: loss} | values
     shown = "".join(f" {name}: {value:.6E} |" for name, value in values.items())

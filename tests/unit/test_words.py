@@ -1,4 +1,4 @@
-"""Words that the project has given up are in no file of it; tests/retired_words.txt lists them."""
+"""Retired words are in no file of the project; tests/retired_words.txt lists them."""
 
 from __future__ import annotations
 
@@ -10,20 +10,19 @@ from tests.documents import ROOT, project_files
 LIST = ROOT / "tests" / "retired_words.txt"
 # Both have former names.
 EXEMPT = (LIST, ROOT / "CHANGELOG.md")
-# Between parts of an identifier; an underscore is a letter to `\b`.
+# Boundaries between parts of an identifier; an underscore is a letter to `\b`.
 _PARTS = re.compile(r"_|(?<=[a-z])(?=[A-Z])")
 
 Rules = dict[re.Pattern[str], str]
 
 
 def rules(text: str) -> Rules:
-    """What each expression of a list is to be replaced by."""
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     return {re.compile(old): new for old, _, new in (line.partition("\t") for line in lines)}
 
 
 def retired(path: Path, listed: Rules) -> list[str]:
-    """Where a file has a word of the list, as `file:line: word; say ...`."""
+    """Return the listed words in a file, as `file:line: word; say ...`."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""The workloads W0 to W7: what defines each, and how well it is balanced, with a reason each."""
+"""The workloads W0 to W7: their definitions, and reasons for how well each is balanced."""
 
 from __future__ import annotations
 
@@ -25,32 +25,31 @@ from megatron_laer.tools.traces.workloads import (
 SHAPES = ((16, 32, 3), (16, 32, 4), (16, 32, 6), (32, 8, 2))
 TOKENS, TOPK = 2048, 2
 
-# Mean of max/mean with a layout one microbatch old, by shape. Seeds 1 to 7 stay a little below;
-# the test takes another, which no choice in the planner was made on either.
+# Mean max/mean with a layout one microbatch old, by shape. Seeds 1 to 7 stay a little below; the
+# test takes another seed, which influenced no choice in the planner.
 MICROBATCH_OLD_BOUNDS = {
-    # Every microbatch is the same.
     "W0": (1.0, 1.0, 1.0, 1.0),
-    # Counts change by the noise of choosing only. With two spare slots per rank all of it flows
-    # off; with one, ranks full of hot replicas have no neighbour to pass it on to.
+    # Counts change only by sampling noise. With two spare slots per rank all of it flows off; with
+    # one, ranks full of hot replicas have no neighbour for it.
     "W1": (1.02, 1.001, 1.001, 1.001),
     "W2": (1.02, 1.001, 1.001, 1.001),
     "W3": (1.02, 1.001, 1.001, 1.001),
     # The mean load itself changes with the number of tokens; only proportions matter.
     "W4": (1.03, 1.001, 1.001, 1.001),
-    # Half of the experts have twice a fair share each, and the others do no harm.
+    # Half of the experts have twice a fair share each, and the others are empty.
     "W5": (1.02, 1.001, 1.001, 1.001),
     # In a third of the steps (2 of 8 here) experts go from 0.25 to 3.25 fair shares, each on one
-    # replica: one rank carries it all, or the half at C = 6.
+    # replica. One rank carries it all, or half of it at C = 6.
     "W6": (1.65, 1.65, 1.25, 1.65),
     # In a fourth of the steps they go from 1 to 2.5.
     "W7": (1.40, 1.10, 1.01, 1.20),
 }
 
-# Largest share of tokens that leave their node with a layout for the very counts. With C = 6 a node
-# holds all experts; what leaves is what a node has too many of, and so in the last column.
+# Largest share of tokens that leave their node with a layout for these very counts. With C = 6 a
+# node holds all experts, so only a node's excess leaves; the same holds in the last column.
 OFF_NODE_BOUNDS = {
-    # Half of the tokens are at the wrong node of two if every expert has one home, less what C - 2
-    # spare slots per rank bring home.
+    # With one home per expert and two nodes, half of the tokens are at the wrong one. C - 2 spare
+    # slots per rank reduce that.
     "W0": (0.50, 0.25, 0.0, 0.0),
     # Hot experts are on all ranks; only the cold ones' tokens leave.
     "W1": (0.14, 0.07, 0.0, 0.0),
@@ -58,7 +57,7 @@ OFF_NODE_BOUNDS = {
     "W3": (0.14, 0.07, 0.0, 0.0),
     # One node may have half as many tokens again as the other: a fifth must leave.
     "W4": (0.46, 0.33, 0.24, 0.20),
-    # Slots of experts that nobody wants are not spare.
+    # Slots of experts without tokens are not spare.
     "W5": (0.42, 0.08, 0.0, 0.0),
     "W6": (0.14, 0.07, 0.0, 0.0),
     "W7": (0.46, 0.25, 0.0, 0.0),
@@ -125,8 +124,8 @@ def test_w0_is_even() -> None:
     assert (workload_counts("W0", Shape(4, 8, 2, 400), 0) == 100).all()
 
 
-# With K of four experts hot of 16 and three tokens of four on them, a hot one has 13/16 · 4 = 3.25
-# fair shares and a cold one a quarter.
+# With 4 of 16 experts hot and three of K = 4 tokens on them, a hot one has 13/16 · 4 = 3.25 fair
+# shares. A cold one has a quarter.
 @pytest.mark.parametrize("name", ["W1", "W2", "W3", "W6"])
 def test_a_quarter_of_the_experts_is_hot(name: str) -> None:
     shares_E = shares(name)
@@ -191,7 +190,6 @@ def microbatches(name: str, shape: tuple[int, int, int], count: int, seed: int) 
 
 
 def shares(name: str, step: int = 0, seed: int = 0) -> np.ndarray:
-    """What each of 16 experts has, in fair shares."""
     loads_E = workload_counts(name, Shape(16, 16, 2, 4000), step, seed).sum(axis=0)
     found: np.ndarray = loads_E / loads_E.mean()
     return found

@@ -1,4 +1,4 @@
-"""YAML as texts, lists and mappings, and what is refused of it."""
+"""YAML as texts, lists and mappings, and refusals."""
 
 from __future__ import annotations
 

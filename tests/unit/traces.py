@@ -1,4 +1,4 @@
-"""The tests of traces write small traces of every format with these functions."""
+"""Small traces of every format for tests."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.releases import installed_release
 
 
 def some_counts(seed, steps=3, layers=2, microbatches=2, ranks=2, experts=4, most=300):
-    """int64 [steps, layers, microbatches, ranks, experts]."""
+    """Return int64 [steps, layers, microbatches, ranks, experts]."""
     shape = (steps, layers, microbatches, ranks, experts)
     return np.random.default_rng(seed).integers(0, most, shape)
 
@@ -69,7 +69,7 @@ def megatrons_tracer():
 
 
 def write_megatron(folder, counts, topk=1, training_mode=True):
-    """By Megatron's own tracer and its hooks, from tokens that give these counts with top-1."""
+    """Write by Megatron's own tracer and hooks, from tokens that give these counts with top-1."""
     torch = pytest.importorskip("torch")
     tracer_type = megatrons_tracer()
     steps, layers, microbatches, ranks, experts = counts.shape
@@ -82,7 +82,7 @@ def write_megatron(folder, counts, topk=1, training_mode=True):
                 routing_map = torch.zeros(len(chosen), experts, dtype=torch.bool)
                 routing_map[torch.arange(len(chosen)), torch.from_numpy(chosen)] = True
                 router = SimpleNamespace(topk=topk)
-                # Asked of CUDA, which is not there.
+                # It asks CUDA, which is not there.
                 with mock.patch("torch.cuda.is_current_stream_capturing", return_value=False):
                     hooks[layer](router, (), (routing_map.float(), routing_map))
             tracer.advance_step(step)

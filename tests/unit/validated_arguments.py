@@ -1,4 +1,4 @@
-"""Arguments as Megatron has parsed them, for tests of what is done when it validates them."""
+"""Parsed Megatron arguments, for tests of FSEP's work during their validation."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def fsep_arguments(optimizer: str) -> Namespace:
-    """What is read of a run with FSEP on rank 0 of 2."""
+    """Return the arguments that a run with FSEP reads on rank 0 of 2."""
     return Namespace(
         expert_parallel_mode="fsep",
         optimizer=optimizer,

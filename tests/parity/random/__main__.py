@@ -21,7 +21,6 @@ _RANKS = 8
 
 
 def main(arguments: list[str]) -> int:
-    """Run the command."""
     parser = argparse.ArgumentParser(prog="python -m tests.parity.random", description=__doc__)
     parser.add_argument("--cases", type=int, default=20, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first (default: %(default)s)")

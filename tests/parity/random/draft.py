@@ -1,4 +1,4 @@
-"""A `Draft` collects the settings of a random case, whose luck depends on the seed alone."""
+"""A `Draft` collects the settings of a random case, drawn from the seed alone."""
 
 from __future__ import annotations
 
@@ -14,15 +14,9 @@ _Value = TypeVar("_Value")
 
 
 class Draft:
-    """Settings that were drawn so far.
+    """Settings drawn so far: features in order, flags of both sides and of FSEP alone.
 
-    All luck comes from `random()`, which gives the same numbers in every version of Python.
-
-    Attributes:
-        features: in the order in which they were drawn.
-        flags: of both sides.
-        without: switches of the model that neither side gets.
-        fsep: flags of FSEP alone.
+    All draws come from `random()`, which gives the same numbers in every version of Python.
     """
 
     def __init__(self, seed: int) -> None:
@@ -33,20 +27,12 @@ class Draft:
         self.fsep = ""
 
     def has(self, *names: str) -> bool:
-        """Whether one of these features was drawn."""
         return any(name in self.features for name in names)
 
     def pick(self, values: Sequence[_Value]) -> _Value:
-        """Draw one of these, each as likely."""
         return values[int(self._random() * len(values))]
 
     def choose(self, table: Choice, *, but: Container[str] = (), alone: bool = False) -> str:
-        """Draw one setting of a table, by weight.
-
-        Args:
-            but: names that are not legal here.
-            alone: its flags are FSEP's.
-        """
         legal = [name for name in table if name not in but]
         ends = list(accumulate(table[name].weight for name in legal))
         name = legal[bisect_right(ends, self._random() * ends[-1], hi=len(ends) - 1)]
@@ -54,14 +40,13 @@ class Draft:
         return name
 
     def option(self, table: Choice, name: str, *, legal: bool = True, alone: bool = False) -> bool:
-        """Draw whether to take a setting, whose weight is its probability where it is legal."""
+        """Draw whether to add a setting, whose weight is its probability where it is legal."""
         drawn = legal and self._random() < table[name].weight
         if drawn:
             self.take(name, table[name], alone=alone)
         return drawn
 
     def take(self, name: str, setting: Setting | None = None, *, alone: bool = False) -> None:
-        """Add a feature, with its flags if it has some."""
         self.features.append(name)
         if setting is None:
             return

@@ -1,6 +1,6 @@
-"""`draw(seed)` is a case: a legal combination of settings, the same for the same seed.
+"""`draw(seed)` returns a legal combination of settings, the same for the same seed.
 
-Legal is what stock Megatron and FSEP both accept. Nothing is run here.
+Legal combinations are those that stock Megatron and FSEP both accept. Nothing is run here.
 
 Legend: N ranks of an FSEP group, E experts.
 """
@@ -32,7 +32,7 @@ FEATURES = {name for table in _TABLES for name in table} | {
     _EXPERT_DATA,
     *_NODES.values(),
 }
-# Their numbers depend on how many ranks have the data, or on each rank's luck.
+# Their numbers depend on how many ranks have the data, or on each rank's random numbers.
 _OF_RANKS = {
     "global aux loss",
     "all aux losses",
@@ -46,12 +46,9 @@ _OF_RANKS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A combination under test.
+    """Combination under test, with its features in order of drawing.
 
-    Attributes:
-        row: as one of the parity table.
-        features: of the combination, in the order in which they were drawn.
-        model_parallel: ranks that have the same data.
+    `model_parallel` is the number of ranks that have the same data.
     """
 
     seed: int
@@ -60,20 +57,19 @@ class Case:
     model_parallel: int
 
     def has(self, *names: str) -> bool:
-        """Whether it has one of these features."""
         assert FEATURES.issuperset(names)
         return not {*names}.isdisjoint(self.features)
 
     @property
     def chooses(self) -> bool:
-        """Whether routers choose by themselves, where their choice can be replayed."""
+        """Return True if routers choose by themselves and their choices can be replayed."""
         return not self.has("fused router", "announced")
 
     def other_stock(self, data: str) -> tuple[int, list[str]] | None:
-        """A stock run that sums in another order, whose distance is the floor; None if none does.
+        """Return a stock run with other orders of sums, whose distance is the floor, or None.
 
-        Experts are placed otherwise, or where they cannot be, half of the ranks have all data. In
-        bf16 that changes no sum which FSEP takes in another order: products of few tokens.
+        It places experts otherwise, or, if that is impossible, gives half of the ranks all data. In
+        bf16 the latter changes none of the sums that FSEP reorders: products of few tokens.
         """
         ranks, command = self.row.other_stock(data)
         if self.row.stock_parallel[0] == self.row.stock_parallel[1]:
@@ -85,7 +81,7 @@ class Case:
 
 @dataclass(frozen=True)
 class _Sizes:
-    """Sizes of a case; `stock` are expert-parallel sizes that stock may have."""
+    """Sizes of a case; `stock` are possible expert-parallel sizes of stock."""
 
     ranks: int
     pipeline: int
@@ -102,7 +98,7 @@ class _Sizes:
 
 
 def draw(seed: int, steps: int = STEPS) -> Case:
-    """The case of a seed, which trains so many steps."""
+    """Return the case of a seed, with this many training steps."""
     draft = Draft(seed)
     sizes = _draw_sizes(draft)
     adapt = _draw_model(draft, sizes)
@@ -197,7 +193,7 @@ def _draw_model(draft: Draft, sizes: _Sizes) -> Adapt | None:
     if not is_latent:
         option("grouped queries")
         option("normalised queries")
-    # What changes a model names its parts.
+    # Adaptation functions name the parts of a plain model.
     changes = not (is_hybrid or in_pipeline or has_bias or predicts or is_tied or is_latent)
     if option("LoRA on attention", changes and not draft.has("tensor parallel 2")):
         return lora_on_attention
@@ -229,7 +225,7 @@ def _draw_router(draft: Draft, sizes: _Sizes) -> None:
     option("probabilities on input", sizes.top_k == 1)
     option("input jitter")
     option("forced balance")
-    # Fused, the others need Transformer Engine.
+    # The others' fused kernels need Transformer Engine.
     option(
         "fused router",
         is_plain and score != "square-root softplus" and not draft.has("expert bias"),
@@ -239,7 +235,7 @@ def _draw_router(draft: Draft, sizes: _Sizes) -> None:
 
 
 def _groups(sizes: _Sizes) -> list[tuple[int, int]]:
-    """Legal pairs: into how many groups experts are cut, and how many of them a token chooses."""
+    """Return legal pairs: number of groups of experts, and groups that a token chooses."""
     return [
         (number, chosen)
         for number in (2, 3, 4)
@@ -287,7 +283,7 @@ def _draw_recompute(draft: Draft) -> None:
 def _draw_training(draft: Draft) -> None:
     precision = draft.choose(settings.PRECISIONS)
     draft.option(settings.RUN, "gradients in bf16", legal=precision == "bf16")
-    # What an optimizer cannot do in stock.
+    # Combinations that stock's optimizers do not support.
     sharded = {"distributed optimizer", "distributed optimizer, both overlaps"}
     but = {
         "Adam": set(),
@@ -306,7 +302,7 @@ def _draw_training(draft: Draft) -> None:
 
 
 def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
-    """Draw what FSEP alone is given, and return its capacity, if not the default."""
+    """Draw FSEP's own settings, and return its capacity, or None for the default."""
 
     def option(name: str, legal: bool = True) -> bool:
         return draft.option(settings.FSEP, name, legal=legal, alone=True)
@@ -339,7 +335,7 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
 
     but = {"DeepEP", "HybridEP"} if tokens_by_nodes else set()
     if draft.has("bf16", "fp64 router") and not draft.has("fp32 router"):
-        but.add("DeepEP")  # which takes probabilities in fp32 alone
+        but.add("DeepEP")  # accepts probabilities in fp32 alone
     ranks, fewest = sizes.expert_parallel, -(-sizes.experts // sizes.expert_parallel)
     capacities = range(fewest, sizes.experts + 1)
     in_fours = [slots for slots in capacities if slots * ranks % 4 == 0]

@@ -1,9 +1,9 @@
-"""A random case trains stock and FSEP from equal weights, and is judged as docs/support.md states.
+"""Verdict on a random case: stock and FSEP train from equal weights, as docs/support.md states.
 
-FSEP must be within the bound of its precision, and within ten floors. Where it is not, a router's
-near-tie may be the reason: then the run that takes stock's choices must be. With tokens by nodes in
-bf16 other near-ties are possible, such as those of a clamp: then the run must be whose sums are
-rounded as stock's. No bound is ever widened.
+FSEP must be within the bound of its precision, and within ten floors. If it is not, a router's
+near-tie may be the reason: then the run with stock's choices must be. With tokens by nodes in bf16
+there are other near-ties, such as those of a clamp. Then the run with stock's rounding of sums must
+be within it. No bound is ever widened.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MESSAGE_CHARACTERS = 400
 
 
 class Verdict(StrEnum):
-    """How a case ended; the last two are faults."""
+    """Verdict on a case; the last two are faults."""
 
     EQUAL = "equal to rounding"
     WITHIN_FLOORS = "within ten floors"
@@ -41,21 +41,15 @@ class Verdict(StrEnum):
 
     @property
     def is_fault(self) -> bool:
-        """Whether FSEP is to blame."""
         return self in (Verdict.BEYOND, Verdict.FAILED)
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """A case with its verdict.
+    """Case with its verdict, its processor time on all ranks, and FSEP's distance from stock.
 
-    Attributes:
-        distance: of FSEP's run from stock's.
-        floor: of another stock run, at least a rounding of fp32.
-        explained: the distance of the run by which it is within, where that is another one.
-        near_ties: of the run that takes stock's choices.
-        message: of the exception, where there was one.
-        processor_s: of all ranks in all runs.
+    The floor is at least a rounding of fp32. `explained` is the distance of another run that is
+    within the bound, if one was needed; `near_ties` are those of the run with stock's choices.
     """
 
     case: Case
@@ -69,13 +63,11 @@ class Judgement:
 
 
 class _RunFailed(Exception):
-    """Says why a run did not end well."""
+    """Failure of a run, with its reason."""
 
 
 @dataclass
 class _Runs:
-    """Trains one case; adds up the time of its processors."""
-
     case: Case
     ranks: Callable[[int], RankPool]
     processor_s: float = 0.0
@@ -86,13 +78,7 @@ class _Runs:
         given: list[Decisions] | None = None,
         exact: bool = False,
     ) -> list[Outcome]:
-        """Train; returns every rank's outcome.
-
-        Args:
-            run: ranks and command line.
-            given: each rank's decisions that this run must follow.
-            exact: whether tokens' sums are in fp32 where they cross ranks.
-        """
+        """Train; return every rank's outcome. `exact` keeps sums of tokens across ranks in fp32."""
         size, command = run
         pool, case = self.ranks(size), self.case
         chosen = None if given is None else [decisions.chosen_CTK for decisions in given]
@@ -112,12 +98,6 @@ class _Runs:
 
 
 def judge(case: Case, ranks: Callable[[int], RankPool], data: str) -> Judgement:
-    """Train a case as often as its verdict needs.
-
-    Args:
-        ranks: the pool of so many ranks.
-        data: prefix of a Megatron dataset.
-    """
     runs = _Runs(case, ranks)
     try:
         reference = runs.train(case.row.reference(data))
@@ -164,7 +144,7 @@ def _compare(runs: _Runs, reference: list[Outcome], data: str) -> Judgement:
 
 
 def _stock_is_beyond(case: Case, found: Distance, floor: Distance | None) -> bool:
-    """Whether two stock runs are beyond the bound in every part in which FSEP is."""
+    """Return True if two stock runs exceed the bound in every part in which FSEP does."""
     if floor is None or not found.within(floor.times(FLOOR_FACTOR)):
         return False
     triples = zip(found.parts(), floor.parts(), case.row.bound.parts(), strict=True)
@@ -177,7 +157,7 @@ def _floor(runs: _Runs, stock: Record, data: str) -> Distance | None:
         return None
     try:
         record = runs.train(other)[0].record
-    except _RunFailed:  # a size of stock's that this model cannot have
+    except _RunFailed:  # stock does not support this model in that size
         return None
     return distance(record, stock).at_least(SMALLEST_FLOOR)
 
@@ -188,12 +168,7 @@ def _decisions(outcome: Outcome) -> Decisions:
 
 
 def describe_near_ties(run: list[Decisions], stock: list[Decisions]) -> str:
-    """How near the ties are at which a run, given stock's choices, would have chosen otherwise.
-
-    Args:
-        run: each rank's.
-        stock: each rank's.
-    """
+    """Describe the ties at which a run, given stock's choices, would have chosen otherwise."""
     count, total, margin, gap = 0, 0, 0.0, 0.0
     for mine, theirs in zip(run, stock, strict=True):
         differ_CT, gaps_CT = mine.differ_CT(theirs), mine.gaps_CT(theirs)

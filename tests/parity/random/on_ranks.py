@@ -14,13 +14,6 @@ from tests.parity.replay import train_row
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run on one rank.
-
-    Attributes:
-        decisions: of its routers, where they choose by themselves.
-        processor_s: time of the rank's processor.
-    """
-
     record: Record
     decisions: Decisions | None
     processor_s: float
@@ -34,13 +27,10 @@ def train_case(
     adapt: Adapt | None = None,
     gradients: bool = True,
 ) -> Outcome:
-    """Train, and note what routers that choose by themselves choose. Collective.
+    """Train, and note the choices of routers, if these choose by themselves. Collective.
 
-    Args:
-        chooses: whether routers do.
-        given: each rank's choices of another run, which this one must follow.
-        exact: whether partial sums of tokens are in fp32 where they cross ranks.
-        adapt, gradients: as for `train`.
+    `given` are each rank's choices to follow; `exact` keeps partial sums of tokens across ranks in
+    fp32.
     """
     begin_s = time.process_time()
     decisions = None

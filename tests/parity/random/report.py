@@ -14,7 +14,6 @@ REPEAT = "python -m tests.parity.random --only {}"
 
 
 def line(judgement: Judgement) -> str:
-    """A line for people; a fault says how to repeat it."""
     case = judgement.case
     parts = [f"{case.seed}: {judgement.verdict}", ", ".join(case.features)]
     for name in ("distance", "floor", "explained"):
@@ -28,7 +27,6 @@ def line(judgement: Judgement) -> str:
 
 
 def entry(judgement: Judgement) -> str:
-    """A line of JSON with all that is known."""
     case, row = judgement.case, judgement.case.row
     found: dict[str, Any] = {
         "seed": case.seed,
@@ -54,7 +52,7 @@ def entry(judgement: Judgement) -> str:
 
 
 def seeds_in(file: Path) -> set[int]:
-    """Seeds of the cases that a file has; none if there is no file."""
+    """Return the seeds of a file's cases; none if there is no file."""
     if not file.exists():
         return set()
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -62,7 +60,6 @@ def seeds_in(file: Path) -> set[int]:
 
 
 def summary(verdicts: Iterable[Verdict]) -> str:
-    """How many cases have each verdict."""
     counts = Counter(verdicts)
     told = [f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict]]
     return f"{counts.total()} cases: {'; '.join(told)}"

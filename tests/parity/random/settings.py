@@ -1,6 +1,6 @@
-"""The settings that random cases are made of: features with their weight and flags.
+"""Settings that random cases are made of: features with their weight and flags.
 
-Which of them go together is said in `generator.py`.
+`generator.py` states their legal combinations.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from tests.parity import rows
 
 @dataclass(frozen=True)
 class Setting:
-    """A feature that a case may have.
+    """Feature that a case may have.
 
     Attributes:
-        weight: of a choice, relative to the others; of an option, how probable it is.
-        flags: given to both sides, or to FSEP alone in the tables that say so.
+        weight: of a choice, relative to the others; of an option, its probability.
+        flags: of both sides, or of FSEP alone in the tables that say so.
         without: switches of the model that neither side gets.
     """
 
@@ -158,7 +158,7 @@ RUN: Choice = {
     "evaluation": Setting(0.15, " --eval-interval 3 --eval-iters 1"),
 }
 
-# FSEP's own, given to it alone; `announced` has a flag of both sides besides.
+# FSEP's own; `announced` also has a flag of both sides.
 MODES: Choice = {
     "random layouts": Setting(3, rows.RANDOM),
     "random layouts, forecast": Setting(1, rows.RANDOM + " --fsep-plan-mode forecast"),
@@ -168,7 +168,7 @@ MODES: Choice = {
     "announced": Setting(1.5, rows.ANNOUNCED),
     "static planner": Setting(0.6, " --fsep-planner static"),
 }
-# Routers are told in advance to choose among all experts, once for each layer and microbatch.
+# Routers must choose among all experts in advance, once for each layer and microbatch.
 NOT_ANNOUNCED = (
     "sinkhorn",
     "quantile balancing",
