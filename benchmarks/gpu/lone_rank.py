@@ -1,4 +1,4 @@
-"""Stand-in for rank 0 of N: collectives copy the sent data to the receive buffers.
+"""Replacement for rank 0 of N: collectives copy the sent data to the receive buffers.
 
 Every other rank is assumed to send the same as this one. So counts, plans and the sizes of all
 buffers are those of N ranks. Received values are finite and meaningless, and a copy on the card

@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
 from megatron_laer.files import memory
-from megatron_laer.files.checks import MAX_LINE, open_input, quoted
+from megatron_laer.files.checks import MAX_LINE, MAX_TEXT_BYTES, open_input, quoted
 from megatron_laer.files.json_lines import (
     VERSION,
     check_shape,
@@ -154,10 +154,11 @@ def read_metrics(path: Path) -> MetricsRecording:
     clusters: list[Cluster | None] = []
     steps: list[_RecordedStep] = []
     with open_input(path) as file:
-        lines = numbered_lines(file, path, MAX_LINE)
-        first = next(lines, None)
-        if first is None:
+        if not file.readline(MAX_TEXT_BYTES + 1).endswith(b"\n") and file.tell() <= MAX_TEXT_BYTES:
             raise ValueError(f"{path} holds no whole line; it is no recording of metrics")
+        file.seek(0)
+        lines = numbered_lines(file, path, MAX_LINE)
+        first = next(lines)
         shape, version = _read_header(first[2], path)
         warn_of(version, path)
         for number, _, line in lines:

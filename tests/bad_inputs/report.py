@@ -106,7 +106,7 @@ CASES = (
             "few-slots": "the slots of 4 ranks must hold each of 8",
             "nodes": "node size 3 does not divide the 4 ranks",
             "no-layers": "layers must be names of at least one layer",
-            "null-layers": "layers must be a list of names, got 'None'",
+            "null-layers": "layers must be names of at least one layer, got 'None'",
             "more-layers": "must have a number for each of 3 layers",
             "other-key": "has the keys",
             "text": "line 3: not JSON",

@@ -152,6 +152,8 @@ def megatron(_: str) -> Answer:
     }
     try:
         megatron_version.check_version()
+    except ModuleNotFoundError:
+        pass  # packaging, as its own row says
     except ImportError as error:
         answer["unsupported"] = str(error)
     return answer
