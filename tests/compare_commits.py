@@ -144,13 +144,18 @@ def _scalars(folder: Path) -> dict[str, dict[str, str]]:
 def _layouts(folder: Path) -> dict[str, str]:
     return {
         f"{path.name}, line {number}": _digest(line)
-        for path in sorted(folder.iterdir())
+        for path in _recordings(folder)
         for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
     }
 
 
 def _files(folder: Path) -> dict[str, str]:
-    return {path.name: _digest(path.read_bytes()) for path in sorted(folder.iterdir())}
+    return {path.name: _digest(path.read_bytes()) for path in _recordings(folder)}
+
+
+def _recordings(folder: Path) -> list[Path]:
+    # Hidden files say which process wrote a recording, so they differ from run to run.
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _digest(content: bytes) -> str:
