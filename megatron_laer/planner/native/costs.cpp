@@ -186,6 +186,10 @@ double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t
 
 }  // namespace
 
+double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S) {
+  return restore_seconds(shape, costs, nullptr, slots_S);
+}
+
 // The solve, and in forward the fetch of the changed slots, which starts after the gate and which
 // the experts wait for. The other slots were restored ahead for the planned layout.
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
@@ -197,14 +201,14 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
 // MoE layers hides more, which is not counted. A reduce takes as long as a restore.
 double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s) {
-  const double restore_s = restore_seconds(shape, costs, nullptr, slots_S);
+  const double restore_s = restore_seconds(shape, costs, slots_S);
   return std::max(restore_s - beside_s * costs.forward_share, 0.0) +
          exposed_backward_seconds(shape, costs, slots_S, beside_s);
 }
 
 double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
                                 const int16_t* slots_S, double beside_s) {
-  const double exchange_s = 2 * restore_seconds(shape, costs, nullptr, slots_S);
+  const double exchange_s = 2 * restore_seconds(shape, costs, slots_S);
   return std::max(exchange_s - (beside_s - beside_s * costs.forward_share), 0.0);
 }
 
