@@ -200,5 +200,5 @@ def test_rows_refuse_empty_slots_and_homes_need_a_fitting_shape() -> None:
         Geometry(2, 4, 3, 2).check_layout(ExpertLayout.at_home(2, 3, 4))
     with pytest.raises(ValueError, match="4 experts cannot be at home on 3 ranks"):
         ExpertLayout.at_home(3, 2, 4)
-    with pytest.raises(ValueError, match="capacity 2: each rank has 2 home experts.*use 3 to 4"):
+    with pytest.raises(ValueError, match=r"capacity 2: each rank has 2 home experts.*use 3 to 4"):
         ExpertLayout.at_home(2, 2, 4)
