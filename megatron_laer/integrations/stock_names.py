@@ -66,7 +66,7 @@ class StockLayer:
 
     def blocks(self) -> list[torch.Tensor]:
         """Restore this rank's experts, [e, R, K] for each slice. Collective over the group."""
-        slices = self.experts.local_slices()
+        slices = self.experts.share
         return [
             gather_block(slice_ErK, rows, self.num_blocks, session.get_fsep_group())
             for slice_ErK, rows in zip(slices.values(self._num_experts), slices.rows, strict=True)
@@ -74,7 +74,7 @@ class StockLayer:
 
     def empty_blocks(self, device: torch.device | None = None) -> list[torch.Tensor]:
         """Allocate blocks, [e, R, K] each, on `device` or else the slices' device."""
-        slices = self.experts.local_slices()
+        slices = self.experts.share
         return [
             slice_ErK.new_empty((self.block_size, rows, slice_ErK.shape[2]), device=device)
             for slice_ErK, rows in zip(slices.values(self._num_experts), slices.rows, strict=True)
@@ -110,7 +110,7 @@ class StockLayer:
 
     def write(self, blocks: list[torch.Tensor]) -> None:
         """Cut the blocks of all ranks into slices. Collective over the group."""
-        slices = self.experts.local_slices().values(self._num_experts)
+        slices = self.experts.share.values(self._num_experts)
         for block_eRK, slice_ErK in zip(blocks, slices, strict=True):
             scatter_block(block_eRK, slice_ErK, session.get_fsep_group())
         if (coordinator := session.current_coordinator()) is not None:

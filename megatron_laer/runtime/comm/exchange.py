@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
@@ -38,6 +39,40 @@ class ReusableWeights:
 
     index: LayoutIndex
     matrix_CRK: torch.Tensor
+
+
+class Exchange(Protocol):
+    """Restores and reduces of matrices, collective over the FSEP group.
+
+    `source` and `add_to` are a rank's share of weights and main gradients, as the exchange takes
+    it: a slice, or matrices of home experts.
+    """
+
+    count: ExchangeCount
+
+    def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None: ...
+
+    def prepare_reduce(self, index: LayoutIndex) -> None: ...
+
+    def restore(
+        self,
+        source: Any,
+        index: LayoutIndex,
+        rows: int,
+        /,
+        *,
+        reuse: ReusableWeights | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
+    def reduce(
+        self,
+        grad_CRK: torch.Tensor,
+        index: LayoutIndex,
+        *,
+        wire_dtype: torch.dtype | None = None,
+        add_to: Any = None,
+    ) -> torch.Tensor: ...
 
 
 class HierarchicalExchange:
