@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from megatron_laer.arrays import Int64
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.runtime.comm.buffers import Workspace
 from megatron_laer.runtime.comm.stages import Stage
@@ -48,7 +49,7 @@ class DirectIndex:
 def direct_index(
     before: ExpertLayout | None, after: ExpertLayout, home_slots: int, rank: int
 ) -> DirectIndex:
-    """Index the replica slots of `after` whose expert differs from `before`; all if that is None."""
+    """Index the replica slots of `after` whose expert differs from `before`, if that is given."""
     num_ranks = after.num_ranks
     expert_NC = _replicas(after, home_slots)
     changed_NC = expert_NC != EMPTY
@@ -67,9 +68,7 @@ def direct_index(
     )
 
 
-def _replicas(
-    layout: ExpertLayout, home_slots: int
-) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+def _replicas(layout: ExpertLayout, home_slots: int) -> Int64:
     slots_NC = layout.slot_expert_S.reshape(layout.num_ranks, layout.capacity)
     return slots_NC[:, home_slots:].astype(np.int64)
 
@@ -87,9 +86,9 @@ def send_homes(
     for part_RK, expert in zip(sent, index.sent, strict=True):
         part_RK.copy_(homes_hRK[expert])
     number = len(index.slots)
-    received = (
-        out_CRK[:number] if index.in_place else _buffer(workspace, "receive", number, out_CRK)
-    )
+    received = out_CRK[:number]
+    if not index.in_place:
+        received = _buffer(workspace, "receive", number, out_CRK)
     moved = stage.all_to_all(
         received.view(-1),
         sent.view(-1),
