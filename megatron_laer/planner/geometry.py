@@ -51,6 +51,12 @@ class Geometry:
             return ExpertLayout.at_home(*self.shape)
         return ExpertLayout.static(*self.shape)
 
+    def random_layout(self, seed: tuple[int, ...]) -> ExpertLayout:
+        """Return a random legal layout, the same on every machine for one seed."""
+        if self.sharding == Sharding.EXPERTS:
+            return ExpertLayout.random_at_home(*self.shape, seed)
+        return ExpertLayout.random(*self.shape, seed)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Return (N, C, E), as of a layout."""

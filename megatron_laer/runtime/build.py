@@ -74,6 +74,7 @@ def build_coordinator(
         groups.size,
         config.capacity,
         groups.node_size,
+        sharding=config.sharding,
         multiple=slots_multiple(transformer_config),
     )
     costs = layer_costs(config, transformer_config, device)
