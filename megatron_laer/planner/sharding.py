@@ -12,9 +12,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
 
 
 def row_bounds(rows: int, num_ranks: int) -> list[int]:
@@ -22,7 +23,45 @@ def row_bounds(rows: int, num_ranks: int) -> list[int]:
     return [rank * rows // num_ranks for rank in range(num_ranks + 1)]
 
 
-def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
+@dataclass(frozen=True)
+class ReplicaSlots:
+    """Slots of a layout whose experts are fetched: all, or those behind each rank's home slots."""
+
+    layout: ExpertLayout
+    home_slots: int = 0
+
+    @property
+    def num_ranks(self) -> int:
+        return self.layout.num_ranks
+
+    @property
+    def num_experts(self) -> int:
+        return self.layout.num_experts
+
+    @property
+    def capacity(self) -> int:
+        return self.layout.capacity - self.home_slots
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_ranks * self.capacity
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.num_ranks, self.capacity, self.num_experts
+
+    @property
+    def have_homes(self) -> bool:
+        return self.home_slots > 0
+
+    @property
+    def slot_expert_S(self) -> npt.NDArray[np.int16]:
+        """Return the expert of each of these slots, or `EMPTY`, rank by rank."""
+        slots_NC = self.layout.slot_expert_S.reshape(self.num_ranks, -1)
+        return slots_NC[:, self.home_slots :].reshape(-1)
+
+
+def changed_slots(before: ExpertLayout | ReplicaSlots, after: ExpertLayout | ReplicaSlots) -> Bool:
     """Return the slots whose expert differs, bool [S]."""
     if before.shape != after.shape:
         shapes = [before.shape, after.shape]
@@ -44,7 +83,10 @@ class NodeSources:
 
 
 def node_sources(
-    layout: ExpertLayout, node_size: int, changed_S: Bool, before: ExpertLayout | None = None
+    layout: ExpertLayout | ReplicaSlots,
+    node_size: int,
+    changed_S: Bool,
+    before: ExpertLayout | ReplicaSlots | None = None,
 ) -> NodeSources:
     """Return the experts that cross nodes in a restore by node, and those that nodes have.
 
@@ -55,7 +97,8 @@ def node_sources(
     wanted = np.unique((node_S * num_experts + layout.slot_expert_S)[changed_S])
     if before is None:
         return NodeSources(wanted, wanted[:0], wanted[:0])
-    pair_S = node_S * num_experts + before.slot_expert_S
+    empty_S = before.slot_expert_S == EMPTY
+    pair_S = np.where(empty_S, EMPTY, node_S * num_experts + before.slot_expert_S)
     by_pair = np.argsort(pair_S, kind="stable")
     first = np.searchsorted(pair_S[by_pair], wanted)
     count = np.searchsorted(pair_S[by_pair], wanted, side="right") - first

@@ -25,8 +25,9 @@ from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.exchange import Exchange, flat_exchange, node_exchange
-from megatron_laer.runtime.comm.home_exchange import HomeExchange
+from megatron_laer.runtime.comm.home_exchange import DirectExchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.relay import RelayExchange
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.measurements import Measurements
@@ -144,12 +145,12 @@ def token_exchange(
 
 
 def make_exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: ExchangeAlgorithm) -> Exchange:
-    if config.sharding == Sharding.EXPERTS:
-        return HomeExchange(groups)
-    if algorithm == ExchangeAlgorithm.NODE:
-        dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
-        return node_exchange(groups, dtype)
-    return flat_exchange(groups)
+    dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
+    is_node = algorithm == ExchangeAlgorithm.NODE
+    of_rows = node_exchange(groups, dtype) if is_node else flat_exchange(groups)
+    if config.sharding == Sharding.ROWS:
+        return of_rows
+    return RelayExchange(groups, of_rows) if is_node else DirectExchange(groups)
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:

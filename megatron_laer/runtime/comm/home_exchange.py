@@ -1,6 +1,6 @@
-"""Exchange of replicas with their experts' homes: restores, and reduces of gradients.
+"""Direct exchange of replicas: each home sends its experts to the ranks that replicate them.
 
-The counterpart of `HierarchicalExchange` where a rank holds whole experts instead of rows of all.
+`direct.py` has the index and the data path of one matrix; `relay.py` is the way with two hops.
 
 Legend: C replica slots per rank, h home experts of a rank. R rows of a matrix, K columns.
 """
@@ -13,14 +13,14 @@ import torch
 
 from megatron_laer.runtime.comm.buffers import Workspace
 from megatron_laer.runtime.comm.direct import send_grads, send_homes
-from megatron_laer.runtime.comm.exchange import ReusableWeights
+from megatron_laer.runtime.comm.exchange import ReusableWeights, result_of_restore
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
-from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
-from megatron_laer.runtime.comm.stages import ExchangeCount, Stage
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.stages import ExchangeCount, whole_group
 
 
-class HomeExchange:
-    """Restores and reduces of replicas, collective over the FSEP group.
+class DirectExchange:
+    """Restores of replicas from homes, and reduces of gradients to there. Collective.
 
     Restores share a communicator and a workspace, reduces another of each, as in
     `HierarchicalExchange`.
@@ -30,8 +30,8 @@ class HomeExchange:
         self.groups = groups
         self.count = ExchangeCount()
         self.restore_workspace, self.reduce_workspace = Workspace(), Workspace()
-        self._restore_stage = _stage(groups, groups.parameters)
-        self._reduce_stage = _stage(groups, groups.gradients)
+        self._restore_stage = whole_group(groups, groups.parameters)
+        self._reduce_stage = whole_group(groups, groups.gradients)
 
     def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
         index.for_direct(None if before is None else before.layout, self.groups.rank)
@@ -45,6 +45,7 @@ class HomeExchange:
         homes_hRK: Sequence[torch.Tensor],
         index: LayoutIndex,
         rows: int,
+        /,
         *,
         reuse: ReusableWeights | None = None,
         out: torch.Tensor | None = None,
@@ -56,13 +57,9 @@ class HomeExchange:
             reuse: weights of another layout, updated in place where an expert differs.
             out: contiguous [C, R, K] to restore to; not with `reuse`.
         """
+        out_CRK = result_of_restore(homes_hRK[0], index, rows, reuse, out)
         before = None if reuse is None else reuse.index.layout
         needed = index.for_direct(before, self.groups.rank)
-        out_CRK = out if reuse is None else reuse.matrix_CRK
-        if out_CRK is None:
-            shape = (index.replica_slots, *homes_hRK[0].shape)
-            out_CRK = homes_hRK[0].new_empty(shape)
-        assert out_CRK.shape[1] == rows and out_CRK.is_contiguous()
         if needed.has_work:
             moved = send_homes(
                 needed, self._restore_stage, self.restore_workspace, homes_hRK, out_CRK
@@ -107,8 +104,3 @@ class HomeExchange:
         for expert, sum_RK in sums.items():
             add_to[expert].add_(sum_RK)
         return add_to[0]
-
-
-def _stage(groups: FSEPGroups, group: Group) -> Stage:
-    first = groups.rank - groups.rank % groups.node_size
-    return Stage(group, groups.rank, slice(first, first + groups.node_size))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.sharding import ReplicaSlots
 from megatron_laer.runtime.comm.copies import upload_arrays
 from megatron_laer.runtime.comm.direct import DirectIndex, direct_index
 from megatron_laer.runtime.comm.reduce import ReduceIndex, reduce_index
@@ -64,13 +65,21 @@ class LayoutIndex:
     def for_restore(self, before: ExpertLayout | None, node_size: int, rank: int) -> RestoreIndex:
         key = before, node_size, rank
         if key not in self._restores:
-            self._restores[key] = restore_index(before, self.layout, node_size, rank, self.device)
+            self._restores[key] = restore_index(
+                None if before is None else ReplicaSlots(before, self.home_slots),
+                ReplicaSlots(self.layout, self.home_slots),
+                node_size,
+                rank,
+                self.device,
+            )
         return self._restores[key]
 
     def for_reduce(self, node_size: int, rank: int) -> ReduceIndex:
         key = node_size, rank
         if key not in self._reduces:
-            self._reduces[key] = reduce_index(self.layout, node_size, rank, self.device)
+            self._reduces[key] = reduce_index(
+                ReplicaSlots(self.layout, self.home_slots), node_size, rank, self.device
+            )
         return self._reduces[key]
 
 
