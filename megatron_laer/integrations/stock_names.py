@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer import session
+from megatron_laer.choices import Sharding
 from megatron_laer.integrations.stock_tensors import LentExpert, Loan
 from megatron_laer.layer.experts.module import FSEPExperts
 from megatron_laer.layer.experts.slices import SliceSpec
@@ -234,6 +235,7 @@ def stock_layers(
         name: module for name, module in chunk.named_modules() if isinstance(module, FSEPExperts)
     }
     if not found:
+        _check_size_of_homes(expert_parallel_size)
         return chunk, []
     group = session.get_fsep_group()
     num_ranks = dist.get_world_size(group)
@@ -248,6 +250,17 @@ def stock_layers(
         )
         for name, experts in found.items()
     ]
+
+
+def _check_size_of_homes(asked: int | None) -> None:
+    current = session.current()
+    if asked is None or current is None or current.config.sharding != Sharding.EXPERTS:
+        return
+    if asked != current.groups.size:
+        raise ValueError(
+            f"expert_parallel_size={asked}: with --fsep-sharding experts the parameters are "
+            f"stock's on {current.groups.size} ranks; leave it out, or save and load a checkpoint"
+        )
 
 
 def _check_alike(name: str, value: int, group: dist.ProcessGroup) -> None:
