@@ -130,6 +130,7 @@ def test_so_does_the_formula_where_ranks_keep_a_layout(
         case.layout, case.node_size, case.matrices, algorithm, before=case.before
     )
     assert_equal(formula, traffic_by_message(case, algorithm, keep=True))
+    assert (case.layout.slot_expert_S[changed_slots(case.before, case.layout)] != EMPTY).all()
 
 
 @settings(max_examples=40)
