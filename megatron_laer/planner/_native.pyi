@@ -45,6 +45,7 @@ def decide(
     counts_NE: _Int64,
     planned_S: _Int16,
     node_size: int,
+    home: int,
     rank: int,
     /,
 ) -> tuple[_Int16 | None, _Int64, _Int64 | None, bool, float | None, float | None, _RankQuotas]: ...
@@ -61,7 +62,7 @@ def rank_columns(
 def totals(
     counts_NE: _Int64, slots_S: _Int16, loads_S: _Int64, node_size: int, /
 ) -> tuple[_Int64, _Int64, _Int64, _Int64, _Int64]: ...
-def construct(counts_NE: _Int64, current_S: _Int16, node_size: int, /) -> _Int16: ...
+def construct(counts_NE: _Int64, current_S: _Int16, node_size: int, home: int, /) -> _Int16: ...
 def proportional(counts_NE: _Int64, current_S: _Int16, node_size: int, /) -> _Int16: ...
 def layer_seconds(
     costs: CostModel,
@@ -76,24 +77,48 @@ def least_layer_seconds(
     costs: CostModel, counts_NE: _Int64, capacity: int, node_size: int, /
 ) -> float: ...
 def change_seconds(
-    costs: CostModel, before_S: _Int16, after_S: _Int16, num_experts: int, node_size: int, /
+    costs: CostModel,
+    before_S: _Int16,
+    after_S: _Int16,
+    num_experts: int,
+    node_size: int,
+    home: int,
+    /,
 ) -> float: ...
 def exposed_seconds(
-    costs: CostModel, slots_S: _Int16, num_experts: int, node_size: int, beside_s: float, /
+    costs: CostModel,
+    slots_S: _Int16,
+    num_experts: int,
+    node_size: int,
+    home: int,
+    beside_s: float,
+    /,
 ) -> float: ...
 def exposed_backward_seconds(
-    costs: CostModel, slots_S: _Int16, num_experts: int, node_size: int, beside_s: float, /
+    costs: CostModel,
+    slots_S: _Int16,
+    num_experts: int,
+    node_size: int,
+    home: int,
+    beside_s: float,
+    /,
 ) -> float: ...
 def proportional_by_node(
     counts_NE: _Int64, capacity: int, node_size: int, most_experts: int, /
 ) -> _Int16: ...
 def greedy(
-    counts_NE: _Int64, current_S: _Int16, node_size: int, costs: CostModel | None = None, /
+    counts_NE: _Int64,
+    current_S: _Int16,
+    node_size: int,
+    home: int,
+    costs: CostModel | None = None,
+    /,
 ) -> _Int16: ...
 def search(
     counts_NE: _Int64,
     current_S: _Int16,
     node_size: int,
+    home: int,
     scenarios: int,
     candidates: int,
     exchanges: int,

@@ -13,20 +13,28 @@ from __future__ import annotations
 import numpy as np
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import Sharding
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 
 
-def construct_layout(counts_NE: Int64, current: ExpertLayout, node_size: int) -> ExpertLayout:
+def construct_layout(
+    counts_NE: Int64,
+    current: ExpertLayout,
+    node_size: int,
+    sharding: Sharding = Sharding.ROWS,
+) -> ExpertLayout:
     """Construct the layout for exactly these counts [N, E], the same on every rank and machine.
 
     With fewer slots than `always_balances` needs, replicas are in proportion to load. Inside a
     node, experts stay on ranks and in slots of `current` where the new layout has them too.
     """
-    geometry = Geometry(current.num_ranks, current.num_experts, current.capacity, node_size)
+    num_ranks, capacity, num_experts = current.shape
+    geometry = Geometry(num_ranks, num_experts, capacity, node_size, sharding)
     counts_NE = checked_counts(counts_NE, geometry)
-    return from_native(native.construct(counts_NE, current.slot_expert_S, node_size), current)
+    slots_S = native.construct(counts_NE, current.slot_expert_S, node_size, geometry.home_slots)
+    return from_native(slots_S, current)
 
 
 def always_balances(geometry: Geometry) -> bool:

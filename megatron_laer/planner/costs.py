@@ -186,7 +186,7 @@ class CostModel:
         """
         costs = self.for_native(_geometry(layout, node_size))
         slots_S, num_experts = layout.slot_expert_S, layout.num_experts
-        return native.exposed_seconds(costs, slots_S, num_experts, node_size, beside_s)
+        return native.exposed_seconds(costs, slots_S, num_experts, node_size, 0, beside_s)
 
     def exposed_backward_seconds(
         self, layout: ExpertLayout, node_size: int, beside_s: float
@@ -194,7 +194,7 @@ class CostModel:
         """Predict the exposed time of backward alone, equal for all layouts if `flat`."""
         costs = self.for_native(_geometry(layout, node_size))
         slots_S, num_experts = layout.slot_expert_S, layout.num_experts
-        return native.exposed_backward_seconds(costs, slots_S, num_experts, node_size, beside_s)
+        return native.exposed_backward_seconds(costs, slots_S, num_experts, node_size, 0, beside_s)
 
     def with_exchange(self, algorithm: ExchangeAlgorithm | Auto, geometry: Geometry) -> CostModel:
         """Return the model with this exchange; `auto` is the faster one for the static layout."""
@@ -225,7 +225,7 @@ class CostModel:
             return 0.0
         slots = before.slot_expert_S, after.slot_expert_S
         costs = self.for_native(_geometry(after, node_size))
-        return native.change_seconds(costs, *slots, after.num_experts, node_size)
+        return native.change_seconds(costs, *slots, after.num_experts, node_size, 0)
 
     def least_change_seconds(self, geometry: Geometry) -> float:
         """Return a lower bound of every change: the solve, and one expert for one rank."""

@@ -43,7 +43,11 @@ class GreedyStrategy:
         counts_NE = checked_counts(counts_NE, self.geometry)
         self.geometry.check_layout(current)
         slots_S = native.greedy(
-            counts_NE, current.slot_expert_S, self.geometry.node_size, self._native_costs
+            counts_NE,
+            current.slot_expert_S,
+            self.geometry.node_size,
+            self.geometry.home_slots,
+            self._native_costs,
         )
         return from_native(slots_S, current)
 

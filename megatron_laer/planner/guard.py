@@ -174,6 +174,7 @@ class Guard:
             counts_NE,
             planned.slot_expert_S,
             geometry.node_size,
+            geometry.home_slots,
             rank,
         )
         layout = planned if fresh is None else from_native(fresh, planned)

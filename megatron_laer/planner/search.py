@@ -48,6 +48,7 @@ class SearchStrategy:
             counts_NE,
             current.slot_expert_S,
             self.geometry.node_size,
+            self.geometry.home_slots,
             self.scenarios,
             self.candidates,
             self.exchanges * _FULL_EFFORT_SLOTS // max(_FULL_EFFORT_SLOTS, self.geometry.num_slots),

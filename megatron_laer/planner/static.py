@@ -11,7 +11,7 @@ from megatron_laer.planner.layout import ExpertLayout
 
 @dataclass(frozen=True)
 class StaticStrategy:
-    """Strategy of `ExpertLayout.static` for any loads and any current layout."""
+    """Strategy of `Geometry.static_layout` for any loads and any current layout."""
 
     geometry: Geometry
     name: str = "static"
@@ -19,4 +19,4 @@ class StaticStrategy:
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
         self.geometry.check_counts(counts_NE.shape)
         self.geometry.check_layout(current)
-        return ExpertLayout.static(*self.geometry.shape)
+        return self.geometry.static_layout

@@ -77,6 +77,7 @@ def decide(**other: Any) -> Any:
         "counts_NE": COUNTS_NE,
         "planned_S": SLOTS_S,
         "node_size": 2,
+        "home": 0,
         "rank": 0,
     }
     return native.decide(*(given | other).values())
@@ -106,6 +107,8 @@ def with_one(array: Any, value: int) -> Any:
         ({"planned_S": np.tile(SLOTS_S, 4)}, "no more slots than experts"),
         ({"node_size": 3}, "a node's ranks all ranks"),
         ({"node_size": 0}, "a node's ranks all ranks"),
+        ({"home": 1}, "home slots must be E/N"),
+        ({"home": -1}, "home slots must be E/N"),
         ({"rank": 4}, r"rank must be in 0\.\.N-1"),
         ({"rank": -1}, r"rank must be in 0\.\.N-1"),
     ],
@@ -120,7 +123,7 @@ def test_the_core_plans_by_no_costs_of_another_number_of_ranks() -> None:
     for num_ranks in (2, 8):
         costs = make_costs().for_native(Geometry(num_ranks, 6, 3, 2))
         with pytest.raises(ValueError, match="another number of ranks"):
-            native.greedy(COUNTS_NE, SLOTS_S, 2, costs)
+            native.greedy(COUNTS_NE, SLOTS_S, 2, 0, costs)
 
 
 def test_the_core_refuses_sizes_that_do_not_fit() -> None:
@@ -149,7 +152,7 @@ def test_the_core_refuses_sizes_that_do_not_fit() -> None:
         points[0], *[np.ones(1)] * 4, *numbers, np.ones(0, dtype=np.int64)
     )
     with pytest.raises(ValueError, match="ranks must divide the slots"):
-        native.exposed_seconds(of_no_rank, SLOTS_S, 6, 2, 0.0)
+        native.exposed_seconds(of_no_rank, SLOTS_S, 6, 2, 0, 0.0)
 
 
 SUMS = np.ones(12, dtype=np.int64), np.ones(12, dtype=np.int64), *[np.ones(4, dtype=np.int64)] * 3
@@ -165,10 +168,10 @@ SUMS = np.ones(12, dtype=np.int64), np.ones(12, dtype=np.int64), *[np.ones(4, dt
         (native.least_layer_seconds, (COUNTS_NE, 0, 2), "ranks have slots"),
         (native.least_layer_seconds, (COUNTS_NE, 3, 3), "a node's ranks all ranks"),
         (native.least_layer_seconds, (np.ones((8, 6)), 3, 2), "wrong size of counts"),
-        (native.change_seconds, (SLOTS_S[:8], SLOTS_S, 6, 2), "wrong size of the slots"),
-        (native.change_seconds, (SLOTS_S, SLOTS_S, 5, 2), "a slot holds no expert"),
-        (native.exposed_seconds, (SLOTS_S[:11], 6, 2, 0.0), "ranks must divide the slots"),
-        (native.exposed_backward_seconds, (SLOTS_S, 5, 2, 0.0), "a slot holds no expert"),
+        (native.change_seconds, (SLOTS_S[:8], SLOTS_S, 6, 2, 0), "wrong size of the slots"),
+        (native.change_seconds, (SLOTS_S, SLOTS_S, 5, 2, 0), "a slot holds no expert"),
+        (native.exposed_seconds, (SLOTS_S[:11], 6, 2, 0, 0.0), "ranks must divide the slots"),
+        (native.exposed_backward_seconds, (SLOTS_S, 5, 2, 0, 0.0), "a slot holds no expert"),
     ],
 )
 def test_the_core_prices_nothing_of_other_sizes(call: Any, arguments: Any, message: str) -> None:

@@ -97,7 +97,8 @@ class _Shares:
         sizes = run_sizes(quotas.row_S.size, num_experts)
         slot_S = quotas.runs[sum(sizes[:3]) : sum(sizes[:4])].astype(np.int64)
         first_E1 = quotas.runs[sum(sizes[:4]) : sum(sizes[:5])]
-        expert_S = np.repeat(np.arange(num_experts), np.diff(first_E1))
+        # Empty slots are first.
+        expert_S = np.repeat(np.arange(-1, num_experts), np.diff(first_E1, prepend=0))
         tokens_S = quotas.row_S[slot_S]
         used = tokens_S > 0
         return cls(slot_S[used], expert_S[used], tokens_S[used])

@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "home.hpp"
 #include "pack_by_node.hpp"
 #include "pack_scarce.hpp"
 #include "proportional.hpp"
@@ -41,6 +42,7 @@ std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE
 }
 
 std::vector<int16_t> fresh(const Shape& shape, const int64_t* node_counts_QE) {
+  if (shape.home > 0) return at_home(shape);
   return can_balance(shape) ? construct(shape, node_counts_QE, Purpose::kNow)
                             : proportional(shape, node_counts_QE, Purpose::kNow);
 }

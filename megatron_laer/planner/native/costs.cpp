@@ -145,6 +145,7 @@ double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t
   for (int rank = 0; rank < shape.ranks; ++rank) {
     const int node = rank / size;
     for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
+      if (shape.is_home(slot) || after_S[slot] == kEmpty) continue;
       if (before_S != nullptr && before_S[slot] == after_S[slot]) continue;
       ++fetched_N[rank];
       distinct_Q[node] += last_node_E[after_S[slot]] != node;

@@ -9,6 +9,7 @@
 
 #include "construct.hpp"
 #include "disturb.hpp"
+#include "home.hpp"
 #include "proportional.hpp"
 #include "quotas.hpp"
 
@@ -109,6 +110,7 @@ class Judge {
 }  // namespace
 
 std::vector<int16_t> for_drift(const Shape& shape, const int64_t* node_counts_QE) {
+  if (shape.home > 0) return at_home(shape);
   if (!is_scarce(shape) || !can_balance(shape)) {
     return proportional(shape, node_counts_QE, Purpose::kForecast);
   }
@@ -118,6 +120,7 @@ std::vector<int16_t> for_drift(const Shape& shape, const int64_t* node_counts_QE
 std::vector<int16_t> greedy(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
                             const int64_t* node_counts_QE) {
   std::vector<int16_t> best = for_drift(shape, node_counts_QE);
+  if (shape.home > 0) return best;
   // The most experts beside which every rank of a node can have a replica more.
   const int most_experts = shape.node_size * (shape.capacity - 1);
   if (shape.nodes() == 1 || shape.experts <= most_experts || !can_balance(shape)) return best;

@@ -31,7 +31,7 @@ struct Microbatch {
 
   std::vector<int16_t> fresh(const int16_t* planned_S) const {
     std::vector<int16_t> fresh_S = laer::fresh(shape, node_counts_QE);
-    match_previous(shape, planned_S, fresh_S);
+    if (shape.home == 0) match_previous(shape, planned_S, fresh_S);
     return fresh_S;
   }
 

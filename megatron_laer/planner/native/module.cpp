@@ -42,9 +42,25 @@ std::vector<Number> to_vector(const py::array_t<Number, kDense>& array) {
   return {array.data(), array.data() + array.size()};
 }
 
+void check_experts(const Slots& slots_S, int num_experts, bool has_empty_slots) {
+  const int least = has_empty_slots ? laer::kEmpty : 0;
+  for (py::ssize_t slot = 0; slot < slots_S.size(); ++slot) {
+    const int16_t expert = slots_S.data()[slot];
+    if (expert < least || expert >= num_experts) throw py::value_error("a slot holds no expert");
+  }
+}
+
+// Home slots are none, or E/N of a rank with a replica slot besides.
+void check_home(int64_t ranks, int64_t experts, int64_t capacity, int home) {
+  if (home != 0 && (home < 0 || ranks * home != experts || capacity <= home)) {
+    throw py::value_error("home slots must be E/N, and fewer than the slots");
+  }
+}
+
 // The shape, if these sizes have one, every expert has a slot and no count is negative: the core
 // relies on all of it.
-laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_size) {
+laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_size, int home,
+                     bool has_empty_slots) {
   if (counts_NE.ndim() != 2 || slots_S.ndim() != 1 || counts_NE.size() == 0) {
     throw py::value_error("counts must be [N, E] and slots [S]");
   }
@@ -52,11 +68,11 @@ laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_siz
   if (node_size < 1 || ranks % node_size != 0 || slots_S.size() % ranks != 0) {
     throw py::value_error("ranks must divide the slots, and a node's ranks all ranks");
   }
+  check_home(ranks, experts, slots_S.size() / ranks, home);
+  check_experts(slots_S, static_cast<int>(experts), has_empty_slots);
   std::vector<char> is_held_E(experts, 0);
   for (py::ssize_t slot = 0; slot < slots_S.size(); ++slot) {
-    const int16_t expert = slots_S.data()[slot];
-    if (expert < 0 || expert >= experts) throw py::value_error("a slot holds no expert");
-    is_held_E[expert] = 1;
+    if (slots_S.data()[slot] != laer::kEmpty) is_held_E[slots_S.data()[slot]] = 1;
   }
   if (slots_S.size() / ranks > experts ||
       std::count(is_held_E.begin(), is_held_E.end(), 1) != experts) {
@@ -72,18 +88,21 @@ laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_siz
                           "; token counts must not be negative");
   }
   return {static_cast<int>(ranks), static_cast<int>(experts),
-          static_cast<int>(slots_S.size() / ranks), node_size};
+          static_cast<int>(slots_S.size() / ranks), node_size, home};
+}
+
+// For quotas, which need not know which slots are at home.
+laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_size) {
+  return shape_of(counts_NE, slots_S, node_size, 0, true);
+}
+
+// For a new layout: slots of the one in use may be empty where experts have a home.
+laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_size, int home) {
+  return shape_of(counts_NE, slots_S, node_size, home, home > 0);
 }
 
 void check_size(const py::array& array, int64_t size, const char* what) {
   if (array.size() != size) throw py::value_error(std::string("wrong size of ") + what);
-}
-
-void check_experts(const Slots& slots_S, int num_experts) {
-  for (py::ssize_t slot = 0; slot < slots_S.size(); ++slot) {
-    const int16_t expert = slots_S.data()[slot];
-    if (expert < 0 || expert >= num_experts) throw py::value_error("a slot holds no expert");
-  }
 }
 
 void check_rank(const laer::Shape& shape, int rank) {
@@ -175,12 +194,13 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
 
 // The shape that the cost model is for, with this many slots.
 laer::Shape priced_shape(const laer::CostModel& costs, py::ssize_t slots, int num_experts,
-                         int node_size) {
+                         int node_size, int home = 0) {
   const auto ranks = static_cast<int>(costs.held_N.size());
   if (ranks < 1 || node_size < 1 || ranks % node_size != 0 || slots % ranks != 0) {
     throw py::value_error("ranks must divide the slots, and a node's ranks all ranks");
   }
-  return {ranks, num_experts, static_cast<int>(slots) / ranks, node_size};
+  check_home(ranks, num_experts, slots / ranks, home);
+  return {ranks, num_experts, static_cast<int>(slots) / ranks, node_size, home};
 }
 
 double layer_seconds(const laer::CostModel& costs, const Counts& near_S, const Counts& far_S,
@@ -208,18 +228,18 @@ double least_layer_seconds(const laer::CostModel& costs, const Counts& counts_NE
 }
 
 double change_seconds(const laer::CostModel& costs, const Slots& before_S, const Slots& after_S,
-                      int num_experts, int node_size) {
-  const laer::Shape shape = priced_shape(costs, after_S.size(), num_experts, node_size);
+                      int num_experts, int node_size, int home) {
+  const laer::Shape shape = priced_shape(costs, after_S.size(), num_experts, node_size, home);
   check_size(before_S, after_S.size(), "the slots");
-  check_experts(after_S, num_experts);
+  check_experts(after_S, num_experts, home > 0);
   return laer::change_seconds(shape, costs, before_S.data(), after_S.data());
 }
 
 template <double (*exposed)(const laer::Shape&, const laer::CostModel&, const int16_t*, double)>
 double exposed_seconds(const laer::CostModel& costs, const Slots& slots_S, int num_experts,
-                       int node_size, double beside_s) {
-  const laer::Shape shape = priced_shape(costs, slots_S.size(), num_experts, node_size);
-  check_experts(slots_S, num_experts);
+                       int node_size, int home, double beside_s) {
+  const laer::Shape shape = priced_shape(costs, slots_S.size(), num_experts, node_size, home);
+  check_experts(slots_S, num_experts, home > 0);
   return exposed(shape, costs, slots_S.data(), beside_s);
 }
 
@@ -256,7 +276,7 @@ py::tuple rank_quotas(const Slots& slots_S, const Counts& row_S, const Counts& c
   if (columns_NC.ndim() != 2) throw py::value_error("columns must be [N, C]");
   check_size(row_S, slots_S.size(), "the row");
   check_size(columns_NC, slots_S.size(), "the columns");
-  check_experts(slots_S, num_experts);
+  check_experts(slots_S, num_experts, true);
   const laer::Shape shape{static_cast<int>(columns_NC.shape(0)), num_experts,
                           static_cast<int>(columns_NC.shape(1)), 1};
   const RankSums sums = rank_sums(shape, slots_S.data(), row_S.data(), columns_NC.data());
@@ -267,8 +287,8 @@ py::tuple rank_quotas(const Slots& slots_S, const Counts& row_S, const Counts& c
 // planner/splits.py name what is returned.
 py::tuple decide(const std::string& mode, const laer::CostModel& costs,
                  std::optional<double> tolerance, const Counts& counts_NE, const Slots& planned_S,
-                 int node_size, int rank) {
-  const laer::Shape shape = shape_of(counts_NE, planned_S, node_size);
+                 int node_size, int home, int rank) {
+  const laer::Shape shape = shape_of(counts_NE, planned_S, node_size, home);
   check_rank(shape, rank);
   if (mode != "forecast" && mode != "exact" && mode != "adaptive") {
     throw py::value_error("no such mode: " + mode);
@@ -306,19 +326,27 @@ py::tuple decide(const std::string& mode, const laer::CostModel& costs,
                                        sums.tokens_C, sums.runs));
 }
 
+// Experts that a layout shares with `current` stay where they are. Those of replica slots beside home
+// experts ascend instead, as they are received in that order.
+void keep_in_place(const laer::Shape& shape, const int16_t* current_S,
+                   std::vector<int16_t>& slots_S) {
+  if (shape.home == 0) laer::match_previous(shape, current_S, slots_S);
+}
+
 using Maker = std::vector<int16_t> (*)(const laer::Shape&, const int64_t*);
 
 // A layout for counts, with what it shares with `current` left in place.
 template <Maker make>
-py::array_t<int16_t> make_layout(const Counts& counts_NE, const Slots& current_S, int node_size) {
-  const laer::Shape shape = shape_of(counts_NE, current_S, node_size);
+py::array_t<int16_t> make_layout(const Counts& counts_NE, const Slots& current_S, int node_size,
+                                 int home) {
+  const laer::Shape shape = shape_of(counts_NE, current_S, node_size, home);
   std::vector<int16_t> slots_S;
   {
     const int64_t* counts = counts_NE.data();
     const int16_t* current = current_S.data();
     py::gil_scoped_release release;
     slots_S = make(shape, node_counts(shape, counts).data());
-    laer::match_previous(shape, current, slots_S);
+    keep_in_place(shape, current, slots_S);
   }
   return to_array(slots_S);
 }
@@ -333,7 +361,7 @@ py::array_t<int16_t> proportional_by_node(const Counts& counts_NE, int capacity,
   for (py::ssize_t s = 0; s < filled.size(); ++s) {
     filled.mutable_data()[s] = static_cast<int16_t>(s % counts_NE.shape(1));
   }
-  const laer::Shape shape = shape_of(counts_NE, filled, node_size);
+  const laer::Shape shape = shape_of(counts_NE, filled, node_size, 0);
   if (most_experts < 1 || most_experts > node_size * capacity ||
       static_cast<int64_t>(most_experts) * shape.nodes() < shape.experts) {
     throw py::value_error("nodes have too few places, or fewer slots than places");
@@ -343,8 +371,8 @@ py::array_t<int16_t> proportional_by_node(const Counts& counts_NE, int capacity,
 }
 
 py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int node_size,
-                            const laer::CostModel* costs) {
-  const laer::Shape shape = shape_of(counts_NE, current_S, node_size);
+                            int home, const laer::CostModel* costs) {
+  const laer::Shape shape = shape_of(counts_NE, current_S, node_size, home);
   if (costs != nullptr) check_costs(shape, *costs);
   std::vector<int16_t> slots_S;
   {
@@ -354,14 +382,15 @@ py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int
     const std::vector<int64_t> by_node = node_counts(shape, counts);
     slots_S = costs == nullptr ? laer::for_drift(shape, by_node.data())
                                : laer::greedy(shape, *costs, counts, by_node.data());
-    laer::match_previous(shape, current, slots_S);
+    keep_in_place(shape, current, slots_S);
   }
   return to_array(slots_S);
 }
 
 py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int node_size,
-                            int scenarios, int candidates, int exchanges, uint64_t seed) {
-  const laer::Shape shape = shape_of(counts_NE, current_S, node_size);
+                            int home, int scenarios, int candidates, int exchanges,
+                            uint64_t seed) {
+  const laer::Shape shape = shape_of(counts_NE, current_S, node_size, home);
   std::vector<int16_t> slots_S;
   {
     const int64_t* counts = counts_NE.data();
@@ -369,7 +398,7 @@ py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int
     py::gil_scoped_release release;
     slots_S = laer::search(shape, node_counts(shape, counts).data(), current,
                            {scenarios, candidates, exchanges}, seed);
-    laer::match_previous(shape, current, slots_S);
+    keep_in_place(shape, current, slots_S);
   }
   return to_array(slots_S);
 }
@@ -392,9 +421,11 @@ PYBIND11_MODULE(_native, module) {
   module.def("decide", &decide);
   module.def("rank_quotas", &rank_quotas);
   module.def("construct", &make_layout<laer::fresh>);
-  module.def("proportional", &make_layout<proportional>);
+  module.def("proportional", [](const Counts& counts_NE, const Slots& current_S, int node_size) {
+    return make_layout<proportional>(counts_NE, current_S, node_size, 0);
+  });
   module.def("proportional_by_node", &proportional_by_node);
   module.def("greedy", &greedy, py::arg("counts_NE"), py::arg("current_S"), py::arg("node_size"),
-             py::arg("costs") = nullptr);
+             py::arg("home"), py::arg("costs") = nullptr);
   module.def("search", &search);
 }

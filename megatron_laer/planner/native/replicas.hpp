@@ -10,7 +10,8 @@
 
 namespace laer {
 
-// Replicas by expert, [E + 1] and [S], by rank; a second slot of an expert on a rank is left out.
+// Replicas by expert, [E + 1] and [S], by rank; empty slots and a second slot of an expert on a rank
+// are left out.
 struct Replicas {
   const int16_t* slots_S;  // of the layout, which must outlive this
   std::vector<int> begin_E, slot;
@@ -18,10 +19,11 @@ struct Replicas {
   Replicas(const Shape& shape, const int16_t* layout_S) : slots_S(layout_S) {
     const int slots = shape.slots();
     std::vector<int> last_rank_E(shape.experts, -1);
-    std::vector<char> first_S(slots);
+    std::vector<char> first_S(slots, 0);
     begin_E.assign(shape.experts + 1, 0);
     for (int s = 0; s < slots; ++s) {
       const int expert = slots_S[s], rank = s / shape.capacity;
+      if (expert == kEmpty) continue;
       first_S[s] = last_rank_E[expert] != rank;
       last_rank_E[expert] = rank;
       begin_E[expert + 1] += first_S[s];

@@ -11,6 +11,7 @@
 #include "disturb.hpp"
 #include "flow.hpp"
 #include "greedy.hpp"
+#include "home.hpp"
 #include "proportional.hpp"
 
 namespace laer {
@@ -151,6 +152,7 @@ bool exchange(const Shape& shape, std::vector<int16_t>& slots_S, std::vector<int
 
 std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
                             const int16_t* current_S, const Effort& effort, uint64_t seed) {
+  if (shape.home > 0) return at_home(shape);
   Random random(seed);
   const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
   const std::vector<int64_t> forecast_QE(node_counts_QE, node_counts_QE + size);

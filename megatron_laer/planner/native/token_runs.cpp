@@ -11,14 +11,18 @@ void token_runs(const Shape& shape, const int16_t* slots_S, const int64_t* row_S
   const TokenRuns parts(shape);
   auto narrow = [](int64_t number) { return static_cast<int32_t>(number); };
 
-  // Slots: their share of their expert's tokens, their first row, and slots by expert.
+  // Slots: their share of their expert's tokens, their first row, and slots by expert, empty ones
+  // first.
   int32_t *start_S = runs, *end_S = runs + slots, *first_row_S = runs + 2 * slots;
   int32_t *by_expert_S = runs + 3 * slots, *first_E1 = runs + 4 * slots;
   std::vector<int> place_E(experts + 1, 0);
+  static_assert(kEmpty == -1, "empty slots count as before expert 0");
   for (int slot = 0; slot < slots; ++slot) ++place_E[slots_S[slot] + 1];
   for (int e = 0; e < experts; ++e) place_E[e + 1] += place_E[e];
   for (int e = 0; e <= experts; ++e) first_E1[e] = place_E[e];
-  for (int slot = 0; slot < slots; ++slot) by_expert_S[place_E[slots_S[slot]]++] = slot;
+  for (int slot = 0, empty = 0; slot < slots; ++slot) {
+    by_expert_S[slots_S[slot] == kEmpty ? empty++ : place_E[slots_S[slot]]++] = slot;
+  }
 
   // Sources: rows of the send buffer among pairs by expert.
   int32_t *source_shift_S = runs + parts.sources, *source_count_S = source_shift_S + slots;

@@ -184,7 +184,7 @@ void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* n
   const int home = rank / shape.node_size;
   for (int c = 0; c < shape.capacity; ++c) {
     const int slot = rank * shape.capacity + c;
-    if (loads_S[slot] == 0) continue;
+    if (loads_S[slot] == 0 || replicas.slots_S[slot] == kEmpty) continue;
     auto column = [&](int source) -> int64_t& { return columns_NC[source * shape.capacity + c]; };
     const ExpertSplit split(shape, counts_NE, node_counts_QE, loads_S, replicas,
                             replicas.slots_S[slot]);
