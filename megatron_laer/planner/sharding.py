@@ -1,8 +1,8 @@
 """Rules by which a restore fetches experts, common to exchanges and traffic formulas.
 
 Every rank holds a block of rows of every expert's matrices (its slice). A restore fetches the slots
-whose expert changed; through nodes, it fetches each distinct expert of a node once. `runtime` moves
-the weights, and `planner.traffic` has the formulas.
+whose expert changed, except empty ones; through nodes, it fetches each distinct expert of a node
+once. `runtime` moves the weights, and `planner.traffic` has the formulas.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 """
@@ -62,11 +62,17 @@ class ReplicaSlots:
 
 
 def changed_slots(before: ExpertLayout | ReplicaSlots, after: ExpertLayout | ReplicaSlots) -> Bool:
-    """Return the slots whose expert differs, bool [S]."""
+    """Return the slots that get another expert, bool [S]; not those that become empty."""
     if before.shape != after.shape:
         shapes = [before.shape, after.shape]
         raise ValueError(f"layouts of different (ranks, capacity, experts): {shapes}")
-    return np.asarray(before.slot_expert_S != after.slot_expert_S)
+    differs_S = before.slot_expert_S != after.slot_expert_S
+    return np.asarray(filled_slots(after) & differs_S)
+
+
+def filled_slots(layout: ExpertLayout | ReplicaSlots) -> Bool:
+    """Return the slots with an expert, bool [S]."""
+    return np.asarray(layout.slot_expert_S != EMPTY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,11 +100,12 @@ def node_sources(
     """
     num_experts = layout.num_experts
     node_S = np.arange(layout.num_slots) // (node_size * layout.capacity)
-    wanted = np.unique((node_S * num_experts + layout.slot_expert_S)[changed_S])
+    wanted = np.unique(
+        (node_S * num_experts + layout.slot_expert_S)[changed_S & filled_slots(layout)]
+    )
     if before is None:
         return NodeSources(wanted, wanted[:0], wanted[:0])
-    empty_S = before.slot_expert_S == EMPTY
-    pair_S = np.where(empty_S, EMPTY, node_S * num_experts + before.slot_expert_S)
+    pair_S = np.where(filled_slots(before), node_S * num_experts + before.slot_expert_S, EMPTY)
     by_pair = np.argsort(pair_S, kind="stable")
     first = np.searchsorted(pair_S[by_pair], wanted)
     count = np.searchsorted(pair_S[by_pair], wanted, side="right") - first

@@ -34,8 +34,7 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.planner.layout import EMPTY
-from megatron_laer.planner.sharding import ReplicaSlots, changed_slots, node_sources
+from megatron_laer.planner.sharding import ReplicaSlots, changed_slots, filled_slots, node_sources
 from megatron_laer.runtime.comm.copies import upload_arrays
 from megatron_laer.runtime.comm.rows import gather_rows, pack_rows, unpack_rows
 from megatron_laer.runtime.comm.stages import DataPath, Stage
@@ -87,9 +86,7 @@ def restore_index(
     """Index the slots of `after` whose expert differs from `before`; all slots if that is None."""
     num_ranks, capacity = after.num_ranks, after.capacity
     node, local_rank = divmod(rank, node_size)
-    changed_S = after.slot_expert_S != EMPTY
-    if before is not None:
-        changed_S &= changed_slots(before, after)
+    changed_S = filled_slots(after) if before is None else changed_slots(before, after)
     ranks_of_node = slice(node * node_size, (node + 1) * node_size)
     changed_GC = changed_S.reshape(num_ranks, capacity)[ranks_of_node]
     expert_GC = after.slot_expert_S.astype(np.int64).reshape(num_ranks, capacity)[ranks_of_node]
