@@ -24,6 +24,7 @@ from megatron_laer.choices import (
     OverlapScheduler,
     PlanMode,
     Restore,
+    Sharding,
     Split,
     TokenExchange,
     Unproven,
@@ -45,6 +46,7 @@ __all__ = [
     "OverlapScheduler",
     "PlanMode",
     "Restore",
+    "Sharding",
     "Split",
     "TokenExchange",
     "Unproven",
@@ -67,6 +69,9 @@ class Bound(NamedTuple):
 # Plans are kept in memory and in checkpoints until they take effect, and routing of a thousand
 # steps ago is a poor forecast.
 MAX_PLAN_LAG = 1000
+
+# Planner that leaves no expert at home.
+_LAYS_OUT_FREELY = "laer"
 
 _NUMBERS: dict[type, Any] = {int: (Integral, "an integer"), float: (Real, "a number")}
 
@@ -95,6 +100,12 @@ class FSEPConfig:
         "1), the least that always allows perfect balance, and with HybridEP the next that "
         "makes N*C a multiple of 4",
         minimum=Bound(1, "1 slot per rank"),
+    )
+    sharding: Sharding = _option(
+        Sharding.ROWS,
+        "what a rank holds of the experts: rows (1/N of every expert's rows; all slots are "
+        "restored), or experts (E/N whole experts at home, as without FSEP; only the replicas "
+        "of other ranks' experts move)",
     )
     planner: str = _option(
         "greedy",
@@ -225,6 +236,20 @@ class FSEPConfig:
             raise ValueError(
                 f"--fsep-plan-mode {self.mode}: fresh layouts are made for exact splits, got "
                 f"--fsep-split {self.split}; leave one out"
+            )
+        if self.sharding == Sharding.EXPERTS:
+            self._check_homes()
+
+    def _check_homes(self) -> None:
+        homes = f"with --fsep-sharding {self.sharding}"
+        if self.restore == Restore.STEP:
+            raise ValueError(
+                f"--fsep-restore {self.restore}: not yet {homes}; use --fsep-restore layer"
+            )
+        if self.planner == _LAYS_OUT_FREELY:
+            raise ValueError(
+                f"--fsep-planner {self.planner}: moves every expert, so it does not run {homes}; "
+                "use another planner, or --fsep-sharding rows"
             )
 
     @property

@@ -45,11 +45,22 @@ class Geometry:
         return self.num_experts // self.num_ranks if self.sharding == Sharding.EXPERTS else 0
 
     @property
+    def replica_slots(self) -> int:
+        """Return the number of a rank's slots whose experts are fetched."""
+        return self.capacity - self.home_slots
+
+    @property
     def static_layout(self) -> ExpertLayout:
         """Return the layout without a planner."""
         if self.sharding == Sharding.EXPERTS:
             return ExpertLayout.at_home(*self.shape)
         return ExpertLayout.static(*self.shape)
+
+    def random_layout(self, seed: tuple[int, ...]) -> ExpertLayout:
+        """Return a random legal layout, the same on every machine for one seed."""
+        if self.sharding == Sharding.EXPERTS:
+            return ExpertLayout.random_at_home(*self.shape, seed)
+        return ExpertLayout.random(*self.shape, seed)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -87,12 +87,8 @@ class ExpertLayout:
     ) -> ExpertLayout:
         """Return a random legal layout for worst cases, the same on every machine for one seed."""
         check_shape(num_ranks, capacity, num_experts)
-        if any(part < 0 for part in seed):
-            raise ValueError(f"seed must hold non-negative integers, got {seed}")
         num_slots = num_ranks * capacity
-        # Raw words, because NumPy promises stable streams for bit generators but not for
-        # Generator.permutation or Generator.integers (NEP 19).
-        bits = np.random.PCG64(np.random.SeedSequence(seed))
+        bits = _random_bits(seed)
         spare = bits.random_raw(num_slots - num_experts) % np.uint64(num_experts)
         experts_S = np.concatenate([np.arange(num_experts), spare.astype(np.int64)])
         order_S = np.argsort(bits.random_raw(num_slots), kind="stable")
@@ -105,6 +101,33 @@ class ExpertLayout:
         slot_expert_NC = np.full((num_ranks, capacity), EMPTY)
         home = num_experts // num_ranks
         slot_expert_NC[:, :home] = np.arange(num_experts).reshape(num_ranks, home)
+        return cls.from_slots(num_ranks, capacity, num_experts, slot_expert_NC.reshape(-1))
+
+    @classmethod
+    def random_at_home(
+        cls, num_ranks: int, capacity: int, num_experts: int, seed: tuple[int, ...]
+    ) -> ExpertLayout:
+        """Return stock's placement with random replicas, the same on every machine for one seed.
+
+        A fifth of the layouts has no replica, and another fifth has one in each replica slot.
+        """
+        check_home(num_ranks, capacity, num_experts)
+        bits = _random_bits(seed)
+        home = num_experts // num_ranks
+        replicas = capacity - home
+        fullness = int(bits.random_raw()) % 5  # of 4 slots, this many have a replica
+        away = num_experts - home
+        order_NA = np.argsort(
+            bits.random_raw(num_ranks * away).reshape(num_ranks, away), axis=1, kind="stable"
+        )
+        first_N1 = np.arange(1, num_ranks + 1)[:, None] * home
+        replica_NR = (first_N1 + order_NA[:, :replicas]) % num_experts
+        drawn_NR = bits.random_raw(num_ranks * replicas).reshape(num_ranks, replicas)
+        replica_NR[drawn_NR % np.uint64(4) >= np.uint64(fullness)] = EMPTY
+        slot_expert_NC = cls.at_home(num_ranks, capacity, num_experts).slot_expert_S.reshape(
+            num_ranks, capacity
+        )
+        slot_expert_NC = np.concatenate([slot_expert_NC[:, :home], replica_NR], axis=1)
         return cls.from_slots(num_ranks, capacity, num_experts, slot_expert_NC.reshape(-1))
 
     @property
@@ -213,6 +236,13 @@ def check_rank(num_ranks: int, rank: int) -> None:
     """Reject a rank outside 0..N-1; NumPy would count a negative one from the end."""
     if not 0 <= rank < num_ranks:
         raise ValueError(f"rank must be in 0..{num_ranks - 1}, got {rank}")
+
+
+def _random_bits(seed: tuple[int, ...]) -> np.random.PCG64:
+    """Return raw words: NumPy promises stable streams for these, but not for Generator (NEP 19)."""
+    if any(part < 0 for part in seed):
+        raise ValueError(f"seed must hold non-negative integers, got {seed}")
+    return np.random.PCG64(np.random.SeedSequence(seed))
 
 
 def _check_slots(

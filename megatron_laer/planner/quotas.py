@@ -1,10 +1,12 @@
 """Even split: each replica gets an equal share of a source's tokens, regardless of loads.
 
 The paper's "lite routing": a source shares its tokens for an expert evenly among the replicas in
-its own node. Only where its node has none, it shares them among all replicas. Quotas are integers,
-conserved, the same on every rank. Looped definition: `quota_NS` in `tests/oracles/planner.py`.
+its own node. Only where its node has none, it shares them among all replicas. An empty slot gets
+nothing. Quotas are integers, conserved, the same on every rank. Looped definition: `quota_NS` in
+`tests/oracles/planner.py`.
 
-Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G = N/Q ranks per node.
+Legend: N ranks, E experts, C slots per rank, S = N*C slots, F slots with an expert, Q nodes, G =
+N/Q ranks per node.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import ExpertLayout, check_rank
+from megatron_laer.planner.layout import EMPTY, ExpertLayout, check_rank
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,10 @@ class EvenSplit:
     layout: ExpertLayout
     geometry: Geometry
     node_replicas_QE: Int64
-    # Slots in the order (node, expert, slot) and (expert, slot), where replicas that share a count
-    # are neighbours; and each slot's place among those replicas.
-    near_order_S: Int64
-    far_order_S: Int64
+    # Slots with an expert in the order (node, expert, slot) and (expert, slot), where replicas that
+    # share a count are neighbours; and each slot's place among those replicas.
+    near_order_F: Int64
+    far_order_F: Int64
     near_place_S: Int64
     far_place_S: Int64
 
@@ -73,6 +75,7 @@ class EvenSplit:
         foreign_S = in_node_E[expert_S] > 0
         foreign_S[first:end] = False
         row_S[foreign_S] = 0
+        row_S[expert_S == EMPTY] = 0
         return row_S
 
     def rank_columns(self, counts_NE: Int64, rank: int) -> Int64:
@@ -86,10 +89,12 @@ class EvenSplit:
 
         shared_QC = np.broadcast_to(self.layout.replicas_E[expert_C], in_node_QC.shape).copy()
         shared_QC[node] = in_node_QC[node]
+        shared_QC[:, expert_C == EMPTY] = 1
         place_QC = np.broadcast_to(self.far_place_S[mine], in_node_QC.shape).copy()
         place_QC[node] = self.near_place_S[mine]
         sends_QC = in_node_QC == 0
         sends_QC[node] = True
+        sends_QC[:, expert_C == EMPTY] = False
 
         source_N = np.arange(geometry.num_ranks)
         node_N = source_N // geometry.node_size
@@ -114,18 +119,30 @@ class EvenSplit:
         near_group_NE = node_N[:, None] * geometry.num_experts + np.arange(geometry.num_experts)
         near_counts_NE = np.where(near_NE, counts_NE, 0)
         near_S = _group_loads(
-            near_counts_NE, near_group_NE, self.node_replicas_QE.reshape(-1), self.near_order_S
+            near_counts_NE,
+            near_group_NE,
+            self.node_replicas_QE.reshape(-1),
+            self.near_order_F,
+            geometry.num_slots,
         )
         far_group_NE = np.broadcast_to(np.arange(geometry.num_experts), counts_NE.shape)
         far_counts_NE = counts_NE - near_counts_NE
-        far_S = _group_loads(far_counts_NE, far_group_NE, self.layout.replicas_E, self.far_order_S)
+        far_S = _group_loads(
+            far_counts_NE,
+            far_group_NE,
+            self.layout.replicas_E,
+            self.far_order_F,
+            geometry.num_slots,
+        )
 
         # A rank's own slots are in its node, so their quota follows from the near replicas alone.
         rank_S = np.repeat(source_N, geometry.capacity)
         expert_S = self.layout.slot_expert_S
         shared_S = self.node_replicas_QE[rank_S // geometry.node_size, expert_S]
+        shared_S[expert_S == EMPTY] = 1
         share_S, left_S = np.divmod(counts_NE[rank_S, expert_S], shared_S)
         own_S = share_S + _gets_extra(self.near_place_S, rank_S, shared_S, left_S)
+        own_S[expert_S == EMPTY] = 0
         return SplitTotals(
             near_S=near_S,
             far_S=far_S,
@@ -151,24 +168,25 @@ def even_split(layout: ExpertLayout, node_size: int) -> EvenSplit:
     """Return the even split of a layout on nodes of `node_size` ranks, cached by content."""
     geometry = Geometry(layout.num_ranks, layout.num_experts, layout.capacity, node_size)
     expert_S = layout.slot_expert_S.astype(np.int64)
+    filled_F = np.flatnonzero(expert_S != EMPTY)
     node_S = np.arange(geometry.num_slots) // (node_size * geometry.capacity)
     group_S = node_S * geometry.num_experts + expert_S
-    replicas = np.bincount(group_S, minlength=geometry.num_nodes * geometry.num_experts)
-    near_order_S, near_place_S = _order_and_place(group_S, replicas)
-    far_order_S, far_place_S = _order_and_place(expert_S, layout.replicas_E)
+    replicas = np.bincount(group_S[filled_F], minlength=geometry.num_nodes * geometry.num_experts)
+    near_order_F, near_place_S = _order_and_place(group_S, replicas, filled_F)
+    far_order_F, far_place_S = _order_and_place(expert_S, layout.replicas_E, filled_F)
     node_replicas_QE = replicas.astype(np.int64).reshape(geometry.num_nodes, geometry.num_experts)
-    tables = (node_replicas_QE, near_order_S, far_order_S, near_place_S, far_place_S)
+    tables = (node_replicas_QE, near_order_F, far_order_F, near_place_S, far_place_S)
     for table in tables:
         table.setflags(write=False)
     return EvenSplit(layout, geometry, *tables)
 
 
-def _order_and_place(group_S: Int64, group_sizes: Int64) -> tuple[Int64, Int64]:
-    """Sort slots by group, then by number; return the order and each slot's place in its group."""
-    order_S = np.argsort(group_S, kind="stable").astype(np.int64)
-    place_S = np.empty_like(order_S)
-    place_S[order_S] = np.arange(order_S.size) - np.repeat(_starts(group_sizes), group_sizes)
-    return order_S, place_S
+def _order_and_place(group_S: Int64, group_sizes: Int64, filled_F: Int64) -> tuple[Int64, Int64]:
+    """Sort filled slots by group, then by number; return the order and each slot's place in it."""
+    order_F = filled_F[np.argsort(group_S[filled_F], kind="stable")]
+    place_S = np.zeros_like(group_S)
+    place_S[order_F] = np.arange(order_F.size) - np.repeat(_starts(group_sizes), group_sizes)
+    return order_F, place_S
 
 
 def _starts(group_sizes: Int64) -> Int64:
@@ -181,7 +199,9 @@ def _gets_extra(place: Int64, source: Int64 | int, shared: Int64, left: Int64) -
     return extra
 
 
-def _group_loads(counts_NE: Int64, group_NE: Int64, group_sizes: Int64, order_S: Int64) -> Int64:
+def _group_loads(
+    counts_NE: Int64, group_NE: Int64, group_sizes: Int64, order_F: Int64, num_slots: int
+) -> Int64:
     """Return the sum of all sources' even splits, int64 [S]; each (source, expert) has one group.
 
     The extras of a source are a run of places in a ring. All are summed as differences at the two
@@ -193,7 +213,7 @@ def _group_loads(counts_NE: Int64, group_NE: Int64, group_sizes: Int64, order_S:
     end_NE = begin_NE + left_NE
     start_NE = _starts(group_sizes)[group_NE]
 
-    num_slots = order_S.size
+    num_filled = order_F.size
     # A run past the end of the ring is two runs; otherwise the second is empty (+1 and -1 cancel).
     ups = np.concatenate([start_NE + begin_NE, start_NE], axis=None)
     downs = np.concatenate(
@@ -201,11 +221,11 @@ def _group_loads(counts_NE: Int64, group_NE: Int64, group_sizes: Int64, order_S:
         axis=None,
     )
     # Clipped: an empty group at the end starts past the last slot.
-    diff = np.bincount(np.minimum(ups, num_slots), minlength=num_slots + 1) - np.bincount(
-        np.minimum(downs, num_slots), minlength=num_slots + 1
+    diff = np.bincount(np.minimum(ups, num_filled), minlength=num_filled + 1) - np.bincount(
+        np.minimum(downs, num_filled), minlength=num_filled + 1
     )
     share = np.zeros(group_sizes.size, dtype=np.int64)
     np.add.at(share, group_NE, share_NE)
-    loads_S = np.empty(num_slots, dtype=np.int64)
-    loads_S[order_S] = np.repeat(share, group_sizes) + np.cumsum(diff)[:-1]
+    loads_S = np.zeros(num_slots, dtype=np.int64)
+    loads_S[order_F] = np.repeat(share, group_sizes) + np.cumsum(diff)[:-1]
     return loads_S

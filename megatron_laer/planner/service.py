@@ -64,6 +64,7 @@ class PlannerService:
         on_warning: called from both threads, never under the lock; its exceptions are ignored.
         lossless: plan every step, for callers that `wait` for each.
         plans: complete plans of an earlier service, as `state` returned them.
+        check_layout: raises for a layout that the run cannot use.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class PlannerService:
         lossless: bool = False,
         forecast: Forecast | Mapping[int, Forecast] | None = None,
         plans: Sequence[Plan] = (),
+        check_layout: Callable[[ExpertLayout], None] | None = None,
     ) -> None:
         self._strategy = strategy
+        self._check_layout = check_layout
         self._layers = tuple(layers)
         self._good = _initial_layouts(self._layers, plans[-1].layouts if plans else initial)
         self._on_warning = on_warning
@@ -279,6 +282,8 @@ class PlannerService:
                     f"expected {current.shape}"
                 )
             else:
+                if self._check_layout is not None:
+                    self._check_layout(layout)
                 return layout, None
         except Exception as error:  # A wrong planner changes speed, never correctness.
             problem = f"raised {type(error).__name__}: {error}"

@@ -96,8 +96,7 @@ class PlannerState:
                 raise ValueError(f"plan_ms must be a time, got {plan.plan_ms!r}")
             if list(plan.layouts) != list(range(len(self.layers))):
                 raise ValueError(f"the plan of step {plan.source_step} lacks layers")
-        made = [layout for plan in self.plans for layout in plan.layouts.values()]
-        shapes = {layout.shape for layout in (*self.layouts, *made)}
+        shapes = {layout.shape for layout in self._all_layouts()}
         if len(shapes) != 1:
             raise ValueError(f"layouts differ in (ranks, capacity, experts): {sorted(shapes)}")
 
@@ -111,6 +110,8 @@ class PlannerState:
         if self.shape != geometry.shape:
             found, here = _shape_text(self.shape), _shape_text(geometry.shape)
             raise ValueError(f"the state is of a group with {found}, this one has {here}")
+        for layout in self._all_layouts():
+            geometry.check_layout(layout)
         if self.layers != tuple(layers):
             raise ValueError(
                 f"the state is of {_names_text(self.layers)}, this group has {_names_text(layers)}"
@@ -138,9 +139,8 @@ class PlannerState:
             ],
         }
         text = json.dumps(header, separators=(",", ":")).encode()
-        made = [layout for plan in self.plans for layout in plan.layouts.values()]
         parts = [_PREFIX.pack(_MAGIC, _FORMAT, len(text)), text]
-        parts += [layout.slot_bytes for layout in (*self.layouts, *made)]
+        parts += [layout.slot_bytes for layout in self._all_layouts()]
         parts += [
             mean_NE.astype(_LEVEL).tobytes() for mean_NE in levels + steady if mean_NE is not None
         ]
@@ -218,6 +218,11 @@ class PlannerState:
             raise ValueError(f"has {size} bytes, its header says {expected}")
         file.seek(0)
         return cls.from_bytes(file.read(expected))
+
+    def _all_layouts(self) -> list[ExpertLayout]:
+        """Return the layouts in force, then those of the plans."""
+        made = [layout for plan in self.plans for layout in plan.layouts.values()]
+        return [*self.layouts, *made]
 
     def _check_forecast(self, forecast: SmoothedForecast) -> None:
         if forecast.level_NE is None and forecast.steady_NE is not None:

@@ -14,12 +14,12 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import TokenExchange
+from megatron_laer.choices import Sharding, TokenExchange
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 
 # Sampled ranks: even counts make ranks much alike, and all would take time in N².
@@ -88,8 +88,9 @@ def _crossings(
     counts_NE = np.full((num_ranks, num_experts), share, dtype=np.int64)
     extra_N1 = np.arange(num_ranks)[:, None] * left
     counts_NE += (np.arange(num_experts) - extra_N1) % num_experts < left
-    static = ExpertLayout.static(*geometry.shape)
-    layout = construct_layout(counts_NE, static, geometry.node_size)
+    layout = geometry.static_layout
+    if geometry.sharding == Sharding.ROWS:  # at home, even counts need no replica
+        layout = construct_layout(counts_NE, layout, geometry.node_size)
     quotas = exact_split(layout, geometry.node_size).solve(counts_NE)
     rank_X = np.unique(np.linspace(0, num_ranks - 1, _RANKS).astype(np.int64))
     row_XS = np.stack([quotas.rank_row(rank) for rank in rank_X.tolist()])
@@ -138,6 +139,8 @@ def expected_tokens(
     num_places: int,
 ) -> npt.NDArray[np.float64]:
     """Return the expected distinct tokens of each source for each place, a node or a rank."""
+    filled_F = np.flatnonzero(expert_S != EMPTY)
+    quota_NS, expert_S, place_S = quota_NS[:, filled_F], expert_S[filled_F], place_S[filled_F]
     # A token goes to one slot of an expert, so slots of one expert and place add up.
     keys_X, at_S = np.unique(place_S * (int(expert_S.max()) + 1) + expert_S, return_inverse=True)
     share_NX = np.zeros((len(quota_NS), len(keys_X)))

@@ -20,7 +20,7 @@ from megatron_laer.arrays import Bool, Int64
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.planner.geometry import check_node_size
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.sharding import changed_slots, node_sources, row_bounds
+from megatron_laer.planner.sharding import changed_slots, filled_slots, node_sources, row_bounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,8 @@ def restore_traffic(
     fetch equally many slots.
 
     Args:
-        changed_S: slots to fetch, by ranks that keep nothing else; all slots by default.
+        changed_S: slots to fetch, by ranks that keep nothing else; all slots by default. Empty
+            slots are not fetched.
         before: instead of `changed_S`, the layout under which all ranks keep restored experts.
     """
     num_ranks, num_slots = layout.num_ranks, layout.num_slots
@@ -108,6 +109,7 @@ def restore_traffic(
         changed_S = np.ones(num_slots, dtype=np.bool_)
     if changed_S.shape != (num_slots,):
         raise ValueError(f"changed_S has shape {changed_S.shape}, expected {(num_slots,)}")
+    changed_S = changed_S & filled_slots(layout)
 
     num_nodes = num_ranks // node_size
     node_N = np.arange(num_ranks) // node_size

@@ -82,6 +82,7 @@ def geometry(args: Namespace, config: FSEPConfig) -> Geometry:
         args.expert_model_parallel_size,
         config.capacity,
         1,
+        sharding=config.sharding,
         multiple=slots_multiple(args),
         flags=("--fsep-capacity", "--fsep-node-size"),
     )
@@ -115,7 +116,7 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
             f"{args.world_size} (WORLD_SIZE)"
         ]
     try:
-        problems += _buffer_problems(args, geometry(args, config).capacity)
+        problems += _buffer_problems(args, geometry(args, config))
     except ValueError as error:
         problems.append(str(error))
     tolerance = config.imbalance_tolerance
@@ -132,12 +133,13 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
     return problems
 
 
-def _buffer_problems(args: Namespace, capacity: int) -> list[str]:
+def _buffer_problems(args: Namespace, geometry: Geometry) -> list[str]:
     """Return problems of the flex dispatcher's buffers, which its kernels assert on a GPU."""
     if args.moe_token_dispatcher_type != "flex":
         return []
     problems, ranks = [], args.expert_model_parallel_size
-    fewest, backend = -(-args.num_experts // ranks), args.moe_flex_dispatcher_backend
+    capacity, backend = geometry.capacity, args.moe_flex_dispatcher_backend
+    fewest = geometry.home_slots + 1 if geometry.home_slots else -(-args.num_experts // ranks)
     flags = f"--moe-token-dispatcher-type flex --moe-flex-dispatcher-backend {backend}"
     instead = "give --moe-token-dispatcher-type alltoall"
     if backend == "deepep":

@@ -122,6 +122,9 @@ FAULTS: tuple[Fault, ...] = (
         "QUICK_WEIGHT, STEADY_WEIGHT = 0.75, 0.25",
         "QUICK_WEIGHT, STEADY_WEIGHT = 0.25, 0.75",
     ),
+    _SERVICE.fault(
+        "layouts that a run cannot use are planned", "self._check_layout(layout)", "pass"
+    ),
     _SERVICE.fault("plans go on without limit", "_OPEN_STEPS = 4", "_OPEN_STEPS = 40"),
     _BALANCE.fault(
         "imbalance of the least loaded rank",
@@ -159,6 +162,7 @@ FAULTS: tuple[Fault, ...] = (
         "first[held] + wanted[held] % num_experts % count[held]",
         "first[held]",
     ),
+    _SHARDING.fault("empty slots are fetched", "filled_slots(after) & differs_S", "differs_S"),
     # Quotas.
     _QUOTAS.fault(
         "left-over tokens go to the first replica",
@@ -169,6 +173,11 @@ FAULTS: tuple[Fault, ...] = (
         "tokens leave a node that has a replica",
         "row_S[foreign_S] = 0",
         "row_S[foreign_S] = row_S[foreign_S]",
+    ),
+    _QUOTAS.fault(
+        "an empty slot gets the last expert's tokens",
+        "row_S[expert_S == EMPTY] = 0",
+        "row_S[expert_S == EMPTY] += 0",
     ),
     _QUOTAS.fault(
         "columns count the source's node as far",
@@ -372,6 +381,11 @@ FAULTS: tuple[Fault, ...] = (
         "a main gradient is not marked",
         "parameter.grad_added_to_main_grad = True",
         "parameter.grad_added_to_main_grad = False",
+    ),
+    _STATE.fault(
+        "layouts of another sharding are resumed",
+        "geometry.check_layout(layout)",
+        "layout.shape",
     ),
     _STATE.fault(
         "the oldest layouts are resumed",

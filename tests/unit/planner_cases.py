@@ -9,6 +9,7 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
 
 KINDS = ("zero", "one token", "one expert", "one source", "few", "even", "zipf")
 
@@ -31,3 +32,13 @@ def counts_of(kind: str, geometry: Geometry, seed: int) -> Int64:
         share_E = rng.permutation(1.0 / np.arange(1, shape[1] + 1) ** 1.3)
         counts_NE = rng.multinomial(700, share_E / share_E.sum(), size=shape[0])
     return counts_NE.astype(np.int64)
+
+
+def with_holes(layout: ExpertLayout, share: float, seed: int) -> ExpertLayout:
+    """Empty this share of the slots at random, as far as every expert keeps one."""
+    rng = np.random.default_rng(seed)
+    slots_S = layout.slot_expert_S.copy()
+    for slot in rng.permutation(layout.num_slots)[: round(share * layout.num_slots)]:
+        if (slots_S == slots_S[slot]).sum() > 1:
+            slots_S[slot] = EMPTY
+    return ExpertLayout.from_slots(*layout.shape, slots_S)

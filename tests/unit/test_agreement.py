@@ -68,6 +68,7 @@ def test_a_constant_that_calibrate_adds_is_compared(name: str, value: object, to
     [
         ("--fsep-plan-lag", FSEPConfig(plan_lag=2)),
         ("--fsep-split", FSEPConfig(split="even")),  # type: ignore[arg-type]
+        ("--fsep-sharding", FSEPConfig(sharding="experts")),  # type: ignore[arg-type]
         ("--fsep-replay-layouts", FSEPConfig(replay_layouts="there")),
     ],
 )

@@ -137,12 +137,21 @@ def test_fresh_layouts_need_exact_splits(mode: str) -> None:
         {"restore_algorithm": "pigeon"},
         {"grad_wire_dtype": "fp8"},
         {"token_exchange": "pigeon"},
+        {"sharding": "tokens"},
     ],
 )
 def test_values_out_of_range_are_quoted(values: dict[str, object]) -> None:
     (value,) = values.values()
     with pytest.raises(ValueError, match=str(value)):
         FSEPConfig(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("words", ["--fsep-restore step", "--fsep-planner laer"])
+def test_experts_at_home_refuse_what_needs_rows(words: str) -> None:
+    flags = ["--expert-parallel-mode", "fsep", *words.split()]
+    assert config_from_args(parse(*flags)) is not None
+    with pytest.raises(ValueError, match=f"^{words}: .*with --fsep-sharding experts; use "):
+        config_from_args(parse(*flags, "--fsep-sharding", "experts"))
 
 
 @pytest.mark.parametrize(

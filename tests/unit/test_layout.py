@@ -66,6 +66,27 @@ def test_random_is_the_same_on_every_machine() -> None:
     assert layout.to_list() == [4, 0, 3, 0, 1, 4, 1, 2, 2, 2, 0, 3]
 
 
+@given(st.integers(2, 8), st.integers(1, 6), st.data())
+def test_random_replicas_leave_experts_at_home(ranks: int, home: int, data: st.DataObject) -> None:
+    capacity = data.draw(st.integers(home + 1, ranks * home))
+    geometry = Geometry(ranks, ranks * home, capacity, 1, Sharding.EXPERTS)
+    seed = (data.draw(st.integers(0, 2**40)), 3)
+    layout = geometry.random_layout(seed)
+    geometry.check_layout(layout)
+    assert layout == geometry.random_layout(seed)
+
+
+def test_random_replicas_are_the_same_on_every_machine() -> None:
+    # Printed by these calls; they must hold for every NumPy version.
+    layouts = [ExpertLayout.random_at_home(3, 4, 6, (7, seed)).to_list() for seed in range(60)]
+    assert layouts[:2] == [
+        [0, 1, 4, 5, 2, 3, 5, EMPTY, 4, 5, EMPTY, EMPTY],
+        [0, 1, EMPTY, 4, 2, 3, EMPTY, EMPTY, 4, 5, EMPTY, 1],
+    ]
+    used = [sum(expert != EMPTY for expert in slots) - 6 for slots in layouts]
+    assert used.count(0) >= 6 and used.count(6) >= 6 and set(used) == set(range(7))
+
+
 @given(shapes(), st.integers(0, 1000))
 def test_layouts_are_equal_by_content(shape: tuple[int, int, int], seed: int) -> None:
     layout = ExpertLayout.random(*shape, seed=(seed,))
@@ -200,5 +221,5 @@ def test_rows_refuse_empty_slots_and_homes_need_a_fitting_shape() -> None:
         Geometry(2, 4, 3, 2).check_layout(ExpertLayout.at_home(2, 3, 4))
     with pytest.raises(ValueError, match="4 experts cannot be at home on 3 ranks"):
         ExpertLayout.at_home(3, 2, 4)
-    with pytest.raises(ValueError, match="capacity 2: each rank has 2 home experts.*use 3 to 4"):
+    with pytest.raises(ValueError, match=r"capacity 2: each rank has 2 home experts.*use 3 to 4"):
         ExpertLayout.at_home(2, 2, 4)

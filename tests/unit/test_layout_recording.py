@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+from megatron_laer.choices import Sharding
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files import writing
 from megatron_laer.planner.geometry import Geometry
@@ -15,6 +17,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.planning.layout_recording import (
     LayoutRecorder,
     LayoutRecording,
+    read_layouts,
 )
 from megatron_laer.runtime.planning.planner_rank import PlannerRank
 from megatron_laer.telemetry.trace_file import TraceWriter
@@ -22,6 +25,7 @@ from tests.costs import make_costs
 from tests.old_files import as_version_1
 
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
+AT_HOME = dataclasses.replace(GEOMETRY, sharding=Sharding.EXPERTS)
 LAYERS = ["layer 1", "layer 2"]
 CONFIG = FSEPConfig()
 REGIME = {
@@ -63,6 +67,48 @@ def test_the_longest_line_that_a_recording_can_have_is_read(tmp_path: Path) -> N
     recording = LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
     assert recording.layouts(2**53) == [LAYOUT] * len(LAYERS)
     recording.close()
+
+
+def test_layouts_of_home_experts_are_replayed_under_their_sharding_only(tmp_path: Path) -> None:
+    path = tmp_path / "group-0.jsonl"
+    recorder = LayoutRecorder(path, AT_HOME, REGIME, LAYERS, first_step=0)
+    layouts = [[AT_HOME.static_layout, AT_HOME.random_layout((step,))] for step in range(6)]
+    for step, of_step in enumerate(layouts):
+        recorder.record(step, of_step)
+    recorder.close()
+    recording = LayoutRecording(path, AT_HOME, REGIME, LAYERS)
+    assert [recording.layouts(step) for step in range(6)] == layouts
+    recording.close()
+    assert list(read_layouts(path)) == list(enumerate(layouts))
+    with pytest.raises(ValueError, match="recorded with --fsep-sharding experts, this run has row"):
+        LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
+    record(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match="recorded with --fsep-sharding rows, this run has expert"):
+        LayoutRecording(tmp_path / "rows.jsonl", AT_HOME, REGIME, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "slots", "message"),
+    [
+        ({}, [0, 1, 2, 2, 3, -1], "empty slots, which only --fsep-sharding experts"),
+        ({}, [0, 1, 2, 2, 3, -2], "slots hold expert -2"),
+        ({"sharding": "experts"}, [0, 1, 2, 2, -1, 3], "does not fit --fsep-sharding experts"),
+        ({"sharding": "experts"}, [0, 1, 1, 2, 3, -1], "does not fit --fsep-sharding experts"),
+        ({"sharding": "experts", "num_experts": 3}, [0] * 6, "3 experts cannot be at home on 2"),
+        ({"sharding": "columns"}, [0, 1, 2, 2, 3, 0], "'columns' must be one of rows, experts"),
+        ({"sharding": [[]]}, [0, 1, 2, 2, 3, 0], "must be one of rows, experts"),
+    ],
+)
+def test_slots_that_do_not_fit_the_recorded_sharding_are_refused(
+    tmp_path: Path, changes: dict[str, object], slots: list[int], message: str
+) -> None:
+    path = tmp_path / "group-0.jsonl"
+    record(path)
+    header = json.loads(as_version_1(path.read_bytes()).splitlines()[0]) | changes
+    entry = {"step": 0, "slots": [slots] * len(LAYERS)}
+    path.write_text("".join(json.dumps(line) + "\n" for line in (header, entry)))
+    with pytest.raises(ValueError, match=message):
+        list(read_layouts(path))
 
 
 def test_a_replay_takes_layouts_from_the_file_that_it_has_checked(tmp_path: Path) -> None:

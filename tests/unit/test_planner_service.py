@@ -11,6 +11,7 @@ import pytest
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.forecast import LastValue
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import Plan, PlannerService
 
@@ -271,6 +272,22 @@ def test_an_illegal_layout_is_not_passed_on(
     assert service.failures == 2
     assert len(services.warnings) == 1
     assert message in services.warnings[0]
+
+
+def test_a_layout_that_the_run_cannot_use_is_not_passed_on() -> None:
+    at_home, warnings = ExpertLayout.at_home(2, 3, 4), []
+    geometry = Geometry(2, 4, 3, node_size=2)
+    service = PlannerService(
+        Scripted(lambda *_: at_home),
+        (0,),
+        geometry.static_layout,
+        warnings.append,
+        check_layout=geometry.check_layout,
+    )
+    service.submit(0, 0, np.ones((2, 4), dtype=np.int64))
+    assert wait_for(service, 0).layouts == {0: geometry.static_layout}
+    assert service.close(PATIENCE_S)
+    assert len(warnings) == 1 and "empty slots, which only --fsep-sharding experts" in warnings[0]
 
 
 def test_a_failing_logger_does_not_end_the_thread() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import struct
@@ -10,8 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from megatron_laer.choices import Sharding
 from megatron_laer.planner import state as states
+from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.state import PlannerState
 from tests.fuzz import damaged
 from tests.planner_states import LAYERS, C, E, N, make_state
@@ -77,6 +81,24 @@ def test_a_state_of_another_group_is_refused_with_what_differs() -> None:
     geometry = Geometry(num_ranks=N, num_experts=E, capacity=C, node_size=2)
     with pytest.raises(ValueError, match=r"3 layers, layer 2 to mtp 1, this group has layer 2"):
         state.check_fits(geometry, LAYERS[:1])
+
+
+def test_a_state_with_empty_slots_comes_back_and_fits_its_sharding_only() -> None:
+    geometry = Geometry(2, E, 4, node_size=2, sharding=Sharding.EXPERTS)
+    forecast = SmoothedForecast()
+    drawn = [geometry.random_layout((seed,)) for seed in range(10)]
+    for at_home in drawn:
+        state = PlannerState(1, 1, ("layer 1",), (at_home,), (forecast,), ())
+        found = PlannerState.from_bytes(state.to_bytes())
+        assert found.layouts == (at_home,)
+        found.check_fits(geometry, ["layer 1"])
+        if EMPTY in at_home.to_list():
+            with pytest.raises(ValueError, match="empty slots, which only --fsep-sharding experts"):
+                found.check_fits(dataclasses.replace(geometry, sharding=Sharding.ROWS), ["layer 1"])
+    assert any(EMPTY in at_home.to_list() for at_home in drawn)
+    moved = PlannerState(1, 1, ("layer 1",), (ExpertLayout.random(2, 4, E, (3,)),), (forecast,), ())
+    with pytest.raises(ValueError, match="does not fit --fsep-sharding experts"):
+        moved.check_fits(geometry, ["layer 1"])
 
 
 @pytest.mark.parametrize(

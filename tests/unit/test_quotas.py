@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.quotas import even_split
 from tests.oracles.planner import quota_NS
+from tests.unit.planner_cases import with_holes
 
 Case = tuple[Int64, ExpertLayout, int]
 
@@ -19,6 +20,7 @@ def random_case(
     num_ranks: int, capacity: int, num_experts: int, node_size: int, top: int, seed: int
 ) -> Case:
     layout = ExpertLayout.random(num_ranks, capacity, num_experts, seed=(seed,))
+    layout = with_holes(layout, (seed % 3) / 2, seed)
     rng = np.random.default_rng(seed)
     return rng.integers(0, top + 1, (num_ranks, num_experts)), layout, node_size
 
@@ -73,7 +75,11 @@ def test_quotas_conserve_every_token(case: Case) -> None:
     counts_NE, layout, node_size = case
     quota = rows_NS(*case)
     by_expert_NE = np.zeros_like(counts_NE)
+    filled_S = layout.slot_expert_S != EMPTY
+    assert not quota[:, ~filled_S].any()
     for slot, expert in enumerate(layout.to_list()):
+        if expert == EMPTY:
+            continue
         by_expert_NE[:, expert] += quota[:, slot]
     np.testing.assert_array_equal(by_expert_NE, counts_NE)
     assert quota.min() >= 0

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 
 from megatron_laer.arrays import Bool
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.sharding import changed_slots, node_sources, row_bounds
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
+from tests.unit.planner_cases import with_holes
 
 
 @dataclass
@@ -35,15 +36,19 @@ def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
     capacity = draw(st.integers(least, min(num_experts, least + 4)))
     node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))
     seed = draw(st.integers(0, 2**16))
-    layout = ExpertLayout.random(num_ranks, capacity, num_experts, seed=(seed,))
+    full = ExpertLayout.random(num_ranks, capacity, num_experts, seed=(seed,))
+    # Where rows are even, all ranks are to fetch equally many slots.
+    holes = 0.0 if even_rows else draw(st.sampled_from([0.0, 0.3, 1.0]))
+    layout = with_holes(full, holes, seed)
     unit = num_ranks if even_rows else 1
     matrices = [(unit * draw(st.integers(1, 70)), draw(st.integers(1, 5))) for _ in range(2)]
     share = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     changed_S = np.random.default_rng(seed).random(layout.num_slots) < share
     # The earlier layout has some experts in other places.
-    before_S = layout.slot_expert_S.copy()
+    before_S = full.slot_expert_S.copy()
     before_S[changed_S] = np.random.default_rng(seed + 1).permutation(before_S[changed_S])
     before = ExpertLayout.from_slots(num_ranks, capacity, num_experts, before_S)
+    before = with_holes(before, draw(st.sampled_from([0.0, 0.3])), seed + 2)
     return Case(layout, node_size, matrices, changed_S, before)
 
 
@@ -68,7 +73,7 @@ def traffic_by_message(case: Case, algorithm: ExchangeAlgorithm, keep: bool = Fa
             rank: [
                 int(layout.slot_expert_S[slot])
                 for slot in range(rank * C, rank * C + C)
-                if changed_S[slot]
+                if changed_S[slot] and layout.slot_expert_S[slot] != EMPTY
             ]
             for rank in range(N)
         }
@@ -125,6 +130,7 @@ def test_so_does_the_formula_where_ranks_keep_a_layout(
         case.layout, case.node_size, case.matrices, algorithm, before=case.before
     )
     assert_equal(formula, traffic_by_message(case, algorithm, keep=True))
+    assert (case.layout.slot_expert_S[changed_slots(case.before, case.layout)] != EMPTY).all()
 
 
 @settings(max_examples=40)

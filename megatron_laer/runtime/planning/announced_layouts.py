@@ -37,10 +37,7 @@ class AnnouncedLayouts(PassLayouts):
         super().__init__(guard, in_force, groups, one_per_step=False, misses=0)
         self._ahead = replace(guard, mode=PlanMode.EXACT)
         self._device = device
-        geometry = guard.geometry
-        self._static = ExpertLayout.static(
-            geometry.num_ranks, geometry.capacity, geometry.num_experts
-        )
+        self._static = guard.geometry.static_layout
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fsep-announced")
         self._given_MLE: torch.Tensor | None = None
         self._awaits_replay = False

@@ -7,6 +7,8 @@ layout of every layer:
      "layers":["layer 1",...],"crc":...}\\n
     {"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer],"crc":...}\\n
 
+An empty slot is -1. Only with --fsep-sharding experts does the first line have a `sharding`.
+
 `files/json_lines.py` defines the checksum. Version 1, which had none and named neither format nor
 version, is still read. `files/recording.py` explains how resumed runs continue a file.
 """
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_laer.choices import Sharding
 from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
 from megatron_laer.files.json_lines import (
     VERSION,
@@ -33,7 +36,7 @@ from megatron_laer.files.json_lines import (
 )
 from megatron_laer.files.recording import RecordingFile
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.telemetry.trace_records import MAX_RANKS
 
 logger = logging.getLogger(__name__)
@@ -155,6 +158,7 @@ class _Shape:
             "num_ranks": self.geometry.num_ranks,
             "capacity": self.geometry.capacity,
             "num_experts": self.geometry.num_experts,
+            **({} if self.geometry.sharding == Sharding.ROWS else {"sharding": "experts"}),
             **self.signature,
             "layers": list(self.layers),
         }
@@ -163,12 +167,17 @@ class _Shape:
     def longest_line_bytes(self) -> int:
         """Bound the bytes of a step's line: a blank after each comma, names and brackets."""
         slots = self.geometry.num_ranks * self.geometry.capacity
-        digits = len(str(self.geometry.num_experts))
+        digits = max(len(str(number)) for number in (self.geometry.num_experts, EMPTY))
         return 100 + len(self.layers) * (slots * (digits + 2) + 4)
 
     def check_header(self, line: bytes) -> int:
         """Return the format's version; raise ValueError for another run's recording."""
         found, version = _read_header(line)
+        if (sharding := _sharding(found)) != self.geometry.sharding:
+            raise ValueError(
+                f"was recorded with --fsep-sharding {sharding}, this run has "
+                f"{self.geometry.sharding}"
+            )
         if found != self.header:
             raise ValueError(f"was recorded for {quoted(found, 800)}, this run is {self.header}")
         return version
@@ -182,15 +191,23 @@ class _Shape:
             raise ValueError(f"step {quoted(step)} is no integer")
         if len(slots) != len(self.layers):
             raise ValueError(f"has {len(slots)} layers, expected {len(self.layers)}")
-        geometry = self.geometry
-        shape = (geometry.num_ranks, geometry.capacity, geometry.num_experts)
-        return step, [ExpertLayout.from_slots(*shape, of_layer) for of_layer in slots]
+        layouts = [ExpertLayout.from_slots(*self.geometry.shape, of_layer) for of_layer in slots]
+        for layout in layouts:
+            self.geometry.check_layout(layout)
+        return step, layouts
 
 
 def _read_header(line: bytes) -> tuple[dict[str, Any], int]:
     if line.startswith(b'{"format":'):
         return read_header(line, FORMAT, "recording of layouts")
     return read_line(line, version=1), 1
+
+
+def _sharding(header: Mapping[str, Any]) -> Sharding:
+    word = header.get("sharding", Sharding.ROWS.value)
+    if word not in [*Sharding]:
+        raise ValueError(f"sharding {quoted(word)} must be one of {', '.join(Sharding)}")
+    return Sharding(word)
 
 
 def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
@@ -203,7 +220,9 @@ def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
         sizes = {"num_ranks": num_ranks, "num_experts": num_experts, "capacity": capacity}
         check_shape({name: (value, MAX_RANKS) for name, value in sizes.items()}, layers)
         # Layouts do not depend on the node size.
-        geometry = Geometry(num_ranks, num_experts, capacity, node_size=num_ranks)
+        sharding = _sharding(header)
+        header.pop("sharding", None)
+        geometry = Geometry(num_ranks, num_experts, capacity, num_ranks, sharding)
         return _Shape(geometry, header, layers), version
     except KeyError as error:
         raise ValueError(f"layout recording: {path}, line 1: lacks {error}") from error

@@ -50,6 +50,7 @@ class PlannedLayouts:
         lag: a plan from the counts of step t takes effect at step t + lag.
         wait: wait for plans that are due, until one is late.
         resumed: state of an earlier run, with the same layers.
+        check_layout: raises for a layout that the run cannot use.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class PlannedLayouts:
         wait: bool,
         on_warning: Callable[[str], None],
         resumed: PlannerState | None = None,
+        check_layout: Callable[[ExpertLayout], None] | None = None,
     ) -> None:
         self._lag = lag
         self._wait = wait
@@ -76,6 +78,7 @@ class PlannedLayouts:
             lossless=wait,
             forecast=dict(enumerate(resumed.forecasts)) if resumed else SmoothedForecast(),
             plans=plans,
+            check_layout=check_layout,
         )
         self.plan_ms = 0.0
         self.late_plans = 0

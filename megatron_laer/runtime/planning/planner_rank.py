@@ -69,6 +69,7 @@ class PlannerRank:
                     wait=config.late_plan == LatePlan.WAIT,
                     on_warning=_warn,
                     resumed=resumed,
+                    check_layout=geometry.check_layout,
                 )
             if self._source is not None:
                 opened.callback(self._source.close)
