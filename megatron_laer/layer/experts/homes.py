@@ -8,6 +8,7 @@ Legend: T tokens received, H hidden.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,18 +53,21 @@ class HomeExperts:
         restored, tokens_C = plan.restored, plan.quotas.tokens_C
         home_C, replica_C = tokens_C[: self._num_home], tokens_C[self._num_home :]
         tokens_per_expert = torch.tensor(home_C)
-        if restored.index.has_replicas:
-            sizes = [sum(home_C), sum(replica_C)]
-            home_TH, replica_TH = input_TH.split(sizes)
-            home_T, replica_T = probs_T.split(sizes)
-            output_TH = torch.cat(
-                [
-                    self._at_home(home_TH, tokens_per_expert, home_T),
-                    self._compute(replica_TH, replica_T, restored, replica_C),
-                ]
-            )
-        else:
+        if not restored.index.has_replicas:
             output_TH = self._at_home(input_TH, tokens_per_expert, probs_T)
+            return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
+        sizes = [sum(home_C), sum(replica_C)]
+        home_TH, replica_TH = input_TH.split(sizes)
+        home_T, replica_T = probs_T.split(sizes)
+        at_home = partial(self._at_home, home_TH, tokens_per_expert, home_T)
+        replicas = partial(self._compute, replica_TH, replica_T, restored, replica_C)
+        if input_TH.requires_grad or not torch.is_grad_enabled():
+            parts_TH = [at_home(), replicas()]  # in this order replicas have more time to arrive
+        else:
+            # Without tokens' gradients to wait for, the reduce starts with the replicas' backward.
+            # Autograd runs that last, so that no kernel adds to a main gradient beside the reduce.
+            parts_TH = [replicas(), at_home()][::-1]
+        output_TH = torch.cat(parts_TH)
         return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
 
     def _at_home(

@@ -119,6 +119,9 @@ class RestoredExperts:
         """Mark the tokens to dispatch, whose gradient's arrival starts a deferred reduce."""
         if not self.index.has_replicas:
             return tokens
+        if self._share.waits_inside and torch.is_grad_enabled() and not self._placeholders:
+            # Older than the mark below, so its wait follows the start of the reduce.
+            self.wait_for_grads_here()
         placeholders = self._placeholders[0] if self._placeholders else ()
         waits_later = self._waits_after_block or any(part.requires_grad for part in placeholders)
         if not (waits_later and torch.is_grad_enabled() and tokens.requires_grad):
