@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from megatron_laer.cpu.training import Adapt
 from tests.parity.compare import Distance
@@ -27,6 +28,8 @@ FLOOR_FACTOR = 10
 # Two stock runs of few steps may agree in every loss, but no run can be closer than a rounding of
 # fp32.
 SMALLEST_FLOOR = 2.0**-23
+
+_REPLICAS_PAY = Path(__file__).with_name("replicas_pay.yaml")
 
 # Values whose size selects no code path: more than a single digit.
 _AMOUNT = re.compile(r"-?[\d.]{2,}(e-?\d+)?|-?\d+e-?\d+|-\d")
@@ -107,8 +110,10 @@ class Row:
     @property
     def at_home(self) -> Row:
         """Return the row with experts at home, compared with the same stock runs."""
-        name = f"{self.name}, experts at home"
-        return replace(self, id=f"{self.id}-home", name=name, fsep=self.fsep + AT_HOME)
+        name, fsep = f"{self.name}, experts at home", self.fsep + AT_HOME
+        if "--fsep-planner random" not in fsep and "--fsep-cluster" not in fsep:
+            fsep += f" --fsep-cluster {_REPLICAS_PAY}"
+        return replace(self, id=f"{self.id}-home", name=name, fsep=fsep)
 
     def reference(self, data: str) -> tuple[int, list[str]]:
         flags = self.flags if self.reference_flags is None else self.reference_flags

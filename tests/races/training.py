@@ -18,6 +18,7 @@ from tests.races.observing import accumulate_on, observed
 from tests.races.watched import Watched
 
 _RANDOM = " --fsep-planner random"
+_HOME = _RANDOM + " --fsep-sharding experts"
 _OVERLAPS = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 _FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _MOE = " --recompute-granularity selective --recompute-modules moe"
@@ -47,6 +48,11 @@ SCENARIOS = {
     ),
     "pipeline 2": Training(_RANDOM + " --pipeline-model-parallel-size 2", 4),
     "both overlaps, slices replicated": Training(_RANDOM + _OVERLAPS, 4),
+    "experts at home, both overlaps": Training(_HOME + _OVERLAPS),
+    "experts at home by relay, recompute of the MoE layer": Training(
+        _HOME + _MOE + " --fsep-node-size 1 --fsep-restore-algorithm node"
+    ),
+    "experts at home, full recompute, both overlaps": Training(_HOME + _FULL + _OVERLAPS),
 }
 
 
