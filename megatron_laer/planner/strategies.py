@@ -12,6 +12,7 @@ from megatron_laer.config import (
     FixedPlanner,
     FSEPConfig,
     PlanMode,
+    Sharding,
 )
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -69,6 +70,8 @@ def uses_costs(config: FSEPConfig) -> bool:
     return (
         (config.mode == PlanMode.ADAPTIVE and config.imbalance_tolerance is None)
         or (config.makes_plans and strategy is not None and strategy.uses_costs)
+        # A replica beside experts at home is made if it pays.
+        or (config.sharding == Sharding.EXPERTS and config.planner not in FixedPlanner)
         or config.restore_algorithm == Auto.AUTO
         or config.token_exchange == Auto.AUTO
     )
