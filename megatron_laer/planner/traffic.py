@@ -19,7 +19,7 @@ import numpy as np
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.planner.geometry import check_node_size
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.layout import ExpertLayout, check_home
 from megatron_laer.planner.sharding import changed_slots, filled_slots, node_sources, row_bounds
 
 
@@ -144,6 +144,39 @@ def restore_traffic(
             sent_intra_N += given_N * other_rows_N * columns
             sent_inter_N += (far_J.sum() - far_J[node_N]) * rows_N * columns
     return Traffic(received_intra_N, received_inter_N, sent_intra_N, sent_inter_N)
+
+
+def direct_traffic(
+    layout: ExpertLayout,
+    node_size: int,
+    matrices: Sequence[tuple[int, int]],
+    changed_S: Bool | None = None,
+) -> Traffic:
+    """Count the elements that experts' home ranks send, one whole expert for each replica.
+
+    Rank n receives R · K elements per matrix and replica in its changed slots; the home rank of the
+    expert sends them. Home slots receive nothing.
+    """
+    num_ranks, num_experts = layout.num_ranks, layout.num_experts
+    check_home(*layout.shape)
+    check_node_size(num_ranks, node_size)
+    fetched_S = filled_slots(layout) if changed_S is None else changed_S & filled_slots(layout)
+    slot_F = np.flatnonzero(fetched_S)
+    to_F = slot_F // layout.capacity
+    from_F = layout.slot_expert_S[slot_F].astype(np.int64) // (num_experts // num_ranks)
+    is_near_F = to_F // node_size == from_F // node_size
+    elements = sum(rows * columns for rows, columns in matrices)
+
+    def count(rank_F: Int64, chosen_F: Bool) -> Int64:
+        chosen = rank_F[chosen_F & (to_F != from_F)]
+        return np.bincount(chosen, minlength=num_ranks).astype(np.int64) * elements
+
+    return Traffic(
+        count(to_F, is_near_F),
+        count(to_F, ~is_near_F),
+        count(from_F, is_near_F),
+        count(from_F, ~is_near_F),
+    )
 
 
 def expert_elements_N(matrices: Sequence[tuple[int, int]], num_ranks: int) -> Int64:

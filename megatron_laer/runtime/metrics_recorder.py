@@ -210,6 +210,7 @@ def run_settings(
     """Return the settings that metrics depend on, with all of the cost model except constants."""
     settings: dict[str, Any] = {
         "plan_mode": config.mode,
+        "sharding": config.sharding,
         "planner": config.planner,
         "split": config.split,
         "imbalance_tolerance": config.imbalance_tolerance,

@@ -78,6 +78,18 @@ LOGGED = (
         "share of microbatches that got a layout of their own; mean over layers",
     ),
     Metric(
+        "fsep_replicas",
+        "1",
+        "slots in use per rank, without each expert's first; mean over layers and microbatches",
+        in_line=False,
+    ),
+    Metric(
+        "fsep_passes_without_replicas",
+        "1",
+        "share of microbatches whose layout has each expert once; mean over layers",
+        in_line=False,
+    ),
+    Metric(
         "fsep_quota_ms",
         "ms",
         "the host's time once the router has run, for the guard and the split, per layer and "

@@ -49,7 +49,7 @@ class LayerPasses:
     """Sums over some passes of one layer; `metrics.RECORDED_OF_LAYERS` describes most fields.
 
     `gains_s` and `costs_s` are of passes that weighed a fresh layout, `taken_*` sums over those
-    that took one.
+    that took one. `replicas` are slots in use per rank, without each expert's first.
     """
 
     rank_tokens_N: Int64
@@ -60,6 +60,7 @@ class LayerPasses:
     least_tokens: int = 0
     ratios: list[float] = field(default_factory=list)
     stock_ratios: list[float] = field(default_factory=list)
+    replicas: list[float] = field(default_factory=list)
     decide_s: list[float] = field(default_factory=list)
     gains_s: list[float] = field(default_factory=list)
     costs_s: list[float] = field(default_factory=list)
@@ -85,6 +86,9 @@ class LayerPasses:
             self.least_tokens = -(-int(tokens_N.sum()) // tokens_N.size)
         self.ratios.append(sample.ratio)
         self.stock_ratios.append(sample.stock_ratio)
+        layout = decision.layout
+        used = int(layout.replicas_E.sum()) - layout.num_experts
+        self.replicas.append(used / layout.num_ranks)
         self.decide_s.append(sample.decide_s)
         if decision.gain_s is not None and decision.cost_s is not None:
             self.gains_s.append(decision.gain_s)
@@ -148,6 +152,8 @@ class LayerMetrics:
     imbalance: float = 0.0
     stock_imbalance: float = 0.0
     fresh_layouts: float = 0.0
+    replicas: float = 0.0
+    without_replicas: float = 0.0
     decide_ms: float = 0.0
     predicted_ms: float = 0.0
     balanced_ms: float = 0.0
@@ -161,6 +167,8 @@ class LayerMetrics:
             imbalance=mean(passes.ratios),
             stock_imbalance=mean(passes.stock_ratios),
             fresh_layouts=passes.fresh / passes.number,
+            replicas=mean(passes.replicas),
+            without_replicas=passes.replicas.count(0) / passes.number,
             decide_ms=mean(passes.decide_s) * 1e3,
             predicted_ms=predicted.layer_s * 1e3,
             balanced_ms=predicted.balanced_s * 1e3,
@@ -209,6 +217,9 @@ def named(
         scalars |= _over_layers(name, by_layer)
     if means:
         scalars["fsep_fresh_layouts"] = float(np.mean([m.fresh_layouts for m in means.values()]))
+        scalars["fsep_replicas"] = float(np.mean([m.replicas for m in means.values()]))
+        without = [m.without_replicas for m in means.values()]
+        scalars["fsep_passes_without_replicas"] = float(np.mean(without))
         scalars["fsep_quota_ms"] = float(np.mean([m.decide_ms for m in means.values()]))
         predicted_ms = sum(mean.predicted_ms for mean in means.values())
         bound_ms = sum(mean.bound_ms for mean in means.values())

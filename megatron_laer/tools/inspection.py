@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer.files.checks import one_line, open_input, quoted, read_bytes, read_text
+from megatron_laer.planner.layout import EMPTY
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.tools import inert_pickle
 from megatron_laer.tools.inert_pickle import Name, Record
@@ -236,4 +237,6 @@ def _planner(folder: Path) -> Iterator[str]:
         )
         for layer, layout in zip(state.layers, state.layouts, strict=True):
             replicas = " ".join(map(str, layout.replicas_E.tolist()))
-            yield f"  {one_line(layer)}: replicas per expert {replicas}"
+            empty = layout.to_list().count(EMPTY)
+            unused = f"; {empty} of {layout.num_slots} slots empty" if empty else ""
+            yield f"  {one_line(layer)}: replicas per expert {replicas}{unused}"

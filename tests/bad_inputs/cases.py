@@ -61,6 +61,7 @@ COMMAND_LINE = (
 )
 
 PLAN_OPTIONS = (
+    ("--sharding columns", "invalid choice: 'columns'"),
     ("--format xml", "invalid choice: 'xml'"),
     ("--format", "--format: expected one argument"),
     ("--format csv", "good.trace"),
@@ -139,6 +140,11 @@ PLAN_OPTIONS = (
 )
 
 WORKLOADS = (
+    ("--workload W0 --ranks 3 --experts 8 --sharding experts", "8 experts cannot be at home on 3"),
+    (
+        "--workload W0 --ranks 4 --experts 8 --sharding experts --capacity 2",
+        "--capacity 2: each rank has 2 home experts and needs a slot for replicas",
+    ),
     ("--workload W1 --ranks 65536 --experts 64 --hours 1e-6", "stopped after the 1e-06 hours"),
     ("--workload W1 --ranks 65536 --experts 512 --steps 100000", "GiB of memory"),
     ("--workload W1 --ranks 8 --experts 8 --topk 9", "a token cannot have 9 of 8 experts"),

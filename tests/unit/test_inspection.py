@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
 
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.planning.planner_checkpoint import state_path
 from megatron_laer.tools import cli, inspection
 from tests.fuzz import damaged
-from tests.planner_states import make_state
+from tests.planner_states import LAYERS, make_state
 
 EXPERTS = "decoder.layers.mlp.experts.experts.linear_fc1.weight"
 BIASES = "decoder.layers.mlp.experts.experts.linear_fc1.bias"
@@ -65,6 +67,15 @@ def test_a_run_and_its_checkpoint_are_described(
     ):
         assert expected in report
     assert inspection.describe(run / "iter_0000007") == report.rstrip("\n")
+
+
+def test_empty_slots_are_counted(run: Path) -> None:
+    layouts = tuple(ExpertLayout.at_home(3, 3, 6) for _ in LAYERS)
+    forecasts = (SmoothedForecast(),) * len(LAYERS)
+    state = make_state(layouts=layouts, forecasts=forecasts, plans=())
+    write_state(run, state.to_bytes())
+    text = "replicas per expert 1 1 1 1 1 1; 3 of 9 slots empty"
+    assert inspection.describe(run).count(text) == len(LAYERS)
 
 
 def test_a_damaged_state_is_part_of_the_report(run: Path) -> None:

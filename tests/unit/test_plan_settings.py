@@ -59,6 +59,31 @@ def test_a_trace_is_planned_for_as_the_metrics_beside_it_say(tmp_path, capsys):
     assert json.loads(out.read_text())["rows"][-1]["capacity"] == 2
 
 
+def test_experts_stay_at_home_as_recorded_or_as_the_flag_says(tmp_path, capsys):
+    record_run(tmp_path / "run", run=OF_THE_RUN | {"sharding": "experts"}, cluster=OWN)
+    out = tmp_path / "x.json"
+    words = ("--strategy", "static", "laer", "greedy", "--mode", "forecast", "--json", out)
+    for flags, sharding in (((), "experts"), (("--sharding", "rows"), "rows")):
+        status, text, err = run(tmp_path / "run", *flags, *words, capsys=capsys)
+        assert (status, err) == (0, "")
+        assert ("not gated, at home; from" in text) == (sharding == "experts")
+        assert ("laer leaves no expert at home" in text) == (sharding == "experts")
+        written = json.loads(out.read_text())
+        assert written["sharding"] == sharding
+        stock, static, laer, greedy = written["rows"]
+        assert static["mean"] == stock["mean"] or sharding == "rows"
+        assert (static["restored_bytes"] == 0) == (sharding == "experts")
+        assert laer["restored_bytes"] > 0
+        # A rank fetches at most its replica instead of three slots.
+        assert (greedy["restored_bytes"] <= 2 * 64 * 32 * 4) == (sharding == "experts")
+    for words, problem in (
+        (("--ranks", 16), "8 experts cannot be at home on 16 ranks in equal numbers; give"),
+        (("--capacity", 2), "--capacity 2: each rank has 2 home experts and needs a slot for rep"),
+    ):
+        status, _, err = run(tmp_path / "run", *words, capsys=capsys)
+        assert status == 2 and problem in err and len(err.splitlines()) == 1
+
+
 def test_defaults_are_said_to_be_that(tmp_path, capsys):
     by_default = "on a100-4x8-ib800 (by default); experts of 4096 x 14336 (by default)\n"
     path = recording(tmp_path / "group-0.trace", drifting_trace())

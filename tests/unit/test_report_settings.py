@@ -24,7 +24,11 @@ OTHER = {
 }
 
 
-@pytest.mark.parametrize("run", [RUN, RUN | OTHER], ids=["as by default", "of its own"])
+@pytest.mark.parametrize(
+    "run",
+    [RUN, RUN | OTHER, RUN | {"sharding": "experts"}],
+    ids=["as by default", "of its own", "at home"],
+)
 @pytest.mark.parametrize("cluster", [OWN, None], ids=["constants", "no constants"])
 def test_commands_of_the_what_if_print_their_rows_again(
     tmp_path: Path, run: dict[str, str], cluster: Cluster | None
@@ -32,7 +36,7 @@ def test_commands_of_the_what_if_print_their_rows_again(
     folder = tmp_path / "run"
     record_run(folder, run=run, cluster=cluster)
     rows = data_of(written(tmp_path, folder))["what_if"]
-    assert {row["capacity"] for row in rows} == {2, 3, 4}
+    assert {row["capacity"] for row in rows} == {2, 3, 4}  # of stock too
     assert {row["mode"] for row in rows} == {"-", "forecast", "exact", "adaptive"}
     for number, row in enumerate(rows):
         words = shlex.split(row["command"])
@@ -78,6 +82,7 @@ def test_a_run_is_predicted_with_the_constants_that_it_recorded(
         ({"hidden": "wide", "ffn": "0"}, "4096 for hidden 'wide'; 14336 for ffn '0'"),
         ({"gated": "maybe"}, "True for gated 'maybe'"),
         ({"bytes_per_element": "x"}, "2 for bytes_per_element 'x'"),
+        ({"sharding": "columns"}, "rows for sharding 'columns'"),
         ({"recompute": "True"}, "none for recompute 'True'"),
         ({"restore_algorithm": "pigeon"}, "flat for restore_algorithm 'pigeon'"),
         ({"token_exchange": "auto"}, "rank for token_exchange 'auto'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,8 +11,16 @@ from megatron_laer.planner.balance import fsep_tokens_N, stock_tokens_N
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.prediction import predict
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS
-from megatron_laer.telemetry.statistics import LayerPasses, Sample, predicted_values
+from megatron_laer.telemetry.statistics import (
+    LayerMetrics,
+    LayerPasses,
+    RankMetrics,
+    Sample,
+    named,
+    predicted_values,
+)
 from tests.recorded_runs import GEOMETRY, GUARD, counts_NE
+from tests.unit.planner_cases import with_holes
 
 RANKS = GEOMETRY.num_ranks
 
@@ -42,6 +51,21 @@ def test_passes_add_up_and_what_was_weighed_is_averaged() -> None:
         "gain_ms": pytest.approx(_mean([1e3 * of.gain_s for of in decisions])),
         "cost_ms": pytest.approx(_mean([1e3 * of.cost_s for of in decisions])),
     }
+
+
+def test_replicas_are_counted_per_rank_and_passes_without_them() -> None:
+    layouts = [
+        ExpertLayout.at_home(*GEOMETRY.shape),
+        with_holes(ExpertLayout.static(*GEOMETRY.shape), 1.0, 0),
+        ExpertLayout.static(*GEOMETRY.shape),
+    ]
+    decision = GUARD.decide(counts_NE(0, 0, 0), layouts[-1])
+    passes = LayerPasses.of(RANKS, [Sample(replace(decision, layout=one)) for one in layouts])
+    assert passes.replicas == [0, 0, 1]
+    predicted = predict(GUARD, decision)
+    metrics, _ = named([LayerMetrics.of(passes, predicted)], RankMetrics())
+    assert metrics["fsep_replicas"] == pytest.approx(1 / 3)
+    assert metrics["fsep_passes_without_replicas"] == pytest.approx(2 / 3)
 
 
 def test_predictions_are_averaged_and_nothing_is_no_number() -> None:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_laer.choices import Auto, Recompute, TokenExchange
+from megatron_laer.choices import Auto, Recompute, Sharding, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.files import memory
 from megatron_laer.files.checks import one_line
@@ -99,6 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "age of the newest counts, in steps of the trace; default: %(default)s"
     option(parser, "--lag D", text, stride, default=1)
     for flag, kind, text, default in (
+        (
+            "--sharding",
+            Sharding,
+            "rows of every expert on each rank, or home experts",
+            "rows",
+        ),
         ("--restore-algorithm", ExchangeAlgorithm, "how experts are fetched", "flat"),
         (
             "--token-exchange",
@@ -177,6 +183,7 @@ def run(args: argparse.Namespace) -> int:
         "cluster": cluster.name,
         "expert_sizes": asdict(sizes),
         "bytes_per_element": costs.bytes_per_element,
+        "sharding": settings.sharding,
         "restore_algorithm": costs.restore_algorithm,
         "recompute": costs.recompute,
         "from_recording": from_recording,
@@ -201,6 +208,7 @@ def run(args: argparse.Namespace) -> int:
             f"{by_default if 'cluster' in defaults else ''}; experts of "
             f"{sizes.hidden} x {sizes.ffn}{'' if sizes.gated else ', not gated'}"
             f"{by_default if {'hidden', 'ffn'} & defaults else ''}"
+            f"{', at home' if settings.sharding == Sharding.EXPERTS else ''}"
             f"{f'; from {metrics}: {", ".join(from_recording)}' if from_recording else ''}"
         )
     )
@@ -234,6 +242,8 @@ def run(args: argparse.Namespace) -> int:
         f"are {args.lag} recorded step(s) old.\nRows of {' and '.join(BASELINES)} are for "
         "comparison, always in mode forecast."
     )
+    if settings.sharding == Sharding.EXPERTS and "laer" in args.strategy:
+        print("laer leaves no expert at home: its rows are those of --sharding rows.")
     if trace.num_experts % num_ranks != 0:
         print(f"No row for stock EP, which needs {trace.num_experts} experts / {num_ranks} ranks.")
     print(plan_output.LEGEND)
@@ -270,6 +280,7 @@ def _given(args: argparse.Namespace) -> Given:
         None if recompute is None else Recompute(recompute),
         None if exchange is None else Auto.AUTO if exchange == "auto" else TokenExchange(exchange),
         args.topk,
+        None if args.sharding is None else Sharding(args.sharding),
     )
 
 

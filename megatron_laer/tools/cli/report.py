@@ -166,7 +166,15 @@ def _read(
         assert recording is not None
         shown = recorded_run(files, recording, trace)
         shape = shown.shape
-        geometry = Geometry(shape.num_ranks, shape.num_experts, shape.capacity, shape.node_size)
+        with naming(files.metrics):
+            geometry = Geometry(
+                shape.num_ranks,
+                shape.num_experts,
+                shape.capacity,
+                shape.node_size,
+                settings.sharding,
+            )
+        shown = replace(shown, sharding=settings.sharding)
     else:
         assert trace is not None
         if metrics is not None and recording is not None:

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, TokenExchange
+from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, TokenExchange
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
@@ -31,7 +31,7 @@ DEFAULT_CLUSTER = "a100-4x8-ib800"
 # Bytes per element: default (bf16) and maximum.
 _BYTES_PER_ELEMENT, _MOST_BYTES = 2, 8
 # Settings that recordings of earlier versions lack.
-_MAY_BE_MISSING = ("token_exchange", "top_k")
+_MAY_BE_MISSING = ("sharding", "token_exchange", "top_k")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Given:
     recompute: Recompute | None = None
     token_exchange: TokenExchange | Auto | None = None
     top_k: int | None = None
+    sharding: Sharding | None = None
 
     def words(self) -> list[str]:
         """Return the flags with which `plan` prints the same row."""
@@ -67,6 +68,7 @@ class PredictionSettings:
     sizes: ExpertSizes
     costs: CostModel
     token_exchange: TokenExchange | Auto
+    sharding: Sharding
     has_flag_cluster: bool
     shape: Shape | None
     recorded: tuple[str, ...]
@@ -76,8 +78,9 @@ class PredictionSettings:
     def words(self) -> str:
         sizes = f"{self.sizes.hidden} x {self.sizes.ffn}{'' if self.sizes.gated else ', not gated'}"
         sent = "" if self.token_exchange == TokenExchange.RANK else ", tokens sent by node"
+        home = ", experts at home" if self.sharding == Sharding.EXPERTS else ""
         return (
-            f"experts of {sizes}, {self.costs.bytes_per_element} bytes per number{sent}, on "
+            f"experts of {sizes}, {self.costs.bytes_per_element} bytes per number{sent}{home}, on "
             f"{self.costs.cluster.name}"
         )
 
@@ -110,7 +113,10 @@ class PredictionSettings:
         flags = "--capacity", flag
         slots: list[int | None] = [*capacities] or [None]
         shapes = [
-            resolve_geometry(num_experts, num_ranks, one, node_size, flags=flags) for one in slots
+            resolve_geometry(
+                num_experts, num_ranks, one, node_size, sharding=self.sharding, flags=flags
+            )
+            for one in slots
         ]
         return shapes, tuple(recorded)
 
@@ -150,6 +156,7 @@ def settings_of(
         ),
     )
     exchange = noted.value("token_exchange", _token_exchange, TokenExchange.RANK)
+    sharding = noted.value("sharding", Sharding, Sharding.ROWS)
     note = ""
     if noted.replaced:
         note = (
@@ -160,6 +167,7 @@ def settings_of(
         sizes,
         costs,
         exchange,
+        sharding,
         given.cluster is not None,
         None if recording is None else recording.shape,
         tuple(noted.recorded),

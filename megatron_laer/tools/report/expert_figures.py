@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.tools.report import plots
 from megatron_laer.tools.report.bins import (
     Bins,
@@ -124,7 +126,8 @@ def replicas(run: RunData) -> Section:
 def _layouts_by_bin(run: RunData, bins: Bins) -> tuple[Float64, list[int]]:
     """Return the replicas at the end of each bin, and its number of changed slots."""
     num_layers, num_experts = len(run.shape.layers), run.shape.num_experts
-    static = ExpertLayout.static(run.shape.num_ranks, run.shape.capacity, num_experts)
+    sizes = run.shape.num_ranks, num_experts, run.shape.capacity, run.shape.node_size
+    static = Geometry(*sizes, run.sharding).static_layout
     # A run begins with static layouts, which are not recorded.
     layouts: Sequence[ExpertLayout] | None = [static] * num_layers if run.steps_T[0] == 0 else None
     coming = list(run.layouts)[::-1]
@@ -134,7 +137,7 @@ def _layouts_by_bin(run: RunData, bins: Bins) -> tuple[Float64, list[int]]:
         while coming and coming[-1][0] <= last:
             before, (_, layouts) = layouts, coming.pop()
             changed += sum(
-                int((one.slot_expert_S != new.slot_expert_S).sum())
+                int(changed_slots(one, new).sum())
                 for one, new in zip(before or layouts, layouts, strict=True)
             )
         changed_B.append(changed)

@@ -57,7 +57,7 @@ def replayed_run(
     forecasts: dict[int, SmoothedForecast] = {}
     strategy = make_strategy(STRATEGY, geometry=geometry, costs=costs)
     guard = Guard(MODE, costs, geometry)
-    static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
+    static = geometry.static_layout
     for step, layer, records in progress(groups):
         forecast = forecasts.get(layer, SmoothedForecast())
         if step in at:
@@ -102,6 +102,7 @@ def replayed_run(
         layouts=[(step, planned[step]) for step in steps],
         settings=_settings(of, costs),
         notes=_notes(stride, len(all_steps)),
+        sharding=geometry.sharding,
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import Sharding
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.telemetry.metrics_file import Shape
 
@@ -53,6 +54,7 @@ class RunData:
     recorded: str = ""
     settings: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = field(default_factory=tuple)
+    sharding: Sharding = Sharding.ROWS
 
 
 def expert_tokens_TLE(

@@ -102,7 +102,8 @@ def _every(trace: Trace, most_cases: int) -> int:
 
 def _geometries(geometry: Geometry) -> list[Geometry]:
     """Return the run's shape, and those with one slot fewer and more where they are legal."""
-    least = -(-geometry.num_experts // geometry.num_ranks)
+    homes = geometry.home_slots
+    least = homes + 1 if homes else -(-geometry.num_experts // geometry.num_ranks)
     around = (geometry.capacity - 1, geometry.capacity, geometry.capacity + 1)
     return [replace(geometry, capacity=c) for c in around if least <= c <= geometry.num_experts]
 
@@ -137,6 +138,7 @@ def _command(
         *("--capacity", str(capacity), "--strategy", _STRATEGY, "--mode", mode),
         *("--ranks", str(geometry.num_ranks), "--node-size", str(geometry.node_size)),
         *flags,
+        *("--sharding", geometry.sharding),
         *("--restore-algorithm", costs.restore_algorithm, "--recompute", costs.recompute),
         *("--token-exchange", token_exchange),
         *(("--every", str(every)) if every > 1 else ()),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import Sharding
 from megatron_laer.config import PlanMode, Split
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -81,15 +82,12 @@ class _Planner:
     restored_bytes: list[int] = field(default_factory=list)
 
     def plan(self, layer: int, forecast_NE: Int64, costs: CostModel) -> None:
-        geometry = self.geometry
-        current = self.layouts.get(layer) or ExpertLayout.static(
-            geometry.num_ranks, geometry.capacity, geometry.num_experts
-        )
+        current = self.layouts.get(layer) or self.geometry.static_layout
         if self.strategy is not None:
             start_s = time.perf_counter()
             current = self.strategy.plan(forecast_NE, current)
             self.plan_s.append(time.perf_counter() - start_s)
-            self.restored_bytes.append(restored_bytes(current, geometry.node_size, costs))
+            self.restored_bytes.append(restored_bytes(current, self.geometry, costs))
         self.layouts[layer] = current
 
     def decide(self, layer: int, counts_NE: Int64) -> None:
@@ -186,20 +184,23 @@ def _planners(
 ) -> Iterator[_Planner]:
     first = geometries[0]
     if first.num_experts % first.num_ranks == 0:
-        stock = replace(first, capacity=first.num_experts // first.num_ranks)
+        capacity = first.num_experts // first.num_ranks
+        stock = replace(first, capacity=capacity, sharding=Sharding.ROWS)
         by_rank = replace(costs, tokens=BY_RANK)
         guard = Guard(PlanMode.FORECAST, by_rank, stock, split=Split.EVEN)
         yield _Planner(STOCK, None, stock, {"-": guard})
     for geometry in geometries:
         for name in strategies:
-            # The paper's strategy assumes even splits.
-            split = Split.EVEN if name == "laer" else Split.EXACT
+            shape, split = geometry, Split.EXACT
+            if name == "laer":
+                # The paper's strategy assumes even splits, and leaves no expert at home.
+                shape, split = replace(geometry, sharding=Sharding.ROWS), Split.EVEN
             guards = {
-                mode: _guard(mode, costs, geometry, split, tolerance)
+                mode: _guard(mode, costs, shape, split, tolerance)
                 for mode in ([PlanMode.FORECAST.value] if name in BASELINES else modes)
             }
-            strategy = make_strategy(name, geometry=geometry, costs=costs)
-            yield _Planner(name, strategy, geometry, guards)
+            strategy = make_strategy(name, geometry=shape, costs=costs)
+            yield _Planner(name, strategy, shape, guards)
 
 
 def _guard(
