@@ -32,7 +32,6 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import default_capacity
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.data import default_text_sources, prepare_data
 from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK, MethodSettings, make_method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
@@ -40,6 +39,7 @@ from megatron_laer.tools.simulator.iteration.predict import predict
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import Shape, workload_trace
 
 RANKS = 2

@@ -20,7 +20,7 @@ from typing import Any
 from megatron_laer.files.checks import open_input
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.runtime.planning.layout_recording import LayoutRecording, read_layouts
-from megatron_laer.telemetry.metrics_file import read_metrics
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.traces import read_trace
 from tests.planner_states import make_state
 from tests.recorded_runs import GEOMETRY, LAYERS, SIGNATURE, STEPS, record_run

@@ -12,7 +12,7 @@ import pytest
 from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
-from megatron_laer.telemetry.metrics_file import read_metrics
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 

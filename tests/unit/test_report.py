@@ -15,11 +15,12 @@ import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
-from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
+from megatron_laer.telemetry.metrics_file import recording_path
 from megatron_laer.tools import cli
 from megatron_laer.tools.report import expert_figures
 from megatron_laer.tools.report.assessment import assess, seconds
 from megatron_laer.tools.report.bins import MAX_BINS, bin_edges, binned
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.plots import rounded
 from megatron_laer.tools.report.recorded import recorded_run
 from megatron_laer.tools.report.run_files import find_run

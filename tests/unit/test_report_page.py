@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
+from megatron_laer.telemetry.metrics_file import recording_path
 from megatron_laer.tools import cli
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests.recorded_runs import LAYERS, record_run
 from tests.unit.plan_cases import drifting_trace
 from tests.unit.plan_cases import recording as write_trace

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from megatron_laer.telemetry.trace_file import MAGIC, recording_path
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.traces import FORMATS, read_trace
+from megatron_laer.tools.traces.records import Trace
 from tests.fuzz import damaged
 from tests.unit.traces import (
     assert_holds,

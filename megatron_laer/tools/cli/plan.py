@@ -14,7 +14,6 @@ from megatron_laer.files.checks import one_line
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import token_seconds, with_token_exchange
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.cli import routing_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -43,6 +42,7 @@ from megatron_laer.tools.simulator.comparison import (
 from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
 from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
 from megatron_laer.tools.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH
+from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import WORKLOADS, Shape, workload_trace
 
 _DEFAULT_TOLERANCE = 0.05

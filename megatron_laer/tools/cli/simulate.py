@@ -21,7 +21,6 @@ from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.cli import simulate_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -52,6 +51,7 @@ from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
 from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
+from megatron_laer.tools.traces.records import Trace
 
 _MAX_STEPS = 10**5
 

@@ -11,12 +11,12 @@ from megatron_laer.choices import Recompute
 from megatron_laer.files import memory
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.cli import routing_input
 from megatron_laer.tools.cli.argument_types import MOST_RANKS, add_hours, between, number, option
 from megatron_laer.tools.cli.outputs import bar
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import Shape, workload_counts
 
 _MAX_COUNT = 2**16

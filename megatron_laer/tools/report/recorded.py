@@ -15,10 +15,11 @@ from megatron_laer.files.checks import lines, open_input, quoted
 from megatron_laer.planner.layout import ExpertLayout, stock_owner_E
 from megatron_laer.runtime.planning.layout_recording import read_layouts
 from megatron_laer.telemetry.log import LOSS, read_run
-from megatron_laer.telemetry.metrics_file import MetricsRecording, Shape
-from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.telemetry.metrics_file import Shape
+from megatron_laer.tools.report.metrics_recording import MetricsRecording
 from megatron_laer.tools.report.run_data import RunData, expert_tokens_TLE, shape_settings
 from megatron_laer.tools.report.run_files import RunFiles, naming
+from megatron_laer.tools.traces.records import Trace
 
 
 def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | None) -> RunData:

@@ -23,9 +23,9 @@ from megatron_laer.planner.prediction import predict
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.telemetry.metrics_file import Shape
 from megatron_laer.telemetry.statistics import LayerPasses, Sample, predicted_values
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.report.recorded import stock_tokens_TLN
 from megatron_laer.tools.report.run_data import Float64, RunData, expert_tokens_TLE, shape_settings
+from megatron_laer.tools.traces.records import Trace
 
 # Maximum decisions per replay; each takes about a millisecond.
 MOST_CASES = 20_000

@@ -16,8 +16,8 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.prediction import forced_balance_counts_NE, stock_seconds
 from megatron_laer.planner.token_exchange import with_token_exchange
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.simulator.comparison import PlanRow, chosen_cases, mean_tokens, simulate
+from megatron_laer.tools.traces.records import Trace
 
 _STRATEGY = FSEPConfig().planner
 _LAG = 1

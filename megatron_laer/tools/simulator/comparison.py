@@ -21,8 +21,8 @@ from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_prices import BY_RANK
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.simulator.replay import Outcome, evaluate, restored_bytes, walk
+from megatron_laer.tools.traces.records import Trace
 
 STOCK = "stock EP"
 

@@ -21,7 +21,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import SplitTotals, even_split
 from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.planner.traffic import Traffic
-from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.traces.records import Trace
 
 # Measured bytes per count [N, E] of a forecast, and of the current case.
 _FORECAST_BYTES, _WORKING_BYTES = 16, 170

@@ -26,7 +26,8 @@ import numpy as np
 from megatron_laer.arrays import Int64
 from megatron_laer.files.checks import lines, open_input
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.telemetry.trace_records import MAX_INDEX, Trace, assemble
+from megatron_laer.telemetry.trace_file import MAX_INDEX
+from megatron_laer.tools.traces.records import Trace, assemble
 
 FILE_NAME = re.compile(r"router_trace_rank([0-9]{1,7})\.jsonl")
 

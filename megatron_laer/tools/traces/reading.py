@@ -9,9 +9,10 @@ from typing import Any
 from megatron_laer.files.checks import open_input
 from megatron_laer.files.recording import is_cut_off
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.telemetry import trace_file
-from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.telemetry.trace_file import MAGIC
 from megatron_laer.tools.traces import csv_table, megatron, smartmoe
+from megatron_laer.tools.traces.recording import read_recording
+from megatron_laer.tools.traces.records import Trace
 
 FORMATS = ("fsep", "megatron", "smartmoe", "npz", "csv")
 
@@ -46,7 +47,7 @@ def read_trace(
         trace = smartmoe.read_smartmoe(path, ranks, progress)
         ranks = None
     elif found == "fsep":
-        trace = trace_file.read_recording(path)
+        trace = read_recording(path)
     elif found == "npz":
         trace = smartmoe.read_npz(path)
     elif found == "csv":
@@ -67,7 +68,7 @@ def _detect(path: Path) -> tuple[Path, str]:
         return _detect_folder(path)
     with open_input(path) as file:
         begin = file.read(4096)
-    if begin.startswith(trace_file.MAGIC):
+    if begin.startswith(MAGIC):
         return path, "fsep"
     if begin.startswith(b"PK\x03\x04"):
         return path, "npz"
@@ -109,4 +110,4 @@ def _is_recording(file: Path) -> bool:
     if file.name.startswith(".") or is_cut_off(file):
         return False
     with open_input(file) as content:
-        return content.read(len(trace_file.MAGIC)) == trace_file.MAGIC
+        return content.read(len(MAGIC)) == MAGIC

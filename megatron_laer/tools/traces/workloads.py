@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.traces.records import Trace
 
 # NumPy's limit on the cards of a draw, exclusive.
 _CARDS = 10**9

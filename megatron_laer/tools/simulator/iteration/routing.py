@@ -16,8 +16,8 @@ from operator import itemgetter
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.simulator.replay import walk
+from megatron_laer.tools.traces.records import Trace
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,9 @@ import numpy.typing as npt
 from megatron_laer.arrays import Int64
 from megatron_laer.files import memory
 from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.telemetry.trace_file import MAX_COUNT
 
 Int32 = npt.NDArray[np.int32]
-
-MAX_COUNT = int(np.iinfo(np.int32).max)
-# Text formats may have steps and microbatches with any number of digits.
-MAX_INDEX = 2**53
-MAX_RANKS = 2**20
 
 # A file may be far smaller than its dense counts (sparse tables, compression). The limit keeps a
 # few damaged digits from asking for all memory.
