@@ -166,7 +166,7 @@ class MetricsRecorder:
                 | passes.host_values(changed_s, exchanged_s)
                 | predicted_values(predictions)
             )
-        return {metric.name: [row[metric.name] for row in rows] for metric in RECORDED_OF_LAYERS}
+        return {name: [row[name] for row in rows] for name in RECORDED_OF_LAYERS}
 
     def _metrics(self, step: _EndedStep, of_step: Mapping[str, float]) -> dict[str, float]:
         layers = [

@@ -41,8 +41,6 @@ from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEP
 
 FORMAT = "megatron_laer-metrics"
 
-OF_STEPS = tuple(metric.name for metric in RECORDED_OF_STEPS)
-OF_LAYERS = tuple(metric.name for metric in RECORDED_OF_LAYERS)
 _SIZES = ("num_ranks", "num_experts", "capacity", "node_size")
 MAX_STEP = 2**53
 
@@ -94,10 +92,10 @@ class MetricsWriter:
         step = int(of_step["step"])
         self._file.begin_step(step)
         line = {
-            **{name: _short(of_step[name]) for name in OF_STEPS},
+            **{name: _short(of_step[name]) for name in RECORDED_OF_STEPS},
             "step": step,
             "metrics": {name: _short(value) for name, value in metrics.items()},
-            "layers": {name: [*map(_short, of_layers[name])] for name in OF_LAYERS},
+            "layers": {name: [*map(_short, of_layers[name])] for name in RECORDED_OF_LAYERS},
             "rank_tokens": rank_tokens_LN.tolist(),
         }
         self._file.append(self._run + sealed(line))

@@ -112,8 +112,8 @@ class Metrics:
         self.close = self._writer.close
 
     def step(self, step: int, seed: int) -> None:
-        of_step = dict.fromkeys([metric.name for metric in RECORDED_OF_STEPS], 0.0)
-        of_layers = {metric.name: [0.0] * len(LAYERS) for metric in RECORDED_OF_LAYERS}
+        of_step = dict.fromkeys(RECORDED_OF_STEPS, 0.0)
+        of_layers = dict.fromkeys(RECORDED_OF_LAYERS, [0.0] * len(LAYERS))
         tokens_LN = np.full((len(LAYERS), NUM_RANKS), 1000 * step + seed)
         self._writer.append(of_step | {"step": step}, {}, of_layers, tokens_LN)
 

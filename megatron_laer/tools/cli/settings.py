@@ -36,25 +36,6 @@ _MAY_BE_MISSING = ("token_exchange", "top_k")
 
 
 @dataclass(frozen=True)
-class Given:
-    """Values of flags; None for a flag that was not given."""
-
-    cluster: str | None = None
-    config: str | None = None
-    hidden: int | None = None
-    ffn: int | None = None
-    restore_algorithm: ExchangeAlgorithm | None = None
-    recompute: Recompute | None = None
-    token_exchange: TokenExchange | Auto | None = None
-    top_k: int | None = None
-
-    def words(self) -> list[str]:
-        """Return the flags with which `plan` prints the same row."""
-        flags = (("--cluster", self.cluster), ("--config", self.config))
-        return [word for flag, value in flags if value is not None for word in (flag, value)]
-
-
-@dataclass(frozen=True)
 class PredictionSettings:
     """Settings of predictions.
 
@@ -75,12 +56,9 @@ class PredictionSettings:
     note: str
 
     def words(self) -> str:
-        sizes = f"{self.sizes.hidden} x {self.sizes.ffn}{'' if self.sizes.gated else ', not gated'}"
         sent = "" if self.token_exchange == TokenExchange.RANK else ", tokens sent by node"
-        return (
-            f"experts of {sizes}, {self.costs.bytes_per_element} bytes per number{sent}, on "
-            f"{self.costs.cluster.name}"
-        )
+        numbers = f"{self.costs.bytes_per_element} bytes per number"
+        return f"experts of {self.sizes.widths}, {numbers}{sent}, on {self.costs.cluster.name}"
 
     def priced(self, trace: Trace, geometry: Geometry) -> CostModel:
         """Return the cost model with tokens that travel as the run sent them."""
@@ -124,11 +102,15 @@ def read_recording(path: Path | None) -> MetricsRecording | None:
 
 
 def settings_of(
-    given: Given, recording: MetricsRecording | None = None, path: Path | None = None
+    flags: Mapping[str, Any], recording: MetricsRecording | None, path: Path | None
 ) -> PredictionSettings:
-    """Return the settings of predictions; `path` names the recording in the note."""
-    model = None if given.config is None else named("--config", given.config, model_sizes)
-    noted = _Noted(given, model, recording)
+    """Return the settings of predictions by a command's flags, which are None if not given.
+
+    `path` names the recording in the note.
+    """
+    config, cluster = flags["config"], flags["cluster"]
+    model = None if config is None else named("--config", config, model_sizes)
+    noted = _Noted(flags, model, recording)
     width = between(1, MAX_WIDTH)
     sizes = ExpertSizes(
         noted.value("hidden", width, DEFAULT_SIZES.hidden),
@@ -138,7 +120,7 @@ def settings_of(
         noted.value("top_k", between(1, MAX_EXPERTS), DEFAULT_SIZES.top_k),
     )
     costs = CostModel(
-        cluster=_cluster(given.cluster, recording, noted),
+        cluster=_cluster(cluster, recording, noted),
         hidden=sizes.hidden,
         ffn=sizes.ffn,
         gated=sizes.gated,
@@ -150,7 +132,7 @@ def settings_of(
             "restore_algorithm", ExchangeAlgorithm, ExchangeAlgorithm.FLAT
         ),
     )
-    exchange = noted.value("token_exchange", _token_exchange, TokenExchange.RANK)
+    exchange = noted.value("token_exchange", TokenExchange, TokenExchange.RANK)
     note = ""
     if noted.replaced:
         note = (
@@ -161,7 +143,7 @@ def settings_of(
         sizes,
         costs,
         exchange,
-        given.cluster is not None,
+        cluster is not None,
         None if recording is None else recording.shape,
         tuple(noted.recorded),
         tuple(noted.defaults),
@@ -173,14 +155,16 @@ class _Noted:
     """Settings of flags, else of the start of the recording's last run, with their origins."""
 
     def __init__(
-        self, given: Given, model: ExpertSizes | None, recording: MetricsRecording | None
+        self,
+        flags: Mapping[str, Any],
+        model: ExpertSizes | None,
+        recording: MetricsRecording | None,
     ) -> None:
         # Another model is assumed to be in bf16, regardless of this run's dtype.
-        of_model = (
+        self._given: dict[str, Any] = (
             {} if model is None else asdict(model) | {"bytes_per_element": _BYTES_PER_ELEMENT}
         )
-        of_flags = {name: value for name, value in asdict(given).items() if value is not None}
-        self._given: Mapping[str, Any] = of_model | of_flags
+        self._given |= {name: value for name, value in flags.items() if value is not None}
         self._has_recording = recording is not None
         self.texts = recording.runs[-1][1] if recording is not None and recording.runs else {}
         self.recorded: list[str] = []
@@ -211,11 +195,6 @@ def _boolean(text: str) -> bool:
     if text not in ("True", "False"):
         raise ValueError(f"{text!r} is neither True nor False")
     return text == "True"
-
-
-def _token_exchange(text: str) -> TokenExchange:
-    # A recording has the exchange that the run used; `auto` is for flags only.
-    return TokenExchange(text)
 
 
 def _cluster(given: str | None, recording: MetricsRecording | None, noted: _Noted) -> Cluster:

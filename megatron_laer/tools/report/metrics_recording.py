@@ -20,14 +20,8 @@ from megatron_laer.files.checks import MAX_LINE, MAX_TEXT_BYTES, open_input, quo
 from megatron_laer.files.json_lines import numbered_lines, warn_of
 from megatron_laer.planner.cluster_files import cluster_of
 from megatron_laer.planner.clusters import Cluster
-from megatron_laer.telemetry.metrics_file import (
-    MAX_STEP,
-    OF_LAYERS,
-    OF_STEPS,
-    Shape,
-    read_shape,
-    read_step,
-)
+from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
+from megatron_laer.telemetry.metrics_file import MAX_STEP, Shape, read_shape, read_step
 
 _LARGEST = 1e18
 _LONGEST_TEXT = 1000
@@ -99,14 +93,15 @@ def read_metrics(path: Path) -> MetricsRecording:
                 raise ValueError(f"{path}, line {number}: {error}") from error
     num_layers = len(shape.layers)
     names = dict.fromkeys(name for step in steps for name in step.metrics)
-    layers_TML = _column([step.of_layers for step in steps]).reshape(-1, len(OF_LAYERS), num_layers)
+    shape_ML = len(RECORDED_OF_LAYERS), num_layers
+    layers_TML = _column([step.of_layers for step in steps]).reshape(-1, *shape_ML)
     tokens_TLN = np.array([step.rank_tokens_LN for step in steps], dtype=np.int64)
     return MetricsRecording(
         shape,
         tuple(runs),
         tuple(clusters),
-        {name: _column([step.of_step[name] for step in steps]) for name in OF_STEPS},
-        {name: layers_TML[:, at] for at, name in enumerate(OF_LAYERS)},
+        {name: _column([step.of_step[name] for step in steps]) for name in RECORDED_OF_STEPS},
+        {name: layers_TML[:, at] for at, name in enumerate(RECORDED_OF_LAYERS)},
         tokens_TLN.reshape(len(steps), num_layers, shape.num_ranks),
         {name: _column([step.metrics.get(name, math.nan) for step in steps]) for name in names},
     )
@@ -122,17 +117,18 @@ def _run_of(run: Any) -> dict[str, str]:
 
 
 def _step_of(content: Mapping[str, Any], shape: Shape) -> _RecordedStep:
-    expected = {*OF_STEPS, "metrics", "layers", "rank_tokens"}
+    expected = {*RECORDED_OF_STEPS, "metrics", "layers", "rank_tokens"}
     if set(content) != expected:
         wrong = sorted(expected ^ set(content))
         raise ValueError(f"lacks, or has beyond what is expected, {quoted(wrong)}")
     layers, metrics, tokens = content["layers"], content["metrics"], content["rank_tokens"]
     num_layers = len(shape.layers)
-    if not isinstance(layers, dict) or set(layers) != set(OF_LAYERS):
-        raise ValueError(f"layers holds {quoted(layers)}, expected lists of {list(OF_LAYERS)}")
+    if not isinstance(layers, dict) or set(layers) != set(RECORDED_OF_LAYERS):
+        names = list(RECORDED_OF_LAYERS)
+        raise ValueError(f"layers holds {quoted(layers)}, expected lists of {names}")
     if not isinstance(metrics, dict):
         raise ValueError(f"metrics must hold numbers by name, got {quoted(metrics)}")
-    for name in OF_LAYERS:
+    for name in RECORDED_OF_LAYERS:
         if not _is_list(layers[name], num_layers):
             raise ValueError(f"{name} must have a number for each of {num_layers} layers")
     if not _is_list(tokens, num_layers) or not all(
@@ -142,9 +138,9 @@ def _step_of(content: Mapping[str, Any], shape: Shape) -> _RecordedStep:
     ):
         raise ValueError(f"rank_tokens must be {num_layers} lists of {shape.num_ranks} tokens")
     return _RecordedStep(
-        {name: _number(content[name], name) for name in OF_STEPS},
+        {name: _number(content[name], name) for name in RECORDED_OF_STEPS},
         {name: _number(value, name) for name, value in metrics.items()},
-        _column([[_number(value, name) for value in layers[name]] for name in OF_LAYERS]),
+        _column([[_number(value, name) for value in layers[name]] for name in RECORDED_OF_LAYERS]),
         np.array(tokens, dtype=np.int64),
     )
 
@@ -165,7 +161,7 @@ def _number(value: object, name: str) -> float:
 def _check_memory(path: Path, line_bytes: int, shape: Shape) -> None:
     """Refuse a file that would not fit into memory, estimated from its first step's length."""
     steps = path.stat().st_size // max(1, line_bytes) + 1
-    cells = len(shape.layers) * (shape.num_ranks + 2 * len(OF_LAYERS))
+    cells = len(shape.layers) * (shape.num_ranks + 2 * len(RECORDED_OF_LAYERS))
     memory.check_enough(32 * steps * cells, f"{path} with some {steps} steps", "give a shorter one")
 
 

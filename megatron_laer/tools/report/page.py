@@ -121,7 +121,7 @@ def _figures_of(run: RunData) -> Iterator[tuple[str, str]]:
     for metric in LOGGED:
         logged = run.metrics.get(metric.name)
         if logged is not None and np.isfinite(logged).any() and not metric.over_layers:
-            unit = "" if metric.unit == "1" else f" {metric.unit}"
+            unit = f" {metric.unit}" if metric.unit else ""
             yield f"{metric.name}, mean of steps", f"{np.nanmean(logged):.4g}{unit}"
     if run.loss:
         step, loss = run.loss[-1]

@@ -22,6 +22,10 @@ class ExpertSizes:
     num_experts: int | None = None
     top_k: int = 2
 
+    @property
+    def widths(self) -> str:
+        return f"{self.hidden} x {self.ffn}{'' if self.gated else ', not gated'}"
+
 
 # Mixtral-8x7B's experts, as in the paper.
 DEFAULT_SIZES = ExpertSizes(hidden=4096, ffn=14336, gated=True)
