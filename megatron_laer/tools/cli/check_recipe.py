@@ -13,13 +13,14 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import write_output
 from megatron_laer.files.yaml_text import read_yaml
 from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
 from megatron_laer.tools.cli.argument_types import option, path
+from megatron_laer.tools.cli.program import RaisingParser
 from megatron_laer.tools.recipes.bridge import judge_recipe, read_recipes, recipe_of
 from megatron_laer.tools.recipes.command_lines import (
     check_patterns,
@@ -212,8 +213,7 @@ def _parsed(words: list[str]) -> Namespace:
         _replace_cuda_where_needed()
         from megatron.training.arguments import add_megatron_arguments
 
-    parser: argparse.ArgumentParser = _Parser(allow_abbrev=False, add_help=False)
-    parser = flags.add_arguments(add_megatron_arguments(parser))
+    parser = flags.add_arguments(add_megatron_arguments(RaisingParser()))
     parser.set_defaults(**dict.fromkeys(arguments.FILLED_IN))
     settings, unknown = parser.parse_known_args(words)
     if unknown:
@@ -238,11 +238,6 @@ def _replace_cuda_where_needed() -> None:
 
     if device.cpu_needed():
         device.install_cpu()
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def _say(judgement: Judgement) -> int:

@@ -17,13 +17,13 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_laer.config import ExpertParallelMode
 from megatron_laer.files.checks import one_line, quoted, refuse_unusable_folder
 from megatron_laer.flags import add_arguments, config_from_args
 from megatron_laer.support import arguments
 from megatron_laer.support.table import REFUSALS
+from megatron_laer.tools.cli.program import RaisingParser
 from megatron_laer.tools.model_flags import model_flags
 from megatron_laer.tools.recipes.command_lines import without
 
@@ -150,7 +150,7 @@ def check(words: Sequence[str], ranks: int, mode: str, settings: Mapping[str, st
 
 
 def _parsed(words: Sequence[str]) -> Namespace:
-    parser = _Parser(allow_abbrev=False, add_help=False)
+    parser = RaisingParser()
     add_arguments(parser)
     for flag, default in _SIZES.items():
         parser.add_argument(flag, type=_size, default=default)
@@ -164,11 +164,6 @@ def _parsed(words: Sequence[str]) -> Namespace:
         if row.unproven:
             parser.add_argument(row.flag, dest=row.argument, default=row.accepted[0])
     return parser.parse_known_args(words)[0]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def _size(text: str) -> int:

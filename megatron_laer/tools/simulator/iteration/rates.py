@@ -6,7 +6,7 @@ The file has a spread for each constant, so that iterations are predicted as a r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -117,16 +117,7 @@ def rate_sets(rates: Rates) -> tuple[Rates, ...]:
             for name, (low, high) in ends.items():
                 fast = fast_links if name.startswith(("intra.", "inter.")) else fast_compute
                 values[name] = high if fast == (name in _RATES) else low
-            found.append(
-                Rates(
-                    rates.cluster.with_constants(values),
-                    rates.bytes_per_element,
-                    rates.gap_s,
-                    rates.core_forward,
-                    rates.core_backward,
-                    rates.overhead,
-                )
-            )
+            found.append(replace(rates, cluster=rates.cluster.with_constants(values)))
     return tuple(found)
 
 
