@@ -27,7 +27,7 @@ from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.telemetry.clock import Clock
 from megatron_laer.telemetry.memory import MemoryUse, memory_use
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS
-from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
+from megatron_laer.telemetry.metrics_file import MetricsWriter
 from megatron_laer.telemetry.statistics import (
     LayerMetrics,
     LayerPasses,
@@ -182,26 +182,6 @@ class MetricsRecorder:
         )
         scalars, _ = named(layers, rank)
         return scalars | {"fsep_memory_headroom_gib": step.memory.headroom_bytes / _GIB}
-
-
-def open_recorder(
-    config: FSEPConfig,
-    guard: Guard,
-    priced: Mapping[str, int],
-    names: Sequence[str],
-    group_index: int,
-    first_step: int,
-    device: torch.device,
-    clock: Clock,
-) -> MetricsRecorder:
-    """Open the recording of one FSEP group; `priced` is the routing that the cost model prices."""
-    assert config.record_metrics is not None
-    path = recording_path(config.record_metrics, group_index)
-    run = run_settings(config, guard.costs, priced, device)
-    of = guard.geometry
-    shape = Shape(of.num_ranks, of.num_experts, of.capacity, of.node_size, tuple(names))
-    writer = MetricsWriter(path, shape, run, first_step, guard.costs.cluster)
-    return MetricsRecorder(writer, guard, names, device, clock)
 
 
 def run_settings(

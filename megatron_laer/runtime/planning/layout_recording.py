@@ -182,8 +182,7 @@ class _Shape:
             raise ValueError(f"step {quoted(step)} is no integer")
         if len(slots) != len(self.layers):
             raise ValueError(f"has {len(slots)} layers, expected {len(self.layers)}")
-        geometry = self.geometry
-        shape = (geometry.num_ranks, geometry.capacity, geometry.num_experts)
+        shape = self.geometry.shape
         return step, [ExpertLayout.from_slots(*shape, of_layer) for of_layer in slots]
 
 

@@ -58,7 +58,7 @@ def replayed_run(
     planned: dict[int, list[ExpertLayout]] = {}
     strategy = make_strategy(STRATEGY, geometry=geometry, costs=costs)
     guard = Guard(MODE, costs, geometry)
-    static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
+    static = ExpertLayout.static(*geometry.shape)
 
     def total_NE(records: Sequence[int]) -> Int64:
         summed: Int64 = trace.counts_RNE[records].sum(axis=0, dtype=np.int64)

@@ -173,16 +173,14 @@ def _relaid(
 
 def _in_a_row(geometry: Geometry) -> ExpertLayout:
     slots_S = np.arange(geometry.num_slots) % geometry.num_experts
-    return ExpertLayout.from_slots(
-        geometry.num_ranks, geometry.capacity, geometry.num_experts, slots_S
-    )
+    return ExpertLayout.from_slots(*geometry.shape, slots_S)
 
 
 def _fsep(settings: MethodSettings, rates: Rates) -> Method:
     geometry = settings.geometry
     strategy = make_strategy(settings.strategy, geometry=geometry, costs=settings.costs)
     guard = Guard(settings.mode, settings.costs, geometry)
-    static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
+    static = ExpertLayout.static(*geometry.shape)
     return Method(
         FSEP,
         make_schedule(

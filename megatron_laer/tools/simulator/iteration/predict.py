@@ -5,15 +5,16 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Recompute
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED, WAITING, Recorder
-from megatron_laer.tools.simulator.iteration.iterate import Iteration, WorkOf, run_iteration
+from megatron_laer.tools.simulator.iteration.iterate import Iteration, run_iteration
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.link_bytes import link_bytes, totals
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
@@ -114,14 +115,14 @@ def predict(
         works = _step_works(routing, step, forecasts, methods, planners, run, progress)
         for method in methods:
             found = collected[method.name]
-            work = _lookup(works[method.name], place_of)
-            of_rates = []
-            for number, timing in enumerate(timings):
-                recorder = None
-                if record is not None and is_first and number == 0:
-                    recorder = _of_method(record, method.name)
-                of_rates.append(run_iteration(method, timing, work, recorder))
-            found.iterations.append(of_rates)
+            work = partial(_work_at, works[method.name], place_of)
+            recorder = partial(record, method.name) if record is not None and is_first else None
+            found.iterations.append(
+                [
+                    run_iteration(method, timing, work, None if number else recorder)
+                    for number, timing in enumerate(timings)
+                ]
+            )
             found.bytes_by_kind.append(link_bytes(method, model, run, work))
             for of in works[method.name].values():
                 for each in of:
@@ -145,19 +146,14 @@ def _places(model: ModelShape, traced_layers: int) -> list[int | None]:
     return places
 
 
-def _lookup(works: Mapping[int, Sequence[LayerWork]], place_of: Sequence[int | None]) -> WorkOf:
-    def work(layer: int, microbatch: int) -> LayerWork | None:
-        place = place_of[layer]
-        if place is None:
-            return None
-        of = works[place]
-        return of[microbatch % len(of)]
-
-    return work
-
-
-def _of_method(record: Callable[[str, int], Recorder], method: str) -> Callable[[int], Recorder]:
-    return lambda stage: record(method, stage)
+def _work_at(
+    works: Mapping[int, Sequence[LayerWork]],
+    place_of: Sequence[int | None],
+    layer: int,
+    microbatch: int,
+) -> LayerWork | None:
+    place = place_of[layer]
+    return None if place is None else works[place][microbatch % len(works[place])]
 
 
 def _step_works(
@@ -215,18 +211,14 @@ def _prediction(
         compute_s={kind: spent[kind] for kind in COMPUTE},
         exposed_s={kind: spent[kind] for kind in EXPOSED},
         waiting_s=spent[WAITING],
-        bytes_by_kind=_mean_of(found.bytes_by_kind),
+        bytes_by_kind={
+            link: {
+                kind: float(np.mean([step[link][kind] for step in found.bytes_by_kind]))
+                for kind in by_kind
+            }
+            for link, by_kind in found.bytes_by_kind[0].items()
+        },
         memory_bytes=memory_bytes(model, run, method, found.most_pairs),
         max_over_mean=float(np.mean(found.ratios)),
         replan_share=float(np.mean(found.replans)),
     )
-
-
-def _mean_of(of_steps: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    steps = list(of_steps)
-    return {
-        link: {
-            kind: float(np.mean([step[link][kind] for step in steps])) for kind in steps[0][link]
-        }
-        for link in steps[0]
-    }

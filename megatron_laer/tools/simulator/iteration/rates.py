@@ -9,9 +9,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_laer.arrays import Int64
 from megatron_laer.planner.clusters import CONSTANTS, Cluster
 
 # Speed of attention's core over the fastest GEMM's: flash attention on an A100 reaches 185 and 150
@@ -68,10 +66,6 @@ class Rates:
     def gemm_seconds(self, tokens: float, flops_per_token: float) -> float:
         unit_s = self.cluster.gemm.unit_seconds(np.array([math.ceil(tokens)]))
         return float(unit_s[0]) * flops_per_token
-
-    def slot_unit_seconds(self, tokens_S: Int64) -> npt.NDArray[np.float64]:
-        """Return the seconds of each slot's GEMMs per FLOP of a token."""
-        return self.cluster.gemm.unit_seconds(tokens_S)
 
     def memory_seconds(self, moved_bytes: float) -> float:
         return moved_bytes / self.memory_bytes_per_s

@@ -125,7 +125,7 @@ class LayerWork:
             return sums_N
 
         near_N, far_N = by_rank(totals.near_S), by_rank(totals.far_S)
-        unit_s_S = rates.slot_unit_seconds(totals.near_S + totals.far_S)
+        unit_s_S = rates.cluster.gemm.unit_seconds(totals.near_S + totals.far_S)
         return cls(
             unit_s_N=unit_s_S.reshape(num_ranks, -1).sum(axis=1),
             pairs_N=near_N + far_N,
