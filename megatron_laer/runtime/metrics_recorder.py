@@ -25,9 +25,9 @@ from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.prediction import Prediction, predict
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.telemetry.clock import Clock
-from megatron_laer.telemetry.memory import MemoryUse, memory_use
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS
 from megatron_laer.telemetry.metrics_file import MetricsWriter
+from megatron_laer.telemetry.rank_memory import MemoryUse, memory_use
 from megatron_laer.telemetry.statistics import (
     LayerMetrics,
     LayerPasses,

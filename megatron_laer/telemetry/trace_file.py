@@ -17,7 +17,7 @@ that line, and in records a single one of all that follows it.
 
 A record is written at once and unbuffered, so a killed run leaves a file that is readable up to its
 last complete record. There is no compression and no index, because the training thread writes it.
-`files.recording` describes resuming, and `tools/traces/recording.py` reads whole files.
+`files.recording` describes resuming, and `tools/traces/fsep.py` reads whole files.
 
 Legend: N source ranks, E experts.
 """

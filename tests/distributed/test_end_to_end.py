@@ -9,7 +9,7 @@ import pytest
 from benchmarks import end_to_end, routing
 from benchmarks.end_to_end_cases import SKEWS, TOKENS_OF, Size, configurations, token_configurations
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
-from megatron_laer.tools.traces.workloads import Shape, workload_counts
+from megatron_laer.tools.traces.workloads import WorkloadShape, workload_counts
 
 TINY = Size(2, 64, 64, 8, 2, 64, 16, warm_up=1, steps=2, repeats=1)
 TIMES = {"median", "min", "max"}
@@ -39,7 +39,7 @@ def test_every_configuration_runs_under_the_routing_it_is_named_for(tmp_path: Pa
         assert set(shares) == {"stock", "fsep"}
         assert all(set(share) == TIMES and share["min"] > 0 for share in shares.values())
         stock, fsep = (runs[f"{kind}, {workload}"][0].ranks[0] for kind in ("stock", "fsep"))
-        sizes = Shape(2, shape.experts, shape.topk, shape.tokens)
+        sizes = WorkloadShape(2, shape.experts, shape.topk, shape.tokens)
         counts = [workload_counts(workload, sizes, step) for step in range(len(stock.step_ms))]
         skews = [max_over_mean(stock_tokens_N(counts_NE)) for counts_NE in counts]
         assert stock.stock_skew == fsep.stock_skew == pytest.approx(skews)

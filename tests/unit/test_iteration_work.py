@@ -30,13 +30,13 @@ from megatron_laer.tools.simulator.iteration.methods import (
     make_method,
 )
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
-from megatron_laer.tools.simulator.iteration.predict import predict
+from megatron_laer.tools.simulator.iteration.predict import predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import Exchange, LayerWork, grouped_totals
 from megatron_laer.tools.traces.records import Trace
-from megatron_laer.tools.traces.workloads import Shape, workload_trace
+from megatron_laer.tools.traces.workloads import WorkloadShape, workload_trace
 from tests.unit.plan_cases import drifting_trace
 
 CLUSTER = load_cluster("a100-4x8-ib800")
@@ -62,7 +62,7 @@ def predicted(
     geometry = Geometry(trace.num_ranks, trace.num_experts, 3, trace.num_ranks // 2)
     routing = Routing(trace, trace.num_ranks)
     shape = {"tokens": round(routing.pairs / model.topk), "microbatches": 4} | run
-    found = predict(
+    found = predict_iterations(
         routing,
         model,
         RunShape(trace.num_ranks, geometry.node_size, **shape),
@@ -252,7 +252,7 @@ def test_flexmoe_makes_the_busiest_rank_less_busy_and_keeps_nodes_whole():
 
 
 def test_balanced_routing_gives_stock_the_time_of_perfect_balance():
-    trace = workload_trace("W0", Shape(8, 8, 2, 4096), 4)
+    trace = workload_trace("W0", WorkloadShape(8, 8, 2, 4096), 4)
     found = predicted(trace, names=[STOCK])[STOCK]
     assert found.max_over_mean == 1.0 and found.waiting_s == pytest.approx(0.0, abs=1e-9)
 
@@ -318,7 +318,7 @@ def test_experts_that_are_held_are_restored_and_reduced_once_per_step():
 
 
 def test_recompute_costs_a_forward_and_its_tokens_and_saves_memory():
-    trace = workload_trace("W0", Shape(8, 8, 2, 4096), 4)
+    trace = workload_trace("W0", WorkloadShape(8, 8, 2, 4096), 4)
     none, compute, full = (
         predicted(trace, names=[STOCK], recompute=recompute)[STOCK]
         for recompute in (Recompute.NONE, Recompute.COMPUTE, Recompute.FULL)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.tools import cli
-from megatron_laer.tools.recipes.bridge import COLUMNS, judge_recipe, read_recipes
+from megatron_laer.tools.recipes.bridge_table import COLUMNS, judge_recipe, read_recipes
 from megatron_laer.tools.recipes.verdict import Verdict
 from tests.recipes_page import LIST, PAGE, judged, tables
 from tests.unit.test_recipes import NAME, NONE

@@ -11,7 +11,7 @@ from megatron_laer.support.refusal import LeftOut
 from megatron_laer.support.table import REFUSALS
 from megatron_laer.tools import cli
 from megatron_laer.tools.cli.check_recipe import STATUS
-from megatron_laer.tools.recipes.bridge import COLUMNS, judge_recipe
+from megatron_laer.tools.recipes.bridge_table import COLUMNS, judge_recipe
 from megatron_laer.tools.recipes.families import IMPLIED, implied_by
 from megatron_laer.tools.recipes.verdict import Verdict, judge
 

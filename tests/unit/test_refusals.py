@@ -181,7 +181,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import arguments, checkpointing
 import megatron.training.global_vars
 from megatron_laer import plugin, session
-from megatron_laer.flags import config_from_args
+from megatron_laer.fsep_flags import config_from_args
 from megatron_laer.support.arguments import fill_in, problems
 from megatron_laer.support.table import REFUSALS
 

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_laer import environment
 from megatron_laer.config import FSEPConfig
-from megatron_laer.flags import add_arguments
+from megatron_laer.fsep_flags import add_arguments
 from tests import site_pages
 from tests.documents import ROOT
 from tests.site_pages import DOCS, with_table

@@ -15,7 +15,7 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.tools.traces.workloads import (
     WORKLOADS,
-    Shape,
+    WorkloadShape,
     experts_of_tokens,
     workload_counts,
     workload_trace,
@@ -97,7 +97,7 @@ def test_every_workload_has_its_bounds() -> None:
 
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_a_workload_follows_from_its_name_seed_and_step_alone(name: str) -> None:
-    shape = Shape(4, 16, 2, 256)
+    shape = WorkloadShape(4, 16, 2, 256)
     counts_NE = workload_counts(name, shape, 5, seed=3)
     assert (counts_NE == workload_counts(name, shape, 5, seed=3)).all()
     for other_NE in (workload_counts(name, shape, 6, 3), workload_counts(name, shape, 5, 4)):
@@ -110,7 +110,7 @@ def test_a_workload_follows_from_its_name_seed_and_step_alone(name: str) -> None
 @pytest.mark.parametrize("name", WORKLOADS)
 @pytest.mark.parametrize("topk", [1, 2, 4])
 def test_tokens_have_k_different_experts(name: str, topk: int) -> None:
-    shape = Shape(4, 8, topk, 100)
+    shape = WorkloadShape(4, 8, topk, 100)
     for counts_E in workload_counts(name, shape, 3):
         tokens = int(counts_E.sum()) // topk
         assert tokens == 100 or name == "W4"
@@ -121,7 +121,7 @@ def test_tokens_have_k_different_experts(name: str, topk: int) -> None:
 
 
 def test_w0_is_even() -> None:
-    assert (workload_counts("W0", Shape(4, 8, 2, 400), 0) == 100).all()
+    assert (workload_counts("W0", WorkloadShape(4, 8, 2, 400), 0) == 100).all()
 
 
 # With 4 of 16 experts hot and three of K = 4 tokens on them, a hot one has 13/16 · 4 = 3.25 fair
@@ -139,7 +139,7 @@ def test_w2_is_on_neighbouring_ranks_w3_is_spread_and_w1_is_neither() -> None:
 
 
 def test_w4_is_uneven_at_the_sources_alone() -> None:
-    counts_NE = workload_counts("W4", Shape(16, 16, 2, 4000), 0)
+    counts_NE = workload_counts("W4", WorkloadShape(16, 16, 2, 4000), 0)
     tokens_N = counts_NE.sum(axis=1) // 2
     assert 500 <= tokens_N.min() < 2000 < 5000 < tokens_N.max() <= 8000
     assert np.allclose(shares("W4"), 1.0, rtol=0.1)
@@ -174,7 +174,7 @@ def test_what_does_not_fit_is_quoted(
     name: str, shape: tuple[int, int, int, int], problem: str
 ) -> None:
     with pytest.raises(ValueError, match=problem):
-        workload_counts(name, Shape(*shape), 0)
+        workload_counts(name, WorkloadShape(*shape), 0)
 
 
 def problem(shape: tuple[int, int, int]) -> tuple[Geometry, ExpertLayout]:
@@ -185,12 +185,12 @@ def problem(shape: tuple[int, int, int]) -> tuple[Geometry, ExpertLayout]:
 
 def microbatches(name: str, shape: tuple[int, int, int], count: int, seed: int) -> list[Int64]:
     num_ranks, num_experts, _ = shape
-    sizes = Shape(num_ranks, num_experts, TOPK, TOKENS)
+    sizes = WorkloadShape(num_ranks, num_experts, TOPK, TOKENS)
     return [workload_counts(name, sizes, step, seed) for step in range(count)]
 
 
 def shares(name: str, step: int = 0, seed: int = 0) -> np.ndarray:
-    loads_E = workload_counts(name, Shape(16, 16, 2, 4000), step, seed).sum(axis=0)
+    loads_E = workload_counts(name, WorkloadShape(16, 16, 2, 4000), step, seed).sum(axis=0)
     found: np.ndarray = loads_E / loads_E.mean()
     return found
 

@@ -17,8 +17,8 @@ from megatron_laer.files import memory
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.runtime.comm import launcher
 from megatron_laer.runtime.comm.streams import make_comm_stream
-from megatron_laer.tools.calibration import machine
-from megatron_laer.tools.calibration.constants import cluster_of
+from megatron_laer.tools.calibration import hardware
+from megatron_laer.tools.calibration.constants import measured_cluster
 from megatron_laer.tools.calibration.contention import contention_jobs
 from megatron_laer.tools.calibration.gemms import gemm_jobs, usable_back_ends
 from megatron_laer.tools.calibration.host import host_jobs
@@ -121,12 +121,12 @@ def calibrate(
             figures = measure(progress(jobs * settings.rounds), settings, control)
     finally:
         stream.close()
-    hardware = [""] * dist.get_world_size()
-    dist.all_gather_object(hardware, machine.hardware_name(device), group=control)
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, hardware.hardware_name(device), group=control)
     if dist.get_rank() != 0:
         return None
-    measured = machine.describe(hardware, settings, device)
-    return cluster_of(figures, settings, len(hardware) // settings.node_size, name, measured)
+    measured = hardware.describe(names, settings, device)
+    return measured_cluster(figures, settings, len(names) // settings.node_size, name, measured)
 
 
 # Experts by `on_cuda`: Mixtral-8x7B's, and one that a processor computes in milliseconds.

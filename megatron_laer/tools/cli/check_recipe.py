@@ -21,7 +21,7 @@ from megatron_laer.files.yaml_text import read_yaml
 from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
 from megatron_laer.tools.cli.argument_types import option, path
 from megatron_laer.tools.cli.program import RaisingParser
-from megatron_laer.tools.recipes.bridge import judge_recipe, read_recipes, recipe_of
+from megatron_laer.tools.recipes.bridge_table import judge_recipe, read_recipes, recipe_of
 from megatron_laer.tools.recipes.command_lines import (
     check_patterns,
     flags_in_mapping,
@@ -178,7 +178,7 @@ def _judge_function(name: str) -> Judgement:
 
 
 def _judge_flags(words: list[str]) -> int:
-    from megatron_laer.flags import config_from_args
+    from megatron_laer.fsep_flags import config_from_args
     from megatron_laer.support import RefusedError, arguments
 
     settings = _parsed(words)
@@ -200,7 +200,7 @@ def _judge_flags(words: list[str]) -> int:
 
 
 def _parsed(words: list[str]) -> Namespace:
-    from megatron_laer import flags
+    from megatron_laer import fsep_flags
     from megatron_laer.config import ExpertParallelMode
     from megatron_laer.support import arguments
 
@@ -213,7 +213,7 @@ def _parsed(words: list[str]) -> Namespace:
         _replace_cuda_where_needed()
         from megatron.training.arguments import add_megatron_arguments
 
-    parser = flags.add_arguments(add_megatron_arguments(RaisingParser()))
+    parser = fsep_flags.add_arguments(add_megatron_arguments(RaisingParser()))
     parser.set_defaults(**dict.fromkeys(arguments.FILLED_IN))
     settings, unknown = parser.parse_known_args(words)
     if unknown:

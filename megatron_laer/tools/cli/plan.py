@@ -26,7 +26,11 @@ from megatron_laer.tools.cli.argument_types import (
     yaml_inputs,
 )
 from megatron_laer.tools.cli.outputs import bar, check_outputs
-from megatron_laer.tools.cli.settings import DEFAULT_CLUSTER, read_recording, settings_of
+from megatron_laer.tools.cli.prediction_settings import (
+    DEFAULT_CLUSTER,
+    prediction_settings,
+    recording_of,
+)
 from megatron_laer.tools.report.recorded import check_same_run
 from megatron_laer.tools.report.run_files import metrics_beside
 from megatron_laer.tools.simulator import plan_output
@@ -42,7 +46,7 @@ from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
 from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
 from megatron_laer.tools.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH
 from megatron_laer.tools.traces.records import Trace
-from megatron_laer.tools.traces.workloads import WORKLOADS, Shape, workload_trace
+from megatron_laer.tools.traces.workloads import WORKLOADS, WorkloadShape, workload_trace
 
 _DEFAULT_TOLERANCE = 0.05
 # Maximum of --lag and --every: more than any trace has records.
@@ -120,8 +124,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     metrics = None if args.trace is None else metrics_beside(args.trace)
     _check(args, metrics)
-    recording = read_recording(metrics)
-    settings = settings_of(vars(args) | {"top_k": args.topk}, recording, metrics)
+    recording = recording_of(metrics)
+    settings = prediction_settings(vars(args) | {"top_k": args.topk}, recording, metrics)
     costs, sizes, cluster = settings.costs, settings.sizes, settings.costs.cluster
     num_experts = args.experts if args.experts is not None else sizes.num_experts
     tolerance = _DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
@@ -238,7 +242,7 @@ def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Tr
         default if (given := getattr(args, flag.removeprefix("--"))) is None else given
         for flag, (_, _, default, _) in _WORKLOAD_ONLY.items()
     )
-    shape = Shape(args.ranks, num_experts, topk, tokens)
+    shape = WorkloadShape(args.ranks, num_experts, topk, tokens)
     memory.check_enough(
         _BYTES_PER_COUNT * steps * args.ranks * num_experts,
         f"{steps} steps of {args.ranks} ranks and {num_experts} experts",

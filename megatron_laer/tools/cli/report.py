@@ -22,7 +22,11 @@ from megatron_laer.tools.cli.argument_types import (
     yaml_inputs,
 )
 from megatron_laer.tools.cli.outputs import bar
-from megatron_laer.tools.cli.settings import DEFAULT_CLUSTER, read_recording, settings_of
+from megatron_laer.tools.cli.prediction_settings import (
+    DEFAULT_CLUSTER,
+    prediction_settings,
+    recording_of,
+)
 from megatron_laer.tools.report.assessment import assess
 from megatron_laer.tools.report.recorded import check_same_run, recorded_run
 from megatron_laer.tools.report.replayed import replayed_run
@@ -119,9 +123,9 @@ def _read(
                     "its metrics; leave it out"
                 )
     metrics = files.metrics or files.metrics_beside
-    recording = read_recording(metrics)
+    recording = recording_of(metrics)
     given = {"cluster": args.cluster, "config": args.config}
-    settings = settings_of(given, recording, metrics)
+    settings = prediction_settings(given, recording, metrics)
     trace = None
     if files.trace is not None:
         with naming(files.trace):

@@ -44,7 +44,7 @@ from megatron_laer.tools.simulator.iteration.methods import (
     make_method,
 )
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
-from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict
+from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict_iterations
 from megatron_laer.tools.simulator.iteration.predicted_timeline import PredictedTimeline
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.routing import Routing
@@ -194,7 +194,7 @@ def _simulate(
         record = results.timeline.recorder
     total = min(args.steps, len(routing.steps())) * routing.layers * shape.microbatches
     with tqdm(desc=case.label, total=total, unit="microbatch", disable=None, leave=False) as bar:
-        found = predict(
+        found = predict_iterations(
             routing,
             model,
             shape,

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_laer.config import ExpertParallelMode
 from megatron_laer.files.checks import one_line, quoted, refuse_unusable_folder
-from megatron_laer.flags import add_arguments, config_from_args
+from megatron_laer.fsep_flags import add_arguments, config_from_args
 from megatron_laer.support import arguments
 from megatron_laer.support.table import REFUSALS
 from megatron_laer.tools.cli.program import RaisingParser

@@ -11,7 +11,7 @@ from megatron_laer.files.recording import is_cut_off
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.telemetry.trace_file import MAGIC
 from megatron_laer.tools.traces import csv_table, megatron, smartmoe
-from megatron_laer.tools.traces.recording import read_recording
+from megatron_laer.tools.traces.fsep import read_recording
 from megatron_laer.tools.traces.records import Trace
 
 FORMATS = ("fsep", "megatron", "smartmoe", "npz", "csv")

@@ -21,7 +21,7 @@ from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import LayerPlanner, Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import Routing, Step
+from megatron_laer.tools.simulator.iteration.routing import Routing, TraceStep
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import LayerWork
 
@@ -81,7 +81,7 @@ class _Collected:
     most_pairs: int = 0
 
 
-def predict(
+def predict_iterations(
     routing: Routing,
     model: ModelShape,
     run: RunShape,
@@ -158,7 +158,7 @@ def _work_at(
 
 def _step_works(
     routing: Routing,
-    step: Step,
+    step: TraceStep,
     forecasts: Mapping[int, Int64],
     methods: Sequence[Method],
     planners: Mapping[str, Sequence[LayerPlanner]],

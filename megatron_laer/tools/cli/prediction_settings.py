@@ -94,14 +94,14 @@ class PredictionSettings:
         return shapes, tuple(recorded)
 
 
-def read_recording(path: Path | None) -> MetricsRecording | None:
+def recording_of(path: Path | None) -> MetricsRecording | None:
     if path is None:
         return None
     with naming(path):
         return read_metrics(path)
 
 
-def settings_of(
+def prediction_settings(
     flags: Mapping[str, Any], recording: MetricsRecording | None, path: Path | None
 ) -> PredictionSettings:
     """Return the settings of predictions by a command's flags, which are None if not given.
