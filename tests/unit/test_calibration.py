@@ -21,7 +21,7 @@ from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Figure, Link, SolveTime
 from megatron_laer.runtime.build import layer_costs
 from megatron_laer.tools.calibration import quantities
-from megatron_laer.tools.calibration.constants import cluster_of
+from megatron_laer.tools.calibration.constants import measured_cluster
 from megatron_laer.tools.calibration.fitting import (
     figure_of,
     fit_curve,
@@ -46,11 +46,12 @@ from megatron_laer.tools.calibration.quantities import (
     Product,
     Quantity,
 )
-from megatron_laer.tools.calibration.settings import CalibrationSettings, ExpertShape, make_settings
+from megatron_laer.tools.calibration.settings import CalibrationSettings, make_settings
+from megatron_laer.tools.model_flags import ExpertSizes
 
 LINKS = {INTRA: Link(2e11, 1e-5, 2e-6), INTER: Link(2.5e10, 3e-5, 4e-6)}
 SOLVE, GATE = SolveTime(4e-5, 4e-7, 2e-8), SolveTime(1e-5, 1e-7, 3e-9)
-EXPERT = ExpertShape(1024, 4096, True)
+EXPERT = ExpertSizes(1024, 4096, True)
 # Per product: seconds of a GEMM without tokens, which reads the weights, and FLOP/s.
 SPEEDS = {"forward": (1e-4, 4e14), "input_grad": (1e-4, 4e14), "weight_grad": (3e-4, 2e14)}
 SIZES = [2**power for power in range(10, 29, 2)]
@@ -103,7 +104,7 @@ MEASURED = {"hardware": "32 x something", "date": "2026-11-26"}
 
 
 def test_constants_are_found_again_from_what_they_make() -> None:
-    cluster = cluster_of(all_figures(CHOSEN), CHOSEN, 4, "found", MEASURED)
+    cluster = measured_cluster(all_figures(CHOSEN), CHOSEN, 4, "found", MEASURED)
     for name, link in (("intra", cluster.intra), ("inter", cluster.inter)):
         for constant in Link.__match_args__:
             expected = getattr(LINKS[name], constant)
@@ -129,7 +130,7 @@ def test_constants_are_found_again_from_what_they_make() -> None:
 
 
 def test_every_constant_has_a_spread_with_its_figures_in_it() -> None:
-    cluster = cluster_of(all_figures(CHOSEN), CHOSEN, 4, "found", MEASURED)
+    cluster = measured_cluster(all_figures(CHOSEN), CHOSEN, 4, "found", MEASURED)
     spreads = dict(cluster.spreads)
     assert spreads["gemm"].low == pytest.approx(1 / 1.1, rel=1e-3)
     assert spreads["gemm"].high == pytest.approx(1.1, rel=1e-3)
@@ -142,7 +143,7 @@ def test_every_constant_has_a_spread_with_its_figures_in_it() -> None:
 
 def test_the_file_holds_all_of_it() -> None:
     figures = all_figures(CHOSEN)
-    cluster = cluster_of(figures, CHOSEN, 4, "found", MEASURED)
+    cluster = measured_cluster(figures, CHOSEN, 4, "found", MEASURED)
     assert parse_cluster(cluster_text(cluster)) == cluster
     assert [back_end.name for back_end in cluster.back_ends] == ["loop", "torch"]
     assert cluster.for_back_end("torch").gemm.points[-1][1] == pytest.approx(
@@ -156,7 +157,7 @@ def test_the_file_holds_all_of_it() -> None:
 @pytest.mark.parametrize("there", [INTRA, INTER])
 def test_links_that_are_not_there_have_the_numbers_of_those_that_are(there: str) -> None:
     figures = all_figures(CHOSEN, {there: LINKS[there]}, peers=(1,))
-    cluster = cluster_of(figures, CHOSEN, 1, "found", MEASURED)
+    cluster = measured_cluster(figures, CHOSEN, 1, "found", MEASURED)
     assert cluster.intra == cluster.inter
     assert f"they have the numbers of {there}-node links" in cluster.assumed
     # A single number of peers does not determine latency per peer.
@@ -220,7 +221,7 @@ def test_expert_sizes_are_those_of_the_cost_model() -> None:
     from tests.costs import make_costs
 
     for gated in (False, True):
-        shape, costs = ExpertShape(64, 24, gated), make_costs(hidden=64, ffn=24, gated=gated)
+        shape, costs = ExpertSizes(64, 24, gated), make_costs(hidden=64, ffn=24, gated=gated)
         assert (shape.matrices, shape.flops_per_token) == (costs.matrices, costs.flops_per_token)
 
 
@@ -255,7 +256,7 @@ def test_settings_have_points_in_order_and_tokens_that_count(on_cuda: bool, quic
 
 
 def test_training_predicts_by_the_gemms_of_the_back_end_that_computes(tmp_path: Path) -> None:
-    cluster = cluster_of(all_figures(CHOSEN), CHOSEN, 4, "found", MEASURED)
+    cluster = measured_cluster(all_figures(CHOSEN), CHOSEN, 4, "found", MEASURED)
     path = tmp_path / "found.yaml"
     path.write_text(cluster_text(cluster))
     model = SimpleNamespace(
@@ -306,7 +307,7 @@ def test_an_expert_that_does_not_fit_into_memory_is_refused() -> None:
 
 
 def test_products_take_about_the_memory_that_is_estimated(monkeypatch):
-    chosen = make_settings(ExpertShape(64, 96, gated=True), 1, on_cuda=False, quick=True)
+    chosen = make_settings(ExpertSizes(64, 96, gated=True), 1, on_cuda=False, quick=True)
     taken = []
 
     def recording(make):

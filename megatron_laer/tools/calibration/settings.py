@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_laer.tools.model_flags import ExpertSizes
+
 START = "start at least two with `torchrun --nproc-per-node 2 -m megatron_laer calibrate FILE`"
 
 # Tokens of a slot by `on_cuda`, up to more than any slot is likely to get.
@@ -24,25 +26,6 @@ _QUICK_SHAPES = ((2, 3, 4), (16, 3, 32), (64, 8, 256))
 
 
 @dataclass(frozen=True)
-class ExpertShape:
-    """Widths of an expert whose GEMMs are measured; with `gated`, its first matrix is [2F, H]."""
-
-    hidden: int
-    ffn: int
-    gated: bool
-
-    @property
-    def matrices(self) -> tuple[tuple[int, int], ...]:
-        """Return (rows, columns) of the two matrices."""
-        return ((2 if self.gated else 1) * self.ffn, self.hidden), (self.hidden, self.ffn)
-
-    @property
-    def flops_per_token(self) -> int:
-        """Count the FLOPs of one token in one pass: two per weight."""
-        return 2 * sum(rows * columns for rows, columns in self.matrices)
-
-
-@dataclass(frozen=True)
 class CalibrationSettings:
     """Sizes and durations of all measurements; the same on every rank.
 
@@ -59,7 +42,7 @@ class CalibrationSettings:
     """
 
     device: str
-    expert: ExpertShape
+    expert: ExpertSizes
     slots: int
     tokens: tuple[int, ...]
     sent_bytes: tuple[int, ...]
@@ -96,7 +79,7 @@ class CalibrationSettings:
 
 
 def make_settings(
-    expert: ExpertShape, node_size: int, *, on_cuda: bool, quick: bool
+    expert: ExpertSizes, node_size: int, *, on_cuda: bool, quick: bool
 ) -> CalibrationSettings:
     """Choose sizes for a device; `quick` measures fewer points, in seconds, not minutes."""
     return CalibrationSettings(

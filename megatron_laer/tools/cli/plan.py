@@ -31,6 +31,7 @@ from megatron_laer.tools.cli.prediction_settings import (
     prediction_settings,
     recording_of,
 )
+from megatron_laer.tools.model_flags import DEFAULT_SIZES, MAX_WIDTH
 from megatron_laer.tools.report.recorded import check_same_run
 from megatron_laer.tools.report.run_files import metrics_beside
 from megatron_laer.tools.simulator import plan_output
@@ -44,7 +45,6 @@ from megatron_laer.tools.simulator.comparison import (
 )
 from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
 from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
-from megatron_laer.tools.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import WORKLOADS, WorkloadShape, workload_trace
 

@@ -22,10 +22,10 @@ from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.telemetry.metrics_file import Shape
 from megatron_laer.tools.cli.argument_types import between, named
+from megatron_laer.tools.model_flags import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
 from megatron_laer.tools.report.metrics_recording import MetricsRecording, read_metrics
 from megatron_laer.tools.report.run_files import naming
 from megatron_laer.tools.simulator.comparison import mean_tokens
-from megatron_laer.tools.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
 from megatron_laer.tools.traces.records import Trace
 
 DEFAULT_CLUSTER = "a100-4x8-ib800"

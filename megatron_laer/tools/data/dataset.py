@@ -5,8 +5,10 @@ document, since Megatron's GPTDataset shuffles sequences. Megatron is imported a
 been checked. A dataset is put in place only when complete.
 """
 
+import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -38,7 +40,6 @@ from megatron_laer.tools.data.tokenizers import (
     load_tokenizer,
     readable,
 )
-from megatron_laer.tools.quiet import quiet
 
 _CACHE = "cache"
 
@@ -177,9 +178,22 @@ def _checked_prefix(
     return prefix
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress warnings, including logged ones, in the block."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 class _Dataset:
     def __init__(self, bin_path: Path, vocab_size: int) -> None:
-        with quiet():
+        with _quiet():
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
         self._dtype = DType.optimal_dtype(vocab_size)
         self.builder: Any = IndexedDatasetBuilder(str(bin_path), dtype=self._dtype)

@@ -9,8 +9,7 @@ from functools import cached_property
 
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.tools.model_flags import model_values, whole_number
-from megatron_laer.tools.simulator.sizes import MAX_WIDTH, model_sizes
+from megatron_laer.tools.model_flags import MAX_WIDTH, model_sizes, model_values, whole_number
 
 _MAX_LAYERS = 4096
 _FREQUENCY_PART = re.compile(r"\[([01](?:,[01])*)\](?:\*(\d{1,4}))?")
