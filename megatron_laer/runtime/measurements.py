@@ -23,9 +23,8 @@ from megatron_laer.telemetry.timeline import Timeline, open_timeline
 class Measurements:
     """Measurements of one rank; none before `start`.
 
-    Attributes:
-        listener: to the intervals of compute and exchanges; None without measurements.
-        recorder: of each step's metrics; only on a planner rank with `--fsep-record-metrics`.
+    `listener` hears intervals of compute and exchanges. A planner rank with `--fsep-record-metrics`
+    has a `recorder` of each step's metrics.
     """
 
     def __init__(

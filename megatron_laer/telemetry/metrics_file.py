@@ -63,9 +63,7 @@ class Shape:
 class MetricsWriter:
     """Writer of a line for each step, on the planner rank.
 
-    Args:
-        run: description of this run, texts by name.
-        first_step: of this run; 0 if it does not resume another.
+    `run` describes this run by name; `first_step` is 0 if it does not resume another.
     """
 
     def __init__(

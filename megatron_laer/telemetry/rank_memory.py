@@ -14,10 +14,8 @@ from megatron_laer.files.memory import available_bytes
 class MemoryUse:
     """Memory that a rank has used, and the rest.
 
-    Attributes:
-        used_bytes: peak of torch's reserved memory; on the CPU, resident memory.
-        headroom_bytes: the device's memory beyond that peak, shared with other libraries; on the
-            CPU, free memory, shared with the machine's ranks.
+    `used_bytes` is the peak of torch's reserved memory; on the CPU, resident memory.
+    `headroom_bytes` is the device's memory beyond that peak; on the CPU, the machine's free memory.
     """
 
     used_bytes: int

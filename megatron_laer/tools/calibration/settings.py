@@ -29,16 +29,10 @@ _QUICK_SHAPES = ((2, 3, 4), (16, 3, 32), (64, 8, 256))
 class CalibrationSettings:
     """Sizes and durations of all measurements; the same on every rank.
 
-    Attributes:
-        slots: of a rank in one call of a back end.
-        tokens: of each slot, increasing.
-        sent_bytes: by a rank in one All-to-All, increasing.
-        shapes: (N, C, E) for which the planner is timed.
-        contended_tokens, contended_bytes: of a slot's GEMM and a rank's All-to-All that overlap.
-        rounds: passes over all figures.
-        round_s: time of a figure in a round, unless `least_samples` take longer.
-        sample_s: minimum time of a sample, which repeats its work.
-        least_samples: minimum per figure, round and rank.
+    `slots` are a rank's in one call of a back end, `tokens` each slot's, `sent_bytes` a rank's in
+    one All-to-All; both increase. `shapes` are (N, C, E) of planner calls. `contended_*` are of a
+    GEMM and an All-to-All that overlap. A figure has `round_s` in each of `rounds`, unless
+    `least_samples` of at least `sample_s` take longer.
     """
 
     device: str

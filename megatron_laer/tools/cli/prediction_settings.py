@@ -37,13 +37,10 @@ _MAY_BE_MISSING = ("token_exchange", "top_k")
 
 @dataclass(frozen=True)
 class PredictionSettings:
-    """Settings of predictions.
+    """Settings of predictions, whose `costs` assume tokens that travel by rank.
 
-    Attributes:
-        costs: with tokens that travel by rank.
-        shape: of the recorded run; None without a recording.
-        recorded, defaults: names of the settings from the recording, and from neither it nor flags.
-        note: recorded settings that cannot be used, and their replacements; "" for none.
+    `recorded` and `defaults` name the settings from the recording, and from neither it nor flags.
+    `note` names unusable recorded settings and their replacements; "" for none.
     """
 
     sizes: ExpertSizes

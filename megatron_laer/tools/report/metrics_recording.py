@@ -31,13 +31,11 @@ Float64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class MetricsRecording:
-    """Content of a recording; missing values are NaN.
+    """Content of a recording by name, float [T] and [T, L]; missing values are NaN.
 
-    Attributes:
-        runs: first step of each run that wrote it, and its description.
-        clusters: each of these runs' planner cluster, with the run's GEMMs; None if unknown.
-        of_steps, of_layers: float [T] and [T, L] by name.
-        metrics: float [T] by name: the logged metrics, of this group.
+    `runs` has the first step and description of each run that wrote it, and `clusters` its
+    planner's cluster, with the run's GEMMs; None if unknown. `metrics` are the logged ones, of this
+    group.
     """
 
     shape: Shape

@@ -51,12 +51,9 @@ def read_megatron(
     num_experts: int | None = None,
     progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
 ) -> Trace:
-    """Read a folder of `router_trace_rank*.jsonl`, or one such file.
+    """Read a folder of `router_trace_rank*.jsonl`, or one such file; `ranks` in their new order.
 
-    A truncated last line, and steps that some rank has not reached, are omitted. `ranks` are the
-    ranks to read, in their new order; all by default.
-
-    Raises ValueError for a malformed line, ranks with different layers or a rank without a file.
+    A truncated last line, and steps that some rank has not reached, are omitted.
     """
     files = _files(path, ranks)
     calls = [_read_rank(file, num_experts) for file in progress(files)]

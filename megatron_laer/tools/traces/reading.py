@@ -25,16 +25,11 @@ def read_trace(
     num_experts: int | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Trace:
-    """Read a trace from a file, or a folder of one format.
+    """Read a trace from a file, or a folder of one format; by default the format is recognized.
 
-    Args:
-        format: one of `FORMATS`; by default it is recognized.
-        ranks: only these source ranks, in this order.
-        num_experts: E, for formats that do not state it; checked against the others.
-
-    Raises:
-        ValueError: an unknown format, damaged content (by file and line or record), or another
-            number of experts.
+    `ranks` are the source ranks to read, in this order. `num_experts` is for formats that do not
+    state it, and checked against the others. Raises ValueError for an unknown format or damaged
+    content, named by file and line or record.
     """
     if num_experts is not None and not 1 <= num_experts <= MAX_EXPERTS:
         raise ValueError(f"the number of experts must be in 1..{MAX_EXPERTS}, got {num_experts}")

@@ -18,13 +18,10 @@ from megatron_laer.tools.simulator.iteration.clocks import GRADIENTS, PARAMETERS
 class MoETimes:
     """Seconds of the parts of a MoE layer for one microbatch.
 
-    Attributes:
-        forward_N, backward_N: compute of the experts; `backward_N` includes recompute.
-        tokens_N, within_node: one exchange of tokens, and whether ranks wait for their node only.
-        gate_s: exchange of counts, decision and quotas.
-        restore_s, backward_restore_s, reduce_s: of the experts; None if this pass has none.
-        change_s: fetching changed slots after the gate; None if there are none.
-        group: number of neighbours that exchange tokens and counts; None for all ranks.
+    `backward_N` includes recompute. `tokens_N` is one exchange of tokens, in which ranks wait for
+    their node only if `within_node`. `gate_s` is exchange of counts, decision and quotas. Exchanges
+    of experts are None in passes without; `change_s` fetches changed slots. `group` is the number
+    of neighbours that exchange tokens and counts; None for all ranks.
     """
 
     forward_N: Seconds
@@ -43,14 +40,10 @@ class MoETimes:
 class LayerTimes:
     """Seconds of the parts of a layer for one microbatch.
 
-    Attributes:
-        attention_s, dense_s: forward, backward; `dense_s` is neither attention nor experts.
-            Backward includes recompute, except for `again`.
-        tensor_s: collectives among tensor-parallel ranks, forward and backward.
-        again: whether backward first runs forward again, with its exchanges of tokens.
-        host_s: launches of small kernels, per direction.
-        gather_s, scatter_s: data-parallel exchanges of the layer's parameters and gradients; 0 in
-            passes without.
+    Pairs are forward and backward. `dense_s` is neither attention nor experts, `tensor_s`
+    collectives among tensor-parallel ranks, `host_s` launches per direction. Backward includes
+    recompute, except with `again`, where it first runs forward again, with its exchanges of tokens.
+    `gather_s` and `scatter_s` exchange the layer's parameters and gradients; 0 in passes without.
     """
 
     name: str

@@ -30,12 +30,9 @@ class LatentAttention:
 class ModelShape:
     """Sizes of a MoE GPT that determine times, FLOPs and memory.
 
-    Attributes:
-        layer_has_experts: True for a MoE layer; layers of multi-token prediction are last.
-        query_width, key_value_width: over all heads.
-        dense_ffn, expert_ffn, shared_ffn: widths; 0 for none.
-        prediction_heads: passes of the LM head: one, and one per layer of multi-token prediction.
-        bytes_per_element: of weights, tokens and gradients on the wire.
+    Layers of multi-token prediction are last in `layer_has_experts`; `prediction_heads` counts them
+    and the main one. Widths of queries, keys and values are over all heads; a width is 0 for none.
+    `bytes_per_element` are of weights, tokens and gradients on the wire.
     """
 
     hidden: int

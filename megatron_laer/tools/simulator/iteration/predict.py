@@ -33,18 +33,12 @@ _TRAINING_PASSES = 3
 class IterationPrediction:
     """Predicted iteration of a method; means over steps, and over ranks unless stated.
 
-    Attributes:
-        iteration_s, low_s, high_s: at the nominal rates, and the range over all sets of rates.
-        by_rates_s: for each set of rates, nominal first.
-        compute_s, exposed_s: by kind; with `waiting_s` they add up to `iteration_s`.
-        waiting_s: for ranks that compute longer.
-        mfu: FLOPs of the model, without recompute, over the peak's.
-        naive_s: FLOPs of the model, with recompute, at the fastest GEMM's speed.
-        bytes_by_kind: received by a rank, by link class and kind of exchange.
-        memory_bytes: by part, on the rank and stage that need most.
-        max_over_mean: of tokens per rank, over all layers and microbatches.
-        replan_share: share of a layer's microbatches that fetched slots after the gate; 0 in mode
-            `exact`.
+    `by_rates_s` has the time for each set of rates, nominal first; `low_s` and `high_s` are its
+    range. `compute_s` and `exposed_s`, by kind, and `waiting_s` for slower ranks add up to
+    `iteration_s`. `mfu` counts no recompute; `naive_s` does, at the fastest GEMM's speed.
+    `bytes_by_kind` are received, by link class and kind. `memory_bytes` are of the rank and stage
+    that need most. `replan_share` is of microbatches that fetched slots after the gate; 0 in mode
+    `exact`.
     """
 
     method: str
@@ -96,13 +90,9 @@ def predict_iterations(
 ) -> list[IterationPrediction]:
     """Predict iterations of all methods.
 
-    Args:
-        rate_sets: nominal ones first.
-        steps: number of simulated steps, spread over the trace.
-        lag: age of a forecast, in recorded steps.
-        peak_flops_per_s: of a rank, for MFU; default: the fastest GEMM's.
-        progress: called with the number of newly planned microbatches of a layer.
-        record: makes a recorder of a method and stage, for the first step at nominal rates.
+    `rate_sets` begins with the nominal ones. `steps` is the number of simulated steps, spread over
+    the trace, and `lag` the age of a forecast in recorded steps. `progress` gets the number of
+    newly planned microbatches; `record` makes recorders of the first step at nominal rates.
     """
     collected = {method.name: _Collected() for method in methods}
     planners = {

@@ -30,10 +30,8 @@ _RATES = ("gemm", "memory_bytes_per_s", "intra.bytes_per_s", "inter.bytes_per_s"
 class Rates:
     """One set of constants of a rank.
 
-    Attributes:
-        gap_s: host time once per iteration, as of the data loader and logging.
-        core_forward, core_backward: speed of attention's core over that of the fastest GEMM.
-        overhead: time explained by neither FLOPs nor bytes, over the bytes' time.
+    `gap_s` is host time once per iteration. `core_*` is the speed of attention's core over the
+    fastest GEMM's. `overhead` is time beyond FLOPs and bytes, over the bytes' time.
     """
 
     cluster: Cluster
