@@ -74,7 +74,12 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
     given = given_flags(args)
     if args.expert_parallel_mode == ExpertParallelMode.FSEP:
         config = FSEPConfig(**given)
-        _check_effects(config, given)
+        for reason, idle in _idle(config):
+            for name in (name for name in idle if name in given):
+                raise ValueError(
+                    f"{flag_name(name)} {value_text(given[name])}: no effect, since {reason}; "
+                    "leave it out"
+                )
         return config
     if given:
         flags = ", ".join(f"{flag_name(name)} {value_text(value)}" for name, value in given.items())
@@ -83,16 +88,6 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
             "add --expert-parallel-mode fsep or leave the flag out"
         )
     return None
-
-
-def _check_effects(config: FSEPConfig, given: dict[str, Any]) -> None:
-    for reason, idle in _idle(config):
-        for name in idle:
-            if name in given:
-                raise ValueError(
-                    f"{flag_name(name)} {value_text(given[name])}: no effect, since {reason}; "
-                    "leave it out"
-                )
 
 
 def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:

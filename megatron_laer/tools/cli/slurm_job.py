@@ -74,12 +74,13 @@ def job_settings(
         raise ValueError(f"--train-iters {steps} is no number of steps")
     # With one connection, kernels of all streams run in the order of their launch, so FSEP's
     # exchanges are not hidden. Megatron requires one with tensor or context parallelism.
+    fsep_flags = {word.partition("=")[0] for word in user if word.startswith("--fsep-")}
     in_order = max(args.tensor_model_parallel_size, args.context_parallel_size) > 1
     return {
         "training_flags": training,
         "user_flags_fsep": user,
         # The plugin refuses FSEP's flags without its mode; with `both`, only one run has them.
-        "user_flags_standard": _without_fsep(user) if mode == _BOTH else user,
+        "user_flags_standard": without(user, fsep_flags) if mode == _BOTH else user,
         "steps": steps,
         "connections": "1" if in_order else "32",
         "exit_signal": last_value("--exit-signal", user),
@@ -123,10 +124,6 @@ def _tokenizer_flags(tokenizer: str | None) -> tuple[str, ...]:
     if tokenizer == "bytes":
         return ("--tokenizer-type", "NullTokenizer", "--vocab-size", "257")
     return ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer)
-
-
-def _without_fsep(words: Sequence[str]) -> list[str]:
-    return without(words, {word.partition("=")[0] for word in words if word.startswith("--fsep-")})
 
 
 def check(words: Sequence[str], ranks: int, mode: str, settings: Mapping[str, str]) -> Namespace:

@@ -35,6 +35,8 @@ def page(
 ) -> str:
     """Render the page; `predicted_for` describes the settings of the predictions in `rows`."""
     runs = [run] if other is None else [run, other]
+    columns = [dict(_figures_of(one)) for one in runs]
+    names = dict.fromkeys(name for one in columns for name in one)
     assessment = assess(run)
     shown = list(sections(run, assessment, other))
     data = {
@@ -70,7 +72,7 @@ def page(
         causes=_capital(assessment.causes(run.shape.layers)),
         notes=run.notes,
         heads=["", *(one.name for one in runs)],
-        key_figures=list(_key_figures(runs)),
+        key_figures=[(name, *(one.get(name, "–") for one in columns)) for name in names],
         sections=shown,
         what_if=[(_cells(row.row, row.share), row.command) for row in rows],
         predicted_for=f"Of {rows[0].row.cases} microbatches of one layer each, for {predicted_for}."
@@ -98,12 +100,6 @@ def _about(run: RunData) -> str:
         run.recorded,
     ]
     return " · ".join(filter(None, parts))
-
-
-def _key_figures(runs: Sequence[RunData]) -> Iterator[tuple[str, ...]]:
-    columns = [dict(_figures_of(one)) for one in runs]
-    for name in dict.fromkeys(name for column in columns for name in column):
-        yield (name, *(column.get(name, "–") for column in columns))
 
 
 def _figures_of(run: RunData) -> Iterator[tuple[str, str]]:
