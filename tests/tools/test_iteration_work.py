@@ -37,7 +37,7 @@ from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import Exchange, LayerWork, grouped_totals
 from megatron_laer.tools.traces.workloads import Shape, workload_trace
-from tests.unit.plan_cases import drifting_trace
+from tests.tools.plan_cases import drifting_trace
 
 CLUSTER = load_cluster("a100-4x8-ib800")
 TINY = replace(read_model("mixtral-8x7b-e8k2"), layer_has_experts=(True,) * 4)

@@ -18,7 +18,7 @@ from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.simulator import plan_output
 from megatron_laer.tools.simulator.comparison import MODES, STOCK, simulate
 from megatron_laer.tools.simulator.replay import check_memory
-from tests.unit.plan_cases import COSTS, drifting_trace, table
+from tests.tools.plan_cases import COSTS, drifting_trace, table
 
 
 @pytest.fixture(scope="module")
