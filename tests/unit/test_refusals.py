@@ -38,9 +38,9 @@ from megatron_laer.support.fields import (
 from megatron_laer.support.refusal import LeftOut, Refusal
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 from tests import processes
+from tests.costs import COSTS
 from tests.parity.rows import ROWS
 from tests.releases import FIELDS_BEFORE_NEXT, FIELDS_FROM_NEXT, refused_flags, release_of
-from tests.unit.plan_cases import COSTS
 
 pytestmark = pytest.mark.releases
 

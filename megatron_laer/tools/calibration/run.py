@@ -27,11 +27,7 @@ from megatron_laer.tools.calibration.gemms import compute_dtype, gemm_jobs, usab
 from megatron_laer.tools.calibration.host import host_jobs
 from megatron_laer.tools.calibration.links import collective_jobs, exchange_jobs, make_partners
 from megatron_laer.tools.calibration.sampling import Job, measure
-from megatron_laer.tools.calibration.settings import (
-    START,
-    CalibrationSettings,
-    make_settings,
-)
+from megatron_laer.tools.calibration.settings import START, CalibrationSettings, make_settings
 from megatron_laer.tools.model_flags import DEFAULT_SIZES, ExpertSizes
 from megatron_laer.version import __version__
 

@@ -12,8 +12,8 @@ import pytest
 from megatron_laer.telemetry.metrics_file import recording_path
 from tests import fuzz
 from tests.recorded_runs import RUN, record_run
-from tests.unit.plan_cases import drifting_trace, recording
-from tests.unit.report_pages import report, written
+from tests.tools.plan_cases import drifting_trace, recording
+from tests.tools.report_pages import report, written
 
 
 @pytest.fixture

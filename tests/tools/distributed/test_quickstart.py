@@ -12,7 +12,7 @@ import pytest
 from megatron_laer.tools.cli.program import ended
 from tests import processes
 
-_ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[3]
 STEPS = 4
 
 

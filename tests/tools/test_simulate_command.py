@@ -11,7 +11,7 @@ from megatron_laer.telemetry.trace_events import TRACKS
 from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED
 from megatron_laer.tools.simulator.iteration.methods import METHODS
-from tests.unit.plan_cases import drifting_trace, recording
+from tests.tools.plan_cases import drifting_trace, recording
 
 
 @pytest.fixture(scope="module")

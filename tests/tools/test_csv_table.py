@@ -7,7 +7,7 @@ from unittest import mock
 import pytest
 
 from megatron_laer.tools.traces import read_trace
-from tests.unit.traces import (
+from tests.traces import (
     assert_holds,
     some_counts,
     write_csv,

@@ -13,7 +13,7 @@ import pytest
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.tools import cli
 from tests.recorded_runs import COSTS, OWN, RUN, record_run
-from tests.unit.report_pages import data_of, report, written
+from tests.tools.report_pages import data_of, report, written
 
 OTHER = {
     "cluster": OWN.name,

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_laer.tools import cli, data
 from megatron_laer.tools.data import dataset, tokenizers
-from tests.unit.datasets import prepare_data, read_documents
+from tests.tools.datasets import prepare_data, read_documents
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import json
 
 from megatron_laer.tools import cli
 from tests.recorded_runs import OWN, record_run
-from tests.unit.plan_cases import drifting_trace, recording
+from tests.tools.plan_cases import drifting_trace, recording
 
 OF_THE_RUN = {
     "cluster": OWN.name,

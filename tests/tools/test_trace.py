@@ -17,7 +17,7 @@ from megatron_laer.telemetry.trace_file import MAGIC, recording_path
 from megatron_laer.tools.traces import FORMATS, read_trace
 from megatron_laer.tools.traces.records import Trace
 from tests.fuzz import damaged
-from tests.unit.traces import (
+from tests.traces import (
     assert_holds,
     some_counts,
     write_csv,

@@ -7,7 +7,7 @@ import tracemalloc
 import pytest
 
 from megatron_laer.tools.data import dataset
-from tests.unit.datasets import install_fake_transformers, prepare_data, read_documents
+from tests.tools.datasets import install_fake_transformers, prepare_data, read_documents
 
 
 @pytest.fixture

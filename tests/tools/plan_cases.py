@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_laer.planner.cluster_files import load_cluster
-from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.telemetry.trace_file import TraceWriter
-from megatron_laer.tools.simulator.comparison import MODES, simulate
 from megatron_laer.tools.traces.records import Trace
+from megatron_laer.tools.simulator.comparison import MODES, simulate
+from tests.costs import COSTS
 
-COSTS = CostModel(load_cluster("a100-4x8-ib800"), 4096, 14336, gated=True, bytes_per_element=2)
 STRATEGIES = ("static", "laer", "greedy", "search")
 
 

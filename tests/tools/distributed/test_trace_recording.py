@@ -1,4 +1,4 @@
-"""Recorded routing equals the router's decisions, and `plan` reads it."""
+"""Files of a run: `plan` reads its routing, which is the router's, and `inspect` its checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_recorded_run_can_be_planned_for(
         global_batch=2 * 2 * MICROBATCHES,
         steps=STEPS,
         extra=f" --expert-parallel-mode fsep --fsep-record-trace {tmp_path}"
-        " --eval-interval 2 --eval-iters 1",
+        f" --save {tmp_path} --ckpt-format torch_dist --eval-interval 2 --eval-iters 1",
     )
     ranks(2).run(train, command)
     trace = read_trace(tmp_path / "group-0.trace")
@@ -41,3 +41,6 @@ def test_a_recorded_run_can_be_planned_for(
 
     assert cli.main(["plan", str(tmp_path / "group-0.trace"), "--node-size", "2"]) == 0
     assert "greedy" in capsys.readouterr().out
+    assert cli.main(["inspect", str(tmp_path)]) == 0
+    state = f"group 0: N = 2 ranks, C = 8 slots, E = 8 experts; goes on with step {STEPS}"
+    assert state in capsys.readouterr().out

@@ -18,7 +18,7 @@ from megatron_laer.files.shipped import yaml_file
 from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.comparison import STOCK
 from tests.processes import python_path
-from tests.unit.plan_cases import drifting_trace, recording
+from tests.tools.plan_cases import drifting_trace, recording
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_NPZ = ROOT.parent / "shared" / "data" / "smartmoe_trace_dev.npz"

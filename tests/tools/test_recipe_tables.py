@@ -12,7 +12,7 @@ from megatron_laer.tools import cli
 from megatron_laer.tools.recipes.bridge_table import COLUMNS, judge_recipe, read_recipes
 from megatron_laer.tools.recipes.verdict import Verdict
 from tests.recipes_page import LIST, PAGE, judged, tables
-from tests.unit.test_recipes import NAME, NONE
+from tests.tools.test_recipes import NAME, NONE
 
 
 def csv_of(*rows: dict[str, str]) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_laer.tools.traces import read_trace
-from tests.unit.traces import (
+from tests.traces import (
     assert_holds,
     megatrons_tracer,
     some_counts,

@@ -21,9 +21,9 @@ from megatron_laer.telemetry.metrics_file import recording_path
 from megatron_laer.tools import cli
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests.recorded_runs import LAYERS, record_run
-from tests.unit.plan_cases import drifting_trace
-from tests.unit.plan_cases import recording as write_trace
-from tests.unit.report_pages import data_of, figure_of
+from tests.tools.plan_cases import drifting_trace
+from tests.tools.plan_cases import recording as write_trace
+from tests.tools.report_pages import data_of, figure_of
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 pytestmark = pytest.mark.skipif(

@@ -27,8 +27,8 @@ from megatron_laer.tools.report.run_files import find_run
 from megatron_laer.tools.traces import read_trace
 from tests import fuzz
 from tests.recorded_runs import RUN, STEPS, record_run
-from tests.unit.plan_cases import drifting_trace, recording
-from tests.unit.report_pages import data_of, figure_of, report, values_of, written
+from tests.tools.plan_cases import drifting_trace, recording
+from tests.tools.report_pages import data_of, figure_of, report, values_of, written
 
 # Without the data, nearly all of the file is plotly.js.
 MAX_BYTES = 6 * 2**20
