@@ -13,8 +13,8 @@ import pytest
 from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.files.writing import open_exclusively
-from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.telemetry.timeline import FIRST_STEP
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.traces.fsep import read_recording
 from tests.parity.flags import command_line
 

@@ -6,8 +6,8 @@ import numpy as np
 
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.telemetry.trace_file import TraceWriter
-from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.simulator.comparison import MODES, simulate
+from megatron_laer.tools.traces.records import Trace
 from tests.costs import COSTS
 
 STRATEGIES = ("static", "laer", "greedy", "search")

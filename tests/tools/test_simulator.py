@@ -14,10 +14,10 @@ from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy, strategy_names
-from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.simulator import plan_output
 from megatron_laer.tools.simulator.comparison import MODES, STOCK, simulate
 from megatron_laer.tools.simulator.replay import check_memory
+from megatron_laer.tools.traces.records import Trace
 from tests.tools.plan_cases import COSTS, drifting_trace, table
 
 

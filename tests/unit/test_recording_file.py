@@ -32,10 +32,10 @@ from megatron_laer.runtime.planning.layout_recording import (
     read_layouts,
 )
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
-from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape
-from megatron_laer.tools.traces.fsep import read_recording
 from megatron_laer.telemetry.trace_file import TraceWriter
+from megatron_laer.tools.report.metrics_recording import read_metrics
+from megatron_laer.tools.traces.fsep import read_recording
 from tests import fuzz
 from tests.old_files import as_version_1
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.tools.traces.fsep import read_recording
 from megatron_laer.telemetry.trace_file import TraceWriter
+from megatron_laer.tools.traces.fsep import read_recording
 from tests.traces import (
     assert_holds,
     some_counts,

@@ -38,7 +38,9 @@ class AnnouncedLayouts(PassLayouts):
         self._ahead = replace(guard, mode=PlanMode.EXACT)
         self._device = device
         geometry = guard.geometry
-        self._static = ExpertLayout.static(*geometry.shape)
+        self._static = ExpertLayout.static(
+            geometry.num_ranks, geometry.capacity, geometry.num_experts
+        )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fsep-announced")
         self._given_MLE: torch.Tensor | None = None
         self._awaits_replay = False

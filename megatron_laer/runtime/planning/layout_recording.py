@@ -182,7 +182,8 @@ class _Shape:
             raise ValueError(f"step {quoted(step)} is no integer")
         if len(slots) != len(self.layers):
             raise ValueError(f"has {len(slots)} layers, expected {len(self.layers)}")
-        shape = self.geometry.shape
+        geometry = self.geometry
+        shape = (geometry.num_ranks, geometry.capacity, geometry.num_experts)
         return step, [ExpertLayout.from_slots(*shape, of_layer) for of_layer in slots]
 
 

@@ -46,8 +46,10 @@ class LayoutSource(Protocol):
 class PlannedLayouts:
     """Layouts from a strategy that runs in a background thread.
 
-    A plan from the counts of step t takes effect at step t + `lag`; with `wait` it is waited for,
-    until one is late. `resumed` is the state of an earlier run, with the same layers.
+    Args:
+        lag: a plan from the counts of step t takes effect at step t + lag.
+        wait: wait for plans that are due, until one is late.
+        resumed: state of an earlier run, with the same layers.
     """
 
     def __init__(

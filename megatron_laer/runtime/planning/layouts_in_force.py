@@ -52,12 +52,12 @@ class LayoutsInForce:
 
     def add_layer(self, name: str) -> None:
         self._layers.append(name)
-        self._layouts.append(ExpertLayout.static(*self.geometry.shape))
+        self._layouts.append(ExpertLayout.static(*self._shape()))
 
     def of_pass(self, layer: int, draw: int, *, training: bool) -> ExpertLayout:
         if self.config.planner == FixedPlanner.RANDOM and training:
             seed = (self.seed, self._step, layer, draw)
-            return ExpertLayout.random(*self.geometry.shape, seed)
+            return ExpertLayout.random(*self._shape(), seed)
         return self._layouts[layer]
 
     def start(self, first_step: int) -> None:
@@ -115,7 +115,7 @@ class LayoutsInForce:
         layouts, self.status = broadcast_layouts(
             None if planner_rank is None else planner_rank.due(step),
             PlannerStatus() if planner_rank is None else planner_rank.status,
-            self.geometry.shape,
+            self._shape(),
             len(self._layers),
             self.groups,
             self.device,
@@ -154,3 +154,7 @@ class LayoutsInForce:
             forecasts=forecasts,
             plans=plans,
         )
+
+    def _shape(self) -> tuple[int, int, int]:
+        geometry = self.geometry
+        return geometry.num_ranks, geometry.capacity, geometry.num_experts

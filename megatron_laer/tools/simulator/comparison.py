@@ -79,7 +79,9 @@ class _Planner:
 
     def plan(self, layer: int, forecast_NE: Int64, costs: CostModel) -> None:
         geometry = self.geometry
-        current = self.layouts.get(layer) or ExpertLayout.static(*geometry.shape)
+        current = self.layouts.get(layer) or ExpertLayout.static(
+            geometry.num_ranks, geometry.capacity, geometry.num_experts
+        )
         if self.strategy is not None:
             start_s = time.perf_counter()
             current = self.strategy.plan(forecast_NE, current)
