@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer.config import FSEPConfig
-from megatron_laer.flags import add_arguments
+from megatron_laer.fsep_flags import add_arguments
 
 project = "megatron_laer"
 author = "The megatron_laer authors"

@@ -20,8 +20,8 @@ from typing import Any
 from megatron_laer.files.checks import open_input
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.runtime.planning.layout_recording import LayoutRecording, read_layouts
-from megatron_laer.telemetry.metrics_file import read_metrics
-from megatron_laer.tools.traces import read_trace
+from megatron_laer.tools.report.metrics_recording import read_metrics
+from megatron_laer.tools.traces.fsep import read_recording
 from tests.planner_states import make_state
 from tests.recorded_runs import GEOMETRY, LAYERS, SIGNATURE, STEPS, record_run
 
@@ -52,7 +52,7 @@ def _state(path: Path) -> Records:
 
 
 def _routing(path: Path) -> Records:
-    trace = read_trace(path, "fsep")
+    trace = read_recording(path)
     keys = zip(trace.step_R, trace.microbatch_R, trace.layer_R, strict=True)
     found = [
         ([*map(int, key)], trace.layers, trace.counts_NE(at).tolist())

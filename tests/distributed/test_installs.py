@@ -25,7 +25,6 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.tools.model_flags import model_flags
 from tests import processes
 from tests.parity.flags import command_line
 
@@ -235,7 +234,7 @@ def test_commands_run(
     log = tmp_path / "imported"
 
     flags = succeed([*start, "flags", "tiny-moe"], cwd, IMPORTED=str(log))
-    assert shlex.split(flags) == model_flags("tiny-moe")
+    assert {"--num-experts", "--moe-router-topk"} <= {*shlex.split(flags)}
     plan = ["plan", trace, "--ranks", "2", "--capacity", "2"]
     assert "greedy" in succeed([*start, *plan], cwd, IMPORTED=str(log))
 

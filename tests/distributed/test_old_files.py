@@ -15,7 +15,7 @@ from packaging.version import Version
 
 from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.cpu.training import train
-from megatron_laer.tools.traces import read_trace
+from megatron_laer.tools.traces.fsep import read_recording
 from tests.checkpoints import iteration_folder
 from tests.old_files import FOLDER, MEGATRON, SAVED, STEPS, copied, logged_losses
 
@@ -80,7 +80,7 @@ def test_a_run_is_resumed_with_its_planner_and_its_recordings(
         (f"group-0.cut-from-{SAVED}.trace", range(SAVED, STEPS)),
         ("group-0.older-version.trace", range(SAVED)),
     ):
-        assert sorted(set(read_trace(old / "routing" / name).step_R)) == list(expected)
+        assert sorted(set(read_recording(old / "routing" / name).step_R)) == list(expected)
 
     saved = old / "saved"
     assert keys(iteration_folder(saved, STEPS)) == keys(iteration_folder(old / "checkpoint", SAVED))

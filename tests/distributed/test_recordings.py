@@ -13,9 +13,9 @@ import pytest
 from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.files.writing import open_exclusively
-from megatron_laer.telemetry.metrics_file import read_metrics
 from megatron_laer.telemetry.timeline import FIRST_STEP
-from megatron_laer.tools.traces.reading import read_trace
+from megatron_laer.tools.report.metrics_recording import read_metrics
+from megatron_laer.tools.traces.fsep import read_recording
 from tests.parity.flags import command_line
 
 SAVED, STEPS = 4, 6
@@ -138,8 +138,8 @@ def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
         if path.suffix == ".jsonl":
             assert lines(aside) == [lines(old)[0], *lines(old)[-(STEPS - SAVED) :]]
         else:
-            assert sorted(set(read_trace(path).step_R)) == list(range(STEPS))
-            assert sorted(set(read_trace(aside).step_R)) == list(range(SAVED, STEPS))
+            assert sorted(set(read_recording(path).step_R)) == list(range(STEPS))
+            assert sorted(set(read_recording(aside).step_R)) == list(range(SAVED, STEPS))
 
     path = file_of(used, "--fsep-record-metrics")
     recording, first = read_metrics(path), file_of(first_run[0], "--fsep-record-metrics")

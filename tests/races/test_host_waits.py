@@ -19,7 +19,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_laer.cpu.ranks import RankPool
-from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
+from megatron_laer.telemetry.metrics_file import recording_path
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests.one_layer import (
     EXPECTED,
     HIDDEN,

@@ -14,7 +14,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.agreement import describe_difference, summarise
 from megatron_laer.runtime.comm.collectives import decision_digest
-from tests.unit.plan_cases import COSTS
+from tests.costs import COSTS
 
 SUMMARY = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), COSTS, seed=1)
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_laer.config import FSEPConfig, deterministic, flag_name
-from megatron_laer.flags import add_arguments, config_from_args
+from megatron_laer.fsep_flags import add_arguments, config_from_args
 
 
 def parse(*words: str) -> argparse.Namespace:

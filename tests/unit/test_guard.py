@@ -23,7 +23,6 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard, in_words
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_prices import TokenPrices
-from megatron_laer.tools.simulator.replay import evaluate
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
@@ -324,9 +323,12 @@ def test_adaptive_finds_by_itself_that_microbatches_differ_in_kind(capacity: int
             layout = greedy.plan(forecast.counts_NE(), layout)
             for mode, guard in guards.items():
                 for counts_NE in microbatches:
-                    outcome = evaluate(guard, counts_NE, layout)
-                    seconds[mode] += outcome.layer_s
-                    if mode == PlanMode.ADAPTIVE and not outcome.replanned:
+                    decision = guard.decide(counts_NE, layout)
+                    totals = decision.quotas.totals()
+                    seconds[mode] += costs.split_seconds(totals, decision.layout, 8)
+                    if decision.replanned:
+                        seconds[mode] += costs.change_seconds(layout, decision.layout, 8)
+                    elif mode == PlanMode.ADAPTIVE:
                         seconds[mode] += costs.solve_seconds(geometry)  # the result may go unused
         forecast = forecast.observe(sum(microbatches, np.zeros((16, 32), dtype=np.int64)))
     # No layout fits both kinds: a forecast alone is slower, though it fetches nothing late.

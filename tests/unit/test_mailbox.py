@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.runtime.planning.mailbox import RoutingMailbox
-from megatron_laer.telemetry.trace_file import TraceWriter, read_recording
+from megatron_laer.telemetry.trace_file import TraceWriter
+from megatron_laer.tools.traces.fsep import read_recording
 
 Delivered = list[tuple[int, int, list[list[int]]]]
 

@@ -13,7 +13,7 @@ MARKERS = [
     marker.split(":")[0].split("(")[0]
     for marker in _PYPROJECT["tool"]["pytest"]["ini_options"]["markers"]
 ]
-_SOURCES = [path.read_text(encoding="utf-8") for path in _ROOT.glob("tests/*/test_*.py")]
+_SOURCES = [path.read_text(encoding="utf-8") for path in _ROOT.glob("tests/**/test_*.py")]
 
 
 @pytest.mark.parametrize("marker", MARKERS)
@@ -23,7 +23,7 @@ def test_every_registered_marker_is_on_a_test(marker: str) -> None:
 
 
 def test_every_folder_of_tests_is_named_for_a_kind() -> None:
-    assert {path.parent.name for path in _ROOT.glob("tests/**/test_*.py")} == {*KINDS}
+    assert {path.parent.name for path in _ROOT.glob("tests/**/test_*.py")} == {*KINDS, "tools"}
 
 
 def test_a_test_is_of_the_kind_of_its_folder(request: pytest.FixtureRequest) -> None:

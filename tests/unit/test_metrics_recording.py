@@ -21,10 +21,11 @@ from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
 from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
-from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, read_metrics, recording_path
+from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
 from megatron_laer.telemetry.statistics import Sample
 from megatron_laer.telemetry.step_times import STEP, StepTimes, join
 from megatron_laer.telemetry.trace_events import COMPUTE, Activity, Kind
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests import fuzz
 from tests.old_files import as_version_1
 from tests.recorded_runs import (

@@ -32,9 +32,10 @@ from megatron_laer.runtime.planning.layout_recording import (
     read_layouts,
 )
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
-from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, read_metrics
+from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape
 from megatron_laer.telemetry.trace_file import TraceWriter
-from megatron_laer.tools.traces import read_trace
+from megatron_laer.tools.report.metrics_recording import read_metrics
+from megatron_laer.tools.traces.fsep import read_recording
 from tests import fuzz
 from tests.old_files import as_version_1
 
@@ -65,7 +66,7 @@ class Traces:
 
     @staticmethod
     def read(path: Path) -> dict[int, int]:
-        trace = read_trace(path)
+        trace = read_recording(path)
         firsts = np.flatnonzero(trace.layer_R == 0)
         return {
             int(trace.step_R[at]): int(trace.counts_RNE[at, 0, 0] - 1000 * trace.step_R[at])
@@ -111,8 +112,8 @@ class Metrics:
         self.close = self._writer.close
 
     def step(self, step: int, seed: int) -> None:
-        of_step = dict.fromkeys([metric.name for metric in RECORDED_OF_STEPS], 0.0)
-        of_layers = {metric.name: [0.0] * len(LAYERS) for metric in RECORDED_OF_LAYERS}
+        of_step = dict.fromkeys([*RECORDED_OF_STEPS], 0.0)
+        of_layers = {name: [0.0] * len(LAYERS) for name in RECORDED_OF_LAYERS}
         tokens_LN = np.full((len(LAYERS), NUM_RANKS), 1000 * step + seed)
         self._writer.append(of_step | {"step": step}, {}, of_layers, tokens_LN)
 

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.runtime.planning.layout_recording import recording_path
-from megatron_laer.support import run_files
-from megatron_laer.support.run_files import RECORDED_LAYOUTS, WRITTEN
+from megatron_laer.support import config_files
+from megatron_laer.support.config_files import RECORDED_LAYOUTS, WRITTEN
 from megatron_laer.telemetry.metrics_file import recording_path as metrics_path
 from megatron_laer.telemetry.timeline import timeline_path
 from megatron_laer.telemetry.trace_file import recording_path as trace_path
@@ -31,16 +31,16 @@ def there(folder: Path) -> set[Path]:
 
 def test_folders_that_can_be_used_are_taken_and_not_made(tmp_path: Path, recording: Path) -> None:
     before = there(tmp_path)
-    run_files.check(FSEPConfig())
-    run_files.check(FSEPConfig(cluster="cpu-gloo", replay_layouts=str(recording)))
-    run_files.check(
+    config_files.check(FSEPConfig())
+    config_files.check(FSEPConfig(cluster="cpu-gloo", replay_layouts=str(recording)))
+    config_files.check(
         FSEPConfig(
             record_layouts=str(tmp_path),
             record_trace=str(tmp_path / "new"),
             timeline=str(tmp_path / "not" / "yet"),
         )
     )
-    run_files.check(
+    config_files.check(
         FSEPConfig(replay_layouts=str(recording), record_layouts=str(tmp_path / "other"))
     )
     assert there(tmp_path) == before
@@ -54,7 +54,7 @@ def test_a_folder_that_cannot_be_written_is_refused(
     monkeypatch.chdir(tmp_path)
     Path("a-file").write_text("mine")
     with pytest.raises(ValueError, match="give a folder that can be written") as error:
-        run_files.check(FSEPConfig(**{name: given}))
+        config_files.check(FSEPConfig(**{name: given}))
     assert f"{flag_name(name)} {given!r}" in str(error.value)
     assert there(tmp_path) == {tmp_path / "a-file"}
     assert Path("a-file").read_text() == "mine"
@@ -76,7 +76,7 @@ def test_a_replay_of_what_is_no_recording_is_refused(
     Path("a-file").touch()
     Path("bare").mkdir()
     with pytest.raises(ValueError, match="a folder that --fsep-record-layouts wrote") as error:
-        run_files.check(FSEPConfig(replay_layouts=given))
+        config_files.check(FSEPConfig(replay_layouts=given))
     assert f"--fsep-replay-layouts {given!r}: " in str(error.value)
     assert problem in str(error.value)
 
@@ -113,7 +113,7 @@ def test_a_recording_is_not_written_over_while_it_is_replayed(
     recorded = ALIASES[alias](recording)
     config = FSEPConfig(replay_layouts=str(recording), record_layouts=recorded)
     with pytest.raises(ValueError, match="would write over the input") as error:
-        run_files.check(config)
+        config_files.check(config)
     assert f"--fsep-record-layouts {recorded!r}" in str(error.value)
 
 
@@ -123,7 +123,7 @@ def test_a_recording_is_not_written_over_while_it_is_replayed(
 )
 def test_a_cluster_that_cannot_be_read_is_refused(given: str, problem: str) -> None:
     with pytest.raises(ValueError, match=problem) as error:
-        run_files.check(FSEPConfig(cluster=given))
+        config_files.check(FSEPConfig(cluster=given))
     assert f"--fsep-cluster {given!r}" in str(error.value)
 
 
@@ -131,7 +131,7 @@ def test_a_cluster_file_whose_content_does_not_fit_is_refused(tmp_path: Path) ->
     file = tmp_path / "mine.yaml"
     file.write_text("name: mine\n")
     with pytest.raises(ValueError, match=r"--fsep-cluster .*mine.yaml.* lacks the keys"):
-        run_files.check(FSEPConfig(cluster=str(file)))
+        config_files.check(FSEPConfig(cluster=str(file)))
 
 
 def test_what_a_run_writes_into_one_folder_has_different_names(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ _LONGEST_LABEL = 28
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Figure of the page; with `choices` of labels, one trace is shown at a time."""
+class Chart:
+    """Chart of the page; with `choices` of labels, one trace is shown at a time."""
 
     title: str
     text: str
@@ -54,7 +54,7 @@ class Section:
 
     id: str
     title: str
-    figures: Sequence[Figure]
+    figures: Sequence[Chart]
     text: str = ""
     tables: Sequence[Table] = field(default_factory=tuple)
 
@@ -70,7 +70,7 @@ def heat_map(
     bounds: tuple[float, float],
     choices: Sequence[str] = (),
     borders: Sequence[float] = (),
-) -> Figure:
+) -> Chart:
     """Return a figure of rows and columns from `values[trace][row][column]`.
 
     `unit` is the title of the colour bar; `OVER_MEAN` has different colours below and above 1.
@@ -105,7 +105,7 @@ def heat_map(
     }
     if all(np.allclose(_numbers(rows), 1, atol=5e-4) for rows in values):
         layout["annotations"] = [_note("1.000 everywhere")]
-    return Figure(title, text, traces, layout, tuple(map(label, choices)))
+    return Chart(title, text, traces, layout, tuple(map(label, choices)))
 
 
 def _around_one(low: float, high: float) -> list[list[Any]]:
@@ -121,7 +121,7 @@ def lines(
     y: str,
     colours: Sequence[str],
     y_range: Sequence[float] | None = None,
-) -> Figure:
+) -> Chart:
     """Return a figure of lines over the steps; every second one is thin, dashed and on top."""
     traces = [
         {
@@ -140,7 +140,7 @@ def lines(
         **({"range": list(y_range)} if y_range else {"rangemode": "tozero"}),
     }
     layout = {"height": 280, "xaxis": x["axis"], "yaxis": axis, "showlegend": len(traces) > 1}
-    return Figure(title, text, traces, layout)
+    return Chart(title, text, traces, layout)
 
 
 _DASHES = ("solid", "dash")
@@ -154,7 +154,7 @@ def stacked_bars(
     x: Mapping[str, Any],
     y: str,
     most: float | None = None,
-) -> Figure:
+) -> Chart:
     """Return a figure of stacked bars; without `most`, the y axis cuts off far longer columns."""
     traces = [
         {"type": "bar", "name": name, "x": x["values"], "y": values, "marker": {"color": colour}}
@@ -167,7 +167,7 @@ def stacked_bars(
         "xaxis": x["axis"],
         "yaxis": {"title": {"text": y}, "range": [0, most or stack_height(parts)]},
     }
-    return Figure(title, text, traces, layout)
+    return Chart(title, text, traces, layout)
 
 
 def stack_height(parts: Mapping[str, Sequence[float | None]]) -> float:
@@ -185,7 +185,7 @@ def bars_by_name(
     x: str,
     y: str,
     colours: Sequence[str],
-) -> Figure:
+) -> Chart:
     traces = [
         {
             "type": "bar",
@@ -206,7 +206,7 @@ def bars_by_name(
         "xaxis": {"title": {"text": x}, "range": [0, 1.15 * most or 1]},
         "yaxis": {"title": {"text": y}, "autorange": "reversed", "type": "category"},
     }
-    return Figure(title, text, traces, layout)
+    return Chart(title, text, traces, layout)
 
 
 # Ticks at 1, 2 and 5 times powers of ten.
@@ -221,7 +221,7 @@ def points(
     x: str,
     y: str,
     is_log: bool = False,
-) -> Figure:
+) -> Chart:
     """Return a figure of points (x, y) by name, with the line on which both are equal."""
     traces = [
         {
@@ -254,7 +254,7 @@ def points(
         else [],
         "showlegend": len(series) > 1,
     }
-    return Figure(title, text, traces, layout)
+    return Chart(title, text, traces, layout)
 
 
 def _robust(values: Float64) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from megatron_laer.cpu.ranks import RankPools
 from tests.parity.random import report
 from tests.parity.random.generator import draw
 from tests.parity.random.judge import Verdict, judge
+from tests.text_data import write_text_data
 
 # At once, as in the tests.
 _RANKS = 8
@@ -51,10 +52,9 @@ def main(arguments: list[str]) -> int:
 
 
 def _text(folder: Path) -> str:
-    from megatron_laer.tools.data import default_text_sources, prepare_data
-
-    prepare_data(default_text_sources()[:150], str(folder / "text"), progress=False)
-    return str(folder / "text")
+    prefix = str(folder / "text")
+    write_text_data(prefix)
+    return prefix
 
 
 if __name__ == "__main__":
