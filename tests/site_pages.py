@@ -16,12 +16,7 @@ from megatron_laer.flags import add_arguments
 from megatron_laer.plugin.command_line import ARGUMENT_PATCHES
 from megatron_laer.plugin.switch import FSEP_PATCHES
 from megatron_laer.releases import NEXT, RELEASES
-from megatron_laer.telemetry.metrics import (
-    LOGGED,
-    RECORDED_OF_LAYERS,
-    RECORDED_OF_STEPS,
-    table,
-)
+from megatron_laer.telemetry.metrics import LOGGED, RECORDED_OF_LAYERS, RECORDED_OF_STEPS, table
 from tests import compatibility
 from tests.parity import report
 

@@ -394,7 +394,7 @@ CHECK_RECIPE = (
 
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "pretrain_gpt.py")
-FLAGS = tuple(command_line("absent", experts=8, expert_parallel=2, global_batch=4, steps=1))
+FLAGS = tuple(command_line("absent", steps=1))
 
 
 def every_case() -> list[Case]:

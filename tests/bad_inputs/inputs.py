@@ -419,10 +419,7 @@ def pickles() -> dict[str, tuple[bytes, str]]:
         "system": (b"\x80\x04cos\nsystem\n(Vtouch ran\ntR.", "it asks for os.system"),
         "eval": (pickle.dumps(eval), "it asks for builtins.eval"),
         "getattr": (b"\x80\x04cbuiltins\ngetattr\n.", "it asks for builtins.getattr"),
-        "dotted": (
-            b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93.",
-            "it asks for torch.os.system",
-        ),
+        "dotted": (b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93.", "it asks for torch.os.system"),
         "writer": (
             b"\x80\x04ctorch.distributed.checkpoint.filesystem\nFileSystemWriter\n.",
             "it asks for torch.distributed.checkpoint.filesystem.FileSystemWriter",

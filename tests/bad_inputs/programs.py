@@ -111,9 +111,7 @@ _DAMAGE: dict[str, dict[str, tuple[Change, str]]] = {
         "solve": (_line(1, "64,1,-5"), "line 2: time must be a number above 0"),
         "devices": (_line(1, "6e1,1,5"), "n_device must be a whole number in 0..1048575"),
     },
-    _PARTS: {
-        "ablation": (_line(1, "FSDP,1e400"), "line 2: avg_time_ms must be a number above 0"),
-    },
+    _PARTS: {"ablation": (_line(1, "FSDP,1e400"), "line 2: avg_time_ms must be a number above 0")},
 }
 # Only `validate_simulator` reads these whole.
 _LACKING: dict[str, tuple[str, Change, str]] = {

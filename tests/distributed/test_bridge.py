@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from unittest import mock
 import pytest
 
 from megatron_laer.cpu import weights
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, fresh_megatron, gather
 from tests.bridge_stubs import importable
 from tests.parity.compare import distance
@@ -161,7 +161,7 @@ def train(folder: Path, load: Path | None, iterations: int, is_fsep: bool) -> Ru
 
 
 def test_bridge_trains_with_fsep_like_stock_from_equal_weights(
-    ranks: Callable[[int], RankPool], tmp_path: Path
+    ranks: RankPools, tmp_path: Path
 ) -> None:
     def run(folder: str, load: str | None, iterations: int, is_fsep: bool = False) -> Run:
         path = None if load is None else tmp_path / load
@@ -232,7 +232,7 @@ def judge_recipes(names: list[str]) -> list[tuple[int, str]]:
     return found
 
 
-def test_recipes_of_bridge_are_judged_by_name(ranks: Callable[[int], RankPool]) -> None:
+def test_recipes_of_bridge_are_judged_by_name(ranks: RankPools) -> None:
     found = ranks(2).run(judge_recipes, list(JUDGED))[0]
     for (name, (status, text)), (ended, said) in zip(JUDGED.items(), found, strict=True):
         assert ended == status and text in said, f"{name}: {ended}\n{said}"

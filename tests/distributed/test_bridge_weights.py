@@ -7,7 +7,6 @@ dependencies, which the pages on it name.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from megatron_laer import session
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests.bridge_stubs import importable
 from tests.parity.flags import command_line
@@ -105,17 +104,10 @@ def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
     ids=["2 ranks", "2 pipeline stages"],
 )
 def test_qwen3_moe_is_converted_as_stocks_and_back(
-    ranks: Callable[[int], RankPool], text_data: str, size: int, extra: str
+    ranks: RankPools, text_data: str, size: int, extra: str
 ) -> None:
     def run(mode: str) -> Any:
-        flags = command_line(
-            text_data,
-            experts=4,
-            expert_parallel=2,
-            global_batch=4,
-            steps=1,
-            extra=QWEN3 + extra + mode,
-        )
+        flags = command_line(text_data, QWEN3 + extra + mode, experts=4, steps=1)
         return ranks(size).run(converted, flags)
 
     stock, fsep = run(""), run(FSEP)

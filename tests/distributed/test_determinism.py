@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from tests.fuzz import resealed
 from tests.parity.compare import identical
@@ -28,11 +28,9 @@ def layout_version(model: object) -> int:
 
 
 @pytest.fixture
-def run(ranks: Callable[[int], RankPool], text_data: str) -> Callable[[str], Record]:
+def run(ranks: RankPools, text_data: str) -> Callable[[str], Record]:
     def run_with(extra: str) -> Record:
-        flags = command_line(
-            text_data, experts=8, expert_parallel=2, global_batch=8, steps=STEPS, extra=extra
-        )
+        flags = command_line(text_data, extra, global_batch=8, steps=STEPS)
         record: Record = ranks(2).run(train, flags, layout_version)[0]
         assert len(record.losses) == STEPS
         return record
@@ -93,9 +91,9 @@ def train_without_plugin(flags: list[str]) -> Record:
 
 
 def test_standard_mode_is_megatron_without_the_plugin_to_the_bit(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
-    flags = command_line(text_data, experts=8, expert_parallel=2, global_batch=8, steps=STEPS)
+    flags = command_line(text_data, global_batch=8, steps=STEPS)
     without = ranks(2).run(train_without_plugin, flags)[0]
     standard = ranks(2).run(train, [*flags, "--expert-parallel-mode", "standard"])[0]
     assert identical(standard, without)
@@ -123,13 +121,13 @@ def test_standard_mode_is_megatron_without_the_plugin_to_the_bit(
     ids=["empty", "other experts", "truncated", "illegal layout", "other step", "missing"],
 )
 def test_a_bad_recording_is_refused_on_every_rank(
-    ranks: Callable[[int], RankPool],
+    ranks: RankPools,
     text_data: str,
     tmp_path: Path,
     spoil: Callable[[list[str]], list[str]] | None,
     message: str,
 ) -> None:
-    flags = partial(command_line, text_data, experts=8, expert_parallel=2, global_batch=4, steps=3)
+    flags = partial(command_line, text_data, steps=3)
     fsep = " --expert-parallel-mode fsep"
     pool = ranks(2)
     pool.run(
@@ -154,9 +152,9 @@ def test_a_bad_recording_is_refused_on_every_rank(
 
 
 def test_one_groups_bad_recording_stops_the_other_groups_too(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
-    flags = partial(command_line, text_data, experts=8, expert_parallel=2, global_batch=8, steps=3)
+    flags = partial(command_line, text_data, global_batch=8, steps=3)
     fsep = " --expert-parallel-mode fsep"
     record = f" --fsep-record-layouts {tmp_path}"
     ranks(4).run(train, flags(extra=fsep + record))
@@ -195,16 +193,14 @@ def train_with_fickle_router(flags: list[str]) -> Record:
 
 
 def test_a_rerun_under_a_checkpoint_keeps_the_first_passes_routing(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
     recompute = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
     flags = command_line(
         text_data,
-        experts=8,
-        expert_parallel=2,
+        " --expert-parallel-mode fsep --fsep-planner random" + recompute,
         global_batch=8,
         steps=5,
-        extra=" --expert-parallel-mode fsep --fsep-planner random" + recompute,
     )
     steady = ranks(2).run(train, flags)[0]
     fickle = ranks(2).run(train_with_fickle_router, flags)[0]

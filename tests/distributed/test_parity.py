@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Adapt, Record
 from tests.parity.compare import distance
 from tests.parity.replay import train_row
@@ -29,15 +29,11 @@ def check_nothing_left(model: object) -> tuple[int, int, int]:
     if coordinator is None:
         return 0, 0, 0
     count = coordinator.streams.exchange.count
-    return (
-        sum(len(layer.reruns) for layer in coordinator.layers),
-        count.restores,
-        count.reduces,
-    )
+    return (sum(len(layer.reruns) for layer in coordinator.layers), count.restores, count.reduces)
 
 
 @pytest.fixture(scope="module")
-def stock(ranks: Callable[[int], RankPool]) -> Callable[[int, list[str], Adapt | None], Record]:
+def stock(ranks: RankPools) -> Callable[[int, list[str], Adapt | None], Record]:
     """Return `stock(ranks, flags, adapt)`: a stock run, shared by rows with the same one."""
     records: dict[tuple[int, str, Adapt | None], Record] = {}
 
@@ -68,7 +64,7 @@ def parameters(row: Row) -> Iterator[object]:
 def test_fsep_equals_stock(
     row: Row,
     refused: dict[str, str],
-    ranks: Callable[[int], RankPool],
+    ranks: RankPools,
     stock: Callable[[int, list[str], Adapt | None], Record],
     text_data: str,
     record_property: Callable[[str, object], None],

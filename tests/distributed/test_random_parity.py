@@ -5,11 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from tests.parity.random.generator import Case, draw
 from tests.parity.random.judge import Verdict, judge
 from tests.parity.random.report import line
@@ -32,9 +30,7 @@ CASES = [
 
 @pytest.mark.counts(random_cases=1)
 @pytest.mark.parametrize("case", CASES)
-def test_a_random_case_equals_stock(
-    case: Case, ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_a_random_case_equals_stock(case: Case, ranks: RankPools, text_data: str) -> None:
     judgement = judge(case, ranks, text_data)
     print(f"\n{line(judgement)}")
     assert not judgement.verdict.is_fault, line(judgement)

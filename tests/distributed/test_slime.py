@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests import documents
 from tests.distributed.test_announced import MICROBATCHES, announce_by_slimes_hooks
@@ -178,7 +178,7 @@ def by_slime(flags: list[str], folder: Path) -> int:
 
 
 def test_slimes_own_files_read_and_write_every_expert(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     parts = 3  # gate, up and down
     assert ranks(2).run(by_slime, flags_of(text_data), tmp_path) == [LAYERS * EXPERTS * parts] * 2
@@ -190,7 +190,7 @@ def by_slimes_replay(path: Path, hooks: Path) -> tuple[list[int], int]:
         return announce_by_slimes_hooks(path, hooks, replay)
 
 
-def test_slimes_own_replay_is_announced(ranks: Callable[[int], RankPool], script: Path) -> None:
+def test_slimes_own_replay_is_announced(ranks: RankPools, script: Path) -> None:
     hooks = script.with_name("announcing_hooks.py")
     hooks.write_text(code_of("rl.md", "before_train_step"))
     for announced, misses in ranks(2).run(by_slimes_replay, script, hooks):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -18,7 +18,7 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 
 import megatron_laer
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from megatron_laer.integrations import stock_names
 from megatron_laer.integrations.stock_names import StockLayer
@@ -64,11 +64,11 @@ class Case:
     def command(self, data: str, extra: str, expert_parallel: int | None = None) -> list[str]:
         return command_line(
             data,
+            self.flags + STILL + extra,
             experts=self.experts,
             expert_parallel=expert_parallel or self.expert_parallel,
             global_batch=2 * self.ranks,
             steps=1,
-            extra=self.flags + STILL + extra,
             without=self.without,
         )
 
@@ -147,7 +147,7 @@ def of_fsep(flags: list[str], sizes: tuple[int, ...]) -> dict[int, list[list[Nam
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_names_shapes_and_values_are_stocks_and_come_back(
-    ranks: Callable[[int], RankPool], text_data: str, case: Case
+    ranks: RankPools, text_data: str, case: Case
 ) -> None:
     pool = ranks(case.ranks)
     fsep = pool.run(of_fsep, case.command(text_data, FSEP), case.sizes)
@@ -186,9 +186,7 @@ def under_grouped_names(flags: list[str]) -> tuple[list[Named], list[Named]]:
     return found
 
 
-def test_grouped_names_are_those_that_converters_look_for(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_grouped_names_are_those_that_converters_look_for(ranks: RankPools, text_data: str) -> None:
     flags = CASES["biases of experts"].command(text_data, FSEP)
     for grouped, sequence in ranks(2).run(under_grouped_names, flags):
         pattern = r"(decoder\.layers\.\d+\.mlp\.experts)\.(linear_fc[12])\.(weight|bias)(\d+)"
@@ -239,7 +237,7 @@ def one_layer_is_held(flags: list[str]) -> int:
     return found
 
 
-def test_one_layer_at_a_time_is_restored(ranks: Callable[[int], RankPool], text_data: str) -> None:
+def test_one_layer_at_a_time_is_restored(ranks: RankPools, text_data: str) -> None:
     flags = CASES["Mixtral"].command(text_data, FSEP)
     assert ranks(2).run(one_layer_is_held, flags) == [4, 4]
 
@@ -270,7 +268,7 @@ def one_layer_is_loaded(flags: list[str]) -> int:
     return found
 
 
-def test_one_layer_at_a_time_is_loaded(ranks: Callable[[int], RankPool], text_data: str) -> None:
+def test_one_layer_at_a_time_is_loaded(ranks: RankPools, text_data: str) -> None:
     flags = CASES["Mixtral"].command(text_data, FSEP)
     assert ranks(2).run(one_layer_is_loaded, flags) == [2, 2]
 
@@ -299,9 +297,7 @@ def page_runs(flags: list[str]) -> list[str]:
     return found
 
 
-def test_the_pages_code_runs_with_fsep_and_without(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_the_pages_code_runs_with_fsep_and_without(ranks: RankPools, text_data: str) -> None:
     case = CASES["Mixtral"]
     fsep = ranks(2).run(page_runs, case.command(text_data, FSEP))
     stock = ranks(2).run(page_runs, case.command(text_data, ""))
@@ -322,7 +318,7 @@ def after_a_step(flags: list[str]) -> dict[str, torch.Tensor]:
 
 
 def test_weights_that_are_still_being_gathered_are_waited_for(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
     overlap = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
     flags = CASES["Mixtral"].command(text_data, FSEP + overlap + " --lr 1e-2 --min-lr 1e-2")

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import Raised, RankError, RankPool
+from megatron_laer.cpu.ranks import Raised, RankError, RankPool, RankPools
 from tests.faults.delays import STEPS_PER_SEED, Trace, train_with_delays
 from tests.parity.flags import command_line
 
@@ -45,11 +44,10 @@ class Case:
         replicas = self.ranks // (2 if VIRTUAL in self.flags else 1)
         return command_line(
             data,
-            experts=8,
+            " --micro-batch-size 1 --expert-parallel-mode fsep" + self.flags + extra,
             expert_parallel=self.group,
             global_batch=self.microbatches * replicas,
             steps=seeds * STEPS_PER_SEED,
-            extra=" --micro-batch-size 1 --expert-parallel-mode fsep" + self.flags + extra,
         )
 
 
@@ -64,10 +62,7 @@ CASES = {
 }
 SEEDS = [
     pytest.param(5, marks=pytest.mark.counts(seeds_of_delays=5)),
-    pytest.param(
-        200,
-        marks=[pytest.mark.counts(seeds_of_delays=200), pytest.mark.nightly],
-    ),
+    pytest.param(200, marks=[pytest.mark.counts(seeds_of_delays=200), pytest.mark.nightly]),
 ]
 WAIT = " --fsep-late-plan wait"
 
@@ -108,7 +103,7 @@ QUICK = "restored per layer"
     [pytest.param(case, marks=[pytest.mark.quick] if case == QUICK else []) for case in CASES],
 )
 def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
-    ranks: Callable[[int], RankPool], text_data: str, case: str, seeds: int
+    ranks: RankPools, text_data: str, case: str, seeds: int
 ) -> None:
     pool, timeout_s = ranks(CASES[case].ranks), 60.0 + 31.0 * seeds
     command = CASES[case].command(text_data, seeds, WAIT)
@@ -129,7 +124,7 @@ def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
 @pytest.mark.parametrize("seeds", SEEDS)
 @pytest.mark.parametrize("case", CASES)
 def test_a_disturbed_run_that_keeps_its_layouts_equals_its_replay(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, case: str, seeds: int
+    ranks: RankPools, text_data: str, tmp_path: Path, case: str, seeds: int
 ) -> None:
     pool, timeout_s = ranks(CASES[case].ranks), 60.0 + 31.0 * seeds
     record = CASES[case].command(text_data, seeds, f" --fsep-record-layouts {tmp_path}")
@@ -146,9 +141,7 @@ def test_a_disturbed_run_that_keeps_its_layouts_equals_its_replay(
     assert reordered > 0
 
 
-def test_without_overlap_delays_reorder_nothing(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_without_overlap_delays_reorder_nothing(ranks: RankPools, text_data: str) -> None:
     """Control: where everything runs in program order, the same delays reorder nothing."""
     command = CASES["restored per layer"].command(text_data, 5, WAIT + " --fsep-scheduler off")
     steady = ranks(2).run(train_with_delays, command, None)
@@ -182,9 +175,7 @@ def train_without_waiting(flags: list[str], first_seed: int | None) -> Trace:
         return train_with_delays(flags, first_seed)
 
 
-def test_a_restore_that_is_not_waited_for_is_found(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_a_restore_that_is_not_waited_for_is_found(ranks: RankPools, text_data: str) -> None:
     """Control: delays reveal a missing wait."""
     command = CASES["restored per layer"].command(text_data, 10, WAIT)
     steady = ranks(2).run(train_with_delays, command, None)

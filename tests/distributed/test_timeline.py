@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from megatron_laer.telemetry.timeline import FIRST_STEP, NUM_STEPS
 from megatron_laer.telemetry.trace_events import COMPUTE, TOKENS, TRACKS
@@ -27,11 +26,9 @@ ROUNDING_US = 0.2
 def flags(data: str, extra: str, steps: int = STEPS) -> list[str]:
     return command_line(
         data,
-        experts=8,
-        expert_parallel=2,
+        " --expert-parallel-mode fsep --fsep-late-plan wait" + extra,
         global_batch=4 * MICROBATCHES,
         steps=steps,
-        extra=" --expert-parallel-mode fsep --fsep-late-plan wait" + extra,
     )
 
 
@@ -59,7 +56,7 @@ def end(event: dict[str, Any]) -> float:
 
 @pytest.mark.parametrize("extra", ["", " --fsep-scheduler off"], ids=["scheduled", "unscheduled"])
 def test_every_exchange_of_the_recorded_steps_is_on_its_track(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, extra: str
+    ranks: RankPools, text_data: str, tmp_path: Path, extra: str
 ) -> None:
     ranks(2).run(
         train, flags(text_data, f" --fsep-plan-mode forecast --fsep-timeline {tmp_path}{extra}")
@@ -90,7 +87,7 @@ def test_every_exchange_of_the_recorded_steps_is_on_its_track(
 
 
 def test_work_on_one_track_is_in_order_and_phases_alternate_with_exchanges(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     ranks(2).run(train, flags(text_data, f" --fsep-timeline {tmp_path}"))
     for rank in range(2):
@@ -111,7 +108,7 @@ def test_work_on_one_track_is_in_order_and_phases_alternate_with_exchanges(
 
 
 def test_the_next_layers_restore_begins_before_this_layers_experts_end(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     """Compare with and without the schedule: without it, the trace must show no overlap."""
     overlapped = {}
@@ -138,16 +135,14 @@ def test_the_next_layers_restore_begins_before_this_layers_experts_end(
     assert overlapped["off"] == 0
 
 
-def test_a_timeline_changes_no_bit(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
-) -> None:
+def test_a_timeline_changes_no_bit(ranks: RankPools, text_data: str, tmp_path: Path) -> None:
     plain = ranks(2).run(train, flags(text_data, ""))[0]
     traced = ranks(2).run(train, flags(text_data, f" --fsep-timeline {tmp_path}"))[0]
     assert identical(traced, plain)
 
 
 def test_a_run_that_ends_early_leaves_what_it_recorded(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     ranks(2).run(train, flags(text_data, f" --fsep-timeline {tmp_path}", steps=FIRST_STEP + 1))
     for rank in range(2):
@@ -160,7 +155,7 @@ def test_a_run_that_ends_early_leaves_what_it_recorded(
 
 
 def test_a_timeline_that_cannot_be_written_is_refused_on_every_rank(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     # Blocks one rank's file only, so that the other rank must learn of it.
     (tmp_path / "rank-1.json").mkdir()
@@ -174,7 +169,7 @@ def test_a_timeline_that_cannot_be_written_is_refused_on_every_rank(
     ("scheduler", "waits"), [("on", False), ("off", True)], ids=["scheduled", "unscheduled"]
 )
 def test_exposed_times_are_in_tensorboard(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, scheduler: str, waits: bool
+    ranks: RankPools, text_data: str, tmp_path: Path, scheduler: str, waits: bool
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

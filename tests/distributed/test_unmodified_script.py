@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests import processes
 from tests.parity.compare import distance, identical
@@ -36,26 +36,16 @@ pytestmark = [
 
 FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
 RANDOM = " --expert-parallel-mode fsep --fsep-planner random"
-SCRIPTS = {
-    "pretrain_gpt.py": "",
-    "pretrain_hybrid.py": HYBRID_MTP,
-}
+SCRIPTS = {"pretrain_gpt.py": "", "pretrain_hybrid.py": HYBRID_MTP}
 
 
 @pytest.mark.parametrize("mode", ["", FSEP], ids=["standard", "fsep"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_megatrons_script_and_ours_are_bitwise_equal(
-    ranks: Callable[[int], RankPool], text_data: str, script: str, mode: str
+    ranks: RankPools, text_data: str, script: str, mode: str
 ) -> None:
     assert CHECKOUT is not None
-    flags = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=8,
-        steps=10,
-        extra=SCRIPTS[script] + mode,
-    )
+    flags = command_line(text_data, SCRIPTS[script] + mode, global_batch=8, steps=10)
     ours = ranks(2).run(train, flags)[0]
     theirs = ranks(2).run(train, flags, None, str(Path(CHECKOUT) / script))[0]
     assert len(theirs.losses) == 10
@@ -63,18 +53,13 @@ def test_megatrons_script_and_ours_are_bitwise_equal(
 
 
 def test_megatrons_script_with_fsep_equals_stock(
-    ranks: Callable[[int], RankPool], text_data: str, record_property: Callable[[str, object], None]
+    ranks: RankPools, text_data: str, record_property: Callable[[str, object], None]
 ) -> None:
     assert CHECKOUT is not None
     script = Path(CHECKOUT) / "pretrain_gpt.py"
     stock, fsep = (
         ranks(2).run(
-            train,
-            command_line(
-                text_data, experts=8, expert_parallel=2, global_batch=8, steps=20, extra=mode
-            ),
-            None,
-            str(script),
+            train, command_line(text_data, mode, global_batch=8, steps=20), None, str(script)
         )[0]
         for mode in ("", RANDOM)
     )
@@ -95,12 +80,7 @@ def test_the_checkouts_own_megatron_trains_like_the_wheel(
 
     assert CHECKOUT is not None
     flags = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=8,
-        steps=10,
-        extra=SCRIPTS[script] + FSEP + " --log-interval 1",
+        text_data, SCRIPTS[script] + FSEP + " --log-interval 1", global_batch=8, steps=10
     )
 
     def scalars(name: str, command: list[str]) -> dict[str, list[tuple[int, float]]]:

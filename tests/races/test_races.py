@@ -5,16 +5,14 @@ The code for CUDA streams runs unchanged, on replaced streams and tensors of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from tests.races import layers, training
 from tests.races.faults import LAYER_FAULTS, TRAINING_FAULTS, Scene
 from tests.races.watched import Watched
 
-Ranks = Callable[[int], RankPool]
+Ranks = RankPools
 
 
 def check_clean(ranks: list[Watched], least_operations: int) -> None:
