@@ -72,7 +72,7 @@ def train_with_broken_planner(command: list[str], fault: str) -> Record:
 
 @pytest.mark.counts(fault_runs=1)
 def test_a_randomly_slow_planner_never_stops_training(ranks: RankPools, text_data: str) -> None:
-    steps = 500
+    steps = 100
     results = ranks(2).run(
         train_with_slow_planner, flags(text_data, steps, " --lr 1e-4 --min-lr 1e-4"), 0.08
     )

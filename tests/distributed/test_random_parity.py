@@ -14,12 +14,7 @@ from tests.parity.random.report import line
 
 AT_NIGHT = range(1000, 1200)
 # Cheap ones of these, on 2 and 4 ranks, for fewer steps.
-# fmt: off
-IN_CI = (
-    1012, 1015, 1017, 1018, 1019, 1025, 1035, 1037, 1038, 1047,
-    1048, 1056, 1058, 1067, 1078, 1081, 1087, 1091, 1093, 1104,
-)
-# fmt: on
+IN_CI = (1012, 1015, 1017, 1019, 1035, 1048, 1058, 1081, 1091, 1104)
 STEPS_IN_CI = 3
 
 CASES = [

@@ -3,7 +3,7 @@
 A configuration starts once; each seed is two steps of its run. Every rank's weights and gradients
 are compared after every step, so that a seed starts as in the undisturbed run.
 
-Runs 5 seeds. The 200 are for a machine with time:
+Runs 5 seeds each day. The 200 are for a machine with time:
 
     scripts/test.sh --nightly -- tests/distributed/test_stress.py
 """
@@ -51,6 +51,17 @@ class Case:
         )
 
 
+def seeds_of_delays(*daily: str) -> pytest.MarkDecorator:
+    """Run 5 seeds of these cases each day, of `QUICK` in the quick set too; at night 200 of all."""
+    few = pytest.mark.counts(seeds_of_delays=5)
+    many = [pytest.mark.counts(seeds_of_delays=200), pytest.mark.nightly]
+    quick = {QUICK: [pytest.mark.quick]}
+    params = [pytest.param(case, 5, marks=[few, *quick.get(case, [])]) for case in daily]
+    params += [pytest.param(case, 200, marks=many) for case in CASES]
+    return pytest.mark.parametrize(("case", "seeds"), params)
+
+
+QUICK = "restored per layer"
 CASES = {
     "restored per layer": Case(2, 2, 2, 3, FORECAST),
     "by nodes, 2 of 2": Case(4, 4, 2, 2, FORECAST + NODES),
@@ -60,10 +71,6 @@ CASES = {
     "full recompute": Case(2, 2, 2, 3, FORECAST + FULL),
     "adaptive": Case(2, 2, 2, 3, ADAPTIVE),
 }
-SEEDS = [
-    pytest.param(5, marks=pytest.mark.counts(seeds_of_delays=5)),
-    pytest.param(200, marks=[pytest.mark.counts(seeds_of_delays=200), pytest.mark.nightly]),
-]
 WAIT = " --fsep-late-plan wait"
 
 
@@ -93,15 +100,7 @@ def _results(trace: Trace) -> list[tuple[str, float, float]]:
     return list(zip(trace.digests, record.losses, record.grad_norms, strict=True))
 
 
-# One configuration is quick enough for the quick set.
-QUICK = "restored per layer"
-
-
-@pytest.mark.parametrize("seeds", SEEDS)
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[pytest.mark.quick] if case == QUICK else []) for case in CASES],
-)
+@seeds_of_delays(*CASES)
 def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
     ranks: RankPools, text_data: str, case: str, seeds: int
 ) -> None:
@@ -121,8 +120,7 @@ def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
     assert reordered > 0
 
 
-@pytest.mark.parametrize("seeds", SEEDS)
-@pytest.mark.parametrize("case", CASES)
+@seeds_of_delays("tokens by nodes, 2 of 2", "restored per step, accumulation 4", "adaptive")
 def test_a_disturbed_run_that_keeps_its_layouts_equals_its_replay(
     ranks: RankPools, text_data: str, tmp_path: Path, case: str, seeds: int
 ) -> None:
