@@ -15,8 +15,8 @@ import torch
 
 from megatron_laer import session
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import train
 from tests.bridge_stubs import importable
+from tests.distributed.test_stock_loading import probed
 from tests.parity.flags import command_line
 
 CHECKOUT = os.environ.get("MEGATRON_BRIDGE_CHECKOUT")
@@ -94,8 +94,7 @@ def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
 
     assert CHECKOUT is not None
     with importable(Path(CHECKOUT)):
-        found: list[dict[str, torch.Tensor]] = train(flags, convert).probes[0]
-    return found
+        return probed(flags, convert)
 
 
 @pytest.mark.parametrize(

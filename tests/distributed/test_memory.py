@@ -196,49 +196,6 @@ def test_buffers_stay_as_they_are_after_the_first_step(
         assert held.layer_bytes <= grads - sums <= arriving * held.layer_bytes
 
 
-def exchange_counts_of(command: list[str]) -> tuple[int, int, int, int, int]:
-    """Return restores, reduces, and bytes received for each, after a run; bytes of the slots."""
-    from megatron_laer.session import current_coordinator
-
-    found: list[tuple[int, int, int, int, int]] = []
-
-    def read(model: list[torch.nn.Module]) -> None:
-        coordinator = current_coordinator()
-        assert coordinator is not None
-        count = coordinator.streams.exchange.count
-        (specs, *_) = [
-            module.specs
-            for chunk in model
-            for module in chunk.modules()
-            if hasattr(module, "specs")
-        ]
-        expert_bytes = sum(4 * spec.rows * spec.columns for spec in specs)
-        found.append(
-            (
-                count.restores,
-                count.reduces,
-                count.restore_bytes,
-                count.reduce_bytes,
-                coordinator.geometry.capacity * expert_bytes,
-            )
-        )
-
-    train(command, read)
-    return found[-1]
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_bytes_on_the_wire_follow_the_formula(ranks: RankPools, text_data: str, size: int) -> None:
-    command = command_line(text_data, FSEP, expert_parallel=size, global_batch=4 * size, steps=3)
-    passes = 3 * 2 * 2
-    for restores, reduces, restored, reduced, slots in ranks(size).run(exchange_counts_of, command):
-        assert restores == 2 * passes
-        assert reduces == passes
-        # C experts of P parameters, less the 1/N of each that is local: C·P·(N-1)/N.
-        assert restored * size == restores * slots * (size - 1)
-        assert reduced * size == reduces * slots * (size - 1)
-
-
 def kept_activations(command: list[str]) -> tuple[int, int]:
     """Train; return the number of activation computations, and bytes kept after forward."""
     from megatron.core.models.gpt import GPTModel

@@ -21,11 +21,10 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import train
 from tests import documents
 from tests.distributed.test_announced import MICROBATCHES, announce_by_slimes_hooks
 from tests.distributed.test_own_loop import code_of, script
-from tests.distributed.test_stock_loading import flags_of
+from tests.distributed.test_stock_loading import flags_of, probed
 from tests.distributed.test_stock_writing import values
 
 __all__ = ["script"]
@@ -173,8 +172,7 @@ def by_slime(flags: list[str], folder: Path) -> int:
                 assert torch.equal(again[name], tensor), name
             return sum(".experts." in name for name in sent)
 
-    found: int = train(flags, check).probes[0]
-    return found
+    return probed(flags, check)
 
 
 def test_slimes_own_files_read_and_write_every_expert(

@@ -29,6 +29,12 @@ def flags_of(data: str, extra: str = "") -> list[str]:
     return command_line(data, FSEP + extra, experts=4, steps=1)
 
 
+def probed[T](flags: list[str], probe: Callable[[list[Chunk]], T]) -> T:
+    """Train; return the probe's result on this rank after the first step."""
+    found: T = train(flags, probe).probes[0]
+    return found
+
+
 def without(name: str) -> Callable[[list[Given]], Iterator[Given]]:
     return lambda given: (pair for pair in given if pair[0] != name)
 
@@ -93,8 +99,7 @@ def errors(flags: list[str]) -> dict[str, str]:
         megatron_laer.load_stock_named_parameters(chunk, given)  # all ranks are still in step
         return said
 
-    found: dict[str, str] = train(flags, attempts).probes[0]
-    return found
+    return probed(flags, attempts)
 
 
 def test_wrong_calls_are_refused_on_every_rank_and_named(ranks: RankPools, text_data: str) -> None:
@@ -123,8 +128,7 @@ def held_over_a_load(flags: list[str]) -> bool:
         megatron_laer.load_stock_named_parameters(chunk, given)
         return all(experts.state.weights is WeightState.SHARDED for experts in held)
 
-    found: bool = train(flags, load).probes[0]
-    return found
+    return probed(flags, load)
 
 
 def test_experts_that_a_step_holds_are_not_used_after_a_load(

@@ -19,12 +19,12 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 
 import megatron_laer
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import train
 from megatron_laer.integrations import stock_names
 from megatron_laer.integrations.stock_names import StockLayer
 from megatron_laer.layer import moe_layer
 from megatron_laer.runtime.comm.blocks import gather_block
 from tests import documents
+from tests.distributed.test_stock_loading import probed
 from tests.parity.flags import command_line
 
 PAGE = documents.ROOT / "docs" / "checkpoints.md"
@@ -110,8 +110,7 @@ def of_stock(flags: list[str]) -> list[list[Named]]:
     def read(model: list[Chunk]) -> list[list[Named]]:
         return [copied(unwrap_model(chunk).named_parameters()) for chunk in model]
 
-    found: list[list[Named]] = train(flags, read).probes[0]
-    return found
+    return probed(flags, read)
 
 
 def of_fsep(flags: list[str], sizes: tuple[int, ...]) -> dict[int, list[list[Named]]]:
@@ -141,8 +140,7 @@ def of_fsep(flags: list[str], sizes: tuple[int, ...]) -> dict[int, list[list[Nam
                     assert torch.equal(after, kept), name
         return found
 
-    found: dict[int, list[list[Named]]] = train(flags, read).probes[0]
-    return found
+    return probed(flags, read)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -182,8 +180,7 @@ def under_grouped_names(flags: list[str]) -> tuple[list[Named], list[Named]]:
             assert torch.equal(after, before.tensor), name
         return grouped, sequence
 
-    found: tuple[list[Named], list[Named]] = train(flags, read).probes[0]
-    return found
+    return probed(flags, read)
 
 
 def test_grouped_names_are_those_that_converters_look_for(ranks: RankPools, text_data: str) -> None:
@@ -233,8 +230,7 @@ def one_layer_is_held(flags: list[str]) -> int:
                 del tensor  # otherwise it would be held while the next one is made
         return len(layers)
 
-    found: int = train(flags, read).probes[0]
-    return found
+    return probed(flags, read)
 
 
 def test_one_layer_at_a_time_is_restored(ranks: RankPools, text_data: str) -> None:
@@ -264,8 +260,7 @@ def one_layer_is_loaded(flags: list[str]) -> int:
             megatron_laer.load_stock_named_parameters(model[0], given)
         return len(layers)
 
-    found: int = train(flags, read).probes[0]
-    return found
+    return probed(flags, read)
 
 
 def test_one_layer_at_a_time_is_loaded(ranks: RankPools, text_data: str) -> None:
@@ -293,8 +288,7 @@ def page_runs(flags: list[str]) -> list[str]:
         optimizer.reload_model_params.assert_called_once()
         return [name for name, _ in sent]
 
-    found: list[str] = train(flags, run).probes[0]
-    return found
+    return probed(flags, run)
 
 
 def test_the_pages_code_runs_with_fsep_and_without(ranks: RankPools, text_data: str) -> None:
@@ -313,8 +307,7 @@ def after_a_step(flags: list[str]) -> dict[str, torch.Tensor]:
             if ".experts." not in name
         }
 
-    found: dict[str, torch.Tensor] = train(flags, read).probes[0]
-    return found
+    return probed(flags, read)
 
 
 def test_weights_that_are_still_being_gathered_are_waited_for(
