@@ -1,8 +1,6 @@
 """Command lines that cannot work, and the message expected for each.
 
 Words are separated by spaces; files are those of `inputs`, in the folder that the command runs in.
-
-Over 400 lines: a table of cases, one or two lines each, which is read as a whole.
 """
 
 from __future__ import annotations

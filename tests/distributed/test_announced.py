@@ -1,8 +1,6 @@
 """Announced routing: layouts equal those of `exact`, decisions precede the gate, and errors.
 
 The page's functions record routing without gradients, as a rollout does, and training replays it.
-
-Over 400 lines: the tests share the code that records and replays a routing.
 """
 
 from __future__ import annotations

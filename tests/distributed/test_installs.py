@@ -196,10 +196,10 @@ def starts(python: Path, script: str | Path, cwd: Path, log: Path) -> None:
 
 
 def installed(*daily: tuple[str, str]) -> pytest.MarkDecorator:
-    """Run a test after every installation, inside the checkout and outside; most at night.
+    """Run a test after every installation, inside the checkout and outside; all but these at night.
 
-    Pip makes a wheel of a checkout and of an sdist as well, and an editable package is the checkout
-    in both places.
+    Pip makes a wheel of a checkout and of an sdist as well. The environment of the tests themselves
+    has an editable package, as `scripts/environment.sh` installs it.
     """
     pairs = [(way, place) for way in WAYS for place in ("inside", "outside")]
     params = []
@@ -211,7 +211,7 @@ def installed(*daily: tuple[str, str]) -> pytest.MarkDecorator:
 
 
 WAYS = ("editable", "checkout", "wheel", "sdist")
-DAILY = (("editable", "outside"), ("wheel", "inside"), ("wheel", "outside"))
+DAILY = (("wheel", "inside"), ("wheel", "outside"))
 
 
 def imported(file: Path) -> list[tuple[Path, Path | None]]:

@@ -51,7 +51,11 @@ def start_stubborn_child() -> tuple[int, int]:
     return os.getpid(), child.pid
 
 
-@pytest.mark.parametrize("how", ["closes", "forgets", "is killed"])
+@pytest.mark.parametrize(
+    "how",
+    # Every session closes its pools.
+    ["is killed", *(pytest.param(how, marks=pytest.mark.nightly) for how in ("closes", "forgets"))],
+)
 def test_what_ranks_started_ends_with_the_pool_and_keeps_nobody_waiting(
     tmp_path: Path, how: str
 ) -> None:

@@ -12,10 +12,10 @@ import torch
 from megatron_laer.cpu import training
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
+from tests.races.clocks import Watched
 from tests.races.cuda import current_stream
 from tests.races.faults import TRAINING_FAULTS
 from tests.races.observing import accumulate_on, observed
-from tests.races.watched import Watched
 
 _RANDOM = " --fsep-planner random"
 _OVERLAPS = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
