@@ -4,7 +4,8 @@ Each job is compared with an undisturbed one, under `--fsep-late-plan wait`: all
 losses and gradient norms, and the layouts' versions. One loss is omitted: Megatron prints the mean
 of two at the second step after a start. The script's own decisions are in test_slurm.py.
 
-Each day a job is saved, requeued and resumed. The other ends go through the same script at night.
+Each day a job on two nodes is saved, requeued and resumed, and one on a single node trains in
+`tests/unit/test_slurm_script.py`. The other ends go through the same script at night.
 """
 
 from __future__ import annotations
@@ -120,6 +121,7 @@ def assert_same(job: Job, undisturbed: Job, resumed_at: int | None, last: int = 
             assert step.values[name] == other[name], (number, name)
 
 
+@pytest.mark.nightly
 @pytest.mark.counts(slurm_jobs=2)
 def test_one_node_trains_as_two_do(training: Training, undisturbed: Job) -> None:
     # Tokens go to the nearest replicas, and both ranks are one node here: another order of sums,
@@ -146,7 +148,7 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(training: Training, undistur
     assert_same(job, undisturbed, SAVE_INTERVAL)
 
 
-@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
+@pytest.mark.counts(slurm_jobs=2, resumed_runs=1)
 def test_usr1_saves_and_the_requeued_job_goes_on_from_the_step_it_came_in(
     training: Training, undisturbed: Job
 ) -> None:
