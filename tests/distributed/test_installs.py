@@ -196,7 +196,7 @@ def starts(python: Path, script: str | Path, cwd: Path, log: Path) -> None:
 
 
 def installed(*daily: tuple[str, str]) -> pytest.MarkDecorator:
-    """Run a test after every installation, inside the checkout and outside; all but these at night.
+    """Parametrise a test by installation and place; pairs other than `daily` run at night.
 
     Pip makes a wheel of a checkout and of an sdist as well. The environment of the tests themselves
     has an editable package, as `scripts/environment.sh` installs it.
