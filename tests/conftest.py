@@ -70,12 +70,9 @@ def ranks() -> Iterator[RankPools]:
 
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Return the prefix of a Megatron dataset of the standard library's sources, as bytes."""
-    from megatron_laer.tools.data import default_text_sources, prepare_data
+    from tests.parity.flags import make_text
 
-    prefix = tmp_path_factory.mktemp("data") / "text"
-    prepare_data(default_text_sources()[:150], str(prefix), progress=False)
-    return str(prefix)
+    return make_text(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
