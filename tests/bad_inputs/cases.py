@@ -5,7 +5,7 @@ Words are separated by spaces; files are those of `inputs`, in the folder that t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tests.bad_inputs import (
@@ -319,12 +319,13 @@ def _all() -> Iterator[Case]:
     yield Case(("plan", "good.trace", "--cluster", ""), "unknown cluster ''")
     for words, says in TRACES:
         yield Case(("plan", *words.split(" ")), says)
-    for pattern, found in (
-        ("{}.csv", inputs.TABLES),
-        ("megatron-{}", inputs.CALLS),
-        ("smartmoe-{}", inputs.LOGS),
-        ("{}.npz", inputs.TOKENS),
-    ):
+    traces: dict[str, Mapping[str, tuple[object, str]]] = {
+        "{}.csv": inputs.TABLES,
+        "megatron-{}": inputs.CALLS,
+        "smartmoe-{}": inputs.LOGS,
+        "{}.npz": inputs.TOKENS,
+    }
+    for pattern, found in traces.items():
         for name, (_, says) in found.items():
             yield Case(("plan", pattern.format(name)), says)
     for name in inputs.ARRAYS:

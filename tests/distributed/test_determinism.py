@@ -110,14 +110,15 @@ def test_a_bad_recording_is_refused_on_every_rank(
     header, first, *_ = path.read_text().splitlines()
     other_experts = header.replace('"num_experts":8', '"num_experts":16')
     illegal = json.dumps({"step": 1, "slots": [[0] * 10] * 2})
-    for lines, message in (
+    spoilt: list[tuple[list[str] | None, str]] = [
         ([], "is empty"),
         ([resealed(other_experts)], "recorded for"),
         ([header, first[:40]], "line 2"),
         ([header, resealed(illegal)], "line 2"),
         ([header, first.replace('"step":1', '"step":2')], "line 2: its checksum does not fit"),
         (None, "cannot read"),
-    ):
+    ]
+    for lines, message in spoilt:
         if lines is None:
             path.rename(tmp_path / "group-7.jsonl")  # of a run with more groups
         else:
