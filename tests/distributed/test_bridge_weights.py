@@ -6,8 +6,6 @@ dependencies, which the pages on it name.
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,17 +14,11 @@ import torch
 from megatron_laer import session
 from megatron_laer.cpu.ranks import RankPools
 from tests.bridge_stubs import importable
+from tests.checkouts import checkout
 from tests.distributed.test_stock_loading import probed
 from tests.parity.flags import command_line
 
-CHECKOUT = os.environ.get("MEGATRON_BRIDGE_CHECKOUT")
-
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.skipif(
-        CHECKOUT is None, reason="MEGATRON_BRIDGE_CHECKOUT names no checkout of Megatron-Bridge 0.6"
-    ),
-]
+CHECKOUT, pytestmark = checkout("MEGATRON_BRIDGE_CHECKOUT", "Megatron-Bridge 0.6")
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner random"
 QWEN3 = (
@@ -92,8 +84,7 @@ def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
                 exported(listed)
         return [before, after, again]
 
-    assert CHECKOUT is not None
-    with importable(Path(CHECKOUT)):
+    with importable(CHECKOUT):
         return probed(flags, convert)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,12 +15,12 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_laer.cpu.ranks import RankPools
 from tests import documents
+from tests.checkouts import checkout
 from tests.distributed.test_announced import MICROBATCHES, announce_by_slimes_hooks
 from tests.distributed.test_own_loop import code_of, script
 from tests.distributed.test_stock_loading import flags_of, probed
@@ -29,15 +28,11 @@ from tests.distributed.test_stock_writing import values
 
 __all__ = ["script"]
 
-CHECKOUT = os.environ.get("SLIME_CHECKOUT")
 PAGE = documents.ROOT / "docs" / "checkpoints.md"
 ASKED = "model_module.named_parameters()"
 EXPERTS, LAYERS = 4, 2
 
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.skipif(CHECKOUT is None, reason="SLIME_CHECKOUT names no checkout of slime"),
-]
+CHECKOUT, pytestmark = checkout("SLIME_CHECKOUT", "slime")
 
 
 def _of_page() -> str:
@@ -48,14 +43,12 @@ def _of_page() -> str:
 @contextlib.contextmanager
 def slime() -> Iterator[Callable[[str], ModuleType]]:
     """Make slime's files importable one by one, with the page's change in the named one."""
-    assert CHECKOUT is not None
-    root = Path(CHECKOUT)
     before = set(sys.modules)
     size_and_rank = {"current_device": lambda: "cpu", "synchronize": lambda: None}
 
     def package(name: str, **contents: Any) -> None:
         module = ModuleType(name)
-        module.__path__ = [str(root.joinpath(*name.split(".")))]
+        module.__path__ = [str(CHECKOUT.joinpath(*name.split(".")))]
         vars(module).update(contents)
         sys.modules[name] = module
 
@@ -73,7 +66,7 @@ def slime() -> Iterator[Callable[[str], ModuleType]]:
         package("slime.backends.megatron_utils.update_weight")
         package("slime.backends.megatron_utils.hf_to_megatron")
         package("slime.backends.megatron_utils.megatron_to_hf", convert_to_hf=_converted)
-        common = root / "slime/backends/megatron_utils/update_weight/common.py"
+        common = CHECKOUT / "slime/backends/megatron_utils/update_weight/common.py"
         source = common.read_text()
         assert source.count(ASKED) == 2, "the page names another function than slime has"
         name = "slime.backends.megatron_utils.update_weight.common"
