@@ -21,10 +21,10 @@ pytestmark = pytest.mark.nightly
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def toy(figure: int, folder: Path, words: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
+def toy(figure: int, folder: Path) -> list[list[dict[str, Any]]]:
     script = f"scripts/paper/figure{figure}.py"
     environment = os.environ | {"PYTHONPATH": processes.python_path()}
-    return tables([script, "--toy", "--work-dir", str(folder), *words], folder, environment)
+    return tables([script, "--toy", "--work-dir", str(folder)], folder, environment)
 
 
 def tables(
