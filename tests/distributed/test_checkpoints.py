@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from tests.checkpoints import (
     saved_tensors,
     train_until_exit,
 )
+from tests.messages import messages
 from tests.parity.flags import command_line
 from tests.parity.rows import HYBRID_MTP as HYBRID
 
@@ -328,15 +328,8 @@ def test_a_checkpoint_counts_only_after_its_planner_state_is_there(
 
 def train_and_listen(flags: list[str]) -> tuple[list[str], Any]:
     """Train; return FSEP's log about resuming on this rank, and the layouts at the end."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("megatron_laer")
-    logger.addHandler(handler)
-    try:
+    with messages() as lines:
         record = train(flags, layouts_in_force)
-    finally:
-        logger.removeHandler(handler)
     return [line for line in lines if "anew" in line or "restored" in line], record.probes[0]
 
 

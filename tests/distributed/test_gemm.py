@@ -7,6 +7,7 @@ from pathlib import Path
 
 from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import train
+from tests.messages import messages
 from tests.parity.flags import command_line
 
 FSEP = " --expert-parallel-mode fsep --ckpt-format torch_dist"
@@ -20,15 +21,8 @@ def listen(flags: list[str]) -> tuple[list[str], int]:
     from megatron_laer.layer.experts.gemm import torch as grouped
 
     grouped._ends.cache_clear()
-    lines: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("megatron_laer")
-    logger.addHandler(handler)
-    try:
+    with messages(logging.WARNING) as lines:
         train(flags)
-    finally:
-        logger.removeHandler(handler)
     return [line for line in lines if "--fsep-gemm" in line], grouped._ends.cache_info().misses
 
 

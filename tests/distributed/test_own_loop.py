@@ -20,16 +20,16 @@ import pytest
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import fresh_megatron
 from tests import processes
+from tests.documents import ROOT, SCRIPT, blocks
+from tests.messages import messages
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = ROOT / "docs"
 STEPS = 4
 
 
 def code_of(page: str, word: str) -> str:
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE
-    )
-    (code,) = [block for block in blocks if word in block]
+    of_page = [block for block in blocks(DOCS / page) if block.language == SCRIPT]
+    (code,) = [block.text for block in of_page if word in block.text]
     return code
 
 
@@ -161,15 +161,6 @@ def test_hooks_of_slime_train_as_the_script_does(
     assert versions == list(range(STEPS))
 
 
-class _Heard(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
-
-
 def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> list[str]:
     """Return the plugin's warnings on this rank while the script runs without training steps."""
     import torch
@@ -177,7 +168,6 @@ def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> lis
     import megatron_laer
     from megatron_laer.plugin.steps import StepOutcome
 
-    heard = _Heard()
     enable = megatron_laer.enable
     settings = megatron_laer.FSEPConfig(**config)
 
@@ -192,23 +182,19 @@ def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> lis
             module.forward_step(module.batches(step), model[0])
         return 0.0, True
 
-    logger = logging.getLogger("megatron_laer")
-    logger.addHandler(heard)
-    try:
-        with (
-            loaded(path) as module,
-            mock.patch.object(sys, "argv", [str(path), "--steps", "3"]),
-            mock.patch.object(
-                megatron_laer, "enable", lambda _, seed: enable(settings, seed=seed), create=True
-            ),
-            mock.patch.object(megatron_laer, "training_step", without_step, create=True),
-        ):
-            if mode != "trains":
-                module.train_step = only_forward
-            module.main()
-    finally:
-        logger.removeHandler(heard)
-    return heard.lines
+    with (
+        loaded(path) as module,
+        messages(logging.WARNING) as lines,
+        mock.patch.object(sys, "argv", [str(path), "--steps", "3"]),
+        mock.patch.object(
+            megatron_laer, "enable", lambda _, seed: enable(settings, seed=seed), create=True
+        ),
+        mock.patch.object(megatron_laer, "training_step", without_step, create=True),
+    ):
+        if mode != "trains":
+            module.train_step = only_forward
+        module.main()
+    return lines
 
 
 def test_a_loop_without_steps_is_told_so_once(ranks: RankPools, script: Path) -> None:
