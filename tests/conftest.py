@@ -70,9 +70,12 @@ def ranks() -> Iterator[RankPools]:
 
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from tests.parity.flags import make_text
+    """Return the prefix of a Megatron dataset of the standard library's sources, as bytes."""
+    from megatron_laer.tools.data import default_text_sources, prepare_data
 
-    return make_text(tmp_path_factory.mktemp("data"))
+    prefix = tmp_path_factory.mktemp("data") / "text"
+    prepare_data(default_text_sources()[:150], str(prefix), progress=False)
+    return str(prefix)
 
 
 @pytest.fixture(scope="session")

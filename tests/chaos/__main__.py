@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from megatron_laer.tools.data import default_text_sources, prepare_data
 from tests.chaos.runs import chaos
-from tests.parity.flags import make_text
 
 
 def main() -> int:
@@ -25,8 +25,10 @@ def main() -> int:
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = (args.folder or Path(temporary)).resolve()
+        data = folder / "text"
         folder.mkdir(parents=True, exist_ok=True)
-        failed = chaos(args.runs, args.seed, make_text(folder), folder, args.only)
+        prepare_data(default_text_sources()[:150], str(data), progress=False)
+        failed = chaos(args.runs, args.seed, str(data), folder, args.only)
     return 1 if failed else 0
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from megatron_laer.device import CPU_FLAGS
-from megatron_laer.tools.data import BYTES_TOKENIZER_FLAGS, default_text_sources, prepare_data
+from megatron_laer.tools.data import BYTES_TOKENIZER_FLAGS
 
 MODEL_FLAGS = """
     --num-layers 2 --hidden-size 48 --num-attention-heads 4 --ffn-hidden-size 64
@@ -18,12 +16,6 @@ MODEL_FLAGS = """
     --micro-batch-size 2 --seed 1234 --split 90,10,0 --num-workers 0
     --log-interval 1000 --eval-interval 1000 --eval-iters 0
 """.split()
-
-
-def make_text(folder: Path) -> str:
-    """Make a Megatron dataset of the standard library's sources, as bytes; return its prefix."""
-    prepare_data(default_text_sources()[:150], str(folder / "text"), progress=False)
-    return str(folder / "text")
 
 
 def command_line(

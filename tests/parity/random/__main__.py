@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 from megatron_laer.cpu.ranks import RankPools
-from tests.parity.flags import make_text
 from tests.parity.random import report
 from tests.parity.random.generator import draw
 from tests.parity.random.judge import Verdict, judge
@@ -31,13 +30,20 @@ def main(arguments: list[str]) -> int:
 
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory() as folder, RankPools(_RANKS) as ranks:
-        data = make_text(Path(folder))
+        data = _text(Path(folder))
         for seed in seeds:
             judgement = judge(draw(seed), ranks, data)
             verdicts.append(judgement.verdict)
             print(report.line(judgement), flush=True)
     print(report.summary(verdicts))
     return int(any(verdict.is_fault for verdict in verdicts))
+
+
+def _text(folder: Path) -> str:
+    from megatron_laer.tools.data import default_text_sources, prepare_data
+
+    prepare_data(default_text_sources()[:150], str(folder / "text"), progress=False)
+    return str(folder / "text")
 
 
 if __name__ == "__main__":
