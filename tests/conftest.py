@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from megatron_laer.cpu.ranks import RankPool, RankPools
+from megatron_laer.cpu.ranks import RankPools
 from tests import slurm
 from tests.text_data import write_text_data
 
@@ -66,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], RankPool]]:
+def ranks() -> Iterator[RankPools]:
     """Return `ranks(4)`, the session's pool of four ranks, which start once for many tests."""
     with RankPools(RANKS_KEPT) as pools:
         yield pools

@@ -1,16 +1,11 @@
 """Changes of small files with checksums, in every format, and a count of the readers' reactions.
 
-    python -m tests.corruption
-
-prints a table; `tests/unit/test_corruption.py` checks that wrong content is never read silently.
 Changes are drawn by seeds, so that each run makes the same.
 """
 
 from __future__ import annotations
 
-import logging
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -177,26 +172,3 @@ def outcomes(format: Format, path: Path, copies: Iterator[bytes]) -> Counter[str
         found[outcome(format, path, expected)] += 1
     path.write_bytes(content)
     return found
-
-
-def main() -> None:
-    logging.disable(logging.WARNING)
-    print(f"| file | changes | {' | '.join(OUTCOMES)} |")
-    print("|---|---|" + "---|" * len(OUTCOMES))
-    with tempfile.TemporaryDirectory() as name:
-        make(Path(name))
-        for title, format in FORMATS.items():
-            path = Path(name) / format.name
-            content = path.read_bytes()
-            length = format.header_bytes(content)
-            for what, copies in (
-                (title, changed(content)),
-                (f"{title}: each bit of the header", flipped(content, length)),
-            ):
-                found = outcomes(format, path, copies)
-                counts = " | ".join(f"{found[one]:,}" for one in OUTCOMES)
-                print(f"| {what} | {found.total():,} | {counts} |")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,40 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
-
 from megatron_laer.cpu import weights
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, fresh_megatron, gather
 from tests.bridge_stubs import importable
+from tests.checkouts import checkout
 from tests.parity.compare import distance
 from tests.parity.row import FP32_BOUND
 
-CHECKOUT = os.environ.get("MEGATRON_BRIDGE_CHECKOUT")
 FIRST, SECOND, LAST = 4, 12, 16
 
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.skipif(
-        CHECKOUT is None, reason="MEGATRON_BRIDGE_CHECKOUT names no checkout of Megatron-Bridge 0.6"
-    ),
-]
+CHECKOUT, pytestmark = checkout("MEGATRON_BRIDGE_CHECKOUT", "Megatron-Bridge 0.6")
 
 
 @contextlib.contextmanager
 def bridge() -> Iterator[None]:
     """Import Megatron-Bridge, which logs a lot and caches files."""
-    assert CHECKOUT is not None
     logging.disable(logging.INFO)
     try:
-        with importable(Path(CHECKOUT)):
+        with importable(CHECKOUT):
             yield
             from megatron.bridge.training.utils import checkpoint_utils
 
@@ -160,7 +151,7 @@ def train(folder: Path, load: Path | None, iterations: int, is_fsep: bool) -> Ru
 
 
 def test_bridge_trains_with_fsep_like_stock_from_equal_weights(
-    ranks: Callable[[int], RankPool], tmp_path: Path
+    ranks: RankPools, tmp_path: Path
 ) -> None:
     def run(folder: str, load: str | None, iterations: int, is_fsep: bool = False) -> Run:
         path = None if load is None else tmp_path / load

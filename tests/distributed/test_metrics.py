@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
 from megatron_laer.tools.report.metrics_recording import read_metrics
@@ -25,18 +24,16 @@ ROW_BYTES = 48 * 4  # of a hidden state in fp32
     ("size", "flags"), [(2, ""), (4, " --pipeline-model-parallel-size 2")], ids=["flat", "pipeline"]
 )
 def test_balance_and_planning_are_in_tensorboard(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, size: int, flags: str
+    ranks: RankPools, text_data: str, tmp_path: Path, size: int, flags: str
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     command = command_line(
         text_data,
-        experts=8,
-        expert_parallel=2,
+        " --expert-parallel-mode fsep --fsep-late-plan wait --log-interval 2"
+        f" --tensorboard-dir {tmp_path} --fsep-record-metrics {tmp_path / 'recorded'}" + flags,
         global_batch=4 * MICROBATCHES,
         steps=STEPS,
-        extra=" --expert-parallel-mode fsep --fsep-late-plan wait --log-interval 2"
-        f" --tensorboard-dir {tmp_path} --fsep-record-metrics {tmp_path / 'recorded'}" + flags,
     )
     ranks(size).run(train, command)
     events = EventAccumulator(str(tmp_path))
@@ -95,17 +92,10 @@ def test_balance_and_planning_are_in_tensorboard(
         assert (steps["version"] == range(STEPS)).all()
 
 
-def test_recording_metrics_changes_no_bit(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
-) -> None:
+def test_recording_metrics_changes_no_bit(ranks: RankPools, text_data: str, tmp_path: Path) -> None:
     def trained(extra: str) -> Record:
         command = command_line(
-            text_data,
-            experts=8,
-            expert_parallel=2,
-            global_batch=4,
-            steps=3,
-            extra=" --expert-parallel-mode fsep --fsep-late-plan wait" + extra,
+            text_data, " --expert-parallel-mode fsep --fsep-late-plan wait" + extra, steps=3
         )
         return ranks(2).run(train, command)[0]
 

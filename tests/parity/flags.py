@@ -20,12 +20,12 @@ MODEL_FLAGS = """
 
 def command_line(
     data: str,
-    *,
-    experts: int,
-    expert_parallel: int,
-    global_batch: int,
-    steps: int,
     extra: str = "",
+    *,
+    steps: int,
+    experts: int = 8,
+    expert_parallel: int = 2,
+    global_batch: int = 4,
     without: str = "",
 ) -> list[str]:
     """Return flags for one run, `without` some of the model's; `extra` may override any."""

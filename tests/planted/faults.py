@@ -366,7 +366,7 @@ FAULTS: tuple[Fault, ...] = (
         *_unit("slices"),
         *_ranks("parity"),
         "-k",
-        "slice or tokens-tensor",
+        "slice or tensor",
     ),
     _MAIN_GRADS.fault(
         "a main gradient is not marked",

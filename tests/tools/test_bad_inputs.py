@@ -43,7 +43,7 @@ def tried(tmp_path_factory: pytest.TempPathFactory) -> Tried:
 
 
 def check(cases: list[Case], ended: list[Ended]) -> None:
-    failures = [told for _, _, told in judging.failures(cases, ended)]
+    failures = [*judging.failures(cases, ended)]
     assert not failures, f"{len(failures)} of {len(cases)}:\n" + "\n".join(failures)
 
 

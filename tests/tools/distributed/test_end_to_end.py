@@ -1,4 +1,7 @@
-"""The end-to-end benchmark measures the stated quantities, at a size that shows no speed."""
+"""The end-to-end benchmark measures the stated quantities, at a size that shows no speed.
+
+The comparison of token exchanges runs each day, through the same trainings and summary.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ TINY = Size(2, 64, 64, 8, 2, 64, 16, warm_up=1, steps=2, repeats=1)
 TIMES = {"median", "min", "max"}
 
 
+@pytest.mark.nightly
 def test_every_configuration_runs_under_the_routing_it_is_named_for(tmp_path: Path) -> None:
     # The other workloads are similar configurations, each of which takes seconds.
     cases = [

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from megatron_laer.tools import cli
 from megatron_laer.tools.traces.reading import read_trace
@@ -17,19 +16,14 @@ STEPS, MICROBATCHES = 4, 2
 
 
 def test_a_recorded_run_can_be_planned_for(
-    ranks: Callable[[int], RankPool],
-    text_data: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    ranks: RankPools, text_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = command_line(
         text_data,
-        experts=8,
-        expert_parallel=2,
+        f" --expert-parallel-mode fsep --fsep-record-trace {tmp_path}"
+        " --eval-interval 2 --eval-iters 1",
         global_batch=2 * 2 * MICROBATCHES,
         steps=STEPS,
-        extra=f" --expert-parallel-mode fsep --fsep-record-trace {tmp_path}"
-        f" --save {tmp_path} --ckpt-format torch_dist --eval-interval 2 --eval-iters 1",
     )
     ranks(2).run(train, command)
     trace = read_trace(tmp_path / "group-0.trace")
