@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
 from megatron_laer.cpu import training
-from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.device import CPU_FLAGS
 from megatron_laer.tools.model_flags import model_flags
 from tests.configurations import MODELS
@@ -22,9 +19,7 @@ _RUN_FLAGS = (
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_a_small_one_of_each_kind_trains_as_stock(
-    name: str, ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_a_small_one_of_each_kind_trains_as_stock(name, ranks, text_data):
     flags = [*model_flags(name), *CPU_FLAGS, *_RUN_FLAGS, "--data-path", text_data]
     fsep, stock = (
         ranks(2).run(training.train, [*flags, "--expert-parallel-mode", mode])[0]

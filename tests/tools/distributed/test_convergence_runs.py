@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 
 from benchmarks.convergence_runs import FSEP, NO_AUX, POINTS, STOCK, Text, command_line, measure
-from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.tools.data import default_text_sources, prepare_data
 
 
-def test_stock_and_fsep_are_measured_alike(
-    ranks: Callable[[int], RankPool], tmp_path: Path
-) -> None:
+def test_stock_and_fsep_are_measured_alike(ranks, tmp_path):
     sources = default_text_sources()
     short = min(sources, key=lambda path: abs(path.stat().st_size - 1500))
     text = Text(tmp_path / "train", tmp_path / "held_out")
