@@ -1,4 +1,4 @@
-"""Stand-ins for recipes of Megatron-Bridge, and those that FSEP refuses."""
+"""Recipes in the form of Megatron-Bridge's, and those that FSEP refuses."""
 
 from __future__ import annotations
 

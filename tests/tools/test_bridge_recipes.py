@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,7 +16,7 @@ from tests.bridge_recipes import REFUSED, changed, recipe
 
 
 @pytest.fixture(autouse=True)
-def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def plain_process(monkeypatch):
     """Hide the launcher's variables, and undo other tests' changes of torch."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr(command, "_replace_cuda_where_needed", lambda: None)
@@ -30,11 +29,7 @@ def failing() -> None:
 
 RECIPES = {
     "fine": (recipe, 0, "runs; proved by row 'plain DDP' on the CPU"),
-    "slow": (
-        lambda: recipe(delay_wgrad_compute=True),
-        3,
-        "speed-only flags: --delay-wgrad-compute",
-    ),
+    "slow": (lambda: recipe(delay_wgrad_compute=True), 3, "speed-only flags: --delay-wgrad"),
     "precise": (lambda: REFUSED["precision"][0], 4, "in bf16, without these flags: --fp8-format"),
     "alone": (lambda: REFUSED["one rank"][0], 5, "uses no expert parallelism"),
     "grouped": (lambda: REFUSED["groups"][0], 1, "no FSEP group is created"),
@@ -61,21 +56,21 @@ RECIPES = {
 }
 
 
+def judged(name: str, made: Any) -> int:
+    """Judge a recipe of a module that replaces Megatron-Bridge's."""
+    module = ModuleType("megatron.bridge.recipes")
+    vars(module).update({"fine": recipe} if made is None else {name: made})
+    packages = {"megatron.bridge": ModuleType("megatron.bridge"), module.__name__: module}
+    with mock.patch.dict(sys.modules, packages):
+        return cli.main(["check-recipe", "--bridge-recipe", name])
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_judged_by_its_name(
-    name: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
+def test_a_recipe_is_judged_by_its_name(name, capsys, monkeypatch, tmp_path):
     (tmp_path / "raising.py").write_text('raise OSError("no such file")')
     monkeypatch.syspath_prepend(tmp_path)
-    module = ModuleType("megatron.bridge.recipes")
-    vars(module).update({key: made for key, (made, *_) in RECIPES.items() if made is not None})
-    packages = {"megatron.bridge": ModuleType("megatron.bridge"), module.__name__: module}
-    _, status, says = RECIPES[name]
-    with mock.patch.dict(sys.modules, packages):
-        assert cli.main(["check-recipe", "--bridge-recipe", name]) == status
+    made, status, says = RECIPES[name]
+    assert judged(name, made) == status
     assert says in "".join(capsys.readouterr())
 
 
@@ -92,58 +87,38 @@ def noisy_and_fine() -> SimpleNamespace:
     return recipe()
 
 
-def judged(made: Any) -> int:
-    module = ModuleType("megatron.bridge.recipes")
-    vars(module)["made"] = made
-    packages = {"megatron.bridge": ModuleType("megatron.bridge"), module.__name__: module}
-    with mock.patch.dict(sys.modules, packages):
-        return cli.main(["check-recipe", "--bridge-recipe", "made"])
-
-
-def test_an_error_is_one_line_and_what_was_warned_of_is_shown_if_all_is_well(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert judged(noisy) == 2
+def test_an_error_is_one_line_and_what_was_warned_of_is_shown_if_all_is_well(capsys):
+    assert judged("made", noisy) == 2
     out, err = capsys.readouterr()
     assert err.count("\n") == 1 and err.endswith("cannot be evaluated: OSError: no such model\n")
     assert out == ""
-    assert judged(noisy_and_fine) == 0
+    assert judged("made", noisy_and_fine) == 0
     out, err = capsys.readouterr()
     assert out.startswith("runs; ") and out.count("\n") == 1
     assert "retrying in 8 s" in err and "lacks a line" in err
 
 
-def test_without_a_network_the_error_says_what_needs_none(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_network_the_error_says_what_needs_none(monkeypatch, capsys):
     monkeypatch.setattr(command, "go_offline_if_unreachable", lambda: True)
-    assert judged(noisy) == 2
+    assert judged("made", noisy) == 2
     said = capsys.readouterr().err
     assert "no such model (Hugging Face's server cannot be reached, or" in said
     assert "--bridge-csv" in said and said.count("\n") == 1
-    assert judged(None) == 2
+    assert judged("made", None) == 2
     assert "Hugging Face" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_terminal_is_told_of_slow_imports(
-    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_terminal_is_told_of_slow_imports(is_terminal, monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
-    assert judged(recipe) == 0
+    assert judged("made", recipe) == 0
     told = "importing Megatron-Bridge, which takes some seconds\n" if is_terminal else ""
     assert capsys.readouterr().err == told
 
 
-def test_without_bridge_the_error_says_what_would_work(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_bridge_the_error_says_what_would_work(capsys):
     with mock.patch.dict(sys.modules, {"megatron.bridge": None}):
         assert cli.main(["check-recipe", "--bridge-recipe", "fine"]) == 2
     said = capsys.readouterr().err
     assert "megatron.bridge.recipes cannot be imported" in said and "YAML file" in said
     assert said.count("\n") == 1
-
-
-def test_one_source_is_judged_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["check-recipe", "--bridge-recipe", "fine", "--", "--num-experts", "8"]
-    assert cli.main(words) == 2
-    assert "give one of FILE, --bridge-recipe NAME" in capsys.readouterr().err

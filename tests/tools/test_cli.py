@@ -1,9 +1,8 @@
 """The command line, mostly in a process of its own: a script may change any state."""
 
-import argparse
 import json
+import logging
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -12,11 +11,15 @@ import textwrap
 
 import pytest
 
-from megatron_laer import __version__
+from megatron_laer import __version__, environment
+from megatron_laer.device import CPU_FLAGS
 from megatron_laer.releases import TESTED_RANGE
 from megatron_laer.tools import cli
-from megatron_laer.tools.cli import plan
+from megatron_laer.tools.cli import calibrate, main
+from megatron_laer.tools.cli.program import ended, escape_warnings
 from megatron_laer.tools.model_flags import model_flags
+from scripts.paper import runner
+from scripts.paper.tables import Result, Table
 from tests.processes import default_signals, python_path
 
 
@@ -51,14 +54,12 @@ def test_a_script_sees_what_python_would_show_it_and_the_plugin(script):
         flags = add_megatron_arguments(argparse.ArgumentParser()).format_usage()
         has_flag = "--fsep-capacity" in flags
         print(json.dumps([__name__, sys.argv, sys.path[0], has_flag]))
+        raise ValueError("of the script")
     """)
     result = run("train", path, "--", "--lr", "1", "--", "x", cwd="/")
-    assert result.returncode == 0, result.stderr
-    name, argv, folder, has_flag = json.loads(result.stdout.splitlines()[-1])
-    assert name == "__main__"
-    assert argv == [str(path), "--lr", "1", "--", "x"]
-    assert folder == str(path.parent)
-    assert has_flag
+    assert result.returncode == 1 and "Traceback" in result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert found == ["__main__", [str(path), "--lr", "1", "--", "x"], str(path.parent), True]
 
 
 def test_a_checkout_beside_the_script_is_the_megatron_whose_version_is_checked(script):
@@ -75,77 +76,35 @@ def test_a_checkout_beside_the_script_is_the_megatron_whose_version_is_checked(s
     assert "Traceback" not in result.stderr
 
 
-def test_a_process_that_a_script_spawns_does_not_run_it_again(script):
+def test_a_process_that_a_script_spawns_does_not_run_it_again_and_its_status_is_kept(script):
     path = script("""
-        import multiprocessing, os
+        import multiprocessing, os, sys
         if __name__ == "__main__":
             process = multiprocessing.get_context("spawn").Process(target=os.getpid)
             process.start()
             process.join()
             print("ended with", process.exitcode)
+            sys.exit(7)
     """)
     result = run("train", path)
     assert result.stdout.splitlines().count("ended with 0") == 1
-
-
-def test_the_exit_status_of_a_script_is_kept(script):
-    assert run("train", script("raise SystemExit(7)")).returncode == 7
-
-
-def test_an_error_inside_a_script_keeps_its_traceback(script):
-    result = run("train", script("raise ValueError('of the script')"))
-    assert result.returncode == 1
-    assert "Traceback" in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "megatron-laer: .* required: COMMAND"),
-        (["dance"], "megatron-laer: .* invalid choice: 'dance'"),
-        (["plan", "x", "--ranks", "x\n" * 5000], r"plan: .* --ranks: 'x\\n.*\\n' is no integer"),
-        (["train", "script.py", "--lr", "1"], "train: unrecognized arguments: --lr 1; the scri"),
-        (["flags", "x", "\x1b[31m\n"], r"flags: unrecognized arguments: '\\x1b\[31m\\n'"),
-        (["flags", "tiny-moe", "--", "--lr"], "flags: nothing follows -- here, got --lr"),
-    ],
-    ids=["nothing", "command", "number", "no dashes", "control characters", "needless dashes"],
-)
-def test_a_wrong_command_line_is_refused_in_one_line(words, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(words)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err
-    assert re.search(message, error)
-    assert error.count("\n") == 1 and error[:-1].isprintable() and len(error) < 2200
+    assert result.returncode == 7
 
 
 @pytest.mark.parametrize("name", ["tiny-moe", "deepseek-v3", "gpt-oss-20b"])
 def test_flags_are_printed_ready_for_a_shell(name, capsys):
     assert cli.main(["flags", name]) == 0
-    printed = capsys.readouterr().out
-    words = subprocess.run(
-        ["bash", "-c", f"printf '%s\\n' $(echo {shlex.quote(printed)})"],
-        capture_output=True,
-        text=True,
-    )
-    assert words.stdout.splitlines() == shlex.split(printed) == model_flags(name)
+    plain = capsys.readouterr().out
+    # As the shell splits what $(...) prints.
+    assert plain.split() == shlex.split(plain) == model_flags(name)
+    assert cli.main(["flags", name, "--cpu"]) == 0
+    assert capsys.readouterr().out.split() == [*plain.split(), *CPU_FLAGS]
 
 
-def test_text_becomes_a_dataset(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("text")
-    words = ["prepare-data", "--input", str(tmp_path / "a.txt"), "--output", str(tmp_path / "data")]
-    assert cli.main(words) == 0
-    assert (tmp_path / "data.bin").stat().st_size == 2 * len("text.")
-    assert "1 documents, 5 tokens" in capsys.readouterr().out
-
-
-def test_the_version_is_the_package_s(capsys):
+def test_messages_name_the_program_as_it_was_started(tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"megatron-laer {__version__}\n"
-
-
-def test_messages_name_the_program_as_it_was_started(tmp_path):
     assert run("flags", "x").stderr.startswith("python -m megatron_laer flags: unknown model 'x'")
     link = tmp_path / "megatron-laer"
     link.write_text("import sys; from megatron_laer.tools.cli import main; sys.exit(main())")
@@ -207,17 +166,13 @@ def test_a_script_gets_signals_as_under_python_itself(script):
         finally:
             print("tidied up")
     """)
-    plainly = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        status, output, error = stopped_by(number, [path])
-        plainly[number] = status, output, error.count("Traceback")
-    assert plainly == {
-        signal.SIGINT: (-signal.SIGINT, "tidied up\n", 1),
-        signal.SIGTERM: (-signal.SIGTERM, "", 0),
-    }
-    for number, expected in plainly.items():
-        status, output, error = stopped_by(number, ["-m", "megatron_laer", "train", path])
-        assert (status, output, error.count("Traceback")) == expected
+    for number, *expected in (
+        (signal.SIGINT, -signal.SIGINT, "tidied up\n", 1),
+        (signal.SIGTERM, -signal.SIGTERM, "", 0),
+    ):
+        for words in ([path], ["-m", "megatron_laer", "train", path]):
+            status, output, error = stopped_by(number, words)
+            assert [status, output, error.count("Traceback")] == expected
 
 
 def stopped_by(number, words):
@@ -241,39 +196,25 @@ def started_at_work(words):
     return process
 
 
-def test_flags_for_a_machine_without_a_gpu_follow_the_models():
-    from megatron_laer.device import CPU_FLAGS
-
-    plain, with_cpu = (run("flags", "tiny-moe", *more).stdout.split() for more in ([], ["--cpu"]))
-    assert with_cpu == [*plain, *CPU_FLAGS]
-
-
-@pytest.mark.parametrize("words", [["--help"], ["flags", "tiny-moe"]], ids=lambda words: words[-1])
-def test_a_reader_that_goes_away_is_no_error(words):
-    reading, writing = os.pipe()
-    os.close(reading)
-    result = subprocess.run(
-        [sys.executable, "-m", "megatron_laer", *words],
-        # Unbuffered, argparse ignores it.
-        env=os.environ | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": ""},
-        stdout=writing,
+def flags_into(stdout, unbuffered):
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_laer", "flags", "tiny-moe"],
+        env=os.environ | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": unbuffered},
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
     )
-    os.close(writing)
-    assert (result.returncode, result.stderr) == (141, "")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
-def test_a_full_disk_under_the_output_is_one_line(unbuffered):
+def test_a_reader_that_goes_away_is_no_error_and_a_full_disk_is_one_line(unbuffered):
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = flags_into(writing, unbuffered)
+    os.close(writing)
+    assert (result.returncode, result.stderr) == (141, "")
     with open("/dev/full", "w") as full:
-        result = subprocess.run(
-            [sys.executable, "-m", "megatron_laer", "flags", "tiny-moe"],
-            env=os.environ | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": unbuffered},
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        result = flags_into(full, unbuffered)
     assert result.returncode == 2
     assert "No space left on device" in result.stderr and result.stderr.count("\n") == 1
 
@@ -289,8 +230,59 @@ def test_help_has_examples_that_parse(words, capsys):
         assert cli._parse(command[1:])[0].command == command[1]
 
 
-def test_help_of_plan_tells_every_default():
-    parser = argparse.ArgumentParser()
-    plan.add_arguments(parser)
-    silent = [action.dest for action in parser._actions if "default" not in action.help]
-    assert silent == ["help", "trace", "experts", "workload", "json", "plot"]
+def test_a_variable_that_a_library_cannot_use_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(environment._READ_BY, __name__.partition(".")[0], ("ODD_",))
+    monkeypatch.setenv("ODD_NUMBER", "a\x1b[2J\nb")
+
+    def fail() -> int:
+        raise TypeError("no float")
+
+    assert ended("plan", fail) == 2
+    error = capsys.readouterr().err
+    assert error == "plan: ODD_NUMBER='a\\x1b[2J\\nb': no float; correct or unset it\n"
+    monkeypatch.delenv("ODD_NUMBER")
+    with pytest.raises(TypeError):  # our own fault keeps its traceback
+        ended("plan", fail)
+
+
+def test_a_text_that_the_terminals_encoding_lacks_is_named(capsys):
+    assert ended("flags", lambda: len("of a caf\u00e9".encode("ascii"))) == 2
+    assert capsys.readouterr().err == "flags: 'of a caf\u00e9' cannot be written in ascii\n"
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    last = logging._StderrHandler(logging.WARNING)  # type: ignore[attr-defined]
+    monkeypatch.setattr(logging, "lastResort", last)
+    escape_warnings()
+    record = logging.makeLogRecord({"msg": "%s: cut", "args": ("a\x1b[2J\nb",)})
+    last.handle(record)
+    assert capsys.readouterr().err == "a\\x1b[2J\\nb: cut\n"
+
+
+def test_calibrate_checks_its_arguments_before_the_launcher(tmp_path, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    for words, message in (
+        ("x.txt", "'x.txt' does not end in .yaml or .yml"),
+        ("x.yaml --hidden 4", "--hidden and --ffn go together"),
+        ("x.yaml", "exchanges need several ranks"),
+    ):
+        assert main(["calibrate", *words.split()]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_calibrate_is_imported_without_torch():
+    code = f"import sys, {calibrate.__name__}; sys.exit('torch' in sys.modules)"
+    subprocess.run(
+        [sys.executable, "-c", code], env={"PYTHONPATH": python_path()}, check=True, timeout=600
+    )
+
+
+def test_a_figure_prints_names_and_notes_escaped(tmp_path, capsys):
+    result = Result(8, "times", "toy", [Table("one", [{"run": "a\x1b[2Jb"}])], ["no \x1b[31m"])
+    assert runner.finish(result, tmp_path / "a\x1b[2J") == 0
+    printed = capsys.readouterr().out
+    assert printed.replace("\n", "").isprintable()
+    assert r"a\x1b[2Jb" in printed and r"* no \x1b[31m" in printed
+    assert r"/a\x1b[2J/result.json and, as text" in printed

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from megatron_laer.files.yaml_text import parse_yaml
@@ -16,7 +14,7 @@ from megatron_laer.tools.recipes.command_lines import (
 )
 
 
-def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path: Path) -> None:
+def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path):
     line = "torchrun --nproc-per-node 8 pretrain_gpt.py --lr 1 --bf16"
     assert script_flags(line.split()) == ["--lr", "1", "--bf16"]
     assert script_flags("train x.py -- --lr 1".split()) == ["--lr", "1"]
@@ -44,18 +42,18 @@ def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path: Path) -> None:
     "pattern",
     ["([0]*3+[1]*58)", "[0]*04+[1]*4", "([0,1]*15+[1])*2", "2", "[]", "*.weight", "1e-5"],
 )
-def test_patterns_of_layers_may_be_evaluated(pattern: str) -> None:
+def test_patterns_of_layers_may_be_evaluated(pattern):
     check_patterns(["--moe-layer-freq", pattern])
 
 
 @pytest.mark.parametrize(
     "pattern", ["2**9", "[0]*99999999", "[0]*" + "9" * 5000, "([1]*8)*9999999"]
 )
-def test_patterns_that_would_take_all_memory_are_refused(pattern: str) -> None:
+def test_patterns_that_would_take_all_memory_are_refused(pattern):
     with pytest.raises(ValueError, match="at most some thousand layers"):
         check_patterns([f"--moe-layer-freq={pattern}"])
 
 
-def test_a_line_loses_flags_with_their_values() -> None:
+def test_a_line_loses_flags_with_their_values():
     words = "--a 1 2 --b --c=3 --d -1 --ab 4".split()
     assert without(words, ("--a", "--c")) == ["--b", "--d", "-1", "--ab", "4"]

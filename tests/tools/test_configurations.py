@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ PAPER = {
 
 
 @pytest.fixture(scope="module")
-def made() -> Any:
+def made():
     result = processes.run(
         [sys.executable, "-W", "ignore", "-m", "tests.configurations", "--json"],
         timeout_s=900.0,
@@ -44,7 +43,7 @@ def made() -> Any:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_those_that_were_published(name: str, kind: str, made: Any) -> None:
+def test_parameters_are_those_that_were_published(name, kind, made):
     published, last_digit = number(facts()[name]["published"][kind])
     _, as_they_count = made["counts"][name][kind]
     # Some publications round, some cut, and one has a single digit.
@@ -53,7 +52,7 @@ def test_parameters_are_those_that_were_published(name: str, kind: str, made: An
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_the_papers_models_have_the_parameters_of_its_sizes(name: str, made: Any) -> None:
+def test_the_papers_models_have_the_parameters_of_its_sizes(name, made):
     layers, hidden, ffn, heads, experts, topk, has_bias = PAPER[name]
     query, key_and_value = heads * 128, 2 * 8 * 128
     attention = hidden * (2 * query + key_and_value) + has_bias * (query + key_and_value)
@@ -64,16 +63,16 @@ def test_the_papers_models_have_the_parameters_of_its_sizes(name: str, made: Any
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_page_has_the_line_of_each_model(name: str, made: Any) -> None:
+def test_the_page_has_the_line_of_each_model(name, made):
     assert f"\n{made['lines'][name]}\n" in PAGE, "python -m tests.configurations prints it"
 
 
-def test_every_model_runs_with_fsep(made: Any) -> None:
+def test_every_model_runs_with_fsep(made):
     verdicts = {name: line.split(" | ")[-2] for name, line in made["lines"].items()}
     assert verdicts == dict.fromkeys(MODELS, "*runs*")
 
 
-def test_the_page_has_no_other_lines_and_the_heads_of_today() -> None:
+def test_the_page_has_no_other_lines_and_the_heads_of_today():
     lines = PAGE.splitlines()
     assert "\n".join(HEAD) in PAGE
     for line in cluster_table():
@@ -82,7 +81,7 @@ def test_the_page_has_no_other_lines_and_the_heads_of_today() -> None:
     assert sorted(listed) == sorted([*MODELS, *CLUSTERS])
 
 
-def test_what_was_published_is_of_models_that_there_are() -> None:
+def test_what_was_published_is_of_models_that_there_are():
     assert {*PUBLISHED} < {*MODELS}
     assert {*PAPER} < {*MODELS}
 
@@ -97,9 +96,7 @@ def test_what_was_published_is_of_models_that_there_are() -> None:
         ("NVIDIA T4", "h100-8"),
     ],
 )
-def test_a_card_has_the_constants_of_its_kind(
-    card: str, cluster: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_card_has_the_constants_of_its_kind(card, cluster, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: card)
     assert build.default_cluster(torch.device("cuda")) == cluster
     assert load_cluster(cluster).ranks_per_node == 8

@@ -1,34 +1,31 @@
 """`prepare_data` writes a complete dataset or keeps the old one; refusals."""
 
+import argparse
 import io
 import os
 import resource
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from megatron_laer.tools import cli, data
 from megatron_laer.tools.data import dataset, tokenizers
-from tests.tools.datasets import prepare_data, read_documents
+from tests.tools.datasets import install_fake_transformers, prepare_data, read_documents
 
 
-@pytest.fixture
-def texts(tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    (folder / "b.txt").write_bytes(bytes(range(256)))
-    (folder / "a.txt").write_text("first in order")
-    return folder
+def read_texts(prefix):
+    """Return the documents without their ends."""
+    return [bytes(document[:-1].tolist()) for document in read_documents(prefix)]
 
 
 def test_the_dataset_gives_back_every_byte_and_ends_every_document(texts, tmp_path):
+    (texts / "__init__.py").touch()
+    (texts / ".hidden").write_text("hidden")
     written = prepare_data([texts], tmp_path / "out" / "train")
-
-    first, second = read_documents(written.prefix)
-    assert bytes(first[:-1].tolist()) == b"first in order"
-    assert second[:-1].tolist() == list(range(256))
-    assert first[-1] == second[-1] == 256
+    assert read_texts(written.prefix) == [b"first in order", bytes(range(256))]
+    assert {document[-1] for document in read_documents(written.prefix)} == {256}
     assert (written.documents, written.tokens) == (2, 14 + 256 + 2)
 
 
@@ -48,15 +45,8 @@ def test_the_order_of_a_directory_does_not_depend_on_the_file_system(tmp_path):
     for name in ("z/1.txt", "m.txt", "a/2.txt", "a/1.txt"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
-    documents = read_documents(prepare_data([folder], tmp_path / "train").prefix)
-    texts = [bytes(document[:-1].tolist()).decode() for document in documents]
-    assert texts == ["m.txt", "a/1.txt", "a/2.txt", "z/1.txt"]
-
-
-def test_a_directory_is_read_without_its_empty_and_hidden_files(texts, tmp_path):
-    (texts / "__init__.py").touch()
-    (texts / ".hidden").write_text("hidden")
-    assert prepare_data([texts], tmp_path / "train").documents == 2
+    prefix = prepare_data([folder], tmp_path / "train").prefix
+    assert read_texts(prefix) == [b"m.txt", b"a/1.txt", b"a/2.txt", b"z/1.txt"]
 
 
 def test_an_unreadable_file_is_refused_by_name_and_leaves_nothing(texts, tmp_path, monkeypatch):
@@ -70,73 +60,30 @@ def test_an_unreadable_file_is_refused_by_name_and_leaves_nothing(texts, tmp_pat
     assert not list((tmp_path / "out").iterdir())
 
 
-@pytest.mark.parametrize(
-    ("prefix", "message"),
-    [
-        ("texts/train", "would write over the input"),
-        ("folder", r"folder\.idx': it is there and no regular file"),
-        ("texts/a.txt/train", "is no folder"),
-        ("/proc/train", "cannot be written to"),
-    ],
-)
-def test_an_output_that_cannot_be_is_refused_before_any_work(
-    prefix, message, texts, tmp_path, monkeypatch
-):
-    (tmp_path / "folder.idx").mkdir()
-    monkeypatch.setattr(dataset, "load_tokenizer", None)
-    with pytest.raises(ValueError, match=f"--output .*{message}"):
-        prepare_data([texts], tmp_path / prefix)
-
-
-def test_a_dataset_that_a_link_in_the_input_leads_to_is_not_replaced(texts, tmp_path):
+def test_no_dataset_is_written_over_its_input(texts, tmp_path):
+    with pytest.raises(ValueError, match="would write over the input"):
+        prepare_data([texts], texts / "train")
     prepare_data([texts], tmp_path / "train")
     (texts / "link").symlink_to(tmp_path / "train.bin")
     with pytest.raises(ValueError, match=r"train\.bin' would write over the input .*link'"):
         prepare_data([texts], tmp_path / "train", follow_links=True)
 
 
-def test_an_existing_dataset_is_replaced(texts, tmp_path):
+def test_a_dataset_is_replaced_with_megatrons_indices_of_it(texts, tmp_path):
     prepare_data([texts], tmp_path / "train")
+    cache = tmp_path / "train" / "cache"
+    (cache / "GPTDataset_indices").mkdir(parents=True)
+    (cache / "GPTDataset_indices" / "train-document_index.npy").write_text("of the old dataset")
     (texts / "b.txt").write_text("new")
     prepare_data([texts], tmp_path / "train")
-    assert bytes(read_documents(tmp_path / "train")[1][:-1].tolist()) == b"new"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["texts", "train.bin", "train.idx"]
-
-
-def test_a_dataset_that_was_trained_on_is_replaced_with_megatrons_indices_of_it(texts, tmp_path):
-    prepare_data([texts], tmp_path / "train")
-    indices = tmp_path / "train" / "cache" / "GPTDataset_indices"
-    indices.mkdir(parents=True)
-    (indices / "train-document_index.npy").write_text("of the old dataset")
-    (texts / "b.txt").write_text("new")
-    prepare_data([texts], tmp_path / "train")
-    assert bytes(read_documents(tmp_path / "train")[1][:-1].tolist()) == b"new"
-    assert not indices.exists()
-
-
-def test_a_directory_of_the_users_is_no_prefix_though_it_holds_a_cache(texts, tmp_path):
-    (tmp_path / "train" / "cache").mkdir(parents=True)
+    assert read_texts(tmp_path / "train")[1] == b"new"
+    assert not cache.exists()
+    assert {path.name for path in tmp_path.glob("*train.*")} == {"train.bin", "train.idx"}
+    # A directory of the user's is no prefix, though it has such a cache.
+    cache.mkdir(parents=True)
     (tmp_path / "train" / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="train' must be a path"):
         prepare_data([texts], tmp_path / "train")
-
-
-def test_an_interrupt_while_tokenizing_keeps_the_old_dataset(texts, tmp_path, monkeypatch):
-    prepare_data([texts], tmp_path / "train")
-    before = content(tmp_path)
-
-    real = dataset.open_input
-
-    def interrupted_at_the_second_file(path):
-        if path.name == "b.txt":
-            raise KeyboardInterrupt
-        return real(path)
-
-    (texts / "a.txt").write_text("must not be seen")
-    monkeypatch.setattr(dataset, "open_input", interrupted_at_the_second_file)
-    with pytest.raises(KeyboardInterrupt):
-        prepare_data([texts], tmp_path / "train")
-    assert content(tmp_path) == before
 
 
 def test_a_full_disk_names_the_output_and_keeps_the_old_dataset(texts, tmp_path):
@@ -157,15 +104,13 @@ def content(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
-@pytest.mark.parametrize("moves_before_the_interrupt", [0, 1])
-def test_an_interrupt_while_replacing_leaves_no_index(
-    moves_before_the_interrupt, texts, tmp_path, monkeypatch
-):
+@pytest.mark.parametrize("moves_before", [0, 1])
+def test_an_interrupt_while_replacing_leaves_no_index(moves_before, texts, tmp_path, monkeypatch):
     prepare_data([texts], tmp_path / "train")
     real, moves = os.replace, []
 
     def replace(source, target):
-        if len(moves) == moves_before_the_interrupt:
+        if len(moves) == moves_before:
             raise KeyboardInterrupt
         moves.append(target)
         real(source, target)
@@ -180,7 +125,6 @@ def test_the_default_sources_are_text_in_a_fixed_order():
     sources = data.default_text_sources()
     assert sources == data.default_text_sources()
     assert any(path.name == "argparse.py" for path in sources)
-    assert all(path.suffix == ".py" and path.stat().st_size for path in sources)
     assert not {"site-packages", "test", "tests"} & {part for p in sources for part in p.parts}
 
 
@@ -233,12 +177,8 @@ def test_a_file_that_is_read_in_pieces_is_whole_in_the_dataset(texts, tmp_path, 
     # One file's size is a multiple of it.
     monkeypatch.setattr(tokenizers, "_PIECE_BYTES", 8)
     (texts / "c.jsonl").write_text('{"text": "longer than a piece"}')
-    documents = read_documents(prepare_data([texts], tmp_path / "train").prefix)
-    assert [bytes(document[:-1].tolist()) for document in documents] == [
-        b"first in order",
-        bytes(range(256)),
-        b"longer than a piece",
-    ]
+    expected = [b"first in order", bytes(range(256)), b"longer than a piece"]
+    assert read_texts(prepare_data([texts], tmp_path / "train").prefix) == expected
 
 
 def test_a_file_that_has_grown_too_long_meanwhile_is_refused(texts, tmp_path, monkeypatch):
@@ -246,3 +186,85 @@ def test_a_file_that_has_grown_too_long_meanwhile_is_refused(texts, tmp_path, mo
     with pytest.raises(ValueError, match="a document has more than 256 tokens"):
         prepare_data([texts], tmp_path / "train")
     assert not list(tmp_path.glob("*train*"))
+
+
+def test_without_transformers_the_error_says_what_to_install(texts, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match="pip install transformers"):
+        prepare_data([texts], tmp_path / "train", tokenizer=str(texts))
+
+
+def test_a_hugging_face_tokenizer_ends_documents_with_its_own_token(texts, tmp_path, monkeypatch):
+    install_fake_transformers(monkeypatch, eos_token_id=7)
+    (texts / "b.txt").write_text("two words")
+    written = prepare_data([texts], tmp_path / "train", tokenizer=str(texts))
+    assert [d.tolist() for d in read_documents(written.prefix)] == [[5, 2, 5, 7], [3, 5, 7]]
+    assert "HuggingFaceTokenizer" in written.flags
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        (None, "no end-of-sequence token"),
+        (7, r"b\.txt' is not UTF-8 text"),
+        (2**16, "gave the id 65536, which is beyond its own size"),
+    ],
+    ids=["no end token", "no text", "an id beyond the size"],
+)
+def test_a_tokenizer_refuses_what_it_cannot_write(end, message, texts, tmp_path, monkeypatch):
+    install_fake_transformers(monkeypatch, eos_token_id=end)
+    with pytest.raises(ValueError, match=message):
+        prepare_data([texts], tmp_path / "train", tokenizer=str(texts))
+
+
+@pytest.mark.parametrize("tokenizer", ["bytes", "Hugging Face"])
+def test_a_file_too_long_for_one_document_is_refused(tokenizer, texts, tmp_path, monkeypatch):
+    install_fake_transformers(monkeypatch, eos_token_id=7)
+    monkeypatch.setattr(dataset, "_new_dataset", None)
+    limit = {"bytes": 2**31 - 2, "Hugging Face": 2**26}[tokenizer]
+    with (texts / "long.txt").open("wb") as file:
+        file.truncate(limit + 1)
+    with pytest.raises(ValueError, match=rf"long\.txt' has {limit + 1:,} bytes.* {limit:,}"):
+        prepare_data(
+            [texts], tmp_path / "train", tokenizer="bytes" if tokenizer == "bytes" else str(texts)
+        )
+
+
+def test_a_hugging_face_tokenizer_that_cannot_be_loaded_is_named(texts, tmp_path, monkeypatch):
+    def refuse(folder, **kwargs):
+        raise Exception("data did not match any variant")
+
+    fake = argparse.Namespace(AutoTokenizer=argparse.Namespace(from_pretrained=refuse))
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    with pytest.raises(ValueError, match=r"texts' cannot be loaded: data did not match"):
+        prepare_data([texts], tmp_path / "train", tokenizer=str(texts))
+
+
+_LONG_LINE = b'{"text": "%s"}\n' % (b"%512d" % 0 * 2**6)
+
+
+@pytest.mark.parametrize(
+    ("line", "tokenizer"),
+    [(b"", "bytes"), (_LONG_LINE, "bytes"), (_LONG_LINE, "Hugging Face")],
+    ids=["plain", "long lines", "Hugging Face"],
+)
+def test_memory_does_not_depend_on_the_size_of_the_input(line, tokenizer, tmp_path, monkeypatch):
+    install_fake_transformers(monkeypatch, eos_token_id=7)
+    path = tmp_path / ("in.jsonl" if line else "in.txt")
+    tokenizer = "bytes" if tokenizer == "bytes" else str(tmp_path)
+
+    def peak_bytes(size_bytes):
+        lines = size_bytes // len(line) if line else 0
+        with path.open("wb") as file:
+            file.writelines(line for _ in range(lines))
+            file.truncate(size_bytes if not line else None)
+        tracemalloc.start()
+        try:
+            written = prepare_data([path], tmp_path / "train", tokenizer=tokenizer)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert written.documents == (lines or 1)
+        return peak
+
+    assert peak_bytes(2**25) < peak_bytes(2**22) + 2**20

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import os
 import pickle
 import random
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as torch_checkpoint
+from torch.distributed.checkpoint import metadata
 
 from megatron_laer.runtime.planning.planner_checkpoint import state_path
-from megatron_laer.tools import cli, inspection
+from megatron_laer.tools import cli, inert_pickle, inspection
+from megatron_laer.tools.inert_pickle import Name, read
 from tests.fuzz import damaged
 from tests.planner_states import make_state
 
@@ -22,7 +26,7 @@ BIASES = "decoder.layers.mlp.experts.experts.linear_fc1.bias"
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
+def run(tmp_path):
     folder = tmp_path / "iter_0000007"
     folder.mkdir()
     tensors = {
@@ -45,9 +49,7 @@ def write_state(run: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def test_a_run_and_its_checkpoint_are_described(
-    run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_and_its_checkpoint_are_described(run, capsys):
     write_state(run, make_state().to_bytes())
     assert cli.main(["inspect", str(run)]) == 0
     report = capsys.readouterr().out
@@ -67,101 +69,10 @@ def test_a_run_and_its_checkpoint_are_described(
     assert inspection.describe(run / "iter_0000007") == report.rstrip("\n")
 
 
-def test_a_damaged_state_is_part_of_the_report(run: Path) -> None:
+def test_a_damaged_state_is_part_of_the_report(run):
     assert "no state" in inspection.describe(run)
     write_state(run, make_state().to_bytes()[:-1])
     assert "planner, group 3: is damaged or cut off" in inspection.describe(run)
-
-
-class Command:
-    def __init__(self, function: object, *arguments: object) -> None:
-        self._call = function, arguments
-
-    def __reduce__(self) -> object:
-        return self._call
-
-
-def test_a_pickle_that_would_run_something_is_refused(run: Path) -> None:
-    mark = run / "ran"
-    metadata = run / "iter_0000007" / ".metadata"
-    by_import = (
-        b"ctorch.distributed.checkpoint.metadata\nos.mkdir\n(V" + os.fsencode(mark) + b"\ntR."
-    )
-    for data in (
-        pickle.dumps(Command(os.mkdir, str(mark))),
-        pickle.dumps(Command(eval, f"__import__('os').mkdir({str(mark)!r})")),
-        pickle.dumps(Command(torch.save, 1, str(mark))),
-        b"\x80\x04" + by_import,
-    ):
-        metadata.write_bytes(data)
-        with pytest.raises(ValueError, match="it asks for"):
-            inspection.describe(run)
-    assert not mark.exists()
-
-
-def rewrite(run: Path, before: bytes, after: bytes) -> None:
-    """Change the list of tensors in one place, with equal length in its frame."""
-    metadata = run / "iter_0000007" / ".metadata"
-    data = metadata.read_bytes()
-    assert data.count(before) > 0
-    metadata.write_bytes(data.replace(before, after, 1))
-
-
-def test_names_of_tensors_cannot_forge_lines_of_the_report(run: Path) -> None:
-    name = b"embedding.word_embeddings.weight"
-    forged = b"\x1b[31m\nFAKE LINE".ljust(len(name), b"!") + b".weight"
-    rewrite(
-        run, EXPERTS.encode(), (b"\x1b\nmlp.experts.experts.linear_fc" + b"x" * 99)[: len(EXPERTS)]
-    )
-    rewrite(run, name, forged[: len(name)])
-    report = inspection.describe(run)
-    assert "\x1b" not in report and "\nFAKE" not in report
-
-
-def test_huge_sizes_are_told_exactly(run: Path) -> None:
-    large = torch.distributed.checkpoint.metadata.TensorStorageMetadata(
-        torch.distributed.checkpoint.metadata.TensorProperties(dtype=torch.float32),
-        torch.Size([2**62, 2**62]),
-        [],
-    )
-    write_list(run, {"x": large})
-    report = inspection.describe(run)
-    assert f"1 tensors, {2**124:,} elements, {2**126:,} bytes (float32)" in report
-
-
-@pytest.mark.parametrize(
-    "size", [(-5,), (2**63,), (True,), ("1",), 5, (1,) * 65, (((((((((1,),),),),),),),),)]
-)
-def test_sizes_that_no_tensor_has_are_refused_by_name(run: Path, size: object) -> None:
-    class Size:
-        def __reduce__(self) -> object:
-            return torch.Size, (size,)
-
-    wrong = torch.distributed.checkpoint.metadata.TensorStorageMetadata(
-        torch.distributed.checkpoint.metadata.TensorProperties(dtype=torch.float32), Size(), []
-    )
-    write_list(run, {"x\n": wrong})
-    with pytest.raises(
-        ValueError, match=r"tensor 'x\\n' has the size .*expected integers in 0\.\."
-    ):
-        inspection.describe(run)
-
-
-def write_list(run: Path, tensors: dict[str, object]) -> None:
-    metadata = torch.distributed.checkpoint.metadata.Metadata(tensors)
-    (run / "iter_0000007" / ".metadata").write_bytes(pickle.dumps(metadata))
-
-
-def test_classes_of_this_process_stay_as_they_are(run: Path) -> None:
-    is_dir = Path.is_dir
-    metadata = run / "iter_0000007" / ".metadata"
-    metadata.write_bytes(b"\x80\x04cpathlib\nPath\n}X\x06\0\0\0is_dircbuiltins\ndict\nsb.")
-    with pytest.raises(ValueError, match="it is damaged"):
-        inspection.describe(run)
-    assert Path.is_dir is is_dir
-
-
-def test_a_planners_state_with_an_endless_tail_is_not_read(run: Path) -> None:
     write_state(run, make_state().to_bytes())
     path = Path(state_path(str(run / "iter_0000007"), 3))
     os.truncate(path, 2**40)
@@ -171,19 +82,125 @@ def test_a_planners_state_with_an_endless_tail_is_not_read(run: Path) -> None:
     assert "is a pipe; give a regular file" in inspection.describe(run)
 
 
+def write_list(run: Path, name: str, size: torch.Size) -> None:
+    of_type = metadata.TensorProperties(dtype=torch.float32)
+    tensors = {name: metadata.TensorStorageMetadata(of_type, size, [])}
+    data = pickle.dumps(metadata.Metadata(tensors))
+    (run / "iter_0000007" / ".metadata").write_bytes(data)
+
+
+def test_names_of_tensors_cannot_forge_lines_of_the_report(run):
+    name = "\x1b[31m\nFAKE LINE.mlp.experts.experts.linear_fc1.weight"
+    write_list(run, name, torch.Size([2, 6, 8, 4]))
+    report = inspection.describe(run)
+    assert "FAKE" in report and "\x1b" not in report and "\nFAKE" not in report
+
+
+def test_huge_sizes_are_told_exactly(run):
+    write_list(run, "x", torch.Size([2**62, 2**62]))
+    report = inspection.describe(run)
+    assert f"1 tensors, {2**124:,} elements, {2**126:,} bytes (float32)" in report
+
+
 CASES = 300
 
 
 @pytest.mark.counts(fuzz_cases=CASES)
-def test_only_value_errors_come_out_of_a_damaged_list_of_tensors(run: Path) -> None:
-    metadata = run / "iter_0000007" / ".metadata"
-    data = metadata.read_bytes()
+def test_only_value_errors_come_out_of_a_damaged_list_of_tensors(run):
+    path = run / "iter_0000007" / ".metadata"
+    data = path.read_bytes()
     luck = random.Random(2)
     refused = 0
     for _ in range(CASES):
-        metadata.write_bytes(damaged(data, luck))
+        path.write_bytes(damaged(data, luck))
         try:
             inspection.describe(run)
         except ValueError:
             refused += 1
     assert refused > CASES // 2
+
+
+class Thing:
+    def __new__(cls, *arguments: object) -> Thing:
+        return super().__new__(cls)
+
+    def __getnewargs__(self) -> tuple[object, ...]:
+        return 1, "a"
+
+    def __init__(self) -> None:
+        self.size = (1, 2)
+        self.itself = self
+
+
+THING = Name(Thing.__module__, "Thing")
+
+
+def anything(name: Name) -> bool:
+    return True
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_plain_values_come_back_from_every_binary_protocol(protocol):
+    values: Any = {
+        "numbers": [0, -1, 255, 65536, 2**40, -(2**200), 1.5],
+        "texts": ["", "é", "x" * 300],
+        "constants": (None, True, False),
+        "tuples": ((), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4)),
+        "mapping": collections.OrderedDict(a={"b": {}}),
+    }
+    assert read(pickle.dumps(values, protocol), anything) == values
+
+
+def test_objects_are_records_of_what_would_have_made_them():
+    found = read(pickle.dumps([Thing(), Thing]), anything)
+    record, name = found
+    assert (record.name, record.arguments, name) == (THING, (1, "a"), THING)
+    assert record.state["size"] == (1, 2)
+    assert record.state["itself"] is record
+
+
+def test_entries_with_other_keys_than_texts_are_left_out():
+    assert read(pickle.dumps({"a": 1, 2: 3, (4,): 5}), anything) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"", b"\x80\x04", b"\xff", pickle.dumps([1])[:-1], b"\x80\x04.", b"\x80\x04t."),
+        *(b"\x80\x04)]KxKys.", b"\x80\x04\x8a\xff.", b"\x80\x04X\xff\xff\xff\xff."),
+        # Calls or changes of objects other than names.
+        *(
+            b"\x80\x04KxK\x01\x85R.",
+            b"\x80\x04}(Kxu.",
+            b"Pid\n.",
+            b"\x80\x04cpathlib\nPath\n}X\1\0\0\0aK\1sb.",
+        ),
+        b"\x80\x05\x96" + b"\xff" * 8 + b".",
+    ],
+)
+def test_damage_and_unknown_operations_are_value_errors(data):
+    with pytest.raises(ValueError):
+        read(data, anything)
+
+
+def test_the_number_of_operations_is_limited(monkeypatch):
+    monkeypatch.setattr(inert_pickle._Operations, "left", 1000)
+    read(b"]" * 999 + b".", anything)
+    with pytest.raises(ValueError, match="operations"):
+        read(b"]" * 1000 + b".", anything)
+
+
+PICKLES = 1000
+
+
+@pytest.mark.counts(fuzz_cases=PICKLES)
+def test_only_value_errors_come_out_of_damaged_pickles():
+    whole = pickle.dumps({"a": [Thing(), collections.OrderedDict(b=1)], "c": (1.5, None, "d" * 9)})
+    luck = random.Random(4)
+    refused = 0
+    for _ in range(PICKLES):
+        try:
+            read(damaged(whole, luck), anything)
+        except ValueError:
+            refused += 1
+    assert refused > PICKLES // 2

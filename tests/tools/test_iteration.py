@@ -42,17 +42,22 @@ def spent(clocks):
     return {kind: seconds_N[0] for kind, seconds_N in clocks.spent.items() if seconds_N.any()}
 
 
+def ran(schedule, *layers, passes=(forward,), ranks=1, node_size=None, **of_clocks):
+    """Return the clocks after these passes over a chunk of layers."""
+    clocks = Clocks(ranks, node_size or ranks, **of_clocks)
+    for run in passes:
+        run(clocks, [*layers], schedule)
+    return clocks
+
+
 def test_one_rank_does_one_thing_after_the_other():
-    clocks = Clocks(1, 1)
-    forward(clocks, [layer([10])], ALONE)
-    backward(clocks, [layer([10], [20])], ALONE)
+    clocks = ran(ALONE, layer([10], [20]), passes=(forward, backward))
     assert clocks.now_N.tolist() == [2 + 1 + 10 + 1 + 1 + 20 + 1 + 4]
     assert spent(clocks) == {"attention": 6, "experts": 30, "tokens": 4}
 
 
 def test_ranks_wait_for_the_late_one_at_the_combine():
-    clocks = Clocks(2, 2)
-    forward(clocks, [layer([10, 13])], ALONE)
+    clocks = ran(ALONE, layer([10, 13]), ranks=2)
     assert clocks.now_N.tolist() == [17, 17]
     assert spent(clocks)["waiting"] == 3
     assert clocks.spent["waiting"].tolist() == [3, 0]
@@ -69,50 +74,50 @@ def test_tokens_within_nodes_let_only_the_node_wait_until_the_counts_meet():
 
 
 def test_counts_make_no_rank_of_another_group_wait():
-    clocks = Clocks(4, 4)
-    forward(clocks, [layer([1, 5, 2, 2], group=2), layer([1, 1, 1, 1], group=2)], ALONE)
+    clocks = ran(ALONE, layer([1, 5, 2, 2], group=2), layer([1] * 4, group=2), ranks=4)
     assert clocks.now_N.tolist() == [14, 14, 11, 11]
     assert clocks.spent["waiting"].tolist() == [4, 0, 0, 0]
 
 
-def test_a_restore_hides_behind_the_experts_before_it():
-    """The second layer's restore has 10 + 1 + 2 + 1 seconds from one dispatch to the next."""
-    for restore_s, exposed in ((14, 0), (15, 1), (20, 6)):
-        clocks = Clocks(1, 1)
-        layers = [layer([10], restore_s=3), layer([10], restore_s=restore_s)]
-        forward(clocks, layers, OVERLAPPED)
-        # The first one is hidden by attention and dispatch, 3 seconds.
-        assert spent(clocks).get("restore", 0) == exposed
+HIDDEN = layer([10], restore_s=3)
+RESTORES = layer([10], restore_s=8)
+REDUCES = layer([10], [20], reduce_s=9)
+# A reduce can hide in the attention and in the next layer's combine, experts and dispatch.
+WINDOW = 4 + 1 + 20 + 1
 
 
-def test_the_first_restore_begins_with_the_chunk():
-    clocks = Clocks(1, 1)
-    forward(clocks, [layer([10], restore_s=8)], OVERLAPPED)
-    assert spent(clocks)["restore"] == 8 - (2 + 1)
-
-
-def test_without_the_scheduler_all_of_a_restore_is_exposed():
-    clocks = Clocks(1, 1)
-    forward(clocks, [layer([10], restore_s=8)] * 2, ALONE)
-    assert spent(clocks)["restore"] == 16
-
-
-def test_a_layout_of_after_the_gate_is_restored_after_it():
-    clocks = Clocks(1, 1)
-    forward(clocks, [layer([10], restore_s=8)] * 2, AFTER_GATE)
-    assert spent(clocks)["restore"] == 2 * (8 - 1)  # next to the dispatch
+@pytest.mark.parametrize(
+    ("run", "schedule", "layers", "kind", "exposed"),
+    [
+        # The second layer's restore has 10 + 1 + 2 + 1 seconds from one dispatch to the next.
+        *(
+            (forward, OVERLAPPED, [HIDDEN, layer([10], restore_s=s)], "restore", x)
+            for s, x in ((14, 0), (15, 1), (20, 6))
+        ),
+        # The first restore begins with the chunk.
+        (forward, OVERLAPPED, [RESTORES], "restore", 8 - (2 + 1)),
+        (forward, ALONE, [RESTORES] * 2, "restore", 16),
+        # A layout of after the gate is restored next to the dispatch.
+        (forward, AFTER_GATE, [RESTORES] * 2, "restore", 2 * (8 - 1)),
+        # Backward restores the layer before: only the last one has but the combine before it.
+        (backward, OVERLAPPED, [layer([10], [20], restore_s=3)] * 2, "restore", 2),
+        *(
+            (backward, OVERLAPPED, [layer([10], [20]), layer([10], [20], reduce_s=s)], "reduce", e)
+            for s, e in ((WINDOW, 0), (WINDOW + 5, 5))
+        ),
+        # The last gradients of a chunk are exposed but for its attention.
+        (backward, OVERLAPPED, [REDUCES], "reduce", 9 - 4),
+        (backward, ALONE, [REDUCES], "reduce", 9),
+    ],
+)
+def test_exchanges_hide_behind_compute_as_the_schedule_allows(run, schedule, layers, kind, exposed):
+    assert spent(ran(schedule, *layers, passes=(run,))).get(kind, 0) == exposed
 
 
 def test_changed_slots_are_fetched_after_the_gate_and_waited_for():
-    clocks = Clocks(1, 1)
-    forward(clocks, [layer([10], restore_s=1, change_s=5, gate_s=0.5)], OVERLAPPED)
-    assert spent(clocks) == {
-        "attention": 2,
-        "gate": 0.5,
-        "tokens": 2,
-        "restore": 4,
-        "experts": 10,
-    }
+    clocks = ran(OVERLAPPED, layer([10], restore_s=1, change_s=5, gate_s=0.5))
+    parts = {"attention": 2, "gate": 0.5, "tokens": 2, "restore": 4, "experts": 10}
+    assert spent(clocks) == parts
 
 
 def test_a_restore_begins_when_the_last_rank_has_begun_it():
@@ -123,59 +128,27 @@ def test_a_restore_begins_when_the_last_rank_has_begun_it():
     assert clocks.spent["restore"].tolist() == [7, 7]
 
 
-def test_backward_restores_the_layer_before_and_delays_gradients():
-    """A reduce can hide in the attention and in the next layer's combine, experts and dispatch."""
-    window = 4 + 1 + 20 + 1
-    for reduce_s, exposed in ((window, 0), (window + 5, 5)):
-        clocks = Clocks(1, 1)
-        layers = [layer([10], [20]), layer([10], [20], reduce_s=reduce_s)]
-        backward(clocks, layers, OVERLAPPED)
-        assert spent(clocks).get("reduce", 0) == exposed
-    clocks = Clocks(1, 1)
-    backward(clocks, [layer([10], [20], restore_s=3)] * 2, OVERLAPPED)
-    # Only the chunk's last restore has nothing but the combine before its experts.
-    assert spent(clocks)["restore"] == 2
-
-
-def test_the_last_gradients_of_a_chunk_are_exposed_but_for_its_attention():
-    clocks = Clocks(1, 1)
-    backward(clocks, [layer([10], [20], reduce_s=9)], OVERLAPPED)
-    assert spent(clocks)["reduce"] == 9 - 4
-    clocks = Clocks(1, 1)
-    backward(clocks, [layer([10], [20], reduce_s=9)], ALONE)
-    assert spent(clocks)["reduce"] == 9
-
-
 def test_one_communicator_has_gradients_wait_for_parameters():
     """Layer 1's restore and layer 2's gradients compete for the link."""
-    ends = []
-    for one_stream in (False, True):
-        clocks = Clocks(1, 1, one_stream=one_stream)
-        layers = [layer([1], [1], restore_s=40), layer([1], [1], restore_s=1, reduce_s=40)]
-        backward(clocks, layers, OVERLAPPED)
-        ends.append(float(clocks.now_N[0]))
-    assert ends[1] > ends[0] + 30
+    layers = [layer([1], [1], restore_s=40), layer([1], [1], restore_s=1, reduce_s=40)]
+    two, one = (
+        ran(OVERLAPPED, *layers, passes=(backward,), one_stream=one_stream).now_N[0]
+        for one_stream in (False, True)
+    )
+    assert one > two + 30
 
 
 def test_recompute_runs_forward_again_with_its_tokens_and_restores_once():
-    clocks = Clocks(1, 1)
-    backward(clocks, [layer([10], [20], restore_s=1, again=True)], OVERLAPPED)
+    clocks = ran(OVERLAPPED, layer([10], [20], restore_s=1, again=True), passes=(backward,))
     again = 2 + 1 + 10 + 1
     assert clocks.now_N.tolist() == [again + 1 + 20 + 1 + 4]
     assert "restore" not in spent(clocks)  # hidden by the attention that runs again
 
 
-def test_an_exchange_beside_experts_slows_them():
-    clocks = Clocks(1, 1, contention=0.5)
-    layers = [layer([10]), layer([10], restore_s=4)]
-    forward(clocks, layers, OVERLAPPED)
+def test_an_exchange_next_to_compute_slows_both():
+    clocks = ran(OVERLAPPED, layer([10]), layer([10], restore_s=4), contention=0.5)
     assert spent(clocks)["experts"] == 10 + 0.5 * 4 + 10
-
-
-def test_an_exchange_beside_compute_takes_longer_itself():
-    clocks = Clocks(1, 1, stretch=2.0)
-    forward(clocks, [layer([10], restore_s=8)], OVERLAPPED)
-    assert spent(clocks)["restore"] == 16 - (2 + 1)
+    assert spent(ran(OVERLAPPED, RESTORES, stretch=2.0))["restore"] == 16 - (2 + 1)
 
 
 def pipeline(stages, chunks, microbatches, forward_s=1.0, backward_s=2.0, send_s=0.0):

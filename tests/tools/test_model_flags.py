@@ -14,18 +14,9 @@ _ROOT = Path(__file__).resolve().parents[2]
 MODELS = sorted(path.stem for path in (_ROOT / "configs" / "models").glob("*.yaml"))
 
 
-@pytest.fixture
-def model(tmp_path):
-    def write(text):
-        path = tmp_path / "model.yaml"
-        path.write_text(text)
-        return path
-
-    return write
-
-
-def test_keys_become_flags_in_the_order_of_the_file(model):
-    path = model("""
+def test_keys_become_flags_in_the_order_of_the_file(tmp_path):
+    path = tmp_path / "model.yaml"
+    path.write_text("""
 description: d
 moe:
   num-experts: 8
@@ -36,44 +27,14 @@ architecture:
   position-embedding-type: "rope"
   cp-comm-type: [p2p, a2a]
 """)
-    assert " ".join(model_flags(path)) == (
+    flags = " ".join(model_flags(path))
+    assert flags == (
         "--num-experts 8 --swiglu --norm-epsilon 1.0e-5 --rotary_percent 0.5 "
         "--position-embedding-type rope --cp-comm-type p2p a2a"
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "the file holds None, expected a mapping"),
-        ("- 1", r"holds \['1'\], expected a mapping"),
-        ("{description: d, moe: {8-: 8}}", "'8-' is no flag"),
-        ("{description: d, moe: {swiglu: No}}", "swiglu is 'No'; .* is left out"),
-        ("{description: d, moe: {lr: [1, true]}}", r"lr is \['1', 'true'\]"),
-        ("{description: d, moe: {num_experts: [1, 2]}}", r"num_experts is \['1', '2'\]; give one"),
-        ("{description: d, moe: {lr: -.NaN}}", r"lr is '-\.NaN'; give a finite number"),
-        ("{description: d, moe: {lr: 1e400}}", "lr is '1e400'; give a finite number"),
-        ("{description: d, moe: {lr: 1}, data: {lr: 2}}", "lr is given twice"),
-        ("{description: d, moe: {lr: 1, lr: 2}}", "line 1: the key 'lr' is given twice"),
-        ("{description: d, moe: {lr: !!int x}}", "line 1: tags such as 'tag:yaml.*:int'"),
-    ],
-)
-def test_content_that_does_not_fit_is_quoted(text, message, model):
-    path = model(text)
-    with pytest.raises(ValueError, match=message) as error:
-        model_flags(path)
-    assert str(error.value).startswith(str(path))
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(str(path))
-
-
-def test_values_are_found_by_either_spelling_of_a_flag(model):
-    path = model("{description: d, moe: {hidden_size: 8, swiglu: true, data-path: [a, b]}}")
-    assert model_values(path) == {"--hidden-size": "8", "--swiglu": "", "--data-path": "a b"}
-
-
-def test_an_unknown_name_lists_the_known():
-    with pytest.raises(ValueError, match=r"unknown model 'gpt-5'; known are .*tiny-moe"):
-        model_flags("gpt-5")
+    values = model_values(path)
+    assert values["--rotary-percent"] == "0.5"  # found by either spelling
+    assert (values["--swiglu"], values["--cp-comm-type"]) == ("", "p2p a2a")
 
 
 def test_a_name_is_found_in_the_repository():
@@ -96,17 +57,8 @@ for name in names:
     sys.argv[1:] = [*model_flags(name), *CPU_FLAGS, *run_flags]
     args = arguments.parse_args()
     arguments.validate_args(args)
-    config = arguments.core_transformer_config_from_args(args)
-    seen[name] = {
-        "mode": args.expert_parallel_mode,
-        "layers": config.num_layers,
-        "experts": config.num_moe_experts,
-        "topk": config.moe_router_topk,
-        "ffn": config.moe_ffn_hidden_size,
-        "query_groups": config.num_query_groups,
-        "head": config.kv_channels,
-        "bf16": config.bf16,
-    }
+    arguments.core_transformer_config_from_args(args)
+    seen[name] = args.expert_parallel_mode
 print(json.dumps(seen), file=stdout)
 """
 _RUN_FLAGS = (
@@ -133,10 +85,4 @@ def parsed():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_megatron_parses_and_validates_every_model(name, parsed):
-    assert parsed[name]["mode"] == "fsep"
-
-
-def test_the_mixtrals_have_the_sizes_of_the_paper(parsed):
-    sizes = ("layers", "experts", "topk", "ffn", "query_groups", "head", "bf16")
-    assert [parsed["mixtral-8x7b-e8k2"][key] for key in sizes] == [32, 8, 2, 14336, 8, 128, True]
-    assert [parsed["mixtral-8x7b-e16k4"][key] for key in sizes] == [24, 16, 4, 7168, 8, 128, True]
+    assert parsed[name] == "fsep"

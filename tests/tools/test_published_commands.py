@@ -13,7 +13,7 @@ from tests.recipes_page import PAGE
 ENVIRONMENT = os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"}
 
 
-def test_the_page_has_the_verdicts_of_published_commands() -> None:
+def test_the_page_has_the_verdicts_of_published_commands():
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.published_commands"],
         env=ENVIRONMENT,
@@ -27,7 +27,7 @@ def test_the_page_has_the_verdicts_of_published_commands() -> None:
     assert result.stdout in page, "python -m tests.published_commands prints the table of today"
 
 
-def test_every_model_has_a_command_and_what_runs_has_a_row() -> None:
+def test_every_model_has_a_command_and_what_runs_has_a_row():
     entries = read()
     for (
         model

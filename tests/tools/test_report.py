@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import html
 import itertools
 import json
+import os
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import markupsafe
 import numpy as np
@@ -18,7 +19,7 @@ from plotly.offline import get_plotlyjs
 from megatron_laer.telemetry.metrics_file import recording_path
 from megatron_laer.tools import cli
 from megatron_laer.tools.report import expert_figures
-from megatron_laer.tools.report.assessment import assess, seconds
+from megatron_laer.tools.report.assessment import assess
 from megatron_laer.tools.report.bins import MAX_BINS, bin_edges, binned
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.report.plots import rounded
@@ -26,7 +27,7 @@ from megatron_laer.tools.report.recorded import recorded_run
 from megatron_laer.tools.report.run_files import find_run
 from megatron_laer.tools.traces import read_trace
 from tests import fuzz
-from tests.recorded_runs import RUN, STEPS, record_run
+from tests.recorded_runs import COSTS, OWN, RUN, STEPS, record_run
 from tests.tools.plan_cases import drifting_trace, recording
 from tests.tools.report_pages import data_of, figure_of, report, values_of, written
 
@@ -35,16 +36,7 @@ MAX_BYTES = 6 * 2**20
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028\"'{{DATA}}"
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    run = tmp_path / "run"
-    record_run(run)
-    return run
-
-
-def test_the_page_has_the_numbers_of_the_recording(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_page_has_the_numbers_of_the_recording(folder, tmp_path, capsys):
     page = written(tmp_path, folder)
     data, recording = data_of(page), read_metrics(recording_path(folder, 0))
     of = recording.of_layers
@@ -66,7 +58,7 @@ def test_the_page_has_the_numbers_of_the_recording(
     assert err == ""
 
 
-def test_the_assessment_is_worked_out_as_it_says(folder: Path) -> None:
+def test_the_assessment_is_worked_out_as_it_says(folder):
     files = find_run(folder, None)
     assert files.trace is not None and files.metrics is not None
     run = recorded_run(files, read_metrics(files.metrics), read_trace(files.trace))
@@ -79,34 +71,14 @@ def test_the_assessment_is_worked_out_as_it_says(folder: Path) -> None:
         stock += time_s / ratio * by_stock - time_s / ratio
     assert assessment.imbalance_s == pytest.approx(lost)
     assert assessment.stock_s == pytest.approx(stock)
-    waits = sum(
-        run.of_steps[name].sum() for name in ("restore_wait_ms", "reduce_wait_ms", "decide_ms")
-    )
+    names = ("restore_wait_ms", "reduce_wait_ms", "decide_ms")
+    waits = sum(run.of_steps[name].sum() for name in names)
     total_s = run.of_steps["step_ms"].sum() * 1e-3
     assert assessment.kept == pytest.approx((total_s - lost - waits * 1e-3) / total_s)
     assert assessment.sentence().startswith(f"kept {100 * assessment.kept:.1f} % of forced balance")
 
 
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (1000, "1,000 s"),
-        (41, "41 s"),
-        (4.12, "4.1 s"),
-        (0.41, "410 ms"),
-        (0, "0 s"),
-        (2e-5, "0.02 ms"),
-    ],
-)
-def test_seconds_are_written_for_people(value: float, text: str) -> None:
-    assert seconds(value) == text
-
-
-def test_the_same_run_gives_the_same_bytes(folder: Path, tmp_path: Path) -> None:
-    assert written(tmp_path, folder) == written(tmp_path, folder)
-
-
-def test_the_page_loads_nothing_and_has_plotly_once(folder: Path, tmp_path: Path) -> None:
+def test_the_page_loads_nothing_and_is_the_same_each_time(folder, tmp_path):
     page = written(tmp_path, folder)
     ours = page.replace(get_plotlyjs(), "")
     assert len(page.encode()) < MAX_BYTES and len(ours.encode()) < 2**17
@@ -114,9 +86,10 @@ def test_the_page_loads_nothing_and_has_plotly_once(folder: Path, tmp_path: Path
     assert re.findall(r"""(?:src|href)=["'](?!#)[^"']*""", ours) == []
     assert "http" not in ours.replace('http-equiv="Content-Security-Policy"', "")
     assert "{{" not in ours
+    assert written(tmp_path, folder) == page
 
 
-def test_plotly_knows_every_property_of_the_figures(folder: Path, tmp_path: Path) -> None:
+def test_plotly_knows_every_property_of_the_figures(folder, tmp_path):
     data = data_of(written(tmp_path, folder, "--compare", folder))
     assert len(data["figures"]) >= 15
     for figure in data["figures"]:
@@ -128,12 +101,7 @@ def test_plotly_knows_every_property_of_the_figures(folder: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("package", ["plotly", "jinja2"])
-def test_a_missing_package_is_named_in_one_line(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    package: str,
-) -> None:
+def test_a_missing_package_is_named_in_one_line(tmp_path, monkeypatch, capsys, package):
     monkeypatch.delitem(sys.modules, "megatron_laer.tools.report.page", raising=False)
     for name in [name for name in sys.modules if name.partition(".")[0] == package]:
         monkeypatch.delitem(sys.modules, name)
@@ -143,16 +111,14 @@ def test_a_missing_package_is_named_in_one_line(
     assert f"report needs the package {package}: `pip install 'megatron_laer[tools]'`" in line
 
 
-def test_a_run_that_goes_on_is_shown_up_to_its_last_whole_step(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_run_that_goes_on_is_shown_up_to_its_last_whole_step(folder, tmp_path):
     for file in folder.iterdir():
         file.write_bytes(file.read_bytes()[:-5])
     data = data_of(written(tmp_path, folder))
     assert figure_of(data, "FSEP: max/mean")["data"][0]["x"][-1] == STEPS - 2
 
 
-def test_what_a_run_says_of_itself_cannot_end_a_script_or_become_an_element(tmp_path: Path) -> None:
+def test_what_a_run_says_of_itself_cannot_end_a_script_or_become_an_element(tmp_path):
     folder = tmp_path / "<img src=x>&run"
     record_run(folder, layers=(HOSTILE, "layer 2"), run=RUN | {"planner": HOSTILE})
     page = written(tmp_path, folder)
@@ -163,34 +129,7 @@ def test_what_a_run_says_of_itself_cannot_end_a_script_or_become_an_element(tmp_
     assert "<" not in figure_of(data_of(page), "FSEP: max/mean")["data"][0]["y"][0]
 
 
-def test_the_what_if_reckons_with_the_runs_exchange_of_experts_and_recompute(
-    tmp_path: Path,
-) -> None:
-    found = {}
-    for number, noted in enumerate(
-        [
-            {},
-            {"restore_algorithm": "node", "recompute": "full"},
-            {"restore_algorithm": "pigeon", "recompute": "True"},
-        ]
-    ):
-        folder = tmp_path / str(number)
-        record_run(folder, run=RUN | noted)
-        found[number] = data_of(written(tmp_path, folder))["what_if"]
-    assert all("--restore-algorithm flat --recompute none" in of["command"] for of in found[0])
-    assert all("--restore-algorithm node --recompute full" in of["command"] for of in found[1])
-    for noted_nothing, noted, noted_unknown in zip(*found.values(), strict=True):
-        assert noted["layer_ms"] > noted_nothing["layer_ms"]
-        assert noted_unknown["layer_ms"] == noted_nothing["layer_ms"]
-    # The command computes the same.
-    (row,) = [of for of in found[1] if (of["mode"], of["capacity"]) == ("adaptive", 3)]
-    out = tmp_path / "row.json"
-    assert cli.main([*shlex.split(row["command"])[3:], "--json", str(out)]) == 0
-    (again,) = [of for of in json.loads(out.read_text())["rows"] if of["mode"] == "adaptive"]
-    assert again["layer_ms"] == row["layer_ms"]
-
-
-def test_a_trace_alone_is_replayed_as_training_would_have_planned_it(tmp_path: Path) -> None:
+def test_a_trace_alone_is_replayed_as_training_would_have_planned_it(tmp_path):
     trace = drifting_trace(steps=8)
     path = recording(tmp_path / "x.trace", trace)
     words = (path, "--capacity", 3, "--node-size", 2)
@@ -208,7 +147,7 @@ def test_a_trace_alone_is_replayed_as_training_would_have_planned_it(tmp_path: P
     assert fsep[:, 1:].mean() == pytest.approx(row["mean"], rel=1e-3)
 
 
-def test_two_runs_are_compared_side_by_side(folder: Path, tmp_path: Path) -> None:
+def test_two_runs_are_compared_and_one_without_a_trace_has_a_page_that_says_so(folder, tmp_path):
     other = tmp_path / "other"
     record_run(other, steps=3, has_trace=False)
     page = written(tmp_path, folder, "--compare", other)
@@ -216,19 +155,13 @@ def test_two_runs_are_compared_side_by_side(folder: Path, tmp_path: Path) -> Non
     for title in (f"{other}: max/mean", f"{other}: A step's time"):
         assert figure_of(data, title)["data"][0]["x"] == [0, 1, 2]
     assert f'<th scope="col">{other}</th>' in page
-
-
-def test_a_run_without_a_trace_has_a_page_that_says_so(tmp_path: Path) -> None:
-    record_run(tmp_path / "run", has_trace=False)
-    page = written(tmp_path, tmp_path / "run")
+    page = written(tmp_path, other)
     assert "Tokens of each expert" not in page and data_of(page)["what_if"] == []
     assert "Without --fsep-record-trace" in page
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_run_whose_numbers_are_not_there_has_a_page_without_them(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_a_run_whose_numbers_are_not_there_has_a_page_without_them(folder, tmp_path):
     path = recording_path(folder, 0)
     path.write_text(
         fuzz.resealed(re.sub(r'("[a-z_]+_(?:ms|mean)":)[\d.e+-]+', r"\1null", path.read_text()))
@@ -239,7 +172,7 @@ def test_a_run_whose_numbers_are_not_there_has_a_page_without_them(
     assert figure_of(data_of(page), "A step's time")["data"][1]["y"] == [0] * STEPS
 
 
-def test_losses_of_a_log_beside_the_recordings_are_shown(folder: Path, tmp_path: Path) -> None:
+def test_losses_of_a_log_beside_the_recordings_are_shown(folder, tmp_path):
     lines = [
         f" iteration {step:8d}/{STEPS:8d} | consumed samples: 8 | lm loss: {9 - step:.3E} |"
         for step in range(1, STEPS + 1)
@@ -249,46 +182,135 @@ def test_losses_of_a_log_beside_the_recordings_are_shown(folder: Path, tmp_path:
     assert (trace["x"], trace["y"]) == ([1, 2, 3, 4, 5], [8, 7, 6, 5, 4])
 
 
-def test_steps_are_thinned_out_by_their_means() -> None:
+def test_steps_are_thinned_out_by_their_means():
     values_TL = np.arange(1000.0)[:, None] * [1.0, 2.0]
     values_TL[3, 1] = np.nan
     edges = bin_edges(1000, MAX_BINS)
     assert len(edges) - 1 <= MAX_BINS
     means_BL = binned(values_TL, edges)
-    for place, (begin, end) in enumerate(itertools.pairwise(edges)):
-        assert means_BL[place] == pytest.approx(np.nanmean(values_TL[begin:end], axis=0))
+    for mean_L, (begin, end) in zip(means_BL, itertools.pairwise(edges), strict=True):
+        assert mean_L == pytest.approx(np.nanmean(values_TL[begin:end], axis=0))
     assert np.isnan(binned(np.full((4, 1), np.nan), bin_edges(4, 2))).all()
-    assert bin_edges(3, 240) == [0, 1, 2, 3]
 
 
-def test_how_uneven_experts_are_is_the_gini_coefficient() -> None:
-    assert expert_figures._gini(np.full(8, 5)) == pytest.approx(0)
-    assert expert_figures._gini(np.array([0, 0, 0, 9])) == pytest.approx(0.75)
-    assert expert_figures._gini(np.array([1, 3])) == pytest.approx(0.25)
+def test_how_uneven_experts_are_is_the_gini_coefficient():
+    for tokens_E, expected in (([5] * 8, 0.0), ([0, 0, 0, 9], 0.75), ([1, 3], 0.25)):
+        assert expert_figures._gini(np.array(tokens_E)) == pytest.approx(expected)
 
 
-def _files(folder: Path) -> list[Path]:
-    return [folder / name for name in ("metrics-0.jsonl", "group-0.trace", "group-0.jsonl")]
-
-
-@pytest.mark.parametrize("place", range(3), ids=["metrics", "trace", "layouts"])
-def test_a_damaged_recording_is_refused_by_name(
-    folder: Path, tmp_path: Path, place: int, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = _files(folder)[place]
-    content = file.read_bytes()
-    second = content.index(b"\n") + 40
-    file.write_bytes(content[:second] + b"\xff\xff" + content[second + 2 :])
+@pytest.mark.parametrize("name", ["train.log", "group-0.jsonl", "group-0.trace", "metrics-0.jsonl"])
+def test_a_file_that_cannot_be_read_is_refused_by_name(folder, tmp_path, capsys, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/proc/self/mem")  # a regular file whose first byte cannot be read
     assert report(folder, "--out", tmp_path / "page.html") == 2
     out, err = capsys.readouterr()
-    assert out == "" and file.name in err and len(err.splitlines()) == 1
+    assert out == "" and len(err.splitlines()) == 1
+    assert f"[Errno 5] Input/output error: '{folder}/{name}'" in err
     assert not (tmp_path / "page.html").exists()
 
 
-def test_recordings_of_different_runs_are_refused(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (folder / "group-0.trace").unlink()
-    recording(folder / "group-0.trace", drifting_trace(layers=3))
-    assert report(folder, "--out", tmp_path / "page.html") == 2
-    assert "they are of different runs, so move one away" in capsys.readouterr().err
+@pytest.mark.parametrize("name", ["metrics-1.jsonl", "group-007.jsonl", "new.log", "link.html"])
+def test_no_page_is_written_under_a_name_that_is_read_the_next_time(folder, tmp_path, capsys, name):
+    (folder / "link.html").symlink_to("new.log")
+    trace = recording(tmp_path / "x.trace", drifting_trace(steps=2))
+    for words in ((folder,), (trace, "--compare", folder)):
+        assert report(*words, "--out", folder / name) == 2
+        assert "would be read as a file of the run the next time" in capsys.readouterr().err
+
+
+def test_texts_that_are_not_utf_8_are_shown_with_escapes(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    record_run(folder, run=RUN | {"planner": "\udce9"})
+    page = written(tmp_path, folder)
+    assert "caf\\udce9</h1>" in page and "<td>\\udce9</td>" in page
+
+
+OTHER = {
+    "cluster": OWN.name,
+    "token_exchange": "node",
+    "top_k": "3",
+    "gated": "False",
+    "bytes_per_element": "4",
+    "restore_algorithm": "node",
+    "recompute": "full",
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "cluster"),
+    [(RUN, None), (RUN | OTHER, OWN), (RUN | OTHER, None)],
+    ids=["by default", "of its own", "no constants"],
+)
+def test_commands_of_the_what_if_print_their_rows_again(tmp_path, run, cluster):
+    folder = tmp_path / "run"
+    record_run(folder, run=run, cluster=cluster)
+    rows = data_of(written(tmp_path, folder))["what_if"]
+    assert {row["capacity"] for row in rows} == {2, 3, 4}
+    assert {row["mode"] for row in rows} == {"-", "forecast", "exact", "adaptive"}
+    for number, row in enumerate(rows):
+        words = shlex.split(row["command"])
+        assert words[:4] == ["python", "-m", "megatron_laer", "plan"]
+        out = tmp_path / f"{number}.json"
+        assert cli.main([*words[3:], "--json", str(out)]) == 0
+        keys = ("strategy", "mode", "capacity")
+        again = json.loads(out.read_text())["rows"]
+        (found,) = [one for one in again if all(one[key] == row[key] for key in keys)]
+        for name in ("cases", "mean", "p95", "p99", "off_node_share", "replan_share", "layer_ms"):
+            assert found[name] == row[name], (row["command"], name)
+
+
+def test_a_run_is_predicted_with_the_constants_that_it_recorded(tmp_path, capsys):
+    """Use neither the default cluster's constants nor a file."""
+    rows = {}
+    for cluster in (OWN, COSTS.cluster):
+        record_run(tmp_path / cluster.name, run=RUN | {"cluster": cluster.name}, cluster=cluster)
+        page = written(tmp_path, tmp_path / cluster.name)
+        assert f"2 bytes per number, on {cluster.name}." in page and "taken instead" not in page
+        rows[cluster.name] = data_of(page)["what_if"]
+        assert not any("--cluster" in row["command"] for row in rows[cluster.name])
+    for own, other in zip(*rows.values(), strict=True):
+        assert own["layer_ms"] > 1.5 * other["layer_ms"]
+    page = written(tmp_path, tmp_path / OWN.name, "--cluster", COSTS.cluster.name)
+    again, there = data_of(page)["what_if"], rows[COSTS.cluster.name]
+    assert [row["layer_ms"] for row in again] == [row["layer_ms"] for row in there]
+    assert all(f"--cluster {COSTS.cluster.name}" in row["command"] for row in again)
+    assert capsys.readouterr().err == ""
+
+
+def test_settings_that_cannot_be_used_are_named_with_what_is_taken_instead(tmp_path, capsys):
+    wrong = {
+        "cluster": ("../x.yaml", "a100-4x8-ib800 for cluster '../x.yaml', whose constants it"),
+        "hidden": ("wide", "4096 for hidden 'wide'"),
+        "ffn": ("0", "14336 for ffn '0'"),
+        "gated": ("maybe", "True for gated 'maybe'"),
+        "recompute": ("True", "none for recompute 'True'"),
+        "restore_algorithm": ("pigeon", "flat for restore_algorithm 'pigeon'"),
+        "token_exchange": ("auto", "rank for token_exchange 'auto'"),
+        "top_k": ("\x1b[31m", "2 for top_k '\\x1b[31m'"),
+    }
+    noted = {name: value for name, (value, _) in wrong.items()}
+    record_run(tmp_path / "run", run=noted, cluster=None)
+    page = html.unescape(written(tmp_path, tmp_path / "run"))
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and err.strip().isprintable()
+    missing = "2 for bytes_per_element, which is missing"
+    for says in (*(says for _, says in wrong.values()), missing):
+        assert says in err.partition("taken instead: ")[2]
+        assert says in page.partition("taken instead: ")[2]
+    assert "taken instead" not in written(tmp_path, tmp_path / "run", "--cases", 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_trace_beside_its_metrics_is_predicted_as_the_run_was(tmp_path):
+    record_run(tmp_path / "run", run=RUN | OTHER, cluster=OWN)
+    trace = tmp_path / "run" / "group-0.trace"
+    page = written(tmp_path, trace)
+    sent = "tokens sent by node, on my-machine"
+    assert f"experts of 4096 x 14336, not gated, 4 bytes per number, {sent}" in page
+    settings = dict(re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', page))
+    assert settings["ranks per node G"] == "2" and settings["slots per rank C"] == "3"
+    (trace.parent / "metrics-0.jsonl").rename(tmp_path / "moved")
+    (trace.parent / "metrics-0.jsonl").symlink_to(tmp_path / "moved")
+    assert report(trace, "--out", tmp_path / "moved") == 2
+    page = written(tmp_path, trace, "--config", "mixtral-8x7b-e8k2")
+    assert f"experts of 4096 x 14336, 2 bytes per number, {sent}" in page

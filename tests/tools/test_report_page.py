@@ -32,8 +32,6 @@ pytestmark = pytest.mark.skipif(
 
 # Chromium logs console messages with this source; its own warnings have others.
 _CONSOLE = re.compile(r"CONSOLE[:(].*")
-# A page with console errors, as a control.
-_TALKING = '<script>console.error("heard"); undefinedName();</script></body>'
 
 
 def opened(
@@ -70,7 +68,7 @@ def opened(
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("report") / "run"
     record_run(folder)
     assert cli.main(["report", str(folder), "--out", str(folder.parent / "page.html")]) == 0
@@ -78,7 +76,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def drawn(run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
+def drawn(run, tmp_path_factory):
     return opened(run.parent / "page.html", tmp_path_factory.mktemp("chromium"), fragment="#tables")
 
 
@@ -90,90 +88,82 @@ def table(page: str, title: str) -> list[list[str]]:
     return [[html.unescape(c) for c in re.findall(r"<t[hd][^>]*>(.*?)</t", line)] for line in lines]
 
 
-def test_the_console_stays_silent_and_every_figure_is_drawn(drawn: tuple[str, list[str]]) -> None:
+def test_the_console_stays_silent_and_every_figure_is_drawn(drawn):
     page, console = drawn
     assert console == []
     (number,) = re.findall(r'data-drawn="(\d+)"', page)
     assert int(number) == page.count("<figure") >= 12
 
 
-def test_what_a_page_says_in_its_console_is_noticed(run: Path, tmp_path: Path) -> None:
-    talking = tmp_path / "talking.html"
-    content = (run.parent / "page.html").read_text(encoding="utf-8")
-    talking.write_text(content.replace("</body>", _TALKING), encoding="utf-8")
-    said = " ".join(opened(talking, tmp_path)[1])
+def test_what_a_page_says_in_its_console_is_noticed(run, tmp_path):
+    _, console = with_script(run, 'console.error("heard"); undefinedName();', tmp_path)
+    said = " ".join(console)
     assert "heard" in said and "undefinedName" in said
 
 
-@pytest.mark.parametrize(
-    ("title", "name"),
-    [
+def test_tables_have_the_recorded_numbers(run, drawn):
+    recorded = read_metrics(recording_path(run, 0))
+    for title, name in (
         ("FSEP: max/mean tokens per rank", "max_over_mean"),
         ("Stock's placement, same routing: max/mean tokens per rank", "stock_max_over_mean"),
-    ],
-)
-def test_the_heat_maps_tables_have_the_recorded_numbers(
-    run: Path, drawn: tuple[str, list[str]], title: str, name: str
-) -> None:
-    cells = table(drawn[0], title)
-    assert tuple(line[0] for line in cells[1:]) == LAYERS
-    shown_LT = np.array([[float(cell) for cell in line[1:]] for line in cells[1:]])
-    assert shown_LT == pytest.approx(
-        read_metrics(recording_path(run, 0)).of_layers[name].T, rel=1e-3
-    )
-
-
-def test_the_times_table_has_the_recorded_numbers(run: Path, drawn: tuple[str, list[str]]) -> None:
+    ):
+        cells = table(drawn[0], title)
+        assert tuple(line[0] for line in cells[1:]) == LAYERS
+        shown_LT = np.array([[float(cell) for cell in line[1:]] for line in cells[1:]])
+        assert shown_LT == pytest.approx(recorded.of_layers[name].T, rel=1e-3)
     cells = table(drawn[0], "A step's time by kind")
-    of = read_metrics(recording_path(run, 0)).of_steps
-    place = cells[0].index("dispatch")
-    assert [float(line[place]) for line in cells[1:]] == pytest.approx(of["dispatch_ms"], rel=1e-3)
+    shown_T = [float(line[cells[0].index("dispatch")]) for line in cells[1:]]
+    assert shown_T == pytest.approx(recorded.of_steps["dispatch_ms"], rel=1e-3)
 
 
-def test_what_is_drawn_is_named_for_those_who_do_not_see_it(drawn: tuple[str, list[str]]) -> None:
+def test_what_is_drawn_is_named_for_those_who_do_not_see_it(drawn):
     page = drawn[0]
     for plot in re.findall(r'<div class="plot [^>]*>', page):
         assert re.search(r'role="img" aria-label="[^"]{20,}"', plot), plot
     assert page.count("<h1") == 1 and '<html lang="en"' in page
 
 
-_CSV = """<script>
-document.body.dataset.csv = JSON.stringify(csvOf([["a\\r=1+1", "=2", "-3"]]));
-</script></body>"""
-
-
-def test_no_layer_begins_a_row_of_the_saved_table(run: Path, tmp_path: Path) -> None:
-    page = tmp_path / "csv.html"
+def with_script(run: Path, script: str, tmp_path: Path) -> tuple[str, list[str]]:
+    """Open the run's page with a script at its end."""
+    page = tmp_path / "page.html"
     content = (run.parent / "page.html").read_text(encoding="utf-8")
-    page.write_text(content.replace("</body>", _CSV), encoding="utf-8")
-    dom, console = opened(page, tmp_path)
+    content = content.replace("</body>", f"<script>{script}</script></body>")
+    page.write_text(content, encoding="utf-8")
+    return opened(page, tmp_path)
+
+
+_CSV = """
+document.body.dataset.csv = JSON.stringify(csvOf([["a\\r=1+1", "=2", "-3"]]));
+"""
+
+
+def test_no_layer_begins_a_row_of_the_saved_table(run, tmp_path):
+    dom, console = with_script(run, _CSV, tmp_path)
     assert console == []
     (found,) = re.findall(r'data-csv="([^"]*)"', dom)
     rows = list(csv.reader(io.StringIO(json.loads(html.unescape(found)), newline="")))
     assert rows == [["a\r=1+1", "'=2", "-3"]]
 
 
-_CHOSEN = """<script>
+_CHOSEN = """
 const choice = document.querySelector("#experts select");
 choice.value = 1;
 choice.dispatchEvent(new Event("change"));
 setTables(true);
-</script></body>"""
+"""
 
 
-def test_a_layer_is_chosen_for_the_figure_and_its_table(run: Path, tmp_path: Path) -> None:
-    page = tmp_path / "chosen.html"
-    content = (run.parent / "page.html").read_text(encoding="utf-8")
-    page.write_text(content.replace("</body>", _CHOSEN), encoding="utf-8")
-    dom, console = opened(page, tmp_path)
+def test_a_layer_is_chosen_for_the_figure_and_its_table(run, tmp_path):
+    dom, console = with_script(run, _CHOSEN, tmp_path)
     assert console == []
+    content = (run.parent / "page.html").read_text(encoding="utf-8")
     trace = figure_of(data_of(content), "Tokens of each expert")["data"][1]
     cells = table(dom, "Tokens of each expert, over an even share")
     assert [line[0] for line in cells[1:]] == trace["y"]
     assert [float(line[1]) for line in cells[1:]] == [row[0] for row in trace["z"]]
 
 
-def test_a_replayed_trace_and_a_comparison_are_drawn(run: Path, tmp_path: Path) -> None:
+def test_a_replayed_trace_and_a_comparison_are_drawn(run, tmp_path):
     trace = write_trace(tmp_path / "x.trace", drifting_trace())
     page = tmp_path / "trace.html"
     assert cli.main(["report", str(trace), "--compare", str(run), "--out", str(page)]) == 0
@@ -182,7 +172,7 @@ def test_a_replayed_trace_and_a_comparison_are_drawn(run: Path, tmp_path: Path) 
     assert 'id="comparison"' in dom
 
 
-def test_hostile_names_stay_text(tmp_path: Path) -> None:
+def test_hostile_names_stay_text(tmp_path):
     hostile = "</script><script>document.title='taken'</script><img src=x onerror=alert(1)>"
     record_run(tmp_path / "run", layers=(hostile, "layer 2"))
     page = tmp_path / "page.html"
@@ -195,9 +185,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fragment", ["", "#dark"])
 @pytest.mark.parametrize("width", [1200, 390])
-def test_pictures_have_both_themes_and_no_sideways_scrolling(
-    run: Path, tmp_path: Path, width: int, fragment: str
-) -> None:
+def test_pictures_have_both_themes_and_no_sideways_scrolling(run, tmp_path, width, fragment):
     from matplotlib import image
 
     shot = tmp_path / "shot.png"

@@ -73,21 +73,13 @@ def test_stock_is_megatrons_placement_and_restores_nothing(trace, rows):
     assert (row.capacity, row.restored_bytes, row.plan_ms, row.replan_share) == (2, 0, 0, 0)
 
 
-def test_there_is_no_stock_row_where_experts_do_not_divide(trace):
-    assert (STOCK, "-") not in table(drifting_trace(experts=9), modes=["forecast"])
-
-
 def test_rows_are_in_the_order_that_was_asked_for(rows):
     expected = [(STOCK, "-"), ("static", "forecast"), ("laer", "forecast")]
     expected += [(name, mode) for name in ("greedy", "search") for mode in MODES]
     assert list(rows) == expected
-    assert {name: row.split for (name, _), row in rows.items()} == {
-        STOCK: "even",
-        "static": "exact",
-        "laer": "even",
-        "greedy": "exact",
-        "search": "exact",
-    }
+    assert [key for key, row in rows.items() if row.split == "even"] == [expected[0], expected[2]]
+    # There is no stock row where experts do not divide.
+    assert (STOCK, "-") not in table(drifting_trace(experts=9), modes=["forecast"])
 
 
 def test_modes_do_what_they_promise(rows):
@@ -112,42 +104,31 @@ def test_a_forward_pass_restores_all_slots_and_what_changed_after_the_gate(rows)
     assert 0 < exact.fetched_bytes <= 3 * expert_bytes * 3 / 4
 
 
-def test_every_kth_case_is_a_part_of_all_of_them(trace, rows):
-    part = table(trace, strategies=["static"], modes=["forecast"], every=7)["static", "forecast"]
-    whole = rows["static", "forecast"]
-    assert part.cases == -(-whole.cases // 7)
-    assert part.ratios_R == whole.ratios_R[::7]
+def cases_of(trace, **more):
+    return table(trace, strategies=["static"], modes=["forecast"], **more)["static", "forecast"]
 
 
-def test_the_bar_counts_every_case_and_is_closed(trace):
+def test_every_kth_case_is_a_part_of_all_of_them_and_the_bar_counts_it(trace, rows):
     seen = []
 
     def progress(cases):
         yield from cases
         seen.append(len(cases))
 
-    row = table(trace, strategies=["static"], modes=["forecast"], progress=progress)
-    assert seen == [row["static", "forecast"].cases]
+    part, whole = cases_of(trace, every=7, progress=progress), rows["static", "forecast"]
+    assert seen == [part.cases] == [-(-whole.cases // 7)]
+    assert part.ratios_R == whole.ratios_R[::7]
 
 
-def test_microbatches_without_tokens_are_no_cases(trace):
+def test_microbatches_without_tokens_or_forecast_are_no_cases(trace):
     counts = trace.counts_RNE.copy()
     counts[-1] = 0
     fewer = Trace(trace.layers, trace.step_R, trace.layer_R, trace.microbatch_R, counts)
-    row = table(fewer, strategies=["static"], modes=["forecast"])["static", "forecast"]
-    assert row.cases == 2 * 5 * 3 - 1
-
-
-def test_a_layer_that_starts_late_has_cases_from_its_second_step_on(trace):
-    chosen = np.flatnonzero((trace.layer_R == 0) | (trace.step_R >= 4))
-    part = Trace(
-        trace.layers,
-        trace.step_R[chosen],
-        trace.layer_R[chosen],
-        trace.microbatch_R[chosen],
-        trace.counts_RNE[chosen],
-    )
-    assert table(part, strategies=["static"])["static", "forecast"].cases == 5 * 3 + 1 * 3
+    assert cases_of(fewer).cases == 2 * 5 * 3 - 1
+    # A layer that starts late has cases from its second step on.
+    of = np.flatnonzero((trace.layer_R == 0) | (trace.step_R >= 4))
+    keys = (trace.step_R[of], trace.layer_R[of], trace.microbatch_R[of])
+    assert cases_of(Trace(trace.layers, *keys, trace.counts_RNE[of])).cases == 5 * 3 + 1 * 3
 
 
 def test_a_plan_takes_no_more_memory_than_is_asked_for(trace, monkeypatch):
@@ -173,12 +154,3 @@ def test_a_plot_shows_how_far_each_row_is_from_perfect_balance(rows):
     assert len(axes.lines) == len(rows)
     for line, row in zip(axes.lines, rows.values(), strict=True):
         assert line.get_ydata().tolist() == pytest.approx([r - 1 for r in sorted(row.ratios_R)])
-    heights = {
-        row: axes.transData.transform((1, max(line.get_ydata())))[1]
-        for line, row in zip(axes.lines, rows, strict=True)
-    }
-    # The plot separates perfect balance, a few percent and the paper's planner.
-    figure_height = axes.bbox.height
-    exact, forecast = heights["greedy", "exact"], heights["greedy", "forecast"]
-    assert forecast - exact > figure_height / 4
-    assert heights[STOCK, "-"] - forecast > figure_height / 20

@@ -59,16 +59,10 @@ def test_two_balanced_times_give_the_two_constants(tmp_path):
 
 def test_scores_count_pairs_and_errors():
     times = {"a": (10.0, 11.0), "b": (12.0, 12.0), "c": (12.3, 11.5), "d": (20.0, 20.0)}
+    row = {"cell": "wikitext, qwen-x", "fitted": False}
     rows = [
-        {
-            "cell": "wikitext, qwen-x",
-            "method": method,
-            "measured_s": measured_s,
-            "predicted_s": predicted_s,
-            "prior_s": measured_s / 2,
-            "naive_s": measured_s,
-            "fitted": False,
-        }
+        {**row, "method": method, "measured_s": measured_s, "predicted_s": predicted_s}
+        | {"prior_s": measured_s / 2, "naive_s": measured_s}
         for method, (measured_s, predicted_s) in times.items()
     ]
     rows += [{**row, "cell": "mixtral-8x22b"} for row in rows]
@@ -92,12 +86,9 @@ def test_naive_times_are_scaled_by_flops():
     assert validate_simulator.naive_seconds(cells[0], cells) == 20.0
 
 
-def test_absent_files_are_told(tmp_path, capsys):
+def test_what_cannot_be_compared_is_said(tmp_path, capsys):
     assert validate_simulator.main(["--no-here", "--published", str(tmp_path)]) == 1
     assert "has no laer_ae_e2e_wikitext.csv" in capsys.readouterr().out
-
-
-def test_nothing_to_compare_is_refused():
     with pytest.raises(ValueError, match="nothing to compare: give --published, or leave --no-h"):
         validate_simulator.main(["--no-here"])
 

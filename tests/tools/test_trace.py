@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import tracemalloc
-from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -27,17 +24,19 @@ from tests.traces import (
 )
 
 
+def recorded(tmp_path, counts):
+    write_recording(tmp_path / "x.trace", counts)
+    return read_trace(tmp_path / "x.trace")
+
+
 def test_neighbouring_ranks_are_merged(tmp_path):
     counts = some_counts(3, ranks=4)
-    write_recording(tmp_path / "x.trace", counts)
-    merged = read_trace(tmp_path / "x.trace").with_ranks(2)
+    merged = recorded(tmp_path, counts).with_ranks(2)
     assert_holds(merged, counts.reshape(*counts.shape[:3], 2, 2, 4).sum(axis=4))
 
 
 def test_tokens_of_a_rank_are_dealt_out_evenly(tmp_path):
-    counts = some_counts(4, ranks=2, experts=7, most=5)
-    write_recording(tmp_path / "x.trace", counts)
-    trace = read_trace(tmp_path / "x.trace")
+    trace = recorded(tmp_path, some_counts(4, ranks=2, experts=7, most=5))
     dealt = trace.with_ranks(6)
     np.testing.assert_array_equal(dealt.with_ranks(2).counts_RNE, trace.counts_RNE)
     parts_RN3E = dealt.counts_RNE.reshape(len(trace), 2, 3, 7)
@@ -47,9 +46,9 @@ def test_tokens_of_a_rank_are_dealt_out_evenly(tmp_path):
 
 @pytest.mark.parametrize("num_ranks", [0, 4, 9])
 def test_numbers_of_ranks_without_common_measure_are_refused(tmp_path, num_ranks):
-    write_recording(tmp_path / "x.trace", some_counts(4, ranks=6))
+    trace = recorded(tmp_path, some_counts(4, ranks=6))
     with pytest.raises(ValueError, match=rf"for {num_ranks} ranks; use one of \[1, 2, 3, 6\] or a"):
-        read_trace(tmp_path / "x.trace").with_ranks(num_ranks)
+        trace.with_ranks(num_ranks)
 
 
 def test_a_trace_checks_itself():
@@ -60,20 +59,6 @@ def test_a_trace_checks_itself():
         Trace((), *keys, np.zeros((1, 1, 1), np.int32))
     with pytest.raises(ValueError, match="must not be negative"):
         Trace(("a",), *keys, np.full((1, 1, 1), -1, np.int32))
-
-
-def test_what_is_no_trace_is_refused_with_the_formats_there_are(tmp_path):
-    with pytest.raises(ValueError, match="'nowhere' does not exist"):
-        read_trace(Path("nowhere"))
-    (tmp_path / "x").write_text("hello")
-    with pytest.raises(ValueError, match=r"begins with b'hello', which no trace format does"):
-        read_trace(tmp_path / "x")
-    with pytest.raises(ValueError, match="holds no trace: no router_trace"):
-        read_trace(tmp_path)
-    with pytest.raises(ValueError, match="unknown trace format 'xml'; use one of fsep, megatron"):
-        read_trace(tmp_path / "x", "xml")
-    with pytest.raises(ValueError, match="number of experts must be in 1"):
-        read_trace(tmp_path / "x", num_experts=0)
 
 
 def test_a_folder_stands_for_its_only_recording(tmp_path):
@@ -89,79 +74,39 @@ def test_a_folder_stands_for_its_only_recording(tmp_path):
         read_trace(tmp_path)
 
 
-def test_ranks_and_experts_are_checked_for_every_format(tmp_path):
+def test_a_part_of_the_ranks_is_read(tmp_path):
     counts = some_counts(1)
-    write_recording(tmp_path / "x.trace", counts)
+    recorded(tmp_path, counts)
     assert_holds(read_trace(tmp_path / "x.trace", ranks=[1]), counts[:, :, :, 1:])
-    with pytest.raises(ValueError, match=r"source ranks \[2\] are not in the trace.*0 to 1"):
-        read_trace(tmp_path / "x.trace", ranks=[1, 2])
-    with pytest.raises(ValueError, match="has 4 experts, not 8"):
-        read_trace(tmp_path / "x.trace", num_experts=8)
-
-
-@pytest.mark.parametrize("name", ["x.csv", "router_trace_rank0.jsonl"])
-def test_an_endless_line_is_refused_without_reading_on(tmp_path, name):
-    path = tmp_path / name
-    path.write_text("step,layer,microbatch,source_rank,expert,tokens\n" if "csv" in name else "")
-    os.truncate(path, 2**36)
-    format = "csv" if "csv" in name else "megatron"
-    with (
-        mock.patch("megatron_laer.files.memory.available_bytes", return_value=2**50),
-        pytest.raises(ValueError, match=r"line [12]: longer than 33,554,432 characters"),
-    ):
-        read_trace(path, format)
-
-
-def test_pipes_among_the_files_of_a_folder_are_not_opened(tmp_path):
-    os.mkfifo(tmp_path / "router_trace_rank0.jsonl")
-    with pytest.raises(ValueError, match=r"rank0\.jsonl' is a pipe"):
-        read_trace(tmp_path, "megatron")
-    os.mkfifo(tmp_path / "table_iter0_rank0.log")
-    with pytest.raises(ValueError, match=r"rank0\.log' is a pipe"):
-        read_trace(tmp_path, "smartmoe")
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        ("router_trace_rank0.jsonl", "router_trace_rank00.jsonl"),
-        ("table_iter1_rank0.log", "table_iter01_rank0.log"),
-    ],
-)
-def test_two_files_of_one_rank_are_refused(tmp_path, names):
-    for name in names:
-        (tmp_path / name).write_text("x")
-    with pytest.raises(ValueError, match="are of one rank; move one away"):
-        read_trace(tmp_path)
 
 
 def write_each(folder, counts):
     """Write a small trace of every format: (path to read, file to damage)."""
-    (folder / "megatron").mkdir()
     write_recording(folder / "x.trace", counts)
     write_smartmoe(folder / "smartmoe", counts)
     write_npz(folder / "x.npz", counts)
     write_npz(folder / "stored.npz", counts, compressed=False)
     write_csv(folder / "long.csv", counts, is_wide=False)
     write_csv(folder / "wide.csv", counts, is_wide=True)
-    for rank in range(counts.shape[3]):
-        with (folder / "megatron" / f"router_trace_rank{rank}.jsonl").open("w") as file:
-            for step, layer, microbatch in np.ndindex(counts.shape[:3]):
-                tokens = np.repeat(
-                    np.arange(counts.shape[4]), counts[step, layer, microbatch, rank]
-                )
-                record = {"step": step, "block": "decoder", "layer": layer, "topk": 1}
-                record |= {"num_tokens": len(tokens), "top_indices": tokens[:, None].tolist()}
-                file.write(json.dumps(record) + "\n")
-    return {
-        "fsep": (folder / "x.trace", folder / "x.trace"),
-        "npz": (folder / "x.npz", folder / "x.npz"),
-        "npz, stored": (folder / "stored.npz", folder / "stored.npz"),
-        "csv, long": (folder / "long.csv", folder / "long.csv"),
-        "csv, wide": (folder / "wide.csv", folder / "wide.csv"),
-        "smartmoe": (folder / "smartmoe", folder / "smartmoe" / "table_iter1_rank0.log"),
-        "megatron": (folder / "megatron", folder / "megatron" / "router_trace_rank0.jsonl"),
+    (folder / "megatron").mkdir()
+    lines = [[] for _ in range(counts.shape[3])]
+    for step, layer, microbatch, rank in np.ndindex(counts.shape[:4]):
+        tokens = np.repeat(np.arange(counts.shape[4]), counts[step, layer, microbatch, rank])
+        record = {"step": step, "block": "decoder", "layer": layer, "topk": 1}
+        record |= {"num_tokens": len(tokens), "top_indices": tokens[:, None].tolist()}
+        lines[rank].append(json.dumps(record) + "\n")
+    for rank, of_rank in enumerate(lines):
+        (folder / "megatron" / f"router_trace_rank{rank}.jsonl").write_text("".join(of_rank))
+    files = {
+        "fsep": "x.trace",
+        "npz": "x.npz",
+        "npz, stored": "stored.npz",
+        "csv, long": "long.csv",
+        "csv, wide": "wide.csv",
+        "smartmoe": "smartmoe/table_iter1_rank0.log",
+        "megatron": "megatron/router_trace_rank0.jsonl",
     }
+    return {kind: (folder / file.split("/")[0], folder / file) for kind, file in files.items()}
 
 
 KINDS = ("fsep", "npz", "npz, stored", "csv, long", "csv, wide", "smartmoe", "megatron")

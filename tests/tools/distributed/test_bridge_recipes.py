@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.tools import cli
 from tests.distributed.test_bridge import bridge, pytestmark
 
@@ -54,7 +52,7 @@ def judge_recipes(names: list[str]) -> list[tuple[int, str]]:
     return found
 
 
-def test_recipes_of_bridge_are_judged_by_name(ranks: Callable[[int], RankPool]) -> None:
+def test_recipes_of_bridge_are_judged_by_name(ranks):
     found = ranks(2).run(judge_recipes, list(JUDGED))[0]
     for (name, (status, text)), (ended, said) in zip(JUDGED.items(), found, strict=True):
         assert ended == status and text in said, f"{name}: {ended}\n{said}"

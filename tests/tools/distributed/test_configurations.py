@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from megatron_laer.cpu import training
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.device import CPU_FLAGS
 from megatron_laer.tools.model_flags import model_flags
 from tests.configurations import MODELS
@@ -24,9 +23,7 @@ _RUN_FLAGS = (
     # Each day the parity rows train the features of the others.
     [pytest.param(n, marks=[] if n == "tiny-moe" else [pytest.mark.nightly]) for n in TINY],
 )
-def test_a_small_one_of_each_kind_trains_as_stock(
-    name: str, ranks: RankPools, text_data: str
-) -> None:
+def test_a_small_one_of_each_kind_trains_as_stock(name, ranks, text_data):
     flags = [*model_flags(name), *CPU_FLAGS, *_RUN_FLAGS, "--data-path", text_data]
     fsep, stock = (
         ranks(2).run(training.train, [*flags, "--expert-parallel-mode", mode])[0]

@@ -5,17 +5,14 @@ Each day `tests/convergence/test_convergence.py` trains both ways by Megatron's 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks.convergence_runs import FSEP, NO_AUX, POINTS, STOCK, Text, command_line, measure
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.tools.data import default_text_sources, prepare_data
 
 
 @pytest.mark.nightly
-def test_stock_and_fsep_are_measured_alike(ranks: RankPools, tmp_path: Path) -> None:
+def test_stock_and_fsep_are_measured_alike(ranks, tmp_path):
     sources = default_text_sources()
     short = min(sources, key=lambda path: abs(path.stat().st_size - 1500))
     text = Text(tmp_path / "train", tmp_path / "held_out")

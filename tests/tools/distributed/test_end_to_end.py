@@ -5,8 +5,6 @@ The comparison of token exchanges runs each day, through the same trainings and 
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from benchmarks import end_to_end, routing
@@ -19,7 +17,7 @@ TIMES = {"median", "min", "max"}
 
 
 @pytest.mark.nightly
-def test_every_configuration_runs_under_the_routing_it_is_named_for(tmp_path: Path) -> None:
+def test_every_configuration_runs_under_the_routing_it_is_named_for(tmp_path):
     # The other workloads are similar configurations, each of which takes seconds.
     cases = [
         case
@@ -77,7 +75,7 @@ def test_every_configuration_runs_under_the_routing_it_is_named_for(tmp_path: Pa
     assert not ideals[0].ranks[0].restore_exposed_ms
 
 
-def test_exchanges_of_tokens_are_compared_repeat_by_repeat(tmp_path: Path) -> None:
+def test_exchanges_of_tokens_are_compared_repeat_by_repeat(tmp_path):
     size = Size(1, 64, 32, 8, 4, 64, 4, warm_up=1, steps=1, repeats=2, more="--kv-channels 8")
     cases = token_configurations(size)
     runs = end_to_end.run_all(size, 2, cases, tmp_path)

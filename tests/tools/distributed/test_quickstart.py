@@ -13,7 +13,7 @@ _ROOT = Path(__file__).resolve().parents[3]
 STEPS = 4
 
 
-def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path: Path) -> None:
+def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path):
     words = f"scripts/quickstart.py --ranks 2 --steps {STEPS} --work-dir".split()
     result = processes.run(
         [sys.executable, *words, str(tmp_path)],

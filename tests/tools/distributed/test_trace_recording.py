@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
-
-from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from megatron_laer.tools import cli
 from megatron_laer.tools.traces.reading import read_trace
@@ -15,9 +10,7 @@ from tests.parity.flags import command_line
 STEPS, MICROBATCHES = 4, 2
 
 
-def test_a_recorded_run_can_be_planned_for(
-    ranks: RankPools, text_data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_recorded_run_can_be_planned_for(ranks, text_data, tmp_path, capsys):
     command = command_line(
         text_data,
         f" --expert-parallel-mode fsep --fsep-record-trace {tmp_path}"
