@@ -71,17 +71,12 @@ def test_a_constant_that_calibrate_adds_is_compared(name: str, value: object, to
         ("--fsep-replay-layouts", FSEPConfig(replay_layouts="there")),
     ],
 )
-def test_other_flags_are_named(name: str, other: FSEPConfig) -> None:
-    summary = summarise(other, Geometry(4, 8, 3, 2), COSTS, seed=1)
-    text = describe_difference([SUMMARY, summary], [0, 1])
-    assert text is not None and f"differ: {name} is " in text
-
-
-def test_other_versions_are_named() -> None:
+def test_other_flags_and_versions_are_named(name: str, other: FSEPConfig) -> None:
     with mock.patch.object(np, "__version__", "1.0.other"):
-        other = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), COSTS, seed=1)
-    text = describe_difference([SUMMARY, other], [0, 1])
-    assert text is not None and "NumPy is 1.0.other on rank 1 and " in text
+        summary = summarise(other, Geometry(4, 8, 3, 2), COSTS, seed=1)
+    text = describe_difference([SUMMARY, summary], [0, 1])
+    assert text is not None and f"{name} is " in text
+    assert "NumPy is 1.0.other on rank 1 and " in text
 
 
 def test_many_differences_and_ranks_are_cut_short() -> None:
