@@ -66,6 +66,13 @@ class OverlapScheduler(Choice):
     OFF = "off"
 
 
+class Sharding(Choice):
+    """Share of a rank: rows of every expert, or whole experts, of which only replicas move."""
+
+    ROWS = "rows"
+    EXPERTS = "experts"
+
+
 class ExchangeAlgorithm(Choice):
     """Algorithm of exchanges of experts and gradients across nodes."""
 

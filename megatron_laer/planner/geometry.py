@@ -7,21 +7,49 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_laer.planner.layout import ExpertLayout, check_shape, default_capacity
+import numpy as np
+
+from megatron_laer.choices import Sharding
+from megatron_laer.planner.layout import (
+    EMPTY,
+    ExpertLayout,
+    check_home,
+    check_shape,
+    default_capacity,
+)
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape of a layer's planning problem; G divides N, and ranks r*G..r*G+G-1 share a node."""
+    """Shape of a layer's planning problem; G divides N, and ranks r*G..r*G+G-1 share a node.
+
+    With `Sharding.EXPERTS` the first `home_slots` slots of a rank have its home experts, in stock's
+    placement. A replica slot has an expert of another rank, or is empty.
+    """
 
     num_ranks: int
     num_experts: int
     capacity: int
     node_size: int
+    sharding: Sharding = Sharding.ROWS
 
     def __post_init__(self) -> None:
         check_shape(self.num_ranks, self.capacity, self.num_experts)
         check_node_size(self.num_ranks, self.node_size)
+        if self.sharding == Sharding.EXPERTS:
+            check_home(self.num_ranks, self.capacity, self.num_experts)
+
+    @property
+    def home_slots(self) -> int:
+        """Return E/N where experts have a home, else 0: every slot is a replica slot."""
+        return self.num_experts // self.num_ranks if self.sharding == Sharding.EXPERTS else 0
+
+    @property
+    def static_layout(self) -> ExpertLayout:
+        """Return the layout without a planner."""
+        if self.sharding == Sharding.EXPERTS:
+            return ExpertLayout.at_home(*self.shape)
+        return ExpertLayout.static(*self.shape)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -42,6 +70,23 @@ class Geometry:
                 f"layout is for (ranks, capacity, experts) = {layout.shape}, the planner for "
                 f"{self.shape}"
             )
+        slots_NC = layout.slot_expert_S.reshape(self.num_ranks, self.capacity)
+        if self.sharding == Sharding.ROWS:
+            if (slots_NC == EMPTY).any():
+                raise ValueError(
+                    "the layout has empty slots, which only --fsep-sharding experts can use"
+                )
+            return
+        home = self.home_slots
+        home_NC = np.arange(self.num_experts).reshape(self.num_ranks, home)
+        replicas_NC = np.sort(slots_NC[:, home:], axis=1)
+        twice_NC = (replicas_NC[:, 1:] == replicas_NC[:, :-1]) & (replicas_NC[:, 1:] != EMPTY)
+        own_NC = replicas_NC // home == np.arange(self.num_ranks)[:, None]
+        if (slots_NC[:, :home] != home_NC).any() or own_NC.any() or twice_NC.any():
+            raise ValueError(
+                f"the layout does not fit --fsep-sharding experts: the first {home} slots of each "
+                "rank must have its home experts, and the others different experts of other ranks"
+            )
 
     def check_counts(self, shape: tuple[int, ...]) -> None:
         if shape != (self.num_ranks, self.num_experts):
@@ -57,6 +102,7 @@ def resolve_geometry(
     capacity: int | None,
     node_size: int,
     *,
+    sharding: Sharding = Sharding.ROWS,
     multiple: int = 1,
     flags: tuple[str, str] = ("capacity", "node size"),
 ) -> Geometry:
@@ -65,7 +111,9 @@ def resolve_geometry(
         capacity = default_capacity(num_ranks, num_experts, multiple)
     check_shape(num_ranks, capacity, num_experts, flags[0], multiple)
     check_node_size(num_ranks, node_size, flags[1])
-    return Geometry(num_ranks, num_experts, capacity, node_size)
+    if sharding == Sharding.EXPERTS:
+        check_home(num_ranks, capacity, num_experts, flags[0])
+    return Geometry(num_ranks, num_experts, capacity, node_size, sharding)
 
 
 def check_node_size(num_ranks: int, node_size: int, flag: str = "node size") -> None:

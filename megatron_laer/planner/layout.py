@@ -23,6 +23,8 @@ from megatron_laer.arrays import Int64
 # Slots in the layout broadcast are little-endian int16 on every machine.
 _SLOT_DTYPE = np.dtype("<i2")
 MAX_EXPERTS = int(np.iinfo(_SLOT_DTYPE).max)
+# Content of a slot without an expert.
+EMPTY = -1
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class ExpertLayout:
 
     Immutable, equal and hashable by content, so that ranks can compare layouts and tables can be
     cached by layout. Every expert has at least one slot, or the layout cannot be built. It may have
-    two on one rank (wasteful, not wrong). `from_slots` makes `slot_bytes`, S little-endian int16.
+    two on one rank (wasteful, not wrong). A slot may be `EMPTY`; only layouts of home experts have
+    such slots (`Geometry.check_layout`). `from_slots` makes `slot_bytes`, S little-endian int16.
     """
 
     num_ranks: int
@@ -51,7 +54,7 @@ class ExpertLayout:
         num_experts: int,
         slots: Sequence[int] | npt.NDArray[np.integer],
     ) -> ExpertLayout:
-        """Build a layout from S expert numbers, rank by rank."""
+        """Build a layout from S expert numbers, or `EMPTY`, rank by rank."""
         check_shape(num_ranks, capacity, num_experts)
         slot_expert_S = np.asarray(slots)
         if slot_expert_S.ndim != 1 or (
@@ -95,6 +98,15 @@ class ExpertLayout:
         order_S = np.argsort(bits.random_raw(num_slots), kind="stable")
         return cls.from_slots(num_ranks, capacity, num_experts, experts_S[order_S])
 
+    @classmethod
+    def at_home(cls, num_ranks: int, capacity: int, num_experts: int) -> ExpertLayout:
+        """Return stock's placement: E/N home experts on each rank, the other slots empty."""
+        check_home(num_ranks, capacity, num_experts)
+        slot_expert_NC = np.full((num_ranks, capacity), EMPTY)
+        home = num_experts // num_ranks
+        slot_expert_NC[:, :home] = np.arange(num_experts).reshape(num_ranks, home)
+        return cls.from_slots(num_ranks, capacity, num_experts, slot_expert_NC.reshape(-1))
+
     @property
     def shape(self) -> tuple[int, int, int]:
         """Return (N, C, E), the order of arguments of `static` and `random`."""
@@ -106,13 +118,14 @@ class ExpertLayout:
 
     @property
     def slot_expert_S(self) -> npt.NDArray[np.int16]:
-        """Return the expert of each slot, int16 [S], as a read-only view of the layout's bytes."""
+        """Return the expert of each slot, or `EMPTY`, int16 [S], a read-only view of the bytes."""
         return np.frombuffer(self.slot_bytes, dtype=_SLOT_DTYPE)
 
     @cached_property
     def replicas_E(self) -> Int64:
         """Return the number of slots per expert, int64 [E], read-only, all at least 1."""
-        replicas_E = np.bincount(self.slot_expert_S, minlength=self.num_experts).astype(np.int64)
+        filled = self.slot_expert_S[self.slot_expert_S != EMPTY]
+        replicas_E = np.bincount(filled, minlength=self.num_experts).astype(np.int64)
         replicas_E.setflags(write=False)
         return replicas_E
 
@@ -124,7 +137,7 @@ class ExpertLayout:
         return int.from_bytes(digest, "little", signed=True)
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
-        """Return the C experts of a rank, in slot order."""
+        """Return the C experts of a rank, or `EMPTY`, in slot order."""
         check_rank(self.num_ranks, rank)
         first = rank * self.capacity
         return tuple(self.slot_expert_S[first : first + self.capacity].tolist())
@@ -180,6 +193,22 @@ def check_shape(
         )
 
 
+def check_home(num_ranks: int, capacity: int, num_experts: int, flag: str = "capacity") -> None:
+    """Reject N, C, E without E/N home experts and at least one replica slot on each rank."""
+    if num_experts % num_ranks != 0:
+        raise ValueError(
+            f"{num_experts} experts cannot be at home on {num_ranks} ranks in equal numbers; give "
+            "--fsep-sharding rows, or an expert-parallel size that divides them"
+        )
+    home = num_experts // num_ranks
+    if not home < capacity <= num_experts:
+        most = f"{home + 1} to {num_experts}" if home < num_experts else "more than one rank"
+        raise ValueError(
+            f"{flag} {capacity}: each rank has {home} home experts and needs a slot for replicas; "
+            f"use {most}"
+        )
+
+
 def check_rank(num_ranks: int, rank: int) -> None:
     """Reject a rank outside 0..N-1; NumPy would count a negative one from the end."""
     if not 0 <= rank < num_ranks:
@@ -196,10 +225,14 @@ def _check_slots(
             f"need {num_slots}"
         )
     low, high = int(slot_expert_S.min()), int(slot_expert_S.max())
-    if low < 0 or high >= num_experts:
-        wrong = low if low < 0 else high
-        raise ValueError(f"slots hold expert {wrong}; experts must be in 0..{num_experts - 1}")
-    replicas_E = np.bincount(slot_expert_S.astype(np.int64), minlength=num_experts)
+    if low < EMPTY or high >= num_experts:
+        wrong = low if low < EMPTY else high
+        raise ValueError(
+            f"slots hold expert {wrong}; experts must be in 0..{num_experts - 1}, or {EMPTY} where "
+            "a slot is empty"
+        )
+    filled = slot_expert_S[slot_expert_S != EMPTY].astype(np.int64)
+    replicas_E = np.bincount(filled, minlength=num_experts)
     missing = np.flatnonzero(replicas_E == 0)
     if missing.size > 0:
         shown = ", ".join(str(expert) for expert in missing[:8])

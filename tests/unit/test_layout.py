@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_laer.planner.layout import ExpertLayout, default_capacity, stock_owner_E
+from megatron_laer.choices import Sharding
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import EMPTY, ExpertLayout, default_capacity, stock_owner_E
 
 
 @st.composite
@@ -106,7 +108,7 @@ def test_a_layout_cannot_be_changed() -> None:
         ((2, 2, 3), [0, 1, 2], "got 3 slots, but 2 ranks with 2 slots each need 4"),
         ((2, 2, 3), [], "got 0 slots"),
         ((2, 2, 3), [0, 1, 2, 3], r"expert 3; experts must be in 0\.\.2"),
-        ((2, 2, 3), [0, 1, 2, -1], r"expert -1; experts must be in 0\.\.2"),
+        ((2, 2, 3), [0, 1, 2, -2], r"expert -2; experts must be in 0\.\.2, or -1"),
         # 65536 would wrap to expert 0 in int16.
         ((2, 2, 3), [65536, 1, 2, 0], "expert 65536"),
         ((2, 2, 3), [0, 1, 1, 0], "no slot holds expert 2"),
@@ -163,3 +165,40 @@ def test_stock_owner_is_contiguous() -> None:
     assert stock_owner_E(4, 3).tolist() == [0, 1, 2]
     with pytest.raises(ValueError, match="got 0 and 3"):
         stock_owner_E(0, 3)
+
+
+def test_homes_are_stocks_placement_and_leave_replica_slots_empty() -> None:
+    layout = ExpertLayout.at_home(2, 3, 4)
+    assert layout.to_list() == [0, 1, EMPTY, 2, 3, EMPTY]
+    assert layout.replicas_E.tolist() == [1, 1, 1, 1]
+    geometry = Geometry(2, 4, 3, 2, Sharding.EXPERTS)
+    assert geometry.static_layout == layout and geometry.home_slots == 2
+    geometry.check_layout(ExpertLayout.from_slots(2, 3, 4, [0, 1, 3, 2, 3, EMPTY]))
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        pytest.param([1, 0, EMPTY, 2, 3, EMPTY], id="homes in another order"),
+        pytest.param([0, 1, 1, 2, 3, EMPTY], id="a replica at home"),
+        pytest.param([0, 2, 3, 1, 2, 3], id="rows"),
+    ],
+)
+def test_layouts_that_do_not_keep_experts_at_home_are_refused(slots: list[int]) -> None:
+    with pytest.raises(ValueError, match="first 2 slots of each rank must have its home experts"):
+        Geometry(2, 4, 3, 2, Sharding.EXPERTS).check_layout(ExpertLayout.from_slots(2, 3, 4, slots))
+
+
+def test_an_expert_twice_in_the_replica_slots_of_a_rank_is_refused() -> None:
+    layout = ExpertLayout.from_slots(2, 4, 4, [0, 1, 2, 2, 2, 3, EMPTY, EMPTY])
+    with pytest.raises(ValueError, match="different experts of other ranks"):
+        Geometry(2, 4, 4, 2, Sharding.EXPERTS).check_layout(layout)
+
+
+def test_rows_refuse_empty_slots_and_homes_need_a_fitting_shape() -> None:
+    with pytest.raises(ValueError, match="empty slots, which only --fsep-sharding experts"):
+        Geometry(2, 4, 3, 2).check_layout(ExpertLayout.at_home(2, 3, 4))
+    with pytest.raises(ValueError, match="4 experts cannot be at home on 3 ranks"):
+        ExpertLayout.at_home(3, 2, 4)
+    with pytest.raises(ValueError, match=r"capacity 2: each rank has 2 home experts.*use 3 to 4"):
+        ExpertLayout.at_home(2, 2, 4)
