@@ -16,7 +16,7 @@ author = "The megatron_laer authors"
 copyright = author
 release = version = importlib.metadata.version("megatron-laer").partition("+")[0]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 # The pages are read in a repository too, whose host makes such names of headings.
 myst_heading_anchors = 4
 autodoc_typehints = "description"

@@ -24,6 +24,8 @@ KIND_COLOURS = (GREY, BLUE, GREEN, "#7fb8de", RED, "#e69f00")
 _RISING = [[0, "#b9d3e3"], [0.35, "#fdd0a2"], [0.7, "#e66e28"], [1, "#7f1914"]]
 _BELOW_ONE, _ONE, _ABOVE_ONE = "#2166ac", "#c9ced4", "#b2182b"
 OVER_MEAN = "× mean"
+# Part of a colour bar that readers hardly tell from 1.
+_HARDLY_SEEN = 0.1
 _LINE = {"color": GREY, "width": 1}
 _LONGEST_LABEL = 28
 
@@ -103,8 +105,12 @@ def heat_map(
         "yaxis": {**y[0]["axis"], "autorange": "reversed"},
         "shapes": lines,
     }
-    if all(np.allclose(_numbers(rows), 1, atol=5e-4) for rows in values):
-        layout["annotations"] = [_note("1.000 everywhere")]
+    shown = np.concatenate([_numbers(rows) for rows in values])
+    if shown.size and np.abs(shown - 1).max() <= _HARDLY_SEEN * (high - low):
+        least, most = f"{shown.min():.3f}", f"{shown.max():.3f}"
+        layout["annotations"] = [
+            _note("1.000 everywhere" if least == most else f"{least} to {most}")
+        ]
     return Chart(title, text, traces, layout, tuple(map(label, choices)))
 
 
@@ -193,7 +199,7 @@ def bars_by_name(
             "name": key,
             "y": labels(names),
             "x": rounded(values),
-            "text": [f"{value:,.3g}" for value in values.tolist()],
+            "text": [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values],
             "textposition": "outside",
             "cliponaxis": False,
             "marker": {"color": colour, "line": {"color": colour, "width": 2}},
