@@ -37,7 +37,7 @@ from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.tools.cli.argument_types import between, path
 from megatron_laer.tools.simulator.replay import Outcome, evaluate
-from megatron_laer.tools.traces.workloads import WORKLOADS, Shape, workload_counts
+from megatron_laer.tools.traces.workloads import WORKLOADS, WorkloadShape, workload_counts
 
 # Experts of the model, and (token, expert) pairs of a rank: 16,384 tokens, top-2 and top-8.
 MODELS: dict[str, tuple[CostModel, int]] = {
@@ -96,7 +96,7 @@ def workloads(steps: int) -> Iterator[dict[str, Any]]:
     costs, _ = MODELS["Mixtral-8x7B"]
     for num_ranks, num_experts, capacity in ((16, 32, 3), (16, 32, 4), (64, 64, 4)):
         geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
-        shape = Shape(num_ranks, num_experts, topk=2, tokens=16384)
+        shape = WorkloadShape(num_ranks, num_experts, topk=2, tokens=16384)
         guard = Guard(PlanMode.FORECAST, costs, geometry)
         for name in WORKLOADS:
             line: dict[str, Any] = {"workload": name, "N, E, C": str(shape_key(geometry))}

@@ -32,15 +32,15 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import default_capacity
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.data import default_text_sources, prepare_data
 from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK, MethodSettings, make_method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
-from megatron_laer.tools.simulator.iteration.predict import predict
+from megatron_laer.tools.simulator.iteration.predict import predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
-from megatron_laer.tools.traces.workloads import Shape, workload_trace
+from megatron_laer.tools.traces.records import Trace
+from megatron_laer.tools.traces.workloads import WorkloadShape, workload_trace
 
 RANKS = 2
 # Size of the byte vocabulary, padded as Megatron pads.
@@ -192,7 +192,8 @@ def predicted_seconds(job: Job, rates: Rates) -> float:
     trace = _trace(job)
     steps = len(set(trace.step_R.tolist())) - job.size.warm_up
     method = make_method(name, settings, rates)
-    found = predict(Routing(trace, RANKS), model, run, [method], [rates], steps=steps, lag=1)
+    routing = Routing(trace, RANKS)
+    found = predict_iterations(routing, model, run, [method], [rates], steps=steps, lag=1)
     return found[0].iteration_s
 
 
@@ -220,7 +221,7 @@ def _trace(job: Job) -> Trace:
     """Return the counts of the replayed routing, or of routing that is forced to balance."""
     size = job.size
     if job.case.routing.trace is None:
-        shape = Shape(RANKS, size.experts, size.topk, size.sequence * size.sequences)
+        shape = WorkloadShape(RANKS, size.experts, size.topk, size.sequence * size.sequences)
         return workload_trace("W0", shape, size.warm_up + _BALANCED_STEPS)
     chosen_PLNTK = np.load(job.case.routing.trace)[: job.case.steps]
     steps, layers = chosen_PLNTK.shape[:2]

@@ -36,7 +36,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.tools.cli.argument_types import between, path
 from megatron_laer.tools.simulator.rendering import check_can_plot
-from megatron_laer.tools.traces.workloads import WORKLOADS, Shape, workload_counts
+from megatron_laer.tools.traces.workloads import WORKLOADS, WorkloadShape, workload_counts
 
 # Stride of `--quick`'s cases; prime, so that it meets all layers and microbatches.
 QUICK_STRIDE = 37
@@ -101,7 +101,7 @@ def named_workloads(count: int) -> Iterator[dict[str, Any]]:
         geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
         greedy = make_strategy("greedy", geometry=geometry, costs=paper_costs())
         static = ExpertLayout.static(num_ranks, capacity, num_experts)
-        shape = Shape(num_ranks, num_experts, topk=2, tokens=2048)
+        shape = WorkloadShape(num_ranks, num_experts, topk=2, tokens=2048)
         for name in WORKLOADS:
             exact, old = [], []
             before_NE: Int64 | None = None

@@ -19,7 +19,7 @@ import torch
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.tools.traces.workloads import (
     WORKLOADS,
-    Shape,
+    WorkloadShape,
     experts_of_tokens,
     workload_counts,
 )
@@ -77,7 +77,7 @@ def is_burst(step: int) -> bool:
 def replayed(name: str, shape: RoutingShape, steps: int) -> Trace:
     """Make the routing of a workload, the same in all layers."""
     assert shape.experts <= 256
-    sizes = Shape(shape.ranks, shape.experts, shape.topk, shape.tokens)
+    sizes = WorkloadShape(shape.ranks, shape.experts, shape.topk, shape.tokens)
     by_step = [
         [experts_of_tokens(counts_E, shape.topk) for counts_E in workload_counts(name, sizes, step)]
         for step in range(steps)

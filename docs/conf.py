@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer.config import FSEPConfig
-from megatron_laer.flags import add_arguments
+from megatron_laer.fsep_flags import add_arguments
 
 project = "megatron_laer"
 author = "The megatron_laer authors"
 copyright = author
 release = version = importlib.metadata.version("megatron-laer").partition("+")[0]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 # The pages are read in a repository too, whose host makes such names of headings.
 myst_heading_anchors = 4
 autodoc_typehints = "description"

@@ -15,10 +15,9 @@ from dataclasses import dataclass
 class Release:
     """Release of Megatron, all of whose patch versions are supported.
 
-    Attributes:
-        number: number in the names of Megatron's branches and of our folders in patches/.
-        tested: versions that the tests passed with, oldest first; of a checkout, with its commit.
-        limits: features that the release lacks, for docs/support.md; the end of a sentence.
+    `number` is in the names of Megatron's branches and of our folders in patches/. The tests passed
+    with the versions in `tested`, oldest first. `limits` are features that the release lacks, for
+    docs/support.md.
     """
 
     number: str
@@ -57,15 +56,11 @@ SUPPORTED = f">={NUMBERS[0]},<{release_after(NUMBERS[-1])}"
 
 @dataclass(frozen=True)
 class Difference:
-    """Attribute or parameter of Megatron that newer releases have and older ones lack.
+    """Attribute or parameter of Megatron that newer releases have, from `since` on.
 
     Code asks `is_in`, not for the release, because a fork or a checkout may be between two
-    releases. A test compares the answers with `since` in each release.
-
-    Attributes:
-        owner: dotted name of the module, class or function.
-        since: first release that has it.
-        before: behaviour where it is missing.
+    releases. A test compares the answers with `since` in each release. `owner` is the dotted name
+    of a module, class or function, and `before` the behaviour without.
     """
 
     owner: str

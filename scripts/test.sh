@@ -9,6 +9,8 @@
 #                                 main branch that MEGATRON_LM_NEXT names, if it does
 #   scripts/test.sh --gpu         the tests that need one
 #   scripts/test.sh --lint        no tests
+#   scripts/test.sh --training    the chosen set without the tests of tools: with --all, everything of
+#                                 training
 #   scripts/test.sh --megatron X  the chosen set with megatron-core X, or a checkout's folder, instead
 #   scripts/test.sh ... -- ARGS   ARGS are given to pytest, which then runs once
 set -euo pipefail
@@ -17,13 +19,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 everything="not gpu and not nightly"
 selection="(unit or quick) and not nightly"
 [[ ${CI:-} == true ]] && selection=$everything
-megatron=
+megatron= left_out=()
 while (($#)); do
     case $1 in
         --all) selection=$everything ;;
         --nightly) selection="nightly and not gpu" ;;
         --gpu) selection=gpu ;;
         --lint) selection= ;;
+        --training) left_out=(--ignore tests/tools) ;;
         --megatron)
             megatron=${2:-}
             if [[ $megatron != [0-9]* && ! -f $megatron/megatron/core/package_info.py ]]; then
@@ -32,8 +35,8 @@ while (($#)); do
             shift
             ;;
         --) shift && break ;;
-        -h | --help) sed -n '2,13s/^# \{0,1\}//p' scripts/test.sh && exit ;;
-        *) echo "unknown option $1; allowed are --all, --nightly, --gpu, --lint, --megatron X, and -- followed by pytest's" >&2 && exit 2 ;;
+        -h | --help) sed -n '2,15s/^# \{0,1\}//p' scripts/test.sh && exit ;;
+        *) echo "unknown option $1; allowed are --all, --nightly, --gpu, --lint, --training, --megatron X, and -- followed by pytest's" >&2 && exit 2 ;;
     esac
     shift
 done
@@ -76,11 +79,11 @@ run_tests() {
     local with=${megatron:+ with megatron-core $megatron} status=0 arguments=("${@:2}")
     ((${#arguments[@]})) || arguments=(--numprocesses 3 --dist loadfile --no-loadscope-reorder)
     echo "== pytest -m '$1'$with"
-    "$PYTHON" -m tests.supervise -m "$1" --durations 20 "${arguments[@]}" || status=$?
+    "$PYTHON" -m tests.supervise -m "$1" --durations 20 "${left_out[@]}" "${arguments[@]}" || status=$?
     ((status < 2)) || exit "$status" # interrupted, or there was nothing to run
     ((status == 0)) || failed+=("tests$with")
     # What a whole set passed with is on a page of docs/.
-    if ((status == 0 && $# == 1 && ${#failed[@]} == 0)) && [[ -n $set ]]; then
+    if ((status == 0 && $# == 1 && ${#failed[@]} == 0)) && [[ -n $set && -z ${left_out[*]} ]]; then
         [[ $1 != *" and releases" ]] || set+=", marked releases"
         "$PYTHON" -m tests.site_pages --passed "scripts/test.sh $set"
     fi

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
 
-from megatron_laer.cpu.ranks import RankPool, RankPools
+from megatron_laer.cpu.ranks import RankPools
 from tests import slurm
+from tests.text_data import write_text_data
 
 # A busy machine is slow to run an example, and to make one.
 settings.register_profile("any", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -24,9 +24,13 @@ KINDS = ("unit", "distributed", "races", "convergence", "gpu")
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Give a test its folder's kind, unless it is marked with another one (hook of pytest)."""
+    """Give a test its folder's kind, unless it is marked with another one (hook of pytest).
+
+    Tests directly in `tools` are unit tests.
+    """
     if not any(item.get_closest_marker(kind) for kind in KINDS):
-        item.add_marker(item.path.relative_to(Path(__file__).parent).parts[0])
+        folder = item.path.parent.name
+        item.add_marker("unit" if folder == "tools" else folder)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -35,7 +39,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     This needs `--no-loadscope-reorder`.
     """
     of_file = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.parent.name == "unit", -of_file[item.path]))
+    items.sort(key=lambda item: (item.get_closest_marker("unit") is not None, -of_file[item.path]))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -62,7 +66,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Callable[[int], RankPool]]:
+def ranks() -> Iterator[RankPools]:
     """Return `ranks(4)`, the session's pool of four ranks, which start once for many tests."""
     with RankPools(RANKS_KEPT) as pools:
         yield pools
@@ -71,11 +75,9 @@ def ranks() -> Iterator[Callable[[int], RankPool]]:
 @pytest.fixture(scope="session")
 def text_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Return the prefix of a Megatron dataset of the standard library's sources, as bytes."""
-    from megatron_laer.tools.data import default_text_sources, prepare_data
-
-    prefix = tmp_path_factory.mktemp("data") / "text"
-    prepare_data(default_text_sources()[:150], str(prefix), progress=False)
-    return str(prefix)
+    prefix = str(tmp_path_factory.mktemp("data") / "text")
+    write_text_data(prefix)
+    return prefix
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,11 @@
 """Changes of small files with checksums, in every format, and a count of the readers' reactions.
 
-    python -m tests.corruption
-
-prints a table; `tests/unit/test_corruption.py` checks that wrong content is never read silently.
 Changes are drawn by seeds, so that each run makes the same.
 """
 
 from __future__ import annotations
 
-import logging
 import random
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -20,8 +15,8 @@ from typing import Any
 from megatron_laer.files.checks import open_input
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.runtime.planning.layout_recording import LayoutRecording, read_layouts
-from megatron_laer.telemetry.metrics_file import read_metrics
-from megatron_laer.tools.traces import read_trace
+from megatron_laer.tools.report.metrics_recording import read_metrics
+from megatron_laer.tools.traces.fsep import read_recording
 from tests.planner_states import make_state
 from tests.recorded_runs import GEOMETRY, LAYERS, SIGNATURE, STEPS, record_run
 
@@ -52,7 +47,7 @@ def _state(path: Path) -> Records:
 
 
 def _routing(path: Path) -> Records:
-    trace = read_trace(path, "fsep")
+    trace = read_recording(path)
     keys = zip(trace.step_R, trace.microbatch_R, trace.layer_R, strict=True)
     found = [
         ([*map(int, key)], trace.layers, trace.counts_NE(at).tolist())
@@ -177,26 +172,3 @@ def outcomes(format: Format, path: Path, copies: Iterator[bytes]) -> Counter[str
         found[outcome(format, path, expected)] += 1
     path.write_bytes(content)
     return found
-
-
-def main() -> None:
-    logging.disable(logging.WARNING)
-    print(f"| file | changes | {' | '.join(OUTCOMES)} |")
-    print("|---|---|" + "---|" * len(OUTCOMES))
-    with tempfile.TemporaryDirectory() as name:
-        make(Path(name))
-        for title, format in FORMATS.items():
-            path = Path(name) / format.name
-            content = path.read_bytes()
-            length = format.header_bytes(content)
-            for what, copies in (
-                (title, changed(content)),
-                (f"{title}: each bit of the header", flipped(content, length)),
-            ):
-                found = outcomes(format, path, copies)
-                counts = " | ".join(f"{found[one]:,}" for one in OUTCOMES)
-                print(f"| {what} | {found.total():,} | {counts} |")
-
-
-if __name__ == "__main__":
-    main()

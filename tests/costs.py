@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster, HostTime, Link, SolveTime
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.gemm_curve import GemmCurve
@@ -42,3 +43,4 @@ def make_costs(
 # Transfers take no time, so the cost is the largest load alone.
 FREE = Link(math.inf, 0.0)
 COMPUTE_ONLY = make_costs(intra=FREE, inter=FREE)
+COSTS = CostModel(load_cluster("a100-4x8-ib800"), 4096, 14336, gated=True, bytes_per_element=2)

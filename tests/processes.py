@@ -6,6 +6,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -39,6 +40,21 @@ def run(
                     descendant.kill()
             raise
     return subprocess.CompletedProcess(command, process.returncode, stdout, stderr)
+
+
+def python(*words: object, stdin: str | None = None, **environment: str) -> str:
+    """Return the output of a Python that starts in the repository, with CUDA replaced."""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", *map(str, words)],
+        input=stdin,
+        env=os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"} | environment,
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def default_signals() -> None:

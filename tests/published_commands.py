@@ -21,7 +21,7 @@ import yaml
 
 from megatron_laer.tools import cli
 from megatron_laer.tools.cli.check_recipe import STATUS
-from megatron_laer.tools.recipes.bridge import COLUMNS
+from megatron_laer.tools.recipes.bridge_table import COLUMNS
 from tests.parity.rows import ROWS
 
 COMMANDS = Path(__file__).with_name("published_commands.yaml")

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from megatron_laer.tools.recipes.bridge import judge_recipe, read_recipes
+from megatron_laer.tools.recipes.bridge_table import judge_recipe, read_recipes
 from megatron_laer.tools.recipes.verdict import Judgement, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]

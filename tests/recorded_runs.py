@@ -12,9 +12,7 @@ import torch
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import PlanMode
-from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
-from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
@@ -25,11 +23,11 @@ from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording
 from megatron_laer.telemetry.statistics import Sample
 from megatron_laer.telemetry.trace_events import Activity, Kind
 from megatron_laer.telemetry.trace_file import TraceWriter
+from tests.costs import COSTS
 
 GEOMETRY = Geometry(num_ranks=4, num_experts=8, capacity=3, node_size=2)
 LAYERS = ("layer 1", "layer 2")
 STEPS, MICROBATCHES = 5, 2
-COSTS = CostModel(load_cluster("a100-4x8-ib800"), 4096, 14336, gated=True, bytes_per_element=2)
 # A cluster of a user's own file, ten times slower than the default.
 OWN = replace(
     COSTS.cluster.with_constants({"intra.bytes_per_s": 1e10, "inter.bytes_per_s": 1e9}),

@@ -88,11 +88,7 @@ PLACES = (
 )
 
 # Fields of TransformerConfig in our tables that come and go with NEXT.
-FIELDS_FROM_NEXT = {
-    "moe_combine_bwd_dtype",
-    "moe_dispatch_fwd_dtype",
-    "moe_use_grouped_tensor",
-}
+FIELDS_FROM_NEXT = {"moe_combine_bwd_dtype", "moe_dispatch_fwd_dtype", "moe_use_grouped_tensor"}
 FIELDS_BEFORE_NEXT = {"moe_ncclep_static_shape"}
 
 

@@ -11,17 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from megatron_laer.environment import VARIABLES
-from megatron_laer.flags import add_arguments
+from megatron_laer.fsep_flags import add_arguments
 from megatron_laer.plugin.command_line import ARGUMENT_PATCHES
 from megatron_laer.plugin.switch import FSEP_PATCHES
 from megatron_laer.releases import NEXT, RELEASES
-from megatron_laer.telemetry.metrics import (
-    LOGGED,
-    RECORDED_OF_LAYERS,
-    RECORDED_OF_STEPS,
-    table,
-)
 from tests import compatibility
 from tests.parity import report
 
@@ -60,13 +53,6 @@ def patches() -> Iterator[str]:
         yield _row(f"`{name}`", patch.reason)
 
 
-def environment() -> Iterator[str]:
-    yield "| variable | set by | |"
-    yield "|---|---|---|"
-    for variable in VARIABLES:
-        yield _row(f"`{variable.name}`", variable.owner, variable.meaning)
-
-
 def slurm_settings() -> Iterator[str]:
     text = SLURM.read_text(encoding="utf-8")
     listed = re.findall(
@@ -81,11 +67,7 @@ def slurm_settings() -> Iterator[str]:
 
 TABLES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
     ("flags.md", "flags"): flags,
-    ("flags.md", "environment"): environment,
     ("megatron.md", "patches"): patches,
-    ("metrics.md", "logged"): lambda: table(LOGGED),
-    ("metrics.md", "recorded of a step"): lambda: table(RECORDED_OF_STEPS),
-    ("metrics.md", "recorded of a layer"): lambda: table(RECORDED_OF_LAYERS),
     ("slurm.md", "settings"): slurm_settings,
     ("support.md", "releases"): releases,
     ("support.md", "combinations"): compatibility.combinations,

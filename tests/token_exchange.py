@@ -214,13 +214,7 @@ def run(
     with recorded(sent, "backward"):
         combined.backward(grad)
     assert hidden.grad is not None and probs.grad is not None
-    return Outcome(
-        experts,
-        combined.detach(),
-        [hidden.grad, probs.grad],
-        sent,
-        kept.total_bytes,
-    )
+    return Outcome(experts, combined.detach(), [hidden.grad, probs.grad], sent, kept.total_bytes)
 
 
 def _forward(

@@ -36,7 +36,10 @@ def replace() -> None:
     if _replaced:
         return
     _replaced = True
-    _replace_compilation()
+    # Set here too: torch may have been imported before TORCHDYNAMO_DISABLE was set.
+    import torch._dynamo.config
+
+    torch._dynamo.config.disable = True
     _replace_devices()
     _replace_streams()
     _replace_memory()
@@ -44,13 +47,6 @@ def replace() -> None:
     _replace_moves()
     _replace_type_names()
     _replace_collectives()
-
-
-def _replace_compilation() -> None:
-    # Set here too: torch may have been imported before TORCHDYNAMO_DISABLE was set.
-    import torch._dynamo.config
-
-    torch._dynamo.config.disable = True
 
 
 def _replace_devices() -> None:

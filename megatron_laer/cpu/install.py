@@ -30,9 +30,9 @@ def install() -> None:
 
     cuda.replace()
 
-    from megatron_laer.cpu import megatron
+    from megatron_laer.cpu import megatron_fixes
 
-    megatron.fix()
+    megatron_fixes.fix()
 
 
 def install_in_helper() -> None:

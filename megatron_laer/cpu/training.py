@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -177,8 +178,6 @@ def dist_object(value: Any, source: int) -> list[Any]:
 
 
 def rank_of_environment() -> int:
-    import os
-
     return int(os.environ["RANK"])
 
 

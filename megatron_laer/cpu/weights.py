@@ -86,15 +86,10 @@ def _pieces_of(
             key = _TIED
         # Stock and FSEP cut dense tensors over tensor ranks alike, so each cut counts as a tensor.
         if getattr(parameter, "tensor_model_parallel", False):
-            key += f"@{_tensor_rank()}"
+            from megatron.core import parallel_state
+
+            key += f"@{parallel_state.get_tensor_model_parallel_rank()}"
         yield Piece(key, shape, 0, parameter, _whole)
-
-
-def _tensor_rank() -> int:
-    from megatron.core import parallel_state
-
-    rank: int = parallel_state.get_tensor_model_parallel_rank()
-    return rank
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
@@ -120,19 +115,16 @@ def load_common_weights(model: list[torch.nn.Module]) -> None:
 
 def read(model: list[torch.nn.Module], what: str) -> list[tuple[str, int, torch.Tensor]]:
     """Return (key, start, rows) of every piece's `weight`, or of trainable ones' `main_grad`."""
+    attribute = "data" if what == "weight" else "main_grad"
     return [
         (
             piece.key,
             piece.start,
-            piece.select(_tensor(piece.parameter, what)).detach().cpu().clone(),
+            piece.select(getattr(piece.parameter, attribute)).detach().cpu().clone(),
         )
         for piece in pieces(model)
         if what == "weight" or piece.parameter.requires_grad
     ]
-
-
-def _tensor(parameter: torch.nn.Parameter, what: str) -> torch.Tensor:
-    return parameter.data if what == "weight" else parameter.main_grad  # type: ignore[attr-defined]
 
 
 def assemble(parts: list[list[tuple[str, int, torch.Tensor]]]) -> Tensors:

@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 # Version of all formats with checksums.
 VERSION = 2
 
+MAX_RANKS = 2**20
+
 _KEY = "crc"
 _MAX_LAYERS = 2**16
 _END = re.compile(rb',"crc":"([0-9a-f]{8})"\}\n?')

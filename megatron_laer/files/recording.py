@@ -37,19 +37,13 @@ _ASIDE = re.compile(rf".+\.(cut-from-\d+|{_OLDER})(\.\d+)?\.[^.]+")
 class RecordingFile:
     """Only writer of a recording. On an OSError all records are kept.
 
-    Args:
-        header, older: the file's first bytes, and those in an older version of its format, if any.
-        records: called with the path, yields each whole record's step and end offset, in order.
-        first_step: the first step of this run; 0 if it does not resume another.
+    `header` and `older` are the file's first bytes, and those in an older version of its format.
+    `records` yields each whole record's step and end offset. `first_step` is this run's; 0 if it
+    does not resume another. `last` is the last step of earlier runs that stays, if any, and `step`
+    the newest started one, or the one before the run's first.
 
-    Attributes:
-        last: the last step of earlier runs that stays, if any.
-        step: the newest started step, or the one before the run's first.
-
-    Raises:
-        InUseError: another run writes it.
-        ValueError: the path is no regular file, or has another header. Or this run starts at step
-            0 and the file has another run's records, see `run_mark`.
+    Raises InUseError if another run writes it, and ValueError for another file, another header, or
+    another run's records at step 0 (see `run_mark`).
     """
 
     def __init__(

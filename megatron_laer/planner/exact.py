@@ -3,7 +3,7 @@
 The largest rank load is always minimal. Among those splits, as few tokens as possible leave their
 node (exactly). Then, with the tokens of each expert and node fixed, as few as possible leave their
 rank. That is optimal on a single node; over several nodes it is within 1.1 % on average and 47 % at
-worst. The figures are of random small cases; `tests/unit/test_exact_quotas.py` checks them.
+worst. The figures are of random small cases; `tests/unit/test_quotas.py` checks them.
 
 Quotas are integers, conserved, the same on every rank. The looped definition is in
 `tests/oracles/exact.py`. The flows are in `native/flow.hpp`, on graphs of size O(N*C).

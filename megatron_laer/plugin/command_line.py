@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer import flags
+from megatron_laer import fsep_flags
 from megatron_laer.config import ExpertParallelMode, FSEPConfig, LatePlan, deterministic
 from megatron_laer.device import cpu_installed
 from megatron_laer.files import run_mark
@@ -59,7 +59,7 @@ def _with_fsep_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
             if mode == ExpertParallelMode.FSEP:
                 # Megatron reads these variables while it adds its arguments and parses.
                 launcher.check_ranks(os.environ)
-        parser = flags.add_arguments(original(parser))
+        parser = fsep_flags.add_arguments(original(parser))
         if mode == ExpertParallelMode.FSEP:
             # None marks a flag as not given, so that Megatron uses a checkpoint's argument. The
             # validation fills in the rest.
@@ -104,7 +104,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def validate_args(args: Namespace, *rest: Any, **kwargs: Any) -> Any:
         with _refusing():
-            config = flags.config_from_args(args)
+            config = fsep_flags.config_from_args(args)
             if config is not None:
                 config, said = _checked(args, config, rest[0] if rest else kwargs.get("defaults"))
         if config is None:
@@ -147,7 +147,7 @@ def _checked(
 ) -> tuple[FSEPConfig, list[str]]:
     """Check and complete arguments; return the config in force, and lines about changes."""
     if getattr(args, "deterministic_mode", False):
-        if flags.given_flags(args).get("late_plan") == LatePlan.KEEP:
+        if fsep_flags.given_flags(args).get("late_plan") == LatePlan.KEEP:
             raise ValueError(
                 "--fsep-late-plan keep: --deterministic-mode waits for plans; leave one out"
             )

@@ -26,26 +26,20 @@ def _fsep_layer(_original: Any) -> Any:
     return FSEPMoELayer
 
 
-def _numbering_its_layer(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from megatron_laer.layer.moe_layer import numbered_later
+def _built_within(context: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Return a replacement of a constructor that runs in a context of `moe_layer`."""
 
-        with numbered_later():
-            original(self, *args, **kwargs)
+    def replace(original: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(original)
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            from megatron_laer.layer import moe_layer
 
-    return __init__
+            with getattr(moe_layer, context)():
+                original(self, *args, **kwargs)
 
+        return __init__
 
-def _for_multi_token_prediction(original: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(original)
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        from megatron_laer.layer.moe_layer import for_multi_token_prediction
-
-        with for_multi_token_prediction():
-            original(self, *args, **kwargs)
-
-    return __init__
+    return replace
 
 
 def repoint_hybrid_specs() -> None:
@@ -152,13 +146,13 @@ LAYER_PATCHES = (
     Patch(
         "megatron.core.transformer.transformer_layer",
         "TransformerLayer.__init__",
-        _numbering_its_layer,
+        _built_within("numbered_later"),
         "tells the layers that are numbered after they are built from those that never are",
     ),
     Patch(
         "megatron.core.transformer.multi_token_prediction",
         "MultiTokenPredictionLayer.__init__",
-        _for_multi_token_prediction,
+        _built_within("for_multi_token_prediction"),
         "tells the layers of multi-token prediction, which hybrid models do not, from the others",
     ),
     Patch(

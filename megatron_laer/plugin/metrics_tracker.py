@@ -20,8 +20,8 @@ from megatron_laer.planner.prediction import predict
 from megatron_laer.runtime.build import current_device
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.session import current_coordinator
-from megatron_laer.telemetry.memory import memory_use
 from megatron_laer.telemetry.metrics import is_in_line
+from megatron_laer.telemetry.rank_memory import memory_use
 from megatron_laer.telemetry.statistics import LayerMetrics, LayerPasses, RankMetrics, named
 
 logger = logging.getLogger(__name__)

@@ -16,10 +16,8 @@ from megatron_laer.releases import TESTED_RANGE
 class Patch:
     """Attribute to replace, and its replacement.
 
-    Attributes:
-        path: of the attribute in the module, `name` or `Class.name`.
-        replace: called with the original, returns the replacement.
-        reason, also: for the printed table; `also` has further changes to Megatron.
+    `path` is `name` or `Class.name` in the module. `replace` is called with the original. `reason`
+    and `also`, further changes to Megatron, are for the printed table.
     """
 
     module: str

@@ -21,7 +21,7 @@ from megatron_laer.plugin.optimizers import OPTIMIZER_PATCHES
 from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.steps import STEP_PATCHES
 from megatron_laer.session import Session
-from megatron_laer.support import run_files, torch_version
+from megatron_laer.support import config_files, torch_version
 from megatron_laer.support.table import UNPROVEN
 
 logger = logging.getLogger(__name__)
@@ -62,7 +62,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     if not device.cpu_installed() and (problem := torch_version.problem_on_cuda(torch.__version__)):
         raise ValueError(f"FSEP cannot run with {problem}")
     check_planner(wanted.config.planner)
-    run_files.check(wanted.config)
+    config_files.check(wanted.config)
     # Look up all attributes before replacing one, so that a missing one leaves nothing patched.
     for patch in FSEP_PATCHES:
         patch.owner_and_name()

@@ -36,12 +36,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Coordinator:
-    """Coordinator of one rank of an FSEP group.
-
-    Attributes:
-        guard: selects each microbatch's layout; the planner shares its cost model.
-        pass_layouts: the plan mode.
-    """
+    """Coordinator of one rank of an FSEP group; the planner shares the guard's cost model."""
 
     config: FSEPConfig
     groups: FSEPGroups

@@ -11,9 +11,10 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
-from megatron_laer.runtime.metrics_recorder import MetricsRecorder, open_recorder
+from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
 from megatron_laer.runtime.planning.planner_rank import naming_flag
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
 from megatron_laer.telemetry.statistics import Sample
 from megatron_laer.telemetry.step_times import IntervalListener, join
 from megatron_laer.telemetry.timeline import Timeline, open_timeline
@@ -22,9 +23,8 @@ from megatron_laer.telemetry.timeline import Timeline, open_timeline
 class Measurements:
     """Measurements of one rank; none before `start`.
 
-    Attributes:
-        listener: to the intervals of compute and exchanges; None without measurements.
-        recorder: of each step's metrics; only on a planner rank with `--fsep-record-metrics`.
+    `listener` hears intervals of compute and exchanges. A planner rank with `--fsep-record-metrics`
+    has a `recorder` of each step's metrics.
     """
 
     def __init__(
@@ -53,17 +53,16 @@ class Measurements:
                 self._timeline = open_timeline(config.timeline, rank, device, first_step)
         if config.record_metrics is not None and groups.rank == 0 and layers:
             with naming_flag("record_metrics", config.record_metrics):
-                clock = self._streams.parameters.times.clock
-                self.recorder = open_recorder(
-                    config,
-                    self._guard,
-                    self._priced,
-                    layers,
-                    groups.index,
+                of, costs = self._guard.geometry, self._guard.costs
+                writer = MetricsWriter(
+                    recording_path(config.record_metrics, groups.index),
+                    Shape(of.num_ranks, of.num_experts, of.capacity, of.node_size, tuple(layers)),
+                    run_settings(config, costs, self._priced, device),
                     first_step,
-                    device,
-                    clock,
+                    costs.cluster,
                 )
+                clock = self._streams.parameters.times.clock
+                self.recorder = MetricsRecorder(writer, self._guard, layers, device, clock)
         times = None if self.recorder is None else self.recorder.times
         self.listener = join(self._timeline, times)
         for stream in (self._streams.parameters, self._streams.gradients):

@@ -25,9 +25,9 @@ from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.prediction import Prediction, predict
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.telemetry.clock import Clock
-from megatron_laer.telemetry.memory import MemoryUse, memory_use
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS
-from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
+from megatron_laer.telemetry.metrics_file import MetricsWriter
+from megatron_laer.telemetry.rank_memory import MemoryUse, memory_use
 from megatron_laer.telemetry.statistics import (
     LayerMetrics,
     LayerPasses,
@@ -166,7 +166,7 @@ class MetricsRecorder:
                 | passes.host_values(changed_s, exchanged_s)
                 | predicted_values(predictions)
             )
-        return {metric.name: [row[metric.name] for row in rows] for metric in RECORDED_OF_LAYERS}
+        return {name: [row[name] for row in rows] for name in RECORDED_OF_LAYERS}
 
     def _metrics(self, step: _EndedStep, of_step: Mapping[str, float]) -> dict[str, float]:
         layers = [
@@ -182,26 +182,6 @@ class MetricsRecorder:
         )
         scalars, _ = named(layers, rank)
         return scalars | {"fsep_memory_headroom_gib": step.memory.headroom_bytes / _GIB}
-
-
-def open_recorder(
-    config: FSEPConfig,
-    guard: Guard,
-    priced: Mapping[str, int],
-    names: Sequence[str],
-    group_index: int,
-    first_step: int,
-    device: torch.device,
-    clock: Clock,
-) -> MetricsRecorder:
-    """Open the recording of one FSEP group; `priced` is the routing that the cost model prices."""
-    assert config.record_metrics is not None
-    path = recording_path(config.record_metrics, group_index)
-    run = run_settings(config, guard.costs, priced, device)
-    of = guard.geometry
-    shape = Shape(of.num_ranks, of.num_experts, of.capacity, of.node_size, tuple(names))
-    writer = MetricsWriter(path, shape, run, first_step, guard.costs.cluster)
-    return MetricsRecorder(writer, guard, names, device, clock)
 
 
 def run_settings(

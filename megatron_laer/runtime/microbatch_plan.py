@@ -26,13 +26,10 @@ class FirstPass:
 class MicrobatchPlan:
     """Layout and quotas of one microbatch on one rank.
 
-    Attributes:
-        restored: the pass's experts, under the planned layout.
-        quotas: tokens that this rank sends and receives.
-        routing_map_TE: the first pass's routing, only in a re-run's plan. A router that runs again
-            may decide a near-tie differently, since Megatron's combine adds with atomics on CUDA.
-            The first pass's counts would not fit.
-        first_pass: shared by the first pass and the re-run.
+    `restored` are the pass's experts, under the planned layout. `quotas` are tokens that this rank
+    sends and receives. `routing_map_TE`, only in a re-run's plan, is the first pass's routing. A
+    router that runs again may decide a near-tie differently, since Megatron's combine adds with
+    atomics on CUDA. `first_pass` is shared by the first pass and the re-run.
     """
 
     restored: RestoredExperts

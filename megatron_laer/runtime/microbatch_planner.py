@@ -39,10 +39,8 @@ logger = logging.getLogger(__name__)
 class MicrobatchPlanner:
     """Planner of the passes of one rank's layers.
 
-    Attributes:
-        token_sizes: the exchange of row numbers, where tokens go through nodes.
-        follows_steps: whether settings need step boundaries.
-        in_steps: whether the first step has begun.
+    `token_sizes` exchanges row numbers where tokens go through nodes. `follows_steps` says whether
+    settings need step boundaries, and `in_steps` whether the first step has begun.
     """
 
     groups: FSEPGroups

@@ -26,18 +26,13 @@ from megatron_laer.schedule import Schedule
 
 @dataclass
 class Chunk:
-    """Model chunk: the MoE layers that one forward call of it passes, in order.
+    """Model chunk: the MoE layers that one forward call of it passes, in order, with repetitions.
 
-    Attributes:
-        module: called once per microbatch and pass.
-        layers: with repetitions of a layer that a microbatch passes several times.
-        blocks: each layer's transformer layer, called with the hidden states as first argument or
-            as `hidden_states`. Without them, gradients of layers that recompute are waited for at
-            once.
-        await_weights: waits until these slices hold this step's weights, which Megatron may still
-            be gathering over replicas.
-        replayed: returns the experts that the layers' routers will choose; None without router
-            replay.
+    `module` is called once per microbatch and pass. `blocks` are each layer's transformer layer,
+    called with the hidden states as first argument or as `hidden_states`. Without them, gradients
+    of layers that recompute are waited for at once. `await_weights` waits until slices hold this
+    step's weights, which Megatron may still be gathering over replicas. `replayed` returns the
+    experts that the layers' routers will choose; None without router replay.
     """
 
     module: torch.nn.Module

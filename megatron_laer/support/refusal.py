@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_laer.config import Unproven
 
+SAME = "the flag's"
 _NOT_RUN = "nobody has run it with FSEP, and no test on a GPU has shown it"
 
 
@@ -29,7 +30,8 @@ class Refusal:
         accepted: accepted values, first the one to choose. None and False are both "off", and
             either accepts the other.
         dest: argparse's name of the flag, if not its own.
-        field: field of TransformerConfig that the flag ends up in; "" if there is none.
+        field: field of TransformerConfig that the flag ends up in, by default of the flag's name;
+            "" if there is none.
         field_way_out: remedy in terms of the field, if not the first accepted value.
         refuses: predicate on arguments or a TransformerConfig, where accepted values do not decide.
         is_filled_in: whether FSEP makes the accepted value the flag's default, as it does not
@@ -43,13 +45,17 @@ class Refusal:
     way_out: str = "leave it out"
     accepted: tuple[object, ...] = (False,)
     dest: str = ""
-    field: str = ""
+    field: str = SAME
     field_way_out: str = ""
     refuses: Callable[[Any], bool] | None = None
     is_filled_in: bool = False
     unproven: Unproven | None = None
     unproven_values: tuple[str, ...] = ()
     left_out: LeftOut | None = None
+
+    def __post_init__(self) -> None:
+        if self.field == SAME:
+            object.__setattr__(self, "field", self.argument)
 
     @property
     def said_way_out(self) -> str:

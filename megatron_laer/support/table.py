@@ -55,6 +55,8 @@ UNPROVEN = {
     Unproven.DENSE_FP8: "fp8 in all layers but the experts, which compute in the parameters' dtype",
 }
 
+_SPEED, _PRECISION = LeftOut.SPEED, LeftOut.PRECISION
+
 _NO_FP8 = "restored experts are computed in bf16 or fp32"
 _TRAIN_IN_BF16 = "leave it out, and train with --bf16"
 _DTYPE_OF_SLICES = "slices are kept in the parameters' dtype"
@@ -74,12 +76,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "there are no experts to shard",
         "give --num-experts, or leave out --expert-parallel-mode fsep",
         refuses=_no_experts,
+        field="",
     ),
     Refusal(
         "--expert-model-parallel-size 1",
         "the FSEP group is the expert-parallel group, and one rank has nobody to share with",
         "give --expert-model-parallel-size 2 or more",
         refuses=_one_rank,
+        field="",
     ),
     Refusal(
         "--moe-token-dispatcher-type other than alltoall, flex",
@@ -87,7 +91,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "leave it out, or give --moe-token-dispatcher-type alltoall, which goes before a "
         "checkpoint's arguments",
         accepted=("alltoall", "flex"),
-        field="moe_token_dispatcher_type",
         is_filled_in=True,
     ),
     Refusal(
@@ -97,7 +100,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "alltoall without it",
         # None where a script uses another dispatcher.
         accepted=("deepep", "hybridep", None),
-        field="moe_flex_dispatcher_backend",
         field_way_out="must be 'deepep' or 'hybridep'",
     ),
     Refusal(
@@ -105,23 +107,20 @@ REFUSALS: tuple[Refusal, ...] = (
         _DTYPE_OF_NCCL_EP,
         "leave it out, or give --moe-dispatch-fwd-dtype bf16",
         accepted=("bf16",),
-        field="moe_dispatch_fwd_dtype",
-        left_out=LeftOut.PRECISION,
+        left_out=_PRECISION,
     ),
     Refusal(
         "--moe-combine-bwd-dtype other than bf16",
         _DTYPE_OF_NCCL_EP,
         "leave it out, or give --moe-combine-bwd-dtype bf16",
         accepted=("bf16",),
-        field="moe_combine_bwd_dtype",
-        left_out=LeftOut.PRECISION,
+        left_out=_PRECISION,
     ),
     Refusal(
         "--expert-tensor-parallel-size above 1",
         "a slice already cuts an expert's rows over the group",
         "leave it out, or give --expert-tensor-parallel-size 1",
         accepted=(1,),
-        field="expert_tensor_parallel_size",
         is_filled_in=True,
     ),
     Refusal(
@@ -136,7 +135,6 @@ REFUSALS: tuple[Refusal, ...] = (
         "FSEP computes every token; dropping them would make replicas differ",
         "leave it out: balance comes from layouts, not from dropping",
         accepted=(None,),
-        field="moe_expert_capacity_factor",
         refuses=_drops_tokens,
     ),
     Refusal(
@@ -144,18 +142,13 @@ REFUSALS: tuple[Refusal, ...] = (
         "FSEP computes every token; dropping them would make replicas differ",
         field="moe_token_dropping",
     ),
-    Refusal(
-        "--moe-pad-expert-input-to-capacity",
-        "it pads to a capacity, and FSEP drops no token",
-        field="moe_pad_expert_input_to_capacity",
-    ),
+    Refusal("--moe-pad-expert-input-to-capacity", "it pads to a capacity, and FSEP drops no token"),
     Refusal(
         "--moe-expert-rank-capacity-factor",
         "it drops tokens over a rank's budget",
         "leave it out: balanced layouts bound what a rank receives",
         accepted=(None,),
-        field="moe_expert_rank_capacity_factor",
-        left_out=LeftOut.SPEED,
+        left_out=_SPEED,
     ),
     # The experts have no module of Transformer Engine, so its autocast does not reach them.
     Refusal(
@@ -164,82 +157,52 @@ REFUSALS: tuple[Refusal, ...] = (
         _TRAIN_IN_BF16,
         accepted=(None,),
         dest="fp8",
-        field="fp8",
         unproven=Unproven.DENSE_FP8,
         unproven_values=("e4m3", "hybrid"),
-        left_out=LeftOut.PRECISION,
+        left_out=_PRECISION,
     ),
     Refusal(
-        "--fp4-format",
-        _NO_FP8,
-        _TRAIN_IN_BF16,
-        accepted=(None,),
-        dest="fp4",
-        field="fp4",
-        left_out=LeftOut.PRECISION,
+        "--fp4-format", _NO_FP8, _TRAIN_IN_BF16, accepted=(None,), dest="fp4", left_out=_PRECISION
     ),
-    Refusal("--fp8-param-gather", _DTYPE_OF_SLICES, field="fp8_param", left_out=LeftOut.PRECISION),
-    Refusal("--fp4-param-gather", _DTYPE_OF_SLICES, field="fp4_param", left_out=LeftOut.PRECISION),
+    Refusal("--fp8-param-gather", _DTYPE_OF_SLICES, field="fp8_param", left_out=_PRECISION),
+    Refusal("--fp4-param-gather", _DTYPE_OF_SLICES, field="fp4_param", left_out=_PRECISION),
     Refusal(
         "--use-megatron-fsdp",
         "Megatron-FSDP would shard slices again",
         _DENSE_BY_DISTRIBUTED_OPTIMIZER,
+        field="",
     ),
     Refusal(
         "--use-torch-fsdp2",
         "torch FSDP2 excludes expert parallelism",
         _DENSE_BY_DISTRIBUTED_OPTIMIZER,
+        field="",
     ),
-    Refusal(
-        "--enable-cuda-graph",
-        _NO_GRAPH,
-        _GRAPHS_OFF,
-        field="enable_cuda_graph",
-        left_out=LeftOut.SPEED,
-    ),
-    Refusal(
-        "--external-cuda-graph",
-        _NO_GRAPH,
-        _GRAPHS_OFF,
-        field="external_cuda_graph",
-        left_out=LeftOut.SPEED,
-    ),
+    Refusal("--enable-cuda-graph", _NO_GRAPH, _GRAPHS_OFF, left_out=_SPEED),
+    Refusal("--external-cuda-graph", _NO_GRAPH, _GRAPHS_OFF, left_out=_SPEED),
     Refusal(
         "--cuda-graph-impl other than none",
         _NO_GRAPH,
         _GRAPHS_OFF,
         accepted=("none",),
-        field="cuda_graph_impl",
         unproven=Unproven.TE_GRAPHS,
         unproven_values=("transformer_engine",),
-        left_out=LeftOut.SPEED,
+        left_out=_SPEED,
     ),
     Refusal(
         "--cuda-graph-modules other than attn, moe_router, mlp",
         _NO_GRAPH,
         "give --cuda-graph-modules attn moe_router, and mlp if there are dense layers",
-        field="cuda_graph_modules",
         field_way_out="take some of 'attn', 'moe_router' and 'mlp'",
         refuses=_captures_plan,
-        left_out=LeftOut.SPEED,
+        left_out=_SPEED,
     ),
-    Refusal(
-        "--delay-wgrad-compute",
-        _GRADIENTS_LEAVE,
-        field="delay_wgrad_compute",
-        left_out=LeftOut.SPEED,
-    ),
-    Refusal(
-        "--overlap-dispatch-backward-with-experts-wgrad",
-        _GRADIENTS_LEAVE,
-        field="overlap_dispatch_backward_with_experts_wgrad",
-        left_out=LeftOut.SPEED,
-    ),
+    Refusal("--delay-wgrad-compute", _GRADIENTS_LEAVE, left_out=_SPEED),
+    Refusal("--overlap-dispatch-backward-with-experts-wgrad", _GRADIENTS_LEAVE, left_out=_SPEED),
     Refusal(
         "--overlap-moe-expert-parallel-comm",
         "its schedule frees what a restore still needs; no test proves the combination",
-        field="overlap_moe_expert_parallel_comm",
-        left_out=LeftOut.SPEED,
+        left_out=_SPEED,
     ),
     Refusal(
         "--optimizer other than adam, sgd, lion, muon",
@@ -247,91 +210,76 @@ REFUSALS: tuple[Refusal, ...] = (
         "provides with Muon alone",
         "give --optimizer adam, sgd, lion or muon",
         accepted=("adam", "sgd", "lion", "muon", "dist_muon"),
+        field="",
     ),
     Refusal(
         "--moe-mlp-glu-interleave-size",
         "interleaved gates belong to Transformer Engine's grouped experts, which FSEP replaces; "
         "restored experts hold gate and up as halves",
         accepted=(None,),
-        field="moe_mlp_glu_interleave_size",
-        left_out=LeftOut.SPEED,
+        left_out=_SPEED,
     ),
     Refusal(
         "--use-transformer-engine-op-fuser",
         "it fuses operations of Transformer Engine's experts, which FSEP replaces, and no test "
         "proves it in dense layers",
-        field="use_transformer_engine_op_fuser",
-        left_out=LeftOut.SPEED,
+        left_out=_SPEED,
     ),
     Refusal(
         "--use-grouped-gemm-for-shared-expert",
         "it makes the shared experts Transformer Engine's grouped ones, and no test proves that "
         "these may be put off until counts are on their way",
-        field="use_grouped_gemm_for_shared_expert",
-        left_out=LeftOut.SPEED,
+        left_out=_SPEED,
     ),
     Refusal(
         "--moe-shared-expert-glu-interleave-size",
         "it configures Transformer Engine's grouped shared experts, which are refused",
         accepted=(None,),
-        field="moe_shared_expert_glu_interleave_size",
-        left_out=LeftOut.SPEED,
+        left_out=_SPEED,
+    ),
+    Refusal("--moe-use-grouped-tensor", _FORM_OF_TE_EXPERTS, left_out=_SPEED),
+    Refusal(
+        "--moe-single-grouped-weight",
+        _FORM_OF_TE_EXPERTS,
     ),
     Refusal(
-        "--moe-use-grouped-tensor",
+        "--moe-single-grouped-bias",
         _FORM_OF_TE_EXPERTS,
-        field="moe_use_grouped_tensor",
-        left_out=LeftOut.SPEED,
     ),
-    Refusal("--moe-single-grouped-weight", _FORM_OF_TE_EXPERTS, field="moe_single_grouped_weight"),
-    Refusal("--moe-single-grouped-bias", _FORM_OF_TE_EXPERTS, field="moe_single_grouped_bias"),
     Refusal(
         "--moe-router-padding-for-quantization with fp8",
         "it routes tokens for the sake of fp8's alignment, which the experts do not compute in",
-        field="moe_router_padding_for_quantization",
         field_way_out="must be False",
         refuses=_pads_for_fp8,
-        left_out=LeftOut.PRECISION,
+        left_out=_PRECISION,
     ),
     Refusal(
         "--moe-paged-stash",
         "it stashes activations of Transformer Engine's grouped experts, which FSEP replaces, and "
         "needs token dropping",
         "leave it out; --recompute-modules moe saves the same memory",
-        field="moe_paged_stash",
-        left_out=LeftOut.SPEED,
+        left_out=_SPEED,
     ),
     Refusal(
         f"--recompute-modules other than {_RECOMPUTED}",
         "no test proves that FSEP takes part in the recompute of all of these",
         f"give some of {_RECOMPUTED}",
-        field="recompute_modules",
         field_way_out=f"take some of {_RECOMPUTED}",
         refuses=_recomputes_unproved,
     ),
-    Refusal(
-        "--fine-grained-activation-offloading",
-        _NEEDS_GPU,
-        _RECOMPUTE_INSTEAD,
-        field="fine_grained_activation_offloading",
-    ),
-    Refusal(
-        "--cpu-offloading-num-layers",
-        _NEEDS_GPU,
-        _RECOMPUTE_INSTEAD,
-        field="cpu_offloading",
-    ),
+    Refusal("--fine-grained-activation-offloading", _NEEDS_GPU, _RECOMPUTE_INSTEAD),
+    Refusal("--cpu-offloading-num-layers", _NEEDS_GPU, _RECOMPUTE_INSTEAD, field="cpu_offloading"),
     Refusal(
         "--moe-use-upcycling",
         "upcycling copies dense weights into whole experts",
         "upcycle with stock expert parallelism, then load the checkpoint with FSEP",
+        field="",
     ),
     Refusal(
         "--transformer-impl other than local, transformer_engine",
         "it builds layers for inference",
         "give --transformer-impl local or transformer_engine",
         accepted=("local", "transformer_engine"),
-        field="transformer_impl",
     ),
 )
 

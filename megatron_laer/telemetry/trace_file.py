@@ -17,7 +17,7 @@ that line, and in records a single one of all that follows it.
 
 A record is written at once and unbuffered, so a killed run leaves a file that is readable up to its
 last complete record. There is no compression and no index, because the training thread writes it.
-`files.recording` describes resuming.
+`files.recording` describes resuming, and `tools/traces/fsep.py` reads whole files.
 
 Legend: N source ranks, E experts.
 """
@@ -36,20 +36,23 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.files.checks import open_input
-from megatron_laer.files.json_lines import VERSION, check_shape, headers, read_header, warn_of
+from megatron_laer.files.json_lines import (
+    MAX_RANKS,
+    VERSION,
+    check_shape,
+    headers,
+    read_header,
+)
 from megatron_laer.files.recording import RecordingFile
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.telemetry.trace_records import (
-    MAX_COUNT,
-    MAX_INDEX,
-    MAX_RANKS,
-    Trace,
-    check_cells,
-)
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "megatron_laer-trace"
+
+MAX_COUNT = int(np.iinfo(np.int32).max)
+# Text formats may have steps and microbatches with any number of digits.
+MAX_INDEX = 2**53
 
 # First bytes of files of any version, for detection.
 MAGIC = b'{"format":"' + FORMAT.encode() + b'"'
@@ -69,15 +72,20 @@ _MAX_HEADER_BYTES = 2**20
 _MAX_LOST_BYTES = 2**26
 
 
-class _Header(NamedTuple):
+class Header(NamedTuple):
+    """First line of a recording, with its length and the file's when it was opened."""
+
     version: int
     num_ranks: int
     num_experts: int
     layers: tuple[str, ...]
-    size: int
+    line_bytes: int
+    file_bytes: int
 
 
-class _Frame(NamedTuple):
+class Frame(NamedTuple):
+    """Place and fields of a record."""
+
     offset: int
     end: int
     width: int
@@ -159,53 +167,16 @@ def recording_path(directory: str | Path, group_index: int) -> Path:
     return Path(directory) / f"group-{group_index}.trace"
 
 
-def read_recording(path: Path) -> Trace:
-    """Read a recording of `TraceWriter`; an incomplete last record is skipped with a warning."""
-    with open_input(path) as file:
-        header = _read_header(path, file.readline(_MAX_HEADER_BYTES))
-        warn_of(header.version, path)
-        end, size = header.size, _size(file)
-        records: dict[tuple[int, int, int], npt.NDArray[np.unsignedinteger[Any]]] = {}
-        for number, frame in enumerate(_frames(file, path, header), start=1):
-            where = f"{path}, record {number} at byte {frame.offset}"
-            counts_NE = _read_counts(file, frame, header)
-            if counts_NE is None:
-                if frame.end >= size:
-                    break
-                raise ValueError(f"{where}: the checksum does not fit; {_damage(frame.offset)}")
-            if not 0 <= frame.step <= MAX_INDEX or frame.layer >= len(header.layers):
-                raise ValueError(
-                    f"{where}: step {frame.step}, layer {frame.layer} is out of range; there are "
-                    f"{len(header.layers)} layers"
-                )
-            if int(counts_NE.max()) > MAX_COUNT:
-                raise ValueError(f"{where}: {int(counts_NE.max())} tokens exceed {MAX_COUNT}")
-            records[frame.step, frame.layer, frame.microbatch] = counts_NE
-            end = frame.end
-    if not records:
-        raise ValueError(f"{path} holds no complete record; record at least two steps")
-    if end < size:
-        logger.warning(
-            "%s: its last %d bytes are no whole record and are left out", path, size - end
-        )
-    check_cells(len(records), header.num_ranks, header.num_experts, end)
-    keys_R3 = np.array(list(records), dtype=np.int64)
-    counts_RNE = np.empty((len(records), header.num_ranks, header.num_experts), dtype=np.int32)
-    for record, counts_NE in enumerate(records.values()):
-        counts_RNE[record] = counts_NE
-    return Trace(header.layers, keys_R3[:, 0], keys_R3[:, 1], keys_R3[:, 2], counts_RNE)
-
-
 def _recorded(path: Path) -> Iterator[tuple[int, int]]:
     """Yield every record's step and the offset of its end, but no damaged last record."""
     with open_input(path) as file:
-        header = _read_header(path, file.readline(_MAX_HEADER_BYTES))
-        last: _Frame | None = None
-        for frame in _frames(file, path, header):
+        header = read_header_of(file, path)
+        last: Frame | None = None
+        for frame in frames(file, path, header):
             if last is not None:
                 yield last.step, last.end
             last = frame
-        if last is not None and _read_counts(file, last, header) is not None:
+        if last is not None and read_counts(file, last, header) is not None:
             yield last.step, last.end
 
 
@@ -214,20 +185,21 @@ def _check_header(fields: Mapping[str, Any]) -> None:
     check_shape({name: (fields.get(name), most[name]) for name in most}, fields.get("layers"))
 
 
-def _read_header(path: Path, line: bytes) -> _Header:
+def read_header_of(file: BinaryIO, path: Path) -> Header:
+    line = file.readline(_MAX_HEADER_BYTES)
     try:
         fields, version = read_header(line, FORMAT, "trace")
         _check_header(fields)
     except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error
-    return _Header(
-        version, fields["num_ranks"], fields["num_experts"], tuple(fields["layers"]), len(line)
-    )
+    sizes = fields["num_ranks"], fields["num_experts"]
+    file_bytes = os.fstat(file.fileno()).st_size
+    return Header(version, *sizes, tuple(fields["layers"]), len(line), file_bytes)
 
 
-def _frames(file: BinaryIO, path: Path, header: _Header) -> Iterator[_Frame]:
+def frames(file: BinaryIO, path: Path, header: Header) -> Iterator[Frame]:
     """Yield all complete records; their counts are skipped."""
-    offset, size, begin = header.size, _size(file), _FRAMES[header.version]
+    offset, size, begin = header.line_bytes, header.file_bytes, _FRAMES[header.version]
     while offset + begin.size <= size:
         file.seek(offset)
         fields = file.read(begin.size)
@@ -239,15 +211,15 @@ def _frames(file: BinaryIO, path: Path, header: _Header) -> Iterator[_Frame]:
         if is_damaged:
             if _is_torn(file, offset, size, begin.size):
                 return
-            raise ValueError(f"{path}, byte {offset}: no record begins there; {_damage(offset)}")
+            raise ValueError(f"{path}, byte {offset}: no record begins there; {damage(offset)}")
         end = offset + begin.size + header.num_ranks * header.num_experts * width
         if end > size:
             return
-        yield _Frame(offset, end, width, step, layer, microbatch, crc)
+        yield Frame(offset, end, width, step, layer, microbatch, crc)
         offset = end
 
 
-def _damage(offset: int) -> str:
+def damage(offset: int) -> str:
     return f"the file is damaged there; what is before can be read from a copy of {offset} bytes"
 
 
@@ -263,12 +235,8 @@ def _is_torn(file: BinaryIO, offset: int, size: int, most: int) -> bool:
     return file.read(most).endswith(b"\0")
 
 
-def _size(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
-
-
-def _read_counts(
-    file: BinaryIO, frame: _Frame, header: _Header
+def read_counts(
+    file: BinaryIO, frame: Frame, header: Header
 ) -> npt.NDArray[np.unsignedinteger[Any]] | None:
     """Read the counts [N, E]; return None if the checksum differs."""
     begin = frame.offset + _COVERED_FROM[header.version]
@@ -276,7 +244,6 @@ def _read_counts(
     covered = file.read(frame.end - begin)
     if zlib.crc32(covered) != frame.crc:
         return None
-    num_counts = header.num_ranks * header.num_experts
-    payload = covered[len(covered) - num_counts * frame.width :]
     shape = (header.num_ranks, header.num_experts)
+    payload = covered[len(covered) - shape[0] * shape[1] * frame.width :]
     return np.frombuffer(payload, dtype=_WIDTHS[frame.width]).reshape(shape)

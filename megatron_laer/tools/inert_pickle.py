@@ -1,7 +1,8 @@
 """A restricted unpickler, which imports and calls nothing that a pickle names.
 
-Classes and functions become `Name`s and their results `Record`s. Only the operations of the binary
-protocols are known. Mappings keep only text keys: hashing hostile ones could take forever.
+Classes and functions become `Name`s and their results `PickledObject`s. Only the operations of
+the binary protocols are known. Mappings keep only text keys: hashing hostile ones could take
+forever.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Name(NamedTuple):
 
     def __call__(self, *arguments: object) -> Any:
         """Return a record of an object, or an empty mapping, whose items follow."""
-        return {} if self in _MAPPINGS and not arguments else Record(self, arguments)
+        return {} if self in _MAPPINGS and not arguments else PickledObject(self, arguments)
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
@@ -36,7 +37,7 @@ _MAPPINGS = (Name("collections", "OrderedDict"), Name("builtins", "dict"))
 
 # Compared by identity and shown by name: a record may contain itself, and texts of any length.
 @dataclass(slots=True, eq=False, repr=False)
-class Record:
+class PickledObject:
     """Constructor's arguments and pickled state of an object."""
 
     name: Name
@@ -47,11 +48,11 @@ class Record:
         self.state = state
 
     def __repr__(self) -> str:
-        return f"Record({self.name})"
+        return f"PickledObject({self.name})"
 
 
 def read(data: bytes, is_allowed: Callable[[Name], bool]) -> Any:
-    """Return a pickle's object, made of plain values, `Name`s and `Record`s.
+    """Return a pickle's object, made of plain values, `Name`s and `PickledObject`s.
 
     Raises ValueError for a name that `is_allowed` rejects, an unknown operation or damage.
     """

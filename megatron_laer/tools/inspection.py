@@ -19,7 +19,7 @@ from megatron_laer.files.checks import one_line, open_input, quoted, read_bytes,
 from megatron_laer.planner.layout import EMPTY
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.tools import inert_pickle
-from megatron_laer.tools.inert_pickle import Name, Record
+from megatron_laer.tools.inert_pickle import Name, PickledObject
 
 # Limit on a list of tensors, which needs some hundred bytes for each piece that a rank has saved.
 _MAX_LIST_BYTES = 2**28
@@ -131,7 +131,7 @@ def _tensors(path: Path) -> dict[str, Entry]:
         return {
             one_line(name): _entry(name, record)
             for name, record in found.items()
-            if isinstance(record, Record) and record.name.name == "TensorStorageMetadata"
+            if isinstance(record, PickledObject) and record.name.name == "TensorStorageMetadata"
         }
     except ValueError as error:
         raise ValueError(f"{path} is no list of tensors: {error}") from error
@@ -142,9 +142,9 @@ def _is_torchs(name: Name) -> bool:
     return is_plain and (name.module in _MODULES or name.name in _NAMES.get(name.module, ()))
 
 
-def _entry(name: str, record: Record) -> Entry:
+def _entry(name: str, record: PickledObject) -> Entry:
     size, properties = _attribute(record, "size"), _attribute(record, "properties")
-    shape = size.arguments[0] if isinstance(size, Record) and size.arguments else None
+    shape = size.arguments[0] if isinstance(size, PickledObject) and size.arguments else None
     if (
         not isinstance(shape, tuple)
         or len(shape) > _MAX_AXES
@@ -155,7 +155,7 @@ def _entry(name: str, record: Record) -> Entry:
             f"0..{_MAX_SIZE}"
         )
     # Properties pickle themselves as a tuple that starts with the type.
-    state = properties.state if isinstance(properties, Record) else None
+    state = properties.state if isinstance(properties, PickledObject) else None
     dtype = state[0] if isinstance(state, tuple) and state else None
     if not isinstance(dtype, Name) or dtype.module != "torch":
         raise ValueError(f"tensor {quoted(name)} has no type of torch's")
@@ -163,7 +163,7 @@ def _entry(name: str, record: Record) -> Entry:
 
 
 def _attribute(record: Any, name: str) -> Any:
-    state = record.state if isinstance(record, Record) else None
+    state = record.state if isinstance(record, PickledObject) else None
     if not isinstance(state, dict) or name not in state:
         raise ValueError(f"it has no {name} where one belongs")
     return state[name]

@@ -1,4 +1,4 @@
-"""Megatron's flags of a model configuration in YAML.
+"""Megatron's flags of a model configuration in YAML, and its experts' sizes.
 
 A file is grouped for the reader; a group's keys are Megatron's flags without the dashes, so that
 they need no translation:
@@ -18,12 +18,14 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.yaml_text import read_yaml
+from megatron_laer.planner.layout import MAX_EXPERTS
 
 GROUPS = ("architecture", "moe", "initialization", "precision", "data")
 
@@ -144,3 +146,60 @@ def _is_finite(text: str) -> bool:
         return math.isfinite(float(_YAML_POINT.sub("", text)))
     except ValueError:
         return True
+
+
+# Maximum width, far above any model's; products of two, in bytes, stay far below 2**63.
+MAX_WIDTH = 2**20
+
+
+@dataclass(frozen=True)
+class ExpertSizes:
+    """Widths of an expert, and the number of experts of a token.
+
+    With `gated`, an expert's first matrix is [2F, H].
+    """
+
+    hidden: int
+    ffn: int
+    gated: bool
+    num_experts: int | None = None
+    top_k: int = 2
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        """Return (rows, columns) of the two matrices."""
+        return ((2 if self.gated else 1) * self.ffn, self.hidden), (self.hidden, self.ffn)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Count the FLOPs of one token in one pass: two per weight."""
+        return 2 * sum(rows * columns for rows, columns in self.matrices)
+
+    @property
+    def widths(self) -> str:
+        return f"{self.hidden} x {self.ffn}{'' if self.gated else ', not gated'}"
+
+
+# Mixtral-8x7B's experts, as in the paper.
+DEFAULT_SIZES = ExpertSizes(hidden=4096, ffn=14336, gated=True)
+
+# Megatron's flags for activations that multiply two halves of the first matrix's output.
+_GATED: Sequence[str] = ("--swiglu", "--quick-geglu")
+
+
+def model_sizes(config: str) -> ExpertSizes:
+    """Read the widths from a model configuration, given by path or by a shipped one's name."""
+    values = model_values(config)
+
+    def size(flag: str, most: int) -> int:
+        way_out = "mend it, or give --hidden and --ffn instead of --config"
+        return whole_number(values, flag, most, least=1, way_out=way_out)
+
+    own_ffn, top_k = "--moe-ffn-hidden-size", "--moe-router-topk"
+    return ExpertSizes(
+        size("--hidden-size", MAX_WIDTH),
+        size(own_ffn if own_ffn in values else "--ffn-hidden-size", MAX_WIDTH),
+        any(flag in values for flag in _GATED),
+        size("--num-experts", MAX_EXPERTS),
+        size(top_k, MAX_EXPERTS) if top_k in values else ExpertSizes.top_k,
+    )

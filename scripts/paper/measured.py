@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laer.telemetry import log
-from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
+from megatron_laer.telemetry.metrics_file import recording_path
+from megatron_laer.tools.report.metrics_recording import read_metrics
 
 
 @dataclass(frozen=True)

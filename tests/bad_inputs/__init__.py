@@ -1,1 +1,1 @@
-"""Bad inputs of every command, tried on whole commands; see tests/unit/test_bad_inputs.py."""
+"""Bad inputs of every command, tried on whole commands; see tests/tools/test_bad_inputs.py."""

@@ -1,13 +1,11 @@
 """Command lines that cannot work, and the message expected for each.
 
 Words are separated by spaces; files are those of `inputs`, in the folder that the command runs in.
-
-Over 400 lines: a table of cases, one or two lines each, which is read as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tests.bad_inputs import (
@@ -77,21 +75,15 @@ PLAN_OPTIONS = (
     ("--trace-ranks 5", "got '5'"),
     ("--experts 0", "--experts: '0' is no integer in 1..32767"),
     ("--experts 9", "has 8 experts, not 9"),
-    ("--experts 99999999999999999999", "is no integer in 1..32767"),
     ("--ranks 0", "--ranks: '0' is no integer in 1..65536"),
     ("--ranks 3", "for 3 ranks; use one of [1, 2, 4] or a multiple of 4"),
     ("--ranks 65535", "for 65535 ranks; use one of"),
-    ("--ranks 1000000", "'1000000' is no integer in 1..65536"),
-    ("--ranks 1000000000", "'1000000000' is no integer in 1..65536"),
-    ("--ranks 1000000000000", "is no integer in 1..65536"),
-    (f"--ranks {'9' * 5000}", "--ranks: '999"),
     ("--ranks 65536 --hours 1e-6", "stopped after the 1e-06 hours of --hours"),
     ("--capacity", "--capacity: expected at least one argument"),
     ("--capacity 1", "--capacity 1: the slots of 4 ranks must hold each of 8"),
     ("--capacity 9", "--capacity 9: the slots of 4 ranks must hold each of 8"),
     ("--capacity 3 3", "--capacity names 3 twice"),
     ("--node-size 3", "--node-size 3 does not divide the 4 ranks"),
-    ("--node-size 65537", "'65537' is no integer in 1..65536"),
     ("--ranks 12", "'s 8 does not divide the 12 ranks"),
     ("--cluster moon", "unknown cluster 'moon'; known are"),
     ("--cluster ./moon", "'moon'"),
@@ -111,7 +103,6 @@ PLAN_OPTIONS = (
     ("--config ./gpt5", "'gpt5'"),
     ("--config mixtral-8x7b-e16k4", "has 8 experts, not 16"),
     ("--hidden 0", "--hidden: '0' is no integer in 1..1048576"),
-    ("--hidden 1000000000000000000000", "is no integer in 1..1048576"),
     ("--ffn 1048577", "'1048577' is no integer in 1..1048576"),
     ("--every 7", "--every 7: the trace has 6 case(s)"),
     ("--workload W1 --ranks 65536 --experts 64 --hours 0.01", "leave one out"),
@@ -213,108 +204,23 @@ TRACES = (
     ("smartmoe-huge-file", "has 68,719,476,736 bytes; at most 67,108,864"),
     ("smartmoe-missing", "table_iter1_rank1.log is missing"),
     ("smartmoe-missing --trace-ranks 0-5", "table_iter0_rank2.log is missing"),
+    ("latin.csv", "latin.csv is not CSV"),
+    ("endless.csv", "endless.csv"),
+    ("other-name.npz", "it has no array `tokens`, but ['counts.npy']"),
+    ("iteration.npz", "iteration has shape (7,), expected (3,)"),
+    ("iteration-twice.npz", "is there twice"),
+    ("bomb.npz", "implausible for"),
+    ("cut.npz", "is not a trace in npz"),
+    ("tail.npz", "is not a trace in npz"),
 )
-_TABLES = {
-    "empty": "begins with b''",
-    "blank": "begins with b'\\n\\n\\n'",
-    "columns-only": "columns-only.csv: the trace holds no records",
-    "other-columns": "line 1: the columns are 'step,layer,rank'",
-    "column-twice": "line 1: the columns are 'step,step,",
-    "no-expert-1": "line 1: the columns are",
-    "short-line": "requires 6 columns but 4 were found",
-    "long-line": "requires 6 columns but 7 were found",
-    "negative": "row 1: tokens must be a whole number in 0..2147483647, got -1",
-    "float": "row 1: '1.5' is no whole number",
-    "nan": "'nan' is no whole number",
-    "underscore": "'1_0' is no whole number",
-    "arabic": "'\u0661' is no whole number",
-    "huge-tokens": "got 99999999999",
-    "digits": "row 1: '999",
-    "huge-step": "step must be a whole number",
-    "huge-expert": "expert must be a whole number in 0..32766, got 40000",
-    "huge-rank": "source_rank must be a whole number in 0..1048575, got 9999999",
-    "mistyped-rank": "a line is of source rank 1000000, none is of rank 1",
-    "rank-hole": "a line is of source rank 2, none is of rank 1",
-    "no-layer": "row 1: the layer is empty",
-    "twice": "source_rank 0, expert 0 is there twice",
-    "sums": "got 2147483648",
-    "nul": "nul.csv",
-    "escape": "'\\x1b[31m' is no whole number",
-    "wide-missing": "has 1 lines, expected one for each of the 2 source ranks",
-    "sparse": "implausible for",
-    "latin": "latin.csv is not CSV",
-    "endless": "endless.csv",
-}
-_CALLS = {
-    "list": "expected an object, got []",
-    "number": "expected an object, got 7",
-    "null": "expected an object, got None",
-    "no-step": "step must be an integer of at least 0, got None",
-    "negative-step": "step must be an integer of at least 0, got -1",
-    "true-step": "step must be an integer of at least 0, got True",
-    "huge-step": "step must be an integer",
-    "float-layer": "layer must be an integer of at least 0, got 0.5",
-    "encoder": "block must be 'decoder' or 'mtp', got 'encoder'",
-    "list-block": "block must be 'decoder' or 'mtp'",
-    "more-tokens": "but num_tokens and topk are (3, 1)",
-    "huge-shape": "but num_tokens and topk are",
-    "text-indices": "top_indices must be a list of lists",
-    "ragged": "line 2",
-    "deep": "top_indices have shape (2, 1, 1)",
-    "float-index": "of float64",
-    "negative-index": "expert -1 is not in 0..32766",
-    "huge-index": "expert 40000 is not in 0..32766",
-    "huger-index": "of object",
-    "true-index": "of bool",
-    "mtp-text": "mtp_idx must be an integer of at least 0, got 0",
-}
-_LOGS = {
-    "empty": "is empty; it should hold a line per layer",
-    "text": "expected LAYER:COUNTS, got b'hello'",
-    "no-layer": "expected LAYER:COUNTS",
-    "json": "line 1",
-    "nested": "line 1",
-    "flat": "got shape (2,)",
-    "ragged": "line 1",
-    "negative": "counts must be in 0..2147483647",
-    "nan": "counts must be in 0..2147483647",
-    "infinite": "counts must be in 0..2147483647",
-    "half": "counts must be whole numbers",
-    "huge": "counts must be in 0..2147483647",
-    "digits": "line 1",
-    "twice": "layer 0 is there twice",
-    "shapes": "counts have shape (1, 2), those before it (1, 1)",
-    "words": "got shape (1, 1) of <U1",
-    "null": "got shape () of object",
-}
-_ARRAYS = {
-    **dict.fromkeys(inputs.ARRAYS, "is not a trace in npz"),
-    "flat": "tokens has shape (4,), expected [iterations,",
-    "scalar": "tokens has shape (), expected",
-    "empty": "tokens has shape (0, 1, 1, 1, 2), expected",
-    "no-experts": "tokens has shape (3, 1, 1, 1, 0), expected",
-    "minus-one": "tokens must be in 0..2147483647, got -1",
-    "beyond": "tokens must be in 0..2147483647",
-    "other-name": "it has no array `tokens`, but ['counts.npy']",
-    "iteration": "iteration has shape (7,), expected (3,)",
-    "iteration-twice": "is there twice",
-    "bomb": "implausible for",
-    "cut": "is not a trace in npz",
-    "tail": "is not a trace in npz",
-}
 
 PREPARE_DATA = (
     ("--input absent", "'absent' does not exist"),
     ("--input", "--input: expected at least one argument"),
-    ("--input pipe", "'pipe' is a pipe"),
-    ("--input /dev/zero", "'/dev/zero' is a device"),
-    ("--input loop", "loop"),
     ("--input empty.txt", "'empty.txt' is empty"),
     ("--input nothing", "'nothing' holds no text"),
     ("--input no-text", "'no-text' holds no text"),
     ("--input good.txt/x", "'good.txt/x' does not exist"),
-    ("--input \x1b[31m", "'\\x1b[31m' does not exist"),
-    (f"--input {_LONG}", "name too long"),
     ("--input good.txt --format xml", "invalid choice: 'xml'"),
     ("--input good.txt --format jsonl", "good.txt"),
     ("--input good.txt --json-key text", "--json-key 'text' has no effect"),
@@ -351,11 +257,6 @@ OUTPUTS = (
 INSPECT = (
     ("absent", "absent is no directory"),
     ("good.txt", "good.txt is no directory"),
-    ("pipe", "pipe is no directory"),
-    ("/dev/zero", "/dev/zero is no directory"),
-    ("loop", "loop"),
-    ("\x1b[31m", "\\x1b[31m is no directory"),
-    (_LONG, "name too long"),
     ("nothing", "nothing is no checkpoint"),
     ("run-seven", "holds 'seven', expected an iteration"),
     ("run-negative", "holds '-1', expected an iteration"),
@@ -400,7 +301,7 @@ CHECK_RECIPE = (
 
 
 SCRIPT = str(Path(__file__).resolve().parents[2] / "pretrain_gpt.py")
-FLAGS = tuple(command_line("absent", experts=8, expert_parallel=2, global_batch=4, steps=1))
+FLAGS = tuple(command_line("absent", steps=1))
 
 
 def every_case() -> list[Case]:
@@ -424,14 +325,17 @@ def _all() -> Iterator[Case]:
     yield Case(("plan", "good.trace", "--cluster", ""), "unknown cluster ''")
     for words, says in TRACES:
         yield Case(("plan", *words.split(" ")), says)
-    for pattern, found in (
-        ("{}.csv", _TABLES),
-        ("megatron-{}", _CALLS),
-        ("smartmoe-{}", _LOGS),
-        ("{}.npz", _ARRAYS),
-    ):
-        for name, says in found.items():
+    traces: dict[str, Mapping[str, tuple[object, str]]] = {
+        "{}.csv": inputs.TABLES,
+        "megatron-{}": inputs.CALLS,
+        "smartmoe-{}": inputs.LOGS,
+        "{}.npz": inputs.TOKENS,
+    }
+    for pattern, found in traces.items():
+        for name, (_, says) in found.items():
             yield Case(("plan", pattern.format(name)), says)
+    for name in inputs.ARRAYS:
+        yield Case(("plan", f"{name}.npz"), "is not a trace in npz")
     yield Case(("plan", "utf16.csv", "--format", "csv"), "utf16.csv is not CSV")
     yield from _yaml_cases()
     for words, says in INSPECT:
@@ -439,8 +343,7 @@ def _all() -> Iterator[Case]:
     yield Case(("inspect", ""), "")
     for words, says in report.CASES:
         yield Case(("report", *words.split(" ")) if words else ("report",), says)
-    for words, says in simulate.cases():
-        yield Case(("simulate", *words.split(" ")) if words else ("simulate",), says)
+    yield from simulate.cases()
     yield Case(("simulate", "good.trace", "--model", "tiny-moe", "--json", ""), "the path is empty")
     for words, says in programs.cases():
         yield _case(words, says)

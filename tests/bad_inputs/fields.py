@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_laer.files.checks import one_line
 from megatron_laer.telemetry.metrics_file import recording_path
-from megatron_laer.tools.recipes.bridge import COLUMNS
+from megatron_laer.tools.recipes.bridge_table import COLUMNS
 from tests.bad_inputs.case import Case
 from tests.bad_inputs.inputs import GOOD_CALL, GOOD_CLUSTER
 

@@ -60,7 +60,7 @@ _IMPORTED_WITH_TORCH = (
     "megatron_laer.runtime.planning.planner_checkpoint",
 )
 # Commands, and prefixes of programs, that import torch.
-_NEED_TORCH = ("train", "inspect", "check-recipe")
+_NEED_TORCH = ("train", "inspect", "check-recipe", "prepare-data")
 _PROGRAMS_WITH_TORCH = ("benchmarks/", "scripts/")
 # Variables that Python, a shell or a library reads when it starts.
 _READ_AT_START = ("PYTHON", "MPL", "MATPLOTLIBRC", "TQDM_", "LC_", "LANG", "COLUMNS", "HOME")

@@ -84,40 +84,65 @@ def _traces(folder: Path) -> None:
 
 
 LONG = "step,layer,microbatch,source_rank,expert,tokens\n"
+# Content, and the message of any command that reads it.
 TABLES = {
-    "good": LONG + "".join(f"{s},0,0,{r},{r},5\n" for s in range(3) for r in range(2)),
-    "empty": "",
-    "blank": "\n\n\n",
-    "columns-only": LONG,
-    "other-columns": "step,layer,rank\n0,0,0\n",
-    "column-twice": "step,step,microbatch,source_rank,expert,tokens\n0,0,0,0,0,1\n",
-    "no-expert-1": "step,layer,microbatch,source_rank,expert_0,expert_2\n0,0,0,0,1,1\n",
-    "short-line": LONG + "0,0,0,0\n",
-    "long-line": LONG + "0,0,0,0,0,1,2\n",
-    "negative": LONG + "0,0,0,0,0,-1\n",
-    "float": LONG + "0,0,0,0,0,1.5\n",
-    "nan": LONG + "0,0,0,0,0,nan\n",
-    "underscore": LONG + "0,0,0,0,0,1_0\n",
-    "arabic": LONG + "0,0,0,0,0,\u0661\n",
-    "huge-tokens": LONG + "0,0,0,0,0,99999999999\n",
-    "digits": LONG + f"0,0,0,0,0,{'9' * 5000}\n",
-    "huge-step": LONG + "99999999999999999,0,0,0,0,1\n",
-    "huge-expert": LONG + "0,0,0,0,40000,1\n",
-    "huge-rank": LONG + "0,0,0,9999999,0,1\n",
-    "mistyped-rank": LONG + "0,0,0,0,0,1\n1,0,0,1000000,0,1\n",
-    "rank-hole": LONG + "0,0,0,0,0,1\n1,0,0,2,0,1\n",
-    "no-layer": LONG + "0,,0,0,0,1\n",
-    "twice": LONG + "0,0,0,0,0,1\n0,0,0,0,0,2\n",
-    "sums": LONG + "0,0,0,0,0,2147483648\n",
-    "nul": LONG + "0,0,0,0,0,\0\n",
-    "escape": LONG + "0,0,0,0,0,\x1b[31m\n",
-    "wide-missing": "step,layer,microbatch,source_rank,expert_0\n0,0,0,1,1\n",
-    "sparse": LONG + "".join(f"{s},0,0,0,32000,1\n" for s in range(99)),
+    "empty": ("", "begins with b''"),
+    "blank": ("\n\n\n", "begins with b'\\n\\n\\n'"),
+    "columns-only": (LONG, "columns-only.csv: the trace holds no records"),
+    "other-columns": ("step,layer,rank\n0,0,0\n", "line 1: the columns are 'step,layer,rank'"),
+    "column-twice": (
+        "step,step,microbatch,source_rank,expert,tokens\n0,0,0,0,0,1\n",
+        "line 1: the columns are 'step,step,",
+    ),
+    "no-expert-1": (
+        "step,layer,microbatch,source_rank,expert_0,expert_2\n0,0,0,0,1,1\n",
+        "line 1: the columns are",
+    ),
+    "short-line": (LONG + "0,0,0,0\n", "requires 6 columns but 4 were found"),
+    "long-line": (LONG + "0,0,0,0,0,1,2\n", "requires 6 columns but 7 were found"),
+    "negative": (
+        LONG + "0,0,0,0,0,-1\n",
+        "row 1: tokens must be a whole number in 0..2147483647, got -1",
+    ),
+    "float": (LONG + "0,0,0,0,0,1.5\n", "row 1: '1.5' is no whole number"),
+    "nan": (LONG + "0,0,0,0,0,nan\n", "'nan' is no whole number"),
+    "underscore": (LONG + "0,0,0,0,0,1_0\n", "'1_0' is no whole number"),
+    "arabic": (LONG + "0,0,0,0,0,\u0661\n", "'\u0661' is no whole number"),
+    "huge-tokens": (LONG + "0,0,0,0,0,99999999999\n", "got 99999999999"),
+    "digits": (LONG + f"0,0,0,0,0,{'9' * 5000}\n", "row 1: '999"),
+    "huge-step": (LONG + "99999999999999999,0,0,0,0,1\n", "step must be a whole number"),
+    "huge-expert": (
+        LONG + "0,0,0,0,40000,1\n",
+        "expert must be a whole number in 0..32766, got 40000",
+    ),
+    "huge-rank": (
+        LONG + "0,0,0,9999999,0,1\n",
+        "source_rank must be a whole number in 0..1048575, got 9999999",
+    ),
+    "mistyped-rank": (
+        LONG + "0,0,0,0,0,1\n1,0,0,1000000,0,1\n",
+        "a line is of source rank 1000000, none is of rank 1",
+    ),
+    "rank-hole": (
+        LONG + "0,0,0,0,0,1\n1,0,0,2,0,1\n",
+        "a line is of source rank 2, none is of rank 1",
+    ),
+    "no-layer": (LONG + "0,,0,0,0,1\n", "row 1: the layer is empty"),
+    "twice": (LONG + "0,0,0,0,0,1\n0,0,0,0,0,2\n", "source_rank 0, expert 0 is there twice"),
+    "sums": (LONG + "0,0,0,0,0,2147483648\n", "got 2147483648"),
+    "nul": (LONG + "0,0,0,0,0,\0\n", "nul.csv"),
+    "escape": (LONG + "0,0,0,0,0,\x1b[31m\n", "'\\x1b[31m' is no whole number"),
+    "wide-missing": (
+        "step,layer,microbatch,source_rank,expert_0\n0,0,0,1,1\n",
+        "has 1 lines, expected one for each of the 2 source ranks",
+    ),
+    "sparse": (LONG + "".join(f"{s},0,0,0,32000,1\n" for s in range(99)), "implausible for"),
 }
 
 
 def _tables(folder: Path) -> None:
-    for name, text in TABLES.items():
+    good = "".join(f"{s},0,0,{r},{r},5\n" for s in range(3) for r in range(2))
+    for name, (text, _) in TABLES.items() | {("good", (LONG + good, ""))}:
         (folder / f"{name}.csv").write_text(text)
     (folder / "latin.csv").write_bytes(LONG.encode() + b"0,caf\xe9,0,0,0,1\n")
     (folder / "utf16.csv").write_bytes(LONG.encode("utf-16"))
@@ -135,33 +160,39 @@ GOOD_CALL = {
     "topk": 1,
     "top_indices": [[0], [1]],
 }
-CALLS: dict[str, object] = {
-    "list": [],
-    "number": 7,
-    "null": None,
-    "no-step": {"step": None},
-    "negative-step": {"step": -1},
-    "true-step": {"step": True},
-    "huge-step": {"step": 10**30},
-    "float-layer": {"layer": 0.5},
-    "encoder": {"block": "encoder"},
-    "list-block": {"block": ["decoder"]},
-    "more-tokens": {"num_tokens": 3},
-    "huge-shape": {"top_indices": [], "num_tokens": 10**15, "topk": 10**15},
-    "text-indices": {"top_indices": "01"},
-    "ragged": {"top_indices": [[0], []]},
-    "deep": {"top_indices": [[[0]], [[1]]]},
-    "float-index": {"top_indices": [[0], [0.5]]},
-    "negative-index": {"top_indices": [[0], [-1]]},
-    "huge-index": {"top_indices": [[0], [40000]]},
-    "huger-index": {"top_indices": [[0], [10**40]]},
-    "true-index": {"top_indices": [[True], [False]]},
-    "mtp-text": {"block": "mtp", "mtp_idx": "0"},
+CALLS: dict[str, tuple[object, str]] = {
+    "list": ([], "expected an object, got []"),
+    "number": (7, "expected an object, got 7"),
+    "null": (None, "expected an object, got None"),
+    "no-step": ({"step": None}, "step must be an integer of at least 0, got None"),
+    "negative-step": ({"step": -1}, "step must be an integer of at least 0, got -1"),
+    "true-step": ({"step": True}, "step must be an integer of at least 0, got True"),
+    "huge-step": ({"step": 10**30}, "step must be an integer"),
+    "float-layer": ({"layer": 0.5}, "layer must be an integer of at least 0, got 0.5"),
+    "encoder": ({"block": "encoder"}, "block must be 'decoder' or 'mtp', got 'encoder'"),
+    "list-block": ({"block": ["decoder"]}, "block must be 'decoder' or 'mtp'"),
+    "more-tokens": ({"num_tokens": 3}, "but num_tokens and topk are (3, 1)"),
+    "huge-shape": (
+        {"top_indices": [], "num_tokens": 10**15, "topk": 10**15},
+        "but num_tokens and topk are",
+    ),
+    "text-indices": ({"top_indices": "01"}, "top_indices must be a list of lists"),
+    "ragged": ({"top_indices": [[0], []]}, "line 2"),
+    "deep": ({"top_indices": [[[0]], [[1]]]}, "top_indices have shape (2, 1, 1)"),
+    "float-index": ({"top_indices": [[0], [0.5]]}, "of float64"),
+    "negative-index": ({"top_indices": [[0], [-1]]}, "expert -1 is not in 0..32766"),
+    "huge-index": ({"top_indices": [[0], [40000]]}, "expert 40000 is not in 0..32766"),
+    "huger-index": ({"top_indices": [[0], [10**40]]}, "of object"),
+    "true-index": ({"top_indices": [[True], [False]]}, "of bool"),
+    "mtp-text": (
+        {"block": "mtp", "mtp_idx": "0"},
+        "mtp_idx must be an integer of at least 0, got 0",
+    ),
 }
 
 
 def _megatron(folder: Path) -> None:
-    for name, change in CALLS.items():
+    for name, (change, _) in CALLS.items():
         call = GOOD_CALL | change if isinstance(change, dict) else change
         place = folder / f"megatron-{name}"
         place.mkdir()
@@ -198,28 +229,28 @@ def _megatron(folder: Path) -> None:
 
 
 LOGS = {
-    "empty": "",
-    "text": "hello\n",
-    "no-layer": ":[[1.0, 2.0]]\n",
-    "json": "0:[[1.0,\n",
-    "nested": "0:" + "[" * 10**5 + "\n",
-    "flat": "0:[1.0, 2.0]\n",
-    "ragged": "0:[[1.0], [1.0, 2.0]]\n",
-    "negative": "0:[[-1.0]]\n",
-    "nan": "0:[[NaN]]\n",
-    "infinite": "0:[[1e999]]\n",
-    "half": "0:[[0.5]]\n",
-    "huge": "0:[[1e12]]\n",
-    "digits": f"0:[[{'9' * 5000}]]\n",
-    "twice": "0:[[1.0]]\n0:[[1.0]]\n",
-    "shapes": "0:[[1.0]]\n1:[[1.0, 2.0]]\n",
-    "words": '0:[["a"]]\n',
-    "null": "0:null\n",
+    "empty": ("", "is empty; it should hold a line per layer"),
+    "text": ("hello\n", "expected LAYER:COUNTS, got b'hello'"),
+    "no-layer": (":[[1.0, 2.0]]\n", "expected LAYER:COUNTS"),
+    "json": ("0:[[1.0,\n", "line 1"),
+    "nested": ("0:" + "[" * 10**5 + "\n", "line 1"),
+    "flat": ("0:[1.0, 2.0]\n", "got shape (2,)"),
+    "ragged": ("0:[[1.0], [1.0, 2.0]]\n", "line 1"),
+    "negative": ("0:[[-1.0]]\n", "counts must be in 0..2147483647"),
+    "nan": ("0:[[NaN]]\n", "counts must be in 0..2147483647"),
+    "infinite": ("0:[[1e999]]\n", "counts must be in 0..2147483647"),
+    "half": ("0:[[0.5]]\n", "counts must be whole numbers"),
+    "huge": ("0:[[1e12]]\n", "counts must be in 0..2147483647"),
+    "digits": (f"0:[[{'9' * 5000}]]\n", "line 1"),
+    "twice": ("0:[[1.0]]\n0:[[1.0]]\n", "layer 0 is there twice"),
+    "shapes": ("0:[[1.0]]\n1:[[1.0, 2.0]]\n", "counts have shape (1, 2), those before it (1, 1)"),
+    "words": ('0:[["a"]]\n', "got shape (1, 1) of <U1"),
+    "null": ("0:null\n", "got shape () of object"),
 }
 
 
 def _smartmoe(folder: Path) -> None:
-    for name, text in LOGS.items():
+    for name, (text, _) in LOGS.items():
         place = folder / f"smartmoe-{name}"
         place.mkdir()
         (place / "table_iter0_rank0.log").write_text(text)
@@ -262,20 +293,27 @@ ARRAYS = {
     "object": _saved(np.array([[{}]], dtype=object)),
     "float": _saved(np.ones((3, 1, 1, 1, 2))),
     "text": _saved(np.array(["a"])),
-    "flat": _saved(np.ones(4, int)),
-    "scalar": _saved(np.array(4)),
-    "empty": _saved(np.ones((0, 1, 1, 1, 2), int)),
-    "no-experts": _saved(np.ones((3, 1, 1, 1, 0), int)),
-    "minus-one": _saved(np.full((3, 1, 1, 1, 2), -1)),
-    "beyond": _saved(np.full((3, 1, 1, 1, 2), 2**40)),
     "record": _saved(np.ones((3, 1, 1, 1, 2), dtype=[("a", "<i4")])),
     "unknown-type": _npy(_header("(1,)", "'<z9'")),
     "code": _npy(b"__import__('os').mkdir('ran')\n"),
 }
+TOKENS = {
+    "flat": (_saved(np.ones(4, int)), "tokens has shape (4,), expected [iterations,"),
+    "scalar": (_saved(np.array(4)), "tokens has shape (), expected"),
+    "empty": (_saved(np.ones((0, 1, 1, 1, 2), int)), "tokens has shape (0, 1, 1, 1, 2), expected"),
+    "no-experts": (
+        _saved(np.ones((3, 1, 1, 1, 0), int)),
+        "tokens has shape (3, 1, 1, 1, 0), expected",
+    ),
+    "minus-one": (_saved(np.full((3, 1, 1, 1, 2), -1)), "tokens must be in 0..2147483647, got -1"),
+    "beyond": (_saved(np.full((3, 1, 1, 1, 2), 2**40)), "tokens must be in 0..2147483647"),
+}
 
 
 def _npz(folder: Path) -> None:
-    for name, content in ARRAYS.items():
+    for name, content in (
+        ARRAYS | {name: content for name, (content, _) in TOKENS.items()}
+    ).items():
         with zipfile.ZipFile(folder / f"{name}.npz", "w") as archive:
             archive.writestr("tokens.npy", content)
     with zipfile.ZipFile(folder / "other-name.npz", "w") as archive:
@@ -419,10 +457,7 @@ def pickles() -> dict[str, tuple[bytes, str]]:
         "system": (b"\x80\x04cos\nsystem\n(Vtouch ran\ntR.", "it asks for os.system"),
         "eval": (pickle.dumps(eval), "it asks for builtins.eval"),
         "getattr": (b"\x80\x04cbuiltins\ngetattr\n.", "it asks for builtins.getattr"),
-        "dotted": (
-            b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93.",
-            "it asks for torch.os.system",
-        ),
+        "dotted": (b"\x80\x04\x8c\x05torch\x8c\x09os.system\x93.", "it asks for torch.os.system"),
         "writer": (
             b"\x80\x04ctorch.distributed.checkpoint.filesystem\nFileSystemWriter\n.",
             "it asks for torch.distributed.checkpoint.filesystem.FileSystemWriter",

@@ -12,15 +12,6 @@ from tests.bad_inputs import fields, inputs, paths, programs, report, variables
 from tests.bad_inputs.case import Case
 from tests.bad_inputs.forks import Ended, Job, run_all
 
-# Classes of the count, by the start of a problem.
-CLASSES = {
-    "tracebacks": "a traceback",
-    "hangs": "stopped by",
-    "raw control characters": "control characters",
-    "not one line": "messages:",
-    "wrong status": "status",
-    "other": "",
-}
 _LONGEST = 2500
 
 
@@ -34,7 +25,6 @@ def tried(folder: Path, cases: Sequence[Case]) -> list[Ended]:
 
 
 def problems(case: Case, ended: Ended) -> Iterator[str]:
-    """Yield the problems of a case's end; each begins as one of `CLASSES`."""
     if ended.limit:
         yield f"stopped by {ended.limit}"
     if ended.status != case.status:
@@ -64,15 +54,12 @@ def _messages(errors: str) -> list[str]:
     return [line for line in lines if not line.startswith((" ", "usage:"))]
 
 
-def failures(
-    cases: Sequence[Case], ended: Sequence[Ended]
-) -> Iterator[tuple[Case, list[str], str]]:
-    """Yield each case that ended wrongly, with the problems and a text on it."""
+def failures(cases: Sequence[Case], ended: Sequence[Ended]) -> Iterator[str]:
+    """Yield a text on each case that ended wrongly."""
     for case, end in zip(cases, ended, strict=True):
         if found := list(problems(case, end)):
             words = " ".join(case.words)[-300:]
-            told = f"{words!r} {case.environment}: {'; '.join(found)}\n    {end.errors[-600:]!r}"
-            yield case, found, told
+            yield f"{words!r} {case.environment}: {'; '.join(found)}\n    {end.errors[-600:]!r}"
 
 
 def content(folder: Path) -> Iterator[tuple[str, str]]:

@@ -111,9 +111,7 @@ _DAMAGE: dict[str, dict[str, tuple[Change, str]]] = {
         "solve": (_line(1, "64,1,-5"), "line 2: time must be a number above 0"),
         "devices": (_line(1, "6e1,1,5"), "n_device must be a whole number in 0..1048575"),
     },
-    _PARTS: {
-        "ablation": (_line(1, "FSDP,1e400"), "line 2: avg_time_ms must be a number above 0"),
-    },
+    _PARTS: {"ablation": (_line(1, "FSDP,1e400"), "line 2: avg_time_ms must be a number above 0")},
 }
 # Only `validate_simulator` reads these whole.
 _LACKING: dict[str, tuple[str, Change, str]] = {
@@ -145,19 +143,15 @@ _OTHERS = (
     ("scripts/quickstart.py --steps 100001", "--steps: '100001' is no integer in 1..100000"),
     ("scripts/quickstart.py --ranks 3", "invalid choice: '3' (choose from 2, 4)"),
     ("scripts/paper/figure8.py", "one of the arguments --toy --slurm is required"),
-    ("scripts/paper/figure8.py --toy --steps 99999999999999999999", "is no integer in 2..100000"),
     ("scripts/paper/figure9.py --toy --work-dir good.txt/x", "good.txt' is no folder"),
     ("scripts/paper/figure11.py --here --work-dir pipe", "pipe' is no folder"),
     ("scripts/paper/figure12.py --toy --models \x1b[31m", "invalid choice: '\\x1b[31m'"),
     ("benchmarks/planner.py --trace absent.npz", "trace 'absent.npz' does not exist"),
-    ("benchmarks/planner.py --trace pipe", "'pipe' is a pipe"),
-    ("benchmarks/planner.py --trace /dev/zero", "'/dev/zero' is a device"),
     ("benchmarks/planner.py --trace bomb.npz", "implausible for"),
     ("benchmarks/planner.py --trace object.npz", "is not a trace in npz"),
     ("benchmarks/planner.py --trace few.npz --quick --offset 36", "--offset 36: few.npz has no"),
     ("benchmarks/planner.py --trace few.npz --json few.npz", "would write over the input"),
     ("benchmarks/planner.py --trace few.npz --plot few-hard.png", "would write over the input"),
-    ("benchmarks/planner.py --offset 999999999999", "is no integer in 0..36"),
     ("benchmarks/planner.py --plot nowhere/x.png", "the folder"),
     ("benchmarks/planner.py --plot out/x.gid", "--plot 'out/x.gid': give a file that ends in"),
     ("benchmarks/by_time.py", "required: --trace"),
@@ -167,7 +161,6 @@ _OTHERS = (
     ("benchmarks/by_time.py --trace few.npz --json ./few.npz", "would write over the input"),
     ("benchmarks/timeline_picture.py", "required: --svg"),
     ("benchmarks/timeline_picture.py --svg out/x.svg --traces absent absent", "'absent'"),
-    ("benchmarks/timeline_picture.py --svg out/x.svg --traces pipe pipe", "'pipe' is a pipe"),
     *(
         (f"benchmarks/timeline_picture.py --svg out/x.svg --traces {name} {name}", says)
         for name, says in (
@@ -185,14 +178,9 @@ _OTHERS = (
     ),
     ("benchmarks/end_to_end.py --ranks 3", "invalid choice: '3' (choose from 2, 4, 8)"),
     ("benchmarks/end_to_end.py --ranks 1000000", "invalid choice: '1000000'"),
-    ("benchmarks/end_to_end.py --repeats 0", "--repeats: '0' is no integer in 1..1000"),
-    ("benchmarks/end_to_end.py --steps 1e3", "--steps: '1e3' is no integer"),
-    ("benchmarks/end_to_end.py --json nowhere/x", "argument --json: the file 'nowhere/x': the f"),
     ("benchmarks/announced.py --ranks x", "invalid int value: 'x'"),
     ("benchmarks/announced.py --json /dev/full", "it is there and no regular file"),
     ("benchmarks/communication.py --json pipe", "it is there and no regular file"),
-    ("benchmarks/gradient_error.py --seeds 9999999", "--seeds: '9999999' is no integer in 1..1000"),
-    ("benchmarks/token_exchange.py --seed -1", "--seed: '-1' is no integer"),
     ("benchmarks/guard_speed.py --fast", "unrecognized arguments: --fast"),
     ("benchmarks/host_path.py --before nothing", "'nothing' is no checkout of this repository"),
     ("benchmarks/host_path.py --rounds 1", "--rounds: '1' is no integer in 2..1000000"),
@@ -204,8 +192,6 @@ _OTHERS = (
     ("benchmarks/simulation_speed.py --topk 129", "--topk 129 is more than --experts 128"),
     ("benchmarks/simulation_speed.py --microbatches 65536 --experts 32767", "GiB of memory"),
     ("benchmarks/simulation_speed.py --method moon", "--method: invalid choice: 'moon'"),
-    ("benchmarks/gpu/__main__.py --ranks 0", "--ranks: '0' is no integer in 1..65536"),
-    ("benchmarks/gpu/__main__.py --minutes nan --dry-run", "--minutes: 'nan' is no number"),
     ("benchmarks/gpu/__main__.py --dry-run --parts moon", "--parts moon is no part"),
     ("benchmarks/gpu/__main__.py --dry-run --output good.txt/x", "good.txt' is no folder"),
 )

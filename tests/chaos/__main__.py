@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from megatron_laer.tools.data import default_text_sources, prepare_data
 from tests.chaos.runs import chaos
+from tests.text_data import write_text_data
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
         folder = (args.folder or Path(temporary)).resolve()
         data = folder / "text"
         folder.mkdir(parents=True, exist_ok=True)
-        prepare_data(default_text_sources()[:150], str(data), progress=False)
+        write_text_data(str(data))
         failed = chaos(args.runs, args.seed, str(data), folder, args.only)
     return 1 if failed else 0
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.telemetry.metrics_file import read_metrics
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests.chaos.job import Outcome
 from tests.chaos.plans import Plan
 from tests.processes import outlive

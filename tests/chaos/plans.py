@@ -78,13 +78,11 @@ class Plan:
         recorded = "layouts trace metrics".split()
         return command_line(
             data,
-            experts=8,
-            expert_parallel=2,
-            global_batch=4 * self.variant.ranks,
-            steps=self.steps,
-            extra=f"{_WAIT} {self.variant.flags} --fsep-timeline {folder}/recorded "
+            f"{_WAIT} {self.variant.flags} --fsep-timeline {folder}/recorded "
             + " ".join(f"--fsep-record-{kind} {folder}/recorded" for kind in recorded)
             + (f" {saves} {handles}" if self.variant.saves else ""),
+            global_batch=4 * self.variant.ranks,
+            steps=self.steps,
         )
 
 

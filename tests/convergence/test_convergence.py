@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from tests.parity.flags import command_line
 
@@ -34,18 +32,9 @@ def balance_of_step(model: object) -> tuple[float, int]:
     return mean, coordinator.layouts.version
 
 
-def test_a_small_model_learns_text_as_with_stock(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_a_small_model_learns_text_as_with_stock(ranks: RankPools, text_data: str) -> None:
     def run(extra: str) -> Record:
-        flags = command_line(
-            text_data,
-            experts=8,
-            expert_parallel=2,
-            global_batch=8,
-            steps=STEPS,
-            extra=FLAGS + extra,
-        )
+        flags = command_line(text_data, FLAGS + extra, global_batch=8, steps=STEPS)
         record: Record = ranks(2).run(train, flags, balance_of_step, timeout_s=3600.0)[0]
         return record
 

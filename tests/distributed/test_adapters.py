@@ -5,14 +5,13 @@ Rows of the parity table show that LoRA on attention equals stock's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import Raised, RankPool
+from megatron_laer.cpu.ranks import Raised, RankPool, RankPools
 from megatron_laer.cpu.training import Adapt, rank_of_environment, train
 from tests.parity.adapted import LowRank
 from tests.parity.flags import command_line
@@ -59,7 +58,7 @@ def frozen_on_rank_1(model: torch.nn.Module) -> None:
     ids=["wrapped", "replaced", "asked for a linear layer's attributes"],
 )
 def test_adapters_on_experts_are_refused_with_the_way_out(
-    ranks: Callable[[int], RankPool], text_data: str, adapt: Adapt, kind: str, said: str
+    ranks: RankPools, text_data: str, adapt: Adapt, kind: str, said: str
 ) -> None:
     message = refusal(ranks(2), text_data, adapt, kind)
     assert said in message
@@ -68,21 +67,14 @@ def test_adapters_on_experts_are_refused_with_the_way_out(
 
 @pytest.mark.counts(fault_runs=1)
 def test_weights_that_some_ranks_freeze_are_named_on_every_rank(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
     message = refusal(ranks(2), text_data, frozen_on_rank_1, "RefusedError")
     assert "frozen experts is " in message and "layer 1: [1] on rank 1" in message
 
 
 def refusal(pool: RankPool, data: str, adapt: Adapt, kind: str) -> str:
-    flags = command_line(
-        data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=4,
-        steps=1,
-        extra=" --expert-parallel-mode fsep",
-    )
+    flags = command_line(data, " --expert-parallel-mode fsep", steps=1)
     raised = pool.run_raw(train, flags, None, None, adapt)
     assert all(isinstance(result, Raised) for result in raised)
     assert {result.type_name for result in raised} == {kind}

@@ -6,7 +6,6 @@ They run Megatron's own loop, whose ranks are given other files, versions or dec
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer.cpu.ranks import Raised, RankPool
+from megatron_laer.cpu.ranks import Raised, RankPool, RankPools
 from megatron_laer.cpu.training import rank_of_environment, train
 from megatron_laer.planner.cluster_files import cluster_text, load_cluster
 from megatron_laer.planner.layout import ExpertLayout
@@ -49,7 +48,7 @@ def refusals(
 
 @pytest.mark.counts(fault_runs=1)
 def test_a_rank_with_another_solve_time_is_named_on_every_rank_of_the_world(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     shipped = load_cluster("cpu-gloo")
     base_s = shipped.solve.base_s
@@ -57,9 +56,7 @@ def test_a_rank_with_another_solve_time_is_named_on_every_rank_of_the_world(
     other = tmp_path / "cluster.yaml"
     other.write_text(cluster_text(replace(shipped, solve=solve)))
     # Two groups of two ranks: the first has no rank that differs, and must not wait for the other.
-    flags = command_line(
-        text_data, experts=8, expert_parallel=2, global_batch=8, steps=2, extra=FSEP
-    )
+    flags = command_line(text_data, FSEP, global_batch=8, steps=2)
     message = refusals(ranks(4), flags, 3, f"--fsep-cluster {other}")
     assert message.startswith("rank 2: the ranks of its FSEP group differ: cluster.solve.base_s ")
     assert f"{base_s * 10!r} on rank 3" in message and f"{base_s!r} on rank 2" in message
@@ -67,11 +64,9 @@ def test_a_rank_with_another_solve_time_is_named_on_every_rank_of_the_world(
 
 @pytest.mark.counts(fault_runs=2)
 def test_a_rank_with_another_numpy_or_other_flags_is_named(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
-    flags = command_line(
-        text_data, experts=8, expert_parallel=2, global_batch=4, steps=2, extra=FSEP
-    )
+    flags = command_line(text_data, FSEP, steps=2)
     message = refusals(ranks(2), flags, 1, numpy=OTHER_NUMPY)
     assert f"NumPy is {OTHER_NUMPY} on rank 1 and {np.__version__} on rank 0." in message
     message = refusals(ranks(2), flags, 0, "--fsep-plan-lag 3")
@@ -110,15 +105,10 @@ def train_with_other_decision(flags: list[str], rank: int, step: int) -> None:
 
 @pytest.mark.counts(fault_runs=1)
 def test_a_rank_that_decides_otherwise_is_named_at_the_next_exchange(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
     flags = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=4,
-        global_batch=8,
-        steps=4,
-        extra=FSEP + " --fsep-plan-mode exact",
+        text_data, FSEP + " --fsep-plan-mode exact", expert_parallel=4, global_batch=8, steps=4
     )
     raised = ranks(4).run_raw(train_with_other_decision, flags, 2, 2)
     assert {result.type_name for result in raised} == {"LayoutMismatchError"}

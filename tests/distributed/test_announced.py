@@ -1,8 +1,6 @@
 """Announced routing: layouts equal those of `exact`, decisions precede the gate, and errors.
 
 The page's functions record routing without gradients, as a rollout does, and training replays it.
-
-Over 400 lines: the tests share the code that records and replays a routing.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests.distributed.test_own_loop import code_of, loaded, script
 from tests.parity.flags import command_line
@@ -171,7 +169,7 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
 
 
 @pytest.fixture(scope="module")
-def run(ranks: Callable[[int], RankPool], script: Path) -> Callable[[str | None, str], list[Seen]]:
+def run(ranks: RankPools, script: Path) -> Callable[[str | None, str], list[Seen]]:
     """Return `run(mode, announces)`, which gives both ranks' observations and caches them."""
     runs: dict[tuple[str | None, str], list[Seen]] = {}
 
@@ -299,9 +297,7 @@ def announce_by_slimes_hooks(
         return announced, coordinator.pass_layouts.misses
 
 
-def test_slimes_replay_is_announced_by_its_hook(
-    ranks: Callable[[int], RankPool], script: Path
-) -> None:
+def test_slimes_replay_is_announced_by_its_hook(ranks: RankPools, script: Path) -> None:
     hooks = script.with_name("announcing_hooks.py")
     hooks.write_text(code_of("rl.md", "before_train_step"))
     for announced, misses in ranks(2).run(announce_by_slimes_hooks, script, hooks):
@@ -349,9 +345,7 @@ def problems(path: Path) -> list[str]:
     return said
 
 
-def test_a_wrong_announcement_is_an_error_on_every_rank(
-    ranks: Callable[[int], RankPool], script: Path
-) -> None:
+def test_a_wrong_announcement_is_an_error_on_every_rank(ranks: RankPools, script: Path) -> None:
     shape = f"must be integers [microbatches, {LAYERS}, {EXPERTS}]"
     expected = [
         ("int32 [2, 8]", shape),
@@ -382,21 +376,16 @@ def announce_in_another_mode() -> str:
     return ""
 
 
-def test_an_announcement_without_effect_is_refused(ranks: Callable[[int], RankPool]) -> None:
+def test_an_announcement_without_effect_is_refused(ranks: RankPools) -> None:
     for said in ranks(2).run(announce_in_another_mode):
         assert "no effect with --fsep-plan-mode exact" in said
 
 
 def test_a_run_without_announcements_ends_at_its_first_step(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
     command = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=4,
-        steps=2,
-        extra="--expert-parallel-mode fsep --fsep-plan-mode announced",
+        text_data, "--expert-parallel-mode fsep --fsep-plan-mode announced", steps=2
     )
     for result in ranks(2).run_raw(train, command):
         assert result.type_name == "ValueError", result.traceback

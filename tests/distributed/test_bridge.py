@@ -7,42 +7,32 @@ dependencies: transformers, datasets, omegaconf and hydra-core.
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import pytest
-
 from megatron_laer.cpu import weights
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, fresh_megatron, gather
 from tests.bridge_stubs import importable
+from tests.checkouts import checkout
 from tests.parity.compare import distance
 from tests.parity.row import FP32_BOUND
 
-CHECKOUT = os.environ.get("MEGATRON_BRIDGE_CHECKOUT")
 FIRST, SECOND, LAST = 4, 12, 16
 
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.skipif(
-        CHECKOUT is None, reason="MEGATRON_BRIDGE_CHECKOUT names no checkout of Megatron-Bridge 0.6"
-    ),
-]
+CHECKOUT, pytestmark = checkout("MEGATRON_BRIDGE_CHECKOUT", "Megatron-Bridge 0.6")
 
 
 @contextlib.contextmanager
 def bridge() -> Iterator[None]:
     """Import Megatron-Bridge, which logs a lot and caches files."""
-    assert CHECKOUT is not None
     logging.disable(logging.INFO)
     try:
-        with importable(Path(CHECKOUT)):
+        with importable(CHECKOUT):
             yield
             from megatron.bridge.training.utils import checkpoint_utils
 
@@ -161,7 +151,7 @@ def train(folder: Path, load: Path | None, iterations: int, is_fsep: bool) -> Ru
 
 
 def test_bridge_trains_with_fsep_like_stock_from_equal_weights(
-    ranks: Callable[[int], RankPool], tmp_path: Path
+    ranks: RankPools, tmp_path: Path
 ) -> None:
     def run(folder: str, load: str | None, iterations: int, is_fsep: bool = False) -> Run:
         path = None if load is None else tmp_path / load
@@ -188,51 +178,3 @@ def test_bridge_trains_with_fsep_like_stock_from_equal_weights(
     assert all("fsep_load_imbalance: " in line for line in fsep.reports)
     assert len(fsep.reports) == SECOND - FIRST
     assert not stock.reports and not after.reports
-
-
-# Hugging Face's class by the name that Megatron-Bridge requests; only its defaults are needed.
-MODELS = {
-    "deepseek-ai/DeepSeek-V3": "DeepseekV3",
-    "openai/gpt-oss-20b": "GptOss",
-    "Qwen/Qwen3-30B-A3B": "Qwen3Moe",
-}
-# Exit status and a text of the output, by recipe.
-JUDGED = {
-    "olmoe_7b_pretrain_config": (0, "runs"),
-    "olmoe_7b_peft_config": (5, "LoRA on linear_fc1"),
-    "deepseek_v3_pretrain_config": (0, "runs"),
-    "gpt_oss_20b_pretrain_config": (0, "runs"),
-    "gpt_oss_20b_pretrain_fp8_current_scaling_config": (4, "--fp8-format"),
-    "qwen3_30b_a3b_pretrain_config": (3, "--cuda-graph-impl transformer_engine"),
-    "megatron.bridge.recipes.qwen.h100.qwen3_moe:qwen3_30b_a3b_sft_8gpu_h100_bf16_config": (
-        0,
-        "runs",
-    ),
-    "vanilla_gpt_pretrain_config": (1, "there are no experts to shard"),
-    "olmoe_7b_pretrain_confg": (2, "similar are olmoe_7b_pretrain_config"),
-}
-
-
-def judge_recipes(names: list[str]) -> list[tuple[int, str]]:
-    import transformers
-
-    from megatron_laer.tools import cli
-
-    def config_of(name: str, *_: Any, **__: Any) -> Any:
-        (kind,) = [kind for model, kind in MODELS.items() if name.startswith(model)]
-        return getattr(transformers, f"{kind}Config")(architectures=[f"{kind}ForCausalLM"])
-
-    found = []
-    with bridge(), mock.patch.object(transformers.AutoConfig, "from_pretrained", config_of):
-        for name in names:
-            said = io.StringIO()
-            with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-                status = cli.main(["check-recipe", "--bridge-recipe", name])
-            found.append((status, said.getvalue()))
-    return found
-
-
-def test_recipes_of_bridge_are_judged_by_name(ranks: Callable[[int], RankPool]) -> None:
-    found = ranks(2).run(judge_recipes, list(JUDGED))[0]
-    for (name, (status, text)), (ended, said) in zip(JUDGED.items(), found, strict=True):
-        assert ended == status and text in said, f"{name}: {ended}\n{said}"

@@ -6,28 +6,19 @@ dependencies, which the pages on it name.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_laer import session
-from megatron_laer.cpu.ranks import RankPool
-from megatron_laer.cpu.training import train
+from megatron_laer.cpu.ranks import RankPools
 from tests.bridge_stubs import importable
+from tests.checkouts import checkout
+from tests.distributed.test_stock_loading import probed
 from tests.parity.flags import command_line
 
-CHECKOUT = os.environ.get("MEGATRON_BRIDGE_CHECKOUT")
-
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.skipif(
-        CHECKOUT is None, reason="MEGATRON_BRIDGE_CHECKOUT names no checkout of Megatron-Bridge 0.6"
-    ),
-]
+CHECKOUT, pytestmark = checkout("MEGATRON_BRIDGE_CHECKOUT", "Megatron-Bridge 0.6")
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner random"
 QWEN3 = (
@@ -93,10 +84,8 @@ def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
                 exported(listed)
         return [before, after, again]
 
-    assert CHECKOUT is not None
-    with importable(Path(CHECKOUT)):
-        found: list[dict[str, torch.Tensor]] = train(flags, convert).probes[0]
-    return found
+    with importable(CHECKOUT):
+        return probed(flags, convert)
 
 
 @pytest.mark.parametrize(
@@ -105,17 +94,10 @@ def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
     ids=["2 ranks", "2 pipeline stages"],
 )
 def test_qwen3_moe_is_converted_as_stocks_and_back(
-    ranks: Callable[[int], RankPool], text_data: str, size: int, extra: str
+    ranks: RankPools, text_data: str, size: int, extra: str
 ) -> None:
     def run(mode: str) -> Any:
-        flags = command_line(
-            text_data,
-            experts=4,
-            expert_parallel=2,
-            global_batch=4,
-            steps=1,
-            extra=QWEN3 + extra + mode,
-        )
+        flags = command_line(text_data, QWEN3 + extra + mode, experts=4, steps=1)
         return ranks(size).run(converted, flags)
 
     stock, fsep = run(""), run(FSEP)

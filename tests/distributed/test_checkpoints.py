@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,12 +11,11 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import Raised, RankPool
+from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import initial_weights, train
 from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.planner_checkpoint import FOLDER
 from megatron_laer.session import current_coordinator
-from megatron_laer.tools import inspection
 from tests.checkpoints import (
     assert_equal,
     iteration_folder,
@@ -26,6 +23,7 @@ from tests.checkpoints import (
     saved_tensors,
     train_until_exit,
 )
+from tests.messages import messages
 from tests.parity.flags import command_line
 from tests.parity.rows import HYBRID_MTP as HYBRID
 
@@ -80,7 +78,6 @@ JOURNEYS = (
             Stop(4, 4),
         ),
     ),
-    Journey("offloaded", DISTRIBUTED + OFFLOADED, (Stop(2, 2), Stop(4, 4, FSEP), Stop(4, 4))),
     Journey(
         "uneven rows of both matrices and biases",
         DISTRIBUTED + " --ffn-hidden-size 10 --hidden-size 54 --num-attention-heads 3",
@@ -98,6 +95,9 @@ JOURNEYS = (
             Stop(4, 4, FSEP),
         ),
     ),
+    Journey("Muon, distributed optimizer, bf16", " --optimizer dist_muon --bf16", THERE_AND_BACK),
+    # The parts of these meet other settings in those above.
+    Journey("offloaded", DISTRIBUTED + OFFLOADED, (Stop(2, 2), Stop(4, 4, FSEP), Stop(4, 4))),
     Journey(
         "virtual pipeline",
         DISTRIBUTED + " --num-layers 4",
@@ -131,19 +131,28 @@ JOURNEYS = (
     ),
     Journey("experts at home, Muon", " --optimizer muon", (Stop(2, 2, HOMES), Stop(4, 4, FSEP))),
     Journey("Muon", " --optimizer muon", THERE_AND_BACK),
-    Journey("Muon, distributed optimizer, bf16", " --optimizer dist_muon --bf16", THERE_AND_BACK),
 )
+
+
+RELEASES, DAILY = 2, 5
+
+
+def marks_of(place: int) -> list[pytest.MarkDecorator]:
+    """Return the marks of a journey: the first run with every release, the last at night."""
+    if place >= DAILY:
+        return [pytest.mark.nightly]
+    return [pytest.mark.releases] if place < RELEASES else []
 
 
 @pytest.mark.parametrize(
     "journey",
     [
-        pytest.param(journey, id=journey.name, marks=[pytest.mark.releases] if place < 2 else [])
+        pytest.param(journey, id=journey.name, marks=marks_of(place))
         for place, journey in enumerate(JOURNEYS)
     ],
 )
 def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, journey: Journey
+    ranks: RankPools, text_data: str, tmp_path: Path, journey: Journey
 ) -> None:
     folders = []
     for number, stop in enumerate(journey.stops):
@@ -153,11 +162,10 @@ def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
         flags += " --save-interval 2" if number == 0 else f" --load {source}"
         command = command_line(
             text_data,
-            experts=8,
+            flags,
             expert_parallel=stop.expert_parallel,
             global_batch=8,
             steps=2,
-            extra=flags,
             without=journey.without,
         )
         ranks(stop.ranks).run(train, command)
@@ -179,18 +187,22 @@ def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
         assert_equal(other, first)
 
 
-@pytest.mark.parametrize("ffn", [64, 10], ids=["even rows", "uneven rows"])
+@pytest.mark.parametrize(
+    "ffn",
+    # A journey with uneven rows is above.
+    [64, pytest.param(10, marks=pytest.mark.nightly)],
+    ids=["even rows", "uneven rows"],
+)
 def test_weights_go_from_stock_to_fsep_and_back(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, ffn: int
+    ranks: RankPools, text_data: str, tmp_path: Path, ffn: int
 ) -> None:
     def command(expert_parallel: int, extra: str) -> list[str]:
         return command_line(
             text_data,
-            experts=8,
+            f" --ffn-hidden-size {ffn} --ckpt-format torch_dist" + extra,
             expert_parallel=expert_parallel,
             global_batch=8,
             steps=2,
-            extra=f" --ffn-hidden-size {ffn} --ckpt-format torch_dist" + extra,
         )
 
     first, second = tmp_path / "stock", tmp_path / "fsep"
@@ -214,29 +226,18 @@ def test_weights_go_from_stock_to_fsep_and_back(
 
 @pytest.mark.parametrize(
     ("writer", "reader", "said"),
-    [
-        ("", FSEP, "load with --no-load-optim"),
-        (FSEP, "", ".fsep-2"),
-        (FSEP, FSEP, None),
-    ],
+    [("", FSEP, "load with --no-load-optim"), (FSEP, "", ".fsep-2"), (FSEP, FSEP, None)],
     ids=["stock to FSEP", "FSEP to stock", "FSEP to FSEP"],
 )
 def test_optimizer_buffers_are_read_by_their_own_kind_of_run_alone(
-    ranks: Callable[[int], RankPool],
-    text_data: str,
-    tmp_path: Path,
-    writer: str,
-    reader: str,
-    said: str | None,
+    ranks: RankPools, text_data: str, tmp_path: Path, writer: str, reader: str, said: str | None
 ) -> None:
     pool = ranks(2)
 
     def command(steps: int, extra: str) -> list[str]:
         # Megatron's default form of the distributed optimizer's state, dp_reshardable.
         extra += TORCH_DIST + " --use-distributed-optimizer"
-        return command_line(
-            text_data, experts=8, expert_parallel=2, global_batch=8, steps=steps, extra=extra
-        )
+        return command_line(text_data, extra, global_batch=8, steps=steps)
 
     pool.run(train, command(2, writer + f" --save {tmp_path} --save-interval 2"))
     go_on = command(4, reader + f" --load {tmp_path} --override-opt_param-scheduler")
@@ -258,15 +259,18 @@ def layouts_in_force(_: list[torch.nn.Module]) -> Any:
 
 PLANNED = " --expert-parallel-mode fsep --fsep-late-plan wait"
 INTERRUPTED = {
-    "no planner": (4, FSEP + " --use-distributed-optimizer"),
     "greedy, adaptive": (4, PLANNED),
-    "greedy, adaptive, async, distributed optimizer": (4, PLANNED + DISTRIBUTED + ASYNC),
     "laer, forecast, two plans on their way": (
         4,
         PLANNED + " --fsep-planner laer --fsep-plan-mode forecast --fsep-plan-lag 2",
     ),
-    "two stages, step restore": (2, PLANNED + STAGES + " --fsep-restore step"),
     "two replicas": (2, PLANNED + DISTRIBUTED),
+}
+# Less to resume, or what test_stops.py and the journeys above resume each day.
+INTERRUPTED_AT_NIGHT = {
+    "no planner": (4, FSEP + " --use-distributed-optimizer"),
+    "greedy, adaptive, async, distributed optimizer": (4, PLANNED + DISTRIBUTED + ASYNC),
+    "two stages, step restore": (2, PLANNED + STAGES + " --fsep-restore step"),
     "two replicas, offloaded": (2, PLANNED + " --use-distributed-optimizer" + OFFLOADED),
 }
 
@@ -275,21 +279,17 @@ INTERRUPTED = {
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, marks=[pytest.mark.releases] if case == "greedy, adaptive" else [])
-        for case in INTERRUPTED
+        pytest.param("greedy, adaptive", marks=pytest.mark.releases),
+        *[*INTERRUPTED][1:],
+        *(pytest.param(case, marks=pytest.mark.nightly) for case in INTERRUPTED_AT_NIGHT),
     ],
 )
 def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, case: str
+    ranks: RankPools, text_data: str, tmp_path: Path, case: str
 ) -> None:
-    expert_parallel, extra = INTERRUPTED[case]
+    expert_parallel, extra = (INTERRUPTED | INTERRUPTED_AT_NIGHT)[case]
     flags = partial(
-        command_line,
-        text_data,
-        experts=6,
-        expert_parallel=expert_parallel,
-        global_batch=8,
-        steps=7,
+        command_line, text_data, experts=6, expert_parallel=expert_parallel, global_batch=8, steps=7
     )
     extra += TORCH_DIST
     save = f" --save {tmp_path} --save-interval 4"
@@ -330,53 +330,35 @@ def order_of_files(flags: list[str], tracker: str) -> list[bool]:
 
 @pytest.mark.parametrize("how", ["", ASYNC], ids=["sync", "async"])
 def test_a_checkpoint_counts_only_after_its_planner_state_is_there(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, how: str
+    ranks: RankPools, text_data: str, tmp_path: Path, how: str
 ) -> None:
     extra = PLANNED + TORCH_DIST + how + f" --save {tmp_path} --save-interval 1000"
-    command = command_line(
-        text_data, experts=4, expert_parallel=2, global_batch=4, steps=2, extra=extra
-    )
+    command = command_line(text_data, extra, experts=4, steps=2)
     tracker = str(tmp_path / "latest_checkpointed_iteration.txt")
     assert ranks(2).run(order_of_files, command, tracker) == [[False], []]
 
 
 def train_and_listen(flags: list[str]) -> tuple[list[str], Any]:
     """Train; return FSEP's log about resuming on this rank, and the layouts at the end."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("megatron_laer")
-    logger.addHandler(handler)
-    try:
+    with messages() as lines:
         record = train(flags, layouts_in_force)
-    finally:
-        logger.removeHandler(handler)
     return [line for line in lines if "anew" in line or "restored" in line], record.probes[0]
 
 
 @pytest.mark.counts(fault_runs=5, resumed_runs=7)
 def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     pool = ranks(2)
 
     def command(extra: str) -> list[str]:
-        return command_line(
-            text_data,
-            experts=4,
-            expert_parallel=2,
-            global_batch=4,
-            steps=4,
-            extra=TORCH_DIST + extra,
-        )
+        return command_line(text_data, TORCH_DIST + extra, experts=4, steps=4)
 
     whole = pool.run(train, command(PLANNED), layouts_in_force)[0]
     pool.run(
         train_until_exit,
         command(PLANNED + f" --save {tmp_path} --save-interval 3 --exit-interval 3"),
     )
-    report = inspection.describe(tmp_path)
-    assert "group 0: N = 2 ranks, C = 3 slots, E = 4 experts; goes on with step 3" in report
     load = f" --load {tmp_path}"
     file = Path(planner_checkpoint.state_path(str(iteration_folder(tmp_path, 3)), 0))
 

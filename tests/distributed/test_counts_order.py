@@ -14,7 +14,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from tests.parity.flags import command_line
 
@@ -87,16 +87,15 @@ def observed(flags: list[str], cuda_graph_impl: str = "none") -> tuple[list[str]
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_host_waits_for_counts_once_shared_experts_are_enqueued(
-    ranks: Callable[[int], RankPool], text_data: str, case: str
+    ranks: RankPools, text_data: str, case: str
 ) -> None:
     flags, forward, rerun = CASES[case]
     command = command_line(
         text_data,
+        " --expert-parallel-mode fsep --eval-interval 2 --eval-iters 1" + flags,
         experts=4,
-        expert_parallel=2,
         global_batch=8,
         steps=2,
-        extra=" --expert-parallel-mode fsep --eval-interval 2 --eval-iters 1" + flags,
     )
     layers, microbatches = 2, 2 * 2  # microbatches in the two steps; each layer runs again in each
     for events, _ in ranks(2).run(observed, command):
@@ -109,16 +108,9 @@ def test_the_host_waits_for_counts_once_shared_experts_are_enqueued(
 
 
 def test_every_bit_is_that_of_the_order_with_graphs_which_is_stocks(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
-    command = command_line(
-        text_data,
-        experts=4,
-        expert_parallel=2,
-        global_batch=4,
-        steps=4,
-        extra=" --expert-parallel-mode fsep" + SHARED,
-    )
+    command = command_line(text_data, " --expert-parallel-mode fsep" + SHARED, experts=4, steps=4)
     runs = [ranks(2).run(observed, command, setting) for setting in ("none", "transformer_engine")]
     assert [runs[0][rank][0] for rank in (0, 1)] == [COVERED * 2 * 4] * 2
     assert [runs[1][rank][0] for rank in (0, 1)] == [[SHARE, *PLAIN] * 2 * 4] * 2

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from tests.fuzz import resealed
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
-STEPS = 20
+STEPS = 10
 WAIT = " --fsep-planner {} --fsep-late-plan wait"
 
 
@@ -28,11 +28,9 @@ def layout_version(model: object) -> int:
 
 
 @pytest.fixture
-def run(ranks: Callable[[int], RankPool], text_data: str) -> Callable[[str], Record]:
+def run(ranks: RankPools, text_data: str) -> Callable[[str], Record]:
     def run_with(extra: str) -> Record:
-        flags = command_line(
-            text_data, experts=8, expert_parallel=2, global_batch=8, steps=STEPS, extra=extra
-        )
+        flags = command_line(text_data, extra, global_batch=8, steps=STEPS)
         record: Record = ranks(2).run(train, flags, layout_version)[0]
         assert len(record.losses) == STEPS
         return record
@@ -75,7 +73,7 @@ def test_a_replay_repeats_a_run_that_did_not_wait(
 )
 def test_evaluation_changes_no_later_loss(run: Callable[[str], Record], planner: str) -> None:
     fsep = f" --expert-parallel-mode fsep --fsep-planner {planner}"
-    with_evaluation = run(fsep + " --eval-interval 5 --eval-iters 2")
+    with_evaluation = run(fsep + " --eval-interval 3 --eval-iters 2")
     without = run(fsep)
     assert len(with_evaluation.eval_losses) >= 3
     assert identical(with_evaluation, without)
@@ -93,76 +91,54 @@ def train_without_plugin(flags: list[str]) -> Record:
 
 
 def test_standard_mode_is_megatron_without_the_plugin_to_the_bit(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
-    flags = command_line(text_data, experts=8, expert_parallel=2, global_batch=8, steps=STEPS)
+    flags = command_line(text_data, global_batch=8, steps=STEPS)
     without = ranks(2).run(train_without_plugin, flags)[0]
     standard = ranks(2).run(train, [*flags, "--expert-parallel-mode", "standard"])[0]
     assert identical(standard, without)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        (lambda lines: [], "is empty"),
-        (
-            lambda lines: [resealed(lines[0].replace('"num_experts":8', '"num_experts":16'))],
-            "recorded for",
-        ),
-        (lambda lines: [lines[0], lines[1][:40]], "line 2"),
-        (
-            lambda lines: [lines[0], resealed(json.dumps({"step": 1, "slots": [[0] * 10] * 2}))],
-            "line 2",
-        ),
-        (
-            lambda lines: [lines[0], lines[1].replace('"step":1', '"step":2')],
-            "line 2: its checksum does not fit",
-        ),
-        (None, "cannot read"),
-    ],
-    ids=["empty", "other experts", "truncated", "illegal layout", "other step", "missing"],
-)
 def test_a_bad_recording_is_refused_on_every_rank(
-    ranks: Callable[[int], RankPool],
-    text_data: str,
-    tmp_path: Path,
-    spoil: Callable[[list[str]], list[str]] | None,
-    message: str,
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
-    flags = partial(command_line, text_data, experts=8, expert_parallel=2, global_batch=4, steps=3)
+    flags = partial(command_line, text_data, steps=3)
     fsep = " --expert-parallel-mode fsep"
-    pool = ranks(2)
-    pool.run(
-        train,
-        flags(
-            extra=fsep + f" --fsep-cluster cpu-gloo --fsep-record-layouts {tmp_path}"
-            " --fsep-planner laer --fsep-late-plan wait"
-        ),
-    )
+    planned = " --fsep-cluster cpu-gloo --fsep-planner laer --fsep-late-plan wait"
+    ranks(2).run(train, flags(f"{fsep}{planned} --fsep-record-layouts {tmp_path}"))
     path = tmp_path / "group-0.jsonl"
-    if spoil is None:
-        path.rename(tmp_path / "group-7.jsonl")  # of a run with more groups
-    else:
-        path.write_text("\n".join(spoil(path.read_text().splitlines())))
-    results: list[Any] = pool.run_raw(
-        train, flags(extra=fsep + f" --fsep-replay-layouts {tmp_path}")
-    )
-    for result in results:
-        assert result.type_name == "RefusedError"
-        assert message in result.message
-        assert "group-0.jsonl" in result.message
+    header, first, *_ = path.read_text().splitlines()
+    other_experts = header.replace('"num_experts":8', '"num_experts":16')
+    illegal = json.dumps({"step": 1, "slots": [[0] * 10] * 2})
+    spoilt: list[tuple[list[str] | None, str]] = [
+        ([], "is empty"),
+        ([resealed(other_experts)], "recorded for"),
+        ([header, first[:40]], "line 2"),
+        ([header, resealed(illegal)], "line 2"),
+        ([header, first.replace('"step":1', '"step":2')], "line 2: its checksum does not fit"),
+        (None, "cannot read"),
+    ]
+    for lines, message in spoilt:
+        if lines is None:
+            path.rename(tmp_path / "group-7.jsonl")  # of a run with more groups
+        else:
+            path.write_text("\n".join(lines))
+        for result in ranks(2).run_raw(train, flags(f"{fsep} --fsep-replay-layouts {tmp_path}")):
+            assert result.type_name == "RefusedError", message
+            assert message in result.message
+            assert "group-0.jsonl" in result.message
 
 
 def test_one_groups_bad_recording_stops_the_other_groups_too(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
-    flags = partial(command_line, text_data, experts=8, expert_parallel=2, global_batch=8, steps=3)
+    flags = partial(command_line, text_data, global_batch=8, steps=3)
     fsep = " --expert-parallel-mode fsep"
     record = f" --fsep-record-layouts {tmp_path}"
-    ranks(4).run(train, flags(extra=fsep + record))
+    ranks(4).run(train, flags(fsep + record))
     (tmp_path / "group-1.jsonl").write_text("{}")
     replay = f" --fsep-replay-layouts {tmp_path}"
-    for result in ranks(4).run_raw(train, flags(extra=fsep + replay)):
+    for result in ranks(4).run_raw(train, flags(fsep + replay)):
         assert result.type_name == "RefusedError"
         assert "rank 2" in result.message
         assert "group-1.jsonl" in result.message
@@ -195,16 +171,14 @@ def train_with_fickle_router(flags: list[str]) -> Record:
 
 
 def test_a_rerun_under_a_checkpoint_keeps_the_first_passes_routing(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
     recompute = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
     flags = command_line(
         text_data,
-        experts=8,
-        expert_parallel=2,
+        " --expert-parallel-mode fsep --fsep-planner random" + recompute,
         global_batch=8,
         steps=5,
-        extra=" --expert-parallel-mode fsep --fsep-planner random" + recompute,
     )
     steady = ranks(2).run(train, flags)[0]
     fickle = ranks(2).run(train_with_fickle_router, flags)[0]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +15,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from tests.parity.compare import distance
 from tests.parity.flags import command_line
@@ -223,12 +223,7 @@ BACKENDS = pytest.mark.parametrize("backend", ["deepep", "hybridep"])
 @SHARED
 @SHAPES
 def test_own_permutations_and_stocks_give_the_same_bits(
-    ranks: Callable[[int], RankPool],
-    capacity: int,
-    experts: int,
-    topk: int,
-    tokens: list[int],
-    shared: bool,
+    ranks: RankPools, capacity: int, experts: int, topk: int, tokens: list[int], shared: bool
 ) -> None:
     assert ranks(2).run(both_paths, capacity, experts, topk, tokens, shared) == [8, 8]
 
@@ -237,7 +232,7 @@ def test_own_permutations_and_stocks_give_the_same_bits(
 @SHARED
 @SHAPES
 def test_the_flex_dispatcher_brings_experts_the_bits_of_the_all_to_all_one(
-    ranks: Callable[[int], RankPool],
+    ranks: RankPools,
     backend: str,
     capacity: int,
     experts: int,
@@ -250,7 +245,7 @@ def test_the_flex_dispatcher_brings_experts_the_bits_of_the_all_to_all_one(
 
 @BACKENDS
 def test_what_a_buffer_counted_is_compared_with_the_plan_once_it_is_there(
-    ranks: Callable[[int], RankPool], backend: str
+    ranks: RankPools, backend: str
 ) -> None:
     for earlier, at_once, at_the_end in ranks(2).run(flex_against_another_plan, backend):
         assert f"layer 7: {backend} brought [3, 2, 1] tokens" in earlier
@@ -269,36 +264,27 @@ def count_ends(flags: list[str]) -> int:
 
 
 def test_every_layers_dispatcher_is_told_of_every_steps_end(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
     steps, layers = 3, 2
     command = command_line(
-        text_data,
-        experts=4,
-        expert_parallel=2,
-        global_batch=4,
-        steps=steps,
-        extra=" --expert-parallel-mode fsep" + DEEPEP,
+        text_data, " --expert-parallel-mode fsep" + DEEPEP, experts=4, steps=steps
     )
     assert ranks(2).run(count_ends, command) == [steps * layers] * 2
 
 
 @BACKENDS
-def test_a_timeline_is_told_the_same_by_either_dispatcher(
-    ranks: Callable[[int], RankPool], backend: str
-) -> None:
+def test_a_timeline_is_told_the_same_by_either_dispatcher(ranks: RankPools, backend: str) -> None:
     for all_to_all, flex in ranks(2).run(exchanges_noted, backend):
         assert flex == all_to_all
 
 
 @pytest.mark.parametrize("flex", [DEEPEP, HYBRIDEP], ids=["deepep", "hybridep"])
 def test_stock_trains_with_the_replaced_buffers_as_by_all_to_all(
-    ranks: Callable[[int], RankPool], text_data: str, flex: str
+    ranks: RankPools, text_data: str, flex: str
 ) -> None:
     def run(flags: str) -> Record:
-        command = command_line(
-            text_data, experts=4, expert_parallel=2, global_batch=4, steps=4, extra=flags
-        )
+        command = command_line(text_data, flags, experts=4, steps=4)
         record: Record = ranks(2).run(train, command)[0]
         return record
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.layout import ExpertLayout
 
 COLUMNS = 3
@@ -199,7 +199,7 @@ def every_case(node_size: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("node_size", [1, 2, 4])
 def test_both_algorithms_equal_plain_code_bit_for_bit_and_each_other_within_the_bound(
-    ranks: Callable[[int], RankPool], node_size: int
+    ranks: RankPools, node_size: int
 ) -> None:
     exact, rounded = map(sum, zip(*ranks(4).run(every_case, node_size), strict=True))
     # Only nodes of two ranks sum before they send, and one node of all sends nothing. Otherwise the
@@ -223,7 +223,7 @@ def alone(case: Case) -> int:
         return exchange.count.restore_bytes + exchange.count.reduce_bytes
 
 
-def test_a_group_of_one_rank_needs_no_collective(ranks: Callable[[int], RankPool]) -> None:
+def test_a_group_of_one_rank_needs_no_collective(ranks: RankPools) -> None:
     assert ranks(1).run(alone, Case(4, 4, 6, "float32", 0)) == [0]
 
 
@@ -268,9 +268,7 @@ def reusable(index: Any, matrix_CRK: Any) -> Any:
 
 
 @pytest.mark.parametrize("node_size", [1, 2, 4])
-def test_bytes_of_the_collectives_equal_the_formulas(
-    ranks: Callable[[int], RankPool], node_size: int
-) -> None:
+def test_bytes_of_the_collectives_equal_the_formulas(ranks: RankPools, node_size: int) -> None:
     from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
 
     for rank, counted in enumerate(ranks(4).run(bytes_of_every_case, node_size)):
@@ -314,7 +312,7 @@ def layouts_that_follow(node_size: int) -> None:
 
 @pytest.mark.parametrize("node_size", [1, 2, 4])
 def test_kept_matrices_fetch_changed_slots_and_nothing_if_nothing_changed(
-    ranks: Callable[[int], RankPool], node_size: int
+    ranks: RankPools, node_size: int
 ) -> None:
     ranks(4).run(layouts_that_follow, node_size)
 
@@ -352,7 +350,7 @@ def one_slot_changes(slot: int, algorithm: str) -> tuple[list[int], int]:
 
 @pytest.mark.parametrize("slot", [0, 3, 5])
 def test_only_changed_slots_are_fetched_and_from_the_own_node_where_it_has_them(
-    ranks: Callable[[int], RankPool], slot: int
+    ranks: RankPools, slot: int
 ) -> None:
     for rank, (right, inter_bytes) in enumerate(ranks(4).run(one_slot_changes, slot, "flat")):
         assert right == ([slot] if rank == slot // 2 else [])
@@ -407,7 +405,7 @@ def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, 
 
 @pytest.mark.parametrize("node_size", [1, 2, 4])
 def test_buffers_are_allocated_once_and_as_large_as_the_formula(
-    ranks: Callable[[int], RankPool], node_size: int
+    ranks: RankPools, node_size: int
 ) -> None:
     for rows in ranks(4).run(buffers_over_layouts, node_size):
         for algorithm, dtype, what, first, last, bound in rows:
@@ -443,8 +441,6 @@ def both_at_once(node_size: int) -> None:
             assert len(restored) == 20
 
 
-def test_a_restore_and_a_reduce_may_be_in_flight_at_once_in_any_order(
-    ranks: Callable[[int], RankPool],
-) -> None:
+def test_a_restore_and_a_reduce_may_be_in_flight_at_once_in_any_order(ranks: RankPools) -> None:
     for node_size in (1, 2):
         ranks(4).run(both_at_once, node_size)

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
-from megatron_laer.cpu.ranks import Raised, RankPool
+from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import train
+from tests.messages import messages
 from tests.parity.flags import command_line
 
 FSEP = " --expert-parallel-mode fsep --ckpt-format torch_dist"
 
 
 def command(text_data: str, steps: int, extra: str) -> list[str]:
-    return command_line(
-        text_data, experts=4, expert_parallel=2, global_batch=4, steps=steps, extra=FSEP + extra
-    )
+    return command_line(text_data, FSEP + extra, experts=4, steps=steps)
 
 
 def listen(flags: list[str]) -> tuple[list[str], int]:
     from megatron_laer.layer.experts.gemm import torch as grouped
 
     grouped._ends.cache_clear()
-    lines: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("megatron_laer")
-    logger.addHandler(handler)
-    try:
+    with messages(logging.WARNING) as lines:
         train(flags)
-    finally:
-        logger.removeHandler(handler)
     return [line for line in lines if "--fsep-gemm" in line], grouped._ends.cache_info().misses
 
 
 def test_a_run_that_goes_on_with_another_back_end_says_so(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     pool = ranks(2)
     saved = pool.run(listen, command(text_data, 1, f" --save {tmp_path} --save-interval 1"))
@@ -53,7 +44,7 @@ def test_a_run_that_goes_on_with_another_back_end_says_so(
 
 
 def test_sizes_that_a_back_end_cannot_multiply_are_refused_on_every_rank(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
     odd = command(text_data, 1, " --fsep-gemm torch --moe-ffn-hidden-size 34")
     for result in ranks(2).run_raw(train, odd):

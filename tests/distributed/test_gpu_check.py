@@ -1,8 +1,13 @@
-"""The GPU check runs from end to end without a card: every part, on one rank and on two."""
+"""The GPU check runs from end to end without a card: every part, on one rank and on two.
+
+One part runs each day, since all share the script, the launch and the report.
+"""
 
 import json
 import sys
 from pathlib import Path
+
+import pytest
 
 from benchmarks.gpu.__main__ import PARTS
 from benchmarks.gpu.report import DRY
@@ -12,16 +17,19 @@ from tests.unit.shell_scripts import shell
 _CHECK = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.sh"
 
 
-def test_every_part_runs_without_a_card(tmp_path):
+@pytest.mark.parametrize(
+    "parts", [["communicators"], pytest.param(PARTS, marks=pytest.mark.nightly)]
+)
+def test_parts_run_without_a_card(tmp_path, parts):
     result = shell(
-        *(_CHECK, "--dry-run", "--ranks", "2", "--output", tmp_path),
+        *(_CHECK, "--dry-run", "--ranks", "2", "--output", tmp_path, "--parts", ",".join(parts)),
         timeout_s=1800,
         PYTHON=sys.executable,
         PYTHONPATH=python_path(),
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
     written = json.loads((tmp_path / "result.json").read_text())
-    assert {title.split()[0] for title in written["parts"]} == set(PARTS)
+    assert {title.split()[0] for title in written["parts"]} == set(parts)
     page = (tmp_path / "rows.md").read_text()
     for name, part in written["parts"].items():
         assert part["tables"] and not part["problems"], name

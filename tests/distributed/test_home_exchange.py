@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from typing import Any
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 
 COLUMNS = 3
@@ -161,7 +161,7 @@ def check_reduce(case: Case, exchange: Any, index: Any, name: str, node_size: in
 
 @pytest.mark.parametrize("node_size", [1, 2, 4])
 def test_replicas_equal_their_homes_and_gradients_their_sums(
-    ranks: Callable[[int], RankPool], node_size: int
+    ranks: RankPools, node_size: int
 ) -> None:
     compared = ranks(4).run(every_case, node_size)
     assert sum(compared) > 500
@@ -186,5 +186,5 @@ def without_replicas() -> tuple[int, int]:
         )
 
 
-def test_a_layout_without_replicas_needs_no_collective(ranks: Callable[[int], RankPool]) -> None:
+def test_a_layout_without_replicas_needs_no_collective(ranks: RankPools) -> None:
     assert ranks(4).run(without_replicas) == [(0, 0)] * 4

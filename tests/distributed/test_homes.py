@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from tests.checkpoints import assert_equal
 from tests.parity.compare import identical
@@ -20,9 +19,7 @@ DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-para
 
 
 def command(data: str, extra: str, steps: int = 3, ranks: int = 2) -> list[str]:
-    return command_line(
-        data, experts=8, expert_parallel=ranks, global_batch=8, steps=steps, extra=extra
-    )
+    return command_line(data, extra, expert_parallel=ranks, global_batch=8, steps=steps)
 
 
 def names_and_marks(model: list[Any]) -> list[Any]:
@@ -40,9 +37,7 @@ def names_and_marks(model: list[Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("flags", ["", " --disable-bias-linear"])
-def test_names_shapes_and_marks_are_stocks(
-    ranks: Callable[[int], RankPool], text_data: str, flags: str
-) -> None:
+def test_names_shapes_and_marks_are_stocks(ranks: RankPools, text_data: str, flags: str) -> None:
     stock, homes = (
         ranks(2).run(train, command(text_data, mode + flags, steps=1), names_and_marks)
         for mode in ("", RANDOM)
@@ -61,9 +56,7 @@ def exchanges(model: Any) -> tuple[int, int, int]:
     return count.restore_collectives, count.reduce_collectives, memory
 
 
-def test_a_run_without_replicas_is_stock_bit_for_bit(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_a_run_without_replicas_is_stock_bit_for_bit(ranks: RankPools, text_data: str) -> None:
     stock: Record = ranks(2).run(train, command(text_data, DISTRIBUTED))[0]
     static = HOMES + " --fsep-planner static" + DISTRIBUTED
     homes: Record = ranks(2).run(train, command(text_data, static), exchanges)[0]
@@ -71,7 +64,7 @@ def test_a_run_without_replicas_is_stock_bit_for_bit(
     assert homes.probes == [(0, 0, 0)] * 3, "neither collectives nor memory"
 
 
-def test_a_second_run_has_the_same_bits(ranks: Callable[[int], RankPool], text_data: str) -> None:
+def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str) -> None:
     first, second = (
         ranks(2).run(train, command(text_data, RANDOM + DISTRIBUTED + " --bf16"))[0]
         for _ in range(2)
@@ -80,7 +73,7 @@ def test_a_second_run_has_the_same_bits(ranks: Callable[[int], RankPool], text_d
 
 
 def test_stocks_optimizer_buffers_are_read_in_their_memory_layout(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     """`dp_reshardable` is the form that rows cannot read from stock."""
     saved = " --use-distributed-optimizer --override-opt_param-scheduler"

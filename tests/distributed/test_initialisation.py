@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import initial_weights
 from megatron_laer.cpu.weights import Tensors
 from tests.parity.flags import command_line
@@ -19,19 +19,17 @@ FSEP = " --expert-parallel-mode fsep --fsep-planner static"
 
 
 @pytest.fixture(scope="module")
-def weights_of(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> Callable[[int, int, str], Tensors]:
+def weights_of(ranks: RankPools, text_data: str) -> Callable[[int, int, str], Tensors]:
     """Return `weights_of(ranks, expert_parallel, extra flags)`."""
 
     def initial(size: int, expert_parallel: int, extra: str) -> Tensors:
         flags = command_line(
             text_data,
+            " --ffn-hidden-size 512 --hidden-size 128" + extra,
             experts=4,
             expert_parallel=expert_parallel,
             global_batch=8,
             steps=1,
-            extra=" --ffn-hidden-size 512 --hidden-size 128" + extra,
         )
         found: Tensors = ranks(size).run(initial_weights, flags)[0]
         return found
@@ -81,11 +79,9 @@ def initial_weights_without_drawing_experts(flags: list[str]) -> Tensors:
 
 
 def test_drawing_experts_leaves_the_dense_weights_as_they_would_be_without(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
-    flags = command_line(
-        text_data, experts=4, expert_parallel=2, global_batch=4, steps=1, extra=FSEP
-    )
+    flags = command_line(text_data, FSEP, experts=4, steps=1)
     drawn = ranks(2).run(initial_weights, flags)[0]
     not_drawn = ranks(2).run(initial_weights_without_drawing_experts, flags)[0]
     assert all(weight.abs().sum() == 0 for weight in experts_of(not_drawn).values())

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -14,7 +13,7 @@ from unittest import mock
 import pytest
 
 from megatron_laer.cpu import weights
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests.launch_order import WITH_SPLITS, Launch, problems, recorded
 from tests.parity.flags import command_line
@@ -66,17 +65,14 @@ def launches_of(flags: list[str]) -> tuple[list[Launch], list[tuple[int, int]]]:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_launch_in_orders_that_agree(
-    ranks: Callable[[int], RankPool], text_data: str, case: str
-) -> None:
+def test_ranks_launch_in_orders_that_agree(ranks: RankPools, text_data: str, case: str) -> None:
     group, extra = CASES[case]
     flags = command_line(
         text_data,
-        experts=8,
+        " --micro-batch-size 1 --expert-parallel-mode fsep" + extra,
         expert_parallel=group,
         global_batch=8,
         steps=2,
-        extra=" --micro-batch-size 1 --expert-parallel-mode fsep" + extra,
     )
     launches, fresh = map(list, zip(*ranks(8).run(launches_of, flags), strict=True))
     assert problems(launches) == []
@@ -139,15 +135,10 @@ def exchanges_of(flags: list[str]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("extra", ["", FULL, SELECTIVE], ids=["none", "full", "selective"])
 def test_a_layer_exchanges_tokens_as_often_as_it_is_priced(
-    ranks: Callable[[int], RankPool], text_data: str, extra: str
+    ranks: RankPools, text_data: str, extra: str
 ) -> None:
     flags = command_line(
-        text_data,
-        experts=4,
-        expert_parallel=2,
-        global_batch=8,
-        steps=2,
-        extra=" --expert-parallel-mode fsep" + extra,
+        text_data, " --expert-parallel-mode fsep" + extra, experts=4, global_batch=8, steps=2
     )
     for launched, priced in ranks(2).run(exchanges_of, flags):
         # Hidden states are dispatched with their probabilities, and combined without.

@@ -6,25 +6,18 @@ installed Megatron-LM in the folder MEGATRON_LM_CHECKOUT, since no wheel holds t
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from tests.checkouts import checkout
 from tests.own_tests import FILES, Mode, Verdict, run
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "recipes.md"
-CHECKOUT = os.environ.get("MEGATRON_LM_CHECKOUT")
 
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.skipif(
-        CHECKOUT is None,
-        reason="MEGATRON_LM_CHECKOUT names no checkout of the installed Megatron-LM",
-    ),
-]
+CHECKOUT, pytestmark = checkout("MEGATRON_LM_CHECKOUT", "the installed Megatron-LM")
 
 # Part of the one refusal that is not about a setting.
 ALONE = "its dispatcher alone"
@@ -33,8 +26,7 @@ TIMEOUT_S = 4 * 3600.0
 
 def verdicts(mode: Mode) -> dict[str, Verdict]:
     """Return every test's verdict, and print the number of each."""
-    assert CHECKOUT is not None
-    found = run(mode, Path(CHECKOUT).resolve(), FILES, TIMEOUT_S)
+    found = run(mode, CHECKOUT, FILES, TIMEOUT_S)
     print(f"\n{mode}: {dict(Counter(verdict.outcome for verdict in found.values()))}")
     return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -10,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests.parity.flags import command_line
 
@@ -71,15 +70,10 @@ def expert_state_bytes(command: list[str]) -> tuple[int, int]:
     ids=["2 ranks", "4 ranks", "bf16"],
 )
 def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer_state(
-    ranks: Callable[[int], RankPool], text_data: str, size: int, flags: str, element_bytes: int
+    ranks: RankPools, text_data: str, size: int, flags: str, element_bytes: int
 ) -> None:
     command = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=size,
-        global_batch=2 * size,
-        steps=2,
-        extra=FSEP + flags,
+        text_data, FSEP + flags, expert_parallel=size, global_batch=2 * size, steps=2
     )
     for mine_bytes, elements in ranks(size).run(expert_state_bytes, command):
         assert mine_bytes * size == elements * element_bytes
@@ -151,15 +145,13 @@ def held_buffers(command: list[str]) -> Held:
     ids=["no recompute", "full recompute", "selective recompute"],
 )
 def test_no_restored_weight_outlives_its_use(
-    ranks: Callable[[int], RankPool], text_data: str, recompute: str, scheduler: str
+    ranks: RankPools, text_data: str, recompute: str, scheduler: str
 ) -> None:
     command = command_line(
         text_data,
-        experts=8,
-        expert_parallel=2,
+        f"{FSEP}{recompute} --num-layers 3 --fsep-scheduler {scheduler}",
         global_batch=8,
         steps=4,
-        extra=f"{FSEP}{recompute} --num-layers 3 --fsep-scheduler {scheduler}",
     )
     for held in ranks(2).run(held_buffers, command):
         assert len(held.after_forward) == 8 and len(held.after_step) == 4
@@ -188,15 +180,10 @@ def test_no_restored_weight_outlives_its_use(
     ids=["step", "adaptive", "pipeline", "nodes"],
 )
 def test_buffers_stay_as_they_are_after_the_first_step(
-    ranks: Callable[[int], RankPool], text_data: str, size: int, flags: str
+    ranks: RankPools, text_data: str, size: int, flags: str
 ) -> None:
     command = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=16,
-        steps=6,
-        extra=f" --expert-parallel-mode fsep --num-layers 3{flags}",
+        text_data, f" --expert-parallel-mode fsep --num-layers 3{flags}", global_batch=16, steps=6
     )
     for held in ranks(size).run(held_buffers, command):
         assert len(set(held.buffer_bytes)) == 1, "steady state allocates"
@@ -207,53 +194,6 @@ def test_buffers_stay_as_they_are_after_the_first_step(
             restored * held.layer_bytes if "restore step" in flags else 0
         )  # float32, like all other buffers
         assert held.layer_bytes <= grads - sums <= arriving * held.layer_bytes
-
-
-def exchange_counts_of(command: list[str]) -> tuple[int, int, int, int, int]:
-    """Return restores, reduces, and bytes received for each, after a run; bytes of the slots."""
-    from megatron_laer.session import current_coordinator
-
-    found: list[tuple[int, int, int, int, int]] = []
-
-    def read(model: list[torch.nn.Module]) -> None:
-        coordinator = current_coordinator()
-        assert coordinator is not None
-        count = coordinator.streams.exchange.count
-        (specs, *_) = [
-            module.specs
-            for chunk in model
-            for module in chunk.modules()
-            if hasattr(module, "specs")
-        ]
-        expert_bytes = sum(4 * spec.rows * spec.columns for spec in specs)
-        found.append(
-            (
-                count.restores,
-                count.reduces,
-                count.restore_bytes,
-                count.reduce_bytes,
-                coordinator.geometry.capacity * expert_bytes,
-            )
-        )
-
-    train(command, read)
-    return found[-1]
-
-
-@pytest.mark.parametrize("size", [2, 4])
-def test_bytes_on_the_wire_follow_the_formula(
-    ranks: Callable[[int], RankPool], text_data: str, size: int
-) -> None:
-    command = command_line(
-        text_data, experts=8, expert_parallel=size, global_batch=4 * size, steps=3, extra=FSEP
-    )
-    passes = 3 * 2 * 2
-    for restores, reduces, restored, reduced, slots in ranks(size).run(exchange_counts_of, command):
-        assert restores == 2 * passes
-        assert reduces == passes
-        # C experts of P parameters, less the 1/N of each that is local: C·P·(N-1)/N.
-        assert restored * size == restores * slots * (size - 1)
-        assert reduced * size == reduces * slots * (size - 1)
 
 
 def kept_activations(command: list[str]) -> tuple[int, int]:
@@ -285,13 +225,9 @@ def kept_activations(command: list[str]) -> tuple[int, int]:
     return len(computed), kept
 
 
-def test_a_recomputed_activation_is_not_kept(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_a_recomputed_activation_is_not_kept(ranks: RankPools, text_data: str) -> None:
     def run(flags: str) -> list[tuple[int, int]]:
-        command = command_line(
-            text_data, experts=4, expert_parallel=2, global_batch=4, steps=1, extra=FSEP + flags
-        )
+        command = command_line(text_data, FSEP + flags, experts=4, steps=1)
         return ranks(2).run(kept_activations, command)
 
     recompute = " --recompute-granularity selective --moe-grouped-gemm --recompute-modules"

@@ -9,7 +9,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.planner.sharding import row_bounds
 from megatron_laer.plugin import pretraining
@@ -52,9 +52,7 @@ def in_a_group(function: Callable[[], Any]) -> Any:
         dist.destroy_process_group()
 
 
-def test_matrices_come_whole_to_one_rank_each_and_go_back(
-    ranks: Callable[[int], RankPool],
-) -> None:
+def test_matrices_come_whole_to_one_rank_each_and_go_back(ranks: RankPools) -> None:
     for size in (2, 4):
         owned = ranks(size).run(in_a_group, to_owners_and_back)
         everything = [(at, e) for at, shape in enumerate(SHAPES_ERK) for e in range(shape[0])]
@@ -78,17 +76,10 @@ def count_updates(flags: list[str]) -> list[tuple[int, ...]]:
 
 
 def test_every_expert_is_updated_once_per_group_by_ranks_that_share_the_work(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
     steps, experts, layers = 2, 3, 2
-    command = command_line(
-        text_data,
-        experts=experts,
-        expert_parallel=2,
-        global_batch=4,
-        steps=steps,
-        extra=FSEP + MUON + RANDOM,
-    )
+    command = command_line(text_data, FSEP + MUON + RANDOM, experts=experts, steps=steps)
     done = ranks(2).run(count_updates, command)
     for shape in ((128, 48), (48, 64)):
         assert sum(mine.count(shape) for mine in done) == steps * experts * layers
@@ -117,16 +108,11 @@ def train_with_layout(flags: list[str]) -> tuple[Record, set[bool]]:
 
 
 def test_replicas_share_updates_by_megatrons_layout_of_buffers_too(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
     def run(extra: str) -> Record:
         command = command_line(
-            text_data,
-            experts=8,
-            expert_parallel=2,
-            global_batch=8,
-            steps=12,
-            extra=MUON_BF16 + " --use-distributed-optimizer" + extra,
+            text_data, MUON_BF16 + " --use-distributed-optimizer" + extra, global_batch=8, steps=12
         )
         record, buffers = ranks(4).run(train_with_layout, command)[0]
         assert buffers == {True, False}, "Muon's parameters have buffers of their own"

@@ -10,13 +10,12 @@ Legend: C router calls in a run's order, T tokens of all ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from tests.parity.compare import Distance, distance
 from tests.parity.decisions import Decisions
 from tests.parity.random.on_ranks import Outcome, train_case
@@ -75,9 +74,7 @@ without_clamp = pytest.mark.parametrize("compared", [ROW], ids=["plain"], indire
 
 
 @pytest.fixture(scope="module")
-def compared(
-    request: pytest.FixtureRequest, ranks: Callable[[int], RankPool], text_data: str
-) -> Compared:
+def compared(request: pytest.FixtureRequest, ranks: RankPools, text_data: str) -> Compared:
     row: Row = request.param
 
     def train(run: tuple[int, list[str]], *more: object) -> list[Outcome]:

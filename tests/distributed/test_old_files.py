@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,9 @@ import pytest
 import torch.distributed.checkpoint as torch_checkpoint
 from packaging.version import Version
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
-from megatron_laer.tools.traces import read_trace
+from megatron_laer.tools.traces.fsep import read_recording
 from tests.checkpoints import iteration_folder
 from tests.old_files import FOLDER, MEGATRON, SAVED, STEPS, copied, logged_losses
 
@@ -50,9 +49,7 @@ def keys(checkpoint: Path) -> set[str]:
     return set(reader.read_metadata().state_dict_metadata)
 
 
-def test_a_run_is_resumed_with_its_planner_and_its_recordings(
-    ranks: Callable[[int], RankPool], old: Path
-) -> None:
+def test_a_run_is_resumed_with_its_planner_and_its_recordings(ranks: RankPools, old: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     flags = command(
@@ -80,7 +77,7 @@ def test_a_run_is_resumed_with_its_planner_and_its_recordings(
         (f"group-0.cut-from-{SAVED}.trace", range(SAVED, STEPS)),
         ("group-0.older-version.trace", range(SAVED)),
     ):
-        assert sorted(set(read_trace(old / "routing" / name).step_R)) == list(expected)
+        assert sorted(set(read_recording(old / "routing" / name).step_R)) == list(expected)
 
     saved = old / "saved"
     assert keys(iteration_folder(saved, STEPS)) == keys(iteration_folder(old / "checkpoint", SAVED))
@@ -93,13 +90,13 @@ def test_a_run_is_resumed_with_its_planner_and_its_recordings(
     assert set(expected) <= set(events.Tags()["scalars"])
 
 
-def test_stock_goes_on_from_the_checkpoint(ranks: Callable[[int], RankPool], old: Path) -> None:
+def test_stock_goes_on_from_the_checkpoint(ranks: RankPools, old: Path) -> None:
     flags = command(old, "--load", old / "checkpoint", fsep=False)
     record = ranks(2).run(train, flags)[0]
     assert record.losses == pytest.approx(logged_losses()[SAVED:], rel=ROUNDING)
 
 
-def test_recorded_layouts_are_replayed(ranks: Callable[[int], RankPool], old: Path) -> None:
+def test_recorded_layouts_are_replayed(ranks: RankPools, old: Path) -> None:
     again = old / "again"
     flags = command(
         *(old, "--load", old / "checkpoint", "--fsep-replay-layouts", old / "layouts"),
@@ -114,7 +111,7 @@ def test_recorded_layouts_are_replayed(ranks: Callable[[int], RankPool], old: Pa
     assert recorded[-1] == steps[-1]
 
 
-def test_a_timeline_names_its_events_as_it_did(ranks: Callable[[int], RankPool], old: Path) -> None:
+def test_a_timeline_names_its_events_as_it_did(ranks: RankPools, old: Path) -> None:
     def names(folder: Path) -> set[Any]:
         content = json.loads((folder / "rank-0.json").read_text())
         assert set(content) == {"displayTimeUnit", "traceEvents"}

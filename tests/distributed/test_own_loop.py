@@ -9,7 +9,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -17,19 +17,19 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import fresh_megatron
 from tests import processes
+from tests.documents import ROOT, SCRIPT, blocks
+from tests.messages import messages
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+DOCS = ROOT / "docs"
 STEPS = 4
 
 
 def code_of(page: str, word: str) -> str:
-    blocks = re.findall(
-        r"^```python\n(.*?)^```$", (DOCS / page).read_text(), re.DOTALL | re.MULTILINE
-    )
-    (code,) = [block for block in blocks if word in block]
+    of_page = [block for block in blocks(DOCS / page) if block.language == SCRIPT]
+    (code,) = [block.text for block in of_page if word in block.text]
     return code
 
 
@@ -103,7 +103,7 @@ def test_the_script_trains_and_its_layouts_change(first_run: tuple[str, Path]) -
 
 
 def test_it_goes_on_from_its_checkpoint_and_so_does_stock(
-    ranks: Callable[[int], RankPool], script: Path, first_run: tuple[str, Path]
+    ranks: RankPools, script: Path, first_run: tuple[str, Path]
 ) -> None:
     words = f"--steps {STEPS} --load {first_run[1]}"
     fsep = ranks(2).run(run, script, words)[0]
@@ -152,22 +152,13 @@ def train_by_slimes_hooks(path: Path, hooks: Path) -> tuple[list[float], list[in
 
 
 def test_hooks_of_slime_train_as_the_script_does(
-    ranks: Callable[[int], RankPool], script: Path, first_run: tuple[str, Path]
+    ranks: RankPools, script: Path, first_run: tuple[str, Path]
 ) -> None:
     hooks = script.with_name("fsep_hooks.py")
     hooks.write_text(code_of("rl.md", "before_train_step"))
     by_step, versions = ranks(2).run(train_by_slimes_hooks, script, hooks)[0]
     assert dict(enumerate(by_step)) == pytest.approx(losses(first_run[0]), rel=1e-6)
     assert versions == list(range(STEPS))
-
-
-class _Heard(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.lines: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> list[str]:
@@ -177,7 +168,6 @@ def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> lis
     import megatron_laer
     from megatron_laer.plugin.steps import StepOutcome
 
-    heard = _Heard()
     enable = megatron_laer.enable
     settings = megatron_laer.FSEPConfig(**config)
 
@@ -192,28 +182,22 @@ def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> lis
             module.forward_step(module.batches(step), model[0])
         return 0.0, True
 
-    logger = logging.getLogger("megatron_laer")
-    logger.addHandler(heard)
-    try:
-        with (
-            loaded(path) as module,
-            mock.patch.object(sys, "argv", [str(path), "--steps", "3"]),
-            mock.patch.object(
-                megatron_laer, "enable", lambda _, seed: enable(settings, seed=seed), create=True
-            ),
-            mock.patch.object(megatron_laer, "training_step", without_step, create=True),
-        ):
-            if mode != "trains":
-                module.train_step = only_forward
-            module.main()
-    finally:
-        logger.removeHandler(heard)
-    return heard.lines
+    with (
+        loaded(path) as module,
+        messages(logging.WARNING) as lines,
+        mock.patch.object(sys, "argv", [str(path), "--steps", "3"]),
+        mock.patch.object(
+            megatron_laer, "enable", lambda _, seed: enable(settings, seed=seed), create=True
+        ),
+        mock.patch.object(megatron_laer, "training_step", without_step, create=True),
+    ):
+        if mode != "trains":
+            module.train_step = only_forward
+        module.main()
+    return lines
 
 
-def test_a_loop_without_steps_is_told_so_once(
-    ranks: Callable[[int], RankPool], script: Path
-) -> None:
+def test_a_loop_without_steps_is_told_so_once(ranks: RankPools, script: Path) -> None:
     first, second = ranks(2).run(warnings_without_steps, script, {}, "trains")
     (warning,) = first
     assert "without steps" in warning and "megatron_laer.training_step(" in warning
@@ -221,15 +205,10 @@ def test_a_loop_without_steps_is_told_so_once(
 
 
 @pytest.mark.parametrize(
-    ("config", "mode"),
-    [
-        ({}, "evaluates"),
-        ({}, "tries"),
-        ({"planner": "static"}, "trains"),
-    ],
+    ("config", "mode"), [({}, "evaluates"), ({}, "tries"), ({"planner": "static"}, "trains")]
 )
 def test_who_needs_no_steps_is_not_told_to_take_them(
-    ranks: Callable[[int], RankPool], script: Path, config: dict[str, Any], mode: str
+    ranks: RankPools, script: Path, config: dict[str, Any], mode: str
 ) -> None:
     assert ranks(2).run(warnings_without_steps, script, config, mode) == [[], []]
 
@@ -284,17 +263,13 @@ def build_numbered_layer() -> tuple[float, bool]:
     return build_layer(layer_number=1)
 
 
-def test_a_layer_that_nobody_numbers_is_refused_when_it_is_built(
-    ranks: Callable[[int], RankPool],
-) -> None:
+def test_a_layer_that_nobody_numbers_is_refused_when_it_is_built(ranks: RankPools) -> None:
     for result in ranks(2).run_raw(build_unnumbered_layer):
         assert result.type_name == "ValueError", result.traceback
         assert "layer_number=None" in result.message and "pass layer_number=" in result.message
 
 
-def test_a_layer_that_is_given_its_number_works_by_itself(
-    ranks: Callable[[int], RankPool],
-) -> None:
+def test_a_layer_that_is_given_its_number_works_by_itself(ranks: RankPools) -> None:
     for spread, computes in ranks(2).run(build_numbered_layer):
         assert 0.01 < spread < 0.1
         assert computes

@@ -1,4 +1,4 @@
-"""The paper's experiments run at toy scale: the cheapest training here, all of them nightly."""
+"""The paper's experiments run at toy scale, at night; their commands have unit tests each day."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from tests import processes
 from tests.distributed.test_slurm import TWO_NODES
 from tests.slurm import Cluster
 
+pytestmark = pytest.mark.nightly
+
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def toy(figure: int, folder: Path, words: Sequence[str] = ()) -> list[list[dict[str, Any]]]:
+def toy(figure: int, folder: Path) -> list[list[dict[str, Any]]]:
     script = f"scripts/paper/figure{figure}.py"
     environment = os.environ | {"PYTHONPATH": processes.python_path()}
-    return tables([script, "--toy", "--work-dir", str(folder), *words], folder, environment)
+    return tables([script, "--toy", "--work-dir", str(folder)], folder, environment)
 
 
 def tables(
@@ -53,14 +55,6 @@ def check_breakdown(times: list[dict[str, Any]], tokens: list[dict[str, Any]]) -
             assert row["max/mean"] < 1.05
 
 
-def test_one_training_of_the_breakdown_runs(tmp_path: Path) -> None:
-    words = ["--models", "mixtral-8x7b-e8k2", "--methods", "fsep", "--steps", "3"]
-    times, tokens = toy(10, tmp_path, words)
-    assert len(ours(times)) == len(ours(tokens)) == 1
-    check_breakdown(times, tokens)
-
-
-@pytest.mark.nightly
 @pytest.mark.slurm
 @pytest.mark.counts(slurm_jobs=1)
 def test_a_job_of_the_breakdown_is_waited_for(
@@ -84,7 +78,6 @@ def test_a_job_of_the_breakdown_is_waited_for(
     assert len(ours(times)) == 1
 
 
-@pytest.mark.nightly
 @pytest.mark.slurm
 @pytest.mark.counts(slurm_jobs=1)
 def test_the_planner_is_timed_on_a_node_of_slurm(slurm_cluster: Cluster, tmp_path: Path) -> None:
@@ -95,7 +88,6 @@ def test_the_planner_is_timed_on_a_node_of_slurm(slurm_cluster: Cluster, tmp_pat
     assert all(row["laer"] > 0 and row["greedy"] > 0 for row in rows)
 
 
-@pytest.mark.nightly
 def test_end_to_end_runs(tmp_path: Path) -> None:
     (rows,) = toy(8, tmp_path)
     assert len(ours(rows)) == 8
@@ -103,7 +95,6 @@ def test_end_to_end_runs(tmp_path: Path) -> None:
     assert [row["max/mean"] is None for row in ours(rows)] == [True, False, False, False] * 2
 
 
-@pytest.mark.nightly
 def test_convergence_runs_and_all_three_learn_alike(tmp_path: Path) -> None:
     runs, answers = toy(9, tmp_path)
     losses = [row["final loss"] for row in runs]
@@ -113,14 +104,12 @@ def test_convergence_runs_and_all_three_learn_alike(tmp_path: Path) -> None:
     assert all(row["ours"] is not None for row in answers[:4])
 
 
-@pytest.mark.nightly
 def test_breakdown_runs(tmp_path: Path) -> None:
     times, tokens = toy(10, tmp_path)
     assert len(ours(times)) == len(ours(tokens)) == 6
     check_breakdown(times, tokens)
 
 
-@pytest.mark.nightly
 def test_ablation_runs(tmp_path: Path) -> None:
     (rows,) = toy(12, tmp_path)
     found = {row["ours"]: row for row in ours(rows)}

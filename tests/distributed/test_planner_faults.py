@@ -1,10 +1,9 @@
-"""A slow or wrong planner changes speed, never correctness; disagreement stops every rank."""
+"""A slow or wrong planner changes speed, never correctness."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,10 +11,9 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.runtime.planning import layout_sources
-from tests.faults.injected import train_with_other_layout
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
@@ -23,9 +21,7 @@ FSEP = " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo
 
 
 def flags(data: str, steps: int, extra: str = "") -> list[str]:
-    return command_line(
-        data, experts=8, expert_parallel=2, global_batch=4, steps=steps, extra=FSEP + extra
-    )
+    return command_line(data, FSEP + extra, steps=steps)
 
 
 def planner_state(model: object) -> tuple[int, int, int]:
@@ -74,10 +70,8 @@ def train_with_broken_planner(command: list[str], fault: str) -> Record:
 
 
 @pytest.mark.counts(fault_runs=1)
-def test_a_randomly_slow_planner_never_stops_training(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
-    steps = 500
+def test_a_randomly_slow_planner_never_stops_training(ranks: RankPools, text_data: str) -> None:
+    steps = 100
     results = ranks(2).run(
         train_with_slow_planner, flags(text_data, steps, " --lr 1e-4 --min-lr 1e-4"), 0.08
     )
@@ -90,9 +84,7 @@ def test_a_randomly_slow_planner_never_stops_training(
 
 
 @pytest.mark.counts(fault_runs=1)
-def test_a_slow_planner_under_wait_changes_nothing(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_a_slow_planner_under_wait_changes_nothing(ranks: RankPools, text_data: str) -> None:
     command = flags(text_data, 10, " --fsep-late-plan wait")
     quick = ranks(2).run(train, command, planner_state)[0]
     slow = ranks(2).run(train_with_slow_planner, command, 0.05)[0]
@@ -114,9 +106,7 @@ def train_with_dead_planner(command: list[str]) -> Record:
 
 @pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("late", ["keep", "wait"])
-def test_a_dead_planner_leaves_training_alone(
-    ranks: Callable[[int], RankPool], text_data: str, late: str
-) -> None:
+def test_a_dead_planner_leaves_training_alone(ranks: RankPools, text_data: str, late: str) -> None:
     command = flags(text_data, 6, f" --fsep-late-plan {late}")
     for record in ranks(2).run(train_with_dead_planner, command):
         assert len(record.losses) == 6
@@ -164,7 +154,7 @@ def train_with_planner_that_stops(command: list[str], fault: str, calls: int) ->
     ("fault", "late"), [("hangs", "keep"), ("hangs", "wait"), ("dies", "keep")]
 )
 def test_a_planner_that_stops_leaves_a_run_that_a_replay_repeats(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, fault: str, late: str
+    ranks: RankPools, text_data: str, tmp_path: Path, fault: str, late: str
 ) -> None:
     steps = 10
     record = f" --fsep-record-layouts {tmp_path} --fsep-late-plan {late}"
@@ -175,12 +165,7 @@ def test_a_planner_that_stops_leaves_a_run_that_a_replay_repeats(
     version = stopped.probes[-1][0]
     assert 0 < version <= 4 and stopped.probes[-3][0] == version, "the planner did not stop"
     replay = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=4,
-        steps=steps,
-        extra=f" --expert-parallel-mode fsep --fsep-replay-layouts {tmp_path}",
+        text_data, f" --expert-parallel-mode fsep --fsep-replay-layouts {tmp_path}", steps=steps
     )
     assert identical(stopped, ranks(2).run(train, replay)[0])
 
@@ -188,47 +173,10 @@ def test_a_planner_that_stops_leaves_a_run_that_a_replay_repeats(
 @pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize("fault", ["raises", "no memory", "wrong shape"])
 def test_a_broken_planner_keeps_the_last_good_layout(
-    ranks: Callable[[int], RankPool], text_data: str, fault: str
+    ranks: RankPools, text_data: str, fault: str
 ) -> None:
     command = flags(text_data, 10, " --fsep-late-plan wait")
     for record in ranks(2).run(train_with_broken_planner, command, fault):
         assert len(record.losses) == 10
         version, _, failures = record.probes[-1]
         assert version == 9 and failures == 9
-
-
-@pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize("rank", [0, 1])
-def test_two_ranks_that_disagree_both_stop_and_name_both(
-    ranks: Callable[[int], RankPool], text_data: str, rank: int
-) -> None:
-    command = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=4,
-        steps=10,
-        extra=" --expert-parallel-mode fsep --fsep-planner static",
-    )
-    for raised in ranks(2).run_raw(train_with_other_layout, command, rank, 3, False):
-        assert raised.type_name == "LayoutMismatchError"
-        assert "layer 2: rank 0" in raised.message
-        assert "rank 1" in raised.message
-        assert "which is right cannot be told" in raised.message
-
-
-@pytest.mark.counts(fault_runs=1)
-def test_a_corrupted_layout_names_the_rank_that_differs(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
-    command = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=4,
-        global_batch=8,
-        steps=10,
-        extra=" --expert-parallel-mode fsep --fsep-planner static --fsep-capacity 3",
-    )
-    raised = ranks(4).run_raw(train_with_other_layout, command, 2, 3, False)
-    assert {result.type_name for result in raised} == {"LayoutMismatchError"}
-    assert all("rank 2 (place 2 in the group)" in result.message for result in raised)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from tests.parity.flags import command_line
 from tests.parity.replay import train_row
 
@@ -73,14 +72,9 @@ def places_of_builds(command: list[str]) -> set[str]:
     ],
 )
 def test_indexes_are_built_where_nothing_waits_for_them(
-    ranks: Callable[[int], RankPool], text_data: str, flags: str, expected: set[str]
+    ranks: RankPools, text_data: str, flags: str, expected: set[str]
 ) -> None:
     command = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=16,
-        steps=4,
-        extra=f"--expert-parallel-mode fsep {flags}",
+        text_data, f"--expert-parallel-mode fsep {flags}", global_batch=16, steps=4
     )
     assert ranks(2).run(places_of_builds, command) == [expected] * 2

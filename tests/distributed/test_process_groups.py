@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,7 +10,7 @@ from unittest import mock
 import pytest
 import yaml
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from megatron_laer.files.shipped import yaml_file
 from tests.parity.flags import command_line
@@ -70,7 +69,7 @@ def groups_of(
         dist.destroy_process_group()
 
 
-def test_groups_of_four_ranks_on_two_nodes(ranks: Callable[[int], RankPool]) -> None:
+def test_groups_of_four_ranks_on_two_nodes(ranks: RankPools) -> None:
     for rank, found in enumerate(ranks(4).run(groups_of, 4, 2)):
         assert found["ranks"] == (0, 1, 2, 3)
         assert found["intra_node"] == [[0, 1] if rank < 2 else [2, 3]] * 2
@@ -83,9 +82,7 @@ def test_groups_of_four_ranks_on_two_nodes(ranks: Callable[[int], RankPool]) -> 
 
 
 @pytest.mark.parametrize("exchange", ["node", "auto"])
-def test_tokens_get_groups_for_both_stages_when_asked_for(
-    ranks: Callable[[int], RankPool], exchange: str
-) -> None:
+def test_tokens_get_groups_for_both_stages_when_asked_for(ranks: RankPools, exchange: str) -> None:
     for rank, found in enumerate(ranks(4).run(groups_of, 4, 2, exchange)):
         inside = [0, 1] if rank < 2 else [2, 3]
         assert found["tokens"] == [inside, [0, 2] if rank % 2 == 0 else [1, 3]]
@@ -95,7 +92,7 @@ def test_tokens_get_groups_for_both_stages_when_asked_for(
         assert found["tokens"] == [None, None], "one stage goes over Megatron's group"
 
 
-def test_replicas_have_groups_of_their_own(ranks: Callable[[int], RankPool]) -> None:
+def test_replicas_have_groups_of_their_own(ranks: RankPools) -> None:
     for rank, found in enumerate(ranks(4).run(groups_of, 2, None)):
         assert found["ranks"] == ((0, 1) if rank < 2 else (2, 3))
         assert found["index"] == rank // 2
@@ -105,9 +102,7 @@ def test_replicas_have_groups_of_their_own(ranks: Callable[[int], RankPool]) -> 
         assert found["distinct"] == 3
 
 
-def test_a_node_size_that_does_not_divide_is_refused_on_every_rank(
-    ranks: Callable[[int], RankPool],
-) -> None:
+def test_a_node_size_that_does_not_divide_is_refused_on_every_rank(ranks: RankPools) -> None:
     for raised in ranks(4).run_raw(groups_of, 4, 3):
         assert raised.type_name == "ValueError"
         assert "--fsep-node-size 3" in raised.message
@@ -120,9 +115,7 @@ def groups_where_a_rank_is_told_otherwise() -> dict[str, Any]:
         return groups_of(4, None)
 
 
-def test_launchers_that_disagree_are_refused_on_every_rank(
-    ranks: Callable[[int], RankPool],
-) -> None:
+def test_launchers_that_disagree_are_refused_on_every_rank(ranks: RankPools) -> None:
     for raised in ranks(4).run_raw(groups_where_a_rank_is_told_otherwise):
         assert raised.type_name == "ValueError"
         assert "[1, 4] ranks: not the same number" in raised.message
@@ -142,7 +135,7 @@ def groups_where_a_rank_has_other_flags(token_exchange: str, node_size: int) -> 
     ],
 )
 def test_ranks_that_would_make_other_groups_are_refused_on_every_rank(
-    ranks: Callable[[int], RankPool], token_exchange: str, node_size: int, message: str
+    ranks: RankPools, token_exchange: str, node_size: int, message: str
 ) -> None:
     for raised in ranks(2).run_raw(groups_where_a_rank_has_other_flags, token_exchange, node_size):
         assert raised.type_name == "ValueError"
@@ -169,7 +162,7 @@ def groups_across_a_node_and_inside_one() -> tuple[int, float]:
         dist.destroy_process_group()
 
 
-def test_ranks_go_on_alike_where_fsep_groups_are_unlike(ranks: Callable[[int], RankPool]) -> None:
+def test_ranks_go_on_alike_where_fsep_groups_are_unlike(ranks: RankPools) -> None:
     """A group of the world that is made afterwards has one name on all ranks."""
     found = ranks(8).run(groups_across_a_node_and_inside_one)
     assert found == [(2, 8.0)] * 4 + [(6, 8.0)] * 4
@@ -193,11 +186,7 @@ def chosen_node_size(command: list[str]) -> int:
     ("inside_bytes_per_s", "expected"), [(1e12, 2), (1e9, 4)], ids=["node", "flat"]
 )
 def test_auto_goes_through_nodes_where_links_inside_are_faster(
-    ranks: Callable[[int], RankPool],
-    text_data: str,
-    tmp_path: Path,
-    inside_bytes_per_s: float,
-    expected: int,
+    ranks: RankPools, text_data: str, tmp_path: Path, inside_bytes_per_s: float, expected: int
 ) -> None:
     values = yaml.safe_load(yaml_file("cluster", "cpu-gloo").read_text())
     # The rates below are outside of them.
@@ -209,12 +198,12 @@ def test_auto_goes_through_nodes_where_links_inside_are_faster(
     # A node holds each expert twice, so half of the bytes need not cross.
     command = command_line(
         text_data,
+        " --expert-parallel-mode fsep --fsep-planner static --fsep-capacity 4"
+        f" --fsep-node-size 2 --fsep-restore-algorithm auto --fsep-cluster {cluster}",
         experts=4,
         expert_parallel=4,
         global_batch=8,
         steps=1,
-        extra=" --expert-parallel-mode fsep --fsep-planner static --fsep-capacity 4"
-        f" --fsep-node-size 2 --fsep-restore-algorithm auto --fsep-cluster {cluster}",
     )
     assert ranks(4).run(chosen_node_size, command) == [expected] * 4
 

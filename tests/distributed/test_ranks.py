@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -52,7 +51,11 @@ def start_stubborn_child() -> tuple[int, int]:
     return os.getpid(), child.pid
 
 
-@pytest.mark.parametrize("how", ["closes", "forgets", "is killed"])
+@pytest.mark.parametrize(
+    "how",
+    # Every session closes its pools.
+    ["is killed", *(pytest.param(how, marks=pytest.mark.nightly) for how in ("closes", "forgets"))],
+)
 def test_what_ranks_started_ends_with_the_pool_and_keeps_nobody_waiting(
     tmp_path: Path, how: str
 ) -> None:
@@ -111,7 +114,7 @@ def tensors() -> object:
     return [torch.full((2,), float(number)) for number in range(2000)]
 
 
-def test_results_hold_no_files_open(ranks: Callable[[int], RankPool]) -> None:
+def test_results_hold_no_files_open(ranks: RankPools) -> None:
     import torch
 
     pool = ranks(2)
@@ -131,12 +134,10 @@ def open_after_training(flags: list[str]) -> tuple[int, int]:
 
 @pytest.mark.parametrize("mode", ["", " --expert-parallel-mode fsep"], ids=["stock", "fsep"])
 def test_a_run_leaves_no_process_group_in_its_rank(
-    ranks: Callable[[int], RankPool], text_data: str, mode: str
+    ranks: RankPools, text_data: str, mode: str
 ) -> None:
     overlap = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-    flags = command_line(
-        text_data, experts=8, expert_parallel=2, global_batch=4, steps=1, extra=overlap + mode
-    )
+    flags = command_line(text_data, overlap + mode, steps=1)
     # Files that the first run opens for good, such as the dataset, are not opened again.
     runs = [ranks(2).run(open_after_training, flags) for _ in range(3)]
     for (threads, files), (threads_after, files_after) in zip(runs[1], runs[2], strict=True):

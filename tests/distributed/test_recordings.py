@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.files.writing import open_exclusively
-from megatron_laer.telemetry.metrics_file import read_metrics
 from megatron_laer.telemetry.timeline import FIRST_STEP
-from megatron_laer.tools.traces.reading import read_trace
+from megatron_laer.tools.report.metrics_recording import read_metrics
+from megatron_laer.tools.traces.fsep import read_recording
 from tests.parity.flags import command_line
 
 SAVED, STEPS = 4, 6
@@ -32,12 +31,7 @@ FILES = {
 def flags(data: str, folder: Path, recordings: list[str], extra: str = "") -> list[str]:
     recorded = " ".join(f"{flag} {folder / flag.lstrip('-')}" for flag in recordings)
     return command_line(
-        data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=4,
-        steps=STEPS,
-        extra=f" --expert-parallel-mode fsep --fsep-late-plan wait {recorded} {extra}",
+        data, f" --expert-parallel-mode fsep --fsep-late-plan wait {recorded} {extra}", steps=STEPS
     )
 
 
@@ -47,7 +41,7 @@ def file_of(folder: Path, flag: str) -> Path:
 
 @pytest.fixture(scope="module")
 def first_run(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path_factory: pytest.TempPathFactory
+    ranks: RankPools, text_data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Record]:
     folder = tmp_path_factory.mktemp("run")
     saved = folder / "saved"
@@ -67,7 +61,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("flag", FILES)
 def test_a_new_run_in_a_used_folder_is_refused_on_every_rank(
-    ranks: Callable[[int], RankPool], text_data: str, used: Path, flag: str
+    ranks: RankPools, text_data: str, used: Path, flag: str
 ) -> None:
     before, other = contents(used), used / "other"
     # It would resume from its own checkpoints, of which there are none: it is not the recorded run.
@@ -81,7 +75,7 @@ def test_a_new_run_in_a_used_folder_is_refused_on_every_rank(
 
 @pytest.mark.parametrize("flag", FILES)
 def test_a_second_run_beside_the_first_is_refused_on_every_rank(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, flag: str
+    ranks: RankPools, text_data: str, tmp_path: Path, flag: str
 ) -> None:
     path = file_of(tmp_path, flag)
     path.parent.mkdir(parents=True)
@@ -95,7 +89,7 @@ def test_a_second_run_beside_the_first_is_refused_on_every_rank(
 
 
 def test_a_replay_over_its_own_recording_is_refused_on_every_rank(
-    ranks: Callable[[int], RankPool], text_data: str, used: Path, tmp_path: Path
+    ranks: RankPools, text_data: str, used: Path, tmp_path: Path
 ) -> None:
     old, new = file_of(used, "--fsep-record-layouts"), file_of(tmp_path, "--fsep-record-layouts")
     new.parent.mkdir()
@@ -104,12 +98,9 @@ def test_a_replay_over_its_own_recording_is_refused_on_every_rank(
     before = contents(used)
     command = command_line(
         text_data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=4,
-        steps=STEPS,
-        extra=f" --expert-parallel-mode fsep --fsep-replay-layouts {old.parent}"
+        f" --expert-parallel-mode fsep --fsep-replay-layouts {old.parent}"
         f" --fsep-record-layouts {new.parent}",
+        steps=STEPS,
     )
     for raised in ranks(2).run_raw(train, command):
         assert raised.type_name == "RefusedError", raised.traceback
@@ -119,7 +110,7 @@ def test_a_replay_over_its_own_recording_is_refused_on_every_rank(
 
 
 def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
-    ranks: Callable[[int], RankPool], text_data: str, first_run: tuple[Path, Record], used: Path
+    ranks: RankPools, text_data: str, first_run: tuple[Path, Record], used: Path
 ) -> None:
     resume = f"--ckpt-format torch_dist --load {used / 'saved'} --ckpt-step {SAVED}"
     record = ranks(2).run(train, flags(text_data, used, list(FILES), resume))[0]
@@ -138,8 +129,8 @@ def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
         if path.suffix == ".jsonl":
             assert lines(aside) == [lines(old)[0], *lines(old)[-(STEPS - SAVED) :]]
         else:
-            assert sorted(set(read_trace(path).step_R)) == list(range(STEPS))
-            assert sorted(set(read_trace(aside).step_R)) == list(range(SAVED, STEPS))
+            assert sorted(set(read_recording(path).step_R)) == list(range(STEPS))
+            assert sorted(set(read_recording(aside).step_R)) == list(range(SAVED, STEPS))
 
     path = file_of(used, "--fsep-record-metrics")
     recording, first = read_metrics(path), file_of(first_run[0], "--fsep-record-metrics")

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
@@ -30,59 +30,59 @@ ADAPTIVE = " --fsep-imbalance-tolerance 0.02 --fsep-late-plan wait"
 NODES = " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-restore-algorithm node"
 TOKENS = " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-token-exchange node"
 
-# Ranks and flags; 3 layers by default, 4 microbatches of 2 sequences per rank.
-CASES = {
+# Ranks and flags; 4 microbatches of 2 sequences per rank. The daily cases have each part of the
+# schedule once; the night's combine the same parts.
+DAILY = {
     "plain": (2, " --num-layers 3"),
-    "full recompute": (2, " --num-layers 3" + FULL),
     "recompute of the first layers": (2, " --num-layers 3" + BLOCK),
-    "selective recompute": (2, " --num-layers 3" + SELECTIVE),
     "expert data parallel 2, overlaps": (4, " --num-layers 3" + OVERLAP),
-    "repeated MTP layer": (2, " --num-layers 1" + REPEATED),
     "repeated MTP layer, full recompute, adaptive": (
         2,
         " --num-layers 1" + REPEATED + FULL + ADAPTIVE,
     ),
-    "pipeline 2": (4, " --num-layers 4" + PIPELINE),
-    "virtual pipeline 2 x 2": (4, " --num-layers 4" + VIRTUAL),
     "exact": (2, " --num-layers 3" + EXACT),
-    "adaptive": (2, " --num-layers 3" + ADAPTIVE),
     "nodes of 2": (4, " --num-layers 3" + NODES),
     "tokens through nodes of 2, selective recompute": (4, " --num-layers 3" + SELECTIVE + TOKENS),
+    "restored once per step, virtual pipeline 2 x 2": (4, " --num-layers 4" + VIRTUAL + STEP),
+}
+NIGHTLY = {
+    "full recompute": (2, " --num-layers 3" + FULL),
+    "selective recompute": (2, " --num-layers 3" + SELECTIVE),
+    "repeated MTP layer": (2, " --num-layers 1" + REPEATED),
+    "pipeline 2": (4, " --num-layers 4" + PIPELINE),
+    "virtual pipeline 2 x 2": (4, " --num-layers 4" + VIRTUAL),
+    "adaptive": (2, " --num-layers 3" + ADAPTIVE),
     "restored once per step, pipeline 2": (4, " --num-layers 4" + PIPELINE + STEP),
     "restored once per step, full recompute": (2, " --num-layers 3" + FULL + STEP),
     "restored once per step, overlaps": (4, " --num-layers 3" + OVERLAP + STEP),
-    "restored once per step, virtual pipeline 2 x 2": (4, " --num-layers 4" + VIRTUAL + STEP),
     "virtual pipeline 2 x 2, full recompute": (4, " --num-layers 4" + VIRTUAL + FULL),
 }
+CASES = DAILY | NIGHTLY
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_schedule_changes_no_bit(
-    ranks: Callable[[int], RankPool], text_data: str, case: str
-) -> None:
-    size, extra = CASES[case]
+def command(data: str, batch: int, steps: int, extra: str) -> list[str]:
     planner = "" if EXACT in extra or ADAPTIVE in extra else " --fsep-planner random"
-    pipelines = 2 if "pipeline" in case else 1
+    return command_line(
+        data, f" --expert-parallel-mode fsep{planner}{extra}", global_batch=batch, steps=steps
+    )
+
+
+@pytest.mark.parametrize(
+    "case", [*DAILY, *(pytest.param(case, marks=pytest.mark.nightly) for case in NIGHTLY)]
+)
+def test_the_schedule_changes_no_bit(ranks: RankPools, text_data: str, case: str) -> None:
+    size, extra = CASES[case]
+    batch = 8 * size // (2 if "pipeline" in case else 1)
+    evaluation = " --eval-interval 2 --eval-iters 1"
     on, off = (
-        ranks(size).run(
-            train,
-            command_line(
-                text_data,
-                experts=8,
-                expert_parallel=2,
-                global_batch=8 * size // pipelines,
-                steps=STEPS,
-                extra=f" --expert-parallel-mode fsep{planner}{extra}"
-                f" --fsep-scheduler {scheduler} --eval-interval 2 --eval-iters 1",
-            ),
-        )[0]
-        for scheduler in ("on", "off")
+        ranks(size).run(train, command(text_data, batch, STEPS, extra + scheduler + evaluation))[0]
+        for scheduler in (" --fsep-scheduler on", " --fsep-scheduler off")
     )
     assert len(on.losses) == STEPS
     assert identical(on, off)
 
 
-def train_with_frozen_experts(command: list[str]) -> Record:
+def train_with_frozen_experts(flags: list[str]) -> Record:
     from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     register = FSEPMoELayer._register
@@ -93,31 +93,18 @@ def train_with_frozen_experts(command: list[str]) -> Record:
             parameter.requires_grad_(False)
 
     with mock.patch.object(FSEPMoELayer, "_register", frozen):
-        return train(command)
+        return train(flags)
 
 
-def test_experts_that_need_no_gradient_hold_up_nothing(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_experts_that_need_no_gradient_hold_up_nothing(ranks: RankPools, text_data: str) -> None:
     on, off = (
-        ranks(2).run(
-            train_with_frozen_experts,
-            command_line(
-                text_data,
-                experts=8,
-                expert_parallel=2,
-                global_batch=4,
-                steps=2,
-                extra=" --expert-parallel-mode fsep --fsep-planner random"
-                f" --fsep-scheduler {scheduler}",
-            ),
-        )[0]
-        for scheduler in ("on", "off")
+        ranks(2).run(train_with_frozen_experts, command(text_data, 4, 2, scheduler))[0]
+        for scheduler in (" --fsep-scheduler on", " --fsep-scheduler off")
     )
     assert on.losses[1] != on.losses[0] and identical(on, off)
 
 
-def order_of_events(command: list[str]) -> list[str]:
+def order_of_events(flags: list[str]) -> list[str]:
     """Return the starts, departures and arrivals of the first microbatch on this rank, in order.
 
     Marks between them, for layer N: `attends N` ends its attention's forward, `tokens N` its
@@ -205,7 +192,7 @@ def order_of_events(command: list[str]) -> list[str]:
             finish_reduce=told("arrive", SlotGrads.finish_reduce),
         ),
     ):
-        train(command)
+        train(flags)
     return events
 
 
@@ -268,34 +255,19 @@ FORWARD_WITHOUT = (
     ids=["plain", "full recompute", "selective recompute", "off", "exact"],
 )
 def test_exchanges_start_early_and_arrive_late(
-    ranks: Callable[[int], RankPool], text_data: str, extra: str, expected: str
+    ranks: RankPools, text_data: str, extra: str, expected: str
 ) -> None:
-    planner = "" if extra == EXACT else " --fsep-planner random"
-    command = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=4,
-        steps=1,
-        extra=f" --expert-parallel-mode fsep{planner} --num-layers 3{extra}",
-    )
-    for events in ranks(2).run(order_of_events, command):
+    flags = command(text_data, 4, 1, f" --num-layers 3{extra}")
+    for events in ranks(2).run(order_of_events, flags):
         assert ", ".join(events) == expected
 
 
 def test_restores_start_when_tokens_crossed_nodes_and_before_they_are_passed_on(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
-    command = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=4,
-        global_batch=8,
-        steps=1,
-        extra=f" --expert-parallel-mode fsep --fsep-planner random --num-layers 3{TOKENS}",
-    )
+    flags = command(text_data, 8, 1, f" --num-layers 3{TOKENS}")
     passed_on = FORWARD
     for layer in "123":
         passed_on = passed_on.replace(f"experts {layer},", f"experts {layer}, inside {layer},")
-    for events in ranks(4).run(order_of_events, command):
+    for events in ranks(4).run(order_of_events, flags):
         assert ", ".join(events).startswith(passed_on)

@@ -15,5 +15,5 @@ def test_steps_are_calibrated_measured_and_predicted(tmp_path):
     for row in rows:
         assert set(row) == {"name", "measured_s", "predicted_s", "calibrated"}
         assert row["measured_s"] > 0 and row["predicted_s"] > 0
-    # tests/unit/test_simulator_validation.py tests their accuracy, with given times.
+    # tests/tools/test_simulator_validation.py tests their accuracy, with given times.
     assert rows[2]["name"].startswith("stock, W2") and rows[3]["name"].startswith("fsep, W2")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,29 +15,24 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_laer.cpu.ranks import RankPool
-from megatron_laer.cpu.training import train
+from megatron_laer.cpu.ranks import RankPools
 from tests import documents
+from tests.checkouts import checkout
 from tests.distributed.test_announced import MICROBATCHES, announce_by_slimes_hooks
 from tests.distributed.test_own_loop import code_of, script
-from tests.distributed.test_stock_loading import flags_of
+from tests.distributed.test_stock_loading import flags_of, probed
 from tests.distributed.test_stock_writing import values
 
 __all__ = ["script"]
 
-CHECKOUT = os.environ.get("SLIME_CHECKOUT")
 PAGE = documents.ROOT / "docs" / "checkpoints.md"
 ASKED = "model_module.named_parameters()"
 EXPERTS, LAYERS = 4, 2
 
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.skipif(CHECKOUT is None, reason="SLIME_CHECKOUT names no checkout of slime"),
-]
+CHECKOUT, pytestmark = checkout("SLIME_CHECKOUT", "slime")
 
 
 def _of_page() -> str:
@@ -49,14 +43,12 @@ def _of_page() -> str:
 @contextlib.contextmanager
 def slime() -> Iterator[Callable[[str], ModuleType]]:
     """Make slime's files importable one by one, with the page's change in the named one."""
-    assert CHECKOUT is not None
-    root = Path(CHECKOUT)
     before = set(sys.modules)
     size_and_rank = {"current_device": lambda: "cpu", "synchronize": lambda: None}
 
     def package(name: str, **contents: Any) -> None:
         module = ModuleType(name)
-        module.__path__ = [str(root.joinpath(*name.split(".")))]
+        module.__path__ = [str(CHECKOUT.joinpath(*name.split(".")))]
         vars(module).update(contents)
         sys.modules[name] = module
 
@@ -74,7 +66,7 @@ def slime() -> Iterator[Callable[[str], ModuleType]]:
         package("slime.backends.megatron_utils.update_weight")
         package("slime.backends.megatron_utils.hf_to_megatron")
         package("slime.backends.megatron_utils.megatron_to_hf", convert_to_hf=_converted)
-        common = root / "slime/backends/megatron_utils/update_weight/common.py"
+        common = CHECKOUT / "slime/backends/megatron_utils/update_weight/common.py"
         source = common.read_text()
         assert source.count(ASKED) == 2, "the page names another function than slime has"
         name = "slime.backends.megatron_utils.update_weight.common"
@@ -173,12 +165,11 @@ def by_slime(flags: list[str], folder: Path) -> int:
                 assert torch.equal(again[name], tensor), name
             return sum(".experts." in name for name in sent)
 
-    found: int = train(flags, check).probes[0]
-    return found
+    return probed(flags, check)
 
 
 def test_slimes_own_files_read_and_write_every_expert(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     parts = 3  # gate, up and down
     assert ranks(2).run(by_slime, flags_of(text_data), tmp_path) == [LAYERS * EXPERTS * parts] * 2
@@ -190,7 +181,7 @@ def by_slimes_replay(path: Path, hooks: Path) -> tuple[list[int], int]:
         return announce_by_slimes_hooks(path, hooks, replay)
 
 
-def test_slimes_own_replay_is_announced(ranks: Callable[[int], RankPool], script: Path) -> None:
+def test_slimes_own_replay_is_announced(ranks: RankPools, script: Path) -> None:
     hooks = script.with_name("announcing_hooks.py")
     hooks.write_text(code_of("rl.md", "before_train_step"))
     for announced, misses in ranks(2).run(by_slimes_replay, script, hooks):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,21 @@ def settings(tmp_path: Path) -> Callable[..., dict[str, str]]:
         return own | {"PYTHONPATH": processes.python_path()} | more
 
     return make
+
+
+@pytest.fixture
+def submit(
+    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+) -> Submit:
+    """Return `submit(options, body, **variables)`: a job of ten steps with a checkpoint folder."""
+
+    def job(options: Sequence[str], body: str = "", **variables: str) -> Job:
+        own = {"CHECKPOINT": str(tmp_path / "run")} | variables
+        return slurm_cluster.submit(
+            *(*options, str(SBATCH), "--", "--train-iters", "10"), environment=settings(body, **own)
+        )
+
+    return job
 
 
 @pytest.fixture(autouse=True)
@@ -135,17 +150,14 @@ def test_settings_that_slurm_hides_are_asked_for_and_may_be_given_by_name(
 
 @pytest.mark.counts(slurm_jobs=1)
 def test_a_requeued_job_keeps_its_log_and_says_whose_checkpoint_it_goes_on_from(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+    slurm_cluster: Cluster, submit: Submit, tmp_path: Path
 ) -> None:
     body = f"""
         [[ ${{SLURM_RESTART_COUNT:-0}} == 0 ]] || {{ {SAVE_ALL}; exit; }}
         echo 4 >"$CHECKPOINT/latest_checkpointed_iteration.txt"
         echo waiting
         sleep 600"""
-    job = slurm_cluster.submit(
-        *(*ONE_NODE, str(SBATCH), "--", "--train-iters", "10"),
-        environment=settings(body, CHECKPOINT=str(tmp_path / "run")),
-    )
+    job = submit(ONE_NODE, body)
     job.wait_for_text("waiting")
     slurm_cluster.run("scontrol", "requeue", str(job.number))
     job.restart_now()
@@ -170,15 +182,12 @@ def test_without_a_checkpoint_a_job_is_not_requeued(
 
 @pytest.mark.counts(slurm_jobs=1)
 def test_a_job_is_requeued_while_steps_remain_and_no_more_often_than_allowed(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+    submit: Submit, tmp_path: Path
 ) -> None:
     body = (
         'echo $((${SLURM_RESTART_COUNT:-0} + 1)) >"$CHECKPOINT/latest_checkpointed_iteration.txt"'
     )
-    variables = settings(body, CHECKPOINT=str(tmp_path / "run"), MAX_REQUEUES="2", MARGIN_MIN="1")
-    job = slurm_cluster.submit(
-        *(*ONE_NODE, "--time=60", str(SBATCH), "--", "--train-iters", "10"), environment=variables
-    )
+    job = submit((*ONE_NODE, "--time=60"), body, MAX_REQUEUES="2", MARGIN_MIN="1")
     for count in (1, 2):
         job.wait_for_text(f"requeued ({count} of 2)")
         job.restart_now()
@@ -195,31 +204,24 @@ def test_a_job_is_requeued_while_steps_remain_and_no_more_often_than_allowed(
 
 
 @pytest.mark.counts(slurm_jobs=1)
-def test_a_time_limit_within_the_margin_is_refused(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--time=10",), "the time limit leaves no minute beside MARGIN_MIN=15"),
+        ((), "the run has saved no further step"),
+    ],
+)
+def test_a_job_that_would_be_requeued_for_ever_fails(
+    submit: Submit, options: tuple[str, ...], said: str
 ) -> None:
-    job = slurm_cluster.submit(
-        *(*ONE_NODE, "--time=10", str(SBATCH)),
-        environment=settings(CHECKPOINT=str(tmp_path / "run")),
-    )
+    job = submit((*ONE_NODE, *options), "true")
     assert job.end() == "FAILED"
-    assert "the time limit leaves no minute beside MARGIN_MIN=15" in job.log
-
-
-@pytest.mark.counts(slurm_jobs=1)
-def test_a_run_that_saves_no_further_step_is_not_requeued(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
-) -> None:
-    job = slurm_cluster.submit(
-        *ONE_NODE, str(SBATCH), environment=settings("true", CHECKPOINT=str(tmp_path / "run"))
-    )
-    assert job.end() == "FAILED"
-    assert "the run has saved no further step" in job.log
+    assert said in job.log
 
 
 @pytest.mark.counts(slurm_jobs=1)
 def test_a_failed_run_ends_on_every_node_and_is_started_again(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+    submit: Submit, tmp_path: Path
 ) -> None:
     body = f"""
         port=$(sed "s/.*--master-port \\([0-9]*\\).*/\\1/" <<<"$*")
@@ -228,10 +230,7 @@ def test_a_failed_run_ends_on_every_node_and_is_started_again(
         # Not before both nodes have started, since srun then ends the other one.
         until (($(grep -c -- "--master-port $port " "$0.started") == 2)); do sleep 0.1; done
         exit 7"""
-    variables = settings(body, CHECKPOINT=str(tmp_path / "run"), MAX_RESTARTS="2")
-    job = slurm_cluster.submit(
-        *(*TWO_NODES, str(SBATCH), "--", "--train-iters", "10"), environment=variables
-    )
+    job = submit(TWO_NODES, body, MAX_RESTARTS="2")
     assert job.end() == "COMPLETED", job.log
     assert job.log.count("it is started again") == 2
     assert "it is started again (2 of 2)" in job.log
@@ -241,10 +240,9 @@ def test_a_failed_run_ends_on_every_node_and_is_started_again(
 
 @pytest.mark.counts(slurm_jobs=1)
 def test_a_job_that_is_told_to_end_is_not_started_again(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+    slurm_cluster: Cluster, submit: Submit
 ) -> None:
-    variables = settings("sleep 600", CHECKPOINT=str(tmp_path / "run"), MAX_RESTARTS="9")
-    job = slurm_cluster.submit(*TWO_NODES, str(SBATCH), environment=variables)
+    job = submit(TWO_NODES, "sleep 600", MAX_RESTARTS="9")
     job.wait_for_text("started:", 2)
     slurm_cluster.run("scancel", str(job.number))
     assert job.end() == "CANCELLED", job.log
@@ -255,10 +253,7 @@ def test_a_job_that_is_told_to_end_is_not_started_again(
 @pytest.mark.counts(slurm_jobs=1)
 @pytest.mark.parametrize("options", [(), ("--batch",)], ids=["to the ranks", "to the batch shell"])
 def test_usr1_reaches_what_handles_it_and_nothing_else_ends(
-    slurm_cluster: Cluster,
-    settings: Callable[..., dict[str, str]],
-    tmp_path: Path,
-    options: tuple[str, ...],
+    submit: Submit, options: tuple[str, ...]
 ) -> None:
     # A launcher that ignores the signal, as it must, and a rank that handles it. A shell cannot
     # handle a signal that it was started to ignore, but Python can.
@@ -268,10 +263,7 @@ def test_usr1_reaches_what_handles_it_and_nothing_else_ends(
         "time.sleep(600)"
     )
     body = f"{shlex.quote(sys.executable)} -c {shlex.quote(rank)}\necho saved\n{SAVE_ALL}"
-    job = slurm_cluster.submit(
-        *(*TWO_NODES, str(SBATCH), "--", "--train-iters", "10"),
-        environment=settings(body, CHECKPOINT=str(tmp_path / "run")),
-    )
+    job = submit(TWO_NODES, body)
     job.wait_for_text("ready", 2)
     job.signal("USR1", *options)
     assert job.end() == "COMPLETED", job.log
@@ -280,24 +272,23 @@ def test_usr1_reaches_what_handles_it_and_nothing_else_ends(
 
 @pytest.mark.counts(slurm_jobs=3)
 def test_a_checkpoint_in_use_or_of_another_model_is_refused_and_another_jobs_is_named(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+    submit: Submit, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     until_saved = (
         'until [[ -f "$CHECKPOINT/latest_checkpointed_iteration.txt" ]]; do sleep 0.1; done'
     )
-    variables = settings(until_saved, CHECKPOINT=str(folder))
-    words = (*ONE_NODE, "--job-name=first", str(SBATCH), "--", "--train-iters", "10")
-    first = slurm_cluster.submit(*words, environment=variables)
+    options = (*ONE_NODE, "--job-name=first")
+    first = submit(options, until_saved)
     first.wait_for_text("started:")
-    second = slurm_cluster.submit(*words, environment=variables)
+    second = submit(options, until_saved)
     assert second.end() == "FAILED"
     whose = f"job {first.number} (first, MODEL=tiny-moe, MODE=fsep)"
     assert f"{folder} is in use by {whose}; give this job another CHECKPOINT" in second.log
     (folder / "latest_checkpointed_iteration.txt").write_text("10")
     assert first.end() == "COMPLETED", first.log
 
-    third = slurm_cluster.submit(*words, environment=variables | {"MODE": "standard"})
+    third = submit(options, until_saved, MODE="standard")
     assert third.end() == "COMPLETED"
     assert f"{folder} holds step 10 of {whose}" in third.log
     assert "nothing is left to do" in third.log and "started:" not in third.log
@@ -347,7 +338,7 @@ def test_a_task_of_an_array_requeues_itself_alone(
 
 @pytest.mark.counts(slurm_jobs=1)
 def test_both_modes_run_one_after_the_other_also_over_a_requeue(
-    slurm_cluster: Cluster, settings: Callable[..., dict[str, str]], tmp_path: Path
+    submit: Submit, tmp_path: Path
 ) -> None:
     line = "iteration %d/ 10 | elapsed time per iteration (ms): 5.0 | lm loss: %s |"
     body = f"""
@@ -359,10 +350,7 @@ def test_both_modes_run_one_after_the_other_also_over_a_requeue(
             printf '{line}\\n' "$step" "$step.5"
         done
         echo "$step" >"$tracker" """
-    job = slurm_cluster.submit(
-        *(*ONE_NODE, f"--chdir={tmp_path}", str(SBATCH), "--", "--train-iters", "10"),
-        environment=settings(body, CHECKPOINT=str(tmp_path / "run"), MODE="both"),
-    )
+    job = submit((*ONE_NODE, f"--chdir={tmp_path}"), body, MODE="both")
     for count in (1, 2):
         job.wait_for_text(f"requeued ({count} of 100)")
         job.restart_now()

@@ -3,6 +3,9 @@
 Each job is compared with an undisturbed one, under `--fsep-late-plan wait`: all printed digits of
 losses and gradient norms, and the layouts' versions. One loss is omitted: Megatron prints the mean
 of two at the second step after a start. The script's own decisions are in test_slurm.py.
+
+Each day a job on two nodes is saved, requeued and resumed, and one on a single node trains in
+`tests/unit/test_slurm_script.py`. The other ends go through the same script at night.
 """
 
 from __future__ import annotations
@@ -118,6 +121,7 @@ def assert_same(job: Job, undisturbed: Job, resumed_at: int | None, last: int = 
             assert step.values[name] == other[name], (number, name)
 
 
+@pytest.mark.nightly
 @pytest.mark.counts(slurm_jobs=2)
 def test_one_node_trains_as_two_do(training: Training, undisturbed: Job) -> None:
     # Tokens go to the nearest replicas, and both ranks are one node here: another order of sums,
@@ -132,6 +136,7 @@ def test_one_node_trains_as_two_do(training: Training, undisturbed: Job) -> None
     assert all(step.values[log.IMBALANCE] < 2.0 for step in steps_of(job).values())
 
 
+@pytest.mark.nightly
 @pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
 def test_a_requeued_job_goes_on_from_its_checkpoint(training: Training, undisturbed: Job) -> None:
     job = training.submit_held()
@@ -143,7 +148,7 @@ def test_a_requeued_job_goes_on_from_its_checkpoint(training: Training, undistur
     assert_same(job, undisturbed, SAVE_INTERVAL)
 
 
-@pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
+@pytest.mark.counts(slurm_jobs=2, resumed_runs=1)
 def test_usr1_saves_and_the_requeued_job_goes_on_from_the_step_it_came_in(
     training: Training, undisturbed: Job
 ) -> None:
@@ -157,6 +162,7 @@ def test_usr1_saves_and_the_requeued_job_goes_on_from_the_step_it_came_in(
     assert_same(job, undisturbed, HELD_IN)
 
 
+@pytest.mark.nightly
 @pytest.mark.counts(slurm_jobs=2, resumed_runs=1)
 def test_term_saves_where_megatron_is_told_so_and_the_next_job_goes_on(
     training: Training, undisturbed: Job
@@ -176,6 +182,7 @@ def test_term_saves_where_megatron_is_told_so_and_the_next_job_goes_on(
         assert rest[number].values["grad norm"] == expected[number].values["grad norm"]
 
 
+@pytest.mark.nightly
 @pytest.mark.counts(slurm_jobs=1, resumed_runs=1)
 def test_a_killed_rank_ends_all_and_the_run_is_started_again(
     training: Training, undisturbed: Job
@@ -190,6 +197,7 @@ def test_a_killed_rank_ends_all_and_the_run_is_started_again(
     assert_same(job, undisturbed, SAVE_INTERVAL)
 
 
+@pytest.mark.nightly
 @pytest.mark.counts(slurm_jobs=1)
 def test_both_modes_train_in_one_job_and_are_compared(training: Training) -> None:
     job = training.submit(*TWO_NODES, MODE="both", words="--exit-interval 6")

@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from tests.parity.compare import Distance, distance
 from tests.parity.flags import command_line
@@ -46,24 +46,13 @@ def train_without_waiting(command: list[str]) -> Record:
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "train_unguarded"),
-    [("on", train_without_waiting), ("off", train_without_call)],
+    ("scheduler", "train_unguarded"), [("on", train_without_waiting), ("off", train_without_call)]
 )
 def test_the_guard_is_what_keeps_restored_weights_fresh(
-    ranks: Callable[[int], RankPool],
-    text_data: str,
-    scheduler: str,
-    train_unguarded: Callable[[list[str]], Record],
+    ranks: RankPools, text_data: str, scheduler: str, train_unguarded: Callable[[list[str]], Record]
 ) -> None:
     def command(extra: str) -> list[str]:
-        return command_line(
-            text_data,
-            experts=8,
-            expert_parallel=2,
-            global_batch=8,
-            steps=STEPS,
-            extra=OVERLAP + extra,
-        )
+        return command_line(text_data, OVERLAP + extra, global_batch=8, steps=STEPS)
 
     fsep = f" --expert-parallel-mode fsep --fsep-planner random --fsep-scheduler {scheduler}"
     pool = ranks(4)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import megatron_laer
 from megatron_laer import session
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from megatron_laer.runtime.weights.states import WeightState
 from tests.parity.flags import command_line
@@ -26,9 +26,13 @@ FSEP = " --expert-parallel-mode fsep --fsep-planner random"
 
 
 def flags_of(data: str, extra: str = "") -> list[str]:
-    return command_line(
-        data, experts=4, expert_parallel=2, global_batch=4, steps=1, extra=FSEP + extra
-    )
+    return command_line(data, FSEP + extra, experts=4, steps=1)
+
+
+def probed[T](flags: list[str], probe: Callable[[list[Chunk]], T]) -> T:
+    """Train; return the probe's result on this rank after the first step."""
+    found: T = train(flags, probe).probes[0]
+    return found
 
 
 def without(name: str) -> Callable[[list[Given]], Iterator[Given]]:
@@ -95,13 +99,10 @@ def errors(flags: list[str]) -> dict[str, str]:
         megatron_laer.load_stock_named_parameters(chunk, given)  # all ranks are still in step
         return said
 
-    found: dict[str, str] = train(flags, attempts).probes[0]
-    return found
+    return probed(flags, attempts)
 
 
-def test_wrong_calls_are_refused_on_every_rank_and_named(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_wrong_calls_are_refused_on_every_rank_and_named(ranks: RankPools, text_data: str) -> None:
     for said in ranks(2).run(errors, flags_of(text_data)):
         assert "model is a list: " in said["list"]
         assert "expert_parallel_size=4 does not divide both the 2 ranks" in said["size"]
@@ -127,12 +128,11 @@ def held_over_a_load(flags: list[str]) -> bool:
         megatron_laer.load_stock_named_parameters(chunk, given)
         return all(experts.state.weights is WeightState.SHARDED for experts in held)
 
-    found: bool = train(flags, load).probes[0]
-    return found
+    return probed(flags, load)
 
 
 def test_experts_that_a_step_holds_are_not_used_after_a_load(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
     flags = flags_of(text_data, " --fsep-restore step")
     assert ranks(2).run(held_over_a_load, flags) == [True, True]

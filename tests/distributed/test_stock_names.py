@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -18,13 +18,13 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 
 import megatron_laer
-from megatron_laer.cpu.ranks import RankPool
-from megatron_laer.cpu.training import train
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.integrations import stock_names
 from megatron_laer.integrations.stock_names import StockLayer
 from megatron_laer.layer import moe_layer
 from megatron_laer.runtime.comm.blocks import gather_block
 from tests import documents
+from tests.distributed.test_stock_loading import probed
 from tests.parity.flags import command_line
 
 PAGE = documents.ROOT / "docs" / "checkpoints.md"
@@ -64,11 +64,11 @@ class Case:
     def command(self, data: str, extra: str, expert_parallel: int | None = None) -> list[str]:
         return command_line(
             data,
+            self.flags + STILL + extra,
             experts=self.experts,
             expert_parallel=expert_parallel or self.expert_parallel,
             global_batch=2 * self.ranks,
             steps=1,
-            extra=self.flags + STILL + extra,
             without=self.without,
         )
 
@@ -110,8 +110,7 @@ def of_stock(flags: list[str]) -> list[list[Named]]:
     def read(model: list[Chunk]) -> list[list[Named]]:
         return [copied(unwrap_model(chunk).named_parameters()) for chunk in model]
 
-    found: list[list[Named]] = train(flags, read).probes[0]
-    return found
+    return probed(flags, read)
 
 
 def of_fsep(flags: list[str], sizes: tuple[int, ...]) -> dict[int, list[list[Named]]]:
@@ -141,13 +140,12 @@ def of_fsep(flags: list[str], sizes: tuple[int, ...]) -> dict[int, list[list[Nam
                     assert torch.equal(after, kept), name
         return found
 
-    found: dict[int, list[list[Named]]] = train(flags, read).probes[0]
-    return found
+    return probed(flags, read)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_names_shapes_and_values_are_stocks_and_come_back(
-    ranks: Callable[[int], RankPool], text_data: str, case: Case
+    ranks: RankPools, text_data: str, case: Case
 ) -> None:
     pool = ranks(case.ranks)
     fsep = pool.run(of_fsep, case.command(text_data, FSEP), case.sizes)
@@ -182,13 +180,10 @@ def under_grouped_names(flags: list[str]) -> tuple[list[Named], list[Named]]:
             assert torch.equal(after, before.tensor), name
         return grouped, sequence
 
-    found: tuple[list[Named], list[Named]] = train(flags, read).probes[0]
-    return found
+    return probed(flags, read)
 
 
-def test_grouped_names_are_those_that_converters_look_for(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_grouped_names_are_those_that_converters_look_for(ranks: RankPools, text_data: str) -> None:
     flags = CASES["biases of experts"].command(text_data, FSEP)
     for grouped, sequence in ranks(2).run(under_grouped_names, flags):
         pattern = r"(decoder\.layers\.\d+\.mlp\.experts)\.(linear_fc[12])\.(weight|bias)(\d+)"
@@ -235,11 +230,10 @@ def one_layer_is_held(flags: list[str]) -> int:
                 del tensor  # otherwise it would be held while the next one is made
         return len(layers)
 
-    found: int = train(flags, read).probes[0]
-    return found
+    return probed(flags, read)
 
 
-def test_one_layer_at_a_time_is_restored(ranks: Callable[[int], RankPool], text_data: str) -> None:
+def test_one_layer_at_a_time_is_restored(ranks: RankPools, text_data: str) -> None:
     flags = CASES["Mixtral"].command(text_data, FSEP)
     assert ranks(2).run(one_layer_is_held, flags) == [4, 4]
 
@@ -266,11 +260,10 @@ def one_layer_is_loaded(flags: list[str]) -> int:
             megatron_laer.load_stock_named_parameters(model[0], given)
         return len(layers)
 
-    found: int = train(flags, read).probes[0]
-    return found
+    return probed(flags, read)
 
 
-def test_one_layer_at_a_time_is_loaded(ranks: Callable[[int], RankPool], text_data: str) -> None:
+def test_one_layer_at_a_time_is_loaded(ranks: RankPools, text_data: str) -> None:
     flags = CASES["Mixtral"].command(text_data, FSEP)
     assert ranks(2).run(one_layer_is_loaded, flags) == [2, 2]
 
@@ -295,13 +288,10 @@ def page_runs(flags: list[str]) -> list[str]:
         optimizer.reload_model_params.assert_called_once()
         return [name for name, _ in sent]
 
-    found: list[str] = train(flags, run).probes[0]
-    return found
+    return probed(flags, run)
 
 
-def test_the_pages_code_runs_with_fsep_and_without(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_the_pages_code_runs_with_fsep_and_without(ranks: RankPools, text_data: str) -> None:
     case = CASES["Mixtral"]
     fsep = ranks(2).run(page_runs, case.command(text_data, FSEP))
     stock = ranks(2).run(page_runs, case.command(text_data, ""))
@@ -317,12 +307,11 @@ def after_a_step(flags: list[str]) -> dict[str, torch.Tensor]:
             if ".experts." not in name
         }
 
-    found: dict[str, torch.Tensor] = train(flags, read).probes[0]
-    return found
+    return probed(flags, read)
 
 
 def test_weights_that_are_still_being_gathered_are_waited_for(
-    ranks: Callable[[int], RankPool], text_data: str
+    ranks: RankPools, text_data: str
 ) -> None:
     overlap = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
     flags = CASES["Mixtral"].command(text_data, FSEP + overlap + " --lr 1e-2 --min-lr 1e-2")

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 import megatron_laer
 from megatron_laer import session
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests.distributed.test_stock_loading import flags_of
 
@@ -145,13 +145,9 @@ def written(flags: list[str]) -> None:
     train(flags, check)
 
 
-def test_copies_of_models_are_swapped_in_place(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_copies_of_models_are_swapped_in_place(ranks: RankPools, text_data: str) -> None:
     ranks(2).run(swapped, flags_of(text_data))
 
 
-def test_every_way_to_write_reaches_the_slices_or_raises(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_every_way_to_write_reaches_the_slices_or_raises(ranks: RankPools, text_data: str) -> None:
     ranks(2).run(written, flags_of(text_data))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests.checkpoints import NEEDS_NVRX, saved_iteration
 from tests.faults.delays import digest
@@ -20,7 +20,8 @@ from tests.processes import outlive
 PLANNED = " --expert-parallel-mode fsep --fsep-planner greedy --fsep-late-plan wait"
 ASYNC = " --async-save --use-persistent-ckpt-worker --async-strategy mcore"
 NVRX = ASYNC.replace("mcore", "nvrx")
-# Signal, loader workers and kind of save: every two of these values meet.
+# Signal, loader workers and kind of save: each value once a day, and every two of them at night.
+DAILY_STOPS = [("SIGTERM", 0, ""), ("SIGUSR1", 2, ASYNC)]
 STOPS = [("SIGTERM", 0, ""), ("SIGUSR1", 2, ""), ("SIGTERM", 2, ASYNC), ("SIGUSR1", 0, ASYNC)]
 NVRX_STOPS = [("SIGTERM", 2, NVRX), ("SIGUSR1", 0, NVRX)]
 RESTORED = "FSEP: the planner's state is restored"
@@ -28,7 +29,7 @@ RESTORED = "FSEP: the planner's state is restored"
 
 @pytest.fixture
 def command(text_data: str) -> Callable[..., list[str]]:
-    return partial(command_line, text_data, experts=8, expert_parallel=2, global_batch=8)
+    return partial(command_line, text_data, global_batch=8)
 
 
 def stops_at(signal_name: str, folder: Path, workers: int = 0, save: str = "") -> str:
@@ -42,15 +43,18 @@ def stops_at(signal_name: str, folder: Path, workers: int = 0, save: str = "") -
 @pytest.mark.parametrize(
     "stops",
     [
-        pytest.param(STOPS, marks=pytest.mark.counts(fault_runs=4, resumed_runs=4)),
+        pytest.param(DAILY_STOPS, marks=pytest.mark.counts(fault_runs=2, resumed_runs=2)),
+        pytest.param(
+            STOPS, marks=[pytest.mark.nightly, pytest.mark.counts(fault_runs=4, resumed_runs=4)]
+        ),
         pytest.param(
             NVRX_STOPS, marks=[NEEDS_NVRX, pytest.mark.counts(fault_runs=2, resumed_runs=2)]
         ),
     ],
-    ids=["Megatron's writer", "nvidia-resiliency-ext"],
+    ids=["two stops", "four stops", "nvidia-resiliency-ext"],
 )
 def test_a_job_stopped_over_and_over_ends_bitwise_as_one_that_was_not(
-    ranks: Callable[[int], RankPool],
+    ranks: RankPools,
     command: Callable[..., list[str]],
     tmp_path: Path,
     stops: list[tuple[str, int, str]],
@@ -88,7 +92,11 @@ def test_a_job_stopped_over_and_over_ends_bitwise_as_one_that_was_not(
 
 
 @pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize("signal_name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize(
+    # The jobs of test_slurm_training.py are sent USR1 each day.
+    "signal_name",
+    ["SIGTERM", pytest.param("SIGUSR1", marks=pytest.mark.nightly)],
+)
 def test_a_signal_that_also_reaches_torchrun_finds_the_job_saved(
     command: Callable[..., list[str]], tmp_path: Path, signal_name: str
 ) -> None:
@@ -111,7 +119,8 @@ def test_a_signal_that_also_reaches_torchrun_finds_the_job_saved(
 @pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize(
     "save",
-    ["", ASYNC, pytest.param(NVRX, marks=NEEDS_NVRX)],
+    # An asynchronous save starts what a synchronous run starts, and its writer.
+    [pytest.param("", marks=pytest.mark.nightly), ASYNC, pytest.param(NVRX, marks=NEEDS_NVRX)],
     ids=["sync", "async", "nvidia-resiliency-ext"],
 )
 def test_whatever_a_killed_rank_had_started_ends(

@@ -3,7 +3,7 @@
 A configuration starts once; each seed is two steps of its run. Every rank's weights and gradients
 are compared after every step, so that a seed starts as in the undisturbed run.
 
-Runs 5 seeds. The 200 are for a machine with time:
+Runs 5 seeds each day. The 200 are for a machine with time:
 
     scripts/test.sh --nightly -- tests/distributed/test_stress.py
 """
@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import Raised, RankError, RankPool
+from megatron_laer.cpu.ranks import Raised, RankError, RankPool, RankPools
 from tests.faults.delays import STEPS_PER_SEED, Trace, train_with_delays
 from tests.parity.flags import command_line
 
@@ -45,14 +44,24 @@ class Case:
         replicas = self.ranks // (2 if VIRTUAL in self.flags else 1)
         return command_line(
             data,
-            experts=8,
+            " --micro-batch-size 1 --expert-parallel-mode fsep" + self.flags + extra,
             expert_parallel=self.group,
             global_batch=self.microbatches * replicas,
             steps=seeds * STEPS_PER_SEED,
-            extra=" --micro-batch-size 1 --expert-parallel-mode fsep" + self.flags + extra,
         )
 
 
+def seeds_of_delays(*daily: str) -> pytest.MarkDecorator:
+    """Run 5 seeds of these cases each day, of `QUICK` in the quick set too; at night 200 of all."""
+    few = pytest.mark.counts(seeds_of_delays=5)
+    many = [pytest.mark.counts(seeds_of_delays=200), pytest.mark.nightly]
+    quick = {QUICK: [pytest.mark.quick]}
+    params = [pytest.param(case, 5, marks=[few, *quick.get(case, [])]) for case in daily]
+    params += [pytest.param(case, 200, marks=many) for case in CASES]
+    return pytest.mark.parametrize(("case", "seeds"), params)
+
+
+QUICK = "restored per layer"
 CASES = {
     "restored per layer": Case(2, 2, 2, 3, FORECAST),
     "by nodes, 2 of 2": Case(4, 4, 2, 2, FORECAST + NODES),
@@ -62,13 +71,6 @@ CASES = {
     "full recompute": Case(2, 2, 2, 3, FORECAST + FULL),
     "adaptive": Case(2, 2, 2, 3, ADAPTIVE),
 }
-SEEDS = [
-    pytest.param(5, marks=pytest.mark.counts(seeds_of_delays=5)),
-    pytest.param(
-        200,
-        marks=[pytest.mark.counts(seeds_of_delays=200), pytest.mark.nightly],
-    ),
-]
 WAIT = " --fsep-late-plan wait"
 
 
@@ -98,17 +100,9 @@ def _results(trace: Trace) -> list[tuple[str, float, float]]:
     return list(zip(trace.digests, record.losses, record.grad_norms, strict=True))
 
 
-# One configuration is quick enough for the quick set.
-QUICK = "restored per layer"
-
-
-@pytest.mark.parametrize("seeds", SEEDS)
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, marks=[pytest.mark.quick] if case == QUICK else []) for case in CASES],
-)
+@seeds_of_delays(*CASES)
 def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
-    ranks: Callable[[int], RankPool], text_data: str, case: str, seeds: int
+    ranks: RankPools, text_data: str, case: str, seeds: int
 ) -> None:
     pool, timeout_s = ranks(CASES[case].ranks), 60.0 + 31.0 * seeds
     command = CASES[case].command(text_data, seeds, WAIT)
@@ -126,10 +120,9 @@ def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
     assert reordered > 0
 
 
-@pytest.mark.parametrize("seeds", SEEDS)
-@pytest.mark.parametrize("case", CASES)
+@seeds_of_delays("tokens by nodes, 2 of 2", "restored per step, accumulation 4", "adaptive")
 def test_a_disturbed_run_that_keeps_its_layouts_equals_its_replay(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, case: str, seeds: int
+    ranks: RankPools, text_data: str, tmp_path: Path, case: str, seeds: int
 ) -> None:
     pool, timeout_s = ranks(CASES[case].ranks), 60.0 + 31.0 * seeds
     record = CASES[case].command(text_data, seeds, f" --fsep-record-layouts {tmp_path}")
@@ -146,9 +139,7 @@ def test_a_disturbed_run_that_keeps_its_layouts_equals_its_replay(
     assert reordered > 0
 
 
-def test_without_overlap_delays_reorder_nothing(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_without_overlap_delays_reorder_nothing(ranks: RankPools, text_data: str) -> None:
     """Control: where everything runs in program order, the same delays reorder nothing."""
     command = CASES["restored per layer"].command(text_data, 5, WAIT + " --fsep-scheduler off")
     steady = ranks(2).run(train_with_delays, command, None)
@@ -182,9 +173,7 @@ def train_without_waiting(flags: list[str], first_seed: int | None) -> Trace:
         return train_with_delays(flags, first_seed)
 
 
-def test_a_restore_that_is_not_waited_for_is_found(
-    ranks: Callable[[int], RankPool], text_data: str
-) -> None:
+def test_a_restore_that_is_not_waited_for_is_found(ranks: RankPools, text_data: str) -> None:
     """Control: delays reveal a missing wait."""
     command = CASES["restored per layer"].command(text_data, 10, WAIT)
     steady = ranks(2).run(train_with_delays, command, None)

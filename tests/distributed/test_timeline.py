@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
-from megatron_laer.cpu.training import train
+from megatron_laer.cpu.ranks import RankPools
+from megatron_laer.cpu.training import Record, train
 from megatron_laer.telemetry.timeline import FIRST_STEP, NUM_STEPS
 from megatron_laer.telemetry.trace_events import COMPUTE, TOKENS, TRACKS
 from tests.parity.compare import identical
@@ -22,16 +22,15 @@ MICROBATCHES = 2
 LAYERS = ("layer 1", "layer 2")
 # Times are written in tenths of a microsecond.
 ROUNDING_US = 0.2
+FORECAST = " --fsep-plan-mode forecast"
 
 
 def flags(data: str, extra: str, steps: int = STEPS) -> list[str]:
     return command_line(
         data,
-        experts=8,
-        expert_parallel=2,
+        " --expert-parallel-mode fsep --fsep-late-plan wait" + extra,
         global_batch=4 * MICROBATCHES,
         steps=steps,
-        extra=" --expert-parallel-mode fsep --fsep-late-plan wait" + extra,
     )
 
 
@@ -57,15 +56,38 @@ def end(event: dict[str, Any]) -> float:
     return float(event["ts"] + event["dur"])
 
 
-@pytest.mark.parametrize("extra", ["", " --fsep-scheduler off"], ids=["scheduled", "unscheduled"])
+@dataclass(frozen=True)
+class Run:
+    """Recorded run of two ranks: its record, and its folders of timelines and of TensorBoard."""
+
+    record: Record
+    timeline: Path
+    board: Path
+
+
+@pytest.fixture(scope="module")
+def runs(
+    ranks: RankPools, text_data: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Run]:
+    """Train with the scheduler on and off."""
+    found = {}
+    for scheduler in ("on", "off"):
+        folder = tmp_path_factory.mktemp(f"scheduler-{scheduler}")
+        extra = (
+            f"{FORECAST} --fsep-scheduler {scheduler} --log-interval 2"
+            f" --fsep-timeline {folder / 'timeline'} --tensorboard-dir {folder / 'board'}"
+        )
+        record = ranks(2).run(train, flags(text_data, extra))[0]
+        found[scheduler] = Run(record, folder / "timeline", folder / "board")
+    return found
+
+
+@pytest.mark.parametrize("scheduler", ["on", "off"])
 def test_every_exchange_of_the_recorded_steps_is_on_its_track(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, extra: str
+    runs: dict[str, Run], scheduler: str
 ) -> None:
-    ranks(2).run(
-        train, flags(text_data, f" --fsep-plan-mode forecast --fsep-timeline {tmp_path}{extra}")
-    )
     for rank in range(2):
-        tracks = read(tmp_path, rank)
+        tracks = read(runs[scheduler].timeline, rank)
         steps = [event for event in tracks[COMPUTE] if event["name"].startswith("step ")]
         wanted = range(FIRST_STEP, FIRST_STEP + NUM_STEPS)
         assert [event["name"] for event in steps] == [f"step {step + 1}" for step in wanted]
@@ -90,11 +112,10 @@ def test_every_exchange_of_the_recorded_steps_is_on_its_track(
 
 
 def test_work_on_one_track_is_in_order_and_phases_alternate_with_exchanges(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    runs: dict[str, Run],
 ) -> None:
-    ranks(2).run(train, flags(text_data, f" --fsep-timeline {tmp_path}"))
     for rank in range(2):
-        tracks = read(tmp_path, rank)
+        tracks = read(runs["on"].timeline, rank)
         phases = [
             event for event in tracks[COMPUTE] if not event["name"].startswith(("step ", "wait: "))
         ]
@@ -111,43 +132,30 @@ def test_work_on_one_track_is_in_order_and_phases_alternate_with_exchanges(
 
 
 def test_the_next_layers_restore_begins_before_this_layers_experts_end(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    runs: dict[str, Run],
 ) -> None:
     """Compare with and without the schedule: without it, the trace must show no overlap."""
     overlapped = {}
-    for scheduler in ("on", "off"):
-        directory = tmp_path / scheduler
-        ranks(2).run(
-            train,
-            flags(
-                text_data,
-                f" --fsep-plan-mode forecast --fsep-scheduler {scheduler}"
-                f" --fsep-timeline {directory}",
-            ),
-        )
-        tracks = read(directory, 0)
+    for scheduler, run in runs.items():
+        tracks = read(run.timeline, 0)
         # Each microbatch restores both matrices in forward, then in backward.
         restores = named(tracks["parameters"], "restore layer 2")[::4]
         experts = named(tracks[COMPUTE], "experts layer 1")
-        early = sum(
+        overlapped[scheduler] = sum(
             restore["ts"] < end(compute) for restore, compute in zip(restores, experts, strict=True)
         )
-        overlapped[scheduler] = early
     # On a busy machine, a communication stream's thread may run only after the experts.
     assert overlapped["on"] > 0
     assert overlapped["off"] == 0
 
 
-def test_a_timeline_changes_no_bit(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
-) -> None:
-    plain = ranks(2).run(train, flags(text_data, ""))[0]
-    traced = ranks(2).run(train, flags(text_data, f" --fsep-timeline {tmp_path}"))[0]
-    assert identical(traced, plain)
+def test_a_timeline_changes_no_bit(ranks: RankPools, text_data: str, runs: dict[str, Run]) -> None:
+    plain = ranks(2).run(train, flags(text_data, FORECAST))[0]
+    assert identical(runs["on"].record, plain)
 
 
 def test_a_run_that_ends_early_leaves_what_it_recorded(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     ranks(2).run(train, flags(text_data, f" --fsep-timeline {tmp_path}", steps=FIRST_STEP + 1))
     for rank in range(2):
@@ -160,7 +168,7 @@ def test_a_run_that_ends_early_leaves_what_it_recorded(
 
 
 def test_a_timeline_that_cannot_be_written_is_refused_on_every_rank(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path
+    ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     # Blocks one rank's file only, so that the other rank must learn of it.
     (tmp_path / "rank-1.json").mkdir()
@@ -174,16 +182,11 @@ def test_a_timeline_that_cannot_be_written_is_refused_on_every_rank(
     ("scheduler", "waits"), [("on", False), ("off", True)], ids=["scheduled", "unscheduled"]
 )
 def test_exposed_times_are_in_tensorboard(
-    ranks: Callable[[int], RankPool], text_data: str, tmp_path: Path, scheduler: str, waits: bool
+    runs: dict[str, Run], scheduler: str, waits: bool
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    extra = (
-        f" --fsep-scheduler {scheduler} --log-interval 2 --tensorboard-dir {tmp_path / 'board'}"
-        f" --fsep-timeline {tmp_path / 'trace'}"
-    )
-    ranks(2).run(train, flags(text_data, extra))
-    events = EventAccumulator(str(tmp_path / "board"))
+    events = EventAccumulator(str(runs[scheduler].board))
     events.Reload()
     for what, label in (("restore", "parameters"), ("reduce", "gradients")):
         series = [event.value for event in events.Scalars(f"fsep_{what}_exposed_ms")]
@@ -192,7 +195,7 @@ def test_exposed_times_are_in_tensorboard(
         if waits:  # for all work of the stream; steps 3 and 4 are the second report's
             track_ms = 0.0
             for rank in range(2):
-                tracks = read(tmp_path / "trace", rank)
+                tracks = read(runs[scheduler].timeline, rank)
                 until = end(named(tracks[COMPUTE], "step 4")[0])
                 track_ms += sum(e["dur"] for e in tracks[label] if e["ts"] < until) / 1e3
             mean_of_ranks_and_steps_ms = track_ms / 2 / 2

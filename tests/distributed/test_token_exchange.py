@@ -5,7 +5,6 @@ Functions with a Case run on a rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -13,13 +12,9 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.token_traffic import (
-    dispatch_rows,
-    metadata_bytes,
-    metadata_bytes_backward,
-)
+from benchmarks.token_traffic import dispatch_rows, metadata_bytes, metadata_bytes_backward
 from megatron_laer.choices import TokenExchange
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests.parity.flags import command_line
 from tests.token_exchange import (
@@ -69,7 +64,7 @@ def both(case: Case, dtype_name: str) -> tuple[Outcome, Outcome, Outcome, Outcom
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", CASES)
 def test_experts_get_the_same_bits_and_sums_differ_by_rounding(
-    ranks: Callable[[int], RankPool], case: str, dtype: str
+    ranks: RankPools, case: str, dtype: str
 ) -> None:
     for by_rank, nodes, again, chosen in ranks(CASES[case].ranks).run(both, CASES[case], dtype):
         for mine, stocks in zip(nodes.experts, by_rank.experts, strict=True):
@@ -105,7 +100,7 @@ def exchanges_of_sizes(case: Case) -> list[int]:
     return counts
 
 
-def test_a_rerun_under_a_checkpoint_exchanges_no_sizes(ranks: Callable[[int], RankPool]) -> None:
+def test_a_rerun_under_a_checkpoint_exchanges_no_sizes(ranks: RankPools) -> None:
     assert ranks(4).run(exchanges_of_sizes, EVEN) == [[1, 1]] * 4
 
 
@@ -116,7 +111,7 @@ def exchanges_noted(case: Case) -> list[tuple[str, str]]:
     return noted
 
 
-def test_a_timeline_has_both_stages(ranks: Callable[[int], RankPool]) -> None:
+def test_a_timeline_has_both_stages(ranks: RankPools) -> None:
     crossing, inside = "dispatch layer 1", "dispatch layer 1, inside node"
     back_inside, back = "combine layer 1, inside node", "combine layer 1"
     expected_names = [crossing, inside, back_inside, back]
@@ -137,9 +132,7 @@ def calls_of_shared_experts(case: Case) -> list[list[str]]:
     return calls
 
 
-def test_shared_experts_are_called_as_by_megatrons_exchange(
-    ranks: Callable[[int], RankPool],
-) -> None:
+def test_shared_experts_are_called_as_by_megatrons_exchange(ranks: RankPools) -> None:
     for by_rank, by_node in ranks(4).run(calls_of_shared_experts, EVEN):
         assert by_node == by_rank and len(by_rank) == 7
 
@@ -172,7 +165,7 @@ def received_by_link(sent: list[Sent], rank: int, node_size: int) -> tuple[list[
 @pytest.mark.parametrize("node_size", [1, 2, 4, 8])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_rows_and_bytes_of_real_collectives_equal_the_formulas(
-    ranks: Callable[[int], RankPool], node_size: int, seed: int
+    ranks: RankPools, node_size: int, seed: int
 ) -> None:
     case = replace(BYTES, node_size=node_size, seed=seed)
     found = ranks(8).run(sent_by, case)
@@ -202,9 +195,7 @@ def test_rows_and_bytes_of_real_collectives_equal_the_formulas(
 
 
 @pytest.mark.parametrize("node_size", [1, 2, 8])
-def test_backward_keeps_rows_instead_of_pairs(
-    ranks: Callable[[int], RankPool], node_size: int
-) -> None:
+def test_backward_keeps_rows_instead_of_pairs(ranks: RankPools, node_size: int) -> None:
     case = replace(BYTES, node_size=node_size)
     plain = expected(case, nodes=True)
     for rank, outcomes in enumerate(ranks(8).run(sent_by, case)):
@@ -240,15 +231,10 @@ def rows_unpacked(flags: list[str]) -> int:
 @pytest.mark.parametrize(
     "flags", ["", " --moe-apply-probs-on-input --moe-router-topk 1 --moe-router-pre-softmax"]
 )
-def test_experts_in_megatrons_loop_keep_rows(
-    ranks: Callable[[int], RankPool], text_data: str, flags: str
-) -> None:
+def test_experts_in_megatrons_loop_keep_rows(ranks: RankPools, text_data: str, flags: str) -> None:
     command = command_line(
         text_data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=4,
+        " --expert-parallel-mode fsep --fsep-node-size 1 --fsep-token-exchange node" + flags,
         steps=3,
-        extra=" --expert-parallel-mode fsep --fsep-node-size 1 --fsep-token-exchange node" + flags,
     )
     assert ranks(2).run(rows_unpacked, command) == [3 * 2] * 2

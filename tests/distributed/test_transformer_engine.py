@@ -9,12 +9,11 @@ import importlib.util
 import inspect
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 
 pytestmark = pytest.mark.nightly
 
@@ -128,7 +127,7 @@ def _chunk_of(built: Any) -> Any:
 @pytest.mark.parametrize("fp8", [None, "hybrid"], ids=["bf16", "fp8"])
 @pytest.mark.parametrize("kind", ["gpt", "hybrid"])
 def test_layers_of_transformer_engine_are_built_around_ours(
-    kind: str, fp8: str | None, ranks: Callable[[int], RankPool]
+    kind: str, fp8: str | None, ranks: RankPools
 ) -> None:
     for found in ranks(2).run(describe, kind, fp8):
         assert found["MoE layers"] == 2
@@ -148,7 +147,7 @@ def parameters_of_grouped_gemm() -> tuple[str, ...]:
     return tuple(inspect.signature(te._grouped_gemm()).parameters)
 
 
-def test_the_grouped_gemm_takes_what_we_call_it_with(ranks: Callable[[int], RankPool]) -> None:
+def test_the_grouped_gemm_takes_what_we_call_it_with(ranks: RankPools) -> None:
     from megatron_laer.layer.experts.gemm import te
 
     assert ranks(2).run(parameters_of_grouped_gemm) == [te._PARAMETERS] * 2

@@ -14,67 +14,44 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests import processes
+from tests.checkouts import checkout
 from tests.parity.compare import distance, identical
 from tests.parity.flags import command_line
 from tests.parity.row import FP32_BOUND
 from tests.parity.rows import HYBRID_MTP
 
 _ROOT = Path(__file__).resolve().parents[2]
-CHECKOUT = os.environ.get("MEGATRON_LM_CHECKOUT")
 
-pytestmark = [
-    pytest.mark.nightly,
-    pytest.mark.releases,
-    pytest.mark.skipif(
-        CHECKOUT is None,
-        reason="MEGATRON_LM_CHECKOUT names no checkout of the installed Megatron-LM",
-    ),
-]
+CHECKOUT, MARKS = checkout("MEGATRON_LM_CHECKOUT", "the installed Megatron-LM")
+pytestmark = [*MARKS, pytest.mark.releases]
 
 FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
 RANDOM = " --expert-parallel-mode fsep --fsep-planner random"
-SCRIPTS = {
-    "pretrain_gpt.py": "",
-    "pretrain_hybrid.py": HYBRID_MTP,
-}
+SCRIPTS = {"pretrain_gpt.py": "", "pretrain_hybrid.py": HYBRID_MTP}
 
 
 @pytest.mark.parametrize("mode", ["", FSEP], ids=["standard", "fsep"])
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_megatrons_script_and_ours_are_bitwise_equal(
-    ranks: Callable[[int], RankPool], text_data: str, script: str, mode: str
+    ranks: RankPools, text_data: str, script: str, mode: str
 ) -> None:
-    assert CHECKOUT is not None
-    flags = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=8,
-        steps=10,
-        extra=SCRIPTS[script] + mode,
-    )
+    flags = command_line(text_data, SCRIPTS[script] + mode, global_batch=8, steps=10)
     ours = ranks(2).run(train, flags)[0]
-    theirs = ranks(2).run(train, flags, None, str(Path(CHECKOUT) / script))[0]
+    theirs = ranks(2).run(train, flags, None, str(CHECKOUT / script))[0]
     assert len(theirs.losses) == 10
     assert identical(ours, theirs)
 
 
 def test_megatrons_script_with_fsep_equals_stock(
-    ranks: Callable[[int], RankPool], text_data: str, record_property: Callable[[str, object], None]
+    ranks: RankPools, text_data: str, record_property: Callable[[str, object], None]
 ) -> None:
-    assert CHECKOUT is not None
-    script = Path(CHECKOUT) / "pretrain_gpt.py"
+    script = CHECKOUT / "pretrain_gpt.py"
     stock, fsep = (
         ranks(2).run(
-            train,
-            command_line(
-                text_data, experts=8, expert_parallel=2, global_batch=8, steps=20, extra=mode
-            ),
-            None,
-            str(script),
+            train, command_line(text_data, mode, global_batch=8, steps=20), None, str(script)
         )[0]
         for mode in ("", RANDOM)
     )
@@ -93,14 +70,8 @@ def test_the_checkouts_own_megatron_trains_like_the_wheel(
     """Start as a user does: ranks of the other tests import the wheel's Megatron first."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    assert CHECKOUT is not None
     flags = command_line(
-        text_data,
-        experts=8,
-        expert_parallel=2,
-        global_batch=8,
-        steps=10,
-        extra=SCRIPTS[script] + FSEP + " --log-interval 1",
+        text_data, SCRIPTS[script] + FSEP + " --log-interval 1", global_batch=8, steps=10
     )
 
     def scalars(name: str, command: list[str]) -> dict[str, list[tuple[int, float]]]:
@@ -120,7 +91,7 @@ def test_the_checkouts_own_megatron_trains_like_the_wheel(
         }
 
     ours = scalars("ours", [str(_ROOT / "pretrain_gpt.py")])
-    theirs_script = str(Path(CHECKOUT) / script)
+    theirs_script = str(CHECKOUT / script)
     theirs = scalars("theirs", ["-m", "megatron_laer", "train", theirs_script, "--"])
     assert len(ours["lm loss"]) == 10
     assert theirs == ours

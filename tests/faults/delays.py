@@ -150,9 +150,7 @@ def digest(model: list[torch.nn.Module]) -> str:
 
 @contextlib.contextmanager
 def _injected(
-    delays: Delays,
-    completed: Callable[[str], None],
-    begin_step: Callable[[int], None],
+    delays: Delays, completed: Callable[[str], None], begin_step: Callable[[int], None]
 ) -> Iterator[None]:
     from megatron.core.tensor_parallel.mappings import _AllToAll
 

@@ -17,8 +17,8 @@ import pytest
 import torch
 
 from megatron_laer.device import CPU_FLAGS
-from megatron_laer.tools.data import BYTES_TOKENIZER_FLAGS
 from tests import processes
+from tests.text_data import TOKENIZER_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 8
@@ -56,7 +56,7 @@ def train(text_data: str) -> Train:
 
     def run(extra: str) -> list[float]:
         if extra not in found:
-            flags = ["--data-path", text_data, *BYTES_TOKENIZER_FLAGS, *extra.split()]
+            flags = ["--data-path", text_data, *TOKENIZER_FLAGS, *extra.split()]
             found[extra] = _run([*FLAGS, *CPU_FLAGS[2:], *flags])  # all but the back end
         return found[extra]
 

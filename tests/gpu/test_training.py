@@ -19,9 +19,9 @@ import pytest
 import torch
 
 from megatron_laer.layer.experts.gemm import gemm_names, slot_gemm
-from megatron_laer.tools.data import BYTES_TOKENIZER_FLAGS
 from tests import processes
 from tests.slot_gemm import COLUMNS, ROWS, SPLITS, check_back_end, check_weight_grad
+from tests.text_data import TOKENIZER_FLAGS
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, WARMUP = 8, 3
@@ -73,7 +73,7 @@ def train(text_data: str, tmp_path_factory: pytest.TempPathFactory) -> Train:
 
     def run(extra: str) -> tuple[list[float], str]:
         if extra not in found:
-            flags = ["--data-path", text_data, *BYTES_TOKENIZER_FLAGS, *extra.split()]
+            flags = ["--data-path", text_data, *TOKENIZER_FLAGS, *extra.split()]
             found[extra] = _run(flags, folder / str(len(found)))
         return found[extra]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_laer.device import CPU_FLAGS
-from megatron_laer.tools.data import BYTES_TOKENIZER_FLAGS
+from tests.text_data import TOKENIZER_FLAGS
 
 MODEL_FLAGS = """
     --num-layers 2 --hidden-size 48 --num-attention-heads 4 --ffn-hidden-size 64
@@ -20,12 +20,12 @@ MODEL_FLAGS = """
 
 def command_line(
     data: str,
-    *,
-    experts: int,
-    expert_parallel: int,
-    global_batch: int,
-    steps: int,
     extra: str = "",
+    *,
+    steps: int,
+    experts: int = 8,
+    expert_parallel: int = 2,
+    global_batch: int = 4,
     without: str = "",
 ) -> list[str]:
     """Return flags for one run, `without` some of the model's; `extra` may override any."""
@@ -34,7 +34,7 @@ def command_line(
     return [
         *(flag for flag in MODEL_FLAGS if flag not in dropped),
         *CPU_FLAGS,
-        *BYTES_TOKENIZER_FLAGS,
+        *TOKENIZER_FLAGS,
         *f"--data-path {data} --num-experts {experts}".split(),
         *f"--expert-model-parallel-size {expert_parallel}".split(),
         *f"--global-batch-size {global_batch} --train-iters {steps}".split(),

@@ -21,10 +21,7 @@ REPLAY = "--moe-enable-routing-replay"
 
 
 def train_row(
-    flags: list[str],
-    probe: Probe | None = None,
-    adapt: Adapt | None = None,
-    gradients: bool = True,
+    flags: list[str], probe: Probe | None = None, adapt: Adapt | None = None, gradients: bool = True
 ) -> Record:
     """Train with the flags of a row, with given routing where these ask for it."""
     if REPLAY not in flags:

@@ -136,10 +136,10 @@ class Row:
             model_parallel *= 2 if f"--{size}-parallel-size 2" in self.flags else 1
         return command_line(
             data,
+            flags,
             experts=self.experts,
             expert_parallel=expert_parallel,
             global_batch=2 * self.accumulation * self.ranks // model_parallel,
             steps=self.steps or 1,
-            extra=flags,
             without=self.without,
         )

@@ -55,7 +55,7 @@ _SHARDING = _in("planner/sharding.py", *_unit("slices", "traffic"))
 _LAER = _in("planner/laer.py", *_unit("strategies"))
 _FORECAST = _in("planner/forecast.py", *_unit("forecast"))
 _QUOTAS = _in("planner/quotas.py", *_unit("quotas"))
-_BALANCE = _in("planner/balance.py", *_unit("balance_metrics"))
+_BALANCE = _in("planner/balance.py", *_unit("quotas"))
 _GUARD = _in("planner/guard.py", *_unit("guard"))
 _SERVICE = _in("planner/service.py", *_unit("planner_service"))
 _STATE = _in("planner/state.py", *_unit("planner_state"))
@@ -64,7 +64,7 @@ _IN_FORCE = _in(
 )
 _COLLECTIVES = _in("runtime/comm/collectives.py", *_unit("agreement"), *_ranks("agreement"))
 _BLOCKS = _in("runtime/comm/blocks.py", *_unit("exchange_kernels"), *_ranks("exchange"))
-_REDUCE = _in("runtime/comm/reduce.py", *_unit("restore_index"), *_ranks("exchange"))
+_REDUCE = _in("runtime/comm/reduce.py", *_unit("layout_index"), *_ranks("exchange"))
 _RESTORE = _in("runtime/comm/restore.py", *_ranks("exchange"))
 _EXCHANGE = _in("runtime/comm/exchange.py", *_ranks("exchange"))
 _STREAMS = _in("runtime/comm/streams.py", *_unit("streams"))
@@ -73,7 +73,7 @@ _WEIGHTS = _in("runtime/weights/restored_weights.py", *_unit("restored_experts")
 _GRADS = _in("runtime/weights/slot_grads.py", *_unit("restored_experts"))
 _SCHEDULER = _in("runtime/scheduler.py", *_ranks("scheduler"))
 _PERMUTATION = _in("layer/dispatch/permutation.py", *_unit("permutation"))
-_ROW_MAP = _in("layer/dispatch/row_map.py", *_unit("row_map"))
+_ROW_MAP = _in("layer/dispatch/row_map.py", *_unit("permutation"))
 _DISPATCH = _in("layer/dispatch/slot_dispatch.py", *_ranks("dispatcher"))
 _DISPATCHER = _in("layer/dispatch/dispatcher.py", *_ranks("dispatcher"))
 _SLICES = _in("layer/experts/slices.py", *_unit("slices"), *_ranks("initialisation"))
@@ -375,7 +375,7 @@ FAULTS: tuple[Fault, ...] = (
         *_unit("slices"),
         *_ranks("parity"),
         "-k",
-        "slice or tokens-tensor",
+        "slice or tensor",
     ),
     _MAIN_GRADS.fault(
         "a main gradient is not marked",

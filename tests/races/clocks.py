@@ -52,6 +52,15 @@ class Memory:
     accesses: dict[Span, Operation] = field(default_factory=dict)
 
 
+@dataclass
+class Watched:
+    """Findings of a run on one rank."""
+
+    races: list[str]
+    operations: int
+    frees: int
+
+
 class Checker:
     """Collector of races, each once."""
 

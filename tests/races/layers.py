@@ -26,9 +26,9 @@ from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.step_experts import StepExperts
+from tests.races.clocks import Watched
 from tests.races.faults import LAYER_FAULTS, Scene
 from tests.races.observing import observed
-from tests.races.watched import Watched
 
 CPU = torch.device("cpu")
 LAYERS, STEPS, MICROBATCHES = 3, 3, 2

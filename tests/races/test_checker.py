@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.runtime.comm.buffers import BufferPool
 from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.streams import make_comm_stream
@@ -130,9 +129,7 @@ def read_late() -> list[str]:
     return said
 
 
-def test_a_copy_to_the_host_is_read_once_and_before_the_next(
-    ranks: Callable[[int], RankPool],
-) -> None:
+def test_a_copy_to_the_host_is_read_once_and_before_the_next(ranks: RankPools) -> None:
     (said,) = ranks(1).run(read_late)
     assert ["a copy is read twice, or after another one" in sentence for sentence in said] == [
         True,

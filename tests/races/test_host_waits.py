@@ -9,7 +9,7 @@ the device, are recorded. Effects that only a GPU shows are left to `tests/gpu/t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,8 +18,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_laer.cpu.ranks import RankPool
-from megatron_laer.telemetry.metrics_file import read_metrics, recording_path
+from megatron_laer.cpu.ranks import RankPools
+from megatron_laer.telemetry.metrics_file import recording_path
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests.one_layer import (
     EXPECTED,
     HIDDEN,
@@ -104,7 +105,7 @@ def work_of(model: str, token_exchange: str, fault: bool) -> list[HostWork]:
 @pytest.mark.parametrize("token_exchange", EXPECTED)
 @pytest.mark.parametrize("model", MODELS)
 def test_the_host_waits_for_counts_and_uploads_what_it_planned(
-    ranks: Callable[[int], RankPool], model: str, token_exchange: str
+    ranks: RankPools, model: str, token_exchange: str
 ) -> None:
     assert ranks(1).run(work_of, model, token_exchange, False) == [[EXPECTED[token_exchange]] * 3]
 
@@ -132,7 +133,7 @@ def waits_of_recorded(folder: str) -> list[list[str]]:
 
 
 def test_a_rank_that_records_metrics_waits_for_nothing_more(
-    ranks: Callable[[int], RankPool], tmp_path: Path
+    ranks: RankPools, tmp_path: Path
 ) -> None:
     (steps,) = ranks(1).run(waits_of_recorded, str(tmp_path))
     assert [done.count(WAIT) for done in steps[1:]] == [1, 1]
@@ -141,6 +142,6 @@ def test_a_rank_that_records_metrics_waits_for_nothing_more(
     assert recording.steps_T.tolist() == [0, 1, 2]
 
 
-def test_a_number_that_is_read_back_is_a_wait(ranks: Callable[[int], RankPool]) -> None:
+def test_a_number_that_is_read_back_is_a_wait(ranks: RankPools) -> None:
     (steps,) = ranks(1).run(work_of, "no shared experts", "rank", True)
     assert steps == [([WAIT, f"{WAIT} for _local_scalar_dense", UPLOAD], [])] * 3

@@ -5,16 +5,23 @@ The code for CUDA streams runs unchanged, on replaced streams and tensors of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.cpu.ranks import RankPools
 from tests.races import layers, training
+from tests.races.clocks import Watched
 from tests.races.faults import LAYER_FAULTS, TRAINING_FAULTS, Scene
-from tests.races.watched import Watched
 
-Ranks = Callable[[int], RankPool]
+# Parts of other scenarios, and faults that the layers show as well.
+AT_NIGHT = {"random layouts", "recompute of the MoE layer", "both overlaps", *LAYER_FAULTS}
+
+
+def daily(names: Iterable[str]) -> list[Any]:
+    night = [pytest.mark.nightly]
+    return [pytest.param(name, marks=night if name in AT_NIGHT else []) for name in names]
 
 
 def check_clean(ranks: list[Watched], least_operations: int) -> None:
@@ -24,28 +31,30 @@ def check_clean(ranks: list[Watched], least_operations: int) -> None:
 
 
 @pytest.mark.parametrize("scene", Scene)
-def test_layers_train_without_a_race(scene: Scene, ranks: Ranks) -> None:
+def test_layers_train_without_a_race(scene: Scene, ranks: RankPools) -> None:
     check_clean(ranks(2).run(layers.watch, scene, None), 500)
 
 
 @pytest.mark.counts(race_faults=1)
 @pytest.mark.parametrize("fault", LAYER_FAULTS)
-def test_a_fault_in_the_layers_is_found(fault: str, ranks: Ranks) -> None:
+def test_a_fault_in_the_layers_is_found(fault: str, ranks: RankPools) -> None:
     scene, found = LAYER_FAULTS[fault].scene, LAYER_FAULTS[fault].found
     for watched in ranks(2).run(layers.watch, scene, fault):
         assert [race for race in watched.races if found in race], watched.races
 
 
 @pytest.mark.counts(race_scenarios=1)
-@pytest.mark.parametrize("scenario", training.SCENARIOS)
-def test_megatrons_loop_trains_without_a_race(scenario: str, ranks: Ranks, text_data: str) -> None:
+@pytest.mark.parametrize("scenario", daily(training.SCENARIOS))
+def test_megatrons_loop_trains_without_a_race(
+    scenario: str, ranks: RankPools, text_data: str
+) -> None:
     size = training.SCENARIOS[scenario].ranks
     check_clean(ranks(size).run(training.watch, text_data, scenario, None), 2000)
 
 
 @pytest.mark.counts(race_faults=1)
-@pytest.mark.parametrize("fault", TRAINING_FAULTS)
-def test_a_fault_in_megatrons_loop_is_found(fault: str, ranks: Ranks, text_data: str) -> None:
+@pytest.mark.parametrize("fault", daily(TRAINING_FAULTS))
+def test_a_fault_in_megatrons_loop_is_found(fault: str, ranks: RankPools, text_data: str) -> None:
     scenario, found = TRAINING_FAULTS[fault].scene, TRAINING_FAULTS[fault].found
     size = training.SCENARIOS[scenario].ranks
     races = [

@@ -12,10 +12,10 @@ import torch
 from megatron_laer.cpu import training
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
+from tests.races.clocks import Watched
 from tests.races.cuda import current_stream
 from tests.races.faults import TRAINING_FAULTS
 from tests.races.observing import accumulate_on, observed
-from tests.races.watched import Watched
 
 _RANDOM = " --fsep-planner random"
 _HOME = _RANDOM + " --fsep-sharding experts"
@@ -59,7 +59,7 @@ SCENARIOS = {
 def watch(data: str, scenario: str, fault: str | None) -> Watched:
     """Train a scenario, with a fault or none; return the checker's findings on this rank."""
     flags = "--expert-parallel-mode fsep" + SCENARIOS[scenario].flags
-    command = command_line(data, experts=4, expert_parallel=2, global_batch=8, steps=3, extra=flags)
+    command = command_line(data, flags, experts=4, global_batch=8, steps=3)
     broken = contextlib.nullcontext() if fault is None else TRAINING_FAULTS[fault].replaced()
     whole = mock.patch.object(training, "fresh_megatron", _synchronised)
     with _fresh_streams(), observed() as checker, _side_stream_of_leaves(), whole, broken:

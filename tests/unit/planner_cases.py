@@ -6,6 +6,7 @@ Legend: N ranks, E experts.
 from __future__ import annotations
 
 import numpy as np
+from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.geometry import Geometry
@@ -42,3 +43,26 @@ def with_holes(layout: ExpertLayout, share: float, seed: int) -> ExpertLayout:
         if (slots_S == slots_S[slot]).sum() > 1:
             slots_S[slot] = EMPTY
     return ExpertLayout.from_slots(*layout.shape, slots_S)
+
+
+@st.composite
+def geometries(
+    draw: st.DrawFn, max_ranks: int, max_experts: int, spare: int = 4, balances: bool = False
+) -> Geometry:
+    """Draw any N, E, C and G that divides N; if wanted, with slots for perfect balance."""
+    num_ranks = draw(st.integers(1, max_ranks))
+    num_experts = draw(st.integers(1, max_experts))
+    least = -(-num_experts // num_ranks)
+    if balances:
+        least = min(num_experts, 1 + -(-(num_experts - 1) // num_ranks))
+    capacity = draw(st.integers(least, min(num_experts, least + spare)))
+    node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))
+    return Geometry(num_ranks, num_experts, capacity, node_size)
+
+
+def shape_of(geometry: Geometry) -> tuple[int, int, int]:
+    return geometry.num_ranks, geometry.capacity, geometry.num_experts
+
+
+def static(geometry: Geometry) -> ExpertLayout:
+    return ExpertLayout.static(*shape_of(geometry))

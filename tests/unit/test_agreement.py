@@ -14,7 +14,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.agreement import describe_difference, summarise
 from megatron_laer.runtime.comm.collectives import decision_digest
-from tests.unit.plan_cases import COSTS
+from tests.costs import COSTS
 
 SUMMARY = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), COSTS, seed=1)
 
@@ -72,17 +72,12 @@ def test_a_constant_that_calibrate_adds_is_compared(name: str, value: object, to
         ("--fsep-replay-layouts", FSEPConfig(replay_layouts="there")),
     ],
 )
-def test_other_flags_are_named(name: str, other: FSEPConfig) -> None:
-    summary = summarise(other, Geometry(4, 8, 3, 2), COSTS, seed=1)
-    text = describe_difference([SUMMARY, summary], [0, 1])
-    assert text is not None and f"differ: {name} is " in text
-
-
-def test_other_versions_are_named() -> None:
+def test_other_flags_and_versions_are_named(name: str, other: FSEPConfig) -> None:
     with mock.patch.object(np, "__version__", "1.0.other"):
-        other = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), COSTS, seed=1)
-    text = describe_difference([SUMMARY, other], [0, 1])
-    assert text is not None and "NumPy is 1.0.other on rank 1 and " in text
+        summary = summarise(other, Geometry(4, 8, 3, 2), COSTS, seed=1)
+    text = describe_difference([SUMMARY, summary], [0, 1])
+    assert text is not None and f"{name} is " in text
+    assert "NumPy is 1.0.other on rank 1 and " in text
 
 
 def test_many_differences_and_ranks_are_cut_short() -> None:

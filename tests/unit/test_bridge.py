@@ -1,4 +1,4 @@
-"""FSEP's callback for Megatron-Bridge and the judgement of recipes, without Megatron-Bridge."""
+"""FSEP's callback for Megatron-Bridge and its check of recipes, without Megatron-Bridge."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -19,84 +18,13 @@ from megatron_laer.integrations import bridge, hugging_face
 from megatron_laer.integrations.bridge import FSEPCallback, check_recipe
 from megatron_laer.integrations.bridge_config import settings_of
 from megatron_laer.plugin.steps import StepOutcome
-from megatron_laer.tools import cli
-from megatron_laer.tools.cli import check_recipe as command
-
-
-def recipe(**model: Any) -> SimpleNamespace:
-    fields = {
-        "num_moe_experts": 8,
-        "num_layers": 2,
-        "mtp_num_layers": None,
-        "moe_router_topk": 2,
-        "expert_model_parallel_size": 4,
-        "expert_tensor_parallel_size": None,
-        "moe_token_dispatcher_type": "alltoall",
-        "recompute_granularity": None,
-        "fp8": None,
-        "delay_wgrad_compute": False,
-        "overlap_moe_expert_parallel_comm": False,
-        "cuda_graph_impl": "none",
-    }
-    return SimpleNamespace(
-        model=SimpleNamespace(**fields | model),
-        optimizer=SimpleNamespace(optimizer="adam"),
-        ddp=SimpleNamespace(use_megatron_fsdp=False),
-        dist=SimpleNamespace(use_decentralized_pg=False, use_megatron_fsdp=False),
-        rng=SimpleNamespace(seed=7),
-        logger=SimpleNamespace(log_interval=5),
-        checkpoint=SimpleNamespace(also_save_hf_checkpoint=False),
-        mixed_precision=None,
-        comm_overlap=None,
-        peft=None,
-        env_vars={},
-    )
-
-
-def changed(part: str, **fields: Any) -> SimpleNamespace:
-    found = recipe()
-    if part in ("mixed_precision", "comm_overlap", "peft"):
-        setattr(found, part, SimpleNamespace(**fields))
-    else:
-        vars(getattr(found, part)).update(fields)
-    return found
-
-
-OVERLAP = {"overlap_moe_expert_parallel_comm": None, "delay_wgrad_compute": None}
-REFUSED = {
-    "groups": (changed("dist", use_decentralized_pg=True), "no FSEP group is created; set it to"),
-    "files of Hugging Face": (
-        changed("checkpoint", also_save_hf_checkpoint=True),
-        "export from a checkpoint, or within",
-    ),
-    "dispatcher": (
-        changed("model", moe_token_dispatcher_type="allgather"),
-        "give --moe-token-disp",
-    ),
-    "one rank": (changed("model", expert_model_parallel_size=1), "-parallel-size 2 or more"),
-    "dense": (changed("model", num_moe_experts=None), "there are no experts to shard"),
-    "precision": (changed("mixed_precision", fp8="e4m3"), "--fp8-format e4m3"),
-    "overlap": (
-        changed("comm_overlap", **OVERLAP | {"delay_wgrad_compute": True}),
-        "leave it out (it is speed-only)",
-    ),
-    "fsdp": (changed("ddp", use_megatron_fsdp=True), "--use-megatron-fsdp"),
-    "optimizer": (changed("optimizer", optimizer="sophia"), "--optimizer sophia"),
-    "graphs": (
-        changed("model", cuda_graph_impl="transformer_engine", cuda_graph_scope="full"),
-        "--cuda-graph-modules",
-    ),
-    "lora": (changed("peft", target_modules=["*.layers.0.*.linear_fc1"]), "LoRA on linear_fc1"),
-    "lora by a pattern": (changed("peft", target_modules=["*linear_fc*"]), "LoRA on linear_fc1"),
-}
+from tests.bridge_recipes import OVERLAP, REFUSED, changed, recipe
 
 
 @pytest.fixture(autouse=True)
 def plain_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the launcher's variables, and undo other tests' changes of torch."""
+    """Hide the launcher's variables."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(command, "_replace_cuda_where_needed", lambda: None)
-    monkeypatch.setattr(command, "go_offline_if_unreachable", lambda: False)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -196,107 +124,6 @@ def test_a_refused_recipe_turns_nothing_on() -> None:
     enable.assert_not_called()
 
 
-def failing() -> None:
-    raise OSError("no such model")
-
-
-RECIPES = {
-    "fine": (recipe, 0, "runs; proved by row 'plain DDP' on the CPU"),
-    "slow": (
-        lambda: recipe(delay_wgrad_compute=True),
-        3,
-        "speed-only flags: --delay-wgrad-compute",
-    ),
-    "precise": (lambda: REFUSED["precision"][0], 4, "in bf16, without these flags: --fp8-format"),
-    "alone": (lambda: REFUSED["one rank"][0], 5, "uses no expert parallelism"),
-    "grouped": (lambda: REFUSED["groups"][0], 1, "no FSEP group is created"),
-    "lora": (
-        lambda: changed("peft", target_modules=["linear_qkv"]),
-        0,
-        "runs; proved by row 'LoRA on attention, distributed optimizer' on the CPU",
-    ),
-    "large": (
-        lambda: recipe(
-            num_moe_experts=4096,
-            moe_token_dispatcher_type="flex",
-            moe_flex_dispatcher_backend="deepep",
-        ),
-        1,
-        "DeepEP takes at most 128",
-    ),
-    "failing": (failing, 2, "'failing' cannot be evaluated: OSError: no such model"),
-    "mistaken": (dict, 2, "'mistaken': it returns dict, which has no model, dist, ddp"),
-    ".relative:fine": (None, 2, "'.relative:fine': .relative cannot be imported"),
-    "raising:fine": (None, 2, "raising cannot be imported (no such file); install"),
-    "finer": (None, 2, "has none of this name; similar are fine"),
-    "os:": (None, 2, "recipe 'os:': os has none of this name"),
-}
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_is_judged_by_its_name(
-    name: str,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-) -> None:
-    (tmp_path / "raising.py").write_text('raise OSError("no such file")')
-    monkeypatch.syspath_prepend(tmp_path)
-    module = ModuleType("megatron.bridge.recipes")
-    vars(module).update({key: made for key, (made, *_) in RECIPES.items() if made is not None})
-    packages = {"megatron.bridge": ModuleType("megatron.bridge"), module.__name__: module}
-    _, status, says = RECIPES[name]
-    with mock.patch.dict(sys.modules, packages):
-        assert cli.main(["check-recipe", "--bridge-recipe", name]) == status
-    assert says in "".join(capsys.readouterr())
-
-
-def noisy() -> None:
-    """Warn on import before failing, as Megatron's modules do."""
-    print("retrying in 8 s", file=sys.stderr)
-    print("a model's docstring lacks a line")
-    raise OSError("no such model")
-
-
-def noisy_and_fine() -> SimpleNamespace:
-    with contextlib.suppress(OSError):
-        noisy()
-    return recipe()
-
-
-def judged(made: Any) -> int:
-    module = ModuleType("megatron.bridge.recipes")
-    vars(module)["made"] = made
-    packages = {"megatron.bridge": ModuleType("megatron.bridge"), module.__name__: module}
-    with mock.patch.dict(sys.modules, packages):
-        return cli.main(["check-recipe", "--bridge-recipe", "made"])
-
-
-def test_an_error_is_one_line_and_what_was_warned_of_is_shown_if_all_is_well(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert judged(noisy) == 2
-    out, err = capsys.readouterr()
-    assert err.count("\n") == 1 and err.endswith("cannot be evaluated: OSError: no such model\n")
-    assert out == ""
-    assert judged(noisy_and_fine) == 0
-    out, err = capsys.readouterr()
-    assert out.startswith("runs; ") and out.count("\n") == 1
-    assert "retrying in 8 s" in err and "lacks a line" in err
-
-
-def test_without_a_network_the_error_says_what_needs_none(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(command, "go_offline_if_unreachable", lambda: True)
-    assert judged(noisy) == 2
-    said = capsys.readouterr().err
-    assert "no such model (Hugging Face's server cannot be reached, or" in said
-    assert "--bridge-csv" in said and said.count("\n") == 1
-    assert judged(None) == 2
-    assert "Hugging Face" not in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("error", "environment", "is_told"),
     [
@@ -333,33 +160,9 @@ def test_nobody_is_asked_where_the_library_is_not_there(monkeypatch: pytest.Monk
     connect.assert_not_called()
 
 
-@pytest.mark.parametrize("is_terminal", [True, False])
-def test_a_terminal_is_told_of_slow_imports(
-    is_terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
-    assert judged(recipe) == 0
-    told = "importing Megatron-Bridge, which takes some seconds\n" if is_terminal else ""
-    assert capsys.readouterr().err == told
-
-
 def test_layers_to_offload_are_none_while_offloading_is_off() -> None:
     given = recipe(cpu_offloading=False, cpu_offloading_num_layers=95)
     check_recipe(given, FSEPConfig())
     given.model.cpu_offloading = True
     with pytest.raises(ValueError, match="--cpu-offloading-num-layers"):
         check_recipe(given, FSEPConfig())
-
-
-def test_without_bridge_the_error_says_what_would_work(capsys: pytest.CaptureFixture[str]) -> None:
-    with mock.patch.dict(sys.modules, {"megatron.bridge": None}):
-        assert cli.main(["check-recipe", "--bridge-recipe", "fine"]) == 2
-    said = capsys.readouterr().err
-    assert "megatron.bridge.recipes cannot be imported" in said and "YAML file" in said
-    assert said.count("\n") == 1
-
-
-def test_one_source_is_judged_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["check-recipe", "--bridge-recipe", "fine", "--", "--num-experts", "8"]
-    assert cli.main(words) == 2
-    assert "give one of FILE, --bridge-recipe NAME" in capsys.readouterr().err

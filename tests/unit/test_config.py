@@ -3,52 +3,31 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from typing import Any
 
 import pytest
 
 from megatron_laer.config import FSEPConfig, deterministic, flag_name
-from megatron_laer.flags import add_arguments, config_from_args
+from megatron_laer.fsep_flags import add_arguments, config_from_args
+
+CHOICES = (
+    "restore late_plan split plan_mode scheduler restore_algorithm grad_wire_dtype token_exchange "
+    "sharding"
+)
 
 
 def parse(*words: str) -> argparse.Namespace:
     return add_arguments(argparse.ArgumentParser(allow_abbrev=False)).parse_args(words)
 
 
-def test_without_the_mode_there_is_no_config() -> None:
+def test_defaults_and_values_of_flags_reach_their_fields() -> None:
     assert config_from_args(parse()) is None
     assert config_from_args(parse("--expert-parallel-mode", "standard")) is None
-
-
-def test_defaults_of_flags_are_those_of_the_dataclass() -> None:
     assert config_from_args(parse("--expert-parallel-mode", "fsep")) == FSEPConfig()
-
-
-def test_every_field_has_a_flag_with_help() -> None:
-    text = add_arguments(argparse.ArgumentParser()).format_help()
-    for spec in dataclasses.fields(FSEPConfig):
-        assert flag_name(spec.name) in text
-        assert spec.metadata["help"]
-
-
-def test_values_reach_their_fields() -> None:
-    config = config_from_args(
-        parse("--expert-parallel-mode", "fsep", "--fsep-capacity", "3", "--fsep-plan-lag", "2")
-    )
-    assert config == FSEPConfig(capacity=3, plan_lag=2)
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--fsep-capacity", "3"],
-        ["--expert-parallel-mode", "standard", "--fsep-planner", "laer"],
-    ],
-)
-def test_a_flag_without_the_mode_is_an_error_that_quotes_it(words: list[str]) -> None:
-    with pytest.raises(ValueError, match=f"{words[-2]} {words[-1]}.*no effect"):
-        config_from_args(parse(*words))
+    given = parse("--expert-parallel-mode", "fsep", "--fsep-capacity", "3", "--fsep-plan-lag", "2")
+    assert config_from_args(given) == FSEPConfig(capacity=3, plan_lag=2)
+    with pytest.raises(ValueError, match=r"--fsep-capacity 3.*no effect"):
+        config_from_args(parse("--fsep-capacity", "3"))
 
 
 @pytest.mark.parametrize(
@@ -62,11 +41,8 @@ def test_a_flag_without_the_mode_is_an_error_that_quotes_it(words: list[str]) ->
         (flag, f"--fsep-plan-mode {mode}")
         for mode in ("exact", "announced")
         for flag in (
-            "--fsep-planner laer",
-            "--fsep-plan-lag 2",
-            "--fsep-late-plan wait",
-            "--fsep-record-layouts d",
-            "--fsep-replay-layouts d",
+            *("--fsep-planner laer", "--fsep-plan-lag 2", "--fsep-late-plan wait"),
+            *("--fsep-record-layouts d", "--fsep-replay-layouts d"),
         )
     ]
     + [
@@ -114,36 +90,26 @@ def test_the_plan_mode_by_default(words: str, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["exact", "adaptive", "announced"])
-def test_fresh_layouts_need_exact_splits(mode: str) -> None:
+def test_fresh_layouts_need_exact_splits_and_deterministic_mode_waits_for_plans(mode: str) -> None:
     with pytest.raises(ValueError, match=f"{mode}.*even"):
         FSEPConfig(plan_mode=mode, split="even")
+    assert deterministic(FSEPConfig()).late_plan == "wait"
 
 
 @pytest.mark.parametrize(
-    "values",
+    ("name", "wrong"),
     [
-        {"capacity": 0},
-        {"plan_lag": 0},
-        {"plan_lag": 1001},
-        {"plan_lag": 10**9},
-        {"restore": "never"},
-        {"late_plan": "never"},
-        {"node_size": 0},
-        {"split": "odd"},
-        {"plan_mode": "guess"},
-        {"imbalance_tolerance": -0.5},
-        {"imbalance_tolerance": float("inf")},
-        {"scheduler": "maybe"},
-        {"restore_algorithm": "pigeon"},
-        {"grad_wire_dtype": "fp8"},
-        {"token_exchange": "pigeon"},
-        {"sharding": "tokens"},
+        ("capacity", [0]),
+        ("node_size", [0]),
+        ("plan_lag", [0, 1001, 10**9]),
+        ("imbalance_tolerance", [-0.5, float("inf")]),
+        *((name, ["pigeon"]) for name in CHOICES.split()),
     ],
 )
-def test_values_out_of_range_are_quoted(values: dict[str, object]) -> None:
-    (value,) = values.values()
-    with pytest.raises(ValueError, match=str(value)):
-        FSEPConfig(**values)  # type: ignore[arg-type]
+def test_values_out_of_range_are_quoted(name: str, wrong: list[object]) -> None:
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"{flag_name(name)} .*{value}"):
+            FSEPConfig(**{name: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("words", ["--fsep-restore step", "--fsep-planner laer"])
@@ -170,7 +136,3 @@ def test_experts_at_home_refuse_what_needs_rows(words: str) -> None:
 )
 def test_what_happens_at_step_boundaries_only(values: dict[str, Any], follows: bool) -> None:
     assert FSEPConfig(**values).follows_steps is follows
-
-
-def test_deterministic_mode_waits_for_plans() -> None:
-    assert deterministic(FSEPConfig()).late_plan == "wait"

@@ -65,50 +65,42 @@ def exchange_of(algorithm: ExchangeAlgorithm, node_size: int) -> tuple[Any, Layo
     return exchange, index
 
 
-REDUCES = [
-    (FLAT, 8, {"move_rows": 1, "A2A": 1, "sum_replicas": 1}),
-    (NODE, 8, {"move_rows": 1, "A2A": 2, "sum_replicas": 2}),
-    (NODE, 1, {"A2A": 1, "sum_replicas": 2}),
-]
-RESTORES = [
-    (FLAT, 8, {"index_select": 1, "A2A": 1, "move_rows": 1}),
-    (NODE, 8, {"index_select": 1, "A2A": 2, "gather_rows": 1, "move_rows": 1}),
-    (NODE, 1, {"index_select": 1, "A2A": 1, "gather_rows": 1}),
+# Algorithm, ranks of a node, and the launches of a reduce and of a restore.
+EXPECTED: list[tuple[ExchangeAlgorithm, int, dict[str, int], dict[str, int]]] = [
+    (
+        FLAT,
+        8,
+        {"move_rows": 1, "A2A": 1, "sum_replicas": 1},
+        {"index_select": 1, "A2A": 1, "move_rows": 1},
+    ),
+    (
+        NODE,
+        8,
+        {"move_rows": 1, "A2A": 2, "sum_replicas": 2},
+        {"index_select": 1, "A2A": 2, "gather_rows": 1, "move_rows": 1},
+    ),
+    (NODE, 1, {"A2A": 1, "sum_replicas": 2}, {"index_select": 1, "A2A": 1, "gather_rows": 1}),
 ]
 
 
 @pytest.mark.parametrize("num_rows", [64, 67], ids=["even rows", "uneven rows"])
-@pytest.mark.parametrize(("algorithm", "node_size", "expected"), REDUCES)
-def test_a_reduce_launches_two_kernels_and_one_more_if_it_goes_through_nodes(
+@pytest.mark.parametrize(("algorithm", "node_size", "reduce", "restore"), EXPECTED)
+def test_exchanges_launch_two_kernels_and_one_more_if_they_go_through_nodes(
     algorithm: ExchangeAlgorithm,
     node_size: int,
-    expected: dict[str, int],
+    reduce: dict[str, int],
+    restore: dict[str, int],
     num_rows: int,
     launches: Launches,
 ) -> None:
     exchange, index = exchange_of(algorithm, node_size)
-    main_ErK = torch.zeros(HOT.num_experts, own_rows(num_rows), COLUMNS)
+    own_rows = row_blocks(num_rows, HOT.num_ranks, 1).rows_GM[0][RANK]
+    slice_ErK = torch.zeros(HOT.num_experts, own_rows, COLUMNS)
     grad_CRK = torch.zeros(HOT.capacity, num_rows, COLUMNS, dtype=torch.bfloat16)
     with launches:
-        exchange.reduce(grad_CRK, index, add_to=main_ErK)
-    assert launches.counted == expected
-
-
-@pytest.mark.parametrize("num_rows", [64, 67], ids=["even rows", "uneven rows"])
-@pytest.mark.parametrize(("algorithm", "node_size", "expected"), RESTORES)
-def test_a_restore_launches_two_kernels_and_one_more_if_it_goes_through_nodes(
-    algorithm: ExchangeAlgorithm,
-    node_size: int,
-    expected: dict[str, int],
-    num_rows: int,
-    launches: Launches,
-) -> None:
-    exchange, index = exchange_of(algorithm, node_size)
-    slice_ErK = torch.zeros(HOT.num_experts, own_rows(num_rows), COLUMNS)
+        exchange.reduce(grad_CRK, index, add_to=slice_ErK)
+    assert launches.counted == reduce
+    launches.counted.clear()
     with launches:
         exchange.restore(slice_ErK, index, num_rows)
-    assert launches.counted == expected
-
-
-def own_rows(num_rows: int) -> int:
-    return row_blocks(num_rows, HOT.num_ranks, 1).rows_GM[0][RANK]
+    assert launches.counted == restore

@@ -23,18 +23,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.search import SearchStrategy
 from tests.costs import make_costs
-from tests.unit.planner_cases import KINDS, counts_of
-
-
-@st.composite
-def geometries(draw: st.DrawFn) -> Geometry:
-    """Draw any N, E, C and G that divides N, also with too few slots for perfect balance."""
-    num_ranks = draw(st.integers(1, 24))
-    num_experts = draw(st.integers(1, 40))
-    least = -(-num_experts // num_ranks)
-    capacity = draw(st.integers(least, min(num_experts, least + 4)))
-    node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))
-    return Geometry(num_ranks, num_experts, capacity, node_size)
+from tests.unit.planner_cases import KINDS, counts_of, geometries, shape_of
 
 
 def zipf_counts_NE(geometry: Geometry, seed: int) -> Int64:
@@ -54,22 +43,12 @@ def imbalance(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> float:
     return float(loads_N.max() / loads_N.mean())
 
 
-def shape_of(geometry: Geometry) -> tuple[int, int, int]:
-    return geometry.num_ranks, geometry.capacity, geometry.num_experts
-
-
 def random_layout(geometry: Geometry, seed: int) -> ExpertLayout:
-    return ExpertLayout.random(
-        geometry.num_ranks, geometry.capacity, geometry.num_experts, seed=(seed,)
-    )
-
-
-def quick_search(geometry: Geometry) -> SearchStrategy:
-    return SearchStrategy(geometry, scenarios=4, candidates=2, exchanges=10)
+    return ExpertLayout.random(*shape_of(geometry), seed=(seed,))
 
 
 @settings(max_examples=250)
-@given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
+@given(geometries(24, 40), st.sampled_from(KINDS), st.integers(0, 2**16))
 def test_greedy_is_legal_repeatable_and_steady(geometry: Geometry, kind: str, seed: int) -> None:
     counts_NE = counts_of(kind, geometry, seed)
     greedy = GreedyStrategy(geometry)
@@ -77,20 +56,12 @@ def test_greedy_is_legal_repeatable_and_steady(geometry: Geometry, kind: str, se
     geometry.check_layout(planned)
     assert greedy.plan(counts_NE, random_layout(geometry, seed)) == planned
     assert greedy.plan(counts_NE, planned) is planned
-
-
-@settings(max_examples=200)
-@given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
-def test_greedy_holds_no_expert_twice_on_a_rank(geometry: Geometry, kind: str, seed: int) -> None:
-    planned = GreedyStrategy(geometry).plan(
-        counts_of(kind, geometry, seed), random_layout(geometry, seed)
-    )
     for rank in range(geometry.num_ranks):
         assert len(set(planned.experts_of(rank))) == geometry.capacity
 
 
 @settings(max_examples=100)
-@given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16), st.integers(2, 50))
+@given(geometries(24, 40), st.sampled_from(KINDS), st.integers(0, 2**16), st.integers(2, 50))
 def test_layouts_depend_on_proportions_and_not_on_the_unit(
     geometry: Geometry, kind: str, seed: int, unit: int
 ) -> None:
@@ -103,17 +74,6 @@ def test_layouts_depend_on_proportions_and_not_on_the_unit(
         for layout in (greedy.plan(counts_NE, static), greedy.plan(counts_NE * unit, static))
     ]
     assert largest[0] == pytest.approx(largest[1], rel=0.01)
-
-
-@settings(max_examples=60)
-@given(geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
-def test_search_is_legal_and_repeatable(geometry: Geometry, kind: str, seed: int) -> None:
-    counts_NE = counts_of(kind, geometry, seed)
-    current = random_layout(geometry, seed)
-    search = quick_search(geometry)
-    planned = search.plan(counts_NE, current)
-    geometry.check_layout(planned)
-    assert search.plan(counts_NE, current) == planned
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -175,14 +135,8 @@ def test_negative_counts_are_quoted() -> None:
 
 def by_time_costs(algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT) -> CostModel:
     # Between nodes, tokens are slow enough to count, but do not dominate.
-    points = ((1, 1e9), (256, 1e10))
-    return make_costs(
-        points=points,
-        inter=Link(1e8, 2e-6),
-        hidden=64,
-        ffn=16,
-        restore_algorithm=algorithm,
-    )
+    points, inter = ((1, 1e9), (256, 1e10)), Link(1e8, 2e-6)
+    return make_costs(points=points, inter=inter, hidden=64, ffn=16, restore_algorithm=algorithm)
 
 
 def judged_s(
@@ -216,7 +170,7 @@ def judged_s(
 
 @settings(max_examples=150)
 @given(
-    geometries(),
+    geometries(24, 40),
     st.sampled_from(KINDS),
     st.sampled_from(list(ExchangeAlgorithm)),
     st.integers(0, 2**16),
@@ -238,10 +192,8 @@ def test_by_time_the_fastest_of_the_constructions_is_taken(
     planned = GreedyStrategy(geometry, costs).plan(counts_NE, static)
     drift = GreedyStrategy(geometry).plan(counts_NE, static)
     most_experts = geometry.node_size * (geometry.capacity - 1)
-    if geometry.num_nodes == 1 or geometry.num_experts <= most_experts:
-        assert planned == drift
-        return
-    if not always_balances(geometry):
+    has_one = geometry.num_nodes == 1 or geometry.num_experts <= most_experts
+    if has_one or not always_balances(geometry):
         assert planned == drift
         return
     candidates = [drift]
@@ -249,11 +201,8 @@ def test_by_time_the_fastest_of_the_constructions_is_taken(
         candidates.append(construct_layout(counts_NE, static, geometry.node_size))
     made = [layout.slot_expert_S for layout in candidates]
     if geometry.num_nodes * most_experts >= geometry.num_experts:
-        made.append(
-            native.proportional_by_node(
-                counts_NE, geometry.capacity, geometry.node_size, most_experts
-            )
-        )
+        shape = geometry.capacity, geometry.node_size, most_experts
+        made.append(native.proportional_by_node(counts_NE, *shape))
     least_s = min(judged_s(costs, geometry, counts_NE, slots_S) for slots_S in made)
     taken_s = judged_s(costs, geometry, counts_NE, planned.slot_expert_S)
     assert taken_s == pytest.approx(least_s, rel=1e-9)

@@ -23,7 +23,6 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard, in_words
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_prices import TokenPrices
-from megatron_laer.tools.simulator.replay import evaluate
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
@@ -85,6 +84,7 @@ def check_legal(decision: Decision, counts_NE: Int64, geometry: Geometry) -> Non
     np.testing.assert_array_equal(loads_E, counts_NE.sum(axis=0))
     again = exact_split(decision.layout, geometry.node_size).solve(counts_NE)
     np.testing.assert_array_equal(again.loads_S, decision.quotas.loads_S)
+
     assert decision.replanned == (decision.layout != decision.planned_layout)
     assert (decision.changed_slots > 0) == decision.replanned
 
@@ -98,6 +98,9 @@ def test_decisions_are_legal_and_depend_on_nothing_but_the_arguments(
     guard = Guard(mode, costs, geometry)
     decision = guard.decide(counts_NE, planned)
     check_legal(decision, counts_NE, geometry)
+    loads_N = decision.quotas.loads_S.reshape(geometry.num_ranks, -1).sum(axis=1)
+    if mode == PlanMode.EXACT and always_balances(geometry):
+        assert loads_N.max() == -(-counts_NE.sum() // geometry.num_ranks)
     # Earlier decisions, layout objects, guards and memory layouts must not matter.
     guard.decide(counts_NE[::-1].copy(), decision.layout)
     twin = ExpertLayout(
@@ -171,18 +174,6 @@ def test_exchanges_that_backward_cannot_hide_count_against_more_experts_on_a_nod
 
 
 @settings(max_examples=150)
-@given(cases(), cost_models())
-def test_exact_reaches_the_bound_wherever_it_can_be_reached(
-    case: tuple[Geometry, Int64, ExpertLayout], costs: CostModel
-) -> None:
-    geometry, counts_NE, planned = case
-    decision = Guard(PlanMode.EXACT, costs, geometry).decide(counts_NE, planned)
-    loads_N = decision.quotas.loads_S.reshape(geometry.num_ranks, -1).sum(axis=1)
-    if always_balances(geometry):
-        assert loads_N.max() == -(-counts_NE.sum() // geometry.num_ranks)
-
-
-@settings(max_examples=150)
 @given(cases(), st.sampled_from([0.0, 0.05, 0.5]))
 def test_tolerance_keeps_what_is_good_enough_and_never_takes_what_is_worse(
     case: tuple[Geometry, Int64, ExpertLayout], tolerance: float
@@ -236,7 +227,6 @@ def test_reasons_say_what_was_compared() -> None:
     slow = make_costs(points=((1, 1e8),), solve=SolveTime(5e-4, 0.0, 0.0))
     gain_ms = (360 - 96) * 3 * slow.flops_per_token / 1e8 * 1e3
     taken = decide(PlanMode.ADAPTIVE, slow)
-    assert taken.replanned
     slots = taken.changed_slots
     assert taken.reason.startswith("fresh layout: max/mean 3.75 -> 1.00, gain ")
     assert taken.reason.endswith(f" ms > cost 0.5 ms ({slots} slots changed)")
@@ -244,21 +234,17 @@ def test_reasons_say_what_was_compared() -> None:
 
     # The gain cannot reach the cost; this is clear without a fresh layout.
     early = decide(PlanMode.ADAPTIVE, make_costs(solve=SolveTime(1.0, 0.0, 0.0)))
-    assert not early.solved
-    assert early.reason.startswith("kept forecast: gain at most ")
-    assert early.reason.endswith(" ms < cost at least 1000.0 ms")
+    assert not early.solved and early.reason.startswith("kept forecast: gain at most ")
 
     # Every rank of the fresh layout has a second, small GEMM that is as slow as 80 tokens.
     small = make_costs(points=((80, 1e8),), intra=FREE, solve=SolveTime(0.055, 0.0, 0.0))
     late = decide(PlanMode.ADAPTIVE, small)
-    assert late.solved and not late.replanned
-    assert late.reason.startswith("kept forecast: gain ") and " < cost " in late.reason
+    assert late.solved and not late.replanned and " < cost " in late.reason
 
-    assert decide(PlanMode.FORECAST, slow).reason == "forecast: max/mean 3.75"
-    assert (
-        decide(PlanMode.EXACT, slow).reason
-        == f"fresh layout: max/mean 1.00 ({slots} slots changed)"
-    )
+    exact, forecast = decide(PlanMode.EXACT, slow), decide(PlanMode.FORECAST, slow)
+    assert exact.reason == f"fresh layout: max/mean 1.00 ({slots} slots changed)"
+    assert exact.planned_quotas is None and forecast.quotas is forecast.planned_quotas
+    assert forecast.reason == "forecast: max/mean 3.75"
     kept = decide(PlanMode.ADAPTIVE, slow, tolerance=2.8)
     assert kept.reason == "kept forecast: max/mean 3.75, tolerance 3.80"
 
@@ -266,22 +252,12 @@ def test_reasons_say_what_was_compared() -> None:
     many = {"layer 1": early, "layer 2": taken, "layer 3": early}
     counts = "kept forecast in 2 layers, fresh layout in 1 layer"
     assert in_words(many) == f"{counts}; layer 2: {taken.reason}"
-    even = decide(PlanMode.ADAPTIVE, slow, tolerance=0.1)
-    assert (
-        in_words({"layer 1": replace(even, planned_quotas=None), "layer 2": kept})
-        == f"fresh layout in 1 layer, kept forecast in 1 layer; layer 2: {kept.reason}"
-    )
-    taken = decide(PlanMode.ADAPTIVE, slow, tolerance=0.05)
-    assert taken.reason == f"fresh layout: max/mean 3.75 -> 1.00 ({slots} slots changed)"
+    even = replace(decide(PlanMode.ADAPTIVE, slow, tolerance=0.1), planned_quotas=None)
+    counts = "fresh layout in 1 layer, kept forecast in 1 layer"
+    assert in_words({"layer 1": even, "layer 2": kept}) == f"{counts}; layer 2: {kept.reason}"
 
 
-def test_forecast_and_exact_ask_for_no_more_than_they_need() -> None:
-    assert decide(PlanMode.EXACT, COMPUTE_ONLY).planned_quotas is None
-    forecast = decide(PlanMode.FORECAST, COMPUTE_ONLY)
-    assert forecast.quotas is forecast.planned_quotas and not forecast.solved
-
-
-def test_the_even_split_keeps_the_forecast() -> None:
+def test_the_even_split_keeps_the_forecast_and_combinations_without_meaning_are_refused() -> None:
     geometry = Geometry(4, 4, 2, 4)
     planned = ExpertLayout.static(4, 2, 4)
     decision = Guard(PlanMode.FORECAST, COMPUTE_ONLY, geometry, split=Split.EVEN).decide(
@@ -290,9 +266,6 @@ def test_the_even_split_keeps_the_forecast() -> None:
     assert decision.layout is planned and decision.max_over_mean_after > 1
     with pytest.raises(ValueError, match="'adaptive' makes layouts for the exact split"):
         Guard(PlanMode.ADAPTIVE, COMPUTE_ONLY, geometry, split=Split.EVEN)
-
-
-def test_combinations_without_meaning_are_refused() -> None:
     geometry = Geometry(4, 4, 2, 4)
     with pytest.raises(ValueError, match="'guess': must be one of forecast, exact"):
         Guard(PlanMode("guess"), COMPUTE_ONLY, geometry)
@@ -324,9 +297,12 @@ def test_adaptive_finds_by_itself_that_microbatches_differ_in_kind(capacity: int
             layout = greedy.plan(forecast.counts_NE(), layout)
             for mode, guard in guards.items():
                 for counts_NE in microbatches:
-                    outcome = evaluate(guard, counts_NE, layout)
-                    seconds[mode] += outcome.layer_s
-                    if mode == PlanMode.ADAPTIVE and not outcome.replanned:
+                    decision = guard.decide(counts_NE, layout)
+                    totals = decision.quotas.totals()
+                    seconds[mode] += costs.split_seconds(totals, decision.layout, 8)
+                    if decision.replanned:
+                        seconds[mode] += costs.change_seconds(layout, decision.layout, 8)
+                    elif mode == PlanMode.ADAPTIVE:
                         seconds[mode] += costs.solve_seconds(geometry)  # the result may go unused
         forecast = forecast.observe(sum(microbatches, np.zeros((16, 32), dtype=np.int64)))
     # No layout fits both kinds: a forecast alone is slower, though it fetches nothing late.

@@ -111,6 +111,20 @@ def test_digest_is_a_signed_64_bit_number_of_content_and_shape() -> None:
     assert all(-(2**63) <= digest < 2**63 for digest in digests)
     # Printed by this expression: ranks on other machines must compute the same.
     assert ExpertLayout.from_slots(2, 2, 2, [0, 1, 0, 1]).digest == -6403159899245028533
+    assert ExpertLayout.random(4, 3, 5, seed=(7, 1)).to_list() == [
+        4,
+        0,
+        3,
+        0,
+        1,
+        4,
+        1,
+        2,
+        2,
+        2,
+        0,
+        3,
+    ]
 
 
 def test_a_layout_cannot_be_changed() -> None:
@@ -146,11 +160,6 @@ def test_illegal_layouts_are_refused_with_what_was_passed(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         ExpertLayout.from_slots(*shape, slots)
-
-
-def test_an_illegal_layout_cannot_be_built_from_bytes_either() -> None:
-    with pytest.raises(ValueError, match="no slot holds expert 1"):
-        ExpertLayout(1, 2, 2, np.zeros(2, dtype="<i2").tobytes())
 
 
 def test_ranks_and_seeds_are_checked() -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import threading
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import numpy as np
 import pytest
 
 from megatron_laer.choices import Sharding
@@ -14,14 +19,19 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.files import writing
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.service import PlannerService
+from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.runtime.planning import layout_sources
 from megatron_laer.runtime.planning.layout_recording import (
     LayoutRecorder,
     LayoutRecording,
     read_layouts,
 )
+from megatron_laer.runtime.planning.layout_sources import PlannedLayouts, ReplayedLayouts
 from megatron_laer.runtime.planning.planner_rank import PlannerRank
 from megatron_laer.telemetry.trace_file import TraceWriter
 from tests.costs import make_costs
+from tests.fuzz import resealed
 from tests.old_files import as_version_1
 
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
@@ -130,39 +140,19 @@ def test_a_last_line_without_its_end_is_named_and_what_would_help(tmp_path: Path
         LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
 
 
-def test_a_pipe_is_no_recording(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "group-0.jsonl")
-    with pytest.raises(ValueError, match=r"cannot read .*is a pipe"):
-        LayoutRecording(tmp_path / "group-0.jsonl", GEOMETRY, REGIME, LAYERS)
-    with pytest.raises(ValueError, match="is a pipe"):
-        LayoutRecorder(tmp_path / "group-0.jsonl", GEOMETRY, REGIME, LAYERS, 0)
-
-
-@pytest.mark.parametrize("link", ["folder", "symbolic", "hard"])
 @pytest.mark.parametrize("first_step", [0, 1])
-def test_a_replay_over_its_own_recording_is_refused_by_whatever_name(
-    tmp_path: Path, link: str, first_step: int
-) -> None:
-    (tmp_path / "old").mkdir()
+def test_a_replay_over_its_own_recording_is_refused(tmp_path: Path, first_step: int) -> None:
     # Another group's: links may have any name.
-    record(tmp_path / "old" / "group-0.jsonl")
-    record(tmp_path / "old" / "group-1.jsonl")
-    content = (tmp_path / "old" / "group-1.jsonl").read_bytes()
-    if link == "folder":
-        (tmp_path / "new").symlink_to("old")
-    else:
-        (tmp_path / "new").mkdir()
-        path = tmp_path / "new" / "group-0.jsonl"
-        if link == "symbolic":
-            path.symlink_to("../old/group-1.jsonl")
-        else:
-            path.hardlink_to(tmp_path / "old" / "group-1.jsonl")
-    config = FSEPConfig(
-        replay_layouts=str(tmp_path / "old"), record_layouts=str(tmp_path / "old/../new")
-    )
+    recorded, link = tmp_path / "old" / "group-1.jsonl", tmp_path / "new" / "group-0.jsonl"
+    record(recorded.with_stem("group-0"))
+    record(recorded)
+    content = recorded.read_bytes()
+    link.parent.mkdir()
+    link.hardlink_to(recorded)
+    config = FSEPConfig(replay_layouts=str(recorded.parent), record_layouts=str(link.parent))
     with pytest.raises(ValueError, match=r"--fsep-record-layouts .* would write over the input"):
         first_rank(config, first_step)
-    assert (tmp_path / "old" / "group-1.jsonl").read_bytes() == content
+    assert recorded.read_bytes() == content
 
 
 def test_a_replay_is_recorded_to_another_folder(tmp_path: Path) -> None:
@@ -187,3 +177,115 @@ def test_a_start_that_fails_names_the_flag_and_lets_go_of_what_it_opened(tmp_pat
     writing.open_exclusively(tmp_path / "layouts" / "group-0.jsonl").close()
     writer.close()
     first_rank(config).close()
+
+
+COSTS = make_costs()
+
+
+def layouts(seed: int) -> list[ExpertLayout]:
+    return [ExpertLayout.random(2, 3, 4, (seed, layer)) for layer in range(len(LAYERS))]
+
+
+def test_a_step_that_is_observed_twice_is_planned_from_under_wait() -> None:
+    # Megatron's rerun state machine repeats forward and backward of a step.
+    source = PlannedLayouts(
+        make_strategy("greedy", geometry=GEOMETRY, costs=COSTS),
+        layouts(0),
+        lag=1,
+        wait=True,
+        on_warning=pytest.fail,
+    )
+    counts_NE = np.array([[9, 1, 0, 2], [8, 0, 3, 1]])
+    for _ in range(2):
+        for layer in range(len(LAYERS)):
+            source.observe(5, layer, counts_NE)
+    assert source.due(6) is not None
+    assert source.late_plans == 0
+    source.close()
+
+
+@pytest.mark.parametrize("first", ["a step", "a checkpoint"])
+def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first: str) -> None:
+    released = threading.Event()
+
+    class Hanging:
+        name = "hanging"
+
+        def plan(self, _counts_NE: Any, current: ExpertLayout) -> ExpertLayout:
+            released.wait()
+            return current
+
+    warnings: list[str] = []
+    with (
+        contextlib.ExitStack() as stack,
+        mock.patch.object(layout_sources, "WAIT_TIMEOUT_S", 0.2),
+        mock.patch.object(
+            PlannerService, "wait", autospec=True, side_effect=PlannerService.wait
+        ) as wait,
+    ):
+        source = PlannedLayouts(Hanging(), layouts(0), lag=1, wait=True, on_warning=warnings.append)
+        for step in range(60):
+            if step == 1 and first == "a checkpoint":
+                source.state()
+            for layer in range(len(LAYERS)):
+                source.observe(step, layer, np.ones((2, 4), dtype=np.int64))
+            if step > 0 or first == "a step":
+                assert source.due(step + 1) is None
+        assert wait.call_count == (first == "a step")
+        assert any("not waited for" in warning for warning in warnings)
+        _, plans = source.state()  # a checkpoint does not wait either
+        assert not plans and source.late_plans == (60 if first == "a step" else 59)
+
+        released.set()
+        stack.enter_context(mock.patch.object(layout_sources, "PLANS_TIMEOUT_S", 300.0))
+        # Of the 60 steps the first and the newest are planned, as under `keep`.
+        _, plans = source.state()
+        assert plans[-1].source_step == 59 and len(plans) <= 3
+        assert source.due(60) == layouts(0)
+    source.close()
+
+
+def test_a_replay_that_starts_late_begins_with_the_layouts_in_force(tmp_path: Path) -> None:
+    path = tmp_path / "group-0.jsonl"
+    recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
+    recorder.record(2, layouts(2))
+    recorder.record(9, layouts(9))
+    recorder.close()
+    replay = ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
+    assert replay.due(6) == layouts(2)
+    assert replay.due(7) is None
+    assert replay.due(9) == layouts(9)
+
+
+def test_a_recording_made_with_another_split_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "group-0.jsonl"
+    LayoutRecorder(path, GEOMETRY, REGIME | {"split": "even"}, LAYERS, first_step=0).close()
+    with pytest.raises(ValueError, match="even"):
+        ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"step": 1.9}, "1.9"),
+        ({"step": True}, "True"),
+        ({"step": "7"}, "'7'"),
+        ({"step": 2}, "above 2"),
+        ({"more": 1}, "more"),
+        ({"slots": []}, "0 layers"),
+    ],
+)
+def test_an_entry_that_no_recorder_writes_is_refused(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    path = tmp_path / "group-0.jsonl"
+    recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
+    recorder.record(2, layouts(2))
+    recorder.record(3, layouts(3))
+    recorder.close()
+    *before, last = path.read_text().splitlines()
+    changed = json.loads(last) | change
+    del changed["crc"]
+    path.write_text("\n".join([*before, resealed(json.dumps(changed))]))
+    with pytest.raises(ValueError, match=f"line 3: .*{named}"):
+        ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)

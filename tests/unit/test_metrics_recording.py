@@ -2,33 +2,57 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import random
+import re
+import statistics
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+from megatron_laer import telemetry
 from megatron_laer.choices import ExchangeAlgorithm, Recompute, TokenExchange
 from megatron_laer.config import FSEPConfig
-from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
+from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.prediction import predict
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
-from megatron_laer.telemetry.metrics import LOGGED, PERCENTILES
-from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, read_metrics, recording_path
-from megatron_laer.telemetry.statistics import Sample
+from megatron_laer.telemetry.metrics import (
+    LOGGED,
+    PERCENTILES,
+    RECORDED_OF_LAYERS,
+    RECORDED_OF_STEPS,
+    is_in_line,
+)
+from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
+from megatron_laer.telemetry.statistics import (
+    LayerMetrics,
+    LayerPasses,
+    RankMetrics,
+    Sample,
+    named,
+    predicted_values,
+)
 from megatron_laer.telemetry.step_times import STEP, StepTimes, join
 from megatron_laer.telemetry.trace_events import COMPUTE, Activity, Kind
+from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests import fuzz
+from tests.documents import ROOT
 from tests.old_files import as_version_1
 from tests.recorded_runs import (
     COSTS,
+    GEOMETRY,
     GUARD,
     LAYERS,
     MICROBATCHES,
@@ -39,6 +63,7 @@ from tests.recorded_runs import (
     counts_NE,
     record_run,
 )
+from tests.unit.planner_cases import with_holes
 
 
 @pytest.fixture
@@ -80,11 +105,8 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
     record_run(tmp_path, run=run_settings(FSEPConfig(), costs, priced, torch.device("cpu")))
     recording = read_metrics(recording_path(tmp_path, 0))
     (((_, run),), (cluster,)) = recording.runs, recording.clusters
-    tokens = TokenPrices(
-        TokenExchange(run["token_exchange"]),
-        float(run["token_intra_rows"]),
-        float(run["token_inter_rows"]),
-    )
+    rows = (float(run[f"token_{link}_rows"]) for link in ("intra", "inter"))
+    tokens = TokenPrices(TokenExchange(run["token_exchange"]), *rows)
     assert cluster is not None
     assert costs == CostModel(
         cluster,
@@ -143,33 +165,23 @@ def test_each_run_that_recorded_a_step_is_named_with_its_cluster(recorded: Path)
     assert (recording.rank_tokens_TLN == first.rank_tokens_TLN[:4]).all()
 
 
-def test_a_full_disk_ends_the_recording_and_not_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    def full(self: MetricsWriter, *args: object) -> None:
-        raise OSError("no space left")
-
-    with mock.patch.object(MetricsWriter, "append", full):
-        record_run(tmp_path)
-    assert caplog.text.count("the recording of metrics ends at step 0: no space left") == 1
-    assert len(read_metrics(recording_path(tmp_path, 0)).steps_T) == 0
-
-
+@pytest.mark.parametrize("broken", ["predict", "MetricsWriter.append"])
 def test_a_recording_that_ended_keeps_nothing_of_later_steps(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
-    writer = MetricsWriter(recording_path(tmp_path, 0), Shape(4, 8, 3, 2, LAYERS), RUN, 0)
+    path = recording_path(tmp_path, 0)
+    writer = MetricsWriter(path, Shape(4, 8, 3, 2, LAYERS), RUN, 0)
     recorder = MetricsRecorder(writer, GUARD, LAYERS, torch.device("cpu"), TickingClock())
     decision = GUARD.decide(counts_NE(0, 0, 0), ExpertLayout.static(4, 3, 8))
-    broken = mock.patch(f"{MetricsRecorder.__module__}.predict", side_effect=RuntimeError("broken"))
-    with broken:
+    with mock.patch(f"{MetricsRecorder.__module__}.{broken}", side_effect=OSError("no space")):
         for step in range(3):
             recorder.begin_step(step)
             recorder.add(0, Sample(decision, 1e-3))
             recorder.end_step(PlannerStatus(), version=step)
-    assert caplog.text.count("the recording of metrics ends at step 0: broken") == 1
+    assert caplog.text.count("the recording of metrics ends at step 0: no space") == 1
     assert recorder.times.take() is None
     recorder.close()
+    assert len(read_metrics(path).steps_T) == 0
 
 
 @pytest.mark.parametrize(
@@ -177,7 +189,6 @@ def test_a_recording_that_ended_keeps_nothing_of_later_steps(
     [
         ('"step_ms":', '"step_mm":', "lacks, or has beyond"),
         ('"passes":[2,2]', '"passes":[2]', "passes must have a number for each of 2 layers"),
-        ('"passes":[2,2]', '"passes":[2,NaN]', "passes must be a number or null, got 'nan'"),
         ('"passes":[2,2]', '"passes":[2,true]', "passes must be a number or null, got 'True'"),
         ('"passes":[2,2]', '"passes":[2,1e999]', "passes must be a number or null, got 'inf'"),
         ('"rank_tokens":[[', '"rank_tokens":[[1,', "rank_tokens must be 2 lists of 4"),
@@ -221,6 +232,8 @@ def test_several_listeners_hear_the_same_and_none_is_none() -> None:
     one, other = StepTimes(TickingClock()), StepTimes(TickingClock())
     both = join(one, None, other)
     assert both is not None and join(None, None) is None and join(one, None) is one
+    both.begin_exchange(DISPATCH)  # nothing is heard between steps
+    both.add(COMPUTE, WAIT, 0.0, 1.0)
     for times in (one, other):
         times.begin_step()
     both.begin_exchange(DISPATCH)
@@ -236,21 +249,86 @@ def test_several_listeners_hear_the_same_and_none_is_none() -> None:
         assert set(found) == {STEP, DISPATCH, WAIT}
 
 
-def test_nothing_is_heard_between_steps() -> None:
-    times = StepTimes(TickingClock())
-    times.begin_exchange(DISPATCH)
-    times.add(COMPUTE, WAIT, 0.0, 1.0)
-    times.begin_step()
-    times.end_step()
-    assert times.take() == {STEP: TICK_MS * 1e-3}
+def test_passes_add_up_and_what_was_weighed_is_averaged() -> None:
+    planned, ranks = ExpertLayout.static(4, 3, 8), GEOMETRY.num_ranks
+    counts = [counts_NE(0, 0, microbatch) for microbatch in range(3)]
+    counts[1] //= 8
+    decisions = [GUARD.decide(of_one, planned) for of_one in counts]
+    assert [decision.replanned for decision in decisions] == [True, False, True]
+    passes = LayerPasses.of(ranks)
+    for decision in decisions:
+        passes.add(Sample(decision))
 
-
-def test_the_guard_of_the_recordings_takes_fresh_layouts_and_keeps_others() -> None:
-    """Check that both decisions occur, so that the page and these tests show both."""
-    from_static = ExpertLayout.static(4, 3, 8)
-    fresh = {
-        GUARD.decide(counts_NE(0, layer, 0), planned).replanned
-        for layer in range(2)
-        for planned in (from_static, GUARD.decide(counts_NE(0, layer, 0), from_static).layout)
+    tokens = [fsep_tokens_N(decision.quotas) for decision in decisions]
+    assert passes.rank_tokens_N.tolist() == sum(tokens).tolist()
+    largest = max(tokens, key=max)
+    assert passes.values() == {
+        "passes": 3,
+        "fresh": 2,
+        "changed_slots": decisions[0].changed_slots + decisions[2].changed_slots,
+        "largest_tokens": max(largest),
+        "least_tokens": -(-sum(largest) // ranks),
+        "max_over_mean": mean(max_over_mean(of) for of in tokens),
+        "stock_max_over_mean": mean(max_over_mean(stock_tokens_N(of)) for of in counts),
+        "gain_ms": mean(1e3 * of.gain_s for of in decisions),
+        "cost_ms": mean(1e3 * of.cost_s for of in decisions),
     }
-    assert fresh == {True, False}
+
+
+def test_replicas_are_counted_per_rank_and_passes_without_them() -> None:
+    static = ExpertLayout.static(*GEOMETRY.shape)
+    layouts = [ExpertLayout.at_home(*GEOMETRY.shape), with_holes(static, 1.0, 0), static]
+    decision = GUARD.decide(counts_NE(0, 0, 0), static)
+    passes = LayerPasses.of(
+        GEOMETRY.num_ranks, [Sample(replace(decision, layout=one)) for one in layouts]
+    )
+    assert passes.replicas == [0, 0, 1]
+    found, _ = named([LayerMetrics.of(passes, predict(GUARD, decision))], RankMetrics())
+    assert found["fsep_replicas"] == pytest.approx(1 / 3)
+    assert found["fsep_passes_without_replicas"] == pytest.approx(2 / 3)
+
+
+def mean(values: Iterable[float]) -> Any:
+    return pytest.approx(statistics.fmean(values))
+
+
+def test_predictions_are_averaged_and_nothing_is_no_number() -> None:
+    planned = ExpertLayout.static(4, 3, 8)
+    found = [predict(GUARD, GUARD.decide(counts_NE(0, 0, of), planned)) for of in range(2)]
+    assert predicted_values(found) == {
+        "predicted_ms": mean(1e3 * of.layer_s for of in found),
+        "stock_ms": mean(1e3 * of.stock_s for of in found),
+        "balanced_ms": mean(1e3 * of.balanced_s for of in found),
+        "bound_ms": mean(1e3 * of.bound_s for of in found),
+    }
+    values = LayerPasses.of(4).values() | predicted_values([])
+    assert all(value == 0 or math.isnan(value) for value in values.values())
+    assert set(values) <= {metric.name for metric in RECORDED_OF_LAYERS}
+
+
+def test_every_metric_that_is_named_in_the_code_is_described() -> None:
+    tracker = (ROOT / "megatron_laer" / "plugin" / "metrics_tracker.py").read_text("utf-8")
+    recorder = (ROOT / "megatron_laer" / "runtime" / "metrics_recorder.py").read_text("utf-8")
+    source = inspect.getsource(telemetry.statistics) + tracker + recorder
+    named = set(re.findall(r'"(fsep_\w+)"', source))
+    assert named == {metric.name for metric in LOGGED}
+
+
+def test_no_name_is_there_twice() -> None:
+    for metrics in (LOGGED, RECORDED_OF_STEPS, RECORDED_OF_LAYERS):
+        names = [metric.name for metric in metrics]
+        assert len(set(names)) == len(names)
+        assert all(metric.meaning and metric.unit for metric in metrics)
+
+
+def test_the_log_line_leaves_megatrons_values_room_within_what_slurm_passes_on_at_once() -> None:
+    names = [
+        name
+        for metric in LOGGED
+        for part in ("", *(f"_p{p}" for p in PERCENTILES if metric.over_layers))
+        if is_in_line(name := metric.name + part)
+    ]
+    assert {"fsep_load_imbalance", "fsep_load_imbalance_p95"} <= set(names)
+    assert "fsep_load_imbalance_p99" not in names
+    # Megatron's own part, with throughput, router and multi-token prediction losses: some 400.
+    assert len("".join(f" {name}: 1234.567 |" for name in names)) < 1024 - 400

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_laer.config import FSEPConfig
-from megatron_laer.flags import add_arguments
+from megatron_laer.fsep_flags import add_arguments
 from tests.old_files import FOLDER, copied
 from tests.processes import python_path
 

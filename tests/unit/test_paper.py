@@ -66,8 +66,8 @@ def test_a_profile_is_the_mean_of_later_steps(tmp_path: Path) -> None:
     shape = Shape(num_ranks=2, num_experts=8, capacity=5, node_size=2, layers=("layer 1",))
     writer = MetricsWriter(recording_path(tmp_path, 0), shape, {}, 0)
     for step, scale in enumerate((100.0, 1.0, 3.0)):
-        of_step = {metric.name: scale for metric in RECORDED_OF_STEPS} | {"step": step}
-        of_layers = {metric.name: [scale] for metric in RECORDED_OF_LAYERS}
+        of_step = dict.fromkeys(RECORDED_OF_STEPS, scale) | {"step": step}
+        of_layers = {name: [scale] for name in RECORDED_OF_LAYERS}
         of_layers |= {"passes": [1], "stock_max_over_mean": [math.nan if step == 1 else 1.5]}
         writer.append(of_step, {}, of_layers, np.array([[8, 8]]))
     writer.close()

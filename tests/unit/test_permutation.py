@@ -19,6 +19,7 @@ from megatron_laer.layer.dispatch.permutation import (
     slot_ranges,
     true_places,
 )
+from megatron_laer.layer.dispatch.row_map import row_map
 from megatron_laer.layer.dispatch.slots import to_slots
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
@@ -171,12 +172,6 @@ def test_a_whole_dispatch_and_its_gradients_are_bitwise_those_of_megatrons_permu
     assert_equal_bits(world(layout, tokens, min(topk, experts), seed, hot, uneven), dtype)
 
 
-@pytest.mark.parametrize("tokens", [[0, 0], [0, 7], [9, 4]], ids=["no token", "one rank", "both"])
-def test_tokens_that_all_go_to_one_expert(tokens: list[int]) -> None:
-    layout = ExpertLayout.from_slots(2, 2, 3, [0, 1, 2, 0])
-    assert_equal_bits(world(layout, tokens, 1, 3, hot=True), torch.float32)
-
-
 def test_4096_slots_and_few_tokens() -> None:
     layout = ExpertLayout.random(8, 512, 1024, (1,))
     assert_equal_bits(world(layout, [6, 0, 1, 2, 3, 6, 5, 4], 8, 2, hot=True), torch.bfloat16)
@@ -218,3 +213,21 @@ def test_places_of_true_flags_are_those_of_nonzero(shape: tuple[int, int], share
         expected = one.reshape(-1).nonzero().view(-1)
         found = true_places(one, len(expected))
         assert found.dtype == torch.int64 and torch.equal(found, expected)
+
+
+def test_what_is_kept_of_copies_comes_back_as_it_was() -> None:
+    """With as many copies as columns, a transpose has the shape of the copies."""
+    rows_YH = torch.arange(8.0).view(2, 4).requires_grad_()
+    map_ = row_map(torch.tensor([0, 1, 1, 0], dtype=torch.int32), 2)
+    copies_XH = map_.spread(rows_YH)
+    factor_HH = torch.arange(16.0).view(4, 4).requires_grad_()
+    with map_.keeping_rows(copies_XH, rows_YH):
+        straight, turned = copies_XH @ factor_HH, copies_XH.t() @ factor_HH
+        part = copies_XH[1:] @ factor_HH
+    weights = torch.arange(16.0).view(4, 4)
+    total = (straight * weights).sum() + (turned * weights).sum() + (part * weights[1:]).sum()
+    (found_HH,) = torch.autograd.grad(total, factor_HH)
+    copies_XH = copies_XH.detach()
+    expected_HH = copies_XH.t() @ weights + copies_XH @ weights
+    expected_HH += copies_XH[1:].t() @ weights[1:]
+    torch.testing.assert_close(found_HH, expected_HH)

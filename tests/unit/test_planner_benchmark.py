@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from benchmarks import by_time, planner, speed
+from benchmarks import guard_speed
 from benchmarks.bounds import must_show
-from benchmarks.splits import BalanceRow, Outcome, split_exactly
+from benchmarks.rivals.eplb import Eplb
+from benchmarks.rivals.even import Even
+from benchmarks.rivals.flexmoe import FlexMoE
+from benchmarks.splits import (
+    BalanceRow,
+    Outcome,
+    Planner,
+    split_evenly,
+    split_exactly,
+    split_like_eplb,
+)
 from benchmarks.trace_cases import Case, Trace
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 
 
@@ -20,28 +30,12 @@ def row(strategy: str, mode: str, lag: str, capacity: int, **values: float) -> d
     return {"strategy": strategy, "mode": mode, "lag": lag, "capacity": capacity, **values}
 
 
-def test_rows_have_the_promised_keys(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [field.name for field in fields(BalanceRow)] == (
-        "strategy mode lag capacity cases mean p95 p99 max violations off_node_share replan_share"
-    ).split()
-    assert planner.SOLVE_KEYS == ("ranks", "capacity", "experts", "median_ms")
-    monkeypatch.setattr(speed, "QUOTA_SHAPES", ((8, 4),))
-    (quotas,) = speed.quota_times(1)
-    assert list(quotas) == ["ranks", "experts", "capacity", "workload", "median_ms"]
-    (solve,) = speed.solve_times(((8, 2, 4),), 1)
-    assert set(planner.SOLVE_KEYS) <= set(solve)
-    assert solve["median_ms"] == max(solve["fresh_median_ms"], solve["greedy_median_ms"])
-
-
-def test_a_row_sums_up_its_outcomes() -> None:
+def test_a_row_sums_up_its_outcomes_and_a_violation_is_any_token_above_the_bound() -> None:
     outcomes = [Outcome(1.0, False, 0.1), Outcome(1.5, True, 0.3, replanned=True)]
     summed = BalanceRow.of("greedy", "tolerance", "iteration", 3, outcomes)
     assert (summed.cases, summed.violations, summed.max) == (2, 1, 1.5)
     assert (summed.mean, summed.replan_share) == (1.25, 0.5)
     assert summed.off_node_share == pytest.approx(0.2)
-
-
-def test_a_violation_is_any_token_above_the_bound() -> None:
     layout = ExpertLayout.from_slots(2, 1, 2, [0, 1])
     assert not split_exactly(np.array([[3, 2], [0, 0]]), layout, 2).violation
     assert split_exactly(np.array([[4, 1], [0, 0]]), layout, 2).violation
@@ -85,18 +79,36 @@ def test_a_trace_gives_only_what_was_known_before_the_case(tmp_path: Path) -> No
     assert (before_NE == tokens[1, 1, :, 0]).all()
 
 
-def test_both_planners_get_the_same_cases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(by_time, "CAPACITIES", (4,))
-    rng = np.random.default_rng(0)
-    share_E = rng.dirichlet(np.full(32, 0.15))
-    counts = rng.multinomial(256, share_E, size=(4, 2, 2, 16))
-    rows = list(by_time.rows(counts, 1))
-    assert len(rows) == 2 * 2 * 3
-    # All records but the first, two layers, two microbatches.
-    assert {row["cases"] for row in rows} == {3 * 2 * 2}
-    by_key = {(row["model"], row["planner"], row["mode"]): row for row in rows}
-    for model in by_time.MODELS:
-        before, now = (by_key[model, planner, "forecast"] for planner in ("before", "now"))
-        assert now["off_node"] < before["off_node"]
-        assert now["layer_ms"] < before["layer_ms"]
-        assert by_key[model, "now", "exact"]["replanned"] == 1.0
+@pytest.mark.parametrize("rival", [Even, Eplb, FlexMoE])
+@pytest.mark.parametrize("shape", [(16, 32, 3), (8, 5, 4), (4, 12, 3), (1, 3, 3)])
+def test_rivals_plan_legal_layouts(
+    rival: type[Even] | type[Eplb] | type[FlexMoE], shape: tuple[int, int, int]
+) -> None:
+    num_ranks, num_experts, capacity = shape
+    geometry = Geometry(num_ranks, num_experts, capacity, num_ranks)
+    planner: Planner = rival(geometry)
+    static = ExpertLayout.static(num_ranks, capacity, num_experts)
+    for seed in range(5):
+        counts_NE = np.random.default_rng(seed).integers(0, 9, (num_ranks, num_experts)) ** 3
+        geometry.check_layout(planner.plan(counts_NE * (seed > 0), static))
+
+
+def test_planning_rivals_beat_equal_replicas_on_a_skewed_load() -> None:
+    geometry = Geometry(16, 32, 4, 8)
+    share_E = 1.0 / np.arange(1, 33) ** 1.2
+    counts_NE = np.random.default_rng(0).multinomial(4096, share_E / share_E.sum(), size=16)
+    static = ExpertLayout.static(16, 4, 32)
+    even = split_evenly(counts_NE, Even(geometry).plan(counts_NE, static), 8)
+    flexmoe = split_evenly(counts_NE, FlexMoE(geometry).plan(counts_NE, static), 8)
+    eplb = split_like_eplb(counts_NE, Eplb(geometry).plan(counts_NE, static), 8)
+    assert eplb.ratio < 1.2 < even.ratio
+    assert flexmoe.ratio < even.ratio
+
+
+def test_each_mode_solves_where_it_has_to(monkeypatch):
+    monkeypatch.setattr(guard_speed, "SHAPES", guard_speed.SHAPES[:1])
+    monkeypatch.setattr(guard_speed, "REPEATS", 1)
+    rows = {row["mode"]: row for row in guard_speed.guard_times()}
+    assert len(rows) == 5
+    assert rows["forecast"]["solved"] == 0 and rows["exact"]["replanned"] == 1
+    assert rows["adaptive"]["replanned"] <= rows["adaptive, free links"]["replanned"]

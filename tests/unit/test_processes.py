@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
 
 from tests import processes
+from tests.processes import default_signals, is_running, outlive, python_path
 
 
 def test_a_descendant_that_holds_the_output_keeps_nobody_waiting() -> None:
@@ -27,3 +37,180 @@ def test_a_descendant_that_holds_the_output_keeps_nobody_waiting() -> None:
 def test_status_and_output_are_the_commands() -> None:
     result = processes.run(["bash", "-c", "echo out; echo err >&2; exit 3"], timeout_s=600.0)
     assert (result.returncode, result.stdout, result.stderr) == (3, "out\n", "err\n")
+
+
+# Starts a manager as the checkpoint writer does, after waiting for a line, so that a signal may
+# come first. Prints the ids of its children, then sends each line through the manager.
+PARENT = """
+import multiprocessing, signal, sys
+from multiprocessing import resource_tracker
+from multiprocessing.managers import SyncManager
+from megatron_laer.helper_processes import end_with_parent, signals_blocked
+
+if __name__ == "__main__":
+    heard = []
+    signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    manager = SyncManager(ctx=multiprocessing.get_context(sys.argv[1]))
+    with signals_blocked():
+        print("starting", flush=True)
+        sys.stdin.readline()
+        manager.start(initializer=end_with_parent)
+        assert heard == []
+    assert heard == [signal.SIGTERM]
+    print(manager._process.pid, resource_tracker._resource_tracker._pid, flush=True)
+    queue = manager.Queue()
+    for line in sys.stdin:
+        queue.put(line)
+        print(queue.get(), end="", flush=True)
+"""
+
+
+@contextmanager
+def parent_with_manager(
+    folder: Path, method: str
+) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Return a process that got SIGTERM while it started a manager, and its children."""
+    script = folder / "parent.py"
+    script.write_text(PARENT)
+    with subprocess.Popen(
+        [sys.executable, str(script), method],
+        env=os.environ | {"PYTHONPATH": python_path()},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        try:
+            assert parent.stdin is not None and parent.stdout is not None
+            assert parent.stdout.readline() == "starting\n"
+            parent.send_signal(signal.SIGTERM)
+            parent.stdin.write("start\n")
+            parent.stdin.flush()
+            manager, tracker = map(int, parent.stdout.readline().split())
+            yield parent, [manager, tracker]
+        finally:
+            parent.kill()
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_no_signal_but_a_kill_ends_a_helper(tmp_path: Path, method: str) -> None:
+    with parent_with_manager(tmp_path, method) as (parent, helpers):
+        for helper in helpers:
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+                os.kill(helper, number)
+        returned, _ = parent.communicate("a\nb\n", timeout=600.0)
+        assert (returned, parent.returncode) == ("a\nb\n", 0)
+    assert outlive(helpers) == [], "they were told to end"
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_a_helper_ends_with_its_killed_parent(tmp_path: Path, method: str) -> None:
+    with parent_with_manager(tmp_path, method) as (parent, helpers):
+        assert all(map(is_running, helpers))
+        parent.kill()
+        assert outlive(helpers) == []
+
+
+# A test that leaves a process in its own session which holds our output, and that keeps pytest's
+# process from ending.
+STUBBORN = """
+import atexit, subprocess, sys, time
+
+def test_that_leaves_a_mess():
+    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(36000)"
+    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    open("pid", "w").write(str(child.pid))
+    if {hangs}:
+        atexit.register(time.sleep, 36000)
+    time.sleep({lasts_s})
+    assert {passes}
+"""
+
+
+def supervise(
+    folder: Path, *arguments: str, grace_s: float, hangs: bool, passes: bool, lasts_s: float = 0.0
+) -> tuple[int, str, int]:
+    (folder / "test_mess.py").write_text(
+        STUBBORN.format(hangs=hangs, passes=passes, lasts_s=lasts_s)
+    )
+    code = (
+        "import sys; from tests.supervise import main; "
+        f"sys.exit(main(sys.argv[1:], grace_s={grace_s}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": python_path()},
+        stdout=subprocess.PIPE,  # read until all writers close it
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=1200,
+    )
+    return result.returncode, result.stdout, int((folder / "pid").read_text())
+
+
+@pytest.mark.parametrize(
+    ("hangs", "passes"), [(False, False), (True, True)], ids=["ends and fails", "hangs and passes"]
+)
+def test_the_status_is_pytests_and_nothing_is_left(
+    tmp_path: Path, hangs: bool, passes: bool
+) -> None:
+    # Processes that end need no grace, and on a busy machine would overrun a short one.
+    grace_s = 1.0 if hangs else 600.0
+    # With -s, processes of the test inherit our output, as ranks do before they write to logs.
+    returned, output, pid = supervise(tmp_path, "-s", grace_s=grace_s, hangs=hangs, passes=passes)
+    assert returned == int(not passes), output
+    assert ("1 passed" if passes else "1 failed") in output
+    assert "left behind, and killed" in output
+    assert ("did not end" in output) is hangs
+    assert not psutil.pid_exists(pid)
+
+
+def test_the_status_is_that_of_all_workers(tmp_path: Path) -> None:
+    (tmp_path / "test_tidy.py").write_text("def test_that_ends_long_before(): pass")
+    workers = ["--numprocesses", "2", "--dist", "loadfile"]
+    # The other worker ends at once, which must not start a grace of one second.
+    returned, output, pid = supervise(
+        tmp_path, *workers, grace_s=1.0, hangs=False, passes=False, lasts_s=4.0
+    )
+    assert returned == 1, output
+    assert "1 failed, 1 passed" in output
+    assert not psutil.pid_exists(pid)
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAMS = (("-m", "benchmarks.planner"), ("scripts/paper/figure8.py", "--toy"))
+
+
+def started(words: tuple[str, ...], folder: Path) -> subprocess.Popen[str]:
+    work_dir = ["--work-dir", str(folder)] if words[0] != "-m" else []
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", *words, *work_dir],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=default_signals,
+    )
+
+
+@pytest.mark.parametrize("words", PROGRAMS, ids=lambda words: words[-1])
+def test_ctrl_c_is_one_line_and_status_130(words: tuple[str, ...], tmp_path: Path) -> None:
+    process = started(words, tmp_path)
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    name = " ".join(["python", *words] if words[0] == "-m" else words[:1])
+    assert errors == f"{name}: interrupted\n"
+
+
+@pytest.mark.parametrize("words", PROGRAMS[:1], ids=lambda words: words[-1])
+def test_a_reader_that_goes_away_is_no_error(words: tuple[str, ...], tmp_path: Path) -> None:
+    process = started(words, tmp_path)
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    errors = process.stderr.read()
+    assert process.wait() == 141
+    assert errors == ""

@@ -1,67 +1,76 @@
-"""The even split equals its looped definition, is conserved, and stays inside nodes first."""
+"""Both splits equal their looped definitions; the exact one is minimal by linear programs."""
 
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
+from megatron_laer.config import Split
+from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
+from megatron_laer.planner.exact import ExactQuotas, exact_split
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
-from megatron_laer.planner.quotas import even_split
+from megatron_laer.planner.quotas import SplitTotals, even_split
+from megatron_laer.planner.splits import solve_quotas
+from tests.oracles.exact import exact_quota_NS, off_node_tokens, off_rank_tokens
 from tests.oracles.planner import quota_NS
-from tests.unit.planner_cases import with_holes
+from tests.unit.planner_cases import KINDS, counts_of, geometries, shape_of, with_holes
 
 Case = tuple[Int64, ExpertLayout, int]
 
-
-def random_case(
-    num_ranks: int, capacity: int, num_experts: int, node_size: int, top: int, seed: int
-) -> Case:
-    layout = ExpertLayout.random(num_ranks, capacity, num_experts, seed=(seed,))
-    layout = with_holes(layout, (seed % 3) / 2, seed)
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, top + 1, (num_ranks, num_experts)), layout, node_size
+# Bound of off-rank tokens over the optimum among splits with the fewest off-node tokens, for
+# several nodes of several ranks; otherwise there is no gap. In 1,478 random cases with more than 20
+# such tokens: mean 1.011, 99th percentile below 1.18, worst 1.47.
+OFF_RANK_MEAN_GAP = 1.03
+OFF_RANK_LARGEST_GAP = 1.5
 
 
 @st.composite
-def cases(draw: st.DrawFn, max_ranks: int = 40, max_experts: int = 64) -> Case:
-    """Draw counts, a random layout and a node size, for any N, C, E and G."""
-    num_ranks = draw(st.integers(1, max_ranks))
-    num_experts = draw(st.integers(1, max_experts))
-    # From few slots, where nodes lack experts, to many.
-    least = -(-num_experts // num_ranks)
-    capacity = draw(st.integers(least, min(num_experts, least + 4)))
-    node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))
-    top = draw(st.sampled_from([0, 1, 5, 1000]))
-    seed = draw(st.integers(0, 2**16))
-    return random_case(num_ranks, capacity, num_experts, node_size, top, seed)
+def cases(draw: st.DrawFn, max_ranks: int = 16, max_experts: int = 24) -> Case:
+    """Draw counts of several kinds, a random layout (with duplicates) and a node size."""
+    geometry, seed = draw(geometries(max_ranks, max_experts, 3)), draw(st.integers(0, 2**16))
+    layout = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
+    layout = with_holes(layout, (seed % 3) / 2, seed)
+    return counts_of(draw(st.sampled_from(KINDS)), geometry, seed), layout, geometry.node_size
 
 
-def rows_NS(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> Int64:
-    split = even_split(layout, node_size)
-    return np.stack([split.rank_row(counts_NE, rank) for rank in range(layout.num_ranks)])
+def rows_NS(quotas: ExactQuotas) -> Int64:
+    return np.stack([quotas.rank_row(rank) for rank in range(quotas.layout.num_ranks)])
 
 
-@settings(max_examples=60)
-@given(cases(max_ranks=16, max_experts=24))
-def test_rows_columns_and_loads_equal_the_looped_reference(case: Case) -> None:
+@settings(max_examples=150)
+@given(cases())
+def test_the_exact_splits_rows_columns_and_totals_equal_the_reference(case: Case) -> None:
     counts_NE, layout, node_size = case
-    split = even_split(layout, node_size)
-    expected_NS = quota_NS(counts_NE, layout, node_size)
+    split = exact_split(layout, node_size)
+    quotas = split.solve(counts_NE)
+    expected_NS = exact_quota_NS(counts_NE, quotas.loads_S, layout, node_size)
     expected_NNC = expected_NS.reshape(layout.num_ranks, layout.num_ranks, layout.capacity)
 
-    np.testing.assert_array_equal(rows_NS(*case), expected_NS)
+    np.testing.assert_array_equal(rows_NS(quotas), expected_NS)
     for rank in range(layout.num_ranks):
-        np.testing.assert_array_equal(split.rank_columns(counts_NE, rank), expected_NNC[:, rank, :])
-    np.testing.assert_array_equal(split.slot_loads(counts_NE), expected_NS.sum(axis=0))
+        np.testing.assert_array_equal(quotas.rank_columns(rank), expected_NNC[:, rank, :])
+    np.testing.assert_array_equal(quotas.loads_S, expected_NS.sum(axis=0))
+    np.testing.assert_array_equal(expected_NS @ held_SE(layout), counts_NE)
+    check_totals(split.totals(counts_NE), expected_NS, layout, node_size)
 
-    totals = split.totals(counts_NE)
-    sent_NN = expected_NNC.sum(axis=2)
+
+def held_SE(layout: ExpertLayout) -> Int64:
+    """Return 1 where a slot has an expert."""
+    return (layout.slot_expert_S[:, None] == np.arange(layout.num_experts)).astype(np.int64)
+
+
+def check_totals(
+    totals: SplitTotals, expected_NS: Int64, layout: ExpertLayout, node_size: int
+) -> None:
     node_N = np.arange(layout.num_ranks) // node_size
     near_NN = node_N[:, None] == node_N
     near_NS = near_NN.repeat(layout.capacity, axis=1)
+    sent_NN = expected_NS.reshape(layout.num_ranks, layout.num_ranks, -1).sum(axis=2)
     np.testing.assert_array_equal(totals.near_S, np.where(near_NS, expected_NS, 0).sum(axis=0))
     np.testing.assert_array_equal(totals.far_S, np.where(near_NS, 0, expected_NS).sum(axis=0))
     np.testing.assert_array_equal(totals.sent_near_N, np.where(near_NN, sent_NN, 0).sum(axis=1))
@@ -69,61 +78,150 @@ def test_rows_columns_and_loads_equal_the_looped_reference(case: Case) -> None:
     np.testing.assert_array_equal(totals.own_N, np.diagonal(sent_NN))
 
 
+@settings(max_examples=60)
+@given(cases(max_ranks=16, max_experts=16))
+def test_load_and_tokens_off_the_node_are_optimal_by_linear_programs(case: Case) -> None:
+    counts_NE, layout, node_size = case
+    quotas = exact_split(layout, node_size).solve(counts_NE)
+    quota_NS = rows_NS(quotas)
+    program = TransportProgram(counts_NE, layout, node_size)
+
+    # The integer optimum is the rounded fractional one, since capacities of the flow are integers.
+    least = int(np.ceil(program.least_largest_load() - 1e-6))
+    assert quotas.rank_loads_N().max() == least
+    off_node = off_node_tokens(quota_NS, layout, node_size)
+    assert off_node == round(program.least_off_node(least))
+    off_rank = off_rank_tokens(quota_NS, layout)
+    least_off_rank = program.least_off_rank(least, off_node)
+    if node_size in (1, layout.num_ranks):
+        assert off_rank == round(least_off_rank)
+    else:
+        assert off_rank >= round(least_off_rank)
+
+
+def test_tokens_off_their_rank_are_within_the_stated_gap() -> None:
+    gaps = []
+    for seed in range(120):
+        rng = np.random.default_rng(seed)
+        num_ranks, node_size = [(4, 2), (6, 3), (8, 4), (12, 4), (16, 8)][seed % 5]
+        num_experts = int(rng.integers(2, 17))
+        least_capacity = -(-num_experts // num_ranks)
+        capacity = min(num_experts, least_capacity + seed % 4)
+        layout = ExpertLayout.random(num_ranks, capacity, num_experts, seed=(seed,))
+        geometry = Geometry(num_ranks, num_experts, capacity, node_size)
+        counts_NE = counts_of(["few", "even", "zipf"][seed % 3], geometry, seed)
+        quotas = exact_split(layout, node_size).solve(counts_NE)
+        quota_NS = rows_NS(quotas)
+        least = TransportProgram(counts_NE, layout, node_size).least_off_rank(
+            int(quotas.rank_loads_N().max()), off_node_tokens(quota_NS, layout, node_size)
+        )
+        if least > 20:
+            gaps.append(off_rank_tokens(quota_NS, layout) / least)
+    assert len(gaps) > 80
+    assert np.mean(gaps) <= OFF_RANK_MEAN_GAP
+    assert max(gaps) <= OFF_RANK_LARGEST_GAP
+
+
+def test_a_duplicate_on_one_rank_is_left_empty() -> None:
+    layout = ExpertLayout.from_slots(2, 2, 2, [0, 0, 0, 1])
+    counts_NE = np.array([[6, 0], [2, 4]])
+    assert exact_split(layout, 2).solve(counts_NE).loads_S.tolist() == [6, 0, 2, 4]
+
+
+def test_wrong_arguments_are_quoted() -> None:
+    layout = ExpertLayout.static(4, 2, 4)
+    split = exact_split(layout, 2)
+    with pytest.raises(ValueError, match=r"shape \(4, 3\), expected .* \(4, 4\)"):
+        split.solve(np.zeros((4, 3), dtype=np.int64))
+    with pytest.raises(ValueError, match=r"rank must be in 0\.\.3, got 4"):
+        split.solve(np.zeros((4, 4), dtype=np.int64)).rank_row(4)
+    negative_NE = np.zeros((4, 4), dtype=np.int64)
+    negative_NE[1, 2] = -1
+    with pytest.raises(ValueError, match=r"counts_NE holds -1 at rank 1, expert 2"):
+        split.solve(negative_NE)
+    with pytest.raises(ValueError, match="node size 3 does not divide"):
+        exact_split(layout, 3)
+
+
+class TransportProgram:
+    """Linear programs over all splits of a case: tokens from (source, expert) to slots."""
+
+    def __init__(self, counts_NE: Int64, layout: ExpertLayout, node_size: int) -> None:
+        slots = layout.to_list()
+        self.num_ranks = layout.num_ranks
+        arcs = [
+            (source, slot, expert)
+            for source in range(layout.num_ranks)
+            for slot, expert in enumerate(slots)
+            if expert != EMPTY and counts_NE[source, expert] > 0
+        ]
+        self.num_arcs = len(arcs)
+        source_A = np.array([arc[0] for arc in arcs], dtype=np.int64)
+        rank_A = np.array([arc[1] // layout.capacity for arc in arcs], dtype=np.int64)
+        expert_A = np.array([arc[2] for arc in arcs], dtype=np.int64)
+        self.off_node_A = (source_A // node_size != rank_A // node_size).astype(float)
+        self.off_rank_A = (source_A != rank_A).astype(float)
+        rows, self.row_A = np.unique(source_A * layout.num_experts + expert_A, return_inverse=True)
+        self.supply = counts_NE.reshape(-1)[rows].astype(float)
+        self.rank_A = rank_A
+
+    def least_largest_load(self) -> float:
+        return self._solve(np.zeros(self.num_arcs), None, None)
+
+    def least_off_node(self, cap: int) -> float:
+        return self._solve(self.off_node_A, cap, None)
+
+    def least_off_rank(self, cap: int, off_node: int) -> float:
+        return self._solve(self.off_rank_A, cap, off_node)
+
+    def _solve(
+        self, cost_A: npt.NDArray[np.float64], cap: int | None, off_node: int | None
+    ) -> float:
+        optimize = pytest.importorskip("scipy.optimize")
+        sparse = pytest.importorskip("scipy.sparse")
+        if self.num_arcs == 0:
+            return 0.0
+        arcs = np.arange(self.num_arcs)
+        ones = np.ones(self.num_arcs)
+        # Without a given cap, the largest load is one more variable.
+        size = self.num_arcs + (cap is None)
+        equal = sparse.csr_array((ones, (self.row_A, arcs)), shape=(self.supply.size, size))
+        upper = sparse.csr_array((ones, (self.rank_A, arcs)), shape=(self.num_ranks, size)).tolil()
+        limit = np.full(self.num_ranks, 0.0 if cap is None else float(cap))
+        cost = np.zeros(size)
+        cost[: self.num_arcs] = cost_A
+        if cap is None:
+            upper[:, -1] = -1.0
+            cost[-1] = 1.0
+        if off_node is not None:
+            row = sparse.csr_array(self.off_node_A.reshape(1, -1))
+            upper = sparse.vstack([upper, row])
+            limit = np.append(limit, float(off_node))
+        upper = sparse.csr_array(upper)
+        result = optimize.linprog(cost, upper, limit, equal, self.supply, method="highs")
+        assert result.status == 0, result.message
+        return float(result.fun)
+
+
 @settings(max_examples=80)
 @given(cases())
-def test_quotas_conserve_every_token(case: Case) -> None:
+def test_the_even_splits_rows_columns_and_totals_equal_the_reference(case: Case) -> None:
     counts_NE, layout, node_size = case
-    quota = rows_NS(*case)
-    by_expert_NE = np.zeros_like(counts_NE)
-    filled_S = layout.slot_expert_S != EMPTY
-    assert not quota[:, ~filled_S].any()
-    for slot, expert in enumerate(layout.to_list()):
-        if expert == EMPTY:
-            continue
-        by_expert_NE[:, expert] += quota[:, slot]
-    np.testing.assert_array_equal(by_expert_NE, counts_NE)
-    assert quota.min() >= 0
     split = even_split(layout, node_size)
-    np.testing.assert_array_equal(quota.sum(axis=0), split.slot_loads(counts_NE))
-    columns = [split.rank_columns(counts_NE, rank) for rank in range(layout.num_ranks)]
-    np.testing.assert_array_equal(np.concatenate(columns, axis=1), quota)
-
-
-@settings(max_examples=60)
-@given(cases())
-def test_tokens_stay_in_a_node_that_has_the_expert(case: Case) -> None:
-    _, layout, node_size = case
-    quota = rows_NS(*case)
-    slot_node_S = np.arange(layout.num_slots) // (layout.capacity * node_size)
-    for source in range(layout.num_ranks):
-        in_node_S = slot_node_S == source // node_size
-        held_here = set(layout.slot_expert_S[in_node_S].tolist())
-        sent_away = set(layout.slot_expert_S[(quota[source] > 0) & ~in_node_S].tolist())
-        assert not held_here & sent_away
-
-
-@settings(max_examples=60)
-@given(cases())
-def test_replicas_that_share_differ_by_at_most_one_token(case: Case) -> None:
-    _, layout, node_size = case
-    slot_node_S = np.arange(layout.num_slots) // (layout.capacity * node_size)
-    for source, row_S in enumerate(rows_NS(*case)):
-        for expert in range(layout.num_experts):
-            held_S = layout.slot_expert_S == expert
-            near_S = held_S & (slot_node_S == source // node_size)
-            shared = row_S[near_S if near_S.any() else held_S]
-            assert shared.max() - shared.min() <= 1
-
-
-def test_remainders_of_different_sources_go_to_different_replicas() -> None:
-    layout = ExpertLayout.from_slots(4, 1, 1, [0, 0, 0, 0])
-    counts_NE = np.ones((4, 1), dtype=np.int64)
-    assert even_split(layout, 4).slot_loads(counts_NE).tolist() == [1, 1, 1, 1]
+    expected_NS = quota_NS(counts_NE, layout, node_size)
+    expected_NNC = expected_NS.reshape(layout.num_ranks, layout.num_ranks, layout.capacity)
+    for rank in range(layout.num_ranks):
+        np.testing.assert_array_equal(split.rank_row(counts_NE, rank), expected_NS[rank])
+        np.testing.assert_array_equal(split.rank_columns(counts_NE, rank), expected_NNC[:, rank, :])
+    np.testing.assert_array_equal(split.slot_loads(counts_NE), expected_NS.sum(axis=0))
+    np.testing.assert_array_equal(expected_NS @ held_SE(layout), counts_NE)
+    check_totals(split.totals(counts_NE), expected_NS, layout, node_size)
 
 
 def test_one_node_shares_among_its_own_replicas_only() -> None:
     # Ranks 0, 1 and 2, 3 are nodes; expert 0 is on both, expert 1 on the second only.
     layout = ExpertLayout.from_slots(4, 1, 2, [0, 0, 0, 1])
+    assert even_split(layout, 2) is even_split(ExpertLayout.from_slots(4, 1, 2, [0, 0, 0, 1]), 2)
     counts_NE = np.array([[10, 4], [0, 0], [0, 0], [6, 0]], dtype=np.int64)
     split = even_split(layout, 2)
     assert split.rank_row(counts_NE, 0).tolist() == [5, 5, 0, 4]
@@ -131,14 +229,7 @@ def test_one_node_shares_among_its_own_replicas_only() -> None:
     assert split.rank_columns(counts_NE, 2).tolist() == [[0], [0], [0], [6]]
 
 
-def test_tables_are_cached_by_content() -> None:
-    first = ExpertLayout.from_slots(4, 1, 2, [0, 0, 1, 1])
-    again = ExpertLayout.from_slots(4, 1, 2, [0, 0, 1, 1])
-    assert even_split(first, 2) is even_split(again, 2)
-    assert even_split(first, 2) is not even_split(first, 4)
-
-
-def test_wrong_arguments_are_quoted() -> None:
+def test_wrong_arguments_of_the_even_split_are_quoted() -> None:
     layout = ExpertLayout.static(4, 2, 4)
     counts_NE = np.zeros((4, 4), dtype=np.int64)
     with pytest.raises(ValueError, match=r"node size 3 does not divide the 4 ranks; .*\[1, 2, 4\]"):
@@ -151,3 +242,25 @@ def test_wrong_arguments_are_quoted() -> None:
         even_split(layout, 2).rank_columns(counts_NE, -1)
     with pytest.raises(ValueError, match=r"shape \(4, 3\), expected .* \(4, 4\)"):
         even_split(layout, 2).slot_loads(counts_NE[:, :3])
+
+
+def test_stock_ranks_own_consecutive_experts_and_balance_is_max_over_mean() -> None:
+    counts_NE = np.array([[1, 2, 3, 4], [10, 20, 30, 40]])
+    assert stock_tokens_N(counts_NE).tolist() == [33, 77]
+    assert max_over_mean(np.array([5, 5, 5])) == 1.0
+    assert max_over_mean(np.array([0, 9, 0])) == 3.0
+    assert max_over_mean(np.zeros(4, dtype=np.int64)) == 1.0
+
+
+def test_fsep_tokens_are_the_columns_of_the_quotas() -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        layout = ExpertLayout.random(4, 3, 6, (seed,))
+        counts_NE = rng.integers(0, 50, (4, 6))
+        even = solve_quotas(Split.EVEN, counts_NE, layout, 2)
+        expected = quota_NS(counts_NE, layout, 2).sum(0).reshape(4, 3).sum(1)
+        assert fsep_tokens_N(even).tolist() == expected.tolist()
+        exact = solve_quotas(Split.EXACT, counts_NE, layout, 2)
+        columns = [exact.rank_columns(rank).sum() for rank in range(4)]
+        assert fsep_tokens_N(exact).tolist() == columns
+        assert max(columns) <= expected.max()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from tests.parity.compare import Distance
@@ -110,14 +107,3 @@ def test_a_fault_says_how_to_repeat_it() -> None:
     beyond = Judgement(case, Verdict.BEYOND, distance=FAR)
     assert "python -m tests.parity.random --only 7" in report.line(beyond)
     assert "--only" not in report.line(Judgement(case, Verdict.EQUAL, distance=FAR))
-
-
-def test_cases_in_a_file_are_known(tmp_path: Path) -> None:
-    file = tmp_path / "cases.jsonl"
-    assert report.seeds_in(file) == set()
-    judgements = [Judgement(draw(seed), Verdict.EQUAL, distance=FAR) for seed in (3, 5)]
-    file.write_text("".join(f"{report.entry(item)}\n" for item in judgements), encoding="utf-8")
-    assert report.seeds_in(file) == {3, 5}
-    first = json.loads(file.read_text(encoding="utf-8").splitlines()[0])
-    assert first["verdict"] == "EQUAL" and first["distance"] == list(FAR.parts())
-    assert first["features"] == list(draw(3).features)

@@ -70,16 +70,8 @@ COSTS = make_costs().for_native(Geometry(4, 6, 3, 2))
 
 
 def decide(**other: Any) -> Any:
-    given = {
-        "mode": "adaptive",
-        "costs": COSTS,
-        "tolerance": None,
-        "counts_NE": COUNTS_NE,
-        "planned_S": SLOTS_S,
-        "node_size": 2,
-        "home": 0,
-        "rank": 0,
-    }
+    given = {"mode": "adaptive", "costs": COSTS, "tolerance": None, "counts_NE": COUNTS_NE}
+    given |= {"planned_S": SLOTS_S, "node_size": 2, "home": 0, "rank": 0}
     return native.decide(*(given | other).values())
 
 
@@ -119,13 +111,6 @@ def test_the_core_refuses_what_it_cannot_read(other: dict[str, Any], message: st
         decide(**other)
 
 
-def test_the_core_plans_by_no_costs_of_another_number_of_ranks() -> None:
-    for num_ranks in (2, 8):
-        costs = make_costs().for_native(Geometry(num_ranks, 6, 3, 2))
-        with pytest.raises(ValueError, match="another number of ranks"):
-            native.greedy(COUNTS_NE, SLOTS_S, 2, 0, costs)
-
-
 def test_the_core_refuses_sizes_that_do_not_fit() -> None:
     loads_S, short_S = np.full(12, 2), np.full(11, 2)
     columns_NC = np.ones((4, 3), dtype=np.int64)
@@ -148,9 +133,11 @@ def test_the_core_refuses_sizes_that_do_not_fit() -> None:
         native.CostModel(*points, *numbers, np.ones(4, dtype=np.int64))
     with pytest.raises(ValueError, match="the GEMM curve is empty"):
         native.CostModel(*[np.ones(0)] * 5, *numbers, np.ones(4, dtype=np.int64))  # type: ignore[arg-type]
-    of_no_rank = native.CostModel(
-        points[0], *[np.ones(1)] * 4, *numbers, np.ones(0, dtype=np.int64)
-    )
+    of_two = make_costs().for_native(Geometry(2, 6, 3, 2))
+    with pytest.raises(ValueError, match="another number of ranks"):
+        native.greedy(COUNTS_NE, SLOTS_S, 2, 0, of_two)
+    one, no_rank = [np.ones(1)] * 4, np.ones(0, dtype=np.int64)
+    of_no_rank = native.CostModel(points[0], *one, *numbers, no_rank)
     with pytest.raises(ValueError, match="ranks must divide the slots"):
         native.exposed_seconds(of_no_rank, SLOTS_S, 6, 2, 0, 0.0)
 

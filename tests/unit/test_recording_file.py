@@ -10,12 +10,11 @@ import json
 import os
 import resource
 import signal
-import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ import pytest
 from megatron_laer.files import writing
 from megatron_laer.files.checks import MAX_LINE
 from megatron_laer.files.json_lines import sealed
-from megatron_laer.files.recording import is_cut_off
+from megatron_laer.files.recording import RecordingFile, is_cut_off
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.planning.layout_recording import (
@@ -32,20 +31,15 @@ from megatron_laer.runtime.planning.layout_recording import (
     read_layouts,
 )
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
-from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, read_metrics
+from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape
 from megatron_laer.telemetry.trace_file import TraceWriter
-from megatron_laer.tools.traces import read_trace
+from megatron_laer.tools.report.metrics_recording import read_metrics
+from megatron_laer.tools.traces.fsep import read_recording
 from tests import fuzz
 from tests.old_files import as_version_1
 
 NUM_RANKS, NUM_EXPERTS, CAPACITY = 2, 4, 3
 LAYERS = ["layer 1", "layer 2"]
-
-
-class Writer(Protocol):
-    def step(self, step: int, seed: int) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Traces:
@@ -65,7 +59,7 @@ class Traces:
 
     @staticmethod
     def read(path: Path) -> dict[int, int]:
-        trace = read_trace(path)
+        trace = read_recording(path)
         firsts = np.flatnonzero(trace.layer_R == 0)
         return {
             int(trace.step_R[at]): int(trace.counts_RNE[at, 0, 0] - 1000 * trace.step_R[at])
@@ -111,8 +105,8 @@ class Metrics:
         self.close = self._writer.close
 
     def step(self, step: int, seed: int) -> None:
-        of_step = dict.fromkeys([metric.name for metric in RECORDED_OF_STEPS], 0.0)
-        of_layers = {metric.name: [0.0] * len(LAYERS) for metric in RECORDED_OF_LAYERS}
+        of_step = dict.fromkeys([*RECORDED_OF_STEPS], 0.0)
+        of_layers = {name: [0.0] * len(LAYERS) for name in RECORDED_OF_LAYERS}
         tokens_LN = np.full((len(LAYERS), NUM_RANKS), 1000 * step + seed)
         self._writer.append(of_step | {"step": step}, {}, of_layers, tokens_LN)
 
@@ -152,14 +146,6 @@ def test_a_new_run_in_a_used_folder_is_refused_and_told_the_way_out(
     assert path.read_bytes() == content and os.listdir(tmp_path) == [kind.name]
 
 
-def test_a_run_that_ended_before_its_first_step_leaves_the_folder_to_the_next(
-    kind: Kind, tmp_path: Path
-) -> None:
-    kind(tmp_path / kind.name, 0).close()
-    record(kind, tmp_path / kind.name, range(2), seed=1)
-    assert kind.read(tmp_path / kind.name) == {0: 1, 1: 1}
-
-
 def test_a_recording_without_checksums_is_read_and_set_aside_by_a_run_that_goes_on(
     kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -194,16 +180,9 @@ def test_a_second_writer_is_refused_until_the_first_has_ended(kind: Kind, tmp_pa
             kind(path, first_step)
     first.step(1, 1)
     first.close()
-    assert kind.read(path) == {0: 1, 1: 1}
-    kind(path, 2).close()
-
-
-def test_a_recording_stays_locked_after_steps_were_moved_aside(kind: Kind, tmp_path: Path) -> None:
-    path = tmp_path / kind.name
-    record(kind, path, range(5), seed=1)
-    resumed = kind(path, 3)
+    resumed = kind(path, 1)  # steps are moved aside
     with pytest.raises(writing.InUseError):
-        kind(path, 3)
+        kind(path, 1)
     resumed.close()
 
 
@@ -214,25 +193,18 @@ def test_steps_that_a_resumed_run_makes_again_are_moved_beside(
     record(kind, path, range(5), seed=1)
     record(kind, path, range(3, 6), seed=2)
     assert kind.read(path) == {0: 1, 1: 1, 2: 1, 3: 2, 4: 2, 5: 2}
-    aside = path.with_stem("group-0.cut-from-3")
-    assert kind.read(aside) == {3: 1, 4: 1}
-    assert sorted(tmp_path.iterdir()) == sorted([path, aside])
-    assert is_cut_off(aside) and not is_cut_off(path)
-    assert [message for message in caplog.messages if aside.name in message] == [
-        f"FSEP: {path}: what was recorded from step 3 on has been moved to {aside.name}"
-    ]
-
-
-def test_what_was_moved_beside_before_is_not_overwritten(kind: Kind, tmp_path: Path) -> None:
-    path = tmp_path / kind.name
-    record(kind, path, range(5), seed=1)
-    for seed in (2, 3):
-        record(kind, path, range(3, 5), seed=seed)
+    expected = {"group-0.cut-from-3": {3: 1, 4: 1}}
+    asides = {name: path.with_stem(name) for name in expected}
+    assert sorted(tmp_path.iterdir()) == sorted([path, *asides.values()])
+    assert is_cut_off(asides["group-0.cut-from-3"]) and not is_cut_off(path)
+    (message,) = caplog.messages
+    assert f"recorded from step 3 on has been moved to group-0.cut-from-3{path.suffix}" in message
+    record(kind, path, range(3, 5), seed=3)
     record(kind, path, range(1, 2), seed=2)
     assert kind.read(path) == {0: 1, 1: 2}
-    assert kind.read(path.with_stem("group-0.cut-from-3")) == {3: 1, 4: 1}
-    assert kind.read(path.with_stem("group-0.cut-from-3.2")) == {3: 2, 4: 2}
-    assert kind.read(path.with_stem("group-0.cut-from-1")) == {1: 1, 2: 1, 3: 3, 4: 3}
+    expected |= {"group-0.cut-from-3.2": {3: 2, 4: 2, 5: 2}}
+    expected |= {"group-0.cut-from-1": {1: 1, 2: 1, 3: 3, 4: 3}}
+    assert {name: kind.read(path.with_stem(name)) for name in expected} == expected
 
 
 def test_a_run_that_goes_on_where_the_recording_ends_changes_nothing_in_it(
@@ -273,55 +245,43 @@ def test_layouts_that_did_not_change_again_are_moved_beside_as_well(tmp_path: Pa
     assert Layouts.read(path) == {0: 1, 1: 1}
 
 
-def test_a_recording_behind_a_link_is_kept_where_it_lies(kind: Kind, tmp_path: Path) -> None:
+def test_links_to_a_recording_stay_and_a_hard_one_keeps_all(kind: Kind, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
-    path, link = tmp_path / "disk" / kind.name, tmp_path / "link"
+    path, link, hard = tmp_path / "disk" / kind.name, tmp_path / "link", tmp_path / "hard"
     link.symlink_to(path)
     record(kind, link, range(5), seed=1)
+    hard.hardlink_to(path)
     record(kind, link, range(3, 5), seed=2)
     assert link.is_symlink() and kind.read(path)[3] == 2
     assert kind.read(path.with_stem("group-0.cut-from-3")) == {3: 1, 4: 1}
+    assert kind.read(hard) == dict.fromkeys(range(5), 1)
 
 
-def test_a_hard_link_to_a_recording_keeps_what_was_moved_aside(kind: Kind, tmp_path: Path) -> None:
-    path, other = tmp_path / kind.name, tmp_path / "other"
-    record(kind, path, range(5), seed=1)
-    other.hardlink_to(path)
-    record(kind, path, range(3, 5), seed=2)
-    assert kind.read(other) == dict.fromkeys(range(5), 1)
-
-
-def test_temporary_files_of_a_killed_run_are_removed_when_the_recording_is_opened(
+def test_a_run_that_ended_before_its_first_step_leaves_the_folder_to_the_next(
     kind: Kind, tmp_path: Path
 ) -> None:
     others = {f".{kind.name}.tmp", ".other.0123456789abcdef.tmp"}
+    # The last one was left by a killed run.
     for name in (*others, f".{kind.name}.0123456789abcdef.tmp"):
         (tmp_path / name).touch()
     kind(tmp_path / kind.name, 0).close()
     assert set(os.listdir(tmp_path)) == {kind.name, *others}
+    record(kind, tmp_path / kind.name, range(2), seed=1)
+    assert kind.read(tmp_path / kind.name) == {0: 1, 1: 1}
 
 
-def test_what_a_killed_run_left_of_its_last_record_is_cut_off_and_said(
-    kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("first_step", [0, 2], ids=["header", "last record"])
+def test_a_run_killed_within_a_record_is_resumed(
+    kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture, first_step: int
 ) -> None:
     path = tmp_path / kind.name
     record(kind, path, range(3), seed=1)
     size = path.stat().st_size
-    os.truncate(path, size - 1)
-    record(kind, path, range(2, 3), seed=2)
-    assert "bytes are no whole record and are left out" in caplog.text
-    assert kind.read(path) == {0: 1, 1: 1, 2: 2}
+    os.truncate(path, size - 1 if first_step else 20)
+    record(kind, path, range(first_step, 3), seed=2)
+    assert kind.read(path) == {step: 1 if step < first_step else 2 for step in range(3)}
+    assert not first_step or "bytes are no whole record and are left out" in caplog.text
     assert kind is Metrics or path.stat().st_size == size  # it names each run
-
-
-@pytest.mark.parametrize("part", ["header", "last record"])
-def test_a_run_killed_within_a_record_is_resumed(kind: Kind, tmp_path: Path, part: str) -> None:
-    path = tmp_path / kind.name
-    record(kind, path, range(2), seed=1)
-    os.truncate(path, 20 if part == "header" else path.stat().st_size - 5)
-    first_step = 0 if part == "header" else 1
-    record(kind, path, range(first_step, 2), seed=2)
-    assert kind.read(path) == {0: 2 if part == "header" else 1, 1: 2}
 
 
 def test_a_recording_of_another_shape_is_not_overwritten(
@@ -426,63 +386,50 @@ def test_a_disk_that_is_too_full_to_move_steps_aside_leaves_all_where_it_is(
 
 
 CUT_AT = 3
-# Operations on disk while steps are moved aside, in order; the run is killed before each.
-PHASES = (
-    "copy of what goes",
-    "copy of what stays",
-    "fsync of what goes",
-    "rename of what goes",
-    "fsync of the folder",
-    "fsync of what stays",
-    "rename of what stays",
-    "fsync of the folder again",
-    "end",
-)
+# Operations on disk while steps are moved aside, in order. The run is killed before each of them:
+# two copies, fsync and rename of the removed steps, fsync of the folder, then of the kept steps.
+PHASES = range(9)
+MOVED, REPLACED = 3, 6  # the two renames
 
-_KILLED_RUN = """
-import os, signal, sys
-from pathlib import Path
-from megatron_laer.files.recording import RecordingFile
-from tests.unit.test_recording_file import CUT_AT, Layouts, Metrics, Traces
 
-kind = {kind.__name__: kind for kind in (Traces, Layouts, Metrics)}[sys.argv[1]]
-left = int(sys.argv[3])
+def _killed_while_it_moves(kind: Kind, path: Path, left: int) -> None:
+    def killing_before[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+        def counted(*args: P.args, **kwargs: P.kwargs) -> R:
+            nonlocal left
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return function(*args, **kwargs)
 
-def killing_before(function):
-    def counted(*args):
-        global left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        return function(*args)
-    return counted
+        return counted
 
-RecordingFile._copy = killing_before(RecordingFile._copy)
-os.fsync, os.replace = killing_before(os.fsync), killing_before(os.replace)
-writer = kind(Path(sys.argv[2]), CUT_AT)
-assert left == 0, left
-os.kill(os.getpid(), signal.SIGKILL)
-"""
+    RecordingFile._copy = killing_before(RecordingFile._copy)  # type: ignore[method-assign]
+    os.fsync, os.replace = killing_before(os.fsync), killing_before(os.replace)
+    kind(path, CUT_AT)
+    assert left == 0, left
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize("phase", range(len(PHASES)), ids=PHASES)
+@pytest.mark.parametrize("phase", PHASES)
 def test_a_run_killed_while_it_moves_steps_aside_leaves_the_old_recording_or_the_new(
     kind: Kind, tmp_path: Path, phase: int
 ) -> None:
     path = tmp_path / kind.name
     record(kind, path, range(5), seed=1)
-    command = [sys.executable, "-c", _KILLED_RUN, kind.__name__, str(path), str(phase)]
-    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            _killed_while_it_moves(kind, path, phase)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
 
-    is_new = phase > PHASES.index("rename of what stays")
-    kept = range(CUT_AT if is_new else 5)
-    assert kind.read(path) == dict.fromkeys(kept, 1)
+    assert kind.read(path) == dict.fromkeys(range(CUT_AT if phase > REPLACED else 5), 1)
     aside = path.with_stem(f"group-0.cut-from-{CUT_AT}")
-    if phase > PHASES.index("rename of what goes"):
+    if phase > MOVED:
         assert kind.read(aside) == {3: 1, 4: 1}
     temporary = [name for name in os.listdir(tmp_path) if name.endswith(".tmp")]
-    assert len(temporary) == 2 - is_new - aside.exists()
+    assert len(temporary) == 2 - (phase > REPLACED) - aside.exists()
 
     record(kind, path, range(CUT_AT, 6), seed=2)
     assert kind.read(path) == {0: 1, 1: 1, 2: 1, 3: 2, 4: 2, 5: 2}

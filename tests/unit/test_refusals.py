@@ -38,9 +38,9 @@ from megatron_laer.support.fields import (
 from megatron_laer.support.refusal import LeftOut, Refusal
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 from tests import processes
+from tests.costs import COSTS
 from tests.parity.rows import ROWS
 from tests.releases import FIELDS_BEFORE_NEXT, FIELDS_FROM_NEXT, refused_flags, release_of
-from tests.unit.plan_cases import COSTS
 
 pytestmark = pytest.mark.releases
 
@@ -181,7 +181,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import arguments, checkpointing
 import megatron.training.global_vars
 from megatron_laer import plugin, session
-from megatron_laer.flags import config_from_args
+from megatron_laer.fsep_flags import config_from_args
 from megatron_laer.support.arguments import fill_in, problems
 from megatron_laer.support.table import REFUSALS
 

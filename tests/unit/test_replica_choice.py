@@ -21,6 +21,7 @@ from megatron_laer.layer.dispatch import replica_choice
 from megatron_laer.layer.dispatch.replica_choice import choose_replicas, token_order
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
+from tests.unit.planner_cases import geometries
 
 LEAST_SHARE = replica_choice._LEAST_SHARE
 
@@ -92,15 +93,13 @@ def make_rank(
 @st.composite
 def any_rank(draw: st.DrawFn) -> Rank:
     """Draw shapes of all kinds, nodes of one or all ranks, no tokens, more slots than experts."""
-    ranks = draw(st.integers(1, 8))
-    experts = draw(st.integers(1, 12))
-    least = -(-experts // ranks)
+    geometry = draw(geometries(8, 12))
     return make_rank(
-        ranks=ranks,
-        node_size=draw(st.sampled_from([g for g in range(1, ranks + 1) if ranks % g == 0])),
-        experts=experts,
-        capacity=draw(st.integers(least, min(experts, least + 4))),
-        top_k=draw(st.integers(1, min(experts, 4))),
+        ranks=geometry.num_ranks,
+        node_size=geometry.node_size,
+        experts=geometry.num_experts,
+        capacity=geometry.capacity,
+        top_k=draw(st.integers(1, min(geometry.num_experts, 4))),
         tokens=draw(st.integers(0, 40)),
         split=draw(st.sampled_from(list(Split))),
         skew=draw(st.sampled_from([0.0, 2.0])),
@@ -157,23 +156,6 @@ def test_choices_save_most_of_what_the_best_of_all_would() -> None:
     could_save = (plain[:, 0] - least[:, 0]).sum()
     assert could_save >= 10, "the cases leave no room"
     assert (plain[:, 0] - chosen[:, 0]).sum() >= 0.8 * could_save
-
-
-def test_a_token_whose_experts_can_share_a_node_goes_to_one() -> None:
-    """Give two experts replicas on nodes 1 and 2; in token order the second one's are swapped."""
-    layout = ExpertLayout.from_slots(3, 3, 3, [2, 2, 2, 0, 1, 2, 0, 1, 2])
-    counts_NE = np.zeros((3, 3), dtype=np.int64)
-    counts_NE[0, :2] = 4
-    row_S = np.array([0, 0, 0, 2, 2, 0, 2, 2, 0])
-    columns_NC = np.zeros((3, 3), dtype=np.int64)
-    quotas = RankQuotas.of(layout, row_S, columns_NC)
-    # Tokens 0 and 1 go to the first expert alone, tokens 6 and 7 to the second.
-    map_TE = torch.zeros(6, 3, dtype=torch.bool)
-    map_TE[:4, 0] = map_TE[2:, 1] = True
-    rank = Rank(layout, map_TE, quotas, node_size=1, rank=0)
-    rank.check_legal(rank.chosen())
-    assert rank.rows(rank.plain()) == (8, 8)
-    assert rank.rows(rank.chosen()) == (6, 6)
 
 
 @pytest.mark.parametrize(("experts", "top_k", "least_saved"), [(16, 4, 0.10), (64, 8, 0.04)])

@@ -5,60 +5,26 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.runtime.comm.exchange import ReusableWeights
-from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.comm.stages import ExchangeCount
+from megatron_laer.runtime.comm.exchange import HierarchicalExchange
+from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.streams import StreamTimes, Task, make_comm_stream
 from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
+from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
+from tests.unit.test_layout_index import one_rank
 
 CPU = torch.device("cpu")
 ROWS = (8, 3)
-
-
-class OneRank:
-    """Exchange of a group of one rank, which holds all rows of its two experts."""
-
-    def __init__(self) -> None:
-        self.count = ExchangeCount()
-
-    def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
-        pass
-
-    def prepare_reduce(self, index: LayoutIndex) -> None:
-        pass
-
-    def restore(
-        self,
-        slice_ErK: torch.Tensor,
-        index: LayoutIndex,
-        rows: int,
-        *,
-        out: torch.Tensor | None = None,
-        reuse: ReusableWeights | None = None,
-    ) -> torch.Tensor:
-        filled = out if reuse is None else reuse.matrix_CRK
-        assert filled is not None
-        return filled.copy_(slice_ErK[index.slot_expert_S])
-
-    def reduce(
-        self,
-        grad_CRK: torch.Tensor,
-        index: LayoutIndex,
-        *,
-        wire_dtype: torch.dtype,
-        add_to: torch.Tensor | None,
-    ) -> torch.Tensor:
-        return grad_CRK.clone() if add_to is None else add_to.add_(grad_CRK)
 
 
 class LateStream:
@@ -66,42 +32,32 @@ class LateStream:
 
     def __init__(self) -> None:
         self.times = StreamTimes("parameters", CPU)
-        self._queue: list[tuple[LateResult, Task]] = []
+        self._queue: list[tuple[SimpleNamespace, Task]] = []
 
-    def submit(self, work: Task, label: str) -> LateResult:
-        result = LateResult(self)
+    def submit(self, work: Task, label: str) -> SimpleNamespace:
+        result = SimpleNamespace(value=None)
+
+        def there() -> torch.Tensor:
+            assert result.value is not None, "used before it was there"
+            return result.value
+
+        def wait() -> torch.Tensor:
+            while result.value is None:
+                first, todo = self._queue.pop(0)
+                first.value = todo()
+            return there()
+
+        result.wait, result.result = wait, there
         self._queue.append((result, work))
         return result
 
-    def work_until(self, wanted: LateResult) -> None:
-        while wanted.value is None:
-            result, work = self._queue.pop(0)
-            result.value = work()
-
-    def close(self) -> None:
-        pass
-
-
-class LateResult:
-    """Result that arrives once it, or a later one, is waited for."""
-
-    def __init__(self, stream: LateStream) -> None:
-        self._stream = stream
-        self.value: torch.Tensor | None = None
-
-    def wait(self) -> torch.Tensor:
-        self._stream.work_until(self)
-        return self.result()
-
-    def result(self) -> torch.Tensor:
-        assert self.value is not None, "used before it was there"
-        return self.value
+    def close(self) -> None: ...
 
 
 @pytest.fixture
 def streams() -> Iterator[ExchangeStreams]:
     made = ExchangeStreams(
-        OneRank(),  # type: ignore[arg-type]  # it has what is called here
+        one_rank(),
         parameters=make_comm_stream("parameters", CPU, overlaps=True),
         gradients=make_comm_stream("gradients", CPU, overlaps=True),
     )
@@ -270,14 +226,6 @@ def test_memory_is_lent_again_only_when_the_restore_into_it_is_over(
     assert restored.state.weights is WeightState.SHARDED
 
 
-def test_evaluation_leaves_nothing(streams: ExchangeStreams) -> None:
-    restored = restored_experts(streams)
-    with torch.no_grad():
-        compute(restored, ones(needs_grad=False), ones(needs_grad=False))
-    assert streams.weights.in_use == 0
-    assert restored.state == ExpertsState("layer 1")
-
-
 @pytest.mark.parametrize("has_main_grads", [False, True], ids=["autograd", "main gradients"])
 def test_a_flat_bias_is_lent_as_a_matrix_of_one_column(
     streams: ExchangeStreams, has_main_grads: bool
@@ -345,3 +293,32 @@ def test_a_state_that_may_not_follow_is_named() -> None:
         state.enter(WeightState.RESTORED)
     with pytest.raises(AssertionError, match=r"layer 3: .*NONE cannot follow .*NONE"):
         state.enter(GradState.NONE)
+
+
+def slices(dtype: torch.dtype = torch.float32) -> Slices:
+    shapes = [(4, 4, 3), (4, 2, 4)]
+    parameters = tuple(torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes)
+    return Slices(parameters, (8, 3), MegatronMainGrads())
+
+
+def test_parameters_without_main_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = layout_index(ExpertLayout.static(2, 3, 4), torch.device("cpu"))
+    streams = ExchangeStreams(HierarchicalExchange, None, None)  # type: ignore[arg-type]  # unused
+    held = slices()
+    with pytest.raises(ValueError, match=r"step, layer 1: .*DistributedDataParallel"):
+        StepExperts("layer 1", held, index, streams)
+    for parameter in held.parameters:
+        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+    StepExperts("layer 1", held, index, streams)
+
+
+def test_memory_is_that_of_slots_and_of_float32_sums() -> None:
+    elements = 2 * 1024 * (8 * 3 + 3 * 4)  # two layers with 1024 slots
+    text = memory_held([slices(torch.bfloat16)] * 2, capacity=1024)
+    assert "2 layers" in text
+    assert f"({2 * elements / 2**20:.1f} MiB)" in text
+    assert f"({4 * elements / 2**20:.1f} MiB)" in text
+    frozen = slices(torch.bfloat16)
+    for parameter in frozen.parameters:
+        parameter.requires_grad = False
+    assert "sums of their gradients (0.0 MiB)" in memory_held([frozen], capacity=1024)

@@ -25,9 +25,9 @@ from megatron_laer.layer.experts.gemm import (
     streams,
     te,
 )
+from megatron_laer.layer.experts.slot_linear import slot_bias
 from megatron_laer.plugin import checkpoints
-from tests.documents import ROOT
-from tests.slot_gemm import SPLITS, TOKENS_C, check_back_end, check_weight_grad
+from tests.slot_gemm import SPLITS, TOKENS_C, check_back_end, check_weight_grad, fixed_experts
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BOTH = [torch.float32, torch.bfloat16]
@@ -203,15 +203,14 @@ def test_what_a_back_end_cannot_do_is_refused_with_the_way_out(
         check_gemm(name, device, dtype, sizes)
 
 
-def test_what_works_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_works_is_not_refused_and_a_torch_without_the_function_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     check_gemm("loop", CPU, torch.float32, (3, 5))
     check_gemm("torch", CPU, torch.float32, (64, 36))
     check_gemm("torch", GPU, torch.bfloat16, (64, 40))
     check_gemm("streams", GPU, torch.float32, (3, 5))
-
-
-def test_a_torch_without_the_function_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.nn.functional, "grouped_mm")
     with pytest.raises(ValueError, match=r"has no torch\.nn\.functional\.grouped_mm; install"):
         check_gemm("torch", CPU, torch.float32)
@@ -245,18 +244,10 @@ def test_transformer_engine_is_guarded_by_package_device_symbol_and_parameters(
     te._grouped_gemm.cache_clear()
 
 
-@pytest.mark.parametrize("name", gemm_names())
-def test_a_back_end_is_documented(name: str) -> None:
-    assert f"| `{name}` |" in (ROOT / "docs" / "communication.md").read_text(encoding="utf-8")
-
-
-def test_a_back_end_is_found_by_the_name_of_its_file() -> None:
+def test_the_flag_offers_every_back_end_which_is_found_by_the_name_of_its_file() -> None:
     assert "loop" in gemm_names()
     with pytest.raises(ValueError, match=r"'lop' is no GEMM back end; take one of: .*loop"):
         slot_gemm("lop")
-
-
-def test_the_flag_offers_every_back_end_and_auto_which_is_the_proved_one() -> None:
     assert {*GemmBackEnd} == {"auto", *gemm_names()}
     assert [gemm_in_force(asked) for asked in GemmBackEnd] == [
         "loop" if asked == "auto" else asked for asked in GemmBackEnd
@@ -273,3 +264,35 @@ def test_another_back_end_than_the_checkpoint_has_is_reported(
         checkpoints._report_gemm(before, now)
     assert len(caplog.records) == lines
     assert all("run with --fsep-gemm loop" in record.getMessage() for record in caplog.records)
+
+
+ROWS = 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("scaled", [False, True], ids=["as it is", "by probability"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_output_and_gradients_are_those_of_a_bias_for_each_token(
+    split: str, scaled: bool, dtype: torch.dtype
+) -> None:
+    tokens_C = SPLITS[split]
+    generator = torch.Generator().manual_seed(0)
+    bias_CR1 = torch.randn(len(tokens_C), ROWS, 1, generator=generator).to(dtype).requires_grad_()
+    input_TR = torch.randn(sum(tokens_C), ROWS, generator=generator).to(dtype).requires_grad_()
+    grad_TR = torch.randn(sum(tokens_C), ROWS, generator=generator).to(dtype)
+    # Probabilities are wider than the experts' dtype.
+    scale_T = torch.rand(sum(tokens_C), generator=generator).requires_grad_() if scaled else None
+    inputs = [tensor for tensor in (input_TR, bias_CR1, scale_T) if tensor is not None]
+
+    experts = fixed_experts(bias_CR1.detach())
+    output_TR = slot_bias(input_TR.clone(), scale_T, bias_CR1, experts, 0, tokens_C)
+    found = torch.autograd.grad(output_TR, inputs, grad_TR)
+
+    bias_TR = bias_CR1.squeeze(2).double().repeat_interleave(torch.tensor(tokens_C), 0)
+    added_TR = bias_TR if scale_T is None else bias_TR * scale_T.double().unsqueeze(1)
+    expected_TR = input_TR.double() + added_TR
+    expected = torch.autograd.grad(expected_TR, inputs, grad_TR.double())
+    assert output_TR.dtype == dtype
+    torch.testing.assert_close(output_TR, expected_TR.to(dtype))
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs)

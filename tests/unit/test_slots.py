@@ -67,29 +67,6 @@ def test_every_pair_gets_exactly_one_slot_of_its_expert(
     assert torch.equal(recovered, probs)
 
 
-def test_replicas_take_consecutive_runs_of_tokens_in_slot_order() -> None:
-    layout = ExpertLayout.from_slots(2, 2, 2, [0, 1, 0, 0])
-    routing_map = torch.tensor([[True, False]] * 6 + [[False, True]])
-    _, map_TS, row_S = map_to_slots(routing_map.float(), routing_map, layout, 0, 2)
-    assert row_S.tolist() == [2, 1, 2, 2]
-    assert map_TS[:, 0].nonzero().flatten().tolist() == [0, 1]
-    assert map_TS[:, 2].nonzero().flatten().tolist() == [2, 3]
-    assert map_TS[:, 3].nonzero().flatten().tolist() == [4, 5]
-    assert map_TS[:, 1].nonzero().flatten().tolist() == [6]
-
-
-def test_gradients_of_probabilities_come_back_to_the_experts_exactly() -> None:
-    layout = ExpertLayout.random(4, 3, 6, (3,))
-    probs, routing_map = routed(64, 6, 2, seed=1)
-    probs.requires_grad_()
-    probs_TS, map_TS, _ = map_to_slots(probs, routing_map, layout, 1, 2)
-    weight_TS = torch.rand(probs_TS.shape, generator=torch.Generator().manual_seed(0))
-    (probs_TS * weight_TS).sum().backward()
-    slot_expert = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
-    expected = torch.zeros(64, 6).index_add_(1, slot_expert, weight_TS * map_TS)
-    assert torch.equal(probs.grad, expected)
-
-
 @settings(max_examples=100)
 @given(
     tokens=st.integers(0, 40),

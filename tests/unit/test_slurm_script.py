@@ -333,7 +333,7 @@ def test_slurm_is_asked_for_by_name_where_it_is_missing(needed, outcome):
         "import sys, pytest, tests.slurm; tests.slurm.PATH = '/nowhere'; "
         "sys.exit(pytest.main(['-q', '-p', 'no:cacheprovider', sys.argv[1]]))"
     )
-    test = "tests/distributed/test_slurm.py::test_a_time_limit_within_the_margin_is_refused"
+    test = "tests/distributed/test_slurm.py::test_without_a_checkpoint_a_job_is_not_requeued"
     result = subprocess.run(
         [sys.executable, "-c", run, test],
         env=os.environ | {slurm.NEEDED_VARIABLE: needed, "PYTHONPATH": processes.python_path()},

@@ -13,11 +13,10 @@ from megatron_laer.arrays import Int64
 from megatron_laer.config import Split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.laer import place, replicas_by_load, replicas_even
-from megatron_laer.planner.layout import ExpertLayout, default_capacity
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.strategies import make_strategy, strategy_names
-from tests.costs import COMPUTE_ONLY, make_costs
-from tests.documents import ROOT
+from tests.costs import make_costs
 
 COSTS = make_costs()
 
@@ -57,7 +56,7 @@ def shape_of(geometry: Geometry) -> tuple[int, int, int]:
     return geometry.num_ranks, geometry.capacity, geometry.num_experts
 
 
-@settings(max_examples=150)
+@settings(max_examples=75)
 @given(geometries(), st.integers(0, 2**16))
 def test_laer_is_legal_repeatable_and_never_costs_more(geometry: Geometry, seed: int) -> None:
     counts_NE = counts_for(seed, geometry)
@@ -74,21 +73,6 @@ def test_laer_is_legal_repeatable_and_never_costs_more(geometry: Geometry, seed:
     for other in (current, static):
         assert seconds <= COSTS.layer_seconds(counts_NE, other, geometry.node_size, Split.EVEN)
     assert laer.plan(counts_NE, planned) is planned
-
-
-@settings(max_examples=100)
-@given(geometries(), st.integers(0, 2**16))
-def test_laer_balances_no_worse_than_static(geometry: Geometry, seed: int) -> None:
-    counts_NE = skewed_counts_NE(geometry, seed)
-    static = ExpertLayout.static(*shape_of(geometry))
-    laer = make_strategy("laer", geometry=geometry, costs=COMPUTE_ONLY)
-    planned = laer.plan(counts_NE, static)
-
-    def largest_load(layout: ExpertLayout) -> int:
-        loads_S = even_split(layout, geometry.node_size).slot_loads(counts_NE)
-        return int(loads_S.reshape(geometry.num_ranks, -1).sum(axis=1).max())
-
-    assert largest_load(planned) <= largest_load(static)
 
 
 @settings(max_examples=100)
@@ -116,17 +100,6 @@ def test_even_counts_differ_by_one_with_the_extra_for_the_hottest(
         assert loads_E[favoured_E].min() >= loads_E[~favoured_E].max()
 
 
-# In the paper's code these hang (fewer than 8 ranks) or read out of bounds (12 ranks).
-@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 5, 6, 7, 12, 20])
-@pytest.mark.parametrize("num_experts", [1, 3, 8, 13])
-def test_laer_ends_for_rank_counts_where_the_paper_hangs(num_ranks: int, num_experts: int) -> None:
-    capacity = default_capacity(num_ranks, num_experts)
-    geometry = Geometry(num_ranks, num_experts, capacity, num_ranks)
-    static = ExpertLayout.static(*shape_of(geometry))
-    laer = make_strategy("laer", geometry=geometry, costs=COSTS)
-    geometry.check_layout(laer.plan(skewed_counts_NE(geometry, 1), static))
-
-
 def test_laer_removes_the_skew_that_static_suffers() -> None:
     # 32 ranks, 8 experts, 2 slots, as in the paper; expert 0 takes half of the tokens.
     geometry = Geometry(32, 8, 2, 8)
@@ -142,14 +115,6 @@ def test_laer_removes_the_skew_that_static_suffers() -> None:
     assert imbalance(static) > 2.0
     # The greedy's rest: it fills the first node before it places the last experts there.
     assert imbalance(planned) < 1.3
-
-
-def test_placement_spreads_replicas_over_nodes_and_ranks() -> None:
-    geometry = Geometry(num_ranks=4, num_experts=4, capacity=2, node_size=2)
-    layout = place(np.array([80, 20, 5, 5]), np.array([4, 2, 1, 1]), geometry)
-    assert all(0 in layout.experts_of(rank) for rank in range(4))
-    holders = [rank // 2 for rank in range(4) if 1 in layout.experts_of(rank)]
-    assert holders == [0, 1]
 
 
 def placed_plainly(loads_E: Int64, replicas_E: Int64, geometry: Geometry) -> ExpertLayout:
@@ -180,13 +145,6 @@ def test_placement_is_as_its_words_say(geometry: Geometry, seed: int) -> None:
     for replicas_E in (replicas_by_load(loads_E, geometry), replicas_even(loads_E, geometry)):
         expected = placed_plainly(loads_E, replicas_E, geometry)
         assert place(loads_E, replicas_E, geometry) == expected
-
-
-def test_laer_keeps_the_current_layout_when_nothing_is_better() -> None:
-    geometry = Geometry(4, 4, 2, 4)
-    current = ExpertLayout.random(4, 2, 4, seed=(5,))
-    idle_NE = np.zeros((4, 4), dtype=np.int64)
-    assert make_strategy("laer", geometry=geometry, costs=COSTS).plan(idle_NE, current) is current
 
 
 def test_static_ignores_counts() -> None:
@@ -227,12 +185,6 @@ def test_every_strategy_is_legal_and_a_pure_function(
     assert again == planned
     np.testing.assert_array_equal(counts_NE, given_NE)
     assert current.to_list() == given_slots
-
-
-@pytest.mark.parametrize("name", strategy_names())
-@pytest.mark.parametrize("page", ["tuning.md", "planner.md"])
-def test_every_strategy_is_documented(page: str, name: str) -> None:
-    assert f"`{name}`" in (ROOT / "docs" / page).read_text(encoding="utf-8")
 
 
 def test_unknown_strategies_and_illegal_geometries_are_quoted() -> None:

@@ -19,8 +19,6 @@ from benchmarks.token_traffic import (
     TokenRouting,
     TokenTraffic,
     dispatch_rows,
-    metadata_bytes,
-    metadata_bytes_backward,
 )
 from megatron_laer.arrays import Bool
 from megatron_laer.choices import TokenExchange
@@ -29,6 +27,7 @@ from megatron_laer.layer.dispatch.slot_dispatch import rows_by_node
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.layout import ExpertLayout
 from tests.token_exchange import known_rows
+from tests.unit.planner_cases import geometries, shape_of
 
 RANK, NODE = TokenExchange
 
@@ -72,17 +71,11 @@ def make_case(
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """Draw shapes of all kinds, also nodes of one or all ranks, and ranks without tokens."""
-    ranks, experts = draw(st.integers(1, 8)), draw(st.integers(1, 12))
-    least = -(-experts // ranks)
-    return make_case(
-        ranks=ranks,
-        capacity=draw(st.integers(least, min(experts, least + 2))),
-        experts=experts,
-        node_size=draw(st.sampled_from([g for g in range(1, ranks + 1) if ranks % g == 0])),
-        tokens=draw(st.lists(st.integers(0, 20), min_size=ranks, max_size=ranks)),
-        top_k=draw(st.integers(1, min(experts, 4))),
-        seed=draw(st.integers(0, 2**16)),
-    )
+    geometry, seed = draw(geometries(8, 12, 2)), draw(st.integers(0, 2**16))
+    ranks = geometry.num_ranks
+    tokens = draw(st.lists(st.integers(0, 20), min_size=ranks, max_size=ranks))
+    top_k = draw(st.integers(1, min(geometry.num_experts, 4)))
+    return make_case(*shape_of(geometry), geometry.node_size, tokens, top_k, seed)
 
 
 def row_by_row(case: Case, exchange: TokenExchange) -> dict[str, list[int]]:
@@ -157,36 +150,6 @@ def test_node_never_sends_more_rows_between_nodes_than_rank(case: Case) -> None:
         assert (by_node.sent_intra_N <= by_rank.sent_intra_N).all()
 
 
-@given(cases(), st.sampled_from(list(TokenExchange)))
-@settings(deadline=None)
-def test_all_that_is_sent_is_received(case: Case, exchange: TokenExchange) -> None:
-    for traffic in (
-        dispatch_rows(case.routing, exchange),
-        metadata_bytes(case.routing, exchange),
-        metadata_bytes_backward(case.routing),
-    ):
-        assert traffic.intra_N.sum() == traffic.sent_intra_N.sum()
-        assert traffic.inter_N.sum() == traffic.sent_inter_N.sum()
-
-
-def test_metadata_of_a_routing_by_hand() -> None:
-    """Use two nodes of two; rank 0 sends one token to both slots of rank 3 and to its own."""
-    layout = ExpertLayout.from_slots(4, 2, 8, [0, 1, 2, 3, 4, 5, 6, 7])
-    nothing = np.zeros((0, 8), dtype=np.bool_)
-    token = np.zeros((1, 8), dtype=np.bool_)
-    token[0, [0, 6, 7]] = True
-    slots = [np.array([0, 6, 7], dtype=np.int32), *[np.zeros(0, dtype=np.int32)] * 3]
-    routing = TokenRouting.count([token, nothing, nothing, nothing], slots, 2, 2)
-    assert layout.capacity == 2
-    assert metadata_bytes(routing, RANK).sent_inter_N.tolist() == [2 * 4, 0, 0, 0]
-    # Probability and place of two pairs, one row's bits, and sizes: one to the other node's rank
-    # with another local rank. Its peer there gets three, and has the first already.
-    sizes = (1 + 3) * 4
-    sent_N = metadata_bytes(routing, NODE).sent_inter_N
-    assert sent_N.tolist() == [2 * 8 + 1 + sizes, *[sizes] * 3]
-    assert metadata_bytes_backward(routing).inter_N.tolist() == [2 * 4, 0, 0, 0]
-
-
 @pytest.mark.parametrize("capacity", [4, 5, 8])
 def test_expected_rows_are_near_to_those_of_random_routing(capacity: int) -> None:
     case = make_case(8, 2 * capacity, 64, 2, [1024] * 8, top_k=8)
@@ -207,8 +170,3 @@ def test_expected_rows_are_near_to_those_of_random_routing(capacity: int) -> Non
 def _token_order(row_S: npt.NDArray[np.int64], layout: ExpertLayout) -> npt.NDArray[np.int64]:
     by_expert = np.argsort(layout.slot_expert_S, kind="stable")
     return np.repeat(by_expert, row_S[by_expert])
-
-
-def test_slots_of_another_number_of_pairs_are_refused() -> None:
-    with pytest.raises(ValueError, match="rank 0 has 1 pairs and was given 2 slots"):
-        TokenRouting.count([np.ones((1, 1), dtype=np.bool_)], [np.zeros(2, dtype=np.int32)], 1, 1)

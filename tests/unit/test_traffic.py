@@ -17,7 +17,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.sharding import changed_slots, node_sources, row_bounds
 from megatron_laer.planner.traffic import Traffic, direct_traffic, reduce_traffic, restore_traffic
-from tests.unit.planner_cases import with_holes
+from tests.unit.planner_cases import geometries, shape_of, with_holes
 
 
 @dataclass
@@ -32,26 +32,21 @@ class Case:
 @st.composite
 def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
     """Draw layouts of any N, C, E and G, and two matrices, also with fewer rows than ranks."""
-    num_ranks = draw(st.integers(1, max_ranks))
-    num_experts = draw(st.integers(1, 64))
-    least = -(-num_experts // num_ranks)
-    capacity = draw(st.integers(least, min(num_experts, least + 4)))
-    node_size = draw(st.sampled_from([g for g in range(1, num_ranks + 1) if num_ranks % g == 0]))
-    seed = draw(st.integers(0, 2**16))
-    full = ExpertLayout.random(num_ranks, capacity, num_experts, seed=(seed,))
+    geometry, seed = draw(geometries(max_ranks, 64)), draw(st.integers(0, 2**16))
+    full = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
     # Where rows are even, all ranks are to fetch equally many slots.
     holes = 0.0 if even_rows else draw(st.sampled_from([0.0, 0.3, 1.0]))
     layout = with_holes(full, holes, seed)
-    unit = num_ranks if even_rows else 1
+    unit = geometry.num_ranks if even_rows else 1
     matrices = [(unit * draw(st.integers(1, 70)), draw(st.integers(1, 5))) for _ in range(2)]
     share = draw(st.sampled_from([0.0, 0.1, 0.5, 1.0]))
     changed_S = np.random.default_rng(seed).random(layout.num_slots) < share
     # The earlier layout has some experts in other places.
     before_S = full.slot_expert_S.copy()
     before_S[changed_S] = np.random.default_rng(seed + 1).permutation(before_S[changed_S])
-    before = ExpertLayout.from_slots(num_ranks, capacity, num_experts, before_S)
+    before = ExpertLayout.from_slots(*shape_of(geometry), before_S)
     before = with_holes(before, draw(st.sampled_from([0.0, 0.3])), seed + 2)
-    return Case(layout, node_size, matrices, changed_S, before)
+    return Case(layout, geometry.node_size, matrices, changed_S, before)
 
 
 def traffic_by_message(case: Case, algorithm: ExchangeAlgorithm, keep: bool = False) -> Traffic:
@@ -116,23 +111,19 @@ def assert_equal(a: Traffic, b: Traffic) -> None:
 
 @settings(max_examples=80)
 @given(cases(max_ranks=12), st.sampled_from(list(ExchangeAlgorithm)))
-def test_the_formula_equals_a_count_message_by_message(
+def test_the_formulas_equal_a_count_message_by_message(
     case: Case, algorithm: ExchangeAlgorithm
 ) -> None:
-    formula = restore_traffic(case.layout, case.node_size, case.matrices, algorithm, case.changed_S)
-    assert_equal(formula, traffic_by_message(case, algorithm))
-
-
-@settings(max_examples=80)
-@given(cases(max_ranks=12), st.sampled_from(list(ExchangeAlgorithm)))
-def test_so_does_the_formula_where_ranks_keep_a_layout(
-    case: Case, algorithm: ExchangeAlgorithm
-) -> None:
-    formula = restore_traffic(
-        case.layout, case.node_size, case.matrices, algorithm, before=case.before
-    )
-    assert_equal(formula, traffic_by_message(case, algorithm, keep=True))
+    of = case.layout, case.node_size, case.matrices, algorithm
+    assert_equal(restore_traffic(*of, case.changed_S), traffic_by_message(case, algorithm))
     assert (case.layout.slot_expert_S[changed_slots(case.before, case.layout)] != EMPTY).all()
+    kept = traffic_by_message(case, algorithm, keep=True)
+    assert_equal(restore_traffic(*of, before=case.before), kept)
+    # Gradients travel as a full restore backwards.
+    case.changed_S[:] = True
+    there = traffic_by_message(case, algorithm)
+    back = Traffic(there.sent_intra_N, there.sent_inter_N, there.intra_N, there.inter_N)
+    assert_equal(reduce_traffic(*of), back)
 
 
 @settings(max_examples=60)
@@ -157,19 +148,6 @@ def test_home_ranks_send_whole_experts_to_each_replica(
     assert_equal(direct_traffic(layout, G, [(7, 3), (5, 2)], changed_S), counted)
     at_home = direct_traffic(geometry.static_layout, G, [(7, 3), (5, 2)])
     assert_equal(at_home, Traffic(*np.zeros((4, ranks), dtype=np.int64)))
-
-
-@settings(max_examples=40)
-@given(cases(max_ranks=12), st.sampled_from(list(ExchangeAlgorithm)))
-def test_gradients_travel_as_a_full_restore_backwards(
-    case: Case, algorithm: ExchangeAlgorithm
-) -> None:
-    case.changed_S[:] = True
-    there = traffic_by_message(case, algorithm)
-    back = reduce_traffic(case.layout, case.node_size, case.matrices, algorithm)
-    assert_equal(
-        back, Traffic(there.sent_intra_N, there.sent_inter_N, there.intra_N, there.inter_N)
-    )
 
 
 def per_node(elements_N: np.ndarray, node_size: int) -> np.ndarray:
@@ -201,40 +179,6 @@ def test_no_rank_receives_or_sends_more_across_nodes_where_rows_are_even(case: C
         )
         assert (node.inter_N <= flat.inter_N).all()
         assert (node.sent_inter_N <= flat.sent_inter_N).all()
-
-
-@pytest.mark.parametrize(("nodes", "node_size", "experts"), [(4, 8, 8), (2, 4, 4), (128, 8, 8)])
-def test_half_of_flat_crosses_nodes_where_a_node_holds_each_expert_twice(
-    nodes: int, node_size: int, experts: int
-) -> None:
-    num_ranks = nodes * node_size
-    slots = np.tile(np.arange(experts), num_ranks * 2 // experts)
-    layout = ExpertLayout.from_slots(num_ranks, 2, experts, slots)
-    for formula in (restore_traffic, reduce_traffic):
-        flat, node = (
-            formula(layout, node_size, [(28672, 4096), (4096, 14336)], algorithm)
-            for algorithm in ExchangeAlgorithm
-        )
-        assert 2 * node.inter_N.sum() <= flat.inter_N.sum()
-        if 28672 % num_ranks == 0:
-            assert (2 * node.inter_N == flat.inter_N).all()
-
-
-@pytest.mark.parametrize("algorithm", list(ExchangeAlgorithm))
-def test_nothing_changed_moves_nothing(algorithm: ExchangeAlgorithm) -> None:
-    layout = ExpertLayout.random(8, 2, 8, seed=(0,))
-    traffic = restore_traffic(layout, 4, [(64, 8)], algorithm, before=layout)
-    assert_equal(traffic, Traffic(*np.zeros((4, 8), dtype=np.int64)))
-
-
-@pytest.mark.parametrize("node_size", [1, 8])
-@pytest.mark.parametrize("formula", [restore_traffic, reduce_traffic])
-def test_one_rank_per_node_and_one_node_cost_the_same_either_way(
-    node_size: int, formula: object
-) -> None:
-    layout = ExpertLayout.static(8, 2, 8)
-    flat, node = (formula(layout, node_size, [(67, 3)], name) for name in ExchangeAlgorithm)  # type: ignore[operator]
-    assert_equal(flat, node)
 
 
 def test_seconds_follow_the_slower_direction_of_the_slowest_rank() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -23,25 +24,17 @@ def line(number: int, of: int = 4, loss: float | None = None, **values: float) -
 
 def test_a_line_of_a_step_gives_its_values_and_others_give_none() -> None:
     step = log.step_of_line(line(3, loss=4.5, fsep_quota_ms=1.25))
-    assert step is not None
-    assert (step.number, step.of) == (3, 4)
-    assert step.values[log.LOSS] == 4.5
-    assert step.values[log.STEP_MS] == 30.0
-    assert step.values["fsep_quota_ms"] == 1.25
-    for other in ("", "saving checkpoint at iteration      20 to /data", "validation loss: 3 |"):
-        assert log.step_of_line(other) is None
-
-
-def test_neither_a_long_line_nor_a_long_number_is_gone_through_again_and_again() -> None:
+    assert step is not None and (step.number, step.of) == (3, 4)
+    expected = {log.LOSS: 4.5, log.STEP_MS: 30.0, "fsep_quota_ms": 1.25}
+    assert step.values | expected == step.values
+    step = log.step_of_line(line(1, loss=float("nan")))
+    assert step is not None and math.isnan(step.values[log.LOSS])
+    # Neither a long line nor a long number is gone through again and again.
     step = log.step_of_line(f" iteration 1/ 2 | {'a' * 10**6} | lm loss: 5 |")
     assert step is not None and step.values == {log.LOSS: 5.0}
-    assert log.step_of_line(f" iteration {'9' * 10**6}/ 2 | lm loss: 5 |") is None
-
-
-def test_a_loss_that_is_no_number_is_read_as_one_that_is_none() -> None:
-    step = log.step_of_line(line(1, loss=float("nan")))
-    assert step is not None
-    assert step.values[log.LOSS] != step.values[log.LOSS]
+    long = f" iteration {'9' * 10**6}/ 2 | lm loss: 5 |"
+    for other in ("", long, "saving checkpoint at iteration      20 to /data", "lm loss: 3 |"):
+        assert log.step_of_line(other) is None
 
 
 def test_steps_that_were_made_again_are_as_they_were_the_last_time() -> None:
@@ -64,9 +57,6 @@ def test_runs_are_compared_over_their_last_half_and_stock_has_what_fsep_counted_
         ["max/mean tokens per rank, steps 3 to 4", "4.500", "13.500"],
         ["step time, median of steps 3 to 4 (ms)", "35", "35"],
     ]
-
-
-def test_runs_without_balance_or_loss_leave_their_places_empty() -> None:
     rows = log.comparison([log.read_run("x", [line(1)])]).splitlines()
     assert [row.split()[-1] for row in rows] == ["x", "1", "-", "-", "10"]
 
@@ -91,10 +81,3 @@ def test_logs_that_cannot_be_compared_are_named(
     assert status == 2
     assert message.replace("EMPTY", str(empty)) in printed.err
     assert not printed.out
-
-
-def test_the_command_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "a=b.log"
-    path.write_text(f"starting\n{line(1, loss=3.5)}\n")
-    assert log.main([f"fsep={path}"]) == 0
-    assert "3.5000" in capsys.readouterr().out

@@ -17,7 +17,7 @@ import numpy as np
 import torch.distributed as dist
 
 from megatron_laer.config import FSEPConfig, flag_name
-from megatron_laer.flags import value_text
+from megatron_laer.fsep_flags import value_text
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native

@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 from megatron_laer.choices import Sharding
 from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
 from megatron_laer.files.json_lines import (
+    MAX_RANKS,
     VERSION,
     check_shape,
     headers,
@@ -37,7 +38,6 @@ from megatron_laer.files.json_lines import (
 from megatron_laer.files.recording import RecordingFile
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
-from megatron_laer.telemetry.trace_records import MAX_RANKS
 
 logger = logging.getLogger(__name__)
 

@@ -16,16 +16,9 @@ Planner = Callable[[int, int, Int64], None]
 class RoutingMailbox:
     """Counts of routed microbatches on their way to the recorder and the planner.
 
-    The planner receives each layer's sum over the step with the layer's last microbatch. No error
-    here stops training.
-
-    Args:
-        planner: called with step, layer and int64 [N, E], tokens on each source rank for each
-            expert, which it must not change.
-        trace: the recording of each microbatch, closed here.
-
-    Attributes:
-        faults: number of sums that the planner refused.
+    `planner` receives step, layer and the layer's sum over the step, int64 [N, E], with the layer's
+    last microbatch, and must not change it. `trace`, the recording of each microbatch, is closed
+    here. No error here stops training; `faults` counts sums that the planner refused.
     """
 
     def __init__(

@@ -26,11 +26,8 @@ Replayed = Callable[[], Sequence[torch.Tensor] | None]
 
 @dataclass(frozen=True)
 class LayerPass:
-    """One forward pass of a layer.
-
-    Attributes:
-        number: of the pass among the layer's passes of the step, from 0.
-        microbatch: within the step, from 0.
+    """One forward pass of a layer: its number among the layer's passes of the step, and its
+    microbatch.
     """
 
     layer: int
@@ -43,9 +40,9 @@ class LayerPass:
 class PassLayouts:
     """Layouts in force, each kept or replaced after the gate.
 
-    Attributes:
-        one_per_step: all passes of a layer in one step have the same layout, even a random one.
-        misses: passes whose routing differed from the announced one; None without announcements.
+    With `one_per_step` all passes of a layer in one step have the same layout, even a random one.
+    `misses` counts passes whose routing differed from the announced one; None without
+    announcements.
     """
 
     guard: Guard

@@ -36,9 +36,8 @@ def state_path(directory: str, group_index: int) -> str:
 class Resumption:
     """State of an earlier run's planner, the same on all ranks of an FSEP group.
 
-    Attributes:
-        state: None if planning starts from the static layout.
-        problem: reason for a missing state; None if none was expected.
+    Without a state, planning starts from the static layout; `problem` is the reason, if one was
+    expected.
     """
 
     state: PlannerState | None = None

@@ -54,7 +54,7 @@ _SIDES = ("median", "low", "high")
 Figures = Mapping[Quantity, Figure]
 
 
-def cluster_of(
+def measured_cluster(
     figures: Figures,
     settings: CalibrationSettings,
     nodes: int,

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import datetime
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import platform
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import timedelta
+from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -17,21 +21,17 @@ from megatron_laer.files import memory
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.runtime.comm import launcher
 from megatron_laer.runtime.comm.streams import make_comm_stream
-from megatron_laer.tools.calibration import machine
-from megatron_laer.tools.calibration.constants import cluster_of
+from megatron_laer.tools.calibration.constants import measured_cluster
 from megatron_laer.tools.calibration.contention import contention_jobs
-from megatron_laer.tools.calibration.gemms import gemm_jobs, usable_back_ends
+from megatron_laer.tools.calibration.gemms import compute_dtype, gemm_jobs, usable_back_ends
 from megatron_laer.tools.calibration.host import host_jobs
 from megatron_laer.tools.calibration.links import collective_jobs, exchange_jobs, make_partners
 from megatron_laer.tools.calibration.sampling import Job, measure
-from megatron_laer.tools.calibration.settings import (
-    START,
-    CalibrationSettings,
-    ExpertShape,
-    make_settings,
-)
+from megatron_laer.tools.calibration.settings import START, CalibrationSettings, make_settings
+from megatron_laer.tools.model_flags import DEFAULT_SIZES, ExpertSizes
+from megatron_laer.version import __version__
 
-_TIMEOUT = timedelta(minutes=10)
+_TIMEOUT = datetime.timedelta(minutes=10)
 
 # Wraps the jobs in a progress bar.
 Progress = Callable[[Sequence[Job]], Iterable[Job]]
@@ -69,7 +69,7 @@ def together[T](control: dist.ProcessGroup, do: Callable[[], T]) -> T:
 
 
 def agree_on_settings(
-    expert: ExpertShape | None,
+    expert: ExpertSizes | None,
     node_size: int | None,
     *,
     quick: bool,
@@ -121,20 +121,20 @@ def calibrate(
             figures = measure(progress(jobs * settings.rounds), settings, control)
     finally:
         stream.close()
-    hardware = [""] * dist.get_world_size()
-    dist.all_gather_object(hardware, machine.hardware_name(device), group=control)
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, _hardware_name(device), group=control)
     if dist.get_rank() != 0:
         return None
-    measured = machine.describe(hardware, settings, device)
-    return cluster_of(figures, settings, len(hardware) // settings.node_size, name, measured)
+    measured = _described(names, settings, device)
+    return measured_cluster(figures, settings, len(names) // settings.node_size, name, measured)
 
 
 # Experts by `on_cuda`: Mixtral-8x7B's, and one that a processor computes in milliseconds.
-_EXPERTS = {False: ExpertShape(512, 1024, True), True: ExpertShape(4096, 14336, True)}
+_EXPERTS = {False: ExpertSizes(512, 1024, True), True: DEFAULT_SIZES}
 
 
 def _settings(
-    expert: ExpertShape | None, node_size: int | None, quick: bool
+    expert: ExpertSizes | None, node_size: int | None, quick: bool
 ) -> tuple[CalibrationSettings, torch.device]:
     on_cuda = not cpu_needed()
     world_size = dist.get_world_size()
@@ -169,3 +169,35 @@ def _differing(one: CalibrationSettings | None, other: CalibrationSettings | Non
     theirs = asdict(other)
     found = [(name, value) for name, value in asdict(one).items() if value != theirs[name]]
     return "; ".join(f"{name} is {value} and {theirs[name]}" for name, value in found)
+
+
+def _hardware_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _described(
+    hardware: Sequence[str], settings: CalibrationSettings, device: torch.device
+) -> Mapping[str, str]:
+    on_cuda = device.type == "cuda"
+    names = [f"{count} x {name}" for name, count in Counter(hardware).most_common()]
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if on_cuda else "none, but gloo"
+    gated = "gated" if settings.expert.gated else "not gated"
+    return {
+        "hardware": ", ".join(names),
+        "nodes": f"{len(hardware) // settings.node_size} of {settings.node_size} ranks",
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "CUDA": str(torch.version.cuda) if on_cuda else "none",
+        "NCCL": nccl,
+        "NumPy": np.__version__,
+        "megatron_laer": __version__,
+        "threads of a rank": str(torch.get_num_threads()),
+        "expert": f"hidden {settings.expert.hidden}, ffn {settings.expert.ffn}, {gated}, "
+        f"{str(compute_dtype(device)).removeprefix('torch.')}, {settings.slots} slots",
+        "thoroughness": "quick" if settings.quick else "full",
+    }

@@ -25,11 +25,9 @@ Sample = Callable[[int], float]
 
 @dataclass(frozen=True)
 class Job:
-    """Measurement of one figure.
+    """Measurement of one figure, which is of one of the `units` in a repeat.
 
-    Attributes:
-        units: in one repeat; the figure is of one unit.
-        is_shared: whether all ranks take part in a repeat, so that the slowest one's time counts.
+    In `is_shared` jobs all ranks take part in a repeat, so the slowest one's time counts.
     """
 
     quantity: Quantity
@@ -61,10 +59,9 @@ def measure(
 ) -> dict[Quantity, Figure]:
     """Return the figures on rank 0, none on others. Collective over all ranks.
 
-    Args:
-        jobs: the same on all ranks. Those of one figure may repeat, with others between: a
-            disturbance of seconds then touches few of its samples.
-        control: a gloo group of all ranks, on which nothing is measured.
+    `jobs` are the same on all ranks. Those of one figure may repeat, with others between: a
+    disturbance of seconds then touches few of its samples. Nothing is measured on `control`, a gloo
+    group.
     """
     mine: dict[Quantity, list[float]] = {}
     shared = set()

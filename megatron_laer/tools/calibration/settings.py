@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_laer.tools.model_flags import ExpertSizes
+
 START = "start at least two with `torchrun --nproc-per-node 2 -m megatron_laer calibrate FILE`"
 
 # Tokens of a slot by `on_cuda`, up to more than any slot is likely to get.
@@ -24,42 +26,17 @@ _QUICK_SHAPES = ((2, 3, 4), (16, 3, 32), (64, 8, 256))
 
 
 @dataclass(frozen=True)
-class ExpertShape:
-    """Widths of an expert whose GEMMs are measured; with `gated`, its first matrix is [2F, H]."""
-
-    hidden: int
-    ffn: int
-    gated: bool
-
-    @property
-    def matrices(self) -> tuple[tuple[int, int], ...]:
-        """Return (rows, columns) of the two matrices."""
-        return ((2 if self.gated else 1) * self.ffn, self.hidden), (self.hidden, self.ffn)
-
-    @property
-    def flops_per_token(self) -> int:
-        """Count the FLOPs of one token in one pass: two per weight."""
-        return 2 * sum(rows * columns for rows, columns in self.matrices)
-
-
-@dataclass(frozen=True)
 class CalibrationSettings:
     """Sizes and durations of all measurements; the same on every rank.
 
-    Attributes:
-        slots: of a rank in one call of a back end.
-        tokens: of each slot, increasing.
-        sent_bytes: by a rank in one All-to-All, increasing.
-        shapes: (N, C, E) for which the planner is timed.
-        contended_tokens, contended_bytes: of a slot's GEMM and a rank's All-to-All that overlap.
-        rounds: passes over all figures.
-        round_s: time of a figure in a round, unless `least_samples` take longer.
-        sample_s: minimum time of a sample, which repeats its work.
-        least_samples: minimum per figure, round and rank.
+    `slots` are a rank's in one call of a back end, `tokens` each slot's, `sent_bytes` a rank's in
+    one All-to-All; both increase. `shapes` are (N, C, E) of planner calls. `contended_*` are of a
+    GEMM and an All-to-All that overlap. A figure has `round_s` in each of `rounds`, unless
+    `least_samples` of at least `sample_s` take longer.
     """
 
     device: str
-    expert: ExpertShape
+    expert: ExpertSizes
     slots: int
     tokens: tuple[int, ...]
     sent_bytes: tuple[int, ...]
@@ -96,7 +73,7 @@ class CalibrationSettings:
 
 
 def make_settings(
-    expert: ExpertShape, node_size: int, *, on_cuda: bool, quick: bool
+    expert: ExpertSizes, node_size: int, *, on_cuda: bool, quick: bool
 ) -> CalibrationSettings:
     """Choose sizes for a device; `quick` measures fewer points, in seconds, not minutes."""
     return CalibrationSettings(

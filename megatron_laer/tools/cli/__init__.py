@@ -102,7 +102,8 @@ examples:
 def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """Return the arguments, and the words after `--`, which are also `args.flags`."""
     # Split off the script's words first: argparse's treatment of `--` differs between versions.
-    own, script_args = _split_at_dashes(words)
+    dashes = words.index("--") if "--" in words else len(words)
+    own, script_args = words[:dashes], words[dashes + 1 :]
     parser = _parser(own[0] if own else "")
     args, unknown = parser.parse_known_args(own)
     parser.prog = f"{parser.prog} {args.command}"
@@ -130,10 +131,3 @@ def _parser(command: str) -> Parser:
         if name == command:
             _module(name).add_arguments(parser_of_command)
     return parser
-
-
-def _split_at_dashes(words: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in words:
-        return words, []
-    position = words.index("--")
-    return words[:position], words[position + 1 :]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer.files.checks import quoted
+from megatron_laer.files.json_lines import MAX_RANKS
 from megatron_laer.files.shipped import yaml_file
-from megatron_laer.telemetry.trace_records import MAX_RANKS
 
 # More ranks than any machine has that trains one model.
 MOST_RANKS = 2**16

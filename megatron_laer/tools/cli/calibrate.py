@@ -19,7 +19,7 @@ from megatron_laer.files.writing import write_file
 from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.runtime.comm import launcher
-from megatron_laer.tools.calibration.settings import START, ExpertShape
+from megatron_laer.tools.calibration.settings import START
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
     add_hours,
@@ -29,7 +29,7 @@ from megatron_laer.tools.cli.argument_types import (
     option,
     path,
 )
-from megatron_laer.tools.simulator.sizes import MAX_WIDTH, model_sizes
+from megatron_laer.tools.model_flags import MAX_WIDTH, ExpertSizes, model_sizes
 
 if TYPE_CHECKING:
     from megatron_laer.tools.calibration.sampling import Job
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _checked(args: argparse.Namespace, *, writes: bool) -> ExpertShape | None:
+def _checked(args: argparse.Namespace, *, writes: bool) -> ExpertSizes | None:
     if args.output.suffix not in _ENDINGS:
         raise ValueError(
             f"{quoted(args.output)} does not end in {' or '.join(_ENDINGS)}, by which --cluster "
@@ -124,15 +124,14 @@ def _checked(args: argparse.Namespace, *, writes: bool) -> ExpertShape | None:
     return expert
 
 
-def _expert(args: argparse.Namespace) -> ExpertShape | None:
+def _expert(args: argparse.Namespace) -> ExpertSizes | None:
     if (args.hidden is None) != (args.ffn is None):
         raise ValueError("--hidden and --ffn go together; give both or neither")
     if args.config is not None and args.hidden is not None:
         raise ValueError("--config and --hidden both say an expert's sizes; leave one out")
     if args.config is not None:
-        sizes = named("--config", args.config, model_sizes)
-        return ExpertShape(sizes.hidden, sizes.ffn, sizes.gated)
-    return None if args.hidden is None else ExpertShape(args.hidden, args.ffn, gated=True)
+        return named("--config", args.config, model_sizes)
+    return None if args.hidden is None else ExpertSizes(args.hidden, args.ffn, gated=True)
 
 
 def _write(cluster: Cluster | None, output: Path) -> None:

@@ -13,14 +13,15 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import write_output
 from megatron_laer.files.yaml_text import read_yaml
 from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
 from megatron_laer.tools.cli.argument_types import option, path
-from megatron_laer.tools.recipes.bridge import judge_recipe, read_recipes, recipe_of
+from megatron_laer.tools.cli.program import RaisingParser
+from megatron_laer.tools.recipes.bridge_table import judge_recipe, read_recipes, recipe_of
 from megatron_laer.tools.recipes.command_lines import (
     check_patterns,
     flags_in_mapping,
@@ -177,7 +178,7 @@ def _judge_function(name: str) -> Judgement:
 
 
 def _judge_flags(words: list[str]) -> int:
-    from megatron_laer.flags import config_from_args
+    from megatron_laer.fsep_flags import config_from_args
     from megatron_laer.support import RefusedError, arguments
 
     settings = _parsed(words)
@@ -199,7 +200,7 @@ def _judge_flags(words: list[str]) -> int:
 
 
 def _parsed(words: list[str]) -> Namespace:
-    from megatron_laer import flags
+    from megatron_laer import fsep_flags
     from megatron_laer.config import ExpertParallelMode
     from megatron_laer.support import arguments
 
@@ -212,8 +213,7 @@ def _parsed(words: list[str]) -> Namespace:
         _replace_cuda_where_needed()
         from megatron.training.arguments import add_megatron_arguments
 
-    parser: argparse.ArgumentParser = _Parser(allow_abbrev=False, add_help=False)
-    parser = flags.add_arguments(add_megatron_arguments(parser))
+    parser = fsep_flags.add_arguments(add_megatron_arguments(RaisingParser()))
     parser.set_defaults(**dict.fromkeys(arguments.FILLED_IN))
     settings, unknown = parser.parse_known_args(words)
     if unknown:
@@ -238,11 +238,6 @@ def _replace_cuda_where_needed() -> None:
 
     if device.cpu_needed():
         device.install_cpu()
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def _say(judgement: Judgement) -> int:

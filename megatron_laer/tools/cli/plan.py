@@ -7,14 +7,12 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from megatron_laer.choices import Auto, Recompute, Sharding, TokenExchange
-from megatron_laer.config import ExchangeAlgorithm
+from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, TokenExchange
 from megatron_laer.files import memory
 from megatron_laer.files.checks import one_line
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import token_seconds, with_token_exchange
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.cli import routing_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -28,7 +26,12 @@ from megatron_laer.tools.cli.argument_types import (
     yaml_inputs,
 )
 from megatron_laer.tools.cli.outputs import bar, check_outputs
-from megatron_laer.tools.cli.settings import DEFAULT_CLUSTER, Given, read_recording, settings_of
+from megatron_laer.tools.cli.prediction_settings import (
+    DEFAULT_CLUSTER,
+    prediction_settings,
+    recording_of,
+)
+from megatron_laer.tools.model_flags import DEFAULT_SIZES, MAX_WIDTH
 from megatron_laer.tools.report.recorded import check_same_run
 from megatron_laer.tools.report.run_files import metrics_beside
 from megatron_laer.tools.simulator import plan_output
@@ -42,17 +45,17 @@ from megatron_laer.tools.simulator.comparison import (
 )
 from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
 from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
-from megatron_laer.tools.simulator.sizes import DEFAULT_SIZES, MAX_WIDTH
-from megatron_laer.tools.traces.workloads import WORKLOADS, Shape, workload_trace
+from megatron_laer.tools.traces.records import Trace
+from megatron_laer.tools.traces.workloads import WORKLOADS, WorkloadShape, workload_trace
 
 _DEFAULT_TOLERANCE = 0.05
 # Maximum of --lag and --every: more than any trace has records.
 _MAX_STRIDE = 10**9
-# Flags of a workload, with their maximum, default and help.
+# Flags of a workload, with the letter of their value, its maximum and default, and help.
 _WORKLOAD_ONLY = {
-    "--topk": (MAX_EXPERTS, 2, "experts of a token"),
-    "--tokens": (routing_input.MAX_TOKENS, 4096, "tokens of a rank"),
-    "--steps": (10**5, 32, "steps, of a microbatch each"),
+    "--topk": ("K", MAX_EXPERTS, 2, "experts of a token"),
+    "--tokens": ("T", routing_input.MAX_TOKENS, 4096, "tokens of a rank"),
+    "--steps": ("M", 10**5, 32, "steps, of a microbatch each"),
 }
 # Bytes per count of a workload: 8 to make it, 4 to keep it.
 _BYTES_PER_COUNT = 12
@@ -75,10 +78,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _EXAMPLES,
     )
     routing_input.add_arguments(parser)
-    for flag, (high, usual, text) in _WORKLOAD_ONLY.items():
-        metavar = {"--topk": "K", "--tokens": "T", "--steps": "M"}[flag]
+    for flag, (letter, high, usual, text) in _WORKLOAD_ONLY.items():
         text = f"of a workload: {text}; default: {usual}"
-        option(parser, f"{flag} {metavar}", text, between(1, high))
+        option(parser, f"{flag} {letter}", text, between(1, high))
     ranks, stride, width = between(1, MOST_RANKS), between(1, _MAX_STRIDE), between(1, MAX_WIDTH)
     option(parser, "--ranks N", "default: as in the trace", ranks)
     text = "slots per rank, one or several; default: the recorded, else min(E, ceil(E/N) + 1)"
@@ -98,30 +100,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--tolerance X", f"{text} {_DEFAULT_TOLERANCE}", number(0, MOST_RANKS))
     text = "age of the newest counts, in steps of the trace; default: %(default)s"
     option(parser, "--lag D", text, stride, default=1)
-    for flag, kind, text, default in (
-        (
-            "--sharding",
-            Sharding,
-            "rows of every expert on each rank, or home experts",
-            "rows",
-        ),
-        ("--restore-algorithm", ExchangeAlgorithm, "how experts are fetched", "flat"),
-        (
-            "--token-exchange",
-            [*TokenExchange, Auto.AUTO],
-            "how tokens travel, for the predicted time",
-            "rank",
-        ),
-        (
-            "--recompute",
-            Recompute,
-            "what backward computes again, for the predicted time: nothing; all of an MoE layer, "
-            "token exchanges included; or its compute alone",
-            "none",
-        ),
+    predicted = "for the predicted time"
+    again = f"what backward computes again, {predicted}: nothing; all of an MoE layer, token"
+    for flag, words, text in (
+        ("--sharding", [*Sharding], "rows of every expert on each rank, or home experts"),
+        ("--restore-algorithm", [*ExchangeAlgorithm], "how experts are fetched"),
+        ("--token-exchange", [*TokenExchange, Auto.AUTO], f"how tokens travel, {predicted}"),
+        ("--recompute", [*Recompute], f"{again} exchanges included; or its compute alone"),
     ):
-        text = f"{text}; default: the recorded, else {default}"
-        option(parser, flag, text, choices=[choice.value for choice in kind])
+        text = f"{text}; default: the recorded, else {words[0]}"
+        option(parser, flag, text, choices=[str(word) for word in words])
     text = "a model, for its experts' sizes in bf16; default: the recorded, else those of"
     option(parser, "--config NAME|YAML", f"{text} mixtral-8x7b-e8k2")
     text = "default: the model's or the recorded, else"
@@ -137,8 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     metrics = None if args.trace is None else metrics_beside(args.trace)
     _check(args, metrics)
-    recording = read_recording(metrics)
-    settings = settings_of(_given(args), recording, metrics)
+    recording = recording_of(metrics)
+    settings = prediction_settings(vars(args) | {"top_k": args.topk}, recording, metrics)
     costs, sizes, cluster = settings.costs, settings.sizes, settings.costs.cluster
     num_experts = args.experts if args.experts is not None else sizes.num_experts
     tolerance = _DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
@@ -201,15 +189,17 @@ def run(args: argparse.Namespace) -> int:
     )
     if settings.note:
         print(one_line(f"plan: {settings.note}"), file=sys.stderr)
-    by_default, defaults = " (by default)", set(settings.defaults)
+
+    def origin(*names: str) -> str:
+        return " (by default)" if {*names} & {*settings.defaults} else ""
+
+    at_home = ", at home" if settings.sharding == Sharding.EXPERTS else ""
+    origins = f"; from {metrics}: {', '.join(from_recording)}" if from_recording else ""
     print(
         one_line(
             f"planned for {num_ranks} ranks in nodes of {node_size} on {cluster.name}"
-            f"{by_default if 'cluster' in defaults else ''}; experts of "
-            f"{sizes.hidden} x {sizes.ffn}{'' if sizes.gated else ', not gated'}"
-            f"{by_default if {'hidden', 'ffn'} & defaults else ''}"
-            f"{', at home' if settings.sharding == Sharding.EXPERTS else ''}"
-            f"{f'; from {metrics}: {", ".join(from_recording)}' if from_recording else ''}"
+            f"{origin('cluster')}; experts of {sizes.widths}{origin('hidden', 'ffn')}{at_home}"
+            f"{origins}"
         )
     )
     in_words = ", ".join(f"{name} {seconds * 1e3:.3f} ms" for name, seconds in exchange_s.items())
@@ -256,9 +246,9 @@ def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Tr
     assert num_experts is not None
     topk, tokens, steps = (
         default if (given := getattr(args, flag.removeprefix("--"))) is None else given
-        for flag, (_, default, _) in _WORKLOAD_ONLY.items()
+        for flag, (_, _, default, _) in _WORKLOAD_ONLY.items()
     )
-    shape = Shape(args.ranks, num_experts, topk, tokens)
+    shape = WorkloadShape(args.ranks, num_experts, topk, tokens)
     memory.check_enough(
         _BYTES_PER_COUNT * steps * args.ranks * num_experts,
         f"{steps} steps of {args.ranks} ranks and {num_experts} experts",
@@ -267,21 +257,6 @@ def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Tr
     title = WORKLOADS[args.workload].title
     name = f"{args.workload} {title}, top-{topk}, {tokens} tokens per rank"
     return name, workload_trace(args.workload, shape, steps, progress=bar("drawing", leave=False))
-
-
-def _given(args: argparse.Namespace) -> Given:
-    restore, recompute, exchange = args.restore_algorithm, args.recompute, args.token_exchange
-    return Given(
-        args.cluster,
-        args.config,
-        args.hidden,
-        args.ffn,
-        None if restore is None else ExchangeAlgorithm(restore),
-        None if recompute is None else Recompute(recompute),
-        None if exchange is None else Auto.AUTO if exchange == "auto" else TokenExchange(exchange),
-        args.topk,
-        None if args.sharding is None else Sharding(args.sharding),
-    )
 
 
 def _check(args: argparse.Namespace, metrics: Path | None) -> None:

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from megatron_laer.files.checks import one_line, shell_words
+from megatron_laer.tools.cli.argument_types import option
 from megatron_laer.tools.data.dataset import prepare_data
 from megatron_laer.tools.data.documents import FORMATS
 from megatron_laer.tools.data.text_files import default_text_sources
@@ -13,38 +14,20 @@ from megatron_laer.tools.data.text_files import default_text_sources
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument(
-        "--input", nargs="+", metavar="PATH", help="files of text or JSONL, and folders of them"
+    option(source, "--input PATH", "files of text or JSONL, and folders of them", nargs="+")
+    text = "use the source of Python's standard library, for a first try without any data"
+    source.add_argument("--python-sources", action="store_true", help=text)
+    option(parser, "--output PREFIX", "write PREFIX.bin and PREFIX.idx", required=True)
+    text = "bytes (257 ids, no vocabulary) or a directory with a Hugging Face tokenizer; default:"
+    option(parser, "--tokenizer bytes|DIR", f"{text} %(default)s", default="bytes")
+    text = (
+        "text: each file is a document; jsonl: each line is a JSON object with a document; "
+        "default: jsonl for files that end in .jsonl, .ndjson or .json, text for others"
     )
-    source.add_argument(
-        "--python-sources",
-        action="store_true",
-        help="use the source of Python's standard library, for a first try without any data",
-    )
-    parser.add_argument(
-        "--output", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx"
-    )
-    parser.add_argument(
-        "--tokenizer",
-        default="bytes",
-        metavar="bytes|DIR",
-        help="bytes (257 ids, no vocabulary) or a directory with a Hugging Face tokenizer; "
-        "default: %(default)s",
-    )
-    parser.add_argument(
-        "--format",
-        choices=FORMATS,
-        help="text: each file is a document; jsonl: each line is a JSON object with a document; "
-        "default: jsonl for files that end in .jsonl, .ndjson or .json, text for others",
-    )
-    parser.add_argument(
-        "--json-key", metavar="KEY", help="of the text in a line of JSONL; default: text"
-    )
-    parser.add_argument(
-        "--follow-links",
-        action="store_true",
-        help="read what symbolic links inside folders lead to; default: they are left out",
-    )
+    option(parser, "--format", text, choices=FORMATS)
+    option(parser, "--json-key KEY", "of the text in a line of JSONL; default: text")
+    text = "read what symbolic links inside folders lead to; default: they are left out"
+    parser.add_argument("--follow-links", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:

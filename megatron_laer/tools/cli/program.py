@@ -28,6 +28,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
 
 
+class RaisingParser(argparse.ArgumentParser):
+    """Parser of another program's flags, whose errors are ValueErrors."""
+
+    def __init__(self) -> None:
+        super().__init__(allow_abbrev=False, add_help=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
 def ended(name: str, run: Callable[[], int]) -> int:
     """Run a program and return its exit status.
 

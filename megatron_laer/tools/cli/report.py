@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from megatron_laer.choices import TokenExchange
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
-from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.tools.cli.argument_types import add_hours, between, named, path
-from megatron_laer.tools.cli.settings import DEFAULT_CLUSTER, Given, read_recording, settings_of
+from megatron_laer.tools.cli.argument_types import (
+    MOST_RANKS,
+    add_hours,
+    between,
+    describe,
+    option,
+    path,
+    yaml_inputs,
+)
+from megatron_laer.tools.cli.outputs import bar
+from megatron_laer.tools.cli.prediction_settings import (
+    DEFAULT_CLUSTER,
+    prediction_settings,
+    recording_of,
+)
 from megatron_laer.tools.report.assessment import assess
 from megatron_laer.tools.report.recorded import check_same_run, recorded_run
 from megatron_laer.tools.report.replayed import replayed_run
@@ -30,7 +37,6 @@ from megatron_laer.tools.traces import read_trace
 
 _DEFAULT_OUT = "report.html"
 _MAX_CASES = 10**6
-_MAX_RANKS = 2**16
 
 _EXAMPLES = """\
 examples:
@@ -41,12 +47,12 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.description = (
+    describe(
+        parser,
         "One page of HTML on a run: its share of forced balance, where time went, and predictions "
-        "for other settings on its routing."
+        "for other settings on its routing.",
+        _EXAMPLES,
     )
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = _EXAMPLES
     parser.add_argument(
         "run",
         metavar="RUN",
@@ -54,49 +60,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of --fsep-record-metrics, with --fsep-record-trace, --fsep-record-layouts "
         "and Megatron's log in it; or a trace alone, of any format that `plan` reads",
     )
-    parser.add_argument("--compare", type=path, metavar="RUN", help="another run to compare with")
-    parser.add_argument(
-        "--out", type=path, default=Path(_DEFAULT_OUT), metavar="FILE", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--group",
-        type=between(0, _MAX_RANKS),
-        metavar="I",
-        help="of several FSEP groups; default: the first",
-    )
-    parser.add_argument(
-        "--cases",
-        type=between(0, _MAX_CASES),
-        default=120,
-        metavar="K",
-        help="microbatches that other capacities and modes are tried on, at most; default: "
-        "%(default)s",
-    )
+    option(parser, "--compare RUN", "another run to compare with", path)
+    option(parser, "--out FILE", "default: %(default)s", path, default=Path(_DEFAULT_OUT))
+    text = "of several FSEP groups; default: the first"
+    option(parser, "--group I", text, between(0, MOST_RANKS))
+    text = "microbatches that other capacities and modes are tried on, at most; default:"
+    option(parser, "--cases K", f"{text} %(default)s", between(0, _MAX_CASES), default=120)
     add_hours(parser)
-    parser.add_argument(
-        "--cluster",
-        metavar="NAME|YAML",
-        help=f"hardware constants; default: the run's, else {DEFAULT_CLUSTER}",
-    )
-    parser.add_argument(
-        "--config",
-        metavar="NAME|YAML",
-        help="of a trace alone: a model, for its experts' sizes; default: those of the metrics "
-        "recorded beside it, else of mixtral-8x7b-e8k2",
-    )
-    parser.add_argument(
-        "--capacity",
-        type=between(1, MAX_EXPERTS),
-        metavar="C",
-        help="of a trace alone: slots per rank; default: the recorded, else min(E, ceil(E/N) + 1)",
-    )
-    parser.add_argument(
-        "--node-size",
-        type=between(1, _MAX_RANKS),
-        metavar="G",
-        help="of a trace alone: ranks per node; default: the recorded, else the cluster's, at most "
-        "N",
-    )
+    text = f"hardware constants; default: the run's, else {DEFAULT_CLUSTER}"
+    option(parser, "--cluster NAME|YAML", text)
+    alone = "of a trace alone:"
+    text = "a model, for its experts' sizes; default: those of the metrics recorded beside it, else"
+    option(parser, "--config NAME|YAML", f"{alone} {text} of mixtral-8x7b-e8k2")
+    text = "slots per rank; default: the recorded, else min(E, ceil(E/N) + 1)"
+    option(parser, "--capacity C", f"{alone} {text}", between(1, MAX_EXPERTS))
+    text = "ranks per node; default: the recorded, else the cluster's, at most N"
+    option(parser, "--node-size G", f"{alone} {text}", between(1, MOST_RANKS))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -110,20 +89,13 @@ def run(args: argparse.Namespace) -> int:
             f"report needs the package {package}: `pip install 'megatron_laer[tools]'`"
         ) from error
     refuse_unwritable(args.out, "--out")
-    for flag, kind, given in (
-        ("cluster", "cluster", args.cluster),
-        ("config", "model", args.config),
-    ):
-        if given is not None:
-            used_file = named(f"--{flag}", given, partial(yaml_file, kind))
-            refuse_overwriting(args.out, [used_file], "--out")
+    inputs = yaml_inputs(cluster=("cluster", args.cluster), config=("model", args.config))
+    refuse_overwriting(args.out, inputs, "--out")
     files = find_run(args.run, args.group)
     others = None if args.compare is None else find_run(args.compare, args.group)
-    for used in (files, others):
+    for given, used in ((args.run, files), (args.compare, others)):
         if used is not None:
             refuse_overwriting(args.out, used.all_files(), "--out")
-    for given in (args.run, args.compare):
-        if given is not None:
             refuse_as_source(args.out, given, "--out")
     shown, rows, predicted_for = _read(args, files, args.cases)
     other = None if others is None else _read(args, others, 0)[0]
@@ -150,17 +122,16 @@ def _read(
                     f"{flag} {quoted(value)}: no effect on {quoted(files.name)}, which recorded "
                     "its metrics; leave it out"
                 )
-    given = Given(cluster=args.cluster, config=args.config)
     metrics = files.metrics or files.metrics_beside
-    recording = read_recording(metrics)
-    settings = settings_of(given, recording, metrics)
+    recording = recording_of(metrics)
+    given = {"cluster": args.cluster, "config": args.config}
+    settings = prediction_settings(given, recording, metrics)
     trace = None
     if files.trace is not None:
         with naming(files.trace):
+            experts = settings.sizes.num_experts
             trace = read_trace(
-                files.trace,
-                num_experts=settings.sizes.num_experts,
-                progress=_bar("reading"),
+                files.trace, num_experts=experts, progress=bar("reading", leave=False)
             )
     if files.metrics is not None:
         assert recording is not None
@@ -186,7 +157,7 @@ def _read(
             args.node_size,
         )
         costs = settings.priced(trace, geometry)
-        shown = replayed_run(files.name, trace, geometry, costs, _bar("deciding"))
+        shown = replayed_run(files.name, trace, geometry, costs, bar("deciding", leave=False))
     rows: list[WhatIf] = []
     if trace is not None:
         rows = what_if(
@@ -197,19 +168,15 @@ def _read(
             cases,
             token_exchange=TokenExchange(settings.token_exchange),
             top_k=settings.sizes.top_k,
-            flags=given.words(),
-            progress=_bar("what if"),
+            flags=[
+                word
+                for flag, value in given.items()
+                if value is not None
+                for word in (f"--{flag}", value)
+            ],
+            progress=bar("what if", leave=False),
         )
     if settings.note and (rows or not shown.is_measured):
         print(one_line(f"report: {settings.note}"), file=sys.stderr)
         shown = replace(shown, notes=[*shown.notes, settings.note])
     return shown, rows, settings.words()
-
-
-def _bar(title: str) -> Any:
-
-    def wrapped(items: Sequence[Any]) -> Iterable[Any]:
-        bar: Iterable[Any] = tqdm(items, desc=title, leave=False, disable=None)
-        return bar
-
-    return wrapped

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.cli.argument_types import between, option, path, rank_range
 from megatron_laer.tools.cli.outputs import bar
 from megatron_laer.tools.report.run_files import naming
 from megatron_laer.tools.traces import FORMATS, read_trace
+from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import WORKLOADS
 
 MAX_TOKENS = 2**24

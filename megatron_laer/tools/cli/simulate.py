@@ -21,7 +21,6 @@ from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.cli import simulate_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -45,13 +44,14 @@ from megatron_laer.tools.simulator.iteration.methods import (
     make_method,
 )
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
-from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict
+from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict_iterations
 from megatron_laer.tools.simulator.iteration.predicted_timeline import PredictedTimeline
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
 from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
+from megatron_laer.tools.traces.records import Trace
 
 _MAX_STEPS = 10**5
 
@@ -194,7 +194,7 @@ def _simulate(
         record = results.timeline.recorder
     total = min(args.steps, len(routing.steps())) * routing.layers * shape.microbatches
     with tqdm(desc=case.label, total=total, unit="microbatch", disable=None, leave=False) as bar:
-        found = predict(
+        found = predict_iterations(
             routing,
             model,
             shape,

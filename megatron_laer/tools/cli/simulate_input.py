@@ -11,13 +11,13 @@ from megatron_laer.choices import Recompute
 from megatron_laer.files import memory
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.cli import routing_input
 from megatron_laer.tools.cli.argument_types import MOST_RANKS, add_hours, between, number, option
 from megatron_laer.tools.cli.outputs import bar
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
-from megatron_laer.tools.traces.workloads import Shape, workload_counts
+from megatron_laer.tools.traces.records import Trace
+from megatron_laer.tools.traces.workloads import WorkloadShape, workload_counts
 
 _MAX_COUNT = 2**16
 # Sizes of workloads: layers differ by their seed; 8 steps show the longest pattern.
@@ -87,7 +87,7 @@ def routing_of(args: argparse.Namespace, model: ModelShape) -> Callable[[int, in
 
 def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: int | None) -> Trace:
     steps, layers = workload_sizes(args, model)
-    shape = Shape(ranks, model.num_experts, model.topk, tokens or model.sequence)
+    shape = WorkloadShape(ranks, model.num_experts, model.topk, tokens or model.sequence)
     memory.check_enough(
         _BYTES_PER_COUNT * steps * layers * ranks * model.num_experts,
         f"{steps} steps of {ranks} ranks and {model.num_experts} experts",

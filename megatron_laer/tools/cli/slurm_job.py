@@ -17,13 +17,13 @@ import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from megatron_laer.config import ExpertParallelMode
 from megatron_laer.files.checks import one_line, quoted, refuse_unusable_folder
-from megatron_laer.flags import add_arguments, config_from_args
+from megatron_laer.fsep_flags import add_arguments, config_from_args
 from megatron_laer.support import arguments
 from megatron_laer.support.table import REFUSALS
+from megatron_laer.tools.cli.program import RaisingParser
 from megatron_laer.tools.model_flags import model_flags
 from megatron_laer.tools.recipes.command_lines import without
 
@@ -74,12 +74,13 @@ def job_settings(
         raise ValueError(f"--train-iters {steps} is no number of steps")
     # With one connection, kernels of all streams run in the order of their launch, so FSEP's
     # exchanges are not hidden. Megatron requires one with tensor or context parallelism.
+    fsep_flags = {word.partition("=")[0] for word in user if word.startswith("--fsep-")}
     in_order = max(args.tensor_model_parallel_size, args.context_parallel_size) > 1
     return {
         "training_flags": training,
         "user_flags_fsep": user,
         # The plugin refuses FSEP's flags without its mode; with `both`, only one run has them.
-        "user_flags_standard": _without_fsep(user) if mode == _BOTH else user,
+        "user_flags_standard": without(user, fsep_flags) if mode == _BOTH else user,
         "steps": steps,
         "connections": "1" if in_order else "32",
         "exit_signal": last_value("--exit-signal", user),
@@ -125,10 +126,6 @@ def _tokenizer_flags(tokenizer: str | None) -> tuple[str, ...]:
     return ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer)
 
 
-def _without_fsep(words: Sequence[str]) -> list[str]:
-    return without(words, {word.partition("=")[0] for word in words if word.startswith("--fsep-")})
-
-
 def check(words: Sequence[str], ranks: int, mode: str, settings: Mapping[str, str]) -> Namespace:
     """Refuse a job that cannot run; return the checked flags."""
     mode_in_check = ExpertParallelMode.FSEP if mode == _BOTH else mode
@@ -150,7 +147,7 @@ def check(words: Sequence[str], ranks: int, mode: str, settings: Mapping[str, st
 
 
 def _parsed(words: Sequence[str]) -> Namespace:
-    parser = _Parser(allow_abbrev=False, add_help=False)
+    parser = RaisingParser()
     add_arguments(parser)
     for flag, default in _SIZES.items():
         parser.add_argument(flag, type=_size, default=default)
@@ -164,11 +161,6 @@ def _parsed(words: Sequence[str]) -> Namespace:
         if row.unproven:
             parser.add_argument(row.flag, dest=row.argument, default=row.accepted[0])
     return parser.parse_known_args(words)[0]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
 
 
 def _size(text: str) -> int:

@@ -5,8 +5,10 @@ document, since Megatron's GPTDataset shuffles sequences. Megatron is imported a
 been checked. A dataset is put in place only when complete.
 """
 
+import logging
 import os
 import shutil
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -38,7 +40,6 @@ from megatron_laer.tools.data.tokenizers import (
     load_tokenizer,
     readable,
 )
-from megatron_laer.tools.quiet import quiet
 
 _CACHE = "cache"
 
@@ -70,25 +71,16 @@ def prepare_data(
 ) -> PreparedData:
     """Write `output_prefix`.bin and .idx, with one document per file of text or line of JSONL.
 
+    `inputs` are files, and directories, which are walked in sorted order without hidden and empty
+    files. `tokenizer` is `bytes` or a directory with a Hugging Face tokenizer, whose
+    end-of-sequence token ends a document. `text_format` is `text`, `jsonl`, or None for the format
+    of each file's ending.
+
     An existing dataset is replaced only when the new one is complete, together with Megatron's
     cache next to it. A folder given to Megatron as --data-cache-path is not cleared. The call
     leaves no temporary file, and removes the leftovers of a killed process.
 
-    Args:
-        inputs: files, and directories, which are walked in sorted order without hidden and empty
-            files.
-        output_prefix: a path outside the inputs; missing directories are made.
-        tokenizer: `bytes`, or a directory with a Hugging Face tokenizer; its end-of-sequence token
-            ends a document.
-        progress: whether to draw a bar on stderr, if that is a terminal.
-        text_format: `text`, `jsonl`, or None for the format of each file's ending.
-        json_key: key of the text in a line of JSONL; None is `text`.
-        follow_links: whether to follow symbolic links inside directories.
-
-    Raises:
-        ValueError: unusable input or output, or another run is writing this dataset.
-        ImportError: Megatron or the tokenizer's package is missing.
-        OSError: writing failed, such as on a full disk.
+    Raises ValueError for unusable input or output, or if another run is writing this dataset.
     """
     inputs = as_list(inputs)
     found = find_files(inputs, follow_links)
@@ -177,9 +169,22 @@ def _checked_prefix(
     return prefix
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress warnings, including logged ones, in the block."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 class _Dataset:
     def __init__(self, bin_path: Path, vocab_size: int) -> None:
-        with quiet():
+        with _quiet():
             from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
         self._dtype = DType.optimal_dtype(vocab_size)
         self.builder: Any = IndexedDatasetBuilder(str(bin_path), dtype=self._dtype)

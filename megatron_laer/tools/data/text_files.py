@@ -35,9 +35,6 @@ def find_files(inputs: Iterable[str | os.PathLike[str]], follow_links: bool = Fa
 
     Folders are walked in sorted order, without hidden and empty files. A given link is followed;
     one inside a folder only with `follow_links`, and then no folder is read twice.
-
-    Raises ValueError if nothing is given, or if a path does not exist, cannot be listed, is no
-    regular file or holds no text.
     """
     found = TextFiles()
     inputs = as_list(inputs)

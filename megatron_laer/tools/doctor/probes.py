@@ -96,8 +96,7 @@ def native_core(_: str) -> Answer:
 def torch(_: str) -> Answer:
     """Describe torch, its communication libraries and the cards that it sees.
 
-    `device` is cpu or cuda. `device_error` says why it is unknown, and `unsupported` why this torch
-    cannot train on it.
+    `device_error` says why the device is unknown, `unsupported` why this torch cannot train on it.
     """
     import torch
 

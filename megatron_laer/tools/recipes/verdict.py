@@ -29,14 +29,10 @@ class Verdict(Choice):
 
 @dataclass(frozen=True)
 class Judgement:
-    """Verdict on a run with its reasons.
+    """Verdict on a run, with its reasons in `because`.
 
-    Attributes:
-        proof: by rows, for the run without the flags in `drop`. None if nothing is known to be
-            proved, or if it does not run.
-        because: reasons for a refusal, for dropping flags, and for a missing proof.
-        drop: the flags without which it runs, or would run with expert parallelism.
-        if_none_of: settings that would change the verdict and that were not given.
+    `proof` is for the run without the flags in `drop`; None if nothing proves it or it does not
+    run. `if_none_of` are settings that would change the verdict and that were not given.
     """
 
     verdict: Verdict

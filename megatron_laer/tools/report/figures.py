@@ -31,7 +31,7 @@ from megatron_laer.tools.report.plots import (
     GREEN,
     OVER_MEAN,
     RED,
-    Figure,
+    Chart,
     Section,
     Table,
     rounded,
@@ -128,7 +128,7 @@ def _time(run: RunData, edges: Sequence[int], assessment: Assessment) -> Section
     return Section("time", "Where time went", figures)
 
 
-def _times(run: RunData, edges: Sequence[int], name: str = "", most: float | None = None) -> Figure:
+def _times(run: RunData, edges: Sequence[int], name: str = "", most: float | None = None) -> Chart:
     return plots.stacked_bars(
         f"{name}A step's time by kind",
         "On the planner rank. Combine waits for the busiest rank, so it includes the imbalance. "
@@ -234,7 +234,7 @@ def _guard(run: RunData) -> Section:
     return Section("guard", "The guard, and the cost model", figures, text)
 
 
-def _against_measured(title: str, text: str, predicted: Float64, measured: Float64) -> Figure:
+def _against_measured(title: str, text: str, predicted: Float64, measured: Float64) -> Chart:
     series = {"layers": (predicted, measured)}
     return plots.points(title, text, series, x="predicted, ms", y="measured, ms", is_log=True)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from importlib import resources
 from typing import Any
 
@@ -21,7 +20,14 @@ from megatron_laer.tools.report.assessment import assess, percent, seconds
 from megatron_laer.tools.report.figures import sections
 from megatron_laer.tools.report.run_data import RunData
 from megatron_laer.tools.report.what_if import WhatIf
+from megatron_laer.tools.simulator.comparison import PlanRow
 from megatron_laer.version import __version__
+
+# Values of a what-if row in the page's data.
+_OF_ROW = (
+    *("strategy", "mode", "capacity", "cases", "mean", "p95", "p99"),
+    *("off_node_share", "replan_share", "layer_ms"),
+)
 
 
 def page(
@@ -29,6 +35,8 @@ def page(
 ) -> str:
     """Render the page; `predicted_for` describes the settings of the predictions in `rows`."""
     runs = [run] if other is None else [run, other]
+    columns = [dict(_figures_of(one)) for one in runs]
+    names = dict.fromkeys(name for one in columns for name in one)
     assessment = assess(run)
     shown = list(sections(run, assessment, other))
     data = {
@@ -41,7 +49,11 @@ def page(
             for name in ("total_s", "imbalance_s", "exchanges_s", "stock_s", "kept")
         },
         "figures": [vars(figure) for section in shown for figure in section.figures],
-        "what_if": [asdict(row) for row in rows],
+        "what_if": [
+            {name: getattr(row.row, name) for name in _OF_ROW}
+            | {"share": row.share, "command": row.command}
+            for row in rows
+        ],
     }
     texts = resources.files("megatron_laer.tools.report") / "page"
     environment = jinja2.Environment(
@@ -60,10 +72,10 @@ def page(
         causes=_capital(assessment.causes(run.shape.layers)),
         notes=run.notes,
         heads=["", *(one.name for one in runs)],
-        key_figures=list(_key_figures(runs)),
+        key_figures=[(name, *(one.get(name, "–") for one in columns)) for name in names],
         sections=shown,
-        what_if=[(_cells(row), row.command) for row in rows],
-        predicted_for=f"Of {rows[0].cases} microbatches of one layer each, for {predicted_for}."
+        what_if=[(_cells(row.row, row.share), row.command) for row in rows],
+        predicted_for=f"Of {rows[0].row.cases} microbatches of one layer each, for {predicted_for}."
         if rows
         else "",
         settings=run.settings,
@@ -88,12 +100,6 @@ def _about(run: RunData) -> str:
         run.recorded,
     ]
     return " · ".join(filter(None, parts))
-
-
-def _key_figures(runs: Sequence[RunData]) -> Iterator[tuple[str, ...]]:
-    columns = [dict(_figures_of(one)) for one in runs]
-    for name in dict.fromkeys(name for column in columns for name in column):
-        yield (name, *(column.get(name, "–") for column in columns))
 
 
 def _figures_of(run: RunData) -> Iterator[tuple[str, str]]:
@@ -121,14 +127,14 @@ def _figures_of(run: RunData) -> Iterator[tuple[str, str]]:
     for metric in LOGGED:
         logged = run.metrics.get(metric.name)
         if logged is not None and np.isfinite(logged).any() and not metric.over_layers:
-            unit = "" if metric.unit == "1" else f" {metric.unit}"
+            unit = f" {metric.unit}" if metric.unit else ""
             yield f"{metric.name}, mean of steps", f"{np.nanmean(logged):.4g}{unit}"
     if run.loss:
         step, loss = run.loss[-1]
         yield "loss", f"{loss:.4f} at step {step}"
 
 
-def _cells(row: WhatIf) -> list[tuple[str, str]]:
+def _cells(row: PlanRow, share: float) -> list[tuple[str, str]]:
     return [
         ("strategy", row.strategy),
         ("mode", row.mode),
@@ -139,7 +145,7 @@ def _cells(row: WhatIf) -> list[tuple[str, str]]:
         ("off their node", percent(row.off_node_share)),
         ("fresh", percent(row.replan_share)),
         ("layer ms", f"{row.layer_ms:.3f}"),
-        ("of forced balance", percent(row.share)),
+        ("of forced balance", percent(share)),
     ]
 
 

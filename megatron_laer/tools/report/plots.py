@@ -24,13 +24,15 @@ KIND_COLOURS = (GREY, BLUE, GREEN, "#7fb8de", RED, "#e69f00")
 _RISING = [[0, "#b9d3e3"], [0.35, "#fdd0a2"], [0.7, "#e66e28"], [1, "#7f1914"]]
 _BELOW_ONE, _ONE, _ABOVE_ONE = "#2166ac", "#c9ced4", "#b2182b"
 OVER_MEAN = "× mean"
+# Part of a colour bar that readers hardly tell from 1.
+_HARDLY_SEEN = 0.1
 _LINE = {"color": GREY, "width": 1}
 _LONGEST_LABEL = 28
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Figure of the page; with `choices` of labels, one trace is shown at a time."""
+class Chart:
+    """Chart of the page; with `choices` of labels, one trace is shown at a time."""
 
     title: str
     text: str
@@ -54,7 +56,7 @@ class Section:
 
     id: str
     title: str
-    figures: Sequence[Figure]
+    figures: Sequence[Chart]
     text: str = ""
     tables: Sequence[Table] = field(default_factory=tuple)
 
@@ -70,7 +72,7 @@ def heat_map(
     bounds: tuple[float, float],
     choices: Sequence[str] = (),
     borders: Sequence[float] = (),
-) -> Figure:
+) -> Chart:
     """Return a figure of rows and columns from `values[trace][row][column]`.
 
     `unit` is the title of the colour bar; `OVER_MEAN` has different colours below and above 1.
@@ -103,9 +105,13 @@ def heat_map(
         "yaxis": {**y[0]["axis"], "autorange": "reversed"},
         "shapes": lines,
     }
-    if all(np.allclose(_numbers(rows), 1, atol=5e-4) for rows in values):
-        layout["annotations"] = [_note("1.000 everywhere")]
-    return Figure(title, text, traces, layout, tuple(map(label, choices)))
+    shown = np.concatenate([_numbers(rows) for rows in values])
+    if shown.size and np.abs(shown - 1).max() <= _HARDLY_SEEN * (high - low):
+        least, most = f"{shown.min():.3f}", f"{shown.max():.3f}"
+        layout["annotations"] = [
+            _note("1.000 everywhere" if least == most else f"{least} to {most}")
+        ]
+    return Chart(title, text, traces, layout, tuple(map(label, choices)))
 
 
 def _around_one(low: float, high: float) -> list[list[Any]]:
@@ -121,7 +127,7 @@ def lines(
     y: str,
     colours: Sequence[str],
     y_range: Sequence[float] | None = None,
-) -> Figure:
+) -> Chart:
     """Return a figure of lines over the steps; every second one is thin, dashed and on top."""
     traces = [
         {
@@ -140,7 +146,7 @@ def lines(
         **({"range": list(y_range)} if y_range else {"rangemode": "tozero"}),
     }
     layout = {"height": 280, "xaxis": x["axis"], "yaxis": axis, "showlegend": len(traces) > 1}
-    return Figure(title, text, traces, layout)
+    return Chart(title, text, traces, layout)
 
 
 _DASHES = ("solid", "dash")
@@ -154,7 +160,7 @@ def stacked_bars(
     x: Mapping[str, Any],
     y: str,
     most: float | None = None,
-) -> Figure:
+) -> Chart:
     """Return a figure of stacked bars; without `most`, the y axis cuts off far longer columns."""
     traces = [
         {"type": "bar", "name": name, "x": x["values"], "y": values, "marker": {"color": colour}}
@@ -167,7 +173,7 @@ def stacked_bars(
         "xaxis": x["axis"],
         "yaxis": {"title": {"text": y}, "range": [0, most or stack_height(parts)]},
     }
-    return Figure(title, text, traces, layout)
+    return Chart(title, text, traces, layout)
 
 
 def stack_height(parts: Mapping[str, Sequence[float | None]]) -> float:
@@ -185,7 +191,7 @@ def bars_by_name(
     x: str,
     y: str,
     colours: Sequence[str],
-) -> Figure:
+) -> Chart:
     traces = [
         {
             "type": "bar",
@@ -193,7 +199,7 @@ def bars_by_name(
             "name": key,
             "y": labels(names),
             "x": rounded(values),
-            "text": [f"{value:,.3g}" for value in values.tolist()],
+            "text": [f"{value:,.0f}" if value >= 100 else f"{value:.3g}" for value in values],
             "textposition": "outside",
             "cliponaxis": False,
             "marker": {"color": colour, "line": {"color": colour, "width": 2}},
@@ -206,7 +212,7 @@ def bars_by_name(
         "xaxis": {"title": {"text": x}, "range": [0, 1.15 * most or 1]},
         "yaxis": {"title": {"text": y}, "autorange": "reversed", "type": "category"},
     }
-    return Figure(title, text, traces, layout)
+    return Chart(title, text, traces, layout)
 
 
 # Ticks at 1, 2 and 5 times powers of ten.
@@ -221,7 +227,7 @@ def points(
     x: str,
     y: str,
     is_log: bool = False,
-) -> Figure:
+) -> Chart:
     """Return a figure of points (x, y) by name, with the line on which both are equal."""
     traces = [
         {
@@ -254,7 +260,7 @@ def points(
         else [],
         "showlegend": len(series) > 1,
     }
-    return Figure(title, text, traces, layout)
+    return Chart(title, text, traces, layout)
 
 
 def _robust(values: Float64) -> tuple[float, float]:

@@ -15,10 +15,11 @@ from megatron_laer.files.checks import lines, open_input, quoted
 from megatron_laer.planner.layout import ExpertLayout, stock_owner_E
 from megatron_laer.runtime.planning.layout_recording import read_layouts
 from megatron_laer.telemetry.log import LOSS, read_run
-from megatron_laer.telemetry.metrics_file import MetricsRecording, Shape
-from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.telemetry.metrics_file import Shape
+from megatron_laer.tools.report.metrics_recording import MetricsRecording
 from megatron_laer.tools.report.run_data import RunData, expert_tokens_TLE, shape_settings
 from megatron_laer.tools.report.run_files import RunFiles, naming
+from megatron_laer.tools.traces.records import Trace
 
 
 def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | None) -> RunData:
@@ -42,6 +43,7 @@ def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | No
     else:
         notes.append("Without --fsep-record-trace there are no experts, and no what-if.")
     of_layers = recording.of_layers
+    written = datetime.fromtimestamp(files.metrics.stat().st_mtime, UTC)
     return RunData(
         name=files.name,
         shape=shape,
@@ -58,15 +60,13 @@ def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | No
         experts_TLE=experts_TLE,
         layouts=_layouts(files, shape),
         loss=_loss(files.logs),
-        recorded=recorded_until(files.metrics),
-        settings=_settings(recording),
+        recorded=f"recorded until {written:%Y-%m-%d %H:%M} UTC",
+        settings=[
+            *shape_settings(shape),
+            *(recording.runs[-1][1].items() if recording.runs else ()),
+        ],
         notes=notes,
     )
-
-
-def recorded_until(path: Path) -> str:
-    time = datetime.fromtimestamp(path.stat().st_mtime, UTC)
-    return f"recorded until {time:%Y-%m-%d %H:%M} UTC"
 
 
 def stock_tokens_TLN(experts_TLE: Int64, shape: Shape) -> Int64:
@@ -129,11 +129,6 @@ def _loss(logs: tuple[Path, ...]) -> list[tuple[int, float]]:
         if found:
             return found
     return []
-
-
-def _settings(recording: MetricsRecording) -> list[tuple[str, str]]:
-    sizes = shape_settings(recording.shape)
-    return [*sizes, *(recording.runs[-1][1].items() if recording.runs else ())]
 
 
 def _notes(files: RunFiles, recording: MetricsRecording) -> list[str]:

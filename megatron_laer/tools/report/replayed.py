@@ -7,7 +7,7 @@ Legend: T steps, L MoE layers, N ranks, E experts, R records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,6 @@ import numpy as np
 from megatron_laer.arrays import Int64
 from megatron_laer.config import FSEPConfig, PlanMode
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
@@ -23,13 +22,15 @@ from megatron_laer.planner.prediction import predict
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.telemetry.metrics_file import Shape
 from megatron_laer.telemetry.statistics import LayerPasses, Sample, predicted_values
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.report.recorded import stock_tokens_TLN
 from megatron_laer.tools.report.run_data import Float64, RunData, expert_tokens_TLE, shape_settings
+from megatron_laer.tools.simulator.replay import walk
+from megatron_laer.tools.traces.records import Trace
 
 # Maximum decisions per replay; each takes about a millisecond.
 MOST_CASES = 20_000
 STRATEGY, MODE = FSEPConfig().planner, PlanMode.ADAPTIVE
+_OF_COSTS = ("hidden", "ffn", "gated", "bytes_per_element")
 
 
 def replayed_run(
@@ -44,9 +45,10 @@ def replayed_run(
     if not trace.counts_RNE.any():
         raise ValueError(f"trace {name!r} holds no tokens; record a run that routes some")
     num_layers = len(trace.layers)
-    groups = list(_by_step_and_layer(trace))
-    all_steps = sorted({step for step, _, _ in groups})
-    stride = _stride(trace, len(all_steps))
+    groups = {*zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True)}
+    all_steps = sorted({step for step, _ in groups})
+    decisions = -(-len(trace) // len(all_steps)) * len(all_steps)
+    stride = max(1, -(-decisions // MOST_CASES))
     steps = all_steps[::stride]
     at = {step: index for index, step in enumerate(steps)}
     shape = (len(steps), num_layers)
@@ -54,15 +56,19 @@ def replayed_run(
     of_layers: dict[str, Float64] = {}
     layouts: dict[int, ExpertLayout] = {}
     planned: dict[int, list[ExpertLayout]] = {}
-    forecasts: dict[int, SmoothedForecast] = {}
     strategy = make_strategy(STRATEGY, geometry=geometry, costs=costs)
     guard = Guard(MODE, costs, geometry)
     static = geometry.static_layout
-    for step, layer, records in progress(groups):
-        forecast = forecasts.get(layer, SmoothedForecast())
+
+    def total_NE(records: Sequence[int]) -> Int64:
+        summed: Int64 = trace.counts_RNE[records].sum(axis=0, dtype=np.int64)
+        return summed
+
+    walked = zip(progress(range(len(groups))), walk(trace, 1, total_NE), strict=True)
+    for _, (step, layer, records, forecast) in walked:
         if step in at:
             layout = layouts.get(layer, static)
-            if layer in forecasts:
+            if forecast is not None:
                 layout = strategy.plan(forecast.counts_NE(), layout)
             layouts[layer] = layout
             planned.setdefault(step, [static] * num_layers)[layer] = layout
@@ -71,8 +77,6 @@ def replayed_run(
             tokens_TLN[place], values = _decided(guard, layout, counts)
             for metric, value in values.items():
                 of_layers.setdefault(metric, np.full(shape, np.nan))[place] = value
-        total_NE = trace.counts_RNE[records].sum(axis=0, dtype=np.int64)
-        forecasts[layer] = forecast.observe(total_NE)
 
     steps_T = np.array(steps, dtype=np.int64)
     experts_TLE = expert_tokens_TLE(
@@ -100,25 +104,16 @@ def replayed_run(
         stock_rank_tokens_TLN=stock_tokens_TLN(experts_TLE, of),
         experts_TLE=experts_TLE,
         layouts=[(step, planned[step]) for step in steps],
-        settings=_settings(of, costs),
+        settings=[
+            *shape_settings(of),
+            ("planner", STRATEGY),
+            ("plan_mode", MODE.value),
+            ("cluster", costs.cluster.name),
+            *((name, str(getattr(costs, name))) for name in _OF_COSTS),
+        ],
         notes=_notes(stride, len(all_steps)),
         sharding=geometry.sharding,
     )
-
-
-def _stride(trace: Trace, num_steps: int) -> int:
-    """Return the stride at which steps are shown."""
-    per_step = -(-len(trace) // num_steps)
-    return max(1, -(-per_step * num_steps // MOST_CASES))
-
-
-def _by_step_and_layer(trace: Trace) -> Iterator[tuple[int, int, list[int]]]:
-    keys = list(zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True))
-    begin = 0
-    for end in range(1, len(keys) + 1):
-        if end == len(keys) or keys[end] != keys[begin]:
-            yield *keys[begin], list(range(begin, end))
-            begin = end
 
 
 def _decided(
@@ -130,19 +125,6 @@ def _decided(
         passes.add(Sample(decision))
         predictions.append(predict(guard, decision))
     return passes.rank_tokens_N, passes.values() | predicted_values(predictions)
-
-
-def _settings(shape: Shape, costs: CostModel) -> list[tuple[str, str]]:
-    return [
-        *shape_settings(shape),
-        ("planner", STRATEGY),
-        ("plan_mode", MODE.value),
-        ("cluster", costs.cluster.name),
-        ("hidden", str(costs.hidden)),
-        ("ffn", str(costs.ffn)),
-        ("gated", str(costs.gated)),
-        ("bytes_per_element", str(costs.bytes_per_element)),
-    ]
 
 
 def _notes(stride: int, num_steps: int) -> list[str]:

@@ -26,14 +26,11 @@ Float64 = npt.NDArray[np.float64]
 class RunData:
     """Data of a run, by layer and step; NaN stands for missing values.
 
-    Attributes:
-        imbalance_TL, stock_TL: tokens of the busiest rank over the mean, with FSEP and under
-            stock's placement.
-        layer_ms_TL: time of a layer over all its passes in a step, predicted if not `is_measured`.
-        of_steps, of_layers, metrics: [T], [T, L] and [T] by recorded or logged names.
-        experts_TLE: tokens of each expert; None without a trace.
-        layouts: planned layouts, by their first step.
-        loss: [step from 1, loss] of Megatron's log.
+    `imbalance_TL` and `stock_TL` are tokens of the busiest rank over the mean, with FSEP and under
+    stock's placement. `layer_ms_TL` is the time over all passes of a step, predicted if not
+    `is_measured`. `of_steps`, `of_layers` and `metrics` are by recorded or logged names.
+    `experts_TLE` is None without a trace. `layouts` are planned ones by their first step, `loss` by
+    step from 1.
     """
 
     name: str

@@ -43,8 +43,7 @@ class RunFiles:
 def find_run(given: Path, group: int | None) -> RunFiles:
     """Find the files of a run; without `group`, those of the first group.
 
-    Raises ValueError if nothing is there (of this group) or a group has two recordings of a kind,
-    and OSError for an unreadable folder.
+    Raises ValueError if nothing is there (of this group) or a group has two recordings of a kind.
     """
     if not given.exists():
         raise ValueError(f"run {quoted(given)} does not exist; give a folder or a trace")

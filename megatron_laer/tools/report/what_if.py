@@ -16,37 +16,21 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.prediction import forced_balance_counts_NE, stock_seconds
 from megatron_laer.planner.token_exchange import with_token_exchange
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.simulator.comparison import PlanRow, chosen_cases, mean_tokens, simulate
+from megatron_laer.tools.traces.records import Trace
 
 _STRATEGY = FSEPConfig().planner
 _LAG = 1
 
 
-# Fields copied from a row of `plan`.
-_OF_ROW = (
-    *("strategy", "mode", "capacity", "cases", "mean", "p95", "p99"),
-    *("off_node_share", "replan_share", "layer_ms"),
-)
-
-
 @dataclass(frozen=True)
 class WhatIf:
-    """Prediction for one capacity and mode on the trace; `command` prints the row again.
+    """Row of `plan`, whose `layer_ms` includes fresh layouts; `command` prints it again.
 
-    `layer_ms` includes fresh layouts. `share` is stock's time with forced balance over `layer_ms`.
+    `share` is stock's time with forced balance over `layer_ms`.
     """
 
-    strategy: str
-    mode: str
-    capacity: int
-    cases: int
-    mean: float
-    p95: float
-    p99: float
-    off_node_share: float
-    replan_share: float
-    layer_ms: float
+    row: PlanRow
     share: float
     command: str
 
@@ -69,12 +53,18 @@ def what_if(
     """
     if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
         return []
-    every = _every(trace, most_cases)
+    cases = len(chosen_cases(trace, _LAG, 1))
+    every = _prime_from(-(-cases // most_cases))
+    every = every if every <= cases else 1
     modes = [mode.value for mode in GUARD_MODES]
     top_k = min(top_k, geometry.num_experts)
     tokens = mean_tokens(trace, top_k)
     rows: list[PlanRow] = []
-    for one in _geometries(geometry):
+    homes = geometry.home_slots
+    least = homes + 1 if homes else -(-geometry.num_experts // geometry.num_ranks)
+    around = (geometry.capacity - 1, geometry.capacity, geometry.capacity + 1)
+    for slots in (slots for slots in around if least <= slots <= geometry.num_experts):
+        one = replace(geometry, capacity=slots)
         # As `plan` prices a single capacity.
         priced = with_token_exchange(costs, token_exchange, one, top_k, tokens)
         found = simulate(
@@ -82,42 +72,23 @@ def what_if(
         )
         # Stock's row is the same for every capacity.
         rows += [row for row in found if not rows or row.strategy == _STRATEGY]
-    balanced_ms = _balanced_ms(trace, geometry, costs, chosen_cases(trace, _LAG, every))
-    return [
-        WhatIf(
-            **{name: getattr(row, name) for name in _OF_ROW},
-            share=balanced_ms / row.layer_ms,
-            command=_command(path, geometry, costs, token_exchange, flags, every, row),
-        )
-        for row in rows
-    ]
-
-
-def _every(trace: Trace, most_cases: int) -> int:
-    """Return the stride at which cases are chosen."""
-    cases = len(chosen_cases(trace, _LAG, 1))
-    every = _prime_from(-(-cases // most_cases))
-    return every if every <= cases else 1
-
-
-def _geometries(geometry: Geometry) -> list[Geometry]:
-    """Return the run's shape, and those with one slot fewer and more where they are legal."""
-    homes = geometry.home_slots
-    least = homes + 1 if homes else -(-geometry.num_experts // geometry.num_ranks)
-    around = (geometry.capacity - 1, geometry.capacity, geometry.capacity + 1)
-    return [replace(geometry, capacity=c) for c in around if least <= c <= geometry.num_experts]
-
-
-def _balanced_ms(trace: Trace, geometry: Geometry, costs: CostModel, cases: Sequence[int]) -> float:
-    found = [
+    balanced_s = [
         stock_seconds(
             costs,
             geometry,
             forced_balance_counts_NE(trace.counts_NE(case).sum(axis=1), geometry.num_experts),
         )
-        for case in cases
+        for case in chosen_cases(trace, _LAG, every)
     ]
-    return sum(found) / len(found) * 1e3
+    balanced_ms = sum(balanced_s) / len(balanced_s) * 1e3
+    return [
+        WhatIf(
+            row,
+            balanced_ms / row.layer_ms,
+            _command(path, geometry, costs, token_exchange, flags, every, row),
+        )
+        for row in rows
+    ]
 
 
 def _command(

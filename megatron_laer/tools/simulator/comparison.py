@@ -22,8 +22,8 @@ from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_prices import BY_RANK
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.simulator.replay import Outcome, evaluate, restored_bytes, walk
+from megatron_laer.tools.traces.records import Trace
 
 STOCK = "stock EP"
 
@@ -39,11 +39,8 @@ BASELINES = ("static", "laer")
 class PlanRow:
     """One strategy and mode over all cases; `plan_output.LEGEND` explains the columns.
 
-    Attributes:
-        cases: microbatches of one layer, with tokens and enough earlier steps.
-        off_node_share, off_node_tokens: tokens that leave their node, of all and per case.
-        fetched_bytes: the part of `restored_bytes` that is fetched after the gate; both are means.
-        time_over_bound: sum of predicted times / sum of their lower bounds.
+    Cases are microbatches of one layer, with tokens and enough earlier steps. `fetched_bytes` are
+    the part of `restored_bytes` that is fetched after the gate; both are means.
     """
 
     strategy: str
@@ -112,16 +109,12 @@ def simulate(
     every: int = 1,
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[PlanRow]:
-    """Run all strategies and modes over a trace.
+    """Run all strategies and modes over a trace; `progress` wraps the cases, as tqdm does.
 
-    Stock expert parallelism is the first row if E is a multiple of N.
-
-    Args:
-        geometries: one per capacity; N, E and node size are the same in all.
-        lag: age of the newest counts behind a layout, in recorded steps.
-        every: stride over the cases; one that is coprime to the numbers of layers and of
-            microbatches samples all of them.
-        progress: wraps the cases, as tqdm does.
+    Stock expert parallelism is the first row if E is a multiple of N. `geometries` differ in
+    capacity alone. `lag` is the age of the newest counts behind a layout, in recorded steps.
+    `every` is the stride over the cases; one that is coprime to the numbers of layers and
+    microbatches samples all of them.
     """
     for geometry in geometries:
         geometry.check_counts(trace.counts_RNE.shape[1:])

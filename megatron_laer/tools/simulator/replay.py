@@ -23,7 +23,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import SplitTotals, even_split
 from megatron_laer.planner.sharding import changed_slots, filled_slots
 from megatron_laer.planner.traffic import Traffic, direct_traffic
-from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.traces.records import Trace
 
 # Measured bytes per count [N, E] of a forecast, and of the current case.
 _FORECAST_BYTES, _WORKING_BYTES = 16, 170
@@ -67,15 +67,10 @@ def check_memory(
 class Outcome:
     """Loads, traffic and times of one microbatch of one layer, under the guard's decision.
 
-    Attributes:
-        tokens: (token, expert) pairs of the microbatch.
-        largest_load, least_load: tokens of the busiest rank, and their bound ceil(tokens / N).
-        layer_s: predicted seconds, forward and backward, of the layer and of a layout made after
-            the gate.
-        least_s: lower bound of `layer_s` over all layouts of this capacity and all splits.
-        replanned: whether a layout that was made after the gate is used.
-        fetched_bytes: bytes that the busiest rank receives for it.
-        gate_s: measured seconds of decision and split, on the critical path.
+    `tokens` are (token, expert) pairs; `least_load` is ceil(tokens / N). `layer_s` is predicted,
+    for both directions and with a layout made after the gate. `least_s` is its bound over all
+    layouts of this capacity and all splits. `fetched_bytes` are the busiest rank's for such a
+    layout. `gate_s` is measured: decision and split, on the critical path.
     """
 
     num_ranks: int

@@ -24,8 +24,10 @@ import numpy as np
 from megatron_laer.arrays import Int64
 from megatron_laer.files import memory
 from megatron_laer.files.checks import lines, open_input, quoted
+from megatron_laer.files.json_lines import MAX_RANKS
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.telemetry.trace_records import MAX_COUNT, MAX_INDEX, MAX_RANKS, Trace, assemble
+from megatron_laer.telemetry.trace_file import MAX_COUNT, MAX_INDEX
+from megatron_laer.tools.traces.records import Trace, assemble
 
 KEYS = ("step", "layer", "microbatch", "source_rank")
 

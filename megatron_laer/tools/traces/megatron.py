@@ -26,7 +26,8 @@ import numpy as np
 from megatron_laer.arrays import Int64
 from megatron_laer.files.checks import lines, open_input
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.telemetry.trace_records import MAX_INDEX, Trace, assemble
+from megatron_laer.telemetry.trace_file import MAX_INDEX
+from megatron_laer.tools.traces.records import Trace, assemble
 
 FILE_NAME = re.compile(r"router_trace_rank([0-9]{1,7})\.jsonl")
 
@@ -50,12 +51,9 @@ def read_megatron(
     num_experts: int | None = None,
     progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
 ) -> Trace:
-    """Read a folder of `router_trace_rank*.jsonl`, or one such file.
+    """Read a folder of `router_trace_rank*.jsonl`, or one such file; `ranks` in their new order.
 
-    A truncated last line, and steps that some rank has not reached, are omitted. `ranks` are the
-    ranks to read, in their new order; all by default.
-
-    Raises ValueError for a malformed line, ranks with different layers or a rank without a file.
+    A truncated last line, and steps that some rank has not reached, are omitted.
     """
     files = _files(path, ranks)
     calls = [_read_rank(file, num_experts) for file in progress(files)]

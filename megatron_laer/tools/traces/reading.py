@@ -9,9 +9,10 @@ from typing import Any
 from megatron_laer.files.checks import open_input
 from megatron_laer.files.recording import is_cut_off
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.telemetry import trace_file
-from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.telemetry.trace_file import MAGIC
 from megatron_laer.tools.traces import csv_table, megatron, smartmoe
+from megatron_laer.tools.traces.fsep import read_recording
+from megatron_laer.tools.traces.records import Trace
 
 FORMATS = ("fsep", "megatron", "smartmoe", "npz", "csv")
 
@@ -24,16 +25,11 @@ def read_trace(
     num_experts: int | None = None,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Trace:
-    """Read a trace from a file, or a folder of one format.
+    """Read a trace from a file, or a folder of one format; by default the format is recognized.
 
-    Args:
-        format: one of `FORMATS`; by default it is recognized.
-        ranks: only these source ranks, in this order.
-        num_experts: E, for formats that do not state it; checked against the others.
-
-    Raises:
-        ValueError: an unknown format, damaged content (by file and line or record), or another
-            number of experts.
+    `ranks` are the source ranks to read, in this order. `num_experts` is for formats that do not
+    state it, and checked against the others. Raises ValueError for an unknown format or damaged
+    content, named by file and line or record.
     """
     if num_experts is not None and not 1 <= num_experts <= MAX_EXPERTS:
         raise ValueError(f"the number of experts must be in 1..{MAX_EXPERTS}, got {num_experts}")
@@ -46,7 +42,7 @@ def read_trace(
         trace = smartmoe.read_smartmoe(path, ranks, progress)
         ranks = None
     elif found == "fsep":
-        trace = trace_file.read_recording(path)
+        trace = read_recording(path)
     elif found == "npz":
         trace = smartmoe.read_npz(path)
     elif found == "csv":
@@ -67,7 +63,7 @@ def _detect(path: Path) -> tuple[Path, str]:
         return _detect_folder(path)
     with open_input(path) as file:
         begin = file.read(4096)
-    if begin.startswith(trace_file.MAGIC):
+    if begin.startswith(MAGIC):
         return path, "fsep"
     if begin.startswith(b"PK\x03\x04"):
         return path, "npz"
@@ -109,4 +105,4 @@ def _is_recording(file: Path) -> bool:
     if file.name.startswith(".") or is_cut_off(file):
         return False
     with open_input(file) as content:
-        return content.read(len(trace_file.MAGIC)) == trace_file.MAGIC
+        return content.read(len(MAGIC)) == MAGIC

@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.files.checks import open_input, read_bytes
-from megatron_laer.telemetry.trace_records import MAX_COUNT, MAX_INDEX, Int32, Trace, check_cells
+from megatron_laer.telemetry.trace_file import MAX_COUNT, MAX_INDEX
+from megatron_laer.tools.traces.records import Int32, Trace, check_cells
 
 FILE_NAME = re.compile(r"table_iter([0-9]{1,15})_rank([0-9]{1,7})\.log")
 

@@ -20,14 +20,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.telemetry.trace_records import Trace
+from megatron_laer.tools.traces.records import Trace
 
 # NumPy's limit on the cards of a draw, exclusive.
 _CARDS = 10**9
 
 
 @dataclass(frozen=True)
-class Shape:
+class WorkloadShape:
     """Sizes of a workload; `tokens` is T of each rank, from which W4's ranks deviate.
 
     Raises ValueError for tokens without enough different experts, or too many of both.
@@ -60,32 +60,32 @@ class Workload:
     """
 
     title: str
-    hot: Callable[[Shape, int, int], Int64]
+    hot: Callable[[WorkloadShape, int, int], Int64]
     quarters: Callable[[int], int] = lambda step: 3
 
 
-def hot_width(shape: Shape) -> int:
+def hot_width(shape: WorkloadShape) -> int:
     return max(shape.topk, shape.experts // 4)
 
 
-def _first(shape: Shape, seed: int, step: int) -> Int64:
+def _first(shape: WorkloadShape, seed: int, step: int) -> Int64:
     return np.arange(hot_width(shape))
 
 
-def _drawn(shape: Shape, seed: int, step: int) -> Int64:
+def _drawn(shape: WorkloadShape, seed: int, step: int) -> Int64:
     order_E = np.random.default_rng(seed).permutation(shape.experts)
     return order_E[: hot_width(shape)]
 
 
-def _spread(shape: Shape, seed: int, step: int) -> Int64:
+def _spread(shape: WorkloadShape, seed: int, step: int) -> Int64:
     return _first(shape, seed, step) * shape.experts // hot_width(shape)
 
 
-def _second_half(shape: Shape, seed: int, step: int) -> Int64:
+def _second_half(shape: WorkloadShape, seed: int, step: int) -> Int64:
     return np.arange(shape.experts // 2, shape.experts)
 
 
-def _rotating(shape: Shape, seed: int, step: int) -> Int64:
+def _rotating(shape: WorkloadShape, seed: int, step: int) -> Int64:
     begin = step // 3 * hot_width(shape)
     return (begin + _first(shape, seed, step)) % shape.experts
 
@@ -102,7 +102,7 @@ WORKLOADS: Mapping[str, Workload] = {
 }
 
 
-def workload_counts(name: str, shape: Shape, step: int, seed: int = 0) -> Int64:
+def workload_counts(name: str, shape: WorkloadShape, step: int, seed: int = 0) -> Int64:
     """Return counts_NE, int64 [N, E], of one step of a workload.
 
     Raises ValueError for an unknown name, or for too few experts for so many per token.
@@ -156,7 +156,7 @@ def experts_of_tokens(counts_E: Int64, topk: int) -> Int64:
 
 def workload_trace(
     name: str,
-    shape: Shape,
+    shape: WorkloadShape,
     steps: int,
     seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,

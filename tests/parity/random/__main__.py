@@ -15,6 +15,7 @@ from megatron_laer.cpu.ranks import RankPools
 from tests.parity.random import report
 from tests.parity.random.generator import draw
 from tests.parity.random.judge import Verdict, judge
+from tests.text_data import write_text_data
 
 # At once, as in the tests.
 _RANKS = 8
@@ -24,37 +25,25 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity.random", description=__doc__)
     parser.add_argument("--cases", type=int, default=20, help="how many (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the first (default: %(default)s)")
-    parser.add_argument(
-        "--only", type=int, nargs="+", metavar="SEED", help="these cases, whatever --out has"
-    )
-    parser.add_argument(
-        "--out", type=Path, help="JSON lines to add to; cases that are there are not run again"
-    )
+    parser.add_argument("--only", type=int, nargs="+", metavar="SEED", help="these cases alone")
     options = parser.parse_args(arguments)
     seeds = options.only or range(options.seed, options.seed + options.cases)
-    done = report.seeds_in(options.out) if options.out and not options.only else set()
 
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory() as folder, RankPools(_RANKS) as ranks:
         data = _text(Path(folder))
         for seed in seeds:
-            if seed in done:
-                continue
             judgement = judge(draw(seed), ranks, data)
             verdicts.append(judgement.verdict)
             print(report.line(judgement), flush=True)
-            if options.out:
-                with options.out.open("a", encoding="utf-8") as file:
-                    file.write(report.entry(judgement) + "\n")
     print(report.summary(verdicts))
     return int(any(verdict.is_fault for verdict in verdicts))
 
 
 def _text(folder: Path) -> str:
-    from megatron_laer.tools.data import default_text_sources, prepare_data
-
-    prepare_data(default_text_sources()[:150], str(folder / "text"), progress=False)
-    return str(folder / "text")
+    prefix = str(folder / "text")
+    write_text_data(prefix)
+    return prefix
 
 
 if __name__ == "__main__":

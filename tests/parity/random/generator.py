@@ -27,11 +27,7 @@ _TABLES = [
     for table in vars(settings).values()
     if isinstance(table, dict) and all(isinstance(item, Setting) for item in table.values())
 ]
-FEATURES = {name for table in _TABLES for name in table} | {
-    _UNEVEN,
-    _EXPERT_DATA,
-    *_NODES.values(),
-}
+FEATURES = {name for table in _TABLES for name in table} | {_UNEVEN, _EXPERT_DATA, *_NODES.values()}
 # Their numbers depend on how many ranks have the data, or on each rank's random numbers.
 _OF_RANKS = {
     "global aux loss",

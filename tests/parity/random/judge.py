@@ -8,13 +8,12 @@ be within it. No bound is ever widened.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 
-from megatron_laer.cpu.ranks import Raised, RankError, RankPool
+from megatron_laer.cpu.ranks import Raised, RankError, RankPools
 from megatron_laer.cpu.training import Record
 from tests.parity.compare import Distance, distance
 from tests.parity.decisions import Decisions
@@ -69,14 +68,11 @@ class _RunFailed(Exception):
 @dataclass
 class _Runs:
     case: Case
-    ranks: Callable[[int], RankPool]
+    ranks: RankPools
     processor_s: float = 0.0
 
     def train(
-        self,
-        run: tuple[int, list[str]],
-        given: list[Decisions] | None = None,
-        exact: bool = False,
+        self, run: tuple[int, list[str]], given: list[Decisions] | None = None, exact: bool = False
     ) -> list[Outcome]:
         """Train; return every rank's outcome. `exact` keeps sums of tokens across ranks in fp32."""
         size, command = run
@@ -97,7 +93,7 @@ class _Runs:
         return results
 
 
-def judge(case: Case, ranks: Callable[[int], RankPool], data: str) -> Judgement:
+def judge(case: Case, ranks: RankPools, data: str) -> Judgement:
     runs = _Runs(case, ranks)
     try:
         reference = runs.train(case.row.reference(data))

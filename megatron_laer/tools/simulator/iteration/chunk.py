@@ -18,13 +18,10 @@ from megatron_laer.tools.simulator.iteration.clocks import GRADIENTS, PARAMETERS
 class MoETimes:
     """Seconds of the parts of a MoE layer for one microbatch.
 
-    Attributes:
-        forward_N, backward_N: compute of the experts; `backward_N` includes recompute.
-        tokens_N, within_node: one exchange of tokens, and whether ranks wait for their node only.
-        gate_s: exchange of counts, decision and quotas.
-        restore_s, backward_restore_s, reduce_s: of the experts; None if this pass has none.
-        change_s: fetching changed slots after the gate; None if there are none.
-        group: number of neighbours that exchange tokens and counts; None for all ranks.
+    `backward_N` includes recompute. `tokens_N` is one exchange of tokens, in which ranks wait for
+    their node only if `within_node`. `gate_s` is exchange of counts, decision and quotas. Exchanges
+    of experts are None in passes without; `change_s` fetches changed slots. `group` is the number
+    of neighbours that exchange tokens and counts; None for all ranks.
     """
 
     forward_N: Seconds
@@ -43,14 +40,10 @@ class MoETimes:
 class LayerTimes:
     """Seconds of the parts of a layer for one microbatch.
 
-    Attributes:
-        attention_s, dense_s: forward, backward; `dense_s` is neither attention nor experts.
-            Backward includes recompute, except for `again`.
-        tensor_s: collectives among tensor-parallel ranks, forward and backward.
-        again: whether backward first runs forward again, with its exchanges of tokens.
-        host_s: launches of small kernels, per direction.
-        gather_s, scatter_s: data-parallel exchanges of the layer's parameters and gradients; 0 in
-            passes without.
+    Pairs are forward and backward. `dense_s` is neither attention nor experts, `tensor_s`
+    collectives among tensor-parallel ranks, `host_s` launches per direction. Backward includes
+    recompute, except with `again`, where it first runs forward again, with its exchanges of tokens.
+    `gather_s` and `scatter_s` exchange the layer's parameters and gradients; 0 in passes without.
     """
 
     name: str
@@ -64,59 +57,64 @@ class LayerTimes:
     scatter_s: float = 0.0
 
 
-def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -> None:
-    with_experts = [place for place, layer in enumerate(layers) if layer.moe is not None]
-    restored_s: dict[int, float] = {}
+class _Restores:
+    """Restores of a chunk's MoE layers in one pass, by the layer's number; each starts once."""
 
-    def restore(number: int) -> None:
-        """Start the restore of the chunk's MoE layer `number`, once."""
-        if number not in range(len(with_experts)) or number in restored_s:
+    def __init__(self, clocks: Clocks, layers: Sequence[LayerTimes], *, backward: bool) -> None:
+        self._clocks = clocks
+        self._layers = [layer for layer in layers if layer.moe is not None]
+        self._backward = backward
+        self._ready_s: dict[int, float] = {}
+        self.last = len(self._layers) - 1
+
+    def start(self, number: int) -> None:
+        if not 0 <= number <= self.last or number in self._ready_s:
             return
-        layer = layers[with_experts[number]]
+        layer = self._layers[number]
         assert layer.moe is not None
-        if layer.moe.restore_s is not None:
+        seconds = layer.moe.backward_restore_s if self._backward else layer.moe.restore_s
+        if seconds is not None:
             label = f"restore {layer.name}"
-            restored_s[number] = clocks.exchange(PARAMETERS, layer.moe.restore_s, label)
+            self._ready_s[number] = self._clocks.exchange(PARAMETERS, seconds, label)
 
+    def wait(self, number: int, changed_s: float = 0.0) -> None:
+        ready_s = max(self._ready_s.get(number, 0.0), changed_s)
+        self._clocks.wait("restore", ready_s, f"wait: restore {self._layers[number].name}")
+
+
+def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -> None:
+    restores = _Restores(clocks, layers, backward=False)
+    number = -1
     if schedule.restores_first:
-        restore(0)
-    for place, layer in enumerate(layers):
+        restores.start(0)
+    for layer in layers:
         clocks.gathered_s += layer.gather_s
         if layer.gather_s > 0:
             clocks.wait("data_parallel", clocks.gathered_s)
         _dense(clocks, layer, 0)
         if layer.moe is None:
             continue
-        number = with_experts.index(place)
-        _gate(clocks, layer.moe)
+        number += 1
+        clocks.meet(layer.moe.group)
+        clocks.work("gate", layer.moe.gate_s, "compute", "gate")
         changed_s = 0.0
         if schedule.restores_last and not schedule.restores_first:
-            restore(number)  # its layout is known only now
+            restores.start(number)  # its layout is known only now
         if layer.moe.change_s is not None:
             changed_s = clocks.exchange(PARAMETERS, layer.moe.change_s, f"change {layer.name}")
         _tokens(clocks, layer.moe, f"dispatch {layer.name}")
-        restore(number)  # if no rule has started it
+        restores.start(number)  # if no rule has started it
         if schedule.restores_next:
-            restore(number + 1)
-        ready_s = max(restored_s.get(number, 0.0), changed_s)
-        clocks.wait("restore", ready_s, f"wait: restore {layer.name}")
+            restores.start(number + 1)
+        restores.wait(number, changed_s)
         clocks.work("experts", layer.moe.forward_N, "compute", f"experts {layer.name}")
         _tokens(clocks, layer.moe, f"combine {layer.name}")
 
 
 def backward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -> None:
-    with_experts = [place for place, layer in enumerate(layers) if layer.moe is not None]
-    restored_s: dict[int, float] = {}
+    restores = _Restores(clocks, layers, backward=True)
+    number = restores.last + 1
     reducing: tuple[float, str] | None = None
-
-    def restore(number: int) -> None:
-        if number not in range(len(with_experts)) or number in restored_s:
-            return
-        layer = layers[with_experts[number]]
-        assert layer.moe is not None
-        if layer.moe.backward_restore_s is not None:
-            label = f"restore {layer.name}"
-            restored_s[number] = clocks.exchange(PARAMETERS, layer.moe.backward_restore_s, label)
 
     def await_reduce() -> None:
         nonlocal reducing
@@ -125,32 +123,29 @@ def backward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -
             reducing = None
 
     if schedule.restores_last:
-        restore(len(with_experts) - 1)
-    for place in reversed(range(len(layers))):
-        layer = layers[place]
-        moe = layer.moe
+        restores.start(restores.last)
+    for layer in reversed(layers):
+        moe, name = layer.moe, layer.name
         if layer.again:
             _dense(clocks, layer, 0, label="again")
         if moe is not None:
-            number = with_experts.index(place)
+            number -= 1
             if layer.again:
-                _tokens(clocks, moe, f"dispatch {layer.name}, again")
-                restore(number)
-                ready_s = restored_s.get(number, 0.0)
-                clocks.wait("restore", ready_s, f"wait: restore {layer.name}")
-                clocks.work("experts", moe.forward_N, "compute", f"experts {layer.name}, again")
-                _tokens(clocks, moe, f"combine {layer.name}, again")
-            _tokens(clocks, moe, f"combine {layer.name}, backward")
-            restore(number)
+                _tokens(clocks, moe, f"dispatch {name}, again")
+                restores.start(number)
+                restores.wait(number)
+                clocks.work("experts", moe.forward_N, "compute", f"experts {name}, again")
+                _tokens(clocks, moe, f"combine {name}, again")
+            _tokens(clocks, moe, f"combine {name}, backward")
+            restores.start(number)
             if schedule.restores_previous:
-                restore(number - 1)
-            clocks.wait("restore", restored_s.get(number, 0.0), f"wait: restore {layer.name}")
-            clocks.work("experts", moe.backward_N, "compute", f"experts {layer.name}, backward")
-            _tokens(clocks, moe, f"dispatch {layer.name}, backward")
+                restores.start(number - 1)
+            restores.wait(number)
+            clocks.work("experts", moe.backward_N, "compute", f"experts {name}, backward")
+            _tokens(clocks, moe, f"dispatch {name}, backward")
             await_reduce()
             if moe.reduce_s is not None:
-                done_s = clocks.exchange(GRADIENTS, moe.reduce_s, f"reduce {layer.name}")
-                reducing = done_s, layer.name
+                reducing = clocks.exchange(GRADIENTS, moe.reduce_s, f"reduce {name}"), name
                 if not schedule.delays_gradients:
                     await_reduce()
         _dense(clocks, layer, 1)
@@ -168,11 +163,6 @@ def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -
     clocks.work("dense", layer.dense_s[direction], "compute", f"dense layers{suffix}")
     clocks.work("tensor", layer.tensor_s[direction])
     clocks.work("host", layer.host_s)
-
-
-def _gate(clocks: Clocks, moe: MoETimes) -> None:
-    clocks.meet(moe.group)
-    clocks.work("gate", moe.gate_s, "compute", "gate")
 
 
 def _tokens(clocks: Clocks, moe: MoETimes, label: str) -> None:

@@ -31,13 +31,9 @@ class Clocks:
     """Clocks of one stage's ranks and of its communication streams.
 
     Exchanges involve all ranks, so a stream has one clock: an exchange starts with the last rank.
-    `gathered_s` and `scattered_s` are the ends of data-parallel exchanges of parameters and
-    gradients.
-
-    Args:
-        contention: share by which experts are slower during an exchange.
-        stretch: factor by which an exchange is slower during compute.
-        one_stream: whether parameters and gradients share a communicator, and wait for each other.
+    Experts are slower by `contention` during an exchange, which is slower by `stretch` during
+    compute. With `one_stream` parameters and gradients wait for each other. `gathered_s` and
+    `scattered_s` are the ends of data-parallel exchanges.
     """
 
     def __init__(

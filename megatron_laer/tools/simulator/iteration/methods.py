@@ -35,12 +35,10 @@ METHODS = (STOCK, FSDP_EP, FLEXMOE, LAER, FSEP)
 
 @dataclass(frozen=True)
 class MethodSettings:
-    """Settings that methods are made from.
+    """Settings that methods are made from; `geometry` is of FSEP, LAER and FlexMoE.
 
-    Attributes:
-        geometry: of FSEP, LAER and FlexMoE; the others derive theirs from it.
-        holds_step: whether FSEP's experts stay restored over a step.
-        stock_group: X of stock; None for the largest possible.
+    With `holds_step` FSEP's experts stay restored over a step. `stock_group` is X of stock; None
+    for the largest possible.
     """
 
     geometry: Geometry
@@ -66,11 +64,9 @@ class LayerPlanner(Protocol):
 class Method:
     """Layouts, exchanges and memory of one method of training.
 
-    Attributes:
-        one_stream: whether parameters and gradients share a communicator.
-        experts_held: experts' worth of weights that a rank owns in each layer.
-        restored: whole experts that a rank restores in each layer; 0 without restores.
-        replicas: copies of the same expert weights among the ranks of an FSEP group.
+    With `one_stream` parameters and gradients share a communicator. A rank owns `experts_held`
+    experts' worth of weights in each layer and restores `restored` whole ones; `replicas` ranks of
+    an FSEP group own the same.
     """
 
     name: str
@@ -173,16 +169,14 @@ def _relaid(
 
 def _in_a_row(geometry: Geometry) -> ExpertLayout:
     slots_S = np.arange(geometry.num_slots) % geometry.num_experts
-    return ExpertLayout.from_slots(
-        geometry.num_ranks, geometry.capacity, geometry.num_experts, slots_S
-    )
+    return ExpertLayout.from_slots(*geometry.shape, slots_S)
 
 
 def _fsep(settings: MethodSettings, rates: Rates) -> Method:
     geometry = settings.geometry
     strategy = make_strategy(settings.strategy, geometry=geometry, costs=settings.costs)
     guard = Guard(settings.mode, settings.costs, geometry)
-    static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
+    static = ExpertLayout.static(*geometry.shape)
     return Method(
         FSEP,
         make_schedule(

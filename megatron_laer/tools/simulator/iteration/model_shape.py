@@ -9,8 +9,7 @@ from functools import cached_property
 
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.tools.model_flags import model_values, whole_number
-from megatron_laer.tools.simulator.sizes import MAX_WIDTH, model_sizes
+from megatron_laer.tools.model_flags import MAX_WIDTH, model_sizes, model_values, whole_number
 
 _MAX_LAYERS = 4096
 _FREQUENCY_PART = re.compile(r"\[([01](?:,[01])*)\](?:\*(\d{1,4}))?")
@@ -31,12 +30,9 @@ class LatentAttention:
 class ModelShape:
     """Sizes of a MoE GPT that determine times, FLOPs and memory.
 
-    Attributes:
-        layer_has_experts: True for a MoE layer; layers of multi-token prediction are last.
-        query_width, key_value_width: over all heads.
-        dense_ffn, expert_ffn, shared_ffn: widths; 0 for none.
-        prediction_heads: passes of the LM head: one, and one per layer of multi-token prediction.
-        bytes_per_element: of weights, tokens and gradients on the wire.
+    Layers of multi-token prediction are last in `layer_has_experts`; `prediction_heads` counts them
+    and the main one. Widths of queries, keys and values are over all heads; a width is 0 for none.
+    `bytes_per_element` are of weights, tokens and gradients on the wire.
     """
 
     hidden: int

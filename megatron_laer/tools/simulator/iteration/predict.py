@@ -5,22 +5,23 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Recompute
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED, WAITING, Recorder
-from megatron_laer.tools.simulator.iteration.iterate import Iteration, WorkOf, run_iteration
+from megatron_laer.tools.simulator.iteration.iterate import Iteration, run_iteration
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.link_bytes import link_bytes, totals
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import LayerPlanner, Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import Routing, Step
+from megatron_laer.tools.simulator.iteration.routing import Routing, TraceStep
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import LayerWork
 
@@ -32,18 +33,12 @@ _TRAINING_PASSES = 3
 class IterationPrediction:
     """Predicted iteration of a method; means over steps, and over ranks unless stated.
 
-    Attributes:
-        iteration_s, low_s, high_s: at the nominal rates, and the range over all sets of rates.
-        by_rates_s: for each set of rates, nominal first.
-        compute_s, exposed_s: by kind; with `waiting_s` they add up to `iteration_s`.
-        waiting_s: for ranks that compute longer.
-        mfu: FLOPs of the model, without recompute, over the peak's.
-        naive_s: FLOPs of the model, with recompute, at the fastest GEMM's speed.
-        bytes_by_kind: received by a rank, by link class and kind of exchange.
-        memory_bytes: by part, on the rank and stage that need most.
-        max_over_mean: of tokens per rank, over all layers and microbatches.
-        replan_share: share of a layer's microbatches that fetched slots after the gate; 0 in mode
-            `exact`.
+    `by_rates_s` has the time for each set of rates, nominal first; `low_s` and `high_s` are its
+    range. `compute_s` and `exposed_s`, by kind, and `waiting_s` for slower ranks add up to
+    `iteration_s`. `mfu` counts no recompute; `naive_s` does, at the fastest GEMM's speed.
+    `bytes_by_kind` are received, by link class and kind. `memory_bytes` are of the rank and stage
+    that need most. `replan_share` is of microbatches that fetched slots after the gate; 0 in mode
+    `exact`.
     """
 
     method: str
@@ -80,7 +75,7 @@ class _Collected:
     most_pairs: int = 0
 
 
-def predict(
+def predict_iterations(
     routing: Routing,
     model: ModelShape,
     run: RunShape,
@@ -95,13 +90,9 @@ def predict(
 ) -> list[IterationPrediction]:
     """Predict iterations of all methods.
 
-    Args:
-        rate_sets: nominal ones first.
-        steps: number of simulated steps, spread over the trace.
-        lag: age of a forecast, in recorded steps.
-        peak_flops_per_s: of a rank, for MFU; default: the fastest GEMM's.
-        progress: called with the number of newly planned microbatches of a layer.
-        record: makes a recorder of a method and stage, for the first step at nominal rates.
+    `rate_sets` begins with the nominal ones. `steps` is the number of simulated steps, spread over
+    the trace, and `lag` the age of a forecast in recorded steps. `progress` gets the number of
+    newly planned microbatches; `record` makes recorders of the first step at nominal rates.
     """
     collected = {method.name: _Collected() for method in methods}
     planners = {
@@ -114,14 +105,14 @@ def predict(
         works = _step_works(routing, step, forecasts, methods, planners, run, progress)
         for method in methods:
             found = collected[method.name]
-            work = _lookup(works[method.name], place_of)
-            of_rates = []
-            for number, timing in enumerate(timings):
-                recorder = None
-                if record is not None and is_first and number == 0:
-                    recorder = _of_method(record, method.name)
-                of_rates.append(run_iteration(method, timing, work, recorder))
-            found.iterations.append(of_rates)
+            work = partial(_work_at, works[method.name], place_of)
+            recorder = partial(record, method.name) if record is not None and is_first else None
+            found.iterations.append(
+                [
+                    run_iteration(method, timing, work, None if number else recorder)
+                    for number, timing in enumerate(timings)
+                ]
+            )
             found.bytes_by_kind.append(link_bytes(method, model, run, work))
             for of in works[method.name].values():
                 for each in of:
@@ -145,24 +136,19 @@ def _places(model: ModelShape, traced_layers: int) -> list[int | None]:
     return places
 
 
-def _lookup(works: Mapping[int, Sequence[LayerWork]], place_of: Sequence[int | None]) -> WorkOf:
-    def work(layer: int, microbatch: int) -> LayerWork | None:
-        place = place_of[layer]
-        if place is None:
-            return None
-        of = works[place]
-        return of[microbatch % len(of)]
-
-    return work
-
-
-def _of_method(record: Callable[[str, int], Recorder], method: str) -> Callable[[int], Recorder]:
-    return lambda stage: record(method, stage)
+def _work_at(
+    works: Mapping[int, Sequence[LayerWork]],
+    place_of: Sequence[int | None],
+    layer: int,
+    microbatch: int,
+) -> LayerWork | None:
+    place = place_of[layer]
+    return None if place is None else works[place][microbatch % len(works[place])]
 
 
 def _step_works(
     routing: Routing,
-    step: Step,
+    step: TraceStep,
     forecasts: Mapping[int, Int64],
     methods: Sequence[Method],
     planners: Mapping[str, Sequence[LayerPlanner]],
@@ -215,18 +201,14 @@ def _prediction(
         compute_s={kind: spent[kind] for kind in COMPUTE},
         exposed_s={kind: spent[kind] for kind in EXPOSED},
         waiting_s=spent[WAITING],
-        bytes_by_kind=_mean_of(found.bytes_by_kind),
+        bytes_by_kind={
+            link: {
+                kind: float(np.mean([step[link][kind] for step in found.bytes_by_kind]))
+                for kind in by_kind
+            }
+            for link, by_kind in found.bytes_by_kind[0].items()
+        },
         memory_bytes=memory_bytes(model, run, method, found.most_pairs),
         max_over_mean=float(np.mean(found.ratios)),
         replan_share=float(np.mean(found.replans)),
     )
-
-
-def _mean_of(of_steps: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    steps = list(of_steps)
-    return {
-        link: {
-            kind: float(np.mean([step[link][kind] for step in steps])) for kind in steps[0][link]
-        }
-        for link in steps[0]
-    }

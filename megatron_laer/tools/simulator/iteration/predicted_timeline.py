@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -36,16 +36,12 @@ class PredictedTimeline:
 
     def content(self) -> bytes:
         """Return the file's content, with a process for each method, stage and rank."""
-        return json.dumps({"displayTimeUnit": "ms", "traceEvents": list(self._events())}).encode()
-
-    def _events(self) -> Iterator[dict[str, Any]]:
+        events: list[dict[str, Any]] = []
         for process, ((method, stage, rank), found) in enumerate(self._intervals.items()):
             name = f"{method}, stage {stage}, rank {rank} of the group"
-            yield from trace_events(process, name, [*_step(found), *_joined(found)])
-
-
-def _step(found: Sequence[tuple[str, str, float, float]]) -> list[tuple[str, str, float, float]]:
-    return [(COMPUTE, "step 1", 0.0, max(end for _, _, _, end in found))]
+            step = COMPUTE, "step 1", 0.0, max(end for _, _, _, end in found)
+            events += trace_events(process, name, [step, *_joined(found)])
+        return json.dumps({"displayTimeUnit": "ms", "traceEvents": events}).encode()
 
 
 def _joined(

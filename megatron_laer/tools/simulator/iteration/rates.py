@@ -6,12 +6,10 @@ The file has a spread for each constant, so that iterations are predicted as a r
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
-from megatron_laer.arrays import Int64
 from megatron_laer.planner.clusters import CONSTANTS, Cluster
 
 # Speed of attention's core over the fastest GEMM's: flash attention on an A100 reaches 185 and 150
@@ -32,10 +30,8 @@ _RATES = ("gemm", "memory_bytes_per_s", "intra.bytes_per_s", "inter.bytes_per_s"
 class Rates:
     """One set of constants of a rank.
 
-    Attributes:
-        gap_s: host time once per iteration, as of the data loader and logging.
-        core_forward, core_backward: speed of attention's core over that of the fastest GEMM.
-        overhead: time explained by neither FLOPs nor bytes, over the bytes' time.
+    `gap_s` is host time once per iteration. `core_*` is the speed of attention's core over the
+    fastest GEMM's. `overhead` is time beyond FLOPs and bytes, over the bytes' time.
     """
 
     cluster: Cluster
@@ -68,10 +64,6 @@ class Rates:
     def gemm_seconds(self, tokens: float, flops_per_token: float) -> float:
         unit_s = self.cluster.gemm.unit_seconds(np.array([math.ceil(tokens)]))
         return float(unit_s[0]) * flops_per_token
-
-    def slot_unit_seconds(self, tokens_S: Int64) -> npt.NDArray[np.float64]:
-        """Return the seconds of each slot's GEMMs per FLOP of a token."""
-        return self.cluster.gemm.unit_seconds(tokens_S)
 
     def memory_seconds(self, moved_bytes: float) -> float:
         return moved_bytes / self.memory_bytes_per_s
@@ -117,16 +109,7 @@ def rate_sets(rates: Rates) -> tuple[Rates, ...]:
             for name, (low, high) in ends.items():
                 fast = fast_links if name.startswith(("intra.", "inter.")) else fast_compute
                 values[name] = high if fast == (name in _RATES) else low
-            found.append(
-                Rates(
-                    rates.cluster.with_constants(values),
-                    rates.bytes_per_element,
-                    rates.gap_s,
-                    rates.core_forward,
-                    rates.core_backward,
-                    rates.overhead,
-                )
-            )
+            found.append(replace(rates, cluster=rates.cluster.with_constants(values)))
     return tuple(found)
 
 

@@ -16,12 +16,12 @@ from operator import itemgetter
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.telemetry.trace_records import Trace
 from megatron_laer.tools.simulator.replay import walk
+from megatron_laer.tools.traces.records import Trace
 
 
 @dataclass(frozen=True)
-class Step:
+class TraceStep:
     """Records of one step of a trace, by layer."""
 
     number: int
@@ -50,12 +50,12 @@ class Routing:
         """Return the mean (token, expert) pairs of a rank and microbatch."""
         return self.recorded_pairs * self._factor
 
-    def steps(self) -> list[Step]:
+    def steps(self) -> list[TraceStep]:
         found: dict[int, dict[int, list[int]]] = {}
         keys = zip(self._trace.step_R.tolist(), self._trace.layer_R.tolist(), strict=True)
         for record, (step, layer) in enumerate(keys):
             found.setdefault(step, {}).setdefault(layer, []).append(record)
-        return [Step(step, layers) for step, layers in found.items()]
+        return [TraceStep(step, layers) for step, layers in found.items()]
 
     def counts_NE(self, record: int) -> Int64:
         """Return the counts of one record, int64 [N, E]."""
@@ -75,7 +75,7 @@ class Routing:
         ends_NE = np.floor(np.cumsum(counts_NE, axis=1) * self._factor + 0.5).astype(np.int64)
         return np.diff(ends_NE, axis=1, prepend=0)
 
-    def walk(self, lag: int, chosen: int) -> Iterator[tuple[Step, dict[int, Int64]]]:
+    def walk(self, lag: int, chosen: int) -> Iterator[tuple[TraceStep, dict[int, Int64]]]:
         """Yield `chosen` steps, spread over the trace, with each layer's forecast at that time.
 
         The newest counts of a forecast are `lag` steps old; earlier steps have none.
@@ -92,7 +92,7 @@ class Routing:
         found = walk(self._trace, lag, self._total_NE)
         for number, of_step in groupby(found, key=itemgetter(0)):
             if number in wanted:
-                step, forecasts = Step(number, {}), {}
+                step, forecasts = TraceStep(number, {}), {}
                 for _, layer, records, forecast in of_step:
                     assert forecast is not None
                     step.records[layer], forecasts[layer] = records, forecast.counts_NE()
@@ -105,7 +105,7 @@ class Routing:
         assert not isinstance(total_NE, int)
         return total_NE
 
-    def _forecast_steps(self, steps: Sequence[Step], lag: int) -> list[Step]:
+    def _forecast_steps(self, steps: Sequence[TraceStep], lag: int) -> list[TraceStep]:
         """Return the steps that have all layers, each with a forecast of that age.
 
         A step lacks layers if the recording started or stopped in it.

@@ -12,14 +12,10 @@ from megatron_laer.choices import Recompute
 class RunShape:
     """Parallel sizes of a run.
 
-    Attributes:
-        ranks: of one FSEP group; every pipeline stage has `replicas` such groups.
-        tokens: of a rank in a microbatch.
-        chunks: model chunks of a stage; more than one means the interleaved schedule.
-        replicas: groups that hold the same experts, between which slices are data parallel.
-        tensor: tensor-parallel ranks in attention, with sequence parallelism.
-        overlaps_data_parallel: `--overlap-grad-reduce` and `--overlap-param-gather`.
-        flash_attention: whether attention's scores stay on the chip.
+    `ranks` are of one FSEP group; every pipeline stage has `replicas` such groups, between which
+    slices are data parallel. `tokens` are a rank's in a microbatch. More than one of `chunks` per
+    stage means the interleaved schedule. `tensor` ranks share attention, with sequence parallelism.
+    With `flash_attention` scores stay on the chip.
     """
 
     ranks: int

@@ -23,10 +23,9 @@ Seconds = npt.NDArray[np.float64]
 class Exchange:
     """Bytes of one exchange of parameters or gradients.
 
-    Attributes:
-        intra_bytes, inter_bytes: the most that any rank sends or receives, by link class.
-        mean_intra_bytes, mean_inter_bytes: received by a rank on average.
-        in_stages: whether the link classes are used one after the other (`node`).
+    `intra_bytes` and `inter_bytes` are the most that any rank sends or receives, `mean_*` those
+    received by a rank on average. With `in_stages` the link classes are used one after the other
+    (`node`).
     """
 
     intra_bytes: float
@@ -73,15 +72,11 @@ class Exchange:
 class LayerWork:
     """Work of one microbatch of one MoE layer under a method.
 
-    Attributes:
-        unit_s_N: seconds of each rank's expert GEMMs per FLOP of a token, at the nominal rates.
-        pairs_N: (token, expert) pairs that each rank computes.
-        intra_N, inter_N: rows in one token exchange by link class; the larger of sent and received.
-        mean_intra, mean_inter: rows that a rank receives on average.
-        restore, reduce, change: of the experts, and of slots that differ from the planned layout.
-        solve_s: making a layout after the gate.
-        slots: GEMMs per matrix and pass on a rank.
-        group: number of neighbours that exchange tokens and counts; None for all ranks.
+    `unit_s_N` are seconds of each rank's expert GEMMs per FLOP of a token, at the nominal rates.
+    `pairs_N` are the (token, expert) pairs that it computes. `intra_N` and `inter_N` are rows in
+    one token exchange, the larger of sent and received; `mean_*` are received on average. `change`
+    is of slots that differ from the planned layout, and `solve_s` makes a layout after the gate.
+    `group` is the number of neighbours that exchange tokens and counts; None for all ranks.
     """
 
     unit_s_N: Seconds
@@ -125,7 +120,7 @@ class LayerWork:
             return sums_N
 
         near_N, far_N = by_rank(totals.near_S), by_rank(totals.far_S)
-        unit_s_S = rates.slot_unit_seconds(totals.near_S + totals.far_S)
+        unit_s_S = rates.cluster.gemm.unit_seconds(totals.near_S + totals.far_S)
         return cls(
             unit_s_N=unit_s_S.reshape(num_ranks, -1).sum(axis=1),
             pairs_N=near_N + far_N,

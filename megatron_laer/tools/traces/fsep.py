@@ -1,0 +1,61 @@
+"""Reader of the recordings of `telemetry.trace_file`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.files.checks import open_input
+from megatron_laer.files.json_lines import warn_of
+from megatron_laer.telemetry.trace_file import (
+    MAX_COUNT,
+    MAX_INDEX,
+    damage,
+    frames,
+    read_counts,
+    read_header_of,
+)
+from megatron_laer.tools.traces.records import Trace, check_cells
+
+logger = logging.getLogger(__name__)
+
+
+def read_recording(path: Path) -> Trace:
+    """Read a recording of `TraceWriter`; an incomplete last record is skipped with a warning."""
+    with open_input(path) as file:
+        header = read_header_of(file, path)
+        warn_of(header.version, path)
+        end, size = header.line_bytes, header.file_bytes
+        records: dict[tuple[int, int, int], npt.NDArray[np.unsignedinteger[Any]]] = {}
+        for number, frame in enumerate(frames(file, path, header), start=1):
+            where = f"{path}, record {number} at byte {frame.offset}"
+            counts_NE = read_counts(file, frame, header)
+            if counts_NE is None:
+                if frame.end >= size:
+                    break
+                raise ValueError(f"{where}: the checksum does not fit; {damage(frame.offset)}")
+            if not 0 <= frame.step <= MAX_INDEX or frame.layer >= len(header.layers):
+                raise ValueError(
+                    f"{where}: step {frame.step}, layer {frame.layer} is out of range; there are "
+                    f"{len(header.layers)} layers"
+                )
+            if int(counts_NE.max()) > MAX_COUNT:
+                raise ValueError(f"{where}: {int(counts_NE.max())} tokens exceed {MAX_COUNT}")
+            records[frame.step, frame.layer, frame.microbatch] = counts_NE
+            end = frame.end
+    if not records:
+        raise ValueError(f"{path} holds no complete record; record at least two steps")
+    if end < size:
+        logger.warning(
+            "%s: its last %d bytes are no whole record and are left out", path, size - end
+        )
+    check_cells(len(records), header.num_ranks, header.num_experts, end)
+    keys_R3 = np.array(list(records), dtype=np.int64)
+    counts_RNE = np.empty((len(records), header.num_ranks, header.num_experts), dtype=np.int32)
+    for record, counts_NE in enumerate(records.values()):
+        counts_RNE[record] = counts_NE
+    return Trace(header.layers, keys_R3[:, 0], keys_R3[:, 1], keys_R3[:, 2], counts_RNE)

@@ -1,0 +1,172 @@
+"""Routing traces as checked values; other modules read them from files.
+
+Legend: R records, N source ranks, E experts. A record is one microbatch of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.arrays import Int64
+from megatron_laer.files import memory
+from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.telemetry.trace_file import MAX_COUNT
+
+Int32 = npt.NDArray[np.int32]
+
+# A file may be far smaller than its dense counts (sparse tables, compression). The limit keeps a
+# few damaged digits from asking for all memory.
+_FREE_BYTES = 2**24
+_BYTES_PER_FILE_BYTE = 512
+# A count is read into 8 bytes and kept in 4.
+_BYTES_PER_COUNT = 12
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Counts of every recorded microbatch, ordered by step, layer and microbatch.
+
+    `layer_R` indexes `layers`, which are in the model's order. `microbatch_R` counts within the
+    step. `counts_RNE` has the tokens on each source rank for each expert.
+    """
+
+    layers: tuple[str, ...]
+    step_R: Int64
+    layer_R: Int64
+    microbatch_R: Int64
+    counts_RNE: Int32
+
+    def __post_init__(self) -> None:
+        num_records = len(self.counts_RNE)
+        if num_records == 0:
+            raise ValueError("the trace holds no records; record at least two steps")
+        if self.counts_RNE.ndim != 3 or 0 in self.counts_RNE.shape:
+            raise ValueError(f"counts have shape {self.counts_RNE.shape}, expected [R, N, E]")
+        if self.num_experts > MAX_EXPERTS:
+            raise ValueError(f"at most {MAX_EXPERTS} experts are possible, got {self.num_experts}")
+        keys = (self.step_R, self.layer_R, self.microbatch_R)
+        if any(key.shape != (num_records,) for key in keys):
+            raise ValueError(f"got {num_records} counts and keys of {[key.shape for key in keys]}")
+        if min(int(key.min()) for key in keys) < 0:
+            raise ValueError("steps, layers and microbatches must not be negative")
+        if int(self.layer_R.max()) >= len(self.layers):
+            raise ValueError(f"layer {int(self.layer_R.max())} has no name in {self.layers}")
+        if int(self.counts_RNE.min()) < 0:
+            raise ValueError(f"token counts must not be negative, got {self.counts_RNE.min()}")
+        order_R = np.lexsort(keys[::-1])
+        key_R3 = np.stack(keys, axis=1)[order_R]
+        twice = np.flatnonzero((key_R3[1:] == key_R3[:-1]).all(axis=1))
+        if twice.size > 0:
+            step, layer, microbatch = key_R3[twice[0]].tolist()
+            raise ValueError(
+                f"step {step}, layer {self.layers[layer]}, microbatch {microbatch} is there twice"
+            )
+        if not np.array_equal(order_R, np.arange(num_records)):
+            for name in ("step_R", "layer_R", "microbatch_R", "counts_RNE"):
+                object.__setattr__(self, name, getattr(self, name)[order_R])
+
+    @property
+    def num_ranks(self) -> int:
+        return int(self.counts_RNE.shape[1])
+
+    @property
+    def num_experts(self) -> int:
+        return int(self.counts_RNE.shape[2])
+
+    def __len__(self) -> int:
+        return len(self.counts_RNE)
+
+    def counts_NE(self, record: int) -> Int64:
+        counts_NE: Int64 = self.counts_RNE[record].astype(np.int64)
+        return counts_NE
+
+    def with_ranks(self, num_ranks: int) -> Trace:
+        """Return the same tokens on another number of source ranks.
+
+        Fewer ranks: neighbours are merged. More: each rank's tokens are dealt out to its successors
+        like cards, expert after expert. Their numbers of tokens differ by at most one.
+        """
+        self.check_divides(num_ranks)
+        recorded = self.num_ranks
+        if num_ranks == recorded:
+            return self
+        if recorded % num_ranks == 0:
+            grouped = self.counts_RNE.reshape(len(self), num_ranks, -1, self.num_experts)
+            merged = grouped.sum(axis=2, dtype=np.int64)
+            if int(merged.max()) > MAX_COUNT:
+                raise ValueError(f"merged counts exceed {MAX_COUNT} tokens; use more ranks")
+            return replace(self, counts_RNE=merged.astype(np.int32))
+        return replace(self, counts_RNE=_dealt_out(self.counts_RNE, num_ranks // recorded))
+
+    def check_divides(self, num_ranks: int) -> None:
+        """Raise ValueError for a number of ranks that `with_ranks` cannot make."""
+        recorded = self.num_ranks
+        if num_ranks >= 1 and (recorded % num_ranks == 0 or num_ranks % recorded == 0):
+            return
+        works = [size for size in range(1, recorded + 1) if recorded % size == 0]
+        raise ValueError(
+            f"a trace of {recorded} source ranks cannot be planned for {num_ranks} ranks; use one "
+            f"of {works} or a multiple of {recorded}"
+        )
+
+    def of_ranks(self, ranks: Sequence[int]) -> Trace:
+        wrong = [rank for rank in ranks if not 0 <= rank < self.num_ranks]
+        if wrong or not ranks:
+            raise ValueError(
+                f"source ranks {wrong} are not in the trace; it has ranks 0 to {self.num_ranks - 1}"
+            )
+        return replace(self, counts_RNE=np.ascontiguousarray(self.counts_RNE[:, list(ranks)]))
+
+
+def assemble(
+    layers: Sequence[str],
+    key_I3: Int64,
+    rank_I: Int64,
+    expert_I: Int64,
+    tokens_I: Int64,
+    num_ranks: int,
+    num_experts: int,
+    file_bytes: int,
+) -> Trace:
+    """Make a trace from I cells: (step, layer index, microbatch), rank, expert, tokens."""
+    if len(key_I3) == 0:
+        raise ValueError("the trace holds no records; record at least two steps")
+    key_R3, record_I = np.unique(key_I3, axis=0, return_inverse=True)
+    check_cells(len(key_R3), num_ranks, num_experts, file_bytes)
+    counts_RNE = np.zeros((len(key_R3), num_ranks, num_experts), dtype=np.int64)
+    np.add.at(counts_RNE, (record_I.reshape(-1), rank_I, expert_I), tokens_I)
+    if int(counts_RNE.max()) > MAX_COUNT:
+        raise ValueError(f"a count of {int(counts_RNE.max())} tokens exceeds {MAX_COUNT}")
+    return Trace(
+        tuple(layers), key_R3[:, 0], key_R3[:, 1], key_R3[:, 2], counts_RNE.astype(np.int32)
+    )
+
+
+def check_cells(num_records: int, num_ranks: int, num_experts: int, file_bytes: int) -> None:
+    """Reject sizes that are implausible for a file of this length, or exceed the memory."""
+    needed = 8 * num_records * num_ranks * num_experts
+    if needed > _FREE_BYTES + _BYTES_PER_FILE_BYTE * file_bytes:
+        raise ValueError(
+            f"{num_records} records of {num_ranks} ranks and {num_experts} experts would take "
+            f"{needed} bytes, implausible for {file_bytes} bytes of input; look for a rank or an "
+            "expert number that is far too large"
+        )
+    memory.check_enough(
+        _BYTES_PER_COUNT * num_records * num_ranks * num_experts,
+        f"{num_records} records of {num_ranks} ranks and {num_experts} experts",
+        "give a part of the trace",
+    )
+
+
+def _dealt_out(counts_RNE: Int32, parts: int) -> Int32:
+    share_RNE, left_RNE = np.divmod(counts_RNE, parts)
+    # Each expert's remainder starts where the previous one's ended.
+    begin_RNE = np.cumsum(left_RNE, axis=2, dtype=np.int64) - left_RNE
+    dealt = np.empty((*counts_RNE.shape[:2], parts, counts_RNE.shape[2]), dtype=np.int32)
+    for part in range(parts):
+        dealt[:, :, part] = share_RNE + ((part - begin_RNE) % parts < left_RNE)
+    return dealt.reshape(len(counts_RNE), -1, counts_RNE.shape[2])

@@ -1,0 +1,41 @@
+"""The quick start trains twice, shows progress, and compares its counts; for few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from tests import processes
+
+_ROOT = Path(__file__).resolve().parents[3]
+STEPS = 4
+
+
+def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path):
+    words = f"scripts/quickstart.py --ranks 2 --steps {STEPS} --work-dir".split()
+    result = processes.run(
+        [sys.executable, *words, str(tmp_path)],
+        timeout_s=1800.0,
+        env=os.environ | {"PYTHONPATH": processes.python_path()},
+        cwd=_ROOT,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count(f"step    {STEPS} of {STEPS}, loss") == 2
+    for row in ("validation loss", "max/mean tokens per rank", "layouts used", "step time"):
+        assert row in result.stdout
+
+    found = json.loads((tmp_path / "result.json").read_text())
+    fsep, stock = found["runs"]
+    assert (fsep["name"], stock["name"]) == ("FSEP", "stock")
+    for run in (fsep, stock):
+        assert len(run["losses"]) == len(run["step_ms"]) == len(run["load_imbalance"]) == STEPS
+        assert run["losses"][-1] < run["losses"][0]
+        assert all(1.0 <= value <= 2.0 for value in run["load_imbalance"])
+    assert sum(fsep["load_imbalance"]) < sum(stock["load_imbalance"])
+    assert stock["layouts"] == 1
+
+    assert "of forced balance; imbalance cost" in result.stdout
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"{STEPS} (0 to {STEPS - 1})" in page

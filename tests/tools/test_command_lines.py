@@ -1,0 +1,59 @@
+"""Megatron's flags are read from files and command lines that hold some, and from no others."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_laer.files.yaml_text import parse_yaml
+from megatron_laer.tools.recipes.command_lines import (
+    check_patterns,
+    flags_in_mapping,
+    flags_in_text,
+    script_flags,
+    without,
+)
+
+
+def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path):
+    line = "torchrun --nproc-per-node 8 pretrain_gpt.py --lr 1 --bf16"
+    assert script_flags(line.split()) == ["--lr", "1", "--bf16"]
+    assert script_flags("train x.py -- --lr 1".split()) == ["--lr", "1"]
+    path = tmp_path / "run.sh"
+    path.write_text("#!/bin/bash\ntorchrun pretrain_gpt.py \\\n  --lr 1 \\\n  --split '99,1,0'\n")
+    assert flags_in_text(path) == ["--lr", "1", "--split", "99,1,0"]
+    text = "description: x\nmoe:\n  num_experts: 8\n  --moe-layer-freq: '[0,1]'\nswiglu: true\n"
+    content = parse_yaml(text)
+    assert isinstance(content, dict)
+    flags = ["--num-experts", "8", "--moe-layer-freq", "[0,1]", "--swiglu"]
+    assert flags_in_mapping(content, "x.yaml") == flags
+    with pytest.raises(ValueError, match=r"^x.yaml: 'Num Layers' is no flag"):
+        flags_in_mapping({"Num Layers": "2"}, "x.yaml")
+    path.write_text("--lr 'x")
+    with pytest.raises(ValueError, match="no command line"):
+        flags_in_text(path)
+    path.write_text("x" * 2**20)
+    with pytest.raises(
+        ValueError, match="1,048,576 characters; a command line has at most 262,144"
+    ):
+        flags_in_text(path)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["([0]*3+[1]*58)", "[0]*04+[1]*4", "([0,1]*15+[1])*2", "2", "[]", "*.weight", "1e-5"],
+)
+def test_patterns_of_layers_may_be_evaluated(pattern):
+    check_patterns(["--moe-layer-freq", pattern])
+
+
+@pytest.mark.parametrize(
+    "pattern", ["2**9", "[0]*99999999", "[0]*" + "9" * 5000, "([1]*8)*9999999"]
+)
+def test_patterns_that_would_take_all_memory_are_refused(pattern):
+    with pytest.raises(ValueError, match="at most some thousand layers"):
+        check_patterns([f"--moe-layer-freq={pattern}"])
+
+
+def test_a_line_loses_flags_with_their_values():
+    words = "--a 1 2 --b --c=3 --d -1 --ab 4".split()
+    assert without(words, ("--a", "--c")) == ["--b", "--d", "-1", "--ab", "4"]

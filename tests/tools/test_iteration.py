@@ -1,0 +1,185 @@
+"""The recursion over ranks' clocks, against cases that are worked out by hand.
+
+Legend: N ranks.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from megatron_laer.schedule import make_schedule
+from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes, backward, forward
+from megatron_laer.tools.simulator.iteration.clocks import KINDS, Clocks
+from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order, sweep
+
+OVERLAPPED = make_schedule(overlaps=True)
+ALONE = make_schedule(overlaps=False)
+AFTER_GATE = make_schedule(overlaps=True, after_gate=True)
+
+
+def layer(forward_N, backward_N=None, restore_s=None, reduce_s=None, **more):
+    """Make a MoE layer: attention 2 and 4 seconds, an exchange of tokens 1 second."""
+    of_moe = {"tokens_N": np.ones(len(forward_N)), "within_node": False, "gate_s": 0.0}
+    of_moe |= {"change_s": None, "group": None}
+    of_moe |= {key: more.pop(key) for key in list(more) if key in of_moe}
+    of = MoETimes(
+        forward_N=np.array(forward_N, float),
+        backward_N=np.array(backward_N or forward_N, float),
+        restore_s=restore_s,
+        backward_restore_s=restore_s,
+        reduce_s=reduce_s,
+        **of_moe,
+    )
+    settings = {"again": False} | more
+    return LayerTimes("layer", (2.0, 4.0), (0.0, 0.0), (0.0, 0.0), of, **settings)
+
+
+def spent(clocks):
+    """Return seconds by kind of rank 0, after checking that kinds add up on every rank."""
+    total_N = sum(clocks.spent[kind] for kind in KINDS)
+    assert total_N == pytest.approx(clocks.now_N)
+    return {kind: seconds_N[0] for kind, seconds_N in clocks.spent.items() if seconds_N.any()}
+
+
+def ran(schedule, *layers, passes=(forward,), ranks=1, node_size=None, **of_clocks):
+    """Return the clocks after these passes over a chunk of layers."""
+    clocks = Clocks(ranks, node_size or ranks, **of_clocks)
+    for run in passes:
+        run(clocks, [*layers], schedule)
+    return clocks
+
+
+def test_one_rank_does_one_thing_after_the_other():
+    clocks = ran(ALONE, layer([10], [20]), passes=(forward, backward))
+    assert clocks.now_N.tolist() == [2 + 1 + 10 + 1 + 1 + 20 + 1 + 4]
+    assert spent(clocks) == {"attention": 6, "experts": 30, "tokens": 4}
+
+
+def test_ranks_wait_for_the_late_one_at_the_combine():
+    clocks = ran(ALONE, layer([10, 13]), ranks=2)
+    assert clocks.now_N.tolist() == [17, 17]
+    assert spent(clocks)["waiting"] == 3
+    assert clocks.spent["waiting"].tolist() == [3, 0]
+
+
+def test_tokens_within_nodes_let_only_the_node_wait_until_the_counts_meet():
+    clocks = Clocks(4, 2)
+    layers = [layer([1, 5, 2, 2], within_node=True), layer([1, 1, 1, 1], within_node=True)]
+    forward(clocks, layers[:1], ALONE)
+    assert clocks.now_N.tolist() == [9, 9, 6, 6]
+    forward(clocks, layers[1:], ALONE)  # counts are gathered over all ranks
+    assert clocks.now_N.tolist() == [14, 14, 14, 14]
+    assert clocks.spent["waiting"].tolist() == [4, 0, 3, 3]
+
+
+def test_counts_make_no_rank_of_another_group_wait():
+    clocks = ran(ALONE, layer([1, 5, 2, 2], group=2), layer([1] * 4, group=2), ranks=4)
+    assert clocks.now_N.tolist() == [14, 14, 11, 11]
+    assert clocks.spent["waiting"].tolist() == [4, 0, 0, 0]
+
+
+HIDDEN = layer([10], restore_s=3)
+RESTORES = layer([10], restore_s=8)
+REDUCES = layer([10], [20], reduce_s=9)
+# A reduce can hide in the attention and in the next layer's combine, experts and dispatch.
+WINDOW = 4 + 1 + 20 + 1
+
+
+@pytest.mark.parametrize(
+    ("run", "schedule", "layers", "kind", "exposed"),
+    [
+        # The second layer's restore has 10 + 1 + 2 + 1 seconds from one dispatch to the next.
+        *(
+            (forward, OVERLAPPED, [HIDDEN, layer([10], restore_s=s)], "restore", x)
+            for s, x in ((14, 0), (15, 1), (20, 6))
+        ),
+        # The first restore begins with the chunk.
+        (forward, OVERLAPPED, [RESTORES], "restore", 8 - (2 + 1)),
+        (forward, ALONE, [RESTORES] * 2, "restore", 16),
+        # A layout of after the gate is restored next to the dispatch.
+        (forward, AFTER_GATE, [RESTORES] * 2, "restore", 2 * (8 - 1)),
+        # Backward restores the layer before: only the last one has but the combine before it.
+        (backward, OVERLAPPED, [layer([10], [20], restore_s=3)] * 2, "restore", 2),
+        *(
+            (backward, OVERLAPPED, [layer([10], [20]), layer([10], [20], reduce_s=s)], "reduce", e)
+            for s, e in ((WINDOW, 0), (WINDOW + 5, 5))
+        ),
+        # The last gradients of a chunk are exposed but for its attention.
+        (backward, OVERLAPPED, [REDUCES], "reduce", 9 - 4),
+        (backward, ALONE, [REDUCES], "reduce", 9),
+    ],
+)
+def test_exchanges_hide_behind_compute_as_the_schedule_allows(run, schedule, layers, kind, exposed):
+    assert spent(ran(schedule, *layers, passes=(run,))).get(kind, 0) == exposed
+
+
+def test_changed_slots_are_fetched_after_the_gate_and_waited_for():
+    clocks = ran(OVERLAPPED, layer([10], restore_s=1, change_s=5, gate_s=0.5))
+    parts = {"attention": 2, "gate": 0.5, "tokens": 2, "restore": 4, "experts": 10}
+    assert spent(clocks) == parts
+
+
+def test_a_restore_begins_when_the_last_rank_has_begun_it():
+    clocks = Clocks(2, 2)
+    clocks.now_N = np.array([0.0, 6.0])
+    forward(clocks, [layer([1, 1], restore_s=10)], OVERLAPPED)
+    # At 6; attention and dispatch end at 9, since counts wait for the late rank.
+    assert clocks.spent["restore"].tolist() == [7, 7]
+
+
+def test_one_communicator_has_gradients_wait_for_parameters():
+    """Layer 1's restore and layer 2's gradients compete for the link."""
+    layers = [layer([1], [1], restore_s=40), layer([1], [1], restore_s=1, reduce_s=40)]
+    two, one = (
+        ran(OVERLAPPED, *layers, passes=(backward,), one_stream=one_stream).now_N[0]
+        for one_stream in (False, True)
+    )
+    assert one > two + 30
+
+
+def test_recompute_runs_forward_again_with_its_tokens_and_restores_once():
+    clocks = ran(OVERLAPPED, layer([10], [20], restore_s=1, again=True), passes=(backward,))
+    again = 2 + 1 + 10 + 1
+    assert clocks.now_N.tolist() == [again + 1 + 20 + 1 + 4]
+    assert "restore" not in spent(clocks)  # hidden by the attention that runs again
+
+
+def test_an_exchange_next_to_compute_slows_both():
+    clocks = ran(OVERLAPPED, layer([10]), layer([10], restore_s=4), contention=0.5)
+    assert spent(clocks)["experts"] == 10 + 0.5 * 4 + 10
+    assert spent(ran(OVERLAPPED, RESTORES, stretch=2.0))["restore"] == 16 - (2 + 1)
+
+
+def pipeline(stages, chunks, microbatches, forward_s=1.0, backward_s=2.0, send_s=0.0):
+    clocks = [Clocks(1, 1) for _ in range(stages)]
+    orders = [order(stage, stages, chunks, microbatches) for stage in range(stages)]
+
+    def run(stage, operation):
+        clocks[stage].work("dense", forward_s if operation.is_forward else backward_s)
+
+    sweep(clocks, orders, chunks, run, send_s)
+    return max(float(of.now_N[0]) for of in clocks), orders
+
+
+@pytest.mark.parametrize(("stages", "microbatches"), [(1, 3), (2, 4), (4, 8), (4, 2), (8, 32)])
+def test_1f1b_has_the_bubble_of_the_formula(stages, microbatches):
+    seconds, orders = pipeline(stages, 1, microbatches)
+    assert seconds == (microbatches + stages - 1) * 3
+    assert [in_flight(of) for of in orders] == [
+        min(microbatches, stages - stage) for stage in range(stages)
+    ]
+
+
+@pytest.mark.parametrize(("stages", "chunks", "microbatches"), [(2, 2, 4), (4, 2, 8), (4, 4, 8)])
+def test_interleaved_chunks_divide_the_bubble(stages, chunks, microbatches):
+    seconds, orders = pipeline(stages, chunks, microbatches, 1 / chunks, 2 / chunks)
+    assert seconds == pytest.approx(3 * microbatches + 3 * (stages - 1) / chunks)
+    for of in orders:
+        passes = {(op.is_forward, op.chunk, op.microbatch) for op in of}
+        assert len(passes) == len(of) == 2 * chunks * microbatches
+
+
+def test_a_stage_waits_for_what_is_sent():
+    seconds, _ = pipeline(2, 1, 1, send_s=0.25)
+    assert seconds == 3 + 3 + 2 * 0.25

@@ -1,0 +1,349 @@
+"""Work of an iteration: counts by method, sizes of models, and properties that hold for any rates.
+
+Legend: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_laer.choices import Recompute
+from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
+from megatron_laer.planner.balance import stock_tokens_N
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.quotas import even_split
+from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
+from megatron_laer.tools.simulator.iteration.methods import (
+    FSEP,
+    METHODS,
+    STOCK,
+    MethodSettings,
+    make_method,
+)
+from megatron_laer.tools.simulator.iteration.model_shape import read_model
+from megatron_laer.tools.simulator.iteration.predict import predict_iterations
+from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
+from megatron_laer.tools.simulator.iteration.routing import Routing
+from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.iteration.work import Exchange, LayerWork, grouped_totals
+from megatron_laer.tools.traces.records import Trace
+from megatron_laer.tools.traces.workloads import WorkloadShape, workload_trace
+from tests.tools.plan_cases import drifting_trace
+
+CLUSTER = load_cluster("a100-4x8-ib800")
+TINY = replace(read_model("mixtral-8x7b-e8k2"), layer_has_experts=(True,) * 4)
+RATES = Rates(CLUSTER, 2)
+
+
+def predicted(trace, model=TINY, names=METHODS, rates=(RATES,), mode="adaptive", **run):
+    geometry = Geometry(trace.num_ranks, trace.num_experts, 3, trace.num_ranks // 2)
+    routing = Routing(trace, trace.num_ranks)
+    holds = {"holds_step": run.pop("holds_step", False)}
+    costs = CostModel(CLUSTER, model.hidden, model.expert_ffn, model.gated, 2)
+    chosen = MethodSettings(geometry, costs, PlanMode(mode), **holds)
+    methods = [make_method(name, chosen, RATES) for name in names]
+    sizes = {"tokens": round(routing.pairs / model.topk), "microbatches": 4} | run
+    shape = RunShape(trace.num_ranks, geometry.node_size, **sizes)
+    found = predict_iterations(routing, model, shape, methods, rates, steps=2)
+    return {prediction.method: prediction for prediction in found}
+
+
+def test_models_have_the_published_numbers_of_weights():
+    model = read_model("mixtral-8x7b-e8k2")
+    dense = sum(
+        model.attention_weights + model.dense_weights(has) for has in model.layer_has_experts
+    )
+    experts = model.moe_layers * model.expert_weights
+    total, active = (
+        2 * model.head_weights + dense + experts * number
+        for number in (model.num_experts, model.topk)
+    )
+    assert total == pytest.approx(46.7e9, rel=0.002)
+    assert active == pytest.approx(12.9e9, rel=0.01)
+
+
+MODEL = """description: x
+architecture:
+  num-layers: 4
+  hidden-size: 64
+  ffn-hidden-size: 96
+  num-attention-heads: 4
+moe:
+  num-experts: 8
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("moe-layer-freq: ([0]*3+[1]*2)", "add up to the 4 layers"),
+        ("moe-layer-freq: __import__('os')", "moe-layer-freq"),
+        ("moe-layer-freq: ([0]*4)", "hold a 1"),
+        ("mtp-num-layers: many", "has no mtp-num-layers in 0..4096, but 'many'"),
+        ("moe-shared-expert-intermediate-size: -3", "has no moe-shared-expert-intermediate-size"),
+    ],
+)
+def test_models_that_do_not_say_what_is_needed_are_refused(tmp_path, line, problem):
+    path = tmp_path / "model.yaml"
+    path.write_text(MODEL)
+    assert read_model(str(path)).layer_has_experts == (True,) * 4
+    path.write_text(f"{MODEL}  {line}\n")
+    with pytest.raises(ValueError, match="has ") as error:
+        read_model(str(path))
+    assert problem in str(error.value)
+
+
+def test_dense_layers_and_prediction_layers_are_told_apart(tmp_path):
+    path = tmp_path / "model.yaml"
+    attention = "multi-latent-attention: true, q-lora-rank: 24, kv-lora-rank: 16, qk-head-dim: 8, "
+    attention += "qk-pos-emb-head-dim: 4, v-head-dim: 8, mtp-num-layers: 1"
+    more = "".join(f"  {line}\n" for line in attention.split(", "))
+    experts = "  moe-layer-freq: ([0]*1+[1]*3)\n  moe-ffn-hidden-size: 32\n"
+    path.write_text(MODEL.replace("moe:\n", f"{more}moe:\n") + experts)
+    model = read_model(str(path))
+    assert model.layer_has_experts == (False, True, True, True, True)
+    assert model.prediction_heads == 2
+    # Query down and up, key and value down with the rotary part, up, and output.
+    expected = 64 * 24 + 24 * 4 * 12 + 64 * (16 + 4) + 16 * 4 * (8 + 8) + 4 * 8 * 64
+    assert model.attention_weights == expected
+
+
+@settings(deadline=None, max_examples=30)
+@given(seed=st.integers(0, 99), nodes=st.sampled_from([1, 2, 4]), group=st.sampled_from([4, 8]))
+def test_stocks_tokens_are_those_of_its_placement(seed, nodes, group):
+    """Compare with a loop over every source, rank and expert."""
+    num_ranks, num_experts = 8, 16
+    counts_NE = np.random.default_rng(seed).integers(0, 50, (num_ranks, num_experts))
+    node_size = num_ranks // nodes
+    totals = grouped_totals(counts_NE, group, node_size)
+    each = num_experts // group
+    near, far = np.zeros((2, num_ranks, each), dtype=int)
+    sent_near, sent_far, own = np.zeros((3, num_ranks), dtype=int)
+    for source, expert in np.ndindex(counts_NE.shape):
+        rank = source // group * group + expert // each
+        count = counts_NE[source, expert]
+        is_near = source // node_size == rank // node_size
+        (near if is_near else far)[rank, expert % each] += count
+        (sent_near if is_near else sent_far)[source] += count
+        own[source] += count if rank == source else 0
+    assert totals.near_S.tolist() == near.reshape(-1).tolist()
+    assert totals.far_S.tolist() == far.reshape(-1).tolist()
+    assert totals.sent_near_N.tolist() == sent_near.tolist()
+    assert totals.sent_far_N.tolist() == sent_far.tolist()
+    assert totals.own_N.tolist() == own.tolist()
+    if group == num_ranks:
+        loads_N = (totals.near_S + totals.far_S).reshape(num_ranks, -1).sum(axis=1)
+        assert loads_N.tolist() == stock_tokens_N(counts_NE).tolist()
+
+
+@pytest.mark.parametrize("in_stages", [False, True])
+def test_an_exchange_takes_what_the_cost_model_says(in_stages):
+    algorithm = ExchangeAlgorithm.NODE if in_stages else ExchangeAlgorithm.FLAT
+    costs = CostModel(CLUSTER, 4096, 14336, True, 2)
+    layout = ExpertLayout.random(16, 3, 8, (1,))
+    traffic = costs.restore_bytes(layout, 8, algorithm)
+    exchange = Exchange.of(traffic, algorithm, len(costs.matrices), 8)
+    assert exchange.seconds(RATES) == pytest.approx(costs.restore_seconds(layout, 8, algorithm))
+
+
+def test_a_layers_compute_and_tokens_are_the_cost_models():
+    """Where only GEMMs and links cost time, both models have the same layer."""
+    trace = drifting_trace()
+    counts_NE = trace.counts_NE(3)
+    costs = CostModel(CLUSTER, 4096, 14336, True, 2)
+    layout = ExpertLayout.static(4, 3, 8)
+    work = LayerWork.of(even_split(layout, 2).totals(counts_NE), RATES)
+    flops = (1 + 2 * CLUSTER.backward_gemm_factor) * costs.flops_per_token
+    pass_s = max(
+        work.intra_N.max() * costs.token_bytes / CLUSTER.intra.bytes_per_s,
+        work.inter_N.max() * costs.token_bytes / CLUSTER.inter.bytes_per_s,
+    )
+    seconds = flops * work.unit_s_N.max() + 4 * (pass_s + CLUSTER.inter.latency_s)
+    assert seconds == pytest.approx(costs.layer_seconds(counts_NE, layout, 2, Split.EVEN))
+
+
+def test_rings_drive_the_adapters_of_their_own_ranks():
+    intra, inter = CLUSTER.intra, CLUSTER.inter
+    near_s = RATES.ring_seconds(8e9, 8, 8)
+    assert near_s == pytest.approx(7e9 / intra.bytes_per_s + intra.latency_s)
+    # Two adapters of a node, as its other ranks have rings of their own; or one.
+    for stride, adapters in ((4, 2), (8, 1), (32, 1)):
+        seconds = RATES.ring_seconds(8e9, 8, 8, stride)
+        assert seconds == pytest.approx(7e9 / (adapters * inter.bytes_per_s) + inter.latency_s)
+
+
+def test_replicas_and_tensor_parallel_ranks_exchange_where_their_group_is():
+    # Groups of four ranks on nodes of two: each expert's other copy is four ranks away.
+    found = predicted(drifting_trace(), names=[FSEP], replicas=2)[FSEP].bytes_by_kind
+    expert = 4 * 8 / 4 * TINY.expert_weights  # slices in four layers
+    # Dense gradients cross nodes in every second step; they have four bytes, weights two.
+    more = found["inter"]["data_parallel"] - found["intra"]["data_parallel"]
+    assert more == pytest.approx(expert * (4 + 2) / 2)
+    # Two collectives in each direction, for four layers and microbatches.
+    found = predicted(drifting_trace(), names=[STOCK], tensor=2)[STOCK].bytes_by_kind
+    tokens = round(Routing(drifting_trace(), 4).pairs / TINY.topk)
+    assert found["intra"]["tensor"] == 2 * 2 * 4 * 4 * tokens * TINY.hidden * 2
+    assert found["inter"]["tensor"] == 0
+
+
+def test_stocks_groups_wait_for_their_own_counts():
+    """Make one of two groups of four busy in both layers, or each group in one of them."""
+    step_R, layer_R = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    model = replace(TINY, layer_has_experts=(True,) * 2, num_experts=4)
+    found = []
+    for busy in (slice(0, 4), slice(4, 8)):
+        counts_RNE = np.full((4, 8, 4), 400, dtype=np.int32)
+        counts_RNE[layer_R == 0, :4, 0] += 40000
+        counts_RNE[layer_R == 1, busy, 0] += 40000
+        trace = Trace(("1", "2"), step_R, layer_R, np.zeros_like(step_R), counts_RNE)
+        found.append(predicted(trace, model, names=[STOCK], microbatches=1)[STOCK].iteration_s)
+    assert found[1] < 0.6 * found[0], found
+
+
+def test_flexmoe_makes_the_busiest_rank_less_busy_and_keeps_nodes_whole():
+    strategy = FlexMoEStrategy(Geometry(8, 8, 4, 4))
+    even_NE = np.full((8, 8), 10)
+    hot_NE = even_NE.copy()
+    hot_NE[:, 2] = 300
+    before = ExpertLayout.from_slots(8, 4, 8, np.arange(32) % 8)
+    after = strategy.plan(hot_NE, before)
+    assert after.replicas_E[2] > before.replicas_E[2]
+    assert (even_split(after, 4).node_replicas_QE > 0).all()
+    now, then = (
+        even_split(layout, 4).slot_loads(hot_NE).reshape(8, -1).sum(axis=1).max()
+        for layout in (after, before)
+    )
+    assert now < then
+    assert strategy.plan(even_NE, before) == before
+
+
+def test_balanced_routing_gives_stock_the_time_of_perfect_balance():
+    trace = workload_trace("W0", WorkloadShape(8, 8, 2, 4096), 4)
+    found = predicted(trace, names=[STOCK])[STOCK]
+    assert found.max_over_mean == 1.0 and found.waiting_s == pytest.approx(0.0, abs=1e-9)
+
+
+def test_parts_add_up_to_the_iteration_and_ranges_hold_it():
+    found = predicted(drifting_trace(), rates=rate_sets(RATES))
+    assert set(found) == set(METHODS)
+    for prediction in found.values():
+        parts = [*prediction.compute_s.values(), *prediction.exposed_s.values()]
+        assert sum(parts) + prediction.waiting_s == pytest.approx(prediction.iteration_s)
+        assert min(*parts, prediction.waiting_s) >= 0
+        assert prediction.low_s < prediction.iteration_s < prediction.high_s
+        assert 0 < prediction.mfu < 1 and prediction.naive_s < prediction.iteration_s
+    # Routing is skewed: FSEP balances it and stock does not. So few tokens hide no restore.
+    assert found[FSEP].max_over_mean < 1.2 < 1.5 < found[STOCK].max_over_mean
+    assert found[FSEP].waiting_s < found[STOCK].waiting_s / 2
+    assert found[FSEP].exposed_s["restore"] > found[STOCK].exposed_s["restore"] == 0
+
+
+@pytest.mark.parametrize("method", METHODS)
+@settings(deadline=None, max_examples=10)
+@given(factor=st.floats(1.0, 50.0), link=st.sampled_from(["intra", "inter"]))
+def test_more_bandwidth_is_never_slower(method, factor, link):
+    """Keep the decisions, which use the cluster's constants, while the rates change."""
+    name = f"{link}.bytes_per_s"
+    value = CLUSTER.constant(name) * factor
+    faster = replace(RATES, cluster=CLUSTER.with_constants({name: value}))
+    found = predicted(drifting_trace(steps=3), names=[method], rates=(RATES, faster))[method]
+    assert found.by_rates_s[1] <= found.by_rates_s[0] * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("mode", ["forecast", "exact", "adaptive"])
+def test_all_modes_of_the_guard_run(mode):
+    found = predicted(drifting_trace(), names=[FSEP], mode=mode)[FSEP]
+    assert found.replan_share == 0 or mode == "adaptive"
+    if mode == "exact":
+        assert found.max_over_mean < 1.001
+        assert found.exposed_s["restore"] > 0
+
+
+def test_experts_that_are_held_are_restored_and_reduced_once_per_step():
+    trace = drifting_trace()
+    by_layer, by_step = (
+        predicted(trace, names=[FSEP], mode="forecast", holds_step=holds)[FSEP]
+        for holds in (False, True)
+    )
+    # Two restores and one reduce in each of four microbatches, or one per step.
+    links, kinds = ("intra", "inter"), (("restore", 8), ("reduce", 4))
+    for link, (kind, times) in itertools.product(links, kinds):
+        passing, held = (of.bytes_by_kind[link][kind] for of in (by_layer, by_step))
+        assert passing == pytest.approx(times * held)
+    # All four layers' experts, and their gradient sums in four bytes.
+    layer = 3 * TINY.expert_weights
+    held, passing = by_step.memory_bytes, by_layer.memory_bytes
+    assert held["restored_experts"] == 2 * passing["restored_experts"] == 4 * layer * 2
+    assert held["restored_gradients"] == layer * 2 + 4 * layer * 4
+    assert by_step.exposed_s["restore"] < by_layer.exposed_s["restore"] / 6
+    assert 0 < by_step.exposed_s["reduce"] < by_layer.exposed_s["reduce"]
+
+
+def test_recompute_costs_a_forward_and_its_tokens_and_saves_memory():
+    trace = workload_trace("W0", WorkloadShape(8, 8, 2, 4096), 4)
+    none, compute, full = (
+        predicted(trace, names=[STOCK], recompute=recompute)[STOCK]
+        for recompute in (Recompute.NONE, Recompute.COMPUTE, Recompute.FULL)
+    )
+    assert none.compute_s["experts"] < compute.compute_s["experts"]
+    assert compute.compute_s["experts"] == pytest.approx(full.compute_s["experts"])
+    assert full.exposed_s["tokens"] == pytest.approx(1.5 * compute.exposed_s["tokens"])
+    assert full.memory_bytes["activations"] < none.memory_bytes["activations"] / 2
+    assert full.bytes["intra"] > compute.bytes["intra"]
+
+
+def test_pipelines_replicas_and_chunks_are_simulated():
+    trace = drifting_trace()
+    flat = predicted(trace, names=[FSEP, STOCK])
+    staged = predicted(trace, names=[FSEP, STOCK], stages=2, chunks=2, replicas=2)
+    for name in (FSEP, STOCK):
+        assert staged[name].exposed_s["pipeline"] > 0 == flat[name].exposed_s["pipeline"]
+        assert staged[name].memory_bytes["weights"] < flat[name].memory_bytes["weights"]
+        # Twice the tokens, on four times the ranks.
+        assert staged[name].iteration_s < flat[name].iteration_s
+    assert staged[FSEP].tokens_per_s > flat[FSEP].tokens_per_s
+
+
+def test_routing_deals_out_ranks_and_tokens():
+    trace = drifting_trace()
+    wide = Routing(trace, 8, pairs=1000.0)
+    counts_NE = wide.counts_NE(0)
+    assert counts_NE.shape == (8, 8) and abs(counts_NE.sum(axis=1) - 1000).max() <= 1
+    steps = [step.number for step, _ in wide.walk(1, 2)]
+    assert steps == [1, 5]
+    with pytest.raises(ValueError, match="the trace holds 6 step"):
+        list(wide.walk(6, 1))
+
+
+def test_steps_that_lack_a_layer_are_not_simulated():
+    """Steps 0 and 1 lack a layer, as after a killed and resumed run."""
+    keys = [(0, 0), (1, 0), (1, 1), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1)]
+    step_R, layer_R = np.array(keys).T
+    counts_RNE = np.ones((len(keys), 2, 4), dtype=np.int32)
+    routing = Routing(Trace(("1", "2"), step_R, layer_R, np.zeros_like(step_R), counts_RNE), 2)
+    for lag, steps in ((1, [3, 4]), (2, [3, 4]), (3, [4])):
+        assert [step.number for step, _ in routing.walk(lag, 9)] == steps
+    with pytest.raises(ValueError, match="record at least 6 that have all of its 2 layers"):
+        list(routing.walk(5, 1))
+
+
+def test_forecasts_are_those_of_training():
+    trace = drifting_trace()
+    routing = Routing(trace, 4)
+    for step, forecasts in routing.walk(2, 3):
+        for layer, forecast_NE in forecasts.items():
+            state = SmoothedForecast()
+            for old in range(step.number - 1):
+                records = np.flatnonzero((trace.step_R == old) & (trace.layer_R == layer))
+                state = state.observe(sum(trace.counts_NE(record) for record in records))
+            assert (state.counts_NE() == forecast_NE).all()

@@ -1,0 +1,288 @@
+"""`plan`: its output and files, and defaults from the metrics that a run recorded."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from megatron_laer.tools import cli
+from megatron_laer.tools.simulator.comparison import STOCK
+from tests.recorded_runs import OWN, record_run
+from tests.tools.plan_cases import drifting_trace, recording
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED_NPZ = ROOT.parent / "shared" / "data" / "smartmoe_trace_dev.npz"
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return drifting_trace()
+
+
+def run(*words, capsys):
+    try:
+        status = cli.main(["plan", *map(str, words)])
+    except SystemExit as stopped:
+        status = stopped.code
+    return status, *capsys.readouterr()
+
+
+def planned(tmp_path, *words, capsys):
+    """Return the written JSON with the printed text and the rows' layer times."""
+    status, out, err = run(
+        *words, "--mode", "forecast", "--json", tmp_path / "x.json", capsys=capsys
+    )
+    assert (status, err) == (0, "")
+    written = json.loads((tmp_path / "x.json").read_text())
+    return written | {"out": out, "layer_ms": [row["layer_ms"] for row in written["rows"]]}
+
+
+def test_the_command_prints_the_table_and_writes_the_figures(tmp_path, trace, capsys):
+    path = recording(tmp_path / "group-0.trace", trace)
+    words = "--ranks 8 --capacity 2 3 --node-size 4 --strategy greedy --mode forecast exact"
+    status, out, err = run(path, *words.split(), "--json", tmp_path / "x.json", capsys=capsys)
+    assert status == 0 and err == ""
+    assert "6 steps, 2 layers, 36 records, 8 experts, 4 ranks" in out
+    assert "planned for 8 ranks in nodes of 4 on a100-4x8-ib800" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert [line[:3] for line in lines if line and line[0] == "greedy"] == [
+        ["greedy", mode, capacity] for capacity in "23" for mode in ("forecast", "exact")
+    ]
+    written = json.loads((tmp_path / "x.json").read_text())
+    assert (written["ranks"], written["recorded_ranks"], written["node_size"]) == (8, 4, 4)
+    assert [row["capacity"] for row in written["rows"]] == [1, 2, 2, 3, 3]
+    exact = next(row for row in written["rows"] if row["mode"] == "exact")
+    assert exact["load_over_bound"] == 1.0 and "ratios_R" not in exact
+
+
+def test_the_command_prices_token_exchange_and_recompute_as_asked(tmp_path, capsys):
+    words = "--workload W0 --ranks 32 --experts 128 --topk 8 --steps 2 --strategy static"
+    found = {}
+    for option in ("token-exchange rank", "token-exchange node", "token-exchange auto"):
+        found[option] = planned(tmp_path, *words.split(), *f"--{option}".split(), capsys=capsys)
+    for option in ("recompute none", "recompute compute", "recompute full"):
+        found[option] = planned(tmp_path, *words.split(), *f"--{option}".split(), capsys=capsys)
+    (rank, node, auto, none, compute, full) = found.values()
+    both_ms = auto["token_exchange_ms"]
+    assert [one["token_exchange"] for one in (rank, node, auto)] == ["rank", "node", "node"]
+    assert (
+        f"top-8 and C = 5: rank {both_ms['rank']:.3f} ms, node {both_ms['node']:.3f}" in auto["out"]
+    )
+    assert both_ms["node"] < both_ms["rank"]
+    # Stock, in the first row, always has Megatron's exchange.
+    assert auto["layer_ms"] == node["layer_ms"]
+    assert node["layer_ms"][0] == rank["layer_ms"][0]
+    assert node["layer_ms"][1] < rank["layer_ms"][1]
+    # Six All-to-Alls instead of four, with one more forward of the experts than `compute`.
+    exchanged_ms = [one["token_exchange_ms"]["rank"] for one in (none, compute, full)]
+    assert exchanged_ms == pytest.approx([exchanged_ms[0]] * 2 + [1.5 * exchanged_ms[0]])
+    layers_ms = (one["layer_ms"] for one in (none, compute, full))
+    for none_ms, compute_ms, full_ms in zip(*layers_ms, strict=True):
+        assert none_ms < compute_ms < full_ms
+
+
+def test_the_command_reads_sizes_from_a_model(tmp_path, trace, capsys):
+    path = recording(tmp_path / "x.trace", trace)
+    sizes = "hidden_size: 64, ffn-hidden-size: 32, num-experts: 8"
+    for name, more in {
+        "plain": "",
+        "gated": ", swiglu: true",
+        "quick": ", quick_geglu: true",
+    }.items():
+        (tmp_path / f"{name}.yaml").write_text(f"{{description: d, moe: {{{sizes}{more}}}}}")
+    for words, hidden, ffn, gated in (
+        ("", 4096, 14336, True),
+        ("--config mixtral-8x7b-e8k2 --ffn 7", 4096, 7, True),
+        ("--config tiny-moe", 128, 128, True),
+        ("--hidden 64 --ffn 32", 64, 32, True),
+        (f"--config {tmp_path}/plain.yaml", 64, 32, False),
+        (f"--config {tmp_path}/gated.yaml", 64, 32, True),
+        (f"--config {tmp_path}/quick.yaml", 64, 32, True),
+    ):
+        found = planned(tmp_path, path, "--strategy", "static", *words.split(), capsys=capsys)
+        sizes = found["expert_sizes"]
+        assert (sizes["hidden"], sizes["ffn"], sizes["gated"]) == (hidden, ffn, gated)
+        assert (f"experts of {hidden} x {ffn}, not gated" in found["out"]) is not gated
+
+
+def test_a_workload_takes_the_place_of_a_trace(tmp_path, capsys):
+    words = "--workload W5 --ranks 4 --experts 8 --strategy static --steps 3"
+    found = planned(tmp_path, *words.split(), capsys=capsys)
+    expected = "W5 zero expert rank, top-2, 4096 tokens per rank: 3 steps, 1 layers, 3 records"
+    assert expected in found["out"]
+    stock = found["rows"][0]
+    assert stock["strategy"] == STOCK and abs(stock["mean"] - 2.0) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("x.trace --topk 2", "--topk 2: no effect here; add --workload, or leave --topk out"),
+        ("--workload W1 --format csv", "--format csv: no effect here; --workload W1 reads no file"),
+        ("--workload W1 --ranks 4", "has no experts of its own; give --experts or --config"),
+    ],
+)
+def test_options_of_a_workload_and_of_a_trace_exclude_each_other(capsys, words, problem):
+    status, out, err = run(*words.split(), capsys=capsys)
+    assert status == 2
+    assert problem in err and out == "" and err.count("\n") == 1
+
+
+def test_an_output_is_replaced_whole_or_not_at_all(tmp_path, trace, capsys):
+    path, output = recording(tmp_path / "x.trace", trace), tmp_path / "real.json"
+    output.write_text("before")
+    (tmp_path / "link.json").symlink_to("real.json")
+    words = (path, "--strategy", "static", "--json", tmp_path / "link.json")
+    with mock.patch("os.replace", side_effect=OSError(28, "No space left on device")):
+        status, _, err = run(*words, capsys=capsys)
+    assert status == 2
+    assert "--json" in err and "cannot be written: [Errno 28] No space left" in err
+    assert output.read_text() == "before"
+    assert {path.name for path in tmp_path.iterdir()} == {"link.json", "real.json", "x.trace"}
+    assert run(*words, capsys=capsys)[0] == 0
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads(output.read_text())["ranks"] == 4
+
+
+def test_names_of_a_trace_cannot_forge_lines(tmp_path, trace, capsys):
+    path = recording(tmp_path / "\x1b[31m\nFAKE", trace)
+    status, out, err = run(path, "--strategy", "static", capsys=capsys)
+    assert status == 0, err
+    assert "\x1b" not in out and not any(line.startswith("FAKE") for line in out.splitlines())
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_work(tmp_path, trace, capsys, monkeypatch):
+    path = recording(tmp_path / "x.trace", trace)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    status, out, err = run(path, "--plot", tmp_path / "x.png", capsys=capsys)
+    assert status == 2 and out == ""
+    assert "--plot needs the package matplotlib: `pip install matplotlib`, or leave" in err
+
+
+def test_a_plot_is_written_in_the_format_of_its_ending(tmp_path, trace, capsys):
+    path = recording(tmp_path / "x.trace", trace)
+    for ending, magic in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")):
+        words = ("--strategy", "greedy", "--mode", "forecast", "--plot", tmp_path / f"x.{ending}")
+        assert run(path, *words, capsys=capsys)[0] == 0
+        assert (tmp_path / f"x.{ending}").read_bytes().startswith(magic)
+
+
+@pytest.mark.skipif(not SHARED_NPZ.exists(), reason=f"no trace at {SHARED_NPZ}")
+def test_the_published_trace_is_planned(tmp_path, capsys):
+    words = "--capacity 4 --strategy static laer greedy --every 499 --json"
+    status, _, err = run(SHARED_NPZ, *words.split(), tmp_path / "x.json", capsys=capsys)
+    assert status == 0, err
+    written = json.loads((tmp_path / "x.json").read_text())
+    rows = {(row["strategy"], row["mode"]): row for row in written["rows"]}
+    assert rows["greedy", "exact"]["load_over_bound"] == 1.0
+    assert rows["greedy", "forecast"]["mean"] < rows["laer", "forecast"]["mean"]
+    assert rows["laer", "forecast"]["mean"] < rows[STOCK, "-"]["mean"]
+
+
+OF_THE_RUN = {
+    "cluster": OWN.name,
+    "hidden": "64",
+    "ffn": "32",
+    "gated": "False",
+    "bytes_per_element": "4",
+    "recompute": "full",
+    "restore_algorithm": "node",
+    "token_exchange": "node",
+    "top_k": "3",
+}
+QUICK = ("--strategy", "greedy", "--mode", "forecast", "--json")
+
+
+def test_a_trace_is_planned_for_as_the_metrics_beside_it_say(tmp_path, capsys):
+    record_run(tmp_path / "run", run=OF_THE_RUN, cluster=OWN)
+    trace, out = tmp_path / "run" / "group-0.trace", tmp_path / "x.json"
+    for path in (trace, tmp_path / "run"):
+        status, text, err = run(path, *QUICK, out, capsys=capsys)
+        assert (status, err) == (0, "")
+        header = text.splitlines()[1]
+        assert "4 ranks in nodes of 2 on my-machine; experts of 64 x 32, not gated; from" in header
+        names = header.partition("metrics-0.jsonl: ")[2].split(", ")
+        assert set(names) == {*OF_THE_RUN, "node_size", "capacity"}
+        assert "travel by node; expected for even counts, 20000 tokens of top-3 and C = 3" in text
+    written = json.loads(out.read_text())
+    assert written["from_recording"] == names
+    for name in ("bytes_per_element", "recompute", "restore_algorithm", "token_exchange"):
+        assert str(written[name]) == OF_THE_RUN[name]
+
+    # Flags win, and another model is in bf16.
+    words = "--cluster h100-8 --config mixtral-8x7b-e8k2 --ffn 7 --capacity 2 --recompute none"
+    more = "--restore-algorithm flat --token-exchange rank"
+    status, text, err = run(trace, *words.split(), *more.split(), *QUICK, out, capsys=capsys)
+    assert (status, err) == (0, "")
+    # The recorded nodes belong to the recorded cluster.
+    assert "for 4 ranks in nodes of 4 on h100-8; experts of 4096 x 7\n" in text
+    written = json.loads(out.read_text())
+    assert written["from_recording"] == [] and written["bytes_per_element"] == 2
+    assert [row["capacity"] for row in written["rows"]] == [2, 2]
+
+    # Slots and nodes belong to the recorded number of ranks.
+    status, text, _ = run(trace, "--ranks", 8, *QUICK, out, capsys=capsys)
+    assert status == 0 and "planned for 8 ranks in nodes of 8 on my-machine; experts of" in text
+    assert json.loads(out.read_text())["rows"][-1]["capacity"] == 2
+
+
+def test_defaults_are_said_to_be_that(tmp_path, capsys):
+    by_default = "on a100-4x8-ib800 (by default); experts of 4096 x 14336 (by default)\n"
+    path = recording(tmp_path / "group-0.trace", drifting_trace())
+    assert by_default in run(path, *QUICK, tmp_path / "x.json", capsys=capsys)[1]
+    record_run(tmp_path / "run", run={"cluster": "my-machine"}, cluster=None)
+    status, out, err = run(tmp_path / "run", *QUICK, tmp_path / "x.json", capsys=capsys)
+    assert status == 0 and by_default.removesuffix("\n") in out
+    assert "a100-4x8-ib800 for cluster 'my-machine', whose constants it does not hold" in err
+    assert "4096 for hidden, which is missing" in err and len(err.splitlines()) == 1
+
+
+def test_metrics_of_another_run_or_damaged_ones_are_refused_and_not_written_over(tmp_path, capsys):
+    folder = tmp_path / "run"
+    record_run(folder)
+    path = folder / "group-0.trace"
+    (folder / "metrics-0.jsonl").rename(tmp_path / "moved")
+    (folder / "metrics-0.jsonl").symlink_to(tmp_path / "moved")
+
+    def refusal(*words):
+        status, _, err = run(path, *words, capsys=capsys)
+        assert status == 2
+        return err
+
+    for name in ("metrics-0.jsonl", "metrics-3.jsonl", "plan.log"):
+        assert "--json" in refusal("--json", folder / name)
+    assert "would write over the input" in refusal("--json", tmp_path / "moved")
+    path.unlink()
+    recording(path, drifting_trace())
+    assert "they are of different runs, so move one away" in refusal()
+    (tmp_path / "moved").write_text("hello\n")
+    assert "metrics-0.jsonl, line 1: not JSON" in refusal()
+
+
+def test_experts_stay_at_home_as_recorded_or_as_the_flag_says(tmp_path, capsys):
+    record_run(tmp_path / "run", run=OF_THE_RUN | {"sharding": "experts"}, cluster=OWN)
+    out = tmp_path / "x.json"
+    words = ("--strategy", "static", "laer", "greedy", "--mode", "forecast", "--json", out)
+    for flags, sharding in (((), "experts"), (("--sharding", "rows"), "rows")):
+        status, text, err = run(tmp_path / "run", *flags, *words, capsys=capsys)
+        assert (status, err) == (0, "")
+        assert ("not gated, at home; from" in text) == (sharding == "experts")
+        assert ("laer leaves no expert at home" in text) == (sharding == "experts")
+        written = json.loads(out.read_text())
+        assert written["sharding"] == sharding
+        stock, static, laer, greedy = written["rows"]
+        assert static["mean"] == stock["mean"] or sharding == "rows"
+        assert (static["restored_bytes"] == 0) == (sharding == "experts")
+        assert laer["restored_bytes"] > 0
+        # A rank fetches at most its replica instead of three slots.
+        assert (greedy["restored_bytes"] <= 2 * 64 * 32 * 4) == (sharding == "experts")
+    for words, problem in (
+        (("--ranks", 16), "8 experts cannot be at home on 16 ranks in equal numbers; give"),
+        (("--capacity", 2), "--capacity 2: each rank has 2 home experts and needs a slot for rep"),
+    ):
+        status, _, err = run(tmp_path / "run", *words, capsys=capsys)
+        assert status == 2 and problem in err and len(err.splitlines()) == 1

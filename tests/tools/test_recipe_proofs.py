@@ -1,0 +1,53 @@
+"""A run is proved by a row that has its features together, and the rows are those of the table."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+from megatron_laer.tools.recipes.proof import FILE, proof_of, proved_rows
+from tests import proved_rows as today
+
+
+def test_the_shipped_rows_are_those_of_the_parity_table():
+    text = FILE.read_text(encoding="utf-8")
+    assert text == today.text(), "python -m tests.proved_rows writes the file of today"
+
+
+def test_a_row_proves_a_run_whose_features_it_has_together():
+    found = proof_of(Namespace(tensor_model_parallel_size=2, use_distributed_optimizer=True))
+    name = "tensor parallel 2, expert data parallel 2, distributed optimizer"
+    assert (found.row, found.is_replaced) == (name, True)
+    assert str(found).startswith(f"proved by row '{name}' on the CPU, where replacements")
+    plain = proof_of(Namespace())
+    assert str(plain) == "proved by row 'plain DDP' on the CPU"
+
+
+def test_without_such_a_row_the_pairs_are_named_that_no_row_has():
+    settings = {"bf16": True, "multi_latent_attention": True, "use_distributed_optimizer": True}
+    found = proof_of(Namespace(**settings))
+    assert (found.row, found.no_row) == ("", ())
+    assert found.no_row_together == ("bf16 + latent attention",)
+    assert str(found).endswith("; 1 pair of them without a row: bf16 + latent attention")
+    sparse = proof_of(Namespace(**settings, experimental_attention_variant="dsa"))
+    assert sparse.no_row == ("sparse attention",)
+    assert sparse.no_row_together == found.no_row_together
+    assert str(sparse).startswith("no row has sparse attention; each other feature proved by a row")
+
+
+def test_pairs_alone_prove_no_run():
+    rows = [row for row in proved_rows() if {"bf16", "pipeline"} <= row.features]
+    settings = Namespace(bf16=True, pipeline_model_parallel_size=2, use_distributed_optimizer=True)
+    found = proof_of(settings)
+    assert rows and (found.row, found.no_row_together) == ("", ())
+    assert str(found).endswith("; no row has all of them")
+
+
+def test_many_pairs_stay_on_one_line():
+    found = proof_of(Namespace(bf16=True, fp16=True, mtp_num_layers=1))
+    assert found.no_row == ("fp16",)
+    sizes = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 2)
+    switches = dict.fromkeys("bf16 multi_latent_attention moe_permute_fusion".split(), True)
+    many = proof_of(Namespace(**sizes, **switches))
+    assert len(many.no_row_together) > 6
+    assert str(many).endswith(f" and {len(many.no_row_together) - 6} more")
+    assert str(many).count(" + ") == 6

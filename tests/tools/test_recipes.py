@@ -1,0 +1,238 @@
+"""Recipes are judged by training's table, and fields that cannot be judged are quoted."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+
+import pytest
+
+from megatron_laer.tools import cli
+from megatron_laer.tools.cli.check_recipe import STATUS
+from megatron_laer.tools.recipes.bridge_table import COLUMNS, judge_recipe
+from megatron_laer.tools.recipes.families import IMPLIED, implied_by
+from megatron_laer.tools.recipes.verdict import Verdict, judge
+
+NAME = "megatron.bridge.recipes.qwen.h100.qwen3_moe:qwen3_30b_a3b_pretrain_8gpu_h100_bf16_config"
+NONE = dict.fromkeys(COLUMNS, "") | {
+    "pool": "pretrain",
+    "recipe": NAME,
+    "EP": "4",
+    "precision": "bf16_mixed",
+    "optimizer": "opt:distributed_fused_adam_with_cosine_annealing",
+}
+GPT_OSS = "megatron.bridge.recipes.gpt_oss.h100.gpt_oss:gpt_oss_20b_pretrain_fp8mx_config"
+NANO = "megatron.bridge.recipes.nemotronh.h100.nemotron_3_nano:nemotron_3_nano_pretrain_config"
+SUPER = "megatron.bridge.recipes.nemotronh.h100.nemotron_3_super:nemotron_3_super_sft_config"
+KIMI = "megatron.bridge.recipes.kimi.h100.kimi_k2:kimi_k2_pretrain_config"
+DEEPSEEK_V4 = "megatron.bridge.recipes.deepseek.h100.deepseek_v4:deepseek_v4_flash_sft_config"
+GLM5 = "megatron.bridge.perf_recipes.glm_moe_dsa.h100.glm5:glm51_sft_416gpu_h100_bf16_config"
+PERF = "megatron.bridge.perf_recipes"
+PERF_V3 = f"{PERF}.deepseek.b200.deepseek_v3:deepseek_v3_pretrain_256gpu_b200_bf16_config"
+UNREAD = "megatron.bridge.recipes.new.h100.new_7b:new_7b_pretrain_config"
+OLMOE = "megatron.bridge.recipes.olmoe.h100.olmoe_7b:olmoe_7b_peft_1gpu_h100_bf16_config"
+
+SELECTIVE = {"recompute": "selective"}
+GRAPHS = {"cuda_graph_impl": "transformer_engine"}
+OVERLAP, DELAY = "--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"
+PADDING = "--moe-router-padding-for-quantization"
+LORA = "LoRA on linear_fc1 and linear_fc2"
+
+# Recipes that run and have a row for each feature.
+RUN: dict[str, dict[str, str]] = {
+    "as it is": {},
+    "flex": {"dispatcher": "flex"},
+    "tensor parallel": {"TP": "2"},
+    "moe_act": SELECTIVE | {"recompute_modules": "['moe_act', 'moe']"},
+    "latent attention": SELECTIVE | {"recipe": KIMI, "recompute_modules": "['mla_up_proj']"},
+    "scope without graphs": {"cuda_graph_scope": "full"},
+    "Muon": {"optimizer": "muon"},
+    "Muon, distributed": {"optimizer": "opt:distributed_muon_with_cosine_annealing"},
+    "a performance recipe": {"recipe": PERF_V3, "pool": "perf"},
+    "LoRA on attention": {"pool": "peft"},
+}
+# Recipes that run but have features without a row, or with no known proof.
+UNPROVED = {"HybridModel": NANO, "repeated MTP": SUPER, "sparse attention": GLM5, "unread": UNREAD}
+NO_ROW = (("Mamba layers",), ("Mamba layers",), ("sparse attention",), None)
+# Fields, verdict, quoted fields, and those of them to remove: all, or these.
+OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] = {
+    "unproved module": (
+        SELECTIVE | {"recompute_modules": "['moe', 'mhc']"},
+        Verdict.REFUSED,
+        ["--recompute-modules moe mhc: no test proves"],
+        [],
+    ),
+    "what no release of Megatron builds": (
+        {"recipe": DEEPSEEK_V4, "precision": "fp8_mx"},
+        Verdict.REFUSED,
+        ["hash routing, compressed sparse attention and hyper-connections of DeepSeek-V4: mega"],
+        [],
+    ),
+    "no expert parallelism": (
+        {"EP": "", "ep_overlap": "True"},
+        Verdict.SET_EP,
+        ["--expert-model-parallel-size 1", OVERLAP],
+        [OVERLAP],
+    ),
+    "overlap": (
+        {"ep_overlap": "True", "delay_wgrad": "True", "dispatcher": "flex"},
+        Verdict.SPEED_ONLY,
+        [f"{DELAY}: ", f"{OVERLAP}: "],
+        None,
+    ),
+    "graphs": (
+        GRAPHS | {"cuda_graph_scope": "['attn']"},
+        Verdict.SPEED_ONLY,
+        ["--cuda-graph-impl transformer_engine"],
+        None,
+    ),
+    "graphs of whole layers": (
+        GRAPHS | {"cuda_graph_scope": "full"},
+        Verdict.SPEED_ONLY,
+        ["--cuda-graph-impl transformer_engine", "--cuda-graph-modules full"],
+        None,
+    ),
+    "fp8": (
+        {"precision": "fp8_mx", "delay_wgrad": "True"},
+        Verdict.PRECISION,
+        ["--fp8-format e4m3", DELAY],
+        None,
+    ),
+    "fp4": (
+        {"precision": "bf16_with_nvfp4_mixed"},
+        Verdict.PRECISION,
+        ["--fp4-format e2m1"],
+        None,
+    ),
+    "gpt-oss in fp8": (
+        {"recipe": GPT_OSS, "precision": "bf16_with_mxfp8_mixed"},
+        Verdict.PRECISION,
+        ["--fp8-format e4m3", f"{PADDING} with fp8"],
+        None,
+    ),
+    "expert tensor parallel": (
+        {"ETP": "2"},
+        Verdict.REFUSED,
+        ["--expert-tensor-parallel-size 2"],
+        [],
+    ),
+    "LoRA on all": (
+        {"recipe": PERF_V3.replace("pretrain", "peft"), "pool": "perf"},
+        Verdict.REFUSED,
+        [LORA],
+        [],
+    ),
+    "LoRA on experts": ({"pool": "peft", "recipe": OLMOE}, Verdict.REFUSED, [LORA], []),
+}
+
+
+@pytest.mark.parametrize("case", RUN)
+def test_a_recipe_that_runs_has_a_row_for_each_feature(case):
+    found = judge_recipe(NONE | RUN[case])
+    assert found.verdict is Verdict.RUNS and found.proof and found.proof.no_row == ()
+    assert (*found.because, *found.drop) == ()
+
+
+@pytest.mark.parametrize(("case", "no_row"), [*zip(UNPROVED, NO_ROW, strict=True)])
+def test_a_recipe_that_runs_without_a_row_is_said_to(case, no_row):
+    found = judge_recipe(NONE | {"recipe": UNPROVED[case]})
+    assert (found.verdict, found.drop) == (Verdict.RUNS, ())
+    assert (found.proof.no_row if found.proof else None) == no_row
+    assert "".join(found.because).startswith("" if no_row else "its fields alone were judged")
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_a_recipe_that_cannot_run_as_it_is_quotes_the_fields(case):
+    fields, verdict, because, drop = OTHERS[case]
+    found = judge_recipe(NONE | fields)
+    flags = [reason.partition(" ")[0].rstrip(":") for reason in because]
+    assert (found.verdict, [*found.drop]) == (verdict, flags if drop is None else drop)
+    assert len(found.because) == len(because), found.because
+    assert all(map(str.startswith, found.because, because)), found.because
+    has_proof = verdict in (Verdict.SPEED_ONLY, Verdict.PRECISION)
+    assert (found.proof is not None and found.proof.no_row == ()) is has_proof
+
+
+def test_dropping_what_is_named_is_what_the_verdict_promises():
+    row = next(row for row in IMPLIED if "use_transformer_engine_op_fuser" in row.settings)
+    recipe = f"qwen3_moe{row.recipes.strip('$')}"
+    assert row in implied_by(recipe)
+    found = judge_recipe(NONE | {"recipe": recipe})
+    assert found.verdict is Verdict.SPEED_ONLY
+    assert found.drop == ("--moe-mlp-glu-interleave-size", "--use-transformer-engine-op-fuser")
+
+
+def test_a_dense_model_is_refused_and_not_sent_to_expert_parallelism():
+    settings = Namespace(num_experts=None, expert_model_parallel_size=1)
+    found = judge(settings)
+    assert found.verdict is Verdict.REFUSED
+    assert "no experts" in found.because[0]
+
+
+# Fields without a column in the tables of recipes; their functions set them at 067f987d.
+OFFLOADING, FSDP = "--fine-grained-activation-offloading", "--use-megatron-fsdp"
+UNSAID = {
+    "deepseek.gb200.deepseek_v3:deepseek_v3_pretrain_256gpu_gb200_fp8mx_partial_cg_dev": OFFLOADING,
+    "deepseek.gb300.deepseek_v3:deepseek_v3_pretrain_128gpu_gb300_fp8mx_hsdp": FSDP,
+    "nemotronh.gb200.nemotronh:nemotron_3_ultra_pretrain_256gpu_gb200_fp8mx": FSDP,
+    "nemotronh.h100.nemotronh:nemotron_3_super_pretrain_64gpu_h100_bf16": (
+        "--moe-expert-capacity-factor"
+    ),
+    "nemotronh.h100.nemotronh:nemotron_3_5_lightning_pretrain_16gpu_h100_bf16": OFFLOADING,
+}
+
+
+@pytest.mark.parametrize("recipe", UNSAID)
+def test_settings_that_no_column_has_are_known_of_their_recipes(recipe):
+    found = judge_recipe(NONE | {"recipe": f"{PERF}.{recipe}_config", "pool": "perf"})
+    assert found.verdict is Verdict.REFUSED
+    assert any(reason.startswith(UNSAID[recipe]) for reason in found.because), found.because
+
+
+def test_a_verdict_names_the_settings_that_it_does_not_know():
+    found = judge_recipe(NONE)
+    assert {"moe_expert_capacity_factor", "use_megatron_fsdp"} < {*found.if_none_of}
+    assert "moe_token_dispatcher_type" not in found.if_none_of
+    assert judge_recipe(NONE | {"EP": "1"}).if_none_of == ()
+    given = dict.fromkeys(found.if_none_of, "")
+    assert judge_recipe(NONE | given).if_none_of == ()
+    # Each of them would have changed the verdict.
+    for name in found.if_none_of:
+        value = "1.25" if "factor" in name else "32" if "size" in name or "num" in name else "True"
+        # Router padding is for fp8 alone.
+        fields = NONE | ({"precision": "fp8_mx"} if "padding_for" in name else {})
+        before, after = judge_recipe(fields), judge_recipe(fields | {name: value})
+        assert (before.verdict, before.drop) != (after.verdict, after.drop), name
+        assert name not in after.if_none_of
+
+
+def test_settings_and_sizes_that_cannot_be_are_quoted():
+    with pytest.raises(ValueError, match=r"use_megatron_fsdp 'maybe': give True, False, a number"):
+        judge_recipe(NONE | {"use_megatron_fsdp": "maybe"})
+    for name in ("expert_model_parallel_size", "num_experts"):
+        settings = {"num_experts": 8, "expert_model_parallel_size": 4} | {name: 10**18}
+        flag = f"--{name.replace('_', '-')}"
+        with pytest.raises(ValueError, match=f"{flag} '{10**18}': more than there can be"):
+            judge(Namespace(**settings))
+
+
+def test_the_fields_of_a_recipe_may_be_yaml(tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    fields = NONE | {"recompute": "selective", "cuda_graph_impl": "local", "optimizer": "lion"}
+    lines = [f"{name}: '{value}'" for name, value in fields.items() if name != "recompute_modules"]
+    path.write_text("\n".join([*lines, "recompute_modules: [moe, mla_up_proj]"]))
+    assert cli.main(["check-recipe", str(path)]) == STATUS[Verdict.SPEED_ONLY] == 3
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "runs without these speed-only flags: --cuda-graph-impl, if the recipe sets none of: expert"
+    )
+    assert "; their speed-up is lost, and no figure weighs it; each feature proved by a row" in said
+    assert "  --cuda-graph-impl local: " in said
+    path.write_text("recipe: x\n")
+    assert cli.main(["check-recipe", str(path)]) == 2
+    assert "no field pool" in capsys.readouterr().err
+
+
+def test_every_verdict_has_a_status_of_its_own_and_none_is_that_of_an_error():
+    assert set(STATUS) == set(Verdict)
+    assert len(set(STATUS.values()) | {2}) == len(Verdict) + 1
+    assert STATUS[Verdict.RUNS] == 0

@@ -1,0 +1,316 @@
+"""The report page has its run's numbers, escapes quoted text, and is reproducible."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import json
+import os
+import re
+import shlex
+import sys
+
+import markupsafe
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from plotly.offline import get_plotlyjs
+
+from megatron_laer.telemetry.metrics_file import recording_path
+from megatron_laer.tools import cli
+from megatron_laer.tools.report import expert_figures
+from megatron_laer.tools.report.assessment import assess
+from megatron_laer.tools.report.bins import MAX_BINS, bin_edges, binned
+from megatron_laer.tools.report.metrics_recording import read_metrics
+from megatron_laer.tools.report.plots import rounded
+from megatron_laer.tools.report.recorded import recorded_run
+from megatron_laer.tools.report.run_files import find_run
+from megatron_laer.tools.traces import read_trace
+from tests import fuzz
+from tests.recorded_runs import COSTS, OWN, RUN, STEPS, record_run
+from tests.tools.plan_cases import drifting_trace, recording
+from tests.tools.report_pages import data_of, figure_of, report, values_of, written
+
+# Without the data, nearly all of the file is plotly.js.
+MAX_BYTES = 6 * 2**20
+HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028\"'{{DATA}}"
+
+
+def test_the_page_has_the_numbers_of_the_recording(folder, tmp_path, capsys):
+    page = written(tmp_path, folder)
+    data, recording = data_of(page), read_metrics(recording_path(folder, 0))
+    of = recording.of_layers
+    assert values_of(data, "FSEP: max/mean") == rounded(of["max_over_mean"].T)
+    assert values_of(data, "Stock's placement, same") == rounded(of["stock_max_over_mean"].T)
+    times = figure_of(data, "A step's time")["data"]
+    assert times[0]["x"] == list(range(STEPS))
+    for step, column in enumerate(zip(*(trace["y"] for trace in times), strict=True)):
+        assert sum(column) == pytest.approx(recording.of_steps["step_ms"][step], rel=1e-3)
+    for trace in figure_of(data, "Tokens of each expert")["data"]:
+        assert np.mean(trace["z"], axis=0) == pytest.approx(np.ones(STEPS), rel=2e-2)
+    for trace in figure_of(data, "Slots of each expert")["data"]:
+        assert (np.sum(trace["z"], axis=0) == 4 * 3).all()
+    fresh = 100 * of["fresh"].sum() / of["passes"].sum()
+    assert f"{fresh:.4g} % of microbatches got a layout of their own" in page
+    assert f"<td>{of['max_over_mean'].max():.4g}</td>" in page
+    out, err = capsys.readouterr()
+    assert "of forced balance; imbalance cost " in out
+    assert err == ""
+
+
+def test_the_assessment_is_worked_out_as_it_says(folder):
+    files = find_run(folder, None)
+    assert files.trace is not None and files.metrics is not None
+    run = recorded_run(files, read_metrics(files.metrics), read_trace(files.trace))
+    assessment = assess(run)
+    lost = stock = 0.0
+    for step, layer in np.ndindex(run.imbalance_TL.shape):
+        ratio, by_stock = run.imbalance_TL[step, layer], run.stock_TL[step, layer]
+        time_s = run.layer_ms_TL[step, layer] * 1e-3
+        lost += time_s - time_s / ratio
+        stock += time_s / ratio * by_stock - time_s / ratio
+    assert assessment.imbalance_s == pytest.approx(lost)
+    assert assessment.stock_s == pytest.approx(stock)
+    names = ("restore_wait_ms", "reduce_wait_ms", "decide_ms")
+    waits = sum(run.of_steps[name].sum() for name in names)
+    total_s = run.of_steps["step_ms"].sum() * 1e-3
+    assert assessment.kept == pytest.approx((total_s - lost - waits * 1e-3) / total_s)
+    assert assessment.sentence().startswith(f"kept {100 * assessment.kept:.1f} % of forced balance")
+
+
+def test_the_page_loads_nothing_and_is_the_same_each_time(folder, tmp_path):
+    page = written(tmp_path, folder)
+    ours = page.replace(get_plotlyjs(), "")
+    assert len(page.encode()) < MAX_BYTES and len(ours.encode()) < 2**17
+    assert "default-src 'none'" in page
+    assert re.findall(r"""(?:src|href)=["'](?!#)[^"']*""", ours) == []
+    assert "http" not in ours.replace('http-equiv="Content-Security-Policy"', "")
+    assert "{{" not in ours
+    assert written(tmp_path, folder) == page
+
+
+def test_plotly_knows_every_property_of_the_figures(folder, tmp_path):
+    data = data_of(written(tmp_path, folder, "--compare", folder))
+    assert len(data["figures"]) >= 15
+    for figure in data["figures"]:
+        go.Figure(figure["data"], figure["layout"])
+        for axis in ("xaxis", "yaxis"):
+            assert figure["layout"][axis]["title"]["text"], figure["title"]
+        for trace in figure["data"]:
+            assert trace["type"] != "heatmap" or trace["colorbar"]["title"]["text"]
+
+
+@pytest.mark.parametrize("package", ["plotly", "jinja2"])
+def test_a_missing_package_is_named_in_one_line(tmp_path, monkeypatch, capsys, package):
+    monkeypatch.delitem(sys.modules, "megatron_laer.tools.report.page", raising=False)
+    for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert report(tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"report needs the package {package}: `pip install 'megatron_laer[tools]'`" in line
+
+
+def test_a_run_that_goes_on_is_shown_up_to_its_last_whole_step(folder, tmp_path):
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[:-5])
+    data = data_of(written(tmp_path, folder))
+    assert figure_of(data, "FSEP: max/mean")["data"][0]["x"][-1] == STEPS - 2
+
+
+def test_what_a_run_says_of_itself_cannot_end_a_script_or_become_an_element(tmp_path):
+    folder = tmp_path / "<img src=x>&run"
+    record_run(folder, layers=(HOSTILE, "layer 2"), run=RUN | {"planner": HOSTILE})
+    page = written(tmp_path, folder)
+    ours = page.replace(get_plotlyjs(), "")
+    assert ours.count("<script") == ours.count("</script>") == 3
+    assert "<img" not in ours
+    assert str(markupsafe.escape(HOSTILE)) in ours
+    assert "<" not in figure_of(data_of(page), "FSEP: max/mean")["data"][0]["y"][0]
+
+
+def test_a_trace_alone_is_replayed_as_training_would_have_planned_it(tmp_path):
+    trace = drifting_trace(steps=8)
+    path = recording(tmp_path / "x.trace", trace)
+    words = (path, "--capacity", 3, "--node-size", 2)
+    data = data_of(written(tmp_path, *words))
+    assert data["is_measured"] is False
+    assert "A step's time" not in str(data)
+    fsep = np.array(values_of(data, "FSEP: max/mean"))
+    stock = np.array(values_of(data, "Stock's placement, same"))
+    assert (fsep >= 1).all() and fsep.mean() < stock.mean()
+    # From `plan`, in the same mode, without the first step, which has no forecast.
+    plan = tmp_path / "plan.json"
+    options = "--strategy greedy --mode adaptive --capacity 3 --node-size 2".split()
+    assert cli.main(["plan", str(path), *options, "--json", str(plan)]) == 0
+    (row,) = (row for row in json.loads(plan.read_text())["rows"] if row["strategy"] == "greedy")
+    assert fsep[:, 1:].mean() == pytest.approx(row["mean"], rel=1e-3)
+
+
+def test_two_runs_are_compared_and_one_without_a_trace_has_a_page_that_says_so(folder, tmp_path):
+    other = tmp_path / "other"
+    record_run(other, steps=3, has_trace=False)
+    page = written(tmp_path, folder, "--compare", other)
+    data = data_of(page)
+    for title in (f"{other}: max/mean", f"{other}: A step's time"):
+        assert figure_of(data, title)["data"][0]["x"] == [0, 1, 2]
+    assert f'<th scope="col">{other}</th>' in page
+    page = written(tmp_path, other)
+    assert "Tokens of each expert" not in page and data_of(page)["what_if"] == []
+    assert "Without --fsep-record-trace" in page
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_whose_numbers_are_not_there_has_a_page_without_them(folder, tmp_path):
+    path = recording_path(folder, 0)
+    path.write_text(
+        fuzz.resealed(re.sub(r'("[a-z_]+_(?:ms|mean)":)[\d.e+-]+', r"\1null", path.read_text()))
+    )
+    page = written(tmp_path, folder)
+    ours = page.replace(get_plotlyjs(), "")
+    assert "step time, median" not in ours and not re.search(r"\bnan\b", ours)
+    assert figure_of(data_of(page), "A step's time")["data"][1]["y"] == [0] * STEPS
+
+
+def test_losses_of_a_log_beside_the_recordings_are_shown(folder, tmp_path):
+    lines = [
+        f" iteration {step:8d}/{STEPS:8d} | consumed samples: 8 | lm loss: {9 - step:.3E} |"
+        for step in range(1, STEPS + 1)
+    ]
+    (folder / "train.log").write_text("\n".join(lines))
+    (trace,) = figure_of(data_of(written(tmp_path, folder)), "Loss")["data"]
+    assert (trace["x"], trace["y"]) == ([1, 2, 3, 4, 5], [8, 7, 6, 5, 4])
+
+
+def test_steps_are_thinned_out_by_their_means():
+    values_TL = np.arange(1000.0)[:, None] * [1.0, 2.0]
+    values_TL[3, 1] = np.nan
+    edges = bin_edges(1000, MAX_BINS)
+    assert len(edges) - 1 <= MAX_BINS
+    means_BL = binned(values_TL, edges)
+    for mean_L, (begin, end) in zip(means_BL, itertools.pairwise(edges), strict=True):
+        assert mean_L == pytest.approx(np.nanmean(values_TL[begin:end], axis=0))
+    assert np.isnan(binned(np.full((4, 1), np.nan), bin_edges(4, 2))).all()
+
+
+def test_how_uneven_experts_are_is_the_gini_coefficient():
+    for tokens_E, expected in (([5] * 8, 0.0), ([0, 0, 0, 9], 0.75), ([1, 3], 0.25)):
+        assert expert_figures._gini(np.array(tokens_E)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("name", ["train.log", "group-0.jsonl", "group-0.trace", "metrics-0.jsonl"])
+def test_a_file_that_cannot_be_read_is_refused_by_name(folder, tmp_path, capsys, name):
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("/proc/self/mem")  # a regular file whose first byte cannot be read
+    assert report(folder, "--out", tmp_path / "page.html") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and len(err.splitlines()) == 1
+    assert f"[Errno 5] Input/output error: '{folder}/{name}'" in err
+    assert not (tmp_path / "page.html").exists()
+
+
+@pytest.mark.parametrize("name", ["metrics-1.jsonl", "group-007.jsonl", "new.log", "link.html"])
+def test_no_page_is_written_under_a_name_that_is_read_the_next_time(folder, tmp_path, capsys, name):
+    (folder / "link.html").symlink_to("new.log")
+    trace = recording(tmp_path / "x.trace", drifting_trace(steps=2))
+    for words in ((folder,), (trace, "--compare", folder)):
+        assert report(*words, "--out", folder / name) == 2
+        assert "would be read as a file of the run the next time" in capsys.readouterr().err
+
+
+def test_texts_that_are_not_utf_8_are_shown_with_escapes(tmp_path):
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    record_run(folder, run=RUN | {"planner": "\udce9"})
+    page = written(tmp_path, folder)
+    assert "caf\\udce9</h1>" in page and "<td>\\udce9</td>" in page
+
+
+OTHER = {
+    "cluster": OWN.name,
+    "token_exchange": "node",
+    "top_k": "3",
+    "gated": "False",
+    "bytes_per_element": "4",
+    "restore_algorithm": "node",
+    "recompute": "full",
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "cluster"),
+    [(RUN, None), (RUN | OTHER, OWN), (RUN | OTHER, None), (RUN | {"sharding": "experts"}, None)],
+    ids=["by default", "of its own", "no constants"],
+)
+def test_commands_of_the_what_if_print_their_rows_again(tmp_path, run, cluster):
+    folder = tmp_path / "run"
+    record_run(folder, run=run, cluster=cluster)
+    rows = data_of(written(tmp_path, folder))["what_if"]
+    assert {row["capacity"] for row in rows} == {2, 3, 4}
+    assert {row["mode"] for row in rows} == {"-", "forecast", "exact", "adaptive"}
+    for number, row in enumerate(rows):
+        words = shlex.split(row["command"])
+        assert words[:4] == ["python", "-m", "megatron_laer", "plan"]
+        out = tmp_path / f"{number}.json"
+        assert cli.main([*words[3:], "--json", str(out)]) == 0
+        keys = ("strategy", "mode", "capacity")
+        again = json.loads(out.read_text())["rows"]
+        (found,) = [one for one in again if all(one[key] == row[key] for key in keys)]
+        for name in ("cases", "mean", "p95", "p99", "off_node_share", "replan_share", "layer_ms"):
+            assert found[name] == row[name], (row["command"], name)
+
+
+def test_a_run_is_predicted_with_the_constants_that_it_recorded(tmp_path, capsys):
+    """Use neither the default cluster's constants nor a file."""
+    rows = {}
+    for cluster in (OWN, COSTS.cluster):
+        record_run(tmp_path / cluster.name, run=RUN | {"cluster": cluster.name}, cluster=cluster)
+        page = written(tmp_path, tmp_path / cluster.name)
+        assert f"2 bytes per number, on {cluster.name}." in page and "taken instead" not in page
+        rows[cluster.name] = data_of(page)["what_if"]
+        assert not any("--cluster" in row["command"] for row in rows[cluster.name])
+    for own, other in zip(*rows.values(), strict=True):
+        assert own["layer_ms"] > 1.5 * other["layer_ms"]
+    page = written(tmp_path, tmp_path / OWN.name, "--cluster", COSTS.cluster.name)
+    again, there = data_of(page)["what_if"], rows[COSTS.cluster.name]
+    assert [row["layer_ms"] for row in again] == [row["layer_ms"] for row in there]
+    assert all(f"--cluster {COSTS.cluster.name}" in row["command"] for row in again)
+    assert capsys.readouterr().err == ""
+
+
+def test_settings_that_cannot_be_used_are_named_with_what_is_taken_instead(tmp_path, capsys):
+    wrong = {
+        "cluster": ("../x.yaml", "a100-4x8-ib800 for cluster '../x.yaml', whose constants it"),
+        "hidden": ("wide", "4096 for hidden 'wide'"),
+        "ffn": ("0", "14336 for ffn '0'"),
+        "gated": ("maybe", "True for gated 'maybe'"),
+        "recompute": ("True", "none for recompute 'True'"),
+        "restore_algorithm": ("pigeon", "flat for restore_algorithm 'pigeon'"),
+        "token_exchange": ("auto", "rank for token_exchange 'auto'"),
+        "top_k": ("\x1b[31m", "2 for top_k '\\x1b[31m'"),
+    }
+    noted = {name: value for name, (value, _) in wrong.items()}
+    record_run(tmp_path / "run", run=noted, cluster=None)
+    page = html.unescape(written(tmp_path, tmp_path / "run"))
+    err = capsys.readouterr().err
+    assert len(err.splitlines()) == 1 and err.strip().isprintable()
+    missing = "2 for bytes_per_element, which is missing"
+    for says in (*(says for _, says in wrong.values()), missing):
+        assert says in err.partition("taken instead: ")[2]
+        assert says in page.partition("taken instead: ")[2]
+    assert "taken instead" not in written(tmp_path, tmp_path / "run", "--cases", 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_trace_beside_its_metrics_is_predicted_as_the_run_was(tmp_path):
+    record_run(tmp_path / "run", run=RUN | OTHER, cluster=OWN)
+    trace = tmp_path / "run" / "group-0.trace"
+    page = written(tmp_path, trace)
+    sent = "tokens sent by node, on my-machine"
+    assert f"experts of 4096 x 14336, not gated, 4 bytes per number, {sent}" in page
+    settings = dict(re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', page))
+    assert settings["ranks per node G"] == "2" and settings["slots per rank C"] == "3"
+    (trace.parent / "metrics-0.jsonl").rename(tmp_path / "moved")
+    (trace.parent / "metrics-0.jsonl").symlink_to(tmp_path / "moved")
+    assert report(trace, "--out", tmp_path / "moved") == 2
+    page = written(tmp_path, trace, "--config", "mixtral-8x7b-e8k2")
+    assert f"experts of 4096 x 14336, 2 bytes per number, {sent}" in page

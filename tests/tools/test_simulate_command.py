@@ -1,0 +1,112 @@
+"""`simulate`: its output, files and refusals."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+
+import pytest
+
+from megatron_laer.telemetry.trace_events import TRACKS
+from megatron_laer.tools import cli
+from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED
+from megatron_laer.tools.simulator.iteration.methods import METHODS
+from tests.tools.plan_cases import drifting_trace, recording
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    return recording(tmp_path_factory.mktemp("trace") / "x.trace", drifting_trace())
+
+
+def simulated(out, *words, capsys):
+    """Return the written JSON with the printed lines, after a run without errors."""
+    assert cli.main(["simulate", *map(str, words), "--json", str(out)]) == 0
+    printed, err = capsys.readouterr()
+    assert err == ""
+    return json.loads(out.read_text()) | {"lines": printed.splitlines()}
+
+
+TINY = "--model mixtral-8x7b-e8k2 --node-size 2".split()
+
+
+def test_the_command_prints_writes_and_draws(tmp_path, path, capsys):
+    pytest.importorskip("matplotlib")
+    json_file, png, timeline = (tmp_path / name for name in ("x.json", "x.png", "t.json"))
+    files = ["--png", png, "--timeline", timeline]
+    written = simulated(json_file, path, *TINY, *files, capsys=capsys)
+    expected = "N=4 G=2 C=3 adaptive T=2048: 2048 tokens per rank and microbatch, 3 microbatches"
+    assert any(expected in line for line in written["lines"])
+    assert png.read_bytes().startswith(b"\x89PNG")
+
+    assert written["advice"] == written["lines"][-1]
+    assert written["advice"].startswith(("Use FSEP", "Do not use FSEP here", "Undecided"))
+    assert list(written["methods"]) == list(METHODS)
+    for method in written["methods"].values():
+        seconds = method["iteration_s"]
+        assert seconds["low"] < seconds["value"] < seconds["high"]
+        assert set(method["exposed_s"]) == set(EXPOSED)
+        assert set(method["compute_s"]) == set(COMPUTE)
+        parts = [*method["exposed_s"].values(), *method["compute_s"].values(), method["waiting_s"]]
+        assert sum(parts) == pytest.approx(seconds["value"])
+        assert set(method["bytes"]) == {"intra", "inter"}
+        assert method["peak_bytes"] == pytest.approx(sum(method["memory_bytes"].values()))
+        assert method["tokens_per_s"] == pytest.approx(4 * 2048 * 3 / seconds["value"])
+        assert method["naive_s"] > 0 and 0 < method["mfu"] < 1
+    assert written["cases"][0]["methods"] == written["methods"]
+
+    events = json.loads(timeline.read_text())["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert "fsep, stage 0, rank 3 of the group" in names and len(names) == 4 * len(METHODS)
+    bars = [event for event in events if event["ph"] == "X"]
+    assert {bar["cat"] for bar in bars} == set(TRACKS)
+    assert {"restore layer 2", "reduce layer 2", "dispatch layer 2", "step 1"} <= {
+        bar["name"] for bar in bars
+    }
+    last_us = max(bar["ts"] + bar["dur"] for bar in bars)
+    slowest = max(method["iteration_s"]["value"] for method in written["methods"].values())
+    # The timeline shows one step, the figures are means of three.
+    assert last_us == pytest.approx(1e6 * slowest, rel=0.5)
+
+
+def test_several_values_are_a_sweep(tmp_path, path, capsys):
+    words = "--ranks 4 8 --capacity 2 3 --mode forecast exact --method stock fsep --steps 1"
+    words += " --tokens 32768"
+    found = simulated(tmp_path / "x", path, *TINY, *words.split(), capsys=capsys)
+    cases = found["cases"]
+    assert {(case["tokens"], case["world"] // case["ranks"]) for case in cases} == {(32768, 1)}
+    assert [(case["ranks"], case["capacity"], case["mode"]) for case in cases] == [
+        *itertools.product((4, 8), (2, 3), ("forecast", "exact"))
+    ]
+    assert any("N=8 C=3 exact  " in line for line in found["lines"])
+    assert "Use FSEP (with N=" in found["advice"]
+
+
+W0 = "--workload W0 --ranks 8 --model mixtral-8x7b-e8k2 --steps 1"
+FITS = "{path} --model mixtral-8x7b-e8k2 --node-size 2 --tokens 32768 --steps 1 --method stock fsep"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (f"{W0} --tokens 512", r"Do not use FSEP here.*restore costs.*$"),
+        (f"{FITS} --memory-gib 1", r"\nDo not use FSEP here: it needs .*$"),
+        (f"{FITS} --memory-gib 10000", r"Use FSEP \(C = 3.*$"),
+        (f"{W0} --experts 9 --tokens 64", r"no fsdp\+ep: FSDP\+EP needs E/C groups of ranks"),
+    ],
+    ids=["balanced routing", "little memory", "enough memory", "a method that cannot run"],
+)
+def test_advice_and_omissions_are_explained(tmp_path, path, capsys, words, said):
+    found = simulated(tmp_path / "x", *words.format(path=path).split(), capsys=capsys)
+    assert re.search(said, "\n".join(found["lines"]))
+
+
+def test_the_hosts_gap_is_added_once(tmp_path, path, capsys):
+    words = "--method stock --steps 1 --microbatches 2 --host-gap-ms".split()
+    before, after = (
+        simulated(tmp_path / "x", path, *TINY, *words, gap_ms, capsys=capsys)["methods"]["stock"]
+        for gap_ms in (0, 250)
+    )
+    assert after["exposed_s"]["host"] - before["exposed_s"]["host"] == pytest.approx(0.25)
+    assert after["iteration_s"]["value"] - before["iteration_s"]["value"] == pytest.approx(0.25)

@@ -1,0 +1,159 @@
+"""The workloads W0 to W7: their definitions, and reasons for how well each is balanced."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from benchmarks.splits import split_exactly
+from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.tools.traces.workloads import (
+    WORKLOADS,
+    WorkloadShape,
+    experts_of_tokens,
+    workload_counts,
+    workload_trace,
+)
+
+# N, E, C on nodes of 8: scarce slots, the paper's dead spot, plenty, and more ranks than experts.
+SHAPES = ((16, 32, 3), (16, 32, 4), (16, 32, 6), (32, 8, 2))
+TOKENS, TOPK = 2048, 2
+
+# Mean max/mean with a layout one microbatch old, by shape. Seeds 1 to 7 stay a little below; the
+# test takes another seed, which influenced no choice in the planner.
+MICROBATCH_OLD_BOUNDS = {
+    "W0": (1.0, 1.0, 1.0, 1.0),
+    # Counts change only by sampling noise. With two spare slots per rank all of it flows off; with
+    # one, ranks full of hot replicas have no neighbour for it.
+    "W1": (1.02, 1.001, 1.001, 1.001),
+    "W2": (1.02, 1.001, 1.001, 1.001),
+    "W3": (1.02, 1.001, 1.001, 1.001),
+    # The mean load itself changes with the number of tokens; only proportions matter.
+    "W4": (1.03, 1.001, 1.001, 1.001),
+    # Half of the experts have twice a fair share each, and the others are empty.
+    "W5": (1.02, 1.001, 1.001, 1.001),
+    # In a third of the steps (2 of 8 here) experts go from 0.25 to 3.25 fair shares, each on one
+    # replica. One rank carries it all, or half of it at C = 6.
+    "W6": (1.65, 1.65, 1.25, 1.65),
+    # In a fourth of the steps they go from 1 to 2.5.
+    "W7": (1.40, 1.10, 1.01, 1.20),
+}
+
+# Largest share of tokens that leave their node with a layout for these very counts. With C = 6 a
+# node holds all experts, so only a node's excess leaves; the same holds in the last column.
+OFF_NODE_BOUNDS = {
+    # With one home per expert and two nodes, half of the tokens are at the wrong one. C - 2 spare
+    # slots per rank reduce that.
+    "W0": (0.50, 0.25, 0.0, 0.0),
+    # Hot experts are on all ranks; only the cold ones' tokens leave.
+    "W1": (0.14, 0.07, 0.0, 0.0),
+    "W2": (0.14, 0.07, 0.0, 0.0),
+    "W3": (0.14, 0.07, 0.0, 0.0),
+    # One node may have half as many tokens again as the other: a fifth must leave.
+    "W4": (0.46, 0.33, 0.24, 0.20),
+    # Slots of experts without tokens are not spare.
+    "W5": (0.42, 0.08, 0.0, 0.0),
+    "W6": (0.14, 0.07, 0.0, 0.0),
+    "W7": (0.46, 0.25, 0.0, 0.0),
+}
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layouts_stay_within_their_bounds(name, shape):
+    """Fresh ones balance perfectly with few tokens off the node, old ones nearly."""
+    num_ranks, num_experts, capacity = shape
+    geometry = Geometry(num_ranks, num_experts, capacity, 8)
+    static = ExpertLayout.static(num_ranks, capacity, num_experts)
+    sizes = WorkloadShape(num_ranks, num_experts, TOPK, TOKENS)
+    for step in range(8):
+        counts_NE = workload_counts(name, sizes, step, seed=11)
+        outcome = split_exactly(counts_NE, construct_layout(counts_NE, static, 8), 8)
+        assert not outcome.violation
+        assert outcome.off_node_share <= OFF_NODE_BOUNDS[name][SHAPES.index(shape)]
+    greedy = GreedyStrategy(geometry)
+    ratios = [
+        split_exactly(now_NE, greedy.plan(before_NE, static), 8).ratio
+        for before_NE, now_NE in pairwise(workload_counts(name, sizes, s, 12) for s in range(9))
+    ]
+    assert np.mean(ratios) <= MICROBATCH_OLD_BOUNDS[name][SHAPES.index(shape)]
+
+
+def test_every_workload_has_its_bounds():
+    assert set(MICROBATCH_OLD_BOUNDS) == set(OFF_NODE_BOUNDS) == set(WORKLOADS)
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_a_workload_follows_from_its_name_seed_and_step_alone(name):
+    shape = WorkloadShape(4, 16, 2, 256)
+    counts_NE = workload_counts(name, shape, 5, seed=3)
+    assert (counts_NE == workload_counts(name, shape, 5, seed=3)).all()
+    for other_NE in (workload_counts(name, shape, 6, 3), workload_counts(name, shape, 5, 4)):
+        assert (counts_NE == other_NE).all() == (name == "W0")
+    trace = workload_trace(name, shape, 7, seed=3)
+    assert trace.step_R.tolist() == list(range(7))
+    assert (trace.counts_NE(5) == counts_NE).all()
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("topk", [1, 2, 4])
+def test_tokens_have_k_different_experts(name, topk):
+    shape = WorkloadShape(4, 8, topk, 100)
+    for counts_E in workload_counts(name, shape, 3):
+        tokens = int(counts_E.sum()) // topk
+        assert tokens == 100 or name == "W4"
+        chosen_TK = experts_of_tokens(counts_E, topk)
+        assert chosen_TK.shape == (tokens, topk)
+        assert all(len(set(experts)) == topk for experts in chosen_TK.tolist())
+        assert (np.bincount(chosen_TK.ravel(), minlength=8) == counts_E).all()
+
+
+def test_a_workload_without_enough_experts_for_top_k_is_refused():
+    with pytest.raises(ValueError, match="W5 routes to 4 of 8 experts, too few for a top-k of 5"):
+        workload_counts("W5", WorkloadShape(2, 8, 5, 8), 0)
+
+
+def test_w0_is_even():
+    assert (workload_counts("W0", WorkloadShape(4, 8, 2, 400), 0) == 100).all()
+
+
+# With 4 of 16 experts hot and three of K = 4 tokens on them, a hot one has 13/16 · 4 = 3.25 fair
+# shares. A cold one has a quarter.
+@pytest.mark.parametrize("name", ["W1", "W2", "W3", "W6"])
+def test_a_quarter_of_the_experts_is_hot(name):
+    shares_E = shares(name)
+    assert np.allclose(np.sort(shares_E), [0.25] * 12 + [3.25] * 4, rtol=0.1)
+
+
+def test_workloads_are_uneven_as_they_are_described():
+    assert hot("W2") == [0, 1, 2, 3]
+    assert hot("W3") == [0, 4, 8, 12]
+    assert len({tuple(hot("W1", seed=seed)) for seed in range(5)}) == 5
+    # W4 is uneven at the sources alone.
+    tokens_N = workload_counts("W4", WorkloadShape(16, 16, 2, 4000), 0).sum(axis=1) // 2
+    assert 500 <= tokens_N.min() < 2000 < 5000 < tokens_N.max() <= 8000
+    assert np.allclose(shares("W4"), 1.0, rtol=0.1)
+    # Half of the experts of W5 have no tokens.
+    assert np.allclose(shares("W5"), [0.0] * 8 + [2.0] * 8, rtol=0.1, atol=0)
+    # W6 moves on every third step, and every fourth step of W7 is a burst.
+    firsts = [hot("W6", step)[0] for step in range(15)]
+    assert firsts == [first for first in (0, 4, 8, 12, 0) for _ in range(3)]
+    largest = [shares("W7", step).max() for step in range(8)]
+    assert np.allclose(largest, [1, 1, 1, 2.5] * 2, rtol=0.1)
+    assert hot("W7", 3) == [0, 1, 2, 3]
+
+
+def shares(name: str, step: int = 0, seed: int = 0) -> np.ndarray:
+    loads_E = workload_counts(name, WorkloadShape(16, 16, 2, 4000), step, seed).sum(axis=0)
+    found: np.ndarray = loads_E / loads_E.mean()
+    return found
+
+
+def hot(name: str, step: int = 0, seed: int = 0) -> list[int]:
+    found: list[int] = np.flatnonzero(shares(name, step, seed) > 2).tolist()
+    return found
