@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding import ReplicaSlots
 from megatron_laer.runtime.comm import kernels, rows
 from megatron_laer.runtime.comm.blocks import RowBlocks, row_blocks
 from megatron_laer.runtime.comm.reduce import reduce_index
@@ -153,9 +154,9 @@ def replica_sums() -> list[ReplicaSums]:
     found = []
     for layout in LAYOUTS:
         ranks = layout.num_ranks
-        found.append(reduce_index(layout, ranks, 0, CPU).intra_node)
+        found.append(reduce_index(ReplicaSlots(layout), ranks, 0, CPU).intra_node)
         if ranks % 2 == 0:
-            index = reduce_index(layout, ranks // 2, 0, CPU)
+            index = reduce_index(ReplicaSlots(layout), ranks // 2, 0, CPU)
             assert index.inter_node is not None
             found += [index.intra_node, index.inter_node]
     return found

@@ -24,6 +24,7 @@ from benchmarks.gpu.timing import Times, copy_gb_per_s, in_turn
 from megatron_laer.config import Split
 from megatron_laer.layer.dispatch import permutation, row_map
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding import ReplicaSlots
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.reduce import reduce_index
@@ -141,7 +142,7 @@ def _of_pack(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any
 
 def _of_sum_replicas(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     layout = ExpertLayout.random(model.ranks, model.slots, model.experts, (1,))
-    sums = reduce_index(layout, model.ranks, 0, setting.device).intra_node
+    sums = reduce_index(ReplicaSlots(layout), model.ranks, 0, setting.device).intra_node
     mine = model.hidden // model.ranks
     parts_SrK = _matrices(layout.num_slots, mine, model, setting)
     main_grad_ErK = torch.zeros(

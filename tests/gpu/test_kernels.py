@@ -13,6 +13,7 @@ from megatron_laer.layer.dispatch.permutation import slot_permutation, slot_rang
 from megatron_laer.layer.dispatch.slots import to_slots
 from megatron_laer.layer.experts.gemm import gemm_names, slot_gemm
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding import ReplicaSlots
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.layout_index import layout_index
@@ -72,7 +73,7 @@ def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
 
 def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
     layout = ExpertLayout.random(8, 4, 6, (3,))
-    sums = reduce_index(layout, layout.num_ranks, 0, DEVICE).intra_node
+    sums = reduce_index(ReplicaSlots(layout), layout.num_ranks, 0, DEVICE).intra_node
     generator = torch.Generator(DEVICE).manual_seed(4)
     parts_SrK = torch.randn(layout.num_slots, 65, 33, device=DEVICE, generator=generator)
 

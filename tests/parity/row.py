@@ -57,6 +57,7 @@ class Row:
             repeated, or not all of their weights trained.
         adapt: changes the model on both sides.
         gradients: False if Megatron cannot return the first step's; norms are compared anyway.
+        not_at_home: the reason why the row does not run with experts at home, besides its settings.
         releases: True to run the row with the oldest supported Megatron as well.
     """
 
@@ -80,6 +81,7 @@ class Row:
     exchanges: tuple[int, int] | None = None
     adapt: Adapt | None = None
     gradients: bool = True
+    not_at_home: str | None = None
     releases: bool = False
 
     @property
@@ -105,7 +107,7 @@ class Row:
             return "`laer` lays out freely"
         if (self.capacity or self.experts) <= self.experts // (self.expert_parallel or self.ranks):
             return "no replica slot"
-        return None
+        return self.not_at_home
 
     @property
     def at_home(self) -> Row:

@@ -15,6 +15,7 @@ import torch
 
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding import ReplicaSlots
 from megatron_laer.runtime.comm import copies
 from megatron_laer.runtime.comm import layout_index as layout_index_file
 from megatron_laer.runtime.comm.exchange import HierarchicalExchange, ReusableWeights
@@ -155,7 +156,7 @@ def test_a_microbatch_holds_its_index_tensors_while_other_layouts_come_and_go() 
     gc.collect()
     assert all(tensor() is not None for tensor in held)
     goes_on.set()
-    slice_ErK = restored._slices.parameters[0]
+    slice_ErK = restored._share.parameters[0]
     assert torch.equal(restored.weights.matrix(0), slice_ErK[[2, 1, 0, 3]])
     restored.weights.free()
     streams.close()
@@ -196,7 +197,8 @@ AFTER = ExpertLayout.from_slots(4, 2, 4, [3, 1, 1, 2, 3, 0, 3, 2])
 
 
 def restore_of(rank: int, before: ExpertLayout | None = BEFORE, node_size: int = 2) -> RestoreIndex:
-    return restore_index(before, AFTER, node_size, rank, torch.device("cpu"))
+    slots = None if before is None else ReplicaSlots(before)
+    return restore_index(slots, ReplicaSlots(AFTER), node_size, rank, torch.device("cpu"))
 
 
 def test_the_worked_example() -> None:

@@ -170,7 +170,7 @@ def test_whatever_needs_gradients_the_weights_are_freed_and_only_trained_ones_ge
     assert restored.state == ExpertsState("layer 1")
     count = streams.exchange.count
     assert (count.restores, count.backwards, count.reduces) == (2, 1, int(first or second))
-    for parameter, is_trained in zip(restored._slices.parameters, (first, second), strict=True):
+    for parameter, is_trained in zip(restored._share.parameters, (first, second), strict=True):
         assert hasattr(parameter, "grad_added_to_main_grad") == is_trained
         assert not is_trained or parameter.main_grad.any()  # type: ignore[attr-defined]
 
@@ -195,7 +195,7 @@ def test_passes_through_one_layer_hand_on_its_weights(
     index = first.index
     if slots != [0, 1]:
         index = layout_index(ExpertLayout.from_slots(1, 2, 2, slots), CPU)
-    second = RestoredExperts.for_pass("layer 1", first._slices, index, streams)
+    second = RestoredExperts.for_pass("layer 1", first._share, index, streams)
     first.weights.hand_on(second.weights)
     second.prefetch_in_backward(first)
     middle = compute(first, ones(needs_grad=True), ones(needs_grad=True))
@@ -211,7 +211,7 @@ def test_passes_through_one_layer_hand_on_its_weights(
     assert (count.restores, count.reduces) == (2, 2)
     assert count.changes == (0 if slots == [0, 1] else 2)
     # Both passes' gradients: d/dw of the sum of four times (product of the matrices' sums) ** 2.
-    one, other = first._slices.parameters
+    one, other = first._share.parameters
     expected = 4 * 2 * one.sum() * other.sum() ** 2
     assert torch.allclose(one.main_grad, expected.expand_as(one))  # type: ignore[attr-defined]
 
@@ -276,7 +276,7 @@ def test_main_gradients_have_received_the_sums_when_autograd_is_told(
     streams: ExchangeStreams,
 ) -> None:
     restored = restored_experts(streams)
-    parameter = restored._slices.parameters[0]
+    parameter = restored._share.parameters[0]
     seen: list[torch.Tensor] = []
     node = parameter.view_as(parameter).grad_fn.next_functions[0][0]  # type: ignore[union-attr]
     node.register_prehook(lambda _: seen.append(parameter.main_grad.clone()))
