@@ -1,4 +1,4 @@
-"""The alias method for home experts in plain Python, and all layouts of small cases; cubic or worse.
+"""The alias method for home experts in plain Python, and all layouts of small cases; very slow.
 
 The most underloaded rank with a free replica slot fills its room from one expert of an overloaded
 rank. It prefers an expert that fills the room, then its own node, then the most loaded giver.

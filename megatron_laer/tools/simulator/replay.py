@@ -110,7 +110,8 @@ def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
     layer_s = costs.split_seconds(totals, decision.layout, node_size)
     fetched_bytes = 0
     if decision.replanned:
-        layer_s += costs.change_seconds(planned, decision.layout, node_size)
+        home_slots = guard.geometry.home_slots
+        layer_s += costs.change_seconds(planned, decision.layout, node_size, home_slots)
         fetched_bytes = busiest_rank(changed_traffic(guard, decision))
     return Outcome(
         num_ranks=num_ranks,
@@ -137,13 +138,16 @@ def changed_traffic(guard: Guard, decision: Decision) -> Traffic:
     """Return the traffic of the slots that a layout made after the gate changes."""
     costs, layout = guard.costs, decision.layout
     changed_S = changed_slots(decision.planned_layout, layout)
-    node_size = guard.geometry.node_size
-    return costs.restore_bytes(layout, node_size, costs.restore_algorithm, changed_S)
+    node_size, home_slots = guard.geometry.node_size, guard.geometry.home_slots
+    return costs.restore_bytes(layout, node_size, costs.restore_algorithm, changed_S, home_slots)
 
 
-def restored_bytes(layout: ExpertLayout, node_size: int, costs: CostModel) -> int:
+def restored_bytes(
+    layout: ExpertLayout, node_size: int, costs: CostModel, home_slots: int = 0
+) -> int:
     """Return the bytes that the busiest rank receives when all slots are restored once."""
-    return busiest_rank(costs.restore_bytes(layout, node_size, costs.restore_algorithm))
+    algorithm = costs.restore_algorithm
+    return busiest_rank(costs.restore_bytes(layout, node_size, algorithm, home_slots=home_slots))
 
 
 def busiest_rank(traffic: Traffic) -> int:
