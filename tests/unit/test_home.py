@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Sharding
-from megatron_laer.config import PlanMode
+from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
 from megatron_laer.layer.dispatch.permutation import run_sizes
 from megatron_laer.planner.clusters import Link
+from megatron_laer.planner.costs import typical_layout
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
@@ -19,9 +20,12 @@ from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.search import SearchStrategy
+from megatron_laer.planner.sharding import changed_slots, row_bounds
 from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
+from tests.oracles import costs as priced
 from tests.oracles import home as oracle
 from tests.oracles import planner as reference
 from tests.oracles.exact import exact_quota_NS, least_largest_load
@@ -120,8 +124,8 @@ def test_replicas_are_legal_and_never_above_stock(geometry: Geometry, kind: str,
 
     ideal = -(-int(counts_NE.sum()) // geometry.num_ranks)
     stock_N = counts_NE.sum(axis=0).reshape(geometry.num_ranks, -1).sum(axis=1)
-    largest = loads_NC.sum(axis=1).max()
-    assert ideal <= largest <= max(ideal, stock_N.max())
+    largest = int(loads_NC.sum(axis=1).max())
+    assert ideal <= largest <= max(ideal, int(stock_N.max()))
     assert made.is_ideal == (largest == ideal)
     if stock_N.max() <= ideal:
         assert made.layout == geometry.static_layout
@@ -247,3 +251,90 @@ def test_layouts_without_homes_are_refused() -> None:
         make_strategy("laer", geometry=HOMES, costs=COMPUTE_ONLY)
     with pytest.raises(ValueError, match="need --fsep-sharding experts"):
         replicate(COUNTS_NE, Geometry(4, 4, 2, 4))
+
+
+MATRICES = ((7, 3), (4, 5))
+
+
+def messages(
+    layout: ExpertLayout, geometry: Geometry, algorithm: ExchangeAlgorithm, changed_S: Bool
+) -> list[tuple[int, int, int]]:
+    """Return (from, to, elements) of every message of a restore, hop by hop."""
+    num_ranks, size, home = geometry.num_ranks, geometry.node_size, geometry.home_slots
+    wanted = [
+        (slot // geometry.capacity, int(layout.slot_expert_S[slot]))
+        for slot in np.flatnonzero(changed_S & (layout.slot_expert_S != EMPTY)).tolist()
+        if slot % geometry.capacity >= home
+    ]
+    sent = []
+    for rows, columns in MATRICES:
+        bounds = row_bounds(rows, num_ranks)
+        block_N = [(bounds[n + 1] - bounds[n]) * columns for n in range(num_ranks)]
+        if algorithm == ExchangeAlgorithm.FLAT:
+            sent += [(expert // home, to, rows * columns) for to, expert in wanted]
+            continue
+        for expert in {expert for _, expert in wanted}:
+            sent += [(expert // home, to, block_N[to]) for to in range(num_ranks)]
+        for node, _ in {(to // size, expert) for to, expert in wanted}:
+            for to in range(node * size, (node + 1) * size):
+                sent += [(n, to, block_N[n]) for n in range(to % size, num_ranks, size)]
+        for to, _ in wanted:
+            for helper in range(to // size * size, (to // size + 1) * size):
+                place = sum(block_N[n] for n in range(helper % size, num_ranks, size))
+                sent.append((helper, to, place))
+    return [message for message in sent if message[0] != message[1]]
+
+
+@settings(max_examples=80)
+@given(home_geometries(), st.sampled_from(list(ExchangeAlgorithm)), st.integers(0, 2**16))
+def test_traffic_of_replicas_equals_a_count_message_by_message(
+    geometry: Geometry, algorithm: ExchangeAlgorithm, seed: int
+) -> None:
+    layout, before = random_replicas(geometry, seed), random_replicas(geometry, seed + 1)
+    size, home = geometry.node_size, geometry.home_slots
+    changed_S = changed_slots(before, layout)
+    given = restore_traffic(layout, size, MATRICES, algorithm, changed_S, home_slots=home)
+    whole = restore_traffic(layout, size, MATRICES, algorithm, home_slots=home)
+    back = reduce_traffic(layout, size, MATRICES, algorithm, home_slots=home)
+    for traffic, slots_S in ((given, changed_S), (whole, np.ones_like(changed_S))):
+        counted = np.zeros((4, geometry.num_ranks), dtype=np.int64)
+        for source, to, elements in messages(layout, geometry, algorithm, slots_S):
+            far = int(source // size != to // size)
+            counted[far, to] += elements
+            counted[2 + far, source] += elements
+        found = (traffic.intra_N, traffic.inter_N, traffic.sent_intra_N, traffic.sent_inter_N)
+        np.testing.assert_array_equal(np.stack(found), counted)
+    np.testing.assert_array_equal(back.intra_N, whole.sent_intra_N)
+    np.testing.assert_array_equal(back.sent_inter_N, whole.inter_N)
+    stock = restore_traffic(geometry.static_layout, size, MATRICES, algorithm, home_slots=home)
+    assert not (stock.intra_N.any() or stock.inter_N.any())
+
+
+@settings(max_examples=80)
+@given(home_geometries(), st.sampled_from(list(ExchangeAlgorithm)), st.integers(0, 2**16))
+def test_native_prices_of_replicas_equal_the_plain_reference(
+    geometry: Geometry, algorithm: ExchangeAlgorithm, seed: int
+) -> None:
+    costs = make_costs(restore_algorithm=algorithm, hidden=7, ffn=5)
+    layout, before = random_replicas(geometry, seed), random_replicas(geometry, seed + 1)
+    size, home = geometry.node_size, geometry.home_slots
+    change_s = costs.change_seconds(before, layout, size, home)
+    assert change_s == priced.change_seconds(costs, before, layout, geometry)
+    assert change_s == 0.0 or change_s >= costs.least_change_seconds(geometry)
+    for beside_s in (0.0, 1e-6, 1.0):
+        expected = priced.exposed_seconds(costs, layout, size, beside_s, home)
+        assert costs.exposed_seconds(layout, size, beside_s, home) == expected[0]
+        assert costs.exposed_backward_seconds(layout, size, beside_s, home) == expected[1]
+    assert costs.exposed_seconds(geometry.static_layout, size, 0.0, home) == 0.0
+    guard = Guard(PlanMode.ADAPTIVE, costs, geometry)
+    decision = guard.decide(counts_of("zipf", geometry, seed), before)
+    if decision.replanned:
+        assert decision.cost_s == costs.change_seconds(before, decision.layout, size, home)
+
+
+def test_the_faster_way_is_chosen_for_a_typical_layout() -> None:
+    geometry = Geometry(8, 64, 9, 8, Sharding.EXPERTS)
+    chosen = make_costs().with_exchange(Auto.AUTO, geometry)
+    assert chosen.restore_algorithm in ExchangeAlgorithm
+    geometry.check_layout(typical_layout(geometry))
+    assert typical_layout(geometry) != geometry.static_layout

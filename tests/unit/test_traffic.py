@@ -11,12 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Bool
-from megatron_laer.choices import Sharding
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.sharding import changed_slots, node_sources, row_bounds
-from megatron_laer.planner.traffic import Traffic, direct_traffic, reduce_traffic, restore_traffic
+from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
 from tests.unit.planner_cases import geometries, shape_of, with_holes
 
 
@@ -124,30 +122,6 @@ def test_the_formulas_equal_a_count_message_by_message(
     there = traffic_by_message(case, algorithm)
     back = Traffic(there.sent_intra_N, there.sent_inter_N, there.intra_N, there.inter_N)
     assert_equal(reduce_traffic(*of), back)
-
-
-@settings(max_examples=60)
-@given(st.integers(2, 8), st.integers(1, 4), st.integers(0, 2**16), st.data())
-def test_home_ranks_send_whole_experts_to_each_replica(
-    ranks: int, home: int, seed: int, data: st.DataObject
-) -> None:
-    capacity = data.draw(st.integers(home + 1, ranks * home))
-    G = data.draw(st.sampled_from([g for g in range(1, ranks + 1) if ranks % g == 0]))
-    geometry = Geometry(ranks, ranks * home, capacity, G, Sharding.EXPERTS)
-    layout, before = (geometry.random_layout((seed, n)) for n in range(2))
-    counted = Traffic(*np.zeros((4, ranks), dtype=np.int64))
-    for rank in range(ranks):
-        for place, expert in enumerate(layout.experts_of(rank)):
-            source = expert // home
-            if expert in (EMPTY, before.experts_of(rank)[place]) or source == rank:
-                continue
-            near = source // G == rank // G
-            (counted.intra_N if near else counted.inter_N)[rank] += 7 * 3 + 5 * 2
-            (counted.sent_intra_N if near else counted.sent_inter_N)[source] += 7 * 3 + 5 * 2
-    changed_S = changed_slots(before, layout)
-    assert_equal(direct_traffic(layout, G, [(7, 3), (5, 2)], changed_S), counted)
-    at_home = direct_traffic(geometry.static_layout, G, [(7, 3), (5, 2)])
-    assert_equal(at_home, Traffic(*np.zeros((4, ranks), dtype=np.int64)))
 
 
 def per_node(elements_N: np.ndarray, node_size: int) -> np.ndarray:

@@ -65,9 +65,10 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
   const double kept_s = microbatch.seconds(costs, planned, decision.loads_S);
   const double least_s =
       least_layer_seconds(shape, costs, microbatch.counts_NE, microbatch.node_counts_QE);
-  // Beside a layer that takes as little as this one could. Flat exchanges do not differ.
+  // Beside a layer that takes as little as this one could. Flat exchanges of all slots do not differ.
   const auto exposed_s = [&](const int16_t* slots_S) {
-    return costs.by_node ? exposed_backward_seconds(shape, costs, slots_S, least_s) : 0.0;
+    return costs.by_node || shape.home > 0
+               ? exposed_backward_seconds(shape, costs, slots_S, least_s) : 0.0;
   };
   const double kept_exposed_s = exposed_s(planned_S);
   // Gain at most, cost at least: leaving here never changes the choice.

@@ -84,7 +84,9 @@ class _Planner:
             start_s = time.perf_counter()
             current = self.strategy.plan(forecast_NE, current)
             self.plan_s.append(time.perf_counter() - start_s)
-            self.restored_bytes.append(restored_bytes(current, self.geometry, costs))
+            self.restored_bytes.append(
+                restored_bytes(current, self.geometry.node_size, costs, self.geometry.home_slots)
+            )
         self.layouts[layer] = current
 
     def decide(self, layer: int, counts_NE: Int64) -> None:

@@ -244,11 +244,13 @@ class _Relaid:
         return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s)
 
     def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange, Exchange]:
-        costs, node_size = self.guard.costs, self.guard.geometry.node_size
+        costs, geometry = self.guard.costs, self.guard.geometry
+        node_size, home_slots = geometry.node_size, geometry.home_slots
         algorithm = costs.restore_algorithm
+        restore = costs.restore_bytes(layout, node_size, algorithm, home_slots=home_slots)
         return (
-            self._exchange(costs.restore_bytes(layout, node_size, algorithm)),
-            self._exchange(costs.reduce_bytes(layout, node_size, algorithm)),
+            self._exchange(restore),
+            self._exchange(costs.reduce_bytes(layout, node_size, algorithm, home_slots)),
         )
 
     def _exchange(self, traffic: Traffic) -> Exchange:
