@@ -68,6 +68,15 @@ class Traffic:
             sent_inter_N=self.sent_inter_N * factor,
         )
 
+    def reversed(self) -> Traffic:
+        """Return the traffic of the same messages in the other direction."""
+        return Traffic(
+            intra_N=self.sent_intra_N,
+            inter_N=self.sent_inter_N,
+            sent_intra_N=self.intra_N,
+            sent_inter_N=self.inter_N,
+        )
+
 
 def restore_traffic(
     layout: ExpertLayout,
@@ -197,10 +206,4 @@ def reduce_traffic(
 
     Elements between nodes may have another dtype (`--fsep-grad-wire-dtype`).
     """
-    there = restore_traffic(layout, node_size, matrices, algorithm)
-    return Traffic(
-        intra_N=there.sent_intra_N,
-        inter_N=there.sent_inter_N,
-        sent_intra_N=there.intra_N,
-        sent_inter_N=there.inter_N,
-    )
+    return restore_traffic(layout, node_size, matrices, algorithm).reversed()

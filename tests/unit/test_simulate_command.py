@@ -30,6 +30,26 @@ def run(*words, capsys):
 TINY = "--model mixtral-8x7b-e8k2 --node-size 2".split()
 
 
+def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, path, capsys):
+    words = ("--mode", "forecast", "--method", "stock", "laer", "fsep", "--json", tmp_path / "x")
+    found = {}
+    for sharding in ("rows", "experts"):
+        more = ("--sharding", sharding, "--strategy", "static")
+        status, _, err = run(path, *TINY, *words, *more, capsys=capsys)
+        assert status == 0, err
+        written = json.loads((tmp_path / "x").read_text())
+        assert written["sharding"] == sharding
+        found[sharding] = written["methods"]
+    rows, home = found["rows"], found["experts"]
+    # The others do not know the sharding.
+    assert (home["stock"], home["laer"]) == (rows["stock"], rows["laer"])
+    assert home["fsep"]["bytes"] == home["stock"]["bytes"] != rows["fsep"]["bytes"]
+    assert home["fsep"]["exposed_s"]["restore"] == 0 < rows["fsep"]["exposed_s"]["restore"]
+    restored = [of["fsep"]["memory_bytes"]["restored_experts"] for of in (rows, home)]
+    # Of three slots, one has no home expert.
+    assert restored[0] == pytest.approx(3 * restored[1])
+
+
 def test_the_command_prints_writes_and_draws(tmp_path, path, capsys):
     pytest.importorskip("matplotlib")
     json_file, png, timeline = (tmp_path / name for name in ("x.json", "x.png", "t.json"))

@@ -16,13 +16,14 @@ from typing import Protocol
 import numpy as np
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import Sharding
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode, Split
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import Strategy, make_strategy
-from megatron_laer.planner.traffic import Traffic
+from megatron_laer.planner.traffic import Traffic, direct_traffic
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.rates import Rates
@@ -38,7 +39,7 @@ class MethodSettings:
     """Settings that methods are made from.
 
     Attributes:
-        geometry: of FSEP, LAER and FlexMoE; the others derive theirs from it.
+        geometry: of FSEP, and without its sharding of LAER and FlexMoE; the others derive theirs.
         holds_step: whether FSEP's experts stay restored over a step.
         stock_group: X of stock; None for the largest possible.
     """
@@ -87,6 +88,9 @@ def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
     makers = {STOCK: _stock, FSDP_EP: _fsdp, FLEXMOE: _flexmoe, LAER: _laer, FSEP: _fsep}
     if name not in makers:
         raise ValueError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
+    if name != FSEP:
+        geometry = replace(settings.geometry, sharding=Sharding.ROWS)
+        settings = replace(settings, geometry=geometry)
     return makers[name](settings, rates)
 
 
@@ -182,7 +186,6 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
     geometry = settings.geometry
     strategy = make_strategy(settings.strategy, geometry=geometry, costs=settings.costs)
     guard = Guard(settings.mode, settings.costs, geometry)
-    static = ExpertLayout.static(geometry.num_ranks, geometry.capacity, geometry.num_experts)
     return Method(
         FSEP,
         make_schedule(
@@ -191,9 +194,9 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
             holds_step=settings.holds_step,
         ),
         one_stream=False,
-        layer_planner=lambda: _Relaid(strategy, guard, rates, static),
+        layer_planner=lambda: _Relaid(strategy, guard, rates, geometry.static_layout),
         experts_held=geometry.num_experts / geometry.num_ranks,
-        restored=geometry.capacity,
+        restored=geometry.capacity - geometry.home_slots,
         replicas=1,
     )
 
@@ -224,7 +227,7 @@ class _Relaid:
     guard: Guard
     rates: Rates
     layout: ExpertLayout
-    exchanges: tuple[Exchange, Exchange] = field(init=False)
+    exchanges: tuple[Exchange | None, Exchange | None] = field(init=False)
 
     def __post_init__(self) -> None:
         self.exchanges = self._exchanges(self.layout)
@@ -249,8 +252,15 @@ class _Relaid:
         totals = split_totals(guard, decision)
         return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s)
 
-    def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange, Exchange]:
+    def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange | None, Exchange | None]:
+        """Return restore and reduce; None where experts are at home and none has a replica."""
         costs, node_size = self.guard.costs, self.guard.geometry.node_size
+        if self.guard.geometry.sharding == Sharding.EXPERTS:
+            if layout.replicas_E.max() == 1:
+                return None, None
+            elements = direct_traffic(layout, node_size, costs.matrices)
+            there = elements.times(costs.bytes_per_element)
+            return self._exchange(there), self._exchange(there.reversed())
         algorithm = costs.restore_algorithm
         return (
             self._exchange(costs.restore_bytes(layout, node_size, algorithm)),
@@ -258,5 +268,7 @@ class _Relaid:
         )
 
     def _exchange(self, traffic: Traffic) -> Exchange:
-        costs, node_size = self.guard.costs, self.guard.geometry.node_size
-        return Exchange.of(traffic, costs.restore_algorithm, len(costs.matrices), node_size)
+        costs, geometry = self.guard.costs, self.guard.geometry
+        at_home = geometry.sharding == Sharding.EXPERTS  # whole experts go over both links at once
+        algorithm = ExchangeAlgorithm.FLAT if at_home else costs.restore_algorithm
+        return Exchange.of(traffic, algorithm, len(costs.matrices), geometry.node_size)
