@@ -78,6 +78,15 @@ class Traffic:
             sent_inter_N=self.sent_inter_N * factor,
         )
 
+    def reversed(self) -> Traffic:
+        """Return the traffic of the same messages in the other direction."""
+        return Traffic(
+            intra_N=self.sent_intra_N,
+            inter_N=self.sent_inter_N,
+            sent_intra_N=self.intra_N,
+            sent_inter_N=self.inter_N,
+        )
+
 
 def restore_traffic(
     layout: ExpertLayout,
@@ -218,9 +227,4 @@ def reduce_traffic(
     Elements between nodes may have another dtype (`--fsep-grad-wire-dtype`).
     """
     there = restore_traffic(layout, node_size, matrices, algorithm, home_slots=home_slots)
-    return Traffic(
-        intra_N=there.sent_intra_N,
-        inter_N=there.sent_inter_N,
-        sent_intra_N=there.intra_N,
-        sent_inter_N=there.inter_N,
-    )
+    return there.reversed()

@@ -25,6 +25,13 @@ _OPTIONS = (
     ("--method", "--method: expected at least one argument"),
     ("--method eplb", "--method: invalid choice: 'eplb'"),
     ("--strategy moon", "--strategy: invalid choice: 'moon'"),
+    ("--sharding columns", "--sharding: invalid choice: 'columns'"),
+    (
+        "--sharding experts --restore step --mode forecast",
+        "--restore step: not yet with --sharding",
+    ),
+    ("--sharding experts --strategy laer", "--strategy laer: moves every expert"),
+    ("--sharding experts --ranks 16", "8 experts cannot be at home on 16 ranks in equal numbers"),
     ("--restore step", "--restore step keeps layouts over a step"),
     ("--lag 4", "the trace holds 4 step(s), and a forecast is 4 step(s) old"),
     ("--pipeline 33", "32 layers are too few for 33 stages"),

@@ -110,3 +110,23 @@ def test_the_hosts_gap_is_added_once(tmp_path, path, capsys):
     )
     assert after["exposed_s"]["host"] - before["exposed_s"]["host"] == pytest.approx(0.25)
     assert after["iteration_s"]["value"] - before["iteration_s"]["value"] == pytest.approx(0.25)
+
+
+def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, path, capsys):
+    words = ("--mode", "forecast", "--method", "stock", "laer", "fsep", "--json", tmp_path / "x")
+    found = {}
+    for sharding in ("rows", "experts"):
+        more = ("--sharding", sharding, "--strategy", "static")
+        status, _, err = run(path, *TINY, *words, *more, capsys=capsys)
+        assert status == 0, err
+        written = json.loads((tmp_path / "x").read_text())
+        assert written["sharding"] == sharding
+        found[sharding] = written["methods"]
+    rows, home = found["rows"], found["experts"]
+    # The others do not know the sharding.
+    assert (home["stock"], home["laer"]) == (rows["stock"], rows["laer"])
+    assert home["fsep"]["bytes"] == home["stock"]["bytes"] != rows["fsep"]["bytes"]
+    assert home["fsep"]["exposed_s"]["restore"] == 0 < rows["fsep"]["exposed_s"]["restore"]
+    restored = [of["fsep"]["memory_bytes"]["restored_experts"] for of in (rows, home)]
+    # Of three slots, one has no home expert.
+    assert restored[0] == pytest.approx(3 * restored[1])

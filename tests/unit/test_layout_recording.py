@@ -66,16 +66,23 @@ def first_rank(config: FSEPConfig, first_step: int = 0) -> PlannerRank:
     )
 
 
-def test_the_longest_line_that_a_recording_can_have_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sharding", Sharding)
+def test_the_longest_line_that_a_recording_can_have_is_read(
+    tmp_path: Path, sharding: Sharding
+) -> None:
+    # One expert per rank, and then mostly empty slots: -1 has two characters.
+    geometry = Geometry(8, 8, 8, node_size=8, sharding=sharding)
+    layers = [f"layer {number}" for number in range(40)]
+    layouts = [geometry.static_layout] * len(layers)
     path = tmp_path / "group-0.jsonl"
-    recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
-    recorder.record(2**53, [LAYOUT] * len(LAYERS))
+    recorder = LayoutRecorder(path, geometry, REGIME, layers, first_step=0)
+    recorder.record(2**53, layouts)
     recorder.close()
     # As other tools write JSON: with blanks and without checksums.
     old = as_version_1(path.read_bytes()).splitlines()
     path.write_text("".join(json.dumps(json.loads(line)) + "\n" for line in old))
-    recording = LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
-    assert recording.layouts(2**53) == [LAYOUT] * len(LAYERS)
+    recording = LayoutRecording(path, geometry, REGIME, layers)
+    assert recording.layouts(2**53) == layouts
     recording.close()
 
 

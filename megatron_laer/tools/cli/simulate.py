@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_laer.choices import Recompute
+from megatron_laer.choices import Recompute, Sharding
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode
 from megatron_laer.files.checks import one_line, quoted
 from megatron_laer.files.writing import write_output
@@ -91,7 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ours = parser.add_argument_group("FSEP")
     algorithms = [algorithm.value for algorithm in ExchangeAlgorithm]
     fetched = "how experts are fetched; default: %(default)s"
+    shardings = [sharding.value for sharding in Sharding]
     for flag, choices, default, text in (
+        ("--sharding", shardings, Sharding.ROWS.value, "of experts; default: %(default)s"),
         ("--strategy", strategy_names(), FSEPConfig().planner, "of the planner"),
         ("--restore-algorithm", algorithms, ExchangeAlgorithm.FLAT.value, fetched),
         ("--restore", ("layer", "step"), "layer", "as in training"),
@@ -129,7 +131,17 @@ def run(args: argparse.Namespace) -> int:
     # A trace has its ranks; a workload needs --ranks.
     ranks = args.ranks or [routing_of(1, None).num_ranks]
     wanted = [
-        (resolve_geometry(model.num_experts, num_ranks, capacity, node_size), mode, tokens)
+        (
+            resolve_geometry(
+                model.num_experts,
+                num_ranks,
+                capacity,
+                node_size,
+                sharding=Sharding(args.sharding),
+            ),
+            mode,
+            tokens,
+        )
         for num_ranks in ranks
         for node_size in args.node_size or [min(cluster.ranks_per_node, num_ranks)]
         for capacity, mode, tokens in product(
@@ -151,6 +163,7 @@ def run(args: argparse.Namespace) -> int:
         "trace": str(args.trace) if args.workload is None else f"workload {args.workload}",
         "model": args.model,
         "cluster": cluster.name,
+        "sharding": args.sharding,
         "run": asdict(results.runs[0]),
         "steps": args.steps,
         "lag": args.lag,
@@ -281,6 +294,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--restore step keeps layouts over a step, got --mode {' '.join(args.mode)}; give "
             f"--mode {PlanMode.FORECAST}"
+        )
+    if args.sharding == Sharding.EXPERTS and args.restore == "step":
+        raise ValueError(
+            f"--restore step: not yet with --sharding {args.sharding}; use --restore layer"
+        )
+    if args.sharding == Sharding.EXPERTS and args.strategy == "laer":
+        raise ValueError(
+            f"--strategy laer: moves every expert, so it does not run with --sharding "
+            f"{args.sharding}; use another strategy, or --sharding rows"
         )
     simulate_input.check(args)
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))

@@ -16,6 +16,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import Sharding
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode, Split
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -38,7 +39,7 @@ class MethodSettings:
     """Settings that methods are made from; `geometry` is of FSEP, LAER and FlexMoE.
 
     With `holds_step` FSEP's experts stay restored over a step. `stock_group` is X of stock; None
-    for the largest possible.
+    for the largest possible. LAER and FlexMoE have its geometry without the sharding.
     """
 
     geometry: Geometry
@@ -83,6 +84,9 @@ def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
     makers = {STOCK: _stock, FSDP_EP: _fsdp, FLEXMOE: _flexmoe, LAER: _laer, FSEP: _fsep}
     if name not in makers:
         raise ValueError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
+    if name != FSEP:
+        geometry = replace(settings.geometry, sharding=Sharding.ROWS)
+        settings = replace(settings, geometry=geometry)
     return makers[name](settings, rates)
 
 
@@ -176,7 +180,6 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
     geometry = settings.geometry
     strategy = make_strategy(settings.strategy, geometry=geometry, costs=settings.costs)
     guard = Guard(settings.mode, settings.costs, geometry)
-    static = ExpertLayout.static(*geometry.shape)
     return Method(
         FSEP,
         make_schedule(
@@ -185,9 +188,9 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
             holds_step=settings.holds_step,
         ),
         one_stream=False,
-        layer_planner=lambda: _Relaid(strategy, guard, rates, static),
+        layer_planner=lambda: _Relaid(strategy, guard, rates, geometry.static_layout),
         experts_held=geometry.num_experts / geometry.num_ranks,
-        restored=geometry.capacity,
+        restored=geometry.capacity - geometry.home_slots,
         replicas=1,
     )
 
@@ -218,7 +221,7 @@ class _Relaid:
     guard: Guard
     rates: Rates
     layout: ExpertLayout
-    exchanges: tuple[Exchange, Exchange] = field(init=False)
+    exchanges: tuple[Exchange | None, Exchange | None] = field(init=False)
 
     def __post_init__(self) -> None:
         self.exchanges = self._exchanges(self.layout)
@@ -243,9 +246,12 @@ class _Relaid:
         totals = split_totals(guard, decision)
         return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s)
 
-    def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange, Exchange]:
+    def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange | None, Exchange | None]:
+        """Return restore and reduce; None where experts are at home and none has a replica."""
         costs, geometry = self.guard.costs, self.guard.geometry
         node_size, home_slots = geometry.node_size, geometry.home_slots
+        if home_slots and layout.replicas_E.max() == 1:
+            return None, None
         algorithm = costs.restore_algorithm
         restore = costs.restore_bytes(layout, node_size, algorithm, home_slots=home_slots)
         return (
@@ -254,5 +260,7 @@ class _Relaid:
         )
 
     def _exchange(self, traffic: Traffic) -> Exchange:
-        costs, node_size = self.guard.costs, self.guard.geometry.node_size
-        return Exchange.of(traffic, costs.restore_algorithm, len(costs.matrices), node_size)
+        costs, geometry = self.guard.costs, self.guard.geometry
+        at_home = geometry.sharding == Sharding.EXPERTS  # whole experts go over both links at once
+        algorithm = ExchangeAlgorithm.FLAT if at_home else costs.restore_algorithm
+        return Exchange.of(traffic, algorithm, len(costs.matrices), geometry.node_size)
