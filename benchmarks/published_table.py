@@ -91,7 +91,7 @@ def _rows(
             named = tuple(row[name] for name in key)
             if named in seen:
                 told = ", ".join(f"{name} {row[name]}" for name in key)
-                raise ValueError(f"{where}: {told} is there twice; leave one out")
+                raise ValueError(f"{where}: {told} is there twice; remove one of them")
             seen.add(named)
         yield row
 

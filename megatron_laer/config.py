@@ -230,12 +230,12 @@ class FSEPConfig:
         if self.restore == Restore.STEP and self.mode != PlanMode.FORECAST:
             raise ValueError(
                 f"--fsep-plan-mode {self.mode}: --fsep-restore {self.restore} keeps layouts for a "
-                "step; leave one out"
+                "step; remove one of them"
             )
         if self.split == Split.EVEN and self.mode != PlanMode.FORECAST:
             raise ValueError(
                 f"--fsep-plan-mode {self.mode}: fresh layouts are made for exact splits, got "
-                f"--fsep-split {self.split}; leave one out"
+                f"--fsep-split {self.split}; remove one of them"
             )
         if self.sharding == Sharding.EXPERTS:
             self._check_homes()

@@ -74,7 +74,9 @@ def _node(event: yaml.Event, events: Iterator[yaml.Event], depth: int) -> Conten
         if not isinstance(key, str):
             raise ValueError(f"{_line(item)}: a list or a mapping is no key; write a text")
         if key in mapping:
-            raise ValueError(f"{_line(item)}: the key {quoted(key)} is given twice; leave one out")
+            raise ValueError(
+                f"{_line(item)}: the key {quoted(key)} is given twice; remove one of them"
+            )
         mapping[key] = _node(next(events), events, depth + 1)
     return mapping
 

@@ -149,7 +149,7 @@ def _checked(
     if getattr(args, "deterministic_mode", False):
         if fsep_flags.given_flags(args).get("late_plan") == LatePlan.KEEP:
             raise ValueError(
-                "--fsep-late-plan keep: --deterministic-mode waits for plans; leave one out"
+                "--fsep-late-plan keep: --deterministic-mode waits for plans; remove one of them"
             )
         config = deterministic(config)
     filled = arguments.fill_in(args, script_defaults or {})

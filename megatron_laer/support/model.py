@@ -76,12 +76,12 @@ def problems_with_token_exchange(settings: Any, exchange: TokenExchange | Auto) 
     if settings.moe_token_dispatcher_type == "flex":
         problems.append(
             f"{flag} with --moe-token-dispatcher-type flex: its buffers exchange tokens their own "
-            "way; leave one out"
+            "way; remove one of them"
         )
     if settings.moe_permute_fusion:
         problems.append(
             f"{flag} with --moe-permute-fusion: the fused permutation makes a row for each token "
-            "and expert, and here one goes to several; leave one out"
+            "and expert, and here one goes to several; remove one of them"
         )
     return problems
 

@@ -55,7 +55,7 @@ def model_flags(path_or_name: str | Path) -> list[str]:
         for key, value in _settings(content):
             # argparse fills one variable from both spellings, so they are the same flag.
             if (name := key.replace("_", "-")) in flags:
-                raise ValueError(f"{key} is given twice; leave one out")
+                raise ValueError(f"{key} is given twice; remove one of them")
             flags[name] = [f"--{key}", *flag_words(key, value)]
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

@@ -105,7 +105,7 @@ PLAN_OPTIONS = (
     ("--hidden 0", "--hidden: '0' is no integer in 1..1048576"),
     ("--ffn 1048577", "'1048577' is no integer in 1..1048576"),
     ("--every 7", "--every 7: the trace has 6 case(s)"),
-    ("--workload W1 --ranks 65536 --experts 64 --hours 0.01", "leave one out"),
+    ("--workload W1 --ranks 65536 --experts 64 --hours 0.01", "remove one of them"),
     ("--hours 0", "--hours: '0' is no number in 1e-06..8760"),
     ("--json", "--json: expected one argument"),
     ("--json nowhere/x.json", "--json 'nowhere/x.json': the folder"),

@@ -86,7 +86,7 @@ _DAMAGE: dict[str, dict[str, tuple[Change, str]]] = {
         "zero": (_line(2, "wikitext,LAER,mixtral-8x7b-e8k2,0.0,0"), "got '0'"),
         "below": (_line(2, "wikitext,LAER,mixtral-8x7b-e8k2,-1,5"), "aux_loss must be a number of"),
         "escape": (_line(2, "wikitext,\x1b[31m,m,0.0,5"), "method must be a name, got '\\x1b[31m'"),
-        "twice": (lambda lines: [*lines, lines[1]], "is there twice; leave one out"),
+        "twice": (lambda lines: [*lines, lines[1]], "is there twice; remove one of them"),
         "quote": (_line(2, '"wikitext'), "not CSV"),
         "field": (_line(2, "x" * 200_000 + ",a,b,0,1"), "not CSV: field larger than field limit"),
         "nul": (_line(2, "wikitext,\0,m,0.0,5"), "method must be a name"),

@@ -215,7 +215,13 @@ def flex_against_another_plan(backend: str) -> list[str]:
 SHARED = pytest.mark.parametrize("shared", [False, True], ids=["routed", "with shared experts"])
 SHAPES = pytest.mark.parametrize(
     ("capacity", "experts", "topk", "tokens"),
-    [(3, 4, 2, [40, 33]), (1, 2, 1, [5, 9]), (8, 9, 8, [17, 0]), (2, 3, 3, [0, 0])],
+    [
+        (3, 4, 2, [40, 33]),
+        (1, 2, 1, [5, 9]),
+        (8, 9, 8, [17, 0]),
+        (2, 3, 2, [7, 4]),
+        (2, 3, 3, [0, 0]),
+    ],
 )
 BACKENDS = pytest.mark.parametrize("backend", ["deepep", "hybridep"])
 

@@ -108,7 +108,7 @@ def saved_steps(folder: Path) -> int | None:
     ("size", "rank", "extra", "ahead", "parts"),
     [
         # Of two ranks, which one is right is unknown.
-        (2, 0, "", False, ("layer 2: rank 0", "rank 1", "which is right cannot be told")),
+        (2, 0, "", False, ("layer 2: rank 0", "rank 1", "the right one is unknown")),
         (4, 2, " --fsep-capacity 3", False, ("rank 2 (place 2 in the group)",)),
         (4, 2, "", True, VERSIONS),
         (4, 2, " --fsep-restore step", True, VERSIONS),

@@ -36,13 +36,13 @@ CASES = {
     "deterministic": (
         "--deterministic-mode --fsep-late-plan keep",
         "--fsep-late-plan keep",
-        "leave one out",
+        "remove one of them",
     ),
     "deprecated flag": ("--enable-cuda-graph", "--enable-cuda-graph", "none"),
     "two settings": (
         "--fsep-token-exchange node --moe-token-dispatcher-type flex",
         "--fsep-token-exchange node with --moe-token-dispatcher-type flex",
-        "leave one out",
+        "remove one of them",
     ),
     "yaml": ("--yaml-cfg x.yaml", "--yaml-cfg", "no effect"),
 }

@@ -406,7 +406,12 @@ FAULTS: tuple[Fault, ...] = (
         "        self.version = 0\n",
     ),
     _MUON.fault(
-        "updates of a batch's first slices are added", 'alpha=-group["lr"]', 'alpha=group["lr"]'
+        "updates of a batch's first slices are added",
+        'alpha=-group["lr"]',
+        'alpha=group["lr"]',
+        *_ranks("parity"),
+        "-k",
+        "muon",
     ),
     _LOADING.fault(
         "what is missing is not said",

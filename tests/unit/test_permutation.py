@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from megatron_laer.layer.dispatch.permutation import (
     slot_ranges,
     true_places,
 )
-from megatron_laer.layer.dispatch.row_map import row_map
+from megatron_laer.layer.dispatch.row_map import row_map, sum_copies
 from megatron_laer.layer.dispatch.slots import to_slots
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
@@ -231,3 +232,16 @@ def test_what_is_kept_of_copies_comes_back_as_it_was() -> None:
     expected_HH = copies_XH.t() @ weights + copies_XH @ weights
     expected_HH += copies_XH[1:].t() @ weights[1:]
     torch.testing.assert_close(found_HH, expected_HH)
+
+
+def test_copies_in_bf16_are_rounded_once() -> None:
+    copies_XH = torch.tensor([[256.0], [1.0], [1.0]], dtype=torch.bfloat16)
+    assert sum_copies(copies_XH, 1, torch.zeros(3, dtype=torch.int32)).item() == 258
+
+
+@pytest.mark.parametrize(("number", "dtype"), [(2**31 - 1, torch.int32), (2**31, torch.int64)])
+def test_places_beyond_int32_are_counted_in_int64(number: int, dtype: torch.dtype) -> None:
+    flags = mock.Mock(**{"numel.return_value": number})
+    with mock.patch.object(torch, "repeat_interleave"):
+        true_places(flags, 1)
+    flags.reshape.return_value.to.assert_called_once_with(dtype)

@@ -185,3 +185,11 @@ def test_the_result_of_a_thread_is_waited_for() -> None:
     threading.Timer(0.2, may_work.set).start()
     assert torch.equal(pending.wait(), torch.ones(3))
     stream.close()
+
+
+def test_an_error_of_a_thread_is_raised_where_it_is_waited_for() -> None:
+    stream = streams.make_comm_stream("parameters", torch.device("cpu"), overlaps=True)
+    pending = stream.submit(lambda: torch.ones(1, 2).view(3), "wrong")
+    with pytest.raises(RuntimeError, match="shape"):
+        pending.wait()
+    stream.close()

@@ -100,7 +100,7 @@ def _describe_mismatch(tags_N3: Int64, groups: FSEPGroups, layer: str) -> str:
         f"rank {groups.ranks[place]} (place {place} in the group) holds {_tag_text(tags_N3[place])}"
         for place in wrong
     )
-    others = "which is right cannot be told" if is_tie else f"the others hold {_tag_text(right)}"
+    others = "the right one is unknown" if is_tie else f"the others hold {_tag_text(right)}"
     return " ".join(
         [
             f"FSEP {layer}: {names}; {others}.",

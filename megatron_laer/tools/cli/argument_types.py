@@ -106,4 +106,4 @@ def refuse_repeated(args: argparse.Namespace, flags: Sequence[str]) -> None:
         values = getattr(args, flag.removeprefix("--").replace("-", "_")) or []
         twice = [value for place, value in enumerate(values) if value in values[:place]]
         if twice:
-            raise ValueError(f"{flag} names {twice[0]} twice; leave one out")
+            raise ValueError(f"{flag} names {twice[0]} twice; remove one of them")

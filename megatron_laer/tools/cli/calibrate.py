@@ -128,7 +128,7 @@ def _expert(args: argparse.Namespace) -> ExpertSizes | None:
     if (args.hidden is None) != (args.ffn is None):
         raise ValueError("--hidden and --ffn go together; give both or neither")
     if args.config is not None and args.hidden is not None:
-        raise ValueError("--config and --hidden both say an expert's sizes; leave one out")
+        raise ValueError("--config and --hidden both give an expert's sizes; remove one of them")
     if args.config is not None:
         return named("--config", args.config, model_sizes)
     return None if args.hidden is None else ExpertSizes(args.hidden, args.ffn, gated=True)

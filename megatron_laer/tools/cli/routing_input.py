@@ -45,7 +45,7 @@ def check(args: argparse.Namespace, purpose: str) -> None:
         return
     given = f"--workload {args.workload}"
     if args.trace is not None:
-        raise ValueError(f"both a trace, {str(args.trace)!r}, and {given}; leave one out")
+        raise ValueError(f"both a trace, {str(args.trace)!r}, and {given}; remove one of them")
     refuse(args, ("--format", "--trace-ranks"), f"{given} reads no file")
     if args.ranks is None:
         raise ValueError(f"{given} has no ranks of its own; give --ranks")

@@ -70,7 +70,7 @@ def check(args: argparse.Namespace) -> None:
     """Refuse contradictory sizes, and a routing that is missing or given twice."""
     if args.world is not None:
         if args.expert_data_parallel is not None:
-            raise ValueError("--world and --expert-data-parallel say the same; leave one out")
+            raise ValueError("--world and --expert-data-parallel say the same; remove one of them")
         for ranks in args.ranks or []:
             if args.world % ranks != 0:
                 raise ValueError(f"--world {args.world} is no multiple of --ranks {ranks}")

@@ -145,7 +145,7 @@ def _check_columns(names: list[str], where: str) -> None:
             f"has {', '.join(COLUMNS)}"
         )
     if repeated := [name for name in COLUMNS if names.count(name) > 1]:
-        raise ValueError(f"{where}: {', '.join(repeated)} comes twice; leave one out")
+        raise ValueError(f"{where}: {', '.join(repeated)} comes twice; remove one of them")
 
 
 def _settings(row: Mapping[str, str]) -> Namespace:

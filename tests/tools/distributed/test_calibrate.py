@@ -120,7 +120,7 @@ def test_bad_input_is_the_same_sentence_on_every_rank(ranks, tmp_path):
     for words, message in (
         (f"{tmp_path / 'there.yaml'} {TINY}", "is there already; give another file, or --force"),
         (f"{good} --node-size 3", "nodes of 3 ranks do not divide the 2 ranks; give --node-size"),
-        (f"{good} --config tiny-moe", "both say an expert's sizes; leave one out"),
+        (f"{good} --config tiny-moe", "both give an expert's sizes; remove one of them"),
         (f"{good} --name {'x' * 201}", "is empty or has over 200 characters; give --name"),
         (f"{model} --config {model} --force", "would write over the input"),
         (f"{tmp_path / 'x.yaml'} --hidden 1048576 --ffn 1048576", "GiB of a rank's memory"),
