@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,18 @@ def wheel(make: Maker, folder: Path) -> Path:
     return built
 
 
-@pytest.fixture(scope="module")
+def _ways() -> Iterator[Any]:
+    """Yield the ways to install, of which the wheel's is tried each day.
+
+    Pip makes a wheel of a checkout and of an sdist as well. The environment of the tests themselves
+    has an editable package, as `scripts/environment.sh` installs it.
+    """
+    for name in ("editable", "checkout", "wheel", "sdist"):
+        marks = [pytest.mark.counts(**{f"ways_in_after_{name}": 1})]
+        yield pytest.param(name, marks=marks + [pytest.mark.nightly][: name != "wheel"])
+
+
+@pytest.fixture(scope="module", params=_ways())
 def install(request: pytest.FixtureRequest, make: Maker, folder: Path) -> Install:
     way = request.param
     environment = make.environment(way)
@@ -194,23 +206,7 @@ def starts(python: Path, script: str | Path, cwd: Path, log: Path) -> None:
     assert "argument --expert-parallel-mode: invalid choice: 'none'" in result.stderr
 
 
-def installed(*daily: tuple[str, str]) -> pytest.MarkDecorator:
-    """Parametrise a test by installation and place; pairs other than `daily` run at night.
-
-    Pip makes a wheel of a checkout and of an sdist as well. The environment of the tests themselves
-    has an editable package, as `scripts/environment.sh` installs it.
-    """
-    pairs = [(way, place) for way in WAYS for place in ("inside", "outside")]
-    params = []
-    for way, place in pairs:
-        marks = [pytest.mark.counts(**{f"ways_in_after_{way}": 1})]
-        marks += [] if (way, place) in daily else [pytest.mark.nightly]
-        params.append(pytest.param(way, place, marks=marks))
-    return pytest.mark.parametrize(("install", "place"), params, indirect=["install"])
-
-
-WAYS = ("editable", "checkout", "wheel", "sdist")
-DAILY = (("wheel", "inside"), ("wheel", "outside"))
+INSIDE_AND_OUTSIDE = pytest.mark.parametrize("place", ["inside", "outside"])
 
 
 def imported(file: Path) -> list[tuple[Path, Path | None]]:
@@ -219,7 +215,7 @@ def imported(file: Path) -> list[tuple[Path, Path | None]]:
     return [(Path(package).parent, core and Path(core)) for package, core in lines]
 
 
-@installed(*DAILY)
+@INSIDE_AND_OUTSIDE
 def test_the_script_starts(install: Install, place: str, tmp_path: Path) -> None:
     cwd = install.checkout if place == "inside" else tmp_path
     script = "pretrain_gpt.py" if place == "inside" else install.checkout / "pretrain_gpt.py"
@@ -231,7 +227,7 @@ def test_the_script_starts(install: Install, place: str, tmp_path: Path) -> None
     assert core.parent == install.package / "planner"
 
 
-@installed(*DAILY)
+@INSIDE_AND_OUTSIDE
 @pytest.mark.parametrize("way_in", ["python -m megatron_laer", "megatron-laer"])
 def test_commands_run(
     install: Install, place: str, way_in: str, tmp_path: Path, trace: Path
@@ -253,7 +249,7 @@ def test_commands_run(
     assert core.parent == install.package / "planner"
 
 
-@installed(("wheel", "outside"))
+@pytest.mark.parametrize("place", [pytest.param("inside", marks=pytest.mark.nightly), "outside"])
 def test_the_slurm_script_starts(install: Install, place: str, tmp_path: Path) -> None:
     cwd = install.checkout if place == "inside" else tmp_path
     (tmp_path / "text.idx").touch()
@@ -337,7 +333,7 @@ def bare(make: Maker) -> Install:
 
 
 @pytest.mark.counts(refused_ways_in=1)
-@pytest.mark.parametrize("place", ["inside", "outside"])
+@INSIDE_AND_OUTSIDE
 @pytest.mark.parametrize("way_in", ["script", "command"])
 def test_a_clone_without_a_core_says_what_to_install(
     bare: Install, place: str, way_in: str, tmp_path: Path, trace: Path
