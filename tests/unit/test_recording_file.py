@@ -32,8 +32,7 @@ from megatron_laer.runtime.planning.layout_recording import (
 )
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, read_metrics
-from megatron_laer.telemetry.trace_file import TraceWriter
-from megatron_laer.tools.traces import read_trace
+from megatron_laer.telemetry.trace_file import TraceWriter, read_recording
 from tests import fuzz
 from tests.old_files import as_version_1
 
@@ -58,7 +57,7 @@ class Traces:
 
     @staticmethod
     def read(path: Path) -> dict[int, int]:
-        trace = read_trace(path)
+        trace = read_recording(path)
         firsts = np.flatnonzero(trace.layer_R == 0)
         return {
             int(trace.step_R[at]): int(trace.counts_RNE[at, 0, 0] - 1000 * trace.step_R[at])
