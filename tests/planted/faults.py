@@ -63,7 +63,7 @@ _IN_FORCE = _in(
     "runtime/planning/layouts_in_force.py", *_unit("planner_resume"), *_ranks("checkpoints")
 )
 _COLLECTIVES = _in("runtime/comm/collectives.py", *_unit("agreement"), *_ranks("agreement"))
-_BLOCKS = _in("runtime/comm/blocks.py", *_unit("exchange_kernels"), *_ranks("exchange"))
+_BLOCKS = _in("runtime/comm/blocks.py", *_unit("kernels"), *_ranks("exchange"))
 _REDUCE = _in("runtime/comm/reduce.py", *_unit("layout_index"), *_ranks("exchange"))
 _RESTORE = _in("runtime/comm/restore.py", *_ranks("exchange"))
 _EXCHANGE = _in("runtime/comm/exchange.py", *_ranks("exchange"))
@@ -319,7 +319,7 @@ FAULTS: tuple[Fault, ...] = (
         "places in int32 beyond its range",
         "flags.numel() < 2**31 else torch.int64",
         "flags.numel() < 2**63 else torch.int64",
-        *_unit("permutation", "dispatch_kernels"),
+        *_unit("permutation", "kernels"),
     ),
     _ROW_MAP.fault(
         "copies are summed as they are",

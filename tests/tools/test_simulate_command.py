@@ -113,13 +113,10 @@ def test_the_hosts_gap_is_added_once(tmp_path, path, capsys):
 
 
 def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, path, capsys):
-    words = ("--mode", "forecast", "--method", "stock", "laer", "fsep", "--json", tmp_path / "x")
+    words = "--mode forecast --method stock laer fsep --strategy static --sharding".split()
     found = {}
     for sharding in ("rows", "experts"):
-        more = ("--sharding", sharding, "--strategy", "static")
-        status, _, err = run(path, *TINY, *words, *more, capsys=capsys)
-        assert status == 0, err
-        written = json.loads((tmp_path / "x").read_text())
+        written = simulated(tmp_path / "x", path, *TINY, *words, sharding, capsys=capsys)
         assert written["sharding"] == sharding
         found[sharding] = written["methods"]
     rows, home = found["rows"], found["experts"]

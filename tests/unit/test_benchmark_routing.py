@@ -13,10 +13,7 @@ from benchmarks.routing import (
     Trace,
     burst_trace,
     drifting_trace,
-    fixed_bias_seed,
-    fixed_biases,
     is_burst,
-    replayed,
 )
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 
@@ -25,35 +22,24 @@ SHAPE = RoutingShape(layers=2, ranks=2, experts=8, tokens=2048, topk=2)
 
 
 def counts_NE(trace: Trace, step: int, layer: int, shape: RoutingShape = SHAPE) -> np.ndarray:
-    return np.stack(
-        [
-            np.bincount(chosen.ravel(), minlength=shape.experts).astype(np.int64)
-            for chosen in trace[step, layer]
-        ]
-    )
+    counts = [np.bincount(chosen.ravel(), minlength=shape.experts) for chosen in trace[step, layer]]
+    return np.stack(counts).astype(np.int64)
 
 
 def skews_of(trace: Trace, shape: RoutingShape = SHAPE) -> np.ndarray:
-    return np.array(
-        [
-            [
-                max_over_mean(stock_tokens_N(counts_NE(trace, step, layer, shape)))
-                for layer in range(shape.layers)
-            ]
-            for step in range(len(trace))
-        ]
-    )
+    def skew(step: int, layer: int) -> float:
+        return max_over_mean(stock_tokens_N(counts_NE(trace, step, layer, shape)))
+
+    layers = range(shape.layers)
+    return np.array([[skew(step, layer) for layer in layers] for step in range(len(trace))])
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_drifting_trace_is_skewed_at_every_step(seed: int, ranks: int) -> None:
+def test_a_drifting_trace_is_skewed_and_has_new_counts_at_each_step(seed: int, ranks: int) -> None:
     shape = RoutingShape(2, ranks, 8, 2048, 2)
     skews = skews_of(drifting_trace(shape, STEPS, seed), shape)
     assert (skews >= LEAST_SKEW).all() and (skews <= MOST_SKEW).all()
-
-
-def test_a_drifting_trace_has_new_counts_at_each_step() -> None:
     trace = drifting_trace(SHAPE, STEPS, seed=0)
     for step in range(1, STEPS):
         for layer in range(SHAPE.layers):
@@ -73,27 +59,10 @@ def test_a_burst_trace_is_even_but_at_bursts() -> None:
     assert sum(is_burst(step) for step in range(STEPS)) == 1
 
 
-def test_a_token_goes_to_different_experts() -> None:
+def test_a_token_goes_to_different_experts_and_traces_depend_on_the_seed_alone() -> None:
     for trace in (drifting_trace(SHAPE, 2, seed=0), burst_trace(SHAPE, 2, seed=0)):
         assert trace.max() < SHAPE.experts
         assert (trace[..., 0] != trace[..., 1]).all()
-
-
-def test_traces_depend_on_the_seed_and_on_nothing_else() -> None:
     first, again, other = (drifting_trace(SHAPE, 3, seed) for seed in (0, 0, 1))
     assert (first == again).all()
     assert (first != other).any()
-
-
-def test_fixed_biases_are_those_of_their_seed() -> None:
-    seed = fixed_bias_seed(SHAPE, std=1.0)
-    first, again = fixed_biases(SHAPE, 1.0, seed), fixed_biases(SHAPE, 1.0, seed)
-    assert len(first) == SHAPE.layers
-    assert all((a == b).all() for a, b in zip(first, again, strict=True))
-    assert (first[0] != first[1]).any()
-
-
-def test_what_is_replayed_has_the_workloads_experts() -> None:
-    found = replayed("W5", RoutingShape(2, 2, 8, 16, 2), steps=3)
-    assert found.shape == (3, 2, 2, 16, 2) and found.dtype == np.uint8
-    assert found.min() >= 4

@@ -22,12 +22,11 @@ from tests.unit.shell_scripts import fake_python
 _KNOWN = {"ARG", "CMD", "COPY", "ENV", "FROM", "RUN", "SHELL", "USER", "WORKDIR"}
 # Options of a mount from the repository rather than from a stage or a cache.
 _OF_SOURCES = {"type", "source", "target"}
-_IDS = [path.name for path in DOCKERFILES]
-each = pytest.mark.parametrize("path", DOCKERFILES, ids=_IDS)
+each = pytest.mark.parametrize("path", DOCKERFILES, ids=lambda path: path.name)
 
 
 @each
-def test_instructions_are_known_and_stages_begin_with_a_base(path: Path) -> None:
+def test_instructions_stages_and_arguments_are_known(path: Path) -> None:
     found = instructions(path)
     assert {instruction.name for instruction in found} <= _KNOWN
     assert {i.name for i in found if i.stage == 0} == {"ARG"}
@@ -37,10 +36,6 @@ def test_instructions_are_known_and_stages_begin_with_a_base(path: Path) -> None
         mounted = [mount["from"] for mount in instruction.mounts if "from" in mount]
         for source in [*instruction.options.get("from", []), *mounted]:
             assert source in stages[: instruction.stage - 1]
-
-
-@each
-def test_arguments_are_declared_before_they_are_used(path: Path) -> None:
     declared: set[tuple[int, str]] = set()
     for instruction in instructions(path):
         if instruction.name == "ARG":
@@ -49,10 +44,6 @@ def test_arguments_are_declared_before_they_are_used(path: Path) -> None:
         scope = 0 if instruction.name == "FROM" else instruction.stage
         for name in re.findall(r"\$\{?([A-Z_]+)", instruction.text):
             assert (scope, name) in declared, name
-
-
-@each
-def test_a_base_is_chosen_when_it_is_built_and_never_the_latest(path: Path) -> None:
     found = instructions(path)
     bases = {i.text.partition(" AS ")[0] for i in found if i.name == "FROM"}
     assert bases == {"${IMAGE}"}
@@ -75,25 +66,7 @@ def test_what_is_copied_is_in_the_repository_and_enough_to_build(path: Path) -> 
 
 
 @each
-def test_shellcheck_finds_nothing_in_what_is_run(path: Path) -> None:
-    for instruction in instructions(path):
-        if instruction.name == "RUN":
-            result = subprocess.run(
-                [
-                    Path(sys.executable).with_name("shellcheck"),
-                    "--shell=bash",
-                    "--exclude=SC2154",
-                    "-",
-                ],
-                input=instruction.text,
-                capture_output=True,
-                text=True,
-            )
-            assert result.returncode == 0, result.stdout
-
-
-@each
-def test_nothing_that_was_only_needed_to_install_stays(path: Path) -> None:
+def test_nothing_only_needed_to_install_stays_and_shellcheck_finds_nothing(path: Path) -> None:
     for instruction in instructions(path):
         words = shlex.split(instruction.text) if instruction.name == "RUN" else []
         if "apt-get" in words:
@@ -101,6 +74,11 @@ def test_nothing_that_was_only_needed_to_install_stays(path: Path) -> None:
             assert words[-3:] == ["rm", "-rf", "/var/lib/apt/lists/*"]
         if all(mount["type"] != "cache" for mount in instruction.mounts):
             assert words.count("pip") == words.count("--no-cache-dir")
+    for instruction in instructions(path):
+        if instruction.name == "RUN":
+            shellcheck = [Path(sys.executable).with_name("shellcheck"), "--shell=bash"]
+            command = [*shellcheck, "--exclude=SC2154", "-"]
+            subprocess.run(command, input=instruction.text, text=True, check=True)
 
 
 @each
@@ -116,34 +94,18 @@ def test_a_change_of_the_source_installs_no_package_again(path: Path) -> None:
 
 
 @each
-def test_what_is_run_is_run_by_no_root(path: Path) -> None:
+def test_users_pipes_and_trials_are_as_they_should_be(path: Path) -> None:
     names = [i.name for i in instructions(path)]
     users = [i for i in instructions(path) if i.name == "USER"]
     assert [user.text for user in users] == ["laer"]
     assert names[names.index("USER") :] == ["USER", "WORKDIR", "RUN", "CMD"]
-
-
-@each
-def test_no_failure_of_a_pipeline_is_lost(path: Path) -> None:
     shells = [i.stage for i in instructions(path) if i.name == "SHELL" and "pipefail" in i.text]
     piped = [i.stage for i in instructions(path) if re.search(r"[^|]\|[^|]", i.text)]
     assert piped and {*piped} <= {*shells}
-
-
-@each
-def test_an_image_is_tried_before_it_is_done(path: Path) -> None:
     runs = [i for i in instructions(path) if i.name == "RUN"]
     assert "megatron-laer doctor" in runs[-1].text and "check-recipe" in runs[-1].text
     (command,) = (i.text for i in instructions(path) if i.name == "CMD")
     assert json.loads(command) == ["megatron-laer", "doctor"]
-
-
-def test_a_base_without_cuda_asks_for_gpus_as_one_with_cuda_does() -> None:
-    (plain,) = (path for path in DOCKERFILES if path.name == "plain.Dockerfile")
-    set_there = " ".join(i.text for i in instructions(plain) if i.name == "ENV").split()
-    assert {"NVIDIA_VISIBLE_DEVICES=all", "NVIDIA_DRIVER_CAPABILITIES=compute,utility"} == {
-        *set_there
-    }
 
 
 def wheel(folder: Path, name: str, version: str, needs: Sequence[str] = ()) -> None:
@@ -208,25 +170,3 @@ def test_on_an_image_with_constraints_only_what_is_too_old_is_replaced(tmp_path:
     )
     found = dict(line.lower().split("==") for line in listed.stdout.splitlines())
     assert found == _IN_IMAGE | {"packaging": "99.0", "megatron_core": "0.19.2"}
-
-
-def test_lines_are_read_as_docker_reads_them(tmp_path: Path) -> None:
-    path = tmp_path / "Dockerfile"
-    path.write_text(
-        "# a\nARG X=1\nFROM a:${X} AS b\n"
-        "RUN --mount=type=bind,from=b --mount=type=cache \\\n    c \\\n    # d\n    && e\n"
-    )
-    arg, base, run = instructions(path)
-    assert (arg.name, arg.stage, base.stage, run.stage) == ("ARG", 0, 1, 1)
-    assert run.mounts == [{"type": "bind", "from": "b"}, {"type": "cache"}]
-    assert run.text.split() == ["c", "\\", "&&", "e"]
-    path.write_text("FROM a\nrun b\n")
-    with pytest.raises(ValueError, match="'run b' begins with no instruction"):
-        instructions(path)
-
-
-@each
-def test_the_page_has_the_commands_of_the_files_heads(path: Path) -> None:
-    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
-    assert f"docker build --file scripts/docker/{path.name} " in page
-    assert f"docker build --file scripts/docker/{path.name} " in path.read_text(encoding="utf-8")

@@ -11,14 +11,9 @@ import numpy as np
 import pytest
 
 from benchmarks import convergence
-from benchmarks.convergence_figure import write_figure
 from benchmarks.convergence_results import (
-    busiest_expert,
     checks,
-    effective_experts,
     rows,
-    smoothed,
-    window_losses,
 )
 from benchmarks.convergence_runs import AUX, AUX_LOSSES, FSEP, NO_AUX, POINTS, STOCK, WAYS, Run
 
@@ -70,10 +65,7 @@ def _shifted(values: list[float]) -> list[float]:
     [
         ("training", lambda run: replace(run, losses=_shifted(run.losses))),
         ("validation", lambda run: replace(run, validation=_shifted(run.validation))),
-        (
-            "experts",
-            lambda run: replace(run, expert_tokens=[[[250, 250, 250, 250]] * 2] * POINTS),
-        ),
+        ("experts", lambda run: replace(run, expert_tokens=[[[250, 250, 250, 250]] * 2] * POINTS)),
         ("layouts", lambda run: replace(run, layouts=0)),
         ("over ranks", lambda run: replace(run, max_over_mean=[1.1] * STEPS)),
     ],
@@ -90,28 +82,6 @@ def test_an_auxiliary_loss_without_effect_is_told() -> None:
     for way in WAYS:
         runs[way, AUX] = replace(runs[way, AUX], expert_tokens=runs[way, NO_AUX].expert_tokens)
     assert missed(runs) == ["the auxiliary loss evens out the use of experts"]
-
-
-def test_measures_of_use_are_those_of_even_and_of_single_experts() -> None:
-    run = alike()[FSEP, AUX]
-    even = replace(run, expert_tokens=[[[5, 5, 5, 5]]] * POINTS)
-    single = replace(run, expert_tokens=[[[0, 9, 0, 0]]] * POINTS)
-    assert (busiest_expert(even), effective_experts(even)) == pytest.approx((1.0, 4.0))
-    assert (busiest_expert(single), effective_experts(single)) == pytest.approx((4.0, 1.0))
-
-
-def test_windows_and_smoothing_are_means_of_steps() -> None:
-    run = replace(alike()[FSEP, AUX], losses=[float(step) for step in range(STEPS)])
-    assert window_losses(run)[:2] == [4.5, 14.5]
-    assert smoothed([1.0, 2.0, 6.0], 2).tolist() == [1.5, 4.0]
-
-
-def test_tables_and_the_figure_have_every_run(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    runs = alike()
-    assert len(rows(runs)) == len(WAYS) * len(AUX_LOSSES)
-    write_figure(runs, tmp_path / "figure.svg")
-    assert (tmp_path / "figure.svg").read_text().count("<path") > 100
 
 
 def test_runs_that_a_file_has_are_not_run_again(
@@ -134,7 +104,7 @@ def test_runs_that_a_file_has_are_not_run_again(
     monkeypatch.setattr(convergence, "RankPool", Pool)
     words = ["--steps", str(STEPS), "--json", str(path)]
     assert convergence.main(words) == 0
-    assert len(asked) == len(expected)
+    assert len(asked) == len(expected) == len(rows(expected))
     assert len({" ".join(flags) for flags, _ in asked}) == len(expected)
     assert convergence.main(words) == 0
     assert len(asked) == len(expected)
@@ -145,16 +115,7 @@ def test_runs_that_a_file_has_are_not_run_again(
         convergence.main(["--steps", str(2 * STEPS), "--json", str(path)])
 
 
-@pytest.mark.parametrize(
-    ("steps", "problem"),
-    [
-        ("15", "is no number of steps; give a multiple of 10"),
-        *((bad, "is no integer in 1..") for bad in ("0", "-10", "many")),
-    ],
-)
-def test_steps_that_make_no_windows_are_refused(
-    steps: str, problem: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_steps_that_make_no_windows_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        convergence.main([f"--steps={steps}"])
-    assert f"'{steps}' {problem}" in capsys.readouterr().err
+        convergence.main(["--steps=15"])
+    assert "'15' is no number of steps; give a multiple of 10" in capsys.readouterr().err

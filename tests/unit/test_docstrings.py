@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import ast
-import inspect
 from collections.abc import Iterator
 
-import megatron_laer
 from tests import style
 from tests.documents import ROOT
 
@@ -53,11 +51,6 @@ def test_every_docstring_begins_with_a_sentence() -> None:
     assert not found, "\n".join([f"{len(found)} docstrings:", *found])
 
 
-def test_the_public_interface_is_documented() -> None:
-    names = set(megatron_laer.__all__) - {"__version__"}
-    assert {name for name in names if not inspect.getdoc(getattr(megatron_laer, name))} == set()
-
-
 def test_exceptions_from_the_rules_do_not_grow() -> None:
     found = style.excess(style.exceptions(), style.limits())
     assert not found, "\n".join(found)
@@ -71,20 +64,16 @@ class A:
     @property
     def is_new(self) -> bool:
         """Whether it is new."""
-    def is_old(self) -> bool:
-        """Whether it is old."""
-    def run(self): ...
 class B: ...
 class _C: ...
 def gradient():
     """The gradient."""
 '''
     assert list(faults(source)) == [
-        "11: B: no docstring",
+        "8: B: no docstring",
         "1: module: 'What this is.' is a clause",
         "2: A: 'Holds a' is not a whole sentence",
-        "13: gradient: 'The gradient.' does not begin with a verb",
-        "8: is_old: 'Whether it is old.' is a clause",
+        "10: gradient: 'The gradient.' does not begin with a verb",
     ]
 
 
@@ -98,9 +87,5 @@ def test_long_sentences_first_words_and_messages_without_remedy_are_found() -> N
     source = 'raise ValueError(f"{a} is wrong here")\nraise ValueError("bad thing; give another")\n'
     assert list(style.without_remedy(ast.parse(source))) == [(1, " is wrong here")]
     found = {("rule", "a"): ["1", "2"], ("rule", "b"): ["3"]}
-    assert style.excess(found, {("rule", "a"): 2, ("rule", "b"): 1}) == []
-    assert style.excess(found, {("rule", "a"): 1, ("rule", "b"): 5}) == [
-        "rule, a: 2, and 1 may be",
-        "1",
-        "2",
-    ]
+    allowed = {("rule", "a"): 1, ("rule", "b"): 5}
+    assert style.excess(found, allowed) == ["rule, a: 2, and 1 may be", "1", "2"]

@@ -20,11 +20,10 @@ from benchmarks.gpu import (
     layer,
     lone_rank,
     priorities,
-    report,
     sizes,
     workloads,
 )
-from benchmarks.gpu.timing import Budget, Times, in_turn
+from benchmarks.gpu.timing import Times
 from benchmarks.training_run import Measured
 from tests.parity import launched
 from tests.parity.compare import Distance
@@ -41,22 +40,10 @@ def times(median_ms: float) -> Times:
     return Times.of([median_ms / 2, median_ms, 3 * median_ms])
 
 
-def test_variants_take_turns_and_each_is_measured_without_time() -> None:
-    calls: list[str] = []
-    variants = {name: lambda name=name: calls.append(name) for name in ("a", "b")}
-    found = in_turn(variants, torch.device("cpu"), seconds=0.0)
-    assert calls == ["a", "b", "a", "b"]  # the first two warm up
-    assert all(each.rounds == 1 for each in found.values())
-    assert Budget(0.0).spent and not Budget(60.0).spent
-
-
-def test_a_kernels_share_is_of_the_copy() -> None:
+def test_kernels_back_ends_and_priorities_are_shares_of_a_reference() -> None:
     (row,) = kernels.rows([("sum", "tiny", 4_000_000, times(2.0))], copied_gb_per_s=8.0)
     assert row["GB/s"] == 2.0 and row["share of a copy"] == 0.25
     assert (row["least"], row["most"]) == (1.0, 6.0)
-
-
-def test_back_ends_are_beside_loop_and_a_plain_product() -> None:
     found: list[gemms.Case] = [
         (_TINY, "even", "backward", {"loop": times(4.0), "torch": times(3.0)})
     ]
@@ -64,9 +51,6 @@ def test_back_ends_are_beside_loop_and_a_plain_product() -> None:
     assert (loop["of loop's time"], torch_["of loop's time"]) == (1.0, 0.75)
     # Two products of 64 rows with 3 · 32 · 48 weights, two operations each.
     assert loop["share of a plain product"] == pytest.approx(2 * 2 * 64 * 3 * 32 * 48 / 4.0 / 1e9)
-
-
-def test_priorities_are_beside_the_copy_and_the_chain_alone() -> None:
     alone = {"copy": times(0.5), "chain": times(10.0)}
     (row,) = priorities.rows(alone, {-2: (times(1.0), times(11.0))})
     assert row["of the copy alone"] == 2.0 and row["of the chain alone"] == 1.1
@@ -74,22 +58,11 @@ def test_priorities_are_beside_the_copy_and_the_chain_alone() -> None:
 
 def test_layers_are_beside_stock_over_all_turns() -> None:
     def turn(forward: float, peak: int) -> dict[str, Any]:
-        return {
-            "forward": [forward],
-            "backward": [6.0],
-            "experts": "x",
-            "rows": 9,
-            "peak_bytes": peak,
-        }
+        of = {"experts": "x", "rows": 9, "peak_bytes": peak}
+        return {"forward": [forward], "backward": [6.0], **of}
 
-    stock, fsep = layer.rows(
-        {
-            "tiny": {
-                "stock": [turn(1.0, 2**20), turn(3.0, 2**21)],
-                "fsep": [turn(6.0, 2**20)],
-            }
-        }
-    )
+    turns = {"stock": [turn(1.0, 2**20), turn(3.0, 2**21)], "fsep": [turn(6.0, 2**20)]}
+    stock, fsep = layer.rows({"tiny": turns})
     assert stock["of stock's time"] == 1.0 and stock["peak MiB"] == 2.0
     assert fsep["of stock's time"] == 12.0 / 8.0
     (alone,) = layer.rows({"tiny": {"fsep": [turn(6.0, 0)]}})
@@ -149,15 +122,6 @@ def test_a_rank_that_stands_in_receives_what_it_sends() -> None:
     assert received.tolist() == [0] * 5
 
 
-def test_the_page_has_every_table_and_what_was_left_out() -> None:
-    part = {"tables": {"T": [{"a": 1.23456, "b": "x"}]}, "left_out": ["y"], "problems": ["z"]}
-    page = report.page_rows({"about": {"card": "H", "driver": "1"}, "parts": {"p": part}})
-    for line in ("## H", "driver 1.", "**T**", "| a | b |", "| 1.235 | x |", "* left out: y"):
-        assert line in page.splitlines()
-    assert "* **problem**: z" in page
-    assert report.DRY in report.page_rows({"about": {}, "parts": {"p": part}})
-
-
 def test_every_part_has_tasks_and_ranks_are_asked_for() -> None:
     alone = __main__.tasks(__main__.PARTS, 1, 1, dry=False)
     assert [task.name for task in alone] == "tests kernels gemms priorities layer".split()
@@ -170,30 +134,21 @@ def test_every_part_has_tasks_and_ranks_are_asked_for() -> None:
     assert [task.ranks for task in on_four_nodes] == [4, 8]
 
 
-def test_several_nodes_get_a_launcher_each() -> None:
-    options = argparse.Namespace(nodes=2, address="n7", port=20008)
-    words = __main__.launch(__main__.Task("x", "m", 1, ranks=8), options)
-    assert words[:5] == ["srun", "--nodes", "2", "--ntasks", "2"]
-    assert words[words.index("--nproc-per-node") + 1] == "4"
-    assert words[words.index("--master-addr") + 1] == "n7"
-    assert words[-2:] == ["-m", "m"]
-
-
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
         ("", "torch sees no card; run this on a machine with one, or give --dry-run"),
-        ("--parts tests,speed", "--parts speed is no part; take some of tests,"),
         ("--parts parity", "--parts parity needs several ranks; give --ranks N as well"),
         ("--dry-run --ranks 3 --nodes 2", "--ranks 3 are not equally many on each of 2 nodes"),
         ("--dry-run --ranks 4 --nodes 2", "needs --address; submit scripts/slurm/gpu_check"),
-        ("--ranks many", "'many' is no integer in 1..65536"),
+        ("--ranks 8", "--ranks 8 needs 8 cards on a node, and this one has 4"),
     ],
 )
 def test_what_cannot_run_is_refused(
     words: str, problem: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "--ranks 8" in words)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     try:
         status = __main__.main(words.split())
     except SystemExit as stopped:
@@ -203,34 +158,10 @@ def test_what_cannot_run_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("version", "cards", "problem"),
-    [
-        ("2.7.1", 8, "install torch>=2.8"),
-        ("2.8.0", 4, "--ranks 8 needs 8 cards on a node, and this one has 4"),
-    ],
-)
-def test_a_machine_that_lacks_something_is_refused(
-    version: str, cards: int, problem: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
-    monkeypatch.setattr(torch, "__version__", version)
-    options = __main__._parser().parse_args("--ranks 8".split())
-    said = __main__.refusal(options, __main__.PARTS)
-    assert said is not None and problem in said
-
-
-def test_wheels_without_megatron_are_refused(tmp_path: Path) -> None:
-    python = fake_python(tmp_path, "python", "exit 0")
-    result = shell(_CHECK, "--wheels", tmp_path, PYTHON=str(python))
-    assert result.returncode == 2
-    assert f"--wheels {tmp_path} holds no wheel of megatron-core; fill it" in result.stderr
-
-
-@pytest.mark.parametrize(
     ("words", "body", "problem"),
     [
         (["--wheels"], "exit 0", "--wheels needs a folder"),
+        (["--wheels", "."], "exit 0", "--wheels . holds no wheel of megatron-core; fill it"),
         ([], 'case "$2" in *version*) exit 1 ;; esac; echo old', "old; 3.12 or newer is needed"),
         ([], 'case "$2" in *torch*) exit 1 ;; esac', "has no torch; set PYTHON to the one that"),
         ([], 'case "$2" in *megatron*) exit 1 ;; esac', "or the native core is not built; give"),
@@ -242,12 +173,6 @@ def test_a_python_that_lacks_something_is_refused(
     result = shell(_CHECK, *words, PYTHON=str(fake_python(tmp_path, "python", body)))
     assert result.returncode == 2
     assert problem in result.stderr and "gpu_check: " in result.stderr
-
-
-def test_the_scripts_options_go_to_the_check(tmp_path: Path) -> None:
-    python = fake_python(tmp_path, "python", 'case "$1" in -m) echo "$@" ;; esac')
-    result = shell(_CHECK, "--ranks", "8", "--minutes", "5", PYTHON=str(python))
-    assert result.stdout == "-m benchmarks.gpu --ranks 8 --minutes 5\n"
 
 
 @pytest.fixture
@@ -264,7 +189,7 @@ def job(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def test_a_job_runs_the_check_on_all_cards_of_its_nodes(
+def test_a_job_runs_the_check_on_all_cards_of_its_nodes_and_several_nodes_get_a_launcher_each(
     tmp_path: Path, job: dict[str, str]
 ) -> None:
     copied = tmp_path / "slurm_script"
@@ -275,6 +200,12 @@ def test_a_job_runs_the_check_on_all_cards_of_its_nodes(
         assert words[0] == "bash" and Path(words[1]).resolve() == _CHECK, result.stderr
         expected = f"--ranks 16 --nodes 2 --address n7 --port {20000 + 123456 * 8 % 12000}"
         assert words[2:] == [*expected.split(), "--wheels", "w"]
+    options = argparse.Namespace(nodes=2, address="n7", port=20008)
+    words = __main__.launch(__main__.Task("x", "m", 1, ranks=8), options)
+    assert words[:5] == ["srun", "--nodes", "2", "--ntasks", "2"]
+    assert words[words.index("--nproc-per-node") + 1] == "4"
+    assert words[words.index("--master-addr") + 1] == "n7"
+    assert words[-2:] == ["-m", "m"]
 
 
 @pytest.mark.parametrize(
@@ -282,7 +213,6 @@ def test_a_job_runs_the_check_on_all_cards_of_its_nodes(
     [
         ({"SLURM_JOB_ID": ""}, "this is no Slurm job; submit it with sbatch"),
         ({"SLURM_GPUS_PER_NODE": ""}, "the job has '' GPUs per node, which is no number"),
-        ({"SLURM_JOB_ID": "x"}, "SLURM_JOB_ID=x is no number of a job"),
         ({"SLURM_JOB_NUM_NODES": "many"}, "SLURM_JOB_NUM_NODES=many is no number of nodes"),
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no whole number in 1024..65535"),
     ],
@@ -292,11 +222,3 @@ def test_a_job_that_lacks_something_is_refused(
 ) -> None:
     result = shell(_SBATCH, **{**job, **environment})
     assert result.returncode == 2 and problem in result.stderr
-
-
-def test_a_part_alone_refuses_a_machine_without_a_card(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert report.run_part("x", priorities.measure, []) == 2
-    assert "torch sees no card; run this on one, or give --dry-run" in capsys.readouterr().err

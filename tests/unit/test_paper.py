@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.published_files import read_ablation
+from benchmarks.published_files import END_TO_END, Cell, read_ablation, read_cells, read_tokens
+from benchmarks.published_table import below, positive, read_rows, text
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
 from scripts.paper import figure8, figure9, figure12, published
@@ -17,6 +18,7 @@ from scripts.paper.experiments import FSEP, LAER, STATIC, STOCK, Case, Run
 from scripts.paper.measured import Measured, read_log, read_profile
 from scripts.paper.runner import Found
 from scripts.paper.tables import Result, Table
+from tests.bad_inputs import programs
 
 PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(
@@ -79,20 +81,6 @@ def test_a_profile_is_the_mean_of_later_steps(tmp_path: Path) -> None:
         read_profile(tmp_path, 3)
 
 
-def test_curves_are_read_in_the_order_of_steps(tmp_path: Path) -> None:
-    rows = ["iter,method,aux_loss,loss,time", "2,LAER,0.0001,4.5,1500", "1,LAER,0.0001,5.5,2500"]
-    (tmp_path / published.CONVERGENCE).write_text("\n".join(rows))
-    curve = published.read_curves(tmp_path)["LAER", 1e-4]
-    assert (curve.losses, curve.step_s) == ([5.5, 4.5], [2.5, 1.5])
-
-
-def test_absent_files_are_named(tmp_path: Path) -> None:
-    assert "give --published FOLDER" in published.missing(None, ["a.csv"])[0]
-    (tmp_path / "a.csv").write_text("")
-    (said,) = published.missing(tmp_path, ["a.csv", "b.csv"])
-    assert "has no b.csv" in said
-
-
 @needs_files
 def test_published_balance_is_that_of_the_figure() -> None:
     found = {key: round(value, 2) for key, value in published.read_balance(PUBLISHED).items()}
@@ -135,13 +123,8 @@ def test_figure_9_answers_at_which_speed_the_low_loss_is_had() -> None:
     # 10 - 0.05 * 94.5 is FSEP's mean over ten steps that end with number 51.75: the 53rd.
     assert sooner == pytest.approx(120 / 53)
     assert set(figure9.answer({fsep: curve(1.0, 0.1)}).values()) == {None}
-
-
-def test_figure_9_says_nothing_of_a_loss_that_is_not_reached() -> None:
-    high, _, fsep = figure9.EXPERIMENT.cases
-    worse = published.Curve([9.0] * 20, [1.0] * 20)
-    better = published.Curve([8.0] * 20, [1.0] * 20)
-    *_, sooner = figure9.answer({high: better, fsep: worse}).values()
+    # A loss that is not reached.
+    *_, sooner = figure9.answer({high: curve(1.0, 0.2), fsep: curve(1.0, 0.1)}).values()
     assert sooner is None
 
 
@@ -170,3 +153,30 @@ def test_a_result_is_written_as_text_and_as_json(tmp_path: Path) -> None:
     ]
     written = json.loads(path.read_text())
     assert written["tables"][0]["rows"] == rows and written["machine"]["cores"]
+
+
+def test_rows_are_read_by_column_whatever_their_order(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('\ufefftime,more,name\r\n2.5,,"a, b"\r\n3,x,c\r\n')
+    found = read_rows(path, {"name": text, "time": positive}, key=("name",))
+    assert found == [{"name": "a, b", "time": 2.5}, {"name": "c", "time": 3.0}]
+
+
+@pytest.mark.parametrize("given", ["", "-1", "1.0", "1_0", "\u0661", "7", "9" * 30])
+def test_a_whole_number_is_digits_in_range(given: str) -> None:
+    assert below(7)("06") == 6
+    with pytest.raises(ValueError, match=r"must be a whole number in 0\.\.6"):
+        below(7)(given)
+
+
+def test_whole_tables_are_read(tmp_path: Path) -> None:
+    programs.make(tmp_path)
+    cells = read_cells(tmp_path / "published")
+    assert len(cells) == 48
+    assert cells[0] == Cell("wikitext", "mixtral-8x7b-e8k2", "0.0", "megatron", 20.0)
+    assert (tmp_path / "published" / END_TO_END).is_file()
+    tokens = read_tokens(tmp_path / "published", {"e8k2": slice(2, 10)})
+    assert {key: found.shape for key, found in tokens.items()} == {
+        ("e8k2", method): (32, 8, 32) for method in ("FSDP", "FLEX", "LAER")
+    }
+    assert tokens["e8k2", "LAER"][3, 4, 5] == 905

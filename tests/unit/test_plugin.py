@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
 
+import megatron_laer
+from megatron_laer import device, session
 from megatron_laer import megatron_version as versions
 from megatron_laer.environment import UNRELEASED_MEGATRON
 from megatron_laer.releases import NEXT, NUMBERS, TESTED_RANGE, release_after
+from megatron_laer.support.torch_version import problem_on_cuda
+from tests.processes import python
 
 pytestmark = pytest.mark.releases
 
@@ -35,20 +39,9 @@ def snapshot(patches):
 """
 
 
-def run(code: str, **environment: str) -> str:
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu", **environment},
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
 def test_enabling_is_idempotent_undoable_and_refuses_what_it_does_not_know() -> None:
-    out = run(
+    out = python(
+        "-c",
         PREPARE
         + SNAPSHOT
         + f"UNSUPPORTED = {UNSUPPORTED}\n"
@@ -56,6 +49,7 @@ def test_enabling_is_idempotent_undoable_and_refuses_what_it_does_not_know() -> 
 import megatron.core.package_info as info
 from megatron.training import training
 
+import logging
 import megatron_laer
 from megatron_laer import plugin
 
@@ -65,6 +59,10 @@ def refusal():
     except ImportError as error:
         assert all(snapshot(FSEP_PATCHES)[path] is before[path] for path in before)
         print("refused:", error)
+
+# Logging is left to Megatron, whatever its optimizers import.
+handlers = [type(handler).__name__ for handler in logging.root.handlers]
+assert (logging.root.level, handlers) == (20, ["CustomHandler"])
 
 before = snapshot(FSEP_PATCHES)
 megatron_laer.enable(megatron_laer.FSEPConfig(capacity=4))
@@ -91,7 +89,7 @@ FSEP_PATCHES = every
 
 plugin.uninstall()
 assert plugin.patch_table() == ""
-"""
+""",
     )
     refusals = [line for line in out.splitlines() if line.startswith("refused:")]
     assert len(refusals) == 4
@@ -155,20 +153,9 @@ def test_an_installed_megatron_has_no_commit_and_a_checkout_has_its_own(
     assert versions.megatron_version() == "0.19.2"
 
 
-def test_logging_is_left_to_megatron_whatever_its_optimizers_import() -> None:
-    out = run(
-        PREPARE
-        + """
-import logging, sys
-import megatron.training.training
-print(logging.root.level, *(type(handler).__name__ for handler in logging.root.handlers))
-"""
-    )
-    assert out.splitlines()[-1] == "20 CustomHandler"
-
-
 def test_installing_the_command_line_changes_nothing_but_the_argument_functions() -> None:
-    out = run(
+    out = python(
+        "-c",
         "from megatron_laer import device\n"
         "from megatron_laer.plugin import wheel\n"
         "device.install_cpu(); wheel.mend_dataset_helper()\n"
@@ -176,34 +163,27 @@ def test_installing_the_command_line_changes_nothing_but_the_argument_functions(
         + """
 before = snapshot(FSEP_PATCHES)
 from megatron_laer import plugin
+from megatron_laer.plugin.install_tracker import install_metrics
 plugin.install(); plugin.install()
 assert all(snapshot(FSEP_PATCHES)[path] is before[path] for path in before)
 print(plugin.patch_table())
-"""
+print("enabled")
+plugin.enable()
+install_metrics(1, 2, 0)
+print(plugin.patch_table())
+plugin.uninstall()
+assert plugin.patch_table() == ""
+""",
     )
+    out, _, enabled = out.partition("enabled\n")
+    for change in ("hybrid_stack_spec", 'gets "ep" with NCCL', "moe_logging, its tracker"):
+        assert change in enabled
     rows = [line.split(":")[0].strip() for line in out.splitlines()]
     assert [row for row in rows if not row.startswith("also ")] == [
         "megatron.training.arguments.add_megatron_arguments",
         "megatron.training.arguments.validate_args",
     ]
     assert "also args.num_experts" in rows
-
-
-def test_the_table_names_what_is_changed_without_replacing_an_attribute() -> None:
-    out = run(
-        PREPARE
-        + """
-from megatron_laer import plugin
-from megatron_laer.plugin.install_tracker import install_metrics
-plugin.enable()
-install_metrics(1, 2, 0)
-print(plugin.patch_table())
-plugin.uninstall()
-assert plugin.patch_table() == ""
-"""
-    )
-    for change in ("hybrid_stack_spec", 'gets "ep" with NCCL', "moe_logging, its tracker"):
-        assert change in out
 
 
 @pytest.mark.parametrize("order", ["spec first", "plugin first"])
@@ -215,7 +195,31 @@ def layer():
     return hybrid.hybrid_stack_spec.submodules.moe_layer.submodules.mlp.func.__name__
 """
     first, second = (spec, enable) if order == "spec first" else (enable, spec)
-    out = run(
-        PREPARE + first + second + show + "print(layer()); megatron_laer.disable(); print(layer())"
+    out = python(
+        "-c",
+        PREPARE + first + second + show + "print(layer()); megatron_laer.disable(); print(layer())",
     )
     assert out.splitlines()[-2:] == ["FSEPMoELayer", "MoELayer"]
+
+
+@pytest.mark.parametrize("version", ["2.8.0", "2.10.0+cu130", "2.15.0a0+git1", "3.0", "nightly"])
+def test_new_ones_are_taken(version: str) -> None:
+    assert problem_on_cuda(version) is None
+
+
+@pytest.mark.parametrize("version", ["2.7.1", "2.6.0+cu124", "1.13"])
+def test_old_ones_are_refused_with_the_way_out(version: str) -> None:
+    problem = problem_on_cuda(version)
+    assert problem is not None
+    assert problem.startswith(f"torch {version} on a GPU: ")
+    assert "install torch>=2.8, or train on the CPU with MEGATRON_LAER_DEVICE=cpu" in problem
+
+
+def test_fsep_is_not_turned_on_with_an_old_torch_on_a_gpu() -> None:
+    with (
+        mock.patch.object(torch, "__version__", "2.7.1"),
+        mock.patch.object(device, "cpu_installed", return_value=False),
+        pytest.raises(ValueError, match=r"FSEP cannot run with torch 2\.7\.1 on a GPU"),
+    ):
+        megatron_laer.enable()
+    assert session.current() is None

@@ -204,13 +204,3 @@ def test_ctrl_c_is_one_line_and_status_130(words: tuple[str, ...], tmp_path: Pat
     assert process.returncode == 130
     name = " ".join(["python", *words] if words[0] == "-m" else words[:1])
     assert errors == f"{name}: interrupted\n"
-
-
-@pytest.mark.parametrize("words", PROGRAMS[:1], ids=lambda words: words[-1])
-def test_a_reader_that_goes_away_is_no_error(words: tuple[str, ...], tmp_path: Path) -> None:
-    process = started(words, tmp_path)
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()
-    errors = process.stderr.read()
-    assert process.wait() == 141
-    assert errors == ""

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import dataclass
+from typing import Any
 
-from tests.parity.compare import Distance
-from tests.parity.random import report
+import numpy as np
+import pytest
+import torch
+
+from megatron_laer.cpu.ranks import Raised
+from megatron_laer.cpu.training import Record
+from tests.parity.decisions import Decisions
 from tests.parity.random.draft import Draft
 from tests.parity.random.generator import FEATURES, Case, draw
-from tests.parity.random.judge import Judgement, Verdict
+from tests.parity.random.judge import Verdict, judge
+from tests.parity.random.on_ranks import Outcome
 from tests.parity.random.settings import BALANCING, MODES, PLANNERS
 
-FIRST = [134, 847, 763, 255]
 CASES = [draw(seed) for seed in range(600)]
-FAR = Distance(*(1.0,) * 5)
 
 
 def values(case: Case) -> dict[str, list[str]]:
@@ -32,15 +37,9 @@ def values(case: Case) -> dict[str, list[str]]:
 def test_a_seed_gives_the_same_case_again() -> None:
     assert [draw(case.seed) for case in CASES] == CASES
     assert len({str(case.row) for case in CASES}) == len(CASES)
-
-
-def test_luck_is_the_same_everywhere() -> None:
     draft = Draft(1)
-    assert [draft.pick(range(1000)) for _ in range(4)] == FIRST, "no seed gives what it gave"
-
-
-def test_every_feature_is_drawn() -> None:
-    assert {name for case in CASES for name in case.features} == FEATURES
+    found = [draft.pick(range(1000)) for _ in range(4)]
+    assert found == [134, 847, 763, 255], "no seed gives what it gave"
 
 
 def test_sizes_divide() -> None:
@@ -89,21 +88,108 @@ EXCLUDES = {
 }
 
 
-def test_a_feature_has_those_that_it_needs_and_none_that_it_excludes() -> None:
+def test_features_are_drawn_with_those_that_they_need_and_none_that_they_exclude() -> None:
     for case in CASES:
+        for table in (BALANCING, MODES):
+            assert sum(name in case.features for name in table) == 1
         for name, needed in NEEDS.items():
             assert not case.has(name) or case.has(*needed), f"{case.seed}: {name}"
         for name, excluded in EXCLUDES.items():
             assert not (case.has(name) and case.has(*excluded)), f"{case.seed}: {name}"
+    assert {name for case in CASES for name in case.features} == FEATURES
 
 
-@pytest.mark.parametrize("table", [BALANCING, MODES])
-def test_one_setting_of_a_choice_is_drawn(table: dict[str, object]) -> None:
-    assert all(sum(name in case.features for name in table) == 1 for case in CASES)
+@dataclass
+class Made:
+    """Replacement of pools whose gradients are 1 for stock, and larger by a given gap elsewhere.
+
+    `apart` has the gaps of FSEP by itself, given stock's choices, and with exact sums. `floor` is
+    that of the other stock run, or None where it does not train. Commands with the word in `fails`
+    do not train.
+    """
+
+    apart: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    floor: float | None = 0.0
+    fails: str = "never"
+    runs: int = 0
+
+    def __call__(self, _size: int) -> Made:
+        return self
+
+    def close(self) -> None: ...
+
+    def run_raw(
+        self,
+        _function: Any,
+        flags: list[str],
+        _chooses: bool,
+        given: Any,
+        exact: bool,
+        *_: Any,
+        **__: Any,
+    ) -> list[Any]:
+        self.runs += 1
+        if self.fails in flags:
+            return [Raised("ValueError", "is\nnot possible", "")]
+        if "fsep" in flags:
+            apart = self.apart[2 if exact else 1 if given is not None else 0]
+        elif self.runs == 1:
+            apart = 0.0
+        elif self.floor is None:
+            return [Raised("ValueError", "has no such size", "")]
+        else:
+            apart = self.floor
+        record = Record(
+            losses=[1.0],
+            grad_norms=[1.0],
+            first_grads={"weight": torch.tensor([1.0 + apart], dtype=torch.float64)},
+            weights={"weight": torch.ones(1)},
+        )
+        scores_CTE = np.array([[[3.0, 2.0, 1.0]]], np.float32)
+        return [Outcome(record, Decisions(scores_CTE, np.array([[[0, 1]]], np.int16)), 0.5)]
 
 
-def test_a_fault_says_how_to_repeat_it() -> None:
-    case = draw(7)
-    beyond = Judgement(case, Verdict.BEYOND, distance=FAR)
-    assert "python -m tests.parity.random --only 7" in report.line(beyond)
-    assert "--only" not in report.line(Judgement(case, Verdict.EQUAL, distance=FAR))
+def case_with(*names: str, but: tuple[str, ...] = ()) -> Case:
+    cases = (draw(seed) for seed in range(5000))
+    return next(
+        case
+        for case in cases
+        if case.chooses
+        and case.row.gradients
+        and case.row.stock_parallel[0] != case.row.stock_parallel[1]
+        and {*names} <= {*case.features}
+        and not case.has(*but)
+    )
+
+
+PLAIN = case_with("fp32", "Adam")
+BF16_NODES = case_with("bf16", "tokens by nodes")
+BF16_RANKS = case_with("bf16", but=("tokens by nodes",))
+
+
+@pytest.mark.parametrize(
+    ("case", "made", "verdict"),
+    [
+        (PLAIN, Made(), Verdict.EQUAL),
+        (PLAIN, Made((9e-7, 0, 0), floor=3e-7), Verdict.EQUAL),
+        (PLAIN, Made((2e-6, 2e-6, 0), floor=3e-7), Verdict.BEYOND),
+        (PLAIN, Made((2e-6, 2e-7, 0), floor=3e-7), Verdict.NEAR_TIES),
+        (PLAIN, Made((2e-5, 2e-5, 0), floor=9e-6), Verdict.UNSTEADY),
+        (PLAIN, Made(fails="fsep"), Verdict.FAILED),
+        (PLAIN, Made(fails="--seed"), Verdict.SKIPPED),
+        (BF16_NODES, Made((1e-2, 0, 0), floor=5e-3), Verdict.WITHIN_FLOORS),
+        (BF16_NODES, Made((1e-2, 0, 0), floor=None), Verdict.WITHIN_BOUND),
+        (BF16_NODES, Made((1e-2, 1e-2, 1e-2), floor=5e-4), Verdict.BEYOND),
+        (BF16_NODES, Made((5e-2, 1e-2, 1.0), floor=5e-3), Verdict.NEAR_TIES),
+        (BF16_NODES, Made((5e-2, 4e-2, 1e-2), floor=5e-3), Verdict.ROUNDING),
+        (BF16_NODES, Made((5e-2, 4e-2, 3e-2), floor=5e-3), Verdict.BEYOND),
+        (BF16_RANKS, Made((5e-2, 4e-2, 0), floor=5e-3), Verdict.BEYOND),
+    ],
+)
+def test_a_verdict_follows_from_distances(case: Case, made: Made, verdict: Verdict) -> None:
+    judgement = judge(case, made, "text")  # type: ignore[arg-type]
+    assert judgement.verdict is verdict
+    assert verdict.is_fault == (verdict in (Verdict.BEYOND, Verdict.FAILED))
+    failed = {Verdict.FAILED: 1, Verdict.SKIPPED: 1}.get(verdict, int(made.floor is None))
+    assert judgement.processor_s == 0.5 * (made.runs - failed)
+    assert "\n" not in judgement.message

@@ -5,14 +5,16 @@ The release that is not installed is replaced here.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
 import re
-import subprocess
+import shutil
 import sys
 from argparse import Namespace
 from dataclasses import astuple
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -32,34 +34,27 @@ from megatron_laer.releases import (
     Difference,
     release_after,
 )
-from tests import processes
+from tests import compatibility
+from tests.compatibility import RECORD, Stack, here, record, recorded
+from tests.processes import python
 from tests.releases import PLACES, ROOT, Place, installed_release
 
 
-def test_releases_are_in_order_and_none_is_left_out() -> None:
+def test_releases_and_their_tested_versions_are_in_order() -> None:
     after = [release_after(number) for number in NUMBERS]
     assert after == [*NUMBERS[1:], NEXT.number]
-
-
-@pytest.mark.parametrize("release", RELEASES, ids=lambda release: release.number)
-def test_tested_versions_are_of_their_release_and_in_order(release: releases.Release) -> None:
-    assert release.tested
-    assert all(re.fullmatch(rf"{release.number}\.\d+", version) for version in release.tested)
-    assert list(release.tested) == sorted(set(release.tested), key=lambda v: int(v.split(".")[2]))
-
-
-def test_the_next_release_was_tried_from_a_checkout() -> None:
     tried = rf"{NEXT.number}\.\d+\+[0-9a-f]{{7,}}"
     assert NEXT.tested and all(re.fullmatch(tried, version) for version in NEXT.tested)
-
-
-def test_the_supported_range_holds_what_was_tested_and_ends_with_it() -> None:
     supported = SpecifierSet(SUPPORTED, prereleases=True)
     assert [version for version in TESTED if version not in supported] == []
     assert NUMBERS[0] in supported and f"{NUMBERS[-1]}.99" in supported
     after = release_after(NUMBERS[-1])
     outside = [f"{NUMBERS[0]}rc0", after, f"{after}.0rc0", f"{after}.dev0"]
     assert [version for version in outside if version in supported] == []
+
+    for release in RELEASES:
+        patches = [int(version.removeprefix(f"{release.number}.")) for version in release.tested]
+        assert patches and patches == sorted(set(patches))
 
 
 def test_a_difference_parts_the_supported_releases_or_its_fallback_has_to_go() -> None:
@@ -88,44 +83,25 @@ print(json.dumps([is_there(difference) for difference in DIFFERENCES]))
 
 @pytest.mark.releases
 def test_the_installed_megatron_has_what_the_table_says() -> None:
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", LOOKING],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "MEGATRON_LAER_DEVICE": "cpu"},
-        timeout=600,
-    )
-    assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
+    found = json.loads(python("-c", LOOKING).splitlines()[-1])
     expected = [installed_release() not in difference.lacked_by() for difference in DIFFERENCES]
     assert found == expected, [difference.name for difference in DIFFERENCES]
 
 
 @pytest.mark.parametrize("place", PLACES, ids=lambda place: place.file)
-def test_files_that_cannot_import_the_table_agree_with_it(place: Place) -> None:
-    assert place.split()[1] == place.text, "run python -m tests.releases"
-
-
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.file)
-def test_a_text_that_does_not_agree_is_written_and_nothing_else(
+def test_files_that_cannot_import_the_table_agree_with_it(
     place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = (ROOT / place.file).read_text(encoding="utf-8")
-    head, _, tail = place.split()
+    head, text, tail = place.split()
+    assert text == place.text, "run python -m tests.releases"
+    # A text that does not agree is written, and nothing else.
     copy = tmp_path / place.file
     copy.parent.mkdir(exist_ok=True)
     copy.write_text(f"{head}of long ago{tail}", encoding="utf-8")
     monkeypatch.setattr(tests.releases, "ROOT", tmp_path)
     assert [place.write(), place.write()] == [True, False]
     assert copy.read_text(encoding="utf-8") == content
-
-
-def test_the_table_is_read_where_nothing_is_installed() -> None:
-    program = "import sys, megatron_laer.releases; print(*sys.modules)"
-    result = processes.run([sys.executable, "-c", program], 60, cwd=ROOT)
-    loaded = {name.partition(".")[0] for name in result.stdout.split()}
-    assert "megatron_laer" in loaded
-    assert not loaded & {"megatron", "numpy", "packaging", "torch", "yaml"}
 
 
 MODEL = Namespace(num_experts=8, record_memory_history=False, spec=None)
@@ -138,7 +114,7 @@ def with_training(monkeypatch: pytest.MonkeyPatch, **functions: object) -> None:
     monkeypatch.setitem(sys.modules, "megatron.training", SimpleNamespace(argument_utils=utils))
 
 
-def test_a_model_is_built_from_its_configuration_where_megatron_can(
+def test_a_model_is_built_from_its_configuration_where_megatron_can_and_else_by_a_function(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     with_training(
@@ -151,9 +127,6 @@ def test_a_model_is_built_from_its_configuration_where_megatron_can(
     hybrid = Namespace(hybrid_layer_pattern="*E")
     expected = {"cfg_container": (hybrid, ("hybrid model of", hybrid))}
     assert pretraining.pretrain_arguments(hybrid) == expected
-
-
-def test_a_model_is_built_by_a_function_where_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
     with_training(monkeypatch)
     found = pretraining.pretrain_arguments(MODEL)
     assert found == {"cfg_container": (MODEL,), "model_provider": pretraining.build_gpt}
@@ -163,8 +136,6 @@ def test_a_model_is_built_by_a_function_where_it_cannot(monkeypatch: pytest.Monk
     ("given", "quoted"),
     [
         ({"spec": "my.spec"}, "--spec"),
-        ({"yaml_cfg": "x.yaml"}, "--yaml-cfg"),
-        ({"experimental_attention_variant": "x"}, "--experimental-attention-variant"),
         ({"heterogeneous_layers_config_path": "x"}, "--heterogeneous-layers-config-path"),
         ({"record_memory_history": True}, "--record-memory-history"),
         ({"num_experts": None}, "no --num-experts"),
@@ -194,3 +165,44 @@ def test_checkpoints_go_where_megatrons_go(monkeypatch: pytest.MonkeyPatch, is_o
     feature = SimpleNamespace(is_enabled=lambda: is_on, import_package=lambda: client)
     found = storage(monkeypatch, MultiStorageClientFeature=feature)
     assert (found.open, found.os) == ((client.open, client.os) if is_on else (open, os))
+
+
+def test_every_recorded_megatron_is_one_that_the_table_of_releases_calls_tested() -> None:
+    stacks = recorded()
+    assert {stack.megatron for stack in stacks} <= {*TESTED, *NEXT.tested}
+    assert {TESTED[0], TESTED[-1], *NEXT.tested} <= {stack.megatron for stack in stacks}
+    assert len({*stacks}) == len(stacks)
+
+
+def test_a_set_that_has_passed_is_recorded_once_with_what_is_installed(tmp_path: Path) -> None:
+    path = tmp_path / "tested.csv"
+    shutil.copy(RECORD, path)
+    stack = here("scripts/test.sh --some")
+    assert stack.torch.startswith(metadata.version("torch").partition("+")[0])
+    assert stack.python == f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert stack.cards == "" and stack.communication == "gloo"
+    before = recorded(path)
+    assert record(stack, path) and not record(stack, path)
+    assert recorded(path) == [*before, stack]
+
+
+def test_a_card_of_the_record_is_tested_on_the_page_and_no_other_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    first = recorded()[0]
+    card = dataclasses.replace(
+        first, tests="scripts/test.sh --gpu", torch="2.99", cuda="13.9", cards="H100"
+    )
+    monkeypatch.setattr(compatibility, "recorded", lambda: [first])
+    assert "| cards | nothing yet |" in "\n".join(compatibility.versions())
+    monkeypatch.setattr(compatibility, "recorded", lambda: [first, card])
+    rows = [line.split(" | ") for line in [*compatibility.versions()][2:]]
+    tested = {row[0].removeprefix("| "): row[1] for row in rows}
+    assert tested["torch, CUDA"] == "2.99" and tested["cards"] == "H100"
+    assert tested["torch, CPU ranks"] == first.torch and tested["CUDA"] == "13.9"
+    assert "| H100 |" in "\n".join(compatibility.combinations())
+
+
+def test_a_stack_has_a_column_for_everything() -> None:
+    names = [field.name for field in dataclasses.fields(Stack)]
+    assert RECORD.read_text(encoding="utf-8").splitlines()[0] == ",".join(names)

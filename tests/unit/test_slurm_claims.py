@@ -102,20 +102,6 @@ def test_of_two_jobs_at_once_exactly_one_takes_a_folder(tmp_path: Path) -> None:
         assert f"job={winner}\n" in (tmp_path / f"folder{pair}" / "slurm-run.txt").read_text()
 
 
-def test_a_running_job_is_refused_to_another_and_its_requeue_finds_it(tmp_path: Path) -> None:
-    assert claim(tmp_path, 7).returncode == 0
-    refused = claim(tmp_path, 8)
-    assert refused.returncode == 2
-    assert refused.stderr == (
-        "pretrain.sbatch: run is in use by job 7 (without Slurm, MODEL=tiny-moe, MODE=fsep); give "
-        "this job another CHECKPOINT\n"
-    )
-    end(tmp_path, 7, step=4)
-    again = claim(tmp_path, 7, SLURM_RESTART_COUNT="1")
-    assert "run holds step 4 of this job, as it was before restart 1" in again.stderr
-    assert claim(tmp_path, 8).returncode == 2
-
-
 @pytest.mark.parametrize(
     ("answer", "said"),
     [
@@ -147,7 +133,12 @@ def test_a_job_waits_and_then_refuses_what_squeue_does_not_say_is_free(
 
 
 def test_a_step_is_of_the_job_that_saved_it_and_not_of_one_that_began_there(tmp_path: Path) -> None:
-    claim(tmp_path, 5, MODEL="tiny-moe", SLURM_JOB_NAME="first")
+    (tmp_path / "run").mkdir()
+    end(tmp_path, 1, step=3)
+    assert "step 3 of a run that was not started by this script" in claim(tmp_path, 4).stderr
+    old = "job=5\nname=first\nmodel=tiny-moe\nmode=fsep\ndata=/d\n"
+    (tmp_path / "run" / "slurm-run.txt").write_text(old)
+    end(tmp_path, 4)
     end(tmp_path, 5, step=40)
     whose = "run holds step 40 of job 5 (first, MODEL=tiny-moe, MODE=fsep); the run goes on from it"
     for job in (6, 7):  # both fail while they load
@@ -163,16 +154,6 @@ def test_a_step_is_of_the_job_that_saved_it_and_not_of_one_that_began_there(tmp_
     claim(tmp_path, 9, SLURM_JOB_NAME="last")
     end(tmp_path, 9, step=50)
     assert "run holds step 50 of job 9 (last, " in claim(tmp_path, 10).stderr
-
-
-def test_a_checkpoint_of_another_script_is_gone_on_from(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    end(tmp_path, 1, step=3)
-    assert "step 3 of a run that was not started by this script" in claim(tmp_path, 7).stderr
-    old = "job=5\nname=first\nmodel=tiny-moe\nmode=fsep\ndata=/d\n"
-    (tmp_path / "run" / "slurm-run.txt").write_text(old)
-    end(tmp_path, 7)
-    assert "step 3 of job 5 (first, MODEL=tiny-moe, MODE=fsep)" in claim(tmp_path, 8).stderr
 
 
 def test_claims_do_not_pile_up(tmp_path: Path) -> None:

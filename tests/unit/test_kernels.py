@@ -1,0 +1,64 @@
+"""Triton kernels of the exchange and of permutations: in Triton's interpreter, and compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.processes import python
+
+pytest.importorskip("triton", reason="PyTorch for CUDA brings Triton")
+
+INTEGERS = (
+    "starts_S ends_S first_row_S by_expert_S first_E1 pair_P token_P row_TE ends_T by_token_P"
+).split()
+SIZES = {"RANKS": 64, "NODES": 8, "BLOCK": 1024}
+
+
+@pytest.mark.parametrize(("module", "cases"), [("exchange_kernels", 61), ("dispatch_kernels", 22)])
+def test_kernels_equal_torch_in_tritons_interpreter(module: str, cases: int) -> None:
+    printed = python("-m", f"tests.{module}", TRITON_INTERPRET="1", MEGATRON_LAER_DEVICE="auto")
+    assert printed.strip() == f"{cases} cases"
+
+
+def compile_for(capability: int, kernel: Any, types: dict[str, str], given: dict[str, int]) -> None:
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    given = {name: value for name, value in given.items() if name in kernel.arg_names}
+    types = dict.fromkeys(kernel.arg_names, "i32") | types | dict.fromkeys(given, "constexpr")
+    source = ASTSource(kernel, {name: types[name] for name in kernel.arg_names}, given)
+    assert compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("rows", ["fp32", "bf16"])
+def test_kernels_of_permutations_compile_for_cards_that_are_not_here(
+    capability: int, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from megatron_laer.layer.dispatch import kernels
+
+    types = dict.fromkeys(INTEGERS, "*i32") | {"map_TE": "*u8"}
+    types |= {"rows_PH": f"*{rows}", "sums_TH": f"*{rows}"}
+    for kernel in (kernels._rows_of_expert, kernels._rows_of_token, kernels._sum_rows):
+        compile_for(capability, kernel, types, {"BLOCK": 256})
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("parts", "out"), [("bf16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32")])
+def test_kernels_of_the_exchange_compile_for_cards_that_are_not_here(
+    capability: int, parts: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from megatron_laer.runtime.comm import kernels
+
+    types = dict.fromkeys(("whole_CRK", "by_local_rank", "arrived", "target_nPK"), f"*{parts}")
+    types |= {"parts_nPK": f"*{parts}", "out": f"*{out}", "csr": "*i64", "position_n": "*i64"}
+    for value in (False, True):
+        compile_for(capability, kernels._move_rows, types, SIZES | {"PACKS": value})
+        compile_for(capability, kernels._sum_replicas, types, SIZES | {"ADDS": value})
+    compile_for(capability, kernels._gather_rows, types, SIZES)
