@@ -23,6 +23,8 @@ import numpy as np
 
 from benchmarks.command_line import add_json, parser_of, program, write_json
 from benchmarks.costs import paper_costs
+from benchmarks.home_layouts import least_of_all
+from benchmarks.home_training import training
 from benchmarks.report import machine, print_table
 from benchmarks.trace_cases import Case, Trace
 from megatron_laer.arrays import Int64
@@ -36,7 +38,6 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.traffic import Traffic, expert_elements_N, restore_traffic
-from tests.oracles.home import least_of_all
 
 NODE_SIZE = 8
 # Replicas cost nothing: the best balance that forecasts allow.
@@ -79,7 +80,8 @@ class BalanceRow:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("benchmarks.home", __doc__)
     parser.add_argument("--trace", type=Path, required=True, help="npz file with tokens")
-    parser.add_argument("--quick", action="store_true", help="few cases")
+    parser.add_argument("--quick", action="store_true", help="few cases, and a small model")
+    parser.add_argument("--no-training", action="store_true", help="leave out runs of ranks")
     add_json(parser)
     options = parser.parse_args(arguments)
     trace = Trace(options.trace)
@@ -94,11 +96,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "solve": list(solve_times(3 if options.quick else 9)),
         "small": small_cases(5 if options.quick else 40),
     }
+    if not options.no_training:
+        found |= training(quick=options.quick)
     print(json.dumps(found["machine"]))
     print_table(found["balance"])
     print_table([{"way": way, **numbers} for way, numbers in found["bytes"].items()])
     print_table(found["solve"])
     print_table([found["small"]])
+    for ranks, of in found.get("balanced", {}).items():
+        print_table([{"forced balance on": ranks, **of["cpu_ratio"], "bytes": of["weight_bytes"]}])
+    print_table([{"routing": name, **of} for name, of in found.get("skewed", {}).items()])
     write_json(options.json, found)
     return 0
 

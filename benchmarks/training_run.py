@@ -51,6 +51,7 @@ class Measured:
         restore_exposed_ms, reduce_exposed_ms: exposed waits of this rank's compute, FSEP only.
         fsep_skew: max/mean tokens per rank as FSEP computed them, per layer and microbatch; only
             the newest ones, on rank 0.
+        weight_bytes: of weights and their gradients that this rank received, FSEP only.
     """
 
     step_ms: list[float] = field(default_factory=list)
@@ -59,6 +60,7 @@ class Measured:
     restore_exposed_ms: list[float] = field(default_factory=list)
     reduce_exposed_ms: list[float] = field(default_factory=list)
     fsep_skew: list[float] = field(default_factory=list)
+    weight_bytes: int = 0
 
 
 def measure(flags: list[str], routing: Routing, shape: RoutingShape | None, steps: int) -> Measured:
@@ -127,6 +129,7 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape | None, step
             restore_exposed_ms=list(restore_ms),
             reduce_exposed_ms=list(reduce_ms),
             fsep_skew=_fsep_skew(),
+            weight_bytes=_weight_bytes(),
         )
 
 
@@ -151,6 +154,14 @@ def _stock_skew(counts_ME: torch.Tensor, steps: int) -> list[float]:
     skew_M = np.array([max_over_mean(stock_tokens_N(counts_NE)) for counts_NE in counts_MNE])
     per_step: list[float] = skew_M.reshape(steps + 1, -1).mean(axis=1).tolist()
     return per_step[:-1]
+
+
+def _weight_bytes() -> int:
+    coordinator = current_coordinator()
+    if coordinator is None:
+        return 0
+    count = coordinator.streams.exchange.count
+    return count.restore_bytes + count.reduce_bytes
 
 
 def _fsep_skew() -> list[float]:

@@ -1,4 +1,4 @@
-"""The alias method for home experts in Python, and all layouts of small cases; cubic or worse.
+"""The alias method for home experts in Python, cubic.
 
 The most underloaded rank with a free replica slot fills its room from one expert of an overloaded
 rank. It prefers an expert that fills the room, then its own node, then the most loaded giver.
@@ -8,11 +8,7 @@ Legend: N ranks, E experts, C slots per rank, H = E/N home slots.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from itertools import combinations, product
-
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 
@@ -53,23 +49,3 @@ def layout_of(taken: list[list[int]], geometry: Geometry) -> ExpertLayout:
         empty = [EMPTY] * (geometry.capacity - home - len(experts))
         slots += [*range(rank * home, (rank + 1) * home), *sorted(experts), *empty]
     return ExpertLayout.from_slots(*geometry.shape, slots)
-
-
-def all_layouts(geometry: Geometry) -> Iterator[ExpertLayout]:
-    """Yield every layout of home experts, with all replica slots used."""
-    home, spare = geometry.home_slots, geometry.capacity - geometry.home_slots
-    others = [
-        [e for e in range(geometry.num_experts) if e // home != rank]
-        for rank in range(geometry.num_ranks)
-    ]
-    for taken in product(*(list(combinations(experts, spare)) for experts in others)):
-        yield layout_of([list(experts) for experts in taken], geometry)
-
-
-def least_of_all(counts_NE: Int64, geometry: Geometry) -> int:
-    """Return the least largest rank load of any layout; more replicas never hurt."""
-    loads = (
-        exact_split(layout, geometry.node_size).solve(counts_NE).rank_loads_N()
-        for layout in all_layouts(geometry)
-    )
-    return min(int(loads_N.max()) for loads_N in loads)
