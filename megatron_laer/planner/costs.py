@@ -225,7 +225,7 @@ class CostModel:
     def with_exchange(self, algorithm: ExchangeAlgorithm | Auto, geometry: Geometry) -> CostModel:
         """Return the model with this exchange; `auto` is the faster one for a typical layout.
 
-        That is the static one, and beside home experts one for log-normal loads.
+        That is the static one; with home experts, one for log-normal loads.
         """
         if algorithm == Auto.AUTO:
             layout, home_slots = typical_layout(geometry), geometry.home_slots
@@ -368,7 +368,7 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
 
 
 def typical_layout(geometry: Geometry) -> ExpertLayout:
-    """Return the layout for which exchanges are compared: static, or with replicas beside homes.
+    """Return the layout for which exchanges are compared: static, or one with replicas.
 
     Those are for log-normal loads, sigma 0.6, with equally many tokens on every rank.
     """

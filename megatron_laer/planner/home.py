@@ -1,4 +1,4 @@
-"""Replicas beside home experts, for known counts: the construction, without prices.
+"""Replicas of home experts, for known counts: the construction, without prices.
 
 Each rank keeps its E/N home experts in stock's placement. Walker's alias method adds replicas of an
 overloaded rank's experts on underloaded ranks, until no rank is above the wanted load. With N = E,
@@ -42,7 +42,7 @@ def replicate(counts_NE: Int64, geometry: Geometry, level: int = 0) -> Replicati
     largest load under stock's placement.
     """
     if geometry.sharding != Sharding.EXPERTS:
-        raise ValueError("replicas beside home experts need --fsep-sharding experts")
+        raise ValueError("replicas of home experts need --fsep-sharding experts")
     counts_NE = checked_counts(counts_NE, geometry)
     slots_S, loads_S, is_ideal = native.replicate(
         counts_NE, geometry.capacity, geometry.node_size, level

@@ -6,8 +6,8 @@ each node ("place" g) exchanges with rank g of the others. The runtime's exchang
 traffic; tests compare it with these formulas.
 
 With experts at home, only replica slots are fetched. `flat` sends whole experts from their homes
-(*direct*). `node` has one hop more (*relay*): homes spread the rows of each expert that is fetched
-over all ranks, and ranks go on as if they held rows of these experts.
+(*direct*). `node` has one hop more (*relay*). Homes spread the rows of each fetched expert over all
+ranks, which go on as with rows of all experts.
 
 Legend: N ranks, E experts, C slots per rank that can be fetched, S = N·C such slots, G ranks per
 node, M = N/G nodes. A matrix has R rows and K columns.

@@ -247,6 +247,22 @@ def test_free_slots_bring_tokens_back_to_their_node() -> None:
             assert totals.far_S.sum() < counts_NE.sum()
 
 
+@pytest.mark.parametrize("name", ["greedy", "search"])
+@pytest.mark.parametrize(("num_ranks", "num_experts", "node_size"), [(4, 8, 4), (4, 8, 2)])
+def test_balanced_loads_get_no_replica(
+    name: str, num_ranks: int, num_experts: int, node_size: int
+) -> None:
+    geometry = Geometry(num_ranks, num_experts, 4, node_size, Sharding.EXPERTS)
+    counts_NE = np.full((num_ranks, num_experts), 100)
+    strategy = make_strategy(name, geometry=geometry, costs=COMPUTE_ONLY)
+    for current in (geometry.static_layout, random_replicas(geometry, 0)):
+        assert strategy.plan(counts_NE, current) == geometry.static_layout
+        for mode in (PlanMode.EXACT, PlanMode.ADAPTIVE):
+            guard = Guard(mode, make_costs(), geometry)
+            decision = guard.decide(counts_NE, geometry.static_layout)
+            assert decision.layout is decision.planned_layout
+
+
 def test_layouts_without_homes_are_refused() -> None:
     with pytest.raises(ValueError, match="use greedy, search or static"):
         make_strategy("laer", geometry=HOMES, costs=COMPUTE_ONLY)

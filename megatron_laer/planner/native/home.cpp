@@ -28,7 +28,9 @@
 //   1. Loads of experts and ranks, and each rank's experts sorted.
 //   2. Steps, the most underloaded taker first. Of givers that can fill its room one of the same
 //      node is taken, and of those the most loaded; else the giver with the largest expert. Of the
-//      giver's experts, by rule, the smallest that fills the room or the largest.
+//      giver's experts, by rule, the smallest that fills the room or the largest. With several
+//      nodes, an expert of another node that fills the room and that most tokens of the taker's node
+//      are for goes first: these tokens then stay in their node.
 //   3. If the level is missed, the other rule, and the better of both. Every layout here is at least
 //      as balanced as stock's placement, since a step only lowers loads that are above the level.
 //   4. Experts of a rank's replica slots ascend, empty slots come last.
@@ -57,8 +59,10 @@ enum class Rule { kSmallestThatFills, kLargest };
 
 class AliasMethod {
  public:
-  AliasMethod(const Shape& shape, const std::vector<int64_t>& loads_E, int64_t level, Rule rule)
-      : shape_(shape), level_(level), rule_(rule), tokens_E_(loads_E), order_E_(loads_E.size()),
+  AliasMethod(const Shape& shape, const int64_t* node_counts_QE,
+              const std::vector<int64_t>& loads_E, int64_t level, Rule rule)
+      : shape_(shape), node_counts_QE_(node_counts_QE), level_(level), rule_(rule),
+        tokens_E_(loads_E), order_E_(loads_E.size()),
         load_N_(shape.ranks, 0), givers_Q_(shape.nodes()), replicas_N_(shape.ranks) {
     std::iota(order_E_.begin(), order_E_.end(), 0);
     for (int rank = 0; rank < shape.ranks; ++rank) {
@@ -73,10 +77,12 @@ class AliasMethod {
     while (!givers_.empty() && !takers_.empty()) {
       const int taker = takers_.begin()->second;
       const int64_t room = level_ - load_N_[taker];
-      const int giver = choose_giver(taker, room);
+      int place = shape_.nodes() > 1 ? place_for_locality(taker, room) : kNowhere;
+      if (place == kNowhere) place = place_of_choice(choose_giver(taker, room), room);
+      const int giver = place / shape_.home;
       leave(taker);
       leave(giver);
-      move(giver, taker, room);
+      move(place, taker, room);
       enter(taker);
       enter(giver);
     }
@@ -144,13 +150,42 @@ class AliasMethod {
     return by_largest_.begin()->second;
   }
 
-  void move(int giver, int taker, int64_t room) {
+  // The place, in the order, of the expert to take from a giver.
+  int place_of_choice(int giver, int64_t room) const {
     const auto first = order_E_.begin() + giver * shape_.home, last = first + shape_.home;
     auto at = last - 1;
     if (rule_ == Rule::kSmallestThatFills && tokens_E_[*at] >= room) {
       at = std::lower_bound(first, last, room,
                             [&](int e, int64_t tokens) { return tokens_E_[e] < tokens; });
     }
+    return static_cast<int>(at - order_E_.begin());
+  }
+
+  // The place of the expert that keeps most tokens of the taker's node there, or none.
+  int place_for_locality(int taker, int64_t room) const {
+    const int node = taker / shape_.node_size;
+    const int64_t* counts_E = node_counts_QE_ + static_cast<int64_t>(node) * shape_.experts;
+    int best = kNowhere, compared = 0;
+    int64_t most = 0;
+    for (const auto& giver : givers_) {
+      if (compared++ == kCompared) break;
+      const int first = giver.second * shape_.home;
+      if (giver.second / shape_.node_size == node) continue;
+      for (int place = first + shape_.home - 1; place >= first; --place) {
+        const int expert = order_E_[place];
+        if (tokens_E_[expert] < room) break;
+        if (std::min(room, counts_E[expert]) <= most) continue;
+        most = std::min(room, counts_E[expert]);
+        best = place;
+      }
+    }
+    return best;
+  }
+
+  void move(int place, int taker, int64_t room) {
+    const int giver = place / shape_.home;
+    const auto first = order_E_.begin() + giver * shape_.home;
+    auto at = order_E_.begin() + place;
     const int expert = *at;
     const int64_t given = std::min(room, tokens_E_[expert]);
     replicas_N_[taker].push_back({expert, given});
@@ -160,7 +195,10 @@ class AliasMethod {
     for (; at != first && is_less(*at, *(at - 1)); --at) std::swap(*at, *(at - 1));
   }
 
+  static constexpr int kNowhere = -1;
+
   const Shape& shape_;
+  const int64_t* node_counts_QE_;
   const int64_t level_;
   const Rule rule_;
   std::vector<int64_t> tokens_E_;  // that are still at home
@@ -209,9 +247,10 @@ HomeLayout replicate(const Shape& shape, const int64_t* node_counts_QE, int64_t 
   const std::vector<int64_t> loads_E = expert_loads(shape, node_counts_QE);
   const int64_t ideal = ideal_of(shape, loads_E);
   level = std::max(level, ideal);
-  HomeLayout best = AliasMethod(shape, loads_E, level, Rule::kLargest).run();
+  HomeLayout best = AliasMethod(shape, node_counts_QE, loads_E, level, Rule::kLargest).run();
   if (best.largest > level) {
-    HomeLayout other = AliasMethod(shape, loads_E, level, Rule::kSmallestThatFills).run();
+    HomeLayout other =
+        AliasMethod(shape, node_counts_QE, loads_E, level, Rule::kSmallestThatFills).run();
     if (other.largest < best.largest) best = std::move(other);
   }
   best.is_ideal = best.largest <= ideal;

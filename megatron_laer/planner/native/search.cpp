@@ -21,9 +21,14 @@ namespace {
 // What all tokens off their node would cost, in percent of the mean load.
 constexpr int64_t kOffNodePercent = 8;
 
-// What a replica slot of every rank costs, in thousandths of the mean load, beside home experts: one
-// that makes next to no difference stays empty.
-constexpr int64_t kReplicaPermille = 2;
+// What a replica slot of every rank costs, in thousandths of the mean load, on one node and on several:
+// one that makes next to no difference stays empty. Between nodes it is about what one slot of every
+// rank saves by locality if loads are balanced, so that these alone bring no replicas.
+constexpr int64_t kReplicaPermille = 2, kReplicaPermilleOfNodes = 25;
+
+// Stock's placement stays if a forecast loads no rank by more than this part above the mean: what
+// disturbed copies would gain is not worth an exchange.
+constexpr int64_t kBalancedPart = 64;
 
 // What a scenario scores in which all ranks carry the mean load.
 constexpr int64_t kPerfect = int64_t{1} << 20;
@@ -70,7 +75,8 @@ class Judge {
     int64_t sum = price_off_node(slots_S) + kPerfect * count;
     if (shape_.home > 0) {
       const int64_t replicas = graph_.pairs() - shape_.experts;
-      sum += replicas * kReplicaPermille * kPerfect * count / 1000 / shape_.ranks;
+      const int64_t permille = shape_.nodes() == 1 ? kReplicaPermille : kReplicaPermilleOfNodes;
+      sum += replicas * permille * kPerfect * count / 1000 / shape_.ranks;
     }
     for (int i : order_) {
       if (sum >= limit) return sum;
@@ -196,6 +202,11 @@ bool exchange_replicas(const Shape& shape, std::vector<int16_t>& slots_S, Random
 
 std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
                             const int16_t* current_S, const Effort& effort, uint64_t seed) {
+  if (shape.home > 0) {
+    const int64_t ideal = ideal_load(shape, node_counts_QE);
+    HomeLayout stock = stock_placement(shape, node_counts_QE);
+    if (stock.largest <= ideal + ideal / kBalancedPart) return stock.slots_S;
+  }
   Random random(seed);
   const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
   const std::vector<int64_t> forecast_QE(node_counts_QE, node_counts_QE + size);
