@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer import session
+from megatron_laer.choices import Sharding
 from megatron_laer.integrations.stock_tensors import LentExpert, Loan
 from megatron_laer.layer.experts.module import FSEPExperts
 from megatron_laer.layer.experts.slices import SliceSpec
@@ -66,7 +67,7 @@ class StockLayer:
 
     def blocks(self) -> list[torch.Tensor]:
         """Restore this rank's experts, [e, R, K] for each slice. Collective over the group."""
-        slices = self.experts.local_slices()
+        slices = self.experts.share
         return [
             gather_block(slice_ErK, rows, self.num_blocks, session.get_fsep_group())
             for slice_ErK, rows in zip(slices.values(self._num_experts), slices.rows, strict=True)
@@ -74,7 +75,7 @@ class StockLayer:
 
     def empty_blocks(self, device: torch.device | None = None) -> list[torch.Tensor]:
         """Allocate blocks, [e, R, K] each, on `device` or else the slices' device."""
-        slices = self.experts.local_slices()
+        slices = self.experts.share
         return [
             slice_ErK.new_empty((self.block_size, rows, slice_ErK.shape[2]), device=device)
             for slice_ErK, rows in zip(slices.values(self._num_experts), slices.rows, strict=True)
@@ -110,7 +111,7 @@ class StockLayer:
 
     def write(self, blocks: list[torch.Tensor]) -> None:
         """Cut the blocks of all ranks into slices. Collective over the group."""
-        slices = self.experts.local_slices().values(self._num_experts)
+        slices = self.experts.share.values(self._num_experts)
         for block_eRK, slice_ErK in zip(blocks, slices, strict=True):
             scatter_block(block_eRK, slice_ErK, session.get_fsep_group())
         if (coordinator := session.current_coordinator()) is not None:
@@ -234,6 +235,7 @@ def stock_layers(
         name: module for name, module in chunk.named_modules() if isinstance(module, FSEPExperts)
     }
     if not found:
+        _check_size_of_homes(expert_parallel_size)
         return chunk, []
     group = session.get_fsep_group()
     num_ranks = dist.get_world_size(group)
@@ -248,6 +250,17 @@ def stock_layers(
         )
         for name, experts in found.items()
     ]
+
+
+def _check_size_of_homes(asked: int | None) -> None:
+    current = session.current()
+    if asked is None or current is None or current.config.sharding != Sharding.EXPERTS:
+        return
+    if asked != current.groups.size:
+        raise ValueError(
+            f"expert_parallel_size={asked}: with --fsep-sharding experts the parameters are "
+            f"stock's on {current.groups.size} ranks; leave it out, or save and load a checkpoint"
+        )
 
 
 def _check_alike(name: str, value: int, group: dist.ProcessGroup) -> None:

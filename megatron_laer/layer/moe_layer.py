@@ -23,7 +23,10 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron_laer import session
 from megatron_laer.layer.dispatch.choice import make_dispatcher
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
-from megatron_laer.layer.experts.module import ADAPTED, FSEPExperts
+from megatron_laer.layer.experts.built_parts import ADAPTED
+from megatron_laer.layer.experts.homes import HomeExperts
+from megatron_laer.layer.experts.module import FSEPExperts
+from megatron_laer.layer.experts.restored_compute import RestoredCompute
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -89,6 +92,8 @@ class FSEPMoELayer(MoELayer):
         )
         self.config = config
         self.submodules = submodules
+        self._home_experts = self._make_home_experts(coordinator, pg_collection)
+        self._built_experts = (self.experts,)  # no second name for the module
         self.token_dispatcher = make_dispatcher(
             slot_config,
             self.local_expert_indices,
@@ -106,6 +111,11 @@ class FSEPMoELayer(MoELayer):
         self._shared_output: torch.Tensor | None = None
         if layer_number is not None:
             self._register(layer_number)
+
+    @property
+    def _slot_experts(self) -> FSEPExperts | HomeExperts:
+        experts: FSEPExperts = self.experts
+        return self._home_experts or experts
 
     @property
     def state(self) -> LayerState:
@@ -169,9 +179,8 @@ class FSEPMoELayer(MoELayer):
         input_TH, _, probs_T = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
         plan, self._plan = self._plan, None
         assert plan is not None, "routed_experts_compute before preprocess"
-        # A call, not a method: Megatron waits for updated parameters in the call's pre-hook.
         with self.token_dispatcher.keeping_rows():
-            output_TH = self.experts(input_TH, probs_T, plan)
+            output_TH = self._slot_experts(input_TH, probs_T, plan)
         if self.training:
             plan.restored.prepare_backward()
         return self.token_dispatcher.combine_preprocess(output_TH), None
@@ -186,25 +195,39 @@ class FSEPMoELayer(MoELayer):
 
     def what_changed(self) -> str | None:
         experts: torch.nn.Module = self.experts
-        if isinstance(experts, FSEPExperts):
-            return experts.what_changed()
+        if experts is self._built_experts[0]:
+            return self._slot_experts.built_parts.what_changed()
         return f"its experts were replaced by {type(experts).__name__}: {ADAPTED}"
 
     def end_step(self) -> None:
         self.token_dispatcher.end_step()
+
+    def _make_home_experts(
+        self, coordinator: Coordinator, pg_collection: Any
+    ) -> HomeExperts | None:
+        if coordinator.geometry.home_slots == 0:
+            return None
+        compute = RestoredCompute(
+            self.config,
+            tp_group=pg_collection.expt_tp,
+            device=coordinator.device,
+            gemm=coordinator.config.gemm,
+            activation_builder=_activation_builder(self.submodules),
+        )
+        return HomeExperts(self.experts, coordinator.geometry.home_slots, compute)
 
     def _register(self, layer_number: int) -> None:
         repeats = self._is_mtp and self.config.mtp_use_repeated_layer
         self._state = self._coordinator.register_layer(
             layer_number,
             self._is_mtp,
-            slices=self.experts.local_slices(),
+            share=self._slot_experts.share,
             recomputes=self.moe_layer_recompute,
             passes=self.config.mtp_num_layers if repeats else 1,
             what_changed=self.what_changed,
             on_step_end=self.end_step,
         )
-        self.experts.initialise(self._state.name, self._coordinator.seed)
+        self._slot_experts.initialise(self._state.name, self._coordinator.seed)
 
 
 _NO_NUMBER = (
@@ -237,8 +260,11 @@ def _slot_submodules(
     `submodules`.
     """
 
-    def build_experts(num_local: int, config_: Any, /, **_: Any) -> FSEPExperts:
+    def build_experts(num_local: int, config_: Any, /, **options: Any) -> torch.nn.Module:
         assert num_local == coordinator.geometry.capacity
+        if home_slots := coordinator.geometry.home_slots:
+            stock: torch.nn.Module = submodules.experts(home_slots, config, **options)
+            return stock
         return FSEPExperts(
             config,
             groups=coordinator.groups,

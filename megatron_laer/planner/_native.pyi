@@ -62,7 +62,17 @@ def rank_columns(
 def totals(
     counts_NE: _Int64, slots_S: _Int16, loads_S: _Int64, node_size: int, /
 ) -> tuple[_Int64, _Int64, _Int64, _Int64, _Int64]: ...
-def construct(counts_NE: _Int64, current_S: _Int16, node_size: int, home: int, /) -> _Int16: ...
+def construct(
+    counts_NE: _Int64,
+    current_S: _Int16,
+    node_size: int,
+    home: int,
+    costs: CostModel | None = None,
+    /,
+) -> _Int16: ...
+def replicate(
+    counts_NE: _Int64, capacity: int, node_size: int, level: int, /
+) -> tuple[_Int16, _Int64, bool]: ...
 def proportional(counts_NE: _Int64, current_S: _Int16, node_size: int, /) -> _Int16: ...
 def layer_seconds(
     costs: CostModel,

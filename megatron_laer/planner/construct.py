@@ -28,7 +28,8 @@ def construct_layout(
     """Construct the layout for exactly these counts [N, E], the same on every rank and machine.
 
     With fewer slots than `always_balances` needs, replicas are in proportion to load. Inside a
-    node, experts stay on ranks and in slots of `current` where the new layout has them too.
+    node, experts stay on ranks and in slots of `current` where the new layout has them too. Experts
+    at home stay there, and as many replicas are added as balance needs (`home.replicate`).
     """
     num_ranks, capacity, num_experts = current.shape
     geometry = Geometry(num_ranks, num_experts, capacity, node_size, sharding)

@@ -3,7 +3,8 @@
 `layer_seconds` covers expert compute and the token All-to-Alls. Restores and gradient exchanges
 overlap with compute. `restore_seconds` and `reduce_seconds` predict their full time,
 `exposed_seconds` the part that is not hidden. `clusters` has hardware constants, `traffic` element
-counts.
+counts. With experts at home (`home_slots`) only replicas move, and a layout without any costs
+nothing.
 
 The formulas are native code (`native/costs.cpp`), which explains why all ranks get bitwise equal
 numbers. Their constants are made here.
@@ -15,15 +16,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from statistics import NormalDist
 
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.choices import Recompute
+from megatron_laer.choices import Recompute, Sharding
 from megatron_laer.config import Auto, ExchangeAlgorithm, Split
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import SplitTotals, even_split
@@ -149,16 +152,26 @@ class CostModel:
         node_size: int,
         algorithm: ExchangeAlgorithm,
         changed_S: Bool | None = None,
+        home_slots: int = 0,
     ) -> Traffic:
-        """Return one restore's bytes per rank and link class, of all slots or of `changed_S`."""
-        traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
+        """Return one restore's bytes per rank and link class, of all slots or of `changed_S`.
+
+        With home slots, `flat` is direct and `node` a relay; see `traffic`.
+        """
+        traffic = restore_traffic(
+            layout, node_size, self.matrices, algorithm, changed_S, home_slots=home_slots
+        )
         return traffic.times(self.bytes_per_element)
 
     def reduce_bytes(
-        self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm
+        self,
+        layout: ExpertLayout,
+        node_size: int,
+        algorithm: ExchangeAlgorithm,
+        home_slots: int = 0,
     ) -> Traffic:
         """Return the bytes per rank and link class of one reduce of a layer's gradients."""
-        traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
+        traffic = reduce_traffic(layout, node_size, self.matrices, algorithm, home_slots=home_slots)
         return traffic.times(self.bytes_per_element)
 
     def restore_seconds(
@@ -167,45 +180,62 @@ class CostModel:
         node_size: int,
         algorithm: ExchangeAlgorithm,
         changed_S: Bool | None = None,
+        home_slots: int = 0,
     ) -> float:
         """Predict the seconds of one restore that nothing hides; see `restore_bytes`."""
-        traffic = restore_traffic(layout, node_size, self.matrices, algorithm, changed_S)
-        return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
+        traffic = restore_traffic(
+            layout, node_size, self.matrices, algorithm, changed_S, home_slots=home_slots
+        )
+        geometry = _geometry(layout, node_size, home_slots)
+        return self._exchange_seconds(traffic, geometry, algorithm)
 
     def reduce_seconds(
-        self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm
+        self,
+        layout: ExpertLayout,
+        node_size: int,
+        algorithm: ExchangeAlgorithm,
+        home_slots: int = 0,
     ) -> float:
         """Predict the seconds of one reduce that nothing hides; see `reduce_bytes`."""
-        traffic = reduce_traffic(layout, node_size, self.matrices, algorithm)
-        return self._exchange_seconds(traffic, layout.num_ranks, node_size, algorithm)
+        traffic = reduce_traffic(layout, node_size, self.matrices, algorithm, home_slots=home_slots)
+        geometry = _geometry(layout, node_size, home_slots)
+        return self._exchange_seconds(traffic, geometry, algorithm)
 
-    def exposed_seconds(self, layout: ExpertLayout, node_size: int, beside_s: float) -> float:
+    def exposed_seconds(
+        self, layout: ExpertLayout, node_size: int, beside_s: float, home_slots: int = 0
+    ) -> float:
         """Predict the exposed time of a layout's restores and reduce, in forward and backward.
 
         `beside_s` is the predicted time of both passes of the layer that hides them.
         """
-        costs = self.for_native(_geometry(layout, node_size))
+        costs = self.for_native(_geometry(layout, node_size, home_slots))
         slots_S, num_experts = layout.slot_expert_S, layout.num_experts
-        return native.exposed_seconds(costs, slots_S, num_experts, node_size, 0, beside_s)
+        return native.exposed_seconds(costs, slots_S, num_experts, node_size, home_slots, beside_s)
 
     def exposed_backward_seconds(
-        self, layout: ExpertLayout, node_size: int, beside_s: float
+        self, layout: ExpertLayout, node_size: int, beside_s: float, home_slots: int = 0
     ) -> float:
-        """Predict the exposed time of backward alone, equal for all layouts if `flat`."""
-        costs = self.for_native(_geometry(layout, node_size))
+        """Predict the exposed time of backward alone, equal for all layouts of rows if `flat`."""
+        costs = self.for_native(_geometry(layout, node_size, home_slots))
         slots_S, num_experts = layout.slot_expert_S, layout.num_experts
-        return native.exposed_backward_seconds(costs, slots_S, num_experts, node_size, 0, beside_s)
+        return native.exposed_backward_seconds(
+            costs, slots_S, num_experts, node_size, home_slots, beside_s
+        )
 
     def with_exchange(self, algorithm: ExchangeAlgorithm | Auto, geometry: Geometry) -> CostModel:
-        """Return the model with this exchange; `auto` is the faster one for the static layout."""
+        """Return the model with this exchange; `auto` is the faster one for a typical layout.
+
+        That is the static one, and beside home experts one for log-normal loads.
+        """
         if algorithm == Auto.AUTO:
-            static = ExpertLayout.static(*geometry.shape)
+            layout, home_slots = typical_layout(geometry), geometry.home_slots
             # Two restores per reduce; min() takes the first of equals, `flat`.
             chosen = min(
                 ExchangeAlgorithm,
                 key=lambda name: (
-                    2 * self.restore_seconds(static, geometry.node_size, name)
-                    + self.reduce_seconds(static, geometry.node_size, name)
+                    2
+                    * self.restore_seconds(layout, geometry.node_size, name, home_slots=home_slots)
+                    + self.reduce_seconds(layout, geometry.node_size, name, home_slots)
                 ),
             )
         else:
@@ -216,19 +246,25 @@ class CostModel:
         """Return the time of a fresh layout and exact quotas; a constant, so ranks decide alike."""
         return self.cluster.solve.seconds(*geometry.shape)
 
-    def change_seconds(self, before: ExpertLayout, after: ExpertLayout, node_size: int) -> float:
+    def change_seconds(
+        self, before: ExpertLayout, after: ExpertLayout, node_size: int, home_slots: int = 0
+    ) -> float:
         """Predict the cost of replacing a planned layout after the gate; 0 if no slot changes.
 
-        It is the solve and forward's fetch; the guard also weighs `exposed_backward_seconds`.
+        It is the solve and forward's fetch; the guard also weighs `exposed_backward_seconds`. A
+        slot that becomes empty needs no fetch.
         """
-        if not changed_slots(before, after).any():
+        if not changed_slots(before, after).any() and before == after:
             return 0.0
         slots = before.slot_expert_S, after.slot_expert_S
-        costs = self.for_native(_geometry(after, node_size))
-        return native.change_seconds(costs, *slots, after.num_experts, node_size, 0)
+        costs = self.for_native(_geometry(after, node_size, home_slots))
+        return native.change_seconds(costs, *slots, after.num_experts, node_size, home_slots)
 
     def least_change_seconds(self, geometry: Geometry) -> float:
-        """Return a lower bound of every change: the solve, and one expert for one rank."""
+        """Return a lower bound of every change: the solve, and one expert for one rank.
+
+        With experts at home, a change may only drop replicas, and then fetches nothing.
+        """
         return _least_change_seconds(self, geometry)
 
     def for_native(self, geometry: Geometry) -> native.CostModel:
@@ -263,22 +299,25 @@ class CostModel:
         return self._passes * self.flops_per_token
 
     def _exchange_seconds(
-        self, traffic: Traffic, num_ranks: int, node_size: int, algorithm: ExchangeAlgorithm
+        self, traffic: Traffic, geometry: Geometry, algorithm: ExchangeAlgorithm
     ) -> float:
+        if geometry.home_slots and not (traffic.intra_N.any() or traffic.inter_N.any()):
+            return 0.0
         wire_s = traffic.seconds(
             algorithm,
             self.bytes_per_element,
             self.cluster.intra.bytes_per_s,
             self.cluster.inter.bytes_per_s,
         )
-        return wire_s + self._exchange_latency_seconds(num_ranks, node_size, algorithm)
+        return wire_s + self._exchange_latency_seconds(geometry, algorithm)
 
-    def _exchange_latency_seconds(
-        self, num_ranks: int, node_size: int, algorithm: ExchangeAlgorithm
-    ) -> float:
+    def _exchange_latency_seconds(self, geometry: Geometry, algorithm: ExchangeAlgorithm) -> float:
+        num_ranks, node_size = geometry.num_ranks, geometry.node_size
         if algorithm == ExchangeAlgorithm.NODE:  # two collectives, one after the other
             latency_s = self.cluster.collective_seconds(node_size - 1, 0)
             latency_s += self.cluster.collective_seconds(0, num_ranks // node_size - 1)
+            if geometry.home_slots:  # the hop in front, from homes to rows
+                latency_s += self._latency_seconds(num_ranks, node_size)
         else:
             latency_s = self._latency_seconds(num_ranks, node_size)
         return len(self.matrices) * latency_s
@@ -293,19 +332,20 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
 
     All terms of traffic grow with changed slots and rows, so no change moves less.
     """
+    if geometry.home_slots:
+        return costs.solve_seconds(geometry) * _BELOW_ROUNDING
     num_ranks = geometry.num_ranks
     layout = ExpertLayout.static(*geometry.shape)
     first_S = np.arange(geometry.num_slots) == 0
     matrices = [(rows // num_ranks * num_ranks, columns) for rows, columns in costs.matrices]
     algorithm = costs.restore_algorithm
     traffic = restore_traffic(layout, geometry.node_size, matrices, algorithm, first_S)
-    fetch_s = costs._exchange_seconds(traffic, num_ranks, geometry.node_size, algorithm)
+    fetch_s = costs._exchange_seconds(traffic, geometry, algorithm)
     return (fetch_s + costs.solve_seconds(geometry)) * _BELOW_ROUNDING
 
 
 @lru_cache(maxsize=64)
 def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
-    num_ranks, node_size = geometry.num_ranks, geometry.node_size
     intra, inter = costs.cluster.intra, costs.cluster.inter
     return native.CostModel(
         *costs.cluster.gemm.columns(),
@@ -320,12 +360,29 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         costs.token_latency_seconds(geometry),
         costs.host_seconds(geometry),
         costs.restore_algorithm == ExchangeAlgorithm.NODE,
-        costs._exchange_latency_seconds(num_ranks, node_size, costs.restore_algorithm),
+        costs._exchange_latency_seconds(geometry, costs.restore_algorithm),
         costs.solve_seconds(geometry),
         costs.least_change_seconds(geometry),
-        expert_elements_N(costs.matrices, num_ranks),
+        expert_elements_N(costs.matrices, geometry.num_ranks),
     )
 
 
-def _geometry(layout: ExpertLayout, node_size: int) -> Geometry:
-    return Geometry(layout.num_ranks, layout.num_experts, layout.capacity, node_size)
+def typical_layout(geometry: Geometry) -> ExpertLayout:
+    """Return the layout for which exchanges are compared: static, or with replicas beside homes.
+
+    Those are for log-normal loads, sigma 0.6, with equally many tokens on every rank.
+    """
+    if geometry.sharding == Sharding.ROWS:
+        return geometry.static_layout
+    num_ranks, num_experts = geometry.num_ranks, geometry.num_experts
+    # Quantiles, in an order that puts neither neighbours nor multiples together.
+    place_E = np.arange(num_experts) * 7919 % num_experts
+    share_E = [NormalDist(0, 0.6).inv_cdf((int(at) + 0.5) / num_experts) for at in place_E]
+    tokens_E = np.rint(1000 * np.exp(share_E)).astype(np.int64)
+    return replicate(np.tile(tokens_E, (num_ranks, 1)), geometry).layout
+
+
+def _geometry(layout: ExpertLayout, node_size: int, home_slots: int = 0) -> Geometry:
+    sharding = Sharding.EXPERTS if home_slots else Sharding.ROWS
+    num_ranks, capacity, num_experts = layout.shape
+    return Geometry(num_ranks, num_experts, capacity, node_size, sharding)

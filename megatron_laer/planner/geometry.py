@@ -45,6 +45,11 @@ class Geometry:
         return self.num_experts // self.num_ranks if self.sharding == Sharding.EXPERTS else 0
 
     @property
+    def replica_slots(self) -> int:
+        """Return the number of a rank's slots whose experts are fetched."""
+        return self.capacity - self.home_slots
+
+    @property
     def static_layout(self) -> ExpertLayout:
         """Return the layout without a planner."""
         if self.sharding == Sharding.EXPERTS:

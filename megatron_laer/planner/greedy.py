@@ -12,6 +12,10 @@ Elsewhere the cost model chooses among two or three layouts, over the forecast a
 - Where slots are as scarce, the construction for known counts: more tokens stay in their node.
 - Replicas in proportion inside each node, which hosts its largest experts and a replica per rank.
 
+Experts at home (`--fsep-sharding experts`) keep their slots; the cost model chooses the replicas.
+Candidates are stock's placement and replicas that level loads more and more, with and without the
+headroom; then free slots are filled for locality while predicted time falls (`native/home.cpp`).
+
 `docs/planner.md` has the data behind these choices.
 
 Legend: N ranks, E experts, S slots.

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import Sharding
 from megatron_laer.config import Split
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -36,6 +37,13 @@ class LaerStrategy:
     geometry: Geometry
     costs: CostModel
     name: str = "laer"
+
+    def __post_init__(self) -> None:
+        if self.geometry.sharding == Sharding.EXPERTS:
+            raise ValueError(
+                "planner 'laer' lays experts out freely, but --fsep-sharding experts keeps them at "
+                "home; use greedy, search or static, or --fsep-sharding rows"
+            )
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
         geometry = self.geometry

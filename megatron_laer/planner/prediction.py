@@ -48,7 +48,9 @@ def predict(guard: Guard, decision: Decision) -> Prediction:
         totals = even_split(layout, node_size).totals(counts_NE)
     layer_s = costs.split_seconds(totals, layout, node_size)
     if decision.replanned:
-        layer_s += costs.change_seconds(decision.planned_layout, layout, node_size)
+        layer_s += costs.change_seconds(
+            decision.planned_layout, layout, node_size, geometry.home_slots
+        )
     return Prediction(
         layer_s=layer_s,
         stock_s=stock_seconds(costs, geometry, counts_NE),

@@ -3,7 +3,8 @@
 A layout's score is its largest load after exact quotas, summed over disturbed copies of the
 forecast (each expert's load times a random factor). Tokens whose node lacks their expert count a
 little. The search starts from the best of the current layout, the two ways of `greedy` and
-constructions for other disturbed copies. It improves that layout by single exchanges of slots.
+constructions for other disturbed copies. It improves that layout by single exchanges of slots;
+home experts keep theirs, and a replica that makes next to no difference is dropped.
 
 Legend: N ranks, E experts.
 """

@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
@@ -22,7 +23,45 @@ def row_bounds(rows: int, num_ranks: int) -> list[int]:
     return [rank * rows // num_ranks for rank in range(num_ranks + 1)]
 
 
-def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
+@dataclass(frozen=True)
+class ReplicaSlots:
+    """Slots of a layout whose experts are fetched: all, or those behind each rank's home slots."""
+
+    layout: ExpertLayout
+    home_slots: int = 0
+
+    @property
+    def num_ranks(self) -> int:
+        return self.layout.num_ranks
+
+    @property
+    def num_experts(self) -> int:
+        return self.layout.num_experts
+
+    @property
+    def capacity(self) -> int:
+        return self.layout.capacity - self.home_slots
+
+    @property
+    def num_slots(self) -> int:
+        return self.num_ranks * self.capacity
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.num_ranks, self.capacity, self.num_experts
+
+    @property
+    def have_homes(self) -> bool:
+        return self.home_slots > 0
+
+    @property
+    def slot_expert_S(self) -> npt.NDArray[np.int16]:
+        """Return the expert of each of these slots, or `EMPTY`, rank by rank."""
+        slots_NC = self.layout.slot_expert_S.reshape(self.num_ranks, -1)
+        return slots_NC[:, self.home_slots :].reshape(-1)
+
+
+def changed_slots(before: ExpertLayout | ReplicaSlots, after: ExpertLayout | ReplicaSlots) -> Bool:
     """Return the slots that get another expert, bool [S]; not those that become empty."""
     if before.shape != after.shape:
         shapes = [before.shape, after.shape]
@@ -31,7 +70,7 @@ def changed_slots(before: ExpertLayout, after: ExpertLayout) -> Bool:
     return np.asarray(filled_slots(after) & differs_S)
 
 
-def filled_slots(layout: ExpertLayout) -> Bool:
+def filled_slots(layout: ExpertLayout | ReplicaSlots) -> Bool:
     """Return the slots with an expert, bool [S]."""
     return np.asarray(layout.slot_expert_S != EMPTY)
 
@@ -50,7 +89,10 @@ class NodeSources:
 
 
 def node_sources(
-    layout: ExpertLayout, node_size: int, changed_S: Bool, before: ExpertLayout | None = None
+    layout: ExpertLayout | ReplicaSlots,
+    node_size: int,
+    changed_S: Bool,
+    before: ExpertLayout | ReplicaSlots | None = None,
 ) -> NodeSources:
     """Return the experts that cross nodes in a restore by node, and those that nodes have.
 

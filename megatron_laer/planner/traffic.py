@@ -5,8 +5,12 @@ distinct expert of a node across nodes once, and spreads it inside the node. Acr
 each node ("place" g) exchanges with rank g of the others. The runtime's exchanges count their
 traffic; tests compare it with these formulas.
 
-Legend: N ranks, E experts, C slots per rank, S = N·C slots, G ranks per node, M = N/G nodes. A
-matrix has R rows and K columns.
+With experts at home, only replica slots are fetched. `flat` sends whole experts from their homes
+(*direct*). `node` has one hop more (*relay*): homes spread the rows of each expert that is fetched
+over all ranks, and ranks go on as if they held rows of these experts.
+
+Legend: N ranks, E experts, C slots per rank that can be fetched, S = N·C such slots, G ranks per
+node, M = N/G nodes. A matrix has R rows and K columns.
 """
 
 from __future__ import annotations
@@ -19,8 +23,14 @@ import numpy as np
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.planner.geometry import check_node_size
-from megatron_laer.planner.layout import ExpertLayout, check_home
-from megatron_laer.planner.sharding import changed_slots, filled_slots, node_sources, row_bounds
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding import (
+    ReplicaSlots,
+    changed_slots,
+    filled_slots,
+    node_sources,
+    row_bounds,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,15 +78,6 @@ class Traffic:
             sent_inter_N=self.sent_inter_N * factor,
         )
 
-    def reversed(self) -> Traffic:
-        """Return the traffic of the same messages in the other direction."""
-        return Traffic(
-            intra_N=self.sent_intra_N,
-            inter_N=self.sent_inter_N,
-            sent_intra_N=self.intra_N,
-            sent_inter_N=self.inter_N,
-        )
-
 
 def restore_traffic(
     layout: ExpertLayout,
@@ -86,6 +87,7 @@ def restore_traffic(
     changed_S: Bool | None = None,
     *,
     before: ExpertLayout | None = None,
+    home_slots: int = 0,
 ) -> Traffic:
     """Count the elements that one restore moves.
 
@@ -104,10 +106,17 @@ def restore_traffic(
     other nodes than `flat`. The same holds for each rank if N divides R and all ranks of the node
     fetch equally many slots.
 
+    With home slots, c_n and F_J are of replica slots. Let d_n be the fetches of experts from home
+    n, each by each slot, and x_n the different experts among them. Then, times K,
+
+        flat  n receives c_n · R and sends d_n · R, from and to their ranks
+        node  n also receives (x of all others) · r_n and sends x_n · (R - r_n), in front
+
     Args:
         changed_S: slots to fetch, by ranks that keep nothing else; all slots by default. Empty
-            slots are not fetched.
+            slots and home slots are not fetched.
         before: instead of `changed_S`, the layout under which all ranks keep restored experts.
+        home_slots: home experts of each rank; 0 if ranks hold rows of all experts.
     """
     num_ranks, num_slots = layout.num_ranks, layout.num_slots
     check_node_size(num_ranks, node_size)
@@ -118,17 +127,26 @@ def restore_traffic(
         changed_S = np.ones(num_slots, dtype=np.bool_)
     if changed_S.shape != (num_slots,):
         raise ValueError(f"changed_S has shape {changed_S.shape}, expected {(num_slots,)}")
-    changed_S = changed_S & filled_slots(layout)
+    slots = ReplicaSlots(layout, home_slots)
+    changed_S = changed_S.reshape(num_ranks, -1)[:, home_slots:].reshape(-1) & filled_slots(slots)
+    if home_slots > 0 and algorithm == ExchangeAlgorithm.FLAT:
+        return _direct_traffic(slots, node_size, matrices, changed_S)
 
     num_nodes = num_ranks // node_size
     node_N = np.arange(num_ranks) // node_size
     fetched_N = changed_S.reshape(num_ranks, -1).sum(axis=1, dtype=np.int64)
     fetched_J = fetched_N.reshape(-1, node_size).sum(axis=1)
     # A group on one node has every expert's rows there anyway.
-    sources = node_sources(layout, node_size, changed_S, before if num_nodes > 1 else None)
+    kept = None if before is None or num_nodes == 1 else ReplicaSlots(before, home_slots)
+    sources = node_sources(slots, node_size, changed_S, kept)
     far_J = np.bincount(sources.fetched_pairs // layout.num_experts, minlength=num_nodes)
-    given_N = np.bincount(sources.shared_slots // layout.capacity, minlength=num_ranks)
+    given_N = np.bincount(sources.shared_slots // slots.capacity, minlength=num_ranks)
     given_J = given_N.reshape(-1, node_size).sum(axis=1)
+    spread_N = np.zeros(num_ranks, dtype=np.int64)
+    if home_slots > 0:
+        homes_X = np.unique(slots.slot_expert_S[changed_S]) // home_slots
+        spread_N = np.bincount(homes_X, minlength=num_ranks)
+    spread_J = spread_N.reshape(-1, node_size).sum(axis=1)
 
     received_intra_N, received_inter_N, sent_intra_N, sent_inter_N = np.zeros(
         (4, num_ranks), dtype=np.int64
@@ -138,8 +156,12 @@ def restore_traffic(
         rows_N = bounds[1:] - bounds[:-1]
         rows_JG = rows_N.reshape(-1, node_size)
         place_rows_N = np.tile(rows_JG.sum(axis=0), num_nodes)
+        node_rows_N = rows_JG.sum(axis=1)[node_N]
+        received_intra_N += (spread_J[node_N] - spread_N) * rows_N * columns
+        received_inter_N += (spread_N.sum() - spread_J[node_N]) * rows_N * columns
+        sent_intra_N += spread_N * (node_rows_N - rows_N) * columns
+        sent_inter_N += spread_N * (rows - node_rows_N) * columns
         if algorithm == ExchangeAlgorithm.FLAT:
-            node_rows_N = rows_JG.sum(axis=1)[node_N]
             received_intra_N += fetched_N * (node_rows_N - rows_N) * columns
             received_inter_N += fetched_N * (rows - node_rows_N) * columns
             sent_intra_N += (fetched_J[node_N] - fetched_N) * rows_N * columns
@@ -155,36 +177,23 @@ def restore_traffic(
     return Traffic(received_intra_N, received_inter_N, sent_intra_N, sent_inter_N)
 
 
-def direct_traffic(
-    layout: ExpertLayout,
-    node_size: int,
-    matrices: Sequence[tuple[int, int]],
-    changed_S: Bool | None = None,
+def _direct_traffic(
+    slots: ReplicaSlots, node_size: int, matrices: Sequence[tuple[int, int]], changed_S: Bool
 ) -> Traffic:
-    """Count the elements that experts' home ranks send, one whole expert for each replica.
-
-    Rank n receives R · K elements per matrix and replica in its changed slots; the home rank of the
-    expert sends them. Home slots receive nothing.
-    """
-    num_ranks, num_experts = layout.num_ranks, layout.num_experts
-    check_home(*layout.shape)
-    check_node_size(num_ranks, node_size)
-    fetched_S = filled_slots(layout) if changed_S is None else changed_S & filled_slots(layout)
-    slot_F = np.flatnonzero(fetched_S)
-    to_F = slot_F // layout.capacity
-    from_F = layout.slot_expert_S[slot_F].astype(np.int64) // (num_experts // num_ranks)
-    is_near_F = to_F // node_size == from_F // node_size
+    ranks_X = np.flatnonzero(changed_S) // slots.capacity
+    homes_X = slots.slot_expert_S[changed_S] // slots.home_slots
+    is_near_X = ranks_X // node_size == homes_X // node_size
     elements = sum(rows * columns for rows, columns in matrices)
 
-    def count(rank_F: Int64, chosen_F: Bool) -> Int64:
-        chosen = rank_F[chosen_F & (to_F != from_F)]
-        return np.bincount(chosen, minlength=num_ranks).astype(np.int64) * elements
+    def moved(ranks_X: Int64) -> Int64:
+        number_N = np.bincount(ranks_X, minlength=slots.num_ranks)
+        return number_N.astype(np.int64) * elements
 
     return Traffic(
-        count(to_F, is_near_F),
-        count(to_F, ~is_near_F),
-        count(from_F, is_near_F),
-        count(from_F, ~is_near_F),
+        intra_N=moved(ranks_X[is_near_X]),
+        inter_N=moved(ranks_X[~is_near_X]),
+        sent_intra_N=moved(homes_X[is_near_X]),
+        sent_inter_N=moved(homes_X[~is_near_X]),
     )
 
 
@@ -201,9 +210,17 @@ def reduce_traffic(
     node_size: int,
     matrices: Sequence[tuple[int, int]],
     algorithm: ExchangeAlgorithm,
+    *,
+    home_slots: int = 0,
 ) -> Traffic:
     """Count the elements of one gradient exchange: a restore of all slots, run backwards.
 
     Elements between nodes may have another dtype (`--fsep-grad-wire-dtype`).
     """
-    return restore_traffic(layout, node_size, matrices, algorithm).reversed()
+    there = restore_traffic(layout, node_size, matrices, algorithm, home_slots=home_slots)
+    return Traffic(
+        intra_N=there.sent_intra_N,
+        inter_N=there.sent_inter_N,
+        sent_intra_N=there.intra_N,
+        sent_inter_N=there.inter_N,
+    )

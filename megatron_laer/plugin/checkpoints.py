@@ -17,6 +17,7 @@ from typing import Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_laer import session
+from megatron_laer.choices import Sharding
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.releases import CHECKPOINT_STORAGE
 
@@ -39,16 +40,18 @@ _BUFFERS = re.compile(r"(?:^|\.)optimizer\.distributed\.dp_group_idx_\d+\.")
 _MARK = ".fsep-"
 
 
-def _mark_buffers(sharded_state_dict: Any, group_size: int) -> bool:
+def _mark_buffers(sharded_state_dict: Any, current: session.Session | None) -> bool:
     """Mark the optimizer's buffers with FSEP's group size; return whether there are any.
 
     A rank's slices of all experts have as many elements as stock's whole experts. Without the mark,
-    one kind would silently be read into the other.
+    one kind would silently be read into the other. Buffers of experts at home are stock's.
     """
+    if current is None or not current.has_groups or current.config.sharding != Sharding.ROWS:
+        return False
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-    mark = f"{_MARK}{group_size}"
+    mark = f"{_MARK}{current.groups.size}"
     buffers = [
         entry
         for entry in nested_values(sharded_state_dict)
@@ -75,8 +78,7 @@ def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         current = session.current()
-        if current is not None and current.has_groups:
-            _mark_buffers(sharded_state_dict, current.groups.size)
+        _mark_buffers(sharded_state_dict, current)
         request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         coordinator = None if current is None else current.coordinator
         if coordinator is not None:
@@ -90,11 +92,7 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         current = session.current()
-        is_marked = (
-            current is not None
-            and current.has_groups
-            and _mark_buffers(sharded_state_dict, current.groups.size)
-        )
+        is_marked = _mark_buffers(sharded_state_dict, current)
         try:
             loaded = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         except (Exception, CheckpointException) as error:  # CheckpointException is no Exception

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer.choices import Recompute
+from megatron_laer.choices import Recompute, Sharding
 from megatron_laer.config import (
     Auto,
     ExchangeAlgorithm,
@@ -24,12 +24,10 @@ from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
-from megatron_laer.runtime.comm.exchange import (
-    HierarchicalExchange,
-    flat_exchange,
-    node_exchange,
-)
+from megatron_laer.runtime.comm.exchange import Exchange, flat_exchange, node_exchange
+from megatron_laer.runtime.comm.home_exchange import DirectExchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.relay import RelayExchange
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.measurements import Measurements
@@ -105,7 +103,9 @@ def build_coordinator(
         pass_layouts = AnnouncedLayouts(guard, layouts, groups, device)
     else:
         pass_layouts = PassLayouts(guard, layouts, groups, one_per_step=schedule.holds_step)
-    experts = LayerExperts(streams, device, holds_step=schedule.holds_step)
+    experts = LayerExperts(
+        streams, device, holds_step=schedule.holds_step, home_slots=geometry.home_slots
+    )
     scheduler = Scheduler(schedule, streams, experts, pass_layouts)
     priced = {"top_k": top_k, "tokens_per_rank": tokens}
     measurements = Measurements(config, groups, guard, streams, priced)
@@ -144,13 +144,13 @@ def token_exchange(
     return TokenExchange(config.token_exchange)
 
 
-def make_exchange(
-    config: FSEPConfig, groups: FSEPGroups, algorithm: ExchangeAlgorithm
-) -> HierarchicalExchange:
-    if algorithm == ExchangeAlgorithm.NODE:
-        dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
-        return node_exchange(groups, dtype)
-    return flat_exchange(groups)
+def make_exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: ExchangeAlgorithm) -> Exchange:
+    dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
+    is_node = algorithm == ExchangeAlgorithm.NODE
+    of_rows = node_exchange(groups, dtype) if is_node else flat_exchange(groups)
+    if config.sharding == Sharding.ROWS:
+        return of_rows
+    return RelayExchange(groups, of_rows) if is_node else DirectExchange(groups)
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:

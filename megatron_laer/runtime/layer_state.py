@@ -147,7 +147,7 @@ def name_of_layer(number: int, is_mtp: bool, taken: Sequence[str]) -> str:
 
 def frozen_in(layers: Sequence[FsepLayer]) -> str:
     frozen = {
-        layer.name: sorted(set(range(len(layer.slices.rows))) - set(layer.slices.trained_at))
+        layer.name: sorted(set(range(len(layer.share.rows))) - set(layer.share.trained_at))
         for layer in layers
     }
     return ", ".join(f"{name}: {positions}" for name, positions in frozen.items() if positions)

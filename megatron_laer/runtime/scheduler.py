@@ -128,7 +128,7 @@ class Scheduler:
     def decided(self, layer: LayerState, restored: RestoredExperts) -> None:
         """Start the restore of a pass whose layout is decided, before its experts are called."""
         if self.schedule.restores_ahead and self._forward is not None:
-            self._forward.chunk.await_weights(layer.slices.parameters)
+            self._forward.chunk.await_weights(layer.share.parameters)
             restored.weights.start_restore()
 
     def dispatched(self, layer: LayerState, training: bool) -> None:
@@ -154,7 +154,7 @@ class Scheduler:
         if entered and entered[-1].is_same_layer(restored):
             entered[-1].weights.hand_on(restored.weights)
         elif starts:
-            chunk.await_weights(layer.slices.parameters)
+            chunk.await_weights(layer.share.parameters)
             restored.weights.start_restore()
         delays = self.schedule.delays_gradients and not layer.recomputes
         if training and torch.is_grad_enabled() and delays:
@@ -184,6 +184,12 @@ class Scheduler:
         if self._forward is None:
             plan = layer.reruns.next
             restored = None if plan is None else plan.restored
+            if layer.share.waits_inside:
+                if restored is not None and not layer.recomputes:
+                    restored.wait_for_grads_here()
+                return None
+        elif layer.share.waits_inside:
+            return None
         elif layer.recomputes and (position := self._forward.next_position(layer)) is not None:
             restored = self._ahead.get(position)
         if restored is None:

@@ -30,6 +30,7 @@ from tests.parity.flags import command_line
 from tests.parity.rows import HYBRID_MTP as HYBRID
 
 FSEP = " --expert-parallel-mode fsep --fsep-planner static"
+HOMES = " --expert-parallel-mode fsep --fsep-planner random --fsep-sharding experts"
 WEIGHTS_ONLY = " --no-load-optim --no-load-rng --finetune"
 TORCH_DIST = " --ckpt-format torch_dist"
 
@@ -117,6 +118,18 @@ JOURNEYS = (
     ),
     Journey("hybrid", DISTRIBUTED + HYBRID, (Stop(2, 2), Stop(4, 2, FSEP + STAGES), Stop(2, 2))),
     Journey("linear bias, plain optimizer", "", STOCK_TO_STOCK, without="--disable-bias-linear"),
+    Journey(
+        "experts at home, rows and stock",
+        DISTRIBUTED,
+        (
+            Stop(2, 2, HOMES),
+            Stop(4, 4, FSEP),
+            Stop(4, 2, HOMES),
+            Stop(2, 2),
+            Stop(4, 4, HOMES + " --fsep-capacity 5"),
+        ),
+    ),
+    Journey("experts at home, Muon", " --optimizer muon", (Stop(2, 2, HOMES), Stop(4, 4, FSEP))),
     Journey("Muon", " --optimizer muon", THERE_AND_BACK),
     Journey("Muon, distributed optimizer, bf16", " --optimizer dist_muon --bf16", THERE_AND_BACK),
 )

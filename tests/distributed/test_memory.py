@@ -126,7 +126,7 @@ def held_buffers(command: list[str]) -> Held:
         held.after_step.append((streams.weights.in_use, streams.grads.in_use))
         spaces = exchange.restore_workspace.num_bytes + exchange.reduce_workspace.num_bytes
         held.buffer_bytes.append((streams.weights.num_bytes, streams.grads.num_bytes, spaces))
-        slices = coordinator.layers[0].slices
+        slices = coordinator.layers[0].share
         held.layer_bytes = sum(
             coordinator.geometry.capacity * rows * slice_ErK.shape[2] * slice_ErK.element_size()
             for rows, slice_ErK in zip(slices.rows, slices.parameters, strict=True)

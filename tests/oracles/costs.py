@@ -65,18 +65,22 @@ def change_seconds(
     costs: CostModel, before: ExpertLayout, after: ExpertLayout, geometry: Geometry
 ) -> float:
     """Return the seconds of the solve and of fetching the changed slots; 0 for the same layout."""
-    changed_S = changed_slots(before, after)
-    if not changed_S.any():
+    if before == after:
         return 0.0
-    fetch_s = costs.restore_seconds(after, geometry.node_size, costs.restore_algorithm, changed_S)
+    changed_S = changed_slots(before, after)
+    fetch_s = costs.restore_seconds(
+        after, geometry.node_size, costs.restore_algorithm, changed_S, geometry.home_slots
+    )
     return fetch_s + costs.solve_seconds(geometry)
 
 
 def exposed_seconds(
-    costs: CostModel, layout: ExpertLayout, node_size: int, beside_s: float
+    costs: CostModel, layout: ExpertLayout, node_size: int, beside_s: float, home_slots: int = 0
 ) -> tuple[float, float]:
     """Return the exposed seconds next to a layer of `beside_s`, of both passes and of backward."""
-    restore_s = costs.restore_seconds(layout, node_size, costs.restore_algorithm)
+    restore_s = costs.restore_seconds(
+        layout, node_size, costs.restore_algorithm, home_slots=home_slots
+    )
     forward_s = max(restore_s - beside_s * costs.forward_share, 0.0)
     backward_s = max(2 * restore_s - (beside_s - beside_s * costs.forward_share), 0.0)
     return forward_s + backward_s, backward_s

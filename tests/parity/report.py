@@ -21,7 +21,7 @@ from megatron_laer.support.table import REFUSALS, UNPROVEN
 from tests.parity.compare import Distance
 from tests.parity.features import ALLOW, FEATURES, REPLACED, SEEN_ON_A_CARD
 from tests.parity.row import Row
-from tests.parity.rows import ROWS
+from tests.parity.rows import ALL_ROWS, HOME_ROWS, ROWS
 
 FIGURES = Path(__file__).with_name("figures.csv")
 
@@ -46,7 +46,7 @@ def figures_of(found: Distance, floor: Distance, row: Row) -> Figures:
 
 def figures_in(results: Path) -> dict[str, Figures]:
     """Read figures by row's name from pytest's `--junitxml`; ValueError if a row failed."""
-    rows = {row.name: row for row in ROWS}
+    rows = {row.name: row for row in ALL_ROWS}
     found: dict[str, Figures] = {}
     for case in ElementTree.parse(results).iter("testcase"):
         values = {item.get("name"): item.get("value") or "" for item in case.iter("property")}
@@ -80,7 +80,7 @@ def write_figures(figures: Mapping[str, Figures], path: Path | None = None) -> N
     with (path or FIGURES).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["row", *(head for name in _COLUMNS for head in (name, f"{name} floor"))])
-        for row in (row for row in ROWS if row.name in figures):
+        for row in (row for row in ALL_ROWS if row.name in figures):
             cells = (pair or ("", "") for pair in figures[row.name])
             texts = (f"{cell:.1e}" if cell != "" else "" for pair in cells for cell in pair)
             writer.writerow([row.name, *texts])
@@ -88,8 +88,8 @@ def write_figures(figures: Mapping[str, Figures], path: Path | None = None) -> N
 
 def counts() -> Iterator[str]:
     yield (
-        f"**{len(ROWS)} combinations are proved equal to stock, {len(REFUSALS)} settings are "
-        "refused at start.**"
+        f"**{len(ROWS)} combinations are proved equal to stock, {len(HOME_ROWS)} of them with "
+        f"experts at home as well; {len(REFUSALS)} settings are refused at start.**"
     )
     yield from (
         f"Megatron {release.number} {release.limits}." for release in RELEASES if release.limits
@@ -107,11 +107,13 @@ def features() -> Iterator[str]:
 def proved() -> Iterator[str]:
     """Yield every parity row with its largest distance from stock, in multiples of the floor."""
     figures = read_figures()
-    yield "| | row | ranks/steps | worst |"
-    yield "|---|---|---|---|"
+    yield "| | row | ranks/steps | worst, rows | worst, experts at home |"
+    yield "|---|---|---|---|---|"
     for row in ROWS:
         worst = _worst(figures.get(row.name, _BLANK))
-        yield f"| {_NUMBERS[row.id]} | {row.name} | {row.ranks}/{row.steps} | {worst} |"
+        at_home = row.needs_rows or _worst(figures.get(row.at_home.name, _BLANK))
+        number, size = _NUMBERS[row.id], f"{row.ranks}/{row.steps}"
+        yield f"| {number} | {row.name} | {size} | {worst} | {at_home} |"
 
 
 def replaced() -> Iterator[str]:
@@ -212,7 +214,7 @@ def main(arguments: list[str]) -> int:
     for results in options.results:
         figures.update(figures_in(results))
     write_figures(figures)
-    missing = [row.name for row in ROWS if not any(figures.get(row.name, _BLANK))]
+    missing = [row.name for row in ALL_ROWS if not any(figures.get(row.name, _BLANK))]
     if missing:
         print(f"no figures for {len(missing)} rows: {'; '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0

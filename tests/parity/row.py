@@ -15,6 +15,7 @@ STEPS = 12
 LONG = 50
 
 FSEP = " --expert-parallel-mode fsep"
+AT_HOME = " --fsep-sharding experts"
 
 FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4, logged=1e-5)
 # bf16 keeps 8 bits: a rounding is 4e-3 relative. Two layouts sum the same gradients in another
@@ -89,6 +90,25 @@ class Row:
         sizes = "ranks", "experts", "expert_parallel", "accumulation", "capacity"
         found |= {f"{name} {getattr(self, name)}" for name in sizes}
         return frozenset(found | {getattr(self.adapt, "__name__", "all is trained")})
+
+    @property
+    def needs_rows(self) -> str | None:
+        """Return the reason why this row cannot run with experts at home; None if it can."""
+        if self.experts % (self.expert_parallel or self.ranks):
+            return "E is no multiple of N"
+        if "--fsep-restore step" in self.fsep:
+            return "restored once per step"
+        if "--fsep-planner laer" in self.fsep:
+            return "`laer` lays out freely"
+        if (self.capacity or self.experts) <= self.experts // (self.expert_parallel or self.ranks):
+            return "no replica slot"
+        return None
+
+    @property
+    def at_home(self) -> Row:
+        """Return the row with experts at home, compared with the same stock runs."""
+        name = f"{self.name}, experts at home"
+        return replace(self, id=f"{self.id}-home", name=name, fsep=self.fsep + AT_HOME)
 
     def reference(self, data: str) -> tuple[int, list[str]]:
         flags = self.flags if self.reference_flags is None else self.reference_flags

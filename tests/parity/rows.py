@@ -434,18 +434,21 @@ ROWS = [
 ]
 # fmt: on
 
+HOME_ROWS = [row.at_home for row in ROWS if row.needs_rows is None]
+ALL_ROWS = [*ROWS, *HOME_ROWS]
+
 
 @cache
 def daily() -> frozenset[str]:
-    """Return ids of rows with all of `pairs_of(ROWS)`, with those that older releases run too.
+    """Return ids of rows with all of `pairs_of(ALL_ROWS)`, with those that older releases run too.
 
     Choose greedily the most new pairs per rank, then drop rows that others make redundant.
     """
-    pairs = {row.id: pairs_of([row]) for row in ROWS}
-    chosen = [row for row in ROWS if row.releases]
-    left = pairs_of(ROWS) - pairs_of(chosen)
+    pairs = {row.id: pairs_of([row]) for row in ALL_ROWS}
+    chosen = [row for row in ALL_ROWS if row.releases]
+    left = pairs_of(ALL_ROWS) - pairs_of(chosen)
     while left:
-        chosen.append(max(ROWS, key=lambda row: len(pairs[row.id] & left) / row.ranks))
+        chosen.append(max(ALL_ROWS, key=lambda row: len(pairs[row.id] & left) / row.ranks))
         left -= pairs[chosen[-1].id]
     for row in sorted(chosen, key=lambda row: (len(pairs[row.id]), row.id)):
         others = [other for other in chosen if other is not row]

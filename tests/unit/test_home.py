@@ -1,4 +1,4 @@
-"""Layouts of home experts: the native code with empty slots."""
+"""Layouts of home experts: replicas that balance and pay, and quotas with empty slots."""
 
 from __future__ import annotations
 
@@ -7,13 +7,26 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Sharding
+from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
 from megatron_laer.layer.dispatch.permutation import run_sizes
+from megatron_laer.planner.clusters import Link
+from megatron_laer.planner.costs import typical_layout
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.search import SearchStrategy
+from megatron_laer.planner.sharding import changed_slots, row_bounds
 from megatron_laer.planner.splits import RankQuotas
+from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
+from tests.costs import COMPUTE_ONLY, FREE, make_costs
+from tests.oracles import costs as priced
+from tests.oracles import home as oracle
 from tests.oracles import planner as reference
 from tests.oracles.exact import exact_quota_NS, least_largest_load
 from tests.unit.planner_cases import KINDS, counts_of
@@ -83,3 +96,245 @@ def test_empty_slots_are_refused_where_experts_have_no_home() -> None:
     layout = ExpertLayout.at_home(2, 2, 2)
     with pytest.raises(ValueError, match="only --fsep-sharding experts"):
         Geometry(2, 2, 2, 2).check_layout(layout)
+
+
+@settings(max_examples=150)
+@given(home_geometries(48), st.sampled_from(KINDS), st.integers(0, 2**16))
+def test_replicas_are_legal_and_never_above_stock(geometry: Geometry, kind: str, seed: int) -> None:
+    counts_NE = counts_of(kind, geometry, seed)
+    made = replicate(counts_NE, geometry)
+    geometry.check_layout(made.layout)
+    loads_NC = made.loads_S.reshape(geometry.num_ranks, -1)
+    slots_NC = made.layout.slot_expert_S.reshape(geometry.num_ranks, -1)
+    for experts in slots_NC[:, geometry.home_slots :].tolist():
+        filled = [expert for expert in experts if expert != EMPTY]
+        assert experts == sorted(filled) + [EMPTY] * (len(experts) - len(filled))
+    # The loads are a split of the counts, and every replica has a purpose.
+    filled_S = made.layout.slot_expert_S != EMPTY
+    given_E = np.bincount(
+        made.layout.slot_expert_S[filled_S],
+        weights=made.loads_S[filled_S],
+        minlength=geometry.num_experts,
+    )
+    np.testing.assert_array_equal(given_E, counts_NE.sum(axis=0))
+    assert not loads_NC[slots_NC == EMPTY].any()
+    assert (loads_NC[:, geometry.home_slots :] > 0).sum() == (
+        slots_NC[:, geometry.home_slots :] != EMPTY
+    ).sum()
+
+    ideal = -(-int(counts_NE.sum()) // geometry.num_ranks)
+    stock_N = counts_NE.sum(axis=0).reshape(geometry.num_ranks, -1).sum(axis=1)
+    largest = int(loads_NC.sum(axis=1).max())
+    assert ideal <= largest <= max(ideal, int(stock_N.max()))
+    assert made.is_ideal == (largest == ideal)
+    if stock_N.max() <= ideal:
+        assert made.layout == geometry.static_layout
+    if geometry.home_slots == 1:
+        assert made.is_ideal
+    level = (ideal + int(stock_N.max())) // 2
+    fewer = replicate(counts_NE, geometry, level)
+    assert (fewer.layout.slot_expert_S != EMPTY).sum() <= filled_S.sum()
+    if made.is_ideal and geometry.home_slots == 1:
+        assert fewer.loads_S.reshape(geometry.num_ranks, -1).sum(axis=1).max() <= max(level, ideal)
+
+
+@settings(max_examples=60)
+@given(home_geometries(48), st.sampled_from(KINDS), st.integers(0, 2**16))
+def test_replicas_balance_as_well_as_the_plain_reference(
+    geometry: Geometry, kind: str, seed: int
+) -> None:
+    counts_NE, node_size = counts_of(kind, geometry, seed), geometry.node_size
+    plain = oracle.layout_of(oracle.replicas(counts_NE, geometry), geometry)
+    geometry.check_layout(plain)
+    largest = [
+        int(exact_split(layout, node_size).solve(counts_NE).rank_loads_N().max())
+        for layout in (replicate(counts_NE, geometry).layout, plain)
+    ]
+    # Neither is best everywhere; a rank can be short by parts of an expert at most.
+    assert largest[0] <= largest[1] + counts_NE.sum(axis=0).max() // 2
+
+
+@pytest.mark.parametrize(("num_ranks", "home"), [(2, 2), (2, 4), (3, 2), (4, 1), (4, 2)])
+def test_replicas_of_small_cases_are_nearly_always_the_best(num_ranks: int, home: int) -> None:
+    num_experts = num_ranks * home
+    geometry = Geometry(num_ranks, num_experts, home + 1, num_ranks, Sharding.EXPERTS)
+    rng = np.random.default_rng(0)
+    ratios = []
+    for _ in range(20):
+        share_E = rng.lognormal(0, rng.choice([0.3, 0.6, 1.0, 1.5]), num_experts)
+        counts_NE = rng.multinomial(600, share_E / share_E.sum(), size=num_ranks)
+        layout = replicate(counts_NE, geometry).layout
+        loads_N = exact_split(layout, num_ranks).solve(counts_NE).rank_loads_N()
+        ratios.append(loads_N.max() / oracle.least_of_all(counts_NE, geometry))
+    assert np.mean(np.array(ratios) == 1.0) >= 0.7
+    assert max(ratios) <= 1.25
+
+
+def test_two_replicas_where_one_slot_is_too_few() -> None:
+    counts_NE = np.array([[50, 50, 50, 50, 0, 0, 0, 0]] * 2)
+    one, two = (Geometry(2, 8, capacity, 2, Sharding.EXPERTS) for capacity in (5, 6))
+    assert not replicate(counts_NE, one).is_ideal
+    made = replicate(counts_NE, two)
+    assert made.is_ideal
+    assert set(made.layout.experts_of(1)[4:]) < {0, 1, 2, 3}
+
+
+COUNTS_NE = np.array([[300, 100, 100, 100]] * 4)
+HOMES = Geometry(4, 4, 2, 4, Sharding.EXPERTS)
+
+
+def test_a_replica_is_made_only_if_it_pays() -> None:
+    dear = make_costs(intra=Link(1e3, 1.0))
+    for costs, is_made in ((COMPUTE_ONLY, True), (dear, False)):
+        guard = Guard(PlanMode.EXACT, costs, HOMES)
+        layout = guard.decide(COUNTS_NE, HOMES.static_layout).layout
+        planned = GreedyStrategy(HOMES, costs).plan(COUNTS_NE, HOMES.static_layout)
+        for found in (layout, planned):
+            HOMES.check_layout(found)
+            assert (found != HOMES.static_layout) == is_made
+
+
+@pytest.mark.parametrize("name", ["greedy", "search", "static"])
+@settings(max_examples=25)
+@given(home_geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
+def test_strategies_keep_experts_at_home(
+    name: str, geometry: Geometry, kind: str, seed: int
+) -> None:
+    counts_NE = counts_of(kind, geometry, seed)
+    strategy = make_strategy(name, geometry=geometry, costs=COMPUTE_ONLY)
+    if isinstance(strategy, SearchStrategy):
+        strategy = SearchStrategy(geometry, scenarios=4, candidates=2, exchanges=50)
+    current = random_replicas(geometry, seed)
+    layout = strategy.plan(counts_NE, current)
+    geometry.check_layout(layout)
+    slots_NC = layout.slot_expert_S.reshape(geometry.num_ranks, -1)[:, geometry.home_slots :]
+    for experts in slots_NC.tolist():
+        assert experts == sorted(experts, key=lambda expert: (expert == EMPTY, expert))
+    if name == "static" or not counts_NE.any():
+        assert layout == geometry.static_layout
+
+
+@pytest.mark.parametrize("mode", [PlanMode.FORECAST, PlanMode.EXACT, PlanMode.ADAPTIVE])
+@pytest.mark.parametrize("tolerance", [None, 0.1])
+@settings(max_examples=25)
+@given(home_geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
+def test_the_guard_keeps_experts_at_home(
+    mode: PlanMode, tolerance: float | None, geometry: Geometry, kind: str, seed: int
+) -> None:
+    if tolerance is not None and mode != PlanMode.ADAPTIVE:
+        return
+    counts_NE, planned = counts_of(kind, geometry, seed), random_replicas(geometry, seed)
+    guard = Guard(mode, COMPUTE_ONLY, geometry, tolerance)
+    decision = guard.decide(counts_NE, planned, seed % geometry.num_ranks)
+    geometry.check_layout(decision.layout)
+    assert decision.quotas.loads_S.sum() == counts_NE.sum()
+    assert not decision.quotas.loads_S[decision.layout.slot_expert_S == EMPTY].any()
+
+
+def test_free_slots_bring_tokens_back_to_their_node() -> None:
+    # Balanced, but each node wants the other's experts, and tokens between nodes are slow.
+    geometry = Geometry(4, 4, 3, 2, Sharding.EXPERTS)
+    counts_NE = np.array([[0, 0, 5000, 5000]] * 2 + [[5000, 5000, 0, 0]] * 2)
+    costs = make_costs(intra=FREE, inter=Link(1e6, 0.0))
+    cheap = make_costs(intra=FREE, inter=FREE)
+    for prices, is_filled in ((costs, True), (cheap, False)):
+        guard = Guard(PlanMode.EXACT, prices, geometry)
+        layout = guard.decide(counts_NE, geometry.static_layout).layout
+        assert (layout != geometry.static_layout) == is_filled
+        if is_filled:
+            totals = exact_split(layout, 2).totals(counts_NE)
+            assert totals.far_S.sum() < counts_NE.sum()
+
+
+def test_layouts_without_homes_are_refused() -> None:
+    with pytest.raises(ValueError, match="use greedy, search or static"):
+        make_strategy("laer", geometry=HOMES, costs=COMPUTE_ONLY)
+    with pytest.raises(ValueError, match="need --fsep-sharding experts"):
+        replicate(COUNTS_NE, Geometry(4, 4, 2, 4))
+
+
+MATRICES = ((7, 3), (4, 5))
+
+
+def messages(
+    layout: ExpertLayout, geometry: Geometry, algorithm: ExchangeAlgorithm, changed_S: Bool
+) -> list[tuple[int, int, int]]:
+    """Return (from, to, elements) of every message of a restore, hop by hop."""
+    num_ranks, size, home = geometry.num_ranks, geometry.node_size, geometry.home_slots
+    wanted = [
+        (slot // geometry.capacity, int(layout.slot_expert_S[slot]))
+        for slot in np.flatnonzero(changed_S & (layout.slot_expert_S != EMPTY)).tolist()
+        if slot % geometry.capacity >= home
+    ]
+    sent = []
+    for rows, columns in MATRICES:
+        bounds = row_bounds(rows, num_ranks)
+        block_N = [(bounds[n + 1] - bounds[n]) * columns for n in range(num_ranks)]
+        if algorithm == ExchangeAlgorithm.FLAT:
+            sent += [(expert // home, to, rows * columns) for to, expert in wanted]
+            continue
+        for expert in {expert for _, expert in wanted}:
+            sent += [(expert // home, to, block_N[to]) for to in range(num_ranks)]
+        for node, _ in {(to // size, expert) for to, expert in wanted}:
+            for to in range(node * size, (node + 1) * size):
+                sent += [(n, to, block_N[n]) for n in range(to % size, num_ranks, size)]
+        for to, _ in wanted:
+            for helper in range(to // size * size, (to // size + 1) * size):
+                place = sum(block_N[n] for n in range(helper % size, num_ranks, size))
+                sent.append((helper, to, place))
+    return [message for message in sent if message[0] != message[1]]
+
+
+@settings(max_examples=80)
+@given(home_geometries(), st.sampled_from(list(ExchangeAlgorithm)), st.integers(0, 2**16))
+def test_traffic_of_replicas_equals_a_count_message_by_message(
+    geometry: Geometry, algorithm: ExchangeAlgorithm, seed: int
+) -> None:
+    layout, before = random_replicas(geometry, seed), random_replicas(geometry, seed + 1)
+    size, home = geometry.node_size, geometry.home_slots
+    changed_S = changed_slots(before, layout)
+    given = restore_traffic(layout, size, MATRICES, algorithm, changed_S, home_slots=home)
+    whole = restore_traffic(layout, size, MATRICES, algorithm, home_slots=home)
+    back = reduce_traffic(layout, size, MATRICES, algorithm, home_slots=home)
+    for traffic, slots_S in ((given, changed_S), (whole, np.ones_like(changed_S))):
+        counted = np.zeros((4, geometry.num_ranks), dtype=np.int64)
+        for source, to, elements in messages(layout, geometry, algorithm, slots_S):
+            far = int(source // size != to // size)
+            counted[far, to] += elements
+            counted[2 + far, source] += elements
+        found = (traffic.intra_N, traffic.inter_N, traffic.sent_intra_N, traffic.sent_inter_N)
+        np.testing.assert_array_equal(np.stack(found), counted)
+    np.testing.assert_array_equal(back.intra_N, whole.sent_intra_N)
+    np.testing.assert_array_equal(back.sent_inter_N, whole.inter_N)
+    stock = restore_traffic(geometry.static_layout, size, MATRICES, algorithm, home_slots=home)
+    assert not (stock.intra_N.any() or stock.inter_N.any())
+
+
+@settings(max_examples=80)
+@given(home_geometries(), st.sampled_from(list(ExchangeAlgorithm)), st.integers(0, 2**16))
+def test_native_prices_of_replicas_equal_the_plain_reference(
+    geometry: Geometry, algorithm: ExchangeAlgorithm, seed: int
+) -> None:
+    costs = make_costs(restore_algorithm=algorithm, hidden=7, ffn=5)
+    layout, before = random_replicas(geometry, seed), random_replicas(geometry, seed + 1)
+    size, home = geometry.node_size, geometry.home_slots
+    change_s = costs.change_seconds(before, layout, size, home)
+    assert change_s == priced.change_seconds(costs, before, layout, geometry)
+    assert change_s == 0.0 or change_s >= costs.least_change_seconds(geometry)
+    for beside_s in (0.0, 1e-6, 1.0):
+        expected = priced.exposed_seconds(costs, layout, size, beside_s, home)
+        assert costs.exposed_seconds(layout, size, beside_s, home) == expected[0]
+        assert costs.exposed_backward_seconds(layout, size, beside_s, home) == expected[1]
+    assert costs.exposed_seconds(geometry.static_layout, size, 0.0, home) == 0.0
+    guard = Guard(PlanMode.ADAPTIVE, costs, geometry)
+    decision = guard.decide(counts_of("zipf", geometry, seed), before)
+    if decision.replanned:
+        assert decision.cost_s == costs.change_seconds(before, decision.layout, size, home)
+
+
+def test_the_faster_way_is_chosen_for_a_typical_layout() -> None:
+    geometry = Geometry(8, 64, 9, 8, Sharding.EXPERTS)
+    chosen = make_costs().with_exchange(Auto.AUTO, geometry)
+    assert chosen.restore_algorithm in ExchangeAlgorithm
+    geometry.check_layout(typical_layout(geometry))
+    assert typical_layout(geometry) != geometry.static_layout

@@ -16,7 +16,7 @@ from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.sharding import changed_slots, node_sources, row_bounds
-from megatron_laer.planner.traffic import Traffic, direct_traffic, reduce_traffic, restore_traffic
+from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
 from tests.unit.planner_cases import with_holes
 
 
@@ -154,9 +154,12 @@ def test_home_ranks_send_whole_experts_to_each_replica(
             (counted.intra_N if near else counted.inter_N)[rank] += 7 * 3 + 5 * 2
             (counted.sent_intra_N if near else counted.sent_inter_N)[source] += 7 * 3 + 5 * 2
     changed_S = changed_slots(before, layout)
-    assert_equal(direct_traffic(layout, G, [(7, 3), (5, 2)], changed_S), counted)
-    at_home = direct_traffic(geometry.static_layout, G, [(7, 3), (5, 2)])
-    assert_equal(at_home, Traffic(*np.zeros((4, ranks), dtype=np.int64)))
+    matrices, flat = [(7, 3), (5, 2)], ExchangeAlgorithm.FLAT
+    formula = restore_traffic(layout, G, matrices, flat, changed_S, home_slots=home)
+    assert_equal(formula, counted)
+    for algorithm in ExchangeAlgorithm:
+        at_home = restore_traffic(geometry.static_layout, G, matrices, algorithm, home_slots=home)
+        assert_equal(at_home, Traffic(*np.zeros((4, ranks), dtype=np.int64)))
 
 
 @settings(max_examples=40)

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "home.hpp"
+#include "home_choice.hpp"
 #include "pack_by_node.hpp"
 #include "pack_scarce.hpp"
 #include "proportional.hpp"
@@ -41,8 +42,12 @@ std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE
   return (take_by_node ? by_node : over_all).finish(node_counts_QE);
 }
 
-std::vector<int16_t> fresh(const Shape& shape, const int64_t* node_counts_QE) {
-  if (shape.home > 0) return at_home(shape);
+std::vector<int16_t> fresh(const Shape& shape, const CostModel* costs, const int64_t* counts_NE,
+                           const int64_t* node_counts_QE) {
+  if (shape.home > 0) {
+    return costs == nullptr ? replicate(shape, node_counts_QE, 0).slots_S
+                            : choose_replicas(shape, *costs, counts_NE, node_counts_QE);
+  }
   return can_balance(shape) ? construct(shape, node_counts_QE, Purpose::kNow)
                             : proportional(shape, node_counts_QE, Purpose::kNow);
 }

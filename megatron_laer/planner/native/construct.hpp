@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "costs.hpp"
 #include "shape.hpp"
 
 namespace laer {
@@ -19,7 +20,8 @@ bool can_balance(const Shape& shape);
 std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE, Purpose purpose);
 
 // For these very counts and any shape: with too few slots for the theorem, replicas in proportion
-// to load.
-std::vector<int16_t> fresh(const Shape& shape, const int64_t* node_counts_QE);
+// to load. Beside home experts, replicas that pay by `costs`, or without it all that balance.
+std::vector<int16_t> fresh(const Shape& shape, const CostModel* costs, const int64_t* counts_NE,
+                           const int64_t* node_counts_QE);
 
 }  // namespace laer

@@ -134,6 +134,43 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const int
 
 namespace {
 
+// Elements that a restore moves on the busiest rank, by link class.
+struct Busiest {
+  int64_t intra = 0, inter = 0;
+
+  void note(int64_t received_intra, int64_t sent_intra, int64_t received_inter,
+            int64_t sent_inter) {
+    intra = std::max({intra, received_intra, sent_intra});
+    inter = std::max({inter, received_inter, sent_inter});
+  }
+};
+
+// Whether a restore has to fetch a slot.
+bool is_fetched(const Shape& shape, const int16_t* before_S, const int16_t* after_S, int slot) {
+  if (shape.is_home(slot) || after_S[slot] == kEmpty) return false;
+  return before_S == nullptr || before_S[slot] != after_S[slot];
+}
+
+// Whole experts, each from its home to every slot that is fetched.
+Busiest direct_from_home(const Shape& shape, const int16_t* before_S, const int16_t* after_S,
+                         int64_t whole) {
+  std::vector<int64_t> received_intra_N(shape.ranks, 0), received_inter_N(shape.ranks, 0);
+  std::vector<int64_t> sent_intra_N(shape.ranks, 0), sent_inter_N(shape.ranks, 0);
+  for (int slot = 0; slot < shape.slots(); ++slot) {
+    if (!is_fetched(shape, before_S, after_S, slot)) continue;
+    const int rank = slot / shape.capacity, home = after_S[slot] / shape.home;
+    const bool is_near = rank / shape.node_size == home / shape.node_size;
+    (is_near ? received_intra_N : received_inter_N)[rank] += whole;
+    (is_near ? sent_intra_N : sent_inter_N)[home] += whole;
+  }
+  Busiest busiest;
+  for (int rank = 0; rank < shape.ranks; ++rank) {
+    busiest.note(received_intra_N[rank], sent_intra_N[rank], received_inter_N[rank],
+                 sent_inter_N[rank]);
+  }
+  return busiest;
+}
+
 // One restore that nothing hides, of the slots that differ from `before_S`, or of all without it.
 double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
                        const int16_t* after_S) {
@@ -141,15 +178,23 @@ double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t
   std::vector<int64_t> fetched_N(shape.ranks, 0), fetched_Q(shape.nodes(), 0);
   std::vector<int64_t> distinct_Q(shape.nodes(), 0), held_Q(shape.nodes(), 0), place_G(size, 0);
   std::vector<int> last_node_E(shape.experts, -1);
-  int64_t whole = 0, fetched = 0, distinct = 0;
+  // Experts that homes spread over all ranks in front of an exchange by node.
+  std::vector<int64_t> spread_N(shape.ranks, 0), spread_Q(shape.nodes(), 0);
+  int64_t whole = 0, fetched = 0, distinct = 0, spread = 0;
   for (int rank = 0; rank < shape.ranks; ++rank) {
     const int node = rank / size;
     for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
-      if (shape.is_home(slot) || after_S[slot] == kEmpty) continue;
-      if (before_S != nullptr && before_S[slot] == after_S[slot]) continue;
+      if (!is_fetched(shape, before_S, after_S, slot)) continue;
       ++fetched_N[rank];
-      distinct_Q[node] += last_node_E[after_S[slot]] != node;
-      last_node_E[after_S[slot]] = node;
+      int& last_node = last_node_E[after_S[slot]];
+      if (last_node < 0 && shape.home > 0) {
+        const int home = after_S[slot] / shape.home;
+        ++spread_N[home];
+        ++spread_Q[home / size];
+        ++spread;
+      }
+      distinct_Q[node] += last_node != node;
+      last_node = node;
     }
     fetched_Q[node] += fetched_N[rank];
     held_Q[node] += costs.held_N[rank];
@@ -160,31 +205,42 @@ double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t
     fetched += fetched_Q[node];
     distinct += distinct_Q[node];
   }
+  if (shape.home > 0 && fetched == 0) return 0.0;
   // Received and sent, see planner/traffic.py for the formulas.
-  int64_t intra = 0, inter = 0;
-  for (int rank = 0; rank < shape.ranks; ++rank) {
-    const int node = rank / size;
-    const int64_t held = costs.held_N[rank], place = place_G[rank % size];
-    const int64_t others = fetched_Q[node] - fetched_N[rank];
-    if (costs.by_node) {
-      intra = std::max({intra, fetched_N[rank] * (whole - place), others * place});
-      inter = std::max(
-          {inter, distinct_Q[node] * (place - held), (distinct - distinct_Q[node]) * held});
-    } else {
-      intra = std::max({intra, fetched_N[rank] * (held_Q[node] - held), others * held});
-      inter = std::max(
-          {inter, fetched_N[rank] * (whole - held_Q[node]), (fetched - fetched_Q[node]) * held});
+  Busiest busiest;
+  if (shape.home > 0 && !costs.by_node) {
+    busiest = direct_from_home(shape, before_S, after_S, whole);
+  } else {
+    for (int rank = 0; rank < shape.ranks; ++rank) {
+      const int node = rank / size;
+      const int64_t held = costs.held_N[rank], place = place_G[rank % size];
+      const int64_t others = fetched_Q[node] - fetched_N[rank];
+      if (costs.by_node) {
+        busiest.note(
+            fetched_N[rank] * (whole - place) + (spread_Q[node] - spread_N[rank]) * held,
+            others * place + spread_N[rank] * (held_Q[node] - held),
+            distinct_Q[node] * (place - held) + (spread - spread_Q[node]) * held,
+            (distinct - distinct_Q[node]) * held + spread_N[rank] * (whole - held_Q[node]));
+      } else {
+        busiest.note(fetched_N[rank] * (held_Q[node] - held), others * held,
+                     fetched_N[rank] * (whole - held_Q[node]),
+                     (fetched - fetched_Q[node]) * held);
+      }
     }
   }
   const double intra_s =
-      static_cast<double>(intra) * (costs.element_bytes / costs.intra_bytes_per_s);
+      static_cast<double>(busiest.intra) * (costs.element_bytes / costs.intra_bytes_per_s);
   const double inter_s =
-      static_cast<double>(inter) * (costs.element_bytes / costs.inter_bytes_per_s);
+      static_cast<double>(busiest.inter) * (costs.element_bytes / costs.inter_bytes_per_s);
   const double wire_s = costs.by_node ? intra_s + inter_s : std::max(intra_s, inter_s);
   return wire_s + costs.fetch_latency_s;
 }
 
 }  // namespace
+
+double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S) {
+  return restore_seconds(shape, costs, nullptr, slots_S);
+}
 
 // The solve, and in forward the fetch of the changed slots, which starts after the gate and which
 // the experts wait for. The other slots were restored ahead for the planned layout.
@@ -197,14 +253,14 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
 // MoE layers hides more, which is not counted. A reduce takes as long as a restore.
 double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s) {
-  const double restore_s = restore_seconds(shape, costs, nullptr, slots_S);
+  const double restore_s = restore_seconds(shape, costs, slots_S);
   return std::max(restore_s - beside_s * costs.forward_share, 0.0) +
          exposed_backward_seconds(shape, costs, slots_S, beside_s);
 }
 
 double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
                                 const int16_t* slots_S, double beside_s) {
-  const double exchange_s = 2 * restore_seconds(shape, costs, nullptr, slots_S);
+  const double exchange_s = 2 * restore_seconds(shape, costs, slots_S);
   return std::max(exchange_s - (beside_s - beside_s * costs.forward_share), 0.0);
 }
 

@@ -47,6 +47,9 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
 double least_layer_seconds(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
                            const int64_t* node_counts_QE);
 
+// Seconds of one restore of a layout that nothing hides.
+double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S);
+
 // Seconds of a change to a layout made after the gate.
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
                       const int16_t* after_S);

@@ -10,6 +10,7 @@
 #include "construct.hpp"
 #include "disturb.hpp"
 #include "home.hpp"
+#include "home_choice.hpp"
 #include "proportional.hpp"
 #include "quotas.hpp"
 
@@ -83,7 +84,10 @@ class Judge {
       const double layer_s = layer_seconds(
           shape_, costs_,
           totals(shape_, of.counts_NE.data(), of.node_counts_QE.data(), replicas, loads_S.data()));
-      sum += layer_s + exposed_seconds(shape_, costs_, slots_S.data(), of.beside_s);
+      sum += layer_s;
+      sum += shape_.home > 0
+                 ? replica_seconds(shape_, costs_, slots_S.data(), of.beside_s, false)
+                 : exposed_seconds(shape_, costs_, slots_S.data(), of.beside_s);
     }
     return sum;
   }
@@ -107,10 +111,37 @@ class Judge {
   std::vector<Scenario> scenarios_;
 };
 
+// Home experts: stock's placement, replicas for balance with and without headroom, and then for
+// locality.
+std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs,
+                                      const int64_t* counts_NE, const int64_t* node_counts_QE) {
+  const Judge judge(shape, costs, counts_NE);
+  std::vector<int16_t> best = at_home(shape);
+  double best_s = judge.seconds(best);
+  for (const std::vector<int64_t>& counts_QE :
+       {with_headroom(shape, node_counts_QE),
+        std::vector<int64_t>(node_counts_QE, node_counts_QE + shape.nodes() * shape.experts)}) {
+    for (std::vector<int16_t>& slots_S : replica_steps(shape, counts_QE.data())) {
+      const double seconds = judge.seconds(slots_S);
+      if (seconds >= best_s) continue;
+      best_s = seconds;
+      best = std::move(slots_S);
+    }
+  }
+  if (shape.nodes() > 1) {
+    fill_while_faster(shape, node_counts_QE,
+                      [&](const std::vector<int16_t>& slots_S) { return judge.seconds(slots_S); },
+                      best_s, best);
+  }
+  return best;
+}
+
 }  // namespace
 
 std::vector<int16_t> for_drift(const Shape& shape, const int64_t* node_counts_QE) {
-  if (shape.home > 0) return at_home(shape);
+  if (shape.home > 0) {
+    return replicate(shape, with_headroom(shape, node_counts_QE).data(), 0).slots_S;
+  }
   if (!is_scarce(shape) || !can_balance(shape)) {
     return proportional(shape, node_counts_QE, Purpose::kForecast);
   }
@@ -119,8 +150,8 @@ std::vector<int16_t> for_drift(const Shape& shape, const int64_t* node_counts_QE
 
 std::vector<int16_t> greedy(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
                             const int64_t* node_counts_QE) {
+  if (shape.home > 0) return replicas_by_time(shape, costs, counts_NE, node_counts_QE);
   std::vector<int16_t> best = for_drift(shape, node_counts_QE);
-  if (shape.home > 0) return best;
   // The most experts beside which every rank of a node can have a replica more.
   const int most_experts = shape.node_size * (shape.capacity - 1);
   if (shape.nodes() == 1 || shape.experts <= most_experts || !can_balance(shape)) return best;

@@ -29,8 +29,8 @@ struct Microbatch {
     return loads(Replicas(shape, slots_S));
   }
 
-  std::vector<int16_t> fresh(const int16_t* planned_S) const {
-    std::vector<int16_t> fresh_S = laer::fresh(shape, node_counts_QE);
+  std::vector<int16_t> fresh(const CostModel* costs, const int16_t* planned_S) const {
+    std::vector<int16_t> fresh_S = laer::fresh(shape, costs, counts_NE, node_counts_QE);
     if (shape.home == 0) match_previous(shape, planned_S, fresh_S);
     return fresh_S;
   }
@@ -65,9 +65,10 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
   const double kept_s = microbatch.seconds(costs, planned, decision.loads_S);
   const double least_s =
       least_layer_seconds(shape, costs, microbatch.counts_NE, microbatch.node_counts_QE);
-  // Beside a layer that takes as little as this one could. Flat exchanges do not differ.
+  // Beside a layer that takes as little as this one could. Flat exchanges of all slots do not differ.
   const auto exposed_s = [&](const int16_t* slots_S) {
-    return costs.by_node ? exposed_backward_seconds(shape, costs, slots_S, least_s) : 0.0;
+    return costs.by_node || shape.home > 0
+               ? exposed_backward_seconds(shape, costs, slots_S, least_s) : 0.0;
   };
   const double kept_exposed_s = exposed_s(planned_S);
   // Gain at most, cost at least: leaving here never changes the choice.
@@ -75,7 +76,7 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
   decision.cost_s = costs.least_change_s;
   decision.is_priced = true;
   if (decision.gain_s <= decision.cost_s) return;
-  std::vector<int16_t> fresh_S = microbatch.fresh(planned_S);
+  std::vector<int16_t> fresh_S = microbatch.fresh(&costs, planned_S);
   decision.solved = true;
   if (std::equal(fresh_S.begin(), fresh_S.end(), planned_S)) {
     decision.is_priced = false;
@@ -101,7 +102,7 @@ void by_tolerance(const Microbatch& microbatch, double tolerance, const int16_t*
   // At the bound no layout is better, whatever the tolerance; one token is N times the mean.
   if (largest == (total + ranks - 1) / ranks) return;
   if (static_cast<double>(largest * ranks) / static_cast<double>(total) <= 1.0 + tolerance) return;
-  std::vector<int16_t> fresh_S = microbatch.fresh(planned_S);
+  std::vector<int16_t> fresh_S = microbatch.fresh(nullptr, planned_S);
   std::vector<int64_t> loads_S = microbatch.loads(fresh_S.data());
   decision.solved = true;
   if (microbatch.largest(loads_S) < largest) {
@@ -122,7 +123,7 @@ Decision decide(const Shape& shape, Mode mode, const CostModel& costs, double to
       break;
     case Mode::kExact:
       decision.solved = true;
-      decision.fresh_S = microbatch.fresh(planned_S);
+      decision.fresh_S = microbatch.fresh(&costs, planned_S);
       decision.loads_S = microbatch.loads(decision.fresh_S.data());
       if (std::equal(decision.fresh_S.begin(), decision.fresh_S.end(), planned_S)) {
         decision.fresh_S.clear();

@@ -1,9 +1,192 @@
-// Home experts in stock's placement.
+// Walker's alias method for experts with a home.
 //
-// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Home. Each rank holds its H = E/N home experts whole. A *taker* is a rank below the level with a
+// free replica slot, a *giver* is a rank above it. A step moves tokens of one home expert of a giver
+// to a replica on a taker: as many as the taker has room for, even if the giver falls below the
+// level, for the giver is then a taker itself.
+//
+// Lemma. A giver was never a taker, so all its replica slots are free and all its tokens are those
+// of home experts. For a taker only fills up to the level, and only giving changes a load downwards.
+// Hence no replica is at home, and no rank has two of one expert: a step either fills the taker up
+// or leaves no token of the expert at home.
+//
+// Theorem. With N = E and one replica slot per rank, the largest load is at most the level, for any
+// level of at least total / N; so it is the ideal, ceil(total / N), with that as the level.
+//
+// Proof. Call a rank open until its replica slot is used. All tokens above the level are on open
+// ranks. A giver's one expert has more tokens than the level, hence more than any room: each step
+// fills its taker up to the level exactly and closes it. So n open ranks have at most n * level
+// tokens; if one has more than the level, another has fewer and is a taker. With no open rank left,
+// none is above the level.
+//
+// With H > 1 a giver's largest expert may be smaller than the room: the taker is then left short, and
+// the level can be missed (four experts of half a mean on one of two ranks need two replicas on the
+// other). More replica slots help, as a taker goes on with the next expert. The theorem holds then
+// too, wherever every room finds an expert that fills it.
+//
+// Phases of replicate():
+//   1. Loads of experts and ranks, and each rank's experts sorted.
+//   2. Steps, the most underloaded taker first. Of givers that can fill its room one of the same
+//      node is taken, and of those the most loaded; else the giver with the largest expert. Of the
+//      giver's experts, by rule, the smallest that fills the room or the largest.
+//   3. If the level is missed, the other rule, and the better of both. Every layout here is at least
+//      as balanced as stock's placement, since a step only lowers loads that are above the level.
+//   4. Experts of a rank's replica slots ascend, empty slots come last.
+// A step takes O(H + log N) and uses a slot, so all take O(N * (C - H) * (H + log N)) besides
+// sorting.
+//
+// Source: A. J. Walker, An Efficient Method for Generating Discrete Random Variables with General
+// Distributions, ACM Transactions on Mathematical Software 3(3), 1977.
+//
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node, H = E/N
+// home slots.
 #include "home.hpp"
 
+#include <algorithm>
+#include <numeric>
+#include <set>
+#include <utility>
+
 namespace laer {
+namespace {
+
+// Givers by load that are looked at for one that can fill a room.
+constexpr int kCompared = 8;
+
+enum class Rule { kSmallestThatFills, kLargest };
+
+class AliasMethod {
+ public:
+  AliasMethod(const Shape& shape, const std::vector<int64_t>& loads_E, int64_t level, Rule rule)
+      : shape_(shape), level_(level), rule_(rule), tokens_E_(loads_E), order_E_(loads_E.size()),
+        load_N_(shape.ranks, 0), givers_Q_(shape.nodes()), replicas_N_(shape.ranks) {
+    std::iota(order_E_.begin(), order_E_.end(), 0);
+    for (int rank = 0; rank < shape.ranks; ++rank) {
+      const auto first = order_E_.begin() + rank * shape.home;
+      std::sort(first, first + shape.home, [&](int a, int b) { return is_less(a, b); });
+      for (int i = 0; i < shape.home; ++i) load_N_[rank] += tokens_E_[rank * shape.home + i];
+      enter(rank);
+    }
+  }
+
+  HomeLayout run() {
+    while (!givers_.empty() && !takers_.empty()) {
+      const int taker = takers_.begin()->second;
+      const int64_t room = level_ - load_N_[taker];
+      const int giver = choose_giver(taker, room);
+      leave(taker);
+      leave(giver);
+      move(giver, taker, room);
+      enter(taker);
+      enter(giver);
+    }
+    HomeLayout layout;
+    layout.slots_S = at_home(shape_);
+    layout.loads_S.assign(shape_.slots(), 0);
+    for (int rank = 0; rank < shape_.ranks; ++rank) {
+      const int first = rank * shape_.capacity;
+      for (int slot = first; slot < first + shape_.home; ++slot) {
+        layout.loads_S[slot] = tokens_E_[layout.slots_S[slot]];
+      }
+      std::sort(replicas_N_[rank].begin(), replicas_N_[rank].end());
+      int slot = first + shape_.home;
+      for (const auto& [expert, tokens] : replicas_N_[rank]) {
+        layout.slots_S[slot] = static_cast<int16_t>(expert);
+        layout.loads_S[slot++] = tokens;
+      }
+      layout.replicas += static_cast<int>(replicas_N_[rank].size());
+      layout.largest = std::max(layout.largest, load_N_[rank]);
+    }
+    return layout;
+  }
+
+ private:
+  using ByLoad = std::set<std::pair<int64_t, int>>;
+
+  bool is_less(int a, int b) const {
+    return tokens_E_[a] != tokens_E_[b] ? tokens_E_[a] < tokens_E_[b] : a > b;
+  }
+
+  // The expert of a rank with most tokens at home.
+  int largest_of(int rank) const { return order_E_[(rank + 1) * shape_.home - 1]; }
+  int64_t most_of(int rank) const { return tokens_E_[largest_of(rank)]; }
+
+  // Sets of givers are in descending order, those of takers ascending.
+  void enter(int rank) {
+    if (load_N_[rank] > level_) {
+      givers_Q_[rank / shape_.node_size].insert({-load_N_[rank], rank});
+      givers_.insert({-load_N_[rank], rank});
+      by_largest_.insert({-most_of(rank), rank});
+    } else if (load_N_[rank] < level_ &&
+               static_cast<int>(replicas_N_[rank].size()) < shape_.capacity - shape_.home) {
+      takers_.insert({load_N_[rank], rank});
+    }
+  }
+
+  void leave(int rank) {
+    if (load_N_[rank] > level_) {
+      givers_Q_[rank / shape_.node_size].erase({-load_N_[rank], rank});
+      givers_.erase({-load_N_[rank], rank});
+      by_largest_.erase({-most_of(rank), rank});
+    } else {
+      takers_.erase({load_N_[rank], rank});
+    }
+  }
+
+  int choose_giver(int taker, int64_t room) const {
+    for (const ByLoad* givers : {&givers_Q_[taker / shape_.node_size], &givers_}) {
+      int compared = 0;
+      for (const auto& giver : *givers) {
+        if (most_of(giver.second) >= room) return giver.second;
+        if (++compared == kCompared) break;
+      }
+    }
+    return by_largest_.begin()->second;
+  }
+
+  void move(int giver, int taker, int64_t room) {
+    const auto first = order_E_.begin() + giver * shape_.home, last = first + shape_.home;
+    auto at = last - 1;
+    if (rule_ == Rule::kSmallestThatFills && tokens_E_[*at] >= room) {
+      at = std::lower_bound(first, last, room,
+                            [&](int e, int64_t tokens) { return tokens_E_[e] < tokens; });
+    }
+    const int expert = *at;
+    const int64_t given = std::min(room, tokens_E_[expert]);
+    replicas_N_[taker].push_back({expert, given});
+    tokens_E_[expert] -= given;
+    load_N_[giver] -= given;
+    load_N_[taker] += given;
+    for (; at != first && is_less(*at, *(at - 1)); --at) std::swap(*at, *(at - 1));
+  }
+
+  const Shape& shape_;
+  const int64_t level_;
+  const Rule rule_;
+  std::vector<int64_t> tokens_E_;  // that are still at home
+  std::vector<int> order_E_;       // experts of each rank, ascending by these
+  std::vector<int64_t> load_N_;
+  std::vector<ByLoad> givers_Q_;
+  ByLoad givers_, by_largest_, takers_;
+  std::vector<std::vector<std::pair<int, int64_t>>> replicas_N_;  // experts and tokens
+};
+
+// Loads of experts, [E].
+std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts_QE) {
+  std::vector<int64_t> loads_E(shape.experts, 0);
+  for (int node = 0; node < shape.nodes(); ++node) {
+    const int64_t* counts_E = node_counts_QE + static_cast<int64_t>(node) * shape.experts;
+    for (int e = 0; e < shape.experts; ++e) loads_E[e] += counts_E[e];
+  }
+  return loads_E;
+}
+
+int64_t ideal_of(const Shape& shape, const std::vector<int64_t>& loads_E) {
+  const int64_t total = std::accumulate(loads_E.begin(), loads_E.end(), int64_t{0});
+  return (total + shape.ranks - 1) / shape.ranks;
+}
+
+}  // namespace
 
 std::vector<int16_t> at_home(const Shape& shape) {
   std::vector<int16_t> slots_S(shape.slots(), kEmpty);
@@ -11,6 +194,74 @@ std::vector<int16_t> at_home(const Shape& shape) {
     slots_S[e / shape.home * shape.capacity + e % shape.home] = static_cast<int16_t>(e);
   }
   return slots_S;
+}
+
+HomeLayout stock_placement(const Shape& shape, const int64_t* node_counts_QE) {
+  // No rank is above all tokens.
+  return replicate(shape, node_counts_QE, shape.ranks * ideal_load(shape, node_counts_QE));
+}
+
+int64_t ideal_load(const Shape& shape, const int64_t* node_counts_QE) {
+  return ideal_of(shape, expert_loads(shape, node_counts_QE));
+}
+
+HomeLayout replicate(const Shape& shape, const int64_t* node_counts_QE, int64_t level) {
+  const std::vector<int64_t> loads_E = expert_loads(shape, node_counts_QE);
+  const int64_t ideal = ideal_of(shape, loads_E);
+  level = std::max(level, ideal);
+  HomeLayout best = AliasMethod(shape, loads_E, level, Rule::kLargest).run();
+  if (best.largest > level) {
+    HomeLayout other = AliasMethod(shape, loads_E, level, Rule::kSmallestThatFills).run();
+    if (other.largest < best.largest) best = std::move(other);
+  }
+  best.is_ideal = best.largest <= ideal;
+  return best;
+}
+
+bool fill_for_locality(const Shape& shape, const int64_t* node_counts_QE, int most,
+                       std::vector<int16_t>& slots_S) {
+  const int size = shape.node_size, experts = shape.experts;
+  bool has_filled = false;
+  std::vector<char> is_held_E(experts);
+  std::vector<int> order(experts), used_G(size);
+  for (int node = 0; node < shape.nodes(); ++node) {
+    const int64_t* counts_E = node_counts_QE + static_cast<int64_t>(node) * experts;
+    std::fill(is_held_E.begin(), is_held_E.end(), 0);
+    int free = 0;
+    for (int g = 0; g < size; ++g) {
+      const int first = (node * size + g) * shape.capacity;
+      used_G[g] = 0;
+      for (int slot = first; slot < first + shape.capacity; ++slot) {
+        if (slots_S[slot] == kEmpty) continue;
+        is_held_E[slots_S[slot]] = 1;
+        ++used_G[g];
+      }
+      free += std::min(most, shape.capacity - used_G[g]);
+    }
+    if (free == 0) continue;
+    order.clear();
+    for (int e = 0; e < experts; ++e) {
+      if (!is_held_E[e] && counts_E[e] > 0) order.push_back(e);
+    }
+    const auto wanted = order.begin() + std::min<size_t>(free, order.size());
+    std::partial_sort(order.begin(), wanted, order.end(), [&](int a, int b) {
+      return counts_E[a] != counts_E[b] ? counts_E[a] > counts_E[b] : a < b;
+    });
+    auto next = order.begin();
+    // A slot of every rank before a second one of any.
+    for (int round = 0; round < most; ++round) {
+      for (int g = 0; g < size && next != wanted; ++g) {
+        if (used_G[g] == shape.capacity) continue;
+        slots_S[(node * size + g) * shape.capacity + used_G[g]++] = static_cast<int16_t>(*next++);
+        has_filled = true;
+      }
+    }
+    for (int g = 0; g < size; ++g) {
+      const auto first = slots_S.begin() + (node * size + g) * shape.capacity;
+      std::sort(first + shape.home, first + used_G[g]);
+    }
+  }
+  return has_filled;
 }
 
 }  // namespace laer

@@ -1,7 +1,9 @@
-// Layouts of home experts: the first slots of a rank have its own experts, the others replicas of
-// experts of other ranks, or nothing.
+// Layouts of home experts for known counts: stock's placement, and replicas that balance it. How is
+// told in home.cpp; which of several such layouts pays is decided in home_choice.hpp. Integers only,
+// ties by index.
 //
-// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node, H = E/N
+// home slots.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +13,29 @@
 
 namespace laer {
 
+// A layout and loads of its slots that add up to the counts; exact quotas may find better ones.
+struct HomeLayout {
+  std::vector<int16_t> slots_S;
+  std::vector<int64_t> loads_S;
+  int64_t largest = 0;      // load of a rank
+  int replicas = 0;         // slots that are used besides home slots
+  bool is_ideal = false;    // whether the largest load is ceil(total / N)
+};
+
 // Stock's placement: every replica slot is empty.
 std::vector<int16_t> at_home(const Shape& shape);
+HomeLayout stock_placement(const Shape& shape, const int64_t* node_counts_QE);
+
+// ceil(total / N), below which no largest load can be.
+int64_t ideal_load(const Shape& shape, const int64_t* node_counts_QE);
+
+// Replicas with which no rank has to carry more than `level` tokens, if that is reached. A level
+// below ceil(total / N) counts as that, the ideal. No rank carries more than under stock's placement.
+HomeLayout replicate(const Shape& shape, const int64_t* node_counts_QE, int64_t level);
+
+// Fills free replica slots with the experts that most tokens of the slot's node are for and no rank
+// of the node holds, at most `most` slots of a rank. Returns whether any was filled.
+bool fill_for_locality(const Shape& shape, const int64_t* node_counts_QE, int most,
+                       std::vector<int16_t>& slots_S);
 
 }  // namespace laer

@@ -16,6 +16,7 @@
 #include "costs.hpp"
 #include "greedy.hpp"
 #include "guard.hpp"
+#include "home.hpp"
 #include "match_previous.hpp"
 #include "proportional.hpp"
 #include "quotas.hpp"
@@ -333,26 +334,58 @@ void keep_in_place(const laer::Shape& shape, const int16_t* current_S,
   if (shape.home == 0) laer::match_previous(shape, current_S, slots_S);
 }
 
-using Maker = std::vector<int16_t> (*)(const laer::Shape&, const int64_t*);
-
-// A layout for counts, with what it shares with `current` left in place.
-template <Maker make>
-py::array_t<int16_t> make_layout(const Counts& counts_NE, const Slots& current_S, int node_size,
-                                 int home) {
-  const laer::Shape shape = shape_of(counts_NE, current_S, node_size, home);
+// A layout made from counts and counts by node, with what it shares with `current` left in place.
+template <typename Make>
+py::array_t<int16_t> make_layout(const laer::Shape& shape, const Counts& counts_NE,
+                                 const Slots& current_S, Make make) {
   std::vector<int16_t> slots_S;
   {
     const int64_t* counts = counts_NE.data();
     const int16_t* current = current_S.data();
     py::gil_scoped_release release;
-    slots_S = make(shape, node_counts(shape, counts).data());
+    slots_S = make(counts, node_counts(shape, counts).data());
     keep_in_place(shape, current, slots_S);
   }
   return to_array(slots_S);
 }
 
-std::vector<int16_t> proportional(const laer::Shape& shape, const int64_t* node_counts_QE) {
-  return laer::proportional(shape, node_counts_QE, laer::Purpose::kForecast);
+py::array_t<int16_t> construct(const Counts& counts_NE, const Slots& current_S, int node_size,
+                               int home, const laer::CostModel* costs) {
+  const laer::Shape shape = shape_of(counts_NE, current_S, node_size, home);
+  if (costs != nullptr) check_costs(shape, *costs);
+  return make_layout(shape, counts_NE, current_S, [&](auto counts, auto by_node) {
+    return laer::fresh(shape, costs, counts, by_node);
+  });
+}
+
+// Replicas beside home experts that bring the largest load down to `level`, the loads that they are
+// made for, and whether the largest is the ideal.
+py::tuple replicate(const Counts& counts_NE, int capacity, int node_size, int64_t level) {
+  if (counts_NE.ndim() != 2 || counts_NE.size() == 0 || capacity < 1) {
+    throw py::value_error("counts must be [N, E], and ranks have slots");
+  }
+  const auto ranks = static_cast<int>(counts_NE.shape(0));
+  const auto experts = static_cast<int>(counts_NE.shape(1));
+  const laer::Shape stock{ranks, experts, capacity, ranks, std::max(experts / ranks, 1)};
+  check_home(ranks, experts, capacity, stock.home);
+  const std::vector<int16_t> slots = laer::at_home(stock);
+  const laer::Shape shape = shape_of(counts_NE, Slots(slots.size(), slots.data()), node_size,
+                                     stock.home);
+  laer::HomeLayout made;
+  {
+    const int64_t* counts = counts_NE.data();
+    py::gil_scoped_release release;
+    made = laer::replicate(shape, node_counts(shape, counts).data(), level);
+  }
+  return py::make_tuple(to_array(made.slots_S), to_array(made.loads_S), made.is_ideal);
+}
+
+py::array_t<int16_t> proportional(const Counts& counts_NE, const Slots& current_S,
+                                  int node_size) {
+  const laer::Shape shape = shape_of(counts_NE, current_S, node_size, 0);
+  return make_layout(shape, counts_NE, current_S, [&](auto, auto by_node) {
+    return laer::proportional(shape, by_node, laer::Purpose::kForecast);
+  });
 }
 
 py::array_t<int16_t> proportional_by_node(const Counts& counts_NE, int capacity, int node_size,
@@ -374,33 +407,20 @@ py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int
                             int home, const laer::CostModel* costs) {
   const laer::Shape shape = shape_of(counts_NE, current_S, node_size, home);
   if (costs != nullptr) check_costs(shape, *costs);
-  std::vector<int16_t> slots_S;
-  {
-    const int64_t* counts = counts_NE.data();
-    const int16_t* current = current_S.data();
-    py::gil_scoped_release release;
-    const std::vector<int64_t> by_node = node_counts(shape, counts);
-    slots_S = costs == nullptr ? laer::for_drift(shape, by_node.data())
-                               : laer::greedy(shape, *costs, counts, by_node.data());
-    keep_in_place(shape, current, slots_S);
-  }
-  return to_array(slots_S);
+  return make_layout(shape, counts_NE, current_S, [&](auto counts, auto by_node) {
+    return costs == nullptr ? laer::for_drift(shape, by_node)
+                            : laer::greedy(shape, *costs, counts, by_node);
+  });
 }
 
 py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int node_size,
                             int home, int scenarios, int candidates, int exchanges,
                             uint64_t seed) {
   const laer::Shape shape = shape_of(counts_NE, current_S, node_size, home);
-  std::vector<int16_t> slots_S;
-  {
-    const int64_t* counts = counts_NE.data();
-    const int16_t* current = current_S.data();
-    py::gil_scoped_release release;
-    slots_S = laer::search(shape, node_counts(shape, counts).data(), current,
-                           {scenarios, candidates, exchanges}, seed);
-    keep_in_place(shape, current, slots_S);
-  }
-  return to_array(slots_S);
+  const int16_t* current = current_S.data();
+  return make_layout(shape, counts_NE, current_S, [&](auto, auto by_node) {
+    return laer::search(shape, by_node, current, {scenarios, candidates, exchanges}, seed);
+  });
 }
 
 }  // namespace
@@ -420,10 +440,10 @@ PYBIND11_MODULE(_native, module) {
   module.def("exposed_backward_seconds", &exposed_seconds<laer::exposed_backward_seconds>);
   module.def("decide", &decide);
   module.def("rank_quotas", &rank_quotas);
-  module.def("construct", &make_layout<laer::fresh>);
-  module.def("proportional", [](const Counts& counts_NE, const Slots& current_S, int node_size) {
-    return make_layout<proportional>(counts_NE, current_S, node_size, 0);
-  });
+  module.def("construct", &construct, py::arg("counts_NE"), py::arg("current_S"),
+             py::arg("node_size"), py::arg("home"), py::arg("costs") = nullptr);
+  module.def("replicate", &replicate);
+  module.def("proportional", &proportional);
   module.def("proportional_by_node", &proportional_by_node);
   module.def("greedy", &greedy, py::arg("counts_NE"), py::arg("current_S"), py::arg("node_size"),
              py::arg("home"), py::arg("costs") = nullptr);

@@ -12,6 +12,7 @@
 #include "flow.hpp"
 #include "greedy.hpp"
 #include "home.hpp"
+#include "home_choice.hpp"
 #include "proportional.hpp"
 
 namespace laer {
@@ -19,6 +20,10 @@ namespace {
 
 // What all tokens off their node would cost, in percent of the mean load.
 constexpr int64_t kOffNodePercent = 8;
+
+// What a replica slot of every rank costs, in thousandths of the mean load, beside home experts: one
+// that makes next to no difference stays empty.
+constexpr int64_t kReplicaPermille = 2;
 
 // What a scenario scores in which all ranks carry the mean load.
 constexpr int64_t kPerfect = int64_t{1} << 20;
@@ -51,16 +56,22 @@ class Judge {
   int64_t score(const std::vector<int16_t>& slots_S, int64_t limit) {
     std::vector<int>& begin = graph_.pair_begin;
     begin.assign(shape_.experts + 1, 0);
-    for (int16_t e : slots_S) ++begin[e + 1];
+    for (int16_t e : slots_S) begin[e + 1] += e != kEmpty;
     for (int e = 0; e < shape_.experts; ++e) begin[e + 1] += begin[e];
     place_.assign(begin.begin(), begin.end() - 1);
-    graph_.pair_rank.resize(slots_S.size());
+    graph_.pair_rank.resize(begin[shape_.experts]);
     for (size_t s = 0; s < slots_S.size(); ++s) {
+      if (slots_S[s] == kEmpty) continue;
       graph_.pair_rank[place_[slots_S[s]]++] = static_cast<int>(s) / shape_.capacity;
     }
     graph_.index();
     // From a perfect score upwards.
-    int64_t sum = price_off_node(slots_S) + kPerfect * static_cast<int64_t>(scenarios_.size());
+    const int64_t count = static_cast<int64_t>(scenarios_.size());
+    int64_t sum = price_off_node(slots_S) + kPerfect * count;
+    if (shape_.home > 0) {
+      const int64_t replicas = graph_.pairs() - shape_.experts;
+      sum += replicas * kReplicaPermille * kPerfect * count / 1000 / shape_.ranks;
+    }
     for (int i : order_) {
       if (sum >= limit) return sum;
       largest_[i] = largest(scenarios_[i]);
@@ -77,7 +88,7 @@ class Judge {
     served_.assign(shape_.experts, -1);
     for (size_t s = 0; s < slots_S.size(); ++s) {
       const int node = static_cast<int>(s / slots_per_node);
-      if (served_[slots_S[s]] == node) continue;
+      if (slots_S[s] == kEmpty || served_[slots_S[s]] == node) continue;
       served_[slots_S[s]] = node;
       tokens -= node_counts_QE_[static_cast<int64_t>(node) * shape_.experts + slots_S[s]];
     }
@@ -148,11 +159,43 @@ bool exchange(const Shape& shape, std::vector<int16_t>& slots_S, std::vector<int
   return true;
 }
 
+// The same beside home experts: another replica in one slot, or none, or two slots exchanged; false
+// where that would put an expert on a rank twice, or change nothing.
+bool exchange_replicas(const Shape& shape, std::vector<int16_t>& slots_S, Random& random) {
+  const auto any_slot = [&] {
+    const int rank = random.below(shape.ranks);
+    return rank * shape.capacity + shape.home + random.below(shape.capacity - shape.home);
+  };
+  const auto can_take = [&](int slot, int expert) {
+    return expert == kEmpty || !holds(shape, slots_S, slot / shape.capacity, expert);
+  };
+  const int a = any_slot();
+  switch (random.below(4)) {
+    case 0:
+      if (slots_S[a] == kEmpty) return false;
+      slots_S[a] = kEmpty;
+      return true;
+    case 1: {
+      const int b = any_slot();
+      if (slots_S[a] == slots_S[b] || !can_take(a, slots_S[b]) || !can_take(b, slots_S[a])) {
+        return false;
+      }
+      std::swap(slots_S[a], slots_S[b]);
+      return true;
+    }
+    default: {
+      const int e = random.below(shape.experts);
+      if (!can_take(a, e)) return false;
+      slots_S[a] = static_cast<int16_t>(e);
+      return true;
+    }
+  }
+}
+
 }  // namespace
 
 std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
                             const int16_t* current_S, const Effort& effort, uint64_t seed) {
-  if (shape.home > 0) return at_home(shape);
   Random random(seed);
   const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
   const std::vector<int64_t> forecast_QE(node_counts_QE, node_counts_QE + size);
@@ -178,8 +221,21 @@ std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
     return true;
   };
   compete(for_drift(shape, node_counts_QE));
-  compete(proportional(shape, node_counts_QE, Purpose::kForecast));
-  if (can_balance(shape)) {
+  if (shape.home > 0) {
+    compete(at_home(shape));
+    for (const auto& slots_S : replica_steps(shape, node_counts_QE)) compete(slots_S);
+    for (int i = 0; i < effort.candidates; ++i) {
+      const std::vector<int64_t> counts_QE =
+          disturb(node_counts_QE, shape.nodes(), shape.experts, random);
+      compete(replicate(shape, counts_QE.data(), 0).slots_S);
+    }
+    std::vector<int16_t> filled_S = best;
+    while (fill_for_locality(shape, node_counts_QE, 1, filled_S) && compete(filled_S)) {
+    }
+  } else {
+    compete(proportional(shape, node_counts_QE, Purpose::kForecast));
+  }
+  if (shape.home == 0 && can_balance(shape)) {
     compete(construct(shape, node_counts_QE, Purpose::kForecast));
     for (int i = 0; i < effort.candidates; ++i) {
       const std::vector<int64_t> counts_QE =
@@ -191,17 +247,25 @@ std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
   // Nothing to gain from here on, up to rounding.
   const int64_t perfect = (kPerfect + 1) * effort.scenarios;
   std::vector<int> replicas_E(shape.experts, 0);
-  for (int16_t e : best) ++replicas_E[e];
+  for (int16_t e : best) {
+    if (e != kEmpty) ++replicas_E[e];
+  }
   for (int i = 0; i < effort.exchanges && best_score > perfect; ++i) {
     std::vector<int16_t> changed = best;
     std::vector<int> changed_replicas_E = replicas_E;
-    if (exchange(shape, changed, changed_replicas_E, random) && compete(changed)) {
+    const bool is_changed = shape.home > 0
+                                ? exchange_replicas(shape, changed, random)
+                                : exchange(shape, changed, changed_replicas_E, random);
+    if (is_changed && compete(changed)) {
       replicas_E = changed_replicas_E;
     }
   }
   for (int rank = 0; rank < shape.ranks; ++rank) {
     const auto first = best.begin() + static_cast<int64_t>(rank) * shape.capacity;
-    std::sort(first, first + shape.capacity);
+    // As unsigned numbers, in which an empty slot is the largest.
+    std::sort(first + shape.home, first + shape.capacity, [](int16_t a, int16_t b) {
+      return static_cast<uint16_t>(a) < static_cast<uint16_t>(b);
+    });
   }
   return best;
 }

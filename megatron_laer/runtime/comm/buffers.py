@@ -1,6 +1,7 @@
 """Memory of exchanges: pools of their results, and workspaces to send from and receive into.
 
-Legend: N ranks, E experts, C slots per rank; G ranks per node, M = N/G nodes; R rows, K columns.
+Legend: N ranks, E experts, C replica slots per rank; G ranks per node, M = N/G nodes; R rows, K
+columns.
 """
 
 from __future__ import annotations
@@ -104,18 +105,18 @@ def restore_workspace(
     The stages of an exchange reuse them, so this is the peak besides the result. The geometry's
     node size is G, or N for `flat`.
     """
-    nodes, slots = geometry.num_nodes, geometry.node_size * geometry.capacity
+    nodes, slots = geometry.num_nodes, geometry.node_size * geometry.replica_slots
     block = -(-rows // geometry.num_ranks)
     local_rank_rows = min(nodes * block, rows)
     distinct = min(geometry.num_experts, slots)
     inter_node, intra_node = nodes > 1, geometry.node_size > 1
-    num_sent = min(geometry.num_slots, nodes * geometry.num_experts)
+    num_sent = nodes * distinct
     row_bytes = columns * element_bytes
     return {
         "send": row_bytes
         * max(inter_node * num_sent * block, intra_node * slots * local_rank_rows),
         "receive": row_bytes
-        * max(inter_node * distinct * local_rank_rows, intra_node * geometry.capacity * rows),
+        * max(inter_node * distinct * local_rank_rows, intra_node * geometry.replica_slots * rows),
     }
 
 
@@ -130,13 +131,13 @@ def reduce_workspace(
         send      max(C·R·g if G > 1, min(E, G·C)·P·w if M > 1)·K
         receive   max(G·C·P·g if G > 1, min(N·C, M·E)·r·w if M > 1)·K
     """
-    nodes, slots = geometry.num_nodes, geometry.node_size * geometry.capacity
+    nodes, slots = geometry.num_nodes, geometry.node_size * geometry.replica_slots
     block = -(-rows // geometry.num_ranks)
     local_rank_rows = min(nodes * block, rows)
     distinct = min(geometry.num_experts, slots)
     inter_node, intra_node = nodes > 1, geometry.node_size > 1
-    num_received = min(geometry.num_slots, nodes * geometry.num_experts)
-    intra_sent, intra_received = geometry.capacity * rows, slots * local_rank_rows
+    num_received = nodes * distinct
+    intra_sent, intra_received = geometry.replica_slots * rows, slots * local_rank_rows
     inter_sent, inter_received = distinct * local_rank_rows, num_received * block
     return {
         "send": columns

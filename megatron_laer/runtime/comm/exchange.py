@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
+from megatron_laer.choices import Sharding
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.buffers import (
@@ -29,7 +31,7 @@ from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 from megatron_laer.runtime.comm.reduce import ReduceIndex, reduce_matrix
 from megatron_laer.runtime.comm.restore import RestoreIndex, restore_matrix
-from megatron_laer.runtime.comm.stages import DataPath, ExchangeCount, Stage, Stages
+from megatron_laer.runtime.comm.stages import DataPath, ExchangeCount, Stage, Stages, whole_group
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,40 @@ class ReusableWeights:
 
     index: LayoutIndex
     matrix_CRK: torch.Tensor
+
+
+class Exchange(Protocol):
+    """Restores and reduces of matrices, collective over the FSEP group.
+
+    `source` and `add_to` are a rank's share of weights and main gradients, as the exchange takes
+    it: a slice, or matrices of home experts.
+    """
+
+    count: ExchangeCount
+
+    def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None: ...
+
+    def prepare_reduce(self, index: LayoutIndex) -> None: ...
+
+    def restore(
+        self,
+        source: Any,
+        index: LayoutIndex,
+        rows: int,
+        /,
+        *,
+        reuse: ReusableWeights | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
+
+    def reduce(
+        self,
+        grad_CRK: torch.Tensor,
+        index: LayoutIndex,
+        *,
+        wire_dtype: torch.dtype | None = None,
+        add_to: Any = None,
+    ) -> torch.Tensor: ...
 
 
 class HierarchicalExchange:
@@ -77,10 +113,10 @@ class HierarchicalExchange:
         Call it before a restore, on the stream that submits it, since other CUDA streams read them
         too.
         """
-        self._restore_index(index, before)
+        self.restore_index_of(index, before)
 
     def prepare_reduce(self, index: LayoutIndex) -> None:
-        self._reduce_index(index)
+        self.reduce_index_of(index)
 
     @torch.no_grad()
     def restore(
@@ -105,22 +141,26 @@ class HierarchicalExchange:
         Returns:
             [C, R, K], the expert of this rank's slot c at c; `out` or the reused tensor if given.
         """
-        assert reuse is None or out is None, "reused weights are updated in place"
-        columns = slice_ErK.shape[2]
-        shape = (index.layout.capacity, rows, columns)
-        out_CRK = out if reuse is None else reuse.matrix_CRK
-        out_CRK = slice_ErK.new_empty(shape) if out_CRK is None else out_CRK
-        assert out_CRK.shape == shape and out_CRK.is_contiguous()
-        needed = self._restore_index(index, None if reuse is None else reuse.index)
-        read_here(needed.position_n)
+        out_CRK = result_of_restore(slice_ErK, index, rows, reuse, out)
+        needed = self.restore_index_of(index, None if reuse is None else reuse.index)
         if needed.has_work:
-            sizes = restore_workspace(
-                self._geometry(index), rows, columns, slice_ErK.element_size()
-            )
-            buffers = MatrixBuffers(self.restore_workspace, sizes, slice_ErK.device)
-            path = self._path(self._restore_stages, rows, buffers, self.count.add_restore)
-            restore_matrix(needed, path, slice_ErK, out_CRK)
+            self.restore_rows(needed, index, slice_ErK, out_CRK)
         return out_CRK
+
+    def restore_rows(
+        self,
+        needed: RestoreIndex,
+        index: LayoutIndex,
+        slice_ErK: torch.Tensor,
+        out_CRK: torch.Tensor,
+    ) -> None:
+        """Restore the slots of `needed` from ranks' rows of its experts."""
+        read_here(needed.position_n)
+        _, rows, columns = out_CRK.shape
+        sizes = restore_workspace(self._geometry(index), rows, columns, slice_ErK.element_size())
+        buffers = MatrixBuffers(self.restore_workspace, sizes, slice_ErK.device)
+        path = self._path(self._restore_stages, rows, buffers, self.count.add_restore)
+        restore_matrix(needed, path, slice_ErK, out_CRK)
 
     @torch.no_grad()
     def reduce(
@@ -146,22 +186,41 @@ class HierarchicalExchange:
             `add_to`, or a new [E, r, K] in the gradient's dtype, as autograd demands.
         """
         grad_CRK = grad_CRK.contiguous()
-        _, rows, columns = grad_CRK.shape
-        blocks = row_blocks(rows, self.groups.size, self.node_size)
-        own_rows = blocks.rows_GM[self._local_rank][self._node]
-        shape = (index.layout.num_experts, own_rows, columns)
+        shape = (index.layout.num_experts, *self.own_rows_of(grad_CRK))
         out_ErK = grad_CRK.new_empty(shape) if add_to is None else add_to
         assert out_ErK.shape == shape and out_ErK.is_contiguous()
-        wire = self._grad_wire_dtype or wire_dtype or grad_CRK.dtype
+        wire = self.wire_dtype_of(grad_CRK, wire_dtype)
+        self.reduce_rows(index, grad_CRK, out_ErK, wire, adds=add_to is not None)
+        return out_ErK
+
+    def reduce_rows(
+        self,
+        index: LayoutIndex,
+        grad_CRK: torch.Tensor,
+        out_ErK: torch.Tensor,
+        wire: torch.dtype,
+        *,
+        adds: bool,
+    ) -> None:
+        """Sum replicas into or onto this rank's rows of the index's experts."""
+        _, rows, columns = grad_CRK.shape
         sizes = reduce_workspace(
             self._geometry(index), rows, columns, grad_CRK.element_size(), wire.itemsize
         )
-        needed = self._reduce_index(index)
+        needed = self.reduce_index_of(index)
         read_here(needed.intra_node.uploaded)
         buffers = MatrixBuffers(self.reduce_workspace, sizes, grad_CRK.device)
         path = self._path(self._reduce_stages, rows, buffers, self.count.add_reduce)
-        reduce_matrix(needed, path, grad_CRK, out_ErK, wire, adds=add_to is not None)
-        return out_ErK
+        reduce_matrix(needed, path, grad_CRK, out_ErK, wire, adds=adds)
+
+    def wire_dtype_of(self, grad_CRK: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
+        return self._grad_wire_dtype or wanted or grad_CRK.dtype
+
+    def own_rows_of(self, whole_CRK: torch.Tensor) -> tuple[int, int]:
+        """Return [r, K], the shape of this rank's rows of one matrix."""
+        _, rows, columns = whole_CRK.shape
+        blocks = row_blocks(rows, self.groups.size, self.node_size)
+        return blocks.rows_GM[self._local_rank][self._node], columns
 
     def _path(
         self,
@@ -173,16 +232,38 @@ class HierarchicalExchange:
         blocks = row_blocks(rows, self.groups.size, self.node_size)
         return DataPath(self._node, self._local_rank, stages, blocks, buffers, count)
 
-    def _restore_index(self, index: LayoutIndex, before: LayoutIndex | None) -> RestoreIndex:
+    def restore_index_of(self, index: LayoutIndex, before: LayoutIndex | None) -> RestoreIndex:
         layout = None if before is None else before.layout
         return index.for_restore(layout, self.node_size, self.groups.rank)
 
-    def _reduce_index(self, index: LayoutIndex) -> ReduceIndex:
+    def reduce_index_of(self, index: LayoutIndex) -> ReduceIndex:
         return index.for_reduce(self.node_size, self.groups.rank)
 
     def _geometry(self, index: LayoutIndex) -> Geometry:
         layout = index.layout
-        return Geometry(layout.num_ranks, layout.num_experts, layout.capacity, self.node_size)
+        sharding = Sharding.EXPERTS if index.home_slots else Sharding.ROWS
+        return Geometry(
+            layout.num_ranks, layout.num_experts, layout.capacity, self.node_size, sharding
+        )
+
+
+def result_of_restore(
+    source: torch.Tensor,
+    index: LayoutIndex,
+    rows: int,
+    reuse: ReusableWeights | None,
+    out: torch.Tensor | None,
+) -> torch.Tensor:
+    """Return the tensor [C, R, K] to restore to: `out`, the reused one, or a new one.
+
+    `source` is a matrix, or its rows, of one expert or several.
+    """
+    assert reuse is None or out is None, "reused weights are updated in place"
+    shape = (index.replica_slots, rows, source.shape[-1])
+    out_CRK = out if reuse is None else reuse.matrix_CRK
+    out_CRK = source.new_empty(shape) if out_CRK is None else out_CRK
+    assert out_CRK.shape == shape and out_CRK.is_contiguous()
+    return out_CRK
 
 
 def flat_exchange(groups: FSEPGroups) -> HierarchicalExchange:
@@ -191,12 +272,9 @@ def flat_exchange(groups: FSEPGroups) -> HierarchicalExchange:
     A restore receives C·(R - r)·K elements from other ranks under any layout; a reduce sends as
     many.
     """
-    first = groups.rank - groups.rank % groups.node_size
-    same_machine = slice(first, first + groups.node_size)
 
     def stages(group: Group) -> Stages:
-        intra_node = Stage(group, groups.rank, same_machine) if groups.size > 1 else None
-        return Stages(inter_node=None, intra_node=intra_node)
+        return Stages(None, whole_group(groups, group) if groups.size > 1 else None)
 
     return HierarchicalExchange(
         groups, groups.size, stages(groups.parameters), stages(groups.gradients)

@@ -2,9 +2,9 @@
 
 `reduce_matrix` sums the gradients of a matrix's replicas into the slices of their experts.
 
-Legend: N ranks, E experts, C slots per rank, S slots of all ranks, G ranks per node, M = N/G nodes.
-D distinct experts of a node, n slots of a node. R rows of a matrix, r rows of one rank's slice, P
-rows of one local rank on all nodes together, K columns.
+Legend: N ranks, E experts, C replica slots per rank, S those of all ranks, G ranks per node, M =
+N/G nodes. D distinct experts of a node, n filled slots of a node. R rows of a matrix, r rows of one
+rank's slice, P rows of one local rank on all nodes together, K columns.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.sharding import node_sources
+from megatron_laer.planner.layout import EMPTY
+from megatron_laer.planner.sharding import ReplicaSlots, node_sources
 from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.copies import upload_arrays
+from megatron_laer.runtime.comm.restore import Run, runs_of
 from megatron_laer.runtime.comm.rows import ReplicaSums, pack_rows, sum_replicas
 from megatron_laer.runtime.comm.stages import DataPath, Stage
 
@@ -29,53 +30,76 @@ class ReduceIndex:
     """Sums of the gradients of a layout's slots, as one rank computes them.
 
     Attributes:
+        experts: experts that are summed: all, or those with replicas where they have homes.
+        filled_G: replica slots with an expert on each rank of this node.
+        runs: this rank's slots with an expert.
         distinct_M: distinct experts of each node; empty with one node.
-        intra_node: sums the node's slots, in slot order, into its D distinct experts; into all E
-            experts with one node.
+        intra_node: sums the node's slots, in slot order, into its D distinct experts; into all
+            `experts` with one node.
         inter_node: sums the nodes' sums, `distinct_M` each, into all E experts, in node order; None
             with one node. It shares device memory with `intra_node`.
     """
 
+    experts: Int64
+    filled_G: list[int]
+    runs: list[Run]
     distinct_M: list[int]
     intra_node: ReplicaSums
     inter_node: ReplicaSums | None
 
 
 def reduce_index(
-    layout: ExpertLayout, node_size: int, rank: int, device: torch.device
+    layout: ReplicaSlots, node_size: int, rank: int, device: torch.device
 ) -> ReduceIndex:
     expert_S = layout.slot_expert_S.astype(np.int64)
+    node, local_rank = divmod(rank, node_size)
+    filled_S = expert_S != EMPTY
+    slots_of_node = slice(*(np.array([node, node + 1]) * node_size * layout.capacity))
+    filled_GC = filled_S[slots_of_node].reshape(node_size, layout.capacity)
+    summed = np.arange(layout.num_experts)
+    if layout.have_homes:
+        summed = np.unique(expert_S[filled_S])
+    of_rank = {
+        "experts": summed,
+        "filled_G": filled_GC.sum(axis=1).tolist(),
+        "runs": runs_of(np.flatnonzero(filled_GC[local_rank])),
+    }
+    # Parts of a sum are the node's filled slots, or a single rank's slots as they are.
+    part_n = np.arange(filled_GC.sum()) if node_size > 1 else np.flatnonzero(filled_GC[0])
+    expert_n = expert_S[slots_of_node][filled_GC.ravel()]
     if layout.num_ranks == node_size:
-        (sums,) = _replica_sums([expert_S], device)
-        return ReduceIndex([], sums, None)
-    node = rank // node_size
-    all_S = np.ones(layout.num_slots, dtype=np.bool_)
+        (sums,) = _replica_sums([(np.searchsorted(summed, expert_n), part_n)], device)
+        return ReduceIndex(**of_rank, distinct_M=[], intra_node=sums, inter_node=None)
     node_of_pair, experts = np.divmod(
-        node_sources(layout, node_size, all_S).fetched_pairs, layout.num_experts
+        node_sources(layout, node_size, filled_S).fetched_pairs, layout.num_experts
     )
-    slots = node_size * layout.capacity
-    expert_of_node_slot = expert_S[node * slots : (node + 1) * slots]
-    of_node = np.searchsorted(experts[node_of_pair == node], expert_of_node_slot)
-    intra_node, inter_node = _replica_sums([of_node, experts], device)
+    of_node = np.searchsorted(experts[node_of_pair == node], expert_n)
+    of_pair = np.searchsorted(summed, experts)
+    intra_node, inter_node = _replica_sums(
+        [(of_node, part_n), (of_pair, np.arange(len(of_pair)))], device
+    )
     return ReduceIndex(
+        **of_rank,
         distinct_M=np.bincount(node_of_pair, minlength=layout.num_ranks // node_size).tolist(),
         intra_node=intra_node,
         inter_node=inter_node,
     )
 
 
-def _replica_sums(targets: Sequence[Int64], device: torch.device) -> list[ReplicaSums]:
-    arrays = [_csr(target_of_part) for target_of_part in targets]
+def _replica_sums(
+    targets_and_parts: Sequence[tuple[Int64, Int64]], device: torch.device
+) -> list[ReplicaSums]:
+    arrays = [_csr(target_n, part_n) for target_n, part_n in targets_and_parts]
     return [
         ReplicaSums(int(csr[0]) - 1, csr, uploaded)
         for csr, uploaded in zip(arrays, upload_arrays(arrays, device), strict=True)
     ]
 
 
-def _csr(target_of_part: Int64) -> Int64:
-    ends = np.cumsum(np.bincount(target_of_part))
+def _csr(target_n: Int64, part_n: Int64) -> Int64:
+    ends = np.cumsum(np.bincount(target_n))
     first = len(ends) + 1
-    parts = np.argsort(target_of_part, kind="stable")
+    parts = part_n[np.argsort(target_n, kind="stable")]
     return np.concatenate(([first], first + ends, parts))
 
 
@@ -91,7 +115,7 @@ def reduce_matrix(
     """Reduce all ranks' gradients into or onto `out_ErK`; sums cross nodes in `wire_dtype`."""
     parts, sums = grad_CRK, index.intra_node
     if path.stages.intra_node is not None:
-        parts = _collect(path, path.stages.intra_node, grad_CRK)
+        parts = _collect(index, path, path.stages.intra_node, grad_CRK)
     if path.stages.inter_node is not None:
         parts = _sum_and_send(index, path, path.stages.inter_node, parts, wire_dtype)
         assert index.inter_node is not None, "an index for one node"
@@ -100,17 +124,20 @@ def reduce_matrix(
     sum_replicas(parts, sums, out_ErK, own_rows, 0, adds=adds)
 
 
-def _collect(path: DataPath, stage: Stage, grad_CRK: torch.Tensor) -> torch.Tensor:
-    """Collect this local rank's rows of the gradients of all slots of the node: [n, P, K]."""
-    capacity, _, columns = grad_CRK.shape
-    rows_G, node_size = path.blocks.rows_G, path.blocks.node_size
-    own_rows = rows_G[path.local_rank]
-    send = path.buffers.take("send", (grad_CRK.numel(),), grad_CRK.dtype)
-    pack_rows(grad_CRK, send, path.blocks, 0, capacity)
-    shape = (node_size * capacity, own_rows, columns)
+def _collect(
+    index: ReduceIndex, path: DataPath, stage: Stage, grad_CRK: torch.Tensor
+) -> torch.Tensor:
+    """Collect this local rank's rows of the gradients of the node's filled slots: [n, P, K]."""
+    _, rows, columns = grad_CRK.shape
+    rows_G, filled_G = path.blocks.rows_G, index.filled_G
+    own_rows, filled = rows_G[path.local_rank], filled_G[path.local_rank]
+    send = path.buffers.take("send", (filled * rows * columns,), grad_CRK.dtype)
+    for first, slots in index.runs:
+        pack_rows(grad_CRK[slots], send, path.blocks, first, filled)
+    shape = (sum(filled_G), own_rows, columns)
     received = path.buffers.take("receive", shape, grad_CRK.dtype)
-    sizes = [capacity * own_rows * columns] * node_size
-    sent_sizes = [capacity * rows * columns for rows in rows_G]
+    sizes = [number * own_rows * columns for number in filled_G]
+    sent_sizes = [filled * part * columns for part in rows_G]
     path.count(*stage.all_to_all(received.view(-1), send, sizes, sent_sizes))
     return received
 

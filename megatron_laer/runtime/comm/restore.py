@@ -34,8 +34,7 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.sharding import changed_slots, node_sources
+from megatron_laer.planner.sharding import ReplicaSlots, changed_slots, filled_slots, node_sources
 from megatron_laer.runtime.comm.copies import upload_arrays
 from megatron_laer.runtime.comm.rows import gather_rows, pack_rows, unpack_rows
 from megatron_laer.runtime.comm.stages import DataPath, Stage
@@ -54,18 +53,20 @@ class RestoreIndex:
 
     Attributes:
         has_work: whether any rank of the group has a slot to restore.
-        sent_experts: experts that node 0, node 1, … fetch, by way of their ranks of this local
-            rank.
+        experts: experts whose rows ranks have for this restore: all, or those that homes spread.
+        sent_experts: positions, among `experts`, of those that node 0, node 1, … fetch, by way of
+            their ranks of this local rank.
         fetched_M: number of experts that each node fetches.
         shared_slots: this rank's slots whose experts, restored before, it shares with its node.
         shared_G: number of experts that each rank of this node shares.
         position_n: for each slot to restore on this node, by rank, its expert's position among the
-            D that arrive: fetched ones first, then shared ones. With one node, the expert itself.
+            D that arrive: fetched ones first, then shared ones. With one node, among `experts`.
         restored_G: slots to restore on each rank of this node.
         runs: this rank's slots to restore.
     """
 
     has_work: bool
+    experts: Int64
     sent_experts: torch.Tensor
     fetched_M: list[int]
     shared_slots: list[int]
@@ -76,8 +77,8 @@ class RestoreIndex:
 
 
 def restore_index(
-    before: ExpertLayout | None,
-    after: ExpertLayout,
+    before: ReplicaSlots | None,
+    after: ReplicaSlots,
     node_size: int,
     rank: int,
     device: torch.device,
@@ -85,26 +86,28 @@ def restore_index(
     """Index the slots of `after` whose expert differs from `before`; all slots if that is None."""
     num_ranks, capacity = after.num_ranks, after.capacity
     node, local_rank = divmod(rank, node_size)
-    if before is None:
-        changed_S = np.ones(after.num_slots, dtype=np.bool_)
-    else:
-        changed_S = changed_slots(before, after)
+    changed_S = filled_slots(after) if before is None else changed_slots(before, after)
     ranks_of_node = slice(node * node_size, (node + 1) * node_size)
     changed_GC = changed_S.reshape(num_ranks, capacity)[ranks_of_node]
     expert_GC = after.slot_expert_S.astype(np.int64).reshape(num_ranks, capacity)[ranks_of_node]
 
-    arrivals = _arrivals(before, after, changed_S, node_size, rank)
+    experts = np.arange(after.num_experts)
+    if after.have_homes:
+        experts = np.unique(after.slot_expert_S[changed_S]).astype(np.int64)
+    arrivals = _arrivals(before, after, changed_S, node_size, rank, experts)
     position_n = arrivals.positions(expert_GC[changed_GC], after.num_experts)
-    sent_experts, positions = upload_arrays([arrivals.sent_experts, position_n], device)
+    sent_positions = np.searchsorted(experts, arrivals.sent_experts)
+    sent_experts, positions = upload_arrays([sent_positions, position_n], device)
     return RestoreIndex(
         has_work=bool(changed_S.any()),
+        experts=experts,
         sent_experts=sent_experts,
         fetched_M=arrivals.fetched_M,
         shared_slots=arrivals.shared_slots,
         shared_G=arrivals.shared_G,
         position_n=positions,
         restored_G=changed_GC.sum(axis=1).tolist(),
-        runs=_runs(np.flatnonzero(changed_GC[local_rank])),
+        runs=runs_of(np.flatnonzero(changed_GC[local_rank])),
     )
 
 
@@ -125,14 +128,19 @@ class _Arrivals:
 
 
 def _arrivals(
-    before: ExpertLayout | None, after: ExpertLayout, changed_S: Bool, node_size: int, rank: int
+    before: ReplicaSlots | None,
+    after: ReplicaSlots,
+    changed_S: Bool,
+    node_size: int,
+    rank: int,
+    held: Int64,
 ) -> _Arrivals:
     """Separate fetched experts from shared ones, in the order in which they arrive."""
     num_experts, capacity = after.num_experts, after.capacity
     num_nodes, node = after.num_ranks // node_size, rank // node_size
     if num_nodes == 1:  # the node's ranks hold all rows of every expert
         nothing = np.empty(0, np.int64)
-        return _Arrivals(nothing, [0], [], [0] * node_size, np.arange(num_experts))
+        return _Arrivals(nothing, [0], [], [0] * node_size, held)
 
     sources = node_sources(after, node_size, changed_S, before)
     to_node, sent_experts = np.divmod(sources.fetched_pairs, num_experts)
@@ -153,7 +161,7 @@ def _arrivals(
     )
 
 
-def _runs(slots: Int64) -> list[Run]:
+def runs_of(slots: Int64) -> list[Run]:
     runs, first = [], 0
     for run in np.split(slots, np.flatnonzero(np.diff(slots) > 1) + 1):
         if len(run):

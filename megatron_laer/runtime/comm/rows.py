@@ -128,6 +128,8 @@ def sum_replicas(
         out: contiguous, of any float dtype; [D, r, K] node by node.
         adds: whether to add the sums to `out`.
     """
+    if sums.num_targets == 0:
+        return
     if (kernels := _kernels(parts_nPK)) is not None:
         kernels.sum_replicas(parts_nPK, sums, out, blocks, local_rank, adds=adds)
         return

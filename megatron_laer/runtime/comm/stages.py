@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_laer.runtime.comm.blocks import RowBlocks
 from megatron_laer.runtime.comm.buffers import MatrixBuffers
+from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 
 
 @dataclass
@@ -82,3 +83,9 @@ class DataPath:
     blocks: RowBlocks
     buffers: MatrixBuffers
     count: Callable[[int, int], None]
+
+
+def whole_group(groups: FSEPGroups, group: Group) -> Stage:
+    """Return the stage of an All-to-All over the whole group."""
+    first = groups.rank - groups.rank % groups.node_size
+    return Stage(group, groups.rank, slice(first, first + groups.node_size))

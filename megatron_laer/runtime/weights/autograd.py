@@ -26,7 +26,7 @@ import torch
 
 Shape = tuple[int, ...]
 # Waits for the slices' gradients, and returns autograd's gradients for them.
-FinishReduce = Callable[[], tuple[torch.Tensor, ...]]
+FinishReduce = Callable[[], tuple[torch.Tensor | None, ...]]
 
 
 def placeholder(like: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -41,18 +41,21 @@ def _zero(dtype: torch.dtype, device: torch.device) -> torch.Tensor:
 
 
 class WaitForGrads(torch.autograd.Function):
-    """Slices to placeholders; the backward waits for the slices' gradients."""
+    """Parameters to a placeholder per matrix; the backward waits for the parameters' gradients."""
 
     @staticmethod
     def forward(
-        ctx: Any, finish_reduce: FinishReduce, *slices: torch.Tensor
+        ctx: Any,
+        finish_reduce: FinishReduce,
+        likes: Sequence[torch.Tensor],
+        *_: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         ctx.finish_reduce = finish_reduce
-        return tuple(placeholder(slice_ErK, slice_ErK.shape) for slice_ErK in slices)
+        return tuple(placeholder(like, ()) for like in likes)
 
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return (None, *ctx.finish_reduce())
+        return (None, None, *ctx.finish_reduce())
 
 
 class WaitForGradsAfterBlock(torch.autograd.Function):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from megatron_laer.runtime.comm.buffers import BufferPool
-from megatron_laer.runtime.comm.exchange import HierarchicalExchange
+from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.streams import CommStream
 
 
@@ -13,7 +13,7 @@ from megatron_laer.runtime.comm.streams import CommStream
 class ExchangeStreams:
     """Exchange, its communication streams, and its result buffers."""
 
-    exchange: HierarchicalExchange
+    exchange: Exchange
     parameters: CommStream
     gradients: CommStream
     weights: BufferPool = field(default_factory=BufferPool)

@@ -1,15 +1,16 @@
-"""Static description of a MoE layer: names, sizes and this rank's slices of its experts.
+"""Static description of a MoE layer: names, sizes and this rank's share of its experts.
 
-`layer/experts/slices.py` initialises and saves slices.
+A share has rows of every expert (`Slices`, which `layer/experts/slices.py` initialises and saves),
+or whole experts (`Homes`, stock's parameters).
 
-Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns.
+Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns, h home experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -26,9 +27,54 @@ class MainGrads(Protocol):
         ...
 
 
+class Share(Protocol):
+    """A rank's share of a layer's experts for exchanges: a bias is a matrix with K = 1."""
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Return R of each matrix."""
+        ...
+
+    @property
+    def columns(self) -> tuple[int, ...]: ...
+
+    @property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]: ...
+
+    @property
+    def likes(self) -> tuple[torch.nn.Parameter, ...]:
+        """Return a parameter of each matrix, for its dtype and device."""
+        ...
+
+    @property
+    def trained_at(self) -> tuple[int, ...]:
+        """Return the positions of the matrices that are trained."""
+        ...
+
+    @property
+    def trained(self) -> tuple[torch.nn.Parameter, ...]: ...
+
+    @property
+    def waits_inside(self) -> bool:
+        """Return whether gradients must arrive before a checkpoint's backward pass ends."""
+        ...
+
+    def sources(self, num_experts: int) -> tuple[Any, ...]:
+        """Return the weights of each matrix from which an exchange restores."""
+        ...
+
+    def grad_target(self, position: int, num_experts: int) -> Any:
+        """Return the main gradients of a matrix for a reduce to add to; None if there are none."""
+        ...
+
+    def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        """Return autograd's gradients of `trained` from the results of its matrices' reduces."""
+        ...
+
+
 @dataclass(frozen=True)
 class Slices:
-    """A rank's slices of a layer's experts for exchanges: a bias is a matrix with K = 1.
+    """Rows of every expert of a layer.
 
     Attributes:
         parameters: `[E, r, K]` for each matrix, `[E·r]` for each bias.
@@ -46,6 +92,15 @@ class Slices:
             parameter.shape[2] if parameter.dim() == 3 else 1 for parameter in self.parameters
         )
 
+    @property
+    def likes(self) -> tuple[torch.nn.Parameter, ...]:
+        return self.parameters
+
+    @property
+    def waits_inside(self) -> bool:
+        """Return False: stock computes nothing with slices, so their hooks can run later."""
+        return False
+
     def values(self, num_experts: int) -> tuple[torch.Tensor, ...]:
         return tuple(
             parameter.detach().view(
@@ -53,6 +108,26 @@ class Slices:
             )
             for parameter, columns in zip(self.parameters, self.columns, strict=True)
         )
+
+    def sources(self, num_experts: int) -> tuple[torch.Tensor, ...]:
+        return self.values(num_experts)
+
+    def grad_target(self, position: int, num_experts: int) -> torch.Tensor | None:
+        if not self.have_main_grads:
+            return None
+        return self.main_grads.of(self.parameters[position]).view(
+            self.values(num_experts)[position].shape
+        )
+
+    def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        if self.have_main_grads:
+            return self.marked_added()
+        pairs = zip(sums, self.trained, strict=True)
+        return tuple(sum_ErK.view(parameter.shape) for sum_ErK, parameter in pairs)
+
+    def marked_added(self) -> tuple[torch.Tensor, ...]:
+        """Return dummy gradients, as from Megatron's fused kernels."""
+        return tuple(map(self.main_grads.mark_added, self.trained))
 
     @property
     def trained_at(self) -> tuple[int, ...]:
@@ -66,6 +141,79 @@ class Slices:
     def have_main_grads(self) -> bool:
         """Return True if gradients are added to main gradients, and not returned to autograd."""
         return self.main_grads.kept_for(self.trained)
+
+
+@dataclass(frozen=True)
+class Homes:
+    """Whole experts of a layer that live on this rank: the parameters of stock's modules.
+
+    Stock computes home slots and their gradients. Only sums over replicas are added here, to the
+    main gradients or in autograd. Each parameter's hook waits for both, since autograd runs it
+    after all the parameter's gradients have arrived.
+
+    Attributes:
+        homes: for each matrix, the parameters of the h home experts: `[R, K]`, or `[R]` of a bias.
+        main_grads: where the parameters' gradients are accumulated.
+    """
+
+    homes: tuple[tuple[torch.nn.Parameter, ...], ...]
+    main_grads: MainGrads
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return tuple(parameter.shape[0] for parameter in self.likes)
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        return tuple(_matrix(parameter).shape[1] for parameter in self.likes)
+
+    @property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        return tuple(parameter for matrix in self.homes for parameter in matrix)
+
+    @property
+    def likes(self) -> tuple[torch.nn.Parameter, ...]:
+        return tuple(matrix[0] for matrix in self.homes)
+
+    @property
+    def trained_at(self) -> tuple[int, ...]:
+        return tuple(
+            at for at, matrix in enumerate(self.homes) if any(part.requires_grad for part in matrix)
+        )
+
+    @property
+    def trained(self) -> tuple[torch.nn.Parameter, ...]:
+        return tuple(parameter for at in self.trained_at for parameter in self.homes[at])
+
+    @property
+    def waits_inside(self) -> bool:
+        """Return True: stock's gradients arrive inside, and the hook runs when it ends."""
+        return True
+
+    def sources(self, num_experts: int) -> tuple[tuple[torch.Tensor, ...], ...]:
+        return tuple(tuple(_matrix(part.detach()) for part in matrix) for matrix in self.homes)
+
+    def grad_target(self, position: int, num_experts: int) -> list[torch.Tensor] | None:
+        if not self.main_grads.kept_for(self.trained):
+            return None
+        return [_matrix(self.main_grads.of(part)) for part in self.homes[position]]
+
+    def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        """Return the sums over replicas, or None for each where main gradients have them.
+
+        Nothing is marked as added: stock's node brings the home's own gradient.
+        """
+        if self.main_grads.kept_for(self.trained):
+            return (None,) * len(self.trained)
+        return tuple(
+            sum_RK.view(parameter.shape)
+            for at, sums_hRK in zip(self.trained_at, sums, strict=True)
+            for parameter, sum_RK in zip(self.homes[at], sums_hRK, strict=True)
+        )
+
+
+def _matrix(part: torch.Tensor) -> torch.Tensor:
+    return part if part.dim() == 2 else part.unsqueeze(1)
 
 
 @dataclass(eq=False)
@@ -86,7 +234,7 @@ class FsepLayer:
     name: str
     number: int
     is_mtp: bool
-    slices: Slices
+    share: Share
     recomputes: bool
     passes: int
     what_changed: Callable[[], str | None]

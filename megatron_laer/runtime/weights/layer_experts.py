@@ -9,7 +9,7 @@ import torch
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import FsepLayer
+from megatron_laer.runtime.weights.layer import FsepLayer, Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 
@@ -17,10 +17,18 @@ from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 class LayerExperts:
     """Restored experts of all layers of a rank, for single passes or held over a step."""
 
-    def __init__(self, streams: ExchangeStreams, device: torch.device, *, holds_step: bool) -> None:
+    def __init__(
+        self,
+        streams: ExchangeStreams,
+        device: torch.device,
+        *,
+        holds_step: bool,
+        home_slots: int = 0,
+    ) -> None:
         self.holds_step = holds_step
         self._streams = streams
         self._device = device
+        self._home_slots = home_slots
         self._indexes: dict[str, LayoutIndex] = {}
         self._of_step: dict[str, StepExperts] = {}
 
@@ -28,10 +36,10 @@ class LayerExperts:
         index = self._index(layer, layout)
         if training and layer.name in self._of_step:
             return self._of_step[layer.name].experts
-        return RestoredExperts.for_pass(layer.name, layer.slices, index, self._streams)
+        return RestoredExperts.for_pass(layer.name, layer.share, index, self._streams)
 
     def change(self, experts: RestoredExperts, layout: ExpertLayout) -> None:
-        experts.weights.change(layout_index(layout, self._device))
+        experts.weights.change(layout_index(layout, self._device, self._home_slots))
 
     def begin_step(
         self, layouts: Sequence[tuple[FsepLayer, ExpertLayout]], num_microbatches: int | None
@@ -39,6 +47,8 @@ class LayerExperts:
         """Upload index tensors of layers with known layouts, and begin to hold their experts."""
         indexes = [(layer, self._index(layer, layout)) for layer, layout in layouts]
         for _, index in indexes:
+            if not index.has_replicas:
+                continue
             self._streams.exchange.prepare_restore(index)
             self._streams.exchange.prepare_reduce(index)
         if not self.holds_step:
@@ -50,8 +60,9 @@ class LayerExperts:
             )
         if not self._of_step:
             self._of_step = {
-                layer.name: StepExperts(layer.name, layer.slices, index, self._streams)
+                layer.name: StepExperts(layer.name, layer.share, index, self._streams)
                 for layer, index in indexes
+                if isinstance(layer.share, Slices)  # others are refused with the settings
             }
         for layer, index in indexes:
             self._of_step[layer.name].begin_step(index, num_microbatches * layer.passes)
@@ -61,11 +72,11 @@ class LayerExperts:
             held.end_step(weights_changed=weights_changed)
 
     def memory_held(self, layers: Sequence[FsepLayer], capacity: int) -> str | None:
-        slices = [layer.slices for layer in layers]
-        return memory_held(slices, capacity) if self.holds_step else None
+        shares = [layer.share for layer in layers]
+        return memory_held(shares, capacity) if self.holds_step else None
 
     def _index(self, layer: FsepLayer, layout: ExpertLayout) -> LayoutIndex:
         index = self._indexes.get(layer.name)
         if index is None or index.layout != layout:
-            index = self._indexes[layer.name] = layout_index(layout, self._device)
+            index = self._indexes[layer.name] = layout_index(layout, self._device, self._home_slots)
         return index

@@ -43,7 +43,7 @@ from megatron_laer.runtime.weights.autograd import (
     run_on_backward,
 )
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import Slices
+from megatron_laer.runtime.weights.layer import Share
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
 from megatron_laer.runtime.weights.states import ExpertsState
@@ -57,7 +57,7 @@ class RestoredExperts:
     ) -> None:
         self.weights = weights
         self.grads = grads
-        self._slices = weights.slices
+        self._share = weights.share
         self._exchange = streams.exchange
         self._next_in_backward: RestoredExperts | None = None
         # Created ahead, one tuple per coming pass; step-held experts can queue two.
@@ -68,9 +68,9 @@ class RestoredExperts:
 
     @classmethod
     def for_pass(
-        cls, name: str, slices: Slices, index: LayoutIndex, streams: ExchangeStreams
+        cls, name: str, share: Share, index: LayoutIndex, streams: ExchangeStreams
     ) -> RestoredExperts:
-        weights = RestoredWeights(name, slices, index, streams)
+        weights = RestoredWeights(name, share, index, streams)
         return cls(weights, SlotGrads(weights, streams), streams)
 
     @property
@@ -82,7 +82,7 @@ class RestoredExperts:
         return self.weights.state
 
     def is_same_layer(self, other: RestoredExperts) -> bool:
-        return self._slices is other._slices
+        return self._share is other._share
 
     # Called by the scheduler and the planner of microbatches.
 
@@ -105,11 +105,11 @@ class RestoredExperts:
 
     def wait_for_grads_after_block(self, hidden: torch.Tensor) -> torch.Tensor:
         """Mark hidden states, whose gradient's arrival waits for this layer's gradients."""
-        if not self._slices.trained:
+        if not self._share.trained:
             return hidden
         self._waits_after_block = True
         marked: torch.Tensor = WaitForGradsAfterBlock.apply(
-            self.grads.finish_reduce, hidden, *self._slices.trained
+            self.grads.finish_reduce, hidden, *self._share.trained
         )
         return marked
 
@@ -117,6 +117,8 @@ class RestoredExperts:
 
     def reduce_after_dispatch(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mark the tokens to dispatch, whose gradient's arrival starts a deferred reduce."""
+        if not self.index.has_replicas:
+            return tokens
         placeholders = self._placeholders[0] if self._placeholders else ()
         waits_later = self._waits_after_block or any(part.requires_grad for part in placeholders)
         if not (waits_later and torch.is_grad_enabled() and tokens.requires_grad):
@@ -125,17 +127,16 @@ class RestoredExperts:
         return run_on_backward(self.grads.start_deferred, tokens)[0]
 
     def weight_placeholders(self) -> tuple[torch.Tensor, ...]:
-        shapes, trained_at = self.weights.shapes, self._slices.trained_at
+        shapes, trained_at = self.weights.shapes, self._share.trained_at
         weights = [
             placeholder(parameter.detach(), shape)
-            for parameter, shape in zip(self._slices.parameters, shapes, strict=True)
+            for parameter, shape in zip(self._share.likes, shapes, strict=True)
         ]
         placeholders = self._placeholders.popleft() if self._placeholders else None
         if self._waits_after_block:
             # Gradients bypass these; they only make autograd run `SlicesToSlots`.
             placeholders = tuple(
-                placeholder(slice_ErK.detach(), slice_ErK.shape).requires_grad_()
-                for slice_ErK in self._slices.trained
+                placeholder(like.detach(), ()).requires_grad_() for like in self._trained_likes
             )
         elif placeholders is None:
             placeholders = self._make_wait_node()
@@ -152,7 +153,7 @@ class RestoredExperts:
         return tuple(weights)
 
     def before_compute(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Mark the experts' inputs, whose gradients' arrival ends the use of the weights."""
+        """Mark the restored experts' inputs, whose gradients' arrival ends the weights' use."""
         return run_on_backward(self.weights.used, *inputs)
 
     def after_compute(self, output: torch.Tensor, *, backward_follows: bool) -> torch.Tensor:
@@ -168,8 +169,9 @@ class RestoredExperts:
 
     def prepare_backward(self) -> None:
         """Build backward's index tensors of a new layout, while the device computes the experts."""
-        self._exchange.prepare_restore(self.index)
-        self._exchange.prepare_reduce(self.index)
+        if self.index.has_replicas:
+            self._exchange.prepare_restore(self.index)
+            self._exchange.prepare_reduce(self.index)
 
     # Called by autograd.
 
@@ -192,9 +194,13 @@ class RestoredExperts:
             self.grads.start_reduce(grads_CRK)
 
     def _make_wait_node(self) -> tuple[torch.Tensor, ...]:
-        if not self._slices.trained:
+        if not self._share.trained:
             return ()
         made: tuple[torch.Tensor, ...] = WaitForGrads.apply(
-            self.grads.finish_reduce, *self._slices.trained
+            self.grads.finish_reduce, self._trained_likes, *self._share.trained
         )
         return made
+
+    @property
+    def _trained_likes(self) -> tuple[torch.nn.Parameter, ...]:
+        return tuple(self._share.likes[at] for at in self._share.trained_at)

@@ -2,12 +2,13 @@
 
 Memory of whole weights is allocated and freed only here.
 
-Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's slice, K columns.
+Legend: C replica slots per rank, R rows of a matrix, K columns.
 """
 
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -15,18 +16,21 @@ from megatron_laer.runtime.comm.exchange import ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.streams import Pending
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import Slices
+from megatron_laer.runtime.weights.layer import Share
 from megatron_laer.runtime.weights.states import ExpertsState, WeightState
 from megatron_laer.telemetry.trace_events import Activity, Kind
 
 
 class RestoredWeights:
-    """Matrices `[C, R, K]` of one layer's slots; with `keeps`, they stay until `free`."""
+    """Matrices `[C, R, K]` of one layer's replica slots; with `keeps`, they stay until `free`.
+
+    Without a replica in the layout nothing is fetched, and no memory is taken.
+    """
 
     def __init__(
         self,
         name: str,
-        slices: Slices,
+        share: Share,
         index: LayoutIndex,
         streams: ExchangeStreams,
         *,
@@ -34,7 +38,7 @@ class RestoredWeights:
     ) -> None:
         self.index = index
         self.state = ExpertsState(name)
-        self.slices = slices
+        self.share = share
         self._name = name
         self._streams = streams
         self._keeps = keeps
@@ -43,33 +47,32 @@ class RestoredWeights:
 
     @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
-        capacity = self.index.layout.capacity
         return tuple(
-            (capacity, rows, columns)
-            for rows, columns in zip(self.slices.rows, self.slices.columns, strict=True)
+            (self.index.replica_slots, rows, columns)
+            for rows, columns in zip(self.share.rows, self.share.columns, strict=True)
         )
 
     def start_restore(self) -> None:
         """Start to fetch the slots' experts, unless already started. Collective over the group."""
-        if self.state.weights is not WeightState.SHARDED:
+        if self.state.weights is not WeightState.SHARDED or not self.index.has_replicas:
             return
         self.state.enter(WeightState.RESTORING)
         exchange, pool = self._streams.exchange, self._streams.weights
         exchange.prepare_restore(self.index)
         self._matrices = tuple(
             self._streams.parameters.submit(
-                # The present slices: they change between steps only.
+                # The present weights: they change between steps only.
                 partial(
                     exchange.restore,
-                    slice_ErK,
+                    source,
                     self.index,
                     rows,
-                    out=pool.take(shape, slice_ErK.dtype, slice_ErK.device),
+                    out=pool.take(shape, like.dtype, like.device),
                 ),
                 Activity(Kind.RESTORE, self._name),
             )
-            for slice_ErK, rows, shape in zip(
-                self._values(), self.slices.rows, self.shapes, strict=True
+            for source, like, rows, shape in zip(
+                self._sources(), self.share.likes, self.share.rows, self.shapes, strict=True
             )
         )
         exchange.count.restores += 1
@@ -79,15 +82,18 @@ class RestoredWeights:
         before, self.index = self.index, index
         if self.state.weights is WeightState.SHARDED or index is before:
             return
+        if not index.has_replicas:
+            self.free()
+            return
         self.state.enter(WeightState.RESTORING)
         self._streams.exchange.prepare_restore(index, before)
         self._matrices = tuple(
             self._streams.parameters.submit(
-                partial(self._update, slice_ErK, index, rows, before, pending),
+                partial(self._update, source, index, rows, before, pending),
                 Activity(Kind.CHANGE, self._name),
             )
-            for slice_ErK, rows, pending in zip(
-                self._values(), self.slices.rows, self._matrices, strict=True
+            for source, rows, pending in zip(
+                self._sources(), self.share.rows, self._matrices, strict=True
             )
         )
         self._streams.exchange.count.changes += 1
@@ -107,7 +113,8 @@ class RestoredWeights:
         if self._keeps:
             return
         heir, self._heir = self._heir, None
-        if heir is not None and heir.state.weights is WeightState.SHARDED:
+        restored = self.state.weights is not WeightState.SHARDED
+        if heir is not None and restored and heir.state.weights is WeightState.SHARDED:
             heir._take_over(self)
         self.free()
 
@@ -126,12 +133,12 @@ class RestoredWeights:
         index, self.index = self.index, other.index
         self.change(index)
 
-    def _values(self) -> tuple[torch.Tensor, ...]:
-        return self.slices.values(self.index.layout.num_experts)
+    def _sources(self) -> tuple[Any, ...]:
+        return self.share.sources(self.index.layout.num_experts)
 
     def _update(
         self,
-        slice_ErK: torch.Tensor,
+        source: Any,
         index: LayoutIndex,
         rows: int,
         before: LayoutIndex,
@@ -139,4 +146,4 @@ class RestoredWeights:
     ) -> torch.Tensor:
         """Update a matrix on `pending`'s communication stream, hence after it."""
         reuse = ReusableWeights(before, pending.result())
-        return self._streams.exchange.restore(slice_ErK, index, rows, reuse=reuse)
+        return self._streams.exchange.restore(source, index, rows, reuse=reuse)

@@ -1,8 +1,8 @@
-"""Gradients of one layer's slots, on their way to the slices.
+"""Gradients of one layer's slots, on their way to the ranks' shares.
 
 Memory of whole gradients is allocated and freed only here.
 
-Legend: E experts, C slots per rank, R rows of a matrix, r rows of this rank's slice, K columns.
+Legend: C replica slots per rank, R rows of a matrix, K columns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class SlotGrads:
 
     def __init__(self, weights: RestoredWeights, streams: ExchangeStreams) -> None:
         self.state = weights.state
-        self.slices = weights.slices
+        self.share = weights.share
         self._name = weights.state.name
         self._weights = weights
         self._streams = streams
@@ -33,7 +33,7 @@ class SlotGrads:
         self._arriving: tuple[Pending, ...] = ()
 
     def new(self, position: int) -> torch.Tensor:
-        like = self.slices.parameters[position]
+        like = self.share.likes[position]
         grad_CRK = self._streams.grads.take(self._weights.shapes[position], like.dtype, like.device)
         self._written_CRK.append(grad_CRK)
         return grad_CRK
@@ -49,11 +49,10 @@ class SlotGrads:
         self.start_reduce(grads_CRK)
 
     def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
-        """Start to send whole gradients to their slices. Collective over the group."""
+        """Start to send whole gradients to the ranks' shares. Collective over the group."""
         self.state.enter(GradState.REDUCING)
         exchange, index = self._streams.exchange, self._weights.index
         exchange.prepare_reduce(index)
-        values = self.slices.values(index.layout.num_experts)
         self._arriving = tuple(
             self._streams.gradients.submit(
                 partial(
@@ -61,38 +60,24 @@ class SlotGrads:
                     grad_CRK,
                     index,
                     # A step's float32 sums cross nodes in a microbatch's dtype.
-                    wire_dtype=values[at].dtype,
-                    add_to=self._main_grad(at, values[at].shape),
+                    wire_dtype=self.share.likes[at].dtype,
+                    add_to=self.share.grad_target(at, index.layout.num_experts),
                 ),
                 Activity(Kind.REDUCE, self._name),
             )
-            for grad_CRK, at in zip(grads_CRK, self.slices.trained_at, strict=True)
+            for grad_CRK, at in zip(grads_CRK, self.share.trained_at, strict=True)
         )
         exchange.count.reduces += 1
 
-    def finish_reduce(self) -> tuple[torch.Tensor, ...]:
-        """Wait for the slices' gradients `[E, r, K]`, and return autograd's gradients for them.
-
-        If main gradients have received them, autograd's are dummies, as from Megatron's fused
-        kernels.
-        """
+    def finish_reduce(self) -> tuple[torch.Tensor | None, ...]:
+        """Wait for the sums over replicas, and return autograd's gradients of the parameters."""
         self.state.enter(GradState.NONE)
-        grads_ErK = tuple(pending.wait() for pending in self._arriving)
+        sums = tuple(pending.wait() for pending in self._arriving)
         self._arriving = ()
         self.free()
-        if not self.slices.have_main_grads:
-            return tuple(
-                grad_ErK.view(parameter.shape)
-                for grad_ErK, parameter in zip(grads_ErK, self.slices.trained, strict=True)
-            )
-        return tuple(map(self.slices.main_grads.mark_added, self.slices.trained))
+        return self.share.reduced(sums)
 
     def free(self) -> None:
         for grad_CRK in self._written_CRK:
             self._streams.grads.put_back(grad_CRK)
         self._written_CRK.clear()
-
-    def _main_grad(self, position: int, shape: torch.Size) -> torch.Tensor | None:
-        if not self.slices.have_main_grads:
-            return None
-        return self.slices.main_grads.of(self.slices.parameters[position]).view(shape)

@@ -14,7 +14,7 @@ import torch
 
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import Slices
+from megatron_laer.runtime.weights.layer import Share, Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
@@ -24,8 +24,9 @@ from megatron_laer.runtime.weights.states import GradState
 class StepGrads(SlotGrads):
     """Sums of one layer's gradients over the passes of a step, reduced after the last one."""
 
-    def __init__(self, weights: RestoredWeights, streams: ExchangeStreams) -> None:
+    def __init__(self, weights: RestoredWeights, slices: Slices, streams: ExchangeStreams) -> None:
         super().__init__(weights, streams)
+        self._slices = slices
         self._pool = streams.grads
         self._num_passes = self._left = 0
         self._sums_CRK: list[torch.Tensor] = []
@@ -50,10 +51,10 @@ class StepGrads(SlotGrads):
             super().start_reduce(self._sums_CRK)
             self._left = self._num_passes  # Megatron's rerun state machine repeats steps
 
-    def finish_reduce(self) -> tuple[torch.Tensor, ...]:
+    def finish_reduce(self) -> tuple[torch.Tensor | None, ...]:
         """Return dummy gradients; wait for the main gradients if the sum is being reduced."""
         if self.state.grads is not GradState.REDUCING:
-            return tuple(map(self.slices.main_grads.mark_added, self.slices.trained))
+            return self._slices.marked_added()
         handed_over = super().finish_reduce()
         for sum_CRK in self._sums_CRK:
             self._pool.put_back(sum_CRK)
@@ -77,7 +78,7 @@ class StepExperts:
                 "or take --fsep-restore layer"
             )
         weights = RestoredWeights(name, slices, index, streams, keeps=True)
-        self._grads = StepGrads(weights, streams)
+        self._grads = StepGrads(weights, slices, streams)
         self.experts = RestoredExperts(weights, self._grads, streams)
 
     def begin_step(self, index: LayoutIndex, num_passes: int) -> None:
@@ -90,14 +91,12 @@ class StepExperts:
             self.experts.weights.free()
 
 
-def memory_held(layers: Sequence[Slices], capacity: int) -> str:
+def memory_held(layers: Sequence[Share], capacity: int) -> str:
     """Describe the memory that one rank needs to hold these layers' experts over a step."""
     matrices = [
         (capacity * rows * columns, parameter)
         for layer in layers
-        for rows, columns, parameter in zip(
-            layer.rows, layer.columns, layer.parameters, strict=True
-        )
+        for rows, columns, parameter in zip(layer.rows, layer.columns, layer.likes, strict=True)
     ]
     weights = sum(elements * parameter.element_size() for elements, parameter in matrices)
     sums = sum(4 * elements for elements, parameter in matrices if parameter.requires_grad)

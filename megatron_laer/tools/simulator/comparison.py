@@ -87,7 +87,8 @@ class _Planner:
             start_s = time.perf_counter()
             current = self.strategy.plan(forecast_NE, current)
             self.plan_s.append(time.perf_counter() - start_s)
-            self.restored_bytes.append(restored_bytes(current, self.geometry, costs))
+            node_size, home_slots = self.geometry.node_size, self.geometry.home_slots
+            self.restored_bytes.append(restored_bytes(current, node_size, costs, home_slots))
         self.layouts[layer] = current
 
     def decide(self, layer: int, counts_NE: Int64) -> None:

@@ -11,18 +11,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from megatron_laer.arrays import Bool, Int64
-from megatron_laer.choices import Sharding
+from megatron_laer.arrays import Int64
 from megatron_laer.files import memory
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.forecast import SmoothedForecast
-from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import SplitTotals, even_split
-from megatron_laer.planner.sharding import changed_slots, filled_slots
-from megatron_laer.planner.traffic import Traffic, direct_traffic
+from megatron_laer.planner.sharding import changed_slots
+from megatron_laer.planner.traffic import Traffic
 from megatron_laer.telemetry.trace_records import Trace
 
 # Measured bytes per count [N, E] of a forecast, and of the current case.
@@ -112,7 +110,8 @@ def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
     layer_s = costs.split_seconds(totals, decision.layout, node_size)
     fetched_bytes = 0
     if decision.replanned:
-        layer_s += costs.change_seconds(planned, decision.layout, node_size)
+        home_slots = guard.geometry.home_slots
+        layer_s += costs.change_seconds(planned, decision.layout, node_size, home_slots)
         fetched_bytes = busiest_rank(changed_traffic(guard, decision))
     return Outcome(
         num_ranks=num_ranks,
@@ -137,23 +136,18 @@ def split_totals(guard: Guard, decision: Decision) -> SplitTotals:
 
 def changed_traffic(guard: Guard, decision: Decision) -> Traffic:
     """Return the traffic of the slots that a layout made after the gate changes."""
-    changed_S = changed_slots(decision.planned_layout, decision.layout)
-    return _traffic(decision.layout, guard.geometry, guard.costs, changed_S)
+    costs, layout = guard.costs, decision.layout
+    changed_S = changed_slots(decision.planned_layout, layout)
+    node_size, home_slots = guard.geometry.node_size, guard.geometry.home_slots
+    return costs.restore_bytes(layout, node_size, costs.restore_algorithm, changed_S, home_slots)
 
 
-def restored_bytes(layout: ExpertLayout, geometry: Geometry, costs: CostModel) -> int:
+def restored_bytes(
+    layout: ExpertLayout, node_size: int, costs: CostModel, home_slots: int = 0
+) -> int:
     """Return the bytes that the busiest rank receives when all slots are restored once."""
-    return busiest_rank(_traffic(layout, geometry, costs, filled_slots(layout)))
-
-
-def _traffic(
-    layout: ExpertLayout, geometry: Geometry, costs: CostModel, fetched_S: Bool
-) -> Traffic:
-    if geometry.sharding == Sharding.EXPERTS:
-        return direct_traffic(layout, geometry.node_size, costs.matrices, fetched_S).times(
-            costs.bytes_per_element
-        )
-    return costs.restore_bytes(layout, geometry.node_size, costs.restore_algorithm, fetched_S)
+    algorithm = costs.restore_algorithm
+    return busiest_rank(costs.restore_bytes(layout, node_size, algorithm, home_slots=home_slots))
 
 
 def busiest_rank(traffic: Traffic) -> int:

@@ -23,7 +23,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import Strategy, make_strategy
-from megatron_laer.planner.traffic import Traffic, direct_traffic
+from megatron_laer.planner.traffic import Traffic
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.rates import Rates
@@ -254,21 +254,17 @@ class _Relaid:
 
     def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange | None, Exchange | None]:
         """Return restore and reduce; None where experts are at home and none has a replica."""
-        costs, node_size = self.guard.costs, self.guard.geometry.node_size
-        if self.guard.geometry.sharding == Sharding.EXPERTS:
-            if layout.replicas_E.max() == 1:
-                return None, None
-            elements = direct_traffic(layout, node_size, costs.matrices)
-            there = elements.times(costs.bytes_per_element)
-            return self._exchange(there), self._exchange(there.reversed())
+        costs, geometry = self.guard.costs, self.guard.geometry
+        node_size, home_slots = geometry.node_size, geometry.home_slots
+        if home_slots and layout.replicas_E.max() == 1:
+            return None, None
         algorithm = costs.restore_algorithm
+        restore = costs.restore_bytes(layout, node_size, algorithm, home_slots=home_slots)
         return (
-            self._exchange(costs.restore_bytes(layout, node_size, algorithm)),
-            self._exchange(costs.reduce_bytes(layout, node_size, algorithm)),
+            self._exchange(restore),
+            self._exchange(costs.reduce_bytes(layout, node_size, algorithm, home_slots)),
         )
 
     def _exchange(self, traffic: Traffic) -> Exchange:
-        costs, geometry = self.guard.costs, self.guard.geometry
-        at_home = geometry.sharding == Sharding.EXPERTS  # whole experts go over both links at once
-        algorithm = ExchangeAlgorithm.FLAT if at_home else costs.restore_algorithm
-        return Exchange.of(traffic, algorithm, len(costs.matrices), geometry.node_size)
+        costs, node_size = self.guard.costs, self.guard.geometry.node_size
+        return Exchange.of(traffic, costs.restore_algorithm, len(costs.matrices), node_size)

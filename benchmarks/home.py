@@ -1,0 +1,300 @@
+"""Replicas beside home experts: `python -m benchmarks.home --trace TRACE --json OUT [--quick]`.
+
+- `balance`: largest over mean rank load with one replica slot per rank, for known counts, for those
+  of a microbatch before and of ten steps before. Rows of the real trace and of log-normal loads.
+- `bytes`: elements that a restore of replicas moves, as a share of a restore of rows.
+- `solve`: processor time of the construction and quotas, as ratios to `sorted`.
+- `small`: the construction against all layouts of small cases.
+
+Legend: N ranks, E experts, C slots per rank.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.command_line import add_json, parser_of, program, write_json
+from benchmarks.costs import paper_costs
+from benchmarks.report import machine, print_table
+from benchmarks.trace_cases import Case, Trace
+from megatron_laer.arrays import Int64
+from megatron_laer.choices import Sharding
+from megatron_laer.config import Auto, ExchangeAlgorithm
+from megatron_laer.planner.balance import max_over_mean
+from megatron_laer.planner.clusters import Link
+from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.home import replicate
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.traffic import Traffic, expert_elements_N, restore_traffic
+from tests.oracles.home import least_of_all
+
+NODE_SIZE = 8
+# Replicas cost nothing: the best balance that forecasts allow.
+FREE = Link(1e18, 0.0)
+RANKS = (8, 16, 32)
+# The trace has every tenth step.
+STEPS_BETWEEN = 10
+FIRST, STRIDE, QUICK_STRIDE = 20, 3, 24
+SIGMAS = (0.1, 0.3, 0.6, 1.0, 1.5)
+DRAWN_SHAPES = ((8, 128), (16, 128), (32, 128), (64, 256))
+SOLVED_SHAPES = ((64, 256), (1024, 1024))
+SMALL_SHAPES = ((2, 4), (2, 8), (3, 6), (4, 4), (4, 8))
+SORTED = 200_000
+
+
+@dataclass(frozen=True)
+class BalanceRow:
+    """Largest over mean rank load of many cases.
+
+    Attributes:
+        lag: steps between the counts that a layout is made for and those that it meets; 0 for known
+            counts, 1 for the microbatch before.
+        loads: the trace, or log-normal loads by sigma.
+    """
+
+    ranks: int
+    experts: int
+    lag: int
+    loads: str
+    planner: str
+    replica_slots: int
+    cases: int
+    mean: float
+    p95: float
+    p99: float
+    max: float
+    replicas_per_rank: float
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = parser_of("benchmarks.home", __doc__)
+    parser.add_argument("--trace", type=Path, required=True, help="npz file with tokens")
+    parser.add_argument("--quick", action="store_true", help="few cases")
+    add_json(parser)
+    options = parser.parse_args(arguments)
+    trace = Trace(options.trace)
+    stride = QUICK_STRIDE if options.quick else STRIDE
+    draws = 5 if options.quick else 40
+    rows = [row for num_ranks in RANKS for row in trace_balance(trace, num_ranks, stride)]
+    rows += list(drawn_balance(draws))
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "balance": [asdict(row) for row in rows],
+        "bytes": moved_bytes(trace, stride),
+        "solve": list(solve_times(3 if options.quick else 9)),
+        "small": small_cases(5 if options.quick else 40),
+    }
+    print(json.dumps(found["machine"]))
+    print_table(found["balance"])
+    print_table([{"way": way, **numbers} for way, numbers in found["bytes"].items()])
+    print_table(found["solve"])
+    print_table([found["small"]])
+    write_json(options.json, found)
+    return 0
+
+
+def trace_balance(trace: Trace, num_ranks: int, stride: int) -> Iterator[BalanceRow]:
+    """Compare layouts on the trace: the construction, and `greedy` with free links and priced."""
+    geometry = homes(num_ranks, trace.counts.shape[-1])
+    costs = paper_costs()
+    free = replace(costs.cluster, intra=FREE, inter=FREE, spreads=())
+    greedy = GreedyStrategy(geometry, replace(costs, cluster=free))
+    priced = GreedyStrategy(geometry, costs.with_exchange(Auto.AUTO, geometry))
+    planners: dict[str, Callable[[Int64], ExpertLayout]] = {
+        "construction": lambda counts_NE: replicate(counts_NE, geometry).layout,
+        "greedy, free links": lambda counts_NE: greedy.plan(counts_NE, geometry.static_layout),
+        "greedy": lambda counts_NE: priced.plan(counts_NE, geometry.static_layout),
+    }
+    cases = trace_cases(trace, stride)
+    for lag in (0, 1, STEPS_BETWEEN):
+        for name, plan in planners.items():
+            layouts, ratios = [], []
+            for case in cases:
+                layouts.append(plan(on_ranks(counts_before(trace, case, lag), num_ranks)))
+                ratios.append(imbalance(on_ranks(trace.now(case), num_ranks), layouts[-1]))
+            yield row_of(geometry, lag, "trace", name, layouts, ratios)
+
+
+def drawn_balance(draws: int) -> Iterator[BalanceRow]:
+    """Construct layouts for log-normal loads, with one and with two replica slots."""
+    for num_ranks, num_experts in DRAWN_SHAPES:
+        for spare in (1, 2):
+            geometry = homes(num_ranks, num_experts, spare)
+            for sigma in SIGMAS:
+                rng = np.random.default_rng(1)
+                layouts, ratios = [], []
+                for _ in range(draws):
+                    counts_NE = drawn_counts_NE(num_ranks, num_experts, sigma, rng)
+                    layouts.append(replicate(counts_NE, geometry).layout)
+                    ratios.append(imbalance(counts_NE, layouts[-1]))
+                loads = f"log-normal {sigma}"
+                yield row_of(geometry, 0, loads, "construction", layouts, ratios)
+
+
+def moved_bytes(trace: Trace, stride: int) -> dict[str, dict[str, float]]:
+    """Price restores of one matrix at N = 16, C = 3, per rank and pass, in experts' bytes."""
+    num_ranks, num_experts = 16, trace.counts.shape[-1]
+    matrices = ((num_ranks, 1),)
+    geometry = homes(num_ranks, num_experts)
+    whole = int(expert_elements_N(matrices, num_ranks).sum())
+
+    def restore(layout: ExpertLayout, way: ExchangeAlgorithm, home_slots: int) -> Traffic:
+        # On one node, both ways move what the group moves in all.
+        return restore_traffic(layout, num_ranks, matrices, way, home_slots=home_slots)
+
+    rows = restore(ExpertLayout.static(*geometry.shape), ExchangeAlgorithm.FLAT, 0)
+    found: dict[str, dict[str, float]] = {}
+    for name, way in (("direct", ExchangeAlgorithm.FLAT), ("relay", ExchangeAlgorithm.NODE)):
+        shares, busiest = [], []
+        for case in trace_cases(trace, stride):
+            layout = replicate(on_ranks(trace.now(case), num_ranks), geometry).layout
+            traffic = restore(layout, way, geometry.home_slots)
+            shares.append(traffic.intra_N.sum() / rows.intra_N.sum())
+            busiest.append(traffic.sent_intra_N.max() / whole)
+        found[name] = {
+            "share_of_rows": float(np.mean(shares)),
+            "busiest_sender_experts": float(np.mean(busiest)),
+            "busiest_sender_experts_p99": float(np.quantile(busiest, 0.99)),
+        }
+    return found
+
+
+def solve_times(repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield the least processor times of solves, as ratios to a sort in the same run."""
+    rng = np.random.default_rng(0)
+    numbers = rng.random(SORTED).tolist()
+    for num_ranks, num_experts in SOLVED_SHAPES:
+        geometry = homes(num_ranks, num_experts)
+        counts_NE = drawn_counts_NE(num_ranks, num_experts, 0.6, rng)
+        layout = replicate(counts_NE, geometry).layout
+        split = exact_split(layout, NODE_SIZE)
+        times_s: dict[str, list[float]] = {"sorted": [], "construct": [], "quotas": []}
+        for _ in range(repeats):
+            times_s["sorted"].append(_seconds(lambda: sorted(numbers)))
+            times_s["construct"].append(_seconds(lambda: replicate(counts_NE, geometry)))  # noqa: B023
+            times_s["quotas"].append(_seconds(lambda: split.solve(counts_NE)))  # noqa: B023
+        sorted_s, construct_s, quotas_s = map(min, times_s.values())
+        yield {
+            "ranks": num_ranks,
+            "experts": num_experts,
+            "construct": construct_s / sorted_s,
+            "quotas": quotas_s / sorted_s,
+            "both": (construct_s + quotas_s) / sorted_s,
+            "sorted_ms": sorted_s * 1e3,
+        }
+
+
+def small_cases(draws: int) -> dict[str, Any]:
+    """Compare the construction with all layouts of small cases, C = E/N + 1."""
+    rng = np.random.default_rng(0)
+    ratios, above_stock = [], 0
+    for num_ranks, num_experts in SMALL_SHAPES:
+        geometry = homes(num_ranks, num_experts)
+        for _ in range(draws):
+            counts_NE = drawn_counts_NE(num_ranks, num_experts, float(rng.choice(SIGMAS)), rng)
+            stock = imbalance(counts_NE, geometry.static_layout)
+            made = imbalance(counts_NE, replicate(counts_NE, geometry).layout)
+            above_stock += made > stock
+            least = least_of_all(counts_NE, geometry) * num_ranks / int(counts_NE.sum())
+            ratios.append(made / least)
+    return {
+        "cases": len(ratios),
+        "optimal_share": float(np.mean(np.array(ratios) <= 1 + 1e-9)),
+        "mean_ratio": statistics.mean(ratios),
+        "worst_ratio": max(ratios),
+        "above_stock": above_stock,
+    }
+
+
+def homes(num_ranks: int, num_experts: int, replica_slots: int = 1) -> Geometry:
+    node_size = min(num_ranks, NODE_SIZE)
+    if num_ranks % node_size:
+        node_size = num_ranks
+    capacity = num_experts // num_ranks + replica_slots
+    return Geometry(num_ranks, num_experts, capacity, node_size, Sharding.EXPERTS)
+
+
+def drawn_counts_NE(
+    num_ranks: int, num_experts: int, sigma: float, rng: np.random.Generator
+) -> Int64:
+    share_E = rng.lognormal(0, sigma, num_experts)
+    counts_NE: Int64 = rng.multinomial(4096 * 8, share_E / share_E.sum(), size=num_ranks).astype(
+        np.int64
+    )
+    return counts_NE
+
+
+def trace_cases(trace: Trace, stride: int) -> list[Case]:
+    """Return cases after the first steps whose microbatch has one before it."""
+    iterations, layers = trace.counts.shape[:2]
+    return [
+        Case(iteration, layer, 1)
+        for iteration in range(FIRST, iterations, stride)
+        for layer in range(layers)
+    ]
+
+
+def counts_before(trace: Trace, case: Case, lag: int) -> Int64:
+    if lag == STEPS_BETWEEN:
+        counts_NE: Int64 = trace.counts[case.iteration - 1, case.layer].sum(axis=0)
+        return counts_NE
+    return trace.now(Case(case.iteration, case.layer, case.microbatch - lag))
+
+
+def on_ranks(counts_NE: Int64, num_ranks: int) -> Int64:
+    """Add up neighbouring ranks of the trace, or repeat them."""
+    traced = len(counts_NE)
+    if num_ranks > traced:
+        return np.repeat(counts_NE, num_ranks // traced, axis=0)
+    summed_NE: Int64 = counts_NE.reshape(num_ranks, traced // num_ranks, -1).sum(axis=1)
+    return summed_NE
+
+
+def imbalance(counts_NE: Int64, layout: ExpertLayout) -> float:
+    node_size = homes(layout.num_ranks, layout.num_experts).node_size
+    return max_over_mean(exact_split(layout, node_size).solve(counts_NE).rank_loads_N())
+
+
+def row_of(
+    geometry: Geometry,
+    lag: int,
+    loads: str,
+    planner: str,
+    layouts: Sequence[ExpertLayout],
+    ratios: Sequence[float],
+) -> BalanceRow:
+    filled = [int(layout.replicas_E.sum()) - geometry.num_experts for layout in layouts]
+    return BalanceRow(
+        geometry.num_ranks,
+        geometry.num_experts,
+        lag,
+        loads,
+        planner,
+        geometry.capacity - geometry.home_slots,
+        len(ratios),
+        float(np.mean(ratios)),
+        float(np.quantile(ratios, 0.95)),
+        float(np.quantile(ratios, 0.99)),
+        max(ratios),
+        float(np.mean(filled)) / geometry.num_ranks,
+    )
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start_s = time.thread_time()
+    run()
+    return time.thread_time() - start_s
+
+
+if __name__ == "__main__":
+    program("python -m benchmarks.home", main)

@@ -1,0 +1,137 @@
+// Replicas by predicted time, in numbered phases of choose_replicas():
+//   1. Bound. Where stock's placement is slower than perfect balance by less than the least exchange
+//      takes, no replica pays, and nothing else is looked at. So balanced loads get none.
+//   2. Balance. Layouts are made for levels between stock's largest load and the ideal. A lower level
+//      needs more replicas. The experts' seconds under the loads that the construction assigns, of
+//      all passes, and the exchange's are compared: a replica is made only as part of a layout that
+//      removes more seconds of imbalance than its exchange takes.
+//   3. Locality, with several nodes. Free slots are filled, node by node, with the experts that most
+//      of the node's tokens want and no rank of it holds, while the layer's seconds under exact
+//      quotas, with its exchange of tokens, fall.
+//
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+#include "home_choice.hpp"
+
+#include <algorithm>
+
+#include "home.hpp"
+#include "quotas.hpp"
+
+namespace laer {
+namespace {
+
+// Exchanges of a microbatch: two fetches and a reduce.
+constexpr int kExchanges = 3;
+
+// What an exchange that compute hides takes from it, as a part of the exchange. GEMMs beside an
+// exchange are measured a tenth to a fifth slower.
+constexpr double kHiddenShare = 0.125;
+
+// Levels above the ideal, as parts of what stock's placement is above it.
+constexpr int64_t kLevelParts[] = {2, 4, 8, 16, 64};
+
+bool has_replicas(const Shape& shape, const int16_t* slots_S) {
+  for (int slot = 0; slot < shape.slots(); ++slot) {
+    if (!shape.is_home(slot) && slots_S[slot] != kEmpty) return true;
+  }
+  return false;
+}
+
+double expert_seconds(const Shape& shape, const CostModel& costs, const HomeLayout& layout) {
+  double most_s = 0.0;
+  for (int rank = 0; rank < shape.ranks; ++rank) {
+    double rank_s = 0.0;
+    for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
+      rank_s += costs.gemm.unit_seconds(layout.loads_S[slot]);
+    }
+    most_s = std::max(most_s, rank_s);
+  }
+  return costs.expert_flops * most_s;
+}
+
+// Layouts for lower and lower levels; those as before are left out.
+std::vector<HomeLayout> by_level(const Shape& shape, const int64_t* node_counts_QE,
+                                 const HomeLayout& stock) {
+  std::vector<HomeLayout> layouts;
+  const HomeLayout ideal = replicate(shape, node_counts_QE, 0);
+  for (int64_t parts : kLevelParts) {
+    const int64_t above = (stock.largest - ideal.largest) / parts;
+    if (above == 0) break;
+    layouts.push_back(replicate(shape, node_counts_QE, ideal.largest + above));
+    if (layouts.back().replicas >= ideal.replicas) layouts.pop_back();
+  }
+  layouts.push_back(ideal);
+  return layouts;
+}
+
+}  // namespace
+
+double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
+                       double beside_s, bool is_after_gate) {
+  if (!has_replicas(shape, slots_S)) return 0.0;
+  const double whole_s = kExchanges * restore_seconds(shape, costs, slots_S);
+  const double exposed_s =
+      is_after_gate ? restore_seconds(shape, costs, slots_S) +
+                          exposed_backward_seconds(shape, costs, slots_S, beside_s)
+                    : exposed_seconds(shape, costs, slots_S, beside_s);
+  return exposed_s + (whole_s - exposed_s) * kHiddenShare;
+}
+
+std::vector<std::vector<int16_t>> replica_steps(const Shape& shape,
+                                                const int64_t* node_counts_QE) {
+  std::vector<std::vector<int16_t>> steps;
+  for (HomeLayout& layout :
+       by_level(shape, node_counts_QE, stock_placement(shape, node_counts_QE))) {
+    steps.push_back(std::move(layout.slots_S));
+  }
+  return steps;
+}
+
+std::vector<int16_t> choose_replicas(const Shape& shape, const CostModel& costs,
+                                     const int64_t* counts_NE, const int64_t* node_counts_QE) {
+  HomeLayout best = stock_placement(shape, node_counts_QE);
+  const double beside_s = least_layer_seconds(shape, costs, counts_NE, node_counts_QE);
+  double best_s = expert_seconds(shape, costs, best);
+  const auto exchange_s = [&](const std::vector<int16_t>& slots_S) {
+    return replica_seconds(shape, costs, slots_S.data(), beside_s, true);
+  };
+
+  // Phases 1 and 2.
+  const double ideal_s =
+      costs.expert_flops * costs.gemm.least_unit_seconds(ideal_load(shape, node_counts_QE));
+  if (best_s - ideal_s > costs.fetch_latency_s) {
+    for (HomeLayout& layout : by_level(shape, node_counts_QE, best)) {
+      const double seconds = expert_seconds(shape, costs, layout) + exchange_s(layout.slots_S);
+      if (seconds >= best_s) continue;
+      best_s = seconds;
+      best = std::move(layout);
+    }
+  }
+
+  // Phase 3.
+  if (shape.nodes() == 1) return best.slots_S;
+  const auto layer_s = [&](const std::vector<int16_t>& slots_S) {
+    const Replicas replicas(shape, slots_S.data());
+    std::vector<int64_t> loads_S(shape.slots());
+    slot_loads(shape, counts_NE, node_counts_QE, replicas, loads_S.data());
+    const Totals sums = totals(shape, counts_NE, node_counts_QE, replicas, loads_S.data());
+    return layer_seconds(shape, costs, sums) + exchange_s(slots_S);
+  };
+  fill_while_faster(shape, node_counts_QE, layer_s, layer_s(best.slots_S), best.slots_S);
+  return best.slots_S;
+}
+
+void fill_while_faster(const Shape& shape, const int64_t* node_counts_QE,
+                       const std::function<double(const std::vector<int16_t>&)>& seconds,
+                       double best_s, std::vector<int16_t>& slots_S) {
+  while (true) {
+    std::vector<int16_t> filled_S = slots_S;
+    if (!fill_for_locality(shape, node_counts_QE, 1, filled_S)) return;
+    const double filled_s = seconds(filled_S);
+    if (filled_s >= best_s) return;
+    best_s = filled_s;
+    slots_S = std::move(filled_S);
+  }
+}
+
+}  // namespace laer

@@ -1,0 +1,106 @@
+"""Direct exchange of replicas: each home sends its experts to the ranks that replicate them.
+
+`direct.py` has the index and the data path of one matrix; `relay.py` is the way with two hops.
+
+Legend: C replica slots per rank, h home experts of a rank. R rows of a matrix, K columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_laer.runtime.comm.buffers import Workspace
+from megatron_laer.runtime.comm.direct import send_grads, send_homes
+from megatron_laer.runtime.comm.exchange import ReusableWeights, result_of_restore
+from megatron_laer.runtime.comm.layout_index import LayoutIndex
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.stages import ExchangeCount, whole_group
+
+
+class DirectExchange:
+    """Restores of replicas from homes, and reduces of gradients to there. Collective.
+
+    Restores share a communicator and a workspace, reduces another of each, as in
+    `HierarchicalExchange`.
+    """
+
+    def __init__(self, groups: FSEPGroups) -> None:
+        self.groups = groups
+        self.count = ExchangeCount()
+        self.restore_workspace, self.reduce_workspace = Workspace(), Workspace()
+        self._restore_stage = whole_group(groups, groups.parameters)
+        self._reduce_stage = whole_group(groups, groups.gradients)
+
+    def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
+        index.for_direct(None if before is None else before.layout, self.groups.rank)
+
+    def prepare_reduce(self, index: LayoutIndex) -> None:
+        index.for_direct(None, self.groups.rank)
+
+    @torch.no_grad()
+    def restore(
+        self,
+        homes_hRK: Sequence[torch.Tensor],
+        index: LayoutIndex,
+        rows: int,
+        /,
+        *,
+        reuse: ReusableWeights | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Fetch the experts of this rank's replica slots from their homes, [C, R, K].
+
+        Args:
+            homes_hRK: [R, K] of each home expert.
+            reuse: weights of another layout, updated in place where an expert differs.
+            out: contiguous [C, R, K] to restore to; not with `reuse`.
+        """
+        out_CRK = result_of_restore(homes_hRK[0], index, rows, reuse, out)
+        before = None if reuse is None else reuse.index.layout
+        needed = index.for_direct(before, self.groups.rank)
+        if needed.has_work:
+            moved = send_homes(
+                needed, self._restore_stage, self.restore_workspace, homes_hRK, out_CRK
+            )
+            self.count.add_restore(*moved)
+        return out_CRK
+
+    @torch.no_grad()
+    def reduce(
+        self,
+        grad_CRK: torch.Tensor,
+        index: LayoutIndex,
+        *,
+        wire_dtype: torch.dtype | None = None,
+        add_to: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """Sum the gradients of this rank's home experts over their replicas, in slot order.
+
+        Sums run in float32 and are rounded once. Gradients cross in their own dtype.
+
+        Args:
+            grad_CRK: gradients of this rank's replicas, not modified.
+            add_to: main gradient [R, K] of each home expert, to add the sums to.
+
+        Returns:
+            The sums of each home expert, [h, R, K] in the gradient's dtype, zero without replicas;
+            a main gradient if they were added to these.
+        """
+        needed = index.for_direct(None, self.groups.rank)
+        received_nRK, moved = send_grads(
+            needed, self._reduce_stage, self.reduce_workspace, grad_CRK.contiguous()
+        )
+        self.count.add_reduce(*moved)
+        sums: dict[int, torch.Tensor] = {}
+        for expert, part_RK in zip(needed.sent, received_nRK, strict=True):
+            sums[expert] = sums[expert] + part_RK if expert in sums else part_RK.float()
+        if add_to is None:
+            sums_hRK = grad_CRK.new_zeros((index.home_slots, *grad_CRK.shape[1:]))
+            for expert, sum_RK in sums.items():
+                sums_hRK[expert].copy_(sum_RK)
+            return sums_hRK
+        for expert, sum_RK in sums.items():
+            add_to[expert].add_(sum_RK)
+        return add_to[0]

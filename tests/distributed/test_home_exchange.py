@@ -1,0 +1,190 @@
+"""Replicas come from their homes and gradients go back, directly and by relay, exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import product
+from typing import Any
+
+import pytest
+
+from megatron_laer.cpu.ranks import RankPool
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
+
+COLUMNS = 3
+# (C, E) on 4 ranks: one home and several, full and sparse replica slots.
+SHAPES = [(2, 4), (3, 8), (5, 8), (4, 12)]
+
+
+@contextmanager
+def exchanges_on(node_size: int, wire: Any = None) -> Iterator[dict[str, Any]]:
+    """Yield the exchanges of homes by name, over fresh gloo groups of all ranks."""
+    import torch.distributed as dist
+
+    from megatron_laer.runtime.comm import process_groups
+    from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
+    from megatron_laer.runtime.comm.home_exchange import DirectExchange
+    from megatron_laer.runtime.comm.relay import RelayExchange
+
+    dist.init_process_group("gloo")
+    try:
+        groups = process_groups.create_groups(dist.group.WORLD, node_size, dist.new_group)
+        yield {
+            "direct": DirectExchange(groups),
+            "relay, flat": RelayExchange(groups, flat_exchange(groups)),
+            "relay, node": RelayExchange(groups, node_exchange(groups, wire)),
+        }
+    finally:
+        groups.destroy()
+        dist.destroy_process_group()
+
+
+class Case:
+    """Whole matrices, gradients of all slots, and layouts, the same on every rank."""
+
+    def __init__(self, capacity: int, experts: int, rows: int, dtype: str, seed: int) -> None:
+        import torch
+        import torch.distributed as dist
+
+        self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
+        self.shape = self.ranks, capacity, experts
+        self.home, self.seed = experts // self.ranks, seed
+        generator = torch.Generator().manual_seed(seed)
+        self.dtype = getattr(torch, dtype)
+        size = (rows, COLUMNS)
+        self.whole_ERK = torch.randn((experts, *size), generator=generator).to(self.dtype)
+        slots = self.ranks, capacity - self.home
+        self.grads_NCRK = torch.randn((*slots, *size), generator=generator).to(self.dtype)
+        self.rows = rows
+
+    @property
+    def homes(self) -> list[Any]:
+        return list(self.whole_ERK[self.rank * self.home : (self.rank + 1) * self.home])
+
+    def replicas(self, step: int) -> list[int]:
+        return list(self.layout(step).experts_of(self.rank)[self.home :])
+
+    def layout(self, step: int) -> ExpertLayout:
+        return ExpertLayout.random_at_home(*self.shape, seed=(self.seed, step))
+
+    def index(self, step: int) -> Any:
+        import torch
+
+        from megatron_laer.runtime.comm.layout_index import layout_index
+
+        return layout_index(self.layout(step), torch.device("cpu"), self.home)
+
+    def expected(self, step: int, wire: Any = None, node_size: int = 0) -> list[Any]:
+        """Return the sums of this rank's home experts, in slot order; None without replicas.
+
+        With `wire`, each node's sum is rounded to it, and so is the sum that goes home.
+        """
+        found = []
+        for expert in range(self.rank * self.home, (self.rank + 1) * self.home):
+            total = None
+            for first in range(0, self.ranks, node_size or self.ranks):
+                of_node = None
+                for rank in range(first, first + (node_size or self.ranks)):
+                    experts = self.layout(step).experts_of(rank)[self.home :]
+                    if expert in experts:
+                        part = self.grads_NCRK[rank, experts.index(expert)].float()
+                        of_node = part if of_node is None else of_node + part
+                if of_node is not None:
+                    of_node = of_node.to(wire).float() if wire is not None else of_node
+                    total = of_node if total is None else total + of_node
+            total = total.to(wire).float() if wire is not None and total is not None else total
+            found.append(total)
+        return found
+
+
+def every_case(node_size: int) -> int:
+    """Restore, change and reduce all cases; return the number of replicas that were compared."""
+    import torch
+
+    compared = 0
+    with exchanges_on(node_size) as exchanges:
+        cases = [
+            (*shape, rows, dtype)
+            for shape, rows, dtype in product(SHAPES, (8, 7), ("float32", "bfloat16"))
+        ]
+        for seed, values in enumerate(cases):
+            case = Case(*values, seed=seed)
+            for name, exchange in exchanges.items():
+                index, before = case.index(0), None
+                restored = exchange.restore(case.homes, index, case.rows)
+                for step in range(4):
+                    if before is not None:
+                        from megatron_laer.runtime.comm.exchange import ReusableWeights
+
+                        index = case.index(step)
+                        reuse = ReusableWeights(before, restored)
+                        changed = exchange.restore(case.homes, index, case.rows, reuse=reuse)
+                        assert changed is restored
+                    for slot, expert in enumerate(case.replicas(step)):
+                        if expert != EMPTY:
+                            compared += 1
+                            assert torch.equal(restored[slot], case.whole_ERK[expert]), (
+                                values,
+                                name,
+                                step,
+                            )
+                    before = index
+                if not index.has_replicas:
+                    continue
+                check_reduce(case, exchange, index, name, node_size)
+    return compared
+
+
+def check_reduce(case: Case, exchange: Any, index: Any, name: str, node_size: int) -> None:
+    import torch
+
+    grad_CRK = case.grads_NCRK[case.rank].clone()
+    wire = None if name == "direct" else case.dtype
+    expected = case.expected(3, wire, node_size if name == "relay, node" else 0)
+    main = [torch.full(matrix.shape, 0.1) for matrix in case.homes]
+    exchange.reduce(grad_CRK, index, add_to=main)
+    again = [torch.full(matrix.shape, 0.1) for matrix in case.homes]
+    exchange.reduce(grad_CRK, index, add_to=again)
+    sums_hRK = exchange.reduce(grad_CRK, index)
+    assert sums_hRK.dtype == case.dtype
+    assert torch.equal(grad_CRK, case.grads_NCRK[case.rank]), "the gradients were changed"
+    for home, total in enumerate(expected):
+        assert torch.equal(main[home], again[home]), "not the same bits again"
+        if total is None:
+            assert torch.equal(main[home], torch.full_like(main[home], 0.1))
+            assert not sums_hRK[home].any()
+        else:
+            assert torch.equal(main[home], 0.1 + total), (case.shape, name)
+            assert torch.equal(sums_hRK[home], total.to(case.dtype)), (case.shape, name)
+
+
+@pytest.mark.parametrize("node_size", [1, 2, 4])
+def test_replicas_equal_their_homes_and_gradients_their_sums(
+    ranks: Callable[[int], RankPool], node_size: int
+) -> None:
+    compared = ranks(4).run(every_case, node_size)
+    assert sum(compared) > 500
+
+
+def without_replicas() -> tuple[int, int]:
+    """Change between layouts with and without replicas; return collectives of both kinds."""
+    import torch
+
+    from megatron_laer.runtime.comm.layout_index import layout_index
+
+    with exchanges_on(2) as exchanges:
+        case = Case(3, 8, 8, "float32", seed=0)
+        at_home = layout_index(ExpertLayout.at_home(*case.shape), torch.device("cpu"), case.home)
+        assert not at_home.has_replicas
+        for exchange in exchanges.values():
+            exchange.restore(case.homes, at_home, case.rows)
+        counts = [exchange.count for exchange in exchanges.values()]
+        return (
+            sum(count.restore_collectives for count in counts),
+            sum(count.restore_bytes for count in counts),
+        )
+
+
+def test_a_layout_without_replicas_needs_no_collective(ranks: Callable[[int], RankPool]) -> None:
+    assert ranks(4).run(without_replicas) == [(0, 0)] * 4
