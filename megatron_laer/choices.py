@@ -67,7 +67,7 @@ class OverlapScheduler(Choice):
 
 
 class Sharding(Choice):
-    """Share of a rank: rows of every expert, or whole experts at home; then only replicas move."""
+    """Share of a rank: rows of every expert, or whole experts, of which only replicas move."""
 
     ROWS = "rows"
     EXPERTS = "experts"

@@ -78,15 +78,6 @@ class Traffic:
             sent_inter_N=self.sent_inter_N * factor,
         )
 
-    def reversed(self) -> Traffic:
-        """Return the traffic of the same messages in the other direction."""
-        return Traffic(
-            intra_N=self.sent_intra_N,
-            inter_N=self.sent_inter_N,
-            sent_intra_N=self.intra_N,
-            sent_inter_N=self.inter_N,
-        )
-
 
 def restore_traffic(
     layout: ExpertLayout,

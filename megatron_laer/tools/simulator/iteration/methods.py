@@ -260,7 +260,5 @@ class _Relaid:
         )
 
     def _exchange(self, traffic: Traffic) -> Exchange:
-        costs, geometry = self.guard.costs, self.guard.geometry
-        at_home = geometry.sharding == Sharding.EXPERTS  # whole experts go over both links at once
-        algorithm = ExchangeAlgorithm.FLAT if at_home else costs.restore_algorithm
-        return Exchange.of(traffic, algorithm, len(costs.matrices), geometry.node_size)
+        costs, node_size = self.guard.costs, self.guard.geometry.node_size
+        return Exchange.of(traffic, costs.restore_algorithm, len(costs.matrices), node_size)
