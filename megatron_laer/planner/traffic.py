@@ -70,6 +70,9 @@ class Traffic:
             return float(np.maximum(intra_s_N, inter_s_N).max())
         return float(intra_s_N.max() + inter_s_N.max())
 
+    def reversed(self) -> Traffic:
+        return Traffic(self.sent_intra_N, self.sent_inter_N, self.intra_N, self.inter_N)
+
     def times(self, factor: int) -> Traffic:
         return Traffic(
             intra_N=self.intra_N * factor,
