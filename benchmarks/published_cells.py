@@ -242,7 +242,7 @@ def _work(
     per_slot_N = np.maximum(pairs_N // slots, 1)
     others = (NODE_SIZE - 1) / NODE_SIZE
     return LayerWork(
-        unit_s_N=rates.slot_unit_seconds(per_slot_N) * slots,
+        unit_s_N=rates.cluster.gemm.unit_seconds(per_slot_N) * slots,
         pairs_N=pairs_N,
         intra_N=(np.maximum(pairs_N, mean) * others).astype(np.int64),
         inter_N=np.zeros_like(pairs_N),

@@ -19,7 +19,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 everything="not gpu and not nightly"
 selection="(unit or quick) and not nightly"
 [[ ${CI:-} == true ]] && selection=$everything
-megatron= left_out=()
+megatron=
+left_out=()
 while (($#)); do
     case $1 in
         --all) selection=$everything ;;

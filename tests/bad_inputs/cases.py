@@ -1,6 +1,8 @@
 """Command lines that cannot work, and the message expected for each.
 
 Words are separated by spaces; files are those of `inputs`, in the folder that the command runs in.
+
+Over 400 lines: one table.
 """
 
 from __future__ import annotations

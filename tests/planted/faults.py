@@ -217,8 +217,8 @@ FAULTS: tuple[Fault, ...] = (
     _REDUCE.fault("sums end one part early", "first = len(ends) + 1", "first = len(ends)"),
     _REDUCE.fault(
         "parts of a sum in any order",
-        'parts = np.argsort(target_of_part, kind="stable")',
-        'parts = np.argsort(target_of_part, kind="stable")[::-1]',
+        'parts = part_n[np.argsort(target_n, kind="stable")]',
+        'parts = part_n[np.argsort(target_n, kind="stable")[::-1]]',
     ),
     _REDUCE.fault("the first node's slots for all", "node = rank // node_size", "node = 0"),
     _RESTORE.fault(

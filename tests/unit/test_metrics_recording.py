@@ -303,7 +303,7 @@ def test_predictions_are_averaged_and_nothing_is_no_number() -> None:
     }
     values = LayerPasses.of(4).values() | predicted_values([])
     assert all(value == 0 or math.isnan(value) for value in values.values())
-    assert set(values) <= {metric.name for metric in RECORDED_OF_LAYERS}
+    assert set(values) <= {*RECORDED_OF_LAYERS}
 
 
 def test_every_metric_that_is_named_in_the_code_is_described() -> None:
@@ -314,11 +314,15 @@ def test_every_metric_that_is_named_in_the_code_is_described() -> None:
     assert named == {metric.name for metric in LOGGED}
 
 
-def test_no_name_is_there_twice() -> None:
-    for metrics in (LOGGED, RECORDED_OF_STEPS, RECORDED_OF_LAYERS):
-        names = [metric.name for metric in metrics]
-        assert len(set(names)) == len(names)
-        assert all(metric.meaning and metric.unit for metric in metrics)
+def test_the_page_has_a_row_with_its_unit_for_each_metric() -> None:
+    row = re.compile(r"^\| `(\w+)`([^|]*)\| *(\w*) *\| \S.* \|$", re.MULTILINE)
+    tables = (ROOT / "docs" / "metrics.md").read_text("utf-8").split("|---|---|---|")[1:]
+    logged, of_steps, of_layers = map(row.findall, tables)
+    assert [(name, unit) for name, _, unit in logged] == [(m.name, m.unit) for m in LOGGED]
+    over_layers = [name for name, others, _ in logged if "_layer_{i}" in others]
+    assert over_layers == [metric.name for metric in LOGGED if metric.over_layers]
+    for rows, names in ((of_steps, RECORDED_OF_STEPS), (of_layers, RECORDED_OF_LAYERS)):
+        assert tuple(name for name, _, _ in rows) == names
 
 
 def test_the_log_line_leaves_megatrons_values_room_within_what_slurm_passes_on_at_once() -> None:

@@ -31,7 +31,7 @@ def test_tables_from_the_code_are_up_to_date() -> None:
 READ = (
     r'"((?:MEGATRON_LAER|OMPI|SLURM|TORCHELASTIC|CUDA|LOCAL|TORCHDYNAMO)_[A-Z_]+|RANK|WORLD_SIZE|CXX)"',
     r"\$\{(PYTHON|CXX|TORCH_INDEX_URL|MEGATRON_[A-Z_]+)[:}]|\b(MEGATRON_LAER_[A-Z_]+)=",
-    r'"((?:MEGATRON|SLIME)_[A-Z_]+)"\)?\n',
+    r'"((?:MEGATRON|SLIME)_[A-Z_]+)"(?:\)?\n|, )',
 )
 
 

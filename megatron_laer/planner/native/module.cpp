@@ -1,6 +1,8 @@
 // The native planner as a Python module: arrays in, arrays out, all work without the GIL. What the
 // core relies on is checked here; the callers in planner/*.py say more of what does not fit.
 //
+// Over 400 lines: one table of functions, each with its checks.
+//
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>

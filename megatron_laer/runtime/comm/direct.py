@@ -1,8 +1,8 @@
 """Direct exchange: whole experts from their homes to the replica slots, and gradients back.
 
 One All-to-All over the group each way. A home rank sends an expert once for each of its replicas.
-In its slots a rank has different experts in ascending order, then empty slots, so that a whole
-restore arrives in place: homes ascend with their experts.
+Replica slots have experts in ascending order, then empty slots. Homes ascend with their experts, so
+a whole restore arrives in place.
 
 Legend: N ranks, E experts, C replica slots per rank, h home experts of a rank. R rows of a matrix,
 K columns.

@@ -85,8 +85,8 @@ class DirectExchange:
             add_to: main gradient [R, K] of each home expert, to add the sums to.
 
         Returns:
-            The sums of each home expert, [h, R, K] in the gradient's dtype, zero without replicas;
-            a main gradient if they were added to these.
+            The sums of each home expert, [h, R, K] in the gradient's dtype; zero without replicas.
+            A main gradient if they were added to these.
         """
         needed = index.for_direct(None, self.groups.rank)
         received_nRK, moved = send_grads(

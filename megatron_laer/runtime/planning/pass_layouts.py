@@ -26,9 +26,7 @@ Replayed = Callable[[], Sequence[torch.Tensor] | None]
 
 @dataclass(frozen=True)
 class LayerPass:
-    """One forward pass of a layer: its number among the layer's passes of the step, and its
-    microbatch.
-    """
+    """One forward pass of a layer, with its number among the layer's passes of the step."""
 
     layer: int
     number: int
