@@ -63,6 +63,7 @@ def test_experts_stay_at_home_as_recorded_or_as_the_flag_says(tmp_path, capsys):
     record_run(tmp_path / "run", run=OF_THE_RUN | {"sharding": "experts"}, cluster=OWN)
     out = tmp_path / "x.json"
     words = ("--strategy", "static", "laer", "greedy", "--mode", "forecast", "--json", out)
+    words = (*words, "--restore-algorithm", "flat")
     for flags, sharding in (((), "experts"), (("--sharding", "rows"), "rows")):
         status, text, err = run(tmp_path / "run", *flags, *words, capsys=capsys)
         assert (status, err) == (0, "")
