@@ -65,6 +65,9 @@ _IN_FORCE = _in(
 _COLLECTIVES = _in("runtime/comm/collectives.py", *_unit("agreement"), *_ranks("agreement"))
 _BLOCKS = _in("runtime/comm/blocks.py", *_unit("kernels"), *_ranks("exchange"))
 _REDUCE = _in("runtime/comm/reduce.py", *_unit("layout_index"), *_ranks("exchange"))
+_HOME_EXCHANGE = _in("runtime/comm/home_exchange.py", *_ranks("home_exchange"))
+_RELAY = _in("runtime/comm/relay.py", *_ranks("home_exchange"))
+_DIRECT = _in("runtime/comm/direct.py", *_ranks("home_exchange"))
 _RESTORE = _in("runtime/comm/restore.py", *_ranks("exchange"))
 _EXCHANGE = _in("runtime/comm/exchange.py", *_ranks("exchange"))
 _STREAMS = _in("runtime/comm/streams.py", *_unit("streams"))
@@ -220,7 +223,11 @@ FAULTS: tuple[Fault, ...] = (
         'parts = part_n[np.argsort(target_n, kind="stable")]',
         'parts = part_n[np.argsort(target_n, kind="stable")[::-1]]',
     ),
-    _REDUCE.fault("the first node's slots for all", "node = rank // node_size", "node = 0"),
+    _REDUCE.fault(
+        "the first node's slots for all",
+        "node, local_rank = divmod(rank, node_size)",
+        "node, local_rank = 0, rank % node_size",
+    ),
     _RESTORE.fault(
         "sizes of one local rank for all",
         "sizes = [num_restored * rows * columns for rows in rows_G]",
@@ -244,9 +251,24 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _EXCHANGE.fault(
         "gradients cross nodes as they are",
-        "wire = self._grad_wire_dtype or wire_dtype or grad_CRK.dtype",
-        "wire = grad_CRK.dtype",
+        "return self._grad_wire_dtype or wanted or grad_CRK.dtype",
+        "return grad_CRK.dtype",
         *_ranks("exchange", "communication"),
+    ),
+    _HOME_EXCHANGE.fault(
+        "a home gets the last replica's gradient alone",
+        "sums[expert] + part_RK if expert in sums else part_RK.float()",
+        "part_RK.float()",
+    ),
+    _RELAY.fault(
+        "homes spread rows to one place",
+        "pack_rows(homes_hRK[home][None], sent, blocks, at, len(hop.mine))",
+        "pack_rows(homes_hRK[home][None], sent, blocks, 0, len(hop.mine))",
+    ),
+    _DIRECT.fault(
+        "replicas arrive in the first slots, whatever the layout",
+        "out_CRK[slot].copy_(part_RK)",
+        "out_CRK[0].copy_(part_RK)",
     ),
     # Streams and the life of a weight.
     _STREAMS.fault(
@@ -266,8 +288,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _GRADS.fault(
         "gradients of slots stay lent",
-        "        self.free()\n        if not",
-        "        if not",
+        "        self.free()\n        return self.share.reduced(sums)",
+        "        return self.share.reduced(sums)",
     ),
     _RESTORED.fault(
         "a reduce before tokens' gradients",

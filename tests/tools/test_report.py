@@ -239,7 +239,7 @@ OTHER = {
 @pytest.mark.parametrize(
     ("run", "cluster"),
     [(RUN, None), (RUN | OTHER, OWN), (RUN | OTHER, None), (RUN | {"sharding": "experts"}, None)],
-    ids=["by default", "of its own", "no constants"],
+    ids=["by default", "of its own", "no constants", "at home"],
 )
 def test_commands_of_the_what_if_print_their_rows_again(tmp_path, run, cluster):
     folder = tmp_path / "run"

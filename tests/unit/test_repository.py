@@ -18,7 +18,7 @@ WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 
 # A longer file states why it is not split.
 MOST_LINES = 400
-OVER = re.compile(rf"^(?:# )?Over {MOST_LINES} lines: \S.*\.$", re.MULTILINE)
+OVER = re.compile(rf"^(?:# |// )?Over {MOST_LINES} lines: \S.*\.$", re.MULTILINE)
 SOURCES = {".py", ".cpp", ".hpp", ".sh", ".sbatch"}
 
 

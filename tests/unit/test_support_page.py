@@ -107,7 +107,7 @@ def test_rows_that_a_run_lacks_keep_their_figures_and_others_are_complained_of(
     before = ((9e-7, 9e-7),) * 4 + (None,)
     write_figures({"bf16": before, "aux loss": before})
     assert report.main([str(results(tmp_path))]) == 1
-    assert f"no figures for {len(ROWS) - 2} rows" in capsys.readouterr().err
+    assert f"no figures for {len(ALL_ROWS) - 2} rows" in capsys.readouterr().err
     after = read_figures()
     assert after["bf16"] == before
     assert after["aux loss"] == figures_in(results(tmp_path))["aux loss"]
