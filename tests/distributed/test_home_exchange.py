@@ -9,8 +9,11 @@ from typing import Any
 
 import pytest
 
+from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.traffic import Traffic
+from megatron_laer.runtime.comm.stages import ExchangeCount
 
 COLUMNS = 3
 # (C, E) on 4 ranks: one home and several, full and sparse replica slots.
@@ -188,3 +191,55 @@ def without_replicas() -> tuple[int, int]:
 
 def test_a_layout_without_replicas_needs_no_collective(ranks: RankPools) -> None:
     assert ranks(4).run(without_replicas) == [(0, 0)] * 4
+
+
+def bytes_of_every_case(node_size: int) -> int:
+    """Compare counted bytes of restores, changes and reduces with the formulas; return all."""
+    import torch.distributed as dist
+
+    from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
+    from megatron_laer.runtime.comm.exchange import ReusableWeights
+
+    moved = 0
+
+    def compare(traffic: Traffic, before: tuple[int, int], after: tuple[int, int]) -> None:
+        nonlocal moved
+        of_rank = traffic.times(4)
+        counted = after[0] - before[0], after[1] - before[1]
+        assert counted == (of_rank.intra_N[case.rank], of_rank.inter_N[case.rank])
+        moved += sum(counted)
+
+    with exchanges_on(node_size) as exchanges:
+        ranks, algorithms = dist.get_world_size(), [*ExchangeAlgorithm]
+        for seed, (spare, home, rows) in enumerate(product((1, 2), (1, 2), (8, 11))):
+            case = Case(home + spare, home * ranks, rows, "float32", seed=seed)
+            size, homes = (node_size, [(rows, COLUMNS)]), {"home_slots": home}
+            first, then = case.index(0), case.index(1)
+            for name, algorithm in zip(("direct", "relay, node"), algorithms, strict=True):
+                exchange, count = exchanges[name], exchanges[name].count
+                marks = [restored_so_far(count)]
+                restored = exchange.restore(case.homes, first, rows)
+                marks.append(restored_so_far(count))
+                reuse = ReusableWeights(first, restored)
+                exchange.restore(case.homes, then, rows, reuse=reuse)
+                marks.append(restored_so_far(count))
+                compare(restore_traffic(first.layout, *size, algorithm, **homes), *marks[:2])
+                kept = {"before": first.layout, **homes}
+                compare(restore_traffic(then.layout, *size, algorithm, **kept), *marks[1:])
+                if then.has_replicas:
+                    begin = count.reduce_intra_bytes, count.reduce_inter_bytes
+                    exchange.reduce(case.grads_NCRK[case.rank].clone(), then)
+                    end = count.reduce_intra_bytes, count.reduce_inter_bytes
+                    compare(reduce_traffic(then.layout, *size, algorithm, **homes), begin, end)
+    return moved
+
+
+def restored_so_far(count: ExchangeCount) -> tuple[int, int]:
+    return count.restore_intra_bytes, count.restore_inter_bytes
+
+
+@pytest.mark.parametrize(("size", "node_size"), [(4, 1), (4, 2), (8, 8), (8, 4), (8, 2)])
+def test_bytes_of_replicas_are_those_of_the_formulas(
+    ranks: RankPools, size: int, node_size: int
+) -> None:
+    assert sum(ranks(size).run(bytes_of_every_case, node_size)) > 10_000
