@@ -228,19 +228,26 @@ class CostModel:
         That is the static one; with home experts, one for log-normal loads.
         """
         if algorithm == Auto.AUTO:
-            layout, home_slots = typical_layout(geometry), geometry.home_slots
-            # Two restores per reduce; min() takes the first of equals, `flat`.
-            chosen = min(
-                ExchangeAlgorithm,
-                key=lambda name: (
-                    2
-                    * self.restore_seconds(layout, geometry.node_size, name, home_slots=home_slots)
-                    + self.reduce_seconds(layout, geometry.node_size, name, home_slots)
-                ),
+            chosen = self.faster_exchange(
+                typical_layout(geometry), geometry.node_size, geometry.home_slots
             )
         else:
             chosen = ExchangeAlgorithm(algorithm)
         return replace(self, restore_algorithm=chosen)
+
+    def faster_exchange(
+        self, layout: ExpertLayout, node_size: int, home_slots: int = 0
+    ) -> ExchangeAlgorithm:
+        """Return the algorithm with the shorter exchanges of a layout; `flat` where both are equal.
+
+        There are two restores per reduce.
+        """
+
+        def seconds(algorithm: ExchangeAlgorithm) -> float:
+            restore_s = self.restore_seconds(layout, node_size, algorithm, home_slots=home_slots)
+            return 2 * restore_s + self.reduce_seconds(layout, node_size, algorithm, home_slots)
+
+        return min(ExchangeAlgorithm, key=seconds)  # the first of equals
 
     def solve_seconds(self, geometry: Geometry) -> float:
         """Return the time of a fresh layout and exact quotas; a constant, so ranks decide alike."""

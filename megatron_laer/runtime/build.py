@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -22,10 +23,11 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.exchange import Exchange, flat_exchange, node_exchange
-from megatron_laer.runtime.comm.home_exchange import DirectExchange
+from megatron_laer.runtime.comm.home_exchange import ChosenExchange, DirectExchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.relay import RelayExchange
 from megatron_laer.runtime.comm.streams import make_comm_stream
@@ -48,6 +50,9 @@ _WIRE_DTYPES = {
     WireDtype.FP16: torch.float16,
     WireDtype.FP32: torch.float32,
 }
+
+# Layouts whose way of exchange is remembered: those in force, and some of microbatches.
+_LAYOUTS = 1024
 
 # Tokens per rank and microbatch assumed for own loops, which choose the batch size later.
 _TOKENS = 8192
@@ -93,7 +98,7 @@ def build_coordinator(
         holds_step=config.restore == Restore.STEP,
     )
     streams = ExchangeStreams(
-        make_exchange(config, groups, chosen.restore_algorithm),
+        make_exchange(config, groups, chosen, geometry),
         parameters=make_comm_stream("parameters", device, overlaps=overlaps),
         gradients=make_comm_stream("gradients", device, overlaps=overlaps),
     )
@@ -144,13 +149,24 @@ def token_exchange(
     return TokenExchange(config.token_exchange)
 
 
-def make_exchange(config: FSEPConfig, groups: FSEPGroups, algorithm: ExchangeAlgorithm) -> Exchange:
+def make_exchange(
+    config: FSEPConfig, groups: FSEPGroups, costs: CostModel, geometry: Geometry
+) -> Exchange:
     dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
-    is_node = algorithm == ExchangeAlgorithm.NODE
-    of_rows = node_exchange(groups, dtype) if is_node else flat_exchange(groups)
+    is_flat = costs.restore_algorithm == ExchangeAlgorithm.FLAT
     if config.sharding == Sharding.ROWS:
-        return of_rows
-    return RelayExchange(groups, of_rows) if is_node else DirectExchange(groups)
+        return flat_exchange(groups) if is_flat else node_exchange(groups, dtype)
+    if config.restore_algorithm != Auto.AUTO and is_flat:
+        return DirectExchange(groups)
+    relay = RelayExchange(groups, node_exchange(groups, dtype))
+    if config.restore_algorithm != Auto.AUTO:
+        return relay
+
+    @lru_cache(maxsize=_LAYOUTS)
+    def choose(layout: ExpertLayout) -> ExchangeAlgorithm:
+        return costs.faster_exchange(layout, geometry.node_size, geometry.home_slots)
+
+    return ChosenExchange(groups, relay, choose)
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:

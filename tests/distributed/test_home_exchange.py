@@ -27,7 +27,7 @@ def exchanges_on(node_size: int, wire: Any = None) -> Iterator[dict[str, Any]]:
 
     from megatron_laer.runtime.comm import process_groups
     from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
-    from megatron_laer.runtime.comm.home_exchange import DirectExchange
+    from megatron_laer.runtime.comm.home_exchange import ChosenExchange, DirectExchange
     from megatron_laer.runtime.comm.relay import RelayExchange
 
     dist.init_process_group("gloo")
@@ -37,6 +37,12 @@ def exchanges_on(node_size: int, wire: Any = None) -> Iterator[dict[str, Any]]:
             "direct": DirectExchange(groups),
             "relay, flat": RelayExchange(groups, flat_exchange(groups)),
             "relay, node": RelayExchange(groups, node_exchange(groups, wire)),
+            # A choice that changes with the layout, unlike prices of such small matrices.
+            "chosen": ChosenExchange(
+                groups,
+                RelayExchange(groups, node_exchange(groups, wire)),
+                lambda layout: [*ExchangeAlgorithm][layout.digest % 2],
+            ),
         }
     finally:
         groups.destroy()
@@ -143,8 +149,10 @@ def check_reduce(case: Case, exchange: Any, index: Any, name: str, node_size: in
     import torch
 
     grad_CRK = case.grads_NCRK[case.rank].clone()
-    wire = None if name == "direct" else case.dtype
-    expected = case.expected(3, wire, node_size if name == "relay, node" else 0)
+    is_direct = name == "direct" or (name == "chosen" and index.layout.digest % 2 == 0)
+    wire = None if is_direct else case.dtype
+    by_node = name in ("relay, node", "chosen") and not is_direct
+    expected = case.expected(3, wire, node_size if by_node else 0)
     main = [torch.full(matrix.shape, 0.1) for matrix in case.homes]
     exchange.reduce(grad_CRK, index, add_to=main)
     again = [torch.full(matrix.shape, 0.1) for matrix in case.homes]

@@ -1,4 +1,4 @@
-"""Direct exchange of replicas: each home sends its experts to the ranks that replicate them.
+"""Exchanges of replicas with their experts' homes: directly, or the faster way for each layout.
 
 `direct.py` has the index and the data path of one matrix; `relay.py` is the way with two hops.
 
@@ -7,15 +7,18 @@ Legend: C replica slots per rank, h home experts of a rank. R rows of a matrix, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from megatron_laer.choices import ExchangeAlgorithm
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.buffers import Workspace
 from megatron_laer.runtime.comm.direct import send_grads, send_homes
 from megatron_laer.runtime.comm.exchange import ReusableWeights, result_of_restore
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.relay import RelayExchange
 from megatron_laer.runtime.comm.stages import ExchangeCount, whole_group
 
 
@@ -26,9 +29,9 @@ class DirectExchange:
     `HierarchicalExchange`.
     """
 
-    def __init__(self, groups: FSEPGroups) -> None:
+    def __init__(self, groups: FSEPGroups, count: ExchangeCount | None = None) -> None:
         self.groups = groups
-        self.count = ExchangeCount()
+        self.count = ExchangeCount() if count is None else count
         self.restore_workspace, self.reduce_workspace = Workspace(), Workspace()
         self._restore_stage = whole_group(groups, groups.parameters)
         self._reduce_stage = whole_group(groups, groups.gradients)
@@ -104,3 +107,51 @@ class DirectExchange:
         for expert, sum_RK in sums.items():
             add_to[expert].add_(sum_RK)
         return add_to[0]
+
+
+class ChosenExchange:
+    """Exchange of each layout by direct or by relay, as `choose` says on every rank alike."""
+
+    def __init__(
+        self,
+        groups: FSEPGroups,
+        relay: RelayExchange,
+        choose: Callable[[ExpertLayout], ExchangeAlgorithm],
+    ) -> None:
+        self.count = relay.count
+        self._choose = choose
+        self._by_algorithm: dict[ExchangeAlgorithm, DirectExchange | RelayExchange] = {
+            ExchangeAlgorithm.FLAT: DirectExchange(groups, relay.count),
+            ExchangeAlgorithm.NODE: relay,
+        }
+
+    def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
+        self._of(index).prepare_restore(index, before)
+
+    def prepare_reduce(self, index: LayoutIndex) -> None:
+        self._of(index).prepare_reduce(index)
+
+    def restore(
+        self,
+        homes_hRK: Sequence[torch.Tensor],
+        index: LayoutIndex,
+        rows: int,
+        /,
+        *,
+        reuse: ReusableWeights | None = None,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self._of(index).restore(homes_hRK, index, rows, reuse=reuse, out=out)
+
+    def reduce(
+        self,
+        grad_CRK: torch.Tensor,
+        index: LayoutIndex,
+        *,
+        wire_dtype: torch.dtype | None = None,
+        add_to: Sequence[torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        return self._of(index).reduce(grad_CRK, index, wire_dtype=wire_dtype, add_to=add_to)
+
+    def _of(self, index: LayoutIndex) -> DirectExchange | RelayExchange:
+        return self._by_algorithm[self._choose(index.layout)]
