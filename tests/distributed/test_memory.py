@@ -200,11 +200,11 @@ def kept_activations(command: list[str]) -> tuple[int, int]:
     """Train; return the number of activation computations, and bytes kept after forward."""
     from megatron.core.models.gpt import GPTModel
 
-    from megatron_laer.layer.experts.module import FSEPExperts
+    from megatron_laer.layer.experts.restored_compute import RestoredCompute
 
     computed: list[torch.Tensor] = []
     kept = 0
-    activate, forward = FSEPExperts._activate, GPTModel.forward
+    activate, forward = RestoredCompute._activate, GPTModel.forward
 
     def observed_activation(self: Any, *args: Any) -> Any:
         output = activate(self, *args)
@@ -218,7 +218,7 @@ def kept_activations(command: list[str]) -> tuple[int, int]:
         return output
 
     with (
-        mock.patch.object(FSEPExperts, "_activate", observed_activation),
+        mock.patch.object(RestoredCompute, "_activate", observed_activation),
         mock.patch.object(GPTModel, "forward", observed_forward),
     ):
         train(command)
