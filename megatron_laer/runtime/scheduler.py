@@ -122,8 +122,14 @@ class Scheduler:
 
     def decided(self, layer: LayerState, restored: RestoredExperts) -> None:
         """Start the restore of a pass whose layout is decided, before its experts are called."""
-        if self.schedule.restores_ahead and self._forward is not None:
+        if self._forward is None:
+            return
+        # Without a restore ahead, rows wait in the call of their module. Replicas of homes may be
+        # fetched before stock's modules are called.
+        fetches = layer.share.waits_inside and restored.index.has_replicas
+        if self.schedule.restores_ahead or fetches:
             self._forward.chunk.await_weights(layer.share.parameters)
+        if self.schedule.restores_ahead:
             restored.weights.start_restore()
 
     def dispatched(self, layer: LayerState, training: bool) -> None:
