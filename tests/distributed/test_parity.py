@@ -17,7 +17,7 @@ from megatron_laer.cpu.training import Adapt, Record
 from tests.parity.compare import Distance, distance
 from tests.parity.replay import train_row
 from tests.parity.row import AT_HOME, FLOOR_FACTOR, LONG, SMALLEST_FLOOR, STEPS, Row
-from tests.parity.rows import ALL_ROWS, STEP, daily
+from tests.parity.rows import ALL_ROWS, RANDOM, STEP, daily
 from tests.releases import refused_flags
 
 
@@ -106,6 +106,8 @@ def test_fsep_equals_stock(
     assert len(fsep.probes) == row.steps
     if AT_HOME in row.fsep:  # a pass whose layout has no replica exchanges nothing
         assert all(left == 0 for left, _, _ in fsep.probes)
+        fetches = RANDOM in row.fsep and row.moe_layers > 0
+        assert not fetches or all(restored > 0 for _, restored, _ in fsep.probes[-1:])
         return
     for step, (left, restored, reduced) in enumerate(fsep.probes, start=1):
         assert left == 0 and reduced == reduces * passes * step
