@@ -1,4 +1,4 @@
-"""Replicas beside home experts: `python -m benchmarks.home --trace TRACE --json OUT [--quick]`.
+"""Replicas of home experts: `python -m benchmarks.home --trace TRACE --json OUT [--quick]`.
 
 - `balance`: largest over mean rank load with one replica slot per rank, for known counts, for those
   of a microbatch before and of ten steps before. Rows of the real trace and of log-normal loads.

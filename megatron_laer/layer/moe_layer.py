@@ -179,6 +179,7 @@ class FSEPMoELayer(MoELayer):
         input_TH, _, probs_T = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
         plan, self._plan = self._plan, None
         assert plan is not None, "routed_experts_compute before preprocess"
+        # A call, not a method: Megatron waits for updated parameters in a module's pre-hook.
         with self.token_dispatcher.keeping_rows():
             output_TH = self._slot_experts(input_TH, probs_T, plan)
         if self.training:

@@ -2,7 +2,7 @@
 
 Each rank keeps its E/N home experts in stock's placement. Walker's alias method adds replicas of an
 overloaded rank's experts on underloaded ranks, until no rank is above the wanted load. With N = E,
-one replica slot per rank is always enough; `Replication.is_ideal` tells whether it was. The theorem
+one replica slot per rank is always enough; `Replication.is_ideal` says if it was. The theorem
 is in `native/home.cpp`. Plan modes and `greedy` choose among such layouts by predicted time
 (`native/home_choice.cpp`).
 

@@ -70,7 +70,7 @@ def uses_costs(config: FSEPConfig) -> bool:
     return (
         (config.mode == PlanMode.ADAPTIVE and config.imbalance_tolerance is None)
         or (config.makes_plans and strategy is not None and strategy.uses_costs)
-        # A replica beside experts at home is made if it pays.
+        # A replica of an expert at home is made if it pays.
         or (config.sharding == Sharding.EXPERTS and config.planner not in FixedPlanner)
         or config.restore_algorithm == Auto.AUTO
         or config.token_exchange == Auto.AUTO

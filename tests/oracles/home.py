@@ -43,7 +43,7 @@ def replicas(counts_NE: Int64, geometry: Geometry) -> list[list[int]]:
 
 
 def layout_of(taken: list[list[int]], geometry: Geometry) -> ExpertLayout:
-    """Write replicas beside home experts: ascending, empty slots last."""
+    """Write replicas behind home experts: ascending, empty slots last."""
     home, slots = geometry.home_slots, []
     for rank, experts in enumerate(taken):
         empty = [EMPTY] * (geometry.capacity - home - len(experts))

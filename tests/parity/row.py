@@ -57,7 +57,8 @@ class Row:
             repeated, or not all of their weights trained.
         adapt: changes the model on both sides.
         gradients: False if Megatron cannot return the first step's; norms are compared anyway.
-        not_at_home: the reason why the row does not run with experts at home, besides its settings.
+        not_at_home: the reason why the row does not run with experts at home, where its settings
+            would allow it.
         releases: True to run the row with the oldest supported Megatron as well.
     """
 

@@ -245,7 +245,7 @@ def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first
 
         released.set()
         stack.enter_context(mock.patch.object(layout_sources, "PLANS_TIMEOUT_S", 300.0))
-        # Of the 60 steps the first and the newest are planned, as under `keep`.
+        # The first and the newest of the 60 steps are planned, as under `keep`.
         _, plans = source.state()
         assert plans[-1].source_step == 59 and len(plans) <= 3
         assert source.due(60) == layouts(0)

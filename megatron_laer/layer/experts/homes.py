@@ -65,7 +65,7 @@ class HomeExperts:
             parts_TH = [at_home(), replicas()]  # in this order replicas have more time to arrive
         else:
             # Without tokens' gradients to wait for, the reduce starts with the replicas' backward.
-            # Autograd runs that last, so that no kernel adds to a main gradient beside the reduce.
+            # Autograd runs that last, so that no kernel adds to a main gradient during the reduce.
             parts_TH = [replicas(), at_home()][::-1]
         output_TH = torch.cat(parts_TH)
         return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
