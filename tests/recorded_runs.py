@@ -48,6 +48,8 @@ SIGNATURE = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": N
 # Enough for a fresh layout to pay.
 TOKENS = 60_000
 TICK_MS = 2.0
+# By the planner rank, times the step.
+RECEIVED_BYTES = 3 * 2**20
 
 
 class TickingClock:
@@ -111,7 +113,7 @@ def record_run(
                 recorder.times.end_exchange(Activity(Kind.DENSE))
                 if trace is not None:
                     trace.append(step, layer, microbatch, counts)
-        recorder.end_step(PlannerStatus(plan_us=500), version=step)
+        recorder.end_step(PlannerStatus(plan_us=500), step, RECEIVED_BYTES * step)
     recorder.close()
     layouts.close()
     if trace is not None:
