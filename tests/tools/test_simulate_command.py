@@ -36,7 +36,9 @@ def test_the_command_prints_writes_and_draws(tmp_path, path, capsys):
     json_file, png, timeline = (tmp_path / name for name in ("x.json", "x.png", "t.json"))
     files = ["--png", png, "--timeline", timeline]
     written = simulated(json_file, path, *TINY, *files, capsys=capsys)
-    expected = "N=4 G=2 C=3 adaptive T=2048: 2048 tokens per rank and microbatch, 3 microbatches"
+    expected = (
+        "N=4 G=2 C=3 rows adaptive T=2048: 2048 tokens per rank and microbatch, 3 microbatches"
+    )
     assert any(expected in line for line in written["lines"])
     assert png.read_bytes().startswith(b"\x89PNG")
 
@@ -113,13 +115,12 @@ def test_the_hosts_gap_is_added_once(tmp_path, path, capsys):
 
 
 def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, path, capsys):
-    words = "--mode forecast --method stock laer fsep --strategy static --sharding".split()
-    found = {}
-    for sharding in ("rows", "experts"):
-        written = simulated(tmp_path / "x", path, *TINY, *words, sharding, capsys=capsys)
-        assert written["sharding"] == sharding
-        found[sharding] = written["methods"]
-    rows, home = found["rows"], found["experts"]
+    words = "--mode forecast --method stock laer fsep --strategy static --sharding rows experts"
+    written = simulated(tmp_path / "x", path, *TINY, *words.split(), capsys=capsys)
+    assert [case["sharding"] for case in written["cases"]] == ["rows", "experts"]
+    rows, home = (case["methods"] for case in written["cases"])
+    assert re.search(r"^ *s/iteration .*\n *rows .*\n *experts ", "\n".join(written["lines"]), re.M)
+    assert re.search(r"\bN=4 G=2 C=3 (rows|experts) forecast T=", written["advice"])
     # The others do not know the sharding.
     assert (home["stock"], home["laer"]) == (rows["stock"], rows["laer"])
     assert home["fsep"]["bytes"] == home["stock"]["bytes"] != rows["fsep"]["bytes"]
