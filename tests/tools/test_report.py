@@ -64,6 +64,21 @@ def test_the_page_has_the_numbers_of_the_recording(folder, tmp_path, capsys):
     assert err == ""
 
 
+def test_a_run_with_experts_at_home_shows_its_replicas(tmp_path):
+    record_run(tmp_path / "run", run=RUN | {"sharding": "experts", "plan_mode": "forecast"})
+    page = written(tmp_path, tmp_path / "run")
+    data, recording = data_of(page), read_metrics(recording_path(tmp_path / "run", 0))
+    of = recording.of_layers
+    assert of["without_replicas"].any() and (of["replicas"] <= 1).all()
+    assert values_of(data, "Replicas per rank") == rounded(of["replicas"].T)
+    share = 100 * of["without_replicas"].sum() / of["passes"].sum()
+    assert f"{share:.4g} % of microbatches had no replica" in page
+    for trace in figure_of(data, "Slots of each expert")["data"]:
+        filled = np.sum(trace["z"], axis=0)
+        assert filled[0] == 8 and (filled <= 4 * 3).all() and (np.array(trace["z"]) >= 1).all()
+    assert {row["strategy"] for row in data["what_if"]} == {"stock EP", "greedy"}
+
+
 def test_the_assessment_is_worked_out_as_it_says(folder):
     files = find_run(folder, None)
     assert files.trace is not None and files.metrics is not None

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from benchmarks import home_recipes
 from megatron_laer.telemetry.trace_events import TRACKS
 from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED
@@ -128,3 +129,22 @@ def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, path, ca
     restored = [of["fsep"]["memory_bytes"]["restored_experts"] for of in (rows, home)]
     # Of three slots, one has no home expert.
     assert restored[0] == pytest.approx(3 * restored[1])
+
+
+def test_recipes_have_a_share_of_forced_balance_by_sharding_and_constants(
+    tmp_path, monkeypatch, capsys
+):
+    flags = "--model mixtral-8x7b-e8k2 --tokens 1024 --microbatches 2"
+    monkeypatch.setattr(home_recipes, "RECIPES", (home_recipes.Recipe("small", 8, 4, flags),))
+    assert home_recipes.main(["--json", str(tmp_path / "x.json")]) == 0
+    (row,) = json.loads((tmp_path / "x.json").read_text())["recipes"]
+    assert row["simulate"] == f"--ranks 4 {flags}"
+    own, contended = row["own"], row["contention"]
+    # Stock overlaps no exchange of weights.
+    assert own["balanced_s"] == contended["balanced_s"]
+    shown = capsys.readouterr().out.splitlines()[1]
+    for sharding, slots in (("rows", {3}), ("experts", {3, 4, 5})):
+        assert 0 < contended[sharding]["share"] < own[sharding]["share"] < 1.2
+        for of in (own, contended):
+            assert of[sharding]["slots"] in slots
+            assert f" {of[sharding]['share']:.3f}" in shown
