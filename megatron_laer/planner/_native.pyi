@@ -31,6 +31,8 @@ class CostModel:
         fetch_latency_s: float,
         solve_s: float,
         least_change_s: float,
+        hidden_share: float,
+        pairs: int,
         held_N: _Int64,
         /,
     ) -> None: ...

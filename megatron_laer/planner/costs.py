@@ -46,6 +46,8 @@ _BACKWARD_GEMMS = 2
 _LAUNCHES = {ExchangeAlgorithm.FLAT: 52, ExchangeAlgorithm.NODE: 58}
 # Numbers per rank that accompany its counts in their exchange, and bytes per number.
 _BESIDE_COUNTS, _COUNT_BYTES = 3, 8
+# GEMMs around an exchange are measured a tenth to a fifth slower on cards.
+_LEAST_HIDDEN_SHARE = 0.125
 # Slack of lower bounds, above the rounding errors (about 1e-15) of the bounded times.
 _BELOW_ROUNDING = 1.0 - 1e-9
 
@@ -60,6 +62,8 @@ class CostModel:
         bytes_per_element: size of tokens, weights and gradients on the wire.
         restore_algorithm: exchange that fetches changed slots.
         tokens: exchange of tokens, and rows of hidden states per (token, expert) pair.
+        pairs_per_rank: these pairs of one rank in a microbatch, which give forecasts their unit;
+            None if not known.
     """
 
     cluster: Cluster
@@ -70,6 +74,7 @@ class CostModel:
     recompute: Recompute = Recompute.NONE
     restore_algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT
     tokens: TokenPrices = BY_RANK
+    pairs_per_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "bytes_per_element"):
@@ -287,6 +292,16 @@ class CostModel:
         return min(1.0 / self._passes, 2.0 / self.token_passes)
 
     @property
+    def hidden_share(self) -> float:
+        """Return the time that a hidden exchange takes from compute, as a part of the exchange.
+
+        It follows from the measured contention, from an eighth to all of it.
+        """
+        contention = self.cluster.contention
+        share = contention.exchange * (1.0 - 1.0 / contention.gemm)
+        return min(max(share, _LEAST_HIDDEN_SHARE), 1.0)
+
+    @property
     def token_passes(self) -> int:
         """Return the number of token All-to-Alls of forward, re-run (if any) and backward."""
         return all_to_alls(self._token_forwards)
@@ -370,6 +385,8 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         costs._exchange_latency_seconds(geometry, costs.restore_algorithm),
         costs.solve_seconds(geometry),
         costs.least_change_seconds(geometry),
+        costs.hidden_share,
+        costs.pairs_per_rank or 0,
         expert_elements_N(costs.matrices, geometry.num_ranks),
     )
 

@@ -37,6 +37,8 @@ struct CostModel {
   bool by_node;                        // how changed slots are fetched
   double fetch_latency_s;              // of all matrices
   double solve_s, least_change_s;      // constants of the shape
+  double hidden_share;  // of a hidden exchange, that the compute around it takes longer
+  int64_t pairs;        // of a rank in a microbatch; 0 if not known
   std::vector<int64_t> held_N;         // elements of one expert that each rank holds
 };
 

@@ -1,6 +1,6 @@
 // Replicas by predicted time, in numbered phases of choose_replicas():
-//   1. Bound. Where stock's placement is slower than perfect balance by less than the least exchange
-//      takes, no replica pays, and nothing else is looked at. So balanced loads get none.
+//   1. Bound. Where stock's placement is nearly balanced, or slower than perfect balance by less than
+//      the least exchange takes, no replica is made for balance. So balanced loads get none.
 //   2. Balance. Layouts are made for levels between stock's largest load and the ideal. A lower level
 //      needs more replicas. The experts' seconds under the loads that the construction assigns, of
 //      all passes, and the exchange's are compared: a replica is made only as part of a layout that
@@ -23,9 +23,9 @@ namespace {
 // Exchanges of a microbatch: two fetches and a reduce.
 constexpr int kExchanges = 3;
 
-// What an exchange that compute hides takes from it, as a part of the exchange. GEMMs beside an
-// exchange are measured a tenth to a fifth slower.
-constexpr double kHiddenShare = 0.125;
+// A placement is nearly balanced if no rank is above the mean by more than this part: the cost
+// model is not exact enough to tell if less is worth an exchange.
+constexpr int64_t kNearlyPart = 32;
 
 // Levels above the ideal, as parts of what stock's placement is above it.
 constexpr int64_t kLevelParts[] = {2, 4, 8, 16, 64};
@@ -74,7 +74,12 @@ double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t
       is_after_gate ? restore_seconds(shape, costs, slots_S) +
                           exposed_backward_seconds(shape, costs, slots_S, beside_s)
                     : exposed_seconds(shape, costs, slots_S, beside_s);
-  return exposed_s + (whole_s - exposed_s) * kHiddenShare;
+  return exposed_s + (whole_s - exposed_s) * costs.hidden_share;
+}
+
+bool is_nearly_balanced(const Shape& shape, const int64_t* node_counts_QE) {
+  const int64_t ideal = ideal_load(shape, node_counts_QE);
+  return stock_placement(shape, node_counts_QE).largest <= ideal + ideal / kNearlyPart;
 }
 
 std::vector<std::vector<int16_t>> replica_steps(const Shape& shape,
@@ -99,7 +104,7 @@ std::vector<int16_t> choose_replicas(const Shape& shape, const CostModel& costs,
   // Phases 1 and 2.
   const double ideal_s =
       costs.expert_flops * costs.gemm.least_unit_seconds(ideal_load(shape, node_counts_QE));
-  if (best_s - ideal_s > costs.fetch_latency_s) {
+  if (!is_nearly_balanced(shape, node_counts_QE) && best_s - ideal_s > costs.fetch_latency_s) {
     for (HomeLayout& layout : by_level(shape, node_counts_QE, best)) {
       const double seconds = expert_seconds(shape, costs, layout) + exchange_s(layout.slots_S);
       if (seconds >= best_s) continue;

@@ -18,6 +18,9 @@ namespace laer {
 double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s, bool is_after_gate);
 
+// Whether stock's placement balances these counts so well that no replica is worth an exchange.
+bool is_nearly_balanced(const Shape& shape, const int64_t* node_counts_QE);
+
 // Layouts between stock's placement and the best balanced one, each with more replicas than the one
 // before, for these counts or with headroom for others.
 std::vector<std::vector<int16_t>> replica_steps(const Shape& shape, const int64_t* node_counts_QE);
