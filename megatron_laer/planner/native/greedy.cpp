@@ -87,9 +87,9 @@ class Judge {
           shape_, costs_,
           totals(shape_, of.counts_NE.data(), of.node_counts_QE.data(), replicas, loads_S.data()));
       sum += layer_s;
-      sum += shape_.home > 0
-                 ? replica_seconds(shape_, costs_, slots_S.data(), of.beside_s, false)
-                 : exposed_seconds(shape_, costs_, slots_S.data(), of.beside_s);
+      // Home experts' layers differ little in time, so the neighbours take as long.
+      sum += shape_.home > 0 ? replica_seconds(shape_, costs_, slots_S.data(), layer_s, false)
+                             : exposed_seconds(shape_, costs_, slots_S.data(), of.beside_s);
     }
     return sum;
   }
