@@ -65,9 +65,7 @@ def test_a_replay_repeats_a_run_that_did_not_wait(
         " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo"
         f" --fsep-record-layouts {tmp_path}"
     )
-    replayed = run(
-        f" --expert-parallel-mode fsep --fsep-sharding rows --fsep-replay-layouts {tmp_path}"
-    )
+    replayed = run(f" --expert-parallel-mode fsep --fsep-replay-layouts {tmp_path}")
     assert recorded.probes[-1] > 0, "no layout ever changed, so nothing is shown"
     assert replayed.probes == recorded.probes
     assert identical(recorded, replayed)
