@@ -74,7 +74,7 @@ def test_weights_that_some_ranks_freeze_are_named_on_every_rank(
 
 
 def refusal(pool: RankPool, data: str, adapt: Adapt, kind: str) -> str:
-    flags = command_line(data, " --expert-parallel-mode fsep", steps=1)
+    flags = command_line(data, " --expert-parallel-mode fsep --fsep-sharding rows", steps=1)
     raised = pool.run_raw(train, flags, None, None, adapt)
     assert all(isinstance(result, Raised) for result in raised)
     assert {result.type_name for result in raised} == {kind}

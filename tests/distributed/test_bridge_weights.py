@@ -20,7 +20,7 @@ from tests.parity.flags import command_line
 
 CHECKOUT, pytestmark = checkout("MEGATRON_BRIDGE_CHECKOUT", "Megatron-Bridge 0.6")
 
-FSEP = " --expert-parallel-mode fsep --fsep-planner random"
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner random"
 QWEN3 = (
     " --lr 0 --min-lr 0 --group-query-attention --num-query-groups 2 --kv-channels 16"
     " --qk-layernorm"

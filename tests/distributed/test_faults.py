@@ -32,7 +32,7 @@ from tests.parity.compare import Distance, distance, identical
 from tests.parity.flags import command_line
 from tests.parity.row import AT_HOME, HOMES
 
-FSEP = " --expert-parallel-mode fsep"
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows"
 STATIC = FSEP + " --fsep-planner static"
 EXACT = FSEP + " --fsep-plan-mode exact"
 WAIT = FSEP + " --fsep-planner greedy --fsep-late-plan wait"

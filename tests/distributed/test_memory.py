@@ -19,7 +19,7 @@ from tests.parity.flags import command_line
 from tests.parity.row import AT_HOME, HOMES
 
 RANDOM = " --fsep-planner random"
-FSEP = " --expert-parallel-mode fsep" + RANDOM
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows" + RANDOM
 # Buffers of direct exchanges grow with an expert's replicas.
 RELAY = " --fsep-restore-algorithm node"
 
@@ -200,7 +200,10 @@ def test_buffers_stay_as_they_are_after_the_first_step(
     ranks: RankPools, text_data: str, size: int, flags: str
 ) -> None:
     command = command_line(
-        text_data, f" --expert-parallel-mode fsep --num-layers 3{flags}", global_batch=16, steps=6
+        text_data,
+        f" --expert-parallel-mode fsep --fsep-sharding rows --num-layers 3{flags}",
+        global_batch=16,
+        steps=6,
     )
     for held in ranks(size).run(held_buffers, command):
         assert len(set(held.buffer_bytes)) == 1, "steady state allocates"

@@ -18,7 +18,9 @@ from tests.parity.compare import identical
 from tests.parity.flags import command_line
 from tests.parity.row import HOMES
 
-FSEP = " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo"
+FSEP = (
+    " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner laer --fsep-cluster cpu-gloo"
+)
 NOT_AT_HOME = "not at home"
 
 
@@ -174,7 +176,9 @@ def test_a_planner_that_stops_leaves_a_run_that_a_replay_repeats(
     version = stopped.probes[-1][0]
     assert 0 < version <= 4 and stopped.probes[-3][0] == version, "the planner did not stop"
     replay = command_line(
-        text_data, f" --expert-parallel-mode fsep --fsep-replay-layouts {tmp_path}", steps=steps
+        text_data,
+        f" --expert-parallel-mode fsep --fsep-sharding rows --fsep-replay-layouts {tmp_path}",
+        steps=steps,
     )
     assert identical(stopped, ranks(2).run(train, replay)[0])
 

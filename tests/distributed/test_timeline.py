@@ -34,7 +34,7 @@ MODES = {
 def flags(data: str, extra: str, steps: int = STEPS) -> list[str]:
     return command_line(
         data,
-        " --expert-parallel-mode fsep" + extra,
+        " --expert-parallel-mode fsep --fsep-sharding rows" + extra,
         global_batch=4 * MICROBATCHES,
         steps=steps,
     )
