@@ -241,15 +241,10 @@ class FSEPConfig:
             self._check_homes()
 
     def _check_homes(self) -> None:
-        homes = f"with --fsep-sharding {self.sharding}"
-        if self.restore == Restore.STEP:
-            raise ValueError(
-                f"--fsep-restore {self.restore}: not yet {homes}; use --fsep-restore layer"
-            )
         if self.planner == _LAYS_OUT_FREELY:
             raise ValueError(
-                f"--fsep-planner {self.planner}: moves every expert, so it does not run {homes}; "
-                "use another planner, or --fsep-sharding rows"
+                f"--fsep-planner {self.planner}: moves every expert, so it does not run with "
+                f"--fsep-sharding {self.sharding}; use another planner, or --fsep-sharding rows"
             )
 
     @property
