@@ -96,16 +96,17 @@ class FSEPConfig:
 
     capacity: int | None = _option(
         None,
-        "expert slots C that every rank restores per MoE layer; default min(E, ceil(E/N) + "
-        "1), the least that always allows perfect balance, and with HybridEP the next that "
-        "makes N*C a multiple of 4",
+        "expert slots C of every rank per MoE layer; default min(E, ceil(E/N) + 1), the least "
+        "that always allows perfect balance, with experts at home up to two more where the "
+        "cost model finds them faster, and with HybridEP the next that makes N*C a multiple "
+        "of 4",
         minimum=Bound(1, "1 slot per rank"),
     )
-    sharding: Sharding = _option(
-        Sharding.ROWS,
-        "what a rank holds of the experts: rows (1/N of every expert's rows; all slots are "
-        "restored), or experts (E/N whole experts at home, as without FSEP; only the replicas "
-        "of other ranks' experts move)",
+    sharding: Sharding | Auto = _option(
+        Auto.AUTO,
+        "share of a rank: rows (1/N of every expert's rows; all slots are restored), experts "
+        "(E/N whole experts at home, as without FSEP; only replicas of other ranks' experts "
+        "move), or auto (the faster by the cost model)",
     )
     planner: str = _option(
         "greedy",
@@ -237,15 +238,18 @@ class FSEPConfig:
                 f"--fsep-plan-mode {self.mode}: fresh layouts are made for exact splits, got "
                 f"--fsep-split {self.split}; remove one of them"
             )
-        if self.sharding == Sharding.EXPERTS:
-            self._check_homes()
+        if self.sharding == Sharding.EXPERTS and self.reason_for_rows is not None:
+            raise ValueError(self.reason_for_rows)
 
-    def _check_homes(self) -> None:
-        if self.planner == _LAYS_OUT_FREELY:
-            raise ValueError(
+    @property
+    def reason_for_rows(self) -> str | None:
+        """Return why these settings need `--fsep-sharding rows`; None if they do not."""
+        if self.planner == _LAYS_OUT_FREELY and self.replay_layouts is None:
+            return (
                 f"--fsep-planner {self.planner}: moves every expert, so it does not run with "
-                f"--fsep-sharding {self.sharding}; use another planner, or --fsep-sharding rows"
+                f"--fsep-sharding {Sharding.EXPERTS}; use another planner, or --fsep-sharding rows"
             )
+        return None
 
     @property
     def mode(self) -> PlanMode:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_laer.config import FSEPConfig, PlanMode, TokenExchange
+from megatron_laer.config import Auto, FSEPConfig, PlanMode, Sharding, TokenExchange
 from megatron_laer.runtime.build import build_coordinator, current_device
 from megatron_laer.runtime.comm.collectives import raise_everywhere
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group, create_groups
@@ -45,6 +45,12 @@ class Session:
         if self._groups is None:
             raise RuntimeError(_NO_GROUPS)
         return self._groups
+
+    @property
+    def sharding(self) -> Sharding | Auto:
+        """Return the sharding in force; `auto` until the first MoE layer is built."""
+        coordinator = self.coordinator
+        return self.config.sharding if coordinator is None else coordinator.geometry.sharding
 
     def create_groups(self, expert_group: Group, create_group: Callable[..., Group]) -> None:
         """Create the FSEP groups; collective over the world. See `process_groups.create_groups`."""

@@ -46,7 +46,7 @@ HEAD = (
 )
 _RUN_FLAGS = (
     "--micro-batch-size 1 --train-iters 1 --lr 1e-4 --expert-tensor-parallel-size 1 "
-    f"--expert-model-parallel-size {RANKS} --expert-parallel-mode fsep "
+    f"--expert-model-parallel-size {RANKS} --expert-parallel-mode fsep --fsep-sharding rows "
     # Weights are not drawn, and there is no tokenizer to give a vocabulary.
     "--no-initialization --tokenizer-type NullTokenizer"
 ).split()

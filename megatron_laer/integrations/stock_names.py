@@ -254,7 +254,7 @@ def stock_layers(
 
 def _check_size_of_homes(asked: int | None) -> None:
     current = session.current()
-    if asked is None or current is None or current.config.sharding != Sharding.EXPERTS:
+    if asked is None or current is None or current.sharding != Sharding.EXPERTS:
         return
     if asked != current.groups.size:
         raise ValueError(

@@ -248,7 +248,13 @@ def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
     )
     pg_collection.fsep = groups.tokens
     model_support.check_choices(config, current.config.mode, current.config.token_exchange)
-    return current.coordinator_for(config, _seed_of_arguments(), _tokens_of_arguments(config))
+    args = _arguments()
+    seed = None if args is None else int(args.seed)
+    tokens = None if args is None else _tokens(args, config)
+    coordinator = current.coordinator_for(config, seed, tokens)
+    if args is not None:
+        args.fsep_capacity = coordinator.geometry.capacity  # `auto` may take more than the default
+    return coordinator
 
 
 def _slot_submodules(
@@ -297,22 +303,18 @@ def _stock_is_grouped(submodules: MoESubmodules) -> bool:
     return not (isinstance(builder, type) and issubclass(builder, SequentialMLP))
 
 
-def _seed_of_arguments() -> int | None:
+def _arguments() -> Any:
+    """Return the command line's arguments; None in an own loop without them."""
     from megatron.training import global_vars
 
-    return None if global_vars._GLOBAL_ARGS is None else int(global_vars.get_args().seed)
+    return None if global_vars._GLOBAL_ARGS is None else global_vars.get_args()
 
 
-def _tokens_of_arguments(config: Any) -> int | None:
-    """Return the command line's tokens per rank and microbatch; None without a command line.
+def _tokens(args: Any, config: Any) -> int:
+    """Return the tokens per rank and microbatch.
 
     Tensor parallelism splits sequences too: MoE layers train with sequence parallelism only.
     """
-    from megatron.training import global_vars
-
-    if global_vars._GLOBAL_ARGS is None:
-        return None
-    args = global_vars.get_args()
     ranks = config.context_parallel_size * config.tensor_model_parallel_size
     tokens: int = args.micro_batch_size * args.seq_length // ranks
     return max(tokens, 1)

@@ -6,6 +6,8 @@ overlap with compute. `restore_seconds` and `reduce_seconds` predict their full 
 counts. With experts at home (`home_slots`) only replicas move, and a layout without any costs
 nothing.
 
+Over 400 lines: one model, whose Python and native forms share constants.
+
 The formulas are native code (`native/costs.cpp`), which explains why all ranks get bitwise equal
 numbers. Their constants are made here.
 
@@ -16,7 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from statistics import NormalDist
 
 import numpy as np
 
@@ -26,7 +27,6 @@ from megatron_laer.config import Auto, ExchangeAlgorithm, Split
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.quotas import SplitTotals, even_split
@@ -38,6 +38,7 @@ from megatron_laer.planner.traffic import (
     reduce_traffic,
     restore_traffic,
 )
+from megatron_laer.planner.typical import typical_layout
 
 # Backward GEMMs per forward GEMM, of the same size: for the inputs and for the weights.
 _BACKWARD_GEMMS = 2
@@ -46,6 +47,8 @@ _BACKWARD_GEMMS = 2
 _LAUNCHES = {ExchangeAlgorithm.FLAT: 52, ExchangeAlgorithm.NODE: 58}
 # Numbers per rank that accompany its counts in their exchange, and bytes per number.
 _BESIDE_COUNTS, _COUNT_BYTES = 3, 8
+# GEMMs around an exchange are measured a tenth to a fifth slower on cards.
+_LEAST_HIDDEN_SHARE = 0.125
 # Slack of lower bounds, above the rounding errors (about 1e-15) of the bounded times.
 _BELOW_ROUNDING = 1.0 - 1e-9
 
@@ -59,7 +62,11 @@ class CostModel:
         gated: whether the first matrix is [2F, H] (SwiGLU) or [F, H].
         bytes_per_element: size of tokens, weights and gradients on the wire.
         restore_algorithm: exchange that fetches changed slots.
+        by_layout: whether each layout of home experts is fetched by the faster exchange;
+            `restore_algorithm` is then the one of typical loads.
         tokens: exchange of tokens, and rows of hidden states per (token, expert) pair.
+        pairs_per_rank: these pairs of one rank in a microbatch, which give forecasts their unit;
+            None if not known.
     """
 
     cluster: Cluster
@@ -69,7 +76,9 @@ class CostModel:
     bytes_per_element: int
     recompute: Recompute = Recompute.NONE
     restore_algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT
+    by_layout: bool = False
     tokens: TokenPrices = BY_RANK
+    pairs_per_rank: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "bytes_per_element"):
@@ -222,10 +231,26 @@ class CostModel:
             costs, slots_S, num_experts, node_size, home_slots, beside_s
         )
 
+    def exchanges_seconds(
+        self, layout: ExpertLayout, node_size: int, beside_s: float, home_slots: int = 0
+    ) -> float:
+        """Predict the time that a layout's restores and reduce add to a layer and microbatch.
+
+        It is their exposed time (`exposed_seconds`), and `hidden_share` of the rest.
+        """
+        way = self.restore_algorithm
+        if self.by_layout:
+            way = self.faster_exchange(layout, node_size, home_slots)
+        whole_s = 2 * self.restore_seconds(layout, node_size, way, home_slots=home_slots)
+        whole_s += self.reduce_seconds(layout, node_size, way, home_slots)
+        exposed_s = self.exposed_seconds(layout, node_size, beside_s, home_slots)
+        return exposed_s + self.hidden_share * (whole_s - exposed_s)
+
     def with_exchange(self, algorithm: ExchangeAlgorithm | Auto, geometry: Geometry) -> CostModel:
         """Return the model with this exchange; `auto` is the faster one for a typical layout.
 
-        That is the static one; with home experts, one for log-normal loads.
+        That is the static one; with home experts, one for log-normal loads, and each layout is
+        then fetched by its own faster exchange.
         """
         if algorithm == Auto.AUTO:
             chosen = self.faster_exchange(
@@ -233,7 +258,8 @@ class CostModel:
             )
         else:
             chosen = ExchangeAlgorithm(algorithm)
-        return replace(self, restore_algorithm=chosen)
+        by_layout = algorithm == Auto.AUTO and geometry.home_slots > 0
+        return replace(self, restore_algorithm=chosen, by_layout=by_layout)
 
     def faster_exchange(
         self, layout: ExpertLayout, node_size: int, home_slots: int = 0
@@ -285,6 +311,16 @@ class CostModel:
         The smaller of forward's shares of the experts' passes and of the All-to-Alls.
         """
         return min(1.0 / self._passes, 2.0 / self.token_passes)
+
+    @property
+    def hidden_share(self) -> float:
+        """Return the time that a hidden exchange takes from compute, as a part of the exchange.
+
+        It follows from the measured contention, from an eighth to all of it.
+        """
+        contention = self.cluster.contention
+        share = contention.exchange * (1.0 - 1.0 / contention.gemm)
+        return min(max(share, _LEAST_HIDDEN_SHARE), 1.0)
 
     @property
     def token_passes(self) -> int:
@@ -367,26 +403,15 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         costs.token_latency_seconds(geometry),
         costs.host_seconds(geometry),
         costs.restore_algorithm == ExchangeAlgorithm.NODE,
-        costs._exchange_latency_seconds(geometry, costs.restore_algorithm),
+        costs.by_layout,
+        costs._exchange_latency_seconds(geometry, ExchangeAlgorithm.FLAT),
+        costs._exchange_latency_seconds(geometry, ExchangeAlgorithm.NODE),
         costs.solve_seconds(geometry),
         costs.least_change_seconds(geometry),
+        costs.hidden_share,
+        costs.pairs_per_rank or 0,
         expert_elements_N(costs.matrices, geometry.num_ranks),
     )
-
-
-def typical_layout(geometry: Geometry) -> ExpertLayout:
-    """Return the layout for which exchanges are compared: static, or one with replicas.
-
-    Those are for log-normal loads, sigma 0.6, with equally many tokens on every rank.
-    """
-    if geometry.sharding == Sharding.ROWS:
-        return geometry.static_layout
-    num_ranks, num_experts = geometry.num_ranks, geometry.num_experts
-    # Quantiles, in an order that puts neither neighbours nor multiples together.
-    place_E = np.arange(num_experts) * 7919 % num_experts
-    share_E = [NormalDist(0, 0.6).inv_cdf((int(at) + 0.5) / num_experts) for at in place_E]
-    tokens_E = np.rint(1000 * np.exp(share_E)).astype(np.int64)
-    return replicate(np.tile(tokens_E, (num_ranks, 1)), geometry).layout
 
 
 def _geometry(layout: ExpertLayout, node_size: int, home_slots: int = 0) -> Geometry:

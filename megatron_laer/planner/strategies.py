@@ -70,8 +70,12 @@ def uses_costs(config: FSEPConfig) -> bool:
     return (
         (config.mode == PlanMode.ADAPTIVE and config.imbalance_tolerance is None)
         or (config.makes_plans and strategy is not None and strategy.uses_costs)
-        # A replica of an expert at home is made if it pays.
-        or (config.sharding == Sharding.EXPERTS and config.planner not in FixedPlanner)
+        or (config.sharding == Auto.AUTO and config.reason_for_rows is None)
+        # A replica of an expert at home is made if it pays, and so are further slots.
+        or (
+            config.sharding == Sharding.EXPERTS
+            and (config.planner not in FixedPlanner or config.capacity is None)
+        )
         or config.restore_algorithm == Auto.AUTO
         or config.token_exchange == Auto.AUTO
     )

@@ -58,7 +58,7 @@ def token_seconds(
 def with_token_exchange(
     costs: CostModel, exchange: TokenExchange, geometry: Geometry, top_k: int, tokens: int
 ) -> CostModel:
-    """Return the cost model with the token prices of this exchange."""
+    """Return the cost model with the token prices of this exchange, and the number of pairs."""
     prices = BY_RANK
     if exchange == TokenExchange.NODE:
         crossings = _crossings(geometry, top_k, tokens)
@@ -70,7 +70,7 @@ def with_token_exchange(
             intra_rows / leaving_pairs if leaving_pairs else 1.0,
             inter_rows / inter_pairs if inter_pairs else 1.0,
         )
-    return replace(costs, tokens=prices)
+    return replace(costs, tokens=prices, pairs_per_rank=tokens * top_k)
 
 
 def _crossings(

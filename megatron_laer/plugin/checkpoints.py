@@ -46,7 +46,7 @@ def _mark_buffers(sharded_state_dict: Any, current: session.Session | None) -> b
     A rank's slices of all experts have as many elements as stock's whole experts. Without the mark,
     one kind would silently be read into the other. Buffers of experts at home are stock's.
     """
-    if current is None or not current.has_groups or current.config.sharding != Sharding.ROWS:
+    if current is None or not current.has_groups or current.sharding != Sharding.ROWS:
         return False
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedBase

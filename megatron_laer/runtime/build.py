@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from megatron_laer.choices import Recompute, Sharding
 from megatron_laer.config import (
@@ -21,9 +23,10 @@ from megatron_laer.config import (
 )
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.geometry import Geometry, resolve_geometry
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.exchange import Exchange, flat_exchange, node_exchange
@@ -35,6 +38,7 @@ from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.measurements import Measurements
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
+from megatron_laer.runtime.planning.layout_recording import recorded_geometry, recording_path
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
@@ -71,23 +75,26 @@ def build_coordinator(
     device: torch.device,
 ) -> Coordinator:
     """Build the coordinator of one rank; `tokens` per rank and microbatch are priced if given."""
-    num_experts = transformer_config.num_moe_experts
-    geometry = resolve_geometry(
-        num_experts,
-        groups.size,
-        config.capacity,
-        groups.node_size,
-        sharding=config.sharding,
-        multiple=slots_multiple(transformer_config),
-    )
+    top_k, tokens = transformer_config.moe_router_topk, tokens or _TOKENS
     costs = layer_costs(config, transformer_config, device)
-    top_k = transformer_config.moe_router_topk
-    tokens = tokens or _TOKENS
-    exchange = token_exchange(config, costs, geometry, top_k, tokens)
-    if config.token_exchange == Auto.AUTO and groups.rank == groups.index == 0:
-        logger.info("FSEP: --fsep-token-exchange %s is %s", config.token_exchange, exchange)
-    costs = with_token_exchange(costs, exchange, geometry, top_k, tokens)
-    chosen = costs.with_exchange(config.restore_algorithm, geometry)
+
+    def priced(geometry: Geometry) -> CostModel:
+        exchange = token_exchange(config, costs, geometry, top_k, tokens)
+        of_tokens = with_token_exchange(costs, exchange, geometry, top_k, tokens)
+        return of_tokens.with_exchange(config.restore_algorithm, geometry)
+
+    config = _as_recorded(config, groups)
+    shape = groups.size, transformer_config.num_moe_experts, groups.node_size
+    choice, compared = choose_geometry(config, shape, slots_multiple(transformer_config), priced)
+    geometry, chosen = choice.geometry, choice.costs
+    exchange = chosen.tokens.exchange
+    if groups.rank == groups.index == 0:
+        if config.sharding == Auto.AUTO:
+            why = " against ".join(map(str, compared)) or "the only one that fits"
+            logger.info("FSEP: --fsep-sharding auto is %s: %s", geometry.sharding, why)
+        if config.token_exchange == Auto.AUTO:
+            logger.info("FSEP: --fsep-token-exchange auto is %s", exchange)
+    config = replace(config, sharding=geometry.sharding, capacity=geometry.capacity)
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts, as forecast ones, are kept after the gate.
     at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode
@@ -112,8 +119,8 @@ def build_coordinator(
         streams, device, holds_step=schedule.holds_step, home_slots=geometry.home_slots
     )
     scheduler = Scheduler(schedule, streams, experts, pass_layouts)
-    priced = {"top_k": top_k, "tokens_per_rank": tokens}
-    measurements = Measurements(config, groups, guard, streams, priced)
+    tokens_priced = {"top_k": top_k, "tokens_per_rank": tokens}
+    measurements = Measurements(config, groups, guard, streams, tokens_priced)
     planner = MicrobatchPlanner(
         groups,
         device,
@@ -141,6 +148,22 @@ def build_coordinator(
     )
 
 
+def _as_recorded(config: FSEPConfig, groups: FSEPGroups) -> FSEPConfig:
+    """Return the config with the recording's sharding and slots, where layouts are replayed."""
+    if config.replay_layouts is None or config.sharding != Auto.AUTO:
+        return config
+    found: list[Geometry | None] = [None]
+    if groups.rank == 0:
+        found = [recorded_geometry(recording_path(config.replay_layouts, groups.index))]
+    dist.broadcast_object_list(found, src=groups.planner_rank, group=groups.tokens)
+    (recorded,) = found
+    if recorded is None:
+        return config
+    return replace(
+        config, sharding=recorded.sharding, capacity=config.capacity or recorded.capacity
+    )
+
+
 def token_exchange(
     config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int, tokens: int
 ) -> TokenExchange:
@@ -156,10 +179,10 @@ def make_exchange(
     is_flat = costs.restore_algorithm == ExchangeAlgorithm.FLAT
     if config.sharding == Sharding.ROWS:
         return flat_exchange(groups) if is_flat else node_exchange(groups, dtype)
-    if config.restore_algorithm != Auto.AUTO and is_flat:
+    if is_flat and not costs.by_layout:
         return DirectExchange(groups)
     relay = RelayExchange(groups, node_exchange(groups, dtype))
-    if config.restore_algorithm != Auto.AUTO:
+    if not costs.by_layout:
         return relay
 
     @lru_cache(maxsize=_LAYOUTS)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 
-from megatron_laer.config import FSEPConfig, OverlapScheduler
+from megatron_laer.config import FSEPConfig, OverlapScheduler, Sharding
 from megatron_laer.environment import CONNECTIONS
 from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
@@ -76,13 +76,16 @@ def problems(args: Namespace, config: FSEPConfig) -> list[str]:
 
 
 def geometry(args: Namespace, config: FSEPConfig) -> Geometry:
-    """Return the geometry of the MoE layers, with a node size of 1: it is not known yet."""
+    """Return the geometry of the MoE layers, with a node size of 1: it is not known yet.
+
+    Nor is what `auto` takes; any number of slots for it fits rows.
+    """
     return resolve_geometry(
         args.num_experts,
         args.expert_model_parallel_size,
         config.capacity,
         1,
-        sharding=config.sharding,
+        sharding=Sharding.EXPERTS if config.sharding == Sharding.EXPERTS else Sharding.ROWS,
         multiple=slots_multiple(args),
         flags=("--fsep-capacity", "--fsep-node-size"),
     )

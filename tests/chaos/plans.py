@@ -13,7 +13,7 @@ from tests.parity.flags import command_line
 
 STEPS, SAVE_EVERY = 18, 4
 
-_WAIT = "--expert-parallel-mode fsep --fsep-late-plan wait"
+_WAIT = "--expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait"
 _ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
 _LAER = "--fsep-planner laer --fsep-cluster cpu-gloo --fsep-plan-lag 2"
 

@@ -21,7 +21,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from tests.faults.injected import current_step
 from tests.parity.flags import command_line
 
-FSEP = " --expert-parallel-mode fsep"
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows"
 OTHER_NUMPY = "0.0.other"
 
 

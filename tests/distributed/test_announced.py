@@ -385,7 +385,9 @@ def test_a_run_without_announcements_ends_at_its_first_step(
     ranks: RankPools, text_data: str
 ) -> None:
     command = command_line(
-        text_data, "--expert-parallel-mode fsep --fsep-plan-mode announced", steps=2
+        text_data,
+        "--expert-parallel-mode fsep --fsep-sharding rows --fsep-plan-mode announced",
+        steps=2,
     )
     for result in ranks(2).run_raw(train, command):
         assert result.type_name == "ValueError", result.traceback

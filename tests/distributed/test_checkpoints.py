@@ -28,7 +28,7 @@ from tests.parity.flags import command_line
 from tests.parity.row import REPLICAS_PAY
 from tests.parity.rows import HYBRID_MTP as HYBRID
 
-FSEP = " --expert-parallel-mode fsep --fsep-planner static"
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner static"
 HOMES = " --expert-parallel-mode fsep --fsep-planner random --fsep-sharding experts"
 WEIGHTS_ONLY = " --no-load-optim --no-load-rng --finetune"
 TORCH_DIST = " --ckpt-format torch_dist"
@@ -258,7 +258,7 @@ def layouts_in_force(_: list[torch.nn.Module]) -> Any:
     return coordinator.layouts.version, [layout.to_list() for layout in coordinator.layouts.layouts]
 
 
-PLANNED = " --expert-parallel-mode fsep --fsep-late-plan wait"
+PLANNED = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait"
 INTERRUPTED = {
     "greedy, adaptive": (4, PLANNED),
     "laer, forecast, two plans on their way": (

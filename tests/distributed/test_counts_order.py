@@ -92,7 +92,8 @@ def test_the_host_waits_for_counts_once_shared_experts_are_enqueued(
     flags, forward, rerun = CASES[case]
     command = command_line(
         text_data,
-        " --expert-parallel-mode fsep --eval-interval 2 --eval-iters 1" + flags,
+        " --expert-parallel-mode fsep --fsep-sharding rows --eval-interval 2 --eval-iters 1"
+        + flags,
         experts=4,
         global_batch=8,
         steps=2,
@@ -110,7 +111,9 @@ def test_the_host_waits_for_counts_once_shared_experts_are_enqueued(
 def test_every_bit_is_that_of_the_order_with_graphs_which_is_stocks(
     ranks: RankPools, text_data: str
 ) -> None:
-    command = command_line(text_data, " --expert-parallel-mode fsep" + SHARED, experts=4, steps=4)
+    command = command_line(
+        text_data, " --expert-parallel-mode fsep --fsep-sharding rows" + SHARED, experts=4, steps=4
+    )
     runs = [ranks(2).run(observed, command, setting) for setting in ("none", "transformer_engine")]
     assert [runs[0][rank][0] for rank in (0, 1)] == [COVERED * 2 * 4] * 2
     assert [runs[1][rank][0] for rank in (0, 1)] == [[SHARE, *PLAIN] * 2 * 4] * 2

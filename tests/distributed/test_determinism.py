@@ -50,7 +50,10 @@ def run(ranks: RankPools, text_data: str) -> Callable[[str], Record]:
 def test_two_runs_that_wait_for_plans_are_bitwise_equal(
     run: Callable[[str], Record], planner: str
 ) -> None:
-    first, second = (run(" --expert-parallel-mode fsep" + WAIT.format(planner)) for _ in range(2))
+    first, second = (
+        run(" --expert-parallel-mode fsep --fsep-sharding rows" + WAIT.format(planner))
+        for _ in range(2)
+    )
     assert first.probes[-1] == STEPS - 1, "every step but the first has a plan from the one before"
     assert identical(first, second)
 
@@ -72,7 +75,7 @@ def test_a_replay_repeats_a_run_that_did_not_wait(
     "planner", ["random", "laer --fsep-cluster cpu-gloo --fsep-late-plan wait"]
 )
 def test_evaluation_changes_no_later_loss(run: Callable[[str], Record], planner: str) -> None:
-    fsep = f" --expert-parallel-mode fsep --fsep-planner {planner}"
+    fsep = f" --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner {planner}"
     with_evaluation = run(fsep + " --eval-interval 3 --eval-iters 2")
     without = run(fsep)
     assert len(with_evaluation.eval_losses) >= 3
@@ -103,7 +106,7 @@ def test_a_bad_recording_is_refused_on_every_rank(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     flags = partial(command_line, text_data, steps=3)
-    fsep = " --expert-parallel-mode fsep"
+    fsep = " --expert-parallel-mode fsep --fsep-sharding rows"
     planned = " --fsep-cluster cpu-gloo --fsep-planner laer --fsep-late-plan wait"
     ranks(2).run(train, flags(f"{fsep}{planned} --fsep-record-layouts {tmp_path}"))
     path = tmp_path / "group-0.jsonl"
@@ -133,7 +136,7 @@ def test_one_groups_bad_recording_stops_the_other_groups_too(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     flags = partial(command_line, text_data, global_batch=8, steps=3)
-    fsep = " --expert-parallel-mode fsep"
+    fsep = " --expert-parallel-mode fsep --fsep-sharding rows"
     record = f" --fsep-record-layouts {tmp_path}"
     ranks(4).run(train, flags(fsep + record))
     (tmp_path / "group-1.jsonl").write_text("{}")
@@ -176,7 +179,7 @@ def test_a_rerun_under_a_checkpoint_keeps_the_first_passes_routing(
     recompute = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 2"
     flags = command_line(
         text_data,
-        " --expert-parallel-mode fsep --fsep-planner random" + recompute,
+        " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner random" + recompute,
         global_batch=8,
         steps=5,
     )

@@ -274,7 +274,10 @@ def test_every_layers_dispatcher_is_told_of_every_steps_end(
 ) -> None:
     steps, layers = 3, 2
     command = command_line(
-        text_data, " --expert-parallel-mode fsep" + DEEPEP, experts=4, steps=steps
+        text_data,
+        " --expert-parallel-mode fsep --fsep-sharding rows" + DEEPEP,
+        experts=4,
+        steps=steps,
     )
     assert ranks(2).run(count_ends, command) == [steps * layers] * 2
 

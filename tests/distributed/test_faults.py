@@ -31,7 +31,7 @@ from tests.faults.jobs import output_of, run_job, steps_of
 from tests.parity.compare import Distance, distance, identical
 from tests.parity.flags import command_line
 
-FSEP = " --expert-parallel-mode fsep"
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows"
 STATIC = FSEP + " --fsep-planner static"
 EXACT = FSEP + " --fsep-plan-mode exact"
 WAIT = FSEP + " --fsep-planner greedy --fsep-late-plan wait"

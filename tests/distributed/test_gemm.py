@@ -10,7 +10,7 @@ from megatron_laer.cpu.training import train
 from tests.messages import messages
 from tests.parity.flags import command_line
 
-FSEP = " --expert-parallel-mode fsep --ckpt-format torch_dist"
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows --ckpt-format torch_dist"
 
 
 def command(text_data: str, steps: int, extra: str) -> list[str]:

@@ -15,7 +15,7 @@ from megatron_laer.cpu.weights import Tensors
 from tests.parity.flags import command_line
 from tests.parity.rows import HYBRID
 
-FSEP = " --expert-parallel-mode fsep --fsep-planner static"
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner static"
 
 
 @pytest.fixture(scope="module")

@@ -69,7 +69,7 @@ def test_ranks_launch_in_orders_that_agree(ranks: RankPools, text_data: str, cas
     group, extra = CASES[case]
     flags = command_line(
         text_data,
-        " --micro-batch-size 1 --expert-parallel-mode fsep" + extra,
+        " --micro-batch-size 1 --expert-parallel-mode fsep --fsep-sharding rows" + extra,
         expert_parallel=group,
         global_batch=8,
         steps=2,
@@ -138,7 +138,11 @@ def test_a_layer_exchanges_tokens_as_often_as_it_is_priced(
     ranks: RankPools, text_data: str, extra: str
 ) -> None:
     flags = command_line(
-        text_data, " --expert-parallel-mode fsep" + extra, experts=4, global_batch=8, steps=2
+        text_data,
+        " --expert-parallel-mode fsep --fsep-sharding rows" + extra,
+        experts=4,
+        global_batch=8,
+        steps=2,
     )
     for launched, priced in ranks(2).run(exchanges_of, flags):
         # Hidden states are dispatched with their probabilities, and combined without.

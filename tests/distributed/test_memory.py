@@ -14,7 +14,7 @@ from megatron_laer.cpu.training import train
 from tests.parity.flags import command_line
 
 RANDOM = " --fsep-planner random"
-FSEP = " --expert-parallel-mode fsep" + RANDOM
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows" + RANDOM
 
 
 def expert_state_bytes(command: list[str]) -> tuple[int, int]:
@@ -183,7 +183,10 @@ def test_buffers_stay_as_they_are_after_the_first_step(
     ranks: RankPools, text_data: str, size: int, flags: str
 ) -> None:
     command = command_line(
-        text_data, f" --expert-parallel-mode fsep --num-layers 3{flags}", global_batch=16, steps=6
+        text_data,
+        f" --expert-parallel-mode fsep --fsep-sharding rows --num-layers 3{flags}",
+        global_batch=16,
+        steps=6,
     )
     for held in ranks(size).run(held_buffers, command):
         assert len(set(held.buffer_bytes)) == 1, "steady state allocates"

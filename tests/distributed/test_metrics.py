@@ -30,7 +30,7 @@ def test_balance_and_planning_are_in_tensorboard(
 
     command = command_line(
         text_data,
-        " --expert-parallel-mode fsep --fsep-late-plan wait --log-interval 2"
+        " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait --log-interval 2"
         f" --tensorboard-dir {tmp_path} --fsep-record-metrics {tmp_path / 'recorded'}" + flags,
         global_batch=4 * MICROBATCHES,
         steps=STEPS,
@@ -95,7 +95,9 @@ def test_balance_and_planning_are_in_tensorboard(
 def test_recording_metrics_changes_no_bit(ranks: RankPools, text_data: str, tmp_path: Path) -> None:
     def trained(extra: str) -> Record:
         command = command_line(
-            text_data, " --expert-parallel-mode fsep --fsep-late-plan wait" + extra, steps=3
+            text_data,
+            " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait" + extra,
+            steps=3,
         )
         return ranks(2).run(train, command)[0]
 

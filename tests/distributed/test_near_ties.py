@@ -150,7 +150,9 @@ def searched(ranks: RankPools, text_data: str) -> Search:
     for seed in SEEDS:
         reference = reference_of(partial(train, seed))
         for layouts in LAYOUTS:
-            again = partial(train, seed, f" --expert-parallel-mode fsep {layouts}")
+            again = partial(
+                train, seed, f" --expert-parallel-mode fsep --fsep-sharding rows {layouts}"
+            )
             found = compare(f"{layouts}, seed {seed}", again, again(), reference)
             excess[found.name] = found.excess
             if found.leaves:

@@ -36,7 +36,8 @@ def command(old: Path, *more: object, fsep: bool = True) -> list[str]:
     flags = (FOLDER / "flags.txt").read_text().split()
     assert tuple(flags[-len(FSEP) :]) == FSEP
     data = f"--data-path {old / 'text'} --data-cache-path {old / 'cache'} --train-iters {STEPS}"
-    return [*flags[: -len(FSEP)], *(FSEP if fsep else ()), *data.split(), *map(str, more)]
+    ours = (*FSEP, "--fsep-sharding", "rows") if fsep else ()  # there was no other one
+    return [*flags[: -len(FSEP)], *ours, *data.split(), *map(str, more)]
 
 
 def entries(path: Path) -> list[dict[str, Any]]:

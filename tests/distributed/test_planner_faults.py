@@ -17,7 +17,9 @@ from megatron_laer.runtime.planning import layout_sources
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 
-FSEP = " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo"
+FSEP = (
+    " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner laer --fsep-cluster cpu-gloo"
+)
 
 
 def flags(data: str, steps: int, extra: str = "") -> list[str]:
@@ -165,7 +167,9 @@ def test_a_planner_that_stops_leaves_a_run_that_a_replay_repeats(
     version = stopped.probes[-1][0]
     assert 0 < version <= 4 and stopped.probes[-3][0] == version, "the planner did not stop"
     replay = command_line(
-        text_data, f" --expert-parallel-mode fsep --fsep-replay-layouts {tmp_path}", steps=steps
+        text_data,
+        f" --expert-parallel-mode fsep --fsep-sharding rows --fsep-replay-layouts {tmp_path}",
+        steps=steps,
     )
     assert identical(stopped, ranks(2).run(train, replay)[0])
 

@@ -75,6 +75,9 @@ def test_indexes_are_built_where_nothing_waits_for_them(
     ranks: RankPools, text_data: str, flags: str, expected: set[str]
 ) -> None:
     command = command_line(
-        text_data, f"--expert-parallel-mode fsep {flags}", global_batch=16, steps=4
+        text_data,
+        f"--expert-parallel-mode fsep --fsep-sharding rows {flags}",
+        global_batch=16,
+        steps=4,
     )
     assert ranks(2).run(places_of_builds, command) == [expected] * 2

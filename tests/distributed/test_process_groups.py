@@ -198,7 +198,7 @@ def test_auto_goes_through_nodes_where_links_inside_are_faster(
     # A node holds each expert twice, so half of the bytes need not cross.
     command = command_line(
         text_data,
-        " --expert-parallel-mode fsep --fsep-planner static --fsep-capacity 4"
+        " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner static --fsep-capacity 4"
         f" --fsep-node-size 2 --fsep-restore-algorithm auto --fsep-cluster {cluster}",
         experts=4,
         expert_parallel=4,

@@ -31,7 +31,10 @@ FILES = {
 def flags(data: str, folder: Path, recordings: list[str], extra: str = "") -> list[str]:
     recorded = " ".join(f"{flag} {folder / flag.lstrip('-')}" for flag in recordings)
     return command_line(
-        data, f" --expert-parallel-mode fsep --fsep-late-plan wait {recorded} {extra}", steps=STEPS
+        data,
+        " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait"
+        f" {recorded} {extra}",
+        steps=STEPS,
     )
 
 
@@ -98,7 +101,7 @@ def test_a_replay_over_its_own_recording_is_refused_on_every_rank(
     before = contents(used)
     command = command_line(
         text_data,
-        f" --expert-parallel-mode fsep --fsep-replay-layouts {old.parent}"
+        f" --expert-parallel-mode fsep --fsep-sharding rows --fsep-replay-layouts {old.parent}"
         f" --fsep-record-layouts {new.parent}",
         steps=STEPS,
     )

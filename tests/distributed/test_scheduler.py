@@ -63,7 +63,10 @@ CASES = DAILY | NIGHTLY
 def command(data: str, batch: int, steps: int, extra: str) -> list[str]:
     planner = "" if EXACT in extra or ADAPTIVE in extra else " --fsep-planner random"
     return command_line(
-        data, f" --expert-parallel-mode fsep{planner}{extra}", global_batch=batch, steps=steps
+        data,
+        f" --expert-parallel-mode fsep --fsep-sharding rows{planner}{extra}",
+        global_batch=batch,
+        steps=steps,
     )
 
 

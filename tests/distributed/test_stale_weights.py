@@ -54,7 +54,8 @@ def test_the_guard_is_what_keeps_restored_weights_fresh(
     def command(extra: str) -> list[str]:
         return command_line(text_data, OVERLAP + extra, global_batch=8, steps=STEPS)
 
-    fsep = f" --expert-parallel-mode fsep --fsep-planner random --fsep-scheduler {scheduler}"
+    fsep = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner random"
+    fsep += f" --fsep-scheduler {scheduler}"
     pool = ranks(4)
     stock = pool.run(train, command(""))[0]
     unguarded = pool.run(train_unguarded, command(fsep))[0]

@@ -22,7 +22,7 @@ from tests.parity.flags import command_line
 Chunk = torch.nn.Module
 Given = tuple[str, torch.Tensor]
 
-FSEP = " --expert-parallel-mode fsep --fsep-planner random"
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner random"
 
 
 def flags_of(data: str, extra: str = "") -> list[str]:

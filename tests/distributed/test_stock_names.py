@@ -32,7 +32,7 @@ PAGE = documents.ROOT / "docs" / "checkpoints.md"
 Chunk = torch.nn.Module
 Given = tuple[str, torch.Tensor]
 
-FSEP = " --expert-parallel-mode fsep --fsep-planner random"
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner random"
 STILL = " --lr 0 --min-lr 0"
 MIXTRAL = " --group-query-attention --num-query-groups 2"
 QWEN3 = " --bf16 --group-query-attention --num-query-groups 2 --kv-channels 16 --qk-layernorm"

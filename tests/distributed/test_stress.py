@@ -44,7 +44,9 @@ class Case:
         replicas = self.ranks // (2 if VIRTUAL in self.flags else 1)
         return command_line(
             data,
-            " --micro-batch-size 1 --expert-parallel-mode fsep" + self.flags + extra,
+            " --micro-batch-size 1 --expert-parallel-mode fsep --fsep-sharding rows"
+            + self.flags
+            + extra,
             expert_parallel=self.group,
             global_batch=self.microbatches * replicas,
             steps=seeds * STEPS_PER_SEED,

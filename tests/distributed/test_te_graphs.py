@@ -20,7 +20,7 @@ from tests.parity.rows import DIST_OPT, MOE_RECOMPUTE, PIPELINE, RANDOM
 from tests.te_graphs import train_graphed
 
 STEPS, WARMUP = 5, 2
-FSEP = " --expert-parallel-mode fsep" + RANDOM
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows" + RANDOM
 WORD = " --fsep-allow-unproven te-graphs"
 GRAPHS = (
     f"{WORD} --cuda-graph-impl transformer_engine"

@@ -28,7 +28,7 @@ FORECAST = " --fsep-plan-mode forecast"
 def flags(data: str, extra: str, steps: int = STEPS) -> list[str]:
     return command_line(
         data,
-        " --expert-parallel-mode fsep --fsep-late-plan wait" + extra,
+        " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait" + extra,
         global_batch=4 * MICROBATCHES,
         steps=steps,
     )

@@ -234,7 +234,8 @@ def rows_unpacked(flags: list[str]) -> int:
 def test_experts_in_megatrons_loop_keep_rows(ranks: RankPools, text_data: str, flags: str) -> None:
     command = command_line(
         text_data,
-        " --expert-parallel-mode fsep --fsep-node-size 1 --fsep-token-exchange node" + flags,
+        " --expert-parallel-mode fsep --fsep-sharding rows --fsep-node-size 1"
+        " --fsep-token-exchange node" + flags,
         steps=3,
     )
     assert ranks(2).run(rows_unpacked, command) == [3 * 2] * 2

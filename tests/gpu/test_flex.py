@@ -29,7 +29,8 @@ FLAGS = f"""
     --untie-embeddings-and-output-weights --bf16 --num-experts 8 --moe-router-topk 2
     --moe-router-load-balancing-type none --moe-router-dtype fp32
     --moe-shared-expert-intermediate-size 256
-    --expert-model-parallel-size 2 --expert-parallel-mode fsep --fsep-planner random
+    --expert-model-parallel-size 2 --expert-parallel-mode fsep --fsep-sharding rows
+    --fsep-planner random
     --fsep-capacity 6
     --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --seed 1234 --split 90,10,0
     --micro-batch-size 2 --global-batch-size 8 --train-iters {STEPS} --num-workers 0

@@ -33,7 +33,8 @@ FLAGS = f"""
     --untie-embeddings-and-output-weights --transformer-impl transformer_engine --bf16
     --num-experts 8 --moe-ffn-hidden-size 512 --moe-router-topk 2 --moe-layer-freq ([0]*1+[1]*2)
     --moe-shared-expert-intermediate-size 256 --moe-router-load-balancing-type none
-    --expert-model-parallel-size 2 --expert-parallel-mode fsep --fsep-planner random
+    --expert-model-parallel-size 2 --expert-parallel-mode fsep --fsep-sharding rows
+    --fsep-planner random
     --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --seed 1234 --split 90,10,0
     --micro-batch-size 2 --global-batch-size 8 --train-iters {STEPS} --num-workers 0
     --log-interval 1 --eval-iters 0 --eval-interval 1000 --logging-level 20

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.planner.geometry import Geometry
@@ -67,10 +68,8 @@ def change_seconds(
     """Return the seconds of the solve and of fetching the changed slots; 0 for the same layout."""
     if before == after:
         return 0.0
-    changed_S = changed_slots(before, after)
-    fetch_s = costs.restore_seconds(
-        after, geometry.node_size, costs.restore_algorithm, changed_S, geometry.home_slots
-    )
+    changed_S, size, home = changed_slots(before, after), geometry.node_size, geometry.home_slots
+    fetch_s = costs.restore_seconds(after, size, _way(costs, after, size, home), changed_S, home)
     return fetch_s + costs.solve_seconds(geometry)
 
 
@@ -78,12 +77,19 @@ def exposed_seconds(
     costs: CostModel, layout: ExpertLayout, node_size: int, beside_s: float, home_slots: int = 0
 ) -> tuple[float, float]:
     """Return the exposed seconds next to a layer of `beside_s`, of both passes and of backward."""
-    restore_s = costs.restore_seconds(
-        layout, node_size, costs.restore_algorithm, home_slots=home_slots
-    )
+    way = _way(costs, layout, node_size, home_slots)
+    restore_s = costs.restore_seconds(layout, node_size, way, home_slots=home_slots)
     forward_s = max(restore_s - beside_s * costs.forward_share, 0.0)
     backward_s = max(2 * restore_s - (beside_s - beside_s * costs.forward_share), 0.0)
     return forward_s + backward_s, backward_s
+
+
+def _way(
+    costs: CostModel, layout: ExpertLayout, node_size: int, home_slots: int
+) -> ExchangeAlgorithm:
+    if costs.by_layout and home_slots:
+        return costs.faster_exchange(layout, node_size, home_slots)
+    return costs.restore_algorithm
 
 
 def _pass_seconds(costs: CostModel, totals: SplitTotals) -> float:

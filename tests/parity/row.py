@@ -15,7 +15,7 @@ from tests.parity.flags import command_line
 STEPS = 12
 LONG = 50
 
-FSEP = " --expert-parallel-mode fsep"
+FSEP = " --expert-parallel-mode fsep --fsep-sharding rows"
 AT_HOME = " --fsep-sharding experts"
 
 FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4, logged=1e-5)

@@ -61,7 +61,7 @@ SCENARIOS = {
 
 def watch(data: str, scenario: str, fault: str | None) -> Watched:
     """Train a scenario, with a fault or none; return the checker's findings on this rank."""
-    flags = "--expert-parallel-mode fsep" + SCENARIOS[scenario].flags
+    flags = "--expert-parallel-mode fsep --fsep-sharding rows" + SCENARIOS[scenario].flags
     command = command_line(data, flags, experts=4, global_batch=8, steps=3)
     broken = contextlib.nullcontext() if fault is None else TRAINING_FAULTS[fault].replaced()
     whole = mock.patch.object(training, "fresh_megatron", _synchronised)

@@ -51,10 +51,13 @@ def test_defaults_and_values_of_flags_reach_their_fields() -> None:
         ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode announced"),
         ("--fsep-grad-wire-dtype fp32", "--fsep-restore-algorithm flat"),
         ("--fsep-planner greedy", "--fsep-replay-layouts d"),
-        ("--fsep-cluster cpu-gloo", "--fsep-restore-algorithm flat --fsep-plan-mode exact"),
-        (
-            "--fsep-cluster cpu-gloo",
-            "--fsep-restore-algorithm flat --fsep-imbalance-tolerance 0.1 --fsep-planner search",
+        *(
+            ("--fsep-cluster cpu-gloo", f"--fsep-restore-algorithm flat {flags}")
+            for flags in (
+                "--fsep-sharding rows --fsep-plan-mode exact",
+                "--fsep-sharding rows --fsep-imbalance-tolerance 0.1 --fsep-planner search",
+                "--fsep-sharding experts --fsep-capacity 3 --fsep-planner random",
+            )
         ),
     ],
 )
@@ -66,8 +69,8 @@ def test_a_flag_that_others_leave_without_effect_is_an_error(idle: str, reason: 
 
 
 def test_constants_of_hardware_decide_how_tokens_go_if_nothing_else() -> None:
-    flags = "--fsep-restore-algorithm flat --fsep-plan-mode exact --fsep-cluster cpu-gloo"
-    words = ["--expert-parallel-mode", "fsep", *flags.split()]
+    flags = "--fsep-sharding rows --fsep-restore-algorithm flat --fsep-plan-mode exact"
+    words = ["--expert-parallel-mode", "fsep", *flags.split(), "--fsep-cluster", "cpu-gloo"]
     with pytest.raises(ValueError, match="no effect"):
         config_from_args(parse(*words, "--fsep-token-exchange", "node"))
     assert config_from_args(parse(*words, "--fsep-token-exchange", "auto")) is not None

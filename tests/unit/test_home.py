@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,10 +14,10 @@ from hypothesis import strategies as st
 from benchmarks.home_layouts import least_of_all
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Sharding
-from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
+from megatron_laer.config import Auto, ExchangeAlgorithm, FSEPConfig, PlanMode
 from megatron_laer.layer.dispatch.permutation import run_sizes
-from megatron_laer.planner.clusters import Link
-from megatron_laer.planner.costs import typical_layout
+from megatron_laer.planner.clusters import Contention, Link
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
@@ -22,9 +26,11 @@ from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.search import SearchStrategy
 from megatron_laer.planner.sharding import changed_slots, row_bounds
+from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
+from megatron_laer.planner.typical import typical_layout
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.oracles import costs as priced
 from tests.oracles import home as oracle
@@ -230,6 +236,9 @@ def test_the_guard_keeps_experts_at_home(
     geometry.check_layout(decision.layout)
     assert decision.quotas.loads_S.sum() == counts_NE.sum()
     assert not decision.quotas.loads_S[decision.layout.slot_expert_S == EMPTY].any()
+    # Loads that the construction assigned, where they are used, are as balanced as a flow's.
+    exact = exact_split(decision.layout, geometry.node_size).solve(counts_NE)
+    assert decision.quotas.rank_loads_N().max() == exact.rank_loads_N().max()
 
 
 def test_free_slots_bring_tokens_back_to_their_node() -> None:
@@ -261,6 +270,91 @@ def test_balanced_loads_get_no_replica(
             guard = Guard(mode, make_costs(), geometry)
             decision = guard.decide(counts_NE, geometry.static_layout)
             assert decision.layout is decision.planned_layout
+
+
+@pytest.mark.parametrize("name", ["greedy", "search"])
+def test_chance_alone_brings_no_replica(name: str) -> None:
+    """A microbatch of equally likely experts is never quite even; its forecasts are less so."""
+    geometry = Geometry(4, 8, 3, 4, Sharding.EXPERTS)
+    costs = make_costs(intra=FREE, pairs_per_rank=16384)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        counts_NE = rng.multinomial(16384, [1 / 8] * 8, size=4).astype(np.int64)
+        planned = make_strategy(name, geometry=geometry, costs=costs).plan(
+            counts_NE, geometry.static_layout
+        )
+        assert planned == geometry.static_layout
+        decision = Guard(PlanMode.EXACT, costs, geometry).decide(counts_NE, planned)
+        assert decision.layout == geometry.static_layout
+
+
+def test_a_forecast_is_priced_as_a_microbatch() -> None:
+    # The fetch takes 0.3 s, and stock's placement loads rank 0 by a third more than the others.
+    geometry = Geometry(3, 3, 2, 3, Sharding.EXPERTS)
+    loads_NE = np.array([[4, 3, 3]] * 3) * 1000
+    costs = make_costs(intra=Link(1e12, 0.1), points=((1, 1e12),))
+    for tokens, pays in ((10**4, False), (10**9, True)):
+        of_size = replace(costs, pairs_per_rank=tokens)
+        for scale in (1, 100):
+            layout = GreedyStrategy(geometry, of_size).plan(
+                loads_NE * scale, geometry.static_layout
+            )
+            assert (layout != geometry.static_layout) == pays
+
+
+def test_contention_prices_hidden_exchanges() -> None:
+    costs = make_costs()
+    assert costs.hidden_share == 0.125, "nothing was measured"
+    for gemm, exchange, share in ((1.5, 1.2, 0.4), (1.01, 1.0, 0.125), (4.0, 4.0, 1.0)):
+        cluster = replace(costs.cluster, contention=Contention(gemm, exchange))
+        assert replace(costs, cluster=cluster).hidden_share == pytest.approx(share)
+
+
+def priced_as(costs: CostModel, pairs: int) -> Callable[[Geometry], CostModel]:
+    return lambda geometry: replace(costs.with_exchange(Auto.AUTO, geometry), pairs_per_rank=pairs)
+
+
+# N, E, ranks per node; settings; the sharding that is taken, and its slots.
+SHARDINGS = [
+    ((4, 8, 4), {}, Sharding.EXPERTS, 3),
+    ((4, 8, 4), {"capacity": 5}, Sharding.EXPERTS, 5),
+    ((4, 8, 4), {"sharding": "experts"}, Sharding.EXPERTS, 3),
+    ((4, 8, 4), {"sharding": "rows"}, Sharding.ROWS, 3),
+    ((4, 8, 4), {"planner": "laer"}, Sharding.ROWS, 3),
+    ((4, 8, 4), {"capacity": 2}, Sharding.ROWS, 2),
+    ((4, 6, 4), {}, Sharding.ROWS, 3),
+    ((8, 4, 8), {}, Sharding.ROWS, 2),
+    ((1, 4, 1), {}, Sharding.ROWS, 4),
+]
+
+
+@pytest.mark.parametrize(("shape", "given_", "sharding", "capacity"), SHARDINGS)
+def test_auto_takes_homes_where_they_fit(
+    shape: tuple[int, int, int], given_: dict[str, Any], sharding: Sharding, capacity: int
+) -> None:
+    costs = make_costs(hidden=1024, ffn=4096)
+    choice, _ = choose_geometry(FSEPConfig(**given_), shape, 1, priced_as(costs, 8192))
+    assert (choice.geometry.sharding, choice.geometry.capacity) == (sharding, capacity)
+
+
+def test_auto_takes_the_faster_sharding_and_slots_that_pay() -> None:
+    """Slow links between nodes: with many tokens, locality is worth more than weights."""
+    costs = make_costs(
+        hidden=2048, ffn=1024, intra=Link(2e11, 1e-5), inter=Link(2e10, 1e-5), points=((1, 3e14),)
+    )
+    shape, found = (16, 64, 4), {}
+    for tokens in (1024, 65536):
+        for given_ in ({}, {"capacity": 5}):
+            choice, best = choose_geometry(FSEPConfig(**given_), shape, 1, priced_as(costs, tokens))
+            assert [candidate.geometry.sharding for candidate in best] == ["experts", "rows"]
+            assert str(choice) in map(str, best) and "slots: " in str(choice)
+            faster = min(best, key=lambda candidate: candidate.seconds)
+            assert choice.seconds <= faster.seconds * 1.011
+            found[tokens, "capacity" in given_] = choice.geometry
+    assert found[65536, False].capacity > 5, "a further slot brings tokens back to their node"
+    assert found[1024, False] == found[1024, True], "and does not pay for few tokens"
+    assert found[1024, True].sharding == Sharding.EXPERTS
+    assert found[65536, True].sharding == Sharding.ROWS
 
 
 def test_layouts_without_homes_are_refused() -> None:
@@ -328,11 +422,11 @@ def test_traffic_of_replicas_equals_a_count_message_by_message(
 
 
 @settings(max_examples=80)
-@given(home_geometries(), st.sampled_from(list(ExchangeAlgorithm)), st.integers(0, 2**16))
+@given(home_geometries(), st.sampled_from([*ExchangeAlgorithm, Auto.AUTO]), st.integers(0, 2**16))
 def test_native_prices_of_replicas_equal_the_plain_reference(
-    geometry: Geometry, algorithm: ExchangeAlgorithm, seed: int
+    geometry: Geometry, algorithm: ExchangeAlgorithm | Auto, seed: int
 ) -> None:
-    costs = make_costs(restore_algorithm=algorithm, hidden=7, ffn=5)
+    costs = make_costs(hidden=7, ffn=5).with_exchange(algorithm, geometry)
     layout, before = random_replicas(geometry, seed), random_replicas(geometry, seed + 1)
     size, home = geometry.node_size, geometry.home_slots
     change_s = costs.change_seconds(before, layout, size, home)
@@ -342,6 +436,8 @@ def test_native_prices_of_replicas_equal_the_plain_reference(
         expected = priced.exposed_seconds(costs, layout, size, beside_s, home)
         assert costs.exposed_seconds(layout, size, beside_s, home) == expected[0]
         assert costs.exposed_backward_seconds(layout, size, beside_s, home) == expected[1]
+        exchanges_s = costs.exchanges_seconds(layout, size, beside_s, home)
+        assert expected[0] <= exchanges_s <= costs.exchanges_seconds(layout, size, 0.0, home)
     assert costs.exposed_seconds(geometry.static_layout, size, 0.0, home) == 0.0
     guard = Guard(PlanMode.ADAPTIVE, costs, geometry)
     decision = guard.decide(counts_of("zipf", geometry, seed), before)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -116,18 +115,14 @@ def test_a_rerun_has_rows_and_their_places_again_and_sizes_only_once(
 
 
 def test_auto_is_decided_for_the_tokens_of_the_command_line() -> None:
-    from megatron.training import global_vars
-
-    from megatron_laer.layer.moe_layer import _tokens_of_arguments
+    from megatron_laer.layer.moe_layer import _tokens
 
     config, geometry = FSEPConfig(token_exchange=Auto.AUTO), Geometry(32, 128, 4, 8)
     model = SimpleNamespace(context_parallel_size=2, tensor_model_parallel_size=4)
     found = []
     for sequence in (64, 32768):
         args = SimpleNamespace(micro_batch_size=2, seq_length=sequence)
-        with mock.patch.object(global_vars, "_GLOBAL_ARGS", args):
-            tokens = _tokens_of_arguments(model)
+        tokens = _tokens(args, model)
         assert tokens == sequence // 4
         found.append(token_exchange(config, QWEN, geometry, 8, tokens))
     assert found == [RANK, NODE]
-    assert _tokens_of_arguments(model) is None, "a script has no command line"

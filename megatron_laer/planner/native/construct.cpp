@@ -4,6 +4,7 @@
 #include "construct.hpp"
 
 #include <optional>
+#include <utility>
 
 #include "home.hpp"
 #include "home_choice.hpp"
@@ -42,14 +43,18 @@ std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE
   return (take_by_node ? by_node : over_all).finish(node_counts_QE);
 }
 
-std::vector<int16_t> fresh(const Shape& shape, const CostModel* costs, const int64_t* counts_NE,
-                           const int64_t* node_counts_QE) {
+Fresh fresh(const Shape& shape, const CostModel* costs, const int64_t* counts_NE,
+            const int64_t* node_counts_QE) {
   if (shape.home > 0) {
-    return costs == nullptr ? replicate(shape, node_counts_QE, 0).slots_S
-                            : choose_replicas(shape, *costs, counts_NE, node_counts_QE);
+    HomeLayout made = costs == nullptr ? replicate(shape, node_counts_QE, 0)
+                                       : choose_replicas(shape, *costs, counts_NE, node_counts_QE);
+    // Between nodes a flow also keeps tokens in their node.
+    if (!made.is_ideal || shape.nodes() > 1) made.loads_S.clear();
+    return {std::move(made.slots_S), std::move(made.loads_S)};
   }
-  return can_balance(shape) ? construct(shape, node_counts_QE, Purpose::kNow)
-                            : proportional(shape, node_counts_QE, Purpose::kNow);
+  return {can_balance(shape) ? construct(shape, node_counts_QE, Purpose::kNow)
+                             : proportional(shape, node_counts_QE, Purpose::kNow),
+          {}};
 }
 
 }  // namespace laer

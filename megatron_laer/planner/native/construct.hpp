@@ -19,9 +19,14 @@ bool can_balance(const Shape& shape);
 // Slots for counts by node. Needs can_balance(shape).
 std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE, Purpose purpose);
 
+struct Fresh {
+  std::vector<int16_t> slots_S;
+  std::vector<int64_t> loads_S;  // whose largest is minimal; empty where a flow has to find them
+};
+
 // For these very counts and any shape: with too few slots for the theorem, replicas in proportion
-// to load. Beside home experts, replicas that pay by `costs`, or without it all that balance.
-std::vector<int16_t> fresh(const Shape& shape, const CostModel* costs, const int64_t* counts_NE,
-                           const int64_t* node_counts_QE);
+// to load. Next to home experts, replicas that pay by `costs`, or without it all that balance.
+Fresh fresh(const Shape& shape, const CostModel* costs, const int64_t* counts_NE,
+            const int64_t* node_counts_QE);
 
 }  // namespace laer

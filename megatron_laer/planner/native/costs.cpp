@@ -172,8 +172,8 @@ Busiest direct_from_home(const Shape& shape, const int16_t* before_S, const int1
 }
 
 // One restore that nothing hides, of the slots that differ from `before_S`, or of all without it.
-double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
-                       const int16_t* after_S) {
+double restore_seconds(const Shape& shape, const CostModel& costs, bool by_node,
+                       const int16_t* before_S, const int16_t* after_S) {
   const int size = shape.node_size;
   std::vector<int64_t> fetched_N(shape.ranks, 0), fetched_Q(shape.nodes(), 0);
   std::vector<int64_t> distinct_Q(shape.nodes(), 0), held_Q(shape.nodes(), 0), place_G(size, 0);
@@ -208,14 +208,14 @@ double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t
   if (shape.home > 0 && fetched == 0) return 0.0;
   // Received and sent, see planner/traffic.py for the formulas.
   Busiest busiest;
-  if (shape.home > 0 && !costs.by_node) {
+  if (shape.home > 0 && !by_node) {
     busiest = direct_from_home(shape, before_S, after_S, whole);
   } else {
     for (int rank = 0; rank < shape.ranks; ++rank) {
       const int node = rank / size;
       const int64_t held = costs.held_N[rank], place = place_G[rank % size];
       const int64_t others = fetched_Q[node] - fetched_N[rank];
-      if (costs.by_node) {
+      if (by_node) {
         busiest.note(
             fetched_N[rank] * (whole - place) + (spread_Q[node] - spread_N[rank]) * held,
             others * place + spread_N[rank] * (held_Q[node] - held),
@@ -232,11 +232,28 @@ double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t
       static_cast<double>(busiest.intra) * (costs.element_bytes / costs.intra_bytes_per_s);
   const double inter_s =
       static_cast<double>(busiest.inter) * (costs.element_bytes / costs.inter_bytes_per_s);
-  const double wire_s = costs.by_node ? intra_s + inter_s : std::max(intra_s, inter_s);
-  return wire_s + costs.fetch_latency_s;
+  return by_node ? intra_s + inter_s + costs.node_latency_s
+                 : std::max(intra_s, inter_s) + costs.flat_latency_s;
+}
+
+// The way is that of the whole layout.
+double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
+                       const int16_t* after_S) {
+  if (shape.home == 0 || !costs.by_layout) {
+    return restore_seconds(shape, costs, costs.by_node, before_S, after_S);
+  }
+  const double flat_s = restore_seconds(shape, costs, false, nullptr, after_S);
+  const double node_s = restore_seconds(shape, costs, true, nullptr, after_S);
+  if (before_S == nullptr) return std::min(flat_s, node_s);
+  return restore_seconds(shape, costs, node_s < flat_s, before_S, after_S);
 }
 
 }  // namespace
+
+double least_fetch_seconds(const CostModel& costs) {
+  if (costs.by_layout) return std::min(costs.flat_latency_s, costs.node_latency_s);
+  return costs.by_node ? costs.node_latency_s : costs.flat_latency_s;
+}
 
 double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S) {
   return restore_seconds(shape, costs, nullptr, slots_S);

@@ -35,8 +35,11 @@ struct CostModel {
   double latency_s;                    // of one pass of the token exchange
   double host_s;                       // of any microbatch, a constant of the shape
   bool by_node;                        // how changed slots are fetched
-  double fetch_latency_s;              // of all matrices
+  bool by_layout;                      // whether each layout of home experts takes the faster way
+  double flat_latency_s, node_latency_s;  // of a fetch of all matrices
   double solve_s, least_change_s;      // constants of the shape
+  double hidden_share;  // of a hidden exchange, that the compute around it takes longer
+  int64_t pairs;        // of a rank in a microbatch; 0 if not known
   std::vector<int64_t> held_N;         // elements of one expert that each rank holds
 };
 
@@ -46,6 +49,9 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
 // What no layout and no split gets below.
 double least_layer_seconds(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
                            const int64_t* node_counts_QE);
+
+// Seconds that a fetch of home experts' replicas takes at least.
+double least_fetch_seconds(const CostModel& costs);
 
 // Seconds of one restore of a layout that nothing hides.
 double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S);

@@ -50,16 +50,18 @@ std::vector<int64_t> with_headroom(const Shape& shape, const int64_t* node_count
 constexpr uint64_t kSeed = 2602;
 constexpr int kDisturbed = 4;
 
-// The forecast, in which each slot has as many tokens on average as make GEMMs fastest (a forecast
-// has no unit), and copies of it that are disturbed half as much as those of the search: a layout
-// that balances nothing but the forecast itself must not look better than it will be.
+// The forecast, as of a microbatch (a forecast has no unit; where the microbatch's size is not known,
+// each slot has as many tokens on average as make GEMMs fastest), and copies of it that are disturbed
+// half as much as those of the search: a layout that balances nothing but the forecast itself must
+// not look better than it will be.
 class Judge {
  public:
   Judge(const Shape& shape, const CostModel& costs, const int64_t* counts_NE)
       : shape_(shape), costs_(costs) {
     const int64_t size = static_cast<int64_t>(shape.ranks) * shape.experts;
     const int64_t total = std::accumulate(counts_NE, counts_NE + size, int64_t{0});
-    const int64_t wanted = shape.slots() * costs.gemm.tokens_P.back();
+    const int64_t wanted = costs.pairs > 0 ? shape.ranks * costs.pairs
+                                           : shape.slots() * costs.gemm.tokens_P.back();
     std::vector<int64_t> scaled_NE(size);
     for (int64_t i = 0; i < size; ++i) {
       const auto tokens =
@@ -85,9 +87,9 @@ class Judge {
           shape_, costs_,
           totals(shape_, of.counts_NE.data(), of.node_counts_QE.data(), replicas, loads_S.data()));
       sum += layer_s;
-      sum += shape_.home > 0
-                 ? replica_seconds(shape_, costs_, slots_S.data(), of.beside_s, false)
-                 : exposed_seconds(shape_, costs_, slots_S.data(), of.beside_s);
+      // Home experts' layers differ little in time, so the neighbours take as long.
+      sum += shape_.home > 0 ? replica_seconds(shape_, costs_, slots_S.data(), layer_s, false)
+                             : exposed_seconds(shape_, costs_, slots_S.data(), of.beside_s);
     }
     return sum;
   }
@@ -118,9 +120,12 @@ std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs
   const Judge judge(shape, costs, counts_NE);
   std::vector<int16_t> best = at_home(shape);
   double best_s = judge.seconds(best);
-  for (const std::vector<int64_t>& counts_QE :
-       {with_headroom(shape, node_counts_QE),
-        std::vector<int64_t>(node_counts_QE, node_counts_QE + shape.nodes() * shape.experts)}) {
+  std::vector<std::vector<int64_t>> wanted;
+  if (!is_nearly_balanced(shape, node_counts_QE)) {
+    wanted.push_back(with_headroom(shape, node_counts_QE));
+    wanted.emplace_back(node_counts_QE, node_counts_QE + shape.nodes() * shape.experts);
+  }
+  for (const std::vector<int64_t>& counts_QE : wanted) {
     for (std::vector<int16_t>& slots_S : replica_steps(shape, counts_QE.data())) {
       const double seconds = judge.seconds(slots_S);
       if (seconds >= best_s) continue;

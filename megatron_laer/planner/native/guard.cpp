@@ -29,10 +29,12 @@ struct Microbatch {
     return loads(Replicas(shape, slots_S));
   }
 
-  std::vector<int16_t> fresh(const CostModel* costs, const int16_t* planned_S) const {
-    std::vector<int16_t> fresh_S = laer::fresh(shape, costs, counts_NE, node_counts_QE);
-    if (shape.home == 0) match_previous(shape, planned_S, fresh_S);
-    return fresh_S;
+  // A layout for these counts, and the loads of its slots.
+  Fresh fresh(const CostModel* costs, const int16_t* planned_S) const {
+    Fresh made = laer::fresh(shape, costs, counts_NE, node_counts_QE);
+    if (shape.home == 0) match_previous(shape, planned_S, made.slots_S);
+    if (made.loads_S.empty()) made.loads_S = loads(made.slots_S.data());
+    return made;
   }
 
   double seconds(const CostModel& costs, const Replicas& replicas,
@@ -76,14 +78,13 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
   decision.cost_s = costs.least_change_s;
   decision.is_priced = true;
   if (decision.gain_s <= decision.cost_s) return;
-  std::vector<int16_t> fresh_S = microbatch.fresh(&costs, planned_S);
+  auto [fresh_S, loads_S] = microbatch.fresh(&costs, planned_S);
   decision.solved = true;
   if (std::equal(fresh_S.begin(), fresh_S.end(), planned_S)) {
     decision.is_priced = false;
     return;
   }
   const Replicas fresh(shape, fresh_S.data());
-  std::vector<int64_t> loads_S = microbatch.loads(fresh);
   decision.gain_s = kept_s - microbatch.seconds(costs, fresh, loads_S) +
                     (kept_exposed_s - exposed_s(fresh_S.data()));
   decision.cost_s = change_seconds(shape, costs, planned_S, fresh_S.data());
@@ -102,8 +103,7 @@ void by_tolerance(const Microbatch& microbatch, double tolerance, const int16_t*
   // At the bound no layout is better, whatever the tolerance; one token is N times the mean.
   if (largest == (total + ranks - 1) / ranks) return;
   if (static_cast<double>(largest * ranks) / static_cast<double>(total) <= 1.0 + tolerance) return;
-  std::vector<int16_t> fresh_S = microbatch.fresh(nullptr, planned_S);
-  std::vector<int64_t> loads_S = microbatch.loads(fresh_S.data());
+  auto [fresh_S, loads_S] = microbatch.fresh(nullptr, planned_S);
   decision.solved = true;
   if (microbatch.largest(loads_S) < largest) {
     take(decision, std::move(fresh_S), std::move(loads_S));
@@ -121,14 +121,16 @@ Decision decide(const Shape& shape, Mode mode, const CostModel& costs, double to
     case Mode::kForecast:
       decision.loads_S = microbatch.loads(planned_S);
       break;
-    case Mode::kExact:
+    case Mode::kExact: {
+      auto [fresh_S, loads_S] = microbatch.fresh(&costs, planned_S);
       decision.solved = true;
-      decision.fresh_S = microbatch.fresh(&costs, planned_S);
-      decision.loads_S = microbatch.loads(decision.fresh_S.data());
+      decision.fresh_S = std::move(fresh_S);
+      decision.loads_S = std::move(loads_S);
       if (std::equal(decision.fresh_S.begin(), decision.fresh_S.end(), planned_S)) {
         decision.fresh_S.clear();
       }
       break;
+    }
     case Mode::kByCost:
       by_cost(microbatch, costs, planned_S, decision);
       break;

@@ -1,10 +1,11 @@
 // Replicas by predicted time, in numbered phases of choose_replicas():
-//   1. Bound. Where stock's placement is slower than perfect balance by less than the least exchange
-//      takes, no replica pays, and nothing else is looked at. So balanced loads get none.
+//   1. Bound. Where stock's placement is nearly balanced, or slower than perfect balance by less than
+//      the least exchange takes, no replica is made for balance. So balanced loads get none.
 //   2. Balance. Layouts are made for levels between stock's largest load and the ideal. A lower level
-//      needs more replicas. The experts' seconds under the loads that the construction assigns, of
+//      needs more replicas. The layer's seconds under the loads that the construction assigns, of
 //      all passes, and the exchange's are compared: a replica is made only as part of a layout that
-//      removes more seconds of imbalance than its exchange takes.
+//      removes more seconds of imbalance than its exchange takes. On one node those are the
+//      experts' seconds.
 //   3. Locality, with several nodes. Free slots are filled, node by node, with the experts that most
 //      of the node's tokens want and no rank of it holds, while the layer's seconds under exact
 //      quotas, with its exchange of tokens, fall.
@@ -23,12 +24,13 @@ namespace {
 // Exchanges of a microbatch: two fetches and a reduce.
 constexpr int kExchanges = 3;
 
-// What an exchange that compute hides takes from it, as a part of the exchange. GEMMs beside an
-// exchange are measured a tenth to a fifth slower.
-constexpr double kHiddenShare = 0.125;
+// A placement is nearly balanced if no rank is above the mean by more than this part: the cost
+// model is not exact enough to tell if less is worth an exchange.
+constexpr int64_t kNearlyPart = 32;
 
-// Levels above the ideal, as parts of what stock's placement is above it.
-constexpr int64_t kLevelParts[] = {2, 4, 8, 16, 64};
+// Levels above the ideal, as parts of what stock's placement is above it: for plans, which are made
+// in the background, and after the gate, where ranks wait.
+const std::vector<int64_t> kLevelParts = {2, 4, 8, 16, 64}, kFewLevelParts = {2, 8, 32};
 
 bool has_replicas(const Shape& shape, const int16_t* slots_S) {
   for (int slot = 0; slot < shape.slots(); ++slot) {
@@ -51,10 +53,10 @@ double expert_seconds(const Shape& shape, const CostModel& costs, const HomeLayo
 
 // Layouts for lower and lower levels; those as before are left out.
 std::vector<HomeLayout> by_level(const Shape& shape, const int64_t* node_counts_QE,
-                                 const HomeLayout& stock) {
+                                 const HomeLayout& stock, const std::vector<int64_t>& level_parts) {
   std::vector<HomeLayout> layouts;
   const HomeLayout ideal = replicate(shape, node_counts_QE, 0);
-  for (int64_t parts : kLevelParts) {
+  for (int64_t parts : level_parts) {
     const int64_t above = (stock.largest - ideal.largest) / parts;
     if (above == 0) break;
     layouts.push_back(replicate(shape, node_counts_QE, ideal.largest + above));
@@ -74,34 +76,49 @@ double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t
       is_after_gate ? restore_seconds(shape, costs, slots_S) +
                           exposed_backward_seconds(shape, costs, slots_S, beside_s)
                     : exposed_seconds(shape, costs, slots_S, beside_s);
-  return exposed_s + (whole_s - exposed_s) * kHiddenShare;
+  return exposed_s + (whole_s - exposed_s) * costs.hidden_share;
+}
+
+bool is_nearly_balanced(const Shape& shape, const int64_t* node_counts_QE) {
+  const int64_t ideal = ideal_load(shape, node_counts_QE);
+  return stock_placement(shape, node_counts_QE).largest <= ideal + ideal / kNearlyPart;
 }
 
 std::vector<std::vector<int16_t>> replica_steps(const Shape& shape,
                                                 const int64_t* node_counts_QE) {
   std::vector<std::vector<int16_t>> steps;
   for (HomeLayout& layout :
-       by_level(shape, node_counts_QE, stock_placement(shape, node_counts_QE))) {
+       by_level(shape, node_counts_QE, stock_placement(shape, node_counts_QE), kLevelParts)) {
     steps.push_back(std::move(layout.slots_S));
   }
   return steps;
 }
 
-std::vector<int16_t> choose_replicas(const Shape& shape, const CostModel& costs,
-                                     const int64_t* counts_NE, const int64_t* node_counts_QE) {
+HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
+                           const int64_t* node_counts_QE) {
   HomeLayout best = stock_placement(shape, node_counts_QE);
-  const double beside_s = least_layer_seconds(shape, costs, counts_NE, node_counts_QE);
-  double best_s = expert_seconds(shape, costs, best);
-  const auto exchange_s = [&](const std::vector<int16_t>& slots_S) {
-    return replica_seconds(shape, costs, slots_S.data(), beside_s, true);
+  const auto seconds_of = [&](const std::vector<int16_t>& slots_S,
+                              const std::vector<int64_t>& loads_S) {
+    const Replicas replicas(shape, slots_S.data());
+    return layer_seconds(shape, costs,
+                         totals(shape, counts_NE, node_counts_QE, replicas, loads_S.data()));
+  };
+  const auto assigned_s = [&](const HomeLayout& layout) {
+    return shape.nodes() == 1 ? expert_seconds(shape, costs, layout)
+                              : seconds_of(layout.slots_S, layout.loads_S);
+  };
+  double best_s = assigned_s(best);
+  // The layers around this one take about as long.
+  const auto with_exchange = [&](double layer_s, const std::vector<int16_t>& slots_S) {
+    return layer_s + replica_seconds(shape, costs, slots_S.data(), layer_s, true);
   };
 
   // Phases 1 and 2.
   const double ideal_s =
       costs.expert_flops * costs.gemm.least_unit_seconds(ideal_load(shape, node_counts_QE));
-  if (best_s - ideal_s > costs.fetch_latency_s) {
-    for (HomeLayout& layout : by_level(shape, node_counts_QE, best)) {
-      const double seconds = expert_seconds(shape, costs, layout) + exchange_s(layout.slots_S);
+  if (!is_nearly_balanced(shape, node_counts_QE) && best_s - ideal_s > least_fetch_seconds(costs)) {
+    for (HomeLayout& layout : by_level(shape, node_counts_QE, best, kFewLevelParts)) {
+      const double seconds = with_exchange(assigned_s(layout), layout.slots_S);
       if (seconds >= best_s) continue;
       best_s = seconds;
       best = std::move(layout);
@@ -109,16 +126,15 @@ std::vector<int16_t> choose_replicas(const Shape& shape, const CostModel& costs,
   }
 
   // Phase 3.
-  if (shape.nodes() == 1) return best.slots_S;
+  if (shape.nodes() == 1) return best;
   const auto layer_s = [&](const std::vector<int16_t>& slots_S) {
-    const Replicas replicas(shape, slots_S.data());
     std::vector<int64_t> loads_S(shape.slots());
-    slot_loads(shape, counts_NE, node_counts_QE, replicas, loads_S.data());
-    const Totals sums = totals(shape, counts_NE, node_counts_QE, replicas, loads_S.data());
-    return layer_seconds(shape, costs, sums) + exchange_s(slots_S);
+    slot_loads(shape, counts_NE, node_counts_QE, Replicas(shape, slots_S.data()), loads_S.data());
+    return with_exchange(seconds_of(slots_S, loads_S), slots_S);
   };
   fill_while_faster(shape, node_counts_QE, layer_s, layer_s(best.slots_S), best.slots_S);
-  return best.slots_S;
+  best.is_ideal = false;  // the assigned loads are no longer those of the layout
+  return best;
 }
 
 void fill_while_faster(const Shape& shape, const int64_t* node_counts_QE,

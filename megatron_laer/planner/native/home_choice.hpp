@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "costs.hpp"
+#include "home.hpp"
 #include "shape.hpp"
 
 namespace laer {
@@ -18,13 +19,17 @@ namespace laer {
 double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s, bool is_after_gate);
 
+// Whether stock's placement balances these counts so well that no replica is worth an exchange.
+bool is_nearly_balanced(const Shape& shape, const int64_t* node_counts_QE);
+
 // Layouts between stock's placement and the best balanced one, each with more replicas than the one
 // before, for these counts or with headroom for others.
 std::vector<std::vector<int16_t>> replica_steps(const Shape& shape, const int64_t* node_counts_QE);
 
-// The fastest layout that is found for these counts, fetched after the gate.
-std::vector<int16_t> choose_replicas(const Shape& shape, const CostModel& costs,
-                                     const int64_t* counts_NE, const int64_t* node_counts_QE);
+// The fastest layout that is found for these counts, fetched after the gate. Where it is ideal, its
+// loads are those of exact quotas.
+HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
+                           const int64_t* node_counts_QE);
 
 // Fills free slots for locality, one more of each rank at a time, while `seconds`, which is `best_s`
 // for `slots_S`, becomes less.

@@ -182,8 +182,9 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            double intra_pair_bytes, double inter_pair_bytes, bool tokens_in_stages,
                            double element_bytes, double intra_bytes_per_s,
                            double inter_bytes_per_s, double latency_s, double host_s, bool by_node,
-                           double fetch_latency_s, double solve_s, double least_change_s,
-                           const Counts& held_N) {
+                           bool by_layout, double flat_latency_s, double node_latency_s,
+                           double solve_s, double least_change_s,
+                           double hidden_share, int64_t pairs, const Counts& held_N) {
   for (const auto& column_P : {seconds_P, slope_P, limit_P, best_P}) {
     check_size(column_P, tokens_P.size(), "the GEMM curve");
   }
@@ -192,7 +193,8 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
            to_vector(best_P)},
           expert_flops, forward_share, token_passes, intra_pair_bytes, inter_pair_bytes,
           tokens_in_stages, element_bytes, intra_bytes_per_s, inter_bytes_per_s, latency_s, host_s,
-          by_node, fetch_latency_s, solve_s, least_change_s, to_vector(held_N)};
+          by_node, by_layout, flat_latency_s, node_latency_s, solve_s, least_change_s, hidden_share,
+          pairs, to_vector(held_N)};
 }
 
 // The shape that the cost model is for, with this many slots.
@@ -356,7 +358,7 @@ py::array_t<int16_t> construct(const Counts& counts_NE, const Slots& current_S, 
   const laer::Shape shape = shape_of(counts_NE, current_S, node_size, home);
   if (costs != nullptr) check_costs(shape, *costs);
   return make_layout(shape, counts_NE, current_S, [&](auto counts, auto by_node) {
-    return laer::fresh(shape, costs, counts, by_node);
+    return laer::fresh(shape, costs, counts, by_node).slots_S;
   });
 }
 

@@ -26,10 +26,6 @@ constexpr int64_t kOffNodePercent = 8;
 // rank saves by locality if loads are balanced, so that these alone bring no replicas.
 constexpr int64_t kReplicaPermille = 2, kReplicaPermilleOfNodes = 25;
 
-// Stock's placement stays if a forecast loads no rank by more than this part above the mean: what
-// disturbed copies would gain is not worth an exchange.
-constexpr int64_t kBalancedPart = 64;
-
 // What a scenario scores in which all ranks carry the mean load.
 constexpr int64_t kPerfect = int64_t{1} << 20;
 
@@ -202,11 +198,8 @@ bool exchange_replicas(const Shape& shape, std::vector<int16_t>& slots_S, Random
 
 std::vector<int16_t> search(const Shape& shape, const int64_t* node_counts_QE,
                             const int16_t* current_S, const Effort& effort, uint64_t seed) {
-  if (shape.home > 0) {
-    const int64_t ideal = ideal_load(shape, node_counts_QE);
-    HomeLayout stock = stock_placement(shape, node_counts_QE);
-    if (stock.largest <= ideal + ideal / kBalancedPart) return stock.slots_S;
-  }
+  // What disturbed copies would gain is not worth an exchange.
+  if (shape.home > 0 && is_nearly_balanced(shape, node_counts_QE)) return at_home(shape);
   Random random(seed);
   const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
   const std::vector<int64_t> forecast_QE(node_counts_QE, node_counts_QE + size);

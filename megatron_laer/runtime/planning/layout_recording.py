@@ -139,6 +139,15 @@ def read_layouts(path: Path) -> Iterator[tuple[int, list[ExpertLayout]]]:
             file.seek(after)
 
 
+def recorded_geometry(path: Path) -> Geometry | None:
+    """Return the sharding and sizes of a recording, in one node; None if it cannot be read."""
+    try:
+        with open_input(path) as file:
+            return _recorded_shape(path, file.readline(MAX_TEXT_BYTES))[0].geometry
+    except (OSError, ValueError):
+        return None  # replaying reports the problem
+
+
 def recording_path(directory: str, group_index: int) -> Path:
     """Return the file of one FSEP group; each pipeline stage and data-parallel replica has one."""
     return Path(directory) / f"group-{group_index}.jsonl"

@@ -1,0 +1,108 @@
+"""Choice of `--fsep-sharding auto` and of home experts' replica slots, by predicted time.
+
+Candidates are priced for typical counts, with the planner's layout: a layer and microbatch with all
+exchanges of weights and gradients. Memory is the same but for the slots.
+
+Legend: N ranks, E experts, C slots per rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from megatron_laer.choices import Auto, FixedPlanner, OverlapScheduler, Sharding
+from megatron_laer.config import FSEPConfig
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry, resolve_geometry
+from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.typical import typical_counts_NE
+
+# Most replica slots per rank that are compared.
+_REPLICA_SLOTS = 3
+# Draws of typical counts, of which the mean counts.
+_DRAWS = 4
+# Part of a layer's time that further slots, which take memory on every rank, must save.
+_WORTH = 0.01
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Sharding and slots, their prices, and the predicted seconds of a layer and microbatch."""
+
+    geometry: Geometry
+    costs: CostModel
+    seconds: float
+
+    def __str__(self) -> str:
+        slots = f"{self.geometry.capacity} slots"
+        return f"{self.geometry.sharding} ({slots}: {self.seconds * 1e3:.3g} ms per layer)"
+
+
+def choose_geometry(
+    config: FSEPConfig,
+    shape: tuple[int, int, int],
+    multiple: int,
+    priced: Callable[[Geometry], CostModel],
+) -> tuple[Candidate, list[Candidate]]:
+    """Choose sharding and slots; return the choice, and the best candidate of each sharding.
+
+    Args:
+        shape: N, E, and ranks per node.
+        multiple: number of which N*C must be a multiple.
+        priced: returns the prices of a geometry, with its exchanges.
+    """
+    num_ranks, num_experts, node_size = shape
+
+    def geometry(sharding: Sharding, capacity: int | None) -> Geometry:
+        return resolve_geometry(
+            num_experts, num_ranks, capacity, node_size, sharding=sharding, multiple=multiple
+        )
+
+    asked = _shardings(config, num_ranks, num_experts)
+    if len(asked) == 1 and (asked[0] == Sharding.ROWS or config.capacity is not None):
+        only = geometry(asked[0], config.capacity)
+        return Candidate(only, priced(only), 0.0), []
+    best = []
+    for sharding in asked:
+        least = geometry(sharding, config.capacity)
+        found = _candidate(config, least, priced)
+        if sharding == Sharding.EXPERTS and config.capacity is None:
+            for capacity in range(least.capacity + 1, least.home_slots + _REPLICA_SLOTS + 1):
+                if capacity > num_experts or capacity * num_ranks % multiple:
+                    continue
+                more = _candidate(config, geometry(sharding, capacity), priced)
+                if more.seconds < found.seconds * (1.0 - _WORTH):
+                    found = more
+        best.append(found)
+    # Rows move every expert, and contention is seldom measured: they must be clearly faster.
+    at_home, rows = best[0], best[-1]
+    return (rows if rows.seconds < at_home.seconds * (1.0 - _WORTH) else at_home), best
+
+
+def _shardings(config: FSEPConfig, num_ranks: int, num_experts: int) -> list[Sharding]:
+    """Return the shardings to compare."""
+    if config.sharding != Auto.AUTO:
+        return [Sharding(config.sharding)]
+    home, uneven = divmod(num_experts, num_ranks)
+    has_replicas = config.capacity is None or config.capacity > home
+    if uneven or num_ranks == 1 or not has_replicas or config.reason_for_rows is not None:
+        return [Sharding.ROWS]
+    return [Sharding.EXPERTS, Sharding.ROWS]
+
+
+def _candidate(
+    config: FSEPConfig, geometry: Geometry, priced: Callable[[Geometry], CostModel]
+) -> Candidate:
+    costs, node_size = priced(geometry), geometry.node_size
+    seconds = 0.0
+    for draw in range(_DRAWS):
+        counts_NE = typical_counts_NE(geometry, costs.pairs_per_rank, draw)
+        layout = geometry.static_layout
+        if config.planner != FixedPlanner.STATIC:
+            layout = GreedyStrategy(geometry, costs).plan(counts_NE, layout)
+        layer_s = costs.layer_seconds(counts_NE, layout, node_size, config.split)
+        hiding_s = layer_s if config.scheduler == OverlapScheduler.ON else 0.0
+        seconds += layer_s
+        seconds += costs.exchanges_seconds(layout, node_size, hiding_s, geometry.home_slots)
+    return Candidate(geometry, costs, seconds / _DRAWS)

@@ -1,0 +1,46 @@
+"""Typical loads, for choices that are made once, before anything is observed.
+
+They are log-normal, sigma 0.6, the same on every rank and machine.
+
+Legend: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+from statistics import NormalDist
+
+import numpy as np
+
+from megatron_laer.arrays import Int64
+from megatron_laer.choices import Sharding
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.home import replicate
+from megatron_laer.planner.layout import ExpertLayout
+
+_SIGMA = 0.6
+# Tokens of a mean expert on a rank, where the number is of no account.
+_TOKENS = 1000
+
+
+def typical_counts_NE(
+    geometry: Geometry, pairs_per_rank: int | None = None, draw: int = 0
+) -> Int64:
+    """Return counts [N, E] that add up to about `pairs_per_rank` on each rank.
+
+    Draws have the same loads, of other experts.
+    """
+    num_experts = geometry.num_experts
+    normal = NormalDist(0, _SIGMA)
+    share_E = np.exp([normal.inv_cdf((e + 0.5) / num_experts) for e in range(num_experts)])
+    # Raw words: NumPy promises stable streams for these alone.
+    order_E = np.argsort(np.random.PCG64(draw).random_raw(num_experts), kind="stable")
+    unit = (pairs_per_rank or _TOKENS * num_experts) / share_E.sum()
+    counts_E = np.rint(unit * share_E[order_E]).astype(np.int64)
+    return np.tile(counts_E, (geometry.num_ranks, 1))
+
+
+def typical_layout(geometry: Geometry) -> ExpertLayout:
+    """Return the layout for which exchanges are compared: static, or one with replicas."""
+    if geometry.sharding == Sharding.ROWS:
+        return geometry.static_layout
+    return replicate(typical_counts_NE(geometry), geometry).layout
