@@ -295,10 +295,6 @@ def _check(args: argparse.Namespace) -> None:
             f"--restore step keeps layouts over a step, got --mode {' '.join(args.mode)}; give "
             f"--mode {PlanMode.FORECAST}"
         )
-    if args.sharding == Sharding.EXPERTS and args.restore == "step":
-        raise ValueError(
-            f"--restore step: not yet with --sharding {args.sharding}; use --restore layer"
-        )
     if args.sharding == Sharding.EXPERTS and args.strategy == "laer":
         raise ValueError(
             f"--strategy laer: moves every expert, so it does not run with --sharding "
