@@ -81,7 +81,7 @@ class Coordinator:
         problem = agreement.difference(summary, self.groups) or what_changed(self.layers)
         if problem is not None:
             return problem
-        held = self.experts.memory_held(self.layers, self.geometry.capacity)
+        held = self.experts.memory_held(self.layers, self.geometry.replica_slots)
         if held is not None and self.groups.rank == 0:
             logger.info("FSEP: %s", held)
         try:

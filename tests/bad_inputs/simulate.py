@@ -27,10 +27,6 @@ _OPTIONS = (
     ("--method eplb", "--method: invalid choice: 'eplb'"),
     ("--strategy moon", "--strategy: invalid choice: 'moon'"),
     ("--sharding columns", "--sharding: invalid choice: 'columns'"),
-    (
-        "--sharding experts --restore step --mode forecast",
-        "--restore step: not yet with --sharding",
-    ),
     ("--sharding experts --strategy laer", "--strategy laer: moves every expert"),
     ("--sharding experts --ranks 16", "8 experts cannot be at home on 16 ranks in equal numbers"),
     ("--restore step", "--restore step keeps layouts over a step"),

@@ -29,7 +29,9 @@ FLOOR_FACTOR = 10
 # fp32.
 SMALLEST_FLOOR = 2.0**-23
 
-_REPLICAS_PAY = Path(__file__).with_name("replicas_pay.yaml")
+# Elsewhere planners make no replica of so small a model.
+REPLICAS_PAY = Path(__file__).with_name("replicas_pay.yaml")
+HOMES = f"{AT_HOME} --fsep-cluster {REPLICAS_PAY}"
 
 # Values whose size selects no code path: more than a single digit.
 _AMOUNT = re.compile(r"-?[\d.]{2,}(e-?\d+)?|-?\d+e-?\d+|-\d")
@@ -102,8 +104,6 @@ class Row:
         """Return the reason why this row cannot run with experts at home; None if it can."""
         if self.experts % (self.expert_parallel or self.ranks):
             return "E is no multiple of N"
-        if "--fsep-restore step" in self.fsep:
-            return "restored once per step"
         if "--fsep-planner laer" in self.fsep:
             return "`laer` lays out freely"
         if (self.capacity or self.experts) <= self.experts // (self.expert_parallel or self.ranks):
@@ -115,7 +115,7 @@ class Row:
         """Return the row with experts at home, compared with the same stock runs."""
         name, fsep = f"{self.name}, experts at home", self.fsep + AT_HOME
         if "--fsep-planner random" not in fsep and "--fsep-cluster" not in fsep:
-            fsep += f" --fsep-cluster {_REPLICAS_PAY}"
+            fsep += f" --fsep-cluster {REPLICAS_PAY}"
         return replace(self, id=f"{self.id}-home", name=name, fsep=fsep)
 
     def reference(self, data: str) -> tuple[int, list[str]]:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megatron_laer import telemetry
-from megatron_laer.choices import ExchangeAlgorithm, Recompute, TokenExchange
+from megatron_laer.choices import ExchangeAlgorithm, Recompute, Sharding, TokenExchange
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
@@ -119,7 +119,8 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
         tokens=TokenPrices(TokenExchange.NODE, 0.1 + 0.2, 1 / 3),
     )
     priced = {"top_k": 2, "tokens_per_rank": 4096}
-    record_run(tmp_path, run=run_settings(FSEPConfig(), costs, priced, torch.device("cpu")))
+    config = FSEPConfig(sharding=Sharding.ROWS)
+    record_run(tmp_path, run=run_settings(config, costs, priced, torch.device("cpu")))
     recording = read_metrics(recording_path(tmp_path, 0))
     (((_, run),), (cluster,)) = recording.runs, recording.clusters
     rows = (float(run[f"token_{link}_rows"]) for link in ("intra", "inter"))

@@ -296,8 +296,6 @@ def _check(args: argparse.Namespace) -> None:
             f"--restore step keeps layouts over a step, got --mode {' '.join(args.mode)}; give "
             f"--mode {PlanMode.FORECAST}"
         )
-    if Sharding.EXPERTS in args.sharding and args.restore == "step":
-        raise ValueError("--restore step: not yet with --sharding experts; use --restore layer")
     if Sharding.EXPERTS in args.sharding and args.strategy == "laer":
         raise ValueError(
             "--strategy laer: moves every expert, so it does not run with --sharding experts; use "
