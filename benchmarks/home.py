@@ -3,8 +3,12 @@
 - `balance`: largest over mean rank load with one replica slot per rank, for known counts, for those
   of a microbatch before and of ten steps before. Rows of the real trace and of log-normal loads.
 - `bytes`: elements that a restore of replicas moves, as a share of a restore of rows.
-- `solve`: processor time of the construction and quotas, as ratios to `sorted`.
+- `solve`: processor time as ratios to `sorted`: of the construction, of quotas by a flow, and of a
+  fresh layout with its quotas as after the gate, by predicted time or without prices.
 - `small`: the construction against all layouts of small cases.
+- `nodes`: predicted layer time between nodes, with one to three replica slots, and of rows.
+- `launches`: kernels of a layer and microbatch under balanced routing, and stock's.
+- `balanced`, `skewed`: training, see `home_training`.
 
 Legend: N ranks, E experts, C slots per rank.
 """
@@ -16,6 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +29,20 @@ import numpy as np
 from benchmarks.command_line import add_json, parser_of, program, write_json
 from benchmarks.costs import paper_costs
 from benchmarks.home_layouts import least_of_all
+from benchmarks.home_nodes import across_nodes
 from benchmarks.home_training import training
+from benchmarks.launches import BALANCED, count
 from benchmarks.report import machine, print_table
 from benchmarks.trace_cases import Case, Trace
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding
-from megatron_laer.config import Auto, ExchangeAlgorithm
+from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
 from megatron_laer.planner.balance import max_over_mean
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.traffic import Traffic, expert_elements_N, restore_traffic
@@ -48,7 +56,8 @@ STEPS_BETWEEN = 10
 FIRST, STRIDE, QUICK_STRIDE = 20, 3, 24
 SIGMAS = (0.1, 0.3, 0.6, 1.0, 1.5)
 DRAWN_SHAPES = ((8, 128), (16, 128), (32, 128), (64, 256))
-SOLVED_SHAPES = ((64, 256), (1024, 1024))
+# N, E and ranks per node; in one node, loads that the construction assigns need no flow.
+SOLVED_SHAPES = ((64, 256, 8), (64, 256, 64), (1024, 1024, 8))
 SMALL_SHAPES = ((2, 4), (2, 8), (3, 6), (4, 4), (4, 8))
 SORTED = 200_000
 
@@ -95,6 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "bytes": moved_bytes(trace, stride),
         "solve": list(solve_times(3 if options.quick else 9)),
         "small": small_cases(5 if options.quick else 40),
+        "nodes": list(across_nodes(1 if options.quick else 4)),
+        "launches": {case.sharding: count(case)["kinds"] for case in BALANCED},
     }
     if not options.no_training:
         found |= training(quick=options.quick)
@@ -103,6 +114,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_table([{"way": way, **numbers} for way, numbers in found["bytes"].items()])
     print_table(found["solve"])
     print_table([found["small"]])
+    print_table(found["nodes"])
+    print_table([{"of": name, **kinds} for name, kinds in found["launches"].items()])
     for ranks, of in found.get("balanced", {}).items():
         print_table([{"forced balance on": ranks, **of["cpu_ratio"], "bytes": of["weight_bytes"]}])
     print_table([{"routing": name, **of} for name, of in found.get("skewed", {}).items()])
@@ -180,25 +193,30 @@ def solve_times(repeats: int) -> Iterator[dict[str, Any]]:
     """Yield the least processor times of solves, as ratios to a sort in the same run."""
     rng = np.random.default_rng(0)
     numbers = rng.random(SORTED).tolist()
-    for num_ranks, num_experts in SOLVED_SHAPES:
-        geometry = homes(num_ranks, num_experts)
+    for num_ranks, num_experts, node_size in SOLVED_SHAPES:
+        geometry = replace(homes(num_ranks, num_experts), node_size=node_size)
         counts_NE = drawn_counts_NE(num_ranks, num_experts, 0.6, rng)
-        layout = replicate(counts_NE, geometry).layout
-        split = exact_split(layout, NODE_SIZE)
-        times_s: dict[str, list[float]] = {"sorted": [], "construct": [], "quotas": []}
-        for _ in range(repeats):
-            times_s["sorted"].append(_seconds(lambda: sorted(numbers)))
-            times_s["construct"].append(_seconds(lambda: replicate(counts_NE, geometry)))  # noqa: B023
-            times_s["quotas"].append(_seconds(lambda: split.solve(counts_NE)))  # noqa: B023
-        sorted_s, construct_s, quotas_s = map(min, times_s.values())
-        yield {
-            "ranks": num_ranks,
-            "experts": num_experts,
-            "construct": construct_s / sorted_s,
-            "quotas": quotas_s / sorted_s,
-            "both": (construct_s + quotas_s) / sorted_s,
-            "sorted_ms": sorted_s * 1e3,
+        layout, static = replicate(counts_NE, geometry).layout, geometry.static_layout
+        costs = paper_costs().with_exchange(Auto.AUTO, geometry)
+        runs: dict[str, Callable[[], object]] = {
+            "sorted": partial(sorted, numbers),
+            "construct": partial(replicate, counts_NE, geometry),
+            "quotas": partial(exact_split(layout, node_size).solve, counts_NE),
+            "fresh": partial(
+                Guard(PlanMode.ADAPTIVE, costs, geometry, 0.0).decide, counts_NE, static
+            ),
+            "fresh by time": partial(
+                Guard(PlanMode.EXACT, costs, geometry).decide, counts_NE, static
+            ),
         }
+        times_s: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(repeats):
+            for name, run in runs.items():
+                times_s[name].append(_seconds(run))
+        sorted_s, *others_s = map(min, times_s.values())
+        ratios = zip([*runs][1:], (seconds / sorted_s for seconds in others_s), strict=True)
+        shape = {"ranks": num_ranks, "experts": num_experts, "ranks per node": node_size}
+        yield {**shape, **dict(ratios), "sorted_ms": sorted_s * 1e3}
 
 
 def small_cases(draws: int) -> dict[str, Any]:

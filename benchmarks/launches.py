@@ -31,7 +31,11 @@ HIDDEN, FFN = 64, 128
 
 
 class Case(NamedTuple):
-    """One shape of a layer, and its restore algorithm (`exchange`)."""
+    """One shape of a layer, its restore algorithm (`exchange`) and sharding.
+
+    `sharding` is a word of `--fsep-sharding`, or `stock` for Megatron's own layer. With `balanced`,
+    all experts have as many tokens.
+    """
 
     capacity: int
     ranks: int
@@ -39,16 +43,23 @@ class Case(NamedTuple):
     topk: int
     tokens: int
     exchange: str = "flat"
+    sharding: str = "rows"
+    balanced: bool = False
 
     def __str__(self) -> str:
         sizes = f"C {self.capacity}, N {self.ranks}, E {self.experts}, K {self.topk}"
-        return f"{sizes}, T {self.tokens}, {self.exchange}"
+        how = f"{self.sharding}, {'balanced' if self.balanced else 'skewed'}"
+        return f"{sizes}, T {self.tokens}, {self.exchange}, {how}"
 
 
 _SHAPES = ((2, 32, 8, 2, 512), (5, 64, 256, 8, 256), (16, 64, 256, 8, 256))
 CASES = (
     *(Case(*shape, exchange) for shape in _SHAPES for exchange in ("flat", "node")),
     Case(8, 64, 256, 8, 8192),  # for the memory kept for backward
+    Case(*_SHAPES[1], sharding="experts"),
+)
+BALANCED = tuple(
+    Case(*_SHAPES[1], sharding=sharding, balanced=True) for sharding in ("stock", "experts", "rows")
 )
 _NODE_SIZE = 8
 
@@ -84,8 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     checkouts = {"now": ROOT} if args.before is None else {"before": args.before, "now": ROOT}
     results = {
-        str(case): {label: _run(folder, place) for label, folder in checkouts.items()}
-        for place, case in enumerate(CASES)
+        str(case): {label: count(case, folder) for label, folder in checkouts.items()}
+        for case in (*CASES, *BALANCED)
     }
     print("\n".join(table(results)))
     write_json(args.json, results)
@@ -100,7 +111,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
     for case, by_commit in results.items():
         for label, found in by_commit.items():
-            kinds = found["kinds"]
+            kinds = Counter[str](found["kinds"])
             lines.append(
                 f"| {case} | {label} | {found['replicas']} | {kinds['rest']} | "
                 f"{kinds['reduce'] / 2:g} | {kinds['GEMMs']} | {kinds['collectives']} | "
@@ -109,7 +120,8 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _run(checkout: Path, place: int) -> Any:
+def count(case: Case, checkout: Path = ROOT) -> Any:
+    """Count a case's launches in a process of its own, with the package of a checkout."""
     # Triton decides at import whether it interprets.
     environment = {
         **os.environ,
@@ -117,7 +129,7 @@ def _run(checkout: Path, place: int) -> Any:
         "MEGATRON_LAER_DEVICE": "cpu",
         "TRITON_INTERPRET": "1",
     }
-    command = [sys.executable, str(Path(__file__).resolve()), "--worker", str(place)]
+    command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(case)]
     done = subprocess.run(
         command, env=environment, cwd=checkout, stdout=subprocess.PIPE, text=True, check=True
     )
@@ -163,6 +175,8 @@ def _counts(case: Case) -> Any:
     """Draw each rank's tokens per expert, int64 [N, E], from one skewed distribution."""
     import numpy as np
 
+    if case.balanced:
+        return np.full((case.ranks, case.experts), case.tokens * case.topk // case.experts)
     rng = np.random.default_rng(0)
     share_E = rng.dirichlet(np.full(case.experts, 0.3))
     rows = [rng.multinomial(case.tokens * case.topk, share_E) for _ in range(case.ranks)]
@@ -193,14 +207,14 @@ def _build(case: Case) -> Any:
     import megatron_laer
 
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=case.ranks)
-    settings = megatron_laer.FSEPConfig(
-        plan_mode="exact",
-        capacity=case.capacity,
-        node_size=_NODE_SIZE,
-        restore_algorithm=case.exchange,
-        scheduler="off",
-    )
-    megatron_laer.enable(settings, seed=1)
+    if case.sharding != "stock":
+        options: dict[str, Any] = {"capacity": case.capacity, "restore_algorithm": case.exchange}
+        if "sharding" in megatron_laer.FSEPConfig.__dataclass_fields__:  # not in early commits
+            options["sharding"] = case.sharding
+        settings = megatron_laer.FSEPConfig(
+            plan_mode="exact", node_size=_NODE_SIZE, scheduler="off", **options
+        )
+        megatron_laer.enable(settings, seed=1)
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=case.ranks, create_gloo_process_groups=False
     )
@@ -230,11 +244,16 @@ def _build(case: Case) -> Any:
 
 
 def _replicas(case: Case, counts_NE: Any) -> int:
+    from megatron_laer.choices import Sharding
     from megatron_laer.planner.construct import construct_layout
-    from megatron_laer.planner.layout import ExpertLayout
+    from megatron_laer.planner.geometry import Geometry
 
-    static = ExpertLayout.static(case.ranks, case.capacity, case.experts)
-    return int(construct_layout(counts_NE, static, _NODE_SIZE).replicas_E.max())
+    if case.sharding == "stock":
+        return 1
+    sharding = Sharding(case.sharding)
+    shape = case.ranks, case.experts, case.capacity, _NODE_SIZE
+    static = Geometry(*shape, sharding).static_layout
+    return int(construct_layout(counts_NE, static, _NODE_SIZE, sharding).replicas_E.max())
 
 
 @contextmanager
@@ -347,7 +366,7 @@ def _counter() -> Iterator[Any]:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--worker"]:
-        print(json.dumps(_count(CASES[int(sys.argv[2])])))
+        print(json.dumps(_count(Case(*json.loads(sys.argv[2])))))
     else:
         from benchmarks.command_line import program
 

@@ -244,13 +244,10 @@ class FSEPConfig:
     @property
     def reason_for_rows(self) -> str | None:
         """Return why these settings need `--fsep-sharding rows`; None if they do not."""
-        homes = f"with --fsep-sharding {Sharding.EXPERTS}"
-        if self.restore == Restore.STEP:
-            return f"--fsep-restore {self.restore}: not yet {homes}; use --fsep-restore layer"
         if self.planner == _LAYS_OUT_FREELY and self.replay_layouts is None:
             return (
-                f"--fsep-planner {self.planner}: moves every expert, so it does not run {homes}; "
-                "use another planner, or --fsep-sharding rows"
+                f"--fsep-planner {self.planner}: moves every expert, so it does not run with "
+                f"--fsep-sharding {Sharding.EXPERTS}; use another planner, or --fsep-sharding rows"
             )
         return None
 

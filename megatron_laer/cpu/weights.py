@@ -17,8 +17,14 @@ import torch
 
 Tensors = dict[str, torch.Tensor]
 
+_EXPERTS = ".mlp.experts"
 _STOCK_EXPERT = re.compile(
-    r"(.*\.mlp\.experts)\.local_experts\.(\d+)\.(linear_fc[12](?:\.bias)?)(?:\.weight)?$"
+    r"(?P<experts>.*\.mlp\.experts)\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])"
+    r"(?:\.weight|(?P<bias>\.bias))$"
+)
+_GROUPED_EXPERT = re.compile(
+    r"(?P<experts>.*\.mlp\.experts)\.(?P<linear>linear_fc[12])(?:\.weight|(?P<bias>\.bias))"
+    r"(?P<expert>\d+)$"
 )
 _FSEP_SLICE = re.compile(r"(.*\.mlp\.experts)\.(linear_fc[12](?:_bias)?_slice)$")
 _TIED = "embedding.word_embeddings.weight"
@@ -64,11 +70,12 @@ def _pieces_of(
     key: str, name: str, parameter: torch.nn.Parameter, modules: dict[str, Any]
 ) -> Iterator[Piece]:
     shape = tuple(parameter.shape)
-    if stock := _STOCK_EXPERT.match(key):
-        experts = modules[name.split(".local_experts")[0]]
+    if stock := _STOCK_EXPERT.match(key) or _GROUPED_EXPERT.match(key):
+        experts = modules[name.partition(_EXPERTS)[0] + _EXPERTS]
         first = experts.ep_group.rank() * experts.num_local_experts
-        expert = first + int(stock[2])
-        yield Piece(f"{stock[1]}.{stock[3]}.{expert}", shape, 0, parameter, _whole)
+        expert = first + int(stock["expert"])
+        linear = f"{stock['experts']}.{stock['linear']}{stock['bias'] or ''}"
+        yield Piece(f"{linear}.{expert}", shape, 0, parameter, _whole)
     elif fsep := _FSEP_SLICE.match(key):
         experts = modules[name.rsplit(".", 1)[0]]
         (spec,) = [spec for spec in experts.specs if spec.parameter_name == fsep[2]]

@@ -23,7 +23,6 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 from megatron_laer import session
 from megatron_laer.layer.dispatch.choice import make_dispatcher
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
-from megatron_laer.layer.experts.built_parts import ADAPTED
 from megatron_laer.layer.experts.homes import HomeExperts
 from megatron_laer.layer.experts.module import FSEPExperts
 from megatron_laer.layer.experts.restored_compute import RestoredCompute
@@ -195,10 +194,11 @@ class FSEPMoELayer(MoELayer):
         return summed
 
     def what_changed(self) -> str | None:
-        experts: torch.nn.Module = self.experts
-        if experts is self._built_experts[0]:
-            return self._slot_experts.built_parts.what_changed()
-        return f"its experts were replaced by {type(experts).__name__}: {ADAPTED}"
+        experts, (built,) = self.experts, self._built_experts
+        built_parts = (self._home_experts or built).built_parts
+        if experts is built:
+            return built_parts.what_changed()
+        return f"its experts were replaced by {type(experts).__name__}: {built_parts.reason}"
 
     def end_step(self) -> None:
         self.token_dispatcher.end_step()

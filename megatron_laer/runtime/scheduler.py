@@ -30,7 +30,7 @@ class Chunk:
 
     `module` is called once per microbatch and pass. `blocks` are each layer's transformer layer,
     called with the hidden states as first argument or as `hidden_states`. Without them, gradients
-    of layers that recompute are waited for at once. `await_weights` waits until slices hold this
+    of layers that recompute are waited for at once. `await_weights` waits until parameters hold a
     step's weights, which Megatron may still be gathering over replicas. `replayed` returns the
     experts that the layers' routers will choose; None without router replay.
     """

@@ -59,7 +59,7 @@ _SPEED, _PRECISION = LeftOut.SPEED, LeftOut.PRECISION
 
 _NO_FP8 = "restored experts are computed in bf16 or fp32"
 _TRAIN_IN_BF16 = "leave it out, and train with --bf16"
-_DTYPE_OF_SLICES = "slices are kept in the parameters' dtype"
+_DTYPE_OF_EXPERTS = "experts are kept and moved in the parameters' dtype"
 _DENSE_BY_DISTRIBUTED_OPTIMIZER = "leave it out; --use-distributed-optimizer shards the dense part"
 _DTYPE_OF_NCCL_EP = "NCCL EP alone sends tokens in it, to experts of Transformer Engine"
 _NO_GRAPH = "layouts and split sizes are decided on the host, which a graph cannot record"
@@ -118,7 +118,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--expert-tensor-parallel-size above 1",
-        "a slice already cuts an expert's rows over the group",
+        "each rank computes whole experts",
         "leave it out, or give --expert-tensor-parallel-size 1",
         accepted=(1,),
         is_filled_in=True,
@@ -164,11 +164,11 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--fp4-format", _NO_FP8, _TRAIN_IN_BF16, accepted=(None,), dest="fp4", left_out=_PRECISION
     ),
-    Refusal("--fp8-param-gather", _DTYPE_OF_SLICES, field="fp8_param", left_out=_PRECISION),
-    Refusal("--fp4-param-gather", _DTYPE_OF_SLICES, field="fp4_param", left_out=_PRECISION),
+    Refusal("--fp8-param-gather", _DTYPE_OF_EXPERTS, field="fp8_param", left_out=_PRECISION),
+    Refusal("--fp4-param-gather", _DTYPE_OF_EXPERTS, field="fp4_param", left_out=_PRECISION),
     Refusal(
         "--use-megatron-fsdp",
-        "Megatron-FSDP would shard slices again",
+        "Megatron-FSDP would shard experts itself",
         _DENSE_BY_DISTRIBUTED_OPTIMIZER,
         field="",
     ),
@@ -286,6 +286,6 @@ REFUSALS: tuple[Refusal, ...] = (
 # No row, since no argument of Megatron: Bridge alone has such adapters.
 LORA_ON_EXPERTS = (
     "LoRA on linear_fc1 and linear_fc2, which experts have too: Megatron-Bridge wraps the linear "
-    "layers that it knows, and FSEP computes experts from slices; give target_modules with layers "
-    "of attention alone, such as linear_qkv and linear_proj"
+    "layers that it knows, and FSEP moves experts without adapters; give target_modules with "
+    "layers of attention alone, such as linear_qkv and linear_proj"
 )

@@ -19,6 +19,7 @@ _OPTIONS = (
     ("--ranks 3", "node size 2 does not divide the 3 ranks"),
     ("--ranks 6", "cannot be planned for 6 ranks"),
     ("--ranks 4 4", "--ranks names 4 twice"),
+    ("--sharding rows rows", "--sharding names rows twice"),
     ("--capacity 1", "the slots of 4 ranks must hold each of 8"),
     ("--capacity 9", "use 2 to 8"),
     ("--mode announced", "--mode: invalid choice: 'announced'"),
@@ -26,10 +27,6 @@ _OPTIONS = (
     ("--method eplb", "--method: invalid choice: 'eplb'"),
     ("--strategy moon", "--strategy: invalid choice: 'moon'"),
     ("--sharding columns", "--sharding: invalid choice: 'columns'"),
-    (
-        "--sharding experts --restore step --mode forecast",
-        "--restore step: not yet with --sharding",
-    ),
     ("--sharding experts --strategy laer", "--strategy laer: moves every expert"),
     ("--sharding experts --ranks 16", "8 experts cannot be at home on 16 ranks in equal numbers"),
     ("--restore step", "--restore step keeps layouts over a step"),

@@ -24,7 +24,6 @@ _FLAGS = (
     (ON + "--fsep-sharding experts --fsep-capacity 4", "--fsep-capacity 4: each rank has 4 home"),
     (ON + "--fsep-sharding experts --num-experts 9", "9 experts cannot be at home on 2 ranks"),
     (ON + "--fsep-sharding experts --num-experts 1", "1 experts cannot be at home on 2 ranks"),
-    (ON + "--fsep-sharding experts --fsep-restore step", "--fsep-restore step: not yet with"),
     (ON + "--fsep-sharding experts --fsep-planner laer", "--fsep-planner laer: moves every expert"),
     (ON + "--fsep-planner magic", "--fsep-planner magic"),
     (ON + "--fsep-planner=", "--fsep-planner"),

@@ -25,6 +25,12 @@ def wrapped(model: torch.nn.Module, name: str) -> None:
             setattr(module, name, LowRank(child))
 
 
+def wrapped_at_home(model: torch.nn.Module) -> None:
+    for name, module in [*model.named_modules()]:
+        if name.endswith("local_experts.0"):
+            module.linear_fc1 = LowRank(module.linear_fc1)  # type: ignore[arg-type]
+
+
 def asked(model: torch.nn.Module) -> None:
     for name, module in model.named_modules():
         if name.endswith("linear_fc1"):
@@ -45,23 +51,35 @@ def frozen_on_rank_1(model: torch.nn.Module) -> None:
 
 @pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize(
-    ("adapt", "kind", "said"),
+    ("adapt", "sharding", "kind", "said"),
     [
         (
             partial(wrapped, name="linear_fc1"),
+            "rows",
             "RefusedError",
             "rank 0: layer 1: its experts have _activation.linear_fc1 (LowRank)",
         ),
-        (replaced, "RefusedError", "rank 0: layer 1: its experts were replaced by Linear"),
-        (asked, "AttributeError", "a linear layer of experts has no 'config'"),
+        (
+            wrapped_at_home,
+            "experts",
+            "RefusedError",
+            "rank 0: layer 1: its experts have local_experts.0.linear_fc1 (LowRank)",
+        ),
+        (replaced, "rows", "RefusedError", "rank 0: layer 1: its experts were replaced by Linear"),
+        (replaced, "experts", "RefusedError", "layer 1: its experts were replaced by Linear"),
+        (asked, "rows", "AttributeError", "a linear layer of experts has no 'config'"),
     ],
-    ids=["wrapped", "replaced", "asked for a linear layer's attributes"],
+    ids=[
+        *("wrapped", "wrapped at home", "replaced", "replaced at home"),
+        "asked for a linear layer's attributes",
+    ],
 )
 def test_adapters_on_experts_are_refused_with_the_way_out(
-    ranks: RankPools, text_data: str, adapt: Adapt, kind: str, said: str
+    ranks: RankPools, text_data: str, adapt: Adapt, sharding: str, kind: str, said: str
 ) -> None:
-    message = refusal(ranks(2), text_data, adapt, kind)
+    message = refusal(ranks(2), text_data, adapt, kind, sharding)
     assert said in message
+    assert ("slices" in message) == (sharding == "rows")
     assert "give as targets layers of attention alone" in message
 
 
@@ -69,12 +87,13 @@ def test_adapters_on_experts_are_refused_with_the_way_out(
 def test_weights_that_some_ranks_freeze_are_named_on_every_rank(
     ranks: RankPools, text_data: str
 ) -> None:
-    message = refusal(ranks(2), text_data, frozen_on_rank_1, "RefusedError")
+    message = refusal(ranks(2), text_data, frozen_on_rank_1, "RefusedError", "rows")
     assert "frozen experts is " in message and "layer 1: [1] on rank 1" in message
 
 
-def refusal(pool: RankPool, data: str, adapt: Adapt, kind: str) -> str:
-    flags = command_line(data, " --expert-parallel-mode fsep --fsep-sharding rows", steps=1)
+def refusal(pool: RankPool, data: str, adapt: Adapt, kind: str, sharding: str) -> str:
+    fsep = f" --expert-parallel-mode fsep --fsep-sharding {sharding}"
+    flags = command_line(data, fsep, steps=1)
     raised = pool.run_raw(train, flags, None, None, adapt)
     assert all(isinstance(result, Raised) for result in raised)
     assert {result.type_name for result in raised} == {kind}

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from megatron_laer.cpu import weights
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, fresh_megatron, gather
@@ -109,7 +111,7 @@ class Run(Record):
     reports: list[str] = field(default_factory=list)
 
 
-def train(folder: Path, load: Path | None, iterations: int, is_fsep: bool) -> Run:
+def train(folder: Path, load: Path | None, iterations: int, sharding: str | None) -> Run:
     with bridge():
         from megatron.bridge.training.callbacks import Callback
         from megatron.bridge.training.gpt_step import forward_step
@@ -144,23 +146,25 @@ def train(folder: Path, load: Path | None, iterations: int, is_fsep: bool) -> Ru
         with fresh_megatron(model), mock.patch.object(FSEPMetricsTracker, "report", observed):
             recipe = small_recipe(folder, load, iterations)
             callbacks: list[Any] = [Observer()]
-            if is_fsep:
-                callbacks.append(FSEPCallback(recipe, FSEPConfig(late_plan="wait")))
+            if sharding is not None:
+                settings = FSEPConfig(late_plan="wait", sharding=sharding)  # type: ignore[arg-type]
+                callbacks.append(FSEPCallback(recipe, settings))
             pretrain(recipe, forward_step, callbacks=callbacks)
         return seen
 
 
+@pytest.mark.parametrize("sharding", ["rows", "experts"])
 def test_bridge_trains_with_fsep_like_stock_from_equal_weights(
-    ranks: RankPools, tmp_path: Path
+    ranks: RankPools, tmp_path: Path, sharding: str
 ) -> None:
-    def run(folder: str, load: str | None, iterations: int, is_fsep: bool = False) -> Run:
+    def run(folder: str, load: str | None, iterations: int, mode: str | None = None) -> Run:
         path = None if load is None else tmp_path / load
-        found: Run = ranks(2).run(train, tmp_path / folder, path, iterations, is_fsep)[0]
+        found: Run = ranks(2).run(train, tmp_path / folder, path, iterations, mode)[0]
         return found
 
     run("start", None, FIRST)
     stock = run("stock", "start", LAST)
-    fsep = run("fsep", "start", SECOND, is_fsep=True)
+    fsep = run("fsep", "start", SECOND, sharding)
     after = run("after", "fsep", LAST)  # stock goes on from FSEP's checkpoint
     assert len(fsep.losses) == SECOND - FIRST and len(after.losses) == LAST - SECOND
     journey = Record(

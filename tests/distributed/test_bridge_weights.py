@@ -1,11 +1,14 @@
 """Megatron-Bridge's mapping code converts weights of an FSEP model as it does those of stock.
 
+With experts at home it needs no context of ours.
+
 Needs a checkout of Megatron-Bridge 0.6 in the folder MEGATRON_BRIDGE_CHECKOUT, and its
 dependencies, which the pages on it name.
 """
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -20,7 +23,8 @@ from tests.parity.flags import command_line
 
 CHECKOUT, pytestmark = checkout("MEGATRON_BRIDGE_CHECKOUT", "Megatron-Bridge 0.6")
 
-FSEP = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner random"
+FSEP = " --expert-parallel-mode fsep --fsep-planner random --fsep-sharding rows"
+HOMES = " --expert-parallel-mode fsep --fsep-planner random --fsep-sharding experts"
 QWEN3 = (
     " --lr 0 --min-lr 0 --group-query-attention --num-query-groups 2 --kv-channels 16"
     " --qk-layernorm"
@@ -48,10 +52,11 @@ class _State(dict[str, torch.Tensor]):
         return list(self)
 
 
-def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
+def converted(flags: list[str], shown: bool) -> list[dict[str, torch.Tensor]]:
     """Return the weights in Hugging Face's format, and after a load of the doubled ones.
 
-    The last entry has the doubled ones again, by tasks that were kept from before the load.
+    The last entry has the doubled ones again, by tasks that were kept from before the load. With
+    `shown`, our context shows experts to Megatron-Bridge as stock's.
     """
 
     def convert(model: list[torch.nn.Module]) -> list[dict[str, torch.Tensor]]:
@@ -68,7 +73,7 @@ def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
             )
             return {name: weight.clone() for name, weight in stream}
 
-        with stock_weights():
+        with stock_weights() if shown else contextlib.nullcontext():
             before = exported()
             kept = Qwen3MoEBridge().build_conversion_tasks(config, model)
             doubled = {name: 2 * weight for name, weight in before.items()}
@@ -76,7 +81,8 @@ def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
             after = exported()
         again = exported(kept)
         fsep = session.current()
-        if fsep is not None and torch.distributed.get_world_size() == 2:  # no stage waits for one
+        if shown and fsep is not None and torch.distributed.get_world_size() == 2:
+            # Pipeline stages would wait for each other.
             listed = list(kept)  # as NeMo-RL keeps them, so that experts are copies of this moment
             exported(listed)
             fsep.end_step(weights_changed=True)
@@ -96,12 +102,13 @@ def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
 def test_qwen3_moe_is_converted_as_stocks_and_back(
     ranks: RankPools, text_data: str, size: int, extra: str
 ) -> None:
-    def run(mode: str) -> Any:
+    def run(mode: str, *, shown: bool) -> Any:
         flags = command_line(text_data, QWEN3 + extra + mode, experts=4, steps=1)
-        return ranks(size).run(converted, flags)
+        return ranks(size).run(converted, flags, shown)
 
-    stock, fsep = run(""), run(FSEP)
-    for rank, (theirs, ours) in enumerate(zip(stock, fsep, strict=True)):
+    stock = run("", shown=False)
+    of_ranks = [*run(FSEP, shown=True), *run(HOMES, shown=False)]
+    for rank, (theirs, ours) in enumerate(zip(2 * stock, of_ranks, strict=True)):
         for expected, found in zip(theirs, ours, strict=True):
             assert found.keys() == expected.keys(), rank
             for name, weight in expected.items():

@@ -25,6 +25,7 @@ from tests.checkpoints import (
 )
 from tests.messages import messages
 from tests.parity.flags import command_line
+from tests.parity.row import REPLICAS_PAY
 from tests.parity.rows import HYBRID_MTP as HYBRID
 
 FSEP = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner static"
@@ -271,6 +272,10 @@ INTERRUPTED_AT_NIGHT = {
     "no planner": (4, FSEP + " --use-distributed-optimizer"),
     "greedy, adaptive, async, distributed optimizer": (4, PLANNED + DISTRIBUTED + ASYNC),
     "two stages, step restore": (2, PLANNED + STAGES + " --fsep-restore step"),
+    "experts at home, step restore": (
+        2,
+        PLANNED + f" --fsep-sharding experts --fsep-cluster {REPLICAS_PAY} --fsep-restore step",
+    ),
     "two replicas, offloaded": (2, PLANNED + " --use-distributed-optimizer" + OFFLOADED),
 }
 

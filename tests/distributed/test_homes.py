@@ -1,14 +1,15 @@
-"""Experts at home are stock's parameters: names, checkpoints, optimizer buffers and gradients."""
+"""Experts at home train as stock's modules, and only replicas are exchanged."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-import pytest
-
+from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
 from tests.checkpoints import assert_equal
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
@@ -20,30 +21,6 @@ DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-para
 
 def command(data: str, extra: str, steps: int = 3, ranks: int = 2) -> list[str]:
     return command_line(data, extra, expert_parallel=ranks, global_batch=8, steps=steps)
-
-
-def names_and_marks(model: list[Any]) -> list[Any]:
-    """Describe each parameter of a wrapped model, and each key of its checkpoint."""
-    from megatron.core.utils import unwrap_model
-
-    marks = ("allreduce", "tensor_model_parallel", "partition_dim", "partition_stride")
-    (chunk,) = model
-    parameters = [
-        (name, tuple(part.shape), part.dtype, [getattr(part, mark, None) for mark in marks])
-        for name, part in chunk.named_parameters()
-    ]
-    saved = unwrap_model(chunk).sharded_state_dict()
-    return [parameters, sorted(chunk.state_dict()), sorted(map(str, saved))]
-
-
-@pytest.mark.parametrize("flags", ["", " --disable-bias-linear"])
-def test_names_shapes_and_marks_are_stocks(ranks: RankPools, text_data: str, flags: str) -> None:
-    stock, homes = (
-        ranks(2).run(train, command(text_data, mode + flags, steps=1), names_and_marks)
-        for mode in ("", RANDOM)
-    )
-    for rank in range(2):
-        assert stock[rank].probes and homes[rank].probes == stock[rank].probes
 
 
 def exchanges(model: Any) -> tuple[int, int, int]:
@@ -70,6 +47,54 @@ def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str) -> Non
         for _ in range(2)
     )
     assert identical(first, second)
+
+
+def exchanged_and_expected(_: object) -> tuple[list[int], list[int], int]:
+    """Return what was exchanged so far, what this step's layouts need, and matrices in memory.
+
+    Numbers of restores and reduces, then the bytes that this rank received by each.
+    """
+    from megatron_laer.session import current_coordinator
+
+    coordinator = current_coordinator()
+    assert coordinator is not None
+    streams, geometry = coordinator.streams, coordinator.geometry
+    expected = [0] * 4
+    for layer in coordinator.layers:
+        layout = coordinator.pass_layouts.layout_for(layer.next_pass(training=True))
+        fetches = int(any(expert != EMPTY for expert in replicas_of(layout, geometry.home_slots)))
+        share = layer.share
+        sizes = [*zip(share.rows, share.columns, strict=True)]
+        args = layout, geometry.node_size, sizes, ExchangeAlgorithm.FLAT
+        received = [
+            int(traffic(*args, home_slots=geometry.home_slots).intra_N[coordinator.groups.rank])
+            for traffic in (restore_traffic, reduce_traffic)
+        ]
+        # Weights in bfloat16, and the step's sums in float32.
+        of_layer = [fetches, fetches, 2 * received[0], 4 * received[1]]
+        expected = [sum(pair) for pair in zip(expected, of_layer, strict=True)]
+    count = streams.exchange.count
+    counted = [count.restores, count.reduces, count.restore_bytes, count.reduce_bytes]
+    return counted, expected, streams.weights.in_use
+
+
+def replicas_of(layout: ExpertLayout, home_slots: int) -> list[int]:
+    ranks = range(layout.num_ranks)
+    return [expert for rank in ranks for expert in layout.experts_of(rank)[home_slots:]]
+
+
+def test_replicas_are_held_and_their_gradients_summed_over_a_step(
+    ranks: RankPools, text_data: str
+) -> None:
+    flags = RANDOM + " --fsep-restore step --fsep-restore-algorithm flat --bf16"
+    flags += " --micro-batch-size 1"  # four in a step
+    for record in ranks(2).run(train, command(text_data, flags, steps=6), exchanged_and_expected):
+        before = [0] * 4
+        for counted, expected, in_memory in record.probes:
+            assert [now - then for now, then in zip(counted, before, strict=True)] == expected
+            assert in_memory == 2 * expected[0], "both matrices of each layer with replicas"
+            before = counted
+        assert before[0] >= 4 and min(before) > 0
 
 
 def test_stocks_optimizer_buffers_are_read_in_their_memory_layout(

@@ -105,7 +105,9 @@ def test_fsep_equals_stock(
     restores, reduces = row.exchanges or (row.moe_layers * in_layer, row.moe_layers)
     assert len(fsep.probes) == row.steps
     if AT_HOME in row.fsep:  # a pass whose layout has no replica exchanges nothing
-        assert all(left == 0 for left, _, _ in fsep.probes)
+        for step, (left, restored, reduced) in enumerate(fsep.probes, start=1):
+            assert left == 0 and reduced <= reduces * passes * step
+            assert row.evaluations or restored <= restores * passes * step
         fetches = RANDOM in row.fsep and row.moe_layers > 0
         assert not fetches or all(restored > 0 for _, restored, _ in fsep.probes[-1:])
         return

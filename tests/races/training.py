@@ -53,6 +53,9 @@ SCENARIOS = {
         _HOME + _MOE + " --fsep-node-size 1 --fsep-restore-algorithm node"
     ),
     "experts at home, full recompute, both overlaps": Training(_HOME + _FULL + _OVERLAPS),
+    "experts at home held over a step, both overlaps": Training(
+        _HOME + _OVERLAPS + " --fsep-restore step"
+    ),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.choices import Recompute
+from megatron_laer.choices import Recompute, Sharding
 from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
 from megatron_laer.planner.balance import stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
@@ -46,7 +46,8 @@ RATES = Rates(CLUSTER, 2)
 
 
 def predicted(trace, model=TINY, names=METHODS, rates=(RATES,), mode="adaptive", **run):
-    geometry = Geometry(trace.num_ranks, trace.num_experts, 3, trace.num_ranks // 2)
+    sharding = run.pop("sharding", Sharding.ROWS)
+    geometry = Geometry(trace.num_ranks, trace.num_experts, 3, trace.num_ranks // 2, sharding)
     routing = Routing(trace, trace.num_ranks)
     holds = {"holds_step": run.pop("holds_step", False)}
     costs = CostModel(CLUSTER, model.hidden, model.expert_ffn, model.gated, 2)
@@ -287,6 +288,24 @@ def test_experts_that_are_held_are_restored_and_reduced_once_per_step():
     assert held["restored_gradients"] == layer * 2 + 4 * layer * 4
     assert by_step.exposed_s["restore"] < by_layer.exposed_s["restore"] / 6
     assert 0 < by_step.exposed_s["reduce"] < by_layer.exposed_s["reduce"]
+
+
+def test_replicas_that_are_held_move_once_per_step():
+    trace = workload_trace("W1", WorkloadShape(8, 8, 2, 2**17), 4)  # enough tokens for replicas
+    homes = {"names": [FSEP], "mode": "forecast", "sharding": Sharding.EXPERTS}
+    by_layer, by_step = (
+        predicted(trace, **homes, holds_step=holds)[FSEP] for holds in (False, True)
+    )
+    for kind, times in (("restore", 8), ("reduce", 4)):
+        passing, held = (
+            sum(of.bytes_by_kind[link][kind] for link in ("intra", "inter"))
+            for of in (by_layer, by_step)
+        )
+        assert passing == pytest.approx(times * held) and held > 0
+    replica_slots = 3 - trace.num_experts // trace.num_ranks
+    slots = 4 * replica_slots * TINY.expert_weights
+    assert by_step.memory_bytes["restored_experts"] == slots * 2
+    assert by_step.memory_bytes["restored_gradients"] == slots * 4 + slots / 4 * 2
 
 
 def test_recompute_costs_a_forward_and_its_tokens_and_saves_memory():

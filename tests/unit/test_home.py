@@ -323,6 +323,8 @@ SHARDINGS = [
     ((4, 8, 4), {"planner": "laer"}, Sharding.ROWS, 3),
     ((4, 8, 4), {"capacity": 2}, Sharding.ROWS, 2),
     ((4, 6, 4), {}, Sharding.ROWS, 3),
+    # Four hot experts of one rank need two slots on the other one.
+    ((2, 8, 2), {}, Sharding.EXPERTS, 6),
     ((8, 4, 8), {}, Sharding.ROWS, 2),
     ((1, 4, 1), {}, Sharding.ROWS, 4),
 ]
@@ -333,7 +335,7 @@ def test_auto_takes_homes_where_they_fit(
     shape: tuple[int, int, int], given_: dict[str, Any], sharding: Sharding, capacity: int
 ) -> None:
     costs = make_costs(hidden=1024, ffn=4096)
-    choice, _ = choose_geometry(FSEPConfig(**given_), shape, 1, priced_as(costs, 8192))
+    choice, _ = choose_geometry(FSEPConfig(**given_), shape, 1, 2, priced_as(costs, 8192))
     assert (choice.geometry.sharding, choice.geometry.capacity) == (sharding, capacity)
 
 
@@ -345,7 +347,9 @@ def test_auto_takes_the_faster_sharding_and_slots_that_pay() -> None:
     shape, found = (16, 64, 4), {}
     for tokens in (1024, 65536):
         for given_ in ({}, {"capacity": 5}):
-            choice, best = choose_geometry(FSEPConfig(**given_), shape, 1, priced_as(costs, tokens))
+            choice, best = choose_geometry(
+                FSEPConfig(**given_), shape, 1, 2, priced_as(costs, tokens)
+            )
             assert [candidate.geometry.sharding for candidate in best] == ["experts", "rows"]
             assert str(choice) in map(str, best) and "slots: " in str(choice)
             faster = min(best, key=lambda candidate: candidate.seconds)

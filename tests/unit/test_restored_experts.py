@@ -314,11 +314,11 @@ def test_parameters_without_main_gradients_are_refused(monkeypatch: pytest.Monke
 
 def test_memory_is_that_of_slots_and_of_float32_sums() -> None:
     elements = 2 * 1024 * (8 * 3 + 3 * 4)  # two layers with 1024 slots
-    text = memory_held([slices(torch.bfloat16)] * 2, capacity=1024)
+    text = memory_held([slices(torch.bfloat16)] * 2, replica_slots=1024)
     assert "2 layers" in text
     assert f"({2 * elements / 2**20:.1f} MiB)" in text
     assert f"({4 * elements / 2**20:.1f} MiB)" in text
     frozen = slices(torch.bfloat16)
     for parameter in frozen.parameters:
         parameter.requires_grad = False
-    assert "sums of their gradients (0.0 MiB)" in memory_held([frozen], capacity=1024)
+    assert "sums of their gradients (0.0 MiB)" in memory_held([frozen], replica_slots=1024)

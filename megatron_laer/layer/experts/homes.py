@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 
-from megatron_laer.layer.experts.built_parts import BuiltParts
+from megatron_laer.layer.experts.built_parts import ADAPTED_AT_HOME, BuiltParts
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layer.experts.restored_compute import RestoredCompute
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -31,7 +31,7 @@ class HomeExperts:
         self._experts = experts
         self._num_home = num_home
         self._compute = compute
-        self.built_parts = BuiltParts(experts)
+        self.built_parts = BuiltParts(experts, ADAPTED_AT_HOME)
 
     @property
     def share(self) -> Homes:

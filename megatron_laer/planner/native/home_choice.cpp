@@ -28,8 +28,9 @@ constexpr int kExchanges = 3;
 // model is not exact enough to tell if less is worth an exchange.
 constexpr int64_t kNearlyPart = 32;
 
-// Levels above the ideal, as parts of what stock's placement is above it.
-constexpr int64_t kLevelParts[] = {2, 4, 8, 16, 64};
+// Levels above the ideal, as parts of what stock's placement is above it: for plans, which are made
+// in the background, and after the gate, where ranks wait.
+const std::vector<int64_t> kLevelParts = {2, 4, 8, 16, 64}, kFewLevelParts = {2, 8, 32};
 
 bool has_replicas(const Shape& shape, const int16_t* slots_S) {
   for (int slot = 0; slot < shape.slots(); ++slot) {
@@ -52,10 +53,10 @@ double expert_seconds(const Shape& shape, const CostModel& costs, const HomeLayo
 
 // Layouts for lower and lower levels; those as before are left out.
 std::vector<HomeLayout> by_level(const Shape& shape, const int64_t* node_counts_QE,
-                                 const HomeLayout& stock) {
+                                 const HomeLayout& stock, const std::vector<int64_t>& level_parts) {
   std::vector<HomeLayout> layouts;
   const HomeLayout ideal = replicate(shape, node_counts_QE, 0);
-  for (int64_t parts : kLevelParts) {
+  for (int64_t parts : level_parts) {
     const int64_t above = (stock.largest - ideal.largest) / parts;
     if (above == 0) break;
     layouts.push_back(replicate(shape, node_counts_QE, ideal.largest + above));
@@ -87,7 +88,7 @@ std::vector<std::vector<int16_t>> replica_steps(const Shape& shape,
                                                 const int64_t* node_counts_QE) {
   std::vector<std::vector<int16_t>> steps;
   for (HomeLayout& layout :
-       by_level(shape, node_counts_QE, stock_placement(shape, node_counts_QE))) {
+       by_level(shape, node_counts_QE, stock_placement(shape, node_counts_QE), kLevelParts)) {
     steps.push_back(std::move(layout.slots_S));
   }
   return steps;
@@ -116,7 +117,7 @@ HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int
   const double ideal_s =
       costs.expert_flops * costs.gemm.least_unit_seconds(ideal_load(shape, node_counts_QE));
   if (!is_nearly_balanced(shape, node_counts_QE) && best_s - ideal_s > least_fetch_seconds(costs)) {
-    for (HomeLayout& layout : by_level(shape, node_counts_QE, best)) {
+    for (HomeLayout& layout : by_level(shape, node_counts_QE, best, kFewLevelParts)) {
       const double seconds = with_exchange(assigned_s(layout), layout.slots_S);
       if (seconds >= best_s) continue;
       best_s = seconds;

@@ -1,7 +1,7 @@
-"""Autograd nodes between a layer's slices and its restored experts.
+"""Autograd nodes between a layer's parameters and its restored experts.
 
 A layer's gradients pass two nodes. The backward of `SlicesToSlots` receives the gradients of whole
-matrices, and that of a second node hands the slices' gradients to Megatron. In between, the
+matrices, and that of a second node hands the parameters' gradients to Megatron. In between, the
 gradients are reduced. The reduce starts after the tokens' gradients have arrived (a `RunOnBackward`
 at the dispatch), since the backward pass waits for those. The second node is a `WaitForGrads`, or
 under a checkpoint a `WaitForGradsAfterBlock`:
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 Shape = tuple[int, ...]
-# Waits for the slices' gradients, and returns autograd's gradients for them.
+# Waits for the parameters' gradients, and returns autograd's gradients for them.
 FinishReduce = Callable[[], tuple[torch.Tensor | None, ...]]
 
 
@@ -59,7 +59,7 @@ class WaitForGrads(torch.autograd.Function):
 
 
 class WaitForGradsAfterBlock(torch.autograd.Function):
-    """Identity of hidden states; the backward waits for the slices' gradients."""
+    """Identity of hidden states; the backward waits for the parameters' gradients."""
 
     @staticmethod
     def forward(
@@ -99,7 +99,7 @@ def run_on_backward(call: Callable[[], None], *tensors: torch.Tensor) -> tuple[t
 
 
 class SlicesToSlots(torch.autograd.Function):
-    """Placeholders of slices to those of whole matrices; the backward has whole gradients.
+    """Placeholders of parameters to those of whole matrices; the backward has whole gradients.
 
     Args:
         on_grads: receives the gradients `[C, R, K]`.

@@ -71,6 +71,15 @@ class Share(Protocol):
         """Return autograd's gradients of `trained` from the results of its matrices' reduces."""
         ...
 
+    @property
+    def have_main_grads(self) -> bool:
+        """Return True if gradients are added to main gradients, and not returned to autograd."""
+        ...
+
+    def added(self) -> tuple[torch.Tensor | None, ...]:
+        """Return autograd's gradients of `trained` where sums go to main gradients."""
+        ...
+
 
 @dataclass(frozen=True)
 class Slices:
@@ -121,11 +130,11 @@ class Slices:
 
     def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         if self.have_main_grads:
-            return self.marked_added()
+            return self.added()
         pairs = zip(sums, self.trained, strict=True)
         return tuple(sum_ErK.view(parameter.shape) for sum_ErK, parameter in pairs)
 
-    def marked_added(self) -> tuple[torch.Tensor, ...]:
+    def added(self) -> tuple[torch.Tensor, ...]:
         """Return dummy gradients, as from Megatron's fused kernels."""
         return tuple(map(self.main_grads.mark_added, self.trained))
 
@@ -139,7 +148,6 @@ class Slices:
 
     @property
     def have_main_grads(self) -> bool:
-        """Return True if gradients are added to main gradients, and not returned to autograd."""
         return self.main_grads.kept_for(self.trained)
 
 
@@ -194,22 +202,26 @@ class Homes:
         return tuple(tuple(_matrix(part.detach()) for part in matrix) for matrix in self.homes)
 
     def grad_target(self, position: int, num_experts: int) -> list[torch.Tensor] | None:
-        if not self.main_grads.kept_for(self.trained):
+        if not self.have_main_grads:
             return None
         return [_matrix(self.main_grads.of(part)) for part in self.homes[position]]
 
     def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-        """Return the sums over replicas, or None for each where main gradients have them.
-
-        Nothing is marked as added: stock's node brings the home's own gradient.
-        """
-        if self.main_grads.kept_for(self.trained):
-            return (None,) * len(self.trained)
+        if self.have_main_grads:
+            return self.added()
         return tuple(
             sum_RK.view(parameter.shape)
             for at, sums_hRK in zip(self.trained_at, sums, strict=True)
             for parameter, sum_RK in zip(self.homes[at], sums_hRK, strict=True)
         )
+
+    @property
+    def have_main_grads(self) -> bool:
+        return self.main_grads.kept_for(self.trained)
+
+    def added(self) -> tuple[None, ...]:
+        """Return no gradient and mark nothing: stock's node brings the home's own gradient."""
+        return (None,) * len(self.trained)
 
 
 def _matrix(part: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ import torch
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import FsepLayer, Slices
+from megatron_laer.runtime.weights.layer import FsepLayer
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 
@@ -62,18 +62,19 @@ class LayerExperts:
             self._of_step = {
                 layer.name: StepExperts(layer.name, layer.share, index, self._streams)
                 for layer, index in indexes
-                if isinstance(layer.share, Slices)  # others are refused with the settings
             }
         for layer, index in indexes:
             self._of_step[layer.name].begin_step(index, num_microbatches * layer.passes)
 
     def end_step(self, *, weights_changed: bool) -> None:
+        # Writes to homes between steps, such as a load, are stock's and not seen here.
+        weights_changed = weights_changed or self._home_slots > 0
         for held in self._of_step.values():
             held.end_step(weights_changed=weights_changed)
 
-    def memory_held(self, layers: Sequence[FsepLayer], capacity: int) -> str | None:
+    def memory_held(self, layers: Sequence[FsepLayer], replica_slots: int) -> str | None:
         shares = [layer.share for layer in layers]
-        return memory_held(shares, capacity) if self.holds_step else None
+        return memory_held(shares, replica_slots) if self.holds_step else None
 
     def _index(self, layer: FsepLayer, layout: ExpertLayout) -> LayoutIndex:
         index = self._indexes.get(layer.name)

@@ -3,7 +3,7 @@
 The life of a layer's weights (`restored_weights.py`) and gradients (`slot_grads.py`) in one
 microbatch, by states (`states.py`):
 
- 1. The weights are SHARDED: every rank holds a slice of every expert; no other memory is used.
+ 1. The weights are SHARDED: every rank holds its share of the experts; no other memory is used.
  2. The scheduler calls `start_restore` during the previous layer's compute: RESTORING. If the
     layout changes after the gate, `change` fetches the slots that differ: still RESTORING.
  3. The GEMM of the first matrix calls `matrix`, which waits: RESTORED.
@@ -118,6 +118,7 @@ class RestoredExperts:
     def reduce_after_dispatch(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mark the tokens to dispatch, whose gradient's arrival starts a deferred reduce."""
         if not self.index.has_replicas:
+            self._placeholders.clear()  # step-held experts would keep those of every pass
             return tokens
         if self._share.waits_inside and torch.is_grad_enabled() and not self._placeholders:
             # Older than the mark below, so its wait follows the start of the reduce.

@@ -13,7 +13,7 @@ from enum import Enum
 class WeightState(Enum):
     """Location of a layer's whole weights."""
 
-    SHARDED = "nowhere: each rank has its slices, and no memory is taken"
+    SHARDED = "nowhere: each rank has its share alone, and no memory is taken"
     RESTORING = "on their way"
     RESTORED = "in this rank's slots, where the experts use them"
 
@@ -21,10 +21,10 @@ class WeightState(Enum):
 class GradState(Enum):
     """Location of the gradients of a layer's whole weights."""
 
-    NONE = "not computed yet, or already handed over to the slices' parameters"
+    NONE = "not computed yet, or already handed over to the parameters"
     DEFERRED = "computed, and kept until the tokens' gradients have arrived"
     SUMMED = "added to those of the step's earlier microbatches"
-    REDUCING = "on their way to the slices, whose main gradients they are added to"
+    REDUCING = "on their way to the ranks' shares, whose main gradients they are added to"
 
 
 _FOLLOWING: dict[WeightState | GradState, set[WeightState] | set[GradState]] = {

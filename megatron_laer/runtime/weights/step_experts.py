@@ -1,9 +1,10 @@
 """Experts for all microbatches of a step: restored once and reduced once.
 
 With M microbatches the layer's exchanges fall from 3·M to 2. In return a rank holds the restored
-matrices of every layer, and float32 sums of their gradients, as long as the step runs.
+matrices of every layer, and float32 sums of their gradients, as long as the step runs. With experts
+at home these are replicas; the homes' own gradients are stock's, microbatch by microbatch.
 
-Legend: C slots per rank, R rows of a matrix, K columns.
+Legend: C replica slots per rank, R rows of a matrix, K columns.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import Share, Slices
+from megatron_laer.runtime.weights.layer import Share
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
@@ -24,9 +25,8 @@ from megatron_laer.runtime.weights.states import GradState
 class StepGrads(SlotGrads):
     """Sums of one layer's gradients over the passes of a step, reduced after the last one."""
 
-    def __init__(self, weights: RestoredWeights, slices: Slices, streams: ExchangeStreams) -> None:
+    def __init__(self, weights: RestoredWeights, streams: ExchangeStreams) -> None:
         super().__init__(weights, streams)
-        self._slices = slices
         self._pool = streams.grads
         self._num_passes = self._left = 0
         self._sums_CRK: list[torch.Tensor] = []
@@ -52,9 +52,9 @@ class StepGrads(SlotGrads):
             self._left = self._num_passes  # Megatron's rerun state machine repeats steps
 
     def finish_reduce(self) -> tuple[torch.Tensor | None, ...]:
-        """Return dummy gradients; wait for the main gradients if the sum is being reduced."""
+        """Return autograd's gradients; wait for main gradients if the sum is being reduced."""
         if self.state.grads is not GradState.REDUCING:
-            return self._slices.marked_added()
+            return self.share.added()
         handed_over = super().finish_reduce()
         for sum_CRK in self._sums_CRK:
             self._pool.put_back(sum_CRK)
@@ -69,16 +69,16 @@ class StepExperts:
     """
 
     def __init__(
-        self, name: str, slices: Slices, index: LayoutIndex, streams: ExchangeStreams
+        self, name: str, share: Share, index: LayoutIndex, streams: ExchangeStreams
     ) -> None:
-        if not slices.have_main_grads:
+        if not share.have_main_grads:
             raise ValueError(
                 f"--fsep-restore step, {name}: adds gradients to Megatron's main gradients, and "
                 "these parameters have none; wrap the model in Megatron's DistributedDataParallel, "
                 "or take --fsep-restore layer"
             )
-        weights = RestoredWeights(name, slices, index, streams, keeps=True)
-        self._grads = StepGrads(weights, slices, streams)
+        weights = RestoredWeights(name, share, index, streams, keeps=True)
+        self._grads = StepGrads(weights, streams)
         self.experts = RestoredExperts(weights, self._grads, streams)
 
     def begin_step(self, index: LayoutIndex, num_passes: int) -> None:
@@ -91,10 +91,10 @@ class StepExperts:
             self.experts.weights.free()
 
 
-def memory_held(layers: Sequence[Share], capacity: int) -> str:
+def memory_held(layers: Sequence[Share], replica_slots: int) -> str:
     """Describe the memory that one rank needs to hold these layers' experts over a step."""
     matrices = [
-        (capacity * rows * columns, parameter)
+        (replica_slots * rows * columns, parameter)
         for layer in layers
         for rows, columns, parameter in zip(layer.rows, layer.columns, layer.likes, strict=True)
     ]
