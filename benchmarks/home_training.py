@@ -17,7 +17,7 @@ from benchmarks import routing
 from benchmarks.end_to_end import Run, cpu_times, run_all
 from benchmarks.end_to_end_cases import HALF, QUICK, Configuration, Size, configurations
 
-AT_HOME = " --fsep-sharding experts"
+ROWS, AT_HOME = " --fsep-sharding rows", " --fsep-sharding experts"
 # Bursts are left to `end_to_end`.
 SKEWS = ("fixed", "drifting", *(name for name in routing.REPLAYED if name != "W0"))
 PAIRS, STEPS = 5, 8
@@ -34,14 +34,19 @@ def training(*, quick: bool) -> dict[str, Any]:
             (name,) = (case.name for case in cases[1:])
             found["balanced"][f"{ranks} ranks"] = {
                 "cpu_ratio": _spread([1 / share for share in _shares(runs[name], size)]),
-                "weight_bytes": sum(of.weight_bytes for run in runs[name] for of in run.ranks),
+                "weight_bytes": _moved(runs[name]),
             }
         size = replace(size, repeats=2 if quick else 3)
         runs = run_all(size, 2, [*_skewed(size, 2, Path(scratch))], Path(scratch))
     for skew in SKEWS:
+        at_home, rows = runs[f"fsep experts, {skew}"], runs[f"fsep, {skew}"]
         found["skewed"][skew] = {
-            "share": statistics.median(_shares(runs[f"fsep experts, {skew}"], size)),
-            "rows_share": statistics.median(_shares(runs[f"fsep, {skew}"], size)),
+            "share": statistics.median(_shares(at_home, size)),
+            "rows_share": statistics.median(_shares(rows, size)),
+            "max_over_mean": _imbalance(at_home),
+            "rows_max_over_mean": _imbalance(rows),
+            "weight_MB": _moved(at_home) / 1e6,
+            "rows_weight_MB": _moved(rows) / 1e6,
         }
     return found
 
@@ -58,9 +63,9 @@ def _skewed(size: Size, ranks: int, scratch: Path) -> Iterator[Configuration]:
     of_name = {case.name: case for case in configurations(size, ranks, scratch)}
     yield of_name["ideal"]
     for skew in SKEWS:
-        rows = of_name[f"fsep, {skew}"]
-        yield rows
-        yield replace(rows, name=f"fsep experts, {skew}", flags=rows.flags + AT_HOME)
+        fsep = of_name[f"fsep, {skew}"]
+        yield replace(fsep, flags=fsep.flags + ROWS)
+        yield replace(fsep, name=f"fsep experts, {skew}", flags=fsep.flags + AT_HOME)
 
 
 def _shares(runs: list[Run], size: Size) -> list[float]:
@@ -70,6 +75,15 @@ def _shares(runs: list[Run], size: Size) -> list[float]:
         return statistics.fmean(cpu_times(size, run))
 
     return [statistics.fmean(map(cpu_ms, run.ideals)) / cpu_ms(run) for run in runs]
+
+
+def _imbalance(runs: list[Run]) -> float:
+    return statistics.fmean(ratio for run in runs for ratio in run.ranks[0].fsep_skew)
+
+
+def _moved(runs: list[Run]) -> int:
+    """Return the bytes of weights and gradients of all runs and ranks."""
+    return sum(of.weight_bytes for run in runs for of in run.ranks)
 
 
 def _spread(ratios: list[float]) -> dict[str, float]:

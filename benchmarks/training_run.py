@@ -104,7 +104,7 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape | None, step
         begins_cpu_s.append(time.process_time())
         coordinator = current_coordinator()
         if coordinator is not None:
-            exposed_ms.append(coordinator.take_exposed_ms())
+            exposed_ms.append(coordinator.take_exchanged()[:2])
         if trace is not None:
             RouterReplay.clear_global_indices()
             chosen_LTK = torch.from_numpy(
@@ -158,10 +158,7 @@ def _stock_skew(counts_ME: torch.Tensor, steps: int) -> list[float]:
 
 def _weight_bytes() -> int:
     coordinator = current_coordinator()
-    if coordinator is None:
-        return 0
-    count = coordinator.streams.exchange.count
-    return count.restore_bytes + count.reduce_bytes
+    return 0 if coordinator is None else coordinator.streams.exchange.count.received_bytes
 
 
 def _fsep_skew() -> list[float]:

@@ -14,6 +14,7 @@ import zlib
 from pathlib import Path
 
 from megatron_laer.files.json_lines import unsealed
+from megatron_laer.telemetry.metrics import RECORDED_LATER
 from megatron_laer.telemetry.trace_file import MAGIC
 
 FOLDER = Path(__file__).resolve().parent / "files_of_0_1"
@@ -47,6 +48,10 @@ def _line_as_version_1(line: bytes) -> bytes:
     del entry["crc"]
     if "slots" not in entry and "num_experts" in entry:
         entry["version"] = 1
+    for content in (entry, entry.get("layers")):
+        if isinstance(content, dict):
+            for name in RECORDED_LATER & content.keys():
+                del content[name]
     if entry.get("format") == "megatron_laer-layouts":
         del entry["format"], entry["version"]
     return unsealed(entry)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import Sharding
 from megatron_laer.config import PlanMode
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder
@@ -48,6 +48,8 @@ SIGNATURE = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": N
 # Enough for a fresh layout to pay.
 TOKENS = 60_000
 TICK_MS = 2.0
+# By the planner rank, times the step.
+RECEIVED_BYTES = 3 * 2**20
 
 
 class TickingClock:
@@ -86,24 +88,26 @@ def record_run(
 ) -> None:
     """Write a run's metrics, layouts and, by default, its trace into a folder.
 
-    Without a cluster it has the form of earlier versions.
+    Without a cluster it has the form of earlier versions. Experts are at home if `run` says so.
     """
     run = RUN if run is None else run
+    geometry = replace(GEOMETRY, sharding=Sharding(run.get("sharding", Sharding.ROWS)))
+    guard = Guard(PlanMode(run.get("plan_mode", PlanMode.ADAPTIVE)), COSTS, geometry)
     shape = Shape(4, 8, 3, 2, layers)
     writer = MetricsWriter(recording_path(folder, 0), shape, run, 0, cluster)
-    recorder = MetricsRecorder(writer, GUARD, layers, torch.device("cpu"), TickingClock())
-    layouts = LayoutRecorder(folder / "group-0.jsonl", GEOMETRY, SIGNATURE, layers, 0)
+    recorder = MetricsRecorder(writer, guard, layers, torch.device("cpu"), TickingClock())
+    layouts = LayoutRecorder(folder / "group-0.jsonl", geometry, SIGNATURE, layers, 0)
     trace = TraceWriter(folder / "group-0.trace", 4, 8, layers) if has_trace else None
-    static = ExpertLayout.static(4, 3, 8)
     for step in range(steps):
         recorder.begin_step(step)
-        planned = [static if step == 0 else ExpertLayout.random(4, 3, 8, (step,))] * len(layers)
+        layout = geometry.random_layout((step,)) if step else geometry.static_layout
+        planned = [layout] * len(layers)
         if step:
             layouts.record(step, planned)
         for microbatch in range(MICROBATCHES):
             for layer, name in enumerate(layers):
                 counts = counts_NE(step, layer, microbatch)
-                decision = GUARD.decide(counts, planned[layer])
+                decision = guard.decide(counts, planned[layer])
                 recorder.add(layer, Sample(decision, 1e-3))
                 recorder.times.begin_exchange(Activity(Kind.DISPATCH, name))
                 recorder.times.end_exchange(Activity(Kind.EXPERTS, name))
@@ -111,7 +115,7 @@ def record_run(
                 recorder.times.end_exchange(Activity(Kind.DENSE))
                 if trace is not None:
                     trace.append(step, layer, microbatch, counts)
-        recorder.end_step(PlannerStatus(plan_us=500), version=step)
+        recorder.end_step(PlannerStatus(plan_us=500), step, RECEIVED_BYTES * step)
     recorder.close()
     layouts.close()
     if trace is not None:

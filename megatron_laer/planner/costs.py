@@ -62,11 +62,11 @@ class CostModel:
         gated: whether the first matrix is [2F, H] (SwiGLU) or [F, H].
         bytes_per_element: size of tokens, weights and gradients on the wire.
         restore_algorithm: exchange that fetches changed slots.
-        by_layout: whether each layout of home experts is fetched by the faster exchange;
-            `restore_algorithm` is then the one of typical loads.
         tokens: exchange of tokens, and rows of hidden states per (token, expert) pair.
         pairs_per_rank: these pairs of one rank in a microbatch, which give forecasts their unit;
             None if not known.
+        by_layout: whether each layout of home experts is fetched by the faster exchange;
+            `restore_algorithm` is then the one of typical loads.
     """
 
     cluster: Cluster
@@ -76,9 +76,9 @@ class CostModel:
     bytes_per_element: int
     recompute: Recompute = Recompute.NONE
     restore_algorithm: ExchangeAlgorithm = ExchangeAlgorithm.FLAT
-    by_layout: bool = False
     tokens: TokenPrices = BY_RANK
     pairs_per_rank: int | None = None
+    by_layout: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "bytes_per_element"):

@@ -22,7 +22,8 @@ _SCALE = 16
 # guide. With a fixed router and text of one kind, steps differ by chance, which a longer memory
 # averages out.
 QUICK_WEIGHT, STEADY_WEIGHT = 0.75, 0.25
-# Each step forgets one part in this many of the older error.
+# Each step forgets one part in this many of the older error, so that errors add up to as many times
+# the usual one. A larger error is a jump.
 _FORGOTTEN = 4
 # Keeps errors, also those of a checkpoint, far from overflow in int64.
 MAX_ERROR = 2**58
@@ -46,8 +47,8 @@ class SmoothedForecast:
 
     There are two means, of weights 0.75 and 0.25. Each observation adds to each mean's error the
     tokens that it expected at wrong experts; a quarter of the older error is forgotten. The mean
-    with the smaller error is the forecast. After a change of text, the memory is thus short within
-    a step or two.
+    with the smaller error is the forecast. Counts further from both means than all remembered error
+    are a jump, such as a change of text: both means start anew from them.
 
     Attributes:
         weight: None for that, or one fixed weight in (0, 1]; 1 is the last value.
@@ -87,9 +88,14 @@ class SmoothedForecast:
         steady_NE = level_NE if self.steady_NE is None else self.steady_NE
         errors = self.errors
         if level_NE is not None and steady_NE is not None:
+            missed = _error(level_NE, new_NE), _error(steady_NE, new_NE)
+            if all(miss > error > 0 for miss, error in zip(missed, errors, strict=True)):
+                anew_NE = _mean(None, new_NE, 1.0)
+                return SmoothedForecast(None, anew_NE, anew_NE, errors)
+            # The first error also stands for those before it.
             quick, steady = (
-                min(error - error // _FORGOTTEN + _error(mean_NE, new_NE), MAX_ERROR)
-                for error, mean_NE in zip(errors, (level_NE, steady_NE), strict=True)
+                min(error - error // _FORGOTTEN + miss if error else miss * _FORGOTTEN, MAX_ERROR)
+                for error, miss in zip(errors, missed, strict=True)
             )
             errors = quick, steady
         return SmoothedForecast(

@@ -1,7 +1,8 @@
 """Choice of `--fsep-sharding auto` and of home experts' replica slots, by predicted time.
 
 Candidates are priced for typical counts, with the planner's layout: a layer and microbatch with all
-exchanges of weights and gradients. Memory is the same but for the slots.
+exchanges of weights and gradients. Memory is the same but for the slots. Slots must also serve
+collapsed routing, where all hot experts share a home and need slots on other ranks.
 
 Legend: N ranks, E experts, C slots per rank.
 """
@@ -11,12 +12,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from megatron_laer.arrays import Int64
 from megatron_laer.choices import Auto, FixedPlanner, OverlapScheduler, Sharding
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.greedy import GreedyStrategy
-from megatron_laer.planner.typical import typical_counts_NE
+from megatron_laer.planner.typical import collapsed_counts_NE, typical_counts_NE
 
 # Most replica slots per rank that are compared.
 _REPLICA_SLOTS = 3
@@ -28,11 +30,20 @@ _WORTH = 0.01
 
 @dataclass(frozen=True)
 class Candidate:
-    """Sharding and slots, their prices, and the predicted seconds of a layer and microbatch."""
+    """Sharding and slots, their prices, and the predicted seconds of a layer and microbatch.
+
+    `collapsed_s` are those of collapsed routing, for experts at home.
+    """
 
     geometry: Geometry
     costs: CostModel
     seconds: float
+    collapsed_s: float = 0.0
+
+    @property
+    def mean_s(self) -> float:
+        """Return the seconds by which slots are chosen: one draw in five is collapsed."""
+        return (_DRAWS * self.seconds + self.collapsed_s) / (_DRAWS + 1)
 
     def __str__(self) -> str:
         slots = f"{self.geometry.capacity} slots"
@@ -43,6 +54,7 @@ def choose_geometry(
     config: FSEPConfig,
     shape: tuple[int, int, int],
     multiple: int,
+    top_k: int,
     priced: Callable[[Geometry], CostModel],
 ) -> tuple[Candidate, list[Candidate]]:
     """Choose sharding and slots; return the choice, and the best candidate of each sharding.
@@ -50,6 +62,7 @@ def choose_geometry(
     Args:
         shape: N, E, and ranks per node.
         multiple: number of which N*C must be a multiple.
+        top_k: experts of a token.
         priced: returns the prices of a geometry, with its exchanges.
     """
     num_ranks, num_experts, node_size = shape
@@ -66,13 +79,13 @@ def choose_geometry(
     best = []
     for sharding in asked:
         least = geometry(sharding, config.capacity)
-        found = _candidate(config, least, priced)
+        found = _candidate(config, least, priced, top_k)
         if sharding == Sharding.EXPERTS and config.capacity is None:
             for capacity in range(least.capacity + 1, least.home_slots + _REPLICA_SLOTS + 1):
                 if capacity > num_experts or capacity * num_ranks % multiple:
                     continue
-                more = _candidate(config, geometry(sharding, capacity), priced)
-                if more.seconds < found.seconds * (1.0 - _WORTH):
+                more = _candidate(config, geometry(sharding, capacity), priced, top_k)
+                if more.mean_s < found.mean_s * (1.0 - _WORTH):
                     found = more
         best.append(found)
     # Rows move every expert, and contention is seldom measured: they must be clearly faster.
@@ -92,17 +105,21 @@ def _shardings(config: FSEPConfig, num_ranks: int, num_experts: int) -> list[Sha
 
 
 def _candidate(
-    config: FSEPConfig, geometry: Geometry, priced: Callable[[Geometry], CostModel]
+    config: FSEPConfig, geometry: Geometry, priced: Callable[[Geometry], CostModel], top_k: int
 ) -> Candidate:
     costs, node_size = priced(geometry), geometry.node_size
-    seconds = 0.0
-    for draw in range(_DRAWS):
-        counts_NE = typical_counts_NE(geometry, costs.pairs_per_rank, draw)
+
+    def seconds(counts_NE: Int64) -> float:
         layout = geometry.static_layout
         if config.planner != FixedPlanner.STATIC:
             layout = GreedyStrategy(geometry, costs).plan(counts_NE, layout)
         layer_s = costs.layer_seconds(counts_NE, layout, node_size, config.split)
         hiding_s = layer_s if config.scheduler == OverlapScheduler.ON else 0.0
-        seconds += layer_s
-        seconds += costs.exchanges_seconds(layout, node_size, hiding_s, geometry.home_slots)
-    return Candidate(geometry, costs, seconds / _DRAWS)
+        return layer_s + costs.exchanges_seconds(layout, node_size, hiding_s, geometry.home_slots)
+
+    pairs = costs.pairs_per_rank
+    typical_s = sum(seconds(typical_counts_NE(geometry, pairs, draw)) for draw in range(_DRAWS))
+    collapsed_s = 0.0
+    if geometry.home_slots:
+        collapsed_s = seconds(collapsed_counts_NE(geometry, top_k, pairs))
+    return Candidate(geometry, costs, typical_s / _DRAWS, collapsed_s)

@@ -39,6 +39,15 @@ def typical_counts_NE(
     return np.tile(counts_E, (geometry.num_ranks, 1))
 
 
+def collapsed_counts_NE(geometry: Geometry, top_k: int, pairs_per_rank: int | None = None) -> Int64:
+    """Return counts [N, E] of tokens that all have experts of rank 0, or of few ranks."""
+    hot = max(top_k, geometry.home_slots)
+    pairs = pairs_per_rank or _TOKENS * geometry.num_experts
+    counts_NE = np.zeros((geometry.num_ranks, geometry.num_experts), dtype=np.int64)
+    counts_NE[:, :hot] = pairs // hot
+    return counts_NE
+
+
 def typical_layout(geometry: Geometry) -> ExpertLayout:
     """Return the layout for which exchanges are compared: static, or one with replicas."""
     if geometry.sharding == Sharding.ROWS:

@@ -73,7 +73,7 @@ def collect(
         sent = np.sum(
             [astuple(layer.statistics.take_sent()) for layer in coordinator.layers], axis=0
         )
-        rank = RankMetrics(*coordinator.take_exposed_ms(), 1.0, *sent.tolist())
+        rank = RankMetrics(*coordinator.take_exchanged(), 1.0, *sent.tolist())
         if layer_ms is not None:
             rank = replace(rank, layer_ms=layer_ms, layer_ranks=1.0)
         newest = {}

@@ -85,7 +85,8 @@ def build_coordinator(
 
     config = _as_recorded(config, groups)
     shape = groups.size, transformer_config.num_moe_experts, groups.node_size
-    choice, compared = choose_geometry(config, shape, slots_multiple(transformer_config), priced)
+    multiple = slots_multiple(transformer_config)
+    choice, compared = choose_geometry(config, shape, multiple, top_k, priced)
     geometry, chosen = choice.geometry, choice.costs
     exchange = chosen.tokens.exchange
     if groups.rank == groups.index == 0:

@@ -53,6 +53,8 @@ class Coordinator:
     layers: list[LayerState] = field(default_factory=list)
     step: int = 0
     _unreported_steps: int = 0
+    _unreported_bytes: int = 0
+    _received_before: int = 0
 
     @property
     def geometry(self) -> Geometry:
@@ -103,6 +105,7 @@ class Coordinator:
         assert self.microbatch_planner.in_steps, "begin_step before start"
         check_no_plan_is_left(self.layers)
         self.measurements.begin_step(step)
+        self._received_before = self.streams.exchange.count.received_bytes
         self.step = step
         self.layouts.begin_step(step, num_microbatches)
         expected = self.pass_layouts.begin_step(
@@ -123,13 +126,22 @@ class Coordinator:
         self.layouts.end_step()
         self.experts.end_step(weights_changed=weights_changed)
         self._unreported_steps += 1
-        self.measurements.end_step(self.step, self.layouts.status, self.layouts.version)
+        received_bytes = self.streams.exchange.count.received_bytes - self._received_before
+        self._unreported_bytes += received_bytes
+        self.measurements.end_step(
+            self.step, self.layouts.status, self.layouts.version, received_bytes
+        )
 
-    def take_exposed_ms(self) -> tuple[float, float]:
-        """Return the waits for restores and gradients in ms per step, since the last call."""
+    def take_exchanged(self) -> tuple[float, float, float]:
+        """Return this rank's means of the steps since the last call.
+
+        These are waits for restores and for gradients in ms, and the bytes received by both.
+        """
         steps, self._unreported_steps = max(1, self._unreported_steps), 0
+        received_bytes, self._unreported_bytes = self._unreported_bytes, 0
         restores, reduces = self.streams.parameters.times, self.streams.gradients.times
-        return restores.exposed.take_ms() / steps, reduces.exposed.take_ms() / steps
+        waits_ms = restores.exposed.take_ms(), reduces.exposed.take_ms()
+        return waits_ms[0] / steps, waits_ms[1] / steps, received_bytes / steps
 
     def resume_planner(self, directory: str, storage: Any) -> None:
         if self.layers and not self.microbatch_planner.in_steps:

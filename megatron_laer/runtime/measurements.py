@@ -78,11 +78,11 @@ class Measurements:
         if self.recorder is not None:
             self.recorder.add(layer, sample)
 
-    def end_step(self, step: int, status: PlannerStatus, version: int) -> None:
+    def end_step(self, step: int, status: PlannerStatus, version: int, received_bytes: int) -> None:
         if self._timeline is not None:
             self._timeline.end_step(step)
         if self.recorder is not None:
-            self.recorder.end_step(status, version)
+            self.recorder.end_step(status, version, received_bytes)
 
     def take_layer_ms(self) -> float | None:
         return None if self.recorder is None else self.recorder.take_layer_ms()

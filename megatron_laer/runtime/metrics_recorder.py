@@ -54,6 +54,7 @@ class _EndedStep:
     predictions: Sequence[Prediction | None]
     status: PlannerStatus
     version: int
+    received_bytes: int
     memory: MemoryUse
 
 
@@ -90,16 +91,16 @@ class MetricsRecorder:
         if self._layers:
             self._layers[layer].add(sample)
 
-    def end_step(self, status: PlannerStatus, version: int) -> None:
+    def end_step(self, status: PlannerStatus, version: int, received_bytes: int) -> None:
         """End a step, and write the steps whose times are known; an error ends the recording."""
         if self._writer is None:
             return
         try:
-            self._end_step(status, version)
+            self._end_step(status, version, received_bytes)
         except Exception as error:
             self._end_recording(error)
 
-    def _end_step(self, status: PlannerStatus, version: int) -> None:
+    def _end_step(self, status: PlannerStatus, version: int, received_bytes: int) -> None:
         self.times.end_step()
         predictions = [
             None if layer.last is None else predict(self._guard, layer.last)
@@ -107,7 +108,9 @@ class MetricsRecorder:
         ]
         memory = memory_use(self._device)
         self._waiting.append(
-            _EndedStep(self._step, self._layers, predictions, status, version, memory)
+            _EndedStep(
+                self._step, self._layers, predictions, status, version, received_bytes, memory
+            )
         )
         self._layers = []
         self._write()
@@ -176,6 +179,7 @@ class MetricsRecorder:
         rank = RankMetrics(
             restore_exposed_ms=of_step["restore_wait_ms"],
             reduce_exposed_ms=of_step["reduce_wait_ms"],
+            weight_bytes=step.received_bytes,
             ranks=1.0,
             layer_ms=self._layer_ms or 0.0,
             layer_ranks=0.0 if self._layer_ms is None else 1.0,
@@ -241,4 +245,5 @@ def _of_step(step: _EndedStep, seconds: Mapping[Activity, float]) -> dict[str, f
         "plan_failures": step.status.failures,
         "used_bytes": step.memory.used_bytes,
         "headroom_bytes": step.memory.headroom_bytes,
+        "weight_bytes": step.received_bytes,
     }

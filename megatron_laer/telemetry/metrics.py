@@ -35,6 +35,7 @@ LOGGED = (
     Metric("fsep_fresh_layouts"),
     Metric("fsep_replicas", in_line=False),
     Metric("fsep_passes_without_replicas", in_line=False),
+    Metric("fsep_weight_mb", "MB", in_line=False),
     Metric("fsep_quota_ms", "ms"),
     Metric("fsep_restore_exposed_ms", "ms"),
     Metric("fsep_reduce_exposed_ms", "ms"),
@@ -68,7 +69,7 @@ _NOT_IN_LINE = {metric.name for metric in LOGGED if not metric.in_line} | {
 RECORDED_OF_STEPS = (
     *("step", "step_ms", "dispatch_ms", "experts_ms", "combine_ms", "restore_wait_ms"),
     *("reduce_wait_ms", "decide_ms", "plan_ms", "version", "late_plans", "plan_failures"),
-    *("used_bytes", "headroom_bytes"),
+    *("used_bytes", "headroom_bytes", "weight_bytes"),
 )
 
 # Values of a layer in a step.
@@ -76,4 +77,8 @@ RECORDED_OF_LAYERS = (
     *("passes", "fresh", "changed_slots", "largest_tokens", "least_tokens", "max_over_mean"),
     *("stock_max_over_mean", "decide_ms", "gain_ms", "cost_ms", "taken_cost_ms"),
     *("change_ms", "predicted_ms", "stock_ms", "balanced_ms", "bound_ms", "layer_ms"),
+    *("replicas", "without_replicas"),
 )
+
+# Values that recordings of earlier versions lack.
+RECORDED_LATER = frozenset({"weight_bytes", "replicas", "without_replicas"})

@@ -111,6 +111,8 @@ class LayerPasses:
             "stock_max_over_mean": mean(self.stock_ratios),
             "gain_ms": mean(self.gains_s) * 1e3,
             "cost_ms": mean(self.costs_s) * 1e3,
+            "replicas": mean(self.replicas),
+            "without_replicas": self.replicas.count(0),
         }
 
     def host_values(self, changed_wait_s: float, exchanged_s: float) -> dict[str, float]:
@@ -192,6 +194,7 @@ class RankMetrics:
 
     restore_exposed_ms: float = 0.0
     reduce_exposed_ms: float = 0.0
+    weight_bytes: float = 0.0
     ranks: float = 0.0
     intra_rows: float = 0.0
     inter_rows: float = 0.0
@@ -233,6 +236,7 @@ def named(
     if rank.ranks:
         scalars["fsep_restore_exposed_ms"] = rank.restore_exposed_ms / rank.ranks
         scalars["fsep_reduce_exposed_ms"] = rank.reduce_exposed_ms / rank.ranks
+        scalars["fsep_weight_mb"] = rank.weight_bytes / rank.ranks / 1e6
     if rank.dispatches:
         scalars["fsep_token_rows_intra_node"] = rank.intra_rows / rank.dispatches
         scalars["fsep_token_rows_inter_node"] = rank.inter_rows / rank.dispatches

@@ -19,6 +19,7 @@ _OPTIONS = (
     ("--ranks 3", "node size 2 does not divide the 3 ranks"),
     ("--ranks 6", "cannot be planned for 6 ranks"),
     ("--ranks 4 4", "--ranks names 4 twice"),
+    ("--sharding rows rows", "--sharding names rows twice"),
     ("--capacity 1", "the slots of 4 ranks must hold each of 8"),
     ("--capacity 9", "use 2 to 8"),
     ("--mode announced", "--mode: invalid choice: 'announced'"),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.parity.flags import command_line
+from tests.parity.row import HOMES
 
 STEPS, SAVE_EVERY = 18, 4
 
@@ -35,6 +36,7 @@ VARIANTS = (
     Variant("restored per step, async", f"--fsep-planner greedy --fsep-restore step {_ASYNC}"),
     Variant("two groups, sync", "--fsep-planner greedy", ranks=4),
     Variant("no checkpoints", "--fsep-planner greedy", saves=False),
+    Variant("experts at home, async", f"--fsep-planner greedy{HOMES} {_ASYNC}"),
 )
 
 KINDS = ("KILL one", "KILL all", "TERM one", "TERM all", "STOP one")

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
-from tests.distributed.test_own_loop import code_of, loaded, script
+from tests.distributed.test_own_loop import HOMES, code_of, loaded, script
 from tests.parity.flags import command_line
 
 __all__ = ["script"]
@@ -55,7 +55,10 @@ def page() -> Any:
 
 
 def start(
-    module: ModuleType, mode: str | None, hook: Callable[[Any], None] | None = None
+    module: ModuleType,
+    mode: str | None,
+    hook: Callable[[Any], None] | None = None,
+    at_home: bool = False,
 ) -> tuple[Any, Any]:
     """Build the page's model and optimizer from the common weights; slime's hook sets the mode."""
     import torch
@@ -69,7 +72,8 @@ def start(
     dist.init_process_group("gloo")
     torch.cuda.set_device(dist.get_rank())
     if mode is not None:
-        megatron_laer.enable(megatron_laer.FSEPConfig(plan_mode=mode), seed=1)
+        settings: dict[str, Any] = {"plan_mode": mode, **(HOMES if at_home else {})}
+        megatron_laer.enable(megatron_laer.FSEPConfig(**settings), seed=1)
     parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
     if hook is not None:
         hook(SimpleNamespace(seed=1))
@@ -84,7 +88,7 @@ def start(
     return model, optimizer
 
 
-def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
+def train_on_rollouts(path: Path, mode: str | None, announces: str, at_home: bool = False) -> Seen:
     """Record and train with replay; `announces` selects the announcement.
 
     "and more" adds a microbatch that never comes, and "twice" announces nothing while tokens name
@@ -119,7 +123,7 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
             EXPERTS,
             MICROBATCHES,
         )
-        model, optimizer = start(module, mode)
+        model, optimizer = start(module, mode, at_home=at_home)
         forward = module.forward_step
         for step in range(STEPS):
             rollout = step // UPDATES
@@ -169,35 +173,30 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str) -> Seen:
 
 
 @pytest.fixture(scope="module")
-def run(ranks: RankPools, script: Path) -> Callable[[str | None, str], list[Seen]]:
+def run(ranks: RankPools, script: Path) -> Runs:
     """Return `run(mode, announces)`, which gives both ranks' observations and caches them."""
-    runs: dict[tuple[str | None, str], list[Seen]] = {}
-
-    def once(mode: str | None, announces: str) -> list[Seen]:
-        key = mode, announces
-        if key not in runs:
-            runs[key] = ranks(2).run(train_on_rollouts, script, mode, announces)
-        return runs[key]
-
-    return once
+    return cache(partial(ranks(2).run, train_on_rollouts, script))
 
 
-Runs = Callable[[str | None, str], list[Seen]]
+Runs = Callable[..., list[Seen]]
 
 
-@pytest.mark.parametrize("announces", ["as recorded", "and more", "nothing"])
+@pytest.mark.parametrize(
+    ("announces", "at_home"),
+    [("as recorded", False), ("and more", False), ("nothing", False), ("as recorded", True)],
+)
 def test_announced_layouts_are_those_of_exact_with_nothing_left_for_after_the_gate(
-    run: Runs, announces: str
+    run: Runs, announces: str, at_home: bool
 ) -> None:
     # Without announcements before the step, the router replay announces each microbatch.
-    stock, exact = run(None, "nothing")[0], run("exact", "nothing")[0]
+    stock, exact = run(None, "nothing")[0], run("exact", "nothing", at_home)[0]
     assert len(set(stock.losses)) == STEPS
-    for announced in run("announced", announces):
+    for announced in run("announced", announces, at_home):
         assert announced.losses == exact.losses, "the same layouts, so the same bits"
         assert announced.losses == pytest.approx(stock.losses, rel=1e-6)
         assert announced.solved_after_gate == announced.changes == announced.misses == 0
         assert announced.restores_ahead == [True] * PASSES
-    first = run("announced", announces)[0]
+    first = run("announced", announces, at_home)[0]
     assert first.max_over_mean == exact.max_over_mean and len(first.max_over_mean) == PASSES
     assert all(reason.startswith("as announced: max/mean 1.0") for reason in first.reasons)
     assert exact.solved_after_gate == PASSES and exact.restores_ahead == [False] * PASSES

@@ -14,7 +14,7 @@ from tests.chaos.job import run_job
 from tests.chaos.plans import SAVE_EVERY, VARIANTS, Fault, Plan
 from tests.chaos.runs import chaos
 
-RUNS = 40
+RUNS = 45
 
 
 @pytest.mark.counts(fault_runs=1)

@@ -15,6 +15,7 @@ from megatron_laer.cpu.training import Record, train
 from tests.fuzz import resealed
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
+from tests.parity.row import AT_HOME, HOMES
 
 STEPS = 10
 WAIT = " --fsep-planner {} --fsep-late-plan wait"
@@ -45,6 +46,7 @@ def run(ranks: RankPools, text_data: str) -> Callable[[str], Record]:
         "search",
         "laer --fsep-split even",
         "greedy --fsep-node-size 1 --fsep-token-exchange node",
+        "search" + HOMES,
     ],
 )
 def test_two_runs_that_wait_for_plans_are_bitwise_equal(
@@ -58,21 +60,25 @@ def test_two_runs_that_wait_for_plans_are_bitwise_equal(
     assert identical(first, second)
 
 
+@pytest.mark.parametrize(
+    ("planner", "sharding"),
+    [("laer --fsep-cluster cpu-gloo", ""), ("greedy", HOMES)],
+    ids=["laer", "greedy, experts at home"],
+)
 def test_a_replay_repeats_a_run_that_did_not_wait(
-    run: Callable[[str], Record], tmp_path: Path
+    run: Callable[[str], Record], tmp_path: Path, planner: str, sharding: str
 ) -> None:
-    recorded = run(
-        " --expert-parallel-mode fsep --fsep-planner laer --fsep-cluster cpu-gloo"
-        f" --fsep-record-layouts {tmp_path}"
-    )
-    replayed = run(f" --expert-parallel-mode fsep --fsep-replay-layouts {tmp_path}")
+    fsep = " --expert-parallel-mode fsep" + sharding
+    recorded = run(f"{fsep} --fsep-planner {planner} --fsep-record-layouts {tmp_path}")
+    replayed = run(f"{fsep} --fsep-replay-layouts {tmp_path}")
     assert recorded.probes[-1] > 0, "no layout ever changed, so nothing is shown"
     assert replayed.probes == recorded.probes
     assert identical(recorded, replayed)
 
 
 @pytest.mark.parametrize(
-    "planner", ["random", "laer --fsep-cluster cpu-gloo --fsep-late-plan wait"]
+    "planner",
+    ["random", "laer --fsep-cluster cpu-gloo --fsep-late-plan wait", "random" + AT_HOME],
 )
 def test_evaluation_changes_no_later_loss(run: Callable[[str], Record], planner: str) -> None:
     fsep = f" --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner {planner}"

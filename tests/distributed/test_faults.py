@@ -30,6 +30,7 @@ from tests.faults.injected import (
 from tests.faults.jobs import output_of, run_job, steps_of
 from tests.parity.compare import Distance, distance, identical
 from tests.parity.flags import command_line
+from tests.parity.row import AT_HOME, HOMES
 
 FSEP = " --expert-parallel-mode fsep --fsep-sharding rows"
 STATIC = FSEP + " --fsep-planner static"
@@ -57,8 +58,11 @@ def command(text_data: str) -> Callable[..., list[str]]:
 @pytest.mark.parametrize(
     "mode",
     # Without plans, or with plans of the same microbatch, less has to be resumed.
-    [WAIT, *(pytest.param(mode, marks=pytest.mark.nightly) for mode in (STATIC, EXACT))],
-    ids=["greedy", "static", "exact"],
+    [
+        WAIT,
+        *(pytest.param(mode, marks=pytest.mark.nightly) for mode in (STATIC, EXACT, WAIT + HOMES)),
+    ],
+    ids=["greedy", "static", "exact", "experts at home"],
 )
 def test_a_rank_killed_in_a_step_is_restarted_and_ends_bitwise_as_without(
     ranks: RankPools, command: Callable[..., list[str]], tmp_path: Path, mode: str
@@ -110,11 +114,12 @@ def saved_steps(folder: Path) -> int | None:
         # Of two ranks, which one is right is unknown.
         (2, 0, "", False, ("layer 2: rank 0", "rank 1", "the right one is unknown")),
         (4, 2, " --fsep-capacity 3", False, ("rank 2 (place 2 in the group)",)),
+        (4, 2, AT_HOME, False, ("rank 2 (place 2 in the group)",)),
         (4, 2, "", True, VERSIONS),
         (4, 2, " --fsep-restore step", True, VERSIONS),
         (4, 2, " --fsep-scheduler off", True, VERSIONS),
     ],
-    ids=["two ranks", "layout", "version", "version, step", "version, off"],
+    ids=["two ranks", "layout", "layout, at home", "version", "version, step", "version, off"],
 )
 def test_a_rank_with_another_layout_or_version_stops_every_rank(
     ranks: RankPools,
@@ -253,21 +258,24 @@ def test_a_bad_loss_ends_the_run_as_stock_does(
     ranks: RankPools, command: Callable[..., list[str]], tmp_path: Path, value: float, passing: bool
 ) -> None:
     ends = {}
-    for name, mode in (("stock", ""), ("fsep", WAIT), ("step", STATIC + " --fsep-restore step")):
+    modes = {"stock": "", "fsep": WAIT, "step": STATIC + " --fsep-restore step"}
+    for name, mode in (modes | {"homes": WAIT + HOMES}).items():
         save = f"{mode} --save {tmp_path / name} --save-interval 100"
         results = ranks(2).run_raw(train_with_bad_loss, command(extra=save), 3, value, passing)
         folder = tmp_path / name
         ends[name] = [how_it_ended(result, folder) for result in results], saved_steps(folder)
     print(f"\n{value}, passing {passing}: {ends['fsep']}")
-    assert ends["fsep"] == ends["step"] == ends["stock"]
+    assert all(end == ends["stock"] for end in ends.values())
 
 
 @pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize("restore", ["layer", "step"])
+@pytest.mark.parametrize(
+    "extra", ["", " --fsep-restore step", HOMES], ids=["layer", "step", "experts at home"]
+)
 def test_a_step_that_megatron_repeats_changes_no_bit(
-    ranks: RankPools, command: Callable[..., list[str]], restore: str
+    ranks: RankPools, command: Callable[..., list[str]], extra: str
 ) -> None:
-    flags = command(extra=f"{WAIT} --fsep-restore {restore}")
+    flags = command(extra=WAIT + extra)
     plain = ranks(2).run(train_with_rerun, flags, -1)
     again = ranks(2).run(train_with_rerun, flags, 3)
     assert [digests for _, digests in again] == [digests for _, digests in plain]
@@ -296,7 +304,8 @@ def test_extreme_routing_trains_as_stock_does(
     ranks: RankPools, command: Callable[..., list[str]], routing: str
 ) -> None:
     stock = ranks(2).run(train_with_routing, command(steps=5), routing)[0]
-    for mode in (FSEP + " --fsep-planner random", EXACT):
+    random = FSEP + " --fsep-planner random"
+    for mode in (random, EXACT, random + AT_HOME, EXACT + HOMES):
         fsep = ranks(2).run(train_with_routing, command(steps=5, extra=mode), routing)[0]
         print(f"\n{routing}: {distance(fsep, stock)}")
         assert distance(fsep, stock).within(FP32_BOUND), mode
@@ -307,10 +316,11 @@ def test_extreme_routing_trains_as_stock_does(
     ("mode", "is_even"),
     [
         (EXACT, True),
+        (EXACT + HOMES, True),
         (FSEP + " --fsep-planner greedy --fsep-imbalance-tolerance 0", True),
         (STATIC, False),
     ],
-    ids=["exact", "adaptive", "static"],
+    ids=["exact", "exact, experts at home", "adaptive", "static"],
 )
 def test_a_burst_to_one_expert_gives_no_rank_more_than_its_share(
     ranks: RankPools, command: Callable[..., list[str]], mode: str, is_even: bool
@@ -329,10 +339,11 @@ def test_a_burst_to_one_expert_gives_no_rank_more_than_its_share(
 
 @pytest.mark.nightly  # test_memory.py holds each day that buffers do not grow
 @pytest.mark.counts(fault_runs=1)
+@pytest.mark.parametrize("sharding", ["", HOMES], ids=["rows", "experts at home"])
 def test_bursts_leave_no_memory_behind_in_500_steps(
-    ranks: RankPools, command: Callable[..., list[str]]
+    ranks: RankPools, command: Callable[..., list[str]], sharding: str
 ) -> None:
-    flags = command(extra=f"{WAIT} --lr 1e-4 --min-lr 1e-4", global_batch=4, steps=500)
+    flags = command(extra=f"{WAIT}{sharding} --lr 1e-4 --min-lr 1e-4", global_batch=4, steps=500)
     for rank, held in enumerate(ranks(2).run(train_with_bursts, flags, 10, 100, timeout_s=7200.0)):
         grown = held.rss_bytes[-1] - held.rss_bytes[0]
         print(

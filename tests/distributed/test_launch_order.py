@@ -17,6 +17,7 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests.launch_order import WITH_SPLITS, Launch, problems, recorded
 from tests.parity.flags import command_line
+from tests.parity.row import HOMES
 
 PIPELINE = " --pipeline-model-parallel-size 2 --num-layers 4"
 VIRTUAL = PIPELINE + " --num-layers-per-virtual-pipeline-stage 1"
@@ -37,6 +38,14 @@ CASES = {
     "pipeline, recompute of the experts, by nodes, tokens too": (
         4,
         PIPELINE + SELECTIVE + NODES + ADAPTIVE + TOKENS,
+    ),
+    "experts at home, virtual pipeline, recompute, fresh layouts in four groups": (
+        2,
+        VIRTUAL + FULL + OVERLAP + EXACT + HOMES + " --fsep-restore-algorithm flat",
+    ),
+    "experts at home by relay, pipeline, recompute of the experts, tokens by nodes": (
+        4,
+        PIPELINE + SELECTIVE + NODES + ADAPTIVE + TOKENS + HOMES,
     ),
 }
 
@@ -84,7 +93,7 @@ def test_ranks_launch_in_orders_that_agree(ranks: RankPools, text_data: str, cas
             f"{name}_{of}_NODE" for name in (*expected, "FSEP_TOKENS") for of in ("INTRA", "INTER")
         }
     assert expected <= found
-    layouts = [{digest for _, digest in of_rank} for of_rank in fresh]
+    layouts = [[digest for _, digest in of_rank] for of_rank in fresh]
     assert all(layouts)
     if group == 2:  # ranks 0 and 1 are a group, and so are 2 and 3; both are in the first stage
         assert layouts[0] == layouts[1] != layouts[2] == layouts[3]
@@ -133,7 +142,9 @@ def exchanges_of(flags: list[str]) -> tuple[int, int]:
     return sum(of.operation in WITH_SPLITS for of in of_tokens), sum(priced)
 
 
-@pytest.mark.parametrize("extra", ["", FULL, SELECTIVE], ids=["none", "full", "selective"])
+@pytest.mark.parametrize(
+    "extra", ["", FULL, SELECTIVE, HOMES], ids=["none", "full", "selective", "experts at home"]
+)
 def test_a_layer_exchanges_tokens_as_often_as_it_is_priced(
     ranks: RankPools, text_data: str, extra: str
 ) -> None:

@@ -1,7 +1,11 @@
-"""Memory of a rank: 1/N of the experts' state, and restored weights only during their use."""
+"""Memory of a rank: 1/N of the experts' state, and restored weights only during their use.
+
+With experts at home, the latter are those of replica slots.
+"""
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -12,14 +16,19 @@ import torch
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests.parity.flags import command_line
+from tests.parity.row import AT_HOME, HOMES
 
 RANDOM = " --fsep-planner random"
 FSEP = " --expert-parallel-mode fsep --fsep-sharding rows" + RANDOM
+# Buffers of direct exchanges grow with an expert's replicas.
+RELAY = " --fsep-restore-algorithm node"
 
 
 def expert_state_bytes(command: list[str]) -> tuple[int, int]:
     """Return bytes of this rank's expert weights, main gradients and optimizer; all elements."""
     from megatron.training import training
+
+    from megatron_laer.session import current_coordinator
 
     sizes: list[tuple[int, int]] = []
     setup = training.setup_model_and_optimizer
@@ -30,13 +39,13 @@ def expert_state_bytes(command: list[str]) -> tuple[int, int]:
         kept[:] = [result[1]]
         return result
 
-    def measure(model: list[torch.nn.Module]) -> None:
+    def measure(_model: object) -> None:
         if sizes:
             return
-        experts = [
-            module for chunk in model for module in chunk.modules() if hasattr(module, "slices")
-        ]
-        parameters = [piece for module in experts for piece in module.slices()]
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        shares = [layer.share for layer in coordinator.layers]
+        parameters = [piece for share in shares for piece in share.parameters]
         states = {}
         for optimizer in kept[0].chained_optimizers:
             for group in optimizer.optimizer.param_groups:
@@ -51,10 +60,10 @@ def expert_state_bytes(command: list[str]) -> tuple[int, int]:
             tensors += [] if found is parameter else [found]
             tensors += [value for value in state.values() if value.dim() > 0]
             mine += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        whole = sum(
-            spec.num_experts * spec.rows * spec.columns
-            for module in experts
-            for spec in module.specs
+        whole = coordinator.geometry.num_experts * sum(
+            rows * columns
+            for share in shares
+            for rows, columns in zip(share.rows, share.columns, strict=True)
         )
         sizes.append((mine, whole))
 
@@ -66,8 +75,13 @@ def expert_state_bytes(command: list[str]) -> tuple[int, int]:
 # Weight, main gradient, and Adam's two moments; under bf16 also the weight in fp32.
 @pytest.mark.parametrize(
     ("size", "flags", "element_bytes"),
-    [(2, "", 4 + 4 + 8), (4, "", 4 + 4 + 8), (2, " --bf16", 2 + 4 + 8 + 4)],
-    ids=["2 ranks", "4 ranks", "bf16"],
+    [
+        (2, "", 4 + 4 + 8),
+        (4, "", 4 + 4 + 8),
+        (2, " --bf16", 2 + 4 + 8 + 4),
+        (2, " --bf16" + AT_HOME, 2 + 4 + 8 + 4),
+    ],
+    ids=["2 ranks", "4 ranks", "bf16", "bf16, experts at home"],
 )
 def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer_state(
     ranks: RankPools, text_data: str, size: int, flags: str, element_bytes: int
@@ -87,7 +101,7 @@ class Held:
         after_forward: restored matrices in use after each chunk's forward.
         after_step: restored matrices and gradients in use after each step.
         buffer_bytes: of weights, of gradients, and of the exchanges' workspaces, after each step.
-        layer_bytes: restored matrices of one layer, C·R·K elements each.
+        layer_bytes: restored matrices of one layer, R·K elements for each slot that is restored.
         layers: MoE layers that the schedule restores at once, and whose gradients it keeps.
     """
 
@@ -101,6 +115,7 @@ class Held:
 def held_buffers(command: list[str]) -> Held:
     from megatron.core.models.gpt import GPTModel
 
+    from megatron_laer.runtime.comm.buffers import Workspace
     from megatron_laer.session import current_coordinator
 
     held = Held([], [], [], 0, (0, 0))
@@ -116,14 +131,14 @@ def held_buffers(command: list[str]) -> Held:
     def look(model: object) -> None:
         coordinator = current_coordinator()
         assert coordinator is not None
-        streams, exchange = coordinator.streams, coordinator.streams.exchange
+        streams = coordinator.streams
         held.after_step.append((streams.weights.in_use, streams.grads.in_use))
-        spaces = exchange.restore_workspace.num_bytes + exchange.reduce_workspace.num_bytes
+        spaces = sum(item.num_bytes for item in gc.get_objects() if isinstance(item, Workspace))
         held.buffer_bytes.append((streams.weights.num_bytes, streams.grads.num_bytes, spaces))
-        slices = coordinator.layers[0].share
-        held.layer_bytes = sum(
-            coordinator.geometry.capacity * rows * slice_ErK.shape[2] * slice_ErK.element_size()
-            for rows, slice_ErK in zip(slices.rows, slices.parameters, strict=True)
+        share, geometry = coordinator.layers[0].share, coordinator.geometry
+        held.layer_bytes = (geometry.capacity - geometry.home_slots) * sum(
+            rows * columns * like.element_size()
+            for rows, columns, like in zip(share.rows, share.columns, share.likes, strict=True)
         )
         schedule = coordinator.scheduler.schedule
         layers = len(coordinator.layers)
@@ -141,8 +156,9 @@ def held_buffers(command: list[str]) -> Held:
         "",
         " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
         " --recompute-granularity selective --recompute-modules moe",
+        AT_HOME + RELAY + " --fsep-capacity 8",  # so that every layout has replicas
     ],
-    ids=["no recompute", "full recompute", "selective recompute"],
+    ids=["no recompute", "full recompute", "selective recompute", "experts at home"],
 )
 def test_no_restored_weight_outlives_its_use(
     ranks: RankPools, text_data: str, recompute: str, scheduler: str
@@ -176,8 +192,9 @@ def test_no_restored_weight_outlives_its_use(
             f"{RANDOM} --expert-model-parallel-size 4 --fsep-node-size 2"
             " --fsep-restore-algorithm node",
         ),
+        (2, f" --fsep-plan-mode exact{HOMES}{RELAY}"),
     ],
-    ids=["step", "adaptive", "pipeline", "nodes"],
+    ids=["step", "adaptive", "pipeline", "nodes", "experts at home by relay"],
 )
 def test_buffers_stay_as_they_are_after_the_first_step(
     ranks: RankPools, text_data: str, size: int, flags: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,17 +18,23 @@ from tests.parity.flags import command_line
 
 STEPS = 6
 MICROBATCHES = 2
+LAYERS, EXPERTS = 2, 8
 ROW_BYTES = 48 * 4  # of a hidden state in fp32
+EXPERT_BYTES = 3 * 48 * 64 * 4
+# A restore in each direction and a reduce, of each layer and microbatch.
+EXCHANGES = 3 * LAYERS * MICROBATCHES
+ROWS = " --fsep-sharding rows"
+HOMES = " --fsep-sharding experts --fsep-planner random --fsep-plan-mode forecast"
 
 
 @pytest.mark.parametrize(
-    ("size", "flags"), [(2, ""), (4, " --pipeline-model-parallel-size 2")], ids=["flat", "pipeline"]
+    ("size", "flags"),
+    [(2, ROWS), (4, ROWS + " --pipeline-model-parallel-size 2")],
+    ids=["flat", "pipeline"],
 )
 def test_balance_and_planning_are_in_tensorboard(
     ranks: RankPools, text_data: str, tmp_path: Path, size: int, flags: str
 ) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     command = command_line(
         text_data,
         " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait --log-interval 2"
@@ -36,8 +43,7 @@ def test_balance_and_planning_are_in_tensorboard(
         steps=STEPS,
     )
     ranks(size).run(train, command)
-    events = EventAccumulator(str(tmp_path))
-    events.Reload()
+    events = events_of(tmp_path)
     tags = [tag for tag in events.Tags()["scalars"] if "fsep" in tag]
     names = {re.sub(r"_p\d+$|_layer_\d+$", "", tag.removeprefix("moe/")) for tag in tags}
     assert names == {metric.name for metric in LOGGED} - {"fsep_announcement_misses"}
@@ -71,6 +77,11 @@ def test_balance_and_planning_are_in_tensorboard(
     ):
         assert mb == pytest.approx(rows * ROW_BYTES / 1e6, rel=1e-5)
     assert series("fsep_token_mb_inter_node") == [0, 0, 0]
+    # Half of each slot's rows, as a layer is on two ranks; fresh layouts fetch more.
+    halves_mb = (EXPERTS / 2 + 1) / 2 * EXCHANGES * 2 / size * EXPERT_BYTES / 1e6
+    assert all(mb >= halves_mb * (1 - 1e-5) for mb in series("fsep_weight_mb"))
+    assert series("fsep_replicas") == [1, 1, 1]
+    assert series("fsep_passes_without_replicas") == [0, 0, 0]
     assert series("fsep_layout_version") == [1, 3, 5]
     assert all(value > 0 for value in series("fsep_plan_ms"))
     assert series("fsep_late_plans") == series("fsep_plan_failures") == [0, 0, 0]
@@ -82,6 +93,9 @@ def test_balance_and_planning_are_in_tensorboard(
     for recording in recordings:
         assert recording.steps_T.tolist() == list(range(STEPS))
         of, steps = recording.of_layers, recording.of_steps
+        assert (of["replicas"] == 1).all() and (of["without_replicas"] == 0).all()
+        received_mb = recording.metrics["fsep_weight_mb"]
+        assert received_mb == pytest.approx(steps["weight_bytes"] / 1e6, rel=1e-3)
         assert (of["passes"] == MICROBATCHES).all()
         assert (of["layer_ms"] > 0).all() and (of["bound_ms"] <= of["predicted_ms"]).all()
         assert (recording.rank_tokens_TLN.sum(axis=2) > 0).all()
@@ -90,6 +104,35 @@ def test_balance_and_planning_are_in_tensorboard(
         assert parts_ms == pytest.approx(of_layers_ms, rel=1e-2)
         assert (parts_ms < steps["step_ms"] * 1.01).all()
         assert (steps["version"] == range(STEPS)).all()
+
+
+def events_of(folder: Path) -> Any:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return events
+
+
+def test_only_replicas_are_moved_to_and_from_homes(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    flags = f"{HOMES} --log-interval 1 --tensorboard-dir {tmp_path}"
+    command = command_line(
+        text_data,
+        " --expert-parallel-mode fsep" + flags,
+        global_batch=4 * MICROBATCHES,
+        steps=STEPS,
+    )
+    ranks(2).run(train, command)
+    events = events_of(tmp_path)
+    names = ("fsep_replicas", "fsep_passes_without_replicas", "fsep_weight_mb")
+    scalars = [[event.value for event in events.Scalars(name)] for name in names]
+    assert len(scalars[0]) == STEPS
+    for replicas, without, moved_mb in zip(*scalars, strict=True):
+        assert moved_mb == pytest.approx(replicas * EXCHANGES * EXPERT_BYTES / 1e6, rel=1e-5)
+        assert (without == 1) == (replicas == 0)
+    assert any(scalars[0])
 
 
 def test_recording_metrics_changes_no_bit(ranks: RankPools, text_data: str, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from megatron_laer.cpu.training import train
 from megatron_laer.tools.traces.fsep import read_recording
 from tests.checkpoints import iteration_folder
 from tests.old_files import FOLDER, MEGATRON, SAVED, STEPS, copied, logged_losses
+from tests.parity.row import HOMES
 
 # Losses were printed with seven digits, and another processor rounds otherwise.
 ROUNDING = 1e-4
@@ -91,8 +92,11 @@ def test_a_run_is_resumed_with_its_planner_and_its_recordings(ranks: RankPools, 
     assert set(expected) <= set(events.Tags()["scalars"])
 
 
-def test_stock_goes_on_from_the_checkpoint(ranks: RankPools, old: Path) -> None:
-    flags = command(old, "--load", old / "checkpoint", fsep=False)
+@pytest.mark.parametrize("fsep", [False, True], ids=["stock", "experts at home"])
+def test_another_kind_of_run_goes_on_from_the_checkpoint(
+    ranks: RankPools, old: Path, fsep: bool
+) -> None:
+    flags = command(old, "--load", old / "checkpoint", *(HOMES.split() if fsep else ()), fsep=fsep)
     record = ranks(2).run(train, flags)[0]
     assert record.losses == pytest.approx(logged_losses()[SAVED:], rel=ROUNDING)
 

@@ -22,9 +22,11 @@ from megatron_laer.cpu.training import fresh_megatron
 from tests import processes
 from tests.documents import ROOT, SCRIPT, blocks
 from tests.messages import messages
+from tests.parity.row import REPLICAS_PAY
 
 DOCS = ROOT / "docs"
 STEPS = 4
+HOMES = {"sharding": "experts", "cluster": str(REPLICAS_PAY)}
 
 
 def code_of(page: str, word: str) -> str:
@@ -65,8 +67,12 @@ def losses(output: str) -> dict[int, float]:
     }
 
 
+def metric(output: str, name: str) -> list[float]:
+    return [float(value) for value in re.findall(rf"fsep_{name}: (\S+)", output)]
+
+
 def layout_versions(output: str) -> list[float]:
-    return [float(version) for version in re.findall(r"fsep_layout_version: (\S+)", output)]
+    return metric(output, "layout_version")
 
 
 @contextlib.contextmanager
@@ -82,10 +88,23 @@ def loaded(path: Path) -> Iterator[ModuleType]:
         yield module
 
 
-def run(path: Path, words: str) -> str:
+@contextlib.contextmanager
+def enabled_with(settings: dict[str, Any]) -> Iterator[None]:
+    """Give these settings to scripts that enable FSEP, in place of theirs."""
+    import megatron_laer
+
+    enable, config = megatron_laer.enable, megatron_laer.FSEPConfig(**settings)
+    with mock.patch.object(
+        megatron_laer, "enable", lambda _, seed: enable(config, seed=seed), create=True
+    ):
+        yield
+
+
+def run(path: Path, words: str, settings: dict[str, Any] | None = None) -> str:
     output = io.StringIO()
     with (
         loaded(path) as module,
+        enabled_with(settings) if settings else contextlib.nullcontext(),
         mock.patch.object(sys, "argv", [str(path), *words.split()]),
         contextlib.redirect_stdout(output),
     ):
@@ -111,6 +130,11 @@ def test_it_goes_on_from_its_checkpoint_and_so_does_stock(
     assert list(stock) == list(range(STEPS, 2 * STEPS))
     assert losses(fsep) == pytest.approx(stock, rel=1e-6)
     assert layout_versions(fsep) == list(stock), "planning goes on where it was"
+
+    at_home = ranks(2).run(run, script, words, HOMES | {"late_plan": "wait"})[0]
+    assert losses(at_home) == pytest.approx(stock, rel=1e-6)
+    loads = metric(at_home, "load_imbalance"), metric(at_home, "stock_load_imbalance")
+    assert loads[0][-1] < loads[1][-1], "no replica was made, so nothing is shown"
 
 
 def train_by_slimes_hooks(path: Path, hooks: Path) -> tuple[list[float], list[int]]:
@@ -168,9 +192,6 @@ def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> lis
     import megatron_laer
     from megatron_laer.plugin.steps import StepOutcome
 
-    enable = megatron_laer.enable
-    settings = megatron_laer.FSEPConfig(**config)
-
     def without_step(*_: Any) -> contextlib.nullcontext[StepOutcome]:
         return contextlib.nullcontext(StepOutcome())
 
@@ -186,9 +207,7 @@ def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> lis
         loaded(path) as module,
         messages(logging.WARNING) as lines,
         mock.patch.object(sys, "argv", [str(path), "--steps", "3"]),
-        mock.patch.object(
-            megatron_laer, "enable", lambda _, seed: enable(settings, seed=seed), create=True
-        ),
+        enabled_with(config),
         mock.patch.object(megatron_laer, "training_step", without_step, create=True),
     ):
         if mode != "trains":
@@ -213,9 +232,9 @@ def test_who_needs_no_steps_is_not_told_to_take_them(
     assert ranks(2).run(warnings_without_steps, script, config, mode) == [[], []]
 
 
-def build_layer(**numbered: int) -> tuple[float, bool]:
-    """Build a MoE layer by itself; return its weights' spread, and whether it computes."""
-    import torch
+@contextlib.contextmanager
+def bare_layer(settings: dict[str, Any] | None, **numbered: int) -> Iterator[Any]:
+    """Build a MoE layer by itself, stock's without settings."""
     import torch.distributed as dist
     from megatron.core import parallel_state
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -226,7 +245,8 @@ def build_layer(**numbered: int) -> tuple[float, bool]:
 
     with fresh_megatron([]):
         dist.init_process_group("gloo")
-        megatron_laer.enable(megatron_laer.FSEPConfig(planner="static"), seed=1)
+        if settings is not None:
+            megatron_laer.enable(megatron_laer.FSEPConfig(**settings), seed=1)
         parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
         try:
             model_parallel_cuda_manual_seed(1)
@@ -242,12 +262,19 @@ def build_layer(**numbered: int) -> tuple[float, bool]:
                 add_bias_linear=False,
             )
             spec = get_gpt_layer_local_spec(num_experts=4, moe_grouped_gemm=False)
-            layer = spec.submodules.mlp(config=config, **numbered)
-            spread = float(layer.experts.slices()[0].std())
-            output, _ = layer.eval()(torch.ones(4, 2, 32))
-            return spread, bool(torch.isfinite(output).all())
+            yield spec.submodules.mlp(config=config, **numbered)
         finally:
             parallel_state.destroy_model_parallel()
+
+
+def build_layer(**numbered: int) -> tuple[float, bool]:
+    """Build a MoE layer by itself; return its weights' spread, and whether it computes."""
+    import torch
+
+    with bare_layer({"planner": "static"}, **numbered) as layer:
+        spread = float(layer.experts.slices()[0].std())
+        output, _ = layer.eval()(torch.ones(4, 2, 32))
+        return spread, bool(torch.isfinite(output).all())
 
 
 def build_unnumbered_layer() -> tuple[float, bool]:
@@ -273,3 +300,25 @@ def test_a_layer_that_is_given_its_number_works_by_itself(ranks: RankPools) -> N
     for spread, computes in ranks(2).run(build_numbered_layer):
         assert 0.01 < spread < 0.1
         assert computes
+
+
+def gradients_of_layer(settings: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the gradients of a layer without Megatron's wrapper, and those of its input."""
+    import torch
+
+    torch.manual_seed(1)
+    with bare_layer(settings, layer_number=1) as layer:
+        random = torch.Generator().manual_seed(5)
+        hidden = torch.rand(16, 2, 32, generator=random).requires_grad_()
+        output, _ = layer(hidden)
+        output.square().sum().backward()
+        return {"input": hidden.grad, **{name: of.grad for name, of in layer.named_parameters()}}
+
+
+def test_experts_at_home_have_stocks_gradients_without_a_wrapper(ranks: RankPools) -> None:
+    at_home = {"planner": "random", "sharding": "experts"}
+    stock, fsep = (ranks(2).run(gradients_of_layer, settings) for settings in (None, at_home))
+    for mine, theirs in zip(fsep, stock, strict=True):
+        assert mine.keys() == theirs.keys()
+        for name, grad in theirs.items():
+            assert mine[name] == pytest.approx(grad, rel=1e-5, abs=1e-6), name

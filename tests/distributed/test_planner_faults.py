@@ -16,10 +16,12 @@ from megatron_laer.cpu.training import Record, train
 from megatron_laer.runtime.planning import layout_sources
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
+from tests.parity.row import HOMES
 
 FSEP = (
     " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner laer --fsep-cluster cpu-gloo"
 )
+NOT_AT_HOME = "not at home"
 
 
 def flags(data: str, steps: int, extra: str = "") -> list[str]:
@@ -50,10 +52,12 @@ def train_with_slow_planner(command: list[str], longest_s: float) -> Record:
 
 
 def train_with_broken_planner(command: list[str], fault: str) -> Record:
+    from megatron_laer.planner.greedy import GreedyStrategy
     from megatron_laer.planner.laer import LaerStrategy
     from megatron_laer.planner.layout import ExpertLayout
 
-    plan = LaerStrategy.plan
+    strategy = GreedyStrategy if fault == NOT_AT_HOME else LaerStrategy
+    plan = strategy.plan
     calls = 0
 
     def broken(self: Any, counts_NE: np.ndarray, current: Any) -> Any:
@@ -65,9 +69,14 @@ def train_with_broken_planner(command: list[str], fault: str) -> Record:
             raise RuntimeError("planner is ill")
         if fault == "no memory":
             raise MemoryError
+        if fault == NOT_AT_HOME:
+            slots = current.to_list()[::-1]
+            return ExpertLayout.from_slots(
+                current.num_ranks, current.capacity, current.num_experts, slots
+            )
         return ExpertLayout.static(2, 8, 16)
 
-    with mock.patch.object(LaerStrategy, "plan", broken):
+    with mock.patch.object(strategy, "plan", broken):
         return train(command, planner_state)
 
 
@@ -175,11 +184,12 @@ def test_a_planner_that_stops_leaves_a_run_that_a_replay_repeats(
 
 
 @pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize("fault", ["raises", "no memory", "wrong shape"])
+@pytest.mark.parametrize("fault", ["raises", "no memory", "wrong shape", NOT_AT_HOME])
 def test_a_broken_planner_keeps_the_last_good_layout(
     ranks: RankPools, text_data: str, fault: str
 ) -> None:
-    command = flags(text_data, 10, " --fsep-late-plan wait")
+    homes = " --fsep-planner greedy" + HOMES if fault == NOT_AT_HOME else ""
+    command = flags(text_data, 10, " --fsep-late-plan wait" + homes)
     for record in ranks(2).run(train_with_broken_planner, command, fault):
         assert len(record.losses) == 10
         version, _, failures = record.probes[-1]

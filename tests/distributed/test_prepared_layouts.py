@@ -12,6 +12,7 @@ import pytest
 from megatron_laer.cpu.ranks import RankPools
 from tests.parity.flags import command_line
 from tests.parity.replay import train_row
+from tests.parity.row import HOMES
 
 # Functions that may build an index, found on the stack in this order.
 PLACES = ("begin_step", "prepare_backward", "change", "start_restore", "start_reduce")
@@ -44,6 +45,7 @@ def places_of_builds(command: list[str]) -> set[str]:
     with (
         mock.patch.object(layout_index, "restore_index", noted(layout_index.restore_index)),
         mock.patch.object(layout_index, "reduce_index", noted(layout_index.reduce_index)),
+        mock.patch.object(layout_index, "direct_index", noted(layout_index.direct_index)),
     ):
         train_row(command)
     return places
@@ -69,6 +71,9 @@ def places_of_builds(command: list[str]) -> set[str]:
             f"--fsep-plan-mode exact {RECOMPUTE}",
             {"begin_step", "start_restore", "prepare_backward"},
         ),
+        (f"--fsep-plan-mode forecast --fsep-late-plan wait {HOMES}", {"begin_step"}),
+        # Without replicas there is nothing to index; backward goes the way back.
+        (f"--fsep-plan-mode exact --fsep-restore-algorithm flat {HOMES}", {"start_restore"}),
     ],
 )
 def test_indexes_are_built_where_nothing_waits_for_them(

@@ -16,6 +16,7 @@ from megatron_laer.telemetry.timeline import FIRST_STEP
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.traces.fsep import read_recording
 from tests.parity.flags import command_line
+from tests.parity.row import HOMES
 
 SAVED, STEPS = 4, 6
 
@@ -42,14 +43,17 @@ def file_of(folder: Path, flag: str) -> Path:
     return folder / flag.lstrip("-") / FILES[flag]
 
 
+def record_run(ranks: RankPools, data: str, folder: Path, extra: str = "") -> tuple[Path, Record]:
+    saved = folder / "saved"
+    extra += f" --ckpt-format torch_dist --save {saved} --load {saved} --save-interval {SAVED}"
+    return folder, ranks(2).run(train, flags(data, folder, list(FILES), extra))[0]
+
+
 @pytest.fixture(scope="module")
 def first_run(
     ranks: RankPools, text_data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Record]:
-    folder = tmp_path_factory.mktemp("run")
-    saved = folder / "saved"
-    save = f"--ckpt-format torch_dist --save {saved} --load {saved} --save-interval {SAVED}"
-    return folder, ranks(2).run(train, flags(text_data, folder, list(FILES), save))[0]
+    return record_run(ranks, text_data, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
@@ -112,10 +116,18 @@ def test_a_replay_over_its_own_recording_is_refused_on_every_rank(
     assert contents(used) == before
 
 
+@pytest.mark.parametrize("sharding", ["", HOMES], ids=["rows", "experts at home"])
 def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
-    ranks: RankPools, text_data: str, first_run: tuple[Path, Record], used: Path
+    ranks: RankPools,
+    text_data: str,
+    first_run: tuple[Path, Record],
+    tmp_path: Path,
+    sharding: str,
 ) -> None:
-    resume = f"--ckpt-format torch_dist --load {used / 'saved'} --ckpt-step {SAVED}"
+    if sharding:
+        first_run = record_run(ranks, text_data, tmp_path / "first", sharding)
+    used = shutil.copytree(first_run[0], tmp_path / "run")
+    resume = f"{sharding} --ckpt-format torch_dist --load {used / 'saved'} --ckpt-step {SAVED}"
     record = ranks(2).run(train, flags(text_data, used, list(FILES), resume))[0]
     assert record.losses == first_run[1].losses[SAVED:]
 

@@ -21,9 +21,11 @@ import torch
 from megatron_laer.cpu.ranks import Raised, RankError, RankPool, RankPools
 from tests.faults.delays import STEPS_PER_SEED, Trace, train_with_delays
 from tests.parity.flags import command_line
+from tests.parity.row import HOMES
 
 FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
+OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 FORECAST = " --fsep-plan-mode forecast"
 NODES = " --fsep-node-size 2 --fsep-restore-algorithm node"
 TOKENS = " --fsep-node-size 2 --fsep-token-exchange node"
@@ -72,6 +74,8 @@ CASES = {
     "pipeline 2 x virtual 2": Case(4, 2, 4, 4, FORECAST + VIRTUAL),
     "full recompute": Case(2, 2, 2, 3, FORECAST + FULL),
     "adaptive": Case(2, 2, 2, 3, ADAPTIVE),
+    "experts at home": Case(4, 2, 2, 3, FORECAST + HOMES + OVERLAP),
+    "experts at home by relay, adaptive": Case(4, 4, 2, 2, ADAPTIVE + HOMES + NODES),
 }
 WAIT = " --fsep-late-plan wait"
 
@@ -113,7 +117,7 @@ def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
     assert disturbed[0].versions[-1] == seeds * STEPS_PER_SEED - 1, "a plan for every step"
     assert len(disturbed[0].digests) == seeds * STEPS_PER_SEED
     assert differing_steps(disturbed, steady) == []
-    if "tolerance" in CASES[case].flags:
+    if ADAPTIVE in CASES[case].flags:
         changes = [name for step in steady[0].completed for name in step if "change" in name]
         assert changes, "no layout was changed between gate and experts"
     reordered = reordered_seeds(disturbed, steady)

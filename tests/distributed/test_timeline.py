@@ -16,19 +16,25 @@ from megatron_laer.telemetry.timeline import FIRST_STEP, NUM_STEPS
 from megatron_laer.telemetry.trace_events import COMPUTE, TOKENS, TRACKS
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
+from tests.parity.row import AT_HOME
 
 STEPS = FIRST_STEP + NUM_STEPS + 1
 MICROBATCHES = 2
 LAYERS = ("layer 1", "layer 2")
 # Times are written in tenths of a microsecond.
 ROUNDING_US = 0.2
-FORECAST = " --fsep-plan-mode forecast"
+FORECAST = " --fsep-plan-mode forecast --fsep-late-plan wait"
+MODES = {
+    "on": FORECAST,
+    "off": FORECAST + " --fsep-scheduler off",
+    "without replicas": AT_HOME + " --fsep-planner static",
+}
 
 
 def flags(data: str, extra: str, steps: int = STEPS) -> list[str]:
     return command_line(
         data,
-        " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait" + extra,
+        " --expert-parallel-mode fsep --fsep-sharding rows" + extra,
         global_batch=4 * MICROBATCHES,
         steps=steps,
     )
@@ -69,31 +75,31 @@ class Run:
 def runs(
     ranks: RankPools, text_data: str, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Run]:
-    """Train with the scheduler on and off."""
+    """Train with the scheduler on and off, and with experts at home alone."""
     found = {}
-    for scheduler in ("on", "off"):
-        folder = tmp_path_factory.mktemp(f"scheduler-{scheduler}")
+    for mode, of_mode in MODES.items():
+        folder = tmp_path_factory.mktemp("run")
         extra = (
-            f"{FORECAST} --fsep-scheduler {scheduler} --log-interval 2"
+            f"{of_mode} --log-interval 2"
             f" --fsep-timeline {folder / 'timeline'} --tensorboard-dir {folder / 'board'}"
         )
         record = ranks(2).run(train, flags(text_data, extra))[0]
-        found[scheduler] = Run(record, folder / "timeline", folder / "board")
+        found[mode] = Run(record, folder / "timeline", folder / "board")
     return found
 
 
-@pytest.mark.parametrize("scheduler", ["on", "off"])
+@pytest.mark.parametrize("mode", MODES)
 def test_every_exchange_of_the_recorded_steps_is_on_its_track(
-    runs: dict[str, Run], scheduler: str
+    runs: dict[str, Run], mode: str
 ) -> None:
     for rank in range(2):
-        tracks = read(runs[scheduler].timeline, rank)
+        tracks = read(runs[mode].timeline, rank)
         steps = [event for event in tracks[COMPUTE] if event["name"].startswith("step ")]
         wanted = range(FIRST_STEP, FIRST_STEP + NUM_STEPS)
         assert [event["name"] for event in steps] == [f"step {step + 1}" for step in wanted]
         for layer in LAYERS:
             passes = NUM_STEPS * MICROBATCHES
-            matrices = 2
+            matrices = 0 if mode == "without replicas" else 2
             assert len(named(tracks["parameters"], f"restore {layer}")) == 2 * matrices * passes
             assert len(named(tracks["gradients"], f"reduce {layer}")) == matrices * passes
             for exchange in (f"dispatch {layer}", f"combine {layer}"):
@@ -136,8 +142,8 @@ def test_the_next_layers_restore_begins_before_this_layers_experts_end(
 ) -> None:
     """Compare with and without the schedule: without it, the trace must show no overlap."""
     overlapped = {}
-    for scheduler, run in runs.items():
-        tracks = read(run.timeline, 0)
+    for scheduler in ("on", "off"):
+        tracks = read(runs[scheduler].timeline, 0)
         # Each microbatch restores both matrices in forward, then in backward.
         restores = named(tracks["parameters"], "restore layer 2")[::4]
         experts = named(tracks[COMPUTE], "experts layer 1")

@@ -40,6 +40,7 @@ FLAGS = f"""
     --log-interval 1 --eval-iters 0 --eval-interval 1000 --logging-level 20
     --no-gradient-accumulation-fusion --no-rope-fusion
 """.split()
+HOMES = " --fsep-sharding experts --fsep-restore-algorithm "
 RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
 GRAPHS = (
     " --fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine"
@@ -131,6 +132,15 @@ def test_graphs_change_losses_by_rounding_at_most(modules: str, extra: str, trai
     assert "--fsep-allow-unproven te-graphs: nobody has run" in output
     assert graphed == pytest.approx(plain, rel=5e-3)
     assert graphed[-1] < 0.9 * graphed[0]
+
+
+@pytest.mark.parametrize("gemm", ["", " --moe-grouped-gemm"], ids=["sequential", "grouped"])
+@pytest.mark.parametrize("algorithm", ["flat", "node"])
+def test_experts_at_home_train_as_stock_does(algorithm: str, gemm: str, train: Train) -> None:
+    stock, _ = train(f" --expert-parallel-mode standard{gemm}")
+    at_home, _ = train(HOMES + algorithm + gemm)
+    assert at_home == pytest.approx(stock, rel=5e-3)
+    assert at_home[-1] < 0.9 * at_home[0]
 
 
 def _cannot_compute(recipe: str) -> str | None:

@@ -29,7 +29,9 @@ FLOOR_FACTOR = 10
 # fp32.
 SMALLEST_FLOOR = 2.0**-23
 
+# Elsewhere planners make no replica of so small a model.
 REPLICAS_PAY = Path(__file__).with_name("replicas_pay.yaml")
+HOMES = f"{AT_HOME} --fsep-cluster {REPLICAS_PAY}"
 
 # Values whose size selects no code path: more than a single digit.
 _AMOUNT = re.compile(r"-?[\d.]{2,}(e-?\d+)?|-?\d+e-?\d+|-\d")

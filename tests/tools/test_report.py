@@ -27,6 +27,7 @@ from megatron_laer.tools.report.recorded import recorded_run
 from megatron_laer.tools.report.run_files import find_run
 from megatron_laer.tools.traces import read_trace
 from tests import fuzz
+from tests.old_files import as_version_1
 from tests.recorded_runs import COSTS, OWN, RUN, STEPS, record_run
 from tests.tools.plan_cases import drifting_trace, recording
 from tests.tools.report_pages import data_of, figure_of, report, values_of, written
@@ -50,12 +51,32 @@ def test_the_page_has_the_numbers_of_the_recording(folder, tmp_path, capsys):
         assert np.mean(trace["z"], axis=0) == pytest.approx(np.ones(STEPS), rel=2e-2)
     for trace in figure_of(data, "Slots of each expert")["data"]:
         assert (np.sum(trace["z"], axis=0) == 4 * 3).all()
+    assert values_of(data, "Replicas per rank") == rounded(of["replicas"].T)
+    (moved,) = figure_of(data, "Weights moved")["data"]
+    assert moved["y"] == [3 * step for step in range(STEPS)]  # MiB
+    assert "0 % of microbatches had no replica" in page
+    assert "<td>6.291 MB</td>" in page
     fresh = 100 * of["fresh"].sum() / of["passes"].sum()
     assert f"{fresh:.4g} % of microbatches got a layout of their own" in page
     assert f"<td>{of['max_over_mean'].max():.4g}</td>" in page
     out, err = capsys.readouterr()
     assert "of forced balance; imbalance cost " in out
     assert err == ""
+
+
+def test_a_run_with_experts_at_home_shows_its_replicas(tmp_path):
+    record_run(tmp_path / "run", run=RUN | {"sharding": "experts", "plan_mode": "forecast"})
+    page = written(tmp_path, tmp_path / "run")
+    data, recording = data_of(page), read_metrics(recording_path(tmp_path / "run", 0))
+    of = recording.of_layers
+    assert of["without_replicas"].any() and (of["replicas"] <= 1).all()
+    assert values_of(data, "Replicas per rank") == rounded(of["replicas"].T)
+    share = 100 * of["without_replicas"].sum() / of["passes"].sum()
+    assert f"{share:.4g} % of microbatches had no replica" in page
+    for trace in figure_of(data, "Slots of each expert")["data"]:
+        filled = np.sum(trace["z"], axis=0)
+        assert filled[0] == 8 and (filled <= 4 * 3).all() and (np.array(trace["z"]) >= 1).all()
+    assert {row["strategy"] for row in data["what_if"]} == {"stock EP", "greedy"}
 
 
 def test_the_assessment_is_worked_out_as_it_says(folder):
@@ -170,6 +191,17 @@ def test_a_run_whose_numbers_are_not_there_has_a_page_without_them(folder, tmp_p
     ours = page.replace(get_plotlyjs(), "")
     assert "step time, median" not in ours and not re.search(r"\bnan\b", ours)
     assert figure_of(data_of(page), "A step's time")["data"][1]["y"] == [0] * STEPS
+
+
+def test_a_recording_of_an_earlier_version_has_a_page_without_what_it_lacks(folder, tmp_path):
+    path = recording_path(folder, 0)
+    path.write_bytes(as_version_1(path.read_bytes()))
+    page = written(tmp_path, folder)
+    titles = [figure["title"] for figure in data_of(page)["figures"]]
+    assert "Slots of each expert in the planned layouts" in titles
+    assert "Replicas per rank" not in titles and "had no replica" not in page
+    (folder / "group-0.jsonl").unlink()
+    assert 'id="replicas"' not in written(tmp_path, folder)
 
 
 def test_losses_of_a_log_beside_the_recordings_are_shown(folder, tmp_path):

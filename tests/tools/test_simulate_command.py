@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from benchmarks import home_recipes
 from megatron_laer.telemetry.trace_events import TRACKS
 from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED
@@ -36,7 +37,9 @@ def test_the_command_prints_writes_and_draws(tmp_path, path, capsys):
     json_file, png, timeline = (tmp_path / name for name in ("x.json", "x.png", "t.json"))
     files = ["--png", png, "--timeline", timeline]
     written = simulated(json_file, path, *TINY, *files, capsys=capsys)
-    expected = "N=4 G=2 C=3 adaptive T=2048: 2048 tokens per rank and microbatch, 3 microbatches"
+    expected = (
+        "N=4 G=2 C=3 rows adaptive T=2048: 2048 tokens per rank and microbatch, 3 microbatches"
+    )
     assert any(expected in line for line in written["lines"])
     assert png.read_bytes().startswith(b"\x89PNG")
 
@@ -113,13 +116,12 @@ def test_the_hosts_gap_is_added_once(tmp_path, path, capsys):
 
 
 def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, path, capsys):
-    words = "--mode forecast --method stock laer fsep --strategy static --sharding".split()
-    found = {}
-    for sharding in ("rows", "experts"):
-        written = simulated(tmp_path / "x", path, *TINY, *words, sharding, capsys=capsys)
-        assert written["sharding"] == sharding
-        found[sharding] = written["methods"]
-    rows, home = found["rows"], found["experts"]
+    words = "--mode forecast --method stock laer fsep --strategy static --sharding rows experts"
+    written = simulated(tmp_path / "x", path, *TINY, *words.split(), capsys=capsys)
+    assert [case["sharding"] for case in written["cases"]] == ["rows", "experts"]
+    rows, home = (case["methods"] for case in written["cases"])
+    assert re.search(r"^ *s/iteration .*\n *rows .*\n *experts ", "\n".join(written["lines"]), re.M)
+    assert re.search(r"\bN=4 G=2 C=3 (rows|experts) forecast T=", written["advice"])
     # The others do not know the sharding.
     assert (home["stock"], home["laer"]) == (rows["stock"], rows["laer"])
     assert home["fsep"]["bytes"] == home["stock"]["bytes"] != rows["fsep"]["bytes"]
@@ -127,3 +129,22 @@ def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, path, ca
     restored = [of["fsep"]["memory_bytes"]["restored_experts"] for of in (rows, home)]
     # Of three slots, one has no home expert.
     assert restored[0] == pytest.approx(3 * restored[1])
+
+
+def test_recipes_have_a_share_of_forced_balance_by_sharding_and_constants(
+    tmp_path, monkeypatch, capsys
+):
+    flags = "--model mixtral-8x7b-e8k2 --tokens 1024 --microbatches 2"
+    monkeypatch.setattr(home_recipes, "RECIPES", (home_recipes.Recipe("small", 8, 4, flags),))
+    assert home_recipes.main(["--json", str(tmp_path / "x.json")]) == 0
+    (row,) = json.loads((tmp_path / "x.json").read_text())["recipes"]
+    assert row["simulate"] == f"--ranks 4 {flags}"
+    own, contended = row["own"], row["contention"]
+    # Stock overlaps no exchange of weights.
+    assert own["balanced_s"] == contended["balanced_s"]
+    shown = capsys.readouterr().out.splitlines()[1]
+    for sharding, slots in (("rows", {3}), ("experts", {3, 4, 5})):
+        assert 0 < contended[sharding]["share"] < own[sharding]["share"] < 1.2
+        for of in (own, contended):
+            assert of[sharding]["slots"] in slots
+            assert f" {of[sharding]['share']:.3f}" in shown

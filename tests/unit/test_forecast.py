@@ -54,10 +54,10 @@ def test_without_a_weight_the_mean_that_did_best_lately_is_the_forecast() -> Non
         counts_NE = rng.multinomial(200, first_E, size=8)
         forecast, steady = forecast.observe(counts_NE), steady.observe(counts_NE)
     assert (forecast.counts_NE() == steady.counts_NE()).all()
-    # After a change of text the shorter memory is nearer, from the second step on.
+    # Where loads drift the shorter one is nearer.
     quick = SmoothedForecast(weight=0.75, level_NE=forecast.level_NE)
-    for _ in range(2):
-        counts_NE = rng.multinomial(200, second_E, size=8)
+    for part in np.linspace(0, 1, 8):
+        counts_NE = rng.multinomial(200, (1 - part) * first_E + part * second_E, size=8)
         forecast, quick = forecast.observe(counts_NE), quick.observe(counts_NE)
     assert (forecast.counts_NE() == quick.counts_NE()).all()
     # The longer one is nearer again once only chance differs.
@@ -65,6 +65,17 @@ def test_without_a_weight_the_mean_that_did_best_lately_is_the_forecast() -> Non
         forecast = forecast.observe(rng.multinomial(200, second_E, size=8))
     assert forecast.steady_NE is not None
     assert (forecast.counts_NE() == forecast.steady_NE).all()
+
+
+def test_both_means_start_anew_at_a_jump() -> None:
+    rng = np.random.default_rng(4)
+    forecast, texts = SmoothedForecast(), rng.dirichlet(np.ones(16), size=3)
+    for share_E in texts:
+        for step in range(10):
+            counts_NE = rng.multinomial(200, share_E, size=8)
+            forecast = forecast.observe(counts_NE)
+            is_newest = (forecast.counts_NE() == 16 * counts_NE).all()
+            assert is_newest == (step == 0), "at the first step of a text, and at no other"
 
 
 def test_a_level_of_an_earlier_version_is_the_begin_of_both_means() -> None:

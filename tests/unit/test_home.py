@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,10 +12,9 @@ from hypothesis import strategies as st
 from benchmarks.home_layouts import least_of_all
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Sharding
-from megatron_laer.config import Auto, ExchangeAlgorithm, FSEPConfig, PlanMode
+from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
 from megatron_laer.layer.dispatch.permutation import run_sizes
-from megatron_laer.planner.clusters import Contention, Link
-from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
@@ -26,7 +23,6 @@ from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.search import SearchStrategy
 from megatron_laer.planner.sharding import changed_slots, row_bounds
-from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
@@ -300,61 +296,6 @@ def test_a_forecast_is_priced_as_a_microbatch() -> None:
                 loads_NE * scale, geometry.static_layout
             )
             assert (layout != geometry.static_layout) == pays
-
-
-def test_contention_prices_hidden_exchanges() -> None:
-    costs = make_costs()
-    assert costs.hidden_share == 0.125, "nothing was measured"
-    for gemm, exchange, share in ((1.5, 1.2, 0.4), (1.01, 1.0, 0.125), (4.0, 4.0, 1.0)):
-        cluster = replace(costs.cluster, contention=Contention(gemm, exchange))
-        assert replace(costs, cluster=cluster).hidden_share == pytest.approx(share)
-
-
-def priced_as(costs: CostModel, pairs: int) -> Callable[[Geometry], CostModel]:
-    return lambda geometry: replace(costs.with_exchange(Auto.AUTO, geometry), pairs_per_rank=pairs)
-
-
-# N, E, ranks per node; settings; the sharding that is taken, and its slots.
-SHARDINGS = [
-    ((4, 8, 4), {}, Sharding.EXPERTS, 3),
-    ((4, 8, 4), {"capacity": 5}, Sharding.EXPERTS, 5),
-    ((4, 8, 4), {"sharding": "experts"}, Sharding.EXPERTS, 3),
-    ((4, 8, 4), {"sharding": "rows"}, Sharding.ROWS, 3),
-    ((4, 8, 4), {"planner": "laer"}, Sharding.ROWS, 3),
-    ((4, 8, 4), {"capacity": 2}, Sharding.ROWS, 2),
-    ((4, 6, 4), {}, Sharding.ROWS, 3),
-    ((8, 4, 8), {}, Sharding.ROWS, 2),
-    ((1, 4, 1), {}, Sharding.ROWS, 4),
-]
-
-
-@pytest.mark.parametrize(("shape", "given_", "sharding", "capacity"), SHARDINGS)
-def test_auto_takes_homes_where_they_fit(
-    shape: tuple[int, int, int], given_: dict[str, Any], sharding: Sharding, capacity: int
-) -> None:
-    costs = make_costs(hidden=1024, ffn=4096)
-    choice, _ = choose_geometry(FSEPConfig(**given_), shape, 1, priced_as(costs, 8192))
-    assert (choice.geometry.sharding, choice.geometry.capacity) == (sharding, capacity)
-
-
-def test_auto_takes_the_faster_sharding_and_slots_that_pay() -> None:
-    """Slow links between nodes: with many tokens, locality is worth more than weights."""
-    costs = make_costs(
-        hidden=2048, ffn=1024, intra=Link(2e11, 1e-5), inter=Link(2e10, 1e-5), points=((1, 3e14),)
-    )
-    shape, found = (16, 64, 4), {}
-    for tokens in (1024, 65536):
-        for given_ in ({}, {"capacity": 5}):
-            choice, best = choose_geometry(FSEPConfig(**given_), shape, 1, priced_as(costs, tokens))
-            assert [candidate.geometry.sharding for candidate in best] == ["experts", "rows"]
-            assert str(choice) in map(str, best) and "slots: " in str(choice)
-            faster = min(best, key=lambda candidate: candidate.seconds)
-            assert choice.seconds <= faster.seconds * 1.011
-            found[tokens, "capacity" in given_] = choice.geometry
-    assert found[65536, False].capacity > 5, "a further slot brings tokens back to their node"
-    assert found[1024, False] == found[1024, True], "and does not pay for few tokens"
-    assert found[1024, True].sharding == Sharding.EXPERTS
-    assert found[65536, True].sharding == Sharding.ROWS
 
 
 def test_layouts_without_homes_are_refused() -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megatron_laer import telemetry
-from megatron_laer.choices import ExchangeAlgorithm, Recompute, TokenExchange
+from megatron_laer.choices import ExchangeAlgorithm, Recompute, Sharding, TokenExchange
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
@@ -31,6 +31,7 @@ from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
 from megatron_laer.telemetry.metrics import (
     LOGGED,
     PERCENTILES,
+    RECORDED_LATER,
     RECORDED_OF_LAYERS,
     RECORDED_OF_STEPS,
     is_in_line,
@@ -56,6 +57,7 @@ from tests.recorded_runs import (
     GUARD,
     LAYERS,
     MICROBATCHES,
+    RECEIVED_BYTES,
     RUN,
     STEPS,
     TICK_MS,
@@ -90,8 +92,23 @@ def test_what_was_decided_is_read_back(recorded: Path) -> None:
         assert recording.of_layers["largest_tokens"][step, layer] >= least
     of = recording.of_layers
     assert (of["passes"] == MICROBATCHES).all()
+    assert (of["replicas"] == 1).all() and (of["without_replicas"] == 0).all()
+    received_bytes = RECEIVED_BYTES * np.arange(STEPS)
+    assert recording.of_steps["weight_bytes"] == pytest.approx(received_bytes, rel=1e-3)
+    assert recording.metrics["fsep_weight_mb"] == pytest.approx(received_bytes / 1e6, rel=1e-3)
     assert (of["bound_ms"] <= of["predicted_ms"]).all()
     assert (of["max_over_mean"] <= of["stock_max_over_mean"] + 1e-3).all()
+
+
+def test_a_recording_of_an_earlier_version_lacks_later_values_only(recorded: Path) -> None:
+    new = read_metrics(recorded)
+    recorded.write_bytes(as_version_1(recorded.read_bytes()))
+    old = read_metrics(recorded)
+    for found, expected in ((old.of_steps, new.of_steps), (old.of_layers, new.of_layers)):
+        assert found.keys() == expected.keys()
+        for name, values in found.items():
+            wanted = np.full_like(values, np.nan) if name in RECORDED_LATER else expected[name]
+            np.testing.assert_array_equal(values, wanted, name)
 
 
 def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> None:
@@ -102,7 +119,8 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
         tokens=TokenPrices(TokenExchange.NODE, 0.1 + 0.2, 1 / 3),
     )
     priced = {"top_k": 2, "tokens_per_rank": 4096}
-    record_run(tmp_path, run=run_settings(FSEPConfig(), costs, priced, torch.device("cpu")))
+    config = FSEPConfig(sharding=Sharding.ROWS)
+    record_run(tmp_path, run=run_settings(config, costs, priced, torch.device("cpu")))
     recording = read_metrics(recording_path(tmp_path, 0))
     (((_, run),), (cluster,)) = recording.runs, recording.clusters
     rows = (float(run[f"token_{link}_rows"]) for link in ("intra", "inter"))
@@ -177,7 +195,7 @@ def test_a_recording_that_ended_keeps_nothing_of_later_steps(
         for step in range(3):
             recorder.begin_step(step)
             recorder.add(0, Sample(decision, 1e-3))
-            recorder.end_step(PlannerStatus(), version=step)
+            recorder.end_step(PlannerStatus(), step, received_bytes=0)
     assert caplog.text.count("the recording of metrics ends at step 0: no space") == 1
     assert recorder.times.take() is None
     recorder.close()
@@ -272,6 +290,8 @@ def test_passes_add_up_and_what_was_weighed_is_averaged() -> None:
         "stock_max_over_mean": mean(max_over_mean(stock_tokens_N(of)) for of in counts),
         "gain_ms": mean(1e3 * of.gain_s for of in decisions),
         "cost_ms": mean(1e3 * of.cost_s for of in decisions),
+        "replicas": 1.0,
+        "without_replicas": 0,
     }
 
 
@@ -282,7 +302,8 @@ def test_replicas_are_counted_per_rank_and_passes_without_them() -> None:
     passes = LayerPasses.of(
         GEOMETRY.num_ranks, [Sample(replace(decision, layout=one)) for one in layouts]
     )
-    assert passes.replicas == [0, 0, 1]
+    assert passes.values()["replicas"] == pytest.approx(1 / 3)
+    assert passes.values()["without_replicas"] == 2
     found, _ = named([LayerMetrics.of(passes, predict(GUARD, decision))], RankMetrics())
     assert found["fsep_replicas"] == pytest.approx(1 / 3)
     assert found["fsep_passes_without_replicas"] == pytest.approx(2 / 3)

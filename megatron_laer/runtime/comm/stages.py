@@ -36,6 +36,10 @@ class ExchangeCount:
     def reduce_bytes(self) -> int:
         return self.reduce_intra_bytes + self.reduce_inter_bytes
 
+    @property
+    def received_bytes(self) -> int:
+        return self.restore_bytes + self.reduce_bytes
+
     def add_restore(self, intra_bytes: int, inter_bytes: int) -> None:
         self.restore_intra_bytes += intra_bytes
         self.restore_inter_bytes += inter_bytes

@@ -84,6 +84,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         option(swept, flag, text, between(1, high), nargs="+")
+    text = "experts at home, or rows of each on every rank; default: rows"
+    shardings = [sharding.value for sharding in Sharding]
+    option(swept, "--sharding", text, nargs="+", choices=shardings, default=[Sharding.ROWS.value])
     modes, mode = [mode.value for mode in GUARD_MODES], PlanMode.ADAPTIVE.value
     option(swept, "--mode", f"default: {mode}", nargs="+", choices=modes, default=[mode])
     text = f"of {', '.join(METHODS)}; default: all"
@@ -91,9 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ours = parser.add_argument_group("FSEP")
     algorithms = [algorithm.value for algorithm in ExchangeAlgorithm]
     fetched = "how experts are fetched; default: %(default)s"
-    shardings = [sharding.value for sharding in Sharding]
     for flag, choices, default, text in (
-        ("--sharding", shardings, Sharding.ROWS.value, "of experts; default: %(default)s"),
         ("--strategy", strategy_names(), FSEPConfig().planner, "of the planner"),
         ("--restore-algorithm", algorithms, ExchangeAlgorithm.FLAT.value, fetched),
         ("--restore", ("layer", "step"), "layer", "as in training"),
@@ -137,15 +138,16 @@ def run(args: argparse.Namespace) -> int:
                 num_ranks,
                 capacity,
                 node_size,
-                sharding=Sharding(args.sharding),
+                sharding=Sharding(sharding),
             ),
             mode,
             tokens,
         )
         for num_ranks in ranks
         for node_size in args.node_size or [min(cluster.ranks_per_node, num_ranks)]
-        for capacity, mode, tokens in product(
+        for capacity, sharding, mode, tokens in product(
             args.capacity or [None],
+            args.sharding,
             args.mode,
             args.tokens or [None],
         )
@@ -163,7 +165,6 @@ def run(args: argparse.Namespace) -> int:
         "trace": str(args.trace) if args.workload is None else f"workload {args.workload}",
         "model": args.model,
         "cluster": cluster.name,
-        "sharding": args.sharding,
         "run": asdict(results.runs[0]),
         "steps": args.steps,
         "lag": args.lag,
@@ -197,9 +198,8 @@ def _simulate(
     tokens = max(round(routing.pairs / model.topk), 1)
     shape = simulate_input.run_shape(args, geometry, tokens, trace)
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
-    case = Case(
-        num_ranks, geometry.node_size, geometry.capacity, mode.value, shape.tokens, shape.world
-    )
+    sizes = num_ranks, geometry.node_size, geometry.capacity
+    case = Case(*sizes, geometry.sharding.value, mode.value, shape.tokens, shape.world)
     methods, results.refused[case] = _methods(args, geometry, model, mode, rates[0])
     record = None
     if args.timeline is not None and results.timeline is None:
@@ -288,17 +288,18 @@ def _write(args: argparse.Namespace, about: dict[str, Any], results: _Results, t
 
 
 def _check(args: argparse.Namespace) -> None:
-    repeatable = ("--ranks", "--node-size", "--capacity", "--tokens", "--mode", "--method")
+    sizes = ("--ranks", "--node-size", "--capacity", "--tokens")
+    repeatable = (*sizes, "--sharding", "--mode", "--method")
     refuse_repeated(args, repeatable)
     if args.restore == "step" and args.mode != [PlanMode.FORECAST.value]:
         raise ValueError(
             f"--restore step keeps layouts over a step, got --mode {' '.join(args.mode)}; give "
             f"--mode {PlanMode.FORECAST}"
         )
-    if args.sharding == Sharding.EXPERTS and args.strategy == "laer":
+    if Sharding.EXPERTS in args.sharding and args.strategy == "laer":
         raise ValueError(
-            f"--strategy laer: moves every expert, so it does not run with --sharding "
-            f"{args.sharding}; use another strategy, or --sharding rows"
+            "--strategy laer: moves every expert, so it does not run with --sharding experts; use "
+            "another strategy, or --sharding rows"
         )
     simulate_input.check(args)
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))

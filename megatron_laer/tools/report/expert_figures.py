@@ -18,6 +18,7 @@ from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.tools.report import plots
 from megatron_laer.tools.report.bins import (
     Bins,
+    binned,
     bins_of,
     edges_by_layer,
     in_unit,
@@ -25,7 +26,16 @@ from megatron_laer.tools.report.bins import (
     over_mean,
     text_of,
 )
-from megatron_laer.tools.report.plots import BLUE, OVER_MEAN, RED, Section, Table, rounded
+from megatron_laer.tools.report.plots import (
+    BLUE,
+    GREEN,
+    OVER_MEAN,
+    RED,
+    Chart,
+    Section,
+    Table,
+    rounded,
+)
 from megatron_laer.tools.report.run_data import Float64, RunData
 
 
@@ -84,8 +94,52 @@ def _drift(share_BLE: Float64) -> list[float]:
     return found
 
 
-def replicas(run: RunData) -> Section:
-    """Show replicas of each expert by layer and bin, from the bin's last layouts."""
+def replicas(run: RunData, edges: Sequence[int]) -> Section | None:
+    """Show replicas and the weights moved for them; None for a recording with neither."""
+    figures, text = _in_use(run, edges), ""
+    if figures:
+        of = {name: np.nansum(run.of_layers[name]) for name in ("passes", "without_replicas")}
+        share = of["without_replicas"] / of["passes"] if of["passes"] else math.nan
+        text = f"{text_of(100 * share)} % of microbatches had no replica."
+    if run.layouts:
+        figures += _planned(run)
+    return Section("replicas", "Replicas", figures, text) if figures else None
+
+
+def _in_use(run: RunData, edges: Sequence[int]) -> list[Chart]:
+    """Draw replicas as they were in use, which old recordings lack, and received weights."""
+    replicas_TL = run.of_layers["replicas"]
+    if not np.isfinite(replicas_TL).any():
+        return []
+    x = plots.steps_axis(bins_of(run, edges))
+    figures = [
+        plots.heat_map(
+            "Replicas per rank",
+            "Slots in use without each expert's first, mean of microbatches and ranks.",
+            [binned(replicas_TL, edges).T],
+            x=x,
+            y=[plots.names_axis("MoE layer", run.shape.layers)],
+            unit="replicas per rank",
+            bounds=(0.0, max(1.0, largest(replicas_TL))),
+        )
+    ]
+    if run.is_measured:
+        series, unit = in_unit({"received": binned(run.of_steps["weight_bytes"], edges)})
+        figures.append(
+            plots.lines(
+                "Weights moved",
+                "Weights and gradients that the planner rank received in a step.",
+                {name: rounded(values) for name, values in series.items()},
+                x=x,
+                y=unit,
+                colours=(GREEN,),
+            )
+        )
+    return figures
+
+
+def _planned(run: RunData) -> list[Chart]:
+    """Draw replicas of each expert by layer and bin, from the bin's last layouts."""
     edges, layers = edges_by_layer(run), run.shape.layers
     bins = bins_of(run, edges)
     replicas_BLE, planned_B = _layouts_by_bin(run, bins)
@@ -120,7 +174,7 @@ def replicas(run: RunData) -> Section:
         y=unit,
         colours=(BLUE, RED),
     )
-    return Section("replicas", "Replicas", [figure, changed])
+    return [figure, changed]
 
 
 def _layouts_by_bin(run: RunData, bins: Bins) -> tuple[Float64, list[int]]:

@@ -54,8 +54,8 @@ def sections(
     yield _ranks(run, edges)
     if run.experts_TLE is not None:
         yield experts(run)
-    if run.layouts:
-        yield replicas(run)
+    if moved := replicas(run, edges):
+        yield moved
     yield _guard(run)
     yield _memory(run, edges)
     if other is not None:

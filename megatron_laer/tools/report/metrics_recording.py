@@ -6,7 +6,7 @@ Legend: N ranks, L MoE layers, T recorded steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,11 @@ from megatron_laer.files.checks import MAX_LINE, MAX_TEXT_BYTES, open_input, quo
 from megatron_laer.files.json_lines import numbered_lines, warn_of
 from megatron_laer.planner.cluster_files import cluster_of
 from megatron_laer.planner.clusters import Cluster
-from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
+from megatron_laer.telemetry.metrics import (
+    RECORDED_LATER,
+    RECORDED_OF_LAYERS,
+    RECORDED_OF_STEPS,
+)
 from megatron_laer.telemetry.metrics_file import MAX_STEP, Shape, read_shape, read_step
 
 _LARGEST = 1e18
@@ -116,16 +120,16 @@ def _run_of(run: Any) -> dict[str, str]:
 
 def _step_of(content: Mapping[str, Any], shape: Shape) -> _RecordedStep:
     expected = {*RECORDED_OF_STEPS, "metrics", "layers", "rank_tokens"}
-    if set(content) != expected:
-        wrong = sorted(expected ^ set(content))
+    if wrong := sorted(_wrong(content, expected)):
         raise ValueError(f"lacks, or has beyond what is expected, {quoted(wrong)}")
     layers, metrics, tokens = content["layers"], content["metrics"], content["rank_tokens"]
     num_layers = len(shape.layers)
-    if not isinstance(layers, dict) or set(layers) != set(RECORDED_OF_LAYERS):
+    if not isinstance(layers, dict) or _wrong(layers, RECORDED_OF_LAYERS):
         names = list(RECORDED_OF_LAYERS)
         raise ValueError(f"layers holds {quoted(layers)}, expected lists of {names}")
     if not isinstance(metrics, dict):
         raise ValueError(f"metrics must hold numbers by name, got {quoted(metrics)}")
+    layers = {name: layers.get(name, [None] * num_layers) for name in RECORDED_OF_LAYERS}
     for name in RECORDED_OF_LAYERS:
         if not _is_list(layers[name], num_layers):
             raise ValueError(f"{name} must have a number for each of {num_layers} layers")
@@ -136,11 +140,16 @@ def _step_of(content: Mapping[str, Any], shape: Shape) -> _RecordedStep:
     ):
         raise ValueError(f"rank_tokens must be {num_layers} lists of {shape.num_ranks} tokens")
     return _RecordedStep(
-        {name: _number(content[name], name) for name in RECORDED_OF_STEPS},
+        {name: _number(content.get(name), name) for name in RECORDED_OF_STEPS},
         {name: _number(value, name) for name, value in metrics.items()},
         _column([[_number(value, name) for value in layers[name]] for name in RECORDED_OF_LAYERS]),
         np.array(tokens, dtype=np.int64),
     )
+
+
+def _wrong(content: Mapping[str, Any], expected: Collection[str]) -> set[str]:
+    """Return names that are missing or unknown, except those that older recordings lack."""
+    return ({*expected} - {*content} - RECORDED_LATER) | ({*content} - {*expected})
 
 
 def _is_list(value: object, length: int) -> bool:

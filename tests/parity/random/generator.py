@@ -102,6 +102,7 @@ def draw(seed: int, steps: int = STEPS) -> Case:
     _draw_recompute(draft)
     _draw_training(draft)
     capacity = _draw_fsep(draft, sizes)
+    _draw_sharding(draft, sizes, capacity)
 
     # Megatron's local layers cannot train an expert's bias with one expert-parallel rank.
     stock = [size for size in sizes.stock if size > 1 or not draft.has("linear bias")]
@@ -340,3 +341,12 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
     if draft.choose(settings.DISPATCHERS, but=but, alone=True) == "HybridEP":
         return draft.pick(in_fours)
     return draft.pick(capacities) if option("given capacity") else None
+
+
+def _draw_sharding(draft: Draft, sizes: _Sizes, capacity: int | None) -> None:
+    home_slots = sizes.experts // sizes.expert_parallel
+    needs_rows = draft.has(_UNEVEN, "planner laer", "restored once per step")
+    but = {"experts at home"} if needs_rows or capacity == home_slots else set()
+    if draft.choose(settings.EXPERT_SHARDING, but=but, alone=True) == "experts at home":
+        plans = draft.has("forecast", "exact", "adaptive", "announced")
+        draft.option(settings.FSEP, "replicas that pay", legal=plans, alone=True)

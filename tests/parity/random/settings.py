@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tests.parity import rows
+from tests.parity.row import AT_HOME, REPLICAS_PAY
 
 
 @dataclass(frozen=True)
@@ -197,6 +198,11 @@ FSEP: Choice = {
     "tokens by nodes": Setting(0.35, " --fsep-token-exchange node"),
     "fp32 gradients between nodes": Setting(0.3, " --fsep-grad-wire-dtype fp32"),
     "given capacity": Setting(0.5),
+    "replicas that pay": Setting(0.8, f" --fsep-cluster {REPLICAS_PAY}"),
+}
+EXPERT_SHARDING: Choice = {
+    "experts by rows": Setting(1, " --fsep-sharding rows"),
+    "experts at home": Setting(2, AT_HOME),
 }
 TOLERANCES: Choice = {
     "default tolerance": Setting(0.3),

@@ -19,6 +19,7 @@ class Case:
     ranks: int
     node_size: int
     capacity: int
+    sharding: str
     mode: str
     tokens: int
     world: int
@@ -35,7 +36,7 @@ class Case:
 
     def _parts(self) -> tuple[str, ...]:
         sizes = f"N={self.ranks}", f"G={self.node_size}", f"C={self.capacity}"
-        return *sizes, self.mode, f"T={self.tokens}"
+        return *sizes, self.sharding, self.mode, f"T={self.tokens}"
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,11 @@ def advice(
     found = gain(methods[FSEP], methods[rival])
     ours, theirs = methods[FSEP], methods[rival]
     rivals = {STOCK: "stock EP", FSDP_EP: "FSDP+EP"}
-    where = f"with {case.label}" if len(cases) > 1 else f"C = {case.capacity}, {case.mode}"
+    where = (
+        f"with {case.label}"
+        if len(cases) > 1
+        else f"C = {case.capacity}, {case.sharding}, {case.mode}"
+    )
     if found.low >= _WORTH:
         sentence = f"Use FSEP ({where}): it is {found} as fast as {rivals[rival]}"
         best = min(methods.values(), key=lambda each: each.iteration_s)

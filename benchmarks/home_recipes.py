@@ -1,0 +1,184 @@
+"""Simulates recipes under both shardings: `python -m benchmarks.home_recipes --json OUT`.
+
+Shares are of stock's time for the same recipe under balanced routing (W0), with the constants of
+`h100-8` as shipped, and with `CONTENTION`. Rows have C = E/N + 1 slots and the faster of `flat` and
+`node`. Experts at home have the fastest of one to three replica slots, directly or by relay.
+Workloads stand for routing; nothing here was measured.
+
+Parallel sizes of the first recipe are Megatron-Bridge's for Qwen3-235B on H100s; the others vary
+models, tensor parallelism and pipelines. T, a rank's tokens in a microbatch, is the sequence times
+the micro-batch over tensor parallelism. Microbatches are twice the pipeline's stages, four without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.command_line import add_json, parser_of, program, write_json
+from benchmarks.report import machine, print_table
+from megatron_laer.choices import ExchangeAlgorithm, Sharding
+from megatron_laer.planner.cluster_files import cluster_content, load_cluster
+from megatron_laer.tools import cli
+from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK
+
+CLUSTER = "h100-8"
+# Slowdown of GEMMs beside an exchange, and of an exchange beside GEMMs.
+CONTENTION = {"contention.gemm": 1.10, "contention.exchange": 1.15}
+WORKLOAD, BALANCED = "W1", "W0"
+MOST_REPLICA_SLOTS = 3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe: its name, its number of experts and ranks, and flags of `simulate`."""
+
+    name: str
+    experts: int
+    ranks: int
+    flags: str
+
+    @property
+    def words(self) -> list[str]:
+        return ["--ranks", str(self.ranks), *self.flags.split()]
+
+
+RECIPES = (
+    Recipe(
+        "Qwen3-235B EP32 TP2 PP8x4, T 2048",
+        128,
+        32,
+        "--model qwen3-235b-a22b --tensor-parallel 2 --tokens 2048 --pipeline 8 "
+        "--virtual-pipeline 4 --microbatches 16",
+    ),
+    Recipe(
+        "Qwen3-235B EP8 TP4 PP8x4, T 1024",
+        128,
+        8,
+        "--model qwen3-235b-a22b --tensor-parallel 4 --tokens 1024 --pipeline 8 "
+        "--virtual-pipeline 4 --microbatches 16",
+    ),
+    Recipe(
+        "DeepSeek-V3 EP64 TP2 PP8x4, T 2048",
+        256,
+        64,
+        "--model deepseek-v3 --tensor-parallel 2 --tokens 2048 --pipeline 8 --virtual-pipeline 4 "
+        "--microbatches 16",
+    ),
+    Recipe(
+        "Mixtral-8x7B EP8 PP4x8, T 4096",
+        8,
+        8,
+        "--model mixtral-8x7b-e8k2 --tokens 4096 --pipeline 4 --virtual-pipeline 8 "
+        "--microbatches 8",
+    ),
+    Recipe(
+        "Qwen3-30B EP8 PP2x24, T 8192",
+        128,
+        8,
+        "--model qwen3-30b-a3b --tokens 8192 --pipeline 2 --virtual-pipeline 24 --microbatches 4",
+    ),
+    Recipe(
+        "Qwen3-30B EP8, T 4096",
+        128,
+        8,
+        "--model qwen3-30b-a3b --tokens 4096 --microbatches 4",
+    ),
+    Recipe(
+        "Qwen3-235B EP8, T 8192, full recompute",
+        128,
+        8,
+        "--model qwen3-235b-a22b --tokens 8192 --microbatches 4 --recompute full",
+    ),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = parser_of("benchmarks.home_recipes", __doc__)
+    add_json(parser)
+    options = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        clusters = {"own": CLUSTER, "contention": contended(Path(folder))}
+        rows = [
+            {"recipe": recipe.name, "simulate": " ".join(recipe.words)}
+            | {name: shares(recipe, cluster, Path(folder)) for name, cluster in clusters.items()}
+            for recipe in RECIPES
+        ]
+    print_table(list(_shown(rows)))
+    write_json(options.json, {"machine": machine(), "cluster": CLUSTER, "recipes": rows})
+    return 0
+
+
+def contended(folder: Path) -> str:
+    """Write the cluster with contention to a file, and return its path."""
+    cluster = load_cluster(CLUSTER).with_constants(CONTENTION)
+    path = folder / "contention.yaml"
+    path.write_text(yaml.safe_dump(cluster_content(cluster)), encoding="utf-8")
+    return str(path)
+
+
+def shares(recipe: Recipe, cluster: str, folder: Path) -> dict[str, Any]:
+    """Return each sharding's share of forced balance, its slots, and its exchange."""
+    (stock,) = _simulated(recipe, cluster, folder, BALANCED, "--method", STOCK)
+    balanced_s = stock["methods"][STOCK]["iteration_s"]["value"]
+    found: dict[str, Any] = {"balanced_s": balanced_s}
+    home = recipe.experts // recipe.ranks
+    slots = [home + more for more in range(1, MOST_REPLICA_SLOTS + 1)]
+    for sharding in Sharding:
+        tried = slots if sharding == Sharding.EXPERTS else slots[:1]
+        best = min(
+            (
+                {
+                    "seconds": case["methods"][FSEP]["iteration_s"]["value"],
+                    "slots": case["capacity"],
+                    "exchange": algorithm.value,
+                }
+                for algorithm in ExchangeAlgorithm
+                for case in _simulated(
+                    *(recipe, cluster, folder, WORKLOAD, "--method", FSEP),
+                    *("--sharding", sharding.value, "--restore-algorithm", algorithm.value),
+                    *("--capacity", *map(str, tried)),
+                )
+            ),
+            key=lambda of: of["seconds"],
+        )
+        found[sharding.value] = best | {"share": balanced_s / best["seconds"]}
+    return found
+
+
+def _simulated(
+    recipe: Recipe, cluster: str, folder: Path, workload: str, *words: str
+) -> list[dict[str, Any]]:
+    """Run `simulate`, and return the cases of its JSON."""
+    path = folder / "simulated.json"
+    command = ["simulate", "--workload", workload, "--cluster", cluster, "--steps", "1"]
+    recompute = [] if "--recompute" in recipe.words else ["--recompute", "compute"]
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        status = cli.main([*command, *recompute, *recipe.words, *words, "--json", str(path)])
+    if status != 0:
+        raise RuntimeError(f"{' '.join([*command, *recipe.words])}: {said.getvalue()}")
+    cases: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    return cases
+
+
+def _shown(rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        shown = {"recipe": row["recipe"]}
+        for constants in ("own", "contention"):
+            for sharding in Sharding:
+                of = row[constants][sharding.value]
+                shown[f"{sharding}, {constants}"] = f"{of['share']:.3f}"
+            shown[f"slots, {constants}"] = row[constants][Sharding.EXPERTS]["slots"]
+        yield shown
+
+
+if __name__ == "__main__":
+    program("benchmarks.home_recipes", main)

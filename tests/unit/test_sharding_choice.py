@@ -1,0 +1,76 @@
+"""`--fsep-sharding auto` and the slots of home experts follow from predicted time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_laer.choices import Sharding
+from megatron_laer.config import Auto, FSEPConfig
+from megatron_laer.planner.clusters import Contention, Link
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.sharding_choice import choose_geometry
+from tests.costs import make_costs
+
+
+def priced_as(costs: CostModel, pairs: int) -> Callable[[Geometry], CostModel]:
+    return lambda geometry: replace(costs.with_exchange(Auto.AUTO, geometry), pairs_per_rank=pairs)
+
+
+# N, E, ranks per node; settings; the sharding that is taken, and its slots.
+SHARDINGS = [
+    ((4, 8, 4), {}, Sharding.EXPERTS, 3),
+    ((4, 8, 4), {"capacity": 5}, Sharding.EXPERTS, 5),
+    ((4, 8, 4), {"sharding": "experts"}, Sharding.EXPERTS, 3),
+    ((4, 8, 4), {"sharding": "rows"}, Sharding.ROWS, 3),
+    ((4, 8, 4), {"planner": "laer"}, Sharding.ROWS, 3),
+    ((4, 8, 4), {"capacity": 2}, Sharding.ROWS, 2),
+    ((4, 6, 4), {}, Sharding.ROWS, 3),
+    # Four hot experts of one rank need two slots on the other one.
+    ((2, 8, 2), {}, Sharding.EXPERTS, 6),
+    ((8, 4, 8), {}, Sharding.ROWS, 2),
+    ((1, 4, 1), {}, Sharding.ROWS, 4),
+]
+
+
+@pytest.mark.parametrize(("shape", "given_", "sharding", "capacity"), SHARDINGS)
+def test_auto_takes_homes_where_they_fit(
+    shape: tuple[int, int, int], given_: dict[str, Any], sharding: Sharding, capacity: int
+) -> None:
+    costs = make_costs(hidden=1024, ffn=4096)
+    choice, _ = choose_geometry(FSEPConfig(**given_), shape, 1, 2, priced_as(costs, 8192))
+    assert (choice.geometry.sharding, choice.geometry.capacity) == (sharding, capacity)
+
+
+def test_auto_takes_the_faster_sharding_and_slots_that_pay() -> None:
+    """Slow links between nodes: with many tokens, locality is worth more than weights."""
+    costs = make_costs(
+        hidden=2048, ffn=1024, intra=Link(2e11, 1e-5), inter=Link(2e10, 1e-5), points=((1, 3e14),)
+    )
+    shape, found = (16, 64, 4), {}
+    for tokens in (1024, 65536):
+        for given_ in ({}, {"capacity": 5}):
+            choice, best = choose_geometry(
+                FSEPConfig(**given_), shape, 1, 2, priced_as(costs, tokens)
+            )
+            assert [candidate.geometry.sharding for candidate in best] == ["experts", "rows"]
+            assert str(choice) in map(str, best) and "slots: " in str(choice)
+            faster = min(best, key=lambda candidate: candidate.seconds)
+            assert choice.seconds <= faster.seconds * 1.011
+            found[tokens, "capacity" in given_] = choice.geometry
+    assert found[65536, False].capacity > 5, "a further slot brings tokens back to their node"
+    assert found[1024, False] == found[1024, True], "and does not pay for few tokens"
+    assert found[1024, True].sharding == Sharding.EXPERTS
+    assert found[65536, True].sharding == Sharding.ROWS
+
+
+def test_contention_prices_hidden_exchanges() -> None:
+    costs = make_costs()
+    assert costs.hidden_share == 0.125, "nothing was measured"
+    for gemm, exchange, share in ((1.5, 1.2, 0.4), (1.01, 1.0, 0.125), (4.0, 4.0, 1.0)):
+        cluster = replace(costs.cluster, contention=Contention(gemm, exchange))
+        assert replace(costs, cluster=cluster).hidden_share == pytest.approx(share)
