@@ -73,6 +73,7 @@ _EXCHANGE = _in("runtime/comm/exchange.py", *_ranks("exchange"))
 _STREAMS = _in("runtime/comm/streams.py", *_unit("streams"))
 _RESTORED = _in("runtime/weights/restored.py", *_unit("restored_experts"))
 _WEIGHTS = _in("runtime/weights/restored_weights.py", *_unit("restored_experts"))
+_LAYER_EXPERTS = _in("runtime/weights/layer_experts.py", *_ranks("stock_loading"))
 _GRADS = _in("runtime/weights/slot_grads.py", *_unit("restored_experts"))
 _SCHEDULER = _in("runtime/scheduler.py", *_ranks("scheduler"))
 _PERMUTATION = _in("layer/dispatch/permutation.py", *_unit("permutation"))
@@ -285,6 +286,11 @@ FAULTS: tuple[Fault, ...] = (
         "memory is lent before its restore is over",
         "self._streams.weights.put_back(pending.wait())",
         "self._streams.weights.put_back(pending.result())",
+    ),
+    _LAYER_EXPERTS.fault(
+        "held replicas outlive a load of their homes",
+        "weights_changed = weights_changed or self._home_slots > 0",
+        "weights_changed = weights_changed or self._home_slots < 0",
     ),
     _GRADS.fault(
         "gradients of slots stay lent",
