@@ -44,9 +44,9 @@ mean, p95, p99, max: of max/mean tokens per rank. load/bound: largest load / cei
 off-node: tokens computed on another node than their own. replans: microbatches whose layout was
 made after the gate. plan ms: a planned layout, in the background; gate ms: split and guard, on the
 critical path; both measured here, medians. restored MiB: what the busiest rank receives in one
-forward pass. layer ms: predicted, forward and backward, with the cost of replans; other restores
-are taken to be hidden, and stock's tokens go by rank. time/bound: the same / what no layout of C
-slots and no split gets below."""
+forward pass. layer ms: predicted, forward and backward, with the cost of replans, and of home
+experts' replicas what is not hidden; rows are taken to be restored unseen, and stock's tokens go by
+rank. time/bound: the same / what no layout of C slots and no split gets below."""
 
 
 def table_text(rows: Sequence[PlanRow]) -> str:

@@ -66,8 +66,9 @@ class Outcome:
     """Loads, traffic and times of one microbatch of one layer, under the guard's decision.
 
     `tokens` are (token, expert) pairs; `least_load` is ceil(tokens / N). `layer_s` is predicted,
-    for both directions and with a layout made after the gate. `least_s` is its bound over all
-    layouts of this capacity and all splits. `fetched_bytes` are the busiest rank's for such a
+    for both directions and with a layout made after the gate. With experts at home, it includes the
+    exposed exchanges of replicas, whose number depends on the layout. `least_s` is its bound over
+    all layouts of this capacity and all splits. `fetched_bytes` are the busiest rank's for such a
     layout. `gate_s` is measured: decision and split, on the critical path.
     """
 
@@ -103,9 +104,12 @@ def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
     totals = split_totals(guard, decision)
     tokens = int(counts_NE.sum())
     layer_s = costs.split_seconds(totals, decision.layout, node_size)
+    least_s = costs.least_layer_seconds(counts_NE, guard.geometry)
+    home_slots = guard.geometry.home_slots
+    if home_slots:
+        layer_s += _exposed_seconds(guard, decision, least_s)
     fetched_bytes = 0
     if decision.replanned:
-        home_slots = guard.geometry.home_slots
         layer_s += costs.change_seconds(planned, decision.layout, node_size, home_slots)
         fetched_bytes = busiest_rank(changed_traffic(guard, decision))
     return Outcome(
@@ -115,11 +119,19 @@ def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
         least_load=-(-tokens // num_ranks),
         off_node_tokens=int(totals.far_S.sum()),
         layer_s=layer_s,
-        least_s=costs.least_layer_seconds(counts_NE, guard.geometry),
+        least_s=least_s,
         replanned=decision.replanned,
         fetched_bytes=fetched_bytes,
         gate_s=gate_s,
     )
+
+
+def _exposed_seconds(guard: Guard, decision: Decision, beside_s: float) -> float:
+    """Predict exposed exchanges: in forward of the planned layout, in backward of the chosen."""
+    costs, shape = guard.costs, (guard.geometry.node_size, beside_s, guard.geometry.home_slots)
+    planned_s = costs.exposed_seconds(decision.planned_layout, *shape)
+    forward_s = planned_s - costs.exposed_backward_seconds(decision.planned_layout, *shape)
+    return forward_s + costs.exposed_backward_seconds(decision.layout, *shape)
 
 
 def split_totals(guard: Guard, decision: Decision) -> SplitTotals:
