@@ -142,9 +142,11 @@ def test_recipes_have_a_share_of_forced_balance_by_sharding_and_constants(
     own, contended = row["own"], row["contention"]
     # Stock overlaps no exchange of weights.
     assert own["balanced_s"] == contended["balanced_s"]
-    shown = capsys.readouterr().out.splitlines()[1]
+    printed = capsys.readouterr().out
     for sharding, slots in (("rows", {3}), ("experts", {3, 4, 5})):
-        assert 0 < contended[sharding]["share"] < own[sharding]["share"] < 1.2
-        for of in (own, contended):
+        assert 0 < contended["W1"][sharding]["share"] < own["W1"][sharding]["share"] < 1.2
+        for of in (own["W1"], own["W0"], contended["W1"], contended["W0"]):
             assert of[sharding]["slots"] in slots
-            assert f" {of[sharding]['share']:.3f}" in shown
+            assert f" {of[sharding]['share']:.3f}" in printed
+    # Without replicas only the gate's time is left.
+    assert own["W0"]["rows"]["share"] < own["W0"]["experts"]["share"] == pytest.approx(1, abs=0.02)
