@@ -249,6 +249,12 @@ class FSEPConfig:
                 f"--fsep-planner {self.planner}: moves every expert, so it does not run with "
                 f"--fsep-sharding {Sharding.EXPERTS}; use another planner, or --fsep-sharding rows"
             )
+        if Unproven.DENSE_FP8 in self.allow_unproven:
+            return (
+                f"--fsep-allow-unproven {Unproven.DENSE_FP8}: Transformer Engine would compute "
+                f"home experts in fp8, unlike replicas, with --fsep-sharding {Sharding.EXPERTS}; "
+                "use --fsep-sharding rows"
+            )
         return None
 
     @property

@@ -90,11 +90,12 @@ def build_coordinator(
     geometry, chosen = choice.geometry, choice.costs
     exchange = chosen.tokens.exchange
     if groups.rank == groups.index == 0:
+        # Printed like Megatron's own lines on derived values; its logging hides what only informs.
         if config.sharding == Auto.AUTO:
-            why = " against ".join(map(str, compared)) or "the only one that fits"
-            logger.info("FSEP: --fsep-sharding auto is %s: %s", geometry.sharding, why)
+            why = " against ".join(map(str, compared)) or "nothing else fits"
+            print(f"FSEP: --fsep-sharding auto is {geometry.sharding}: {why}", flush=True)
         if config.token_exchange == Auto.AUTO:
-            logger.info("FSEP: --fsep-token-exchange auto is %s", exchange)
+            print(f"FSEP: --fsep-token-exchange auto is {exchange}", flush=True)
     config = replace(config, sharding=geometry.sharding, capacity=geometry.capacity)
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts, as forecast ones, are kept after the gate.

@@ -150,7 +150,8 @@ REFUSALS: tuple[Refusal, ...] = (
         accepted=(None,),
         left_out=_SPEED,
     ),
-    # The experts have no module of Transformer Engine, so its autocast does not reach them.
+    # Rows have no module of Transformer Engine, so its autocast does not reach experts. At home
+    # it would, so `FSEPConfig.reason_for_rows` has the word that allows fp8.
     Refusal(
         "--fp8-format",
         _NO_FP8,

@@ -25,6 +25,10 @@ _FLAGS = (
     (ON + "--fsep-sharding experts --num-experts 9", "9 experts cannot be at home on 2 ranks"),
     (ON + "--fsep-sharding experts --num-experts 1", "1 experts cannot be at home on 2 ranks"),
     (ON + "--fsep-sharding experts --fsep-planner laer", "--fsep-planner laer: moves every expert"),
+    (
+        ON + "--fsep-sharding experts --fsep-allow-unproven dense-fp8 --fp8-format hybrid",
+        "--fsep-allow-unproven dense-fp8: Transformer Engine would compute home experts in fp8",
+    ),
     (ON + "--fsep-planner magic", "--fsep-planner magic"),
     (ON + "--fsep-planner=", "--fsep-planner"),
     (ON + "--fsep-split odd", "invalid choice: 'odd'"),

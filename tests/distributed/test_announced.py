@@ -72,7 +72,8 @@ def start(
     dist.init_process_group("gloo")
     torch.cuda.set_device(dist.get_rank())
     if mode is not None:
-        settings: dict[str, Any] = {"plan_mode": mode, **(HOMES if at_home else {})}
+        settings: dict[str, Any] = {"plan_mode": mode, "sharding": "rows"}
+        settings |= HOMES if at_home else {}
         megatron_laer.enable(megatron_laer.FSEPConfig(**settings), seed=1)
     parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
     if hook is not None:

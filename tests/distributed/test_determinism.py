@@ -15,7 +15,7 @@ from megatron_laer.cpu.training import Record, train
 from tests.fuzz import resealed
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
-from tests.parity.row import AT_HOME, HOMES
+from tests.parity.row import AT_HOME, HOMES, REPLICAS_PAY
 
 STEPS = 10
 WAIT = " --fsep-planner {} --fsep-late-plan wait"
@@ -61,16 +61,16 @@ def test_two_runs_that_wait_for_plans_are_bitwise_equal(
 
 
 @pytest.mark.parametrize(
-    ("planner", "sharding"),
-    [("laer --fsep-cluster cpu-gloo", ""), ("greedy", HOMES)],
+    ("planner", "cluster"),
+    [("laer", "cpu-gloo"), ("greedy" + AT_HOME, str(REPLICAS_PAY))],
     ids=["laer", "greedy, experts at home"],
 )
 def test_a_replay_repeats_a_run_that_did_not_wait(
-    run: Callable[[str], Record], tmp_path: Path, planner: str, sharding: str
+    run: Callable[[str], Record], tmp_path: Path, planner: str, cluster: str
 ) -> None:
-    fsep = " --expert-parallel-mode fsep" + sharding
+    fsep = f" --expert-parallel-mode fsep --fsep-cluster {cluster}"
     recorded = run(f"{fsep} --fsep-planner {planner} --fsep-record-layouts {tmp_path}")
-    replayed = run(f"{fsep} --fsep-replay-layouts {tmp_path}")
+    replayed = run(f"{fsep} --fsep-replay-layouts {tmp_path}")  # in the recording's sharding
     assert recorded.probes[-1] > 0, "no layout ever changed, so nothing is shown"
     assert replayed.probes == recorded.probes
     assert identical(recorded, replayed)

@@ -198,4 +198,7 @@ def test_the_commands_of_a_page_run_as_they_stand(page: Path, top: Path) -> None
             run(page.name, [sys.executable, "-c"], text, top)
     assert used == set(substitutes), "what is replaced is not on the page"
     if page.name in LOGS:
-        assert "fsep_load_imbalance" in (top / LOGS[page.name]).read_text()
+        log = (top / LOGS[page.name]).read_text()
+        assert "fsep_load_imbalance" in log
+        said = [line for line in log.splitlines() if "--fsep-sharding auto is " in line]
+        assert said and all(" against rows (" in line for line in said), "both predicted times"

@@ -10,7 +10,6 @@ import json
 import os
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -164,7 +163,7 @@ def run_stock(cases: list[Case], folder: Path) -> None:
         env={name: value for name, value in os.environ.items() if not name.startswith("MEGATRON_")},
         capture_output=True,
         text=True,
-        timeout=1200,
+        timeout=3600,
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
 
@@ -173,7 +172,7 @@ def test_stock_without_our_code_reads_what_homes_wrote_and_the_other_way_round(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     cases, written = {}, {}
-    for grouped, form in product((False, True), ("torch_dist", "torch")):
+    for grouped, form in ((False, "torch_dist"), (False, "torch"), (True, "torch_dist")):
         folder = tmp_path / f"{form}-{grouped}"
         folder.mkdir()
         flags = command(text_data, f" --ckpt-format {form}" + WEIGHTS_ONLY, without=BIAS)

@@ -53,7 +53,8 @@ def describe(kind: str, fp8: str | None) -> dict[str, Any]:
     with fresh_megatron(model):
         torch.distributed.init_process_group("gloo")
         words = ["te-graphs"] + (["dense-fp8"] if fp8 else [])
-        megatron_laer.enable(megatron_laer.FSEPConfig(allow_unproven=words), seed=1)
+        settings = megatron_laer.FSEPConfig(sharding="rows", allow_unproven=words)
+        megatron_laer.enable(settings, seed=1)
         parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
         model_parallel_cuda_manual_seed(1)
         is_hybrid = kind == "hybrid"

@@ -68,11 +68,14 @@ _REDUCE = _in("runtime/comm/reduce.py", *_unit("layout_index"), *_ranks("exchang
 _HOME_EXCHANGE = _in("runtime/comm/home_exchange.py", *_ranks("home_exchange"))
 _RELAY = _in("runtime/comm/relay.py", *_ranks("home_exchange"))
 _DIRECT = _in("runtime/comm/direct.py", *_ranks("home_exchange"))
+_INDEX = _in("runtime/comm/layout_index.py", *_ranks("home_exchange", "determinism"))
 _RESTORE = _in("runtime/comm/restore.py", *_ranks("exchange"))
 _EXCHANGE = _in("runtime/comm/exchange.py", *_ranks("exchange"))
 _STREAMS = _in("runtime/comm/streams.py", *_unit("streams"))
 _RESTORED = _in("runtime/weights/restored.py", *_unit("restored_experts"))
+_SHARE = _in("runtime/weights/layer.py", *_ranks("own_loop"))
 _WEIGHTS = _in("runtime/weights/restored_weights.py", *_unit("restored_experts"))
+_LAYER_EXPERTS = _in("runtime/weights/layer_experts.py", *_ranks("stock_loading"))
 _GRADS = _in("runtime/weights/slot_grads.py", *_unit("restored_experts"))
 _SCHEDULER = _in("runtime/scheduler.py", *_ranks("scheduler"))
 _PERMUTATION = _in("layer/dispatch/permutation.py", *_unit("permutation"))
@@ -80,6 +83,7 @@ _ROW_MAP = _in("layer/dispatch/row_map.py", *_unit("permutation"))
 _DISPATCH = _in("layer/dispatch/slot_dispatch.py", *_ranks("dispatcher"))
 _DISPATCHER = _in("layer/dispatch/dispatcher.py", *_ranks("dispatcher"))
 _SLICES = _in("layer/experts/slices.py", *_unit("slices"), *_ranks("initialisation"))
+_HOMES = _in("layer/experts/homes.py", *_ranks("homes", "own_loop"))
 _MAIN_GRADS = _in("layer/experts/main_grads.py", *_unit("restored_experts"))
 _MUON = _in("layer/experts/muon.py", *_ranks("muon"))
 _LOADING = _in("integrations/stock_loading.py", *_ranks("stock_loading"))
@@ -265,6 +269,16 @@ FAULTS: tuple[Fault, ...] = (
         "pack_rows(homes_hRK[home][None], sent, blocks, at, len(hop.mine))",
         "pack_rows(homes_hRK[home][None], sent, blocks, 0, len(hop.mine))",
     ),
+    _INDEX.fault(
+        "an exchange is left out where the first rank has no replica",
+        "(slots_NC[:, self.home_slots :] != EMPTY)",
+        "(slots_NC[:1, self.home_slots :] != EMPTY)",
+    ),
+    _DIRECT.fault(
+        "a rank leaves an exchange out that gives it nothing",
+        "has_work=bool(changed_NC.any())",
+        "has_work=bool(changed_NC[rank].any())",
+    ),
     _DIRECT.fault(
         "replicas arrive in the first slots, whatever the layout",
         "out_CRK[slot].copy_(part_RK)",
@@ -286,10 +300,28 @@ FAULTS: tuple[Fault, ...] = (
         "self._streams.weights.put_back(pending.wait())",
         "self._streams.weights.put_back(pending.result())",
     ),
+    _LAYER_EXPERTS.fault(
+        "held replicas outlive a load of their homes",
+        "weights_changed = weights_changed or self._home_slots > 0",
+        "weights_changed = weights_changed or self._home_slots < 0",
+    ),
     _GRADS.fault(
         "gradients of slots stay lent",
         "        self.free()\n        return self.share.reduced(sums)",
         "        return self.share.reduced(sums)",
+    ),
+    _SHARE.fault(
+        "sums over replicas are left out of autograd",
+        "            sum_RK.view(parameter.shape)\n            for at, sums_hRK",
+        "            torch.zeros_like(parameter)\n            for at, sums_hRK",
+    ),
+    _SHARE.fault(
+        "a home's gradient does not wait for its replicas",
+        'hook runs when it ends."""\n        return True',
+        'hook runs when it ends."""\n        return False',
+        *_ranks("parity"),
+        "-k",
+        "tied-home",
     ),
     _RESTORED.fault(
         "a reduce before tokens' gradients",
@@ -398,6 +430,11 @@ FAULTS: tuple[Fault, ...] = (
         *_ranks("parity"),
         "-k",
         "slice or tensor",
+    ),
+    _HOMES.fault(
+        "replicas' outputs come first",
+        "parts_TH = [at_home(), replicas()]",
+        "parts_TH = [at_home(), replicas()][::-1]",
     ),
     _MAIN_GRADS.fault(
         "a main gradient is not marked",

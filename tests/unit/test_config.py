@@ -115,11 +115,12 @@ def test_values_out_of_range_are_quoted(name: str, wrong: list[object]) -> None:
             FSEPConfig(**{name: value})  # type: ignore[arg-type]
 
 
-def test_experts_at_home_refuse_a_planner_that_moves_all() -> None:
-    flags = ["--expert-parallel-mode", "fsep", "--fsep-planner", "laer"]
-    assert config_from_args(parse(*flags)) is not None
-    said = "^--fsep-planner laer: .*with --fsep-sharding experts; use "
-    with pytest.raises(ValueError, match=said):
+@pytest.mark.parametrize("words", ["--fsep-planner laer", "--fsep-allow-unproven dense-fp8"])
+def test_experts_at_home_refuse_what_needs_rows(words: str) -> None:
+    flags = ["--expert-parallel-mode", "fsep", *words.split()]
+    config = config_from_args(parse(*flags))
+    assert config is not None and config.reason_for_rows is not None
+    with pytest.raises(ValueError, match=f"^{words}: .*with --fsep-sharding experts; use "):
         config_from_args(parse(*flags, "--fsep-sharding", "experts"))
 
 
