@@ -298,7 +298,7 @@ def test_a_state_that_may_not_follow_is_named() -> None:
 def test_a_pass_without_replicas_leaves_no_wait_behind(streams: ExchangeStreams) -> None:
     """Experts that are held over a step would keep one per microbatch."""
     restored = restored_experts(streams)
-    restored.weights.index = layout_index(ExpertLayout.at_home(1, 3, 2), CPU, 2)
+    restored.weights.index = layout_index(ExpertLayout.at_home(2, 2, 2), CPU, 1)
     restored.wait_for_grads_here()
     restored.reduce_after_dispatch(torch.ones(2, requires_grad=True))
     assert not restored._placeholders
