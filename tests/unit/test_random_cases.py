@@ -88,7 +88,7 @@ EXCLUDES = {
     "announced": ("sinkhorn", "quantile balancing", "fused router", "evaluation"),
     "SGD": ("distributed optimizer", "distributed optimizer, both overlaps"),
     "groups of experts": ("sinkhorn", "quantile balancing", "top-1"),
-    "experts at home": ("N does not divide E", "planner laer", "restored once per step"),
+    "experts at home": ("N does not divide E", "planner laer"),
 }
 
 

@@ -345,7 +345,7 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
 
 def _draw_sharding(draft: Draft, sizes: _Sizes, capacity: int | None) -> None:
     home_slots = sizes.experts // sizes.expert_parallel
-    needs_rows = draft.has(_UNEVEN, "planner laer", "restored once per step")
+    needs_rows = draft.has(_UNEVEN, "planner laer")
     but = {"experts at home"} if needs_rows or capacity == home_slots else set()
     if draft.choose(settings.EXPERT_SHARDING, but=but, alone=True) == "experts at home":
         plans = draft.has("forecast", "exact", "adaptive", "announced")
