@@ -1,9 +1,9 @@
 """Simulates recipes under both shardings: `python -m benchmarks.home_recipes --json OUT`.
 
 Shares are of stock's time for the same recipe under balanced routing (W0), with the constants of
-`h100-8` as shipped, and with `CONTENTION`. Rows have C = E/N + 1 slots and the faster of `flat` and
-`node`. Experts at home have the fastest of one to three replica slots, directly or by relay.
-Workloads stand for routing; nothing here was measured.
+`h100-8` as shipped, and with `CONTENTION`. Stock's group is the recipe's. Rows have C = E/N + 1
+slots and the faster of `flat` and `node`. Experts at home have the fastest of one to three replica
+slots, directly or by relay. Workloads stand for routing; nothing here was measured.
 
 Parallel sizes of the first recipe are Megatron-Bridge's for Qwen3-235B on H100s; the others vary
 models, tensor parallelism and pipelines. T, a rank's tokens in a microbatch, is the sequence times
@@ -127,7 +127,8 @@ def contended(folder: Path) -> str:
 
 def shares(recipe: Recipe, cluster: str, folder: Path) -> dict[str, Any]:
     """Return each sharding's share of forced balance, its slots, and its exchange."""
-    (stock,) = _simulated(recipe, cluster, folder, BALANCED, "--method", STOCK)
+    group = "--stock-expert-parallel", str(recipe.ranks)
+    (stock,) = _simulated(recipe, cluster, folder, BALANCED, "--method", STOCK, *group)
     balanced_s = stock["methods"][STOCK]["iteration_s"]["value"]
     found: dict[str, Any] = {"balanced_s": balanced_s}
     home = recipe.experts // recipe.ranks

@@ -83,7 +83,7 @@ def test_several_values_are_a_sweep(tmp_path, path, capsys):
         *itertools.product((4, 8), (2, 3), ("forecast", "exact"))
     ]
     assert any("N=8 C=3 exact  " in line for line in found["lines"])
-    assert "Use FSEP (with N=" in found["advice"]
+    assert re.match(r"[\w ]+ \(with N=", found["advice"])
 
 
 W0 = "--workload W0 --ranks 8 --model mixtral-8x7b-e8k2 --steps 1"
@@ -95,14 +95,49 @@ FITS = "{path} --model mixtral-8x7b-e8k2 --node-size 2 --tokens 32768 --steps 1 
     [
         (f"{W0} --tokens 512", r"Do not use FSEP here.*restore costs.*$"),
         (f"{FITS} --memory-gib 1", r"\nDo not use FSEP here: it needs .*$"),
-        (f"{FITS} --memory-gib 10000", r"Use FSEP \(C = 3.*$"),
+        (f"{FITS} --memory-gib 10000", r" \(C = 3.* as stock EP in groups of 1; "),
+        (
+            f"{FITS} --memory-gib 480 --stock-expert-parallel 1",
+            r"if at all: stock EP in groups of 1 ",
+        ),
         (f"{W0} --experts 9 --tokens 64", r"no fsdp\+ep: FSDP\+EP needs E/C groups of ranks"),
     ],
-    ids=["balanced routing", "little memory", "enough memory", "a method that cannot run"],
+    ids=[
+        "balanced routing",
+        "little memory",
+        "enough memory",
+        "stock does not fit",
+        "a method that cannot run",
+    ],
 )
 def test_advice_and_omissions_are_explained(tmp_path, path, capsys, words, said):
     found = simulated(tmp_path / "x", *words.format(path=path).split(), capsys=capsys)
     assert re.search(said, "\n".join(found["lines"]))
+
+
+def test_stock_has_the_fastest_group_that_fits_and_all_outputs_name_it(tmp_path, path, capsys):
+    def stock(*words):
+        flags = "--ranks 8 --method stock fsep --steps 1 --tokens 4096".split()
+        found = simulated(tmp_path / "x", path, *TINY, *flags, *words, capsys=capsys)
+        of_method = found["methods"]["stock"]
+        assert any(f"stock EP{of_method['group']} " in line for line in found["lines"])
+        assert found["methods"]["fsep"]["group"] is None
+        return of_method, found["advice"]
+
+    fixed = {group: stock("--stock-expert-parallel", group)[0] for group in (1, 2, 4, 8)}
+    assert [of["group"] for of in fixed.values()] == list(fixed)
+    assert fixed[8] == min(fixed.values(), key=lambda of: of["peak_bytes"])
+    in_a_node = min((2, 4, 8), key=lambda group: fixed[group]["iteration_s"]["value"])
+    chosen, advice = stock()
+    assert chosen == fixed[in_a_node]
+    assert f"as fast as stock EP in groups of {in_a_node}" in advice
+    for group in fixed:
+        limit = fixed[group]["peak_bytes"] / 2**30 + 1e-3
+        fits = [of for of in fixed.values() if of["peak_bytes"] <= limit * 2**30]
+        fastest = min(fits, key=lambda of: of["iteration_s"]["value"])
+        assert stock("--memory-gib", limit)[0] == fastest
+    # Nothing fits: the group that needs least.
+    assert stock("--memory-gib", 1)[0] == fixed[8]
 
 
 def test_the_hosts_gap_is_added_once(tmp_path, path, capsys):

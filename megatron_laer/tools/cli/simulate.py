@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -39,6 +40,7 @@ from megatron_laer.tools.simulator import iteration_output as output
 from megatron_laer.tools.simulator.iteration.advice import Case, advice
 from megatron_laer.tools.simulator.iteration.methods import (
     METHODS,
+    STOCK,
     Method,
     MethodSettings,
     make_method,
@@ -49,6 +51,7 @@ from megatron_laer.tools.simulator.iteration.predicted_timeline import Predicted
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.iteration.stock_group import Predict, fastest_stock
 from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
 from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
 from megatron_laer.tools.traces.records import Trace
@@ -107,7 +110,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--steps S", text, steps, default=3)
     text = "of a rank, for MFU; default: what the cluster's fastest GEMM reaches"
     option(parser, "--peak-tflops X", text, number(1e-6, 1e9))
-    text = "of a rank; no advice to take what needs more"
+    text = "of a rank; stock and the advice take nothing that needs more"
     option(parser, "--memory-gib X", text, number(1e-3, 1e6))
     option(parser, "--json FILE", "write all figures there", path)
     option(parser, "--png FILE", "draw them (needs matplotlib)", path)
@@ -160,7 +163,7 @@ def run(args: argparse.Namespace) -> int:
             made = {key: routing_of(*key)}  # one at a time, for memory
         _simulate(args, model, rates, geometry, PlanMode(mode), tokens, made[key], results)
     cases = results.predicted
-    sentence = advice(cases, None if args.memory_gib is None else args.memory_gib * 2**30)
+    sentence = advice(cases, _most_bytes(args))
     about = {
         "trace": str(args.trace) if args.workload is None else f"workload {args.workload}",
         "model": args.model,
@@ -200,21 +203,25 @@ def _simulate(
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
     sizes = num_ranks, geometry.node_size, geometry.capacity
     case = Case(*sizes, geometry.sharding.value, mode.value, shape.tokens, shape.world)
-    methods, results.refused[case] = _methods(args, geometry, model, mode, rates[0])
+
+    def predict(
+        methods: Sequence[Method], sets: tuple[Rates, ...], **options: Any
+    ) -> list[IterationPrediction]:
+        sizes = {"steps": args.steps, "lag": args.lag}
+        return predict_iterations(routing, model, shape, methods, sets, **sizes, **options)
+
+    methods, results.refused[case] = _methods(
+        args, geometry, model, mode, rates[0], lambda methods: predict(methods, rates[:1])
+    )
     record = None
     if args.timeline is not None and results.timeline is None:
         results.timeline = PredictedTimeline(num_ranks)
         record = results.timeline.recorder
     total = min(args.steps, len(routing.steps())) * routing.layers * shape.microbatches
     with tqdm(desc=case.label, total=total, unit="microbatch", disable=None, leave=False) as bar:
-        found = predict_iterations(
-            routing,
-            model,
-            shape,
+        found = predict(
             methods,
             rates,
-            steps=args.steps,
-            lag=args.lag,
             peak_flops_per_s=_peak(args, rates[0]),
             progress=bar.update,
             record=record,
@@ -224,7 +231,12 @@ def _simulate(
 
 
 def _methods(
-    args: argparse.Namespace, geometry: Geometry, model: ModelShape, mode: PlanMode, nominal: Rates
+    args: argparse.Namespace,
+    geometry: Geometry,
+    model: ModelShape,
+    mode: PlanMode,
+    nominal: Rates,
+    predict: Predict,
 ) -> tuple[list[Method], dict[str, str]]:
     costs = CostModel(
         cluster=nominal.cluster,
@@ -247,14 +259,21 @@ def _methods(
     methods, refused = [], {}
     for name in args.method:
         try:
-            methods.append(make_method(name, settings, nominal))
+            if name == STOCK:
+                methods.append(fastest_stock(settings, nominal, predict, _most_bytes(args)))
+            else:
+                methods.append(make_method(name, settings, nominal))
         except ValueError as error:
-            if name == "stock" and args.stock_expert_parallel is not None:
+            if name == STOCK and args.stock_expert_parallel is not None:
                 raise
             refused[name] = str(error)
     if not methods:
         raise ValueError("; ".join(refused.values()))
     return methods, refused
+
+
+def _most_bytes(args: argparse.Namespace) -> float | None:
+    return None if args.memory_gib is None else args.memory_gib * 2**30
 
 
 def _peak(args: argparse.Namespace, nominal: Rates) -> float:

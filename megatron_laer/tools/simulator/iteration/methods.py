@@ -67,7 +67,7 @@ class Method:
 
     With `one_stream` parameters and gradients share a communicator. A rank owns `experts_held`
     experts' worth of weights in each layer and restores `restored` whole ones; `replicas` ranks of
-    an FSEP group own the same.
+    an FSEP group own the same. `group` are the ranks of a group of stock.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Method:
     experts_held: float
     restored: int
     replicas: int
+    group: int | None = None
 
 
 def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
@@ -108,6 +109,7 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
         experts_held=each,
         restored=0,
         replicas=geometry.num_ranks // group,
+        group=group,
     )
 
 
