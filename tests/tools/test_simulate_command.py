@@ -174,12 +174,12 @@ def test_recipes_have_a_share_of_forced_balance_by_sharding_and_constants(
     assert home_recipes.main(["--json", str(tmp_path / "x.json")]) == 0
     (row,) = json.loads((tmp_path / "x.json").read_text())["recipes"]
     assert row["simulate"] == f"--ranks 4 {flags}"
-    own, contended = row["own"], row["contention"]
+    alone, contended = row["alone"], row["contention"]
     # Stock overlaps no exchange of weights.
-    assert own["balanced_s"] == contended["balanced_s"]
+    assert alone["balanced_s"] == contended["balanced_s"]
     shown = capsys.readouterr().out.splitlines()[1]
     for sharding, slots in (("rows", {3}), ("experts", {3, 4, 5})):
-        assert 0 < contended[sharding]["share"] < own[sharding]["share"] < 1.2
-        for of in (own, contended):
+        assert 0 < contended[sharding]["share"] < alone[sharding]["share"] < 1.2
+        for of in (alone, contended):
             assert of[sharding]["slots"] in slots
             assert f" {of[sharding]['share']:.3f}" in shown
