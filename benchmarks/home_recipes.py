@@ -1,9 +1,9 @@
 """Simulates recipes under both shardings: `python -m benchmarks.home_recipes --json OUT`.
 
 Shares are of stock's time for the same recipe under balanced routing (W0), with the constants of
-`h100-8` as shipped, and with `CONTENTION`. Rows have C = E/N + 1 slots and the faster of `flat` and
-`node`. Experts at home have the fastest of one to three replica slots, directly or by relay.
-Routing is skewed (W1) or balanced itself; nothing here was measured.
+`h100-8`, without contention and with its own. Stock's group is the recipe's. Rows have C = E/N + 1
+slots and the faster of `flat` and `node`. Experts at home have the fastest of one to three replica
+slots, directly or by relay. Routing is skewed (W1) or balanced itself; nothing here was measured.
 
 Parallel sizes of the first recipe are Megatron-Bridge's for Qwen3-235B on H100s; the others vary
 models, tensor parallelism and pipelines. T, a rank's tokens in a microbatch, is the sequence times
@@ -32,7 +32,7 @@ from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK
 
 CLUSTER = "h100-8"
 # Slowdown of GEMMs beside an exchange, and of an exchange beside GEMMs.
-CONTENTION = {"contention.gemm": 1.10, "contention.exchange": 1.15}
+NO_CONTENTION = {"contention.gemm": 1.0, "contention.exchange": 1.0}
 SKEWED, BALANCED = "W1", "W0"
 MOST_REPLICA_SLOTS = 3
 
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_json(parser)
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory() as folder:
-        clusters = {"own": CLUSTER, "contention": contended(Path(folder))}
+        clusters = {"alone": uncontended(Path(folder)), "contention": CLUSTER}
         rows = [
             {"recipe": recipe.name, "simulate": " ".join(recipe.words)}
             | {name: shares(recipe, cluster, Path(folder)) for name, cluster in clusters.items()}
@@ -119,17 +119,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def contended(folder: Path) -> str:
-    """Write the cluster with contention to a file, and return its path."""
-    cluster = load_cluster(CLUSTER).with_constants(CONTENTION)
-    path = folder / "contention.yaml"
+def uncontended(folder: Path) -> str:
+    """Write the cluster without contention to a file, and return its path."""
+    cluster = load_cluster(CLUSTER).with_constants(NO_CONTENTION)
+    path = folder / "alone.yaml"
     path.write_text(yaml.safe_dump(cluster_content(cluster)), encoding="utf-8")
     return str(path)
 
 
 def shares(recipe: Recipe, cluster: str, folder: Path) -> dict[str, Any]:
     """Return each sharding's share of forced balance, its slots, and its exchange, by workload."""
-    (stock,) = _simulated(recipe, cluster, folder, BALANCED, "--method", STOCK)
+    group = "--stock-expert-parallel", str(recipe.ranks)
+    (stock,) = _simulated(recipe, cluster, folder, BALANCED, "--method", STOCK, *group)
     balanced_s = stock["methods"][STOCK]["iteration_s"]["value"]
     found: dict[str, Any] = {"balanced_s": balanced_s}
     for workload in (SKEWED, BALANCED):
@@ -182,7 +183,7 @@ def _simulated(
 def _shown(rows: Sequence[dict[str, Any]], workload: str) -> Iterator[dict[str, Any]]:
     for row in rows:
         shown = {"recipe": row["recipe"]}
-        for constants in ("own", "contention"):
+        for constants in ("alone", "contention"):
             of = row[constants][workload]
             for sharding in Sharding:
                 shown[f"{sharding}, {constants}"] = f"{of[sharding.value]['share']:.3f}"

@@ -35,6 +35,7 @@ from benchmarks.published_files import (
 )
 from megatron_laer.choices import Recompute
 from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.clusters import Cluster, Contention
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.tools.simulator.iteration.iterate import run_iteration
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
@@ -103,7 +104,7 @@ class Published:
         self.cells = read_cells(folder)
         self._tokens = read_tokens(folder)
         self._check(folder)
-        cluster = load_cluster(_CLUSTER)
+        cluster = _without_contention(load_cluster(_CLUSTER))
         self._spreads = rate_sets(Rates(cluster, bytes_per_element=2))
         self._rates = Rates(cluster.with_constants(constants or {}), bytes_per_element=2)
         self._predict = cache(self._uncached)
@@ -191,6 +192,12 @@ def _run(family: str, is_megatron: bool) -> RunShape:
     tensor = 8 if family == "e8k2" else 4
     microbatches = BATCH // (RANKS // tensor)
     return RunShape(RANKS, NODE_SIZE, SEQUENCE // tensor, microbatches, tensor=tensor)
+
+
+def _without_contention(cluster: Cluster) -> Cluster:
+    """Return the cluster without the contention that its fitted factor of backward includes."""
+    spreads = tuple(pair for pair in cluster.spreads if not pair[0].startswith("contention."))
+    return replace(cluster, contention=Contention(), spreads=spreads)
 
 
 def _method(model: ModelShape, schedule: Schedule, is_megatron: bool, family: str) -> Method:

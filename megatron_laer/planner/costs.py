@@ -238,9 +238,7 @@ class CostModel:
 
         It is their exposed time (`exposed_seconds`), and `hidden_share` of the rest.
         """
-        way = self.restore_algorithm
-        if self.by_layout:
-            way = self.faster_exchange(layout, node_size, home_slots)
+        way = self.exchange_of(layout, node_size, home_slots)
         whole_s = 2 * self.restore_seconds(layout, node_size, way, home_slots=home_slots)
         whole_s += self.reduce_seconds(layout, node_size, way, home_slots)
         exposed_s = self.exposed_seconds(layout, node_size, beside_s, home_slots)
@@ -260,6 +258,14 @@ class CostModel:
             chosen = ExchangeAlgorithm(algorithm)
         by_layout = algorithm == Auto.AUTO and geometry.home_slots > 0
         return replace(self, restore_algorithm=chosen, by_layout=by_layout)
+
+    def exchange_of(
+        self, layout: ExpertLayout, node_size: int, home_slots: int = 0
+    ) -> ExchangeAlgorithm:
+        """Return the exchange that fetches a layout."""
+        if self.by_layout:
+            return self.faster_exchange(layout, node_size, home_slots)
+        return self.restore_algorithm
 
     def faster_exchange(
         self, layout: ExpertLayout, node_size: int, home_slots: int = 0

@@ -5,14 +5,22 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import pytest
 
 from benchmarks import home_recipes
+from megatron_laer.choices import Auto
+from megatron_laer.config import FSEPConfig
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.telemetry.trace_events import TRACKS
 from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED
 from megatron_laer.tools.simulator.iteration.methods import METHODS
+from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from tests.tools.plan_cases import drifting_trace, recording
 
 
@@ -37,9 +45,9 @@ def test_the_command_prints_writes_and_draws(tmp_path, path, capsys):
     json_file, png, timeline = (tmp_path / name for name in ("x.json", "x.png", "t.json"))
     files = ["--png", png, "--timeline", timeline]
     written = simulated(json_file, path, *TINY, *files, capsys=capsys)
-    expected = (
-        "N=4 G=2 C=3 rows adaptive T=2048: 2048 tokens per rank and microbatch, 3 microbatches"
-    )
+    case = written["cases"][0]
+    sizes = f"C={case['capacity']} {case['sharding']}"
+    expected = f"N=4 G=2 {sizes} adaptive T=2048: 2048 tokens per rank and microbatch, 3 microb"
     assert any(expected in line for line in written["lines"])
     assert png.read_bytes().startswith(b"\x89PNG")
 
@@ -75,7 +83,7 @@ def test_the_command_prints_writes_and_draws(tmp_path, path, capsys):
 
 def test_several_values_are_a_sweep(tmp_path, path, capsys):
     words = "--ranks 4 8 --capacity 2 3 --mode forecast exact --method stock fsep --steps 1"
-    words += " --tokens 32768"
+    words += " --tokens 32768 --sharding rows"
     found = simulated(tmp_path / "x", path, *TINY, *words.split(), capsys=capsys)
     cases = found["cases"]
     assert {(case["tokens"], case["world"] // case["ranks"]) for case in cases} == {(32768, 1)}
@@ -83,7 +91,7 @@ def test_several_values_are_a_sweep(tmp_path, path, capsys):
         *itertools.product((4, 8), (2, 3), ("forecast", "exact"))
     ]
     assert any("N=8 C=3 exact  " in line for line in found["lines"])
-    assert "Use FSEP (with N=" in found["advice"]
+    assert re.match(r"[\w ]+ \(with N=", found["advice"])
 
 
 W0 = "--workload W0 --ranks 8 --model mixtral-8x7b-e8k2 --steps 1"
@@ -93,16 +101,82 @@ FITS = "{path} --model mixtral-8x7b-e8k2 --node-size 2 --tokens 32768 --steps 1 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (f"{W0} --tokens 512", r"Do not use FSEP here.*restore costs.*$"),
+        (f"{W0} --tokens 512 --sharding rows", r"Do not use FSEP here.*restore costs.*$"),
         (f"{FITS} --memory-gib 1", r"\nDo not use FSEP here: it needs .*$"),
-        (f"{FITS} --memory-gib 10000", r"Use FSEP \(C = 3.*$"),
+        (f"{FITS} --memory-gib 10000", r" \(C = .* as stock EP in groups of 1; "),
+        (
+            f"{FITS} --memory-gib 480 --stock-expert-parallel 1",
+            r"if at all: stock EP in groups of 1 ",
+        ),
         (f"{W0} --experts 9 --tokens 64", r"no fsdp\+ep: FSDP\+EP needs E/C groups of ranks"),
     ],
-    ids=["balanced routing", "little memory", "enough memory", "a method that cannot run"],
+    ids=[
+        "balanced routing",
+        "little memory",
+        "enough memory",
+        "stock does not fit",
+        "a method that cannot run",
+    ],
 )
 def test_advice_and_omissions_are_explained(tmp_path, path, capsys, words, said):
     found = simulated(tmp_path / "x", *words.format(path=path).split(), capsys=capsys)
     assert re.search(said, "\n".join(found["lines"]))
+
+
+def test_stock_has_the_fastest_group_that_fits_and_all_outputs_name_it(tmp_path, path, capsys):
+    def stock(*words):
+        flags = "--ranks 8 --method stock fsep --steps 1 --tokens 4096".split()
+        found = simulated(tmp_path / "x", path, *TINY, *flags, *words, capsys=capsys)
+        of_method = found["methods"]["stock"]
+        assert any(f"stock EP{of_method['group']} " in line for line in found["lines"])
+        assert found["methods"]["fsep"]["group"] is None
+        return of_method, found["advice"]
+
+    fixed = {group: stock("--stock-expert-parallel", group)[0] for group in (1, 2, 4, 8)}
+    assert [of["group"] for of in fixed.values()] == list(fixed)
+    assert fixed[8] == min(fixed.values(), key=lambda of: of["peak_bytes"])
+    in_a_node = min((2, 4, 8), key=lambda group: fixed[group]["iteration_s"]["value"])
+    chosen, advice = stock()
+    assert chosen == fixed[in_a_node]
+    assert f"as fast as stock EP in groups of {in_a_node}" in advice
+    for group in fixed:
+        limit = fixed[group]["peak_bytes"] / 2**30 + 1e-3
+        fits = [of for of in fixed.values() if of["peak_bytes"] <= limit * 2**30]
+        fastest = min(fits, key=lambda of: of["iteration_s"]["value"])
+        assert stock("--memory-gib", limit)[0] == fastest
+    # Nothing fits: the group that needs least.
+    assert stock("--memory-gib", 1)[0] == fixed[8]
+
+
+def test_sharding_slots_and_exchange_are_those_of_training_by_default(tmp_path, path, capsys):
+    words = [*TINY, *"--ranks 8 --method fsep --steps 1 --tokens 4096".split()]
+
+    def fsep(*more):
+        found = simulated(tmp_path / "x", path, *words, *more, capsys=capsys)
+        return {case["sharding"]: case for case in found["cases"]}
+
+    model = read_model("mixtral-8x7b-e8k2")
+    costs = CostModel(load_cluster("a100-4x8-ib800"), model.hidden, model.expert_ffn, True, 2)
+    costs = replace(costs, pairs_per_rank=4096 * model.topk)
+
+    def priced(geometry):
+        return costs.with_exchange(Auto.AUTO, geometry)
+
+    taken, _ = choose_geometry(FSEPConfig(), (8, 8, 2), 1, model.topk, priced)
+    ((sharding, case),) = fsep().items()
+    assert (sharding, case["capacity"]) == (taken.geometry.sharding, taken.geometry.capacity)
+    assert fsep("--sharding", "auto") == {sharding: case}
+    both = fsep("--sharding", "rows", "experts")
+    assert both[sharding] == case
+    # Rows over four nodes: each expert crosses once.
+    rows = {
+        algorithm: fsep("--sharding", "rows", "--restore-algorithm", algorithm)["rows"]
+        for algorithm in ("flat", "node", "auto")
+    }
+    assert rows["auto"] == both["rows"]
+    way = priced(Geometry(8, 8, 2, 2)).restore_algorithm
+    assert rows["auto"] == rows[way]
+    assert rows["flat"] != rows["node"]
 
 
 def test_the_hosts_gap_is_added_once(tmp_path, path, capsys):
@@ -139,14 +213,16 @@ def test_recipes_have_a_share_of_forced_balance_by_sharding_and_constants(
     assert home_recipes.main(["--json", str(tmp_path / "x.json")]) == 0
     (row,) = json.loads((tmp_path / "x.json").read_text())["recipes"]
     assert row["simulate"] == f"--ranks 4 {flags}"
-    own, contended = row["own"], row["contention"]
+    alone, contended = row["alone"], row["contention"]
     # Stock overlaps no exchange of weights.
-    assert own["balanced_s"] == contended["balanced_s"]
+    assert alone["balanced_s"] == contended["balanced_s"]
     printed = capsys.readouterr().out
     for sharding, slots in (("rows", {3}), ("experts", {3, 4, 5})):
-        assert 0 < contended["W1"][sharding]["share"] < own["W1"][sharding]["share"] < 1.2
-        for of in (own["W1"], own["W0"], contended["W1"], contended["W0"]):
+        assert 0 < contended["W1"][sharding]["share"] < alone["W1"][sharding]["share"] < 1.2
+        for of in (alone["W1"], alone["W0"], contended["W1"], contended["W0"]):
             assert of[sharding]["slots"] in slots
             assert f" {of[sharding]['share']:.3f}" in printed
     # Without replicas only the gate's time is left.
-    assert own["W0"]["rows"]["share"] < own["W0"]["experts"]["share"] == pytest.approx(1, abs=0.02)
+    assert (
+        alone["W0"]["rows"]["share"] < alone["W0"]["experts"]["share"] == pytest.approx(1, abs=0.02)
+    )

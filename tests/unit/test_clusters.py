@@ -130,6 +130,16 @@ def test_cluster_files_are_checked(tmp_path: Path, old: str, new: str, message: 
         load_cluster(path)
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_cluster_has_contention_with_a_range_and_its_basis(name: str) -> None:
+    cluster = load_cluster(name)
+    spreads = dict(cluster.spreads)
+    for constant in ("contention.gemm", "contention.exchange"):
+        value, spread = cluster.constant(constant), spreads[constant]
+        assert value is not None and 1.0 <= spread.low < value < spread.high
+        assert "measured" in spread.source or "Contention of GEMMs" in cluster.assumed
+
+
 def test_what_a_file_leaves_out_changes_nothing_and_what_calibrate_adds_is_read() -> None:
     cluster = parse_cluster(GOOD)
     assert (cluster.backward_gemm_factor, cluster.contention) == (1.0, Contention())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_laer.choices import Recompute, Sharding
+from megatron_laer.choices import Auto, OverlapScheduler, Recompute, Sharding
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode
 from megatron_laer.files.checks import one_line, quoted
 from megatron_laer.files.writing import write_output
@@ -20,6 +21,7 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.planner.sharding_choice import Candidate, choose_geometry
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.tools.cli import simulate_input
 from megatron_laer.tools.cli.argument_types import (
@@ -39,6 +41,7 @@ from megatron_laer.tools.simulator import iteration_output as output
 from megatron_laer.tools.simulator.iteration.advice import Case, advice
 from megatron_laer.tools.simulator.iteration.methods import (
     METHODS,
+    STOCK,
     Method,
     MethodSettings,
     make_method,
@@ -49,6 +52,7 @@ from megatron_laer.tools.simulator.iteration.predicted_timeline import Predicted
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.iteration.stock_group import Predict, fastest_stock
 from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
 from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
 from megatron_laer.tools.traces.records import Trace
@@ -76,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, high, text in (
         ("--ranks N", MOST_RANKS, "of an FSEP group; default: as in the trace"),
         ("--node-size G", MOST_RANKS, "ranks of a node; default: the cluster's"),
-        ("--capacity C", MAX_EXPERTS, "slots per rank; default: min(E, ceil(E/N) + 1)"),
+        ("--capacity C", MAX_EXPERTS, "slots per rank; default: as in training"),
         (
             "--tokens T",
             MAX_TOKENS,
@@ -84,19 +88,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         option(swept, flag, text, between(1, high), nargs="+")
-    text = "experts at home, or rows of each on every rank; default: rows"
-    shardings = [sharding.value for sharding in Sharding]
-    option(swept, "--sharding", text, nargs="+", choices=shardings, default=[Sharding.ROWS.value])
+    text = "experts at home, or rows of each on every rank; default: auto, as in training"
+    shardings = [*(sharding.value for sharding in Sharding), Auto.AUTO.value]
+    option(swept, "--sharding", text, nargs="+", choices=shardings, default=[Auto.AUTO.value])
     modes, mode = [mode.value for mode in GUARD_MODES], PlanMode.ADAPTIVE.value
     option(swept, "--mode", f"default: {mode}", nargs="+", choices=modes, default=[mode])
     text = f"of {', '.join(METHODS)}; default: all"
     option(swept, "--method", text, nargs="+", choices=METHODS, default=list(METHODS))
     ours = parser.add_argument_group("FSEP")
-    algorithms = [algorithm.value for algorithm in ExchangeAlgorithm]
+    algorithms = [*(algorithm.value for algorithm in ExchangeAlgorithm), Auto.AUTO.value]
     fetched = "how experts are fetched; default: %(default)s"
     for flag, choices, default, text in (
         ("--strategy", strategy_names(), FSEPConfig().planner, "of the planner"),
-        ("--restore-algorithm", algorithms, ExchangeAlgorithm.FLAT.value, fetched),
+        ("--restore-algorithm", algorithms, Auto.AUTO.value, fetched),
         ("--restore", ("layer", "step"), "layer", "as in training"),
         ("--scheduler", ("on", "off"), "on", "as in training"),
     ):
@@ -107,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--steps S", text, steps, default=3)
     text = "of a rank, for MFU; default: what the cluster's fastest GEMM reaches"
     option(parser, "--peak-tflops X", text, number(1e-6, 1e9))
-    text = "of a rank; no advice to take what needs more"
+    text = "of a rank; stock and the advice take nothing that needs more"
     option(parser, "--memory-gib X", text, number(1e-3, 1e6))
     option(parser, "--json FILE", "write all figures there", path)
     option(parser, "--png FILE", "draw them (needs matplotlib)", path)
@@ -138,7 +142,13 @@ def run(args: argparse.Namespace) -> int:
                 num_ranks,
                 capacity,
                 node_size,
-                sharding=Sharding(sharding),
+                sharding=Sharding.ROWS if sharding == Auto.AUTO else Sharding(sharding),
+            ),
+            FSEPConfig(
+                planner=args.strategy,
+                sharding=sharding,
+                capacity=capacity,
+                scheduler=OverlapScheduler(args.scheduler),
             ),
             mode,
             tokens,
@@ -154,13 +164,13 @@ def run(args: argparse.Namespace) -> int:
     ]
     made: dict[tuple[int, int | None], Trace] = {}
     results = _Results()
-    for geometry, mode, tokens in wanted:
+    for geometry, config, mode, tokens in wanted:
         key = geometry.num_ranks, None if args.workload is None else tokens
         if key not in made:
             made = {key: routing_of(*key)}  # one at a time, for memory
-        _simulate(args, model, rates, geometry, PlanMode(mode), tokens, made[key], results)
+        _simulate(args, model, rates, geometry, config, PlanMode(mode), tokens, made[key], results)
     cases = results.predicted
-    sentence = advice(cases, None if args.memory_gib is None else args.memory_gib * 2**30)
+    sentence = advice(cases, _most_bytes(args))
     about = {
         "trace": str(args.trace) if args.workload is None else f"workload {args.workload}",
         "model": args.model,
@@ -180,6 +190,7 @@ def _simulate(
     model: ModelShape,
     rates: tuple[Rates, ...],
     geometry: Geometry,
+    config: FSEPConfig,
     mode: PlanMode,
     tokens: int | None,
     trace: Trace,
@@ -196,25 +207,32 @@ def _simulate(
     pairs = None if tokens is None or args.workload else float(tokens * model.topk)
     routing = Routing(trace, num_ranks, pairs)
     tokens = max(round(routing.pairs / model.topk), 1)
+    costs = _costs(args, model, rates[0], round(routing.pairs))
+    chosen = _chosen(args, geometry, config, model, costs)
+    geometry, costs = chosen.geometry, chosen.costs
     shape = simulate_input.run_shape(args, geometry, tokens, trace)
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
     sizes = num_ranks, geometry.node_size, geometry.capacity
     case = Case(*sizes, geometry.sharding.value, mode.value, shape.tokens, shape.world)
-    methods, results.refused[case] = _methods(args, geometry, model, mode, rates[0])
+
+    def predict(
+        methods: Sequence[Method], sets: tuple[Rates, ...], **options: Any
+    ) -> list[IterationPrediction]:
+        sizes = {"steps": args.steps, "lag": args.lag}
+        return predict_iterations(routing, model, shape, methods, sets, **sizes, **options)
+
+    methods, results.refused[case] = _methods(
+        args, geometry, costs, mode, rates[0], lambda methods: predict(methods, rates[:1])
+    )
     record = None
     if args.timeline is not None and results.timeline is None:
         results.timeline = PredictedTimeline(num_ranks)
         record = results.timeline.recorder
     total = min(args.steps, len(routing.steps())) * routing.layers * shape.microbatches
     with tqdm(desc=case.label, total=total, unit="microbatch", disable=None, leave=False) as bar:
-        found = predict_iterations(
-            routing,
-            model,
-            shape,
+        found = predict(
             methods,
             rates,
-            steps=args.steps,
-            lag=args.lag,
             peak_flops_per_s=_peak(args, rates[0]),
             progress=bar.update,
             record=record,
@@ -223,18 +241,43 @@ def _simulate(
     results.runs.append(shape)
 
 
-def _methods(
-    args: argparse.Namespace, geometry: Geometry, model: ModelShape, mode: PlanMode, nominal: Rates
-) -> tuple[list[Method], dict[str, str]]:
-    costs = CostModel(
+def _costs(args: argparse.Namespace, model: ModelShape, nominal: Rates, pairs: int) -> CostModel:
+    return CostModel(
         cluster=nominal.cluster,
         hidden=model.hidden,
         ffn=model.expert_ffn,
         gated=model.gated,
         bytes_per_element=model.bytes_per_element,
         recompute=Recompute(args.recompute),
-        restore_algorithm=ExchangeAlgorithm(args.restore_algorithm),
+        pairs_per_rank=pairs,
     )
+
+
+def _chosen(
+    args: argparse.Namespace,
+    geometry: Geometry,
+    config: FSEPConfig,
+    model: ModelShape,
+    costs: CostModel,
+) -> Candidate:
+    """Return the sharding, slots and exchange that training takes."""
+    word = args.restore_algorithm
+    algorithm = Auto.AUTO if word == Auto.AUTO else ExchangeAlgorithm(word)
+    shape = geometry.num_ranks, geometry.num_experts, geometry.node_size
+    chosen, _ = choose_geometry(
+        config, shape, 1, model.topk, lambda of: costs.with_exchange(algorithm, of)
+    )
+    return chosen
+
+
+def _methods(
+    args: argparse.Namespace,
+    geometry: Geometry,
+    costs: CostModel,
+    mode: PlanMode,
+    nominal: Rates,
+    predict: Predict,
+) -> tuple[list[Method], dict[str, str]]:
     settings = MethodSettings(
         geometry,
         costs,
@@ -247,14 +290,21 @@ def _methods(
     methods, refused = [], {}
     for name in args.method:
         try:
-            methods.append(make_method(name, settings, nominal))
+            if name == STOCK:
+                methods.append(fastest_stock(settings, nominal, predict, _most_bytes(args)))
+            else:
+                methods.append(make_method(name, settings, nominal))
         except ValueError as error:
-            if name == "stock" and args.stock_expert_parallel is not None:
+            if name == STOCK and args.stock_expert_parallel is not None:
                 raise
             refused[name] = str(error)
     if not methods:
         raise ValueError("; ".join(refused.values()))
     return methods, refused
+
+
+def _most_bytes(args: argparse.Namespace) -> float | None:
+    return None if args.memory_gib is None else args.memory_gib * 2**30
 
 
 def _peak(args: argparse.Namespace, nominal: Rates) -> float:

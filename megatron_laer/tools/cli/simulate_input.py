@@ -46,7 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         (
             "--stock-expert-parallel X",
             MAX_EXPERTS,
-            "ranks among which stock EP has every expert once; default: as many as fit",
+            "ranks among which stock EP has every expert once; default: the fastest, of a node or "
+            "more, or of all that fit --memory-gib",
         ),
     ):
         option(sizes, flag, text, between(1, high))

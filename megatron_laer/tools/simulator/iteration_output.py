@@ -22,10 +22,11 @@ Refused = Mapping[Case, Mapping[str, str]]
 
 LEGEND = """\
 s/iteration at the cluster's constants, and from their fastest to their slowest. x stock: how many
-times as fast as stock EP, with the same range. MFU: FLOPs of the model over the peak's. waiting:
-for ranks that compute longer; exposed: exchanges, counts and bubbles that compute waits for; both
-are means over ranks. naive: FLOPs at the speed of the fastest GEMM, whatever the method. received:
-by a rank in an iteration. memory: without the allocator's loss and buffers of libraries."""
+times as fast as stock, with the same range; EP8: its fastest groups, of 8 ranks. MFU: FLOPs of the
+model over the peak's. waiting: for ranks that compute longer; exposed: exchanges, counts and
+bubbles that compute waits for; both are means over ranks. naive: FLOPs at the speed of the fastest
+GEMM, whatever the method. received: by a rank in an iteration. memory: without the allocator's loss
+and buffers of libraries."""
 
 
 def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str, str]) -> str:
@@ -34,12 +35,12 @@ def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str,
         *("max/mean", "waiting", "exposed", "received GB in/between nodes", "memory GiB"),
     )
     lines = [head]
-    for name, found in methods.items():
+    for found in methods.values():
         times = str(gain(found, methods[STOCK])) if STOCK in methods else "-"
         received = found.bytes
         lines.append(
             (
-                name,
+                found.title,
                 _s(found.iteration_s),
                 _s(found.low_s),
                 _s(found.high_s),
@@ -61,7 +62,7 @@ def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str,
 def parts_text(methods: Mapping[str, IterationPrediction]) -> str:
     """Return seconds by kind and memory by part, with a column for each method."""
     first = next(iter(methods.values()))
-    lines = [("", *methods)]
+    lines = [("", *(found.title for found in methods.values()))]
     by_kind = [(f"compute {kind} s", kind, True) for kind in first.compute_s]
     by_kind += [(f"exposed {kind} s", kind, False) for kind in first.exposed_s]
     for title, kind, is_compute in by_kind:
@@ -84,6 +85,7 @@ def sweep_text(cases: Cases) -> str:
     for case, methods in cases.items():
         cells = [
             f"{_s(found.iteration_s)} ({_s(found.low_s)}-{_s(found.high_s)})"
+            + ("" if found.group is None else f" EP{found.group}")
             if (found := methods.get(name)) is not None
             else "-"
             for name in names

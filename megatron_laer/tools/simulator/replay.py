@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from megatron_laer.arrays import Int64
+from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.files import memory
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import ExactQuotas
@@ -146,14 +147,21 @@ def changed_traffic(guard: Guard, decision: Decision) -> Traffic:
     costs, layout = guard.costs, decision.layout
     changed_S = changed_slots(decision.planned_layout, layout)
     node_size, home_slots = guard.geometry.node_size, guard.geometry.home_slots
-    return costs.restore_bytes(layout, node_size, costs.restore_algorithm, changed_S, home_slots)
+    algorithm = changed_algorithm(guard, decision)
+    return costs.restore_bytes(layout, node_size, algorithm, changed_S, home_slots)
+
+
+def changed_algorithm(guard: Guard, decision: Decision) -> ExchangeAlgorithm:
+    """Return the exchange that fetches the slots of `changed_traffic`."""
+    geometry = guard.geometry
+    return guard.costs.exchange_of(decision.layout, geometry.node_size, geometry.home_slots)
 
 
 def restored_bytes(
     layout: ExpertLayout, node_size: int, costs: CostModel, home_slots: int = 0
 ) -> int:
     """Return the bytes that the busiest rank receives when all slots are restored once."""
-    algorithm = costs.restore_algorithm
+    algorithm = costs.exchange_of(layout, node_size, home_slots)
     return busiest_rank(costs.restore_bytes(layout, node_size, algorithm, home_slots=home_slots))
 
 

@@ -81,14 +81,19 @@ def advice(
     methods, rival = cases[case], rivals_of[case]
     found = gain(methods[FSEP], methods[rival])
     ours, theirs = methods[FSEP], methods[rival]
-    rivals = {STOCK: "stock EP", FSDP_EP: "FSDP+EP"}
+    named = "FSDP+EP" if rival == FSDP_EP else f"stock EP in groups of {theirs.group}"
     where = (
         f"with {case.label}"
         if len(cases) > 1
         else f"C = {case.capacity}, {case.sharding}, {case.mode}"
     )
+    if most_bytes is not None and theirs.peak_bytes > most_bytes:
+        return (
+            f"Use FSEP ({where}) if at all: {named} needs {theirs.peak_bytes / 2**30:.3g} GiB of a "
+            f"rank's memory, FSEP {ours.peak_bytes / 2**30:.3g}."
+        )
     if found.low >= _WORTH:
-        sentence = f"Use FSEP ({where}): it is {found} as fast as {rivals[rival]}"
+        sentence = f"Use FSEP ({where}): it is {found} as fast as {named}"
         best = min(methods.values(), key=lambda each: each.iteration_s)
         if best.iteration_s * _WORTH < ours.iteration_s:
             return f"{sentence}, but {best.method} takes {best.iteration_s:.3g} s for its " + (
@@ -101,11 +106,11 @@ def advice(
         worst = max(more, key=lambda kind: more[kind])
         lost = theirs.waiting_s - ours.waiting_s
         return (
-            f"Do not use FSEP here ({where}): it is {found} as fast as {rivals[rival]}; balance "
+            f"Do not use FSEP here ({where}): it is {found} as fast as {named}; balance "
             f"saves {max(lost, 0.0):.3g} s of {theirs.iteration_s:.3g}, and {worst} costs "
             f"{max(more[worst], 0.0):.3g} s more."
         )
     return (
-        f"Undecided ({where}): FSEP is {found} as fast as {rivals[rival]}, so the constants of "
+        f"Undecided ({where}): FSEP is {found} as fast as {named}, so the constants of "
         "this cluster must be known better; measure them on its own machines."
     )

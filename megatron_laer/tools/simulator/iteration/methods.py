@@ -28,7 +28,7 @@ from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.work import Exchange, LayerWork, grouped_totals
-from megatron_laer.tools.simulator.replay import changed_traffic, split_totals
+from megatron_laer.tools.simulator.replay import changed_algorithm, changed_traffic, split_totals
 
 STOCK, FSDP_EP, FLEXMOE, LAER, FSEP = "stock", "fsdp+ep", "flexmoe", "laer", "fsep"
 METHODS = (STOCK, FSDP_EP, FLEXMOE, LAER, FSEP)
@@ -67,7 +67,7 @@ class Method:
 
     With `one_stream` parameters and gradients share a communicator. A rank owns `experts_held`
     experts' worth of weights in each layer and restores `restored` whole ones; `replicas` ranks of
-    an FSEP group own the same.
+    an FSEP group own the same. `group` are the ranks of a group of stock.
     """
 
     name: str
@@ -77,6 +77,7 @@ class Method:
     experts_held: float
     restored: int
     replicas: int
+    group: int | None = None
 
 
 def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
@@ -86,7 +87,8 @@ def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
         raise ValueError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
     if name != FSEP:
         geometry = replace(settings.geometry, sharding=Sharding.ROWS)
-        settings = replace(settings, geometry=geometry)
+        flat = replace(settings.costs, restore_algorithm=ExchangeAlgorithm.FLAT, by_layout=False)
+        settings = replace(settings, geometry=geometry, costs=flat)
     return makers[name](settings, rates)
 
 
@@ -108,6 +110,7 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
         experts_held=each,
         restored=0,
         replicas=geometry.num_ranks // group,
+        group=group,
     )
 
 
@@ -157,9 +160,8 @@ def _laer(settings: MethodSettings, rates: Rates) -> Method:
 def _relaid(
     name: str, settings: MethodSettings, rates: Rates, strategy: Strategy, one_stream: bool
 ) -> Method:
-    geometry, costs = settings.geometry, settings.costs
-    costs = replace(costs, restore_algorithm=ExchangeAlgorithm.FLAT)
-    guard = Guard(PlanMode.FORECAST, costs, geometry, split=Split.EVEN)
+    geometry = settings.geometry
+    guard = Guard(PlanMode.FORECAST, settings.costs, geometry, split=Split.EVEN)
     return Method(
         name,
         make_schedule(overlaps=settings.overlaps),
@@ -242,7 +244,8 @@ class _Relaid:
         if decision.replanned:
             restore, reduce = self._exchanges(decision.layout)
             if guard.mode != PlanMode.EXACT:
-                change = self._exchange(changed_traffic(guard, decision))
+                traffic = changed_traffic(guard, decision)
+                change = self._exchange(traffic, changed_algorithm(guard, decision))
         totals = split_totals(guard, decision)
         return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s)
 
@@ -252,13 +255,11 @@ class _Relaid:
         node_size, home_slots = geometry.node_size, geometry.home_slots
         if home_slots and layout.replicas_E.max() == 1:
             return None, None
-        algorithm = costs.restore_algorithm
+        algorithm = costs.exchange_of(layout, node_size, home_slots)
         restore = costs.restore_bytes(layout, node_size, algorithm, home_slots=home_slots)
-        return (
-            self._exchange(restore),
-            self._exchange(costs.reduce_bytes(layout, node_size, algorithm, home_slots)),
-        )
+        reduce = costs.reduce_bytes(layout, node_size, algorithm, home_slots)
+        return self._exchange(restore, algorithm), self._exchange(reduce, algorithm)
 
-    def _exchange(self, traffic: Traffic) -> Exchange:
+    def _exchange(self, traffic: Traffic, algorithm: ExchangeAlgorithm) -> Exchange:
         costs, node_size = self.guard.costs, self.guard.geometry.node_size
-        return Exchange.of(traffic, costs.restore_algorithm, len(costs.matrices), node_size)
+        return Exchange.of(traffic, algorithm, len(costs.matrices), node_size)

@@ -38,7 +38,7 @@ class IterationPrediction:
     `iteration_s`. `mfu` counts no recompute; `naive_s` does, at the fastest GEMM's speed.
     `bytes_by_kind` are received, by link class and kind. `memory_bytes` are of the rank and stage
     that need most. `replan_share` is of microbatches that fetched slots after the gate; 0 in mode
-    `exact`.
+    `exact`. `group` is stock's expert parallelism.
     """
 
     method: str
@@ -56,6 +56,11 @@ class IterationPrediction:
     memory_bytes: Mapping[str, float]
     max_over_mean: float
     replan_share: float
+    group: int | None = None
+
+    @property
+    def title(self) -> str:
+        return self.method if self.group is None else f"{self.method} EP{self.group}"
 
     @property
     def bytes(self) -> dict[str, float]:
@@ -211,4 +216,5 @@ def _prediction(
         memory_bytes=memory_bytes(model, run, method, found.most_pairs),
         max_over_mean=float(np.mean(found.ratios)),
         replan_share=float(np.mean(found.replans)),
+        group=method.group,
     )

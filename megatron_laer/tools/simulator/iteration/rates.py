@@ -23,6 +23,7 @@ _GUESSED = {
     "intra.bytes_per_s": (1 / 3, 1.0),
     "inter.bytes_per_s": (1 / 3, 1.0),
 }
+_OF_LINKS = ("intra.", "inter.", "contention.exchange")
 _RATES = ("gemm", "memory_bytes_per_s", "intra.bytes_per_s", "inter.bytes_per_s")
 
 
@@ -107,7 +108,7 @@ def rate_sets(rates: Rates) -> tuple[Rates, ...]:
         for fast_links in (True, False):
             values = {}
             for name, (low, high) in ends.items():
-                fast = fast_links if name.startswith(("intra.", "inter.")) else fast_compute
+                fast = fast_links if name.startswith(_OF_LINKS) else fast_compute
                 values[name] = high if fast == (name in _RATES) else low
             found.append(replace(rates, cluster=rates.cluster.with_constants(values)))
     return tuple(found)
