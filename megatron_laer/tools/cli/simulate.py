@@ -218,8 +218,9 @@ def _simulate(
     def predict(
         methods: Sequence[Method], sets: tuple[Rates, ...], **options: Any
     ) -> list[IterationPrediction]:
-        sizes = {"steps": args.steps, "lag": args.lag}
-        return predict_iterations(routing, model, shape, methods, sets, **sizes, **options)
+        return predict_iterations(
+            routing, model, shape, methods, sets, steps=args.steps, lag=args.lag, **options
+        )
 
     methods, results.refused[case] = _methods(
         args, geometry, costs, mode, rates[0], lambda methods: predict(methods, rates[:1])
