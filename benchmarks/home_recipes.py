@@ -31,7 +31,7 @@ from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK
 
 CLUSTER = "h100-8"
-# Slowdown of GEMMs beside an exchange, and of an exchange beside GEMMs.
+# Slowdown of GEMMs during an exchange, and of an exchange during GEMMs.
 NO_CONTENTION = {"contention.gemm": 1.0, "contention.exchange": 1.0}
 SKEWED, BALANCED = "W1", "W0"
 MOST_REPLICA_SLOTS = 3
