@@ -51,7 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         option(sizes, flag, text, between(1, high))
-    text = "how stock sends tokens: a row per expert, or once per node as DeepEP; default: %(default)s"
+    text = (
+        "how stock sends tokens: a row per expert, or once per node as DeepEP; default: %(default)s"
+    )
     option(sizes, "--stock-dispatcher", text, choices=("alltoall", "flex"), default="flex")
     text = "what backward computes again: nothing; all of a layer, token exchanges included; or"
     text = f"{text} its compute alone; default: %(default)s"
@@ -61,7 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_hours(parser)
     for flag, text in (
         ("--stock-overlap", "stock's tokens travel during another microbatch's compute"),
-        ("--account-for-embedding", "the embedding counts as a layer of the pipeline's first chunk"),
+        (
+            "--account-for-embedding",
+            "the embedding counts as a layer of the pipeline's first chunk",
+        ),
         ("--account-for-loss", "the LM head and loss count as a layer of the last chunk"),
         ("--no-distributed-optimizer", "optimizer states are not sharded"),
         (
