@@ -135,7 +135,7 @@ class Contention:
 
 
 # Passes over exchanged weights: the sender packs them and the receiver unpacks, a read and a write.
-_PACKING_PASSES = 4
+PACKING_PASSES = 4
 # Tokens per slot from which a GEMM matters in a layer's time.
 ENOUGH_TOKENS = 64
 
@@ -272,7 +272,7 @@ class Cluster:
 
     def exchange_rates(self, bytes_per_element: int) -> tuple[float, float]:
         """Return the bytes per second of weights inside nodes and between, with their packing."""
-        packing = _PACKING_PASSES / self.memory_rate(bytes_per_element)
+        packing = PACKING_PASSES / self.memory_rate(bytes_per_element)
         intra, inter = (
             1.0 / (1.0 / link.bytes_per_s + packing) for link in (self.intra, self.inter)
         )

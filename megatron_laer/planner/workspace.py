@@ -1,7 +1,7 @@
 """Bytes of the buffers that exchanges of weights and gradients send from and receive into.
 
-Legend: N ranks, E experts, C replica slots per rank, G ranks per node, M = N/G nodes; a matrix has R
-rows and K columns.
+Legend: N ranks, E experts, C replica slots per rank, G ranks per node, M = N/G nodes; a matrix
+has R rows and K columns.
 """
 
 from __future__ import annotations
