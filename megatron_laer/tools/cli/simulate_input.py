@@ -26,7 +26,8 @@ _WORKLOAD_LAYERS, _WORKLOAD_STEPS, _WORKLOAD_MICROBATCHES = 4, 8, 8
 _BYTES_PER_COUNT = 12
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> None:
+    """Add the arguments, with those of a stage's groups unless they are the question."""
     routing_input.add_arguments(parser)
     option(parser, "--model NAME|YAML", "of configs/models, or a file", required=True)
     text = "hardware constants, a name from configs/clusters or a file; default: %(default)s"
@@ -41,16 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--pipeline P", _MAX_COUNT, "pipeline stages, each with its own FSEP groups"),
         ("--virtual-pipeline V", _MAX_COUNT, "model chunks of a stage (interleaved schedule)"),
         ("--tensor-parallel T", MOST_RANKS, "ranks that share a sequence in attention"),
-        ("--expert-data-parallel D", _MAX_COUNT, "FSEP groups of a stage; default: 1"),
-        ("--world W", MOST_RANKS, "ranks of a stage, which gives its number of FSEP groups"),
-        (
-            "--stock-expert-parallel X",
-            MAX_EXPERTS,
-            "ranks among which stock EP has every expert once; default: the fastest, of a node or "
-            "more, or of all that fit --memory-gib",
-        ),
     ):
         option(sizes, flag, text, between(1, high))
+    if groups:
+        _add_groups(sizes)
     text = "what backward computes again: nothing; all of a layer, token exchanges included; or"
     text = f"{text} its compute alone; default: %(default)s"
     option(sizes, "--recompute", text, choices=list(Recompute), default=Recompute.NONE.value)
@@ -65,6 +60,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         sizes.add_argument(flag, action="store_true", help=text)
+
+
+def _add_groups(sizes: argparse._ArgumentGroup) -> None:
+    for flag, high, text in (
+        ("--expert-data-parallel D", _MAX_COUNT, "FSEP groups of a stage; default: 1"),
+        ("--world W", MOST_RANKS, "ranks of a stage, which gives its number of FSEP groups"),
+        (
+            "--stock-expert-parallel X",
+            MAX_EXPERTS,
+            "ranks among which stock EP has every expert once; default: the fastest, of a node or "
+            "more, or of all that fit --memory-gib",
+        ),
+    ):
+        option(sizes, flag, text, between(1, high))
 
 
 def check(args: argparse.Namespace) -> None:
