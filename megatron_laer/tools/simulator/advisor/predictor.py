@@ -12,11 +12,17 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Restore, TokenExchange
+from megatron_laer.choices import Auto, ExchangeAlgorithm, Restore, TokenExchange
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.tools.simulator.advisor.planned_once import planned_once
-from megatron_laer.tools.simulator.advisor.settings import Setting, stock_sizes
-from megatron_laer.tools.simulator.iteration.case_inputs import case_routing, planner_costs
+from megatron_laer.tools.simulator.advisor.settings import Dispatch, Setting, stock_sizes
+from megatron_laer.tools.simulator.iteration.case_inputs import (
+    case_routing,
+    planner_costs,
+    tokens_of,
+)
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import (
     FSEP,
@@ -58,7 +64,9 @@ class Run:
     lag: int
     steps: int
     most_bytes: float
-    exchanges: tuple[TokenExchange, ...]
+    dispatches: tuple[Dispatch, ...]
+    stock_flex: bool
+    stock_overlaps: bool
 
     def of_group(self, num_ranks: int) -> RunShape:
         """Return the shape with groups of N ranks."""
@@ -101,6 +109,7 @@ class Predictor:
     run: Run
     _traces: dict[int, Trace] = field(default_factory=dict)
     _routings: dict[tuple[int, bool], Routing] = field(default_factory=dict)
+    _priced: dict[tuple[Geometry, TokenExchange], CostModel] = field(default_factory=dict)
 
     def stocks(self) -> list[Candidate]:
         """Return stock in each group that divides the ranks and the experts."""
@@ -112,28 +121,48 @@ class Predictor:
         ]
 
     def fsep(self, setting: Setting) -> Candidate:
-        run, geometry = self.run, setting.geometry
-        costs = planner_costs(
-            run.model,
-            run.rates[0],
-            run.shape.recompute,
-            self._routing(geometry.num_ranks, short=False),
-        ).with_exchange(setting.algorithm, geometry)
-        holds_step = setting.restore == Restore.STEP
-        settings = MethodSettings(geometry, costs, setting.mode, holds_step=holds_step)
-        return Candidate(geometry.num_ranks, make_method(FSEP, settings, run.rates[0]), setting)
+        geometry = setting.geometry
+        costs = self._costs(geometry, setting.tokens).with_exchange(setting.algorithm, geometry)
+        settings = MethodSettings(
+            geometry,
+            costs,
+            setting.mode,
+            holds_step=setting.restore == Restore.STEP,
+            topk=self.run.model.topk,
+            flex=setting.is_flex,
+        )
+        method = make_method(FSEP, settings, self.run.rates[0])
+        return Candidate(geometry.num_ranks, method, setting)
+
+    def automatic(self, geometry: Geometry, tokens: Dispatch) -> ExchangeAlgorithm:
+        """Return the exchange of experts that training takes by itself."""
+        costs = self._costs(geometry, tokens)
+        return costs.with_exchange(Auto.AUTO, geometry).restore_algorithm
 
     def stock(self, group: int) -> Candidate:
         """Return stock in groups of X ranks, simulated on the ranks of whole nodes."""
         run = self.run
         ranks = self._stock_ranks(group)
-        geometry = Geometry(ranks, run.model.num_experts, run.model.num_experts, 1)
-        geometry = replace(geometry, node_size=min(run.node_size, ranks))
-        costs = planner_costs(
-            run.model, run.rates[0], run.shape.recompute, self._routing(ranks, short=False)
+        experts = run.model.num_experts
+        geometry = Geometry(ranks, experts, experts, min(run.node_size, ranks))
+        settings = MethodSettings(
+            geometry,
+            planner_costs(run.model, run.rates[0], run.shape.recompute, self._routing(ranks)),
+            stock_group=group,
+            topk=run.model.topk,
+            stock_flex=run.stock_flex,
+            stock_overlaps=run.stock_overlaps,
         )
-        settings = MethodSettings(geometry, costs, stock_group=group)
         return Candidate(ranks, make_method(STOCK, settings, run.rates[0]))
+
+    def _costs(self, geometry: Geometry, tokens: Dispatch) -> CostModel:
+        key = geometry, tokens.exchange
+        if key not in self._priced:
+            run, routing = self.run, self._routing(geometry.num_ranks)
+            costs = planner_costs(run.model, run.rates[0], run.shape.recompute, routing)
+            sizes = geometry, run.model.topk, tokens_of(routing, run.model)
+            self._priced[key] = with_token_exchange(costs, tokens.exchange, *sizes)
+        return self._priced[key]
 
     def _stock_ranks(self, group: int) -> int:
         """Return the fewest ranks of whole nodes, or the most below a node, with whole groups."""
@@ -146,7 +175,7 @@ class Predictor:
 
     def least_bytes(self, candidate: Candidate) -> float:
         """Return a lower bound on a rank's memory: some rank has the mean tokens."""
-        routing = self._routing(candidate.num_ranks, short=False)
+        routing = self._routing(candidate.num_ranks)
         shape = self.run.of_group(candidate.num_ranks)
         parts = memory_bytes(self.run.model, shape, candidate.method, routing.pairs)
         return sum(parts.values())
@@ -180,7 +209,7 @@ class Predictor:
     def fully(self, candidate: Candidate, sets: Sequence[Rates]) -> IterationPrediction:
         """Predict all layers and stages, and so many microbatches that further ones are alike."""
         shape = self.run.of_group(candidate.num_ranks)
-        routing = self._routing(candidate.num_ranks, short=False)
+        routing = self._routing(candidate.num_ranks)
 
         method = planned_once(candidate.method, routing.layers)
 
@@ -204,7 +233,7 @@ class Predictor:
         by_many = predicted(many)
         return _extended(predicted(few), by_many, few, many, shape.microbatches)
 
-    def _routing(self, num_ranks: int, *, short: bool) -> Routing:
+    def _routing(self, num_ranks: int, *, short: bool = False) -> Routing:
         key = num_ranks, short
         if key not in self._routings:
             if num_ranks not in self._traces:

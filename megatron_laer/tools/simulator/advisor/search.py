@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from megatron_laer.tools.simulator.advisor.predictor import Candidate, Predictor
@@ -67,7 +68,9 @@ def search(predictor: Predictor, balanced: Predictor, progress: Progress = iter)
         for size in run.sizes
         if size > 1
         for geometry in geometries(run.model.num_experts, size, run.node_size)
-        for setting in settings_of(geometry, run.exchanges)
+        for setting in settings_of(
+            geometry, run.dispatches, run.model.topk, partial(predictor.automatic, geometry)
+        )
     ]
     rough: dict[Setting, float] = {}
     least = ("", float("inf"))
@@ -137,6 +140,4 @@ def _in_order(found: Sequence[Found]) -> tuple[Found, ...]:
 
 def _with_ranges(predictor: Predictor, found: Sequence[Found]) -> list[Found]:
     rates = predictor.run.rates
-    return [
-        replace(each, prediction=predictor.fully(each.candidate, rates)) for each in found
-    ]
+    return [replace(each, prediction=predictor.fully(each.candidate, rates)) for each in found]

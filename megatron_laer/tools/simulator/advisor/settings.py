@@ -6,18 +6,40 @@ Legend: N ranks of a group, E experts, C slots per rank, G ranks per node.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from megatron_laer.choices import Auto, ExchangeAlgorithm, Restore, Sharding, TokenExchange
+from megatron_laer.choices import (
+    Auto,
+    Choice,
+    ExchangeAlgorithm,
+    Restore,
+    Sharding,
+    TokenExchange,
+)
 from megatron_laer.config import FSEPConfig, PlanMode, flag_name
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.layout import default_capacity
+from megatron_laer.support.arguments import buffer_problems
 
 # Slots beyond the least that always allow balance.
 _MORE_SLOTS = 2
 _DEFAULTS = FSEPConfig()
 _MODES = {restore: FSEPConfig(restore=restore).mode for restore in Restore}
+
+
+class Dispatch(Choice):
+    """Way of tokens: a row per expert, once per node, or once per node by DeepEP."""
+
+    RANK = "rank"
+    NODE = "node"
+    FLEX = "flex"
+
+    @property
+    def exchange(self) -> TokenExchange:
+        """Return the exchange whose rows it sends."""
+        return TokenExchange.RANK if self == Dispatch.RANK else TokenExchange.NODE
 
 
 @dataclass(frozen=True)
@@ -27,7 +49,7 @@ class Setting:
     geometry: Geometry
     restore: Restore = Restore.LAYER
     algorithm: ExchangeAlgorithm | Auto = Auto.AUTO
-    tokens: TokenExchange = TokenExchange.RANK
+    tokens: Dispatch = Dispatch.RANK
 
     @property
     def mode(self) -> PlanMode:
@@ -40,7 +62,9 @@ class Setting:
         words = {
             "restore": self.restore,
             "restore_algorithm": self.algorithm,
-            "token_exchange": self.tokens,
+            "token_exchange": (
+                TokenExchange.NODE if self.tokens == Dispatch.NODE else TokenExchange.RANK
+            ),
         }
         return {
             name: word.value for name, word in words.items() if word != getattr(_DEFAULTS, name)
@@ -50,19 +74,31 @@ class Setting:
     def label(self) -> str:
         geometry = self.geometry
         sizes = f"EP{geometry.num_ranks} {geometry.sharding} C={geometry.capacity}"
-        more = [f"{name.replace('_', ' ')} {word}" for name, word in self.changes.items()]
-        return ", ".join([sizes, *more])
+        more = {"tokens": self.tokens, "restore": self.restore, "exchange": self.algorithm}
+        return ", ".join([sizes, *(f"{name} {word}" for name, word in more.items())])
 
     @property
     def flags(self) -> list[str]:
         geometry = self.geometry
-        words = ["--expert-parallel-mode", "fsep"]
-        words += ["--expert-model-parallel-size", str(geometry.num_ranks)]
+        words = ["--expert-parallel-mode", "fsep", *group_flags(geometry.num_ranks, self.is_flex)]
         words += [flag_name("sharding"), geometry.sharding.value]
         words += [flag_name("capacity"), str(geometry.capacity)]
         for name, word in self.changes.items():
             words += [flag_name(name), word]
         return words
+
+    @property
+    def is_flex(self) -> bool:
+        return self.tokens == Dispatch.FLEX
+
+
+def group_flags(size: int, is_flex: bool) -> list[str]:
+    """Return Megatron's flags for a group's size and its dispatcher of tokens."""
+    dispatcher = "flex" if is_flex else "alltoall"
+    return [
+        *("--expert-model-parallel-size", str(size)),
+        *("--moe-token-dispatcher-type", dispatcher),
+    ]
 
 
 def group_sizes(ranks: int, node_size: int, tensor: int) -> list[int]:
@@ -106,18 +142,35 @@ def geometries(num_experts: int, num_ranks: int, node_size: int) -> Iterator[Geo
                 )
 
 
-def settings_of(geometry: Geometry, exchanges: Sequence[TokenExchange]) -> Iterator[Setting]:
+def settings_of(
+    geometry: Geometry,
+    dispatches: Sequence[Dispatch],
+    topk: int,
+    automatic: Callable[[Dispatch], ExchangeAlgorithm],
+) -> Iterator[Setting]:
     """Yield the settings of a geometry, training's defaults first.
 
-    Homes have the faster exchange for each layout. Rows have one for all layouts, so that the other
-    may be the faster in a whole run.
+    Homes have the faster exchange for each layout. Rows have the `automatic` one for all layouts,
+    so that the other may be the faster in a whole run.
     """
-    algorithms: list[ExchangeAlgorithm | Auto] = [Auto.AUTO]
-    if geometry.num_nodes == 1:
-        exchanges = exchanges[:1]
-    elif geometry.sharding == Sharding.ROWS:
-        algorithms += ExchangeAlgorithm
-    for tokens in exchanges:
+    for tokens in dispatches:
+        if tokens == Dispatch.FLEX and _deepep_problems(geometry, topk):
+            continue
+        algorithms: list[ExchangeAlgorithm | Auto] = [Auto.AUTO]
+        if geometry.num_nodes > 1 and geometry.sharding == Sharding.ROWS:
+            taken = automatic(tokens)
+            algorithms += [algorithm for algorithm in ExchangeAlgorithm if algorithm != taken]
         for restore in Restore:
             for algorithm in algorithms:
                 yield Setting(geometry, restore, algorithm, tokens)
+
+
+def _deepep_problems(geometry: Geometry, topk: int) -> list[str]:
+    settings = Namespace(
+        moe_token_dispatcher_type="flex",
+        moe_flex_dispatcher_backend="deepep",
+        expert_model_parallel_size=geometry.num_ranks,
+        num_experts=geometry.num_experts,
+        moe_router_topk=topk,
+    )
+    return buffer_problems(settings, geometry)
