@@ -183,6 +183,7 @@ class Cluster:
         backward_gemm_factor: time of a backward GEMM relative to a forward one with as many FLOPs.
         host: None if not measured, and then counted as zero.
         memory_bytes_per_s: one rank's rate of reads and writes; None if not measured.
+        memory_gib: one rank's memory for `advise`, from the data sheet; None if not given.
         back_ends: measured ones; `gemm` and `backward_gemm_factor` are the default's.
         spreads: known spreads by the names in `CONSTANTS`.
         figures: all measured figures; each name ends in its unit.
@@ -202,6 +203,7 @@ class Cluster:
     host: HostTime | None = None
     contention: Contention = Contention()
     memory_bytes_per_s: float | None = None
+    memory_gib: float | None = None
     back_ends: tuple[BackEnd, ...] = ()
     spreads: tuple[tuple[str, Spread], ...] = ()
     figures: tuple[tuple[str, Figure], ...] = ()
@@ -211,6 +213,8 @@ class Cluster:
         _check_factor("backward_gemm_factor", self.backward_gemm_factor)
         if self.memory_bytes_per_s is not None:
             _check_rate("memory_bytes_per_s", self.memory_bytes_per_s)
+        if self.memory_gib is not None:
+            _check_factor("memory_gib", self.memory_gib)
         for name, spread in self.spreads:
             value = self.constant(name)
             if value is None:

@@ -10,20 +10,18 @@ import shlex
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import write_output
-from megatron_laer.files.yaml_text import read_yaml
 from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
 from megatron_laer.tools.cli.argument_types import option, path
 from megatron_laer.tools.cli.megatron_flags import parsed, replace_cuda_where_needed, say_wait
 from megatron_laer.tools.recipes.bridge_table import judge_recipe, read_recipes, recipe_of
 from megatron_laer.tools.recipes.command_lines import (
-    flags_in_mapping,
-    flags_in_text,
+    flags_in_file,
+    mapping_in_file,
     script_flags,
     without,
 )
@@ -91,14 +89,9 @@ def run(args: Namespace) -> int:
         return _say(_judge_function(args.bridge_recipe))
     if args.file is None:
         return _judge_flags(script_flags(args.flags))
-    if args.file.suffix not in (".yaml", ".yml"):
-        return _judge_flags(flags_in_text(args.file))
-    content = read_yaml(args.file)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{args.file}: give `flag: value` lines, or a recipe's `field: value`")
-    if "recipe" in content:
-        return _say(judge_recipe(recipe_of(content, str(args.file))))
-    return _judge_flags(flags_in_mapping(content, str(args.file)))
+    if args.file.suffix in (".yaml", ".yml") and "recipe" in mapping_in_file(args.file):
+        return _say(judge_recipe(recipe_of(mapping_in_file(args.file), str(args.file))))
+    return _judge_flags(flags_in_file(args.file))
 
 
 def _judge_table(table: Path, output: Path | None) -> int:

@@ -25,6 +25,9 @@ _WORKLOAD_LAYERS, _WORKLOAD_STEPS, _WORKLOAD_MICROBATCHES = 4, 8, 8
 # Bytes per count of a workload: 8 to make it, 4 to keep it.
 _BYTES_PER_COUNT = 12
 
+# Returns the routing of a number of ranks.
+TraceOf = Callable[[int], Trace]
+
 
 def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> None:
     """Add the arguments, with those of a stage's groups unless they are the question."""
@@ -102,10 +105,13 @@ def routing_of(args: argparse.Namespace, model: ModelShape) -> Callable[[int, in
     if args.workload is None:
         trace = routing_input.read(args, model.num_experts)
         return lambda ranks, tokens: trace
-    return lambda ranks, tokens: _workload(args, model, ranks, tokens)
+    return lambda ranks, tokens: workload(args, model, args.workload, ranks, tokens)
 
 
-def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: int | None) -> Trace:
+def workload(
+    args: argparse.Namespace, model: ModelShape, name: str, ranks: int, tokens: int | None
+) -> Trace:
+    """Make a workload's trace of some steps and layers."""
     steps, layers = workload_sizes(args, model)
     shape = WorkloadShape(ranks, model.num_experts, model.topk, tokens or model.sequence)
     memory.check_enough(
@@ -116,7 +122,7 @@ def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: i
     step_R, layer_R = (axis.reshape(-1) for axis in np.indices((steps, layers), dtype=np.int64))
     counts_RNE = np.stack(
         [
-            workload_counts(args.workload, shape, int(step_R[record]), seed=int(layer_R[record]))
+            workload_counts(name, shape, int(step_R[record]), seed=int(layer_R[record]))
             for record in bar("drawing", leave=False)(range(steps * layers))
         ]
     )
@@ -128,11 +134,14 @@ def workload_sizes(args: argparse.Namespace, model: ModelShape) -> tuple[int, in
     return max(_WORKLOAD_STEPS, args.lag + 1), min(_WORKLOAD_LAYERS, model.moe_layers)
 
 
-def run_shape(args: argparse.Namespace, geometry: Geometry, tokens: int, trace: Trace) -> RunShape:
+def run_shape(
+    args: argparse.Namespace, geometry: Geometry, tokens: int, trace: Trace | None
+) -> RunShape:
+    """Return the run's shape; `trace` has the number of microbatches, unless a workload is asked."""
     ranks = geometry.num_ranks
     if args.microbatches is not None:
         microbatches = args.microbatches
-    elif args.workload is not None:
+    elif trace is None or args.workload is not None:
         microbatches = _WORKLOAD_MICROBATCHES
     else:
         microbatches = int(trace.microbatch_R.max()) + 1

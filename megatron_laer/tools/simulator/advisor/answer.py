@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from megatron_laer.tools.simulator.advisor.predictor import Predictor
 from megatron_laer.tools.simulator.advisor.search import Found, Results
 from megatron_laer.tools.simulator.iteration.advice import WORTH, gain, losses
+from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
 from megatron_laer.tools.simulator.iteration.rates import Rates, ends_of
 
 # Loss that counts as another setting's being the better one.
@@ -18,8 +19,9 @@ _MATTERS = 1.01
 class Turn:
     """A constant at one end of its spread, and what is best there.
 
-    `gain` is of the best setting over the best stock, `best` its label, and `loss` the time of the
-    chosen setting over its time. With `reverses`, the other of FSEP and stock is worth it.
+    `gain` is of the best setting over the best stock, `best` its label, and `change` that gain over
+    the nominal one. `loss` is the time of the chosen setting over the best one's. With `reverses`,
+    the other of FSEP and stock is worth it.
     """
 
     constant: str
@@ -27,6 +29,7 @@ class Turn:
     value: float
     best: str
     gain: float
+    change: float
     loss: float
     reverses: bool
 
@@ -36,7 +39,8 @@ class Turn:
 
     @property
     def weight(self) -> tuple[bool, bool, float]:
-        return self.reverses, self.loss > _MATTERS, self.loss
+        size = max(self.loss, self.change, 1.0 / self.change)
+        return self.reverses, self.loss > _MATTERS, size
 
 
 def takes_fsep(results: Results) -> bool:
@@ -61,6 +65,7 @@ def turns(predictor: Predictor, results: Results) -> list[Turn]:
     ours = [_scaled(predictor, found, sets) for found in results.best]
     stocks = [_scaled(predictor, found, sets) for found in results.stocks]
     is_worth = takes_fsep(results)
+    now = results.stocks[0].seconds / min(found.seconds for found in results.best)
     made = []
     for place, (name, value) in enumerate(ends, start=1):
         best = min(range(len(ours)), key=lambda each: ours[each][place])
@@ -74,6 +79,7 @@ def turns(predictor: Predictor, results: Results) -> list[Turn]:
                 value,
                 results.best[best].candidate.label,
                 times,
+                times / now,
                 ours[0][place] / ours[best][place],
                 (times >= WORTH) != is_worth,
             )
@@ -121,11 +127,19 @@ def verdict(results: Results, most_gib: float) -> str:
             f"Take {theirs.candidate.label}, not FSEP: of its settings {ours.candidate.label} is "
             f"the fastest, and {compared}; {losses(ours.prediction, theirs.prediction)}."
         )
-    saved_s = theirs.prediction.waiting_s - ours.prediction.waiting_s
     sentence = (
-        f"Use FSEP ({ours.candidate.label}): {compared}; ranks wait {saved_s:.3g} s less for the "
-        "slowest one."
+        f"Use FSEP ({ours.candidate.label}): {compared}; "
+        f"{_saved(ours.prediction, theirs.prediction)}."
     )
     if found.low < WORTH:
         sentence += " At the worst constants it is not worth it, so measure them."
     return sentence
+
+
+def _saved(ours: IterationPrediction, theirs: IterationPrediction) -> str:
+    """Return the part of an iteration that shrinks most."""
+    waits = "waiting for the slowest rank"
+    less = {waits: theirs.waiting_s - ours.waiting_s}
+    less |= {kind: theirs.exposed_s[kind] - seconds for kind, seconds in ours.exposed_s.items()}
+    most = max(less, key=lambda kind: less[kind])
+    return f"{most} takes {less[most]:.3g} s less"

@@ -10,11 +10,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from megatron_laer.choices import Sharding
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.tools.simulator.advisor.predictor import Candidate, Predictor
 from megatron_laer.tools.simulator.advisor.settings import Setting, geometries, settings_of
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
 
-# Best settings that are shown, and the most geometries that are predicted in full for them.
+# Best settings that are shown, and geometries of which close ones are predicted in full.
 SHOWN, _IN_FULL = 5, 10
 # Rough times up to this factor of the best's may be the best in full.
 _CLOSE = 1.05
@@ -106,26 +108,38 @@ def _stocks(predictor: Predictor) -> tuple[list[Found], tuple[str, float]]:
 
 
 def _best(predictor: Predictor, rough: dict[Setting, float]) -> tuple[list[Found], int]:
-    """Return the fastest geometries that fit, each with one setting, and the refused settings."""
-    chosen: dict[Any, Setting] = {}
+    """Return the fastest setting of each group size and sharding, and the number that do not fit.
+
+    The best of each is predicted in full, and all others that are close to the best of all.
+    """
+    chosen: dict[Geometry, Setting] = {}
     for setting, seconds in rough.items():  # training's defaults come first
         known = chosen.get(setting.geometry)
         if known is None or seconds * _SAME < rough[known]:
             chosen[setting.geometry] = setting
     order = sorted(chosen.values(), key=lambda setting: rough[setting])
-    found: list[Found] = []
-    refused = 0
+    found: dict[tuple[int, Sharding], Found] = {}
+    tried, refused = 0, 0
     for setting in order:
-        is_close = rough[setting] <= _CLOSE * rough[order[0]] and len(found) < _IN_FULL
-        if len(found) >= SHOWN and not is_close:
-            break
+        kind = setting.geometry.num_ranks, setting.geometry.sharding
+        is_close = rough[setting] <= _CLOSE * rough[order[0]] and tried < _IN_FULL
+        if not is_close and (kind in found or len(found) >= SHOWN):
+            continue
         candidate = predictor.fsep(setting)
         prediction = predictor.fully(candidate, predictor.run.rates[:1])
-        if prediction.peak_bytes <= predictor.run.most_bytes:
-            found.append(Found(candidate, prediction))
-        else:
+        tried += 1
+        if prediction.peak_bytes > predictor.run.most_bytes:
             refused += 1
-    return sorted(found, key=lambda each: each.seconds)[:SHOWN], refused
+        elif kind not in found or _is_better(prediction, found[kind].prediction):
+            found[kind] = Found(candidate, prediction)
+    return sorted(found.values(), key=lambda each: each.seconds)[:SHOWN], refused
+
+
+def _is_better(one: IterationPrediction, other: IterationPrediction) -> bool:
+    """Return True if one is faster, or as fast with less memory."""
+    if max(one.iteration_s, other.iteration_s) > min(one.iteration_s, other.iteration_s) * _SAME:
+        return one.iteration_s < other.iteration_s
+    return one.peak_bytes < other.peak_bytes
 
 
 def _in_order(found: Sequence[Found]) -> tuple[Found, ...]:

@@ -94,7 +94,7 @@ class Setting:
 
 def group_flags(size: int, is_flex: bool) -> list[str]:
     """Return Megatron's flags for a group's size and its dispatcher of tokens."""
-    dispatcher = "flex" if is_flex else "alltoall"
+    dispatcher = "flex" if is_flex and size > 1 else "alltoall"  # DeepEP needs a group
     return [
         *("--expert-model-parallel-size", str(size)),
         *("--moe-token-dispatcher-type", dispatcher),
