@@ -89,7 +89,6 @@ READ = (
     f"simulate {{}} {_MODEL}",
     "simulate good.trace --model ./{}",
     f"simulate good.trace {_MODEL} --cluster ./{{}}",
-    f"advise good.trace {_ADVISED} --gpus 4 --recipe ./{{}}.yaml",
     "report {}",
     "report good.trace --compare {}",
     "report measured --cluster ./{}",

@@ -6,6 +6,7 @@ import argparse
 import json
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
@@ -110,7 +111,10 @@ def _with_flags(
     """Return the model with the flags' sequences, possible ways of tokens, and if flags exist."""
     if args.recipe is not None and args.flags:
         raise ValueError(f"both --recipe {args.recipe} and flags after --; remove one of them")
-    words = script_flags(args.flags) if args.recipe is None else flags_in_file(args.recipe)
+    if args.recipe is None:
+        words = script_flags(args.flags)
+    else:
+        words = named("--recipe", str(args.recipe), lambda file: flags_in_file(Path(file)))
     dispatches = [Dispatch.RANK, Dispatch.NODE]
     if words:
         from megatron_laer.tools.cli.megatron_flags import parsed
