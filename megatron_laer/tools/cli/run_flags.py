@@ -126,7 +126,8 @@ def _sizes(
         sequence = settings.seq_length or model.sequence
         if sequence * micro % tensor:
             raise ValueError(
-                f"--seq-length {sequence}: is no multiple of --tensor-model-parallel-size {tensor}"
+                f"--seq-length {sequence}: is no multiple of --tensor-model-parallel-size "
+                f"{tensor}; give one"
             )
         source = f"--micro-batch-size {micro} --seq-length {sequence}"
         yield "tokens", sequence * micro // tensor, source

@@ -106,6 +106,8 @@ class _KeptRouting(Routing):
 
 @dataclass
 class Predictor:
+    """Predictions of a run's settings, which share its routing and prices."""
+
     run: Run
     _traces: dict[int, Trace] = field(default_factory=dict)
     _routings: dict[tuple[int, bool], Routing] = field(default_factory=dict)

@@ -20,7 +20,9 @@ from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
 SHOWN, _IN_FULL = 5, 10
 # Rough times up to this factor of the best's may be the best in full.
 _CLOSE = 1.05
-# Differences that settings nearer to training's defaults, or with less memory, are worth.
+# Rough times up to this factor count as equal, and the setting nearer to training's defaults wins.
+_EQUAL = 1.002
+# Times in full up to this factor count as equal, and the setting with less memory wins.
 _SAME = 1.005
 # Fastest groups of stock that are kept: other constants may reverse their order.
 _STOCKS = 2
@@ -115,7 +117,7 @@ def _best(predictor: Predictor, rough: dict[Setting, float]) -> tuple[list[Found
     chosen: dict[Geometry, Setting] = {}
     for setting, seconds in rough.items():  # training's defaults come first
         known = chosen.get(setting.geometry)
-        if known is None or seconds * _SAME < rough[known]:
+        if known is None or seconds * _EQUAL < rough[known]:
             chosen[setting.geometry] = setting
     order = sorted(chosen.values(), key=lambda setting: rough[setting])
     found: dict[tuple[int, Sharding], Found] = {}
