@@ -25,8 +25,12 @@ _WORKLOAD_LAYERS, _WORKLOAD_STEPS, _WORKLOAD_MICROBATCHES = 4, 8, 8
 # Bytes per count of a workload: 8 to make it, 4 to keep it.
 _BYTES_PER_COUNT = 12
 
+# Returns the routing of a number of ranks.
+TraceOf = Callable[[int], Trace]
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> None:
+    """Add the arguments, with those of a stage's groups unless they are the question."""
     routing_input.add_arguments(parser)
     option(parser, "--model NAME|YAML", "of configs/models, or a file", required=True)
     text = "hardware constants, a name from configs/clusters or a file; default: %(default)s"
@@ -41,16 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--pipeline P", _MAX_COUNT, "pipeline stages, each with its own FSEP groups"),
         ("--virtual-pipeline V", _MAX_COUNT, "model chunks of a stage (interleaved schedule)"),
         ("--tensor-parallel T", MOST_RANKS, "ranks that share a sequence in attention"),
-        ("--expert-data-parallel D", _MAX_COUNT, "FSEP groups of a stage; default: 1"),
-        ("--world W", MOST_RANKS, "ranks of a stage, which gives its number of FSEP groups"),
-        (
-            "--stock-expert-parallel X",
-            MAX_EXPERTS,
-            "ranks among which stock EP has every expert once; default: the fastest, of a node or "
-            "more, or of all that fit --memory-gib",
-        ),
     ):
         option(sizes, flag, text, between(1, high))
+    if groups:
+        _add_groups(sizes)
     text = (
         "how stock sends tokens: a row per expert, or once per node as DeepEP; default: %(default)s"
     )
@@ -77,6 +75,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         sizes.add_argument(flag, action="store_true", help=text)
 
 
+def _add_groups(sizes: argparse._ArgumentGroup) -> None:
+    for flag, high, text in (
+        ("--expert-data-parallel D", _MAX_COUNT, "FSEP groups of a stage; default: 1"),
+        ("--world W", MOST_RANKS, "ranks of a stage, which gives its number of FSEP groups"),
+        (
+            "--stock-expert-parallel X",
+            MAX_EXPERTS,
+            "ranks among which stock EP has every expert once; default: the fastest, of a node or "
+            "more, or of all that fit --memory-gib",
+        ),
+    ):
+        option(sizes, flag, text, between(1, high))
+
+
 def check(args: argparse.Namespace) -> None:
     """Refuse contradictory sizes, and a routing that is missing or given twice."""
     if args.world is not None:
@@ -93,10 +105,13 @@ def routing_of(args: argparse.Namespace, model: ModelShape) -> Callable[[int, in
     if args.workload is None:
         trace = routing_input.read(args, model.num_experts)
         return lambda ranks, tokens: trace
-    return lambda ranks, tokens: _workload(args, model, ranks, tokens)
+    return lambda ranks, tokens: workload(args, model, args.workload, ranks, tokens)
 
 
-def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: int | None) -> Trace:
+def workload(
+    args: argparse.Namespace, model: ModelShape, name: str, ranks: int, tokens: int | None
+) -> Trace:
+    """Make a workload's trace of some steps and layers."""
     steps, layers = workload_sizes(args, model)
     shape = WorkloadShape(ranks, model.num_experts, model.topk, tokens or model.sequence)
     memory.check_enough(
@@ -107,7 +122,7 @@ def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: i
     step_R, layer_R = (axis.reshape(-1) for axis in np.indices((steps, layers), dtype=np.int64))
     counts_RNE = np.stack(
         [
-            workload_counts(args.workload, shape, int(step_R[record]), seed=int(layer_R[record]))
+            workload_counts(name, shape, int(step_R[record]), seed=int(layer_R[record]))
             for record in bar("drawing", leave=False)(range(steps * layers))
         ]
     )
@@ -119,11 +134,14 @@ def workload_sizes(args: argparse.Namespace, model: ModelShape) -> tuple[int, in
     return max(_WORKLOAD_STEPS, args.lag + 1), min(_WORKLOAD_LAYERS, model.moe_layers)
 
 
-def run_shape(args: argparse.Namespace, geometry: Geometry, tokens: int, trace: Trace) -> RunShape:
+def run_shape(
+    args: argparse.Namespace, geometry: Geometry, tokens: int, trace: Trace | None
+) -> RunShape:
+    """Return the run's shape; `trace` has the number of microbatches, unless a workload is asked."""
     ranks = geometry.num_ranks
     if args.microbatches is not None:
         microbatches = args.microbatches
-    elif args.workload is not None:
+    elif trace is None or args.workload is not None:
         microbatches = _WORKLOAD_MICROBATCHES
     else:
         microbatches = int(trace.microbatch_R.max()) + 1
