@@ -1,13 +1,17 @@
 """Communication schedule, as data: the moments when experts are restored and gradients leave.
 
-It covers one model chunk's forward and backward passes and knows nothing of pipelines. The
-scheduler (`runtime/scheduler.py`) carries it out; this file imports neither torch nor Megatron.
+It covers operations, which are forward or backward passes of a microbatch through a model chunk,
+and the step from one to the next. The scheduler (`runtime/scheduler.py`) carries it out; this file
+imports neither torch nor Megatron.
 
     forward   layer i:    attention  router  dispatch ┬ experts i ──────── combine
               parameters:                             └ restore i+1
     backward  layer i:    combine ┬ experts i ── dispatch ┬ attention ── combine ┬ experts i-1
               parameters:         └ restore i-1           │                      └ restore i-2
               gradients:                                  └ reduce i ─────────────────────┘
+
+In the last layer of an operation, the first one of the next operation takes the place of i+1 or
+i-1. If it is the same layer, its weights stay, and only slots that differ are fetched.
 
 Source: the LAER-MoE paper's fine-grained schedule (arXiv 2602.11686), with parameters and gradients
 on communicators of their own.
@@ -20,7 +24,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """Rules for the exchanges of one chunk, in one order on all ranks of a group.
+    """Rules for the exchanges of a rank's chunks, in one order on all ranks of a group.
 
     A layer that no rule restored is restored when its experts compute.
 
@@ -32,6 +36,8 @@ class Schedule:
         delays_gradients: send a layer's gradients during the backward of the layer before;
             otherwise wait for them at once.
         holds_step: keep experts restored, and sum gradients, over a whole step.
+        restores_following: apply `restores_first` and `restores_last` in the last layer of the
+            operation before, where that is known.
     """
 
     restores_first: bool
@@ -40,6 +46,7 @@ class Schedule:
     restores_previous: bool
     delays_gradients: bool
     holds_step: bool = False
+    restores_following: bool = False
 
     @property
     def restores_ahead(self) -> bool:
@@ -48,7 +55,8 @@ class Schedule:
     def restored_layers(self, num_layers: int) -> int:
         """Return the maximum number of a rank's layers with restored experts in memory at once.
 
-        Schedules look one layer ahead, and one of several chunks is at work at a time.
+        Schedules look one layer ahead, also into the next operation, and one of several chunks is
+        at work at a time. A layer that follows itself takes no second place.
         """
         looks_ahead = self.restores_next or self.restores_previous
         return num_layers if self.holds_step else min(2 if looks_ahead else 1, num_layers)
@@ -62,7 +70,11 @@ class Schedule:
 
 
 def make_schedule(
-    *, overlaps: bool, after_gate: bool = False, holds_step: bool = False
+    *,
+    overlaps: bool,
+    after_gate: bool = False,
+    holds_step: bool = False,
+    restores_following: bool = False,
 ) -> Schedule:
     """Make the schedule for a way of running.
 
@@ -70,4 +82,5 @@ def make_schedule(
     `holds_step`, experts are restored once per step, so backward restores nothing.
     """
     forward, backward = overlaps and not after_gate, overlaps and not holds_step
-    return Schedule(forward, forward, backward, backward, overlaps, holds_step)
+    following = overlaps and restores_following
+    return Schedule(forward, forward, backward, backward, overlaps, holds_step, following)

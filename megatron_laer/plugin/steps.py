@@ -100,6 +100,7 @@ def _chunk(wrapped: Any) -> Chunk:
         layers=[part.state for part, _ in found],
         blocks=[] if is_graphed else [block for _, block in found],
         await_weights=functools.partial(_await_weights, wrapped),
+        gathers_weights=functools.partial(_gathers_weights, wrapped),
         replayed=functools.partial(_replayed, routers) if can_replay else None,
     )
 
@@ -117,13 +118,18 @@ def _replayed(routers: Sequence[Any]) -> list[torch.Tensor] | None:
     return [replay.target_topk_idx for replay in replays] if is_told else None
 
 
+def _gathers_weights(wrapped: Any) -> bool:
+    """Return False if Megatron gathers nothing in forward, or has synchronised all weights."""
+    return bool(getattr(wrapped, "remove_forward_pre_hook_handles", None))
+
+
 def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None:
     """Wait for weights before an early read, as Megatron's hook does before their module's call.
 
     With `--overlap-param-gather`, weights may not have arrived yet from other replicas.
     """
-    if not getattr(wrapped, "remove_forward_pre_hook_handles", None):
-        return  # Megatron gathers nothing in forward, or has synchronised all weights
+    if not _gathers_weights(wrapped):
+        return
     is_dispatched_elsewhere = (
         wrapped.ddp_config.align_param_gather or wrapped.overlap_param_gather_with_optimizer_step
     )

@@ -105,6 +105,7 @@ def build_coordinator(
         overlaps=overlaps,
         after_gate=config.mode == PlanMode.EXACT,
         holds_step=config.restore == Restore.STEP,
+        restores_following=True,
     )
     streams = ExchangeStreams(
         make_exchange(config, groups, chosen, geometry),

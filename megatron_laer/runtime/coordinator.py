@@ -111,6 +111,7 @@ class Coordinator:
         expected = self.pass_layouts.begin_step(
             step, num_microbatches, len(self.layers), replays=self.scheduler.replays_routing
         )
+        self.scheduler.begin_step(expected)
         for layer in self.layers:
             layer.begin_step(expected)
         known = self.pass_layouts.known([layer.next_pass(training=True) for layer in self.layers])
@@ -121,6 +122,7 @@ class Coordinator:
 
     def end_step(self, *, weights_changed: bool) -> None:
         check_no_plan_is_left(self.layers)
+        self.scheduler.end_step()
         for layer in self.layers:
             layer.on_step_end()
         self.layouts.end_step()

@@ -1,10 +1,12 @@
-"""Scheduler of the overlap of communication and compute within a model chunk.
+"""Scheduler of the overlap of communication and compute, within model chunks and between them.
 
 `schedule.py` has the rules as data. The scheduler follows a chunk's forward passes by hooks on the
 chunk. The layer's calls mark the arrival of tokens, and autograd nodes mark the backward pass.
 
 A chunk's forward for one microbatch leaves a chain of `RestoredExperts`, each with a link to the
-previous layer's. Backward follows it, in any order of the pipeline.
+previous layer's. Backward follows it, in any order of the pipeline. An operation's last layer
+fetches the first one of the operation that `operations.py` expects. If another one begins, those
+experts are released.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 import torch
 
 from megatron_laer.runtime.layer_state import LayerState
+from megatron_laer.runtime.operations import Operation, OperationOrder
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts, Replayed
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
@@ -31,20 +34,23 @@ class Chunk:
     `module` is called once per microbatch and pass. `blocks` are each layer's transformer layer,
     called with the hidden states as first argument or as `hidden_states`. Without them, gradients
     of layers that recompute are waited for at once. `await_weights` waits until parameters hold a
-    step's weights, which Megatron may still be gathering over replicas. `replayed` returns the
-    experts that the layers' routers will choose; None without router replay.
+    step's weights. `gathers_weights` returns whether Megatron may still be gathering them over
+    replicas when the chunk's first forward begins. `replayed` returns the experts that the layers'
+    routers will choose; None without router replay.
     """
 
     module: torch.nn.Module
     layers: Sequence[LayerState]
     blocks: Sequence[torch.nn.Module]
     await_weights: Callable[[Sequence[torch.nn.Parameter]], None]
+    gathers_weights: Callable[[], bool]
     replayed: Replayed | None
 
 
 @dataclass
 class _Forward:
     chunk: Chunk
+    operation: Operation | None = None
     position: int = -1
     entered: list[RestoredExperts] = field(default_factory=list)
 
@@ -74,14 +80,18 @@ class Scheduler:
         self._forward: _Forward | None = None
         # Experts of coming layers, by position in the chunk; their restores may have started.
         self._ahead: dict[int, RestoredExperts] = {}
+        self._order = OperationOrder()
+        self._awaits_backward: dict[Operation, _Forward] = {}
+        # First experts of the operation that is expected next.
+        self._fetched: tuple[Operation, RestoredExperts] | None = None
 
     def attach(self, chunks: Sequence[Chunk]) -> None:
         self._detach()
         self._chunks = list(chunks)
-        for chunk in self._chunks:
+        for number, chunk in enumerate(self._chunks):
             # Module, hooks and chunk form a reference cycle, which `_detach` breaks.
             self._hooks += [
-                chunk.module.register_forward_pre_hook(_call(self._begin_forward, chunk)),
+                chunk.module.register_forward_pre_hook(_call(self._begin_forward, number)),
                 chunk.module.register_forward_hook(_call(self._end_forward)),
             ]
             if self.schedule.delays_gradients and chunk.blocks:
@@ -101,6 +111,16 @@ class Scheduler:
     def backward_has_run(self) -> bool:
         return self._streams.exchange.count.backwards > 0
 
+    def begin_step(self, num_microbatches: int | None) -> None:
+        self._forget_operations()
+        num_chunks = sum(bool(chunk.layers) for chunk in self._chunks)
+        known = num_microbatches if self.schedule.restores_following else None
+        self._order.begin_step(known, num_chunks)
+
+    def end_step(self) -> None:
+        self._order.end_step()
+        self._forget_operations()
+
     def close(self) -> None:
         self._detach()
         self._streams.close()
@@ -116,6 +136,8 @@ class Scheduler:
             self.schedule.restores_previous or restored.is_same_layer(forward.entered[-1])
         ):
             restored.prefetch_in_backward(forward.entered[-1])
+        elif not forward.entered:
+            restored.call_in_backward(self._fetch_following)
         forward.entered.append(restored)
         forward.position = position
         return restored
@@ -138,20 +160,23 @@ class Scheduler:
         if forward is None or not forward.entered:
             return
         if forward.chunk.layers[forward.position] is layer:
-            self._prepare(forward.position + 1, training, self.schedule.restores_next)
+            if forward.position + 1 < len(forward.chunk.layers):
+                self._prepare(forward.position + 1, training, self.schedule.restores_next)
+            elif forward.operation is not None:
+                self._fetch_following(forward.entered[-1])
 
     def _experts_of(self, layer: LayerState, training: bool) -> RestoredExperts:
         layout = self._pass_layouts.layout_for(layer.next_pass(training=training))
         return self._experts.of_pass(layer, layout, training=training)
 
-    def _prepare(self, position: int, training: bool, starts: bool) -> None:
+    def _prepare(
+        self, position: int, training: bool, starts: bool, fetched: RestoredExperts | None = None
+    ) -> None:
         """Prepare the next layer, at least its wait node; start its restore if `starts`."""
         assert self._forward is not None
         chunk, entered = self._forward.chunk, self._forward.entered
-        if position >= len(chunk.layers):
-            return
         layer = chunk.layers[position]
-        restored = self._experts_of(layer, training)
+        restored = fetched or self._experts_of(layer, training)
         if entered and entered[-1].is_same_layer(restored):
             entered[-1].weights.hand_on(restored.weights)
         elif starts:
@@ -162,14 +187,22 @@ class Scheduler:
             restored.wait_for_grads_here()
         self._ahead[position] = restored
 
-    def _begin_forward(self, chunk: Chunk) -> None:
+    def _begin_forward(self, number: int) -> None:
         self._ahead.clear()
+        chunk = self._chunks[number]
         training = chunk.module.training
-        if training and chunk.layers:
+        forward = self._forward = _Forward(chunk)
+        if not chunk.layers:
+            return
+        fetched = None
+        if training:
             passes = [layer.next_pass(training=True) for layer in chunk.layers]
             self._pass_layouts.begin_forward(passes, chunk.replayed)
-        self._forward = _Forward(chunk)
-        self._prepare(0, training, self.schedule.restores_first)
+            forward.operation = self._order.begin_forward(number)
+            if forward.operation is not None:
+                self._awaits_backward[forward.operation] = forward
+                fetched = self._take_fetched(forward.operation)
+        self._prepare(0, training, self.schedule.restores_first, fetched)
 
     def _begin_block(
         self,
@@ -204,13 +237,59 @@ class Scheduler:
         forward, self._forward = self._forward, None
         assert forward is not None
         if (
-            self.schedule.restores_last
+            self.schedule.restores_ahead
             and forward.entered
             and isinstance(output, torch.Tensor)
             and output.grad_fn is not None
         ):
-            last = forward.entered[-1]
-            output.grad_fn.register_prehook(lambda _: last.start_backward_restore())
+            output.grad_fn.register_prehook(lambda _: self._begin_backward(forward))
+
+    def _begin_backward(self, forward: _Forward) -> None:
+        if forward.operation is not None:
+            self._awaits_backward.pop(forward.operation, None)
+            self._take_fetched(self._order.begin_backward(forward.operation))
+        if self.schedule.restores_last:
+            forward.entered[-1].start_backward_restore()
+
+    def _fetch_following(self, present: RestoredExperts) -> None:
+        """Fetch the first layer of the operation that follows this layer's, if it is known."""
+        following = self._order.following
+        restored = None if following is None else self._first_of(following)
+        if following is None or restored is None:
+            return
+        present.fetch(restored)
+        self._fetched = following, restored
+
+    def _first_of(self, operation: Operation) -> RestoredExperts | None:
+        """Return the first experts of an operation; None if they cannot be fetched now."""
+        if not operation.is_forward:
+            entered = self._awaits_backward[operation._replace(is_forward=True)].entered
+            fetches = self.schedule.restores_last and bool(entered) and entered[-1].has_backward
+            return entered[-1] if fetches else None
+        chunk = self._chunks[operation.chunk]
+        layer_pass = chunk.layers[0].next_pass(training=True)
+        fetches = self.schedule.restores_first and self._pass_layouts.is_known(layer_pass)
+        # A wait for a chunk's weights before its first forward would change Megatron's order.
+        if not fetches or (operation.number == 0 and chunk.gathers_weights()):
+            return None
+        return self._experts_of(chunk.layers[0], training=True)
+
+    def _take_fetched(self, begun: Operation) -> RestoredExperts | None:
+        """Return the experts fetched for an operation that begins; release those of another."""
+        fetched, self._fetched = self._fetched, None
+        if fetched is None:
+            return None
+        expected, restored = fetched
+        if expected == begun:
+            return restored
+        restored.weights.used()
+        return None
+
+    def _forget_operations(self) -> None:
+        if self._fetched is not None:
+            self._fetched[1].weights.used()
+        self._fetched = None
+        self._awaits_backward.clear()
 
     def _detach(self) -> None:
         for hook in self._hooks:
@@ -218,6 +297,7 @@ class Scheduler:
         self._hooks, self._chunks = [], []
         self._forward = None
         self._ahead.clear()
+        self._forget_operations()
 
 
 def _call(function: Callable[..., None], *bound: Any) -> Callable[..., None]:

@@ -102,12 +102,13 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str, at_home: boo
     from megatron_laer.planner.guard import Guard
     from megatron_laer.plugin.metrics_tracker import collect
     from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
+    from megatron_laer.runtime.weights.layer_experts import LayerExperts
     from megatron_laer.runtime.weights.states import WeightState
     from megatron_laer.session import current_coordinator
 
     seen, functions = Seen(), page()
     known = None if announces in ("and more", "twice") else MICROBATCHES
-    decide, plan = Guard.decide, MicrobatchPlanner._plan
+    decide, plan, change = Guard.decide, MicrobatchPlanner._plan, LayerExperts.change
 
     def watched_decide(guard: Guard, *args: Any) -> Any:
         seen.solved_after_gate += threading.current_thread() is threading.main_thread()
@@ -117,6 +118,10 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str, at_home: boo
         if named["training"]:
             seen.restores_ahead.append(restored.state.weights is not WeightState.SHARDED)
         return plan(planner, layer, restored, *args, **named)
+
+    def watched_change(*args: Any) -> None:
+        seen.changes += 1
+        change(*args)
 
     with loaded(path) as module:
         assert (module.LAYERS, module.EXPERTS, module.MICROBATCHES) == (
@@ -155,13 +160,13 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str, at_home: boo
                 mock.patch.object(module, "forward_step", told_forward),
                 mock.patch.object(Guard, "decide", watched_decide),
                 mock.patch.object(MicrobatchPlanner, "_plan", watched_plan),
+                mock.patch.object(LayerExperts, "change", watched_change),
                 megatron_laer.training_step(step, known, model),
             ):
                 loss, _ = module.train_step(rollout, model, optimizer)
             seen.losses.append(loss)
         coordinator = current_coordinator()
         if coordinator is not None:
-            seen.changes = coordinator.streams.exchange.count.changes
             for layer in coordinator.layers:
                 samples = layer.statistics.take_samples()
                 seen.max_over_mean += [s.decision.max_over_mean_after for s in samples]

@@ -41,7 +41,7 @@ CASES = {
     ),
     "experts at home, virtual pipeline, recompute, fresh layouts in four groups": (
         2,
-        VIRTUAL + FULL + OVERLAP + EXACT + HOMES + " --fsep-restore-algorithm flat",
+        VIRTUAL + FULL + OVERLAP + ADAPTIVE + HOMES + " --fsep-restore-algorithm flat",
     ),
     "experts at home by relay, pipeline, recompute of the experts, tokens by nodes": (
         4,

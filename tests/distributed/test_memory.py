@@ -98,7 +98,7 @@ class Held:
     """Buffers of restored weights and of their gradients on one rank, over a run.
 
     Attributes:
-        after_forward: restored matrices in use after each chunk's forward.
+        after_forward: restored matrices in use after each forward.
         after_step: restored matrices and gradients in use after each step.
         buffer_bytes: of weights, of gradients, and of the exchanges' workspaces, after each step.
         layer_bytes: restored matrices of one layer, R·K elements for each slot that is restored.
@@ -171,7 +171,11 @@ def test_no_restored_weight_outlives_its_use(
     )
     for held in ranks(2).run(held_buffers, command):
         assert len(held.after_forward) == 8 and len(held.after_step) == 4
-        assert set(held.after_forward) == {0}, "weights restored in forward are held for backward"
+        # From the second step on, the last layer's two matrices wait for the backward that follows.
+        kept = 2 if scheduler == "on" else 0
+        assert held.after_forward[:2] == [0] * 2 and kept in held.after_forward
+        # At home a random layout may have no replica.
+        assert set(held.after_forward[2:]) <= ({0, kept} if AT_HOME in recompute else {kept})
         assert set(held.after_step) == {(0, 0)}
         assert len(set(held.buffer_bytes)) == 1, "steady state allocates"
         weights, grads, _ = held.buffer_bytes[0]

@@ -103,6 +103,7 @@ def test_fsep_equals_stock(
     passes = 1 if STEP in row.fsep else row.accumulation
     in_layer = 1 if STEP in row.fsep else 2
     restores, reduces = row.exchanges or (row.moe_layers * in_layer, row.moe_layers)
+    operations = 2 * row.accumulation * (1 + ("virtual pipeline" in row.name))
     assert len(fsep.probes) == row.steps
     if AT_HOME in row.fsep:  # a pass whose layout has no replica exchanges nothing
         for step, (left, restored, reduced) in enumerate(fsep.probes, start=1):
@@ -114,4 +115,6 @@ def test_fsep_equals_stock(
     for step, (left, restored, reduced) in enumerate(fsep.probes, start=1):
         assert left == 0 and reduced == reduces * passes * step
         if not row.evaluations:  # evaluations restore experts as well
-            assert restored == restores * passes * step
+            # From the second step on, an operation may hand weights on to the one that follows.
+            handed_on = (step - 1) * (0 if STEP in row.fsep else operations - 1)
+            assert 0 <= restores * passes * step - restored <= handed_on

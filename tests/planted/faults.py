@@ -78,6 +78,7 @@ _WEIGHTS = _in("runtime/weights/restored_weights.py", *_unit("restored_experts")
 _LAYER_EXPERTS = _in("runtime/weights/layer_experts.py", *_ranks("stock_loading"))
 _GRADS = _in("runtime/weights/slot_grads.py", *_unit("restored_experts"))
 _SCHEDULER = _in("runtime/scheduler.py", *_ranks("scheduler"))
+_OPERATIONS = _in("runtime/operations.py", *_unit("operations"), *_ranks("operations"))
 _PERMUTATION = _in("layer/dispatch/permutation.py", *_unit("permutation"))
 _ROW_MAP = _in("layer/dispatch/row_map.py", *_unit("permutation"))
 _DISPATCH = _in("layer/dispatch/slot_dispatch.py", *_ranks("dispatcher"))
@@ -352,6 +353,17 @@ FAULTS: tuple[Fault, ...] = (
         "the layer after the next",
         "self._prepare(forward.position + 1, training, self.schedule.restores_next)",
         "self._prepare(forward.position + 2, training, self.schedule.restores_next)",
+    ),
+    _SCHEDULER.fault(
+        "experts of an operation that does not follow stay",
+        "        restored.weights.used()\n        return None",
+        "        return None",
+        *_ranks("operations"),
+    ),
+    _OPERATIONS.fault(
+        "an order that is not kept is expected further",
+        "        if self.following != operation:\n            self._expected = ()",
+        "        if self.following != operation:\n            pass",
     ),
     # Dispatch.
     _PERMUTATION.fault(

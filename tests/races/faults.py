@@ -272,7 +272,7 @@ TRAINING_FAULTS = {
         "what add_ on the stream of gradients",
     ),
     "nobody waits for activations of the stage before": Fault(
-        _activations_at_once, "pipeline 2", "recv_"
+        _activations_at_once, "virtual pipeline 2 x 2", "recv_"
     ),
     "wait waits for nothing": Fault(
         _replaced(_StreamResult, "wait", _result_at_once), "full recompute"

@@ -21,6 +21,9 @@ _RANDOM = " --fsep-planner random"
 _HOME = _RANDOM + " --fsep-sharding experts"
 _OVERLAPS = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 _FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+_VIRTUAL = (
+    " --pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
+)
 _MOE = " --recompute-granularity selective --recompute-modules moe"
 
 
@@ -46,7 +49,7 @@ SCENARIOS = {
     "tokens through nodes of 2": Training(
         _RANDOM + " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-token-exchange node", 4
     ),
-    "pipeline 2": Training(_RANDOM + " --pipeline-model-parallel-size 2", 4),
+    "virtual pipeline 2 x 2": Training(_RANDOM + _VIRTUAL, 4),
     "both overlaps, slices replicated": Training(_RANDOM + _OVERLAPS, 4),
     "experts at home, both overlaps": Training(_HOME + _OVERLAPS),
     "experts at home by relay, recompute of the MoE layer": Training(

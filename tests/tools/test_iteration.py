@@ -5,11 +5,19 @@ Legend: N ranks.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from megatron_laer.schedule import make_schedule
-from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes, backward, forward
+from megatron_laer.tools.simulator.iteration.chunk import (
+    Following,
+    LayerTimes,
+    MoETimes,
+    backward,
+    forward,
+)
 from megatron_laer.tools.simulator.iteration.clocks import (
     GRADIENTS,
     INTER,
@@ -23,6 +31,8 @@ from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order, s
 OVERLAPPED = make_schedule(overlaps=True)
 ALONE = make_schedule(overlaps=False)
 AFTER_GATE = make_schedule(overlaps=True, after_gate=True)
+FOLLOWING = make_schedule(overlaps=True, restores_following=True)
+EXACT = make_schedule(overlaps=True, after_gate=True, restores_following=True)
 
 
 def layer(forward_N, backward_N=None, restore_s=None, reduce_s=None, **more):
@@ -119,6 +129,48 @@ WINDOW = 4 + 1 + 20 + 1
 )
 def test_exchanges_hide_behind_compute_as_the_schedule_allows(run, schedule, layers, kind, exposed):
     assert spent(ran(schedule, *layers, passes=(run,))).get(kind, 0) == exposed
+
+
+@pytest.mark.parametrize(
+    ("run", "schedule", "exposed"),
+    [
+        # Begins with the chunk: behind attention and dispatch, or a combine.
+        (forward, OVERLAPPED, 20 - 3),
+        (backward, OVERLAPPED, 20 - 1),
+        # Begins after the dispatch before: behind experts and combine too.
+        (forward, FOLLOWING, 20 - 3 - 11),
+        (backward, FOLLOWING, 20 - 1 - 11),
+        # The layout of a forward is known after its gate only.
+        (forward, EXACT, 20 - 1),
+        (backward, EXACT, 20 - 1 - 11),
+    ],
+)
+def test_an_operations_first_restore_hides_behind_the_operation_before(run, schedule, exposed):
+    first, next_one = replace(layer([10]), name="before"), layer([10], restore_s=20)
+    clocks = Clocks(1, 1)
+    following = Following(next_one, run is backward, same_microbatch=False)
+    fetched = forward(clocks, [first], schedule, None, following)
+    assert (fetched is None) == (schedule is OVERLAPPED or (run, schedule) == (forward, EXACT))
+    run(clocks, [next_one], schedule, fetched)
+    assert spent(clocks)["restore"] == exposed
+
+
+@pytest.mark.parametrize(
+    ("schedule", "same_microbatch", "change_s", "fetched_s"),
+    [
+        (FOLLOWING, True, 5, 0),
+        (FOLLOWING, False, None, 0),  # the layout in force
+        (FOLLOWING, False, 5, 3 + 5),
+        (EXACT, False, None, 3 + 20),  # perhaps all slots differ
+    ],
+)
+def test_a_layer_that_follows_itself_fetches_slots_that_differ(
+    schedule, same_microbatch, change_s, fetched_s
+):
+    present, same = layer([10]), layer([10], restore_s=20, change_s=change_s)
+    following = Following(same, True, same_microbatch)
+    found = forward(Clocks(1, 1), [present], schedule, None, following)
+    assert (None if found is None else found.end_s) == fetched_s
 
 
 def test_changed_slots_are_fetched_after_the_gate_and_waited_for():

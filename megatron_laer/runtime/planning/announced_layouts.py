@@ -125,6 +125,9 @@ class AnnouncedLayouts(PassLayouts):
         for each, counts_NE in zip(passes, counts_NLE.transpose(1, 0, 2), strict=True):
             self._solve_ahead(each.layer, each.microbatch, counts_NE)
 
+    def is_known(self, layer_pass: LayerPass) -> bool:
+        return not self._awaits_replay
+
     def layout_for(self, layer_pass: LayerPass) -> ExpertLayout:
         """Wait for the layout that was solved ahead; outside of steps, return the one in force."""
         ahead = self._decided(layer_pass)

@@ -61,6 +61,10 @@ class PassLayouts:
     def begin_forward(self, passes: Sequence[LayerPass], replayed: Replayed | None) -> None:
         """Begin the training forward of a chunk with these passes."""
 
+    def is_known(self, layer_pass: LayerPass) -> bool:
+        """Return whether a pass's layout is known before its chunk's forward begins."""
+        return True
+
     def layout_for(self, layer_pass: LayerPass) -> ExpertLayout:
         draw = 0 if self.one_per_step else layer_pass.number
         return self.in_force.of_pass(layer_pass.layer, draw, training=layer_pass.training)

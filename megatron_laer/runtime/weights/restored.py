@@ -12,8 +12,8 @@ microbatch, by states (`states.py`):
  5. The gradient of the experts' output arrives in backward: RESTORING again, and RESTORED. The
     layer that backward comes to next follows (`prefetch_in_backward`).
  6. The gradients of the experts' inputs and weights are computed: SHARDED, the memory is free.
-    If a microbatch makes its next pass through the same layer, 4 and 6 hand the weights on to
-    that pass instead. Only slots that differ are fetched.
+    If the next pass, forward or backward, is through the same layer, 4 and 6 hand the weights on
+    to it instead. Only slots that differ are fetched.
  7. The weights' gradients wait for the tokens' gradients, which go first: DEFERRED. Without
     overlap this is skipped; with `--fsep-restore step` they are SUMMED over microbatches.
  8. The dispatch's backward is done and starts the reduce: REDUCING. Sums over replicas are added
@@ -30,6 +30,7 @@ Legend: C slots per rank, R rows of a matrix, K columns.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -64,7 +65,8 @@ class RestoredExperts:
         self._placeholders: deque[tuple[torch.Tensor, ...]] = deque()
         self._waits_after_block = False
         self._defers_reduce = False
-        self._has_backward = True
+        self._ends_backward: Callable[[RestoredExperts], None] | None = None
+        self.has_backward = True
 
     @classmethod
     def for_pass(
@@ -88,16 +90,28 @@ class RestoredExperts:
 
     def expect_no_backward(self) -> None:
         """Skip the restore for backward: the inputs of this pass need no gradient."""
-        self._has_backward = False
+        self.has_backward = False
+        self.weights.hand_on(None)
 
     def start_backward_restore(self) -> None:
         """Start the restore for backward, if one is expected. Collective then."""
-        if self._has_backward:
+        if self.has_backward:
             self.weights.start_restore()
+
+    def fetch(self, following: RestoredExperts) -> None:
+        """Start the restore of the experts that are used next, or hand the weights on to them."""
+        if self.is_same_layer(following) and self.index.has_replicas:
+            self.weights.hand_on(following.weights)
+        else:
+            following.weights.start_restore()
 
     def prefetch_in_backward(self, previous: RestoredExperts) -> None:
         """Start the restore of `previous` in this backward, or hand the weights on to it."""
         self._next_in_backward = previous
+
+    def call_in_backward(self, call: Callable[[RestoredExperts], None]) -> None:
+        """Call this with the chunk's first experts, the last ones in backward, in their turn."""
+        self._ends_backward = call
 
     def wait_for_grads_here(self) -> None:
         """Create the node that waits for this pass's gradients: the earlier, the later it runs."""
@@ -187,6 +201,8 @@ class RestoredExperts:
             self.weights.hand_on(following.weights)
         elif following is not None:
             following.start_backward_restore()
+        elif self._ends_backward is not None:
+            self._ends_backward(self)
 
     def _grads_computed(self, defers: bool, grads_CRK: tuple[torch.Tensor, ...]) -> None:
         # Inputs without gradients have not ended the use of the weights. The other inputs' nodes

@@ -105,14 +105,18 @@ class RestoredWeights:
             self.state.enter(WeightState.RESTORED)
         return matrix_CRK
 
-    def hand_on(self, following: RestoredWeights) -> None:
-        """Hand the weights on to the layer's following pass after this one has used them."""
+    def hand_on(self, following: RestoredWeights | None) -> None:
+        """Hand the weights on to the layer's following pass after this one has used them.
+
+        The following pass may be the backward of this one, which has the same weights. With None
+        nothing follows.
+        """
         self._heir = following
 
     def used(self) -> None:
-        if self._keeps:
-            return
         heir, self._heir = self._heir, None
+        if self._keeps or heir is self:
+            return
         restored = self.state.weights is not WeightState.SHARDED
         if heir is not None and restored and heir.state.weights is WeightState.SHARDED:
             heir._take_over(self)

@@ -137,7 +137,7 @@ def workload_sizes(args: argparse.Namespace, model: ModelShape) -> tuple[int, in
 def run_shape(
     args: argparse.Namespace, geometry: Geometry, tokens: int, trace: Trace | None
 ) -> RunShape:
-    """Return the run's shape; `trace` has the number of microbatches, unless a workload is asked."""
+    """Return the shape; `trace` has the number of microbatches, unless a workload is asked."""
     ranks = geometry.num_ranks
     if args.microbatches is not None:
         microbatches = args.microbatches

@@ -67,15 +67,39 @@ class LayerTimes:
     scatter_s: float = 0.0
 
 
-class _Restores:
-    """Restores of a chunk's MoE layers in one pass, by the layer's number; each starts once."""
+@dataclass(frozen=True)
+class Following:
+    """First MoE layer of the operation that follows, and whether that has the same microbatch."""
 
-    def __init__(self, clocks: Clocks, layers: Sequence[LayerTimes], *, backward: bool) -> None:
+    layer: LayerTimes
+    is_backward: bool
+    same_microbatch: bool
+
+
+_NOTHING_MOVES = Flight(INTRA, 0.0, 0.0)
+
+
+class _Restores:
+    """Restores of a chunk's MoE layers in one pass, by the layer's number; each starts once.
+
+    `fetched` is the first one, if the operation before has fetched it.
+    """
+
+    def __init__(
+        self,
+        clocks: Clocks,
+        layers: Sequence[LayerTimes],
+        fetched: Flight | None,
+        *,
+        backward: bool,
+    ) -> None:
         self._clocks = clocks
         self._layers = [layer for layer in layers if layer.moe is not None]
         self._backward = backward
         self._flights: dict[int, Flight] = {}
         self.last = len(self._layers) - 1
+        if fetched is not None:
+            self._flights[self.last if backward else 0] = fetched
 
     def start(self, number: int) -> None:
         if not 0 <= number <= self.last or number in self._flights:
@@ -94,8 +118,18 @@ class _Restores:
         self._clocks.wait("restore", ready_s, f"wait: restore {self._layers[number].name}")
 
 
-def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -> None:
-    restores = _Restores(clocks, layers, backward=False)
+def forward(
+    clocks: Clocks,
+    layers: Sequence[LayerTimes],
+    schedule: Schedule,
+    fetched: Flight | None = None,
+    following: Following | None = None,
+) -> Flight | None:
+    """Run forward, and return the first restore of the operation that follows.
+
+    `fetched` is that of this one. None if it was not fetched.
+    """
+    restores = _Restores(clocks, layers, fetched, backward=False)
     number = -1
     if schedule.restores_first:
         restores.start(0)
@@ -119,13 +153,23 @@ def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) ->
         restores.start(number)  # if no rule has started it
         if schedule.restores_next:
             restores.start(number + 1)
+        if number == restores.last:
+            fetched = _fetch(clocks, schedule, layer, following)
         restores.wait(number, change)
         clocks.work("experts", layer.moe.forward_N, "compute", f"experts {layer.name}")
         _tokens(clocks, layer.moe, f"combine {layer.name}")
+    return fetched
 
 
-def backward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -> None:
-    restores = _Restores(clocks, layers, backward=True)
+def backward(
+    clocks: Clocks,
+    layers: Sequence[LayerTimes],
+    schedule: Schedule,
+    fetched: Flight | None = None,
+    following: Following | None = None,
+) -> Flight | None:
+    """Run backward; see `forward`."""
+    restores = _Restores(clocks, layers, fetched, backward=True)
     number = restores.last + 1
     reducing: tuple[Flight, str] | None = None
 
@@ -153,6 +197,8 @@ def backward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -
             restores.start(number)
             if schedule.restores_previous:
                 restores.start(number - 1)
+            if number == 0:
+                fetched = _fetch(clocks, schedule, layer, following)
             restores.wait(number)
             clocks.work("experts", moe.backward_N, "compute", f"experts {name}, backward")
             _tokens(clocks, moe, f"dispatch {name}, backward")
@@ -169,6 +215,33 @@ def backward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -
             begin_s = max(float(clocks.now_N.max()), clocks.scattered_s)
             clocks.scattered_s = begin_s + layer.scatter_s
     await_reduce()
+    return fetched
+
+
+def _fetch(
+    clocks: Clocks, schedule: Schedule, present: LayerTimes, following: Following | None
+) -> Flight | None:
+    """Start the restore of the first layer that follows, and return it; None without one.
+
+    A layer that follows itself fetches only slots that differ. Those are priced as changed slots of
+    the gate, or as all if every layout is made after it.
+    """
+    if following is None or not schedule.restores_following:
+        return None
+    layer, moe = following.layer, following.layer.moe
+    assert moe is not None and present.moe is not None
+    is_known = schedule.restores_last if following.is_backward else schedule.restores_first
+    seconds = moe.backward_restore_s if following.is_backward else moe.restore_s
+    if not is_known or seconds is None or (not following.is_backward and layer.gather_s > 0):
+        return None
+    if layer.name == present.name:
+        if following.same_microbatch:
+            return _NOTHING_MOVES
+        if schedule.restores_first:
+            seconds = max(present.moe.change_s or 0.0, moe.change_s or 0.0)
+    if not seconds:
+        return _NOTHING_MOVES
+    return clocks.exchange(PARAMETERS, seconds, f"restore {layer.name}", moe.exchange_link)
 
 
 def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -> None:

@@ -7,11 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
-from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, backward, forward
-from megatron_laer.tools.simulator.iteration.clocks import KINDS, WAITING, Clocks, Recorder
+from megatron_laer.tools.simulator.iteration.chunk import (
+    Following,
+    LayerTimes,
+    backward,
+    forward,
+)
+from megatron_laer.tools.simulator.iteration.clocks import (
+    KINDS,
+    WAITING,
+    Clocks,
+    Flight,
+    Recorder,
+)
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.memory_parts import stage_weights
 from megatron_laer.tools.simulator.iteration.methods import Method
@@ -60,21 +72,24 @@ def run_iteration(
         clocks.work("host", rates.gap_s)
         clocks.gathered_s = rates.gap_s
     passes = _Passes(method, timing, work)
+    orders = [order(stage, run.stages, run.chunks, run.microbatches) for stage in range(run.stages)]
+    following = [passes.following(stage, of_stage) for stage, of_stage in enumerate(orders)]
+    fetched: list[Flight | None] = [None] * run.stages
 
     def operate(stage: int, operation: Operation) -> None:
         clocks = stages[stage]
         place = operation.chunk * run.stages + stage
         layers = passes.layers(place, operation.microbatch)
         ends = place == run.stages * run.chunks - 1
+        ahead = fetched[stage], following[stage].get(operation)
         if operation.is_forward:
-            forward(clocks, layers, method.schedule)
+            fetched[stage] = forward(clocks, layers, method.schedule, *ahead)
         if ends:
             head_s = timing.head_seconds()[0 if operation.is_forward else 1]
             clocks.work("dense", head_s, "compute", "LM head")
         if not operation.is_forward:
-            backward(clocks, layers, method.schedule)
+            fetched[stage] = backward(clocks, layers, method.schedule, *ahead)
 
-    orders = [order(stage, run.stages, run.chunks, run.microbatches) for stage in range(run.stages)]
     sweep(stages, orders, run.chunks, operate, timing.send_seconds())
     _finish(method, timing, stages)
     seconds = max(float(clocks.now_N.max()) for clocks in stages)
@@ -156,6 +171,19 @@ class _Passes:
         run = self._timing.run
         first, last = microbatch == 0, microbatch == run.microbatches - 1
         return [self._layer(layer, microbatch, first, last) for layer in self._by_place[place]]
+
+    def following(self, stage: int, order: Sequence[Operation]) -> dict[Operation, Following]:
+        """Return the layers that are fetched during operations, where chunks have MoE layers."""
+        first_of: list[tuple[Operation, LayerTimes]] = []
+        for each in order if self._method.schedule.restores_following else ():
+            place = each.chunk * self._timing.run.stages + stage
+            layers = [of for of in self.layers(place, each.microbatch) if of.moe is not None]
+            if layers:
+                first_of.append((each, layers[0 if each.is_forward else -1]))
+        return {
+            before: Following(layer, not after.is_forward, after.microbatch == before.microbatch)
+            for (before, _), (after, layer) in pairwise(first_of)
+        }
 
     def _layer(self, layer: int, microbatch: int, first: bool, last: bool) -> LayerTimes:
         work = self._work(layer, microbatch)

@@ -19,7 +19,10 @@ _GRADIENT_BYTES = 4
 def link_bytes(
     method: Method, model: ModelShape, run: RunShape, work: WorkOf
 ) -> dict[str, dict[str, float]]:
-    """Return bytes by link class and by kind of exchange."""
+    """Return bytes by link class and kind of exchange.
+
+    Weights that an operation hands on to the next count as restored, so restores are at most these.
+    """
     found: dict[str, dict[str, float]] = {INTRA: {}, INTER: {}}
 
     def add(kind: str, intra: float, inter: float) -> None:

@@ -226,6 +226,7 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
             overlaps=settings.overlaps,
             after_gate=settings.mode == PlanMode.EXACT,
             holds_step=settings.holds_step,
+            restores_following=True,
         ),
         one_stream=False,
         layer_planner=lambda: _Relaid(

@@ -1,0 +1,64 @@
+"""The order of a step's operations is that of the last complete step with as many microbatches."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_laer.runtime.operations import Operation, OperationOrder
+
+ONE_BY_ONE = [(chunk, number) for number in range(2) for chunk in range(2)]
+
+
+def run(
+    order: OperationOrder, places: list[tuple[int, int]], num_microbatches: int | None = 2
+) -> list[Operation | None]:
+    """Run forward and backward of each chunk and number in turn; return the expected operations."""
+    order.begin_step(num_microbatches, 2)
+    expected = [order.following]
+    for chunk, _ in places:
+        forward = order.begin_forward(chunk)
+        expected.append(order.following)
+        if forward is not None:
+            order.begin_backward(forward)
+            expected.append(order.following)
+    order.end_step()
+    return expected
+
+
+def operations(places: list[tuple[int, int]]) -> list[Operation | None]:
+    return [Operation(forward, *place) for place in places for forward in (True, False)]
+
+
+def test_a_step_is_expected_to_be_as_the_one_before() -> None:
+    order = OperationOrder()
+    assert run(order, ONE_BY_ONE) == [None] * 9
+    assert run(order, ONE_BY_ONE) == [*operations(ONE_BY_ONE), None]
+    assert order.following is None, "between steps nothing follows"
+
+
+def test_numbers_of_microbatches_have_orders_of_their_own() -> None:
+    order = OperationOrder()
+    run(order, ONE_BY_ONE)
+    assert set(run(order, ONE_BY_ONE[:2], 1)) == {None}
+    assert run(order, ONE_BY_ONE)[0] == Operation(True, 0, 0)
+    assert set(run(order, ONE_BY_ONE, None)) == {None}
+
+
+def test_after_another_operation_than_the_expected_one_none_is_expected() -> None:
+    order = OperationOrder()
+    run(order, ONE_BY_ONE)
+    swapped = [ONE_BY_ONE[0], ONE_BY_ONE[2], ONE_BY_ONE[1], ONE_BY_ONE[3]]
+    assert run(order, swapped) == [*operations(ONE_BY_ONE[:1]), Operation(True, 1, 0)] + [None] * 6
+    assert run(order, swapped) == [*operations(swapped), None]
+
+
+@pytest.mark.parametrize("places", [ONE_BY_ONE[:3], ONE_BY_ONE * 2], ids=["cut short", "repeated"])
+def test_of_a_step_that_is_cut_short_or_repeated_no_more_is_learned(
+    places: list[tuple[int, int]],
+) -> None:
+    """Megatron's rerun state machine repeats passes; nothing may be fetched for the optimizer."""
+    order = OperationOrder()
+    run(order, places)
+    complete = len(places) >= 4
+    expected = run(order, ONE_BY_ONE)
+    assert expected == ([*operations(ONE_BY_ONE), None] if complete else [None] * 9)
