@@ -73,15 +73,18 @@ class Judge {
     const __int128 wanted = costs.pairs > 0 ? shape.ranks * costs.pairs
                                             : shape.slots() * costs.gemm.tokens_P.back();
     // Rounded up, so that what divides without a rest stays so.
-    const auto scale = [&](int64_t parts) {
-      return static_cast<int64_t>(((wanted * parts << shift_) + total - 1) / total);
+    const auto scale = [&](int64_t parts, int64_t of) {
+      const __int128 divisor = static_cast<__int128>(total) * of;
+      return static_cast<int64_t>(((wanted * parts << shift_) + divisor - 1) / divisor);
     };
-    while (scale(1) < kPrecision) ++shift_;
+    while (scale(1, 1) < kPrecision) ++shift_;
     Random random(kSeed);
     for (Scenario& of : scenarios_) {
-      of.factor_E.assign(shape.experts, scale(kParts));
+      of.factor_E.assign(shape.experts, scale(kParts, 1));
       if (&of == &scenarios_.front()) continue;
-      for (int64_t& factor : of.factor_E) factor = factor / 512 * (256 + random_factor(random));
+      for (int64_t& factor : of.factor_E) {
+        factor = scale(kParts * (256 + random_factor(random)), 512);
+      }
     }
     add_sums();
     for (Scenario& of : scenarios_) {
@@ -95,7 +98,7 @@ class Judge {
       }
     }
     if (shape.home == 0) {
-      const std::vector<int64_t> factor_E(shape.experts, scale(1));
+      const std::vector<int64_t> factor_E(shape.experts, scale(1, 1));
       std::vector<int64_t> node_tokens_QE = scenarios_.front().node_counts_QE;
       std::vector<int64_t> sums_N = scenarios_.front().sums_N;
       to_tokens(node_tokens_QE);

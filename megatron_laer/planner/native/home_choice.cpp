@@ -14,6 +14,7 @@
 #include "home_choice.hpp"
 
 #include <algorithm>
+#include <limits>
 
 #include "home.hpp"
 #include "quotas.hpp"
@@ -128,13 +129,18 @@ HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int
 
   // Phase 3.
   if (shape.nodes() == 1) return best;
+  double least_s = std::numeric_limits<double>::infinity();
   const auto layer_s = [&](const std::vector<int16_t>& slots_S) {
     std::vector<int64_t> loads_S(shape.slots());
     slot_loads(shape, counts, node_counts_QE, Replicas(shape, slots_S.data()), loads_S.data());
-    return with_exchange(seconds_of(slots_S, loads_S), slots_S);
+    const double seconds = with_exchange(seconds_of(slots_S, loads_S), slots_S);
+    if (seconds < least_s) {
+      least_s = seconds;
+      best.loads_S = std::move(loads_S);
+    }
+    return seconds;
   };
   fill_while_faster(shape, node_counts_QE, layer_s, layer_s(best.slots_S), best.slots_S);
-  best.is_ideal = false;  // the assigned loads are no longer those of the layout
   return best;
 }
 
