@@ -81,13 +81,17 @@ class HostTime:
         launch_s: time to start one kernel.
         gate: time from counts to quotas of the planned layout, with copies of counts to the host. A
             fresh layout comes on top (`Cluster.solve`).
+        layer_s: time in which the device waits for the host in forward and backward of a whole
+            layer with experts, under any expert parallelism.
     """
 
     launch_s: float
     gate: SolveTime
+    layer_s: float = 0.0
 
     def __post_init__(self) -> None:
         _check_seconds("launch_s", self.launch_s)
+        _check_seconds("layer_s", self.layer_s)
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,8 @@ class Contention:
             _check_factor(name, getattr(self, name))
 
 
+# Passes over exchanged weights: the sender packs them and the receiver unpacks, a read and a write.
+_PACKING_PASSES = 4
 # Tokens per slot from which a GEMM matters in a layer's time.
 ENOUGH_TOKENS = 64
 
@@ -159,7 +165,7 @@ _POSITIVE = (*_RATES, "backward_gemm_factor", "contention.gemm", "contention.exc
 CONSTANTS = (
     *("gemm", "backward_gemm_factor", "memory_bytes_per_s", "solve"),
     *(f"{link}.{name}" for link in ("intra", "inter") for name in Link.__match_args__),
-    *("host.launch_s", "host.gate", "contention.gemm", "contention.exchange"),
+    *("host.launch_s", "host.gate", "host.layer_s", "contention.gemm", "contention.exchange"),
 )
 
 
@@ -223,6 +229,24 @@ class Cluster:
         intra, inter = self.intra, self.inter
         slowest_s = inter.latency_s if inter_peers else intra.latency_s if intra_peers else 0.0
         return slowest_s + (intra_peers * intra.peer_s + inter_peers * inter.peer_s)
+
+    def memory_rate(self, bytes_per_element: int) -> float:
+        """Return the measured rate of memory, else that of reading the smallest GEMM's weights.
+
+        A GEMM reads each weight once, for two FLOPs of a token.
+        """
+        if self.memory_bytes_per_s is not None:
+            return self.memory_bytes_per_s
+        tokens, speed = self.gemm.points[0]
+        return speed / tokens * bytes_per_element / 2
+
+    def exchange_rates(self, bytes_per_element: int) -> tuple[float, float]:
+        """Return the bytes per second of weights inside nodes and between, with their packing."""
+        packing = _PACKING_PASSES / self.memory_rate(bytes_per_element)
+        intra, inter = (
+            1.0 / (1.0 / link.bytes_per_s + packing) for link in (self.intra, self.inter)
+        )
+        return intra, inter
 
     def constant(self, name: str) -> float | None:
         """Return one of `CONSTANTS`: 1 if its spread is a factor, None if it is not given."""

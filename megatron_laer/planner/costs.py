@@ -352,12 +352,8 @@ class CostModel:
     ) -> float:
         if geometry.home_slots and not (traffic.intra_N.any() or traffic.inter_N.any()):
             return 0.0
-        wire_s = traffic.seconds(
-            algorithm,
-            self.bytes_per_element,
-            self.cluster.intra.bytes_per_s,
-            self.cluster.inter.bytes_per_s,
-        )
+        rates = self.cluster.exchange_rates(self.bytes_per_element)
+        wire_s = traffic.seconds(algorithm, self.bytes_per_element, *rates)
         return wire_s + self._exchange_latency_seconds(geometry, algorithm)
 
     def _exchange_latency_seconds(self, geometry: Geometry, algorithm: ExchangeAlgorithm) -> float:
@@ -396,6 +392,7 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
 @lru_cache(maxsize=64)
 def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
     intra, inter = costs.cluster.intra, costs.cluster.inter
+    rates = costs.cluster.exchange_rates(costs.bytes_per_element)
     return native.CostModel(
         *costs.cluster.gemm.columns(),
         costs._expert_flops,
@@ -403,7 +400,7 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         costs.token_passes,
         *costs.tokens.pair_bytes(costs.token_bytes),
         costs.tokens.in_stages,
-        costs.bytes_per_element,
+        *(costs.bytes_per_element / rate for rate in rates),
         intra.bytes_per_s,
         inter.bytes_per_s,
         costs.token_latency_seconds(geometry),

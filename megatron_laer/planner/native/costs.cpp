@@ -230,10 +230,8 @@ double restore_seconds(const Shape& shape, const CostModel& costs, bool by_node,
       }
     }
   }
-  const double intra_s =
-      static_cast<double>(busiest.intra) * (costs.element_bytes / costs.intra_bytes_per_s);
-  const double inter_s =
-      static_cast<double>(busiest.inter) * (costs.element_bytes / costs.inter_bytes_per_s);
+  const double intra_s = static_cast<double>(busiest.intra) * costs.intra_element_s;
+  const double inter_s = static_cast<double>(busiest.inter) * costs.inter_element_s;
   return by_node ? intra_s + inter_s + costs.node_latency_s
                  : std::max(intra_s, inter_s) + costs.flat_latency_s;
 }

@@ -30,7 +30,7 @@ struct CostModel {
   double token_passes;   // All-to-Alls of tokens, of all of a microbatch's passes
   double intra_pair_bytes, inter_pair_bytes;  // of hidden states, per (token, expert) pair
   bool tokens_in_stages;                      // inside nodes after between nodes
-  double element_bytes;
+  double intra_element_s, inter_element_s;    // of an exchanged weight or gradient, with packing
   double intra_bytes_per_s, inter_bytes_per_s;
   double latency_s;                    // of one pass of the token exchange
   double host_s;                       // of any microbatch, a constant of the shape

@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_laer.choices import Auto, OverlapScheduler, Recompute, Sharding
+from megatron_laer.choices import Auto, OverlapScheduler, Recompute, Sharding, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode
 from megatron_laer.files.checks import one_line, quoted
 from megatron_laer.files.writing import write_output
@@ -23,6 +23,7 @@ from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.sharding_choice import Candidate, choose_geometry
 from megatron_laer.planner.strategies import strategy_names
+from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.tools.cli import simulate_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -58,6 +59,8 @@ from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
 from megatron_laer.tools.traces.records import Trace
 
 _MAX_STEPS = 10**5
+_FLEX = "flex"
+_TOKENS = (*(exchange.value for exchange in TokenExchange), _FLEX, Auto.AUTO.value)
 
 _EXAMPLES = """\
 examples:
@@ -101,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, choices, default, text in (
         ("--strategy", strategy_names(), FSEPConfig().planner, "of the planner"),
         ("--restore-algorithm", algorithms, Auto.AUTO.value, fetched),
+        ("--token-exchange", _TOKENS, Auto.AUTO.value, "as in training, or flex: DeepEP's"),
         ("--restore", ("layer", "step"), "layer", "as in training"),
         ("--scheduler", ("on", "off"), "on", "as in training"),
     ):
@@ -223,7 +227,13 @@ def _simulate(
         )
 
     methods, results.refused[case] = _methods(
-        args, geometry, costs, mode, rates[0], lambda methods: predict(methods, rates[:1])
+        args,
+        geometry,
+        costs,
+        mode,
+        model.topk,
+        rates[0],
+        lambda methods: predict(methods, rates[:1]),
     )
     record = None
     if args.timeline is not None and results.timeline is None:
@@ -265,9 +275,18 @@ def _chosen(
     word = args.restore_algorithm
     algorithm = Auto.AUTO if word == Auto.AUTO else ExchangeAlgorithm(word)
     shape = geometry.num_ranks, geometry.num_experts, geometry.node_size
-    chosen, _ = choose_geometry(
-        config, shape, 1, model.topk, lambda of: costs.with_exchange(algorithm, of)
-    )
+    tokens = max((costs.pairs_per_rank or 0) // model.topk, 1)
+
+    def priced(of: Geometry) -> CostModel:
+        sizes = of, model.topk, tokens
+        exchange = TokenExchange.NODE
+        if args.token_exchange == Auto.AUTO:
+            exchange = choose_token_exchange(costs, *sizes)
+        elif args.token_exchange != _FLEX:
+            exchange = TokenExchange(args.token_exchange)
+        return with_token_exchange(costs, exchange, *sizes).with_exchange(algorithm, of)
+
+    chosen, _ = choose_geometry(config, shape, 1, model.topk, priced)
     return chosen
 
 
@@ -276,6 +295,7 @@ def _methods(
     geometry: Geometry,
     costs: CostModel,
     mode: PlanMode,
+    topk: int,
     nominal: Rates,
     predict: Predict,
 ) -> tuple[list[Method], dict[str, str]]:
@@ -287,6 +307,10 @@ def _methods(
         overlaps=args.scheduler == "on",
         holds_step=args.restore == "step",
         stock_group=args.stock_expert_parallel,
+        topk=topk,
+        flex=args.token_exchange == _FLEX,
+        stock_flex=args.stock_dispatcher == _FLEX,
+        stock_overlaps=args.stock_overlap,
     )
     methods, refused = [], {}
     for name in args.method:

@@ -51,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         option(sizes, flag, text, between(1, high))
+    text = "how stock sends tokens: a row per expert, or once per node as DeepEP; default: %(default)s"
+    option(sizes, "--stock-dispatcher", text, choices=("alltoall", "flex"), default="flex")
     text = "what backward computes again: nothing; all of a layer, token exchanges included; or"
     text = f"{text} its compute alone; default: %(default)s"
     option(sizes, "--recompute", text, choices=list(Recompute), default=Recompute.NONE.value)
@@ -58,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(sizes, "--host-gap-ms X", text, number(0.0, 1e9), default=0.0)
     add_hours(parser)
     for flag, text in (
+        ("--stock-overlap", "stock's tokens travel during another microbatch's compute"),
+        ("--account-for-embedding", "the embedding counts as a layer of the pipeline's first chunk"),
+        ("--account-for-loss", "the LM head and loss count as a layer of the last chunk"),
         ("--no-distributed-optimizer", "optimizer states are not sharded"),
         (
             "--no-data-parallel-overlap",
@@ -132,6 +137,8 @@ def run_shape(args: argparse.Namespace, geometry: Geometry, tokens: int, trace: 
         replicas=replicas,
         tensor=args.tensor_parallel or 1,
         recompute=Recompute(args.recompute),
+        embedding_counts=args.account_for_embedding,
+        loss_counts=args.account_for_loss,
         shards_optimizer=not args.no_distributed_optimizer,
         overlaps_data_parallel=not args.no_data_parallel_overlap,
     )

@@ -41,8 +41,8 @@ class LayerTimes:
     """Seconds of the parts of a layer for one microbatch.
 
     Pairs are forward and backward. `dense_s` is neither attention nor experts, `tensor_s`
-    collectives among tensor-parallel ranks, `host_s` launches per direction. Backward includes
-    recompute, except with `again`, where it first runs forward again, with its exchanges of tokens.
+    collectives among tensor-parallel ranks, `host_s` the host's time. Backward includes recompute,
+    except with `again`, where it first runs forward again, with its exchanges of tokens.
     `gather_s` and `scatter_s` exchange the layer's parameters and gradients; 0 in passes without.
     """
 
@@ -52,7 +52,7 @@ class LayerTimes:
     tensor_s: tuple[float, float]
     moe: MoETimes | None
     again: bool
-    host_s: float = 0.0
+    host_s: tuple[float, float] = (0.0, 0.0)
     gather_s: float = 0.0
     scatter_s: float = 0.0
 
@@ -162,7 +162,7 @@ def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -
     clocks.work("attention", layer.attention_s[direction], "compute", f"dense layers{suffix}")
     clocks.work("dense", layer.dense_s[direction], "compute", f"dense layers{suffix}")
     clocks.work("tensor", layer.tensor_s[direction])
-    clocks.work("host", layer.host_s)
+    clocks.work("host", layer.host_s[direction])
 
 
 def _tokens(clocks: Clocks, moe: MoETimes, label: str) -> None:

@@ -8,11 +8,15 @@ Legend: N ranks, H hidden.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_laer.choices import Recompute
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.token_prices import all_to_alls
 from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
@@ -34,6 +38,8 @@ _LOGIT_BYTES = 16
 _SCORE_PASSES = 6
 # Small kernels of a MoE layer in one direction: half of the cost model's count for both.
 _LAUNCHES = 26
+# Part of a layer's host time that one without experts takes: attention's, and few kernels more.
+_DENSE_HOST = 0.5
 # Backward has two GEMMs for each of forward's.
 _BACKWARD_GEMMS = 2
 
@@ -69,15 +75,18 @@ class Timing:
             attention_backward_s += attention_s
             dense_backward_s += dense_s
         tensor_s = self._tensor()
-        host = self.rates.cluster.host
+        moe = None
+        if work is not None:
+            others_s = attention_s + attention_backward_s + dense_s + dense_backward_s
+            moe = self._moe(work, restores, restores_backward, reduces, others_s)
         return LayerTimes(
             name=name,
             attention_s=(attention_s, attention_backward_s),
             dense_s=(dense_s, dense_backward_s),
             tensor_s=(tensor_s, tensor_s),
-            moe=None if work is None else self._moe(work, restores, restores_backward, reduces),
+            moe=moe,
             again=self.run.recompute == Recompute.FULL,
-            host_s=0.0 if host is None or work is None else _LAUNCHES * host.launch_s,
+            host_s=self._host(has_experts),
             gather_s=gather_s,
             scatter_s=scatter_s,
         )
@@ -90,6 +99,19 @@ class Timing:
         memory_s = self.rates.memory_seconds(passes / 2) * (1 + self.rates.overhead)
         factor = _BACKWARD_GEMMS * self.rates.backward_factor
         return gemm_s + memory_s, gemm_s * factor + memory_s
+
+    def _host(self, has_experts: bool) -> tuple[float, float]:
+        """Return the host's time in forward and backward; a third of a layer's is forward's."""
+        host = self.rates.cluster.host
+        if host is None:
+            return 0.0, 0.0
+        layer_s, launches_s = host.layer_s, _LAUNCHES * host.launch_s
+        if not has_experts:
+            layer_s, launches_s = layer_s * _DENSE_HOST, 0.0
+        forward_s, backward_s = layer_s / 3 + launches_s, layer_s * 2 / 3 + launches_s
+        if self.run.recompute == Recompute.COMPUTE:
+            backward_s += forward_s
+        return forward_s, backward_s
 
     def send_seconds(self) -> float:
         run = self.run
@@ -141,10 +163,39 @@ class Timing:
         # An all-gather before attention and a reduce-scatter after it.
         return 2 * self.rates.ring_seconds(size, run.tensor, run.node_size)
 
+    def _tokens(self, work: LayerWork, compute_s: float) -> npt.NDArray[np.float64]:
+        """Return the exposed time of one exchange of tokens; `compute_s` are both directions'."""
+        run, rates, passing = self.run, self.rates, work.passing
+        cluster = rates.cluster
+        token_bytes = self.model.hidden * self.model.bytes_per_element
+        tokens_N = passing.seconds(work.intra_N, work.inter_N, token_bytes, cluster)
+        meets = passing.group or run.ranks
+        if not work.leaves_nodes:
+            meets = min(meets, run.node_size)
+        node_size = math.gcd(run.node_size, meets)
+        forwards = 2 if run.recompute == Recompute.FULL else 1
+        collective_s = rates.collective_seconds(meets, node_size)
+        if passing.pipelined:
+            tokens_N += collective_s
+        else:
+            in_node_s = rates.collective_seconds(node_size, node_size)
+            shape = Geometry(meets, meets, 1, node_size)
+            tokens_N += passing.prices.latency_seconds(shape, collective_s, in_node_s, forwards)
+        if passing.overlapped:
+            tokens_N *= cluster.contention.exchange
+            hidden_s = compute_s / all_to_alls(forwards)
+            tokens_N = np.maximum(tokens_N - hidden_s, 0.0)
+        return tokens_N
+
     def _moe(
-        self, work: LayerWork, restores: bool, restores_backward: bool, reduces: bool
+        self,
+        work: LayerWork,
+        restores: bool,
+        restores_backward: bool,
+        reduces: bool,
+        dense_s: float,
     ) -> MoETimes:
-        model, rates, cluster = self.model, self.rates, self.rates.cluster
+        model, rates = self.model, self.rates
         scale = self.nominal.best_flops_per_s / rates.best_flops_per_s
         gemm_s_N = 2.0 * model.expert_weights * work.unit_s_N * scale
         elements = (3 if model.gated else 2) * model.expert_ffn + _SORTED_PASSES * model.hidden
@@ -156,22 +207,14 @@ class Timing:
         if self.run.recompute == Recompute.COMPUTE:
             backward_N += forward_N
 
-        token_bytes = model.hidden * model.bytes_per_element
-        tokens_N = np.maximum(
-            work.intra_N * (token_bytes / cluster.intra.bytes_per_s),
-            work.inter_N * (token_bytes / cluster.inter.bytes_per_s),
-        )
-        run = self.run
-        meets = work.group or run.ranks
-        if not work.leaves_nodes:
-            meets = min(meets, run.node_size)
-        latency_s = rates.collective_seconds(meets, run.node_size)
+        compute_s = float((forward_N + backward_N).mean()) + dense_s
+        tokens_N = self._tokens(work, compute_s)
         restore_s = None if work.restore is None else work.restore.seconds(rates)
         reduce = work.reduce if reduces else None
         return MoETimes(
             forward_N=forward_N,
             backward_N=backward_N,
-            tokens_N=tokens_N + latency_s,
+            tokens_N=tokens_N,
             within_node=not work.leaves_nodes,
             gate_s=self._gate(work),
             restore_s=restore_s if restores else None,

@@ -36,7 +36,9 @@ def link_bytes(
             of = work(layer, microbatch)
             assert of is not None
             share = token_bytes * passes / run.stages
-            add("tokens", of.mean_intra * share, of.mean_inter * share)
+            prices = of.passing.prices
+            intra, inter = of.mean_intra * prices.intra_rows, of.mean_inter * prices.inter_rows
+            add("tokens", intra * share, inter * share)
             exchanges = []
             if of.restore is not None and (not holds or microbatch == 0):
                 exchanges += [("restore", of.restore)] * (1 if holds else 2)

@@ -16,18 +16,25 @@ from typing import Protocol
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Sharding
+from megatron_laer.choices import Sharding, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode, Split
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import Strategy, make_strategy
+from megatron_laer.planner.token_exchange import with_token_exchange
+from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.traffic import Traffic
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.work import Exchange, LayerWork, grouped_totals
+from megatron_laer.tools.simulator.iteration.work import (
+    Exchange,
+    LayerWork,
+    TokenPassing,
+    grouped_totals,
+)
 from megatron_laer.tools.simulator.replay import changed_algorithm, changed_traffic, split_totals
 
 STOCK, FSDP_EP, FLEXMOE, LAER, FSEP = "stock", "fsdp+ep", "flexmoe", "laer", "fsep"
@@ -39,7 +46,9 @@ class MethodSettings:
     """Settings that methods are made from; `geometry` is of FSEP, LAER and FlexMoE.
 
     With `holds_step` FSEP's experts stay restored over a step. `stock_group` is X of stock; None
-    for the largest possible. LAER and FlexMoE have its geometry without the sharding.
+    for the largest possible. With `flex` FSEP, with `stock_flex` stock sends a token once per node,
+    pipelined. With `stock_overlaps` stock's tokens travel during another microbatch's compute. LAER
+    and FlexMoE have FSEP's geometry without the sharding.
     """
 
     geometry: Geometry
@@ -49,6 +58,10 @@ class MethodSettings:
     overlaps: bool = True
     holds_step: bool = False
     stock_group: int | None = None
+    topk: int = 1
+    flex: bool = False
+    stock_flex: bool = False
+    stock_overlaps: bool = False
 
 
 class LayerPlanner(Protocol):
@@ -87,7 +100,12 @@ def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
         raise ValueError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
     if name != FSEP:
         geometry = replace(settings.geometry, sharding=Sharding.ROWS)
-        flat = replace(settings.costs, restore_algorithm=ExchangeAlgorithm.FLAT, by_layout=False)
+        flat = replace(
+            settings.costs,
+            restore_algorithm=ExchangeAlgorithm.FLAT,
+            by_layout=False,
+            tokens=BY_RANK,
+        )
         settings = replace(settings, geometry=geometry, costs=flat)
     return makers[name](settings, rates)
 
@@ -102,16 +120,28 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
             f"and {geometry.num_experts} experts; use a divisor of {fits}"
         )
     each = geometry.num_experts // group
+    passing = TokenPassing(group, overlapped=settings.stock_overlaps)
+    if settings.stock_flex:
+        passing = replace(passing, prices=_once_per_node(settings, group), pipelined=True)
     return Method(
         STOCK,
         make_schedule(overlaps=False),
         one_stream=False,
-        layer_planner=lambda: _Grouped(group, geometry.node_size, rates, None, None),
+        layer_planner=lambda: _Grouped(passing, geometry.node_size, rates, None, None),
         experts_held=each,
         restored=0,
         replicas=geometry.num_ranks // group,
         group=group,
     )
+
+
+def _once_per_node(settings: MethodSettings, group: int) -> TokenPrices:
+    """Return the rows per pair in a group of stock, where a token goes once to each node."""
+    experts, node_size = settings.geometry.num_experts, math.gcd(settings.geometry.node_size, group)
+    placement = Geometry(group, experts, experts // group, node_size)
+    costs, topk = settings.costs, settings.topk
+    tokens = max((costs.pairs_per_rank or experts) // topk, 1)
+    return with_token_exchange(costs, TokenExchange.NODE, placement, topk, tokens).tokens
 
 
 def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
@@ -140,7 +170,9 @@ def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
         FSDP_EP,
         make_schedule(overlaps=settings.overlaps),
         one_stream=False,
-        layer_planner=lambda: _Grouped(group, geometry.node_size, rates, exchange, exchange),
+        layer_planner=lambda: _Grouped(
+            TokenPassing(group), geometry.node_size, rates, exchange, exchange
+        ),
         experts_held=each / sharing,
         restored=each,
         replicas=1,
@@ -190,7 +222,9 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
             holds_step=settings.holds_step,
         ),
         one_stream=False,
-        layer_planner=lambda: _Relaid(strategy, guard, rates, geometry.static_layout),
+        layer_planner=lambda: _Relaid(
+            strategy, guard, rates, geometry.static_layout, settings.flex
+        ),
         experts_held=geometry.num_experts / geometry.num_ranks,
         restored=geometry.capacity - geometry.home_slots,
         replicas=1,
@@ -201,7 +235,7 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
 class _Grouped:
     """Stock's placement in groups of X ranks."""
 
-    group: int
+    passing: TokenPassing
     node_size: int
     rates: Rates
     restore: Exchange | None
@@ -211,8 +245,9 @@ class _Grouped:
         pass
 
     def work(self, counts_NE: Int64) -> LayerWork:
-        totals = grouped_totals(counts_NE, self.group, self.node_size)
-        return LayerWork.of(totals, self.rates, self.restore, self.reduce, group=self.group)
+        assert self.passing.group is not None
+        totals = grouped_totals(counts_NE, self.passing.group, self.node_size)
+        return LayerWork.of(totals, self.rates, self.restore, self.reduce, passing=self.passing)
 
 
 @dataclass
@@ -223,6 +258,7 @@ class _Relaid:
     guard: Guard
     rates: Rates
     layout: ExpertLayout
+    pipelined: bool = False
     exchanges: tuple[Exchange | None, Exchange | None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -247,7 +283,8 @@ class _Relaid:
                 traffic = changed_traffic(guard, decision)
                 change = self._exchange(traffic, changed_algorithm(guard, decision))
         totals = split_totals(guard, decision)
-        return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s)
+        passing = TokenPassing(prices=costs.tokens, pipelined=self.pipelined)
+        return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s, passing)
 
     def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange | None, Exchange | None]:
         """Return restore and reduce; None where experts are at home and none has a replica."""

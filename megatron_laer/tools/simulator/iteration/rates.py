@@ -51,23 +51,12 @@ class Rates:
     def best_flops_per_s(self) -> float:
         return max(speed for _, speed in self.cluster.gemm.points)
 
-    @property
-    def memory_bytes_per_s(self) -> float:
-        """Return the measured rate of memory, else that of reading the smallest GEMM's weights.
-
-        A GEMM reads each weight once, for two FLOPs of a token.
-        """
-        if self.cluster.memory_bytes_per_s is not None:
-            return self.cluster.memory_bytes_per_s
-        tokens, speed = self.cluster.gemm.points[0]
-        return speed / tokens * self.bytes_per_element / 2
-
     def gemm_seconds(self, tokens: float, flops_per_token: float) -> float:
         unit_s = self.cluster.gemm.unit_seconds(np.array([math.ceil(tokens)]))
         return float(unit_s[0]) * flops_per_token
 
     def memory_seconds(self, moved_bytes: float) -> float:
-        return moved_bytes / self.memory_bytes_per_s
+        return moved_bytes / self.cluster.memory_rate(self.bytes_per_element)
 
     def collective_seconds(self, ranks: int, node_size: int) -> float:
         near = min(ranks, node_size) - 1

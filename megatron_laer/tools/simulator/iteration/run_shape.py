@@ -14,8 +14,8 @@ class RunShape:
 
     `ranks` are of one FSEP group; every pipeline stage has `replicas` such groups, between which
     slices are data parallel. `tokens` are a rank's in a microbatch. More than one of `chunks` per
-    stage means the interleaved schedule. `tensor` ranks share attention, with sequence parallelism.
-    With `flash_attention` scores stay on the chip.
+    stage means the interleaved schedule. The embedding, or head and loss, may count as a layer of the
+    pipeline. `tensor` ranks share attention, with sequence parallelism. With `flash_attention` scores stay on the chip.
     """
 
     ranks: int
@@ -26,6 +26,8 @@ class RunShape:
     chunks: int = 1
     replicas: int = 1
     tensor: int = 1
+    embedding_counts: bool = False
+    loss_counts: bool = False
     recompute: Recompute = Recompute.NONE
     shards_optimizer: bool = True
     overlaps_data_parallel: bool = True
@@ -63,10 +65,14 @@ class RunShape:
         Chunk c of stage s is at place c * stages + s. Numbers of layers differ by at most one.
         """
         parts = self.stages * self.chunks
-        if layers < parts:
+        first = int(self.embedding_counts)
+        counted = first + layers + int(self.loss_counts)
+        if counted < parts:
             raise ValueError(
-                f"{layers} layers are too few for {self.stages} stages of {self.chunks} chunks; "
-                f"give at most {layers} chunks in all"
+                f"{counted} layers are too few for {self.stages} stages of {self.chunks} chunks; "
+                f"give at most {counted} chunks in all"
             )
-        bounds = [-(-layers * part // parts) for part in range(parts + 1)]
+        bounds = [
+            min(max(-(-counted * part // parts) - first, 0), layers) for part in range(parts + 1)
+        ]
         return [list(range(*pair)) for pair in pairwise(bounds)]

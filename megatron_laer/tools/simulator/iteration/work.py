@@ -12,7 +12,9 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import ExchangeAlgorithm
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.quotas import SplitTotals
+from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.traffic import Traffic
 from megatron_laer.tools.simulator.iteration.rates import Rates
 
@@ -56,8 +58,8 @@ class Exchange:
 
     def seconds(self, rates: Rates) -> float:
         """Return the time from the last rank's start, as in `CostModel`."""
-        intra_s = self.intra_bytes / rates.cluster.intra.bytes_per_s
-        inter_s = self.inter_bytes / rates.cluster.inter.bytes_per_s
+        intra_rate, inter_rate = rates.cluster.exchange_rates(rates.bytes_per_element)
+        intra_s, inter_s = self.intra_bytes / intra_rate, self.inter_bytes / inter_rate
         if self.in_stages:
             latency_s = rates.collective_seconds(self.node_size, self.node_size)
             latency_s += rates.collective_seconds(self.ranks // self.node_size, 1)
@@ -68,16 +70,42 @@ class Exchange:
         return wire_s + self.collectives * latency_s
 
 
+@dataclass(frozen=True)
+class TokenPassing:
+    """Way of a method's tokens between ranks.
+
+    `group` is the number of neighbours that exchange tokens and counts; None for all ranks. With
+    `pipelined` both link classes work at once, as in DeepEP, although a row passes one after the
+    other. With `overlapped` exchanges run during another microbatch's compute.
+    """
+
+    group: int | None = None
+    prices: TokenPrices = BY_RANK
+    pipelined: bool = False
+    overlapped: bool = False
+
+    def seconds(
+        self, intra_N: Int64, inter_N: Int64, token_bytes: int, cluster: Cluster
+    ) -> Seconds:
+        """Return each rank's time on the links for these pairs, without latency."""
+        intra_bytes, inter_bytes = self.prices.pair_bytes(token_bytes)
+        intra_s_N = intra_N * (intra_bytes / cluster.intra.bytes_per_s)
+        inter_s_N = inter_N * (inter_bytes / cluster.inter.bytes_per_s)
+        if self.prices.in_stages and not self.pipelined:
+            return intra_s_N + inter_s_N
+        slower_N: Seconds = np.maximum(intra_s_N, inter_s_N)
+        return slower_N
+
+
 @dataclass(frozen=True, eq=False)
 class LayerWork:
     """Work of one microbatch of one MoE layer under a method.
 
     `unit_s_N` are seconds of each rank's expert GEMMs per FLOP of a token, at the nominal rates.
-    `pairs_N` are the (token, expert) pairs that it computes. `intra_N` and `inter_N` are rows in
+    `pairs_N` are the (token, expert) pairs that it computes. `intra_N` and `inter_N` are pairs in
     one token exchange, the larger of sent and received; `mean_*` are received on average. `change`
     is of slots that differ from the planned layout, and `solve_s` makes a layout after the gate.
-    `group` is the number of neighbours that exchange tokens and counts; None for all ranks.
-    """
+        """
 
     unit_s_N: Seconds
     pairs_N: Int64
@@ -90,7 +118,11 @@ class LayerWork:
     change: Exchange | None
     solve_s: float
     slots: int
-    group: int | None = None
+    passing: TokenPassing
+
+    @property
+    def group(self) -> int | None:
+        return self.passing.group
 
     @property
     def leaves_nodes(self) -> bool:
@@ -111,7 +143,7 @@ class LayerWork:
         reduce: Exchange | None = None,
         change: Exchange | None = None,
         solve_s: float = 0.0,
-        group: int | None = None,
+        passing: TokenPassing | None = None,
     ) -> LayerWork:
         num_ranks = len(totals.own_N)
 
@@ -119,21 +151,27 @@ class LayerWork:
             sums_N: Int64 = of_slots_S.reshape(num_ranks, -1).sum(axis=1)
             return sums_N
 
+        passing = passing or TokenPassing()
         near_N, far_N = by_rank(totals.near_S), by_rank(totals.far_S)
+        intra_N = np.maximum(totals.sent_near_N, near_N) - totals.own_N
+        mean_intra = float((near_N - totals.own_N).mean())
+        if passing.prices.in_stages:  # a row from another node is passed on inside
+            intra_N = near_N + far_N - totals.own_N
+            mean_intra = float(intra_N.mean())
         unit_s_S = rates.cluster.gemm.unit_seconds(totals.near_S + totals.far_S)
         return cls(
             unit_s_N=unit_s_S.reshape(num_ranks, -1).sum(axis=1),
             pairs_N=near_N + far_N,
-            intra_N=np.maximum(totals.sent_near_N, near_N) - totals.own_N,
+            intra_N=intra_N,
             inter_N=np.maximum(totals.sent_far_N, far_N),
-            mean_intra=float((near_N - totals.own_N).mean()),
+            mean_intra=mean_intra,
             mean_inter=float(far_N.mean()),
             restore=restore,
             reduce=reduce,
             change=change,
             solve_s=solve_s,
             slots=len(totals.near_S) // num_ranks,
-            group=group,
+            passing=passing,
         )
 
 
