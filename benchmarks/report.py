@@ -58,7 +58,7 @@ def median_ms(run: Callable[[], object], repeats: int) -> float:
 
 
 def least_ms(run: Callable[[], object], repeats: int) -> float:
-    """Return the least time of this thread's processor over calls, after one that is not counted."""
+    """Return the least processor time of this thread for a call, after one that is not counted."""
     run()
     times_s = []
     for _ in range(repeats):

@@ -77,7 +77,7 @@ def solve_times(shapes: Sequence[tuple[int, int, int]], repeats: int) -> Iterato
 
 
 def relative_times(repeats: int) -> Iterator[dict[str, Any]]:
-    """Yield processor times of a layout, its quotas and the choice by time, as parts of a yardstick.
+    """Yield processor times of layouts, quotas and the choice by time, as parts of a yardstick.
 
     The yardstick is `sorted` of 200,000 numbers on the same thread. Least times count, which other
     work on the machine disturbs least. Each time is followed by its exponent, by which it grows

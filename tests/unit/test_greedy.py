@@ -163,9 +163,10 @@ def judged_s(
 
     factors = [146, 172, 189, 203, 215, 227, 238, 250, 262, 275, 289, 305, 323, 347, 380, 448]
     # In sixteenths of a token; copies are half as disturbed as by these 1/256.
-    shares = [np.full(geometry.num_experts, 512, dtype=object)]
+    num_experts = geometry.num_experts
+    shares = [np.full(num_experts, 512, dtype=object)]
     for _ in range(4):
-        shares.append(np.array([256 + factors[draw()] for _ in range(geometry.num_experts)], object))
+        shares.append(np.array([256 + factors[draw()] for _ in range(num_experts)], object))
     scaled_NE = (counts_NE * int(wanted) // int(total)).astype(np.int64)
     beside_s = costs.least_layer_seconds(scaled_NE, geometry)
     total_s = 0.0
