@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_laer.schedule import Schedule
-from megatron_laer.tools.simulator.iteration.clocks import GRADIENTS, PARAMETERS, Clocks, Seconds
+from megatron_laer.tools.simulator.iteration.clocks import (
+    GRADIENTS,
+    INTRA,
+    PARAMETERS,
+    Clocks,
+    Flight,
+    Seconds,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +28,8 @@ class MoETimes:
     `backward_N` includes recompute. `tokens_N` is one exchange of tokens, in which ranks wait for
     their node only if `within_node`. `gate_s` is exchange of counts, decision and quotas. Exchanges
     of experts are None in passes without; `change_s` fetches changed slots. `group` is the number
-    of neighbours that exchange tokens and counts; None for all ranks.
+    of neighbours that exchange tokens and counts; None for all ranks. The links are the classes
+    that tokens and experts are slowest on.
     """
 
     forward_N: Seconds
@@ -34,6 +42,8 @@ class MoETimes:
     reduce_s: float | None
     change_s: float | None
     group: int | None = None
+    tokens_link: str = INTRA
+    exchange_link: str = INTRA
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,21 +74,23 @@ class _Restores:
         self._clocks = clocks
         self._layers = [layer for layer in layers if layer.moe is not None]
         self._backward = backward
-        self._ready_s: dict[int, float] = {}
+        self._flights: dict[int, Flight] = {}
         self.last = len(self._layers) - 1
 
     def start(self, number: int) -> None:
-        if not 0 <= number <= self.last or number in self._ready_s:
+        if not 0 <= number <= self.last or number in self._flights:
             return
         layer = self._layers[number]
         assert layer.moe is not None
         seconds = layer.moe.backward_restore_s if self._backward else layer.moe.restore_s
         if seconds is not None:
             label = f"restore {layer.name}"
-            self._ready_s[number] = self._clocks.exchange(PARAMETERS, seconds, label)
+            link = layer.moe.exchange_link
+            self._flights[number] = self._clocks.exchange(PARAMETERS, seconds, label, link)
 
-    def wait(self, number: int, changed_s: float = 0.0) -> None:
-        ready_s = max(self._ready_s.get(number, 0.0), changed_s)
+    def wait(self, number: int, change: Flight | None = None) -> None:
+        flights = [flight for flight in (self._flights.get(number), change) if flight is not None]
+        ready_s = max((flight.end_s for flight in flights), default=0.0)
         self._clocks.wait("restore", ready_s, f"wait: restore {self._layers[number].name}")
 
 
@@ -97,16 +109,17 @@ def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) ->
         number += 1
         clocks.meet(layer.moe.group)
         clocks.work("gate", layer.moe.gate_s, "compute", "gate")
-        changed_s = 0.0
+        change = None
         if schedule.restores_last and not schedule.restores_first:
             restores.start(number)  # its layout is known only now
         if layer.moe.change_s is not None:
-            changed_s = clocks.exchange(PARAMETERS, layer.moe.change_s, f"change {layer.name}")
+            label, link = f"change {layer.name}", layer.moe.exchange_link
+            change = clocks.exchange(PARAMETERS, layer.moe.change_s, label, link)
         _tokens(clocks, layer.moe, f"dispatch {layer.name}")
         restores.start(number)  # if no rule has started it
         if schedule.restores_next:
             restores.start(number + 1)
-        restores.wait(number, changed_s)
+        restores.wait(number, change)
         clocks.work("experts", layer.moe.forward_N, "compute", f"experts {layer.name}")
         _tokens(clocks, layer.moe, f"combine {layer.name}")
 
@@ -114,12 +127,12 @@ def forward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) ->
 def backward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -> None:
     restores = _Restores(clocks, layers, backward=True)
     number = restores.last + 1
-    reducing: tuple[float, str] | None = None
+    reducing: tuple[Flight, str] | None = None
 
     def await_reduce() -> None:
         nonlocal reducing
         if reducing is not None:
-            clocks.wait("reduce", reducing[0], f"wait: reduce {reducing[1]}")
+            clocks.wait("reduce", reducing[0].end_s, f"wait: reduce {reducing[1]}")
             reducing = None
 
     if schedule.restores_last:
@@ -145,7 +158,8 @@ def backward(clocks: Clocks, layers: Sequence[LayerTimes], schedule: Schedule) -
             _tokens(clocks, moe, f"dispatch {name}, backward")
             await_reduce()
             if moe.reduce_s is not None:
-                reducing = clocks.exchange(GRADIENTS, moe.reduce_s, f"reduce {name}"), name
+                label, link = f"reduce {name}", moe.exchange_link
+                reducing = clocks.exchange(GRADIENTS, moe.reduce_s, label, link), name
                 if not schedule.delays_gradients:
                     await_reduce()
         _dense(clocks, layer, 1)
@@ -167,4 +181,4 @@ def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -
 
 def _tokens(clocks: Clocks, moe: MoETimes, label: str) -> None:
     clocks.meet(moe.group, moe.within_node)
-    clocks.work("tokens", moe.tokens_N, "tokens", label)
+    clocks.tokens(moe.tokens_N, moe.tokens_link, label)
