@@ -24,7 +24,7 @@ from benchmarks.bounds import must_show
 from benchmarks.command_line import add_json, output, parser_of, program, write_json
 from benchmarks.costs import paper_costs
 from benchmarks.report import machine, print_table
-from benchmarks.speed import GROWTH_SHAPES, SOLVE_SHAPES, quota_times, solve_times
+from benchmarks.speed import GROWTH_SHAPES, SOLVE_SHAPES, quota_times, relative_times, solve_times
 from benchmarks.splits import split_exactly
 from benchmarks.trace_cases import Trace
 from megatron_laer.arrays import Int64
@@ -75,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result["solve"] = [{key: row[key] for key in SOLVE_KEYS} for row in solved]
     result["growth"] = list(solve_times(GROWTH_SHAPES, max(repeats // 5, 5)))
     print_table(result["growth"])
+    result["relative"] = list(relative_times(max(repeats // 5, 5)))
+    print_table(result["relative"])
     result["quotas"] = list(quota_times(repeats))
     print_table(result["quotas"])
     result["workloads"] = list(named_workloads(4 if options.quick else 16))

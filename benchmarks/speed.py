@@ -5,6 +5,7 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.costs import paper_costs
-from benchmarks.report import median_ms
+from benchmarks.report import least_ms, median_ms
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.exact import ExactSplit, exact_split
@@ -29,6 +30,12 @@ GROWTH_SHAPES = tuple(
     for ranks in (64, 128, 256, 512, 1024, 2048, 4096)
 )
 QUOTA_SHAPES = ((64, 64), (256, 256))
+# Series of growing shapes: as many experts as ranks, and more ranks than experts.
+RELATIVE_SHAPES = (
+    *((ranks, 2, ranks) for ranks in (64, 256, 512, 1024)),
+    *((ranks, 4, 64) for ranks in (64, 256, 1024, 4096)),
+    *((ranks, 8, 32) for ranks in (64, 256, 1024, 4096)),
+)
 
 
 def zipf_counts_NE(
@@ -67,6 +74,37 @@ def solve_times(shapes: Sequence[tuple[int, int, int]], repeats: int) -> Iterato
             "fresh_median_ms": statistics.median(fresh_ms),
             "greedy_median_ms": statistics.median(greedy_ms),
         }
+
+
+def relative_times(repeats: int) -> Iterator[dict[str, Any]]:
+    """Yield processor times of layouts, quotas and the choice by time, as parts of a yardstick.
+
+    The yardstick is `sorted` of 200,000 numbers on the same thread. Least times count, which other
+    work on the machine disturbs least. Each time is followed by its exponent, by which it grows
+    with the ranks since the shape before.
+    """
+    numbers = np.random.default_rng(0).random(200_000).tolist()
+    before: dict[str, Any] = {}
+    for num_ranks, capacity, num_experts in RELATIVE_SHAPES:
+        node_size = min(NODE_SIZE, num_ranks)
+        static = ExpertLayout.static(num_ranks, capacity, num_experts)
+        geometry = Geometry(num_ranks, num_experts, capacity, node_size)
+        greedy = make_strategy("greedy", geometry=geometry, costs=paper_costs())
+        now_NE, before_NE = zipf_counts_NE(num_ranks, num_experts, np.random.default_rng(0))
+        split = exact_split(construct_layout(before_NE, static, node_size), node_size)
+        unit_ms = least_ms(partial(sorted, numbers), repeats)
+        row: dict[str, Any] = {"ranks": num_ranks, "capacity": capacity, "experts": num_experts}
+        is_first = before.get("capacity") != capacity
+        for name, run in (
+            ("fresh", partial(construct_layout, now_NE, static, node_size)),
+            ("quotas", partial(split.solve, now_NE)),
+            ("choice", partial(greedy.plan, before_NE, static)),
+        ):
+            row[name] = least_ms(run, repeats) / unit_ms
+            growth = None if is_first else row[name] / before[name]
+            row[f"{name} grows"] = growth and math.log(growth, num_ranks / before["ranks"])
+        yield row
+        before = row
 
 
 def quota_times(repeats: int) -> Iterator[dict[str, Any]]:

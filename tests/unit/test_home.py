@@ -235,6 +235,8 @@ def test_the_guard_keeps_experts_at_home(
     # Loads that the construction assigned, where they are used, are as balanced as a flow's.
     exact = exact_split(decision.layout, geometry.node_size).solve(counts_NE)
     assert decision.quotas.rank_loads_N().max() == exact.rank_loads_N().max()
+    if geometry.num_nodes > 1:
+        assert (decision.quotas.loads_S == exact.loads_S).all()
 
 
 def test_free_slots_bring_tokens_back_to_their_node() -> None:

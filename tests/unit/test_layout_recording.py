@@ -211,6 +211,30 @@ def test_a_step_that_is_observed_twice_is_planned_from_under_wait() -> None:
     source.close()
 
 
+def test_late_plans_are_reported_once_with_a_remedy() -> None:
+    asked, released = threading.Event(), threading.Event()
+
+    class Hanging:
+        name = "hanging"
+
+        def plan(self, _counts_NE: Any, current: ExpertLayout) -> ExpertLayout:
+            asked.set()
+            released.wait()
+            return current
+
+    warnings: list[str] = []
+    source = PlannedLayouts(Hanging(), layouts(0), lag=1, wait=False, on_warning=warnings.append)
+    for step in range(5, 8):
+        for layer in range(len(LAYERS)):
+            source.observe(step, layer, np.ones((2, 4), dtype=np.int64))
+        assert asked.wait(300.0) and source.due(step + 1) is None
+    assert source.late_plans == 3 and len(warnings) == 1
+    assert "from step 5 was not ready at step 6" in warnings[0]
+    assert "--fsep-plan-lag 2" in warnings[0]
+    released.set()
+    source.close()
+
+
 @pytest.mark.parametrize("first", ["a step", "a checkpoint"])
 def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first: str) -> None:
     released = threading.Event()

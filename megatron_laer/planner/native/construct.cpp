@@ -48,8 +48,9 @@ Fresh fresh(const Shape& shape, const CostModel* costs, const int64_t* counts_NE
   if (shape.home > 0) {
     HomeLayout made = costs == nullptr ? replicate(shape, node_counts_QE, 0)
                                        : choose_replicas(shape, *costs, counts_NE, node_counts_QE);
-    // Between nodes a flow also keeps tokens in their node.
-    if (!made.is_ideal || shape.nodes() > 1) made.loads_S.clear();
+    // Between nodes a flow also keeps tokens in their node: the choice has solved it.
+    const bool has_loads = shape.nodes() == 1 ? made.is_ideal : costs != nullptr;
+    if (!has_loads) made.loads_S.clear();
     return {std::move(made.slots_S), std::move(made.loads_S)};
   }
   return {can_balance(shape) ? construct(shape, node_counts_QE, Purpose::kNow)

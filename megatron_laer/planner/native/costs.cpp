@@ -14,33 +14,35 @@ namespace {
 
 constexpr double kBelowRounding = 1.0 - 1e-9;
 
-// The sum of the `kept` largest numbers of a row.
-int64_t largest_sum(const int64_t* row, int size, int kept, std::vector<int64_t>& scratch) {
+// The sum of the `kept` largest of `size` numbers.
+template <typename Row>
+int64_t largest_sum(Row row, int size, int kept, std::vector<int64_t>& scratch) {
   if (kept > 16) {
-    scratch.assign(row, row + size);
+    scratch.resize(size);
+    for (int i = 0; i < size; ++i) scratch[i] = row(i);
     std::nth_element(scratch.begin(), scratch.begin() + kept, scratch.end(),
                      std::greater<int64_t>());
     return std::accumulate(scratch.begin(), scratch.begin() + kept, int64_t{0});
   }
   scratch.assign(kept, 0);  // ascending; counts are not negative
   for (int i = 0; i < size; ++i) {
-    if (row[i] <= scratch[0]) continue;
+    const int64_t number = row(i);
+    if (number <= scratch[0]) continue;
     int at = 0;
-    for (; at + 1 < kept && scratch[at + 1] < row[i]; ++at) scratch[at] = scratch[at + 1];
-    scratch[at] = row[i];
+    for (; at + 1 < kept && scratch[at + 1] < number; ++at) scratch[at] = scratch[at + 1];
+    scratch[at] = number;
   }
   return std::accumulate(scratch.begin(), scratch.end(), int64_t{0});
 }
 
 // Tokens that leave the row that keeps fewest, if rows keep their largest counts.
-int64_t least_leaving(const int64_t* counts, int rows, int experts, int kept) {
+int64_t least_leaving(const Counts& counts, int rows, int experts, int kept) {
   if (kept >= experts) return 0;
   std::vector<int64_t> scratch;
   int64_t most = 0;
   for (int row = 0; row < rows; ++row) {
-    const int64_t* counts_E = counts + static_cast<int64_t>(row) * experts;
-    const int64_t total = std::accumulate(counts_E, counts_E + experts, int64_t{0});
-    most = std::max(most, total - largest_sum(counts_E, experts, kept, scratch));
+    const auto count = [&](int expert) { return counts(row, expert); };
+    most = std::max(most, counts.sum(row) - largest_sum(count, experts, kept, scratch));
   }
   return most;
 }
@@ -99,7 +101,7 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
 // own C most wanted experts, and the others leave it over all its links at once; a node keeps at
 // most those of its G*C most wanted, and the others leave over its ranks' links to other nodes. In
 // stages only the latter bounds: the rows inside a node do not follow from counts.
-double least_layer_seconds(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
+double least_layer_seconds(const Shape& shape, const CostModel& costs, const Counts& counts,
                            const int64_t* node_counts_QE) {
   int64_t total = 0;
   double experts_s = 0.0;
@@ -117,14 +119,14 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const int
 
   double pass_s = 0.0;
   if (shape.ranks > 1 && !costs.tokens_in_stages) {
-    const int64_t leaving = least_leaving(counts_NE, shape.ranks, shape.experts, shape.capacity);
+    const int64_t leaving = least_leaving(counts, shape.ranks, shape.experts, shape.capacity);
     const double near_bytes_per_s = shape.node_size > 1 ? costs.intra_bytes_per_s : 0.0;
     const double far_bytes_per_s = shape.nodes() > 1 ? costs.inter_bytes_per_s : 0.0;
     pass_s = static_cast<double>(leaving) / (near_bytes_per_s + far_bytes_per_s);
   }
   if (shape.nodes() > 1) {
-    const int64_t leaving = least_leaving(node_counts_QE, shape.nodes(), shape.experts,
-                                          shape.node_size * shape.capacity);
+    const int64_t leaving = least_leaving(Counts(shape, node_counts_QE), shape.nodes(),
+                                          shape.experts, shape.node_size * shape.capacity);
     pass_s = std::max(
         pass_s, static_cast<double>(leaving) / shape.node_size / costs.inter_bytes_per_s);
   }

@@ -47,7 +47,7 @@ struct CostModel {
 double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& totals);
 
 // What no layout and no split gets below.
-double least_layer_seconds(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
+double least_layer_seconds(const Shape& shape, const CostModel& costs, const Counts& counts,
                            const int64_t* node_counts_QE);
 
 // Seconds that a fetch of home experts' replicas takes at least.

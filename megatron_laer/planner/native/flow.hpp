@@ -38,7 +38,8 @@ struct FlowGraph {
 // `flow` is the start on entry (it may leave supply unsent and must keep ranks within `cap`).
 int64_t minimise_largest_load(const FlowGraph& graph, int64_t cap, std::vector<int64_t>& flow);
 
-// Changes a complete flow so that as few tokens as possible are foreign, ranks within `cap`.
-void minimise_foreign(const FlowGraph& graph, int64_t cap, std::vector<int64_t>& flow);
+// Changes a complete flow so that as few tokens as possible are foreign, ranks within their caps.
+void minimise_foreign(const FlowGraph& graph, const std::vector<int64_t>& cap_N,
+                      std::vector<int64_t>& flow);
 
 }  // namespace laer

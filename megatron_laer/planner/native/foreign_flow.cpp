@@ -21,9 +21,10 @@ constexpr int64_t kMany = std::numeric_limits<int64_t>::max() / 4;
 // none is left, the potentials of all nodes that the search did not reach rise by one.
 class ForeignFlow {
  public:
-  ForeignFlow(const FlowGraph& graph, int64_t cap, std::vector<int64_t>& flow)
+  ForeignFlow(const FlowGraph& graph, const std::vector<int64_t>& cap_N,
+              std::vector<int64_t>& flow)
       : graph_(graph),
-        cap_(cap),
+        cap_N_(cap_N),
         flow_(flow),
         group0_(graph.suppliers()),
         rank0_(group0_ + graph.groups()),
@@ -109,7 +110,7 @@ class ForeignFlow {
   }
 
   void note_load(int rank) {
-    step_[first_[rank0_ + rank]] = load_[rank] < cap_ ? 1 : kClosed;
+    step_[first_[rank0_ + rank]] = load_[rank] < cap_N_[rank] ? 1 : kClosed;
     step_[first_[sink_] + rank] = load_[rank] > 0 ? 1 : kClosed;
   }
 
@@ -229,7 +230,7 @@ class ForeignFlow {
       return foreign > 0 ? foreign : taken_[group];
     }
     if (node == sink_) return load_[arc - first_[node]];
-    return arc == first_[node] ? cap_ - load_[node - rank0_] : flow_[pair_back(node, arc)];
+    return arc == first_[node] ? cap_N_[node - rank0_] - load_[node - rank0_] : flow_[pair_back(node, arc)];
   }
 
   void push(int node, int arc, int64_t amount) {
@@ -258,7 +259,7 @@ class ForeignFlow {
   }
 
   const FlowGraph& graph_;
-  const int64_t cap_;
+  const std::vector<int64_t>& cap_N_;
   std::vector<int64_t>& flow_;
   const int group0_, rank0_, sink_;
   std::vector<int64_t> load_, taken_, deficit_, excess_;
@@ -268,10 +269,29 @@ class ForeignFlow {
   std::vector<int> cursor_, queue_, path_;
 };
 
+// Every way to fewer foreign tokens moves one from a group that has foreign ones to another group of
+// its supplier that could take more of its own. Often there is none.
+bool may_improve(const FlowGraph& graph, const std::vector<int64_t>& flow) {
+  for (int u = 0; u < graph.suppliers(); ++u) {
+    bool has_foreign = false, has_spare = false;
+    for (int group = graph.group_begin[u]; group < graph.group_begin[u + 1]; ++group) {
+      int64_t carried = 0;
+      for (int pair = graph.pair_begin[group]; pair < graph.pair_begin[group + 1]; ++pair) {
+        carried += flow[pair];
+      }
+      has_foreign |= carried > graph.own[group];
+      has_spare |= carried < graph.own[group];
+    }
+    if (has_foreign && has_spare) return true;
+  }
+  return false;
+}
+
 }  // namespace
 
-void minimise_foreign(const FlowGraph& graph, int64_t cap, std::vector<int64_t>& flow) {
-  ForeignFlow(graph, cap, flow).run();
+void minimise_foreign(const FlowGraph& graph, const std::vector<int64_t>& cap_N,
+                      std::vector<int64_t>& flow) {
+  if (may_improve(graph, flow)) ForeignFlow(graph, cap_N, flow).run();
 }
 
 }  // namespace laer

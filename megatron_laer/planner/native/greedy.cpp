@@ -5,6 +5,9 @@
 #include "greedy.hpp"
 
 #include <algorithm>
+#include <array>
+#include <cmath>
+#include <limits>
 #include <numeric>
 
 #include "construct.hpp"
@@ -39,8 +42,12 @@ std::vector<int64_t> with_headroom(const Shape& shape, const int64_t* node_count
       const size_t at = static_cast<size_t>(node) * experts + e;
       const int64_t tokens = node_counts_QE[at];
       const int64_t room = std::min(loads_E[e], total / shape.ranks) / 8;
-      const auto share = static_cast<__int128>(tokens) * room / std::max<int64_t>(loads_E[e], 1);
-      raised_QE[at] = tokens + static_cast<int64_t>(share);
+      const int64_t load = std::max<int64_t>(loads_E[e], 1);
+      // A division of 128 bits takes several times as long.
+      const bool is_small = (tokens | room) < int64_t{1} << 31;
+      raised_QE[at] = tokens + (is_small ? tokens * room / load
+                                         : static_cast<int64_t>(
+                                               static_cast<__int128>(tokens) * room / load));
     }
   }
   return raised_QE;
@@ -49,6 +56,7 @@ std::vector<int64_t> with_headroom(const Shape& shape, const int64_t* node_count
 // Any fixed number: the same forecast gives the same layout.
 constexpr uint64_t kSeed = 2602;
 constexpr int kDisturbed = 4;
+constexpr double kAny = std::numeric_limits<double>::infinity();
 
 // The forecast, as of a microbatch (a forecast has no unit; where the microbatch's size is not known,
 // each slot has as many tokens on average as make GEMMs fastest), and copies of it that are disturbed
@@ -56,70 +64,129 @@ constexpr int kDisturbed = 4;
 // not look better than it will be.
 class Judge {
  public:
-  Judge(const Shape& shape, const CostModel& costs, const int64_t* counts_NE)
-      : shape_(shape), costs_(costs) {
-    const int64_t size = static_cast<int64_t>(shape.ranks) * shape.experts;
-    const int64_t total = std::accumulate(counts_NE, counts_NE + size, int64_t{0});
-    const int64_t wanted = costs.pairs > 0 ? shape.ranks * costs.pairs
-                                           : shape.slots() * costs.gemm.tokens_P.back();
-    std::vector<int64_t> scaled_NE(size);
-    for (int64_t i = 0; i < size; ++i) {
-      const auto tokens =
-          static_cast<__int128>(counts_NE[i]) * wanted / std::max<int64_t>(total, 1);
-      scaled_NE[i] = static_cast<int64_t>(tokens);
-    }
+  Judge(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
+        const int64_t* node_counts_QE)
+      : shape_(shape), costs_(costs), counts_NE_(counts_NE), scenarios_(1 + kDisturbed) {
+    const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
+    const int64_t total = std::max<int64_t>(
+        std::accumulate(node_counts_QE, node_counts_QE + size, int64_t{0}), 1);
+    const __int128 wanted = costs.pairs > 0 ? shape.ranks * costs.pairs
+                                            : shape.slots() * costs.gemm.tokens_P.back();
+    // Rounded up, so that what divides without a rest stays so.
+    const auto scale = [&](int64_t parts, int64_t of) {
+      const __int128 divisor = static_cast<__int128>(total) * of;
+      return static_cast<int64_t>(((wanted * parts << shift_) + divisor - 1) / divisor);
+    };
+    while (scale(1, 1) < kPrecision) ++shift_;
     Random random(kSeed);
-    for (int copy = 0; copy < kDisturbed; ++copy) {
-      std::vector<int64_t> counts = disturb(scaled_NE.data(), shape.ranks, shape.experts, random);
-      for (int64_t i = 0; i < size; ++i) counts[i] = (counts[i] + scaled_NE[i]) / 2;
-      add(std::move(counts));
+    for (Scenario& of : scenarios_) {
+      of.factor_E.assign(shape.experts, scale(kParts, 1));
+      if (&of == &scenarios_.front()) continue;
+      for (int64_t& factor : of.factor_E) {
+        factor = scale(kParts * (256 + random_factor(random)), 512);
+      }
     }
-    add(std::move(scaled_NE));
+    add_sums();
+    for (Scenario& of : scenarios_) {
+      of.node_counts_QE.resize(size);
+      int64_t* scaled = of.node_counts_QE.data();
+      const int64_t* tokens = node_counts_QE;
+      for (int node = 0; node < shape.nodes(); ++node) {
+        for (int e = 0; e < shape.experts; ++e) {
+          *scaled++ = counts(of).times_factor(*tokens++, e);
+        }
+      }
+    }
+    if (shape.home == 0) {
+      const std::vector<int64_t> factor_E(shape.experts, scale(1, 1));
+      std::vector<int64_t> node_tokens_QE = scenarios_.front().node_counts_QE;
+      std::vector<int64_t> sums_N = scenarios_.front().sums_N;
+      to_tokens(node_tokens_QE);
+      to_tokens(sums_N);
+      beside_s_ = least_layer_seconds(
+          shape, costs, Counts(shape, counts_NE, factor_E.data(), shift_, sums_N.data()),
+          node_tokens_QE.data());
+    }
   }
 
-  double seconds(const std::vector<int16_t>& slots_S) const {
+  // Seconds over all scenarios, or any number from `limit` on if they are not fewer.
+  double seconds(const std::vector<int16_t>& slots_S, double limit) const {
     const Replicas replicas(shape_, slots_S.data());
     std::vector<int64_t> loads_S(shape_.slots());
     double sum = 0;
     for (const Scenario& of : scenarios_) {
-      slot_loads(shape_, of.counts_NE.data(), of.node_counts_QE.data(), replicas, loads_S.data());
-      const double layer_s = layer_seconds(
-          shape_, costs_,
-          totals(shape_, of.counts_NE.data(), of.node_counts_QE.data(), replicas, loads_S.data()));
+      slot_loads(shape_, counts(of), of.node_counts_QE.data(), replicas, loads_S.data());
+      Totals sums =
+          totals(shape_, counts(of), of.node_counts_QE.data(), replicas, loads_S.data());
+      for (std::vector<int64_t>* parts :
+           {&sums.near_S, &sums.far_S, &sums.sent_near_N, &sums.sent_far_N, &sums.own_N}) {
+        to_tokens(*parts);
+      }
+      const double layer_s = layer_seconds(shape_, costs_, sums);
       sum += layer_s;
       // Home experts' layers differ little in time, so the neighbours take as long.
       sum += shape_.home > 0 ? replica_seconds(shape_, costs_, slots_S.data(), layer_s, false)
-                             : exposed_seconds(shape_, costs_, slots_S.data(), of.beside_s);
+                             : exposed_seconds(shape_, costs_, slots_S.data(), beside_s_);
+      if (sum >= limit) break;
     }
     return sum;
   }
 
  private:
+  // Loads are counted in parts of a token, as each rank's are rounded down.
+  static constexpr int64_t kParts = 16, kPrecision = int64_t{1} << 40;
+
+  // Each expert's tokens times a factor.
   struct Scenario {
-    std::vector<int64_t> counts_NE, node_counts_QE;
-    double beside_s;  // of the layers beside, whose layouts are not at choice here
+    std::vector<int64_t> factor_E, node_counts_QE, sums_N;
   };
 
-  void add(std::vector<int64_t> counts_NE) {
-    std::vector<int64_t> node_counts_QE(static_cast<size_t>(shape_.nodes()) * shape_.experts);
-    node_counts(shape_, counts_NE.data(), node_counts_QE.data());
-    const double beside_s =
-        least_layer_seconds(shape_, costs_, counts_NE.data(), node_counts_QE.data());
-    scenarios_.push_back({std::move(counts_NE), std::move(node_counts_QE), beside_s});
+  static void to_tokens(std::vector<int64_t>& parts) {
+    for (int64_t& number : parts) number /= kParts;
+  }
+
+  Counts counts(const Scenario& of) const {
+    return {shape_, counts_NE_, of.factor_E.data(), shift_, of.sums_N.data()};
+  }
+
+  // Sums over each rank, of all scenarios in one pass over the forecast.
+  void add_sums() {
+    const double unit = std::ldexp(1.0, -shift_);
+    std::vector<std::array<double, 1 + kDisturbed>> factors(shape_.experts);
+    for (int k = 0; k <= kDisturbed; ++k) {
+      scenarios_[k].sums_N.resize(shape_.ranks);
+      for (int e = 0; e < shape_.experts; ++e) {
+        factors[e][k] = static_cast<double>(scenarios_[k].factor_E[e]) * unit;
+      }
+    }
+    for (int rank = 0; rank < shape_.ranks; ++rank) {
+      const int64_t* counts_E = counts_NE_ + static_cast<int64_t>(rank) * shape_.experts;
+      std::array<double, 1 + kDisturbed> sums{};
+      for (int e = 0; e < shape_.experts; ++e) {
+        const auto tokens = static_cast<double>(counts_E[e]);
+        for (int k = 0; k <= kDisturbed; ++k) sums[k] += tokens * factors[e][k];
+      }
+      for (int k = 0; k <= kDisturbed; ++k) {
+        scenarios_[k].sums_N[rank] = static_cast<int64_t>(sums[k]);
+      }
+    }
   }
 
   const Shape& shape_;
   const CostModel& costs_;
-  std::vector<Scenario> scenarios_;
+  const int64_t* counts_NE_;
+  int shift_ = 0;
+  std::vector<Scenario> scenarios_;  // the first is the forecast itself
+  double beside_s_ = 0.0;  // of the layers beside, whose layouts are not at choice here
 };
 
 // Home experts: stock's placement, replicas for balance with and without headroom, and then for
 // locality.
 std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs,
                                       const int64_t* counts_NE, const int64_t* node_counts_QE) {
-  const Judge judge(shape, costs, counts_NE);
+  const Judge judge(shape, costs, counts_NE, node_counts_QE);
   std::vector<int16_t> best = at_home(shape);
-  double best_s = judge.seconds(best);
+  double best_s = judge.seconds(best, kAny);
   std::vector<std::vector<int64_t>> wanted;
   if (!is_nearly_balanced(shape, node_counts_QE)) {
     wanted.push_back(with_headroom(shape, node_counts_QE));
@@ -127,7 +194,7 @@ std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs
   }
   for (const std::vector<int64_t>& counts_QE : wanted) {
     for (std::vector<int16_t>& slots_S : replica_steps(shape, counts_QE.data())) {
-      const double seconds = judge.seconds(slots_S);
+      const double seconds = judge.seconds(slots_S, best_s);
       if (seconds >= best_s) continue;
       best_s = seconds;
       best = std::move(slots_S);
@@ -135,7 +202,7 @@ std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs
   }
   if (shape.nodes() > 1) {
     fill_while_faster(shape, node_counts_QE,
-                      [&](const std::vector<int16_t>& slots_S) { return judge.seconds(slots_S); },
+                      [&](const std::vector<int16_t>& slots_S) { return judge.seconds(slots_S, kAny); },
                       best_s, best);
   }
   return best;
@@ -160,10 +227,10 @@ std::vector<int16_t> greedy(const Shape& shape, const CostModel& costs, const in
   // The most experts beside which every rank of a node can have a replica more.
   const int most_experts = shape.node_size * (shape.capacity - 1);
   if (shape.nodes() == 1 || shape.experts <= most_experts || !can_balance(shape)) return best;
-  const Judge judge(shape, costs, counts_NE);
-  double best_s = judge.seconds(best);
+  const Judge judge(shape, costs, counts_NE, node_counts_QE);
+  double best_s = judge.seconds(best, kAny);
   auto compete = [&](std::vector<int16_t> slots_S) {
-    const double seconds = judge.seconds(slots_S);
+    const double seconds = judge.seconds(slots_S, best_s);
     if (seconds >= best_s) return;
     best_s = seconds;
     best = std::move(slots_S);

@@ -21,7 +21,7 @@ struct Microbatch {
 
   std::vector<int64_t> loads(const Replicas& replicas) const {
     std::vector<int64_t> loads_S(shape.slots());
-    slot_loads(shape, counts_NE, node_counts_QE, replicas, loads_S.data());
+    slot_loads(shape, Counts(shape, counts_NE), node_counts_QE, replicas, loads_S.data());
     return loads_S;
   }
 
@@ -39,8 +39,8 @@ struct Microbatch {
 
   double seconds(const CostModel& costs, const Replicas& replicas,
                  const std::vector<int64_t>& loads_S) const {
-    return layer_seconds(
-        shape, costs, totals(shape, counts_NE, node_counts_QE, replicas, loads_S.data()));
+    return layer_seconds(shape, costs, totals(shape, Counts(shape, counts_NE), node_counts_QE,
+                                              replicas, loads_S.data()));
   }
 
   int64_t largest(const std::vector<int64_t>& loads_S) const {
@@ -66,7 +66,8 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
   decision.loads_S = microbatch.loads(planned);
   const double kept_s = microbatch.seconds(costs, planned, decision.loads_S);
   const double least_s =
-      least_layer_seconds(shape, costs, microbatch.counts_NE, microbatch.node_counts_QE);
+      least_layer_seconds(shape, costs, Counts(shape, microbatch.counts_NE),
+                          microbatch.node_counts_QE);
   // Beside a layer that takes as little as this one could. Flat exchanges of all slots do not differ.
   const auto exposed_s = [&](const int16_t* slots_S) {
     return costs.by_node || shape.home > 0

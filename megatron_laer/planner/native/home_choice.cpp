@@ -14,6 +14,7 @@
 #include "home_choice.hpp"
 
 #include <algorithm>
+#include <limits>
 
 #include "home.hpp"
 #include "quotas.hpp"
@@ -96,12 +97,13 @@ std::vector<std::vector<int16_t>> replica_steps(const Shape& shape,
 
 HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
                            const int64_t* node_counts_QE) {
+  const Counts counts(shape, counts_NE);
   HomeLayout best = stock_placement(shape, node_counts_QE);
   const auto seconds_of = [&](const std::vector<int16_t>& slots_S,
                               const std::vector<int64_t>& loads_S) {
     const Replicas replicas(shape, slots_S.data());
     return layer_seconds(shape, costs,
-                         totals(shape, counts_NE, node_counts_QE, replicas, loads_S.data()));
+                         totals(shape, counts, node_counts_QE, replicas, loads_S.data()));
   };
   const auto assigned_s = [&](const HomeLayout& layout) {
     return shape.nodes() == 1 ? expert_seconds(shape, costs, layout)
@@ -127,13 +129,18 @@ HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int
 
   // Phase 3.
   if (shape.nodes() == 1) return best;
+  double least_s = std::numeric_limits<double>::infinity();
   const auto layer_s = [&](const std::vector<int16_t>& slots_S) {
     std::vector<int64_t> loads_S(shape.slots());
-    slot_loads(shape, counts_NE, node_counts_QE, Replicas(shape, slots_S.data()), loads_S.data());
-    return with_exchange(seconds_of(slots_S, loads_S), slots_S);
+    slot_loads(shape, counts, node_counts_QE, Replicas(shape, slots_S.data()), loads_S.data());
+    const double seconds = with_exchange(seconds_of(slots_S, loads_S), slots_S);
+    if (seconds < least_s) {
+      least_s = seconds;
+      best.loads_S = std::move(loads_S);
+    }
+    return seconds;
   };
   fill_while_faster(shape, node_counts_QE, layer_s, layer_s(best.slots_S), best.slots_S);
-  best.is_ideal = false;  // the assigned loads are no longer those of the layout
   return best;
 }
 

@@ -26,8 +26,8 @@ bool is_nearly_balanced(const Shape& shape, const int64_t* node_counts_QE);
 // before, for these counts or with headroom for others.
 std::vector<std::vector<int16_t>> replica_steps(const Shape& shape, const int64_t* node_counts_QE);
 
-// The fastest layout that is found for these counts, fetched after the gate. Where it is ideal, its
-// loads are those of exact quotas.
+// The fastest layout that is found for these counts, fetched after the gate. Where it is ideal, and
+// with several nodes, its loads are those of exact quotas.
 HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
                            const int64_t* node_counts_QE);
 

@@ -140,7 +140,7 @@ py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, i
   py::array_t<int64_t> loads_S(shape.slots());
   int64_t* loads = loads_S.mutable_data();
   on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
-    laer::slot_loads(shape, counts, by_node, replicas, loads);
+    laer::slot_loads(shape, laer::Counts(shape, counts), by_node, replicas, loads);
   });
   return loads_S;
 }
@@ -170,7 +170,7 @@ py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& lo
   const int64_t* loads = loads_S.data();
   laer::Totals sums;
   on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
-    sums = laer::totals(shape, counts, by_node, replicas, loads);
+    sums = laer::totals(shape, laer::Counts(shape, counts), by_node, replicas, loads);
   });
   return py::make_tuple(to_array(sums.near_S), to_array(sums.far_S), to_array(sums.sent_near_N),
                         to_array(sums.sent_far_N), to_array(sums.own_N));
@@ -228,7 +228,7 @@ double least_layer_seconds(const laer::CostModel& costs, const Counts& counts_NE
   const laer::Shape shape = priced_shape(costs, counts_NE.shape(0) * capacity,
                                          static_cast<int>(counts_NE.shape(1)), node_size);
   check_size(counts_NE, static_cast<int64_t>(shape.ranks) * shape.experts, "counts");
-  return laer::least_layer_seconds(shape, costs, counts_NE.data(),
+  return laer::least_layer_seconds(shape, costs, laer::Counts(shape, counts_NE.data()),
                                    node_counts(shape, counts_NE.data()).data());
 }
 

@@ -123,7 +123,7 @@ class Sharing {
     if (off_node == 0) return;
     graph_.index();
     largest_ = minimise_largest_load(graph_, node_cap, flow_);
-    minimise_foreign(graph_, std::max(largest_, node_cap), flow_);
+    minimise_foreign(graph_, std::vector<int64_t>(nodes_, std::max(largest_, node_cap)), flow_);
   }
 
   const Shape& shape_;

@@ -5,6 +5,7 @@
 #include "open_items.hpp"
 
 #include <algorithm>
+#include <iterator>
 
 namespace laer {
 namespace {
@@ -23,6 +24,7 @@ OpenItems::OpenItems(const Shape& shape, const int64_t* node_counts_QE)
     : shape_(shape),
       mixed_tokens_QE_(node_counts_QE,
                        node_counts_QE + static_cast<int64_t>(shape.nodes()) * shape.experts),
+      shares_E_(shape.experts),
       home_items_Q_(shape.nodes()) {
   const int64_t most_items = static_cast<int64_t>(shape.ranks) * (shape.capacity - 1) + 1;
   if (shape.nodes() > 1) split_ahead(node_counts_QE, most_items - shape.experts);
@@ -82,12 +84,26 @@ void OpenItems::merge(const std::vector<Item>& home_items, std::vector<Item>& it
              items.begin());
 }
 
+void OpenItems::all(std::vector<Item>& items) {
+  std::sort(opened_.begin(), opened_.end());
+  std::sort(closed_.begin(), closed_.end());
+  std::vector<Item> with_opened(all_home_items_.size() + opened_.size());
+  std::merge(all_home_items_.begin(), all_home_items_.end(), opened_.begin(), opened_.end(),
+             with_opened.begin());
+  all_home_items_.clear();
+  std::set_difference(with_opened.begin(), with_opened.end(), closed_.begin(), closed_.end(),
+                      std::back_inserter(all_home_items_));
+  opened_.clear();
+  closed_.clear();
+  merge(all_home_items_, items);
+}
+
 void OpenItems::open(const Item& item) {
   if (item.is_mixed()) {
     insert(mixed_items_, item);
   } else {
     insert(home_items_Q_[item.home], item);
-    insert(all_home_items_, item);
+    opened_.push_back(item);
   }
   tokens_ += item.tokens;
   ++size_;
@@ -98,10 +114,32 @@ void OpenItems::close(const Item& item) {
     erase(mixed_items_, item);
   } else {
     erase(home_items_Q_[item.home], item);
-    erase(all_home_items_, item);
+    closed_.push_back(item);
   }
   tokens_ -= item.tokens;
   --size_;
+}
+
+// The mixed tokens of the node that has most of them. Shares in the heap become less, never more, so
+// one that is up to date in front is the largest.
+int64_t& OpenItems::most_tokens(int expert) {
+  std::vector<Share>& shares = shares_E_[expert];
+  const auto less = [](const Share& a, const Share& b) {
+    return a.tokens != b.tokens ? a.tokens < b.tokens : a.node > b.node;
+  };
+  if (shares.empty()) {
+    for (int node = 0; node < shape_.nodes(); ++node) {
+      shares.push_back({mixed_tokens_QE_[at(node, expert)], node});
+    }
+    std::make_heap(shares.begin(), shares.end(), less);
+  }
+  while (true) {
+    int64_t& tokens = mixed_tokens_QE_[at(shares.front().node, expert)];
+    if (shares.front().tokens == tokens) return tokens;
+    std::pop_heap(shares.begin(), shares.end(), less);
+    shares.back().tokens = tokens;
+    std::push_heap(shares.begin(), shares.end(), less);
+  }
 }
 
 int64_t OpenItems::take(int node, Item item, int64_t amount) {
@@ -115,12 +153,9 @@ int64_t OpenItems::take(int node, Item item, int64_t amount) {
     mixed_tokens_QE_[at(node, item.expert)] -= own;
     // Tokens of other nodes come from those with most of them.
     for (int64_t more = amount - own; more > 0;) {
-      int64_t* most = &mixed_tokens_QE_[item.expert];
-      for (size_t i = at(1, item.expert); i < mixed_tokens_QE_.size(); i += shape_.experts) {
-        if (mixed_tokens_QE_[i] > *most) most = &mixed_tokens_QE_[i];
-      }
-      const int64_t part = std::min(more, *most);
-      *most -= part;
+      int64_t& most = most_tokens(item.expert);
+      const int64_t part = std::min(more, most);
+      most -= part;
       more -= part;
     }
   }

@@ -25,7 +25,7 @@ class OpenItems {
 
   // What ranks of a node choose from: its home items and all mixed ones.
   void of_node(int node, std::vector<Item>& items) const { merge(home_items_Q_[node], items); }
-  void all(std::vector<Item>& items) const { merge(all_home_items_, items); }
+  void all(std::vector<Item>& items);
 
   // Tokens of the node in the mixed items of all experts, [E].
   const int64_t* mixed_tokens_E(int node) const { return mixed_tokens_QE_.data() + at(node, 0); }
@@ -38,6 +38,13 @@ class OpenItems {
   size_t at(int node, int expert) const {
     return static_cast<size_t>(node) * shape_.experts + expert;
   }
+  // Tokens in an expert's mixed item, or more than are left, of a node.
+  struct Share {
+    int64_t tokens;
+    int node;
+  };
+
+  int64_t& most_tokens(int expert);
   void split_ahead(const int64_t* node_counts_QE, int64_t num_splits);
   void merge(const std::vector<Item>& home_items, std::vector<Item>& items) const;
   void open(const Item& item);
@@ -45,8 +52,11 @@ class OpenItems {
 
   const Shape& shape_;
   std::vector<int64_t> mixed_tokens_QE_;
+  std::vector<std::vector<Share>> shares_E_;  // heaps, made when first asked for
   std::vector<std::vector<Item>> home_items_Q_;
-  std::vector<Item> all_home_items_, mixed_items_;
+  std::vector<Item> mixed_items_;
+  // Home items of all nodes are rarely asked for: as they were then, and what has changed since.
+  std::vector<Item> all_home_items_, opened_, closed_;
   int64_t size_ = 0, tokens_ = 0;
 };
 

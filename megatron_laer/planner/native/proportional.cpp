@@ -129,7 +129,9 @@ class Placement {
     for (int e = 0; e < experts; ++e) ratios.emplace_back(loads[e], std::max(replicas[e], 1));
     std::vector<int> order(experts);
     std::iota(order.begin(), order.end(), 0);
-    std::sort(order.begin(), order.end(), [&](int a, int b) {
+    const auto none = std::stable_partition(order.begin(), order.end(),
+                                            [&](int e) { return replicas[e] > 0; });
+    std::sort(order.begin(), none, [&](int a, int b) {
       if (ratios[b] < ratios[a]) return true;
       if (ratios[a] < ratios[b]) return false;
       return a < b;

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "counts.hpp"
 #include "replicas.hpp"
 #include "shape.hpp"
 
@@ -25,7 +26,7 @@ void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_cou
 // Tokens that each slot computes, [S]: the largest rank load is minimal, then tokens that leave
 // their node are minimal, then, keeping how many tokens of each expert every node takes, tokens
 // that leave their rank.
-void slot_loads(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
+void slot_loads(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
                 const Replicas& replicas, int64_t* loads_S);
 
 // Tokens that a source rank sends to each slot, [S].
@@ -36,7 +37,7 @@ void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_
 void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
                   const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* columns_NC);
 
-Totals totals(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
+Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
               const Replicas& replicas, const int64_t* loads_S);
 
 }  // namespace laer

@@ -42,30 +42,80 @@ FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Re
   return graph;
 }
 
-// Every node's share of an expert becomes a supplier of its own, and every pair a group.
-FlowGraph rank_graph(const Shape& shape, const int64_t* counts_NE, const Replicas& replicas,
-                     const FlowGraph& nodes, const std::vector<int64_t>& flow) {
-  FlowGraph graph;
-  graph.ranks = shape.ranks;
-  graph.pair_rank = nodes.pair_rank;
-  graph.group_begin = nodes.pair_begin;
-  graph.supply.assign(nodes.groups(), 0);
-  graph.own.resize(nodes.pairs());
-  graph.pair_begin.resize(nodes.pairs() + 1);
-  for (int pair = 0; pair < nodes.pairs(); ++pair) {
-    const int expert = replicas.slots_S[replicas.slot[pair]];
-    graph.supply[nodes.pair_group[pair]] += flow[pair];
-    graph.own[pair] =
-        counts_NE[static_cast<int64_t>(nodes.pair_rank[pair]) * shape.experts + expert];
-    graph.pair_begin[pair + 1] = pair + 1;
+// Keeps tokens on their rank, node by node, as no other node matters for it: each share of an expert
+// that the node takes becomes a supplier, and each of its pairs a group. A share with a single pair
+// has no choice, and only takes up room.
+class RankFlows {
+ public:
+  RankFlows(const Shape& shape, const Counts& counts, const Replicas& replicas,
+            const FlowGraph& nodes, int64_t cap, std::vector<int64_t>& flow)
+      : shape_(shape), nodes_(nodes), flow_(flow), shares_Q_(shape.nodes()),
+        room_N_(shape.ranks, cap), own_(nodes.pairs()) {
+    for (int pair = 0; pair < nodes.pairs(); ++pair) {
+      own_[pair] = counts(nodes.pair_rank[pair], replicas.slots_S[replicas.slot[pair]]);
+    }
+    for (int share = 0; share < nodes.groups(); ++share) {
+      const int first = nodes.pair_begin[share];
+      const int rank = nodes.pair_rank[first];
+      if (nodes.pair_begin[share + 1] > first + 1) {
+        shares_Q_[rank / shape.node_size].push_back(share);
+      } else {
+        room_N_[rank] -= flow[first];
+      }
+    }
   }
-  graph.index();
-  return graph;
-}
+
+  void run() {
+    for (int node = 0; node < shape_.nodes(); ++node) {
+      const FlowGraph graph = graph_of(node);
+      std::vector<int64_t> part;
+      for (int share : shares_Q_[node]) {
+        const auto first = flow_.begin();
+        part.insert(part.end(), first + nodes_.pair_begin[share],
+                    first + nodes_.pair_begin[share + 1]);
+      }
+      const auto room = room_N_.begin() + static_cast<std::ptrdiff_t>(node) * shape_.node_size;
+      minimise_foreign(graph, {room, room + shape_.node_size}, part);
+      auto at = part.begin();
+      for (int share : shares_Q_[node]) {
+        const int pairs = nodes_.pair_begin[share + 1] - nodes_.pair_begin[share];
+        std::copy(at, at + pairs, flow_.begin() + nodes_.pair_begin[share]);
+        at += pairs;
+      }
+    }
+  }
+
+ private:
+  FlowGraph graph_of(int node) const {
+    FlowGraph graph;
+    graph.ranks = shape_.node_size;
+    for (int share : shares_Q_[node]) {
+      graph.group_begin.push_back(graph.groups());
+      graph.supply.push_back(0);
+      for (int pair = nodes_.pair_begin[share]; pair < nodes_.pair_begin[share + 1]; ++pair) {
+        graph.pair_begin.push_back(graph.pairs());
+        graph.pair_rank.push_back(nodes_.pair_rank[pair] % shape_.node_size);
+        graph.own.push_back(own_[pair]);
+        graph.supply.back() += flow_[pair];
+      }
+    }
+    graph.group_begin.push_back(graph.groups());
+    graph.pair_begin.push_back(graph.pairs());
+    graph.index();
+    return graph;
+  }
+
+  const Shape& shape_;
+  const FlowGraph& nodes_;
+  std::vector<int64_t>& flow_;
+  std::vector<std::vector<int>> shares_Q_;  // with a choice of pairs
+  std::vector<int64_t> room_N_;             // for the tokens of these
+  std::vector<int64_t> own_;                // by pair
+};
 
 // A start that is local as far as ranks have room: own rank, own node, anywhere. Experts with few
 // replicas first, as they have the least choice.
-void fill_locally(const Shape& shape, const int64_t* counts_NE, const FlowGraph& graph, int64_t cap,
+void fill_locally(const Shape& shape, const Counts& counts, const FlowGraph& graph, int64_t cap,
                   std::vector<int64_t>& flow) {
   std::vector<int64_t> room_N(shape.ranks, cap);
   std::vector<int> order(graph.suppliers()), place(shape.ranks + 2, 0);
@@ -85,8 +135,7 @@ void fill_locally(const Shape& shape, const int64_t* counts_NE, const FlowGraph&
     for (int group = graph.group_begin[e]; group < graph.group_begin[e + 1]; ++group) {
       int64_t near = graph.own[group];
       for (int pair = graph.pair_begin[group]; pair < graph.pair_begin[group + 1]; ++pair) {
-        const int64_t rank = graph.pair_rank[pair];
-        const int64_t own = add(pair, std::min(near, counts_NE[rank * shape.experts + e]));
+        const int64_t own = add(pair, std::min(near, counts(graph.pair_rank[pair], e)));
         near -= own;
         left -= own;
       }
@@ -126,17 +175,15 @@ void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_cou
   }
 }
 
-void slot_loads(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
+void slot_loads(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
                 const Replicas& replicas, int64_t* loads_S) {
   const FlowGraph by_node = node_graph(shape, node_counts_QE, replicas);
   std::vector<int64_t> flow(by_node.pairs(), 0);
   int64_t cap = lower_bound(shape, by_node);
-  fill_locally(shape, counts_NE, by_node, cap, flow);
+  fill_locally(shape, counts, by_node, cap, flow);
   cap = minimise_largest_load(by_node, cap, flow);
-  if (shape.nodes() > 1) minimise_foreign(by_node, cap, flow);
-  if (shape.node_size > 1) {
-    minimise_foreign(rank_graph(shape, counts_NE, replicas, by_node, flow), cap, flow);
-  }
+  if (shape.nodes() > 1) minimise_foreign(by_node, std::vector<int64_t>(shape.ranks, cap), flow);
+  if (shape.node_size > 1) RankFlows(shape, counts, replicas, by_node, cap, flow).run();
   std::fill(loads_S, loads_S + shape.slots(), 0);
   for (size_t pair = 0; pair < flow.size(); ++pair) loads_S[replicas.slot[pair]] = flow[pair];
 }

@@ -4,7 +4,6 @@
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <algorithm>
-#include <numeric>
 
 #include "quotas.hpp"
 #include "replicas.hpp"
@@ -36,10 +35,10 @@ int turned(const Shape& shape, int expert, int position) {
 // the same way over all nodes.
 class ExpertSplit {
  public:
-  ExpertSplit(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
+  ExpertSplit(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
               const int64_t* loads_S, const Replicas& replicas, int expert)
       : shape_(shape),
-        counts_NE_(counts_NE),
+        counts_(counts),
         node_counts_QE_(node_counts_QE),
         loads_S_(loads_S),
         slot_(replicas.slot.data()),
@@ -52,9 +51,7 @@ class ExpertSplit {
   int slot(int replica) const { return slot_[replica]; }
   int rank(int replica) const { return slot_[replica] / shape_.capacity; }
   int64_t load(int replica) const { return loads_S_[slot_[replica]]; }
-  int64_t count(int rank) const {
-    return counts_NE_[static_cast<int64_t>(rank) * shape_.experts + expert_];
-  }
+  int64_t count(int rank) const { return counts_(rank, expert_); }
   int64_t own(int replica) const { return std::min(count(rank(replica)), load(replica)); }
   int64_t node_supply(int node) const {
     return node_counts_QE_[static_cast<int64_t>(node) * shape_.experts + expert_];
@@ -126,7 +123,7 @@ class ExpertSplit {
 
  private:
   const Shape& shape_;
-  const int64_t* counts_NE_;
+  const Counts& counts_;
   const int64_t* node_counts_QE_;
   const int64_t* loads_S_;
   const int* slot_;
@@ -142,10 +139,11 @@ Interval beyond(const Interval& interval, int64_t near, int64_t far_begin) {
 
 void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
               const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* row_S) {
+  const Counts counts(shape, counts_NE);
   std::fill(row_S, row_S + shape.slots(), 0);
   const int home = rank / shape.node_size;
   for (int e = 0; e < shape.experts; ++e) {
-    const ExpertSplit split(shape, counts_NE, node_counts_QE, loads_S, replicas, e);
+    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, e);
     if (split.count(rank) == 0) continue;
     int first = 0, last = 0;
     split.for_hosts([&](int node, int begin, int end) {
@@ -180,13 +178,14 @@ void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_
 
 void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
                   const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* columns_NC) {
+  const Counts counts(shape, counts_NE);
   std::fill(columns_NC, columns_NC + shape.slots(), 0);
   const int home = rank / shape.node_size;
   for (int c = 0; c < shape.capacity; ++c) {
     const int slot = rank * shape.capacity + c;
     if (loads_S[slot] == 0 || replicas.slots_S[slot] == kEmpty) continue;
     auto column = [&](int source) -> int64_t& { return columns_NC[source * shape.capacity + c]; };
-    const ExpertSplit split(shape, counts_NE, node_counts_QE, loads_S, replicas,
+    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas,
                             replicas.slots_S[slot]);
     Interval far{0, 0};
     int64_t demand_begin = 0;
@@ -221,7 +220,7 @@ void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* n
   }
 }
 
-Totals totals(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
+Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
               const Replicas& replicas, const int64_t* loads_S) {
   Totals sums;
   sums.near_S.assign(shape.slots(), 0);
@@ -231,7 +230,7 @@ Totals totals(const Shape& shape, const int64_t* counts_NE, const int64_t* node_
   sums.own_N.assign(shape.ranks, 0);
   // What is sent far is the rest: most pairs of a node and an expert have no replica.
   for (int e = 0; e < shape.experts; ++e) {
-    const ExpertSplit split(shape, counts_NE, node_counts_QE, loads_S, replicas, e);
+    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, e);
     split.for_hosts([&](int node, int first, int last) {
       const int64_t in_node = split.node(node, first, last).near;
       for (int replica = first; replica < last; ++replica) {
@@ -250,10 +249,8 @@ Totals totals(const Shape& shape, const int64_t* counts_NE, const int64_t* node_
     });
   }
   for (int rank = 0; rank < shape.ranks; ++rank) {
-    const int64_t* counts_E = counts_NE + static_cast<int64_t>(rank) * shape.experts;
     sums.sent_near_N[rank] += sums.own_N[rank];
-    sums.sent_far_N[rank] =
-        std::accumulate(counts_E, counts_E + shape.experts, int64_t{0}) - sums.sent_near_N[rank];
+    sums.sent_far_N[rank] = counts.sum(rank) - sums.sent_near_N[rank];
   }
   return sums;
 }

@@ -95,7 +95,8 @@ class PlannedLayouts:
         """Return the plan made from step - lag, or under `keep` the newest one up to it."""
         source_step = step - self._lag
         is_expected = len(self._observed.get(source_step, ())) == len(self._layers)
-        if not self._wait:
+        waits = self._wait
+        if not waits:
             plan = self._service.ready(source_step)
         elif not is_expected:
             plan = None
@@ -105,6 +106,12 @@ class PlannedLayouts:
                 self._stop_waiting()
         if is_expected and (plan is None or plan.source_step != source_step):
             self.late_plans += 1
+            if self.late_plans == 1 and not waits:
+                self._on_warning(
+                    f"the plan from step {source_step} was not ready at step {step}, which keeps "
+                    f"older layouts; --fsep-plan-lag {self._lag + 1} gives plans more time, and "
+                    "fsep_late_plans counts those that are late"
+                )
         self._observed = {at: seen for at, seen in self._observed.items() if at > source_step}
         if plan is None:
             return None
