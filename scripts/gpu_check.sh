@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What a card shows: tests, kernels, GEMM back ends, priorities and a whole layer beside stock's, in
-# under nine minutes, without a network. docs/gpu_status.md says what to do with the result.
+# under nine minutes, without a network. Each part has its own log and limit; at the end come the ten
+# figures that matter most. docs/gpu_status.md says what to do with the result.
 #
 #   scripts/gpu_check.sh --wheels DIR           one card; torch and Triton are the machine's
 #   scripts/gpu_check.sh --wheels DIR --ranks 8  also what needs several cards, in 18 minutes
@@ -10,8 +11,11 @@
 #               project. Fill it where there is a network, with the same version of Python:
 #                 python -m pip download --no-deps --dest DIR megatron-core setuptools pybind11 \
 #                     wheel packaging psutil pyyaml tqdm pytest iniconfig pluggy pygments \
-#                     hypothesis sortedcontainers einops
+#                     hypothesis sortedcontainers einops numpy
 #               Without it, PYTHON must have all of that.
+#
+# The machine also needs a C++ compiler and Python.h (g++ and python3-dev): the native core is built
+# from this checkout, which must be writable, and Triton compiles its launchers.
 #
 # Other options are those of `python -m benchmarks.gpu --help`. PYTHON chooses the interpreter that
 # has torch; default: .venv's of this repository, else python3.
@@ -33,7 +37,7 @@ while (($#)); do
             wheels=$2
             shift
             ;;
-        -h | --help) sed -n '2,20s/^# \{0,1\}//p' scripts/gpu_check.sh && exit ;;
+        -h | --help) sed -n '2,25s/^# \{0,1\}//p' scripts/gpu_check.sh && exit ;;
         *) options+=("$1") ;;
     esac
     shift
@@ -62,6 +66,8 @@ if [[ -n $wheels ]]; then
     "$python" setup.py -q build_ext --inplace >>"$log" 2>&1 ||
         stop "the native core could not be built; the output is in $log:" "$(tail -3 "$log")"
 fi
+"$python" -c 'import numpy' 2>/dev/null ||
+    stop "$python has no numpy, which torch does not bring; give --wheels DIR (--help)"
 "$python" -c 'import importlib.util, megatron_laer.planner.native_core, sys
 sys.exit(importlib.util.find_spec("megatron.core") is None)' 2>/dev/null ||
     stop "$python has no megatron-core, or the native core is not built; give --wheels DIR (--help)"

@@ -1,4 +1,4 @@
-"""One FSEP layer on one rank, alone in its process group, for runs on one GPU or none.
+"""One FSEP layer, on one rank alone or on all ranks of a pool, for runs on one GPU or none.
 
 Command lines refuse a single rank, since no other rank shares the experts. A layer built by itself
 runs all its code.
@@ -7,6 +7,7 @@ runs all its code.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -57,11 +58,13 @@ def one_layer(backend: str, model: str, token_exchange: str = "rank", **more: An
 
     import megatron_laer
 
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    alone: dict[str, Any] = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **(alone if size == 1 else {}))
     settings: dict[str, Any] = {"capacity": CAPACITY, "token_exchange": token_exchange, **more}
     megatron_laer.enable(megatron_laer.FSEPConfig(node_size=1, **settings), seed=1)
     try:
-        parallel_state.initialize_model_parallel()
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=size)
         model_parallel_cuda_manual_seed(1)
         config = TransformerConfig(
             num_layers=1,
@@ -74,6 +77,8 @@ def one_layer(backend: str, model: str, token_exchange: str = "rank", **more: An
             moe_aux_loss_coeff=1e-2,
             moe_token_dispatcher_type="alltoall",
             add_bias_linear=False,
+            expert_model_parallel_size=size,
+            expert_tensor_parallel_size=1,
             params_dtype=torch.float32,
             **MODELS[model],
         )
@@ -104,9 +109,9 @@ def naming_token_sizes(done: list[str]) -> Iterator[None]:
 def host_work(
     layer: Any, watched: Callable[[], AbstractContextManager[list[str]]], steps: int = 3
 ) -> list[HostWork]:
-    """Train the layer; return the host's operations in each step but the first, which makes
-    buffers.
+    """Train the layer; return the host's operations in each step but the first.
 
+    The first step is not watched: it makes buffers, and Megatron's scale of auxiliary losses.
     `watched` is a context in which waits and uploads are appended to its list.
     """
     import megatron_laer
@@ -118,7 +123,7 @@ def host_work(
         grad = torch.ones_like(hidden)
         with megatron_laer.training_step(step, 1):
             layer.zero_grad_buffer()
-            with watched() as done:
+            with watched() if step else contextlib.nullcontext([]) as done:
                 output, _ = layer(hidden)
                 forward = [*done]
                 output.backward(grad)

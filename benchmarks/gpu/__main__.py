@@ -1,7 +1,8 @@
 """All parts of the GPU check, which `scripts/gpu_check.sh` starts.
 
-A part is a process of its own, so that it has the card's memory for itself. Its failure is reported
-after the others have run. Parts are named for which time does not suffice.
+A part is a process group of its own, with its own log and limit, so that it has the card's memory
+for itself and leaves nothing behind. Its failure is reported after the others have run; results
+that it has written by then count. At the end come the figures that matter most.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
 import torch
 
 from benchmarks.command_line import program, write_json
-from benchmarks.gpu.report import Part, about, page_rows, show
+from benchmarks.gpu.headline import headline
+from benchmarks.gpu.report import DRY, Part, about, page_rows, show
 from megatron_laer.files.checks import refuse_unusable_folder
 from megatron_laer.files.writing import write_file
 from megatron_laer.support.torch_version import problem_on_cuda
@@ -43,7 +46,7 @@ class Task:
     """One process of the check.
 
     A part `name` may have several tasks. `share` is the weight of the task's time; with one of
-    `ranks` it runs without torchrun.
+    `ranks` it runs without torchrun. `limit_s` is added to its time before it is ended.
     """
 
     name: str
@@ -51,6 +54,8 @@ class Task:
     share: float
     ranks: int = 1
     environment: tuple[tuple[str, str], ...] = ()
+    arguments: tuple[str, ...] = ()
+    limit_s: float = 120.0
 
     @property
     def title(self) -> str:
@@ -60,13 +65,21 @@ class Task:
 
 
 _ON_ONE_CARD = (
-    Task("tests", "", 2),
+    Task(
+        *("tests", "benchmarks.gpu.card_tests", 2),
+        arguments=("tests/gpu/test_kernels.py", "tests/gpu/test_host_waits.py"),
+    ),
     Task("kernels", "benchmarks.gpu.kernels", 1),
     Task("gemms", "benchmarks.gpu.gemms", 3),
     Task("priorities", "benchmarks.gpu.priorities", 0.5),
     Task("layer", "benchmarks.gpu.layer", 4),
 )
-_ON_RANKS = ("parity", "communicators", "connections", "workloads")
+# Each of its tests starts ranks of its own; the shares of time count on an H100.
+_MODES = Task(
+    *("modes", "benchmarks.gpu.card_tests", 4),
+    arguments=("tests/gpu/test_training.py", "tests/gpu/test_flex.py"),
+)
+_ON_RANKS = ("beside", "parity", "communicators", "connections", "workloads", "modes")
 PARTS = (*(task.name for task in _ON_ONE_CARD), *_ON_RANKS)
 
 
@@ -74,6 +87,8 @@ def tasks(parts: Sequence[str], ranks: int, nodes: int, *, dry: bool) -> list[Ta
     found = [task for task in _ON_ONE_CARD if task.name in parts]
     if ranks == 1:
         return found
+    if "beside" in parts:
+        found.append(Task("beside", "benchmarks.gpu.beside", 0.5, ranks))
     found += [
         Task("parity", "tests.parity.launched", 2, size)
         for size in _PARITY_RANKS
@@ -91,6 +106,8 @@ def tasks(parts: Sequence[str], ranks: int, nodes: int, *, dry: bool) -> list[Ta
         ]
     if "workloads" in parts:
         found.append(Task("workloads", "benchmarks.gpu.workloads", 6, ranks))
+    if "modes" in parts:
+        found.append(_MODES)
     return found
 
 
@@ -135,73 +152,67 @@ def main(arguments: Sequence[str] | None = None) -> int:
             task = left.pop(0)
             print(f"== {task.title}", flush=True)
             found = run(task, options, data, max(seconds, 1.0))
-            if found is None or found.problems:
+            if found.problems:
                 failed.append(task.title)
-            if found is not None:
-                show(found, options.dry_run)
-                result["parts"][task.title] = asdict(found)
+            show(found, options.dry_run)
+            result["parts"][task.title] = asdict(found)
             _write(options.output, result)
+    print(f"== what matters most ({DRY})" if options.dry_run else "== what matters most")
+    for name, value in headline(result["parts"]):
+        print(f"{name}: {value}")
     print(f"written: {options.output / 'result.json'} and {options.output / 'rows.md'}")
     if failed:
         print(f"FAILED: {', '.join(failed)}")
     return int(bool(failed))
 
 
-def run(task: Task, options: argparse.Namespace, data: str, seconds: float) -> Part | None:
-    """Run one task; return None if it failed."""
-    if not task.module:
-        return run_tests(options.dry_run, seconds)
+def run(task: Task, options: argparse.Namespace, data: str, seconds: float) -> Part:
+    """Run one task; problems are its own, and that of its process."""
     name = task.title.replace(" ", "-")
     json_file, log = options.output / f"{name}.json", options.output / f"{name}.log"
     json_file.unlink(missing_ok=True)
-    words = [*launch(task, options), "--seconds", f"{seconds:.0f}", "--json", str(json_file)]
+    words = [*launch(task, options), *task.arguments]
+    words += ["--seconds", f"{seconds:.0f}", "--json", str(json_file.resolve())]
     words += ["--data", data] * (task.ranks > 1) + ["--dry-run"] * options.dry_run
     environment = {**os.environ, **dict(task.environment), "PYTHONPATH": _python_path()}
     # Runs end by their own budget; this limit is for those that hang.
-    limit_s = seconds + 120
+    limit_s = seconds + task.limit_s
     with log.open("w") as output:
         status = _status_of(words, environment, output, limit_s)
-    if status == 0 and json_file.exists():
-        return Part(**json.loads(json_file.read_text()))
-    print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
-    print(f"{task.title} failed, or took over {limit_s:.0f} s; all of its output is in {log}")
-    return None
+    part, problem = Part(), None
+    if json_file.exists():
+        part = Part(**json.loads(json_file.read_text()))
+    if status is None:
+        problem = f"{task.title} was ended after {limit_s:.0f} s"
+    elif status:
+        problem = f"{task.title} failed with status {status}"
+    elif not json_file.exists():
+        problem = f"{task.title} wrote no result"
+    if problem is not None:
+        print("\n".join(log.read_text(errors="replace").splitlines()[-40:]))
+        part.problems.append(f"{problem}; its output is in {log}")
+    return part
 
 
 def _status_of(
     words: Sequence[str], environment: dict[str, str], output: IO[str], limit_s: float
 ) -> int | None:
-    """Return a program's status, or None if it took too long; end its whole process group."""
+    """Return a program's status, or None if it took too long; leave none of its processes."""
     process = subprocess.Popen(
         words, env=environment, cwd=_ROOT, stdout=output, stderr=output, start_new_session=True
     )
     try:
         return process.wait(limit_s)
     except subprocess.TimeoutExpired:
+        # torchrun's ranks lead sessions of their own.
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
         return None
     finally:
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):  # also if only others of its group are left
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def run_tests(dry: bool, seconds: float) -> Part | None:
-    """Run the tests that need a card, or without one collect them."""
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
-    words += ["--collect-only"] * dry + ["tests/gpu"]
-    environment = {**os.environ, "PYTHONPATH": _python_path()}
-    try:
-        done = subprocess.run(
-            words, env=environment, cwd=_ROOT, text=True, capture_output=True, timeout=seconds + 120
-        )
-    except subprocess.TimeoutExpired:
-        return Part(left_out=["tests: not done when the time was spent"])
-    lines = [line for line in done.stdout.splitlines() if line.strip()]
-    said = lines[-1].strip("= ") if lines else done.stderr[-2000:]
-    problems = [f"tests: {said}"] if done.returncode else []
-    if problems:
-        print(done.stdout[-8000:])
-    return Part({"Tests of kind gpu": [{"said": said}]}, problems=problems)
+        process.wait()
 
 
 def refusal(options: argparse.Namespace, parts: Sequence[str]) -> str | None:

@@ -126,7 +126,7 @@ class Buffer:
         """Count this rank's tokens for each rank and expert; -1 in `topk_idx` is no expert."""
         assert topk_idx.dtype == torch.int64
         ranks = self.group.size()
-        chosen_TE1 = torch.zeros(len(topk_idx), num_experts + 1, dtype=torch.bool)
+        chosen_TE1 = topk_idx.new_zeros((len(topk_idx), num_experts + 1), dtype=torch.bool)
         chosen_TE1.scatter_(1, topk_idx % (num_experts + 1), True)
         chosen_TE = chosen_TE1[:, :-1]
         goes_TN = chosen_TE.reshape(len(topk_idx), ranks, num_experts // ranks).any(dim=2)
@@ -243,20 +243,23 @@ class HybridEPBuffer:
         route, source_P, expert_P, _, _ = handle
         received, rows = sum(route.received_N), len(source_P)
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        sums_RH = torch.zeros(received, hidden.shape[1], dtype=wide)
+        sums_RH = hidden.new_zeros((received, hidden.shape[1]), dtype=wide)
         sums_RH.index_add_(0, source_P, hidden[:rows].to(wide))
         probs_TE = None
         if probs is not None:
-            probs_RC = torch.zeros(received, self.num_local_experts)
+            local_experts = self.num_local_experts
+            probs_RC = probs.new_zeros((received, local_experts), dtype=torch.float32)
             probs_RC[source_P, expert_P] = probs[:rows].float()
-            blocks_TNC = torch.zeros(route.num_tokens, self.group.size(), self.num_local_experts)
+            shape = route.num_tokens, self.group.size(), local_experts
+            blocks_TNC = probs_RC.new_zeros(shape)
             blocks_TNC[route.token_Q, self._ranks_of(route)] = route.back(probs_RC)
             probs_TE = blocks_TNC.flatten(1)
         return route.sum_back(sums_RH.to(hidden.dtype)), probs_TE
 
     def _handle(self, routing_map_TE: torch.Tensor, most: int | None) -> tuple[Any, ...]:
-        numbers_N = torch.empty(self.group.size(), dtype=torch.int64)
-        number = torch.tensor([len(routing_map_TE)])
+        device = routing_map_TE.device
+        numbers_N = torch.empty(self.group.size(), dtype=torch.int64, device=device)
+        number = torch.tensor([len(routing_map_TE)], device=device)
         dist.all_gather_into_tensor(numbers_N, number, group=self.group)
         if len(numbers_N.unique()) > 1:
             raise ValueError(f"HybridEP needs as many tokens on each rank, not {numbers_N}")
@@ -264,14 +267,15 @@ class HybridEPBuffer:
         route = _Route.of(self.group, map_TNC.any(dim=2))
         map_RC = route.there(map_TNC[route.token_Q, self._ranks_of(route)].byte()).bool()
         expert_P, source_P = map_RC.t().nonzero().unbind(dim=1)
-        overflow = torch.tensor([most is not None and len(source_P) > most], dtype=torch.int32)
+        overflows = most is not None and len(source_P) > most
+        overflow = torch.tensor([overflows], dtype=torch.int32, device=device)
         return route, source_P[:most], expert_P[:most], map_RC.sum(dim=0), overflow
 
     def _blocks(self, values_TE: torch.Tensor) -> torch.Tensor:
         return values_TE.reshape(len(values_TE), self.group.size(), self.num_local_experts)
 
     def _ranks_of(self, route: _Route) -> torch.Tensor:
-        return torch.repeat_interleave(torch.tensor(route.sent_N))
+        return torch.repeat_interleave(torch.tensor(route.sent_N, device=route.token_Q.device))
 
 
 def _rows(rows: torch.Tensor, size: int) -> torch.Tensor:

@@ -8,8 +8,14 @@ from __future__ import annotations
 import gc
 import os
 
-# Environment of every rank; the first two are read when torch is imported.
-ENVIRONMENT = {"TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1", "MEGATRON_LAER_DEVICE": "cpu"}
+# Environment of every rank; all but the last one are read when torch is imported. Without a card
+# Triton's kernels can only be interpreted.
+ENVIRONMENT = {
+    "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TRITON_INTERPRET": "1",
+    "MEGATRON_LAER_DEVICE": "cpu",
+}
 
 
 def _import() -> dict[str, str]:

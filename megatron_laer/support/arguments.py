@@ -12,7 +12,7 @@ from megatron_laer.config import FSEPConfig, OverlapScheduler, Sharding
 from megatron_laer.environment import CONNECTIONS
 from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.support import RefusedError
+from megatron_laer.support import RefusedError, triton_needs
 from megatron_laer.support.model import (
     problems_with_mode,
     problems_with_token_exchange,
@@ -92,7 +92,7 @@ def geometry(args: Namespace, config: FSEPConfig) -> Geometry:
 
 
 def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool) -> list[str]:
-    """Return the settings with which FSEP runs, but slowly."""
+    """Return the settings with which FSEP runs slowly, or may stop at its first step."""
     found = []
     if on_cuda and config.scheduler == OverlapScheduler.ON and environment.get(CONNECTIONS) == "1":
         found.append(
@@ -101,6 +101,10 @@ def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: boo
             "or set it to 32, unless --tensor-model-parallel-size or --context-parallel-size above "
             "1 needs it (before Blackwell)"
         )
+    if on_cuda and not triton_needs.is_installed():
+        found.append(triton_needs.NO_TRITON)
+    elif on_cuda and (problem := triton_needs.problem(environment)) is not None:
+        found.append(f"{problem}; without one, the first step fails unless the kernels are cached")
     return found
 
 

@@ -13,12 +13,18 @@ from __future__ import annotations
 
 import weakref
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from tests.launch_order import Launch
+
 Clock = dict[int, int]  # by stream: the number of the last operation that was waited for
+
+HOST = 0
+"""Number of the host's own operations, in the place of a stream."""
 
 
 class Span(NamedTuple):
@@ -54,23 +60,34 @@ class Memory:
 
 @dataclass
 class Watched:
-    """Findings of a run on one rank."""
+    """Findings of a run on one rank.
+
+    Attributes:
+        found: findings of the labelled device, with their numbers.
+        launches: number of launches of each of Triton's kernels.
+        losses: of each step, if the run trains a model.
+        orders: launches on communicators, in their order.
+    """
 
     races: list[str]
     operations: int
     frees: int
+    found: dict[Any, int] = field(default_factory=dict)
+    launches: dict[str, int] = field(default_factory=dict)
+    losses: list[float] = field(default_factory=list)
+    orders: list[Launch] = field(default_factory=list)
 
 
 class Checker:
-    """Collector of races, each once."""
+    """Collector of races, each once; `place` names the code that runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, place: Callable[[], str]) -> None:
+        self._place = place
         self.names: dict[int, str] = {}
         self.operations = 0
         self.frees = 0
         self._races: dict[str, None] = {}
         self._clocks: defaultdict[int, Clock] = defaultdict(dict)
-        self._host: Clock = {}
         self._memory: dict[int, Memory] = {}
         self._free: defaultdict[int, list[Memory]] = defaultdict(list)
 
@@ -79,16 +96,16 @@ class Checker:
         return list(self._races)
 
     def enqueue(self, stream: int) -> int:
-        """Number the next operation of a stream; the host enqueues it after all its waits."""
+        """Number the next operation of a stream, behind the host's own operations and waits."""
         self.operations += 1
         clock = self._clocks[stream]
-        _merge(clock, self._host)
+        _merge(clock, self._clocks[HOST])
         clock[stream] = clock.get(stream, 0) + 1
         return clock[stream]
 
     def now(self, stream: int) -> Clock:
         """Return the clock of an event that is recorded now on this stream."""
-        _merge(self._clocks[stream], self._host)
+        _merge(self._clocks[stream], self._clocks[HOST])
         return dict(self._clocks[stream])
 
     def wait(self, stream: int, event: Clock) -> None:
@@ -96,13 +113,13 @@ class Checker:
 
     def host_waits(self, event: Clock) -> None:
         """Let the host wait for an event, and so all work that it enqueues from now on."""
-        _merge(self._host, event)
+        _merge(self._clocks[HOST], event)
 
     def access(
         self, stream: int, number: int, tensor: torch.Tensor, *, writes: bool, name: str
     ) -> None:
         """Note that operation `number` of a stream reads or writes a tensor."""
-        if tensor.numel() == 0 or tensor.device.type != "cpu":
+        if tensor.numel() == 0 or tensor.device.type == "meta":
             return
         memory = self._known(tensor, None)
         new = Span(stream, *_bytes_of(tensor), writes)
@@ -124,6 +141,9 @@ class Checker:
         storage = tensor.untyped_storage()
         if tensor.numel() == 0 or storage.data_ptr() in self._memory:
             return False
+        if stream == HOST:  # whose allocator waits for copies
+            self._known(tensor, None)
+            return True
         self._known(tensor, stream)
         self._reuse(stream)
         return True
@@ -162,10 +182,10 @@ class Checker:
                     )
 
     def _name(self, stream: int) -> str:
-        return self.names.get(stream, f"stream {stream}")
+        return "the host" if stream == HOST else self.names.get(stream, f"stream {stream}")
 
     def _found(self, race: str) -> None:
-        self._races[race] = None
+        self._races[f"{race}, in {self._place()}"] = None
 
 
 def _freed(checker: weakref.ref[Checker], pointer: int) -> None:

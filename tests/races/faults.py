@@ -16,6 +16,7 @@ import torch
 from torch.distributed import distributed_c10d
 
 from megatron_laer.plugin import steps
+from megatron_laer.runtime.comm import copies
 from megatron_laer.runtime.comm import exchange as exchange_file
 from megatron_laer.runtime.comm.buffers import BufferPool
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
@@ -26,7 +27,7 @@ from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
 from megatron_laer.runtime.weights.step_experts import StepGrads
-from tests.races import cuda
+from tests.fake_cuda import streams
 from tests.races.observing import AsyncWork
 
 
@@ -57,6 +58,7 @@ _reduce = HierarchicalExchange.reduce
 _change = RestoredWeights.change
 _start_download = Download.start
 _start_sizes = TokenSizesExchange.start
+_upload = copies.upload
 
 
 def _replaced(owner: Any, name: str, replacement: Any) -> Callable[[], AbstractContextManager[Any]]:
@@ -73,7 +75,7 @@ def _result_at_once(pending: Any) -> torch.Tensor:
 
 def _unordered_result(stream: Any, work: Any, label: str) -> Any:
     """Record the event before the work instead of after it."""
-    stream._stream.wait_stream(cuda.current_stream())
+    stream._stream.wait_stream(streams.current_stream())
     done = stream._stream.record_event()
     with torch.no_grad(), torch.cuda.stream(stream._stream):
         return _StreamResult(work(), done, stream.times, label)
@@ -84,9 +86,9 @@ def _on_new_stream(stream: Any, work: Any, label: str) -> Any:
     return _submit(stream, work, label)
 
 
-def _copied_on_new_stream(tensor: torch.Tensor, *, waits: bool) -> torch.Tensor:
-    with cuda.Stream():
-        return tensor.clone()
+def _uploaded_on_new_stream(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    with streams.Stream():
+        return _upload(tensor, device)
 
 
 @contextlib.contextmanager
@@ -133,8 +135,8 @@ def _finish_at_once(grads: Any) -> Any:
 def _add_beside(exchange: Any, *args: Any, add_to: Any, **kwargs: Any) -> torch.Tensor:
     """Add to main gradients on a stream of its own, once there are sums, without a wait for it."""
     summed = _reduce(exchange, *args, **kwargs)
-    beside = cuda.Stream()
-    cuda.behind(beside, cuda.current_stream())
+    beside = streams.Stream()
+    streams.behind(beside, streams.current_stream())
     summed.record_stream(beside)  # type: ignore[arg-type]
     with torch.cuda.stream(beside):  # type: ignore[arg-type]
         add_to.add_(summed)
@@ -145,7 +147,7 @@ def _add_beside(exchange: Any, *args: Any, add_to: Any, **kwargs: Any) -> torch.
 def _reduce_at_once(stream: Any, work: Any, label: str) -> Any:
     """Let only the stream of gradients not wait for the compute."""
     is_reduce = label.kind == "reduce"
-    waits = mock.patch.object(cuda.Stream, "wait_stream", _nothing)
+    waits = mock.patch.object(streams.Stream, "wait_stream", _nothing)
     with waits if is_reduce else contextlib.nullcontext():
         return _submit(stream, work, label)
 
@@ -176,7 +178,7 @@ def _sizes_without_waiting(exchange: Any, sizes_Z: torch.Tensor) -> Any:
 
 def _copy_beside_the_exchange(download: Any, tensor: torch.Tensor) -> Any:
     """Copy to the host without waiting for the source."""
-    with mock.patch.object(cuda.Stream, "wait_stream", _nothing):
+    with mock.patch.object(streams.Stream, "wait_stream", _nothing):
         return _start_download(download, tensor)
 
 
@@ -204,7 +206,9 @@ def _activations_at_once() -> Iterator[None]:
 
 
 LAYER_FAULTS = {
-    "submit does not wait for the compute": Fault(_replaced(cuda.Stream, "wait_stream", _nothing)),
+    "submit does not wait for the compute": Fault(
+        _replaced(streams.Stream, "wait_stream", _nothing)
+    ),
     "wait waits for nothing": Fault(_replaced(_StreamResult, "wait", _result_at_once)),
     "an event is recorded before the work and not after it": Fault(
         _replaced(CudaStream, "submit", _unordered_result)
@@ -230,7 +234,7 @@ LAYER_FAULTS = {
         _replaced(exchange_file, "read_here", _nothing), Scene.FRESH, "is free while"
     ),
     "nobody waits for an upload on a stream of its own": Fault(
-        _replaced(cuda, "copy_to_card", _copied_on_new_stream), found="what clone on stream"
+        _replaced(copies, "upload", _uploaded_on_new_stream), found="what _to_copy on stream"
     ),
     "nobody waits for the copy of counts": Fault(
         _replaced(Download, "_read", _read_without_waiting),

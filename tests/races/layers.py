@@ -26,11 +26,12 @@ from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.step_experts import StepExperts
+from tests.fake_cuda import labels
 from tests.races.clocks import Watched
 from tests.races.faults import LAYER_FAULTS, Scene
 from tests.races.observing import observed
 
-CPU = torch.device("cpu")
+CARD = labels.card()
 LAYERS, STEPS, MICROBATCHES = 3, 3, 2
 EXPERTS, CAPACITY, HIDDEN, FFN = 3, 3, 8, 12
 TOKENS_C = [4, 0, 2]
@@ -58,11 +59,11 @@ class Model:
         self.scene, self.groups = scene, groups
         self.streams = ExchangeStreams(
             exchange,
-            parameters=make_comm_stream("parameters", CPU, overlaps=True),
-            gradients=make_comm_stream("gradients", CPU, overlaps=True),
+            parameters=make_comm_stream("parameters", CARD, overlaps=True),
+            gradients=make_comm_stream("gradients", CARD, overlaps=True),
         )
         self.layers = [self._new_slices() for _ in range(LAYERS)]
-        self.counts = CountsExchange(groups, CPU)
+        self.counts = CountsExchange(groups, CARD)
         self.layouts = 0
         self.held: list[StepExperts] = []
         self.gemm = slot_gemm("loop")
@@ -70,7 +71,7 @@ class Model:
     def _new_slices(self) -> Slices:
         ranks = self.groups.size
         parameters = tuple(
-            torch.nn.Parameter(torch.randn(EXPERTS, rows // ranks, columns))
+            torch.nn.Parameter(torch.randn(EXPERTS, rows // ranks, columns, device=CARD))
             for rows, columns in ((FFN, HIDDEN), (HIDDEN, FFN))
         )
         if self.scene is not Scene.AUTOGRAD:
@@ -82,7 +83,7 @@ class Model:
         """Return another layout, the same on every rank."""
         self.layouts += 1
         layout = ExpertLayout.random(self.groups.size, CAPACITY, EXPERTS, seed=(7, self.layouts))
-        return layout_index.layout_index(layout, CPU)
+        return layout_index.layout_index(layout, CARD)
 
     def experts(self) -> list[RestoredExperts]:
         if self.scene is Scene.STEP:
@@ -124,14 +125,14 @@ class Model:
     def microbatch(self) -> None:
         """Run forward and backward in the scheduler's order for a chunk."""
         experts = self.experts()
-        hidden = torch.randn(sum(TOKENS_C), HIDDEN, requires_grad=True)
+        hidden = torch.randn(sum(TOKENS_C), HIDDEN, device=CARD, requires_grad=True)
         first, last = experts[0], experts[-1]
         first.weights.start_restore()
         first.wait_for_grads_here()
         for number, restored in enumerate(experts):
             if number:
                 restored.prefetch_in_backward(experts[number - 1])
-            ones = torch.ones(EXPERTS + 2, dtype=torch.int64)
+            ones = torch.ones(EXPERTS + 2, dtype=torch.int64, device=CARD)
             read_counts = self.counts.start(ones[2:], ones[:2], 0, "layer")
             hidden = torch.tanh(hidden)  # like shared experts during the exchange of counts
             assert (read_counts() == 1).all()
@@ -176,9 +177,9 @@ def watch(scene: Scene, fault: str | None) -> Watched:
     """Train in this scene, with a fault or none; return the checker's findings on this rank."""
     torch.manual_seed(0)
     broken = contextlib.nullcontext() if fault is None else LAYER_FAULTS[fault].replaced()
-    with gloo_groups() as groups, observed() as checker, broken:
+    with gloo_groups() as groups, observed() as device, broken:
         model = Model(scene, groups)
         for _ in range(STEPS):
             model.step()
         del model
-    return Watched(checker.races, checker.operations, checker.frees)
+    return device.watched()

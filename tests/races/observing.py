@@ -1,4 +1,4 @@
-"""Observer that reports every operation that torch dispatches: reads, writes, allocations.
+"""Observer that reports every operation on the labelled device: reads, writes, allocations.
 
 Schemas tell the effects of aten operations, and a table here those of collectives, whose c10d
 schemas name nothing as written. As on NCCL, a collective runs on the current stream, or
@@ -18,11 +18,14 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from tests.races.clocks import Checker
-from tests.races.cuda import Event, Simulation, Stream, behind, current_stream, streams_on_cpu
+from tests.fake_cuda import findings, labels
+from tests.fake_cuda.device import Device, labelled_device
+from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
+from tests.fake_cuda.streams import Event, Simulation, Stream, behind, current_stream
+from tests.races.clocks import HOST, Checker, Watched
 
 
 class Effect(NamedTuple):
@@ -71,38 +74,33 @@ _SHAPES = ("aten::empty", "aten::new_", "aten::zeros", "aten::ones", "aten::full
 _UNINITIALISED = ("aten::empty", "aten::new_empty")
 
 
-class Observer(TorchDispatchMode):
-    """Observer of every operation in the thread that entered it."""
+class Observer:
+    """Reporter of every operation on the labelled device to the checker."""
 
     def __init__(self, checker: Checker, works: Works) -> None:
-        super().__init__()
         self._checker = checker
         self._works = works
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        schema = func._schema
+    def saw(self, schema: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
         names = [argument.name for argument in schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
         if schema.name.startswith("c10d::"):
             self._works.enqueued(schema.name.removeprefix("c10d::"), given)
-            return result
-        if not _is_view(schema):
+        elif not _is_view(schema):
             self._note(schema, given, result)
-        return result
 
     def _note(self, schema: Any, given: dict[str, Any], result: Any) -> None:
-        checker, stream = self._checker, current_stream().number
+        made = _tensors(result)
+        touched = [*made, *(tensor for value in given.values() for tensor in _tensors(value))]
+        on_host = not any(map(labels.may_be_on_card, touched))
+        checker, stream = self._checker, HOST if on_host else current_stream().number
         name = schema.name.removeprefix("aten::")
         number = checker.enqueue(stream)
         for argument in () if schema.name.startswith(_SHAPES) else schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
             for tensor in _tensors(given.get(argument.name)):
                 checker.access(stream, number, tensor, writes=written, name=name)
-        for tensor in _tensors(result):
+        for tensor in made:
             is_new = checker.allocated(stream, tensor)
             if is_new and not schema.name.startswith(_UNINITIALISED):
                 checker.access(stream, number, tensor, writes=True, name=name)
@@ -217,19 +215,44 @@ _COLLECTIVE_METHODS = [
 ]
 
 
+class Observed(NamedTuple):
+    """Records of a block on the labelled device."""
+
+    checker: Checker
+    device: Device
+
+    @property
+    def races(self) -> list[str]:
+        return self.checker.races
+
+    @property
+    def frees(self) -> int:
+        return self.checker.frees
+
+    @property
+    def launches(self) -> Launches:
+        return self.device.launches
+
+    def watched(self) -> Watched:
+        checker, device = self
+        found, launches = dict(device.findings.found), dict(device.launches.number)
+        return Watched(checker.races, checker.operations, checker.frees, found, launches)
+
+
 @contextlib.contextmanager
-def observed() -> Iterator[Checker]:
-    """Run the block on replaced streams; yield the checker of this thread's operations."""
+def observed(kernels: Kernels = replaced_by_torch) -> Iterator[Observed]:
+    """Run the block on the labelled device; yield records of this thread's operations."""
+    checker = Checker(findings.place)
+    works = Works(checker)
     with contextlib.ExitStack() as stack:
-        checker = stack.enter_context(streams_on_cpu())
-        works = Works(checker)
         for name in _COLLECTIVE_METHODS:
             wrapped = works.method(getattr(dist.ProcessGroup, name))
             stack.enter_context(mock.patch.object(dist.ProcessGroup, name, wrapped))
         engine = _Engine(torch.autograd.Variable._execution_engine)
         stack.enter_context(mock.patch.object(torch.autograd.Variable, "_execution_engine", engine))
-        stack.enter_context(Observer(checker, works))
-        yield checker
+        watcher = Observer(checker, works)
+        device = stack.enter_context(labelled_device(checker, watcher, kernels=kernels))
+        yield Observed(checker, device)
 
 
 class _Engine:

@@ -11,27 +11,28 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.runtime.comm.buffers import BufferPool
 from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.streams import make_comm_stream
-from tests.races.cuda import Event, Stream, current_stream
+from tests.fake_cuda.streams import Event, Stream, current_stream
 from tests.races.observing import COLLECTIVES, observed
 
 
 def test_a_read_that_did_not_wait_for_the_write_is_a_race() -> None:
     with observed() as checker:
         other = Stream()
-        tensor = torch.zeros(4)
+        tensor = torch.zeros(4, device="cuda")
         with torch.cuda.stream(other):  # type: ignore[arg-type]
             copied = tensor + 1
     (race,) = checker.races
     assert race == (
         f"add on stream {other.number} reads what zeros on the compute stream writes: nothing "
-        "orders them"
+        "orders them, in tests/races/test_checker.py:"
+        "test_a_read_that_did_not_wait_for_the_write_is_a_race"
     )
     assert copied.tolist() == [1.0] * 4
 
 
 def test_waiting_for_a_stream_orders_what_it_held_then_and_nothing_later() -> None:
     with observed() as checker:
-        other, tensor = Stream(), torch.zeros(4)
+        other, tensor = Stream(), torch.zeros(4, device="cuda")
         other.wait_stream(current_stream())
         with torch.cuda.stream(other):  # type: ignore[arg-type]
             tensor.add_(1)
@@ -42,7 +43,7 @@ def test_waiting_for_a_stream_orders_what_it_held_then_and_nothing_later() -> No
 
 def test_an_event_orders_what_was_before_its_record() -> None:
     with observed() as checker:
-        other, event, tensor = Stream(), Event(), torch.zeros(4)
+        other, event, tensor = Stream(), Event(), torch.zeros(4, device="cuda")
         event.record()
         tensor.mul_(2)
         other.wait_event(event)
@@ -55,7 +56,7 @@ def test_an_event_orders_what_was_before_its_record() -> None:
 
 def test_streams_may_read_together_and_write_other_bytes() -> None:
     with observed() as checker:
-        other, tensor = Stream(), torch.zeros(4, 4)
+        other, tensor = Stream(), torch.zeros(4, 4, device="cuda")
         other.wait_stream(current_stream())
         with torch.cuda.stream(other):  # type: ignore[arg-type]
             tensor.sum()
@@ -70,7 +71,7 @@ def test_memory_that_another_stream_reads_must_be_recorded_or_waited_for_before_
 ):
     def use(how: str) -> list[str]:
         with observed() as checker:
-            other, tensor = Stream(), torch.zeros(4)
+            other, tensor = Stream(), torch.zeros(4, device="cuda")
             other.wait_stream(current_stream())
             with torch.cuda.stream(other):  # type: ignore[arg-type]
                 tensor.sum()
@@ -85,7 +86,7 @@ def test_memory_that_another_stream_reads_must_be_recorded_or_waited_for_before_
             gc.collect()
             assert checker.frees > frees
             assert checker.races == []
-            torch.zeros(4)  # may get that memory
+            torch.zeros(4, device="cuda")  # may get that memory
         return checker.races
 
     assert ["was not recorded" in race for race in use("nothing")] == [True]
@@ -94,7 +95,7 @@ def test_memory_that_another_stream_reads_must_be_recorded_or_waited_for_before_
 
 def test_memory_that_only_autograd_holds_is_not_taken_for_freed() -> None:
     with observed() as checker:
-        weight = torch.ones(3, requires_grad=True)
+        weight = torch.ones(3, requires_grad=True, device="cuda")
         output = (weight * 2).exp().sum()
         gc.collect()
         frees = checker.frees
@@ -103,10 +104,10 @@ def test_memory_that_only_autograd_holds_is_not_taken_for_freed() -> None:
 
 
 def test_a_pool_and_a_communication_stream_refuse_a_second_compute_stream() -> None:
-    cpu = torch.device("cpu")
+    device = torch.device("cuda", 0)
     with observed():
-        pool, comm_stream = BufferPool(), make_comm_stream("gradients", cpu, overlaps=True)
-        tensor = pool.take((2,), torch.float32, cpu)
+        pool, comm_stream = BufferPool(), make_comm_stream("gradients", device, overlaps=True)
+        tensor = pool.take((2,), torch.float32, device)
         assert comm_stream.submit(lambda: tensor.zero_(), "reduce").wait() is tensor
         with torch.cuda.stream(Stream()):  # type: ignore[arg-type]
             with pytest.raises(AssertionError, match=r"a buffer pool is used on stream \d+, and"):
@@ -118,9 +119,12 @@ def test_a_pool_and_a_communication_stream_refuse_a_second_compute_stream() -> N
 def read_late() -> list[str]:
     """Return a rank's report on copies to the host that are read after another one was started."""
     with observed():
-        download = Download(torch.device("cpu"))
+        download = Download(torch.device("cuda", 0))
         said = []
-        first, second = download.start(torch.zeros(2)), download.start(torch.ones(2))
+        first, second = (
+            download.start(torch.zeros(2, device="cuda")),
+            download.start(torch.ones(2, device="cuda")),
+        )
         assert second().tolist() == [1.0, 1.0]
         for read in (first, second):
             with pytest.raises(AssertionError) as caught:

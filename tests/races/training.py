@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
 from megatron_laer.cpu import training
+from megatron_laer.runtime import build
+from megatron_laer.runtime.comm.streams import make_comm_stream
+from tests.fake_cuda import findings
+from tests.fake_cuda.allowed import ANNOUNCED, DEEP_EP, HYBRID_EP, Place
+from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
+from tests.fake_cuda.streams import current_stream
+from tests.launch_order import Launch, recorded
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
 from tests.races.clocks import Watched
-from tests.races.cuda import current_stream
 from tests.races.faults import TRAINING_FAULTS
 from tests.races.observing import accumulate_on, observed
 
@@ -28,18 +35,29 @@ _MOE = " --recompute-granularity selective --recompute-modules moe"
 
 
 class Training(NamedTuple):
-    """Scenario: flags of a training run, and its number of ranks, in groups of two."""
+    """Scenario: flags of a training run, and its number of ranks, in groups of two.
+
+    Attributes:
+        more: findings in addition to those of every run.
+        kernels: treatment of Triton's kernels.
+    """
 
     flags: str
     ranks: int = 2
+    more: frozenset[Place] = frozenset()
+    kernels: Kernels = replaced_by_torch
+    steps: int = 3
+    batch: int = 8
 
 
 SCENARIOS = {
     "plain": Training(""),
     "random layouts": Training(_RANDOM),
     "fresh layouts after the gate": Training(" --fsep-plan-mode exact"),
-    "announced layouts": Training(f" --fsep-plan-mode announced {REPLAY}"),
-    "full recompute": Training(_RANDOM + _FULL),
+    "announced layouts": Training(
+        f" --fsep-plan-mode announced {REPLAY}", more=frozenset({ANNOUNCED})
+    ),
+    "full recompute": Training(_RANDOM + _FULL + " --fsep-gemm streams"),
     "recompute of the MoE layer": Training(_RANDOM + _MOE),
     "experts held over a step": Training(_RANDOM + " --fsep-restore step"),
     "both overlaps": Training(_RANDOM + _OVERLAPS),
@@ -59,18 +77,74 @@ SCENARIOS = {
     "experts at home held over a step, both overlaps": Training(
         _HOME + _OVERLAPS + " --fsep-restore step"
     ),
+    # Most features at once, with Triton's kernels.
+    "kernels, by nodes of 1": Training(
+        f"{_RANDOM}{_MOE}{_OVERLAPS} --fsep-node-size 1 --fsep-restore-algorithm node "
+        "--fsep-token-exchange node",
+        kernels=interpreted,
+        steps=2,
+        batch=4,
+    ),
+    "kernels, experts at home by relay": Training(
+        f"{_HOME}{_FULL} --expert-model-parallel-size 4 --fsep-node-size 2 "
+        "--fsep-restore-algorithm node",
+        4,
+        kernels=interpreted,
+    ),
+    "kernels, rows in nodes of 2": Training(
+        f"{_RANDOM} --expert-model-parallel-size 4 --fsep-node-size 2 "
+        "--fsep-restore-algorithm node --fsep-token-exchange node",
+        4,
+        kernels=interpreted,
+    ),
+    "DeepEP, fresh layouts, shared experts": Training(
+        " --fsep-plan-mode exact --moe-token-dispatcher-type flex "
+        "--moe-flex-dispatcher-backend deepep --moe-router-dtype fp32 "
+        "--moe-shared-expert-intermediate-size 32",
+        more=DEEP_EP,
+    ),
+    "HybridEP, grouped GEMMs in bf16": Training(
+        f"{_RANDOM} --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep "
+        "--moe-router-dtype fp32 --fsep-gemm torch --bf16 --fsep-capacity 4",
+        more=frozenset({HYBRID_EP}),
+    ),
+    "shared experts that overlap, permute fusion": Training(
+        f"{_RANDOM} --fsep-restore step --moe-permute-fusion "
+        "--moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap"
+    ),
+    "Muon": Training(f"{_HOME} --optimizer muon"),
 }
 
 
 def watch(data: str, scenario: str, fault: str | None) -> Watched:
     """Train a scenario, with a fault or none; return the checker's findings on this rank."""
-    flags = "--expert-parallel-mode fsep --fsep-sharding rows" + SCENARIOS[scenario].flags
-    command = command_line(data, flags, experts=4, global_batch=8, steps=3)
+    command = _flags(data, scenario)
     broken = contextlib.nullcontext() if fault is None else TRAINING_FAULTS[fault].replaced()
     whole = mock.patch.object(training, "fresh_megatron", _synchronised)
-    with _fresh_streams(), observed() as checker, _side_stream_of_leaves(), whole, broken:
-        train_row(command)
-    return Watched(checker.races, checker.operations, checker.frees)
+    launches: list[Launch] = []
+    with (
+        recorded(launches),
+        # Unlike on the CPU, streams launch in the order of the program.
+        mock.patch.object(build, "make_comm_stream", make_comm_stream),
+        _fresh_streams(),
+        observed(SCENARIOS[scenario].kernels) as device,
+        _side_stream_of_leaves(),
+        whole,
+        broken,
+        _steady_steps(),
+    ):
+        losses = train_row(command).losses
+    return replace(device.watched(), losses=losses, orders=launches)
+
+
+def losses_on_cpu(data: str, scenario: str) -> list[float]:
+    return train_row(_flags(data, scenario)).losses
+
+
+def _flags(data: str, scenario: str) -> list[str]:
+    settings = SCENARIOS[scenario]
+    flags = "--expert-parallel-mode fsep --fsep-sharding rows" + settings.flags
+    return command_line(data, flags, experts=4, global_batch=settings.batch, steps=settings.steps)
 
 
 @contextlib.contextmanager
@@ -99,6 +173,23 @@ def _side_stream_of_leaves() -> Iterator[None]:
             accumulate_on(current_stream(), node)
 
     with mock.patch.object(DistributedDataParallel, "__init__", init):
+        yield
+
+
+@contextlib.contextmanager
+def _steady_steps() -> Iterator[None]:
+    """Count waits from the end of the first training step to that of the last one."""
+    from megatron.training import training
+
+    true_step = training.train_step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        result = true_step(*args, **kwargs)
+        arguments = training.get_args()
+        findings.current.is_steady = arguments.curr_iteration + 1 < arguments.train_iters
+        return result
+
+    with mock.patch.object(training, "train_step", step):
         yield
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from megatron_laer.support import triton_needs
 from megatron_laer.tools.cli import doctor
 from megatron_laer.tools.doctor import machine
 from megatron_laer.tools.doctor.check import Check, Status
@@ -83,6 +84,23 @@ def test_connections_are_judged_on_a_gpu(value, verdict):
     environment = {"CUDA_DEVICE_MAX_CONNECTIONS": value}
     assert machine.connections(environment, True).status_and_note.startswith(verdict)
     assert not machine.connections(environment, False).stops
+
+
+def test_triton_needs_a_compiler_and_headers_on_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(triton_needs, "is_installed", lambda: True)
+    monkeypatch.setattr(triton_needs.sysconfig, "get_paths", lambda **_: {"include": tmp_path})
+    environment = {"PATH": str(tmp_path)}
+    assert machine.triton(environment, False).status is Status.OK
+    row = machine.triton(environment, True)
+    assert row.stops and "no C compiler (gcc or clang)" in row.note
+    (tmp_path / "nvc").touch(0o755)
+    row = machine.triton(environment | {"CC": "nvc"}, True)
+    assert row.stops and f"{tmp_path} has no Python.h" in row.note
+    (tmp_path / "Python.h").touch()
+    assert machine.triton(environment | {"CC": "nvc"}, True).status is Status.OK
+    monkeypatch.setattr(triton_needs, "is_installed", lambda: False)
+    row = machine.triton(environment, True)
+    assert row.status is Status.OPTIONAL and "Triton is not installed" in row.note
 
 
 CHECKOUT = {"folder": "/megatron", "builds_helper": True, "has_helper": False}

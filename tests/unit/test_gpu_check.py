@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import shlex
 import shutil
+import subprocess
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,9 +18,12 @@ import torch
 
 from benchmarks.gpu import (
     __main__,
+    beside,
+    card_tests,
     communicators,
     connections,
     gemms,
+    headline,
     kernels,
     layer,
     lone_rank,
@@ -134,6 +142,91 @@ def test_every_part_has_tasks_and_ranks_are_asked_for() -> None:
     assert [task.ranks for task in on_four_nodes] == [4, 8]
 
 
+FIRST = """
+import json, sys
+from pathlib import Path
+json_file = Path(sys.argv[sys.argv.index("--json") + 1])
+part = {"tables": {"One MoE layer beside stock's": [{"side": "fsep", "of stock's time": 1.5}]}}
+json_file.write_text(json.dumps(part))
+"""
+ENDS = {
+    "works": "",
+    "fails": "sys.exit('it broke')",
+    "hangs": """
+import subprocess, time
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+json_file.with_name("child").write_text(str(child.pid))
+time.sleep(600)
+""",
+}
+
+
+def test_a_part_that_hangs_or_fails_is_a_failure_and_its_results_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    marker = tmp_path / "out" / "child"
+
+    class Popen(subprocess.Popen[Any]):
+        """Process whose time is over as soon as it has a child."""
+
+        def wait(self, timeout: float | None = None) -> int:
+            if timeout is not None and "hangs" in self.args:
+                while not marker.exists() or not marker.read_text():
+                    time.sleep(0.05)
+                raise subprocess.TimeoutExpired(self.args, timeout)
+            return super().wait(timeout)
+
+    for name, end in ENDS.items():
+        (tmp_path / f"{name}.py").write_text(FIRST + end)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(subprocess, "Popen", Popen)
+    parts = zip(("kernels", "gemms", "layer"), ENDS, strict=True)
+    made = tuple(__main__.Task(name, module, 1) for name, module in parts)
+    monkeypatch.setattr(__main__, "_ON_ONE_CARD", made)
+    words = ["--dry-run", "--parts", "kernels,gemms,layer", "--output", str(tmp_path / "out")]
+    assert __main__.main(words) == 1
+    printed = capsys.readouterr().out
+    assert "FAILED: gemms, layer" in printed and "it broke" in printed
+    assert "PROBLEM: gemms failed with status 1" in printed
+    assert "PROBLEM: layer was ended after 720 s" in printed
+    assert "FSEP's layer, of stock's time: 1.5" in printed
+    written = json.loads((tmp_path / "out" / "result.json").read_text())["parts"]
+    assert all(part["tables"] for part in written.values())
+    child = Path(f"/proc/{marker.read_text()}/stat")
+    assert not child.exists() or child.read_text().split()[2] == "Z"
+
+
+def test_tests_that_need_a_card_are_counted_while_they_run(tmp_path: Path) -> None:
+    counted = card_tests.Outcomes(tmp_path / "part.json")
+    for name, when, outcome in (
+        *(("a", "call", "passed"), ("b", "setup", "skipped"), ("c", "call", "failed")),
+        *(("d", "setup", "passed"), ("d", "teardown", "failed")),
+    ):
+        told: Any = SimpleNamespace(
+            nodeid=name, when=when, outcome=outcome, passed=outcome == "passed"
+        )
+        counted.pytest_runtest_logreport(told)
+    written = json.loads((tmp_path / "part.json").read_text())
+    (row,) = written["tables"]["Tests that need a card"]
+    assert (row["passed"], row["failed"], row["skipped"]) == (1, 2, 1)
+    assert written["problems"] == ["c failed", "d failed"]
+
+
+def test_products_and_an_exchange_are_compared_with_each_alone() -> None:
+    alone = {"products alone": 4.0, "exchange alone": 8.0}
+    (row,) = beside.rows(
+        [
+            alone | {"products beside the exchange": 6.0, "both": 9.0},
+            alone | {"products beside the exchange": 5.0, "both": 10.0},
+        ]
+    )
+    assert row["products' slowdown"] == 1.5 and row["both, of the longer one"] == 1.25
+    first, *_, last = headline.headline({"beside": {"tables": {beside.TITLE: [row]}}})
+    assert first == ("slowdown of products beside an exchange", "1.5")
+    assert last == ("tests that need a card", "not measured")
+    assert len(headline.FIGURES) == 10
+
+
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
@@ -164,6 +257,11 @@ def test_what_cannot_run_is_refused(
         (["--wheels", "."], "exit 0", "--wheels . holds no wheel of megatron-core; fill it"),
         ([], 'case "$2" in *version*) exit 1 ;; esac; echo old', "old; 3.12 or newer is needed"),
         ([], 'case "$2" in *torch*) exit 1 ;; esac', "has no torch; set PYTHON to the one that"),
+        (
+            [],
+            'case "$2" in *numpy*) exit 1 ;; esac',
+            "has no numpy, which torch does not bring; give",
+        ),
         ([], 'case "$2" in *megatron*) exit 1 ;; esac', "or the native core is not built; give"),
     ],
 )

@@ -19,7 +19,7 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime.comm import launcher, process_groups, streams
 from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
-from megatron_laer.support import arguments
+from megatron_laer.support import arguments, triton_needs
 from tests.unit.validated_arguments import fsep_arguments
 
 
@@ -34,12 +34,27 @@ from tests.unit.validated_arguments import fsep_arguments
     ],
 )
 def test_one_connection_is_warned_of_where_it_hides_nothing(
-    config: FSEPConfig, connections: str | None, on_cuda: bool, warned: int
+    config: FSEPConfig,
+    connections: str | None,
+    on_cuda: bool,
+    warned: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(triton_needs, "is_installed", lambda: True)
+    monkeypatch.setattr(triton_needs, "problem", lambda _: None)
     environment = {} if connections is None else {"CUDA_DEVICE_MAX_CONNECTIONS": connections}
     warnings = arguments.warnings(config, environment, on_cuda=on_cuda)
     assert len(warnings) == warned
     assert all("CUDA_DEVICE_MAX_CONNECTIONS=1" in warning for warning in warnings)
+
+
+def test_kernels_that_cannot_be_compiled_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_needs, "is_installed", lambda: True)
+    (warning,) = arguments.warnings(FSEPConfig(), {"CC": "no-such-compiler"}, on_cuda=True)
+    assert "finds no C compiler (no-such-compiler)" in warning
+    monkeypatch.setattr(triton_needs, "is_installed", lambda: False)
+    (warning,) = arguments.warnings(FSEPConfig(), {}, on_cuda=True)
+    assert "Triton is not installed" in warning
 
 
 def test_warnings_are_logged_when_arguments_are_validated(caplog: pytest.LogCaptureFixture) -> None:

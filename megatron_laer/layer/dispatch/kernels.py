@@ -1,6 +1,7 @@
 """Triton kernels of the token permutations; `permutation` has the torch code of each.
 
-Every result has one writer, so nothing is atomic and bits never depend on timing.
+Every result has one writer, so nothing is atomic and bits never depend on timing. The number of
+tokens is not specialised, so that sequences of other lengths compile nothing.
 
 Legend: T tokens, E experts, S slots, P (token, expert) pairs, H columns of a row.
 """
@@ -72,7 +73,7 @@ def sum_rows(rows_PH: torch.Tensor, ends_T: torch.Tensor, by_token_P: torch.Tens
     return sums_TH
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _rows_of_expert(
     map_TE,
     starts_S,

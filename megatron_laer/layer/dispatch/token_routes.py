@@ -145,7 +145,7 @@ def _true_places(flags_AB: torch.Tensor, count: int) -> tuple[torch.Tensor, torc
 
 def _to_bits(flags_XG: torch.Tensor) -> torch.Tensor:
     padding = -flags_XG.shape[1] % 8
-    padded_XB: torch.Tensor = torch.nn.functional.pad(flags_XG, (0, padding))
+    padded_XB: torch.Tensor = torch.nn.functional.pad(flags_XG.to(torch.uint8), (0, padding))
     bits_XB8: torch.Tensor = padded_XB.unflatten(1, (-1, 8)) << _bits(flags_XG.device)
     return bits_XB8.sum(2, dtype=torch.uint8)
 

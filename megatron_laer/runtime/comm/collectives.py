@@ -164,11 +164,12 @@ def broadcast_layouts(
     shape: tuple[int, int, int],
     num_layers: int,
     groups: FSEPGroups,
-    device: torch.device,
+    download: Download,
 ) -> tuple[list[ExpertLayout] | None, PlannerStatus]:
     """Broadcast rank 0's next layouts, one per layer or None, and its planner's status.
 
-    One small collective; other ranks' layouts and status are ignored. `shape` is (N, C, E).
+    One small collective, for which the host waits; other ranks' layouts and status are ignored.
+    `shape` is (N, C, E).
     """
     num_ranks, capacity, _ = shape
     slots_LS = np.zeros((num_layers, num_ranks * capacity), dtype=np.int16)
@@ -178,9 +179,9 @@ def broadcast_layouts(
         slots_LS[:] = [layout.slot_expert_S for layout in layouts]
     # As bytes, since neither NCCL nor gloo sends int16.
     message = np.frombuffer(bytearray(header.tobytes() + slots_LS.tobytes()), dtype=np.uint8)
-    tensor = torch.from_numpy(message).to(device)
+    tensor = upload(torch.from_numpy(message), download.device)
     dist.broadcast(tensor, src=groups.planner_rank, group=groups.tokens)
-    received = tensor.cpu().numpy().tobytes()
+    received = download.start(tensor)().numpy().tobytes()
     is_new, *numbers = np.frombuffer(received[: header.nbytes], dtype=np.int64).tolist()
     told = PlannerStatus(*numbers)
     if not is_new:

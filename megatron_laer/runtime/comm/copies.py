@@ -43,6 +43,7 @@ class Download:
     """Copies to one pinned buffer on a separate stream, each read before the next starts."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self._stream = exchange_stream(device) if has_streams(device) else None
         self._pinned: torch.Tensor | None = None
         # Event and tensor of the pending copy; the tensor must live as long.

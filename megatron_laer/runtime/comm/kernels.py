@@ -3,8 +3,8 @@
 Every result has one writer, so nothing is atomic and bits never depend on timing. A rank's rows
 follow from its number as in `sharding.row_bounds`. So kernels need no table of them, even or
 uneven. Programs of axis 0 share the elements of one contiguous run of at most ⌈R/N⌉·K; its start is
-computed in 64 bits. Numbers that change with layouts are not specialised, so that no kernel is
-compiled during training.
+computed in 64 bits. Numbers that change with layouts are not specialised, nor is the alignment of
+their index tensors, so that no kernel is compiled again during training.
 
 Legend: N ranks, G ranks per node, M nodes, D targets. R rows of a matrix, r rows of a rank, P rows
 of a local rank on all nodes together, K columns.
@@ -153,7 +153,9 @@ def _move_rows(
         tl.store(in_whole, tl.load(in_part, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_fetched", "local_rank"])
+@triton.jit(
+    do_not_specialize=["num_fetched", "local_rank"], do_not_specialize_on_alignment=["position_n"]
+)
 def _gather_rows(
     arrived,
     position_n,
@@ -185,7 +187,7 @@ def _gather_rows(
     tl.store(target_nPK + (wanted * together + offset) * columns + at, found, mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_targets", "local_rank"])
+@triton.jit(do_not_specialize=["num_targets", "local_rank"], do_not_specialize_on_alignment=["csr"])
 def _sum_replicas(
     parts_nPK,
     csr,

@@ -17,6 +17,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.comm.collectives import broadcast_layouts
+from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.mailbox import RoutingMailbox
@@ -41,6 +42,9 @@ class LayoutsInForce:
     _layouts: list[ExpertLayout] = field(default_factory=list)
     _step: int = 0
     _planner_rank: PlannerRank | None = None
+
+    def __post_init__(self) -> None:
+        self._download = Download(self.device)
 
     @property
     def layouts(self) -> tuple[ExpertLayout, ...]:
@@ -118,7 +122,7 @@ class LayoutsInForce:
             self.geometry.shape,
             len(self._layers),
             self.groups,
-            self.device,
+            self._download,
         )
         if layouts is None:
             return

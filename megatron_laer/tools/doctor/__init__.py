@@ -40,6 +40,7 @@ def examine(environment: Mapping[str, str]) -> Iterator[Check]:
                 yield machine.cuda(torch, environment)
                 yield machine.cards(torch)
                 yield machine.nccl(torch, on_cuda)
+                yield machine.triton(environment, on_cuda)
             if "error" not in megatron:
                 yield machine.dataset_helper(megatron, environment)
 

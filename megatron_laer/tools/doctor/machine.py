@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import re
 import shutil
 from collections.abc import Mapping
@@ -10,6 +12,7 @@ from pathlib import Path
 from megatron_laer.environment import CONNECTIONS, DEVICE
 from megatron_laer.files.checks import quoted
 from megatron_laer.runtime.comm import launcher
+from megatron_laer.support import triton_needs
 from megatron_laer.tools.doctor.check import Answer, Check, Status
 
 _WORLD = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", launcher.SLURM_TASKS)
@@ -62,6 +65,20 @@ def nccl(torch: Answer, on_cuda: bool) -> Check:
     if not on_cuda and not torch["gloo"]:
         return Check("NCCL", found, Status.MISSING, "without a GPU, install a torch with gloo")
     return Check("NCCL", found, note="" if on_cuda else "ranks without a GPU use gloo")
+
+
+def triton(environment: Mapping[str, str], on_cuda: bool) -> Check:
+    """Check Triton, which compiles kernels on each node."""
+    found = "installed" if triton_needs.is_installed() else "none"
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # nightly ones are renamed
+        found = importlib.metadata.version("triton")
+    if not on_cuda:
+        return Check("Triton", found, note="not used without a GPU")
+    if not triton_needs.is_installed():
+        return Check("Triton", found, Status.OPTIONAL, triton_needs.NO_TRITON)
+    if (problem := triton_needs.problem(environment)) is not None:
+        return Check("Triton", found, Status.MISSING, problem)
+    return Check("Triton", found)
 
 
 def dataset_helper(megatron: Answer, environment: Mapping[str, str]) -> Check:

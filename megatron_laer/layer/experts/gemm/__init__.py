@@ -51,14 +51,11 @@ class SlotGemm(Protocol):
         input_TK: torch.Tensor,
         tokens_C: Sequence[int],
         out_CRK: torch.Tensor,
-        *,
-        accumulate: bool = False,
     ) -> None:
         """Write the gradients of all slots' matrices to `out_CRK`, zeros for slots without tokens.
 
         Args:
             out_CRK: contiguous, in the tokens' dtype, or in float32 without rounding.
-            accumulate: add to `out_CRK`, instead of overwriting it.
         """
         ...
 

@@ -52,11 +52,9 @@ class Loop:
         input_TK: torch.Tensor,
         tokens_C: Sequence[int],
         out_CRK: torch.Tensor,
-        *,
-        accumulate: bool = False,
     ) -> None:
         def multiply(slot: int, rows: slice) -> None:
-            _write_product(grad_TR[rows].t(), input_TK[rows], out_CRK[slot], accumulate)
+            _write_product(grad_TR[rows].t(), input_TK[rows], out_CRK[slot])
 
         self._for_each(tokens_C, multiply)
 
@@ -70,13 +68,10 @@ def spans(tokens_C: Sequence[int]) -> Iterable[tuple[int, slice]]:
     return enumerate(slice(start, end) for start, end in pairwise(ends))
 
 
-def _write_product(
-    grad_Rn: torch.Tensor, input_nK: torch.Tensor, out_RK: torch.Tensor, accumulate: bool
-) -> None:
-    """Write or add one slot's product, in the output's dtype without a rounding in between."""
+def _write_product(grad_Rn: torch.Tensor, input_nK: torch.Tensor, out_RK: torch.Tensor) -> None:
+    """Write one slot's product, in the output's dtype without a rounding in between."""
     if not len(input_nK):
-        if not accumulate:
-            out_RK.zero_()
+        out_RK.zero_()
         return
     options: dict[str, Any] = {}
     if out_RK.dtype != input_nK.dtype:
@@ -84,10 +79,7 @@ def _write_product(
             options["out_dtype"] = out_RK.dtype
         else:  # torch has no such product on the CPU
             grad_Rn, input_nK = grad_Rn.to(out_RK.dtype), input_nK.to(out_RK.dtype)
-    if accumulate:
-        torch.addmm(out_RK, grad_Rn, input_nK, out=out_RK, **options)
-    else:
-        torch.mm(grad_Rn, input_nK, out=out_RK, **options)
+    torch.mm(grad_Rn, input_nK, out=out_RK, **options)
 
 
 GEMM: SlotGemm = Loop()

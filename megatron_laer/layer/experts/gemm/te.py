@@ -1,6 +1,6 @@
 """Back end `te`: Transformer Engine's grouped GEMM over all slots, on four cuBLAS streams.
 
-It writes weight gradients in float32 and adds them in place, as Megatron's fused accumulation does.
+It can write weight gradients in float32, as Megatron's fused accumulation does.
 `general_grouped_gemm` is not public, so it is used only with known parameters: those of Transformer
 Engine 2.11 to 2.20.
 
@@ -79,11 +79,9 @@ class _TransformerEngine:
         input_TK: torch.Tensor,
         tokens_C: Sequence[int],
         out_CRK: torch.Tensor,
-        *,
-        accumulate: bool = False,
     ) -> None:
         grads, inputs = _rows(grad_TR, tokens_C), _rows(input_TK, tokens_C)
-        _multiply("NT", inputs, grads, list(out_CRK.unbind()), tokens_C, accumulate)
+        _multiply("NT", inputs, grads, list(out_CRK.unbind()), tokens_C)
 
 
 def _multiply(
@@ -92,7 +90,6 @@ def _multiply(
     seconds: Sequence[torch.Tensor],
     outs: list[torch.Tensor],
     tokens_C: Sequence[int],
-    accumulate: bool = False,
 ) -> None:
     """Call the grouped GEMM, with one output for products of tokens, one per slot for gradients."""
     is_weight_grad = layout == "NT"
@@ -105,7 +102,6 @@ def _multiply(
         layout=layout,
         m_splits=list(tokens_C),
         grad=layout != "TN",
-        accumulate=accumulate,
         single_output=not is_weight_grad,
     )
 

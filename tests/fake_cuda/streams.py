@@ -1,21 +1,20 @@
-"""Replacements of `torch.cuda`'s streams and events that report CUDA's orders to the checker.
+"""Replacements of `torch.cuda`'s streams and events that report CUDA's orders to a checker.
 
-They order nothing themselves, and let the package's code for CUDA run on tensors of the CPU.
+They order nothing themselves.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 from unittest import mock
 
 import torch
 
 from megatron_laer.runtime.comm import copies, streams
-from megatron_laer.telemetry.clock import StreamClock
+from tests.fake_cuda import findings, labels
 from tests.races.clocks import Checker, Clock
 
 _numbers = itertools.count(1)
@@ -47,13 +46,15 @@ class Event:
         return 0.0
 
     def synchronize(self) -> None:
+        findings.current.note(findings.Kind.WAIT, "Event.synchronize")
         Simulation.checker.host_waits(self.clock)
 
 
 class Stream:
     def __init__(self, device: Any = None, priority: int = 0, **_: Any) -> None:
         self.number = self.cuda_stream = self.stream_id = next(_numbers)
-        self.device, self.priority = device, priority
+        self.device = labels.card() if device is None else device
+        self.priority = priority
         self.native_handle = self.number
 
     def __repr__(self) -> str:
@@ -88,20 +89,6 @@ class Stream:
         self.record_event().synchronize()
 
 
-class Card:
-    """Replacement of the CUDA device for questions about its type and copies of host tensors."""
-
-    type, index = "cuda", 0
-
-
-class _OnCard:
-    """Tensor that claims to be on the card."""
-
-    def __init__(self, tensor: torch.Tensor) -> None:
-        self.device: Any = Card()
-        self.record_stream = tensor.record_stream
-
-
 def current_stream(_: Any = None) -> Stream:
     return Simulation.current[-1]
 
@@ -119,18 +106,40 @@ def behind(stream: Stream, other: Stream) -> None:
     checker.wait(stream.number, checker.now(other.number))
 
 
+def drain() -> None:
+    """Let the host wait for the current stream."""
+    Simulation.checker.host_waits(Simulation.checker.now(current_stream().number))
+
+
+def host_waits(what: str) -> None:
+    """Note an operation that waits for the current stream, and let the host wait."""
+    if findings.current.raises:
+        raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
+    findings.current.note(findings.Kind.WAIT, what)
+    drain()
+
+
+def launched(name: str, read: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> None:
+    """Report a kernel's launch on the current stream."""
+    checker, stream = Simulation.checker, current_stream().number
+    number = checker.enqueue(stream)
+    for tensors, writes in ((read, False), (written, True)):
+        for tensor in tensors:
+            checker.access(stream, number, tensor, writes=writes, name=name)
+
+
+def _synchronize(_: Any = None) -> None:
+    findings.current.note(findings.Kind.WAIT, "torch.cuda.synchronize")
+    for number in range(1, next(_numbers)):
+        Simulation.checker.host_waits(Simulation.checker.now(number))
+
+
 @contextlib.contextmanager
-def streams_on_cpu() -> Iterator[Checker]:
-    """Replace streams inside the block, and yield the checker that watches them."""
-    checker = Simulation.checker = Checker()
+def replaced(checker: Checker) -> Iterator[None]:
+    """Replace streams inside the block, whose orders the checker gets."""
+    Simulation.checker = checker
     compute = Stream()
     checker.names[compute.number] = "the compute stream"
-    card: Any = Card()
-
-    def synchronize(_: Any = None) -> None:
-        for number in range(1, next(_numbers)):
-            checker.host_waits(checker.now(number))
-
     cuda: dict[str, Any] = {
         "Stream": Stream,
         "Event": Event,
@@ -138,7 +147,7 @@ def streams_on_cpu() -> Iterator[Checker]:
         "current_stream": current_stream,
         "default_stream": lambda _=None: compute,
         "set_stream": _refuse,
-        "synchronize": synchronize,
+        "synchronize": _synchronize,
         "is_current_stream_capturing": lambda: False,
     }
     with contextlib.ExitStack() as stack:
@@ -147,20 +156,13 @@ def streams_on_cpu() -> Iterator[Checker]:
         for owner, name, replacement in (
             (torch.cuda.nvtx, "range", lambda *_: contextlib.nullcontext()),
             (torch.Tensor, "record_stream", _record_stream),
-            (torch.Tensor, "to", _copies_to(torch.Tensor.to)),
-            (streams, "has_streams", lambda _: True),
-            (copies, "has_streams", lambda _: True),
-            (streams, "make_clock", lambda _: StreamClock()),
             (streams.CudaStream, "__init__", _named(streams.CudaStream.__init__)),
             (copies.Download, "__init__", _named(copies.Download.__init__)),
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
-        true_upload, true_read_here = copies.upload, copies.read_here
-        _replace_everywhere(stack, "upload", lambda tensor, _: true_upload(tensor, card))
-        _replace_everywhere(stack, "read_here", lambda tensor: true_read_here(_OnCard(tensor)))
         Simulation.current, Simulation.leaf_streams = [compute], set()
-        yield checker
-        synchronize()
+        yield
+        _synchronize()
 
 
 def _refuse(stream: Any) -> None:
@@ -173,7 +175,8 @@ def _named(true_init: Callable[..., None]) -> Callable[..., None]:
     def init(stream: Any, times: Any, *args: Any, **kwargs: Any) -> None:
         true_init(stream, times, *args, **kwargs)
         name = getattr(times, "name", "counts")
-        Simulation.checker.names[stream._stream.number] = f"the stream of {name}"
+        if stream._stream is not None:
+            Simulation.checker.names[stream._stream.number] = f"the stream of {name}"
 
     return init
 
@@ -181,35 +184,3 @@ def _named(true_init: Callable[..., None]) -> Callable[..., None]:
 def _record_stream(tensor: torch.Tensor, stream: Any) -> None:
     if isinstance(stream, Stream):
         Simulation.checker.recorded(stream.number, tensor)
-
-
-def copy_to_card(tensor: torch.Tensor, *, waits: bool) -> torch.Tensor:
-    """Copy a host tensor on the current stream; the host waits for copies of unpinned memory."""
-    copied = tensor.clone()
-    if waits:
-        current_stream().synchronize()
-    return copied
-
-
-def _copies_to(true_to: Callable[..., Any]) -> Callable[..., Any]:
-    def to(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if not (args and isinstance(args[0], Card)):
-            return true_to(tensor, *args, **kwargs)
-        return copy_to_card(tensor, waits=not kwargs.get("non_blocking", False))
-
-    return to
-
-
-def _replace_everywhere(stack: contextlib.ExitStack, name: str, replacement: Any) -> None:
-    """Replace a function of `upload` in every module that imports it by name, also meanwhile."""
-    original = getattr(copies, name)
-    stack.callback(_exchange_everywhere, name, replacement, original)
-    _exchange_everywhere(name, original, replacement)
-
-
-def _exchange_everywhere(name: str, present: Any, wanted: Any) -> None:
-    for module in list(sys.modules.values()):
-        if getattr(module, "__name__", "").startswith("megatron_laer") and (
-            vars(module).get(name) is present
-        ):
-            setattr(module, name, wanted)

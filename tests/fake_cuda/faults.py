@@ -1,0 +1,193 @@
+"""Deliberate faults of code for CUDA, each of which the labelled device must find."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.layer.dispatch import permutation, row_map
+from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
+from megatron_laer.runtime.comm import collectives, copies
+from megatron_laer.runtime.comm.collectives import CountsExchange
+from megatron_laer.runtime.comm.copies import Download
+from megatron_laer.telemetry.clock import StreamClock
+from tests.fake_cuda.findings import Kind
+
+RACE = "race"
+_HERE = "tests/fake_cuda/faults.py:"
+
+
+class Fault(NamedTuple):
+    """Replaced function, and the kind and place of the finding.
+
+    Attributes:
+        interprets: whether Triton's kernels run, and not torch in their place.
+    """
+
+    replaced: Callable[[], AbstractContextManager[Any]]
+    kind: Kind | str
+    place: str
+    interprets: bool = False
+
+
+_preprocess = SlotTokenDispatcher.preprocess
+_start_counts = CountsExchange.start
+_sum_copies = row_map.sum_copies
+_gather = dist.all_gather_into_tensor
+
+
+def _replaced(owner: Any, name: str, replacement: Any) -> Callable[[], AbstractContextManager[Any]]:
+    return lambda: mock.patch.object(owner, name, replacement)
+
+
+def _uploads(replacement: Any) -> Callable[[], AbstractContextManager[Any]]:
+    @contextlib.contextmanager
+    def replaced() -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for module in (copies, permutation, collectives):
+                stack.enter_context(mock.patch.object(module, "upload", replacement))
+            yield
+
+    return replaced
+
+
+def _of_pageable_memory(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.to(device, non_blocking=True)
+
+
+def _blocking(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(device)
+
+
+def _forgotten(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor
+
+
+def _to_another_card(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return tensor.pin_memory().to(torch.device("cuda", device.index + 1), non_blocking=True)
+
+
+def _by_a_mask(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
+    routing_map[routing_map].sum()
+    return _preprocess(dispatcher, routing_map)
+
+
+def _writes_by_a_mask(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
+    changed = routing_map.clone()
+    changed[routing_map] = changed.new_zeros(2 * len(changed))  # of two experts per token
+    return _preprocess(dispatcher, routing_map)
+
+
+def _reads_a_number(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
+    assert int(routing_map.sum()) >= 0
+    return _preprocess(dispatcher, routing_map)
+
+
+def _asks_for_truth(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
+    if routing_map.any():
+        return _preprocess(dispatcher, routing_map)
+    raise AssertionError("no token has an expert")
+
+
+def _by_numpy(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
+    assert routing_map.numpy().any()
+    return _preprocess(dispatcher, routing_map)
+
+
+def _copies_counts(download: Any, tensor: torch.Tensor) -> Any:
+    copied = tensor.cpu()
+    return lambda: copied
+
+
+def _does_not_wait(download: Any, done: Any, pinned: torch.Tensor) -> torch.Tensor:
+    download._latest = None
+    return pinned.clone()
+
+
+def _synchronises(clock: Any) -> Any:
+    torch.cuda.synchronize()
+    return torch.cuda.Event(enable_timing=True)
+
+
+def _gathers_too(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Gather the counts once more, as a fault changes them; gloo may refuse that."""
+
+    def start(exchange: Any, counts_E: torch.Tensor, *args: Any) -> Any:
+        wrong = change(counts_E)
+        received = torch.empty(wrong.numel(), dtype=wrong.dtype, device=wrong.device)
+        with contextlib.suppress(RuntimeError, ValueError):
+            _gather(received, wrong, group=exchange._groups.tokens)
+        return _start_counts(exchange, counts_E, *args)
+
+    return _replaced(CountsExchange, "start", start)
+
+
+def _sums_beside(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """Launch a kernel on a stream that waits for nothing."""
+    with torch.cuda.stream(torch.cuda.Stream()):
+        return _sum_copies(*args, **kwargs)
+
+
+FAULTS = {
+    "an upload of pageable memory": Fault(
+        _uploads(_of_pageable_memory), Kind.PAGEABLE, f"{_HERE}_of_pageable_memory"
+    ),
+    "an upload that blocks": Fault(_uploads(_blocking), Kind.WAIT, f"{_HERE}_blocking"),
+    "a forgotten upload": Fault(
+        _uploads(_forgotten), Kind.MISMATCH, "megatron_laer/layer/dispatch/permutation.py"
+    ),
+    "a forgotten upload, and a kernel": Fault(
+        _uploads(_forgotten), Kind.MISMATCH, "megatron_laer/layer/dispatch/kernels.py", True
+    ),
+    "a wrong index of the card": Fault(
+        _uploads(_to_another_card), Kind.MISMATCH, "megatron_laer/layer/dispatch/permutation.py"
+    ),
+    "a mask": Fault(
+        _replaced(SlotTokenDispatcher, "preprocess", _by_a_mask), Kind.WAIT, f"{_HERE}_by_a_mask"
+    ),
+    "a write by a mask": Fault(
+        _replaced(SlotTokenDispatcher, "preprocess", _writes_by_a_mask),
+        *(Kind.WAIT, f"{_HERE}_writes_by_a_mask"),
+    ),
+    "a number that is read back": Fault(
+        _replaced(SlotTokenDispatcher, "preprocess", _reads_a_number),
+        *(Kind.WAIT, f"{_HERE}_reads_a_number"),
+    ),
+    "a hidden bool of a tensor": Fault(
+        _replaced(SlotTokenDispatcher, "preprocess", _asks_for_truth),
+        *(Kind.WAIT, f"{_HERE}_asks_for_truth"),
+    ),
+    "an array of the card": Fault(
+        _replaced(SlotTokenDispatcher, "preprocess", _by_numpy), Kind.MISMATCH, f"{_HERE}_by_numpy"
+    ),
+    "counts by .cpu()": Fault(
+        _replaced(Download, "start", _copies_counts), Kind.WAIT, f"{_HERE}_copies_counts"
+    ),
+    "an event that is not waited for": Fault(
+        _replaced(Download, "_read", _does_not_wait), RACE, f"{_HERE}_does_not_wait"
+    ),
+    "a timestamp that synchronises": Fault(
+        _replaced(StreamClock, "now", _synchronises), Kind.WAIT, f"{_HERE}_synchronises"
+    ),
+    "int16 over NCCL": Fault(
+        _gathers_too(lambda counts_E: counts_E.to(torch.int16)), Kind.COLLECTIVE, _HERE
+    ),
+    "float64 on the wire": Fault(
+        _gathers_too(lambda counts_E: counts_E.double()), Kind.COLLECTIVE, _HERE
+    ),
+    "a view that is not contiguous over NCCL": Fault(
+        _gathers_too(lambda counts_E: counts_E.repeat(2)[::2]), Kind.COLLECTIVE, _HERE
+    ),
+    "host memory over NCCL": Fault(
+        _gathers_too(lambda counts_E: torch.zeros(len(counts_E))), Kind.COLLECTIVE, _HERE
+    ),
+    "a kernel on the wrong stream": Fault(
+        _replaced(row_map, "sum_copies", _sums_beside), RACE, "dispatch/kernels.py:sum_rows", True
+    ),
+}

@@ -1,0 +1,81 @@
+"""Findings on the labelled device, each with its kind and its place in the code."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from enum import StrEnum
+from typing import NamedTuple
+
+
+class Kind(StrEnum):
+    """Kinds of findings; the first two are noted in the steady state only."""
+
+    WAIT = "host wait"
+    PAGEABLE = "copy of pageable memory"
+    MISMATCH = "memories that do not meet"
+    REFUSED = "refused by torch's rules"
+    NO_KERNEL = "no kernel for CUDA"
+    COLLECTIVE = "collective that NCCL lacks"
+
+
+_WHEN_STEADY = (Kind.WAIT, Kind.PAGEABLE)
+
+
+class Finding(NamedTuple):
+    kind: Kind
+    place: str
+    what: str
+
+
+class Findings:
+    """Counter of findings.
+
+    Attributes:
+        is_steady: whether waits count, which they do not while buffers are made.
+        raises: whether operations that wait for the device raise, as in torch's debug mode.
+    """
+
+    def __init__(self) -> None:
+        self.found = Counter[Finding]()
+        self.is_steady = False
+        self.raises = False
+
+    def note(self, kind: Kind, what: str) -> None:
+        if self.is_steady or kind not in _WHEN_STEADY:
+            self.found[Finding(kind, place(), what)] += 1
+
+    def places(self) -> set[tuple[str, str]]:
+        return {(str(finding.kind), finding.place) for finding in self.found}
+
+
+current = Findings()
+
+
+def renew() -> Findings:
+    global current
+    current = Findings()
+    return current
+
+
+_ROOTS = ("/megatron_laer/", "/megatron/", "/tests/")
+# Files whose callers are the place.
+_BELOW = (
+    *(f"tests/fake_cuda/{name}.py" for name in ("findings", "names", "oracle", "streams")),
+    *("tests/fake_cuda/kernels.py", "tests/races/observing.py", "tests/races/clocks.py"),
+    *("megatron_laer/cpu/cuda.py", "tests/one_layer.py"),
+)
+
+
+def place() -> str:
+    """Return the file and function, of this package, Megatron or tests, that runs now."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        for root in _ROOTS:
+            if root in file:
+                named = root.strip("/") + "/" + file.rpartition(root)[2]
+                if named not in _BELOW:
+                    return f"{named}:{frame.f_code.co_qualname}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return "?"

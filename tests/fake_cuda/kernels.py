@@ -1,0 +1,121 @@
+"""Launches of Triton's kernels, which the interpreter runs on the memory of the CPU."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import _disable_current_modes
+
+from megatron_laer.layer.dispatch import row_map
+from megatron_laer.runtime.comm import rows
+from tests.fake_cuda import findings, labels, streams
+
+_ALIGNMENT = 16
+
+WRITES: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
+    "_move_rows": lambda given: ("by_local_rank" if given["PACKS"] else "whole_CRK",),
+    "_gather_rows": lambda _: ("target_nPK",),
+    "_sum_replicas": lambda _: ("out",),
+    "_rows_of_expert": lambda _: ("pair_P", "token_P", "row_TE"),
+    "_rows_of_token": lambda _: ("by_token_P",),
+    "_sum_rows": lambda _: ("sums_TH",),
+}
+"""Arguments that a kernel writes, by its name and its arguments; it reads all others."""
+
+
+class Launches:
+    """Launches by kernel, and the variants that Triton would compile."""
+
+    def __init__(self) -> None:
+        self.number = Counter[str]()
+        self.variants: defaultdict[str, set[Hashable]] = defaultdict(set)
+
+    def add(self, kernel: Any, given: dict[str, Any]) -> None:
+        self.number[kernel.fn.__name__] += 1
+        self.variants[kernel.fn.__name__].add(_variant(kernel, given))
+
+
+Kernels = Callable[[Launches], AbstractContextManager[None]]
+
+
+def interpreted(launches: Launches) -> AbstractContextManager[None]:
+    """Run kernels, which is slow, and count them."""
+    return _replaced(launches, runs=True)
+
+
+def only_counted(launches: Launches) -> AbstractContextManager[None]:
+    """Count kernels without running them; results are what memory holds."""
+    return _replaced(launches, runs=False)
+
+
+@contextlib.contextmanager
+def replaced_by_torch(_: Launches) -> Iterator[None]:
+    """Compute by torch, as a machine without Triton does."""
+    with (
+        mock.patch.object(rows, "kernels_of", lambda *_: None),
+        mock.patch.object(row_map, "kernels_of", lambda *_: None),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _replaced(launches: Launches, *, runs: bool) -> Iterator[None]:
+    """Count launches, and tell the checker of races about their reads and writes."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    run = InterpretedFunction.run
+
+    def launch(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        given = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        launches.add(kernel, given)
+        name = kernel.fn.__name__
+        tensors = {key: value for key, value in given.items() if isinstance(value, torch.Tensor)}
+        for key, tensor in tensors.items():
+            if not labels.on_card(tensor):
+                what = f"{name} is launched with host memory as {key}"
+                findings.current.note(findings.Kind.MISMATCH, what)
+        if warmup:
+            return
+        if runs:
+            with labels.suspended(), _disable_current_modes():
+                run(kernel, *args, grid=grid, warmup=False, **kwargs)
+        written = WRITES[name](given)
+        streams.launched(
+            name,
+            [tensor for key, tensor in tensors.items() if key not in written],
+            [tensor for key, tensor in tensors.items() if key in written],
+        )
+
+    with mock.patch.object(InterpretedFunction, "run", launch):
+        yield
+
+
+def _variant(kernel: Any, given: dict[str, Any]) -> Hashable:
+    """Return what Triton specialises this launch on, as its `JITFunction` does."""
+    unspecialised = kernel.kwargs["do_not_specialize"] or ()
+    unaligned = kernel.kwargs["do_not_specialize_on_alignment"] or ()
+    constants = kernel.fn.__annotations__
+    return tuple(
+        (name, value)
+        if name in constants
+        else (name, *_of_argument(value, name in unspecialised, name in unaligned))
+        for name, value in given.items()
+    )
+
+
+def _of_argument(value: Any, is_unspecialised: bool, is_unaligned: bool) -> tuple[Hashable, ...]:
+    if isinstance(value, torch.Tensor):
+        ignored = is_unspecialised or is_unaligned
+        return str(value.dtype), ignored or value.data_ptr() % _ALIGNMENT == 0
+    if isinstance(value, int) and not isinstance(value, bool):
+        width = "i32" if -(2**31) <= value < 2**31 else "i64"
+        if is_unspecialised:
+            return (width,)
+        return width, value == 1, is_unaligned or value % _ALIGNMENT == 0
+    return (value,)

@@ -1,0 +1,52 @@
+"""One layer of two ranks on the labelled device, and deliberate faults that it must find."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_laer.cpu.ranks import RankPools
+from tests.fake_cuda import kernels, layer
+from tests.fake_cuda.allowed import DOWNLOAD, split
+from tests.fake_cuda.faults import FAULTS, RACE
+from tests.fake_cuda.layer import CASES
+
+pytestmark = pytest.mark.races
+
+_launched: set[str] = set()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_layer_computes_the_cpus_bits_and_waits_for_counts_alone(
+    case: str, ranks: RankPools
+) -> None:
+    on_cpu = ranks(2).run(layer.train, case)
+    for (watched, digests), expected in zip(ranks(2).run(layer.watch, case), on_cpu, strict=True):
+        assert watched.races == []
+        assert split(watched.found)[0] == {DOWNLOAD}
+        assert digests == expected
+        _launched.update(watched.launches)
+
+
+def test_every_kernel_was_launched() -> None:
+    """This rests on the test before."""
+    assert _launched == set(kernels.WRITES)
+
+
+@pytest.mark.counts(card_faults=1)
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_is_found_with_its_place(name: str, ranks: RankPools) -> None:
+    fault = FAULTS[name]
+    for watched, error in ranks(1).run(layer.watch_fault, name):
+        if fault.kind == RACE:
+            found = [race for race in watched.races if fault.place in race]
+        else:
+            found = [
+                finding
+                for finding in watched.found
+                if finding.kind == fault.kind and fault.place in finding.place
+            ]
+        assert found, (watched.found, watched.races, error)
+
+
+def test_there_are_a_dozen_faults() -> None:
+    assert len(FAULTS) >= 12

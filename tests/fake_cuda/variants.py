@@ -1,0 +1,66 @@
+"""Exchanges of one rank of a large group, whose kernels are counted and not run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.choices import Sharding
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.runtime.comm import process_groups
+from megatron_laer.runtime.comm.exchange import ReusableWeights, flat_exchange, node_exchange
+from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
+from megatron_laer.runtime.comm.relay import RelayExchange
+from tests.fake_cuda.kernels import only_counted
+from tests.fake_cuda.labels import card
+from tests.races.observing import observed
+
+RANKS, NODE_SIZE, EXPERTS, CAPACITY, RANK = 8, 2, 16, 4, 3
+ROWS, COLUMNS = 64, 48
+WARM_UP, LAYOUTS = 2, 20
+
+
+def variants_by_layouts(way: str) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the variants of each kernel after two random layouts, and after many more."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=RANKS)
+    try:
+        groups = process_groups.create_groups(dist.group.WORLD, NODE_SIZE, dist.new_group)
+        of_rows = flat_exchange(groups) if way == "flat" else node_exchange(groups)
+        exchange: Any = RelayExchange(groups, of_rows) if way == "relay" else of_rows
+        sharding = Sharding.EXPERTS if way == "relay" else Sharding.ROWS
+        geometry = Geometry(RANKS, EXPERTS, CAPACITY, NODE_SIZE, sharding)
+        with observed(only_counted) as device:
+            counts = []
+            before: LayoutIndex | None = None
+            for seed in range(WARM_UP + LAYOUTS):
+                index = layout_index(geometry.random_layout((seed,)), card(), geometry.home_slots)
+                _exchange(exchange, index, before)
+                before = index
+                counts.append({name: len(of) for name, of in device.launches.variants.items()})
+    finally:
+        dist.destroy_process_group()
+    return counts[WARM_UP - 1], counts[-1]
+
+
+def _exchange(exchange: Any, index: LayoutIndex, before: LayoutIndex | None) -> None:
+    """Restore all slots, and those that changed, and reduce."""
+    dtype = torch.bfloat16
+    if index.home_slots:
+        shape: tuple[int, ...] = ROWS, COLUMNS
+        number = index.home_slots
+        source: Any = [torch.empty(shape, dtype=dtype, device=card()) for _ in range(number)]
+        sums: Any = [torch.zeros(shape, device=card()) for _ in range(number)]
+    else:
+        shape = EXPERTS, ROWS // RANKS, COLUMNS
+        source, sums = torch.empty(shape, dtype=dtype, device=card()), torch.zeros(shape).cuda()
+    exchange.prepare_restore(index)
+    exchange.prepare_reduce(index)
+    whole_CRK = exchange.restore(source, index, ROWS)
+    if before is not None:
+        exchange.prepare_restore(index, before)
+        exchange.restore(source, index, ROWS, reuse=ReusableWeights(before, whole_CRK))
+    exchange.reduce(torch.zeros_like(whole_CRK), index, add_to=sums)
