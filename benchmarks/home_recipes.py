@@ -12,22 +12,14 @@ the micro-batch over tensor parallelism. Microbatches are twice the pipeline's s
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from benchmarks.command_line import add_json, parser_of, program, write_json
 from benchmarks.report import machine, print_table
+from benchmarks.simulated import cluster_with, simulated
 from megatron_laer.choices import ExchangeAlgorithm, Sharding
-from megatron_laer.planner.cluster_files import cluster_content, load_cluster
-from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.iteration.methods import FSEP, STOCK
 
 CLUSTER = "h100-8"
@@ -105,11 +97,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("benchmarks.home_recipes", __doc__)
     add_json(parser)
     options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory() as folder:
-        clusters = {"alone": uncontended(Path(folder)), "contention": CLUSTER}
+    with cluster_with(CLUSTER, NO_CONTENTION) as alone:
+        clusters = {"alone": alone, "contention": CLUSTER}
         rows = [
             {"recipe": recipe.name, "simulate": " ".join(recipe.words)}
-            | {name: shares(recipe, cluster, Path(folder)) for name, cluster in clusters.items()}
+            | {name: shares(recipe, cluster) for name, cluster in clusters.items()}
             for recipe in RECIPES
         ]
     for workload in (SKEWED, BALANCED):
@@ -119,22 +111,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def uncontended(folder: Path) -> str:
-    """Write the cluster without contention to a file, and return its path."""
-    cluster = load_cluster(CLUSTER).with_constants(NO_CONTENTION)
-    path = folder / "alone.yaml"
-    path.write_text(yaml.safe_dump(cluster_content(cluster)), encoding="utf-8")
-    return str(path)
-
-
-def shares(recipe: Recipe, cluster: str, folder: Path) -> dict[str, Any]:
+def shares(recipe: Recipe, cluster: str) -> dict[str, Any]:
     """Return each sharding's share of forced balance, its slots, and its exchange, by workload."""
     group = "--stock-expert-parallel", str(recipe.ranks)
-    (stock,) = _simulated(recipe, cluster, folder, BALANCED, "--method", STOCK, *group)
+    (stock,) = _simulated(recipe, cluster, BALANCED, "--method", STOCK, *group)
     balanced_s = stock["methods"][STOCK]["iteration_s"]["value"]
     found: dict[str, Any] = {"balanced_s": balanced_s}
     for workload in (SKEWED, BALANCED):
-        fastest = {each: _fastest(recipe, cluster, folder, workload, each) for each in Sharding}
+        fastest = {each: _fastest(recipe, cluster, workload, each) for each in Sharding}
         found[workload] = {
             sharding.value: best | {"share": balanced_s / best["seconds"]}
             for sharding, best in fastest.items()
@@ -142,9 +126,7 @@ def shares(recipe: Recipe, cluster: str, folder: Path) -> dict[str, Any]:
     return found
 
 
-def _fastest(
-    recipe: Recipe, cluster: str, folder: Path, workload: str, sharding: Sharding
-) -> dict[str, Any]:
+def _fastest(recipe: Recipe, cluster: str, workload: str, sharding: Sharding) -> dict[str, Any]:
     """Return the fastest slots and exchange of a sharding, with their seconds."""
     least = recipe.experts // recipe.ranks + 1
     most = MOST_REPLICA_SLOTS if sharding == Sharding.EXPERTS else 1
@@ -157,7 +139,7 @@ def _fastest(
         }
         for algorithm in ExchangeAlgorithm
         for case in _simulated(
-            *(recipe, cluster, folder, workload, "--method", FSEP),
+            *(recipe, cluster, workload, "--method", FSEP),
             *("--sharding", sharding.value, "--restore-algorithm", algorithm.value),
             *("--capacity", *slots),
         )
@@ -165,19 +147,10 @@ def _fastest(
     return min(tried, key=lambda of: of["seconds"])
 
 
-def _simulated(
-    recipe: Recipe, cluster: str, folder: Path, workload: str, *words: str
-) -> list[dict[str, Any]]:
-    """Run `simulate`, and return the cases of its JSON."""
-    path = folder / "simulated.json"
-    command = ["simulate", "--workload", workload, "--cluster", cluster, "--steps", "1"]
+def _simulated(recipe: Recipe, cluster: str, workload: str, *words: str) -> list[dict[str, Any]]:
+    inputs = ["--workload", workload, "--cluster", cluster, "--steps", "1"]
     recompute = [] if "--recompute" in recipe.words else ["--recompute", "compute"]
-    with contextlib.redirect_stdout(io.StringIO()) as said:
-        status = cli.main([*command, *recompute, *recipe.words, *words, "--json", str(path)])
-    if status != 0:
-        raise RuntimeError(f"{' '.join([*command, *recipe.words])}: {said.getvalue()}")
-    cases: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["cases"]
-    return cases
+    return simulated([*inputs, *recompute, *recipe.words, *words])
 
 
 def _shown(rows: Sequence[dict[str, Any]], workload: str) -> Iterator[dict[str, Any]]:

@@ -43,7 +43,7 @@ from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
-from megatron_laer.tools.simulator.iteration.work import Exchange, LayerWork
+from megatron_laer.tools.simulator.iteration.work import Exchange, LayerWork, TokenPassing
 
 NODE_SIZE = 8
 # Two microbatches of two sequences on each rank; Megatron has one sequence on a tensor-parallel
@@ -260,7 +260,7 @@ def _work(
         change=None,
         solve_s=0.0,
         slots=slots,
-        group=None if exchange is not None else NODE_SIZE,
+        passing=TokenPassing(None if exchange is not None else NODE_SIZE),
     )
 
 

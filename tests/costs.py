@@ -19,9 +19,13 @@ def make_costs(
     solve: SolveTime | None = None,
     host: HostTime | None = None,
     backward_gemm_factor: float = 1.0,
+    memory_bytes_per_s: float = 1e24,
     **shape: Any,
 ) -> CostModel:
-    """Make costs of a small expert on a made-up cluster; by default its speed is constant."""
+    """Make costs of a small expert on a made-up cluster; by default its speed is constant.
+
+    Memory is so fast that packing takes no time.
+    """
     cluster = Cluster(
         name="test",
         source="made up",
@@ -34,6 +38,7 @@ def make_costs(
         solve=solve or SolveTime(1e-6, 0.0, 0.0),
         host=host,
         backward_gemm_factor=backward_gemm_factor,
+        memory_bytes_per_s=memory_bytes_per_s,
     )
     return CostModel(
         cluster, **{"hidden": 64, "ffn": 24, "gated": True, "bytes_per_element": 2, **shape}

@@ -95,6 +95,34 @@ class HostTime:
 
 
 @dataclass(frozen=True)
+class Card:
+    """Memory of one rank's card, and of libraries on it.
+
+    Attributes:
+        memory_gib: GiB of the whole card.
+        context_gib: GiB of CUDA's context and libraries.
+        nccl_channels: channels of an NCCL communicator, in all and per peer, for its buffers.
+    """
+
+    memory_gib: float
+    context_gib: float
+    nccl_channels: int
+
+    def __post_init__(self) -> None:
+        _check_rate("memory_gib", self.memory_gib)
+        _check_seconds("context_gib", self.context_gib)
+
+    def communicator_bytes(self, ranks: int, node_size: int) -> int:
+        """Estimate the buffers of one NCCL communicator (docs/communication.md)."""
+        if ranks == 1:
+            return 0
+        peers = min(ranks, node_size) - 1
+        mebibytes = peers * self.nccl_channels * 12
+        mebibytes += self.nccl_channels * 4 if ranks > node_size else 0
+        return mebibytes * 2**20
+
+
+@dataclass(frozen=True)
 class Contention:
     """Factors on the times of a GEMM and an exchange that run at the same time."""
 
@@ -107,7 +135,7 @@ class Contention:
 
 
 # Passes over exchanged weights: the sender packs them and the receiver unpacks, a read and a write.
-_PACKING_PASSES = 4
+PACKING_PASSES = 4
 # Tokens per slot from which a GEMM matters in a layer's time.
 ENOUGH_TOKENS = 64
 
@@ -183,6 +211,7 @@ class Cluster:
         backward_gemm_factor: time of a backward GEMM relative to a forward one with as many FLOPs.
         host: None if not measured, and then counted as zero.
         memory_bytes_per_s: one rank's rate of reads and writes; None if not measured.
+        card: None for ranks on CPUs.
         back_ends: measured ones; `gemm` and `backward_gemm_factor` are the default's.
         spreads: known spreads by the names in `CONSTANTS`.
         figures: all measured figures; each name ends in its unit.
@@ -202,6 +231,7 @@ class Cluster:
     host: HostTime | None = None
     contention: Contention = Contention()
     memory_bytes_per_s: float | None = None
+    card: Card | None = None
     back_ends: tuple[BackEnd, ...] = ()
     spreads: tuple[tuple[str, Spread], ...] = ()
     figures: tuple[tuple[str, Figure], ...] = ()
@@ -242,7 +272,7 @@ class Cluster:
 
     def exchange_rates(self, bytes_per_element: int) -> tuple[float, float]:
         """Return the bytes per second of weights inside nodes and between, with their packing."""
-        packing = _PACKING_PASSES / self.memory_rate(bytes_per_element)
+        packing = PACKING_PASSES / self.memory_rate(bytes_per_element)
         intra, inter = (
             1.0 / (1.0 / link.bytes_per_s + packing) for link in (self.intra, self.inter)
         )

@@ -392,7 +392,7 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
 @lru_cache(maxsize=64)
 def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
     intra, inter = costs.cluster.intra, costs.cluster.inter
-    rates = costs.cluster.exchange_rates(costs.bytes_per_element)
+    intra_rate, inter_rate = costs.cluster.exchange_rates(costs.bytes_per_element)
     return native.CostModel(
         *costs.cluster.gemm.columns(),
         costs._expert_flops,
@@ -400,7 +400,8 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         costs.token_passes,
         *costs.tokens.pair_bytes(costs.token_bytes),
         costs.tokens.in_stages,
-        *(costs.bytes_per_element / rate for rate in rates),
+        costs.bytes_per_element / intra_rate,
+        costs.bytes_per_element / inter_rate,
         intra.bytes_per_s,
         inter.bytes_per_s,
         costs.token_latency_seconds(geometry),

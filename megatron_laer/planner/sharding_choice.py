@@ -1,10 +1,11 @@
-"""Choice of `--fsep-sharding auto` and of home experts' replica slots, by predicted time.
+"""Choice of `--fsep-sharding auto` and of a rank's slots, by predicted time.
 
 Candidates are priced for typical counts, with the planner's layout: a layer and microbatch with all
-exchanges of weights and gradients. Memory is the same but for the slots. Slots must also serve
-collapsed routing, where all hot experts share a home and need slots on other ranks.
+exchanges of weights and gradients. Memory is the same but for the slots. Replica slots must also
+serve collapsed routing, where all hot experts share a home and need slots on other ranks. Rows need
+more than the fewest slots only to keep tokens on their node.
 
-Legend: N ranks, E experts, C slots per rank.
+Legend: N ranks, E experts, C slots per rank, G ranks per node.
 """
 
 from __future__ import annotations
@@ -73,24 +74,37 @@ def choose_geometry(
         )
 
     asked = _shardings(config, num_ranks, num_experts)
-    if len(asked) == 1 and (asked[0] == Sharding.ROWS or config.capacity is not None):
-        only = geometry(asked[0], config.capacity)
+    only = geometry(asked[0], config.capacity)
+    if len(asked) == 1 and (config.capacity is not None or not _more_slots(only)):
         return Candidate(only, priced(only), 0.0), []
     best = []
     for sharding in asked:
         least = geometry(sharding, config.capacity)
         found = _candidate(config, least, priced, top_k)
-        if sharding == Sharding.EXPERTS and config.capacity is None:
-            for capacity in range(least.capacity + 1, least.home_slots + _REPLICA_SLOTS + 1):
-                if capacity > num_experts or capacity * num_ranks % multiple:
-                    continue
-                more = _candidate(config, geometry(sharding, capacity), priced, top_k)
-                if more.mean_s < found.mean_s * (1.0 - _WORTH):
-                    found = more
+        for capacity in _more_slots(least) if config.capacity is None else ():
+            if capacity > num_experts or capacity * num_ranks % multiple:
+                continue
+            more = _candidate(config, geometry(sharding, capacity), priced, top_k)
+            if more.mean_s < found.mean_s * (1.0 - _WORTH):
+                found = more
         best.append(found)
+    if len(best) == 1:
+        return best[0], []
     # Rows move every expert, and contention is seldom measured: they must be clearly faster.
     at_home, rows = best[0], best[-1]
     return (rows if rows.seconds < at_home.seconds * (1.0 - _WORTH) else at_home), best
+
+
+def _more_slots(least: Geometry) -> list[int]:
+    """Return the numbers of slots to compare, above the fewest that balance."""
+    if least.home_slots:
+        return list(range(least.capacity + 1, least.home_slots + _REPLICA_SLOTS + 1))
+    if least.num_nodes == 1:
+        return []
+    # With these a node has every expert, and a slot of each rank for replicas.
+    whole = -(-least.num_experts // least.node_size) + 1
+    few = range(least.capacity + 1, least.capacity + _REPLICA_SLOTS)
+    return sorted({*few, (least.capacity + whole) // 2, whole} - {least.capacity})
 
 
 def _shardings(config: FSEPConfig, num_ranks: int, num_experts: int) -> list[Sharding]:

@@ -119,7 +119,7 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
             f"{args.world_size} (WORLD_SIZE)"
         ]
     try:
-        problems += _buffer_problems(args, geometry(args, config))
+        problems += buffer_problems(args, geometry(args, config))
     except ValueError as error:
         problems.append(str(error))
     tolerance = config.imbalance_tolerance
@@ -136,7 +136,7 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
     return problems
 
 
-def _buffer_problems(args: Namespace, geometry: Geometry) -> list[str]:
+def buffer_problems(args: Namespace, geometry: Geometry) -> list[str]:
     """Return problems of the flex dispatcher's buffers, which its kernels assert on a GPU."""
     if args.moe_token_dispatcher_type != "flex":
         return []

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 _COMMANDS = (
     *("plan", "flags", "inspect", "prepare-data", "check-recipe", "report", "train"),
-    *("doctor", "calibrate", "simulate"),
+    *("doctor", "calibrate", "simulate", "advise"),
 )
 
 

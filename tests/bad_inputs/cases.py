@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tests.bad_inputs import (
+    advise,
     batch,
     fields,
     inputs,
@@ -346,6 +347,7 @@ def _all() -> Iterator[Case]:
     for words, says in report.CASES:
         yield Case(("report", *words.split(" ")) if words else ("report",), says)
     yield from simulate.cases()
+    yield from advise.cases()
     yield Case(("simulate", "good.trace", "--model", "tiny-moe", "--json", ""), "the path is empty")
     for words, says in programs.cases():
         yield _case(words, says)

@@ -42,6 +42,7 @@ _IMPORTED = (
     "benchmarks.command_line",
     "matplotlib.backend_bases",
     "matplotlib.figure",
+    "megatron_laer.tools.cli.advise",
     "megatron_laer.tools.cli.calibrate",
     "megatron_laer.tools.cli.doctor",
     "megatron_laer.tools.cli.flags",

@@ -72,6 +72,8 @@ INTEGERS = {
     f"simulate good.trace {_MODEL}": "ranks node-size capacity tokens experts lag steps "
     "microbatches pipeline virtual-pipeline tensor-parallel expert-data-parallel world "
     "stock-expert-parallel",
+    f"advise good.trace {_MODEL} --gpus 4": "gpus tokens experts microbatches pipeline "
+    "virtual-pipeline tensor-parallel",
     "report measured": "group cases capacity node-size",
     "calibrate out/c.yaml": "node-size hidden ffn",
     "benchmarks/announced.py": "repeats steps",
@@ -89,6 +91,7 @@ INTEGERS = {
 NUMBERS = {
     "plan good.trace": "tolerance hours",
     f"simulate good.trace {_MODEL}": "peak-tflops memory-gib hours host-gap-ms",
+    f"advise good.trace {_MODEL} --gpus 4": "memory-gib hours host-gap-ms",
     "report measured": "hours",
     "calibrate out/c.yaml": "hours",
     "benchmarks/gpu/__main__.py --dry-run": "minutes",

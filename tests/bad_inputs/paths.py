@@ -75,6 +75,7 @@ CONTENTS = {
     "a page": "page.html",
 }
 _MODEL = "--model mixtral-8x7b-e8k2 --node-size 2"
+_ADVISED = "--model mixtral-8x7b-e8k2 --cluster h100-8"
 # Arguments that are read. One with ./ accepts names of shipped files as well.
 READ = (
     "plan {}",
@@ -144,6 +145,7 @@ WRITTEN = (
     f"simulate good.trace {_MODEL} --json {{}}.json",
     f"simulate good.trace {_MODEL} --png {{}}.png",
     f"simulate good.trace {_MODEL} --timeline {{}}.json",
+    f"advise good.trace {_ADVISED} --gpus 4 --json {{}}.json",
     "report good.trace --out {}.html",
     "check-recipe --bridge-csv recipes.csv --json {}.json",
     "calibrate {}.yaml",

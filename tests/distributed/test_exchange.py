@@ -365,7 +365,7 @@ def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, 
     import torch
 
     from megatron_laer.planner.geometry import Geometry
-    from megatron_laer.runtime.comm.buffers import reduce_workspace, restore_workspace
+    from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 
     found = []
     with exchanges_on(node_size) as make:

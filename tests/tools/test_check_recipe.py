@@ -1,4 +1,4 @@
-"""`check-recipe` parses flags as Megatron does: in another process, which may patch torch."""
+"""`check-recipe` and `advise` parse flags as Megatron does: in a process that may patch torch."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ from tests.processes import python_path
 PROGRAM = """
 import contextlib, io, json, sys
 from megatron_laer.tools import cli
-ended = {}
-for name, words in json.load(sys.stdin).items():
+def end(words):
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        status = cli.main(["check-recipe", *words])
-    ended[name] = [status, out.getvalue(), err.getvalue()]
+        status = cli.main(words)
+    return [status, out.getvalue(), err.getvalue()]
+commands, advised = json.load(sys.stdin)
+ended = {name: end(["check-recipe", *words]) for name, words in commands.items()}
+model = end(["flags", "tiny-moe"])[1].split()
+for name, words in advised.items():
+    ended[name] = end(["advise", *words])
+    for place, line in enumerate(ended[name][1].splitlines()):
+        if " --expert-parallel-mode fsep " in line:
+            flags = [*model, *words[words.index("--") + 1 :], *line.split()]
+            ended[f"{name}, line {place}"] = end(["check-recipe", "--", *flags])
 print(json.dumps(ended))
 """
 BASE = (
@@ -75,6 +83,36 @@ ERRORS = {
     ),
     "ours": (f"{BASE} --fsep-capacity 0", "fsep-capacity"),
 }
+# Words of `advise` with the flags of a run; the shape that they give, or the error.
+TINY = "--model tiny-moe --cluster h100-8 --gpus 8"
+OF_TINY = "--bf16 --seq-length 64 --micro-batch-size 2 --num-layers 4"
+ADVISED = {
+    "a pipeline": (
+        f"{TINY} -- {OF_TINY} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
+        " --num-layers-per-virtual-pipeline-stage 1 --global-batch-size 16"
+        " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1",
+        "64 tokens per rank and microbatch, 4 microbatches; tensor 2, pipeline 2 x 2; recompute f",
+    ),
+    "own options": (
+        f"{TINY} --tensor-parallel 2 --pipeline 2 --virtual-pipeline 2 --recompute full --",
+        "tensor 2, pipeline 2 x 2; recompute full",
+    ),
+    "another model": (f"{TINY} -- --num-experts 16", "--num-experts '16': --model has 8; "),
+    "twice": (
+        f"{TINY} --pipeline 2 -- --pipeline-model-parallel-size 4",
+        "--pipeline 2 and --pipeline-model-parallel-size 4 say the same; remove one of them",
+    ),
+    "an uneven batch": (
+        f"{TINY} -- --micro-batch-size 2 --global-batch-size 24",
+        "--global-batch-size 24: 8 GPUs take 16 sequences at a time; give a multiple",
+    ),
+    "uneven chunks": (
+        f"{TINY} -- --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 3",
+        "--num-layers-per-virtual-pipeline-stage 3: 4 layers on 2 stages are no multiple of it",
+    ),
+    "long contexts": (f"{TINY} -- --context-parallel-size 2", "--context-parallel-size 2: is not"),
+    "no flag": (f"{TINY} -- --warp-speed 9", "'--warp-speed 9': neither Megatron nor FSEP"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +121,7 @@ def ended():
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", PROGRAM],
         env=os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"},
-        input=json.dumps(words),
+        input=json.dumps([words, {name: case[0].split() for name, case in ADVISED.items()}]),
         capture_output=True,
         text=True,
         timeout=600,
@@ -117,3 +155,16 @@ def test_flags_that_cannot_be_judged_are_quoted(name, ended):
     status, out, err = ended[name]
     assert (status, out) == (2, "")
     assert ERRORS[name][1] in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ADVISED)
+def test_advice_reads_flags_and_gives_flags_that_run(name, ended):
+    _, says = ADVISED[name]
+    status, out, err = ended[name]
+    if status == 2:
+        assert says in err and err.count("\n") == 1
+        return
+    assert says in out.splitlines()[0] and (status, err) == (0, "")
+    lines = [found for key, found in ended.items() if key.startswith(f"{name}, line ")]
+    assert len(lines) >= 3 and {status for status, _, _ in lines} == {0}
+    assert all(out.startswith("runs") for _, out, _ in lines)

@@ -18,7 +18,14 @@ from megatron_laer.tools.simulator.iteration.chunk import (
     backward,
     forward,
 )
-from megatron_laer.tools.simulator.iteration.clocks import KINDS, Clocks
+from megatron_laer.tools.simulator.iteration.clocks import (
+    GRADIENTS,
+    INTER,
+    INTRA,
+    KINDS,
+    PARAMETERS,
+    Clocks,
+)
 from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order, sweep
 
 OVERLAPPED = make_schedule(overlaps=True)
@@ -31,7 +38,7 @@ EXACT = make_schedule(overlaps=True, after_gate=True, restores_following=True)
 def layer(forward_N, backward_N=None, restore_s=None, reduce_s=None, **more):
     """Make a MoE layer: attention 2 and 4 seconds, an exchange of tokens 1 second."""
     of_moe = {"tokens_N": np.ones(len(forward_N)), "within_node": False, "gate_s": 0.0}
-    of_moe |= {"change_s": None, "group": None}
+    of_moe |= {"change_s": None, "group": None, "tokens_link": INTER}
     of_moe |= {key: more.pop(key) for key in list(more) if key in of_moe}
     of = MoETimes(
         forward_N=np.array(forward_N, float),
@@ -142,9 +149,9 @@ def test_an_operations_first_restore_hides_behind_the_operation_before(run, sche
     first, next_one = replace(layer([10]), name="before"), layer([10], restore_s=20)
     clocks = Clocks(1, 1)
     following = Following(next_one, run is backward, same_microbatch=False)
-    fetched_s = forward(clocks, [first], schedule, None, following)
-    assert (fetched_s is None) == (schedule is OVERLAPPED or (run, schedule) == (forward, EXACT))
-    run(clocks, [next_one], schedule, fetched_s)
+    fetched = forward(clocks, [first], schedule, None, following)
+    assert (fetched is None) == (schedule is OVERLAPPED or (run, schedule) == (forward, EXACT))
+    run(clocks, [next_one], schedule, fetched)
     assert spent(clocks)["restore"] == exposed
 
 
@@ -162,7 +169,8 @@ def test_a_layer_that_follows_itself_fetches_slots_that_differ(
 ):
     present, same = layer([10]), layer([10], restore_s=20, change_s=change_s)
     following = Following(same, True, same_microbatch)
-    assert forward(Clocks(1, 1), [present], schedule, None, following) == fetched_s
+    fetched = forward(Clocks(1, 1), [present], schedule, None, following)
+    assert fetched is not None and fetched.end_s == fetched_s
 
 
 def test_changed_slots_are_fetched_after_the_gate_and_waited_for():
@@ -180,13 +188,30 @@ def test_a_restore_begins_when_the_last_rank_has_begun_it():
 
 
 def test_one_communicator_has_gradients_wait_for_parameters():
-    """Layer 1's restore and layer 2's gradients compete for the link."""
+    """Layer 1's restore and layer 2's gradients share the link, or take turns."""
     layers = [layer([1], [1], restore_s=40), layer([1], [1], restore_s=1, reduce_s=40)]
-    two, one = (
-        ran(OVERLAPPED, *layers, passes=(backward,), one_stream=one_stream).now_N[0]
-        for one_stream in (False, True)
-    )
-    assert one > two + 30
+    for one_stream in (False, True):
+        times = {}
+
+        def record(track, label, begin_N, end_N, times=times):
+            times[track, label] = float(begin_N[0]), float(end_N[0])
+
+        clocks = Clocks(1, 1, one_stream=one_stream, record=record)
+        backward(clocks, [*layers], OVERLAPPED)
+        restored_s = max(end for (track, _), (_, end) in times.items() if track == PARAMETERS)
+        begin_s, end_s = times[GRADIENTS, "reduce layer"]
+        assert (begin_s >= restored_s) == one_stream and end_s > 80
+
+
+def test_exchanges_and_tokens_over_one_class_of_links_share_it():
+    """While both are under way each is half as fast; other links have their own bytes."""
+    shared = layer([10], restore_s=4, tokens_link=INTRA)
+    apart = layer([10], restore_s=4)
+    # The restore begins before attention, of 2, and has 2 left when the tokens, of 1, begin.
+    assert spent(ran(OVERLAPPED, shared))["tokens"] == 2 + 1
+    assert spent(ran(OVERLAPPED, shared))["restore"] == 5 - (2 + 2)
+    assert spent(ran(OVERLAPPED, apart))["tokens"] == 2
+    assert spent(ran(OVERLAPPED, apart))["restore"] == 4 - (2 + 1)
 
 
 def test_recompute_runs_forward_again_with_its_tokens_and_restores_once():

@@ -161,7 +161,7 @@ def test_a_layers_compute_and_tokens_are_the_cost_models():
     """Where only GEMMs and links cost time, both models have the same layer."""
     trace = drifting_trace()
     counts_NE = trace.counts_NE(3)
-    costs = CostModel(CLUSTER, 4096, 14336, True, 2)
+    costs = CostModel(replace(CLUSTER, host=None, spreads=()), 4096, 14336, True, 2)
     layout = ExpertLayout.static(4, 3, 8)
     work = LayerWork.of(even_split(layout, 2).totals(counts_NE), RATES)
     flops = (1 + 2 * CLUSTER.backward_gemm_factor) * costs.flops_per_token

@@ -101,7 +101,7 @@ FITS = "{path} --model mixtral-8x7b-e8k2 --node-size 2 --tokens 32768 --steps 1 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (f"{W0} --tokens 512 --sharding rows", r"Do not use FSEP here.*restore costs.*$"),
+        (f"{W0} --tokens 512 --sharding rows", r"Do not use FSEP here.*reduce costs.*$"),
         (f"{FITS} --memory-gib 1", r"\nDo not use FSEP here: it needs .*$"),
         (f"{FITS} --memory-gib 10000", r" \(C = .* as stock EP in groups of 1; "),
         (

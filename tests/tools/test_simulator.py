@@ -106,7 +106,8 @@ def test_exchanges_of_replicas_count_where_experts_are_at_home():
     found = simulate(trace, [geometry], costs, ["static", "search"], ["forecast", "adaptive"])
     rows = {(row.strategy, row.mode): row for row in found}
     stock, static = rows[STOCK, "-"], rows["static", "forecast"]
-    assert (static.mean, static.layer_ms) == (stock.mean, pytest.approx(stock.layer_ms))
+    # The host has one more slot to read.
+    assert (static.mean, static.layer_ms) == (stock.mean, pytest.approx(stock.layer_ms, rel=1e-4))
     # Replicas from another node balance, but cost more than they gain: the guard drops them.
     kept, dropped = rows["search", "forecast"], rows["search", "adaptive"]
     assert kept.mean < 1.01 < dropped.mean and dropped.replan_share == 1

@@ -13,6 +13,8 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.tools.traces.workloads import (
+    NATURAL,
+    TITLES,
     WORKLOADS,
     WorkloadShape,
     experts_of_tokens,
@@ -88,7 +90,7 @@ def test_every_workload_has_its_bounds():
     assert set(MICROBATCH_OLD_BOUNDS) == set(OFF_NODE_BOUNDS) == set(WORKLOADS)
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", TITLES)
 def test_a_workload_follows_from_its_name_seed_and_step_alone(name):
     shape = WorkloadShape(4, 16, 2, 256)
     counts_NE = workload_counts(name, shape, 5, seed=3)
@@ -100,7 +102,7 @@ def test_a_workload_follows_from_its_name_seed_and_step_alone(name):
     assert (trace.counts_NE(5) == counts_NE).all()
 
 
-@pytest.mark.parametrize("name", WORKLOADS)
+@pytest.mark.parametrize("name", TITLES)
 @pytest.mark.parametrize("topk", [1, 2, 4])
 def test_tokens_have_k_different_experts(name, topk):
     shape = WorkloadShape(4, 8, topk, 100)
@@ -157,3 +159,18 @@ def shares(name: str, step: int = 0, seed: int = 0) -> np.ndarray:
 def hot(name: str, step: int = 0, seed: int = 0) -> list[int]:
     found: list[int] = np.flatnonzero(shares(name, step, seed) > 2).tolist()
     return found
+
+
+@pytest.mark.parametrize(("experts", "topk"), [(8, 2), (60, 4), (128, 8), (256, 8)])
+def test_natural_routing_has_the_skew_of_runs_and_drifts(experts, topk):
+    """Megatron's stress tests are two to four times as skewed."""
+    shape = WorkloadShape(8, experts, topk, 4096)
+    ratios, turned = [], []
+    for seed in range(4):
+        loads = [workload_counts(NATURAL, shape, step, seed).sum(axis=0) for step in (0, 1, 50)]
+        groups = np.array([part.sum() for part in np.array_split(loads[0], 8)])
+        ratios.append(groups.max() / groups.mean())
+        turned.append([np.corrcoef(loads[0], later)[0, 1] for later in loads[1:]])
+    assert all(1.3 <= ratio <= 1.7 for ratio in ratios), ratios
+    next_step, much_later = np.mean(turned, axis=0)
+    assert next_step > 0.98 and much_later < 0.9

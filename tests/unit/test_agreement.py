@@ -57,7 +57,7 @@ def test_the_last_digit_of_a_constant_is_a_difference() -> None:
     ],
 )
 def test_a_constant_that_calibrate_adds_is_compared(name: str, value: object, told: str) -> None:
-    cluster = replace(COSTS.cluster, **{name: value})
+    cluster = replace(COSTS.cluster, spreads=(), **{name: value})
     other = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), replace(COSTS, cluster=cluster), seed=1)
     text = describe_difference([SUMMARY, other], [0, 1])
     assert text is not None and told in text

@@ -165,13 +165,16 @@ def test_shapes_and_restores_of_the_papers_setting_have_the_papers_bytes() -> No
     received = costs.restore_bytes(layout, 8, "flat")
     np.testing.assert_allclose(received.intra_N + received.inter_N, 683e6, rtol=1e-3)
     np.testing.assert_allclose(received.inter_N, 528.5e6, rtol=1e-3)
-    # The slower class limits: 12.5 GB/s between nodes, and a latency for each matrix.
-    expected_s = received.inter_N.max() / 12.5e9 + 2 * costs.cluster.inter.latency_s
+    # The slower class limits: 10 GB/s between nodes, four passes through memory at 1.5 TB/s, and a
+    # latency for each matrix.
+    per_byte_s = 1 / 10e9 + 4 / 1.5e12
+    expected_s = received.inter_N.max() * per_byte_s + 2 * costs.cluster.inter.latency_s
     assert costs.restore_seconds(layout, 8, "flat") == pytest.approx(expected_s, rel=1e-9)
     # `node` runs two phases in sequence, each with the latency of its links.
     phased = costs.restore_bytes(layout, 8, "node")
     intra = costs.cluster.intra
-    expected_node_s = phased.intra_N.max() / intra.bytes_per_s + phased.inter_N.max() / 12.5e9
+    expected_node_s = phased.intra_N.max() * (1 / intra.bytes_per_s + 4 / 1.5e12)
+    expected_node_s += phased.inter_N.max() * per_byte_s
     expected_node_s += 2 * (intra.latency_s + costs.cluster.inter.latency_s)
     assert costs.restore_seconds(layout, 8, "node") == pytest.approx(expected_node_s, rel=1e-9)
     assert expected_node_s < expected_s

@@ -66,7 +66,10 @@ def test_recorded_routing_is_planned_for_a_clusters_constants(tmp_path: Path) ->
     assert found | expected == found
     assert len(rows) == len(expected_rows)
     for row, expected_row in zip(rows, expected_rows, strict=True):
-        assert {name: row[name] for name in expected_row} == pytest.approx(expected_row)
+        for name, value in expected_row.items():
+            # Exchanges have a price for packing since.
+            is_number = isinstance(value, int | float)
+            assert row[name] == (pytest.approx(value, rel=1e-4) if is_number else value), name
 
 
 def test_a_dataset_has_the_bytes_that_it_had(tmp_path: Path) -> None:

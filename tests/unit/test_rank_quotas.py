@@ -128,7 +128,7 @@ def test_the_core_refuses_sizes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="a slot holds no expert"):
         native.rank_quotas(SLOTS_S, loads_S, columns_NC, 5)
     points = np.array([1]), np.ones(1), np.ones(2), np.ones(1), np.ones(1)
-    numbers = 1.0, 0.3, 4.0, 1.0, 1.0, False, 1.0, 1.0, 1.0, 0.0, 0.0, False, False, *[0.0] * 5, 0
+    numbers = 1.0, 0.3, 4.0, 1.0, 1.0, False, *[1.0] * 4, 0.0, 0.0, False, False, *[0.0] * 5, 0
     with pytest.raises(ValueError, match="wrong size of the GEMM curve"):
         native.CostModel(*points, *numbers, np.ones(4, dtype=np.int64))
     with pytest.raises(ValueError, match="the GEMM curve is empty"):

@@ -68,6 +68,23 @@ def test_auto_takes_the_faster_sharding_and_slots_that_pay() -> None:
     assert found[65536, True].sharding == Sharding.ROWS
 
 
+def test_rows_take_slots_that_keep_tokens_on_their_node() -> None:
+    """With 17 slots a node has every expert; on one node the fewest slots balance."""
+    costs = make_costs(
+        hidden=2048, ffn=1024, intra=Link(2e11, 1e-5), inter=Link(2e10, 1e-5), points=((1, 3e14),)
+    )
+
+    def slots(shape: tuple[int, int, int], tokens: int) -> int:
+        choice, best = choose_geometry(
+            FSEPConfig(sharding="rows"), shape, 1, 2, priced_as(costs, tokens)
+        )
+        assert choice.geometry.sharding == Sharding.ROWS and not best
+        return choice.geometry.capacity
+
+    assert slots((16, 64, 4), 65536) >= 11
+    assert slots((16, 64, 4), 1024) == slots((16, 64, 16), 65536) == 5
+
+
 def test_contention_prices_hidden_exchanges() -> None:
     costs = make_costs()
     assert costs.hidden_share == 0.125, "nothing was measured"

@@ -19,13 +19,9 @@ import torch
 
 from megatron_laer.choices import Sharding
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 from megatron_laer.runtime.comm.blocks import row_blocks
-from megatron_laer.runtime.comm.buffers import (
-    MatrixBuffers,
-    Workspace,
-    reduce_workspace,
-    restore_workspace,
-)
+from megatron_laer.runtime.comm.buffers import MatrixBuffers, Workspace
 from megatron_laer.runtime.comm.copies import read_here
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group

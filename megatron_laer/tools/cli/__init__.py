@@ -34,13 +34,14 @@ _COMMANDS = {
     "plan": "compare strategies on a routing trace",
     "report": "write a page on a run, or on a routing trace",
     "simulate": "predict whole iterations of stock, FSEP and others",
+    "advise": "find the fastest settings for a run, or say to take stock",
     "calibrate": "measure a cluster's constants, for plan and training",
     "check-recipe": "say whether settings run with FSEP, before a run",
     "doctor": "print what this machine has, and what is missing",
 }
 
 # Commands that take flags after `--`.
-_TAKE_FLAGS = ("train", "check-recipe")
+_TAKE_FLAGS = ("train", "check-recipe", "advise")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,6 +93,7 @@ examples:
   %(prog)s plan traces/group-0.trace --ranks 64 --node-size 8 --capacity 2 3 4
   %(prog)s report runs/one --out report.html
   %(prog)s simulate traces/group-0.trace --model my-model.yaml --ranks 64
+  %(prog)s advise --model qwen3-30b-a3b --cluster h100-8 --gpus 64
   torchrun --nproc-per-node 8 -m megatron_laer calibrate my-node.yaml
   %(prog)s check-recipe -- --num-experts 64 --expert-model-parallel-size 8 FLAGS
   %(prog)s inspect checkpoints

@@ -8,24 +8,20 @@ import io
 import json
 import shlex
 import sys
-import warnings
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import write_output
-from megatron_laer.files.yaml_text import read_yaml
 from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
 from megatron_laer.tools.cli.argument_types import option, path
-from megatron_laer.tools.cli.program import RaisingParser
+from megatron_laer.tools.cli.megatron_flags import parsed, replace_cuda_where_needed, say_wait
 from megatron_laer.tools.recipes.bridge_table import judge_recipe, read_recipes, recipe_of
 from megatron_laer.tools.recipes.command_lines import (
-    check_patterns,
-    flags_in_mapping,
-    flags_in_text,
+    flags_in_file,
+    mapping_in_file,
     script_flags,
     without,
 )
@@ -93,14 +89,9 @@ def run(args: Namespace) -> int:
         return _say(_judge_function(args.bridge_recipe))
     if args.file is None:
         return _judge_flags(script_flags(args.flags))
-    if args.file.suffix not in (".yaml", ".yml"):
-        return _judge_flags(flags_in_text(args.file))
-    content = read_yaml(args.file)
-    if not isinstance(content, Mapping):
-        raise ValueError(f"{args.file}: give `flag: value` lines, or a recipe's `field: value`")
-    if "recipe" in content:
-        return _say(judge_recipe(recipe_of(content, str(args.file))))
-    return _judge_flags(flags_in_mapping(content, str(args.file)))
+    if args.file.suffix in (".yaml", ".yml") and "recipe" in mapping_in_file(args.file):
+        return _say(judge_recipe(recipe_of(mapping_in_file(args.file), str(args.file))))
+    return _judge_flags(flags_in_file(args.file))
 
 
 def _judge_table(table: Path, output: Path | None) -> int:
@@ -159,12 +150,12 @@ def _judge_function(name: str) -> Judgement:
 
     Output of its imports goes to stderr only on success: it would bury the one line of an error.
     """
-    _say_wait("Megatron-Bridge")
+    say_wait("Megatron-Bridge")
     is_offline = go_offline_if_unreachable()
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            _replace_cuda_where_needed()
+            replace_cuda_where_needed()
             judgement = judge_container(*load_recipe(name))
     except EvaluationError as error:
         if not is_offline:
@@ -181,7 +172,7 @@ def _judge_flags(words: list[str]) -> int:
     from megatron_laer.fsep_flags import config_from_args
     from megatron_laer.support import RefusedError, arguments
 
-    settings = _parsed(words)
+    settings = parsed(words)
     config = config_from_args(settings)
     assert config is not None, "the mode is set"
     judgement = judge(settings, config.allow_unproven)
@@ -190,54 +181,13 @@ def _judge_flags(words: list[str]) -> int:
         kept.append("--bf16")
     if judgement.runs:
         try:  # once more, with the sizes that no row of the table covers
-            arguments.check(_parsed(kept), config)
+            arguments.check(parsed(kept), config)
         except RefusedError as error:
             judgement = Judgement(Verdict.REFUSED, None, (str(error),))
     status = _say(judgement)
     if judgement.verdict in (Verdict.SPEED_ONLY, Verdict.PRECISION):
         _print(shlex.join(kept))
     return status
-
-
-def _parsed(words: list[str]) -> Namespace:
-    from megatron_laer import fsep_flags
-    from megatron_laer.config import ExpertParallelMode
-    from megatron_laer.support import arguments
-
-    check_patterns(words)
-    if "megatron.training.arguments" not in sys.modules:
-        _say_wait("Megatron")
-    with warnings.catch_warnings():
-        # Megatron warns at import about parts that a run would need, and nothing is run.
-        warnings.simplefilter("ignore")
-        _replace_cuda_where_needed()
-        from megatron.training.arguments import add_megatron_arguments
-
-    parser = fsep_flags.add_arguments(add_megatron_arguments(RaisingParser()))
-    parser.set_defaults(**dict.fromkeys(arguments.FILLED_IN))
-    settings, unknown = parser.parse_known_args(words)
-    if unknown:
-        raise ValueError(
-            f"{quoted(shlex.join(unknown))}: neither Megatron nor FSEP has such flags; leave out "
-            "what is a script's own, and write the others as they are in full"
-        )
-    if settings.yaml_cfg is not None:
-        raise ValueError(
-            f"--yaml-cfg {quoted(settings.yaml_cfg)}: Megatron's settings would all come from that "
-            "file, and FSEP's flags have no effect beside it; give Megatron's flags"
-        )
-    settings.expert_parallel_mode = ExpertParallelMode.FSEP
-    settings.world_size = settings.expert_model_parallel_size
-    arguments.fill_in(settings, {})
-    arguments.leave_out(settings)
-    return settings
-
-
-def _replace_cuda_where_needed() -> None:
-    from megatron_laer import device
-
-    if device.cpu_needed():
-        device.install_cpu()
 
 
 def _say(judgement: Judgement) -> int:
@@ -252,11 +202,6 @@ def _say(judgement: Judgement) -> int:
     for reason in judgement.because:
         _print(f"  {reason}")
     return STATUS[judgement.verdict]
-
-
-def _say_wait(imported: str) -> None:
-    if sys.stderr is not None and sys.stderr.isatty():
-        print(f"importing {imported}, which takes some seconds", file=sys.stderr, flush=True)
 
 
 def _print(text: str) -> None:

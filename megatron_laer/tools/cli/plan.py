@@ -46,7 +46,7 @@ from megatron_laer.tools.simulator.comparison import (
 from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
 from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
 from megatron_laer.tools.traces.records import Trace
-from megatron_laer.tools.traces.workloads import WORKLOADS, WorkloadShape, workload_trace
+from megatron_laer.tools.traces.workloads import TITLES, WorkloadShape, workload_trace
 
 _DEFAULT_TOLERANCE = 0.05
 # Maximum of --lag and --every: more than any trace has records.
@@ -254,8 +254,7 @@ def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Tr
         f"{steps} steps of {args.ranks} ranks and {num_experts} experts",
         "give fewer --steps",
     )
-    title = WORKLOADS[args.workload].title
-    name = f"{args.workload} {title}, top-{topk}, {tokens} tokens per rank"
+    name = f"{args.workload} {TITLES[args.workload]}, top-{topk}, {tokens} tokens per rank"
     return name, workload_trace(args.workload, shape, steps, progress=bar("drawing", leave=False))
 
 

@@ -10,7 +10,7 @@ from megatron_laer.tools.cli.outputs import bar
 from megatron_laer.tools.report.run_files import naming
 from megatron_laer.tools.traces import FORMATS, read_trace
 from megatron_laer.tools.traces.records import Trace
-from megatron_laer.tools.traces.workloads import WORKLOADS
+from megatron_laer.tools.traces.workloads import TITLES
 
 MAX_TOKENS = 2**24
 
@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--trace-ranks FIRST-LAST", only, rank_range)
     experts = "for workloads, and traces that do not say it"
     option(parser, "--experts E", experts, between(1, MAX_EXPERTS))
-    titles = ", ".join(f"{name} {workload.title}" for name, workload in WORKLOADS.items())
-    instead = f"in place of a trace, one of Megatron's imbalance benchmark: {titles}"
-    option(parser, "--workload W", instead, choices=WORKLOADS)
+    titles = ", ".join(f"{name} {title}" for name, title in TITLES.items())
+    instead = f"in place of a trace, as in runs, or a stress test of Megatron's benchmark: {titles}"
+    option(parser, "--workload W", instead, choices=TITLES)
 
 
 def check(args: argparse.Namespace, purpose: str) -> None:
@@ -39,8 +39,7 @@ def check(args: argparse.Namespace, purpose: str) -> None:
     if args.workload is None:
         if args.trace is None:
             raise ValueError(
-                f"nothing to {purpose}: give a TRACE, or --workload with one of "
-                f"{', '.join(WORKLOADS)}"
+                f"nothing to {purpose}: give a TRACE, or --workload with one of {', '.join(TITLES)}"
             )
         return
     given = f"--workload {args.workload}"

@@ -40,6 +40,11 @@ from megatron_laer.tools.cli.outputs import check_outputs
 from megatron_laer.tools.cli.routing_input import MAX_TOKENS
 from megatron_laer.tools.simulator import iteration_output as output
 from megatron_laer.tools.simulator.iteration.advice import Case, advice
+from megatron_laer.tools.simulator.iteration.case_inputs import (
+    case_routing,
+    planner_costs,
+    tokens_of,
+)
 from megatron_laer.tools.simulator.iteration.methods import (
     METHODS,
     STOCK,
@@ -51,11 +56,9 @@ from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict_iterations
 from megatron_laer.tools.simulator.iteration.predicted_timeline import PredictedTimeline
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
-from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.stock_group import Predict, fastest_stock
 from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
-from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
 from megatron_laer.tools.traces.records import Trace
 
 _MAX_STEPS = 10**5
@@ -201,17 +204,10 @@ def _simulate(
     results: _Results,
 ) -> None:
     num_ranks = geometry.num_ranks
-    check_memory(
-        num_ranks,
-        model.num_experts,
-        record_bytes=0,
-        forecasts=kept_forecasts(trace, args.lag),
-        purpose=f"simulating {num_ranks:,} ranks",
-    )
-    pairs = None if tokens is None or args.workload else float(tokens * model.topk)
-    routing = Routing(trace, num_ranks, pairs)
-    tokens = max(round(routing.pairs / model.topk), 1)
-    costs = _costs(args, model, rates[0], round(routing.pairs))
+    scaled = tokens if args.workload is None else None  # a workload is made with its tokens
+    routing = case_routing(trace, model, num_ranks, scaled, args.lag)
+    tokens = tokens_of(routing, model)
+    costs = planner_costs(model, rates[0], Recompute(args.recompute), routing)
     chosen = _chosen(args, geometry, config, model, costs)
     geometry, costs = chosen.geometry, chosen.costs
     shape = simulate_input.run_shape(args, geometry, tokens, trace)
@@ -250,18 +246,6 @@ def _simulate(
         )
     results.predicted[case] = {prediction.method: prediction for prediction in found}
     results.runs.append(shape)
-
-
-def _costs(args: argparse.Namespace, model: ModelShape, nominal: Rates, pairs: int) -> CostModel:
-    return CostModel(
-        cluster=nominal.cluster,
-        hidden=model.hidden,
-        ffn=model.expert_ffn,
-        gated=model.gated,
-        bytes_per_element=model.bytes_per_element,
-        recompute=Recompute(args.recompute),
-        pairs_per_rank=pairs,
-    )
 
 
 def _chosen(

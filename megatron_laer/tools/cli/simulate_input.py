@@ -25,8 +25,12 @@ _WORKLOAD_LAYERS, _WORKLOAD_STEPS, _WORKLOAD_MICROBATCHES = 4, 8, 8
 # Bytes per count of a workload: 8 to make it, 4 to keep it.
 _BYTES_PER_COUNT = 12
 
+# Returns the routing of a number of ranks.
+TraceOf = Callable[[int], Trace]
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+
+def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> None:
+    """Add the arguments, with those of a stage's groups unless they are the question."""
     routing_input.add_arguments(parser)
     option(parser, "--model NAME|YAML", "of configs/models, or a file", required=True)
     text = "hardware constants, a name from configs/clusters or a file; default: %(default)s"
@@ -41,6 +45,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--pipeline P", _MAX_COUNT, "pipeline stages, each with its own FSEP groups"),
         ("--virtual-pipeline V", _MAX_COUNT, "model chunks of a stage (interleaved schedule)"),
         ("--tensor-parallel T", MOST_RANKS, "ranks that share a sequence in attention"),
+    ):
+        option(sizes, flag, text, between(1, high))
+    if groups:
+        _add_groups(sizes)
+    text = (
+        "how stock sends tokens: a row per expert, or once per node as DeepEP; default: %(default)s"
+    )
+    option(sizes, "--stock-dispatcher", text, choices=("alltoall", "flex"), default="flex")
+    text = "what backward computes again: nothing; all of a layer, token exchanges included; or"
+    text = f"{text} its compute alone; default: %(default)s"
+    option(sizes, "--recompute", text, choices=list(Recompute), default=Recompute.NONE.value)
+    text = "once per iteration, as of the data loader; default: none"
+    option(sizes, "--host-gap-ms X", text, number(0.0, 1e9), default=0.0)
+    add_hours(parser)
+    for flag, text in (
+        ("--stock-overlap", "stock's tokens travel during another microbatch's compute"),
+        (
+            "--account-for-embedding",
+            "the embedding counts as a layer of the pipeline's first chunk",
+        ),
+        ("--account-for-loss", "the LM head and loss count as a layer of the last chunk"),
+        ("--no-distributed-optimizer", "optimizer states are not sharded"),
+        (
+            "--no-data-parallel-overlap",
+            "gradients of dense layers are exchanged after the last backward",
+        ),
+    ):
+        sizes.add_argument(flag, action="store_true", help=text)
+
+
+def _add_groups(sizes: argparse._ArgumentGroup) -> None:
+    for flag, high, text in (
         ("--expert-data-parallel D", _MAX_COUNT, "FSEP groups of a stage; default: 1"),
         ("--world W", MOST_RANKS, "ranks of a stage, which gives its number of FSEP groups"),
         (
@@ -51,25 +87,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     ):
         option(sizes, flag, text, between(1, high))
-    text = "how stock sends tokens: a row per expert, or once per node as DeepEP; default: %(default)s"
-    option(sizes, "--stock-dispatcher", text, choices=("alltoall", "flex"), default="flex")
-    text = "what backward computes again: nothing; all of a layer, token exchanges included; or"
-    text = f"{text} its compute alone; default: %(default)s"
-    option(sizes, "--recompute", text, choices=list(Recompute), default=Recompute.NONE.value)
-    text = "once per iteration, as of the data loader; default: none"
-    option(sizes, "--host-gap-ms X", text, number(0.0, 1e9), default=0.0)
-    add_hours(parser)
-    for flag, text in (
-        ("--stock-overlap", "stock's tokens travel during another microbatch's compute"),
-        ("--account-for-embedding", "the embedding counts as a layer of the pipeline's first chunk"),
-        ("--account-for-loss", "the LM head and loss count as a layer of the last chunk"),
-        ("--no-distributed-optimizer", "optimizer states are not sharded"),
-        (
-            "--no-data-parallel-overlap",
-            "gradients of dense layers are exchanged after the last backward",
-        ),
-    ):
-        sizes.add_argument(flag, action="store_true", help=text)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -88,10 +105,13 @@ def routing_of(args: argparse.Namespace, model: ModelShape) -> Callable[[int, in
     if args.workload is None:
         trace = routing_input.read(args, model.num_experts)
         return lambda ranks, tokens: trace
-    return lambda ranks, tokens: _workload(args, model, ranks, tokens)
+    return lambda ranks, tokens: workload(args, model, args.workload, ranks, tokens)
 
 
-def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: int | None) -> Trace:
+def workload(
+    args: argparse.Namespace, model: ModelShape, name: str, ranks: int, tokens: int | None
+) -> Trace:
+    """Make a workload's trace of some steps and layers."""
     steps, layers = workload_sizes(args, model)
     shape = WorkloadShape(ranks, model.num_experts, model.topk, tokens or model.sequence)
     memory.check_enough(
@@ -102,7 +122,7 @@ def _workload(args: argparse.Namespace, model: ModelShape, ranks: int, tokens: i
     step_R, layer_R = (axis.reshape(-1) for axis in np.indices((steps, layers), dtype=np.int64))
     counts_RNE = np.stack(
         [
-            workload_counts(args.workload, shape, int(step_R[record]), seed=int(layer_R[record]))
+            workload_counts(name, shape, int(step_R[record]), seed=int(layer_R[record]))
             for record in bar("drawing", leave=False)(range(steps * layers))
         ]
     )
@@ -114,11 +134,14 @@ def workload_sizes(args: argparse.Namespace, model: ModelShape) -> tuple[int, in
     return max(_WORKLOAD_STEPS, args.lag + 1), min(_WORKLOAD_LAYERS, model.moe_layers)
 
 
-def run_shape(args: argparse.Namespace, geometry: Geometry, tokens: int, trace: Trace) -> RunShape:
+def run_shape(
+    args: argparse.Namespace, geometry: Geometry, tokens: int, trace: Trace | None
+) -> RunShape:
+    """Return the run's shape; `trace` has the number of microbatches, unless a workload is asked."""
     ranks = geometry.num_ranks
     if args.microbatches is not None:
         microbatches = args.microbatches
-    elif args.workload is not None:
+    elif trace is None or args.workload is not None:
         microbatches = _WORKLOAD_MICROBATCHES
     else:
         microbatches = int(trace.microbatch_R.max()) + 1

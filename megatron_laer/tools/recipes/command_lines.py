@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from megatron_laer.files.checks import quoted, read_text
-from megatron_laer.files.yaml_text import Content
+from megatron_laer.files.yaml_text import Content, read_yaml
 from megatron_laer.tools.model_flags import flag_words
 
 # Expressions that Megatron evaluates, such as ([0]*3+[1]*58) in --moe-layer-freq, and their limit.
@@ -32,6 +32,20 @@ def flags_in_text(path: Path) -> list[str]:
     except ValueError as error:
         raise ValueError(f"{path}: no command line: {error}") from error
     return script_flags(words)
+
+
+def flags_in_file(path: Path) -> list[str]:
+    """Read the flags of a YAML file (.yaml, .yml), else of a command line."""
+    if path.suffix not in (".yaml", ".yml"):
+        return flags_in_text(path)
+    return flags_in_mapping(mapping_in_file(path), str(path))
+
+
+def mapping_in_file(path: Path) -> Mapping[str, Content]:
+    content = read_yaml(path)
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{path}: give `flag: value` lines, or a recipe's `field: value`")
+    return content
 
 
 def script_flags(words: list[str]) -> list[str]:

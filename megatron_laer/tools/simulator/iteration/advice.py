@@ -9,7 +9,7 @@ from megatron_laer.tools.simulator.iteration.methods import FSDP_EP, FSEP, STOCK
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
 
 # Minimum gain: a smaller one is not worth another library, nor beyond the error of constants.
-_WORTH = 1.02
+WORTH = 1.02
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,17 @@ def gain(method: IterationPrediction, over: IterationPrediction) -> Gain:
     return Gain(ratios[0], min(ratios), max(ratios))
 
 
+def losses(ours: IterationPrediction, theirs: IterationPrediction) -> str:
+    """Return the seconds that balance saves, and those that the dearest exchange adds."""
+    more = {kind: seconds - theirs.exposed_s[kind] for kind, seconds in ours.exposed_s.items()}
+    worst = max(more, key=lambda kind: more[kind])
+    saved_s = theirs.waiting_s - ours.waiting_s
+    return (
+        f"balance saves {max(saved_s, 0.0):.3g} s of {theirs.iteration_s:.3g}, and {worst} costs "
+        f"{max(more[worst], 0.0):.3g} s more"
+    )
+
+
 def advice(
     cases: Mapping[Case, Mapping[str, IterationPrediction]], most_bytes: float | None = None
 ) -> str:
@@ -92,23 +103,19 @@ def advice(
             f"Use FSEP ({where}) if at all: {named} needs {theirs.peak_bytes / 2**30:.3g} GiB of a "
             f"rank's memory, FSEP {ours.peak_bytes / 2**30:.3g}."
         )
-    if found.low >= _WORTH:
+    if found.low >= WORTH:
         sentence = f"Use FSEP ({where}): it is {found} as fast as {named}"
         best = min(methods.values(), key=lambda each: each.iteration_s)
-        if best.iteration_s * _WORTH < ours.iteration_s:
+        if best.iteration_s * WORTH < ours.iteration_s:
             return f"{sentence}, but {best.method} takes {best.iteration_s:.3g} s for its " + (
                 f"{ours.iteration_s:.3g}."
             )
         saved_s = theirs.waiting_s - ours.waiting_s
         return f"{sentence}, since ranks wait {saved_s:.3g} s less for the slowest one."
-    if found.high < _WORTH:
-        more = {kind: seconds - theirs.exposed_s[kind] for kind, seconds in ours.exposed_s.items()}
-        worst = max(more, key=lambda kind: more[kind])
-        lost = theirs.waiting_s - ours.waiting_s
+    if found.high < WORTH:
         return (
-            f"Do not use FSEP here ({where}): it is {found} as fast as {named}; balance "
-            f"saves {max(lost, 0.0):.3g} s of {theirs.iteration_s:.3g}, and {worst} costs "
-            f"{max(more[worst], 0.0):.3g} s more."
+            f"Do not use FSEP here ({where}): it is {found} as fast as {named}; "
+            f"{losses(ours, theirs)}."
         )
     return (
         f"Undecided ({where}): FSEP is {found} as fast as {named}, so the constants of "

@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_laer.schedule import Schedule
-from megatron_laer.tools.simulator.iteration.clocks import GRADIENTS, PARAMETERS, Clocks, Seconds
+from megatron_laer.tools.simulator.iteration.clocks import (
+    GRADIENTS,
+    INTRA,
+    PARAMETERS,
+    Clocks,
+    Flight,
+    Seconds,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +28,8 @@ class MoETimes:
     `backward_N` includes recompute. `tokens_N` is one exchange of tokens, in which ranks wait for
     their node only if `within_node`. `gate_s` is exchange of counts, decision and quotas. Exchanges
     of experts are None in passes without; `change_s` fetches changed slots. `group` is the number
-    of neighbours that exchange tokens and counts; None for all ranks.
+    of neighbours that exchange tokens and counts; None for all ranks. The links are the classes
+    that tokens and experts are slowest on.
     """
 
     forward_N: Seconds
@@ -34,6 +42,8 @@ class MoETimes:
     reduce_s: float | None
     change_s: float | None
     group: int | None = None
+    tokens_link: str = INTRA
+    exchange_link: str = INTRA
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,37 +79,39 @@ class Following:
 class _Restores:
     """Restores of a chunk's MoE layers in one pass, by the layer's number; each starts once.
 
-    `fetched_s` is the end of the first one, if the operation before has fetched it.
+    `fetched` is the first one, if the operation before has started it.
     """
 
     def __init__(
         self,
         clocks: Clocks,
         layers: Sequence[LayerTimes],
-        fetched_s: float | None,
+        fetched: Flight | None,
         *,
         backward: bool,
     ) -> None:
         self._clocks = clocks
         self._layers = [layer for layer in layers if layer.moe is not None]
         self._backward = backward
-        self._ready_s: dict[int, float] = {}
+        self._flights: dict[int, Flight] = {}
         self.last = len(self._layers) - 1
-        if fetched_s is not None:
-            self._ready_s[self.last if backward else 0] = fetched_s
+        if fetched is not None:
+            self._flights[self.last if backward else 0] = fetched
 
     def start(self, number: int) -> None:
-        if not 0 <= number <= self.last or number in self._ready_s:
+        if not 0 <= number <= self.last or number in self._flights:
             return
         layer = self._layers[number]
         assert layer.moe is not None
         seconds = layer.moe.backward_restore_s if self._backward else layer.moe.restore_s
         if seconds is not None:
             label = f"restore {layer.name}"
-            self._ready_s[number] = self._clocks.exchange(PARAMETERS, seconds, label)
+            link = layer.moe.exchange_link
+            self._flights[number] = self._clocks.exchange(PARAMETERS, seconds, label, link)
 
-    def wait(self, number: int, changed_s: float = 0.0) -> None:
-        ready_s = max(self._ready_s.get(number, 0.0), changed_s)
+    def wait(self, number: int, change: Flight | None = None) -> None:
+        flights = [flight for flight in (self._flights.get(number), change) if flight is not None]
+        ready_s = max((flight.end_s for flight in flights), default=0.0)
         self._clocks.wait("restore", ready_s, f"wait: restore {self._layers[number].name}")
 
 
@@ -107,14 +119,14 @@ def forward(
     clocks: Clocks,
     layers: Sequence[LayerTimes],
     schedule: Schedule,
-    fetched_s: float | None = None,
+    fetched: Flight | None = None,
     following: Following | None = None,
-) -> float | None:
-    """Run forward, and return when the first restore of the operation that follows is done.
+) -> Flight | None:
+    """Run forward, and return the first restore of the operation that follows.
 
-    `fetched_s` is that of this one. None if it was not fetched.
+    `fetched` is that of this one. None if it was not started.
     """
-    restores = _Restores(clocks, layers, fetched_s, backward=False)
+    restores = _Restores(clocks, layers, fetched, backward=False)
     number = -1
     if schedule.restores_first:
         restores.start(0)
@@ -128,39 +140,40 @@ def forward(
         number += 1
         clocks.meet(layer.moe.group)
         clocks.work("gate", layer.moe.gate_s, "compute", "gate")
-        changed_s = 0.0
+        change = None
         if schedule.restores_last and not schedule.restores_first:
             restores.start(number)  # its layout is known only now
         if layer.moe.change_s is not None:
-            changed_s = clocks.exchange(PARAMETERS, layer.moe.change_s, f"change {layer.name}")
+            label, link = f"change {layer.name}", layer.moe.exchange_link
+            change = clocks.exchange(PARAMETERS, layer.moe.change_s, label, link)
         _tokens(clocks, layer.moe, f"dispatch {layer.name}")
         restores.start(number)  # if no rule has started it
         if schedule.restores_next:
             restores.start(number + 1)
         if number == restores.last:
-            fetched_s = _fetch(clocks, schedule, layer, following)
-        restores.wait(number, changed_s)
+            fetched = _fetch(clocks, schedule, layer, following)
+        restores.wait(number, change)
         clocks.work("experts", layer.moe.forward_N, "compute", f"experts {layer.name}")
         _tokens(clocks, layer.moe, f"combine {layer.name}")
-    return fetched_s
+    return fetched
 
 
 def backward(
     clocks: Clocks,
     layers: Sequence[LayerTimes],
     schedule: Schedule,
-    fetched_s: float | None = None,
+    fetched: Flight | None = None,
     following: Following | None = None,
-) -> float | None:
+) -> Flight | None:
     """Run backward; see `forward`."""
-    restores = _Restores(clocks, layers, fetched_s, backward=True)
+    restores = _Restores(clocks, layers, fetched, backward=True)
     number = restores.last + 1
-    reducing: tuple[float, str] | None = None
+    reducing: tuple[Flight, str] | None = None
 
     def await_reduce() -> None:
         nonlocal reducing
         if reducing is not None:
-            clocks.wait("reduce", reducing[0], f"wait: reduce {reducing[1]}")
+            clocks.wait("reduce", reducing[0].end_s, f"wait: reduce {reducing[1]}")
             reducing = None
 
     if schedule.restores_last:
@@ -182,13 +195,14 @@ def backward(
             if schedule.restores_previous:
                 restores.start(number - 1)
             if number == 0:
-                fetched_s = _fetch(clocks, schedule, layer, following)
+                fetched = _fetch(clocks, schedule, layer, following)
             restores.wait(number)
             clocks.work("experts", moe.backward_N, "compute", f"experts {name}, backward")
             _tokens(clocks, moe, f"dispatch {name}, backward")
             await_reduce()
             if moe.reduce_s is not None:
-                reducing = clocks.exchange(GRADIENTS, moe.reduce_s, f"reduce {name}"), name
+                label, link = f"reduce {name}", moe.exchange_link
+                reducing = clocks.exchange(GRADIENTS, moe.reduce_s, label, link), name
                 if not schedule.delays_gradients:
                     await_reduce()
         _dense(clocks, layer, 1)
@@ -198,13 +212,13 @@ def backward(
             begin_s = max(float(clocks.now_N.max()), clocks.scattered_s)
             clocks.scattered_s = begin_s + layer.scatter_s
     await_reduce()
-    return fetched_s
+    return fetched
 
 
 def _fetch(
     clocks: Clocks, schedule: Schedule, present: LayerTimes, following: Following | None
-) -> float | None:
-    """Start the restore of the first layer that follows, and return its end; None without one.
+) -> Flight | None:
+    """Start the restore of the first layer that follows; None without one.
 
     A layer that follows itself fetches only slots that differ. Those are priced as changed slots of
     the gate, or as all if every layout is made after it.
@@ -219,10 +233,12 @@ def _fetch(
         return None
     if layer.name == present.name:
         if following.same_microbatch:
-            return 0.0
-        if schedule.restores_first:
+            seconds = 0.0
+        elif schedule.restores_first:
             seconds = max(present.moe.change_s or 0.0, moe.change_s or 0.0)
-    return clocks.exchange(PARAMETERS, seconds, f"restore {layer.name}") if seconds else 0.0
+    if seconds == 0:
+        return Flight(moe.exchange_link, 0.0, 0.0)
+    return clocks.exchange(PARAMETERS, seconds, f"restore {layer.name}", moe.exchange_link)
 
 
 def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -> None:
@@ -235,4 +251,4 @@ def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -
 
 def _tokens(clocks: Clocks, moe: MoETimes, label: str) -> None:
     clocks.meet(moe.group, moe.within_node)
-    clocks.work("tokens", moe.tokens_N, "tokens", label)
+    clocks.tokens(moe.tokens_N, moe.tokens_link, label)

@@ -9,6 +9,7 @@ Legend: N ranks of a stage.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,8 @@ import numpy.typing as npt
 Seconds = npt.NDArray[np.float64]
 
 COMPUTE = ("attention", "dense", "experts", "optimizer")
+# Compute that exchanges of experts slow down.
+_SLOWED = ("attention", "dense", "experts")
 EXPOSED = ("tokens", "restore", "reduce", "gate", "tensor", "data_parallel", "pipeline", "host")
 # Time in which a rank waits for others that compute longer.
 WAITING = "waiting"
@@ -23,16 +26,31 @@ KINDS = (*COMPUTE, *EXPOSED, WAITING)
 
 PARAMETERS, GRADIENTS = "parameters", "gradients"
 
+INTRA, INTER = "intra", "inter"
+
 # Called with a track, a label, and the start and end of each rank.
 Recorder = Callable[[str, str, Seconds, Seconds], None]
+
+
+@dataclass
+class Flight:
+    """An exchange on a communication stream; what shares its links moves its end."""
+
+    link: str
+    begin_s: float
+    end_s: float
+
+    def remaining(self, begin_s: float) -> float:
+        return max(self.end_s - max(self.begin_s, begin_s), 0.0)
 
 
 class Clocks:
     """Clocks of one stage's ranks and of its communication streams.
 
     Exchanges involve all ranks, so a stream has one clock: an exchange starts with the last rank.
-    Experts are slower by `contention` during an exchange, which is slower by `stretch` during
-    compute. With `one_stream` parameters and gradients wait for each other. `gathered_s` and
+    Compute is slower by `contention` during an exchange, which is slower by `stretch` during
+    compute. Exchanges over one class of links share it: while two are under way, each is half as
+    fast. With `one_stream` parameters and gradients wait for each other. `gathered_s` and
     `scattered_s` are the ends of data-parallel exchanges.
     """
 
@@ -51,12 +69,12 @@ class Clocks:
         self.gathered_s = self.scattered_s = 0.0
         self._node_size = node_size
         self._contention, self._stretch = contention, stretch
-        self._busy = {PARAMETERS: (0.0, 0.0), GRADIENTS: (0.0, 0.0)}
+        self._flights = {stream: Flight(INTRA, 0.0, 0.0) for stream in (PARAMETERS, GRADIENTS)}
         self._one_stream = one_stream
         self._record = record
 
     def work(self, kind: str, seconds: Seconds | float, track: str = "", label: str = "") -> None:
-        if kind == "experts" and self._contention > 0:
+        if kind in _SLOWED and self._contention > 0:
             seconds = seconds + self._contention * self._beside(seconds)
         begin_N = self.now_N
         self.now_N = begin_N + seconds
@@ -79,24 +97,43 @@ class Clocks:
         last_J = self.now_N.reshape(-1, size).max(axis=1)
         self.wait(WAITING, np.repeat(last_J, size))
 
-    def exchange(self, stream: str, seconds: float, label: str) -> float:
-        """Start an exchange on a communication stream, and return its end."""
-        free_s = self._busy[stream][1]
+    def exchange(self, stream: str, seconds: float, label: str, link: str = INTRA) -> Flight:
+        """Start an exchange on a communication stream."""
+        free_s = self._flights[stream].end_s
         if self._one_stream:
-            free_s = max(end for _, end in self._busy.values())
+            free_s = max(flight.end_s for flight in self._flights.values())
         begin_s = max(float(self.now_N.max()), free_s)
-        end_s = begin_s + seconds * self._stretch
-        self._busy[stream] = (begin_s, end_s)
+        seconds *= self._stretch
+        flight = Flight(link, begin_s, begin_s + seconds)
+        for other in self._flights.values():
+            shared_s = min(other.remaining(begin_s), seconds) if other.link == link else 0.0
+            other.end_s += shared_s
+            flight.end_s += shared_s
+        self._flights[stream] = flight
         if self._record is not None:
             at_N = np.zeros_like(self.now_N)
-            self._record(stream, label, at_N + begin_s, at_N + end_s)
-        return end_s
+            self._record(stream, label, at_N + begin_s, at_N + flight.end_s)
+        return flight
+
+    def tokens(self, seconds: Seconds, link: str, label: str) -> None:
+        """Exchange tokens, which share their links with the exchanges under way."""
+        begin_N = self.now_N
+        for flight in self._flights.values():
+            if flight.link != link:
+                continue
+            left_N = np.clip(flight.end_s - np.maximum(begin_N, flight.begin_s), 0.0, None)
+            shared_N = np.minimum(left_N, seconds)
+            seconds = seconds + shared_N
+            flight.end_s += float(shared_N.max())
+        self.work("tokens", seconds, "tokens", label)
 
     def _beside(self, seconds: Seconds | float) -> Seconds:
         end_N = self.now_N + seconds
         shared = [
-            np.clip(np.minimum(end_N, end_s) - np.maximum(self.now_N, begin_s), 0.0, None)
-            for begin_s, end_s in self._busy.values()
+            np.clip(
+                np.minimum(end_N, flight.end_s) - np.maximum(self.now_N, flight.begin_s), 0.0, None
+            )
+            for flight in self._flights.values()
         ]
         longer_N: Seconds = np.maximum(*shared)
         return longer_N

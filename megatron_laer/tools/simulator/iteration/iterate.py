@@ -17,7 +17,13 @@ from megatron_laer.tools.simulator.iteration.chunk import (
     backward,
     forward,
 )
-from megatron_laer.tools.simulator.iteration.clocks import KINDS, WAITING, Clocks, Recorder
+from megatron_laer.tools.simulator.iteration.clocks import (
+    KINDS,
+    WAITING,
+    Clocks,
+    Flight,
+    Recorder,
+)
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.memory_parts import stage_weights
 from megatron_laer.tools.simulator.iteration.methods import Method
@@ -68,21 +74,21 @@ def run_iteration(
     passes = _Passes(method, timing, work)
     orders = [order(stage, run.stages, run.chunks, run.microbatches) for stage in range(run.stages)]
     following = [passes.following(stage, of_stage) for stage, of_stage in enumerate(orders)]
-    fetched_s: list[float | None] = [None] * run.stages
+    fetched: list[Flight | None] = [None] * run.stages
 
     def operate(stage: int, operation: Operation) -> None:
         clocks = stages[stage]
         place = operation.chunk * run.stages + stage
         layers = passes.layers(place, operation.microbatch)
         ends = place == run.stages * run.chunks - 1
-        ahead = fetched_s[stage], following[stage].get(operation)
+        ahead = fetched[stage], following[stage].get(operation)
         if operation.is_forward:
-            fetched_s[stage] = forward(clocks, layers, method.schedule, *ahead)
+            fetched[stage] = forward(clocks, layers, method.schedule, *ahead)
         if ends:
             head_s = timing.head_seconds()[0 if operation.is_forward else 1]
             clocks.work("dense", head_s, "compute", "LM head")
         if not operation.is_forward:
-            fetched_s[stage] = backward(clocks, layers, method.schedule, *ahead)
+            fetched[stage] = backward(clocks, layers, method.schedule, *ahead)
 
     sweep(stages, orders, run.chunks, operate, timing.send_seconds())
     _finish(method, timing, stages)

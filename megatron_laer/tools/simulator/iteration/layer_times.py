@@ -18,6 +18,7 @@ from megatron_laer.choices import Recompute
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.token_prices import all_to_alls
 from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes
+from megatron_laer.tools.simulator.iteration.clocks import INTER, INTRA
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
@@ -222,6 +223,8 @@ class Timing:
             reduce_s=None if reduce is None else reduce.seconds(rates),
             change_s=None if work.change is None else work.change.seconds(rates),
             group=work.group,
+            tokens_link=INTER if work.leaves_nodes else INTRA,
+            exchange_link=INTER if work.exchanges_leave_nodes else INTRA,
         )
 
     def _gate(self, work: LayerWork) -> float:

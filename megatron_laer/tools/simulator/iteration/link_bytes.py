@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_laer.choices import Recompute
+from megatron_laer.tools.simulator.iteration.clocks import INTER, INTRA
 from megatron_laer.tools.simulator.iteration.iterate import WorkOf
 from megatron_laer.tools.simulator.iteration.memory_parts import stage_weights
 from megatron_laer.tools.simulator.iteration.methods import Method
@@ -12,7 +13,6 @@ from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import ring_neighbours
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 
-INTRA, INTER = "intra", "inter"
 _GRADIENT_BYTES = 4
 
 

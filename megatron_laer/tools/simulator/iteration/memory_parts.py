@@ -1,6 +1,6 @@
 """Memory of the rank and stage that need most, by part.
 
-The allocator's loss and buffers of NCCL and the runtime are not included.
+The allocator's loss is not included, nor communicators that stock and FSEP have alike.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ def _stage_bytes(
         "restored_gradients": gradients,
         "activations": kept * held + working,
         "logits": logits,
+        **method.fixed_bytes,
     }
 
 

@@ -9,7 +9,7 @@ Legend: N ranks, E experts, S slots, X ranks of an expert-parallel group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -26,6 +26,7 @@ from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.traffic import Traffic
+from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.rates import Rates
@@ -80,7 +81,8 @@ class Method:
 
     With `one_stream` parameters and gradients share a communicator. A rank owns `experts_held`
     experts' worth of weights in each layer and restores `restored` whole ones; `replicas` ranks of
-    an FSEP group own the same. `group` are the ranks of a group of stock.
+    an FSEP group own the same. `group` are the ranks of a group of stock. `fixed_bytes` are of
+    libraries and buffers, by part, and do not depend on the run.
     """
 
     name: str
@@ -91,6 +93,7 @@ class Method:
     restored: int
     replicas: int
     group: int | None = None
+    fixed_bytes: Mapping[str, float] = field(default_factory=dict)
 
 
 def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
@@ -132,6 +135,7 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
         restored=0,
         replicas=geometry.num_ranks // group,
         group=group,
+        fixed_bytes=_libraries(rates, [(group, geometry.node_size)]),
     )
 
 
@@ -176,6 +180,7 @@ def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
         experts_held=each / sharing,
         restored=each,
         replicas=1,
+        fixed_bytes=_libraries(rates, [(num_ranks, geometry.node_size)] * 3),
     )
 
 
@@ -202,6 +207,7 @@ def _relaid(
         experts_held=geometry.num_experts / geometry.num_ranks,
         restored=geometry.capacity,
         replicas=1,
+        fixed_bytes=_buffers(settings, rates),
     )
 
 
@@ -227,9 +233,42 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
             strategy, guard, rates, geometry.static_layout, settings.flex
         ),
         experts_held=geometry.num_experts / geometry.num_ranks,
-        restored=geometry.capacity - geometry.home_slots,
+        restored=geometry.replica_slots,
         replicas=1,
+        fixed_bytes=_buffers(settings, rates),
     )
+
+
+def _buffers(settings: MethodSettings, rates: Rates) -> dict[str, float]:
+    """Return the bytes of FSEP's workspaces, and of libraries with its communicators."""
+    geometry, costs = settings.geometry, settings.costs
+    num_ranks, node_size = geometry.num_ranks, geometry.node_size
+    is_flat = costs.restore_algorithm == ExchangeAlgorithm.FLAT
+    if geometry.home_slots and is_flat and not costs.by_layout:  # whole experts, there and back
+        workspace = 4 * geometry.replica_slots * sum(map(math.prod, costs.matrices))
+    else:
+        of = replace(geometry, node_size=num_ranks) if is_flat else geometry
+        sizes = [
+            (restore_workspace(of, *matrix, 1), reduce_workspace(of, *matrix, 1, 1))
+            for matrix in costs.matrices
+        ]
+        names = "send", "receive"
+        workspace = sum(max(each[way][name] for each in sizes) for way in (0, 1) for name in names)
+    groups = [(num_ranks, node_size)]  # of tokens; NCCL takes memory at the first exchange
+    if is_flat or costs.by_layout:
+        groups += [(num_ranks, node_size)] * 2
+    if not is_flat or costs.by_layout:
+        groups += [(node_size, node_size), (num_ranks // node_size, 1)] * 2
+    return {"workspaces": workspace * costs.bytes_per_element, **_libraries(rates, groups)}
+
+
+def _libraries(rates: Rates, groups: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Estimate the bytes of CUDA and of NCCL's communicators, by their ranks and node size."""
+    card = rates.cluster.card
+    if card is None:
+        return {}
+    nccl = sum(card.communicator_bytes(*group) for group in groups)
+    return {"libraries": card.context_gib * 2**30 + nccl}
 
 
 @dataclass

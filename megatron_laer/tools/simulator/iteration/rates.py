@@ -91,7 +91,7 @@ def rate_sets(rates: Rates) -> tuple[Rates, ...]:
 
     Four corners are needed: exchanges are exposed most where compute is fast and links are slow.
     """
-    ends = _ends(rates.cluster)
+    ends = ends_of(rates.cluster)
     found = [rates]
     for fast_compute in (True, False):
         for fast_links in (True, False):
@@ -103,7 +103,8 @@ def rate_sets(rates: Rates) -> tuple[Rates, ...]:
     return tuple(found)
 
 
-def _ends(cluster: Cluster) -> dict[str, tuple[float, float]]:
+def ends_of(cluster: Cluster) -> dict[str, tuple[float, float]]:
+    """Return both ends of each constant's spread, guessed for GEMMs and links without one."""
     told = {name: (spread.low, spread.high) for name, spread in cluster.spreads}
     for name in CONSTANTS:
         value = cluster.constant(name)

@@ -14,8 +14,9 @@ class RunShape:
 
     `ranks` are of one FSEP group; every pipeline stage has `replicas` such groups, between which
     slices are data parallel. `tokens` are a rank's in a microbatch. More than one of `chunks` per
-    stage means the interleaved schedule. The embedding, or head and loss, may count as a layer of the
-    pipeline. `tensor` ranks share attention, with sequence parallelism. With `flash_attention` scores stay on the chip.
+    stage means the interleaved schedule. The embedding, or head and loss, may count as a layer of
+    the pipeline. `tensor` ranks share attention, with sequence parallelism. With `flash_attention`
+    scores stay on the chip.
     """
 
     ranks: int

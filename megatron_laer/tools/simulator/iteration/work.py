@@ -105,7 +105,7 @@ class LayerWork:
     `pairs_N` are the (token, expert) pairs that it computes. `intra_N` and `inter_N` are pairs in
     one token exchange, the larger of sent and received; `mean_*` are received on average. `change`
     is of slots that differ from the planned layout, and `solve_s` makes a layout after the gate.
-        """
+    """
 
     unit_s_N: Seconds
     pairs_N: Int64
@@ -128,6 +128,12 @@ class LayerWork:
     def leaves_nodes(self) -> bool:
         """Return True if any token is computed on another node than its own."""
         return bool(self.inter_N.any())
+
+    @property
+    def exchanges_leave_nodes(self) -> bool:
+        """Return True if any weight or gradient travels between nodes."""
+        moved = self.restore, self.reduce, self.change
+        return any(each is not None and each.inter_bytes > 0 for each in moved)
 
     @property
     def max_over_mean(self) -> float:

@@ -1,0 +1,41 @@
+"""Runs of `simulate` by benchmarks: the cases of its JSON, and clusters with other constants."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_laer.planner.cluster_files import cluster_content, load_cluster
+from megatron_laer.tools import cli
+
+
+def simulated(words: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the cases of `simulate` with these words.
+
+    Raises RuntimeError with what the command says if it fails.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
+        path = Path(folder) / "simulated.json"
+        with contextlib.redirect_stderr(said):
+            status = cli.main(["simulate", *words, "--json", str(path)])
+        if status != 0:
+            raise RuntimeError(f"simulate {' '.join(words)}: {said.getvalue()}")
+        cases: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["cases"]
+    return cases
+
+
+@contextlib.contextmanager
+def cluster_with(name: str, constants: Mapping[str, float]) -> Iterator[str]:
+    """Write a shipped cluster with other constants to a file, and yield its path."""
+    cluster = load_cluster(name).with_constants(constants)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(cluster_content(cluster)), encoding="utf-8")
+        yield str(path)

@@ -1,0 +1,212 @@
+"""The command `advise` finds the fastest settings of FSEP for a run, or says to take stock."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from megatron_laer.files.checks import one_line
+from megatron_laer.files.writing import write_output
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.clusters import Cluster
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.tools.cli import routing_input, run_flags, simulate_input
+from megatron_laer.tools.cli.argument_types import (
+    MOST_RANKS,
+    between,
+    describe,
+    named,
+    number,
+    option,
+    path,
+    yaml_inputs,
+)
+from megatron_laer.tools.cli.outputs import bar, check_outputs
+from megatron_laer.tools.cli.routing_input import MAX_TOKENS
+from megatron_laer.tools.recipes.command_lines import flags_in_file, script_flags
+from megatron_laer.tools.simulator.advisor import output
+from megatron_laer.tools.simulator.advisor.answer import turns
+from megatron_laer.tools.simulator.advisor.predictor import Predictor, Run
+from megatron_laer.tools.simulator.advisor.search import search
+from megatron_laer.tools.simulator.advisor.settings import Dispatch, group_sizes
+from megatron_laer.tools.simulator.iteration.case_inputs import case_routing, tokens_of
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
+from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
+from megatron_laer.tools.traces.records import Trace
+from megatron_laer.tools.traces.workloads import NATURAL
+
+_STEPS, _LAG = 3, 1
+# Exit status if nothing fits in memory.
+_NOTHING_FITS = 1
+
+_EXAMPLES = """\
+examples:
+  %(prog)s --model qwen3-30b-a3b --cluster h100-8 --gpus 64 --tokens 8192
+  %(prog)s traces/group-0.trace --model my-model.yaml --cluster my-cluster.yaml --gpus 64
+  %(prog)s --model qwen3-235b-a22b --cluster h100-8 --gpus 256 -- --seq-length 4096 \\
+      --tensor-model-parallel-size 2 --pipeline-model-parallel-size 8 --micro-batch-size 1 \\
+      --global-batch-size 1024 --num-layers-per-virtual-pipeline-stage 3
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    describe(
+        parser,
+        "Size of the FSEP group, sharding, slots and exchanges with the shortest predicted "
+        "iteration that fits in memory, beside the fastest stock, and Megatron's flags for them.",
+        _EXAMPLES,
+    )
+    simulate_input.add_arguments(parser, groups=False)
+    option(parser, "--gpus N", "of the whole run", between(2, MOST_RANKS), required=True)
+    text = "of a rank in a microbatch; default: as in the flags, the trace, or a sequence"
+    option(parser, "--tokens T", text, between(1, MAX_TOKENS))
+    text = "of a rank; default: the cluster's"
+    option(parser, "--memory-gib X", text, number(1e-3, 1e6))
+    text = (
+        "Megatron's flags, which give the shape of the run, as a command line or YAML; or after --"
+    )
+    option(parser, "--recipe FILE", text, path)
+    option(parser, "--json FILE", "write all figures there", path)
+    parser.set_defaults(
+        lag=_LAG, ranks=None, world=None, expert_data_parallel=None, stock_expert_parallel=None
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.trace is None and args.workload is None:
+        args.workload = NATURAL
+    inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
+    check_outputs({"--json": args.json}, [*inputs, args.recipe], args.trace)
+    cluster = named("--cluster", args.cluster, load_cluster)
+    model = named("--model", args.model, lambda name: read_model(name, args.experts))
+    model, dispatches, has_flags = _with_flags(args, model)
+    most_gib = _memory(args, cluster)
+    asked, trace = _run(args, cluster, model, dispatches, most_gib)
+    predictor = Predictor(asked)
+    tokens = asked.shape.tokens
+    balanced = replace(asked, trace_of=_made(args, model, "W0", tokens), tokens=None)
+    results = search(predictor, Predictor(balanced), bar("comparing", leave=False))
+    decided = turns(predictor, results)
+    common = [] if has_flags else run_flags.flags_of(asked.shape)
+    shape = asked.shape
+    routing = str(args.trace) if trace is not None else f"workload {args.workload}"
+    title = (
+        f"{args.model} on {args.gpus} GPUs of {cluster.name}, {routing}: {shape.tokens} tokens per "
+        f"rank and microbatch, {shape.microbatches} microbatches; tensor {shape.tensor}, pipeline "
+        f"{shape.stages} x {shape.chunks}; recompute {shape.recompute}"
+    )
+    if args.json is not None:
+        content = {"title": title} | output.content(asked, results, decided, common)
+        write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")
+    print(one_line(title), output.text(asked, results, decided, common), sep="\n\n")
+    return 0 if results.best or results.stocks else _NOTHING_FITS
+
+
+def _with_flags(
+    args: argparse.Namespace, model: ModelShape
+) -> tuple[ModelShape, tuple[Dispatch, ...], bool]:
+    """Return the model with the flags' sequences, possible ways of tokens, and if flags exist."""
+    if args.recipe is not None and args.flags:
+        raise ValueError(f"both --recipe {args.recipe} and flags after --; remove one of them")
+    if args.recipe is None:
+        words = script_flags(args.flags)
+    else:
+        words = named("--recipe", str(args.recipe), lambda file: flags_in_file(Path(file)))
+    dispatches = [Dispatch.RANK, Dispatch.NODE]
+    if words:
+        from megatron_laer.tools.cli.megatron_flags import parsed
+
+        settings = parsed(words)
+        model = run_flags.sequence_of(settings, model)
+        run_flags.fill_in(args, settings, model)
+        if settings.moe_permute_fusion:
+            dispatches.remove(Dispatch.NODE)  # training refuses both
+    if args.stock_dispatcher == "flex":
+        dispatches.append(Dispatch.FLEX)
+    return model, tuple(dispatches), bool(words)
+
+
+def _memory(args: argparse.Namespace, cluster: Cluster) -> float:
+    if args.memory_gib is not None:
+        return float(args.memory_gib)
+    if cluster.card is None:
+        raise ValueError(f"--cluster {cluster.name} has no card; give --memory-gib")
+    return cluster.card.memory_gib
+
+
+def _run(
+    args: argparse.Namespace,
+    cluster: Cluster,
+    model: ModelShape,
+    dispatches: tuple[Dispatch, ...],
+    most_gib: float,
+) -> tuple[Run, Trace | None]:
+    stages, tensor = args.pipeline or 1, args.tensor_parallel or 1
+    ranks, left = divmod(args.gpus, stages)
+    if left or ranks % tensor:
+        raise ValueError(
+            f"--gpus {args.gpus}: is no multiple of {stages} pipeline stages times {tensor} "
+            "tensor-parallel ranks; give one"
+        )
+    sizes = group_sizes(ranks, cluster.ranks_per_node, tensor)
+    args.ranks = [ranks]
+    routing_input.check(args, "advise on")
+    trace = None
+    if args.workload is None:
+        trace = routing_input.read(args, model.num_experts)
+        sizes = [size for size in sizes if _can_have(trace, size)]
+        if max(sizes, default=1) < 2:
+            trace.check_divides(ranks)
+    if max(sizes, default=1) < 2:
+        raise ValueError(
+            f"--gpus {args.gpus}: a stage of {ranks} ranks has no group that fills nodes of "
+            f"{cluster.ranks_per_node} or divides one; give another number"
+        )
+    node_size = min(cluster.ranks_per_node, max(sizes))
+    if trace is None:
+        tokens = args.tokens or model.sequence
+        trace_of = _made(args, model, args.workload, tokens)
+    else:
+        recorded = case_routing(trace, model, trace.num_ranks, args.tokens, args.lag)
+        tokens = tokens_of(recorded, model)
+        trace_of = partial(_recorded, trace)
+    whole = Geometry(ranks, model.num_experts, model.num_experts, 1)
+    shape = simulate_input.run_shape(args, whole, tokens, trace)
+    shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
+    asked = Run(
+        model=model,
+        shape=shape,
+        sizes=tuple(sizes),
+        node_size=node_size,
+        rates=rate_sets(Rates(cluster, model.bytes_per_element, args.host_gap_ms / 1e3)),
+        trace_of=trace_of,
+        tokens=None if trace is None else tokens,
+        lag=args.lag,
+        steps=_STEPS,
+        most_bytes=most_gib * 2**30,
+        dispatches=dispatches,
+        stock_flex=args.stock_dispatcher == "flex",
+        stock_overlaps=args.stock_overlap,
+    )
+    return asked, trace
+
+
+def _made(
+    args: argparse.Namespace, model: ModelShape, workload: str, tokens: int | None
+) -> simulate_input.TraceOf:
+    return lambda ranks: simulate_input.workload(args, model, workload, ranks, tokens)
+
+
+def _recorded(trace: Trace, ranks: int) -> Trace:
+    return trace
+
+
+def _can_have(trace: Trace, ranks: int) -> bool:
+    try:
+        trace.check_divides(ranks)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,153 @@
+"""Shape of a run from Megatron's flags, and the flags of a shape."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from megatron_laer.choices import Recompute
+from megatron_laer.files.checks import quoted
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
+from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+
+# Megatron's arguments, by our option of the same size.
+_SAME = {
+    "pipeline": "pipeline_model_parallel_size",
+    "tensor_parallel": "tensor_model_parallel_size",
+}
+# Sizes of the model that flags may repeat.
+_OF_MODEL: dict[str, Callable[[ModelShape], int]] = {
+    "num_experts": lambda model: model.num_experts,
+    "hidden_size": lambda model: model.hidden,
+    "moe_ffn_hidden_size": lambda model: model.expert_ffn,
+}
+_FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
+
+
+def fill_in(args: argparse.Namespace, settings: argparse.Namespace, model: ModelShape) -> None:
+    """Set the run's sizes in `args` from Megatron's settings; refuse those that are given twice."""
+    _check(settings, model)
+    for name, value, source in _sizes(args, settings, model):
+        if getattr(args, name) is not None:
+            ours = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise ValueError(f"{ours} and {source} say the same; remove one of them")
+        setattr(args, name, value)
+    if _recompute(settings) != Recompute.NONE:
+        args.recompute = _recompute(settings).value
+    args.no_distributed_optimizer |= not settings.use_distributed_optimizer
+    args.no_data_parallel_overlap |= not settings.overlap_grad_reduce
+    args.account_for_embedding |= settings.account_for_embedding_in_pipeline_split
+    args.account_for_loss |= settings.account_for_loss_in_pipeline_split
+    if settings.moe_token_dispatcher_type == "alltoall":
+        args.stock_dispatcher = "alltoall"
+    args.stock_overlap |= settings.overlap_moe_expert_parallel_comm
+
+
+def sequence_of(settings: argparse.Namespace, model: ModelShape) -> ModelShape:
+    """Return the model with the sequences of the flags."""
+    if settings.seq_length is None:
+        return model
+    return replace(model, sequence=settings.seq_length)
+
+
+def flags_of(shape: RunShape) -> list[str]:
+    """Return Megatron's flags for a shape that was given by our options."""
+    words: list[str] = []
+    if shape.tensor > 1:
+        words += ["--tensor-model-parallel-size", str(shape.tensor), "--sequence-parallel"]
+        words += ["--expert-tensor-parallel-size", "1"]
+    if shape.stages > 1:
+        words += ["--pipeline-model-parallel-size", str(shape.stages)]
+    if shape.chunks > 1:
+        words += ["--num-virtual-stages-per-pipeline-rank", str(shape.chunks)]
+    if shape.embedding_counts:
+        words.append("--account-for-embedding-in-pipeline-split")
+    if shape.loss_counts:
+        words.append("--account-for-loss-in-pipeline-split")
+    if shape.recompute == Recompute.FULL:
+        words += _FULL
+    if shape.shards_optimizer:
+        words.append("--use-distributed-optimizer")
+    if shape.overlaps_data_parallel:
+        words.append("--overlap-grad-reduce")
+        if shape.shards_optimizer:
+            words.append("--overlap-param-gather")
+    return words
+
+
+def _check(settings: argparse.Namespace, model: ModelShape) -> None:
+    for name, size in _OF_MODEL.items():
+        value = getattr(settings, name)
+        if value is not None and value != size(model):
+            raise ValueError(
+                f"{_flag(name)} {quoted(value)}: --model has {size(model)}; give the model's own "
+                "flags, or leave them out"
+            )
+    if settings.context_parallel_size > 1:
+        raise ValueError(
+            f"--context-parallel-size {settings.context_parallel_size}: is not simulated; leave it "
+            "out, and give --tokens of a rank"
+        )
+    if settings.pipeline_model_parallel_layout is not None:
+        raise ValueError(
+            f"--pipeline-model-parallel-layout {quoted(settings.pipeline_model_parallel_layout)}: "
+            "is not read; give --num-virtual-stages-per-pipeline-rank"
+        )
+
+
+def _sizes(
+    args: argparse.Namespace, settings: argparse.Namespace, model: ModelShape
+) -> Iterator[tuple[str, int, str]]:
+    """Yield our options with their values and the flags that these come from."""
+    for ours, theirs in _SAME.items():
+        value = getattr(settings, theirs)
+        if value > 1:
+            yield ours, value, f"{_flag(theirs)} {value}"
+    stages, tensor = settings.pipeline_model_parallel_size, settings.tensor_model_parallel_size
+    if settings.num_virtual_stages_per_pipeline_rank is not None:
+        chunks = settings.num_virtual_stages_per_pipeline_rank
+        yield "virtual_pipeline", chunks, f"--num-virtual-stages-per-pipeline-rank {chunks}"
+    elif settings.num_layers_per_virtual_pipeline_stage is not None:
+        of_chunk = settings.num_layers_per_virtual_pipeline_stage
+        source = f"--num-layers-per-virtual-pipeline-stage {of_chunk}"
+        layers = len(model.layer_has_experts) - (model.prediction_heads - 1)
+        counted = layers + args.account_for_embedding + args.account_for_loss
+        counted += settings.account_for_embedding_in_pipeline_split
+        counted += settings.account_for_loss_in_pipeline_split
+        if of_chunk < 1 or counted % (stages * of_chunk):
+            raise ValueError(
+                f"{source}: {counted} layers on {stages} stages are no multiple of it; give a "
+                "divisor of a stage's layers"
+            )
+        yield "virtual_pipeline", counted // (stages * of_chunk), source
+    micro = settings.micro_batch_size or 1
+    if settings.micro_batch_size is not None or settings.seq_length is not None:
+        sequence = settings.seq_length or model.sequence
+        if sequence * micro % tensor:
+            raise ValueError(
+                f"--seq-length {sequence}: is no multiple of --tensor-model-parallel-size "
+                f"{tensor}; give one"
+            )
+        source = f"--micro-batch-size {micro} --seq-length {sequence}"
+        yield "tokens", sequence * micro // tensor, source
+    if settings.global_batch_size is not None:
+        whole = settings.global_batch_size
+        source = f"--global-batch-size {whole}"
+        groups = micro * max(args.gpus // (stages * tensor), 1)
+        if whole % groups:
+            raise ValueError(
+                f"{source}: {args.gpus} GPUs take {groups} sequences at a time; give a multiple"
+            )
+        yield "microbatches", whole // groups, source
+
+
+def _recompute(settings: argparse.Namespace) -> Recompute:
+    """Return the recomputation of layers with experts, as training does."""
+    granularity, modules = settings.recompute_granularity, settings.recompute_modules or []
+    runs_again = granularity == "full" or (granularity == "selective" and "moe" in modules)
+    return Recompute.FULL if runs_again else Recompute.NONE
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

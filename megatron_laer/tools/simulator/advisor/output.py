@@ -1,0 +1,171 @@
+"""The advice as text and as JSON."""
+
+from __future__ import annotations
+
+import shlex
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_laer.planner.clusters import Cluster
+from megatron_laer.tools.simulator.advisor.answer import Turn, takes_fsep, verdict
+from megatron_laer.tools.simulator.advisor.predictor import Candidate, Run
+from megatron_laer.tools.simulator.advisor.search import Found, Results
+from megatron_laer.tools.simulator.advisor.settings import group_flags
+from megatron_laer.tools.simulator.iteration.advice import gain
+from megatron_laer.tools.simulator.iteration.rates import ends_of
+from megatron_laer.tools.simulator.rendering import aligned
+
+_GIB, _WIDTH = 2**30, 100
+# First words of a spread's source that no measurement or publication stands behind.
+_ASSUMED = ("assumed", "none")
+
+LEGEND = """\
+Each row has the fastest slots and exchanges of its group size and sharding. share: time of stock
+under perfectly balanced counts, in its fastest group that fits, over the row's time under the given
+routing. x stock: how many times as fast as the first stock, with the range over the constants.
+EP: ranks of a group; C: slots per rank."""
+
+
+def text(run: Run, results: Results, turns: Sequence[Turn], common: Sequence[str]) -> str:
+    parts = [
+        f"{results.tried} settings of FSEP compared; {results.too_large} of them need more than "
+        f"{run.most_bytes / _GIB:.3g} GiB",
+    ]
+    if found := _listed(results):
+        parts += [_table(results), LEGEND]
+    parts.append(_filled(verdict(results, run.most_bytes / _GIB)))
+    if found:
+        parts.append("\n".join(["flags of each row:", *_flag_lines(run, found, common)]))
+    if turns:
+        parts.append(_filled(_deciding(turns)))
+    return "\n\n".join([*parts, *_assumptions(run.rates[0].cluster)])
+
+
+def flags(run: Run, candidate: Candidate, common: Sequence[str]) -> list[str]:
+    """Return Megatron's flags of a candidate, with those that all have in common."""
+    if candidate.setting is not None:
+        return [*common, *candidate.setting.flags]
+    assert candidate.method.group is not None
+    return [*common, *group_flags(candidate.method.group, run.stock_flex)]
+
+
+def content(
+    run: Run, results: Results, turns: Sequence[Turn], common: Sequence[str]
+) -> dict[str, Any]:
+    """Return the content of the JSON file."""
+
+    def listed(found: Found) -> dict[str, Any]:
+        prediction = found.prediction
+        return {
+            "label": found.candidate.label,
+            "flags": shlex.join(flags(run, found.candidate, common)),
+            "iteration_s": {
+                "value": prediction.iteration_s,
+                "low": prediction.low_s,
+                "high": prediction.high_s,
+            },
+            "share": results.balanced.seconds / found.seconds,
+            "peak_bytes": prediction.peak_bytes,
+            "max_over_mean": prediction.max_over_mean,
+        }
+
+    return {
+        "takes_fsep": takes_fsep(results),
+        "verdict": verdict(results, run.most_bytes / _GIB),
+        "best": [listed(found) for found in results.best],
+        "stock": [listed(found) for found in results.stocks],
+        "balanced": listed(results.balanced),
+        "tried": results.tried,
+        "too_large": results.too_large,
+        "least_bytes": dict(results.least_bytes),
+        "decides": _content_of(turns[0]) if turns else None,
+        "turns": [_content_of(turn) for turn in turns],
+    }
+
+
+def _content_of(turn: Turn) -> Mapping[str, Any]:
+    return {
+        "constant": turn.constant,
+        "nominal": turn.nominal,
+        "value": turn.value,
+        "best": turn.best,
+        "gain": turn.gain,
+        "loss": turn.loss,
+        "reverses": turn.reverses,
+    }
+
+
+def _listed(results: Results) -> list[Found]:
+    return [*results.best, *results.stocks[:1]]
+
+
+def _table(results: Results) -> str:
+    lines: list[tuple[str, ...]] = [
+        ("", "", "s/iteration", "low", "high", "x stock", "share", "max/mean", "GiB")
+    ]
+    rows = [(str(place), found) for place, found in enumerate(results.best, start=1)]
+    rows += [("", found) for found in results.stocks]
+    for number, found in rows:
+        prediction = found.prediction
+        over = results.stocks[0].prediction if results.stocks else None
+        lines.append(
+            (
+                number,
+                found.candidate.label,
+                f"{prediction.iteration_s:.4g}",
+                f"{prediction.low_s:.4g}",
+                f"{prediction.high_s:.4g}",
+                "-" if over is None else str(gain(prediction, over)).replace(" times", ""),
+                f"{results.balanced.seconds / found.seconds:.3f}",
+                f"{prediction.max_over_mean:.3f}",
+                f"{prediction.peak_bytes / _GIB:.1f}",
+            )
+        )
+    balanced = results.balanced
+    size = f"{balanced.prediction.peak_bytes / _GIB:.1f}"
+    label = f"{balanced.candidate.label}, balanced counts"
+    lines.append(("", label, f"{balanced.seconds:.4g}", "", "", "", "1.000", "", size))
+    return aligned(lines, left=(0, 1))
+
+
+def _flag_lines(run: Run, found: Sequence[Found], common: Sequence[str]) -> list[str]:
+    return [
+        f"  {each.candidate.label}:\n    {shlex.join(flags(run, each.candidate, common))}"
+        for each in found
+    ]
+
+
+def _deciding(turns: Sequence[Turn]) -> str:
+    """Name the one constant whose measurement could change the answer."""
+    turn = turns[0]
+    if not turn.matters:
+        return (
+            "Measure first: nothing. No constant, at either end of its spread, changes the answer "
+            "by itself."
+        )
+    at = f"{turn.constant} at {turn.value:.3g} instead of {turn.nominal:.3g}"
+    if turn.reverses:
+        there = f"{turn.best} is {turn.gain:.2f} times as fast as stock, which reverses the answer"
+    else:
+        there = f"{turn.best} is {turn.loss:.2f} times as fast as the first row"
+    return f"Measure first: {turn.constant}. With {at}, {there} (`calibrate` measures it)."
+
+
+def _assumptions(cluster: Cluster) -> list[str]:
+    """Return the constants without measurement, and the text of the cluster's file."""
+    known = dict(cluster.spreads)
+    assumed = [
+        f"{name} {low:.3g} to {high:.3g}"
+        for name, (low, high) in ends_of(cluster).items()
+        if name not in known or known[name].source.startswith(_ASSUMED)
+    ]
+    ranges = ", ".join(assumed) or "none"
+    return [
+        _filled(f"Assumed ranges: {ranges}."),
+        _filled(f"Assumed by {cluster.name}: {' '.join(cluster.assumed.split())}"),
+    ]
+
+
+def _filled(words: str) -> str:
+    return textwrap.fill(words, _WIDTH, break_on_hyphens=False, break_long_words=False)

@@ -1,0 +1,310 @@
+"""Predictions of many settings of one run: roughly, by a shortened run, or in full.
+
+Legend: N ranks of a group, L layers, M microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.arrays import Int64
+from megatron_laer.choices import Auto, ExchangeAlgorithm, Restore, TokenExchange
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.token_exchange import with_token_exchange
+from megatron_laer.tools.simulator.advisor.planned_once import planned_once
+from megatron_laer.tools.simulator.advisor.settings import Dispatch, Setting, stock_sizes
+from megatron_laer.tools.simulator.iteration.case_inputs import (
+    case_routing,
+    planner_costs,
+    tokens_of,
+)
+from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
+from megatron_laer.tools.simulator.iteration.methods import (
+    FSEP,
+    STOCK,
+    Method,
+    MethodSettings,
+    make_method,
+)
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
+from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict_iterations
+from megatron_laer.tools.simulator.iteration.rates import Rates
+from megatron_laer.tools.simulator.iteration.routing import Routing, TraceStep
+from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.traces.records import Trace
+
+Floats = npt.NDArray[np.float64]
+
+# Sizes of a shortened run: layers without a pipeline, stages of one, recorded layers, recorded
+# microbatches of a layer, and steps.
+_LAYERS, _STAGES, _RECORDED_LAYERS, _RECORDED_MICROBATCHES, _STEPS = 8, 2, 4, 2, 2
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run whose settings are sought.
+
+    `shape` has a stage's ranks as one group, `sizes` are those of possible groups, 1 for stock, and
+    `node_size` is the cluster's. `trace_of` makes the routing of a number of ranks, with other
+    `tokens` of a rank if these are given.
+    """
+
+    model: ModelShape
+    shape: RunShape
+    sizes: tuple[int, ...]
+    node_size: int
+    rates: tuple[Rates, ...]
+    trace_of: Callable[[int], Trace]
+    tokens: int | None
+    lag: int
+    steps: int
+    most_bytes: float
+    dispatches: tuple[Dispatch, ...]
+    stock_flex: bool
+    stock_overlaps: bool
+
+    def of_group(self, num_ranks: int) -> RunShape:
+        """Return the shape with groups of N ranks."""
+        return replace(
+            self.shape,
+            ranks=num_ranks,
+            node_size=min(self.node_size, num_ranks),
+            replicas=self.shape.ranks // num_ranks,
+        )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A method to train with; `setting` is None for stock."""
+
+    num_ranks: int
+    method: Method
+    setting: Setting | None = None
+
+    @property
+    def label(self) -> str:
+        if self.setting is None:
+            return f"stock EP{self.method.group}"
+        return self.setting.label
+
+
+class _KeptRouting(Routing):
+    """Routing that keeps the steps it has walked, for many methods."""
+
+    def walk(self, lag: int, chosen: int) -> Iterator[tuple[TraceStep, dict[int, Int64]]]:
+        walked: dict[tuple[int, int], list[tuple[TraceStep, dict[int, Int64]]]]
+        walked = self.__dict__.setdefault("_walked", {})
+        if (lag, chosen) not in walked:
+            walked[lag, chosen] = list(super().walk(lag, chosen))
+        return iter(walked[lag, chosen])
+
+
+@dataclass
+class Predictor:
+    """Predictions of a run's settings, which share its routing and prices."""
+
+    run: Run
+    _traces: dict[int, Trace] = field(default_factory=dict)
+    _routings: dict[tuple[int, bool], Routing] = field(default_factory=dict)
+    _priced: dict[tuple[Geometry, TokenExchange], CostModel] = field(default_factory=dict)
+
+    def stocks(self) -> list[Candidate]:
+        """Return stock in each group that divides the ranks and the experts."""
+        groups = stock_sizes(self.run.shape.ranks, self.run.model.num_experts)
+        return [
+            self.stock(group)
+            for group in groups
+            if any(size % group == 0 for size in self.run.sizes)
+        ]
+
+    def fsep(self, setting: Setting) -> Candidate:
+        geometry = setting.geometry
+        costs = self._costs(geometry, setting.tokens).with_exchange(setting.algorithm, geometry)
+        settings = MethodSettings(
+            geometry,
+            costs,
+            setting.mode,
+            holds_step=setting.restore == Restore.STEP,
+            topk=self.run.model.topk,
+            flex=setting.is_flex,
+        )
+        method = make_method(FSEP, settings, self.run.rates[0])
+        return Candidate(geometry.num_ranks, method, setting)
+
+    def automatic(self, geometry: Geometry, tokens: Dispatch) -> ExchangeAlgorithm:
+        """Return the exchange of experts that training takes by itself."""
+        costs = self._costs(geometry, tokens)
+        return costs.with_exchange(Auto.AUTO, geometry).restore_algorithm
+
+    def stock(self, group: int) -> Candidate:
+        """Return stock in groups of X ranks, simulated on the ranks of whole nodes."""
+        run = self.run
+        ranks = self._stock_ranks(group)
+        experts = run.model.num_experts
+        geometry = Geometry(ranks, experts, experts, min(run.node_size, ranks))
+        settings = MethodSettings(
+            geometry,
+            planner_costs(run.model, run.rates[0], run.shape.recompute, self._routing(ranks)),
+            stock_group=group,
+            topk=run.model.topk,
+            stock_flex=run.stock_flex,
+            stock_overlaps=run.stock_overlaps,
+        )
+        return Candidate(ranks, make_method(STOCK, settings, run.rates[0]))
+
+    def _costs(self, geometry: Geometry, tokens: Dispatch) -> CostModel:
+        key = geometry, tokens.exchange
+        if key not in self._priced:
+            run, routing = self.run, self._routing(geometry.num_ranks)
+            costs = planner_costs(run.model, run.rates[0], run.shape.recompute, routing)
+            sizes = geometry, run.model.topk, tokens_of(routing, run.model)
+            self._priced[key] = with_token_exchange(costs, tokens.exchange, *sizes)
+        return self._priced[key]
+
+    def _stock_ranks(self, group: int) -> int:
+        """Return the fewest ranks of whole nodes, or the most below a node, with whole groups."""
+        sizes = [size for size in self.run.sizes if size % group == 0]
+        return min(sizes, key=lambda size: (size % self.run.node_size != 0, size))
+
+    def fits(self, candidate: Candidate) -> bool:
+        """Return False only if the candidate needs more memory under any routing."""
+        return self.least_bytes(candidate) <= self.run.most_bytes
+
+    def least_bytes(self, candidate: Candidate) -> float:
+        """Return a lower bound on a rank's memory: some rank has the mean tokens."""
+        routing = self._routing(candidate.num_ranks)
+        shape = self.run.of_group(candidate.num_ranks)
+        parts = memory_bytes(self.run.model, shape, candidate.method, routing.pairs)
+        return sum(parts.values())
+
+    def roughly(self, candidate: Candidate, sets: Sequence[Rates]) -> Floats:
+        """Return the seconds of an iteration by rates, from a run with fewer layers and stages.
+
+        Layers, microbatches and the pipeline's bubbles are scaled up. Only the LM head is then
+        counted wrongly, in all candidates alike.
+        """
+        full = self.run.of_group(candidate.num_ranks)
+        model, shape, factor = _shortened(self.run.model, full)
+        routing = self._routing(candidate.num_ranks, short=True)
+
+        method = planned_once(candidate.method, routing.layers)
+
+        def seconds(microbatches: int) -> Floats:
+            of = replace(shape, microbatches=microbatches)
+            (found,) = predict_iterations(
+                routing, model, of, [method], sets, steps=_STEPS, lag=self.run.lag
+            )
+            return np.array(found.by_rates_s)
+
+        many_s, few_s = seconds(2 * shape.stages), seconds(shape.stages)
+        each_s = (many_s - few_s) / shape.stages
+        # A bubble per further stage takes as long as one of a stage's chunks.
+        more = full.microbatches - shape.stages + (full.stages - shape.stages) / full.chunks
+        found_s: Floats = factor * (few_s + more * each_s)
+        return found_s
+
+    def fully(self, candidate: Candidate, sets: Sequence[Rates]) -> IterationPrediction:
+        """Predict all layers and stages, and so many microbatches that further ones are alike."""
+        shape = self.run.of_group(candidate.num_ranks)
+        routing = self._routing(candidate.num_ranks)
+
+        method = planned_once(candidate.method, routing.layers)
+
+        def predicted(microbatches: int) -> IterationPrediction:
+            (found,) = predict_iterations(
+                routing,
+                self.run.model,
+                replace(shape, microbatches=microbatches),
+                [method],
+                sets,
+                steps=self.run.steps,
+                lag=self.run.lag,
+            )
+            return found
+
+        recorded = int(self._traces[candidate.num_ranks].microbatch_R.max()) + 1
+        few = 2 * shape.stages
+        many = few + shape.stages * -(-recorded // shape.stages)
+        if shape.microbatches <= few + many:
+            return predicted(shape.microbatches)
+        by_many = predicted(many)
+        return _extended(predicted(few), by_many, few, many, shape.microbatches)
+
+    def _routing(self, num_ranks: int, *, short: bool = False) -> Routing:
+        key = num_ranks, short
+        if key not in self._routings:
+            if num_ranks not in self._traces:
+                self._traces[num_ranks] = self.run.trace_of(num_ranks)
+            trace = self._traces[num_ranks]
+            if short:
+                trace = _short_trace(trace)
+            args = trace, self.run.model, num_ranks, self.run.tokens, self.run.lag
+            self._routings[key] = case_routing(*args, kind=_KeptRouting)
+        return self._routings[key]
+
+
+def _shortened(model: ModelShape, run: RunShape) -> tuple[ModelShape, RunShape, float]:
+    """Return the model and run with fewer layers and stages, and the factor on their time."""
+    layers = model.layer_has_experts
+    stages = min(run.stages, _STAGES)
+    if run.stages == 1:
+        kept = min(len(layers), _LAYERS)
+    else:
+        kept = -(-len(layers) // (run.stages * run.chunks)) * stages * run.chunks
+    tail = layers[-kept:]
+    if not any(tail):
+        return model, run, 1.0
+    factor = len(layers) / kept if run.stages == 1 else 1.0
+    return replace(model, layer_has_experts=tail), replace(run, stages=stages), factor
+
+
+def _short_trace(trace: Trace) -> Trace:
+    """Return the records of a few layers and microbatches."""
+    layers = len(trace.layers)
+    kept = np.unique(np.linspace(0, layers - 1, min(layers, _RECORDED_LAYERS)).round())
+    chosen_R = np.isin(trace.layer_R, kept) & (trace.microbatch_R < _RECORDED_MICROBATCHES)
+    if chosen_R.all():
+        return trace
+    return Trace(
+        tuple(trace.layers[int(layer)] for layer in kept),
+        trace.step_R[chosen_R],
+        np.searchsorted(kept, trace.layer_R[chosen_R]).astype(np.int64),
+        trace.microbatch_R[chosen_R],
+        trace.counts_RNE[chosen_R],
+    )
+
+
+def _extended(
+    few: IterationPrediction, many: IterationPrediction, at_few: int, at_many: int, wanted: int
+) -> IterationPrediction:
+    """Extend two predictions to more microbatches, each of which adds as much."""
+    share = (wanted - at_many) / (at_many - at_few)
+
+    def line(start: float, end: float) -> float:
+        return end + (end - start) * share
+
+    by_rates_s = tuple(map(line, few.by_rates_s, many.by_rates_s))
+    seconds = by_rates_s[0]
+    speedup = many.iteration_s / seconds * wanted / at_many
+    return replace(
+        many,
+        iteration_s=seconds,
+        low_s=min(by_rates_s),
+        high_s=max(by_rates_s),
+        by_rates_s=by_rates_s,
+        tokens_per_s=many.tokens_per_s * speedup,
+        mfu=many.mfu * speedup,
+        naive_s=many.naive_s * wanted / at_many,
+        waiting_s=line(few.waiting_s, many.waiting_s),
+        compute_s={kind: line(few.compute_s[kind], many.compute_s[kind]) for kind in few.compute_s},
+        exposed_s={kind: line(few.exposed_s[kind], many.exposed_s[kind]) for kind in few.exposed_s},
+        bytes_by_kind={
+            link: {kind: line(few.bytes_by_kind[link][kind], end) for kind, end in of.items()}
+            for link, of in many.bytes_by_kind.items()
+        },
+    )

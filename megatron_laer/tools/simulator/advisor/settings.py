@@ -1,0 +1,176 @@
+"""Settings of FSEP among which `advise` chooses, as geometries and as flags.
+
+Legend: N ranks of a group, E experts, C slots per rank, G ranks per node.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from megatron_laer.choices import (
+    Auto,
+    Choice,
+    ExchangeAlgorithm,
+    Restore,
+    Sharding,
+    TokenExchange,
+)
+from megatron_laer.config import FSEPConfig, PlanMode, flag_name
+from megatron_laer.planner.geometry import Geometry, resolve_geometry
+from megatron_laer.planner.layout import default_capacity
+from megatron_laer.support.arguments import buffer_problems
+
+# Slots beyond the least that always allow balance.
+_MORE_SLOTS = 2
+_DEFAULTS = FSEPConfig()
+_MODES = {restore: FSEPConfig(restore=restore).mode for restore in Restore}
+
+
+class Dispatch(Choice):
+    """Way of tokens: a row per expert, once per node, or once per node by DeepEP."""
+
+    RANK = "rank"
+    NODE = "node"
+    FLEX = "flex"
+
+    @property
+    def exchange(self) -> TokenExchange:
+        """Return the exchange whose rows it sends."""
+        return TokenExchange.RANK if self == Dispatch.RANK else TokenExchange.NODE
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run FSEP."""
+
+    geometry: Geometry
+    restore: Restore = Restore.LAYER
+    algorithm: ExchangeAlgorithm | Auto = Auto.AUTO
+    tokens: Dispatch = Dispatch.RANK
+
+    @property
+    def mode(self) -> PlanMode:
+        """Return the plan mode that training takes by default."""
+        return _MODES[self.restore]
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """Return the fields of `FSEPConfig` that differ from its defaults, with their words."""
+        words = {
+            "restore": self.restore,
+            "restore_algorithm": self.algorithm,
+            "token_exchange": (
+                TokenExchange.NODE if self.tokens == Dispatch.NODE else TokenExchange.RANK
+            ),
+        }
+        return {
+            name: word.value for name, word in words.items() if word != getattr(_DEFAULTS, name)
+        }
+
+    @property
+    def label(self) -> str:
+        geometry = self.geometry
+        sizes = f"EP{geometry.num_ranks} {geometry.sharding} C={geometry.capacity}"
+        more = {"tokens": self.tokens, "restore": self.restore, "exchange": self.algorithm}
+        return ", ".join([sizes, *(f"{name} {word}" for name, word in more.items())])
+
+    @property
+    def flags(self) -> list[str]:
+        geometry = self.geometry
+        words = ["--expert-parallel-mode", "fsep", *group_flags(geometry.num_ranks, self.is_flex)]
+        words += [flag_name("sharding"), geometry.sharding.value]
+        words += [flag_name("capacity"), str(geometry.capacity)]
+        for name, word in self.changes.items():
+            words += [flag_name(name), word]
+        return words
+
+    @property
+    def is_flex(self) -> bool:
+        return self.tokens == Dispatch.FLEX
+
+
+def group_flags(size: int, is_flex: bool) -> list[str]:
+    """Return Megatron's flags for a group's size and its dispatcher of tokens."""
+    dispatcher = "flex" if is_flex and size > 1 else "alltoall"  # DeepEP needs a group
+    return [
+        *("--expert-model-parallel-size", str(size)),
+        *("--moe-token-dispatcher-type", dispatcher),
+    ]
+
+
+def group_sizes(ranks: int, node_size: int, tensor: int) -> list[int]:
+    """Return the sizes of groups that divide a stage's ranks and fill nodes, or divide one."""
+    return [
+        size
+        for size in range(1, ranks + 1)
+        if ranks % size == 0
+        and size % tensor == 0
+        and (size % node_size == 0 or node_size % size == 0)
+    ]
+
+
+def stock_sizes(ranks: int, num_experts: int) -> list[int]:
+    both = math.gcd(ranks, num_experts)
+    return [size for size in range(1, both + 1) if both % size == 0]
+
+
+def geometries(num_experts: int, num_ranks: int, node_size: int) -> Iterator[Geometry]:
+    """Yield the shardings and slots of a group.
+
+    Slots are few, or so many that a node, or two, four and so on together, hold every expert.
+    """
+    fewest = -(-num_experts // num_ranks)
+    least = default_capacity(num_ranks, num_experts)
+    slots = {least + more for more in range(_MORE_SLOTS + 1)}
+    if fewest * num_ranks > num_experts:
+        slots.add(fewest)
+    domain = node_size
+    while domain < num_ranks:
+        slots.add(-(-num_experts // domain) + 1)
+        domain *= 2
+    for sharding in Sharding:
+        at_home = sharding == Sharding.EXPERTS
+        if at_home and num_experts % num_ranks:
+            continue
+        for capacity in sorted(slots):
+            if capacity <= num_experts and not (at_home and capacity == fewest):
+                yield resolve_geometry(
+                    num_experts, num_ranks, capacity, min(node_size, num_ranks), sharding=sharding
+                )
+
+
+def settings_of(
+    geometry: Geometry,
+    dispatches: Sequence[Dispatch],
+    topk: int,
+    automatic: Callable[[Dispatch], ExchangeAlgorithm],
+) -> Iterator[Setting]:
+    """Yield the settings of a geometry, training's defaults first.
+
+    Homes have the faster exchange for each layout. Rows have the `automatic` one for all layouts,
+    so that the other may be the faster in a whole run.
+    """
+    for tokens in dispatches:
+        if tokens == Dispatch.FLEX and _deepep_problems(geometry, topk):
+            continue
+        algorithms: list[ExchangeAlgorithm | Auto] = [Auto.AUTO]
+        if geometry.num_nodes > 1 and geometry.sharding == Sharding.ROWS:
+            taken = automatic(tokens)
+            algorithms += [algorithm for algorithm in ExchangeAlgorithm if algorithm != taken]
+        for restore in Restore:
+            for algorithm in algorithms:
+                yield Setting(geometry, restore, algorithm, tokens)
+
+
+def _deepep_problems(geometry: Geometry, topk: int) -> list[str]:
+    settings = Namespace(
+        moe_token_dispatcher_type="flex",
+        moe_flex_dispatcher_backend="deepep",
+        expert_model_parallel_size=geometry.num_ranks,
+        num_experts=geometry.num_experts,
+        moe_router_topk=topk,
+    )
+    return buffer_problems(settings, geometry)

@@ -1,0 +1,135 @@
+"""`advise`: its choice, the figures beside it, and its refusals."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import yaml
+
+from megatron_laer.planner.cluster_files import cluster_content, load_cluster
+from megatron_laer.tools import cli
+from tests.tools.plan_cases import drifting_trace, recording
+
+MODEL = """\
+description: four layers of Mixtral-8x7B
+architecture: {num-layers: 4, hidden-size: 4096, ffn-hidden-size: 14336, num-attention-heads: 32,
+  group-query-attention: true, num-query-groups: 8, seq-length: 4096, swiglu: true}
+moe: {num-experts: 8, moe-router-topk: 2}
+precision: {bf16: true}
+"""
+GPUS = "--cluster h100-8 --gpus 8 --tokens 4096"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "four-layers.yaml"
+    path.write_text(MODEL)
+    return path
+
+
+def written(command, words, out, capsys, status=0):
+    """Return the JSON of a command with its printed text."""
+    assert cli.main([command, *map(str, words), "--json", str(out)]) == status
+    printed, err = capsys.readouterr()
+    assert err == ""
+    return json.loads(out.read_text()) | {"printed": printed}
+
+
+@pytest.fixture
+def advised(model, tmp_path, capsys):
+    def run(*words, status=0):
+        given = ["--model", model, *words]
+        return written("advise", given, tmp_path / "advised.json", capsys, status)
+
+    return run
+
+
+@pytest.fixture
+def simulated(model, tmp_path, capsys):
+    def run(*words):
+        return written("simulate", ["--model", model, *words], tmp_path / "x.json", capsys)["cases"]
+
+    return run
+
+
+def value(found):
+    return found["iteration_s"]["value"]
+
+
+def test_no_case_of_a_sweep_is_faster_and_times_are_those_of_simulate(advised, simulated):
+    run = "--workload W1 --cluster h100-8 --microbatches 8"
+    limit = "--memory-gib 26"
+    found = advised(*f"{run} {limit} --gpus 16 --tokens 4096".split())
+    rows = "--ranks 8 16 --capacity 2 3 --sharding rows"
+    homes = "--ranks 4 8 --capacity 3 --sharding experts"
+    cases = [
+        case["methods"]["fsep"]
+        for tokens in ("rank", "node", "flex")
+        for kept in ("--restore layer", "--restore step --mode forecast")
+        for swept in (rows, homes)
+        for case in simulated(
+            *f"{run} {swept} --world 16 --tokens 4096 --method fsep".split(),
+            *f"--token-exchange {tokens} {kept}".split(),
+        )
+    ]
+    fitting = [case for case in cases if case["peak_bytes"] <= 26 * 2**30]
+    assert 0 < len(fitting) < len(cases)  # the limit is one
+    best = found["best"][0]
+    assert value(best) <= 1.01 * min(map(value, fitting))
+    same = [case for case in fitting if case["peak_bytes"] == best["peak_bytes"]]
+    assert any(value(case) == pytest.approx(value(best), rel=2e-3) for case in same)
+
+    stock = "--ranks 8 --world 16 --tokens 4096 --method stock"
+    stocks = simulated(*f"{run} {limit} {stock}".split())
+    theirs = stocks[0]["methods"]["stock"]
+    assert found["stock"][0]["label"] == f"stock EP{theirs['group']}"
+    assert value(found["stock"][0]) == pytest.approx(value(theirs), rel=2e-3)
+    balanced = simulated(*f"{run} {limit} {stock}".replace("W1", "W0").split())[0]["methods"]
+    share = value(balanced["stock"]) / value(best)
+    assert best["share"] == pytest.approx(share, rel=2e-3)
+    assert found["verdict"].startswith(f"Use FSEP ({best['label']}): it is ")
+
+
+@pytest.mark.parametrize("cluster", ["a100-4x8-ib800", "h100-8"])
+def test_balanced_routing_asks_for_stock(cluster, advised):
+    found = advised(*f"{GPUS} --cluster {cluster} --workload W0".split())
+    stock = found["stock"][0]["label"]
+    assert not found["takes_fsep"]
+    assert found["verdict"].startswith(f"Take {stock}, not FSEP: ")
+    assert found["printed"].count("--expert-parallel-mode fsep") == len(found["best"]) == 5
+
+
+def test_a_constant_that_reverses_the_answer_does_so(tmp_path, advised):
+    cluster = load_cluster("h100-8")
+    wide = replace(dict(cluster.spreads)["host.gate"], high=500.0)  # only FSEP has a gate
+    path = tmp_path / "wide.yaml"
+
+    def asked(of):
+        path.write_text(yaml.safe_dump(cluster_content(of)))
+        return advised(
+            *f"{GPUS} --workload W1 --cluster {path} --memory-gib 24 --tokens 2048".split()
+        )
+
+    found = asked(replace(cluster, spreads=(("host.gate", wide),)))
+    turn = found["decides"]
+    assert (turn["constant"], turn["value"], turn["reverses"]) == ("host.gate", 500.0, True)
+    assert "\nMeasure first: host.gate. With host.gate at 500 instead of 1, " in found["printed"]
+    there = asked(cluster.with_constants({turn["constant"]: turn["value"]}))
+    assert there["takes_fsep"] != found["takes_fsep"]
+
+
+def test_a_trace_has_the_tokens_and_microbatches_of_its_ranks(tmp_path, model, capsys):
+    path = recording(tmp_path / "x.trace", drifting_trace(ranks=4))
+    words = [path, "--model", model, *"--cluster h100-8 --gpus 8 --recompute full".split()]
+    found = written("advise", words, tmp_path / "x.json", capsys)
+    assert "x.trace: 2048 tokens per rank and microbatch, 3 microbatches" in found["printed"]
+    assert re.search(r"^1 +EP[248] ", found["printed"], re.MULTILINE)
+
+
+def test_nothing_may_fit(advised):
+    found = advised(*GPUS.split(), "--memory-gib", "2", status=1)
+    assert found["best"] == found["stock"] == []
+    assert "\nNothing fits 2 GiB of a rank: the least need is of EP" in found["printed"]
