@@ -154,6 +154,11 @@ class FSEPConfig:
         "backward: two layers in memory), or step (once per step, gradients exchanged once: "
         "all layers in memory; implies --fsep-plan-mode forecast)",
     )
+    restore_memory_gib: float = _option(
+        0.0,
+        "memory of a rank in which restored weights stay from forward to backward, as many as fit",
+        minimum=Bound(0, "0; 1.5 keeps 1.5 GiB"),
+    )
     scheduler: OverlapScheduler = _option(
         OverlapScheduler.ON,
         "on: restores and gradient exchanges run while the layers beside them compute; off: "

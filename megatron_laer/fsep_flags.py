@@ -17,6 +17,7 @@ from megatron_laer.config import (
     FixedPlanner,
     FSEPConfig,
     PlanMode,
+    Restore,
     flag_name,
     takes_several,
     types_of,
@@ -108,6 +109,8 @@ def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         )
     if config.mode != PlanMode.ADAPTIVE:
         yield f"--fsep-plan-mode is {config.mode}", ("imbalance_tolerance",)
+    if config.restore == Restore.STEP:
+        yield "--fsep-restore step keeps all of them", ("restore_memory_gib",)
     if config.restore_algorithm == ExchangeAlgorithm.FLAT:
         yield "--fsep-restore-algorithm is flat", ("grad_wire_dtype",)
     if not uses_costs(config):

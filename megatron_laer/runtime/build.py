@@ -43,6 +43,7 @@ from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.kept_weights import KeptWeights
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.schedule import make_schedule
 from megatron_laer.support.model import slots_multiple
@@ -111,6 +112,7 @@ def build_coordinator(
         make_exchange(config, groups, chosen, geometry),
         parameters=make_comm_stream("parameters", device, overlaps=overlaps),
         gradients=make_comm_stream("gradients", device, overlaps=overlaps),
+        kept=KeptWeights(config.restore_memory_gib * 2**30),
     )
     layouts = LayoutsInForce(config, groups, geometry, chosen, seed, device)
     pass_layouts: PassLayouts

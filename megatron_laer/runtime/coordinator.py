@@ -78,10 +78,15 @@ class Coordinator:
         self.microbatch_planner.in_steps = True
         summary = agreement.summarise(self.config, self.geometry, self.guard.costs, self.seed)
         summary["frozen experts"] = frozen_in(self.layers)
-        problem = agreement.difference(summary, self.groups) or what_changed(self.layers)
+        slots, kept_gib = self.geometry.replica_slots, self.config.restore_memory_gib
+        problem = (
+            agreement.difference(summary, self.groups)
+            or what_changed(self.layers)
+            or self.experts.memory_problem(self.layers, slots, kept_gib)
+        )
         if problem is not None:
             return problem
-        held = self.experts.memory_held(self.layers, self.geometry.replica_slots)
+        held = self.experts.memory_held(self.layers, slots)
         if held is not None and self.groups.rank == 0:
             logger.info("FSEP: %s", held)
         try:

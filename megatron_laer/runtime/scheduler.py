@@ -286,6 +286,7 @@ class Scheduler:
         return None
 
     def _forget_operations(self) -> None:
+        self._streams.kept.release()
         if self._fetched is not None:
             self._fetched[1].weights.used()
         self._fetched = None

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import train
+from megatron_laer.cpu.training import Probe, Record, train
+from tests.parity.compare import identical
 from tests.parity.flags import command_line
 from tests.parity.row import AT_HOME, HOMES
 
@@ -112,7 +113,7 @@ class Held:
     layers: tuple[int, int]
 
 
-def held_buffers(command: list[str]) -> Held:
+def held_buffers(command: list[str], more: Probe = lambda _: None) -> tuple[Held, Record]:
     from megatron.core.models.gpt import GPTModel
 
     from megatron_laer.runtime.comm.buffers import Workspace
@@ -128,7 +129,8 @@ def held_buffers(command: list[str]) -> Held:
         held.after_forward.append(coordinator.streams.weights.in_use)
         return output
 
-    def look(model: object) -> None:
+    def look(model: list[torch.nn.Module]) -> None:
+        more(model)
         coordinator = current_coordinator()
         assert coordinator is not None
         streams = coordinator.streams
@@ -145,8 +147,51 @@ def held_buffers(command: list[str]) -> Held:
         held.layers = (schedule.restored_layers(layers), schedule.gradient_layers(layers))
 
     with mock.patch.object(GPTModel, "forward", observed_forward):
-        train(command, look)
-    return held
+        record = train(command, look)
+    return held, record
+
+
+def kept_weights(command: list[str]) -> tuple[Held, Record, int]:
+    """Return the buffers of a run, its record, and the number of restores."""
+    from megatron_laer.session import current_coordinator
+
+    restores = 0
+
+    def look(_: object) -> None:
+        nonlocal restores
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        restores = coordinator.streams.exchange.count.restores
+
+    held, record = held_buffers(command, look)
+    return held, record, restores
+
+
+VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 2"
+
+
+@pytest.mark.parametrize(
+    ("size", "layers", "extra"),
+    [(2, 3, " --fsep-scheduler off"), (4, 8, VIRTUAL), (4, 8, VIRTUAL + AT_HOME + RELAY)],
+    ids=["off", "virtual pipeline 2 x 2", "virtual pipeline 2 x 2, experts at home"],
+)
+def test_weights_that_fit_stay_until_backward_and_change_no_bit(
+    ranks: RankPools, text_data: str, size: int, layers: int, extra: str
+) -> None:
+    flags = f"{FSEP}{extra} --fsep-capacity 8 --num-layers {layers}"
+    steps = 3
+    command = command_line(text_data, flags, global_batch=8, steps=steps)
+    plain, record, restores = ranks(size).run(kept_weights, command)[0]
+    gib = 1.5 * plain.layer_bytes / 2**30  # of one layer, not of two
+    keeping = [*command, "--fsep-restore-memory-gib", str(gib)]
+    held, same, fewer = ranks(size).run(kept_weights, keeping)[0]
+    assert identical(same, record)
+    assert restores - fewer >= steps
+    for result in ranks(size).run_raw(kept_weights, [*keeping[:-1], str(gib / 2)]):
+        assert f"--fsep-restore-memory-gib {gib / 2}: keeps no layer's" in result.message
+    assert set(held.after_step) == {(0, 0)}
+    most = plain.layers[0] + 1
+    assert max(weights for weights, _, _ in held.buffer_bytes) <= most * plain.layer_bytes
 
 
 @pytest.mark.parametrize("scheduler", ["on", "off"])
@@ -169,7 +214,7 @@ def test_no_restored_weight_outlives_its_use(
         global_batch=8,
         steps=4,
     )
-    for held in ranks(2).run(held_buffers, command):
+    for held, _ in ranks(2).run(held_buffers, command):
         assert len(held.after_forward) == 8 and len(held.after_step) == 4
         # From the second step on, the last layer's two matrices wait for the backward that follows.
         kept = 2 if scheduler == "on" else 0
@@ -209,7 +254,7 @@ def test_buffers_stay_as_they_are_after_the_first_step(
         global_batch=16,
         steps=6,
     )
-    for held in ranks(size).run(held_buffers, command):
+    for held, _ in ranks(size).run(held_buffers, command):
         assert len(set(held.buffer_bytes)) == 1, "steady state allocates"
         weights, grads, _ = held.buffer_bytes[0]
         restored, arriving = held.layers

@@ -336,8 +336,14 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _RESTORED.fault(
         "weights stay after forward",
-        "        if not backward_follows:\n            self.weights.used()",
-        "        if backward_follows:\n            self.weights.used()",
+        "                self.weights.keep()\n            self.weights.used()",
+        "                self.weights.keep()",
+    ),
+    _WEIGHTS.fault(
+        "kept weights count as kept for ever",
+        "WeightState.SHARDED)\n            self._streams.kept.give_back(self)",
+        "WeightState.SHARDED)",
+        *_ranks("memory"),
     ),
     _SCHEDULER.fault(
         "nothing starts early",

@@ -50,6 +50,7 @@ def test_defaults_and_values_of_flags_reach_their_fields() -> None:
         ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode exact"),
         ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode announced"),
         ("--fsep-grad-wire-dtype fp32", "--fsep-restore-algorithm flat"),
+        ("--fsep-restore-memory-gib 1.0", "--fsep-restore step"),
         ("--fsep-planner greedy", "--fsep-replay-layouts d"),
         *(
             ("--fsep-cluster cpu-gloo", f"--fsep-restore-algorithm flat {flags}")
@@ -106,6 +107,7 @@ def test_fresh_layouts_need_exact_splits_and_deterministic_mode_waits_for_plans(
         ("node_size", [0]),
         ("plan_lag", [0, 1001, 10**9]),
         ("imbalance_tolerance", [-0.5, float("inf")]),
+        ("restore_memory_gib", [-0.5, float("inf")]),
         *((name, ["pigeon"]) for name in CHOICES.split()),
     ],
 )

@@ -224,6 +224,14 @@ class Homes:
         return (None,) * len(self.trained)
 
 
+def restored_bytes(share: Share, replica_slots: int) -> int:
+    """Return the bytes of a layer's restored weights on this rank."""
+    matrices = zip(share.rows, share.columns, share.likes, strict=True)
+    return replica_slots * sum(
+        rows * columns * like.element_size() for rows, columns, like in matrices
+    )
+
+
 def _matrix(part: torch.Tensor) -> torch.Tensor:
     return part if part.dim() == 2 else part.unsqueeze(1)
 

@@ -9,7 +9,7 @@ import torch
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import FsepLayer
+from megatron_laer.runtime.weights.layer import FsepLayer, restored_bytes
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 
@@ -36,7 +36,10 @@ class LayerExperts:
         index = self._index(layer, layout)
         if training and layer.name in self._of_step:
             return self._of_step[layer.name].experts
-        return RestoredExperts.for_pass(layer.name, layer.share, index, self._streams)
+        restored = RestoredExperts.for_pass(layer.name, layer.share, index, self._streams)
+        if not training:
+            restored.expect_no_backward()
+        return restored
 
     def change(self, experts: RestoredExperts, layout: ExpertLayout) -> None:
         experts.weights.change(layout_index(layout, self._device, self._home_slots))
@@ -71,6 +74,19 @@ class LayerExperts:
         weights_changed = weights_changed or self._home_slots > 0
         for held in self._of_step.values():
             held.end_step(weights_changed=weights_changed)
+
+    def memory_problem(
+        self, layers: Sequence[FsepLayer], replica_slots: int, kept_gib: float
+    ) -> str | None:
+        """Describe why no layer's weights fit into the memory to keep them; None if they do."""
+        least = min((restored_bytes(layer.share, replica_slots) for layer in layers), default=0)
+        if kept_gib == 0 or kept_gib * 2**30 >= least:
+            return None
+        return (
+            f"--fsep-restore-memory-gib {kept_gib}: keeps no layer's restored experts, which take "
+            f"{least / 2**30:.6f} GiB; give as much for each layer and microbatch in flight, or "
+            "leave it out"
+        )
 
     def memory_held(self, layers: Sequence[FsepLayer], replica_slots: int) -> str | None:
         shares = [layer.share for layer in layers]

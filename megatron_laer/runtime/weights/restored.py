@@ -7,7 +7,8 @@ microbatch, by states (`states.py`):
  2. The scheduler calls `start_restore` during the previous layer's compute: RESTORING. If the
     layout changes after the gate, `change` fetches the slots that differ: still RESTORING.
  3. The GEMM of the first matrix calls `matrix`, which waits: RESTORED.
- 4. `after_compute` ends the forward: SHARDED, and the memory is free. Autograd saves no weights.
+ 4. `after_compute` ends the forward: SHARDED, and the memory is free, unless the weights are kept
+    for backward (`--fsep-restore-memory-gib`). Autograd saves no weights.
     Evaluation ends here. A checkpoint's re-run keeps them, since its backward follows at once.
  5. The gradient of the experts' output arrives in backward: RESTORING again, and RESTORED. The
     layer that backward comes to next follows (`prefetch_in_backward`).
@@ -47,7 +48,7 @@ from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Share
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
-from megatron_laer.runtime.weights.states import ExpertsState
+from megatron_laer.runtime.weights.states import ExpertsState, WeightState
 
 
 class RestoredExperts:
@@ -100,6 +101,8 @@ class RestoredExperts:
 
     def fetch(self, following: RestoredExperts) -> None:
         """Start the restore of the experts that are used next, or hand the weights on to them."""
+        if following is not self and following.state.weights is not WeightState.SHARDED:
+            return  # kept since its forward
         if self.is_same_layer(following) and self.index.has_replicas:
             self.weights.hand_on(following.weights)
         else:
@@ -182,6 +185,8 @@ class RestoredExperts:
         if torch.is_grad_enabled() and not output.requires_grad:
             self.expect_no_backward()
         if not backward_follows:
+            if self.has_backward:
+                self.weights.keep()
             self.weights.used()
         return run_on_backward(self._begin_backward, output)[0]
 

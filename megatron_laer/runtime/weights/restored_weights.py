@@ -16,7 +16,7 @@ from megatron_laer.runtime.comm.exchange import ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.streams import Pending
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import Share
+from megatron_laer.runtime.weights.layer import Share, restored_bytes
 from megatron_laer.runtime.weights.states import ExpertsState, WeightState
 from megatron_laer.telemetry.trace_events import Activity, Kind
 
@@ -113,6 +113,13 @@ class RestoredWeights:
         """
         self._heir = following
 
+    def keep(self) -> None:
+        """Keep the weights for this pass's backward if they fit, unless they are handed on."""
+        if self._heir is None and self.state.weights is not WeightState.SHARDED:
+            num_bytes = restored_bytes(self.share, self.index.replica_slots)
+            if self._streams.kept.take(self, num_bytes):
+                self._heir = self
+
     def used(self) -> None:
         heir, self._heir = self._heir, None
         if self._keeps or heir is self:
@@ -128,10 +135,12 @@ class RestoredWeights:
                 self._streams.weights.put_back(pending.wait())
             self._matrices = ()
             self.state.enter(WeightState.SHARDED)
+            self._streams.kept.give_back(self)
 
     def _take_over(self, other: RestoredWeights) -> None:
         """Inherit the other pass's weights. Collective over the group if the layouts differ."""
         other.state.enter(WeightState.SHARDED)
+        self._streams.kept.give_back(other)
         self._matrices, other._matrices = other._matrices, ()
         self.state.enter(WeightState.RESTORING)
         index, self.index = self.index, other.index
