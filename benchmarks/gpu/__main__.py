@@ -79,7 +79,7 @@ _MODES = Task(
     *("modes", "benchmarks.gpu.card_tests", 4),
     arguments=("tests/gpu/test_training.py", "tests/gpu/test_flex.py"),
 )
-_ON_RANKS = ("beside", "parity", "communicators", "connections", "workloads", "modes")
+_ON_RANKS = ("overlap", "parity", "communicators", "connections", "workloads", "modes")
 PARTS = (*(task.name for task in _ON_ONE_CARD), *_ON_RANKS)
 
 
@@ -87,8 +87,8 @@ def tasks(parts: Sequence[str], ranks: int, nodes: int, *, dry: bool) -> list[Ta
     found = [task for task in _ON_ONE_CARD if task.name in parts]
     if ranks == 1:
         return found
-    if "beside" in parts:
-        found.append(Task("beside", "benchmarks.gpu.beside", 0.5, ranks))
+    if "overlap" in parts:
+        found.append(Task("overlap", "benchmarks.gpu.overlap", 0.5, ranks))
     found += [
         Task("parity", "tests.parity.launched", 2, size)
         for size in _PARITY_RANKS

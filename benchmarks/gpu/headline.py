@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from benchmarks.gpu import beside
+from benchmarks.gpu import overlap
 
 Rows = list[dict[str, Any]]
 
@@ -35,12 +35,12 @@ def _failed(rows: Rows) -> str:
 FIGURES = (
     Figure(
         "slowdown of products beside an exchange",
-        beside.TITLE,
+        overlap.TITLE,
         lambda rows: rows[0]["products' slowdown"],
     ),
     Figure(
         "products and exchange together, of the longer one",
-        beside.TITLE,
+        overlap.TITLE,
         lambda rows: rows[0]["both, of the longer one"],
     ),
     Figure(

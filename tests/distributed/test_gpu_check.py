@@ -37,4 +37,6 @@ def test_parts_run_without_a_card(tmp_path, parts):
             assert rows, f"{name}: {title} is empty"
             assert f"{title} ({DRY})" in result.stdout
             assert f"**{title}** ({DRY})" in page
+    measured = result.stdout.partition("== what matters most")[2]
+    assert ("not measured" in measured) == (set(parts) != set(PARTS)), measured
     assert written["about"]["command"].startswith("scripts/gpu_check.sh --dry-run")

@@ -18,7 +18,6 @@ import torch
 
 from benchmarks.gpu import (
     __main__,
-    beside,
     card_tests,
     communicators,
     connections,
@@ -27,6 +26,7 @@ from benchmarks.gpu import (
     kernels,
     layer,
     lone_rank,
+    overlap,
     priorities,
     sizes,
     workloads,
@@ -214,14 +214,14 @@ def test_tests_that_need_a_card_are_counted_while_they_run(tmp_path: Path) -> No
 
 def test_products_and_an_exchange_are_compared_with_each_alone() -> None:
     alone = {"products alone": 4.0, "exchange alone": 8.0}
-    (row,) = beside.rows(
+    (row,) = overlap.rows(
         [
             alone | {"products beside the exchange": 6.0, "both": 9.0},
             alone | {"products beside the exchange": 5.0, "both": 10.0},
         ]
     )
     assert row["products' slowdown"] == 1.5 and row["both, of the longer one"] == 1.25
-    first, *_, last = headline.headline({"beside": {"tables": {beside.TITLE: [row]}}})
+    first, *_, last = headline.headline({"overlap": {"tables": {overlap.TITLE: [row]}}})
     assert first == ("slowdown of products beside an exchange", "1.5")
     assert last == ("tests that need a card", "not measured")
     assert len(headline.FIGURES) == 10

@@ -1,6 +1,6 @@
 """What matrix products and an exchange of weights cost each other when they run at once.
 
-Under torchrun: `-m benchmarks.gpu.beside --data PREFIX`. The exchange is an All-to-All of a
+Under torchrun: `-m benchmarks.gpu.overlap --data PREFIX`. The exchange is an All-to-All of a
 restore's bytes on a stream of FSEP's priority. NCCL's kernels hold SMs meanwhile, which large
 products need as well.
 """
