@@ -23,9 +23,11 @@ from typing import Any
 from benchmarks.command_line import add_json, parser_of, program, write_json
 from benchmarks.report import machine, print_table
 from megatron_laer.choices import Sharding
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.tools import cli
 from megatron_laer.tools.recipes.verdict import Verdict
 from megatron_laer.tools.simulator.iteration.methods import FSEP
+from megatron_laer.tools.traces.workloads import NATURAL
 
 CLUSTERS = ("a100-4x8-ib800", "h100-8")
 GPUS = (8, 32, 64, 256)
@@ -168,7 +170,7 @@ def _cases(asked: Asked, routing: Sequence[str], folder: Path) -> Iterator[float
     """Yield the seconds of all slots, exchanges and restores in each group that fit in memory."""
     path = folder / "sweep.json"
     experts = int(_value(said(["flags", asked.model])[1], "--num-experts"))
-    ranks, most = asked.gpus // asked.shape[2], 80 * _GIB
+    ranks, most = asked.gpus // asked.shape[2], _most_bytes(asked.cluster)
     for size in (size for size in range(2, ranks + 1) if ranks % size == 0):
         if size % asked.shape[1]:
             continue
@@ -178,7 +180,7 @@ def _cases(asked: Asked, routing: Sequence[str], folder: Path) -> Iterator[float
                 continue
             slots = [each for each in range(fewest, fewest + 5) if each <= experts]
             words = ["simulate", *_run_words(asked.model, asked.cluster, asked.shape)]
-            words += [*(routing or ["--workload", "W1"]), "--method", FSEP, "--steps", "1"]
+            words += [*(routing or ["--workload", NATURAL]), "--method", FSEP, "--steps", "1"]
             words += ["--ranks", str(size), "--world", str(ranks), "--sharding", sharding.value]
             words += ["--capacity", *map(str, slots), "--json", str(path)]
             for tokens in ("rank", "node", "flex"):
@@ -188,6 +190,12 @@ def _cases(asked: Asked, routing: Sequence[str], folder: Path) -> Iterator[float
                     for case in (case["methods"][FSEP] for case in cases):
                         if case["peak_bytes"] <= most:
                             yield case["iteration_s"]["value"]
+
+
+def _most_bytes(cluster: str) -> float:
+    card = load_cluster(cluster).card
+    assert card is not None
+    return card.memory_gib * _GIB
 
 
 def _value(text: str, flag: str) -> str:

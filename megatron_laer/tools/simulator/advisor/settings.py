@@ -121,6 +121,7 @@ def geometries(num_experts: int, num_ranks: int, node_size: int) -> Iterator[Geo
     """Yield the shardings and slots of a group.
 
     Slots are few, or so many that a node, or two, four and so on together, hold every expert.
+    Training's half-way number is there too.
     """
     fewest = -(-num_experts // num_ranks)
     least = default_capacity(num_ranks, num_experts)
@@ -129,7 +130,10 @@ def geometries(num_experts: int, num_ranks: int, node_size: int) -> Iterator[Geo
         slots.add(fewest)
     domain = node_size
     while domain < num_ranks:
-        slots.add(-(-num_experts // domain) + 1)
+        whole = -(-num_experts // domain) + 1
+        slots.add(whole)
+        if domain == node_size:
+            slots.add((least + whole) // 2)
         domain *= 2
     for sharding in Sharding:
         at_home = sharding == Sharding.EXPERTS
