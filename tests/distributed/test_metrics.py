@@ -77,9 +77,12 @@ def test_balance_and_planning_are_in_tensorboard(
     ):
         assert mb == pytest.approx(rows * ROW_BYTES / 1e6, rel=1e-5)
     assert series("fsep_token_mb_inter_node") == [0, 0, 0]
-    # Half of each slot's rows, as a layer is on two ranks; fresh layouts fetch more.
+    # Half of each slot's rows, as a layer is on two ranks; fresh layouts fetch more. After the first
+    # step, operations in a row of one layer hand its weights on.
     halves_mb = (EXPERTS / 2 + 1) / 2 * EXCHANGES * 2 / size * EXPERT_BYTES / 1e6
-    assert all(mb >= halves_mb * (1 - 1e-5) for mb in series("fsep_weight_mb"))
+    first_mb, *others_mb = series("fsep_weight_mb")
+    assert first_mb >= halves_mb * (1 - 1e-5)
+    assert all(mb >= halves_mb / 3 for mb in others_mb), "gradients are still reduced"
     assert series("fsep_replicas") == [1, 1, 1]
     assert series("fsep_passes_without_replicas") == [0, 0, 0]
     assert series("fsep_layout_version") == [1, 3, 5]
@@ -129,8 +132,12 @@ def test_only_replicas_are_moved_to_and_from_homes(
     names = ("fsep_replicas", "fsep_passes_without_replicas", "fsep_weight_mb")
     scalars = [[event.value for event in events.Scalars(name)] for name in names]
     assert len(scalars[0]) == STEPS
-    for replicas, without, moved_mb in zip(*scalars, strict=True):
-        assert moved_mb == pytest.approx(replicas * EXCHANGES * EXPERT_BYTES / 1e6, rel=1e-5)
+    for step, (replicas, without, moved_mb) in enumerate(zip(*scalars, strict=True)):
+        all_mb = replicas * EXCHANGES * EXPERT_BYTES / 1e6
+        # After the first step, operations in a row of one layer hand its weights on.
+        assert moved_mb == pytest.approx(all_mb, rel=1e-5) or (
+            step > 0 and all_mb / 3 <= moved_mb < all_mb
+        )
         assert (without == 1) == (replicas == 0)
     assert any(scalars[0])
 

@@ -1,5 +1,16 @@
-"""Ranks of these tests alone, as in `tests/races`."""
+"""Ranks of these tests alone: modules imported while torch's streams are replaced stay in them."""
 
-from tests.races.conftest import ranks
+from __future__ import annotations
 
-__all__ = ["ranks"]
+from collections.abc import Iterator
+
+import pytest
+
+from megatron_laer.cpu.ranks import RankPools
+
+
+@pytest.fixture(scope="package")
+def ranks() -> Iterator[RankPools]:
+    """Return `ranks(4)`: a pool of four ranks, which ends with the tests of this folder."""
+    with RankPools(4) as pools:
+        yield pools

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from tests.fake_cuda import findings, names, streams
+from tests.fake_cuda.clocks import Checker
 from tests.fake_cuda.findings import Findings
 from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
 from tests.fake_cuda.oracle import Oracle, Watcher
-from tests.races.clocks import Checker
 
 H100 = 9, 0
 

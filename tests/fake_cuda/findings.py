@@ -62,7 +62,7 @@ _ROOTS = ("/megatron_laer/", "/megatron/", "/tests/")
 # Files whose callers are the place.
 _BELOW = (
     *(f"tests/fake_cuda/{name}.py" for name in ("findings", "names", "oracle", "streams")),
-    *("tests/fake_cuda/kernels.py", "tests/races/observing.py", "tests/races/clocks.py"),
+    *("tests/fake_cuda/kernels.py", "tests/fake_cuda/observing.py", "tests/fake_cuda/clocks.py"),
     *("megatron_laer/cpu/cuda.py", "tests/one_layer.py"),
 )
 

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from tests.fake_cuda import findings
+from tests.fake_cuda.clocks import Watched
 from tests.fake_cuda.faults import FAULTS
 from tests.fake_cuda.kernels import interpreted, replaced_by_torch
+from tests.fake_cuda.observing import observed
 from tests.one_layer import HIDDEN, TOKENS, one_layer
-from tests.races.clocks import Watched
-from tests.races.observing import observed
 
 CASES: dict[str, dict[str, Any]] = {
     "rows, flat": {"sharding": "rows", "restore_algorithm": "flat"},

@@ -15,7 +15,7 @@ import torch
 
 from megatron_laer.runtime.comm import copies, streams
 from tests.fake_cuda import findings, labels
-from tests.races.clocks import Checker, Clock
+from tests.fake_cuda.clocks import Checker, Clock
 
 _numbers = itertools.count(1)
 

@@ -15,7 +15,7 @@ from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.relay import RelayExchange
 from tests.fake_cuda.kernels import only_counted
 from tests.fake_cuda.labels import card
-from tests.races.observing import observed
+from tests.fake_cuda.observing import observed
 
 RANKS, NODE_SIZE, EXPERTS, CAPACITY, RANK = 8, 2, 16, 4, 3
 ROWS, COLUMNS = 64, 48

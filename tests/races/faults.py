@@ -28,7 +28,7 @@ from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
 from megatron_laer.runtime.weights.step_experts import StepGrads
 from tests.fake_cuda import streams
-from tests.races.observing import AsyncWork
+from tests.fake_cuda.observing import AsyncWork
 
 
 class Scene(StrEnum):

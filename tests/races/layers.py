@@ -27,9 +27,9 @@ from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.step_experts import StepExperts
 from tests.fake_cuda import labels
-from tests.races.clocks import Watched
+from tests.fake_cuda.clocks import Watched
+from tests.fake_cuda.observing import observed
 from tests.races.faults import LAYER_FAULTS, Scene
-from tests.races.observing import observed
 
 CARD = labels.card()
 LAYERS, STEPS, MICROBATCHES = 3, 3, 2

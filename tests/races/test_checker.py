@@ -11,8 +11,8 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.runtime.comm.buffers import BufferPool
 from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.streams import make_comm_stream
+from tests.fake_cuda.observing import COLLECTIVES, observed
 from tests.fake_cuda.streams import Event, Stream, current_stream
-from tests.races.observing import COLLECTIVES, observed
 
 
 def test_a_read_that_did_not_wait_for_the_write_is_a_race() -> None:

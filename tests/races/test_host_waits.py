@@ -18,9 +18,9 @@ from megatron_laer.telemetry.metrics_file import recording_path
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests.fake_cuda import findings
 from tests.fake_cuda.findings import Kind
+from tests.fake_cuda.observing import observed
 from tests.gpu import test_host_waits as on_card
 from tests.one_layer import EXPECTED, HIDDEN, MODELS, TOKENS, one_layer
-from tests.races.observing import observed
 
 
 def with_gloo(_: str, *args: Any, **more: Any) -> Any:

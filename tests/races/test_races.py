@@ -13,10 +13,10 @@ import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from tests.fake_cuda.allowed import DOWNLOAD, STOCK, Place, is_ours, split
+from tests.fake_cuda.clocks import Watched
 from tests.fake_cuda.kernels import replaced_by_torch
 from tests.launch_order import problems
 from tests.races import layers, training
-from tests.races.clocks import Watched
 from tests.races.faults import LAYER_FAULTS, TRAINING_FAULTS, Scene
 
 # Parts of other scenarios, and faults that the layers show as well.

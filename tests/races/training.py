@@ -15,14 +15,14 @@ from megatron_laer.runtime import build
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.fake_cuda import findings
 from tests.fake_cuda.allowed import ANNOUNCED, DEEP_EP, HYBRID_EP, Place
+from tests.fake_cuda.clocks import Watched
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
+from tests.fake_cuda.observing import accumulate_on, observed
 from tests.fake_cuda.streams import current_stream
 from tests.launch_order import Launch, recorded
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
-from tests.races.clocks import Watched
 from tests.races.faults import TRAINING_FAULTS
-from tests.races.observing import accumulate_on, observed
 
 _RANDOM = " --fsep-planner random"
 _HOME = _RANDOM + " --fsep-sharding experts"

@@ -22,10 +22,10 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from tests.fake_cuda import findings, labels
+from tests.fake_cuda.clocks import HOST, Checker, Watched
 from tests.fake_cuda.device import Device, labelled_device
 from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
 from tests.fake_cuda.streams import Event, Simulation, Stream, behind, current_stream
-from tests.races.clocks import HOST, Checker, Watched
 
 
 class Effect(NamedTuple):
