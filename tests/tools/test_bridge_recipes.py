@@ -19,7 +19,7 @@ from tests.bridge_recipes import REFUSED, changed, recipe
 def plain_process(monkeypatch):
     """Hide the launcher's variables, and undo other tests' changes of torch."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    monkeypatch.setattr(command, "_replace_cuda_where_needed", lambda: None)
+    monkeypatch.setattr(command, "replace_cuda_where_needed", lambda: None)
     monkeypatch.setattr(command, "go_offline_if_unreachable", lambda: False)
 
 

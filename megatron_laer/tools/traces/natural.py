@@ -1,9 +1,8 @@
 """Made-up routing with the skew of real runs, whose loads drift slowly.
 
-Loads are log-normal over experts, the same mixture on every rank. Their spread is chosen so that
-the busiest of 8 groups of neighbouring experts has 1.5 times the mean, the middle of the 1.3 to 1.7
-that runs show under an auxiliary loss. Megatron's workloads W1 to W7 are stress tests: there it has
-2 to 4 times the mean.
+Loads are log-normal over experts, the same mixture on every rank. The busiest of 8 groups of
+neighbouring experts has 1.5 times the mean. Runs with an auxiliary loss show 1.3 to 1.7. Megatron's
+workloads W1 to W7 are stress tests, with 2 to 4 times the mean.
 
 Legend: N ranks, E experts, K experts of a token, Z normal draws.
 """

@@ -257,7 +257,7 @@ def _buffers(settings: MethodSettings, rates: Rates) -> dict[str, float]:
     groups = [(num_ranks, node_size)]  # of tokens; NCCL takes memory at the first exchange
     if is_flat or costs.by_layout:
         groups += [(num_ranks, node_size)] * 2
-    if not is_flat or costs.by_layout:
+    if (not is_flat or costs.by_layout) and 1 < node_size < num_ranks:
         groups += [(node_size, node_size), (num_ranks // node_size, 1)] * 2
     return {"workspaces": workspace * costs.bytes_per_element, **_libraries(rates, groups)}
 
