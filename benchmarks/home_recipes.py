@@ -3,7 +3,8 @@
 Shares are of stock's time for the same recipe under balanced routing (W0), with the constants of
 `h100-8`, without contention and with its own. Stock's group is the recipe's. Rows have C = E/N + 1
 slots and the faster of `flat` and `node`. Experts at home have the fastest of one to three replica
-slots, directly or by relay. Routing is skewed (W1) or balanced itself; nothing here was measured.
+slots, directly or by relay. All send tokens once per node (flex). Routing is skewed (W1) or
+balanced itself; nothing here was measured.
 
 Parallel sizes of the first recipe are Megatron-Bridge's for Qwen3-235B on H100s; the others vary
 models, tensor parallelism and pipelines. T, a rank's tokens in a microbatch, is the sequence times
@@ -141,7 +142,7 @@ def _fastest(recipe: Recipe, cluster: str, workload: str, sharding: Sharding) ->
         for case in _simulated(
             *(recipe, cluster, workload, "--method", FSEP),
             *("--sharding", sharding.value, "--restore-algorithm", algorithm.value),
-            *("--capacity", *slots),
+            *("--capacity", *slots, "--token-exchange", "flex"),
         )
     ]
     return min(tried, key=lambda of: of["seconds"])

@@ -77,8 +77,8 @@ def test_balance_and_planning_are_in_tensorboard(
     ):
         assert mb == pytest.approx(rows * ROW_BYTES / 1e6, rel=1e-5)
     assert series("fsep_token_mb_inter_node") == [0, 0, 0]
-    # Half of each slot's rows, as a layer is on two ranks; fresh layouts fetch more. After the first
-    # step, operations in a row of one layer hand its weights on.
+    # Half of each slot's rows, as a layer is on two ranks; fresh layouts fetch more. Operations in
+    # a row of one layer hand its weights on after the first step.
     halves_mb = (EXPERTS / 2 + 1) / 2 * EXCHANGES * 2 / size * EXPERT_BYTES / 1e6
     assert all(mb >= halves_mb / 3 for mb in series("fsep_weight_mb")), "gradients are reduced"
     assert series("fsep_replicas") == [1, 1, 1]
