@@ -49,7 +49,7 @@ MOVED = {
     "new_release": "releasing#a-new-release-of-megatron",
     "prepare_data": "megatron#your-data",
     "release": "releasing",
-    "scaling": "simulator#scale-32-to-1024-gpus",
+    "scaling": "simulator#scale",
     "site": "releasing#this-site",
     "slime": "rl#slime",
     "stock_names": "checkpoints#weights-under-stock-s-names",
