@@ -72,10 +72,8 @@ def uses_costs(config: FSEPConfig) -> bool:
         or (config.makes_plans and strategy is not None and strategy.uses_costs)
         or (config.sharding == Auto.AUTO and config.reason_for_rows is None)
         # A replica of an expert at home is made if it pays, and so are further slots.
-        or (
-            config.sharding == Sharding.EXPERTS
-            and (config.planner not in FixedPlanner or config.capacity is None)
-        )
+        or (config.sharding == Sharding.EXPERTS and config.planner not in FixedPlanner)
+        or config.capacity is None
         or config.restore_algorithm == Auto.AUTO
         or config.token_exchange == Auto.AUTO
     )

@@ -55,8 +55,9 @@ def test_defaults_and_values_of_flags_reach_their_fields() -> None:
         *(
             ("--fsep-cluster cpu-gloo", f"--fsep-restore-algorithm flat {flags}")
             for flags in (
-                "--fsep-sharding rows --fsep-plan-mode exact",
-                "--fsep-sharding rows --fsep-imbalance-tolerance 0.1 --fsep-planner search",
+                "--fsep-sharding rows --fsep-capacity 3 --fsep-plan-mode exact",
+                "--fsep-sharding rows --fsep-capacity 3 --fsep-imbalance-tolerance 0.1 "
+                "--fsep-planner search",
                 "--fsep-sharding experts --fsep-capacity 3 --fsep-planner random",
             )
         ),
@@ -70,7 +71,8 @@ def test_a_flag_that_others_leave_without_effect_is_an_error(idle: str, reason: 
 
 
 def test_constants_of_hardware_decide_how_tokens_go_if_nothing_else() -> None:
-    flags = "--fsep-sharding rows --fsep-restore-algorithm flat --fsep-plan-mode exact"
+    flags = "--fsep-sharding rows --fsep-capacity 3 --fsep-restore-algorithm flat"
+    flags += " --fsep-plan-mode exact"
     words = ["--expert-parallel-mode", "fsep", *flags.split(), "--fsep-cluster", "cpu-gloo"]
     with pytest.raises(ValueError, match="no effect"):
         config_from_args(parse(*words, "--fsep-token-exchange", "node"))
