@@ -96,10 +96,10 @@ class FSEPConfig:
 
     capacity: int | None = _option(
         None,
-        "expert slots C of every rank per MoE layer; default min(E, ceil(E/N) + 1), the least "
-        "that always allows perfect balance, or more where the cost model finds them faster "
-        "(at home up to two, as rows up to all experts on each node), and with HybridEP the "
-        "next that makes N*C a multiple of 4",
+        "expert slots C of every rank per MoE layer, or auto, the default: min(E, ceil(E/N) + "
+        "1), the least that always allows perfect balance, or more where the cost model finds "
+        "them faster (at home up to two, as rows up to all experts on each node), and with "
+        "HybridEP the next that makes N*C a multiple of 4",
         minimum=Bound(1, "1 slot per rank"),
     )
     sharding: Sharding | Auto = _option(

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from megatron_laer.config import (
+    Auto,
     ExchangeAlgorithm,
     ExpertParallelMode,
     FixedPlanner,
@@ -48,12 +49,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             flag_name(spec.name),
             default=None,
             # Plain strings, since Megatron pickles parsed arguments into checkpoints.
-            type=str if words else types_of(spec.name)[0],
+            type=str if words else _PARSERS.get(spec.name, types_of(spec.name)[0]),
             choices=words or None,
             nargs="+" if takes_several(spec.name) else None,
             help=text + default,
         )
     return parser
+
+
+def _slots(text: str) -> int | None:
+    """Parse a number of slots; None for `auto`, the default."""
+    return None if text == Auto.AUTO else int(text)
+
+
+_slots.__name__ = "int or auto"  # in argparse's message
+_PARSERS: Mapping[str, Callable[[str], Any]] = {"capacity": _slots}
 
 
 def value_text(value: object) -> str:

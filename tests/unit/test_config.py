@@ -70,6 +70,14 @@ def test_a_flag_that_others_leave_without_effect_is_an_error(idle: str, reason: 
         config_from_args(parse(*words, *idle.split()))
 
 
+def test_slots_may_be_left_to_predicted_time_by_name() -> None:
+    fsep = ["--expert-parallel-mode", "fsep"]
+    assert config_from_args(parse(*fsep, "--fsep-capacity", "auto")) == FSEPConfig()
+    assert config_from_args(parse(*fsep, "--fsep-capacity", "3")) == FSEPConfig(capacity=3)
+    with pytest.raises(SystemExit):
+        parse(*fsep, "--fsep-capacity", "most")
+
+
 def test_constants_of_hardware_decide_how_tokens_go_if_nothing_else() -> None:
     flags = "--fsep-sharding rows --fsep-capacity 3 --fsep-restore-algorithm flat"
     flags += " --fsep-plan-mode exact"
