@@ -62,7 +62,7 @@ def _slots(text: str) -> int | None:
     return None if text == Auto.AUTO else int(text)
 
 
-_slots.__name__ = "int or auto"  # in argparse's message
+_slots.__name__ = "int"  # in argparse's message
 _PARSERS: Mapping[str, Callable[[str], Any]] = {"capacity": _slots}
 
 

@@ -21,12 +21,6 @@ from tests.parity import report
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 SLURM = ROOT / "scripts" / "slurm" / "pretrain.sbatch"
-_TAKES = {
-    "str": "text",
-    "int": "an integer",
-    "float": "a number",
-    "int or auto": "an integer, `auto`",
-}
 
 
 def flags() -> Iterator[str]:
@@ -36,7 +30,7 @@ def flags() -> Iterator[str]:
     for action in parser._actions:
         words = " ".join(f"`{word}`" for word in action.choices or ())
         kind = getattr(action.type, "__name__", "str")
-        takes = words or _TAKES[kind]
+        takes = words or {"str": "text", "int": "an integer", "float": "a number"}[kind]
         several = ", several" if action.nargs == "+" else ""
         text = (action.help or "").replace("%%", "%")
         yield _row(f"`{action.option_strings[0]}`", takes + several, text)

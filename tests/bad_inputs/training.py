@@ -19,7 +19,7 @@ _FLAGS = (
     (ON + "--fsep-capacity 3", "--fsep-capacity 3: the slots of 2 ranks must hold each of 8"),
     (ON + "--fsep-capacity 9", "--fsep-capacity 9: the slots of 2 ranks must hold each of 8"),
     (ON + "--fsep-capacity 1000000000000000000000", "--fsep-capacity 1000000000000000000000"),
-    (ON + "--fsep-capacity x", "argument --fsep-capacity: invalid int or auto value: 'x'"),
+    (ON + "--fsep-capacity x", "argument --fsep-capacity: invalid int value: 'x'"),
     (ON + "--fsep-sharding tokens", "invalid choice: 'tokens'"),
     (ON + "--fsep-sharding experts --fsep-capacity 4", "--fsep-capacity 4: each rank has 4 home"),
     (ON + "--fsep-sharding experts --num-experts 9", "9 experts cannot be at home on 2 ranks"),
