@@ -22,7 +22,7 @@ def restore_workspace(
         send     max(min(N·C, M·E)·r if M > 1, G·C·P if G > 1)·K
         receive  max(min(E, G·C)·P if M > 1, C·R if G > 1)·K
 
-    The stages of an exchange reuse them, so this is the peak besides the result. The geometry's
+    The stages of an exchange reuse them, so this is the peak next to the result. The geometry's
     node size is G, or N for `flat`.
     """
     nodes, slots = geometry.num_nodes, geometry.node_size * geometry.replica_slots

@@ -1,4 +1,4 @@
-"""`advise`: its choice, the figures beside it, and its refusals."""
+"""`advise`: its choice, its figures and its refusals."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         "Size of the FSEP group, sharding, slots and exchanges with the shortest predicted "
-        "iteration that fits in memory, beside the fastest stock, and Megatron's flags for them.",
+        "iteration that fits in memory, next to the fastest stock, and Megatron's flags for them.",
         _EXAMPLES,
     )
     simulate_input.add_arguments(parser, groups=False)

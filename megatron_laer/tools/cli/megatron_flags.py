@@ -38,7 +38,7 @@ def parsed(words: list[str]) -> Namespace:
     if settings.yaml_cfg is not None:
         raise ValueError(
             f"--yaml-cfg {quoted(settings.yaml_cfg)}: Megatron's settings would all come from that "
-            "file, and FSEP's flags have no effect beside it; give Megatron's flags"
+            "file, and FSEP's flags have no effect with it; give Megatron's flags"
         )
     settings.expert_parallel_mode = ExpertParallelMode.FSEP
     settings.world_size = settings.expert_model_parallel_size

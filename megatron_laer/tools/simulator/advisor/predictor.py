@@ -209,7 +209,7 @@ class Predictor:
         return found_s
 
     def fully(self, candidate: Candidate, sets: Sequence[Rates]) -> IterationPrediction:
-        """Predict all layers and stages, and so many microbatches that further ones are alike."""
+        """Predict all layers and stages, and microbatches until further ones are alike."""
         shape = self.run.of_group(candidate.num_ranks)
         routing = self._routing(candidate.num_ranks)
 

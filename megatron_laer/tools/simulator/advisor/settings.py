@@ -120,7 +120,7 @@ def stock_sizes(ranks: int, num_experts: int) -> list[int]:
 def geometries(num_experts: int, num_ranks: int, node_size: int) -> Iterator[Geometry]:
     """Yield the shardings and slots of a group.
 
-    Slots are few, or so many that a node, or two, four and so on together, hold every expert.
+    Slots are few, or enough that a node, or two, four and so on together, hold every expert.
     Training's half-way number is there too.
     """
     fewest = -(-num_experts // num_ranks)
