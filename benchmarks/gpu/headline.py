@@ -34,7 +34,7 @@ def _failed(rows: Rows) -> str:
 
 FIGURES = (
     Figure(
-        "slowdown of products beside an exchange",
+        "slowdown of products during an exchange",
         overlap.TITLE,
         lambda rows: rows[0]["products' slowdown"],
     ),

@@ -20,13 +20,13 @@ from benchmarks.gpu.timing import Times, elapsed_ms
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.telemetry.trace_events import Activity, Kind
 
-TITLE = "Products beside an exchange, slowest rank"
+TITLE = "Products during an exchange, slowest rank"
 _ROUNDS = 20
 
 
 def measure_both(ranks: Ranks) -> Part:
     if not ranks.may_run():
-        return Part(left_out=["products beside an exchange: the time was spent"])
+        return Part(left_out=["products during an exchange: the time was spent"])
     dist.init_process_group("gloo" if ranks.dry else "nccl")
     device = torch.device("cpu")
     if not ranks.dry:
@@ -53,7 +53,7 @@ def measure_both(ranks: Ranks) -> Part:
     def start() -> Any:
         return stream.submit(exchange, Activity(Kind.RESTORE, "layer"))
 
-    def products_beside() -> None:
+    def products_during() -> None:
         start()
         products()
 
@@ -76,7 +76,7 @@ def measure_both(ranks: Ranks) -> Part:
     found = {
         "products alone": run(products),
         "exchange alone": run(lambda: start().wait()),
-        "products beside the exchange": run(products_beside),
+        "products during the exchange": run(products_during),
         "both": run(exchange_beside),
     }
     gathered: list[dict[str, float]] = [{}] * ranks.size
@@ -93,7 +93,7 @@ def rows(gathered: list[dict[str, float]]) -> list[dict[str, Any]]:
     return [
         {
             **{f"{name}, ms": time_ms for name, time_ms in slowest.items()},
-            "products' slowdown": slowest["products beside the exchange"]
+            "products' slowdown": slowest["products during the exchange"]
             / slowest["products alone"],
             "both, of the longer one": slowest["both"] / longer,
         }

@@ -216,13 +216,13 @@ def test_products_and_an_exchange_are_compared_with_each_alone() -> None:
     alone = {"products alone": 4.0, "exchange alone": 8.0}
     (row,) = overlap.rows(
         [
-            alone | {"products beside the exchange": 6.0, "both": 9.0},
-            alone | {"products beside the exchange": 5.0, "both": 10.0},
+            alone | {"products during the exchange": 6.0, "both": 9.0},
+            alone | {"products during the exchange": 5.0, "both": 10.0},
         ]
     )
     assert row["products' slowdown"] == 1.5 and row["both, of the longer one"] == 1.25
     first, *_, last = headline.headline({"overlap": {"tables": {overlap.TITLE: [row]}}})
-    assert first == ("slowdown of products beside an exchange", "1.5")
+    assert first == ("slowdown of products during an exchange", "1.5")
     assert last == ("tests that need a card", "not measured")
     assert len(headline.FIGURES) == 10
 

@@ -25,8 +25,8 @@ s/iteration at the cluster's constants, and from their fastest to their slowest.
 times as fast as stock, with the same range; EP8: its fastest groups, of 8 ranks. MFU: FLOPs of the
 model over the peak's. waiting: for ranks that compute longer; exposed: exchanges, counts and
 bubbles that compute waits for; both are means over ranks. naive: FLOPs at the speed of the fastest
-GEMM, whatever the method. received: by a rank in an iteration. memory: without the allocator's loss
-and buffers of libraries."""
+GEMM, whatever the method. received: by a rank in an iteration. memory: with estimates for CUDA and
+NCCL, without the allocator's loss."""
 
 
 def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str, str]) -> str:

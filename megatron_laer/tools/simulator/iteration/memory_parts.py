@@ -1,6 +1,6 @@
 """Memory of the rank and stage that need most, by part.
 
-The allocator's loss is not included, nor communicators that stock and FSEP have alike.
+The allocator's loss is not included, nor communicators of other groups than the experts'.
 """
 
 from __future__ import annotations
