@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 DEVICE = "MEGATRON_LAER_DEVICE"
 UNRELEASED_MEGATRON = "MEGATRON_LAER_UNRELEASED_MEGATRON"
@@ -10,6 +11,11 @@ CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 
 # Prefixes of variables by the library that reads them at import without naming them in its errors.
 _READ_BY = {"tqdm": ("TQDM_",), "matplotlib": ("MPL", "MATPLOTLIBRC")}
+
+
+def has_one_queue(environment: Mapping[str, str]) -> bool:
+    """Return True if kernels of all CUDA streams pass one hardware queue, in launch order."""
+    return environment.get(CONNECTIONS) == "1"
 
 
 def variables_behind(error: BaseException) -> dict[str, str]:

@@ -45,6 +45,13 @@ class Operation(NamedTuple):
     name: str
 
 
+class Message(NamedTuple):
+    """Message to or from a peer, by its rank in the group."""
+
+    peer: int
+    sends: bool
+
+
 @dataclass
 class Memory:
     """State of a storage.
@@ -136,6 +143,11 @@ class Checker:
             for old in covered:
                 del memory.accesses[old]
         memory.accesses[new] = Operation(number, name)
+
+    def communicates(
+        self, stream: int, number: int, group: Any, message: Message | None, num_bytes: int
+    ) -> None:
+        """Note that operation `number` of a stream exchanges bytes, with a peer or all ranks."""
 
     def allocated(self, stream: int, tensor: torch.Tensor) -> bool:
         storage = tensor.untyped_storage()

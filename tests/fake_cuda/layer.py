@@ -74,8 +74,8 @@ def _digest(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
-def watch(case: str) -> tuple[Watched, list[str]]:
-    with observed(interpreted) as device:
+def watch(case: str, one_queue: bool) -> tuple[Watched, list[str]]:
+    with observed(interpreted, one_queue=one_queue) as device:
         digests = train(case)
     return device.watched(), digests
 

@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from megatron_laer.runtime.comm import streams as comm_streams
 from tests.fake_cuda import findings, labels
-from tests.fake_cuda.clocks import HOST, Checker, Watched
+from tests.fake_cuda.clocks import HOST, Checker, Message, Watched
 from tests.fake_cuda.device import Device, labelled_device
 from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
 from tests.fake_cuda.streams import Event, Simulation, Stream, behind, current_stream
@@ -146,6 +147,13 @@ class Works:
             for tensor in (tensor for key in arguments for tensor in _tensors(given[key])):
                 checker.access(stream.number, number, tensor, writes=writes, name=name)
                 touched.append(tensor)
+        num_bytes = max(
+            sum(t.numel() * t.element_size() for key in arguments for t in _tensors(given[key]))
+            for arguments in effect
+        )
+        peer = given.get(_POINT_TO_POINT[name]) if name in _POINT_TO_POINT else None
+        message = None if peer is None else Message(peer, name == "send")
+        checker.communicates(stream.number, number, self._group, message, num_bytes)
         if is_async:
             self._enqueued.append((stream.record_event(), touched))
 
@@ -240,14 +248,24 @@ class Observed(NamedTuple):
 
 
 @contextlib.contextmanager
-def observed(kernels: Kernels = replaced_by_torch) -> Iterator[Observed]:
-    """Run the block on the labelled device; yield records of this thread's operations."""
-    checker = Checker(findings.place)
+def observed(
+    kernels: Kernels = replaced_by_torch,
+    *,
+    one_queue: bool = False,
+    make_checker: Callable[[Callable[[], str]], Checker] = Checker,
+) -> Iterator[Observed]:
+    """Run the block on the labelled device; yield records of this thread's operations.
+
+    With `one_queue`, exchanges are launched for a card with one hardware queue.
+    """
+    checker = make_checker(findings.place)
     works = Works(checker)
     with contextlib.ExitStack() as stack:
         for name in _COLLECTIVE_METHODS:
             wrapped = works.method(getattr(dist.ProcessGroup, name))
             stack.enter_context(mock.patch.object(dist.ProcessGroup, name, wrapped))
+        queues = mock.patch.object(comm_streams, "has_one_queue", lambda _: one_queue)
+        stack.enter_context(queues)
         engine = _Engine(torch.autograd.Variable._execution_engine)
         stack.enter_context(mock.patch.object(torch.autograd.Variable, "_execution_engine", engine))
         watcher = Observer(checker, works)

@@ -15,12 +15,14 @@ pytestmark = pytest.mark.races
 _launched: set[str] = set()
 
 
+@pytest.mark.parametrize("one_queue", [False, True])
 @pytest.mark.parametrize("case", CASES)
 def test_a_layer_computes_the_cpus_bits_and_waits_for_counts_alone(
-    case: str, ranks: RankPools
+    case: str, one_queue: bool, ranks: RankPools
 ) -> None:
     on_cpu = ranks(2).run(layer.train, case)
-    for (watched, digests), expected in zip(ranks(2).run(layer.watch, case), on_cpu, strict=True):
+    on_card = ranks(2).run(layer.watch, case, one_queue)
+    for (watched, digests), expected in zip(on_card, on_cpu, strict=True):
         assert watched.races == []
         assert split(watched.found)[0] == {DOWNLOAD}
         assert digests == expected

@@ -22,7 +22,8 @@ from megatron_laer.runtime.comm.buffers import BufferPool
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.exchange import HierarchicalExchange
-from megatron_laer.runtime.comm.streams import CudaStream, _StreamResult
+from megatron_laer.runtime.comm.steps import Steps
+from megatron_laer.runtime.comm.streams import CudaStream, OneQueueStream, _StreamResult
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
@@ -43,18 +44,24 @@ class Scene(StrEnum):
 
 
 class Fault(NamedTuple):
-    """Replaced function, the scene in which the fault shows, and a part of its report."""
+    """Replaced function, the scene in which the fault shows, and a part of its report.
+
+    Attributes:
+        one_queue: whether the card has one hardware queue.
+    """
 
     replaced: Callable[[], AbstractContextManager[Any]]
     scene: str = Scene.PLAIN
     found: str = "nothing orders them"
+    one_queue: bool = False
 
 
 _submit = CudaStream.submit
+_finish = OneQueueStream.finish
 _start_reduce = SlotGrads.start_reduce
 _start_step_reduce = StepGrads.start_reduce
 _finish_reduce = SlotGrads.finish_reduce
-_reduce = HierarchicalExchange.reduce
+_reduce = HierarchicalExchange.reduce_steps
 _change = RestoredWeights.change
 _start_download = Download.start
 _start_sizes = TokenSizesExchange.start
@@ -132,9 +139,9 @@ def _finish_at_once(grads: Any) -> Any:
         return _finish_reduce(grads)
 
 
-def _add_beside(exchange: Any, *args: Any, add_to: Any, **kwargs: Any) -> torch.Tensor:
+def _add_beside(exchange: Any, *args: Any, add_to: Any, **kwargs: Any) -> Steps:
     """Add to main gradients on a stream of its own, once there are sums, without a wait for it."""
-    summed = _reduce(exchange, *args, **kwargs)
+    summed = yield from _reduce(exchange, *args, **kwargs)
     beside = streams.Stream()
     streams.behind(beside, streams.current_stream())
     summed.record_stream(beside)  # type: ignore[arg-type]
@@ -150,6 +157,12 @@ def _reduce_at_once(stream: Any, work: Any, label: str) -> Any:
     waits = mock.patch.object(streams.Stream, "wait_stream", _nothing)
     with waits if is_reduce else contextlib.nullcontext():
         return _submit(stream, work, label)
+
+
+def _finish_on_compute(stream: Any) -> None:
+    """Launch what follows an exchange on the caller's stream."""
+    with mock.patch.object(torch.cuda, "stream", lambda _: contextlib.nullcontext()):
+        _finish(stream)
 
 
 def _change_on_the_other_stream(weights: Any, index: Any) -> None:
@@ -224,7 +237,7 @@ LAYER_FAULTS = {
         found="what add_ on the stream of gradients",
     ),
     "main gradients are added to beside the stream of gradients": Fault(
-        _replaced(HierarchicalExchange, "reduce", _add_beside), found="what add_ on"
+        _replaced(HierarchicalExchange, "reduce_steps", _add_beside), found="what add_ on"
     ),
     "reduces do not wait for the gradients that they send": Fault(
         _replaced(CudaStream, "submit", _reduce_at_once),
@@ -253,6 +266,11 @@ LAYER_FAULTS = {
     ),
     "a layout changes on the stream of gradients": Fault(
         _replaced(RestoredWeights, "change", _change_on_the_other_stream), Scene.FRESH
+    ),
+    "copies to slots are launched on the compute stream": Fault(
+        _replaced(OneQueueStream, "finish", _finish_on_compute),
+        found="on the compute stream reads what alltoall_base_ on the stream of",
+        one_queue=True,
     ),
     "a step's sums are used again when they are sent": Fault(
         _replaced(StepGrads, "start_reduce", _reduce_and_reset_sums), Scene.STEP

@@ -173,11 +173,11 @@ def gloo_groups() -> Iterator[FSEPGroups]:
         dist.destroy_process_group()
 
 
-def watch(scene: Scene, fault: str | None) -> Watched:
+def watch(scene: Scene, fault: str | None, one_queue: bool) -> Watched:
     """Train in this scene, with a fault or none; return the checker's findings on this rank."""
     torch.manual_seed(0)
     broken = contextlib.nullcontext() if fault is None else LAYER_FAULTS[fault].replaced()
-    with gloo_groups() as groups, observed() as device, broken:
+    with gloo_groups() as groups, observed(one_queue=one_queue) as device, broken:
         model = Model(scene, groups)
         for _ in range(STEPS):
             model.step()

@@ -23,6 +23,7 @@ from tests.races.faults import LAYER_FAULTS, TRAINING_FAULTS, Scene
 AT_NIGHT = {
     *("random layouts", "recompute of the MoE layer", "both overlaps", *LAYER_FAULTS),
     *("kernels, experts at home by relay", "kernels, rows in nodes of 2", "Muon"),
+    *("one queue, virtual pipeline 2 x 2", "one queue, fresh layouts after the gate"),
     *("DeepEP, fresh layouts, shared experts", "HybridEP, grouped GEMMs in bf16"),
     "shared experts that overlap, permute fusion",
 }
@@ -47,16 +48,17 @@ def check_findings(ranks: list[Watched], more: frozenset[Place]) -> None:
     assert stocks <= STOCK | more
 
 
+@pytest.mark.parametrize("one_queue", [False, True])
 @pytest.mark.parametrize("scene", Scene)
-def test_layers_train_without_a_race(scene: Scene, ranks: RankPools) -> None:
-    check_clean(ranks(2).run(layers.watch, scene, None), 500)
+def test_layers_train_without_a_race(scene: Scene, one_queue: bool, ranks: RankPools) -> None:
+    check_clean(ranks(2).run(layers.watch, scene, None, one_queue), 500)
 
 
 @pytest.mark.counts(race_faults=1)
 @pytest.mark.parametrize("fault", LAYER_FAULTS)
 def test_a_fault_in_the_layers_is_found(fault: str, ranks: RankPools) -> None:
-    scene, found = LAYER_FAULTS[fault].scene, LAYER_FAULTS[fault].found
-    for watched in ranks(2).run(layers.watch, scene, fault):
+    _, scene, found, one_queue = LAYER_FAULTS[fault]
+    for watched in ranks(2).run(layers.watch, scene, fault, one_queue):
         assert [race for race in watched.races if found in race], watched.races
 
 

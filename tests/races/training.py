@@ -17,7 +17,7 @@ from tests.fake_cuda import findings
 from tests.fake_cuda.allowed import ANNOUNCED, DEEP_EP, HYBRID_EP, Place
 from tests.fake_cuda.clocks import Watched
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
-from tests.fake_cuda.observing import accumulate_on, observed
+from tests.fake_cuda.observing import Observed, accumulate_on, observed
 from tests.fake_cuda.streams import current_stream
 from tests.launch_order import Launch, recorded
 from tests.parity.flags import command_line
@@ -40,6 +40,7 @@ class Training(NamedTuple):
     Attributes:
         more: findings in addition to those of every run.
         kernels: treatment of Triton's kernels.
+        one_queue: whether the card has one hardware queue.
     """
 
     flags: str
@@ -48,6 +49,7 @@ class Training(NamedTuple):
     kernels: Kernels = replaced_by_torch
     steps: int = 3
     batch: int = 8
+    one_queue: bool = False
 
 
 SCENARIOS = {
@@ -97,6 +99,20 @@ SCENARIOS = {
         4,
         kernels=interpreted,
     ),
+    "one queue, kernels, by nodes of 1": Training(
+        f"{_RANDOM}{_OVERLAPS} --fsep-node-size 1 --fsep-restore-algorithm node "
+        "--fsep-token-exchange node",
+        kernels=interpreted,
+        steps=2,
+        batch=4,
+        one_queue=True,
+    ),
+    "one queue, experts at home by relay, full recompute": Training(
+        f"{_HOME}{_FULL}{_OVERLAPS} --fsep-node-size 1 --fsep-restore-algorithm node",
+        one_queue=True,
+    ),
+    "one queue, fresh layouts after the gate": Training(" --fsep-plan-mode exact", one_queue=True),
+    "one queue, virtual pipeline 2 x 2": Training(_RANDOM + _VIRTUAL, 4, one_queue=True),
     "DeepEP, fresh layouts, shared experts": Training(
         " --fsep-plan-mode exact --moe-token-dispatcher-type flex "
         "--moe-flex-dispatcher-backend deepep --moe-router-dtype fp32 "
@@ -118,23 +134,32 @@ SCENARIOS = {
 
 def watch(data: str, scenario: str, fault: str | None) -> Watched:
     """Train a scenario, with a fault or none; return the checker's findings on this rank."""
+    settings = SCENARIOS[scenario]
     command = _flags(data, scenario)
     broken = contextlib.nullcontext() if fault is None else TRAINING_FAULTS[fault].replaced()
-    whole = mock.patch.object(training, "fresh_megatron", _synchronised)
     launches: list[Launch] = []
     with (
         recorded(launches),
         # Unlike on the CPU, streams launch in the order of the program.
         mock.patch.object(build, "make_comm_stream", make_comm_stream),
-        _fresh_streams(),
-        observed(SCENARIOS[scenario].kernels) as device,
-        _side_stream_of_leaves(),
-        whole,
+        megatron_observed(settings.kernels, one_queue=settings.one_queue) as device,
         broken,
         _steady_steps(),
     ):
         losses = train_row(command).losses
     return replace(device.watched(), losses=losses, orders=launches)
+
+
+@contextlib.contextmanager
+def megatron_observed(*args: Any, **kwargs: Any) -> Iterator[Observed]:
+    """Run Megatron's loop in the block on the labelled device, with arguments of `observed`."""
+    with (
+        _fresh_streams(),
+        observed(*args, **kwargs) as device,
+        _side_stream_of_leaves(),
+        mock.patch.object(training, "fresh_megatron", _synchronised),
+    ):
+        yield device
 
 
 def losses_on_cpu(data: str, scenario: str) -> list[float]:

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -53,11 +54,8 @@ class BufferPool:
         self._free[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)
 
 
-class Workspace:
-    """Named byte buffers that only grow, for one exchange at a time and one CUDA stream.
-
-    Exchanges overwrite each other's data without waiting.
-    """
+class Buffers:
+    """Named byte buffers that only grow."""
 
     def __init__(self) -> None:
         self._buffers: dict[str, torch.Tensor] = {}
@@ -73,16 +71,45 @@ class Workspace:
         return self._buffers[name]
 
 
+class Workspace:
+    """Buffers of exchanges on one CUDA stream.
+
+    Exchanges that run side by side have some each. Others overwrite each other's data without
+    waiting.
+    """
+
+    def __init__(self) -> None:
+        self._lent: list[bool] = []
+        self._buffers: list[Buffers] = []
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(buffers.num_bytes for buffers in self._buffers)
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[Buffers]:
+        """Lend an exchange the first buffers that no other has."""
+        if all(self._lent):
+            self._lent.append(False)
+            self._buffers.append(Buffers())
+        at = self._lent.index(False)
+        self._lent[at] = True
+        try:
+            yield self._buffers[at]
+        finally:
+            self._lent[at] = False
+
+
 @dataclass(frozen=True)
 class MatrixBuffers:
     """Buffers of a workspace with maximum `sizes` for one size of matrix, to be allocated once."""
 
-    workspace: Workspace
+    buffers: Buffers
     sizes: Mapping[str, int]
     device: torch.device
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         num_bytes, most_bytes = math.prod(shape) * dtype.itemsize, self.sizes[name]
         assert num_bytes <= most_bytes, f"{name}: {num_bytes} bytes exceed the bound {most_bytes}"
-        buffer = self.workspace.buffer(name, most_bytes, self.device)
+        buffer = self.buffers.buffer(name, most_bytes, self.device)
         return buffer[:num_bytes].view(dtype).view(shape)

@@ -10,7 +10,7 @@ K columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,8 @@ import torch
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
-from megatron_laer.runtime.comm.buffers import Workspace
+from megatron_laer.runtime.comm.buffers import Buffers
+from megatron_laer.runtime.comm.process_groups import Group
 from megatron_laer.runtime.comm.stages import Stage
 
 
@@ -76,20 +77,20 @@ def _replicas(layout: ExpertLayout, home_slots: int) -> Int64:
 def send_homes(
     index: DirectIndex,
     stage: Stage,
-    workspace: Workspace,
+    buffers: Buffers,
     homes_hRK: Sequence[torch.Tensor],
     out_CRK: torch.Tensor,
-) -> tuple[int, int]:
+) -> Generator[Group, None, tuple[int, int]]:
     """Fill the index's slots of `out_CRK` from all ranks' homes; return `Stage.all_to_all`'s."""
     size = out_CRK[0].numel()
-    sent = _buffer(workspace, "send", len(index.sent), out_CRK)
+    sent = _buffer(buffers, "send", len(index.sent), out_CRK)
     for part_RK, expert in zip(sent, index.sent, strict=True):
         part_RK.copy_(homes_hRK[expert])
     number = len(index.slots)
     received = out_CRK[:number]
     if not index.in_place:
-        received = _buffer(workspace, "receive", number, out_CRK)
-    moved = stage.all_to_all(
+        received = _buffer(buffers, "receive", number, out_CRK)
+    moved = yield from stage.all_to_all(
         received.view(-1),
         sent.view(-1),
         [number * size for number in index.received_N],
@@ -102,8 +103,8 @@ def send_homes(
 
 
 def send_grads(
-    index: DirectIndex, stage: Stage, workspace: Workspace, grad_CRK: torch.Tensor
-) -> tuple[torch.Tensor, tuple[int, int]]:
+    index: DirectIndex, stage: Stage, buffers: Buffers, grad_CRK: torch.Tensor
+) -> Generator[Group, None, tuple[torch.Tensor, tuple[int, int]]]:
     """Send the gradients of this rank's replicas home, the way back of `send_homes`.
 
     Returns:
@@ -114,11 +115,11 @@ def send_grads(
     if index.in_place:
         sent = grad_CRK[:number]
     else:
-        sent = _buffer(workspace, "send", number, grad_CRK)
+        sent = _buffer(buffers, "send", number, grad_CRK)
         for part_RK, slot in zip(sent, index.slots, strict=True):
             part_RK.copy_(grad_CRK[slot])
-    received = _buffer(workspace, "receive", len(index.sent), grad_CRK)
-    moved = stage.all_to_all(
+    received = _buffer(buffers, "receive", len(index.sent), grad_CRK)
+    moved = yield from stage.all_to_all(
         received.view(-1),
         sent.reshape(-1),
         [number * size for number in index.sent_N],
@@ -127,9 +128,9 @@ def send_grads(
     return received, moved
 
 
-def _buffer(workspace: Workspace, name: str, number: int, like_CRK: torch.Tensor) -> torch.Tensor:
+def _buffer(buffers: Buffers, name: str, number: int, like_CRK: torch.Tensor) -> torch.Tensor:
     """Return a buffer for experts; it grows with the largest number so far."""
     _, rows, columns = like_CRK.shape
     num_bytes = number * rows * columns * like_CRK.element_size()
-    buffer = workspace.buffer(name, num_bytes, like_CRK.device)
+    buffer = buffers.buffer(name, num_bytes, like_CRK.device)
     return buffer[:num_bytes].view(like_CRK.dtype).view(number, rows, columns)

@@ -11,7 +11,7 @@ rank's slice, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 from megatron_laer.runtime.comm.reduce import ReduceIndex, reduce_matrix
 from megatron_laer.runtime.comm.restore import RestoreIndex, restore_matrix
 from megatron_laer.runtime.comm.stages import DataPath, ExchangeCount, Stage, Stages, whole_group
+from megatron_laer.runtime.comm.steps import Steps, finish
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class Exchange(Protocol):
     """Restores and reduces of matrices, collective over the FSEP group.
 
     `source` and `add_to` are a rank's share of weights and main gradients, as the exchange takes
-    it: a slice, or matrices of home experts.
+    it: a slice, or matrices of home experts. `steps.py` says what the steps are; one restore and
+    one reduce may be in flight at once, and those of a layer's matrices side by side.
     """
 
     count: ExchangeCount
@@ -51,7 +53,7 @@ class Exchange(Protocol):
 
     def prepare_reduce(self, index: LayoutIndex) -> None: ...
 
-    def restore(
+    def restore_steps(
         self,
         source: Any,
         index: LayoutIndex,
@@ -60,19 +62,29 @@ class Exchange(Protocol):
         *,
         reuse: ReusableWeights | None = None,
         out: torch.Tensor | None = None,
-    ) -> torch.Tensor: ...
+    ) -> Steps: ...
 
-    def reduce(
+    def reduce_steps(
         self,
         grad_CRK: torch.Tensor,
         index: LayoutIndex,
         *,
         wire_dtype: torch.dtype | None = None,
         add_to: Any = None,
-    ) -> torch.Tensor: ...
+    ) -> Steps: ...
+
+    @torch.no_grad()
+    def restore(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Take all of `restore_steps`."""
+        return finish(self.restore_steps(*args, **kwargs))
+
+    @torch.no_grad()
+    def reduce(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Take all of `reduce_steps`."""
+        return finish(self.reduce_steps(*args, **kwargs))
 
 
-class HierarchicalExchange:
+class HierarchicalExchange(Exchange):
     """Restores and reduces, collective over the FSEP group: all ranks call in the same order.
 
     A restore's inter-node stage fetches rows of each distinct expert that this node needs, from the
@@ -114,16 +126,16 @@ class HierarchicalExchange:
     def prepare_reduce(self, index: LayoutIndex) -> None:
         self.reduce_index_of(index)
 
-    @torch.no_grad()
-    def restore(
+    def restore_steps(
         self,
         slice_ErK: torch.Tensor,
         index: LayoutIndex,
         rows: int,
+        /,
         *,
         reuse: ReusableWeights | None = None,
         out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Steps:
         """Restore whole experts for this rank's slots.
 
         Args:
@@ -140,7 +152,7 @@ class HierarchicalExchange:
         out_CRK = result_of_restore(slice_ErK, index, rows, reuse, out)
         needed = self.restore_index_of(index, None if reuse is None else reuse.index)
         if needed.has_work:
-            self.restore_rows(needed, index, slice_ErK, out_CRK)
+            yield from self.restore_rows(needed, index, slice_ErK, out_CRK)
         return out_CRK
 
     def restore_rows(
@@ -149,24 +161,24 @@ class HierarchicalExchange:
         index: LayoutIndex,
         slice_ErK: torch.Tensor,
         out_CRK: torch.Tensor,
-    ) -> None:
+    ) -> Generator[Group]:
         """Restore the slots of `needed` from ranks' rows of its experts."""
         read_here(needed.position_n)
         _, rows, columns = out_CRK.shape
         sizes = restore_workspace(self._geometry(index), rows, columns, slice_ErK.element_size())
-        buffers = MatrixBuffers(self.restore_workspace, sizes, slice_ErK.device)
-        path = self._path(self._restore_stages, rows, buffers, self.count.add_restore)
-        restore_matrix(needed, path, slice_ErK, out_CRK)
+        with self.restore_workspace.lent() as lent:
+            buffers = MatrixBuffers(lent, sizes, slice_ErK.device)
+            path = self._path(self._restore_stages, rows, buffers, self.count.add_restore)
+            yield from restore_matrix(needed, path, slice_ErK, out_CRK)
 
-    @torch.no_grad()
-    def reduce(
+    def reduce_steps(
         self,
         grad_CRK: torch.Tensor,
         index: LayoutIndex,
         *,
         wire_dtype: torch.dtype | None = None,
         add_to: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Steps:
         """Sum gradients over replicas, for this rank's slice of every expert.
 
         Sums run in float32 and in a fixed order: the same gradients give the same bits. They are
@@ -186,7 +198,7 @@ class HierarchicalExchange:
         out_ErK = grad_CRK.new_empty(shape) if add_to is None else add_to
         assert out_ErK.shape == shape and out_ErK.is_contiguous()
         wire = self.wire_dtype_of(grad_CRK, wire_dtype)
-        self.reduce_rows(index, grad_CRK, out_ErK, wire, adds=add_to is not None)
+        yield from self.reduce_rows(index, grad_CRK, out_ErK, wire, adds=add_to is not None)
         return out_ErK
 
     def reduce_rows(
@@ -197,7 +209,7 @@ class HierarchicalExchange:
         wire: torch.dtype,
         *,
         adds: bool,
-    ) -> None:
+    ) -> Generator[Group]:
         """Sum replicas into or onto this rank's rows of the index's experts."""
         _, rows, columns = grad_CRK.shape
         sizes = reduce_workspace(
@@ -205,9 +217,10 @@ class HierarchicalExchange:
         )
         needed = self.reduce_index_of(index)
         read_here(needed.intra_node.uploaded)
-        buffers = MatrixBuffers(self.reduce_workspace, sizes, grad_CRK.device)
-        path = self._path(self._reduce_stages, rows, buffers, self.count.add_reduce)
-        reduce_matrix(needed, path, grad_CRK, out_ErK, wire, adds=adds)
+        with self.reduce_workspace.lent() as lent:
+            buffers = MatrixBuffers(lent, sizes, grad_CRK.device)
+            path = self._path(self._reduce_stages, rows, buffers, self.count.add_reduce)
+            yield from reduce_matrix(needed, path, grad_CRK, out_ErK, wire, adds=adds)
 
     def wire_dtype_of(self, grad_CRK: torch.Tensor, wanted: torch.dtype | None) -> torch.dtype:
         return self._grad_wire_dtype or wanted or grad_CRK.dtype

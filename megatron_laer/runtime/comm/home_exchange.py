@@ -15,14 +15,15 @@ from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.buffers import Workspace
 from megatron_laer.runtime.comm.direct import send_grads, send_homes
-from megatron_laer.runtime.comm.exchange import ReusableWeights, result_of_restore
+from megatron_laer.runtime.comm.exchange import Exchange, ReusableWeights, result_of_restore
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.relay import RelayExchange
 from megatron_laer.runtime.comm.stages import ExchangeCount, whole_group
+from megatron_laer.runtime.comm.steps import Steps
 
 
-class DirectExchange:
+class DirectExchange(Exchange):
     """Restores of replicas from homes, and reduces of gradients to there. Collective.
 
     Restores share a communicator and a workspace, reduces another of each, as in
@@ -42,8 +43,7 @@ class DirectExchange:
     def prepare_reduce(self, index: LayoutIndex) -> None:
         index.for_direct(None, self.groups.rank)
 
-    @torch.no_grad()
-    def restore(
+    def restore_steps(
         self,
         homes_hRK: Sequence[torch.Tensor],
         index: LayoutIndex,
@@ -52,7 +52,7 @@ class DirectExchange:
         *,
         reuse: ReusableWeights | None = None,
         out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+    ) -> Steps:
         """Fetch the experts of this rank's replica slots from their homes, [C, R, K].
 
         Args:
@@ -64,21 +64,19 @@ class DirectExchange:
         before = None if reuse is None else reuse.index.layout
         needed = index.for_direct(before, self.groups.rank)
         if needed.has_work:
-            moved = send_homes(
-                needed, self._restore_stage, self.restore_workspace, homes_hRK, out_CRK
-            )
+            with self.restore_workspace.lent() as lent:
+                moved = yield from send_homes(needed, self._restore_stage, lent, homes_hRK, out_CRK)
             self.count.add_restore(*moved)
         return out_CRK
 
-    @torch.no_grad()
-    def reduce(
+    def reduce_steps(
         self,
         grad_CRK: torch.Tensor,
         index: LayoutIndex,
         *,
         wire_dtype: torch.dtype | None = None,
         add_to: Sequence[torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+    ) -> Steps:
         """Sum the gradients of this rank's home experts over their replicas, in slot order.
 
         Sums run in float32 and are rounded once. Gradients cross in their own dtype.
@@ -92,13 +90,14 @@ class DirectExchange:
             A main gradient if they were added to these.
         """
         needed = index.for_direct(None, self.groups.rank)
-        received_nRK, moved = send_grads(
-            needed, self._reduce_stage, self.reduce_workspace, grad_CRK.contiguous()
-        )
-        self.count.add_reduce(*moved)
         sums: dict[int, torch.Tensor] = {}
-        for expert, part_RK in zip(needed.sent, received_nRK, strict=True):
-            sums[expert] = sums[expert] + part_RK if expert in sums else part_RK.float()
+        with self.reduce_workspace.lent() as lent:
+            received_nRK, moved = yield from send_grads(
+                needed, self._reduce_stage, lent, grad_CRK.contiguous()
+            )
+            self.count.add_reduce(*moved)
+            for expert, part_RK in zip(needed.sent, received_nRK, strict=True):
+                sums[expert] = sums[expert] + part_RK if expert in sums else part_RK.float()
         if add_to is None:
             sums_hRK = grad_CRK.new_zeros((index.home_slots, *grad_CRK.shape[1:]))
             for expert, sum_RK in sums.items():
@@ -109,7 +108,7 @@ class DirectExchange:
         return add_to[0]
 
 
-class ChosenExchange:
+class ChosenExchange(Exchange):
     """Exchange of each layout by direct or by relay, as `choose` says on every rank alike."""
 
     def __init__(
@@ -131,7 +130,7 @@ class ChosenExchange:
     def prepare_reduce(self, index: LayoutIndex) -> None:
         self._of(index).prepare_reduce(index)
 
-    def restore(
+    def restore_steps(
         self,
         homes_hRK: Sequence[torch.Tensor],
         index: LayoutIndex,
@@ -140,18 +139,18 @@ class ChosenExchange:
         *,
         reuse: ReusableWeights | None = None,
         out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        return self._of(index).restore(homes_hRK, index, rows, reuse=reuse, out=out)
+    ) -> Steps:
+        return self._of(index).restore_steps(homes_hRK, index, rows, reuse=reuse, out=out)
 
-    def reduce(
+    def reduce_steps(
         self,
         grad_CRK: torch.Tensor,
         index: LayoutIndex,
         *,
         wire_dtype: torch.dtype | None = None,
         add_to: Sequence[torch.Tensor] | None = None,
-    ) -> torch.Tensor:
-        return self._of(index).reduce(grad_CRK, index, wire_dtype=wire_dtype, add_to=add_to)
+    ) -> Steps:
+        return self._of(index).reduce_steps(grad_CRK, index, wire_dtype=wire_dtype, add_to=add_to)
 
     def _of(self, index: LayoutIndex) -> DirectExchange | RelayExchange:
         return self._by_algorithm[self._choose(index.layout)]

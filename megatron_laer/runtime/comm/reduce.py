@@ -9,7 +9,7 @@ rank's slice, P rows of one local rank on all nodes together, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from megatron_laer.planner.layout import EMPTY
 from megatron_laer.planner.sharding import ReplicaSlots, node_sources
 from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.copies import upload_arrays
+from megatron_laer.runtime.comm.process_groups import Group
 from megatron_laer.runtime.comm.restore import Run, runs_of
 from megatron_laer.runtime.comm.rows import ReplicaSums, pack_rows, sum_replicas
 from megatron_laer.runtime.comm.stages import DataPath, Stage
@@ -111,13 +112,13 @@ def reduce_matrix(
     wire_dtype: torch.dtype,
     *,
     adds: bool,
-) -> None:
+) -> Generator[Group]:
     """Reduce all ranks' gradients into or onto `out_ErK`; sums cross nodes in `wire_dtype`."""
     parts, sums = grad_CRK, index.intra_node
     if path.stages.intra_node is not None:
-        parts = _collect(index, path, path.stages.intra_node, grad_CRK)
+        parts = yield from _collect(index, path, path.stages.intra_node, grad_CRK)
     if path.stages.inter_node is not None:
-        parts = _sum_and_send(index, path, path.stages.inter_node, parts, wire_dtype)
+        parts = yield from _sum_and_send(index, path, path.stages.inter_node, parts, wire_dtype)
         assert index.inter_node is not None, "an index for one node"
         sums = index.inter_node
     own_rows = row_blocks(out_ErK.shape[1], num_ranks=1, node_size=1)
@@ -126,7 +127,7 @@ def reduce_matrix(
 
 def _collect(
     index: ReduceIndex, path: DataPath, stage: Stage, grad_CRK: torch.Tensor
-) -> torch.Tensor:
+) -> Generator[Group, None, torch.Tensor]:
     """Collect this local rank's rows of the gradients of the node's filled slots: [n, P, K]."""
     _, rows, columns = grad_CRK.shape
     rows_G, filled_G = path.blocks.rows_G, index.filled_G
@@ -138,7 +139,7 @@ def _collect(
     received = path.buffers.take("receive", shape, grad_CRK.dtype)
     sizes = [number * own_rows * columns for number in filled_G]
     sent_sizes = [filled * part * columns for part in rows_G]
-    path.count(*stage.all_to_all(received.view(-1), send, sizes, sent_sizes))
+    path.count(*(yield from stage.all_to_all(received.view(-1), send, sizes, sent_sizes)))
     return received
 
 
@@ -148,7 +149,7 @@ def _sum_and_send(
     stage: Stage,
     parts_nPK: torch.Tensor,
     wire_dtype: torch.dtype,
-) -> torch.Tensor:
+) -> Generator[Group, None, torch.Tensor]:
     """Sum the node's replicas and exchange the sums: this rank's rows, [D, r, K] node by node."""
     _, rows, columns = parts_nPK.shape
     distinct_M, rows_M = index.distinct_M, path.blocks.rows_GM[path.local_rank]
@@ -158,5 +159,5 @@ def _sum_and_send(
     sent_sizes = [distinct * size * columns for size in rows_M]
     received = path.buffers.take("receive", (sum(distinct_M), own_rows, columns), wire_dtype)
     sizes = [number * own_rows * columns for number in distinct_M]
-    path.count(*stage.all_to_all(received.view(-1), send, sizes, sent_sizes))
+    path.count(*(yield from stage.all_to_all(received.view(-1), send, sizes, sent_sizes)))
     return received

@@ -10,7 +10,7 @@ ranks, x of one. R rows of a matrix, r rows of a rank, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,19 +18,21 @@ import torch
 
 from megatron_laer.arrays import Int64
 from megatron_laer.runtime.comm.blocks import row_blocks
-from megatron_laer.runtime.comm.buffers import MatrixBuffers, Workspace
+from megatron_laer.runtime.comm.buffers import Buffers, MatrixBuffers
 from megatron_laer.runtime.comm.exchange import (
+    Exchange,
     HierarchicalExchange,
     ReusableWeights,
     result_of_restore,
 )
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
-from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 from megatron_laer.runtime.comm.rows import pack_rows
 from megatron_laer.runtime.comm.stages import whole_group
+from megatron_laer.runtime.comm.steps import Steps
 
 
-class RelayExchange:
+class RelayExchange(Exchange):
     """Restores and reduces of replicas by way of row blocks, in front of `rows`' exchange."""
 
     def __init__(self, groups: FSEPGroups, of_rows: HierarchicalExchange) -> None:
@@ -46,8 +48,7 @@ class RelayExchange:
     def prepare_reduce(self, index: LayoutIndex) -> None:
         self._of_rows.prepare_reduce(index)
 
-    @torch.no_grad()
-    def restore(
+    def restore_steps(
         self,
         homes_hRK: Sequence[torch.Tensor],
         index: LayoutIndex,
@@ -56,70 +57,74 @@ class RelayExchange:
         *,
         reuse: ReusableWeights | None = None,
         out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Fetch the experts of this rank's replica slots, as `DirectExchange.restore` does."""
+    ) -> Steps:
+        """Fetch the experts of this rank's replica slots, as `DirectExchange` does."""
         out_CRK = result_of_restore(homes_hRK[0], index, rows, reuse, out)
         needed = self._of_rows.restore_index_of(index, None if reuse is None else reuse.index)
         if needed.has_work:
-            slice_XrK = self._spread(index, needed.experts, homes_hRK, out_CRK)
-            self._of_rows.restore_rows(needed, index, slice_XrK, out_CRK)
+            with self._of_rows.restore_workspace.lent() as lent:
+                slice_XrK = yield from self._spread(lent, index, needed.experts, homes_hRK, out_CRK)
+                yield from self._of_rows.restore_rows(needed, index, slice_XrK, out_CRK)
         return out_CRK
 
-    @torch.no_grad()
-    def reduce(
+    def reduce_steps(
         self,
         grad_CRK: torch.Tensor,
         index: LayoutIndex,
         *,
         wire_dtype: torch.dtype | None = None,
         add_to: Sequence[torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+    ) -> Steps:
         """Sum the gradients of this rank's home experts over their replicas.
 
         Sums run in float32 and in slot order, and go home in the wire's dtype. Arguments and result
-        are those of `DirectExchange.reduce`.
+        are those of `DirectExchange`.
         """
         grad_CRK = grad_CRK.contiguous()
         experts = self._of_rows.reduce_index_of(index).experts
         wire = self._of_rows.wire_dtype_of(grad_CRK, wire_dtype)
         hop = self._hop(experts, index, grad_CRK)
-        buffers = self._buffers(self._of_rows.reduce_workspace, index, grad_CRK, wire.itemsize)
         shape = (len(experts), *self._of_rows.own_rows_of(grad_CRK))
-        sums_XrK = buffers.take("rows", shape, wire)
-        self._of_rows.reduce_rows(index, grad_CRK, sums_XrK, wire, adds=False)
-        received = buffers.take("homes", (sum(hop.of_ranks),), wire)
-        moved = self._reduce_stage.all_to_all(
-            received, sums_XrK.view(-1), hop.of_ranks, hop.of_homes
-        )
-        self.count.add_reduce(*moved)
-        sums_hRK = None
-        if add_to is None:
-            sums_hRK = grad_CRK.new_zeros((index.home_slots, *grad_CRK.shape[1:]))
-            add_to = sums_hRK.unbind()
-        blocks = row_blocks(grad_CRK.shape[1], self._num_ranks, self._num_ranks)
-        for at, home in enumerate(hop.mine):
-            for whole, part in blocks.pairs(add_to[home][None], received, at, len(hop.mine)):
-                whole.add_(part)
+        with self._of_rows.reduce_workspace.lent() as lent:
+            buffers = self._buffers(lent, index, grad_CRK, wire.itemsize)
+            sums_XrK = buffers.take("rows", shape, wire)
+            yield from self._of_rows.reduce_rows(index, grad_CRK, sums_XrK, wire, adds=False)
+            received = buffers.take("homes", (sum(hop.of_ranks),), wire)
+            moved = yield from self._reduce_stage.all_to_all(
+                received, sums_XrK.view(-1), hop.of_ranks, hop.of_homes
+            )
+            self.count.add_reduce(*moved)
+            sums_hRK = None
+            if add_to is None:
+                sums_hRK = grad_CRK.new_zeros((index.home_slots, *grad_CRK.shape[1:]))
+                add_to = sums_hRK.unbind()
+            blocks = row_blocks(grad_CRK.shape[1], self._num_ranks, self._num_ranks)
+            for at, home in enumerate(hop.mine):
+                for whole, part in blocks.pairs(add_to[home][None], received, at, len(hop.mine)):
+                    whole.add_(part)
         return add_to[0] if sums_hRK is None else sums_hRK
 
     def _spread(
         self,
+        lent: Buffers,
         index: LayoutIndex,
         experts: Int64,
         homes_hRK: Sequence[torch.Tensor],
         out_CRK: torch.Tensor,
-    ) -> torch.Tensor:
+    ) -> Generator[Group, None, torch.Tensor]:
         """Send each rank its rows of this rank's replicated experts; return [X, r, K] of all."""
         dtype = out_CRK.dtype
         hop = self._hop(experts, index, out_CRK)
-        buffers = self._buffers(self._of_rows.restore_workspace, index, out_CRK, dtype.itemsize)
+        buffers = self._buffers(lent, index, out_CRK, dtype.itemsize)
         sent = buffers.take("homes", (sum(hop.of_ranks),), dtype)
         blocks = row_blocks(out_CRK.shape[1], self._num_ranks, self._num_ranks)
         for at, home in enumerate(hop.mine):
             pack_rows(homes_hRK[home][None], sent, blocks, at, len(hop.mine))
         shape = (len(experts), *self._of_rows.own_rows_of(out_CRK))
         slice_XrK = buffers.take("rows", shape, dtype)
-        moved = self._restore_stage.all_to_all(slice_XrK.view(-1), sent, hop.of_homes, hop.of_ranks)
+        moved = yield from self._restore_stage.all_to_all(
+            slice_XrK.view(-1), sent, hop.of_homes, hop.of_ranks
+        )
         self.count.add_restore(*moved)
         return slice_XrK
 
@@ -136,7 +141,7 @@ class RelayExchange:
         )
 
     def _buffers(
-        self, workspace: Workspace, index: LayoutIndex, like_CRK: torch.Tensor, element_bytes: int
+        self, lent: Buffers, index: LayoutIndex, like_CRK: torch.Tensor, element_bytes: int
     ) -> MatrixBuffers:
         """Return buffers for the most experts that can have replicas, with their own names."""
         _, rows, columns = like_CRK.shape
@@ -147,7 +152,7 @@ class RelayExchange:
             "homes": mine * rows * columns * element_bytes,
             "rows": most * own_rows * columns * element_bytes,
         }
-        return MatrixBuffers(workspace, sizes, like_CRK.device)
+        return MatrixBuffers(lent, sizes, like_CRK.device)
 
 
 class _Hop(NamedTuple):

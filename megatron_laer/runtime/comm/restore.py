@@ -27,6 +27,7 @@ rows of one rank's slice, P rows of one local rank on all nodes together, K colu
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ import torch
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.planner.sharding import ReplicaSlots, changed_slots, filled_slots, node_sources
 from megatron_laer.runtime.comm.copies import upload_arrays
+from megatron_laer.runtime.comm.process_groups import Group
 from megatron_laer.runtime.comm.rows import gather_rows, pack_rows, unpack_rows
 from megatron_laer.runtime.comm.stages import DataPath, Stage
 
@@ -172,14 +174,14 @@ def runs_of(slots: Int64) -> list[Run]:
 
 def restore_matrix(
     index: RestoreIndex, path: DataPath, slice_ErK: torch.Tensor, out_CRK: torch.Tensor
-) -> None:
+) -> Generator[Group]:
     """Restore the slots of the index into `out_CRK`, whose other slots are already right."""
     # Without an inter-node stage, the ranks of the node hold all rows of every expert.
     arrived = slice_ErK
     if path.stages.inter_node is not None:
-        arrived = _fetch(index, path, path.stages.inter_node, slice_ErK, out_CRK)
+        arrived = yield from _fetch(index, path, path.stages.inter_node, slice_ErK, out_CRK)
     if path.stages.intra_node is not None:
-        _spread(index, path, path.stages.intra_node, arrived, out_CRK)
+        yield from _spread(index, path, path.stages.intra_node, arrived, out_CRK)
     else:
         for first, slots in index.runs:
             _gather(index, path, arrived, first, out_CRK[slots])
@@ -191,7 +193,7 @@ def _fetch(
     stage: Stage,
     slice_ErK: torch.Tensor,
     before_CRK: torch.Tensor,
-) -> torch.Tensor:
+) -> Generator[Group, None, torch.Tensor]:
     """Fetch this local rank's rows of the experts that the node needs, flat.
 
     They are [D, r, K] node by node, then those shared by this node, [D, P, K].
@@ -210,15 +212,15 @@ def _fetch(
         torch.index_select(slice_ErK, 0, index.sent_experts, out=send)
         sizes = [num_fetched * rows * columns for rows in rows_M]
         sent_sizes = [number * own_rows * columns for number in index.fetched_M]
-        path.count(*stage.all_to_all(fetched, send.view(-1), sizes, sent_sizes))
+        path.count(*(yield from stage.all_to_all(fetched, send.view(-1), sizes, sent_sizes)))
     if num_shared:
-        _share(index, path, before_CRK, shared)
+        yield from _share(index, path, before_CRK, shared)
     return arrived
 
 
 def _share(
     index: RestoreIndex, path: DataPath, before_CRK: torch.Tensor, received: torch.Tensor
-) -> None:
+) -> Generator[Group]:
     """Exchange, inside the node, rows of experts that its ranks hold from before."""
     stage, slots = path.stages.intra_node, index.shared_slots
     _, rows, columns = before_CRK.shape
@@ -233,12 +235,12 @@ def _share(
     rows_G = path.blocks.rows_G
     sizes = [number * rows_G[path.local_rank] * columns for number in index.shared_G]
     sent_sizes = [len(slots) * rows * columns for rows in rows_G]
-    path.count(*stage.all_to_all(received, send, sizes, sent_sizes))
+    path.count(*(yield from stage.all_to_all(received, send, sizes, sent_sizes)))
 
 
 def _spread(
     index: RestoreIndex, path: DataPath, stage: Stage, arrived: torch.Tensor, out_CRK: torch.Tensor
-) -> None:
+) -> Generator[Group]:
     """Send this local rank's rows to the slots of the node, and receive its own whole experts."""
     restored_G, rows_G = index.restored_G, path.blocks.rows_G
     total, num_restored = sum(restored_G), restored_G[path.local_rank]
@@ -250,7 +252,7 @@ def _spread(
     sizes = [num_restored * rows * columns for rows in rows_G]
     received = path.buffers.take("receive", (sum(sizes),), out_CRK.dtype)
     sent_sizes = [number * own_rows * columns for number in restored_G]
-    path.count(*stage.all_to_all(received, send.view(-1), sizes, sent_sizes))
+    path.count(*(yield from stage.all_to_all(received, send.view(-1), sizes, sent_sizes)))
     for first, slots in index.runs:
         unpack_rows(out_CRK[slots], received, path.blocks, first, num_restored)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import torch
@@ -61,9 +61,11 @@ class Stage:
 
     def all_to_all(
         self, received: torch.Tensor, sent: torch.Tensor, sizes: list[int], sent_sizes: list[int]
-    ) -> tuple[int, int]:
+    ) -> Generator[Group, None, tuple[int, int]]:
         """Exchange flat tensors; return the bytes received inside the machine and from others."""
+        yield self.group
         dist.all_to_all_single(received, sent, sizes, sent_sizes, group=self.group)
+        yield self.group
         intra = sum(sizes[self.same_machine])
         element = received.element_size()
         return (intra - sizes[self.position]) * element, (sum(sizes) - intra) * element

@@ -1,20 +1,25 @@
 """Communication streams: they overlap work with compute, in the order of submission.
 
-`CommStream` is the interface of the scheduler. Its implementations are `CudaStream`, `ThreadStream`
-on the CPU, and without overlap `InlineStream`, on the caller's thread.
+`CommStream` is the interface of the scheduler. Its implementations are `CudaStream`, for a card
+with one hardware queue `OneQueueStream`, `ThreadStream` on the CPU, and without overlap
+`InlineStream`, on the caller's thread.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
+from megatron_laer.environment import has_one_queue
+from megatron_laer.runtime.comm.steps import SideBySide, Steps, finish
 from megatron_laer.telemetry.clock import Stopwatch, Timestamp, make_clock
 from megatron_laer.telemetry.step_times import IntervalListener
 from megatron_laer.telemetry.trace_events import COMPUTE, Activity
@@ -107,6 +112,12 @@ class CommStream(Protocol):
         """Start `work`, without gradients, after all work queued so far on the caller's stream."""
         ...
 
+    def submit_exchanges(
+        self, exchanges: Sequence[Steps], activity: Activity
+    ) -> tuple[Pending, ...]:
+        """Start exchanges of one layout, as `submit` does."""
+        return tuple(self.submit(partial(finish, steps), activity) for steps in exchanges)
+
     def close(self) -> None:
         """End the stream; no more work may be submitted."""
         ...
@@ -116,7 +127,10 @@ def make_comm_stream(name: str, device: torch.device, *, overlaps: bool) -> Comm
     times = StreamTimes(name, device)
     if not overlaps:
         return InlineStream(times)
-    return CudaStream(times, device) if has_streams(device) else ThreadStream(times, name)
+    if not has_streams(device):
+        return ThreadStream(times, name)
+    is_alone = has_one_queue(os.environ)
+    return OneQueueStream(times, device) if is_alone else CudaStream(times, device)
 
 
 class _Done:
@@ -130,7 +144,7 @@ class _Done:
         return self._result
 
 
-class InlineStream:
+class InlineStream(CommStream):
     """Stream without overlap: work is done when `submit` returns."""
 
     def __init__(self, times: StreamTimes) -> None:
@@ -178,7 +192,7 @@ class _Promise:
         return result
 
 
-class ThreadStream:
+class ThreadStream(CommStream):
     """Stream on a thread, for gloo, whose collectives release the interpreter while they wait.
 
     Asynchronous collectives would not do: an exchange also gathers rows and lays out received ones.
@@ -233,7 +247,7 @@ class _StreamResult:
         return self._result
 
 
-class CudaStream:
+class CudaStream(CommStream):
     """CUDA stream with a priority above compute and below token exchanges."""
 
     def __init__(self, times: StreamTimes, device: torch.device) -> None:
@@ -247,9 +261,78 @@ class CudaStream:
         with torch.no_grad(), torch.cuda.stream(self._stream):
             with self.times.working(activity):
                 result = work()
-            # Keep the allocator from reusing its memory while this stream writes.
-            result.record_stream(self._stream)
-            return _StreamResult(result, self._stream.record_event(), self.times, activity)
+            return self._written(result, activity)
+
+    def _written(self, result: torch.Tensor, activity: Activity) -> _StreamResult:
+        # Keep the allocator from reusing its memory while this stream writes.
+        result.record_stream(self._stream)
+        return _StreamResult(result, self._stream.record_event(), self.times, activity)
 
     def close(self) -> None:
         """Do nothing: the CUDA stream ends with its last reference."""
+
+
+class OneQueueStream(CudaStream):
+    """CUDA stream for a card with one hardware queue, in which a kernel that waits stops all later.
+
+    So exchanges are launched in two parts. `submit_exchanges` launches all that leaves, and behind
+    it the first All-to-Alls, as one kernel. What waits for their arrival, such as the copies to
+    slots, is launched when a result is waited for, or before the next submission.
+    """
+
+    def __init__(self, times: StreamTimes, device: torch.device) -> None:
+        super().__init__(times, device)
+        self._begun: tuple[SideBySide, tuple[_Promised, ...]] | None = None
+
+    def submit(self, work: Task, activity: Activity) -> Pending:
+        self.finish()
+        return super().submit(work, activity)
+
+    def submit_exchanges(
+        self, exchanges: Sequence[Steps], activity: Activity
+    ) -> tuple[Pending, ...]:
+        self.finish()
+        self._compute.check(self._stream.device)
+        self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        side_by_side = SideBySide(exchanges, self._stream.device)
+        with torch.no_grad(), torch.cuda.stream(self._stream), self.times.working(activity):
+            side_by_side.next()
+        promised = tuple(_Promised(self, activity) for _ in exchanges)
+        self._begun = side_by_side, promised
+        return promised
+
+    def finish(self) -> None:
+        """Launch the rest of the exchanges in flight."""
+        if self._begun is None:
+            return
+        (side_by_side, promised), self._begun = self._begun, None
+        with torch.no_grad(), torch.cuda.stream(self._stream):
+            with self.times.working(promised[0].activity):
+                while side_by_side.next():
+                    pass
+            for at, promise in enumerate(promised):
+                promise.keep(self._written(side_by_side.results[at], promise.activity))
+
+
+class _Promised:
+    """Result of an exchange whose rest may not be launched yet."""
+
+    def __init__(self, stream: OneQueueStream, activity: Activity) -> None:
+        self.activity = activity
+        self._stream = stream
+        self._pending: Pending | None = None
+
+    def keep(self, pending: Pending) -> None:
+        self._pending = pending
+
+    def wait(self) -> torch.Tensor:
+        return self._launched().wait()
+
+    def result(self) -> torch.Tensor:
+        return self._launched().result()
+
+    def _launched(self) -> Pending:
+        if self._pending is None:
+            self._stream.finish()
+        assert self._pending is not None
+        return self._pending

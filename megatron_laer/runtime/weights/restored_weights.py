@@ -7,13 +7,13 @@ Legend: C replica slots per rank, R rows of a matrix, K columns.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 
 from megatron_laer.runtime.comm.exchange import ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
+from megatron_laer.runtime.comm.steps import Steps
 from megatron_laer.runtime.comm.streams import Pending
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Share, restored_bytes
@@ -59,22 +59,17 @@ class RestoredWeights:
         self.state.enter(WeightState.RESTORING)
         exchange, pool = self._streams.exchange, self._streams.weights
         exchange.prepare_restore(self.index)
-        self._matrices = tuple(
-            self._streams.parameters.submit(
-                # The present weights: they change between steps only.
-                partial(
-                    exchange.restore,
-                    source,
-                    self.index,
-                    rows,
-                    out=pool.take(shape, like.dtype, like.device),
-                ),
-                Activity(Kind.RESTORE, self._name),
+        exchanges = [
+            # The present weights: they change between steps only.
+            exchange.restore_steps(
+                source, self.index, rows, out=pool.take(shape, like.dtype, like.device)
             )
             for source, like, rows, shape in zip(
                 self._sources(), self.share.likes, self.share.rows, self.shapes, strict=True
             )
-        )
+        ]
+        activity = Activity(Kind.RESTORE, self._name)
+        self._matrices = self._streams.parameters.submit_exchanges(exchanges, activity)
         exchange.count.restores += 1
 
     def change(self, index: LayoutIndex) -> None:
@@ -87,15 +82,14 @@ class RestoredWeights:
             return
         self.state.enter(WeightState.RESTORING)
         self._streams.exchange.prepare_restore(index, before)
-        self._matrices = tuple(
-            self._streams.parameters.submit(
-                partial(self._update, source, index, rows, before, pending),
-                Activity(Kind.CHANGE, self._name),
-            )
+        exchanges = [
+            self._update(source, index, rows, before, pending)
             for source, rows, pending in zip(
                 self._sources(), self.share.rows, self._matrices, strict=True
             )
-        )
+        ]
+        activity = Activity(Kind.CHANGE, self._name)
+        self._matrices = self._streams.parameters.submit_exchanges(exchanges, activity)
         self._streams.exchange.count.changes += 1
 
     def matrix(self, position: int) -> torch.Tensor:
@@ -156,7 +150,8 @@ class RestoredWeights:
         rows: int,
         before: LayoutIndex,
         pending: Pending,
-    ) -> torch.Tensor:
+    ) -> Steps:
         """Update a matrix on `pending`'s communication stream, hence after it."""
         reuse = ReusableWeights(before, pending.result())
-        return self._streams.exchange.restore(source, index, rows, reuse=reuse)
+        exchange = self._streams.exchange
+        return (yield from exchange.restore_steps(source, index, rows, reuse=reuse))

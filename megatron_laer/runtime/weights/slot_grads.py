@@ -8,7 +8,6 @@ Legend: C replica slots per rank, R rows of a matrix, K columns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 
@@ -53,20 +52,18 @@ class SlotGrads:
         self.state.enter(GradState.REDUCING)
         exchange, index = self._streams.exchange, self._weights.index
         exchange.prepare_reduce(index)
-        self._arriving = tuple(
-            self._streams.gradients.submit(
-                partial(
-                    exchange.reduce,
-                    grad_CRK,
-                    index,
-                    # A step's float32 sums cross nodes in a microbatch's dtype.
-                    wire_dtype=self.share.likes[at].dtype,
-                    add_to=self.share.grad_target(at, index.layout.num_experts),
-                ),
-                Activity(Kind.REDUCE, self._name),
+        exchanges = [
+            exchange.reduce_steps(
+                grad_CRK,
+                index,
+                # A step's float32 sums cross nodes in a microbatch's dtype.
+                wire_dtype=self.share.likes[at].dtype,
+                add_to=self.share.grad_target(at, index.layout.num_experts),
             )
             for grad_CRK, at in zip(grads_CRK, self.share.trained_at, strict=True)
-        )
+        ]
+        activity = Activity(Kind.REDUCE, self._name)
+        self._arriving = self._streams.gradients.submit_exchanges(exchanges, activity)
         exchange.count.reduces += 1
 
     def finish_reduce(self) -> tuple[torch.Tensor | None, ...]:

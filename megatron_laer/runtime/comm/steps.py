@@ -1,0 +1,71 @@
+"""Steps of exchanges: several exchanges run side by side, and the last steps may be launched later.
+
+An exchange is a generator. It yields the communicator before each All-to-All, and again behind it,
+where its next kernel would wait for what arrives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+import torch.distributed as dist
+
+Steps = Generator[dist.ProcessGroup, None, torch.Tensor]
+
+
+def finish(steps: Steps) -> torch.Tensor:
+    """Run an exchange to its end."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: torch.Tensor = end.value
+            return result
+
+
+class SideBySide:
+    """Exchanges of one layout, whose All-to-Alls are launched together.
+
+    Attributes:
+        results: by position, of exchanges that have ended.
+    """
+
+    def __init__(self, exchanges: Sequence[Steps], device: torch.device) -> None:
+        self.results: dict[int, torch.Tensor] = {}
+        self._exchanges = exchanges
+        self._device = device
+
+    def next(self) -> bool:
+        """Run to behind the next All-to-Alls; return False once the exchanges have ended."""
+        # A layout decides on All-to-Alls, so all exchanges have as many, on the same communicators.
+        groups = {self._advance(at) for at in range(len(self._exchanges))}
+        assert len(groups) == 1, "exchanges of one layout have different steps"
+        (group,) = groups
+        if group is None:
+            return False
+        with one_launch(group, self._device):
+            for at in range(len(self._exchanges)):
+                self._advance(at)
+        return True
+
+    def _advance(self, at: int) -> dist.ProcessGroup | None:
+        try:
+            return next(self._exchanges[at])
+        except StopIteration as end:
+            self.results[at] = end.value
+            return None
+
+
+def one_launch(group: dist.ProcessGroup, device: torch.device) -> AbstractContextManager[object]:
+    """Launch the block's collectives of one communicator as one kernel, where the backend can."""
+    if can_launch_together(group, device):
+        return dist.distributed_c10d._coalescing_manager(group, device)
+    return contextlib.nullcontext()
+
+
+def can_launch_together(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Return True with NCCL, whose groups of operations are one kernel."""
+    return bool(group._get_backend(device).supports_coalescing)
