@@ -95,6 +95,22 @@ class HostTime:
 
 
 @dataclass(frozen=True)
+class ExchangeCtas:
+    """Most thread blocks of NCCL, hence SMs, of an exchange of weights or gradients.
+
+    Attributes:
+        intra: of a communicator inside a node.
+        inter: of one between nodes, whose links need fewer.
+    """
+
+    intra: int
+    inter: int
+
+    def of(self, *, crosses_nodes: bool) -> int:
+        return self.inter if crosses_nodes else self.intra
+
+
+@dataclass(frozen=True)
 class Card:
     """Memory of one rank's card, and of libraries on it.
 
@@ -102,23 +118,27 @@ class Card:
         memory_gib: GiB of the whole card.
         context_gib: GiB of CUDA's context and libraries.
         nccl_channels: channels of an NCCL communicator, in all and per peer, for its buffers.
+        exchange_ctas: default of communicators of weights and gradients; None leaves it to NCCL.
     """
 
     memory_gib: float
     context_gib: float
     nccl_channels: int
+    exchange_ctas: ExchangeCtas | None = None
 
     def __post_init__(self) -> None:
         _check_rate("memory_gib", self.memory_gib)
         _check_seconds("context_gib", self.context_gib)
 
-    def communicator_bytes(self, ranks: int, node_size: int) -> int:
+    def communicator_bytes(self, ranks: int, node_size: int, *, of_exchange: bool = False) -> int:
         """Estimate the buffers of one NCCL communicator (docs/communication.md)."""
         if ranks == 1:
             return 0
-        peers = min(ranks, node_size) - 1
-        mebibytes = peers * self.nccl_channels * 12
-        mebibytes += self.nccl_channels * 4 if ranks > node_size else 0
+        peers, crosses_nodes = min(ranks, node_size) - 1, ranks > node_size
+        channels = self.nccl_channels
+        if of_exchange and self.exchange_ctas is not None:
+            channels = min(channels, self.exchange_ctas.of(crosses_nodes=crosses_nodes))
+        mebibytes = peers * channels * 12 + crosses_nodes * channels * 4
         return mebibytes * 2**20
 
 

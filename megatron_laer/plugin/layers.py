@@ -7,11 +7,9 @@ import inspect
 import sys
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 
 from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
@@ -59,30 +57,25 @@ def create_groups(
 ) -> None:
     """Create the session's FSEP groups. Collective over the world.
 
-    `nccl_settings` is the file of Megatron's `--nccl-communicator-config-path`. Ours are under
-    `fsep_parameters`, `fsep_gradients` and `fsep_tokens`.
+    `nccl_settings` is the file of Megatron's `--nccl-communicator-config-path`.
     """
     from megatron.core import parallel_state
 
-    by_group: dict[str, Any] = {}
-    if nccl_settings is not None and _uses_nccl():
-        by_group = yaml.safe_load(Path(nccl_settings).read_text())
-    if _uses_nccl():
-        by_group["fsep_tokens"] = {
-            **by_group.get("fsep_tokens", {}),
-            "is_high_priority_stream": True,  # like the whole group's
-        }
+    from megatron_laer.plugin.nccl_options import NcclOptions
+
+    options = NcclOptions.read(nccl_settings, current.config) if _uses_nccl() else None
 
     def create_group(ranks: Sequence[int], group_desc: str) -> Any:
-        exchange = "_".join(group_desc.lower().split("_")[:2])
         return parallel_state.create_group(
             ranks,
             timeout=timeout,
-            pg_options=parallel_state.get_nccl_options(exchange, by_group),
+            pg_options=None if options is None else options.of(group_desc, ranks),
             group_desc=group_desc,
         )
 
     current.create_groups(parallel_state.get_expert_model_parallel_group(), create_group)
+    if options is not None:
+        options.refuse_unused()
 
 
 def _uses_nccl() -> bool:

@@ -163,8 +163,9 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
         calls.append(given)
 
     settings = tmp_path / "nccl.yaml"
-    settings.write_text("fsep_gradients: {max_ctas: 8}\n")
-    monkeypatch.setattr(session, "_session", Session(FSEPConfig(token_exchange="node")))
+    settings.write_text("fsep_gradients: {max_ctas: 5}\n")
+    config = FSEPConfig(token_exchange="node", cluster="h100-8", node_size=8)
+    monkeypatch.setattr(session, "_session", Session(config))
     with (
         mock.patch.object(dist, "get_backend", return_value=backend),
         mock.patch.object(session, "create_groups", create),
@@ -182,9 +183,9 @@ def test_tokens_go_first_and_groups_are_made_as_megatrons_are(
     on_nccl = backend == "nccl"
     assert first == {"tensor": 2, "high": ["dp_cp", "ep"] if on_nccl else ["dp_cp"]}
     assert [call["timeout"] for call in made] == [timedelta(minutes=60)] * 4
-    few = {"max_ctas": 8} if on_nccl else None
-    first = {"is_high_priority_stream": True} if on_nccl else None
-    assert [call["pg_options"] for call in made] == [None, few, few, first]
+    wanted: list[Any] = [{"max_ctas": 16}, {"max_ctas": 5}, {"max_ctas": 5}]
+    wanted.append({"is_high_priority_stream": True})
+    assert [call["pg_options"] for call in made] == (wanted if on_nccl else [None] * 4)
 
 
 def test_the_result_of_a_thread_is_waited_for() -> None:

@@ -254,20 +254,24 @@ def _buffers(settings: MethodSettings, rates: Rates) -> dict[str, float]:
         ]
         names = "send", "receive"
         workspace = sum(max(each[way][name] for each in sizes) for way in (0, 1) for name in names)
-    groups = [(num_ranks, node_size)]  # of tokens; NCCL takes memory at the first exchange
+    groups = []  # beside that of tokens; NCCL takes memory at the first exchange
     if is_flat or costs.by_layout:
         groups += [(num_ranks, node_size)] * 2
     if (not is_flat or costs.by_layout) and 1 < node_size < num_ranks:
         groups += [(node_size, node_size), (num_ranks // node_size, 1)] * 2
-    return {"workspaces": workspace * costs.bytes_per_element, **_libraries(rates, groups)}
+    libraries = _libraries(rates, [(num_ranks, node_size)], groups)
+    return {"workspaces": workspace * costs.bytes_per_element, **libraries}
 
 
-def _libraries(rates: Rates, groups: Sequence[tuple[int, int]]) -> dict[str, float]:
+def _libraries(
+    rates: Rates, groups: Sequence[tuple[int, int]], of_exchanges: Sequence[tuple[int, int]] = ()
+) -> dict[str, float]:
     """Estimate the bytes of CUDA and of NCCL's communicators, by their ranks and node size."""
     card = rates.cluster.card
     if card is None:
         return {}
     nccl = sum(card.communicator_bytes(*group) for group in groups)
+    nccl += sum(card.communicator_bytes(*group, of_exchange=True) for group in of_exchanges)
     return {"libraries": card.context_gib * 2**30 + nccl}
 
 
