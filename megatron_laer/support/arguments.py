@@ -9,7 +9,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 
 from megatron_laer.config import FSEPConfig, OverlapScheduler, Sharding
-from megatron_laer.environment import CONNECTIONS
+from megatron_laer.environment import CONNECTIONS, has_one_queue
 from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.support import RefusedError, triton_needs
@@ -94,12 +94,13 @@ def geometry(args: Namespace, config: FSEPConfig) -> Geometry:
 def warnings(config: FSEPConfig, environment: Mapping[str, str], *, on_cuda: bool) -> list[str]:
     """Return the settings with which FSEP runs slowly, or may stop at its first step."""
     found = []
-    if on_cuda and config.scheduler == OverlapScheduler.ON and environment.get(CONNECTIONS) == "1":
+    if on_cuda and config.scheduler == OverlapScheduler.ON and has_one_queue(environment):
         found.append(
-            f"{CONNECTIONS}=1: kernels of all streams wait for each other in the order of their "
-            "launch, so exchanges of weights and gradients hardly overlap with compute; unset it, "
-            "or set it to 32, unless --tensor-model-parallel-size or --context-parallel-size above "
-            "1 needs it (before Blackwell)"
+            f"{CONNECTIONS}=1: kernels of all streams start in the order of their launch, so "
+            "copies and sums of exchanges do not overlap with compute, nor does a second stage "
+            "(docs/architecture.md, Overlap); unset it, or set it to 32, unless "
+            "--tensor-model-parallel-size or --context-parallel-size above 1 needs it (before "
+            "Blackwell)"
         )
     if on_cuda and not triton_needs.is_installed():
         found.append(triton_needs.NO_TRITON)

@@ -72,6 +72,10 @@ _INDEX = _in("runtime/comm/layout_index.py", *_ranks("home_exchange", "determini
 _RESTORE = _in("runtime/comm/restore.py", *_ranks("exchange"))
 _EXCHANGE = _in("runtime/comm/exchange.py", *_ranks("exchange"))
 _STREAMS = _in("runtime/comm/streams.py", *_unit("streams"))
+_ONE_QUEUE = "tests/fake_cuda/test_one_queue.py"
+_STEPS = _in("runtime/comm/steps.py", _ONE_QUEUE)
+_NCCL = _in("plugin/nccl_options.py", *_unit("nccl_options"))
+_CLUSTERS = _in("planner/clusters.py", *_unit("nccl_options"))
 _RESTORED = _in("runtime/weights/restored.py", *_unit("restored_experts"))
 _SHARE = _in("runtime/weights/layer.py", *_ranks("own_loop"))
 _WEIGHTS = _in("runtime/weights/restored_weights.py", *_unit("restored_experts"))
@@ -295,6 +299,30 @@ FAULTS: tuple[Fault, ...] = (
         "errors of a thread are lost",
         "        except BaseException as error:\n            self._error = error",
         "        except BaseException:\n            self._error = None",
+    ),
+    _STREAMS.fault(
+        "all of an exchange is launched at once in one queue",
+        "return OneQueueStream(times, device) if is_alone else CudaStream(times, device)",
+        "return CudaStream(times, device)",
+        _ONE_QUEUE,
+    ),
+    _STEPS.fault(
+        "matrices are launched one after the other in one queue",
+        "with one_launch(group, self._device):",
+        "with contextlib.nullcontext():",
+    ),
+    _NCCL.fault(
+        "a default precedes the user's bound",
+        "elif self._ctas is not None and not settings.keys() & {*_CTAS}:",
+        "elif self._ctas is not None:",
+    ),
+    _NCCL.fault(
+        "settings of no communicator are ignored", "        if self._unused:", "        if False:"
+    ),
+    _CLUSTERS.fault(
+        "exchanges between nodes have the SMs of those inside",
+        "return self.inter if crosses_nodes else self.intra",
+        "return self.intra",
     ),
     _WEIGHTS.fault(
         "memory is lent before its restore is over",

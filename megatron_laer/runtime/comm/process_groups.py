@@ -131,7 +131,7 @@ def create_groups(
 
     # new_group is collective: every rank creates every group, in the same order. It does not wait.
     # With local synchronisation, ranks would count groups differently, and so name the world's next
-    # one differently (docs/communication.md).
+    # one differently.
     made: dict[str, Group] = {}
 
     def make(kind: str, ranks: Sequence[int]) -> None:

@@ -137,7 +137,7 @@ def connections(environment: Mapping[str, str], on_cuda: bool) -> Check:
     if value not in (None, *map(str, range(1, 33))):
         return Check(CONNECTIONS, found, Status.UNSUPPORTED, "set it to 1 to 32, or unset it")
     if value == "1":
-        note = "exchanges hardly overlap; unset it but for tensor or context parallelism"
+        note = "exchanges overlap in part; unset it but for tensor or context parallelism"
         return Check(CONNECTIONS, found, Status.OPTIONAL, note)
     return Check(CONNECTIONS, found)
 
