@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.one_queue import makespans_s
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
+from tests.fake_cuda.one_queue import makespans_s
 from tests.fake_cuda.queue_cases import CASES, record
 from tests.fake_cuda.recorder import Rates, Recorded
 
@@ -17,7 +17,9 @@ MOST = 1.06
 """Makespan with one queue over that with many."""
 
 
-@pytest.mark.parametrize("case", ["one layer", pytest.param("pipeline", marks=pytest.mark.nightly)])
+@pytest.mark.parametrize(
+    "case", ["one layer", pytest.param("pipeline of two stages", marks=pytest.mark.nightly)]
+)
 def test_exchanges_overlap_in_one_queue(case: str, ranks: RankPools, text_data: str) -> None:
     at_once, when_needed = (
         ranks(CASES[case].ranks).run(record, text_data, case, late) for late in (False, True)

@@ -68,4 +68,4 @@ def one_launch(group: dist.ProcessGroup, device: torch.device) -> AbstractContex
 
 def can_launch_together(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Return True with NCCL, whose groups of operations are one kernel."""
-    return bool(group._get_backend(device).supports_coalescing)
+    return bool(getattr(group._get_backend(device), "supports_coalescing", False))
