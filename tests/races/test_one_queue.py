@@ -6,9 +6,9 @@ import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
-from tests.fake_cuda.one_queue import makespans_s
-from tests.fake_cuda.queue_cases import CASES, record
 from tests.fake_cuda.recorder import Rates, Recorded
+from tests.races.one_queue import makespans_s
+from tests.races.queue_cases import CASES, record
 
 pytestmark = pytest.mark.races
 

@@ -1,6 +1,6 @@
 """Simulates the launches of training steps on cards with one hardware queue, and with many.
 
-    python -m tests.fake_cuda.one_queue [--cluster NAME] [--case NAME …] [--json OUT]
+    python -m tests.races.one_queue [--cluster NAME] [--case NAME …] [--json OUT]
 
 It needs no GPU. Ranks train small Mixtral layers on the labelled device of `tests/fake_cuda`, with
 Megatron's own loop, in both orders of launch. The last step's launches, with their events and waits
@@ -18,8 +18,8 @@ from benchmarks.command_line import add_json, parser_of, program, write_json
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
 from tests.fake_cuda.hardware_queues import makespan
-from tests.fake_cuda.queue_cases import CASES, SCALE, record
 from tests.fake_cuda.recorder import Rates, Recording, priced
+from tests.races.queue_cases import CASES, SCALE, record
 from tests.text_data import write_text_data
 
 COLUMNS = {
@@ -50,7 +50,7 @@ def makespans_s(
 
 
 def run() -> int:
-    parser = parser_of("tests.fake_cuda.one_queue", __doc__)
+    parser = parser_of("tests.races.one_queue", __doc__)
     parser.add_argument(
         "--cluster", default="a100-4x8-ib800", help="name or path of a cluster file"
     )
