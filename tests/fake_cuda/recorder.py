@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
@@ -32,6 +32,7 @@ class Recorded:
     Attributes:
         stream: name of its stream, if that has one.
         num_bytes: read and written.
+        meets: names of communicators and their ranks, or the two of a message.
         moved_bytes: sent or received, the larger.
     """
 
@@ -41,7 +42,7 @@ class Recorded:
     num_bytes: int = 0
     flops: int = 0
     moved_bytes: float = 0.0
-    meets: set[Hashable] = field(default_factory=set)
+    meets: set[tuple[str, tuple[int, ...]]] = field(default_factory=set)
 
     @property
     def is_copy(self) -> bool:
@@ -161,17 +162,24 @@ class Recorder(Checker):
 
 
 class Rates(NamedTuple):
-    """Rates of a cluster file: of its fastest GEMM, memory, and of one of its links."""
+    """Rates of a cluster file: of its fastest GEMM, memory, and links, with its nodes' size."""
 
     flops_per_s: float
     bytes_per_s: float
-    link: Link
+    intra: Link
+    inter: Link
     launch_s: float
+    node_size: int
 
     @classmethod
-    def of(cls, cluster: Cluster, link: Link) -> Rates:
+    def of(cls, cluster: Cluster, node_size: int) -> Rates:
         flops_per_s = max(rate for _, rate in cluster.gemm.points)
-        return cls(flops_per_s, cluster.memory_bytes_per_s, link, cluster.host.launch_s)
+        memory, launch_s = cluster.memory_bytes_per_s, cluster.host.launch_s
+        return cls(flops_per_s, memory, cluster.intra, cluster.inter, launch_s, node_size)
+
+    def link(self, launch: Recorded) -> Link:
+        nodes = {rank // self.node_size for _, ranks in launch.meets for rank in ranks}
+        return self.intra if len(nodes) == 1 else self.inter
 
 
 def priced(
@@ -188,8 +196,8 @@ def priced(
             launch.num_bytes * area / rates.bytes_per_s, launch.flops * volume / rates.flops_per_s
         )
         if launch.meets:
-            moved_s = launch.moved_bytes * area / rates.link.bytes_per_s
-            seconds = rates.link.latency_s + moved_s
+            link = rates.link(launch)
+            seconds = link.latency_s + launch.moved_bytes * area / link.bytes_per_s
         elif in_place and launch.is_copy:
             seconds = 0.0
         return Kernel(frozenset(launch.after), seconds, tuple(launch.meets), launch.name)

@@ -59,7 +59,7 @@ def run() -> int:
     given = parser.parse_args()
     cluster = load_cluster(given.cluster)
     print(f"ms of a step, {cluster.name}; in brackets against many queues")
-    print(f"{'training, link':38}" + "".join(f"{title:>28}" for title in COLUMNS.values()))
+    print(f"{'training':40}" + "".join(f"{title:>28}" for title in COLUMNS.values()))
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder, RankPools(4) as pools:
         data = str(Path(folder) / "text")
@@ -67,14 +67,15 @@ def run() -> int:
         for name in given.case:
             pool = pools(CASES[name].ranks)
             orders = [pool.run(record, data, name, late) for late in (False, True)]
-            for link in ("intra", "inter"):
-                found = makespans_s(*orders, Rates.of(cluster, getattr(cluster, link)))
-                rows.append({"training": name, "link": link, "makespan_s": found})
+            for node_size in (CASES[name].ranks, CASES[name].node_size):
+                found = makespans_s(*orders, Rates.of(cluster, node_size))
+                rows.append({"training": name, "node_size": node_size, "makespan_s": found})
                 cells = [
                     f"{1e3 * found[key]:.1f} ({found[key] / found['many']:.3f})" for key in COLUMNS
                 ]
                 print(
-                    f"{name + ', ' + link:38}" + "".join(f"{cell:>28}" for cell in cells),
+                    f"{f'{name}, nodes of {node_size}':40}"
+                    + "".join(f"{cell:>28}" for cell in cells),
                     flush=True,
                 )
     write_json(given.json, {"cluster": cluster.name, "scale": SCALE, "rows": rows})

@@ -28,11 +28,16 @@ _MIXTRAL = (
 
 
 class Case(NamedTuple):
-    """Flags of a training, its ranks and the samples of a step, two in each microbatch."""
+    """Flags of a training, its ranks and the samples of a step, two in each microbatch.
+
+    Attributes:
+        node_size: ranks of a node, where there are several nodes.
+    """
 
     flags: str
     ranks: int
     batch: int
+    node_size: int = 1
 
 
 CASES = {
@@ -42,7 +47,7 @@ CASES = {
     "four layers, node by node": Case(
         "--num-layers 4 --expert-model-parallel-size 4 --fsep-node-size 2 "
         "--fsep-restore-algorithm node",
-        *(4, 16),
+        *(4, 16, 2),
     ),
 }
 

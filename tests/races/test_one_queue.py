@@ -31,5 +31,5 @@ def test_exchanges_overlap_in_one_queue(case: str, ranks: RankPools, text_data: 
             kernel.stream for kernel in kernels if kernel.meets
         }
     cluster = load_cluster("a100-4x8-ib800")
-    found = makespans_s(at_once, when_needed, Rates.of(cluster, cluster.inter))
+    found = makespans_s(at_once, when_needed, Rates.of(cluster, node_size=1))
     assert found["after"] < MOST * found["many"] < found["before"], found
