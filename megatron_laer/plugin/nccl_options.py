@@ -39,12 +39,21 @@ class NcclOptions:
         given: content of Megatron's file.
         ctas: default of communicators of weights and gradients, None without one.
         node_size: as `--fsep-node-size`.
+        source: of what is given, for messages.
     """
 
     def __init__(
-        self, given: Mapping[str, Any], ctas: ExchangeCtas | None, node_size: int | None
+        self,
+        given: Mapping[str, Any],
+        ctas: ExchangeCtas | None,
+        node_size: int | None,
+        source: str = "",
     ) -> None:
-        self._given = {name: _checked(name, given[name]) for name in given if _is_ours(name)}
+        self._given = {
+            name: _checked(source, name, settings)
+            for name, settings in given.items()
+            if name.startswith("fsep")
+        }
         self._unused = set(self._given)
         self._ctas = ctas
         self._node_size = node_size
@@ -54,10 +63,7 @@ class NcclOptions:
         given = {} if path is None else yaml.safe_load(Path(path).read_text()) or {}
         cluster = load_cluster(config.cluster or default_cluster(current_device()))
         ctas = None if cluster.card is None else cluster.card.exchange_ctas
-        try:
-            return cls(given, ctas, config.node_size)
-        except ValueError as error:
-            raise ValueError(f"--nccl-communicator-config-path {path}: {error}") from error
+        return cls(given, ctas, config.node_size, f"--nccl-communicator-config-path {path}: ")
 
     def of(self, group_desc: str, ranks: Sequence[int]) -> Any:
         """Return the options of a communicator, `dist.ProcessGroupNCCL.Options`; None without any.
@@ -110,23 +116,20 @@ class NcclOptions:
         return len({rank // per_node for rank in ranks}) > 1
 
 
-def _is_ours(name: str) -> bool:
-    if name.startswith("fsep") and name not in _NAMES:
-        raise ValueError(f"{name!r} is no communicator of FSEP's; those are {list(_NAMES)}")
-    return name in _NAMES
-
-
-def _checked(name: str, settings: object) -> dict[str, Any]:
+def _checked(source: str, name: str, settings: object) -> dict[str, Any]:
+    where = source + name
+    if name not in _NAMES:
+        raise ValueError(f"{where} is no communicator of FSEP's; those are {list(_NAMES)}")
     if not isinstance(settings, Mapping):
-        raise ValueError(f"{name} must be a mapping of options, got {reprlib.repr(settings)}")
+        raise ValueError(f"{where} must be a mapping of options, got {reprlib.repr(settings)}")
     for option, value in settings.items():
-        _check(f"{name}: {option}", option, value)
+        _check(f"{where}: {option}", option, value)
     least, most = (settings.get(bound) for bound in _CTAS)
     if least is not None and most is not None and least > most:
-        raise ValueError(f"{name}: min_ctas {least} exceeds max_ctas {most}")
+        raise ValueError(f"{where}: min_ctas {least} must be at most max_ctas, got {most}")
     if settings.get("cta_policy") == "zero" and name.endswith("_inter_node"):
         raise ValueError(
-            f"{name}: cta_policy zero: copy engines move data inside a node; give it to "
+            f"{where}: cta_policy zero: copy engines move data inside a node; give it to "
             f"{name.replace('inter', 'intra')}, or take max_ctas"
         )
     return dict(settings)

@@ -88,14 +88,17 @@ def test_the_users_file_wins(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("fsep_weights: {max_ctas: 4}", "'fsep_weights' is no communicator of FSEP's"),
+        ("fsep_weights: {max_ctas: 4}", "fsep_weights is no communicator of FSEP's"),
         ("fsep_parameters: 4", "fsep_parameters must be a mapping of options, got 4"),
         ("fsep_parameters: {max_cta: 4}", "fsep_parameters: max_cta: no such option"),
         ("fsep_tokens: {max_ctas: 0}", "fsep_tokens: max_ctas must be 1 to 64, got 0"),
         ("fsep_tokens: {max_ctas: true}", "max_ctas must be 1 to 64, got True"),
         ("fsep_tokens: {max_ctas: '8'}", "max_ctas must be 1 to 64, got '8'"),
         ("fsep_gradients: {cga_cluster_size: 9}", "cga_cluster_size must be 1 to 8, got 9"),
-        ("fsep_gradients: {min_ctas: 9, max_ctas: 8}", "min_ctas 9 exceeds max_ctas 8"),
+        (
+            "fsep_gradients: {min_ctas: 9, max_ctas: 8}",
+            "min_ctas 9 must be at most max_ctas, got 8",
+        ),
         ("fsep_gradients: {cta_policy: none}", "must be ['default', 'efficiency', 'zero'], got"),
         ("fsep_gradients: {is_high_priority_stream: 1}", "must be [True, False], got 1"),
         ("fsep_gradients: {net_name: 3}", "net_name must be a text such as IB or socket, got 3"),

@@ -75,12 +75,12 @@ class Exchange(Protocol):
 
     @torch.no_grad()
     def restore(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Take all of `restore_steps`."""
+        """Run `restore_steps` to their end."""
         return finish(self.restore_steps(*args, **kwargs))
 
     @torch.no_grad()
     def reduce(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """Take all of `reduce_steps`."""
+        """Run `reduce_steps` to their end."""
         return finish(self.reduce_steps(*args, **kwargs))
 
 
