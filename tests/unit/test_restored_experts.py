@@ -14,7 +14,7 @@ from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.exchange import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.comm.streams import StreamTimes, Task, make_comm_stream
+from megatron_laer.runtime.comm.streams import CommStream, StreamTimes, Task, make_comm_stream
 from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices
@@ -27,7 +27,7 @@ CPU = torch.device("cpu")
 ROWS = (8, 3)
 
 
-class LateStream:
+class LateStream(CommStream):
     """Communication stream that works in order and only once it is waited for."""
 
     def __init__(self) -> None:

@@ -43,8 +43,8 @@ class Exchange(Protocol):
     """Restores and reduces of matrices, collective over the FSEP group.
 
     `source` and `add_to` are a rank's share of weights and main gradients, as the exchange takes
-    it: a slice, or matrices of home experts. `steps.py` says what the steps are; one restore and
-    one reduce may be in flight at once, and those of a layer's matrices side by side.
+    it: a slice, or matrices of home experts. Those of a layer's matrices may run side by side, step
+    by step (`steps.py`).
     """
 
     count: ExchangeCount
