@@ -113,6 +113,7 @@ class MicrobatchPlanner:
         training: bool,
     ) -> MicrobatchPlan:
         counts_NE = read_counts()
+        self.scheduler.go_on()
         start_s = time.perf_counter()
         decision = self.pass_layouts.decide(
             layer.next_pass(training=training), counts_NE, restored.index.layout

@@ -165,6 +165,10 @@ class Scheduler:
             elif forward.operation is not None:
                 self._fetch_following(forward.entered[-1])
 
+    def go_on(self) -> None:
+        """Let restores go on that started before the previous layer's experts."""
+        self._streams.parameters.go_on()
+
     def _experts_of(self, layer: LayerState, training: bool) -> RestoredExperts:
         layout = self._pass_layouts.layout_for(layer.next_pass(training=training))
         return self._experts.of_pass(layer, layout, training=training)

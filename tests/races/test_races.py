@@ -24,6 +24,7 @@ AT_NIGHT = {
     *("random layouts", "recompute of the MoE layer", "both overlaps", *LAYER_FAULTS),
     *("kernels, experts at home by relay", "kernels, rows in nodes of 2", "Muon"),
     *("one queue, virtual pipeline 2 x 2", "one queue, fresh layouts after the gate"),
+    "one queue, kernels, rows in nodes of 2",
     *("DeepEP, fresh layouts, shared experts", "HybridEP, grouped GEMMs in bf16"),
     "shared experts that overlap, permute fusion",
 }

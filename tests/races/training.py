@@ -107,6 +107,15 @@ SCENARIOS = {
         batch=4,
         one_queue=True,
     ),
+    "one queue, kernels, rows in nodes of 2": Training(
+        f"{_RANDOM} --expert-model-parallel-size 4 --fsep-node-size 2 "
+        "--fsep-restore-algorithm node --fsep-token-exchange node",
+        4,
+        kernels=interpreted,
+        steps=2,
+        batch=8,
+        one_queue=True,
+    ),
     "one queue, experts at home by relay, full recompute": Training(
         f"{_HOME}{_FULL}{_OVERLAPS} --fsep-node-size 1 --fsep-restore-algorithm node",
         one_queue=True,

@@ -80,7 +80,7 @@ def send_homes(
     buffers: Buffers,
     homes_hRK: Sequence[torch.Tensor],
     out_CRK: torch.Tensor,
-) -> Generator[Group, None, tuple[int, int]]:
+) -> Generator[Group | None, None, tuple[int, int]]:
     """Fill the index's slots of `out_CRK` from all ranks' homes; return `Stage.all_to_all`'s."""
     size = out_CRK[0].numel()
     sent = _buffer(buffers, "send", len(index.sent), out_CRK)
@@ -104,7 +104,7 @@ def send_homes(
 
 def send_grads(
     index: DirectIndex, stage: Stage, buffers: Buffers, grad_CRK: torch.Tensor
-) -> Generator[Group, None, tuple[torch.Tensor, tuple[int, int]]]:
+) -> Generator[Group | None, None, tuple[torch.Tensor, tuple[int, int]]]:
     """Send the gradients of this rank's replicas home, the way back of `send_homes`.
 
     Returns:

@@ -161,7 +161,7 @@ class HierarchicalExchange(Exchange):
         index: LayoutIndex,
         slice_ErK: torch.Tensor,
         out_CRK: torch.Tensor,
-    ) -> Generator[Group]:
+    ) -> Generator[Group | None]:
         """Restore the slots of `needed` from ranks' rows of its experts."""
         read_here(needed.position_n)
         _, rows, columns = out_CRK.shape
@@ -209,7 +209,7 @@ class HierarchicalExchange(Exchange):
         wire: torch.dtype,
         *,
         adds: bool,
-    ) -> Generator[Group]:
+    ) -> Generator[Group | None]:
         """Sum replicas into or onto this rank's rows of the index's experts."""
         _, rows, columns = grad_CRK.shape
         sizes = reduce_workspace(

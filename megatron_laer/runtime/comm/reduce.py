@@ -112,7 +112,7 @@ def reduce_matrix(
     wire_dtype: torch.dtype,
     *,
     adds: bool,
-) -> Generator[Group]:
+) -> Generator[Group | None]:
     """Reduce all ranks' gradients into or onto `out_ErK`; sums cross nodes in `wire_dtype`."""
     parts, sums = grad_CRK, index.intra_node
     if path.stages.intra_node is not None:
@@ -127,7 +127,7 @@ def reduce_matrix(
 
 def _collect(
     index: ReduceIndex, path: DataPath, stage: Stage, grad_CRK: torch.Tensor
-) -> Generator[Group, None, torch.Tensor]:
+) -> Generator[Group | None, None, torch.Tensor]:
     """Collect this local rank's rows of the gradients of the node's filled slots: [n, P, K]."""
     _, rows, columns = grad_CRK.shape
     rows_G, filled_G = path.blocks.rows_G, index.filled_G
@@ -139,7 +139,9 @@ def _collect(
     received = path.buffers.take("receive", shape, grad_CRK.dtype)
     sizes = [number * own_rows * columns for number in filled_G]
     sent_sizes = [filled * part * columns for part in rows_G]
-    path.count(*(yield from stage.all_to_all(received.view(-1), send, sizes, sent_sizes)))
+    more = path.stages.inter_node is not None
+    sending = stage.all_to_all(received.view(-1), send, sizes, sent_sizes, more=more)
+    path.count(*(yield from sending))
     return received
 
 
@@ -149,7 +151,7 @@ def _sum_and_send(
     stage: Stage,
     parts_nPK: torch.Tensor,
     wire_dtype: torch.dtype,
-) -> Generator[Group, None, torch.Tensor]:
+) -> Generator[Group | None, None, torch.Tensor]:
     """Sum the node's replicas and exchange the sums: this rank's rows, [D, r, K] node by node."""
     _, rows, columns = parts_nPK.shape
     distinct_M, rows_M = index.distinct_M, path.blocks.rows_GM[path.local_rank]

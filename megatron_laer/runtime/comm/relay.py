@@ -111,7 +111,7 @@ class RelayExchange(Exchange):
         experts: Int64,
         homes_hRK: Sequence[torch.Tensor],
         out_CRK: torch.Tensor,
-    ) -> Generator[Group, None, torch.Tensor]:
+    ) -> Generator[Group | None, None, torch.Tensor]:
         """Send each rank its rows of this rank's replicated experts; return [X, r, K] of all."""
         dtype = out_CRK.dtype
         hop = self._hop(experts, index, out_CRK)
@@ -123,7 +123,7 @@ class RelayExchange(Exchange):
         shape = (len(experts), *self._of_rows.own_rows_of(out_CRK))
         slice_XrK = buffers.take("rows", shape, dtype)
         moved = yield from self._restore_stage.all_to_all(
-            slice_XrK.view(-1), sent, hop.of_homes, hop.of_ranks
+            slice_XrK.view(-1), sent, hop.of_homes, hop.of_ranks, more=True
         )
         self.count.add_restore(*moved)
         return slice_XrK

@@ -174,7 +174,7 @@ def runs_of(slots: Int64) -> list[Run]:
 
 def restore_matrix(
     index: RestoreIndex, path: DataPath, slice_ErK: torch.Tensor, out_CRK: torch.Tensor
-) -> Generator[Group]:
+) -> Generator[Group | None]:
     """Restore the slots of the index into `out_CRK`, whose other slots are already right."""
     # Without an inter-node stage, the ranks of the node hold all rows of every expert.
     arrived = slice_ErK
@@ -193,7 +193,7 @@ def _fetch(
     stage: Stage,
     slice_ErK: torch.Tensor,
     before_CRK: torch.Tensor,
-) -> Generator[Group, None, torch.Tensor]:
+) -> Generator[Group | None, None, torch.Tensor]:
     """Fetch this local rank's rows of the experts that the node needs, flat.
 
     They are [D, r, K] node by node, then those shared by this node, [D, P, K].
@@ -212,7 +212,9 @@ def _fetch(
         torch.index_select(slice_ErK, 0, index.sent_experts, out=send)
         sizes = [num_fetched * rows * columns for rows in rows_M]
         sent_sizes = [number * own_rows * columns for number in index.fetched_M]
-        path.count(*(yield from stage.all_to_all(fetched, send.view(-1), sizes, sent_sizes)))
+        more = path.stages.intra_node is not None
+        sending = stage.all_to_all(fetched, send.view(-1), sizes, sent_sizes, more=more)
+        path.count(*(yield from sending))
     if num_shared:
         yield from _share(index, path, before_CRK, shared)
     return arrived
@@ -220,7 +222,7 @@ def _fetch(
 
 def _share(
     index: RestoreIndex, path: DataPath, before_CRK: torch.Tensor, received: torch.Tensor
-) -> Generator[Group]:
+) -> Generator[Group | None]:
     """Exchange, inside the node, rows of experts that its ranks hold from before."""
     stage, slots = path.stages.intra_node, index.shared_slots
     _, rows, columns = before_CRK.shape
@@ -235,12 +237,12 @@ def _share(
     rows_G = path.blocks.rows_G
     sizes = [number * rows_G[path.local_rank] * columns for number in index.shared_G]
     sent_sizes = [len(slots) * rows * columns for rows in rows_G]
-    path.count(*(yield from stage.all_to_all(received, send, sizes, sent_sizes)))
+    path.count(*(yield from stage.all_to_all(received, send, sizes, sent_sizes, more=True)))
 
 
 def _spread(
     index: RestoreIndex, path: DataPath, stage: Stage, arrived: torch.Tensor, out_CRK: torch.Tensor
-) -> Generator[Group]:
+) -> Generator[Group | None]:
     """Send this local rank's rows to the slots of the node, and receive its own whole experts."""
     restored_G, rows_G = index.restored_G, path.blocks.rows_G
     total, num_restored = sum(restored_G), restored_G[path.local_rank]

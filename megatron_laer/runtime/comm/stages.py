@@ -60,12 +60,21 @@ class Stage:
     same_machine: slice
 
     def all_to_all(
-        self, received: torch.Tensor, sent: torch.Tensor, sizes: list[int], sent_sizes: list[int]
-    ) -> Generator[Group, None, tuple[int, int]]:
-        """Exchange flat tensors; return the bytes received inside the machine and from others."""
+        self,
+        received: torch.Tensor,
+        sent: torch.Tensor,
+        sizes: list[int],
+        sent_sizes: list[int],
+        *,
+        more: bool = False,
+    ) -> Generator[Group | None, None, tuple[int, int]]:
+        """Exchange flat tensors; return the bytes received inside the machine and from others.
+
+        `more` tells that the exchange has another All-to-All, which waits for this one.
+        """
         yield self.group
         dist.all_to_all_single(received, sent, sizes, sent_sizes, group=self.group)
-        yield self.group
+        yield self.group if more else None
         intra = sum(sizes[self.same_machine])
         element = received.element_size()
         return (intra - sizes[self.position]) * element, (sum(sizes) - intra) * element

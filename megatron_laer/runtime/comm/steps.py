@@ -1,7 +1,7 @@
 """Steps of exchanges: several exchanges run side by side, and the last steps may be launched later.
 
 An exchange is a generator. It yields the communicator before each All-to-All, and again behind it,
-where its next kernel would wait for what arrives.
+where its next kernel would wait for what arrives; but behind the last one None.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager
 import torch
 import torch.distributed as dist
 
-Steps = Generator[dist.ProcessGroup, None, torch.Tensor]
+Steps = Generator[dist.ProcessGroup | None, None, torch.Tensor]
 
 
 def finish(steps: Steps) -> torch.Tensor:
@@ -31,10 +31,12 @@ class SideBySide:
 
     Attributes:
         results: by position, of exchanges that have ended.
+        has_more: whether other All-to-Alls follow those that were launched last.
     """
 
     def __init__(self, exchanges: Sequence[Steps], device: torch.device) -> None:
         self.results: dict[int, torch.Tensor] = {}
+        self.has_more = False
         self._exchanges = exchanges
         self._device = device
 
@@ -47,8 +49,8 @@ class SideBySide:
         if group is None:
             return False
         with one_launch(group, self._device):
-            for at in range(len(self._exchanges)):
-                self._advance(at)
+            following = [self._advance(at) for at in range(len(self._exchanges))]
+        self.has_more = any(group is not None for group in following)
         return True
 
     def _advance(self, at: int) -> dist.ProcessGroup | None:

@@ -118,6 +118,10 @@ class CommStream(Protocol):
         """Start exchanges of one layout, as `submit` does."""
         return tuple(self.submit(partial(finish, steps), activity) for steps in exchanges)
 
+    def go_on(self) -> None:
+        """Launch the next All-to-Alls of exchanges in flight, if that was put off."""
+        return
+
     def close(self) -> None:
         """End the stream; no more work may be submitted."""
         ...
@@ -277,7 +281,8 @@ class OneQueueStream(CudaStream):
 
     So exchanges are launched in two parts. `submit_exchanges` launches all that leaves, and behind
     it the first All-to-Alls, as one kernel. What waits for their arrival, such as the copies to
-    slots, is launched when a result is waited for, or before the next submission.
+    slots, is launched when a result is waited for, or before the next submission. Second
+    All-to-Alls go when callers say that the first ones had time (`go_on`).
     """
 
     def __init__(self, times: StreamTimes, device: torch.device) -> None:
@@ -300,6 +305,13 @@ class OneQueueStream(CudaStream):
         promised = tuple(_Promised(self, activity) for _ in exchanges)
         self._begun = side_by_side, promised
         return promised
+
+    def go_on(self) -> None:
+        if self._begun is None or not self._begun[0].has_more:
+            return
+        side_by_side, (first, *_) = self._begun
+        with torch.no_grad(), torch.cuda.stream(self._stream), self.times.working(first.activity):
+            side_by_side.next()
 
     def finish(self) -> None:
         """Launch the rest of the exchanges in flight."""

@@ -69,6 +69,7 @@ class RestoredWeights:
             )
         ]
         activity = Activity(Kind.RESTORE, self._name)
+        self._streams.gradients.go_on()  # a reduce started before the attention's backward
         self._matrices = self._streams.parameters.submit_exchanges(exchanges, activity)
         exchange.count.restores += 1
 

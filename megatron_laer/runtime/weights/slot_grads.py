@@ -64,6 +64,7 @@ class SlotGrads:
         ]
         activity = Activity(Kind.REDUCE, self._name)
         self._arriving = self._streams.gradients.submit_exchanges(exchanges, activity)
+        self._streams.parameters.go_on()  # a restore started before the experts' backward
         exchange.count.reduces += 1
 
     def finish_reduce(self) -> tuple[torch.Tensor | None, ...]:
