@@ -166,7 +166,7 @@ class Scheduler:
                 self._fetch_following(forward.entered[-1])
 
     def go_on(self) -> None:
-        """Let restores go on that started before the previous layer's experts."""
+        """Launch what follows in restores that started before the previous layer's experts."""
         self._streams.parameters.go_on()
 
     def _experts_of(self, layer: LayerState, training: bool) -> RestoredExperts:

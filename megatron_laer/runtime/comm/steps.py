@@ -1,7 +1,7 @@
 """Steps of exchanges: several exchanges run side by side, and the last steps may be launched later.
 
 An exchange is a generator. It yields the communicator before each All-to-All, and again behind it,
-where its next kernel would wait for what arrives; but behind the last one None.
+where its next kernel would wait for what arrives. Behind the last one it yields None.
 """
 
 from __future__ import annotations
