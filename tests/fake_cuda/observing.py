@@ -235,8 +235,9 @@ class Observed(NamedTuple):
 
     def watched(self) -> Watched:
         checker, device = self
-        found, launches = dict(device.findings.found), dict(device.launches.number)
-        return Watched(checker.races, checker.operations, checker.frees, found, launches)
+        found, launches = dict(device.findings.found), device.launches
+        numbers = dict(launches.number), dict(+launches.compiled_in_steps)
+        return Watched(checker.races, checker.operations, checker.frees, found, *numbers)
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ def test_megatrons_loop_trains_without_a_race(
         on_cpu = ranks(settings.ranks).run(training.losses_on_cpu, text_data, scenario)
         assert [one.losses for one in watched] == on_cpu
         assert all(sum(one.launches.values()) > 0 for one in watched)
+        assert [one.compiled_in_steps for one in watched] == [{}] * len(watched)
 
 
 @pytest.mark.counts(race_faults=1)
