@@ -60,6 +60,16 @@ class Wanted:
     memory: Memory = None
 
 
+def _mm_of_dtype(
+    a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor
+) -> torch.Tensor:
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+
+_OF_CUDA_ALONE: dict[Any, Callable[..., Any]] = {torch.ops.aten.mm.dtype_out: _mm_of_dtype}
+"""Operations that the CPU lacks, computed by others."""
+
+
 class Oracle(TorchDispatchMode):
     def __init__(self, watcher: Watcher | None) -> None:
         super().__init__()
@@ -81,7 +91,7 @@ class Oracle(TorchDispatchMode):
         if name in ("aten::copy_", "aten::_to_copy"):
             return self._copy(func, name, args, kwargs, given)
         answer = self._judge(func, name, args, kwargs, given)
-        result = func(*args, **kwargs)
+        result = _OF_CUDA_ALONE.get(func, func)(*args, **kwargs)
         _label_results(given, result, answer.memories)
         self._saw(func, args, kwargs, result)
         if answer.found is not None:
