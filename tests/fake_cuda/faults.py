@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_laer.layer.dispatch import permutation, row_map
 from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
+from megatron_laer.layer.experts.gemm import loop
 from megatron_laer.runtime.comm import collectives, copies
 from megatron_laer.runtime.comm.collectives import CountsExchange
 from megatron_laer.runtime.comm.copies import Download
@@ -137,6 +138,10 @@ def _does_not_add(*args: Any, adds: bool = False) -> None:
         _sum_replicas(*args)
 
 
+def _adds_a_product(grad_Rn: torch.Tensor, input_nK: torch.Tensor, out_RK: torch.Tensor) -> None:
+    torch.addmm(out_RK.zero_(), grad_Rn, input_nK, out_dtype=out_RK.dtype, out=out_RK)
+
+
 def _sums_beside(*args: Any, **kwargs: Any) -> torch.Tensor:
     """Launch a kernel on a stream that waits for nothing."""
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -198,6 +203,9 @@ FAULTS = {
     ),
     "a kernel on the wrong stream": Fault(
         _replaced(row_map, "sum_copies", _sums_beside), RACE, "dispatch/kernels.py:sum_rows", True
+    ),
+    "an operation newer than the oldest torch": Fault(
+        _replaced(loop, "_write_product", _adds_a_product), Kind.REFUSED, f"{_HERE}_adds_a_product"
     ),
     "no launch before the first step": Fault(
         _replaced(Coordinator, "_launch_kernels", lambda _: None), COMPILED, "_rows_of_expert", True

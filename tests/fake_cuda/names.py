@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 import torch.distributed._shard.sharded_tensor._ops  # registers replaced names
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from megatron_laer import device as megatrons_device
 from tests.fake_cuda import findings, labels, streams
@@ -83,6 +84,9 @@ _true_device: Any = _BASE.device
 
 
 def _device(tensor: torch.Tensor) -> torch.device:
+    if isinstance(tensor, ShardedTensor):  # of checkpoints; torch looks for a name that is replaced
+        shards = tensor.local_shards()
+        return _device(shards[0].tensor) if shards else card()
     memory = label(tensor)
     device: torch.device = memory if is_card(memory) else _true_device.__get__(tensor)
     return device
