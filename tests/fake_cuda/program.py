@@ -25,20 +25,26 @@ from megatron_laer import device
 from tests.fake_cuda.allowed import STOCK
 from tests.fake_cuda.findings import WHEN_STEADY
 from tests.fake_cuda.kernels import interpreted
-from tests.fake_cuda.observing import observed
+from tests.fake_cuda.observing import HOST_GROUPS, observed
 
 
 @contextlib.contextmanager
 def gloo_for_nccl() -> Iterator[None]:
+    """Make groups of gloo for NCCL; those that are gloo's on a card's machine stay unobserved."""
+
     def with_gloo(true: Callable[..., Any]) -> Callable[..., Any]:
         names = inspect.signature(true)
 
         @functools.wraps(true)
         def make(*args: Any, **kwargs: Any) -> Any:
             given = names.bind(*args, **kwargs)
-            if given.arguments.get("backend") == "nccl":
+            wanted = given.arguments.get("backend")
+            if wanted == "nccl":
                 given.arguments["backend"] = "gloo"
-            return true(*given.args, **given.kwargs)
+            group = true(*given.args, **given.kwargs)
+            if wanted == "gloo":
+                HOST_GROUPS.add((group or dist.group.WORLD).group_name)
+            return group
 
         return make
 
@@ -48,6 +54,7 @@ def gloo_for_nccl() -> Iterator[None]:
             for owner in (dist, dist.distributed_c10d):
                 stack.enter_context(mock.patch.object(owner, name, made))
         yield
+        HOST_GROUPS.clear()
 
 
 def main() -> int:
