@@ -24,7 +24,7 @@ AT_NIGHT = {
     *("random layouts", "recompute of the MoE layer", "both overlaps", *LAYER_FAULTS),
     *("kernels, experts at home by relay", "kernels, rows in nodes of 2", "Muon"),
     *("DeepEP, fresh layouts, shared experts", "HybridEP, grouped GEMMs in bf16"),
-    "shared experts that overlap, permute fusion",
+    *("shared experts that overlap, permute fusion", "save and load"),
 }
 
 
@@ -66,6 +66,8 @@ def test_megatrons_loop_trains_without_a_race(
     scenario: str, ranks: RankPools, text_data: str
 ) -> None:
     settings = training.SCENARIOS[scenario]
+    if settings.resumes:
+        ranks(settings.ranks).run(training.save_on_cpu, text_data, scenario)
     watched = ranks(settings.ranks).run(training.watch, text_data, scenario, None)
     check_clean(watched, 2000)
     check_findings(watched, settings.more)
