@@ -5,7 +5,8 @@
 #
 #   scripts/gpu_check.sh --wheels DIR           one card; torch and Triton are the machine's
 #   scripts/gpu_check.sh --wheels DIR --ranks 8  also what needs several cards, in 18 minutes
-#   scripts/gpu_check.sh --dry-run              the same without a card, at tiny sizes
+#   scripts/gpu_check.sh --dry-run              the same without a card, at tiny sizes: tensors on
+#                                               the CPU are labelled as a card's
 #
 # --wheels DIR  wheels of what the machine lacks: megatron-core, and what builds and tests this
 #               project. Fill it where there is a network, with the same version of Python:
@@ -37,7 +38,7 @@ while (($#)); do
             wheels=$2
             shift
             ;;
-        -h | --help) sed -n '2,25s/^# \{0,1\}//p' scripts/gpu_check.sh && exit ;;
+        -h | --help) sed -n '2,26s/^# \{0,1\}//p' scripts/gpu_check.sh && exit ;;
         *) options+=("$1") ;;
     esac
     shift

@@ -16,6 +16,7 @@ from megatron_laer.layer.dispatch import kernels, row_map
 from megatron_laer.layer.dispatch.permutation import run_sizes, send_rows
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
+from tests.exchange_kernels import INTERPRETED
 
 CPU = torch.device("cpu")
 # Ranks, slots per rank, experts, tokens, experts per token.
@@ -85,7 +86,7 @@ def check_all(device: torch.device) -> int:
     for sizes in SIZES:
         check_send_rows(*sizes, device)
     # The interpreter truncates float32 to bfloat16 where a card rounds.
-    narrow = torch.bfloat16 if device.type == "cuda" else torch.float16
+    narrow = torch.float16 if INTERPRETED else torch.bfloat16
     for dtype in (torch.float32, narrow):
         for shape in SUMS:
             check_sum_rows(*shape, dtype, device)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.command_line import program, write_json
 from benchmarks.gpu.headline import headline
-from benchmarks.gpu.report import DRY, Part, about, page_rows, show
+from benchmarks.gpu.report import DRY, LABELLED, Part, about, page_rows, show
 from megatron_laer.files.checks import refuse_unusable_folder
 from megatron_laer.files.writing import write_file
 from megatron_laer.support.torch_version import problem_on_cuda
@@ -107,24 +107,27 @@ def tasks(parts: Sequence[str], ranks: int, nodes: int, *, dry: bool) -> list[Ta
     if "workloads" in parts:
         found.append(Task("workloads", "benchmarks.gpu.workloads", 6, ranks))
     if "modes" in parts:
-        found.append(_MODES)
+        # Its tests start processes of their own, which need Transformer Engine.
+        more = ("--collect-only",) * dry
+        found.append(replace(_MODES, arguments=(*_MODES.arguments, *more)))
     return found
 
 
 def launch(task: Task, options: argparse.Namespace) -> list[str]:
     """Return the words that start a task's Python, up to its module's arguments."""
+    module = ["-m", *[LABELLED] * options.dry_run, task.module]
     if task.ranks == 1:
-        return [sys.executable, "-m", task.module]
+        return [sys.executable, *module]
     torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(task.ranks // options.nodes)]
     if options.nodes == 1:
-        return [sys.executable, *torchrun, "--standalone", "-m", task.module]
+        return [sys.executable, *torchrun, "--standalone", *module]
     nodes = str(options.nodes)
     on_node = 'exec "$0" -m torch.distributed.run --node-rank "$SLURM_NODEID" "$@"'
     return [
         *("srun", "--nodes", nodes, "--ntasks", nodes, "--ntasks-per-node", "1"),
         *("--kill-on-bad-exit=1", "--export=ALL", "bash", "-c", on_node, sys.executable),
         *(*torchrun[2:], "--nnodes", nodes, "--master-addr", options.address),
-        *("--master-port", str(options.port), "-m", task.module),
+        *("--master-port", str(options.port), *module),
     ]
 
 
@@ -245,7 +248,7 @@ def refusal(options: argparse.Namespace, parts: Sequence[str]) -> str | None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="gpu_check", description="What a card shows.")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a labelled CPU")
     parser.add_argument("--parts", help=f"some of {','.join(PARTS)}; default: all")
     parser.add_argument(
         "--ranks", type=between(1, 2**16), default=1, help="cards, of all nodes together"

@@ -1,7 +1,7 @@
 """Tests that need a card, counted while they run.
 
 `python -m benchmarks.gpu.card_tests FILE…`. The result is written after each test, so that a part
-that is ended has one too. A dry run collects tests only.
+that is ended has one too.
 """
 
 from __future__ import annotations
@@ -55,12 +55,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Tests that need a card.")
     parser.add_argument("files", nargs="+")
     parser.add_argument("--seconds", type=float, help="ignored: the caller ends this process")
-    parser.add_argument("--dry-run", action="store_true", help="collect only")
+    parser.add_argument("--dry-run", action="store_true", help="for the tables' titles")
+    parser.add_argument("--collect-only", action="store_true", help="run no test")
     parser.add_argument("--json", type=Path, help="where to write the counts")
     options = parser.parse_args(arguments)
     outcomes = Outcomes(options.json)
     words = ["-v", "-m", "gpu", "-p", "no:cacheprovider", *options.files]
-    status = int(pytest.main([*words, *["--collect-only"] * options.dry_run], [outcomes]))
+    status = int(pytest.main([*words, *["--collect-only"] * options.collect_only], [outcomes]))
     show(outcomes.part(), options.dry_run)
     # Failed tests are problems of a part that has ended well.
     return 0 if status in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) else status

@@ -1,7 +1,7 @@
 """What NCCL takes of a card's memory for each of FSEP's communicators, at its first exchange.
 
 Under torchrun: `-m benchmarks.gpu.communicators --data PREFIX`. Memory is the device's, so nothing
-else may run on it. gloo takes none.
+else may run on it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ _NAMES = (
 def measure_memory(ranks: Ranks) -> Part:
     if not ranks.may_run():
         return Part(left_out=["communicators: the time was spent"])
-    dist.init_process_group("gloo" if ranks.dry else "nccl")
+    dist.init_process_group("nccl")
     world = dist.group.WORLD
     assert world is not None
-    if not ranks.dry:
-        torch.cuda.set_device(ranks.rank % torch.cuda.device_count())
+    torch.cuda.set_device(ranks.rank % torch.cuda.device_count())
     groups = create_groups(world, None, dist.new_group)
-    taken = {name: _taken_bytes(getattr(groups, name), ranks.dry) for name in _made(groups)}
+    taken = {name: _taken_bytes(getattr(groups, name)) for name in _made(groups)}
     gathered: list[dict[str, int]] = [{}] * ranks.size
     dist.all_gather_object(gathered, taken)
     sizes = {name: getattr(groups, name).size() for name in taken}
@@ -57,14 +56,11 @@ def _made(groups: FSEPGroups) -> list[str]:
     return [name for name in _NAMES if getattr(groups, name) is not None]
 
 
-def _taken_bytes(group: dist.ProcessGroup, dry: bool) -> int:
-    device = torch.device("cpu" if dry else "cuda")
-    sent = torch.zeros(group.size() * 1024, device=device)
+def _taken_bytes(group: dist.ProcessGroup) -> int:
+    sent = torch.zeros(group.size() * 1024, device="cuda")
     received = torch.empty_like(sent)
-    before = 0 if dry else torch.cuda.mem_get_info()[0]
+    before = torch.cuda.mem_get_info()[0]
     dist.all_to_all_single(received, sent, group=group)
-    if dry:
-        return 0
     torch.cuda.synchronize()
     return before - torch.cuda.mem_get_info()[0]
 

@@ -59,7 +59,7 @@ def measure(setting: Setting) -> Part:
                 part.problems.append(f"{name} at {model.name}, {split}, differs from loop")
         for which in _PASSES:
             runs = {name: layer.run(gemm, which) for name, gemm in gemms.items()}
-            found.append((model, split, which, in_turn(runs, setting.device, share_s)))
+            found.append((model, split, which, in_turn(runs, share_s)))
         del layer
     part.tables["GEMM back ends beside loop"] = rows(found, plain)
     part.tables["Largest difference from loop, of the largest value"] = differences

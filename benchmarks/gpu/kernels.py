@@ -1,7 +1,7 @@
 """Bandwidth of the project's kernels, as a share of a plain copy's on the same card.
 
 `python -m benchmarks.gpu.kernels`. A kernel's bytes are those of its arguments and results, once
-each. Without a card each kernel's torch version runs.
+each.
 
 Legend: T tokens, E experts, C slots of a rank, S of all, P pairs, H columns; R rows of a matrix,
 r of a rank, K columns.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +23,7 @@ from benchmarks.gpu.report import Part, Setting, run_part
 from benchmarks.gpu.sizes import Model, models
 from benchmarks.gpu.timing import Times, copy_gb_per_s, in_turn
 from megatron_laer.config import Split
-from megatron_laer.layer.dispatch import permutation, row_map
+from megatron_laer.layer.dispatch import permutation
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.sharding import ReplicaSlots
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
@@ -35,15 +36,11 @@ _COPY_BYTES, _DRY_COPY_BYTES = 2**30, 2**16
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel, its reference on the CPU, and the arguments of both.
-
-    `make` returns the arguments of `run` and of `reference` for a model's sizes.
-    """
+    """A kernel, and a function that makes its arguments for a model's sizes."""
 
     name: str
     run: Callable[..., Any]
-    reference: Callable[..., Any]
-    make: Callable[[Model, Setting], tuple[tuple[Any, ...], tuple[Any, ...]]]
+    make: Callable[[Model, Setting], tuple[Any, ...]]
 
 
 def measure(setting: Setting) -> Part:
@@ -58,16 +55,9 @@ def measure(setting: Setting) -> Part:
             if setting.budget.spent:
                 part.left_out.append(f"{kernel.name} at {model.name}: the time was spent")
                 continue
-            of_kernel, of_reference = kernel.make(model, setting)
-            run, given = (
-                (kernel.reference, of_reference) if setting.dry else (kernel.run, of_kernel)
-            )
-            moved = _bytes(given) + _bytes(run(*given))
-            times = in_turn(
-                {kernel.name: lambda run=run, given=given: run(*given)},
-                setting.device,
-                min(share_s, 2.0),
-            )
+            run = partial(kernel.run, *kernel.make(model, setting))
+            moved = _bytes(run.args) + _bytes(run())
+            times = in_turn({kernel.name: run}, min(share_s, 2.0))
             found.append((kernel.name, model.name, moved, times[kernel.name]))
     part.tables["Kernels beside a plain copy"] = rows(found, copied)
     return part
@@ -103,7 +93,7 @@ def _triton(name: str) -> Callable[..., Any]:
     return call
 
 
-def _of_send_rows(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _of_send_rows(model: Model, setting: Setting) -> tuple[Any, ...]:
     layout = ExpertLayout.random(model.ranks, model.slots, model.experts, (1,))
     generator = torch.Generator().manual_seed(1)
     scores_TE = torch.rand(model.tokens, model.experts, generator=generator)
@@ -114,33 +104,31 @@ def _of_send_rows(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tupl
     quotas = RankQuotas.of(layout, solved.rank_row(0), solved.rank_columns(0))
     sizes = permutation.run_sizes(layout.num_slots, model.experts)
     runs = torch.from_numpy(quotas.runs).to(setting.device).split(sizes)
-    given = map_TE.to(setting.device), quotas.num_sent
-    return (*given, *runs[:5]), (*given, *runs[7:])
+    return map_TE.to(setting.device), quotas.num_sent, *runs[:5]
 
 
-def _of_sum_rows(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _of_sum_rows(model: Model, setting: Setting) -> tuple[Any, ...]:
     device = setting.device
     rows_PH = torch.randn(model.rows, model.hidden, device=device, dtype=setting.dtype)
     token_P = torch.randperm(model.rows, device=device) % model.tokens
     ends_T = torch.bincount(token_P, minlength=model.tokens).cumsum(0).int()
     by_token_P = token_P.argsort(stable=True).int()
-    return (rows_PH, ends_T, by_token_P), (rows_PH, model.tokens, token_P, None, None)
+    return rows_PH, ends_T, by_token_P
 
 
-def _of_gather(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _of_gather(model: Model, setting: Setting) -> tuple[Any, ...]:
     hidden_TH = torch.randn(model.tokens, model.hidden, device=setting.device, dtype=setting.dtype)
     token_P = torch.randperm(model.rows, device=setting.device) % model.tokens
-    return (hidden_TH, 0, token_P), (hidden_TH, 0, token_P)
+    return hidden_TH, 0, token_P
 
 
-def _of_pack(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _of_pack(model: Model, setting: Setting) -> tuple[Any, ...]:
     slots_CRK = _matrices(model.slots, model.hidden, model, setting)
     blocks = row_blocks(model.hidden, model.ranks, model.ranks)
-    given = slots_CRK, torch.empty_like(slots_CRK).view(-1), blocks, 0, model.slots
-    return given, given
+    return slots_CRK, torch.empty_like(slots_CRK).view(-1), blocks, 0, model.slots
 
 
-def _of_sum_replicas(model: Model, setting: Setting) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+def _of_sum_replicas(model: Model, setting: Setting) -> tuple[Any, ...]:
     layout = ExpertLayout.random(model.ranks, model.slots, model.experts, (1,))
     sums = reduce_index(ReplicaSlots(layout), model.ranks, 0, setting.device).intra_node
     mine = model.hidden // model.ranks
@@ -148,8 +136,7 @@ def _of_sum_replicas(model: Model, setting: Setting) -> tuple[tuple[Any, ...], t
     main_grad_ErK = torch.zeros(
         model.experts, mine, model.ffn, device=setting.device, dtype=torch.float32
     )
-    given = parts_SrK, sums, main_grad_ErK, row_blocks(mine, 1, 1), 0
-    return given, given
+    return parts_SrK, sums, main_grad_ErK, row_blocks(mine, 1, 1), 0
 
 
 def _add_replicas(*given: Any) -> None:
@@ -162,12 +149,12 @@ def _matrices(number: int, rows: int, model: Model, setting: Setting) -> torch.T
 
 
 KERNELS = (
-    Kernel("rows of the send buffer", _triton("send_rows"), permutation.send_rows, _of_send_rows),
-    Kernel("gather of tokens", torch.index_select, torch.index_select, _of_gather),
-    Kernel("sum of tokens' rows", _triton("sum_rows"), row_map.sum_copies, _of_sum_rows),
+    Kernel("rows of the send buffer", _triton("send_rows"), _of_send_rows),
+    Kernel("gather of tokens", torch.index_select, _of_gather),
+    Kernel("sum of tokens' rows", _triton("sum_rows"), _of_sum_rows),
     # These choose between kernel and torch by themselves.
-    Kernel("rows of slots to send", pack_rows, pack_rows, _of_pack),
-    Kernel("sum of replicas to main gradients", _add_replicas, _add_replicas, _of_sum_replicas),
+    Kernel("rows of slots to send", pack_rows, _of_pack),
+    Kernel("sum of replicas to main gradients", _add_replicas, _of_sum_replicas),
 )
 
 

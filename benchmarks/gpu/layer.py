@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu import lone_rank
-from benchmarks.gpu.report import Part, Setting, run_part
+from benchmarks.gpu.report import LABELLED, Part, Setting, run_part
 from benchmarks.gpu.sizes import Model, models
 from benchmarks.gpu.timing import Times, elapsed_ms
 
@@ -43,7 +43,8 @@ def measure(setting: Setting) -> Part:
                 if setting.budget.spent:
                     part.left_out.append(f"{side} at {model.name}, turn {turn + 1}: no time left")
                     continue
-                words = [sys.executable, "-m", "benchmarks.gpu.layer", _ONE, side, model.name]
+                module = ["-m", *[LABELLED] * setting.dry, "benchmarks.gpu.layer"]
+                words = [sys.executable, *module, _ONE, side, model.name]
                 done = subprocess.run(
                     words + ["--dry-run"] * setting.dry, capture_output=True, text=True
                 )
@@ -90,7 +91,7 @@ def measure_one(side: str, model: Model, dry: bool) -> dict[str, Any]:
     from megatron_laer import launch
 
     lone_rank.install(model.ranks)
-    launch.prepare(force_cpu=dry)
+    launch.prepare()
 
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
@@ -104,18 +105,17 @@ def measure_one(side: str, model: Model, dry: bool) -> dict[str, Any]:
         expert_model_parallel_size=model.ranks, create_gloo_process_groups=False
     )
     model_parallel_cuda_manual_seed(1)
-    device = torch.device("cpu") if dry else torch.device("cuda", torch.cuda.current_device())
+    device = torch.device("cuda", torch.cuda.current_device())
     grouped = not dry and find_spec("transformer_engine") is not None
     layer = _build(model, grouped and side == "stock").to(device)
     for parameter in layer.parameters():
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+    torch.cuda.reset_peak_memory_stats()
     computed: list[int] = []
     times = _times(layer, model, device, computed, rounds=2 if dry else _ROUNDS)
     megatron_laer.disable()
     how = ("grouped GEMM" if grouped else "a loop") if side == "stock" else "--fsep-gemm auto"
-    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
+    peak = torch.cuda.max_memory_allocated()
     return {**times, "experts": how, "rows": computed[-1], "peak_bytes": peak}
 
 
@@ -167,8 +167,8 @@ def _times(
     outputs: list[torch.Tensor] = []
     for step in range(_WARM_UP + rounds):
         with megatron_laer.training_step(step, 1):
-            forward_ms = elapsed_ms(lambda: outputs.append(layer(hidden)[0]), device)
-            backward_ms = elapsed_ms(lambda: outputs.pop().backward(grad), device)
+            forward_ms = elapsed_ms(lambda: outputs.append(layer(hidden)[0]))
+            backward_ms = elapsed_ms(lambda: outputs.pop().backward(grad))
         if step >= _WARM_UP:
             times["forward"].append(forward_ms)
             times["backward"].append(backward_ms)

@@ -27,15 +27,12 @@ _ROUNDS = 20
 def measure_both(ranks: Ranks) -> Part:
     if not ranks.may_run():
         return Part(left_out=["products during an exchange: the time was spent"])
-    dist.init_process_group("gloo" if ranks.dry else "nccl")
-    device = torch.device("cpu")
-    if not ranks.dry:
-        device = torch.device("cuda", ranks.rank % torch.cuda.device_count())
-        torch.cuda.set_device(device)
+    dist.init_process_group("nccl")
+    device = torch.device("cuda", ranks.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
     group = dist.new_group()
-    dtype = torch.float32 if ranks.dry else torch.bfloat16
     size, links, sent_bytes = (64, 3, 2**16) if ranks.dry else (4096, 12, 2**28)
-    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = torch.empty_like(a)
     elements = sent_bytes // ranks.size * ranks.size
     sent = torch.zeros(elements, dtype=torch.uint8, device=device)
@@ -67,10 +64,9 @@ def measure_both(ranks: Ranks) -> Part:
         times_ms = []
         for _ in range(2 if ranks.dry else _ROUNDS):
             dist.barrier()
-            times_ms.append(elapsed_ms(what, device))
+            times_ms.append(elapsed_ms(what))
             start().wait()  # ends what was left of the last round
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            torch.cuda.synchronize()
         return Times.of(times_ms[1:])
 
     found = {

@@ -1,7 +1,6 @@
 """What the priority of a stream is worth: a small copy beside a chain of large matrix products.
 
-`python -m benchmarks.gpu.priorities`. FSEP's exchanges run at -2, compute at 0. Without a card
-there are no streams: the copy follows the chain.
+`python -m benchmarks.gpu.priorities`. FSEP's exchanges run at -2, compute at 0.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.report import Part, Setting, run_part
-from benchmarks.gpu.timing import Times, elapsed_ms, in_turn
+from benchmarks.gpu.timing import Times, in_turn
 
 PRIORITIES = (0, -1, -2)
 _MOST_ROUNDS = 30
@@ -30,7 +29,7 @@ def measure(setting: Setting) -> Part:
         for _ in range(links):
             torch.mm(a, b, out=product)
 
-    alone = in_turn({"copy": lambda: target.copy_(source), "chain": chain}, device, 2.0)
+    alone = in_turn({"copy": lambda: target.copy_(source), "chain": chain}, 2.0)
     copies_ms: dict[int, list[float]] = {priority: [] for priority in PRIORITIES}
     chains_ms: dict[int, list[float]] = {priority: [] for priority in PRIORITIES}
     for _ in range(3 if setting.dry else _MOST_ROUNDS):
@@ -63,9 +62,6 @@ def rows(alone: dict[str, Times], found: dict[int, tuple[Times, Times]]) -> list
 
 def _beside(chain: Any, copy: Any, priority: int, device: torch.device) -> tuple[float, float]:
     """Return the end times of the copy and of the chain, in ms since the chain's start."""
-    if device.type != "cuda":
-        chain_ms = elapsed_ms(chain, device)
-        return chain_ms + elapsed_ms(copy, device), chain_ms
     stream = torch.cuda.Stream(device, priority=priority)
     begin, copied, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     begin.record()

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 from benchmarks.end_to_end_cases import Size
-from benchmarks.gpu.report import Part, finish
+from benchmarks.gpu.report import NO_CARD, Part, finish
 from benchmarks.gpu.timing import Budget
 
 # Sizes at which experts dominate a step, yet many runs fit. `experts` is per rank.
@@ -58,7 +58,7 @@ class Ranks:
 
     def backend_flags(self) -> list[str]:
         """Return the flags that a command line for the CPU also needs here."""
-        return [] if self.dry else ["--distributed-backend", "nccl", "--bf16"]
+        return ["--distributed-backend", "nccl", "--bf16"]
 
 
 def run_ranks_part(
@@ -67,15 +67,15 @@ def run_ranks_part(
     """Run one part on this rank; rank 0 prints and writes."""
     parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=120.0, help="what it may take")
-    parser.add_argument("--dry-run", action="store_true", help="tiny sizes, gloo on the CPU")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes")
     parser.add_argument("--json", type=Path, help="where rank 0 writes the tables")
     parser.add_argument("--data", required=True, help="prefix of a dataset")
     options = parser.parse_args(arguments)
     from megatron_laer import device, launch
 
-    launch.prepare(force_cpu=options.dry_run)
-    if device.cpu_installed() and not options.dry_run:
-        print("torch sees no card; run this on one, or give --dry-run", file=sys.stderr)
+    launch.prepare()
+    if device.cpu_installed():
+        print(NO_CARD, file=sys.stderr)
         return 2
     folder = Path(options.data).parent
     ranks = Ranks(options.seconds, options.data, folder, dry=options.dry_run)

@@ -48,12 +48,8 @@ class Times:
         }
 
 
-def elapsed_ms(run: Run, device: torch.device) -> float:
-    """Return the time of one call: on a card between two events, elsewhere by the clock."""
-    if device.type != "cuda":
-        start_s = time.perf_counter()
-        run()
-        return (time.perf_counter() - start_s) * 1e3
+def elapsed_ms(run: Run) -> float:
+    """Return the time of one call on the card, between two events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -62,19 +58,19 @@ def elapsed_ms(run: Run, device: torch.device) -> float:
     return start.elapsed_time(end)
 
 
-def in_turn(variants: Mapping[str, Run], device: torch.device, seconds: float) -> dict[str, Times]:
+def in_turn(variants: Mapping[str, Run], seconds: float) -> dict[str, Times]:
     """Measure variants one after the other, round by round, so that drift affects all alike.
 
     After a warm-up every variant is measured at least once, even without time.
     """
     for run in variants.values():
-        for _ in range(_WARM_UP if device.type == "cuda" else 1):
+        for _ in range(_WARM_UP):
             run()
     budget = Budget(seconds)
     times_ms: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(_MOST_ROUNDS):
         for name, run in variants.items():
-            times_ms[name].append(elapsed_ms(run, device))
+            times_ms[name].append(elapsed_ms(run))
         if budget.spent:
             break
     return {name: Times.of(found) for name, found in times_ms.items()}
@@ -84,12 +80,12 @@ def copy_gb_per_s(device: torch.device, size_bytes: int, seconds: float) -> floa
     """Return the bytes read and written per second by a plain copy on the device, in GB/s."""
     source = torch.empty(size_bytes, dtype=torch.uint8, device=device).zero_()
     target = torch.empty_like(source)
-    times = in_turn({"copy": lambda: target.copy_(source)}, device, seconds)["copy"]
+    times = in_turn({"copy": lambda: target.copy_(source)}, seconds)["copy"]
     return 2 * size_bytes / times.median_ms / 1e6
 
 
 def matmul_tflops(device: torch.device, size: int, dtype: torch.dtype, seconds: float) -> float:
     """Return the speed of a plain square matrix product on the device, in TFLOP/s."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    times = in_turn({"matmul": lambda: torch.mm(a, b)}, device, seconds)["matmul"]
+    times = in_turn({"matmul": lambda: torch.mm(a, b)}, seconds)["matmul"]
     return 2 * size**3 / times.median_ms / 1e9

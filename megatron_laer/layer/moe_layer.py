@@ -22,6 +22,7 @@ from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
 from megatron_laer import session
 from megatron_laer.layer.dispatch.choice import make_dispatcher
+from megatron_laer.layer.dispatch.first_launches import launch_dispatch_kernels
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
 from megatron_laer.layer.experts.homes import HomeExperts
 from megatron_laer.layer.experts.module import FSEPExperts
@@ -203,6 +204,16 @@ class FSEPMoELayer(MoELayer):
     def end_step(self) -> None:
         self.token_dispatcher.end_step()
 
+    def launch_kernels(self) -> None:
+        share, coordinator = self._slot_experts.share, self._coordinator
+        launch_dispatch_kernels(
+            coordinator.geometry.num_slots,
+            coordinator.geometry.num_experts,
+            share.columns[0],
+            share.likes[0].dtype,
+            coordinator.device,
+        )
+
     def _make_home_experts(
         self, coordinator: Coordinator, pg_collection: Any
     ) -> HomeExperts | None:
@@ -227,6 +238,7 @@ class FSEPMoELayer(MoELayer):
             passes=self.config.mtp_num_layers if repeats else 1,
             what_changed=self.what_changed,
             on_step_end=self.end_step,
+            launch_kernels=self.launch_kernels,
         )
         self._slot_experts.initialise(self._state.name, self._coordinator.seed)
 

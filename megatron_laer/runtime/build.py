@@ -19,7 +19,6 @@ from megatron_laer.config import (
     PlanMode,
     Restore,
     TokenExchange,
-    WireDtype,
 )
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
@@ -29,7 +28,12 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
-from megatron_laer.runtime.comm.exchange import Exchange, flat_exchange, node_exchange
+from megatron_laer.runtime.comm.exchange import (
+    Exchange,
+    flat_exchange,
+    node_exchange,
+    wire_dtype,
+)
 from megatron_laer.runtime.comm.home_exchange import ChosenExchange, DirectExchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.relay import RelayExchange
@@ -49,12 +53,6 @@ from megatron_laer.schedule import make_schedule
 from megatron_laer.support.model import slots_multiple
 
 logger = logging.getLogger(__name__)
-
-_WIRE_DTYPES = {
-    WireDtype.BF16: torch.bfloat16,
-    WireDtype.FP16: torch.float16,
-    WireDtype.FP32: torch.float32,
-}
 
 # Layouts whose way of exchange is remembered: those in force, and some of microbatches.
 _LAYOUTS = 1024
@@ -180,7 +178,7 @@ def token_exchange(
 def make_exchange(
     config: FSEPConfig, groups: FSEPGroups, costs: CostModel, geometry: Geometry
 ) -> Exchange:
-    dtype = None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
+    dtype = wire_dtype(config)
     is_flat = costs.restore_algorithm == ExchangeAlgorithm.FLAT
     if config.sharding == Sharding.ROWS:
         return flat_exchange(groups) if is_flat else node_exchange(groups, dtype)

@@ -15,6 +15,7 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.runtime.comm import agreement
+from megatron_laer.runtime.comm.exchange import wire_dtype
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.layer_state import (
     LayerState,
@@ -29,6 +30,7 @@ from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.first_launches import launch_exchange_kernels
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,7 @@ class Coordinator:
         try:
             names = [layer.name for layer in self.layers]
             self.measurements.start(names, first_step, self.device)
+            self._launch_kernels()
             self.layouts.start(first_step)
         except (ValueError, OSError) as error:
             return str(error)
@@ -99,6 +102,18 @@ class Coordinator:
             logger.exception("FSEP: planner and recordings could not be opened")
             return f"{type(error).__name__}: {error}"
         return None
+
+    def _launch_kernels(self) -> None:
+        """Launch all Triton kernels on a card, each of which is compiled by that."""
+        for layer in self.layers:
+            layer.launch_kernels()
+            launch_exchange_kernels(
+                layer.share,
+                self.geometry.num_experts,
+                self.groups,
+                holds_step=self.experts.holds_step,
+                wire_dtype=wire_dtype(self.config),
+            )
 
     def begin_step(self, step: int, num_microbatches: int | None = None) -> None:
         """Begin a step: layouts that are due take effect. Collective over the group.

@@ -1,6 +1,6 @@
-"""The GPU check runs from end to end without a card: every part, on one rank and on two.
+"""The GPU check runs from end to end on the labelled device: every part, on one rank and on two.
 
-One part runs each day, since all share the script, the launch and the report.
+Parts without Megatron's loop run each day. A finding that would be an error on a card fails a part.
 """
 
 import json
@@ -18,7 +18,12 @@ _CHECK = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.sh"
 
 
 @pytest.mark.parametrize(
-    "parts", [["communicators"], pytest.param(PARTS, marks=pytest.mark.nightly)]
+    "parts",
+    [
+        ["kernels", "gemms", "priorities", "layer", "overlap", "communicators"],
+        pytest.param(PARTS, marks=pytest.mark.nightly),
+    ],
+    ids=["daily", "all"],
 )
 def test_parts_run_without_a_card(tmp_path, parts):
     result = shell(

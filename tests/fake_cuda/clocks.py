@@ -72,6 +72,7 @@ class Watched:
     Attributes:
         found: findings of the labelled device, with their numbers.
         launches: number of launches of each of Triton's kernels.
+        compiled_in_steps: number of its variants that no launch before the first step compiled.
         losses: of each step, if the run trains a model.
         orders: launches on communicators, in their order.
     """
@@ -81,6 +82,7 @@ class Watched:
     frees: int
     found: dict[Any, int] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
+    compiled_in_steps: dict[str, int] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     orders: list[Launch] = field(default_factory=list)
 

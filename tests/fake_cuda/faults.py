@@ -13,18 +13,22 @@ import torch.distributed as dist
 
 from megatron_laer.layer.dispatch import permutation, row_map
 from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
+from megatron_laer.layer.experts.gemm import loop
 from megatron_laer.runtime.comm import collectives, copies
 from megatron_laer.runtime.comm.collectives import CountsExchange
 from megatron_laer.runtime.comm.copies import Download
+from megatron_laer.runtime.coordinator import Coordinator
+from megatron_laer.runtime.weights import first_launches
 from megatron_laer.telemetry.clock import StreamClock
 from tests.fake_cuda.findings import Kind
 
 RACE = "race"
+COMPILED = "kernel compiled in a step"
 _HERE = "tests/fake_cuda/faults.py:"
 
 
 class Fault(NamedTuple):
-    """Replaced function, and the kind and place of the finding.
+    """Replaced function, and the kind and place of the finding, or the kernel's name.
 
     Attributes:
         interprets: whether Triton's kernels run, and not torch in their place.
@@ -39,6 +43,7 @@ class Fault(NamedTuple):
 _preprocess = SlotTokenDispatcher.preprocess
 _start_counts = CountsExchange.start
 _sum_copies = row_map.sum_copies
+_sum_replicas = first_launches.sum_replicas
 _gather = dist.all_gather_into_tensor
 
 
@@ -128,6 +133,15 @@ def _gathers_too(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return _replaced(CountsExchange, "start", start)
 
 
+def _does_not_add(*args: Any, adds: bool = False) -> None:
+    if not adds:
+        _sum_replicas(*args)
+
+
+def _adds_a_product(grad_Rn: torch.Tensor, input_nK: torch.Tensor, out_RK: torch.Tensor) -> None:
+    torch.addmm(out_RK.zero_(), grad_Rn, input_nK, out_dtype=out_RK.dtype, out=out_RK)
+
+
 def _sums_beside(*args: Any, **kwargs: Any) -> torch.Tensor:
     """Launch a kernel on a stream that waits for nothing."""
     with torch.cuda.stream(torch.cuda.Stream()):
@@ -189,5 +203,19 @@ FAULTS = {
     ),
     "a kernel on the wrong stream": Fault(
         _replaced(row_map, "sum_copies", _sums_beside), RACE, "dispatch/kernels.py:sum_rows", True
+    ),
+    "an operation newer than the oldest torch": Fault(
+        _replaced(loop, "_write_product", _adds_a_product), Kind.REFUSED, f"{_HERE}_adds_a_product"
+    ),
+    "no launch before the first step": Fault(
+        _replaced(Coordinator, "_launch_kernels", lambda _: None), COMPILED, "_rows_of_expert", True
+    ),
+    "one kernel not launched before": Fault(
+        _replaced(first_launches, "sum_replicas", lambda *_, **__: None),
+        *(COMPILED, "_sum_replicas", True),
+    ),
+    "sums onto main gradients not launched before": Fault(
+        _replaced(first_launches, "sum_replicas", _does_not_add),
+        *(COMPILED, "_sum_replicas", True),
     ),
 }

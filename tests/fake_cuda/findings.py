@@ -19,7 +19,7 @@ class Kind(StrEnum):
     COLLECTIVE = "collective that NCCL lacks"
 
 
-_WHEN_STEADY = (Kind.WAIT, Kind.PAGEABLE)
+WHEN_STEADY = (Kind.WAIT, Kind.PAGEABLE)
 
 
 class Finding(NamedTuple):
@@ -42,7 +42,7 @@ class Findings:
         self.raises = False
 
     def note(self, kind: Kind, what: str) -> None:
-        if self.is_steady or kind not in _WHEN_STEADY:
+        if self.is_steady or kind not in WHEN_STEADY:
             self.found[Finding(kind, place(), what)] += 1
 
     def places(self) -> set[tuple[str, str]]:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_laer.layer.dispatch import row_map
 from megatron_laer.runtime.comm import rows
+from megatron_laer.runtime.coordinator import Coordinator
 from tests.fake_cuda import findings, labels, streams
 
 _ALIGNMENT = 16
@@ -30,15 +31,29 @@ WRITES: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
 
 
 class Launches:
-    """Launches by kernel, and the variants that Triton would compile."""
+    """Launches by kernel, and the variants that Triton would compile.
+
+    Attributes:
+        number: of launches, from the first step on.
+        compiled_in_steps: variants by kernel that were first launched after the first step began.
+    """
 
     def __init__(self) -> None:
         self.number = Counter[str]()
         self.variants: defaultdict[str, set[Hashable]] = defaultdict(set)
+        self.compiled_in_steps = Counter[str]()
+        self._in_steps = False
+
+    def begin_step(self) -> None:
+        if not self._in_steps:
+            self.number.clear()
+        self._in_steps = True
 
     def add(self, kernel: Any, given: dict[str, Any]) -> None:
-        self.number[kernel.fn.__name__] += 1
-        self.variants[kernel.fn.__name__].add(_variant(kernel, given))
+        name, variant = kernel.fn.__name__, _variant(kernel, given)
+        self.number[name] += 1
+        self.compiled_in_steps[name] += self._in_steps and variant not in self.variants[name]
+        self.variants[name].add(variant)
 
 
 Kernels = Callable[[Launches], AbstractContextManager[None]]
@@ -92,7 +107,16 @@ def _replaced(launches: Launches, *, runs: bool) -> Iterator[None]:
             [tensor for key, tensor in tensors.items() if key in written],
         )
 
-    with mock.patch.object(InterpretedFunction, "run", launch):
+    begin_step = Coordinator.begin_step
+
+    def begin(coordinator: Coordinator, *args: Any) -> None:
+        launches.begin_step()
+        begin_step(coordinator, *args)
+
+    with (
+        mock.patch.object(InterpretedFunction, "run", launch),
+        mock.patch.object(Coordinator, "begin_step", begin),
+    ):
         yield
 
 

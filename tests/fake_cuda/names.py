@@ -13,6 +13,7 @@ from unittest import mock
 
 import torch
 import torch.distributed._shard.sharded_tensor._ops  # registers replaced names
+from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from megatron_laer import device as megatrons_device
 from tests.fake_cuda import findings, labels, streams
@@ -20,6 +21,7 @@ from tests.fake_cuda.labels import PINNED, Memory, card, is_card, label, on_card
 from tests.fake_cuda.oracle import Wanted, judge_copy
 
 _CPU = torch.device("cpu")
+_CARD_BYTES = 80 * 2**30
 _BASE: Any = torch._C.TensorBase
 _FACTORIES = (
     *("arange", "as_tensor", "empty", "empty_like", "empty_strided", "eye", "full", "full_like"),
@@ -65,9 +67,11 @@ def replaced(capability: tuple[int, int]) -> Iterator[None]:
         patch(module, "cuda", lambda self, *_: self._apply(lambda part: part.cuda()))
         patch(module, "to", torchs_own(module.to))
         patch(module, "to_empty", torchs_own(module.to_empty))
+        patch(torch, "Generator", _Generator)
         patch(torch.cuda, "current_device", lambda: card().index)
         patch(torch.cuda, "get_device_capability", lambda *_: capability)
         patch(torch.cuda, "get_device_name", lambda *_: "NVIDIA H100 80GB HBM3")
+        patch(torch.cuda, "mem_get_info", lambda *_: (_CARD_BYTES, _CARD_BYTES))
         patch(torch.cuda, "set_sync_debug_mode", _set_sync_debug_mode)
         # gloo's groups would exchange objects on the host.
         patch(torch.distributed.distributed_c10d, "_get_object_coll_device", lambda _=None: "cuda")
@@ -80,9 +84,19 @@ _true_device: Any = _BASE.device
 
 
 def _device(tensor: torch.Tensor) -> torch.device:
+    if isinstance(tensor, ShardedTensor):  # of checkpoints; torch looks for a name that is replaced
+        shards = tensor.local_shards()
+        return _device(shards[0].tensor) if shards else card()
     memory = label(tensor)
     device: torch.device = memory if is_card(memory) else _true_device.__get__(tensor)
     return device
+
+
+class _Generator(torch.Generator):
+    """Generator on the CPU for any device."""
+
+    def __new__(cls, device: Any = None) -> _Generator:
+        return super().__new__(cls, _CPU)
 
 
 def _set_sync_debug_mode(mode: str) -> None:

@@ -68,6 +68,9 @@ COLLECTIVES = {
 
 _POINT_TO_POINT = {"send": "dst", "recv_": "src", "recv_any_source_": ""}
 
+HOST_GROUPS: set[str] = set()
+"""Names of groups that stay gloo's on a card's machine, for control messages of host memory."""
+
 # Operations that give another view of their input and whose schema does not say so.
 _VIEWS = {"aten::_unsafe_view", "aten::lift_fresh", "aten::_reshape_alias"}
 # Operations that read no element of their inputs, and those that write none of their output.
@@ -161,6 +164,9 @@ class Works:
         """Wrap a method of `ProcessGroup` that starts a collective."""
 
         def run(group: Any, *args: Any, **kwargs: Any) -> Any:
+            if group.group_name in HOST_GROUPS:
+                with _disable_current_modes():
+                    return true_method(group, *args, **kwargs)
             outer, self._group = self._group, group
             try:
                 work = true_method(group, *args, **kwargs)
@@ -243,8 +249,9 @@ class Observed(NamedTuple):
 
     def watched(self) -> Watched:
         checker, device = self
-        found, launches = dict(device.findings.found), dict(device.launches.number)
-        return Watched(checker.races, checker.operations, checker.frees, found, launches)
+        found, launches = dict(device.findings.found), device.launches
+        numbers = dict(launches.number), dict(+launches.compiled_in_steps)
+        return Watched(checker.races, checker.operations, checker.frees, found, *numbers)
 
 
 @contextlib.contextmanager

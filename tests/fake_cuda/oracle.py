@@ -16,6 +16,7 @@ from torch._subclasses import fake_tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from megatron_laer.support.torch_version import OLDEST_ON_CUDA
 from tests.fake_cuda import findings, labels, streams
 from tests.fake_cuda.findings import Kind
 from tests.fake_cuda.labels import PINNED, UNKNOWN, Memory, is_card, label, put, torchs_own
@@ -60,6 +61,46 @@ class Wanted:
     memory: Memory = None
 
 
+def _mm_of_dtype(
+    a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, *, out: torch.Tensor
+) -> torch.Tensor:
+    return torch.mm(a.to(dtype), b.to(dtype), out=out)
+
+
+def _addmm_of_dtype(
+    bias: torch.Tensor, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype, **options: Any
+) -> torch.Tensor:
+    return torch.addmm(bias.to(dtype), a.to(dtype), b.to(dtype), **options)
+
+
+class _OfCuda(NamedTuple):
+    """Operation that the CPU lacks: other ones with its result, and the first torch that has it."""
+
+    computed: Callable[..., Any]
+    since: str
+
+
+_OF_CUDA_ALONE: dict[Any, _OfCuda] = {
+    torch.ops.aten.mm.dtype_out: _OfCuda(_mm_of_dtype, "2.8"),
+    # Before, it refused operands of two dtypes.
+    torch.ops.aten.addmm.dtype_out: _OfCuda(_addmm_of_dtype, "2.10"),
+}
+
+
+def _computed(func: Any) -> Callable[..., Any]:
+    """Return the function that computes an operation on the CPU; note one that is too new."""
+    known = _OF_CUDA_ALONE.get(func)
+    if known is None:
+        return func  # type: ignore[no-any-return]
+    if _version(known.since) > _version(OLDEST_ON_CUDA):
+        findings.current.note(Kind.REFUSED, f"{func} needs torch {known.since}")
+    return known.computed
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")))
+
+
 class Oracle(TorchDispatchMode):
     def __init__(self, watcher: Watcher | None) -> None:
         super().__init__()
@@ -81,7 +122,7 @@ class Oracle(TorchDispatchMode):
         if name in ("aten::copy_", "aten::_to_copy"):
             return self._copy(func, name, args, kwargs, given)
         answer = self._judge(func, name, args, kwargs, given)
-        result = func(*args, **kwargs)
+        result = _computed(func)(*args, **kwargs)
         _label_results(given, result, answer.memories)
         self._saw(func, args, kwargs, result)
         if answer.found is not None:

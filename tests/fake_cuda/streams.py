@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 from unittest import mock
@@ -31,8 +32,10 @@ class Simulation:
 class Event:
     def __init__(self, *_: Any, **__: Any) -> None:
         self.clock: Clock = {}
+        self._recorded_s = 0.0
 
     def record(self, stream: Stream | None = None) -> None:
+        self._recorded_s = time.perf_counter()
         self.clock = Simulation.checker.now((stream or current_stream()).number)
 
     def wait(self, stream: Stream | None = None) -> None:
@@ -42,8 +45,8 @@ class Event:
         """Return False, the worst case: the host never sees finished work."""
         return False
 
-    def elapsed_time(self, _: Event) -> float:
-        return 0.0
+    def elapsed_time(self, end: Event) -> float:
+        return (end._recorded_s - self._recorded_s) * 1e3
 
     def synchronize(self) -> None:
         findings.current.note(findings.Kind.WAIT, "Event.synchronize")

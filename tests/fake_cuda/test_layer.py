@@ -7,7 +7,7 @@ import pytest
 from megatron_laer.cpu.ranks import RankPools
 from tests.fake_cuda import kernels, layer
 from tests.fake_cuda.allowed import DOWNLOAD, split
-from tests.fake_cuda.faults import FAULTS, RACE
+from tests.fake_cuda.faults import COMPILED, FAULTS, RACE
 from tests.fake_cuda.layer import CASES
 
 pytestmark = pytest.mark.races
@@ -26,6 +26,7 @@ def test_a_layer_computes_the_cpus_bits_and_waits_for_counts_alone(
         assert watched.races == []
         assert split(watched.found)[0] == {DOWNLOAD}
         assert digests == expected
+        assert watched.compiled_in_steps == {}
         _launched.update(watched.launches)
 
 
@@ -41,13 +42,15 @@ def test_a_fault_is_found_with_its_place(name: str, ranks: RankPools) -> None:
     for watched, error in ranks(1).run(layer.watch_fault, name):
         if fault.kind == RACE:
             found = [race for race in watched.races if fault.place in race]
+        elif fault.kind == COMPILED:
+            found = [name for name in watched.compiled_in_steps if name == fault.place]
         else:
             found = [
                 finding
                 for finding in watched.found
                 if finding.kind == fault.kind and fault.place in finding.place
             ]
-        assert found, (watched.found, watched.races, error)
+        assert found, (watched, error)
 
 
 def test_there_are_a_dozen_faults() -> None:

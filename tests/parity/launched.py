@@ -39,7 +39,7 @@ def compare(ranks: Ranks) -> Part:
             return kept[key]
         if not ranks.may_run():
             return None
-        more = [] if ranks.dry else ["--distributed-backend", "nccl"]
+        more = ["--distributed-backend", "nccl"]
         more += ["--train-iters", str(_DRY_STEPS)] if ranks.dry else []
         record = train_row([*command, *more], adapt=adapt)
         if kept is not None:

@@ -26,7 +26,7 @@ AT_NIGHT = {
     *("one queue, virtual pipeline 2 x 2", "one queue, fresh layouts after the gate"),
     "one queue, kernels, rows in nodes of 2",
     *("DeepEP, fresh layouts, shared experts", "HybridEP, grouped GEMMs in bf16"),
-    "shared experts that overlap, permute fusion",
+    *("shared experts that overlap, permute fusion", "save and load"),
 }
 
 
@@ -69,6 +69,8 @@ def test_megatrons_loop_trains_without_a_race(
     scenario: str, ranks: RankPools, text_data: str
 ) -> None:
     settings = training.SCENARIOS[scenario]
+    if settings.resumes:
+        ranks(settings.ranks).run(training.save_on_cpu, text_data, scenario)
     watched = ranks(settings.ranks).run(training.watch, text_data, scenario, None)
     check_clean(watched, 2000)
     check_findings(watched, settings.more)
@@ -77,6 +79,7 @@ def test_megatrons_loop_trains_without_a_race(
         on_cpu = ranks(settings.ranks).run(training.losses_on_cpu, text_data, scenario)
         assert [one.losses for one in watched] == on_cpu
         assert all(sum(one.launches.values()) > 0 for one in watched)
+        assert [one.compiled_in_steps for one in watched] == [{}] * len(watched)
 
 
 @pytest.mark.counts(race_faults=1)

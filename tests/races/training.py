@@ -31,6 +31,8 @@ _FULL = " --recompute-granularity full --recompute-method uniform --recompute-nu
 _VIRTUAL = (
     " --pipeline-model-parallel-size 2 --num-layers 4 --num-layers-per-virtual-pipeline-stage 1"
 )
+# Saves at the end alone.
+_NEVER = "--save-interval", "1000"
 _MOE = " --recompute-granularity selective --recompute-modules moe"
 
 
@@ -41,6 +43,7 @@ class Training(NamedTuple):
         more: findings in addition to those of every run.
         kernels: treatment of Triton's kernels.
         one_queue: whether the card has one hardware queue.
+        resumes: whether it goes on from `save_on_cpu`'s checkpoint, evaluates and saves again.
     """
 
     flags: str
@@ -50,6 +53,7 @@ class Training(NamedTuple):
     steps: int = 3
     batch: int = 8
     one_queue: bool = False
+    resumes: bool = False
 
 
 SCENARIOS = {
@@ -138,13 +142,13 @@ SCENARIOS = {
         "--moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap"
     ),
     "Muon": Training(f"{_HOME} --optimizer muon"),
+    "save and load": Training(f"{_HOME}{_OVERLAPS} --override-opt-param-scheduler", resumes=True),
 }
 
 
 def watch(data: str, scenario: str, fault: str | None) -> Watched:
     """Train a scenario, with a fault or none; return the checker's findings on this rank."""
-    settings = SCENARIOS[scenario]
-    command = _flags(data, scenario)
+    settings, command = SCENARIOS[scenario], command_of(data, scenario)
     broken = contextlib.nullcontext() if fault is None else TRAINING_FAULTS[fault].replaced()
     launches: list[Launch] = []
     with (
@@ -171,11 +175,31 @@ def megatron_observed(*args: Any, **kwargs: Any) -> Iterator[Observed]:
         yield device
 
 
+def save_on_cpu(data: str, scenario: str) -> None:
+    """Write the checkpoint that a scenario goes on from."""
+    train_row([*_command(data, scenario), "--save", _folder(data), *_NEVER])
+
+
+def _folder(data: str) -> str:
+    return f"{data}-checkpoints"
+
+
 def losses_on_cpu(data: str, scenario: str) -> list[float]:
-    return train_row(_flags(data, scenario)).losses
+    return train_row(command_of(data, scenario)).losses
 
 
-def _flags(data: str, scenario: str) -> list[str]:
+def command_of(data: str, scenario: str) -> list[str]:
+    settings, command = SCENARIOS[scenario], _command(data, scenario)
+    if not settings.resumes:
+        return command
+    folder, steps = _folder(data), 2 * settings.steps
+    return [
+        *(*command, "--load", folder, "--save", folder, *_NEVER),
+        *("--train-iters", str(steps), "--eval-iters", "1"),
+    ]
+
+
+def _command(data: str, scenario: str) -> list[str]:
     settings = SCENARIOS[scenario]
     flags = "--expert-parallel-mode fsep --fsep-sharding rows" + settings.flags
     return command_line(data, flags, experts=4, global_batch=settings.batch, steps=settings.steps)

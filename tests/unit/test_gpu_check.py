@@ -298,7 +298,7 @@ def test_a_job_runs_the_check_on_all_cards_of_its_nodes_and_several_nodes_get_a_
         assert words[0] == "bash" and Path(words[1]).resolve() == _CHECK, result.stderr
         expected = f"--ranks 16 --nodes 2 --address n7 --port {20000 + 123456 * 8 % 12000}"
         assert words[2:] == [*expected.split(), "--wheels", "w"]
-    options = argparse.Namespace(nodes=2, address="n7", port=20008)
+    options = argparse.Namespace(nodes=2, address="n7", port=20008, dry_run=False)
     words = __main__.launch(__main__.Task("x", "m", 1, ranks=8), options)
     assert words[:5] == ["srun", "--nodes", "2", "--ntasks", "2"]
     assert words[words.index("--nproc-per-node") + 1] == "4"

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from megatron_laer.choices import Sharding
+from megatron_laer.config import FSEPConfig, WireDtype
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 from megatron_laer.runtime.comm.blocks import row_blocks
@@ -29,6 +30,12 @@ from megatron_laer.runtime.comm.reduce import ReduceIndex, reduce_matrix
 from megatron_laer.runtime.comm.restore import RestoreIndex, restore_matrix
 from megatron_laer.runtime.comm.stages import DataPath, ExchangeCount, Stage, Stages, whole_group
 from megatron_laer.runtime.comm.steps import Steps, finish
+
+_WIRE_DTYPES = {
+    WireDtype.BF16: torch.bfloat16,
+    WireDtype.FP16: torch.float16,
+    WireDtype.FP32: torch.float32,
+}
 
 
 @dataclass(frozen=True)
@@ -317,6 +324,11 @@ def node_exchange(
         ),
         grad_wire_dtype,
     )
+
+
+def wire_dtype(config: FSEPConfig) -> torch.dtype | None:
+    """Return the dtype of gradients between nodes; None for a reduce's own."""
+    return None if config.grad_wire_dtype is None else _WIRE_DTYPES[config.grad_wire_dtype]
 
 
 def _node_stages(

@@ -59,7 +59,7 @@ def pack_rows(
         whole_CRK: of slots `first`, `first` + 1, …, contiguous.
         by_local_rank: flat; for each local rank, [capacity, P, K].
     """
-    if (kernels := _kernels(whole_CRK)) is not None:
+    if (kernels := exchange_kernels(whole_CRK)) is not None:
         kernels.move_rows(whole_CRK, by_local_rank, blocks, first, capacity, packs=True)
         return
     for whole, part in blocks.pairs(whole_CRK, by_local_rank, first, capacity):
@@ -74,7 +74,7 @@ def unpack_rows(
     capacity: int,
 ) -> None:
     """Undo `pack_rows`, with the same arguments."""
-    if (kernels := _kernels(whole_CRK)) is not None:
+    if (kernels := exchange_kernels(whole_CRK)) is not None:
         kernels.move_rows(whole_CRK, by_local_rank, blocks, first, capacity, packs=False)
         return
     for whole, part in blocks.pairs(whole_CRK, by_local_rank, first, capacity):
@@ -96,7 +96,7 @@ def gather_rows(
         arrived: flat; experts fetched, [D, r, K] node by node, then shared ones, [D, P, K].
         position_n: each wanted expert's position among those fetched, then shared.
     """
-    if (kernels := _kernels(arrived)) is not None:
+    if (kernels := exchange_kernels(arrived)) is not None:
         kernels.gather_rows(arrived, position_n, num_fetched, target_nPK, blocks, local_rank)
         return
     _, rows, columns = target_nPK.shape
@@ -130,7 +130,7 @@ def sum_replicas(
     """
     if sums.num_targets == 0:
         return
-    if (kernels := _kernels(parts_nPK)) is not None:
+    if (kernels := exchange_kernels(parts_nPK)) is not None:
         kernels.sum_replicas(parts_nPK, sums, out, blocks, local_rank, adds=adds)
         return
     columns, sizes = parts_nPK.shape[2], blocks.rows_GM[local_rank]
@@ -152,5 +152,5 @@ def sum_replicas(
                 sum_rK.copy_(total)
 
 
-def _kernels(tensor: torch.Tensor) -> Any:
+def exchange_kernels(tensor: torch.Tensor) -> Any:
     return kernels_of("megatron_laer.runtime.comm", tensor.device)

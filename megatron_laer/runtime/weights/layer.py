@@ -248,6 +248,7 @@ class FsepLayer:
         passes: of each microbatch through the layer; several where Megatron repeats it.
         what_changed: describes changes to the experts since construction; None if there are none.
         on_step_end: called at the end of a training step.
+        launch_kernels: called before the first step, to launch what the layer's own code launches.
     """
 
     index: int
@@ -259,3 +260,4 @@ class FsepLayer:
     passes: int
     what_changed: Callable[[], str | None]
     on_step_end: Callable[[], None]
+    launch_kernels: Callable[[], None]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from megatron_laer.cpu.ranks import Raised, RankPool
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.planner.cluster_files import load_cluster
@@ -71,6 +73,17 @@ def test_two_ranks_write_a_file_that_plan_takes_and_keep_what_is_there(tmp_path)
     assert refused.returncode != 0
     assert refused.stderr.count("is there already; give another file, or --force") == 2
     assert output.read_bytes() == before
+
+
+@pytest.mark.nightly
+def test_calibration_runs_on_the_labelled_device(tmp_path):
+    output = tmp_path / "card.yaml"
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    words = f"{launcher} -m tests.fake_cuda.program megatron_laer calibrate {output} {TINY}"
+    done = start(words.split())
+    assert done.returncode == 0, done.stderr[-4000:]
+    measured = dict(load_cluster(output).measured)
+    assert "H100" in measured["hardware"] and "bfloat16" in measured["expert"]
 
 
 def calibrated(words: str, rank_words: str = "", rank: int = -1) -> None:
