@@ -201,11 +201,6 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("--delay-wgrad-compute", _GRADIENTS_LEAVE, left_out=_SPEED),
     Refusal("--overlap-dispatch-backward-with-experts-wgrad", _GRADIENTS_LEAVE, left_out=_SPEED),
     Refusal(
-        "--overlap-moe-expert-parallel-comm",
-        "its schedule frees what a restore still needs; no test proves the combination",
-        left_out=_SPEED,
-    ),
-    Refusal(
         "--optimizer other than adam, sgd, lion, muon",
         "the optimizer needs whole matrices, and a rank holds rows of them, for which FSEP "
         "provides with Muon alone",

@@ -51,6 +51,7 @@ UNTIED = "--untie-embeddings-and-output-weights"
 CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
 HYBRID = " --spec tests.specs.hybrid hybrid_stack_spec --hybrid-layer-pattern "
 HYBRID_MTP = HYBRID + "*E-E/*E/*E --mtp-use-repeated-layer"
+COMBINED = " --overlap-moe-expert-parallel-comm"
 REPEATED = " --mtp-use-repeated-layer --mtp-num-layers "
 PER_TOKEN = " --calculate-per-token-loss"
 LATENT_ATTENTION = (
@@ -105,6 +106,16 @@ def _row(id: str, name: str, flags: str = "", fsep: str = "", **more: Any) -> Ro
         expert_parallel=group,
         **more,
     )
+
+
+def _combined(id: str, name: str, flags: str, fsep: str = "", **more: Any) -> Row:
+    """Return a row with Megatron's combined 1F1B schedule, which needs bf16 and several ranks.
+
+    So the reference is stock with its plain schedule, and the other stock run has the combined one.
+    """
+    reference = BF16 + flags
+    return _row(id, f"{name}, bf16, accumulation 4", reference + COMBINED, fsep, accumulation=4,
+        stock=(1, more.get("group", 2)), reference_flags=reference, **more)  # fmt: skip
 
 
 Pairs = set[tuple[str, str]]
@@ -395,6 +406,10 @@ ROWS = [
         ranks=4, group=2, accumulation=2, moe_layers=0),
     _row("pipeline-mtp", "pipeline 2 with multi-token prediction and tied embeddings, accumulation"
         " 2", PIPELINE + MTP, ranks=4, group=2, accumulation=2, without=UNTIED, moe_layers=1),
+    # Megatron's combined 1F1B schedule, which runs with bf16 alone.
+    _combined("combined", "combined 1F1B, shared experts", SHARED),
+    _combined("combined-virtual", "combined 1F1B, virtual pipeline 2 x 2, multi-token prediction",
+        VIRTUAL + MTP, ranks=4, group=2),
     # Frozen weights.
     _row("lora", "LoRA on attention, distributed optimizer", DIST_OPT + " --lr 1e-2 --min-lr 1e-2",
         exchanges=(4, 0), adapt=lora_on_attention),

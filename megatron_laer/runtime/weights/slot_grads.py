@@ -7,12 +7,14 @@ Legend: C replica slots per rank, R rows of a matrix, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
-from megatron_laer.runtime.comm.streams import Pending
+from megatron_laer.runtime.comm.streams import Pending, has_streams
+from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.states import GradState
@@ -30,6 +32,8 @@ class SlotGrads:
         self._streams = streams
         self._written_CRK: list[torch.Tensor] = []
         self._deferred_CRK: tuple[torch.Tensor, ...] = ()
+        self._compute: torch.cuda.Stream | None = None
+        self._delayed: dict[int, Callable[[torch.Tensor], None]] = {}
         self._arriving: tuple[Pending, ...] = ()
 
     def new(self, position: int) -> torch.Tensor:
@@ -38,15 +42,35 @@ class SlotGrads:
         self._written_CRK.append(grad_CRK)
         return grad_CRK
 
+    def delay(self, position: int, compute: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        """Keep the computation of a matrix's gradients for `compute_delayed`; return zeros."""
+        assert position not in self._delayed, f"{self._name}: weight gradients were not computed"
+        self._delayed[position] = compute
+        return placeholder(self.share.likes[position].detach(), self._weights.shapes[position])
+
+    def compute_delayed(self, grads_CRK: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Compute the delayed gradients, which take the place of zeros in `grads_CRK`."""
+        delayed, self._delayed = self._delayed, {}
+        computed = list(grads_CRK)
+        for at, position in enumerate(self.share.trained_at):
+            if position in delayed:
+                computed[at] = self.new(position)
+                delayed[position](computed[at])
+        return tuple(computed)
+
     def defer(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
         self.state.enter(GradState.DEFERRED)
         self._deferred_CRK = grads_CRK
+        self._compute = torch.cuda.current_stream() if has_streams(grads_CRK[0].device) else None
 
     def start_deferred(self) -> None:
         """Start to reduce the deferred gradients. Collective over the group."""
         assert self._deferred_CRK, "tokens' gradients arrived before the experts had any"
         grads_CRK, self._deferred_CRK = self._deferred_CRK, ()
-        self.start_reduce(grads_CRK)
+        # Megatron may exchange tokens' gradients on a stream of its own.
+        computes = None if self._compute is None else torch.cuda.stream(self._compute)
+        with computes or contextlib.nullcontext():
+            self.start_reduce(grads_CRK)
 
     def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
         """Start to send whole gradients to the ranks' shares. Collective over the group."""

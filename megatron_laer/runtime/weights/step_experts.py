@@ -19,6 +19,7 @@ from megatron_laer.runtime.weights.layer import Share
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
+from megatron_laer.runtime.weights.split_backward import SplitBackward
 from megatron_laer.runtime.weights.states import GradState
 
 
@@ -69,7 +70,12 @@ class StepExperts:
     """
 
     def __init__(
-        self, name: str, share: Share, index: LayoutIndex, streams: ExchangeStreams
+        self,
+        name: str,
+        share: Share,
+        index: LayoutIndex,
+        streams: ExchangeStreams,
+        split: SplitBackward | None = None,
     ) -> None:
         if not share.have_main_grads:
             raise ValueError(
@@ -79,7 +85,7 @@ class StepExperts:
             )
         weights = RestoredWeights(name, share, index, streams, keeps=True)
         self._grads = StepGrads(weights, streams)
-        self.experts = RestoredExperts(weights, self._grads, streams)
+        self.experts = RestoredExperts(weights, self._grads, streams, split)
 
     def begin_step(self, index: LayoutIndex, num_passes: int) -> None:
         """Begin another step; weights that are still valid fetch only changed slots."""
