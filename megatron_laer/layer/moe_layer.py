@@ -182,6 +182,12 @@ class FSEPMoELayer(MoELayer):
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """Sort the received tokens by slot and compute the restored experts."""
+        if _computes_weights_aside(self.config):
+            from megatron.core.transformer.moe.moe_layer import _RecordExpertDgradCompletion
+
+            hidden_states = _RecordExpertDgradCompletion.apply(
+                self._delayed_wgrad_event, hidden_states
+            )
         input_TH, _, probs_T = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
         plan, self._plan = self._plan, None
         assert plan is not None, "routed_experts_compute before preprocess"
@@ -319,9 +325,13 @@ def _stock_is_grouped(submodules: MoESubmodules) -> bool:
     return not (isinstance(builder, type) and issubclass(builder, SequentialMLP))
 
 
+def _computes_weights_aside(config: Any) -> bool:
+    """Return whether `backward_dw` runs on a stream of its own, during the dispatch's backward."""
+    return bool(getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False))
+
+
 def _delays_weights(config: Any) -> bool:
-    names = ("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad")
-    return any(getattr(config, name, False) for name in names)
+    return bool(config.delay_wgrad_compute) or _computes_weights_aside(config)
 
 
 def _arguments() -> Any:

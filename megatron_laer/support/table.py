@@ -64,7 +64,6 @@ _DENSE_BY_DISTRIBUTED_OPTIMIZER = "leave it out; --use-distributed-optimizer sha
 _DTYPE_OF_NCCL_EP = "NCCL EP alone sends tokens in it, to experts of Transformer Engine"
 _NO_GRAPH = "layouts and split sizes are decided on the host, which a graph cannot record"
 _GRAPHS_OFF = "give --cuda-graph-impl none"
-_GRADIENTS_LEAVE = "gradients of restored experts leave the rank as soon as they are computed"
 _FORM_OF_TE_EXPERTS = "it is a form of Transformer Engine's grouped experts, which FSEP replaces"
 _NEEDS_GPU = "it needs Transformer Engine and a GPU, and no test there proves the combination"
 _RECOMPUTE_INSTEAD = "leave it out, and use --recompute-granularity"
@@ -198,8 +197,6 @@ REFUSALS: tuple[Refusal, ...] = (
         refuses=_captures_plan,
         left_out=_SPEED,
     ),
-    Refusal("--delay-wgrad-compute", _GRADIENTS_LEAVE, left_out=_SPEED),
-    Refusal("--overlap-dispatch-backward-with-experts-wgrad", _GRADIENTS_LEAVE, left_out=_SPEED),
     Refusal(
         "--optimizer other than adam, sgd, lion, muon",
         "the optimizer needs whole matrices, and a rank holds rows of them, for which FSEP "

@@ -51,6 +51,8 @@ UNTIED = "--untie-embeddings-and-output-weights"
 CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
 HYBRID = " --spec tests.specs.hybrid hybrid_stack_spec --hybrid-layer-pattern "
 HYBRID_MTP = HYBRID + "*E-E/*E/*E --mtp-use-repeated-layer"
+DELAYED = " --delay-wgrad-compute"
+BEHIND_DISPATCH = " --overlap-dispatch-backward-with-experts-wgrad"
 COMBINED = " --overlap-moe-expert-parallel-comm"
 REPEATED = " --mtp-use-repeated-layer --mtp-num-layers "
 PER_TOKEN = " --calculate-per-token-loss"
@@ -113,8 +115,8 @@ def _combined(id: str, name: str, flags: str, fsep: str = "", **more: Any) -> Ro
 
     So the reference is stock with its plain schedule, and the other stock run has the combined one.
     """
-    reference = BF16 + flags
-    return _row(id, f"{name}, bf16, accumulation 4", reference + COMBINED, fsep, accumulation=4,
+    reference = BF16 + flags.replace(DELAYED, "")
+    return _row(id, f"{name}, bf16, accumulation 4", BF16 + flags + COMBINED, fsep, accumulation=4,
         stock=(1, more.get("group", 2)), reference_flags=reference, **more)  # fmt: skip
 
 
@@ -410,6 +412,17 @@ ROWS = [
     _combined("combined", "combined 1F1B, shared experts", SHARED),
     _combined("combined-virtual", "combined 1F1B, virtual pipeline 2 x 2, multi-token prediction",
         VIRTUAL + MTP, ranks=4, group=2),
+    _combined("delayed", "combined 1F1B with delayed weight gradients, shared experts, both"
+        " overlaps", SHARED + DELAYED + DIST_OPT),
+    _combined("delayed-virtual", "combined 1F1B with delayed weight gradients, virtual pipeline"
+        " 2 x 2, multi-token prediction", VIRTUAL + MTP + DELAYED, ranks=4, group=2),
+    _combined("delayed-exact", "combined 1F1B with delayed weight gradients, fresh layouts, flex"
+        " dispatcher with DeepEP, recompute of norms, shared experts and the experts' activation",
+        SHARED + DELAYED, fsep=EXACT + DEEPEP + ACT_RECOMPUTE + " layernorm shared_experts"),
+    _combined("delayed-step", "combined 1F1B with delayed weight gradients, restored once per step"
+        " through nodes of 2, tokens too", DELAYED, fsep=TOKENS.format(2) + STEP, ranks=4, group=4),
+    _row("dispatch-wgrad", "experts' weight gradients during the dispatch's backward, accumulation"
+        " 2", BEHIND_DISPATCH, accumulation=2),
     # Frozen weights.
     _row("lora", "LoRA on attention, distributed optimizer", DIST_OPT + " --lr 1e-2 --min-lr 1e-2",
         exchanges=(4, 0), adapt=lora_on_attention),

@@ -274,7 +274,8 @@ class RestoredExperts:
         share = self._share
         if not share.trained:
             return ()
-        finish, parameters = self.grads.finish_reduce, share.trained
+        finish = self.grads.finish_reduce
+        parameters: tuple[torch.Tensor, ...] = share.trained
         if self._split.by_parts and share.waits_inside:
             finish = self._finish_apart
             # Their hooks run in the experts' part, with stock's gradients.

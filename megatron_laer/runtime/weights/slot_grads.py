@@ -33,35 +33,41 @@ class SlotGrads:
         self._written_CRK: list[torch.Tensor] = []
         self._deferred_CRK: tuple[torch.Tensor, ...] = ()
         self._compute: torch.cuda.Stream | None = None
-        self._delayed: dict[int, Callable[[torch.Tensor], None]] = {}
+        self._delayed: dict[int, tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = {}
         self._arriving: tuple[Pending, ...] = ()
 
     def new(self, position: int) -> torch.Tensor:
         like = self.share.likes[position]
         grad_CRK = self._streams.grads.take(self._weights.shapes[position], like.dtype, like.device)
         self._written_CRK.append(grad_CRK)
+        self._compute = torch.cuda.current_stream() if has_streams(like.device) else None
         return grad_CRK
 
     def delay(self, position: int, compute: Callable[[torch.Tensor], None]) -> torch.Tensor:
         """Keep the computation of a matrix's gradients for `compute_delayed`; return zeros."""
-        assert position not in self._delayed, f"{self._name}: weight gradients were not computed"
-        self._delayed[position] = compute
+        assert position not in self._delayed, (
+            f"{self._name}: nobody computed the last pass's weight gradients, which are delayed"
+        )
+        self._delayed[position] = self.new(position), compute
         return placeholder(self.share.likes[position].detach(), self._weights.shapes[position])
 
+    @torch.no_grad()
     def compute_delayed(self, grads_CRK: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Compute the delayed gradients, which take the place of zeros in `grads_CRK`."""
-        delayed, self._delayed = self._delayed, {}
+        """Compute the delayed gradients, which take the place of zeros in `grads_CRK`.
+
+        Perhaps on a stream of its own, for which the compute stream waits before the reduce. So
+        the operands are kept until then.
+        """
         computed = list(grads_CRK)
         for at, position in enumerate(self.share.trained_at):
-            if position in delayed:
-                computed[at] = self.new(position)
-                delayed[position](computed[at])
+            if position in self._delayed:
+                computed[at], compute = self._delayed[position]
+                compute(computed[at])
         return tuple(computed)
 
     def defer(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
         self.state.enter(GradState.DEFERRED)
         self._deferred_CRK = grads_CRK
-        self._compute = torch.cuda.current_stream() if has_streams(grads_CRK[0].device) else None
 
     def start_deferred(self) -> None:
         """Start to reduce the deferred gradients. Collective over the group."""
@@ -75,6 +81,7 @@ class SlotGrads:
     def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
         """Start to send whole gradients to the ranks' shares. Collective over the group."""
         self.state.enter(GradState.REDUCING)
+        self._delayed.clear()
         exchange, index = self._streams.exchange, self._weights.index
         exchange.prepare_reduce(index)
         self._arriving = tuple(

@@ -46,6 +46,7 @@ class StepGrads(SlotGrads):
             for sum_CRK, grad_CRK in zip(self._sums_CRK, grads_CRK, strict=True):
                 sum_CRK.add_(grad_CRK)
         self.state.enter(GradState.SUMMED)
+        self._delayed.clear()
         self.free()
         self._left -= 1
         if self._left == 0:
