@@ -213,5 +213,8 @@ def _fresh_streams() -> Iterator[None]:
     from megatron.core.pipeline_parallel import utils
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    with mock.patch.object(utils, "_COMM_STREAM", None), mock.patch.object(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None):
+    with (
+        mock.patch.object(utils, "_COMM_STREAM", None),
+        mock.patch.object(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None),
+    ):
         yield
