@@ -59,11 +59,19 @@ def slots_multiple(settings: Any) -> int:
 
 def problems_with_mode(settings: Any, mode: PlanMode | None) -> list[str]:
     """Return the settings that the plan mode cannot work with."""
-    if mode != PlanMode.ANNOUNCED or not getattr(settings, "mtp_use_repeated_layer", False):
+    if mode != PlanMode.ANNOUNCED:
         return []
+    reasons = {
+        "mtp_use_repeated_layer": "routing is announced once per microbatch, and a repeated layer "
+        "routes several times",
+        "overlap_moe_expert_parallel_comm": "it builds a microbatch's schedule before it runs it, "
+        "and no test proves that routers then replay what was announced",
+    }
     return [
-        "--fsep-plan-mode announced with --mtp-use-repeated-layer: routing is announced once per "
-        "microbatch, and a repeated layer routes several times; leave out one of them"
+        f"--fsep-plan-mode announced with --{name.replace('_', '-')}: {reason}; leave out one of "
+        "them"
+        for name, reason in reasons.items()
+        if getattr(settings, name, False)
     ]
 
 

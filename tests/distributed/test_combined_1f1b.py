@@ -50,6 +50,7 @@ CASES = {
     "fresh layouts, delayed weight gradients": (EXACT, DELAYED + EARLY),
     "experts at home, fresh layouts": (EXACT + HOMES, ""),
     "no overlap, delayed weight gradients": (RANDOM + SCHEDULER_OFF, DELAYED),
+    "tokens once per rank": (RANDOM + " --fsep-token-exchange node", ""),
     "held over a step": (RANDOM + STEP, DELAYED),
     "virtual pipeline, multi-token prediction": (RANDOM + VIRTUAL + MTP, DELAYED),
     "experts at home, virtual pipeline": (RANDOM + VIRTUAL + AT_HOME, DELAYED),
