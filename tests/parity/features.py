@@ -118,18 +118,18 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "flex dispatcher with DeepEP": ("deepep", "deepep-bf16", "deepep-shared"),
     "flex dispatcher with HybridEP": ("hybridep", "hybridep-padded"),
     "flex dispatcher with NCCL EP": ("--moe-flex-dispatcher-backend other than deepep, hybridep",),
-    "combined 1F1B schedule (`--overlap-moe-expert-parallel-comm`), without CUDA graphs": (
+    "combined 1F1B (`--overlap-moe-expert-parallel-comm`)": (
         "combined",
         "combined-virtual",
     ),
-    "combined 1F1B schedule with `--delay-wgrad-compute`": (
+    "combined 1F1B with `--delay-wgrad-compute`": (
         "delayed",
         "delayed-virtual",
         "delayed-exact",
         "delayed-step",
     ),
     "`--overlap-dispatch-backward-with-experts-wgrad`": ("dispatch-wgrad",),
-    "combined 1F1B schedule with CUDA graphs": (
+    "combined 1F1B with CUDA graphs": (
         "--cuda-graph-impl with --overlap-moe-expert-parallel-comm",
     ),
     "evaluation": ("evaluation",),

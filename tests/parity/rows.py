@@ -412,15 +412,15 @@ ROWS = [
     _combined("combined", "combined 1F1B, shared experts", SHARED),
     _combined("combined-virtual", "combined 1F1B, virtual pipeline 2 x 2, multi-token prediction",
         VIRTUAL + MTP, ranks=4, group=2),
-    _combined("delayed", "combined 1F1B with delayed weight gradients, shared experts, both"
+    _combined("delayed", "combined 1F1B, delayed weight gradients, shared experts, both"
         " overlaps", SHARED + DELAYED + DIST_OPT),
-    _combined("delayed-virtual", "combined 1F1B with delayed weight gradients, virtual pipeline"
-        " 2 x 2, multi-token prediction", VIRTUAL + MTP + DELAYED, ranks=4, group=2),
-    _combined("delayed-exact", "combined 1F1B with delayed weight gradients, fresh layouts, flex"
-        " dispatcher with DeepEP, recompute of norms, shared experts and the experts' activation",
+    _combined("delayed-virtual", "combined 1F1B, delayed weight gradients, virtual pipeline 2 x 2,"
+        " multi-token prediction", VIRTUAL + MTP + DELAYED, ranks=4, group=2),
+    _combined("delayed-exact", "combined 1F1B, delayed weight gradients, exact, DeepEP, recompute"
+        " of norms, activations and shared experts",
         SHARED + DELAYED, fsep=EXACT + DEEPEP + ACT_RECOMPUTE + " layernorm shared_experts"),
-    _combined("delayed-step", "combined 1F1B with delayed weight gradients, restored once per step"
-        " through nodes of 2, tokens too", DELAYED, fsep=TOKENS.format(2) + STEP, ranks=4, group=4),
+    _combined("delayed-step", "combined 1F1B, delayed weight gradients, restored once per step,"
+        " tokens through nodes of 2", DELAYED, fsep=TOKENS.format(2) + STEP, ranks=4, group=4),
     _row("dispatch-wgrad", "experts' weight gradients during the dispatch's backward, accumulation"
         " 2", BEHIND_DISPATCH, accumulation=2),
     # Frozen weights.

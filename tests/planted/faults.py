@@ -73,7 +73,6 @@ _RESTORE = _in("runtime/comm/restore.py", *_ranks("exchange"))
 _EXCHANGE = _in("runtime/comm/exchange.py", *_ranks("exchange"))
 _STREAMS = _in("runtime/comm/streams.py", *_unit("streams"))
 _RESTORED = _in("runtime/weights/restored.py", *_unit("restored_experts"))
-_COMBINED = _in("runtime/weights/restored.py", *_ranks("combined_1f1b"))
 _SHARE = _in("runtime/weights/layer.py", *_ranks("own_loop"))
 _WEIGHTS = _in("runtime/weights/restored_weights.py", *_unit("restored_experts"))
 _LAYER_EXPERTS = _in("runtime/weights/layer_experts.py", *_ranks("stock_loading"))
@@ -84,6 +83,8 @@ _PERMUTATION = _in("layer/dispatch/permutation.py", *_unit("permutation"))
 _ROW_MAP = _in("layer/dispatch/row_map.py", *_unit("permutation"))
 _DISPATCH = _in("layer/dispatch/slot_dispatch.py", *_ranks("dispatcher"))
 _DISPATCHER = _in("layer/dispatch/dispatcher.py", *_ranks("dispatcher"))
+_NODES = _in("layer/dispatch/node_dispatcher.py", *_ranks("dispatcher"))
+_STEPS = _in("plugin/steps.py", *_ranks("scheduler"))
 _SLICES = _in("layer/experts/slices.py", *_unit("slices"), *_ranks("initialisation"))
 _HOMES = _in("layer/experts/homes.py", *_ranks("homes", "own_loop"))
 _MAIN_GRADS = _in("layer/experts/main_grads.py", *_unit("restored_experts"))
@@ -373,66 +374,85 @@ FAULTS: tuple[Fault, ...] = (
         "        if self.following != operation:\n            pass",
     ),
     # Megatron's combined schedule.
-    _COMBINED.fault(
+    _RESTORED.fault(
         "a reduce before backward_dw",
         "self._split.computes_weights.append(partial(self._compute_weights, defers, grads_CRK))",
         "self._send(defers, grads_CRK)",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "delayed",
     ),
-    _COMBINED.fault(
+    _RESTORED.fault(
         "weights are released before the experts' backward",
         "        self._exchange.count.backwards += 1\n        self.weights.start_restore()\n",
         "        self._exchange.count.backwards += 1\n        self.weights.used()\n",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "two_layers",
     ),
-    _COMBINED.fault(
+    _RESTORED.fault(
         "backward fetches the layer before while another microbatch's is there",
         "not (self._split.by_parts and self.index.has_replicas):",
         "self.has_backward:",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "two_layers",
     ),
-    _COMBINED.fault(
+    _RESTORED.fault(
         "nobody waits for gradients of a layer in parts",
         "        marked: torch.Tensor = WaitWithTokens.apply(tokens, *made)\n        return marked",
         "        return tokens",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "two_layers",
     ),
-    _COMBINED.fault(
+    _RESTORED.fault(
         "homes are reported before they have the sums over replicas",
         "            self._split.grads_ready(share.trained)\n",
         "            pass\n",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "overlaps",
     ),
-    _COMBINED.fault(
-        "a layer in parts reduces before tokens' gradients",
-        "return self._reduce_after(tokens) if waits else tokens",
-        "return tokens",
-    ),
-    _in("plugin/steps.py", *_ranks("combined_1f1b")).fault(
+    _STEPS.fault(
         "two microbatches swapped",
         "            f_schedule_plan.fsep_forward = begun\n",
         "            type(f_schedule_plan).fsep_forward = begun\n",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "two_layers",
     ),
-    _in("plugin/steps.py", *_ranks("combined_1f1b")).fault(
-        "a chunk's end is not told",
-        "        scheduler.end_forward()\n",
-        "        pass\n",
-    ),
-    _in("layer/moe_layer.py", *_ranks("combined_1f1b")).fault(
+    _LAYER.fault(
         "forward fetches the next layer while the present one is needed",
         "        if not self._by_parts:\n            self._coordinator",
         "        if self.training:\n            self._coordinator",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "two_layers",
     ),
-    _in("layer/moe_layer.py", *_ranks("combined_1f1b")).fault(
+    _LAYER.fault(
         "delayed weight gradients are not computed",
         "            self.state.split.computes_weights.popleft()()",
         "            self.state.split.computes_weights.popleft()",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "delayed",
     ),
-    _in("layer/dispatch/node_dispatcher.py", *_ranks("combined_1f1b")).fault(
+    _NODES.fault(
         "rows are kept that the schedule frees",
         "        if self.config.overlap_moe_expert_parallel_comm:",
         "        if self.config.overlap_moe_expert_parallel_comm is None:",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "tokens",
     ),
     _GRADS.fault(
         "delayed gradients stay zero",
         "                computed[at], compute = self._delayed[position]\n",
         "                _, compute = self._delayed[position]\n                continue\n",
         *_ranks("combined_1f1b"),
+        "-k",
+        "delayed",
     ),
     # Dispatch.
     _PERMUTATION.fault(
