@@ -13,6 +13,10 @@ imports neither torch nor Megatron.
 In the last layer of an operation, the first one of the next operation takes the place of i+1 or
 i-1. If it is the same layer, its weights stay, and only slots that differ are fetched.
 
+Megatron's combined 1F1B schedule runs a forward and a backward operation layer by layer together.
+Then restores i+1 and i-1 start as soon as experts i have computed: so each of the two operations
+has the restored experts of one layer in memory.
+
 Source: the LAER-MoE paper's fine-grained schedule (arXiv 2602.11686), with parameters and gradients
 on communicators of their own.
 """
@@ -38,6 +42,7 @@ class Schedule:
         holds_step: keep experts restored, and sum gradients, over a whole step.
         restores_following: apply `restores_first` and `restores_last` in the last layer of the
             operation before, where that is known.
+        by_parts: two operations run together, in parts of layers.
     """
 
     restores_first: bool
@@ -47,6 +52,7 @@ class Schedule:
     delays_gradients: bool
     holds_step: bool = False
     restores_following: bool = False
+    by_parts: bool = False
 
     @property
     def restores_ahead(self) -> bool:
@@ -56,17 +62,21 @@ class Schedule:
         """Return the maximum number of a rank's layers with restored experts in memory at once.
 
         Schedules look one layer ahead, also into the next operation, and one of several chunks is
-        at work at a time. A layer that follows itself takes no second place.
+        at work at a time. A layer that follows itself takes no second place. Two operations that
+        run together may have one each of the same layer.
         """
-        looks_ahead = self.restores_next or self.restores_previous
-        return num_layers if self.holds_step else min(2 if looks_ahead else 1, num_layers)
+        if self.holds_step:
+            return num_layers
+        most = 2 if self.restores_next or self.restores_previous else 1
+        return most if self.by_parts else min(most, num_layers)
 
     def gradient_layers(self, num_layers: int) -> int:
         """Return the same maximum for gradients of restored experts, in their compute dtype.
 
         A schedule that holds a step also has float32 sums of all layers.
         """
-        return min(2 if self.delays_gradients and not self.holds_step else 1, num_layers)
+        follow = self.delays_gradients and not self.holds_step and not self.by_parts
+        return min(2 if follow else 1, num_layers)
 
 
 def make_schedule(
@@ -75,6 +85,7 @@ def make_schedule(
     after_gate: bool = False,
     holds_step: bool = False,
     restores_following: bool = False,
+    by_parts: bool = False,
 ) -> Schedule:
     """Make the schedule for a way of running.
 
@@ -82,5 +93,5 @@ def make_schedule(
     `holds_step`, experts are restored once per step, so backward restores nothing.
     """
     forward, backward = overlaps and not after_gate, overlaps and not holds_step
-    following = overlaps and restores_following
-    return Schedule(forward, forward, backward, backward, overlaps, holds_step, following)
+    following = overlaps and restores_following and not by_parts
+    return Schedule(forward, forward, backward, backward, overlaps, holds_step, following, by_parts)

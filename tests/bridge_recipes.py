@@ -60,8 +60,8 @@ REFUSED = {
     "dense": (changed("model", num_moe_experts=None), "there are no experts to shard"),
     "precision": (changed("mixed_precision", fp8="e4m3"), "--fp8-format e4m3"),
     "overlap": (
-        changed("comm_overlap", **OVERLAP | {"delay_wgrad_compute": True}),
-        "leave it out (it is speed-only)",
+        changed("model", moe_paged_stash=True),
+        "saves the same memory (it is speed-only)",
     ),
     "fsdp": (changed("ddp", use_megatron_fsdp=True), "--use-megatron-fsdp"),
     "optimizer": (changed("optimizer", optimizer="sophia"), "--optimizer sophia"),

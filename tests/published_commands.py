@@ -65,7 +65,7 @@ def table(folder: Path) -> list[str]:
         name, address = _SOURCES[repository]
         status, said, *because = _checked(entry, folder / str(number))
         verdict = next(verdict for verdict in STATUS if str(STATUS[verdict]) == status)
-        kinds = [f"`{reason.split(':')[0].strip()}`" for reason in because]
+        kinds = [*dict.fromkeys(f"`{reason.split(':')[0].strip()}`" for reason in because)]
         if "lacking" in entry:
             assert _said(["--", entry["lacking"]])[0] == 2, "Megatron has it now"
             kinds.append(f"`{entry['lacking']}`, which Megatron 0.19 lacks")

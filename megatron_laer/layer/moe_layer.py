@@ -30,6 +30,7 @@ from megatron_laer.layer.experts.restored_compute import RestoredCompute
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from megatron_laer.runtime.weights.split_backward import SplitBackward
 from megatron_laer.support import model as model_support
 
 _is_numbered_later = ContextVar("is_numbered_later", default=False)
@@ -113,6 +114,10 @@ class FSEPMoELayer(MoELayer):
             self._register(layer_number)
 
     @property
+    def _by_parts(self) -> bool:
+        return bool(self.config.overlap_moe_expert_parallel_comm)
+
+    @property
     def _slot_experts(self) -> FSEPExperts | HomeExperts:
         experts: FSEPExperts = self.experts
         return self._home_experts or experts
@@ -129,8 +134,8 @@ class FSEPMoELayer(MoELayer):
 
     def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Defer the shared experts until the counts exchange has started, after the router."""
-        # A CUDA graph of the router contains the shared experts.
-        if self.config.cuda_graph_impl != "none":
+        # A CUDA graph of the router contains the shared experts, as a part of a combined schedule.
+        if self.config.cuda_graph_impl != "none" or self._by_parts:
             output: torch.Tensor | None = super().shared_experts_compute(hidden_states)
             return output
         if self.use_shared_expert and not self.shared_expert_overlap:
@@ -156,14 +161,16 @@ class FSEPMoELayer(MoELayer):
         plan = self._plan = finish_plan()
         listener = self._coordinator.measurements.listener
         self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, listener))
-        return super().preprocess(hidden_states, probs, routing_map)
+        tokens, probs = super().preprocess(hidden_states, probs, routing_map)
+        return plan.restored.wait_for_grads_with(tokens), probs
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
         """Exchange tokens; once they have crossed nodes, the next layer's restore may start."""
         assert self._plan is not None, "dispatch before preprocess"
         hidden_states = self._plan.restored.reduce_after_dispatch(hidden_states)
         dispatched = super().dispatch(hidden_states, probs)
-        self._coordinator.scheduler.dispatched(self.state, self.training)
+        if not self._by_parts:
+            self._coordinator.scheduler.may_restore_next(self.state, self.training)
         groups = self._coordinator.groups
         rows = self.token_dispatcher.rows_sent(groups.rank, groups.node_size)
         if rows is not None:
@@ -176,12 +183,20 @@ class FSEPMoELayer(MoELayer):
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """Sort the received tokens by slot and compute the restored experts."""
+        if _computes_weights_aside(self.config):
+            from megatron.core.transformer.moe.moe_layer import _RecordExpertDgradCompletion
+
+            hidden_states = _RecordExpertDgradCompletion.apply(
+                self._delayed_wgrad_event, hidden_states
+            )
         input_TH, _, probs_T = self.token_dispatcher.dispatch_postprocess(hidden_states, probs)
         plan, self._plan = self._plan, None
         assert plan is not None, "routed_experts_compute before preprocess"
         # A call, not a method: Megatron waits for updated parameters in a module's pre-hook.
         with self.token_dispatcher.keeping_rows():
             output_TH = self._slot_experts(input_TH, probs_T, plan)
+        if self._by_parts:
+            self._coordinator.scheduler.may_restore_next(self.state, self.training)
         if self.training:
             plan.restored.prepare_backward()
         return self.token_dispatcher.combine_preprocess(output_TH), None
@@ -193,6 +208,12 @@ class FSEPMoELayer(MoELayer):
             shared_expert_output, self._shared_output = self._shared_output, None
         summed: torch.Tensor = super().postprocess(output, shared_expert_output)
         return summed
+
+    def backward_dw(self, routed_experts: bool = True, shared_experts: bool = False) -> None:
+        """Compute delayed weight gradients, those of replicas after the home experts'."""
+        super().backward_dw(routed_experts, shared_experts)
+        if routed_experts and self.state.split.computes_weights:
+            self.state.split.computes_weights.popleft()()
 
     def what_changed(self) -> str | None:
         experts, (built,) = self.experts, self._built_experts
@@ -239,6 +260,7 @@ class FSEPMoELayer(MoELayer):
             what_changed=self.what_changed,
             on_step_end=self.end_step,
             launch_kernels=self.launch_kernels,
+            split=SplitBackward(self._by_parts, _delays_weights(self.config)),
         )
         self._slot_experts.initialise(self._state.name, self._coordinator.seed)
 
@@ -313,6 +335,15 @@ def _activation_builder(submodules: MoESubmodules) -> Any:
 def _stock_is_grouped(submodules: MoESubmodules) -> bool:
     builder = getattr(submodules.experts, "func", submodules.experts)
     return not (isinstance(builder, type) and issubclass(builder, SequentialMLP))
+
+
+def _computes_weights_aside(config: Any) -> bool:
+    """Return whether `backward_dw` runs on a stream of its own, during the dispatch's backward."""
+    return bool(getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False))
+
+
+def _delays_weights(config: Any) -> bool:
+    return bool(config.delay_wgrad_compute) or _computes_weights_aside(config)
 
 
 def _arguments() -> Any:

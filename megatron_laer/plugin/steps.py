@@ -31,6 +31,27 @@ def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
     return train_step
 
 
+def _with_operations(original: Any) -> Any:
+    """Tell the scheduler which chunks the combined 1F1B schedule runs, since it calls no module."""
+    run_together = original.__func__
+
+    def run(f_schedule_plan: Any, b_schedule_plan: Any, *args: Any, **kwargs: Any) -> Any:
+        coordinator = session.current_coordinator()
+        if coordinator is None:
+            return run_together(f_schedule_plan, b_schedule_plan, *args, **kwargs)
+        scheduler = coordinator.scheduler
+        if b_schedule_plan is not None:
+            scheduler.begin_backward(b_schedule_plan.fsep_forward)
+        if f_schedule_plan is not None:
+            begun = scheduler.begin_forward(f_schedule_plan.state.model)
+            f_schedule_plan.fsep_forward = begun
+        output = run_together(f_schedule_plan, b_schedule_plan, *args, **kwargs)
+        scheduler.end_forward()
+        return output
+
+    return staticmethod(functools.wraps(run_together)(run))
+
+
 @dataclass
 class StepOutcome:
     """Outcome of a step; `weights_changed` is False if the optimizer skipped it."""
@@ -102,6 +123,7 @@ def _chunk(wrapped: Any) -> Chunk:
         await_weights=functools.partial(_await_weights, wrapped),
         gathers_weights=functools.partial(_gathers_weights, wrapped),
         replayed=functools.partial(_replayed, routers) if can_replay else None,
+        grads_ready=functools.partial(_grads_ready, wrapped),
     )
 
 
@@ -116,6 +138,16 @@ def _replayed(routers: Sequence[Any]) -> list[torch.Tensor] | None:
         for replay in replays
     )
     return [replay.target_topk_idx for replay in replays] if is_told else None
+
+
+def _grads_ready(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Report main gradients to Megatron once more; it counts reports before it reduces them."""
+    if not wrapped.ddp_config.overlap_grad_reduce:
+        return
+    for parameter in parameters:
+        if parameter.requires_grad:
+            group = wrapped.param_to_bucket_group[parameter]
+            group.register_grad_ready(parameter, wrapped.force_all_reduce)
 
 
 def _gathers_weights(wrapped: Any) -> bool:
@@ -147,5 +179,11 @@ STEP_PATCHES = (
         "train_step",
         _with_step_boundary,
         "layouts change at step boundaries",
+    ),
+    Patch(
+        "megatron.core.models.common.model_chunk_schedule_plan",
+        "TransformerModelChunkSchedulePlan.run",
+        _with_operations,
+        "restores start with the forward and backward passes that it runs together",
     ),
 )

@@ -105,6 +105,7 @@ def build_coordinator(
         after_gate=config.mode == PlanMode.EXACT,
         holds_step=config.restore == Restore.STEP,
         restores_following=True,
+        by_parts=transformer_config.overlap_moe_expert_parallel_comm,
     )
     streams = ExchangeStreams(
         make_exchange(config, groups, chosen, geometry),

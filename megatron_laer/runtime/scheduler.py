@@ -24,6 +24,7 @@ from megatron_laer.runtime.planning.pass_layouts import PassLayouts, Replayed
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.split_backward import GradsReady
 from megatron_laer.schedule import Schedule
 
 
@@ -36,7 +37,8 @@ class Chunk:
     of layers that recompute are waited for at once. `await_weights` waits until parameters hold a
     step's weights. `gathers_weights` returns whether Megatron may still be gathering them over
     replicas when the chunk's first forward begins. `replayed` returns the experts that the layers'
-    routers will choose; None without router replay.
+    routers will choose; None without router replay. `grads_ready` reports main gradients of
+    stock's modules, as in `SplitBackward`.
     """
 
     module: torch.nn.Module
@@ -45,6 +47,7 @@ class Chunk:
     await_weights: Callable[[Sequence[torch.nn.Parameter]], None]
     gathers_weights: Callable[[], bool]
     replayed: Replayed | None
+    grads_ready: GradsReady | None = None
 
 
 @dataclass
@@ -89,6 +92,8 @@ class Scheduler:
         self._detach()
         self._chunks = list(chunks)
         for number, chunk in enumerate(self._chunks):
+            for layer in chunk.layers:
+                layer.split.grads_ready = chunk.grads_ready
             # Module, hooks and chunk form a reference cycle, which `_detach` breaks.
             self._hooks += [
                 chunk.module.register_forward_pre_hook(_call(self._begin_forward, number)),
@@ -102,6 +107,22 @@ class Scheduler:
                     )
                     for block, layer in layer_of.items()
                 ]
+
+    # Called where Megatron runs a chunk by parts of layers, without calling its module.
+
+    def begin_forward(self, module: torch.nn.Module) -> object:
+        """Begin a chunk's forward; return it for `begin_backward`, None for an unknown chunk."""
+        for number, chunk in enumerate(self._chunks):
+            if chunk.module is module:
+                self._begin_forward(number)
+        return self._forward
+
+    def end_forward(self) -> None:
+        self._forward = None
+
+    def begin_backward(self, forward: object) -> None:
+        if isinstance(forward, _Forward) and self.schedule.restores_last and forward.entered:
+            forward.entered[-1].start_backward_restore()
 
     @property
     def replays_routing(self) -> bool:
@@ -154,8 +175,11 @@ class Scheduler:
         if self.schedule.restores_ahead:
             restored.weights.start_restore()
 
-    def dispatched(self, layer: LayerState, training: bool) -> None:
-        """Start the exchanges that may start once a layer's tokens have arrived."""
+    def may_restore_next(self, layer: LayerState, training: bool) -> None:
+        """Start the next layer's restore, once a layer's tokens have arrived.
+
+        Where two operations run together, its experts have computed as well.
+        """
         forward = self._forward  # none in the re-run of a checkpoint, which happens in backward
         if forward is None or not forward.entered:
             return

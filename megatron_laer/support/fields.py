@@ -25,6 +25,7 @@ PROVED = frozenset(
     moe_router_num_groups moe_router_pre_softmax moe_router_quantile_balancing_ema
     moe_router_score_function moe_router_topk moe_router_topk_scaling_factor moe_shared_expert_gate
     moe_shared_expert_intermediate_size moe_shared_expert_overlap moe_z_loss_coeff
+    overlap_dispatch_backward_with_experts_wgrad overlap_moe_expert_parallel_comm
     """.split()
 )
 

@@ -24,6 +24,11 @@ from megatron_laer.support.table import REFUSALS, UNPROVEN
 
 logger = logging.getLogger(__name__)
 
+_EXPOSED_IN_NODE = (
+    "--fsep-token-exchange node with --overlap-moe-expert-parallel-comm: tokens cross a node beside "
+    "the experts' compute, where that schedule hides nothing of them; give --fsep-token-exchange "
+    "rank unless links between nodes are much slower"
+)
 _REFUSED = frozenset(row.field for row in REFUSALS)
 
 
@@ -45,6 +50,8 @@ def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
 def check_choices(config: Any, mode: PlanMode | None, exchange: TokenExchange | Auto) -> None:
     """Refuse a TransformerConfig that does not fit the plan mode or the token exchange."""
     _refuse([*problems_with_mode(config, mode), *problems_with_token_exchange(config, exchange)])
+    if exchange == TokenExchange.NODE and config.overlap_moe_expert_parallel_comm:
+        _warn_once(_EXPOSED_IN_NODE)
 
 
 def slots_multiple(settings: Any) -> int:
@@ -59,11 +66,19 @@ def slots_multiple(settings: Any) -> int:
 
 def problems_with_mode(settings: Any, mode: PlanMode | None) -> list[str]:
     """Return the settings that the plan mode cannot work with."""
-    if mode != PlanMode.ANNOUNCED or not getattr(settings, "mtp_use_repeated_layer", False):
+    if mode != PlanMode.ANNOUNCED:
         return []
+    reasons = {
+        "mtp_use_repeated_layer": "routing is announced once per microbatch, and a repeated layer "
+        "routes several times",
+        "overlap_moe_expert_parallel_comm": "it builds a microbatch's schedule before it runs it, "
+        "and no test proves that routers then replay what was announced",
+    }
     return [
-        "--fsep-plan-mode announced with --mtp-use-repeated-layer: routing is announced once per "
-        "microbatch, and a repeated layer routes several times; leave out one of them"
+        f"--fsep-plan-mode announced with --{name.replace('_', '-')}: {reason}; leave out one of "
+        "them"
+        for name, reason in reasons.items()
+        if getattr(settings, name, False)
     ]
 
 

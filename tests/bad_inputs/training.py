@@ -137,7 +137,7 @@ _FLAGS = (
     ),
     (ON + "--optimizer soap", "--optimizer soap"),
     (ON + "--cuda-graph-impl local", "--cuda-graph-impl local"),
-    (ON + "--delay-wgrad-compute", "--delay-wgrad-compute"),
+    (ON + "--moe-paged-stash", "--moe-paged-stash"),
     (ON + "--use-megatron-fsdp", "--use-megatron-fsdp"),
     (ON + "--yaml-cfg x.yaml", "--expert-parallel-mode has no effect with --yaml-cfg"),
     (ON + "--fsep-tolerance 1", "unrecognized arguments: --fsep-tolerance 1"),

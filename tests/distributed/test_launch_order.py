@@ -17,6 +17,7 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from tests.launch_order import WITH_SPLITS, Launch, problems, recorded
 from tests.parity.flags import command_line
+from tests.parity.replay import train_row
 from tests.parity.row import HOMES
 
 PIPELINE = " --pipeline-model-parallel-size 2 --num-layers 4"
@@ -25,6 +26,8 @@ FULL = " --recompute-granularity full --recompute-method uniform --recompute-num
 SELECTIVE = " --recompute-granularity selective --recompute-modules moe"
 OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 EXACT = " --fsep-plan-mode exact"
+COMBINED = " --bf16 --overlap-moe-expert-parallel-comm"
+DELAYED = " --delay-wgrad-compute"
 ADAPTIVE = " --fsep-imbalance-tolerance 0.02 --fsep-late-plan wait"
 NODES = " --fsep-node-size 2 --fsep-restore-algorithm node"
 TOKENS = " --fsep-token-exchange node"
@@ -46,6 +49,14 @@ CASES = {
     "experts at home by relay, pipeline, recompute of the experts, tokens by nodes": (
         4,
         PIPELINE + SELECTIVE + NODES + ADAPTIVE + TOKENS + HOMES,
+    ),
+    "combined 1F1B, delayed weight gradients, virtual pipeline, fresh layouts in four groups": (
+        2,
+        VIRTUAL + COMBINED + DELAYED + OVERLAP + EXACT,
+    ),
+    "combined 1F1B, experts at home by relay, virtual pipeline, tokens by nodes": (
+        4,
+        VIRTUAL + COMBINED + NODES + ADAPTIVE + TOKENS + HOMES,
     ),
 }
 
@@ -69,7 +80,7 @@ def launches_of(flags: list[str]) -> tuple[list[Launch], list[tuple[int, int]]]:
         # Overlapping pipelines reduce parts of gradients, so whole ones cannot be compared.
         mock.patch.object(weights, "assemble", lambda _: {}),
     ):
-        train(flags)
+        train_row(flags)
     return launches, fresh
 
 

@@ -32,6 +32,7 @@ STOCK: frozenset[Place] = frozenset(
     {
         (Kind.COLLECTIVE, f"{_TRAINING}:pretrain"),  # of the start time, in float64
         (Kind.PAGEABLE, f"{_PIPELINE}/schedules.py:forward_step"),
+        (Kind.PAGEABLE, f"{_PIPELINE}/combined_1f1b.py:combined_forward_backward_step"),
         (Kind.WAIT, f"{_PIPELINE}/p2p_communication.py:P2PCommunicator._communicate"),
         (Kind.WAIT, "megatron/core/optimizer/clip_grads.py:get_grad_norm_fp32"),
         # Of given routing; and with --moe-permute-fusion Transformer Engine's kernel on a card.

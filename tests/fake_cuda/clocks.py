@@ -57,11 +57,13 @@ class Memory:
     """State of a storage.
 
     `home` is the stream it was allocated on, if the checker saw that. `recorded` are streams that
-    the allocator knows of, `accesses` the last operation of each kind of access.
+    the allocator knows of, `accesses` the last operation of each kind of access. Freed memory waits
+    until those streams have come as far as `awaited`.
     """
 
     home: int | None
     recorded: set[int] = field(default_factory=set)
+    awaited: Clock = field(default_factory=dict)
     accesses: dict[Span, Operation] = field(default_factory=dict)
 
 
@@ -170,22 +172,30 @@ class Checker:
         storage = tensor.untyped_storage()
         pointer = storage.data_ptr()
         if pointer not in self._memory:
-            self._memory[pointer] = Memory(home)
+            memory = self._memory[pointer] = Memory(home)
             # By reference: a new storage at this address is another memory.
-            weakref.finalize(storage, _freed, weakref.ref(self), pointer).atexit = False
+            weakref.finalize(storage, _freed, weakref.ref(self), pointer, memory).atexit = False
         return self._memory[pointer]
 
-    def free(self, pointer: int) -> None:
-        """Note that the host freed memory: the next allocation of its stream may get it."""
+    def free(self, pointer: int, of: Memory | None = None) -> None:
+        """Note that the host freed memory: the next allocation of its stream may get it.
+
+        With `of`, do so unless it was freed before.
+        """
+        if of is not None and self._memory.get(pointer) is not of:
+            return
         memory = self._memory.pop(pointer, None)
         if memory is not None and memory.home is not None:
             self.frees += 1
+            for stream in memory.recorded:
+                _merge(memory.awaited, self.now(stream))
             self._free[memory.home].append(memory)
 
     def _reuse(self, home: int) -> None:
         """Let an allocation have all memory that was freed on its stream."""
-        clock = self.now(home)
         for memory in self._free.pop(home, []):
+            clock = self.now(home)
+            _merge(clock, memory.awaited)
             for span, operation in memory.accesses.items():
                 is_known = span.stream in {home, *memory.recorded}
                 if not is_known and clock.get(span.stream, 0) < operation.number:
@@ -202,10 +212,10 @@ class Checker:
         self._races[f"{race}, in {self._place()}"] = None
 
 
-def _freed(checker: weakref.ref[Checker], pointer: int) -> None:
+def _freed(checker: weakref.ref[Checker], pointer: int, memory: Memory) -> None:
     living = checker()
     if living is not None:
-        living.free(pointer)
+        living.free(pointer, memory)
 
 
 def _merge(clock: Clock, other: Clock) -> None:

@@ -159,6 +159,7 @@ def replaced(checker: Checker) -> Iterator[None]:
         for owner, name, replacement in (
             (torch.cuda.nvtx, "range", lambda *_: contextlib.nullcontext()),
             (torch.Tensor, "record_stream", _record_stream),
+            (torch.UntypedStorage, "resize_", _resize),
             (streams.CudaStream, "__init__", _named(streams.CudaStream.__init__)),
             (copies.Download, "__init__", _named(copies.Download.__init__)),
         ):
@@ -182,6 +183,16 @@ def _named(true_init: Callable[..., None]) -> Callable[..., None]:
             Simulation.checker.names[stream._stream.number] = f"the stream of {name}"
 
     return init
+
+
+_true_resize = torch.UntypedStorage.resize_
+
+
+def _resize(storage: torch.UntypedStorage, size: int) -> Any:
+    """Free memory as Megatron's combined schedule frees the inputs of its nodes."""
+    if size == 0:
+        Simulation.checker.free(storage.data_ptr())
+    return _true_resize(storage, size)
 
 
 def _record_stream(tensor: torch.Tensor, stream: Any) -> None:

@@ -25,6 +25,8 @@ REPLACED = {
     "--moe-router-fusion": "Transformer Engine's fused router",
     "--optimizer-cpu-offload": "the two devices of an optimizer that is offloaded in part",
     "--moe-flex-dispatcher-backend": "the flex dispatcher's buffers (these with FSEP alone)",
+    "--delay-wgrad-compute": "delayed weight gradients of Transformer Engine's layers",
+    "--overlap-dispatch-backward-with-experts-wgrad": "those of Transformer Engine's experts",
     "dist_muon": "gathers of tensors of several sizes (Muon's distributed form)",
 }
 
@@ -116,6 +118,20 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "flex dispatcher with DeepEP": ("deepep", "deepep-bf16", "deepep-shared"),
     "flex dispatcher with HybridEP": ("hybridep", "hybridep-padded"),
     "flex dispatcher with NCCL EP": ("--moe-flex-dispatcher-backend other than deepep, hybridep",),
+    "combined 1F1B (`--overlap-moe-expert-parallel-comm`)": (
+        "combined",
+        "combined-virtual",
+    ),
+    "combined 1F1B with `--delay-wgrad-compute`": (
+        "delayed",
+        "delayed-virtual",
+        "delayed-exact",
+        "delayed-step",
+    ),
+    "`--overlap-dispatch-backward-with-experts-wgrad`": ("dispatch-wgrad",),
+    "combined 1F1B with CUDA graphs": (
+        "--cuda-graph-impl with --overlap-moe-expert-parallel-comm",
+    ),
     "evaluation": ("evaluation",),
     "`--skip-train`": ("evaluate-only",),
     "`--check-weight-hash-across-dp-replicas-interval`": ("evaluation",),

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.cpu.training import Adapt, Probe, Record, train
+from tests.delayed_weights import FLAGS, delayed_weights
 
 REPLAY = "--moe-enable-routing-replay"
 
@@ -24,6 +25,9 @@ def train_row(
     flags: list[str], probe: Probe | None = None, adapt: Adapt | None = None, gradients: bool = True
 ) -> Record:
     """Train with the flags of a row, with given routing where these ask for it."""
+    if not FLAGS.keys().isdisjoint(flags):
+        with delayed_weights():
+            return train(flags, probe, adapt=adapt, gradients=gradients)
     if REPLAY not in flags:
         return train(flags, probe, adapt=adapt, gradients=gradients)
     from megatron.training import training

@@ -51,6 +51,9 @@ UNTIED = "--untie-embeddings-and-output-weights"
 CLAMPED_GEGLU = " --quick-geglu --activation-func-clamp-value 0.1 --glu-linear-offset 1.0"
 HYBRID = " --spec tests.specs.hybrid hybrid_stack_spec --hybrid-layer-pattern "
 HYBRID_MTP = HYBRID + "*E-E/*E/*E --mtp-use-repeated-layer"
+DELAYED = " --delay-wgrad-compute"
+BEHIND_DISPATCH = " --overlap-dispatch-backward-with-experts-wgrad"
+COMBINED = " --overlap-moe-expert-parallel-comm"
 REPEATED = " --mtp-use-repeated-layer --mtp-num-layers "
 PER_TOKEN = " --calculate-per-token-loss"
 LATENT_ATTENTION = (
@@ -105,6 +108,16 @@ def _row(id: str, name: str, flags: str = "", fsep: str = "", **more: Any) -> Ro
         expert_parallel=group,
         **more,
     )
+
+
+def _combined(id: str, name: str, flags: str, fsep: str = "", **more: Any) -> Row:
+    """Return a row with Megatron's combined 1F1B schedule, which needs bf16 and several ranks.
+
+    So the reference is stock with its plain schedule, and the other stock run has the combined one.
+    """
+    reference = BF16 + flags.replace(DELAYED, "")
+    return _row(id, f"{name}, bf16, accumulation 4", BF16 + flags + COMBINED, fsep, accumulation=4,
+        stock=(1, more.get("group", 2)), reference_flags=reference, **more)  # fmt: skip
 
 
 Pairs = set[tuple[str, str]]
@@ -395,6 +408,21 @@ ROWS = [
         ranks=4, group=2, accumulation=2, moe_layers=0),
     _row("pipeline-mtp", "pipeline 2 with multi-token prediction and tied embeddings, accumulation"
         " 2", PIPELINE + MTP, ranks=4, group=2, accumulation=2, without=UNTIED, moe_layers=1),
+    # Megatron's combined 1F1B schedule, which runs with bf16 alone.
+    _combined("combined", "combined 1F1B, shared experts", SHARED),
+    _combined("combined-virtual", "combined 1F1B, virtual pipeline 2 x 2, multi-token prediction",
+        VIRTUAL + MTP, ranks=4, group=2),
+    _combined("delayed", "combined 1F1B, delayed weight gradients, shared experts, both"
+        " overlaps", SHARED + DELAYED + DIST_OPT),
+    _combined("delayed-virtual", "combined 1F1B, delayed weight gradients, virtual pipeline 2 x 2,"
+        " multi-token prediction", VIRTUAL + MTP + DELAYED, ranks=4, group=2),
+    _combined("delayed-exact", "combined 1F1B, delayed weight gradients, exact, DeepEP, recompute"
+        " of norms, activations and shared experts",
+        SHARED + DELAYED, fsep=EXACT + DEEPEP + ACT_RECOMPUTE + " layernorm shared_experts"),
+    _combined("delayed-step", "combined 1F1B, delayed weight gradients, restored once per step,"
+        " tokens through nodes of 2", DELAYED, fsep=TOKENS.format(2) + STEP, ranks=4, group=4),
+    _row("dispatch-wgrad", "experts' weight gradients during the dispatch's backward, accumulation"
+        " 2", BEHIND_DISPATCH, accumulation=2),
     # Frozen weights.
     _row("lora", "LoRA on attention, distributed optimizer", DIST_OPT + " --lr 1e-2 --min-lr 1e-2",
         exchanges=(4, 0), adapt=lora_on_attention),

@@ -87,6 +87,8 @@ _PERMUTATION = _in("layer/dispatch/permutation.py", *_unit("permutation"))
 _ROW_MAP = _in("layer/dispatch/row_map.py", *_unit("permutation"))
 _DISPATCH = _in("layer/dispatch/slot_dispatch.py", *_ranks("dispatcher"))
 _DISPATCHER = _in("layer/dispatch/dispatcher.py", *_ranks("dispatcher"))
+_NODES = _in("layer/dispatch/node_dispatcher.py", *_ranks("dispatcher"))
+_STEPS = _in("plugin/steps.py", *_ranks("scheduler"))
 _SLICES = _in("layer/experts/slices.py", *_unit("slices"), *_ranks("initialisation"))
 _HOMES = _in("layer/experts/homes.py", *_ranks("homes", "own_loop"))
 _MAIN_GRADS = _in("layer/experts/main_grads.py", *_unit("restored_experts"))
@@ -398,6 +400,87 @@ FAULTS: tuple[Fault, ...] = (
         "an order that is not kept is expected further",
         "        if self.following != operation:\n            self._expected = ()",
         "        if self.following != operation:\n            pass",
+    ),
+    # Megatron's combined schedule.
+    _RESTORED.fault(
+        "a reduce before backward_dw",
+        "self._split.computes_weights.append(partial(self._compute_weights, defers, grads_CRK))",
+        "self._send(defers, grads_CRK)",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "delayed",
+    ),
+    _RESTORED.fault(
+        "weights are released before the experts' backward",
+        "        self._exchange.count.backwards += 1\n        self.weights.start_restore()\n",
+        "        self._exchange.count.backwards += 1\n        self.weights.used()\n",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "two_layers",
+    ),
+    _RESTORED.fault(
+        "backward fetches the layer before while another microbatch's is there",
+        "not (self._split.by_parts and self.index.has_replicas):",
+        "self.has_backward:",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "two_layers",
+    ),
+    _RESTORED.fault(
+        "nobody waits for gradients of a layer in parts",
+        "        marked: torch.Tensor = WaitWithTokens.apply(tokens, *made)\n        return marked",
+        "        return tokens",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "two_layers",
+    ),
+    _RESTORED.fault(
+        "homes are reported before they have the sums over replicas",
+        "            self._split.grads_ready(share.trained)\n",
+        "            pass\n",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "overlaps",
+    ),
+    _STEPS.fault(
+        "two microbatches swapped",
+        "            f_schedule_plan.fsep_forward = begun\n",
+        "            type(f_schedule_plan).fsep_forward = begun\n",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "two_layers",
+    ),
+    _LAYER.fault(
+        "forward fetches the next layer while the present one is needed",
+        "        if not self._by_parts:\n            self._coordinator",
+        "        if self.training:\n            self._coordinator",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "two_layers",
+    ),
+    _LAYER.fault(
+        "delayed weight gradients are not computed",
+        "            self.state.split.computes_weights.popleft()()",
+        "            self.state.split.computes_weights.popleft()",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "delayed",
+    ),
+    _NODES.fault(
+        "rows are kept that the schedule frees",
+        "        if self.config.overlap_moe_expert_parallel_comm:",
+        "        if self.config.overlap_moe_expert_parallel_comm is None:",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "tokens",
+    ),
+    _GRADS.fault(
+        "delayed gradients stay zero",
+        "                computed[at], compute = self._delayed[position]\n",
+        "                _, compute = self._delayed[position]\n                continue\n",
+        *_ranks("combined_1f1b"),
+        "-k",
+        "delayed",
     ),
     # Dispatch.
     _PERMUTATION.fault(

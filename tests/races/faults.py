@@ -218,6 +218,18 @@ def _activations_at_once() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def _without_completion() -> Iterator[None]:
+    """Record no event when the experts' input gradients are there."""
+    from megatron.core.transformer.moe.moe_layer import _RecordExpertDgradCompletion
+
+    def apply(_: Any, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    with mock.patch.object(_RecordExpertDgradCompletion, "apply", apply):
+        yield
+
+
 LAYER_FAULTS = {
     "submit does not wait for the compute": Fault(
         _replaced(streams.Stream, "wait_stream", _nothing)
@@ -303,6 +315,21 @@ TRAINING_FAULTS = {
         _replaced(Download, "_read", _read_without_waiting),
         "plain",
         "reads what copy_ on the stream of counts writes",
+    ),
+    "delayed weight gradients are reduced before they are computed": Fault(
+        _replaced(CudaStream, "submit", _reduce_at_once),
+        "combined 1F1B with delayed weight gradients, virtual pipeline 2 x 2",
+        "on the stream of gradients reads what mm on the compute stream writes",
+    ),
+    "nobody waits until homes' main gradients have the sums": Fault(
+        _replaced(SlotGrads, "finish_reduce", _finish_at_once),
+        "combined 1F1B with delayed weight gradients, experts at home, both overlaps",
+        "on the stream of gradients",
+    ),
+    "weight gradients do not wait for those of the inputs": Fault(
+        _without_completion,
+        "experts' weight gradients during the dispatch's backward",
+        "mm on stream",
     ),
     "nobody waits for the copy of token sizes": Fault(
         _replaced(TokenSizesExchange, "start", _sizes_without_waiting),

@@ -33,6 +33,8 @@ _VIRTUAL = (
 )
 # Saves at the end alone.
 _NEVER = "--save-interval", "1000"
+_COMBINED = " --bf16 --overlap-moe-expert-parallel-comm"
+_DELAYED = " --delay-wgrad-compute"
 _MOE = " --recompute-granularity selective --recompute-modules moe"
 
 
@@ -140,6 +142,18 @@ SCENARIOS = {
     "shared experts that overlap, permute fusion": Training(
         f"{_RANDOM} --fsep-restore step --moe-permute-fusion "
         "--moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap"
+    ),
+    "combined 1F1B, shared experts": Training(
+        f"{_RANDOM}{_COMBINED} --moe-shared-expert-intermediate-size 32"
+    ),
+    "combined 1F1B with delayed weight gradients, virtual pipeline 2 x 2": Training(
+        f"{_RANDOM}{_COMBINED}{_DELAYED}{_VIRTUAL}", 4
+    ),
+    "combined 1F1B with delayed weight gradients, experts at home, both overlaps": Training(
+        f"{_HOME}{_COMBINED}{_DELAYED}{_OVERLAPS}"
+    ),
+    "experts' weight gradients during the dispatch's backward": Training(
+        f"{_RANDOM} --overlap-dispatch-backward-with-experts-wgrad"
     ),
     "Muon": Training(f"{_HOME} --optimizer muon"),
     "save and load": Training(f"{_HOME}{_OVERLAPS} --override-opt-param-scheduler", resumes=True),
@@ -253,8 +267,12 @@ def _steady_steps() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _fresh_streams() -> Iterator[None]:
-    """Let Megatron make the stream that its class keeps anew, inside and after the block."""
+    """Let Megatron make the streams that it keeps anew, inside and after the block."""
+    from megatron.core.pipeline_parallel import utils
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
-    with mock.patch.object(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None):
+    with (
+        mock.patch.object(utils, "_COMM_STREAM", None),
+        mock.patch.object(MoEAlltoAllTokenDispatcher, "cuda_dtoh_stream", None),
+    ):
         yield

@@ -29,7 +29,7 @@ def failing() -> None:
 
 RECIPES = {
     "fine": (recipe, 0, "runs; proved by row 'plain DDP' on the CPU"),
-    "slow": (lambda: recipe(delay_wgrad_compute=True), 3, "speed-only flags: --delay-wgrad"),
+    "slow": (lambda: recipe(moe_paged_stash=True), 3, "speed-only flags: --moe-paged-stash"),
     "precise": (lambda: REFUSED["precision"][0], 4, "in bf16, without these flags: --fp8-format"),
     "alone": (lambda: REFUSED["one rank"][0], 5, "uses no expert parallelism"),
     "grouped": (lambda: REFUSED["groups"][0], 1, "no FSEP group is created"),

@@ -33,7 +33,6 @@ OLMOE = "megatron.bridge.recipes.olmoe.h100.olmoe_7b:olmoe_7b_peft_1gpu_h100_bf1
 
 SELECTIVE = {"recompute": "selective"}
 GRAPHS = {"cuda_graph_impl": "transformer_engine"}
-OVERLAP, DELAY = "--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"
 PADDING = "--moe-router-padding-for-quantization"
 LORA = "LoRA on linear_fc1 and linear_fc2"
 
@@ -41,6 +40,7 @@ LORA = "LoRA on linear_fc1 and linear_fc2"
 RUN: dict[str, dict[str, str]] = {
     "as it is": {},
     "flex": {"dispatcher": "flex"},
+    "combined 1F1B": {"ep_overlap": "True", "delay_wgrad": "True", "dispatcher": "flex"},
     "tensor parallel": {"TP": "2"},
     "moe_act": SELECTIVE | {"recompute_modules": "['moe_act', 'moe']"},
     "latent attention": SELECTIVE | {"recipe": KIMI, "recompute_modules": "['mla_up_proj']"},
@@ -68,16 +68,19 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
         [],
     ),
     "no expert parallelism": (
-        {"EP": "", "ep_overlap": "True"},
+        {"EP": "", "cuda_graph_impl": "local"},
         Verdict.SET_EP,
-        ["--expert-model-parallel-size 1", OVERLAP],
-        [OVERLAP],
+        ["--expert-model-parallel-size 1", "--cuda-graph-impl local"],
+        ["--cuda-graph-impl"],
     ),
-    "overlap": (
-        {"ep_overlap": "True", "delay_wgrad": "True", "dispatcher": "flex"},
+    "overlap and graphs": (
+        GRAPHS | {"ep_overlap": "True", "delay_wgrad": "True", "cuda_graph_scope": "['attn']"},
         Verdict.SPEED_ONLY,
-        [f"{DELAY}: ", f"{OVERLAP}: "],
-        None,
+        [
+            "--cuda-graph-impl transformer_engine: nobody",
+            "--cuda-graph-impl transformer_engine: wi",
+        ],
+        ["--cuda-graph-impl"],
     ),
     "graphs": (
         GRAPHS | {"cuda_graph_scope": "['attn']"},
@@ -94,7 +97,7 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
     "fp8": (
         {"precision": "fp8_mx", "delay_wgrad": "True"},
         Verdict.PRECISION,
-        ["--fp8-format e4m3", DELAY],
+        ["--fp8-format e4m3"],
         None,
     ),
     "fp4": (

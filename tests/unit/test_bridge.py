@@ -37,8 +37,8 @@ def test_what_cannot_work_is_refused_with_the_way_out(name: str) -> None:
 
 def test_all_that_is_wrong_is_said_at_once() -> None:
     given = changed("dist", use_decentralized_pg=True)
-    given.model.delay_wgrad_compute = True
-    with pytest.raises(ValueError, match=r"use_decentralized_pg[^\n]*\n *--delay-wgrad-compute"):
+    given.model.moe_paged_stash = True
+    with pytest.raises(ValueError, match=r"use_decentralized_pg[^\n]*\n *--moe-paged-stash"):
         check_recipe(given, FSEPConfig())
 
 

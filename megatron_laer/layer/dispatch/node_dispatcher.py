@@ -138,6 +138,8 @@ class NodeTokenDispatcher(SlotDispatching, _FirstStage):
     def keeping_rows(self) -> contextlib.AbstractContextManager[Any]:
         assert self._arrivals is not None and self._experts_input is not None
         (rows_UH, experts_RH), self._experts_input = self._experts_input, None
+        if self.config.overlap_moe_expert_parallel_comm:  # which frees arrived rows
+            return contextlib.nullcontext()
         return self._arrivals.rows.keeping_rows(experts_RH, rows_UH)
 
     def combine_preprocess(self, hidden_states: torch.Tensor) -> torch.Tensor:

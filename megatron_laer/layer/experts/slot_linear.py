@@ -10,6 +10,7 @@ of one slot.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -78,8 +79,8 @@ class _SlotLinear(torch.autograd.Function):
         if input_needs:
             grad_input_TK = gemm.input_grad(grad_TR, experts.weights.matrix(position), tokens_C)
         if weight_needs:
-            grad_weight_CRK = experts.grads.new(position)
-            gemm.weight_grad(grad_TR, input_TK, tokens_C, grad_weight_CRK)
+            compute = partial(gemm.weight_grad, grad_TR, input_TK, tokens_C)
+            grad_weight_CRK = experts.weight_grads(position, compute)
         return grad_input_TK, grad_weight_CRK, None, None, None, None
 
 

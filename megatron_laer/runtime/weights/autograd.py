@@ -73,6 +73,22 @@ class WaitForGradsAfterBlock(torch.autograd.Function):
         return (None, grad, *ctx.finish_reduce())
 
 
+class WaitWithTokens(torch.autograd.Function):
+    """Identity of tokens; the backward runs the wait nodes of `placeholders` in the tokens' graph.
+
+    Megatron's combined schedule runs the backward of a layer's parts one by one, and this one last.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, *placeholders: torch.Tensor) -> torch.Tensor:
+        ctx.placeholders = placeholders
+        return tokens.view_as(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return (grad, *(placeholder(part.detach(), ()) for part in ctx.placeholders))
+
+
 class RunOnBackward(torch.autograd.Function):
     """Identity of tensors; the backward calls `call` once all their gradients have arrived.
 

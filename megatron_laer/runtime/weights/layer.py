@@ -9,10 +9,12 @@ Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns, h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+
+from megatron_laer.runtime.weights.split_backward import SplitBackward
 
 
 class MainGrads(Protocol):
@@ -249,6 +251,7 @@ class FsepLayer:
         what_changed: describes changes to the experts since construction; None if there are none.
         on_step_end: called at the end of a training step.
         launch_kernels: called before the first step, to launch what the layer's own code launches.
+        split: the parts of its backward.
     """
 
     index: int
@@ -261,3 +264,4 @@ class FsepLayer:
     what_changed: Callable[[], str | None]
     on_step_end: Callable[[], None]
     launch_kernels: Callable[[], None]
+    split: SplitBackward = field(default_factory=SplitBackward, kw_only=True)

@@ -36,7 +36,9 @@ class LayerExperts:
         index = self._index(layer, layout)
         if training and layer.name in self._of_step:
             return self._of_step[layer.name].experts
-        restored = RestoredExperts.for_pass(layer.name, layer.share, index, self._streams)
+        restored = RestoredExperts.for_pass(
+            layer.name, layer.share, index, self._streams, layer.split
+        )
         if not training:
             restored.expect_no_backward()
         return restored
@@ -63,7 +65,7 @@ class LayerExperts:
             )
         if not self._of_step:
             self._of_step = {
-                layer.name: StepExperts(layer.name, layer.share, index, self._streams)
+                layer.name: StepExperts(layer.name, layer.share, index, self._streams, layer.split)
                 for layer, index in indexes
             }
         for layer, index in indexes:

@@ -41,6 +41,7 @@ from megatron_laer.runtime.weights.autograd import (
     SlicesToSlots,
     WaitForGrads,
     WaitForGradsAfterBlock,
+    WaitWithTokens,
     placeholder,
     run_on_backward,
 )
@@ -48,6 +49,7 @@ from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Share
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
+from megatron_laer.runtime.weights.split_backward import SplitBackward
 from megatron_laer.runtime.weights.states import ExpertsState, WeightState
 
 
@@ -55,12 +57,17 @@ class RestoredExperts:
     """Whole experts of one layer for one microbatch, and their part of autograd's graph."""
 
     def __init__(
-        self, weights: RestoredWeights, grads: SlotGrads, streams: ExchangeStreams
+        self,
+        weights: RestoredWeights,
+        grads: SlotGrads,
+        streams: ExchangeStreams,
+        split: SplitBackward | None = None,
     ) -> None:
         self.weights = weights
         self.grads = grads
         self._share = weights.share
         self._exchange = streams.exchange
+        self._split = split or SplitBackward()
         self._next_in_backward: RestoredExperts | None = None
         # Created ahead, one tuple per coming pass; step-held experts can queue two.
         self._placeholders: deque[tuple[torch.Tensor, ...]] = deque()
@@ -71,10 +78,15 @@ class RestoredExperts:
 
     @classmethod
     def for_pass(
-        cls, name: str, share: Share, index: LayoutIndex, streams: ExchangeStreams
+        cls,
+        name: str,
+        share: Share,
+        index: LayoutIndex,
+        streams: ExchangeStreams,
+        split: SplitBackward | None = None,
     ) -> RestoredExperts:
         weights = RestoredWeights(name, share, index, streams)
-        return cls(weights, SlotGrads(weights, streams), streams)
+        return cls(weights, SlotGrads(weights, streams), streams, split)
 
     @property
     def index(self) -> LayoutIndex:
@@ -132,8 +144,19 @@ class RestoredExperts:
 
     # Called by the layer.
 
+    def wait_for_grads_with(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mark tokens whose graph ends before the experts; its backward ends with the wait."""
+        if not (self._split.by_parts and torch.is_grad_enabled() and self._share.trained):
+            return tokens
+        made = self._placeholders.popleft() if self._placeholders else self._make_wait_node()
+        marked: torch.Tensor = WaitWithTokens.apply(tokens, *made)
+        return marked
+
     def reduce_after_dispatch(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mark the tokens to dispatch, whose gradient's arrival starts a deferred reduce."""
+        if self._split.by_parts:
+            waits = self.index.has_replicas and bool(self._share.trained)
+            return self._reduce_after(tokens) if waits else tokens
         if not self.index.has_replicas:
             self._placeholders.clear()  # step-held experts would keep those of every pass
             return tokens
@@ -142,7 +165,10 @@ class RestoredExperts:
             self.wait_for_grads_here()
         placeholders = self._placeholders[0] if self._placeholders else ()
         waits_later = self._waits_after_block or any(part.requires_grad for part in placeholders)
-        if not (waits_later and torch.is_grad_enabled() and tokens.requires_grad):
+        return self._reduce_after(tokens) if waits_later else tokens
+
+    def _reduce_after(self, tokens: torch.Tensor) -> torch.Tensor:
+        if not (torch.is_grad_enabled() and tokens.requires_grad):
             return tokens
         self._defers_reduce = True
         return run_on_backward(self.grads.start_deferred, tokens)[0]
@@ -153,8 +179,11 @@ class RestoredExperts:
             placeholder(parameter.detach(), shape)
             for parameter, shape in zip(self._share.likes, shapes, strict=True)
         ]
-        placeholders = self._placeholders.popleft() if self._placeholders else None
-        if self._waits_after_block:
+        bypassed = self._waits_after_block or self._split.by_parts
+        placeholders = None
+        if self._placeholders and not self._split.by_parts:
+            placeholders = self._placeholders.popleft()
+        if bypassed:
             # Gradients bypass these; they only make autograd run `SlicesToSlots`.
             placeholders = tuple(
                 placeholder(like.detach(), ()).requires_grad_() for like in self._trained_likes
@@ -166,7 +195,7 @@ class RestoredExperts:
             trained: tuple[torch.Tensor, ...] = SlicesToSlots.apply(
                 partial(self._grads_computed, defers),
                 [shapes[at] for at in trained_at],
-                not self._waits_after_block,
+                not bypassed,
                 *placeholders,
             )
             for at, weight in zip(trained_at, trained, strict=True):
@@ -175,7 +204,15 @@ class RestoredExperts:
 
     def before_compute(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Mark the restored experts' inputs, whose gradients' arrival ends the weights' use."""
-        return run_on_backward(self.weights.used, *inputs)
+        return run_on_backward(self._used_in_backward, *inputs)
+
+    def weight_grads(self, position: int, compute: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        """Return a matrix's gradients, or zeros if `backward_dw` will compute them."""
+        if self._split.delays_weights:
+            return self.grads.delay(position, compute)
+        grad_CRK = self.grads.new(position)
+        compute(grad_CRK)
+        return grad_CRK
 
     def after_compute(self, output: torch.Tensor, *, backward_follows: bool) -> torch.Tensor:
         """Mark the experts' output, whose gradient's arrival starts the restore for backward.
@@ -204,27 +241,59 @@ class RestoredExperts:
         following = self._next_in_backward
         if following is not None and self.is_same_layer(following):
             self.weights.hand_on(following.weights)
-        elif following is not None:
+        elif following is not None and not (self._split.by_parts and self.index.has_replicas):
             following.start_backward_restore()
-        elif self._ends_backward is not None:
+        elif following is None and self._ends_backward is not None:
             self._ends_backward(self)
+
+    def _used_in_backward(self) -> None:
+        self.weights.used()
+        # Between parts of a layer another microbatch runs, whose experts take the second place.
+        if self._split.by_parts and self._next_in_backward is not None:
+            self._next_in_backward.start_backward_restore()
 
     def _grads_computed(self, defers: bool, grads_CRK: tuple[torch.Tensor, ...]) -> None:
         # Inputs without gradients have not ended the use of the weights. The other inputs' nodes
         # were created later and have run, so frozen matrices are unused too.
-        self.weights.used()
+        self._used_in_backward()
+        if self._split.delays_weights:
+            self._split.computes_weights.append(partial(self._compute_weights, defers, grads_CRK))
+        else:
+            self._send(defers, grads_CRK)
+
+    def _compute_weights(self, defers: bool, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+        self._send(defers, self.grads.compute_delayed(grads_CRK))
+
+    def _send(self, defers: bool, grads_CRK: tuple[torch.Tensor, ...]) -> None:
         if defers:
             self.grads.defer(grads_CRK)
         else:
             self.grads.start_reduce(grads_CRK)
 
     def _make_wait_node(self) -> tuple[torch.Tensor, ...]:
-        if not self._share.trained:
+        share = self._share
+        if not share.trained:
             return ()
+        finish = self.grads.finish_reduce
+        parameters: tuple[torch.Tensor, ...] = share.trained
+        if self._split.by_parts and share.waits_inside:
+            finish = self._finish_apart
+            # Their hooks run in the experts' part, with stock's gradients.
+            if share.have_main_grads:
+                parameters = (placeholder(share.likes[0].detach(), ()).requires_grad_(),)
         made: tuple[torch.Tensor, ...] = WaitForGrads.apply(
-            self.grads.finish_reduce, self._trained_likes, *self._share.trained
+            finish, self._trained_likes, *parameters
         )
         return made
+
+    def _finish_apart(self) -> tuple[torch.Tensor | None, ...]:
+        share = self._share
+        summed = self.grads.finish_reduce() if self.index.has_replicas else share.added()
+        if not share.have_main_grads:
+            return summed
+        if self._split.grads_ready is not None:
+            self._split.grads_ready(share.trained)
+        return (None,)
 
     @property
     def _trained_likes(self) -> tuple[torch.nn.Parameter, ...]:

@@ -7,11 +7,13 @@ Legend: C replica slots per rank, R rows of a matrix, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Sequence
 
 import torch
 
-from megatron_laer.runtime.comm.streams import Pending
+from megatron_laer.runtime.comm.streams import Pending, has_streams
+from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.states import GradState
@@ -29,13 +31,38 @@ class SlotGrads:
         self._streams = streams
         self._written_CRK: list[torch.Tensor] = []
         self._deferred_CRK: tuple[torch.Tensor, ...] = ()
+        self._compute: torch.cuda.Stream | None = None
+        self._delayed: dict[int, tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = {}
         self._arriving: tuple[Pending, ...] = ()
 
     def new(self, position: int) -> torch.Tensor:
         like = self.share.likes[position]
         grad_CRK = self._streams.grads.take(self._weights.shapes[position], like.dtype, like.device)
         self._written_CRK.append(grad_CRK)
+        self._compute = torch.cuda.current_stream() if has_streams(like.device) else None
         return grad_CRK
+
+    def delay(self, position: int, compute: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        """Keep the computation of a matrix's gradients for `compute_delayed`; return zeros."""
+        assert position not in self._delayed, (
+            f"{self._name}: nobody computed the last pass's weight gradients, which are delayed"
+        )
+        self._delayed[position] = self.new(position), compute
+        return placeholder(self.share.likes[position].detach(), self._weights.shapes[position])
+
+    @torch.no_grad()
+    def compute_delayed(self, grads_CRK: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Compute the delayed gradients, which take the place of zeros in `grads_CRK`.
+
+        Perhaps on a stream of its own, for which the compute stream waits before the reduce. So
+        the operands are kept until then.
+        """
+        computed = list(grads_CRK)
+        for at, position in enumerate(self.share.trained_at):
+            if position in self._delayed:
+                computed[at], compute = self._delayed[position]
+                compute(computed[at])
+        return tuple(computed)
 
     def defer(self, grads_CRK: tuple[torch.Tensor, ...]) -> None:
         self.state.enter(GradState.DEFERRED)
@@ -45,11 +72,15 @@ class SlotGrads:
         """Start to reduce the deferred gradients. Collective over the group."""
         assert self._deferred_CRK, "tokens' gradients arrived before the experts had any"
         grads_CRK, self._deferred_CRK = self._deferred_CRK, ()
-        self.start_reduce(grads_CRK)
+        # Megatron may exchange tokens' gradients on a stream of its own.
+        computes = None if self._compute is None else torch.cuda.stream(self._compute)
+        with computes or contextlib.nullcontext():
+            self.start_reduce(grads_CRK)
 
     def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
         """Start to send whole gradients to the ranks' shares. Collective over the group."""
         self.state.enter(GradState.REDUCING)
+        self._delayed.clear()
         exchange, index = self._streams.exchange, self._weights.index
         exchange.prepare_reduce(index)
         exchanges = [

@@ -19,6 +19,7 @@ from megatron_laer.runtime.weights.layer import Share
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
+from megatron_laer.runtime.weights.split_backward import SplitBackward
 from megatron_laer.runtime.weights.states import GradState
 
 
@@ -45,6 +46,7 @@ class StepGrads(SlotGrads):
             for sum_CRK, grad_CRK in zip(self._sums_CRK, grads_CRK, strict=True):
                 sum_CRK.add_(grad_CRK)
         self.state.enter(GradState.SUMMED)
+        self._delayed.clear()
         self.free()
         self._left -= 1
         if self._left == 0:
@@ -69,7 +71,12 @@ class StepExperts:
     """
 
     def __init__(
-        self, name: str, share: Share, index: LayoutIndex, streams: ExchangeStreams
+        self,
+        name: str,
+        share: Share,
+        index: LayoutIndex,
+        streams: ExchangeStreams,
+        split: SplitBackward | None = None,
     ) -> None:
         if not share.have_main_grads:
             raise ValueError(
@@ -79,7 +86,7 @@ class StepExperts:
             )
         weights = RestoredWeights(name, share, index, streams, keeps=True)
         self._grads = StepGrads(weights, streams)
-        self.experts = RestoredExperts(weights, self._grads, streams)
+        self.experts = RestoredExperts(weights, self._grads, streams, split)
 
     def begin_step(self, index: LayoutIndex, num_passes: int) -> None:
         """Begin another step; weights that are still valid fetch only changed slots."""

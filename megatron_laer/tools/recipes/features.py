@@ -38,6 +38,9 @@ _SWITCHES = {
     "moe_enable_routing_replay": "router replay",
     "moe_z_loss_coeff": "z loss",
     "num_layers_per_virtual_pipeline_stage": "virtual pipeline",
+    "overlap_moe_expert_parallel_comm": "combined 1F1B",
+    "delay_wgrad_compute": "delayed weight gradients",
+    "overlap_dispatch_backward_with_experts_wgrad": "weight gradients behind the dispatch",
     "is_lora": "LoRA",
 }
 _SIZES = {

@@ -71,7 +71,7 @@ def judge(
     found = [(row, text) for row in REFUSALS if (text := row.problem_with_flag(settings, allowed))]
     refused = {row.argument for row, _ in found}
     reasons = tuple(text for _, text in found)
-    drop = tuple(row.flag for row, _ in found if row.left_out)
+    drop = tuple(dict.fromkeys(row.flag for row, _ in found if row.left_out))
     if "expert_model_parallel_size" in refused and "num_experts" not in refused:
         return Judgement(Verdict.SET_EP, None, (*reasons, *also_refused), drop)
     blocking = (*(text for row, text in found if not row.left_out), *also_refused)
