@@ -27,11 +27,23 @@ def _drops_tokens(settings: Any) -> bool:
     return factor is not None and factor >= 0
 
 
+def graphed(settings: Any) -> set[str] | None:
+    """Return the modules that Transformer Engine captures; empty for whole layers, None without."""
+    if getattr(settings, "cuda_graph_impl", None) != "transformer_engine":
+        return None
+    # The second is the flag's old name.
+    old = getattr(settings, "cuda_graph_scope_deprecated", None)
+    modules = settings.cuda_graph_modules or old or ()
+    return {modules} if isinstance(modules, str) else set(names_of(modules))
+
+
 def _captures_plan(settings: Any) -> bool:
-    # Without modules Megatron captures whole layers.
-    is_by_module = settings.cuda_graph_impl == "transformer_engine"
-    names = set(names_of(settings.cuda_graph_modules or ()))
-    return is_by_module and not (names and names <= GRAPHED)
+    modules = graphed(settings)
+    return modules is not None and not set() < modules <= GRAPHED
+
+
+def _overlaps_graphed_attention(settings: Any) -> bool:
+    return bool(settings.overlap_moe_expert_parallel_comm) and "attn" in (graphed(settings) or ())
 
 
 def _pads_for_fp8(settings: Any) -> bool:
@@ -46,12 +58,13 @@ def _recomputes_unproved(settings: Any) -> bool:
     return is_selective and not set(settings.recompute_modules or ()) <= PROVED_RECOMPUTE
 
 
-# Modules that Transformer Engine may capture: they run before a layer plans, or have no experts.
-GRAPHED = frozenset({"attn", "moe_router", "mlp"})
+# Modules that Transformer Engine may capture: they end at a rank's own counts, or have no experts.
+GRAPHED = frozenset({"attn", "mamba", "mlp", "moe_preprocess", "moe_router"})
+_GRAPHED = ", ".join(sorted(GRAPHED))
 
 # Features that each word of `--fsep-allow-unproven` allows.
 UNPROVEN = {
-    Unproven.TE_GRAPHS: "Transformer Engine's CUDA graphs of attention, router and dense layers",
+    Unproven.TE_GRAPHS: "Transformer Engine's CUDA graphs of parts of layers, up to the counts",
     Unproven.DENSE_FP8: "fp8 in all layers but the experts, which compute in the parameters' dtype",
 }
 
@@ -191,10 +204,11 @@ REFUSALS: tuple[Refusal, ...] = (
         left_out=_SPEED,
     ),
     Refusal(
-        "--cuda-graph-modules other than attn, moe_router, mlp",
+        f"--cuda-graph-modules other than {_GRAPHED}",
         _NO_GRAPH,
-        "give --cuda-graph-modules attn moe_router, and mlp if there are dense layers",
-        field_way_out="take some of 'attn', 'moe_router' and 'mlp'",
+        "give --cuda-graph-modules attn moe_router moe_preprocess, and mlp if there are dense "
+        "layers",
+        field_way_out=f"take some of {_GRAPHED}",
         refuses=_captures_plan,
         left_out=_SPEED,
     ),
@@ -203,6 +217,14 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--overlap-moe-expert-parallel-comm",
         "its schedule frees what a restore still needs; no test proves the combination",
+        left_out=_SPEED,
+    ),
+    Refusal(
+        "--overlap-moe-expert-parallel-comm with --cuda-graph-modules attn",
+        "losses blew up after 80 steps with stock (Megatron-LM's open issue 5966)",
+        "leave one of them out",
+        field_way_out="must be False, or cuda_graph_modules without 'attn'",
+        refuses=_overlaps_graphed_attention,
         left_out=_SPEED,
     ),
     Refusal(

@@ -1,7 +1,8 @@
-"""Runs with `--moe-enable-routing-replay`, whose routing is given, as in training from RL.
+"""Runs of rows, some with given routing or with calls in place of CUDA graphs.
 
-Megatron's flag alone changes nothing: `RouterReplay` must be given the choices. Here they are
-skewed at random, anew for each rank, microbatch and layer, and unlike the routers' own.
+`--moe-enable-routing-replay` alone changes nothing: `RouterReplay` must be given the choices, as in
+training from RL. Here they are skewed at random, anew for each rank, microbatch and layer, and
+unlike the routers' own.
 
 Legend: L layers of a rank, T tokens of a rank's microbatch, E experts, K top-k.
 """
@@ -16,14 +17,21 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.cpu.training import Adapt, Probe, Record, train
+from tests.te_graphs import graphs_replaced
 
 REPLAY = "--moe-enable-routing-replay"
+GRAPHED = "--cuda-graph-impl"
 
 
 def train_row(
     flags: list[str], probe: Probe | None = None, adapt: Adapt | None = None, gradients: bool = True
 ) -> Record:
-    """Train with the flags of a row, with given routing where these ask for it."""
+    """Train with the flags of a row, with given routing or replaced graphs if these ask for it."""
+    if GRAPHED in flags:
+        with graphs_replaced() as graphs:
+            record = train(flags, probe, adapt=adapt, gradients=gradients)
+            assert any(graph.replays for graph in graphs) or not graphs
+            return record
     if REPLAY not in flags:
         return train(flags, probe, adapt=adapt, gradients=gradients)
     from megatron.training import training
