@@ -196,7 +196,7 @@ class FSEPConfig:
     allow_unproven: tuple[Unproven, ...] = _option(
         (),
         "run what nobody has run yet: te-graphs (Transformer Engine's CUDA graphs of "
-        "attention, router, dense layers), dense-fp8 (fp8 in all layers but the experts)",
+        "parts of layers, up to the counts), dense-fp8 (fp8 in all layers but the experts)",
     )
     cluster: str | None = _option(
         None,

@@ -17,6 +17,18 @@ import torch
 from megatron_laer.cpu.training import Record, train
 
 
+@contextlib.contextmanager
+def capturing() -> Iterator[None]:
+    """Let Megatron take the block for a capture, of a forward or a backward graph."""
+    from megatron.core.transformer import cuda_graphs
+
+    cuda_graphs._set_capture_start()
+    try:
+        yield
+    finally:
+        cuda_graphs._set_capture_end()
+
+
 class Graph:
     """Replacement of the graph of one layer, or of its captured part."""
 
@@ -38,14 +50,9 @@ class Graph:
 
     def run(self, hidden: torch.Tensor, tensors: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """Run the captured part; during capture, Megatron stops there."""
-        from megatron.core.transformer import cuda_graphs
-
-        cuda_graphs._set_capture_start()
-        try:
+        with capturing():
             found: tuple[torch.Tensor, ...] = self.layer._te_cuda_graph_capture(hidden, **tensors)
             return found
-        finally:
-            cuda_graphs._set_capture_end()
 
     def keep(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy outputs to the fixed memory of replays."""
@@ -75,12 +82,13 @@ class _Node(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
         pairs = [pair for pair in zip(ctx.outputs, grads, strict=True) if pair[0].requires_grad]
-        found = torch.autograd.grad(
-            [output for output, _ in pairs],
-            ctx.inputs,
-            [grad for _, grad in pairs],
-            allow_unused=True,
-        )
+        with capturing():
+            found = torch.autograd.grad(
+                [output for output, _ in pairs],
+                ctx.inputs,
+                [grad for _, grad in pairs],
+                allow_unused=True,
+            )
         return (None, None, *found)
 
 

@@ -3,6 +3,8 @@
 Router, losses, shared experts and the token All-to-All stay Megatron's. Only steps of `MoELayer`
 are overridden, never `forward`, which Megatron's combined 1F1B schedule bypasses.
 
+CUDA graphs of a part of the layer end at this rank's counts: `_count` is the last captured step.
+
 Legend: N ranks, E experts, C slots per rank, S = N·C slots, T tokens, H hidden.
 """
 
@@ -16,9 +18,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
+from megatron.core.transformer.moe.moe_utils import (
+    get_default_pg_collection,
+    maybe_skip_or_early_return_by_cudagraph,
+)
 
 from megatron_laer import session
 from megatron_laer.layer.dispatch.choice import make_dispatcher
@@ -104,6 +110,8 @@ class FSEPMoELayer(MoELayer):
         )
         if self.shared_experts is not None and self.shared_expert_overlap:
             self.token_dispatcher.set_shared_experts(self.shared_experts)
+        # Megatron's own name what is planned here.
+        self.token_dispatcher.cudagraph_attrs = ["routing_map_TE", "counts_E"]
         self._coordinator = coordinator
         self._is_mtp = is_mtp_layer or _is_for_mtp.get()
         self._state: LayerState | None = None
@@ -135,7 +143,7 @@ class FSEPMoELayer(MoELayer):
     def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Defer the shared experts until the counts exchange has started, after the router."""
         # A CUDA graph of the router contains the shared experts, as a part of a combined schedule.
-        if self.config.cuda_graph_impl != "none" or self._by_parts:
+        if self._is_graphed(CudaGraphModule.moe_router) or self._by_parts:
             output: torch.Tensor | None = super().shared_experts_compute(hidden_states)
             return output
         if self.use_shared_expert and not self.shared_expert_overlap:
@@ -144,12 +152,30 @@ class FSEPMoELayer(MoELayer):
         return None
 
     def preprocess(
-        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor | None
     ) -> Any:
+        """Count and plan this microbatch's tokens; None stands for the map of a replayed graph."""
+        return self._plan_and_sort(*self._count(hidden_states, probs, routing_map))
+
+    @maybe_skip_or_early_return_by_cudagraph("preprocess")  # type: ignore[untyped-decorator]
+    def _count(
+        self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Count this rank's tokens, where Megatron ends a graph and goes on after its replay."""
+        self.token_dispatcher.count(routing_map)
+        if self._is_graphed(CudaGraphModule.moe_preprocess) and self._recomputes_norm:
+            # Megatron frees the norm's output in the graph, but this is the graph's output.
+            hidden_states = hidden_states.clone()
+        return hidden_states, probs
+
+    def _plan_and_sort(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
         """Plan this microbatch; the shared experts' compute hides the exchange of counts."""
+        self.cudagraph_tensor_store.clear()  # a replayed graph's outputs end here
+        routing_map_TE, counts_E = self.token_dispatcher.take_counted()
         finish_plan = self._coordinator.microbatch_planner.start(
             self.state,
-            routing_map,
+            routing_map_TE,
+            counts_E,
             training=self.training,
             # In a checkpointed layer, autograd sees its inputs only.
             has_rerun=hidden_states.requires_grad or not self.moe_layer_recompute,
@@ -161,7 +187,7 @@ class FSEPMoELayer(MoELayer):
         plan = self._plan = finish_plan()
         listener = self._coordinator.measurements.listener
         self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, listener))
-        tokens, probs = super().preprocess(hidden_states, probs, routing_map)
+        tokens, probs = super().preprocess(hidden_states, probs, routing_map_TE)
         return plan.restored.wait_for_grads_with(tokens), probs
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
@@ -234,6 +260,16 @@ class FSEPMoELayer(MoELayer):
             share.likes[0].dtype,
             coordinator.device,
         )
+
+    def _is_graphed(self, module: Any) -> bool:
+        config = self.config
+        return config.cuda_graph_impl != "none" and module in config.cuda_graph_modules
+
+    @property
+    def _recomputes_norm(self) -> bool:
+        config = self.config
+        is_selective = config.recompute_granularity == "selective"
+        return is_selective and "layernorm" in config.recompute_modules
 
     def _make_home_experts(
         self, coordinator: Coordinator, pg_collection: Any

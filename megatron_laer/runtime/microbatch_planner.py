@@ -66,6 +66,7 @@ class MicrobatchPlanner:
         self,
         layer: LayerState,
         routing_map_TE: torch.Tensor,
+        counts_E: torch.Tensor,
         *,
         training: bool,
         has_rerun: bool = True,
@@ -77,6 +78,7 @@ class MicrobatchPlanner:
 
         Args:
             routing_map_TE: bool [T, E], the router's choice.
+            counts_E: int64 [E], this rank's tokens per expert.
             has_rerun: false where the layer is a checkpoint whose input needs no gradient.
 
         Returns:
@@ -93,7 +95,7 @@ class MicrobatchPlanner:
             self._warn_without_steps()
         restored = self.scheduler.enter(layer, training)
         read_counts = self._counts.start(
-            routing_map_TE.sum(dim=0),
+            counts_E,
             self.tag(layer, restored.index.layout),
             self._last_decision,
             layer.name,

@@ -27,11 +27,19 @@ def _drops_tokens(settings: Any) -> bool:
     return factor is not None and factor >= 0
 
 
+def graphed(settings: Any) -> set[str] | None:
+    """Return the modules that Transformer Engine captures; empty for whole layers, None without."""
+    if getattr(settings, "cuda_graph_impl", None) != "transformer_engine":
+        return None
+    # The second is the flag's old name.
+    old = getattr(settings, "cuda_graph_scope_deprecated", None)
+    modules = settings.cuda_graph_modules or old or ()
+    return {modules} if isinstance(modules, str) else set(names_of(modules))
+
+
 def _captures_plan(settings: Any) -> bool:
-    # Without modules Megatron captures whole layers.
-    is_by_module = settings.cuda_graph_impl == "transformer_engine"
-    names = set(names_of(settings.cuda_graph_modules or ()))
-    return is_by_module and not (names and names <= GRAPHED)
+    modules = graphed(settings)
+    return modules is not None and not set() < modules <= GRAPHED
 
 
 def _overlaps_graphs(settings: Any) -> bool:
@@ -51,12 +59,13 @@ def _recomputes_unproved(settings: Any) -> bool:
     return is_selective and not set(settings.recompute_modules or ()) <= PROVED_RECOMPUTE
 
 
-# Modules that Transformer Engine may capture: they run before a layer plans, or have no experts.
-GRAPHED = frozenset({"attn", "moe_router", "mlp"})
+# Modules that Transformer Engine may capture: they end at a rank's own counts, or have no experts.
+GRAPHED = frozenset({"attn", "mamba", "mlp", "moe_preprocess", "moe_router"})
+_GRAPHED = ", ".join(sorted(GRAPHED))
 
 # Features that each word of `--fsep-allow-unproven` allows.
 UNPROVEN = {
-    Unproven.TE_GRAPHS: "Transformer Engine's CUDA graphs of attention, router and dense layers",
+    Unproven.TE_GRAPHS: "Transformer Engine's CUDA graphs of parts of layers, up to the counts",
     Unproven.DENSE_FP8: "fp8 in all layers but the experts, which compute in the parameters' dtype",
 }
 
@@ -205,10 +214,11 @@ REFUSALS: tuple[Refusal, ...] = (
         left_out=_SPEED,
     ),
     Refusal(
-        "--cuda-graph-modules other than attn, moe_router, mlp",
+        f"--cuda-graph-modules other than {_GRAPHED}",
         _NO_GRAPH,
-        "give --cuda-graph-modules attn moe_router, and mlp if there are dense layers",
-        field_way_out="take some of 'attn', 'moe_router' and 'mlp'",
+        "give --cuda-graph-modules attn moe_router moe_preprocess, and mlp if there are dense "
+        "layers",
+        field_way_out=f"take some of {_GRAPHED}",
         refuses=_captures_plan,
         left_out=_SPEED,
     ),

@@ -27,6 +27,7 @@ GRAPHS = (
     f" --cuda-graph-warmup-steps {WARMUP} --cuda-graph-modules "
 )
 SHARED = " --moe-shared-expert-intermediate-size 32"
+LAYERNORM = " --recompute-granularity selective --recompute-modules layernorm"
 EVALUATION = " --eval-interval 2 --eval-iters 1"
 DENSE_FIRST = " --num-layers 3 --moe-layer-freq ([0]*1+[1]*2)"
 
@@ -45,6 +46,8 @@ at_night = partial(pytest.param, marks=pytest.mark.nightly)
             marks=pytest.mark.releases,
         ),
         ("attn moe_router", 4, PIPELINE + " --num-layers 4", 2 * 2),
+        ("attn moe_router moe_preprocess", 2, SHARED + DIST_OPT, 2 * 2),
+        ("moe_router moe_preprocess", 2, LAYERNORM, 2 * 2),
         at_night("moe_router", 2, SHARED, 2 * 2),
         at_night("mlp", 2, DENSE_FIRST, 1 * 2),
         at_night("attn", 2, MOE_RECOMPUTE, 2 * 2),

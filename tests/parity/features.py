@@ -27,6 +27,7 @@ REPLACED = {
     "--moe-flex-dispatcher-backend": "the flex dispatcher's buffers (these with FSEP alone)",
     "--delay-wgrad-compute": "delayed weight gradients of Transformer Engine's layers",
     "--overlap-dispatch-backward-with-experts-wgrad": "those of Transformer Engine's experts",
+    "--cuda-graph-impl": "Transformer Engine's CUDA graphs, by calls of the captured parts",
     "dist_muon": "gathers of tensors of several sizes (Muon's distributed form)",
 }
 
@@ -165,12 +166,14 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "`--fsep-gemm torch`": ("grouped-mm", "grouped-mm-step"),
     "`--fsep-gemm streams`": (),
     "`--fsep-gemm te`": (),
-    "CUDA graphs of attention, router and dense layers, by Transformer Engine": (
-        f"{ALLOW} {Unproven.TE_GRAPHS}",
+    "CUDA graphs of parts of layers, up to the counts, by Transformer Engine": (
+        *("graphs", "graphs-attention", "graphs-dense", "graphs-hybrid", "graphs-tokens"),
+        *("graphs-recompute", f"{ALLOW} {Unproven.TE_GRAPHS}"),
     ),
     "other CUDA graphs": (
         "--cuda-graph-impl other than none",
-        "--cuda-graph-modules other than attn, moe_router, mlp",
+        "--cuda-graph-modules other than attn, mamba, mlp, moe_preprocess, moe_router",
+        "--overlap-moe-expert-parallel-comm with --cuda-graph-modules attn",
     ),
     "fp8 in all layers but the experts": (f"{ALLOW} {Unproven.DENSE_FP8}",),
     "fp8 or fp4 in the experts": (

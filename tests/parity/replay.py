@@ -1,13 +1,15 @@
-"""Runs with `--moe-enable-routing-replay`, whose routing is given, as in training from RL.
+"""Runs of rows, some with given routing or with calls in place of CUDA graphs.
 
-Megatron's flag alone changes nothing: `RouterReplay` must be given the choices. Here they are
-skewed at random, anew for each rank, microbatch and layer, and unlike the routers' own.
+`--moe-enable-routing-replay` alone changes nothing: `RouterReplay` must be given the choices, as in
+training from RL. Here they are skewed at random, anew for each rank, microbatch and layer, and
+unlike the routers' own.
 
 Legend: L layers of a rank, T tokens of a rank's microbatch, E experts, K top-k.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -17,23 +19,28 @@ import torch.distributed as dist
 
 from megatron_laer.cpu.training import Adapt, Probe, Record, train
 from tests.delayed_weights import FLAGS, delayed_weights
+from tests.te_graphs import graphs_replaced
 
 REPLAY = "--moe-enable-routing-replay"
+GRAPHED = "--cuda-graph-impl"
 
 
 def train_row(
     flags: list[str], probe: Probe | None = None, adapt: Adapt | None = None, gradients: bool = True
 ) -> Record:
-    """Train with the flags of a row, with given routing where these ask for it."""
-    if not FLAGS.keys().isdisjoint(flags):
-        with delayed_weights():
-            return train(flags, probe, adapt=adapt, gradients=gradients)
-    if REPLAY not in flags:
-        return train(flags, probe, adapt=adapt, gradients=gradients)
-    from megatron.training import training
+    """Train with the flags of a row, with given routing or replaced parts if these ask for it."""
+    with contextlib.ExitStack() as replaced:
+        graphs = replaced.enter_context(graphs_replaced()) if GRAPHED in flags else []
+        if not FLAGS.keys().isdisjoint(flags):
+            replaced.enter_context(delayed_weights())
+        if REPLAY in flags:
+            from megatron.training import training
 
-    with mock.patch.object(training, "train_step", _told(training.train_step)):
-        return train(flags, probe, adapt=adapt, gradients=gradients)
+            told = _told(training.train_step)
+            replaced.enter_context(mock.patch.object(training, "train_step", told))
+        record = train(flags, probe, adapt=adapt, gradients=gradients)
+    assert any(graph.replays for graph in graphs) or not graphs
+    return record
 
 
 def _told(train_step: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,8 @@ from tests.parity.flags import command_line
 # rounding adds up as it does in training.
 STEPS = 12
 LONG = 50
+# Graphs of attention beside another feature are known to go wrong after 80 steps only.
+LONGEST = 200
 
 FSEP = " --expert-parallel-mode fsep --fsep-sharding rows"
 AT_HOME = " --fsep-sharding experts"

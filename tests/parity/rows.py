@@ -15,7 +15,7 @@ from itertools import combinations_with_replacement
 from typing import Any
 
 from tests.parity.adapted import frozen_in_part, lora_on_attention, lora_under_recompute
-from tests.parity.row import BF16_BOUND, FP32_BOUND, LION_BOUND, LONG, Row
+from tests.parity.row import BF16_BOUND, FP32_BOUND, LION_BOUND, LONG, LONGEST, Row
 
 RANDOM = " --fsep-planner random"
 STEP = " --fsep-restore step"
@@ -91,6 +91,9 @@ FEW_TOKENS = " --seq-length 2 --max-position-embeddings 2 --micro-batch-size 2"
 SELECTIVE = " --recompute-granularity selective --recompute-modules"
 # Stock's own needs Transformer Engine.
 ACT_RECOMPUTE = " --moe-grouped-gemm" + SELECTIVE + " moe_act"
+# Stock's own need Transformer Engine, so the stock runs have none.
+GRAPHS = " --fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine"
+GRAPHS += " --cuda-graph-modules"
 EXACT = " --fsep-plan-mode exact"
 SCHEDULER_OFF = " --fsep-scheduler off"
 
@@ -432,6 +435,26 @@ ROWS = [
     _row("frozen", "first layer and first matrix of experts frozen, recompute of the MoE layer,"
         " distributed optimizer, accumulation 2", MOE_RECOMPUTE + DIST_OPT, accumulation=2,
         exchanges=(3, 1), adapt=frozen_in_part),
+    # Graphs, by the sets of modules that published recipes capture.
+    _row("graphs", "CUDA graphs of router and counts, shared experts, distributed optimizer,"
+        " recompute of norms", DIST_OPT + SHARED, fsep=SELECTIVE + " layernorm" + GRAPHS
+        + " moe_router moe_preprocess", steps=LONGEST),
+    _row("graphs-attention", "CUDA graphs of attention, router and counts, flex dispatcher with"
+        " HybridEP, accumulation 2", fsep=HYBRIDEP + GRAPHS + " attn moe_router moe_preprocess",
+        accumulation=2, capacity=6, steps=LONGEST),
+    _row("graphs-dense", "CUDA graphs of attention, dense layers, router and counts, flex"
+        " dispatcher with DeepEP, gated shared experts", FIRST_LAYER_DENSE + GATED + FP32_ROUTER,
+        fsep=DEEPEP + GRAPHS + " attn mlp moe_router moe_preprocess", steps=LONGEST),
+    _row("graphs-hybrid", "CUDA graphs of HybridModel's attention, router and counts, latent MoE"
+        " without a gate, shared experts", HYBRID + "*E-*E" + SQUARED_RELU + " --moe-latent-size"
+        " 24" + SHARED, fsep=GRAPHS + " attn moe_router moe_preprocess", without="--swiglu",
+        steps=LONGEST),
+    _row("graphs-tokens", "CUDA graphs of attention, router and counts, pipeline 2, tokens through"
+        " nodes of 2, overlapped shared experts, accumulation 2", PIPELINE + SHARED + OVERLAPPED,
+        fsep=TOKENS.format(2) + GRAPHS + " attn moe_router moe_preprocess", ranks=4, group=2,
+        accumulation=2, moe_layers=1, steps=LONGEST),
+    _row("graphs-recompute", "CUDA graphs of attention, recompute of the MoE layer",
+        MOE_RECOMPUTE, fsep=GRAPHS + " attn", steps=LONGEST),
     # Runs.
     # Without fp8 Megatron itself refuses it.
     _row("padding", "router padding, without effect",

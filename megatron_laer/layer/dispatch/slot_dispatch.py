@@ -45,7 +45,21 @@ class SlotDispatching:
         self._pass: SlotDispatch | None = None
         # Tokens by source rank and slot on the device, for kernels of stock.
         self._columns_NC: torch.Tensor | None = None
+        # Results of the router and its counts. Megatron carries them out of a CUDA graph.
+        self.routing_map_TE: torch.Tensor | None = None
+        self.counts_E: torch.Tensor | None = None
         assert self.tp_size == 1, "experts are never cut by tensor parallelism"
+
+    def count(self, routing_map_TE: torch.Tensor) -> None:
+        """Count this rank's tokens per expert on the device, without a plan."""
+        self.routing_map_TE, self.counts_E = routing_map_TE, routing_map_TE.sum(dim=0)
+
+    def take_counted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the map and the counts of this pass, bool [T, E] and int64 [E], once."""
+        routing_map_TE, self.routing_map_TE = self.routing_map_TE, None
+        counts_E, self.counts_E = self.counts_E, None
+        assert routing_map_TE is not None and counts_E is not None, "no counts of this pass"
+        return routing_map_TE, counts_E
 
     def begin(self, dispatch: SlotDispatch) -> None:
         self._pass = dispatch

@@ -10,6 +10,7 @@ import shlex
 import sys
 from argparse import Namespace
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,7 @@ def _in_json(recipe: str, found: Judgement | None, because: tuple[str, ...]) -> 
         "no_row_together": proof.no_row_together if proof else [],
         "because": because,
         "drop": found.drop if found else [],
+        "allow": found.allow if found else [],
         "if_none_of": found.if_none_of if found else [],
     }
 
@@ -180,18 +182,23 @@ def _judge_flags(words: list[str]) -> int:
     if judgement.verdict is Verdict.PRECISION and not {"--bf16", "--fp16"} & set(kept):
         kept.append("--bf16")
     if judgement.runs:
+        words = *config.allow_unproven, *judgement.allow
+        config = replace(config, allow_unproven=tuple(dict.fromkeys(words)))
         try:  # once more, with the sizes that no row of the table covers
             arguments.check(parsed(kept), config)
         except RefusedError as error:
             judgement = Judgement(Verdict.REFUSED, None, (str(error),))
     status = _say(judgement)
     if judgement.verdict in (Verdict.SPEED_ONLY, Verdict.PRECISION):
-        _print(shlex.join(kept))
+        allowing = ["--fsep-allow-unproven", *config.allow_unproven] if judgement.allow else []
+        _print(shlex.join([*kept, *allowing]))
     return status
 
 
 def _say(judgement: Judgement) -> int:
     said = _SAID[judgement.verdict].format(drop=" ".join(judgement.drop))
+    if judgement.allow:
+        said += f", with --fsep-allow-unproven {' '.join(judgement.allow)}, which no card has shown"
     if judgement.if_none_of:
         said += f", if the recipe sets none of: {', '.join(judgement.if_none_of)}"
     if judgement.verdict in _LOST:

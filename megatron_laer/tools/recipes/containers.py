@@ -37,7 +37,7 @@ def judge_container(name: str, recipe: Any) -> Judgement:
         if row.flag in judgement.drop:
             setattr(settings, row.argument, row.accepted[0])
     # Check once more, now with the sizes that no row of the table knows.
-    found = arguments.problems(settings, FSEPConfig())
+    found = arguments.problems(settings, FSEPConfig(allow_unproven=judgement.allow))
     return Judgement(Verdict.REFUSED, None, tuple(found)) if found else judgement
 
 

@@ -12,6 +12,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_laer.support.table import graphed
+
 _SWITCHES = {
     "bf16": "bf16",
     "fp16": "fp16",
@@ -95,6 +97,7 @@ def _features(settings: Namespace) -> Iterator[str]:
         value = str(get(name))
         yield from (feature for word, feature in words.items() if word == value)
     yield from _recomputed(get("recompute_granularity"), get("recompute_modules"))
+    yield from (f"graphs of {name}" for name in graphed(settings) or ())
     yield from _balanced(get("moe_router_load_balancing_type"), get("moe_aux_loss_coeff"))
     if get("moe_token_dispatcher_type") == "flex":
         is_hybrid = get("moe_flex_dispatcher_backend") == "hybridep"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_laer.config import Choice, Unproven
 from megatron_laer.files.checks import quoted
-from megatron_laer.support.refusal import LeftOut
+from megatron_laer.support.refusal import LeftOut, Refusal
 from megatron_laer.support.table import REFUSALS
 from megatron_laer.tools.recipes.proof import Proof, proof_of
 
@@ -32,13 +32,15 @@ class Judgement:
     """Verdict on a run, with its reasons in `because`.
 
     `proof` is for the run without the flags in `drop`; None if nothing proves it or it does not
-    run. `if_none_of` are settings that would change the verdict and that were not given.
+    run. `allow` are the words that a run needs of `--fsep-allow-unproven`, given or not.
+    `if_none_of` are settings that would change the verdict and that were not given.
     """
 
     verdict: Verdict
     proof: Proof | None
     because: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
+    allow: tuple[Unproven, ...] = ()
     if_none_of: tuple[str, ...] = ()
 
     @property
@@ -46,6 +48,9 @@ class Judgement:
         """Return True if the run works with changes of speed and precision at most."""
         return self.verdict not in (Verdict.SET_EP, Verdict.REFUSED)
 
+
+# Features that rows prove on a replacement: only a card is missing.
+_PROVED_BY_ROWS = frozenset({Unproven.TE_GRAPHS})
 
 # Larger sizes are typing errors, which no row of the table detects.
 _MOST = 10**6
@@ -68,7 +73,11 @@ def judge(
     refusal, which no argument shows. `doubts` are reasons why nothing proves an accepted run.
     """
     _check_sizes(settings)
-    found = [(row, text) for row in REFUSALS if (text := row.problem_with_flag(settings, allowed))]
+    allow = _PROVED_BY_ROWS & {row.unproven for row in REFUSALS if _asks(row, settings)}
+    found = _refused(settings, {*allowed, *allow})
+    if "--cuda-graph-modules" in {row.flag for row, _ in found}:
+        # Without modules Megatron would capture whole layers, so graphs are left out altogether.
+        allow, found = frozenset(), _refused(settings, set(allowed) - _PROVED_BY_ROWS)
     refused = {row.argument for row, _ in found}
     reasons = tuple(text for _, text in found)
     drop = tuple(dict.fromkeys(row.flag for row, _ in found if row.left_out))
@@ -84,11 +93,22 @@ def judge(
     doubts = [*doubts] + [
         f"{row.flag} {getattr(settings, row.argument)}: allowed by name, and nobody has run it"
         for row in REFUSALS
-        if row.unproven in allowed and row.asks_for_unproven(settings, row.argument)
+        if row.unproven in set(allowed) - allow and _asks(row, settings)
     ]
+    if "--cuda-graph-impl" in drop:
+        settings = Namespace(**vars(settings) | {"cuda_graph_impl": "none"})
     if verdict is Verdict.PRECISION and not getattr(settings, "fp16", False):
         settings = Namespace(**vars(settings) | {"bf16": True})
-    return Judgement(verdict, None if doubts else proof_of(settings), (*reasons, *doubts), drop)
+    proof = None if doubts else proof_of(settings)
+    return Judgement(verdict, proof, (*reasons, *doubts), drop, tuple(sorted(allow)))
+
+
+def _refused(settings: Namespace, allowed: Collection[Unproven]) -> list[tuple[Refusal, str]]:
+    return [(row, text) for row in REFUSALS if (text := row.problem_with_flag(settings, allowed))]
+
+
+def _asks(row: Refusal, settings: Namespace) -> bool:
+    return row.asks_for_unproven(settings, row.argument)
 
 
 def _check_sizes(settings: Namespace) -> None:
