@@ -255,6 +255,8 @@ def _work(
         inter_N=np.zeros_like(pairs_N),
         mean_intra=float(mean * others),
         mean_inter=0.0,
+        near_N=np.zeros_like(pairs_N),
+        mean_near=0.0,
         restore=exchange,
         reduce=exchange,
         change=None,

@@ -117,7 +117,14 @@ class Case:
         """Plan as if nodes had `domain` ranks."""
         counts_NE = np.stack([map_TE.sum(axis=0, dtype=np.int64) for map_TE in maps])
         static = ExpertLayout.static(shape.ranks, capacity, shape.experts)
-        layout = construct_layout(counts_NE, static, domain)
+        return cls.of(maps, shape, construct_layout(counts_NE, static, domain), domain, split)
+
+    @classmethod
+    def of(
+        cls, maps: Sequence[Bool], shape: Shape, layout: ExpertLayout, domain: int, split: Split
+    ) -> Case:
+        """Split tokens over a layout as if nodes had `domain` ranks."""
+        counts_NE = np.stack([map_TE.sum(axis=0, dtype=np.int64) for map_TE in maps])
         quotas = solve_quotas(split, counts_NE, layout, domain)
         mine = [
             RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))

@@ -187,6 +187,13 @@ class FSEPConfig:
         "expert), node (a row per token and node, then one per rank inside the node; outputs "
         "are summed on the way back), or auto (the faster by the cost model)",
     )
+    domain_nodes: int | None = _option(
+        None,
+        "nodes for which layouts and quotas are planned together, where a token travels once per "
+        "node (not with experts at home); or auto, the default: 1, or more that together hold "
+        "every expert where the cost model finds them faster",
+        minimum=Bound(1, "1 node"),
+    )
     gemm: GemmBackEnd = _option(
         GemmBackEnd.AUTO,
         "what multiplies the tokens of slots: loop (one torch.mm per slot), streams (the same "
@@ -253,6 +260,12 @@ class FSEPConfig:
             return (
                 f"--fsep-planner {self.planner}: moves every expert, so it does not run with "
                 f"--fsep-sharding {Sharding.EXPERTS}; use another planner, or --fsep-sharding rows"
+            )
+        if self.domain_nodes is not None and self.domain_nodes > 1:
+            return (
+                f"--fsep-domain-nodes {self.domain_nodes}: experts at home are on their node, so "
+                f"it does not run with --fsep-sharding {Sharding.EXPERTS}; use --fsep-sharding "
+                f"{Sharding.ROWS}"
             )
         if Unproven.DENSE_FP8 in self.allow_unproven:
             return (

@@ -19,6 +19,8 @@ from megatron_laer.config import (
     FSEPConfig,
     PlanMode,
     Restore,
+    Sharding,
+    TokenExchange,
     flag_name,
     takes_several,
     types_of,
@@ -57,13 +59,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _slots(text: str) -> int | None:
-    """Parse a number of slots; None for `auto`, the default."""
+def _number(text: str) -> int | None:
+    """Parse a number of slots or nodes; None for `auto`, the default."""
     return None if text == Auto.AUTO else int(text)
 
 
-_slots.__name__ = "int"  # in argparse's message
-_PARSERS: Mapping[str, Callable[[str], Any]] = {"capacity": _slots}
+_number.__name__ = "int"  # in argparse's message
+_PARSERS: Mapping[str, Callable[[str], Any]] = {"capacity": _number, "domain_nodes": _number}
 
 
 def value_text(value: object) -> str:
@@ -123,5 +125,9 @@ def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "--fsep-restore step keeps all of them", ("restore_memory_gib",)
     if config.restore_algorithm == ExchangeAlgorithm.FLAT:
         yield "--fsep-restore-algorithm is flat", ("grad_wire_dtype",)
+    if config.token_exchange == TokenExchange.RANK:
+        yield "--fsep-token-exchange is rank", ("domain_nodes",)
+    elif config.sharding == Sharding.EXPERTS:
+        yield "--fsep-sharding is experts", ("domain_nodes",)
     if not uses_costs(config):
         yield "nothing is decided by cost", ("cluster",)

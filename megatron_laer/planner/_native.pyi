@@ -21,6 +21,7 @@ class CostModel:
         token_passes: float,
         intra_pair_bytes: float,
         inter_pair_bytes: float,
+        domain_pair_bytes: float,
         tokens_in_stages: bool,
         intra_element_s: float,
         inter_element_s: float,
@@ -36,6 +37,7 @@ class CostModel:
         least_change_s: float,
         hidden_share: float,
         pairs: int,
+        node_size: int,
         held_N: _Int64,
         /,
     ) -> None: ...

@@ -164,7 +164,7 @@ class Guard:
         geometry.check_counts(counts_NE.shape)
         check_rank(geometry.num_ranks, rank)
         if self.split == Split.EVEN:
-            even = solve_quotas(self.split, counts_NE, planned, geometry.node_size)
+            even = solve_quotas(self.split, counts_NE, planned, geometry.domain_size)
             mine = RankQuotas.of(planned, even.rank_row(rank), even.rank_columns(rank))
             return Decision(planned, even, planned, even, mine, solved=False)
         fresh, loads_S, kept_loads_S, solved, gain_s, cost_s, of_rank = native.decide(
@@ -173,15 +173,15 @@ class Guard:
             self.tolerance,
             counts_NE,
             planned.slot_expert_S,
-            geometry.node_size,
+            geometry.domain_size,
             geometry.home_slots,
             rank,
         )
         layout = planned if fresh is None else from_native(fresh, planned)
-        quotas = ExactQuotas(layout, geometry.node_size, counts_NE, loads_S)
+        quotas = ExactQuotas(layout, geometry.domain_size, counts_NE, loads_S)
         kept: ExactQuotas | None = quotas
         if kept_loads_S is not None:
-            kept = ExactQuotas(planned, geometry.node_size, counts_NE, kept_loads_S)
+            kept = ExactQuotas(planned, geometry.domain_size, counts_NE, kept_loads_S)
         elif self.mode == PlanMode.EXACT:
             kept = None
         mine = RankQuotas(*of_rank)

@@ -95,7 +95,14 @@ def build_coordinator(
             print(f"FSEP: --fsep-sharding auto is {geometry.sharding}: {why}", flush=True)
         if config.token_exchange == Auto.AUTO:
             print(f"FSEP: --fsep-token-exchange auto is {exchange}", flush=True)
-    config = replace(config, sharding=geometry.sharding, capacity=geometry.capacity)
+        if config.domain_nodes is None and geometry.domain_nodes > 1:
+            print(f"FSEP: --fsep-domain-nodes auto is {geometry.domain_nodes}", flush=True)
+    config = replace(
+        config,
+        sharding=geometry.sharding,
+        capacity=geometry.capacity,
+        domain_nodes=geometry.domain_nodes,
+    )
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts, as forecast ones, are kept after the gate.
     at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode

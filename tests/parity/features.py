@@ -150,6 +150,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "tokens-one-node",
         "tokens-exact",
     ),
+    "layouts for several nodes (`--fsep-domain-nodes`)": ("tokens-pairs",),
     "tokens through nodes, with all that tokens by rank have": (
         "tokens-shared",
         "tokens-gated",

@@ -128,11 +128,13 @@ def test_the_core_refuses_sizes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="a slot holds no expert"):
         native.rank_quotas(SLOTS_S, loads_S, columns_NC, 5)
     points = np.array([1]), np.ones(1), np.ones(2), np.ones(1), np.ones(1)
-    numbers = 1.0, 0.3, 4.0, 1.0, 1.0, False, *[1.0] * 4, 0.0, 0.0, False, False, *[0.0] * 5, 0
+    numbers = 1.0, 0.3, 4.0, *[1.0] * 3, False, *[1.0] * 4, 0.0, 0.0, False, False, *[0.0] * 5, 0, 2
     with pytest.raises(ValueError, match="wrong size of the GEMM curve"):
         native.CostModel(*points, *numbers, np.ones(4, dtype=np.int64))
     with pytest.raises(ValueError, match="the GEMM curve is empty"):
         native.CostModel(*[np.ones(0)] * 5, *numbers, np.ones(4, dtype=np.int64))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="a node's ranks must divide all ranks"):
+        native.CostModel(points[0], *[np.ones(1)] * 4, *numbers, np.ones(3, dtype=np.int64))
     of_two = make_costs().for_native(Geometry(2, 6, 3, 2))
     with pytest.raises(ValueError, match="another number of ranks"):
         native.greedy(COUNTS_NE, SLOTS_S, 2, 0, of_two)

@@ -29,6 +29,7 @@ struct CostModel {
   double forward_share;  // of a layer's time, that hides a restore
   double token_passes;   // All-to-Alls of tokens, of all of a microbatch's passes
   double intra_pair_bytes, inter_pair_bytes;  // of hidden states, per (token, expert) pair
+  double domain_pair_bytes;                   // between nodes, per pair that stays in its domain
   bool tokens_in_stages;                      // inside nodes after between nodes
   double intra_element_s, inter_element_s;    // of an exchanged weight or gradient, with packing
   double intra_bytes_per_s, inter_bytes_per_s;
@@ -40,6 +41,7 @@ struct CostModel {
   double solve_s, least_change_s;      // constants of the shape
   double hidden_share;  // of a hidden exchange, that the compute around it takes longer
   int64_t pairs;        // of a rank in a microbatch; 0 if not known
+  int node_size;        // G of the links; a shape's is that of its plans, one or several nodes
   std::vector<int64_t> held_N;         // elements of one expert that each rank holds
 };
 

@@ -179,22 +179,26 @@ py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& lo
 laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            const Doubles& slope_P, const Doubles& limit_P, const Doubles& best_P,
                            double expert_flops, double forward_share, double token_passes,
-                           double intra_pair_bytes, double inter_pair_bytes, bool tokens_in_stages,
+                           double intra_pair_bytes, double inter_pair_bytes,
+                           double domain_pair_bytes, bool tokens_in_stages,
                            double intra_element_s, double inter_element_s,
                            double intra_bytes_per_s, double inter_bytes_per_s, double latency_s,
                            double host_s, bool by_node, bool by_layout, double flat_latency_s,
                            double node_latency_s, double solve_s, double least_change_s,
-                           double hidden_share, int64_t pairs, const Counts& held_N) {
+                           double hidden_share, int64_t pairs, int node_size, const Counts& held_N) {
   for (const auto& column_P : {seconds_P, slope_P, limit_P, best_P}) {
     check_size(column_P, tokens_P.size(), "the GEMM curve");
   }
   if (tokens_P.size() == 0) throw py::value_error("the GEMM curve is empty");
+  if (node_size < 1 || held_N.size() % node_size != 0) {
+    throw py::value_error("a node's ranks must divide all ranks");
+  }
   return {{to_vector(tokens_P), to_vector(seconds_P), to_vector(slope_P), to_vector(limit_P),
            to_vector(best_P)},
           expert_flops, forward_share, token_passes, intra_pair_bytes, inter_pair_bytes,
-          tokens_in_stages, intra_element_s, inter_element_s, intra_bytes_per_s, inter_bytes_per_s,
+          domain_pair_bytes, tokens_in_stages, intra_element_s, inter_element_s, intra_bytes_per_s, inter_bytes_per_s,
           latency_s, host_s, by_node, by_layout, flat_latency_s, node_latency_s, solve_s,
-          least_change_s, hidden_share, pairs, to_vector(held_N)};
+          least_change_s, hidden_share, pairs, node_size, to_vector(held_N)};
 }
 
 // The shape that the cost model is for, with this many slots.

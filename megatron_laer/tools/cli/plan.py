@@ -10,7 +10,10 @@ from pathlib import Path
 from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, TokenExchange
 from megatron_laer.files import memory
 from megatron_laer.files.checks import one_line
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.planner.sharding_choice import with_domain
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import token_seconds, with_token_exchange
 from megatron_laer.tools.cli import routing_input
@@ -20,6 +23,7 @@ from megatron_laer.tools.cli.argument_types import (
     between,
     describe,
     number,
+    number_or_auto,
     option,
     path,
     refuse_repeated,
@@ -38,7 +42,9 @@ from megatron_laer.tools.simulator import plan_output
 from megatron_laer.tools.simulator.comparison import (
     BASELINES,
     MODES,
+    STOCK,
     TOLERANCE,
+    PlanRow,
     chosen_cases,
     mean_tokens,
     simulate,
@@ -87,6 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--capacity C", text, between(1, MAX_EXPERTS), nargs="+")
     text = "ranks per node; default: the recorded, else the cluster's, at most N"
     option(parser, "--node-size G", text, ranks)
+    text = "nodes planned together, with --token-exchange node; default: the recorded, else auto:"
+    option(parser, "--domain-nodes M", f"{text} as in training", number_or_auto(MOST_RANKS))
     text = "hardware constants, a name from configs/clusters or a file; default: the recorded, else"
     option(parser, "--cluster NAME|YAML", f"{text} {DEFAULT_CLUSTER}")
     names = [*BASELINES, *(name for name in strategy_names() if name not in BASELINES)]
@@ -158,7 +166,12 @@ def run(args: argparse.Namespace) -> int:
         if settings.token_exchange == Auto.AUTO
         else TokenExchange(settings.token_exchange)
     )
-    costs = with_token_exchange(costs, priced, geometries[0], top_k, tokens)
+
+    def costs_of(geometry: Geometry) -> CostModel:
+        return with_token_exchange(costs, priced, geometry, top_k, tokens)
+
+    if settings.domain_nodes is None:
+        geometries = [with_domain(one, costs_of, priced, top_k) for one in geometries]
     about = {
         "trace": source,
         "steps": len(set(trace.step_R.tolist())),
@@ -168,6 +181,7 @@ def run(args: argparse.Namespace) -> int:
         "ranks": num_ranks,
         "experts": trace.num_experts,
         "node_size": node_size,
+        "domain_nodes": [one.domain_nodes for one in geometries],
         "cluster": cluster.name,
         "expert_sizes": asdict(sizes),
         "bytes_per_element": costs.bytes_per_element,
@@ -194,10 +208,15 @@ def run(args: argparse.Namespace) -> int:
         return " (by default)" if {*names} & {*settings.defaults} else ""
 
     at_home = ", at home" if settings.sharding == Sharding.EXPERTS else ""
+    together = "".join(
+        f", {one.domain_nodes} together for C = {one.capacity}"
+        for one in geometries
+        if one.domain_nodes > 1
+    )
     origins = f"; from {metrics}: {', '.join(from_recording)}" if from_recording else ""
     print(
         one_line(
-            f"planned for {num_ranks} ranks in nodes of {node_size} on {cluster.name}"
+            f"planned for {num_ranks} ranks in nodes of {node_size}{together} on {cluster.name}"
             f"{origin('cluster')}; experts of {sizes.widths}{origin('hidden', 'ffn')}{at_home}"
             f"{origins}"
         )
@@ -209,17 +228,21 @@ def run(args: argparse.Namespace) -> int:
         end="\n\n",
     )
 
-    rows = simulate(
-        trace,
-        geometries,
-        costs,
-        args.strategy,
-        args.mode,
-        tolerance=tolerance,
-        lag=args.lag,
-        every=args.every,
-        progress=bar("planning", unit="case"),
-    )
+    rows: list[PlanRow] = []
+    for geometry in geometries:  # each with its prices
+        found = simulate(
+            trace,
+            [geometry],
+            costs_of(geometry),
+            args.strategy,
+            args.mode,
+            tolerance=tolerance,
+            lag=args.lag,
+            every=args.every,
+            progress=bar("planning", unit="case"),
+        )
+        # Stock's row is the same for every capacity.
+        rows += [row for row in found if not rows or row.strategy != STOCK]
     # Files first: a reader of the table that stops early would end the command.
     if args.json is not None:
         plan_output.write_json(args.json, about, rows)
@@ -264,6 +287,11 @@ def _check(args: argparse.Namespace, metrics: Path | None) -> None:
         raise ValueError(
             f"--tolerance {args.tolerance}: no effect without --mode {TOLERANCE}; add that mode, "
             "or leave the tolerance out"
+        )
+    if args.domain_nodes is not None and args.token_exchange == TokenExchange.RANK:
+        raise ValueError(
+            f"--domain-nodes {args.domain_nodes}: no effect with --token-exchange rank; leave it "
+            "out, or give --token-exchange node"
         )
     routing_input.check(args, "plan for")
     if args.workload is None:

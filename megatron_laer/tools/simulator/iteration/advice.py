@@ -23,6 +23,7 @@ class Case:
     mode: str
     tokens: int
     world: int
+    domain_nodes: int = 1
 
     @property
     def label(self) -> str:
@@ -35,7 +36,8 @@ class Case:
         return " ".join(part for part, shown in zip(self._parts(), differs, strict=True) if shown)
 
     def _parts(self) -> tuple[str, ...]:
-        sizes = f"N={self.ranks}", f"G={self.node_size}", f"C={self.capacity}"
+        domain = f" for {self.domain_nodes} nodes" if self.domain_nodes > 1 else ""
+        sizes = f"N={self.ranks}", f"G={self.node_size}", f"C={self.capacity}{domain}"
         return *sizes, self.sharding, self.mode, f"T={self.tokens}"
 
 

@@ -169,7 +169,7 @@ class Timing:
         run, rates, passing = self.run, self.rates, work.passing
         cluster = rates.cluster
         token_bytes = self.model.hidden * self.model.bytes_per_element
-        tokens_N = passing.seconds(work.intra_N, work.inter_N, token_bytes, cluster)
+        tokens_N = passing.seconds(work, token_bytes, cluster)
         meets = passing.group or run.ranks
         if not work.leaves_nodes:
             meets = min(meets, run.node_size)

@@ -40,7 +40,8 @@ def link_bytes(
             assert of is not None
             share = token_bytes * passes / run.stages
             prices = of.passing.prices
-            intra, inter = of.mean_intra * prices.intra_rows, of.mean_inter * prices.inter_rows
+            intra = of.mean_intra * prices.intra_rows
+            inter = of.mean_inter * prices.inter_rows + of.mean_near * prices.domain_rows
             add("tokens", intra * share, inter * share)
             exchanges = []
             if of.restore is not None and (not holds or microbatch == 0):

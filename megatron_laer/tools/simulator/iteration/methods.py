@@ -102,7 +102,7 @@ def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
     if name not in makers:
         raise ValueError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
     if name != FSEP:
-        geometry = replace(settings.geometry, sharding=Sharding.ROWS)
+        geometry = replace(settings.geometry, sharding=Sharding.ROWS, domain_nodes=1)
         flat = replace(
             settings.costs,
             restore_algorithm=ExchangeAlgorithm.FLAT,
@@ -247,7 +247,8 @@ def _buffers(settings: MethodSettings, rates: Rates) -> dict[str, float]:
     if geometry.home_slots and is_flat and not costs.by_layout:  # whole experts, there and back
         workspace = 4 * geometry.replica_slots * sum(map(math.prod, costs.matrices))
     else:
-        of = replace(geometry, node_size=num_ranks) if is_flat else geometry
+        nodes = replace(geometry, domain_nodes=1)
+        of = replace(nodes, node_size=num_ranks) if is_flat else nodes
         sizes = [
             (restore_workspace(of, *matrix, 1), reduce_workspace(of, *matrix, 1, 1))
             for matrix in costs.matrices

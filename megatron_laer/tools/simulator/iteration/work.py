@@ -84,13 +84,12 @@ class TokenPassing:
     pipelined: bool = False
     overlapped: bool = False
 
-    def seconds(
-        self, intra_N: Int64, inter_N: Int64, token_bytes: int, cluster: Cluster
-    ) -> Seconds:
-        """Return each rank's time on the links for these pairs, without latency."""
-        intra_bytes, inter_bytes = self.prices.pair_bytes(token_bytes)
-        intra_s_N = intra_N * (intra_bytes / cluster.intra.bytes_per_s)
-        inter_s_N = inter_N * (inter_bytes / cluster.inter.bytes_per_s)
+    def seconds(self, work: LayerWork, token_bytes: int, cluster: Cluster) -> Seconds:
+        """Return each rank's time on the links for the work's pairs, without latency."""
+        intra_bytes, inter_bytes, domain_bytes = self.prices.pair_bytes(token_bytes)
+        intra_s_N = work.intra_N * (intra_bytes / cluster.intra.bytes_per_s)
+        inter_s_N = work.inter_N * (inter_bytes / cluster.inter.bytes_per_s)
+        inter_s_N += work.near_N * (domain_bytes / cluster.inter.bytes_per_s)
         if self.prices.in_stages and not self.pipelined:
             return intra_s_N + inter_s_N
         slower_N: Seconds = np.maximum(intra_s_N, inter_s_N)
@@ -103,7 +102,8 @@ class LayerWork:
 
     `unit_s_N` are seconds of each rank's expert GEMMs per FLOP of a token, at the nominal rates.
     `pairs_N` are the (token, expert) pairs that it computes. `intra_N` and `inter_N` are pairs in
-    one token exchange, the larger of sent and received; `mean_*` are received on average. `change`
+    one token exchange, the larger of sent and received; `mean_*` are received on average. `near_N`
+    leave their rank but not its domain, the node or several that are planned together. `change`
     is of slots that differ from the planned layout, and `solve_s` makes a layout after the gate.
     """
 
@@ -111,8 +111,10 @@ class LayerWork:
     pairs_N: Int64
     intra_N: Int64
     inter_N: Int64
+    near_N: Int64
     mean_intra: float
     mean_inter: float
+    mean_near: float
     restore: Exchange | None
     reduce: Exchange | None
     change: Exchange | None
@@ -127,7 +129,8 @@ class LayerWork:
     @property
     def leaves_nodes(self) -> bool:
         """Return True if any token is computed on another node than its own."""
-        return bool(self.inter_N.any())
+        crosses = self.passing.prices.domain_rows > 0
+        return bool(self.inter_N.any() or (crosses and self.near_N.any()))
 
     @property
     def exchanges_leave_nodes(self) -> bool:
@@ -159,8 +162,8 @@ class LayerWork:
 
         passing = passing or TokenPassing()
         near_N, far_N = by_rank(totals.near_S), by_rank(totals.far_S)
-        intra_N = np.maximum(totals.sent_near_N, near_N) - totals.own_N
-        mean_intra = float((near_N - totals.own_N).mean())
+        intra_N = inside_N = np.maximum(totals.sent_near_N, near_N) - totals.own_N
+        mean_intra = mean_near = float((near_N - totals.own_N).mean())
         if passing.prices.in_stages:  # a row from another node is passed on inside
             intra_N = near_N + far_N - totals.own_N
             mean_intra = float(intra_N.mean())
@@ -170,8 +173,10 @@ class LayerWork:
             pairs_N=near_N + far_N,
             intra_N=intra_N,
             inter_N=np.maximum(totals.sent_far_N, far_N),
+            near_N=inside_N,
             mean_intra=mean_intra,
             mean_inter=float(far_N.mean()),
+            mean_near=mean_near,
             restore=restore,
             reduce=reduce,
             change=change,
