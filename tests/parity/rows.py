@@ -202,8 +202,8 @@ ROWS = [
         ranks=4, not_at_home="bf16 sums of nodes flip a near-tie: 4.9e-2, 5.6e-3 given stock's"
         " choices"),
     _row("tokens-pairs", "tokens through nodes of 1, planned for pairs of nodes, exact, top-4,"
-        " E = 8 on 4 ranks", TOP_4, fsep=EXACT + TOKENS.format(1) + " --fsep-domain-nodes 2", ranks=4,
-        not_at_home="layouts for several nodes move every expert"),
+        " E = 8 on 4 ranks", TOP_4, fsep=EXACT + TOKENS.format(1) + " --fsep-domain-nodes 2",
+        ranks=4, not_at_home="layouts for several nodes move every expert"),
     _row("tokens-few", "tokens through nodes of 2, few tokens: experts, ranks and microbatches"
         " without any", FEW_TOKENS, fsep=TOKENS.format(2), ranks=4),
     _row("tokens-shared", "tokens through nodes of 2, shared experts, full recompute, distributed"
