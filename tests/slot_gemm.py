@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -21,9 +21,19 @@ ROWS, COLUMNS = 64, 32
 
 def fixed_experts(weight_CRK: torch.Tensor) -> Any:
     """Make experts with a fixed matrix, whose new memory for gradients is not empty."""
+
+    def new(_: int) -> torch.Tensor:
+        return torch.full_like(weight_CRK, float("nan"))
+
+    def weight_grads(position: int, compute: Callable[[torch.Tensor], None]) -> torch.Tensor:
+        grad_CRK = new(position)
+        compute(grad_CRK)
+        return grad_CRK
+
     return SimpleNamespace(
         weights=SimpleNamespace(matrix=lambda _: weight_CRK),
-        grads=SimpleNamespace(new=lambda _: torch.full_like(weight_CRK, float("nan"))),
+        grads=SimpleNamespace(new=new),
+        weight_grads=weight_grads,
     )
 
 
