@@ -62,6 +62,14 @@ class Graph:
             buffer.copy_(output)
         return self._buffers
 
+    def backward_dw(self) -> None:
+        """Compute delayed weight gradients of the captured part, as Transformer Engine's graph."""
+        modules = {module.name for module in self.layer.config.cuda_graph_modules}
+        if self.layer.is_moe_layer and "moe_router" in modules:
+            self.layer.mlp.backward_dw(routed_experts=False, shared_experts=True)
+        if "attn" in modules:
+            self.layer.self_attention.backward_dw()
+
     def reset(self) -> None:
         self._buffers.clear()
 
@@ -97,7 +105,12 @@ def _make_graphs(layers: Sequence[Any], inputs: Sequence[Any], **_: Any) -> list
     for layer in layers:
         if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks:
             raise RuntimeError("Modules must not have hooks registered at the time they are passed")
-    made.extend(Graph(layers[at % len(layers)]) for at in range(len(inputs)))
+    repeats = len(inputs) // len(layers)
+    # Megatron counts by microbatches and layers, or the other way round where it runs parts.
+    if layers[0].config.overlap_moe_expert_parallel_comm:
+        made.extend(Graph(layer) for layer in layers for _ in range(repeats))
+    else:
+        made.extend(Graph(layer) for _ in range(repeats) for layer in layers)
     return made[-len(inputs) :]
 
 

@@ -42,9 +42,9 @@ def _captures_plan(settings: Any) -> bool:
     return modules is not None and not set() < modules <= GRAPHED
 
 
-def _overlaps_graphs(settings: Any) -> bool:
+def _overlaps_graphs_of_attention(settings: Any) -> bool:
     overlaps = getattr(settings, "overlap_moe_expert_parallel_comm", False)
-    return bool(overlaps) and settings.cuda_graph_impl not in (None, "none")
+    return bool(overlaps) and "attn" in (graphed(settings) or ())
 
 
 def _pads_for_fp8(settings: Any) -> bool:
@@ -78,7 +78,7 @@ _DENSE_BY_DISTRIBUTED_OPTIMIZER = "leave it out; --use-distributed-optimizer sha
 _DTYPE_OF_NCCL_EP = "NCCL EP alone sends tokens in it, to experts of Transformer Engine"
 _NO_GRAPH = "layouts and split sizes are decided on the host, which a graph cannot record"
 _GRAPHS_OFF = "give --cuda-graph-impl none"
-_GRAPHS_OVERLAPPED = "--cuda-graph-impl with --overlap-moe-expert-parallel-comm"
+_GRAPHS_OVERLAPPED = "--cuda-graph-modules attn with --overlap-moe-expert-parallel-comm"
 _FORM_OF_TE_EXPERTS = "it is a form of Transformer Engine's grouped experts, which FSEP replaces"
 _NEEDS_GPU = "it needs Transformer Engine and a GPU, and no test there proves the combination"
 _RECOMPUTE_INSTEAD = "leave it out, and use --recompute-granularity"
@@ -206,11 +206,10 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         _GRAPHS_OVERLAPPED,
-        "with graphs of attention, stock's losses blew up after 80 steps (Megatron-LM's open issue "
-        "5966), and no test proves other graphs with it",
-        f"{_GRAPHS_OFF}, or leave --overlap-moe-expert-parallel-comm out",
-        accepted=("none",),
-        refuses=_overlaps_graphs,
+        "losses blew up after 80 steps with stock (Megatron-LM's open issue 5966)",
+        "leave attn out, or --overlap-moe-expert-parallel-comm",
+        field_way_out="must not have 'attn', or overlap_moe_expert_parallel_comm must be False",
+        refuses=_overlaps_graphs_of_attention,
         left_out=_SPEED,
     ),
     Refusal(

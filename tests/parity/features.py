@@ -130,9 +130,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "delayed-step",
     ),
     "`--overlap-dispatch-backward-with-experts-wgrad`": ("dispatch-wgrad",),
-    "combined 1F1B with CUDA graphs": (
-        "--cuda-graph-impl with --overlap-moe-expert-parallel-comm",
-    ),
+    "combined 1F1B with graphs of router and counts": ("delayed-graphs",),
     "evaluation": ("evaluation",),
     "`--skip-train`": ("evaluate-only",),
     "`--check-weight-hash-across-dp-replicas-interval`": ("evaluation",),
@@ -174,7 +172,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "other CUDA graphs": (
         "--cuda-graph-impl other than none",
         "--cuda-graph-modules other than attn, mamba, mlp, moe_preprocess, moe_router",
-        "--overlap-moe-expert-parallel-comm with --cuda-graph-modules attn",
+        "--cuda-graph-modules attn with --overlap-moe-expert-parallel-comm",
     ),
     "fp8 in all layers but the experts": (f"{ALLOW} {Unproven.DENSE_FP8}",),
     "fp8 or fp4 in the experts": (

@@ -427,6 +427,9 @@ ROWS = [
         SHARED + DELAYED, fsep=EXACT + DEEPEP + ACT_RECOMPUTE + " layernorm shared_experts"),
     _combined("delayed-step", "combined 1F1B, delayed weight gradients, restored once per step,"
         " tokens through nodes of 2", DELAYED, fsep=TOKENS.format(2) + STEP, ranks=4, group=4),
+    _combined("delayed-graphs", "combined 1F1B, delayed weight gradients, CUDA graphs of router and"
+        " counts, shared experts", SHARED + DELAYED,
+        fsep=GRAPHS + " moe_router moe_preprocess"),
     _row("dispatch-wgrad", "experts' weight gradients during the dispatch's backward, accumulation"
         " 2", BEHIND_DISPATCH, accumulation=2),
     # Frozen weights.

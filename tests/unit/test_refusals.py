@@ -94,8 +94,8 @@ REFUSED: dict[str, list[str]] = {
             "--cuda-graph-scope full",
         )
     ],
-    "--cuda-graph-impl with --overlap-moe-expert-parallel-comm": [
-        f"{OVERLAP} {GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules moe_router"
+    "--cuda-graph-modules attn with --overlap-moe-expert-parallel-comm": [
+        f"{OVERLAP} {GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn moe_router"
     ],
     "--optimizer other than adam, sgd, lion, muon": ["--optimizer soap"],
     "--moe-mlp-glu-interleave-size": ["--moe-mlp-glu-interleave-size 8"],
