@@ -174,7 +174,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "other CUDA graphs": (
         "--cuda-graph-impl other than none",
         "--cuda-graph-modules other than attn, mamba, mlp, moe_preprocess, moe_router",
-        "--overlap-moe-expert-parallel-comm with --cuda-graph-modules attn",
     ),
     "fp8 in all layers but the experts": (f"{ALLOW} {Unproven.DENSE_FP8}",),
     "fp8 or fp4 in the experts": (
