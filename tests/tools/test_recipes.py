@@ -83,12 +83,6 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
         ],
         ["--cuda-graph-impl"],
     ),
-    "graphs of attention and overlap": (
-        GRAPHS | {"cuda_graph_scope": "['attn']", "ep_overlap": "True"},
-        Verdict.SPEED_ONLY,
-        [f"{OVERLAP}: "],
-        None,
-    ),
     "graphs of whole layers": (
         GRAPHS | {"cuda_graph_scope": "full"},
         Verdict.SPEED_ONLY,
