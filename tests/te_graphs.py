@@ -1,7 +1,8 @@
 """Calls that replace Transformer Engine's CUDA graphs, so that ranks on the CPU follow their path.
 
 Megatron's own loop captures and replays. Instead of graphs it gets functions that run the captured
-calls, as one autograd node each. Their outputs go to the same memory at every call. Like
+calls, as one autograd node each. As with graphs, outputs go to the same memory at every call, which
+is another's after the backward. Of Python's effects only those of the capture last. Like
 Transformer Engine, they accept no layer with hooks.
 """
 
@@ -19,12 +20,13 @@ from megatron_laer.cpu.training import Record, train
 
 @contextlib.contextmanager
 def capturing() -> Iterator[None]:
-    """Let Megatron take the block for a capture, of a forward or a backward graph."""
+    """Let torch and Megatron take the block for a capture, of a forward or a backward graph."""
     from megatron.core.transformer import cuda_graphs
 
     cuda_graphs._set_capture_start()
     try:
-        yield
+        with mock.patch.object(torch.cuda, "is_current_stream_capturing", lambda: True):
+            yield
     finally:
         cuda_graphs._set_capture_end()
 
@@ -48,11 +50,24 @@ class Graph:
         outputs: tuple[torch.Tensor, ...] = _Node.apply(self, tensors, hidden, *self._parameters)
         return outputs
 
-    def run(self, hidden: torch.Tensor, tensors: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+    def capture(self, hidden: torch.Tensor, tensors: dict[str, Any]) -> tuple[torch.Tensor, ...]:
         """Run the captured part; during capture, Megatron stops there."""
         with capturing():
             found: tuple[torch.Tensor, ...] = self.layer._te_cuda_graph_capture(hidden, **tensors)
             return found
+
+    def replay(self, hidden: torch.Tensor, tensors: dict[str, Any]) -> tuple[torch.Tensor, ...]:
+        """Run the captured part, and undo what it sets in Python, as a graph would not run that."""
+        parts = [*self.layer.modules()]
+        if dispatcher := getattr(self.layer.mlp, "token_dispatcher", None):
+            parts += [dispatcher, getattr(dispatcher, "_comm_manager", dispatcher)]
+        before = [(vars(part), vars(part).copy()) for part in parts]
+        try:
+            return self.capture(hidden, tensors)
+        finally:
+            for attributes, old in before:
+                attributes.clear()
+                attributes.update(old)
 
     def keep(self, outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Copy outputs to the fixed memory of replays."""
@@ -70,6 +85,11 @@ class Graph:
         if "attn" in modules:
             self.layer.self_attention.backward_dw()
 
+    def lose(self) -> None:
+        """Overwrite the outputs, whose memory other graphs use once this backward has run."""
+        for buffer in self._buffers:
+            buffer.fill_(float("nan") if buffer.is_floating_point() else 1)
+
     def reset(self) -> None:
         self._buffers.clear()
 
@@ -81,8 +101,8 @@ class _Node(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad():
-            outputs = graph.run(hidden, tensors)
-        ctx.inputs, ctx.outputs = (hidden, *parameters), outputs
+            outputs = graph.replay(hidden, tensors)
+        ctx.graph, ctx.inputs, ctx.outputs = graph, (hidden, *parameters), outputs
         kept = [buffer.detach() for buffer in graph.keep(outputs)]
         ctx.mark_non_differentiable(*(out for out in kept if not out.is_floating_point()))
         return tuple(kept)
@@ -97,10 +117,13 @@ class _Node(torch.autograd.Function):
                 [grad for _, grad in pairs],
                 allow_unused=True,
             )
+        ctx.graph.lose()
         return (None, None, *found)
 
 
-def _make_graphs(layers: Sequence[Any], inputs: Sequence[Any], **_: Any) -> list[Graph]:
+def _make_graphs(
+    layers: Sequence[Any], inputs: Sequence[Any], sample_kwargs: Sequence[Any], **_: Any
+) -> list[Graph]:
     """Replace `transformer_engine.pytorch.graph.make_graphed_callables`."""
     for layer in layers:
         if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks:
@@ -108,10 +131,14 @@ def _make_graphs(layers: Sequence[Any], inputs: Sequence[Any], **_: Any) -> list
     repeats = len(inputs) // len(layers)
     # Megatron counts by microbatches and layers, or the other way round where it runs parts.
     if layers[0].config.overlap_moe_expert_parallel_comm:
-        made.extend(Graph(layer) for layer in layers for _ in range(repeats))
+        graphs = [Graph(layer) for layer in layers for _ in range(repeats)]
     else:
-        made.extend(Graph(layer) for _ in range(repeats) for layer in layers)
-    return made[-len(inputs) :]
+        graphs = [Graph(layer) for _ in range(repeats) for layer in layers]
+    for graph, (hidden,), tensors in zip(graphs, inputs, sample_kwargs, strict=True):
+        # Megatron's samples are in bf16, whatever the model.
+        graph.capture(hidden.to(next(graph.layer.parameters()).dtype), tensors)
+    made.extend(graphs)
+    return graphs
 
 
 made: list[Graph] = []
@@ -133,6 +160,7 @@ def graphs_replaced() -> Iterator[list[Graph]]:
     with (
         mock.patch.object(cuda_graphs, "HAVE_TE_GRAPHS", True),
         mock.patch.object(cuda_graphs, "make_graphed_callables", _make_graphs, create=True),
+        mock.patch.object(cuda_graphs, "is_te_min_version", lambda *_: True),
         mock.patch.object(random, "initialize_rng_tracker", plain_tracker),
         # Megatron's own adds a missing mask, for which it imports Transformer Engine.
         mock.patch.object(

@@ -133,7 +133,7 @@ _FLAGS = (
     ),
     (
         ON + "--fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine",
-        "--cuda-graph-modules other than attn, moe_router, mlp",
+        "--cuda-graph-modules other than attn, mamba, mlp, moe_preprocess, moe_router",
     ),
     (ON + "--optimizer soap", "--optimizer soap"),
     (ON + "--cuda-graph-impl local", "--cuda-graph-impl local"),

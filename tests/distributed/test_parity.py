@@ -56,8 +56,10 @@ def parameters(row: Row) -> Iterator[object]:
     marks = [pytest.mark.releases] if row.releases else []
     marks += [] if row.id in daily() else [pytest.mark.nightly]
     yield pytest.param(replace(row, steps=min(row.steps, STEPS)), id=row.id, marks=marks)
-    if row.steps > STEPS:
-        yield pytest.param(row, id=f"{row.id}-{row.steps}", marks=[pytest.mark.nightly])
+    longer = row.at_night or row.steps
+    if longer > STEPS:
+        longer_row = replace(row, steps=longer)
+        yield pytest.param(longer_row, id=f"{row.id}-{longer}", marks=[pytest.mark.nightly])
 
 
 @pytest.mark.parametrize("row", [parameter for row in ALL_ROWS for parameter in parameters(row)])

@@ -77,6 +77,7 @@ class Watched:
         compiled_in_steps: number of its variants that no launch before the first step compiled.
         losses: of each step, if the run trains a model.
         orders: launches on communicators, in their order.
+        captured: operations that a CUDA graph would record, with their places.
     """
 
     races: list[str]
@@ -87,6 +88,7 @@ class Watched:
     compiled_in_steps: dict[str, int] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     orders: list[Launch] = field(default_factory=list)
+    captured: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Checker:

@@ -1,4 +1,7 @@
-"""Findings on the labelled device, each with its kind and its place in the code."""
+"""Findings on the labelled device, each with its kind and its place in the code.
+
+Of a CUDA graph's capture there is more: every operation, with the place that called it.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,18 @@ from collections import Counter
 from enum import StrEnum
 from typing import NamedTuple
 
+import torch
+
 
 class Kind(StrEnum):
-    """Kinds of findings; the first two are noted in the steady state only."""
+    """Kinds of findings; the first two are noted in the steady state only.
+
+    In a capture, these two are of the third kind.
+    """
 
     WAIT = "host wait"
     PAGEABLE = "copy of pageable memory"
+    UNRECORDED = "no graph can record it"
     MISMATCH = "memories that do not meet"
     REFUSED = "refused by torch's rules"
     NO_KERNEL = "no kernel for CUDA"
@@ -34,16 +43,24 @@ class Findings:
     Attributes:
         is_steady: whether waits count, which they do not while buffers are made.
         raises: whether operations that wait for the device raise, as in torch's debug mode.
+        captured: operations that a graph would record, with their places.
     """
 
     def __init__(self) -> None:
         self.found = Counter[Finding]()
         self.is_steady = False
         self.raises = False
+        self.captured = Counter[tuple[str, str]]()
 
     def note(self, kind: Kind, what: str) -> None:
+        if kind in WHEN_STEADY and torch.cuda.is_current_stream_capturing():
+            kind = Kind.UNRECORDED
         if self.is_steady or kind not in WHEN_STEADY:
             self.found[Finding(kind, place(), what)] += 1
+
+    def ran(self, operation: str) -> None:
+        if torch.cuda.is_current_stream_capturing():
+            self.captured[operation, place()] += 1
 
     def places(self) -> set[tuple[str, str]]:
         return {(str(finding.kind), finding.place) for finding in self.found}

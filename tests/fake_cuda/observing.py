@@ -88,6 +88,7 @@ class Observer:
     def saw(self, schema: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
         names = [argument.name for argument in schema.arguments]
         given = dict(zip(names, args, strict=False)) | kwargs
+        findings.current.ran(schema.name)
         if schema.name.startswith("c10d::"):
             self._works.enqueued(schema.name.removeprefix("c10d::"), given)
         elif not _is_view(schema):
@@ -249,9 +250,12 @@ class Observed(NamedTuple):
 
     def watched(self) -> Watched:
         checker, device = self
-        found, launches = dict(device.findings.found), device.launches
+        found, launches = device.findings, device.launches
         numbers = dict(launches.number), dict(+launches.compiled_in_steps)
-        return Watched(checker.races, checker.operations, checker.frees, found, *numbers)
+        return Watched(
+            *(checker.races, checker.operations, checker.frees, dict(found.found), *numbers),
+            captured=set(found.captured),
+        )
 
 
 @contextlib.contextmanager

@@ -149,7 +149,7 @@ def replaced(checker: Checker) -> Iterator[None]:
         "stream": on_stream,
         "current_stream": current_stream,
         "default_stream": lambda _=None: compute,
-        "set_stream": _refuse,
+        "set_stream": _set_stream,
         "synchronize": _synchronize,
         "is_current_stream_capturing": lambda: False,
     }
@@ -169,8 +169,10 @@ def replaced(checker: Checker) -> Iterator[None]:
         _synchronize()
 
 
-def _refuse(stream: Any) -> None:
-    raise NotImplementedError("torch.cuda.set_stream: nothing uses it; use torch.cuda.stream")
+def _set_stream(stream: Stream) -> None:
+    """Go on on another stream, as Megatron does at its start if it captures graphs."""
+    Simulation.checker.names[stream.number] = "the compute stream"
+    Simulation.current[-1] = stream
 
 
 def _named(true_init: Callable[..., None]) -> Callable[..., None]:

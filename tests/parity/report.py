@@ -137,7 +137,9 @@ def allowed() -> Iterator[str]:
     yield "|---|---|---|---|"
     for word, text in UNPROVEN.items():
         settings = _code(*_allowed_by(word))
-        yield f"| `{word}` | {text} | {settings} | {proved_by([f'{ALLOW} {word}'])} |"
+        flag = f"{ALLOW} {word}"
+        names = {name for names in FEATURES.values() if flag in names for name in names}
+        yield f"| `{word}` | {text} | {settings} | {proved_by(names)} |"
 
 
 def without_effect() -> Iterator[str]:

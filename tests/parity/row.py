@@ -55,6 +55,7 @@ class Row:
         reference_flags: of the reference, instead of `flags`: the same model, cut less.
         capacity: `--fsep-capacity`, where not the default.
         steps: training steps; 0 for a run that only evaluates.
+        at_night: training steps of another run at night, without figures on the page.
         evaluations: number of evaluations in the run.
         moe_layers: on rank 0.
         exchanges: restores and reduces of a microbatch over rank 0's MoE layers, where these are
@@ -81,6 +82,7 @@ class Row:
     without: str = ""
     capacity: int | None = None
     steps: int = STEPS
+    at_night: int | None = None
     evaluations: int = 0
     moe_layers: int = 2
     exchanges: tuple[int, int] | None = None

@@ -444,23 +444,23 @@ ROWS = [
     # Graphs, by the sets of modules that published recipes capture.
     _row("graphs", "CUDA graphs of router and counts, shared experts, distributed optimizer,"
         " recompute of norms", DIST_OPT + SHARED, fsep=SELECTIVE + " layernorm" + GRAPHS
-        + " moe_router moe_preprocess", steps=LONGEST),
+        + " moe_router moe_preprocess", at_night=LONGEST),
     _row("graphs-attention", "CUDA graphs of attention, router and counts, flex dispatcher with"
         " HybridEP, accumulation 2", fsep=HYBRIDEP + GRAPHS + " attn moe_router moe_preprocess",
-        accumulation=2, capacity=6, steps=LONGEST),
+        accumulation=2, capacity=6, at_night=LONGEST),
     _row("graphs-dense", "CUDA graphs of attention, dense layers, router and counts, flex"
         " dispatcher with DeepEP, gated shared experts", FIRST_LAYER_DENSE + GATED + FP32_ROUTER,
-        fsep=DEEPEP + GRAPHS + " attn mlp moe_router moe_preprocess", steps=LONGEST),
+        fsep=DEEPEP + GRAPHS + " attn mlp moe_router moe_preprocess", at_night=LONGEST),
     _row("graphs-hybrid", "CUDA graphs of HybridModel's attention, router and counts, latent MoE"
         " without a gate, shared experts", HYBRID + "*E-*E" + SQUARED_RELU + " --moe-latent-size"
         " 24" + SHARED, fsep=GRAPHS + " attn moe_router moe_preprocess", without="--swiglu",
-        steps=LONGEST),
+        at_night=LONGEST),
     _row("graphs-tokens", "CUDA graphs of attention, router and counts, pipeline 2, tokens through"
         " nodes of 2, overlapped shared experts, accumulation 2", PIPELINE + SHARED + OVERLAPPED,
         fsep=TOKENS.format(2) + GRAPHS + " attn moe_router moe_preprocess", ranks=4, group=2,
-        accumulation=2, moe_layers=1, steps=LONGEST),
+        accumulation=2, moe_layers=1, at_night=LONGEST),
     _row("graphs-recompute", "CUDA graphs of attention, recompute of the MoE layer",
-        MOE_RECOMPUTE, fsep=GRAPHS + " attn", steps=LONGEST),
+        MOE_RECOMPUTE, fsep=GRAPHS + " attn", at_night=LONGEST),
     # Runs.
     # Without fp8 Megatron itself refuses it.
     _row("padding", "router padding, without effect",

@@ -22,6 +22,7 @@ from tests.fake_cuda.streams import current_stream
 from tests.launch_order import Launch, recorded
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
+from tests.parity.rows import GRAPHS
 from tests.races.faults import TRAINING_FAULTS
 
 _RANDOM = " --fsep-planner random"
@@ -35,6 +36,7 @@ _VIRTUAL = (
 _NEVER = "--save-interval", "1000"
 _COMBINED = " --bf16 --overlap-moe-expert-parallel-comm"
 _DELAYED = " --delay-wgrad-compute"
+_GRAPHS = GRAPHS.replace("modules", "warmup-steps 2 --cuda-graph-modules")
 _MOE = " --recompute-granularity selective --recompute-modules moe"
 
 
@@ -154,6 +156,16 @@ SCENARIOS = {
     ),
     "experts' weight gradients during the dispatch's backward": Training(
         f"{_RANDOM} --overlap-dispatch-backward-with-experts-wgrad"
+    ),
+    "graphs of attention, router and counts, both overlaps": Training(
+        f"{_RANDOM}{_OVERLAPS} --moe-shared-expert-intermediate-size 32{_GRAPHS} attn moe_router "
+        "moe_preprocess",
+        steps=4,
+    ),
+    "experts at home, graphs of router and counts, recompute of norms": Training(
+        f"{_HOME} --recompute-granularity selective --recompute-modules layernorm{_GRAPHS} "
+        "moe_router moe_preprocess",
+        steps=4,
     ),
     "Muon": Training(f"{_HOME} --optimizer muon"),
     "save and load": Training(f"{_HOME}{_OVERLAPS} --override-opt-param-scheduler", resumes=True),

@@ -45,6 +45,7 @@ RUN: dict[str, dict[str, str]] = {
     "moe_act": SELECTIVE | {"recompute_modules": "['moe_act', 'moe']"},
     "latent attention": SELECTIVE | {"recipe": KIMI, "recompute_modules": "['mla_up_proj']"},
     "scope without graphs": {"cuda_graph_scope": "full"},
+    "graphs": GRAPHS | {"cuda_graph_scope": "['attn', 'moe_router', 'moe_preprocess']"},
     "Muon": {"optimizer": "muon"},
     "Muon, distributed": {"optimizer": "opt:distributed_muon_with_cosine_annealing"},
     "a performance recipe": {"recipe": PERF_V3, "pool": "perf"},
@@ -81,12 +82,6 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
             "--cuda-graph-impl transformer_engine: wi",
         ],
         ["--cuda-graph-impl"],
-    ),
-    "graphs": (
-        GRAPHS | {"cuda_graph_scope": "['attn']"},
-        Verdict.SPEED_ONLY,
-        ["--cuda-graph-impl transformer_engine"],
-        None,
     ),
     "graphs of whole layers": (
         GRAPHS | {"cuda_graph_scope": "full"},

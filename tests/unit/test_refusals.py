@@ -84,13 +84,11 @@ REFUSED: dict[str, list[str]] = {
         f"{GRAPHS} --cuda-graph-modules attn",
         f"--cuda-graph-impl local --cuda-graph-modules attn {ALLOW_GRAPHS}",
     ],
-    "--cuda-graph-modules other than attn, moe_router, mlp": [
+    "--cuda-graph-modules other than attn, mamba, mlp, moe_preprocess, moe_router": [
         f"{GRAPHS} {ALLOW_GRAPHS} {modules}".rstrip()
         for modules in (
             "",
             "--cuda-graph-modules attn moe",
-            "--cuda-graph-modules attn moe_router moe_preprocess",
-            "--cuda-graph-modules mamba",
             "--cuda-graph-scope full",
         )
     ],
@@ -125,6 +123,7 @@ TAKEN = [
     "",
     f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn",
     f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn moe_router mlp",
+    f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-scope attn mamba moe_router moe_preprocess",
     f"--fp8-format hybrid {ALLOW_FP8}",
     f"--fp8-format e4m3 --fp8-recipe tensorwise {ALLOW_FP8}",
     "--cuda-graph-modules moe",

@@ -182,8 +182,8 @@ def _judge_flags(words: list[str]) -> int:
     if judgement.verdict is Verdict.PRECISION and not {"--bf16", "--fp16"} & set(kept):
         kept.append("--bf16")
     if judgement.runs:
-        words = *config.allow_unproven, *judgement.allow
-        config = replace(config, allow_unproven=tuple(dict.fromkeys(words)))
+        allowed = dict.fromkeys((*config.allow_unproven, *judgement.allow))
+        config = replace(config, allow_unproven=tuple(allowed))
         try:  # once more, with the sizes that no row of the table covers
             arguments.check(parsed(kept), config)
         except RefusedError as error:
