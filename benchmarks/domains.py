@@ -44,6 +44,8 @@ ROUTINGS = {
 CAPACITIES, DOMAINS, CLUSTER = (5, 8, 12, 17), (1, 2), "a100-4x8-ib800"
 # Experts of Qwen3-235B, and tokens of a rank by which `auto` decides.
 _HIDDEN, _FFN, _MICROBATCH_TOKENS = 4096, 1536, 8192
+# Rows per token below which there is nothing to save.
+_FEW_ROWS = 0.05
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +95,7 @@ def row_of(shape: Shape, maps: Sequence[Bool], capacity: int) -> dict[str, Any]:
             found[f"{kind}: {nodes} node{'s'[: nodes - 1]}"] = rows
             ratios.append(case.max_over_mean)
         first, last = (found[f"{kind}: {nodes}"] for nodes in ("1 node", "2 nodes"))
-        found[f"{kind}: saved"] = 1 - last / first if first else 0.0
+        found[f"{kind}: saved"] = 1 - last / first if first > _FEW_ROWS else 0.0
     return {**found, "max/mean": max(ratios)}
 
 

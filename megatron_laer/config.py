@@ -189,9 +189,8 @@ class FSEPConfig:
     )
     domain_nodes: int | None = _option(
         None,
-        "nodes for which layouts and quotas are planned together, where a token travels once per "
-        "node (not with experts at home); or auto, the default: 1, or more that together hold "
-        "every expert where the cost model finds them faster",
+        "nodes for which layouts of rows are planned together, where a token travels once per "
+        "node; or auto, the default: 1, or more that hold every expert, where clearly faster",
         minimum=Bound(1, "1 node"),
     )
     gemm: GemmBackEnd = _option(

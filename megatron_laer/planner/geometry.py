@@ -140,7 +140,7 @@ def resolve_geometry(
 def domains(geometry: Geometry) -> list[Geometry]:
     """Return the geometry for nodes alone, and for domains that together hold every expert.
 
-    None is larger than it must be to hold a replica for each rank beside them.
+    None is larger than needed to hold a replica for each rank as well.
     """
     found, experts = [replace(geometry, domain_nodes=1)], geometry.num_experts
     if geometry.home_slots:
