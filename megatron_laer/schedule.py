@@ -14,7 +14,7 @@ In the last layer of an operation, the first one of the next operation takes the
 i-1. If it is the same layer, its weights stay, and only slots that differ are fetched.
 
 Megatron's combined 1F1B schedule runs a forward and a backward operation layer by layer together.
-Then restores i+1 and i-1 start as soon as experts i have computed: so each of the two operations
+Then restores i+1 and i-1 start as soon as experts i have computed. So each of the two operations
 has the restored experts of one layer in memory.
 
 Source: the LAER-MoE paper's fine-grained schedule (arXiv 2602.11686), with parameters and gradients
