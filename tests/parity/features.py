@@ -172,10 +172,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "other CUDA graphs": (
         "--cuda-graph-impl other than none",
         "--cuda-graph-modules other than attn, mamba, mlp, moe_preprocess, moe_router",
-<<<<<<< HEAD
         "--cuda-graph-modules attn with --overlap-moe-expert-parallel-comm",
-=======
->>>>>>> graphs
     ),
     "fp8 in all layers but the experts": (f"{ALLOW} {Unproven.DENSE_FP8}",),
     "fp8 or fp4 in the experts": (
