@@ -25,8 +25,8 @@ from megatron_laer.support.table import REFUSALS, UNPROVEN
 logger = logging.getLogger(__name__)
 
 _EXPOSED_IN_NODE = (
-    "--fsep-token-exchange node with --overlap-moe-expert-parallel-comm: tokens cross a node beside "
-    "the experts' compute, where that schedule hides nothing of them; give --fsep-token-exchange "
+    "--fsep-token-exchange node with --overlap-moe-expert-parallel-comm: inside a node tokens move "
+    "with the experts' compute, where that schedule hides none of them; give --fsep-token-exchange "
     "rank unless links between nodes are much slower"
 )
 _REFUSED = frozenset(row.field for row in REFUSALS)
