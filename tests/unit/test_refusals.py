@@ -444,6 +444,7 @@ class Config:
     recompute_granularity: str | None = None
     recompute_modules: list[str] = field(default_factory=lambda: ["core_attn"])
     delay_wgrad_compute: bool | None = False
+    overlap_moe_expert_parallel_comm: bool = False
     fp8: str | bool | None = None
     fp8_param: bool = False
     cuda_graph_impl: str = "none"
@@ -528,6 +529,20 @@ def test_all_that_a_token_exchange_cannot_work_with_is_listed_in_one_text() -> N
     first, *others = str(raised.value).splitlines()
     assert first == "FSEP cannot run this model:" and len(others) == 2
     assert all(line.startswith("  --fsep-token-exchange auto with --moe-") for line in others)
+
+
+def test_tokens_that_the_combined_schedule_leaves_exposed_are_warned_of(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    model_support._warn_once.cache_clear()
+    config = Config(overlap_moe_expert_parallel_comm=True)
+    with caplog.at_level(logging.WARNING):
+        model_support.check_choices(config, PlanMode.EXACT, TokenExchange.RANK)
+        assert caplog.records == []
+        model_support.check_choices(config, PlanMode.EXACT, TokenExchange.NODE)
+    (warning,) = (record.getMessage() for record in caplog.records)
+    assert warning.startswith(f"--fsep-token-exchange node with {OVERLAP}: inside a node")
 
 
 def test_words_come_in_one_order_and_once_and_are_the_same_on_all_ranks() -> None:
