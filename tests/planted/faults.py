@@ -53,6 +53,7 @@ def _ranks(*names: str) -> tuple[str, ...]:
 _LAYOUT = _in("planner/layout.py", *_unit("layout"))
 _SHARDING = _in("planner/sharding.py", *_unit("slices", "traffic"))
 _LAER = _in("planner/laer.py", *_unit("strategies"))
+_ROWS = _in("planner/token_exchange.py", *_unit("domains"))
 _FORECAST = _in("planner/forecast.py", *_unit("forecast"))
 _QUOTAS = _in("planner/quotas.py", *_unit("quotas"))
 _BALANCE = _in("planner/balance.py", *_unit("quotas"))
@@ -101,8 +102,13 @@ FAULTS: tuple[Fault, ...] = (
     _LAER.fault("laer packs a full rank further", "open_N = free_N > 0", "open_N = free_N >= 0"),
     _LAER.fault(
         "laer counts no replicas per node",
-        "node_replicas_Q[rank // geometry.node_size] += 1",
-        "node_replicas_Q[rank // geometry.node_size] += 0",
+        "node_replicas_Q[rank // geometry.domain_size] += 1",
+        "node_replicas_Q[rank // geometry.domain_size] += 0",
+    ),
+    _ROWS.fault(
+        "rows between the nodes of a domain are free",
+        "rows.domain / near_pairs if near_pairs else 0.0",
+        "0.0 * near_pairs",
     ),
     _LAER.fault(
         "laer packs the lightest first",
