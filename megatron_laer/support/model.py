@@ -25,15 +25,9 @@ from megatron_laer.support.table import REFUSALS, UNPROVEN
 logger = logging.getLogger(__name__)
 
 _EXPOSED_IN_NODE = (
-<<<<<<< HEAD
-    "--fsep-token-exchange node with --overlap-moe-expert-parallel-comm: tokens cross a node "
-    "during the experts' compute, where that schedule hides nothing of them; give "
-    "--fsep-token-exchange rank unless links between nodes are much slower"
-=======
     "--fsep-token-exchange node with --overlap-moe-expert-parallel-comm: inside a node tokens move "
     "with the experts' compute, where that schedule hides none of them; give --fsep-token-exchange "
     "rank unless links between nodes are much slower"
->>>>>>> f1b
 )
 _REFUSED = frozenset(row.field for row in REFUSALS)
 

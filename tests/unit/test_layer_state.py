@@ -15,7 +15,9 @@ from megatron_laer.runtime.weights.layer import Slices
 
 def layer(passes: int) -> LayerState:
     slices = Slices((), (), MegatronMainGrads())
-    return LayerState(0, "mtp 1", 1, True, slices, False, passes, mock.Mock(), mock.Mock())
+    return LayerState(
+        0, "mtp 1", 1, True, slices, False, passes, mock.Mock(), mock.Mock(), mock.Mock()
+    )
 
 
 def test_reruns_come_by_microbatch_and_within_it_backwards() -> None:

@@ -75,11 +75,7 @@ def judge(
     _check_sizes(settings)
     allow = _PROVED_BY_ROWS & {row.unproven for row in REFUSALS if _asks(row, settings)}
     found = _refused(settings, {*allowed, *allow})
-<<<<<<< HEAD
     if any(row.flag.startswith("--cuda-graph") for row, _ in found):
-=======
-    if {"--cuda-graph-impl", "--cuda-graph-modules"} & {row.flag for row, _ in found}:
->>>>>>> f1b
         # Without modules Megatron would capture whole layers, so graphs are left out altogether.
         allow, found = frozenset(), _refused(settings, set(allowed) - _PROVED_BY_ROWS)
     refused = {row.argument for row, _ in found}
