@@ -32,7 +32,7 @@ def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _with_operations(original: Any) -> Any:
-    """Tell the scheduler the chunks that a combined schedule runs, since it calls no module."""
+    """Report the chunks of a combined schedule to the scheduler, since it calls no module."""
     run_together = original.__func__
 
     def run(f_schedule_plan: Any, b_schedule_plan: Any, *args: Any, **kwargs: Any) -> Any:

@@ -74,7 +74,7 @@ _RESTORE = _in("runtime/comm/restore.py", *_ranks("exchange"))
 _EXCHANGE = _in("runtime/comm/exchange.py", *_ranks("exchange"))
 _STREAMS = _in("runtime/comm/streams.py", *_unit("streams"))
 _ONE_QUEUE = "tests/races/test_one_queue.py"
-_STEPS = _in("runtime/comm/steps.py", _ONE_QUEUE)
+_EXCHANGE_STEPS = _in("runtime/comm/steps.py", _ONE_QUEUE)
 _NCCL = _in("plugin/nccl_options.py", *_unit("nccl_options"))
 _CLUSTERS = _in("planner/clusters.py", *_unit("nccl_options"))
 _RESTORED = _in("runtime/weights/restored.py", *_unit("restored_experts"))
@@ -314,7 +314,7 @@ FAULTS: tuple[Fault, ...] = (
         "return CudaStream(times, device)",
         _ONE_QUEUE,
     ),
-    _STEPS.fault(
+    _EXCHANGE_STEPS.fault(
         "matrices are launched one after the other in one queue",
         "with one_launch(group, self._device):",
         "with contextlib.nullcontext():",
