@@ -21,17 +21,14 @@ HERE = "tests/races/graphs.py:"
 
 
 class Fault(NamedTuple):
-    """Replaced function, and a part of an error or a captured operation.
-
-    An empty text stands for an error, or for losses that differ.
-    """
+    """Replaced function, and a part of an error or a captured operation."""
 
     replaced: Callable[[], AbstractContextManager[Any]]
     found: str
     scenario: str = SCENARIO
 
 
-_init, _count, _take = FSEPMoELayer.__init__, SlotDispatching.count, SlotDispatching.take_counted
+_init, _count = FSEPMoELayer.__init__, SlotDispatching.count
 OTHER_LOSSES = "other losses than without graphs"
 
 
@@ -72,19 +69,6 @@ def _allocates(dispatcher: Any, counts_E: torch.Tensor) -> None:
     dispatcher.kept = torch.zeros_like(counts_E)
 
 
-def _takes_the_last(of_map: bool) -> Callable[[], AbstractContextManager[Any]]:
-    """Take the map or the counts of the pass before, once there was one."""
-    last: dict[Any, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def take(dispatcher: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        routing_map_TE, counts_E = (one.clone() for one in _take(dispatcher))
-        old = last.get(dispatcher, (routing_map_TE, counts_E))
-        last[dispatcher] = routing_map_TE, counts_E
-        return (old[0], counts_E) if of_map else (routing_map_TE, old[1])
-
-    return _replaced(SlotDispatching, "take_counted", take)
-
-
 _MARK = "a CUDA graph is being captured where a microbatch is planned"
 _LOST = "no counts of this pass"
 
@@ -101,11 +85,6 @@ FAULTS = {
     "the map does not cross the border": Fault(_carries("counts_E"), _LOST),
     "what was planned crosses the border": Fault(
         _carries("tokens_per_expert", "_columns_NC", "num_out_tokens"), _LOST
-    ),
-    "counts are those of the pass before": Fault(_takes_the_last(of_map=False), ""),
-    "the map is that of the pass before": Fault(_takes_the_last(of_map=True), ""),
-    "the norm's output is freed in the graph": Fault(
-        _replaced(FSEPMoELayer, "_recomputes_norm", False), "", WITH_NORMS
     ),
 }
 
