@@ -38,6 +38,7 @@ from benchmarks.command_line import (
     write_json,
 )
 from benchmarks.end_to_end_cases import (
+    BY_PARTS,
     FSEP,
     FULL,
     HALF,
@@ -50,6 +51,7 @@ from benchmarks.end_to_end_cases import (
     TOKENS_OF,
     Configuration,
     Size,
+    by_parts,
     chosen,
     configurations,
     token_configurations,
@@ -83,7 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models = parser.add_mutually_exclusive_group()
     models.add_argument("--half", action="store_true", help="a model of an eighth of the work")
     models.add_argument("--quick", action="store_true", help="a small model: says nothing of speed")
-    parser.add_argument("--tokens", action="store_true", help="compare exchanges of tokens alone")
+    parts = parser.add_mutually_exclusive_group()
+    parts.add_argument("--tokens", action="store_true", help="compare exchanges of tokens alone")
+    parts.add_argument(
+        "--combined", action="store_true", help="Megatron's combined 1F1B schedule, in bf16"
+    )
     parser.add_argument("--repeats", type=between(1, MOST_REPEATS), help="of every configuration")
     parser.add_argument(
         "--steps", type=between(1, MOST_STEPS), help="that are counted, but for bursts"
@@ -97,11 +103,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         size = replace(size, repeats=options.repeats)
     if options.steps is not None:
         size = replace(size, steps=options.steps)
+    if options.combined:
+        size = by_parts(size)
     with tempfile.TemporaryDirectory() as scratch:
         if options.tokens:
             cases = token_configurations(size)
         else:
             cases = configurations(size, options.ranks, Path(scratch))
+        if options.combined:
+            cases = [case for case in cases if case.name in BY_PARTS]
         if options.only is not None:
             cases = chosen(cases, options.only)
         runs = run_all(size, options.ranks, cases, Path(scratch))

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +94,16 @@ QUICK = Size(2, 128, 512, 8, 2, 64, 16, warm_up=2, steps=4, repeats=2)
 # A size at which token exchanges dominate: top-4 of 8, wide rows, and few multiplications per row.
 TOKENS = Size(2, 1024, 32, 8, 4, 128, 16, 2, 6, 3, more="--kv-channels 8")
 QUICK_TOKENS = Size(2, 256, 32, 8, 4, 64, 16, 2, 4, 2, more="--kv-channels 8")
+
+
+def by_parts(size: Size) -> Size:
+    """Return a size with Megatron's combined 1F1B schedule, bf16, and four microbatches a step."""
+    flags = f"--bf16 --overlap-moe-expert-parallel-comm --micro-batch-size {size.sequences // 4}"
+    return replace(size, more=f"{size.more} {flags}")
+
+
+# What the combined schedule runs: traces have one microbatch a step, and it recomputes no layer.
+BY_PARTS = ("ideal", "stock, fixed", "fsep, fixed", "fsep balanced, adaptive")
 
 
 @dataclass(frozen=True)
