@@ -1,0 +1,1 @@
+"""Experts in fp8: quantised matrices of replicas, and the products with them."""
