@@ -11,7 +11,7 @@ payload, n tokens of one slot or expert.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -20,27 +20,80 @@ import torch
 from megatron_laer.cpu import fp8
 from megatron_laer.layer.experts.fp8 import MULTIPLE
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
-from megatron_laer.layer.experts.fp8.payload import PayloadForm, per_tensor_form
+from megatron_laer.layer.experts.fp8.payload import (
+    BLOCK,
+    PayloadForm,
+    block_form,
+    per_tensor_form,
+)
 from megatron_laer.runtime.weights.layer import Carried
 
+# Rows and columns of a matrix that share a scale; None for one scale of all.
+Block = tuple[int, int] | None
 
-class Formats(NamedTuple):
-    """Float8 types of weights and tokens, and of gradients."""
 
+class Recipe(NamedTuple):
+    """Definition of a recipe: the payload's form, and how operands are quantised.
+
+    Attributes:
+        weight: block of a weight's scales; None for one scale of the whole matrix.
+        by_rows: block of tokens and gradients that are multiplied along their rows.
+        by_columns: block of those that are multiplied along their columns, for weights' gradients.
+        forward: float8 type of weights and tokens.
+        backward: float8 type of gradients.
+    """
+
+    form: Callable[[int, int], PayloadForm]
+    weight: Block
+    by_rows: Block
+    by_columns: Block
     forward: torch.dtype
     backward: torch.dtype
 
     @classmethod
-    def of(cls, config: Any) -> Formats:
-        return cls(fp8.E4M3, fp8.E5M2 if config.fp8 == "hybrid" else fp8.E4M3)
+    def of(cls, config: Any) -> Recipe:
+        name = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))
+        backward = fp8.E5M2 if config.fp8 == "hybrid" else fp8.E4M3
+        return cls(*_DEFINITIONS[name], fp8.E4M3, backward)
+
+    def quantised(self, matrix_RK: torch.Tensor, dtype: torch.dtype, block: Block) -> fp8.Quantised:
+        if block is None:
+            return fp8.per_tensor(matrix_RK, dtype)
+        return fp8.by_blocks(matrix_RK, dtype, block)
+
+    def again(self, matrix_RK: torch.Tensor, dtype: torch.dtype, block: Block) -> torch.Tensor:
+        """Return float32 values after the matrix was quantised."""
+        return fp8.dequantised(self.quantised(matrix_RK, dtype, block), block)
+
+    def weight_again(self, weight_RK: torch.Tensor) -> torch.Tensor:
+        return self.again(weight_RK, self.forward, self.weight)
+
+    def product(self, input_nK: torch.Tensor, weight_RK: torch.Tensor) -> torch.Tensor:
+        """Return `[n, R]` in the tokens' dtype; `weight_RK` was quantised and given back."""
+        input_again_nK = self.again(input_nK, self.forward, self.by_rows)
+        return (input_again_nK @ weight_RK.t()).to(input_nK.dtype)
+
+    def input_grad(self, grad_nR: torch.Tensor, weight_RK: torch.Tensor) -> torch.Tensor:
+        return (self.again(grad_nR, self.backward, self.by_rows) @ weight_RK).to(grad_nR.dtype)
+
+    def weight_grad(self, grad_nR: torch.Tensor, input_nK: torch.Tensor) -> torch.Tensor:
+        grad_again_nR = self.again(grad_nR, self.backward, self.by_columns)
+        input_again_nK = self.again(input_nK, self.forward, self.by_columns)
+        return (grad_again_nR.t() @ input_again_nK).to(grad_nR.dtype)
+
+
+_DEFINITIONS: dict[str, tuple[Callable[[int, int], PayloadForm], Block, Block, Block]] = {
+    "tensorwise": (per_tensor_form, None, None, None),
+    "blockwise": (block_form, (BLOCK, BLOCK), (1, BLOCK), (BLOCK, 1)),
+}
 
 
 class EmulatedGemm:
-    """`QuantisedGemm` of one linear layer with per-tensor current scaling."""
+    """`QuantisedGemm` of one linear layer."""
 
     def __init__(self, config: Any, rows: int, columns: int) -> None:
-        self._form: PayloadForm = per_tensor_form(rows, columns)
-        self._formats = Formats.of(config)
+        self._recipe = Recipe.of(config)
+        self._form = self._recipe.form(rows, columns)
 
     @property
     def carried(self) -> Carried:
@@ -52,20 +105,21 @@ class EmulatedGemm:
         return None
 
     def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
-        return self._form.pack(*fp8.per_tensor(weight_RK, self._formats.forward))
+        recipe = self._recipe
+        return self._form.pack(*recipe.quantised(weight_RK, recipe.forward, recipe.weight))
 
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
         parts = zip(_parts(input_TK, tokens_C), self._weights(weight_CRK), strict=True)
-        outputs = [product(part_nK, weight_RK, self._formats) for part_nK, weight_RK in parts]
+        outputs = [self._recipe.product(part_nK, weight_RK) for part_nK, weight_RK in parts]
         return unpadded(torch.cat(outputs), tokens_C, MULTIPLE)
 
     def input_grad(
         self, grad_TR: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
         parts = zip(_parts(grad_TR, tokens_C), self._weights(weight_CRK), strict=True)
-        grads = [input_grad(grad_nR, weight_RK, self._formats) for grad_nR, weight_RK in parts]
+        grads = [self._recipe.input_grad(grad_nR, weight_RK) for grad_nR, weight_RK in parts]
         return unpadded(torch.cat(grads), tokens_C, MULTIPLE)
 
     def weight_grad(
@@ -77,27 +131,14 @@ class EmulatedGemm:
     ) -> None:
         parts = zip(_parts(grad_TR, tokens_C), _parts(input_TK, tokens_C), out_CRK, strict=True)
         for grad_nR, input_nK, out_RK in parts:
-            out_RK.copy_(weight_grad(grad_nR, input_nK, self._formats))
+            out_RK.copy_(self._recipe.weight_grad(grad_nR, input_nK))
 
     def _weights(self, payload_CPK: torch.Tensor) -> list[torch.Tensor]:
+        recipe = self._recipe
         return [
-            fp8.dequantised(fp8.Quantised(values_RK.view(self._formats.forward), scale))
-            for values_RK, scale in map(self._form.unpack, payload_CPK.unbind())
+            fp8.dequantised(fp8.Quantised(values_RK.view(recipe.forward), scales), recipe.weight)
+            for values_RK, scales in map(self._form.unpack, payload_CPK.unbind())
         ]
-
-
-def product(input_nK: torch.Tensor, weight_RK: torch.Tensor, formats: Formats) -> torch.Tensor:
-    """Return `[n, R]` in the tokens' dtype; `weight_RK` was quantised and given back."""
-    return (_again(input_nK, formats.forward) @ weight_RK.t()).to(input_nK.dtype)
-
-
-def input_grad(grad_nR: torch.Tensor, weight_RK: torch.Tensor, formats: Formats) -> torch.Tensor:
-    return (_again(grad_nR, formats.backward) @ weight_RK).to(grad_nR.dtype)
-
-
-def weight_grad(grad_nR: torch.Tensor, input_nK: torch.Tensor, formats: Formats) -> torch.Tensor:
-    product_RK = _again(grad_nR, formats.backward).t() @ _again(input_nK, formats.forward)
-    return product_RK.to(grad_nR.dtype)
 
 
 class Fp8Linear(torch.autograd.Function):
@@ -105,20 +146,20 @@ class Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input_nK: torch.Tensor, weight_RK: torch.Tensor, formats: Formats
+        ctx: Any, input_nK: torch.Tensor, weight_RK: torch.Tensor, recipe: Recipe
     ) -> torch.Tensor:
         ctx.save_for_backward(input_nK, weight_RK)
-        ctx.formats = formats
-        return product(input_nK, _again(weight_RK, formats.forward), formats)
+        ctx.recipe = recipe
+        return recipe.product(input_nK, recipe.weight_again(weight_RK))
 
     @staticmethod
     def backward(ctx: Any, grad_nR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         input_nK, weight_RK = ctx.saved_tensors
-        formats, grad_input_nK, grad_weight_RK = ctx.formats, None, None
+        recipe, grad_input_nK, grad_weight_RK = ctx.recipe, None, None
         if ctx.needs_input_grad[0]:
-            grad_input_nK = input_grad(grad_nR, _again(weight_RK, formats.forward), formats)
+            grad_input_nK = recipe.input_grad(grad_nR, recipe.weight_again(weight_RK))
         if ctx.needs_input_grad[1]:
-            grad_weight_RK = weight_grad(grad_nR, input_nK, formats)
+            grad_weight_RK = recipe.weight_grad(grad_nR, input_nK)
         return grad_input_nK, grad_weight_RK, None
 
 
@@ -137,7 +178,7 @@ def fp8_replaced() -> Iterator[None]:
             if not (self.is_expert and self.config.fp8):
                 return stock[layer](self, input, weight, *args, **kwargs)
             assert input.dim() == 2 and kwargs.get("bias") is None
-            return Fp8Linear.apply(input, weight, Formats.of(self.config))
+            return Fp8Linear.apply(input, weight, Recipe.of(self.config))
 
         return forward
 
@@ -154,11 +195,6 @@ def fp8_replaced() -> Iterator[None]:
         ):
             replacements.enter_context(mock.patch.object(owner, name, replacement))
         yield
-
-
-def _again(matrix_RK: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Return float32 values after the matrix was quantised."""
-    return fp8.dequantised(fp8.per_tensor(matrix_RK, dtype))
 
 
 def _parts(tokens_TK: torch.Tensor, tokens_C: Sequence[int]) -> tuple[torch.Tensor, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_laer.choices import Unproven
 
-_RECIPE = "tensorwise"
+_RECIPES = ("tensorwise", "blockwise")
 _WITH = f"with --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
 
 
@@ -23,12 +23,12 @@ def problems(settings: Any, allowed: Collection[Unproven]) -> list[str]:
         return []
     found = []
     # Settings of recipes and job scripts lack some.
-    recipe = getattr(settings, "fp8_recipe", None) or _RECIPE
+    recipe = getattr(settings, "fp8_recipe", None) or _RECIPES[0]
     recipe = getattr(recipe, "value", recipe)
-    if recipe != _RECIPE:
+    if recipe not in _RECIPES:
         found.append(
-            f"--fp8-recipe {recipe} {_WITH}: replicas of experts know the scales of per-tensor "
-            f"current scaling alone; give --fp8-recipe {_RECIPE}"
+            f"--fp8-recipe {recipe} {_WITH}: replicas of experts know the scales of other recipes; "
+            f"give --fp8-recipe {' or '.join(_RECIPES)}"
         )
     if getattr(settings, "first_last_layers_bf16", False):
         found.append(

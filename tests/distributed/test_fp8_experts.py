@@ -29,7 +29,7 @@ def command(data: str, extra: str, steps: int = 4) -> list[str]:
     return command_line(data, extra, global_batch=8, steps=steps)
 
 
-def replicas_and_homes(fp8_format: str) -> list[bool]:
+def replicas_and_homes(fp8_format: str, recipe: str) -> list[bool]:
     """Compute every expert at home and as a replica, on the same tokens; compare all bits."""
     import torch
     import torch.distributed as dist
@@ -38,7 +38,7 @@ def replicas_and_homes(fp8_format: str) -> list[bool]:
     from megatron_laer.cpu.fp8_experts import fp8_replaced
     from tests import one_layer
 
-    of_fp8 = {"fp8": fp8_format, "fp8_recipe": "tensorwise", "gated_linear_unit": True}
+    of_fp8 = {"fp8": fp8_format, "fp8_recipe": recipe, "gated_linear_unit": True}
     settings = {"sharding": "experts", "allow_unproven": ["fp8-experts"], "planner": "random"}
     one_layer.MODELS["fp8"] = of_fp8
     with fp8_replaced(), one_layer.one_layer("gloo", "fp8", **settings) as wrapped:
@@ -99,8 +99,11 @@ def replicas_and_homes(fp8_format: str) -> list[bool]:
 
 
 @pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
-def test_a_replica_computes_bit_for_bit_as_its_home(ranks: RankPools, fp8_format: str) -> None:
-    for same in ranks(2).run(replicas_and_homes, fp8_format):
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_a_replica_computes_bit_for_bit_as_its_home(
+    ranks: RankPools, fp8_format: str, recipe: str
+) -> None:
+    for same in ranks(2).run(replicas_and_homes, fp8_format, recipe):
         assert same == [True] * (2 * 3 + 2 * 2)
 
 

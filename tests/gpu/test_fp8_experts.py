@@ -13,21 +13,24 @@ from tests.gpu.test_training import HOMES, RECOMPUTE, Train, _cannot_compute, tr
 
 __all__ = ["train"]  # the fixture
 
-ALLOW = " --fsep-allow-unproven fp8-experts --fp8-recipe tensorwise --fp8-format "
+ALLOW = " --fsep-allow-unproven fp8-experts --fp8-format {} --fp8-recipe {}"
+RECIPES = [("hybrid", "tensorwise"), ("e4m3", "tensorwise"), ("e4m3", "blockwise")]
 ROWS, COLUMNS = 256, 128
 # Transformer Engine's module takes sizes that cuBLAS accepts, and so none between.
 TOKENS_C = [64, 0, 16, 128]
 
 
 @pytest.fixture(autouse=True)
-def needs_fp8() -> None:
+def needs_fp8(recipe: str) -> None:
     pytest.importorskip("transformer_engine.pytorch")
-    if why := _cannot_compute("tensorwise"):
+    if why := _cannot_compute(recipe):
         pytest.skip(why)
 
 
-@pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
-def test_a_replica_computes_bit_for_bit_as_transformer_engines_module(fp8_format: str) -> None:
+@pytest.mark.parametrize(("fp8_format", "recipe"), RECIPES)
+def test_a_replica_computes_bit_for_bit_as_transformer_engines_module(
+    fp8_format: str, recipe: str
+) -> None:
     import transformer_engine.pytorch as te
     from megatron.core.fp8_utils import get_fp8_recipe
 
@@ -36,7 +39,7 @@ def test_a_replica_computes_bit_for_bit_as_transformer_engines_module(fp8_format
     device = torch.device("cuda", torch.cuda.current_device())
     config = SimpleNamespace(
         fp8=fp8_format,
-        fp8_recipe="tensorwise",
+        fp8_recipe=recipe,
         fp8_dot_product_attention=False,
         params_dtype=torch.bfloat16,
     )
@@ -75,14 +78,17 @@ def test_a_replica_computes_bit_for_bit_as_transformer_engines_module(fp8_format
 
 @pytest.mark.parametrize("algorithm", ["flat", "node --fsep-node-size 1"])
 @pytest.mark.parametrize("extra", ["", RECOMPUTE], ids=["plain", "recompute"])
+@pytest.mark.parametrize(("fp8_format", "recipe"), RECIPES)
 def test_experts_in_fp8_train_as_bf16_does(
+    fp8_format: str,
+    recipe: str,
     algorithm: str,
     extra: str,
     train: Train,
 ) -> None:
     homes = HOMES + algorithm + extra
     plain, _ = train(homes)
-    losses, output = train(homes + ALLOW + "hybrid")
+    losses, output = train(homes + ALLOW.format(fp8_format, recipe))
     assert "--fsep-allow-unproven fp8-experts: nobody has run" in output
     assert losses != plain, "fp8 had no effect"
     assert losses == pytest.approx(plain, rel=5e-2)

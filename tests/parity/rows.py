@@ -193,6 +193,9 @@ ROWS = [
         " restored once per step, accumulation 2, bf16, top-4, E = 8 on 4 ranks", FP8 + BF16
         + TOP_4, fsep=IN_FP8 + NODES.format(2) + STEP, bound=FP8_BOUND, ranks=4, accumulation=2,
         not_at_home="at home in itself"),
+    _row("fp8-blocks", "experts in fp8 by blocks, bf16, accumulation 2", " --fp8-format e4m3"
+        " --fp8-recipe blockwise" + BF16, fsep=IN_FP8, bound=FP8_BOUND, accumulation=2,
+        not_at_home="at home in itself"),
     # Dispatchers.
     _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP, releases=True),
     _row("deepep-bf16", "flex dispatcher with DeepEP, bf16, fp32 router, overlapped shared experts",

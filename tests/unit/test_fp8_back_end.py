@@ -30,27 +30,30 @@ GPU = torch.device("cuda", 0)
 class Tensor:
     """Replacement of `Float8Tensor`: bytes, their scale, and the transpose for column-wise use."""
 
+    block: tuple[int, int] | None = None
+
     def __init__(
         self,
         *,
         shape: Any,
-        dtype: Any,
+        dtype: torch.dtype,
         data: torch.Tensor,
         fp8_scale_inv: torch.Tensor,
         fp8_dtype: str,
     ) -> None:
         assert tuple(data.shape) == tuple(shape) and data.dtype == torch.uint8
-        assert data.is_contiguous() and fp8_scale_inv.shape == (1,)
+        assert data.is_contiguous() and fp8_scale_inv.is_contiguous()
+        assert self.block or fp8_scale_inv.shape == (1,)
         self._data, self._scale_inv, self.kind = data, fp8_scale_inv, fp8_dtype
-        self.device, self.has_columns = data.device, False
+        self.device, self.by_columns = data.device, None
 
     def update_usage(self, columnwise_usage: bool) -> None:
-        self.has_columns = columnwise_usage
+        self.by_columns = self.by_rows
 
     @property
-    def values(self) -> torch.Tensor:
+    def by_rows(self) -> torch.Tensor:
         quantised = definitions.Quantised(self._data.view(KINDS[self.kind]), self._scale_inv)
-        return definitions.dequantised(quantised)
+        return definitions.dequantised(quantised, self.block)
 
 
 class Storage:
@@ -77,8 +80,11 @@ class Quantiser:
         force_pow_2_scales: bool,
         amax_epsilon: float,
     ) -> None:
-        assert rowwise and columnwise and not force_pow_2_scales and amax_epsilon == 0.0
-        self.kind = fp8_dtype
+        assert rowwise and not force_pow_2_scales and amax_epsilon == 0.0
+        self.kind, self.columnwise = fp8_dtype, columnwise
+
+    def set_usage(self, columnwise: bool) -> None:
+        self.columnwise = columnwise
 
     def __call__(self, matrix: torch.Tensor) -> Tensor:
         assert matrix.is_contiguous() and matrix.shape[1] % 16 == 0
@@ -90,7 +96,99 @@ class Quantiser:
             fp8_scale_inv=scale,
             fp8_dtype=self.kind,
         )
-        made.has_columns = True
+        if self.columnwise:
+            made.update_usage(columnwise_usage=True)
+        return made
+
+
+class BlockTensor(Tensor):
+    """Replacement of `Float8BlockwiseQTensor`, whose scales of square blocks come in fours."""
+
+    def __init__(
+        self,
+        *,
+        shape: Any,
+        dtype: torch.dtype,
+        rowwise_data: torch.Tensor,
+        rowwise_scale_inv: torch.Tensor,
+        columnwise_data: None,
+        columnwise_scale_inv: None,
+        fp8_dtype: str,
+        quantizer: Any,
+        is_2D_scaled: bool,
+    ) -> None:
+        self.block = (128, 128) if is_2D_scaled else (1, 128)
+        assert rowwise_scale_inv.shape[1] % 4 == 0 or not is_2D_scaled
+        super().__init__(
+            shape=shape,
+            dtype=dtype,
+            data=rowwise_data,
+            fp8_scale_inv=rowwise_scale_inv,
+            fp8_dtype=fp8_dtype,
+        )
+        self._rowwise_data, self._rowwise_scale_inv = rowwise_data, rowwise_scale_inv
+
+    def update_usage(self, columnwise_usage: bool) -> None:
+        assert self.block == (128, 128), "only square blocks are those of the transpose"
+        super().update_usage(columnwise_usage)
+
+
+class BlockTensorByKeyword(BlockTensor):
+    """As Transformer Engine's, whose parameters are those of `__new__`."""
+
+    def __new__(
+        cls,
+        *args: Any,
+        rowwise_data: Any,
+        rowwise_scale_inv: Any,
+        columnwise_data: Any,
+        columnwise_scale_inv: Any,
+        fp8_dtype: Any,
+        quantizer: Any,
+        is_2D_scaled: Any,
+        **kwargs: Any,
+    ) -> BlockTensorByKeyword:
+        return super().__new__(cls)
+
+
+class BlockQuantiser:
+    def __init__(
+        self,
+        fp8_dtype: str,
+        *,
+        rowwise: bool,
+        columnwise: bool,
+        amax_epsilon: float,
+        force_pow_2_scales: bool,
+        block_scaling_dim: int,
+    ) -> None:
+        assert rowwise and force_pow_2_scales and amax_epsilon == 0.0
+        self.kind, self.dimensions, self.columnwise = fp8_dtype, block_scaling_dim, columnwise
+
+    def set_usage(self, columnwise: bool) -> None:
+        self.columnwise = columnwise
+
+    def __call__(self, matrix: torch.Tensor) -> BlockTensor:
+        square = self.dimensions == 2
+        kind = KINDS[self.kind]
+        block = (128, 128) if square else (1, 128)
+        values, scales = definitions.by_blocks(matrix, kind, block)
+        if square:
+            scales = torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4))
+        made = BlockTensor(
+            shape=matrix.shape,
+            dtype=matrix.dtype,
+            rowwise_data=values.view(torch.uint8),
+            rowwise_scale_inv=scales,
+            columnwise_data=None,
+            columnwise_scale_inv=None,
+            fp8_dtype=self.kind,
+            quantizer=self,
+            is_2D_scaled=square,
+        )
+        if self.columnwise:
+            of_columns = definitions.by_blocks(matrix, kind, (128, 1))
+            made.by_columns = definitions.dequantised(of_columns, (128, 1))
         return made
 
 
@@ -113,19 +211,24 @@ def grouped_gemm(
     outs = out[0].split(m_splits) if single_output else out
     for first, second, tokens, product in zip(A, B, m_splits, outs, strict=True):
         assert tokens % 16 == 0 and tokens > 0 and all(size % 16 == 0 for size in product.shape)
-        assert first.has_columns or layout[0] == "T"
-        assert second.has_columns or layout[1] == "N"
-        left = second.values.t() if layout[1] == "T" else second.values
-        right = first.values.t() if layout[0] == "T" else first.values
+        left = second.by_columns.t() if layout[1] == "T" else second.by_rows
+        right = first.by_rows.t() if layout[0] == "T" else first.by_columns
         product.copy_((left @ right).to(out_dtype))
 
 
 @pytest.fixture(params=["hybrid", "e4m3"])
-def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
+def fp8_format(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(params=["tensorwise", "blockwise"])
+def config(request: pytest.FixtureRequest, fp8_format: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replace Transformer Engine; return a TransformerConfig's fields."""
     from megatron.core import fp8_utils
 
-    exact = SimpleNamespace(power_2_scale=False, amax_epsilon=0.0)
+    by_blocks = request.param == "blockwise"
+    exact = SimpleNamespace(power_2_scale=by_blocks, amax_epsilon=0.0)
     recipe = SimpleNamespace(
         fp8_quant_fwd_inp=exact,
         fp8_quant_fwd_weight=exact,
@@ -135,8 +238,15 @@ def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
         fp8_gemm_wgrad=SimpleNamespace(use_split_accumulator=True),
     )
     modules = {
-        te._TENSORS: SimpleNamespace(Float8CurrentScalingQuantizer=Quantiser, Float8Tensor=Tensor),
-        te._module("Float8TensorStorage"): SimpleNamespace(Float8TensorStorage=Storage),
+        te.PerTensor._module: SimpleNamespace(
+            Float8CurrentScalingQuantizer=Quantiser, Float8Tensor=Tensor
+        ),
+        te.ByBlocks._module: SimpleNamespace(
+            Float8BlockQuantizer=BlockQuantiser, Float8BlockwiseQTensor=BlockTensorByKeyword
+        ),
+        f"{te._TENSORS}.storage.float8_tensor_storage": SimpleNamespace(
+            Float8TensorStorage=Storage
+        ),
         "transformer_engine_torch": SimpleNamespace(
             DType=SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2")
         ),
@@ -148,7 +258,7 @@ def config(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> A
     monkeypatch.setattr(fp8_utils, "get_fp8_recipe", lambda _: recipe)
     monkeypatch.setattr(te.grouped, "grouped_gemm", lambda: grouped_gemm)
     monkeypatch.setattr(te.grouped.GEMM.__class__, "problem", lambda *_: None)
-    return SimpleNamespace(fp8=request.param, params_dtype=torch.bfloat16)
+    return SimpleNamespace(fp8=fp8_format, fp8_recipe=request.param, params_dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("tokens_C", SPLITS.values(), ids=SPLITS)
@@ -195,7 +305,8 @@ def test_unfit_sizes_packages_and_signatures_are_refused(
     with pytest.raises(ValueError, match="40 x 32 elements, and fp8 needs multiples of 16"):
         fp8.quantised_gemm(config, 40, 32, GPU)
     monkeypatch.delattr(Quantiser, "__init__")
-    with pytest.raises(ValueError, match=r"Float8CurrentScalingQuantizer .* has no amax_epsilon"):
+    monkeypatch.delattr(BlockQuantiser, "__init__")
+    with pytest.raises(ValueError, match=r"Float8.*Quantizer of Tr.* has no amax_epsilon, .*; ins"):
         fp8.quantised_gemm(config, 32, 32, GPU)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"fp8-experts: Transformer Engine .*; leave out --fp8"):

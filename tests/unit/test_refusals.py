@@ -128,6 +128,7 @@ TAKEN = [
     f"--fp8-format hybrid {ALLOW_FP8}",
     f"--fp8-format e4m3 --fp8-recipe tensorwise {ALLOW_FP8}",
     f"--fp8-format e4m3 --fp8-recipe tensorwise {ALLOW_EXPERTS}",
+    f"--fp8-format e4m3 --fp8-recipe blockwise {ALLOW_EXPERTS}",
     "--cuda-graph-modules moe",
     f"{OVERLAP} --delay-wgrad-compute",
     "--overlap-dispatch-backward-with-experts-wgrad",

@@ -37,7 +37,9 @@ def quantised_gemm(config: Any, rows: int, columns: int, device: torch.device) -
         )
     from megatron_laer.layer.experts.fp8 import te
 
-    if (problem := te.problem(device)) is not None:
+    recipe = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))
+    quantised = {"tensorwise": te.PerTensor, "blockwise": te.ByBlocks}[recipe]
+    if (problem := te.problem(device, quantised.needs)) is not None:
         message = f"--fsep-allow-unproven fp8-experts: {problem}"
         raise ValueError(message)
-    return te.PerTensor(config, rows, columns)
+    return quantised(config, rows, columns)

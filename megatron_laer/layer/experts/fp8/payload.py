@@ -17,6 +17,8 @@ import torch
 # Sides of the blocks that share a scale: square ones of weights, and those of mxfp8.
 BLOCK = 128
 MX_BLOCK = 32
+# Columns of scales of square blocks come in fours, as cuBLAS takes them.
+_SCALES = 4
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,14 @@ class PayloadForm:
         return self.rows + -(-self._scale_bytes // self.columns)
 
     def pack(self, values_RK: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return the payload [P, K] of fp8 values, or their bytes, and scales."""
+        """Return the payload [P, K] of fp8 values, or their bytes, and scales, perhaps unpadded."""
         assert values_RK.shape == (self.rows, self.columns) and values_RK.element_size() == 1
-        assert scales.dtype == self.scales_dtype and scales.numel() == self._num_scales
+        assert scales.dtype == self.scales_dtype and scales.dim() == len(self.scales_shape)
         shape = (self.payload_rows, self.columns)
         payload_PK = torch.zeros(shape, dtype=torch.uint8, device=values_RK.device)
         payload_PK[: self.rows].copy_(values_RK.view(torch.uint8))
-        self.unpack(payload_PK)[1].copy_(scales.view(self.scales_shape))
+        given = tuple(slice(size) for size in scales.shape)
+        self.unpack(payload_PK)[1][given].copy_(scales)
         return payload_PK
 
     def unpack(self, payload_PK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -64,7 +67,8 @@ def per_tensor_form(rows: int, columns: int) -> PayloadForm:
 
 def block_form(rows: int, columns: int) -> PayloadForm:
     """Return the form of a matrix with a scale for each square block, in both directions."""
-    return PayloadForm(rows, columns, (-(-rows // BLOCK), -(-columns // BLOCK)), torch.float32)
+    scales_columns = -(-columns // (BLOCK * _SCALES)) * _SCALES
+    return PayloadForm(rows, columns, (-(-rows // BLOCK), scales_columns), torch.float32)
 
 
 def mx_form(rows: int, columns: int, *, by_columns: bool) -> PayloadForm:
