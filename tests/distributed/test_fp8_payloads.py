@@ -12,8 +12,8 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from tests.distributed.test_home_exchange import exchanges_on
 
-# For each number of nodes; both ways of exchange have all of them.
-CASES = 100
+# For each number of nodes, by both ways of exchange.
+CASES = 200
 EXPERTS = 12
 # Recipes that are refused still.
 REFUSED = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mx rows", "mx columns")]
@@ -57,17 +57,18 @@ def every_case(node_size: int, name: str) -> tuple[int, int]:
         wholes = torch.randn((EXPERTS, form.rows, form.columns), generator=generator)
         wholes *= 10.0 ** torch.arange(-EXPERTS // 2, EXPERTS // 2).view(-1, 1, 1)
         experts_of.append([form.pack(*quantise(one, dtype=fp8.E4M3)) for one in wholes.bfloat16()])
-    cases = compared = 0
+    tried = cases = compared = 0
 
     with exchanges_on(node_size) as exchanges:
         rank, ranks = dist.get_rank(), dist.get_world_size()
         while cases < CASES:
             home, at = draw.randint(1, EXPERTS // ranks), draw.randrange(len(SIZES))
             shape = ranks, min(home + draw.randint(1, 3), home * ranks), home * ranks
-            layouts = [ExpertLayout.random_at_home(*shape, seed=(cases, i)) for i in range(2)]
+            layouts = [ExpertLayout.random_at_home(*shape, seed=(tried, i)) for i in range(2)]
             first, then = (layout_index(one, torch.device("cpu"), home) for one in layouts)
             packed, rows = draw.sample(experts_of[at], home * ranks), forms[at].payload_rows
             homes = packed[rank * home : (rank + 1) * home]
+            tried += 1
             cases += first.has_replicas or then.has_replicas
             for way in ("direct", "relay, node"):
                 restored = exchanges[way].restore(homes, first, rows)
