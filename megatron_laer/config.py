@@ -252,7 +252,7 @@ class FSEPConfig:
             )
         if self.sharding == Sharding.EXPERTS and self.reason_for_rows is not None:
             raise ValueError(self.reason_for_rows)
-        if Unproven.FP8_EXPERTS in self.allow_unproven:
+        if self.experts_in_fp8:
             self._check_fp8_experts()
 
     @property
@@ -276,6 +276,10 @@ class FSEPConfig:
                 "use --fsep-sharding rows"
             )
         return None
+
+    @property
+    def experts_in_fp8(self) -> bool:
+        return Unproven.FP8_EXPERTS in self.allow_unproven
 
     def _check_fp8_experts(self) -> None:
         """Refuse settings with which experts cannot compute in fp8."""

@@ -27,7 +27,6 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from megatron_laer import session
-from megatron_laer.choices import Unproven
 from megatron_laer.layer.dispatch.choice import make_dispatcher
 from megatron_laer.layer.dispatch.first_launches import launch_dispatch_kernels
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
@@ -283,7 +282,7 @@ class FSEPMoELayer(MoELayer):
             device=coordinator.device,
             gemm=coordinator.config.gemm,
             activation_builder=_activation_builder(self.submodules),
-            in_fp8=Unproven.FP8_EXPERTS in coordinator.config.allow_unproven,
+            in_fp8=coordinator.config.experts_in_fp8,
         )
         return HomeExperts(self.experts, coordinator.geometry.home_slots, compute)
 

@@ -15,14 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import (
-    Auto,
-    FixedPlanner,
-    OverlapScheduler,
-    Sharding,
-    TokenExchange,
-    Unproven,
-)
+from megatron_laer.choices import Auto, FixedPlanner, OverlapScheduler, Sharding, TokenExchange
 from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, check_domain, domains, resolve_geometry
@@ -168,7 +161,7 @@ def _shardings(config: FSEPConfig, num_ranks: int, num_experts: int) -> list[Sha
     """Return the shardings to compare."""
     if config.sharding != Auto.AUTO:
         return [Sharding(config.sharding)]
-    if Unproven.FP8_EXPERTS in config.allow_unproven:
+    if config.experts_in_fp8:
         return [Sharding.EXPERTS]
     home, uneven = divmod(num_experts, num_ranks)
     has_replicas = config.capacity is None or config.capacity > home

@@ -9,7 +9,7 @@ import os
 import torch
 
 from megatron_laer import device, session
-from megatron_laer.config import FSEPConfig, Unproven
+from megatron_laer.config import FSEPConfig
 from megatron_laer.layer.experts.gemm import gemm_in_force
 from megatron_laer.megatron_version import check_version
 from megatron_laer.planner.strategies import check_planner
@@ -73,7 +73,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     if int(os.environ.get("RANK", "0")) == 0:
         if fresh:
             logger.info("FSEP is on:\n%s", patch_table())
-        if Unproven.FP8_EXPERTS not in wanted.config.allow_unproven:
+        if not wanted.config.experts_in_fp8:
             logger.info("FSEP: experts compute with --fsep-gemm %s", wanted.config.gemm)
         for word in wanted.config.allow_unproven:
             logger.warning(

@@ -142,7 +142,7 @@ def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
     counts: list[Any] = []
 
     def watched(name: str, traffic: Any) -> Any:
-        call = getattr(DirectExchange, name)
+        steps = getattr(DirectExchange, f"{name}_steps")
 
         def exchange(self: Any, source: Any, index: Any, *args: Any, **options: Any) -> Any:
             one = source[0] if name == "reduce" else options["out"][0]
@@ -150,9 +150,9 @@ def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
             found = traffic(index.layout, 2, sizes, ExchangeAlgorithm.FLAT, home_slots=home)
             expected[name] += one.element_size() * int(found.intra_N[self.groups.rank])
             counts.append(self.count)
-            return call(self, source, index, *args, **options)
+            return steps(self, source, index, *args, **options)
 
-        return mock.patch.object(DirectExchange, name, exchange)
+        return mock.patch.object(DirectExchange, f"{name}_steps", exchange)
 
     with watched("restore", restore_traffic), watched("reduce", reduce_traffic):
         train_row(flags)

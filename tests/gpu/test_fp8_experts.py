@@ -10,6 +10,7 @@ import torch
 
 from megatron_laer.layer.experts.slot_linear import slot_linear
 from tests.gpu.test_training import HOMES, RECOMPUTE, Train, _cannot_compute, train
+from tests.slot_gemm import fixed_experts
 
 __all__ = ["train"]  # the fixture
 
@@ -60,10 +61,7 @@ def test_a_replica_computes_bit_for_bit_as_transformer_engines_module(
     gemm = fp8.quantised_gemm(config, ROWS, COLUMNS, device)
     payload_CPK = torch.stack([gemm.pack(weight.detach()) for weight in weights])
     placeholder_CRK = torch.zeros(len(TOKENS_C), ROWS, COLUMNS, **options).requires_grad_()
-    experts: Any = SimpleNamespace(
-        weights=SimpleNamespace(matrix=lambda _: payload_CPK),
-        grads=SimpleNamespace(new=lambda _: torch.empty_like(placeholder_CRK)),
-    )
+    experts = fixed_experts(payload_CPK, placeholder_CRK.detach())
     replica = input_TK.clone().requires_grad_()
     output_TR = slot_linear(replica, placeholder_CRK, experts, 0, TOKENS_C, gemm)
     output_TR.backward(grad_TR)

@@ -20,7 +20,7 @@ from megatron_laer.layer.experts import fp8
 from megatron_laer.layer.experts.fp8 import te
 from megatron_laer.layer.experts.fp8.padding import padded, unpadded
 from megatron_laer.layer.experts.slot_linear import slot_linear
-from tests.slot_gemm import SPLITS, poisoned_memory
+from tests.slot_gemm import SPLITS, fixed_experts, poisoned_memory
 
 ROWS, COLUMNS = 64, 32
 KINDS = {"e4m3": definitions.E4M3, "e5m2": definitions.E5M2}
@@ -278,13 +278,10 @@ def test_transformer_engines_calls_give_the_definitions_bits(
     ):
         payload = torch.stack([gemm.pack(weight) for weight in weights])
         assert payload.shape[1:] == gemm.carried[:2] and payload.dtype == gemm.carried.dtype
-        experts = SimpleNamespace(
-            weights=SimpleNamespace(matrix=lambda _, payload=payload: payload),
-            grads=SimpleNamespace(new=lambda _: torch.full_like(placeholder, float("nan"))),
-        )
+        experts = fixed_experts(payload, placeholder)
         given, weight = input_TK.clone().requires_grad_(), placeholder.clone().requires_grad_()
         with poisoned_memory():
-            output = slot_linear(given, weight, experts, 0, list(tokens_C), gemm)  # type: ignore[arg-type]
+            output = slot_linear(given, weight, experts, 0, list(tokens_C), gemm)
             grads = torch.autograd.grad(output, (given, weight), grad_TR)
         found.append((payload, output, *grads))
     for mine, defined in zip(*found, strict=True):

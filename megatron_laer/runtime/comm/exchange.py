@@ -272,8 +272,8 @@ def result_of_restore(
 ) -> torch.Tensor:
     """Return the tensor [C, R, K] to restore to: `out`, the reused one, or a new one.
 
-    `source` is a matrix, or its rows, of one expert or several; or matrices of experts, of which
-    one is read only for a new tensor.
+    `source` is a matrix, or its rows, of one expert or several, or a sequence of such. One is read
+    only for a new tensor.
     """
     assert reuse is None or out is None, "reused weights are updated in place"
     out_CRK = out if reuse is None else reuse.matrix_CRK
