@@ -113,6 +113,7 @@ class Unproven(Choice):
 
     TE_GRAPHS = "te-graphs"
     DENSE_FP8 = "dense-fp8"
+    FP8_EXPERTS = "fp8-experts"
 
 
 class WireDtype(Choice):

@@ -202,7 +202,8 @@ class FSEPConfig:
     allow_unproven: tuple[Unproven, ...] = _option(
         (),
         "run what nobody has run yet: te-graphs (Transformer Engine's CUDA graphs of "
-        "parts of layers, up to the counts), dense-fp8 (fp8 in all layers but the experts)",
+        "parts of layers, up to the counts), dense-fp8 (fp8 in all layers but the experts), "
+        "fp8-experts (fp8 in all layers, with --fsep-sharding experts)",
     )
     cluster: str | None = _option(
         None,
@@ -251,6 +252,8 @@ class FSEPConfig:
             )
         if self.sharding == Sharding.EXPERTS and self.reason_for_rows is not None:
             raise ValueError(self.reason_for_rows)
+        if self.experts_in_fp8:
+            self._check_fp8_experts()
 
     @property
     def reason_for_rows(self) -> str | None:
@@ -273,6 +276,28 @@ class FSEPConfig:
                 "use --fsep-sharding rows"
             )
         return None
+
+    @property
+    def experts_in_fp8(self) -> bool:
+        return Unproven.FP8_EXPERTS in self.allow_unproven
+
+    def _check_fp8_experts(self) -> None:
+        """Refuse settings with which experts cannot compute in fp8."""
+        problem = None
+        if self.sharding == Sharding.ROWS:
+            problem = (
+                "rows of experts are kept and moved in the parameters' dtype; use --fsep-sharding "
+                f"{Sharding.EXPERTS}"
+            )
+        elif self.gemm not in (GemmBackEnd.AUTO, GemmBackEnd.LOOP):  # what `auto` becomes
+            problem = f"--fsep-gemm {self.gemm} multiplies no fp8; leave it out"
+        elif Unproven.DENSE_FP8 in self.allow_unproven:
+            problem = f"{Unproven.DENSE_FP8} would keep fp8 from the experts; give one of them"
+        elif self.reason_for_rows is not None:
+            problem = f"it needs --fsep-sharding {Sharding.EXPERTS}, but {self.reason_for_rows}"
+        if problem is not None:
+            problem = f"--fsep-allow-unproven {Unproven.FP8_EXPERTS}: {problem}"
+            raise ValueError(problem)
 
     @property
     def mode(self) -> PlanMode:

@@ -19,11 +19,11 @@ SPLITS = {"some": TOKENS_C, "none": [0, 0, 0], "one slot": [5], "all in one": [0
 ROWS, COLUMNS = 64, 32
 
 
-def fixed_experts(weight_CRK: torch.Tensor) -> Any:
+def fixed_experts(weight_CRK: torch.Tensor, grad_like: torch.Tensor | None = None) -> Any:
     """Make experts with a fixed matrix, whose new memory for gradients is not empty."""
 
     def new(_: int) -> torch.Tensor:
-        return torch.full_like(weight_CRK, float("nan"))
+        return torch.full_like(weight_CRK if grad_like is None else grad_like, float("nan"))
 
     def weight_grads(position: int, compute: Callable[[torch.Tensor], None]) -> torch.Tensor:
         grad_CRK = new(position)

@@ -77,7 +77,11 @@ _ON_ONE_CARD = (
 # Each of its tests starts ranks of its own; the shares of time count on an H100.
 _MODES = Task(
     *("modes", "benchmarks.gpu.card_tests", 4),
-    arguments=("tests/gpu/test_training.py", "tests/gpu/test_flex.py"),
+    arguments=(
+        "tests/gpu/test_training.py",
+        "tests/gpu/test_fp8_experts.py",
+        "tests/gpu/test_flex.py",
+    ),
 )
 _ON_RANKS = ("overlap", "parity", "communicators", "connections", "workloads", "modes")
 PARTS = (*(task.name for task in _ON_ONE_CARD), *_ON_RANKS)

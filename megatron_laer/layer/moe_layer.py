@@ -282,6 +282,7 @@ class FSEPMoELayer(MoELayer):
             device=coordinator.device,
             gemm=coordinator.config.gemm,
             activation_builder=_activation_builder(self.submodules),
+            in_fp8=coordinator.config.experts_in_fp8,
         )
         return HomeExperts(self.experts, coordinator.geometry.home_slots, compute)
 

@@ -161,6 +161,8 @@ def _shardings(config: FSEPConfig, num_ranks: int, num_experts: int) -> list[Sha
     """Return the shardings to compare."""
     if config.sharding != Auto.AUTO:
         return [Sharding(config.sharding)]
+    if config.experts_in_fp8:
+        return [Sharding.EXPERTS]
     home, uneven = divmod(num_experts, num_ranks)
     has_replicas = config.capacity is None or config.capacity > home
     if uneven or num_ranks == 1 or not has_replicas or config.reason_for_rows is not None:

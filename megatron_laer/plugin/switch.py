@@ -73,7 +73,8 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     if int(os.environ.get("RANK", "0")) == 0:
         if fresh:
             logger.info("FSEP is on:\n%s", patch_table())
-        logger.info("FSEP: experts compute with --fsep-gemm %s", wanted.config.gemm)
+        if not wanted.config.experts_in_fp8:
+            logger.info("FSEP: experts compute with --fsep-gemm %s", wanted.config.gemm)
         for word in wanted.config.allow_unproven:
             logger.warning(
                 "FSEP: --fsep-allow-unproven %s: nobody has run FSEP with %s, and no test on a GPU "

@@ -18,7 +18,7 @@ from megatron_laer.planner.geometry import (
     resolve_geometry,
 )
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.support import RefusedError, triton_needs
+from megatron_laer.support import RefusedError, fp8_experts, triton_needs
 from megatron_laer.support.model import (
     problems_with_mode,
     problems_with_token_exchange,
@@ -69,13 +69,15 @@ def problems(args: Namespace, config: FSEPConfig) -> list[str]:
     """Return the settings that FSEP cannot run with, with reasons and remedies."""
     allowed = config.allow_unproven
     found = [text for row in REFUSALS if (text := row.problem_with_flag(args, allowed))]
-    used = {row.unproven for row in REFUSALS if row.asks_for_unproven(args, row.argument)}
+    asked = [row for row in REFUSALS if row.asks_for_unproven(args, row.argument)]
+    used = {word for row in asked for word in row.words}
     found += [
         f"--fsep-allow-unproven {word}: no effect, since nothing that it allows is asked for "
         f"({UNPROVEN[word]}); leave it out"
         for word in allowed
         if word not in used
     ]
+    found += fp8_experts.problems(args, allowed)
     found += problems_with_mode(args, config.mode)
     found += problems_with_token_exchange(args, config.token_exchange)
     return found or _shape_problems(args, config)

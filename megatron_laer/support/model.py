@@ -14,6 +14,7 @@ from collections.abc import Collection
 from typing import Any
 
 from megatron_laer.config import Auto, PlanMode, TokenExchange, Unproven
+from megatron_laer.support import fp8_experts
 from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
@@ -35,14 +36,15 @@ _REFUSED = frozenset(row.field for row in REFUSALS)
 def check(config: Any, allowed: Collection[Unproven] = ()) -> None:
     """Refuse a TransformerConfig that FSEP cannot run, and warn of MoE fields without a test."""
     problems = [text for row in REFUSALS if (text := row.problem_with_field(config, allowed))]
-    used = {row.unproven for row in REFUSALS if row.asks_for_unproven(config, row.field)}
+    asked = [row for row in REFUSALS if row.asks_for_unproven(config, row.field)]
+    used = {word for row in asked for word in row.words}
     problems += [
         f"FSEPConfig(allow_unproven={list(map(str, allowed))}): {word!s} has no effect, since the "
         f"model has nothing that it allows ({UNPROVEN[word]}); leave it out"
         for word in allowed
         if word not in used
     ]
-    _refuse(problems)
+    _refuse(problems + fp8_experts.problems(config, allowed))
     for warning in warnings_of(config):
         _warn_once(warning)
 

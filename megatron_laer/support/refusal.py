@@ -37,6 +37,7 @@ class Refusal:
         is_filled_in: whether FSEP makes the accepted value the flag's default, as it does not
             change the model.
         unproven: word of `--fsep-allow-unproven` that accepts `unproven_values` too.
+        or_unproven: another such word.
         left_out: loss of a run without the setting, if that is speed or precision alone.
     """
 
@@ -50,6 +51,7 @@ class Refusal:
     refuses: Callable[[Any], bool] | None = None
     is_filled_in: bool = False
     unproven: Unproven | None = None
+    or_unproven: Unproven | None = None
     unproven_values: tuple[str, ...] = ()
     left_out: LeftOut | None = None
 
@@ -61,6 +63,11 @@ class Refusal:
     def said_way_out(self) -> str:
         """Return the remedy, with a note if its only cost is speed."""
         return self._with_cost(self.way_out)
+
+    @property
+    def words(self) -> tuple[Unproven, ...]:
+        """Return the words of `--fsep-allow-unproven` that accept `unproven_values`."""
+        return tuple(word for word in (self.unproven, self.or_unproven) if word is not None)
 
     @property
     def flag(self) -> str:
@@ -82,7 +89,7 @@ class Refusal:
         if self.asks_for_unproven(args, self.argument):
             return (
                 f"{self.flag} {value}: {_NOT_RUN}; to run it all the same give "
-                f"--fsep-allow-unproven {self.unproven}, or {self.said_way_out}"
+                f"--fsep-allow-unproven {' or '.join(self.words)}, or {self.said_way_out}"
             )
         if isinstance(value, list) and value:
             given = " ".join([self.flag, *names_of(value)])
@@ -98,13 +105,14 @@ class Refusal:
         given = f"{self.field}={getattr(config, self.field)!r}"
         way_out = self._with_cost(self.field_way_out or f"must be {self.accepted[0]!r}")
         if self.asks_for_unproven(config, self.field):
-            allow = f"FSEPConfig(allow_unproven=[{str(self.unproven)!r}])"
+            words = " or ".join(f"[{str(word)!r}]" for word in self.words)
+            allow = f"FSEPConfig(allow_unproven={words})"
             return f"{given}: {_NOT_RUN}; to run it all the same give {allow}, or else it {way_out}"
         return f"{given}: {self.reason}; {way_out}"
 
     def asks_for_unproven(self, settings: Any, name: str) -> bool:
         """Return whether the setting of this name has a value that was never run."""
-        return self.unproven is not None and getattr(settings, name, None) in self.unproven_values
+        return bool(self.words) and getattr(settings, name, None) in self.unproven_values
 
     def _with_cost(self, way_out: str) -> str:
         is_speed_only = self.left_out is LeftOut.SPEED
@@ -115,7 +123,7 @@ class Refusal:
             return False
         if self.refuses is not None:
             return self.refuses(settings)
-        if self.unproven in allowed and self.asks_for_unproven(settings, name):
+        if not set(self.words).isdisjoint(allowed) and self.asks_for_unproven(settings, name):
             return False
         value = getattr(settings, name)
         is_off = value is None or value is False

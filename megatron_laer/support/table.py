@@ -67,6 +67,7 @@ _GRAPHED = ", ".join(sorted(GRAPHED))
 UNPROVEN = {
     Unproven.TE_GRAPHS: "Transformer Engine's CUDA graphs of parts of layers, up to the counts",
     Unproven.DENSE_FP8: "fp8 in all layers but the experts, which compute in the parameters' dtype",
+    Unproven.FP8_EXPERTS: "fp8 in all layers, the experts at home and their replicas included",
 }
 
 _SPEED, _PRECISION = LeftOut.SPEED, LeftOut.PRECISION
@@ -165,7 +166,7 @@ REFUSALS: tuple[Refusal, ...] = (
         left_out=_SPEED,
     ),
     # Rows have no module of Transformer Engine, so its autocast does not reach experts. At home
-    # it would, so `FSEPConfig.reason_for_rows` has the word that allows fp8.
+    # it does, and `fp8-experts` needs that: `FSEPConfig` checks each word's sharding.
     Refusal(
         "--fp8-format",
         _NO_FP8,
@@ -173,6 +174,7 @@ REFUSALS: tuple[Refusal, ...] = (
         accepted=(None,),
         dest="fp8",
         unproven=Unproven.DENSE_FP8,
+        or_unproven=Unproven.FP8_EXPERTS,
         unproven_values=("e4m3", "hybrid"),
         left_out=_PRECISION,
     ),
@@ -265,7 +267,7 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--moe-router-padding-for-quantization with fp8",
-        "it routes tokens for the sake of fp8's alignment, which the experts do not compute in",
+        "it routes tokens in multiples for fp8, and splits of experts between slots break these",
         field_way_out="must be False",
         refuses=_pads_for_fp8,
         left_out=_PRECISION,

@@ -29,6 +29,14 @@ _FLAGS = (
         ON + "--fsep-sharding experts --fsep-allow-unproven dense-fp8 --fp8-format hybrid",
         "--fsep-allow-unproven dense-fp8: Transformer Engine would compute home experts in fp8",
     ),
+    (
+        ON + "--fsep-sharding rows --fsep-allow-unproven fp8-experts --fp8-format hybrid",
+        "--fsep-allow-unproven fp8-experts: rows of experts are kept and moved in the parameters'",
+    ),
+    (
+        ON + "--fsep-allow-unproven fp8-experts --fp8-format hybrid --fp8-recipe mxfp8",
+        "--fp8-recipe mxfp8 with --fsep-allow-unproven fp8-experts: replicas of experts know",
+    ),
     (ON + "--fsep-planner magic", "--fsep-planner magic"),
     (ON + "--fsep-planner=", "--fsep-planner"),
     (ON + "--fsep-split odd", "invalid choice: 'odd'"),

@@ -145,7 +145,7 @@ def test_layers_of_transformer_engine_are_built_around_ours(
 def parameters_of_grouped_gemm() -> tuple[str, ...]:
     from megatron_laer.layer.experts.gemm import te
 
-    return tuple(inspect.signature(te._grouped_gemm()).parameters)
+    return tuple(inspect.signature(te.grouped_gemm()).parameters)
 
 
 def test_the_grouped_gemm_takes_what_we_call_it_with(ranks: RankPools) -> None:

@@ -24,6 +24,7 @@ REPLACED = {
     "--moe-permute-fusion": "Transformer Engine's fused permutation",
     "--moe-router-fusion": "Transformer Engine's fused router",
     "--optimizer-cpu-offload": "the two devices of an optimizer that is offloaded in part",
+    "--fp8-format": "Transformer Engine's fp8 in experts, by the definitions of its quantisers",
     "--moe-flex-dispatcher-backend": "the flex dispatcher's buffers (these with FSEP alone)",
     "--delay-wgrad-compute": "delayed weight gradients of Transformer Engine's layers",
     "--overlap-dispatch-backward-with-experts-wgrad": "those of Transformer Engine's experts",
@@ -175,7 +176,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "--cuda-graph-modules attn with --overlap-moe-expert-parallel-comm",
     ),
     "fp8 in all layers but the experts": (f"{ALLOW} {Unproven.DENSE_FP8}",),
-    "fp8 or fp4 in the experts": (
+    "fp8 in the experts, at home, per-tensor current scaling": ("fp8", "fp8-dist-opt", "fp8-nodes"),
+    "fp8 in the experts, at home, by blocks": ("fp8-blocks",),
+    "fp4, or fp8 parameters, in the experts": (
         "--fp8-param-gather",
         "--moe-router-padding-for-quantization with fp8",
         "--fp4-format",

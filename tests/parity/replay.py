@@ -23,6 +23,7 @@ from tests.te_graphs import graphs_replaced
 
 REPLAY = "--moe-enable-routing-replay"
 GRAPHED = "--cuda-graph-impl"
+FP8 = "--fp8-format"
 
 
 def train_row(
@@ -31,6 +32,10 @@ def train_row(
     """Train with the flags of a row, with given routing or replaced parts if these ask for it."""
     with contextlib.ExitStack() as replaced:
         graphs = replaced.enter_context(graphs_replaced()) if GRAPHED in flags else []
+        if FP8 in flags:
+            from megatron_laer.cpu.fp8_experts import fp8_replaced
+
+            replaced.enter_context(fp8_replaced())
         if not FLAGS.keys().isdisjoint(flags):
             replaced.enter_context(delayed_weights())
         if REPLAY in flags:

@@ -126,9 +126,9 @@ def refused() -> Iterator[str]:
     for item in REFUSALS:
         field = f", `{item.field}`" if item.field and item.field != item.setting else ""
         way_out = item.said_way_out
-        if item.unproven is not None:
+        if item.words:
             values = " or ".join(item.unproven_values)
-            way_out += f"; {values} with `{ALLOW} {item.unproven}`"
+            way_out += f"; {values} with `{ALLOW} {' or '.join(item.words)}`"
         yield f"| `{item.setting}`{field} | {item.reason} | {way_out} |"
 
 
@@ -197,7 +197,7 @@ def _allowed_by(word: str) -> list[str]:
     return [
         f"{item.flag} {value}"
         for item in REFUSALS
-        if item.unproven == word
+        if word in item.words
         for value in item.unproven_values
     ]
 

@@ -24,6 +24,9 @@ FP32_BOUND = Distance(grads=1e-6, losses=1e-5, norms=1e-4, weights=1e-4, logged=
 # bf16 keeps 8 bits: a rounding is 4e-3 relative. Two layouts sum the same gradients in another
 # order, which after some steps of Adam decides the rounding of many weights.
 BF16_BOUND = Distance(grads=2e-2, losses=1e-2, norms=1e-1, weights=5e-2, logged=1e-2)
+# An fp8 value keeps 3 bits, and the scale of a slot's tokens depends on which of them are there: so
+# the floor between two layouts is as far.
+FP8_BOUND = replace(BF16_BOUND, grads=1e-1)
 # An update is the sign of a momentum, which rounding decides near zero.
 LION_BOUND = replace(FP32_BOUND, weights=1e-2)
 FLOOR_FACTOR = 10

@@ -15,7 +15,7 @@ from itertools import combinations_with_replacement
 from typing import Any
 
 from tests.parity.adapted import frozen_in_part, lora_on_attention, lora_under_recompute
-from tests.parity.row import BF16_BOUND, FP32_BOUND, LION_BOUND, LONG, LONGEST, Row
+from tests.parity.row import BF16_BOUND, FP8_BOUND, FP32_BOUND, LION_BOUND, LONG, LONGEST, Row
 
 RANDOM = " --fsep-planner random"
 STEP = " --fsep-restore step"
@@ -74,6 +74,10 @@ NO_BIAS = "--disable-bias-linear"
 NO_BIAS_NOR_SWIGLU = NO_BIAS + " --swiglu"
 
 BF16 = " --bf16"
+# Products are replaced on both sides. Experts are at home: rows are refused.
+FP8 = " --fp8-format hybrid --fp8-recipe tensorwise"
+E4M3 = " --fp8-format e4m3 --fp8-recipe tensorwise"
+IN_FP8 = " --fsep-sharding experts --fsep-allow-unproven fp8-experts"
 TOP_1 = " --moe-router-topk 1 --moe-router-pre-softmax"
 TOP_4 = " --moe-router-topk 4"
 FP32_ROUTER = " --moe-router-dtype fp32"
@@ -179,6 +183,19 @@ ROWS = [
     _row("grouped-mm", "experts' products by grouped_mm", fsep=" --fsep-gemm torch"),
     _row("grouped-mm-step", "experts' products by grouped_mm, bf16, restored once per step", BF16,
         fsep=STEP + " --fsep-gemm torch"),
+    # Experts in fp8.
+    _row("fp8", "experts in fp8, per-tensor current scaling", FP8, fsep=IN_FP8, bound=FP8_BOUND,
+        steps=LONG, not_at_home="at home in itself"),
+    _row("fp8-dist-opt", "experts in fp8 (e4m3), per-tensor current scaling, bf16, distributed"
+        " optimizer, shared experts, accumulation 2", E4M3 + BF16 + DIST_OPT + SHARED,
+        fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
+    _row("fp8-nodes", "experts in fp8, per-tensor current scaling, exchange through nodes of 2,"
+        " restored once per step, accumulation 2, bf16, top-4, E = 8 on 4 ranks", FP8 + BF16
+        + TOP_4, fsep=IN_FP8 + NODES.format(2) + STEP, bound=FP8_BOUND, ranks=4, accumulation=2,
+        not_at_home="at home in itself"),
+    _row("fp8-blocks", "experts in fp8 by blocks, bf16, accumulation 2", " --fp8-format e4m3"
+        " --fp8-recipe blockwise" + BF16, fsep=IN_FP8, bound=FP8_BOUND, accumulation=2,
+        not_at_home="at home in itself"),
     # Dispatchers.
     _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP, releases=True),
     _row("deepep-bf16", "flex dispatcher with DeepEP, bf16, fp32 router, overlapped shared experts",

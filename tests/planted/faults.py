@@ -92,6 +92,9 @@ _NODES = _in("layer/dispatch/node_dispatcher.py", *_ranks("dispatcher"))
 _STEPS = _in("plugin/steps.py", *_ranks("scheduler"))
 _SLICES = _in("layer/experts/slices.py", *_unit("slices"), *_ranks("initialisation"))
 _HOMES = _in("layer/experts/homes.py", *_ranks("homes", "own_loop"))
+_FP8_TE = _in("layer/experts/fp8/te.py", *_unit("fp8_back_end"))
+_FP8_PADDING = _in("layer/experts/fp8/padding.py", *_unit("fp8_back_end"))
+_FP8_PAYLOAD = _in("layer/experts/fp8/payload.py", *_unit("fp8_back_end", "fp8_definitions"))
 _MAIN_GRADS = _in("layer/experts/main_grads.py", *_unit("restored_experts"))
 _MUON = _in("layer/experts/muon.py", *_ranks("muon"))
 _LOADING = _in("integrations/stock_loading.py", *_ranks("stock_loading"))
@@ -570,6 +573,35 @@ FAULTS: tuple[Fault, ...] = (
         "replicas' outputs come first",
         "parts_TH = [at_home(), replicas()]",
         "parts_TH = [at_home(), replicas()][::-1]",
+    ),
+    # Experts in fp8.
+    _SHARE.fault(
+        "a rank's replicated experts in fp8 are all its first",
+        "self._packer.pack(self._homes_hRK[home])",
+        "self._packer.pack(self._homes_hRK[0])",
+        *_ranks("fp8_experts"),
+        "-k",
+        "bit_for_bit_as",
+    ),
+    _FP8_TE.fault(
+        "gradients are quantised as tokens are",
+        "self._tokens_quantiser(self._backward_kind",
+        "self._tokens_quantiser(self._forward_kind",
+    ),
+    _FP8_TE.fault(
+        "scales of tokens are for square blocks",
+        "return self._quantiser(kind, parameters, dimensions=1)",
+        "return self._quantiser(kind, parameters, dimensions=2)",
+    ),
+    _FP8_PADDING.fault(
+        "rows of zeros come before a slot's tokens",
+        "padded_nK[: len(part_nK)].copy_(part_nK)",
+        "padded_nK[len(padded_nK) - len(part_nK) :].copy_(part_nK)",
+    ),
+    _FP8_PAYLOAD.fault(
+        "scales of square blocks are not in fours",
+        "scales_columns = -(-columns // (BLOCK * _SCALES)) * _SCALES",
+        "scales_columns = -(-columns // BLOCK)",
     ),
     _MAIN_GRADS.fault(
         "a main gradient is not marked",

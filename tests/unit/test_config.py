@@ -149,6 +149,22 @@ def test_experts_at_home_refuse_what_needs_rows(words: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ("--fsep-sharding rows", "rows of experts are kept .*; use --fsep-sharding experts"),
+        ("--fsep-gemm torch", "--fsep-gemm torch multiplies no fp8; leave it out"),
+        ("--fsep-planner laer", "needs --fsep-sharding experts, but --fsep-planner laer: moves"),
+        ("--fsep-allow-unproven fp8-experts dense-fp8", "dense-fp8 would keep fp8 from the expe"),
+    ],
+)
+def test_experts_in_fp8_need_them_at_home(words: str, says: str) -> None:
+    flags = "--expert-parallel-mode fsep --fsep-allow-unproven fp8-experts".split()
+    assert config_from_args(parse(*flags)) is not None
+    with pytest.raises(ValueError, match=f"^--fsep-allow-unproven fp8-experts: .*{says}"):
+        config_from_args(parse(*flags, *words.split()))
+
+
+@pytest.mark.parametrize(
     ("values", "follows"),
     [
         ({}, True),

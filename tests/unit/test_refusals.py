@@ -45,6 +45,7 @@ PADDING = "--moe-router-padding-for-quantization"
 GRAPHS = "--cuda-graph-impl transformer_engine"
 OVERLAP = "--overlap-moe-expert-parallel-comm"
 ALLOW_GRAPHS, ALLOW_FP8 = "--fsep-allow-unproven te-graphs", "--fsep-allow-unproven dense-fp8"
+ALLOW_EXPERTS = "--fsep-allow-unproven fp8-experts"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
 
 # Flags whose row has their name.
@@ -126,6 +127,8 @@ TAKEN = [
     f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-scope attn mamba moe_router moe_preprocess",
     f"--fp8-format hybrid {ALLOW_FP8}",
     f"--fp8-format e4m3 --fp8-recipe tensorwise {ALLOW_FP8}",
+    f"--fp8-format e4m3 --fp8-recipe tensorwise {ALLOW_EXPERTS}",
+    f"--fp8-format e4m3 --fp8-recipe blockwise {ALLOW_EXPERTS}",
     "--cuda-graph-modules moe",
     f"{OVERLAP} --delay-wgrad-compute",
     "--overlap-dispatch-backward-with-experts-wgrad",
@@ -157,6 +160,15 @@ OWN = {
     f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn moe": ["--cuda-graph-modules attn moe: "],
     ALLOW_GRAPHS: [f"{ALLOW_GRAPHS}: no effect", UNPROVEN[Unproven.TE_GRAPHS]],
     f"{ALLOW_FP8} --cuda-graph-modules attn": [f"{ALLOW_FP8}: no effect"],
+    ALLOW_EXPERTS: [f"{ALLOW_EXPERTS}: no effect", UNPROVEN[Unproven.FP8_EXPERTS]],
+    f"{ALLOW_EXPERTS} --fp8-format hybrid": [f"--fp8-recipe delayed with {ALLOW_EXPERTS}: "],
+    f"{ALLOW_EXPERTS} --fp8-format hybrid --fp8-recipe mxfp8 --first-last-layers-bf16": [
+        f"--fp8-recipe mxfp8 with {ALLOW_EXPERTS}: ",
+        f"--first-last-layers-bf16 with {ALLOW_EXPERTS}: ",
+    ],
+    f"{ALLOW_EXPERTS} --fp8-format e4m3 {FLEX} --moe-flex-dispatcher-backend hybridep": [
+        f"--moe-flex-dispatcher-backend hybridep with {ALLOW_EXPERTS}: "
+    ],
 }
 
 PROGRAM = """
@@ -335,6 +347,11 @@ VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
         {},
         {"words": ["dense-fp8"], "kept": ["dense-fp8"], "fp8": "hybrid", "graphs": ["none", []]},
     ),
+    "fp8 experts": (
+        f"{FSEP} --fp8-format hybrid --fp8-recipe tensorwise {ALLOW_EXPERTS}",
+        {},
+        {"words": ["fp8-experts"], "kept": ["fp8-experts"], "fp8": "hybrid", "listed": 1},
+    ),
     "both": (
         f"{GRAPHED} --fp8-format e4m3 {ALLOW_GRAPHS} dense-fp8",
         {},
@@ -369,8 +386,10 @@ def test_a_refused_setting_is_told_by_flag_and_by_field(
     assert by_flag.startswith(row.flag) and by_flag.endswith(row.said_way_out)
     assert (by_field is None) == (not row.field)
     if row.unproven and "nobody has run it" in by_flag:
-        assert f"give --fsep-allow-unproven {row.unproven}, or " in by_flag
-        assert f"give FSEPConfig(allow_unproven=['{row.unproven}']), or else it" in by_field
+        words = " or ".join(row.words)
+        assert f"give --fsep-allow-unproven {words}, or " in by_flag
+        words = " or ".join(f"['{word}']" for word in row.words)
+        assert f"give FSEPConfig(allow_unproven={words}), or else it" in by_field
     else:
         assert row.reason in by_flag and (by_field is None or row.reason in by_field)
         assert by_field is None or by_field.startswith(f"{row.field}=")

@@ -110,7 +110,7 @@ def grouped_gemm(
 def gemm(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, stream_log: list[str]
 ) -> SlotGemm:
-    monkeypatch.setattr(te, "_grouped_gemm", lambda: grouped_gemm)
+    monkeypatch.setattr(te, "grouped_gemm", lambda: grouped_gemm)
     return slot_gemm(request.param)
 
 
@@ -232,16 +232,16 @@ def test_transformer_engine_is_guarded_by_package_device_symbol_and_parameters(
     package = SimpleNamespace(__version__="2.9")
     modules: dict[str, Any] = {te._PACKAGE: package, te._MODULE: SimpleNamespace()}
     monkeypatch.setattr(te.importlib, "import_module", modules.__getitem__)
-    te._grouped_gemm.cache_clear()
+    te.grouped_gemm.cache_clear()
     assert "general_grouped_gemm cannot be imported" in (refusal() or "")
     modules[te._MODULE].general_grouped_gemm = lambda A, B, out, out_dtype, workspaces: None
     said = refusal() or ""
     assert "Transformer Engine 2.9 takes (A, B, out, out_dtype, workspaces)" in said
     assert "install transformer-engine 2.11 to 2.20, or give --fsep-gemm loop" in said
-    te._grouped_gemm.cache_clear()
+    te.grouped_gemm.cache_clear()
     modules[te._MODULE].general_grouped_gemm = grouped_gemm
     assert refusal() is None
-    te._grouped_gemm.cache_clear()
+    te.grouped_gemm.cache_clear()
 
 
 def test_the_flag_offers_every_back_end_which_is_found_by_the_name_of_its_file() -> None:

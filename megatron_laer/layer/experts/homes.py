@@ -18,7 +18,7 @@ from megatron_laer.layer.experts.built_parts import ADAPTED_AT_HOME, BuiltParts
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layer.experts.restored_compute import RestoredCompute
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.runtime.weights.layer import Homes
+from megatron_laer.runtime.weights.layer import Homes, Packer
 
 
 class HomeExperts:
@@ -35,13 +35,18 @@ class HomeExperts:
 
     @property
     def share(self) -> Homes:
+        parts = ["weight", "bias"] if self._compute.has_bias else ["weight"]
+        packers: list[Packer | None] = []
+        for packer in self._compute.packers:
+            packers += [packer, None][: len(parts)]  # biases are not quantised
         return Homes(
             tuple(
                 tuple(self._parameter(linear.name, part, home) for home in range(self._num_home))
                 for linear in self._compute.linears
-                for part in (["weight", "bias"] if self._compute.has_bias else ["weight"])
+                for part in parts
             ),
             MegatronMainGrads(),
+            tuple(packers),
         )
 
     def initialise(self, layer_name: str, seed: int) -> None:

@@ -16,9 +16,11 @@ import torch
 from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
+from megatron_laer.layer.experts import fp8
 from megatron_laer.layer.experts.built_parts import ADAPTED
-from megatron_laer.layer.experts.gemm import check_gemm, slot_gemm
+from megatron_laer.layer.experts.gemm import SlotGemm, check_gemm, slot_gemm
 from megatron_laer.layer.experts.slot_linear import slot_bias, slot_linear
+from megatron_laer.runtime.weights.layer import Packer
 from megatron_laer.runtime.weights.restored import RestoredExperts
 
 
@@ -36,11 +38,13 @@ class RestoredCompute:
 
     Args:
         activation_builder: Transformer Engine's activation from the module spec, or None.
+        in_fp8: whether restored matrices are payloads, by the config's recipe.
 
     Attributes:
         config: of Megatron's `MLP`, which reads the FFN width of an expert from `ffn_hidden_size`.
         linears: the two linear layers of an expert.
         activation: Megatron's `MLP` without linear layers.
+        packers: of both layers' home experts if they are in fp8, else empty.
     """
 
     def __init__(
@@ -51,12 +55,12 @@ class RestoredCompute:
         device: torch.device,
         gemm: str,
         activation_builder: Any,
+        in_fp8: bool = False,
     ) -> None:
         self.config = copy.copy(config)  # like Megatron's SequentialMLP
         self.config.ffn_hidden_size = config.moe_ffn_hidden_size
         self.has_bias = config.add_bias_linear
         self.linears: list[Linear] = []
-        self._gemm = slot_gemm(gemm)
         # Stock's grouped experts too recompute nothing without this granularity.
         self._recomputes_activation = (
             config.recompute_granularity == "selective" and "moe_act" in config.recompute_modules
@@ -82,8 +86,17 @@ class RestoredCompute:
             ffn_hidden_size=config.moe_ffn_hidden_size,
             tp_group=tp_group,
         )
+        self.packers: list[Packer] = []
+        self._gemms: list[SlotGemm] = []
+        if in_fp8:
+            for linear in self.linears:
+                quantised = fp8.quantised_gemm(config, linear.rows, linear.columns, device)
+                self.packers.append(quantised)
+                self._gemms.append(quantised)
+            return
         sizes = [size for linear in self.linears for size in (linear.rows, linear.columns)]
         check_gemm(gemm, device, config.params_dtype, sizes)
+        self._gemms = [slot_gemm(gemm)] * len(self.linears)
 
     def __call__(
         self,
@@ -102,7 +115,8 @@ class RestoredCompute:
             layer: int, input_TK: torch.Tensor, bias_scale_T: torch.Tensor | None = None
         ) -> torch.Tensor:
             at = layer * (1 + self.has_bias)
-            output_TR = slot_linear(input_TK, placeholders[at], restored, at, tokens_C, self._gemm)
+            gemm = self._gemms[layer]
+            output_TR = slot_linear(input_TK, placeholders[at], restored, at, tokens_C, gemm)
             if not self.has_bias:
                 return output_TR
             return slot_bias(

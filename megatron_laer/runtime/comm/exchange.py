@@ -11,7 +11,7 @@ rank's slice, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -264,7 +264,7 @@ class HierarchicalExchange(Exchange):
 
 
 def result_of_restore(
-    source: torch.Tensor,
+    source: torch.Tensor | Sequence[torch.Tensor],
     index: LayoutIndex,
     rows: int,
     reuse: ReusableWeights | None,
@@ -272,13 +272,15 @@ def result_of_restore(
 ) -> torch.Tensor:
     """Return the tensor [C, R, K] to restore to: `out`, the reused one, or a new one.
 
-    `source` is a matrix, or its rows, of one expert or several.
+    `source` is a matrix, or its rows, of one expert or several, or a sequence of such. One is read
+    only for a new tensor.
     """
     assert reuse is None or out is None, "reused weights are updated in place"
-    shape = (index.replica_slots, rows, source.shape[-1])
     out_CRK = out if reuse is None else reuse.matrix_CRK
-    out_CRK = source.new_empty(shape) if out_CRK is None else out_CRK
-    assert out_CRK.shape == shape and out_CRK.is_contiguous()
+    if out_CRK is None:
+        of_one = source if isinstance(source, torch.Tensor) else source[0]
+        out_CRK = of_one.new_empty((index.replica_slots, rows, of_one.shape[-1]))
+    assert out_CRK.shape[:2] == (index.replica_slots, rows) and out_CRK.is_contiguous()
     return out_CRK
 
 

@@ -60,7 +60,7 @@ class DirectExchange(Exchange):
             reuse: weights of another layout, updated in place where an expert differs.
             out: contiguous [C, R, K] to restore to; not with `reuse`.
         """
-        out_CRK = result_of_restore(homes_hRK[0], index, rows, reuse, out)
+        out_CRK = result_of_restore(homes_hRK, index, rows, reuse, out)
         before = None if reuse is None else reuse.index.layout
         needed = index.for_direct(before, self.groups.rank)
         if needed.has_work:

@@ -59,7 +59,7 @@ class RelayExchange(Exchange):
         out: torch.Tensor | None = None,
     ) -> Steps:
         """Fetch the experts of this rank's replica slots, as `DirectExchange` does."""
-        out_CRK = result_of_restore(homes_hRK[0], index, rows, reuse, out)
+        out_CRK = result_of_restore(homes_hRK, index, rows, reuse, out)
         needed = self._of_rows.restore_index_of(index, None if reuse is None else reuse.index)
         if needed.has_work:
             with self._of_rows.restore_workspace.lent() as lent:

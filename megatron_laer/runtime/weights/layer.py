@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
@@ -26,6 +26,29 @@ class MainGrads(Protocol):
 
     def mark_added(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """Mark a parameter's gradient as added, and return a dummy gradient for autograd."""
+        ...
+
+
+class Carried(NamedTuple):
+    """One expert's matrix as a restore carries it: its own form, or a payload of bytes."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.rows * self.columns * self.dtype.itemsize
+
+
+class Packer(Protocol):
+    """Quantiser of home experts' matrices into payloads."""
+
+    @property
+    def carried(self) -> Carried: ...
+
+    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
+        """Return the payload of one expert's matrix."""
         ...
 
 
@@ -46,6 +69,11 @@ class Share(Protocol):
     @property
     def likes(self) -> tuple[torch.nn.Parameter, ...]:
         """Return a parameter of each matrix, for its dtype and device."""
+        ...
+
+    @property
+    def carried(self) -> tuple[Carried, ...]:
+        """Return the form of each matrix in restores; gradients have the parameter's own."""
         ...
 
     @property
@@ -108,6 +136,10 @@ class Slices:
         return self.parameters
 
     @property
+    def carried(self) -> tuple[Carried, ...]:
+        return _as_they_are(self)
+
+    @property
     def waits_inside(self) -> bool:
         """Return False: stock computes nothing with slices, so their hooks can run later."""
         return False
@@ -164,10 +196,12 @@ class Homes:
     Attributes:
         homes: for each matrix, the parameters of the h home experts: `[R, K]`, or `[R]` of a bias.
         main_grads: where the parameters' gradients are accumulated.
+        packers: for each matrix whose experts travel as payloads, else None; () for no payloads.
     """
 
     homes: tuple[tuple[torch.nn.Parameter, ...], ...]
     main_grads: MainGrads
+    packers: tuple[Packer | None, ...] = ()
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -186,6 +220,12 @@ class Homes:
         return tuple(matrix[0] for matrix in self.homes)
 
     @property
+    def carried(self) -> tuple[Carried, ...]:
+        own, packers = _as_they_are(self), self.packers or (None,) * len(self.homes)
+        pairs = zip(own, packers, strict=True)
+        return tuple(form if packer is None else packer.carried for form, packer in pairs)
+
+    @property
     def trained_at(self) -> tuple[int, ...]:
         return tuple(
             at for at, matrix in enumerate(self.homes) if any(part.requires_grad for part in matrix)
@@ -200,8 +240,14 @@ class Homes:
         """Return True: stock's gradients arrive inside, and the hook runs when it ends."""
         return True
 
-    def sources(self, num_experts: int) -> tuple[tuple[torch.Tensor, ...], ...]:
-        return tuple(tuple(_matrix(part.detach()) for part in matrix) for matrix in self.homes)
+    def sources(self, num_experts: int) -> tuple[Sequence[torch.Tensor], ...]:
+        found: list[Sequence[torch.Tensor]] = [
+            tuple(_matrix(part.detach()) for part in matrix) for matrix in self.homes
+        ]
+        for at, packer in enumerate(self.packers):
+            if packer is not None:
+                found[at] = _Payloads(packer, found[at])
+        return tuple(found)
 
     def grad_target(self, position: int, num_experts: int) -> list[torch.Tensor] | None:
         if not self.have_main_grads:
@@ -228,10 +274,31 @@ class Homes:
 
 def restored_bytes(share: Share, replica_slots: int) -> int:
     """Return the bytes of a layer's restored weights on this rank."""
+    return replica_slots * sum(carried.num_bytes for carried in share.carried)
+
+
+class _Payloads(Sequence[torch.Tensor]):
+    """Payloads of home experts in one exchange, each quantised when it is first sent.
+
+    They are made anew for each exchange, so that none can outlive an update of the weights.
+    """
+
+    def __init__(self, packer: Packer, homes_hRK: Sequence[torch.Tensor]) -> None:
+        self._packer, self._homes_hRK = packer, homes_hRK
+        self._made: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._homes_hRK)
+
+    def __getitem__(self, home: Any) -> Any:
+        if home not in self._made:
+            self._made[home] = self._packer.pack(self._homes_hRK[home])
+        return self._made[home]
+
+
+def _as_they_are(share: Share) -> tuple[Carried, ...]:
     matrices = zip(share.rows, share.columns, share.likes, strict=True)
-    return replica_slots * sum(
-        rows * columns * like.element_size() for rows, columns, like in matrices
-    )
+    return tuple(Carried(rows, columns, like.dtype) for rows, columns, like in matrices)
 
 
 def _matrix(part: torch.Tensor) -> torch.Tensor:

@@ -24,7 +24,8 @@ from megatron_laer.telemetry.trace_events import Activity, Kind
 class RestoredWeights:
     """Matrices `[C, R, K]` of one layer's replica slots; with `keeps`, they stay until `free`.
 
-    Without a replica in the layout nothing is fetched, and no memory is taken.
+    They have the form in which they are carried; `shapes` are those of their gradients. Without a
+    replica in the layout nothing is fetched, and no memory is taken.
     """
 
     def __init__(
@@ -62,10 +63,17 @@ class RestoredWeights:
         exchanges = [
             # The present weights: they change between steps only.
             exchange.restore_steps(
-                source, self.index, rows, out=pool.take(shape, like.dtype, like.device)
+                source,
+                self.index,
+                carried.rows,
+                out=pool.take(
+                    (self.index.replica_slots, carried.rows, carried.columns),
+                    carried.dtype,
+                    like.device,
+                ),
             )
-            for source, like, rows, shape in zip(
-                self._sources(), self.share.likes, self.share.rows, self.shapes, strict=True
+            for source, like, carried in zip(
+                self._sources(), self.share.likes, self.share.carried, strict=True
             )
         ]
         activity = Activity(Kind.RESTORE, self._name)
@@ -84,9 +92,9 @@ class RestoredWeights:
         self.state.enter(WeightState.RESTORING)
         self._streams.exchange.prepare_restore(index, before)
         exchanges = [
-            self._update(source, index, rows, before, pending)
-            for source, rows, pending in zip(
-                self._sources(), self.share.rows, self._matrices, strict=True
+            self._update(source, index, carried.rows, before, pending)
+            for source, carried, pending in zip(
+                self._sources(), self.share.carried, self._matrices, strict=True
             )
         ]
         activity = Activity(Kind.CHANGE, self._name)

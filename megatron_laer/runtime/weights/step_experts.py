@@ -15,7 +15,7 @@ import torch
 
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import Share
+from megatron_laer.runtime.weights.layer import Share, restored_bytes
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
@@ -105,7 +105,7 @@ def memory_held(layers: Sequence[Share], replica_slots: int) -> str:
         for layer in layers
         for rows, columns, parameter in zip(layer.rows, layer.columns, layer.likes, strict=True)
     ]
-    weights = sum(elements * parameter.element_size() for elements, parameter in matrices)
+    weights = sum(restored_bytes(layer, replica_slots) for layer in layers)
     sums = sum(4 * elements for elements, parameter in matrices if parameter.requires_grad)
     return (
         f"--fsep-restore step holds the restored experts of {len(layers)} layers "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from megatron_laer.config import Choice, Unproven
 from megatron_laer.files.checks import quoted
+from megatron_laer.support import fp8_experts
 from megatron_laer.support.refusal import LeftOut, Refusal
 from megatron_laer.support.table import REFUSALS
 from megatron_laer.tools.recipes.proof import Proof, proof_of
@@ -73,7 +74,9 @@ def judge(
     refusal, which no argument shows. `doubts` are reasons why nothing proves an accepted run.
     """
     _check_sizes(settings)
-    allow = _PROVED_BY_ROWS & {row.unproven for row in REFUSALS if _asks(row, settings)}
+    also_refused = (*also_refused, *fp8_experts.problems(settings, allowed))
+    asked = {word for row in REFUSALS if _asks(row, settings) for word in row.words}
+    allow = _PROVED_BY_ROWS & asked
     found = _refused(settings, {*allowed, *allow})
     if any(row.flag.startswith("--cuda-graph") for row, _ in found):
         # Without modules Megatron would capture whole layers, so graphs are left out altogether.
@@ -93,7 +96,7 @@ def judge(
     doubts = [*doubts] + [
         f"{row.flag} {getattr(settings, row.argument)}: allowed by name, and nobody has run it"
         for row in REFUSALS
-        if row.unproven in set(allowed) - allow and _asks(row, settings)
+        if set(row.words) & (set(allowed) - allow) and _asks(row, settings)
     ]
     if "--cuda-graph-impl" in drop:
         settings = Namespace(**vars(settings) | {"cuda_graph_impl": "none"})

@@ -1,7 +1,7 @@
 """Back end `te`: Transformer Engine's grouped GEMM over all slots, on four cuBLAS streams.
 
 It can write weight gradients in float32, as Megatron's fused accumulation does.
-`general_grouped_gemm` is not public, so it is used only with known parameters: those of Transformer
+`generalgrouped_gemm` is not public, so it is used only with known parameters: those of Transformer
 Engine 2.11 to 2.20.
 
 Legend: C slots, T tokens received, R output features (rows), K input features (columns).
@@ -22,7 +22,7 @@ from megatron_laer.layer.experts.gemm import SlotGemm
 
 _PACKAGE = "transformer_engine"
 _MODULE = f"{_PACKAGE}.pytorch.cpp_extensions"
-_FUNCTION = "general_grouped_gemm"
+_FUNCTION = "generalgrouped_gemm"
 _PARAMETERS = (
     *("A", "B", "out", "quantization_params", "out_dtype", "layout", "m_splits", "gelu", "grad"),
     *("accumulate", "bias", "use_bias", "use_split_accumulator", "D_dtype", "single_output"),
@@ -47,7 +47,7 @@ class _TransformerEngine:
         if dtype == torch.float32:
             return f"it rounds float32 to TF32; give --bf16, or {way_out}"
         try:
-            function = _grouped_gemm()
+            function = grouped_gemm()
         except (ImportError, OSError, AttributeError) as error:
             return f"{_MODULE}.{_FUNCTION} cannot be imported ({error}); {way_out}"
         found = tuple(inspect.signature(function).parameters)
@@ -93,7 +93,7 @@ def _multiply(
 ) -> None:
     """Call the grouped GEMM, with one output for products of tokens, one per slot for gradients."""
     is_weight_grad = layout == "NT"
-    _grouped_gemm()(
+    grouped_gemm()(
         list(firsts),
         list(seconds),
         outs,
@@ -113,7 +113,7 @@ def _rows(tokens_TX: torch.Tensor, tokens_C: Sequence[int]) -> tuple[torch.Tenso
 
 
 @functools.cache
-def _grouped_gemm() -> Any:
+def grouped_gemm() -> Any:
     """Import the function late: it loads CUDA libraries that are not needed elsewhere."""
     return getattr(importlib.import_module(_MODULE), _FUNCTION)
 

@@ -1,0 +1,203 @@
+"""Replacement of Transformer Engine's fp8 in experts on the CPU, at home and in replicas.
+
+Operands are quantised by the definitions in `fp8.py`, given back in float32, and multiplied there.
+Megatron's own linear layers of experts do that in place of Transformer Engine's, with FSEP and
+without; replicas do it from payloads. Other layers compute as without fp8.
+
+Legend: C slots, T tokens received, R rows of a matrix (output features), K columns. P rows of a
+payload, n tokens of one slot or expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+
+from megatron_laer.cpu import fp8
+from megatron_laer.layer.experts.fp8 import MULTIPLE
+from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
+from megatron_laer.layer.experts.fp8.payload import (
+    BLOCK,
+    PayloadForm,
+    block_form,
+    per_tensor_form,
+)
+from megatron_laer.runtime.weights.layer import Carried
+
+# Rows and columns of a matrix that share a scale; None for one scale of all.
+Block = tuple[int, int] | None
+
+
+class Recipe(NamedTuple):
+    """Definition of a recipe: the payload's form, and how operands are quantised.
+
+    Attributes:
+        weight: block of a weight's scales; None for one scale of the whole matrix.
+        by_rows: block of tokens and gradients that are multiplied along their rows.
+        by_columns: block of those that are multiplied along their columns, for weights' gradients.
+        forward: float8 type of weights and tokens.
+        backward: float8 type of gradients.
+    """
+
+    form: Callable[[int, int], PayloadForm]
+    weight: Block
+    by_rows: Block
+    by_columns: Block
+    forward: torch.dtype
+    backward: torch.dtype
+
+    @classmethod
+    def of(cls, config: Any) -> Recipe:
+        name = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))
+        backward = fp8.E5M2 if config.fp8 == "hybrid" else fp8.E4M3
+        return cls(*_DEFINITIONS[name], fp8.E4M3, backward)
+
+    def quantised(self, matrix_RK: torch.Tensor, dtype: torch.dtype, block: Block) -> fp8.Quantised:
+        if block is None:
+            return fp8.per_tensor(matrix_RK, dtype)
+        return fp8.by_blocks(matrix_RK, dtype, block)
+
+    def again(self, matrix_RK: torch.Tensor, dtype: torch.dtype, block: Block) -> torch.Tensor:
+        """Return float32 values after the matrix was quantised."""
+        return fp8.dequantised(self.quantised(matrix_RK, dtype, block), block)
+
+    def weight_again(self, weight_RK: torch.Tensor) -> torch.Tensor:
+        return self.again(weight_RK, self.forward, self.weight)
+
+    def product(self, input_nK: torch.Tensor, weight_RK: torch.Tensor) -> torch.Tensor:
+        """Return `[n, R]` in the tokens' dtype; `weight_RK` was quantised and given back."""
+        input_again_nK = self.again(input_nK, self.forward, self.by_rows)
+        return (input_again_nK @ weight_RK.t()).to(input_nK.dtype)
+
+    def input_grad(self, grad_nR: torch.Tensor, weight_RK: torch.Tensor) -> torch.Tensor:
+        return (self.again(grad_nR, self.backward, self.by_rows) @ weight_RK).to(grad_nR.dtype)
+
+    def weight_grad(self, grad_nR: torch.Tensor, input_nK: torch.Tensor) -> torch.Tensor:
+        grad_again_nR = self.again(grad_nR, self.backward, self.by_columns)
+        input_again_nK = self.again(input_nK, self.forward, self.by_columns)
+        return (grad_again_nR.t() @ input_again_nK).to(grad_nR.dtype)
+
+
+_DEFINITIONS: dict[str, tuple[Callable[[int, int], PayloadForm], Block, Block, Block]] = {
+    "tensorwise": (per_tensor_form, None, None, None),
+    "blockwise": (block_form, (BLOCK, BLOCK), (1, BLOCK), (BLOCK, 1)),
+}
+
+
+class EmulatedGemm:
+    """`QuantisedGemm` of one linear layer."""
+
+    def __init__(self, config: Any, rows: int, columns: int) -> None:
+        self._recipe = Recipe.of(config)
+        self._form = self._recipe.form(rows, columns)
+
+    @property
+    def carried(self) -> Carried:
+        return Carried(self._form.payload_rows, self._form.columns, torch.uint8)
+
+    def problem(
+        self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
+    ) -> str | None:
+        return None
+
+    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
+        recipe = self._recipe
+        return self._form.pack(*recipe.quantised(weight_RK, recipe.forward, recipe.weight))
+
+    def forward(
+        self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
+    ) -> torch.Tensor:
+        parts = zip(_parts(input_TK, tokens_C), self._weights(weight_CRK), strict=True)
+        outputs = [self._recipe.product(part_nK, weight_RK) for part_nK, weight_RK in parts]
+        return unpadded(torch.cat(outputs), tokens_C, MULTIPLE)
+
+    def input_grad(
+        self, grad_TR: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
+    ) -> torch.Tensor:
+        parts = zip(_parts(grad_TR, tokens_C), self._weights(weight_CRK), strict=True)
+        grads = [self._recipe.input_grad(grad_nR, weight_RK) for grad_nR, weight_RK in parts]
+        return unpadded(torch.cat(grads), tokens_C, MULTIPLE)
+
+    def weight_grad(
+        self,
+        grad_TR: torch.Tensor,
+        input_TK: torch.Tensor,
+        tokens_C: Sequence[int],
+        out_CRK: torch.Tensor,
+    ) -> None:
+        parts = zip(_parts(grad_TR, tokens_C), _parts(input_TK, tokens_C), out_CRK, strict=True)
+        for grad_nR, input_nK, out_RK in parts:
+            out_RK.copy_(self._recipe.weight_grad(grad_nR, input_nK))
+
+    def _weights(self, payload_CPK: torch.Tensor) -> list[torch.Tensor]:
+        recipe = self._recipe
+        return [
+            fp8.dequantised(fp8.Quantised(values_RK.view(recipe.forward), scales), recipe.weight)
+            for values_RK, scales in map(self._form.unpack, payload_CPK.unbind())
+        ]
+
+
+class Fp8Linear(torch.autograd.Function):
+    """Linear layer of one expert at home, in place of Transformer Engine's."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input_nK: torch.Tensor, weight_RK: torch.Tensor, recipe: Recipe
+    ) -> torch.Tensor:
+        ctx.save_for_backward(input_nK, weight_RK)
+        ctx.recipe = recipe
+        return recipe.product(input_nK, recipe.weight_again(weight_RK))
+
+    @staticmethod
+    def backward(ctx: Any, grad_nR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        input_nK, weight_RK = ctx.saved_tensors
+        recipe, grad_input_nK, grad_weight_RK = ctx.recipe, None, None
+        if ctx.needs_input_grad[0]:
+            grad_input_nK = recipe.input_grad(grad_nR, recipe.weight_again(weight_RK))
+        if ctx.needs_input_grad[1]:
+            grad_weight_RK = recipe.weight_grad(grad_nR, input_nK)
+        return grad_input_nK, grad_weight_RK, None
+
+
+@contextlib.contextmanager
+def fp8_replaced() -> Iterator[None]:
+    """Compute experts in fp8 without Transformer Engine in this context, in FSEP and in stock."""
+    from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+    from megatron.core.transformer import transformer_config
+
+    from megatron_laer.layer.experts import fp8 as of_experts
+
+    stock = {layer: layer._forward_impl for layer in (ColumnParallelLinear, RowParallelLinear)}
+
+    def replaced(layer: type) -> Any:
+        def forward(self: Any, input: torch.Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
+            if not (self.is_expert and self.config.fp8):
+                return stock[layer](self, input, weight, *args, **kwargs)
+            assert input.dim() == 2 and kwargs.get("bias") is None
+            return Fp8Linear.apply(input, weight, Recipe.of(self.config))
+
+        return forward
+
+    def emulated(config: Any, rows: int, columns: int, device: torch.device) -> EmulatedGemm:
+        return EmulatedGemm(config, rows, columns)
+
+    with contextlib.ExitStack() as replacements:
+        for layer in stock:
+            replacements.enter_context(mock.patch.object(layer, "_forward_impl", replaced(layer)))
+        for owner, name, replacement in (
+            # Megatron asks for a release of Transformer Engine before it takes fp8.
+            (transformer_config, "is_te_min_version", lambda *_, **__: True),
+            (of_experts, "quantised_gemm", emulated),
+        ):
+            replacements.enter_context(mock.patch.object(owner, name, replacement))
+        yield
+
+
+def _parts(tokens_TK: torch.Tensor, tokens_C: Sequence[int]) -> tuple[torch.Tensor, ...]:
+    padded_UK = padded(tokens_TK, tokens_C, MULTIPLE)
+    parts: tuple[torch.Tensor, ...] = padded_UK.split(padded_sizes(tokens_C, MULTIPLE))
+    return parts

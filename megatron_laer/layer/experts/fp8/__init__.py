@@ -1,0 +1,45 @@
+"""Experts in fp8: quantised matrices of replicas, and the products with them.
+
+Home slots are stock's modules of Transformer Engine. A replica receives its home's quantised matrix
+and scales (`payload.py`), quantises its own tokens, and multiplies as its home would. `te.py` does
+that on a GPU. Amax and scales are found at home; master weights and gradients are as without fp8.
+
+Legend: C slots, K columns of a matrix, P rows of its payload.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+from megatron_laer.layer.experts.gemm import SlotGemm
+from megatron_laer.runtime.weights.layer import Packer
+
+# Rows and columns of operands must be multiples of this, which cuBLAS asks of fp8.
+MULTIPLE = 16
+
+
+class QuantisedGemm(SlotGemm, Packer, Protocol):
+    """Products of one linear layer in fp8: payloads `[C, P, K]` are its slots' matrices.
+
+    Slots' tokens and gradients are quantised as stock's expert would those of one expert.
+    """
+
+
+def quantised_gemm(config: Any, rows: int, columns: int, device: torch.device) -> QuantisedGemm:
+    """Return the products of a linear layer by the recipe of Megatron's TransformerConfig."""
+    if rows % MULTIPLE or columns % MULTIPLE:
+        raise ValueError(
+            f"--fsep-allow-unproven fp8-experts: a matrix of the experts has {rows} x {columns} "
+            f"elements, and fp8 needs multiples of {MULTIPLE}; take other sizes, or leave out "
+            "--fp8-format"
+        )
+    from megatron_laer.layer.experts.fp8 import te
+
+    recipe = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))
+    quantised = {"tensorwise": te.PerTensor, "blockwise": te.ByBlocks}[recipe]
+    if (problem := te.problem(device, quantised.needs)) is not None:
+        message = f"--fsep-allow-unproven fp8-experts: {problem}"
+        raise ValueError(message)
+    return quantised(config, rows, columns)

@@ -1,0 +1,45 @@
+"""Settings that do not go with experts in fp8 (`--fsep-allow-unproven fp8-experts`).
+
+Those that FSEP refuses with any fp8 are rows of `table.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from megatron_laer.choices import Unproven
+
+_RECIPES = ("tensorwise", "blockwise")
+_WITH = f"with --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
+
+
+def problems(settings: Any, allowed: Collection[Unproven]) -> list[str]:
+    """Return the settings with which experts cannot compute in fp8.
+
+    `settings` is Megatron's TransformerConfig or its arguments.
+    """
+    if Unproven.FP8_EXPERTS not in allowed or not getattr(settings, "fp8", None):
+        return []
+    found = []
+    # Settings of recipes and job scripts lack some.
+    recipe = getattr(settings, "fp8_recipe", None) or _RECIPES[0]
+    recipe = getattr(recipe, "value", recipe)
+    if recipe not in _RECIPES:
+        found.append(
+            f"--fp8-recipe {recipe} {_WITH}: replicas of experts know the scales of other recipes; "
+            f"give --fp8-recipe {' or '.join(_RECIPES)}"
+        )
+    if getattr(settings, "first_last_layers_bf16", False):
+        found.append(
+            f"--first-last-layers-bf16 {_WITH}: all layers' replicas are restored in fp8; leave it "
+            "out"
+        )
+    is_flex = getattr(settings, "moe_token_dispatcher_type", None) == "flex"
+    if is_flex and getattr(settings, "moe_flex_dispatcher_backend", None) == "hybridep":
+        found.append(
+            f"--moe-flex-dispatcher-backend hybridep {_WITH}: it adds rows to each slot's tokens "
+            "for fp8, which the plan does not count; give deepep, or --moe-token-dispatcher-type "
+            "alltoall"
+        )
+    return found

@@ -1,0 +1,175 @@
+"""Experts in fp8 at home, and their replicas, by definitions in place of Transformer Engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_laer.choices import ExchangeAlgorithm
+from megatron_laer.cpu.ranks import RankPools
+from megatron_laer.cpu.training import Record
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
+from tests.parity.compare import identical
+from tests.parity.flags import command_line
+from tests.parity.replay import train_row
+
+FP8 = " --fp8-format hybrid --fp8-recipe tensorwise --bf16"
+ALLOW = " --fsep-allow-unproven fp8-experts"
+AT_HOME = " --expert-parallel-mode fsep" + ALLOW
+RANDOM = FP8 + AT_HOME + " --fsep-planner random"
+DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+# Tokens of each expert: none, one, fewer and more than the multiple, and the multiple.
+TOKENS_E = [40, 1, 0, 16]
+
+
+def command(data: str, extra: str, steps: int = 4) -> list[str]:
+    return command_line(data, extra, global_batch=8, steps=steps)
+
+
+def replicas_and_homes(fp8_format: str, recipe: str) -> list[bool]:
+    """Compute every expert at home and as a replica, on the same tokens; compare all bits."""
+    import torch
+    import torch.distributed as dist
+
+    from megatron_laer import session
+    from megatron_laer.cpu.fp8_experts import fp8_replaced
+    from tests import one_layer
+
+    of_fp8 = {"fp8": fp8_format, "fp8_recipe": recipe, "gated_linear_unit": True}
+    settings = {"sharding": "experts", "allow_unproven": ["fp8-experts"], "planner": "random"}
+    one_layer.MODELS["fp8"] = of_fp8
+    with fp8_replaced(), one_layer.one_layer("gloo", "fp8", **settings) as wrapped:
+        layer, coordinator = wrapped.module, session.current_coordinator()
+        assert coordinator is not None
+        rank, home = dist.get_rank(), coordinator.geometry.home_slots
+        assert (home, coordinator.geometry.replica_slots) == (2, 2)
+        generator = torch.Generator().manual_seed(0)
+        hidden_of = [
+            torch.randn(tokens, one_layer.HIDDEN, generator=generator) for tokens in TOKENS_E
+        ]
+        probs_of = [torch.rand(tokens, generator=generator) for tokens in TOKENS_E]
+
+        def run(experts: list[int], compute: Any) -> list[Any]:
+            """Return the experts' outputs, and gradients of inputs and probabilities."""
+            hidden = torch.cat([hidden_of[expert] for expert in experts]).requires_grad_()
+            probs = torch.cat([probs_of[expert] for expert in experts]).requires_grad_()
+            sizes = [TOKENS_E[expert] for expert in experts]
+            output = compute(hidden, probs, sizes)
+            (output.float() ** 2).sum().backward()
+            found = output.detach(), hidden.grad, probs.grad
+            return [*zip(*(part.split(sizes) for part in found), strict=True)]
+
+        mine, others = [2 * rank, 2 * rank + 1], [2 - 2 * rank, 3 - 2 * rank]
+        at_home = run(
+            mine,
+            lambda hidden, probs, sizes: layer._home_experts._at_home(
+                hidden, torch.tensor(sizes), probs
+            ),
+        )
+        own = [[part.main_grad.clone() for part in matrix] for matrix in layer.state.share.homes]
+        wrapped.zero_grad_buffer()
+
+        layout = ExpertLayout.from_slots(2, 4, 4, [0, 1, 2, 3, 2, 3, 0, 1])
+        restored = coordinator.experts.of_pass(layer.state, layout, training=True)
+        compute = layer._home_experts._compute
+        with_replicas = run(
+            others,
+            lambda hidden, probs, sizes: restored.after_compute(
+                compute(hidden, probs, restored, sizes), backward_follows=False
+            ),
+        )
+        sums = [[part.main_grad for part in matrix] for matrix in layer.state.share.homes]
+        homes: list[Any] = [None, None]
+        dist.all_gather_object(homes, at_home)
+        expected = [parts for of_rank in homes for parts in of_rank]
+        same = [
+            torch.equal(got, wanted)
+            for expert, parts in zip(others, with_replicas, strict=True)
+            for got, wanted in zip(parts, expected[expert], strict=True)
+        ]
+        same += [
+            torch.equal(got, wanted) and (bool(wanted.any()) or not TOKENS_E[expert])
+            for got_h, wanted_h in zip(sums, own, strict=True)
+            for expert, got, wanted in zip(mine, got_h, wanted_h, strict=True)
+        ]
+        return same
+
+
+@pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+def test_a_replica_computes_bit_for_bit_as_its_home(
+    ranks: RankPools, fp8_format: str, recipe: str
+) -> None:
+    for same in ranks(2).run(replicas_and_homes, fp8_format, recipe):
+        assert same == [True] * (2 * 3 + 2 * 2)
+
+
+@pytest.mark.parametrize("extra", ["", " --fsep-restore step --fsep-plan-mode forecast"])
+def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, extra: str) -> None:
+    flags = command(text_data, RANDOM + DISTRIBUTED + extra)
+    first, second = (ranks(2).run(train_row, flags)[0] for _ in range(2))
+    assert identical(first, second)
+
+
+def test_a_resumed_run_has_the_same_bits(ranks: RankPools, text_data: str, tmp_path: Path) -> None:
+    saved = RANDOM + " --use-distributed-optimizer --ckpt-format torch_dist --save {}"
+    saved += " --save-interval 2 --override-opt_param-scheduler"
+    whole: Record = ranks(2).run(train_row, command(text_data, saved.format(tmp_path / "whole")))[0]
+    ranks(2).run(train_row, command(text_data, saved.format(tmp_path / "part"), steps=2))
+    resumed = saved.format(tmp_path / "part") + f" --load {tmp_path / 'part'}"
+    rest: Record = ranks(2).run(train_row, command(text_data, resumed))[0]
+    assert rest.losses == whole.losses[2:]
+    assert all((rest.weights[name] == value).all() for name, value in whole.weights.items())
+
+
+def test_without_replicas_a_run_is_stock_bit_for_bit(ranks: RankPools, text_data: str) -> None:
+    stock: Record = ranks(2).run(train_row, command(text_data, FP8 + DISTRIBUTED))[0]
+    static = FP8 + AT_HOME + DISTRIBUTED + " --fsep-planner static"
+    homes: Record = ranks(2).run(train_row, command(text_data, static))[0]
+    assert identical(homes, stock)
+
+
+def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
+    """Train; return bytes received for weights and for gradients, by count and by formula."""
+    from unittest import mock
+
+    from megatron_laer.runtime.comm.home_exchange import DirectExchange
+
+    expected = {"restore": 0, "reduce": 0}
+    counts: list[Any] = []
+
+    def watched(name: str, traffic: Any) -> Any:
+        steps = getattr(DirectExchange, f"{name}_steps")
+
+        def exchange(self: Any, source: Any, index: Any, *args: Any, **options: Any) -> Any:
+            one = source[0] if name == "reduce" else options["out"][0]
+            sizes, home = [tuple(one.shape)], index.home_slots
+            found = traffic(index.layout, 2, sizes, ExchangeAlgorithm.FLAT, home_slots=home)
+            expected[name] += one.element_size() * int(found.intra_N[self.groups.rank])
+            counts.append(self.count)
+            return steps(self, source, index, *args, **options)
+
+        return mock.patch.object(DirectExchange, f"{name}_steps", exchange)
+
+    with watched("restore", restore_traffic), watched("reduce", reduce_traffic):
+        train_row(flags)
+    count = counts[-1]
+    return count.restore_bytes, expected["restore"], count.reduce_bytes, expected["reduce"]
+
+
+def test_replicas_receive_a_byte_for_each_weight(ranks: RankPools, text_data: str) -> None:
+    """Six bytes for each weight of a replica become four."""
+    flat = RANDOM + " --fsep-restore-algorithm flat --fsep-scheduler off"
+    in_bf16 = flat.replace(FP8, " --bf16").replace(ALLOW, " --fsep-sharding experts")
+    moved = []
+    for extra in (flat, in_bf16):
+        by_rank = ranks(2).run(received_bytes, command(text_data, extra))
+        assert all(found[0] == found[1] and found[2] == found[3] > 0 for found in by_rank)
+        moved.append((sum(found[0] for found in by_rank), sum(found[2] for found in by_rank)))
+    (weights, grads), (weights_in_bf16, grads_in_bf16) = moved
+    assert grads == grads_in_bf16 and weights_in_bf16 == 2 * grads  # forward and backward
+    # Matrices have 128 and 48 rows, and payloads one more for the scale: 2/176 of the bytes.
+    assert weights / grads == pytest.approx(1 + 1 / 128 * 2 / 3 + 1 / 48 / 3)

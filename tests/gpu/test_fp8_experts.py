@@ -1,0 +1,93 @@
+"""Experts in fp8 on a card: replicas compute as Transformer Engine's own module. Not run yet."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_laer.layer.experts.slot_linear import slot_linear
+from tests.gpu.test_training import HOMES, RECOMPUTE, Train, _cannot_compute, train
+from tests.slot_gemm import fixed_experts
+
+__all__ = ["train"]  # the fixture
+
+ALLOW = " --fsep-allow-unproven fp8-experts --fp8-format {} --fp8-recipe {}"
+RECIPES = [("hybrid", "tensorwise"), ("e4m3", "tensorwise"), ("e4m3", "blockwise")]
+ROWS, COLUMNS = 256, 128
+# Transformer Engine's module takes sizes that cuBLAS accepts, and so none between.
+TOKENS_C = [64, 0, 16, 128]
+
+
+@pytest.fixture(autouse=True)
+def needs_fp8(recipe: str) -> None:
+    pytest.importorskip("transformer_engine.pytorch")
+    if why := _cannot_compute(recipe):
+        pytest.skip(why)
+
+
+@pytest.mark.parametrize(("fp8_format", "recipe"), RECIPES)
+def test_a_replica_computes_bit_for_bit_as_transformer_engines_module(
+    fp8_format: str, recipe: str
+) -> None:
+    import transformer_engine.pytorch as te
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    from megatron_laer.layer.experts import fp8
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    config = SimpleNamespace(
+        fp8=fp8_format,
+        fp8_recipe=recipe,
+        fp8_dot_product_attention=False,
+        params_dtype=torch.bfloat16,
+    )
+    options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
+    torch.manual_seed(0)
+    module = te.GroupedLinear(
+        len(TOKENS_C), COLUMNS, ROWS, bias=False, params_dtype=torch.bfloat16, device=device
+    )
+    weights = [getattr(module, f"weight{slot}") for slot in range(len(TOKENS_C))]
+    input_TK = torch.randn(sum(TOKENS_C), COLUMNS, **options)
+    grad_TR = torch.randn(sum(TOKENS_C), ROWS, **options)
+
+    at_home = input_TK.clone().requires_grad_()
+    with te.fp8_autocast(enabled=True, fp8_recipe=get_fp8_recipe(config)):
+        expected_TR = module(at_home, TOKENS_C)
+    expected_TR.backward(grad_TR)
+
+    gemm = fp8.quantised_gemm(config, ROWS, COLUMNS, device)
+    payload_CPK = torch.stack([gemm.pack(weight.detach()) for weight in weights])
+    placeholder_CRK = torch.zeros(len(TOKENS_C), ROWS, COLUMNS, **options).requires_grad_()
+    experts = fixed_experts(payload_CPK, placeholder_CRK.detach())
+    replica = input_TK.clone().requires_grad_()
+    output_TR = slot_linear(replica, placeholder_CRK, experts, 0, TOKENS_C, gemm)
+    output_TR.backward(grad_TR)
+
+    assert torch.equal(output_TR, expected_TR)
+    assert replica.grad is not None and at_home.grad is not None
+    assert torch.equal(replica.grad, at_home.grad)
+    assert placeholder_CRK.grad is not None
+    for mine, weight in zip(placeholder_CRK.grad, weights, strict=True):
+        assert torch.equal(mine, weight.grad)
+
+
+@pytest.mark.parametrize("algorithm", ["flat", "node --fsep-node-size 1"])
+@pytest.mark.parametrize("extra", ["", RECOMPUTE], ids=["plain", "recompute"])
+@pytest.mark.parametrize(("fp8_format", "recipe"), RECIPES)
+def test_experts_in_fp8_train_as_bf16_does(
+    fp8_format: str,
+    recipe: str,
+    algorithm: str,
+    extra: str,
+    train: Train,
+) -> None:
+    homes = HOMES + algorithm + extra
+    plain, _ = train(homes)
+    losses, output = train(homes + ALLOW.format(fp8_format, recipe))
+    assert "--fsep-allow-unproven fp8-experts: nobody has run" in output
+    assert losses != plain, "fp8 had no effect"
+    assert losses == pytest.approx(plain, rel=5e-2)
+    assert losses[-1] < 0.9 * losses[0]

@@ -1,0 +1,321 @@
+"""The products in fp8 by Transformer Engine, on replacements of its quantiser, tensor and GEMM.
+
+They do what Transformer Engine documents, by the definitions in `megatron_laer/cpu/fp8.py`, and
+refuse what its kernels do.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_laer.cpu import fp8 as definitions
+from megatron_laer.cpu.fp8_experts import EmulatedGemm
+from megatron_laer.layer.experts import fp8
+from megatron_laer.layer.experts.fp8 import te
+from megatron_laer.layer.experts.fp8.padding import padded, unpadded
+from megatron_laer.layer.experts.slot_linear import slot_linear
+from tests.slot_gemm import SPLITS, fixed_experts, poisoned_memory
+
+ROWS, COLUMNS = 64, 32
+KINDS = {"e4m3": definitions.E4M3, "e5m2": definitions.E5M2}
+GPU = torch.device("cuda", 0)
+
+
+class Tensor:
+    """Replacement of `Float8Tensor`: bytes, their scale, and the transpose for column-wise use."""
+
+    block: tuple[int, int] | None = None
+
+    def __init__(
+        self,
+        *,
+        shape: Any,
+        dtype: torch.dtype,
+        data: torch.Tensor,
+        fp8_scale_inv: torch.Tensor,
+        fp8_dtype: str,
+    ) -> None:
+        assert tuple(data.shape) == tuple(shape) and data.dtype == torch.uint8
+        assert data.is_contiguous() and fp8_scale_inv.is_contiguous()
+        assert self.block or fp8_scale_inv.shape == (1,)
+        self._data, self._scale_inv, self.kind = data, fp8_scale_inv, fp8_dtype
+        self.device, self.by_columns = data.device, None
+
+    def update_usage(self, columnwise_usage: bool) -> None:
+        self.by_columns = self.by_rows
+
+    @property
+    def by_rows(self) -> torch.Tensor:
+        quantised = definitions.Quantised(self._data.view(KINDS[self.kind]), self._scale_inv)
+        return definitions.dequantised(quantised, self.block)
+
+
+class Storage:
+    def __new__(
+        cls,
+        *args: Any,
+        data: Any,
+        fp8_scale_inv: Any,
+        fp8_dtype: Any,
+        data_transpose: Any = None,
+        quantizer: Any = None,
+    ) -> Storage:
+        raise NotImplementedError
+
+
+class Quantiser:
+    def __init__(
+        self,
+        fp8_dtype: str,
+        device: torch.device,
+        *,
+        rowwise: bool,
+        columnwise: bool,
+        force_pow_2_scales: bool,
+        amax_epsilon: float,
+    ) -> None:
+        assert rowwise and not force_pow_2_scales and amax_epsilon == 0.0
+        self.kind, self.columnwise = fp8_dtype, columnwise
+
+    def set_usage(self, columnwise: bool) -> None:
+        self.columnwise = columnwise
+
+    def __call__(self, matrix: torch.Tensor) -> Tensor:
+        assert matrix.is_contiguous() and matrix.shape[1] % 16 == 0
+        values, scale = definitions.per_tensor(matrix, KINDS[self.kind])
+        made = Tensor(
+            shape=matrix.shape,
+            dtype=matrix.dtype,
+            data=values.view(torch.uint8),
+            fp8_scale_inv=scale,
+            fp8_dtype=self.kind,
+        )
+        if self.columnwise:
+            made.update_usage(columnwise_usage=True)
+        return made
+
+
+class BlockTensor(Tensor):
+    """Replacement of `Float8BlockwiseQTensor`, whose scales of square blocks come in fours."""
+
+    def __init__(
+        self,
+        *,
+        shape: Any,
+        dtype: torch.dtype,
+        rowwise_data: torch.Tensor,
+        rowwise_scale_inv: torch.Tensor,
+        columnwise_data: None,
+        columnwise_scale_inv: None,
+        fp8_dtype: str,
+        quantizer: Any,
+        is_2D_scaled: bool,
+    ) -> None:
+        self.block = (128, 128) if is_2D_scaled else (1, 128)
+        assert rowwise_scale_inv.shape[1] % 4 == 0 or not is_2D_scaled
+        super().__init__(
+            shape=shape,
+            dtype=dtype,
+            data=rowwise_data,
+            fp8_scale_inv=rowwise_scale_inv,
+            fp8_dtype=fp8_dtype,
+        )
+        self._rowwise_data, self._rowwise_scale_inv = rowwise_data, rowwise_scale_inv
+
+    def update_usage(self, columnwise_usage: bool) -> None:
+        assert self.block == (128, 128), "only square blocks are those of the transpose"
+        super().update_usage(columnwise_usage)
+
+
+class BlockTensorByKeyword(BlockTensor):
+    """As Transformer Engine's, whose parameters are those of `__new__`."""
+
+    def __new__(
+        cls,
+        *args: Any,
+        rowwise_data: Any,
+        rowwise_scale_inv: Any,
+        columnwise_data: Any,
+        columnwise_scale_inv: Any,
+        fp8_dtype: Any,
+        quantizer: Any,
+        is_2D_scaled: Any,
+        **kwargs: Any,
+    ) -> BlockTensorByKeyword:
+        return super().__new__(cls)
+
+
+class BlockQuantiser:
+    def __init__(
+        self,
+        fp8_dtype: str,
+        *,
+        rowwise: bool,
+        columnwise: bool,
+        amax_epsilon: float,
+        force_pow_2_scales: bool,
+        block_scaling_dim: int,
+    ) -> None:
+        assert rowwise and force_pow_2_scales and amax_epsilon == 0.0
+        self.kind, self.dimensions, self.columnwise = fp8_dtype, block_scaling_dim, columnwise
+
+    def set_usage(self, columnwise: bool) -> None:
+        self.columnwise = columnwise
+
+    def __call__(self, matrix: torch.Tensor) -> BlockTensor:
+        square = self.dimensions == 2
+        kind = KINDS[self.kind]
+        block = (128, 128) if square else (1, 128)
+        values, scales = definitions.by_blocks(matrix, kind, block)
+        if square:
+            scales = torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4))
+        made = BlockTensor(
+            shape=matrix.shape,
+            dtype=matrix.dtype,
+            rowwise_data=values.view(torch.uint8),
+            rowwise_scale_inv=scales,
+            columnwise_data=None,
+            columnwise_scale_inv=None,
+            fp8_dtype=self.kind,
+            quantizer=self,
+            is_2D_scaled=square,
+        )
+        if self.columnwise:
+            of_columns = definitions.by_blocks(matrix, kind, (128, 1))
+            made.by_columns = definitions.dequantised(of_columns, (128, 1))
+        return made
+
+
+def grouped_gemm(
+    A: list[Tensor],
+    B: list[Tensor],
+    out: list[torch.Tensor],
+    quantization_params: list[None],
+    out_dtype: torch.dtype,
+    *,
+    layout: str,
+    m_splits: list[int],
+    grad: bool,
+    use_split_accumulator: bool,
+    single_output: bool = False,
+) -> None:
+    """Multiply column-major operands, in float32, and refuse sizes that cuBLAS does."""
+    assert len(A) == len(B) == len(m_splits) == len(quantization_params)
+    assert grad == (layout != "TN") and use_split_accumulator == grad
+    outs = out[0].split(m_splits) if single_output else out
+    for first, second, tokens, product in zip(A, B, m_splits, outs, strict=True):
+        assert tokens % 16 == 0 and tokens > 0 and all(size % 16 == 0 for size in product.shape)
+        left = second.by_columns.t() if layout[1] == "T" else second.by_rows
+        right = first.by_rows.t() if layout[0] == "T" else first.by_columns
+        product.copy_((left @ right).to(out_dtype))
+
+
+@pytest.fixture(params=["hybrid", "e4m3"])
+def fp8_format(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
+@pytest.fixture(params=["tensorwise", "blockwise"])
+def config(request: pytest.FixtureRequest, fp8_format: str, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Replace Transformer Engine; return a TransformerConfig's fields."""
+    from megatron.core import fp8_utils
+
+    by_blocks = request.param == "blockwise"
+    exact = SimpleNamespace(power_2_scale=by_blocks, amax_epsilon=0.0)
+    recipe = SimpleNamespace(
+        fp8_quant_fwd_inp=exact,
+        fp8_quant_fwd_weight=exact,
+        fp8_quant_bwd_grad=exact,
+        fp8_gemm_fprop=SimpleNamespace(use_split_accumulator=False),
+        fp8_gemm_dgrad=SimpleNamespace(use_split_accumulator=True),
+        fp8_gemm_wgrad=SimpleNamespace(use_split_accumulator=True),
+    )
+    modules = {
+        te.PerTensor._module: SimpleNamespace(
+            Float8CurrentScalingQuantizer=Quantiser, Float8Tensor=Tensor
+        ),
+        te.ByBlocks._module: SimpleNamespace(
+            Float8BlockQuantizer=BlockQuantiser, Float8BlockwiseQTensor=BlockTensorByKeyword
+        ),
+        f"{te._TENSORS}.storage.float8_tensor_storage": SimpleNamespace(
+            Float8TensorStorage=Storage
+        ),
+        "transformer_engine_torch": SimpleNamespace(
+            DType=SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2")
+        ),
+    }
+    found = importlib.import_module
+    monkeypatch.setattr(
+        te.importlib, "import_module", lambda name, *a: modules.get(name) or found(name, *a)
+    )
+    monkeypatch.setattr(fp8_utils, "get_fp8_recipe", lambda _: recipe)
+    monkeypatch.setattr(te.grouped, "grouped_gemm", lambda: grouped_gemm)
+    monkeypatch.setattr(te.grouped.GEMM.__class__, "problem", lambda *_: None)
+    return SimpleNamespace(fp8=fp8_format, fp8_recipe=request.param, params_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("tokens_C", SPLITS.values(), ids=SPLITS)
+def test_transformer_engines_calls_give_the_definitions_bits(
+    config: Any, tokens_C: Sequence[int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "generator": generator}
+    weights = [torch.randn(ROWS, COLUMNS, **options) for _ in tokens_C]
+    input_TK = torch.randn(sum(tokens_C), COLUMNS, **options)
+    grad_TR = torch.randn(sum(tokens_C), ROWS, **options)
+    placeholder = torch.zeros(len(tokens_C), ROWS, COLUMNS, dtype=torch.bfloat16)
+    found = []
+    for gemm in (
+        fp8.quantised_gemm(config, ROWS, COLUMNS, GPU),
+        EmulatedGemm(config, ROWS, COLUMNS),
+    ):
+        payload = torch.stack([gemm.pack(weight) for weight in weights])
+        assert payload.shape[1:] == gemm.carried[:2] and payload.dtype == gemm.carried.dtype
+        experts = fixed_experts(payload, placeholder)
+        given, weight = input_TK.clone().requires_grad_(), placeholder.clone().requires_grad_()
+        with poisoned_memory():
+            output = slot_linear(given, weight, experts, 0, list(tokens_C), gemm)
+            grads = torch.autograd.grad(output, (given, weight), grad_TR)
+        found.append((payload, output, *grads))
+    for mine, defined in zip(*found, strict=True):
+        assert torch.equal(mine, defined)
+    # The definitions themselves, slot by slot: near the product without fp8, and not equal to it.
+    _, output, input_grad, _ = found[1]
+    exact = torch.cat(
+        [part @ w.t() for part, w in zip(input_TK.split(list(tokens_C)), weights, strict=True)]
+    )
+    if sum(tokens_C):
+        error = (output - exact).float().norm() / exact.float().norm()
+        assert 1e-3 < error < 6e-2 and bool(input_grad.any())
+
+
+def test_unfit_sizes_packages_and_signatures_are_refused(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match="40 x 32 elements, and fp8 needs multiples of 16"):
+        fp8.quantised_gemm(config, 40, 32, GPU)
+    monkeypatch.delattr(Quantiser, "__init__")
+    monkeypatch.delattr(BlockQuantiser, "__init__")
+    with pytest.raises(ValueError, match=r"Float8.*Quantizer of Tr.* has no amax_epsilon, .*; ins"):
+        fp8.quantised_gemm(config, 32, 32, GPU)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"fp8-experts: Transformer Engine .*; leave out --fp8"):
+        fp8.quantised_gemm(config, 32, 32, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("tokens_C", [[0, 3, 16, 1], [16, 32], [0, 0], []])
+def test_padding_adds_rows_of_zeros_and_takes_them_off(tokens_C: list[int]) -> None:
+    tokens_TK = torch.randn(sum(tokens_C), 4)
+    padded_UK = padded(tokens_TK, tokens_C, 16)
+    parts = padded_UK.split([-(-tokens // 16) * 16 for tokens in tokens_C])
+    for part, own in zip(parts, tokens_TK.split(tokens_C), strict=True):
+        assert len(part) % 16 == 0 and torch.equal(part[: len(own)], own)
+        assert not part[len(own) :].any()
+    assert torch.equal(unpadded(padded_UK, tokens_C, 16), tokens_TK)
