@@ -1,7 +1,7 @@
 """Back end `te`: Transformer Engine's grouped GEMM over all slots, on four cuBLAS streams.
 
 It can write weight gradients in float32, as Megatron's fused accumulation does.
-`generalgrouped_gemm` is not public, so it is used only with known parameters: those of Transformer
+`general_grouped_gemm` is not public, so it is used only with known parameters: those of Transformer
 Engine 2.11 to 2.20.
 
 Legend: C slots, T tokens received, R output features (rows), K input features (columns).
@@ -22,7 +22,7 @@ from megatron_laer.layer.experts.gemm import SlotGemm
 
 _PACKAGE = "transformer_engine"
 _MODULE = f"{_PACKAGE}.pytorch.cpp_extensions"
-_FUNCTION = "generalgrouped_gemm"
+_FUNCTION = "general_grouped_gemm"
 _PARAMETERS = (
     *("A", "B", "out", "quantization_params", "out_dtype", "layout", "m_splits", "gelu", "grad"),
     *("accumulate", "bias", "use_bias", "use_split_accumulator", "D_dtype", "single_output"),
