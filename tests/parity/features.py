@@ -178,6 +178,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "fp8 in all layers but the experts": (f"{ALLOW} {Unproven.DENSE_FP8}",),
     "fp8 in the experts, at home, per-tensor current scaling": ("fp8", "fp8-dist-opt", "fp8-nodes"),
     "fp8 in the experts, at home, by blocks": ("fp8-blocks",),
+    "fp8 in the experts, by Transformer Engine itself": (f"{ALLOW} {Unproven.FP8_EXPERTS}",),
     "fp4, or fp8 parameters, in the experts": (
         "--fp8-param-gather",
         "--moe-router-padding-for-quantization with fp8",

@@ -268,8 +268,10 @@ def test_transformer_engines_calls_give_the_definitions_bits(
     generator = torch.Generator().manual_seed(0)
     options: dict[str, Any] = {"dtype": torch.bfloat16, "generator": generator}
     weights = [torch.randn(ROWS, COLUMNS, **options) for _ in tokens_C]
-    input_TK = torch.randn(sum(tokens_C), COLUMNS, **options)
-    grad_TR = torch.randn(sum(tokens_C), ROWS, **options)
+    # A power of two as scale changes no value, but for those near zero: so rows differ in size.
+    size_T1 = 10.0 ** torch.randint(-4, 4, (sum(tokens_C), 1), generator=generator).bfloat16()
+    input_TK = torch.randn(sum(tokens_C), COLUMNS, **options) * size_T1
+    grad_TR = torch.randn(sum(tokens_C), ROWS, **options) * size_T1
     placeholder = torch.zeros(len(tokens_C), ROWS, COLUMNS, dtype=torch.bfloat16)
     found = []
     for gemm in (
