@@ -87,9 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     models.add_argument("--quick", action="store_true", help="a small model: says nothing of speed")
     parts = parser.add_mutually_exclusive_group()
     parts.add_argument("--tokens", action="store_true", help="compare exchanges of tokens alone")
-    parts.add_argument(
-        "--combined", action="store_true", help="Megatron's combined 1F1B schedule, in bf16"
-    )
+    parts.add_argument("--combined", action="store_true", help="combined 1F1B alone, in bf16")
     parser.add_argument("--repeats", type=between(1, MOST_REPEATS), help="of every configuration")
     parser.add_argument(
         "--steps", type=between(1, MOST_STEPS), help="that are counted, but for bursts"

@@ -79,9 +79,9 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
         Verdict.SPEED_ONLY,
         [
             "--cuda-graph-impl transformer_engine: nobody",
-            "--cuda-graph-impl transformer_engine: wi",
+            "--cuda-graph-modules attn: losses blew up",
         ],
-        ["--cuda-graph-impl"],
+        ["--cuda-graph-impl", "--cuda-graph-modules"],
     ),
     "graphs of whole layers": (
         GRAPHS | {"cuda_graph_scope": "full"},
