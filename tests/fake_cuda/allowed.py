@@ -59,6 +59,20 @@ DEEP_EP: frozenset[Place] = frozenset(
 )
 """Megatron's choices by a mask, forward and backward, where no fused kernel replaces them."""
 
+_GRAPHS = "megatron/core/transformer/cuda_graphs.py:TECudaGraphHelper"
+CAPTURE: frozenset[Place] = frozenset(
+    {
+        (Kind.WAIT, f"{_GRAPHS}._start_capturing"),
+        (Kind.WAIT, f"{_GRAPHS}._finish_capturing"),
+        (
+            Kind.WAIT,
+            "megatron/core/transformer/transformer_layer.py:"
+            "TransformerLayer.get_layer_static_inputs",
+        ),
+    }
+)
+"""Megatron's waits when it captures graphs, once in a run."""
+
 
 def split(found: Iterable[Finding]) -> tuple[set[Place], set[Place]]:
     """Return the places of this package and Megatron's, without those of tests."""
@@ -78,6 +92,7 @@ def main() -> None:
         ("Of this package", {DOWNLOAD, ANNOUNCED, HYBRID_EP}),
         ("Megatron's own", STOCK),
         ("Megatron's own with DeepEP", DEEP_EP),
+        ("Megatron's own when it captures graphs", CAPTURE),
     ):
         print(f"{title}:")
         for kind, place in sorted(places, key=lambda one: (one[1], one[0])):

@@ -10,6 +10,7 @@ import pytest
 from megatron_laer.cpu.ranks import RankPools
 from tests.fake_cuda.findings import Kind
 from tests.races import training
+from tests.races.checks import check_clean, check_findings
 from tests.races.graphs import FAULTS, SCENARIO, WITH_NORMS, look
 
 pytestmark = pytest.mark.races
@@ -28,6 +29,8 @@ def test_a_graph_records_the_counts_of_ours_alone(
     on_cpu = ranks(settings.ranks).run(training.losses_on_cpu, text_data, scenario)
     watched = ranks(settings.ranks).run(training.watch, text_data, scenario, None)
     assert [one.losses for one in watched] == on_cpu
+    check_clean(watched, 2000)
+    check_findings(watched, settings.more)
     for one in watched:
         captured = {(name, place) for name, place in one.captured if "megatron_laer" in place}
         assert captured == ours

@@ -12,19 +12,22 @@ from typing import Any
 import pytest
 
 from megatron_laer.cpu.ranks import RankPools
-from tests.fake_cuda.allowed import DOWNLOAD, STOCK, Place, is_ours, split
-from tests.fake_cuda.clocks import Watched
 from tests.fake_cuda.kernels import replaced_by_torch
 from tests.launch_order import problems
 from tests.races import layers, training
+from tests.races.checks import check_clean, check_findings
 from tests.races.faults import LAYER_FAULTS, TRAINING_FAULTS, Scene
 
-# Parts of other scenarios, and faults that the layers show as well.
+# Parts of other scenarios and tests, and faults that the layers show as well.
 AT_NIGHT = {
     *("random layouts", "recompute of the MoE layer", "both overlaps", *LAYER_FAULTS),
     *("kernels, experts at home by relay", "kernels, rows in nodes of 2", "Muon"),
     *("one queue, virtual pipeline 2 x 2", "one queue, fresh layouts after the gate"),
-    "one queue, kernels, rows in nodes of 2",
+    *("one queue, kernels, rows in nodes of 2", "one queue, kernels, by nodes of 1"),
+    "graphs of attention, router and counts, both overlaps",
+    "experts at home, graphs of router and counts, recompute of norms",
+    "combined 1F1B with delayed weight gradients, virtual pipeline 2 x 2",
+    "experts' weight gradients during the dispatch's backward",
     *("DeepEP, fresh layouts, shared experts", "HybridEP, grouped GEMMs in bf16"),
     *("shared experts that overlap, permute fusion", "save and load"),
 }
@@ -33,20 +36,6 @@ AT_NIGHT = {
 def daily(names: Iterable[str]) -> list[Any]:
     night = [pytest.mark.nightly]
     return [pytest.param(name, marks=night if name in AT_NIGHT else []) for name in names]
-
-
-def check_clean(ranks: list[Watched], least_operations: int) -> None:
-    # Replacements of libraries for the CPU compute on the host.
-    races = [race for of in ranks for race in of.races if ", in megatron_laer/cpu/" not in race]
-    assert races == []
-    assert min(watched.operations for watched in ranks) >= least_operations
-    assert min(watched.frees for watched in ranks) >= least_operations // 10
-
-
-def check_findings(ranks: list[Watched], more: frozenset[Place]) -> None:
-    ours, stocks = split(finding for watched in ranks for finding in watched.found)
-    assert ours == {DOWNLOAD, *(place for place in more if is_ours(place))}
-    assert stocks <= STOCK | more
 
 
 @pytest.mark.parametrize("one_queue", [False, True])

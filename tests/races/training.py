@@ -14,7 +14,7 @@ from megatron_laer.cpu import training
 from megatron_laer.runtime import build
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.fake_cuda import findings
-from tests.fake_cuda.allowed import ANNOUNCED, DEEP_EP, HYBRID_EP, Place
+from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, HYBRID_EP, Place
 from tests.fake_cuda.clocks import Watched
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
 from tests.fake_cuda.observing import Observed, accumulate_on, observed
@@ -160,11 +160,13 @@ SCENARIOS = {
     "graphs of attention, router and counts, both overlaps": Training(
         f"{_RANDOM}{_OVERLAPS} --moe-shared-expert-intermediate-size 32{_GRAPHS} attn moe_router "
         "moe_preprocess",
+        more=CAPTURE,
         steps=4,
     ),
     "experts at home, graphs of router and counts, recompute of norms": Training(
         f"{_HOME} --recompute-granularity selective --recompute-modules layernorm{_GRAPHS} "
         "moe_router moe_preprocess",
+        more=CAPTURE,
         steps=4,
     ),
     "Muon": Training(f"{_HOME} --optimizer muon"),
