@@ -171,9 +171,13 @@ def train_without_waiting(flags: list[str], first_seed: int | None) -> Trace:
             return self._out
 
     def careless_submit(self: ThreadStream, work: Any, label: Any) -> Any:
-        promise = submit(self, work, label)
+        if label.kind != "restore":
+            return submit(self, work, label)
         restore: Any = inspect.unwrap(work)  # as submitted, without the observation
-        return Unawaited(restore.keywords["out"]) if label.kind == "restore" else promise
+        (steps,) = restore.args
+        out = steps.gi_frame.f_locals["out"]
+        submit(self, work, label)
+        return Unawaited(out)
 
     with mock.patch.object(ThreadStream, "submit", careless_submit):
         return train_with_delays(flags, first_seed)
@@ -199,16 +203,16 @@ def train_into_a_hang(flags: list[str], watchdog_s: float) -> None:
 
     from megatron_laer.runtime.comm.exchange import HierarchicalExchange
 
-    reduce, calls = HierarchicalExchange.reduce, 0
+    reduce_steps, calls = HierarchicalExchange.reduce_steps, 0
 
     def stuck_reduce(self: HierarchicalExchange, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if dist.get_rank() == 1 and calls == 20:
             threading.Event().wait()
-        return reduce(self, *args, **kwargs)
+        return (yield from reduce_steps(self, *args, **kwargs))
 
-    with mock.patch.object(HierarchicalExchange, "reduce", stuck_reduce):
+    with mock.patch.object(HierarchicalExchange, "reduce_steps", stuck_reduce):
         train_with_delays(flags, 0, watchdog_s)
 
 

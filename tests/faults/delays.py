@@ -167,10 +167,10 @@ def _injected(
     next_job, decide = PlannerService._next_job, Guard.decide
     delay = delays.at
 
-    def slow_stage(self: Any, *args: Any) -> Any:
+    def slow_stage(self: Any, *args: Any, **kwargs: Any) -> Any:
         # The stream's thread, or the caller's without overlap; each stage is a call.
         delay(f"stage {self.group.group_name}")
-        return all_to_all(self, *args)
+        return all_to_all(self, *args, **kwargs)
 
     def slow_tokens(ctx: Any, *args: Any) -> Any:
         # Dispatch and combine, forward and backward: Megatron's backward applies it again. Each
