@@ -34,8 +34,9 @@ LIST = Path(__file__).parent / "fake_cuda" / "lines_left.csv"
 LIMIT_S, CASE_LIMIT_S = 300.0, 900.0  # of a run and of a case
 # Of code that no run reaches without the machines or packages that it is about.
 _TESTS = (
-    *("unit/test_exchange_launches.py", "unit/test_launcher.py", "unit/test_nccl_options.py"),
-    *("unit/test_slot_gemm.py", "unit/test_steps.py", "unit/test_streams.py"),
+    *("unit/test_exchange_launches.py", "unit/test_fp8_back_end.py", "unit/test_launcher.py"),
+    *("unit/test_nccl_options.py", "unit/test_slot_gemm.py", "unit/test_steps.py"),
+    "unit/test_streams.py",
     "tools/test_configurations.py::test_a_card_has_the_constants_of_its_kind",
 )
 

@@ -7,9 +7,9 @@ or events or None, or that a known condition sets so. Only a card runs:
 
 * the statements under a condition on the side that the CPU does not take, and those behind a side
   that the CPU leaves the block by;
-* functions of a module that imports Triton, kernels among them;
+* functions of a module that imports Triton, kernels among them, or that has a constant with a
+  module's name in Transformer Engine, apart from `problem`, its refusal on the CPU;
 * functions that make, find or enter CUDA's streams or make events without a condition;
-* functions of back ends of GEMMs that refuse the CPU, apart from `problem`, the refusal;
 * functions and classes whose names occur in such code alone.
 
 A statement counts as one line, and one with a block as its first. Imports, docstrings and
@@ -26,13 +26,8 @@ from pathlib import Path
 from types import CodeType
 from typing import NamedTuple
 
-import torch
-
-from megatron_laer.layer.experts.gemm import gemm_names, slot_gemm
-
 ROOT = Path(__file__).resolve().parents[2]
 _PACKAGE = ROOT / "megatron_laer"
-_GEMM = "megatron_laer/layer/experts/gemm"
 _LEFT_OUT = "cpu", "tools"
 _STREAMS = {f"torch.cuda.{name}" for name in ("Stream", "stream", "Event", "current_stream")}
 _UNKNOWN = object()
@@ -86,7 +81,7 @@ class _Source:
         for _ in range(3):  # since values rest on each other
             self._find_values()
         for file, tree in self._trained.items():
-            self._find_modules(file, tree)
+            self._find_modules(tree)
             self._find_branches(file, tree)
         for tree in self._trained.values():
             self._find_streams(tree, None)
@@ -185,20 +180,23 @@ class _Source:
                 return (named == "cpu") is isinstance(op, ast.Eq)
         return _UNKNOWN
 
-    def _find_modules(self, file: str, tree: ast.Module) -> None:
-        """Find functions of modules that import Triton, and of back ends that refuse the CPU."""
-        imported = {
+    def _find_modules(self, tree: ast.Module) -> None:
+        """Find functions of modules for Triton and Transformer Engine."""
+        named = {
             alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names
         }
-        cpu = torch.device("cpu"), torch.bfloat16
-        refuses = file.startswith(_GEMM) and (
-            (name := Path(file).stem) in gemm_names() and slot_gemm(name).problem(*cpu) is not None
-        )
-        if "triton" in imported or refuses:
+        named |= {
+            node.value.value.partition(".")[0]
+            for node in tree.body
+            if isinstance(node, ast.Assign)
+            and isinstance(node.value, ast.Constant)
+            and isinstance(node.value.value, str)
+        }
+        if named & {"triton", "transformer_engine"}:
             self.of_card |= {
                 node
                 for node in ast.walk(tree)
-                if isinstance(node, ast.FunctionDef) and not (refuses and node.name == "problem")
+                if isinstance(node, ast.FunctionDef) and node.name != "problem"
             }
 
     def _find_branches(self, file: str, tree: ast.Module) -> None:
