@@ -70,6 +70,8 @@ def noted(events: list[str]) -> Iterator[None]:
 
 def observed(flags: list[str], cuda_graph_impl: str = "none") -> tuple[list[str], Record]:
     """Return this rank's host events, and the record of a run whose layers see that setting."""
+    from megatron.core.transformer.enums import CudaGraphModule
+
     from megatron_laer.layer.moe_layer import FSEPMoELayer
 
     events: list[str] = []
@@ -79,6 +81,7 @@ def observed(flags: list[str], cuda_graph_impl: str = "none") -> tuple[list[str]
         init(layer, *args, **kwargs)
         layer.config = copy.copy(layer.config)
         layer.config.cuda_graph_impl = cuda_graph_impl
+        layer.config.cuda_graph_modules = [CudaGraphModule.moe_router]
 
     with noted(events), mock.patch.object(FSEPMoELayer, "__init__", with_setting):
         record = train(flags)
