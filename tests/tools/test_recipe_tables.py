@@ -22,7 +22,7 @@ def csv_of(*rows: dict[str, str]) -> str:
 def test_a_table_is_judged_into_json(tmp_path, capsys):
     """A row that cannot be judged does not keep others from it."""
     table, output = tmp_path / "recipes.csv", tmp_path / "out.json"
-    rows = [{"dispatcher": "flex"}, {"EP": "1"}, {"delay_wgrad": "True"}, {"pool": "rl"}]
+    rows = [{"dispatcher": "flex"}, {"EP": "1"}, {"cuda_graph_impl": "local"}, {"pool": "rl"}]
     table.write_text(csv_of(*(NONE | row for row in rows)))
     words = ["check-recipe", "--bridge-csv", str(table), "--json", str(output)]
     assert cli.main(words) == 2
@@ -37,13 +37,13 @@ def test_a_table_is_judged_into_json(tmp_path, capsys):
     assert "1 of 4 recipes cannot be judged, the first: recipe '" in said.err
     assert said.err.count("\n") == 1
     first, second, third, fourth = json.loads(output.read_text())
-    keys = "recipe verdict proved_by on_replacements no_row no_row_together because drop if_none_of"
-    assert set(first) == set(second) == set(keys.split())
+    keys = "recipe verdict proved_by on_replacements no_row no_row_together because drop allow"
+    assert set(first) == set(second) == {*keys.split(), "if_none_of"}
     assert (first["recipe"], first["verdict"], first["proved_by"]) == (NAME, "runs", None)
     assert (first["on_replacements"], first["because"], first["drop"]) == (True, [], [])
     assert "DeepEP + fused permutation" in first["no_row_together"]
     assert (second["verdict"], second["proved_by"]) == ("set-ep", None)
-    assert third["drop"] == ["--delay-wgrad-compute"] and "speed-only" in third["because"][0]
+    assert third["drop"] == ["--cuda-graph-impl"] and "speed-only" in third["because"][0]
     assert fourth["verdict"] is None and "pool 'rl': unknown" in fourth["because"][0]
 
 
