@@ -252,6 +252,13 @@ class FSEPConfig:
             )
         if self.sharding == Sharding.EXPERTS and self.reason_for_rows is not None:
             raise ValueError(self.reason_for_rows)
+        nodes = self.domain_nodes
+        if nodes is not None and nodes > 1 and self.token_exchange == TokenExchange.RANK:
+            raise ValueError(
+                f"--fsep-domain-nodes {nodes}: sends more tokens between nodes with "
+                f"--fsep-token-exchange {self.token_exchange}; use --fsep-token-exchange "
+                f"{TokenExchange.NODE}, or leave it out"
+            )
         if self.experts_in_fp8:
             self._check_fp8_experts()
 

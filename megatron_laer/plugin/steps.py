@@ -45,9 +45,10 @@ def _with_operations(original: Any) -> Any:
         if f_schedule_plan is not None:
             begun = scheduler.begin_forward(f_schedule_plan.state.model)
             f_schedule_plan.fsep_forward = begun
-        output = run_together(f_schedule_plan, b_schedule_plan, *args, **kwargs)
-        scheduler.end_forward()
-        return output
+        try:
+            return run_together(f_schedule_plan, b_schedule_plan, *args, **kwargs)
+        finally:
+            scheduler.end_forward()
 
     return staticmethod(functools.wraps(run_together)(run))
 

@@ -179,6 +179,8 @@ def token_exchange(
     config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int, tokens: int
 ) -> TokenExchange:
     if config.token_exchange == Auto.AUTO:
+        if config.domain_nodes is not None and config.domain_nodes > 1:
+            return TokenExchange.NODE  # the one that layouts for several nodes are for
         return choose_token_exchange(costs, geometry, top_k, tokens)
     return TokenExchange(config.token_exchange)
 

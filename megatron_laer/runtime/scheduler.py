@@ -115,7 +115,8 @@ class Scheduler:
         for number, chunk in enumerate(self._chunks):
             if chunk.module is module:
                 self._begin_forward(number)
-        return self._forward
+                return self._forward
+        return None
 
     def end_forward(self) -> None:
         self._forward = None
@@ -314,6 +315,9 @@ class Scheduler:
         return None
 
     def _forget_operations(self) -> None:
+        for chunk in self._chunks:
+            for layer in chunk.layers:
+                layer.split.computes_weights.clear()  # left by a step that an error ended
         self._streams.kept.release()
         if self._fetched is not None:
             self._fetched[1].weights.used()
@@ -323,6 +327,9 @@ class Scheduler:
     def _detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        for chunk in self._chunks:
+            for layer in chunk.layers:
+                layer.split.grads_ready = None
         self._hooks, self._chunks = [], []
         self._forward = None
         self._ahead.clear()

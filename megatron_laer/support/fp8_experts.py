@@ -22,8 +22,8 @@ def problems(settings: Any, allowed: Collection[Unproven]) -> list[str]:
     if Unproven.FP8_EXPERTS not in allowed or not getattr(settings, "fp8", None):
         return []
     found = []
-    # Settings of recipes and job scripts lack some.
-    recipe = getattr(settings, "fp8_recipe", None) or _RECIPES[0]
+    # Settings of recipes and job scripts lack some; this is Megatron's default.
+    recipe = getattr(settings, "fp8_recipe", None) or "delayed"
     recipe = getattr(recipe, "value", recipe)
     if recipe not in _RECIPES:
         found.append(

@@ -130,7 +130,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "delayed-exact",
         "delayed-step",
     ),
-    "`--overlap-dispatch-backward-with-experts-wgrad`": ("dispatch-wgrad",),
+    "`--overlap-dispatch-backward-with-experts-wgrad`": ("dispatch-wgrad", "dispatch-wgrad-off"),
     "combined 1F1B with graphs of router and counts": ("delayed-graphs",),
     "evaluation": ("evaluation",),
     "`--skip-train`": ("evaluate-only",),

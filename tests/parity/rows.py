@@ -449,6 +449,8 @@ ROWS = [
         fsep=GRAPHS + " moe_router moe_preprocess"),
     _row("dispatch-wgrad", "experts' weight gradients during the dispatch's backward, accumulation"
         " 2", BEHIND_DISPATCH, accumulation=2),
+    _row("dispatch-wgrad-off", "experts' weight gradients during the dispatch's backward, scheduler"
+        " off", BEHIND_DISPATCH, fsep=" --fsep-scheduler off"),
     # Frozen weights.
     _row("lora", "LoRA on attention, distributed optimizer", DIST_OPT + " --lr 1e-2 --min-lr 1e-2",
         exchanges=(4, 0), adapt=lora_on_attention),

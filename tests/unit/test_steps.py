@@ -61,6 +61,7 @@ def test_an_exchange_without_an_all_to_all_ends_at_once() -> None:
     both = SideBySide([exchange("a", [], done)], CPU)
     assert not both.next()
     assert both.results == {0: torch.tensor(0)} and done == ["pack a"]
+    assert not both.next() and both.results == {0: torch.tensor(0)}  # asked again for its end
     assert finish(exchange("b", [group_of(done, is_nccl=False)], done)) == torch.tensor(1)
     assert done == ["pack a", "pack b", "send b0", "unpack b0"]
 

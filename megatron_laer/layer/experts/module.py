@@ -113,7 +113,7 @@ class FSEPExperts(MegatronModule):
         return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
 
     def backward_dw(self) -> None:
-        """Do nothing: the layer computes delayed weight gradients, and these are of replicas."""
+        """Do nothing: the layer computes delayed weight gradients (`FSEPMoELayer.backward_dw`)."""
 
     def sharded_state_dict(
         self,

@@ -47,6 +47,7 @@ class SideBySide:
         assert len(groups) == 1, "exchanges of one layout have different steps"
         (group,) = groups
         if group is None:
+            self.has_more = False
             return False
         with one_launch(group, self._device):
             following = [self._advance(at) for at in range(len(self._exchanges))]
@@ -54,6 +55,8 @@ class SideBySide:
         return True
 
     def _advance(self, at: int) -> dist.ProcessGroup | None:
+        if at in self.results:
+            return None
         try:
             return next(self._exchanges[at])
         except StopIteration as end:

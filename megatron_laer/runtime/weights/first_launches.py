@@ -26,7 +26,7 @@ from megatron_laer.runtime.comm.rows import (
     sum_replicas,
     unpack_rows,
 )
-from megatron_laer.runtime.weights.layer import Share
+from megatron_laer.runtime.weights.layer import Carried, Share
 
 # Triton specialises on whether a tensor's address is a multiple of this.
 _ALIGNMENT = 16
@@ -49,8 +49,9 @@ def launch_exchange_kernels(
     """
     if exchange_kernels(share.likes[0]) is None:
         return
-    matrices = zip(share.rows, share.columns, share.likes, share.sources(num_experts), strict=True)
-    for at, (rows, columns, like, source) in enumerate(matrices):
+    sources = share.sources(num_experts)
+    matrices = zip(share.rows, share.columns, share.likes, share.carried, sources, strict=True)
+    for at, (rows, columns, like, carried, source) in enumerate(matrices):
         wire = wire_dtype or like.dtype
         grads: set[torch.dtype] = set()
         if at in share.trained_at:
@@ -59,11 +60,14 @@ def launch_exchange_kernels(
         for node_size in {groups.size, groups.node_size}:
             blocks = row_blocks(rows, groups.size, node_size)
             node, local_rank = divmod(groups.rank, node_size)
-            for dtype in {like.dtype, *grads}:
-                slots_2RK = like.new_empty(2, rows, columns, dtype=dtype)
-                _move(slots_2RK, blocks, homes if dtype == like.dtype else ())
+            for form in {carried, *(Carried(rows, columns, dtype) for dtype in grads)}:
+                slots_2RK = like.new_empty(2, form.rows, form.columns, dtype=form.dtype)
+                # A payload is memory of its own, aligned as any.
+                whole = homes if form == carried and form.dtype == like.dtype else ()
+                _move(slots_2RK, row_blocks(form.rows, groups.size, node_size), whole)
             if blocks.num_nodes > 1:
-                _gather(like.new_empty(2, rows, columns), blocks, local_rank)
+                slots_2RK = like.new_empty(2, carried.rows, carried.columns, dtype=carried.dtype)
+                _gather(slots_2RK, row_blocks(carried.rows, groups.size, node_size), local_rank)
                 for dtype in grads:
                     parts_1PK = like.new_empty(1, blocks.rows_G[local_rank], columns, dtype=dtype)
                     _sum(parts_1PK, [torch.empty_like(parts_1PK, dtype=wire)], blocks, local_rank)

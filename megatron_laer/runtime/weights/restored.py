@@ -52,6 +52,12 @@ from megatron_laer.runtime.weights.slot_grads import SlotGrads
 from megatron_laer.runtime.weights.split_backward import SplitBackward
 from megatron_laer.runtime.weights.states import ExpertsState, WeightState
 
+_NO_MODEL = (
+    "--overlap-moe-expert-parallel-comm with experts at home: their gradients are complete after "
+    "Megatron's own report, and without the model nothing reports them again; pass model= to "
+    "training_step, or take --fsep-sharding rows"
+)
+
 
 class RestoredExperts:
     """Whole experts of one layer for one microbatch, and their part of autograd's graph."""
@@ -160,7 +166,10 @@ class RestoredExperts:
         if not self.index.has_replicas:
             self._placeholders.clear()  # step-held experts would keep those of every pass
             return tokens
-        if self._share.waits_inside and torch.is_grad_enabled() and not self._placeholders:
+        # Delayed gradients too are sent later than a wait that is made with the experts.
+        delays = self._split.delays_weights and not self._waits_after_block
+        waits_early = self._share.waits_inside or delays
+        if waits_early and torch.is_grad_enabled() and not self._placeholders:
             # Older than the mark below, so its wait follows the start of the reduce.
             self.wait_for_grads_here()
         placeholders = self._placeholders[0] if self._placeholders else ()
@@ -280,6 +289,8 @@ class RestoredExperts:
             finish = self._finish_apart
             # Their hooks run in the experts' part, with stock's gradients.
             if share.have_main_grads:
+                if self._split.grads_ready is None:
+                    raise ValueError(_NO_MODEL)
                 parameters = (placeholder(share.likes[0].detach(), ()).requires_grad_(),)
         made: tuple[torch.Tensor, ...] = WaitForGrads.apply(
             finish, self._trained_likes, *parameters

@@ -20,6 +20,7 @@ _SWITCHES = {
     "use_distributed_optimizer": "distributed optimizer",
     "grad_reduce_in_bf16": "gradients in bf16",
     "optimizer_cpu_offload": "offloaded optimizer",
+    "fp8": "fp8",
     "calculate_per_token_loss": "per-token loss",
     "pipeline_model_parallel_layout": "pipeline layout",
     "moe_shared_expert_intermediate_size": "shared experts",

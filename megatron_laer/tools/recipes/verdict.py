@@ -101,7 +101,7 @@ def judge(
     if "--cuda-graph-impl" in drop:
         settings = Namespace(**vars(settings) | {"cuda_graph_impl": "none"})
     if verdict is Verdict.PRECISION and not getattr(settings, "fp16", False):
-        settings = Namespace(**vars(settings) | {"bf16": True})
+        settings = Namespace(**vars(settings) | {"bf16": True, "fp8": None})
     proof = None if doubts else proof_of(settings)
     return Judgement(verdict, proof, (*reasons, *doubts), drop, tuple(sorted(allow)))
 
