@@ -20,7 +20,6 @@ _SWITCHES = {
     "use_distributed_optimizer": "distributed optimizer",
     "grad_reduce_in_bf16": "gradients in bf16",
     "optimizer_cpu_offload": "offloaded optimizer",
-    "fp8": "fp8",
     "calculate_per_token_loss": "per-token loss",
     "pipeline_model_parallel_layout": "pipeline layout",
     "moe_shared_expert_intermediate_size": "shared experts",
@@ -97,6 +96,8 @@ def _features(settings: Namespace) -> Iterator[str]:
     for name, words in _VALUES.items():
         value = str(get(name))
         yield from (feature for word, feature in words.items() if word == value)
+    if get("fp8") or get("fp8_format"):  # the argument of the flag, or the flag of a row
+        yield "fp8"
     yield from _recomputed(get("recompute_granularity"), get("recompute_modules"))
     yield from (f"graphs of {name}" for name in graphed(settings) or ())
     yield from _balanced(get("moe_router_load_balancing_type"), get("moe_aux_loss_coeff"))
