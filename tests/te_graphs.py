@@ -135,7 +135,7 @@ def _make_graphs(
     else:
         graphs = [Graph(layer) for _ in range(repeats) for layer in layers]
     for graph, (hidden,), tensors in zip(graphs, inputs, sample_kwargs, strict=True):
-        # Megatron's samples are in bf16, whatever the model.
+        # Megatron's samples are in bf16 for any model.
         graph.capture(hidden.to(next(graph.layer.parameters()).dtype), tensors)
     made.extend(graphs)
     return graphs

@@ -109,7 +109,7 @@ class CostModel:
     ) -> float:
         """Predict the seconds of a layer's forward and backward for counts [N, E].
 
-        The split is made for domains of so many nodes, for which `tokens` must be priced.
+        The split is made for domains of this number of nodes, for which `tokens` must be priced.
         """
         tables = exact_split if split == Split.EXACT else even_split
         totals = tables(layout, node_size * domain_nodes).totals(counts_NE)

@@ -14,7 +14,7 @@ from tests.parity.flags import command_line
 # rounding adds up as it does in training.
 STEPS = 12
 LONG = 50
-# Graphs of attention beside another feature are known to go wrong after 80 steps only.
+# Graphs of attention with another feature are known to go wrong after 80 steps only.
 LONGEST = 200
 
 FSEP = " --expert-parallel-mode fsep --fsep-sharding rows"

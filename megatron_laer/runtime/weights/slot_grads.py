@@ -45,7 +45,7 @@ class SlotGrads:
     def delay(self, position: int, compute: Callable[[torch.Tensor], None]) -> torch.Tensor:
         """Keep the computation of a matrix's gradients for `compute_delayed`; return zeros."""
         assert position not in self._delayed, (
-            f"{self._name}: nobody computed the last pass's weight gradients, which are delayed"
+            f"{self._name}: the last pass's delayed weight gradients were not computed"
         )
         self._delayed[position] = self.new(position), compute
         return placeholder(self.share.likes[position].detach(), self._weights.shapes[position])

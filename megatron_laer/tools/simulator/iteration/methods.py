@@ -255,7 +255,7 @@ def _buffers(settings: MethodSettings, rates: Rates) -> dict[str, float]:
         ]
         names = "send", "receive"
         workspace = sum(max(each[way][name] for each in sizes) for way in (0, 1) for name in names)
-    groups = []  # beside that of tokens; NCCL takes memory at the first exchange
+    groups = []  # in addition to that of tokens; NCCL takes memory at the first exchange
     if is_flat or costs.by_layout:
         groups += [(num_ranks, node_size)] * 2
     if (not is_flat or costs.by_layout) and 1 < node_size < num_ranks:
