@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests import card_coverage
 from tests.fake_cuda.lines import only_on_card, recorded
+from tests.races import card_coverage
 
 pytestmark = pytest.mark.races
 

@@ -1,8 +1,9 @@
 """Lines that only a card runs, before and after the labelled device: a table.
 
-`python -m tests.card_coverage` runs each case in a process of its own, with a limit. It prints the
-lines by file, and those that no case runs, with the reasons of `fake_cuda/lines_left.csv`. Its
-status is 1 if the list differs. `fake_cuda/lines.py` says which lines only a card runs.
+`python -m tests.races.card_coverage` runs each case in a process of its own, with a limit. It
+prints the lines by file, and those that no case runs, with the reasons of
+`fake_cuda/lines_left.csv`. Its status is 1 if the list differs. `fake_cuda/lines.py` says which
+lines only a card runs.
 
 Before the device are unit tests, with fakes, and layers and Megatron's loop on the CPU.
 """
@@ -30,7 +31,7 @@ from tests.parity.replay import train_row
 from tests.races import training
 from tests.text_data import write_text_data
 
-LIST = Path(__file__).parent / "fake_cuda" / "lines_left.csv"
+LIST = Path(__file__).parents[1] / "fake_cuda" / "lines_left.csv"
 LIMIT_S, CASE_LIMIT_S = 300.0, 900.0  # of a run and of a case
 # Of code that no run reaches without the machines or packages that it is about.
 _TESTS = (
@@ -150,7 +151,7 @@ def _lines_run() -> dict[str, set[Line]]:
         for name, case in CASES.items():
             print(name, file=sys.stderr, flush=True)
             file = Path(folder) / "lines.json"
-            words = [sys.executable, "-m", "tests.card_coverage", name, str(file)]
+            words = [sys.executable, "-m", "tests.races.card_coverage", name, str(file)]
             subprocess.run(words, cwd=ROOT, check=True, timeout=CASE_LIMIT_S)
             lines[case.column] |= {(path, line) for path, line in json.loads(file.read_text())}
     return lines
