@@ -124,6 +124,11 @@ def _checked(source: str, name: str, settings: object) -> dict[str, Any]:
         raise ValueError(f"{where} must be a mapping of options, got {reprlib.repr(settings)}")
     for option, value in settings.items():
         _check(f"{where}: {option}", option, value)
+    if name.startswith("fsep_tokens") and settings.get("is_high_priority_stream") is False:
+        raise ValueError(
+            f"{where}: is_high_priority_stream False: tokens precede weights and gradients in both "
+            "stages, as in the whole group; leave it out"
+        )
     least, most = (settings.get(bound) for bound in _CTAS)
     if least is not None and most is not None and least > most:
         raise ValueError(f"{where}: min_ctas {least} must be at most max_ctas, got {most}")

@@ -436,7 +436,7 @@ FAULTS: tuple[Fault, ...] = (
         "two_layers",
     ),
     _RESTORED.fault(
-        "nobody waits for gradients of a layer in parts",
+        "no one waits for gradients of a layer in parts",
         "        marked: torch.Tensor = WaitWithTokens.apply(tokens, *made)\n        return marked",
         "        return tokens",
         *_ranks("combined_1f1b"),

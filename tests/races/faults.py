@@ -321,7 +321,7 @@ TRAINING_FAULTS = {
         "combined 1F1B with delayed weight gradients, virtual pipeline 2 x 2",
         "on the stream of gradients reads what mm on the compute stream writes",
     ),
-    "nobody waits until homes' main gradients have the sums": Fault(
+    "no one waits until homes' main gradients have the sums": Fault(
         _replaced(SlotGrads, "finish_reduce", _finish_at_once),
         "combined 1F1B with delayed weight gradients, experts at home, both overlaps",
         "on the stream of gradients",

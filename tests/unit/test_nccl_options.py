@@ -101,6 +101,7 @@ def test_the_users_file_wins(tmp_path: Path) -> None:
         ),
         ("fsep_gradients: {cta_policy: none}", "must be ['default', 'efficiency', 'zero'], got"),
         ("fsep_gradients: {is_high_priority_stream: 1}", "must be [True, False], got 1"),
+        ("fsep_tokens: {is_high_priority_stream: false}", "is_high_priority_stream False: tokens"),
         ("fsep_gradients: {net_name: 3}", "net_name must be a text such as IB or socket, got 3"),
         (
             "fsep_gradients_inter_node: {cta_policy: zero}",
