@@ -15,6 +15,8 @@ import warnings
 
 from megatron_laer.environment import CONNECTIONS, DEVICE
 
+MEGATRON_FSDP = "--use-megatron-fsdp"
+
 
 def install() -> None:
     """Replace CUDA in torch and Megatron for the rest of the process."""
@@ -47,8 +49,10 @@ def _set_environment() -> None:
     os.environ[DEVICE] = "cpu"
     # Megatron's jit warm-up would compile for CUDA.
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    # Megatron refuses sequence parallelism and overlap without it; the CPU ignores it.
-    os.environ.setdefault(CONNECTIONS, "1")
+    # Megatron refuses sequence parallelism and overlap without it, and Megatron-FSDP with it; the
+    # CPU ignores it.
+    if MEGATRON_FSDP not in sys.argv:
+        os.environ.setdefault(CONNECTIONS, "1")
     # Hide a GPU from torch's C++ side as well.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Megatron asks for pinned batches; without a device every DataLoader warns.

@@ -35,6 +35,10 @@ def fix() -> None:
     _fix_optimizer_offload()
     _fix_async_saves()
 
+    from megatron_laer.cpu import megatron_fsdp
+
+    megatron_fsdp.fix()
+
 
 def _fix_norm() -> None:
     from megatron.core.transformer import torch_norm

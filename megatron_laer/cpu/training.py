@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.cpu import weights
+from megatron_laer.cpu.install import MEGATRON_FSDP
 from megatron_laer.cpu.weights import Tensors
+from megatron_laer.environment import CONNECTIONS
 
 
 @dataclass
@@ -83,7 +85,8 @@ def train(
         if training.get_args().load is None:
             weights.load_common_weights(model)
             torch.manual_seed(dist.get_rank())  # for the noise of routers
-            if result[1] is not None:  # None in a run that only evaluates
+            # None in a run that only evaluates; Megatron-FSDP's main weights are the ones loaded.
+            if result[1] is not None and not training.get_args().use_megatron_fsdp:
                 result[1].reload_model_params()
         # Make Megatron reduce and save whole gradients in the first step. Between instances of the
         # distributed optimizer it reduces only parts.
@@ -130,6 +133,7 @@ def train(
         mock.patch.object(MoEMetricsTracker, "report", observed_report),
         mock.patch.object(ArgumentGroupFactory, "_get_field_docstrings", remembered_docstrings),
         mock.patch.object(sys, "argv", ["pretrain_gpt.py", *flags]),
+        _queues_for(flags),
         fresh_megatron(model),
     ):
         if script is None:
@@ -143,6 +147,15 @@ def train(
     if rank_of_environment() != 0:
         record.weights, record.first_grads = {}, {}
     return record
+
+
+@contextlib.contextmanager
+def _queues_for(flags: Sequence[str]) -> Iterator[None]:
+    """Set the number of queues as `install` does, which ranks of a pool have run before."""
+    with mock.patch.dict(os.environ):
+        if MEGATRON_FSDP in flags:
+            del os.environ[CONNECTIONS]
+        yield
 
 
 @dataclass

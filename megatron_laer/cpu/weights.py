@@ -6,10 +6,11 @@ expert of an expert matrix. A rank's share of a key is a block of its rows.
 
 from __future__ import annotations
 
+import math
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -39,16 +40,17 @@ class Piece:
     shape: tuple[int, ...]
     start: int
     parameter: torch.nn.Parameter
-    # Selects the piece in the parameter (one expert of a slice), or in its gradient.
+    # Selects the piece in the parameter (one expert of a slice, a shard), or in its gradient.
     select: Callable[[torch.Tensor], torch.Tensor]
 
 
 def pieces(model: list[torch.nn.Module]) -> Iterator[Piece]:
     """Yield every piece of every chunk on this rank, in the same order for the same model."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
-    from megatron.core.utils import unwrap_model
 
-    for chunk in unwrap_model(model):
+    from megatron_laer.plugin.sharded_models import unwrapped
+
+    for chunk in map(unwrapped, model):
         numbers = {
             name: module.layer_number
             for name, module in chunk.named_modules()
@@ -56,7 +58,8 @@ def pieces(model: list[torch.nn.Module]) -> Iterator[Piece]:
         }
         modules = dict(chunk.named_modules())
         for name, parameter in chunk.named_parameters():
-            yield from _pieces_of(_globalise(name, numbers), name, parameter, modules)
+            for piece in _pieces_of(_globalise(name, numbers), name, parameter, modules):
+                yield _shard_of(piece)
 
 
 def _globalise(name: str, numbers: dict[str, int]) -> str:
@@ -69,7 +72,8 @@ def _globalise(name: str, numbers: dict[str, int]) -> str:
 def _pieces_of(
     key: str, name: str, parameter: torch.nn.Parameter, modules: dict[str, Any]
 ) -> Iterator[Piece]:
-    shape = tuple(parameter.shape)
+    # A shard of Megatron-FSDP has the shape over all tensor ranks.
+    shape = tuple(getattr(parameter, "orig_param", parameter).shape)
     if stock := _STOCK_EXPERT.match(key) or _GROUPED_EXPERT.match(key):
         experts = modules[name.partition(_EXPERTS)[0] + _EXPERTS]
         first = experts.ep_group.rank() * experts.num_local_experts
@@ -99,8 +103,22 @@ def _pieces_of(
         yield Piece(key, shape, 0, parameter, _whole)
 
 
+def _shard_of(piece: Piece) -> Piece:
+    """Return the rows of a piece that Megatron-FSDP keeps on this rank: the piece without it."""
+    rows = getattr(piece.parameter, "megatron_fsdp_slice", None)
+    if rows is None:
+        return piece
+    columns = math.prod(piece.shape[1:])
+    return replace(piece, start=piece.start + rows.start // columns, select=_local)
+
+
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
+
+
+def _local(tensor: Any) -> torch.Tensor:
+    local: torch.Tensor = tensor.to_local()
+    return local
 
 
 def _expert(expert: int, shape: tuple[int, ...], tensor: torch.Tensor) -> torch.Tensor:
@@ -118,19 +136,27 @@ def load_common_weights(model: list[torch.nn.Module]) -> None:
         whole = 1 + 0.05 * whole if is_norm else 0.04 * whole
         mine = piece.select(piece.parameter)
         mine.copy_(whole[piece.start : piece.start + mine.shape[0]])
+    for chunk in model:
+        if hasattr(chunk, "megatron_fsdp_dist_index"):  # it computes with copies of these weights
+            chunk.module.install_optimized_model_weights()
 
 
 def read(model: list[torch.nn.Module], what: str) -> list[tuple[str, int, torch.Tensor]]:
     """Return (key, start, rows) of every piece's `weight`, or of trainable ones' `main_grad`."""
-    attribute = "data" if what == "weight" else "main_grad"
+
+    def value(piece: Piece) -> torch.Tensor:
+        if what == "weight":
+            return piece.parameter.data
+        # Megatron-FSDP gives sharded gradients to its optimizer's parameters.
+        is_sharded = hasattr(piece.parameter, "megatron_fsdp_slice")
+        grad: torch.Tensor = getattr(piece.parameter, "grad" if is_sharded else "main_grad")
+        return grad
+
     return [
-        (
-            piece.key,
-            piece.start,
-            piece.select(getattr(piece.parameter, attribute)).detach().cpu().clone(),
-        )
+        (piece.key, piece.start, piece.select(value(piece)).detach().cpu().clone())
         for piece in pieces(model)
-        if what == "weight" or piece.parameter.requires_grad
+        if (what == "weight" or piece.parameter.requires_grad)
+        and piece.select(piece.parameter).numel() > 0
     ]
 
 

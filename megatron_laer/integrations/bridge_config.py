@@ -23,6 +23,10 @@ _SAVES_HUGGING_FACE = (
     "which an FSEP model has not while it trains; set it to False, and export from a checkpoint, "
     "or within megatron_laer.integrations.bridge_weights.stock_weights()"
 )
+_SHARDED = (
+    "use_megatron_fsdp=True: no test proves it with FSEP in Megatron-Bridge; set it to False, or "
+    "train by Megatron's own script"
+)
 _OVERLAPS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
 _EXPERTS_LINEAR = ("linear_fc1", "linear_fc2")
 
@@ -60,6 +64,8 @@ def settings_of(recipe: Any) -> Namespace:
 def problems_of(recipe: Any) -> list[str]:
     """Return refusals of settings that are no arguments of Megatron."""
     found = [_DECENTRALIZED] if recipe.dist.use_decentralized_pg else []
+    if any(getattr(part, "use_megatron_fsdp", False) for part in (recipe.dist, recipe.ddp)):
+        found.append(_SHARDED)
     # Only newer releases have it.
     if getattr(recipe.checkpoint, "also_save_hf_checkpoint", False):
         found.append(_SAVES_HUGGING_FACE)

@@ -12,6 +12,7 @@ import torch
 
 from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
+from megatron_laer.plugin.sharded_models import await_weights, is_sharded, unwrapped
 from megatron_laer.runtime.scheduler import Chunk
 
 
@@ -97,11 +98,9 @@ def training_step(
 
 def _chunk(wrapped: Any) -> Chunk:
     """Describe a model chunk for the scheduler, from inside Megatron's data-parallel wrapper."""
-    from megatron.core.utils import unwrap_model
-
     from megatron_laer.layer.moe_layer import FSEPMoELayer
 
-    module = unwrap_model(wrapped)
+    module = unwrapped(wrapped)
     found = [
         (part, block)
         for block in module.modules()
@@ -143,7 +142,7 @@ def _replayed(routers: Sequence[Any]) -> list[torch.Tensor] | None:
 
 def _grads_ready(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None:
     """Report main gradients to Megatron once more; it counts reports before it reduces them."""
-    if not wrapped.ddp_config.overlap_grad_reduce:
+    if is_sharded(wrapped) or not wrapped.ddp_config.overlap_grad_reduce:
         return
     for parameter in parameters:
         if parameter.requires_grad:
@@ -153,7 +152,7 @@ def _grads_ready(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None
 
 def _gathers_weights(wrapped: Any) -> bool:
     """Return False if Megatron gathers nothing in forward, or has synchronised all weights."""
-    return bool(getattr(wrapped, "remove_forward_pre_hook_handles", None))
+    return is_sharded(wrapped) or bool(getattr(wrapped, "remove_forward_pre_hook_handles", None))
 
 
 def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None:
@@ -161,6 +160,9 @@ def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> No
 
     With `--overlap-param-gather`, weights may not have arrived yet from other replicas.
     """
+    if is_sharded(wrapped):
+        await_weights(wrapped, parameters)
+        return
     if not _gathers_weights(wrapped):
         return
     is_dispatched_elsewhere = (

@@ -19,6 +19,7 @@ from megatron_laer.plugin.install_tracker import remove_metrics
 from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hybrid_specs
 from megatron_laer.plugin.optimizers import OPTIMIZER_PATCHES
 from megatron_laer.plugin.patching import apply, patch_table, undo
+from megatron_laer.plugin.sharded_models import SHARDING_PATCHES
 from megatron_laer.plugin.steps import STEP_PATCHES
 from megatron_laer.session import Session
 from megatron_laer.support import config_files, torch_version
@@ -30,6 +31,7 @@ FSEP_PATCHES = (
     *LAYER_PATCHES,
     *STEP_PATCHES,
     *OPTIMIZER_PATCHES,
+    *SHARDING_PATCHES,
     *CHECKPOINT_PATCHES,
     *WRITER_PATCHES,
 )

@@ -169,9 +169,8 @@ class Scheduler:
         if self._forward is None:
             return
         # Without a restore ahead, rows wait in the call of their module. Replicas of homes may be
-        # fetched before stock's modules are called.
-        fetches = layer.share.waits_inside and restored.index.has_replicas
-        if self.schedule.restores_ahead or fetches:
+        # fetched before stock's modules are called; whether or not, ranks gather in one order.
+        if self.schedule.restores_ahead or layer.share.waits_inside:
             self._forward.chunk.await_weights(layer.share.parameters)
         if self.schedule.restores_ahead:
             restored.weights.start_restore()

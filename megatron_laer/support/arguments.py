@@ -18,7 +18,7 @@ from megatron_laer.planner.geometry import (
     resolve_geometry,
 )
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.support import RefusedError, fp8_experts, triton_needs
+from megatron_laer.support import RefusedError, fp8_experts, megatron_fsdp, triton_needs
 from megatron_laer.support.model import (
     problems_with_mode,
     problems_with_token_exchange,
@@ -78,6 +78,7 @@ def problems(args: Namespace, config: FSEPConfig) -> list[str]:
         if word not in used
     ]
     found += fp8_experts.problems(args, allowed)
+    found += megatron_fsdp.problems(args, config.sharding)
     found += problems_with_mode(args, config.mode)
     found += problems_with_token_exchange(args, config.token_exchange)
     return found or _shape_problems(args, config)

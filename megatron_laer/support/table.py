@@ -75,7 +75,6 @@ _SPEED, _PRECISION = LeftOut.SPEED, LeftOut.PRECISION
 _NO_FP8 = "restored experts are computed in bf16 or fp32"
 _TRAIN_IN_BF16 = "leave it out, and train with --bf16"
 _DTYPE_OF_EXPERTS = "experts are kept and moved in the parameters' dtype"
-_DENSE_BY_DISTRIBUTED_OPTIMIZER = "leave it out; --use-distributed-optimizer shards the dense part"
 _DTYPE_OF_NCCL_EP = "NCCL EP alone sends tokens in it, to experts of Transformer Engine"
 _NO_GRAPH = "layouts and split sizes are decided on the host, which a graph cannot record"
 _GRAPHS_OFF = "give --cuda-graph-impl none"
@@ -184,15 +183,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal("--fp8-param-gather", _DTYPE_OF_EXPERTS, field="fp8_param", left_out=_PRECISION),
     Refusal("--fp4-param-gather", _DTYPE_OF_EXPERTS, field="fp4_param", left_out=_PRECISION),
     Refusal(
-        "--use-megatron-fsdp",
-        "Megatron-FSDP would shard experts itself",
-        _DENSE_BY_DISTRIBUTED_OPTIMIZER,
-        field="",
-    ),
-    Refusal(
         "--use-torch-fsdp2",
-        "torch FSDP2 excludes expert parallelism",
-        _DENSE_BY_DISTRIBUTED_OPTIMIZER,
+        "Megatron excludes expert parallelism with it",
+        "give --use-megatron-fsdp, which shards dense layers next to experts at home",
         field="",
     ),
     Refusal("--enable-cuda-graph", _NO_GRAPH, _GRAPHS_OFF, left_out=_SPEED),

@@ -43,8 +43,9 @@ class BuiltParts:
 
     def _parts(self) -> dict[str, type]:
         module = self._module
+        # Between steps Megatron-FSDP puts its shards in the places of parameters.
         return {
-            name: type(part)
+            name: type(getattr(part, "orig_param", part))
             for name, part in (*module.named_modules(), *module.named_parameters())
             if part is not module
         }

@@ -7,7 +7,7 @@ Its data-parallel wrapper gives each parameter a `main_grad`. A kernel that adds
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -16,10 +16,11 @@ class MegatronMainGrads:
     """`MainGrads` of `runtime/weights/layer.py` for Megatron."""
 
     def kept_for(self, parameters: Sequence[torch.nn.Parameter]) -> bool:
-        return all(hasattr(parameter, "main_grad") for parameter in parameters)
+        return all(hasattr(part, "main_grad") or _of_fsdp(part) for part in parameters)
 
     def of(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        main_grad: torch.Tensor = parameter.main_grad  # type: ignore[attr-defined]
+        of_fsdp = _of_fsdp(parameter)
+        main_grad: torch.Tensor = of_fsdp() if of_fsdp else parameter.main_grad  # type: ignore[attr-defined]
         return main_grad
 
     def mark_added(self, parameter: torch.nn.Parameter) -> torch.Tensor:
@@ -30,6 +31,12 @@ class MegatronMainGrads:
         """
         parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return _zeros(parameter.shape, parameter.dtype, parameter.device).detach()
+
+
+def _of_fsdp(parameter: torch.nn.Parameter) -> Callable[[], torch.Tensor] | None:
+    """Return Megatron-FSDP's access to a main gradient, as its attribute comes and goes."""
+    found: Callable[[], torch.Tensor] | None = getattr(parameter, "get_main_grad", None)
+    return found
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from megatron_laer.config import Choice, Unproven
 from megatron_laer.files.checks import quoted
-from megatron_laer.support import fp8_experts
+from megatron_laer.support import fp8_experts, megatron_fsdp
 from megatron_laer.support.refusal import LeftOut, Refusal
 from megatron_laer.support.table import REFUSALS
 from megatron_laer.tools.recipes.proof import Proof, proof_of
@@ -74,7 +74,11 @@ def judge(
     refusal, which no argument shows. `doubts` are reasons why nothing proves an accepted run.
     """
     _check_sizes(settings)
-    also_refused = (*also_refused, *fp8_experts.problems(settings, allowed))
+    also_refused = (
+        *also_refused,
+        *fp8_experts.problems(settings, allowed),
+        *megatron_fsdp.problems(settings),
+    )
     asked = {word for row in REFUSALS if _asks(row, settings) for word in row.words}
     allow = _PROVED_BY_ROWS & asked
     found = _refused(settings, {*allowed, *allow})

@@ -1,0 +1,140 @@
+"""Patches of Megatron-FSDP, which shards dense layers next to experts at home.
+
+Home experts are stock's parameters, so that its optimizer and its checkpoints have them. Their
+weights and gradients stay whole between steps: replicas are sent from the ones, and their gradients
+are added to the others. So weights are gathered once a step, and gradients reduced once.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from megatron_laer.plugin.patching import Patch
+
+_BUFFERS = "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer"
+
+
+def is_sharded(wrapped: Any) -> bool:
+    """Return whether Megatron-FSDP wraps this model chunk."""
+    return bool(getattr(getattr(wrapped, "ddp_config", None), "use_megatron_fsdp", False))
+
+
+def unwrapped(wrapped: Any) -> torch.nn.Module:
+    """Return a chunk's own module; Megatron's function leaves the inner wrapper of its FSDP."""
+    from megatron.core.utils import unwrap_model
+
+    module: torch.nn.Module = unwrap_model(wrapped)
+    return unwrap_model(module.module) if is_sharded(wrapped) else module
+
+
+def await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Gather a step's weights of home experts over their replicas, before an early read."""
+    wrapped.module.all_gather_and_wait_parameters_ready(list(parameters), prefetch=False)
+
+
+def _are_of_experts(parameters: Sequence[torch.nn.Parameter]) -> bool:
+    return not getattr(parameters[0], "allreduce", True)
+
+
+def _with_whole_experts(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(
+        self: Any, config: Any, params: Any, is_data_distributed: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        # Buffers of main weights alone have no allocator, since they are never gathered.
+        if "temporary_bucket_allocator" in kwargs and _are_of_experts(params):
+            is_data_distributed = False
+        original(self, config, params, is_data_distributed, *args, **kwargs)
+
+    return __init__
+
+
+def _with_experts_of_no_unit(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _get_parameter_groups(*args: Any, **kwargs: Any) -> Any:
+        groups, *maps = original(*args, **kwargs)
+        for group in groups:
+            if _are_of_experts(group.params):
+                group.fsdp_unit_id = None
+        return groups, *maps
+
+    return _get_parameter_groups
+
+
+def _keeping_experts(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def release_bucket(self: Any, bucket_id: int, *args: Any, **kwargs: Any) -> None:
+        # A unit's module releases all of its parameters.
+        if not _are_of_experts(self.buffer.parameter_groups[bucket_id].params):
+            original(self, bucket_id, *args, **kwargs)
+
+    return release_bucket
+
+
+def _with_experts_last(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def reduce_gradients(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
+        # Each reduce scales a whole gradient in place, and would scale earlier microbatches' again.
+        ready = [part for part in params if not _are_of_experts([part]) or _is_complete(part)]
+        original(self, ready, *args, **kwargs)
+
+    return reduce_gradients
+
+
+def _is_complete(parameter: Any) -> bool:
+    """Return whether the step's last microbatch adds to the gradient now, or has done so."""
+    return bool(getattr(parameter._megatron_fsdp_model, "is_last_microbatch", False))
+
+
+def _with_experts_at_end(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def synchronize_gradient_reduce(self: Any) -> None:
+        # Without --overlap-grad-reduce Megatron does not say which microbatch is the last one.
+        if self.ddp_config.overlap_grad_reduce and not hasattr(self, "is_last_microbatch"):
+            self.is_last_microbatch = True
+            groups = self.param_and_grad_buffer.parameter_groups
+            trained = [group.params for group in groups if group.requires_grad]
+            experts = [part for params in trained if _are_of_experts(params) for part in params]
+            self.grad_reduce_pipeline.reduce_gradients(experts)
+            del self.is_last_microbatch
+        original(self)
+
+    return synchronize_gradient_reduce
+
+
+SHARDING_PATCHES = (
+    Patch(
+        _BUFFERS,
+        "DataParallelBuffer.__init__",
+        _with_whole_experts,
+        "Megatron-FSDP keeps home experts' weights and gradients whole",
+    ),
+    Patch(
+        _BUFFERS,
+        "_get_parameter_groups",
+        _with_experts_of_no_unit,
+        "Megatron-FSDP marks home experts' weights as old after a step, and never frees them",
+    ),
+    Patch(
+        _BUFFERS,
+        "AllGatherPipeline.release_bucket",
+        _keeping_experts,
+        "Megatron-FSDP gathers home experts' weights once a step",
+    ),
+    Patch(
+        _BUFFERS,
+        "GradReducePipeline.reduce_gradients",
+        _with_experts_last,
+        "Megatron-FSDP reduces home experts' gradients once a step",
+    ),
+    Patch(
+        "megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp",
+        "MegatronFSDP.synchronize_gradient_reduce",
+        _with_experts_at_end,
+        "Megatron-FSDP reduces home experts' gradients after the last microbatch",
+    ),
+)
