@@ -19,9 +19,10 @@ Tensors = dict[str, torch.Tensor]
 
 _EXPERTS = ".mlp.experts"
 _STOCK_EXPERT = re.compile(
-    r"(?P<experts>.*\.mlp\.experts)\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])"
-    r"(?:\.weight|(?P<bias>\.bias))$"
+    r"(?P<experts>.*\.mlp\.experts)\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12]"
+    r"(?:\.adapter\..*)?)(?:\.weight|(?P<bias>\.bias))$"
 )
+_PACKED_ADAPTER = re.compile(r"(?P<linear>.*\.mlp\.experts\.linear_fc[12]\.adapter\..*)\.weight$")
 _GROUPED_EXPERT = re.compile(
     r"(?P<experts>.*\.mlp\.experts)\.(?P<linear>linear_fc[12])(?:\.weight|(?P<bias>\.bias))"
     r"(?P<expert>\d+)$"
@@ -70,12 +71,17 @@ def _pieces_of(
     key: str, name: str, parameter: torch.nn.Parameter, modules: dict[str, Any]
 ) -> Iterator[Piece]:
     shape = tuple(parameter.shape)
+    key = key.replace(".to_wrap.", ".")  # a linear layer with an adapter
     if stock := _STOCK_EXPERT.match(key) or _GROUPED_EXPERT.match(key):
         experts = modules[name.partition(_EXPERTS)[0] + _EXPERTS]
-        first = experts.ep_group.rank() * experts.num_local_experts
-        expert = first + int(stock["expert"])
+        expert = _first_expert(experts) + int(stock["expert"])
         linear = f"{stock['experts']}.{stock['linear']}{stock['bias'] or ''}"
         yield Piece(f"{linear}.{expert}", shape, 0, parameter, _whole)
+    elif (packed := _PACKED_ADAPTER.match(key)) and parameter.dim() == 3:
+        first = _first_expert(modules[name.partition(_EXPERTS)[0] + _EXPERTS])
+        for expert in range(shape[0]):
+            select = partial(_expert, expert, shape)
+            yield Piece(f"{packed['linear']}.{first + expert}", shape[1:], 0, parameter, select)
     elif fsep := _FSEP_SLICE.match(key):
         experts = modules[name.rsplit(".", 1)[0]]
         (spec,) = [spec for spec in experts.specs if spec.parameter_name == fsep[2]]
@@ -97,6 +103,11 @@ def _pieces_of(
 
             key += f"@{parallel_state.get_tensor_model_parallel_rank()}"
         yield Piece(key, shape, 0, parameter, _whole)
+
+
+def _first_expert(experts: Any) -> int:
+    first: int = experts.ep_group.rank() * experts.num_local_experts
+    return first
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:
