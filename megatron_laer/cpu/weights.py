@@ -20,9 +20,10 @@ Tensors = dict[str, torch.Tensor]
 
 _EXPERTS = ".mlp.experts"
 _STOCK_EXPERT = re.compile(
-    r"(?P<experts>.*\.mlp\.experts)\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])"
-    r"(?:\.weight|(?P<bias>\.bias))$"
+    r"(?P<experts>.*\.mlp\.experts)\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12]"
+    r"(?:\.adapter\..*)?)(?:\.weight|(?P<bias>\.bias))$"
 )
+_PACKED_ADAPTER = re.compile(r"(?P<linear>.*\.mlp\.experts\.linear_fc[12]\.adapter\..*)\.weight$")
 _GROUPED_EXPERT = re.compile(
     r"(?P<experts>.*\.mlp\.experts)\.(?P<linear>linear_fc[12])(?:\.weight|(?P<bias>\.bias))"
     r"(?P<expert>\d+)$"
@@ -74,12 +75,17 @@ def _pieces_of(
 ) -> Iterator[Piece]:
     # A shard of Megatron-FSDP has the shape over all tensor ranks.
     shape = tuple(getattr(parameter, "orig_param", parameter).shape)
+    key = key.replace(".to_wrap.", ".")  # a linear layer with an adapter
     if stock := _STOCK_EXPERT.match(key) or _GROUPED_EXPERT.match(key):
         experts = modules[name.partition(_EXPERTS)[0] + _EXPERTS]
-        first = experts.ep_group.rank() * experts.num_local_experts
-        expert = first + int(stock["expert"])
+        expert = _first_expert(experts) + int(stock["expert"])
         linear = f"{stock['experts']}.{stock['linear']}{stock['bias'] or ''}"
         yield Piece(f"{linear}.{expert}", shape, 0, parameter, _whole)
+    elif (packed := _PACKED_ADAPTER.match(key)) and parameter.dim() == 3:
+        first = _first_expert(modules[name.partition(_EXPERTS)[0] + _EXPERTS])
+        for expert in range(shape[0]):
+            select = partial(_expert, expert, shape)
+            yield Piece(f"{packed['linear']}.{first + expert}", shape[1:], 0, parameter, select)
     elif fsep := _FSEP_SLICE.match(key):
         experts = modules[name.rsplit(".", 1)[0]]
         (spec,) = [spec for spec in experts.specs if spec.parameter_name == fsep[2]]
@@ -110,6 +116,11 @@ def _shard_of(piece: Piece) -> Piece:
         return piece
     columns = math.prod(piece.shape[1:])
     return replace(piece, start=piece.start + rows.start // columns, select=_local)
+
+
+def _first_expert(experts: Any) -> int:
+    first: int = experts.ep_group.rank() * experts.num_local_experts
+    return first
 
 
 def _whole(tensor: torch.Tensor) -> torch.Tensor:

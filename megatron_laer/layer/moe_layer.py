@@ -243,10 +243,11 @@ class FSEPMoELayer(MoELayer):
 
     def what_changed(self) -> str | None:
         experts, (built,) = self.experts, self._built_experts
-        built_parts = (self._home_experts or built).built_parts
+        slot_experts = self._home_experts or built
         if experts is built:
-            return built_parts.what_changed()
-        return f"its experts were replaced by {type(experts).__name__}: {built_parts.reason}"
+            return slot_experts.what_changed()
+        reason = slot_experts.built_parts.reason
+        return f"its experts were replaced by {type(experts).__name__}: {reason}"
 
     def end_step(self) -> None:
         self.token_dispatcher.end_step()
@@ -287,11 +288,13 @@ class FSEPMoELayer(MoELayer):
         return HomeExperts(self.experts, coordinator.geometry.home_slots, compute)
 
     def _register(self, layer_number: int) -> None:
+        slot_experts = self._slot_experts
         repeats = self._is_mtp and self.config.mtp_use_repeated_layer
         self._state = self._coordinator.register_layer(
             layer_number,
             self._is_mtp,
-            share=self._slot_experts.share,
+            find_share=lambda: slot_experts.share,
+            adapters=lambda: slot_experts.adapters,
             recomputes=self.moe_layer_recompute,
             passes=self.config.mtp_num_layers if repeats else 1,
             what_changed=self.what_changed,

@@ -19,6 +19,7 @@ from megatron_laer.runtime.comm.exchange import wire_dtype
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.layer_state import (
     LayerState,
+    adapters_in,
     check_no_plan_is_left,
     frozen_in,
     name_of_layer,
@@ -80,6 +81,7 @@ class Coordinator:
         self.microbatch_planner.in_steps = True
         summary = agreement.summarise(self.config, self.geometry, self.guard.costs, self.seed)
         summary["frozen experts"] = frozen_in(self.layers)
+        summary["adapters of experts"] = adapters_in(self.layers)
         slots, kept_gib = self.geometry.replica_slots, self.config.restore_memory_gib
         problem = (
             agreement.difference(summary, self.groups)

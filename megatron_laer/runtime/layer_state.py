@@ -153,6 +153,11 @@ def frozen_in(layers: Sequence[FsepLayer]) -> str:
     return ", ".join(f"{name}: {positions}" for name, positions in frozen.items() if positions)
 
 
+def adapters_in(layers: Sequence[FsepLayer]) -> str:
+    found = {layer.name: layer.adapters() for layer in layers}
+    return ", ".join(f"{name}: {adapters}" for name, adapters in found.items() if adapters)
+
+
 def what_changed(layers: Sequence[FsepLayer]) -> str | None:
     """Describe the first layer whose experts were replaced; None if none was."""
     found = ((layer.name, layer.what_changed()) for layer in layers)

@@ -92,6 +92,8 @@ _NODES = _in("layer/dispatch/node_dispatcher.py", *_ranks("dispatcher"))
 _STEPS = _in("plugin/steps.py", *_ranks("scheduler"))
 _SLICES = _in("layer/experts/slices.py", *_unit("slices"), *_ranks("initialisation"))
 _HOMES = _in("layer/experts/homes.py", *_ranks("homes", "own_loop"))
+_COMPUTE = _in("layer/experts/restored_compute.py", *_ranks("parity"), "-k", "lora-fc1")
+_ADAPTERS = _in("layer/experts/adapters.py", *_ranks("lora_on_experts"), "-k", "grouped")
 _FP8_TE = _in("layer/experts/fp8/te.py", *_unit("fp8_back_end"))
 _FP8_PADDING = _in("layer/experts/fp8/padding.py", *_unit("fp8_back_end"))
 _FP8_PAYLOAD = _in("layer/experts/fp8/payload.py", *_unit("fp8_back_end", "fp8_definitions"))
@@ -573,6 +575,37 @@ FAULTS: tuple[Fault, ...] = (
         "replicas' outputs come first",
         "parts_TH = [at_home(), replicas()]",
         "parts_TH = [at_home(), replicas()][::-1]",
+    ),
+    # LoRA on experts.
+    _COMPUTE.fault(
+        "a replica computes without its home's adapter",
+        "output_TR if added_TR is None else output_TR + added_TR",
+        "output_TR",
+    ),
+    _COMPUTE.fault(
+        "a replica's adapter is another layer's",
+        "return layer * (1 + int(self.has_bias)) + sum(",
+        "return layer * (1 + int(self.has_bias)) + 0 * sum(",
+        *_ranks("parity"),
+        "-k",
+        "lora-experts",
+    ),
+    _HOMES.fault(
+        "gradients of replicas' adapters stay there",
+        "matrices += adapter.homes",
+        "matrices += [tuple(part.detach() for part in home) for home in adapter.homes]",
+        *_ranks("lora_on_experts"),
+        "-k",
+        "travel",
+    ),
+    _ADAPTERS.fault("adapters are not scaled", "hidden * part.scale", "hidden"),
+    _SHARE.fault(
+        "a rank's adapters in one parameter are all its first",
+        "return [*parts[0].unbind()]",
+        "return [parts[0][0]] * len(parts[0])",
+        *_ranks("lora_on_experts"),
+        "-k",
+        "grouped",
     ),
     # Experts in fp8.
     _SHARE.fault(

@@ -20,6 +20,7 @@ from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
 from tests.fake_cuda.observing import Observed, accumulate_on, observed
 from tests.fake_cuda.streams import current_stream
 from tests.launch_order import Launch, recorded
+from tests.parity.bridge_lora import lora_on_experts
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
 from tests.parity.rows import GRAPHS
@@ -48,6 +49,7 @@ class Training(NamedTuple):
         kernels: treatment of Triton's kernels.
         one_queue: whether the card has one hardware queue.
         resumes: whether it goes on from `save_on_cpu`'s checkpoint, evaluates and saves again.
+        adapt: changes the model before Megatron wraps it.
     """
 
     flags: str
@@ -58,6 +60,7 @@ class Training(NamedTuple):
     batch: int = 8
     one_queue: bool = False
     resumes: bool = False
+    adapt: training.Adapt | None = None
 
 
 SCENARIOS = {
@@ -82,6 +85,11 @@ SCENARIOS = {
     "experts at home, both overlaps": Training(_HOME + _OVERLAPS),
     "experts at home by relay, recompute of the MoE layer": Training(
         _HOME + _MOE + " --fsep-node-size 1 --fsep-restore-algorithm node"
+    ),
+    "LoRA on experts, both overlaps": Training(_HOME + _OVERLAPS, adapt=lora_on_experts),
+    "LoRA on experts by relay, held over a step": Training(
+        f"{_HOME} --fsep-restore step --fsep-node-size 1 --fsep-restore-algorithm node",
+        adapt=lora_on_experts,
     ),
     "experts at home, full recompute, both overlaps": Training(_HOME + _FULL + _OVERLAPS),
     "experts at home held over a step, both overlaps": Training(
@@ -187,7 +195,7 @@ def watch(data: str, scenario: str, fault: str | None) -> Watched:
         broken,
         _steady_steps(),
     ):
-        losses = train_row(command).losses
+        losses = train_row(command, adapt=settings.adapt).losses
     return replace(device.watched(), losses=losses, orders=launches)
 
 

@@ -34,7 +34,6 @@ OLMOE = "megatron.bridge.recipes.olmoe.h100.olmoe_7b:olmoe_7b_peft_1gpu_h100_bf1
 SELECTIVE = {"recompute": "selective"}
 GRAPHS = {"cuda_graph_impl": "transformer_engine"}
 PADDING = "--moe-router-padding-for-quantization"
-LORA = "LoRA on linear_fc1 and linear_fc2"
 
 # Recipes that run and have a row for each feature.
 RUN: dict[str, dict[str, str]] = {
@@ -50,6 +49,8 @@ RUN: dict[str, dict[str, str]] = {
     "Muon, distributed": {"optimizer": "opt:distributed_muon_with_cosine_annealing"},
     "a performance recipe": {"recipe": PERF_V3, "pool": "perf"},
     "LoRA on attention": {"pool": "peft"},
+    "LoRA on experts": {"pool": "peft", "recipe": OLMOE},
+    "LoRA on all": {"recipe": PERF_V3.replace("pretrain", "peft"), "pool": "perf"},
 }
 # Recipes that run but have features without a row, or with no known proof.
 UNPROVED = {"HybridModel": NANO, "repeated MTP": SUPER, "sparse attention": GLM5, "unread": UNREAD}
@@ -113,13 +114,6 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
         ["--expert-tensor-parallel-size 2"],
         [],
     ),
-    "LoRA on all": (
-        {"recipe": PERF_V3.replace("pretrain", "peft"), "pool": "perf"},
-        Verdict.REFUSED,
-        [LORA],
-        [],
-    ),
-    "LoRA on experts": ({"pool": "peft", "recipe": OLMOE}, Verdict.REFUSED, [LORA], []),
 }
 
 

@@ -15,9 +15,8 @@ from megatron_laer.runtime.weights.layer import Slices
 
 def layer(passes: int) -> LayerState:
     slices = Slices((), (), MegatronMainGrads())
-    return LayerState(
-        0, "mtp 1", 1, True, slices, False, passes, mock.Mock(), mock.Mock(), mock.Mock()
-    )
+    calls = [mock.Mock() for _ in range(3)]
+    return LayerState(0, "mtp 1", 1, True, lambda: slices, lambda: "", False, passes, *calls)
 
 
 def test_reruns_come_by_microbatch_and_within_it_backwards() -> None:

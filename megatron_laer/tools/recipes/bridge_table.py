@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.files.yaml_text import Content
-from megatron_laer.support.table import LORA_ON_EXPERTS, REFUSALS
+from megatron_laer.support.table import REFUSALS
 from megatron_laer.tools.recipes.families import (
     UNKNOWN_FAMILY,
     adapts_experts,
@@ -127,8 +127,7 @@ def judge_recipe(row: Mapping[str, str]) -> Judgement:
         # Columns that a table may have or omit.
         given = {name: _setting(name, row[name]) for name in _DECIDING if name in row}
         vars(settings).update(given)
-        if settings.is_lora and adapts_experts(row["recipe"]):
-            refused.append(LORA_ON_EXPERTS)
+        settings.adapts_experts = settings.is_lora and adapts_experts(row["recipe"])
         doubts = [] if is_known(row["recipe"]) else [UNKNOWN_FAMILY]
         judgement = judge(settings, also_refused=refused, doubts=doubts)
     except ValueError as error:
