@@ -69,11 +69,15 @@ def _globalise(name: str, numbers: dict[str, int]) -> str:
 def _pieces_of(
     key: str, name: str, parameter: torch.nn.Parameter, modules: dict[str, Any]
 ) -> Iterator[Piece]:
+    from megatron_laer.layer.moe_layer import FSEPMoELayer
+
     shape = tuple(parameter.shape)
     if stock := _STOCK_EXPERT.match(key) or _GROUPED_EXPERT.match(key):
         experts = modules[name.partition(_EXPERTS)[0] + _EXPERTS]
-        first = experts.ep_group.rank() * experts.num_local_experts
-        expert = first + int(stock["expert"])
+        position = experts.ep_group.rank() * experts.num_local_experts + int(stock["expert"])
+        layer = modules[name.partition(".experts")[0]]
+        is_fsep = isinstance(layer, FSEPMoELayer)
+        expert = layer.state.home.expert_E[position] if is_fsep else position
         linear = f"{stock['experts']}.{stock['linear']}{stock['bias'] or ''}"
         yield Piece(f"{linear}.{expert}", shape, 0, parameter, _whole)
     elif fsep := _FSEP_SLICE.match(key):

@@ -66,8 +66,8 @@ class Coordinator:
         """Add a MoE layer, in the same order on all ranks, with these fields of `FsepLayer`."""
         assert not self.microbatch_planner.in_steps, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
-        state = LayerState(len(self.layers), name, number, is_mtp, **described)
-        self.layouts.add_layer(name)
+        home = self.layouts.add_layer(name)
+        state = LayerState(len(self.layers), name, number, is_mtp, home=home, **described)
         self.layers.append(state)
         return state
 
@@ -83,6 +83,7 @@ class Coordinator:
         slots, kept_gib = self.geometry.replica_slots, self.config.restore_memory_gib
         problem = (
             agreement.difference(summary, self.groups)
+            or self.layouts.homes_problem
             or what_changed(self.layers)
             or self.experts.memory_problem(self.layers, slots, kept_gib)
         )
@@ -134,6 +135,7 @@ class Coordinator:
         self.scheduler.begin_step(expected)
         for layer in self.layers:
             layer.begin_step(expected)
+        self.microbatch_planner.pairs.begin_step(step, len(self.layers))
         known = self.pass_layouts.known([layer.next_pass(training=True) for layer in self.layers])
         layouts = [(self.layers[at], layout) for at, layout in known.items()]
         for layer, layout in layouts:
@@ -143,6 +145,9 @@ class Coordinator:
     def end_step(self, *, weights_changed: bool) -> None:
         check_no_plan_is_left(self.layers)
         self.scheduler.end_step()
+        pairs_LEE = self.microbatch_planner.pairs.end_step()
+        if pairs_LEE is not None and self.layouts.mailbox is not None:
+            self.layouts.mailbox.put_pairs(pairs_LEE)
         for layer in self.layers:
             layer.on_step_end()
         self.layouts.end_step()
