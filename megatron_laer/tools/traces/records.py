@@ -61,6 +61,18 @@ class PairRecords:
             pairs_EE[column_X, row_X] = triangles[key[0], key[1]]
         return cls(keys_P2[:, 0], keys_P2[:, 1], pairs_PEE)
 
+    @classmethod
+    def of_tables(
+        cls, tables: Mapping[tuple[int, int], Int64], num_experts: int
+    ) -> PairRecords | None:
+        """Make records from tables [E, E] by step and layer, padded to `num_experts`."""
+        row_X, column_X = np.triu_indices(num_experts)
+        triangles = {}
+        for key, pairs_EE in tables.items():
+            more = num_experts - len(pairs_EE)
+            triangles[key] = np.pad(pairs_EE, (0, more))[row_X, column_X]
+        return cls.of_triangles(triangles, num_experts)
+
     def of_layer(self, layer: int, steps: range | None = None) -> Int64:
         """Return pairs_EE, int64 [E, E], of a layer, summed over these steps or all."""
         is_in = self.layer_P == layer
