@@ -37,6 +37,7 @@ _COUNTED = (
     (PairCounts, "begin_step"),
     (PairCounts, "add"),
     (PairCounts, "end_step"),
+    (PairCounts, "take"),
     (RoutingMailbox, "put_pairs"),  # the planner rank's recording
 )
 

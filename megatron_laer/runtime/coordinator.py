@@ -125,6 +125,7 @@ class Coordinator:
         """
         assert self.microbatch_planner.in_steps, "begin_step before start"
         check_no_plan_is_left(self.layers)
+        self._put_pairs()
         self.measurements.begin_step(step)
         self._received_before = self.streams.exchange.count.received_bytes
         self.step = step
@@ -145,9 +146,7 @@ class Coordinator:
     def end_step(self, *, weights_changed: bool) -> None:
         check_no_plan_is_left(self.layers)
         self.scheduler.end_step()
-        pairs_LEE = self.microbatch_planner.pairs.end_step()
-        if pairs_LEE is not None and self.layouts.mailbox is not None:
-            self.layouts.mailbox.put_pairs(pairs_LEE)
+        self.microbatch_planner.pairs.end_step()
         for layer in self.layers:
             layer.on_step_end()
         self.layouts.end_step()
@@ -174,7 +173,14 @@ class Coordinator:
         if self.layers and not self.microbatch_planner.in_steps:
             self.layouts.resume(directory, storage)
 
+    def _put_pairs(self) -> None:
+        """Record the pairs of the last step, before anything of the next one."""
+        pairs_LEE = self.microbatch_planner.pairs.take()
+        if pairs_LEE is not None and self.layouts.mailbox is not None:
+            self.layouts.mailbox.put_pairs(pairs_LEE)
+
     def close(self) -> None:
+        self._put_pairs()
         self.scheduler.close()
         self.measurements.close()
         self.pass_layouts.close()

@@ -1,17 +1,20 @@
 """Pairs of experts that tokens choose together: counted on the device, summed over the group.
 
 Each rank adds up its microbatches of a step. At the step's end the sums cross once, to the planner
-rank. The diagonal has each expert's tokens.
+rank, which reads them before the next step. The diagonal has each expert's tokens.
 
 Legend: T tokens, E experts or home positions, L MoE layers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
 from megatron_laer.arrays import Int64
+from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 
 
@@ -40,6 +43,8 @@ class PairCounts:
         self._interval = interval
         self._is_counted = False
         self._pairs_LEE: torch.Tensor | None = None
+        self._download = Download(device)
+        self._read: Callable[[], torch.Tensor] | None = None
 
     def begin_step(self, step: int, num_layers: int) -> None:
         interval = self._interval
@@ -62,18 +67,22 @@ class PairCounts:
             else:
                 self._pairs_LEE[layer].add_(pairs_EE)
 
-    def end_step(self) -> Int64 | None:
-        """Sum the step's pairs over the group; return them, [L, E, E], on its rank 0 alone.
-
-        Collective over the group in steps that are counted; None in others.
-        """
+    def end_step(self) -> None:
+        """Sum the step's pairs over the group, if they are counted. Collective then."""
         if not self._is_counted:
-            return None
+            return
         pairs_LEE, self._is_counted = self._pairs_LEE, False
         assert pairs_LEE is not None
         dist.reduce(pairs_LEE, dst=self._groups.planner_rank, group=self._groups.tokens)
-        if self._groups.rank != 0:
+        if self._groups.rank == 0:
+            self._read = self._download.start(pairs_LEE)
+        else:
             self.sent_bytes += pairs_LEE.numel() * pairs_LEE.itemsize
+
+    def take(self) -> Int64 | None:
+        """Return the group's sums of the last step, [L, E, E], once; None on other ranks."""
+        read, self._read = self._read, None
+        if read is None:
             return None
-        summed_LEE: Int64 = pairs_LEE.cpu().numpy()
+        summed_LEE: Int64 = read().numpy()
         return summed_LEE

@@ -46,12 +46,14 @@ def test_a_step_has_the_sum_of_its_microbatches_and_no_others() -> None:
             counted.add(1, maps[0], begins=True)  # the step is repeated
             for number, map_TE in enumerate(maps):
                 counted.add(1, map_TE, begins=number == 0)
-            pairs_LEE = counted.end_step()
+            counted.end_step()
+            pairs_LEE = counted.take()
             if step == 1:
                 assert pairs_LEE is None
                 continue
             assert pairs_LEE is not None and not pairs_LEE[0].any()
             assert pairs_LEE[1].tolist() == slow_pairs(torch.cat(maps))
+            assert counted.take() is None
         assert reduce.call_count == 2
     assert counted.sent_bytes == 0
 
@@ -60,7 +62,8 @@ def test_other_ranks_send_eight_bytes_for_each_pair_of_experts() -> None:
     counted = counter(rank=1, interval=1)
     counted.begin_step(5, num_layers=3)
     with mock.patch.object(pair_counts.dist, "reduce"):
-        assert counted.end_step() is None
+        counted.end_step()
+    assert counted.take() is None
     assert counted.sent_bytes == 8 * 3 * 6 * 6
 
 
@@ -69,7 +72,8 @@ def test_without_an_interval_nothing_is_counted_or_exchanged() -> None:
     counted.begin_step(0, num_layers=2)
     with mock.patch.object(pair_counts, "count_pairs") as count:
         counted.add(0, routing_map(0, 5), begins=True)
-        assert counted.end_step() is None and not count.called
+        counted.end_step()
+        assert counted.take() is None and not count.called
 
 
 def test_pairs_of_positions_are_given_the_experts_numbers() -> None:
