@@ -49,12 +49,9 @@ class PairCounts:
     def begin_step(self, step: int, num_layers: int) -> None:
         interval = self._interval
         self._is_counted = interval is not None and num_layers > 0 and step % interval == 0
-        if not self._is_counted:
-            return
-        if self._pairs_LEE is None:
+        if self._is_counted and self._pairs_LEE is None:
             shape = num_layers, self._num_experts, self._num_experts
             self._pairs_LEE = torch.zeros(shape, dtype=torch.int64, device=self._device)
-        self._pairs_LEE.zero_()
 
     @torch.no_grad()
     def add(self, layer: int, routing_map_TE: torch.Tensor, *, begins: bool) -> None:

@@ -14,11 +14,15 @@ import torch
 
 from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import Record, initial_weights, train
-from megatron_laer.planner.homes_file import write_homes
+from megatron_laer.planner.homes_file import read_homes, write_homes
+from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
+from megatron_laer.runtime.planning.layout_recording import read_layouts
 from tests.checkpoints import assert_equal, iteration_folder, saved_iteration, saved_tensors
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
+from tests.parity.replay import train_row
 from tests.parity.row import REPLICAS_PAY
+from tests.parity.rows import REPLAY
 
 AT_HOME = " --expert-parallel-mode fsep --fsep-sharding experts"
 STATIC, RANDOM = AT_HOME + " --fsep-planner static", AT_HOME + " --fsep-planner random"
@@ -189,3 +193,38 @@ def train_as_rank(flags: list[list[str]]) -> Record:
     from megatron_laer.cpu.training import rank_of_environment
 
     return train(flags[rank_of_environment()])
+
+
+def misses(_: list[torch.nn.Module]) -> int:
+    from megatron_laer.session import current_coordinator
+
+    coordinator = current_coordinator()
+    assert coordinator is not None and isinstance(coordinator.pass_layouts, AnnouncedLayouts)
+    return coordinator.pass_layouts.misses
+
+
+def test_announced_choices_are_known_by_home(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    flags = f"{AT_HOME} --fsep-cluster {REPLICAS_PAY}{REPLAY} --fsep-plan-mode announced"
+    command_ = command(text_data, flags + homes(tmp_path, 12))
+    assert ranks(2).run(train_row, command_, misses)[0].probes == [0, 0, 0]
+
+
+def test_layouts_are_recorded_with_experts_numbers_and_replayed_with_the_same_homes(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    folder, here = tmp_path / "recorded", homes(tmp_path, 13)
+    record = PLANNED + here + f" --fsep-record-layouts {folder}"
+    recorded = ranks(2).run(train, command(text_data, record, steps=5))[0]
+    _, layouts = [*read_layouts(folder / "group-0.jsonl")][-1]
+    orders = read_homes(Path(here.split()[1])).by_layer.values()
+    for layout, home in zip(layouts, orders, strict=True):
+        at_home = [layout.experts_of(rank)[:4] for rank in range(2)]
+        assert [expert for of_rank in at_home for expert in of_rank] == home.expert_E.tolist()
+    replay = AT_HOME + f" --fsep-cluster {REPLICAS_PAY} --fsep-replay-layouts {folder}"
+    again = ranks(2).run(train, command(text_data, replay + here, steps=5))[0]
+    assert identical(again, recorded)
+    for result in ranks(2).run_raw(train, command(text_data, replay + homes(tmp_path, 14))):
+        assert isinstance(result, Raised)
+        assert "was recorded with other homes of experts" in result.traceback

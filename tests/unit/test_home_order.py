@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 
 from megatron_laer.config import FSEPConfig, Sharding
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder, home_digest
 from megatron_laer.planner.homes_file import read_homes, write_homes
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.service import Plan
+from megatron_laer.planner.state import PlannerState
+from megatron_laer.runtime.planning.planner_checkpoint import by_expert, by_position
 
 ORDER = HomeOrder(np.array([3, 0, 2, 1]))
 STOCK = HomeOrder.stock(4)
@@ -86,3 +91,23 @@ def test_homes_imply_experts_and_are_refused_with_rows() -> None:
         FSEPConfig(homes="f", sharding=Sharding.ROWS)
     with pytest.raises(ValueError, match="--fsep-planner laer: moves every expert"):
         FSEPConfig(homes="f", planner="laer")
+
+
+def test_a_planners_state_is_saved_with_experts_numbers() -> None:
+    """So a run with other homes does not take its layouts for its own."""
+    geometry = Geometry(2, 4, 3, node_size=2, sharding=Sharding.EXPERTS)
+    level_NE = np.arange(8).reshape(2, 4)
+    forecast = SmoothedForecast(level_NE=level_NE, steady_NE=level_NE + 1)
+    layout = geometry.static_layout
+    layers = ("layer 1",)
+    state = PlannerState(2, 1, layers, (layout,), (forecast,), (Plan(1, {0: layout}, 0.5),))
+    saved = by_expert(state, [ORDER])
+    assert saved.layouts[0].to_list() == saved.plans[0].layouts[0].to_list() == [3, 0, -1, 2, 1, -1]
+    (found,) = saved.forecasts
+    assert found.level_NE is not None and found.steady_NE is not None
+    assert found.level_NE.tolist() == [[1, 3, 2, 0], [5, 7, 6, 4]]
+    assert found.steady_NE.tolist() == [[2, 4, 3, 1], [6, 8, 7, 5]]
+    by_position(saved, [ORDER]).check_fits(geometry, layers)
+    for other in (STOCK, HomeOrder(np.array([1, 0, 3, 2]))):
+        with pytest.raises(ValueError, match="does not fit --fsep-sharding experts"):
+            by_position(saved, [other]).check_fits(geometry, layers)
