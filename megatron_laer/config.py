@@ -193,6 +193,11 @@ class FSEPConfig:
         "node; or auto, the default: 1, or more that hold every expert, where clearly faster",
         minimum=Bound(1, "1 node"),
     )
+    homes: str | None = _option(
+        None,
+        "file with the experts at home on each rank, by layer, for --fsep-sharding experts (which "
+        "it implies); default: stock's placement",
+    )
     gemm: GemmBackEnd = _option(
         GemmBackEnd.AUTO,
         "what multiplies the tokens of slots: loop (one torch.mm per slot), streams (the same "
@@ -223,6 +228,12 @@ class FSEPConfig:
         "directory to which the routing of every microbatch is recorded, one file per FSEP "
         "group, for `megatron_laer plan`",
     )
+    pairs_interval: int | None = _option(
+        None,
+        "count the pairs of experts that tokens choose together in every so many steps, and record "
+        "their sum over the group with --fsep-record-trace; default: never",
+        minimum=Bound(1, "1; 100 counts every hundredth step"),
+    )
     record_metrics: str | None = _option(
         None,
         "directory to which the metrics of every step and layer are recorded, with measured "
@@ -250,6 +261,8 @@ class FSEPConfig:
                 f"--fsep-plan-mode {self.mode}: fresh layouts are made for exact splits, got "
                 f"--fsep-split {self.split}; remove one of them"
             )
+        if self.homes is not None:
+            self._check_homes()
         if self.sharding == Sharding.EXPERTS and self.reason_for_rows is not None:
             raise ValueError(self.reason_for_rows)
         nodes = self.domain_nodes
@@ -283,6 +296,14 @@ class FSEPConfig:
                 "use --fsep-sharding rows"
             )
         return None
+
+    def _check_homes(self) -> None:
+        if self.sharding == Sharding.ROWS:
+            raise ValueError(
+                f"--fsep-homes {self.homes}: no expert has a home with --fsep-sharding "
+                f"{self.sharding}; leave it out, or give --fsep-sharding {Sharding.EXPERTS}"
+            )
+        object.__setattr__(self, "sharding", Sharding.EXPERTS)
 
     @property
     def experts_in_fp8(self) -> bool:

@@ -85,6 +85,11 @@ def check_recipe(recipe: Any, config: FSEPConfig) -> None:
     """
     settings = settings_of(recipe)
     found = [*problems_of(recipe, config), *arguments.problems(settings, config)]
+    if config.homes is not None:
+        found.append(
+            f"--fsep-homes {config.homes}: Megatron-Bridge converts experts by their rank; leave "
+            "it out"
+        )
     if found:
         raise RefusedError(
             "FSEP cannot run this recipe of Megatron-Bridge:\n  "

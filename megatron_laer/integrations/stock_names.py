@@ -254,6 +254,11 @@ def stock_layers(
 
 def _check_size_of_homes(asked: int | None) -> None:
     current = session.current()
+    if current is not None and current.config.homes is not None:
+        raise ValueError(
+            f"--fsep-homes {current.config.homes}: stock's names number experts by rank, and these "
+            "live elsewhere; save a checkpoint, and load it without --fsep-homes"
+        )
     if asked is None or current is None or current.sharding != Sharding.EXPERTS:
         return
     if asked != current.groups.size:

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.transformer.enums import CudaGraphModule
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import (
     get_default_pg_collection,
@@ -30,9 +29,11 @@ from megatron_laer import session
 from megatron_laer.layer.dispatch.choice import make_dispatcher
 from megatron_laer.layer.dispatch.first_launches import launch_dispatch_kernels
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
+from megatron_laer.layer.experts.home_moves import move_home, number_by_expert
 from megatron_laer.layer.experts.homes import HomeExperts
 from megatron_laer.layer.experts.module import FSEPExperts
 from megatron_laer.layer.experts.restored_compute import RestoredCompute
+from megatron_laer.layer.slot_submodules import activation_builder, slot_submodules
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -91,7 +92,7 @@ class FSEPMoELayer(MoELayer):
         slot_config.num_moe_experts = coordinator.geometry.num_slots
         super().__init__(
             config=slot_config,
-            submodules=_slot_submodules(config, submodules, coordinator, pg_collection),
+            submodules=slot_submodules(config, submodules, coordinator, pg_collection),
             layer_number=layer_number,
             pg_collection=pg_collection,
             is_mtp_layer=is_mtp_layer,
@@ -116,6 +117,7 @@ class FSEPMoELayer(MoELayer):
         self._is_mtp = is_mtp_layer or _is_for_mtp.get()
         self._state: LayerState | None = None
         self._plan: MicrobatchPlan | None = None
+        self._home_E: torch.Tensor | None = None
         self._shared_input: torch.Tensor | None = None
         self._shared_output: torch.Tensor | None = None
         if layer_number is not None:
@@ -162,6 +164,9 @@ class FSEPMoELayer(MoELayer):
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count this rank's tokens, where Megatron ends a graph and goes on after its replay."""
+        home_E = self._home_E
+        if home_E is not None:  # from here on, experts are home positions
+            probs, routing_map = probs.index_select(1, home_E), routing_map.index_select(1, home_E)
         self.token_dispatcher.count(routing_map)
         if self._is_graphed(CudaGraphModule.moe_preprocess) and self._recomputes_norm:
             # Megatron frees the norm's output in the graph, but this is the graph's output.
@@ -241,6 +246,18 @@ class FSEPMoELayer(MoELayer):
         if routed_experts and self.state.split.computes_weights:
             self.state.split.computes_weights.popleft()()
 
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the layer as stock saves it, each expert under its own number."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self._home_E is not None:
+            number_by_expert(state, f"{prefix}experts.", len(sharded_offsets), self.state.home)
+        return state
+
     def what_changed(self) -> str | None:
         experts, (built,) = self.experts, self._built_experts
         slot_experts = self._home_experts or built
@@ -282,7 +299,7 @@ class FSEPMoELayer(MoELayer):
             tp_group=pg_collection.expt_tp,
             device=coordinator.device,
             gemm=coordinator.config.gemm,
-            activation_builder=_activation_builder(self.submodules),
+            activation_builder=activation_builder(self.submodules),
             in_fp8=coordinator.config.experts_in_fp8,
         )
         return HomeExperts(self.experts, coordinator.geometry.home_slots, compute)
@@ -303,6 +320,12 @@ class FSEPMoELayer(MoELayer):
             split=SplitBackward(self._by_parts, _delays_weights(self.config)),
         )
         self._slot_experts.initialise(self._state.name, self._coordinator.seed)
+        home = self._state.home
+        if not home.is_stock:
+            device = self._coordinator.device
+            self._home_E = torch.from_numpy(home.expert_E).to(device)
+            assert self._home_experts is not None, "homes are given without experts at home"
+            move_home(self._home_experts.share, home, self._coordinator.groups, device)
 
 
 _NO_NUMBER = (
@@ -329,52 +352,6 @@ def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
     if args is not None:
         args.fsep_capacity = coordinator.geometry.capacity  # `auto` may take more than the default
     return coordinator
-
-
-def _slot_submodules(
-    config: Any, submodules: MoESubmodules, coordinator: Coordinator, pg_collection: Any
-) -> MoESubmodules:
-    """Return a copy of `submodules` that builds a layer of slots.
-
-    Stock sizes everything behind the router by `config.num_moe_experts`, which is S there. The
-    router and the shared experts get the true config. The copy is shallow: layers share
-    `submodules`.
-    """
-
-    def build_experts(num_local: int, config_: Any, /, **options: Any) -> torch.nn.Module:
-        assert num_local == coordinator.geometry.capacity
-        if home_slots := coordinator.geometry.home_slots:
-            stock: torch.nn.Module = submodules.experts(home_slots, config, **options)
-            return stock
-        return FSEPExperts(
-            config,
-            groups=coordinator.groups,
-            pg_collection=pg_collection,
-            device=coordinator.device,
-            gemm=coordinator.config.gemm,
-            activation_builder=_activation_builder(submodules),
-            stock_is_grouped=_stock_is_grouped(submodules),
-        )
-
-    def with_true_config(builder: Any) -> Any:
-        return lambda **kwargs: builder(**{**kwargs, "config": config})
-
-    slot_submodules = copy.copy(submodules)
-    slot_submodules.experts = build_experts
-    slot_submodules.router = with_true_config(submodules.router)
-    if submodules.shared_experts is not None:
-        slot_submodules.shared_experts = with_true_config(submodules.shared_experts)
-    return slot_submodules
-
-
-def _activation_builder(submodules: MoESubmodules) -> Any:
-    options = getattr(submodules.experts, "keywords", {})
-    return getattr(options.get("submodules"), "activation_func", None)
-
-
-def _stock_is_grouped(submodules: MoESubmodules) -> bool:
-    builder = getattr(submodules.experts, "func", submodules.experts)
-    return not (isinstance(builder, type) and issubclass(builder, SequentialMLP))
 
 
 def _computes_weights_aside(config: Any) -> bool:

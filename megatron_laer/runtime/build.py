@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,14 +20,18 @@ from megatron_laer.config import (
     PlanMode,
     Restore,
     TokenExchange,
+    flag_name,
 )
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.home_order import home_digest
+from megatron_laer.planner.homes_file import Homes, read_homes
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
+from megatron_laer.runtime.comm import agreement
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.exchange import (
     Exchange,
@@ -41,6 +46,7 @@ from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.measurements import Measurements
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
+from megatron_laer.runtime.pair_counts import PairCounts
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.layout_recording import recorded_geometry, recording_path
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
@@ -120,7 +126,8 @@ def build_coordinator(
         gradients=make_comm_stream("gradients", device, overlaps=overlaps),
         kept=KeptWeights(config.restore_memory_gib * 2**30),
     )
-    layouts = LayoutsInForce(config, groups, geometry, chosen, seed, device)
+    homes = _common_homes(config, groups)
+    layouts = LayoutsInForce(config, groups, geometry, chosen, seed, device, homes)
     pass_layouts: PassLayouts
     if config.mode == PlanMode.ANNOUNCED:
         pass_layouts = AnnouncedLayouts(guard, layouts, groups, device)
@@ -140,6 +147,7 @@ def build_coordinator(
         experts,
         scheduler,
         measurements,
+        PairCounts(groups, device, geometry.num_experts, config.pairs_interval),
         token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
         follows_steps=config.follows_steps,
     )
@@ -157,6 +165,19 @@ def build_coordinator(
         seed,
         device,
     )
+
+
+def _common_homes(config: FSEPConfig, groups: FSEPGroups) -> Homes | None:
+    """Read the homes; raise ValueError on every rank of the group where they differ. Collective.
+
+    Initial values are exchanged by them before settings are compared (`Coordinator.start`).
+    """
+    homes = None if config.homes is None else read_homes(Path(config.homes))
+    digest = "None" if homes is None else home_digest([*homes.by_layer.values()])
+    problem = agreement.difference({f"the content of {flag_name('homes')}": digest}, groups)
+    if problem is not None:
+        raise ValueError(problem)
+    return homes
 
 
 def _as_recorded(config: FSEPConfig, groups: FSEPGroups) -> FSEPConfig:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_laer.arrays import Int64
+from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.collectives import LayoutTag
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -99,8 +100,9 @@ class LayerStatistics:
 
 @dataclass(eq=False)
 class LayerState(FsepLayer):
-    """State of one MoE layer on this rank."""
+    """State of one MoE layer on this rank; `home` has its experts in the order of their homes."""
 
+    home: HomeOrder
     reruns: RerunPlans = field(init=False)
     statistics: LayerStatistics = field(default_factory=LayerStatistics)
     _routed: int = 0

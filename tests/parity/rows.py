@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 from itertools import combinations_with_replacement
+from pathlib import Path
 from typing import Any
 
 from tests.parity.adapted import frozen_in_part, lora_on_attention, lora_under_recompute
@@ -37,6 +38,7 @@ from tests.parity.row import (
 RANDOM = " --fsep-planner random"
 STEP = " --fsep-restore step"
 NODES = " --fsep-node-size {} --fsep-restore-algorithm node"
+PERMUTED = HOMES + f" --fsep-homes {Path(__file__).parent}/homes_" + "{}.json"
 TOKENS = " --fsep-node-size {} --fsep-token-exchange node"
 
 DIST_OPT = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
@@ -203,6 +205,20 @@ ROWS = [
     _row("announced-pipeline", "announced by router replay, full recompute, pipeline 2,"
         " accumulation 4", REPLAY + PIPELINE + FULL_RECOMPUTE, fsep=ANNOUNCED, ranks=4, group=2,
         accumulation=4, moe_layers=1),
+    # Homes by a permutation.
+    _row("homes", "experts at home by a permutation, distributed optimizer with both overlaps, aux"
+        " loss", DIST_OPT + AUX_LOSS + " --moe-aux-loss-coeff 1e-2", fsep=PERMUTED.format(2),
+        not_at_home="at home in itself"),
+    _row("homes-nodes", "experts at home by a permutation, tokens through nodes of 2, top-4, expert"
+        " bias, E = 8 on 4 ranks", TOP_4 + SIGMOID_ROUTER, fsep=PERMUTED.format(4)
+        + TOKENS.format(2), ranks=4, not_at_home="at home in itself"),
+    _row("homes-announced", "experts at home by a permutation, announced by router replay,"
+        " pipeline 2, accumulation 4, full recompute", REPLAY + PIPELINE + FULL_RECOMPUTE,
+        fsep=PERMUTED.format(2) + ANNOUNCED, ranks=4, group=2, accumulation=4, moe_layers=1,
+        not_at_home="at home in itself"),
+    _row("homes-flex", "experts at home by a permutation, flex dispatcher with DeepEP, multi-token"
+        " prediction", MTP, fsep=PERMUTED.format(2) + DEEPEP, moe_layers=3,
+        not_at_home="at home in itself"),
     _row("scheduler-off", "scheduler off", fsep=SCHEDULER_OFF),
     _row("grouped-mm", "experts' products by grouped_mm", fsep=" --fsep-gemm torch"),
     _row("grouped-mm-step", "experts' products by grouped_mm, bf16, restored once per step", BF16,

@@ -94,6 +94,9 @@ _SLICES = _in("layer/experts/slices.py", *_unit("slices"), *_ranks("initialisati
 _HOMES = _in("layer/experts/homes.py", *_ranks("homes", "own_loop"))
 _COMPUTE = _in("layer/experts/restored_compute.py", *_ranks("parity"), "-k", "lora-fc1")
 _ADAPTERS = _in("layer/experts/adapters.py", *_ranks("lora_on_experts"), "-k", "grouped")
+_HOME_ORDER = _ranks("home_order")
+_MOVES = _in("layer/experts/home_moves.py", *_HOME_ORDER)
+_PAIR_COUNTS = _in("runtime/pair_counts.py", *_unit("pair_counts"))
 _FP8_TE = _in("layer/experts/fp8/te.py", *_unit("fp8_back_end"))
 _FP8_PADDING = _in("layer/experts/fp8/padding.py", *_unit("fp8_back_end"))
 _FP8_PAYLOAD = _in("layer/experts/fp8/payload.py", *_unit("fp8_back_end", "fp8_definitions"))
@@ -607,6 +610,73 @@ FAULTS: tuple[Fault, ...] = (
         "-k",
         "grouped",
     ),
+    # Homes by a permutation, and pairs.
+    _MOVES.fault(
+        "initial values are sent in the order of experts",
+        "sent_h = np.argsort(position_h)",
+        "sent_h = np.arange(len(position_h))",
+        *_HOME_ORDER,
+        "-k",
+        "initial",
+    ),
+    _MOVES.fault(
+        "checkpoints number experts by position",
+        "home.expert_E[offset[expert_axis]]",
+        "home.position_E[offset[expert_axis]]",
+        *_HOME_ORDER,
+        "-k",
+        "through_checkpoints",
+    ),
+    _MOVES.fault(
+        "cut gates keep the number of stock's expert",
+        "entry.build_fn = partial(_built, expert_axis, home, entry.build_fn)",
+        "pass",
+        *_HOME_ORDER,
+        "-k",
+        "through_checkpoints",
+    ),
+    _LAYER.fault(
+        "probabilities stay in the order of experts",
+        "probs, routing_map = probs.index_select(1, home_E), ",
+        "probs, routing_map = probs, ",
+        *_ranks("parity"),
+        "-k",
+        "homes-",
+    ),
+    _in("runtime/planning/announced_layouts.py", *_HOME_ORDER, "-k", "announced").fault(
+        "announced counts stay in the order of experts",
+        "self.in_force.homes[layer].by_position(counts_NE)",
+        "counts_NE",
+    ),
+    _in("runtime/planning/mailbox.py", *_ranks("pairs")).fault(
+        "traces have counts of home positions",
+        "by_expert_NE = self._homes[layer].by_expert(counts_NE)",
+        "by_expert_NE = counts_NE",
+    ),
+    _in("runtime/planning/mailbox.py", *_ranks("pairs")).fault(
+        "traces have pairs of home positions",
+        "by_expert_EE = self._homes[layer].pairs_by_expert(pairs_EE)",
+        "by_expert_EE = pairs_EE",
+    ),
+    _in("plugin/checkpoints.py", *_HOME_ORDER, "-k", "buffers").fault(
+        "buffers of all permuted homes are alike", 'f"homes-{homes}"', '"homes"'
+    ),
+    _in("runtime/planning/planner_checkpoint.py", *_unit("home_order")).fault(
+        "plans on their way keep home positions",
+        "{at: of_layout[at](made) for",
+        "{at: made for",
+    ),
+    _in("planner/home_order.py", *_unit("home_order")).fault(
+        "values by expert are ordered as by position",
+        "np.ascontiguousarray(values_E[..., self.position_E])",
+        "np.ascontiguousarray(values_E[..., self.expert_E])",
+    ),
+    _PAIR_COUNTS.fault(
+        "pairs are counted in half precision",
+        "chosen_TE = routing_map_TE.to(torch.float32)",
+        "chosen_TE = routing_map_TE.to(torch.float16)",
+    ),
+    _PAIR_COUNTS.fault("a repeated step counts twice", "if begins:", "if False:"),
     # Experts in fp8.
     _SHARE.fault(
         "a rank's replicated experts in fp8 are all its first",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 
 from megatron_laer.cpu import training
+from megatron_laer.planner.homes_file import write_homes
 from megatron_laer.runtime import build
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.fake_cuda import findings
@@ -94,6 +98,11 @@ SCENARIOS = {
     "experts at home, full recompute, both overlaps": Training(_HOME + _FULL + _OVERLAPS),
     "experts at home held over a step, both overlaps": Training(
         _HOME + _OVERLAPS + " --fsep-restore step"
+    ),
+    "experts at home by a permutation, pairs counted": Training(
+        _HOME + _OVERLAPS + " --fsep-homes {folder}/homes.json --fsep-record-trace {folder}"
+        " --fsep-pairs-interval 2",
+        steps=4,
     ),
     # Most features at once, with Triton's kernels.
     "kernels, by nodes of 1": Training(
@@ -238,6 +247,11 @@ def command_of(data: str, scenario: str) -> list[str]:
 def _command(data: str, scenario: str) -> list[str]:
     settings = SCENARIOS[scenario]
     flags = "--expert-parallel-mode fsep --fsep-sharding rows" + settings.flags
+    if "{folder}" in flags:  # a new one for each rank and run, since a recording continues no other
+        folder = Path(tempfile.mkdtemp(dir=Path(data).parent))
+        flags = flags.format(folder=folder)
+        order_E = np.array([2, 1, 3, 0])
+        write_homes(folder / "homes.json", 2, {"layer 1": order_E, "layer 2": order_E[::-1]})
     return command_line(data, flags, experts=4, global_batch=settings.batch, steps=settings.steps)
 
 

@@ -1,0 +1,59 @@
+"""Recorded pairs of experts are those of the sets that Megatron's own tracer records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from megatron_laer.cpu.ranks import RankPools
+from megatron_laer.cpu.training import train
+from megatron_laer.tools.traces import read_trace
+from tests.parity.flags import command_line
+from tests.parity.rows import FULL_RECOMPUTE, PERMUTED
+from tests.releases import installed_release
+
+ROWS = " --fsep-sharding rows"
+STEPS = 5
+
+
+@pytest.mark.skipif(installed_release() == "0.18", reason="its Megatron has no tracer")
+@pytest.mark.parametrize(
+    "flags",
+    [ROWS, PERMUTED.format(2), PERMUTED.format(2) + FULL_RECOMPUTE],
+    ids=["rows", "homes by a permutation", "homes, recompute"],
+)
+def test_pairs_of_a_run_are_those_of_its_sets(
+    ranks: RankPools, text_data: str, tmp_path: Path, flags: str
+) -> None:
+    ours, theirs = tmp_path / "fsep", tmp_path / "megatron"
+    flags += f" --expert-parallel-mode fsep --fsep-record-trace {ours} --fsep-pairs-interval 2"
+    flags += f" --moe-routing-trace-path {theirs} --moe-router-topk 3"
+    command = command_line(text_data, flags, global_batch=8, steps=STEPS)
+    ranks(2).run(train_traced, command)
+    recorded = read_trace(ours, pairs=True)
+    expected = read_trace(theirs, num_experts=8, pairs=True)
+    assert recorded.pairs is not None and expected.pairs is not None
+    assert len(expected.layers) == len(recorded.layers) == 2
+    assert np.unique(recorded.pairs.step_P).tolist() == [0, 2, 4]
+    first = int(expected.step_R.min())
+    passes = 2 if "recompute" in flags else 1  # Megatron traces the re-run as well
+    for step in range(STEPS):
+        for layer in range(2):
+            mine_EE = recorded.pairs.of_layer(layer, range(step, step + 1))
+            sets_EE = expected.pairs.of_layer(layer, range(first + step, first + step + 1))
+            assert sets_EE.sum() > 0
+            assert mine_EE.tolist() == (sets_EE // passes * (step % 2 == 0)).tolist()
+    counts_E = recorded.counts_RNE[(recorded.step_R == 2) & (recorded.layer_R == 1)].sum((0, 1))
+    assert recorded.pairs.of_layer(1, range(2, 3)).diagonal().tolist() == counts_E.tolist()
+
+
+def train_traced(flags: list[str]) -> None:
+    """Train with a tracer of this run, of which Megatron has one for each process."""
+    from megatron.core.transformer.moe import router_trace
+
+    with mock.patch.object(router_trace, "_MOE_ROUTER_TRACER", None):
+        train(flags)
+        router_trace.get_moe_router_tracer().flush()
