@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_laer.choices import Recompute, Sharding
+from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
 from megatron_laer.config import (
     Auto,
     ExchangeAlgorithm,
@@ -227,15 +227,33 @@ def make_exchange(
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:
+    # `auto` uses the back end whose GEMMs a cluster always has.
+    cluster = load_cluster(config.cluster or default_cluster(device)).for_back_end(config.gemm)
+    fp8 = _fp8_recipe(config, transformer_config)
+    if fp8 is not None and cluster.gemm_fp8 is None:
+        logger.warning(
+            "FSEP: cluster %s has no speed of GEMMs in fp8; the planner takes that without fp8. "
+            "Add gemm_fp8 to its file",
+            cluster.name,
+        )
+        cluster = replace(cluster, gemm_fp8=cluster.gemm)
     return CostModel(
-        # `auto` uses the back end whose GEMMs a cluster always has.
-        cluster=load_cluster(config.cluster or default_cluster(device)).for_back_end(config.gemm),
+        cluster=cluster,
         hidden=transformer_config.hidden_size,
         ffn=transformer_config.moe_ffn_hidden_size,
         gated=transformer_config.gated_linear_unit,
         bytes_per_element=transformer_config.params_dtype.itemsize,
         recompute=_recompute(transformer_config),
+        fp8=fp8,
     )
+
+
+def _fp8_recipe(config: FSEPConfig, transformer_config: Any) -> Fp8Recipe | None:
+    """Return the recipe in which experts compute, or None."""
+    if not config.experts_in_fp8 or not transformer_config.fp8:
+        return None
+    recipe = transformer_config.fp8_recipe
+    return Fp8Recipe(getattr(recipe, "value", recipe))
 
 
 def _recompute(transformer_config: Any) -> Recompute:

@@ -133,3 +133,20 @@ def test_nothing_may_fit(advised):
     found = advised(*GPUS.split(), "--memory-gib", "2", status=1)
     assert found["best"] == found["stock"] == []
     assert "\nNothing fits 2 GiB of a rank: the least need is of EP" in found["printed"]
+
+
+def test_in_fp8_experts_are_at_home_and_the_flags_say_so(advised, tmp_path):
+    run = f"{GPUS} --workload W1 --memory-gib 60"
+    found = advised(*run.split(), *"--fp8-format hybrid --fp8-recipe tensorwise".split())
+    assert found["best"] and all(" experts C=" in each["label"] for each in found["best"])
+    expected = "--fp8-format hybrid --fp8-recipe tensorwise"
+    allowed = "--fsep-allow-unproven fp8-experts"
+    assert all(expected in each["flags"] for each in found["best"] + found["stock"])
+    assert [allowed in each["flags"] for each in found["best"]] == [True] * len(found["best"])
+    assert not any(allowed in each["flags"] for each in found["stock"])
+    path = tmp_path / "run.sh"
+    path.write_text(
+        "python pretrain.py --micro-batch-size 1 --fp8-format e4m3 --fp8-recipe tensorwise"
+    )
+    of_run = advised(*run.replace(" --tokens 4096", "").split(), "--recipe", path)
+    assert value(of_run["best"][0]) < value(advised(*run.split())["best"][0])

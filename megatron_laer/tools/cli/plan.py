@@ -16,7 +16,7 @@ from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.sharding_choice import with_domain
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import token_seconds, with_token_exchange
-from megatron_laer.tools.cli import routing_input
+from megatron_laer.tools.cli import fp8_flags, routing_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
     add_hours,
@@ -123,6 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "default: the model's or the recorded, else"
     option(parser, "--hidden H", f"width of a token; {text} {DEFAULT_SIZES.hidden}", width)
     option(parser, "--ffn F", f"width of an expert; {text} {DEFAULT_SIZES.ffn}", width)
+    fp8_flags.add_arguments(parser, "the model's, or the recorded")
     text = "only every K-th microbatch, to be quick; a prime number meets all layers; default:"
     option(parser, "--every K", f"{text} %(default)s", stride, default=1)
     add_hours(parser)
@@ -134,7 +135,8 @@ def run(args: argparse.Namespace) -> int:
     metrics = None if args.trace is None else metrics_beside(args.trace)
     _check(args, metrics)
     recording = recording_of(metrics)
-    settings = prediction_settings(vars(args) | {"top_k": args.topk}, recording, metrics)
+    flags = vars(args) | {"top_k": args.topk, "fp8_recipe": fp8_flags.recipe_of(args)}
+    settings = prediction_settings(flags, recording, metrics)
     costs, sizes, cluster = settings.costs, settings.sizes, settings.costs.cluster
     num_experts = args.experts if args.experts is not None else sizes.num_experts
     tolerance = _DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
@@ -185,6 +187,7 @@ def run(args: argparse.Namespace) -> int:
         "cluster": cluster.name,
         "expert_sizes": asdict(sizes),
         "bytes_per_element": costs.bytes_per_element,
+        "fp8_recipe": costs.fp8,
         "sharding": settings.sharding,
         "restore_algorithm": costs.restore_algorithm,
         "recompute": costs.recompute,
@@ -208,6 +211,8 @@ def run(args: argparse.Namespace) -> int:
         return " (by default)" if {*names} & {*settings.defaults} else ""
 
     at_home = ", at home" if settings.sharding == Sharding.EXPERTS else ""
+    if costs.fp8 is not None:
+        at_home += f", in fp8 ({costs.fp8})"
     together = "".join(
         f", {one.domain_nodes} together for C = {one.capacity}"
         for one in geometries

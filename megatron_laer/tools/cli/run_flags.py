@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from megatron_laer.choices import Recompute
 from megatron_laer.files.checks import quoted
+from megatron_laer.tools.model_flags import fp8_recipe
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 
@@ -44,11 +45,19 @@ def fill_in(args: argparse.Namespace, settings: argparse.Namespace, model: Model
     args.stock_overlap |= settings.overlap_moe_expert_parallel_comm
 
 
-def sequence_of(settings: argparse.Namespace, model: ModelShape) -> ModelShape:
-    """Return the model with the sequences of the flags."""
-    if settings.seq_length is None:
+def model_with(
+    args: argparse.Namespace, settings: argparse.Namespace, model: ModelShape
+) -> ModelShape:
+    """Return the model with the sequences and the fp8 of the flags."""
+    if settings.seq_length is not None:
+        model = replace(model, sequence=settings.seq_length)
+    if not settings.fp8:
         return model
-    return replace(model, sequence=settings.seq_length)
+    if args.fp8_format is not None:
+        raise ValueError(
+            f"--fp8-format {args.fp8_format}: the run's flags have it too; remove one of them"
+        )
+    return replace(model, fp8=fp8_recipe(settings.fp8, settings.fp8_recipe))
 
 
 def flags_of(shape: RunShape) -> list[str]:

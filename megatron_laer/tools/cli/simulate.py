@@ -12,7 +12,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_laer.choices import Auto, OverlapScheduler, Recompute, Sharding, TokenExchange
+from megatron_laer.choices import (
+    Auto,
+    OverlapScheduler,
+    Recompute,
+    Sharding,
+    TokenExchange,
+    Unproven,
+)
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode
 from megatron_laer.files.checks import one_line, quoted
 from megatron_laer.files.writing import write_output
@@ -37,6 +44,7 @@ from megatron_laer.tools.cli.argument_types import (
     refuse_repeated,
     yaml_inputs,
 )
+from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8
 from megatron_laer.tools.cli.outputs import check_outputs
 from megatron_laer.tools.cli.routing_input import MAX_TOKENS
 from megatron_laer.tools.simulator import iteration_output as output
@@ -53,10 +61,10 @@ from megatron_laer.tools.simulator.iteration.methods import (
     MethodSettings,
     make_method,
 )
-from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict_iterations
 from megatron_laer.tools.simulator.iteration.predicted_timeline import PredictedTimeline
-from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
+from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.stock_group import Predict, fastest_stock
 from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
@@ -140,8 +148,10 @@ class _Results:
 def run(args: argparse.Namespace) -> int:
     _check(args)
     cluster = named("--cluster", args.cluster, load_cluster)
-    model = named("--model", args.model, lambda name: read_model(name, args.experts))
-    rates = rate_sets(Rates(cluster, model.bytes_per_element, args.host_gap_ms / 1e3))
+    model = simulate_input.model_of(args)
+    rates = simulate_input.rates_of(args, model, cluster)
+    if model.fp8 is not None and Sharding.ROWS in args.sharding:
+        raise ValueError(ROWS_IN_FP8)
     routing_of = simulate_input.routing_of(args, model)
     # A trace has its ranks; a workload needs --ranks.
     ranks = args.ranks or [routing_of(1, None).num_ranks]
@@ -165,6 +175,7 @@ def run(args: argparse.Namespace) -> int:
                 else _exchange(args),
                 # DeepEP's exchange is Megatron's, for which training plans single nodes.
                 domain_nodes=1 if args.token_exchange == _FLEX else args.domain_nodes,
+                allow_unproven=() if model.fp8 is None else (Unproven.FP8_EXPERTS,),
             ),
             mode,
             tokens,
@@ -339,7 +350,7 @@ def _most_bytes(args: argparse.Namespace) -> float | None:
 
 
 def _peak(args: argparse.Namespace, nominal: Rates) -> float:
-    return nominal.best_flops_per_s if args.peak_tflops is None else args.peak_tflops * 1e12
+    return nominal.peak_flops_per_s if args.peak_tflops is None else args.peak_tflops * 1e12
 
 
 def _print(about: dict[str, Any], results: _Results, text: str) -> None:

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
 from megatron_laer.choices import Recompute
 from megatron_laer.files import memory
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.tools.cli import routing_input
-from megatron_laer.tools.cli.argument_types import MOST_RANKS, add_hours, between, number, option
+from megatron_laer.tools.cli import fp8_flags, routing_input
+from megatron_laer.tools.cli.argument_types import (
+    MOST_RANKS,
+    add_hours,
+    between,
+    named,
+    number,
+    option,
+)
 from megatron_laer.tools.cli.outputs import bar
-from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
+from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import WorkloadShape, workload_counts
@@ -56,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> No
     text = "what backward computes again: nothing; all of a layer, token exchanges included; or"
     text = f"{text} its compute alone; default: %(default)s"
     option(sizes, "--recompute", text, choices=list(Recompute), default=Recompute.NONE.value)
+    fp8_flags.add_arguments(sizes)
     text = "once per iteration, as of the data loader; default: none"
     option(sizes, "--host-gap-ms X", text, number(0.0, 1e9), default=0.0)
     add_hours(parser)
@@ -87,6 +98,18 @@ def _add_groups(sizes: argparse._ArgumentGroup) -> None:
         ),
     ):
         option(sizes, flag, text, between(1, high))
+
+
+def rates_of(args: argparse.Namespace, model: ModelShape, cluster: Cluster) -> tuple[Rates, ...]:
+    rates = Rates(cluster, model.bytes_per_element, args.host_gap_ms / 1e3)
+    cluster.gemm_in(fp8=model.fp8 is not None)  # refuses fp8 of unknown speed
+    return rate_sets(replace(rates, fp8=model.fp8 is not None))
+
+
+def model_of(args: argparse.Namespace) -> ModelShape:
+    """Return the model, with fp8 of the flags if they are given."""
+    model = named("--model", args.model, lambda name: read_model(name, args.experts))
+    return replace(model, fp8=fp8_flags.recipe_of(args, model.fp8))
 
 
 def check(args: argparse.Namespace) -> None:

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_laer.choices import Unproven
+from megatron_laer.config import flag_name
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.tools.simulator.advisor.answer import Turn, takes_fsep, verdict
 from megatron_laer.tools.simulator.advisor.predictor import Candidate, Run
@@ -45,7 +47,8 @@ def text(run: Run, results: Results, turns: Sequence[Turn], common: Sequence[str
 def flags(run: Run, candidate: Candidate, common: Sequence[str]) -> list[str]:
     """Return Megatron's flags of a candidate, with those that all have in common."""
     if candidate.setting is not None:
-        return [*common, *candidate.setting.flags]
+        in_fp8 = [flag_name("allow_unproven"), str(Unproven.FP8_EXPERTS)]
+        return [*common, *candidate.setting.flags, *(in_fp8 if run.model.fp8 else [])]
     assert candidate.method.group is not None
     return [*common, *group_flags(candidate.method.group, run.stock_flex)]
 

@@ -17,19 +17,25 @@ from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 # Bytes per weight in fp32: of the main gradient, and of the main weight with two moments.
 _GRADIENT_BYTES, _OPTIMIZER_BYTES = 4, 12
 _LOGIT_BYTES = 4
+# Transformer Engine keeps each weight in fp8 for a step, along its rows and along its columns.
+_QUANTISED_BYTES = 2
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Number of weights on a rank of one stage: of experts, as slices or whole, and all others."""
+    """Number of weights on a rank of one stage: of experts, as slices or whole, and all others.
+
+    `linear` are the dense ones but for the embedding and the LM head.
+    """
 
     dense: float
     expert: float
+    linear: float
 
 
 def stage_weights(model: ModelShape, run: RunShape, method: Method, stage: int) -> Weights:
     layers = _layers_of(model, run, stage)
-    dense = sum(
+    linear = dense = sum(
         model.attention_weights + model.dense_weights(has_experts) for has_experts in layers
     )
     if stage == 0:
@@ -37,7 +43,7 @@ def stage_weights(model: ModelShape, run: RunShape, method: Method, stage: int) 
     if stage == run.stages - 1:
         dense += model.head_weights
     expert = sum(layers) * method.experts_held * model.expert_weights
-    return Weights(dense / run.tensor, expert)
+    return Weights(dense / run.tensor, expert, linear / run.tensor)
 
 
 def memory_bytes(
@@ -58,6 +64,7 @@ def _stage_bytes(
     expert_copies = method.replicas * run.replicas if run.shards_optimizer else 1
     optimizer = weights.dense / dense_copies + weights.expert / expert_copies
     whole = method.restored * model.expert_weights * model.bytes_per_element
+    restored = whole if method.payload_bytes is None else method.restored * method.payload_bytes
     with_experts = sum(layers)
     gradients = method.schedule.gradient_layers(with_experts) * whole
     if method.schedule.holds_step:  # sums over all microbatches, for every layer
@@ -73,16 +80,18 @@ def _stage_bytes(
             # Dispatched tokens and outputs stay, since they are not exchanged again.
             kept += with_experts * 2 * most_pairs * model.hidden * model.bytes_per_element
     logits = run.tokens * model.vocabulary * _LOGIT_BYTES * 2 if stage == run.stages - 1 else 0.0
-    return {
+    parts = {
         "weights": both * model.bytes_per_element,
         "gradients": both * _GRADIENT_BYTES,
         "optimizer": optimizer * _OPTIMIZER_BYTES,
-        "restored_experts": method.schedule.restored_layers(with_experts) * whole,
+        "restored_experts": method.schedule.restored_layers(with_experts) * restored,
         "restored_gradients": gradients,
         "activations": kept * held + working,
         "logits": logits,
-        **method.fixed_bytes,
     }
+    if model.fp8 is not None:
+        parts["quantised_weights"] = (weights.linear + weights.expert) * _QUANTISED_BYTES
+    return parts | dict(method.fixed_bytes)
 
 
 def _layer_activations(

@@ -80,9 +80,10 @@ class Method:
     """Layouts, exchanges and memory of one method of training.
 
     With `one_stream` parameters and gradients share a communicator. A rank owns `experts_held`
-    experts' worth of weights in each layer and restores `restored` whole ones; `replicas` ranks of
-    an FSEP group own the same. `group` are the ranks of a group of stock. `fixed_bytes` are of
-    libraries and buffers, by part, and do not depend on the run.
+    experts' worth of weights in each layer and restores `restored` whole ones, as payloads of
+    `payload_bytes` if these are given; `replicas` ranks of an FSEP group own the same. `group` are
+    the ranks of a group of stock. `fixed_bytes` are of libraries and buffers, by part, and do not
+    depend on the run.
     """
 
     name: str
@@ -94,6 +95,7 @@ class Method:
     replicas: int
     group: int | None = None
     fixed_bytes: Mapping[str, float] = field(default_factory=dict)
+    payload_bytes: int | None = None
 
 
 def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
@@ -236,6 +238,7 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
         restored=geometry.replica_slots,
         replicas=1,
         fixed_bytes=_buffers(settings, rates),
+        payload_bytes=settings.costs.weights_form(geometry.home_slots).expert_bytes,
     )
 
 
@@ -244,24 +247,27 @@ def _buffers(settings: MethodSettings, rates: Rates) -> dict[str, float]:
     geometry, costs = settings.geometry, settings.costs
     num_ranks, node_size = geometry.num_ranks, geometry.node_size
     is_flat = costs.restore_algorithm == ExchangeAlgorithm.FLAT
+    weights, grads = costs.weights_form(geometry.home_slots), costs.grads_form
     if geometry.home_slots and is_flat and not costs.by_layout:  # whole experts, there and back
-        workspace = 4 * geometry.replica_slots * sum(map(math.prod, costs.matrices))
+        workspace = 2 * geometry.replica_slots * (weights.expert_bytes + grads.expert_bytes)
     else:
         nodes = replace(geometry, domain_nodes=1)
         of = replace(nodes, node_size=num_ranks) if is_flat else nodes
-        sizes = [
-            (restore_workspace(of, *matrix, 1), reduce_workspace(of, *matrix, 1, 1))
-            for matrix in costs.matrices
-        ]
-        names = "send", "receive"
-        workspace = sum(max(each[way][name] for each in sizes) for way in (0, 1) for name in names)
+        each, wire = weights.bytes_per_element, grads.bytes_per_element
+        restores = [restore_workspace(of, *matrix, each) for matrix in weights.matrices]
+        reduces = [reduce_workspace(of, *matrix, wire, wire) for matrix in grads.matrices]
+        workspace = sum(
+            max(sizes[name] for sizes in ways)
+            for ways in (restores, reduces)
+            for name in ("send", "receive")
+        )
     groups = []  # in addition to that of tokens; NCCL takes memory at the first exchange
     if is_flat or costs.by_layout:
         groups += [(num_ranks, node_size)] * 2
     if (not is_flat or costs.by_layout) and 1 < node_size < num_ranks:
         groups += [(node_size, node_size), (num_ranks // node_size, 1)] * 2
     libraries = _libraries(rates, [(num_ranks, node_size)], groups)
-    return {"workspaces": workspace * costs.bytes_per_element, **libraries}
+    return {"workspaces": workspace, **libraries}
 
 
 def _libraries(
@@ -326,7 +332,7 @@ class _Relaid:
             restore, reduce = self._exchanges(decision.layout)
             if guard.mode != PlanMode.EXACT:
                 traffic = changed_traffic(guard, decision)
-                change = self._exchange(traffic, changed_algorithm(guard, decision))
+                change = self._restore(traffic, changed_algorithm(guard, decision))
         totals = split_totals(guard, decision)
         passing = TokenPassing(prices=costs.tokens, pipelined=self.pipelined)
         return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s, passing)
@@ -340,8 +346,10 @@ class _Relaid:
         algorithm = costs.exchange_of(layout, node_size, home_slots)
         restore = costs.restore_bytes(layout, node_size, algorithm, home_slots=home_slots)
         reduce = costs.reduce_bytes(layout, node_size, algorithm, home_slots)
-        return self._exchange(restore, algorithm), self._exchange(reduce, algorithm)
+        back = Exchange.of(reduce, algorithm, costs.grads_form, geometry)
+        return self._restore(restore, algorithm), back
 
-    def _exchange(self, traffic: Traffic, algorithm: ExchangeAlgorithm) -> Exchange:
-        costs, node_size = self.guard.costs, self.guard.geometry.node_size
-        return Exchange.of(traffic, algorithm, len(costs.matrices), node_size)
+    def _restore(self, traffic: Traffic, algorithm: ExchangeAlgorithm) -> Exchange:
+        geometry = self.guard.geometry
+        form = self.guard.costs.weights_form(geometry.home_slots)
+        return Exchange.of(traffic, algorithm, form, geometry)

@@ -125,7 +125,7 @@ def predict_iterations(
                     found.replans.append(each.change is not None)
                     found.most_pairs = max(found.most_pairs, int(each.pairs_N.max()))
         is_first = False
-    peak = peak_flops_per_s or rate_sets[0].best_flops_per_s
+    peak = peak_flops_per_s or rate_sets[0].peak_flops_per_s
     return [
         _prediction(method, collected[method.name], model, run, rate_sets[0], peak)
         for method in methods
@@ -202,7 +202,7 @@ def _prediction(
         by_rates_s=tuple(by_rates_s.tolist()),
         tokens_per_s=tokens / seconds,
         mfu=flops / (seconds * peak_flops_per_s),
-        naive_s=flops * again / nominal.best_flops_per_s,
+        naive_s=flops * again / nominal.peak_flops_per_s,
         compute_s={kind: spent[kind] for kind in COMPUTE},
         exposed_s={kind: spent[kind] for kind in EXPOSED},
         waiting_s=spent[WAITING],
