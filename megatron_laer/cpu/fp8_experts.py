@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 
 from megatron_laer.cpu import fp8
+from megatron_laer.cpu.fp8_parameters import Fp8Parameter, fp8_parameters, keep_in_fp8
 from megatron_laer.layer.experts.fp8 import MULTIPLE
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
 from megatron_laer.layer.experts.fp8.payload import (
@@ -66,6 +67,8 @@ class Recipe(NamedTuple):
         return fp8.dequantised(self.quantised(matrix_RK, dtype, block), block)
 
     def weight_again(self, weight_RK: torch.Tensor) -> torch.Tensor:
+        if isinstance(weight_RK, Fp8Parameter):
+            return weight_RK.in_float32()
         return self.again(weight_RK, self.forward, self.weight)
 
     def product(self, input_nK: torch.Tensor, weight_RK: torch.Tensor) -> torch.Tensor:
@@ -105,6 +108,8 @@ class EmulatedGemm:
         return None
 
     def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
+        if isinstance(weight_RK, Fp8Parameter):
+            return self._form.pack(*weight_RK.quantised)
         recipe = self._recipe
         return self._form.pack(*recipe.quantised(weight_RK, recipe.forward, recipe.weight))
 
@@ -172,6 +177,7 @@ def fp8_replaced() -> Iterator[None]:
     from megatron_laer.layer.experts import fp8 as of_experts
 
     stock = {layer: layer._forward_impl for layer in (ColumnParallelLinear, RowParallelLinear)}
+    build = {layer: layer.__init__ for layer in stock}
 
     def replaced(layer: type) -> Any:
         def forward(self: Any, input: torch.Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,11 +188,21 @@ def fp8_replaced() -> Iterator[None]:
 
         return forward
 
+    def built(layer: type) -> Any:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            build[layer](self, *args, **kwargs)
+            if self.is_expert and self.config.fp8_param:
+                keep_in_fp8(self, Recipe.of(self.config))
+
+        return init
+
     def emulated(config: Any, rows: int, columns: int, device: torch.device) -> EmulatedGemm:
         return EmulatedGemm(config, rows, columns)
 
     with contextlib.ExitStack() as replacements:
+        replacements.enter_context(fp8_parameters())
         for layer in stock:
+            replacements.enter_context(mock.patch.object(layer, "__init__", built(layer)))
             replacements.enter_context(mock.patch.object(layer, "_forward_impl", replaced(layer)))
         for owner, name, replacement in (
             # Megatron asks for a release of Transformer Engine before it takes fp8.

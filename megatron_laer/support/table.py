@@ -75,6 +75,7 @@ _SPEED, _PRECISION = LeftOut.SPEED, LeftOut.PRECISION
 _NO_FP8 = "restored experts are computed in bf16 or fp32"
 _TRAIN_IN_BF16 = "leave it out, and train with --bf16"
 _DTYPE_OF_EXPERTS = "experts are kept and moved in the parameters' dtype"
+_OR_IN_FP8 = f"leave it out, or give --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
 _DTYPE_OF_NCCL_EP = "NCCL EP alone sends tokens in it, to experts of Transformer Engine"
 _NO_GRAPH = "layouts and split sizes are decided on the host, which a graph cannot record"
 _GRAPHS_OFF = "give --cuda-graph-impl none"
@@ -180,7 +181,14 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--fp4-format", _NO_FP8, _TRAIN_IN_BF16, accepted=(None,), dest="fp4", left_out=_PRECISION
     ),
-    Refusal("--fp8-param-gather", _DTYPE_OF_EXPERTS, field="fp8_param", left_out=_PRECISION),
+    Refusal(
+        "--fp8-param-gather",
+        _DTYPE_OF_EXPERTS,
+        _OR_IN_FP8,
+        field="fp8_param",
+        fits=Unproven.FP8_EXPERTS,
+        left_out=_PRECISION,
+    ),
     Refusal("--fp4-param-gather", _DTYPE_OF_EXPERTS, field="fp4_param", left_out=_PRECISION),
     Refusal(
         "--use-torch-fsdp2",

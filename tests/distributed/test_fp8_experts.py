@@ -20,6 +20,8 @@ FP8 = " --fp8-format hybrid --fp8-recipe tensorwise --bf16"
 ALLOW = " --fsep-allow-unproven fp8-experts"
 AT_HOME = " --expert-parallel-mode fsep" + ALLOW
 RANDOM = FP8 + AT_HOME + " --fsep-planner random"
+# Experts' parameters are fp8 bytes and scales themselves.
+PARAMETERS = " --fp8-param-gather"
 DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 # Tokens of each expert: none, one, fewer and more than the multiple, and the multiple.
 TOKENS_E = [40, 1, 0, 16]
@@ -29,16 +31,18 @@ def command(data: str, extra: str, steps: int = 4) -> list[str]:
     return command_line(data, extra, global_batch=8, steps=steps)
 
 
-def replicas_and_homes(fp8_format: str, recipe: str) -> list[bool]:
+def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bool]:
     """Compute every expert at home and as a replica, on the same tokens; compare all bits."""
     import torch
     import torch.distributed as dist
 
     from megatron_laer import session
     from megatron_laer.cpu.fp8_experts import fp8_replaced
+    from megatron_laer.cpu.fp8_parameters import Fp8Parameter
     from tests import one_layer
 
     of_fp8 = {"fp8": fp8_format, "fp8_recipe": recipe, "gated_linear_unit": True}
+    of_fp8 |= {"fp8_param": fp8_param}
     settings = {"sharding": "experts", "allow_unproven": ["fp8-experts"], "planner": "random"}
     one_layer.MODELS["fp8"] = of_fp8
     with fp8_replaced(), one_layer.one_layer("gloo", "fp8", **settings) as wrapped:
@@ -46,6 +50,7 @@ def replicas_and_homes(fp8_format: str, recipe: str) -> list[bool]:
         assert coordinator is not None
         rank, home = dist.get_rank(), coordinator.geometry.home_slots
         assert (home, coordinator.geometry.replica_slots) == (2, 2)
+        assert all(isinstance(p, Fp8Parameter) == fp8_param for p in layer.state.share.parameters)
         generator = torch.Generator().manual_seed(0)
         hidden_of = [
             torch.randn(tokens, one_layer.HIDDEN, generator=generator) for tokens in TOKENS_E
@@ -100,22 +105,28 @@ def replicas_and_homes(fp8_format: str, recipe: str) -> list[bool]:
 
 @pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize("fp8_param", [False, True], ids=["in bf16", "kept in fp8"])
 def test_a_replica_computes_bit_for_bit_as_its_home(
-    ranks: RankPools, fp8_format: str, recipe: str
+    ranks: RankPools, fp8_format: str, recipe: str, fp8_param: bool
 ) -> None:
-    for same in ranks(2).run(replicas_and_homes, fp8_format, recipe):
+    for same in ranks(2).run(replicas_and_homes, fp8_format, recipe, fp8_param):
         assert same == [True] * (2 * 3 + 2 * 2)
 
 
-@pytest.mark.parametrize("extra", ["", " --fsep-restore step --fsep-plan-mode forecast"])
+@pytest.mark.parametrize(
+    "extra", ["", " --fsep-restore step --fsep-plan-mode forecast", PARAMETERS]
+)
 def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, extra: str) -> None:
     flags = command(text_data, RANDOM + DISTRIBUTED + extra)
     first, second = (ranks(2).run(train_row, flags)[0] for _ in range(2))
     assert identical(first, second)
 
 
-def test_a_resumed_run_has_the_same_bits(ranks: RankPools, text_data: str, tmp_path: Path) -> None:
-    saved = RANDOM + " --use-distributed-optimizer --ckpt-format torch_dist --save {}"
+@pytest.mark.parametrize("extra", ["", PARAMETERS])
+def test_a_resumed_run_has_the_same_bits(
+    ranks: RankPools, text_data: str, tmp_path: Path, extra: str
+) -> None:
+    saved = RANDOM + extra + " --use-distributed-optimizer --ckpt-format torch_dist --save {}"
     saved += " --save-interval 2 --override-opt_param-scheduler"
     whole: Record = ranks(2).run(train_row, command(text_data, saved.format(tmp_path / "whole")))[0]
     ranks(2).run(train_row, command(text_data, saved.format(tmp_path / "part"), steps=2))
@@ -125,9 +136,13 @@ def test_a_resumed_run_has_the_same_bits(ranks: RankPools, text_data: str, tmp_p
     assert all((rest.weights[name] == value).all() for name, value in whole.weights.items())
 
 
-def test_without_replicas_a_run_is_stock_bit_for_bit(ranks: RankPools, text_data: str) -> None:
-    stock: Record = ranks(2).run(train_row, command(text_data, FP8 + DISTRIBUTED))[0]
-    static = FP8 + AT_HOME + DISTRIBUTED + " --fsep-planner static"
+@pytest.mark.parametrize("extra", ["", PARAMETERS])
+def test_without_replicas_a_run_is_stock_bit_for_bit(
+    ranks: RankPools, text_data: str, extra: str
+) -> None:
+    both = FP8 + DISTRIBUTED + extra
+    stock: Record = ranks(2).run(train_row, command(text_data, both))[0]
+    static = both + AT_HOME + " --fsep-planner static"
     homes: Record = ranks(2).run(train_row, command(text_data, static))[0]
     assert identical(homes, stock)
 

@@ -696,6 +696,11 @@ FAULTS: tuple[Fault, ...] = (
         "return self._quantiser(kind, parameters, dimensions=1)",
         "return self._quantiser(kind, parameters, dimensions=2)",
     ),
+    _FP8_TE.fault(
+        "parameters in fp8 are quantised again",
+        "if not isinstance(weight_RK, self._tensors.Float8BlockwiseQTensor):",
+        "if True:",
+    ),
     _FP8_PADDING.fault(
         "rows of zeros come before a slot's tokens",
         "padded_nK[: len(part_nK)].copy_(part_nK)",

@@ -298,6 +298,14 @@ def test_transformer_engines_calls_give_the_definitions_bits(
         assert 1e-3 < error < 6e-2 and bool(input_grad.any())
 
 
+def test_a_parameter_in_fp8_sends_its_own_bytes_and_scales(config: Any) -> None:
+    gemm: Any = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
+    payload_PK = gemm.pack(torch.randn(ROWS, COLUMNS, dtype=torch.bfloat16))
+    gemm._form.unpack(payload_PK)[1].mul_(3.0)  # unlike those of a new quantisation
+    parameter = gemm._weight(*gemm._form.unpack(payload_PK))
+    assert torch.equal(gemm.pack(parameter), payload_PK)
+
+
 def test_unfit_sizes_packages_and_signatures_are_refused(
     config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,7 +65,7 @@ class Quantised(ABC):
 
     @abstractmethod
     def _quantise_weight(self, weight_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the values' bytes and the scales."""
+        """Return the values' bytes and the scales; a parameter in fp8 has its own."""
 
     @abstractmethod
     def _weight(self, values_RK: torch.Tensor, scales: torch.Tensor) -> Any:
@@ -187,10 +187,12 @@ class PerTensor(Quantised):
         self._tensors = importlib.import_module(self._module)
 
     def _quantise_weight(self, weight_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        parameters = self._recipe.fp8_quant_fwd_weight
-        quantise = self._tokens_quantiser(self._forward_kind, parameters, weight_RK.device)
-        quantise.set_usage(columnwise=False)  # a replica transposes where its card needs it
-        quantised = quantise(weight_RK)
+        quantised: Any = weight_RK
+        if not isinstance(weight_RK, self._tensors.Float8Tensor):
+            parameters = self._recipe.fp8_quant_fwd_weight
+            quantise = self._tokens_quantiser(self._forward_kind, parameters, weight_RK.device)
+            quantise.set_usage(columnwise=False)  # a replica transposes where its card needs it
+            quantised = quantise(weight_RK)
         return quantised._data, quantised._scale_inv
 
     def _weight(self, values_RK: torch.Tensor, scales: torch.Tensor) -> Any:
@@ -235,7 +237,9 @@ class ByBlocks(Quantised):
         self._weights_quantiser.set_usage(columnwise=False)
 
     def _quantise_weight(self, weight_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        quantised = self._weights_quantiser(weight_RK)
+        quantised: Any = weight_RK
+        if not isinstance(weight_RK, self._tensors.Float8BlockwiseQTensor):
+            quantised = self._weights_quantiser(weight_RK)
         return quantised._rowwise_data, quantised._rowwise_scale_inv
 
     def _weight(self, values_RK: torch.Tensor, scales: torch.Tensor) -> Any:
