@@ -11,7 +11,10 @@ payload, n tokens of one slot or expert.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -29,6 +32,7 @@ from megatron_laer.layer.experts.fp8.payload import (
 )
 from megatron_laer.runtime.weights.layer import Carried
 
+_is_off = ContextVar("_is_off", default=False)
 # Rows and columns of a matrix that share a scale; None for one scale of all.
 Block = tuple[int, int] | None
 
@@ -171,6 +175,7 @@ class Fp8Linear(torch.autograd.Function):
 @contextlib.contextmanager
 def fp8_replaced() -> Iterator[None]:
     """Compute experts in fp8 without Transformer Engine in this context, in FSEP and in stock."""
+    from megatron.core.fp8_utils import is_first_last_bf16_layer
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer import transformer_config
 
@@ -181,9 +186,9 @@ def fp8_replaced() -> Iterator[None]:
 
     def replaced(layer: type) -> Any:
         def forward(self: Any, input: torch.Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
-            if not (self.is_expert and self.config.fp8):
+            if not (self.is_expert and self.config.fp8) or _is_off.get():
                 return stock[layer](self, input, weight, *args, **kwargs)
-            assert input.dim() == 2 and kwargs.get("bias") is None
+            assert input.dim() == 2 and kwargs.get("bias") is None  # Megatron's MLP adds it
             return Fp8Linear.apply(input, weight, Recipe.of(self.config))
 
         return forward
@@ -191,10 +196,15 @@ def fp8_replaced() -> Iterator[None]:
     def built(layer: type) -> Any:
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             build[layer](self, *args, **kwargs)
-            if self.is_expert and self.config.fp8_param:
+            if self.is_expert and self.config.fp8_param and not _is_off.get():
                 keep_in_fp8(self, Recipe.of(self.config))
 
         return init
+
+    def context(config: Any, layer: int = -1, is_init: bool = False) -> Any:
+        if is_first_last_bf16_layer(config, layer):
+            return _off()
+        return contextlib.nullcontext()
 
     def emulated(config: Any, rows: int, columns: int, device: torch.device) -> EmulatedGemm:
         return EmulatedGemm(config, rows, columns)
@@ -208,9 +218,39 @@ def fp8_replaced() -> Iterator[None]:
             # Megatron asks for a release of Transformer Engine before it takes fp8.
             (transformer_config, "is_te_min_version", lambda *_, **__: True),
             (of_experts, "quantised_gemm", emulated),
+            *((owner, "get_fp8_context", context) for owner in _with("get_fp8_context")),
+            *((owner, "te_checkpoint", _checkpoint) for owner in _with("te_checkpoint")),
         ):
             replacements.enter_context(mock.patch.object(owner, name, replacement))
         yield
+
+
+@contextlib.contextmanager
+def _off() -> Iterator[None]:
+    """Compute in the parameters' dtype in this context, as layers outside fp8's contexts do."""
+    token = _is_off.set(True)
+    try:
+        yield
+    finally:
+        _is_off.reset(token)
+
+
+def _with(name: str) -> list[Any]:
+    """Return the modules of Megatron that have imported this name."""
+    return [
+        module
+        for of_module, module in list(sys.modules.items())
+        if of_module.startswith("megatron.core") and name in vars(module)
+    ]
+
+
+def _checkpoint(
+    forward: Any, is_distributed: bool, _tracker: Any, _group: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Replace Transformer Engine's checkpoint, which also keeps the state of fp8, by Megatron's."""
+    from megatron.core.tensor_parallel import checkpoint
+
+    return checkpoint(partial(forward, **kwargs), is_distributed, *args)
 
 
 def _parts(tokens_TK: torch.Tensor, tokens_C: Sequence[int]) -> tuple[torch.Tensor, ...]:

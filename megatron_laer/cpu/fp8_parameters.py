@@ -31,7 +31,7 @@ class Fp8Parameter(torch.Tensor):
     scales: torch.Tensor
     recipe: Any
     # Autograd, and then `__torch_dispatch__`, see every operation.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
@@ -65,7 +65,7 @@ class Fp8Parameter(torch.Tensor):
         self.scales.copy_(made.scales)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         if func is _ATEN.detach.default:

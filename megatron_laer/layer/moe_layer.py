@@ -11,13 +11,13 @@ Legend: N ranks, E experts, C slots per rank, S = N·C slots, T tokens, H hidden
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import (
@@ -26,6 +26,7 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from megatron_laer import session
+from megatron_laer.layer import slot_configs
 from megatron_laer.layer.dispatch.choice import make_dispatcher
 from megatron_laer.layer.dispatch.first_launches import launch_dispatch_kernels
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
@@ -87,9 +88,7 @@ class FSEPMoELayer(MoELayer):
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         coordinator = _coordinator_for(config, pg_collection)
-        # Copies are shallow on purpose: dataclasses.replace would validate again.
-        slot_config = copy.copy(config)
-        slot_config.num_moe_experts = coordinator.geometry.num_slots
+        slot_config = slot_configs.of_dispatch(config, coordinator.geometry.num_slots)
         super().__init__(
             config=slot_config,
             submodules=slot_submodules(config, submodules, coordinator, pg_collection),
@@ -100,7 +99,8 @@ class FSEPMoELayer(MoELayer):
         )
         self.config = config
         self.submodules = submodules
-        self._home_experts = self._make_home_experts(coordinator, pg_collection)
+        self._home_experts: HomeExperts | None = None
+        self._expert_group = pg_collection.expt_tp
         self._built_experts = (self.experts,)  # no second name for the module
         self.token_dispatcher = make_dispatcher(
             slot_config,
@@ -289,22 +289,23 @@ class FSEPMoELayer(MoELayer):
         is_selective = config.recompute_granularity == "selective"
         return is_selective and "layernorm" in config.recompute_modules
 
-    def _make_home_experts(
-        self, coordinator: Coordinator, pg_collection: Any
-    ) -> HomeExperts | None:
+    def _make_home_experts(self, layer_number: int) -> HomeExperts | None:
+        coordinator = self._coordinator
         if coordinator.geometry.home_slots == 0:
             return None
         compute = RestoredCompute(
             self.config,
-            tp_group=pg_collection.expt_tp,
+            tp_group=self._expert_group,
             device=coordinator.device,
             gemm=coordinator.config.gemm,
             activation_builder=activation_builder(self.submodules),
-            in_fp8=coordinator.config.experts_in_fp8,
+            in_fp8=coordinator.config.experts_in_fp8
+            and (self._is_mtp or not is_first_last_bf16_layer(self.config, layer_number - 1)),
         )
         return HomeExperts(self.experts, coordinator.geometry.home_slots, compute)
 
     def _register(self, layer_number: int) -> None:
+        self._home_experts = self._make_home_experts(layer_number)
         slot_experts = self._slot_experts
         repeats = self._is_mtp and self.config.mtp_use_repeated_layer
         self._state = self._coordinator.register_layer(

@@ -12,6 +12,7 @@ import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
+from megatron_laer.layer import slot_configs
 from megatron_laer.layer.experts.module import FSEPExperts
 from megatron_laer.runtime.coordinator import Coordinator
 
@@ -29,7 +30,8 @@ def slot_submodules(
     def build_experts(num_local: int, config_: Any, /, **options: Any) -> torch.nn.Module:
         assert num_local == coordinator.geometry.capacity
         if home_slots := coordinator.geometry.home_slots:
-            stock: torch.nn.Module = submodules.experts(home_slots, config, **options)
+            home_config = slot_configs.of_home_experts(config)
+            stock: torch.nn.Module = submodules.experts(home_slots, home_config, **options)
             return stock
         return FSEPExperts(
             config,

@@ -30,16 +30,4 @@ def problems(settings: Any, allowed: Collection[Unproven]) -> list[str]:
             f"--fp8-recipe {recipe} {_WITH}: replicas of experts know the scales of other recipes; "
             f"give --fp8-recipe {' or '.join(_RECIPES)}"
         )
-    if getattr(settings, "first_last_layers_bf16", False):
-        found.append(
-            f"--first-last-layers-bf16 {_WITH}: all layers' replicas are restored in fp8; leave it "
-            "out"
-        )
-    is_flex = getattr(settings, "moe_token_dispatcher_type", None) == "flex"
-    if is_flex and getattr(settings, "moe_flex_dispatcher_backend", None) == "hybridep":
-        found.append(
-            f"--moe-flex-dispatcher-backend hybridep {_WITH}: it adds rows to each slot's tokens "
-            "for fp8, which the plan does not count; give deepep, or --moe-token-dispatcher-type "
-            "alltoall"
-        )
     return found

@@ -73,6 +73,7 @@ UNPROVEN = {
 _SPEED, _PRECISION = LeftOut.SPEED, LeftOut.PRECISION
 
 _NO_FP8 = "restored experts are computed in bf16 or fp32"
+_PRECISION_BY_MODULE = "replicas of experts follow one recipe, and it gives modules their own"
 _TRAIN_IN_BF16 = "leave it out, and train with --bf16"
 _DTYPE_OF_EXPERTS = "experts are kept and moved in the parameters' dtype"
 _OR_IN_FP8 = f"leave it out, or give --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
@@ -191,6 +192,20 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal("--fp4-param-gather", _DTYPE_OF_EXPERTS, field="fp4_param", left_out=_PRECISION),
     Refusal(
+        "--te-precision-config-file",
+        _PRECISION_BY_MODULE,
+        accepted=(None,),
+        field="quant_recipe",
+        left_out=_PRECISION,
+    ),
+    # The flags are there where Kitchen is.
+    Refusal(
+        "use_kitchen",
+        _PRECISION_BY_MODULE,
+        "leave out --kitchen-config-file and --kitchen-recipe-number",
+        field="use_kitchen",
+    ),
+    Refusal(
         "--use-torch-fsdp2",
         "Megatron excludes expert parallelism with it",
         "give --use-megatron-fsdp, which shards dense layers next to experts at home",
@@ -269,7 +284,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--moe-router-padding-for-quantization with fp8",
         "it routes tokens in multiples for fp8, and splits of experts between slots break these",
+        _OR_IN_FP8,
         field_way_out="must be False",
+        fits=Unproven.FP8_EXPERTS,
         refuses=_pads_for_fp8,
         left_out=_PRECISION,
     ),

@@ -147,6 +147,26 @@ def test_without_replicas_a_run_is_stock_bit_for_bit(
     assert identical(homes, stock)
 
 
+def restored_dtypes(flags: list[str]) -> list[Any]:
+    """Train; return the dtype of each layer's restored matrices."""
+    from megatron_laer.session import current_coordinator
+
+    def probe(_: Any) -> list[Any]:
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        return [str(layer.share.carried[0].dtype) for layer in coordinator.layers]
+
+    found: Record = train_row(flags, probe)
+    return list(found.probes[0])
+
+
+def test_layers_in_bf16_are_restored_in_bf16(ranks: RankPools, text_data: str) -> None:
+    first = " --first-last-layers-bf16 --num-layers-at-start-in-bf16 1"
+    flags = RANDOM + first + " --num-layers-at-end-in-bf16 0"
+    dtypes = ranks(2).run(restored_dtypes, command(text_data, flags, steps=1))[0]
+    assert dtypes == ["torch.bfloat16", "torch.uint8"]
+
+
 def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
     """Train; return bytes received for weights and for gradients, by count and by formula."""
     from unittest import mock

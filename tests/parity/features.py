@@ -187,12 +187,12 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "--cuda-graph-modules attn with --overlap-moe-expert-parallel-comm",
     ),
     "fp8 in all layers but the experts": (f"{ALLOW} {Unproven.DENSE_FP8}",),
-    "fp8 in the experts, at home, per-tensor current scaling": ("fp8", "fp8-dist-opt", "fp8-nodes"),
-    "fp8 in the experts, at home, by blocks": ("fp8-blocks",),
-    "fp8 in the experts, by Transformer Engine itself": (f"{ALLOW} {Unproven.FP8_EXPERTS}",),
-    "fp4, or fp8 parameters, in the experts": (
-        "--fp8-param-gather",
-        "--moe-router-padding-for-quantization with fp8",
-        "--fp4-format",
+    "fp8 in the experts, at home, per-tensor current scaling": (
+        *("fp8", "fp8-dist-opt", "fp8-nodes", "fp8-bias"),
     ),
+    "fp8 in the experts, at home, by blocks": ("fp8-blocks", "fp8-flex", "combined-fp8"),
+    "the same with `--fp8-param-gather` and `--first-last-layers-bf16`": ("fp8-param",),
+    "the same with router padding": ("fp8-bias", "fp8-flex"),
+    "fp8 in the experts, by Transformer Engine itself": (f"{ALLOW} {Unproven.FP8_EXPERTS}",),
+    "fp4, or precision by module": ("--fp4-format", "--te-precision-config-file"),
 }

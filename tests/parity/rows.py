@@ -96,6 +96,11 @@ BF16 = " --bf16"
 # Products are replaced on both sides. Experts are at home: rows are refused.
 FP8 = " --fp8-format hybrid --fp8-recipe tensorwise"
 E4M3 = " --fp8-format e4m3 --fp8-recipe tensorwise"
+BLOCKS = " --fp8-format e4m3 --fp8-recipe blockwise"
+FIRST_IN_BF16 = (
+    " --first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-layers-at-end-in-bf16 0"
+)
+PADDING = " --moe-router-padding-for-quantization"
 IN_FP8 = " --fsep-sharding experts --fsep-allow-unproven fp8-experts"
 TOP_1 = " --moe-router-topk 1 --moe-router-pre-softmax"
 TOP_4 = " --moe-router-topk 4"
@@ -233,8 +238,16 @@ ROWS = [
         " restored once per step, accumulation 2, bf16, top-4, E = 8 on 4 ranks", FP8 + BF16
         + TOP_4, fsep=IN_FP8 + NODES.format(2) + STEP, bound=FP8_BOUND, ranks=4, accumulation=2,
         not_at_home="at home in itself"),
-    _row("fp8-blocks", "experts in fp8 by blocks, bf16, accumulation 2", " --fp8-format e4m3"
-        " --fp8-recipe blockwise" + BF16, fsep=IN_FP8, bound=FP8_BOUND, accumulation=2,
+    _row("fp8-blocks", "experts in fp8 by blocks, bf16, accumulation 2", BLOCKS + BF16,
+        fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
+    _row("fp8-param", "experts kept in fp8 by blocks, the first layer's in bf16, full recompute",
+        BLOCKS + BF16 + DIST_OPT + FULL_RECOMPUTE + FIRST_IN_BF16 + " --fp8-param-gather",
+        fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
+    _row("fp8-bias", "experts in fp8, linear bias, router padding, recompute of the MoE layer",
+        E4M3 + PADDING + MOE_RECOMPUTE, fsep=IN_FP8, bound=FP8_BOUND, ranks=4,
+        stock=(4, 2), without=NO_BIAS, not_at_home="at home in itself"),
+    _row("fp8-flex", "experts in fp8 by blocks, bf16, router padding, flex dispatcher with"
+        " HybridEP", BLOCKS + BF16 + PADDING, fsep=IN_FP8 + HYBRIDEP, bound=FP8_BOUND,
         not_at_home="at home in itself"),
     # Dispatchers.
     _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP, releases=True),
@@ -475,6 +488,8 @@ ROWS = [
     _combined("combined", "combined 1F1B, shared experts", SHARED),
     _combined("combined-virtual", "combined 1F1B, virtual pipeline 2 x 2, multi-token prediction",
         VIRTUAL + MTP, ranks=4, group=2),
+    _combined("combined-fp8", "combined 1F1B, experts in fp8 by blocks", BLOCKS, IN_FP8,
+        bound=FP8_BOUND, not_at_home="at home in itself"),
     _combined("delayed", "combined 1F1B, delayed weight gradients, shared experts, both"
         " overlaps", SHARED + DELAYED + DIST_OPT),
     _combined("delayed-virtual", "combined 1F1B, delayed weight gradients, virtual pipeline 2 x 2,"
@@ -542,7 +557,7 @@ ROWS = [
     # Runs.
     # Without fp8 Megatron itself refuses it.
     _row("padding", "router padding, without effect",
-        fsep=" --moe-router-padding-for-quantization"),
+        fsep=PADDING),
     _row("offload", "optimizer offloaded to the CPU, expert data parallel 2", OFFLOADED, ranks=4,
         group=2),
     _row("offload-half", "half of the optimizer offloaded to the CPU with both copies overlapped",

@@ -97,6 +97,7 @@ _ADAPTERS = _in("layer/experts/adapters.py", *_ranks("lora_on_experts"), "-k", "
 _HOME_ORDER = _ranks("home_order")
 _MOVES = _in("layer/experts/home_moves.py", *_HOME_ORDER)
 _PAIR_COUNTS = _in("runtime/pair_counts.py", *_unit("pair_counts"))
+_SLOT_CONFIGS = _in("layer/slot_configs.py", *_unit("slot_configs"))
 _FP8_TE = _in("layer/experts/fp8/te.py", *_unit("fp8_back_end"))
 _FP8_PADDING = _in("layer/experts/fp8/padding.py", *_unit("fp8_back_end"))
 _FP8_PAYLOAD = _in("layer/experts/fp8/payload.py", *_unit("fp8_back_end", "fp8_definitions"))
@@ -695,6 +696,24 @@ FAULTS: tuple[Fault, ...] = (
         "scales of tokens are for square blocks",
         "return self._quantiser(kind, parameters, dimensions=1)",
         "return self._quantiser(kind, parameters, dimensions=2)",
+    ),
+    _SLOT_CONFIGS.fault(
+        "home experts take tokens as padded where HybridEP dispatches them",
+        'padding.moe_token_dispatcher_type = "alltoall"',
+        "padding.moe_token_dispatcher_type = config.moe_token_dispatcher_type",
+    ),
+    _SLOT_CONFIGS.fault(
+        "dispatchers pad tokens for fp8",
+        "slots.fp8 = slots.fp4 = None",
+        "slots.fp4 = None",
+    ),
+    _LAYER.fault(
+        "layers in bf16 are those after",
+        "is_first_last_bf16_layer(self.config, layer_number - 1)",
+        "is_first_last_bf16_layer(self.config, layer_number)",
+        *_ranks("fp8_experts"),
+        "-k",
+        "restored_in_bf16",
     ),
     _FP8_TE.fault(
         "parameters in fp8 are quantised again",

@@ -39,11 +39,19 @@ def move_home(share: Homes, home: HomeOrder, groups: FSEPGroups, device: torch.d
         for other_h in (expert_h, position_h)
     )
     for matrix_hRK in share.homes:
-        values_hRK = torch.stack([matrix_hRK[at] for at in sent_h.tolist()]).to(device)
+        values_hRK = torch.stack([_initial(matrix_hRK[at]) for at in sent_h.tolist()]).to(device)
         moved_hRK = torch.empty_like(values_hRK)
         dist.all_to_all_single(moved_hRK, values_hRK, received_N, sent_N, group=groups.parameters)
         for at, value_RK in zip(filled_h.tolist(), moved_hRK, strict=True):
             matrix_hRK[at].copy_(value_RK)
+            if (kept_RK := _initial(matrix_hRK[at])) is not matrix_hRK[at]:
+                kept_RK.copy_(value_RK)
+
+
+def _initial(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Return the values that master weights begin with; a parameter in fp8 has kept them aside."""
+    kept = getattr(parameter, "get_high_precision_init_val", lambda: None)()
+    return parameter if kept is None else kept
 
 
 def number_by_expert(state: dict[str, Any], prefix: str, expert_axis: int, home: HomeOrder) -> None:

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.files.yaml_text import Content
@@ -39,10 +40,14 @@ _WORDS: dict[str, dict[str, object]] = {
     "flex_backend": _words("deepep hybridep ncclep"),
     "precision": {
         **dict.fromkeys(("bf16", "bf16_mixed", "MixedPrecisionConfig", "mp"), None),
-        **dict.fromkeys(("fp8_mx", "bf16_with_mxfp8_mixed"), "e4m3"),
-        **dict.fromkeys(("fp8_sc", "bf16_with_fp8_subchannel_scaling_mixed"), "e4m3"),
-        **dict.fromkeys(("fp8_cs", "bf16_with_fp8_current_scaling_mixed"), "hybrid"),
-        **dict.fromkeys(("fp8_ds", "bf16_with_fp8_delayed_scaling_mixed"), "hybrid"),
+        **dict.fromkeys(("fp8_mx", "bf16_with_mxfp8_mixed"), ("e4m3", "mxfp8")),
+        **dict.fromkeys(
+            ("fp8_sc", "bf16_with_fp8_subchannel_scaling_mixed"), ("e4m3", "blockwise")
+        ),
+        **dict.fromkeys(
+            ("fp8_cs", "bf16_with_fp8_current_scaling_mixed"), ("hybrid", "tensorwise")
+        ),
+        **dict.fromkeys(("fp8_ds", "bf16_with_fp8_delayed_scaling_mixed"), ("hybrid", "delayed")),
         **dict.fromkeys(("nvfp4", "bf16_with_nvfp4_mixed"), _FP4),
     },
     "cuda_graph_impl": _words("none local transformer_engine full_iteration", "none"),
@@ -132,7 +137,8 @@ def judge_recipe(row: Mapping[str, str]) -> Judgement:
         judgement = judge(settings, also_refused=refused, doubts=doubts)
     except ValueError as error:
         raise ValueError(f"recipe {quoted(row['recipe'])}: {error}") from error
-    unsaid = tuple(name for name in _DECIDING if not hasattr(settings, name))
+    fits = {row.argument for row in REFUSALS if row.fits in judgement.allow}
+    unsaid = tuple(name for name in _DECIDING if not (hasattr(settings, name) or name in fits))
     return replace(judgement, if_none_of=unsaid) if judgement.runs else judgement
 
 
@@ -148,7 +154,9 @@ def _check_columns(names: list[str], where: str) -> None:
 
 
 def _settings(row: Mapping[str, str]) -> Namespace:
-    word = {name: _word(row, name) for name in _WORDS}
+    word: dict[str, Any] = {name: _word(row, name) for name in _WORDS}
+    in_fp8 = isinstance(word["precision"], tuple)
+    fp8, recipe = word["precision"] if in_fp8 else (None, None)
     optimizer = _OPTIMIZERS.fullmatch(row[_OPTIMIZER])
     if not optimizer:
         raise ValueError(
@@ -162,7 +170,8 @@ def _settings(row: Mapping[str, str]) -> Namespace:
         tensor_model_parallel_size=_size(row, "TP"),
         moe_token_dispatcher_type=word["dispatcher"],
         moe_flex_dispatcher_backend=word["flex_backend"],
-        fp8=None if word["precision"] == _FP4 else word["precision"],
+        fp8=fp8,
+        fp8_recipe=recipe,
         fp4=_FP4 if word["precision"] == _FP4 else None,
         cuda_graph_impl=word["cuda_graph_impl"],
         cuda_graph_modules=_list(row, "cuda_graph_scope"),
