@@ -132,6 +132,7 @@ class Predictor:
             holds_step=setting.restore == Restore.STEP,
             topk=self.run.model.topk,
             flex=setting.is_flex,
+            one_queue=self.run.shape.tensor > 1,  # for which Megatron asks
         )
         method = make_method(FSEP, settings, self.run.rates[0])
         return Candidate(geometry.num_ranks, method, setting)
