@@ -36,7 +36,13 @@ from megatron_laer.tools.simulator.iteration.work import (
     TokenPassing,
     grouped_totals,
 )
-from megatron_laer.tools.simulator.replay import changed_algorithm, changed_traffic, split_totals
+from megatron_laer.tools.simulator.node_rows import NodeRows
+from megatron_laer.tools.simulator.replay import (
+    changed_algorithm,
+    changed_traffic,
+    off_node_pairs,
+    split_totals,
+)
 
 STOCK, FSDP_EP, FLEXMOE, LAER, FSEP = "stock", "fsdp+ep", "flexmoe", "laer", "fsep"
 METHODS = (STOCK, FSDP_EP, FLEXMOE, LAER, FSEP)
@@ -260,7 +266,11 @@ class _Grouped:
     def work(self, counts_NE: Int64) -> LayerWork:
         assert self.passing.group is not None
         totals = grouped_totals(counts_NE, self.passing.group, self.node_size)
-        return LayerWork.of(totals, self.rates, self.restore, self.reduce, passing=self.passing)
+        far = int(totals.far_S.sum())
+        rows = NodeRows.of(counts_NE, self.node_size, totals, far, self.passing.prices)
+        return LayerWork.of(
+            totals, self.rates, self.restore, self.reduce, passing=self.passing, node_rows=rows
+        )
 
 
 @dataclass
@@ -297,7 +307,9 @@ class _Relaid:
                 change = self._restore(traffic, changed_algorithm(guard, decision))
         totals = split_totals(guard, decision)
         passing = TokenPassing(prices=costs.tokens, pipelined=self.pipelined)
-        return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s, passing)
+        far = off_node_pairs(guard, decision, totals)
+        rows = NodeRows.of(counts_NE, guard.geometry.node_size, totals, far, costs.tokens)
+        return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s, passing, rows)
 
     def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange | None, Exchange | None]:
         """Return restore and reduce; None where experts are at home and none has a replica."""
