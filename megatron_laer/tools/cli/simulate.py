@@ -18,7 +18,6 @@ from megatron_laer.choices import (
     Recompute,
     Sharding,
     TokenExchange,
-    Unproven,
 )
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode
 from megatron_laer.files.checks import one_line
@@ -44,7 +43,7 @@ from megatron_laer.tools.cli.argument_types import (
 )
 from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8
 from megatron_laer.tools.cli.routing_input import MAX_TOKENS
-from megatron_laer.tools.cli.simulate_checks import FLEX
+from megatron_laer.tools.cli.simulate_checks import FLEX, ROWS_SHARDED
 from megatron_laer.tools.simulator import iteration_output as output
 from megatron_laer.tools.simulator.iteration.advice import Case, advice
 from megatron_laer.tools.simulator.iteration.case_inputs import (
@@ -147,8 +146,7 @@ def run(args: argparse.Namespace) -> int:
     cluster = named("--cluster", args.cluster, load_cluster)
     model = simulate_input.model_of(args)
     rates = simulate_input.rates_of(args, model, cluster)
-    if model.fp8 is not None and Sharding.ROWS in args.sharding:
-        raise ValueError(ROWS_IN_FP8)
+    shardings = _shardings(args, model)
     routing_of = simulate_input.routing_of(args, model)
     # A trace has its ranks; a workload needs --ranks.
     ranks = args.ranks or [routing_of(1, None).num_ranks]
@@ -172,7 +170,6 @@ def run(args: argparse.Namespace) -> int:
                 else _exchange(args),
                 # DeepEP's exchange is Megatron's, for which training plans single nodes.
                 domain_nodes=1 if args.token_exchange == FLEX else args.domain_nodes,
-                allow_unproven=() if model.fp8 is None else (Unproven.FP8_EXPERTS,),
             ),
             mode,
             tokens,
@@ -181,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         for node_size in args.node_size or [min(cluster.ranks_per_node, num_ranks)]
         for capacity, sharding, mode, tokens in product(
             args.capacity or [None],
-            args.sharding,
+            shardings,
             args.mode,
             args.tokens or [None],
         )
@@ -341,6 +338,16 @@ def _methods(
     if not methods:
         raise ValueError("; ".join(refused.values()))
     return methods, refused
+
+
+def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | Auto]:
+    """Return the asked shardings, `auto` as the only one where there is no choice."""
+    possible = simulate_input.shardings_of(args, model)
+    if Sharding.ROWS in possible:
+        return [Auto.AUTO if word == Auto.AUTO else Sharding(word) for word in args.sharding]
+    if Sharding.ROWS in args.sharding:
+        raise ValueError(ROWS_IN_FP8 if model.fp8 else ROWS_SHARDED)
+    return list(possible)
 
 
 def _most_bytes(args: argparse.Namespace) -> float | None:

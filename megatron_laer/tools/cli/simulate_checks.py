@@ -13,6 +13,10 @@ from megatron_laer.tools.cli.outputs import check_outputs
 from megatron_laer.tools.simulator.rendering import check_can_plot
 
 FLEX = "flex"
+ROWS_SHARDED = (
+    "--data-parallel-sharding-strategy: Megatron-FSDP takes experts as stock's parameters; give "
+    "--sharding experts, or leave it out"
+)
 
 
 def check(args: argparse.Namespace) -> None:
