@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from megatron_laer.choices import Recompute
 from megatron_laer.planner.state_bytes import RankWeights, state_bytes
+from megatron_laer.planner.wire_form import held_payloads
 from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order
@@ -67,6 +68,7 @@ def _stage_bytes(
     gradients = method.schedule.gradient_layers(with_experts) * whole
     if method.schedule.holds_step:  # sums over all microbatches, for every layer
         gradients += with_experts * method.restored * model.expert_weights * _GRADIENT_BYTES
+        restored *= held_payloads(model.fp8)
     held = in_flight(order(stage, run.stages, run.chunks, run.microbatches)) / run.chunks
     working = _layer_activations(model, run, True, most_pairs)
     if run.recompute == Recompute.NONE:
