@@ -64,6 +64,11 @@ def payload_rows(recipe: Fp8Recipe, rows: int, columns: int) -> int:
     return rows + -(-scale_bytes // columns)
 
 
+def held_payloads(recipe: Fp8Recipe | None) -> int:
+    """Return the payloads of an expert that a step holds: mxfp8's serve one direction each."""
+    return 2 if recipe == Fp8Recipe.MXFP8 else 1
+
+
 def quantising_reads(recipe: Fp8Recipe) -> int:
     """Return how often a tensor is read: current scaling needs its largest value first."""
     return 2 if recipe == Fp8Recipe.TENSORWISE else 1

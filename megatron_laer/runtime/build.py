@@ -138,7 +138,9 @@ def build_coordinator(
     )
     scheduler = Scheduler(schedule, streams, experts, pass_layouts)
     tokens_priced = {"top_k": top_k, "tokens_per_rank": tokens}
-    measurements = Measurements(config, groups, guard, streams, tokens_priced)
+    measurements = Measurements(
+        config, groups, guard, streams, tokens_priced, by_parts=schedule.by_parts
+    )
     planner = MicrobatchPlanner(
         groups,
         device,

@@ -54,6 +54,8 @@ _LAYOUT = _in("planner/layout.py", *_unit("layout"))
 _SHARDING = _in("planner/sharding.py", *_unit("slices", "traffic"))
 _LAER = _in("planner/laer.py", *_unit("strategies"))
 _ROWS = _in("planner/token_exchange.py", *_unit("domains"))
+_COSTS = _in("planner/costs.py", *_unit("home"))
+_WIRE = _in("planner/wire_form.py", *_unit("wire_form"))
 _FORECAST = _in("planner/forecast.py", *_unit("forecast"))
 _QUOTAS = _in("planner/quotas.py", *_unit("quotas"))
 _BALANCE = _in("planner/balance.py", *_unit("quotas"))
@@ -118,6 +120,16 @@ FAULTS: tuple[Fault, ...] = (
         "rows between the nodes of a domain are free",
         "rows.domain / near_pairs if near_pairs else 0.0",
         "0.0 * near_pairs",
+    ),
+    _WIRE.fault(
+        "scales of blocks travel for free",
+        "        * -(-rows // _BLOCK)\n",
+        "        * 0\n",
+    ),
+    _COSTS.fault(
+        "gradients are priced in fp8",
+        "        carried(costs.grads_form),\n",
+        "        carried(costs.weights_form(geometry.home_slots)),\n",
     ),
     _LAER.fault(
         "laer packs the lightest first",

@@ -150,3 +150,20 @@ def test_in_fp8_experts_are_at_home_and_the_flags_say_so(advised, tmp_path):
     )
     of_run = advised(*run.replace(" --tokens 4096", "").split(), "--recipe", path)
     assert value(of_run["best"][0]) < value(advised(*run.split())["best"][0])
+
+
+def test_sharded_dense_layers_take_less_memory_and_the_flags_say_so(advised):
+    strategy = "--data-parallel-sharding-strategy optim_grads_params"
+    whole, sharded = (
+        advised(*f"{GPUS} --workload W1 --memory-gib 60 {more}".split())["best"]
+        for more in ("", strategy)
+    )
+    flags = f"--use-megatron-fsdp {strategy} --ckpt-format fsdp_dtensor"
+    assert all(flags in each["flags"] and " experts C=" in each["label"] for each in sharded)
+    peaks = {each["label"].split(",")[0]: each["peak_bytes"] for each in whole}
+    saved = [
+        peaks[label] - each["peak_bytes"]
+        for each in sharded
+        if (label := each["label"].split(",")[0]) in peaks
+    ]
+    assert saved and min(saved) > 2**30

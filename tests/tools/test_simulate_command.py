@@ -259,4 +259,12 @@ def test_a_models_file_may_have_fp8_whose_recipe_flags_replace(tmp_path, capsys)
         for flags in ("", "--fp8-format e4m3 --fp8-recipe mxfp8")
     )
     scales = [of["fsep"]["memory_bytes"]["restored_experts"] for of in (delayed, mx)]
-    assert scales[0] < scales[1]
+    assert scales[0] < scales[1] < 1.1 * scales[0]
+    # Over a step, mxfp8 holds the payloads of both directions.
+    held = f"{words} --restore step --mode forecast --fp8-format e4m3 --fp8-recipe"
+    one, both = (
+        simulated(tmp_path / "x.json", *f"{held} {recipe}".split(), capsys=capsys)["methods"]
+        for recipe in ("delayed", "mxfp8")
+    )
+    slots = [of["fsep"]["memory_bytes"]["restored_experts"] for of in (one, both)]
+    assert slots[1] / slots[0] == pytest.approx(2 * scales[1] / scales[0])

@@ -191,6 +191,7 @@ def _run(
         dispatches=dispatches,
         stock_flex=args.stock_dispatcher == "flex",
         stock_overlaps=args.stock_overlap,
+        shardings=tuple(simulate_input.shardings_of(args, model)),
     )
     return asked, trace
 

@@ -15,7 +15,11 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.sharding_choice import with_domain
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.planner.token_exchange import token_seconds, with_token_exchange
+from megatron_laer.planner.token_exchange import (
+    choose_token_exchange,
+    token_seconds,
+    with_token_exchange,
+)
 from megatron_laer.tools.cli import fp8_flags, routing_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -162,18 +166,21 @@ def run(args: argparse.Namespace) -> int:
     trace = recorded.with_ranks(num_ranks)
     top_k = min(sizes.top_k, trace.num_experts)
     tokens = mean_tokens(trace, top_k)
-    exchange_s = token_seconds(costs, geometries[0], top_k, tokens)
-    priced = (
-        min(TokenExchange, key=lambda one: exchange_s[one])
-        if settings.token_exchange == Auto.AUTO
-        else TokenExchange(settings.token_exchange)
-    )
+    exchange = settings.token_exchange
 
     def costs_of(geometry: Geometry) -> CostModel:
-        return with_token_exchange(costs, priced, geometry, top_k, tokens)
+        """Return prices with the geometry's own exchange, as in training."""
+        word = (
+            choose_token_exchange(costs, geometry, top_k, tokens)
+            if exchange == Auto.AUTO
+            else TokenExchange(exchange)
+        )
+        return with_token_exchange(costs, word, geometry, top_k, tokens)
 
     if settings.domain_nodes is None:
-        geometries = [with_domain(one, costs_of, priced, top_k) for one in geometries]
+        geometries = [with_domain(one, costs_of, exchange, top_k) for one in geometries]
+    exchange_s = token_seconds(costs, geometries[0], top_k, tokens)
+    priced = ", ".join(dict.fromkeys(costs_of(one).tokens.exchange for one in geometries))
     about = {
         "trace": source,
         "steps": len(set(trace.step_R.tolist())),
@@ -260,6 +267,9 @@ def run(args: argparse.Namespace) -> int:
         f"are {args.lag} recorded step(s) old.\nRows of {' and '.join(BASELINES)} are for "
         "comparison, always in mode forecast."
     )
+    if rows[0].node_rows["home"]:
+        home = f"{rows[0].node_rows['home']:.1%}"
+        print(f"{home} of pairs leave their node with one copy of each expert, in this order.")
     if settings.sharding == Sharding.EXPERTS and "laer" in args.strategy:
         print("laer leaves no expert at home: its rows are those of --sharding rows.")
     if trace.num_experts % num_ranks != 0:

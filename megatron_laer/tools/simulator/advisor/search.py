@@ -67,13 +67,11 @@ def search(predictor: Predictor, balanced: Predictor, progress: Progress = iter)
     of_balanced = balanced.stocks()
     fitting = [each for each in of_balanced if balanced.fits(each)] or of_balanced
     forced = [Found(each, balanced.fully(each, nominal)) for each in fitting]
-    # Only experts at home compute in fp8.
-    shardings = list(Sharding) if run.model.fp8 is None else [Sharding.EXPERTS]
     settings = [
         setting
         for size in run.sizes
         if size > 1
-        for geometry in geometries(run.model.num_experts, size, run.node_size, shardings)
+        for geometry in geometries(run.model.num_experts, size, run.node_size, run.shardings)
         for setting in settings_of(
             geometry, run.dispatches, run.model.topk, partial(predictor.automatic, geometry)
         )

@@ -19,6 +19,7 @@ from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.traffic import Traffic
 from megatron_laer.planner.wire_form import WireForm
 from megatron_laer.tools.simulator.iteration.rates import Rates
+from megatron_laer.tools.simulator.node_rows import NodeRows
 
 Seconds = npt.NDArray[np.float64]
 
@@ -122,7 +123,7 @@ class LayerWork:
     `intra_N` travel inside nodes, the larger of sent and received. `near_N` come from other ranks
     of the domain, the node or several that are planned together, `far_N` from other domains, and
     `sent_*` go there. `mean_*` are received on average. `change` is of slots that differ from the
-    planned layout, and `solve_s` makes a layout after the gate.
+    planned layout, and `solve_s` makes a layout after the gate. `node_rows` are of all ranks.
     """
 
     unit_s_N: Seconds
@@ -141,6 +142,7 @@ class LayerWork:
     solve_s: float
     slots: int
     passing: TokenPassing
+    node_rows: NodeRows | None = None
 
     @property
     def group(self) -> int | None:
@@ -173,6 +175,7 @@ class LayerWork:
         change: Exchange | None = None,
         solve_s: float = 0.0,
         passing: TokenPassing | None = None,
+        node_rows: NodeRows | None = None,
     ) -> LayerWork:
         num_ranks = len(totals.own_N)
 
@@ -206,6 +209,7 @@ class LayerWork:
             solve_s=solve_s,
             slots=len(totals.near_S) // num_ranks,
             passing=passing,
+            node_rows=node_rows,
         )
 
 
