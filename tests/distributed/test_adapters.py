@@ -116,6 +116,7 @@ def test_adapters_on_experts_are_refused_with_the_way_out(
     assert "give as targets layers of attention alone" in message
 
 
+DELAYED = " --overlap-dispatch-backward-with-experts-wgrad"
 IN_FP8 = " --bf16 --fp8-format e4m3 --fp8-recipe blockwise --fsep-allow-unproven fp8-experts"
 
 
@@ -128,9 +129,13 @@ IN_FP8 = " --bf16 --fp8-format e4m3 --fp8-recipe blockwise --fsep-allow-unproven
         (with_an_activation, False, "", "an adapter has an activation, ReLU()"),
         (shared_on_a_rank_alone, True, "", "set share_expert_adapters=False"),
         (adapt_experts, False, IN_FP8, "fp8 experts have them"),
+        (adapt_experts, False, DELAYED, f"with {DELAYED.strip()}: no test proves adapters"),
         (scaled_on_rank_1, False, "", "adapters of experts is "),
     ],
-    ids=["dropout", "some experts", "activation", "shared on a rank", "fp8", "unlike on a rank"],
+    ids=[
+        *("dropout", "some experts", "activation", "shared on a rank", "fp8", "delayed weights"),
+        "unlike on a rank",
+    ],
 )
 def test_adapters_that_replicas_cannot_follow_are_refused(
     ranks: RankPools, text_data: str, adapt: Adapt, grouped: bool, flags: str, said: str
