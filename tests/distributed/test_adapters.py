@@ -6,6 +6,7 @@ Rows of the parity table show that LoRA on attention and on experts at home equa
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from megatron_laer.cpu.ranks import Raised, RankPool, RankPools
 from megatron_laer.cpu.training import Adapt, rank_of_environment
 from tests.distributed.test_home_names import train_some
+from tests.distributed.test_home_order import homes
 from tests.parity.adapted import LowRank
 from tests.parity.bridge_lora import LoRALinear, adapt_experts
 from tests.parity.flags import command_line
@@ -142,6 +144,15 @@ def test_adapters_that_replicas_cannot_follow_are_refused(
 ) -> None:
     message = refusal(ranks(2), text_data, adapt, "RefusedError", "experts" + flags, grouped)
     assert said in message
+
+
+@pytest.mark.counts(fault_runs=1)
+def test_adapters_of_experts_with_other_homes_are_refused(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    flags = "experts" + homes(tmp_path, 1)
+    message = refusal(ranks(2), text_data, adapt_experts, "RefusedError", flags)
+    assert "--fsep-homes gives experts other homes" in message
 
 
 @pytest.mark.counts(fault_runs=1)
