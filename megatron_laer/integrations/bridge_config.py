@@ -13,13 +13,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from megatron_laer.config import Auto, FSEPConfig, Sharding
+from megatron_laer.support import expert_adapters
 from megatron_laer.support.refusal import names_of
-from megatron_laer.support.table import (
-    LORA_OF_ANOTHER_KIND,
-    LORA_ON_ROWS,
-    LORA_WITH_DROPOUT,
-    REFUSALS,
-)
+from megatron_laer.support.table import REFUSALS
 
 _DECENTRALIZED = (
     "dist.use_decentralized_pg=True: Megatron-Bridge then makes its process groups without "
@@ -82,12 +78,12 @@ def problems_of(recipe: Any, config: FSEPConfig) -> list[str]:
         return found
     dropout, kind = getattr(recipe.peft, "dropout", 0.0), type(recipe.peft).__name__
     if config.sharding == Sharding.ROWS:
-        found.append(LORA_ON_ROWS)
+        found.append(expert_adapters.with_rows())
     if dropout:
-        found.append(LORA_WITH_DROPOUT.format(dropout))
+        found.append(expert_adapters.with_dropout(dropout))
     if kind in _OTHER_ADAPTERS:
-        found.append(LORA_OF_ANOTHER_KIND.format(kind))
-    return found
+        found.append(expert_adapters.of_kind(kind))
+    return found + expert_adapters.problems(settings_of(recipe))
 
 
 def with_homes_for_adapters(recipe: Any, config: FSEPConfig) -> FSEPConfig:

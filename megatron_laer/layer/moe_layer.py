@@ -30,7 +30,7 @@ from megatron_laer.layer import slot_configs
 from megatron_laer.layer.dispatch.choice import make_dispatcher
 from megatron_laer.layer.dispatch.first_launches import launch_dispatch_kernels
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
-from megatron_laer.layer.experts.home_moves import move_home, number_by_expert
+from megatron_laer.layer.experts.home_moves import number_by_expert
 from megatron_laer.layer.experts.homes import HomeExperts
 from megatron_laer.layer.experts.module import FSEPExperts
 from megatron_laer.layer.experts.restored_compute import RestoredCompute
@@ -326,7 +326,7 @@ class FSEPMoELayer(MoELayer):
             device = self._coordinator.device
             self._home_E = torch.from_numpy(home.expert_E).to(device)
             assert self._home_experts is not None, "homes are given without experts at home"
-            move_home(self._home_experts.share, home, self._coordinator.groups, device)
+            self._home_experts.move(home, self._coordinator.groups, device)
 
 
 _NO_NUMBER = (

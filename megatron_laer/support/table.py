@@ -319,19 +319,3 @@ REFUSALS: tuple[Refusal, ...] = (
         accepted=("local", "transformer_engine"),
     ),
 )
-
-# No row, since no argument of Megatron: Bridge alone has such adapters.
-LORA_ON_EXPERTS = (
-    "LoRA on linear_fc1 and linear_fc2, which experts have too{}; or give target_modules with "
-    "layers of attention alone, such as linear_qkv and linear_proj"
-)
-LORA_ON_ROWS = LORA_ON_EXPERTS.format(
-    ", with --fsep-sharding rows: rows of experts have no linear layers to wrap; take "
-    "--fsep-sharding experts"
-)
-LORA_WITH_DROPOUT = LORA_ON_EXPERTS.format(
-    ", with dropout={}: replicas would draw other numbers than their home; set dropout=0"
-)
-LORA_OF_ANOTHER_KIND = LORA_ON_EXPERTS.format(
-    ", by {}: replicas know LoRA and CanonicalLoRA alone; take one of these"
-)

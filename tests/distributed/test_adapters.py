@@ -6,6 +6,7 @@ Rows of the parity table show that LoRA on attention and on experts at home equa
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import torch
 from megatron_laer.cpu.ranks import Raised, RankPool, RankPools
 from megatron_laer.cpu.training import Adapt, rank_of_environment
 from tests.distributed.test_home_names import train_some
+from tests.distributed.test_home_order import homes
 from tests.parity.adapted import LowRank
 from tests.parity.bridge_lora import LoRALinear, adapt_experts
 from tests.parity.flags import command_line
@@ -116,6 +118,7 @@ def test_adapters_on_experts_are_refused_with_the_way_out(
     assert "give as targets layers of attention alone" in message
 
 
+DELAYED = " --overlap-dispatch-backward-with-experts-wgrad"
 IN_FP8 = " --bf16 --fp8-format e4m3 --fp8-recipe blockwise --fsep-allow-unproven fp8-experts"
 
 
@@ -128,15 +131,28 @@ IN_FP8 = " --bf16 --fp8-format e4m3 --fp8-recipe blockwise --fsep-allow-unproven
         (with_an_activation, False, "", "an adapter has an activation, ReLU()"),
         (shared_on_a_rank_alone, True, "", "set share_expert_adapters=False"),
         (adapt_experts, False, IN_FP8, "fp8 experts have them"),
+        (adapt_experts, False, DELAYED, f"with {DELAYED.strip()}: no test proves adapters"),
         (scaled_on_rank_1, False, "", "adapters of experts is "),
     ],
-    ids=["dropout", "some experts", "activation", "shared on a rank", "fp8", "unlike on a rank"],
+    ids=[
+        *("dropout", "some experts", "activation", "shared on a rank", "fp8", "delayed weights"),
+        "unlike on a rank",
+    ],
 )
 def test_adapters_that_replicas_cannot_follow_are_refused(
     ranks: RankPools, text_data: str, adapt: Adapt, grouped: bool, flags: str, said: str
 ) -> None:
     message = refusal(ranks(2), text_data, adapt, "RefusedError", "experts" + flags, grouped)
     assert said in message
+
+
+@pytest.mark.counts(fault_runs=1)
+def test_adapters_of_experts_with_other_homes_are_refused(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    flags = "experts" + homes(tmp_path, 1)
+    message = refusal(ranks(2), text_data, adapt_experts, "RefusedError", flags)
+    assert "--fsep-homes gives experts other homes" in message
 
 
 @pytest.mark.counts(fault_runs=1)

@@ -72,6 +72,13 @@ def test_adapters_travel_with_replicas_and_only_their_gradients_go_home(
         assert before[0] >= 4 and min(before) > 0
 
 
+def replicas_in_memory(_: object) -> int:
+    from megatron_laer.session import current_coordinator
+
+    coordinator = current_coordinator()
+    return 0 if coordinator is None else coordinator.streams.weights.in_use
+
+
 @pytest.mark.parametrize(
     ("adapt", "flags"),
     [
@@ -90,13 +97,14 @@ def test_adapters_of_grouped_experts_train_as_stocks(
     def run(mode: str) -> Record:
         stock_flags = flags if mode else flags.partition(" --fsep")[0]
         given = command(text_data, stock_flags + mode, 12)
-        found: Record = ranks(2).run(train_some, given, None, True, adapt)[0]
+        found: Record = ranks(2).run(train_some, given, replicas_in_memory, True, adapt)[0]
         return found
 
     stock, homes = run(""), run(RANDOM)
     assert any(".adapter." in name for name in stock.first_grads)
     assert all(gradient.any() for gradient in homes.first_grads.values())
     assert distance(homes, stock).within(FP32_BOUND)
+    assert "--fsep-restore step" in flags or not any(homes.probes), "freed after their backward"
 
 
 def test_reruns_and_resumed_runs_have_the_same_bits(

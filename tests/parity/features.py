@@ -87,15 +87,13 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "first layers dense": ("dense-first",),
     "`--moe-layer-freq` patterns": ("tensor-freq", "pipeline-dense"),
     "LoRA on attention, with all else frozen": ("lora", "lora-step"),
-    "LoRA on experts at home, as Megatron-Bridge adds it": (
+    "LoRA on experts, at home": (
         "lora-experts",
         "lora-fc1",
         "lora-fc2",
         "lora-canonical",
         "lora-bf16",
         "lora-all",
-        "lora-recompute",
-        "lora-bias",
         "lora-tensor",
     ),
     "models frozen in part": ("frozen",),

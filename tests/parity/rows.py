@@ -144,7 +144,7 @@ def _row(id: str, name: str, flags: str = "", fsep: str = "", **more: Any) -> Ro
 def _lora(id: str, name: str, adapt: Any, flags: str = "", fsep: str = RANDOM, **more: Any) -> Row:
     """Return a row with LoRA on experts, which are at home; adapters learn at a higher rate."""
     fast = " --lr 1e-2 --min-lr 1e-2"
-    return _row(id, name, flags + fast, fsep + HOMES, adapt=adapt, not_at_home="at home in itself",
+    return _row(id, name, flags + fast, fsep + HOMES, adapt=adapt, not_at_home="the same",
         **more)  # fmt: skip
 
 
@@ -514,23 +514,19 @@ ROWS = [
         exchanges=(2, 0), adapt=lora_under_recompute),
     # LoRA on experts at home, as Megatron-Bridge adds it.
     _lora("lora-experts", "LoRA on experts, distributed optimizer", lora_on_experts, DIST_OPT),
-    _lora("lora-fc1", "LoRA on the experts' first layers, exact", lora_on_first_layers, fsep=EXACT),
-    _lora("lora-fc2", "LoRA on the experts' second layers, adaptive, shared experts",
+    _lora("lora-fc1", "LoRA on experts' first layers, exact", lora_on_first_layers, fsep=EXACT),
+    _lora("lora-fc2", "LoRA on experts' second layers, adaptive, shared experts",
         lora_on_second_layers, SHARED, " --fsep-plan-mode adaptive"),
-    _lora("lora-canonical", "canonical LoRA on experts, distributed optimizer, tokens through nodes"
-        " of 2, E = 8 on 4 ranks", canonical_lora_on_experts, DIST_OPT, RANDOM + TOKENS.format(2),
-        ranks=4),
-    _lora("lora-bf16", "LoRA on experts, bf16, announced, accumulation 2", lora_on_experts, BF16
-        + REPLAY, ANNOUNCED, accumulation=2),
+    _lora("lora-canonical", "canonical LoRA on experts, tokens through nodes of 2, E = 8 on 4"
+        " ranks", canonical_lora_on_experts, "", RANDOM + TOKENS.format(2), ranks=4),
+    _lora("lora-bf16", "LoRA on experts, announced, full recompute, bf16, accumulation 2",
+        lora_on_experts_under_recompute, BF16 + REPLAY + FULL_RECOMPUTE, ANNOUNCED,
+        accumulation=2),
     _lora("lora-all", "LoRA on attention and experts, exchange through nodes of 2, restored once"
         " per step, accumulation 2", lora_on_attention_and_experts, fsep=RANDOM + STEP
         + NODES.format(2), ranks=4, accumulation=2),
-    _lora("lora-recompute", "LoRA on experts, full recompute, accumulation 2",
-        lora_on_experts_under_recompute, FULL_RECOMPUTE, accumulation=2),
-    _lora("lora-bias", "LoRA on experts with linear bias, recompute of the experts' activation",
-        lora_on_experts, ACT_RECOMPUTE, without=NO_BIAS),
-    _lora("lora-tensor", "LoRA on experts, tensor parallel 2 with sequence parallel, expert data"
-        " parallel 2, shared experts", lora_on_experts, TENSOR + SHARED, ranks=4, group=2),
+    _lora("lora-tensor", "LoRA on experts with linear bias, tensor parallel 2, expert data"
+        " parallel 2", lora_on_experts, TENSOR, ranks=4, group=2, without=NO_BIAS),
     _row("frozen", "first layer and first matrix of experts frozen, recompute of the MoE layer,"
         " distributed optimizer, accumulation 2", MOE_RECOMPUTE + DIST_OPT, accumulation=2,
         exchanges=(3, 1), adapt=frozen_in_part),

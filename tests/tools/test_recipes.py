@@ -117,6 +117,12 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
         ["--expert-tensor-parallel-size 2"],
         [],
     ),
+    "LoRA on experts, combined 1F1B": (
+        {"pool": "peft", "recipe": OLMOE, "ep_overlap": "True"},
+        Verdict.REFUSED,
+        ["LoRA on linear_fc1 and linear_fc2, which experts have too, with --overlap-moe"],
+        [],
+    ),
 }
 
 

@@ -78,6 +78,15 @@ def test_lora_on_experts_has_them_at_home(target: str) -> None:
             FSEPCallback(given, config)
 
 
+def test_adapters_of_experts_are_refused_where_layers_run_backward_in_parts() -> None:
+    given = changed("peft", target_modules=["linear_fc2"])
+    given.comm_overlap = SimpleNamespace(
+        overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True
+    )
+    with pytest.raises(ValueError, match="--delay-wgrad-compute: no test proves adapters"):
+        check_recipe(given, FSEPConfig(sharding="experts"))
+
+
 def test_adapters_of_another_kind_are_refused_by_name() -> None:
     given = changed("peft", target_modules=["linear_fc2"])
     given.peft = type("DoRA", (), vars(given.peft))()

@@ -1,9 +1,9 @@
 """Megatron-Bridge's LoRA on experts at home: the narrow matrices that a replica needs.
 
 Megatron-Bridge replaces a linear layer by a wrapper of the layer (`to_wrap`) and its adapter, after
-the model is built. Home experts compute with the wrapper itself. Of an adapter's two linear layers
-each is an expert's own, so that it travels with the expert, or all experts of all ranks share one,
-which every rank has. Nothing of Megatron-Bridge is imported here.
+the model is built. Home experts compute with the wrapper itself. Each of an adapter's two linear
+layers is an expert's own, and travels with it. Or all experts of all ranks share it, and every rank
+has it. Nothing of Megatron-Bridge is imported here.
 
 Legend: h home experts, T tokens, R output features (rows), K input features, q the adapter's rank.
 """
@@ -79,17 +79,20 @@ class Adapter:
             outputs.append(hidden * part.scale)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
 
+    @property
+    def trains_shared(self) -> bool:
+        return any(parameter.requires_grad for parameter in self._shared)
+
     def summary(self) -> str:
         """Describe all that must be equal on all ranks, with a checksum of what experts share."""
         shapes = [tuple(matrix[0].shape) for matrix in self.homes]
         scales = [part.scale for part in self.parts]
-        checksums = [
-            _checksum(parameter)
-            for side in self._sides
-            if not isinstance(side, tuple)
-            for parameter in side.parameters()
-        ]
-        return f"{shapes} times {scales}, shared {checksums}"
+        return f"{shapes} times {scales}, shared {[*map(_checksum, self._shared)]}"
+
+    @property
+    def _shared(self) -> list[torch.nn.Parameter]:
+        layers = (side for side in self._sides if not isinstance(side, tuple))
+        return [parameter for layer in layers for parameter in layer.parameters()]
 
     @property
     def _sides(self) -> list[Side]:
@@ -105,24 +108,24 @@ def find_adapter(linears: Sequence[torch.nn.Module], *, grouped: bool) -> Adapte
     Raises:
         ValueError: an adapter that replicas cannot compute, and what works.
     """
-    kinds = {type(linear).__name__ for linear in linears}
     wrappers = tuple(linear for linear in linears if _is_wrapper(linear))
     if not wrappers:
         return None
-    if len(wrappers) < len(linears) or len(kinds) > 1:
+    kinds = {type(linear).__name__ for linear in linears}
+    names = _PARTS[type(wrappers[0]).__name__] or (None,)
+    found = [] if len(kinds) > 1 else [[_part(one, name) for one in wrappers] for name in names]
+    if not found or any(len({_sizes(one) for one in adapters}) > 1 for adapters in found):
         raise ValueError(
-            f"{len(wrappers)} of {len(linears)} home experts have adapters of {sorted(kinds)}, but "
-            f"any expert may be a replica on any rank: adapt all of them alike; {WAY_OUT}"
+            f"{len(wrappers)} of {len(linears)} home experts have adapters, of unlike kinds or "
+            f"sizes, but any expert may have replicas: adapt all of them alike; {WAY_OUT}"
         )
     parts = []
-    for name in _PARTS[kinds.pop()] or (None,):
-        adapters = [_part(wrapper, name) for wrapper in wrappers]
+    for adapters in found:
         down, up = (
             _side([getattr(adapter, linear) for adapter in adapters], grouped)
             for linear in _LINEARS
         )
-        (scale,) = {adapter.alpha / adapter.dim for adapter in adapters}
-        parts.append(LowRank((down, up), scale))
+        parts.append(LowRank((down, up), adapters[0].alpha / adapters[0].dim))
     return Adapter(wrappers, tuple(parts))
 
 
@@ -143,6 +146,10 @@ def _part(wrapper: Any, name: str | None) -> Any:
             f"their home, so that runs were not stock's; set dropout=0, and {WAY_OUT}"
         )
     return adapter
+
+
+def _sizes(adapter: Any) -> tuple[Any, ...]:
+    return adapter.alpha, adapter.dim, *(getattr(adapter, name).weight.shape for name in _LINEARS)
 
 
 def _side(linears: Sequence[Any], grouped: bool) -> Side:

@@ -16,8 +16,11 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 
 from megatron_laer.layer.experts.adapters import Adapter, find_adapter
 from megatron_laer.layer.experts.built_parts import ADAPTED_AT_HOME, BuiltParts
+from megatron_laer.layer.experts.home_moves import move_home
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layer.experts.restored_compute import RestoredCompute
+from megatron_laer.planner.home_order import HomeOrder
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.layer import Homes, Packer
 
@@ -34,6 +37,7 @@ class HomeExperts:
         self._compute = compute
         self.built_parts = BuiltParts(experts, ADAPTED_AT_HOME)
         self._problem: str | None = None
+        self._is_moved = False
         parts = ["weight", "bias"] if compute.has_bias else ["weight"]
         self._built = [
             [self._parameters(linear.name, part) for part in parts] for linear in compute.linears
@@ -43,9 +47,17 @@ class HomeExperts:
     def share(self) -> Homes:
         """Parameters of home experts, with adapters that were added before the first use."""
         try:
-            self._compute.adapt([self._adapter(linear.name) for linear in self._compute.linears])
+            self._compute.adapt(self._find_adapters())
         except ValueError as error:
             self._problem = f"adapters of its experts: {error}"
+        return self._as_share()
+
+    def move(self, home: HomeOrder, groups: FSEPGroups, device: torch.device) -> None:
+        """Send stock's initial values to the experts' homes, before there are adapters."""
+        move_home(self._as_share(), home, groups, device)
+        self._is_moved = True
+
+    def _as_share(self) -> Homes:
         matrices: list[tuple[torch.nn.Parameter, ...]] = []
         packers: list[Packer | None] = []
         for layer, (built, adapter) in enumerate(
@@ -106,9 +118,18 @@ class HomeExperts:
         output: torch.Tensor = output_TH
         return output
 
-    def _adapter(self, linear: str) -> Adapter | None:
+    def _find_adapters(self) -> list[Adapter | None]:
         grouped = not isinstance(self._experts, SequentialMLP)
-        return find_adapter(self._linears(linear), grouped=grouped)
+        found = [
+            find_adapter(self._linears(linear.name), grouped=grouped)
+            for linear in self._compute.linears
+        ]
+        if self._is_moved and any(found):
+            raise ValueError(
+                "--fsep-homes gives experts other homes than stock's, by whose numbers adapters "
+                "would be initialised and saved; leave it out"
+            )
+        return found
 
     def _linears(self, name: str) -> list[torch.nn.Module]:
         """Return a linear layer of each home expert, or the grouped one of all of them."""

@@ -23,6 +23,7 @@ from megatron_laer.layer.experts.gemm import SlotGemm, check_gemm, slot_gemm
 from megatron_laer.layer.experts.slot_linear import slot_bias, slot_linear
 from megatron_laer.runtime.weights.layer import Packer
 from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.support import expert_adapters
 
 
 class Linear(NamedTuple):
@@ -91,6 +92,7 @@ class RestoredCompute:
         )
         self.packers: list[Packer] = []
         self.adapters: list[Adapter | None] = [None] * len(self.linears)
+        self._trains_shared = False
         self._gemms: list[SlotGemm] = []
         if in_fp8:
             for linear in self.linears:
@@ -104,18 +106,20 @@ class RestoredCompute:
 
     def adapt(self, adapters: Sequence[Adapter | None]) -> None:
         """Add the adapters of home experts to what their replicas compute."""
-        matrices = [
-            matrix[0] for adapter in adapters if adapter is not None for matrix in adapter.homes
-        ]
-        if matrices and self.packers:
+        present = [adapter for adapter in adapters if adapter is not None]
+        if present and self.packers:
             raise ValueError(
                 "fp8 experts have them, and replicas add no adapter to payloads; leave "
                 "fp8-experts out of --fsep-allow-unproven and train in bf16"
             )
+        if present and (problems := expert_adapters.problems(self.config)):
+            raise ValueError(problems[0])
+        matrices = [matrix[0] for adapter in present for matrix in adapter.homes]
         sizes = [size for matrix in matrices for size in matrix.shape[-2:]]
         for matrix in matrices:
             check_gemm(self._gemm, matrix.device, matrix.dtype, sizes)
         self.adapters = [*adapters]
+        self._trains_shared = any(adapter.trains_shared for adapter in present)
 
     def __call__(
         self,
@@ -128,6 +132,10 @@ class RestoredCompute:
             input_TH = (probs_T.unsqueeze(-1) * input_TH).to(input_TH.dtype)
             probs_T = torch.ones_like(probs_T)
         placeholders = restored.weight_placeholders()
+        differentiable = [input_TH, probs_T, *placeholders]
+        if self._trains_shared and not any(part.requires_grad for part in differentiable):
+            # No other gradient would end the use of the restored weights in backward.
+            input_TH = input_TH.detach().requires_grad_(torch.is_grad_enabled())
         input_TH, probs_T = restored.before_compute(input_TH, probs_T)
 
         def product(input_TK: torch.Tensor, at: int, gemm: SlotGemm) -> torch.Tensor:

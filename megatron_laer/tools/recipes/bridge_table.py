@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.files.yaml_text import Content
+from megatron_laer.support import expert_adapters
 from megatron_laer.support.table import REFUSALS
 from megatron_laer.tools.recipes.families import (
     UNKNOWN_FAMILY,
@@ -133,6 +134,7 @@ def judge_recipe(row: Mapping[str, str]) -> Judgement:
         given = {name: _setting(name, row[name]) for name in _DECIDING if name in row}
         vars(settings).update(given)
         settings.adapts_experts = settings.is_lora and adapts_experts(row["recipe"])
+        refused += expert_adapters.problems(settings) if settings.adapts_experts else []
         doubts = [] if is_known(row["recipe"]) else [UNKNOWN_FAMILY]
         judgement = judge(settings, also_refused=refused, doubts=doubts)
     except ValueError as error:
