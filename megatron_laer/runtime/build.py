@@ -170,12 +170,15 @@ def build_coordinator(
 
 
 def _common_homes(config: FSEPConfig, groups: FSEPGroups) -> Homes | None:
-    """Read the homes; raise ValueError on every rank of the group where they differ. Collective.
+    """Read the homes; raise ValueError on every rank of the group where they differ.
 
-    Initial values are exchanged by them before settings are compared (`Coordinator.start`).
+    Collective over the group if they are given: initial values are exchanged by them before
+    settings are compared (`Coordinator.start`).
     """
-    homes = None if config.homes is None else read_homes(Path(config.homes))
-    digest = "None" if homes is None else home_digest([*homes.by_layer.values()])
+    if config.homes is None:
+        return None
+    homes = read_homes(Path(config.homes))
+    digest = home_digest([*homes.by_layer.values()])
     problem = agreement.difference({f"the content of {flag_name('homes')}": digest}, groups)
     if problem is not None:
         raise ValueError(problem)

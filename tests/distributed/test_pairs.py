@@ -10,7 +10,8 @@ import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
-from megatron_laer.tools.traces import read_trace
+from megatron_laer.tools.traces.fsep import read_recording
+from megatron_laer.tools.traces.megatron import read_megatron
 from tests.parity.flags import command_line
 from tests.parity.rows import FULL_RECOMPUTE, PERMUTED
 from tests.releases import installed_release
@@ -33,8 +34,8 @@ def test_pairs_of_a_run_are_those_of_its_sets(
     flags += f" --moe-routing-trace-path {theirs} --moe-router-topk 3"
     command = command_line(text_data, flags, global_batch=8, steps=STEPS)
     ranks(2).run(train_traced, command)
-    recorded = read_trace(ours, pairs=True)
-    expected = read_trace(theirs, num_experts=8, pairs=True)
+    recorded = read_recording(ours / "group-0.trace", pairs=True)
+    expected = read_megatron(theirs, num_experts=8, pairs=True)
     assert recorded.pairs is not None and expected.pairs is not None
     assert len(expected.layers) == len(recorded.layers) == 2
     assert np.unique(recorded.pairs.step_P).tolist() == [0, 2, 4]
