@@ -236,6 +236,12 @@ class FSEPConfig:
         "their sum over the group with --fsep-record-trace; default: never",
         minimum=Bound(1, "1; 100 counts every hundredth step"),
     )
+    sampled_sets: int | None = _option(
+        None,
+        "record with the pairs the experts of about so many tokens of each layer, as many of each "
+        "rank; default: none",
+        minimum=Bound(1, "1 token"),
+    )
     record_metrics: str | None = _option(
         None,
         "directory to which the metrics of every step and layer are recorded, with measured "

@@ -149,7 +149,13 @@ def build_coordinator(
         experts,
         scheduler,
         measurements,
-        PairCounts(groups, device, geometry.num_experts, config.pairs_interval),
+        PairCounts(
+            groups,
+            device,
+            geometry.num_experts,
+            config.pairs_interval,
+            -(-(config.sampled_sets or 0) // groups.size),
+        ),
         token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
         follows_steps=config.follows_steps,
     )
