@@ -34,8 +34,8 @@ _MAX_BYTES = 2**24
 
 
 @dataclass(frozen=True, eq=False)
-class Homes:
-    """Homes of the layers of a model, by the layers' names."""
+class ModelHomes:
+    """ModelHomes of the layers of a model, by the layers' names."""
 
     num_ranks: int
     num_experts: int
@@ -57,7 +57,7 @@ class Homes:
         return f"has no homes for {layer}; it has {quoted(shown)}"
 
 
-def read_homes(path: Path) -> Homes:
+def read_homes(path: Path) -> ModelHomes:
     """Read a file of homes; raise ValueError that names the file for anything else."""
     try:
         fields, _ = read_header(read_bytes(path, _MAX_BYTES), FORMAT, "file of homes")
@@ -75,7 +75,7 @@ def read_homes(path: Path) -> Homes:
         }
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    return Homes(fields["num_ranks"], fields["num_experts"], by_layer)
+    return ModelHomes(fields["num_ranks"], fields["num_experts"], by_layer)
 
 
 def write_homes(path: Path, num_ranks: int, home_slot_order_E: Mapping[str, Int64]) -> None:

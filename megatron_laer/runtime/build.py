@@ -27,7 +27,7 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.home_order import home_digest
-from megatron_laer.planner.homes_file import Homes, read_homes
+from megatron_laer.planner.homes_file import ModelHomes, read_homes
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
@@ -175,7 +175,7 @@ def build_coordinator(
     )
 
 
-def _common_homes(config: FSEPConfig, groups: FSEPGroups) -> Homes | None:
+def _common_homes(config: FSEPConfig, groups: FSEPGroups) -> ModelHomes | None:
     """Read the homes; raise ValueError on every rank of the group where they differ.
 
     Collective over the group if they are given: initial values are exchanged by them before

@@ -14,7 +14,7 @@ from megatron_laer.config import FixedPlanner, FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
-from megatron_laer.planner.homes_file import Homes
+from megatron_laer.planner.homes_file import ModelHomes
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.status import PlannerStatus
@@ -40,7 +40,7 @@ class LayoutsInForce:
     costs: CostModel
     seed: int
     device: torch.device
-    given_homes: Homes | None = None
+    given_homes: ModelHomes | None = None
     version: int = 0
     status: PlannerStatus = field(default_factory=PlannerStatus)
     resumption: Resumption = field(default_factory=Resumption)
