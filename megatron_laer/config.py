@@ -32,6 +32,7 @@ from megatron_laer.choices import (
     Unproven,
     WireDtype,
 )
+from megatron_laer.files.checks import quoted
 
 # Words of the fields are imported from here too.
 __all__ = [
@@ -308,7 +309,7 @@ class FSEPConfig:
     def _check_homes(self) -> None:
         if self.sharding == Sharding.ROWS:
             raise ValueError(
-                f"--fsep-homes {self.homes}: no expert has a home with --fsep-sharding "
+                f"--fsep-homes {quoted(self.homes)}: no expert has a home with --fsep-sharding "
                 f"{self.sharding}; leave it out, or give --fsep-sharding {Sharding.EXPERTS}"
             )
         object.__setattr__(self, "sharding", Sharding.EXPERTS)

@@ -59,8 +59,9 @@ class ModelHomes:
 
 def read_homes(path: Path) -> ModelHomes:
     """Read a file of homes; raise ValueError that names the file for anything else."""
+    content = read_bytes(path, _MAX_BYTES)
     try:
-        fields, _ = read_header(read_bytes(path, _MAX_BYTES), FORMAT, "file of homes")
+        fields, _ = read_header(content, FORMAT, "file of homes")
         sizes = {
             name: (fields.get(name), most)
             for name, most in (("num_ranks", MAX_RANKS), ("num_experts", MAX_EXPERTS))
@@ -74,7 +75,7 @@ def read_homes(path: Path) -> ModelHomes:
             for name, of_layer in zip(layers, experts, strict=True)
         }
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{quoted(path)}: {error}") from error
     return ModelHomes(fields["num_ranks"], fields["num_experts"], by_layer)
 
 

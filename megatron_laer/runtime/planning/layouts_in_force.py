@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_laer.config import FixedPlanner, FSEPConfig
+from megatron_laer.files.checks import quoted
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
@@ -69,7 +70,7 @@ class LayoutsInForce:
             home = self.given_homes.by_layer.get(name, home)
             missing = self.given_homes.missing(name)
             if self.homes_problem is None and missing is not None:
-                self.homes_problem = f"--fsep-homes {self.config.homes}: {missing}"
+                self.homes_problem = f"--fsep-homes {quoted(self.config.homes)}: {missing}"
         self.homes.append(home)
         self._layers.append(name)
         self._layouts.append(self.geometry.static_layout)
