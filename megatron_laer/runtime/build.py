@@ -22,6 +22,7 @@ from megatron_laer.config import (
     TokenExchange,
     flag_name,
 )
+from megatron_laer.files.checks import quoted
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -126,7 +127,7 @@ def build_coordinator(
         gradients=make_comm_stream("gradients", device, overlaps=overlaps),
         kept=KeptWeights(config.restore_memory_gib * 2**30),
     )
-    homes = _common_homes(config, groups)
+    homes = _common_homes(config, groups, geometry.num_experts)
     layouts = LayoutsInForce(config, groups, geometry, chosen, seed, device, homes)
     pass_layouts: PassLayouts
     if config.mode == PlanMode.ANNOUNCED:
@@ -175,8 +176,8 @@ def build_coordinator(
     )
 
 
-def _common_homes(config: FSEPConfig, groups: FSEPGroups) -> ModelHomes | None:
-    """Read the homes; raise ValueError on every rank of the group where they differ.
+def _common_homes(config: FSEPConfig, groups: FSEPGroups, num_experts: int) -> ModelHomes | None:
+    """Read the homes; raise ValueError on every rank where they do not fit, or differ in the group.
 
     Collective over the group if they are given: initial values are exchanged by them before
     settings are compared (`Coordinator.start`).
@@ -184,6 +185,10 @@ def _common_homes(config: FSEPConfig, groups: FSEPGroups) -> ModelHomes | None:
     if config.homes is None:
         return None
     homes = read_homes(Path(config.homes))
+    try:
+        homes.check_fits(groups.size, num_experts)
+    except ValueError as error:
+        raise ValueError(f"{flag_name('homes')} {quoted(config.homes)}: {error}") from error
     digest = home_digest([*homes.by_layer.values()])
     problem = agreement.difference({f"the content of {flag_name('homes')}": digest}, groups)
     if problem is not None:
