@@ -2,6 +2,8 @@
 
 A field's annotation has its words or type, and its metadata help and bounds. `flags` reads command
 lines; `support` checks combinations with Megatron's settings.
+
+Over 400 lines: one list of settings.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from megatron_laer.choices import (
     Unproven,
     WireDtype,
 )
+from megatron_laer.files.checks import quoted
 
 # Words of the fields are imported from here too.
 __all__ = [
@@ -234,6 +237,12 @@ class FSEPConfig:
         "their sum over the group with --fsep-record-trace; default: never",
         minimum=Bound(1, "1; 100 counts every hundredth step"),
     )
+    sampled_sets: int | None = _option(
+        None,
+        "record with the pairs the experts of about so many tokens of each layer, as many of each "
+        "rank; default: none",
+        minimum=Bound(1, "1 token"),
+    )
     record_metrics: str | None = _option(
         None,
         "directory to which the metrics of every step and layer are recorded, with measured "
@@ -300,7 +309,7 @@ class FSEPConfig:
     def _check_homes(self) -> None:
         if self.sharding == Sharding.ROWS:
             raise ValueError(
-                f"--fsep-homes {self.homes}: no expert has a home with --fsep-sharding "
+                f"--fsep-homes {quoted(self.homes)}: no expert has a home with --fsep-sharding "
                 f"{self.sharding}; leave it out, or give --fsep-sharding {Sharding.EXPERTS}"
             )
         object.__setattr__(self, "sharding", Sharding.EXPERTS)

@@ -17,6 +17,7 @@ from typing import Any
 from megatron_laer import device
 from megatron_laer.config import FSEPConfig, deterministic
 from megatron_laer.files import run_mark
+from megatron_laer.files.checks import quoted
 from megatron_laer.integrations.bridge_config import (
     problems_of,
     settings_of,
@@ -87,8 +88,8 @@ def check_recipe(recipe: Any, config: FSEPConfig) -> None:
     found = [*problems_of(recipe, config), *arguments.problems(settings, config)]
     if config.homes is not None:
         found.append(
-            f"--fsep-homes {config.homes}: Megatron-Bridge converts experts by their rank; leave "
-            "it out"
+            f"--fsep-homes {quoted(config.homes)}: Megatron-Bridge converts experts by their "
+            "rank; leave it out"
         )
     if found:
         raise RefusedError(

@@ -16,7 +16,7 @@ from functools import cached_property
 
 import numpy as np
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 
 
@@ -46,7 +46,7 @@ class HomeOrder:
         """Order the last axis, one value per expert, by home position."""
         return values_E if self.is_stock else np.ascontiguousarray(values_E[..., self.expert_E])
 
-    def by_expert(self, values_E: Int64) -> Int64:
+    def by_expert[Values: (Int64, Bool)](self, values_E: Values) -> Values:
         """Order the last axis, one value per home position, by expert."""
         return values_E if self.is_stock else np.ascontiguousarray(values_E[..., self.position_E])
 

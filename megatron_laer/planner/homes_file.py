@@ -34,8 +34,8 @@ _MAX_BYTES = 2**24
 
 
 @dataclass(frozen=True, eq=False)
-class Homes:
-    """Homes of the layers of a model, by the layers' names."""
+class ModelHomes:
+    """ModelHomes of the layers of a model, by the layers' names."""
 
     num_ranks: int
     num_experts: int
@@ -57,10 +57,11 @@ class Homes:
         return f"has no homes for {layer}; it has {quoted(shown)}"
 
 
-def read_homes(path: Path) -> Homes:
+def read_homes(path: Path) -> ModelHomes:
     """Read a file of homes; raise ValueError that names the file for anything else."""
+    content = read_bytes(path, _MAX_BYTES)
     try:
-        fields, _ = read_header(read_bytes(path, _MAX_BYTES), FORMAT, "file of homes")
+        fields, _ = read_header(content, FORMAT, "file of homes")
         sizes = {
             name: (fields.get(name), most)
             for name, most in (("num_ranks", MAX_RANKS), ("num_experts", MAX_EXPERTS))
@@ -74,8 +75,8 @@ def read_homes(path: Path) -> Homes:
             for name, of_layer in zip(layers, experts, strict=True)
         }
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    return Homes(fields["num_ranks"], fields["num_experts"], by_layer)
+        raise ValueError(f"{quoted(path)}: {error}") from error
+    return ModelHomes(fields["num_ranks"], fields["num_experts"], by_layer)
 
 
 def write_homes(path: Path, num_ranks: int, home_slot_order_E: Mapping[str, Int64]) -> None:

@@ -22,12 +22,13 @@ from megatron_laer.config import (
     TokenExchange,
     flag_name,
 )
+from megatron_laer.files.checks import quoted
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.home_order import home_digest
-from megatron_laer.planner.homes_file import Homes, read_homes
+from megatron_laer.planner.homes_file import ModelHomes, read_homes
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
@@ -126,7 +127,7 @@ def build_coordinator(
         gradients=make_comm_stream("gradients", device, overlaps=overlaps),
         kept=KeptWeights(config.restore_memory_gib * 2**30),
     )
-    homes = _common_homes(config, groups)
+    homes = _common_homes(config, groups, geometry.num_experts)
     layouts = LayoutsInForce(config, groups, geometry, chosen, seed, device, homes)
     pass_layouts: PassLayouts
     if config.mode == PlanMode.ANNOUNCED:
@@ -149,7 +150,13 @@ def build_coordinator(
         experts,
         scheduler,
         measurements,
-        PairCounts(groups, device, geometry.num_experts, config.pairs_interval),
+        PairCounts(
+            groups,
+            device,
+            geometry.num_experts,
+            config.pairs_interval,
+            -(-(config.sampled_sets or 0) // groups.size),
+        ),
         token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
         follows_steps=config.follows_steps,
     )
@@ -169,13 +176,20 @@ def build_coordinator(
     )
 
 
-def _common_homes(config: FSEPConfig, groups: FSEPGroups) -> Homes | None:
-    """Read the homes; raise ValueError on every rank of the group where they differ. Collective.
+def _common_homes(config: FSEPConfig, groups: FSEPGroups, num_experts: int) -> ModelHomes | None:
+    """Read the homes; raise ValueError on every rank where they do not fit, or differ in the group.
 
-    Initial values are exchanged by them before settings are compared (`Coordinator.start`).
+    Collective over the group if they are given: initial values are exchanged by them before
+    settings are compared (`Coordinator.start`).
     """
-    homes = None if config.homes is None else read_homes(Path(config.homes))
-    digest = "None" if homes is None else home_digest([*homes.by_layer.values()])
+    if config.homes is None:
+        return None
+    homes = read_homes(Path(config.homes))
+    try:
+        homes.check_fits(groups.size, num_experts)
+    except ValueError as error:
+        raise ValueError(f"{flag_name('homes')} {quoted(config.homes)}: {error}") from error
+    digest = home_digest([*homes.by_layer.values()])
     problem = agreement.difference({f"the content of {flag_name('homes')}": digest}, groups)
     if problem is not None:
         raise ValueError(problem)

@@ -177,9 +177,9 @@ class Coordinator:
 
     def _put_pairs(self) -> None:
         """Record the pairs of the last step, before anything of the next one."""
-        pairs_LEE = self.microbatch_planner.pairs.take()
-        if pairs_LEE is not None and self.layouts.mailbox is not None:
-            self.layouts.mailbox.put_pairs(pairs_LEE)
+        found = self.microbatch_planner.pairs.take()
+        if found is not None and self.layouts.mailbox is not None:
+            self.layouts.mailbox.put_pairs(*found)
 
     def close(self) -> None:
         self._put_pairs()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_laer.config import FSEPConfig, OverlapScheduler, Sharding
 from megatron_laer.environment import CONNECTIONS, has_one_queue
+from megatron_laer.files.checks import quoted
 from megatron_laer.planner.geometry import (
     Geometry,
     check_domain,
@@ -166,7 +167,7 @@ def _homes_problems(args: Namespace, config: FSEPConfig) -> list[str]:
     """Return problems of the file of homes, and of checkpoints that keep experts by rank."""
     if config.homes is None:
         return []
-    given = f"--fsep-homes {config.homes}"
+    given = f"--fsep-homes {quoted(config.homes)}"
     problems = [
         f"{given} with {flag} {value}: such a checkpoint has experts by rank, not by number; "
         f"{instead}"

@@ -6,16 +6,19 @@ A line of JSON, then binary records, all little-endian:
      "crc":...}\\n
     record:  uint32  CRC-32 of the five fields below, so that a record's length can be relied on
              uint32  bytes per count: 1, 2 or 4, the least that holds the record's largest; plus
-                     256 in a record of pairs
+                     256 in a record of pairs, and 513 in one of sets
              int64   step
              uint32  layer, index into `layers`
              uint32  microbatch
              uint32  CRC-32 of the counts
-             N*E counts, source rank by source rank; or E*(E+1)/2 of pairs
+             N*E counts, source rank by source rank; or E*(E+1)/2 of pairs; or sets
 
 Pairs are those of a step with `--fsep-pairs-interval`, the group's sum: the tokens that chose
 both of two experts, row by row of the upper triangle. Its diagonal has each expert's tokens. Their
 microbatch is 0.
+
+Sets are the experts of some of these tokens: a bit per expert, the lowest first, in whole bytes per
+token. In place of the microbatch they have the number of tokens.
 
 `files.json_lines` defines the line's checksum. Version 1 can be read too. It had no checksum in
 that line, and in records a single one of all that follows it.
@@ -41,7 +44,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.files.checks import open_input
 from megatron_laer.files.json_lines import (
     MAX_RANKS,
@@ -64,8 +67,8 @@ MAX_INDEX = 2**53
 # First bytes of files of any version, for detection.
 MAGIC = b'{"format":"' + FORMAT.encode() + b'"'
 
-# Mark of a record of pairs, beside its width.
-_PAIRS = 256
+# Marks of a record of pairs and of sets, added to its width.
+_PAIRS, _SETS = 256, 512
 
 # By version: headers of records, and offset in a record where its checked bytes start.
 _FRAMES = {1: struct.Struct("<IIqII"), 2: struct.Struct("<IIqIII")}
@@ -104,6 +107,7 @@ class Frame(NamedTuple):
     microbatch: int
     crc: int
     has_pairs: bool
+    has_sets: bool
 
 
 class TraceWriter:
@@ -159,6 +163,15 @@ class TraceWriter:
             )
         payload, width = _packed(pairs_EE[np.triu_indices(num_experts)])
         self._append(step, layer_index, 0, payload, width | _PAIRS)
+
+    def append_sets(self, step: int, layer_index: int, chosen_TE: Bool) -> None:
+        """Write the experts of some tokens of a layer in a step."""
+        if chosen_TE.ndim != 2 or chosen_TE.shape[1] != self._shape[1]:
+            raise ValueError(
+                f"chosen_TE has shape {chosen_TE.shape}, expected [tokens, {self._shape[1]}]"
+            )
+        bits = np.packbits(chosen_TE, axis=1, bitorder="little")
+        self._append(step, layer_index, len(bits), bits.tobytes(), 1 | _SETS)
 
     def _append(
         self, step: int, layer_index: int, microbatch: int, payload: bytes, width: int
@@ -230,9 +243,9 @@ def frames(file: BinaryIO, path: Path, header: Header) -> Iterator[Frame]:
         file.seek(offset)
         fields = file.read(begin.size)
         crc, width, step, layer, microbatch, *of_counts = begin.unpack(fields)
-        has_pairs = header.version > 1 and bool(width & _PAIRS)
-        width &= ~_PAIRS if has_pairs else ~0
-        is_damaged = width not in _WIDTHS
+        mark = width & (_PAIRS | _SETS) if header.version > 1 else 0
+        width -= mark
+        is_damaged = width not in _WIDTHS or mark == _PAIRS | _SETS
         if header.version > 1:
             is_damaged = is_damaged or crc != zlib.crc32(fields[_CRC_BYTES:])
             (crc,) = of_counts
@@ -240,17 +253,20 @@ def frames(file: BinaryIO, path: Path, header: Header) -> Iterator[Frame]:
             if _is_torn(file, offset, size, begin.size):
                 return
             raise ValueError(f"{path}, byte {offset}: no record begins there; {damage(offset)}")
-        end = offset + begin.size + math.prod(_shape(header, has_pairs)) * width
+        frame = Frame(offset, 0, width, step, layer, microbatch, crc, mark == _PAIRS, mark == _SETS)
+        end = offset + begin.size + math.prod(_shape(header, frame)) * width
         if end > size:
             return
-        yield Frame(offset, end, width, step, layer, microbatch, crc, has_pairs)
+        yield frame._replace(end=end)
         offset = end
 
 
-def _shape(header: Header, has_pairs: bool) -> tuple[int, ...]:
+def _shape(header: Header, frame: Frame) -> tuple[int, ...]:
     num_experts = header.num_experts
-    if has_pairs:
+    if frame.has_pairs:
         return (num_experts * (num_experts + 1) // 2,)
+    if frame.has_sets:
+        return frame.microbatch, -(-num_experts // 8)
     return header.num_ranks, num_experts
 
 
@@ -273,12 +289,15 @@ def _is_torn(file: BinaryIO, offset: int, size: int, most: int) -> bool:
 def read_counts(
     file: BinaryIO, frame: Frame, header: Header
 ) -> npt.NDArray[np.unsignedinteger[Any]] | None:
-    """Read the counts [N, E], or the triangle of pairs; return None if the checksum differs."""
+    """Read the counts [N, E], the triangle of pairs, or the bytes of sets.
+
+    Return None if the checksum differs.
+    """
     begin = frame.offset + _COVERED_FROM[header.version]
     file.seek(begin)
     covered = file.read(frame.end - begin)
     if zlib.crc32(covered) != frame.crc:
         return None
-    shape = _shape(header, frame.has_pairs)
+    shape = _shape(header, frame)
     payload = covered[len(covered) - math.prod(shape) * frame.width :]
     return np.frombuffer(payload, dtype=_WIDTHS[frame.width]).reshape(shape)

@@ -5,6 +5,7 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import Record, initial_weights, train
+from megatron_laer.cpu.weights import Tensors
 from megatron_laer.planner.homes_file import read_homes, write_homes
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.layout_recording import read_layouts
@@ -176,7 +178,7 @@ def test_homes_of_another_run_are_refused_on_every_rank(
     write_homes(path, ranks_of_file, {f"layer {at + 1}": order_E for at in range(layers)})
     flags = STATIC + f" --fsep-homes {path}"
     for result in ranks(2).run_raw(train, command(text_data, flags)):
-        assert isinstance(result, Raised) and f"--fsep-homes {path}: " in result.traceback
+        assert isinstance(result, Raised) and f"--fsep-homes '{path}'" in result.traceback
         assert said in result.traceback
 
 
@@ -228,3 +230,36 @@ def test_layouts_are_recorded_with_experts_numbers_and_replayed_with_the_same_ho
     for result in ranks(2).run_raw(train, command(text_data, replay + homes(tmp_path, 14))):
         assert isinstance(result, Raised)
         assert "was recorded with other homes of experts" in result.traceback
+
+
+BIAS = "--disable-bias-linear"
+
+
+def initial_of_kind(flags: list[str], grouped: bool) -> Tensors:
+    from tests.grouped_experts import grouped as grouped_experts
+
+    with grouped_experts() if grouped else contextlib.nullcontext():
+        return initial_weights(flags)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["sequence", "grouped"])
+def test_experts_with_biases_go_home_as_they_are_made_and_as_they_are_loaded(
+    ranks: RankPools, text_data: str, tmp_path: Path, grouped: bool
+) -> None:
+    saved = " --ckpt-format torch_dist --save {0} --save-interval 1"
+    loaded = " --ckpt-format torch_dist --load {0} --finetune --no-load-optim --no-load-rng"
+
+    def weights(mode: str, extra: str = "") -> Tensors:
+        flags = command_line(text_data, mode + extra, global_batch=8, steps=1, without=BIAS)
+        found: Tensors = ranks(2).run(initial_of_kind, flags, grouped)[0]
+        assert any("linear_fc1_bias" in name or "fc1.bias" in name for name in found)
+        return found
+
+    here, there = STATIC + homes(tmp_path, 15), STATIC + homes(tmp_path, 16)
+    one, two = tmp_path / "one", tmp_path / "two"
+    drawn = weights(here, saved.format(one))
+    assert_equal(drawn, weights(""))
+    trained = weights("", loaded.format(one) + saved.format(two))
+    assert not all(torch.equal(trained[name], drawn[name]) for name in drawn)
+    assert_equal(weights(there, loaded.format(one)), trained)
+    assert_equal(weights(here, loaded.format(two)), weights("", loaded.format(two)))

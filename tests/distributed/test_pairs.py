@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -10,7 +11,8 @@ import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
-from megatron_laer.tools.traces import read_trace
+from megatron_laer.tools.traces.fsep import read_recording
+from megatron_laer.tools.traces.megatron import read_megatron
 from tests.parity.flags import command_line
 from tests.parity.rows import FULL_RECOMPUTE, PERMUTED
 from tests.releases import installed_release
@@ -30,11 +32,12 @@ def test_pairs_of_a_run_are_those_of_its_sets(
 ) -> None:
     ours, theirs = tmp_path / "fsep", tmp_path / "megatron"
     flags += f" --expert-parallel-mode fsep --fsep-record-trace {ours} --fsep-pairs-interval 2"
+    flags += " --fsep-sampled-sets 64"
     flags += f" --moe-routing-trace-path {theirs} --moe-router-topk 3"
     command = command_line(text_data, flags, global_batch=8, steps=STEPS)
     ranks(2).run(train_traced, command)
-    recorded = read_trace(ours, pairs=True)
-    expected = read_trace(theirs, num_experts=8, pairs=True)
+    recorded = read_recording(ours / "group-0.trace", pairs=True)
+    expected = read_megatron(theirs, num_experts=8, pairs=True)
     assert recorded.pairs is not None and expected.pairs is not None
     assert len(expected.layers) == len(recorded.layers) == 2
     assert np.unique(recorded.pairs.step_P).tolist() == [0, 2, 4]
@@ -46,6 +49,17 @@ def test_pairs_of_a_run_are_those_of_its_sets(
             sets_EE = expected.pairs.of_layer(layer, range(first + step, first + step + 1))
             assert sets_EE.sum() > 0
             assert mine_EE.tolist() == (sets_EE // passes * (step % 2 == 0)).tolist()
+    layer_of = {name: at for at, name in enumerate(expected.layers)}
+    for (step, layer), chosen_TE in recorded.sets.items():
+        traced = [
+            experts
+            for rank in range(2)
+            for experts in first_call(theirs, rank, first + step, [*layer_of][layer])
+        ]
+        assert len(chosen_TE) == 64 and step % 2 == 0
+        found = [np.flatnonzero(chosen_E).tolist() for chosen_E in chosen_TE]
+        assert found == [sorted(experts) for experts in traced[::3]]
+    assert len(recorded.sets) == 6
     counts_E = recorded.counts_RNE[(recorded.step_R == 2) & (recorded.layer_R == 1)].sum((0, 1))
     assert recorded.pairs.of_layer(1, range(2, 3)).diagonal().tolist() == counts_E.tolist()
 
@@ -57,3 +71,13 @@ def train_traced(flags: list[str]) -> None:
     with mock.patch.object(router_trace, "_MOE_ROUTER_TRACER", None):
         train(flags)
         router_trace.get_moe_router_tracer().flush()
+
+
+def first_call(folder: Path, rank: int, step: int, layer: str) -> list[list[int]]:
+    """Return the experts of each token in the first call of a layer's router in a step."""
+    for line in (folder / f"router_trace_rank{rank}.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if (record["step"], f"decoder.{record['layer']}") == (step, layer):
+            experts: list[list[int]] = record["top_indices"]
+            return experts
+    raise AssertionError(f"rank {rank} has no step {step} of {layer}")

@@ -13,8 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
-from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from tests.parity.adapted import lora_on_attention
 
@@ -134,7 +132,10 @@ class _Packed(torch.nn.Module):
         return torch.cat([torch.nn.functional.linear(part, weight) for part, weight in parts])
 
 
-def _narrow(columns: int, rows: int, config: Any, *, gathers: bool = False) -> ColumnParallelLinear:
+def _narrow(columns: int, rows: int, config: Any, *, gathers: bool = False) -> Any:
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+
     return ColumnParallelLinear(
         columns,
         rows,
@@ -149,6 +150,8 @@ def _narrow(columns: int, rows: int, config: Any, *, gathers: bool = False) -> C
 
 def _sum_over_experts(grad: torch.Tensor) -> torch.Tensor:
     summed = grad.clone()
+    from megatron.core import parallel_state
+
     dist.all_reduce(summed, group=parallel_state.get_expert_model_parallel_group())
     return summed
 

@@ -72,6 +72,12 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "softmax router": ("plain", "top1"),
     "sigmoid router": ("bias-router",),
     "square-root softplus router": ("softplus",),
+    "permuted homes (`--fsep-homes`)": (
+        "homes",
+        "homes-nodes",
+        "homes-announced",
+        "homes-flex",
+    ),
     "no load balancing": ("plain",),
     "load balancing by aux, sequence and global aux losses, z loss": ("aux", "losses"),
     "the losses of load balancing as logged, under recompute": (

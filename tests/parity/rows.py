@@ -211,17 +211,17 @@ ROWS = [
         " accumulation 4", REPLAY + PIPELINE + FULL_RECOMPUTE, fsep=ANNOUNCED, ranks=4, group=2,
         accumulation=4, moe_layers=1),
     # Homes by a permutation.
-    _row("homes", "experts at home by a permutation, distributed optimizer with both overlaps, aux"
+    _row("homes", "permuted homes, distributed optimizer with both overlaps, aux"
         " loss", DIST_OPT + AUX_LOSS + " --moe-aux-loss-coeff 1e-2", fsep=PERMUTED.format(2),
         not_at_home="at home in itself"),
-    _row("homes-nodes", "experts at home by a permutation, tokens through nodes of 2, top-4, expert"
+    _row("homes-nodes", "permuted homes, tokens through nodes of 2, top-4, expert"
         " bias, E = 8 on 4 ranks", TOP_4 + SIGMOID_ROUTER, fsep=PERMUTED.format(4)
         + TOKENS.format(2), ranks=4, not_at_home="at home in itself"),
-    _row("homes-announced", "experts at home by a permutation, announced by router replay,"
+    _row("homes-announced", "permuted homes, announced by router replay,"
         " pipeline 2, accumulation 4, full recompute", REPLAY + PIPELINE + FULL_RECOMPUTE,
         fsep=PERMUTED.format(2) + ANNOUNCED, ranks=4, group=2, accumulation=4, moe_layers=1,
         not_at_home="at home in itself"),
-    _row("homes-flex", "experts at home by a permutation, flex dispatcher with DeepEP, multi-token"
+    _row("homes-flex", "permuted homes, flex dispatcher with DeepEP, multi-token"
         " prediction", MTP, fsep=PERMUTED.format(2) + DEEPEP, moe_layers=3,
         not_at_home="at home in itself"),
     _row("scheduler-off", "scheduler off", fsep=SCHEDULER_OFF),

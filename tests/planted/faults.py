@@ -671,6 +671,16 @@ FAULTS: tuple[Fault, ...] = (
         "by_expert_EE = self._homes[layer].pairs_by_expert(pairs_EE)",
         "by_expert_EE = pairs_EE",
     ),
+    _in("runtime/planning/mailbox.py", *_ranks("pairs")).fault(
+        "traces have sets of home positions",
+        "its_TE = self._homes[layer].by_expert(chosen_TE[is_token_T])",
+        "its_TE = chosen_TE[is_token_T]",
+    ),
+    _PAIR_COUNTS.fault(
+        "every rank's sets are the first's",
+        "first = self._groups.rank * self._sampled",
+        "first = 0",
+    ),
     _in("plugin/checkpoints.py", *_HOME_ORDER, "-k", "buffers").fault(
         "buffers of all permuted homes are alike", 'f"homes-{homes}"', '"homes"'
     ),

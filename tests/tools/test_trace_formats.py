@@ -199,14 +199,21 @@ def test_recorded_pairs_are_read_back_with_the_counts_of_their_step(tmp_path):
     writer = TraceWriter(path, 2, 4, ["decoder.0", "decoder.1"], first_step=3)
     writer.append(3, 1, 0, counts[0, 0, 0])
     writer.append_pairs(3, 1, pairs_EE)
+    chosen_TE = np.array([[True, False, True, False], [False, True, False, True]])
+    writer.append_sets(3, 1, chosen_TE)
+    writer.append(3, 0, 0, counts[0, 0, 0])
     writer.close()
     trace = read_trace(path, pairs=True)
-    assert len(trace) == counts[..., 0, 0].size + 1
+    assert len(trace) == counts[..., 0, 0].size + 2
+    assert {key: its_TE.tolist() for key, its_TE in trace.sets.items()} == {
+        (3, 1): chosen_TE.tolist()
+    }
     assert trace.pairs.of_layer(1).tolist() == pairs_EE.tolist()
     assert not trace.pairs.of_layer(0).any() and not trace.pairs.of_layer(1, range(3)).any()
-    assert read_trace(path).pairs is None and trace.of_ranks([1]).pairs is None
+    assert read_trace(path).pairs is None and not read_trace(path).sets
+    assert trace.of_ranks([1]).pairs is None and not trace.of_ranks([1]).sets
     content = path.read_bytes()
-    path.write_bytes(content[:-3])  # a killed run's
+    path.write_bytes(content[: content.rindex(pairs_EE[:1].astype("<u2").tobytes())])  # killed
     assert read_trace(path, pairs=True).pairs is None
     resumed = TraceWriter(path, 2, 4, ["decoder.0", "decoder.1"], first_step=4)
     resumed.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from megatron_laer.planner.homes_file import read_homes, write_homes
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
+from megatron_laer.runtime import build
 from megatron_laer.runtime.planning.planner_checkpoint import by_expert, by_position
 
 ORDER = HomeOrder(np.array([3, 0, 2, 1]))
@@ -87,7 +89,7 @@ def test_a_bad_file_is_refused_with_quotes(
 
 def test_homes_imply_experts_and_are_refused_with_rows() -> None:
     assert FSEPConfig(homes="f").sharding == Sharding.EXPERTS
-    with pytest.raises(ValueError, match="--fsep-homes f: no expert has a home"):
+    with pytest.raises(ValueError, match="--fsep-homes 'f': no expert has a home"):
         FSEPConfig(homes="f", sharding=Sharding.ROWS)
     with pytest.raises(ValueError, match="--fsep-planner laer: moves every expert"):
         FSEPConfig(homes="f", planner="laer")
@@ -111,3 +113,13 @@ def test_a_planners_state_is_saved_with_experts_numbers() -> None:
     for other in (STOCK, HomeOrder(np.array([1, 0, 3, 2]))):
         with pytest.raises(ValueError, match="does not fit --fsep-sharding experts"):
             by_position(saved, [other]).check_fits(geometry, layers)
+
+
+def test_an_own_loop_with_another_runs_homes_is_refused_when_its_layers_are_built(
+    tmp_path: Path,
+) -> None:
+    """Megatron's command line is checked before, and a loop of one's own has none."""
+    path, groups = tmp_path / "homes.json", mock.Mock(size=4)
+    write_homes(path, 2, {"layer 1": ORDER.expert_E})
+    with pytest.raises(ValueError, match=r"--fsep-homes '.*': has homes for 2 ranks and 4 experts"):
+        build._common_homes(FSEPConfig(homes=str(path)), groups, 4)

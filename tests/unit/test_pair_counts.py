@@ -33,9 +33,9 @@ def test_pairs_are_exact_far_above_what_half_precision_holds() -> None:
     assert pairs_EE[0, 0] == 70_001
 
 
-def counter(rank: int = 0, interval: int | None = 2) -> PairCounts:
-    groups: Any = SimpleNamespace(rank=rank, planner_rank=0, tokens=None)
-    return PairCounts(groups, torch.device("cpu"), 6, interval)
+def counter(rank: int = 0, interval: int | None = 2, sampled: int = 0) -> PairCounts:
+    groups: Any = SimpleNamespace(rank=rank, size=2, planner_rank=0, tokens=None)
+    return PairCounts(groups, torch.device("cpu"), 6, interval, sampled)
 
 
 def test_a_step_has_the_sum_of_its_microbatches_and_no_others() -> None:
@@ -47,11 +47,13 @@ def test_a_step_has_the_sum_of_its_microbatches_and_no_others() -> None:
             for number, map_TE in enumerate(maps):
                 counted.add(1, map_TE, begins=number == 0)
             counted.end_step()
-            pairs_LEE = counted.take()
+            found = counted.take()
             if step == 1:
-                assert pairs_LEE is None
+                assert found is None
                 continue
-            assert pairs_LEE is not None and not pairs_LEE[0].any()
+            assert found is not None
+            pairs_LEE, chosen_LTE = found
+            assert not pairs_LEE[0].any() and not chosen_LTE.size
             assert pairs_LEE[1].tolist() == slow_pairs(torch.cat(maps))
             assert counted.take() is None
         assert reduce.call_count == 2
@@ -81,3 +83,16 @@ def test_pairs_of_positions_are_given_the_experts_numbers() -> None:
     map_TE = routing_map(1, tokens=30)
     at_home_EE = count_pairs(map_TE[:, torch.from_numpy(home.expert_E)]).numpy()
     assert home.pairs_by_expert(at_home_EE).tolist() == slow_pairs(map_TE)
+
+
+def test_sets_are_of_tokens_spread_over_the_first_microbatch() -> None:
+    counted, map_TE = counter(rank=1, interval=1, sampled=4), routing_map(2, tokens=11)
+    counted.begin_step(0, num_layers=1)
+    counted.add(0, routing_map(3, tokens=11), begins=True)  # the step is repeated
+    counted.add(0, map_TE, begins=True)
+    counted.add(0, routing_map(4, tokens=11), begins=False)
+    _, sets_LTE = counted._tables
+    assert sets_LTE[0, 4:].bool().tolist() == map_TE[[0, 3, 6, 9]].tolist()
+    assert not sets_LTE[0, :4].any(), "rows of the other rank"
+    counted.add(0, map_TE[:3], begins=True)
+    assert sets_LTE[0, 4:7].bool().tolist() == map_TE[:3].tolist() and not sets_LTE[0, 7].any()

@@ -55,7 +55,7 @@ def _initial(parameter: torch.nn.Parameter) -> torch.Tensor:
 
 
 def number_by_expert(state: dict[str, Any], prefix: str, expert_axis: int, home: HomeOrder) -> None:
-    """Give what stock saves of home experts, under keys with this prefix, the experts' numbers."""
+    """Set the experts' own numbers in stock's entries of home experts, with this prefix."""
     for key in [key for key in state if key.startswith(prefix)]:
         state[key] = _numbered(expert_axis, home, state[key])
 

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from megatron_laer.config import FixedPlanner, FSEPConfig
+from megatron_laer.files.checks import quoted
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
-from megatron_laer.planner.homes_file import Homes
+from megatron_laer.planner.homes_file import ModelHomes
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.status import PlannerStatus
@@ -40,7 +41,7 @@ class LayoutsInForce:
     costs: CostModel
     seed: int
     device: torch.device
-    given_homes: Homes | None = None
+    given_homes: ModelHomes | None = None
     version: int = 0
     status: PlannerStatus = field(default_factory=PlannerStatus)
     resumption: Resumption = field(default_factory=Resumption)
@@ -69,7 +70,7 @@ class LayoutsInForce:
             home = self.given_homes.by_layer.get(name, home)
             missing = self.given_homes.missing(name)
             if self.homes_problem is None and missing is not None:
-                self.homes_problem = f"--fsep-homes {self.config.homes}: {missing}"
+                self.homes_problem = f"--fsep-homes {quoted(self.config.homes)}: {missing}"
         self.homes.append(home)
         self._layers.append(name)
         self._layouts.append(self.geometry.static_layout)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.telemetry.trace_file import TraceWriter
 
@@ -64,8 +64,8 @@ class RoutingMailbox:
         if microbatch + 1 == self._num_microbatches:
             self._deliver(layer)
 
-    def put_pairs(self, pairs_LEE: Int64) -> None:
-        """Record the step's pairs of home positions, the group's sum for each layer."""
+    def put_pairs(self, pairs_LEE: Int64, chosen_LTE: Bool) -> None:
+        """Record the step's pairs and sampled sets of each layer, of home positions."""
         for layer, pairs_EE in enumerate(pairs_LEE):
             by_expert_EE = self._homes[layer].pairs_by_expert(pairs_EE)
             self._record(
@@ -76,6 +76,19 @@ class RoutingMailbox:
                     pairs_EE=by_expert_EE,
                 )
             )
+
+        for layer, chosen_TE in enumerate(chosen_LTE):
+            is_token_T = chosen_TE.any(axis=1)
+            if is_token_T.any():
+                its_TE = self._homes[layer].by_expert(chosen_TE[is_token_T])
+                self._record(
+                    partial(
+                        TraceWriter.append_sets,
+                        step=self._step,
+                        layer_index=layer,
+                        chosen_TE=its_TE,
+                    )
+                )
 
     def end_step(self) -> None:
         """Deliver the sums of a step whose number of microbatches was unknown."""

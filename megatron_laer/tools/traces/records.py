@@ -6,13 +6,13 @@ Legend: R records, N source ranks, E experts. A record is one microbatch of one 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.files import memory
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.telemetry.trace_file import MAX_COUNT
@@ -88,7 +88,8 @@ class Trace:
 
     `layer_R` indexes `layers`, which are in the model's order. `microbatch_R` counts within the
     step. `counts_RNE` has the tokens on each source rank for each expert. `pairs` are those that
-    were recorded and read, and summed over all source ranks.
+    were recorded and read, and summed over all source ranks. `sets` are the experts of sampled
+    tokens, bool [T, E], by step and layer.
     """
 
     layers: tuple[str, ...]
@@ -97,6 +98,7 @@ class Trace:
     microbatch_R: Int64
     counts_RNE: Int32
     pairs: PairRecords | None = None
+    sets: Mapping[tuple[int, int], Bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num_records = len(self.counts_RNE)
@@ -178,8 +180,9 @@ class Trace:
                 f"source ranks {wrong} are not in the trace; it has ranks 0 to {self.num_ranks - 1}"
             )
         counts_RNE = np.ascontiguousarray(self.counts_RNE[:, list(ranks)])
-        everyone = sorted(ranks) == list(range(self.num_ranks))
-        return replace(self, counts_RNE=counts_RNE, pairs=self.pairs if everyone else None)
+        chosen = replace(self, counts_RNE=counts_RNE)
+        is_everyone = sorted(ranks) == list(range(self.num_ranks))
+        return chosen if is_everyone else replace(chosen, pairs=None, sets={})
 
 
 def assemble(
