@@ -149,9 +149,9 @@ def _narrow(columns: int, rows: int, config: Any, *, gathers: bool = False) -> A
 
 
 def _sum_over_experts(grad: torch.Tensor) -> torch.Tensor:
-    summed = grad.clone()
     from megatron.core import parallel_state
 
+    summed = grad.clone()
     dist.all_reduce(summed, group=parallel_state.get_expert_model_parallel_group())
     return summed
 
