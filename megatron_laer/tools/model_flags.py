@@ -217,7 +217,6 @@ def fp8_recipe(fp8_format: str | None, recipe: str | None) -> Fp8Recipe | None:
                 "leave the recipe out"
             )
         return None
-    try:
-        return Fp8Recipe(recipe or Fp8Recipe.DELAYED)
-    except ValueError as error:
-        raise ValueError(f"--fp8-recipe {error}") from error
+    if recipe is not None and recipe not in [*Fp8Recipe]:
+        raise ValueError(f"--fp8-recipe {quoted(recipe)}: give one of {', '.join(Fp8Recipe)}")
+    return Fp8Recipe(recipe or Fp8Recipe.DELAYED)

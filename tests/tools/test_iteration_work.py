@@ -24,7 +24,6 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
-from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import (
     FSEP,
     METHODS,
@@ -384,25 +383,3 @@ def test_forecasts_are_those_of_training():
                 records = np.flatnonzero((trace.step_R == old) & (trace.layer_R == layer))
                 state = state.observe(sum(trace.counts_NE(record) for record in records))
             assert (state.counts_NE() == forecast_NE).all()
-
-
-@pytest.mark.parametrize(
-    ("strategy", "dense_gb"),
-    [(None, 10.2), ("optim", 10.2), ("optim_grads", 4.0), ("optim_grads_params", 1.4)],
-)
-def test_sharded_dense_layers_take_the_documented_memory(strategy, dense_gb):
-    """On 32 ranks in groups of 8 whose experts' optimizer state four ranks share."""
-    model = read_model("mixtral-8x7b-e8k2")
-    geometry = Geometry(8, 8, 2, 8, Sharding.EXPERTS)
-    costs = CostModel(H100, model.hidden, model.expert_ffn, True, 2)
-    run = RunShape(8, 8, 4096, 1, replicas=4, dense_sharding=strategy)
-    experts = len(model.layer_has_experts) * model.expert_weights  # one of each layer on a rank
-    names = ("weights", "gradients", "optimizer")
-    for name in (FSEP, STOCK):
-        settings = MethodSettings(geometry, costs, stock_group=8)
-        method = make_method(name, settings, Rates(H100, 2))
-        parts = memory_bytes(model, run, method, 8192)
-        found = sum(parts[part] for part in names)
-        whole = 2 + 4 + 12 / 4  # bytes of an expert's weight, gradient and quarter of its state
-        assert found - experts * whole == pytest.approx(dense_gb * 1e9, rel=0.03)
-        assert ("gathered_layers" in parts) == (strategy == "optim_grads_params")

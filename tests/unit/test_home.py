@@ -367,15 +367,11 @@ def test_traffic_of_replicas_equals_a_count_message_by_message(
 
 
 @settings(max_examples=80)
-@given(
-    home_geometries(),
-    st.sampled_from([*ExchangeAlgorithm, Auto.AUTO]),
-    st.sampled_from([None, *Fp8Recipe]),
-    st.integers(0, 2**16),
-)
+@given(home_geometries(), st.sampled_from([*ExchangeAlgorithm, Auto.AUTO]), st.integers(0, 2**16))
 def test_native_prices_of_replicas_equal_the_plain_reference(
-    geometry: Geometry, algorithm: ExchangeAlgorithm | Auto, fp8: Fp8Recipe | None, seed: int
+    geometry: Geometry, algorithm: ExchangeAlgorithm | Auto, seed: int
 ) -> None:
+    fp8 = [None, *Fp8Recipe][seed % 5]
     costs = make_costs(hidden=7, ffn=5, memory_bytes_per_s=1e12, fp8=fp8)
     costs = costs.with_exchange(algorithm, geometry)
     layout, before = random_replicas(geometry, seed), random_replicas(geometry, seed + 1)

@@ -7,9 +7,9 @@ A row is a hidden state in one token exchange, and a pair a token with one of it
     - shared      pairs of one token on one node, which `node` exchanges as one row
     = sent
 
-The first two are counted. Counts do not say which experts one token chose, so `shared` is what the
-token prices assume: independent choices, and then up to an eighth too many. A cause that needs sets
-of experts, such as placement by co-activation, belongs between the last two.
+The first two are counted. Counts do not say which experts one token chose. So `shared` is assumed
+as in token prices, for independent choices, and is up to an eighth too many. A cause that needs
+sets of experts, such as placement by co-activation, belongs between the last two.
 
 Legend: N ranks, E experts, M nodes.
 """

@@ -88,8 +88,8 @@ class Method:
     """Layouts, exchanges and memory of one method of training.
 
     With `one_stream` parameters and gradients share a communicator. A rank owns `experts_held`
-    experts' worth of weights in each layer and restores `restored` whole ones, as payloads of
-    `payload_bytes` if these are given; `replicas` ranks of an FSEP group own the same. `group` are
+    experts' worth of weights in each layer, as do `replicas` ranks of an FSEP group. It restores
+    `restored` whole ones, as payloads of `payload_bytes` if these are given. `group` are
     the ranks of a group of stock. `fixed_bytes` are of libraries and buffers, by part, and do not
     depend on the run.
     """
