@@ -33,7 +33,10 @@ _OPTIONS = (
     ("--fp8-format e4m3", "a100-4x8-ib800 has no speed of GEMMs in fp8"),
     ("--fp8-format e4m3 --cluster h100-8 --sharding rows", "give --sharding experts"),
     ("--data-parallel-sharding-strategy optim --sharding rows", "give --sharding experts"),
-    ("--data-parallel-sharding-strategy optim --fp8-format e4m3", "no Megatron-FSDP in fp8"),
+    (
+        "--data-parallel-sharding-strategy optim --fp8-format e4m3 --cluster h100-8",
+        "no Megatron-FSDP",
+    ),
     ("--data-parallel-sharding-strategy optim --pipeline 2", "takes no pipeline"),
     ("--fp8-format e5m2", "--fp8-format: invalid choice: 'e5m2'"),
     ("--restore step", "--restore step keeps layouts over a step"),
