@@ -31,10 +31,17 @@ from megatron_laer.support.table import REFUSALS, UNPROVEN
 
 _DEEPEP_TOP_K = 32
 
-# Checkpoints that other homes could not read: argument, value, and the way out.
-_BY_RANK = (
-    ("ckpt_format", "torch", "use --ckpt-format torch_dist"),
-    ("non_persistent_ckpt_type", "local", "use --non-persistent-ckpt-type global"),
+# Settings that do not go with `--fsep-homes`: argument, value, reason and the way out.
+_BY_RANK = "such a checkpoint has experts by rank, not by number"
+_NOT_WITH_HOMES = (
+    ("ckpt_format", "torch", f"{_BY_RANK}; use --ckpt-format torch_dist"),
+    ("non_persistent_ckpt_type", "local", f"{_BY_RANK}; use --non-persistent-ckpt-type global"),
+    ("use_megatron_fsdp", True, "no test proves the two together; leave out one of them"),
+    (
+        "fp8_param_gather",
+        True,
+        "main weights would begin as those of another expert; leave out one of them",
+    ),
 )
 
 # Arguments that FSEP sets if they are not given, with their values.
@@ -169,10 +176,9 @@ def _homes_problems(args: Namespace, config: FSEPConfig) -> list[str]:
         return []
     given = f"--fsep-homes {quoted(config.homes)}"
     problems = [
-        f"{given} with {flag} {value}: such a checkpoint has experts by rank, not by number; "
-        f"{instead}"
-        for name, value, instead in _BY_RANK
-        if getattr(args, name, None) == value and (flag := _flag(name))
+        f"{given} with {_flag(name)}{'' if value is True else f' {value}'}: {reason}"
+        for name, value, reason in _NOT_WITH_HOMES
+        if getattr(args, name, None) == value
     ]
     try:
         homes = read_homes(Path(config.homes))

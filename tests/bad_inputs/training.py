@@ -47,6 +47,7 @@ _FLAGS = (
     (ON + "--fsep-homes cluster-zero.yaml", "'cluster-zero.yaml': not JSON"),
     (ON + "--fsep-homes x --fsep-sharding rows", "--fsep-homes 'x': no expert has a home"),
     (ON + "--fsep-homes x --ckpt-format torch", "such a checkpoint has experts by rank"),
+    (ON + "--fsep-homes x --use-megatron-fsdp", "--fsep-homes 'x' with --use-megatron-fsdp: no t"),
     (ON + "--fsep-pairs-interval 0", "--fsep-pairs-interval 0: must be at least 1"),
     (ON + "--fsep-pairs-interval 5", "--fsep-pairs-interval 5: no effect, since --fsep-record-tr"),
     (

@@ -699,7 +699,7 @@ FAULTS: tuple[Fault, ...] = (
         "chosen_TE = routing_map_TE.to(torch.float32)",
         "chosen_TE = routing_map_TE.to(torch.float16)",
     ),
-    _PAIR_COUNTS.fault("a repeated step counts twice", "if begins:", "if False:"),
+    _PAIR_COUNTS.fault("a repeated step counts twice", "if not begins:", "if True:"),
     # Experts in fp8.
     _SHARE.fault(
         "a rank's replicated experts in fp8 are all its first",

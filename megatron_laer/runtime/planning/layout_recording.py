@@ -7,8 +7,8 @@ layout of every layer:
      "layers":["layer 1",...],"crc":...}\\n
     {"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer],"crc":...}\\n
 
-An empty slot is -1. Only with --fsep-sharding experts does the first line have a `sharding`, and
-only with --fsep-homes its `homes`: the expert at each home position, layer by layer.
+An empty slot is -1. Only with --fsep-sharding experts does the first line have a `sharding`. Only
+with --fsep-homes does it have `homes`: the expert at each home position, layer by layer.
 
 `files/json_lines.py` defines the checksum. Version 1, which had none and named neither format nor
 version, is still read. `files/recording.py` explains how resumed runs continue a file.
