@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,43 @@ def test_stocks_initial_value_of_each_expert_is_at_its_home(
     stock = ranks(4).run(initial_weights, command(text_data, "", ranks=4))[0]
     moved = RANDOM + homes(tmp_path, 0, ranks=4)
     assert_equal(ranks(4).run(initial_weights, command(text_data, moved, ranks=4))[0], stock)
+
+
+def moved_to(expert_E: list[int]) -> list[tuple[float, float]]:
+    """Move homes of parameters in fp8; return each one's value, and that kept for its master."""
+    import torch.distributed as dist
+
+    from megatron_laer.cpu.fp8_experts import Recipe
+    from megatron_laer.cpu.fp8_parameters import keep_in_fp8
+    from megatron_laer.layer.experts.home_moves import move_home
+    from megatron_laer.layer.experts.main_grads import MegatronMainGrads
+    from megatron_laer.planner.home_order import HomeOrder
+    from megatron_laer.runtime.weights.layer import Homes
+    from tests.distributed.test_home_exchange import exchanges_on
+
+    config = SimpleNamespace(fp8="e4m3", fp8_recipe="tensorwise")
+    with exchanges_on(2) as exchanges:
+        linears, num_home = [], len(expert_E) // dist.get_world_size()
+        for at in range(num_home):
+            linear = torch.nn.Linear(16, 16, bias=False)
+            # No fp8 value times its scale: only the value that is kept aside is exact.
+            torch.nn.init.constant_(linear.weight, 1.1 + dist.get_rank() * num_home + at)
+            linear.weight.data[0, 0] = 1000.0
+            keep_in_fp8(linear, Recipe.of(config))
+            linears.append(linear)
+        share = Homes((tuple(linear.weight for linear in linears),), MegatronMainGrads())
+        order, device = HomeOrder(np.array(expert_E)), torch.device("cpu")
+        move_home(share, order, exchanges["direct"].groups, device)
+    kept = [linear.weight.get_high_precision_init_val() for linear in linears]  # type: ignore
+    weights = [linear.weight.detach().float() for linear in linears]
+    return [(float(w[1, 1]), float(k[1, 1])) for w, k in zip(weights, kept, strict=True)]
+
+
+def test_master_weights_of_fp8_parameters_move_as_well(ranks: RankPools) -> None:
+    moved = [3, 0, 2, 1]
+    found = [one for of_rank in ranks(2).run(moved_to, moved) for one in of_rank]
+    assert [kept for _, kept in found] == pytest.approx([1.1 + expert for expert in moved])
+    assert [value for value, _ in found] == pytest.approx([1.1 + e for e in moved], rel=0.5)
 
 
 @pytest.mark.parametrize("static", [True, False], ids=["static", "random replicas"])

@@ -719,6 +719,14 @@ FAULTS: tuple[Fault, ...] = (
         "return self._quantiser(kind, parameters, dimensions=1)",
         "return self._quantiser(kind, parameters, dimensions=2)",
     ),
+    _MOVES.fault(
+        "master weights of moved parameters in fp8 stay",
+        "kept_RK.copy_(value_RK)",
+        "pass",
+        *_HOME_ORDER,
+        "-k",
+        "fp8_parameters",
+    ),
     _SLOT_CONFIGS.fault(
         "home experts take tokens as padded where HybridEP dispatches them",
         'padding.moe_token_dispatcher_type = "alltoall"',
