@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_laer.choices import Unproven
 
-_RECIPES = ("tensorwise", "blockwise")
+_RECIPES = ("tensorwise", "blockwise", "mxfp8")
 _WITH = f"with --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
 
 
