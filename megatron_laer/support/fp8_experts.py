@@ -30,4 +30,10 @@ def problems(settings: Any, allowed: Collection[Unproven]) -> list[str]:
             f"--fp8-recipe {recipe} {_WITH}: replicas of experts know the scales of other recipes; "
             f"give --fp8-recipe {' or '.join(_RECIPES)}"
         )
+    names = ("fp8_param_gather", "fp8_param")  # of the argument and of the field
+    if recipe == "mxfp8" and any(getattr(settings, name, False) for name in names):
+        found.append(
+            f"--fp8-param-gather {_WITH} --fp8-recipe mxfp8: such parameters are kept in both "
+            "directions, which no test has shown; leave it out"
+        )
     return found

@@ -19,7 +19,6 @@ from megatron_laer.cpu.fp8_experts import EmulatedGemm
 from megatron_laer.layer.experts import fp8
 from megatron_laer.layer.experts.fp8 import te, te_mx
 from megatron_laer.layer.experts.fp8.padding import padded, unpadded
-from megatron_laer.layer.experts.fp8.payload import mx_form
 from megatron_laer.layer.experts.slot_linear import slot_linear
 from tests import te_mx as mx_fakes
 from tests.slot_gemm import SPLITS, fixed_experts, poisoned_memory
@@ -348,20 +347,7 @@ def test_each_product_quantises_tokens_in_its_own_direction(
     assert asked == [(True, False)] * 4 + [along_columns] * 4
 
 
-@pytest.mark.parametrize("config", ["mxfp8"], indirect=True)
-def test_a_parameter_in_mxfp8_sends_its_own_bytes_and_scales(config: Any) -> None:
-    gemm = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
-    parameter: Any = mx_fakes.MxQuantiser("e4m3")(torch.randn(ROWS, COLUMNS))
-    parameter._rowwise_scale_inv += 1  # unlike those of a new quantisation
-    parameter._columnwise_scale_inv += 2
-    for packer, name in ((gemm, "rowwise"), (gemm.for_backward, "columnwise")):
-        form = mx_form(ROWS, COLUMNS, by_columns=name == "columnwise")
-        values_RK, scales = form.unpack(packer.pack(parameter))
-        rows, columns = form.scales_shape
-        assert torch.equal(values_RK, getattr(parameter, f"_{name}_data"))
-        assert torch.equal(scales, getattr(parameter, f"_{name}_scale_inv")[:rows, :columns])
-
-
+@pytest.mark.parametrize("config", ["tensorwise", "blockwise"], indirect=True)
 def test_a_parameter_in_fp8_sends_its_own_bytes_and_scales(config: Any) -> None:
     gemm: Any = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
     payload_PK = gemm.pack(torch.randn(ROWS, COLUMNS, dtype=torch.bfloat16))

@@ -23,7 +23,7 @@ microbatch, by states (`states.py`):
     and marks the gradients as added: NONE.
 
 Payloads of mxfp8 serve one direction. Then backward has weights of its own (`backward_weights`),
-whose life is 5 and 6, and which a forward of the same layer neither keeps nor hands on.
+whose life is 5 and 6. No forward keeps them, or hands its own on to them.
 
 Frozen matrices have no gradient to compute, reduce or wait for. The scheduler decides when an
 exchange starts.

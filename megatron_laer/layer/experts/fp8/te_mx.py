@@ -46,17 +46,12 @@ class Mx(Quantised):
         return self._by_columns
 
     def _quantise_weight(self, weight_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        made = self._quantised_weight(weight_RK, by_columns=False)
+        made = self._quantiser(self._forward_kind, by_columns=False)(weight_RK)
         return made._rowwise_data, made._rowwise_scale_inv
 
     def _quantise_by_columns(self, weight_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        made = self._quantised_weight(weight_RK, by_columns=True)
+        made = self._quantiser(self._forward_kind, by_columns=True)(weight_RK)
         return made._columnwise_data, made._columnwise_scale_inv
-
-    def _quantised_weight(self, weight_RK: torch.Tensor, *, by_columns: bool) -> Any:
-        if isinstance(weight_RK, self._tensors.MXFP8Tensor):
-            return weight_RK  # a parameter in fp8, which has both directions
-        return self._quantiser(self._forward_kind, by_columns)(weight_RK)
 
     def _weight(self, values_RK: torch.Tensor, scales: torch.Tensor) -> Any:
         return self._tensor(values_RK, scales, by_columns=False)
