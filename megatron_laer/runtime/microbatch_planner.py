@@ -134,6 +134,7 @@ class MicrobatchPlanner:
         if training:
             self._note(layer, counts_NE, decision, decide_s)
             if rerun_map_TE is not None and not torch.is_grad_enabled():
+                restored.expect_rerun()
                 layer.reruns.keep(plan.for_rerun(rerun_map_TE))
         return plan
 

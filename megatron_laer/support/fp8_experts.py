@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_laer.choices import Unproven
 
-_RECIPES = ("tensorwise", "blockwise")
+_RECIPES = ("tensorwise", "blockwise", "mxfp8")
 _WITH = f"with --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
 
 
@@ -29,5 +29,11 @@ def problems(settings: Any, allowed: Collection[Unproven]) -> list[str]:
         found.append(
             f"--fp8-recipe {recipe} {_WITH}: replicas of experts know the scales of other recipes; "
             f"give --fp8-recipe {' or '.join(_RECIPES)}"
+        )
+    names = ("fp8_param_gather", "fp8_param")  # of the argument and of the field
+    if recipe == "mxfp8" and any(getattr(settings, name, False) for name in names):
+        found.append(
+            f"--fp8-param-gather {_WITH} --fp8-recipe mxfp8: such parameters are kept in both "
+            "directions, which no test has shown; leave it out"
         )
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,11 @@ AT_HOME = " --expert-parallel-mode fsep" + ALLOW
 RANDOM = FP8 + AT_HOME + " --fsep-planner random"
 # Experts' parameters are fp8 bytes and scales themselves.
 PARAMETERS = " --fp8-param-gather"
+# Sizes are multiples of 32.
+MX = " --fp8-format e4m3 --fp8-recipe mxfp8 --bf16 --hidden-size 64"
+RANDOM_MX = MX + AT_HOME + " --fsep-planner random"
+HELD = " --fsep-restore step --fsep-plan-mode forecast"
+RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
 DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 # Tokens of each expert: none, one, fewer and more than the multiple, and the multiple.
 TOKENS_E = [40, 1, 0, 16]
@@ -104,8 +110,10 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
 
 
 @pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
-@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
-@pytest.mark.parametrize("fp8_param", [False, True], ids=["in bf16", "kept in fp8"])
+@pytest.mark.parametrize(
+    ("recipe", "fp8_param"),
+    [*product(["tensorwise", "blockwise"], [False, True]), ("mxfp8", False)],
+)
 def test_a_replica_computes_bit_for_bit_as_its_home(
     ranks: RankPools, fp8_format: str, recipe: str, fp8_param: bool
 ) -> None:
@@ -114,19 +122,23 @@ def test_a_replica_computes_bit_for_bit_as_its_home(
 
 
 @pytest.mark.parametrize(
-    "extra", ["", " --fsep-restore step --fsep-plan-mode forecast", PARAMETERS]
+    "flags",
+    [
+        *(RANDOM + extra for extra in ("", HELD, PARAMETERS)),
+        *(RANDOM_MX + extra for extra in ("", HELD)),
+    ],
 )
-def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, extra: str) -> None:
-    flags = command(text_data, RANDOM + DISTRIBUTED + extra)
-    first, second = (ranks(2).run(train_row, flags)[0] for _ in range(2))
+def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, flags: str) -> None:
+    flags_of_both = command(text_data, flags + DISTRIBUTED)
+    first, second = (ranks(2).run(train_row, flags_of_both)[0] for _ in range(2))
     assert identical(first, second)
 
 
-@pytest.mark.parametrize("extra", ["", PARAMETERS])
+@pytest.mark.parametrize("flags", [RANDOM, RANDOM + PARAMETERS, RANDOM_MX])
 def test_a_resumed_run_has_the_same_bits(
-    ranks: RankPools, text_data: str, tmp_path: Path, extra: str
+    ranks: RankPools, text_data: str, tmp_path: Path, flags: str
 ) -> None:
-    saved = RANDOM + extra + " --use-distributed-optimizer --ckpt-format torch_dist --save {}"
+    saved = flags + " --use-distributed-optimizer --ckpt-format torch_dist --save {}"
     saved += " --save-interval 2 --override-opt_param-scheduler"
     whole: Record = ranks(2).run(train_row, command(text_data, saved.format(tmp_path / "whole")))[0]
     ranks(2).run(train_row, command(text_data, saved.format(tmp_path / "part"), steps=2))
@@ -136,11 +148,11 @@ def test_a_resumed_run_has_the_same_bits(
     assert all((rest.weights[name] == value).all() for name, value in whole.weights.items())
 
 
-@pytest.mark.parametrize("extra", ["", PARAMETERS])
+@pytest.mark.parametrize("in_fp8", [FP8, FP8 + PARAMETERS, MX])
 def test_without_replicas_a_run_is_stock_bit_for_bit(
-    ranks: RankPools, text_data: str, extra: str
+    ranks: RankPools, text_data: str, in_fp8: str
 ) -> None:
-    both = FP8 + DISTRIBUTED + extra
+    both = in_fp8 + DISTRIBUTED
     stock: Record = ranks(2).run(train_row, command(text_data, both))[0]
     static = both + AT_HOME + " --fsep-planner static"
     homes: Record = ranks(2).run(train_row, command(text_data, static))[0]
@@ -195,16 +207,30 @@ def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
     return count.restore_bytes, expected["restore"], count.reduce_bytes, expected["reduce"]
 
 
-def test_replicas_receive_a_byte_for_each_weight(ranks: RankPools, text_data: str) -> None:
+# Bytes of weights for each element. Payloads of 128 x 48 and 48 x 64 elements have a row more for
+# the scale; in mxfp8 there is one of 8 bits for each 32.
+SCALED = {FP8: 1 + (1 / 128 * 2 + 1 / 48) / 3, MX: 1 + 1 / 32}
+
+
+@pytest.mark.parametrize("in_fp8", SCALED, ids=["tensorwise", "mxfp8"])
+@pytest.mark.parametrize("extra", ["", RECOMPUTE], ids=["plain", "recompute"])
+def test_replicas_receive_a_byte_for_each_weight(
+    ranks: RankPools, text_data: str, in_fp8: str, extra: str
+) -> None:
     """Six bytes for each weight of a replica become four."""
-    flat = RANDOM + " --fsep-restore-algorithm flat --fsep-scheduler off"
-    in_bf16 = flat.replace(FP8, " --bf16").replace(ALLOW, " --fsep-sharding experts")
+    at_home = AT_HOME + " --fsep-planner random --fsep-restore-algorithm flat --fsep-scheduler off"
+    flat = in_fp8 + at_home + extra
+    sizes = " --hidden-size 64" * (in_fp8 == MX)
+    in_bf16 = flat.replace(in_fp8, " --bf16" + sizes).replace(ALLOW, " --fsep-sharding experts")
     moved = []
-    for extra in (flat, in_bf16):
-        by_rank = ranks(2).run(received_bytes, command(text_data, extra))
+    for flags in (flat, in_bf16):
+        by_rank = ranks(2).run(received_bytes, command(text_data, flags))
         assert all(found[0] == found[1] and found[2] == found[3] > 0 for found in by_rank)
         moved.append((sum(found[0] for found in by_rank), sum(found[2] for found in by_rank)))
     (weights, grads), (weights_in_bf16, grads_in_bf16) = moved
-    assert grads == grads_in_bf16 and weights_in_bf16 == 2 * grads  # forward and backward
-    # Matrices have 128 and 48 rows, and payloads one more for the scale: 2/176 of the bytes.
-    assert weights / grads == pytest.approx(1 + 1 / 128 * 2 / 3 + 1 / 48 / 3)
+    assert grads == grads_in_bf16
+    # Of two bytes: forward and backward; recompute's forward and its re-run, after which backward
+    # has the same weights, except those of mxfp8.
+    assert weights_in_bf16 == 2 * grads
+    times = 3 / 2 if extra and in_fp8 == MX else 1
+    assert weights / grads == pytest.approx(times * SCALED[in_fp8])

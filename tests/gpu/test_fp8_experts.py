@@ -17,9 +17,10 @@ __all__ = ["train"]  # the fixture
 ALLOW = " --fsep-allow-unproven fp8-experts --fp8-format {} --fp8-recipe {}"
 KEPT_IN_FP8 = " --use-distributed-optimizer --fp8-param-gather"
 RECIPES = [("hybrid", "tensorwise"), ("e4m3", "tensorwise"), ("e4m3", "blockwise")]
+RECIPES += [("e4m3", "mxfp8"), ("hybrid", "mxfp8")]
 ROWS, COLUMNS = 256, 128
 # Transformer Engine's module takes sizes that cuBLAS accepts, and so none between.
-TOKENS_C = [64, 0, 16, 128]
+TOKENS_C = [64, 0, 32, 128]
 
 
 @pytest.fixture(autouse=True)
@@ -62,9 +63,12 @@ def test_a_replica_computes_bit_for_bit_as_transformer_engines_module(
     expected_TR.backward(grad_TR)
 
     gemm = fp8.quantised_gemm(config, ROWS, COLUMNS, device)
-    payload_CPK = torch.stack([gemm.pack(weight.detach()) for weight in weights])
+    payload_CPK, backward_CPK = (
+        torch.stack([packer.pack(weight.detach()) for weight in weights])
+        for packer in (gemm, gemm.for_backward)
+    )
     placeholder_CRK = torch.zeros(len(TOKENS_C), ROWS, COLUMNS, **options).requires_grad_()
-    experts = fixed_experts(payload_CPK, placeholder_CRK.detach())
+    experts = fixed_experts(payload_CPK, placeholder_CRK.detach(), backward_CPK)
     replica = input_TK.clone().requires_grad_()
     output_TR = slot_linear(replica, placeholder_CRK, experts, 0, TOKENS_C, gemm)
     output_TR.backward(grad_TR)

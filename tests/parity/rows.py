@@ -101,6 +101,8 @@ FIRST_IN_BF16 = (
     " --first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-layers-at-end-in-bf16 0"
 )
 PADDING = " --moe-router-padding-for-quantization"
+# Sizes are multiples of 32.
+MXFP8 = " --fp8-format e4m3 --fp8-recipe mxfp8 --hidden-size 64"
 IN_FP8 = " --fsep-sharding experts --fsep-allow-unproven fp8-experts"
 TOP_1 = " --moe-router-topk 1 --moe-router-pre-softmax"
 TOP_4 = " --moe-router-topk 4"
@@ -249,6 +251,16 @@ ROWS = [
     _row("fp8-flex", "experts in fp8 by blocks, bf16, router padding, flex dispatcher with"
         " HybridEP", BLOCKS + BF16 + PADDING, fsep=IN_FP8 + HYBRIDEP, bound=FP8_BOUND,
         not_at_home="at home in itself"),
+    _row("fp8-mx", "experts in mxfp8", MXFP8, fsep=IN_FP8, bound=FP8_BOUND, steps=LONG,
+        not_at_home="at home in itself"),
+    _row("fp8-mx-recompute", "experts in mxfp8 (hybrid), full recompute, bf16, distributed"
+        " optimizer, accumulation 2, shared experts", MXFP8.replace("e4m3", "hybrid") + BF16
+        + FULL_RECOMPUTE + DIST_OPT + SHARED, fsep=IN_FP8, bound=FP8_BOUND, accumulation=2,
+        exchanges=(6, 2), not_at_home="at home in itself"),
+    _row("fp8-mx-nodes", "experts in mxfp8, exchange through nodes of 2, restored once per step,"
+        " accumulation 2, bf16, top-4, recompute of the MoE layer, E = 8 on 4 ranks", MXFP8 + BF16
+        + TOP_4 + MOE_RECOMPUTE, fsep=IN_FP8 + NODES.format(2) + STEP, bound=FP8_BOUND, ranks=4,
+        accumulation=2, exchanges=(4, 2), not_at_home="at home in itself"),
     # Dispatchers.
     _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP, releases=True),
     _row("deepep-bf16", "flex dispatcher with DeepEP, bf16, fp32 router, overlapped shared experts",

@@ -101,6 +101,11 @@ _MOVES = _in("layer/experts/home_moves.py", *_HOME_ORDER)
 _PAIR_COUNTS = _in("runtime/pair_counts.py", *_unit("pair_counts"))
 _SLOT_CONFIGS = _in("layer/slot_configs.py", *_unit("slot_configs"))
 _FP8_TE = _in("layer/experts/fp8/te.py", *_unit("fp8_back_end"))
+_FP8_MX = _in("layer/experts/fp8/te_mx.py", *_unit("fp8_back_end"))
+_SLOT_LINEAR = _in("layer/experts/slot_linear.py", *_unit("fp8_back_end"))
+_DIRECTIONS = _in("runtime/weights/restored.py", *_unit("directions"))
+_FETCHED = _in("runtime/weights/restored_weights.py", *_unit("directions"))
+_STEP_DIRECTIONS = _in("runtime/weights/step_experts.py", *_unit("directions"))
 _FP8_PADDING = _in("layer/experts/fp8/padding.py", *_unit("fp8_back_end"))
 _FP8_PAYLOAD = _in("layer/experts/fp8/payload.py", *_unit("fp8_back_end", "fp8_definitions"))
 _MAIN_GRADS = _in("layer/experts/main_grads.py", *_unit("restored_experts"))
@@ -419,7 +424,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _SCHEDULER.fault(
         "experts of an operation that does not follow stay",
-        "        restored.weights.used()\n        return None",
+        "        restored.release()\n        return None",
         "        return None",
         *_ranks("operations"),
     ),
@@ -439,8 +444,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _RESTORED.fault(
         "weights are released before the experts' backward",
-        "        self._exchange.count.backwards += 1\n        self.weights.start_restore()\n",
-        "        self._exchange.count.backwards += 1\n        self.weights.used()\n",
+        "count.backwards += 1\n        self.backward_weights.start_restore()\n",
+        "count.backwards += 1\n        self.backward_weights.used()\n",
         *_ranks("combined_1f1b"),
         "-k",
         "two_layers",
@@ -749,6 +754,44 @@ FAULTS: tuple[Fault, ...] = (
         "parameters in fp8 are quantised again",
         "if not isinstance(weight_RK, self._tensors.Float8BlockwiseQTensor):",
         "if True:",
+    ),
+    _FP8_MX.fault(
+        "scales along columns are padded as those along rows",
+        "tile = _TILE[::-1] if by_columns else _TILE",
+        "tile = _TILE",
+    ),
+    _SHARE.fault(
+        "backward has the payloads of forward",
+        "return self if packers == self.packers else replace(self, packers=packers)",
+        "return self",
+        *_ranks("fp8_experts"),
+        "-k",
+        "bit_for_bit_as and mxfp8",
+    ),
+    _SLOT_LINEAR.fault(
+        "gradients of inputs are of forward's weights",
+        "experts.backward_weights.matrix(position), tokens_C",
+        "experts.weights.matrix(position), tokens_C",
+    ),
+    _DIRECTIONS.fault(
+        "backward prefetches its own weights where a checkpoint runs forward first",
+        "return self.weights if self._reruns else self.backward_weights",
+        "return self.backward_weights",
+    ),
+    _DIRECTIONS.fault(
+        "another pass takes over weights of the other direction",
+        "following.first_in_backward.share is self.backward_weights.share",
+        "self.is_same_layer(following)",
+    ),
+    _FETCHED.fault(
+        "an operation hands its weights on to one of the other direction",
+        "if following.share is self.share and self.index.has_replicas:",
+        "if self.index.has_replicas:",
+    ),
+    _STEP_DIRECTIONS.fault(
+        "weights of backward outlive a step",
+        "self.experts.backward_weights.free()",
+        "pass",
     ),
     _FP8_PADDING.fault(
         "rows of zeros come before a slot's tokens",

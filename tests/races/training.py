@@ -27,11 +27,12 @@ from tests.launch_order import Launch, recorded
 from tests.parity.bridge_lora import lora_on_experts
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
-from tests.parity.rows import GRAPHS
+from tests.parity.rows import GRAPHS, IN_FP8, MXFP8
 from tests.races.faults import TRAINING_FAULTS
 
 _RANDOM = " --fsep-planner random"
 _HOME = _RANDOM + " --fsep-sharding experts"
+_MXFP8 = f" --bf16{MXFP8}{IN_FP8}"
 _OVERLAPS = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 _FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _VIRTUAL = (
@@ -103,6 +104,13 @@ SCENARIOS = {
         _HOME + _OVERLAPS + " --fsep-homes {folder}/homes.json --fsep-record-trace {folder}"
         " --fsep-pairs-interval 2",
         steps=4,
+    ),
+    "experts at home in mxfp8, both overlaps": Training(_HOME + _MXFP8 + _OVERLAPS),
+    "experts at home in mxfp8 by relay, full recompute": Training(
+        f"{_HOME}{_MXFP8}{_FULL} --fsep-node-size 1 --fsep-restore-algorithm node"
+    ),
+    "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer": Training(
+        f"{_HOME}{_MXFP8}{_MOE} --fsep-restore step", one_queue=True
     ),
     # Most features at once, with Triton's kernels.
     "kernels, by nodes of 1": Training(

@@ -131,6 +131,7 @@ TAKEN = [
     f"--fp8-format e4m3 --fp8-recipe tensorwise {ALLOW_EXPERTS}",
     f"--fp8-format e4m3 --fp8-recipe blockwise {ALLOW_EXPERTS}",
     f"--fp8-format e4m3 --fp8-recipe blockwise {ALLOW_EXPERTS} --fp8-param-gather {PADDING}",
+    f"--fp8-format hybrid --fp8-recipe mxfp8 {ALLOW_EXPERTS}",
     "--cuda-graph-modules moe",
     f"{OVERLAP} --delay-wgrad-compute",
     "--overlap-dispatch-backward-with-experts-wgrad",
@@ -164,8 +165,8 @@ OWN = {
     f"{ALLOW_FP8} --cuda-graph-modules attn": [f"{ALLOW_FP8}: no effect"],
     ALLOW_EXPERTS: [f"{ALLOW_EXPERTS}: no effect", UNPROVEN[Unproven.FP8_EXPERTS]],
     f"{ALLOW_EXPERTS} --fp8-format hybrid": [f"--fp8-recipe delayed with {ALLOW_EXPERTS}: "],
-    f"{ALLOW_EXPERTS} --fp8-format hybrid --fp8-recipe mxfp8": [
-        f"--fp8-recipe mxfp8 with {ALLOW_EXPERTS}: ",
+    f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather": [
+        f"--fp8-param-gather with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
     ],
 }
 

@@ -9,7 +9,7 @@ Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns, h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -52,6 +52,11 @@ class Packer(Protocol):
         """Return the payload of one expert's matrix."""
         ...
 
+    @property
+    def for_backward(self) -> Packer:
+        """Return the quantiser of the payloads that backward multiplies by; perhaps this one."""
+        ...
+
 
 class Share(Protocol):
     """A rank's share of a layer's experts for exchanges: a bias is a matrix with K = 1."""
@@ -88,6 +93,11 @@ class Share(Protocol):
     @property
     def waits_inside(self) -> bool:
         """Return whether gradients must arrive before a checkpoint's backward pass ends."""
+        ...
+
+    @property
+    def for_backward(self) -> Share:
+        """Return the share that backward restores from: this one, unless payloads differ."""
         ...
 
     def sources(self, num_experts: int) -> tuple[Any, ...]:
@@ -144,6 +154,10 @@ class Slices:
     def waits_inside(self) -> bool:
         """Return False: stock computes nothing with slices, so their hooks can run later."""
         return False
+
+    @property
+    def for_backward(self) -> Slices:
+        return self
 
     def values(self, num_experts: int) -> tuple[torch.Tensor, ...]:
         return tuple(
@@ -242,6 +256,11 @@ class Homes:
         """Return True: stock's gradients arrive inside, and the hook runs when it ends."""
         return True
 
+    @cached_property  # passes through one layer hand on weights of one share
+    def for_backward(self) -> Homes:
+        packers = tuple(packer and packer.for_backward for packer in self.packers)
+        return self if packers == self.packers else replace(self, packers=packers)
+
     def sources(self, num_experts: int) -> tuple[Sequence[torch.Tensor], ...]:
         found: list[Sequence[torch.Tensor]] = [
             _matrices([part.detach() for part in matrix]) for matrix in self.homes
@@ -277,7 +296,7 @@ class Homes:
 
 
 def restored_bytes(share: Share, replica_slots: int) -> int:
-    """Return the bytes of a layer's restored weights on this rank."""
+    """Return the bytes of a layer's restored weights on this rank, for one direction."""
     return replica_slots * sum(carried.num_bytes for carried in share.carried)
 
 

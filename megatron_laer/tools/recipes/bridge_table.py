@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.files.yaml_text import Content
-from megatron_laer.support import expert_adapters
+from megatron_laer.support import expert_adapters, fp8_experts
 from megatron_laer.support.table import REFUSALS
 from megatron_laer.tools.recipes.families import (
     UNKNOWN_FAMILY,
@@ -139,7 +139,13 @@ def judge_recipe(row: Mapping[str, str]) -> Judgement:
         judgement = judge(settings, also_refused=refused, doubts=doubts)
     except ValueError as error:
         raise ValueError(f"recipe {quoted(row['recipe'])}: {error}") from error
-    fits = {row.argument for row in REFUSALS if row.fits in judgement.allow}
+    allow = judgement.allow
+    fits = {
+        row.argument
+        for row in REFUSALS
+        if row.fits in allow
+        and not fp8_experts.problems(Namespace(**vars(settings) | {row.argument: True}), allow)
+    }
     unsaid = tuple(name for name in _DECIDING if not (hasattr(settings, name) or name in fits))
     return replace(judgement, if_none_of=unsaid) if judgement.runs else judgement
 
