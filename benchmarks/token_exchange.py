@@ -121,11 +121,17 @@ class Case:
 
     @classmethod
     def of(
-        cls, maps: Sequence[Bool], shape: Shape, layout: ExpertLayout, domain: int, split: Split
+        cls,
+        maps: Sequence[Bool],
+        shape: Shape,
+        layout: ExpertLayout,
+        domain: int,
+        split: Split,
+        top_k: int = 0,
     ) -> Case:
-        """Split tokens over a layout as if nodes had `domain` ranks."""
+        """Split tokens over a layout as if nodes had `domain` ranks; see `Geometry.top_k`."""
         counts_NE = np.stack([map_TE.sum(axis=0, dtype=np.int64) for map_TE in maps])
-        quotas = solve_quotas(split, counts_NE, layout, domain)
+        quotas = solve_quotas(split, counts_NE, layout, domain, top_k)
         mine = [
             RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
             for rank in range(shape.ranks)

@@ -58,20 +58,33 @@ def decide(
     node_size: int,
     home: int,
     rank: int,
+    top_k: int = 0,
     /,
 ) -> tuple[_Int16 | None, _Int64, _Int64 | None, bool, float | None, float | None, _RankQuotas]: ...
 def rank_quotas(
     slots_S: _Int16, row_S: _Int64, columns_NC: _Int64, num_experts: int, /
 ) -> _RankQuotas: ...
-def slot_loads(counts_NE: _Int64, slots_S: _Int16, node_size: int, /) -> _Int64: ...
+def slot_loads(counts_NE: _Int64, slots_S: _Int16, node_size: int, top_k: int = 0, /) -> _Int64: ...
 def rank_row(
-    counts_NE: _Int64, slots_S: _Int16, loads_S: _Int64, node_size: int, rank: int, /
+    counts_NE: _Int64,
+    slots_S: _Int16,
+    loads_S: _Int64,
+    node_size: int,
+    rank: int,
+    top_k: int = 0,
+    /,
 ) -> _Int64: ...
 def rank_columns(
-    counts_NE: _Int64, slots_S: _Int16, loads_S: _Int64, node_size: int, rank: int, /
+    counts_NE: _Int64,
+    slots_S: _Int16,
+    loads_S: _Int64,
+    node_size: int,
+    rank: int,
+    top_k: int = 0,
+    /,
 ) -> _Int64: ...
 def totals(
-    counts_NE: _Int64, slots_S: _Int16, loads_S: _Int64, node_size: int, /
+    counts_NE: _Int64, slots_S: _Int16, loads_S: _Int64, node_size: int, top_k: int = 0, /
 ) -> tuple[_Int64, _Int64, _Int64, _Int64, _Int64]: ...
 def construct(
     counts_NE: _Int64,

@@ -26,6 +26,9 @@ class Geometry:
     Layouts and quotas are planned as if `domain_nodes` neighbouring nodes were one, the domain of
     D = G * `domain_nodes` ranks. Prices of links are those of nodes.
 
+    With `top_k`, the experts of a token, exact quotas count on tokens that visit a node anyway for
+    another expert; with 0 each pair of a token and an expert counts alone.
+
     With `Sharding.EXPERTS` the first `home_slots` slots of a rank have its home experts, in stock's
     placement. A replica slot has an expert of another rank, or is empty.
     """
@@ -36,6 +39,7 @@ class Geometry:
     node_size: int
     sharding: Sharding = Sharding.ROWS
     domain_nodes: int = 1
+    top_k: int = 0
 
     def __post_init__(self) -> None:
         check_shape(self.num_ranks, self.capacity, self.num_experts)

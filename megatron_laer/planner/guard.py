@@ -176,12 +176,14 @@ class Guard:
             geometry.domain_size,
             geometry.home_slots,
             rank,
+            geometry.top_k,
         )
         layout = planned if fresh is None else from_native(fresh, planned)
-        quotas = ExactQuotas(layout, geometry.domain_size, counts_NE, loads_S)
+        size, top_k = geometry.domain_size, geometry.top_k
+        quotas = ExactQuotas(layout, size, counts_NE, loads_S, top_k)
         kept: ExactQuotas | None = quotas
         if kept_loads_S is not None:
-            kept = ExactQuotas(planned, geometry.domain_size, counts_NE, kept_loads_S)
+            kept = ExactQuotas(planned, size, counts_NE, kept_loads_S, top_k)
         elif self.mode == PlanMode.EXACT:
             kept = None
         mine = RankQuotas(*of_rank)

@@ -26,6 +26,7 @@ struct FlowGraph {
   std::vector<int> rank_pair;       // pairs of each rank
   std::vector<int64_t> supply;      // [U]
   std::vector<int64_t> own;         // [groups]
+  std::vector<int64_t> home;        // [groups]: tokens that are there, by which a start is made
 
   int suppliers() const { return static_cast<int>(supply.size()); }
   int groups() const { return static_cast<int>(own.size()); }

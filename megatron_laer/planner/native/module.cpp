@@ -94,9 +94,16 @@ laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_siz
           static_cast<int>(slots_S.size() / ranks), node_size, home};
 }
 
+int checked_top_k(const laer::Shape& shape, int top_k) {
+  if (top_k < 0 || top_k > shape.experts) throw py::value_error("top_k must be in 0..E");
+  return top_k;
+}
+
 // For quotas, which need not know which slots are at home.
-laer::Shape shape_of(const Counts& counts_NE, const Slots& slots_S, int node_size) {
-  return shape_of(counts_NE, slots_S, node_size, 0, true);
+laer::Shape quota_shape(const Counts& counts_NE, const Slots& slots_S, int node_size, int top_k) {
+  laer::Shape shape = shape_of(counts_NE, slots_S, node_size, 0, true);
+  shape.top_k = checked_top_k(shape, top_k);
+  return shape;
 }
 
 // For a new layout: slots of the one in use may be empty where experts have a home.
@@ -135,8 +142,9 @@ void on_layout(const laer::Shape& shape, const Counts& counts_NE, const Slots& s
   compute(counts, node_counts(shape, counts).data(), laer::Replicas(shape, slots));
 }
 
-py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, int node_size) {
-  const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
+py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, int node_size,
+                             int top_k) {
+  const laer::Shape shape = quota_shape(counts_NE, slots_S, node_size, top_k);
   py::array_t<int64_t> loads_S(shape.slots());
   int64_t* loads = loads_S.mutable_data();
   on_layout(shape, counts_NE, slots_S, [&](auto counts, auto by_node, const auto& replicas) {
@@ -148,8 +156,9 @@ py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, i
 // A rank's row, [S], or its columns, [N, C].
 template <bool is_row>
 py::array_t<int64_t> rank_part(const Counts& counts_NE, const Slots& slots_S,
-                               const Counts& loads_S, int node_size, int rank) {
-  const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
+                               const Counts& loads_S, int node_size, int rank,
+                               int top_k) {
+  const laer::Shape shape = quota_shape(counts_NE, slots_S, node_size, top_k);
   check_size(loads_S, shape.slots(), "loads");
   check_rank(shape, rank);
   using Sizes = std::vector<py::ssize_t>;
@@ -164,8 +173,8 @@ py::array_t<int64_t> rank_part(const Counts& counts_NE, const Slots& slots_S,
 }
 
 py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& loads_S,
-                 int node_size) {
-  const laer::Shape shape = shape_of(counts_NE, slots_S, node_size);
+                 int node_size, int top_k) {
+  const laer::Shape shape = quota_shape(counts_NE, slots_S, node_size, top_k);
   check_size(loads_S, shape.slots(), "loads");
   const int64_t* loads = loads_S.data();
   laer::Totals sums;
@@ -299,8 +308,9 @@ py::tuple rank_quotas(const Slots& slots_S, const Counts& row_S, const Counts& c
 // planner/splits.py name what is returned.
 py::tuple decide(const std::string& mode, const laer::CostModel& costs,
                  std::optional<double> tolerance, const Counts& counts_NE, const Slots& planned_S,
-                 int node_size, int home, int rank) {
-  const laer::Shape shape = shape_of(counts_NE, planned_S, node_size, home);
+                 int node_size, int home, int rank, int top_k) {
+  laer::Shape shape = shape_of(counts_NE, planned_S, node_size, home);
+  shape.top_k = checked_top_k(shape, top_k);
   check_rank(shape, rank);
   if (mode != "forecast" && mode != "exact" && mode != "adaptive") {
     throw py::value_error("no such mode: " + mode);
@@ -439,10 +449,13 @@ py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int
 PYBIND11_MODULE(_native, module) {
   // Compared with the sources that a checkout has, see planner/native_core.py.
   module.attr("sources") = LAER_SOURCES;
-  module.def("slot_loads", &slot_loads);
-  module.def("rank_row", &rank_part<true>);
-  module.def("rank_columns", &rank_part<false>);
-  module.def("totals", &totals);
+  const auto top_k = py::arg("top_k") = 0;
+  const auto counts = py::arg("counts_NE"), slots = py::arg("slots_S"), loads = py::arg("loads_S");
+  const auto node_size = py::arg("node_size"), home = py::arg("home"), rank = py::arg("rank");
+  module.def("slot_loads", &slot_loads, counts, slots, node_size, top_k);
+  module.def("rank_row", &rank_part<true>, counts, slots, loads, node_size, rank, top_k);
+  module.def("rank_columns", &rank_part<false>, counts, slots, loads, node_size, rank, top_k);
+  module.def("totals", &totals, counts, slots, loads, node_size, top_k);
   py::class_<laer::Carried>(module, "Carried")
       .def(py::init([](double intra_s, double inter_s, const Counts& held_N) {
         return laer::Carried{intra_s, inter_s, to_vector(held_N)};
@@ -453,7 +466,8 @@ PYBIND11_MODULE(_native, module) {
   module.def("change_seconds", &change_seconds);
   module.def("exposed_seconds", &exposed_seconds<laer::exposed_seconds>);
   module.def("exposed_backward_seconds", &exposed_seconds<laer::exposed_backward_seconds>);
-  module.def("decide", &decide);
+  module.def("decide", &decide, py::arg("mode"), py::arg("costs"), py::arg("tolerance"), counts,
+             py::arg("planned_S"), node_size, home, rank, top_k);
   module.def("rank_quotas", &rank_quotas);
   module.def("construct", &construct, py::arg("counts_NE"), py::arg("current_S"),
              py::arg("node_size"), py::arg("home"), py::arg("costs") = nullptr);

@@ -1,9 +1,11 @@
 // The second half of the exact quotas: which source sends how many tokens to which slot, for loads
 // of slots that are known (slot_loads.cpp). One rank's row or columns need no N*S matrix, as each
-// expert's tokens are intervals that are matched where they overlap.
+// expert's tokens are intervals that are matched where they overlap. With `top_k` every source gets a
+// part of each node's room, so that its tokens have a choice.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <algorithm>
+#include <numeric>
 
 #include "quotas.hpp"
 #include "replicas.hpp"
@@ -24,6 +26,54 @@ int64_t overlap(const Interval& a, const Interval& b) {
   return std::max<int64_t>(std::min(a.end, b.end) - std::max(a.begin, b.begin), 0);
 }
 
+// The sum of floor((factor * x + add) / whole) over 0 <= x < end, modulo 2^64: the steps of the
+// Euclidean algorithm. Products must fit, so whole is below 2^31.
+uint64_t floor_sum(uint64_t end, uint64_t whole, uint64_t factor, uint64_t add) {
+  uint64_t sum = 0;
+  while (true) {
+    sum += end * (end - 1) / 2 * (factor / whole) + end * (add / whole);
+    factor %= whole;
+    add %= whole;
+    const uint64_t top = factor * end + add;
+    if (top < whole) return sum;
+    end = top / whole;
+    add = top % whole;
+    std::swap(whole, factor);
+  }
+}
+
+// Matches the tokens that leave a node with the room of replicas in others. Taken as two rows of
+// intervals, neighbours would go to the same replica. So the row of tokens is scattered by a
+// bijection first, and every source has tokens for each replica in about equal shares: then it can
+// choose which of them go where (layer/dispatch/replica_choice.py).
+class Scatter {
+ public:
+  Scatter(int64_t whole, bool is_scattered) : whole_(whole) {
+    if (!is_scattered || whole >= int64_t{1} << 31) return;
+    // Multiples of the golden ratio are spread most evenly (Weyl; Knuth, volume 3, section 6.4).
+    factor_ = std::max<int64_t>(whole * 618033989 / 1000000000, 1);
+    while (std::gcd(factor_, whole) != 1) ++factor_;
+  }
+
+  // Tokens of an interval that go to an interval of the room.
+  int64_t shared(const Interval& tokens, const Interval& room) const {
+    if (tokens.size() == 0 || room.size() == 0) return 0;
+    if (factor_ == 0) return overlap(tokens, room);
+    return below(tokens.end, room.end) - below(tokens.end, room.begin) -
+           below(tokens.begin, room.end) + below(tokens.begin, room.begin);
+  }
+
+ private:
+  // Tokens before `end` that go to room before `limit`.
+  int64_t below(int64_t end, int64_t limit) const {
+    if (end == 0 || limit == 0) return 0;
+    const uint64_t passed = floor_sum(end, whole_, factor_, whole_ - limit);
+    return end - static_cast<int64_t>(passed - floor_sum(end, whole_, factor_, 0));
+  }
+
+  int64_t whole_, factor_ = 0;
+};
+
 // The order in which sources of a node are served inside it: it turns with the expert, so that
 // what is left for other nodes does not always come from the same rank.
 int turned(const Shape& shape, int expert, int position) {
@@ -36,7 +86,7 @@ int turned(const Shape& shape, int expert, int position) {
 class ExpertSplit {
  public:
   ExpertSplit(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
-              const int64_t* loads_S, const Replicas& replicas, int expert)
+              const int64_t* loads_S, const Replicas& replicas, const int64_t* share_Q, int expert)
       : shape_(shape),
         counts_(counts),
         node_counts_QE_(node_counts_QE),
@@ -44,7 +94,14 @@ class ExpertSplit {
         slot_(replicas.slot.data()),
         begin_(replicas.begin_E[expert]),
         end_(replicas.begin_E[expert + 1]),
-        expert_(expert) {}
+        share_Q_(share_Q),
+        expert_(expert) {
+    if (shape.top_k == 0) return;
+    for_nodes([&](int node, int first, int last) {
+      supply_ += node_supply(node);
+      if (first == last) strangers_ += node_supply(node);
+    });
+  }
 
   int begin() const { return begin_; }
   int end() const { return end_; }
@@ -72,6 +129,28 @@ class ExpertSplit {
     int64_t near;        // tokens matched inside the node, own ones not counted
     int64_t far_supply;  // tokens that must leave
     int64_t far_demand;  // tokens that must come
+
+    bool is_even;        // every source keeps the same share of its tokens, not the first ones most
+
+    // Of the first tokens of the node's row, those that stay inside.
+    int64_t staying(int64_t first) const {
+      if (!is_even || far_supply == 0) return std::min(first, near);
+      const int64_t row = near + far_supply;
+      if ((first | near) < int64_t{1} << 31) return first * near / row;
+      return static_cast<int64_t>(static_cast<__int128>(first) * near / row);
+    }
+    Interval inside(const Interval& source) const {
+      return {staying(source.begin), staying(source.end)};
+    }
+    Interval leaving(const Interval& source, int64_t far_begin) const {
+      const Interval stays = inside(source);
+      return {far_begin + source.begin - stays.begin, far_begin + source.end - stays.end};
+    }
+    // The part of a replica's room that is for tokens of other nodes.
+    Interval foreign(const Interval& room, int64_t demand_begin) const {
+      return {demand_begin + std::max(room.begin, near) - near,
+              demand_begin + std::max(room.end, near) - near};
+    }
   };
 
   Node node(int node, int first, int last) const {
@@ -80,9 +159,18 @@ class ExpertSplit {
       own_tokens += own(replica);
       load_tokens += load(replica);
     }
-    const int64_t supply = node_supply(node);
-    return {std::min(supply, load_tokens) - own_tokens, std::max<int64_t>(supply - load_tokens, 0),
-            std::max<int64_t>(load_tokens - supply, 0)};
+    const int64_t supply = node_supply(node), near = staying(node, supply, load_tokens);
+    const int64_t stay = std::max(near, own_tokens);
+    return {stay - own_tokens, supply - stay, load_tokens - stay, shape_.top_k > 0};
+  }
+
+  // Tokens that stay in their node: all that can. With `top_k` they make room for visitors from nodes
+  // without a replica, down to the node's share of all tokens.
+  int64_t staying(int node, int64_t supply, int64_t load_tokens) const {
+    const int64_t most = std::min(supply, load_tokens);
+    if (shape_.top_k == 0 || most == 0) return most;
+    const auto even = static_cast<int64_t>(static_cast<__int128>(supply) * load_tokens / supply_);
+    return std::min(most, std::max(even, load_tokens - visitors(strangers_, share_Q_[node])));
   }
 
   // The same for the nodes that have replicas.
@@ -111,6 +199,18 @@ class ExpertSplit {
     }
   }
 
+  Scatter scatter() const {
+    if (shape_.top_k == 0) return Scatter(0, false);
+    int64_t far_tokens = 0;
+    int demanding = 0;
+    for_hosts([&](int at, int first, int last) {
+      const int64_t demand = node(at, first, last).far_demand;
+      far_tokens += demand;
+      demanding += demand > 0;
+    });
+    return Scatter(far_tokens, demanding > 1);
+  }
+
   template <typename Visit>
   void for_targets(int first, int last, Visit visit) const {
     int64_t at = 0;
@@ -127,49 +227,49 @@ class ExpertSplit {
   const int64_t* node_counts_QE_;
   const int64_t* loads_S_;
   const int* slot_;
-  int begin_, end_, expert_;
+  int begin_, end_;
+  const int64_t* share_Q_;
+  int expert_;
+  int64_t supply_ = 0, strangers_ = 0;  // of all nodes and of those without a replica, with `top_k`
 };
-
-Interval beyond(const Interval& interval, int64_t near, int64_t far_begin) {
-  const Interval part = interval.within(near, interval.end);
-  return {far_begin + part.begin - near, far_begin + part.begin - near + part.size()};
-}
 
 }  // namespace
 
 void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
               const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* row_S) {
   const Counts counts(shape, counts_NE);
+  const std::vector<int64_t> share_Q = visit_shares(shape, node_counts_QE, replicas);
   std::fill(row_S, row_S + shape.slots(), 0);
   const int home = rank / shape.node_size;
   for (int e = 0; e < shape.experts; ++e) {
-    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, e);
+    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, share_Q.data(), e);
     if (split.count(rank) == 0) continue;
     int first = 0, last = 0;
     split.for_hosts([&](int node, int begin, int end) {
       if (node == home) first = begin, last = end;
     });
-    const int64_t home_near = split.node(home, first, last).near;
+    const auto at_home = split.node(home, first, last);
     Interval mine{0, 0};
     split.for_sources(home, first, last, [&](int source, const Interval& interval) {
       if (source == rank) mine = interval;
     });
-    const Interval near = mine.within(0, home_near);
+    const Interval near = at_home.inside(mine);
     split.for_targets(first, last, [&](int replica, const Interval& interval) {
       row_S[split.slot(replica)] = overlap(near, interval);
       if (split.rank(replica) == rank) row_S[split.slot(replica)] += split.own(replica);
     });
-    if (mine.end <= home_near) continue;
+    if (mine.size() == near.size()) continue;
     int64_t far_begin = 0, demand_begin = 0;
     split.for_nodes([&](int node, int begin, int end) {
       if (node < home) far_begin += split.node(node, begin, end).far_supply;
     });
-    const Interval far = beyond(mine, home_near, far_begin);
+    const Interval far = at_home.leaving(mine, far_begin);
+    const Scatter scatter = split.scatter();
     split.for_hosts([&](int node, int begin, int end) {
       const auto sums = split.node(node, begin, end);
       if (sums.far_demand == 0) return;
       split.for_targets(begin, end, [&](int replica, const Interval& interval) {
-        row_S[split.slot(replica)] += overlap(far, beyond(interval, sums.near, demand_begin));
+        row_S[split.slot(replica)] += scatter.shared(far, sums.foreign(interval, demand_begin));
       });
       demand_begin += sums.far_demand;
     });
@@ -179,13 +279,14 @@ void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_
 void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* node_counts_QE,
                   const Replicas& replicas, const int64_t* loads_S, int rank, int64_t* columns_NC) {
   const Counts counts(shape, counts_NE);
+  const std::vector<int64_t> share_Q = visit_shares(shape, node_counts_QE, replicas);
   std::fill(columns_NC, columns_NC + shape.slots(), 0);
   const int home = rank / shape.node_size;
   for (int c = 0; c < shape.capacity; ++c) {
     const int slot = rank * shape.capacity + c;
     if (loads_S[slot] == 0 || replicas.slots_S[slot] == kEmpty) continue;
     auto column = [&](int source) -> int64_t& { return columns_NC[source * shape.capacity + c]; };
-    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas,
+    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, share_Q.data(),
                             replicas.slots_S[slot]);
     Interval far{0, 0};
     int64_t demand_begin = 0;
@@ -200,21 +301,23 @@ void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* n
         });
         const Interval near = mine.within(0, sums.near);
         split.for_sources(node, first, last, [&](int source, const Interval& interval) {
-          column(source) += overlap(near, interval);
+          column(source) += overlap(near, sums.inside(interval));
         });
-        far = beyond(mine, sums.near, demand_begin);
+        far = sums.foreign(mine, demand_begin);
       }
       demand_begin += sums.far_demand;
     });
     if (far.size() == 0) continue;
     int64_t far_begin = 0;
+    const Scatter scatter = split.scatter();
     split.for_nodes([&](int node, int first, int last) {
       const auto sums = split.node(node, first, last);
-      const Interval row{far_begin, far_begin + sums.far_supply};
-      far_begin = row.end;
-      if (overlap(row, far) == 0) return;
+      if (sums.far_supply == 0) return;
+      const int64_t begin = far_begin;
+      far_begin += sums.far_supply;
+      if (shape.top_k == 0 && overlap({begin, far_begin}, far) == 0) return;
       split.for_sources(node, first, last, [&](int source, const Interval& interval) {
-        column(source) += overlap(far, beyond(interval, sums.near, row.begin));
+        column(source) += scatter.shared(sums.leaving(interval, begin), far);
       });
     });
   }
@@ -222,6 +325,7 @@ void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* n
 
 Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
               const Replicas& replicas, const int64_t* loads_S) {
+  const std::vector<int64_t> share_Q = visit_shares(shape, node_counts_QE, replicas);
   Totals sums;
   sums.near_S.assign(shape.slots(), 0);
   sums.far_S.assign(shape.slots(), 0);
@@ -230,9 +334,10 @@ Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_coun
   sums.own_N.assign(shape.ranks, 0);
   // What is sent far is the rest: most pairs of a node and an expert have no replica.
   for (int e = 0; e < shape.experts; ++e) {
-    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, e);
+    const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, share_Q.data(), e);
     split.for_hosts([&](int node, int first, int last) {
-      const int64_t in_node = split.node(node, first, last).near;
+      const auto sums_of_node = split.node(node, first, last);
+      const int64_t in_node = sums_of_node.near;
       for (int replica = first; replica < last; ++replica) {
         sums.own_N[split.rank(replica)] += split.own(replica);
         sums.near_S[split.slot(replica)] += split.own(replica);
@@ -244,7 +349,7 @@ Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_coun
       });
       if (in_node == 0) return;
       split.for_sources(node, first, last, [&](int source, const Interval& interval) {
-        sums.sent_near_N[source] += interval.within(0, in_node).size();
+        sums.sent_near_N[source] += sums_of_node.inside(interval).size();
       });
     });
   }
