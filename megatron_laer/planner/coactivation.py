@@ -146,7 +146,7 @@ def drifted_loads(pairs_EE: Int64, num_ranks: int, rng: np.random.Generator) -> 
 
     Tokens of some experts become more frequent, and their other experts with them.
     """
-    loads = [pairs_EE.diagonal().astype(np.float64)]
+    loads: list[Floats] = [pairs_EE.diagonal().astype(np.float64)]
     for _ in range(_DRIFTS):
         weight_E = np.exp(_TOPIC_DRIFT * rng.normal(size=len(pairs_EE)))
         loads.append((weight_E @ pairs_EE) * np.exp(_EXPERT_DRIFT * rng.normal(size=len(pairs_EE))))
@@ -177,7 +177,7 @@ def check_pairs(pairs_EE: Int64) -> None:
 class _Nodes:
     """Search for the experts of each node: main places, one of each expert, and replicas.
 
-    `main_E` is the node of each expert's main place; `replicas_ME` what nodes hold beside those.
+    `main_E` is the node of each expert's main place; `replicas_ME` the other experts of nodes.
     """
 
     crossings: Crossings

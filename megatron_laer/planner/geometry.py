@@ -26,8 +26,8 @@ class Geometry:
     Layouts and quotas are planned as if `domain_nodes` neighbouring nodes were one, the domain of
     D = G * `domain_nodes` ranks. Prices of links are those of nodes.
 
-    With `top_k`, the experts of a token, exact quotas count on tokens that visit a node anyway for
-    another expert; with 0 each pair of a token and an expert counts alone.
+    `top_k` is the number of experts of a token: exact quotas then count on tokens that visit a node
+    anyway for another expert. With 0, each pair of a token and an expert counts alone.
 
     With `Sharding.EXPERTS` the first `home_slots` slots of a rank have its home experts, in stock's
     placement. A replica slot has an expert of another rank, or is empty.

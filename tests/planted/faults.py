@@ -694,6 +694,26 @@ FAULTS: tuple[Fault, ...] = (
         "{at: of_layout[at](made) for",
         "{at: made for",
     ),
+    _in("planner/coactivation.py", *_unit("coactivation")).fault(
+        "homes by pairs are a rank's last slots",
+        "slots[: geometry.home_slots]",
+        "slots[-geometry.home_slots :]",
+    ),
+    _in("planner/coactivation.py", *_unit("coactivation")).fault(
+        "a token's own node counts as another",
+        "rows = (1 - 1 / num_nodes) * float(",
+        "rows = float(",
+    ),
+    _in("planner/exact.py", *_unit("visit_quotas")).fault(
+        "a rank expects tokens by other quotas than are sent",
+        "native.rank_columns(*self._arguments(), rank, self.top_k)",
+        "native.rank_columns(*self._arguments(), rank)",
+    ),
+    _in("planner/guard.py", *_unit("visit_quotas")).fault(
+        "a decision's quotas forget the tokens that visit a node",
+        "ExactQuotas(layout, size, counts_NE, loads_S, top_k)",
+        "ExactQuotas(layout, size, counts_NE, loads_S)",
+    ),
     _in("planner/home_order.py", *_unit("home_order")).fault(
         "values by expert are ordered as by position",
         "np.ascontiguousarray(values_E[..., self.position_E])",

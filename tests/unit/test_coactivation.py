@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,8 @@ from megatron_laer.choices import Sharding
 from megatron_laer.planner import coactivation
 from megatron_laer.planner.coactivation import Crossings, hosts_of, place_together
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.home_order import HomeOrder
+from megatron_laer.planner.homes_file import read_homes, write_homes
 
 
 def topic_sets(experts: int, top_k: int, tokens: int, topics: int, seed: int) -> Int64:
@@ -62,11 +64,16 @@ def test_layouts_are_legal_and_repeatable(data: st.DataObject) -> None:
         geometry.check_layout(placed.layout)
         assert placed.home_slot_order_E.size == 0
         return
-    assert sorted(placed.home_slot_order_E) == list(range(experts))
-    position_E = np.argsort(placed.home_slot_order_E)
-    geometry.check_layout(
-        ExpertLayout.from_slots(*geometry.shape, position_E[placed.layout.slot_expert_S])
-    )
+    homes = HomeOrder(placed.home_slot_order_E)
+    geometry.check_layout(homes.layout_of_positions(placed.layout))
+
+
+def test_homes_go_into_a_file_for_training(tmp_path: Path) -> None:
+    geometry = Geometry(4, 8, 3, 2, Sharding.EXPERTS)
+    placed = place_together(pairs_of(topic_sets(8, 2, 300, 3, seed=0), 8), geometry)
+    write_homes(tmp_path / "homes.json", 4, {"layer 1": placed.home_slot_order_E})
+    homes = read_homes(tmp_path / "homes.json").by_layer["layer 1"]
+    np.testing.assert_array_equal(homes.expert_E, placed.home_slot_order_E)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -13,11 +13,14 @@ from benchmarks.token_exchange import Case, Shape, routing_maps
 from benchmarks.token_traffic import dispatch_rows
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Split, TokenExchange
+from megatron_laer.config import PlanMode
 from megatron_laer.planner.coactivation import place_together
 from megatron_laer.planner.exact import ExactQuotas, exact_split
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
+from tests.costs import make_costs
 from tests.unit.planner_cases import KINDS, counts_of, geometries, shape_of, with_holes
 
 _SHARE_UNITS = 1024
@@ -59,6 +62,19 @@ def test_tokens_choose_replicas_with_fewer_rows(skew: float) -> None:
         balance.append(case.max_over_mean)
     assert rows[1] < rows[0]
     assert balance[1] == balance[0]
+
+
+def test_the_guard_decides_on_the_same_quotas() -> None:
+    geometry = Geometry(4, 8, 4, 2, top_k=3)
+    counts_NE = np.random.default_rng(0).integers(0, 90, (4, 8))
+    planned = geometry.random_layout((1,))
+    guard = Guard(PlanMode.FORECAST, make_costs(), geometry)
+    for rank in range(4):
+        decision = guard.decide(counts_NE, planned, rank)
+        expected = exact_split(planned, 2, 3).solve(counts_NE)
+        np.testing.assert_array_equal(decision.rank_quotas.row_S, expected.rank_row(rank))
+        np.testing.assert_array_equal(decision.rank_quotas.columns_NC, expected.rank_columns(rank))
+        np.testing.assert_array_equal(decision.quotas.rank_row(rank), expected.rank_row(rank))
 
 
 def test_a_number_of_experts_that_no_token_can_have_is_refused() -> None:
