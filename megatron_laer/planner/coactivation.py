@@ -50,8 +50,7 @@ _TOKENS_PER_RANK = 2000
 class Placement:
     """Layout by pairs, and its experts in the order of their homes.
 
-    The layout has experts' own numbers; `HomeOrder.layout_of_positions` numbers it by home. There
-    are no homes where slots hold any expert.
+    The layout has experts' own numbers; `HomeOrder.layout_of_positions` numbers it by home.
     """
 
     layout: ExpertLayout
@@ -146,10 +145,11 @@ def drifted_loads(pairs_EE: Int64, num_ranks: int, rng: np.random.Generator) -> 
 
     Tokens of some experts become more frequent, and their other experts with them.
     """
-    loads: list[Floats] = [pairs_EE.diagonal().astype(np.float64)]
+    loads_EE: Floats = pairs_EE.astype(np.float64)
+    loads = [loads_EE.diagonal()]
     for _ in range(_DRIFTS):
         weight_E = np.exp(_TOPIC_DRIFT * rng.normal(size=len(pairs_EE)))
-        loads.append((weight_E @ pairs_EE) * np.exp(_EXPERT_DRIFT * rng.normal(size=len(pairs_EE))))
+        loads.append((weight_E @ loads_EE) * np.exp(_EXPERT_DRIFT * rng.normal(size=len(pairs_EE))))
     total = _TOKENS_PER_RANK * num_ranks
     return [
         np.maximum(np.rint(load_E * (total / max(load_E.sum(), 1.0))), 1).astype(np.int64)
