@@ -75,6 +75,12 @@ LINES = {
         "runs; nothing proves it yet",
         None,
     ),
+    "fp8 in rows": (
+        f"{BASE} --fp8-format hybrid --fp8-recipe tensorwise --fsep-sharding rows",
+        1,
+        "refused, because",
+        None,
+    ),
     "set-ep": ("--num-experts 8", 5, "uses no expert parallelism", None),
     "dense": ("--num-layers 2", 1, "refused, because", None),
     "refused": (f"{BASE} --optimizer soap {SLOW}", 1, "refused, because", None),
