@@ -72,7 +72,13 @@ LINES = {
         f"{BASE} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-sharding experts "
         "--fsep-allow-unproven fp8-experts",
         0,
-        "runs; nothing proves it yet",
+        "runs, with --fsep-allow-unproven fp8-experts, which no card has shown; proved by row",
+        None,
+    ),
+    "fp8 in rows": (
+        f"{BASE} --fp8-format hybrid --fp8-recipe tensorwise --fsep-sharding rows",
+        1,
+        "refused, because",
         None,
     ),
     "set-ep": ("--num-experts 8", 5, "uses no expert parallelism", None),

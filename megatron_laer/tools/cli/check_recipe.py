@@ -172,7 +172,7 @@ def _judge_function(name: str) -> Judgement:
 
 def _judge_flags(words: list[str]) -> int:
     from megatron_laer.fsep_flags import config_from_args
-    from megatron_laer.support import RefusedError, arguments
+    from megatron_laer.support import arguments
 
     settings = parsed(words)
     config = config_from_args(settings)
@@ -183,10 +183,10 @@ def _judge_flags(words: list[str]) -> int:
         kept.append("--bf16")
     if judgement.runs:
         allowed = dict.fromkeys((*config.allow_unproven, *judgement.allow))
-        config = replace(config, allow_unproven=tuple(allowed))
         try:  # once more, with the sizes that no row of the table covers
+            config = replace(config, allow_unproven=tuple(allowed))
             arguments.check(parsed(kept), config)
-        except RefusedError as error:
+        except ValueError as error:
             judgement = Judgement(Verdict.REFUSED, None, (str(error),))
     status = _say(judgement)
     if judgement.verdict in (Verdict.SPEED_ONLY, Verdict.PRECISION):
