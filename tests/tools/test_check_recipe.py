@@ -72,7 +72,7 @@ LINES = {
         f"{BASE} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-sharding experts "
         "--fsep-allow-unproven fp8-experts",
         0,
-        "runs, with --fsep-allow-unproven fp8-experts, which no card has shown; proved by row",
+        "proved by row 'experts in mxfp8 (hybrid), full recompute",
         None,
     ),
     "fp8 in rows": (

@@ -46,6 +46,7 @@ RUN: dict[str, dict[str, str]] = {
     "latent attention": SELECTIVE | {"recipe": KIMI, "recompute_modules": "['mla_up_proj']"},
     "scope without graphs": {"cuda_graph_scope": "full"},
     "fp8, current scaling": {"precision": "fp8_cs"},
+    "mxfp8": {"precision": "bf16_with_mxfp8_mixed"},
     "fp8 by blocks": {"precision": "bf16_with_fp8_subchannel_scaling_mixed"},
     "graphs": GRAPHS | {"cuda_graph_scope": "['attn', 'moe_router', 'moe_preprocess']"},
     "Muon": {"optimizer": "muon"},
@@ -94,9 +95,9 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
         None,
     ),
     "fp8": (
-        {"precision": "fp8_mx", "delay_wgrad": "True"},
+        {"precision": "fp8_ds", "delay_wgrad": "True"},
         Verdict.PRECISION,
-        ["--fp8-format e4m3"],
+        ["--fp8-format hybrid"],
         None,
     ),
     "fp4": (
@@ -106,9 +107,9 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
         None,
     ),
     "gpt-oss in fp8": (
-        {"recipe": GPT_OSS, "precision": "bf16_with_mxfp8_mixed"},
+        {"recipe": GPT_OSS, "precision": "bf16_with_fp8_delayed_scaling_mixed"},
         Verdict.PRECISION,
-        ["--fp8-format e4m3", f"{PADDING} with fp8"],
+        ["--fp8-format hybrid", f"{PADDING} with fp8"],
         None,
     ),
     "expert tensor parallel": (
@@ -209,10 +210,16 @@ def test_a_verdict_names_the_settings_that_it_does_not_know():
     for name in found.if_none_of:
         value = "1.25" if "factor" in name else "32" if "size" in name or "num" in name else "True"
         # Router padding is for fp8 alone.
-        fields = NONE | ({"precision": "fp8_mx"} if "padding_for" in name else {})
+        fields = NONE | ({"precision": "fp8_ds"} if "padding_for" in name else {})
         before, after = judge_recipe(fields), judge_recipe(fields | {name: value})
         assert (before.verdict, before.drop) != (after.verdict, after.drop), name
         assert name not in after.if_none_of
+
+
+def test_parameters_in_mxfp8_would_change_the_verdict():
+    for precision in ("fp8_cs", "fp8_mx"):
+        unsaid = judge_recipe(NONE | {"precision": precision}).if_none_of
+        assert ("fp8_param_gather" in unsaid) == (precision == "fp8_mx")
 
 
 def test_settings_and_sizes_that_cannot_be_are_quoted():
