@@ -15,6 +15,7 @@ def fix() -> None:
     """Let Megatron-FSDP shard on gloo ranks. Imports its package."""
     from megatron.core.distributed.fsdp import mcore_fsdp_adapter
     from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
+    from megatron.core.optimizer import distrib_optimizer
 
     adapter: Any = mcore_fsdp_adapter
     adapter.FullyShardedDataParallel.__init__ = _with_index(
@@ -22,8 +23,18 @@ def fix() -> None:
     )
     if hasattr(adapter, "DeviceMesh"):
         adapter.DeviceMesh = _CPUMesh
+    optimizer: Any = distrib_optimizer.DistributedOptimizer
+    for name, first in _OF_STATES.items():
+        setattr(optimizer, name, _with_empty_states(getattr(optimizer, name), first=first))
     buffers: Any = param_and_grad_buffer
     buffers.gradient_reduce_preprocessing = _without_nccl(buffers.gradient_reduce_preprocessing)
+
+
+# Methods of the optimizer that save or load its states, and whether these are complete by then.
+_OF_STATES = {
+    "sharded_param_state_fsdp_dtensor": True,
+    "_init_optimizer_states_with_dummy_values": False,
+}
 
 
 class _CPUMesh:
@@ -45,6 +56,32 @@ def _with_index(original: Callable[..., None]) -> Callable[..., None]:
             original(*args, **kwargs)
 
     return __init__
+
+
+def _with_empty_states(original: Callable[..., Any], *, first: bool) -> Callable[..., Any]:
+    """Give torch's Adam a state for parameters of which this rank has no row, before or after.
+
+    Each rank of a group takes part in saving every state, and those without a row have no gradient.
+    """
+
+    def fill(optimizer: Any) -> None:
+        state = optimizer.state
+        steps = [known["step"] for known in state.values() if "step" in known]
+        for group in optimizer.param_groups if steps else ():
+            for part in group["params"]:
+                if not state[part]:
+                    moments = {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
+                    state[part].update(step=steps[0].clone(), **moments)
+
+    @functools.wraps(original)
+    def filled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if first:
+            fill(self.optimizer)
+        result = original(self, *args, **kwargs)
+        fill(self.optimizer)
+        return result
+
+    return filled
 
 
 def _without_nccl(original: Callable[..., Any]) -> Callable[..., Any]:

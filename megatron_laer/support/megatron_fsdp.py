@@ -23,7 +23,8 @@ class _Partner(NamedTuple):
 
     @property
     def flag(self) -> str:
-        return f"--{self.name.replace('_', '-')}"
+        own = {"fp8": "--fp8-format", "nccl_ub": "--use-nccl-ub"}
+        return own.get(self.name, f"--{self.name.replace('_', '-')}")
 
 
 _OFF = (False, None)
@@ -75,6 +76,8 @@ _PARTNERS = (
     _Partner("optimizer_cpu_offload", _OFF, False),
     _Partner("use_precision_aware_optimizer", _OFF, False),
     _Partner("cuda_graph_impl", ("none", None), "none"),
+    _Partner("async_save", _OFF, False),
+    _Partner("non_persistent_save_interval", (None,), None),
     _Partner("fp16", _OFF, False),
     _Partner("fp8", _OFF, None),
 )

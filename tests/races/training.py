@@ -22,7 +22,8 @@ from tests.fake_cuda.streams import current_stream
 from tests.launch_order import Launch, recorded
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
-from tests.parity.rows import GRAPHS
+from tests.parity.row import REPLICAS_PAY
+from tests.parity.rows import FSDP, GRAPHS
 from tests.races.faults import TRAINING_FAULTS
 
 _RANDOM = " --fsep-planner random"
@@ -168,6 +169,17 @@ SCENARIOS = {
         "moe_router moe_preprocess",
         more=CAPTURE,
         steps=4,
+    ),
+    "Megatron-FSDP, experts at home, full recompute, shared experts": Training(
+        f"{_HOME}{_FULL}{FSDP}optim_grads_params --moe-shared-expert-intermediate-size 32"
+    ),
+    "Megatron-FSDP, home experts replicated, both overlaps, fresh layouts": Training(
+        f" --fsep-sharding experts --fsep-cluster {REPLICAS_PAY} --fsep-plan-mode exact{_OVERLAPS}"
+        f"{FSDP}optim_grads_params",
+        4,
+    ),
+    "Megatron-FSDP of gradients, home experts replicated": Training(
+        f"{_HOME}{_MOE}{_OVERLAPS}{FSDP}optim_grads", 4
     ),
     "Muon": Training(f"{_HOME} --optimizer muon"),
     "save and load": Training(f"{_HOME}{_OVERLAPS} --override-opt-param-scheduler", resumes=True),
