@@ -42,9 +42,10 @@ class _CPUMesh:
 
     @staticmethod
     def from_group(*args: Any, device_type: str, **kwargs: Any) -> Any:
-        from torch.distributed import DeviceMesh
+        from torch.distributed import device_mesh
 
-        return DeviceMesh.from_group(*args, device_type="cpu", **kwargs)
+        mesh: Any = device_mesh.DeviceMesh
+        return mesh.from_group(*args, device_type="cpu", **kwargs)
 
 
 def _with_index(original: Callable[..., None]) -> Callable[..., None]:

@@ -136,6 +136,7 @@ def load_common_weights(model: list[torch.nn.Module]) -> None:
         whole = 1 + 0.05 * whole if is_norm else 0.04 * whole
         mine = piece.select(piece.parameter)
         mine.copy_(whole[piece.start : piece.start + mine.shape[0]])
+    chunk: Any
     for chunk in model:
         if hasattr(chunk, "megatron_fsdp_dist_index"):  # it computes with copies of these weights
             chunk.module.install_optimized_model_weights()

@@ -44,6 +44,7 @@ def measured_bytes(command: list[str]) -> tuple[RankWeights, StateBytes]:
     def measure(model: list[Any]) -> None:
         (chunk,), optimizer = model, kept[0]
         if is_sharded(chunk):
+            chunk.synchronize_param_gather()  # frees layers that are gathered for the next step
             groups = chunk.param_and_grad_buffer.parameter_groups
             parts = [part for group in groups for part in group.params]
             weights = [*parts, *(group.model_weight_buffer.data for group in groups)]
@@ -86,4 +87,4 @@ def test_a_ranks_bytes_are_those_of_the_formula(
     # A shard has whole rows, so that some ranks have fewer; buckets are padded.
     for part, mean in enumerate(expected):
         sizes = [found[part] for _, found in results]
-        assert sum(sizes) / size == pytest.approx(mean, rel=0.03)
+        assert sum(sizes) / size == pytest.approx(mean, rel=0.005)
