@@ -1,4 +1,4 @@
-"""CPU fixes of Megatron-FSDP, which names CUDA devices and NCCL's fused sums; after `cuda.py`."""
+"""CPU fixes of Megatron-FSDP, which numbers devices and has NCCL scale sums; after `cuda.py`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ def fix() -> None:
     adapter.FullyShardedDataParallel.__init__ = _with_index(
         adapter.FullyShardedDataParallel.__init__
     )
-    if hasattr(adapter, "DeviceMesh"):
-        adapter.DeviceMesh = _CPUMesh
     optimizer: Any = distrib_optimizer.DistributedOptimizer
     for name, first in _OF_STATES.items():
         setattr(optimizer, name, _with_empty_states(getattr(optimizer, name), first=first))
@@ -35,17 +33,6 @@ _OF_STATES = {
     "sharded_param_state_fsdp_dtensor": True,
     "_init_optimizer_states_with_dummy_values": False,
 }
-
-
-class _CPUMesh:
-    """Constructor of device meshes of the CPU, whose groups are gloo's."""
-
-    @staticmethod
-    def from_group(*args: Any, device_type: str, **kwargs: Any) -> Any:
-        from torch.distributed import device_mesh
-
-        mesh: Any = device_mesh.DeviceMesh
-        return mesh.from_group(*args, device_type="cpu", **kwargs)
 
 
 def _with_index(original: Callable[..., None]) -> Callable[..., None]:
@@ -68,11 +55,13 @@ def _with_empty_states(original: Callable[..., Any], *, first: bool) -> Callable
     def fill(optimizer: Any) -> None:
         state = optimizer.state
         steps = [known["step"] for known in state.values() if "step" in known]
-        for group in optimizer.param_groups if steps else ():
-            for part in group["params"]:
-                if not state[part]:
-                    moments = {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
-                    state[part].update(step=steps[0].clone(), **moments)
+        parts = [part for group in optimizer.param_groups for part in group["params"]]
+        for part in parts if steps else ():
+            known = state.pop(part, {})  # and put it back, in one order on all ranks
+            if not known:
+                known = {name: torch.zeros_like(part) for name in ("exp_avg", "exp_avg_sq")}
+                known["step"] = steps[0].clone()
+            state[part] = known
 
     @functools.wraps(original)
     def filled(self: Any, *args: Any, **kwargs: Any) -> Any:

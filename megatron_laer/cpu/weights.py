@@ -48,8 +48,12 @@ def pieces(model: list[torch.nn.Module]) -> Iterator[Piece]:
     """Yield every piece of every chunk on this rank, in the same order for the same model."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    from megatron_laer.plugin.sharded_models import unwrapped
+    from megatron_laer.plugin.sharded_models import is_sharded, unwrapped
 
+    wrapped: Any
+    for wrapped in model:
+        if is_sharded(wrapped):
+            wrapped.synchronize_param_gather()  # for the next step, into whole parameters
     for chunk in map(unwrapped, model):
         numbers = {
             name: module.layer_number

@@ -308,14 +308,12 @@ ROWS = [
     _fsdp("fsdp-edp-grads", "optim_grads", ", bf16, expert data parallel 2, recompute of the MoE"
         " layer, shared experts, accumulation 2", BF16 + MOE_RECOMPUTE + SHARED, ranks=4, group=2,
         accumulation=2, stock=(1, 2)),
-    _fsdp("fsdp-edp-optim", "optim", ", expert data parallel 2, accumulation 2, shared experts,"
-        " full recompute", FULL_RECOMPUTE + SHARED, ranks=4, group=2, accumulation=2, stock=(1, 2)),
     _fsdp("fsdp-exact", "optim_grads_params", ", exact, tokens and experts through nodes of 2,"
         " scheduler off, E = 8 on 4 ranks", fsep=EXACT + TOKENS.format(2) + SCHEDULER_OFF
         + " --fsep-restore-algorithm node", ranks=4),
-    _fsdp("fsdp-step", "optim_grads_params", ", restored once per step, per-token loss, expert data"
-        " parallel 2, accumulation 2", PER_TOKEN, fsep=STEP, ranks=4, group=2, accumulation=2,
-        stock=(1, 2)),
+    _fsdp("fsdp-step", "optim", ", restored once per step, full recompute, shared experts, per-token"
+        " loss, expert data parallel 2, accumulation 2", FULL_RECOMPUTE + SHARED + PER_TOKEN,
+        fsep=STEP, ranks=4, group=2, accumulation=2, stock=(1, 2)),
     _fsdp("fsdp-tensor", "optim_grads_params", ", tensor parallel 2, expert data parallel 2",
         TENSOR, ranks=4, group=2, stock=(1, 2)),
     _fsdp("fsdp-context", "optim_grads_params", ", context parallel 2, expert data parallel 2",
