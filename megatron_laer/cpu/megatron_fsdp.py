@@ -40,7 +40,9 @@ def _with_index(original: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(original)
     def __init__(*args: Any, **kwargs: Any) -> None:
-        with mock.patch.object(torch.cuda, "current_device", lambda: 0):
+        device: Any = torch.cuda.current_device()
+        index = device if isinstance(device, int) else 0  # the labelled device of tests has one
+        with mock.patch.object(torch.cuda, "current_device", lambda: index):
             original(*args, **kwargs)
 
     return __init__

@@ -102,32 +102,32 @@ _REDUCE = Patch(
     _BUFFERS,
     "GradReducePipeline.reduce_gradients",
     _without_experts,
-    "Megatron-FSDP does not reduce home experts' gradients at each microbatch",
+    "Megatron-FSDP reduces no home expert at each microbatch",
 )
 SHARDING_PATCHES = (
     Patch(
         _BUFFERS,
         "DataParallelBuffer.__init__",
         _with_whole_experts,
-        "Megatron-FSDP keeps home experts' weights and gradients whole",
+        "Megatron-FSDP leaves home experts whole",
     ),
     Patch(
         _BUFFERS,
         "_get_parameter_groups",
         _with_experts_of_no_unit,
-        "Megatron-FSDP marks home experts' weights as old after a step, and never frees them",
+        "Megatron-FSDP has home experts in no unit",
     ),
     Patch(
         _BUFFERS,
         "AllGatherPipeline.release_bucket",
         _keeping_experts,
-        "Megatron-FSDP gathers home experts' weights once a step",
+        "Megatron-FSDP gathers home experts once a step",
     ),
     _REDUCE,
     Patch(
         "megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp",
         "MegatronFSDP.synchronize_gradient_reduce",
         _with_experts_at_end,
-        "Megatron-FSDP reduces home experts' gradients after the last microbatch",
+        "Megatron-FSDP reduces home experts after all others",
     ),
 )

@@ -61,7 +61,5 @@ def _shapes_of_shards() -> Iterator[None]:
         with labels.suspended(), _disable_current_modes():
             return propagate(*args, **kwargs)
 
-    with mock.patch.object(
-        ShardingPropagator, "_propagate_tensor_meta_non_cached", without_labels
-    ):
+    with mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", without_labels):
         yield

@@ -311,9 +311,9 @@ ROWS = [
     _fsdp("fsdp-exact", "optim_grads_params", ", exact, tokens and experts through nodes of 2,"
         " scheduler off, E = 8 on 4 ranks", fsep=EXACT + TOKENS.format(2) + SCHEDULER_OFF
         + " --fsep-restore-algorithm node", ranks=4),
-    _fsdp("fsdp-step", "optim", ", restored once per step, full recompute, shared experts, per-token"
-        " loss, expert data parallel 2, accumulation 2", FULL_RECOMPUTE + SHARED + PER_TOKEN,
-        fsep=STEP, ranks=4, group=2, accumulation=2, stock=(1, 2)),
+    _fsdp("fsdp-step", "optim", ", restored once per step, full recompute, shared experts,"
+        " per-token loss, expert data parallel 2, accumulation 2", FULL_RECOMPUTE + SHARED
+        + PER_TOKEN, fsep=STEP, ranks=4, group=2, accumulation=2, stock=(1, 2)),
     _fsdp("fsdp-tensor", "optim_grads_params", ", tensor parallel 2, expert data parallel 2",
         TENSOR, ranks=4, group=2, stock=(1, 2)),
     _fsdp("fsdp-context", "optim_grads_params", ", context parallel 2, expert data parallel 2",

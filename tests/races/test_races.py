@@ -30,6 +30,7 @@ AT_NIGHT = {
     "experts' weight gradients during the dispatch's backward",
     *("DeepEP, fresh layouts, shared experts", "HybridEP, grouped GEMMs in bf16"),
     *("shared experts that overlap, permute fusion", "save and load"),
+    "Megatron-FSDP of gradients, home experts replicated",
 }
 
 

@@ -14,7 +14,7 @@ from megatron_laer.cpu import training
 from megatron_laer.runtime import build
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.fake_cuda import findings
-from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, HYBRID_EP, Place
+from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, FSDP_REDUCE, HYBRID_EP, Place
 from tests.fake_cuda.clocks import Watched
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
 from tests.fake_cuda.observing import Observed, accumulate_on, observed
@@ -171,15 +171,17 @@ SCENARIOS = {
         steps=4,
     ),
     "Megatron-FSDP, experts at home, full recompute, shared experts": Training(
-        f"{_HOME}{_FULL}{FSDP}optim_grads_params --moe-shared-expert-intermediate-size 32"
+        f"{_HOME}{_FULL}{FSDP}optim_grads_params --moe-shared-expert-intermediate-size 32",
+        more=FSDP_REDUCE,
     ),
     "Megatron-FSDP, home experts replicated, both overlaps, fresh layouts": Training(
         f" --fsep-sharding experts --fsep-cluster {REPLICAS_PAY} --fsep-plan-mode exact{_OVERLAPS}"
         f"{FSDP}optim_grads_params",
         4,
+        more=FSDP_REDUCE,
     ),
     "Megatron-FSDP of gradients, home experts replicated": Training(
-        f"{_HOME}{_MOE}{_OVERLAPS}{FSDP}optim_grads", 4
+        f"{_HOME}{_MOE}{_OVERLAPS}{FSDP}optim_grads", 4, more=FSDP_REDUCE
     ),
     "Muon": Training(f"{_HOME} --optimizer muon"),
     "save and load": Training(f"{_HOME}{_OVERLAPS} --override-opt-param-scheduler", resumes=True),
