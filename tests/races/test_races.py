@@ -31,6 +31,7 @@ AT_NIGHT = {
     *("DeepEP, fresh layouts, shared experts", "HybridEP, grouped GEMMs in bf16"),
     *("shared experts that overlap, permute fusion", "save and load"),
     "Megatron-FSDP of gradients, home experts replicated",
+    "nobody waits for home experts that Megatron-FSDP gathers",
 }
 
 
