@@ -32,7 +32,7 @@ _PARTNERS = (
     _Partner(
         "data_parallel_sharding_strategy",
         STRATEGIES,
-        "no_shard",
+        STRATEGIES[-1],
         "it shards nothing",
         f"give {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}",
     ),

@@ -63,7 +63,7 @@ _FSDP = "megatron/core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.
 FSDP_REDUCE: frozenset[Place] = frozenset(
     {(Kind.WAIT, f"{_FSDP}:GradReducePipeline._bucket_group_gradient_reduce")}
 )
-"""Megatron-FSDP's wait for reduces that it launches together."""
+"""A blocking copy of Megatron-FSDP's where it reduces."""
 
 _GRAPHS = "megatron/core/transformer/cuda_graphs.py:TECudaGraphHelper"
 CAPTURE: frozenset[Place] = frozenset(
