@@ -12,7 +12,7 @@ import torch
 
 
 def fix() -> None:
-    """Let Megatron-FSDP shard on gloo ranks. Imports its package."""
+    """Make Megatron-FSDP shard on gloo ranks. Imports its package."""
     from megatron.core.distributed.fsdp import mcore_fsdp_adapter
     from megatron.core.distributed.fsdp.src.megatron_fsdp import param_and_grad_buffer
     from megatron.core.optimizer import distrib_optimizer
@@ -36,7 +36,7 @@ _OF_STATES = {
 
 
 def _with_index(original: Callable[..., None]) -> Callable[..., None]:
-    """Give a constructor, which formats the current device into a name, its number."""
+    """Return a constructor that sees the number of the current device, and makes a name of it."""
 
     @functools.wraps(original)
     def __init__(*args: Any, **kwargs: Any) -> None:
@@ -49,7 +49,7 @@ def _with_index(original: Callable[..., None]) -> Callable[..., None]:
 
 
 def _with_empty_states(original: Callable[..., Any], *, first: bool) -> Callable[..., Any]:
-    """Give torch's Adam a state for parameters of which this rank has no row, before or after.
+    """Add states of torch's Adam for parameters of which this rank has no row, before or after.
 
     Each rank of a group takes part in saving every state, and those without a row have no gradient.
     """
