@@ -31,6 +31,8 @@ class RankWeights(NamedTuple):
 
 
 class StateBytes(NamedTuple):
+    """Bytes of a rank that stay from step to step."""
+
     weights: float
     gradients: float
     optimizer: float
