@@ -175,7 +175,7 @@ def _outcomes(
 
 def _summary(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     ratios = np.array([outcome.max_over_mean for outcome in outcomes])
-    off_node = sum(outcome.off_node_tokens for outcome in outcomes)
+    off_node = sum(outcome.node_rows.off_node for outcome in outcomes)
     return {
         "cases": len(outcomes),
         "off_node": round(off_node / sum(outcome.tokens for outcome in outcomes), 4),

@@ -2,6 +2,8 @@
 
 A field's annotation has its words or type, and its metadata help and bounds. `flags` reads command
 lines; `support` checks combinations with Megatron's settings.
+
+Over 400 lines: one list of settings.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from megatron_laer.choices import (
     Unproven,
     WireDtype,
 )
+from megatron_laer.files.checks import quoted
 
 # Words of the fields are imported from here too.
 __all__ = [
@@ -193,6 +196,11 @@ class FSEPConfig:
         "node; or auto, the default: 1, or more that hold every expert, where clearly faster",
         minimum=Bound(1, "1 node"),
     )
+    homes: str | None = _option(
+        None,
+        "file with the experts at home on each rank, by layer, for --fsep-sharding experts (which "
+        "it implies); default: stock's placement",
+    )
     gemm: GemmBackEnd = _option(
         GemmBackEnd.AUTO,
         "what multiplies the tokens of slots: loop (one torch.mm per slot), streams (the same "
@@ -223,6 +231,18 @@ class FSEPConfig:
         "directory to which the routing of every microbatch is recorded, one file per FSEP "
         "group, for `megatron_laer plan`",
     )
+    pairs_interval: int | None = _option(
+        None,
+        "count the pairs of experts that tokens choose together in every so many steps, and record "
+        "their sum over the group with --fsep-record-trace; default: never",
+        minimum=Bound(1, "1; 100 counts every hundredth step"),
+    )
+    sampled_sets: int | None = _option(
+        None,
+        "record with the pairs the experts of about so many tokens of each layer, as many of each "
+        "rank; default: none",
+        minimum=Bound(1, "1 token"),
+    )
     record_metrics: str | None = _option(
         None,
         "directory to which the metrics of every step and layer are recorded, with measured "
@@ -250,6 +270,8 @@ class FSEPConfig:
                 f"--fsep-plan-mode {self.mode}: fresh layouts are made for exact splits, got "
                 f"--fsep-split {self.split}; remove one of them"
             )
+        if self.homes is not None:
+            self._check_homes()
         if self.sharding == Sharding.EXPERTS and self.reason_for_rows is not None:
             raise ValueError(self.reason_for_rows)
         nodes = self.domain_nodes
@@ -283,6 +305,14 @@ class FSEPConfig:
                 "use --fsep-sharding rows"
             )
         return None
+
+    def _check_homes(self) -> None:
+        if self.sharding == Sharding.ROWS:
+            raise ValueError(
+                f"--fsep-homes {quoted(self.homes)}: no expert has a home with --fsep-sharding "
+                f"{self.sharding}; leave it out, or give --fsep-sharding {Sharding.EXPERTS}"
+            )
+        object.__setattr__(self, "sharding", Sharding.EXPERTS)
 
     @property
     def experts_in_fp8(self) -> bool:

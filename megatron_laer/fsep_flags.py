@@ -129,5 +129,9 @@ def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "--fsep-token-exchange is rank", ("domain_nodes",)
     elif config.sharding == Sharding.EXPERTS:
         yield "--fsep-sharding is experts", ("domain_nodes",)
+    if config.record_trace is None:
+        yield "--fsep-record-trace is not given", ("pairs_interval", "sampled_sets")
+    if config.pairs_interval is None:
+        yield "--fsep-pairs-interval is not given", ("sampled_sets",)
     if not uses_costs(config):
         yield "nothing is decided by cost", ("cluster",)

@@ -69,6 +69,12 @@ REFUSED = {
         changed("model", cuda_graph_impl="transformer_engine", cuda_graph_scope="full"),
         "--cuda-graph-modules",
     ),
-    "lora": (changed("peft", target_modules=["*.layers.0.*.linear_fc1"]), "LoRA on linear_fc1"),
-    "lora by a pattern": (changed("peft", target_modules=["*linear_fc*"]), "LoRA on linear_fc1"),
+    "lora with dropout": (
+        changed("peft", target_modules=["*.layers.0.*.linear_fc1"], dropout=0.1),
+        "with dropout=0.1: replicas would draw other numbers",
+    ),
+    "canonical lora with dropout": (
+        changed("peft", target_modules=["linear_fc1_up"], dropout=0.1),
+        "set dropout=0",
+    ),
 }

@@ -89,6 +89,17 @@ def importable(checkout: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def peft_importable(checkout: Path) -> Iterator[None]:
+    """Make `megatron.bridge.peft` importable, without the packages that other parts import."""
+    bare = {}
+    for name in ("megatron.bridge", "megatron.bridge.peft", "megatron.bridge.utils"):
+        bare[name] = ModuleType(name)
+        bare[name].__path__ = [str(checkout / "src" / name.replace(".", "/"))]
+    with mock.patch.dict(sys.modules, bare), importable(checkout):
+        yield
+
+
 def _is_absent(name: str, importer: str) -> bool:
     return any(
         f"{name}.".startswith(f"{package}.") and importer.startswith(importers)

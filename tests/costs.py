@@ -33,6 +33,7 @@ def make_costs(
         nodes=1,
         ranks_per_node=1,
         gemm=GemmCurve(points),
+        gemm_fp8=GemmCurve(points).times(2.0),
         intra=intra or Link(3e11, 1e-6),
         inter=inter or Link(1.25e10, 2e-6),
         solve=solve or SolveTime(1e-6, 0.0, 0.0),

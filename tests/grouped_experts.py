@@ -40,7 +40,7 @@ class GroupedLinear(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.num_gemms, self._returns_bias = num_gemms, skip_bias_add
-        self._groups = pg_collection
+        self.config, self._groups = config, pg_collection
         self._has_bias = bias
         for expert in range(num_gemms):
             weight = torch.empty(output_size, input_size, dtype=config.params_dtype)

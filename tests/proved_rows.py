@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_laer.tools.recipes.features import features_of
 from megatron_laer.tools.recipes.proof import FILE
+from tests.parity import bridge_lora
 from tests.parity.features import REPLACED
 from tests.parity.row import Row
 from tests.parity.rows import ROWS
@@ -30,7 +31,10 @@ def text() -> str:
 
 
 def settings_of(row: Row) -> Namespace:
-    found: dict[str, Any] = {"is_lora": "lora" in getattr(row.adapt, "__name__", "")}
+    found: dict[str, Any] = {
+        "is_lora": "lora" in getattr(row.adapt, "__name__", ""),
+        "adapts_experts": getattr(row.adapt, "__module__", "") == bridge_lora.__name__,
+    }
     flag = ""
     for word in row.fsep_run("data")[1]:
         if word.startswith("--"):

@@ -19,8 +19,13 @@ SPLITS = {"some": TOKENS_C, "none": [0, 0, 0], "one slot": [5], "all in one": [0
 ROWS, COLUMNS = 64, 32
 
 
-def fixed_experts(weight_CRK: torch.Tensor, grad_like: torch.Tensor | None = None) -> Any:
+def fixed_experts(
+    weight_CRK: torch.Tensor,
+    grad_like: torch.Tensor | None = None,
+    backward_weight_CRK: torch.Tensor | None = None,
+) -> Any:
     """Make experts with a fixed matrix, whose new memory for gradients is not empty."""
+    in_backward = weight_CRK if backward_weight_CRK is None else backward_weight_CRK
 
     def new(_: int) -> torch.Tensor:
         return torch.full_like(weight_CRK if grad_like is None else grad_like, float("nan"))
@@ -32,6 +37,7 @@ def fixed_experts(weight_CRK: torch.Tensor, grad_like: torch.Tensor | None = Non
 
     return SimpleNamespace(
         weights=SimpleNamespace(matrix=lambda _: weight_CRK),
+        backward_weights=SimpleNamespace(matrix=lambda _: in_backward),
         grads=SimpleNamespace(new=new),
         weight_grads=weight_grads,
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.distributed import distributed_c10d
 
 # Typed Any, since the replacements have other types.
 _CUDA: Any = torch.cuda
@@ -154,9 +155,10 @@ def _replace_type_names() -> None:
 
 
 def _replace_collectives() -> None:
-    dist = torch.distributed
+    dist: Any = torch.distributed
     true_all_to_all = dist.all_to_all_single
     true_all_gather = dist.all_gather
+    true_coalescing = dist._coalescing_manager
     true_barrier = dist.barrier
     true_init = dist.init_process_group
 
@@ -198,6 +200,17 @@ def _replace_collectives() -> None:
         ]
         return _Works(works) if async_op else None
 
+    # Gloo joins coalesced tensors, and so converts them to one dtype: parameters in fp8, for one.
+    @contextlib.contextmanager
+    def coalescing_manager(group: Any = None, *args: Any, **kwargs: Any) -> Any:
+        with true_coalescing(group, *args, **kwargs) as manager:
+            yield manager
+            group = group or dist.group.WORLD
+            for operation in distributed_c10d._world.pg_coalesce_state.get(group, ()):
+                if operation.dst_tensor is not None and operation.redop is None:
+                    operation.tensor = operation.tensor.view(torch.uint8)
+                    operation.dst_tensor = operation.dst_tensor.view(torch.uint8)
+
     @functools.wraps(true_barrier)
     def barrier(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
         return true_barrier(*args, **kwargs)
@@ -212,6 +225,7 @@ def _replace_collectives() -> None:
     for function in (all_to_all_single, all_gather, barrier, init_process_group):
         setattr(dist, function.__name__, function)
         setattr(dist.distributed_c10d, function.__name__, function)
+    dist._coalescing_manager = coalescing_manager
 
 
 class _Works(NamedTuple):

@@ -214,6 +214,7 @@ class HybridEPBuffer:
         Return rows [P, H], probabilities [P], None, tokens by expert, and a handle. Its last part
         is 1 if there were more rows than `num_permuted_tokens`.
         """
+        assert pad_multiple is None, "rows are not filled up here"
         if non_blocking:
             assert num_permuted_tokens is not None
         if handle is None:

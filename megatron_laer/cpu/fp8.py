@@ -37,7 +37,7 @@ def per_tensor(matrix_RK: torch.Tensor, dtype: torch.dtype) -> Quantised:
 def by_blocks(matrix_RK: torch.Tensor, dtype: torch.dtype, block: tuple[int, int]) -> Quantised:
     """Quantise with a power of two for each block: 128 x 128 of weights, 1 x 128 of tokens."""
     _, exponent = torch.frexp(_scale(_block_amax(matrix_RK, block), dtype, matrix_RK.dtype))
-    scale = torch.ldexp(torch.ones(exponent.shape), exponent - 1)
+    scale = torch.ldexp(torch.ones_like(exponent, dtype=torch.float32), exponent - 1)
     scaled = matrix_RK.float() * _spread(scale, block, matrix_RK.shape)
     return Quantised(_cast(scaled, dtype), scale.reciprocal())
 
@@ -45,8 +45,8 @@ def by_blocks(matrix_RK: torch.Tensor, dtype: torch.dtype, block: tuple[int, int
 def mx(matrix_RK: torch.Tensor, dtype: torch.dtype, *, by_columns: bool = False) -> Quantised:
     """Quantise with an 8-bit exponent for each 32 values of a row, or of a column (mxfp8)."""
     block = (MX_BLOCK, 1) if by_columns else (1, MX_BLOCK)
-    share = torch.tensor(1.0 / torch.finfo(dtype).max, dtype=torch.float32)
-    exponents = _rounded_up_exponents(_block_amax(matrix_RK, block) * share)
+    amax = _block_amax(matrix_RK, block)
+    exponents = _rounded_up_exponents(amax * amax.new_tensor(1.0 / torch.finfo(dtype).max))
     factor = _spread(_power_of_two(254 - exponents.to(torch.int32)), block, matrix_RK.shape)
     factor = factor.masked_fill(_spread(exponents, block, matrix_RK.shape) == 255, torch.nan)
     return Quantised(_cast(matrix_RK.float() * factor, dtype), exponents)
@@ -104,4 +104,4 @@ def _rounded_up_exponents(values: torch.Tensor) -> torch.Tensor:
 
 def _power_of_two(biased: torch.Tensor) -> torch.Tensor:
     # Not by `ldexp` of the exponent alone: 2^-127 is subnormal.
-    return torch.ldexp(torch.ones(biased.shape), biased - 127)
+    return torch.ldexp(torch.ones_like(biased, dtype=torch.float32), biased - 127)

@@ -11,42 +11,58 @@ payload, n tokens of one slot or expert.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 
 from megatron_laer.cpu import fp8
+from megatron_laer.cpu.fp8_parameters import Fp8Parameter, fp8_parameters, keep_in_fp8
 from megatron_laer.layer.experts.fp8 import MULTIPLE
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
 from megatron_laer.layer.experts.fp8.payload import (
     BLOCK,
+    MX_BLOCK,
+    BackwardPacker,
     PayloadForm,
     block_form,
+    mx_form,
     per_tensor_form,
 )
-from megatron_laer.runtime.weights.layer import Carried
+from megatron_laer.runtime.weights.layer import Carried, Packer
 
+_is_off = ContextVar("_is_off", default=False)
 # Rows and columns of a matrix that share a scale; None for one scale of all.
 Block = tuple[int, int] | None
+Form = Callable[[int, int], PayloadForm]
 
 
 class Recipe(NamedTuple):
     """Definition of a recipe: the payload's form, and how operands are quantised.
 
     Attributes:
+        form: of a payload.
+        backward_form: of a payload for backward, if that is another.
         weight: block of a weight's scales; None for one scale of the whole matrix.
+        backward_weight: block of those in backward.
         by_rows: block of tokens and gradients that are multiplied along their rows.
         by_columns: block of those that are multiplied along their columns, for weights' gradients.
+        multiple: of rows and columns of operands.
         forward: float8 type of weights and tokens.
         backward: float8 type of gradients.
     """
 
-    form: Callable[[int, int], PayloadForm]
+    form: Form
+    backward_form: Form | None
     weight: Block
+    backward_weight: Block
     by_rows: Block
     by_columns: Block
+    multiple: int
     forward: torch.dtype
     backward: torch.dtype
 
@@ -59,14 +75,19 @@ class Recipe(NamedTuple):
     def quantised(self, matrix_RK: torch.Tensor, dtype: torch.dtype, block: Block) -> fp8.Quantised:
         if block is None:
             return fp8.per_tensor(matrix_RK, dtype)
+        if MX_BLOCK in block:
+            return fp8.mx(matrix_RK, dtype, by_columns=block == _MX_COLUMNS)
         return fp8.by_blocks(matrix_RK, dtype, block)
 
     def again(self, matrix_RK: torch.Tensor, dtype: torch.dtype, block: Block) -> torch.Tensor:
         """Return float32 values after the matrix was quantised."""
         return fp8.dequantised(self.quantised(matrix_RK, dtype, block), block)
 
-    def weight_again(self, weight_RK: torch.Tensor) -> torch.Tensor:
-        return self.again(weight_RK, self.forward, self.weight)
+    def weight_again(self, weight_RK: torch.Tensor, *, in_backward: bool = False) -> torch.Tensor:
+        if isinstance(weight_RK, Fp8Parameter):
+            return weight_RK.in_float32()
+        block = self.backward_weight if in_backward else self.weight
+        return self.again(weight_RK, self.forward, block)
 
     def product(self, input_nK: torch.Tensor, weight_RK: torch.Tensor) -> torch.Tensor:
         """Return `[n, R]` in the tokens' dtype; `weight_RK` was quantised and given back."""
@@ -82,9 +103,14 @@ class Recipe(NamedTuple):
         return (grad_again_nR.t() @ input_again_nK).to(grad_nR.dtype)
 
 
-_DEFINITIONS: dict[str, tuple[Callable[[int, int], PayloadForm], Block, Block, Block]] = {
-    "tensorwise": (per_tensor_form, None, None, None),
-    "blockwise": (block_form, (BLOCK, BLOCK), (1, BLOCK), (BLOCK, 1)),
+_SQUARE, _MX_ROWS, _MX_COLUMNS = (BLOCK, BLOCK), (1, MX_BLOCK), (MX_BLOCK, 1)
+_DEFINITIONS: dict[str, tuple[Form, Form | None, Block, Block, Block, Block, int]] = {
+    "tensorwise": (per_tensor_form, None, None, None, None, None, MULTIPLE),
+    "blockwise": (block_form, None, _SQUARE, _SQUARE, (1, BLOCK), (BLOCK, 1), MULTIPLE),
+    "mxfp8": (
+        *(partial(mx_form, by_columns=False), partial(mx_form, by_columns=True)),
+        *(_MX_ROWS, _MX_COLUMNS, _MX_ROWS, _MX_COLUMNS, MX_BLOCK),
+    ),
 }
 
 
@@ -92,12 +118,23 @@ class EmulatedGemm:
     """`QuantisedGemm` of one linear layer."""
 
     def __init__(self, config: Any, rows: int, columns: int) -> None:
-        self._recipe = Recipe.of(config)
-        self._form = self._recipe.form(rows, columns)
+        recipe = self._recipe = Recipe.of(config)
+        self._form = self._backward_form = recipe.form(rows, columns)
+        self._for_backward: Packer = self
+        if recipe.backward_form is not None:
+            self._backward_form = recipe.backward_form(rows, columns)
+            self._for_backward = BackwardPacker(
+                self._backward_form,
+                lambda weight: recipe.quantised(weight, recipe.forward, recipe.backward_weight),
+            )
+
+    @property
+    def for_backward(self) -> Packer:
+        return self._for_backward
 
     @property
     def carried(self) -> Carried:
-        return Carried(self._form.payload_rows, self._form.columns, torch.uint8)
+        return self._form.carried
 
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
@@ -105,22 +142,26 @@ class EmulatedGemm:
         return None
 
     def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
+        if isinstance(weight_RK, Fp8Parameter):
+            return self._form.pack(*weight_RK.quantised)
         recipe = self._recipe
         return self._form.pack(*recipe.quantised(weight_RK, recipe.forward, recipe.weight))
 
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        parts = zip(_parts(input_TK, tokens_C), self._weights(weight_CRK), strict=True)
+        weights = self._weights(weight_CRK, self._form, self._recipe.weight)
+        parts = zip(self._parts(input_TK, tokens_C), weights, strict=True)
         outputs = [self._recipe.product(part_nK, weight_RK) for part_nK, weight_RK in parts]
-        return unpadded(torch.cat(outputs), tokens_C, MULTIPLE)
+        return unpadded(torch.cat(outputs), tokens_C, self._recipe.multiple)
 
     def input_grad(
         self, grad_TR: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        parts = zip(_parts(grad_TR, tokens_C), self._weights(weight_CRK), strict=True)
+        weights = self._weights(weight_CRK, self._backward_form, self._recipe.backward_weight)
+        parts = zip(self._parts(grad_TR, tokens_C), weights, strict=True)
         grads = [self._recipe.input_grad(grad_nR, weight_RK) for grad_nR, weight_RK in parts]
-        return unpadded(torch.cat(grads), tokens_C, MULTIPLE)
+        return unpadded(torch.cat(grads), tokens_C, self._recipe.multiple)
 
     def weight_grad(
         self,
@@ -129,15 +170,22 @@ class EmulatedGemm:
         tokens_C: Sequence[int],
         out_CRK: torch.Tensor,
     ) -> None:
-        parts = zip(_parts(grad_TR, tokens_C), _parts(input_TK, tokens_C), out_CRK, strict=True)
-        for grad_nR, input_nK, out_RK in parts:
+        grads, inputs = (self._parts(tokens, tokens_C) for tokens in (grad_TR, input_TK))
+        for grad_nR, input_nK, out_RK in zip(grads, inputs, out_CRK, strict=True):
             out_RK.copy_(self._recipe.weight_grad(grad_nR, input_nK))
 
-    def _weights(self, payload_CPK: torch.Tensor) -> list[torch.Tensor]:
-        recipe = self._recipe
+    def _parts(self, tokens_TK: torch.Tensor, tokens_C: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        padded_UK = padded(tokens_TK, tokens_C, self._recipe.multiple)
+        sizes = padded_sizes(tokens_C, self._recipe.multiple)
+        parts: tuple[torch.Tensor, ...] = padded_UK.split(sizes)
+        return parts
+
+    def _weights(
+        self, payload_CPK: torch.Tensor, form: PayloadForm, block: Block
+    ) -> list[torch.Tensor]:
         return [
-            fp8.dequantised(fp8.Quantised(values_RK.view(recipe.forward), scales), recipe.weight)
-            for values_RK, scales in map(self._form.unpack, payload_CPK.unbind())
+            fp8.dequantised(fp8.Quantised(values_RK.view(self._recipe.forward), scales), block)
+            for values_RK, scales in map(form.unpack, payload_CPK.unbind())
         ]
 
 
@@ -157,7 +205,8 @@ class Fp8Linear(torch.autograd.Function):
         input_nK, weight_RK = ctx.saved_tensors
         recipe, grad_input_nK, grad_weight_RK = ctx.recipe, None, None
         if ctx.needs_input_grad[0]:
-            grad_input_nK = recipe.input_grad(grad_nR, recipe.weight_again(weight_RK))
+            again_RK = recipe.weight_again(weight_RK, in_backward=True)
+            grad_input_nK = recipe.input_grad(grad_nR, again_RK)
         if ctx.needs_input_grad[1]:
             grad_weight_RK = recipe.weight_grad(grad_nR, input_nK)
         return grad_input_nK, grad_weight_RK, None
@@ -166,38 +215,81 @@ class Fp8Linear(torch.autograd.Function):
 @contextlib.contextmanager
 def fp8_replaced() -> Iterator[None]:
     """Compute experts in fp8 without Transformer Engine in this context, in FSEP and in stock."""
+    from megatron.core.fp8_utils import is_first_last_bf16_layer
+    from megatron.core.models.gpt import gpt_model  # imports all that recomputes
     from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
     from megatron.core.transformer import transformer_config
 
     from megatron_laer.layer.experts import fp8 as of_experts
 
     stock = {layer: layer._forward_impl for layer in (ColumnParallelLinear, RowParallelLinear)}
+    build = {layer: layer.__init__ for layer in stock}
 
     def replaced(layer: type) -> Any:
         def forward(self: Any, input: torch.Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
-            if not (self.is_expert and self.config.fp8):
+            if not (self.is_expert and self.config.fp8) or _is_off.get():
                 return stock[layer](self, input, weight, *args, **kwargs)
-            assert input.dim() == 2 and kwargs.get("bias") is None
+            assert input.dim() == 2 and kwargs.get("bias") is None  # Megatron's MLP adds it
             return Fp8Linear.apply(input, weight, Recipe.of(self.config))
 
         return forward
 
+    def built(layer: type) -> Any:
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            build[layer](self, *args, **kwargs)
+            if self.is_expert and self.config.fp8_param and not _is_off.get():
+                keep_in_fp8(self, Recipe.of(self.config))
+
+        return init
+
+    def context(config: Any, layer: int = -1, is_init: bool = False) -> Any:
+        if is_first_last_bf16_layer(config, layer):
+            return _off()
+        return contextlib.nullcontext()
+
     def emulated(config: Any, rows: int, columns: int, device: torch.device) -> EmulatedGemm:
         return EmulatedGemm(config, rows, columns)
 
+    assert gpt_model
     with contextlib.ExitStack() as replacements:
+        replacements.enter_context(fp8_parameters())
         for layer in stock:
+            replacements.enter_context(mock.patch.object(layer, "__init__", built(layer)))
             replacements.enter_context(mock.patch.object(layer, "_forward_impl", replaced(layer)))
         for owner, name, replacement in (
             # Megatron asks for a release of Transformer Engine before it takes fp8.
             (transformer_config, "is_te_min_version", lambda *_, **__: True),
             (of_experts, "quantised_gemm", emulated),
+            *((owner, "get_fp8_context", context) for owner in _with("get_fp8_context")),
+            *((owner, "te_checkpoint", _checkpoint) for owner in _with("te_checkpoint")),
         ):
             replacements.enter_context(mock.patch.object(owner, name, replacement))
         yield
 
 
-def _parts(tokens_TK: torch.Tensor, tokens_C: Sequence[int]) -> tuple[torch.Tensor, ...]:
-    padded_UK = padded(tokens_TK, tokens_C, MULTIPLE)
-    parts: tuple[torch.Tensor, ...] = padded_UK.split(padded_sizes(tokens_C, MULTIPLE))
-    return parts
+@contextlib.contextmanager
+def _off() -> Iterator[None]:
+    """Compute in the parameters' dtype in this context, as layers outside fp8's contexts do."""
+    token = _is_off.set(True)
+    try:
+        yield
+    finally:
+        _is_off.reset(token)
+
+
+def _with(name: str) -> list[Any]:
+    """Return the modules of Megatron that have imported this name."""
+    return [
+        module
+        for of_module, module in list(sys.modules.items())
+        if of_module.startswith("megatron.core") and name in vars(module)
+    ]
+
+
+def _checkpoint(
+    forward: Any, is_distributed: bool, _tracker: Any, _group: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Replace Transformer Engine's checkpoint, which also keeps the state of fp8, by Megatron's."""
+    from megatron.core.tensor_parallel import checkpoint
+
+    return checkpoint(partial(forward, **kwargs), is_distributed, *args)

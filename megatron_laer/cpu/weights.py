@@ -20,9 +20,10 @@ Tensors = dict[str, torch.Tensor]
 
 _EXPERTS = ".mlp.experts"
 _STOCK_EXPERT = re.compile(
-    r"(?P<experts>.*\.mlp\.experts)\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12])"
-    r"(?:\.weight|(?P<bias>\.bias))$"
+    r"(?P<experts>.*\.mlp\.experts)\.local_experts\.(?P<expert>\d+)\.(?P<linear>linear_fc[12]"
+    r"(?:\.adapter\..*)?)(?:\.weight|(?P<bias>\.bias))$"
 )
+_PACKED_ADAPTER = re.compile(r"(?P<linear>.*\.mlp\.experts\.linear_fc[12]\.adapter\..*)\.weight$")
 _GROUPED_EXPERT = re.compile(
     r"(?P<experts>.*\.mlp\.experts)\.(?P<linear>linear_fc[12])(?:\.weight|(?P<bias>\.bias))"
     r"(?P<expert>\d+)$"
@@ -76,14 +77,28 @@ def _globalise(name: str, numbers: dict[str, int]) -> str:
 def _pieces_of(
     key: str, name: str, parameter: torch.nn.Parameter, modules: dict[str, Any]
 ) -> Iterator[Piece]:
+    from megatron_laer.layer.moe_layer import FSEPMoELayer
+
     # A shard of Megatron-FSDP has the shape over all tensor ranks.
     shape = tuple(getattr(parameter, "orig_param", parameter).shape)
+    key = key.replace(".to_wrap.", ".")  # a linear layer with an adapter
+
+    def expert_of(index: int) -> int:
+        """Return the expert of a rank's home slot."""
+        layer = modules[name.partition(_EXPERTS)[0] + ".mlp"]
+        experts = layer.experts
+        position: int = experts.ep_group.rank() * experts.num_local_experts + index
+        is_fsep = isinstance(layer, FSEPMoELayer)
+        return int(layer.state.home.expert_E[position]) if is_fsep else position
+
     if stock := _STOCK_EXPERT.match(key) or _GROUPED_EXPERT.match(key):
-        experts = modules[name.partition(_EXPERTS)[0] + _EXPERTS]
-        first = experts.ep_group.rank() * experts.num_local_experts
-        expert = first + int(stock["expert"])
+        expert = expert_of(int(stock["expert"]))
         linear = f"{stock['experts']}.{stock['linear']}{stock['bias'] or ''}"
         yield Piece(f"{linear}.{expert}", shape, 0, parameter, _whole)
+    elif (packed := _PACKED_ADAPTER.match(key)) and parameter.dim() == 3:
+        for index in range(shape[0]):
+            key = f"{packed['linear']}.{expert_of(index)}"
+            yield Piece(key, shape[1:], 0, parameter, partial(_expert, index, shape))
     elif fsep := _FSEP_SLICE.match(key):
         experts = modules[name.rsplit(".", 1)[0]]
         (spec,) = [spec for spec in experts.specs if spec.parameter_name == fsep[2]]

@@ -17,7 +17,12 @@ from typing import Any
 from megatron_laer import device
 from megatron_laer.config import FSEPConfig, deterministic
 from megatron_laer.files import run_mark
-from megatron_laer.integrations.bridge_config import problems_of, settings_of
+from megatron_laer.files.checks import quoted
+from megatron_laer.integrations.bridge_config import (
+    problems_of,
+    settings_of,
+    with_homes_for_adapters,
+)
 from megatron_laer.plugin.install_tracker import install_metrics
 from megatron_laer.plugin.steps import StepOutcome, training_step
 from megatron_laer.plugin.switch import enable
@@ -34,7 +39,7 @@ class FSEPCallback:
 
     Args:
         recipe: Megatron-Bridge's ConfigContainer, with all of the run's changes to it.
-        config: settings of FSEP; the defaults if None.
+        config: settings of FSEP; the defaults if None. LoRA on experts has them at home.
 
     Raises:
         ValueError: settings that FSEP cannot run with, and alternatives.
@@ -44,6 +49,7 @@ class FSEPCallback:
         config = config or FSEPConfig()
         if getattr(recipe.model, "deterministic_mode", False):
             config = deterministic(config)
+        config = with_homes_for_adapters(recipe, config)
         check_recipe(recipe, config)
         enable(config, seed=recipe.rng.seed)
         load, save, finetune = (
@@ -79,7 +85,12 @@ def check_recipe(recipe: Any, config: FSEPConfig) -> None:
         RefusedError: the setting, why it cannot work, and alternatives.
     """
     settings = settings_of(recipe)
-    found = [*problems_of(recipe), *arguments.problems(settings, config)]
+    found = [*problems_of(recipe, config), *arguments.problems(settings, config)]
+    if config.homes is not None:
+        found.append(
+            f"--fsep-homes {quoted(config.homes)}: Megatron-Bridge converts experts by their "
+            "rank; leave it out"
+        )
     if found:
         raise RefusedError(
             "FSEP cannot run this recipe of Megatron-Bridge:\n  "

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from megatron_laer.config import Auto, FSEPConfig, Sharding
+from megatron_laer.support import expert_adapters
 from megatron_laer.support.refusal import names_of
-from megatron_laer.support.table import LORA_ON_EXPERTS, REFUSALS
+from megatron_laer.support.table import REFUSALS
 
 _DECENTRALIZED = (
     "dist.use_decentralized_pg=True: Megatron-Bridge then makes its process groups without "
@@ -28,7 +31,9 @@ _SHARDED = (
     "train by Megatron's own script"
 )
 _OVERLAPS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
-_EXPERTS_LINEAR = ("linear_fc1", "linear_fc2")
+# With CanonicalLoRA's names of the first one's halves.
+_EXPERTS_LINEAR = ("linear_fc1", "linear_fc2", "linear_fc1_gate", "linear_fc1_up")
+_OTHER_ADAPTERS = ("DoRA", "MultiLoRA")
 
 
 def settings_of(recipe: Any) -> Namespace:
@@ -61,7 +66,7 @@ def settings_of(recipe: Any) -> Namespace:
     return Namespace(**found)
 
 
-def problems_of(recipe: Any) -> list[str]:
+def problems_of(recipe: Any, config: FSEPConfig) -> list[str]:
     """Return refusals of settings that are no arguments of Megatron."""
     found = [_DECENTRALIZED] if recipe.dist.use_decentralized_pg else []
     if any(getattr(part, "use_megatron_fsdp", False) for part in (recipe.dist, recipe.ddp)):
@@ -69,7 +74,33 @@ def problems_of(recipe: Any) -> list[str]:
     # Only newer releases have it.
     if getattr(recipe.checkpoint, "also_save_hf_checkpoint", False):
         found.append(_SAVES_HUGGING_FACE)
-    return found + ([LORA_ON_EXPERTS] if _adapts_experts(recipe) else [])
+    if not adapts_experts(recipe):
+        return found
+    dropout, kind = getattr(recipe.peft, "dropout", 0.0), type(recipe.peft).__name__
+    if config.sharding == Sharding.ROWS:
+        found.append(expert_adapters.with_rows())
+    if dropout:
+        found.append(expert_adapters.with_dropout(dropout))
+    if kind in _OTHER_ADAPTERS:
+        found.append(expert_adapters.of_kind(kind))
+    return found + expert_adapters.problems(settings_of(recipe))
+
+
+def with_homes_for_adapters(recipe: Any, config: FSEPConfig) -> FSEPConfig:
+    """Return the settings with experts at home instead of `auto`, if the recipe adapts experts.
+
+    Raises:
+        ValueError: another setting needs rows.
+    """
+    if config.sharding == Auto.AUTO and adapts_experts(recipe):
+        return replace(config, sharding=Sharding.EXPERTS)
+    return config
+
+
+def adapts_experts(recipe: Any) -> bool:
+    targets = getattr(recipe.peft, "target_modules", None) or ()
+    names = {target.split(".")[-1] for target in targets} - {"*"}  # in any parent module
+    return any(fnmatchcase(linear, name) for linear in _EXPERTS_LINEAR for name in names)
 
 
 def _precision(recipe: Any) -> Any:
@@ -85,9 +116,3 @@ def _graphed(given: Any) -> list[str]:
     """Return the modules that a graph captures; empty for whole layers."""
     words = given.split(",") if isinstance(given, str) else names_of(given or ())
     return [word for word in words if word != "full"]
-
-
-def _adapts_experts(recipe: Any) -> bool:
-    targets = getattr(recipe.peft, "target_modules", None) or ()
-    names = {target.split(".")[-1] for target in targets} - {"*"}  # in any parent module
-    return any(fnmatchcase(linear, name) for linear in _EXPERTS_LINEAR for name in names)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_laer import session
 from megatron_laer.choices import Sharding
+from megatron_laer.files.checks import quoted
 from megatron_laer.integrations.stock_tensors import LentExpert, Loan
 from megatron_laer.layer.experts.module import FSEPExperts
 from megatron_laer.layer.experts.slices import SliceSpec
@@ -254,6 +255,11 @@ def stock_layers(
 
 def _check_size_of_homes(asked: int | None) -> None:
     current = session.current()
+    if current is not None and current.config.homes is not None:
+        raise ValueError(
+            f"--fsep-homes {quoted(current.config.homes)}: stock's names number experts by "
+            "rank, and these live elsewhere; save a checkpoint, and load it without --fsep-homes"
+        )
     if asked is None or current is None or current.sharding != Sharding.EXPERTS:
         return
     if asked != current.groups.size:

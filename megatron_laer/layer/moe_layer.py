@@ -11,15 +11,14 @@ Legend: N ranks, E experts, C slots per rank, S = N·C slots, T tokens, H hidden
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.transformer.enums import CudaGraphModule
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import (
     get_default_pg_collection,
@@ -27,12 +26,15 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from megatron_laer import session
+from megatron_laer.layer import slot_configs
 from megatron_laer.layer.dispatch.choice import make_dispatcher
 from megatron_laer.layer.dispatch.first_launches import launch_dispatch_kernels
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatch
+from megatron_laer.layer.experts.home_moves import number_by_expert
 from megatron_laer.layer.experts.homes import HomeExperts
 from megatron_laer.layer.experts.module import FSEPExperts
 from megatron_laer.layer.experts.restored_compute import RestoredCompute
+from megatron_laer.layer.slot_submodules import activation_builder, slot_submodules
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -86,12 +88,10 @@ class FSEPMoELayer(MoELayer):
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         coordinator = _coordinator_for(config, pg_collection)
-        # Copies are shallow on purpose: dataclasses.replace would validate again.
-        slot_config = copy.copy(config)
-        slot_config.num_moe_experts = coordinator.geometry.num_slots
+        slot_config = slot_configs.of_dispatch(config, coordinator.geometry.num_slots)
         super().__init__(
             config=slot_config,
-            submodules=_slot_submodules(config, submodules, coordinator, pg_collection),
+            submodules=slot_submodules(config, submodules, coordinator, pg_collection),
             layer_number=layer_number,
             pg_collection=pg_collection,
             is_mtp_layer=is_mtp_layer,
@@ -99,7 +99,8 @@ class FSEPMoELayer(MoELayer):
         )
         self.config = config
         self.submodules = submodules
-        self._home_experts = self._make_home_experts(coordinator, pg_collection)
+        self._home_experts: HomeExperts | None = None
+        self._expert_group = pg_collection.expt_tp
         self._built_experts = (self.experts,)  # no second name for the module
         self.token_dispatcher = make_dispatcher(
             slot_config,
@@ -116,6 +117,7 @@ class FSEPMoELayer(MoELayer):
         self._is_mtp = is_mtp_layer or _is_for_mtp.get()
         self._state: LayerState | None = None
         self._plan: MicrobatchPlan | None = None
+        self._home_E: torch.Tensor | None = None
         self._shared_input: torch.Tensor | None = None
         self._shared_output: torch.Tensor | None = None
         if layer_number is not None:
@@ -162,6 +164,9 @@ class FSEPMoELayer(MoELayer):
         self, hidden_states: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Count this rank's tokens, where Megatron ends a graph and goes on after its replay."""
+        home_E = self._home_E
+        if home_E is not None:  # from here on, experts are home positions
+            probs, routing_map = probs.index_select(1, home_E), routing_map.index_select(1, home_E)
         self.token_dispatcher.count(routing_map)
         if self._is_graphed(CudaGraphModule.moe_preprocess) and self._recomputes_norm:
             # Megatron frees the norm's output in the graph, but this is the graph's output.
@@ -241,12 +246,25 @@ class FSEPMoELayer(MoELayer):
         if routed_experts and self.state.split.computes_weights:
             self.state.split.computes_weights.popleft()()
 
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Return the layer as stock saves it, each expert under its own number."""
+        state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self._home_E is not None:
+            number_by_expert(state, f"{prefix}experts.", len(sharded_offsets), self.state.home)
+        return state
+
     def what_changed(self) -> str | None:
         experts, (built,) = self.experts, self._built_experts
-        built_parts = (self._home_experts or built).built_parts
+        slot_experts = self._home_experts or built
         if experts is built:
-            return built_parts.what_changed()
-        return f"its experts were replaced by {type(experts).__name__}: {built_parts.reason}"
+            return slot_experts.what_changed()
+        reason = slot_experts.built_parts.reason
+        return f"its experts were replaced by {type(experts).__name__}: {reason}"
 
     def end_step(self) -> None:
         self.token_dispatcher.end_step()
@@ -271,27 +289,30 @@ class FSEPMoELayer(MoELayer):
         is_selective = config.recompute_granularity == "selective"
         return is_selective and "layernorm" in config.recompute_modules
 
-    def _make_home_experts(
-        self, coordinator: Coordinator, pg_collection: Any
-    ) -> HomeExperts | None:
+    def _make_home_experts(self, layer_number: int) -> HomeExperts | None:
+        coordinator = self._coordinator
         if coordinator.geometry.home_slots == 0:
             return None
         compute = RestoredCompute(
             self.config,
-            tp_group=pg_collection.expt_tp,
+            tp_group=self._expert_group,
             device=coordinator.device,
             gemm=coordinator.config.gemm,
-            activation_builder=_activation_builder(self.submodules),
-            in_fp8=coordinator.config.experts_in_fp8,
+            activation_builder=activation_builder(self.submodules),
+            in_fp8=coordinator.config.experts_in_fp8
+            and (self._is_mtp or not is_first_last_bf16_layer(self.config, layer_number - 1)),
         )
         return HomeExperts(self.experts, coordinator.geometry.home_slots, compute)
 
     def _register(self, layer_number: int) -> None:
+        self._home_experts = self._make_home_experts(layer_number)
+        slot_experts = self._slot_experts
         repeats = self._is_mtp and self.config.mtp_use_repeated_layer
         self._state = self._coordinator.register_layer(
             layer_number,
             self._is_mtp,
-            share=self._slot_experts.share,
+            find_share=lambda: slot_experts.share,
+            adapters=lambda: slot_experts.adapters,
             recomputes=self.moe_layer_recompute,
             passes=self.config.mtp_num_layers if repeats else 1,
             what_changed=self.what_changed,
@@ -300,6 +321,12 @@ class FSEPMoELayer(MoELayer):
             split=SplitBackward(self._by_parts, _delays_weights(self.config)),
         )
         self._slot_experts.initialise(self._state.name, self._coordinator.seed)
+        home = self._state.home
+        if not home.is_stock:
+            device = self._coordinator.device
+            self._home_E = torch.from_numpy(home.expert_E).to(device)
+            assert self._home_experts is not None, "homes are given without experts at home"
+            self._home_experts.move(home, self._coordinator.groups, device)
 
 
 _NO_NUMBER = (
@@ -326,52 +353,6 @@ def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
     if args is not None:
         args.fsep_capacity = coordinator.geometry.capacity  # `auto` may take more than the default
     return coordinator
-
-
-def _slot_submodules(
-    config: Any, submodules: MoESubmodules, coordinator: Coordinator, pg_collection: Any
-) -> MoESubmodules:
-    """Return a copy of `submodules` that builds a layer of slots.
-
-    Stock sizes everything behind the router by `config.num_moe_experts`, which is S there. The
-    router and the shared experts get the true config. The copy is shallow: layers share
-    `submodules`.
-    """
-
-    def build_experts(num_local: int, config_: Any, /, **options: Any) -> torch.nn.Module:
-        assert num_local == coordinator.geometry.capacity
-        if home_slots := coordinator.geometry.home_slots:
-            stock: torch.nn.Module = submodules.experts(home_slots, config, **options)
-            return stock
-        return FSEPExperts(
-            config,
-            groups=coordinator.groups,
-            pg_collection=pg_collection,
-            device=coordinator.device,
-            gemm=coordinator.config.gemm,
-            activation_builder=_activation_builder(submodules),
-            stock_is_grouped=_stock_is_grouped(submodules),
-        )
-
-    def with_true_config(builder: Any) -> Any:
-        return lambda **kwargs: builder(**{**kwargs, "config": config})
-
-    slot_submodules = copy.copy(submodules)
-    slot_submodules.experts = build_experts
-    slot_submodules.router = with_true_config(submodules.router)
-    if submodules.shared_experts is not None:
-        slot_submodules.shared_experts = with_true_config(submodules.shared_experts)
-    return slot_submodules
-
-
-def _activation_builder(submodules: MoESubmodules) -> Any:
-    options = getattr(submodules.experts, "keywords", {})
-    return getattr(options.get("submodules"), "activation_func", None)
-
-
-def _stock_is_grouped(submodules: MoESubmodules) -> bool:
-    builder = getattr(submodules.experts, "func", submodules.experts)
-    return not (isinstance(builder, type) and issubclass(builder, SequentialMLP))
 
 
 def _computes_weights_aside(config: Any) -> bool:

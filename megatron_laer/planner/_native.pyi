@@ -8,6 +8,11 @@ _Float64 = npt.NDArray[np.float64]
 
 sources: str
 
+class Carried:
+    def __init__(
+        self, intra_element_s: float, inter_element_s: float, held_N: _Int64, /
+    ) -> None: ...
+
 class CostModel:
     def __init__(
         self,
@@ -23,8 +28,6 @@ class CostModel:
         inter_pair_bytes: float,
         domain_pair_bytes: float,
         tokens_in_stages: bool,
-        intra_element_s: float,
-        inter_element_s: float,
         intra_bytes_per_s: float,
         inter_bytes_per_s: float,
         latency_s: float,
@@ -38,7 +41,8 @@ class CostModel:
         hidden_share: float,
         pairs: int,
         node_size: int,
-        held_N: _Int64,
+        weights: Carried,
+        grads: Carried,
         /,
     ) -> None: ...
 

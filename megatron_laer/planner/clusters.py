@@ -226,6 +226,7 @@ class Cluster:
         source: origin of the numbers, with the method.
         assumed: constants without measurement or publication, and their basis; "nothing" if none.
         gemm: speed of one rank in the experts' GEMMs of forward.
+        gemm_fp8: the same in fp8; None where the hardware has none, or its speed is not known.
         intra, inter: links inside a node and between nodes, as the share of one rank.
         solve: time of the guard's fresh layout.
         backward_gemm_factor: time of a backward GEMM relative to a forward one with as many FLOPs.
@@ -248,6 +249,7 @@ class Cluster:
     inter: Link
     solve: SolveTime
     backward_gemm_factor: float = 1.0
+    gemm_fp8: GemmCurve | None = None
     host: HostTime | None = None
     contention: Contention = Contention()
     memory_bytes_per_s: float | None = None
@@ -290,9 +292,25 @@ class Cluster:
         tokens, speed = self.gemm.points[0]
         return speed / tokens * bytes_per_element / 2
 
-    def exchange_rates(self, bytes_per_element: int) -> tuple[float, float]:
-        """Return the bytes per second of weights inside nodes and between, with their packing."""
-        packing = PACKING_PASSES / self.memory_rate(bytes_per_element)
+    def gemm_in(self, *, fp8: bool) -> GemmCurve:
+        """Return the speed of GEMMs; raise ValueError for fp8 of unknown speed."""
+        if not fp8:
+            return self.gemm
+        if self.gemm_fp8 is None:
+            raise ValueError(
+                f"cluster {self.name} has no speed of GEMMs in fp8 (gemm_fp8; A100 computes none): "
+                "take another cluster, add it to the file, or leave out --fp8-format"
+            )
+        return self.gemm_fp8
+
+    def exchange_rates(
+        self, bytes_per_element: int, quantising_passes: float = 0.0
+    ) -> tuple[float, float]:
+        """Return the bytes per second of weights inside nodes and between, with their packing.
+
+        `bytes_per_element` are those of GEMMs, for `memory_rate`.
+        """
+        packing = (PACKING_PASSES + quantising_passes) / self.memory_rate(bytes_per_element)
         intra, inter = (
             1.0 / (1.0 / link.bytes_per_s + packing) for link in (self.intra, self.inter)
         )
@@ -316,6 +334,8 @@ class Cluster:
             if found.constant(name) is None:
                 raise ValueError(f"{name} is not given for {self.name}, so it cannot be varied")
             found = _changed(found, name.split("."), value, name in _FACTORS)
+            if name == "gemm" and found.gemm_fp8 is not None:
+                found = replace(found, gemm_fp8=found.gemm_fp8.times(value))
         return found
 
     def for_back_end(self, name: str) -> Cluster:

@@ -22,10 +22,11 @@ from functools import lru_cache
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.choices import Recompute, Sharding
+from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
 from megatron_laer.config import Auto, ExchangeAlgorithm, Split
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
+from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
@@ -39,6 +40,7 @@ from megatron_laer.planner.traffic import (
     restore_traffic,
 )
 from megatron_laer.planner.typical import typical_layout
+from megatron_laer.planner.wire_form import WireForm, payload_form
 
 # Backward GEMMs per forward GEMM, of the same size: for the inputs and for the weights.
 _BACKWARD_GEMMS = 2
@@ -60,13 +62,14 @@ class CostModel:
     Attributes:
         hidden, ffn: H, width of a token, and F, width of one expert.
         gated: whether the first matrix is [2F, H] (SwiGLU) or [F, H].
-        bytes_per_element: size of tokens, weights and gradients on the wire.
+        bytes_per_element: size of tokens, weights and gradients on the wire, but for payloads.
         restore_algorithm: exchange that fetches changed slots.
         tokens: exchange of tokens, and rows of hidden states per (token, expert) pair.
         pairs_per_rank: these pairs of one rank in a microbatch, which give forecasts their unit;
             None if not known.
         by_layout: whether each layout of home experts is fetched by the faster exchange;
             `restore_algorithm` is then the one of typical loads.
+        fp8: recipe in which experts compute, and home experts travel; None for neither.
     """
 
     cluster: Cluster
@@ -79,6 +82,7 @@ class CostModel:
     tokens: TokenPrices = BY_RANK
     pairs_per_rank: int | None = None
     by_layout: bool = False
+    fp8: Fp8Recipe | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "bytes_per_element"):
@@ -89,6 +93,22 @@ class CostModel:
     def matrices(self) -> tuple[tuple[int, int], ...]:
         """Return (rows, columns) of an expert's matrices, as they are restored."""
         return ((2 if self.gated else 1) * self.ffn, self.hidden), (self.hidden, self.ffn)
+
+    @property
+    def gemm(self) -> GemmCurve:
+        """Return the speed of the experts' GEMMs."""
+        return self.cluster.gemm_in(fp8=self.fp8 is not None)
+
+    @property
+    def grads_form(self) -> WireForm:
+        """Return the form of gradients, and of weights that are not quantised."""
+        return WireForm(self.matrices, self.bytes_per_element)
+
+    def weights_form(self, home_slots: int) -> WireForm:
+        """Return the form of weights in restores; only home experts are quantised."""
+        if self.fp8 is None or not home_slots:
+            return self.grads_form
+        return payload_form(self.fp8, self.matrices, self.bytes_per_element)
 
     @property
     def token_bytes(self) -> int:
@@ -172,10 +192,11 @@ class CostModel:
 
         With home slots, `flat` is direct and `node` a relay; see `traffic`.
         """
+        form = self.weights_form(home_slots)
         traffic = restore_traffic(
-            layout, node_size, self.matrices, algorithm, changed_S, home_slots=home_slots
+            layout, node_size, form.matrices, algorithm, changed_S, home_slots=home_slots
         )
-        return traffic.times(self.bytes_per_element)
+        return traffic.times(form.bytes_per_element)
 
     def reduce_bytes(
         self,
@@ -197,11 +218,12 @@ class CostModel:
         home_slots: int = 0,
     ) -> float:
         """Predict the seconds of one restore that nothing hides; see `restore_bytes`."""
+        form = self.weights_form(home_slots)
         traffic = restore_traffic(
-            layout, node_size, self.matrices, algorithm, changed_S, home_slots=home_slots
+            layout, node_size, form.matrices, algorithm, changed_S, home_slots=home_slots
         )
         geometry = _geometry(layout, node_size, home_slots)
-        return self._exchange_seconds(traffic, geometry, algorithm)
+        return self._exchange_seconds(traffic, geometry, algorithm, form)
 
     def reduce_seconds(
         self,
@@ -213,7 +235,7 @@ class CostModel:
         """Predict the seconds of one reduce that nothing hides; see `reduce_bytes`."""
         traffic = reduce_traffic(layout, node_size, self.matrices, algorithm, home_slots=home_slots)
         geometry = _geometry(layout, node_size, home_slots)
-        return self._exchange_seconds(traffic, geometry, algorithm)
+        return self._exchange_seconds(traffic, geometry, algorithm, self.grads_form)
 
     def exposed_seconds(
         self, layout: ExpertLayout, node_size: int, beside_s: float, home_slots: int = 0
@@ -353,12 +375,12 @@ class CostModel:
         return self._passes * self.flops_per_token
 
     def _exchange_seconds(
-        self, traffic: Traffic, geometry: Geometry, algorithm: ExchangeAlgorithm
+        self, traffic: Traffic, geometry: Geometry, algorithm: ExchangeAlgorithm, form: WireForm
     ) -> float:
         if geometry.home_slots and not (traffic.intra_N.any() or traffic.inter_N.any()):
             return 0.0
-        rates = self.cluster.exchange_rates(self.bytes_per_element)
-        wire_s = traffic.seconds(algorithm, self.bytes_per_element, *rates)
+        rates = self.cluster.exchange_rates(self.bytes_per_element, form.quantising_passes)
+        wire_s = traffic.seconds(algorithm, form.bytes_per_element, *rates)
         return wire_s + self._exchange_latency_seconds(geometry, algorithm)
 
     def _exchange_latency_seconds(self, geometry: Geometry, algorithm: ExchangeAlgorithm) -> float:
@@ -390,23 +412,28 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
     matrices = [(rows // num_ranks * num_ranks, columns) for rows, columns in costs.matrices]
     algorithm = costs.restore_algorithm
     traffic = restore_traffic(layout, geometry.node_size, matrices, algorithm, first_S)
-    fetch_s = costs._exchange_seconds(traffic, geometry, algorithm)
+    fetch_s = costs._exchange_seconds(traffic, geometry, algorithm, costs.grads_form)
     return (fetch_s + costs.solve_seconds(geometry)) * _BELOW_ROUNDING
 
 
 @lru_cache(maxsize=64)
 def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
     intra, inter = costs.cluster.intra, costs.cluster.inter
-    intra_rate, inter_rate = costs.cluster.exchange_rates(costs.bytes_per_element)
+
+    def carried(form: WireForm) -> native.Carried:
+        intra_rate, inter_rate = costs.cluster.exchange_rates(
+            costs.bytes_per_element, form.quantising_passes
+        )
+        each, held_N = form.bytes_per_element, expert_elements_N(form.matrices, geometry.num_ranks)
+        return native.Carried(each / intra_rate, each / inter_rate, held_N)
+
     return native.CostModel(
-        *costs.cluster.gemm.columns(),
+        *costs.gemm.columns(),
         costs._expert_flops,
         costs.forward_share,
         costs.token_passes,
         *costs.tokens.pair_bytes(costs.token_bytes),
         costs.tokens.in_stages,
-        costs.bytes_per_element / intra_rate,
-        costs.bytes_per_element / inter_rate,
         intra.bytes_per_s,
         inter.bytes_per_s,
         costs.token_latency_seconds(geometry),
@@ -420,7 +447,8 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         costs.hidden_share,
         costs.pairs_per_rank or 0,
         geometry.node_size,
-        expert_elements_N(costs.matrices, geometry.num_ranks),
+        carried(costs.weights_form(geometry.home_slots)),
+        carried(costs.grads_form),
     )
 
 

@@ -115,10 +115,13 @@ def choose_geometry(
 def with_domain(
     geometry: Geometry,
     priced: Callable[[Geometry], CostModel],
-    exchange: TokenExchange,
+    exchange: TokenExchange | Auto,
     top_k: int,
 ) -> Geometry:
-    """Return the geometry with the domain that training takes by itself for this exchange."""
+    """Return the geometry with the domain that training takes by itself for this exchange.
+
+    For `auto`, `priced` chooses an exchange for each domain.
+    """
     config = FSEPConfig(token_exchange=exchange)
     return _fastest_domain(config, geometry, priced, top_k).geometry
 

@@ -65,3 +65,23 @@ def reduce_workspace(
         "receive": columns
         * max(intra_node * intra_received * grad_bytes, inter_node * inter_received * wire_bytes),
     }
+
+
+@lru_cache(maxsize=256)
+def relay_workspace(
+    geometry: Geometry, rows: int, columns: int, element_bytes: int
+) -> dict[str, int]:
+    """Return the bytes of each buffer of a relay's first hop, next to those of `node`.
+
+    With r = ⌈R/N⌉ rows of a rank and h home experts: those that can have replicas, whole at home
+    and by rows on every rank:
+
+        homes    min(h, X)·R·K, with X = min(E, N·C)
+        rows     X·r·K
+    """
+    replicated = min(geometry.num_experts, geometry.num_ranks * geometry.replica_slots)
+    row_bytes = columns * element_bytes
+    return {
+        "homes": min(geometry.home_slots, replicated) * rows * row_bytes,
+        "rows": replicated * -(-rows // geometry.num_ranks) * row_bytes,
+    }

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_laer import session
 from megatron_laer.choices import Sharding
+from megatron_laer.planner.home_order import home_digest
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.releases import CHECKPOINT_STORAGE
 
@@ -43,17 +44,24 @@ _loads_shards = ContextVar("loads_shards", default=False)
 
 
 def _mark_buffers(sharded_state_dict: Any, current: session.Session | None) -> bool:
-    """Mark the optimizer's buffers with FSEP's group size; return whether there are any.
+    """Mark the optimizer's buffers with FSEP's group size or homes; return whether there are any.
 
     A rank's slices of all experts have as many elements as stock's whole experts. Without the mark,
-    one kind would silently be read into the other. Buffers of experts at home are stock's.
+    one kind would silently be read into the other. Buffers of experts in stock's homes are stock's.
     """
-    if current is None or not current.has_groups or current.sharding != Sharding.ROWS:
+    if current is None or not current.has_groups:
         return False
+    of_run = str(current.groups.size)
+    if current.sharding != Sharding.ROWS:
+        coordinator = current.coordinator
+        homes = "" if coordinator is None else home_digest(coordinator.layouts.homes)
+        if not homes:
+            return False
+        of_run = f"homes-{homes}"
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-    mark = f"{_MARK}{current.groups.size}"
+    mark = f"{_MARK}{of_run}"
     buffers = [
         entry
         for entry in nested_values(sharded_state_dict)
@@ -101,7 +109,8 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
             if is_marked and _MARK in str(error):
                 raise ValueError(
                     f"{checkpoint_dir}: its optimizer state, in Megatron's form dp_reshardable, is "
-                    "not of a run with FSEP on as many ranks, and cannot be read by this one; save "
+                    "not of a run with FSEP on as many ranks and the same --fsep-homes, and cannot "
+                    "be read by this one; save "
                     "with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
                 ) from error
             raise

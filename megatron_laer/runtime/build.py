@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_laer.choices import Recompute, Sharding
+from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
 from megatron_laer.config import (
     Auto,
     ExchangeAlgorithm,
@@ -19,14 +20,19 @@ from megatron_laer.config import (
     PlanMode,
     Restore,
     TokenExchange,
+    flag_name,
 )
+from megatron_laer.files.checks import quoted
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.home_order import home_digest
+from megatron_laer.planner.homes_file import ModelHomes, read_homes
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
+from megatron_laer.runtime.comm import agreement
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.exchange import (
     Exchange,
@@ -41,6 +47,7 @@ from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.measurements import Measurements
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
+from megatron_laer.runtime.pair_counts import PairCounts
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
 from megatron_laer.runtime.planning.layout_recording import recorded_geometry, recording_path
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
@@ -120,7 +127,8 @@ def build_coordinator(
         gradients=make_comm_stream("gradients", device, overlaps=overlaps),
         kept=KeptWeights(config.restore_memory_gib * 2**30),
     )
-    layouts = LayoutsInForce(config, groups, geometry, chosen, seed, device)
+    homes = _common_homes(config, groups, geometry.num_experts)
+    layouts = LayoutsInForce(config, groups, geometry, chosen, seed, device, homes)
     pass_layouts: PassLayouts
     if config.mode == PlanMode.ANNOUNCED:
         pass_layouts = AnnouncedLayouts(guard, layouts, groups, device)
@@ -131,7 +139,9 @@ def build_coordinator(
     )
     scheduler = Scheduler(schedule, streams, experts, pass_layouts)
     tokens_priced = {"top_k": top_k, "tokens_per_rank": tokens}
-    measurements = Measurements(config, groups, guard, streams, tokens_priced)
+    measurements = Measurements(
+        config, groups, guard, streams, tokens_priced, by_parts=schedule.by_parts
+    )
     planner = MicrobatchPlanner(
         groups,
         device,
@@ -140,6 +150,13 @@ def build_coordinator(
         experts,
         scheduler,
         measurements,
+        PairCounts(
+            groups,
+            device,
+            geometry.num_experts,
+            config.pairs_interval,
+            -(-(config.sampled_sets or 0) // groups.size),
+        ),
         token_sizes=TokenSizesExchange(groups, device) if exchange == TokenExchange.NODE else None,
         follows_steps=config.follows_steps,
     )
@@ -157,6 +174,26 @@ def build_coordinator(
         seed,
         device,
     )
+
+
+def _common_homes(config: FSEPConfig, groups: FSEPGroups, num_experts: int) -> ModelHomes | None:
+    """Read the homes; raise ValueError on every rank where they do not fit, or differ in the group.
+
+    Collective over the group if they are given: initial values are exchanged by them before
+    settings are compared (`Coordinator.start`).
+    """
+    if config.homes is None:
+        return None
+    homes = read_homes(Path(config.homes))
+    try:
+        homes.check_fits(groups.size, num_experts)
+    except ValueError as error:
+        raise ValueError(f"{flag_name('homes')} {quoted(config.homes)}: {error}") from error
+    digest = home_digest([*homes.by_layer.values()])
+    problem = agreement.difference({f"the content of {flag_name('homes')}": digest}, groups)
+    if problem is not None:
+        raise ValueError(problem)
+    return homes
 
 
 def _as_recorded(config: FSEPConfig, groups: FSEPGroups) -> FSEPConfig:
@@ -206,15 +243,33 @@ def make_exchange(
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:
+    # `auto` uses the back end whose GEMMs a cluster always has.
+    cluster = load_cluster(config.cluster or default_cluster(device)).for_back_end(config.gemm)
+    fp8 = _fp8_recipe(config, transformer_config)
+    if fp8 is not None and cluster.gemm_fp8 is None:
+        logger.warning(
+            "FSEP: cluster %s has no speed of GEMMs in fp8; the planner takes that without fp8. "
+            "Add gemm_fp8 to its file",
+            cluster.name,
+        )
+        cluster = replace(cluster, gemm_fp8=cluster.gemm)
     return CostModel(
-        # `auto` uses the back end whose GEMMs a cluster always has.
-        cluster=load_cluster(config.cluster or default_cluster(device)).for_back_end(config.gemm),
+        cluster=cluster,
         hidden=transformer_config.hidden_size,
         ffn=transformer_config.moe_ffn_hidden_size,
         gated=transformer_config.gated_linear_unit,
         bytes_per_element=transformer_config.params_dtype.itemsize,
         recompute=_recompute(transformer_config),
+        fp8=fp8,
     )
+
+
+def _fp8_recipe(config: FSEPConfig, transformer_config: Any) -> Fp8Recipe | None:
+    """Return the recipe in which experts compute, or None."""
+    if not config.experts_in_fp8 or not transformer_config.fp8:
+        return None
+    recipe = transformer_config.fp8_recipe
+    return Fp8Recipe(getattr(recipe, "value", recipe))
 
 
 def _recompute(transformer_config: Any) -> Recompute:

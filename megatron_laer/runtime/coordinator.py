@@ -19,6 +19,7 @@ from megatron_laer.runtime.comm.exchange import wire_dtype
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.layer_state import (
     LayerState,
+    adapters_in,
     check_no_plan_is_left,
     frozen_in,
     name_of_layer,
@@ -66,8 +67,8 @@ class Coordinator:
         """Add a MoE layer, in the same order on all ranks, with these fields of `FsepLayer`."""
         assert not self.microbatch_planner.in_steps, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
-        state = LayerState(len(self.layers), name, number, is_mtp, **described)
-        self.layouts.add_layer(name)
+        home = self.layouts.add_layer(name)
+        state = LayerState(len(self.layers), name, number, is_mtp, home=home, **described)
         self.layers.append(state)
         return state
 
@@ -80,9 +81,11 @@ class Coordinator:
         self.microbatch_planner.in_steps = True
         summary = agreement.summarise(self.config, self.geometry, self.guard.costs, self.seed)
         summary["frozen experts"] = frozen_in(self.layers)
+        summary["adapters of experts"] = adapters_in(self.layers)
         slots, kept_gib = self.geometry.replica_slots, self.config.restore_memory_gib
         problem = (
             agreement.difference(summary, self.groups)
+            or self.layouts.homes_problem
             or what_changed(self.layers)
             or self.experts.memory_problem(self.layers, slots, kept_gib)
         )
@@ -124,6 +127,7 @@ class Coordinator:
         """
         assert self.microbatch_planner.in_steps, "begin_step before start"
         check_no_plan_is_left(self.layers)
+        self._put_pairs()
         self.measurements.begin_step(step)
         self._received_before = self.streams.exchange.count.received_bytes
         self.step = step
@@ -134,6 +138,7 @@ class Coordinator:
         self.scheduler.begin_step(expected)
         for layer in self.layers:
             layer.begin_step(expected)
+        self.microbatch_planner.pairs.begin_step(step, len(self.layers))
         known = self.pass_layouts.known([layer.next_pass(training=True) for layer in self.layers])
         layouts = [(self.layers[at], layout) for at, layout in known.items()]
         for layer, layout in layouts:
@@ -143,6 +148,7 @@ class Coordinator:
     def end_step(self, *, weights_changed: bool) -> None:
         check_no_plan_is_left(self.layers)
         self.scheduler.end_step()
+        self.microbatch_planner.pairs.end_step()
         for layer in self.layers:
             layer.on_step_end()
         self.layouts.end_step()
@@ -169,7 +175,14 @@ class Coordinator:
         if self.layers and not self.microbatch_planner.in_steps:
             self.layouts.resume(directory, storage)
 
+    def _put_pairs(self) -> None:
+        """Record the pairs of the last step, before anything of the next one."""
+        found = self.microbatch_planner.pairs.take()
+        if found is not None and self.layouts.mailbox is not None:
+            self.layouts.mailbox.put_pairs(*found)
+
     def close(self) -> None:
+        self._put_pairs()
         self.scheduler.close()
         self.measurements.close()
         self.pass_layouts.close()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from megatron_laer.arrays import Int64
+from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.collectives import LayoutTag
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
@@ -99,8 +100,9 @@ class LayerStatistics:
 
 @dataclass(eq=False)
 class LayerState(FsepLayer):
-    """State of one MoE layer on this rank."""
+    """State of one MoE layer on this rank; `home` has its experts in the order of their homes."""
 
+    home: HomeOrder
     reruns: RerunPlans = field(init=False)
     statistics: LayerStatistics = field(default_factory=LayerStatistics)
     _routed: int = 0
@@ -151,6 +153,11 @@ def frozen_in(layers: Sequence[FsepLayer]) -> str:
         for layer in layers
     }
     return ", ".join(f"{name}: {positions}" for name, positions in frozen.items() if positions)
+
+
+def adapters_in(layers: Sequence[FsepLayer]) -> str:
+    found = {layer.name: layer.adapters() for layer in layers}
+    return ", ".join(f"{name}: {adapters}" for name, adapters in found.items() if adapters)
 
 
 def what_changed(layers: Sequence[FsepLayer]) -> str | None:

@@ -34,6 +34,8 @@ class Measurements:
         guard: Guard,
         streams: ExchangeStreams,
         priced: Mapping[str, int],
+        *,
+        by_parts: bool,
     ) -> None:
         self.listener: IntervalListener | None = None
         self.recorder: MetricsRecorder | None = None
@@ -42,6 +44,7 @@ class Measurements:
         self._guard = guard
         self._streams = streams
         self._priced = priced
+        self._by_parts = by_parts
         self._timeline: Timeline | None = None
 
     def start(self, layers: Sequence[str], first_step: int, device: torch.device) -> None:
@@ -50,7 +53,9 @@ class Measurements:
         if config.timeline is not None:
             with naming_flag("timeline", config.timeline):
                 rank = dist.get_rank()
-                self._timeline = open_timeline(config.timeline, rank, device, first_step)
+                self._timeline = open_timeline(
+                    config.timeline, rank, device, first_step, by_parts=self._by_parts
+                )
         if config.record_metrics is not None and groups.rank == 0 and layers:
             with naming_flag("record_metrics", config.record_metrics):
                 of, costs = self._guard.geometry, self._guard.costs

@@ -25,6 +25,7 @@ from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.measurements import Measurements
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
+from megatron_laer.runtime.pair_counts import PairCounts
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
@@ -50,6 +51,7 @@ class MicrobatchPlanner:
     experts: LayerExperts
     scheduler: Scheduler
     measurements: Measurements
+    pairs: PairCounts
     token_sizes: TokenSizesExchange | None
     follows_steps: bool
     in_steps: bool = False
@@ -93,6 +95,9 @@ class MicrobatchPlanner:
             return lambda: plan
         if training and not self.in_steps:
             self._warn_without_steps()
+        if training:
+            number = layer.next_pass(training=True).number
+            self.pairs.add(layer.index, routing_map_TE, begins=number == 0)
         restored = self.scheduler.enter(layer, training)
         read_counts = self._counts.start(
             counts_E,
@@ -129,6 +134,7 @@ class MicrobatchPlanner:
         if training:
             self._note(layer, counts_NE, decision, decide_s)
             if rerun_map_TE is not None and not torch.is_grad_enabled():
+                restored.expect_rerun()
                 layer.reruns.keep(plan.for_rerun(rerun_map_TE))
         return plan
 

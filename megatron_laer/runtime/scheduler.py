@@ -24,6 +24,7 @@ from megatron_laer.runtime.planning.pass_layouts import PassLayouts, Replayed
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.split_backward import GradsReady
 from megatron_laer.schedule import Schedule
 
@@ -187,7 +188,7 @@ class Scheduler:
             if forward.position + 1 < len(forward.chunk.layers):
                 self._prepare(forward.position + 1, training, self.schedule.restores_next)
             elif forward.operation is not None:
-                self._fetch_following(forward.entered[-1])
+                self._fetch_following(forward.entered[-1].weights)
 
     def go_on(self) -> None:
         """Launch what follows in restores that started before the previous layer's experts."""
@@ -279,13 +280,13 @@ class Scheduler:
         if self.schedule.restores_last:
             forward.entered[-1].start_backward_restore()
 
-    def _fetch_following(self, present: RestoredExperts) -> None:
+    def _fetch_following(self, present: RestoredWeights) -> None:
         """Fetch the first layer of the operation that follows this layer's, if it is known."""
         following = self._order.following
         restored = None if following is None else self._first_of(following)
         if following is None or restored is None:
             return
-        present.fetch(restored)
+        present.fetch(restored.weights if following.is_forward else restored.first_in_backward)
         self._fetched = following, restored
 
     def _first_of(self, operation: Operation) -> RestoredExperts | None:
@@ -310,7 +311,7 @@ class Scheduler:
         expected, restored = fetched
         if expected == begun:
             return restored
-        restored.weights.used()
+        restored.release()
         return None
 
     def _forget_operations(self) -> None:
@@ -319,7 +320,7 @@ class Scheduler:
                 layer.split.computes_weights.clear()  # left by a step that an error ended
         self._streams.kept.release()
         if self._fetched is not None:
-            self._fetched[1].weights.used()
+            self._fetched[1].release()
         self._fetched = None
         self._awaits_backward.clear()
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from megatron_laer.config import FSEPConfig, OverlapScheduler, Sharding
 from megatron_laer.environment import CONNECTIONS, has_one_queue
+from megatron_laer.files.checks import quoted
 from megatron_laer.planner.geometry import (
     Geometry,
     check_domain,
     check_node_size,
     resolve_geometry,
 )
+from megatron_laer.planner.homes_file import read_homes
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.support import RefusedError, fp8_experts, megatron_fsdp, triton_needs
 from megatron_laer.support.model import (
@@ -27,6 +30,19 @@ from megatron_laer.support.model import (
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 
 _DEEPEP_TOP_K = 32
+
+# Settings that do not go with `--fsep-homes`: argument, value, reason and the way out.
+_BY_RANK = "such a checkpoint has experts by rank, not by number"
+_NOT_WITH_HOMES = (
+    ("ckpt_format", "torch", f"{_BY_RANK}; use --ckpt-format torch_dist"),
+    ("non_persistent_ckpt_type", "local", f"{_BY_RANK}; use --non-persistent-ckpt-type global"),
+    ("use_megatron_fsdp", True, "no test proves the two together; leave out one of them"),
+    (
+        "fp8_param_gather",
+        True,
+        "main weights would begin as those of another expert; leave out one of them",
+    ),
+)
 
 # Arguments that FSEP sets if they are not given, with their values.
 FILLED_IN = {row.argument: row.accepted[0] for row in REFUSALS if row.is_filled_in}
@@ -136,6 +152,7 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
         problems += buffer_problems(args, geometry(args, config))
     except ValueError as error:
         problems.append(str(error))
+    problems += _homes_problems(args, config)
     tolerance = config.imbalance_tolerance
     if tolerance is not None and tolerance >= ranks - 1:
         problems.append(
@@ -150,6 +167,24 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
             check_domain(nodes, config.domain_nodes, "--fsep-domain-nodes")
     except ValueError as error:
         problems.append(str(error))
+    return problems
+
+
+def _homes_problems(args: Namespace, config: FSEPConfig) -> list[str]:
+    """Return problems of the file of homes, and of checkpoints that keep experts by rank."""
+    if config.homes is None:
+        return []
+    given = f"--fsep-homes {quoted(config.homes)}"
+    problems = [
+        f"{given} with {_flag(name)}{'' if value is True else f' {value}'}: {reason}"
+        for name, value, reason in _NOT_WITH_HOMES
+        if getattr(args, name, None) == value
+    ]
+    try:
+        homes = read_homes(Path(config.homes))
+        homes.check_fits(args.expert_model_parallel_size, args.num_experts)
+    except (ValueError, OSError) as error:
+        problems.append(f"{given}: {error}")
     return problems
 
 

@@ -53,7 +53,7 @@ WITHOUT_EFFECT_BY_REASON: dict[str, str] = {
     "Megatron scales the router's losses by it, and FSEP leaves those losses to Megatron": """
         moe_grad_scale_func
         """,
-    "it pads for fp8 and fp4, and is refused with them": """
+    "it is Megatron's old name for --moe-router-padding-for-quantization, which has rows": """
         moe_router_padding_for_fp8
         """,
     "it only chooses what Megatron logs": """

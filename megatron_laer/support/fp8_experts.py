@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_laer.choices import Unproven
 
-_RECIPES = ("tensorwise", "blockwise")
+_RECIPES = ("tensorwise", "blockwise", "mxfp8")
 _WITH = f"with --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
 
 
@@ -30,16 +30,10 @@ def problems(settings: Any, allowed: Collection[Unproven]) -> list[str]:
             f"--fp8-recipe {recipe} {_WITH}: replicas of experts know the scales of other recipes; "
             f"give --fp8-recipe {' or '.join(_RECIPES)}"
         )
-    if getattr(settings, "first_last_layers_bf16", False):
+    names = ("fp8_param_gather", "fp8_param")  # of the argument and of the field
+    if recipe == "mxfp8" and any(getattr(settings, name, False) for name in names):
         found.append(
-            f"--first-last-layers-bf16 {_WITH}: all layers' replicas are restored in fp8; leave it "
-            "out"
-        )
-    is_flex = getattr(settings, "moe_token_dispatcher_type", None) == "flex"
-    if is_flex and getattr(settings, "moe_flex_dispatcher_backend", None) == "hybridep":
-        found.append(
-            f"--moe-flex-dispatcher-backend hybridep {_WITH}: it adds rows to each slot's tokens "
-            "for fp8, which the plan does not count; give deepep, or --moe-token-dispatcher-type "
-            "alltoall"
+            f"--fp8-param-gather {_WITH} --fp8-recipe mxfp8: such parameters are kept in both "
+            "directions, which no test has shown; leave it out"
         )
     return found

@@ -38,6 +38,7 @@ class Refusal:
             change the model.
         unproven: word of `--fsep-allow-unproven` that accepts `unproven_values` too.
         or_unproven: another such word.
+        fits: word of `--fsep-allow-unproven` with which the setting is accepted.
         left_out: loss of a run without the setting, if that is speed or precision alone.
     """
 
@@ -53,6 +54,7 @@ class Refusal:
     unproven: Unproven | None = None
     or_unproven: Unproven | None = None
     unproven_values: tuple[str, ...] = ()
+    fits: Unproven | None = None
     left_out: LeftOut | None = None
 
     def __post_init__(self) -> None:
@@ -120,6 +122,8 @@ class Refusal:
 
     def _is_refused(self, settings: Any, name: str, allowed: Collection[Unproven]) -> bool:
         if not name or not hasattr(settings, name):  # an older Megatron lacks some settings
+            return False
+        if self.fits in allowed:
             return False
         if self.refuses is not None:
             return self.refuses(settings)

@@ -73,8 +73,10 @@ UNPROVEN = {
 _SPEED, _PRECISION = LeftOut.SPEED, LeftOut.PRECISION
 
 _NO_FP8 = "restored experts are computed in bf16 or fp32"
+_PRECISION_BY_MODULE = "replicas of experts follow one recipe, and it gives modules their own"
 _TRAIN_IN_BF16 = "leave it out, and train with --bf16"
 _DTYPE_OF_EXPERTS = "experts are kept and moved in the parameters' dtype"
+_OR_IN_FP8 = f"leave it out, or give --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
 _DTYPE_OF_NCCL_EP = "NCCL EP alone sends tokens in it, to experts of Transformer Engine"
 _NO_GRAPH = "layouts and split sizes are decided on the host, which a graph cannot record"
 _GRAPHS_OFF = "give --cuda-graph-impl none"
@@ -180,8 +182,29 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--fp4-format", _NO_FP8, _TRAIN_IN_BF16, accepted=(None,), dest="fp4", left_out=_PRECISION
     ),
-    Refusal("--fp8-param-gather", _DTYPE_OF_EXPERTS, field="fp8_param", left_out=_PRECISION),
+    Refusal(
+        "--fp8-param-gather",
+        _DTYPE_OF_EXPERTS,
+        _OR_IN_FP8,
+        field="fp8_param",
+        fits=Unproven.FP8_EXPERTS,
+        left_out=_PRECISION,
+    ),
     Refusal("--fp4-param-gather", _DTYPE_OF_EXPERTS, field="fp4_param", left_out=_PRECISION),
+    Refusal(
+        "--te-precision-config-file",
+        _PRECISION_BY_MODULE,
+        accepted=(None,),
+        field="quant_recipe",
+        left_out=_PRECISION,
+    ),
+    # The flags are there where Kitchen is.
+    Refusal(
+        "use_kitchen",
+        _PRECISION_BY_MODULE,
+        "leave out --kitchen-config-file and --kitchen-recipe-number",
+        field="use_kitchen",
+    ),
     Refusal(
         "--use-torch-fsdp2",
         "Megatron excludes expert parallelism with it",
@@ -261,7 +284,9 @@ REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--moe-router-padding-for-quantization with fp8",
         "it routes tokens in multiples for fp8, and splits of experts between slots break these",
+        _OR_IN_FP8,
         field_way_out="must be False",
+        fits=Unproven.FP8_EXPERTS,
         refuses=_pads_for_fp8,
         left_out=_PRECISION,
     ),
@@ -293,11 +318,4 @@ REFUSALS: tuple[Refusal, ...] = (
         "give --transformer-impl local or transformer_engine",
         accepted=("local", "transformer_engine"),
     ),
-)
-
-# No row, since no argument of Megatron: Bridge alone has such adapters.
-LORA_ON_EXPERTS = (
-    "LoRA on linear_fc1 and linear_fc2, which experts have too: Megatron-Bridge wraps the linear "
-    "layers that it knows, and FSEP moves experts without adapters; give target_modules with "
-    "layers of attention alone, such as linear_qkv and linear_proj"
 )

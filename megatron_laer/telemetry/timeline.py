@@ -3,6 +3,7 @@
 Each rank is a process with four tracks: compute, tokens, and the communication streams of
 parameters and gradients. Compute has phases, which start and end at token exchanges, and the waits
 in them. The trace is written once, after its last step; nothing here changes the order of work.
+In the combined 1F1B schedule a phase may hold compute of two microbatches, as the title says.
 
 Format: the JSON of Chrome's trace viewer, complete events (`"ph": "X"`), times in microseconds
 since 1970. To merge files of several ranks, join their `traceEvents`.
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Steps of this run, from 0; the first ones allocate memory and have no plan yet.
 FIRST_STEP, NUM_STEPS = 2, 3
+TWO_MICROBATCHES = ": a phase holds compute of two microbatches (combined 1F1B)"
 
 
 # Starts a named range in the device's profiler, and returns the function that ends it. Unlike
@@ -53,8 +55,15 @@ class Timeline:
     """
 
     def __init__(
-        self, path: Path, rank: int, clock: Clock, open_range: OpenRange, origin_step: int
+        self,
+        path: Path,
+        rank: int,
+        clock: Clock,
+        open_range: OpenRange,
+        origin_step: int,
+        note: str = "",
     ) -> None:
+        self._title = f"rank {rank}{note}"
         self._rank, self._clock, self._open_range = rank, clock, open_range
         self._steps = range(origin_step + FIRST_STEP, origin_step + FIRST_STEP + NUM_STEPS)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +168,7 @@ class Timeline:
             (track, str(activity), microseconds(start), microseconds(end))
             for track, activity, start, end in self._intervals
         )
-        return trace_events(self._rank, f"rank {self._rank}", intervals)
+        return trace_events(self._rank, self._title, intervals)
 
 
 def _moved_aside(path: Path, file: BinaryIO) -> BinaryIO:
@@ -176,9 +185,13 @@ def _moved_aside(path: Path, file: BinaryIO) -> BinaryIO:
     return open_exclusively(path)
 
 
-def open_timeline(directory: str, rank: int, device: torch.device, first_step: int) -> Timeline:
+def open_timeline(
+    directory: str, rank: int, device: torch.device, first_step: int, *, by_parts: bool
+) -> Timeline:
+    """Open a rank's timeline; with `by_parts`, two microbatches' parts of layers alternate."""
     clock, open_range = make_clock(device), _nvtx_range if device.type == "cuda" else _no_range
-    return Timeline(timeline_path(directory, rank), rank, clock, open_range, first_step)
+    note = TWO_MICROBATCHES if by_parts else ""
+    return Timeline(timeline_path(directory, rank), rank, clock, open_range, first_step, note)
 
 
 def timeline_path(directory: str, rank: int) -> Path:

@@ -5,12 +5,20 @@ A line of JSON, then binary records, all little-endian:
     {"format":"megatron_laer-trace","version":2,"num_ranks":N,"num_experts":E,"layers":[...],
      "crc":...}\\n
     record:  uint32  CRC-32 of the five fields below, so that a record's length can be relied on
-             uint32  bytes per count: 1, 2 or 4, the least that holds the record's largest
+             uint32  bytes per count: 1, 2 or 4, the least that holds the record's largest; plus
+                     256 in a record of pairs, and 513 in one of sets
              int64   step
              uint32  layer, index into `layers`
              uint32  microbatch
              uint32  CRC-32 of the counts
-             N*E counts, source rank by source rank
+             N*E counts, source rank by source rank; or E*(E+1)/2 of pairs; or sets
+
+Pairs are those of a step with `--fsep-pairs-interval`, the group's sum: the tokens that chose
+both of two experts, row by row of the upper triangle. Its diagonal has each expert's tokens. Their
+microbatch is 0.
+
+Sets are the experts of some of these tokens: a bit per expert, the lowest first, in whole bytes per
+token. In place of the microbatch they have the number of tokens.
 
 `files.json_lines` defines the line's checksum. Version 1 can be read too. It had no checksum in
 that line, and in records a single one of all that follows it.
@@ -25,6 +33,7 @@ Legend: N source ranks, E experts.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import struct
 import zlib
@@ -35,6 +44,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.files.checks import open_input
 from megatron_laer.files.json_lines import (
     MAX_RANKS,
@@ -56,6 +66,9 @@ MAX_INDEX = 2**53
 
 # First bytes of files of any version, for detection.
 MAGIC = b'{"format":"' + FORMAT.encode() + b'"'
+
+# Marks of a record of pairs and of sets, added to its width.
+_PAIRS, _SETS = 256, 512
 
 # By version: headers of records, and offset in a record where its checked bytes start.
 _FRAMES = {1: struct.Struct("<IIqII"), 2: struct.Struct("<IIqIII")}
@@ -93,6 +106,8 @@ class Frame(NamedTuple):
     layer: int
     microbatch: int
     crc: int
+    has_pairs: bool
+    has_sets: bool
 
 
 class TraceWriter:
@@ -133,7 +148,34 @@ class TraceWriter:
         counts_NE: npt.NDArray[np.integer[Any]],
     ) -> None:
         """Write one record. Of two with the same keys, readers use the later one."""
-        payload, width = self._packed(counts_NE)
+        if counts_NE.shape != self._shape:
+            raise ValueError(
+                f"counts_NE has shape {counts_NE.shape}, expected [ranks, experts] = {self._shape}"
+            )
+        self._append(step, layer_index, microbatch, *_packed(counts_NE))
+
+    def append_pairs(self, step: int, layer_index: int, pairs_EE: Int64) -> None:
+        """Write the pairs of a layer in a step, a symmetric table."""
+        num_experts = self._shape[1]
+        if pairs_EE.shape != (num_experts, num_experts):
+            raise ValueError(
+                f"pairs_EE has shape {pairs_EE.shape}, expected {num_experts} experts twice"
+            )
+        payload, width = _packed(pairs_EE[np.triu_indices(num_experts)])
+        self._append(step, layer_index, 0, payload, width | _PAIRS)
+
+    def append_sets(self, step: int, layer_index: int, chosen_TE: Bool) -> None:
+        """Write the experts of some tokens of a layer in a step."""
+        if chosen_TE.ndim != 2 or chosen_TE.shape[1] != self._shape[1]:
+            raise ValueError(
+                f"chosen_TE has shape {chosen_TE.shape}, expected [tokens, {self._shape[1]}]"
+            )
+        bits = np.packbits(chosen_TE, axis=1, bitorder="little")
+        self._append(step, layer_index, len(bits), bits.tobytes(), 1 | _SETS)
+
+    def _append(
+        self, step: int, layer_index: int, microbatch: int, payload: bytes, width: int
+    ) -> None:
         for name, value in (("step", step), ("microbatch", microbatch)):
             if not 0 <= value <= (MAX_INDEX if name == "step" else 2**32 - 1):
                 raise ValueError(f"{name} is out of range, got {value}")
@@ -150,16 +192,13 @@ class TraceWriter:
     def close(self) -> None:
         self._file.close()
 
-    def _packed(self, counts_NE: npt.NDArray[np.integer[Any]]) -> tuple[bytes, int]:
-        if counts_NE.shape != self._shape:
-            raise ValueError(
-                f"counts_NE has shape {counts_NE.shape}, expected [ranks, experts] = {self._shape}"
-            )
-        low, high = int(counts_NE.min()), int(counts_NE.max())
-        if low < 0 or high > MAX_COUNT:
-            raise ValueError(f"counts must be in 0..{MAX_COUNT}, got {low} to {high}")
-        width = next(width for width in _WIDTHS if high < 256**width)
-        return counts_NE.astype(_WIDTHS[width]).tobytes(), width
+
+def _packed(counts: npt.NDArray[np.integer[Any]]) -> tuple[bytes, int]:
+    low, high = int(counts.min()), int(counts.max())
+    if low < 0 or high > MAX_COUNT:
+        raise ValueError(f"counts must be in 0..{MAX_COUNT}, got {low} to {high}")
+    width = next(width for width in _WIDTHS if high < 256**width)
+    return counts.astype(_WIDTHS[width]).tobytes(), width
 
 
 def recording_path(directory: str | Path, group_index: int) -> Path:
@@ -204,7 +243,9 @@ def frames(file: BinaryIO, path: Path, header: Header) -> Iterator[Frame]:
         file.seek(offset)
         fields = file.read(begin.size)
         crc, width, step, layer, microbatch, *of_counts = begin.unpack(fields)
-        is_damaged = width not in _WIDTHS
+        mark = width & (_PAIRS | _SETS) if header.version > 1 else 0
+        width -= mark
+        is_damaged = width not in _WIDTHS or mark == _PAIRS | _SETS
         if header.version > 1:
             is_damaged = is_damaged or crc != zlib.crc32(fields[_CRC_BYTES:])
             (crc,) = of_counts
@@ -212,11 +253,21 @@ def frames(file: BinaryIO, path: Path, header: Header) -> Iterator[Frame]:
             if _is_torn(file, offset, size, begin.size):
                 return
             raise ValueError(f"{path}, byte {offset}: no record begins there; {damage(offset)}")
-        end = offset + begin.size + header.num_ranks * header.num_experts * width
+        frame = Frame(offset, 0, width, step, layer, microbatch, crc, mark == _PAIRS, mark == _SETS)
+        end = offset + begin.size + math.prod(_shape(header, frame)) * width
         if end > size:
             return
-        yield Frame(offset, end, width, step, layer, microbatch, crc)
+        yield frame._replace(end=end)
         offset = end
+
+
+def _shape(header: Header, frame: Frame) -> tuple[int, ...]:
+    num_experts = header.num_experts
+    if frame.has_pairs:
+        return (num_experts * (num_experts + 1) // 2,)
+    if frame.has_sets:
+        return frame.microbatch, -(-num_experts // 8)
+    return header.num_ranks, num_experts
 
 
 def damage(offset: int) -> str:
@@ -238,12 +289,15 @@ def _is_torn(file: BinaryIO, offset: int, size: int, most: int) -> bool:
 def read_counts(
     file: BinaryIO, frame: Frame, header: Header
 ) -> npt.NDArray[np.unsignedinteger[Any]] | None:
-    """Read the counts [N, E]; return None if the checksum differs."""
+    """Read the counts [N, E], the triangle of pairs, or the bytes of sets.
+
+    Return None if the checksum differs.
+    """
     begin = frame.offset + _COVERED_FROM[header.version]
     file.seek(begin)
     covered = file.read(frame.end - begin)
     if zlib.crc32(covered) != frame.crc:
         return None
-    shape = (header.num_ranks, header.num_experts)
-    payload = covered[len(covered) - shape[0] * shape[1] * frame.width :]
+    shape = _shape(header, frame)
+    payload = covered[len(covered) - math.prod(shape) * frame.width :]
     return np.frombuffer(payload, dtype=_WIDTHS[frame.width]).reshape(shape)

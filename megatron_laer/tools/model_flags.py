@@ -22,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_laer.choices import Fp8Recipe
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.yaml_text import read_yaml
@@ -156,7 +157,7 @@ MAX_WIDTH = 2**20
 class ExpertSizes:
     """Widths of an expert, and the number of experts of a token.
 
-    With `gated`, an expert's first matrix is [2F, H].
+    With `gated`, an expert's first matrix is [2F, H]. `fp8_recipe` is None for no fp8.
     """
 
     hidden: int
@@ -164,6 +165,7 @@ class ExpertSizes:
     gated: bool
     num_experts: int | None = None
     top_k: int = 2
+    fp8_recipe: Fp8Recipe | None = None
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
@@ -202,4 +204,19 @@ def model_sizes(config: str) -> ExpertSizes:
         any(flag in values for flag in _GATED),
         size("--num-experts", MAX_EXPERTS),
         size(top_k, MAX_EXPERTS) if top_k in values else ExpertSizes.top_k,
+        fp8_recipe(values.get("--fp8-format"), values.get("--fp8-recipe")),
     )
+
+
+def fp8_recipe(fp8_format: str | None, recipe: str | None) -> Fp8Recipe | None:
+    """Return the recipe of Megatron's two flags, whose default is `delayed`; None for no fp8."""
+    if fp8_format is None:
+        if recipe is not None:
+            raise ValueError(
+                f"--fp8-recipe {quoted(recipe)}: no effect without --fp8-format; add that, or "
+                "leave the recipe out"
+            )
+        return None
+    if recipe is not None and recipe not in [*Fp8Recipe]:
+        raise ValueError(f"--fp8-recipe {quoted(recipe)}: give one of {', '.join(Fp8Recipe)}")
+    return Fp8Recipe(recipe or Fp8Recipe.DELAYED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,13 @@ FP8 = " --fp8-format hybrid --fp8-recipe tensorwise --bf16"
 ALLOW = " --fsep-allow-unproven fp8-experts"
 AT_HOME = " --expert-parallel-mode fsep" + ALLOW
 RANDOM = FP8 + AT_HOME + " --fsep-planner random"
+# Experts' parameters are fp8 bytes and scales themselves.
+PARAMETERS = " --fp8-param-gather"
+# Sizes are multiples of 32.
+MX = " --fp8-format e4m3 --fp8-recipe mxfp8 --bf16 --hidden-size 64"
+RANDOM_MX = MX + AT_HOME + " --fsep-planner random"
+HELD = " --fsep-restore step --fsep-plan-mode forecast"
+RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
 DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 # Tokens of each expert: none, one, fewer and more than the multiple, and the multiple.
 TOKENS_E = [40, 1, 0, 16]
@@ -29,16 +37,18 @@ def command(data: str, extra: str, steps: int = 4) -> list[str]:
     return command_line(data, extra, global_batch=8, steps=steps)
 
 
-def replicas_and_homes(fp8_format: str, recipe: str) -> list[bool]:
+def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bool]:
     """Compute every expert at home and as a replica, on the same tokens; compare all bits."""
     import torch
     import torch.distributed as dist
 
     from megatron_laer import session
     from megatron_laer.cpu.fp8_experts import fp8_replaced
+    from megatron_laer.cpu.fp8_parameters import Fp8Parameter
     from tests import one_layer
 
     of_fp8 = {"fp8": fp8_format, "fp8_recipe": recipe, "gated_linear_unit": True}
+    of_fp8 |= {"fp8_param": fp8_param}
     settings = {"sharding": "experts", "allow_unproven": ["fp8-experts"], "planner": "random"}
     one_layer.MODELS["fp8"] = of_fp8
     with fp8_replaced(), one_layer.one_layer("gloo", "fp8", **settings) as wrapped:
@@ -46,6 +56,7 @@ def replicas_and_homes(fp8_format: str, recipe: str) -> list[bool]:
         assert coordinator is not None
         rank, home = dist.get_rank(), coordinator.geometry.home_slots
         assert (home, coordinator.geometry.replica_slots) == (2, 2)
+        assert all(isinstance(p, Fp8Parameter) == fp8_param for p in layer.state.share.parameters)
         generator = torch.Generator().manual_seed(0)
         hidden_of = [
             torch.randn(tokens, one_layer.HIDDEN, generator=generator) for tokens in TOKENS_E
@@ -99,23 +110,35 @@ def replicas_and_homes(fp8_format: str, recipe: str) -> list[bool]:
 
 
 @pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
-@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize(
+    ("recipe", "fp8_param"),
+    [*product(["tensorwise", "blockwise"], [False, True]), ("mxfp8", False)],
+)
 def test_a_replica_computes_bit_for_bit_as_its_home(
-    ranks: RankPools, fp8_format: str, recipe: str
+    ranks: RankPools, fp8_format: str, recipe: str, fp8_param: bool
 ) -> None:
-    for same in ranks(2).run(replicas_and_homes, fp8_format, recipe):
+    for same in ranks(2).run(replicas_and_homes, fp8_format, recipe, fp8_param):
         assert same == [True] * (2 * 3 + 2 * 2)
 
 
-@pytest.mark.parametrize("extra", ["", " --fsep-restore step --fsep-plan-mode forecast"])
-def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, extra: str) -> None:
-    flags = command(text_data, RANDOM + DISTRIBUTED + extra)
-    first, second = (ranks(2).run(train_row, flags)[0] for _ in range(2))
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(RANDOM + extra for extra in ("", HELD, PARAMETERS)),
+        *(RANDOM_MX + extra for extra in ("", HELD)),
+    ],
+)
+def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, flags: str) -> None:
+    flags_of_both = command(text_data, flags + DISTRIBUTED)
+    first, second = (ranks(2).run(train_row, flags_of_both)[0] for _ in range(2))
     assert identical(first, second)
 
 
-def test_a_resumed_run_has_the_same_bits(ranks: RankPools, text_data: str, tmp_path: Path) -> None:
-    saved = RANDOM + " --use-distributed-optimizer --ckpt-format torch_dist --save {}"
+@pytest.mark.parametrize("flags", [RANDOM, RANDOM + PARAMETERS, RANDOM_MX])
+def test_a_resumed_run_has_the_same_bits(
+    ranks: RankPools, text_data: str, tmp_path: Path, flags: str
+) -> None:
+    saved = flags + " --use-distributed-optimizer --ckpt-format torch_dist --save {}"
     saved += " --save-interval 2 --override-opt_param-scheduler"
     whole: Record = ranks(2).run(train_row, command(text_data, saved.format(tmp_path / "whole")))[0]
     ranks(2).run(train_row, command(text_data, saved.format(tmp_path / "part"), steps=2))
@@ -125,11 +148,35 @@ def test_a_resumed_run_has_the_same_bits(ranks: RankPools, text_data: str, tmp_p
     assert all((rest.weights[name] == value).all() for name, value in whole.weights.items())
 
 
-def test_without_replicas_a_run_is_stock_bit_for_bit(ranks: RankPools, text_data: str) -> None:
-    stock: Record = ranks(2).run(train_row, command(text_data, FP8 + DISTRIBUTED))[0]
-    static = FP8 + AT_HOME + DISTRIBUTED + " --fsep-planner static"
+@pytest.mark.parametrize("in_fp8", [FP8, FP8 + PARAMETERS, MX])
+def test_without_replicas_a_run_is_stock_bit_for_bit(
+    ranks: RankPools, text_data: str, in_fp8: str
+) -> None:
+    both = in_fp8 + DISTRIBUTED
+    stock: Record = ranks(2).run(train_row, command(text_data, both))[0]
+    static = both + AT_HOME + " --fsep-planner static"
     homes: Record = ranks(2).run(train_row, command(text_data, static))[0]
     assert identical(homes, stock)
+
+
+def restored_dtypes(flags: list[str]) -> list[Any]:
+    """Train; return the dtype of each layer's restored matrices."""
+    from megatron_laer.session import current_coordinator
+
+    def probe(_: Any) -> list[Any]:
+        coordinator = current_coordinator()
+        assert coordinator is not None
+        return [str(layer.share.carried[0].dtype) for layer in coordinator.layers]
+
+    found: Record = train_row(flags, probe)
+    return list(found.probes[0])
+
+
+def test_layers_in_bf16_are_restored_in_bf16(ranks: RankPools, text_data: str) -> None:
+    first = " --first-last-layers-bf16 --num-layers-at-start-in-bf16 1"
+    flags = RANDOM + first + " --num-layers-at-end-in-bf16 0"
+    dtypes = ranks(2).run(restored_dtypes, command(text_data, flags, steps=1))[0]
+    assert dtypes == ["torch.bfloat16", "torch.uint8"]
 
 
 def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
@@ -160,16 +207,30 @@ def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
     return count.restore_bytes, expected["restore"], count.reduce_bytes, expected["reduce"]
 
 
-def test_replicas_receive_a_byte_for_each_weight(ranks: RankPools, text_data: str) -> None:
+# Bytes of weights for each element. Payloads of 128 x 48 and 48 x 64 elements have a row more for
+# the scale; in mxfp8 there is one of 8 bits for each 32.
+SCALED = {FP8: 1 + (1 / 128 * 2 + 1 / 48) / 3, MX: 1 + 1 / 32}
+
+
+@pytest.mark.parametrize("in_fp8", SCALED, ids=["tensorwise", "mxfp8"])
+@pytest.mark.parametrize("extra", ["", RECOMPUTE], ids=["plain", "recompute"])
+def test_replicas_receive_a_byte_for_each_weight(
+    ranks: RankPools, text_data: str, in_fp8: str, extra: str
+) -> None:
     """Six bytes for each weight of a replica become four."""
-    flat = RANDOM + " --fsep-restore-algorithm flat --fsep-scheduler off"
-    in_bf16 = flat.replace(FP8, " --bf16").replace(ALLOW, " --fsep-sharding experts")
+    at_home = AT_HOME + " --fsep-planner random --fsep-restore-algorithm flat --fsep-scheduler off"
+    flat = in_fp8 + at_home + extra
+    sizes = " --hidden-size 64" * (in_fp8 == MX)
+    in_bf16 = flat.replace(in_fp8, " --bf16" + sizes).replace(ALLOW, " --fsep-sharding experts")
     moved = []
-    for extra in (flat, in_bf16):
-        by_rank = ranks(2).run(received_bytes, command(text_data, extra))
+    for flags in (flat, in_bf16):
+        by_rank = ranks(2).run(received_bytes, command(text_data, flags))
         assert all(found[0] == found[1] and found[2] == found[3] > 0 for found in by_rank)
         moved.append((sum(found[0] for found in by_rank), sum(found[2] for found in by_rank)))
     (weights, grads), (weights_in_bf16, grads_in_bf16) = moved
-    assert grads == grads_in_bf16 and weights_in_bf16 == 2 * grads  # forward and backward
-    # Matrices have 128 and 48 rows, and payloads one more for the scale: 2/176 of the bytes.
-    assert weights / grads == pytest.approx(1 + 1 / 128 * 2 / 3 + 1 / 48 / 3)
+    assert grads == grads_in_bf16
+    # Of two bytes: forward and backward; recompute's forward and its re-run, after which backward
+    # has the same weights, except those of mxfp8.
+    assert weights_in_bf16 == 2 * grads
+    times = 3 / 2 if extra and in_fp8 == MX else 1
+    assert weights / grads == pytest.approx(times * SCALED[in_fp8])

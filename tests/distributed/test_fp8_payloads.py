@@ -15,8 +15,6 @@ from tests.distributed.test_home_exchange import exchanges_on
 # For each number of nodes, by both ways of exchange.
 CASES = 200
 EXPERTS = 12
-# Recipes that are refused still.
-REFUSED = [pytest.param(name, marks=pytest.mark.nightly) for name in ("mx rows", "mx columns")]
 # Matrices with uneven blocks, and with more than one in both directions.
 SIZES = [(16, 48), (48, 16), (144, 32), (32, 272), (160, 160)]
 
@@ -83,7 +81,10 @@ def every_case(node_size: int, name: str) -> tuple[int, int]:
     return cases, compared
 
 
-@pytest.mark.parametrize("name", ["per tensor", "by blocks", *REFUSED])
+@pytest.mark.parametrize(
+    "name",
+    ["per tensor", "by blocks", "mx columns", pytest.param("mx rows", marks=pytest.mark.nightly)],
+)
 @pytest.mark.parametrize("node_size", [4, 2])
 def test_payloads_of_replicas_are_their_homes_bytes(
     ranks: RankPools, node_size: int, name: str

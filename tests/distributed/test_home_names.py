@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.cpu.training import Probe, Record, train
+from megatron_laer.cpu.training import Adapt, Probe, Record, train
 from megatron_laer.cpu.weights import Tensors
 from tests.checkpoints import assert_equal
 from tests.parity.compare import distance
@@ -37,11 +37,16 @@ def command(data: str, extra: str, *, steps: int = 1, without: str = "") -> list
     )
 
 
-def train_some(flags: list[str], probe: Probe | None = None, grouped: bool = False) -> Record:
+def train_some(
+    flags: list[str],
+    probe: Probe | None = None,
+    grouped: bool = False,
+    adapt: Adapt | None = None,
+) -> Record:
     from tests.grouped_experts import grouped as grouped_experts
 
     with grouped_experts() if grouped else contextlib.nullcontext():
-        return train(flags, probe)
+        return train(flags, probe, adapt=adapt)
 
 
 def names_and_marks(model: list[Any]) -> list[Any]:

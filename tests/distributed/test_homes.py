@@ -52,6 +52,8 @@ def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str) -> Non
 def exchanged_and_expected(_: object) -> tuple[list[int], list[int], int]:
     """Return what was exchanged so far, what this step's layouts need, and matrices in memory.
 
+    Frozen matrices are restored only.
+
     Numbers of restores and reduces, then the bytes that this rank received by each.
     """
     from megatron_laer.session import current_coordinator
@@ -59,16 +61,18 @@ def exchanged_and_expected(_: object) -> tuple[list[int], list[int], int]:
     coordinator = current_coordinator()
     assert coordinator is not None
     streams, geometry = coordinator.streams, coordinator.geometry
-    expected = [0] * 4
+    expected, rank = [0] * 4, coordinator.groups.rank
     for layer in coordinator.layers:
         layout = coordinator.pass_layouts.layout_for(layer.next_pass(training=True))
         fetches = int(any(expert != EMPTY for expert in replicas_of(layout, geometry.home_slots)))
         share = layer.share
         sizes = [*zip(share.rows, share.columns, strict=True)]
-        args = layout, geometry.node_size, sizes, ExchangeAlgorithm.FLAT
+        trained = [sizes[at] for at in share.trained_at]
+        rest = {"home_slots": geometry.home_slots}
+        args = layout, geometry.node_size
         received = [
-            int(traffic(*args, home_slots=geometry.home_slots).intra_N[coordinator.groups.rank])
-            for traffic in (restore_traffic, reduce_traffic)
+            int(traffic(*args, moved, ExchangeAlgorithm.FLAT, **rest).intra_N[rank])
+            for traffic, moved in ((restore_traffic, sizes), (reduce_traffic, trained))
         ]
         # Weights in bfloat16, and the step's sums in float32.
         of_layer = [fetches, fetches, 2 * received[0], 4 * received[1]]

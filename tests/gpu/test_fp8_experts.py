@@ -15,10 +15,12 @@ from tests.slot_gemm import fixed_experts
 __all__ = ["train"]  # the fixture
 
 ALLOW = " --fsep-allow-unproven fp8-experts --fp8-format {} --fp8-recipe {}"
+KEPT_IN_FP8 = " --use-distributed-optimizer --fp8-param-gather"
 RECIPES = [("hybrid", "tensorwise"), ("e4m3", "tensorwise"), ("e4m3", "blockwise")]
+RECIPES += [("e4m3", "mxfp8"), ("hybrid", "mxfp8")]
 ROWS, COLUMNS = 256, 128
 # Transformer Engine's module takes sizes that cuBLAS accepts, and so none between.
-TOKENS_C = [64, 0, 16, 128]
+TOKENS_C = [64, 0, 32, 128]
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +30,10 @@ def needs_fp8(recipe: str) -> None:
         pytest.skip(why)
 
 
+@pytest.mark.parametrize("kept_in_fp8", [False, True])
 @pytest.mark.parametrize(("fp8_format", "recipe"), RECIPES)
 def test_a_replica_computes_bit_for_bit_as_transformer_engines_module(
-    fp8_format: str, recipe: str
+    fp8_format: str, recipe: str, kept_in_fp8: bool
 ) -> None:
     import transformer_engine.pytorch as te
     from megatron.core.fp8_utils import get_fp8_recipe
@@ -46,9 +49,10 @@ def test_a_replica_computes_bit_for_bit_as_transformer_engines_module(
     )
     options: dict[str, Any] = {"device": device, "dtype": torch.bfloat16}
     torch.manual_seed(0)
-    module = te.GroupedLinear(
-        len(TOKENS_C), COLUMNS, ROWS, bias=False, params_dtype=torch.bfloat16, device=device
-    )
+    with te.fp8_model_init(enabled=kept_in_fp8, recipe=get_fp8_recipe(config)):
+        module = te.GroupedLinear(
+            len(TOKENS_C), COLUMNS, ROWS, bias=False, params_dtype=torch.bfloat16, device=device
+        )
     weights = [getattr(module, f"weight{slot}") for slot in range(len(TOKENS_C))]
     input_TK = torch.randn(sum(TOKENS_C), COLUMNS, **options)
     grad_TR = torch.randn(sum(TOKENS_C), ROWS, **options)
@@ -59,9 +63,12 @@ def test_a_replica_computes_bit_for_bit_as_transformer_engines_module(
     expected_TR.backward(grad_TR)
 
     gemm = fp8.quantised_gemm(config, ROWS, COLUMNS, device)
-    payload_CPK = torch.stack([gemm.pack(weight.detach()) for weight in weights])
+    payload_CPK, backward_CPK = (
+        torch.stack([packer.pack(weight.detach()) for weight in weights])
+        for packer in (gemm, gemm.for_backward)
+    )
     placeholder_CRK = torch.zeros(len(TOKENS_C), ROWS, COLUMNS, **options).requires_grad_()
-    experts = fixed_experts(payload_CPK, placeholder_CRK.detach())
+    experts = fixed_experts(payload_CPK, placeholder_CRK.detach(), backward_CPK)
     replica = input_TK.clone().requires_grad_()
     output_TR = slot_linear(replica, placeholder_CRK, experts, 0, TOKENS_C, gemm)
     output_TR.backward(grad_TR)
@@ -75,7 +82,9 @@ def test_a_replica_computes_bit_for_bit_as_transformer_engines_module(
 
 
 @pytest.mark.parametrize("algorithm", ["flat", "node --fsep-node-size 1"])
-@pytest.mark.parametrize("extra", ["", RECOMPUTE], ids=["plain", "recompute"])
+@pytest.mark.parametrize(
+    "extra", ["", RECOMPUTE, KEPT_IN_FP8], ids=["plain", "recompute", "kept in fp8"]
+)
 @pytest.mark.parametrize(("fp8_format", "recipe"), RECIPES)
 def test_experts_in_fp8_train_as_bf16_does(
     fp8_format: str,

@@ -25,7 +25,7 @@ _BELOW_ROUNDING = 1.0 - 1e-9
 
 def split_seconds(costs: CostModel, totals: SplitTotals, geometry: Geometry) -> float:
     """Return seconds of one layer and microbatch: integer token counts, floats by slot."""
-    slot_s_S = costs.cluster.gemm.unit_seconds(totals.near_S + totals.far_S)
+    slot_s_S = costs.gemm.unit_seconds(totals.near_S + totals.far_S)
     slot_s_NC = slot_s_S.reshape(geometry.num_ranks, geometry.capacity)
     rank_s_N = slot_s_NC[:, 0].copy()
     for slot in range(1, geometry.capacity):
@@ -37,7 +37,7 @@ def split_seconds(costs: CostModel, totals: SplitTotals, geometry: Geometry) -> 
 
 def least_layer_seconds(costs: CostModel, counts_NE: Int64, geometry: Geometry) -> float:
     """Return seconds that no layout and no split can beat."""
-    gemm, num_ranks = costs.cluster.gemm, geometry.num_ranks
+    gemm, num_ranks = costs.gemm, geometry.num_ranks
     loads_E = counts_NE.sum(axis=0)
     largest = np.array([-(-int(loads_E.sum()) // num_ranks)])
     # Expert after expert; NumPy's sum would choose an order.
@@ -79,8 +79,9 @@ def exposed_seconds(
     """Return the exposed seconds next to a layer of `beside_s`, of both passes and of backward."""
     way = _way(costs, layout, node_size, home_slots)
     restore_s = costs.restore_seconds(layout, node_size, way, home_slots=home_slots)
+    reduce_s = costs.reduce_seconds(layout, node_size, way, home_slots)
     forward_s = max(restore_s - beside_s * costs.forward_share, 0.0)
-    backward_s = max(2 * restore_s - (beside_s - beside_s * costs.forward_share), 0.0)
+    backward_s = max(restore_s + reduce_s - (beside_s - beside_s * costs.forward_share), 0.0)
     return forward_s + backward_s, backward_s
 
 

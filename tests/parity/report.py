@@ -15,7 +15,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
-from megatron_laer.releases import RELEASES
 from megatron_laer.support.fields import WITHOUT_EFFECT_BY_REASON
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 from tests.parity.compare import Distance
@@ -90,9 +89,6 @@ def counts() -> Iterator[str]:
     yield (
         f"**{len(ROWS)} combinations are proved equal to stock, {len(HOME_ROWS)} of them with "
         f"experts at home as well; {len(REFUSALS)} settings are refused at start.**"
-    )
-    yield from (
-        f"Megatron {release.number} {release.limits}." for release in RELEASES if release.limits
     )
 
 

@@ -62,7 +62,7 @@ class Row:
         evaluations: number of evaluations in the run.
         moe_layers: on rank 0.
         exchanges: restores and reduces of a microbatch over rank 0's MoE layers, where these are
-            repeated, or not all of their weights trained.
+            repeated, not all of their weights trained, or other ones restored for backward.
         adapt: changes the model on both sides.
         gradients: False if Megatron cannot return the first step's; norms are compared anyway.
         not_at_home: the reason why the row does not run with experts at home, where its settings

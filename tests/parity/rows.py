@@ -12,14 +12,33 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache
 from itertools import combinations_with_replacement
+from pathlib import Path
 from typing import Any
 
 from tests.parity.adapted import frozen_in_part, lora_on_attention, lora_under_recompute
-from tests.parity.row import BF16_BOUND, FP8_BOUND, FP32_BOUND, LION_BOUND, LONG, LONGEST, Row
+from tests.parity.bridge_lora import (
+    canonical_lora_on_experts,
+    lora_on_attention_and_experts,
+    lora_on_experts,
+    lora_on_experts_under_recompute,
+    lora_on_first_layers,
+    lora_on_second_layers,
+)
+from tests.parity.row import (
+    BF16_BOUND,
+    FP8_BOUND,
+    FP32_BOUND,
+    HOMES,
+    LION_BOUND,
+    LONG,
+    LONGEST,
+    Row,
+)
 
 RANDOM = " --fsep-planner random"
 STEP = " --fsep-restore step"
 NODES = " --fsep-node-size {} --fsep-restore-algorithm node"
+PERMUTED = HOMES + f" --fsep-homes {Path(__file__).parent}/homes_" + "{}.json"
 TOKENS = " --fsep-node-size {} --fsep-token-exchange node"
 
 DIST_OPT = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
@@ -77,6 +96,13 @@ BF16 = " --bf16"
 # Products are replaced on both sides. Experts are at home: rows are refused.
 FP8 = " --fp8-format hybrid --fp8-recipe tensorwise"
 E4M3 = " --fp8-format e4m3 --fp8-recipe tensorwise"
+BLOCKS = " --fp8-format e4m3 --fp8-recipe blockwise"
+FIRST_IN_BF16 = (
+    " --first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-layers-at-end-in-bf16 0"
+)
+PADDING = " --moe-router-padding-for-quantization"
+# Sizes are multiples of 32.
+MXFP8 = " --fp8-format e4m3 --fp8-recipe mxfp8 --hidden-size 64"
 IN_FP8 = " --fsep-sharding experts --fsep-allow-unproven fp8-experts"
 # Dense layers alone are sharded with FSEP, and all layers with stock.
 FSDP = " --use-megatron-fsdp --ckpt-format fsdp_dtensor --use-distributed-optimizer"
@@ -125,6 +151,13 @@ def _fsdp(id: str, strategy: str, name: str, flags: str = "", fsep: str = "", **
     return _row(id, f"Megatron-FSDP, {strategy}{name}",
         FSDP + strategy + flags.replace(" --use-distributed-optimizer", ""),
         f" --fsep-sharding experts{fsep}", not_at_home="at home in itself", **more)  # fmt: skip
+
+
+def _lora(id: str, name: str, adapt: Any, flags: str = "", fsep: str = RANDOM, **more: Any) -> Row:
+    """Return a row with LoRA on experts, which are at home; adapters learn at a higher rate."""
+    fast = " --lr 1e-2 --min-lr 1e-2"
+    return _row(id, name, flags + fast, fsep + HOMES, adapt=adapt, not_at_home="the same",
+        **more)  # fmt: skip
 
 
 def _combined(id: str, name: str, flags: str, fsep: str = "", **more: Any) -> Row:
@@ -189,6 +222,20 @@ ROWS = [
     _row("announced-pipeline", "announced by router replay, full recompute, pipeline 2,"
         " accumulation 4", REPLAY + PIPELINE + FULL_RECOMPUTE, fsep=ANNOUNCED, ranks=4, group=2,
         accumulation=4, moe_layers=1),
+    # Homes by a permutation.
+    _row("homes", "permuted homes, distributed optimizer with both overlaps, aux"
+        " loss", DIST_OPT + AUX_LOSS + " --moe-aux-loss-coeff 1e-2", fsep=PERMUTED.format(2),
+        not_at_home="at home in itself"),
+    _row("homes-nodes", "permuted homes, tokens through nodes of 2, top-4, expert"
+        " bias, E = 8 on 4 ranks", TOP_4 + SIGMOID_ROUTER, fsep=PERMUTED.format(4)
+        + TOKENS.format(2), ranks=4, not_at_home="at home in itself"),
+    _row("homes-announced", "permuted homes, announced by router replay,"
+        " pipeline 2, accumulation 4, full recompute", REPLAY + PIPELINE + FULL_RECOMPUTE,
+        fsep=PERMUTED.format(2) + ANNOUNCED, ranks=4, group=2, accumulation=4, moe_layers=1,
+        not_at_home="at home in itself"),
+    _row("homes-flex", "permuted homes, flex dispatcher with DeepEP, multi-token"
+        " prediction", MTP, fsep=PERMUTED.format(2) + DEEPEP, moe_layers=3,
+        not_at_home="at home in itself"),
     _row("scheduler-off", "scheduler off", fsep=SCHEDULER_OFF),
     _row("grouped-mm", "experts' products by grouped_mm", fsep=" --fsep-gemm torch"),
     _row("grouped-mm-step", "experts' products by grouped_mm, bf16, restored once per step", BF16,
@@ -203,9 +250,27 @@ ROWS = [
         " restored once per step, accumulation 2, bf16, top-4, E = 8 on 4 ranks", FP8 + BF16
         + TOP_4, fsep=IN_FP8 + NODES.format(2) + STEP, bound=FP8_BOUND, ranks=4, accumulation=2,
         not_at_home="at home in itself"),
-    _row("fp8-blocks", "experts in fp8 by blocks, bf16, accumulation 2", " --fp8-format e4m3"
-        " --fp8-recipe blockwise" + BF16, fsep=IN_FP8, bound=FP8_BOUND, accumulation=2,
+    _row("fp8-blocks", "experts in fp8 by blocks, bf16, accumulation 2", BLOCKS + BF16,
+        fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
+    _row("fp8-param", "experts kept in fp8 by blocks, the first layer's in bf16, full recompute",
+        BLOCKS + BF16 + DIST_OPT + FULL_RECOMPUTE + FIRST_IN_BF16 + " --fp8-param-gather",
+        fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
+    _row("fp8-bias", "experts in fp8, linear bias, router padding, recompute of the MoE layer",
+        E4M3 + PADDING + MOE_RECOMPUTE, fsep=IN_FP8, bound=FP8_BOUND, ranks=4,
+        stock=(4, 2), without=NO_BIAS, not_at_home="at home in itself"),
+    _row("fp8-flex", "experts in fp8 by blocks, bf16, router padding, flex dispatcher with"
+        " HybridEP", BLOCKS + BF16 + PADDING, fsep=IN_FP8 + HYBRIDEP, bound=FP8_BOUND,
         not_at_home="at home in itself"),
+    _row("fp8-mx", "experts in mxfp8", MXFP8, fsep=IN_FP8, bound=FP8_BOUND, steps=LONG,
+        not_at_home="at home in itself"),
+    _row("fp8-mx-recompute", "experts in mxfp8 (hybrid), full recompute, bf16, distributed"
+        " optimizer, accumulation 2, shared experts", MXFP8.replace("e4m3", "hybrid") + BF16
+        + FULL_RECOMPUTE + DIST_OPT + SHARED, fsep=IN_FP8, bound=FP8_BOUND, accumulation=2,
+        exchanges=(6, 2), not_at_home="at home in itself"),
+    _row("fp8-mx-nodes", "experts in mxfp8, exchange through nodes of 2, restored once per step,"
+        " accumulation 2, bf16, top-4, recompute of the MoE layer, E = 8 on 4 ranks", MXFP8 + BF16
+        + TOP_4 + MOE_RECOMPUTE, fsep=IN_FP8 + NODES.format(2) + STEP, bound=FP8_BOUND, ranks=4,
+        accumulation=2, exchanges=(4, 2), not_at_home="at home in itself"),
     # Dispatchers.
     _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP, releases=True),
     _row("deepep-bf16", "flex dispatcher with DeepEP, bf16, fp32 router, overlapped shared experts",
@@ -471,6 +536,8 @@ ROWS = [
     _combined("combined", "combined 1F1B, shared experts", SHARED),
     _combined("combined-virtual", "combined 1F1B, virtual pipeline 2 x 2, multi-token prediction",
         VIRTUAL + MTP, ranks=4, group=2),
+    _combined("combined-fp8", "combined 1F1B, experts in fp8 by blocks", BLOCKS, IN_FP8,
+        bound=FP8_BOUND, not_at_home="at home in itself"),
     _combined("delayed", "combined 1F1B, delayed weight gradients, shared experts, both"
         " overlaps", SHARED + DELAYED + DIST_OPT),
     _combined("delayed-virtual", "combined 1F1B, delayed weight gradients, virtual pipeline 2 x 2,"
@@ -493,6 +560,21 @@ ROWS = [
     _row("lora-step", "LoRA on attention, full recompute, restored once per step, accumulation 2,"
         " bf16", FULL_RECOMPUTE + BF16 + " --lr 1e-2 --min-lr 1e-2", fsep=STEP, accumulation=2,
         exchanges=(2, 0), adapt=lora_under_recompute),
+    # LoRA on experts at home, as Megatron-Bridge adds it.
+    _lora("lora-experts", "LoRA on experts, distributed optimizer", lora_on_experts, DIST_OPT),
+    _lora("lora-fc1", "LoRA on experts' first layers, exact", lora_on_first_layers, fsep=EXACT),
+    _lora("lora-fc2", "LoRA on experts' second layers, adaptive, shared experts",
+        lora_on_second_layers, SHARED, " --fsep-plan-mode adaptive"),
+    _lora("lora-canonical", "canonical LoRA on experts, tokens through nodes of 2, E = 8 on 4"
+        " ranks", canonical_lora_on_experts, "", RANDOM + TOKENS.format(2), ranks=4),
+    _lora("lora-bf16", "LoRA on experts, announced, full recompute, bf16, accumulation 2",
+        lora_on_experts_under_recompute, BF16 + REPLAY + FULL_RECOMPUTE, ANNOUNCED,
+        accumulation=2),
+    _lora("lora-all", "LoRA on attention and experts, exchange through nodes of 2, restored once"
+        " per step, accumulation 2", lora_on_attention_and_experts, fsep=RANDOM + STEP
+        + NODES.format(2), ranks=4, accumulation=2),
+    _lora("lora-tensor", "LoRA on experts with linear bias, tensor parallel 2, expert data"
+        " parallel 2", lora_on_experts, TENSOR, ranks=4, group=2, without=NO_BIAS),
     _row("frozen", "first layer and first matrix of experts frozen, recompute of the MoE layer,"
         " distributed optimizer, accumulation 2", MOE_RECOMPUTE + DIST_OPT, accumulation=2,
         exchanges=(3, 1), adapt=frozen_in_part),
@@ -519,7 +601,7 @@ ROWS = [
     # Runs.
     # Without fp8 Megatron itself refuses it.
     _row("padding", "router padding, without effect",
-        fsep=" --moe-router-padding-for-quantization"),
+        fsep=PADDING),
     _row("offload", "optimizer offloaded to the CPU, expert data parallel 2", OFFLOADED, ranks=4,
         group=2),
     _row("offload-half", "half of the optimizer offloaded to the CPU with both copies overlapped",

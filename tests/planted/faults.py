@@ -55,6 +55,8 @@ _LAYOUT = _in("planner/layout.py", *_unit("layout"))
 _SHARDING = _in("planner/sharding.py", *_unit("slices", "traffic"))
 _LAER = _in("planner/laer.py", *_unit("strategies"))
 _ROWS = _in("planner/token_exchange.py", *_unit("domains"))
+_COSTS = _in("planner/costs.py", *_unit("home"))
+_WIRE = _in("planner/wire_form.py", *_unit("wire_form"))
 _FORECAST = _in("planner/forecast.py", *_unit("forecast"))
 _QUOTAS = _in("planner/quotas.py", *_unit("quotas"))
 _BALANCE = _in("planner/balance.py", *_unit("quotas"))
@@ -93,7 +95,18 @@ _NODES = _in("layer/dispatch/node_dispatcher.py", *_ranks("dispatcher"))
 _STEPS = _in("plugin/steps.py", *_ranks("scheduler"))
 _SLICES = _in("layer/experts/slices.py", *_unit("slices"), *_ranks("initialisation"))
 _HOMES = _in("layer/experts/homes.py", *_ranks("homes", "own_loop"))
+_COMPUTE = _in("layer/experts/restored_compute.py", *_ranks("parity"), "-k", "lora-fc1")
+_ADAPTERS = _in("layer/experts/adapters.py", *_ranks("lora_on_experts"), "-k", "grouped")
+_HOME_ORDER = _ranks("home_order")
+_MOVES = _in("layer/experts/home_moves.py", *_HOME_ORDER)
+_PAIR_COUNTS = _in("runtime/pair_counts.py", *_unit("pair_counts"))
+_SLOT_CONFIGS = _in("layer/slot_configs.py", *_unit("slot_configs"))
 _FP8_TE = _in("layer/experts/fp8/te.py", *_unit("fp8_back_end"))
+_FP8_MX = _in("layer/experts/fp8/te_mx.py", *_unit("fp8_back_end"))
+_SLOT_LINEAR = _in("layer/experts/slot_linear.py", *_unit("fp8_back_end"))
+_DIRECTIONS = _in("runtime/weights/restored.py", *_unit("directions"))
+_FETCHED = _in("runtime/weights/restored_weights.py", *_unit("directions"))
+_STEP_DIRECTIONS = _in("runtime/weights/step_experts.py", *_unit("directions"))
 _FP8_PADDING = _in("layer/experts/fp8/padding.py", *_unit("fp8_back_end"))
 _FP8_PAYLOAD = _in("layer/experts/fp8/payload.py", *_unit("fp8_back_end", "fp8_definitions"))
 _MAIN_GRADS = _in("layer/experts/main_grads.py", *_unit("restored_experts"))
@@ -113,6 +126,16 @@ FAULTS: tuple[Fault, ...] = (
         "rows between the nodes of a domain are free",
         "rows.domain / near_pairs if near_pairs else 0.0",
         "0.0 * near_pairs",
+    ),
+    _WIRE.fault(
+        "scales of blocks travel for free",
+        "        * -(-rows // _BLOCK)\n",
+        "        * 0\n",
+    ),
+    _COSTS.fault(
+        "gradients are priced in fp8",
+        "        carried(costs.grads_form),\n",
+        "        carried(costs.weights_form(geometry.home_slots)),\n",
     ),
     _LAER.fault(
         "laer packs the lightest first",
@@ -402,7 +425,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _SCHEDULER.fault(
         "experts of an operation that does not follow stay",
-        "        restored.weights.used()\n        return None",
+        "        restored.release()\n        return None",
         "        return None",
         *_ranks("operations"),
     ),
@@ -422,8 +445,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _RESTORED.fault(
         "weights are released before the experts' backward",
-        "        self._exchange.count.backwards += 1\n        self.weights.start_restore()\n",
-        "        self._exchange.count.backwards += 1\n        self.weights.used()\n",
+        "count.backwards += 1\n        self.backward_weights.start_restore()\n",
+        "count.backwards += 1\n        self.backward_weights.used()\n",
         *_ranks("combined_1f1b"),
         "-k",
         "two_layers",
@@ -575,6 +598,114 @@ FAULTS: tuple[Fault, ...] = (
         "parts_TH = [at_home(), replicas()]",
         "parts_TH = [at_home(), replicas()][::-1]",
     ),
+    # LoRA on experts.
+    _COMPUTE.fault(
+        "a replica computes without its home's adapter",
+        "output_TR if added_TR is None else output_TR + added_TR",
+        "output_TR",
+    ),
+    _COMPUTE.fault(
+        "a replica's adapter is another layer's",
+        "return layer * (1 + int(self.has_bias)) + sum(",
+        "return layer * (1 + int(self.has_bias)) + 0 * sum(",
+        *_ranks("parity"),
+        "-k",
+        "lora-experts",
+    ),
+    _HOMES.fault(
+        "gradients of replicas' adapters stay there",
+        "matrices += adapter.homes",
+        "matrices += [tuple(part.detach() for part in home) for home in adapter.homes]",
+        *_ranks("lora_on_experts"),
+        "-k",
+        "travel",
+    ),
+    _ADAPTERS.fault("adapters are not scaled", "hidden * part.scale", "hidden"),
+    _SHARE.fault(
+        "a rank's adapters in one parameter are all its first",
+        "return [*parts[0].unbind()]",
+        "return [parts[0][0]] * len(parts[0])",
+        *_ranks("lora_on_experts"),
+        "-k",
+        "grouped",
+    ),
+    # Homes by a permutation, and pairs.
+    _MOVES.fault(
+        "initial values are sent in the order of experts",
+        "sent_h = np.argsort(position_h)",
+        "sent_h = np.arange(len(position_h))",
+        *_HOME_ORDER,
+        "-k",
+        "initial",
+    ),
+    _MOVES.fault(
+        "checkpoints number experts by position",
+        "home.expert_E[offset[expert_axis]]",
+        "home.position_E[offset[expert_axis]]",
+        *_HOME_ORDER,
+        "-k",
+        "through_checkpoints",
+    ),
+    _MOVES.fault(
+        "cut gates keep the number of stock's expert",
+        "entry.build_fn = partial(_built, expert_axis, home, entry.build_fn)",
+        "pass",
+        *_HOME_ORDER,
+        "-k",
+        "through_checkpoints",
+    ),
+    _LAYER.fault(
+        "probabilities stay in the order of experts",
+        "probs, routing_map = probs.index_select(1, home_E), ",
+        "probs, routing_map = probs, ",
+        *_ranks("parity"),
+        "-k",
+        "homes-",
+    ),
+    _in("runtime/planning/announced_layouts.py", *_HOME_ORDER, "-k", "announced").fault(
+        "announced counts stay in the order of experts",
+        "self.in_force.homes[layer].by_position(counts_NE)",
+        "counts_NE",
+    ),
+    _in("runtime/planning/mailbox.py", *_ranks("pairs")).fault(
+        "traces have counts of home positions",
+        "by_expert_NE = self._homes[layer].by_expert(counts_NE)",
+        "by_expert_NE = counts_NE",
+    ),
+    _in("runtime/planning/mailbox.py", *_ranks("pairs")).fault(
+        "traces have pairs of home positions",
+        "by_expert_EE = self._homes[layer].pairs_by_expert(pairs_EE)",
+        "by_expert_EE = pairs_EE",
+    ),
+    _in("runtime/planning/mailbox.py", *_ranks("pairs")).fault(
+        "traces have sets of home positions",
+        "its_TE = self._homes[layer].by_expert(chosen_TE[is_token_T])",
+        "its_TE = chosen_TE[is_token_T]",
+    ),
+    _PAIR_COUNTS.fault(
+        "every rank's sets are the first's",
+        "first = self._groups.rank * self._sampled",
+        "first = 0",
+    ),
+    _in("plugin/checkpoints.py", *_HOME_ORDER, "-k", "buffers").fault(
+        "buffers of all permuted homes are alike", 'f"homes-{homes}"', '"homes"'
+    ),
+    _in("runtime/planning/planner_checkpoint.py", *_unit("home_order")).fault(
+        "plans on their way keep home positions",
+        "{at: of_layout[at](made) for",
+        "{at: made for",
+    ),
+    _in("planner/home_order.py", *_unit("home_order")).fault(
+        "values by expert are ordered as by position",
+        "np.ascontiguousarray(values_E[..., self.position_E])",
+        "np.ascontiguousarray(values_E[..., self.expert_E])",
+    ),
+    _PAIR_COUNTS.fault(
+        "pairs are counted in half precision",
+        "chosen_TE = routing_map_TE.to(torch.float32)",
+        "chosen_TE = routing_map_TE.to(torch.float16)",
+    ),
+    _PAIR_COUNTS.fault("a repeated step counts twice", "if not begins:", "if True:"),
     # Experts in fp8.
     _SHARE.fault(
         "a rank's replicated experts in fp8 are all its first",
@@ -593,6 +724,75 @@ FAULTS: tuple[Fault, ...] = (
         "scales of tokens are for square blocks",
         "return self._quantiser(kind, parameters, dimensions=1)",
         "return self._quantiser(kind, parameters, dimensions=2)",
+    ),
+    _MOVES.fault(
+        "master weights of moved parameters in fp8 stay",
+        "kept_RK.copy_(value_RK)",
+        "pass",
+        *_HOME_ORDER,
+        "-k",
+        "fp8_parameters",
+    ),
+    _SLOT_CONFIGS.fault(
+        "home experts take tokens as padded where HybridEP dispatches them",
+        'padding.moe_token_dispatcher_type = "alltoall"',
+        "padding.moe_token_dispatcher_type = config.moe_token_dispatcher_type",
+    ),
+    _SLOT_CONFIGS.fault(
+        "dispatchers pad tokens for fp8",
+        "slots.fp8 = slots.fp4 = None",
+        "slots.fp4 = None",
+    ),
+    _LAYER.fault(
+        "layers in bf16 are those after",
+        "is_first_last_bf16_layer(self.config, layer_number - 1)",
+        "is_first_last_bf16_layer(self.config, layer_number)",
+        *_ranks("fp8_experts"),
+        "-k",
+        "restored_in_bf16",
+    ),
+    _FP8_TE.fault(
+        "parameters in fp8 are quantised again",
+        "if not isinstance(weight_RK, self._tensors.Float8BlockwiseQTensor):",
+        "if True:",
+    ),
+    _FP8_MX.fault(
+        "scales along columns are padded as those along rows",
+        "tile = _TILE[::-1] if by_columns else _TILE",
+        "tile = _TILE",
+    ),
+    _SHARE.fault(
+        "backward has the payloads of forward",
+        "return self if packers == self.packers else replace(self, packers=packers)",
+        "return self",
+        *_ranks("fp8_experts"),
+        "-k",
+        "bit_for_bit_as and mxfp8",
+    ),
+    _SLOT_LINEAR.fault(
+        "gradients of inputs are of forward's weights",
+        "experts.backward_weights.matrix(position), tokens_C",
+        "experts.weights.matrix(position), tokens_C",
+    ),
+    _DIRECTIONS.fault(
+        "backward prefetches its own weights where a checkpoint runs forward first",
+        "return self.weights if self._reruns else self.backward_weights",
+        "return self.backward_weights",
+    ),
+    _DIRECTIONS.fault(
+        "another pass takes over weights of the other direction",
+        "following.first_in_backward.share is self.backward_weights.share",
+        "self.is_same_layer(following)",
+    ),
+    _FETCHED.fault(
+        "an operation hands its weights on to one of the other direction",
+        "if following.share is self.share and self.index.has_replicas:",
+        "if self.index.has_replicas:",
+    ),
+    _STEP_DIRECTIONS.fault(
+        "weights of backward outlive a step",
+        "self.experts.backward_weights.free()",
+        "pass",
     ),
     _FP8_PADDING.fault(
         "rows of zeros come before a slot's tokens",

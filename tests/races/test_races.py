@@ -32,6 +32,8 @@ AT_NIGHT = {
     *("shared experts that overlap, permute fusion", "save and load"),
     "Megatron-FSDP of gradients, home experts replicated",
     "nobody waits for home experts that Megatron-FSDP gathers",
+    "experts at home in mxfp8, both overlaps",
+    "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer",
 }
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 
 from megatron_laer.cpu import training
+from megatron_laer.planner.homes_file import write_homes
 from megatron_laer.runtime import build
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.fake_cuda import findings
@@ -20,14 +24,16 @@ from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
 from tests.fake_cuda.observing import Observed, accumulate_on, observed
 from tests.fake_cuda.streams import current_stream
 from tests.launch_order import Launch, recorded
+from tests.parity.bridge_lora import lora_on_experts
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
 from tests.parity.row import REPLICAS_PAY
-from tests.parity.rows import FSDP, GRAPHS
+from tests.parity.rows import FSDP, GRAPHS, IN_FP8, MXFP8
 from tests.races.faults import TRAINING_FAULTS
 
 _RANDOM = " --fsep-planner random"
 _HOME = _RANDOM + " --fsep-sharding experts"
+_MXFP8 = f" --bf16{MXFP8}{IN_FP8}"
 _OVERLAPS = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 _FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _VIRTUAL = (
@@ -49,6 +55,7 @@ class Training(NamedTuple):
         kernels: treatment of Triton's kernels.
         one_queue: whether the card has one hardware queue.
         resumes: whether it goes on from `save_on_cpu`'s checkpoint, evaluates and saves again.
+        adapt: changes the model before Megatron wraps it.
     """
 
     flags: str
@@ -59,6 +66,7 @@ class Training(NamedTuple):
     batch: int = 8
     one_queue: bool = False
     resumes: bool = False
+    adapt: training.Adapt | None = None
 
 
 SCENARIOS = {
@@ -84,9 +92,26 @@ SCENARIOS = {
     "experts at home by relay, recompute of the MoE layer": Training(
         _HOME + _MOE + " --fsep-node-size 1 --fsep-restore-algorithm node"
     ),
+    "LoRA on experts, both overlaps": Training(_HOME + _OVERLAPS, adapt=lora_on_experts),
+    "LoRA on experts by relay, held over a step": Training(
+        f"{_HOME} --fsep-restore step --fsep-node-size 1 --fsep-restore-algorithm node",
+        adapt=lora_on_experts,
+    ),
     "experts at home, full recompute, both overlaps": Training(_HOME + _FULL + _OVERLAPS),
     "experts at home held over a step, both overlaps": Training(
         _HOME + _OVERLAPS + " --fsep-restore step"
+    ),
+    "experts at home by a permutation, pairs counted": Training(
+        _HOME + _OVERLAPS + " --fsep-homes {folder}/homes.json --fsep-record-trace {folder}"
+        " --fsep-pairs-interval 2",
+        steps=4,
+    ),
+    "experts at home in mxfp8, both overlaps": Training(_HOME + _MXFP8 + _OVERLAPS),
+    "experts at home in mxfp8 by relay, full recompute": Training(
+        f"{_HOME}{_MXFP8}{_FULL} --fsep-node-size 1 --fsep-restore-algorithm node"
+    ),
+    "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer": Training(
+        f"{_HOME}{_MXFP8}{_MOE} --fsep-restore step", one_queue=True
     ),
     # Most features at once, with Triton's kernels.
     "kernels, by nodes of 1": Training(
@@ -201,7 +226,7 @@ def watch(data: str, scenario: str, fault: str | None) -> Watched:
         broken,
         _steady_steps(),
     ):
-        losses = train_row(command).losses
+        losses = train_row(command, adapt=settings.adapt).losses
     return replace(device.watched(), losses=losses, orders=launches)
 
 
@@ -244,6 +269,11 @@ def command_of(data: str, scenario: str) -> list[str]:
 def _command(data: str, scenario: str) -> list[str]:
     settings = SCENARIOS[scenario]
     flags = "--expert-parallel-mode fsep --fsep-sharding rows" + settings.flags
+    if "{folder}" in flags:  # a new one for each rank and run, since a recording continues no other
+        folder = Path(tempfile.mkdtemp(dir=Path(data).parent))
+        flags = flags.format(folder=folder)
+        order_E = np.array([2, 1, 3, 0])
+        write_homes(folder / "homes.json", 2, {"layer 1": order_E, "layer 2": order_E[::-1]})
     return command_line(data, flags, experts=4, global_batch=settings.batch, steps=settings.steps)
 
 

@@ -133,3 +133,37 @@ def test_nothing_may_fit(advised):
     found = advised(*GPUS.split(), "--memory-gib", "2", status=1)
     assert found["best"] == found["stock"] == []
     assert "\nNothing fits 2 GiB of a rank: the least need is of EP" in found["printed"]
+
+
+def test_in_fp8_experts_are_at_home_and_the_flags_say_so(advised, tmp_path):
+    run = f"{GPUS} --workload W1 --memory-gib 60"
+    found = advised(*run.split(), *"--fp8-format hybrid --fp8-recipe tensorwise".split())
+    assert found["best"] and all(" experts C=" in each["label"] for each in found["best"])
+    expected = "--fp8-format hybrid --fp8-recipe tensorwise"
+    allowed = "--fsep-allow-unproven fp8-experts"
+    assert all(expected in each["flags"] for each in found["best"] + found["stock"])
+    assert [allowed in each["flags"] for each in found["best"]] == [True] * len(found["best"])
+    assert not any(allowed in each["flags"] for each in found["stock"])
+    path = tmp_path / "run.sh"
+    path.write_text(
+        "python pretrain.py --micro-batch-size 1 --fp8-format e4m3 --fp8-recipe tensorwise"
+    )
+    of_run = advised(*run.replace(" --tokens 4096", "").split(), "--recipe", path)
+    assert value(of_run["best"][0]) < value(advised(*run.split())["best"][0])
+
+
+def test_sharded_dense_layers_take_less_memory_and_the_flags_say_so(advised):
+    strategy = "--data-parallel-sharding-strategy optim_grads_params"
+    whole, sharded = (
+        advised(*f"{GPUS} --workload W1 --memory-gib 60 {more}".split())["best"]
+        for more in ("", strategy)
+    )
+    flags = f"--use-megatron-fsdp {strategy} --ckpt-format fsdp_dtensor"
+    assert all(flags in each["flags"] and " experts C=" in each["label"] for each in sharded)
+    peaks = {each["label"].split(",")[0]: each["peak_bytes"] for each in whole}
+    saved = [
+        peaks[label] - each["peak_bytes"]
+        for each in sharded
+        if (label := each["label"].split(",")[0]) in peaks
+    ]
+    assert saved and min(saved) > 2**30

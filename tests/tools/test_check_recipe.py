@@ -68,6 +68,13 @@ LINES = {
         "runs; nothing proves it yet",
         None,
     ),
+    "allowed mxfp8 experts": (
+        f"{BASE} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-sharding experts "
+        "--fsep-allow-unproven fp8-experts",
+        0,
+        "runs; nothing proves it yet",
+        None,
+    ),
     "set-ep": ("--num-experts 8", 5, "uses no expert parallelism", None),
     "dense": ("--num-layers 2", 1, "refused, because", None),
     "refused": (f"{BASE} --optimizer soap {SLOW}", 1, "refused, because", None),

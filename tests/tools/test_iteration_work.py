@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.choices import Recompute, Sharding
-from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
+from megatron_laer.choices import Fp8Recipe, Recompute, Sharding, TokenExchange
+from megatron_laer.config import ExchangeAlgorithm, PlanMode
 from megatron_laer.planner.balance import stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
@@ -22,6 +22,7 @@ from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
+from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.methods import (
     FSEP,
@@ -35,13 +36,19 @@ from megatron_laer.tools.simulator.iteration.predict import predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
-from megatron_laer.tools.simulator.iteration.work import Exchange, LayerWork, grouped_totals
+from megatron_laer.tools.simulator.iteration.work import (
+    Exchange,
+    LayerWork,
+    TokenPassing,
+    grouped_totals,
+)
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import WorkloadShape, workload_trace
 from tests.tools.plan_cases import drifting_trace
 
 CLUSTER = load_cluster("a100-4x8-ib800")
 TINY = replace(read_model("mixtral-8x7b-e8k2"), layer_has_experts=(True,) * 4)
+H100 = replace(load_cluster("h100-8"), spreads=())
 RATES = Rates(CLUSTER, 2)
 
 
@@ -148,29 +155,46 @@ def test_stocks_tokens_are_those_of_its_placement(seed, nodes, group):
 
 
 @pytest.mark.parametrize("in_stages", [False, True])
-def test_an_exchange_takes_what_the_cost_model_says(in_stages):
+@pytest.mark.parametrize("fp8", [None, *Fp8Recipe])
+def test_an_exchange_takes_what_the_cost_model_says(in_stages, fp8):
     algorithm = ExchangeAlgorithm.NODE if in_stages else ExchangeAlgorithm.FLAT
-    costs = CostModel(CLUSTER, 4096, 14336, True, 2)
-    layout = ExpertLayout.random(16, 3, 8, (1,))
-    traffic = costs.restore_bytes(layout, 8, algorithm)
-    exchange = Exchange.of(traffic, algorithm, len(costs.matrices), 8)
-    assert exchange.seconds(RATES) == pytest.approx(costs.restore_seconds(layout, 8, algorithm))
-
-
-def test_a_layers_compute_and_tokens_are_the_cost_models():
-    """Where only GEMMs and links cost time, both models have the same layer."""
-    trace = drifting_trace()
-    counts_NE = trace.counts_NE(3)
-    costs = CostModel(replace(CLUSTER, host=None, spreads=()), 4096, 14336, True, 2)
-    layout = ExpertLayout.static(4, 3, 8)
-    work = LayerWork.of(even_split(layout, 2).totals(counts_NE), RATES)
-    flops = (1 + 2 * CLUSTER.backward_gemm_factor) * costs.flops_per_token
-    pass_s = max(
-        work.intra_N.max() * costs.token_bytes / CLUSTER.intra.bytes_per_s,
-        work.inter_N.max() * costs.token_bytes / CLUSTER.inter.bytes_per_s,
+    sharding = Sharding.ROWS if fp8 is None else Sharding.EXPERTS
+    geometry = Geometry(16, 16, 3, 8, sharding)
+    home_slots, layout = geometry.home_slots, geometry.random_layout((1,))
+    costs = CostModel(H100, 4096, 14336, True, 2, fp8=fp8)
+    of = layout, 8, algorithm
+    restore = costs.restore_bytes(*of, home_slots=home_slots), costs.weights_form(home_slots)
+    reduce = costs.reduce_bytes(*of, home_slots), costs.grads_form
+    expected_s = (
+        costs.restore_seconds(*of, home_slots=home_slots),
+        costs.reduce_seconds(*of, home_slots),
     )
-    seconds = flops * work.unit_s_N.max() + 4 * (pass_s + CLUSTER.inter.latency_s)
-    assert seconds == pytest.approx(costs.layer_seconds(counts_NE, layout, 2, Split.EVEN))
+    for (traffic, form), seconds in zip((restore, reduce), expected_s, strict=True):
+        exchange = Exchange.of(traffic, algorithm, form, geometry)
+        assert exchange.seconds(Rates(H100, 2)) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("prices", [BY_RANK, TokenPrices(TokenExchange.RANK, 0.6, 1.0, 0.9)])
+def test_a_layers_compute_and_tokens_are_the_cost_models(prices):
+    """Where only GEMMs and links cost time, both models have the same layer."""
+    cluster = replace(CLUSTER, host=None, spreads=())
+    costs = CostModel(cluster, 4096, 14336, True, 2, tokens=prices)
+    layout = ExpertLayout.random(8, 3, 16, (5,))
+    passing, flops = TokenPassing(prices=prices), costs.flops_per_token
+    differ = 0  # cases where a rank receives more from one class of ranks and sends more to another
+    for seed in range(8):
+        rng = np.random.default_rng(seed)
+        counts_NE = rng.integers(0, 50, (8, 16)) ** 2 * rng.integers(1, 20, (8, 1))
+        totals = even_split(layout, 4 if prices.domain_rows else 2).totals(counts_NE)
+        work = LayerWork.of(totals, Rates(cluster, 2), passing=passing)
+        pass_s = passing.seconds(work, costs.token_bytes, cluster).max()
+        expert_s = flops * (1 + 2 * cluster.backward_gemm_factor) * work.unit_s_N.max()
+        seconds = expert_s + 4 * (pass_s + cluster.inter.latency_s)
+        assert seconds == pytest.approx(costs.split_seconds(totals, layout, 2))
+        far_N = np.maximum(work.far_N, work.sent_far_N)
+        far_N = far_N + np.maximum(work.near_N, work.sent_near_N) * prices.domain_rows
+        differ += far_N.max() * costs.token_bytes / cluster.inter.bytes_per_s > pass_s * 1.001
+    assert differ == 0 if prices == BY_RANK else differ > 0
 
 
 def test_rings_drive_the_adapters_of_their_own_ranks():

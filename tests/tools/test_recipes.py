@@ -6,6 +6,7 @@ from argparse import Namespace
 
 import pytest
 
+from megatron_laer.choices import Unproven
 from megatron_laer.tools import cli
 from megatron_laer.tools.cli.check_recipe import STATUS
 from megatron_laer.tools.recipes.bridge_table import COLUMNS, judge_recipe
@@ -34,7 +35,6 @@ OLMOE = "megatron.bridge.recipes.olmoe.h100.olmoe_7b:olmoe_7b_peft_1gpu_h100_bf1
 SELECTIVE = {"recompute": "selective"}
 GRAPHS = {"cuda_graph_impl": "transformer_engine"}
 PADDING = "--moe-router-padding-for-quantization"
-LORA = "LoRA on linear_fc1 and linear_fc2"
 
 # Recipes that run and have a row for each feature.
 RUN: dict[str, dict[str, str]] = {
@@ -45,11 +45,15 @@ RUN: dict[str, dict[str, str]] = {
     "moe_act": SELECTIVE | {"recompute_modules": "['moe_act', 'moe']"},
     "latent attention": SELECTIVE | {"recipe": KIMI, "recompute_modules": "['mla_up_proj']"},
     "scope without graphs": {"cuda_graph_scope": "full"},
+    "fp8, current scaling": {"precision": "fp8_cs"},
+    "fp8 by blocks": {"precision": "bf16_with_fp8_subchannel_scaling_mixed"},
     "graphs": GRAPHS | {"cuda_graph_scope": "['attn', 'moe_router', 'moe_preprocess']"},
     "Muon": {"optimizer": "muon"},
     "Muon, distributed": {"optimizer": "opt:distributed_muon_with_cosine_annealing"},
     "a performance recipe": {"recipe": PERF_V3, "pool": "perf"},
     "LoRA on attention": {"pool": "peft"},
+    "LoRA on experts": {"pool": "peft", "recipe": OLMOE},
+    "LoRA on all": {"recipe": PERF_V3.replace("pretrain", "peft"), "pool": "perf"},
 }
 # Recipes that run but have features without a row, or with no known proof.
 UNPROVED = {"HybridModel": NANO, "repeated MTP": SUPER, "sparse attention": GLM5, "unread": UNREAD}
@@ -113,13 +117,12 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
         ["--expert-tensor-parallel-size 2"],
         [],
     ),
-    "LoRA on all": (
-        {"recipe": PERF_V3.replace("pretrain", "peft"), "pool": "perf"},
+    "LoRA on experts, combined 1F1B": (
+        {"pool": "peft", "recipe": OLMOE, "ep_overlap": "True"},
         Verdict.REFUSED,
-        [LORA],
+        ["LoRA on linear_fc1 and linear_fc2, which experts have too, with --overlap-moe"],
         [],
     ),
-    "LoRA on experts": ({"pool": "peft", "recipe": OLMOE}, Verdict.REFUSED, [LORA], []),
 }
 
 
@@ -128,6 +131,15 @@ def test_a_recipe_that_runs_has_a_row_for_each_feature(case):
     found = judge_recipe(NONE | RUN[case])
     assert found.verdict is Verdict.RUNS and found.proof and found.proof.no_row == ()
     assert (*found.because, *found.drop) == ()
+
+
+@pytest.mark.parametrize("precision", ["fp8_cs", "fp8_sc", "fp8_ds"])
+def test_experts_in_fp8_run_with_their_word_if_replicas_know_the_scales(precision):
+    found = judge_recipe(NONE | {"precision": precision})
+    knows = precision != "fp8_ds"
+    assert found.verdict is (Verdict.RUNS if knows else Verdict.PRECISION)
+    assert found.allow == ((Unproven.FP8_EXPERTS,) if knows else ())
+    assert ("fp8_param_gather" in found.if_none_of) is not knows
 
 
 @pytest.mark.parametrize(("case", "no_row"), [*zip(UNPROVED, NO_ROW, strict=True)])

@@ -10,8 +10,9 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import home_recipes
-from megatron_laer.choices import Auto
+from megatron_laer.choices import Auto, Fp8Recipe
 from megatron_laer.config import FSEPConfig
+from megatron_laer.files.shipped import yaml_file
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -226,3 +227,44 @@ def test_recipes_have_a_share_of_forced_balance_by_sharding_and_constants(
     assert (
         alone["W0"]["rows"]["share"] < alone["W0"]["experts"]["share"] == pytest.approx(1, abs=0.02)
     )
+
+
+def test_experts_in_fp8_move_four_bytes_for_six_and_compute_faster(tmp_path, capsys):
+    words = "--workload W1 --ranks 8 --model mixtral-8x7b-e8k2 --cluster h100-8 --sharding experts"
+    words += " --method stock fsep --restore-algorithm flat --capacity 2 --tokens 16384"
+    recipe = "--fp8-format hybrid --fp8-recipe"
+    bf16, blockwise = (
+        simulated(tmp_path / "x.json", *f"{words} {flags}".split(), capsys=capsys)["methods"]
+        for flags in ("", f"{recipe} blockwise")
+    )
+    for name in ("stock", "fsep"):
+        saved = bf16[name]["compute_s"]["experts"] / blockwise[name]["compute_s"]["experts"]
+        assert 1.3 < saved < 2.0  # tokens are quantised, and activations are not faster
+        assert blockwise[name]["memory_bytes"]["quantised_weights"] > 0
+    moved, fewer = (of["fsep"]["bytes_by_kind"]["intra"] for of in (bf16, blockwise))
+    assert moved["restore"] == pytest.approx(2 * moved["reduce"])
+    assert fewer["restore"] / fewer["reduce"] == pytest.approx(1.0, rel=2e-3)
+    slots, payloads = (of["fsep"]["memory_bytes"]["restored_experts"] for of in (bf16, blockwise))
+    assert payloads / slots == pytest.approx(0.5, rel=2e-3)
+
+
+def test_a_models_file_may_have_fp8_whose_recipe_flags_replace(tmp_path, capsys):
+    path = tmp_path / "model.yaml"
+    text = yaml_file("model", "tiny-moe").read_text()
+    path.write_text(f"{text}\nprecision:\n  bf16: true\n  fp8-format: hybrid\n")
+    assert read_model(str(path)).fp8 == Fp8Recipe.DELAYED  # Megatron's default
+    words = f"--workload W1 --ranks 2 --cluster h100-8 --method fsep --model {path}"
+    delayed, mx = (
+        simulated(tmp_path / "x.json", *f"{words} {flags}".split(), capsys=capsys)["methods"]
+        for flags in ("", "--fp8-format e4m3 --fp8-recipe mxfp8")
+    )
+    scales = [of["fsep"]["memory_bytes"]["restored_experts"] for of in (delayed, mx)]
+    assert scales[0] < scales[1] < 1.1 * scales[0]
+    # Over a step, mxfp8 holds the payloads of both directions.
+    held = f"{words} --restore step --mode forecast --fp8-format e4m3 --fp8-recipe"
+    one, both = (
+        simulated(tmp_path / "x.json", *f"{held} {recipe}".split(), capsys=capsys)["methods"]
+        for recipe in ("delayed", "mxfp8")
+    )
+    slots = [of["fsep"]["memory_bytes"]["restored_experts"] for of in (one, both)]
+    assert slots[1] / slots[0] == pytest.approx(2 * scales[1] / scales[0])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
 
+from megatron_laer.telemetry.trace_file import TraceWriter
 from megatron_laer.tools.traces import read_trace
+from megatron_laer.tools.traces.sets import count_pairs, read_sets
 from tests.traces import (
     assert_holds,
     megatrons_tracer,
@@ -16,6 +19,7 @@ from tests.traces import (
     write_csv,
     write_megatron,
     write_npz,
+    write_recording,
     write_smartmoe,
 )
 
@@ -122,3 +126,95 @@ def test_a_table_for_which_memory_does_not_suffice_is_refused(tmp_path):
         read_trace(path)
     with mock.patch("megatron_laer.files.memory.available_bytes", return_value=2**12):
         assert len(read_trace(path)) == 1
+
+
+SETS = [[0, 2], [1, 2], [0, 3], [0, 2], [3, 1]]
+PAIRS_OF_FIRST_TWO = [[1, 0, 1, 0], [0, 1, 1, 0], [1, 1, 2, 0], [0, 0, 0, 0]]
+PAIRS_OF_LAST_THREE = [[2, 0, 1, 1], [0, 1, 0, 1], [1, 0, 1, 0], [1, 1, 0, 2]]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["text", "gzip"])
+def test_a_file_of_sets_is_two_steps_with_their_pairs(tmp_path, packed):
+    text = "".join(" ".join(map(str, experts)) + "\n" for experts in SETS).encode()
+    path = tmp_path / ("run_layer02.E4.k2.txt" + (".gz" if packed else ""))
+    path.write_bytes(gzip.compress(text) if packed else text)
+    trace = read_trace(path)
+    assert trace.layers == ("run_layer02",) and trace.step_R.tolist() == [0, 1]
+    assert trace.counts_RNE.tolist() == [[[1, 1, 2, 0]], [[2, 1, 1, 2]]]
+    assert trace.pairs.of_layer(0, range(1)).tolist() == PAIRS_OF_FIRST_TWO
+    assert trace.pairs.of_layer(0, range(1, 2)).tolist() == PAIRS_OF_LAST_THREE
+    assert read_sets(path).tolist() == SETS
+    assert read_trace(path, num_experts=6).pairs.of_layer(0).shape == (6, 6)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("0 2\n1\n", "line 2: expected numbers of experts, got '1'"),
+        ("0 2\n1 1\n", "line 2: a token has an expert twice: '1 1'"),
+        ("0 2\n1 2 3\n", "line 2: 3 experts, but 2 in line 1"),
+        ("0 2\n1 9\n", r"line 2: expert 9 is not in 0\.\.3"),
+        ("0 2\n", "has 1 tokens; give at least two"),
+    ],
+    ids=str,
+)
+def test_a_bad_file_of_sets_is_refused_with_its_line(tmp_path, text, said):
+    path = tmp_path / "sets.txt"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=said):
+        read_trace(path, num_experts=4)
+
+
+def test_a_damaged_gzip_is_refused(tmp_path):
+    path = tmp_path / "sets.gz"
+    path.write_bytes(gzip.compress(b"0 2\n1 2\n" * 50)[:-9])
+    with pytest.raises(ValueError, match="is damaged"):
+        read_trace(path)
+
+
+def test_pairs_of_megatrons_traces_are_summed_over_ranks_and_microbatches(tmp_path):
+    torch = pytest.importorskip("torch")
+    for rank in range(2):
+        tracer = megatrons_tracer()(str(tmp_path), 9, rank, training_mode=True)
+        tracer.record_indices([torch.tensor(SETS[:2])], layer_ids=[0])
+        if rank == 0:
+            tracer.record_indices([torch.tensor(SETS[2:])], layer_ids=[0])
+        else:
+            tracer.record_indices([torch.tensor([[0, 1]])], layer_ids=[0])
+        tracer.advance_step(4)
+        tracer.flush()
+    trace = read_trace(tmp_path, pairs=True)
+    assert read_trace(tmp_path).pairs is None
+    everything = SETS + SETS[:2] + [[0, 1]]
+    assert trace.pairs.of_layer(0).tolist() == count_pairs(np.array(everything), 4).tolist()
+    assert trace.pairs.of_layer(0).diagonal().tolist() == trace.counts_RNE.sum((0, 1)).tolist()
+    alone = read_trace(tmp_path, ranks=[1], pairs=True)
+    assert alone.pairs.of_layer(0).diagonal().tolist() == alone.counts_RNE.sum((0, 1)).tolist()
+
+
+def test_recorded_pairs_are_read_back_with_the_counts_of_their_step(tmp_path):
+    path, counts = tmp_path / "group-0.trace", some_counts(9)
+    write_recording(path, counts)
+    pairs_EE = np.array(PAIRS_OF_LAST_THREE) * 1000
+    writer = TraceWriter(path, 2, 4, ["decoder.0", "decoder.1"], first_step=3)
+    writer.append(3, 1, 0, counts[0, 0, 0])
+    writer.append_pairs(3, 1, pairs_EE)
+    chosen_TE = np.array([[True, False, True, False], [False, True, False, True]])
+    writer.append_sets(3, 1, chosen_TE)
+    writer.append(3, 0, 0, counts[0, 0, 0])
+    writer.close()
+    trace = read_trace(path, pairs=True)
+    assert len(trace) == counts[..., 0, 0].size + 2
+    assert {key: its_TE.tolist() for key, its_TE in trace.sets.items()} == {
+        (3, 1): chosen_TE.tolist()
+    }
+    assert trace.pairs.of_layer(1).tolist() == pairs_EE.tolist()
+    assert not trace.pairs.of_layer(0).any() and not trace.pairs.of_layer(1, range(3)).any()
+    assert read_trace(path).pairs is None and not read_trace(path).sets
+    assert trace.of_ranks([1]).pairs is None and not trace.of_ranks([1]).sets
+    content = path.read_bytes()
+    path.write_bytes(content[: content.rindex(pairs_EE[:1].astype("<u2").tobytes())])  # killed
+    assert read_trace(path, pairs=True).pairs is None
+    resumed = TraceWriter(path, 2, 4, ["decoder.0", "decoder.1"], first_step=4)
+    resumed.close()
+    assert content.startswith(path.read_bytes()), "the incomplete record is cut off"

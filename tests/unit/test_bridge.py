@@ -54,11 +54,44 @@ def test_sizes_are_checked_as_in_megatrons_training() -> None:
         changed("comm_overlap", **OVERLAP),
         changed("mixed_precision", fp8=None, bf16=True),
         changed("peft", target_modules=["linear_qkv", "*.self_attention.*"]),
+        changed("peft", target_modules=["*linear_fc*"], dropout=0.0),
     ],
-    ids=["plain", "overlap", "precision", "lora on attention"],
+    ids=["plain", "overlap", "precision", "lora on attention", "lora on experts"],
 )
 def test_what_works_is_accepted(given: SimpleNamespace) -> None:
     check_recipe(given, FSEPConfig())
+
+
+@pytest.mark.parametrize("target", ["*.layers.0.*.linear_fc1", "*linear_fc*", "linear_fc1_up"])
+def test_lora_on_experts_has_them_at_home(target: str) -> None:
+    given = changed("peft", target_modules=["linear_qkv", target])
+    with mock.patch.object(bridge, "enable") as enable:
+        FSEPCallback(given, FSEPConfig())
+        FSEPCallback(changed("peft", target_modules=["linear_qkv"]), FSEPConfig())
+    taken = [call.args[0].sharding for call in enable.call_args_list]
+    assert taken == ["experts", "auto"]
+    for config, says in (
+        (FSEPConfig(sharding="rows"), "take --fsep-sharding experts; or give target_modules"),
+        (FSEPConfig(planner="laer"), "--fsep-planner laer: moves every expert"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            FSEPCallback(given, config)
+
+
+def test_adapters_of_experts_are_refused_where_layers_run_backward_in_parts() -> None:
+    given = changed("peft", target_modules=["linear_fc2"])
+    given.comm_overlap = SimpleNamespace(
+        overlap_moe_expert_parallel_comm=True, delay_wgrad_compute=True
+    )
+    with pytest.raises(ValueError, match="--delay-wgrad-compute: no test proves adapters"):
+        check_recipe(given, FSEPConfig(sharding="experts"))
+
+
+def test_adapters_of_another_kind_are_refused_by_name() -> None:
+    given = changed("peft", target_modules=["linear_fc2"])
+    given.peft = type("DoRA", (), vars(given.peft))()
+    with pytest.raises(ValueError, match="by DoRA: replicas know LoRA and CanonicalLoRA alone"):
+        check_recipe(given, FSEPConfig(sharding="experts"))
 
 
 def test_a_recipe_is_read_as_bridge_applies_it_and_is_not_changed() -> None:

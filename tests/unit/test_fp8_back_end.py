@@ -17,9 +17,10 @@ import torch
 from megatron_laer.cpu import fp8 as definitions
 from megatron_laer.cpu.fp8_experts import EmulatedGemm
 from megatron_laer.layer.experts import fp8
-from megatron_laer.layer.experts.fp8 import te
+from megatron_laer.layer.experts.fp8 import te, te_mx
 from megatron_laer.layer.experts.fp8.padding import padded, unpadded
 from megatron_laer.layer.experts.slot_linear import slot_linear
+from tests import te_mx as mx_fakes
 from tests.slot_gemm import SPLITS, fixed_experts, poisoned_memory
 
 ROWS, COLUMNS = 64, 32
@@ -31,6 +32,7 @@ class Tensor:
     """Replacement of `Float8Tensor`: bytes, their scale, and the transpose for column-wise use."""
 
     block: tuple[int, int] | None = None
+    multiple = 16
 
     def __init__(
         self,
@@ -50,8 +52,11 @@ class Tensor:
     def update_usage(self, columnwise_usage: bool) -> None:
         self.by_columns = self.by_rows
 
+    is_by_rows = True
+
     @property
     def by_rows(self) -> torch.Tensor:
+        assert self.is_by_rows, "quantised along columns alone"
         quantised = definitions.Quantised(self._data.view(KINDS[self.kind]), self._scale_inv)
         return definitions.dequantised(quantised, self.block)
 
@@ -81,13 +86,14 @@ class Quantiser:
         amax_epsilon: float,
     ) -> None:
         assert rowwise and not force_pow_2_scales and amax_epsilon == 0.0
-        self.kind, self.columnwise = fp8_dtype, columnwise
+        self.kind, self.rowwise, self.columnwise = fp8_dtype, rowwise, columnwise
 
-    def set_usage(self, columnwise: bool) -> None:
-        self.columnwise = columnwise
+    def set_usage(self, *, rowwise: bool, columnwise: bool) -> None:
+        self.rowwise, self.columnwise = rowwise, columnwise
 
     def __call__(self, matrix: torch.Tensor) -> Tensor:
         assert matrix.is_contiguous() and matrix.shape[1] % 16 == 0
+        assert self.rowwise, "columns are made from rows"
         values, scale = definitions.per_tensor(matrix, KINDS[self.kind])
         made = Tensor(
             shape=matrix.shape,
@@ -163,10 +169,11 @@ class BlockQuantiser:
         block_scaling_dim: int,
     ) -> None:
         assert rowwise and force_pow_2_scales and amax_epsilon == 0.0
-        self.kind, self.dimensions, self.columnwise = fp8_dtype, block_scaling_dim, columnwise
+        self.kind, self.dimensions = fp8_dtype, block_scaling_dim
+        self.rowwise, self.columnwise = rowwise, columnwise
 
-    def set_usage(self, columnwise: bool) -> None:
-        self.columnwise = columnwise
+    def set_usage(self, *, rowwise: bool = True, columnwise: bool) -> None:
+        self.rowwise, self.columnwise = rowwise, columnwise
 
     def __call__(self, matrix: torch.Tensor) -> BlockTensor:
         square = self.dimensions == 2
@@ -186,6 +193,7 @@ class BlockQuantiser:
             quantizer=self,
             is_2D_scaled=square,
         )
+        made.is_by_rows = self.rowwise
         if self.columnwise:
             of_columns = definitions.by_blocks(matrix, kind, (128, 1))
             made.by_columns = definitions.dequantised(of_columns, (128, 1))
@@ -210,7 +218,11 @@ def grouped_gemm(
     assert grad == (layout != "TN") and use_split_accumulator == grad
     outs = out[0].split(m_splits) if single_output else out
     for first, second, tokens, product in zip(A, B, m_splits, outs, strict=True):
-        assert tokens % 16 == 0 and tokens > 0 and all(size % 16 == 0 for size in product.shape)
+        assert (
+            tokens % second.multiple == 0
+            and tokens > 0
+            and all(size % 16 == 0 for size in product.shape)
+        )
         left = second.by_columns.t() if layout[1] == "T" else second.by_rows
         right = first.by_rows.t() if layout[0] == "T" else first.by_columns
         product.copy_((left @ right).to(out_dtype))
@@ -222,7 +234,7 @@ def fp8_format(request: pytest.FixtureRequest) -> str:
     return found
 
 
-@pytest.fixture(params=["tensorwise", "blockwise"])
+@pytest.fixture(params=["tensorwise", "blockwise", "mxfp8"])
 def config(request: pytest.FixtureRequest, fp8_format: str, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Replace Transformer Engine; return a TransformerConfig's fields."""
     from megatron.core import fp8_utils
@@ -237,6 +249,8 @@ def config(request: pytest.FixtureRequest, fp8_format: str, monkeypatch: pytest.
         fp8_gemm_dgrad=SimpleNamespace(use_split_accumulator=True),
         fp8_gemm_wgrad=SimpleNamespace(use_split_accumulator=True),
     )
+    if request.param == "mxfp8":  # it has no settings
+        recipe = SimpleNamespace()
     modules = {
         te.PerTensor._module: SimpleNamespace(
             Float8CurrentScalingQuantizer=Quantiser, Float8Tensor=Tensor
@@ -244,6 +258,7 @@ def config(request: pytest.FixtureRequest, fp8_format: str, monkeypatch: pytest.
         te.ByBlocks._module: SimpleNamespace(
             Float8BlockQuantizer=BlockQuantiser, Float8BlockwiseQTensor=BlockTensorByKeyword
         ),
+        te_mx.Mx._module: mx_fakes.MODULE,
         f"{te._TENSORS}.storage.float8_tensor_storage": SimpleNamespace(
             Float8TensorStorage=Storage
         ),
@@ -278,34 +293,82 @@ def test_transformer_engines_calls_give_the_definitions_bits(
         fp8.quantised_gemm(config, ROWS, COLUMNS, GPU),
         EmulatedGemm(config, ROWS, COLUMNS),
     ):
-        payload = torch.stack([gemm.pack(weight) for weight in weights])
-        assert payload.shape[1:] == gemm.carried[:2] and payload.dtype == gemm.carried.dtype
-        experts = fixed_experts(payload, placeholder)
+        payloads = []
+        for packer in (gemm, gemm.for_backward):
+            payloads.append(torch.stack([packer.pack(weight) for weight in weights]))
+            assert payloads[-1].shape[1:] == packer.carried[:2]
+            assert payloads[-1].dtype == packer.carried.dtype
+        experts = fixed_experts(payloads[0], placeholder, payloads[1])
         given, weight = input_TK.clone().requires_grad_(), placeholder.clone().requires_grad_()
         with poisoned_memory():
             output = slot_linear(given, weight, experts, 0, list(tokens_C), gemm)
             grads = torch.autograd.grad(output, (given, weight), grad_TR)
-        found.append((payload, output, *grads))
+        found.append((*payloads, output, *grads))
     for mine, defined in zip(*found, strict=True):
         assert torch.equal(mine, defined)
     # The definitions themselves, slot by slot: near the product without fp8, and not equal to it.
-    _, output, input_grad, _ = found[1]
-    exact = torch.cat(
-        [part @ w.t() for part, w in zip(input_TK.split(list(tokens_C)), weights, strict=True)]
+    by_rows, by_columns, output, input_grad, _ = found[1]
+    is_mx = config.fp8_recipe == "mxfp8"
+    assert torch.equal(by_rows, by_columns) != is_mx
+    for tokens, got, turned, most in (
+        (input_TK, output, [weight.t() for weight in weights], 6e-2),
+        (grad_TR, input_grad, weights, 1e-1),  # two bits of values in e5m2
+    ):
+        parts = zip(tokens.split(list(tokens_C)), turned, strict=True)
+        exact = torch.cat([part @ weight for part, weight in parts])
+        error = (got - exact).float().norm() / exact.float().norm()
+        assert not len(tokens) or 1e-3 < error < most
+
+
+def test_each_product_quantises_tokens_in_its_own_direction(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, bool]] = []
+    for fake in (Quantiser, BlockQuantiser, mx_fakes.MxQuantiser):
+
+        def recorded(self: Any, matrix: torch.Tensor, call: Any = fake.__call__) -> Any:
+            asked.append((self.rowwise, self.columnwise))
+            return call(self, matrix)
+
+        monkeypatch.setattr(fake, "__call__", recorded)
+    gemm = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
+    tokens_C, options = [3, 0, 64], {"dtype": torch.bfloat16}
+    input_TK, grad_TR = torch.ones(67, COLUMNS, **options), torch.ones(67, ROWS, **options)
+    weights = [torch.ones(ROWS, COLUMNS, **options)] * 3
+    payload, in_backward = (
+        torch.stack([packer.pack(weight) for weight in weights])
+        for packer in (gemm, gemm.for_backward)
     )
-    if sum(tokens_C):
-        error = (output - exact).float().norm() / exact.float().norm()
-        assert 1e-3 < error < 6e-2 and bool(input_grad.any())
+    asked.clear()
+    gemm.forward(input_TK, payload, tokens_C)
+    gemm.input_grad(grad_TR, in_backward, tokens_C)
+    gemm.weight_grad(grad_TR, input_TK, tokens_C, torch.empty(3, ROWS, COLUMNS, **options))
+    along_columns = (config.fp8_recipe == "tensorwise", True)  # transposes what is along rows
+    assert asked == [(True, False)] * 4 + [along_columns] * 4
+
+
+@pytest.mark.parametrize("config", ["tensorwise", "blockwise"], indirect=True)
+def test_a_parameter_in_fp8_sends_its_own_bytes_and_scales(config: Any) -> None:
+    gemm: Any = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
+    payload_PK = gemm.pack(torch.randn(ROWS, COLUMNS, dtype=torch.bfloat16))
+    gemm._form.unpack(payload_PK)[1].mul_(3.0)  # unlike those of a new quantisation
+    parameter = gemm._weight(*gemm._form.unpack(payload_PK))
+    assert torch.equal(gemm.pack(parameter), payload_PK)
 
 
 def test_unfit_sizes_packages_and_signatures_are_refused(
     config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ValueError, match="40 x 32 elements, and fp8 needs multiples of 16"):
+    multiple = 32 if config.fp8_recipe == "mxfp8" else 16
+    with pytest.raises(ValueError, match=f"40 x 32 elements, and .* needs multiples of {multiple}"):
         fp8.quantised_gemm(config, 40, 32, GPU)
     monkeypatch.delattr(Quantiser, "__init__")
     monkeypatch.delattr(BlockQuantiser, "__init__")
-    with pytest.raises(ValueError, match=r"Float8.*Quantizer of Tr.* has no amax_epsilon, .*; ins"):
+    monkeypatch.delattr(mx_fakes.MxTensor, "__new__")
+    missing = r"Float8.*Quantizer of Tr.* has no amax_epsilon, .*; install transformer-engine 2.11"
+    if config.fp8_recipe == "mxfp8":
+        missing = r"MXFP8Tensor of Tr.*, with_gemm_swizzled_scales; install transformer-engine 2.12"
+    with pytest.raises(ValueError, match=missing):
         fp8.quantised_gemm(config, 32, 32, GPU)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"fp8-experts: Transformer Engine .*; leave out --fp8"):

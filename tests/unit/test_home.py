@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.home_layouts import least_of_all
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.choices import Sharding
+from megatron_laer.choices import Fp8Recipe, Sharding
 from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
 from megatron_laer.layer.dispatch.permutation import run_sizes
 from megatron_laer.planner.clusters import Link
@@ -371,7 +371,9 @@ def test_traffic_of_replicas_equals_a_count_message_by_message(
 def test_native_prices_of_replicas_equal_the_plain_reference(
     geometry: Geometry, algorithm: ExchangeAlgorithm | Auto, seed: int
 ) -> None:
-    costs = make_costs(hidden=7, ffn=5).with_exchange(algorithm, geometry)
+    fp8 = [None, *Fp8Recipe][seed % 5]
+    costs = make_costs(hidden=7, ffn=5, memory_bytes_per_s=1e12, fp8=fp8)
+    costs = costs.with_exchange(algorithm, geometry)
     layout, before = random_replicas(geometry, seed), random_replicas(geometry, seed + 1)
     size, home = geometry.node_size, geometry.home_slots
     change_s = costs.change_seconds(before, layout, size, home)

@@ -9,14 +9,17 @@ import numpy as np
 import torch
 
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
+from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.weights.layer import Slices
 
 
 def layer(passes: int) -> LayerState:
     slices = Slices((), (), MegatronMainGrads())
+    calls = [mock.Mock() for _ in range(3)]
+    home = HomeOrder.stock(4)
     return LayerState(
-        0, "mtp 1", 1, True, slices, False, passes, mock.Mock(), mock.Mock(), mock.Mock()
+        0, "mtp 1", 1, True, lambda: slices, lambda: "", False, passes, *calls, home=home
     )
 
 

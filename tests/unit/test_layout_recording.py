@@ -18,6 +18,7 @@ from megatron_laer.choices import Sharding
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files import writing
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import PlannerService
 from megatron_laer.planner.strategies import make_strategy
@@ -60,6 +61,7 @@ def first_rank(config: FSEPConfig, first_step: int = 0) -> PlannerRank:
         make_costs(),
         LAYERS,
         [LAYOUT] * len(LAYERS),
+        [HomeOrder.stock(GEOMETRY.num_experts)] * len(LAYERS),
         group_index=0,
         first_step=first_step,
         resumed=None,

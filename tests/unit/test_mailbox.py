@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.runtime.planning.mailbox import RoutingMailbox
 from megatron_laer.telemetry.trace_file import TraceWriter
 from megatron_laer.tools.traces.fsep import read_recording
@@ -27,7 +28,8 @@ def mailbox(trace: TraceWriter | None = None) -> tuple[RoutingMailbox, Delivered
             raise RuntimeError("no thirteen")
         delivered.append((step, layer, counts_NE.tolist()))
 
-    box = RoutingMailbox(["layer 1", "layer 2"], plan, trace, warnings.append)
+    homes = [HomeOrder.stock(3)] * 2
+    box = RoutingMailbox(["layer 1", "layer 2"], homes, plan, trace, warnings.append)
     return box, delivered, warnings
 
 

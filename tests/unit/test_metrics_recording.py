@@ -18,7 +18,13 @@ import pytest
 import torch
 
 from megatron_laer import telemetry
-from megatron_laer.choices import ExchangeAlgorithm, Recompute, Sharding, TokenExchange
+from megatron_laer.choices import (
+    ExchangeAlgorithm,
+    Fp8Recipe,
+    Recompute,
+    Sharding,
+    TokenExchange,
+)
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
@@ -117,6 +123,7 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
         recompute=Recompute.FULL,
         restore_algorithm=ExchangeAlgorithm.NODE,
         tokens=TokenPrices(TokenExchange.NODE, 0.1 + 0.2, 1 / 3),
+        fp8=Fp8Recipe.BLOCKWISE,
     )
     priced = {"top_k": 2, "tokens_per_rank": 4096}
     config = FSEPConfig(sharding=Sharding.ROWS)
@@ -135,6 +142,7 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
         Recompute(run["recompute"]),
         ExchangeAlgorithm(run["restore_algorithm"]),
         tokens,
+        fp8=Fp8Recipe(run["fp8_recipe"]),
     )
     assert {name: int(run[name]) for name in priced} == priced
 

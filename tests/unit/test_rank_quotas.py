@@ -111,6 +111,10 @@ def test_the_core_refuses_what_it_cannot_read(other: dict[str, Any], message: st
         decide(**other)
 
 
+def carried(*ranks: int) -> list[native.Carried]:
+    return [native.Carried(1.0, 1.0, np.ones(number, dtype=np.int64)) for number in ranks]
+
+
 def test_the_core_refuses_sizes_that_do_not_fit() -> None:
     loads_S, short_S = np.full(12, 2), np.full(11, 2)
     columns_NC = np.ones((4, 3), dtype=np.int64)
@@ -128,18 +132,18 @@ def test_the_core_refuses_sizes_that_do_not_fit() -> None:
     with pytest.raises(ValueError, match="a slot holds no expert"):
         native.rank_quotas(SLOTS_S, loads_S, columns_NC, 5)
     points = np.array([1]), np.ones(1), np.ones(2), np.ones(1), np.ones(1)
-    numbers = 1.0, 0.3, 4.0, *[1.0] * 3, False, *[1.0] * 4, 0.0, 0.0, False, False, *[0.0] * 5, 0, 2
+    numbers = 1.0, 0.3, 4.0, *[1.0] * 3, False, *[1.0] * 2, 0.0, 0.0, False, False, *[0.0] * 5, 0, 2
     with pytest.raises(ValueError, match="wrong size of the GEMM curve"):
-        native.CostModel(*points, *numbers, np.ones(4, dtype=np.int64))
+        native.CostModel(*points, *numbers, *carried(4, 4))
     with pytest.raises(ValueError, match="the GEMM curve is empty"):
-        native.CostModel(*[np.ones(0)] * 5, *numbers, np.ones(4, dtype=np.int64))  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="a node's ranks must divide all ranks"):
-        native.CostModel(points[0], *[np.ones(1)] * 4, *numbers, np.ones(3, dtype=np.int64))
+        native.CostModel(*[np.ones(0)] * 5, *numbers, *carried(4, 4))  # type: ignore[arg-type]
+    for ranks in ((3, 3), (4, 2)):
+        with pytest.raises(ValueError, match="a node's ranks must divide all ranks"):
+            native.CostModel(points[0], *[np.ones(1)] * 4, *numbers, *carried(*ranks))
     of_two = make_costs().for_native(Geometry(2, 6, 3, 2))
     with pytest.raises(ValueError, match="another number of ranks"):
         native.greedy(COUNTS_NE, SLOTS_S, 2, 0, of_two)
-    one, no_rank = [np.ones(1)] * 4, np.ones(0, dtype=np.int64)
-    of_no_rank = native.CostModel(points[0], *one, *numbers, no_rank)
+    of_no_rank = native.CostModel(points[0], *[np.ones(1)] * 4, *numbers, *carried(0, 0))
     with pytest.raises(ValueError, match="ranks must divide the slots"):
         native.exposed_seconds(of_no_rank, SLOTS_S, 6, 2, 0, 0.0)
 

@@ -79,6 +79,7 @@ REFUSED: dict[str, list[str]] = {
         f"--fp8-format hybrid {GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn",
     ],
     "--fp4-format": ["--fp4-format e2m1"],
+    "--te-precision-config-file": ["--te-precision-config-file precision.yaml"],
     "--cuda-graph-impl other than none": [
         "--cuda-graph-impl local",
         "--cuda-graph-impl full_iteration",
@@ -129,6 +130,8 @@ TAKEN = [
     f"--fp8-format e4m3 --fp8-recipe tensorwise {ALLOW_FP8}",
     f"--fp8-format e4m3 --fp8-recipe tensorwise {ALLOW_EXPERTS}",
     f"--fp8-format e4m3 --fp8-recipe blockwise {ALLOW_EXPERTS}",
+    f"--fp8-format e4m3 --fp8-recipe blockwise {ALLOW_EXPERTS} --fp8-param-gather {PADDING}",
+    f"--fp8-format hybrid --fp8-recipe mxfp8 {ALLOW_EXPERTS}",
     "--cuda-graph-modules moe",
     f"{OVERLAP} --delay-wgrad-compute",
     "--overlap-dispatch-backward-with-experts-wgrad",
@@ -162,12 +165,8 @@ OWN = {
     f"{ALLOW_FP8} --cuda-graph-modules attn": [f"{ALLOW_FP8}: no effect"],
     ALLOW_EXPERTS: [f"{ALLOW_EXPERTS}: no effect", UNPROVEN[Unproven.FP8_EXPERTS]],
     f"{ALLOW_EXPERTS} --fp8-format hybrid": [f"--fp8-recipe delayed with {ALLOW_EXPERTS}: "],
-    f"{ALLOW_EXPERTS} --fp8-format hybrid --fp8-recipe mxfp8 --first-last-layers-bf16": [
-        f"--fp8-recipe mxfp8 with {ALLOW_EXPERTS}: ",
-        f"--first-last-layers-bf16 with {ALLOW_EXPERTS}: ",
-    ],
-    f"{ALLOW_EXPERTS} --fp8-format e4m3 {FLEX} --moe-flex-dispatcher-backend hybridep": [
-        f"--moe-flex-dispatcher-backend hybridep with {ALLOW_EXPERTS}: "
+    f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather": [
+        f"--fp8-param-gather with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
     ],
 }
 
@@ -518,6 +517,7 @@ class Config:
     overlap_moe_expert_parallel_comm: bool = False
     fp8: str | bool | None = None
     fp8_param: bool = False
+    use_kitchen: bool = False
     cuda_graph_impl: str = "none"
     cuda_graph_modules: list[str] = field(default_factory=list)
 
@@ -561,6 +561,7 @@ def test_a_model_that_works_is_taken_without_a_warning(config: Config) -> None:
     [
         (Config(fp8=True), Unproven.DENSE_FP8, "fp8=True: restored experts"),
         (Config(fp8="hybrid", fp8_param=True), Unproven.DENSE_FP8, "fp8_param=True"),
+        (Config(fp8="e4m3", use_kitchen=True), Unproven.FP8_EXPERTS, "use_kitchen=True: replicas"),
         (Config(cuda_graph_impl="transformer_engine"), Unproven.TE_GRAPHS, "_modules=[]: layouts"),
         (Config(), Unproven.TE_GRAPHS, "allow_unproven=['te-graphs']): te-graphs has no effect"),
     ],

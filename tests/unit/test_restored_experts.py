@@ -96,7 +96,9 @@ class Scaled(torch.autograd.Function):
         (tensor,) = ctx.saved_tensors
         tensor_needs, weight_needs = ctx.needs_input_grad[:2]
         grad_tensor = (
-            grad * ctx.restored.weights.matrix(ctx.position).sum() if tensor_needs else None
+            grad * ctx.restored.backward_weights.matrix(ctx.position).sum()
+            if tensor_needs
+            else None
         )
         if not weight_needs:
             return grad_tensor, None, None, None

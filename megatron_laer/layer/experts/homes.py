@@ -8,15 +8,19 @@ Legend: T tokens received, H hidden.
 
 from __future__ import annotations
 
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from megatron.core.transformer.moe.experts import SequentialMLP
 
+from megatron_laer.layer.experts.adapters import Adapter, find_adapter
 from megatron_laer.layer.experts.built_parts import ADAPTED_AT_HOME, BuiltParts
+from megatron_laer.layer.experts.home_moves import move_home
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layer.experts.restored_compute import RestoredCompute
+from megatron_laer.planner.home_order import HomeOrder
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.layer import Homes, Packer
 
@@ -32,22 +36,53 @@ class HomeExperts:
         self._num_home = num_home
         self._compute = compute
         self.built_parts = BuiltParts(experts, ADAPTED_AT_HOME)
+        self._problem: str | None = None
+        self._is_moved = False
+        parts = ["weight", "bias"] if compute.has_bias else ["weight"]
+        self._built = [
+            [self._parameters(linear.name, part) for part in parts] for linear in compute.linears
+        ]
+
+    @cached_property
+    def share(self) -> Homes:
+        """Parameters of home experts, with adapters that were added before the first use."""
+        try:
+            self._compute.adapt(self._find_adapters())
+        except ValueError as error:
+            self._problem = f"adapters of its experts: {error}"
+        return self._as_share()
+
+    def move(self, home: HomeOrder, groups: FSEPGroups, device: torch.device) -> None:
+        """Send stock's initial values to the experts' homes, before there are adapters."""
+        move_home(self._as_share(), home, groups, device)
+        self._is_moved = True
+
+    def _as_share(self) -> Homes:
+        matrices: list[tuple[torch.nn.Parameter, ...]] = []
+        packers: list[Packer | None] = []
+        for layer, (built, adapter) in enumerate(
+            zip(self._built, self._compute.adapters, strict=True)
+        ):
+            matrices += built
+            # Neither biases nor adapters are quantised.
+            packers += [*self._compute.packers[layer : layer + 1], None][: len(built)]
+            if adapter is not None:
+                matrices += adapter.homes
+        return Homes(
+            tuple(matrices), MegatronMainGrads(), tuple(packers) if self._compute.packers else ()
+        )
+
+    def what_changed(self) -> str | None:
+        """Describe changes of the experts that replicas do not follow; None if there are none."""
+        adapters = [adapter for adapter in self._compute.adapters if adapter is not None]
+        wrappers = {wrapper for adapter in adapters for wrapper in adapter.wrappers}
+        return self._problem or self.built_parts.what_changed(wrappers)
 
     @property
-    def share(self) -> Homes:
-        parts = ["weight", "bias"] if self._compute.has_bias else ["weight"]
-        packers: list[Packer | None] = []
-        for packer in self._compute.packers:
-            packers += [packer, None][: len(parts)]  # biases are not quantised
-        return Homes(
-            tuple(
-                tuple(self._parameter(linear.name, part, home) for home in range(self._num_home))
-                for linear in self._compute.linears
-                for part in parts
-            ),
-            MegatronMainGrads(),
-            tuple(packers),
-        )
+    def adapters(self) -> str:
+        """Describe the adapters as they must be on all ranks; empty without any."""
+        found = [adapter.summary() for adapter in self._compute.adapters if adapter is not None]
+        return "; ".join(found)
 
     def initialise(self, layer_name: str, seed: int) -> None:
         """Do nothing: stock has initialised its parameters."""
@@ -83,11 +118,28 @@ class HomeExperts:
         output: torch.Tensor = output_TH
         return output
 
-    def _parameter(self, linear: str, part: str, home: int) -> torch.nn.Parameter:
+    def _find_adapters(self) -> list[Adapter | None]:
+        grouped = not isinstance(self._experts, SequentialMLP)
+        found = [
+            find_adapter(self._linears(linear.name), grouped=grouped)
+            for linear in self._compute.linears
+        ]
+        if self._is_moved and any(found):
+            raise ValueError(
+                "--fsep-homes gives experts other homes than stock's, by whose numbers adapters "
+                "would be initialised and saved; leave it out"
+            )
+        return found
+
+    def _linears(self, name: str) -> list[torch.nn.Module]:
+        """Return a linear layer of each home expert, or the grouped one of all of them."""
         experts: Any = self._experts
         if isinstance(experts, SequentialMLP):
-            parameter = getattr(getattr(experts.local_experts[home], linear), part)
-        else:
-            parameter = getattr(getattr(experts, linear), f"{part}{home}")
-        assert isinstance(parameter, torch.nn.Parameter)
-        return parameter
+            return [getattr(expert, name) for expert in experts.local_experts]
+        return [getattr(experts, name)]
+
+    def _parameters(self, linear: str, part: str) -> tuple[torch.nn.Parameter, ...]:
+        found = self._linears(linear)
+        if isinstance(self._experts, SequentialMLP):
+            return tuple(module.get_parameter(part) for module in found)
+        return tuple(found[0].get_parameter(f"{part}{home}") for home in range(self._num_home))

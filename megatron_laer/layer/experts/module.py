@@ -92,6 +92,13 @@ class FSEPExperts(MegatronModule):
             for slice_ErK, spec in zip(self.slices(), self._specs, strict=True):
                 initialise(slice_ErK, spec, seed, layer_name)
 
+    def what_changed(self) -> str | None:
+        return self.built_parts.what_changed()
+
+    @property
+    def adapters(self) -> str:
+        return ""  # slices have no linear layers to adapt
+
     def slices(self) -> list[torch.nn.Parameter]:
         return [getattr(self, spec.parameter_name) for spec in self._specs]
 

@@ -17,11 +17,13 @@ from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 
 from megatron_laer.layer.experts import fp8
+from megatron_laer.layer.experts.adapters import Adapter
 from megatron_laer.layer.experts.built_parts import ADAPTED
 from megatron_laer.layer.experts.gemm import SlotGemm, check_gemm, slot_gemm
 from megatron_laer.layer.experts.slot_linear import slot_bias, slot_linear
 from megatron_laer.runtime.weights.layer import Packer
 from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.support import expert_adapters
 
 
 class Linear(NamedTuple):
@@ -45,6 +47,7 @@ class RestoredCompute:
         linears: the two linear layers of an expert.
         activation: Megatron's `MLP` without linear layers.
         packers: of both layers' home experts if they are in fp8, else empty.
+        adapters: of both layers, where home experts have them.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class RestoredCompute:
         self.config = copy.copy(config)  # like Megatron's SequentialMLP
         self.config.ffn_hidden_size = config.moe_ffn_hidden_size
         self.has_bias = config.add_bias_linear
+        self._gemm = gemm
         self.linears: list[Linear] = []
         # Stock's grouped experts too recompute nothing without this granularity.
         self._recomputes_activation = (
@@ -87,6 +91,8 @@ class RestoredCompute:
             tp_group=tp_group,
         )
         self.packers: list[Packer] = []
+        self.adapters: list[Adapter | None] = [None] * len(self.linears)
+        self._trains_shared = False
         self._gemms: list[SlotGemm] = []
         if in_fp8:
             for linear in self.linears:
@@ -97,6 +103,23 @@ class RestoredCompute:
         sizes = [size for linear in self.linears for size in (linear.rows, linear.columns)]
         check_gemm(gemm, device, config.params_dtype, sizes)
         self._gemms = [slot_gemm(gemm)] * len(self.linears)
+
+    def adapt(self, adapters: Sequence[Adapter | None]) -> None:
+        """Add the adapters of home experts to what their replicas compute."""
+        present = [adapter for adapter in adapters if adapter is not None]
+        if present and self.packers:
+            raise ValueError(
+                "fp8 experts have them, and replicas add no adapter to payloads; leave "
+                "fp8-experts out of --fsep-allow-unproven and train in bf16"
+            )
+        if present and (problems := expert_adapters.problems(self.config)):
+            raise ValueError(problems[0])
+        matrices = [matrix[0] for adapter in present for matrix in adapter.homes]
+        sizes = [size for matrix in matrices for size in matrix.shape[-2:]]
+        for matrix in matrices:
+            check_gemm(self._gemm, matrix.device, matrix.dtype, sizes)
+        self.adapters = [*adapters]
+        self._trains_shared = any(adapter.trains_shared for adapter in present)
 
     def __call__(
         self,
@@ -109,14 +132,26 @@ class RestoredCompute:
             input_TH = (probs_T.unsqueeze(-1) * input_TH).to(input_TH.dtype)
             probs_T = torch.ones_like(probs_T)
         placeholders = restored.weight_placeholders()
+        differentiable = [input_TH, probs_T, *placeholders]
+        if self._trains_shared and not any(part.requires_grad for part in differentiable):
+            # No other gradient would end the use of the restored weights in backward.
+            input_TH = input_TH.detach().requires_grad_(torch.is_grad_enabled())
         input_TH, probs_T = restored.before_compute(input_TH, probs_T)
+
+        def product(input_TK: torch.Tensor, at: int, gemm: SlotGemm) -> torch.Tensor:
+            return slot_linear(input_TK, placeholders[at], restored, at, tokens_C, gemm)
 
         def linear(
             layer: int, input_TK: torch.Tensor, bias_scale_T: torch.Tensor | None = None
         ) -> torch.Tensor:
-            at = layer * (1 + self.has_bias)
-            gemm = self._gemms[layer]
-            output_TR = slot_linear(input_TK, placeholders[at], restored, at, tokens_C, gemm)
+            at = self._first_matrix(layer)
+            output_TR = product(input_TK, at, self._gemms[layer])
+            if (adapter := self.adapters[layer]) is not None:
+                first, gemm = at + 1 + self.has_bias, self._gemms[layer]
+                added_TR = adapter.output(
+                    input_TK, lambda hidden, index: product(hidden, first + index, gemm)
+                )
+                output_TR = output_TR if added_TR is None else output_TR + added_TR
             if not self.has_bias:
                 return output_TR
             return slot_bias(
@@ -133,6 +168,11 @@ class RestoredCompute:
             checkpoint.discard_output_and_register_recompute(output_TH)
             return output_TH
         return linear(1, self._activate(hidden_TF, probs_T), probs_T)
+
+    def _first_matrix(self, layer: int) -> int:
+        """Return the position of a layer's matrix, which its bias and adapters follow."""
+        before = [adapter for adapter in self.adapters[:layer] if adapter is not None]
+        return layer * (1 + int(self.has_bias)) + sum(len(adapter.homes) for adapter in before)
 
     def _activate(self, hidden_TF: torch.Tensor, probs_T: torch.Tensor) -> torch.Tensor:
         output_TF, bias = self.activation(hidden_TF, probs_T)

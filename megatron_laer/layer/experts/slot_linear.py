@@ -77,7 +77,9 @@ class _SlotLinear(torch.autograd.Function):
         input_needs, weight_needs = ctx.needs_input_grad[:2]
         grad_input_TK = grad_weight_CRK = None
         if input_needs:
-            grad_input_TK = gemm.input_grad(grad_TR, experts.weights.matrix(position), tokens_C)
+            grad_input_TK = gemm.input_grad(
+                grad_TR, experts.backward_weights.matrix(position), tokens_C
+            )
         if weight_needs:
             compute = partial(gemm.weight_grad, grad_TR, input_TK, tokens_C)
             grad_weight_CRK = experts.weight_grads(position, compute)
@@ -118,7 +120,7 @@ class _SlotBias(torch.autograd.Function):
         grads = grad_TR.split(list(tokens_C))
         grad_scale_T = grad_bias_CR1 = None
         if scale_needs:
-            bias_CR1 = experts.weights.matrix(position).to(scale_T.dtype)
+            bias_CR1 = experts.backward_weights.matrix(position).to(scale_T.dtype)
             products = (
                 grad_nR.to(scale_T.dtype) @ bias_R1
                 for grad_nR, bias_R1 in zip(grads, bias_CR1, strict=True)

@@ -180,9 +180,9 @@ Busiest direct_from_home(const Shape& shape, const int16_t* before_S, const int1
   return busiest;
 }
 
-// One restore that nothing hides, of the slots that differ from `before_S`, or of all without it.
-double restore_seconds(const Shape& shape, const CostModel& costs, bool by_node,
-                       const int16_t* before_S, const int16_t* after_S) {
+// One exchange that nothing hides, of the slots that differ from `before_S`, or of all without it.
+double one_way_seconds(const Shape& shape, const CostModel& costs, const Carried& carried,
+                       bool by_node, const int16_t* before_S, const int16_t* after_S) {
   const int size = costs.node_size, nodes = shape.ranks / size;
   std::vector<int64_t> fetched_N(shape.ranks, 0), fetched_Q(nodes, 0);
   std::vector<int64_t> distinct_Q(nodes, 0), held_Q(nodes, 0), place_G(size, 0);
@@ -206,9 +206,9 @@ double restore_seconds(const Shape& shape, const CostModel& costs, bool by_node,
       last_node = node;
     }
     fetched_Q[node] += fetched_N[rank];
-    held_Q[node] += costs.held_N[rank];
-    place_G[rank % size] += costs.held_N[rank];
-    whole += costs.held_N[rank];
+    held_Q[node] += carried.held_N[rank];
+    place_G[rank % size] += carried.held_N[rank];
+    whole += carried.held_N[rank];
   }
   for (int node = 0; node < nodes; ++node) {
     fetched += fetched_Q[node];
@@ -222,7 +222,7 @@ double restore_seconds(const Shape& shape, const CostModel& costs, bool by_node,
   } else {
     for (int rank = 0; rank < shape.ranks; ++rank) {
       const int node = rank / size;
-      const int64_t held = costs.held_N[rank], place = place_G[rank % size];
+      const int64_t held = carried.held_N[rank], place = place_G[rank % size];
       const int64_t others = fetched_Q[node] - fetched_N[rank];
       if (by_node) {
         busiest.note(
@@ -237,22 +237,18 @@ double restore_seconds(const Shape& shape, const CostModel& costs, bool by_node,
       }
     }
   }
-  const double intra_s = static_cast<double>(busiest.intra) * costs.intra_element_s;
-  const double inter_s = static_cast<double>(busiest.inter) * costs.inter_element_s;
+  const double intra_s = static_cast<double>(busiest.intra) * carried.intra_element_s;
+  const double inter_s = static_cast<double>(busiest.inter) * carried.inter_element_s;
   return by_node ? intra_s + inter_s + costs.node_latency_s
                  : std::max(intra_s, inter_s) + costs.flat_latency_s;
 }
 
-// The way is that of the whole layout.
-double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
-                       const int16_t* after_S) {
-  if (shape.home == 0 || !costs.by_layout) {
-    return restore_seconds(shape, costs, costs.by_node, before_S, after_S);
-  }
-  const double flat_s = restore_seconds(shape, costs, false, nullptr, after_S);
-  const double node_s = restore_seconds(shape, costs, true, nullptr, after_S);
-  if (before_S == nullptr) return std::min(flat_s, node_s);
-  return restore_seconds(shape, costs, node_s < flat_s, before_S, after_S);
+Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, bool by_node,
+                           const int16_t* slots_S) {
+  const double restore_s =
+      one_way_seconds(shape, costs, costs.weights, by_node, nullptr, slots_S);
+  if (costs.is_alike) return {restore_s, restore_s};
+  return {restore_s, one_way_seconds(shape, costs, costs.grads, by_node, nullptr, slots_S)};
 }
 
 }  // namespace
@@ -262,30 +258,47 @@ double least_fetch_seconds(const CostModel& costs) {
   return costs.by_node ? costs.node_latency_s : costs.flat_latency_s;
 }
 
-double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S) {
-  return restore_seconds(shape, costs, nullptr, slots_S);
+// Of both ways the faster one for the layout.
+Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S) {
+  if (shape.home == 0 || !costs.by_layout) {
+    return exchange_seconds(shape, costs, costs.by_node, slots_S);
+  }
+  const Exchanges flat = exchange_seconds(shape, costs, false, slots_S);
+  const Exchanges node = exchange_seconds(shape, costs, true, slots_S);
+  return node.all_s() < flat.all_s() ? node : flat;
 }
 
 // The solve, and in forward the fetch of the changed slots, which starts after the gate and which
-// the experts wait for. The other slots were restored ahead for the planned layout.
+// the experts wait for. The other slots were restored ahead for the planned layout. The way is that
+// of the whole layout.
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
                       const int16_t* after_S) {
-  return restore_seconds(shape, costs, before_S, after_S) + costs.solve_s;
+  bool by_node = costs.by_node;
+  if (shape.home > 0 && costs.by_layout) {
+    by_node = exchange_seconds(shape, costs, true, after_S).all_s() <
+              exchange_seconds(shape, costs, false, after_S).all_s();
+  }
+  return one_way_seconds(shape, costs, costs.weights, by_node, before_S, after_S) + costs.solve_s;
 }
 
 // Each exchange is scheduled under the layer before, in the order of the pass; attention between
-// MoE layers hides more, which is not counted. A reduce takes as long as a restore.
+// MoE layers hides more, which is not counted.
 double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s) {
-  const double restore_s = restore_seconds(shape, costs, slots_S);
-  return std::max(restore_s - beside_s * costs.forward_share, 0.0) +
-         exposed_backward_seconds(shape, costs, slots_S, beside_s);
+  const Exchanges exchanges = exchange_seconds(shape, costs, slots_S);
+  return std::max(exchanges.restore_s - beside_s * costs.forward_share, 0.0) +
+         exposed_backward_seconds(costs, exchanges, beside_s);
+}
+
+double exposed_backward_seconds(const CostModel& costs, const Exchanges& exchanges,
+                                double beside_s) {
+  const double exchange_s = exchanges.restore_s + exchanges.reduce_s;
+  return std::max(exchange_s - (beside_s - beside_s * costs.forward_share), 0.0);
 }
 
 double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
                                 const int16_t* slots_S, double beside_s) {
-  const double exchange_s = 2 * restore_seconds(shape, costs, slots_S);
-  return std::max(exchange_s - (beside_s - beside_s * costs.forward_share), 0.0);
+  return exposed_backward_seconds(costs, exchange_seconds(shape, costs, slots_S), beside_s);
 }
 
 }  // namespace laer

@@ -23,6 +23,17 @@ struct GemmCurve {
   double least_unit_seconds(int64_t tokens) const;
 };
 
+// Form of an expert in an exchange: elements that each rank holds, and seconds of one.
+struct Carried {
+  double intra_element_s, inter_element_s;  // with packing
+  std::vector<int64_t> held_N;
+
+  bool operator==(const Carried& other) const {
+    return intra_element_s == other.intra_element_s && inter_element_s == other.inter_element_s &&
+           held_N == other.held_N;
+  }
+};
+
 struct CostModel {
   GemmCurve gemm;
   double expert_flops;   // per token, over all passes
@@ -31,7 +42,6 @@ struct CostModel {
   double intra_pair_bytes, inter_pair_bytes;  // of hidden states, per (token, expert) pair
   double domain_pair_bytes;                   // between nodes, per pair that stays in its domain
   bool tokens_in_stages;                      // inside nodes after between nodes
-  double intra_element_s, inter_element_s;    // of an exchanged weight or gradient, with packing
   double intra_bytes_per_s, inter_bytes_per_s;
   double latency_s;                    // of one pass of the token exchange
   double host_s;                       // of any microbatch, a constant of the shape
@@ -42,7 +52,8 @@ struct CostModel {
   double hidden_share;  // of a hidden exchange, that the compute around it takes longer
   int64_t pairs;        // of a rank in a microbatch; 0 if not known
   int node_size;        // G of the links; a shape's is that of its plans, one or several nodes
-  std::vector<int64_t> held_N;         // elements of one expert that each rank holds
+  Carried weights, grads;
+  bool is_alike;        // whether a reduce takes as long as a restore
 };
 
 // Seconds of one layer and microbatch, both passes, whose split is known.
@@ -55,8 +66,15 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const Cou
 // Seconds that a fetch of home experts' replicas takes at least.
 double least_fetch_seconds(const CostModel& costs);
 
-// Seconds of one restore of a layout that nothing hides.
-double restore_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S);
+// Seconds of a layout's exchanges that nothing hides.
+struct Exchanges {
+  double restore_s, reduce_s;
+
+  // Restores of forward and backward, and the reduce.
+  double all_s() const { return 2 * restore_s + reduce_s; }
+};
+
+Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S);
 
 // Seconds of a change to a layout made after the gate.
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
@@ -67,6 +85,8 @@ double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t
                        double beside_s);
 
 // The same of backward alone.
+double exposed_backward_seconds(const CostModel& costs, const Exchanges& exchanges,
+                                double beside_s);
 double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
                                 const int16_t* slots_S, double beside_s);
 

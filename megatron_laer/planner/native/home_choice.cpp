@@ -22,9 +22,6 @@
 namespace laer {
 namespace {
 
-// Exchanges of a microbatch: two fetches and a reduce.
-constexpr int kExchanges = 3;
-
 // A placement is nearly balanced if no rank is above the mean by more than this part: the cost
 // model is not exact enough to tell if less is worth an exchange.
 constexpr int64_t kNearlyPart = 32;
@@ -72,10 +69,10 @@ std::vector<HomeLayout> by_level(const Shape& shape, const int64_t* node_counts_
 double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s, bool is_after_gate) {
   if (!has_replicas(shape, slots_S)) return 0.0;
-  const double whole_s = kExchanges * restore_seconds(shape, costs, slots_S);
+  const Exchanges exchanges = exchange_seconds(shape, costs, slots_S);
+  const double whole_s = exchanges.all_s();
   const double exposed_s =
-      is_after_gate ? restore_seconds(shape, costs, slots_S) +
-                          exposed_backward_seconds(shape, costs, slots_S, beside_s)
+      is_after_gate ? exchanges.restore_s + exposed_backward_seconds(costs, exchanges, beside_s)
                     : exposed_seconds(shape, costs, slots_S, beside_s);
   return exposed_s + (whole_s - exposed_s) * costs.hidden_share;
 }

@@ -113,7 +113,7 @@ void check_rank(const laer::Shape& shape, int rank) {
 }
 
 void check_costs(const laer::Shape& shape, const laer::CostModel& costs) {
-  if (costs.held_N.size() != static_cast<size_t>(shape.ranks)) {
+  if (costs.weights.held_N.size() != static_cast<size_t>(shape.ranks)) {
     throw py::value_error("the cost model is for another number of ranks");
   }
 }
@@ -181,30 +181,33 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            double expert_flops, double forward_share, double token_passes,
                            double intra_pair_bytes, double inter_pair_bytes,
                            double domain_pair_bytes, bool tokens_in_stages,
-                           double intra_element_s, double inter_element_s,
                            double intra_bytes_per_s, double inter_bytes_per_s, double latency_s,
                            double host_s, bool by_node, bool by_layout, double flat_latency_s,
                            double node_latency_s, double solve_s, double least_change_s,
-                           double hidden_share, int64_t pairs, int node_size, const Counts& held_N) {
+                           double hidden_share, int64_t pairs, int node_size,
+                           laer::Carried weights, laer::Carried grads) {
   for (const auto& column_P : {seconds_P, slope_P, limit_P, best_P}) {
     check_size(column_P, tokens_P.size(), "the GEMM curve");
   }
   if (tokens_P.size() == 0) throw py::value_error("the GEMM curve is empty");
-  if (node_size < 1 || held_N.size() % node_size != 0) {
+  if (node_size < 1 || weights.held_N.size() % node_size != 0 ||
+      grads.held_N.size() != weights.held_N.size()) {
     throw py::value_error("a node's ranks must divide all ranks");
   }
+  const bool is_alike = weights == grads;
   return {{to_vector(tokens_P), to_vector(seconds_P), to_vector(slope_P), to_vector(limit_P),
            to_vector(best_P)},
           expert_flops, forward_share, token_passes, intra_pair_bytes, inter_pair_bytes,
-          domain_pair_bytes, tokens_in_stages, intra_element_s, inter_element_s, intra_bytes_per_s, inter_bytes_per_s,
+          domain_pair_bytes, tokens_in_stages, intra_bytes_per_s, inter_bytes_per_s,
           latency_s, host_s, by_node, by_layout, flat_latency_s, node_latency_s, solve_s,
-          least_change_s, hidden_share, pairs, node_size, to_vector(held_N)};
+          least_change_s, hidden_share, pairs, node_size, std::move(weights), std::move(grads),
+          is_alike};
 }
 
 // The shape that the cost model is for, with this many slots.
 laer::Shape priced_shape(const laer::CostModel& costs, py::ssize_t slots, int num_experts,
                          int node_size, int home = 0) {
-  const auto ranks = static_cast<int>(costs.held_N.size());
+  const auto ranks = static_cast<int>(costs.weights.held_N.size());
   if (ranks < 1 || node_size < 1 || ranks % node_size != 0 || slots % ranks != 0) {
     throw py::value_error("ranks must divide the slots, and a node's ranks all ranks");
   }
@@ -440,6 +443,10 @@ PYBIND11_MODULE(_native, module) {
   module.def("rank_row", &rank_part<true>);
   module.def("rank_columns", &rank_part<false>);
   module.def("totals", &totals);
+  py::class_<laer::Carried>(module, "Carried")
+      .def(py::init([](double intra_s, double inter_s, const Counts& held_N) {
+        return laer::Carried{intra_s, inter_s, to_vector(held_N)};
+      }));
   py::class_<laer::CostModel>(module, "CostModel").def(py::init(&cost_model));
   module.def("layer_seconds", &layer_seconds);
   module.def("least_layer_seconds", &least_layer_seconds);

@@ -28,6 +28,7 @@ from megatron_laer.version import __version__
 # write the other files, so only the presence of a replay matters.
 _PATHS = (
     "cluster",
+    "homes",
     "record_layouts",
     "record_metrics",
     "record_trace",

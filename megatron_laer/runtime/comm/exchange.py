@@ -172,7 +172,7 @@ class HierarchicalExchange(Exchange):
         """Restore the slots of `needed` from ranks' rows of its experts."""
         read_here(needed.position_n)
         _, rows, columns = out_CRK.shape
-        sizes = restore_workspace(self._geometry(index), rows, columns, slice_ErK.element_size())
+        sizes = restore_workspace(self.geometry_of(index), rows, columns, slice_ErK.element_size())
         with self.restore_workspace.lent() as lent:
             buffers = MatrixBuffers(lent, sizes, slice_ErK.device)
             path = self._path(self._restore_stages, rows, buffers, self.count.add_restore)
@@ -220,7 +220,7 @@ class HierarchicalExchange(Exchange):
         """Sum replicas into or onto this rank's rows of the index's experts."""
         _, rows, columns = grad_CRK.shape
         sizes = reduce_workspace(
-            self._geometry(index), rows, columns, grad_CRK.element_size(), wire.itemsize
+            self.geometry_of(index), rows, columns, grad_CRK.element_size(), wire.itemsize
         )
         needed = self.reduce_index_of(index)
         read_here(needed.intra_node.uploaded)
@@ -255,7 +255,7 @@ class HierarchicalExchange(Exchange):
     def reduce_index_of(self, index: LayoutIndex) -> ReduceIndex:
         return index.for_reduce(self.node_size, self.groups.rank)
 
-    def _geometry(self, index: LayoutIndex) -> Geometry:
+    def geometry_of(self, index: LayoutIndex) -> Geometry:
         layout = index.layout
         sharding = Sharding.EXPERTS if index.home_slots else Sharding.ROWS
         return Geometry(

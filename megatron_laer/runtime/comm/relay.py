@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
+from megatron_laer.planner.workspace import relay_workspace
 from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.buffers import Buffers, MatrixBuffers
 from megatron_laer.runtime.comm.exchange import (
@@ -145,13 +146,7 @@ class RelayExchange(Exchange):
     ) -> MatrixBuffers:
         """Return buffers for the most experts that can have replicas, with their own names."""
         _, rows, columns = like_CRK.shape
-        own_rows = -(-rows // self._num_ranks)
-        most = min(index.layout.num_experts, self._num_ranks * index.replica_slots)
-        mine = min(index.home_slots, most)
-        sizes = {
-            "homes": mine * rows * columns * element_bytes,
-            "rows": most * own_rows * columns * element_bytes,
-        }
+        sizes = relay_workspace(self._of_rows.geometry_of(index), rows, columns, element_bytes)
         return MatrixBuffers(lent, sizes, like_CRK.device)
 
 

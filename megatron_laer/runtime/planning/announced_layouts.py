@@ -153,7 +153,7 @@ class AnnouncedLayouts(PassLayouts):
         return self._decisions[layer_pass.layer, layer_pass.microbatch].result()
 
     def _solve_ahead(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
-        counts_NE = np.ascontiguousarray(counts_NE)
+        counts_NE = np.ascontiguousarray(self.in_force.homes[layer].by_position(counts_NE))
         self._decisions[layer, microbatch] = self._thread.submit(self._solve, counts_NE)
 
     def _solve(self, counts_NE: Int64) -> Decision:

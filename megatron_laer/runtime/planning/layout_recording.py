@@ -7,7 +7,8 @@ layout of every layer:
      "layers":["layer 1",...],"crc":...}\\n
     {"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer],"crc":...}\\n
 
-An empty slot is -1. Only with --fsep-sharding experts does the first line have a `sharding`.
+An empty slot is -1. Only with --fsep-sharding experts does the first line have a `sharding`. Only
+with --fsep-homes does it have `homes`: the expert at each home position, layer by layer.
 
 `files/json_lines.py` defines the checksum. Version 1, which had none and named neither format nor
 version, is still read. `files/recording.py` explains how resumed runs continue a file.
@@ -18,8 +19,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from megatron_laer.choices import Sharding
 from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
@@ -37,6 +41,7 @@ from megatron_laer.files.json_lines import (
 )
 from megatron_laer.files.recording import RecordingFile
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 
 logger = logging.getLogger(__name__)
@@ -70,6 +75,7 @@ class LayoutRecorder:
 
         header, _ = headers(FORMAT, shape.header)
         self._file = RecordingFile(path, header, unsealed(shape.header), recorded, first_step)
+        self._homes = shape.homes
 
     def begin_step(self, step: int) -> None:
         """Move lines from this step on to another file, if the step is repeated."""
@@ -79,7 +85,10 @@ class LayoutRecorder:
         """Write the layouts, one per layer, that took effect with `step`; once per step."""
         if step != self._file.step:
             self.begin_step(step)
-        slots = [layout.to_list() for layout in layouts]
+        slots = [
+            home.layout_of_experts(layout).to_list()
+            for home, layout in zip(self._homes, layouts, strict=True)
+        ]
         self._file.append(sealed({"step": step, "slots": slots}))
 
     def close(self) -> None:
@@ -87,7 +96,10 @@ class LayoutRecorder:
 
 
 class LayoutRecording:
-    """Recording to replay: checked as a whole at first, and read again on demand to save memory."""
+    """Recording to replay, as layouts of home positions.
+
+    It is checked as a whole at first, and read again on demand to save memory.
+    """
 
     def __init__(
         self, path: Path, geometry: Geometry, signature: RunSignature, layers: Sequence[str]
@@ -120,7 +132,8 @@ class LayoutRecording:
             return None
         self._file.seek(self._begins[step])
         line = self._file.readline(self._shape.longest_line_bytes)
-        return self._shape.layouts_of(line, self._version)[1]
+        _, layouts = self._shape.layouts_of(line, self._version)
+        return self._shape.by_position(layouts)
 
     def close(self) -> None:
         self._file.close()
@@ -172,6 +185,24 @@ class _Shape:
             "layers": list(self.layers),
         }
 
+    @cached_property
+    def homes(self) -> list[HomeOrder]:
+        """Return the homes of each layer; raise ValueError for others than permutations."""
+        given = self.signature.get("homes")
+        if given is None:
+            return [HomeOrder.stock(self.geometry.num_experts)] * len(self.layers)
+        found = [HomeOrder(np.array(experts, dtype=np.int64)) for experts in given]
+        sizes = {len(home.expert_E) for home in found}
+        if len(found) != len(self.layers) or sizes != {self.geometry.num_experts}:
+            raise ValueError(f"homes {quoted(given)} are not those of every layer's experts")
+        return found
+
+    def by_position(self, layouts: Sequence[ExpertLayout]) -> list[ExpertLayout]:
+        return [
+            home.layout_of_positions(layout)
+            for home, layout in zip(self.homes, layouts, strict=True)
+        ]
+
     @property
     def longest_line_bytes(self) -> int:
         """Bound the bytes of a step's line: a blank after each comma, names and brackets."""
@@ -187,6 +218,10 @@ class _Shape:
                 f"was recorded with --fsep-sharding {sharding}, this run has "
                 f"{self.geometry.sharding}"
             )
+        if found.get("homes") != self.signature.get("homes"):
+            raise ValueError(
+                "was recorded with other homes of experts; give the --fsep-homes of that run"
+            )
         if found != self.header:
             raise ValueError(f"was recorded for {quoted(found, 800)}, this run is {self.header}")
         return version
@@ -201,7 +236,7 @@ class _Shape:
         if len(slots) != len(self.layers):
             raise ValueError(f"has {len(slots)} layers, expected {len(self.layers)}")
         layouts = [ExpertLayout.from_slots(*self.geometry.shape, of_layer) for of_layer in slots]
-        for layout in layouts:
+        for layout in self.by_position(layouts):
             self.geometry.check_layout(layout)
         return step, layouts
 

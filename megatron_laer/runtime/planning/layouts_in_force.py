@@ -11,8 +11,11 @@ from typing import Any
 import torch
 
 from megatron_laer.config import FixedPlanner, FSEPConfig
+from megatron_laer.files.checks import quoted
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.home_order import HomeOrder
+from megatron_laer.planner.homes_file import ModelHomes
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.status import PlannerStatus
@@ -27,7 +30,10 @@ from megatron_laer.runtime.planning.planner_rank import PlannerRank
 
 @dataclass(eq=False)
 class LayoutsInForce:
-    """Layout of each MoE layer of this rank, by the layer's index."""
+    """Layout of each MoE layer of this rank, by the layer's index; experts are home positions.
+
+    `homes` has the order of `given_homes`, or else stock's, of each layer.
+    """
 
     config: FSEPConfig
     groups: FSEPGroups
@@ -35,9 +41,12 @@ class LayoutsInForce:
     costs: CostModel
     seed: int
     device: torch.device
+    given_homes: ModelHomes | None = None
     version: int = 0
     status: PlannerStatus = field(default_factory=PlannerStatus)
     resumption: Resumption = field(default_factory=Resumption)
+    homes: list[HomeOrder] = field(default_factory=list)
+    homes_problem: str | None = None
     _layers: list[str] = field(default_factory=list)
     _layouts: list[ExpertLayout] = field(default_factory=list)
     _step: int = 0
@@ -54,9 +63,18 @@ class LayoutsInForce:
     def mailbox(self) -> RoutingMailbox | None:
         return None if self._planner_rank is None else self._planner_rank.mailbox
 
-    def add_layer(self, name: str) -> None:
+    def add_layer(self, name: str) -> HomeOrder:
+        """Add a layer and return its homes; a missing one is a problem of `Coordinator.start`."""
+        home = HomeOrder.stock(self.geometry.num_experts)
+        if self.given_homes is not None:
+            home = self.given_homes.by_layer.get(name, home)
+            missing = self.given_homes.missing(name)
+            if self.homes_problem is None and missing is not None:
+                self.homes_problem = f"--fsep-homes {quoted(self.config.homes)}: {missing}"
+        self.homes.append(home)
         self._layers.append(name)
         self._layouts.append(self.geometry.static_layout)
+        return home
 
     def of_pass(self, layer: int, draw: int, *, training: bool) -> ExpertLayout:
         if self.config.planner == FixedPlanner.RANDOM and training:
@@ -73,6 +91,7 @@ class LayoutsInForce:
                 self.costs,
                 self._layers,
                 self._layouts,
+                self.homes,
                 group_index=self.groups.index,
                 first_step=first_step,
                 resumed=self.resumption.state,
@@ -106,13 +125,20 @@ class LayoutsInForce:
             directory,
             self.groups,
             self.device,
-            lambda state: state.check_fits(self.geometry, self._layers),
+            self._by_position,
             storage,
         )
 
     def close(self) -> None:
         if self._planner_rank is not None:
             self._planner_rank.close()
+
+    def _by_position(self, state: PlannerState) -> PlannerState:
+        """Return a saved state with home positions; raise ValueError for another run's."""
+        if state.shape == self.geometry.shape and len(state.layers) == len(self.homes):
+            state = planner_checkpoint.by_position(state, self.homes)
+        state.check_fits(self.geometry, self._layers)
+        return state
 
     def _change(self, step: int) -> None:
         planner_rank = self._planner_rank
@@ -148,9 +174,10 @@ class LayoutsInForce:
         """Return the planner's state between two steps after pending plans; None on other ranks."""
         planned = None if self._planner_rank is None else self._planner_rank.planned()
         if planned is None:
-            return self.resumption.state  # loaded, and saved again before the first step
+            state = self.resumption.state  # loaded, and saved again before the first step
+            return None if state is None else planner_checkpoint.by_expert(state, self.homes)
         forecasts, plans = planned
-        return PlannerState(
+        state = PlannerState(
             next_step=self._step + 1,
             version=self.version,
             layers=tuple(self._layers),
@@ -158,3 +185,4 @@ class LayoutsInForce:
             forecasts=forecasts,
             plans=plans,
         )
+        return planner_checkpoint.by_expert(state, self.homes)

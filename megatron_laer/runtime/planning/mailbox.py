@@ -6,8 +6,10 @@ Legend: N ranks, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
+from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.telemetry.trace_file import TraceWriter
 
 Planner = Callable[[int, int, Int64], None]
@@ -17,19 +19,22 @@ class RoutingMailbox:
     """Counts of routed microbatches on their way to the recorder and the planner.
 
     `planner` receives step, layer and the layer's sum over the step, int64 [N, E], with the layer's
-    last microbatch, and must not change it. `trace`, the recording of each microbatch, is closed
-    here. No error here stops training; `faults` counts sums that the planner refused.
+    last microbatch, and must not change it. `trace`, the recording of each microbatch with experts
+    in place of home positions, is closed here. No error here stops training; `faults` counts sums
+    that the planner refused.
     """
 
     def __init__(
         self,
         layers: Sequence[str],
+        homes: Sequence[HomeOrder],
         planner: Planner | None,
         trace: TraceWriter | None,
         on_warning: Callable[[str], None],
     ) -> None:
         self.faults = 0
         self._layers = layers
+        self._homes = homes
         self._planner = planner
         self._trace = trace
         self._on_warning = on_warning
@@ -42,13 +47,48 @@ class RoutingMailbox:
         self._sums_NE.clear()
 
     def put(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
-        self._record(layer, microbatch, counts_NE)
+        by_expert_NE = self._homes[layer].by_expert(counts_NE)
+        self._record(
+            partial(
+                TraceWriter.append,
+                step=self._step,
+                layer_index=layer,
+                microbatch=microbatch,
+                counts_NE=by_expert_NE,
+            )
+        )
         if self._planner is None:
             return
         before_NE = self._sums_NE.get(layer) if microbatch else None
         self._sums_NE[layer] = counts_NE.copy() if before_NE is None else before_NE + counts_NE
         if microbatch + 1 == self._num_microbatches:
             self._deliver(layer)
+
+    def put_pairs(self, pairs_LEE: Int64, chosen_LTE: Bool) -> None:
+        """Record the step's pairs and sampled sets of each layer, of home positions."""
+        for layer, pairs_EE in enumerate(pairs_LEE):
+            by_expert_EE = self._homes[layer].pairs_by_expert(pairs_EE)
+            self._record(
+                partial(
+                    TraceWriter.append_pairs,
+                    step=self._step,
+                    layer_index=layer,
+                    pairs_EE=by_expert_EE,
+                )
+            )
+
+        for layer, chosen_TE in enumerate(chosen_LTE):
+            is_token_T = chosen_TE.any(axis=1)
+            if is_token_T.any():
+                its_TE = self._homes[layer].by_expert(chosen_TE[is_token_T])
+                self._record(
+                    partial(
+                        TraceWriter.append_sets,
+                        step=self._step,
+                        layer_index=layer,
+                        chosen_TE=its_TE,
+                    )
+                )
 
     def end_step(self) -> None:
         """Deliver the sums of a step whose number of microbatches was unknown."""
@@ -72,11 +112,11 @@ class RoutingMailbox:
                 f"{error!r}"
             )
 
-    def _record(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
+    def _record(self, append: Callable[[TraceWriter], None]) -> None:
         if self._trace is None:
             return
         try:
-            self._trace.append(self._step, layer, microbatch, counts_NE)
+            append(self._trace)
         except (OSError, ValueError) as error:
             self._on_warning(f"the recording of routing ends at step {self._step}: {error}")
             self.close()

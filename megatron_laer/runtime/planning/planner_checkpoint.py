@@ -9,13 +9,16 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_laer.arrays import Int64
+from megatron_laer.planner.home_order import HomeOrder
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.runtime.comm.collectives import broadcast_bytes
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
@@ -73,12 +76,12 @@ def load_state(
     directory: str,
     groups: FSEPGroups,
     device: torch.device,
-    check: Callable[[PlannerState], None],
+    adapt: Callable[[PlannerState], PlannerState],
     storage: Any,
 ) -> Resumption:
     """Read this group's state on rank 0 and broadcast it. Collective over the group.
 
-    `check` raises ValueError for the state of another model.
+    `adapt` returns the state for this run's homes, and raises ValueError for another model's.
     """
     path = state_path(directory, groups.index)
     data, problem = b"", f"there is no planner's state {path}"
@@ -93,11 +96,54 @@ def load_state(
     if not data:
         return Resumption(problem=problem)
     try:
-        state = PlannerState.from_bytes(data)
-        check(state)
+        state = adapt(PlannerState.from_bytes(data))
     except ValueError as error:
         return Resumption(problem=f"{path}: {error}")
     return Resumption(state)
+
+
+def by_expert(state: PlannerState, homes: Sequence[HomeOrder]) -> PlannerState:
+    """Return a state with experts in place of home positions, as it is saved."""
+    return _renumbered(
+        state,
+        [home.layout_of_experts for home in homes],
+        [home.by_expert for home in homes],
+    )
+
+
+def by_position(state: PlannerState, homes: Sequence[HomeOrder]) -> PlannerState:
+    """Return a saved state with home positions in place of experts."""
+    return _renumbered(
+        state,
+        [home.layout_of_positions for home in homes],
+        [home.by_position for home in homes],
+    )
+
+
+def _renumbered(
+    state: PlannerState,
+    of_layout: Sequence[Callable[[ExpertLayout], ExpertLayout]],
+    of_loads: Sequence[Callable[[Int64], Int64]],
+) -> PlannerState:
+    def of_mean(layer: int, mean_NE: Int64 | None) -> Int64 | None:
+        return None if mean_NE is None else of_loads[layer](mean_NE)
+
+    return replace(
+        state,
+        layouts=tuple(of_layout[at](layout) for at, layout in enumerate(state.layouts)),
+        forecasts=tuple(
+            replace(
+                forecast,
+                level_NE=of_mean(at, forecast.level_NE),
+                steady_NE=of_mean(at, forecast.steady_NE),
+            )
+            for at, forecast in enumerate(state.forecasts)
+        ),
+        plans=tuple(
+            replace(plan, layouts={at: of_layout[at](made) for at, made in plan.layouts.items()})
+            for plan in state.plans
+        ),
+    )
 
 
 def report_resumption(resumption: Resumption | None, first_step: int) -> None:

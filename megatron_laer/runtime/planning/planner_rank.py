@@ -9,12 +9,14 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_laer.config import FSEPConfig, LatePlan, flag_name
 from megatron_laer.files.checks import quoted, refuse_overwriting
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.home_order import HomeOrder, home_digest
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
@@ -43,6 +45,7 @@ class PlannerRank:
         costs: CostModel,
         layers: Sequence[str],
         layouts: Sequence[ExpertLayout],
+        homes: Sequence[HomeOrder],
         *,
         group_index: int,
         first_step: int,
@@ -52,11 +55,13 @@ class PlannerRank:
         self._source: LayoutSource | None = None
         self._recorder: LayoutRecorder | None = None
         trace: TraceWriter | None = None
-        signature = {
+        signature: dict[str, Any] = {
             "split": config.split.value,
             "plan_mode": config.mode.value,
             "imbalance_tolerance": config.imbalance_tolerance,
         }
+        if home_digest(homes):
+            signature["homes"] = [home.expert_E.tolist() for home in homes]
         with ExitStack() as opened:
             if config.replay_layouts is not None:
                 path = recording_path(config.replay_layouts, group_index)
@@ -88,7 +93,7 @@ class PlannerRank:
                     sizes = geometry.num_ranks, geometry.num_experts
                     trace = TraceWriter(path, *sizes, layers, first_step)
             observe = None if self._source is None else self._source.observe
-            self.mailbox = RoutingMailbox(layers, observe, trace, _warn)
+            self.mailbox = RoutingMailbox(layers, homes, observe, trace, _warn)
             opened.pop_all()  # all are open; `close` closes them
 
     @property

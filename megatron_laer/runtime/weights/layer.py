@@ -9,7 +9,8 @@ Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns, h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -51,6 +52,11 @@ class Packer(Protocol):
         """Return the payload of one expert's matrix."""
         ...
 
+    @property
+    def for_backward(self) -> Packer:
+        """Return the quantiser of the payloads that backward multiplies by; perhaps this one."""
+        ...
+
 
 class Share(Protocol):
     """A rank's share of a layer's experts for exchanges: a bias is a matrix with K = 1."""
@@ -87,6 +93,11 @@ class Share(Protocol):
     @property
     def waits_inside(self) -> bool:
         """Return whether gradients must arrive before a checkpoint's backward pass ends."""
+        ...
+
+    @property
+    def for_backward(self) -> Share:
+        """Return the share that backward restores from: this one, unless payloads differ."""
         ...
 
     def sources(self, num_experts: int) -> tuple[Any, ...]:
@@ -144,6 +155,10 @@ class Slices:
         """Return False: stock computes nothing with slices, so their hooks can run later."""
         return False
 
+    @property
+    def for_backward(self) -> Slices:
+        return self
+
     def values(self, num_experts: int) -> tuple[torch.Tensor, ...]:
         return tuple(
             parameter.detach().view(
@@ -195,6 +210,7 @@ class Homes:
 
     Attributes:
         homes: for each matrix, the parameters of the h home experts: `[R, K]`, or `[R]` of a bias.
+            An adapter's may be one parameter of all, `[h, R, K]`.
         main_grads: where the parameters' gradients are accumulated.
         packers: for each matrix whose experts travel as payloads, else None; () for no payloads.
     """
@@ -205,11 +221,11 @@ class Homes:
 
     @property
     def rows(self) -> tuple[int, ...]:
-        return tuple(parameter.shape[0] for parameter in self.likes)
+        return tuple(_matrices([parameter])[0].shape[0] for parameter in self.likes)
 
     @property
     def columns(self) -> tuple[int, ...]:
-        return tuple(_matrix(parameter).shape[1] for parameter in self.likes)
+        return tuple(_matrices([parameter])[0].shape[1] for parameter in self.likes)
 
     @property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
@@ -240,9 +256,14 @@ class Homes:
         """Return True: stock's gradients arrive inside, and the hook runs when it ends."""
         return True
 
+    @cached_property  # passes through one layer hand on weights of one share
+    def for_backward(self) -> Homes:
+        packers = tuple(packer and packer.for_backward for packer in self.packers)
+        return self if packers == self.packers else replace(self, packers=packers)
+
     def sources(self, num_experts: int) -> tuple[Sequence[torch.Tensor], ...]:
         found: list[Sequence[torch.Tensor]] = [
-            tuple(_matrix(part.detach()) for part in matrix) for matrix in self.homes
+            _matrices([part.detach() for part in matrix]) for matrix in self.homes
         ]
         for at, packer in enumerate(self.packers):
             if packer is not None:
@@ -252,7 +273,7 @@ class Homes:
     def grad_target(self, position: int, num_experts: int) -> list[torch.Tensor] | None:
         if not self.have_main_grads:
             return None
-        return [_matrix(self.main_grads.of(part)) for part in self.homes[position]]
+        return _matrices([self.main_grads.of(part) for part in self.homes[position]])
 
     def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
         if self.have_main_grads:
@@ -260,7 +281,9 @@ class Homes:
         return tuple(
             sum_RK.view(parameter.shape)
             for at, sums_hRK in zip(self.trained_at, sums, strict=True)
-            for parameter, sum_RK in zip(self.homes[at], sums_hRK, strict=True)
+            for parameter, sum_RK in zip(
+                self.homes[at], sums_hRK.chunk(len(self.homes[at])), strict=True
+            )
         )
 
     @property
@@ -273,7 +296,7 @@ class Homes:
 
 
 def restored_bytes(share: Share, replica_slots: int) -> int:
-    """Return the bytes of a layer's restored weights on this rank."""
+    """Return the bytes of a layer's restored weights on this rank, for one direction."""
     return replica_slots * sum(carried.num_bytes for carried in share.carried)
 
 
@@ -301,8 +324,11 @@ def _as_they_are(share: Share) -> tuple[Carried, ...]:
     return tuple(Carried(rows, columns, like.dtype) for rows, columns, like in matrices)
 
 
-def _matrix(part: torch.Tensor) -> torch.Tensor:
-    return part if part.dim() == 2 else part.unsqueeze(1)
+def _matrices(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return `[R, K]` of each home expert: a bias has one column, and one part may be of all."""
+    if parts[0].dim() == 3:
+        return [*parts[0].unbind()]
+    return [part if part.dim() == 2 else part.unsqueeze(1) for part in parts]
 
 
 @dataclass(eq=False)
@@ -314,6 +340,8 @@ class FsepLayer:
         name: "layer 3" or "mtp 1", counted over the whole model from 1.
         number: the 3 of "layer 3".
         recomputes: whether the MoE layer is a checkpoint of its own.
+        find_share: called at the first use, when the model is complete.
+        adapters: describes adapters of home experts, as they must be on all ranks.
         passes: of each microbatch through the layer; several where Megatron repeats it.
         what_changed: describes changes to the experts since construction; None if there are none.
         on_step_end: called at the end of a training step.
@@ -325,10 +353,15 @@ class FsepLayer:
     name: str
     number: int
     is_mtp: bool
-    share: Share
+    find_share: Callable[[], Share]
+    adapters: Callable[[], str]
     recomputes: bool
     passes: int
     what_changed: Callable[[], str | None]
     on_step_end: Callable[[], None]
     launch_kernels: Callable[[], None]
     split: SplitBackward = field(default_factory=SplitBackward, kw_only=True)
+
+    @cached_property
+    def share(self) -> Share:
+        return self.find_share()

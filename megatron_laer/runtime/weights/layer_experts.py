@@ -44,7 +44,7 @@ class LayerExperts:
         return restored
 
     def change(self, experts: RestoredExperts, layout: ExpertLayout) -> None:
-        experts.weights.change(layout_index(layout, self._device, self._home_slots))
+        experts.change(layout_index(layout, self._device, self._home_slots))
 
     def begin_step(
         self, layouts: Sequence[tuple[FsepLayer, ExpertLayout]], num_microbatches: int | None
@@ -81,8 +81,15 @@ class LayerExperts:
         self, layers: Sequence[FsepLayer], replica_slots: int, kept_gib: float
     ) -> str | None:
         """Describe why no layer's weights fit into the memory to keep them; None if they do."""
+        if kept_gib == 0:
+            return None
+        if any(layer.share.for_backward is not layer.share for layer in layers):
+            return (
+                f"--fsep-restore-memory-gib {kept_gib}: keeps restored experts for backward, which "
+                "multiplies by others in mxfp8, quantised by columns; leave it out"
+            )
         least = min((restored_bytes(layer.share, replica_slots) for layer in layers), default=0)
-        if kept_gib == 0 or kept_gib * 2**30 >= least:
+        if kept_gib * 2**30 >= least:
             return None
         return (
             f"--fsep-restore-memory-gib {kept_gib}: keeps no layer's restored experts, which take "

@@ -22,6 +22,9 @@ microbatch, by states (`states.py`):
  9. Autograd calls `finish_reduce` after the previous layer's backward. It waits for the reduce,
     and marks the gradients as added: NONE.
 
+Payloads of mxfp8 serve one direction. Then backward has weights of its own (`backward_weights`),
+whose life is 5 and 6. No forward keeps them, or hands its own on to them.
+
 Frozen matrices have no gradient to compute, reduce or wait for. The scheduler decides when an
 exchange starts.
 
@@ -47,10 +50,10 @@ from megatron_laer.runtime.weights.autograd import (
 )
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Share
-from megatron_laer.runtime.weights.restored_weights import RestoredWeights
+from megatron_laer.runtime.weights.restored_weights import RestoredWeights, weights_of
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
 from megatron_laer.runtime.weights.split_backward import SplitBackward
-from megatron_laer.runtime.weights.states import ExpertsState, WeightState
+from megatron_laer.runtime.weights.states import ExpertsState
 
 _NO_MODEL = (
     "--overlap-moe-expert-parallel-comm with experts at home: their gradients are complete after "
@@ -68,8 +71,10 @@ class RestoredExperts:
         grads: SlotGrads,
         streams: ExchangeStreams,
         split: SplitBackward | None = None,
+        backward_weights: RestoredWeights | None = None,
     ) -> None:
         self.weights = weights
+        self.backward_weights = backward_weights or weights
         self.grads = grads
         self._share = weights.share
         self._exchange = streams.exchange
@@ -79,8 +84,9 @@ class RestoredExperts:
         self._placeholders: deque[tuple[torch.Tensor, ...]] = deque()
         self._waits_after_block = False
         self._defers_reduce = False
-        self._ends_backward: Callable[[RestoredExperts], None] | None = None
+        self._ends_backward: Callable[[RestoredWeights], None] | None = None
         self.has_backward = True
+        self._reruns = False
 
     @classmethod
     def for_pass(
@@ -91,8 +97,8 @@ class RestoredExperts:
         streams: ExchangeStreams,
         split: SplitBackward | None = None,
     ) -> RestoredExperts:
-        weights = RestoredWeights(name, share, index, streams)
-        return cls(weights, SlotGrads(weights, streams), streams, split)
+        weights, backward = weights_of(name, share, index, streams)
+        return cls(weights, SlotGrads(weights, streams), streams, split, backward)
 
     @property
     def index(self) -> LayoutIndex:
@@ -111,27 +117,38 @@ class RestoredExperts:
         """Skip the restore for backward: the inputs of this pass need no gradient."""
         self.has_backward = False
         self.weights.hand_on(None)
+        if self._in_directions:
+            self.backward_weights.used()  # fetched ahead
+
+    def expect_rerun(self) -> None:
+        """Note that a checkpoint runs this pass's forward again before its backward."""
+        self._reruns = True
+
+    @property
+    def first_in_backward(self) -> RestoredWeights:
+        return self.weights if self._reruns else self.backward_weights
 
     def start_backward_restore(self) -> None:
         """Start the restore for backward, if one is expected. Collective then."""
         if self.has_backward:
-            self.weights.start_restore()
+            self.first_in_backward.start_restore()
 
-    def fetch(self, following: RestoredExperts) -> None:
-        """Start the restore of the experts that are used next, or hand the weights on to them."""
-        if following is not self and following.state.weights is not WeightState.SHARDED:
-            return  # kept since its forward
-        if self.is_same_layer(following) and self.index.has_replicas:
-            self.weights.hand_on(following.weights)
-        else:
-            following.weights.start_restore()
+    def change(self, index: LayoutIndex) -> None:
+        """Switch to another layout. Collective where weights are being restored, or are there."""
+        for weights in dict.fromkeys((self.weights, self.backward_weights)):
+            weights.change(index)
+
+    def release(self) -> None:
+        """Free weights that were fetched for a pass which does not follow."""
+        for weights in dict.fromkeys((self.weights, self.backward_weights)):
+            weights.used()
 
     def prefetch_in_backward(self, previous: RestoredExperts) -> None:
         """Start the restore of `previous` in this backward, or hand the weights on to it."""
         self._next_in_backward = previous
 
-    def call_in_backward(self, call: Callable[[RestoredExperts], None]) -> None:
-        """Call this with the chunk's first experts, the last ones in backward, in their turn."""
+    def call_in_backward(self, call: Callable[[RestoredWeights], None]) -> None:
+        """Call this with the chunk's first weights, the last ones in backward, in their turn."""
         self._ends_backward = call
 
     def wait_for_grads_here(self) -> None:
@@ -226,11 +243,16 @@ class RestoredExperts:
     def after_compute(self, output: torch.Tensor, *, backward_follows: bool) -> torch.Tensor:
         """Mark the experts' output, whose gradient's arrival starts the restore for backward.
 
-        `backward_follows` keeps the weights for an immediate backward.
+        `backward_follows` keeps the weights for an immediate backward, or starts its restore.
         """
         if torch.is_grad_enabled() and not output.requires_grad:
             self.expect_no_backward()
-        if not backward_follows:
+        if self._in_directions:
+            self.weights.used()
+            if backward_follows:
+                self._reruns = False
+                self.start_backward_restore()
+        elif not backward_follows:
             if self.has_backward:
                 self.weights.keep()
             self.weights.used()
@@ -246,17 +268,17 @@ class RestoredExperts:
 
     def _begin_backward(self) -> None:
         self._exchange.count.backwards += 1
-        self.weights.start_restore()
+        self.backward_weights.start_restore()
         following = self._next_in_backward
-        if following is not None and self.is_same_layer(following):
-            self.weights.hand_on(following.weights)
+        if following and following.first_in_backward.share is self.backward_weights.share:
+            self.backward_weights.hand_on(following.first_in_backward)
         elif following is not None and not (self._split.by_parts and self.index.has_replicas):
             following.start_backward_restore()
         elif following is None and self._ends_backward is not None:
-            self._ends_backward(self)
+            self._ends_backward(self.backward_weights)
 
     def _used_in_backward(self) -> None:
-        self.weights.used()
+        self.backward_weights.used()
         # Between parts of a layer another microbatch runs, whose experts take the second place.
         if self._split.by_parts and self._next_in_backward is not None:
             self._next_in_backward.start_backward_restore()
@@ -305,6 +327,10 @@ class RestoredExperts:
         if self._split.grads_ready is not None:
             self._split.grads_ready(share.trained)
         return (None,)
+
+    @property
+    def _in_directions(self) -> bool:
+        return self.backward_weights is not self.weights
 
     @property
     def _trained_likes(self) -> tuple[torch.nn.Parameter, ...]:

@@ -25,7 +25,8 @@ class RestoredWeights:
     """Matrices `[C, R, K]` of one layer's replica slots; with `keeps`, they stay until `free`.
 
     They have the form in which they are carried; `shapes` are those of their gradients. Without a
-    replica in the layout nothing is fetched, and no memory is taken.
+    replica in the layout nothing is fetched, and no memory is taken. Where payloads serve one
+    direction, a pass has two of these, whose shares differ.
     """
 
     def __init__(
@@ -108,6 +109,15 @@ class RestoredWeights:
             self.state.enter(WeightState.RESTORED)
         return matrix_CRK
 
+    def fetch(self, following: RestoredWeights) -> None:
+        """Start the restore of the weights that are used next, or hand these on to them."""
+        if following is not self and following.state.weights is not WeightState.SHARDED:
+            return  # kept since its forward
+        if following.share is self.share and self.index.has_replicas:
+            self.hand_on(following)
+        else:
+            following.start_restore()
+
     def hand_on(self, following: RestoredWeights | None) -> None:
         """Hand the weights on to the layer's following pass after this one has used them.
 
@@ -164,3 +174,13 @@ class RestoredWeights:
         reuse = ReusableWeights(before, pending.result())
         exchange = self._streams.exchange
         return (yield from exchange.restore_steps(source, index, rows, reuse=reuse))
+
+
+def weights_of(
+    name: str, share: Share, index: LayoutIndex, streams: ExchangeStreams, *, keeps: bool = False
+) -> tuple[RestoredWeights, RestoredWeights]:
+    """Return the weights of forward and those of backward; the same unless payloads differ."""
+    weights = RestoredWeights(name, share, index, streams, keeps=keeps)
+    if share.for_backward is share:
+        return weights, weights
+    return weights, RestoredWeights(name, share.for_backward, index, streams, keeps=keeps)

@@ -1,6 +1,7 @@
 """Experts for all microbatches of a step: restored once and reduced once.
 
-With M microbatches the layer's exchanges fall from 3·M to 2. In return a rank holds the restored
+With M microbatches the layer's exchanges fall from 3·M to 2, or to 3 where payloads serve one
+direction. In return a rank holds the restored
 matrices of every layer, and float32 sums of their gradients, as long as the step runs. With experts
 at home these are replicas; the homes' own gradients are stock's, microbatch by microbatch.
 
@@ -17,7 +18,7 @@ from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Share, restored_bytes
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.restored_weights import RestoredWeights
+from megatron_laer.runtime.weights.restored_weights import RestoredWeights, weights_of
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
 from megatron_laer.runtime.weights.split_backward import SplitBackward
 from megatron_laer.runtime.weights.states import GradState
@@ -84,18 +85,19 @@ class StepExperts:
                 "these parameters have none; wrap the model in Megatron's DistributedDataParallel, "
                 "or take --fsep-restore layer"
             )
-        weights = RestoredWeights(name, share, index, streams, keeps=True)
+        weights, backward = weights_of(name, share, index, streams, keeps=True)
         self._grads = StepGrads(weights, streams)
-        self.experts = RestoredExperts(weights, self._grads, streams, split)
+        self.experts = RestoredExperts(weights, self._grads, streams, split, backward)
 
     def begin_step(self, index: LayoutIndex, num_passes: int) -> None:
         """Begin another step; weights that are still valid fetch only changed slots."""
-        self.experts.weights.change(index)
+        self.experts.change(index)
         self._grads.begin_step(num_passes)
 
     def end_step(self, *, weights_changed: bool) -> None:
         if weights_changed:
             self.experts.weights.free()
+            self.experts.backward_weights.free()
 
 
 def memory_held(layers: Sequence[Share], replica_slots: int) -> str:
@@ -105,7 +107,8 @@ def memory_held(layers: Sequence[Share], replica_slots: int) -> str:
         for layer in layers
         for rows, columns, parameter in zip(layer.rows, layer.columns, layer.likes, strict=True)
     ]
-    weights = sum(restored_bytes(layer, replica_slots) for layer in layers)
+    held = [share for layer in layers for share in dict.fromkeys((layer, layer.for_backward))]
+    weights = sum(restored_bytes(share, replica_slots) for share in held)
     sums = sum(4 * elements for elements, parameter in matrices if parameter.requires_grad)
     return (
         f"--fsep-restore step holds the restored experts of {len(layers)} layers "

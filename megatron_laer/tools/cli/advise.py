@@ -33,8 +33,7 @@ from megatron_laer.tools.simulator.advisor.predictor import Predictor, Run
 from megatron_laer.tools.simulator.advisor.search import search
 from megatron_laer.tools.simulator.advisor.settings import Dispatch, group_sizes
 from megatron_laer.tools.simulator.iteration.case_inputs import case_routing, tokens_of
-from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
-from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import NATURAL
 
@@ -81,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
     check_outputs({"--json": args.json}, [*inputs, args.recipe], args.trace)
     cluster = named("--cluster", args.cluster, load_cluster)
-    model = named("--model", args.model, lambda name: read_model(name, args.experts))
+    model = simulate_input.model_of(args)
     model, dispatches, has_flags = _with_flags(args, model)
     most_gib = _memory(args, cluster)
     asked, trace = _run(args, cluster, model, dispatches, most_gib)
@@ -91,6 +90,8 @@ def run(args: argparse.Namespace) -> int:
     results = search(predictor, Predictor(balanced), bar("comparing", leave=False))
     decided = turns(predictor, results)
     common = [] if has_flags else run_flags.flags_of(asked.shape)
+    if args.fp8_format is not None:
+        common += ["--fp8-format", args.fp8_format, "--fp8-recipe", str(model.fp8)]
     shape = asked.shape
     routing = str(args.trace) if trace is not None else f"workload {args.workload}"
     title = (
@@ -108,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 def _with_flags(
     args: argparse.Namespace, model: ModelShape
 ) -> tuple[ModelShape, tuple[Dispatch, ...], bool]:
-    """Return the model with the flags' sequences, possible ways of tokens, and if flags exist."""
+    """Return the model with sequences and fp8 of flags, ways of tokens, and if flags exist."""
     if args.recipe is not None and args.flags:
         raise ValueError(f"both --recipe {args.recipe} and flags after --; remove one of them")
     if args.recipe is None:
@@ -120,7 +121,7 @@ def _with_flags(
         from megatron_laer.tools.cli.megatron_flags import parsed
 
         settings = parsed(words)
-        model = run_flags.sequence_of(settings, model)
+        model = run_flags.model_with(args, settings, model)
         run_flags.fill_in(args, settings, model)
         if settings.moe_permute_fusion:
             dispatches.remove(Dispatch.NODE)  # training refuses both
@@ -181,7 +182,7 @@ def _run(
         shape=shape,
         sizes=tuple(sizes),
         node_size=node_size,
-        rates=rate_sets(Rates(cluster, model.bytes_per_element, args.host_gap_ms / 1e3)),
+        rates=simulate_input.rates_of(args, model, cluster),
         trace_of=trace_of,
         tokens=None if trace is None else tokens,
         lag=args.lag,
@@ -190,6 +191,7 @@ def _run(
         dispatches=dispatches,
         stock_flex=args.stock_dispatcher == "flex",
         stock_overlaps=args.stock_overlap,
+        shardings=tuple(simulate_input.shardings_of(args, model)),
     )
     return asked, trace
 

@@ -15,8 +15,12 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.sharding_choice import with_domain
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.planner.token_exchange import token_seconds, with_token_exchange
-from megatron_laer.tools.cli import routing_input
+from megatron_laer.planner.token_exchange import (
+    choose_token_exchange,
+    token_seconds,
+    with_token_exchange,
+)
+from megatron_laer.tools.cli import fp8_flags, routing_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
     add_hours,
@@ -123,6 +127,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "default: the model's or the recorded, else"
     option(parser, "--hidden H", f"width of a token; {text} {DEFAULT_SIZES.hidden}", width)
     option(parser, "--ffn F", f"width of an expert; {text} {DEFAULT_SIZES.ffn}", width)
+    fp8_flags.add_arguments(parser, "the model's, or the recorded")
     text = "only every K-th microbatch, to be quick; a prime number meets all layers; default:"
     option(parser, "--every K", f"{text} %(default)s", stride, default=1)
     add_hours(parser)
@@ -134,7 +139,8 @@ def run(args: argparse.Namespace) -> int:
     metrics = None if args.trace is None else metrics_beside(args.trace)
     _check(args, metrics)
     recording = recording_of(metrics)
-    settings = prediction_settings(vars(args) | {"top_k": args.topk}, recording, metrics)
+    flags = vars(args) | {"top_k": args.topk, "fp8_recipe": fp8_flags.recipe_of(args)}
+    settings = prediction_settings(flags, recording, metrics)
     costs, sizes, cluster = settings.costs, settings.sizes, settings.costs.cluster
     num_experts = args.experts if args.experts is not None else sizes.num_experts
     tolerance = _DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
@@ -160,18 +166,21 @@ def run(args: argparse.Namespace) -> int:
     trace = recorded.with_ranks(num_ranks)
     top_k = min(sizes.top_k, trace.num_experts)
     tokens = mean_tokens(trace, top_k)
-    exchange_s = token_seconds(costs, geometries[0], top_k, tokens)
-    priced = (
-        min(TokenExchange, key=lambda one: exchange_s[one])
-        if settings.token_exchange == Auto.AUTO
-        else TokenExchange(settings.token_exchange)
-    )
+    exchange = settings.token_exchange
 
     def costs_of(geometry: Geometry) -> CostModel:
-        return with_token_exchange(costs, priced, geometry, top_k, tokens)
+        """Return prices with the geometry's own exchange, as in training."""
+        word = (
+            choose_token_exchange(costs, geometry, top_k, tokens)
+            if exchange == Auto.AUTO
+            else TokenExchange(exchange)
+        )
+        return with_token_exchange(costs, word, geometry, top_k, tokens)
 
     if settings.domain_nodes is None:
-        geometries = [with_domain(one, costs_of, priced, top_k) for one in geometries]
+        geometries = [with_domain(one, costs_of, exchange, top_k) for one in geometries]
+    exchange_s = token_seconds(costs, geometries[0], top_k, tokens)
+    priced = ", ".join(dict.fromkeys(costs_of(one).tokens.exchange for one in geometries))
     about = {
         "trace": source,
         "steps": len(set(trace.step_R.tolist())),
@@ -185,6 +194,7 @@ def run(args: argparse.Namespace) -> int:
         "cluster": cluster.name,
         "expert_sizes": asdict(sizes),
         "bytes_per_element": costs.bytes_per_element,
+        "fp8_recipe": costs.fp8,
         "sharding": settings.sharding,
         "restore_algorithm": costs.restore_algorithm,
         "recompute": costs.recompute,
@@ -208,6 +218,8 @@ def run(args: argparse.Namespace) -> int:
         return " (by default)" if {*names} & {*settings.defaults} else ""
 
     at_home = ", at home" if settings.sharding == Sharding.EXPERTS else ""
+    if costs.fp8 is not None:
+        at_home += f", in fp8 ({costs.fp8})"
     together = "".join(
         f", {one.domain_nodes} together for C = {one.capacity}"
         for one in geometries
@@ -255,6 +267,9 @@ def run(args: argparse.Namespace) -> int:
         f"are {args.lag} recorded step(s) old.\nRows of {' and '.join(BASELINES)} are for "
         "comparison, always in mode forecast."
     )
+    if rows[0].node_rows["home"]:
+        home = f"{rows[0].node_rows['home']:.1%}"
+        print(f"{home} of pairs leave their node with one copy of each expert, in this order.")
     if settings.sharding == Sharding.EXPERTS and "laer" in args.strategy:
         print("laer leaves no expert at home: its rows are those of --sharding rows.")
     if trace.num_experts % num_ranks != 0:

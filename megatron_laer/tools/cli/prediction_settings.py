@@ -12,7 +12,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, TokenExchange
+from megatron_laer.choices import (
+    Auto,
+    ExchangeAlgorithm,
+    Fp8Recipe,
+    Recompute,
+    Sharding,
+    TokenExchange,
+)
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
@@ -22,6 +29,7 @@ from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.telemetry.metrics_file import Shape
 from megatron_laer.tools.cli.argument_types import MOST_RANKS, between, named
+from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8
 from megatron_laer.tools.model_flags import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
 from megatron_laer.tools.report.metrics_recording import MetricsRecording, read_metrics
 from megatron_laer.tools.report.run_files import naming
@@ -32,7 +40,7 @@ DEFAULT_CLUSTER = "a100-4x8-ib800"
 # Bytes per element: default (bf16) and maximum.
 _BYTES_PER_ELEMENT, _MOST_BYTES = 2, 8
 # Settings that recordings of earlier versions lack.
-_MAY_BE_MISSING = ("sharding", "token_exchange", "top_k", "domain_nodes")
+_MAY_BE_MISSING = ("sharding", "token_exchange", "top_k", "domain_nodes", "fp8_recipe")
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,8 @@ class PredictionSettings:
         sent = "" if self.token_exchange == TokenExchange.RANK else ", tokens sent by node"
         home = ", experts at home" if self.sharding == Sharding.EXPERTS else ""
         numbers = f"{self.costs.bytes_per_element} bytes per number"
+        if self.costs.fp8 is not None:
+            numbers += f", {self.costs.fp8} fp8"
         on = self.costs.cluster.name
         return f"experts of {self.sizes.widths}, {numbers}{sent}{home}, on {on}"
 
@@ -127,7 +137,12 @@ def prediction_settings(
         noted.value("gated", _boolean, DEFAULT_SIZES.gated),
         None if model is None else model.num_experts,
         noted.value("top_k", between(1, MAX_EXPERTS), DEFAULT_SIZES.top_k),
+        noted.value("fp8_recipe", Fp8Recipe, None),
     )
+    usual = Sharding.ROWS if sizes.fp8_recipe is None else Sharding.EXPERTS
+    sharding = Sharding(noted.value("sharding", Sharding, usual))
+    if sizes.fp8_recipe is not None and sharding == Sharding.ROWS:
+        raise ValueError(ROWS_IN_FP8)
     costs = CostModel(
         cluster=_cluster(cluster, recording, noted),
         hidden=sizes.hidden,
@@ -140,6 +155,7 @@ def prediction_settings(
         restore_algorithm=noted.value(
             "restore_algorithm", ExchangeAlgorithm, ExchangeAlgorithm.FLAT
         ),
+        fp8=sizes.fp8_recipe,
     )
     exchange = noted.value("token_exchange", TokenExchange, TokenExchange.RANK)
     note = ""
@@ -152,7 +168,7 @@ def prediction_settings(
         sizes,
         costs,
         exchange,
-        Sharding(noted.value("sharding", Sharding, Sharding.ROWS)),
+        sharding,
         noted.value("domain_nodes", between(1, MOST_RANKS), None),
         cluster is not None,
         None if recording is None else recording.shape,

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from megatron_laer.choices import Recompute
 from megatron_laer.files.checks import quoted
+from megatron_laer.tools.model_flags import fp8_recipe
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 
@@ -22,6 +23,7 @@ _OF_MODEL: dict[str, Callable[[ModelShape], int]] = {
     "hidden_size": lambda model: model.hidden,
     "moe_ffn_hidden_size": lambda model: model.expert_ffn,
 }
+_WITH_FSDP = ("--ckpt-format", "fsdp_dtensor", "--no-gradient-accumulation-fusion")
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 
 
@@ -35,20 +37,31 @@ def fill_in(args: argparse.Namespace, settings: argparse.Namespace, model: Model
         setattr(args, name, value)
     if _recompute(settings) != Recompute.NONE:
         args.recompute = _recompute(settings).value
-    args.no_distributed_optimizer |= not settings.use_distributed_optimizer
+    shards = settings.use_distributed_optimizer or settings.use_megatron_fsdp
+    args.no_distributed_optimizer |= not shards
     args.no_data_parallel_overlap |= not settings.overlap_grad_reduce
     args.account_for_embedding |= settings.account_for_embedding_in_pipeline_split
     args.account_for_loss |= settings.account_for_loss_in_pipeline_split
     if settings.moe_token_dispatcher_type == "alltoall":
         args.stock_dispatcher = "alltoall"
     args.stock_overlap |= settings.overlap_moe_expert_parallel_comm
+    if settings.use_megatron_fsdp:
+        args.data_parallel_sharding_strategy = settings.data_parallel_sharding_strategy
 
 
-def sequence_of(settings: argparse.Namespace, model: ModelShape) -> ModelShape:
-    """Return the model with the sequences of the flags."""
-    if settings.seq_length is None:
+def model_with(
+    args: argparse.Namespace, settings: argparse.Namespace, model: ModelShape
+) -> ModelShape:
+    """Return the model with the sequences and the fp8 of the flags."""
+    if settings.seq_length is not None:
+        model = replace(model, sequence=settings.seq_length)
+    if not settings.fp8:
         return model
-    return replace(model, sequence=settings.seq_length)
+    if args.fp8_format is not None:
+        raise ValueError(
+            f"--fp8-format {args.fp8_format}: the run's flags have it too; remove one of them"
+        )
+    return replace(model, fp8=fp8_recipe(settings.fp8, settings.fp8_recipe))
 
 
 def flags_of(shape: RunShape) -> list[str]:
@@ -67,6 +80,9 @@ def flags_of(shape: RunShape) -> list[str]:
         words.append("--account-for-loss-in-pipeline-split")
     if shape.recompute == Recompute.FULL:
         words += _FULL
+    if shape.dense_sharding is not None:
+        strategy = ["--data-parallel-sharding-strategy", shape.dense_sharding]
+        return [*words, "--use-megatron-fsdp", *strategy, *_WITH_FSDP]
     if shape.shards_optimizer:
         words.append("--use-distributed-optimizer")
     if shape.overlaps_data_parallel:

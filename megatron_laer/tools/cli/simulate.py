@@ -12,9 +12,15 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_laer.choices import Auto, OverlapScheduler, Recompute, Sharding, TokenExchange
+from megatron_laer.choices import (
+    Auto,
+    OverlapScheduler,
+    Recompute,
+    Sharding,
+    TokenExchange,
+)
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode
-from megatron_laer.files.checks import one_line, quoted
+from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
@@ -24,7 +30,7 @@ from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.sharding_choice import Candidate, choose_geometry
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
-from megatron_laer.tools.cli import simulate_input
+from megatron_laer.tools.cli import simulate_checks, simulate_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
     between,
@@ -34,11 +40,10 @@ from megatron_laer.tools.cli.argument_types import (
     number_or_auto,
     option,
     path,
-    refuse_repeated,
-    yaml_inputs,
 )
-from megatron_laer.tools.cli.outputs import check_outputs
+from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8
 from megatron_laer.tools.cli.routing_input import MAX_TOKENS
+from megatron_laer.tools.cli.simulate_checks import FLEX, ROWS_SHARDED
 from megatron_laer.tools.simulator import iteration_output as output
 from megatron_laer.tools.simulator.iteration.advice import Case, advice
 from megatron_laer.tools.simulator.iteration.case_inputs import (
@@ -53,18 +58,17 @@ from megatron_laer.tools.simulator.iteration.methods import (
     MethodSettings,
     make_method,
 )
-from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict_iterations
 from megatron_laer.tools.simulator.iteration.predicted_timeline import PredictedTimeline
-from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
+from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.stock_group import Predict, fastest_stock
-from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
+from megatron_laer.tools.simulator.rendering import write_plot
 from megatron_laer.tools.traces.records import Trace
 
 _MAX_STEPS = 10**5
-_FLEX = "flex"
-_TOKENS = (*(exchange.value for exchange in TokenExchange), _FLEX, Auto.AUTO.value)
+_TOKENS = (*(exchange.value for exchange in TokenExchange), FLEX, Auto.AUTO.value)
 
 _EXAMPLES = """\
 examples:
@@ -138,10 +142,11 @@ class _Results:
 
 
 def run(args: argparse.Namespace) -> int:
-    _check(args)
+    simulate_checks.check(args)
     cluster = named("--cluster", args.cluster, load_cluster)
-    model = named("--model", args.model, lambda name: read_model(name, args.experts))
-    rates = rate_sets(Rates(cluster, model.bytes_per_element, args.host_gap_ms / 1e3))
+    model = simulate_input.model_of(args)
+    rates = simulate_input.rates_of(args, model, cluster)
+    shardings = _shardings(args, model)
     routing_of = simulate_input.routing_of(args, model)
     # A trace has its ranks; a workload needs --ranks.
     ranks = args.ranks or [routing_of(1, None).num_ranks]
@@ -161,10 +166,10 @@ def run(args: argparse.Namespace) -> int:
                 scheduler=OverlapScheduler(args.scheduler),
                 # DeepEP's exchange is Megatron's own, for which nodes are planned one by one.
                 token_exchange=TokenExchange.RANK
-                if args.token_exchange == _FLEX
+                if args.token_exchange == FLEX
                 else _exchange(args),
                 # DeepEP's exchange is Megatron's, for which training plans single nodes.
-                domain_nodes=1 if args.token_exchange == _FLEX else args.domain_nodes,
+                domain_nodes=1 if args.token_exchange == FLEX else args.domain_nodes,
             ),
             mode,
             tokens,
@@ -173,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         for node_size in args.node_size or [min(cluster.ranks_per_node, num_ranks)]
         for capacity, sharding, mode, tokens in product(
             args.capacity or [None],
-            args.sharding,
+            shardings,
             args.mode,
             args.tokens or [None],
         )
@@ -293,7 +298,7 @@ def _exchange(args: argparse.Namespace) -> TokenExchange | Auto:
     word = args.token_exchange
     if word == Auto.AUTO:
         return Auto.AUTO
-    return TokenExchange.NODE if word == _FLEX else TokenExchange(word)
+    return TokenExchange.NODE if word == FLEX else TokenExchange(word)
 
 
 def _methods(
@@ -314,9 +319,10 @@ def _methods(
         holds_step=args.restore == "step",
         stock_group=args.stock_expert_parallel,
         topk=topk,
-        flex=args.token_exchange == _FLEX,
-        stock_flex=args.stock_dispatcher == _FLEX,
+        flex=args.token_exchange == FLEX,
+        stock_flex=args.stock_dispatcher == FLEX,
         stock_overlaps=args.stock_overlap,
+        one_queue=(args.tensor_parallel or 1) > 1,  # for which Megatron asks
     )
     methods, refused = [], {}
     for name in args.method:
@@ -334,12 +340,22 @@ def _methods(
     return methods, refused
 
 
+def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | Auto]:
+    """Return the asked shardings, `auto` as the only one where there is no choice."""
+    possible = simulate_input.shardings_of(args, model)
+    if Sharding.ROWS in possible:
+        return [Auto.AUTO if word == Auto.AUTO else Sharding(word) for word in args.sharding]
+    if Sharding.ROWS in args.sharding:
+        raise ValueError(ROWS_IN_FP8 if model.fp8 else ROWS_SHARDED)
+    return list(possible)
+
+
 def _most_bytes(args: argparse.Namespace) -> float | None:
     return None if args.memory_gib is None else args.memory_gib * 2**30
 
 
 def _peak(args: argparse.Namespace, nominal: Rates) -> float:
-    return nominal.best_flops_per_s if args.peak_tflops is None else args.peak_tflops * 1e12
+    return nominal.peak_flops_per_s if args.peak_tflops is None else args.peak_tflops * 1e12
 
 
 def _print(about: dict[str, Any], results: _Results, text: str) -> None:
@@ -366,32 +382,3 @@ def _write(args: argparse.Namespace, about: dict[str, Any], results: _Results, t
         write_plot(args.png, output.draw(title, cases), "--png")
     if results.timeline is not None:
         write_output(args.timeline, results.timeline.content(), "--timeline")
-
-
-def _check(args: argparse.Namespace) -> None:
-    sizes = ("--ranks", "--node-size", "--capacity", "--tokens")
-    repeatable = (*sizes, "--sharding", "--mode", "--method")
-    refuse_repeated(args, repeatable)
-    if args.restore == "step" and args.mode != [PlanMode.FORECAST.value]:
-        raise ValueError(
-            f"--restore step keeps layouts over a step, got --mode {' '.join(args.mode)}; give "
-            f"--mode {PlanMode.FORECAST}"
-        )
-    if Sharding.EXPERTS in args.sharding and args.strategy == "laer":
-        raise ValueError(
-            "--strategy laer: moves every expert, so it does not run with --sharding experts; use "
-            "another strategy, or --sharding rows"
-        )
-    if args.domain_nodes is not None and args.token_exchange in (TokenExchange.RANK, _FLEX):
-        raise ValueError(
-            f"--domain-nodes {args.domain_nodes}: no effect with --token-exchange "
-            f"{args.token_exchange}; leave it out, or give --token-exchange node"
-        )
-    simulate_input.check(args)
-    inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
-    outputs = {"--json": args.json, "--png": args.png, "--timeline": args.timeline}
-    check_outputs(outputs, inputs, args.trace)
-    if args.png is not None:
-        if args.png.suffix.lower() != ".png":
-            raise ValueError(f"--png {quoted(args.png)}: give a file that ends in .png")
-        check_can_plot(args.png, "--png")

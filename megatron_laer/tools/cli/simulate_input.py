@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
-from megatron_laer.choices import Recompute
+from megatron_laer.choices import Recompute, Sharding
 from megatron_laer.files import memory
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.tools.cli import routing_input
-from megatron_laer.tools.cli.argument_types import MOST_RANKS, add_hours, between, number, option
+from megatron_laer.tools.cli import fp8_flags, routing_input
+from megatron_laer.tools.cli.argument_types import (
+    MOST_RANKS,
+    add_hours,
+    between,
+    named,
+    number,
+    option,
+)
 from megatron_laer.tools.cli.outputs import bar
-from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
+from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import WorkloadShape, workload_counts
@@ -24,6 +34,9 @@ _MAX_COUNT = 2**16
 _WORKLOAD_LAYERS, _WORKLOAD_STEPS, _WORKLOAD_MICROBATCHES = 4, 8, 8
 # Bytes per count of a workload: 8 to make it, 4 to keep it.
 _BYTES_PER_COUNT = 12
+
+# Megatron-FSDP's strategies with which FSEP trains.
+STRATEGIES = ("optim", "optim_grads", "optim_grads_params")
 
 # Returns the routing of a number of ranks.
 TraceOf = Callable[[int], Trace]
@@ -56,6 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> No
     text = "what backward computes again: nothing; all of a layer, token exchanges included; or"
     text = f"{text} its compute alone; default: %(default)s"
     option(sizes, "--recompute", text, choices=list(Recompute), default=Recompute.NONE.value)
+    fp8_flags.add_arguments(sizes)
+    text = "Megatron-FSDP's, of dense layers; counts in memory alone, and not in times"
+    option(sizes, "--data-parallel-sharding-strategy", text, choices=STRATEGIES)
     text = "once per iteration, as of the data loader; default: none"
     option(sizes, "--host-gap-ms X", text, number(0.0, 1e9), default=0.0)
     add_hours(parser)
@@ -87,6 +103,30 @@ def _add_groups(sizes: argparse._ArgumentGroup) -> None:
         ),
     ):
         option(sizes, flag, text, between(1, high))
+
+
+def rates_of(args: argparse.Namespace, model: ModelShape, cluster: Cluster) -> tuple[Rates, ...]:
+    rates = Rates(cluster, model.bytes_per_element, args.host_gap_ms / 1e3)
+    cluster.gemm_in(fp8=model.fp8 is not None)  # refuses fp8 of unknown speed
+    return rate_sets(replace(rates, fp8=model.fp8 is not None))
+
+
+def model_of(args: argparse.Namespace) -> ModelShape:
+    """Return the model, with fp8 of the flags if they are given."""
+    model = named("--model", args.model, lambda name: read_model(name, args.experts))
+    return replace(model, fp8=fp8_flags.recipe_of(args, model.fp8))
+
+
+def shardings_of(args: argparse.Namespace, model: ModelShape) -> list[Sharding]:
+    """Return the shardings that can be simulated: fp8 and Megatron-FSDP need experts at home."""
+    strategy = args.data_parallel_sharding_strategy
+    if strategy is not None and model.fp8 is not None:
+        raise ValueError(
+            f"--data-parallel-sharding-strategy {strategy}: FSEP has no Megatron-FSDP in fp8; "
+            "leave out one of them"
+        )
+    at_home = model.fp8 is not None or strategy is not None
+    return [Sharding.EXPERTS] if at_home else list(Sharding)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -164,4 +204,5 @@ def run_shape(
         loss_counts=args.account_for_loss,
         shards_optimizer=not args.no_distributed_optimizer,
         overlaps_data_parallel=not args.no_data_parallel_overlap,
+        dense_sharding=args.data_parallel_sharding_strategy,
     )

@@ -12,10 +12,12 @@ from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.files.yaml_text import Content
-from megatron_laer.support.table import LORA_ON_EXPERTS, REFUSALS
+from megatron_laer.support import expert_adapters, fp8_experts
+from megatron_laer.support.table import REFUSALS
 from megatron_laer.tools.recipes.families import (
     UNKNOWN_FAMILY,
     adapts_experts,
@@ -39,10 +41,14 @@ _WORDS: dict[str, dict[str, object]] = {
     "flex_backend": _words("deepep hybridep ncclep"),
     "precision": {
         **dict.fromkeys(("bf16", "bf16_mixed", "MixedPrecisionConfig", "mp"), None),
-        **dict.fromkeys(("fp8_mx", "bf16_with_mxfp8_mixed"), "e4m3"),
-        **dict.fromkeys(("fp8_sc", "bf16_with_fp8_subchannel_scaling_mixed"), "e4m3"),
-        **dict.fromkeys(("fp8_cs", "bf16_with_fp8_current_scaling_mixed"), "hybrid"),
-        **dict.fromkeys(("fp8_ds", "bf16_with_fp8_delayed_scaling_mixed"), "hybrid"),
+        **dict.fromkeys(("fp8_mx", "bf16_with_mxfp8_mixed"), ("e4m3", "mxfp8")),
+        **dict.fromkeys(
+            ("fp8_sc", "bf16_with_fp8_subchannel_scaling_mixed"), ("e4m3", "blockwise")
+        ),
+        **dict.fromkeys(
+            ("fp8_cs", "bf16_with_fp8_current_scaling_mixed"), ("hybrid", "tensorwise")
+        ),
+        **dict.fromkeys(("fp8_ds", "bf16_with_fp8_delayed_scaling_mixed"), ("hybrid", "delayed")),
         **dict.fromkeys(("nvfp4", "bf16_with_nvfp4_mixed"), _FP4),
     },
     "cuda_graph_impl": _words("none local transformer_engine full_iteration", "none"),
@@ -130,13 +136,20 @@ def judge_recipe(row: Mapping[str, str]) -> Judgement:
         # Columns that a table may have or omit.
         given = {name: _setting(name, row[name]) for name in _DECIDING if name in row}
         vars(settings).update(given)
-        if settings.is_lora and adapts_experts(row["recipe"]):
-            refused.append(LORA_ON_EXPERTS)
+        settings.adapts_experts = settings.is_lora and adapts_experts(row["recipe"])
+        refused += expert_adapters.problems(settings) if settings.adapts_experts else []
         doubts = [] if is_known(row["recipe"]) else [UNKNOWN_FAMILY]
         judgement = judge(settings, also_refused=refused, doubts=doubts)
     except ValueError as error:
         raise ValueError(f"recipe {quoted(row['recipe'])}: {error}") from error
-    unsaid = tuple(name for name in _DECIDING if not hasattr(settings, name))
+    allow = judgement.allow
+    fits = {
+        row.argument
+        for row in REFUSALS
+        if row.fits in allow
+        and not fp8_experts.problems(Namespace(**vars(settings) | {row.argument: True}), allow)
+    }
+    unsaid = tuple(name for name in _DECIDING if not (hasattr(settings, name) or name in fits))
     return replace(judgement, if_none_of=unsaid) if judgement.runs else judgement
 
 
@@ -152,7 +165,9 @@ def _check_columns(names: list[str], where: str) -> None:
 
 
 def _settings(row: Mapping[str, str]) -> Namespace:
-    word = {name: _word(row, name) for name in _WORDS}
+    word: dict[str, Any] = {name: _word(row, name) for name in _WORDS}
+    in_fp8 = isinstance(word["precision"], tuple)
+    fp8, recipe = word["precision"] if in_fp8 else (None, None)
     optimizer = _OPTIMIZERS.fullmatch(row[_OPTIMIZER])
     if not optimizer:
         raise ValueError(
@@ -166,7 +181,8 @@ def _settings(row: Mapping[str, str]) -> Namespace:
         tensor_model_parallel_size=_size(row, "TP"),
         moe_token_dispatcher_type=word["dispatcher"],
         moe_flex_dispatcher_backend=word["flex_backend"],
-        fp8=None if word["precision"] == _FP4 else word["precision"],
+        fp8=fp8,
+        fp8_recipe=recipe,
         fp4=_FP4 if word["precision"] == _FP4 else None,
         cuda_graph_impl=word["cuda_graph_impl"],
         cuda_graph_modules=_list(row, "cuda_graph_scope"),

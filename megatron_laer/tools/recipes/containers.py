@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import quoted
-from megatron_laer.integrations.bridge_config import problems_of, settings_of
+from megatron_laer.integrations.bridge_config import adapts_experts, problems_of, settings_of
 from megatron_laer.support import arguments
 from megatron_laer.support.table import REFUSALS
 from megatron_laer.tools.recipes.families import implied_by
@@ -30,7 +30,8 @@ def judge_container(name: str, recipe: Any) -> Judgement:
     settings = settings_of(recipe)
     settings.world_size = settings.expert_model_parallel_size  # of the run, not of this process
     settings.is_lora = recipe.peft is not None
-    judgement = judge(settings, also_refused=[*refused, *problems_of(recipe)])
+    settings.adapts_experts = adapts_experts(recipe)
+    judgement = judge(settings, also_refused=[*refused, *problems_of(recipe, FSEPConfig())])
     if not judgement.runs:
         return judgement
     for row in REFUSALS:

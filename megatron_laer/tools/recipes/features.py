@@ -45,6 +45,7 @@ _SWITCHES = {
     "delay_wgrad_compute": "delayed weight gradients",
     "overlap_dispatch_backward_with_experts_wgrad": "weight gradients behind the dispatch",
     "is_lora": "LoRA",
+    "adapts_experts": "LoRA on experts",
 }
 _SIZES = {
     "tensor_model_parallel_size": "tensor parallel",

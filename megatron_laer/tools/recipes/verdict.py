@@ -51,7 +51,7 @@ class Judgement:
 
 
 # Features that rows prove on a replacement: only a card is missing.
-_PROVED_BY_ROWS = frozenset({Unproven.TE_GRAPHS})
+_PROVED_BY_ROWS = frozenset({Unproven.TE_GRAPHS, Unproven.FP8_EXPERTS})
 
 # Larger sizes are typing errors, which no row of the table detects.
 _MOST = 10**6
@@ -81,10 +81,13 @@ def judge(
     )
     asked = {word for row in REFUSALS if _asks(row, settings) for word in row.words}
     allow = _PROVED_BY_ROWS & asked
+    if Unproven.DENSE_FP8 in allowed or fp8_experts.problems(settings, allow):
+        allow -= {Unproven.FP8_EXPERTS}
     found = _refused(settings, {*allowed, *allow})
     if any(row.flag.startswith("--cuda-graph") for row, _ in found):
         # Without modules Megatron would capture whole layers, so graphs are left out altogether.
-        allow, found = frozenset(), _refused(settings, set(allowed) - _PROVED_BY_ROWS)
+        allow -= {Unproven.TE_GRAPHS}
+        found = _refused(settings, {*allowed, *allow} - {Unproven.TE_GRAPHS})
     refused = {row.argument for row, _ in found}
     reasons = tuple(text for _, text in found)
     drop = tuple(dict.fromkeys(row.flag for row, _ in found if row.left_out))

@@ -12,9 +12,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
+from megatron_laer.choices import Fp8Recipe
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.sharding import changed_slots
+from megatron_laer.planner.wire_form import WireForm, payload_form
+from megatron_laer.tools.model_flags import ExpertSizes
 from megatron_laer.tools.report import plots
 from megatron_laer.tools.report.bins import (
     Bins,
@@ -204,6 +207,10 @@ def _slot_bytes(settings: Sequence[tuple[str, str]]) -> int | None:
     of = dict(settings)
     try:
         hidden, ffn, each = (int(of[name]) for name in ("hidden", "ffn", "bytes_per_element"))
+        recipe = Fp8Recipe(of["fp8_recipe"]) if "fp8_recipe" in of else None
     except (KeyError, ValueError):
         return None
-    return (3 if of.get("gated") == "True" else 2) * hidden * ffn * each
+    sizes = ExpertSizes(hidden, ffn, of.get("gated") == "True")
+    if recipe is None:
+        return WireForm(sizes.matrices, each).expert_bytes
+    return payload_form(recipe, sizes.matrices, each).expert_bytes

@@ -21,12 +21,13 @@ from megatron_laer.tools.report.figures import sections
 from megatron_laer.tools.report.run_data import RunData
 from megatron_laer.tools.report.what_if import WhatIf
 from megatron_laer.tools.simulator.comparison import PlanRow
+from megatron_laer.tools.simulator.node_rows import in_words
 from megatron_laer.version import __version__
 
 # Values of a what-if row in the page's data.
 _OF_ROW = (
     *("strategy", "mode", "capacity", "cases", "mean", "p95", "p99"),
-    *("off_node_share", "replan_share", "layer_ms"),
+    *("off_node_share", "node_rows", "replan_share", "layer_ms"),
 )
 
 
@@ -143,6 +144,7 @@ def _cells(row: PlanRow, share: float) -> list[tuple[str, str]]:
         ("p95", f"{row.p95:.4f}"),
         ("p99", f"{row.p99:.4f}"),
         ("off their node", percent(row.off_node_share)),
+        ("rows between nodes: home - replicas - shared", in_words(row.node_rows)),
         ("fresh", percent(row.replan_share)),
         ("layer ms", f"{row.layer_ms:.3f}"),
         ("of forced balance", percent(share)),

@@ -8,7 +8,7 @@ Legend: N ranks, E experts, R records.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_prices import BY_RANK
+from megatron_laer.tools.simulator.node_rows import by_cause
 from megatron_laer.tools.simulator.replay import Outcome, evaluate, restored_bytes, walk
 from megatron_laer.tools.traces.records import Trace
 
@@ -40,7 +41,8 @@ class PlanRow:
     """One strategy and mode over all cases; `plan_output.LEGEND` explains the columns.
 
     Cases are microbatches of one layer, with tokens and enough earlier steps. `fetched_bytes` are
-    the part of `restored_bytes` that is fetched after the gate; both are means.
+    the part of `restored_bytes` that is fetched after the gate; both are means. `node_rows` are
+    between nodes per pair, by cause.
     """
 
     strategy: str
@@ -55,6 +57,7 @@ class PlanRow:
     load_over_bound: float
     off_node_share: float
     off_node_tokens: float
+    node_rows: Mapping[str, float]
     replan_share: float
     plan_ms: float
     gate_ms: float
@@ -224,7 +227,7 @@ def _cases(trace: Trace, lag: int) -> list[int]:
 def _row(planner: _Planner, mode: str, outcomes: Sequence[Outcome]) -> PlanRow:
     ratios = np.array([outcome.max_over_mean for outcome in outcomes])
     fetched_bytes = float(np.mean([outcome.fetched_bytes for outcome in outcomes]))
-    off_node = sum(outcome.off_node_tokens for outcome in outcomes)
+    off_node = sum(outcome.node_rows.off_node for outcome in outcomes)
     seconds = sum(outcome.layer_s for outcome in outcomes)
     return PlanRow(
         strategy=planner.name,
@@ -239,6 +242,7 @@ def _row(planner: _Planner, mode: str, outcomes: Sequence[Outcome]) -> PlanRow:
         load_over_bound=float(np.mean([outcome.load_over_bound for outcome in outcomes])),
         off_node_share=off_node / sum(outcome.tokens for outcome in outcomes),
         off_node_tokens=off_node / len(outcomes),
+        node_rows=by_cause(outcome.node_rows for outcome in outcomes),
         replan_share=float(np.mean([outcome.replanned for outcome in outcomes])),
         plan_ms=float(np.median(planner.plan_s or [0.0])) * 1e3,
         gate_ms=float(np.median([outcome.gate_s for outcome in outcomes])) * 1e3,

@@ -10,6 +10,7 @@ from megatron_laer.tools.simulator.iteration.advice import Case, gain
 from megatron_laer.tools.simulator.iteration.clocks import EXPOSED
 from megatron_laer.tools.simulator.iteration.methods import METHODS, STOCK
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
+from megatron_laer.tools.simulator.node_rows import ASSUMED, CAUSES
 from megatron_laer.tools.simulator.rendering import aligned, plot
 
 if TYPE_CHECKING:
@@ -20,13 +21,17 @@ _GIB = 2**30
 Cases = Mapping[Case, Mapping[str, IterationPrediction]]
 Refused = Mapping[Case, Mapping[str, str]]
 
-LEGEND = """\
+LEGEND = (
+    """\
 s/iteration at the cluster's constants, and from their fastest to their slowest. x stock: how many
 times as fast as stock, with the same range; EP8: its fastest groups, of 8 ranks. MFU: FLOPs of the
 model over the peak's. waiting: for ranks that compute longer; exposed: exchanges, counts and
 bubbles that compute waits for; both are means over ranks. naive: FLOPs at the speed of the fastest
 GEMM, whatever the method. received: by a rank in an iteration. memory: with estimates for CUDA and
-NCCL, without the allocator's loss."""
+NCCL, without the allocator's loss.
+"""
+    + ASSUMED
+)
 
 
 def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str, str]) -> str:
@@ -72,6 +77,10 @@ def parts_text(methods: Mapping[str, IterationPrediction]) -> str:
         if any(seconds):
             lines.append((title, *map(_s, seconds)))
     lines.append(("waiting s", *(_s(found.waiting_s) for found in methods.values())))
+    if first.node_rows["home"]:
+        for cause in CAUSES:
+            shares = [f"{found.node_rows[cause]:.1%}" for found in methods.values()]
+            lines.append((f"rows between nodes {cause}", *shares))
     for part in first.memory_bytes:
         sizes = [found.memory_bytes[part] / _GIB for found in methods.values()]
         lines.append((f"memory {part} GiB", *(f"{size:.2f}" for size in sizes)))

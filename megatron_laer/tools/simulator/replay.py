@@ -24,6 +24,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import SplitTotals, even_split
 from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.planner.traffic import Traffic
+from megatron_laer.tools.simulator.node_rows import NodeRows
 from megatron_laer.tools.traces.records import Trace
 
 # Measured bytes per count [N, E] of a forecast, and of the current case.
@@ -79,7 +80,7 @@ class Outcome:
     tokens: int
     largest_load: int
     least_load: int
-    off_node_tokens: int
+    node_rows: NodeRows
     layer_s: float
     least_s: float
     replanned: bool
@@ -120,7 +121,9 @@ def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
         tokens=tokens,
         largest_load=int(loads_S.reshape(num_ranks, -1).sum(axis=1).max()),
         least_load=-(-tokens // num_ranks),
-        off_node_tokens=off_node_pairs(guard, decision, totals),
+        node_rows=NodeRows.of(
+            counts_NE, node_size, totals, off_node_pairs(guard, decision, totals), costs.tokens
+        ),
         layer_s=layer_s,
         least_s=least_s,
         replanned=decision.replanned,

@@ -11,6 +11,7 @@ first. Neither Megatron nor torch is imported.
 | `smartmoe` | the folder `moe_trace` of SmartMoE's artifact | `smartmoe` |
 | `npz` | one array `tokens` [iterations, layers, ranks, microbatches, experts] | `smartmoe` |
 | `csv` | a table of counts, long or wide | `csv_table` |
+| `sets` | the experts of each token, a line per token | `sets` |
 """
 
 from megatron_laer.tools.traces.reading import FORMATS, read_trace

@@ -27,7 +27,8 @@ from megatron_laer.arrays import Int64
 from megatron_laer.files.checks import lines, open_input
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.telemetry.trace_file import MAX_INDEX
-from megatron_laer.tools.traces.records import Trace, assemble
+from megatron_laer.tools.traces.records import PairRecords, Trace, assemble
+from megatron_laer.tools.traces.sets import count_pairs
 
 FILE_NAME = re.compile(r"router_trace_rank([0-9]{1,7})\.jsonl")
 
@@ -37,9 +38,13 @@ _Layer = tuple[bool, int, int]
 
 @dataclass
 class _RankCalls:
-    """One rank's router calls: (step, layer, microbatch) → tokens of each expert."""
+    """One rank's router calls: (step, layer, microbatch) → tokens of each expert.
+
+    `pairs` are the sums of a step's calls, by step and layer, where they are asked for.
+    """
 
     tokens: dict[tuple[int, _Layer, int], Int64] = field(default_factory=dict)
+    pairs: dict[tuple[int, _Layer], Int64] = field(default_factory=dict)
 
     def steps(self) -> set[int]:
         return {step for step, _, _ in self.tokens}
@@ -50,13 +55,15 @@ def read_megatron(
     ranks: Sequence[int] | None = None,
     num_experts: int | None = None,
     progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
+    *,
+    pairs: bool = False,
 ) -> Trace:
     """Read a folder of `router_trace_rank*.jsonl`, or one such file; `ranks` in their new order.
 
     A truncated last line, and steps that some rank has not reached, are omitted.
     """
     files = _files(path, ranks)
-    calls = [_read_rank(file, num_experts) for file in progress(files)]
+    calls = [_read_rank(file, num_experts, pairs=pairs) for file in progress(files)]
     # The ranks of a killed run stopped at different steps.
     last_step = min(max(rank_calls.steps(), default=-1) for rank_calls in calls)
     for rank_calls in calls:
@@ -81,6 +88,13 @@ def read_megatron(
         raise ValueError(f"{path} holds no complete step of all ranks; trace at least two steps")
     cell_I4 = np.array(cells, dtype=np.int64)
     expert_I = np.concatenate(experts)
+    num_experts = num_experts or int(expert_I.max()) + 1
+    of_pairs: dict[tuple[int, int], Int64] = {}
+    for rank_calls in calls:
+        for (step, layer), pairs_EE in rank_calls.pairs.items():
+            if step <= last_step:
+                key = step, number[layer]
+                of_pairs[key] = _sum(of_pairs.get(key), pairs_EE)
     try:
         return assemble(
             [_layer_name(layer) for layer in layers],
@@ -89,8 +103,9 @@ def read_megatron(
             expert_I,
             np.concatenate(tokens),
             num_ranks=len(files),
-            num_experts=num_experts or int(expert_I.max()) + 1,
+            num_experts=num_experts,
             file_bytes=sum(file.stat().st_size for file in files),
+            pairs=PairRecords.of_tables(of_pairs, num_experts),
         )
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -117,7 +132,7 @@ def _files(path: Path, ranks: Sequence[int] | None) -> list[Path]:
     return [found[rank] for rank in wanted]
 
 
-def _read_rank(path: Path, num_experts: int | None) -> _RankCalls:
+def _read_rank(path: Path, num_experts: int | None, *, pairs: bool) -> _RankCalls:
     calls = _RankCalls()
     seen: Counter[tuple[int, _Layer]] = Counter()
     step = -1
@@ -132,10 +147,13 @@ def _read_rank(path: Path, num_experts: int | None) -> _RankCalls:
                     break
                 raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
             try:
-                step, layer, tokens_E = _parse(record, num_experts)
+                step, layer, index_TK = _parse(record, num_experts)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
-            calls.tokens[step, layer, seen[step, layer]] = tokens_E
+            calls.tokens[step, layer, seen[step, layer]] = np.bincount(index_TK.reshape(-1))
+            if pairs and index_TK.size:
+                pairs_EE = count_pairs(index_TK, int(index_TK.max()) + 1)
+                calls.pairs[step, layer] = _sum(calls.pairs.get((step, layer)), pairs_EE)
             seen[step, layer] += 1
     return calls
 
@@ -165,8 +183,17 @@ def _parse(record: object, num_experts: int | None) -> tuple[int, _Layer, Int64]
     if index_TK.size > 0 and not 0 <= int(index_TK.min()) <= int(index_TK.max()) < most:
         wrong = int(index_TK.min()) if int(index_TK.min()) < 0 else int(index_TK.max())
         raise ValueError(f"expert {wrong} is not in 0..{most - 1}")
-    tokens_E = np.bincount(index_TK.reshape(-1)).astype(np.int64)
-    return step, (block == "mtp", head, layer), tokens_E
+    return step, (block == "mtp", head, layer), index_TK.astype(np.int64)
+
+
+def _sum(before_EE: Int64 | None, pairs_EE: Int64) -> Int64:
+    """Add tables of which one may lack the last experts."""
+    if before_EE is None:
+        return pairs_EE
+    small_EE, large_EE = sorted((before_EE, pairs_EE), key=len)
+    summed_EE = large_EE.copy()
+    summed_EE[: len(small_EE), : len(small_EE)] += small_EE
+    return summed_EE
 
 
 def _integer(record: dict[str, Any], key: str) -> int:

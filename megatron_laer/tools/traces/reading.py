@@ -10,11 +10,11 @@ from megatron_laer.files.checks import open_input
 from megatron_laer.files.recording import is_cut_off
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.telemetry.trace_file import MAGIC
-from megatron_laer.tools.traces import csv_table, megatron, smartmoe
+from megatron_laer.tools.traces import csv_table, megatron, sets, smartmoe
 from megatron_laer.tools.traces.fsep import read_recording
 from megatron_laer.tools.traces.records import Trace
 
-FORMATS = ("fsep", "megatron", "smartmoe", "npz", "csv")
+FORMATS = ("fsep", "megatron", "smartmoe", "npz", "csv", "sets")
 
 
 def read_trace(
@@ -23,12 +23,14 @@ def read_trace(
     *,
     ranks: Sequence[int] | None = None,
     num_experts: int | None = None,
+    pairs: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
 ) -> Trace:
     """Read a trace from a file, or a folder of one format; by default the format is recognized.
 
     `ranks` are the source ranks to read, in this order. `num_experts` is for formats that do not
-    state it, and checked against the others. Raises ValueError for an unknown format or damaged
+    state it, and checked against the others. `pairs` of experts are read on request, from formats
+    with them. Raises ValueError for an unknown format or damaged
     content, named by file and line or record.
     """
     if num_experts is not None and not 1 <= num_experts <= MAX_EXPERTS:
@@ -37,16 +39,18 @@ def read_trace(
         raise ValueError(f"trace {str(path)!r} does not exist; give a file or a folder")
     path, found = (path, format) if format is not None else _detect(path)
     if found == "megatron":
-        return megatron.read_megatron(path, ranks, num_experts, progress)
+        return megatron.read_megatron(path, ranks, num_experts, progress, pairs=pairs)
     if found == "smartmoe":
         trace = smartmoe.read_smartmoe(path, ranks, progress)
         ranks = None
     elif found == "fsep":
-        trace = read_recording(path)
+        trace = read_recording(path, pairs=pairs)
     elif found == "npz":
         trace = smartmoe.read_npz(path)
     elif found == "csv":
         trace = csv_table.read_csv(path, num_experts)
+    elif found == "sets":
+        trace = sets.read_file_of_sets(path, num_experts)
     else:
         raise ValueError(f"unknown trace format {found!r}; use one of {', '.join(FORMATS)}")
     if num_experts is not None and trace.num_experts != num_experts:
@@ -72,6 +76,8 @@ def _detect(path: Path) -> tuple[Path, str]:
     first_line = begin.removeprefix(b"\xef\xbb\xbf").split(b"\n", 1)[0]
     if b"," in first_line and b"step" in first_line:
         return path, "csv"
+    if begin.startswith(sets.GZIP) or sets.is_set(first_line):
+        return path, "sets"
     if smartmoe.FILE_NAME.fullmatch(path.name):
         raise ValueError(f"{path} is one file of many; give the folder that it is in")
     raise ValueError(

@@ -5,13 +5,14 @@ Legend: R records, N source ranks, E experts. A record is one microbatch of one 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.files import memory
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.telemetry.trace_file import MAX_COUNT
@@ -27,11 +28,68 @@ _BYTES_PER_COUNT = 12
 
 
 @dataclass(frozen=True, eq=False)
+class PairRecords:
+    """Pairs of experts that tokens chose together, by step and layer.
+
+    `pairs_PEE` is symmetric: the tokens of all source ranks that chose both of two experts, and on
+    the diagonal those that chose one. `layer_P` indexes the trace's layers.
+    """
+
+    step_P: Int64
+    layer_P: Int64
+    pairs_PEE: Int32
+
+    @classmethod
+    def of_triangles(
+        cls,
+        triangles: Mapping[tuple[int, int], npt.NDArray[np.integer[Any]]],
+        num_experts: int,
+    ) -> PairRecords | None:
+        """Make records from upper triangles, row by row, by step and layer; None without any."""
+        if not triangles:
+            return None
+        memory.check_enough(
+            4 * len(triangles) * num_experts**2,
+            f"pairs of {num_experts} experts in {len(triangles)} records",
+            "give a part of the trace",
+        )
+        keys_P2 = np.array(sorted(triangles), dtype=np.int64)
+        row_X, column_X = np.triu_indices(num_experts)
+        pairs_PEE = np.empty((len(keys_P2), num_experts, num_experts), dtype=np.int32)
+        for pairs_EE, key in zip(pairs_PEE, keys_P2.tolist(), strict=True):
+            pairs_EE[row_X, column_X] = triangles[key[0], key[1]]
+            pairs_EE[column_X, row_X] = triangles[key[0], key[1]]
+        return cls(keys_P2[:, 0], keys_P2[:, 1], pairs_PEE)
+
+    @classmethod
+    def of_tables(
+        cls, tables: Mapping[tuple[int, int], Int64], num_experts: int
+    ) -> PairRecords | None:
+        """Make records from tables [E, E] by step and layer, padded to `num_experts`."""
+        row_X, column_X = np.triu_indices(num_experts)
+        triangles = {}
+        for key, pairs_EE in tables.items():
+            more = num_experts - len(pairs_EE)
+            triangles[key] = np.pad(pairs_EE, (0, more))[row_X, column_X]
+        return cls.of_triangles(triangles, num_experts)
+
+    def of_layer(self, layer: int, steps: range | None = None) -> Int64:
+        """Return pairs_EE, int64 [E, E], of a layer, summed over these steps or all."""
+        is_in = self.layer_P == layer
+        if steps is not None:
+            is_in &= np.isin(self.step_P, steps)
+        summed_EE: Int64 = self.pairs_PEE[is_in].sum(axis=0, dtype=np.int64)
+        return summed_EE
+
+
+@dataclass(frozen=True, eq=False)
 class Trace:
     """Counts of every recorded microbatch, ordered by step, layer and microbatch.
 
     `layer_R` indexes `layers`, which are in the model's order. `microbatch_R` counts within the
-    step. `counts_RNE` has the tokens on each source rank for each expert.
+    step. `counts_RNE` has the tokens on each source rank for each expert. `pairs` are those that
+    were recorded and read, and summed over all source ranks. `sets` are the experts of sampled
+    tokens, bool [T, E], by step and layer.
     """
 
     layers: tuple[str, ...]
@@ -39,6 +97,8 @@ class Trace:
     layer_R: Int64
     microbatch_R: Int64
     counts_RNE: Int32
+    pairs: PairRecords | None = None
+    sets: Mapping[tuple[int, int], Bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         num_records = len(self.counts_RNE)
@@ -119,7 +179,10 @@ class Trace:
             raise ValueError(
                 f"source ranks {wrong} are not in the trace; it has ranks 0 to {self.num_ranks - 1}"
             )
-        return replace(self, counts_RNE=np.ascontiguousarray(self.counts_RNE[:, list(ranks)]))
+        counts_RNE = np.ascontiguousarray(self.counts_RNE[:, list(ranks)])
+        chosen = replace(self, counts_RNE=counts_RNE)
+        is_everyone = sorted(ranks) == list(range(self.num_ranks))
+        return chosen if is_everyone else replace(chosen, pairs=None, sets={})
 
 
 def assemble(
@@ -131,6 +194,7 @@ def assemble(
     num_ranks: int,
     num_experts: int,
     file_bytes: int,
+    pairs: PairRecords | None = None,
 ) -> Trace:
     """Make a trace from I cells: (step, layer index, microbatch), rank, expert, tokens."""
     if len(key_I3) == 0:
@@ -142,7 +206,12 @@ def assemble(
     if int(counts_RNE.max()) > MAX_COUNT:
         raise ValueError(f"a count of {int(counts_RNE.max())} tokens exceeds {MAX_COUNT}")
     return Trace(
-        tuple(layers), key_R3[:, 0], key_R3[:, 1], key_R3[:, 2], counts_RNE.astype(np.int32)
+        tuple(layers),
+        key_R3[:, 0],
+        key_R3[:, 1],
+        key_R3[:, 2],
+        counts_RNE.astype(np.int32),
+        pairs,
     )
 
 

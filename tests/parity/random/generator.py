@@ -7,9 +7,14 @@ Legend: N ranks of an FSEP group, E experts.
 
 from __future__ import annotations
 
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 
 from megatron_laer.cpu.training import Adapt
+from megatron_laer.planner.homes_file import write_homes
 from tests.parity.adapted import frozen_in_part, lora_on_attention
 from tests.parity.random import settings
 from tests.parity.random.draft import Draft
@@ -350,3 +355,16 @@ def _draw_sharding(draft: Draft, sizes: _Sizes, capacity: int | None) -> None:
     if draft.choose(settings.EXPERT_SHARDING, but=but, alone=True) == "experts at home":
         plans = draft.has("forecast", "exact", "adaptive", "announced")
         draft.option(settings.FSEP, "replicas that pay", legal=plans, alone=True)
+        if draft.option(settings.HOMES, "permuted homes"):
+            draft.fsep += f" --fsep-homes {_homes(sizes)}"
+
+
+def _homes(sizes: _Sizes) -> Path:
+    """Write homes of all layers that a case may have, and return the file."""
+    ranks, experts = sizes.expert_parallel, sizes.experts
+    rng = np.random.default_rng((ranks, experts))
+    names = [f"{kind} {number}" for kind in ("layer", "mtp") for number in range(1, 13)]
+    names += [f"{name} #{number}" for name in names for number in (2, 3)]
+    path = Path(tempfile.gettempdir()) / f"homes-of-{experts}-on-{ranks}.json"
+    write_homes(path, ranks, {name: rng.permutation(experts) for name in names})
+    return path

@@ -204,6 +204,8 @@ EXPERT_SHARDING: Choice = {
     "experts by rows": Setting(1, " --fsep-sharding rows"),
     "experts at home": Setting(2, AT_HOME),
 }
+# A file of homes is written for each case.
+HOMES: Choice = {"permuted homes": Setting(0.35)}
 TOLERANCES: Choice = {
     "default tolerance": Setting(0.3),
     **{

@@ -9,52 +9,125 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_laer.choices import ExchangeAlgorithm
+from megatron_laer.choices import ExchangeAlgorithm, Fp8Recipe, Sharding, TokenExchange
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
+from megatron_laer.runtime.comm.relay import RelayExchange
+from megatron_laer.runtime.comm.steps import SideBySide
 from megatron_laer.tools.simulator.iteration.methods import FSEP, MethodSettings, make_method
 from megatron_laer.tools.simulator.iteration.rates import Rates
 
 GEOMETRY = Geometry(8, 16, 4, 2)
+HOMES = replace(GEOMETRY, sharding=Sharding.EXPERTS)
 HIDDEN, FFN = 32, 64
-COSTS = CostModel(load_cluster("a100-4x8-ib800"), HIDDEN, FFN, True, 2)
+COSTS = CostModel(load_cluster("h100-8"), HIDDEN, FFN, True, 2)
+LAYOUTS = 20
 
 
-def allocated_bytes(algorithm: ExchangeAlgorithm) -> int:
+def allocated_bytes(
+    geometry: Geometry, way: ExchangeAlgorithm, costs: CostModel, one_queue: bool
+) -> int:
     """Return the workspaces' size after exchanges of many layouts, without other ranks."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    ranks, cpu = GEOMETRY.num_ranks, torch.device("cpu")
+    ranks, cpu, home = geometry.num_ranks, torch.device("cpu"), geometry.home_slots
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=ranks)
     try:
-        groups = process_groups.create_groups(dist.group.WORLD, GEOMETRY.node_size, dist.new_group)
-        exchange: Any = {
-            ExchangeAlgorithm.FLAT: flat_exchange,
-            ExchangeAlgorithm.NODE: node_exchange,
-        }[algorithm](groups)
-        for seed in range(20):
-            index = layout_index(GEOMETRY.random_layout((seed,)), cpu)
-            for rows, columns in COSTS.matrices:
-                slices = torch.zeros(
-                    GEOMETRY.num_experts, rows // ranks, columns, dtype=torch.bfloat16
-                )
-                exchange.reduce(exchange.restore(slices, index, rows), index)
+        groups = process_groups.create_groups(dist.group.WORLD, geometry.node_size, dist.new_group)
+        make: Any = flat_exchange if way == ExchangeAlgorithm.FLAT else node_exchange
+        of_rows = make(groups)
+        exchange: Any = RelayExchange(groups, of_rows) if home else of_rows
+
+        def run(exchanges: list[Any]) -> None:
+            parts = [exchanges] if one_queue else [[one] for one in exchanges]
+            for part in parts:
+                together = SideBySide(part, cpu)
+                while together.next():
+                    pass
+
+        for seed in range(LAYOUTS):
+            index = layout_index(geometry.random_layout((seed,)), cpu, home)
+            restores, reduces = [], []
+            for form, kind in ((costs.weights_form(home), restores), (costs.grads_form, reduces)):
+                for rows, columns in form.matrices:
+                    dtype = torch.uint8 if form.bytes_per_element == 1 else torch.bfloat16
+                    if kind is reduces:
+                        shape = geometry.replica_slots, rows, columns
+                        kind.append(exchange.reduce_steps(torch.zeros(shape, dtype=dtype), index))
+                    else:
+                        shape = (home, rows, columns) if home else (16, rows // ranks, columns)
+                        source = torch.zeros(shape, dtype=dtype)
+                        kind.append(
+                            exchange.restore_steps(source.unbind() if home else source, index, rows)
+                        )
+            run(restores)
+            run(reduces)
     finally:
         dist.destroy_process_group()
-    spaces = exchange.restore_workspace, exchange.reduce_workspace
+    spaces = of_rows.restore_workspace, of_rows.reduce_workspace
     return sum(space.num_bytes for space in spaces)
 
 
-@pytest.mark.parametrize("algorithm", ExchangeAlgorithm)
+@pytest.mark.parametrize("one_queue", [False, True])
+@pytest.mark.parametrize(
+    ("geometry", "way", "fp8"),
+    [
+        (GEOMETRY, ExchangeAlgorithm.FLAT, None),
+        (GEOMETRY, ExchangeAlgorithm.NODE, None),
+        (HOMES, ExchangeAlgorithm.NODE, None),
+        (HOMES, ExchangeAlgorithm.NODE, Fp8Recipe.BLOCKWISE),
+    ],
+)
 def test_workspaces_are_those_of_the_exchanges(
-    algorithm: ExchangeAlgorithm, ranks: RankPools
+    geometry: Geometry,
+    way: ExchangeAlgorithm,
+    fp8: Fp8Recipe | None,
+    one_queue: bool,
+    ranks: RankPools,
 ) -> None:
-    costs = replace(COSTS, restore_algorithm=algorithm)
-    method = make_method(FSEP, MethodSettings(GEOMETRY, costs), Rates(costs.cluster, 2))
-    (allocated,) = ranks(1).run(allocated_bytes, algorithm)
+    costs = replace(COSTS, restore_algorithm=way, fp8=fp8)
+    settings = MethodSettings(geometry, costs, one_queue=one_queue)
+    method = make_method(FSEP, settings, Rates(costs.cluster, 2))
+    (allocated,) = ranks(1).run(allocated_bytes, geometry, way, costs, one_queue)
     assert allocated == method.fixed_bytes["workspaces"]
+
+
+def test_an_exchange_by_layout_has_both_ways_workspaces() -> None:
+    """Both ways of an exchange by layout keep their own."""
+    direct, relay, both = (
+        make_method(FSEP, MethodSettings(HOMES, costs), Rates(costs.cluster, 2)).fixed_bytes
+        for costs in (
+            replace(COSTS, restore_algorithm=ExchangeAlgorithm.FLAT),
+            replace(COSTS, restore_algorithm=ExchangeAlgorithm.NODE),
+            replace(COSTS, by_layout=True),
+        )
+    )
+    assert both["workspaces"] == direct["workspaces"] + relay["workspaces"]
+
+
+# GiB of NCCL's buffers besides Megatron's own communicator, as in docs/communication.md.
+@pytest.mark.parametrize(
+    ("ranks", "costs", "gib"),
+    [
+        (8, COSTS, 2.625),
+        (32, COSTS, 1.375),
+        (32, replace(COSTS, restore_algorithm=ExchangeAlgorithm.NODE), 2.6875),
+        (32, replace(COSTS, by_layout=True), 4.0625),
+        (32, replace(COSTS, tokens=TokenPrices(TokenExchange.NODE)), 1.375 + 2.75),
+    ],
+)
+def test_communicators_take_the_memory_that_is_documented(
+    ranks: int, costs: CostModel, gib: float
+) -> None:
+    card = costs.cluster.card
+    assert card is not None
+    geometry = Geometry(ranks, 64, 64 // ranks + 1, 8, Sharding.EXPERTS)
+    method = make_method(FSEP, MethodSettings(geometry, costs), Rates(costs.cluster, 2))
+    others = card.context_gib * 2**30 + card.communicator_bytes(ranks, 8)
+    assert method.fixed_bytes["libraries"] - others == gib * 2**30

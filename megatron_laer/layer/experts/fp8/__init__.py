@@ -16,7 +16,8 @@ import torch
 from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.runtime.weights.layer import Packer
 
-# Rows and columns of operands must be multiples of this, which cuBLAS asks of fp8.
+# Rows and columns of operands must be multiples of this, which cuBLAS asks of fp8; in mxfp8 of a
+# block.
 MULTIPLE = 16
 
 
@@ -29,17 +30,19 @@ class QuantisedGemm(SlotGemm, Packer, Protocol):
 
 def quantised_gemm(config: Any, rows: int, columns: int, device: torch.device) -> QuantisedGemm:
     """Return the products of a linear layer by the recipe of Megatron's TransformerConfig."""
-    if rows % MULTIPLE or columns % MULTIPLE:
-        raise ValueError(
-            f"--fsep-allow-unproven fp8-experts: a matrix of the experts has {rows} x {columns} "
-            f"elements, and fp8 needs multiples of {MULTIPLE}; take other sizes, or leave out "
-            "--fp8-format"
-        )
-    from megatron_laer.layer.experts.fp8 import te
+    from megatron_laer.layer.experts.fp8 import te, te_mx
 
     recipe = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))
-    quantised = {"tensorwise": te.PerTensor, "blockwise": te.ByBlocks}[recipe]
-    if (problem := te.problem(device, quantised.needs)) is not None:
+    by_recipe = {"tensorwise": te.PerTensor, "blockwise": te.ByBlocks, "mxfp8": te_mx.Mx}
+    quantised: Any = by_recipe[recipe]
+    if rows % quantised.multiple or columns % quantised.multiple:
+        raise ValueError(
+            f"--fsep-allow-unproven fp8-experts: a matrix of the experts has {rows} x {columns} "
+            f"elements, and --fp8-recipe {recipe} needs multiples of {quantised.multiple}; take "
+            "other sizes, or leave out --fp8-format"
+        )
+    if (problem := te.problem(device, quantised.needs, quantised.known)) is not None:
         message = f"--fsep-allow-unproven fp8-experts: {problem}"
         raise ValueError(message)
-    return quantised(config, rows, columns)
+    made: QuantisedGemm = quantised(config, rows, columns)
+    return made

@@ -10,9 +10,12 @@ Legend: R rows of a matrix, K columns, P rows of its payload.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+
+from megatron_laer.runtime.weights.layer import Carried
 
 # Sides of the blocks that share a scale: square ones of weights, and those of mxfp8.
 BLOCK = 128
@@ -35,15 +38,23 @@ class PayloadForm:
         """Return P."""
         return self.rows + -(-self._scale_bytes // self.columns)
 
+    @property
+    def carried(self) -> Carried:
+        return Carried(self.payload_rows, self.columns, torch.uint8)
+
     def pack(self, values_RK: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return the payload [P, K] of fp8 values, or their bytes, and scales, perhaps unpadded."""
+        """Return the payload [P, K] of fp8 values, or their bytes, and scales.
+
+        These may have less padding than the form, or more.
+        """
         assert values_RK.shape == (self.rows, self.columns) and values_RK.element_size() == 1
         assert scales.dtype == self.scales_dtype and scales.dim() == len(self.scales_shape)
         shape = (self.payload_rows, self.columns)
         payload_PK = torch.zeros(shape, dtype=torch.uint8, device=values_RK.device)
         payload_PK[: self.rows].copy_(values_RK.view(torch.uint8))
-        given = tuple(slice(size) for size in scales.shape)
-        self.unpack(payload_PK)[1][given].copy_(scales)
+        sizes = zip(scales.shape, self.scales_shape, strict=True)
+        given = tuple(slice(min(both)) for both in sizes)
+        self.unpack(payload_PK)[1][given].copy_(scales[given])
         return payload_PK
 
     def unpack(self, payload_PK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +69,29 @@ class PayloadForm:
     @property
     def _scale_bytes(self) -> int:
         return self._num_scales * self.scales_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class BackwardPacker:
+    """`Packer` of payloads that backward multiplies by, where those of forward differ.
+
+    Attributes:
+        quantise: returns values, or their bytes, and scales.
+    """
+
+    form: PayloadForm
+    quantise: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def for_backward(self) -> BackwardPacker:
+        return self
+
+    @property
+    def carried(self) -> Carried:
+        return self.form.carried
+
+    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
+        return self.form.pack(*self.quantise(weight_RK))
 
 
 def per_tensor_form(rows: int, columns: int) -> PayloadForm:

@@ -1,8 +1,8 @@
 """Products in fp8 by Transformer Engine: its quantisers, tensors and grouped GEMM.
 
 By recipe: one scale for each matrix and each slot's tokens (`PerTensor`), or one for each block of
-them (`ByBlocks`). What is not public is used only with the parameters read in the known releases,
-as for `experts/gemm/te.py`.
+them (`ByBlocks`, and `Mx` of `te_mx.py`). What is not public is used only with the parameters read
+in the known releases, as for `experts/gemm/te.py`.
 
 Legend: C slots, T tokens received, U tokens with padding, n those of one slot. R rows of a matrix
 (output features), K columns, P rows of a payload.
@@ -22,14 +22,14 @@ from megatron_laer.layer.experts.fp8 import MULTIPLE
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
 from megatron_laer.layer.experts.fp8.payload import PayloadForm, block_form, per_tensor_form
 from megatron_laer.layer.experts.gemm import te as grouped
-from megatron_laer.runtime.weights.layer import Carried
+from megatron_laer.runtime.weights.layer import Carried, Packer
 
 _TENSORS = "transformer_engine.pytorch.tensor"
 # Parameters of constructors that are given by name, by module and class.
 Needs = dict[tuple[str, str], set[str]]
 
 
-def problem(device: torch.device, needs: Needs) -> str | None:
+def problem(device: torch.device, needs: Needs, known: str = grouped.KNOWN) -> str | None:
     """Return why fp8 cannot be computed here, with a remedy; None if it can."""
     found = grouped.GEMM.problem(device, torch.bfloat16)
     if found is not None:
@@ -43,15 +43,26 @@ def problem(device: torch.device, needs: Needs) -> str | None:
         if missing := needed - set(inspect.signature(call).parameters):
             return (
                 f"{name} of Transformer Engine has no {', '.join(sorted(missing))}; install "
-                f"transformer-engine {grouped.KNOWN}, or leave out --fp8-format"
+                f"transformer-engine {known}, or leave out --fp8-format"
             )
     return None
 
 
 class Quantised(ABC):
-    """`QuantisedGemm` of one linear layer by a recipe of Transformer Engine."""
+    """`QuantisedGemm` of one linear layer by a recipe of Transformer Engine.
+
+    Operands are quantised along their rows or along their columns, as each product needs.
+
+    Attributes:
+        known: releases of Transformer Engine whose parameters `needs` has.
+        multiple: of rows and columns of operands, as Transformer Engine needs it.
+        rows_for_columns: whether tokens along columns are made from those along rows.
+    """
 
     needs: ClassVar[Needs]
+    known: ClassVar[str] = grouped.KNOWN
+    multiple: ClassVar[int] = MULTIPLE
+    rows_for_columns: ClassVar[bool] = False
 
     def __init__(self, config: Any, form: PayloadForm) -> None:
         from megatron.core.fp8_utils import get_fp8_recipe
@@ -65,7 +76,7 @@ class Quantised(ABC):
 
     @abstractmethod
     def _quantise_weight(self, weight_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the values' bytes and the scales."""
+        """Return the values' bytes and the scales; a parameter in fp8 has its own."""
 
     @abstractmethod
     def _weight(self, values_RK: torch.Tensor, scales: torch.Tensor) -> Any:
@@ -75,13 +86,17 @@ class Quantised(ABC):
     def _tokens_quantiser(self, kind: Any, parameters: Any, device: torch.device) -> Any: ...
 
     @property
+    def for_backward(self) -> Packer:
+        return self
+
+    @property
     def carried(self) -> Carried:
-        return Carried(self._form.payload_rows, self._form.columns, torch.uint8)
+        return self._form.carried
 
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
     ) -> str | None:
-        return problem(device, self.needs)
+        return problem(device, self.needs, self.known)
 
     def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
         return self._form.pack(*self._quantise_weight(weight_RK))
@@ -89,19 +104,14 @@ class Quantised(ABC):
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        splits = self._recipe.fp8_gemm_fprop.use_split_accumulator
         inputs = self._inputs(input_TK, tokens_C)
-        return self._products("TN", self._weights(weight_CRK), inputs, tokens_C, splits)
+        return self._products("TN", self._weights(weight_CRK), inputs, tokens_C)
 
     def input_grad(
         self, grad_TR: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        splits = self._recipe.fp8_gemm_dgrad.use_split_accumulator
-        weights = self._weights(weight_CRK)
-        for weight in weights:
-            weight.update_usage(columnwise_usage=True)
-        grads = self._grads(grad_TR, tokens_C)
-        return self._products("NN", weights, grads, tokens_C, splits)
+        weights, grads = self._backward_weights(weight_CRK), self._grads(grad_TR, tokens_C)
+        return self._products("NN", weights, grads, tokens_C)
 
     def weight_grad(
         self,
@@ -116,15 +126,15 @@ class Quantised(ABC):
         if not filled:
             return
         grouped.grouped_gemm()(
-            self._inputs(input_TK, tokens_C),
-            self._grads(grad_TR, tokens_C),
+            self._inputs(input_TK, tokens_C, by_columns=True),
+            self._grads(grad_TR, tokens_C, by_columns=True),
             [out_CRK[slot] for slot in filled],
             [None] * len(filled),
             out_CRK.dtype,
             layout="NT",
-            m_splits=_filled_sizes(tokens_C),
+            m_splits=self._filled_sizes(tokens_C),
             grad=True,
-            use_split_accumulator=self._recipe.fp8_gemm_wgrad.use_split_accumulator,
+            use_split_accumulator=self._splits_accumulator("wgrad"),
         )
 
     def _products(
@@ -133,11 +143,12 @@ class Quantised(ABC):
         weights: list[Any],
         tokens: list[Any],
         tokens_C: Sequence[int],
-        splits_accumulator: bool,
     ) -> torch.Tensor:
         """Multiply slots' quantised tokens by their matrices; leave out slots without any."""
-        sizes = padded_sizes(tokens_C, MULTIPLE)
-        features = self._form.rows if layout == "TN" else self._form.columns
+        sizes = padded_sizes(tokens_C, self.multiple)
+        is_forward = layout == "TN"
+        features = self._form.rows if is_forward else self._form.columns
+        product = "fprop" if is_forward else "dgrad"
         device = weights[0].device
         output_UX = torch.empty((sum(sizes), features), dtype=self._dtype, device=device)
         filled = [weight for weight, size in zip(weights, sizes, strict=True) if size]
@@ -149,31 +160,60 @@ class Quantised(ABC):
                 [None] * len(filled),
                 output_UX.dtype,
                 layout=layout,
-                m_splits=_filled_sizes(tokens_C),
-                grad=layout == "NN",
-                use_split_accumulator=splits_accumulator,
+                m_splits=self._filled_sizes(tokens_C),
+                grad=not is_forward,
+                use_split_accumulator=self._splits_accumulator(product),
                 single_output=True,
             )
-        return unpadded(output_UX, tokens_C, MULTIPLE)
+        return unpadded(output_UX, tokens_C, self.multiple)
 
     def _weights(self, payload_CPK: torch.Tensor) -> list[Any]:
         """Return the slots' matrices as tensors of Transformer Engine, in the payloads' memory."""
         return [self._weight(*self._form.unpack(payload_PK)) for payload_PK in payload_CPK.unbind()]
 
-    def _inputs(self, input_TK: torch.Tensor, tokens_C: Sequence[int]) -> list[Any]:
-        parameters = self._recipe.fp8_quant_fwd_inp
-        quantise = self._tokens_quantiser(self._forward_kind, parameters, input_TK.device)
-        return _quantised(quantise, input_TK, tokens_C)
+    def _backward_weights(self, payload_CPK: torch.Tensor) -> list[Any]:
+        """Return the slots' matrices for products along their columns."""
+        weights = self._weights(payload_CPK)
+        for weight in weights:
+            weight.update_usage(columnwise_usage=True)
+        return weights
 
-    def _grads(self, grad_TR: torch.Tensor, tokens_C: Sequence[int]) -> list[Any]:
-        parameters = self._recipe.fp8_quant_bwd_grad
+    def _inputs(
+        self, input_TK: torch.Tensor, tokens_C: Sequence[int], *, by_columns: bool = False
+    ) -> list[Any]:
+        parameters = getattr(self._recipe, "fp8_quant_fwd_inp", None)
+        quantise = self._tokens_quantiser(self._forward_kind, parameters, input_TK.device)
+        return self._quantised(quantise, input_TK, tokens_C, by_columns)
+
+    def _grads(
+        self, grad_TR: torch.Tensor, tokens_C: Sequence[int], *, by_columns: bool = False
+    ) -> list[Any]:
+        parameters = getattr(self._recipe, "fp8_quant_bwd_grad", None)
         quantise = self._tokens_quantiser(self._backward_kind, parameters, grad_TR.device)
-        return _quantised(quantise, grad_TR, tokens_C)
+        return self._quantised(quantise, grad_TR, tokens_C, by_columns)
+
+    def _quantised(
+        self, quantise: Any, tokens_TK: torch.Tensor, tokens_C: Sequence[int], by_columns: bool
+    ) -> list[Any]:
+        """Quantise the tokens of each slot that has any, with rows of zeros up to the multiple."""
+        quantise.set_usage(rowwise=not by_columns or self.rows_for_columns, columnwise=by_columns)
+        padded_UK = padded(tokens_TK, tokens_C, self.multiple)
+        parts = padded_UK.split(padded_sizes(tokens_C, self.multiple))
+        return [quantise(part_nK) for part_nK in parts if len(part_nK)]
+
+    def _filled_sizes(self, tokens_C: Sequence[int]) -> list[int]:
+        return [size for size in padded_sizes(tokens_C, self.multiple) if size]
+
+    def _splits_accumulator(self, product: str) -> bool:
+        """Return the recipe's setting, or that of Transformer Engine's modules without one."""
+        found = getattr(self._recipe, f"fp8_gemm_{product}", None)
+        return product != "fprop" if found is None else bool(found.use_split_accumulator)
 
 
 class PerTensor(Quantised):
     """Per-tensor current scaling."""
 
+    rows_for_columns: ClassVar[bool] = True
     _module = f"{_TENSORS}.float8_tensor"
     needs: ClassVar[Needs] = {
         (_module, "Float8CurrentScalingQuantizer"): {"fp8_dtype", "device", "rowwise", "columnwise"}
@@ -187,10 +227,13 @@ class PerTensor(Quantised):
         self._tensors = importlib.import_module(self._module)
 
     def _quantise_weight(self, weight_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        parameters = self._recipe.fp8_quant_fwd_weight
-        quantise = self._tokens_quantiser(self._forward_kind, parameters, weight_RK.device)
-        quantise.set_usage(columnwise=False)  # a replica transposes where its card needs it
-        quantised = quantise(weight_RK)
+        quantised: Any = weight_RK
+        if not isinstance(weight_RK, self._tensors.Float8Tensor):
+            parameters = self._recipe.fp8_quant_fwd_weight
+            quantise = self._tokens_quantiser(self._forward_kind, parameters, weight_RK.device)
+            # A replica transposes where its card needs it.
+            quantise.set_usage(rowwise=True, columnwise=False)
+            quantised = quantise(weight_RK)
         return quantised._data, quantised._scale_inv
 
     def _weight(self, values_RK: torch.Tensor, scales: torch.Tensor) -> Any:
@@ -235,7 +278,9 @@ class ByBlocks(Quantised):
         self._weights_quantiser.set_usage(columnwise=False)
 
     def _quantise_weight(self, weight_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        quantised = self._weights_quantiser(weight_RK)
+        quantised: Any = weight_RK
+        if not isinstance(weight_RK, self._tensors.Float8BlockwiseQTensor):
+            quantised = self._weights_quantiser(weight_RK)
         return quantised._rowwise_data, quantised._rowwise_scale_inv
 
     def _weight(self, values_RK: torch.Tensor, scales: torch.Tensor) -> Any:
@@ -263,14 +308,3 @@ class ByBlocks(Quantised):
             force_pow_2_scales=parameters.power_2_scale,
             block_scaling_dim=dimensions,
         )
-
-
-def _quantised(quantise: Any, tokens_TK: torch.Tensor, tokens_C: Sequence[int]) -> list[Any]:
-    """Quantise the tokens of each slot that has any, with rows of zeros up to the multiple."""
-    padded_UK = padded(tokens_TK, tokens_C, MULTIPLE)
-    parts = padded_UK.split(padded_sizes(tokens_C, MULTIPLE))
-    return [quantise(part_nK) for part_nK in parts if len(part_nK)]
-
-
-def _filled_sizes(tokens_C: Sequence[int]) -> list[int]:
-    return [size for size in padded_sizes(tokens_C, MULTIPLE) if size]

@@ -7,6 +7,8 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_laer.choices import Unproven
+from megatron_laer.config import flag_name
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.tools.simulator.advisor.answer import Turn, takes_fsep, verdict
 from megatron_laer.tools.simulator.advisor.predictor import Candidate, Run
@@ -14,17 +16,22 @@ from megatron_laer.tools.simulator.advisor.search import Found, Results
 from megatron_laer.tools.simulator.advisor.settings import group_flags
 from megatron_laer.tools.simulator.iteration.advice import gain
 from megatron_laer.tools.simulator.iteration.rates import ends_of
+from megatron_laer.tools.simulator.node_rows import ASSUMED, in_words
 from megatron_laer.tools.simulator.rendering import aligned
 
 _GIB, _WIDTH = 2**30, 100
 # First words of a spread's source that no measurement or publication stands behind.
 _ASSUMED = ("assumed", "none")
 
-LEGEND = """\
+LEGEND = (
+    """\
 Each row has the fastest slots and exchanges of its group size and sharding. share: time of stock
 under perfectly balanced counts, in its fastest group that fits, over the row's time under the given
 routing. x stock: how many times as fast as the first stock, with the range over the constants.
-EP: ranks of a group; C: slots per rank."""
+EP: ranks of a group; C: slots per rank.
+"""
+    + ASSUMED
+)
 
 
 def text(run: Run, results: Results, turns: Sequence[Turn], common: Sequence[str]) -> str:
@@ -45,7 +52,8 @@ def text(run: Run, results: Results, turns: Sequence[Turn], common: Sequence[str
 def flags(run: Run, candidate: Candidate, common: Sequence[str]) -> list[str]:
     """Return Megatron's flags of a candidate, with those that all have in common."""
     if candidate.setting is not None:
-        return [*common, *candidate.setting.flags]
+        in_fp8 = [flag_name("allow_unproven"), str(Unproven.FP8_EXPERTS)]
+        return [*common, *candidate.setting.flags, *(in_fp8 if run.model.fp8 else [])]
     assert candidate.method.group is not None
     return [*common, *group_flags(candidate.method.group, run.stock_flex)]
 
@@ -68,6 +76,7 @@ def content(
             "share": results.balanced.seconds / found.seconds,
             "peak_bytes": prediction.peak_bytes,
             "max_over_mean": prediction.max_over_mean,
+            "node_rows": dict(prediction.node_rows),
         }
 
     return {
@@ -102,7 +111,7 @@ def _listed(results: Results) -> list[Found]:
 
 def _table(results: Results) -> str:
     lines: list[tuple[str, ...]] = [
-        ("", "", "s/iteration", "low", "high", "x stock", "share", "max/mean", "GiB")
+        ("", "", "s/iteration", "low", "high", "x stock", "share", "max/mean", "rows", "GiB")
     ]
     rows = [(str(place), found) for place, found in enumerate(results.best, start=1)]
     rows += [("", found) for found in results.stocks]
@@ -119,13 +128,14 @@ def _table(results: Results) -> str:
                 "-" if over is None else str(gain(prediction, over)).replace(" times", ""),
                 f"{results.balanced.seconds / found.seconds:.3f}",
                 f"{prediction.max_over_mean:.3f}",
+                in_words(prediction.node_rows),
                 f"{prediction.peak_bytes / _GIB:.1f}",
             )
         )
     balanced = results.balanced
     size = f"{balanced.prediction.peak_bytes / _GIB:.1f}"
     label = f"{balanced.candidate.label}, balanced counts"
-    lines.append(("", label, f"{balanced.seconds:.4g}", "", "", "", "1.000", "", size))
+    lines.append(("", label, f"{balanced.seconds:.4g}", "", "", "", "1.000", "", "", size))
     return aligned(lines, left=(0, 1))
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Auto, ExchangeAlgorithm, Restore, TokenExchange
+from megatron_laer.choices import Auto, ExchangeAlgorithm, Restore, Sharding, TokenExchange
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.token_exchange import with_token_exchange
@@ -67,6 +67,7 @@ class Run:
     dispatches: tuple[Dispatch, ...]
     stock_flex: bool
     stock_overlaps: bool
+    shardings: tuple[Sharding, ...] = tuple(Sharding)
 
     def of_group(self, num_ranks: int) -> RunShape:
         """Return the shape with groups of N ranks."""
@@ -132,6 +133,7 @@ class Predictor:
             holds_step=setting.restore == Restore.STEP,
             topk=self.run.model.topk,
             flex=setting.is_flex,
+            one_queue=self.run.shape.tensor > 1,  # for which Megatron asks
         )
         method = make_method(FSEP, settings, self.run.rates[0])
         return Candidate(geometry.num_ranks, method, setting)

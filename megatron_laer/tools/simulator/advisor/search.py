@@ -71,7 +71,7 @@ def search(predictor: Predictor, balanced: Predictor, progress: Progress = iter)
         setting
         for size in run.sizes
         if size > 1
-        for geometry in geometries(run.model.num_experts, size, run.node_size)
+        for geometry in geometries(run.model.num_experts, size, run.node_size, run.shardings)
         for setting in settings_of(
             geometry, run.dispatches, run.model.topk, partial(predictor.automatic, geometry)
         )

@@ -117,7 +117,9 @@ def stock_sizes(ranks: int, num_experts: int) -> list[int]:
     return [size for size in range(1, both + 1) if both % size == 0]
 
 
-def geometries(num_experts: int, num_ranks: int, node_size: int) -> Iterator[Geometry]:
+def geometries(
+    num_experts: int, num_ranks: int, node_size: int, shardings: Sequence[Sharding]
+) -> Iterator[Geometry]:
     """Yield the shardings and slots of a group.
 
     Slots are few, or enough that a node, or two, four and so on together, hold every expert.
@@ -135,7 +137,7 @@ def geometries(num_experts: int, num_ranks: int, node_size: int) -> Iterator[Geo
         if domain == node_size:
             slots.add((least + whole) // 2)
         domain *= 2
-    for sharding in Sharding:
+    for sharding in shardings:
         at_home = sharding == Sharding.EXPERTS
         if at_home and num_experts % num_ranks:
             continue

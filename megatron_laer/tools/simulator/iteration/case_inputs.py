@@ -47,4 +47,5 @@ def planner_costs(
         bytes_per_element=model.bytes_per_element,
         recompute=recompute,
         pairs_per_rank=round(routing.pairs),
+        fp8=model.fp8,
     )

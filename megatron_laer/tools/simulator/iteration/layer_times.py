@@ -17,6 +17,7 @@ import numpy.typing as npt
 from megatron_laer.choices import Recompute
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.token_prices import all_to_alls
+from megatron_laer.planner.wire_form import quantising_reads
 from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes
 from megatron_laer.tools.simulator.iteration.clocks import INTER, INTRA
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
@@ -95,7 +96,7 @@ class Timing:
     def head_seconds(self) -> tuple[float, float]:
         """Return the time of LM head and loss for a microbatch, forward and backward."""
         model, tokens = self.model, self.run.tokens
-        gemm_s = self._gemm(2.0 * model.prediction_heads * model.head_weights)
+        gemm_s = self._gemm(2.0 * model.prediction_heads * model.head_weights, is_linear=False)
         passes = model.prediction_heads * tokens * model.vocabulary * _LOGIT_BYTES
         memory_s = self.rates.memory_seconds(passes / 2) * (1 + self.rates.overhead)
         factor = _BACKWARD_GEMMS * self.rates.backward_factor
@@ -123,9 +124,23 @@ class Timing:
         size = run.tokens * self.model.hidden * self.model.bytes_per_element
         return size / link.bytes_per_s + link.latency_s
 
-    def _gemm(self, flops_per_token: float) -> float:
+    def _gemm(self, flops_per_token: float, *, is_linear: bool = True) -> float:
         tensor = self.run.tensor
-        return self.rates.gemm_seconds(self.run.tokens * tensor, flops_per_token / tensor)
+        tokens = self.run.tokens * tensor
+        return self.rates.gemm_seconds(tokens, flops_per_token / tensor, is_linear=is_linear)
+
+    def _quantising(self, inputs: int, outputs: int, rows: float) -> tuple[float, float]:
+        """Return the time to quantise rows of linear layers' inputs, and gradients of outputs."""
+        fp8 = self.model.fp8
+        if fp8 is None:
+            return 0.0, 0.0
+        # A byte is written for products along rows, and one for products along columns.
+        passes = quantising_reads(fp8) * self.model.bytes_per_element + 2
+        forward_s, backward_s = (
+            self.rates.memory_seconds(rows * width * passes) * (1 + self.rates.overhead)
+            for width in (inputs, outputs)
+        )
+        return forward_s, backward_s
 
     def _attention(self) -> tuple[float, float]:
         model, rates = self.model, self.rates
@@ -156,7 +171,13 @@ class Timing:
         memory_s = rates.memory_seconds(elements * tokens * model.bytes_per_element)
         memory_s *= 1 + rates.overhead
         backward_s = gemm_s * _BACKWARD_GEMMS * rates.backward_factor
-        return gemm_s + memory_s, backward_s + _BACKWARD_PASSES * memory_s
+        # Attention's projections, and the FFN.
+        inputs, outputs = _ffn_widths(model, width)
+        inputs += model.hidden + model.query_width
+        outputs += model.query_width + 2 * model.key_value_width + model.hidden
+        quantising = self._quantising(inputs, outputs, tokens)
+        forward_s = gemm_s + memory_s + quantising[0]
+        return forward_s, backward_s + _BACKWARD_PASSES * memory_s + quantising[1]
 
     def _tensor(self) -> float:
         run = self.run
@@ -202,9 +223,10 @@ class Timing:
         elements = (3 if model.gated else 2) * model.expert_ffn + _SORTED_PASSES * model.hidden
         memory_s = rates.memory_seconds(elements * model.bytes_per_element) * (1 + rates.overhead)
         memory_s_N = work.pairs_N * memory_s
-        forward_N = gemm_s_N + memory_s_N
+        quantising = self._quantising(*_ffn_widths(model, model.expert_ffn), 1.0)
+        forward_N = gemm_s_N + memory_s_N + work.pairs_N * quantising[0]
         backward_N = gemm_s_N * (_BACKWARD_GEMMS * rates.backward_factor)
-        backward_N += _BACKWARD_PASSES * memory_s_N
+        backward_N += _BACKWARD_PASSES * memory_s_N + work.pairs_N * quantising[1]
         if self.run.recompute == Recompute.COMPUTE:
             backward_N += forward_N
 
@@ -235,3 +257,10 @@ class Timing:
         if host is not None and work.group is None:
             seconds += host.gate.seconds(run.ranks, work.slots, self.model.num_experts)
         return seconds
+
+
+def _ffn_widths(model: ModelShape, width: int) -> tuple[int, int]:
+    """Return the inputs' and the outputs' widths of an FFN's two linear layers; 0 for none."""
+    if width == 0:
+        return 0, 0
+    return model.hidden + width, (2 if model.gated else 1) * width + model.hidden

@@ -9,27 +9,36 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_laer.choices import Recompute
+from megatron_laer.planner.state_bytes import RankWeights, state_bytes
+from megatron_laer.planner.wire_form import held_payloads
 from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 
-# Bytes per weight in fp32: of the main gradient, and of the main weight with two moments.
-_GRADIENT_BYTES, _OPTIMIZER_BYTES = 4, 12
+_GRADIENT_BYTES = 4  # of the main gradient, in fp32
 _LOGIT_BYTES = 4
+# Transformer Engine keeps each weight in fp8 for a step, along its rows and along its columns.
+_QUANTISED_BYTES = 2
+# Strategy of Megatron-FSDP that shards weights, and the most of them that it gathers ahead.
+_SHARDS_WEIGHTS, _GATHERED = "optim_grads_params", 5e8
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Number of weights on a rank of one stage: of experts, as slices or whole, and all others."""
+    """Number of weights on a rank of one stage: of experts, as slices or whole, and all others.
+
+    `linear` are the dense ones but for the embedding and the LM head.
+    """
 
     dense: float
     expert: float
+    linear: float
 
 
 def stage_weights(model: ModelShape, run: RunShape, method: Method, stage: int) -> Weights:
     layers = _layers_of(model, run, stage)
-    dense = sum(
+    linear = dense = sum(
         model.attention_weights + model.dense_weights(has_experts) for has_experts in layers
     )
     if stage == 0:
@@ -37,7 +46,7 @@ def stage_weights(model: ModelShape, run: RunShape, method: Method, stage: int) 
     if stage == run.stages - 1:
         dense += model.head_weights
     expert = sum(layers) * method.experts_held * model.expert_weights
-    return Weights(dense / run.tensor, expert)
+    return Weights(dense / run.tensor, expert, linear / run.tensor)
 
 
 def memory_bytes(
@@ -53,15 +62,13 @@ def _stage_bytes(
 ) -> dict[str, float]:
     weights = stage_weights(model, run, method, stage)
     layers = _layers_of(model, run, stage)
-    both = weights.dense + weights.expert
-    dense_copies = run.data_parallel if run.shards_optimizer else 1
-    expert_copies = method.replicas * run.replicas if run.shards_optimizer else 1
-    optimizer = weights.dense / dense_copies + weights.expert / expert_copies
     whole = method.restored * model.expert_weights * model.bytes_per_element
+    restored = whole if method.payload_bytes is None else method.restored * method.payload_bytes
     with_experts = sum(layers)
     gradients = method.schedule.gradient_layers(with_experts) * whole
     if method.schedule.holds_step:  # sums over all microbatches, for every layer
         gradients += with_experts * method.restored * model.expert_weights * _GRADIENT_BYTES
+        restored *= held_payloads(model.fp8)
     held = in_flight(order(stage, run.stages, run.chunks, run.microbatches)) / run.chunks
     working = _layer_activations(model, run, True, most_pairs)
     if run.recompute == Recompute.NONE:
@@ -73,16 +80,37 @@ def _stage_bytes(
             # Dispatched tokens and outputs stay, since they are not exchanged again.
             kept += with_experts * 2 * most_pairs * model.hidden * model.bytes_per_element
     logits = run.tokens * model.vocabulary * _LOGIT_BYTES * 2 if stage == run.stages - 1 else 0.0
-    return {
-        "weights": both * model.bytes_per_element,
-        "gradients": both * _GRADIENT_BYTES,
-        "optimizer": optimizer * _OPTIMIZER_BYTES,
-        "restored_experts": method.schedule.restored_layers(with_experts) * whole,
+    parts = {
+        **_state_bytes(weights, model, run, method),
+        "restored_experts": method.schedule.restored_layers(with_experts) * restored,
         "restored_gradients": gradients,
         "activations": kept * held + working,
         "logits": logits,
-        **method.fixed_bytes,
     }
+    if model.fp8 is not None:
+        parts["quantised_weights"] = (weights.linear + weights.expert) * _QUANTISED_BYTES
+    if run.dense_sharding == _SHARDS_WEIGHTS:
+        parts["gathered_layers"] = min(weights.linear, _GATHERED) * model.bytes_per_element
+    return parts | dict(method.fixed_bytes)
+
+
+def _state_bytes(
+    weights: Weights, model: ModelShape, run: RunShape, method: Method
+) -> dict[str, float]:
+    """Return the bytes of weights, gradients and optimizer state.
+
+    Megatron-FSDP would shard stock's experts too. Here they stay whole, as FSEP's do, since no time
+    is counted to gather them.
+    """
+    found = state_bytes(
+        RankWeights(weights.linear, weights.dense - weights.linear, weights.expert),
+        run.dense_sharding,
+        ranks=run.data_parallel if run.shards_optimizer else 1,
+        expert_ranks=method.replicas * run.replicas if run.shards_optimizer else 1,
+        bytes_per_weight=model.bytes_per_element,
+        bytes_per_gradient=_GRADIENT_BYTES,
+    )
+    return dict(found._asdict())
 
 
 def _layer_activations(

@@ -9,7 +9,7 @@ Legend: N ranks, E experts, S slots, X ranks of an expert-parallel group.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -26,8 +26,8 @@ from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.traffic import Traffic
-from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 from megatron_laer.schedule import Schedule, make_schedule
+from megatron_laer.tools.simulator.iteration.buffers import buffers, library_bytes
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.work import (
@@ -36,7 +36,13 @@ from megatron_laer.tools.simulator.iteration.work import (
     TokenPassing,
     grouped_totals,
 )
-from megatron_laer.tools.simulator.replay import changed_algorithm, changed_traffic, split_totals
+from megatron_laer.tools.simulator.node_rows import NodeRows
+from megatron_laer.tools.simulator.replay import (
+    changed_algorithm,
+    changed_traffic,
+    off_node_pairs,
+    split_totals,
+)
 
 STOCK, FSDP_EP, FLEXMOE, LAER, FSEP = "stock", "fsdp+ep", "flexmoe", "laer", "fsep"
 METHODS = (STOCK, FSDP_EP, FLEXMOE, LAER, FSEP)
@@ -48,8 +54,9 @@ class MethodSettings:
 
     With `holds_step` FSEP's experts stay restored over a step. `stock_group` is X of stock; None
     for the largest possible. With `flex` FSEP, with `stock_flex` stock sends a token once per node,
-    pipelined. With `stock_overlaps` stock's tokens travel during another microbatch's compute. LAER
-    and FlexMoE have FSEP's geometry without the sharding.
+    pipelined. With `stock_overlaps` stock's tokens travel during another microbatch's compute. With
+    `one_queue` exchanges have the buffers of CUDA_DEVICE_MAX_CONNECTIONS=1. LAER and FlexMoE have
+    FSEP's geometry without the sharding.
     """
 
     geometry: Geometry
@@ -63,6 +70,7 @@ class MethodSettings:
     flex: bool = False
     stock_flex: bool = False
     stock_overlaps: bool = False
+    one_queue: bool = False
 
 
 class LayerPlanner(Protocol):
@@ -80,9 +88,10 @@ class Method:
     """Layouts, exchanges and memory of one method of training.
 
     With `one_stream` parameters and gradients share a communicator. A rank owns `experts_held`
-    experts' worth of weights in each layer and restores `restored` whole ones; `replicas` ranks of
-    an FSEP group own the same. `group` are the ranks of a group of stock. `fixed_bytes` are of
-    libraries and buffers, by part, and do not depend on the run.
+    experts' worth of weights in each layer, as do `replicas` ranks of an FSEP group. It restores
+    `restored` whole ones, as payloads of `payload_bytes` if these are given. `group` are
+    the ranks of a group of stock. `fixed_bytes` are of libraries and buffers, by part, and do not
+    depend on the run.
     """
 
     name: str
@@ -94,6 +103,7 @@ class Method:
     replicas: int
     group: int | None = None
     fixed_bytes: Mapping[str, float] = field(default_factory=dict)
+    payload_bytes: int | None = None
 
 
 def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
@@ -135,7 +145,7 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
         restored=0,
         replicas=geometry.num_ranks // group,
         group=group,
-        fixed_bytes=_libraries(rates, [(group, geometry.node_size)]),
+        fixed_bytes=library_bytes(rates.cluster.card, [(group, geometry.node_size)]),
     )
 
 
@@ -180,7 +190,7 @@ def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
         experts_held=each / sharing,
         restored=each,
         replicas=1,
-        fixed_bytes=_libraries(rates, [(num_ranks, geometry.node_size)] * 3),
+        fixed_bytes=library_bytes(rates.cluster.card, [(num_ranks, geometry.node_size)] * 3),
     )
 
 
@@ -207,7 +217,7 @@ def _relaid(
         experts_held=geometry.num_experts / geometry.num_ranks,
         restored=geometry.capacity,
         replicas=1,
-        fixed_bytes=_buffers(settings, rates),
+        fixed_bytes=buffers(geometry, settings.costs, rates.cluster.card, settings.one_queue),
     )
 
 
@@ -235,45 +245,9 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
         experts_held=geometry.num_experts / geometry.num_ranks,
         restored=geometry.replica_slots,
         replicas=1,
-        fixed_bytes=_buffers(settings, rates),
+        fixed_bytes=buffers(geometry, settings.costs, rates.cluster.card, settings.one_queue),
+        payload_bytes=settings.costs.weights_form(geometry.home_slots).expert_bytes,
     )
-
-
-def _buffers(settings: MethodSettings, rates: Rates) -> dict[str, float]:
-    """Return the bytes of FSEP's workspaces, and of libraries with its communicators."""
-    geometry, costs = settings.geometry, settings.costs
-    num_ranks, node_size = geometry.num_ranks, geometry.node_size
-    is_flat = costs.restore_algorithm == ExchangeAlgorithm.FLAT
-    if geometry.home_slots and is_flat and not costs.by_layout:  # whole experts, there and back
-        workspace = 4 * geometry.replica_slots * sum(map(math.prod, costs.matrices))
-    else:
-        nodes = replace(geometry, domain_nodes=1)
-        of = replace(nodes, node_size=num_ranks) if is_flat else nodes
-        sizes = [
-            (restore_workspace(of, *matrix, 1), reduce_workspace(of, *matrix, 1, 1))
-            for matrix in costs.matrices
-        ]
-        names = "send", "receive"
-        workspace = sum(max(each[way][name] for each in sizes) for way in (0, 1) for name in names)
-    groups = []  # in addition to that of tokens; NCCL takes memory at the first exchange
-    if is_flat or costs.by_layout:
-        groups += [(num_ranks, node_size)] * 2
-    if (not is_flat or costs.by_layout) and 1 < node_size < num_ranks:
-        groups += [(node_size, node_size), (num_ranks // node_size, 1)] * 2
-    libraries = _libraries(rates, [(num_ranks, node_size)], groups)
-    return {"workspaces": workspace * costs.bytes_per_element, **libraries}
-
-
-def _libraries(
-    rates: Rates, groups: Sequence[tuple[int, int]], of_exchanges: Sequence[tuple[int, int]] = ()
-) -> dict[str, float]:
-    """Estimate the bytes of CUDA and of NCCL's communicators, by their ranks and node size."""
-    card = rates.cluster.card
-    if card is None:
-        return {}
-    nccl = sum(card.communicator_bytes(*group) for group in groups)
-    nccl += sum(card.communicator_bytes(*group, of_exchange=True) for group in of_exchanges)
-    return {"libraries": card.context_gib * 2**30 + nccl}
 
 
 @dataclass
@@ -292,7 +266,11 @@ class _Grouped:
     def work(self, counts_NE: Int64) -> LayerWork:
         assert self.passing.group is not None
         totals = grouped_totals(counts_NE, self.passing.group, self.node_size)
-        return LayerWork.of(totals, self.rates, self.restore, self.reduce, passing=self.passing)
+        far = int(totals.far_S.sum())
+        rows = NodeRows.of(counts_NE, self.node_size, totals, far, self.passing.prices)
+        return LayerWork.of(
+            totals, self.rates, self.restore, self.reduce, passing=self.passing, node_rows=rows
+        )
 
 
 @dataclass
@@ -326,10 +304,12 @@ class _Relaid:
             restore, reduce = self._exchanges(decision.layout)
             if guard.mode != PlanMode.EXACT:
                 traffic = changed_traffic(guard, decision)
-                change = self._exchange(traffic, changed_algorithm(guard, decision))
+                change = self._restore(traffic, changed_algorithm(guard, decision))
         totals = split_totals(guard, decision)
         passing = TokenPassing(prices=costs.tokens, pipelined=self.pipelined)
-        return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s, passing)
+        far = off_node_pairs(guard, decision, totals)
+        rows = NodeRows.of(counts_NE, guard.geometry.node_size, totals, far, costs.tokens)
+        return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s, passing, rows)
 
     def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange | None, Exchange | None]:
         """Return restore and reduce; None where experts are at home and none has a replica."""
@@ -340,8 +320,10 @@ class _Relaid:
         algorithm = costs.exchange_of(layout, node_size, home_slots)
         restore = costs.restore_bytes(layout, node_size, algorithm, home_slots=home_slots)
         reduce = costs.reduce_bytes(layout, node_size, algorithm, home_slots)
-        return self._exchange(restore, algorithm), self._exchange(reduce, algorithm)
+        back = Exchange.of(reduce, algorithm, costs.grads_form, geometry)
+        return self._restore(restore, algorithm), back
 
-    def _exchange(self, traffic: Traffic, algorithm: ExchangeAlgorithm) -> Exchange:
-        costs, node_size = self.guard.costs, self.guard.geometry.node_size
-        return Exchange.of(traffic, algorithm, len(costs.matrices), node_size)
+    def _restore(self, traffic: Traffic, algorithm: ExchangeAlgorithm) -> Exchange:
+        geometry = self.guard.geometry
+        form = self.guard.costs.weights_form(geometry.home_slots)
+        return Exchange.of(traffic, algorithm, form, geometry)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from megatron_laer.choices import Fp8Recipe
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.tools.model_flags import MAX_WIDTH, model_sizes, model_values, whole_number
@@ -32,7 +33,8 @@ class ModelShape:
 
     Layers of multi-token prediction are last in `layer_has_experts`; `prediction_heads` counts them
     and the main one. Widths of queries, keys and values are over all heads; a width is 0 for none.
-    `bytes_per_element` are of weights, tokens and gradients on the wire.
+    `bytes_per_element` are of weights, tokens and gradients on the wire. With `fp8` the linear
+    layers of attention, FFN and experts multiply in this recipe.
     """
 
     hidden: int
@@ -51,6 +53,7 @@ class ModelShape:
     prediction_heads: int
     bytes_per_element: int
     latent: LatentAttention | None = None
+    fp8: Fp8Recipe | None = None
 
     @property
     def moe_layers(self) -> int:
@@ -140,6 +143,7 @@ def read_model(config: str, num_experts: int | None = None) -> ModelShape:
         prediction_heads=1 + extra,
         bytes_per_element=2 if "--bf16" in values or "--fp16" in values else 4,
         latent=_latent(values) if "--multi-latent-attention" in values else None,
+        fp8=sizes.fp8_recipe,
     )
 
 

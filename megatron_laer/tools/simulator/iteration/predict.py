@@ -24,6 +24,7 @@ from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.routing import Routing, TraceStep
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import LayerWork
+from megatron_laer.tools.simulator.node_rows import NodeRows, by_cause
 
 # A token's FLOPs in forward and backward, over those of forward.
 _TRAINING_PASSES = 3
@@ -38,7 +39,7 @@ class IterationPrediction:
     `iteration_s`. `mfu` counts no recompute; `naive_s` does, at the fastest GEMM's speed.
     `bytes_by_kind` are received, by link class and kind. `memory_bytes` are of the rank and stage
     that need most. `replan_share` is of microbatches that fetched slots after the gate; 0 in mode
-    `exact`. `group` is stock's expert parallelism.
+    `exact`. `node_rows` are between nodes per pair, by cause. `group` is stock's.
     """
 
     method: str
@@ -56,6 +57,7 @@ class IterationPrediction:
     memory_bytes: Mapping[str, float]
     max_over_mean: float
     replan_share: float
+    node_rows: Mapping[str, float]
     group: int | None = None
 
     @property
@@ -77,6 +79,7 @@ class _Collected:
     bytes_by_kind: list[dict[str, dict[str, float]]] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
     replans: list[bool] = field(default_factory=list)
+    node_rows: list[NodeRows] = field(default_factory=list)
     most_pairs: int = 0
 
 
@@ -123,9 +126,11 @@ def predict_iterations(
                 for each in of:
                     found.ratios.append(each.max_over_mean)
                     found.replans.append(each.change is not None)
+                    if each.node_rows is not None:
+                        found.node_rows.append(each.node_rows)
                     found.most_pairs = max(found.most_pairs, int(each.pairs_N.max()))
         is_first = False
-    peak = peak_flops_per_s or rate_sets[0].best_flops_per_s
+    peak = peak_flops_per_s or rate_sets[0].peak_flops_per_s
     return [
         _prediction(method, collected[method.name], model, run, rate_sets[0], peak)
         for method in methods
@@ -202,7 +207,7 @@ def _prediction(
         by_rates_s=tuple(by_rates_s.tolist()),
         tokens_per_s=tokens / seconds,
         mfu=flops / (seconds * peak_flops_per_s),
-        naive_s=flops * again / nominal.best_flops_per_s,
+        naive_s=flops * again / nominal.peak_flops_per_s,
         compute_s={kind: spent[kind] for kind in COMPUTE},
         exposed_s={kind: spent[kind] for kind in EXPOSED},
         waiting_s=spent[WAITING],
@@ -216,5 +221,6 @@ def _prediction(
         memory_bytes=memory_bytes(model, run, method, found.most_pairs),
         max_over_mean=float(np.mean(found.ratios)),
         replan_share=float(np.mean(found.replans)),
+        node_rows=by_cause(found.node_rows),
         group=method.group,
     )

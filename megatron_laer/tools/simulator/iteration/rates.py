@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_laer.planner.clusters import CONSTANTS, Cluster
+from megatron_laer.planner.gemm_curve import GemmCurve
 
 # Speed of attention's core over the fastest GEMM's: flash attention on an A100 reaches 185 and 150
 # TFLOP/s forward and backward, GEMMs 248, by its authors' tables.
@@ -32,7 +33,8 @@ class Rates:
     """One set of constants of a rank.
 
     `gap_s` is host time once per iteration. `core_*` is the speed of attention's core over the
-    fastest GEMM's. `overhead` is time beyond FLOPs and bytes, over the bytes' time.
+    fastest GEMM's. `overhead` is time beyond FLOPs and bytes, over the bytes' time. With `fp8`
+    linear layers multiply in fp8.
     """
 
     cluster: Cluster
@@ -41,6 +43,7 @@ class Rates:
     core_forward: float = _CORE_FORWARD
     core_backward: float = _CORE_BACKWARD
     overhead: float = 0.0
+    fp8: bool = False
 
     @property
     def backward_factor(self) -> float:
@@ -48,11 +51,22 @@ class Rates:
         return self.cluster.backward_gemm_factor
 
     @property
+    def linear_gemm(self) -> GemmCurve:
+        """Return the speed of linear layers other than the LM head."""
+        return self.cluster.gemm_in(fp8=self.fp8)
+
+    @property
     def best_flops_per_s(self) -> float:
+        """Return the fastest GEMM's speed, without fp8."""
         return max(speed for _, speed in self.cluster.gemm.points)
 
-    def gemm_seconds(self, tokens: float, flops_per_token: float) -> float:
-        unit_s = self.cluster.gemm.unit_seconds(np.array([math.ceil(tokens)]))
+    @property
+    def peak_flops_per_s(self) -> float:
+        return max(speed for _, speed in self.linear_gemm.points)
+
+    def gemm_seconds(self, tokens: float, flops_per_token: float, *, is_linear: bool) -> float:
+        gemm = self.linear_gemm if is_linear else self.cluster.gemm
+        unit_s = gemm.unit_seconds(np.array([math.ceil(tokens)]))
         return float(unit_s[0]) * flops_per_token
 
     def memory_seconds(self, moved_bytes: float) -> float:

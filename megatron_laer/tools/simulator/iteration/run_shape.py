@@ -16,7 +16,7 @@ class RunShape:
     slices are data parallel. `tokens` are a rank's in a microbatch. More than one of `chunks` per
     stage means the interleaved schedule. The embedding, or head and loss, may count as a layer of
     the pipeline. `tensor` ranks share attention, with sequence parallelism. With `flash_attention`
-    scores stay on the chip.
+    scores stay on the chip. `dense_sharding` is Megatron-FSDP's strategy, if it is used.
     """
 
     ranks: int
@@ -33,6 +33,7 @@ class RunShape:
     shards_optimizer: bool = True
     overlaps_data_parallel: bool = True
     flash_attention: bool = True
+    dense_sharding: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "microbatches", "stages", "chunks", "replicas", "tensor"):
@@ -47,6 +48,12 @@ class RunShape:
             raise ValueError(
                 f"{self.microbatches} microbatches on {self.stages} stages of {self.chunks} "
                 "chunks: the interleaved schedule takes a multiple of the stages"
+            )
+        if self.dense_sharding is not None and (self.stages > 1 or not self.shards_optimizer):
+            raise ValueError(
+                f"--data-parallel-sharding-strategy {self.dense_sharding}: Megatron-FSDP takes no "
+                "pipeline, and shards the optimizer; leave out --pipeline and "
+                "--no-distributed-optimizer, or the strategy"
             )
         if self.ranks % self.tensor != 0:
             raise ValueError(f"{self.tensor} tensor-parallel ranks do not divide the {self.ranks}")

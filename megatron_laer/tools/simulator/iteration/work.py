@@ -13,10 +13,13 @@ import numpy.typing as npt
 from megatron_laer.arrays import Int64
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.planner.clusters import Cluster
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.quotas import SplitTotals
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.traffic import Traffic
+from megatron_laer.planner.wire_form import WireForm
 from megatron_laer.tools.simulator.iteration.rates import Rates
+from megatron_laer.tools.simulator.node_rows import NodeRows
 
 Seconds = npt.NDArray[np.float64]
 
@@ -27,7 +30,7 @@ class Exchange:
 
     `intra_bytes` and `inter_bytes` are the most that any rank sends or receives, `mean_*` those
     received by a rank on average. With `in_stages` the link classes are used one after the other
-    (`node`).
+    (`node`), `from_homes` after a hop in front. `quantising_passes` are those of `WireForm`.
     """
 
     intra_bytes: float
@@ -38,10 +41,12 @@ class Exchange:
     collectives: int
     ranks: int
     node_size: int
+    quantising_passes: float = 0.0
+    from_homes: bool = False
 
     @classmethod
     def of(
-        cls, traffic: Traffic, algorithm: ExchangeAlgorithm, matrices: int, node_size: int
+        cls, traffic: Traffic, algorithm: ExchangeAlgorithm, form: WireForm, geometry: Geometry
     ) -> Exchange:
         """Make an exchange from bytes per rank of `CostModel.restore_bytes` or `reduce_bytes`."""
         in_stages = algorithm == ExchangeAlgorithm.NODE
@@ -51,18 +56,24 @@ class Exchange:
             float(traffic.intra_N.mean()),
             float(traffic.inter_N.mean()),
             in_stages,
-            matrices,
+            len(form.matrices),
             len(traffic.intra_N),
-            node_size,
+            geometry.node_size,
+            form.quantising_passes,
+            geometry.home_slots > 0,
         )
 
     def seconds(self, rates: Rates) -> float:
         """Return the time from the last rank's start, as in `CostModel`."""
-        intra_rate, inter_rate = rates.cluster.exchange_rates(rates.bytes_per_element)
+        intra_rate, inter_rate = rates.cluster.exchange_rates(
+            rates.bytes_per_element, self.quantising_passes
+        )
         intra_s, inter_s = self.intra_bytes / intra_rate, self.inter_bytes / inter_rate
         if self.in_stages:
             latency_s = rates.collective_seconds(self.node_size, self.node_size)
             latency_s += rates.collective_seconds(self.ranks // self.node_size, 1)
+            if self.from_homes:
+                latency_s += rates.collective_seconds(self.ranks, self.node_size)
             wire_s = intra_s + inter_s
         else:
             latency_s = rates.collective_seconds(self.ranks, self.node_size)
@@ -85,15 +96,22 @@ class TokenPassing:
     overlapped: bool = False
 
     def seconds(self, work: LayerWork, token_bytes: int, cluster: Cluster) -> Seconds:
-        """Return each rank's time on the links for the work's pairs, without latency."""
+        """Return each rank's time on the links for the work's pairs, without latency.
+
+        As in the cost model, the slower of receiving and sending counts, of all pairs together.
+        """
         intra_bytes, inter_bytes, domain_bytes = self.prices.pair_bytes(token_bytes)
         intra_s_N = work.intra_N * (intra_bytes / cluster.intra.bytes_per_s)
-        inter_s_N = work.inter_N * (inter_bytes / cluster.inter.bytes_per_s)
-        inter_s_N += work.near_N * (domain_bytes / cluster.inter.bytes_per_s)
+        far_s, near_s = (of / cluster.inter.bytes_per_s for of in (inter_bytes, domain_bytes))
+        inter_s_N = np.maximum(
+            work.far_N * far_s + work.near_N * near_s,
+            work.sent_far_N * far_s + work.sent_near_N * near_s,
+        )
         if self.prices.in_stages and not self.pipelined:
-            return intra_s_N + inter_s_N
-        slower_N: Seconds = np.maximum(intra_s_N, inter_s_N)
-        return slower_N
+            seconds_N: Seconds = np.add(intra_s_N, inter_s_N, dtype=np.float64)
+        else:
+            seconds_N = np.maximum(intra_s_N, inter_s_N, dtype=np.float64)
+        return seconds_N
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,17 +119,20 @@ class LayerWork:
     """Work of one microbatch of one MoE layer under a method.
 
     `unit_s_N` are seconds of each rank's expert GEMMs per FLOP of a token, at the nominal rates.
-    `pairs_N` are the (token, expert) pairs that it computes. `intra_N` and `inter_N` are pairs in
-    one token exchange, the larger of sent and received; `mean_*` are received on average. `near_N`
-    leave their rank but not its domain, the node or several that are planned together. `change`
-    is of slots that differ from the planned layout, and `solve_s` makes a layout after the gate.
+    `pairs_N` are the (token, expert) pairs that it computes. The others are of a token exchange:
+    `intra_N` travel inside nodes, the larger of sent and received. `near_N` come from other ranks
+    of the domain, the node or several that are planned together, `far_N` from other domains, and
+    `sent_*` go there. `mean_*` are received on average. `change` is of slots that differ from the
+    planned layout, and `solve_s` makes a layout after the gate. `node_rows` are of all ranks.
     """
 
     unit_s_N: Seconds
     pairs_N: Int64
     intra_N: Int64
-    inter_N: Int64
     near_N: Int64
+    far_N: Int64
+    sent_near_N: Int64
+    sent_far_N: Int64
     mean_intra: float
     mean_inter: float
     mean_near: float
@@ -121,6 +142,7 @@ class LayerWork:
     solve_s: float
     slots: int
     passing: TokenPassing
+    node_rows: NodeRows | None = None
 
     @property
     def group(self) -> int | None:
@@ -130,7 +152,7 @@ class LayerWork:
     def leaves_nodes(self) -> bool:
         """Return True if any token is computed on another node than its own."""
         crosses = self.passing.prices.domain_rows > 0
-        return bool(self.inter_N.any() or (crosses and self.near_N.any()))
+        return bool(self.far_N.any() or (crosses and self.near_N.any()))
 
     @property
     def exchanges_leave_nodes(self) -> bool:
@@ -153,6 +175,7 @@ class LayerWork:
         change: Exchange | None = None,
         solve_s: float = 0.0,
         passing: TokenPassing | None = None,
+        node_rows: NodeRows | None = None,
     ) -> LayerWork:
         num_ranks = len(totals.own_N)
 
@@ -161,19 +184,22 @@ class LayerWork:
             return sums_N
 
         passing = passing or TokenPassing()
-        near_N, far_N = by_rank(totals.near_S), by_rank(totals.far_S)
-        intra_N = inside_N = np.maximum(totals.sent_near_N, near_N) - totals.own_N
-        mean_intra = mean_near = float((near_N - totals.own_N).mean())
+        near_N, far_N = by_rank(totals.near_S) - totals.own_N, by_rank(totals.far_S)
+        sent_near_N = totals.sent_near_N - totals.own_N
+        intra_N = np.maximum(sent_near_N, near_N)
+        mean_intra = mean_near = float(near_N.mean())
         if passing.prices.in_stages:  # a row from another node is passed on inside
-            intra_N = near_N + far_N - totals.own_N
+            intra_N = near_N + far_N
             mean_intra = float(intra_N.mean())
-        unit_s_S = rates.cluster.gemm.unit_seconds(totals.near_S + totals.far_S)
+        unit_s_S = rates.linear_gemm.unit_seconds(totals.near_S + totals.far_S)
         return cls(
             unit_s_N=unit_s_S.reshape(num_ranks, -1).sum(axis=1),
-            pairs_N=near_N + far_N,
+            pairs_N=near_N + far_N + totals.own_N,
             intra_N=intra_N,
-            inter_N=np.maximum(totals.sent_far_N, far_N),
-            near_N=inside_N,
+            near_N=near_N,
+            far_N=far_N,
+            sent_near_N=sent_near_N,
+            sent_far_N=totals.sent_far_N,
             mean_intra=mean_intra,
             mean_inter=float(far_N.mean()),
             mean_near=mean_near,
@@ -183,6 +209,7 @@ class LayerWork:
             solve_s=solve_s,
             slots=len(totals.near_S) // num_ranks,
             passing=passing,
+            node_rows=node_rows,
         )
 
 

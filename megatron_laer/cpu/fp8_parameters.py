@@ -1,0 +1,136 @@
+"""Replacement of Transformer Engine's fp8 parameters of experts (`--fp8-param-gather`) on the CPU.
+
+Megatron keeps their bytes in its own buffers and gathers them. Its optimizer's cast of master
+weights is replaced: Transformer Engine reduces largest values, and here shards are added up.
+
+Legend: R rows of a matrix, K columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.cpu import fp8
+
+_ATEN = torch.ops.aten
+
+
+class Fp8Parameter(torch.Tensor):
+    """Matrix whose only values are fp8 bytes and scales; other operations get it in its dtype.
+
+    `recipe` quantises what is copied into it (`Recipe` of `fp8_experts.py`).
+    """
+
+    _data: torch.Tensor
+    scales: torch.Tensor
+    recipe: Any
+    # Autograd, and then `__torch_dispatch__`, see every operation.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(
+        cls, bytes_RK: torch.Tensor, scales: torch.Tensor, recipe: Any, dtype: torch.dtype
+    ) -> Fp8Parameter:
+        made = torch.Tensor._make_wrapper_subclass(
+            cls, bytes_RK.shape, dtype=dtype, device=bytes_RK.device
+        )
+        made._data, made.scales, made.recipe = bytes_RK, scales, recipe
+        return made
+
+    @classmethod
+    def of(cls, weight_RK: torch.Tensor, recipe: Any) -> Fp8Parameter:
+        values_RK, scales = recipe.quantised(weight_RK, recipe.forward, recipe.weight)
+        return cls(values_RK.view(torch.uint8), scales, recipe, weight_RK.dtype)
+
+    @property
+    def quantised(self) -> fp8.Quantised:
+        return fp8.Quantised(self._data.view(self.recipe.forward), self.scales)
+
+    def in_float32(self) -> torch.Tensor:
+        return fp8.dequantised(self.quantised, self.recipe.weight)
+
+    def dequantize(self) -> torch.Tensor:
+        return self.in_float32().to(self.dtype)
+
+    def set_from(self, weight_RK: torch.Tensor, start: int = 0, end: int | None = None) -> None:
+        """Quantise a matrix; keep all scales, and bytes from `start` to `end` of the flat ones."""
+        made = Fp8Parameter.of(weight_RK.to(self.dtype), self.recipe)
+        self._data.view(-1)[start:end].copy_(made._data.view(-1)[start:end])
+        self.scales.copy_(made.scales)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is _ATEN.detach.default:
+            (of,) = args
+            return cls(of._data, of.scales, of.recipe, of.dtype)
+        if func is _ATEN.copy_.default and isinstance(args[0], cls):
+            args[0].set_from(_plain(args[1]))
+            return args[0]
+        assert not (func._schema.is_mutable and isinstance(args[0], cls)), func
+        return func(*map(_plain, args), **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def fp8_parameters() -> Iterator[None]:
+    """Let Megatron take `Fp8Parameter` for Transformer Engine's class in this context."""
+    from megatron.core import fp8_utils
+
+    with contextlib.ExitStack() as replacements:
+        for name, replacement in {
+            "HAVE_TE_FP8_TENSOR_CLASS": True,
+            "FP8_TENSOR_CLASS": Fp8Parameter,
+            "is_te_min_version": lambda *_, **__: True,
+            "_modify_underlying_storage_impl": _move_bytes,
+            "_quantize_param_shard_impl": _quantise_shards,
+        }.items():
+            replacements.enter_context(mock.patch.object(fp8_utils, name, replacement))
+        yield
+
+
+def keep_in_fp8(linear: torch.nn.Module, recipe: Any) -> None:
+    """Replace a linear layer's weight by one in fp8, with its attributes and its first values."""
+    whole: Any = linear.weight
+    made: Any = torch.nn.Parameter(Fp8Parameter.of(whole.detach(), recipe), whole.requires_grad)
+    vars(made).update(vars(whole))
+    # Master weights begin with these, as by `preserve_high_precision_init_val`.
+    first_RK = whole.detach().clone()
+    made.get_high_precision_init_val = lambda: first_RK
+    made.clear_high_precision_init_val = lambda: None
+    linear.weight = made
+
+
+def _move_bytes(parameter: Fp8Parameter, memory: torch.Tensor) -> None:
+    memory.detach().copy_(parameter._data)
+    parameter._data = memory
+
+
+@torch.no_grad()
+def _quantise_shards(
+    parameters: Sequence[Fp8Parameter],
+    masters: Sequence[torch.Tensor | None],
+    starts: Sequence[int | None],
+    group: Any,
+    _: None = None,
+) -> None:
+    """Quantise whole matrices of which each rank of `group` has a part; write this rank's alone."""
+    for parameter, master, start in zip(parameters, masters, starts, strict=True):
+        whole_RK = torch.zeros(parameter.shape)
+        shard = slice(0, 0)
+        if master is not None:
+            assert start is not None
+            shard = slice(start, start + master.numel())
+            whole_RK.view(-1)[shard].copy_(master)
+        dist.all_reduce(whole_RK, group=group)
+        parameter.set_from(whole_RK, shard.start, shard.stop)
+
+
+def _plain(value: Any) -> Any:
+    return value.dequantize() if isinstance(value, Fp8Parameter) else value

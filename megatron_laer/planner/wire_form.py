@@ -1,0 +1,74 @@
+"""Form of an expert in exchanges of weights or gradients: matrices, bytes, passes over memory.
+
+In fp8, home experts travel as payloads (`layer/experts/fp8/payload.py`; tests compare the sizes).
+
+Legend: R rows of a matrix, K columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from megatron_laer.choices import Fp8Recipe
+
+# Sides of the blocks that share a scale of a weight, and multiple of a row's scales of square ones.
+_BLOCK, _MX_BLOCK, _SCALES = 128, 32, 4
+_SCALE_BYTES = 4  # float32
+
+
+@dataclass(frozen=True)
+class WireForm:
+    """Form of an expert in one kind of exchange.
+
+    Attributes:
+        matrices: (rows, columns) of each matrix or of its payload.
+        quantising_passes: passes of the sender over these bytes in memory, before it packs them.
+    """
+
+    matrices: tuple[tuple[int, int], ...]
+    bytes_per_element: int
+    quantising_passes: float = 0.0
+
+    @property
+    def expert_bytes(self) -> int:
+        return self.bytes_per_element * sum(rows * columns for rows, columns in self.matrices)
+
+
+@lru_cache(maxsize=64)
+def payload_form(
+    recipe: Fp8Recipe, matrices: tuple[tuple[int, int], ...], bytes_per_element: int
+) -> WireForm:
+    """Return the form of quantised matrices, whose elements have `bytes_per_element` at home.
+
+    The sender quantises each expert once: it reads the elements and writes a byte of each. That an
+    expert goes to several replicas is not counted, so quantising takes at most this time.
+    """
+    payloads = tuple((payload_rows(recipe, *matrix), matrix[1]) for matrix in matrices)
+    return WireForm(payloads, 1, quantising_reads(recipe) * bytes_per_element + 1)
+
+
+def payload_rows(recipe: Fp8Recipe, rows: int, columns: int) -> int:
+    """Return the rows of a matrix's payload: a byte per element, then scales in whole rows.
+
+    In mxfp8 both sides are multiples of its block, so that both directions have as many scales.
+    """
+    scale_bytes = {
+        Fp8Recipe.DELAYED: _SCALE_BYTES,
+        Fp8Recipe.TENSORWISE: _SCALE_BYTES,
+        Fp8Recipe.BLOCKWISE: _SCALE_BYTES
+        * -(-rows // _BLOCK)
+        * (-(-columns // (_BLOCK * _SCALES)) * _SCALES),
+        Fp8Recipe.MXFP8: rows * -(-columns // _MX_BLOCK),
+    }[recipe]
+    return rows + -(-scale_bytes // columns)
+
+
+def held_payloads(recipe: Fp8Recipe | None) -> int:
+    """Return the payloads of an expert that a step holds: mxfp8's serve one direction each."""
+    return 2 if recipe == Fp8Recipe.MXFP8 else 1
+
+
+def quantising_reads(recipe: Fp8Recipe) -> int:
+    """Return how often a tensor is read: current scaling needs its largest value first."""
+    return 2 if recipe == Fp8Recipe.TENSORWISE else 1

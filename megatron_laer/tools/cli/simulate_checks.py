@@ -1,0 +1,48 @@
+"""Refusals of `simulate`: contradictory flags, and files that cannot be written."""
+
+from __future__ import annotations
+
+import argparse
+
+from megatron_laer.choices import Sharding, TokenExchange
+from megatron_laer.config import PlanMode
+from megatron_laer.files.checks import quoted
+from megatron_laer.tools.cli import simulate_input
+from megatron_laer.tools.cli.argument_types import refuse_repeated, yaml_inputs
+from megatron_laer.tools.cli.outputs import check_outputs
+from megatron_laer.tools.simulator.rendering import check_can_plot
+
+FLEX = "flex"
+ROWS_SHARDED = (
+    "--data-parallel-sharding-strategy: Megatron-FSDP takes experts as stock's parameters; give "
+    "--sharding experts, or leave it out"
+)
+
+
+def check(args: argparse.Namespace) -> None:
+    sizes = ("--ranks", "--node-size", "--capacity", "--tokens")
+    repeatable = (*sizes, "--sharding", "--mode", "--method")
+    refuse_repeated(args, repeatable)
+    if args.restore == "step" and args.mode != [PlanMode.FORECAST.value]:
+        raise ValueError(
+            f"--restore step keeps layouts over a step, got --mode {' '.join(args.mode)}; give "
+            f"--mode {PlanMode.FORECAST}"
+        )
+    if Sharding.EXPERTS in args.sharding and args.strategy == "laer":
+        raise ValueError(
+            "--strategy laer: moves every expert, so it does not run with --sharding experts; use "
+            "another strategy, or --sharding rows"
+        )
+    if args.domain_nodes is not None and args.token_exchange in (TokenExchange.RANK, FLEX):
+        raise ValueError(
+            f"--domain-nodes {args.domain_nodes}: no effect with --token-exchange "
+            f"{args.token_exchange}; leave it out, or give --token-exchange node"
+        )
+    simulate_input.check(args)
+    inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
+    outputs = {"--json": args.json, "--png": args.png, "--timeline": args.timeline}
+    check_outputs(outputs, inputs, args.trace)
+    if args.png is not None:
+        if args.png.suffix.lower() != ".png":
+            raise ValueError(f"--png {quoted(args.png)}: give a file that ends in .png")
+        check_can_plot(args.png, "--png")

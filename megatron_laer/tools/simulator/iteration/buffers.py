@@ -1,0 +1,97 @@
+"""Memory of FSEP's workspaces, and of libraries with its communicators."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from megatron_laer.choices import TokenExchange
+from megatron_laer.config import ExchangeAlgorithm
+from megatron_laer.planner.clusters import Card
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.wire_form import WireForm
+from megatron_laer.planner.workspace import reduce_workspace, relay_workspace, restore_workspace
+
+# Bytes by buffer, for each matrix of an expert.
+_Sizes = list[dict[str, int]]
+
+
+def buffers(
+    geometry: Geometry, costs: CostModel, card: Card | None, one_queue: bool
+) -> dict[str, float]:
+    """Return the bytes of workspaces, and of libraries with FSEP's communicators.
+
+    Matrices follow each other through one workspace. With one hardware queue
+    (CUDA_DEVICE_MAX_CONNECTIONS=1) they are exchanged side by side, and each has its own.
+    """
+    num_ranks, node_size = geometry.num_ranks, geometry.node_size
+    is_flat = costs.restore_algorithm == ExchangeAlgorithm.FLAT
+    ways = [ExchangeAlgorithm.FLAT] * (is_flat or costs.by_layout)
+    ways += [ExchangeAlgorithm.NODE] * (not is_flat or costs.by_layout)
+    together = sum if one_queue else max
+    workspaces = sum(
+        together(of_matrix[name] for of_matrix in sizes)
+        for way in ways
+        for sizes in _workspaces(geometry, costs, way)
+        for name in sizes[0]
+    )
+    exchanges: list[tuple[int, int]] = []  # besides tokens'; NCCL takes memory at first use
+    tokens = [(num_ranks, node_size)]
+    stages = [(node_size, node_size), (num_ranks // node_size, 1)]
+    has_stages = 1 < node_size < num_ranks
+    if is_flat or costs.by_layout:
+        exchanges += [(num_ranks, node_size)] * 2
+    if has_stages and (not is_flat or costs.by_layout):
+        exchanges += stages * 2
+    if has_stages and costs.tokens.exchange == TokenExchange.NODE:
+        tokens += stages
+    return {"workspaces": workspaces, **library_bytes(card, tokens, exchanges)}
+
+
+def library_bytes(
+    card: Card | None,
+    groups: Sequence[tuple[int, int]],
+    of_exchanges: Sequence[tuple[int, int]] = (),
+) -> dict[str, float]:
+    """Estimate the bytes of CUDA and of NCCL's communicators, by their ranks and node size."""
+    if card is None:
+        return {}
+    nccl = sum(card.communicator_bytes(*group) for group in groups)
+    nccl += sum(card.communicator_bytes(*group, of_exchange=True) for group in of_exchanges)
+    return {"libraries": card.context_gib * 2**30 + nccl}
+
+
+def _workspaces(geometry: Geometry, costs: CostModel, way: ExchangeAlgorithm) -> list[_Sizes]:
+    """Return the buffers of restores and reduces by one way.
+
+    A home that sends directly is assumed to send as many experts as it has replica slots.
+    """
+    weights, grads = costs.weights_form(geometry.home_slots), costs.grads_form
+    is_flat = way == ExchangeAlgorithm.FLAT
+    if geometry.home_slots and is_flat:
+        return [_direct(geometry, form) for form in (weights, grads)]
+    of = replace(geometry, domain_nodes=1)
+    if is_flat:
+        of = replace(of, node_size=geometry.num_ranks)
+    each, wire = weights.bytes_per_element, grads.bytes_per_element
+    found = [
+        [restore_workspace(of, *matrix, each) for matrix in weights.matrices],
+        [reduce_workspace(of, *matrix, wire, wire) for matrix in grads.matrices],
+    ]
+    if geometry.home_slots:
+        found += [
+            [relay_workspace(of, *matrix, form.bytes_per_element) for matrix in form.matrices]
+            for form in (weights, grads)
+        ]
+    return found
+
+
+def _direct(geometry: Geometry, form: WireForm) -> _Sizes:
+    """Return the buffers of whole experts, sent and received."""
+    return [
+        dict.fromkeys(
+            ("send", "receive"), geometry.replica_slots * rows * columns * form.bytes_per_element
+        )
+        for rows, columns in form.matrices
+    ]

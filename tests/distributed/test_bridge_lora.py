@@ -1,0 +1,151 @@
+"""Megatron-Bridge's own LoRA on experts at home trains as in stock, and is exported as stock's.
+
+Needs a checkout of Megatron-Bridge in the folder MEGATRON_BRIDGE_CHECKOUT. The export also needs
+its dependencies, as `test_bridge_weights.py`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import partial
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_laer.cpu.ranks import RankPools
+from megatron_laer.cpu.training import Adapt, Record, train
+from tests.bridge_stubs import importable, peft_importable
+from tests.checkouts import checkout
+from tests.distributed.test_bridge_weights import QWEN3
+from tests.distributed.test_home_names import train_some
+from tests.distributed.test_homes import DISTRIBUTED
+from tests.distributed.test_lora_on_experts import RANDOM, command
+from tests.parity.compare import distance
+from tests.parity.flags import command_line
+from tests.parity.row import FP32_BOUND
+
+CHECKOUT, pytestmark = checkout("MEGATRON_BRIDGE_CHECKOUT", "Megatron-Bridge 0.6")
+
+EXPERTS = ["*.experts.*.linear_fc1", "*.experts.*.linear_fc2"]
+CANONICAL = [EXPERTS[0] + "_gate", EXPERTS[0] + "_up", EXPERTS[1]]
+ALL = ["linear_qkv", "linear_proj", *EXPERTS]
+
+# At a higher rate a token changes its expert in one of two stock runs.
+SLOWER = " --lr 3e-3 --min-lr 3e-3"
+
+
+def lora(model: torch.nn.Module, targets: list[str], *, canonical: bool = False) -> None:
+    with peft_importable(CHECKOUT):
+        apply_lora(model, targets, canonical=canonical)
+
+
+def apply_lora(model: torch.nn.Module, targets: list[str], *, canonical: bool = False) -> None:
+    from megatron.bridge.peft import utils
+    from megatron.bridge.peft.canonical_lora import CanonicalLoRA
+    from megatron.bridge.peft.lora import LoRA
+
+    # Without Transformer Engine, Megatron has its layers' names for None.
+    with mock.patch.object(utils, "HAVE_TE", False):
+        (CanonicalLoRA if canonical else LoRA)(target_modules=targets, dim=4, alpha=8)(model)
+
+
+def grouped_lora(model: torch.nn.Module, kind: str) -> None:
+    """Adapt grouped experts as `LoRA.transform` does, which knows Transformer Engine's alone."""
+    with peft_importable(CHECKOUT):
+        from megatron.bridge.peft import utils
+        from megatron.bridge.peft.lora_layers import LoRALinear
+
+        model.requires_grad_(False)
+        found = [
+            (f"{name}.{linear}", module, linear)
+            for name, module in model.named_modules()
+            for linear in ("linear_fc1", "linear_fc2")
+            if name.endswith(".experts")
+        ]
+        for name, experts, linear in found:
+            inner: Any = getattr(experts, linear)
+            rows, columns = inner.weight0.shape
+            more: dict[str, Any] = {"num_local_experts": inner.num_gemms}
+            more["params_device"] = inner.weight0.device
+            if kind == "ParallelLinearAdapter":
+                more = {"is_expert": True}
+            adapter = getattr(utils, kind)(
+                columns,
+                rows,
+                4,
+                base_linear_name=name,
+                activation="identity",
+                input_is_parallel=linear == "linear_fc2",
+                model_parallel_config=inner.config,
+                alpha=8,
+                **more,
+            )
+            setattr(experts, linear, LoRALinear(inner, adapter))
+
+
+@pytest.mark.parametrize(
+    ("adapt", "grouped"),
+    [
+        (partial(lora, targets=EXPERTS), False),
+        (partial(lora, targets=EXPERTS[:1]), False),
+        (partial(lora, targets=EXPERTS[1:]), False),
+        (partial(lora, targets=CANONICAL, canonical=True), False),
+        (partial(lora, targets=ALL), False),
+        (partial(grouped_lora, kind="GroupedExpertLinearAdapter"), True),
+        (partial(grouped_lora, kind="ParallelLinearAdapter"), True),
+        (partial(grouped_lora, kind="SharedOuterGroupedExpertAdapter"), True),
+    ],
+    ids=["both", "fc1", "fc2", "canonical", "with attention", "packed", "shared", "outer shared"],
+)
+def test_bridges_lora_on_experts_trains_as_in_stock(
+    ranks: RankPools, text_data: str, adapt: Adapt, grouped: bool
+) -> None:
+    def run(mode: str) -> Record:
+        given = [*command(text_data, DISTRIBUTED + mode, 12), *SLOWER.split()]
+        found: Record = ranks(2).run(train_some, given, None, grouped, adapt)[0]
+        return found
+
+    stock, homes = run(""), run(RANDOM)
+    trained = [name for name, gradient in homes.first_grads.items() if gradient.any()]
+    assert trained and all(".adapter." in name for name in trained)
+    apart = distance(homes, stock)
+    print(apart)
+    assert apart.within(FP32_BOUND)
+
+
+def exported(flags: list[str], merges: bool) -> dict[str, torch.Tensor]:
+    """Return the weights after some steps in Hugging Face's format, adapters merged or left out."""
+
+    def export(model: list[torch.nn.Module]) -> dict[str, torch.Tensor]:
+        from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
+        from transformers import Qwen3MoeConfig
+
+        config = Qwen3MoeConfig(num_experts=4, hidden_size=48, num_attention_heads=4)
+        stream = Qwen3MoEBridge().stream_weights_megatron_to_hf(
+            model, config, show_progress=False, merge_adapter_weights=merges
+        )
+        return {name: weight.clone() for name, weight in stream}
+
+    with importable(CHECKOUT):
+        found: dict[str, torch.Tensor] = train(
+            flags, export, adapt=partial(apply_lora, targets=ALL)
+        ).probes[-1]
+        return found
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
+)
+def test_experts_with_adapters_are_exported_as_stocks(ranks: RankPools, text_data: str) -> None:
+    def run(mode: str, merges: bool) -> dict[str, torch.Tensor]:
+        flags = command_line(text_data, QWEN3 + mode, experts=4, steps=2)
+        found: dict[str, torch.Tensor] = ranks(2).run(exported, flags, merges)[0]
+        return found
+
+    for merges in (True, False):
+        stock, homes = run("", merges), run(RANDOM, merges)
+        assert homes.keys() == stock.keys() and any(".experts." in name for name in homes)
+        for name, weight in stock.items():
+            assert torch.equal(homes[name], weight), name

@@ -1,0 +1,303 @@
+"""Homes by a permutation: experts train and are saved as stock's, wherever they live.
+
+Legend: N ranks, E experts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_laer.cpu.ranks import Raised, RankPools
+from megatron_laer.cpu.training import Record, initial_weights, train
+from megatron_laer.cpu.weights import Tensors
+from megatron_laer.planner.homes_file import read_homes, write_homes
+from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
+from megatron_laer.runtime.planning.layout_recording import read_layouts
+from tests.checkpoints import assert_equal, iteration_folder, saved_iteration, saved_tensors
+from tests.parity.compare import identical
+from tests.parity.flags import command_line
+from tests.parity.replay import train_row
+from tests.parity.row import REPLICAS_PAY
+from tests.parity.rows import REPLAY
+
+AT_HOME = " --expert-parallel-mode fsep --fsep-sharding experts"
+STATIC, RANDOM = AT_HOME + " --fsep-planner static", AT_HOME + " --fsep-planner random"
+DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+RESHARDABLE = DISTRIBUTED + " --dist-ckpt-optim-fully-reshardable --ckpt-format torch_dist"
+
+
+def command(data: str, extra: str, steps: int = 3, ranks: int = 2) -> list[str]:
+    return command_line(data, extra, expert_parallel=ranks, global_batch=8, steps=steps)
+
+
+def homes(folder: Path, seed: int, ranks: int = 2, experts: int = 8) -> str:
+    """Write random homes of two layers, and return the flag."""
+    rng, path = np.random.default_rng(seed), folder / f"homes-{ranks}-{seed}.json"
+    write_homes(path, ranks, {f"layer {layer}": rng.permutation(experts) for layer in (1, 2)})
+    return f" --fsep-homes {path}"
+
+
+def test_stocks_initial_value_of_each_expert_is_at_its_home(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    stock = ranks(4).run(initial_weights, command(text_data, "", ranks=4))[0]
+    moved = RANDOM + homes(tmp_path, 0, ranks=4)
+    assert_equal(ranks(4).run(initial_weights, command(text_data, moved, ranks=4))[0], stock)
+
+
+def moved_to(expert_E: list[int]) -> list[tuple[float, float]]:
+    """Move homes of parameters in fp8; return each one's value, and that kept for its master."""
+    import torch.distributed as dist
+
+    from megatron_laer.cpu.fp8_experts import Recipe
+    from megatron_laer.cpu.fp8_parameters import keep_in_fp8
+    from megatron_laer.layer.experts.home_moves import move_home
+    from megatron_laer.layer.experts.main_grads import MegatronMainGrads
+    from megatron_laer.planner.home_order import HomeOrder
+    from megatron_laer.runtime.weights.layer import Homes
+    from tests.distributed.test_home_exchange import exchanges_on
+
+    config = SimpleNamespace(fp8="e4m3", fp8_recipe="tensorwise")
+    with exchanges_on(2) as exchanges:
+        linears, num_home = [], len(expert_E) // dist.get_world_size()
+        for at in range(num_home):
+            linear = torch.nn.Linear(16, 16, bias=False)
+            # No fp8 value times its scale: only the value that is kept aside is exact.
+            torch.nn.init.constant_(linear.weight, 1.1 + dist.get_rank() * num_home + at)
+            linear.weight.data[0, 0] = 1000.0
+            keep_in_fp8(linear, Recipe.of(config))
+            linears.append(linear)
+        share = Homes((tuple(linear.weight for linear in linears),), MegatronMainGrads())
+        order, device = HomeOrder(np.array(expert_E)), torch.device("cpu")
+        move_home(share, order, exchanges["direct"].groups, device)
+    kept = [linear.weight.get_high_precision_init_val() for linear in linears]  # type: ignore
+    weights = [linear.weight.detach().float() for linear in linears]
+    return [(float(w[1, 1]), float(k[1, 1])) for w, k in zip(weights, kept, strict=True)]
+
+
+def test_master_weights_of_fp8_parameters_move_as_well(ranks: RankPools) -> None:
+    moved = [3, 0, 2, 1]
+    found = [one for of_rank in ranks(2).run(moved_to, moved) for one in of_rank]
+    assert [kept for _, kept in found] == pytest.approx([1.1 + expert for expert in moved])
+    assert [value for value, _ in found] == pytest.approx([1.1 + e for e in moved], rel=0.5)
+
+
+@pytest.mark.parametrize("static", [True, False], ids=["static", "random replicas"])
+def test_a_second_run_has_the_same_bits(
+    ranks: RankPools, text_data: str, tmp_path: Path, static: bool
+) -> None:
+    flags = (STATIC if static else RANDOM) + homes(tmp_path, 1) + DISTRIBUTED + " --bf16"
+    first, second = (ranks(2).run(train, command(text_data, flags))[0] for _ in range(2))
+    assert identical(first, second)
+
+
+PLANNED = AT_HOME + f" --fsep-late-plan wait --fsep-cluster {REPLICAS_PAY}"
+
+
+def layouts_in_force(_: list[torch.nn.Module]) -> Any:
+    from megatron_laer.session import current_coordinator
+
+    coordinator = current_coordinator()
+    assert coordinator is not None
+    return coordinator.layouts.version, [layout.to_list() for layout in coordinator.layouts.layouts]
+
+
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    """The optimizer's state is in Megatron's default form, and the planner's is resumed too."""
+    flags = PLANNED + homes(tmp_path, 2) + DISTRIBUTED + " --ckpt-format torch_dist"
+    flags += " --override-opt_param-scheduler"
+    saved = flags + f" --save {tmp_path / 'saved'} --save-interval 3"
+    whole: Record = ranks(2).run(train, command(text_data, flags, steps=6), layouts_in_force)[0]
+    ranks(2).run(train, command(text_data, saved, steps=3))
+    again = flags + f" --load {tmp_path / 'saved'}"
+    resumed: Record = ranks(2).run(train, command(text_data, again, steps=6), layouts_in_force)[0]
+    assert resumed.losses == whole.losses[3:]
+    assert resumed.probes == whole.probes[3:] and resumed.probes[-1][0] > 2, "plans are resumed"
+    assert_equal(resumed.weights, whole.weights)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [RESHARDABLE, pytest.param(" --optimizer muon", marks=pytest.mark.nightly)],
+    ids=["distributed optimizer", "Muon"],
+)
+def test_experts_move_home_through_checkpoints_under_stocks_names(
+    ranks: RankPools, text_data: str, tmp_path: Path, optimizer: str
+) -> None:
+    """The first run trains; the others have no step left, and save the loaded state."""
+    stops = [
+        (2, PLANNED + homes(tmp_path, 3)),
+        (4, ""),
+        (4, PLANNED + homes(tmp_path, 4, ranks=4)),
+        (4, PLANNED + homes(tmp_path, 5, ranks=4)),
+        (2, " --expert-parallel-mode fsep --fsep-sharding rows"),
+    ]
+    folders = []
+    for number, (size, mode) in enumerate(stops):
+        target = tmp_path / str(number)
+        flags = optimizer + " --ckpt-format torch_dist" + mode + f" --save {target}"
+        flags += " --save-interval 2" if number == 0 else f" --load {tmp_path / str(number - 1)}"
+        flags += " --save-interval 1000" if number else ""
+        ranks(size).run(train, command(text_data, flags, steps=2, ranks=size))
+        assert saved_iteration(target) == 2
+        folders.append(iteration_folder(target, 2))
+    first, *others = map(saved_tensors, folders)
+    assert any("experts" in key and "optimizer" in key for key in first)
+    for other in others:
+        assert_equal(other, first)
+
+
+def test_training_goes_on_where_homes_moved(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    """Two experts of a token commute in its sum, so without replicas only sums of norms differ."""
+    flags = STATIC + RESHARDABLE + " --override-opt_param-scheduler"
+    saved = tmp_path / "saved"
+    here, there = homes(tmp_path, 6), homes(tmp_path, 7)
+    first = flags + here + f" --save {saved} --save-interval 3"
+    ranks(2).run(train, command(text_data, first, steps=3))
+    stayed, moved, stock = (
+        ranks(2).run(train, command(text_data, f"{mode} --load {saved}", steps=6))[0]
+        for mode in (flags + here, flags + there, RESHARDABLE + " --override-opt_param-scheduler")
+    )
+    assert len(stock.losses) == 3
+    for other in (stayed, moved):
+        assert other.losses == pytest.approx(stock.losses, rel=1e-6)
+        for key, weight in stock.weights.items():
+            assert torch.allclose(other.weights[key], weight, rtol=1e-4, atol=1e-6), key
+
+
+def test_optimizer_buffers_are_read_with_the_same_homes_alone(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    saved = tmp_path / "saved"
+    flags = DISTRIBUTED + " --ckpt-format torch_dist --override-opt_param-scheduler"
+    first = STATIC + flags + homes(tmp_path, 8)
+    ranks(2).run(train, command(text_data, f"{first} --save {saved} --save-interval 2", steps=2))
+    for mode, said in (
+        (STATIC + homes(tmp_path, 9), "the same --fsep-homes"),
+        (STATIC, ".fsep-homes-"),
+        ("", ".fsep-homes-"),
+    ):
+        again = mode + flags + f" --load {saved}"
+        for result in ranks(2).run_raw(train, command(text_data, again, steps=4)):
+            assert isinstance(result, Raised) and said in result.traceback
+
+
+@pytest.mark.parametrize(
+    ("ranks_of_file", "experts", "layers", "said"),
+    [
+        (4, 8, 2, "has homes for 4 ranks and 8 experts, but this run has 2 ranks and 8 experts"),
+        (2, 4, 2, "has homes for 2 ranks and 4 experts, but this run has 2 ranks and 8 experts"),
+        (2, 8, 1, "has no homes for layer 2; it has 'layer 1'"),
+    ],
+    ids=["ranks", "experts", "layers"],
+)
+def test_homes_of_another_run_are_refused_on_every_rank(
+    ranks: RankPools,
+    text_data: str,
+    tmp_path: Path,
+    ranks_of_file: int,
+    experts: int,
+    layers: int,
+    said: str,
+) -> None:
+    path = tmp_path / "homes.json"
+    order_E = np.arange(experts)[::-1]
+    write_homes(path, ranks_of_file, {f"layer {at + 1}": order_E for at in range(layers)})
+    flags = STATIC + f" --fsep-homes {path}"
+    for result in ranks(2).run_raw(train, command(text_data, flags)):
+        assert isinstance(result, Raised) and f"--fsep-homes '{path}'" in result.traceback
+        assert said in result.traceback
+
+
+def test_ranks_with_other_homes_stop_before_the_first_step(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    flags = [command(text_data, STATIC + homes(tmp_path, seed)) for seed in (10, 11)]
+    for result in ranks(2).run_raw(train_as_rank, flags):
+        assert isinstance(result, Raised)
+        assert "the content of --fsep-homes is" in result.traceback
+
+
+def train_as_rank(flags: list[list[str]]) -> Record:
+    from megatron_laer.cpu.training import rank_of_environment
+
+    return train(flags[rank_of_environment()])
+
+
+def misses(_: list[torch.nn.Module]) -> int:
+    from megatron_laer.session import current_coordinator
+
+    coordinator = current_coordinator()
+    assert coordinator is not None and isinstance(coordinator.pass_layouts, AnnouncedLayouts)
+    return coordinator.pass_layouts.misses
+
+
+def test_announced_choices_are_known_by_home(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    flags = f"{AT_HOME} --fsep-cluster {REPLICAS_PAY}{REPLAY} --fsep-plan-mode announced"
+    command_ = command(text_data, flags + homes(tmp_path, 12))
+    assert ranks(2).run(train_row, command_, misses)[0].probes == [0, 0, 0]
+
+
+def test_layouts_are_recorded_with_experts_numbers_and_replayed_with_the_same_homes(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    folder, here = tmp_path / "recorded", homes(tmp_path, 13)
+    record = PLANNED + here + f" --fsep-record-layouts {folder}"
+    recorded = ranks(2).run(train, command(text_data, record, steps=5))[0]
+    _, layouts = [*read_layouts(folder / "group-0.jsonl")][-1]
+    orders = read_homes(Path(here.split()[1])).by_layer.values()
+    for layout, home in zip(layouts, orders, strict=True):
+        at_home = [layout.experts_of(rank)[:4] for rank in range(2)]
+        assert [expert for of_rank in at_home for expert in of_rank] == home.expert_E.tolist()
+    replay = AT_HOME + f" --fsep-cluster {REPLICAS_PAY} --fsep-replay-layouts {folder}"
+    again = ranks(2).run(train, command(text_data, replay + here, steps=5))[0]
+    assert identical(again, recorded)
+    for result in ranks(2).run_raw(train, command(text_data, replay + homes(tmp_path, 14))):
+        assert isinstance(result, Raised)
+        assert "was recorded with other homes of experts" in result.traceback
+
+
+BIAS = "--disable-bias-linear"
+
+
+def initial_of_kind(flags: list[str], grouped: bool) -> Tensors:
+    from tests.grouped_experts import grouped as grouped_experts
+
+    with grouped_experts() if grouped else contextlib.nullcontext():
+        return initial_weights(flags)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["sequence", "grouped"])
+def test_experts_with_biases_go_home_as_they_are_made_and_as_they_are_loaded(
+    ranks: RankPools, text_data: str, tmp_path: Path, grouped: bool
+) -> None:
+    saved = " --ckpt-format torch_dist --save {0} --save-interval 1"
+    loaded = " --ckpt-format torch_dist --load {0} --finetune --no-load-optim --no-load-rng"
+
+    def weights(mode: str, extra: str = "") -> Tensors:
+        flags = command_line(text_data, mode + extra, global_batch=8, steps=1, without=BIAS)
+        found: Tensors = ranks(2).run(initial_of_kind, flags, grouped)[0]
+        assert any("linear_fc1_bias" in name or "fc1.bias" in name for name in found)
+        return found
+
+    here, there = STATIC + homes(tmp_path, 15), STATIC + homes(tmp_path, 16)
+    one, two = tmp_path / "one", tmp_path / "two"
+    drawn = weights(here, saved.format(one))
+    assert_equal(drawn, weights(""))
+    trained = weights("", loaded.format(one) + saved.format(two))
+    assert not all(torch.equal(trained[name], drawn[name]) for name in drawn)
+    assert_equal(weights(there, loaded.format(one)), trained)
+    assert_equal(weights(here, loaded.format(two)), weights("", loaded.format(two)))

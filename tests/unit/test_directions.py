@@ -1,0 +1,204 @@
+"""Weights of mxfp8 serve one direction: backward fetches others, and none is used in the wrong one.
+
+Forward's matrices have known sums here, and those of backward ten times these.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_laer.layer.experts.main_grads import MegatronMainGrads
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.runtime.comm.layout_index import layout_index
+from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.layer import Homes, Slices
+from megatron_laer.runtime.weights.layer_experts import LayerExperts
+from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.states import ExpertsState, WeightState
+from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
+from tests.unit import test_restored_experts as one_direction
+from tests.unit.test_restored_experts import CPU, ROWS, compute, ones
+
+FACTOR = 10.0
+SUMS = 2 * 8 * 3 * 0.5, 2 * 8 * 3 * 0.25  # of both experts' elements in each matrix
+
+
+@dataclass(frozen=True)
+class Directed(Slices):
+    @functools.cached_property
+    def for_backward(self) -> Slices:
+        others = tuple(torch.nn.Parameter(FACTOR * part.detach()) for part in self.parameters)
+        return Slices(others, self.rows, self.main_grads)
+
+
+streams = one_direction.streams
+
+
+def directed(streams: ExchangeStreams) -> RestoredExperts:
+    parameters = tuple(
+        torch.nn.Parameter(torch.full((2, *shape), value))
+        for shape, value in (((8, 3), 0.5), ((3, 8), 0.25))
+    )
+    for parameter in parameters:
+        parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
+    index = layout_index(ExpertLayout.static(1, 2, 2), CPU)
+    share = Directed(parameters, ROWS, MegatronMainGrads())
+    return RestoredExperts.for_pass("layer 1", share, index, streams)
+
+
+def follow(
+    restored: RestoredExperts, streams: ExchangeStreams, slots: tuple[int, int] = (1, 0)
+) -> RestoredExperts:
+    """Return another pass through the layer, by default with the slots in the other order."""
+    index = layout_index(ExpertLayout.from_slots(1, 2, 2, slots), CPU)
+    return RestoredExperts.for_pass("layer 1", restored._share, index, streams)
+
+
+def gone(*passes: RestoredExperts, streams: ExchangeStreams) -> bool:
+    """Return whether all memory is given back, and all states are those of the beginning."""
+    states = [part.state for one in passes for part in (one.weights, one.backward_weights)]
+    in_use = streams.weights.in_use + streams.grads.in_use
+    return in_use == 0 and all(state == ExpertsState("layer 1") for state in states)
+
+
+@pytest.mark.parametrize("reruns", [False, True], ids=["plain", "re-run"])
+def test_each_direction_has_its_own_weights(streams: ExchangeStreams, reruns: bool) -> None:
+    restored = directed(streams)
+    count, tokens = streams.exchange.count, ones(needs_grad=True)
+    if reruns:
+        restored.expect_rerun()
+        with torch.no_grad():
+            compute(restored, tokens, ones(needs_grad=False))
+        restored.start_backward_restore()  # of the re-run, which comes first
+        assert restored.backward_weights.state.weights is WeightState.SHARDED
+    output = compute(restored, tokens, ones(needs_grad=True), backward_follows=reruns)
+    assert torch.equal(output, torch.full((4,), SUMS[0] * SUMS[1]))
+    assert restored.weights.state.weights is WeightState.SHARDED
+    assert streams.weights.in_use == (2 if reruns else 0)
+    output.sum().backward()
+    assert torch.equal(tokens.grad, torch.full((4,), FACTOR**2 * SUMS[0] * SUMS[1]))  # type: ignore[arg-type]
+    assert gone(restored, streams=streams)
+    assert (count.restores, count.reduces) == (3 if reruns else 2, 1)
+
+
+def test_passes_hand_on_weights_in_one_direction(streams: ExchangeStreams) -> None:
+    first = directed(streams)
+    second = follow(first, streams)
+    first.weights.hand_on(second.weights)
+    second.prefetch_in_backward(first)
+    tokens = ones(needs_grad=True)
+    middle = compute(first, tokens, ones(needs_grad=True))
+    assert second.weights.state.weights is not WeightState.SHARDED
+    compute(second, middle, ones(needs_grad=True)).sum().backward()
+    expected = (FACTOR**2 * SUMS[0] * SUMS[1]) ** 2
+    assert torch.equal(tokens.grad, torch.full((4,), expected))  # type: ignore[arg-type]
+    assert gone(first, second, streams=streams)
+    count = streams.exchange.count
+    assert (count.restores, count.changes, count.reduces) == (2, 2, 2)
+
+
+def test_backward_of_a_checkpoint_hands_no_weights_on_to_the_re_run_before_it(
+    streams: ExchangeStreams,
+) -> None:
+    first = directed(streams)
+    second = follow(first, streams, slots=(0, 1))
+    first.expect_rerun()
+    with torch.no_grad():
+        compute(first, ones(needs_grad=False), ones(needs_grad=False))
+    second.prefetch_in_backward(first)
+    compute(second, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
+    assert first.weights.state.weights is WeightState.RESTORING
+    assert first.backward_weights.state.weights is WeightState.SHARDED
+    assert torch.equal(first.weights.matrix(0), torch.full((2, 8, 3), 0.5))
+    first.release()
+    assert gone(first, second, streams=streams)
+
+
+@pytest.mark.parametrize("from_forward", [False, True])
+@pytest.mark.parametrize("to_forward", [False, True])
+def test_an_operation_fetches_the_next_ones_weights_or_hands_its_own_on(
+    streams: ExchangeStreams, from_forward: bool, to_forward: bool
+) -> None:
+    first = directed(streams)
+    second = follow(first, streams)
+    used = first.weights if from_forward else first.backward_weights
+    wanted = second.weights if to_forward else second.backward_weights
+    used.start_restore()
+    used.fetch(wanted)
+    same = from_forward == to_forward
+    assert (wanted.state.weights is WeightState.SHARDED) == same
+    used.used()
+    assert used.state.weights is WeightState.SHARDED
+    held = wanted.matrix(0)
+    factor = 1.0 if to_forward else FACTOR
+    assert torch.equal(held, torch.full((2, 8, 3), factor * 0.5))
+    count = streams.exchange.count
+    assert (count.restores, count.changes) == ((1, 1) if same else (2, 0))
+    second.release()
+    assert gone(first, second, streams=streams)
+
+
+def test_a_forward_fetches_the_weights_of_its_own_backward_at_once(
+    streams: ExchangeStreams,
+) -> None:
+    restored = directed(streams)
+    restored.weights.start_restore()
+    restored.weights.fetch(restored.backward_weights)
+    assert restored.backward_weights.state.weights is WeightState.RESTORING
+    frozen = compute(restored, ones(needs_grad=True), ones(needs_grad=True))
+    assert restored.backward_weights.state.weights is WeightState.RESTORING
+    restored.expect_no_backward()
+    assert frozen.requires_grad and gone(restored, streams=streams)
+
+
+def test_a_step_holds_weights_of_both_directions(streams: ExchangeStreams) -> None:
+    share = directed(streams)._share
+    index = layout_index(ExpertLayout.static(1, 2, 2), CPU)
+    held = StepExperts("layer 1", share, index, streams)
+    count = streams.exchange.count
+    for number in range(2):
+        held.begin_step(index, 2)
+        for _ in range(2):
+            tokens = ones(needs_grad=True)
+            compute(held.experts, tokens, ones(needs_grad=True)).sum().backward()
+            wanted = torch.full((4,), FACTOR**2 * SUMS[0] * SUMS[1])
+            assert torch.equal(tokens.grad, wanted)  # type: ignore[arg-type]
+        assert streams.weights.in_use == 4
+        assert (count.restores, count.changes) == (2, 2 * number)
+        index = layout_index(ExpertLayout.from_slots(1, 2, 2, [1, 0]), CPU)
+    held.end_step(weights_changed=True)
+    assert gone(held.experts, streams=streams)
+    one_way = Slices(share.parameters, ROWS, MegatronMainGrads())  # type: ignore[arg-type]
+    both, one = (memory_held([part], replica_slots=2**20) for part in (share, one_way))
+    assert "(384.0 MiB)" in both and "(192.0 MiB)" in one
+
+
+def test_weights_of_one_direction_are_not_kept_for_the_other(streams: ExchangeStreams) -> None:
+    experts = LayerExperts(streams, CPU, holds_step=False)
+    layers: list[Any] = [SimpleNamespace(share=directed(streams)._share)]
+    assert experts.memory_problem(layers, 2, 0) is None
+    assert "multiplies by others in mxfp8" in str(experts.memory_problem(layers, 2, 100.0))
+    layers = [SimpleNamespace(share=one_direction.slices())]
+    assert experts.memory_problem(layers, 2, 100.0) is None
+
+
+class Packer:
+    def __init__(self, other: Packer | None = None) -> None:
+        self.for_backward = other or self
+
+
+def test_homes_restore_by_the_packers_of_each_direction() -> None:
+    homes = ((torch.nn.Parameter(torch.ones(2, 2)),), (torch.nn.Parameter(torch.ones(2)),))
+    same, other = Packer(), Packer()
+    one_way: Any = Homes(homes, MegatronMainGrads(), (same, None))  # type: ignore[arg-type]
+    assert one_way.for_backward is one_way
+    assert Homes(homes, MegatronMainGrads()).for_backward.packers == ()
+    both: Any = Homes(homes, MegatronMainGrads(), (Packer(other), None))  # type: ignore[arg-type]
+    assert both.for_backward.packers == (other, None) and both.for_backward.homes is homes
+    assert both.for_backward is both.for_backward is both.for_backward.for_backward

@@ -1,0 +1,125 @@
+"""Homes by a permutation: values that go there and back, and their file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+
+from megatron_laer.config import FSEPConfig, Sharding
+from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.home_order import HomeOrder, home_digest
+from megatron_laer.planner.homes_file import read_homes, write_homes
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.service import Plan
+from megatron_laer.planner.state import PlannerState
+from megatron_laer.runtime import build
+from megatron_laer.runtime.planning.planner_checkpoint import by_expert, by_position
+
+ORDER = HomeOrder(np.array([3, 0, 2, 1]))
+STOCK = HomeOrder.stock(4)
+
+
+def test_values_and_layouts_go_there_and_back() -> None:
+    values_NE = np.arange(8).reshape(2, 4)
+    assert ORDER.by_position(values_NE).tolist() == [[3, 0, 2, 1], [7, 4, 6, 5]]
+    assert ORDER.by_expert(ORDER.by_position(values_NE)).tolist() == values_NE.tolist()
+    layout = ExpertLayout.from_slots(2, 3, 4, [0, 1, -1, 2, 3, 0])
+    named = ORDER.layout_of_experts(layout)
+    assert named.to_list() == [3, 0, -1, 2, 1, 3]
+    assert ORDER.layout_of_positions(named) == layout
+    assert STOCK.layout_of_experts(layout) is layout and STOCK.by_expert(values_NE) is values_NE
+
+
+def test_homes_have_a_name_by_content_and_stocks_have_none() -> None:
+    assert home_digest([STOCK, STOCK]) == ""
+    assert home_digest([STOCK, ORDER]) != home_digest([ORDER, STOCK]) != ""
+
+
+def test_a_file_is_read_back(tmp_path: Path) -> None:
+    path = tmp_path / "homes.json"
+    write_homes(path, 2, {"layer 1": ORDER.expert_E, "mtp 1": STOCK.expert_E})
+    homes = read_homes(path)
+    assert (homes.num_ranks, homes.num_experts) == (2, 4)
+    found = {layer: home.expert_E.tolist() for layer, home in homes.by_layer.items()}
+    assert found == {"layer 1": [3, 0, 2, 1], "mtp 1": [0, 1, 2, 3]}
+
+
+GOOD = {
+    "format": "megatron_laer-homes",
+    "version": 1,
+    "num_ranks": 2,
+    "num_experts": 4,
+    "layers": ["layer 1"],
+    "experts": [[3, 0, 2, 1]],
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"experts": [[3, 0, 2, 2]]}, "layer 1: expert 2 at home position 3 has a home already"),
+        ({"experts": [[3, 0, 4, 1]]}, r"layer 1: expert 4 at home position 2 is not in 0\.\.3"),
+        ({"experts": [[3, 0, 2]]}, "layer 1: homes must be 4 integers, got"),
+        ({"experts": [[3, 0, 2, True]]}, "layer 1: homes must be 4 integers, got"),
+        ({"experts": []}, "experts must be a list for each of 1 layers"),
+        ({"num_ranks": 0}, r"num_ranks must be an integer in 1\.\."),
+        ({"layers": ["a", "a"]}, "layers must all be different"),
+        ({"format": "another"}, "it is no file of homes"),
+        ({"version": 2}, "its checksum does not fit"),
+    ],
+    ids=str,
+)
+def test_a_bad_file_is_refused_with_quotes(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    path = tmp_path / "homes.json"
+    path.write_text(json.dumps(GOOD))
+    assert read_homes(path).by_layer["layer 1"].expert_E.tolist() == [3, 0, 2, 1]
+    path.write_text(json.dumps(GOOD | change))
+    with pytest.raises(ValueError, match=said) as raised:
+        read_homes(path)
+    assert str(path) in str(raised.value)
+
+
+def test_homes_imply_experts_and_are_refused_with_rows() -> None:
+    assert FSEPConfig(homes="f").sharding == Sharding.EXPERTS
+    with pytest.raises(ValueError, match="--fsep-homes 'f': no expert has a home"):
+        FSEPConfig(homes="f", sharding=Sharding.ROWS)
+    with pytest.raises(ValueError, match="--fsep-planner laer: moves every expert"):
+        FSEPConfig(homes="f", planner="laer")
+
+
+def test_a_planners_state_is_saved_with_experts_numbers() -> None:
+    """So a run with other homes does not take its layouts for its own."""
+    geometry = Geometry(2, 4, 3, node_size=2, sharding=Sharding.EXPERTS)
+    level_NE = np.arange(8).reshape(2, 4)
+    forecast = SmoothedForecast(level_NE=level_NE, steady_NE=level_NE + 1)
+    layout = geometry.static_layout
+    layers = ("layer 1",)
+    state = PlannerState(2, 1, layers, (layout,), (forecast,), (Plan(1, {0: layout}, 0.5),))
+    saved = by_expert(state, [ORDER])
+    assert saved.layouts[0].to_list() == saved.plans[0].layouts[0].to_list() == [3, 0, -1, 2, 1, -1]
+    (found,) = saved.forecasts
+    assert found.level_NE is not None and found.steady_NE is not None
+    assert found.level_NE.tolist() == [[1, 3, 2, 0], [5, 7, 6, 4]]
+    assert found.steady_NE.tolist() == [[2, 4, 3, 1], [6, 8, 7, 5]]
+    by_position(saved, [ORDER]).check_fits(geometry, layers)
+    for other in (STOCK, HomeOrder(np.array([1, 0, 3, 2]))):
+        with pytest.raises(ValueError, match="does not fit --fsep-sharding experts"):
+            by_position(saved, [other]).check_fits(geometry, layers)
+
+
+def test_an_own_loop_with_another_runs_homes_is_refused_when_its_layers_are_built(
+    tmp_path: Path,
+) -> None:
+    """Megatron's command line is checked before, and a loop of one's own has none."""
+    path, groups = tmp_path / "homes.json", mock.Mock(size=4)
+    write_homes(path, 2, {"layer 1": ORDER.expert_E})
+    with pytest.raises(ValueError, match=r"--fsep-homes '.*': has homes for 2 ranks and 4 experts"):
+        build._common_homes(FSEPConfig(homes=str(path)), groups, 4)

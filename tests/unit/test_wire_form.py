@@ -1,0 +1,74 @@
+"""Forms of experts on the wire: payloads' sizes, and decisions that fp8 changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_laer.choices import Fp8Recipe, Sharding
+from megatron_laer.layer.experts.fp8 import payload
+from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.clusters import Link
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.wire_form import payload_rows
+from tests.costs import make_costs
+
+FORMS: dict[Fp8Recipe, list[Callable[[int, int], payload.PayloadForm]]] = {
+    Fp8Recipe.DELAYED: [payload.per_tensor_form],
+    Fp8Recipe.TENSORWISE: [payload.per_tensor_form],
+    Fp8Recipe.BLOCKWISE: [payload.block_form],
+    Fp8Recipe.MXFP8: [partial(payload.mx_form, by_columns=way) for way in (False, True)],
+}
+# Four ranks with an expert each; all tokens want expert 0.
+HOT_NE = np.zeros((4, 4), dtype=np.int64)
+HOT_NE[:, 0] = 30
+HOT_NE[:, 1:] = 1
+HOMES = Geometry(4, 4, 2, 4, Sharding.EXPERTS)
+
+
+@given(st.sampled_from(Fp8Recipe), st.integers(1, 40), st.integers(1, 40))
+def test_payloads_are_priced_as_large_as_they_are(recipe: Fp8Recipe, rows: int, columns: int):
+    size = rows * payload.MX_BLOCK, columns * payload.MX_BLOCK
+    for form in FORMS[recipe]:
+        assert payload_rows(recipe, *size) == form(*size).payload_rows
+
+
+def test_weights_cost_four_bytes_per_microbatch_instead_of_six():
+    costs = make_costs(hidden=4096, ffn=1536, fp8=Fp8Recipe.TENSORWISE)
+    grads = costs.grads_form.expert_bytes
+    moved = 2 * costs.weights_form(1).expert_bytes + grads
+    assert moved / (3 * grads) == pytest.approx(4 / 6, rel=1e-3)
+    assert costs.weights_form(0) == costs.grads_form  # rows are not quantised
+
+
+def test_fewer_bytes_make_a_replica_pay_and_faster_compute_undoes_it():
+    """Another rank takes tokens of the hot expert only if its replica costs less than it saves."""
+    sizes = {"hidden": 1024, "ffn": 1024, "pairs_per_rank": int(HOT_NE[0].sum())}
+    slow = make_costs(points=((1, 1e12),), intra=Link(7e9, 1e-6), **sizes)
+    as_fast = replace(slow.cluster, gemm_fp8=slow.cluster.gemm)
+    fp8 = replace(slow, cluster=as_fast, fp8=Fp8Recipe.BLOCKWISE)
+    faster = replace(fp8, cluster=replace(as_fast, gemm_fp8=as_fast.gemm.times(4.0)))
+    replicas = [
+        int(GreedyStrategy(HOMES, one).plan(HOT_NE, HOMES.static_layout).replicas_E[0])
+        for one in (slow, fp8, faster)
+    ]
+    assert replicas == [1, 2, 1]
+
+
+def test_hardware_without_fp8_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"a100-8 has no speed of GEMMs in fp8 .* leave out --fp8"):
+        load_cluster("a100-8").gemm_in(fp8=True)
+    for name in ("h100-8", "h200-8", "b200-8"):
+        cluster = load_cluster(name)
+        tokens = np.array([4096])
+        ratio = cluster.gemm.unit_seconds(tokens) / cluster.gemm_in(fp8=True).unit_seconds(tokens)
+        assert 1.9 < float(ratio[0]) <= 2.0
+    slower = load_cluster("h100-8").with_constants({"gemm": 0.5})
+    assert slower.gemm_in(fp8=True) == load_cluster("h100-8").gemm_in(fp8=True).times(0.5)
