@@ -79,12 +79,12 @@ _READ = (
 ).split()
 # Other deciding settings, by the names of Megatron's arguments; those that refuse a run come first.
 _DECIDING = (
-    "use_megatron_fsdp",  # with partners that no column has
     *(
         row.argument
         for row in sorted(REFUSALS, key=lambda row: row.left_out is not None)
         if row.argument and row.argument not in (*_READ, *_WITHOUT_COLUMN)
     ),
+    "use_megatron_fsdp",  # with partners that no column has
 )
 MORE_COLUMNS = ("PP", *_DECIDING)
 _OFF = ("", "None", "False")
