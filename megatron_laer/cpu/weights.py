@@ -49,8 +49,12 @@ def pieces(model: list[torch.nn.Module]) -> Iterator[Piece]:
     """Yield every piece of every chunk on this rank, in the same order for the same model."""
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
-    from megatron_laer.plugin.sharded_models import unwrapped
+    from megatron_laer.plugin.sharded_models import is_sharded, unwrapped
 
+    wrapped: Any
+    for wrapped in model:
+        if is_sharded(wrapped):
+            wrapped.synchronize_param_gather()  # for the next step, into whole parameters
     for chunk in map(unwrapped, model):
         numbers = {
             name: module.layer_number
@@ -151,6 +155,7 @@ def load_common_weights(model: list[torch.nn.Module]) -> None:
         whole = 1 + 0.05 * whole if is_norm else 0.04 * whole
         mine = piece.select(piece.parameter)
         mine.copy_(whole[piece.start : piece.start + mine.shape[0]])
+    chunk: Any
     for chunk in model:
         if hasattr(chunk, "megatron_fsdp_dist_index"):  # it computes with copies of these weights
             chunk.module.install_optimized_model_weights()

@@ -31,7 +31,7 @@ class RankWeights(NamedTuple):
 
 
 class StateBytes(NamedTuple):
-    """Bytes of a rank."""
+    """Bytes of a rank that stay from step to step."""
 
     weights: float
     gradients: float

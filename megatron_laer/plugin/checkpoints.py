@@ -11,6 +11,7 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,6 +40,7 @@ def _storage() -> Any:
 # Buffers of Megatron's distributed optimizer in its memory layout, `dp_reshardable`.
 _BUFFERS = re.compile(r"(?:^|\.)optimizer\.distributed\.dp_group_idx_\d+\.")
 _MARK = ".fsep-"
+_loads_shards = ContextVar("loads_shards", default=False)
 
 
 def _mark_buffers(sharded_state_dict: Any, current: session.Session | None) -> bool:
@@ -112,13 +114,54 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
                     "with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
                 ) from error
             raise
-        if current is not None and isinstance(loaded, dict):
-            _report_gemm(getattr(loaded.get("args"), "fsep_gemm", None), current.config.gemm)
-        if current is not None and current.config.makes_plans and current.coordinator is not None:
-            current.coordinator.resume_planner(str(checkpoint_dir), _storage())
+        _resume(loaded, str(checkpoint_dir))
         return loaded
 
     return load
+
+
+def _resume(loaded: Any, directory: str) -> None:
+    current = session.current()
+    if current is not None and isinstance(loaded, dict):
+        _report_gemm(getattr(loaded.get("args"), "fsep_gemm", None), current.config.gemm)
+    if current is not None and current.config.makes_plans and current.coordinator is not None:
+        current.coordinator.resume_planner(directory, _storage())
+
+
+def _with_planner_beside_shards(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Save the planner's state before the shards of Megatron-FSDP, which torch alone writes."""
+
+    @functools.wraps(original)
+    def preprocess_fsdp_dtensor_state_dict(args: Any, state_dict: Any, model: Any) -> Any:
+        from megatron.training import checkpointing
+
+        current = session.current()
+        coordinator = None if current is None else current.coordinator
+        if coordinator is not None and not _loads_shards.get():
+            directory = checkpointing.get_checkpoint_name(
+                args.save, state_dict["iteration"], return_base_dir=True
+            )
+            coordinator.layouts.save(str(directory), _storage())
+        return original(args, state_dict, model)
+
+    return preprocess_fsdp_dtensor_state_dict
+
+
+def _with_planner_of_shards(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def _load_base_checkpoint(*args: Any, **kwargs: Any) -> Any:
+        token = _loads_shards.set(True)
+        try:
+            result = original(*args, **kwargs)
+        finally:
+            _loads_shards.reset(token)
+        loaded, directory, _, kind = result
+        # At first rank 0 alone reads the run's arguments.
+        if not kwargs.get("rank0") and getattr(kind, "name", "") == "FSDP_DTENSOR":
+            _resume(loaded, str(directory))
+        return result
+
+    return _load_base_checkpoint
 
 
 CHECKPOINT_PATCHES = (
@@ -133,5 +176,17 @@ CHECKPOINT_PATCHES = (
         "load",
         _with_planner_loaded,
         "a resumed run goes on planning, and reads no optimizer buffers of another kind",
+    ),
+    Patch(
+        "megatron.training.checkpointing",
+        "preprocess_fsdp_dtensor_state_dict",
+        _with_planner_beside_shards,
+        "checkpoints of Megatron-FSDP carry the planner's state",
+    ),
+    Patch(
+        "megatron.training.checkpointing",
+        "_load_base_checkpoint",
+        _with_planner_of_shards,
+        "a run that resumes from Megatron-FSDP's shards goes on planning",
     ),
 )

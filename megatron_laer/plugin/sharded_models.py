@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer.plugin.patching import Patch
+from megatron_laer.plugin.patching import Patch, original_of
 
 _BUFFERS = "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer"
 
@@ -75,66 +75,59 @@ def _keeping_experts(original: Callable[..., None]) -> Callable[..., None]:
     return release_bucket
 
 
-def _with_experts_last(original: Callable[..., None]) -> Callable[..., None]:
+def _without_experts(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def reduce_gradients(self: Any, params: Any, *args: Any, **kwargs: Any) -> None:
-        # Each reduce scales a whole gradient in place, and would scale earlier microbatches' again.
-        ready = [part for part in params if not _are_of_experts([part]) or _is_complete(part)]
-        original(self, ready, *args, **kwargs)
+        original(self, [part for part in params if not _are_of_experts([part])], *args, **kwargs)
 
     return reduce_gradients
-
-
-def _is_complete(parameter: Any) -> bool:
-    """Return whether the step's last microbatch adds to the gradient now, or has done so."""
-    return bool(getattr(parameter._megatron_fsdp_model, "is_last_microbatch", False))
 
 
 def _with_experts_at_end(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def synchronize_gradient_reduce(self: Any) -> None:
-        # Without --overlap-grad-reduce Megatron does not say which microbatch is the last one.
-        if self.ddp_config.overlap_grad_reduce and not hasattr(self, "is_last_microbatch"):
-            self.is_last_microbatch = True
+        # Earlier, a reduce would scale what earlier microbatches have added once more. And layouts
+        # decide when experts' gradients are complete, so that replicas would differ in their order.
+        if self.ddp_config.overlap_grad_reduce:
             groups = self.param_and_grad_buffer.parameter_groups
             trained = [group.params for group in groups if group.requires_grad]
             experts = [part for params in trained if _are_of_experts(params) for part in params]
-            self.grad_reduce_pipeline.reduce_gradients(experts)
-            del self.is_last_microbatch
+            original_of(_REDUCE)(self.grad_reduce_pipeline, experts)
         original(self)
 
     return synchronize_gradient_reduce
 
 
+_REDUCE = Patch(
+    _BUFFERS,
+    "GradReducePipeline.reduce_gradients",
+    _without_experts,
+    "Megatron-FSDP reduces no home expert at each microbatch",
+)
 SHARDING_PATCHES = (
     Patch(
         _BUFFERS,
         "DataParallelBuffer.__init__",
         _with_whole_experts,
-        "Megatron-FSDP keeps home experts' weights and gradients whole",
+        "Megatron-FSDP leaves home experts whole",
     ),
     Patch(
         _BUFFERS,
         "_get_parameter_groups",
         _with_experts_of_no_unit,
-        "Megatron-FSDP marks home experts' weights as old after a step, and never frees them",
+        "Megatron-FSDP has home experts in no unit",
     ),
     Patch(
         _BUFFERS,
         "AllGatherPipeline.release_bucket",
         _keeping_experts,
-        "Megatron-FSDP gathers home experts' weights once a step",
+        "Megatron-FSDP gathers home experts once a step",
     ),
-    Patch(
-        _BUFFERS,
-        "GradReducePipeline.reduce_gradients",
-        _with_experts_last,
-        "Megatron-FSDP reduces home experts' gradients once a step",
-    ),
+    _REDUCE,
     Patch(
         "megatron.core.distributed.fsdp.src.megatron_fsdp.megatron_fsdp",
         "MegatronFSDP.synchronize_gradient_reduce",
         _with_experts_at_end,
-        "Megatron-FSDP reduces home experts' gradients after the last microbatch",
+        "Megatron-FSDP reduces home experts after all others",
     ),
 )

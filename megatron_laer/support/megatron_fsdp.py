@@ -23,7 +23,8 @@ class _Partner(NamedTuple):
 
     @property
     def flag(self) -> str:
-        return f"--{self.name.replace('_', '-')}"
+        own = {"fp8": "--fp8-format", "nccl_ub": "--use-nccl-ub"}
+        return own.get(self.name, f"--{self.name.replace('_', '-')}")
 
 
 _OFF = (False, None)
@@ -31,7 +32,7 @@ _PARTNERS = (
     _Partner(
         "data_parallel_sharding_strategy",
         STRATEGIES,
-        "no_shard",
+        STRATEGIES[-1],
         "it shards nothing",
         f"give {', '.join(STRATEGIES[:-1])} or {STRATEGIES[-1]}",
     ),
@@ -75,6 +76,8 @@ _PARTNERS = (
     _Partner("optimizer_cpu_offload", _OFF, False),
     _Partner("use_precision_aware_optimizer", _OFF, False),
     _Partner("cuda_graph_impl", ("none", None), "none"),
+    _Partner("async_save", _OFF, False),
+    _Partner("non_persistent_save_interval", (None,), None),
     _Partner("fp16", _OFF, False),
     _Partner("fp8", _OFF, None),
 )

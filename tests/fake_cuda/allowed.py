@@ -59,6 +59,12 @@ DEEP_EP: frozenset[Place] = frozenset(
 )
 """Megatron's choices by a mask, forward and backward, where no fused kernel replaces them."""
 
+_FSDP = "megatron/core/distributed/fsdp/src/megatron_fsdp/param_and_grad_buffer.py"
+FSDP_REDUCE: frozenset[Place] = frozenset(
+    {(Kind.WAIT, f"{_FSDP}:GradReducePipeline._bucket_group_gradient_reduce")}
+)
+"""A blocking copy of Megatron-FSDP's where it reduces."""
+
 _GRAPHS = "megatron/core/transformer/cuda_graphs.py:TECudaGraphHelper"
 CAPTURE: frozenset[Place] = frozenset(
     {
@@ -92,6 +98,7 @@ def main() -> None:
         ("Of this package", {DOWNLOAD, ANNOUNCED, HYBRID_EP}),
         ("Megatron's own", STOCK),
         ("Megatron's own with DeepEP", DEEP_EP),
+        ("Megatron's own with Megatron-FSDP", FSDP_REDUCE),
         ("Megatron's own when it captures graphs", CAPTURE),
     ):
         print(f"{title}:")

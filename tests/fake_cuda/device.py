@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
-from tests.fake_cuda import findings, names, streams
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import _disable_current_modes
+
+from tests.fake_cuda import findings, labels, names, streams
 from tests.fake_cuda.clocks import Checker
 from tests.fake_cuda.findings import Findings
 from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
@@ -43,5 +47,19 @@ def labelled_device(
         kernels(device.launches),
         names.replaced(capability),
         Oracle(watcher),
+        _shapes_of_shards(),
     ):
         yield device
+
+
+@contextlib.contextmanager
+def _shapes_of_shards() -> Iterator[None]:
+    """Let DTensor work out shapes without labels, as it expects its fake tensors' own devices."""
+    propagate = ShardingPropagator._propagate_tensor_meta_non_cached
+
+    def without_labels(*args: Any, **kwargs: Any) -> Any:
+        with labels.suspended(), _disable_current_modes():
+            return propagate(*args, **kwargs)
+
+    with mock.patch.object(ShardingPropagator, "_propagate_tensor_meta_non_cached", without_labels):
+        yield

@@ -29,6 +29,8 @@ REPLACED = {
     "--delay-wgrad-compute": "delayed weight gradients of Transformer Engine's layers",
     "--overlap-dispatch-backward-with-experts-wgrad": "those of Transformer Engine's experts",
     "--cuda-graph-impl": "Transformer Engine's CUDA graphs, by calls of the captured parts",
+    "--use-megatron-fsdp": "meshes of CUDA devices and NCCL's scaled sums, both named in"
+    " Megatron-FSDP",
     "dist_muon": "gathers of tensors of several sizes (Muon's distributed form)",
 }
 
@@ -43,6 +45,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "expert data parallel above 1": ("edp", "edp-dist-opt"),
     "`--num-distributed-optimizer-instances` above 1": ("instances",),
     "distributed optimizer with both overlaps": ("dist-opt",),
+    "dense layers sharded by `--use-megatron-fsdp`": ("fsdp", "fsdp-optim", "fsdp-moe", "fsdp-edp"),
     "gradient accumulation": ("accum", "accum-dist-opt"),
     "bf16": ("bf16", "tied"),
     "`--grad-reduce-in-bf16`": ("bf16-grads",),

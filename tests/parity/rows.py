@@ -104,6 +104,9 @@ PADDING = " --moe-router-padding-for-quantization"
 # Sizes are multiples of 32.
 MXFP8 = " --fp8-format e4m3 --fp8-recipe mxfp8 --hidden-size 64"
 IN_FP8 = " --fsep-sharding experts --fsep-allow-unproven fp8-experts"
+# Dense layers alone are sharded with FSEP, and all layers with stock.
+FSDP = " --use-megatron-fsdp --ckpt-format fsdp_dtensor --use-distributed-optimizer"
+FSDP += " --data-parallel-sharding-strategy "
 TOP_1 = " --moe-router-topk 1 --moe-router-pre-softmax"
 TOP_4 = " --moe-router-topk 4"
 FP32_ROUTER = " --moe-router-dtype fp32"
@@ -141,6 +144,13 @@ def _row(id: str, name: str, flags: str = "", fsep: str = "", **more: Any) -> Ro
         expert_parallel=group,
         **more,
     )
+
+
+def _fsdp(id: str, strategy: str, name: str, flags: str = "", fsep: str = "", **more: Any) -> Row:
+    """Return a row with dense layers sharded by Megatron-FSDP, and experts at home."""
+    return _row(id, f"Megatron-FSDP, {strategy}{name}",
+        FSDP + strategy + flags.replace(" --use-distributed-optimizer", ""),
+        f" --fsep-sharding experts{fsep}", not_at_home="at home in itself", **more)  # fmt: skip
 
 
 def _lora(id: str, name: str, adapt: Any, flags: str = "", fsep: str = RANDOM, **more: Any) -> Row:
@@ -347,6 +357,32 @@ ROWS = [
         fsep=STEP, ranks=4, group=2, accumulation=4),
     _row("recompute-pipeline", "full recompute, pipeline 2, accumulation 4", PIPELINE
         + FULL_RECOMPUTE, ranks=4, group=2, accumulation=4, steps=LONG, moe_layers=1),
+    # Megatron-FSDP. Where experts have one replica and microbatches are several, its gradients of
+    # stock's experts are wrong but for `optim`, so the reference has DDP.
+    _fsdp("fsdp", "optim_grads_params", ""),
+    _fsdp("fsdp-optim", "optim", ", with both overlaps", DIST_OPT),
+    _fsdp("fsdp-accum", "optim_grads_params", ", full recompute, shared experts, accumulation 2",
+        FULL_RECOMPUTE + SHARED, accumulation=2, stock=(2, 1),
+        reference_flags=DIST_OPT + FULL_RECOMPUTE + SHARED),
+    _fsdp("fsdp-moe", "optim_grads", ", recompute of the MoE layer, shared experts, accumulation 4"
+        ", E = 8 on 4 ranks", MOE_RECOMPUTE + SHARED, ranks=4, accumulation=4, stock=(4, 1),
+        reference_flags=DIST_OPT + MOE_RECOMPUTE + SHARED),
+    _fsdp("fsdp-edp", "optim_grads_params", ", expert data parallel 2, both overlaps, full"
+        " recompute, shared experts, accumulation 2", DIST_OPT + FULL_RECOMPUTE + SHARED, ranks=4,
+        group=2, accumulation=2, stock=(1, 2)),
+    _fsdp("fsdp-edp-grads", "optim_grads", ", bf16, expert data parallel 2, recompute of the MoE"
+        " layer, shared experts, accumulation 2", BF16 + MOE_RECOMPUTE + SHARED, ranks=4, group=2,
+        accumulation=2, stock=(1, 2)),
+    _fsdp("fsdp-exact", "optim_grads_params", ", exact, tokens and experts through nodes of 2,"
+        " scheduler off, E = 8 on 4 ranks", fsep=EXACT + TOKENS.format(2) + SCHEDULER_OFF
+        + " --fsep-restore-algorithm node", ranks=4),
+    _fsdp("fsdp-step", "optim", ", restored once per step, full recompute, shared experts,"
+        " per-token loss, expert data parallel 2, accumulation 2", FULL_RECOMPUTE + SHARED
+        + PER_TOKEN, fsep=STEP, ranks=4, group=2, accumulation=2, stock=(1, 2)),
+    _fsdp("fsdp-tensor", "optim_grads_params", ", tensor parallel 2, expert data parallel 2",
+        TENSOR, ranks=4, group=2, stock=(1, 2)),
+    _fsdp("fsdp-context", "optim_grads_params", ", context parallel 2, expert data parallel 2",
+        CONTEXT, ranks=4, group=2, stock=(1, 2)),
     # Losses and routers.
     _row("losses", "aux, sequence, global and z losses, accumulation 2", AUX_LOSSES, accumulation=2,
         releases=True),

@@ -50,6 +50,7 @@ def _ranks(*names: str) -> tuple[str, ...]:
     return tuple(_RANKS.format(name) for name in names)
 
 
+_SHARDED = _in("plugin/sharded_models.py", *_ranks("parity"), "-k", "fsdp-accum")
 _LAYOUT = _in("planner/layout.py", *_unit("layout"))
 _SHARDING = _in("planner/sharding.py", *_unit("slices", "traffic"))
 _LAER = _in("planner/laer.py", *_unit("strategies"))
@@ -858,6 +859,11 @@ FAULTS: tuple[Fault, ...] = (
         *_ranks("parity"),
         "-k",
         "muon",
+    ),
+    _SHARDED.fault(
+        "home experts' gradients are scaled at each microbatch",
+        "[part for part in params if not _are_of_experts([part])], *args",
+        "params, *args",
     ),
     _LOADING.fault(
         "what is missing is not said",

@@ -295,6 +295,11 @@ TRAINING_FAULTS = {
         "both overlaps, slices replicated",
         "allgather_into_tensor_coalesced_",
     ),
+    "nobody waits for home experts that Megatron-FSDP gathers": Fault(
+        _replaced(steps, "await_weights", _nothing),
+        "Megatron-FSDP of gradients, home experts replicated",
+        "allgather_into_tensor_coalesced_",
+    ),
     "nobody waits for gradients that replicas sum": Fault(
         _replaced(distributed_c10d._CoalescingManager, "wait", _works_without_order),
         "both overlaps",

@@ -30,6 +30,8 @@ AT_NIGHT = {
     "experts' weight gradients during the dispatch's backward",
     *("DeepEP, fresh layouts, shared experts", "HybridEP, grouped GEMMs in bf16"),
     *("shared experts that overlap, permute fusion", "save and load"),
+    "Megatron-FSDP of gradients, home experts replicated",
+    "nobody waits for home experts that Megatron-FSDP gathers",
     "experts at home in mxfp8, both overlaps",
     "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer",
 }

@@ -18,7 +18,7 @@ from megatron_laer.planner.homes_file import write_homes
 from megatron_laer.runtime import build
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.fake_cuda import findings
-from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, HYBRID_EP, Place
+from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, FSDP_REDUCE, HYBRID_EP, Place
 from tests.fake_cuda.clocks import Watched
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
 from tests.fake_cuda.observing import Observed, accumulate_on, observed
@@ -27,7 +27,8 @@ from tests.launch_order import Launch, recorded
 from tests.parity.bridge_lora import lora_on_experts
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
-from tests.parity.rows import GRAPHS, IN_FP8, MXFP8
+from tests.parity.row import REPLICAS_PAY
+from tests.parity.rows import FSDP, GRAPHS, IN_FP8, MXFP8
 from tests.races.faults import TRAINING_FAULTS
 
 _RANDOM = " --fsep-planner random"
@@ -193,6 +194,19 @@ SCENARIOS = {
         "moe_router moe_preprocess",
         more=CAPTURE,
         steps=4,
+    ),
+    "Megatron-FSDP, experts at home, full recompute, shared experts": Training(
+        f"{_HOME}{_FULL}{FSDP}optim_grads_params --moe-shared-expert-intermediate-size 32",
+        more=FSDP_REDUCE,
+    ),
+    "Megatron-FSDP, home experts replicated, both overlaps, fresh layouts": Training(
+        f" --fsep-sharding experts --fsep-cluster {REPLICAS_PAY} --fsep-plan-mode exact{_OVERLAPS}"
+        f"{FSDP}optim_grads_params",
+        4,
+        more=FSDP_REDUCE,
+    ),
+    "Megatron-FSDP of gradients, home experts replicated": Training(
+        f"{_HOME}{_MOE}{_OVERLAPS}{FSDP}optim_grads", 4, more=FSDP_REDUCE
     ),
     "Muon": Training(f"{_HOME} --optimizer muon"),
     "save and load": Training(f"{_HOME}{_OVERLAPS} --override-opt-param-scheduler", resumes=True),

@@ -51,7 +51,7 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules"
 # Flags whose row has their name.
 OWN_FLAG = (
     "--moe-pad-expert-input-to-capacity --fp8-param-gather --fp4-param-gather "
-    "--use-megatron-fsdp --use-torch-fsdp2 --enable-cuda-graph --external-cuda-graph "
+    "--use-torch-fsdp2 --enable-cuda-graph --external-cuda-graph "
     "--moe-use-grouped-tensor "
     "--moe-single-grouped-weight --moe-single-grouped-bias "
     "--use-transformer-engine-op-fuser --moe-paged-stash --moe-use-upcycling"
@@ -167,6 +167,49 @@ OWN = {
     f"{ALLOW_EXPERTS} --fp8-format hybrid": [f"--fp8-recipe delayed with {ALLOW_EXPERTS}: "],
     f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather": [
         f"--fp8-param-gather with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
+    ],
+}
+
+SHARDED = "--use-megatron-fsdp --no-gradient-accumulation-fusion --fsep-sharding experts "
+SHARDED += "--data-parallel-sharding-strategy"
+# Next to dense layers that Megatron-FSDP shards; every problem, none where it runs.
+NEXT_TO_FSDP = {
+    "--use-megatron-fsdp --data-parallel-sharding-strategy no_shard --fsep-sharding rows": [
+        "--use-megatron-fsdp with --fsep-sharding rows: ",
+        "--use-megatron-fsdp with fused gradient accumulation: ",
+        "--data-parallel-sharding-strategy no_shard with",
+    ],
+    f"{SHARDED} optim": [],
+    f"{SHARDED} optim_grads": [],
+    f"{SHARDED} optim_grads_params --tensor-model-parallel-size 2 --bf16": [],
+    **{
+        f"{SHARDED} optim {flag}": [f"{flag} with --use-megatron-fsdp: "]
+        for flag in (
+            "--init-model-with-meta-device",
+            "--ddp-average-in-collective",
+            "--megatron-fsdp-grad-comm-dtype bf16",
+            "--megatron-fsdp-main-params-dtype bf16",
+            "--pipeline-model-parallel-size 2",
+            "--num-distributed-optimizer-instances 2",
+            OVERLAP,
+            "--delay-wgrad-compute",
+            "--overlap-dispatch-backward-with-experts-wgrad",
+            "--use-nccl-ub",
+            "--fsdp-double-buffer",
+            "--megatron-fsdp-max-pool-double-buffer",
+            "--megatron-fsdp-enable-fine-grained-param-gather",
+            "--optimizer-cpu-offload",
+            "--use-precision-aware-optimizer",
+            "--fp16",
+            "--async-save",
+            "--non-persistent-save-interval 10",
+        )
+    },
+    f"{SHARDED} optim {ALLOW_GRAPHS} {GRAPHS} --cuda-graph-modules attn": [
+        "--cuda-graph-impl transformer_engine with"
+    ],
+    f"{SHARDED} optim --fp8-format hybrid --fp8-recipe tensorwise {ALLOW_EXPERTS}": [
+        "--fp8-format hybrid with"
     ],
 }
 
@@ -368,7 +411,7 @@ def megatron() -> dict[str, Any]:
     unknown = refused_flags([*SETTING])
     cases = {name: (line, of) for name, (line, of, _) in VALIDATED.items()}
     lines = [*TAKEN, *(line for line in SETTING if line not in unknown)]
-    given = json.dumps({"lines": lines, "own": [*OWN], "cases": cases})
+    given = json.dumps({"lines": lines, "own": [*OWN, *NEXT_TO_FSDP], "cases": cases})
     found: dict[str, Any] = json.loads(python("-c", PROGRAM, stdin=given).splitlines()[-1])
     return found
 
@@ -403,6 +446,15 @@ def test_what_works_is_not_refused(megatron: dict[str, Any], line: str) -> None:
 def test_our_own_settings_are_refused_beside_megatrons(megatron: dict[str, Any], line: str) -> None:
     found = megatron["own"][line]
     assert [part for part in OWN[line] if not any(part in text for text in found)] == []
+
+
+@pytest.mark.parametrize("line", NEXT_TO_FSDP)
+def test_megatron_fsdp_is_refused_with_each_setting_that_no_test_proves(
+    megatron: dict[str, Any], line: str
+) -> None:
+    found, parts = megatron["own"][line], NEXT_TO_FSDP[line]
+    assert len(found) == len(parts)
+    assert all(text.startswith(part) for text, part in zip(found, parts, strict=True))
 
 
 @pytest.mark.parametrize("name", VALIDATED)

@@ -78,10 +78,13 @@ _READ = (
     "overlap_moe_expert_parallel_comm delay_wgrad_compute optimizer"
 ).split()
 # Other deciding settings, by the names of Megatron's arguments; those that refuse a run come first.
-_DECIDING = tuple(
-    row.argument
-    for row in sorted(REFUSALS, key=lambda row: row.left_out is not None)
-    if row.argument and row.argument not in (*_READ, *_WITHOUT_COLUMN)
+_DECIDING = (
+    *(
+        row.argument
+        for row in sorted(REFUSALS, key=lambda row: row.left_out is not None)
+        if row.argument and row.argument not in (*_READ, *_WITHOUT_COLUMN)
+    ),
+    "use_megatron_fsdp",  # with partners that no column has
 )
 MORE_COLUMNS = ("PP", *_DECIDING)
 _OFF = ("", "None", "False")

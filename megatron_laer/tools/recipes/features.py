@@ -18,6 +18,7 @@ _SWITCHES = {
     "bf16": "bf16",
     "fp16": "fp16",
     "use_distributed_optimizer": "distributed optimizer",
+    "use_megatron_fsdp": "Megatron-FSDP",
     "grad_reduce_in_bf16": "gradients in bf16",
     "optimizer_cpu_offload": "offloaded optimizer",
     "calculate_per_token_loss": "per-token loss",
