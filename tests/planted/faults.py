@@ -644,7 +644,7 @@ FAULTS: tuple[Fault, ...] = (
         "home.position_E[offset[expert_axis]]",
         *_HOME_ORDER,
         "-k",
-        "through_checkpoints",
+        "goes_on_where",
     ),
     _MOVES.fault(
         "cut gates keep the number of stock's expert",
@@ -652,7 +652,7 @@ FAULTS: tuple[Fault, ...] = (
         "pass",
         *_HOME_ORDER,
         "-k",
-        "through_checkpoints",
+        "goes_on_where",
     ),
     _LAYER.fault(
         "probabilities stay in the order of experts",
