@@ -80,7 +80,7 @@ class Fp8Parameter(torch.Tensor):
 
 @contextlib.contextmanager
 def fp8_parameters() -> Iterator[None]:
-    """Let Megatron take `Fp8Parameter` for Transformer Engine's class in this context."""
+    """Replace Transformer Engine's class for Megatron by `Fp8Parameter` in this context."""
     from megatron.core import fp8_utils
 
     with contextlib.ExitStack() as replacements:

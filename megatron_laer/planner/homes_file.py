@@ -35,7 +35,7 @@ _MAX_BYTES = 2**24
 
 @dataclass(frozen=True, eq=False)
 class ModelHomes:
-    """ModelHomes of the layers of a model, by the layers' names."""
+    """Homes of all experts of a model, by the layers' names."""
 
     num_ranks: int
     num_experts: int
@@ -75,7 +75,7 @@ def read_homes(path: Path) -> ModelHomes:
             for name, of_layer in zip(layers, experts, strict=True)
         }
     except ValueError as error:
-        raise ValueError(f"{quoted(path)}: {error}") from error
+        raise ValueError(f"{quoted(path)} must be a file of homes: {error}") from error
     return ModelHomes(fields["num_ranks"], fields["num_experts"], by_layer)
 
 
@@ -103,4 +103,4 @@ def _order(layer: str, experts: object, num_experts: int) -> HomeOrder:
     try:
         return HomeOrder(np.array(experts))
     except ValueError as error:
-        raise ValueError(f"{layer}: {error}") from error
+        raise ValueError(f"{layer} must name each expert once: {error}") from error

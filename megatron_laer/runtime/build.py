@@ -188,7 +188,9 @@ def _common_homes(config: FSEPConfig, groups: FSEPGroups, num_experts: int) -> M
     try:
         homes.check_fits(groups.size, num_experts)
     except ValueError as error:
-        raise ValueError(f"{flag_name('homes')} {quoted(config.homes)}: {error}") from error
+        raise ValueError(
+            f"{flag_name('homes')} must fit: {quoted(config.homes)} {error}"
+        ) from error
     digest = home_digest([*homes.by_layer.values()])
     problem = agreement.difference({f"the content of {flag_name('homes')}": digest}, groups)
     if problem is not None:

@@ -13,9 +13,9 @@ A line of JSON, then binary records, all little-endian:
              uint32  CRC-32 of the counts
              N*E counts, source rank by source rank; or E*(E+1)/2 of pairs; or sets
 
-Pairs are those of a step with `--fsep-pairs-interval`, the group's sum: the tokens that chose
-both of two experts, row by row of the upper triangle. Its diagonal has each expert's tokens. Their
-microbatch is 0.
+Pairs are those of a step with `--fsep-pairs-interval`, summed over the group: tokens that chose
+both of two experts. They go row by row of the upper triangle, whose diagonal has each expert's
+tokens. Their microbatch is 0.
 
 Sets are the experts of some of these tokens: a bit per expert, the lowest first, in whole bytes per
 token. In place of the microbatch they have the number of tokens.

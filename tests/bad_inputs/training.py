@@ -44,7 +44,10 @@ _FLAGS = (
         "--fsep-homes 'yaml-pipe.yaml': 'yaml-pipe.yaml' is a pipe",
     ),
     (ON + "--fsep-homes yaml-sparse.yaml", "has 68,719,476,736 bytes"),
-    (ON + "--fsep-homes cluster-zero.yaml", "'cluster-zero.yaml': not JSON"),
+    (
+        ON + "--fsep-homes cluster-zero.yaml",
+        "'cluster-zero.yaml' must be a file of homes: not JSON",
+    ),
     (ON + "--fsep-homes x --fsep-sharding rows", "--fsep-homes 'x': no expert has a home"),
     (ON + "--fsep-homes x --ckpt-format torch", "such a checkpoint has experts by rank"),
     (ON + "--fsep-homes x --use-megatron-fsdp", "--fsep-homes 'x' with --use-megatron-fsdp: no t"),

@@ -11,6 +11,7 @@ import yaml
 
 from megatron_laer.planner.cluster_files import cluster_content, load_cluster
 from megatron_laer.tools import cli
+from tests.processes import python
 from tests.tools.plan_cases import drifting_trace, recording
 
 MODEL = """\
@@ -135,7 +136,7 @@ def test_nothing_may_fit(advised):
     assert "\nNothing fits 2 GiB of a rank: the least need is of EP" in found["printed"]
 
 
-def test_in_fp8_experts_are_at_home_and_the_flags_say_so(advised, tmp_path):
+def test_in_fp8_experts_are_at_home_and_the_flags_say_so(advised, model, tmp_path):
     run = f"{GPUS} --workload W1 --memory-gib 60"
     found = advised(*run.split(), *"--fp8-format hybrid --fp8-recipe tensorwise".split())
     assert found["best"] and all(" experts C=" in each["label"] for each in found["best"])
@@ -148,8 +149,13 @@ def test_in_fp8_experts_are_at_home_and_the_flags_say_so(advised, tmp_path):
     path.write_text(
         "python pretrain.py --micro-batch-size 1 --fp8-format e4m3 --fp8-recipe tensorwise"
     )
-    of_run = advised(*run.replace(" --tokens 4096", "").split(), "--recipe", path)
-    assert value(of_run["best"][0]) < value(advised(*run.split())["best"][0])
+    of_run, words = tmp_path / "of-run.json", run.replace(" --tokens 4096", "").split()
+    # Megatron reads the recipe, and must not be imported in this process before CUDA is replaced.
+    given = ["--model", model, *words, "--recipe", path, "--json", of_run]
+    python("-m", "megatron_laer", "advise", *given)
+    assert value(json.loads(of_run.read_text())["best"][0]) < value(
+        advised(*run.split())["best"][0]
+    )
 
 
 def test_sharded_dense_layers_take_less_memory_and_the_flags_say_so(advised):

@@ -63,8 +63,14 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"experts": [[3, 0, 2, 2]]}, "layer 1: expert 2 at home position 3 has a home already"),
-        ({"experts": [[3, 0, 4, 1]]}, r"layer 1: expert 4 at home position 2 is not in 0\.\.3"),
+        (
+            {"experts": [[3, 0, 2, 2]]},
+            "layer 1 must name each expert once: expert 2 at home position 3 has a home already",
+        ),
+        (
+            {"experts": [[3, 0, 4, 1]]},
+            r"layer 1 must name each expert once: expert 4 at home position 2 is not in 0\.\.3",
+        ),
         ({"experts": [[3, 0, 2]]}, "layer 1: homes must be 4 integers, got"),
         ({"experts": [[3, 0, 2, True]]}, "layer 1: homes must be 4 integers, got"),
         ({"experts": []}, "experts must be a list for each of 1 layers"),
@@ -121,5 +127,7 @@ def test_an_own_loop_with_another_runs_homes_is_refused_when_its_layers_are_buil
     """Megatron's command line is checked before, and a loop of one's own has none."""
     path, groups = tmp_path / "homes.json", mock.Mock(size=4)
     write_homes(path, 2, {"layer 1": ORDER.expert_E})
-    with pytest.raises(ValueError, match=r"--fsep-homes '.*': has homes for 2 ranks and 4 experts"):
+    with pytest.raises(
+        ValueError, match=r"--fsep-homes must fit: '.*' has homes for 2 ranks and 4 experts"
+    ):
         build._common_homes(FSEPConfig(homes=str(path)), groups, 4)

@@ -194,7 +194,7 @@ class _Shape:
         found = [HomeOrder(np.array(experts, dtype=np.int64)) for experts in given]
         sizes = {len(home.expert_E) for home in found}
         if len(found) != len(self.layers) or sizes != {self.geometry.num_experts}:
-            raise ValueError(f"homes {quoted(given)} are not those of every layer's experts")
+            raise ValueError(f"homes {quoted(given)} must be those of every layer's experts")
         return found
 
     def by_position(self, layouts: Sequence[ExpertLayout]) -> list[ExpertLayout]:

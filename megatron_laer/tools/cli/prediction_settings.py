@@ -220,7 +220,7 @@ class _Noted:
 
 def _boolean(text: str) -> bool:
     if text not in ("True", "False"):
-        raise ValueError(f"{text!r} is neither True nor False")
+        raise ValueError(f"{text!r} must be True or False")
     return text == "True"
 
 

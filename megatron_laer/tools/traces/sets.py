@@ -58,13 +58,13 @@ def read_sets(path: Path, num_experts: int | None = None) -> Int64:
                 )
             experts = [int(word[:9]) for word in line.split()]
             if max(experts) >= most:
-                raise ValueError(f"expert {max(experts)} is not in 0..{most - 1}")
+                raise ValueError(f"expert {max(experts)} must be in 0..{most - 1}")
             if len(set(experts)) < len(experts):
                 raise ValueError(
-                    f"a token has an expert twice: {quoted(line[:60].decode(errors='replace'))}"
+                    f"a token must have an expert once: {quoted(line[:60].decode(errors='replace'))}"
                 )
             if sets and len(experts) != len(sets[0]):
-                raise ValueError(f"{len(experts)} experts, but {len(sets[0])} in line 1")
+                raise ValueError(f"{len(experts)} experts; expected {len(sets[0])} as in line 1")
             sets.append(experts)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
@@ -104,7 +104,7 @@ def _content(path: Path) -> bytes:
             with gzip.open(file) as unpacked:
                 content = unpacked.read(_MAX_BYTES + 1)
         except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+            raise ValueError(f"{path} is damaged: {error}; give a whole file") from error
     if len(content) > _MAX_BYTES:
         raise ValueError(f"{path} holds more than {_MAX_BYTES:,} bytes; give a part of it")
     return content
