@@ -83,6 +83,9 @@ def test_experts_chosen_together_get_a_node_and_good_homes_stay(tmp_path, capsys
     assert moved["stock_rows"] == pytest.approx(0.5 * (1 + 2 / 3), rel=1e-6 if sets else 0.1)
     assert kept["saved"] == 0 and kept["max_over_mean"] == kept["stock_max_over_mean"]
     assert ("counted on" in out) == sets and "layer 1" in out
+    if sets:  # 2 experts on 2 nodes; both layers' tokens share 1/6 and then 1/2
+        causes = "1.000 with a row for each expert - 0.333 shared by experts of stock's homes - "
+        assert causes + "0.167 by these homes = 0.500" in out
 
 
 def test_the_later_half_of_the_steps_counts(tmp_path, capsys):

@@ -68,8 +68,7 @@ def run(
         rows = [_json_row(one) for one in layers]
         write_output(args.json, json.dumps({**about, "homes": rows}, indent=1) + "\n", "--json")
     print(one_line(f"homes for {num_ranks} ranks in nodes of {node_size}: {args.homes}"))
-    print(f"\n{table_text(layers)}\n")
-    print(_legend(layers))
+    print(f"\n{table_text(layers)}\n\n{_causes(layers)}\n{_legend(layers)}")
     return 0
 
 
@@ -134,6 +133,19 @@ def _name(layer: str) -> str:
 def _json_row(one: LayerHomes) -> dict[str, Any]:
     row = {field.name: getattr(one, field.name) for field in fields(one)}
     return row | {"saved": one.saved, "home_slot_order_E": one.home_slot_order_E.tolist()}
+
+
+def _causes(layers: list[LayerHomes]) -> str:
+    """Return the mean rows of a token by cause, in the manner of `simulator.node_rows`."""
+    pair_rows, stock_rows, rows = (
+        sum(getattr(one, name) for one in layers) / len(layers)
+        for name in ("pair_rows", "stock_rows", "rows")
+    )
+    return (
+        f"rows by cause, mean of layers: {pair_rows:.3f} with a row for each expert - "
+        f"{pair_rows - stock_rows:.3f} shared by experts of stock's homes - "
+        f"{stock_rows - rows:.3f} by these homes = {rows:.3f}"
+    )
 
 
 def _legend(layers: list[LayerHomes]) -> str:

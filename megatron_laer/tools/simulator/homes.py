@@ -30,13 +30,15 @@ BY_PAIRS, NO_ROWS, HEAVIER = "by pairs", "stock's: no rows saved", "stock's: a h
 class LayerHomes:
     """Homes of a layer, with rows per token and the heaviest rank's load over the mean.
 
-    `homes` says whether they are those by pairs, or why stock's are kept. `sampled_tokens` have
-    sets that were counted; with 0, rows are expected from pairs.
+    `homes` says whether they are those by pairs, or why stock's are kept. `pair_rows` would be sent
+    with a row for each pair of a token and an expert. `sampled_tokens` have sets that were counted;
+    with 0, rows are expected from pairs.
     """
 
     layer: str
     home_slot_order_E: Int64
     homes: str
+    pair_rows: float
     stock_rows: float
     rows: float
     stock_max_over_mean: float
@@ -94,6 +96,7 @@ def _of_layer(
         trace.layers[layer],
         order_E,
         homes,
+        expected.top_k * (1 - 1 / geometry.num_nodes),
         rows(stock_E),
         rows(order_E),
         max_over_mean(stock_E),
