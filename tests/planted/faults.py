@@ -50,7 +50,7 @@ def _ranks(*names: str) -> tuple[str, ...]:
     return tuple(_RANKS.format(name) for name in names)
 
 
-_HOMES = _in("tools/simulator/homes.py", "tests/tools/test_plan_homes.py")
+_BY_PAIRS = _in("tools/simulator/homes.py", "tests/tools/test_plan_homes.py")
 _LAYOUT = _in("planner/layout.py", *_unit("layout"))
 _SHARDING = _in("planner/sharding.py", *_unit("slices", "traffic"))
 _LAER = _in("planner/laer.py", *_unit("strategies"))
@@ -705,22 +705,22 @@ FAULTS: tuple[Fault, ...] = (
         "rows = (1 - 1 / num_nodes) * float(",
         "rows = float(",
     ),
-    _HOMES.fault(
+    _BY_PAIRS.fault(
         "homes by pairs are counted on the steps that planned them",
         "pairs.of_layer(layer, planned)",
         "pairs.of_layer(layer, counted)",
     ),
-    _HOMES.fault(
+    _BY_PAIRS.fault(
         "homes by pairs are kept where they save no rows",
         "if rows(order_E) >= rows(stock_E) and",
         "if rows(order_E) > rows(stock_E) and",
     ),
-    _HOMES.fault(
+    _BY_PAIRS.fault(
         "homes by pairs may make a rank heavier",
         "if max_over_mean(one_E) <= most",
         "if True",
     ),
-    _HOMES.fault(
+    _BY_PAIRS.fault(
         "homes by pairs have replicas among them",
         "[:, : geometry.capacity]",
         "[:, -geometry.capacity :]",

@@ -94,7 +94,7 @@ def _geometry(args: argparse.Namespace, trace: Trace, num_ranks: int, node_size:
     if trace.pairs is None:
         raise ValueError(
             f"{given}: {quoted(args.trace)} has no pairs of experts for these ranks; record them "
-            "with --fsep-pairs-interval beside --fsep-record-trace and leave --trace-ranks out, or "
+            "with --fsep-pairs-interval and --fsep-record-trace and leave --trace-ranks out, or "
             "give a trace of --moe-routing-trace-path or a file of sets"
         )
     if experts % num_ranks:
@@ -118,7 +118,7 @@ def _orders_of_other_traces(args: argparse.Namespace, geometry: Geometry) -> dic
     try:
         before.check_fits(geometry.num_ranks, geometry.num_experts)
     except ValueError as error:
-        raise ValueError(f"--homes {quoted(args.homes)} {error}") from error
+        raise ValueError(f"--homes {quoted(args.homes)} {error}; give another name") from error
     return {layer: order.expert_E for layer, order in before.by_layer.items()}
 
 
