@@ -99,6 +99,14 @@ PLAN_OPTIONS = (
     ("--mode never", "invalid choice: 'never'"),
     ("--mode exact exact", "--mode names exact twice"),
     ("--tolerance 0.1 --mode exact", "--tolerance 0.1: no effect without --mode tolerance"),
+    (
+        "--homes out/x.json",
+        "'good.trace' has no pairs of experts for these ranks; record them with",
+    ),
+    ("--homes out/x.json --sharding rows", "experts have no home with --sharding rows"),
+    ("--homes out/x.json --plot out/x.png", "--plot out/x.png: no effect here"),
+    ("--homes out/x.json --json out/x.json", "--homes and --json are one file"),
+    ("--homes good.trace", "good.trace"),
     ("--lag 4", "--lag 4: no microbatch with tokens"),
     ("--lag 1000000000", "--lag 1000000000: no microbatch"),
     ("--restore-algorithm ring", "invalid choice: 'ring'"),
@@ -145,6 +153,10 @@ WORKLOADS = (
     ("--workload W1 --ranks 8 --experts 8 --tokens 16777217", "is no integer in 1..16777216"),
     ("--workload W1 --ranks 8 --experts 32767 --tokens 16777216", "are too many to draw"),
     ("--workload W1 --experts 8", "has no ranks of its own; give --ranks"),
+    (
+        "--workload W1 --ranks 8 --experts 8 --homes out/x.json",
+        "W1 has no pairs of experts; give a",
+    ),
 )
 TRACES = (
     ("absent", "trace 'absent' does not exist"),

@@ -140,6 +140,7 @@ UNWRITABLE = {
 }
 # Arguments for written files. The suffix is the argument's.
 WRITTEN = (
+    "plan good.trace --homes {}.json",
     "plan good.trace --json {}.json",
     "plan good.trace --plot {}.png",
     f"simulate good.trace {_MODEL} --json {{}}.json",

@@ -51,6 +51,7 @@ def _ranks(*names: str) -> tuple[str, ...]:
 
 
 _SHARDED = _in("plugin/sharded_models.py", *_ranks("parity"), "-k", "fsdp-accum")
+_BY_PAIRS = _in("tools/simulator/homes.py", "tests/tools/test_plan_homes.py")
 _LAYOUT = _in("planner/layout.py", *_unit("layout"))
 _SHARDING = _in("planner/sharding.py", *_unit("slices", "traffic"))
 _LAER = _in("planner/laer.py", *_unit("strategies"))
@@ -704,6 +705,26 @@ FAULTS: tuple[Fault, ...] = (
         "a token's own node counts as another",
         "rows = (1 - 1 / num_nodes) * float(",
         "rows = float(",
+    ),
+    _BY_PAIRS.fault(
+        "homes by pairs are counted on the steps that planned them",
+        "pairs.of_layer(layer, planned)",
+        "pairs.of_layer(layer, counted)",
+    ),
+    _BY_PAIRS.fault(
+        "homes by pairs are kept where they save no rows",
+        "if rows(order_E) >= rows(stock_E) and",
+        "if rows(order_E) > rows(stock_E) and",
+    ),
+    _BY_PAIRS.fault(
+        "homes by pairs may make a rank heavier",
+        "if max_over_mean(one_E) <= most",
+        "if True",
+    ),
+    _BY_PAIRS.fault(
+        "homes by pairs have replicas among them",
+        "[:, : geometry.capacity]",
+        "[:, -geometry.capacity :]",
     ),
     _in("planner/exact.py", *_unit("visit_quotas")).fault(
         "a rank expects tokens by other quotas than are sent",

@@ -20,7 +20,7 @@ from megatron_laer.planner.token_exchange import (
     token_seconds,
     with_token_exchange,
 )
-from megatron_laer.tools.cli import fp8_flags, routing_input
+from megatron_laer.tools.cli import fp8_flags, plan_homes, routing_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
     add_hours,
@@ -75,6 +75,7 @@ examples:
   %(prog)s traces/group-0.trace
   %(prog)s traces/group-0.trace --ranks 64 --node-size 8 --capacity 2 3 4
   %(prog)s routing.csv --experts 64 --cluster my-cluster.yaml --config my-model.yaml --every 97
+  %(prog)s traces/group-0.trace --node-size 8 --homes homes.json
   %(prog)s --workload W6 --ranks 32 --experts 128 --topk 8
   %(prog)s traces --strategy greedy --mode forecast adaptive --json plan.json --plot plan.png
 """
@@ -108,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         text = f"of {', '.join(choices)}; default: all"
         option(parser, flag, text, nargs="+", choices=choices, default=every)
-    text = "of mode tolerance: replan where max/mean exceeds 1 + X; default:"
+    text = "of mode tolerance: replan where max/mean exceeds 1 + X (--homes: stock's + X); default:"
     option(parser, "--tolerance X", f"{text} {_DEFAULT_TOLERANCE}", number(0, MOST_RANKS))
     text = "age of the newest counts, in steps of the trace; default: %(default)s"
     option(parser, "--lag D", text, stride, default=1)
@@ -131,6 +132,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "only every K-th microbatch, to be quick; a prime number meets all layers; default:"
     option(parser, "--every K", f"{text} %(default)s", stride, default=1)
     add_hours(parser)
+    plan_homes.add_arguments(parser)
     option(parser, "--json FILE", "write the figures there", path)
     option(parser, "--plot FILE", "plot max/mean - 1 there", path)
 
@@ -155,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
     )
     from_recording = [*settings.recorded, *of_shape]
     node_size = geometries[0].node_size
+    if args.homes is not None:
+        return plan_homes.run(args, recorded, num_ranks, node_size, tolerance)
     check_memory(
         num_ranks,
         recorded.num_experts,
@@ -280,7 +284,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Trace]:
     if args.workload is None:
-        return str(args.trace), routing_input.read(args, num_experts)
+        return str(args.trace), routing_input.read(args, num_experts, pairs=args.homes is not None)
     assert num_experts is not None
     topk, tokens, steps = (
         default if (given := getattr(args, flag.removeprefix("--"))) is None else given
@@ -309,6 +313,7 @@ def _check(args: argparse.Namespace, metrics: Path | None) -> None:
             "out, or give --token-exchange node"
         )
     routing_input.check(args, "plan for")
+    plan_homes.check(args)
     if args.workload is None:
         routing_input.refuse(args, tuple(_WORKLOAD_ONLY), "add --workload")
     elif args.experts is None and args.config is None:
@@ -316,6 +321,7 @@ def _check(args: argparse.Namespace, metrics: Path | None) -> None:
             f"--workload {args.workload} has no experts of its own; give --experts or --config"
         )
     inputs = yaml_inputs(cluster=("cluster", args.cluster), config=("model", args.config))
-    check_outputs({"--json": args.json, "--plot": args.plot}, [*inputs, metrics], args.trace)
+    outputs = {"--homes": args.homes, "--json": args.json, "--plot": args.plot}
+    check_outputs(outputs, [*inputs, metrics], args.trace)
     if args.plot is not None:
         check_can_plot(args.plot)

@@ -57,12 +57,13 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> No
             raise ValueError(f"{flag} {value}: no effect here; {way_out}, or leave {flag} out")
 
 
-def read(args: argparse.Namespace, num_experts: int | None) -> Trace:
+def read(args: argparse.Namespace, num_experts: int | None, *, pairs: bool = False) -> Trace:
     with naming(args.trace):
         return read_trace(
             args.trace,
             args.format,
             ranks=args.trace_ranks,
             num_experts=num_experts,
+            pairs=pairs,
             progress=bar("reading", leave=False),
         )

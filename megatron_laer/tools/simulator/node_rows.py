@@ -8,8 +8,8 @@ A row is a hidden state in one token exchange, and a pair a token with one of it
     = sent
 
 The first two are counted. Counts do not say which experts one token chose. So `shared` is assumed
-as in token prices, for independent choices, and is up to an eighth too many. A cause that needs
-sets of experts, such as placement by co-activation, belongs between the last two.
+as in token prices, for independent choices, and is up to an eighth too many. Placement by
+co-activation would be between the last two. It needs pairs, and `homes` counts it from them.
 
 Legend: N ranks, E experts, M nodes.
 """

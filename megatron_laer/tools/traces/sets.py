@@ -3,7 +3,7 @@
 A file of sets has a line per token: its K different experts, as numbers with blanks between them.
 It may be compressed by gzip. Its first half of tokens is read as one step, and the second as
 another: so plans from the first are counted on the second. It has one layer, named like the file,
-and one source rank.
+and one source rank. Of many tokens evenly chosen ones stay as sets.
 
 Legend: T tokens, K top-k, E experts.
 """
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import gzip
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.files.checks import open_input, quoted, read_bytes
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.tools.traces.records import PairRecords, Trace, assemble
@@ -26,6 +27,8 @@ GZIP = b"\x1f\x8b"
 # Some million tokens.
 _MAX_BYTES = 2**26
 _TOKENS_AT_ONCE = 2**14
+# Bytes of a step's sets, of a byte per token and expert.
+_MOST_SET_BYTES = 2**26
 
 
 def count_pairs(expert_TK: Int64, num_experts: int) -> Int64:
@@ -82,7 +85,7 @@ def read_file_of_sets(path: Path, num_experts: int | None = None) -> Trace:
     zero_I = np.zeros_like(step_I)
     pairs = {(step, 0): count_pairs(part_TK, experts) for step, part_TK in enumerate(parts)}
     tokens_I = np.concatenate([pairs_EE.diagonal() for pairs_EE in pairs.values()])
-    return assemble(
+    trace = assemble(
         [path.name.partition(".")[0]],
         np.stack([step_I, zero_I, zero_I], axis=1),
         zero_I,
@@ -93,6 +96,15 @@ def read_file_of_sets(path: Path, num_experts: int | None = None) -> Trace:
         file_bytes=expert_TK.nbytes,
         pairs=PairRecords.of_tables(pairs, experts),
     )
+    return replace(trace, sets={(at, 0): _sets(part, experts) for at, part in enumerate(parts)})
+
+
+def _sets(expert_TK: Int64, num_experts: int) -> Bool:
+    """Return the experts of evenly chosen tokens, bool [T, E]."""
+    chosen_TK = expert_TK[:: 1 + len(expert_TK) * num_experts // _MOST_SET_BYTES]
+    sets_TE = np.zeros((len(chosen_TK), num_experts), dtype=np.bool_)
+    np.put_along_axis(sets_TE, chosen_TK, True, axis=1)
+    return sets_TE
 
 
 def _content(path: Path) -> bytes:
