@@ -151,7 +151,7 @@ def test_a_file_of_sets_is_two_steps_with_their_pairs(tmp_path, packed):
     ("text", "said"),
     [
         ("0 2\n1\n", "line 2: expected numbers of experts, got '1'"),
-        ("0 2\n1 1\n", "line 2: a token must have an expert once: '1 1'"),
+        ("0 2\n1 1\n", "line 2: an expert must come once: '1 1'"),
         ("0 2\n1 2 3\n", "line 2: 3 experts; expected 2 as in line 1"),
         ("0 2\n1 9\n", r"line 2: expert 9 must be in 0\.\.3"),
         ("0 2\n", "has 1 tokens; give at least two"),

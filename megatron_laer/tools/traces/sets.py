@@ -64,7 +64,7 @@ def read_sets(path: Path, num_experts: int | None = None) -> Int64:
                 raise ValueError(f"expert {max(experts)} must be in 0..{most - 1}")
             if len(set(experts)) < len(experts):
                 raise ValueError(
-                    f"a token must have an expert once: {quoted(line[:60].decode(errors='replace'))}"
+                    f"an expert must come once: {quoted(line[:60].decode(errors='replace'))}"
                 )
             if sets and len(experts) != len(sets[0]):
                 raise ValueError(f"{len(experts)} experts; expected {len(sets[0])} as in line 1")
