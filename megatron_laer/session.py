@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_laer.config import Auto, FSEPConfig, PlanMode, Sharding, TokenExchange
 from megatron_laer.runtime.build import build_coordinator, current_device
+from megatron_laer.runtime.comm import agreement
 from megatron_laer.runtime.comm.collectives import raise_everywhere
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group, create_groups
 from megatron_laer.runtime.coordinator import Coordinator
@@ -109,6 +110,9 @@ class Session:
         coordinator = self.coordinator
         if not self._is_training:
             raise_everywhere(None if coordinator is None else coordinator.start(step))
+            homes = None if coordinator is None else coordinator.layouts.given_homes
+            digest = None if coordinator is None else homes.digest if homes else "stock's"
+            raise_everywhere(agreement.homes_problem(digest))
             if self.config.makes_plans:
                 resumption = None
                 if coordinator is not None and coordinator.layers and self.groups.rank == 0:

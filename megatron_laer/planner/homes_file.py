@@ -14,6 +14,7 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,13 @@ class ModelHomes:
     num_ranks: int
     num_experts: int
     by_layer: Mapping[str, HomeOrder]
+
+    @property
+    def digest(self) -> str:
+        """Name the content: sizes, layers' names and all experts' homes."""
+        orders = [(name, home.expert_E.tolist()) for name, home in sorted(self.by_layer.items())]
+        content = repr((self.num_ranks, self.num_experts, orders)).encode()
+        return hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def check_fits(self, num_ranks: int, num_experts: int) -> None:
         if (self.num_ranks, self.num_experts) != (num_ranks, num_experts):

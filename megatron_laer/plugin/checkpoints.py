@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_laer import session
 from megatron_laer.choices import Sharding
+from megatron_laer.files.checks import quoted
 from megatron_laer.planner.home_order import home_digest
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.releases import CHECKPOINT_STORAGE
@@ -43,20 +44,20 @@ _MARK = ".fsep-"
 _loads_shards = ContextVar("loads_shards", default=False)
 
 
-def _mark_buffers(sharded_state_dict: Any, current: session.Session | None) -> bool:
-    """Mark the optimizer's buffers with FSEP's group size or homes; return whether there are any.
+def _mark_buffers(sharded_state_dict: Any, current: session.Session | None) -> None:
+    """Mark the optimizer's buffers with FSEP's group size or homes.
 
     A rank's slices of all experts have as many elements as stock's whole experts. Without the mark,
     one kind would silently be read into the other. Buffers of experts in stock's homes are stock's.
     """
     if current is None or not current.has_groups:
-        return False
+        return
     of_run = str(current.groups.size)
     if current.sharding != Sharding.ROWS:
         coordinator = current.coordinator
         homes = "" if coordinator is None else home_digest(coordinator.layouts.homes)
         if not homes:
-            return False
+            return
         of_run = f"homes-{homes}"
     from megatron.core.dist_checkpointing.dict_utils import nested_values
     from megatron.core.dist_checkpointing.mapping import ShardedBase
@@ -70,7 +71,6 @@ def _mark_buffers(sharded_state_dict: Any, current: session.Session | None) -> b
     for entry in buffers:
         if not entry.key.endswith(mark):
             entry.key += mark
-    return bool(buffers)
 
 
 def _report_gemm(before: str | None, now: str) -> None:
@@ -102,16 +102,16 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def load(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
         current = session.current()
-        is_marked = _mark_buffers(sharded_state_dict, current)
+        _mark_buffers(sharded_state_dict, current)
         try:
             loaded = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
-            if is_marked and _MARK in str(error):
+            if _MARK in str(error):
                 raise ValueError(
                     f"{checkpoint_dir}: its optimizer state, in Megatron's form dp_reshardable, is "
                     "not of a run with FSEP on as many ranks and the same --fsep-homes, and cannot "
-                    "be read by this one; save "
-                    "with --dist-ckpt-optim-fully-reshardable, or load with --no-load-optim"
+                    "be read by this one; save with --dist-ckpt-optim-fully-reshardable, or load "
+                    "with --no-load-optim"
                 ) from error
             raise
         _resume(loaded, str(checkpoint_dir))
@@ -156,6 +156,14 @@ def _with_planner_of_shards(original: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             _loads_shards.reset(token)
         loaded, directory, _, kind = result
+        current = session.current()
+        homes = None if current is None else current.config.homes
+        if homes is not None and getattr(kind, "name", "") in ("LEGACY", "LOCAL"):
+            raise ValueError(
+                f"{directory}: experts of this checkpoint are saved by rank, not by number, so "
+                f"--fsep-homes {quoted(homes)} would mix them up; load it without, and save it "
+                "with --ckpt-format torch_dist"
+            )
         # At first rank 0 alone reads the run's arguments.
         if not kwargs.get("rank0") and getattr(kind, "name", "") == "FSDP_DTENSOR":
             _resume(loaded, str(directory))

@@ -27,7 +27,6 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.home_order import home_digest
 from megatron_laer.planner.homes_file import ModelHomes, read_homes
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.sharding_choice import choose_geometry
@@ -184,15 +183,16 @@ def _common_homes(config: FSEPConfig, groups: FSEPGroups, num_experts: int) -> M
     """
     if config.homes is None:
         return None
-    homes = read_homes(Path(config.homes))
+    homes, problem = None, None
     try:
+        homes = read_homes(Path(config.homes))
         homes.check_fits(groups.size, num_experts)
-    except ValueError as error:
-        raise ValueError(
-            f"{flag_name('homes')} must fit: {quoted(config.homes)} {error}"
-        ) from error
-    digest = home_digest([*homes.by_layer.values()])
-    problem = agreement.difference({f"the content of {flag_name('homes')}": digest}, groups)
+    except (OSError, ValueError) as error:
+        problem = f"{flag_name('homes')} {quoted(config.homes)}: {error}"
+    content = problem or (homes and homes.digest) or ""
+    problem = (
+        agreement.difference({f"the content of {flag_name('homes')}": content}, groups) or problem
+    )
     if problem is not None:
         raise ValueError(problem)
     return homes

@@ -122,6 +122,11 @@ class LayerState(FsepLayer):
         microbatch = 0 if microbatch == self._num_microbatches else microbatch
         return LayerPass(self.index, self._routed, microbatch, training)
 
+    @property
+    def begins_step(self) -> bool:
+        """Whether the next pass is a step's first one, also of a repeated step."""
+        return self.next_pass(training=True).microbatch == 0 and self._routed % self.passes == 0
+
     def count_pass(self, counts_NE: Int64) -> tuple[int, Int64] | None:
         """Count a routed pass; return a microbatch's number and total counts with its last pass."""
         microbatch, at = self.next_pass(training=True).microbatch, self._routed % self.passes

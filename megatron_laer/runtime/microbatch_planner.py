@@ -96,8 +96,7 @@ class MicrobatchPlanner:
         if training and not self.in_steps:
             self._warn_without_steps()
         if training:
-            number = layer.next_pass(training=True).number
-            self.pairs.add(layer.index, routing_map_TE, begins=number == 0)
+            self.pairs.add(layer.index, routing_map_TE, begins=layer.begins_step)
         restored = self.scheduler.enter(layer, training)
         read_counts = self._counts.start(
             counts_E,

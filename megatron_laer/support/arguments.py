@@ -35,6 +35,7 @@ _DEEPEP_TOP_K = 32
 _BY_RANK = "such a checkpoint has experts by rank, not by number"
 _NOT_WITH_HOMES = (
     ("ckpt_format", "torch", f"{_BY_RANK}; use --ckpt-format torch_dist"),
+    ("ckpt_convert_format", "torch", f"{_BY_RANK}; leave it out"),
     ("non_persistent_ckpt_type", "local", f"{_BY_RANK}; use --non-persistent-ckpt-type global"),
     ("use_megatron_fsdp", True, "no test proves the two together; leave out one of them"),
     (

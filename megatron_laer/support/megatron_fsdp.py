@@ -69,6 +69,13 @@ _PARTNERS = (
     _Partner("overlap_moe_expert_parallel_comm", _OFF, False),
     _Partner("delay_wgrad_compute", _OFF, False),
     _Partner("overlap_dispatch_backward_with_experts_wgrad", _OFF, False),
+    _Partner(
+        "log_params_norm",
+        _OFF,
+        False,
+        "Megatron would reduce experts' gradients once more",
+        "leave it out",
+    ),
     _Partner("nccl_ub", _OFF, False),
     _Partner("fsdp_double_buffer", _OFF, False),
     _Partner("megatron_fsdp_max_pool_double_buffer", _OFF, False),

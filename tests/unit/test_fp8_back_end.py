@@ -356,6 +356,15 @@ def test_a_parameter_in_fp8_sends_its_own_bytes_and_scales(config: Any) -> None:
     assert torch.equal(gemm.pack(parameter), payload_PK)
 
 
+def test_backward_in_another_precision_is_refused(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = SimpleNamespace(backward_override="high_precision")
+    monkeypatch.setattr("megatron.core.fp8_utils.get_fp8_recipe", lambda _: recipe)
+    with pytest.raises(ValueError, match=r"NVTE_BACKWARD_OVERRIDE=high_precision .*; unset it"):
+        fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
+
+
 def test_unfit_sizes_packages_and_signatures_are_refused(
     config: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,16 @@ def test_reruns_come_by_microbatch_and_within_it_backwards() -> None:
     assert not len(state.reruns) and state.reruns.take() is None
 
 
+def test_a_step_begins_with_its_first_pass_and_so_does_a_repeated_step() -> None:
+    state, counts_NE = layer(passes=2), np.ones((1, 4), dtype=np.int64)
+    state.begin_step(num_microbatches=2)
+    begins = []
+    for _ in range(8):
+        begins.append(state.begins_step)
+        state.count_pass(counts_NE)
+    assert begins == [True, False, False, False] * 2
+
+
 def test_a_checkpoint_inside_another_takes_its_plan_with_its_own_rerun() -> None:
     state = layer(passes=1)
     seen: list[Any] = []

@@ -187,6 +187,7 @@ NEXT_TO_FSDP = {
         for flag in (
             "--init-model-with-meta-device",
             "--ddp-average-in-collective",
+            "--log-params-norm",
             "--megatron-fsdp-grad-comm-dtype bf16",
             "--megatron-fsdp-main-params-dtype bf16",
             "--pipeline-model-parallel-size 2",

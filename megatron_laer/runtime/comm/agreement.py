@@ -69,6 +69,22 @@ def difference(summary: Mapping[str, str], groups: FSEPGroups) -> str | None:
     return describe_difference(summaries, groups.ranks)
 
 
+def homes_problem(digest: str | None) -> str | None:
+    """Compare the homes of all FSEP groups; return one text for all. Collective over the world.
+
+    A rank without MoE layers gives None. Ranks of several groups share their experts' gradients.
+    """
+    digests: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, digest)
+    having = {rank: its for rank, its in enumerate(digests) if its is not None}
+    if len({*having.values()}) <= 1:
+        return None
+    return (
+        f"the content of {flag_name('homes')} is {_by_value([*having.values()], [*having])}: ranks "
+        "of other groups would have other experts in the same places; give all ranks the same file"
+    )
+
+
 def describe_difference(summaries: Sequence[Mapping[str, str]], ranks: Sequence[int]) -> str | None:
     found = []
     for name in dict.fromkeys(chain.from_iterable(summaries)):

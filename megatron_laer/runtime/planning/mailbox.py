@@ -47,16 +47,17 @@ class RoutingMailbox:
         self._sums_NE.clear()
 
     def put(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
-        by_expert_NE = self._homes[layer].by_expert(counts_NE)
-        self._record(
-            partial(
-                TraceWriter.append,
-                step=self._step,
-                layer_index=layer,
-                microbatch=microbatch,
-                counts_NE=by_expert_NE,
+        if self._trace is not None:
+            by_expert_NE = self._homes[layer].by_expert(counts_NE)
+            self._record(
+                partial(
+                    TraceWriter.append,
+                    step=self._step,
+                    layer_index=layer,
+                    microbatch=microbatch,
+                    counts_NE=by_expert_NE,
+                )
             )
-        )
         if self._planner is None:
             return
         before_NE = self._sums_NE.get(layer) if microbatch else None
@@ -66,6 +67,8 @@ class RoutingMailbox:
 
     def put_pairs(self, pairs_LEE: Int64, chosen_LTE: Bool) -> None:
         """Record the step's pairs and sampled sets of each layer, of home positions."""
+        if self._trace is None:
+            return
         for layer, pairs_EE in enumerate(pairs_LEE):
             by_expert_EE = self._homes[layer].pairs_by_expert(pairs_EE)
             self._record(

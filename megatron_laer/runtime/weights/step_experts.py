@@ -1,9 +1,9 @@
 """Experts for all microbatches of a step: restored once and reduced once.
 
 With M microbatches the layer's exchanges fall from 3·M to 2, or to 3 where payloads serve one
-direction. In return a rank holds the restored
-matrices of every layer, and float32 sums of their gradients, as long as the step runs. With experts
-at home these are replicas; the homes' own gradients are stock's, microbatch by microbatch.
+direction. In return a rank holds the restored matrices of every layer, and float32 sums of their
+gradients, as long as the step runs. With experts at home these are replicas; the homes' own
+gradients are stock's, microbatch by microbatch.
 
 Legend: C replica slots per rank, R rows of a matrix, K columns.
 """

@@ -16,8 +16,7 @@ import torch
 from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.runtime.weights.layer import Packer
 
-# Rows and columns of operands must be multiples of this, which cuBLAS asks of fp8; in mxfp8 of a
-# block.
+# Rows and columns of operands must be multiples of this, which cuBLAS asks of fp8.
 MULTIPLE = 16
 
 

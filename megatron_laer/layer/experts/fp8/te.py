@@ -70,6 +70,11 @@ class Quantised(ABC):
         self._form = form
         self._dtype = config.params_dtype
         self._recipe = get_fp8_recipe(config)
+        if (override := getattr(self._recipe, "backward_override", None)) is not None:
+            raise ValueError(
+                f"NVTE_BACKWARD_OVERRIDE={override} with experts in fp8: replicas compute backward "
+                "in fp8, and their homes would not; unset it"
+            )
         kinds = importlib.import_module("transformer_engine_torch").DType
         self._forward_kind = kinds.kFloat8E4M3
         self._backward_kind = kinds.kFloat8E5M2 if config.fp8 == "hybrid" else kinds.kFloat8E4M3
