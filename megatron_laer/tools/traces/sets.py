@@ -63,9 +63,8 @@ def read_sets(path: Path, num_experts: int | None = None) -> Int64:
             if max(experts) >= most:
                 raise ValueError(f"expert {max(experts)} must be in 0..{most - 1}")
             if len(set(experts)) < len(experts):
-                raise ValueError(
-                    f"a token must have an expert once: {quoted(line[:60].decode(errors='replace'))}"
-                )
+                text = quoted(line[:60].decode(errors="replace"))
+                raise ValueError(f"a token must have an expert once: {text}")
             if sets and len(experts) != len(sets[0]):
                 raise ValueError(f"{len(experts)} experts; expected {len(sets[0])} as in line 1")
             sets.append(experts)
