@@ -65,11 +65,13 @@ def test_tokens_choose_replicas_with_fewer_rows(skew: float) -> None:
 
 
 def test_the_guard_decides_on_the_same_quotas() -> None:
-    geometry = Geometry(4, 8, 4, 2, top_k=3)
-    counts_NE = np.random.default_rng(0).integers(0, 90, (4, 8))
+    geometry = Geometry(8, 16, 4, 2, top_k=3)
+    counts_NE = np.random.default_rng(0).integers(0, 90, (8, 16))
     planned = geometry.random_layout((1,))
     guard = Guard(PlanMode.FORECAST, make_costs(), geometry)
-    for rank in range(4):
+    alone, visiting = (exact_split(planned, 2, k).solve(counts_NE) for k in (0, 3))
+    assert any((alone.rank_row(rank) != visiting.rank_row(rank)).any() for rank in range(8))
+    for rank in range(8):
         decision = guard.decide(counts_NE, planned, rank)
         expected = exact_split(planned, 2, 3).solve(counts_NE)
         np.testing.assert_array_equal(decision.rank_quotas.row_S, expected.rank_row(rank))
