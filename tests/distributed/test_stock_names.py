@@ -21,7 +21,7 @@ import megatron_laer
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.integrations import stock_names
 from megatron_laer.integrations.stock_names import StockLayer
-from megatron_laer.layer import moe_layer
+from megatron_laer.layer import slot_submodules
 from megatron_laer.runtime.comm.blocks import gather_block
 from tests import documents
 from tests.distributed.test_stock_loading import probed
@@ -207,7 +207,7 @@ def test_grouped_names_are_those_that_converters_look_for(ranks: RankPools, text
 @pytest.mark.parametrize(("builder", "is_grouped"), [(TEGroupedMLP, True), (SequentialMLP, False)])
 def test_the_module_spec_decides_between_the_names(builder: type, is_grouped: bool) -> None:
     for spec in (builder, functools.partial(builder, submodules=None)):
-        assert moe_layer._stock_is_grouped(mock.Mock(experts=spec)) == is_grouped
+        assert slot_submodules.stock_is_grouped(mock.Mock(experts=spec)) == is_grouped
 
 
 def one_layer_is_held(flags: list[str]) -> int:
