@@ -409,10 +409,11 @@ VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
 
 @pytest.fixture(scope="module")
 def megatron() -> dict[str, Any]:
-    unknown = refused_flags([*SETTING])
+    unknown = refused_flags([*SETTING, *NEXT_TO_FSDP])
     cases = {name: (line, of) for name, (line, of, _) in VALIDATED.items()}
     lines = [*TAKEN, *(line for line in SETTING if line not in unknown)]
-    given = json.dumps({"lines": lines, "own": [*OWN, *NEXT_TO_FSDP], "cases": cases})
+    own = [*OWN, *(line for line in NEXT_TO_FSDP if line not in unknown)]
+    given = json.dumps({"lines": lines, "own": own, "cases": cases})
     found: dict[str, Any] = json.loads(python("-c", PROGRAM, stdin=given).splitlines()[-1])
     return found
 
@@ -453,6 +454,8 @@ def test_our_own_settings_are_refused_beside_megatrons(megatron: dict[str, Any],
 def test_megatron_fsdp_is_refused_with_each_setting_that_no_test_proves(
     megatron: dict[str, Any], line: str
 ) -> None:
+    if line not in megatron["own"]:
+        pytest.skip("this Megatron does not know the flag")
     found, parts = megatron["own"][line], NEXT_TO_FSDP[line]
     assert len(found) == len(parts)
     assert all(text.startswith(part) for text, part in zip(found, parts, strict=True))
