@@ -63,7 +63,8 @@ def test_the_page_has_the_verdicts_of_today():
         assert "\n".join(table) in page, "python -m tests.recipes_page prints the tables of today"
     training = Counter(found.verdict for row, found in recipes if row["pool"] != "peft")
     assert training.total() == 104 and training[Verdict.SET_EP] == 9
-    running = [training[verdict] for verdict in (Verdict.RUNS, Verdict.SPEED_ONLY)]
-    running.append(training[Verdict.PRECISION])
-    assert f"So of 104 recipes {running[0]} run as they are" in page
-    assert f"they are {sum(running[:2])}, and with bf16 {sum(running)}" in page
+    runs, speed_only = (training[verdict] for verdict in (Verdict.RUNS, Verdict.SPEED_ONLY))
+    assert not training[Verdict.PRECISION]
+    assert f"So of 104 recipes {runs} run as they are" in page
+    assert f"they are {runs + speed_only};" in page
+    assert f"and {training[Verdict.REFUSED]} are refused" in page
