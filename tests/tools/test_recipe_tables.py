@@ -66,5 +66,7 @@ def test_the_page_has_the_verdicts_of_today():
     runs, speed_only = (training[verdict] for verdict in (Verdict.RUNS, Verdict.SPEED_ONLY))
     assert not training[Verdict.PRECISION]
     assert f"So of 104 recipes {runs} run as they are" in page
+    readme = (PAGE.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert f"of 104 Megatron-Bridge recipes {runs} run as they are" in readme
     assert f"they are {runs + speed_only};" in page
     assert f"and {training[Verdict.REFUSED]} are refused" in page
