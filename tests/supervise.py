@@ -2,7 +2,8 @@
 
 After its summary pytest's process may wait for threads and children, and readers of our output wait
 for every process that holds it. So pytest runs as a child that writes its status to a file; some
-time later all remaining processes are ended.
+time later all remaining processes are ended. Some end by themselves just after pytest, such as the
+fork server of ranks, whose imports take half a second to unload. They have time for it.
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ import psutil
 
 STATUS_VARIABLE = "MEGATRON_LAER_TEST_STATUS"
 GRACE_S = 30.0
+ENDING_S = 20.0
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def main(arguments: Sequence[str], grace_s: float = GRACE_S) -> int:
-    """Run pytest and return its exit status, at most `grace_s` seconds after its summary."""
+def main(arguments: Sequence[str], grace_s: float = GRACE_S, ending_s: float = ENDING_S) -> int:
+    """Run pytest and return its exit status, soon after its summary.
+
+    Its process has `grace_s` seconds to end, and what it started `ending_s` more.
+    """
     # Orphans of pytest's children become children of this process, and are found.
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     with tempfile.TemporaryDirectory() as folder:
@@ -37,7 +42,8 @@ def main(arguments: Sequence[str], grace_s: float = GRACE_S) -> int:
         try:
             status = _wait(pytest, path, grace_s)
         finally:
-            _end_what_is_left()
+            pytest.kill()
+            _end_what_is_left(ending_s)
     return status
 
 
@@ -56,7 +62,8 @@ def _wait(pytest: subprocess.Popen[bytes], path: Path, grace_s: float) -> int:
     return int(path.read_text()) if path.exists() else 2
 
 
-def _end_what_is_left() -> None:
+def _end_what_is_left(ending_s: float) -> None:
+    psutil.wait_procs(psutil.Process().children(recursive=True), timeout=ending_s)
     left = psutil.Process().children(recursive=True)
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):

@@ -21,7 +21,7 @@ from megatron_laer.files.checks import MAX_TEXT_BYTES, quoted
 
 logger = logging.getLogger(__name__)
 
-# Version of all formats with checksums.
+# Version of all formats with checksums; one format has a later one too.
 VERSION = 2
 
 MAX_RANKS = 2**20
@@ -32,10 +32,13 @@ _END = re.compile(rb',"crc":"([0-9a-f]{8})"\}\n?')
 _END_BYTES = len(b',"crc":"01234567"}')
 
 
-def headers(format_name: str, fields: Mapping[str, Any]) -> tuple[bytes, bytes]:
-    """Return the first line of a recording, and its first line in version 1."""
-    named = {"format": format_name, "version": VERSION, **fields}
-    return sealed(named), unsealed(named | {"version": 1})
+def headers(
+    format_name: str, fields: Mapping[str, Any], version: int = VERSION
+) -> tuple[bytes, list[bytes]]:
+    """Return the first line of a recording, and its first lines in older versions."""
+    named = {"format": format_name, "version": version, **fields}
+    older = [sealed(named | {"version": number}) for number in range(2, version)]
+    return sealed(named), [unsealed(named | {"version": 1}), *older]
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
@@ -52,15 +55,18 @@ def warn_of(version: int, path: Path) -> None:
         logger.warning("%s: version 1 of the format, in which not all damage is noticed", path)
 
 
-def read_header(line: bytes, format_name: str, kind: str) -> tuple[dict[str, Any], int]:
+def read_header(
+    line: bytes, format_name: str, kind: str, newest: int = VERSION
+) -> tuple[dict[str, Any], int]:
     """Return a first line's fields, without format and version, and the version."""
     content = _object(line)
     if content.pop("format", None) != format_name:
         raise ValueError(f"it is no {kind}, since it begins with {quoted(line[:100])}")
     version = content.pop("version", None)
-    if type(version) is not int or not 1 <= version <= VERSION:
+    if type(version) is not int or not 1 <= version <= newest:
         raise ValueError(
-            f"version {quoted(version)} of the format; this release reads versions 1 to {VERSION}"
+            f"version {quoted(version)} of the format; this release reads versions 1 to {newest}, "
+            "so take the release that wrote it, or a later one"
         )
     _check_seal(line, content, is_sealed=version > 1)
     return content, version

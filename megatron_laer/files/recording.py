@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -37,7 +37,7 @@ _ASIDE = re.compile(rf".+\.(cut-from-\d+|{_OLDER})(\.\d+)?\.[^.]+")
 class RecordingFile:
     """Only writer of a recording. On an OSError all records are kept.
 
-    `header` and `older` are the file's first bytes, and those in an older version of its format.
+    `header` and `older` are the file's first bytes, and those in older versions of its format.
     `records` yields each whole record's step and end offset. `first_step` is this run's; 0 if it
     does not resume another. `last` is the last step of earlier runs that stays, if any, and `step`
     the newest started one, or the one before the run's first.
@@ -50,7 +50,7 @@ class RecordingFile:
         self,
         path: Path,
         header: bytes,
-        older: bytes | None,
+        older: Sequence[bytes],
         records: Callable[[Path], Iterable[tuple[int, int]]],
         first_step: int,
     ) -> None:
@@ -62,14 +62,14 @@ class RecordingFile:
         self._file = open_exclusively(self.path)
         try:
             remove_leftovers(self.path)
-            is_old = older is not None and self._file.read(len(older)) == older
-            if is_old:
-                assert older is not None
-                self._header = older
+            begin = self._file.read(max(map(len, older), default=0))
+            its_older = next((line for line in older if begin.startswith(line)), None)
+            if its_older is not None:
+                self._header = its_older
             else:
                 self._check_header()
             self._go_on(first_step)
-            if is_old:
+            if its_older is not None:
                 self._renew(header)
         except BaseException:
             self.close()

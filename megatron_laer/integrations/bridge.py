@@ -85,7 +85,7 @@ def check_recipe(recipe: Any, config: FSEPConfig) -> None:
         RefusedError: the setting, why it cannot work, and alternatives.
     """
     settings = settings_of(recipe)
-    found = [*problems_of(recipe, config), *arguments.problems(settings, config)]
+    found = [*problems_of(recipe, settings, config), *arguments.problems(settings, config)]
     if config.homes is not None:
         found.append(
             f"--fsep-homes {quoted(config.homes)}: Megatron-Bridge converts experts by their "

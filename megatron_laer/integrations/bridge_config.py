@@ -66,8 +66,8 @@ def settings_of(recipe: Any) -> Namespace:
     return Namespace(**found)
 
 
-def problems_of(recipe: Any, config: FSEPConfig) -> list[str]:
-    """Return refusals of settings that are no arguments of Megatron."""
+def problems_of(recipe: Any, settings: Namespace, config: FSEPConfig) -> list[str]:
+    """Return refusals of settings that are no arguments of Megatron, and of adapters with these."""
     found = [_DECENTRALIZED] if recipe.dist.use_decentralized_pg else []
     if any(getattr(part, "use_megatron_fsdp", False) for part in (recipe.dist, recipe.ddp)):
         found.append(_SHARDED)
@@ -83,7 +83,7 @@ def problems_of(recipe: Any, config: FSEPConfig) -> list[str]:
         found.append(expert_adapters.with_dropout(dropout))
     if kind in _OTHER_ADAPTERS:
         found.append(expert_adapters.of_kind(kind))
-    return found + expert_adapters.problems(settings_of(recipe))
+    return found + expert_adapters.problems(settings)
 
 
 def with_homes_for_adapters(recipe: Any, config: FSEPConfig) -> FSEPConfig:

@@ -6,13 +6,16 @@ other runs, of stock and of FSEP. Optimizer state is not carried over.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from megatron_laer.plugin.sharded_models import is_sharded, unwrapped
+
+# Form of saved experts, for readers of the checkpoint, as Megatron itself states it.
+_CONTENT = {"singleton_local_shards": False}
 
 
 def save_whole(model: Sequence[Any], directory: str) -> None:
@@ -30,8 +33,8 @@ def save_whole(model: Sequence[Any], directory: str) -> None:
     from megatron.core import dist_checkpointing
 
     with _gathered(model) as chunks:
-        state = _described(chunks, None)
-        dist_checkpointing.save({**state, "checkpoint_version": 3.0}, directory)
+        state = {**_described(chunks, _CONTENT), "checkpoint_version": 3.0}
+        dist_checkpointing.save(state, directory, content_metadata=_CONTENT)
 
 
 def load_whole(model: Sequence[Any], directory: str) -> None:
@@ -42,7 +45,8 @@ def load_whole(model: Sequence[Any], directory: str) -> None:
         directory: the folder of one iteration.
 
     Raises:
-        ValueError: a model that Megatron-FSDP does not shard.
+        ValueError: a model that Megatron-FSDP does not shard, or that has weights which it does not
+            describe to checkpoints.
     """
     from megatron.core import dist_checkpointing
 
@@ -50,10 +54,15 @@ def load_whole(model: Sequence[Any], directory: str) -> None:
         metadata = dist_checkpointing.load_content_metadata(directory)
         loaded = dist_checkpointing.load(_described(chunks, metadata), directory)
         for chunk, key in zip(chunks, _keys(chunks), strict=True):
+            weights = _weights(chunk)
+            if missing := weights.keys() - loaded[key].keys():
+                raise ValueError(
+                    f"the model's sharded_state_dict has no {', '.join(sorted(missing))}, so a "
+                    "checkpoint in torch_dist has not either; describe these weights there"
+                )
             # Not by `load_state_dict`, whose hook would bring back the weights of the optimizer.
-            for name, mine in (*chunk.named_parameters(), *chunk.named_buffers()):
-                if name in loaded[key]:
-                    mine.detach().copy_(loaded[key][name])
+            for name, mine in weights.items():
+                mine.detach().copy_(loaded[key][name])
         for wrapped in model:
             _keep_shards(wrapped)
 
@@ -81,6 +90,17 @@ def _gathered(model: Sequence[Any]) -> Iterator[list[torch.nn.Module]]:
             wrapped.module.synchronize_param_gather()
 
 
+def _weights(chunk: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return parameters and buffers by name, without buffers that no checkpoint holds."""
+    unsaved = {
+        f"{prefix}.{name}".lstrip(".")
+        for prefix, module in chunk.named_modules()
+        for name in module._non_persistent_buffers_set
+    }
+    found = {**dict(chunk.named_parameters()), **dict(chunk.named_buffers())}
+    return {name: tensor for name, tensor in found.items() if name not in unsaved}
+
+
 def _keep_shards(wrapped: Any) -> None:
     """Cut the loaded weights into the shards that compute and optimizer have."""
     for group in wrapped.module.param_and_grad_buffer.parameter_groups:
@@ -89,7 +109,7 @@ def _keep_shards(wrapped: Any) -> None:
                 buffer.set_item(item, parameter.detach())
 
 
-def _described(chunks: Sequence[Any], metadata: dict[str, Any] | None) -> dict[str, Any]:
+def _described(chunks: Sequence[Any], metadata: Mapping[str, Any] | None) -> dict[str, Any]:
     from megatron.core import parallel_state
 
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)

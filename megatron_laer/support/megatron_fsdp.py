@@ -13,7 +13,10 @@ _NO_TEST = "no test proves the two together"
 
 
 class _Partner(NamedTuple):
-    """Setting with the values that go with Megatron-FSDP; `default` is Megatron's own."""
+    """Setting with the values that go with Megatron-FSDP.
+
+    `default`, Megatron's own, stands for settings that a recipe or an older Megatron lacks.
+    """
 
     name: str
     accepted: tuple[object, ...]
@@ -28,7 +31,7 @@ class _Partner(NamedTuple):
 
 
 _OFF = (False, None)
-_PARTNERS = (
+PARTNERS = (
     _Partner(
         "data_parallel_sharding_strategy",
         STRATEGIES,
@@ -53,7 +56,7 @@ _PARTNERS = (
     _Partner(
         "megatron_fsdp_grad_comm_dtype",
         ("auto", None),
-        None,
+        "auto",
         "a gradient that is kept whole would be added to its own sum",
         "leave it out",
     ),
@@ -108,7 +111,7 @@ def problems(settings: Any, sharding: Sharding | Auto = Sharding.EXPERTS) -> lis
             "--use-megatron-fsdp with fused gradient accumulation: the kernels write over the "
             "gradients to which those of replicas are added; give --no-gradient-accumulation-fusion"
         )
-    for partner in _PARTNERS:
+    for partner in PARTNERS:
         value = getattr(settings, partner.name, partner.default)
         if value in partner.accepted or str(value) in partner.accepted:
             continue

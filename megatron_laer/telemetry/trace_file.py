@@ -20,8 +20,9 @@ tokens. Their microbatch is 0.
 Sets are the experts of some of these tokens: a bit per expert, the lowest first, in whole bytes per
 token. In place of the microbatch they have the number of tokens.
 
-`files.json_lines` defines the line's checksum. Version 1 can be read too. It had no checksum in
-that line, and in records a single one of all that follows it.
+`files.json_lines` defines the line's checksum. Version 3 is version 2 with records of pairs and
+sets, which older readers would take for damage; only such recordings have it. Version 1 can be read
+too. It had no checksum in that line, and in records a single one of all that follows it.
 
 A record is written at once and unbuffered, so a killed run leaves a file that is readable up to its
 last complete record. There is no compression and no index, because the training thread writes it.
@@ -70,9 +71,11 @@ MAGIC = b'{"format":"' + FORMAT.encode() + b'"'
 # Marks of a record of pairs and of sets, added to its width.
 _PAIRS, _SETS = 256, 512
 
-# By version: headers of records, and offset in a record where its checked bytes start.
-_FRAMES = {1: struct.Struct("<IIqII"), 2: struct.Struct("<IIqIII")}
-_COVERED_FROM = {1: 4, 2: _FRAMES[2].size}
+_WITH_PAIRS = 3  # the version of recordings that may have them
+
+# Headers of records, and offset in a record where its checked bytes start; in version 1, and later.
+_FRAMES = {1: struct.Struct("<IIqII")} | dict.fromkeys((2, 3), struct.Struct("<IIqIII"))
+_COVERED_FROM = {1: 4} | dict.fromkeys((2, 3), _FRAMES[2].size)
 _CRC_BYTES = 4
 _WIDTHS: dict[int, np.dtype[np.unsignedinteger[Any]]] = {
     1: np.dtype("<u1"),
@@ -115,7 +118,7 @@ class TraceWriter:
 
     A resumed run continues an existing recording. Records of earlier steps stay; those from
     `first_step` on are moved to another file, named `*.cut-from-STEP.*`. The same happens whenever
-    the step goes back.
+    the step goes back. Without `has_pairs` neither pairs nor sets can be written.
     """
 
     def __init__(
@@ -125,12 +128,18 @@ class TraceWriter:
         num_experts: int,
         layer_names: Sequence[str],
         first_step: int = 0,
+        *,
+        has_pairs: bool = False,
     ) -> None:
         self._shape = (num_ranks, num_experts)
         self._layers = tuple(layer_names)
         fields = {"num_ranks": num_ranks, "num_experts": num_experts, "layers": [*layer_names]}
         _check_header(fields)
-        self._file = RecordingFile(path, *headers(FORMAT, fields), _recorded, first_step)
+        lines = headers(FORMAT, fields, _WITH_PAIRS)
+        self._has_pairs = has_pairs or _begins_with(path, lines[0])
+        if not self._has_pairs:
+            lines = headers(FORMAT, fields)
+        self._file = RecordingFile(path, *lines, _recorded, first_step)
         last = self._file.last
         if last is not None and last < first_step - 1:
             logger.warning(
@@ -156,6 +165,7 @@ class TraceWriter:
 
     def append_pairs(self, step: int, layer_index: int, pairs_EE: Int64) -> None:
         """Write the pairs of a layer in a step, a symmetric table."""
+        assert self._has_pairs, "the file's version has no pairs"
         num_experts = self._shape[1]
         if pairs_EE.shape != (num_experts, num_experts):
             raise ValueError(
@@ -166,6 +176,7 @@ class TraceWriter:
 
     def append_sets(self, step: int, layer_index: int, chosen_TE: Bool) -> None:
         """Write the experts of some tokens of a layer in a step."""
+        assert self._has_pairs, "the file's version has no sets"
         if chosen_TE.ndim != 2 or chosen_TE.shape[1] != self._shape[1]:
             raise ValueError(
                 f"chosen_TE has shape {chosen_TE.shape}, expected [tokens, {self._shape[1]}]"
@@ -201,6 +212,13 @@ def _packed(counts: npt.NDArray[np.integer[Any]]) -> tuple[bytes, int]:
     return counts.astype(_WIDTHS[width]).tobytes(), width
 
 
+def _begins_with(path: Path, line: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with open_input(path) as file:
+        return file.read(len(line)) == line
+
+
 def recording_path(directory: str | Path, group_index: int) -> Path:
     """Return the file of an FSEP group; each pipeline stage and data-parallel replica has one."""
     return Path(directory) / f"group-{group_index}.trace"
@@ -227,7 +245,7 @@ def _check_header(fields: Mapping[str, Any]) -> None:
 def read_header_of(file: BinaryIO, path: Path) -> Header:
     line = file.readline(_MAX_HEADER_BYTES)
     try:
-        fields, version = read_header(line, FORMAT, "trace")
+        fields, version = read_header(line, FORMAT, "trace", newest=_WITH_PAIRS)
         _check_header(fields)
     except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 
 from megatron_laer.cpu.ranks import RankPools
@@ -87,8 +89,6 @@ def carried_out(flags: list[str], folder: str) -> Tensors:
 
 def carried_in(flags: list[str], folder: str) -> Tensors:
     """Set a model up, load the weights of a folder in torch_dist, and return them."""
-    from unittest import mock
-
     from megatron.training import training
 
     setup = training.setup_model_and_optimizer
@@ -102,6 +102,30 @@ def carried_in(flags: list[str], folder: str) -> Tensors:
         return initial_weights(flags)
 
 
+def content_of(folder: str) -> object:
+    from megatron.core.dist_checkpointing import load_content_metadata
+
+    return load_content_metadata(folder)
+
+
+def refused_without_description(flags: list[str], folder: str) -> None:
+    """Load into a model with a weight that its sharded_state_dict lacks."""
+    from megatron.core.models.gpt import GPTModel
+
+    described, name = GPTModel.sharded_state_dict, "decoder.final_layernorm.weight"
+
+    def without(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        state: dict[str, Any] = described(self, *args, **kwargs)
+        del state[name]
+        return state
+
+    with (
+        mock.patch.object(GPTModel, "sharded_state_dict", without),
+        pytest.raises(ValueError, match=f"sharded_state_dict has no {name}, so"),
+    ):
+        carried_in(flags, folder)
+
+
 def in_bf16(weights: Tensors) -> Tensors:
     return {key: part.to(torch.bfloat16).float() for key, part in weights.items()}
 
@@ -112,6 +136,7 @@ def test_weights_go_to_runs_without_megatron_fsdp_and_back(
     folder = iteration_folder(tmp_path / "whole", 2)
     sharded = SHARDED + "optim_grads_params" + FSEP
     saved = ranks(4).run(carried_out, command(text_data, sharded, 4, 2, steps=2), str(folder))[0]
+    assert ranks(4).run(content_of, str(folder))[0] == {"singleton_local_shards": False}
     unsharded, path = f" --bf16{DIST_OPT}", tmp_path / "whole"
     for flags in (unsharded + FSEP, unsharded):
         loads = f" --load {path}{WEIGHTS_ONLY}"
@@ -122,9 +147,7 @@ def test_weights_go_to_runs_without_megatron_fsdp_and_back(
         )[0]
         assert_equal(in_bf16(read), in_bf16(saved))
         path = again
-    back = ranks(2).run(
-        carried_in,
-        command(text_data, sharded, 2, 2, steps=1),
-        str(iteration_folder(path, 1)),
-    )[0]
+    loading = command(text_data, sharded, 2, 2, steps=1), str(iteration_folder(path, 1))
+    back = ranks(2).run(carried_in, *loading)[0]
     assert_equal(in_bf16(back), in_bf16(saved))
+    ranks(2).run(refused_without_description, *loading)

@@ -110,14 +110,23 @@ def test_a_helper_ends_with_its_killed_parent(tmp_path: Path, method: str) -> No
         assert outlive(helpers) == []
 
 
+FOR_EVER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(36000)"
+# Ends a second after its parent.
+A_WHILE = """
+import os, time
+parent = os.getppid()
+while os.getppid() == parent:
+    time.sleep(0.1)
+time.sleep(1.0)
+"""
+
 # A test that leaves a process in its own session which holds our output, and that keeps pytest's
 # process from ending.
 STUBBORN = """
 import atexit, subprocess, sys, time
 
 def test_that_leaves_a_mess():
-    code = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(36000)"
-    child = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    child = subprocess.Popen([sys.executable, "-c", {code!r}], start_new_session=True)
     open("pid", "w").write(str(child.pid))
     if {hangs}:
         atexit.register(time.sleep, 36000)
@@ -127,14 +136,21 @@ def test_that_leaves_a_mess():
 
 
 def supervise(
-    folder: Path, *arguments: str, grace_s: float, hangs: bool, passes: bool, lasts_s: float = 0.0
+    folder: Path,
+    *arguments: str,
+    grace_s: float = 600.0,
+    ending_s: float = 1.0,
+    hangs: bool = False,
+    passes: bool = False,
+    lasts_s: float = 0.0,
+    left: str = FOR_EVER,
 ) -> tuple[int, str, int]:
     (folder / "test_mess.py").write_text(
-        STUBBORN.format(hangs=hangs, passes=passes, lasts_s=lasts_s)
+        STUBBORN.format(code=left, hangs=hangs, passes=passes, lasts_s=lasts_s)
     )
     code = (
         "import sys; from tests.supervise import main; "
-        f"sys.exit(main(sys.argv[1:], grace_s={grace_s}))"
+        f"sys.exit(main(sys.argv[1:], grace_s={grace_s}, ending_s={ending_s}))"
     )
     result = subprocess.run(
         [sys.executable, "-c", code, "-q", "-p", "no:cacheprovider", *arguments],
@@ -165,13 +181,17 @@ def test_the_status_is_pytests_and_nothing_is_left(
     assert not psutil.pid_exists(pid)
 
 
+def test_a_process_that_is_just_ending_is_not_reported(tmp_path: Path) -> None:
+    _, output, pid = supervise(tmp_path, ending_s=600.0, left=A_WHILE)
+    assert "1 failed" in output and "left behind" not in output
+    assert not psutil.pid_exists(pid)
+
+
 def test_the_status_is_that_of_all_workers(tmp_path: Path) -> None:
     (tmp_path / "test_tidy.py").write_text("def test_that_ends_long_before(): pass")
     workers = ["--numprocesses", "2", "--dist", "loadfile"]
     # The other worker ends at once, which must not start a grace of one second.
-    returned, output, pid = supervise(
-        tmp_path, *workers, grace_s=1.0, hangs=False, passes=False, lasts_s=4.0
-    )
+    returned, output, pid = supervise(tmp_path, *workers, grace_s=1.0, lasts_s=4.0)
     assert returned == 1, output
     assert "1 failed, 1 passed" in output
     assert not psutil.pid_exists(pid)

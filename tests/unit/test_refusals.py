@@ -22,6 +22,7 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.releases import NEXT, NUMBERS
 from megatron_laer.runtime.comm.agreement import describe_difference, summarise
+from megatron_laer.support import megatron_fsdp
 from megatron_laer.support import model as model_support
 from megatron_laer.support.fields import (
     MOE_FIELD,
@@ -305,8 +306,10 @@ def own(line):
 
 parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
 os.environ.update(RANK="0", WORLD_SIZE="2")
+WORDS = str | int | None
 print(json.dumps({
     "version": __version__,
+    "defaults": {a.dest: a.default for a in parser._actions if isinstance(a.default, WORDS)},
     "dests": {flag: a.dest for a in parser._actions for flag in a.option_strings},
     "fields": [field.name for field in dataclasses.fields(TransformerConfig)],
     "fired": {line: fired(line) for line in given["lines"]},
@@ -459,6 +462,12 @@ def test_megatron_fsdp_is_refused_with_each_setting_that_no_test_proves(
     found, parts = megatron["own"][line], NEXT_TO_FSDP[line]
     assert len(found) == len(parts)
     assert all(text.startswith(part) for text, part in zip(found, parts, strict=True))
+
+
+def test_partners_of_megatron_fsdp_have_megatrons_defaults(megatron: dict[str, Any]) -> None:
+    known = {partner.name: partner.default for partner in megatron_fsdp.PARTNERS}
+    found = {name: value for name, value in megatron["defaults"].items() if name in known}
+    assert found == {name: known[name] for name in found} and "fp16" in found
 
 
 @pytest.mark.parametrize("name", VALIDATED)

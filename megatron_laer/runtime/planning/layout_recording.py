@@ -74,7 +74,7 @@ class LayoutRecorder:
                     yield entry.step, entry.end
 
         header, _ = headers(FORMAT, shape.header)
-        self._file = RecordingFile(path, header, unsealed(shape.header), recorded, first_step)
+        self._file = RecordingFile(path, header, [unsealed(shape.header)], recorded, first_step)
         self._homes = shape.homes
 
     def begin_step(self, step: int) -> None:

@@ -91,7 +91,8 @@ class PlannerRank:
                 path = trace_path(folder, group_index)
                 with naming_flag("record_trace", folder):
                     sizes = geometry.num_ranks, geometry.num_experts
-                    trace = TraceWriter(path, *sizes, layers, first_step)
+                    has_pairs = config.pairs_interval is not None
+                    trace = TraceWriter(path, *sizes, layers, first_step, has_pairs=has_pairs)
             observe = None if self._source is None else self._source.observe
             self.mailbox = RoutingMailbox(layers, homes, observe, trace, _warn)
             opened.pop_all()  # all are open; `close` closes them

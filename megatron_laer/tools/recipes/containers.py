@@ -26,12 +26,13 @@ class EvaluationError(ValueError):
 
 def judge_container(name: str, recipe: Any) -> Judgement:
     """Judge a recipe's container; `name` is its function as `module:function`."""
-    refused = [row.refused for row in implied_by(name) if row.refused]
     settings = settings_of(recipe)
     settings.world_size = settings.expert_model_parallel_size  # of the run, not of this process
     settings.is_lora = recipe.peft is not None
     settings.adapts_experts = adapts_experts(recipe)
-    judgement = judge(settings, also_refused=[*refused, *problems_of(recipe, FSEPConfig())])
+    refused = [row.refused for row in implied_by(name) if row.refused]
+    refused += problems_of(recipe, settings, FSEPConfig())
+    judgement = judge(settings, also_refused=refused)
     if not judgement.runs:
         return judgement
     for row in REFUSALS:
