@@ -90,7 +90,8 @@ def make_schedule(
     """Make the schedule for a way of running.
 
     With `after_gate`, every layout is made after the gate, so forward restores nothing ahead. With
-    `holds_step`, experts are restored once per step, so backward restores nothing.
+    `holds_step`, experts are restored once per step, so backward restores nothing. If it needs them
+    in another form, as in mxfp8, each layer's first backward fetches that without overlap.
     """
     forward, backward = overlaps and not after_gate, overlaps and not holds_step
     following = overlaps and restores_following and not by_parts

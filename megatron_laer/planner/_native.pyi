@@ -43,6 +43,7 @@ class CostModel:
         node_size: int,
         weights: Carried,
         grads: Carried,
+        backward_restores: int,
         /,
     ) -> None: ...
 

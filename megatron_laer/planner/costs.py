@@ -40,7 +40,7 @@ from megatron_laer.planner.traffic import (
     restore_traffic,
 )
 from megatron_laer.planner.typical import typical_layout
-from megatron_laer.planner.wire_form import WireForm, payload_form
+from megatron_laer.planner.wire_form import WireForm, backward_restores, payload_form
 
 # Backward GEMMs per forward GEMM, of the same size: for the inputs and for the weights.
 _BACKWARD_GEMMS = 2
@@ -109,6 +109,10 @@ class CostModel:
         if self.fp8 is None or not home_slots:
             return self.grads_form
         return payload_form(self.fp8, self.matrices, self.bytes_per_element)
+
+    def backward_restores(self, home_slots: int) -> int:
+        """Return the restores of a layer's backward; forward has one more."""
+        return backward_restores(self.weights_form(home_slots).directions, self.recompute)
 
     @property
     def token_bytes(self) -> int:
@@ -266,8 +270,7 @@ class CostModel:
         It is their exposed time (`exposed_seconds`), and `hidden_share` of the rest.
         """
         way = self.exchange_of(layout, node_size, home_slots)
-        whole_s = 2 * self.restore_seconds(layout, node_size, way, home_slots=home_slots)
-        whole_s += self.reduce_seconds(layout, node_size, way, home_slots)
+        whole_s = self._whole_seconds(layout, node_size, way, home_slots)
         exposed_s = self.exposed_seconds(layout, node_size, beside_s, home_slots)
         return exposed_s + self.hidden_share * (whole_s - exposed_s)
 
@@ -297,16 +300,11 @@ class CostModel:
     def faster_exchange(
         self, layout: ExpertLayout, node_size: int, home_slots: int = 0
     ) -> ExchangeAlgorithm:
-        """Return the algorithm with the shorter exchanges of a layout; `flat` where both are equal.
-
-        There are two restores per reduce.
-        """
-
-        def seconds(algorithm: ExchangeAlgorithm) -> float:
-            restore_s = self.restore_seconds(layout, node_size, algorithm, home_slots=home_slots)
-            return 2 * restore_s + self.reduce_seconds(layout, node_size, algorithm, home_slots)
-
-        return min(ExchangeAlgorithm, key=seconds)  # the first of equals
+        """Return the algorithm with the shorter exchanges of a layout; `flat` if both are equal."""
+        return min(
+            ExchangeAlgorithm,  # the first of equals
+            key=lambda way: self._whole_seconds(layout, node_size, way, home_slots),
+        )
 
     def solve_seconds(self, geometry: Geometry) -> float:
         """Return the time of a fresh layout and exact quotas; a constant, so ranks decide alike."""
@@ -373,6 +371,14 @@ class CostModel:
     @property
     def _expert_flops(self) -> float:
         return self._passes * self.flops_per_token
+
+    def _whole_seconds(
+        self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm, home_slots: int
+    ) -> float:
+        """Return the time of all restores of a microbatch and of the reduce, if nothing hides it."""
+        restore_s = self.restore_seconds(layout, node_size, algorithm, home_slots=home_slots)
+        reduce_s = self.reduce_seconds(layout, node_size, algorithm, home_slots)
+        return (1 + self.backward_restores(home_slots)) * restore_s + reduce_s
 
     def _exchange_seconds(
         self, traffic: Traffic, geometry: Geometry, algorithm: ExchangeAlgorithm, form: WireForm
@@ -449,6 +455,7 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         geometry.node_size,
         carried(costs.weights_form(geometry.home_slots)),
         carried(costs.grads_form),
+        costs.backward_restores(geometry.home_slots),
     )
 
 

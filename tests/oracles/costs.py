@@ -81,7 +81,8 @@ def exposed_seconds(
     restore_s = costs.restore_seconds(layout, node_size, way, home_slots=home_slots)
     reduce_s = costs.reduce_seconds(layout, node_size, way, home_slots)
     forward_s = max(restore_s - beside_s * costs.forward_share, 0.0)
-    backward_s = max(restore_s + reduce_s - (beside_s - beside_s * costs.forward_share), 0.0)
+    exchanges_s = costs.backward_restores(home_slots) * restore_s + reduce_s
+    backward_s = max(exchanges_s - (beside_s - beside_s * costs.forward_share), 0.0)
     return forward_s + backward_s, backward_s
 
 

@@ -39,6 +39,7 @@ def layer(forward_N, backward_N=None, restore_s=None, reduce_s=None, **more):
     """Make a MoE layer: attention 2 and 4 seconds, an exchange of tokens 1 second."""
     of_moe = {"tokens_N": np.ones(len(forward_N)), "within_node": False, "gate_s": 0.0}
     of_moe |= {"change_s": None, "group": None, "tokens_link": INTER}
+    of_moe |= {"directions": 1, "after_rerun_s": None}
     of_moe |= {key: more.pop(key) for key in list(more) if key in of_moe}
     of = MoETimes(
         forward_N=np.array(forward_N, float),
@@ -171,6 +172,33 @@ def test_a_layer_that_follows_itself_fetches_slots_that_differ(
     following = Following(same, True, same_microbatch)
     found = forward(Clocks(1, 1), [present], schedule, None, following)
     assert (None if found is None else found.end_s) == fetched_s
+
+
+@pytest.mark.parametrize(
+    ("before", "is_backward", "again", "fetched_s"),
+    [
+        (forward, True, False, 3 + 20),  # backward's other form of the same weights
+        (forward, True, True, 0),  # a re-run has forward's
+        (backward, False, False, 1 + 20),
+        (backward, True, False, 0),
+        (backward, True, True, 14 + 1 + 20),
+    ],
+)
+def test_a_layer_whose_weights_have_a_form_for_each_direction_hands_on_its_own(
+    before, is_backward, again, fetched_s
+):
+    present, same = (
+        layer([10], restore_s=moved_s, directions=2, again=again) for moved_s in (None, 20)
+    )
+    following = Following(same, is_backward, same_microbatch=True)
+    found = before(Clocks(1, 1), [present], FOLLOWING, None, following)
+    assert found is not None and found.end_s == fetched_s
+
+
+def test_after_a_re_run_backward_waits_for_its_own_form_behind_both_combines():
+    moved = {"restore_s": 1, "directions": 2, "after_rerun_s": 5}
+    clocks = ran(OVERLAPPED, layer([10], [20], again=True, **moved), passes=(backward,))
+    assert spent(clocks)["restore"] == 5 - 2
 
 
 def test_changed_slots_are_fetched_after_the_gate_and_waited_for():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -330,6 +331,46 @@ def test_replicas_that_are_held_move_once_per_step():
     slots = 4 * replica_slots * TINY.expert_weights
     assert by_step.memory_bytes["restored_experts"] == slots * 2
     assert by_step.memory_bytes["restored_gradients"] == slots * 4 + slots / 4 * 2
+
+
+@pytest.mark.parametrize("recompute", Recompute)
+@pytest.mark.parametrize("holds", [False, True])
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_mxfp8_restores_a_form_for_each_direction(recompute, holds, overlaps):
+    """Bytes, waits and memory of a layout's replicas, beside those of a recipe with one form."""
+    geometry = Geometry(8, 8, 3, 8, Sharding.EXPERTS)
+    strategy = SimpleNamespace(plan=lambda counts_NE, current: geometry.random_layout((1,)))
+    rates = Rates(H100, 2, fp8=True)
+    trace = workload_trace("W0", WorkloadShape(8, 8, 2, 4096), 4)
+    run = RunShape(8, 8, 64, 4, recompute=recompute)
+    found, restore_s = [], []
+    for recipe in (Fp8Recipe.BLOCKWISE, Fp8Recipe.MXFP8):
+        model = replace(TINY, fp8=recipe)
+        costs = CostModel(H100, TINY.hidden, TINY.expert_ffn, True, 2, recompute, fp8=recipe)
+        settings = {"overlaps": overlaps, "holds_step": holds}
+        method = make_method(
+            FSEP, MethodSettings(geometry, costs, PlanMode.FORECAST, **settings), rates
+        )
+        planner = replace(method.layer_planner(), strategy=strategy)
+        method = replace(method, layer_planner=lambda planner=planner: replace(planner))
+        of = predict_iterations(Routing(trace, 8), model, run, [method], [rates])
+        found.append(of[0])
+        restore_s.append(planner._exchanges(geometry.random_layout((1,)))[0].seconds(rates))
+    larger = 1 + 1 / 32  # a scale for 32 weights
+    # Of a layer in a step of four microbatches.
+    times = (1, 2) if holds else (8, 8 if recompute == Recompute.NONE else 12)
+    moved = [of.bytes_by_kind["intra"]["restore"] for of in found]
+    assert moved[1] / moved[0] == pytest.approx(times[1] / times[0] * larger, rel=1e-3)
+    held = [of.memory_bytes["restored_experts"] for of in found]
+    assert held[1] / held[0] == pytest.approx((2 if holds else 1) * larger, rel=1e-3)
+    waited_s = [of.exposed_s["restore"] for of in found]
+    if not overlaps:  # a rank also waits for the last one to begin
+        whole_s = [4 * number * each_s for number, each_s in zip(times, restore_s, strict=True)]
+        assert waited_s == pytest.approx(whole_s, rel=0.03)
+    elif holds and recompute != Recompute.FULL:
+        # Nothing hides what is fetched for a layer's first backward.
+        stretched_s = restore_s[1] * H100.contention.exchange
+        assert waited_s[1] - waited_s[0] > 4 * stretched_s
 
 
 def test_recompute_costs_a_forward_and_its_tokens_and_saves_memory():

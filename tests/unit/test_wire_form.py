@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_laer.choices import Fp8Recipe, Sharding
 from megatron_laer.layer.experts.fp8 import payload
@@ -17,7 +20,7 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
-from megatron_laer.planner.wire_form import payload_rows
+from megatron_laer.planner.wire_form import packing_bytes, payload_form, payload_rows
 from tests.costs import make_costs
 
 FORMS: dict[Fp8Recipe, list[Callable[[int, int], payload.PayloadForm]]] = {
@@ -38,6 +41,48 @@ def test_payloads_are_priced_as_large_as_they_are(recipe: Fp8Recipe, rows: int, 
     size = rows * payload.MX_BLOCK, columns * payload.MX_BLOCK
     for form in FORMS[recipe]:
         assert payload_rows(recipe, *size) == form(*size).payload_rows
+
+
+class CountedBytes(TorchDispatchMode):
+    """Bytes that operations read and write, but for views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "copy_":
+            self.moved += args[0].nbytes + args[1].nbytes
+        elif name == "zero_":
+            self.moved += args[0].nbytes
+        else:  # a fill by another operation must be counted too
+            assert func.is_view or name == "empty", f"{name} is not counted"
+        return made
+
+
+@given(st.sampled_from(Fp8Recipe), st.integers(1, 40), st.integers(1, 40))
+def test_packing_is_priced_by_the_bytes_that_it_moves(recipe: Fp8Recipe, rows: int, columns: int):
+    size = rows * payload.MX_BLOCK, columns * payload.MX_BLOCK
+    for make in FORMS[recipe]:
+        form = make(*size)
+        values = torch.zeros(size, dtype=torch.uint8)
+        scales = torch.zeros(form.scales_shape, dtype=form.scales_dtype)
+        with CountedBytes() as counted:
+            form.pack(values, scales)
+        assert counted.moved == packing_bytes(recipe, *size)
+
+
+def test_a_sender_reads_and_writes_before_it_packs():
+    """Per weight: two bytes are read, twice by current scaling; one written, and copied."""
+    matrices = ((4096, 1024), (1024, 2048))
+    for recipe, reads in (("tensorwise", 2), ("blockwise", 1), ("delayed", 1), ("mxfp8", 1)):
+        form = payload_form(Fp8Recipe(recipe), matrices, 2)
+        assert form.quantising_passes == pytest.approx(2 * reads + 1 + 2, rel=0.02)
+    # A scale for 32 weights is written, and copied to where zeros were written.
+    moved = form.quantising_passes * form.expert_bytes
+    assert moved == (2 + 3 + 4 / 32) * sum(rows * columns for rows, columns in matrices)
 
 
 def test_weights_cost_four_bytes_per_microbatch_instead_of_six():

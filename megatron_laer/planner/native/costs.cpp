@@ -247,8 +247,10 @@ Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, bool by_n
                            const int16_t* slots_S) {
   const double restore_s =
       one_way_seconds(shape, costs, costs.weights, by_node, nullptr, slots_S);
-  if (costs.is_alike) return {restore_s, restore_s};
-  return {restore_s, one_way_seconds(shape, costs, costs.grads, by_node, nullptr, slots_S)};
+  const double reduce_s =
+      costs.is_alike ? restore_s
+                     : one_way_seconds(shape, costs, costs.grads, by_node, nullptr, slots_S);
+  return {restore_s, reduce_s, costs.backward_restores};
 }
 
 }  // namespace
@@ -292,8 +294,7 @@ double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t
 
 double exposed_backward_seconds(const CostModel& costs, const Exchanges& exchanges,
                                 double beside_s) {
-  const double exchange_s = exchanges.restore_s + exchanges.reduce_s;
-  return std::max(exchange_s - (beside_s - beside_s * costs.forward_share), 0.0);
+  return std::max(exchanges.backward_s() - (beside_s - beside_s * costs.forward_share), 0.0);
 }
 
 double exposed_backward_seconds(const Shape& shape, const CostModel& costs,

@@ -54,6 +54,7 @@ struct CostModel {
   int node_size;        // G of the links; a shape's is that of its plans, one or several nodes
   Carried weights, grads;
   bool is_alike;        // whether a reduce takes as long as a restore
+  int backward_restores;  // two where forward's re-run needs payloads of its own
 };
 
 // Seconds of one layer and microbatch, both passes, whose split is known.
@@ -69,9 +70,10 @@ double least_fetch_seconds(const CostModel& costs);
 // Seconds of a layout's exchanges that nothing hides.
 struct Exchanges {
   double restore_s, reduce_s;
+  int backward_restores;
 
-  // Restores of forward and backward, and the reduce.
-  double all_s() const { return 2 * restore_s + reduce_s; }
+  double backward_s() const { return backward_restores * restore_s + reduce_s; }
+  double all_s() const { return (1 + backward_restores) * restore_s + reduce_s; }
 };
 
 Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S);

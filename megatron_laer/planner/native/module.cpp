@@ -194,7 +194,8 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            double host_s, bool by_node, bool by_layout, double flat_latency_s,
                            double node_latency_s, double solve_s, double least_change_s,
                            double hidden_share, int64_t pairs, int node_size,
-                           laer::Carried weights, laer::Carried grads) {
+                           laer::Carried weights, laer::Carried grads,
+                           int backward_restores) {
   for (const auto& column_P : {seconds_P, slope_P, limit_P, best_P}) {
     check_size(column_P, tokens_P.size(), "the GEMM curve");
   }
@@ -210,7 +211,7 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
           domain_pair_bytes, tokens_in_stages, intra_bytes_per_s, inter_bytes_per_s,
           latency_s, host_s, by_node, by_layout, flat_latency_s, node_latency_s, solve_s,
           least_change_s, hidden_share, pairs, node_size, std::move(weights), std::move(grads),
-          is_alike};
+          is_alike, backward_restores};
 }
 
 // The shape that the cost model is for, with this many slots.

@@ -15,31 +15,50 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.tools.model_flags import fp8_recipe
 from megatron_laer.tools.simulator.iteration.case_inputs import planner_costs
+from megatron_laer.tools.simulator.iteration.link_bytes import link_bytes
 from megatron_laer.tools.simulator.iteration.methods import FSEP, MethodSettings, make_method
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.routing import Routing
+from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.iteration.work import LayerWork
 from tests.parity.flags import command_line
 from tests.parity.replay import train_row
 from tests.tools.plan_cases import drifting_trace
 
-EXPERTS, CAPACITY, HIDDEN, FFN = 8, 6, 48, 64
+EXPERTS, CAPACITY, HIDDEN, FFN = 8, 6, 64, 64
 # Exchanges of a layer that are watched: one for each matrix.
 MATRICES = 2
 FSEP_FLAGS = (
     f" --bf16 --expert-parallel-mode fsep --fsep-allow-unproven fp8-experts --fsep-planner random"
     f" --fsep-capacity {CAPACITY} --fsep-scheduler off --fsep-restore-algorithm flat"
+    f" --hidden-size {HIDDEN}"
 )
+RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
+HELD = " --fsep-restore step --fsep-plan-mode forecast"
 
 
 def counted(flags: list[str]) -> dict[str, Any]:
-    """Train; return received bytes, the exchanged layouts as slots, and the run's own prices."""
+    """Train; return received bytes, layouts as slots, prices and most bytes of payloads at once."""
+    import weakref
     from unittest import mock
 
     from megatron_laer import session
+    from megatron_laer.layer.experts.fp8.payload import PayloadForm
     from megatron_laer.runtime.comm.home_exchange import DirectExchange
 
     found: dict[str, Any] = {"restore": [], "reduce": []}
+    pack, held = PayloadForm.pack, {"now": 0, "most": 0}
+
+    def watched_pack(*args: Any) -> Any:
+        payload = pack(*args)
+        hold(payload.nbytes)
+        weakref.finalize(payload, hold, -payload.nbytes)
+        return payload
+
+    def hold(more: int) -> None:
+        held["now"] += more
+        held["most"] = max(held.values())
 
     def watched(name: str) -> Any:
         steps = getattr(DirectExchange, f"{name}_steps")
@@ -52,39 +71,53 @@ def counted(flags: list[str]) -> dict[str, Any]:
 
         return mock.patch.object(DirectExchange, f"{name}_steps", exchange)
 
-    with watched("restore"), watched("reduce"):
+    packs = mock.patch.object(PayloadForm, "pack", watched_pack)
+    with watched("restore"), watched("reduce"), packs:
         train_row(flags)
     count = found.pop("count")
+    assert held["now"] == 0  # none outlives its exchange
+    found["payloads"] = held["most"]
     return found | {"restored": count.restore_bytes, "reduced": count.reduce_bytes}
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("extra", ["", RECOMPUTE, HELD], ids=["plain", "recompute", "held"])
 def test_bytes_of_a_run_in_fp8_are_those_that_are_simulated(
-    recipe: str, ranks: RankPools, text_data: str
+    recipe: str, extra: str, ranks: RankPools, text_data: str
 ) -> None:
-    flags = f"{FSEP_FLAGS} --fp8-format hybrid --fp8-recipe {recipe}"
+    flags = f"{FSEP_FLAGS} --fp8-format hybrid --fp8-recipe {recipe}{extra}"
     by_rank = ranks(2).run(counted, command_line(text_data, flags, global_batch=8, steps=2))
+    # A reduce for each pass of a microbatch through a layer, or of a step.
+    layouts = by_rank[0]["reduce"][::MATRICES]
 
-    sizes = {"hidden": HIDDEN, "expert_ffn": FFN, "bytes_per_element": 2}
-    model = replace(read_model("tiny-moe"), **sizes, fp8=fp8_recipe("hybrid", recipe))
+    of_model = {"hidden": HIDDEN, "expert_ffn": FFN, "bytes_per_element": 2}
+    of_model |= {"layer_has_experts": (True,) * len(layouts)}
+    model = replace(read_model("tiny-moe"), **of_model, fp8=fp8_recipe("hybrid", recipe))
     rates = Rates(replace(load_cluster("h100-8"), spreads=()), 2, fp8=True)
     geometry = Geometry(2, EXPERTS, CAPACITY, 2, Sharding.EXPERTS)
-    costs = planner_costs(model, rates, Recompute.NONE, Routing(drifting_trace(), 4))
+    recompute = Recompute.FULL if extra == RECOMPUTE else Recompute.NONE
+    costs = planner_costs(model, rates, recompute, Routing(drifting_trace(), 4))
     costs = replace(costs, restore_algorithm=ExchangeAlgorithm.FLAT)
-    planner: Any = make_method(FSEP, MethodSettings(geometry, costs), rates).layer_planner()
+    method = make_method(FSEP, MethodSettings(geometry, costs, holds_step=extra == HELD), rates)
+    planner: Any = method.layer_planner()
+    one = planner.work(np.ones((2, EXPERTS), dtype=np.int64))
 
-    def simulated(kind: int, layouts: list[list[int]]) -> float:
-        """Return the mean bytes that a rank receives."""
-        received = 0.0
-        for slots in layouts:
-            layout = ExpertLayout.from_slots(2, CAPACITY, EXPERTS, np.array(slots))
-            exchange = planner._exchanges(layout)[kind]
-            received += 0.0 if exchange is None else exchange.mean_intra_bytes / MATRICES
-        return received
+    def work(layer: int, microbatch: int) -> LayerWork:
+        slots = np.array(layouts[layer])
+        layout = ExpertLayout.from_slots(2, CAPACITY, EXPERTS, slots)
+        restore, reduce = planner._exchanges(layout)
+        return replace(one, restore=restore, reduce=reduce)
 
-    for kind, (name, total) in enumerate((("restore", "restored"), ("reduce", "reduced"))):
+    simulated = link_bytes(method, model, RunShape(2, 2, 64, 1, recompute=recompute), work)
+    for name, total in (("restore", "restored"), ("reduce", "reduced")):
         received = sum(found[total] for found in by_rank) / len(by_rank)
-        assert received == pytest.approx(simulated(kind, by_rank[0][name]), abs=0.5) and received
+        assert received == pytest.approx(simulated["intra"][name], abs=0.5) and received
+    # Random layouts fill slots of other ranks with as many experts of a home as they can have.
+    assert [found["payloads"] for found in by_rank] == [method.fixed_bytes["payloads"]] * 2
     of_run = by_rank[0]["costs"]
-    assert of_run.fp8 == Fp8Recipe(recipe)
-    assert of_run.weights_form(geometry.home_slots) == costs.weights_form(geometry.home_slots)
+    assert (of_run.fp8, of_run.recompute) == (Fp8Recipe(recipe), recompute)
+    form = of_run.weights_form(geometry.home_slots)
+    assert form == costs.weights_form(geometry.home_slots)
+    if extra != HELD:  # its prices are those of microbatches
+        moved = len(by_rank[0]["restore"]) / len(by_rank[0]["reduce"])
+        assert moved == 1 + of_run.backward_restores(geometry.home_slots)

@@ -50,8 +50,9 @@ class PayloadForm:
         assert values_RK.shape == (self.rows, self.columns) and values_RK.element_size() == 1
         assert scales.dtype == self.scales_dtype and scales.dim() == len(self.scales_shape)
         shape = (self.payload_rows, self.columns)
-        payload_PK = torch.zeros(shape, dtype=torch.uint8, device=values_RK.device)
+        payload_PK = torch.empty(shape, dtype=torch.uint8, device=values_RK.device)
         payload_PK[: self.rows].copy_(values_RK.view(torch.uint8))
+        payload_PK[self.rows :].zero_()
         sizes = zip(scales.shape, self.scales_shape, strict=True)
         given = tuple(slice(min(both)) for both in sizes)
         self.unpack(payload_PK)[1][given].copy_(scales[given])

@@ -1,4 +1,4 @@
-"""Memory of FSEP's workspaces, and of libraries with its communicators."""
+"""Memory of FSEP's workspaces and payloads, and of libraries with its communicators."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ _Sizes = list[dict[str, int]]
 def buffers(
     geometry: Geometry, costs: CostModel, card: Card | None, one_queue: bool
 ) -> dict[str, float]:
-    """Return the bytes of workspaces, and of libraries with FSEP's communicators.
+    """Return the bytes of workspaces and payloads, and of libraries with FSEP's communicators.
 
     Matrices follow each other through one workspace. With one hardware queue
-    (CUDA_DEVICE_MAX_CONNECTIONS=1) they are exchanged side by side, and each has its own.
+    (CUDA_DEVICE_MAX_CONNECTIONS=1) they are exchanged side by side, and each has its own. So it is
+    with payloads, which homes make of their replicated experts for the time of an exchange.
     """
     num_ranks, node_size = geometry.num_ranks, geometry.node_size
     is_flat = costs.restore_algorithm == ExchangeAlgorithm.FLAT
@@ -46,7 +47,13 @@ def buffers(
         exchanges += stages * 2
     if has_stages and costs.tokens.exchange == TokenExchange.NODE:
         tokens += stages
-    return {"workspaces": workspaces, **library_bytes(card, tokens, exchanges)}
+    found = {"workspaces": workspaces, **library_bytes(card, tokens, exchanges)}
+    form = costs.weights_form(geometry.home_slots)
+    if form != costs.grads_form:
+        sent = min(geometry.home_slots, (num_ranks - 1) * geometry.replica_slots)
+        sizes = (rows * columns * form.bytes_per_element for rows, columns in form.matrices)
+        found["payloads"] = sent * together(sizes)
+    return found
 
 
 def library_bytes(

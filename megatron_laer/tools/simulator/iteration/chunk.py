@@ -29,7 +29,8 @@ class MoETimes:
     their node only if `within_node`. `gate_s` is exchange of counts, decision and quotas. Exchanges
     of experts are None in passes without; `change_s` fetches changed slots. `group` is the number
     of neighbours that exchange tokens and counts; None for all ranks. The links are the classes
-    that tokens and experts are slowest on.
+    that tokens and experts are slowest on. With two `directions` backward needs another form of
+    weights than forward, in a restore of `after_rerun_s` where forward runs again.
     """
 
     forward_N: Seconds
@@ -44,6 +45,8 @@ class MoETimes:
     group: int | None = None
     tokens_link: str = INTRA
     exchange_link: str = INTRA
+    directions: int = 1
+    after_rerun_s: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,15 +110,25 @@ class _Restores:
         layer = self._layers[number]
         assert layer.moe is not None
         seconds = layer.moe.backward_restore_s if self._backward else layer.moe.restore_s
-        if seconds is not None:
-            label = f"restore {layer.name}"
-            link = layer.moe.exchange_link
-            self._flights[number] = self._clocks.exchange(PARAMETERS, seconds, label, link)
+        self._exchange(number, seconds)
+
+    def turn(self, number: int) -> None:
+        """Start the restore for backward after a re-run of forward, if that needs another form."""
+        moe = self._layers[number].moe
+        assert moe is not None
+        self._exchange(number, moe.after_rerun_s)
 
     def wait(self, number: int, change: Flight | None = None) -> None:
         flights = [flight for flight in (self._flights.get(number), change) if flight is not None]
         ready_s = max((flight.end_s for flight in flights), default=0.0)
         self._clocks.wait("restore", ready_s, f"wait: restore {self._layers[number].name}")
+
+    def _exchange(self, number: int, seconds: float | None) -> None:
+        layer = self._layers[number]
+        assert layer.moe is not None
+        if seconds is not None:
+            label, link = f"restore {layer.name}", layer.moe.exchange_link
+            self._flights[number] = self._clocks.exchange(PARAMETERS, seconds, label, link)
 
 
 def forward(
@@ -154,7 +167,7 @@ def forward(
         if schedule.restores_next:
             restores.start(number + 1)
         if number == restores.last:
-            fetched = _fetch(clocks, schedule, layer, following)
+            fetched = _fetch(clocks, schedule, layer, following, in_backward=False)
         restores.wait(number, change)
         clocks.work("experts", layer.moe.forward_N, "compute", f"experts {layer.name}")
         _tokens(clocks, layer.moe, f"combine {layer.name}")
@@ -192,13 +205,16 @@ def backward(
                 restores.start(number)
                 restores.wait(number)
                 clocks.work("experts", moe.forward_N, "compute", f"experts {name}, again")
+                restores.turn(number)
+                if not schedule.delays_gradients:  # nothing is delayed without overlap
+                    restores.wait(number)
                 _tokens(clocks, moe, f"combine {name}, again")
             _tokens(clocks, moe, f"combine {name}, backward")
             restores.start(number)
             if schedule.restores_previous:
                 restores.start(number - 1)
             if number == 0:
-                fetched = _fetch(clocks, schedule, layer, following)
+                fetched = _fetch(clocks, schedule, layer, following, in_backward=True)
             restores.wait(number)
             clocks.work("experts", moe.backward_N, "compute", f"experts {name}, backward")
             _tokens(clocks, moe, f"dispatch {name}, backward")
@@ -219,12 +235,17 @@ def backward(
 
 
 def _fetch(
-    clocks: Clocks, schedule: Schedule, present: LayerTimes, following: Following | None
+    clocks: Clocks,
+    schedule: Schedule,
+    present: LayerTimes,
+    following: Following | None,
+    *,
+    in_backward: bool,
 ) -> Flight | None:
     """Start the restore of the first layer that follows, and return it; None without one.
 
-    A layer that follows itself fetches only slots that differ. Those are priced as changed slots of
-    the gate, or as all if every layout is made after it.
+    A layer that follows itself in the same form fetches only slots that differ. Those are priced as
+    changed slots of the gate, or as all if every layout is made after it.
     """
     if following is None or not schedule.restores_following:
         return None
@@ -234,7 +255,8 @@ def _fetch(
     seconds = moe.backward_restore_s if following.is_backward else moe.restore_s
     if not is_known or seconds is None or (not following.is_backward and layer.gather_s > 0):
         return None
-    if layer.name == present.name:
+    in_its_form = in_backward == (following.is_backward and not layer.again)
+    if layer.name == present.name and (moe.directions == 1 or in_its_form):
         if following.same_microbatch:
             return _NOTHING_MOVES
         if schedule.restores_first:

@@ -69,7 +69,8 @@ class Timing:
     ) -> LayerTimes:
         """Return the times of one microbatch in one layer; `work` is None for a dense layer.
 
-        With `restores`, `restores_backward` or `reduces` False, it has no such exchange.
+        With `restores`, `restores_backward` or `reduces` False, it has no such exchange. A form of
+        weights that serves one direction is restored in backward too with `restores`.
         """
         attention_s, attention_backward_s = self._attention()
         dense_s, dense_backward_s = self._dense(has_experts)
@@ -217,7 +218,7 @@ class Timing:
         reduces: bool,
         dense_s: float,
     ) -> MoETimes:
-        model, rates = self.model, self.rates
+        model, rates, recompute = self.model, self.rates, self.run.recompute
         scale = self.nominal.best_flops_per_s / rates.best_flops_per_s
         gemm_s_N = 2.0 * model.expert_weights * work.unit_s_N * scale
         elements = (3 if model.gated else 2) * model.expert_ffn + _SORTED_PASSES * model.hidden
@@ -227,12 +228,17 @@ class Timing:
         forward_N = gemm_s_N + memory_s_N + work.pairs_N * quantising[0]
         backward_N = gemm_s_N * (_BACKWARD_GEMMS * rates.backward_factor)
         backward_N += _BACKWARD_PASSES * memory_s_N + work.pairs_N * quantising[1]
-        if self.run.recompute == Recompute.COMPUTE:
+        if recompute == Recompute.COMPUTE:
             backward_N += forward_N
 
         compute_s = float((forward_N + backward_N).mean()) + dense_s
         tokens_N = self._tokens(work, compute_s)
-        restore_s = None if work.restore is None else work.restore.seconds(rates)
+        first_s = again_s = None
+        directions = 1
+        if work.restore is not None:
+            seconds, directions = work.restore.seconds(rates), work.restore.directions
+            first_s = seconds if restores else None
+            again_s = seconds if restores_backward else None
         reduce = work.reduce if reduces else None
         return MoETimes(
             forward_N=forward_N,
@@ -240,14 +246,27 @@ class Timing:
             tokens_N=tokens_N,
             within_node=not work.leaves_nodes,
             gate_s=self._gate(work),
-            restore_s=restore_s if restores else None,
-            backward_restore_s=restore_s if restores_backward else None,
+            restore_s=first_s,
+            backward_restore_s=again_s if directions == 1 else self._restore(first_s, again_s),
             reduce_s=None if reduce is None else reduce.seconds(rates),
             change_s=None if work.change is None else work.change.seconds(rates),
             group=work.group,
             tokens_link=INTER if work.leaves_nodes else INTRA,
             exchange_link=INTER if work.exchanges_leave_nodes else INTRA,
+            directions=directions,
+            after_rerun_s=first_s if directions > 1 and recompute == Recompute.FULL else None,
         )
+
+    def _restore(self, own_s: float | None, of_rerun_s: float | None) -> float | None:
+        """Return the time of backward's first restore, whose form forward has not.
+
+        A re-run of forward begins with forward's. Without its exchanges of tokens both are needed
+        at once.
+        """
+        recompute = self.run.recompute
+        if recompute == Recompute.COMPUTE and own_s is not None:
+            return own_s + (of_rerun_s or 0.0)
+        return of_rerun_s if recompute == Recompute.FULL or own_s is None else own_s
 
     def _gate(self, work: LayerWork) -> float:
         run, rates, host = self.run, self.rates, self.rates.cluster.host

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from megatron_laer.choices import Recompute
-from megatron_laer.planner.wire_form import held_payloads
+from megatron_laer.planner.wire_form import backward_restores
 from megatron_laer.tools.simulator.iteration.clocks import INTER, INTRA
 from megatron_laer.tools.simulator.iteration.iterate import WorkOf
 from megatron_laer.tools.simulator.iteration.memory_parts import stage_weights
@@ -46,7 +46,9 @@ def link_bytes(
             add("tokens", intra * share, inter * share)
             exchanges = []
             if of.restore is not None and (not holds or microbatch == 0):
-                exchanges += [("restore", of.restore)] * (held_payloads(model.fp8) if holds else 2)
+                directions = of.restore.directions
+                passing = 1 + backward_restores(directions, run.recompute)
+                exchanges += [("restore", of.restore)] * (directions if holds else passing)
             if of.change is not None:
                 exchanges.append(("restore", of.change))
             if of.reduce is not None and (not holds or microbatch == run.microbatches - 1):

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 from megatron_laer.choices import Recompute
 from megatron_laer.planner.state_bytes import RankWeights, state_bytes
-from megatron_laer.planner.wire_form import held_payloads
 from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order
@@ -63,12 +62,12 @@ def _stage_bytes(
     weights = stage_weights(model, run, method, stage)
     layers = _layers_of(model, run, stage)
     whole = method.restored * model.expert_weights * model.bytes_per_element
-    restored = whole if method.payload_bytes is None else method.restored * method.payload_bytes
+    restored = whole if method.form is None else method.restored * method.form.expert_bytes
+    forms = 1 if method.form is None else method.form.directions
     with_experts = sum(layers)
     gradients = method.schedule.gradient_layers(with_experts) * whole
     if method.schedule.holds_step:  # sums over all microbatches, for every layer
         gradients += with_experts * method.restored * model.expert_weights * _GRADIENT_BYTES
-        restored *= held_payloads(model.fp8)
     held = in_flight(order(stage, run.stages, run.chunks, run.microbatches)) / run.chunks
     working = _layer_activations(model, run, True, most_pairs)
     if run.recompute == Recompute.NONE:
@@ -82,7 +81,7 @@ def _stage_bytes(
     logits = run.tokens * model.vocabulary * _LOGIT_BYTES * 2 if stage == run.stages - 1 else 0.0
     parts = {
         **_state_bytes(weights, model, run, method),
-        "restored_experts": method.schedule.restored_layers(with_experts) * restored,
+        "restored_experts": method.schedule.restored_layers(forms * with_experts) * restored,
         "restored_gradients": gradients,
         "activations": kept * held + working,
         "logits": logits,

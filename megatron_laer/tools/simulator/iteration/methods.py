@@ -26,6 +26,7 @@ from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.traffic import Traffic
+from megatron_laer.planner.wire_form import WireForm
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.tools.simulator.iteration.buffers import buffers, library_bytes
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
@@ -89,8 +90,7 @@ class Method:
 
     With `one_stream` parameters and gradients share a communicator. A rank owns `experts_held`
     experts' worth of weights in each layer, as do `replicas` ranks of an FSEP group. It restores
-    `restored` whole ones, as payloads of `payload_bytes` if these are given. `group` are
-    the ranks of a group of stock. `fixed_bytes` are of libraries and buffers, by part, and do not
+    `restored` whole ones, in another `form` than gradients' if it is given. `group` are the ranks of a group of stock. `fixed_bytes` are of libraries and buffers, by part, and do not
     depend on the run.
     """
 
@@ -103,7 +103,7 @@ class Method:
     replicas: int
     group: int | None = None
     fixed_bytes: Mapping[str, float] = field(default_factory=dict)
-    payload_bytes: int | None = None
+    form: WireForm | None = None
 
 
 def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
@@ -246,7 +246,7 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
         restored=geometry.replica_slots,
         replicas=1,
         fixed_bytes=buffers(geometry, settings.costs, rates.cluster.card, settings.one_queue),
-        payload_bytes=settings.costs.weights_form(geometry.home_slots).expert_bytes,
+        form=settings.costs.weights_form(geometry.home_slots),
     )
 
 

@@ -30,7 +30,8 @@ class Exchange:
 
     `intra_bytes` and `inter_bytes` are the most that any rank sends or receives, `mean_*` those
     received by a rank on average. With `in_stages` the link classes are used one after the other
-    (`node`), `from_homes` after a hop in front. `quantising_passes` are those of `WireForm`.
+    (`node`), `from_homes` after a hop in front. `quantising_passes` and `directions` are those of
+    `WireForm`.
     """
 
     intra_bytes: float
@@ -43,6 +44,7 @@ class Exchange:
     node_size: int
     quantising_passes: float = 0.0
     from_homes: bool = False
+    directions: int = 1
 
     @classmethod
     def of(
@@ -61,6 +63,7 @@ class Exchange:
             geometry.node_size,
             form.quantising_passes,
             geometry.home_slots > 0,
+            form.directions,
         )
 
     def seconds(self, rates: Rates) -> float:
