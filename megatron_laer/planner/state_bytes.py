@@ -46,6 +46,7 @@ def state_bytes(
     expert_ranks: int,
     bytes_per_weight: int,
     bytes_per_gradient: int = GRADIENT_BYTES,
+    frozen: float = 0,
 ) -> StateBytes:
     """Return a rank's bytes with the distributed optimizer, or one of Megatron-FSDP's strategies.
 
@@ -54,6 +55,7 @@ def state_bytes(
         ranks: data-parallel ranks, with context-parallel ones, that share the dense part.
         expert_ranks: expert-data-parallel ranks, which have the same home experts.
         bytes_per_gradient: with Megatron-FSDP by default those of a weight.
+        frozen: weights without gradients, such as those that LoRA adapts; whole on each rank.
     """
     shards_gradients = strategy in ("optim_grads", "optim_grads_params")
     weights, gradients = of.dense, of.dense / (ranks if shards_gradients else 1)
@@ -61,7 +63,7 @@ def state_bytes(
         # Outside of layers, whole weights stay next to their shards.
         weights = of.dense / ranks + of.others
     return StateBytes(
-        (weights + of.experts) * bytes_per_weight,
+        (weights + of.experts + frozen) * bytes_per_weight,
         (gradients + of.experts) * bytes_per_gradient,
         (of.dense / ranks + of.experts / expert_ranks) * OPTIMIZER_BYTES,
     )

@@ -38,6 +38,18 @@ _OPTIONS = (
         "no Megatron-FSDP",
     ),
     ("--data-parallel-sharding-strategy optim --pipeline 2", "takes no pipeline"),
+    ("--lora-rank 0", "--lora-rank: must be"),
+    ("--lora-targets linear_fc1", "--lora-targets linear_fc1: no effect without --lora-rank"),
+    ("--lora-rank 8 --lora-targets router", "--lora-targets: invalid choice: 'router'"),
+    ("--lora-rank 8 --sharding rows", "give --sharding experts, or --lora-targets of attention"),
+    (
+        "--lora-rank 8 --fp8-format e4m3 --cluster h100-8",
+        "--lora-rank 8 with --fp8-format: no test proves adapters with it",
+    ),
+    (
+        "--lora-rank 8 --data-parallel-sharding-strategy optim",
+        "--lora-rank 8 with --data-parallel-sharding-strategy optim: no test proves adapters",
+    ),
     ("--fp8-format e5m2", "--fp8-format: invalid choice: 'e5m2'"),
     ("--restore step", "--restore step keeps layouts over a step"),
     ("--lag 4", "the trace holds 4 step(s), and a forecast is 4 step(s) old"),

@@ -173,3 +173,16 @@ def test_sharded_dense_layers_take_less_memory_and_the_flags_say_so(advised):
         if (label := each["label"].split(",")[0]) in peaks
     ]
     assert saved and min(saved) > 2**30
+
+
+def test_frozen_bases_take_less_memory_and_keep_experts_at_home_if_these_are_adapted(advised):
+    words = f"{GPUS} --workload W1 --memory-gib 60".split()
+    whole, adapted, attention = (
+        advised(*words, *more.split())["best"]
+        for more in ("", "--lora-rank 32", "--lora-rank 32 --lora-targets linear_qkv")
+    )
+    assert all(" experts C=" in each["label"] for each in adapted)
+    assert any(" rows C=" in each["label"] for each in attention)
+    smallest = min(each["peak_bytes"] for each in whole)
+    # Gradients alone of a rank's 0.7e9 weights in experts would take 2.6 GiB.
+    assert max(each["peak_bytes"] for each in adapted) < smallest - 2.6 * 2**30

@@ -43,7 +43,7 @@ from megatron_laer.tools.cli.argument_types import (
 )
 from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8
 from megatron_laer.tools.cli.routing_input import MAX_TOKENS
-from megatron_laer.tools.cli.simulate_checks import FLEX, ROWS_SHARDED
+from megatron_laer.tools.cli.simulate_checks import FLEX, ROWS_ADAPTED, ROWS_SHARDED
 from megatron_laer.tools.simulator import iteration_output as output
 from megatron_laer.tools.simulator.iteration.advice import Case, advice
 from megatron_laer.tools.simulator.iteration.case_inputs import (
@@ -346,7 +346,9 @@ def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | A
     if Sharding.ROWS in possible:
         return [Auto.AUTO if word == Auto.AUTO else Sharding(word) for word in args.sharding]
     if Sharding.ROWS in args.sharding:
-        raise ValueError(ROWS_IN_FP8 if model.fp8 else ROWS_SHARDED)
+        if model.fp8 is not None:
+            raise ValueError(ROWS_IN_FP8)
+        raise ValueError(ROWS_SHARDED if model.lora is None else ROWS_ADAPTED)
     return list(possible)
 
 

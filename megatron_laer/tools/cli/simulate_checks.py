@@ -17,6 +17,10 @@ ROWS_SHARDED = (
     "--data-parallel-sharding-strategy: Megatron-FSDP takes experts as stock's parameters; give "
     "--sharding experts, or leave it out"
 )
+ROWS_ADAPTED = (
+    "--lora-rank: rows of experts have no linear layers to adapt; give --sharding experts, or "
+    "--lora-targets of attention alone"
+)
 
 
 def check(args: argparse.Namespace) -> None:

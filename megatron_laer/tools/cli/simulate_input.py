@@ -23,7 +23,13 @@ from megatron_laer.tools.cli.argument_types import (
     option,
 )
 from megatron_laer.tools.cli.outputs import bar
-from megatron_laer.tools.simulator.iteration.model_shape import ModelShape, read_model
+from megatron_laer.tools.model_flags import MAX_WIDTH
+from megatron_laer.tools.simulator.iteration.model_shape import (
+    LORA_TARGETS,
+    Lora,
+    ModelShape,
+    read_model,
+)
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.traces.records import Trace
@@ -70,9 +76,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> No
     text = f"{text} its compute alone; default: %(default)s"
     option(sizes, "--recompute", text, choices=list(Recompute), default=Recompute.NONE.value)
     fp8_flags.add_arguments(sizes)
-    text = "Megatron-FSDP's, of dense layers; counts in memory alone, and not in times"
+    text = "Megatron-FSDP's, of dense layers"
     option(sizes, "--data-parallel-sharding-strategy", text, choices=STRATEGIES)
     text = "once per iteration, as of the data loader; default: none"
+    text = "rank q of Megatron-Bridge's LoRA, with all else frozen; default: all is trained"
+    option(sizes, "--lora-rank Q", text, between(1, MAX_WIDTH))
+    text = "linear layers that it adapts, each expert's by itself; default: all four"
+    option(sizes, "--lora-targets NAME", text, nargs="+", choices=LORA_TARGETS)
     option(sizes, "--host-gap-ms X", text, number(0.0, 1e9), default=0.0)
     add_hours(parser)
     for flag, text in (
@@ -112,20 +122,39 @@ def rates_of(args: argparse.Namespace, model: ModelShape, cluster: Cluster) -> t
 
 
 def model_of(args: argparse.Namespace) -> ModelShape:
-    """Return the model, with fp8 of the flags if they are given."""
+    """Return the model, with fp8 and LoRA of the flags if they are given."""
     model = named("--model", args.model, lambda name: read_model(name, args.experts))
-    return replace(model, fp8=fp8_flags.recipe_of(args, model.fp8))
+    return replace(model, fp8=fp8_flags.recipe_of(args, model.fp8), lora=_lora(args))
+
+
+def _lora(args: argparse.Namespace) -> Lora | None:
+    if args.lora_rank is not None:
+        return Lora(args.lora_rank, tuple(args.lora_targets or LORA_TARGETS))
+    if args.lora_targets is not None:
+        raise ValueError(
+            f"--lora-targets {' '.join(args.lora_targets)}: no effect without --lora-rank; give "
+            "one, or leave them out"
+        )
+    return None
 
 
 def shardings_of(args: argparse.Namespace, model: ModelShape) -> list[Sharding]:
-    """Return the shardings that can be simulated: fp8 and Megatron-FSDP need experts at home."""
+    """Return the shardings that can be simulated; some settings need experts at home."""
     strategy = args.data_parallel_sharding_strategy
+    if model.lora is not None and (strategy is not None or model.fp8 is not None):
+        other = (
+            "--fp8-format" if strategy is None else f"--data-parallel-sharding-strategy {strategy}"
+        )
+        raise ValueError(
+            f"--lora-rank {model.lora.rank} with {other}: no test proves adapters with it; leave "
+            "out one of them"
+        )
     if strategy is not None and model.fp8 is not None:
         raise ValueError(
             f"--data-parallel-sharding-strategy {strategy}: FSEP has no Megatron-FSDP in fp8; "
             "leave out one of them"
         )
-    at_home = model.fp8 is not None or strategy is not None
+    at_home = model.fp8 is not None or strategy is not None or model.expert_adapters > 0
     return [Sharding.EXPERTS] if at_home else list(Sharding)
 
 

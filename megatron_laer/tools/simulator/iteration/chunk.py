@@ -57,6 +57,7 @@ class LayerTimes:
     collectives among tensor-parallel ranks, `host_s` the host's time. Backward includes recompute,
     except with `again`, where it first runs forward again, with its exchanges of tokens.
     `gather_s` and `scatter_s` exchange the layer's parameters and gradients; 0 in passes without.
+    `unshard_s` gathers weights that are sharded again after their use, in forward and in backward.
     """
 
     name: str
@@ -68,6 +69,7 @@ class LayerTimes:
     host_s: tuple[float, float] = (0.0, 0.0)
     gather_s: float = 0.0
     scatter_s: float = 0.0
+    unshard_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,10 +148,12 @@ def forward(
     number = -1
     if schedule.restores_first:
         restores.start(0)
+    began_s = float(clocks.now_N.max())
     for layer in layers:
         clocks.gathered_s += layer.gather_s
         if layer.gather_s > 0:
             clocks.wait("data_parallel", clocks.gathered_s)
+        began_s = _unshard(clocks, layer, began_s)
         _dense(clocks, layer, 0)
         if layer.moe is None:
             continue
@@ -194,8 +198,10 @@ def backward(
 
     if schedule.restores_last:
         restores.start(restores.last)
+    began_s = float(clocks.now_N.max())
     for layer in reversed(layers):
         moe, name = layer.moe, layer.name
+        began_s = _unshard(clocks, layer, began_s)
         if layer.again:
             _dense(clocks, layer, 0, label="again")
         if moe is not None:
@@ -228,8 +234,7 @@ def backward(
         if layer.again:
             await_reduce()  # before the checkpoint ends
         if layer.scatter_s > 0:
-            begin_s = max(float(clocks.now_N.max()), clocks.scattered_s)
-            clocks.scattered_s = begin_s + layer.scatter_s
+            clocks.scatter(layer.scatter_s)
     await_reduce()
     return fetched
 
@@ -264,6 +269,18 @@ def _fetch(
     if not seconds:
         return _NOTHING_MOVES
     return clocks.exchange(PARAMETERS, seconds, f"restore {layer.name}", moe.exchange_link)
+
+
+def _unshard(clocks: Clocks, layer: LayerTimes, before_s: float) -> float:
+    """Wait for a layer's gathered weights, and return the layer's beginning.
+
+    They are on their way since the layer before began, at `before_s`. Megatron-FSDP gathers several
+    small layers ahead, so that this is the longest wait.
+    """
+    if layer.unshard_s > 0:
+        clocks.gather_beside_scatter(before_s, layer.unshard_s)
+        clocks.wait("data_parallel", clocks.gathered_s)
+    return float(clocks.now_N.max())
 
 
 def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -> None:

@@ -42,8 +42,8 @@ _SCORE_PASSES = 6
 _LAUNCHES = 26
 # Part of a layer's host time that one without experts takes: attention's, and few kernels more.
 _DENSE_HOST = 0.5
-# Backward has two GEMMs for each of forward's.
-_BACKWARD_GEMMS = 2
+# Backward has two GEMMs for each of forward's: of the input's gradient, and of the weight's.
+_BACKWARD_GEMMS, _FROZEN_GEMMS = 2, 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Timing:
         reduces: bool = True,
         gather_s: float = 0.0,
         scatter_s: float = 0.0,
+        unshard_s: float = 0.0,
     ) -> LayerTimes:
         """Return the times of one microbatch in one layer; `work` is None for a dense layer.
 
@@ -92,6 +93,7 @@ class Timing:
             host_s=self._host(has_experts),
             gather_s=gather_s,
             scatter_s=scatter_s,
+            unshard_s=unshard_s,
         )
 
     def head_seconds(self) -> tuple[float, float]:
@@ -100,7 +102,7 @@ class Timing:
         gemm_s = self._gemm(2.0 * model.prediction_heads * model.head_weights, is_linear=False)
         passes = model.prediction_heads * tokens * model.vocabulary * _LOGIT_BYTES
         memory_s = self.rates.memory_seconds(passes / 2) * (1 + self.rates.overhead)
-        factor = _BACKWARD_GEMMS * self.rates.backward_factor
+        factor = self._backward_gemms * self.rates.backward_factor
         return gemm_s + memory_s, gemm_s * factor + memory_s
 
     def _host(self, has_experts: bool) -> tuple[float, float]:
@@ -125,6 +127,11 @@ class Timing:
         size = run.tokens * self.model.hidden * self.model.bytes_per_element
         return size / link.bytes_per_s + link.latency_s
 
+    @property
+    def _backward_gemms(self) -> int:
+        """Return the GEMMs of backward; those of adapters are too small to count."""
+        return _BACKWARD_GEMMS if self.model.lora is None else _FROZEN_GEMMS
+
     def _gemm(self, flops_per_token: float, *, is_linear: bool = True) -> float:
         tensor = self.run.tensor
         tokens = self.run.tokens * tensor
@@ -147,7 +154,7 @@ class Timing:
         model, rates = self.model, self.rates
         gemm_s = self._gemm(2.0 * model.attention_weights)
         core = model.core_flops_per_token * self.run.tokens / rates.best_flops_per_s
-        backward_s = gemm_s * _BACKWARD_GEMMS * rates.backward_factor
+        backward_s = gemm_s * self._backward_gemms * rates.backward_factor
         if not self.run.flash_attention:
             # Separate GEMMs over all pairs, not only the causal half, with scores in memory.
             core_s = 2 * core
@@ -171,7 +178,7 @@ class Timing:
         elements += (3 if model.gated else 2) * width
         memory_s = rates.memory_seconds(elements * tokens * model.bytes_per_element)
         memory_s *= 1 + rates.overhead
-        backward_s = gemm_s * _BACKWARD_GEMMS * rates.backward_factor
+        backward_s = gemm_s * self._backward_gemms * rates.backward_factor
         # Attention's projections, and the FFN.
         inputs, outputs = _ffn_widths(model, width)
         inputs += model.hidden + model.query_width
@@ -226,7 +233,7 @@ class Timing:
         memory_s_N = work.pairs_N * memory_s
         quantising = self._quantising(*_ffn_widths(model, model.expert_ffn), 1.0)
         forward_N = gemm_s_N + memory_s_N + work.pairs_N * quantising[0]
-        backward_N = gemm_s_N * (_BACKWARD_GEMMS * rates.backward_factor)
+        backward_N = gemm_s_N * (self._backward_gemms * rates.backward_factor)
         backward_N += _BACKWARD_PASSES * memory_s_N + work.pairs_N * quantising[1]
         if recompute == Recompute.COMPUTE:
             backward_N += forward_N

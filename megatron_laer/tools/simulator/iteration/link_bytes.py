@@ -8,7 +8,7 @@ from megatron_laer.choices import Recompute
 from megatron_laer.planner.wire_form import backward_restores
 from megatron_laer.tools.simulator.iteration.clocks import INTER, INTRA
 from megatron_laer.tools.simulator.iteration.iterate import WorkOf
-from megatron_laer.tools.simulator.iteration.memory_parts import stage_weights
+from megatron_laer.tools.simulator.iteration.memory_parts import trained_weights
 from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import ring_neighbours
@@ -60,15 +60,26 @@ def link_bytes(
                     exchange.mean_inter_bytes / run.stages,
                 )
     for stage in range(run.stages):
-        weights = stage_weights(model, run, method, stage)
-        for held, copies, stride in (
-            (weights.dense, run.data_parallel, run.tensor),
-            (weights.expert, method.replicas * run.replicas, run.ranks // method.replicas),
+        weights = trained_weights(model, run, method, stage)
+        each = model.bytes_per_element if run.shards_optimizer else _GRADIENT_BYTES
+        repeated = 0.0  # of what Megatron-FSDP exchanges in each microbatch, not once a step
+        if run.shards_gradients:
+            repeated += (run.microbatches - 1) * _GRADIENT_BYTES
+        if run.shards_weights:
+            repeated += (2 * run.microbatches - 1) * each
+        for elements, size, copies, stride in (
+            (weights.dense, _GRADIENT_BYTES + each, run.data_parallel, run.tensor),
+            (weights.linear, repeated, run.data_parallel, run.tensor),
+            (
+                weights.expert,
+                _GRADIENT_BYTES + each,
+                method.replicas * run.replicas,
+                run.ranks // method.replicas,
+            ),
         ):
-            each = model.bytes_per_element if run.shards_optimizer else _GRADIENT_BYTES
-            size = held * (_GRADIENT_BYTES + each) * (copies - 1) / copies / run.stages
+            received = elements * size * (copies - 1) / copies / run.stages
             far = _leaving(copies, run.node_size, stride)
-            add("data_parallel", size * (1 - far), size * far)
+            add("data_parallel", received * (1 - far), received * far)
     gathered = passes * run.microbatches * len(model.layer_has_experts) / run.stages
     size = gathered * run.tokens * (run.tensor - 1) * token_bytes
     far = _leaving(run.tensor, run.node_size, 1)

@@ -19,8 +19,8 @@ _GRADIENT_BYTES = 4  # of the main gradient, in fp32
 _LOGIT_BYTES = 4
 # Transformer Engine keeps each weight in fp8 for a step, along its rows and along its columns.
 _QUANTISED_BYTES = 2
-# Strategy of Megatron-FSDP that shards weights, and the most of them that it gathers ahead.
-_SHARDS_WEIGHTS, _GATHERED = "optim_grads_params", 5e8
+# Most weights that Megatron-FSDP gathers ahead.
+_GATHERED = 5e8
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,15 @@ def stage_weights(model: ModelShape, run: RunShape, method: Method, stage: int) 
     return Weights(dense / run.tensor, expert, linear / run.tensor)
 
 
+def trained_weights(model: ModelShape, run: RunShape, method: Method, stage: int) -> Weights:
+    """Count the weights with gradients and optimizer state: all of them, or adapters alone."""
+    if model.lora is None:
+        return stage_weights(model, run, method, stage)
+    layers = _layers_of(model, run, stage)
+    dense = sum(map(model.dense_adapters, layers)) / run.tensor
+    return Weights(dense, sum(layers) * method.experts_held * model.expert_adapters, dense)
+
+
 def memory_bytes(
     model: ModelShape, run: RunShape, method: Method, most_pairs: float
 ) -> dict[str, float]:
@@ -61,13 +70,16 @@ def _stage_bytes(
 ) -> dict[str, float]:
     weights = stage_weights(model, run, method, stage)
     layers = _layers_of(model, run, stage)
-    whole = method.restored * model.expert_weights * model.bytes_per_element
-    restored = whole if method.form is None else method.restored * method.form.expert_bytes
+    element = method.restored * model.bytes_per_element
+    restored = element * model.expert_weights
+    if method.form is not None:
+        restored = method.restored * method.form.expert_bytes
+    restored += element * model.expert_adapters
     forms = 1 if method.form is None else method.form.directions
     with_experts = sum(layers)
-    gradients = method.schedule.gradient_layers(with_experts) * whole
+    gradients = method.schedule.gradient_layers(with_experts) * element * model.trained_of_expert
     if method.schedule.holds_step:  # sums over all microbatches, for every layer
-        gradients += with_experts * method.restored * model.expert_weights * _GRADIENT_BYTES
+        gradients += with_experts * method.restored * model.trained_of_expert * _GRADIENT_BYTES
     held = in_flight(order(stage, run.stages, run.chunks, run.microbatches)) / run.chunks
     working = _layer_activations(model, run, True, most_pairs)
     if run.recompute == Recompute.NONE:
@@ -80,7 +92,7 @@ def _stage_bytes(
             kept += with_experts * 2 * most_pairs * model.hidden * model.bytes_per_element
     logits = run.tokens * model.vocabulary * _LOGIT_BYTES * 2 if stage == run.stages - 1 else 0.0
     parts = {
-        **_state_bytes(weights, model, run, method),
+        **_state_bytes(model, run, method, stage),
         "restored_experts": method.schedule.restored_layers(forms * with_experts) * restored,
         "restored_gradients": gradients,
         "activations": kept * held + working,
@@ -88,26 +100,27 @@ def _stage_bytes(
     }
     if model.fp8 is not None:
         parts["quantised_weights"] = (weights.linear + weights.expert) * _QUANTISED_BYTES
-    if run.dense_sharding == _SHARDS_WEIGHTS:
+    if run.shards_weights:
         parts["gathered_layers"] = min(weights.linear, _GATHERED) * model.bytes_per_element
     return parts | dict(method.fixed_bytes)
 
 
-def _state_bytes(
-    weights: Weights, model: ModelShape, run: RunShape, method: Method
-) -> dict[str, float]:
+def _state_bytes(model: ModelShape, run: RunShape, method: Method, stage: int) -> dict[str, float]:
     """Return the bytes of weights, gradients and optimizer state.
 
     Megatron-FSDP would shard stock's experts too. Here they stay whole, as FSEP's do, since no time
     is counted to gather them.
     """
+    trained = trained_weights(model, run, method, stage)
+    bases = stage_weights(model, run, method, stage)
     found = state_bytes(
-        RankWeights(weights.linear, weights.dense - weights.linear, weights.expert),
+        RankWeights(trained.linear, trained.dense - trained.linear, trained.expert),
         run.dense_sharding,
         ranks=run.data_parallel if run.shards_optimizer else 1,
         expert_ranks=method.replicas * run.replicas if run.shards_optimizer else 1,
         bytes_per_weight=model.bytes_per_element,
         bytes_per_gradient=_GRADIENT_BYTES,
+        frozen=0 if model.lora is None else bases.dense + bases.expert,
     )
     return dict(found._asdict())
 

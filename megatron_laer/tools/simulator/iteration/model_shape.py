@@ -13,6 +13,8 @@ from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.tools.model_flags import MAX_WIDTH, model_sizes, model_values, whole_number
 
 _MAX_LAYERS = 4096
+# Linear layers by Megatron's names.
+LORA_TARGETS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 _FREQUENCY_PART = re.compile(r"\[([01](?:,[01])*)\](?:\*(\d{1,4}))?")
 
 
@@ -28,13 +30,27 @@ class LatentAttention:
 
 
 @dataclass(frozen=True)
+class Lora:
+    """Megatron-Bridge's LoRA: two narrow matrices for each adapted linear layer alone are trained.
+
+    `targets` are of `LORA_TARGETS`. Each expert has adapters of its own.
+    """
+
+    rank: int
+    targets: tuple[str, ...] = LORA_TARGETS
+
+    def weights(self, target: str, inputs: int, outputs: int) -> int:
+        return self.rank * (inputs + outputs) if target in self.targets else 0
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """Sizes of a MoE GPT that determine times, FLOPs and memory.
 
     Layers of multi-token prediction are last in `layer_has_experts`; `prediction_heads` counts them
     and the main one. Widths of queries, keys and values are over all heads; a width is 0 for none.
     `bytes_per_element` are of weights, tokens and gradients on the wire. With `fp8` the linear
-    layers of attention, FFN and experts multiply in this recipe.
+    layers of attention, FFN and experts multiply in this recipe. With `lora` all else is frozen.
     """
 
     hidden: int
@@ -54,6 +70,7 @@ class ModelShape:
     bytes_per_element: int
     latent: LatentAttention | None = None
     fp8: Fp8Recipe | None = None
+    lora: Lora | None = None
 
     @property
     def moe_layers(self) -> int:
@@ -62,6 +79,27 @@ class ModelShape:
     @property
     def expert_weights(self) -> int:
         return self._ffn_weights(self.expert_ffn)
+
+    @property
+    def expert_adapters(self) -> int:
+        """Count the adapters' weights of an expert; 0 without LoRA."""
+        return self._ffn_adapters(self.expert_ffn)
+
+    @property
+    def trained_of_expert(self) -> int:
+        """Count the weights of an expert that have gradients."""
+        return self.expert_weights if self.lora is None else self.expert_adapters
+
+    def dense_adapters(self, has_experts: bool) -> int:
+        """Count the adapters' weights of attention, and of the FFN that all tokens use."""
+        if self.lora is None:
+            return 0
+        latent, of = self.latent, self.lora.weights
+        values = self.query_width if latent is None else self.heads * latent.value_head
+        found = of("linear_proj", values, self.hidden)
+        if latent is None:  # else queries, keys and values have layers of other names
+            found += of("linear_qkv", self.hidden, self.query_width + 2 * self.key_value_width)
+        return found + self._ffn_adapters(self.shared_ffn if has_experts else self.dense_ffn)
 
     @property
     def head_weights(self) -> int:
@@ -109,6 +147,12 @@ class ModelShape:
 
     def _ffn_weights(self, width: int) -> int:
         return (3 if self.gated else 2) * self.hidden * width
+
+    def _ffn_adapters(self, width: int) -> int:
+        if self.lora is None or width == 0:
+            return 0
+        first = self.lora.weights("linear_fc1", self.hidden, (2 if self.gated else 1) * width)
+        return first + self.lora.weights("linear_fc2", width, self.hidden)
 
 
 def read_model(config: str, num_experts: int | None = None) -> ModelShape:

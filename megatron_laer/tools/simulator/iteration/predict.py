@@ -26,8 +26,8 @@ from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import LayerWork
 from megatron_laer.tools.simulator.node_rows import NodeRows, by_cause
 
-# A token's FLOPs in forward and backward, over those of forward.
-_TRAINING_PASSES = 3
+# A token's FLOPs in forward and backward, over those of forward. Frozen weights have no gradients.
+_TRAINING_PASSES, _FROZEN_PASSES = 3, 2
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,10 @@ def predict_iterations(
     }
     timings = [Timing(model, run, rates, rate_sets[0]) for rates in rate_sets]
     place_of = _places(model, routing.layers)
+    share = None if model.lora is None else model.expert_adapters / model.expert_weights
     is_first = True
     for step, forecasts in routing.walk(lag, steps):
-        works = _step_works(routing, step, forecasts, methods, planners, run, progress)
+        works = _step_works(routing, step, forecasts, methods, planners, run, progress, share)
         for method in methods:
             found = collected[method.name]
             work = partial(_work_at, works[method.name], place_of)
@@ -164,6 +165,7 @@ def _step_works(
     planners: Mapping[str, Sequence[LayerPlanner]],
     run: RunShape,
     progress: Callable[[int], object],
+    adapters_share: float | None,
 ) -> dict[str, dict[int, list[LayerWork]]]:
     works: dict[str, dict[int, list[LayerWork]]] = {method.name: {} for method in methods}
     for layer, records in step.records.items():
@@ -174,6 +176,8 @@ def _step_works(
             counts_NE = routing.counts_NE(record)
             for method, planner in zip(methods, of_layer, strict=True):
                 work = planner.work(counts_NE)
+                if adapters_share is not None:
+                    work = work.with_adapters(adapters_share)
                 works[method.name].setdefault(layer, []).append(work)
             progress(1)
     return works
@@ -197,8 +201,9 @@ def _prediction(
     }
     seconds = float(by_rates_s[0])
     tokens = run.tokens * run.microbatches * run.ranks * run.replicas
-    flops = _TRAINING_PASSES * model.flops_per_token * tokens / run.world
-    again = 1 if run.recompute == Recompute.NONE else (_TRAINING_PASSES + 1) / _TRAINING_PASSES
+    passes = _TRAINING_PASSES if model.lora is None else _FROZEN_PASSES
+    flops = passes * model.flops_per_token * tokens / run.world
+    again = 1 if run.recompute == Recompute.NONE else (passes + 1) / passes
     return IterationPrediction(
         method=method.name,
         iteration_s=seconds,

@@ -63,6 +63,16 @@ class RunShape:
         return self.ranks * self.replicas * self.stages
 
     @property
+    def shards_gradients(self) -> bool:
+        """Return True if dense gradients are reduced after each microbatch."""
+        return self.dense_sharding in ("optim_grads", "optim_grads_params")
+
+    @property
+    def shards_weights(self) -> bool:
+        """Return True if dense weights are gathered in each forward and each backward."""
+        return self.dense_sharding == "optim_grads_params"
+
+    @property
     def data_parallel(self) -> int:
         """Return the number of ranks that hold the same dense weights."""
         return self.ranks * self.replicas // self.tensor

@@ -5,7 +5,7 @@ Legend: N ranks, E experts, C slots per rank, S = N*C slots, X ranks of an exper
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -64,6 +64,16 @@ class Exchange:
             form.quantising_passes,
             geometry.home_slots > 0,
             form.directions,
+        )
+
+    def times(self, factor: float) -> Exchange:
+        """Return the exchange of `factor` times the bytes."""
+        return replace(
+            self,
+            intra_bytes=factor * self.intra_bytes,
+            inter_bytes=factor * self.inter_bytes,
+            mean_intra_bytes=factor * self.mean_intra_bytes,
+            mean_inter_bytes=factor * self.mean_inter_bytes,
         )
 
     def seconds(self, rates: Rates) -> float:
@@ -162,6 +172,16 @@ class LayerWork:
         """Return True if any weight or gradient travels between nodes."""
         moved = self.restore, self.reduce, self.change
         return any(each is not None and each.inter_bytes > 0 for each in moved)
+
+    def with_adapters(self, share: float) -> LayerWork:
+        """Return the work of frozen experts with adapters, which have `share` of their weights."""
+        restore, reduce, change = self.restore, self.reduce, self.change
+        return replace(
+            self,
+            restore=None if restore is None else restore.times(1 + share),
+            change=None if change is None else change.times(1 + share),
+            reduce=reduce.times(share) if reduce is not None and share > 0 else None,
+        )
 
     @property
     def max_over_mean(self) -> float:
