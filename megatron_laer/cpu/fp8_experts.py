@@ -11,6 +11,7 @@ payload, n tokens of one slot or expert.
 from __future__ import annotations
 
 import contextlib
+import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ from unittest import mock
 import torch
 
 from megatron_laer.cpu import fp8
+from megatron_laer.cpu.fp8_delayed import DelayedPass, LinearScalings, ScalingContext
 from megatron_laer.cpu.fp8_parameters import Fp8Parameter, fp8_parameters, keep_in_fp8
 from megatron_laer.layer.experts.fp8 import MULTIPLE
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
@@ -105,6 +107,7 @@ class Recipe(NamedTuple):
 
 _SQUARE, _MX_ROWS, _MX_COLUMNS = (BLOCK, BLOCK), (1, MX_BLOCK), (MX_BLOCK, 1)
 _DEFINITIONS: dict[str, tuple[Form, Form | None, Block, Block, Block, Block, int]] = {
+    "delayed": (per_tensor_form, None, None, None, None, None, MULTIPLE),
     "tensorwise": (per_tensor_form, None, None, None, None, None, MULTIPLE),
     "blockwise": (block_form, None, _SQUARE, _SQUARE, (1, BLOCK), (BLOCK, 1), MULTIPLE),
     "mxfp8": (
@@ -121,6 +124,8 @@ class EmulatedGemm:
         recipe = self._recipe = Recipe.of(config)
         self._form = self._backward_form = recipe.form(rows, columns)
         self._for_backward: Packer = self
+        self._homes: list[Any] = []
+        self._slots: list[Any] | None = None
         if recipe.backward_form is not None:
             self._backward_form = recipe.backward_form(rows, columns)
             self._for_backward = BackwardPacker(
@@ -141,7 +146,19 @@ class EmulatedGemm:
     ) -> str | None:
         return None
 
-    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
+    def attach(self, modules: Sequence[Any]) -> None:
+        self._homes = [getattr(module, "scalings", None) for module in modules]
+
+    def for_slots(self, homes_C: Sequence[int]) -> EmulatedGemm:
+        if not any(self._homes):
+            return self
+        one_pass = copy.copy(self)
+        one_pass._slots = [DelayedPass(self._homes[home]) for home in homes_C]
+        return one_pass
+
+    def pack(self, weight_RK: torch.Tensor, home: int = 0) -> torch.Tensor:
+        if self._homes and self._homes[home] is not None:
+            return self._form.pack(*self._homes[home].sent(weight_RK))
         if isinstance(weight_RK, Fp8Parameter):
             return self._form.pack(*weight_RK.quantised)
         recipe = self._recipe
@@ -151,16 +168,16 @@ class EmulatedGemm:
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
         weights = self._weights(weight_CRK, self._form, self._recipe.weight)
-        parts = zip(self._parts(input_TK, tokens_C), weights, strict=True)
-        outputs = [self._recipe.product(part_nK, weight_RK) for part_nK, weight_RK in parts]
+        parts = zip(self._of_slots(tokens_C), self._parts(input_TK, tokens_C), weights, strict=True)
+        outputs = [slot.product(part_nK, weight_RK) for slot, part_nK, weight_RK in parts]
         return unpadded(torch.cat(outputs), tokens_C, self._recipe.multiple)
 
     def input_grad(
         self, grad_TR: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
         weights = self._weights(weight_CRK, self._backward_form, self._recipe.backward_weight)
-        parts = zip(self._parts(grad_TR, tokens_C), weights, strict=True)
-        grads = [self._recipe.input_grad(grad_nR, weight_RK) for grad_nR, weight_RK in parts]
+        parts = zip(self._of_slots(tokens_C), self._parts(grad_TR, tokens_C), weights, strict=True)
+        grads = [slot.input_grad(grad_nR, weight_RK) for slot, grad_nR, weight_RK in parts]
         return unpadded(torch.cat(grads), tokens_C, self._recipe.multiple)
 
     def weight_grad(
@@ -171,8 +188,12 @@ class EmulatedGemm:
         out_CRK: torch.Tensor,
     ) -> None:
         grads, inputs = (self._parts(tokens, tokens_C) for tokens in (grad_TR, input_TK))
-        for grad_nR, input_nK, out_RK in zip(grads, inputs, out_CRK, strict=True):
-            out_RK.copy_(self._recipe.weight_grad(grad_nR, input_nK))
+        slots = self._of_slots(tokens_C)
+        for slot, grad_nR, input_nK, out_RK in zip(slots, grads, inputs, out_CRK, strict=True):
+            out_RK.copy_(slot.weight_grad(grad_nR, input_nK))
+
+    def _of_slots(self, tokens_C: Sequence[int]) -> Sequence[Any]:
+        return self._slots or [self._recipe] * len(tokens_C)
 
     def _parts(self, tokens_TK: torch.Tensor, tokens_C: Sequence[int]) -> tuple[torch.Tensor, ...]:
         padded_UK = padded(tokens_TK, tokens_C, self._recipe.multiple)
@@ -194,7 +215,7 @@ class Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input_nK: torch.Tensor, weight_RK: torch.Tensor, recipe: Recipe
+        ctx: Any, input_nK: torch.Tensor, weight_RK: torch.Tensor, recipe: Recipe | DelayedPass
     ) -> torch.Tensor:
         ctx.save_for_backward(input_nK, weight_RK)
         ctx.recipe = recipe
@@ -224,25 +245,42 @@ def fp8_replaced() -> Iterator[None]:
 
     stock = {layer: layer._forward_impl for layer in (ColumnParallelLinear, RowParallelLinear)}
     build = {layer: layer.__init__ for layer in stock}
+    contexts = ScalingContext()
 
     def replaced(layer: type) -> Any:
         def forward(self: Any, input: torch.Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
             if not (self.is_expert and self.config.fp8) or _is_off.get():
+                input = contexts.before_linear(input)
                 return stock[layer](self, input, weight, *args, **kwargs)
             assert input.dim() == 2 and kwargs.get("bias") is None  # Megatron's MLP adds it
-            return Fp8Linear.apply(input, weight, Recipe.of(self.config))
+            recipe = DelayedPass(self.scalings) if self.scalings else Recipe.of(self.config)
+            return Fp8Linear.apply(input, weight, recipe)
 
         return forward
 
     def built(layer: type) -> Any:
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             build[layer](self, *args, **kwargs)
+            self.scalings = None
+            if self.is_expert and self.config.fp8 and self.config.fp8_recipe == "delayed":
+                recipe, self.is_first_microbatch = Recipe.of(self.config), True
+                self.scalings = LinearScalings(self, recipe.forward, recipe.backward)
+                contexts.add(self.scalings, self.config)
             if self.is_expert and self.config.fp8_param and not _is_off.get():
                 keep_in_fp8(self, Recipe.of(self.config))
 
         return init
 
+    def extra_state(self: Any) -> Any:
+        return self.scalings and self.scalings.saved()
+
+    def set_extra_state(self: Any, state: Any) -> None:
+        if self.scalings and state is not None:
+            self.scalings.load(state)
+
     def context(config: Any, layer: int = -1, is_init: bool = False) -> Any:
+        if config.fp8_recipe == "delayed" and not is_init:
+            return contexts.entered()
         if is_first_last_bf16_layer(config, layer):
             return _off()
         return contextlib.nullcontext()
@@ -254,8 +292,13 @@ def fp8_replaced() -> Iterator[None]:
     with contextlib.ExitStack() as replacements:
         replacements.enter_context(fp8_parameters())
         for layer in stock:
-            replacements.enter_context(mock.patch.object(layer, "__init__", built(layer)))
-            replacements.enter_context(mock.patch.object(layer, "_forward_impl", replaced(layer)))
+            for name, replacement in {
+                "__init__": built(layer),
+                "_forward_impl": replaced(layer),
+                "get_extra_state": extra_state,
+                "set_extra_state": set_extra_state,
+            }.items():
+                replacements.enter_context(mock.patch.object(layer, name, replacement))
         for owner, name, replacement in (
             # Megatron asks for a release of Transformer Engine before it takes fp8.
             (transformer_config, "is_te_min_version", lambda *_, **__: True),

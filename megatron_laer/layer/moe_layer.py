@@ -301,6 +301,7 @@ class FSEPMoELayer(MoELayer):
             activation_builder=activation_builder(self.submodules),
             in_fp8=coordinator.config.experts_in_fp8
             and (self._is_mtp or not is_first_last_bf16_layer(self.config, layer_number - 1)),
+            rank=coordinator.groups.rank,
         )
         return HomeExperts(self.experts, coordinator.geometry.home_slots, compute)
 

@@ -29,6 +29,10 @@ RANDOM_MX = MX + AT_HOME + " --fsep-planner random"
 HELD = " --fsep-restore step --fsep-plan-mode forecast"
 RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
 DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+# Scales and histories of four microbatches are in checkpoints.
+DELAYED = " --fp8-format hybrid --fp8-recipe delayed --bf16 --fp8-amax-history-len 4"
+DELAYED += " --fp8-amax-compute-algo max"
+RANDOM_DELAYED = DELAYED + AT_HOME + " --fsep-planner random"
 # Tokens of each expert: none, one, fewer and more than the multiple, and the multiple.
 TOKENS_E = [40, 1, 0, 16]
 
@@ -57,6 +61,15 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
         rank, home = dist.get_rank(), coordinator.geometry.home_slots
         assert (home, coordinator.geometry.replica_slots) == (2, 2)
         assert all(isinstance(p, Fp8Parameter) == fp8_param for p in layer.state.share.parameters)
+        operands = []  # whose scales and amaxes are state
+        if recipe == "delayed":
+            for number, expert in enumerate(layer.experts.local_experts):
+                for scalings in (expert.linear_fc1.scalings, expert.linear_fc2.scalings):
+                    scalings.weight.scale.fill_(100.0 * (number + 1))
+                    operands += [scalings.input, scalings.grad]
+                    scalings.input.scale.fill_(3.0 * (number + 1))
+                    # Smaller, and e4m3 rounds the first layer's gradients to zero.
+                    scalings.grad.scale.fill_(1000.0 * (number + 1))
         generator = torch.Generator().manual_seed(0)
         hidden_of = [
             torch.randn(tokens, one_layer.HIDDEN, generator=generator) for tokens in TOKENS_E
@@ -82,6 +95,9 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
         )
         own = [[part.main_grad.clone() for part in matrix] for matrix in layer.state.share.homes]
         wrapped.zero_grad_buffer()
+        at_home.append([operand.amaxes.clone() for operand in operands])
+        for operand in operands:
+            operand.amaxes.zero_()
 
         layout = ExpertLayout.from_slots(2, 4, 4, [0, 1, 2, 3, 2, 3, 0, 1])
         restored = coordinator.experts.of_pass(layer.state, layout, training=True)
@@ -95,7 +111,8 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
         sums = [[part.main_grad for part in matrix] for matrix in layer.state.share.homes]
         homes: list[Any] = [None, None]
         dist.all_gather_object(homes, at_home)
-        expected = [parts for of_rank in homes for parts in of_rank]
+        amaxes = homes[1 - rank][-1]
+        expected = [parts for of_rank in homes for parts in of_rank[:-1]]
         same = [
             torch.equal(got, wanted)
             for expert, parts in zip(others, with_replicas, strict=True)
@@ -106,19 +123,25 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
             for got_h, wanted_h in zip(sums, own, strict=True)
             for expert, got, wanted in zip(mine, got_h, wanted_h, strict=True)
         ]
+        same += [
+            torch.equal(operand.amaxes, noted)
+            and bool(noted.any()) == bool(TOKENS_E[others[at // 4]])
+            for at, (operand, noted) in enumerate(zip(operands, amaxes, strict=True))
+        ]
         return same
 
 
 @pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
 @pytest.mark.parametrize(
     ("recipe", "fp8_param"),
-    [*product(["tensorwise", "blockwise"], [False, True]), ("mxfp8", False)],
+    [*product(["tensorwise", "blockwise"], [False, True]), ("mxfp8", False), ("delayed", False)],
 )
 def test_a_replica_computes_bit_for_bit_as_its_home(
     ranks: RankPools, fp8_format: str, recipe: str, fp8_param: bool
 ) -> None:
     for same in ranks(2).run(replicas_and_homes, fp8_format, recipe, fp8_param):
-        assert same == [True] * (2 * 3 + 2 * 2)
+        amaxes = 2 * 2 * 2 if recipe == "delayed" else 0
+        assert same == [True] * (2 * 3 + 2 * 2 + amaxes)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +149,7 @@ def test_a_replica_computes_bit_for_bit_as_its_home(
     [
         *(RANDOM + extra for extra in ("", HELD, PARAMETERS)),
         *(RANDOM_MX + extra for extra in ("", HELD)),
+        *(RANDOM_DELAYED + extra for extra in ("", HELD)),
     ],
 )
 def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, flags: str) -> None:
@@ -134,7 +158,7 @@ def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, flags:
     assert identical(first, second)
 
 
-@pytest.mark.parametrize("flags", [RANDOM, RANDOM + PARAMETERS, RANDOM_MX])
+@pytest.mark.parametrize("flags", [RANDOM, RANDOM + PARAMETERS, RANDOM_MX, RANDOM_DELAYED])
 def test_a_resumed_run_has_the_same_bits(
     ranks: RankPools, text_data: str, tmp_path: Path, flags: str
 ) -> None:
@@ -148,7 +172,51 @@ def test_a_resumed_run_has_the_same_bits(
     assert all((rest.weights[name] == value).all() for name, value in whole.weights.items())
 
 
-@pytest.mark.parametrize("in_fp8", [FP8, FP8 + PARAMETERS, MX])
+def sent_weights(flags: list[str]) -> tuple[int, int]:
+    """Train; return how many weights were sent before their home's use, and how many differed."""
+    from unittest import mock
+
+    import torch
+
+    from megatron_laer.cpu.fp8 import dequantised
+    from megatron_laer.cpu.fp8_delayed import LinearScalings
+
+    sent, at_home = LinearScalings.sent, LinearScalings.at_home
+    waiting: dict[LinearScalings, Any] = {}
+    ahead = differed = 0
+
+    def watched_sent(self: LinearScalings, weight: torch.Tensor) -> Any:
+        given = sent(self, weight)
+        waiting[self] = weight.clone(), given
+        return given
+
+    def watched_home(self: LinearScalings, weight: torch.Tensor) -> Any:
+        nonlocal ahead, differed
+        used = at_home(self, weight)
+        of_weight, given = waiting.pop(self, (None, None))
+        # Backward's last is of the step before.
+        if of_weight is not None and torch.equal(of_weight, weight):
+            ahead += 1
+            differed += not torch.equal(dequantised(used), dequantised(given))
+        return used
+
+    with (
+        mock.patch.object(LinearScalings, "sent", watched_sent),
+        mock.patch.object(LinearScalings, "at_home", watched_home),
+    ):
+        train_row(flags)
+    return ahead, differed
+
+
+def test_a_replica_has_the_weights_that_its_home_quantises_once_per_step(
+    ranks: RankPools, text_data: str
+) -> None:
+    found = ranks(2).run(sent_weights, command(text_data, RANDOM_DELAYED))
+    assert sum(ahead for ahead, _ in found) > 10
+    assert not any(differed for _, differed in found)
+
+
+@pytest.mark.parametrize("in_fp8", [FP8, FP8 + PARAMETERS, MX, DELAYED])
 def test_without_replicas_a_run_is_stock_bit_for_bit(
     ranks: RankPools, text_data: str, in_fp8: str
 ) -> None:

@@ -101,6 +101,9 @@ FIRST_IN_BF16 = (
     " --first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-layers-at-end-in-bf16 0"
 )
 PADDING = " --moe-router-padding-for-quantization"
+DELAYED_SCALING = (
+    " --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 4 --fp8-amax-compute-algo max"
+)
 # Sizes are multiples of 32.
 MXFP8 = " --fp8-format e4m3 --fp8-recipe mxfp8 --hidden-size 64"
 IN_FP8 = " --fsep-sharding experts --fsep-allow-unproven fp8-experts"
@@ -271,6 +274,12 @@ ROWS = [
         " accumulation 2, bf16, top-4, recompute of the MoE layer, E = 8 on 4 ranks", MXFP8 + BF16
         + TOP_4 + MOE_RECOMPUTE, fsep=IN_FP8 + NODES.format(2) + STEP, bound=FP8_BOUND, ranks=4,
         accumulation=2, exchanges=(4, 2), not_at_home="at home in itself"),
+    _row("fp8-delayed", "experts in fp8, delayed scaling", DELAYED_SCALING, fsep=IN_FP8,
+        bound=FP8_BOUND, steps=LONG, not_at_home="at home in itself"),
+    _row("fp8-delayed-nodes", "experts in fp8, delayed scaling, exchange through nodes of 2,"
+        " restored once per step, accumulation 2, bf16, distributed optimizer, top-4, E = 8 on 4"
+        " ranks", DELAYED_SCALING + BF16 + DIST_OPT + TOP_4, fsep=IN_FP8 + NODES.format(2) + STEP,
+        bound=FP8_BOUND, ranks=4, accumulation=2, not_at_home="at home in itself"),
     # Dispatchers.
     _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP, releases=True),
     _row("deepep-bf16", "flex dispatcher with DeepEP, bf16, fp32 router, overlapped shared experts",

@@ -104,6 +104,7 @@ _PAIR_COUNTS = _in("runtime/pair_counts.py", *_unit("pair_counts"))
 _SLOT_CONFIGS = _in("layer/slot_configs.py", *_unit("slot_configs"))
 _FP8_TE = _in("layer/experts/fp8/te.py", *_unit("fp8_back_end"))
 _FP8_MX = _in("layer/experts/fp8/te_mx.py", *_unit("fp8_back_end"))
+_FP8_DELAYED = _in("layer/experts/fp8/te_delayed.py", *_unit("fp8_delayed"))
 _SLOT_LINEAR = _in("layer/experts/slot_linear.py", *_unit("fp8_back_end"))
 _DIRECTIONS = _in("runtime/weights/restored.py", *_unit("directions"))
 _FETCHED = _in("runtime/weights/restored_weights.py", *_unit("directions"))
@@ -801,6 +802,29 @@ FAULTS: tuple[Fault, ...] = (
         "scales along columns are padded as those along rows",
         "tile = _TILE[::-1] if by_columns else _TILE",
         "tile = _TILE",
+    ),
+    _FP8_DELAYED.fault(
+        "replicas' tokens are in no amax",
+        "scale, amax = own.scale, own.amax",
+        "scale, amax = own.scale, own.amax.clone()",
+    ),
+    _FP8_DELAYED.fault(
+        "backward's tokens have the scale in force",
+        "quantise.scale, quantise.amax = scale,",
+        "quantise.amax =",
+    ),
+    _FP8_DELAYED.fault(
+        "each microbatch sends weights of its own scale",
+        "if kept is not None and not module.is_first_microbatch:",
+        "if False:",
+    ),
+    _INDEX.fault(
+        "replicas have the scales of their home's first expert",
+        "expert % self.home_slots for",
+        "0 for",
+        *_ranks("fp8_experts"),
+        "-k",
+        "bit_for_bit_as and delayed",
     ),
     _SHARE.fault(
         "backward has the payloads of forward",

@@ -30,7 +30,11 @@ def failing() -> None:
 RECIPES = {
     "fine": (recipe, 0, "runs; proved by row 'plain DDP' on the CPU"),
     "slow": (lambda: recipe(moe_paged_stash=True), 3, "speed-only flags: --moe-paged-stash"),
-    "precise": (lambda: REFUSED["precision"][0], 4, "in bf16, without these flags: --fp8-format"),
+    "precise": (
+        lambda: recipe(fp8="e4m3", fp8_recipe="custom"),
+        4,
+        "in bf16, without these flags: --fp8-format",
+    ),
     "alone": (lambda: REFUSED["one rank"][0], 5, "uses no expert parallelism"),
     "grouped": (lambda: REFUSED["groups"][0], 1, "no FSEP group is created"),
     "lora": (

@@ -51,3 +51,14 @@ def test_many_pairs_stay_on_one_line():
     assert len(many.no_row_together) > 6
     assert str(many).endswith(f" and {len(many.no_row_together) - 6} more")
     assert str(many).count(" + ") == 6
+
+
+def test_a_recipe_of_fp8_proves_no_other():
+    in_mx, by_blocks = (
+        Namespace(fp8="e4m3", fp8_recipe=recipe) for recipe in ("mxfp8", "blockwise")
+    )
+    assert "mxfp8" in proof_of(in_mx).row and "by blocks" in proof_of(by_blocks).row
+    assert "delayed scaling" in proof_of(Namespace(fp8="hybrid")).row
+    assert proof_of(Namespace(fp8="hybrid", fp8_recipe="custom")).no_row == ("fp8 custom",)
+    kept = proof_of(Namespace(**vars(in_mx), fp8_param_gather=True))
+    assert kept.no_row_together == ("fp8 mxfp8 + parameters in fp8",)

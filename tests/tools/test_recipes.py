@@ -107,7 +107,7 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
         None,
     ),
     "gpt-oss in fp8": (
-        {"recipe": GPT_OSS, "precision": "bf16_with_fp8_delayed_scaling_mixed"},
+        {"recipe": GPT_OSS, "precision": "fp8_ds", "delay_wgrad": "True"},
         Verdict.PRECISION,
         ["--fp8-format hybrid", f"{PADDING} with fp8"],
         None,
@@ -134,13 +134,11 @@ def test_a_recipe_that_runs_has_a_row_for_each_feature(case):
     assert (*found.because, *found.drop) == ()
 
 
-@pytest.mark.parametrize("precision", ["fp8_cs", "fp8_sc", "fp8_ds"])
-def test_experts_in_fp8_run_with_their_word_if_replicas_know_the_scales(precision):
+@pytest.mark.parametrize("precision", ["fp8_cs", "fp8_sc", "fp8_ds", "fp8_mx"])
+def test_experts_in_fp8_run_with_their_word(precision):
     found = judge_recipe(NONE | {"precision": precision})
-    knows = precision != "fp8_ds"
-    assert found.verdict is (Verdict.RUNS if knows else Verdict.PRECISION)
-    assert found.allow == ((Unproven.FP8_EXPERTS,) if knows else ())
-    assert ("fp8_param_gather" in found.if_none_of) is not knows
+    assert found.verdict is Verdict.RUNS and found.allow == (Unproven.FP8_EXPERTS,)
+    assert ("fp8_param_gather" in found.if_none_of) is (precision in ("fp8_ds", "fp8_mx"))
 
 
 @pytest.mark.parametrize(("case", "no_row"), [*zip(UNPROVED, NO_ROW, strict=True)])
@@ -209,17 +207,12 @@ def test_a_verdict_names_the_settings_that_it_does_not_know():
     # Each of them would have changed the verdict.
     for name in found.if_none_of:
         value = "1.25" if "factor" in name else "32" if "size" in name or "num" in name else "True"
-        # Router padding is for fp8 alone.
-        fields = NONE | ({"precision": "fp8_ds"} if "padding_for" in name else {})
+        # Router padding goes with fp8, where that goes.
+        no_fp8 = {"precision": "fp8_ds", "delay_wgrad": "True"}
+        fields = NONE | (no_fp8 if "padding_for" in name else {})
         before, after = judge_recipe(fields), judge_recipe(fields | {name: value})
         assert (before.verdict, before.drop) != (after.verdict, after.drop), name
         assert name not in after.if_none_of
-
-
-def test_parameters_in_mxfp8_would_change_the_verdict():
-    for precision in ("fp8_cs", "fp8_mx"):
-        unsaid = judge_recipe(NONE | {"precision": precision}).if_none_of
-        assert ("fp8_param_gather" in unsaid) == (precision == "fp8_mx")
 
 
 def test_settings_and_sizes_that_cannot_be_are_quoted():

@@ -133,6 +133,7 @@ TAKEN = [
     f"--fp8-format e4m3 --fp8-recipe blockwise {ALLOW_EXPERTS}",
     f"--fp8-format e4m3 --fp8-recipe blockwise {ALLOW_EXPERTS} --fp8-param-gather {PADDING}",
     f"--fp8-format hybrid --fp8-recipe mxfp8 {ALLOW_EXPERTS}",
+    f"--fp8-format hybrid {ALLOW_EXPERTS} --recompute-granularity selective",
     "--cuda-graph-modules moe",
     f"{OVERLAP} --delay-wgrad-compute",
     "--overlap-dispatch-backward-with-experts-wgrad",
@@ -165,7 +166,21 @@ OWN = {
     ALLOW_GRAPHS: [f"{ALLOW_GRAPHS}: no effect", UNPROVEN[Unproven.TE_GRAPHS]],
     f"{ALLOW_FP8} --cuda-graph-modules attn": [f"{ALLOW_FP8}: no effect"],
     ALLOW_EXPERTS: [f"{ALLOW_EXPERTS}: no effect", UNPROVEN[Unproven.FP8_EXPERTS]],
-    f"{ALLOW_EXPERTS} --fp8-format hybrid": [f"--fp8-recipe delayed with {ALLOW_EXPERTS}: "],
+    **{
+        f"{ALLOW_EXPERTS} --fp8-format hybrid {flags}": [
+            f"{said or flags} with {ALLOW_EXPERTS} --fp8-recipe delayed: "
+        ]
+        for flags, said in {
+            "--fp8-param-gather": "",
+            "--recompute-granularity full": "",
+            "--recompute-granularity selective --recompute-modules moe": "--recompute-modules moe",
+            OVERLAP: "",
+            "--mtp-num-layers 1": "--mtp-num-layers",
+            "--delay-wgrad-compute": "",
+            "--hybrid-layer-pattern ME*E": "--hybrid-layer-pattern",
+            "--num-layers-per-virtual-pipeline-stage 1": "a virtual pipeline",
+        }.items()
+    },
     f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather": [
         f"--fp8-param-gather with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
     ],

@@ -39,6 +39,8 @@ class HomeExperts:
         self._problem: str | None = None
         self._is_moved = False
         parts = ["weight", "bias"] if compute.has_bias else ["weight"]
+        for packer, linear in zip(compute.packers, compute.linears, strict=False):
+            packer.attach(self._linears(linear.name))
         self._built = [
             [self._parameters(linear.name, part) for part in parts] for linear in compute.linears
         ]

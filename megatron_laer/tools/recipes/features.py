@@ -99,8 +99,10 @@ def _features(settings: Namespace) -> Iterator[str]:
         value = str(get(name))
         yield from (feature for word, feature in words.items() if word == value)
     if get("fp8") or get("fp8_format"):  # the argument of the flag, or the flag of a row
-        recipe = get("fp8_recipe")
-        yield "mxfp8" if getattr(recipe, "value", recipe) == "mxfp8" else "fp8"
+        recipe = get("fp8_recipe") or "delayed"  # Megatron's default
+        yield f"fp8 {getattr(recipe, 'value', recipe)}"
+        if get("fp8_param_gather") or get("fp8_param"):
+            yield "parameters in fp8"
     yield from _recomputed(get("recompute_granularity"), get("recompute_modules"))
     yield from (f"graphs of {name}" for name in graphed(settings) or ())
     yield from _balanced(get("moe_router_load_balancing_type"), get("moe_aux_loss_coeff"))

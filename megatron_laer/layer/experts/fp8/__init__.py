@@ -9,6 +9,7 @@ Legend: C slots, K columns of a matrix, P rows of its payload.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -26,14 +27,30 @@ class QuantisedGemm(SlotGemm, Packer, Protocol):
     Slots' tokens and gradients are quantised as stock's expert would those of one expert.
     """
 
+    def attach(self, modules: Sequence[torch.nn.Module]) -> None:
+        """Set the linear layers of home experts, or the grouped one, to take scales from."""
+        ...
+
+    def for_slots(self, homes_C: Sequence[int]) -> SlotGemm:
+        """Return the products of one pass, whose slots have copies of these homes.
+
+        Homes have numbers on their ranks. With delayed scaling, equal numbers have equal scales.
+        """
+        ...
+
 
 def quantised_gemm(config: Any, rows: int, columns: int, device: torch.device) -> QuantisedGemm:
     """Return the products of a linear layer by the recipe of Megatron's TransformerConfig."""
-    from megatron_laer.layer.experts.fp8 import te, te_mx
+    from megatron_laer.layer.experts.fp8 import te, te_delayed, te_mx
 
     recipe = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))
-    by_recipe = {"tensorwise": te.PerTensor, "blockwise": te.ByBlocks, "mxfp8": te_mx.Mx}
-    quantised: Any = by_recipe[recipe]
+    by_recipe: dict[str, Any] = {
+        "delayed": te_delayed.Delayed,
+        "tensorwise": te.PerTensor,
+        "blockwise": te.ByBlocks,
+        "mxfp8": te_mx.Mx,
+    }
+    quantised = by_recipe[recipe]
     if rows % quantised.multiple or columns % quantised.multiple:
         raise ValueError(
             f"--fsep-allow-unproven fp8-experts: a matrix of the experts has {rows} x {columns} "

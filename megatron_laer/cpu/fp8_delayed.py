@@ -1,0 +1,174 @@
+"""Replacement of Transformer Engine's delayed scaling in experts on the CPU.
+
+A scale follows from largest absolute values (amax) of earlier microbatches. They are maxima
+over Megatron's group. As in Transformer Engine, forward's scales change where the outermost context
+of fp8 ends, and backward's after the first linear layer's backward. Weights are quantised once per
+step. Checkpoints have scales and histories in Megatron's `_extra_state`.
+
+Legend: R rows of a matrix (output features), K columns, n tokens of one expert.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_laer.cpu import fp8
+
+
+class Scaling:
+    """Scale of one operand and its last amaxes, the present one first."""
+
+    def __init__(self, dtype: torch.dtype, history: int) -> None:
+        self.dtype = dtype
+        self.scale = torch.ones(1)
+        self.amaxes = torch.zeros(history)
+
+    def quantised(self, matrix_RK: torch.Tensor) -> fp8.Quantised:
+        """Quantise by the scale in force, and note the amax for the next one."""
+        if matrix_RK.numel():
+            amax = matrix_RK.detach().abs().amax().float()
+            self.amaxes[0] = torch.maximum(self.amaxes[0], amax)
+        return fp8.by_scale(matrix_RK, self.scale, self.dtype)
+
+    def update(self, algorithm: str, margin: int) -> None:
+        amax = self.amaxes.max() if algorithm == "max" else self.amaxes[0].clone()
+        self.amaxes = torch.roll(self.amaxes, -1)
+        self.amaxes[0] = 0.0
+        if amax > 0 and amax.isfinite():
+            scale = torch.finfo(self.dtype).max / amax / 2.0**margin
+            self.scale = scale.clamp(max=torch.finfo(torch.float32).max).view(1)
+
+
+class LinearScalings:
+    """State of one home expert's linear layer: scalings of its operands, and its weight in fp8.
+
+    Replicas of experts at the same place of other ranks use it too.
+    """
+
+    def __init__(self, layer: Any, forward: torch.dtype, backward: torch.dtype) -> None:
+        history = layer.config.fp8_amax_history_len
+        self._layer = layer
+        self.input, self.weight = Scaling(forward, history), Scaling(forward, history)
+        self.grad = Scaling(backward, history)
+        self._of_step: fp8.Quantised | None = None
+
+    @property
+    def _all(self) -> tuple[Scaling, ...]:
+        return self.input, self.weight, self.grad
+
+    def at_home(self, weight_RK: torch.Tensor) -> fp8.Quantised:
+        """Return the step's weight, quantised by its first microbatch."""
+        if self._of_step is None or self._layer.is_first_microbatch:
+            self._of_step = self.weight.quantised(weight_RK)
+            self._layer.is_first_microbatch = False
+        return self._of_step
+
+    def sent(self, weight_RK: torch.Tensor) -> fp8.Quantised:
+        """Return the weight that the home has used in this step, or is about to use."""
+        if self._of_step is None or self._layer.is_first_microbatch:
+            return self.weight.quantised(weight_RK)
+        return self._of_step
+
+    def saved(self) -> torch.Tensor:
+        return torch.cat([part for each in self._all for part in (each.scale, each.amaxes)])
+
+    def load(self, saved: torch.Tensor) -> None:
+        for each, part in zip(self._all, saved.chunk(len(self._all)), strict=True):
+            each.scale, each.amaxes = part[:1].clone(), part[1:].clone()
+
+
+class DelayedPass:
+    """Products of one pass through an expert's linear layer, with the methods of `Recipe`.
+
+    Backward multiplies the operands of forward, whose scales may have changed since.
+    """
+
+    def __init__(self, scalings: LinearScalings) -> None:
+        self._scalings = scalings
+        self._input: torch.Tensor | None = None
+
+    def weight_again(self, weight_RK: torch.Tensor, *, in_backward: bool = False) -> torch.Tensor:
+        scalings = self._scalings
+        of_step = scalings.sent if in_backward else scalings.at_home
+        return fp8.dequantised(of_step(weight_RK))
+
+    def product(self, input_nK: torch.Tensor, weight_RK: torch.Tensor) -> torch.Tensor:
+        self._input = fp8.dequantised(self._scalings.input.quantised(input_nK))
+        return (self._input @ weight_RK.t()).to(input_nK.dtype)
+
+    def input_grad(self, grad_nR: torch.Tensor, weight_RK: torch.Tensor) -> torch.Tensor:
+        return (self._grad(grad_nR) @ weight_RK).to(grad_nR.dtype)
+
+    def weight_grad(self, grad_nR: torch.Tensor, input_nK: torch.Tensor) -> torch.Tensor:
+        assert self._input is not None, "backward without forward"
+        return (self._grad(grad_nR).t() @ self._input).to(grad_nR.dtype)
+
+    def _grad(self, grad_nR: torch.Tensor) -> torch.Tensor:
+        return fp8.dequantised(self._scalings.grad.quantised(grad_nR))
+
+
+class ScalingContext:
+    """All scalings of this rank, and the contexts of fp8 at whose ends they change."""
+
+    def __init__(self) -> None:
+        self._layers: list[LinearScalings] = []
+        self._config: Any = None
+        self._depth = 0
+        self._awaits_first = False
+
+    def add(self, scalings: LinearScalings, config: Any) -> None:
+        self._layers.append(scalings)
+        self._config = config
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        self._awaits_first |= self._depth == 0
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
+        if self._depth == 0 and torch.is_grad_enabled():
+            self._update([each for of in self._layers for each in (of.input, of.weight)])
+
+    def before_linear(self, input: torch.Tensor) -> torch.Tensor:
+        """Mark the input of a context's first linear layer, whose gradient is backward's last."""
+        if not self._awaits_first or not (input.requires_grad and torch.is_grad_enabled()):
+            return input
+        self._awaits_first = False
+        marked: torch.Tensor = _UpdateInBackward.apply(input, self)
+        return marked
+
+    def update_backward(self) -> None:
+        self._update([of.grad for of in self._layers])
+
+    def _update(self, scalings: list[Scaling]) -> None:
+        from megatron.core import parallel_state
+
+        if not scalings:
+            return
+        group = parallel_state.get_amax_reduction_group(
+            with_context_parallel=True, tp_only_amax_red=self._config.tp_only_amax_red
+        )
+        amaxes = torch.stack([each.amaxes[0] for each in scalings])
+        dist.all_reduce(amaxes, op=dist.ReduceOp.MAX, group=group)
+        for each, amax in zip(scalings, amaxes, strict=True):
+            each.amaxes[0] = amax
+            each.update(self._config.fp8_amax_compute_algo, self._config.fp8_margin)
+
+
+class _UpdateInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: torch.Tensor, scalings: ScalingContext) -> torch.Tensor:
+        ctx.scalings = scalings
+        return input.view_as(input)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.scalings.update_backward()
+        return grad, None
