@@ -299,11 +299,13 @@ class FSEPMoELayer(MoELayer):
             device=coordinator.device,
             gemm=coordinator.config.gemm,
             activation_builder=activation_builder(self.submodules),
-            in_fp8=coordinator.config.experts_in_fp8
-            and (self._is_mtp or not is_first_last_bf16_layer(self.config, layer_number - 1)),
+            in_fp8=coordinator.config.experts_in_fp8 and self._is_in_fp8(layer_number),
             rank=coordinator.groups.rank,
         )
         return HomeExperts(self.experts, coordinator.geometry.home_slots, compute)
+
+    def _is_in_fp8(self, layer_number: int) -> bool:
+        return self._is_mtp or not is_first_last_bf16_layer(self.config, layer_number - 1)
 
     def _register(self, layer_number: int) -> None:
         self._home_experts = self._make_home_experts(layer_number)
@@ -320,6 +322,7 @@ class FSEPMoELayer(MoELayer):
             on_step_end=self.end_step,
             launch_kernels=self.launch_kernels,
             split=SplitBackward(self._by_parts, _delays_weights(self.config)),
+            in_fp8=self._is_in_fp8(layer_number),
         )
         self._slot_experts.initialise(self._state.name, self._coordinator.seed)
         home = self._state.home

@@ -69,7 +69,8 @@ class CostModel:
             None if not known.
         by_layout: whether each layout of home experts is fetched by the faster exchange;
             `restore_algorithm` is then the one of typical loads.
-        fp8: recipe in which experts compute, and home experts travel; None for neither.
+        fp8: recipe in which experts compute, and home experts travel; None for neither. Layers
+            out of fp8 have prices of their own, `in_bf16`.
     """
 
     cluster: Cluster
@@ -88,6 +89,11 @@ class CostModel:
         for name in ("hidden", "ffn", "bytes_per_element"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)!r}")
+
+    @property
+    def in_bf16(self) -> CostModel:
+        """Return the prices of a layer that is kept out of fp8."""
+        return replace(self, fp8=None)
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
@@ -375,7 +381,7 @@ class CostModel:
     def _whole_seconds(
         self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm, home_slots: int
     ) -> float:
-        """Return the time of all restores of a microbatch and of the reduce, if nothing hides it."""
+        """Return the time of a microbatch's restores and reduce that nothing hides."""
         restore_s = self.restore_seconds(layout, node_size, algorithm, home_slots=home_slots)
         reduce_s = self.reduce_seconds(layout, node_size, algorithm, home_slots)
         return (1 + self.backward_restores(home_slots)) * restore_s + reduce_s

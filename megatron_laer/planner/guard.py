@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_laer.arrays import Int64
@@ -188,6 +188,11 @@ class Guard:
             kept = None
         mine = RankQuotas(*of_rank)
         return Decision(layout, quotas, planned, kept, mine, solved, gain_s, cost_s, self.tolerance)
+
+    @cached_property
+    def in_bf16(self) -> Guard:
+        """Return the guard of layers that are kept out of fp8."""
+        return replace(self, costs=self.costs.in_bf16)
 
     @cached_property
     def _native_costs(self) -> native.CostModel:

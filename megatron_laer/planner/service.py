@@ -69,7 +69,7 @@ class PlannerService:
 
     def __init__(
         self,
-        strategy: Strategy,
+        strategy: Strategy | Mapping[int, Strategy],
         layers: Sequence[int],
         initial: ExpertLayout | Mapping[int, ExpertLayout],
         on_warning: Callable[[str], None],
@@ -78,9 +78,9 @@ class PlannerService:
         plans: Sequence[Plan] = (),
         check_layout: Callable[[ExpertLayout], None] | None = None,
     ) -> None:
-        self._strategy = strategy
         self._check_layout = check_layout
         self._layers = tuple(layers)
+        self._strategies = _by_layer(self._layers, strategy)
         self._good = _initial_layouts(self._layers, plans[-1].layouts if plans else initial)
         self._on_warning = on_warning
         self._lossless = lossless
@@ -270,10 +270,11 @@ class PlannerService:
         self, layer: int, counts_NE: Int64, current: ExpertLayout
     ) -> tuple[ExpertLayout, str | None]:
         """Return the strategy's layout, or the current one and the problem."""
+        strategy = self._strategies[layer]
         try:
             forecast = self._forecasts[layer].observe(counts_NE)
             self._forecasts[layer] = forecast
-            layout: object = self._strategy.plan(forecast.counts_NE(), current)
+            layout: object = strategy.plan(forecast.counts_NE(), current)
             if not isinstance(layout, ExpertLayout):
                 problem = f"returned {type(layout).__name__}, not an ExpertLayout"
             elif layout.shape != current.shape:
@@ -287,7 +288,7 @@ class PlannerService:
                 return layout, None
         except Exception as error:  # A wrong planner changes speed, never correctness.
             problem = f"raised {type(error).__name__}: {error}"
-        return current, f"planner {self._strategy.name} {problem}; the layer keeps its layout"
+        return current, f"planner {strategy.name} {problem}; the layer keeps its layout"
 
     def _store(
         self, step: int, layer: int, layout: ExpertLayout, plan_ms: float, problem: str | None

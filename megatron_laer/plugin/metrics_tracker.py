@@ -86,8 +86,9 @@ def collect(
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
             row = min(row, len(layers) - 1)
             passes = LayerPasses.of(coordinator.geometry.num_ranks, samples)
+            guard = coordinator.layouts.guard_of(layer.index, coordinator.guard)
             # For one microbatch only: a prediction takes as long as a decision.
-            layers[row] += LayerMetrics.of(passes, predict(coordinator.guard, decision))
+            layers[row] += LayerMetrics.of(passes, predict(guard, decision))
         if newest and logger.isEnabledFor(logging.INFO):
             logger.info("FSEP: %s", in_words(newest))
     layers, rank = _sum_over_ranks(layers, rank)

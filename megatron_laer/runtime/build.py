@@ -238,8 +238,9 @@ def make_exchange(
         return relay
 
     @lru_cache(maxsize=_LAYOUTS)
-    def choose(layout: ExpertLayout) -> ExchangeAlgorithm:
-        return costs.faster_exchange(layout, geometry.node_size, geometry.home_slots)
+    def choose(layout: ExpertLayout, in_fp8: bool) -> ExchangeAlgorithm:
+        of_layer = costs if in_fp8 else costs.in_bf16
+        return of_layer.faster_exchange(layout, geometry.node_size, geometry.home_slots)
 
     return ChosenExchange(groups, relay, choose)
 

@@ -67,7 +67,7 @@ class Coordinator:
         """Add a MoE layer, in the same order on all ranks, with these fields of `FsepLayer`."""
         assert not self.microbatch_planner.in_steps, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
-        home = self.layouts.add_layer(name)
+        home = self.layouts.add_layer(name, in_fp8=described.get("in_fp8", True))
         state = LayerState(len(self.layers), name, number, is_mtp, home=home, **described)
         self.layers.append(state)
         return state
@@ -96,7 +96,8 @@ class Coordinator:
             logger.info("FSEP: %s", held)
         try:
             names = [layer.name for layer in self.layers]
-            self.measurements.start(names, first_step, self.device)
+            out_of_fp8 = self.layouts.out_of_fp8
+            self.measurements.start(names, first_step, self.device, out_of_fp8)
             self._launch_kernels()
             self.layouts.start(first_step)
         except (ValueError, OSError) as error:

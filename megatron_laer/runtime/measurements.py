@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,13 @@ class Measurements:
         self._by_parts = by_parts
         self._timeline: Timeline | None = None
 
-    def start(self, layers: Sequence[str], first_step: int, device: torch.device) -> None:
+    def start(
+        self,
+        layers: Sequence[str],
+        first_step: int,
+        device: torch.device,
+        out_of_fp8: Collection[int],
+    ) -> None:
         """Open the timeline, and on the planner rank the recording."""
         config, groups = self._config, self._groups
         if config.timeline is not None:
@@ -67,7 +73,9 @@ class Measurements:
                     costs.cluster,
                 )
                 clock = self._streams.parameters.times.clock
-                self.recorder = MetricsRecorder(writer, self._guard, layers, device, clock)
+                self.recorder = MetricsRecorder(
+                    writer, self._guard, layers, device, clock, out_of_fp8
+                )
         times = None if self.recorder is None else self.recorder.times
         self.listener = join(self._timeline, times)
         for stream in (self._streams.parameters, self._streams.gradients):

@@ -11,7 +11,7 @@ import logging
 import math
 import platform
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -68,11 +68,13 @@ class MetricsRecorder:
         names: Sequence[str],
         device: torch.device,
         clock: Clock,
+        out_of_fp8: Collection[int] = (),
     ) -> None:
         self.times = StepTimes(clock)
         self._writer: MetricsWriter | None = writer
-        self._guard = guard
         self._names = tuple(names)
+        layers = range(len(self._names))
+        self._guards = [guard.in_bf16 if layer in out_of_fp8 else guard for layer in layers]
         self._device = device
         self._step = 0
         self._layers: list[LayerPasses] = []
@@ -83,8 +85,7 @@ class MetricsRecorder:
         if self._writer is None:
             return
         self._step = step
-        num_ranks = self._guard.geometry.num_ranks
-        self._layers = [LayerPasses.of(num_ranks) for _ in self._names]
+        self._layers = [LayerPasses.of(guard.geometry.num_ranks) for guard in self._guards]
         self.times.begin_step()
 
     def add(self, layer: int, sample: Sample) -> None:
@@ -103,8 +104,8 @@ class MetricsRecorder:
     def _end_step(self, status: PlannerStatus, version: int, received_bytes: int) -> None:
         self.times.end_step()
         predictions = [
-            None if layer.last is None else predict(self._guard, layer.last)
-            for layer in self._layers
+            None if layer.last is None else predict(guard, layer.last)
+            for guard, layer in zip(self._guards, self._layers, strict=True)
         ]
         memory = memory_use(self._device)
         self._waiting.append(

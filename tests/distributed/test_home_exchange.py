@@ -41,7 +41,7 @@ def exchanges_on(node_size: int, wire: Any = None) -> Iterator[dict[str, Any]]:
             "chosen": ChosenExchange(
                 groups,
                 RelayExchange(groups, node_exchange(groups, wire)),
-                lambda layout: [*ExchangeAlgorithm][layout.digest % 2],
+                lambda layout, _: [*ExchangeAlgorithm][layout.digest % 2],
             ),
         }
     finally:

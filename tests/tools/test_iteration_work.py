@@ -98,6 +98,10 @@ moe:
         ("moe-layer-freq: ([0]*3+[1]*2)", "add up to the 4 layers"),
         ("moe-layer-freq: __import__('os')", "moe-layer-freq"),
         ("moe-layer-freq: ([0]*4)", "hold a 1"),
+        (
+            "first-last-layers-bf16: true\n  num-layers-at-start-in-bf16: -1",
+            "has no num-layers-at-start-in-bf16 in 0..4096",
+        ),
         ("mtp-num-layers: many", "has no mtp-num-layers in 0..4096, but 'many'"),
         ("moe-shared-expert-intermediate-size: -3", "has no moe-shared-expert-intermediate-size"),
     ],
@@ -333,44 +337,95 @@ def test_replicas_that_are_held_move_once_per_step():
     assert by_step.memory_bytes["restored_gradients"] == slots * 4 + slots / 4 * 2
 
 
+HOMES = Geometry(8, 8, 3, 8, Sharding.EXPERTS)
+
+
+def of_layout(model, recompute=Recompute.NONE, **settings):
+    """Predict a step of four microbatches with one layout of replicas, and its restores' seconds.
+
+    Ranks have equal loads, so that none waits.
+    """
+    rates = Rates(H100, 2, fp8=model.fp8 is not None)
+    layout = HOMES.random_layout((1,))
+    strategy = SimpleNamespace(plan=lambda counts_NE, current: layout)
+    costs = CostModel(H100, model.hidden, model.expert_ffn, True, 2, recompute, fp8=model.fp8)
+    settings = MethodSettings(HOMES, costs, PlanMode.FORECAST, **settings)
+
+    def planned(method):
+        make = method.layer_planner
+        return replace(method, layer_planner=lambda layer: replace(make(layer), strategy=strategy))
+
+    method = planned(make_method(FSEP, settings, rates))
+    if method.in_bf16 is not None:
+        method = replace(method, in_bf16=planned(method.in_bf16))
+    trace = workload_trace("W0", WorkloadShape(8, 8, 2, 4096), 4)
+    run = RunShape(8, 8, 64, 4, recompute=recompute)
+    (found,) = predict_iterations(Routing(trace, 8), model, run, [method], [rates])
+    restore, _ = method.layer_planner(0)._exchanges(layout)
+    return found, restore.seconds(rates)
+
+
 @pytest.mark.parametrize("recompute", Recompute)
 @pytest.mark.parametrize("holds", [False, True])
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_mxfp8_restores_a_form_for_each_direction(recompute, holds, overlaps):
-    """Bytes, waits and memory of a layout's replicas, beside those of a recipe with one form."""
-    geometry = Geometry(8, 8, 3, 8, Sharding.EXPERTS)
-    strategy = SimpleNamespace(plan=lambda counts_NE, current: geometry.random_layout((1,)))
-    rates = Rates(H100, 2, fp8=True)
-    trace = workload_trace("W0", WorkloadShape(8, 8, 2, 4096), 4)
-    run = RunShape(8, 8, 64, 4, recompute=recompute)
-    found, restore_s = [], []
-    for recipe in (Fp8Recipe.BLOCKWISE, Fp8Recipe.MXFP8):
-        model = replace(TINY, fp8=recipe)
-        costs = CostModel(H100, TINY.hidden, TINY.expert_ffn, True, 2, recompute, fp8=recipe)
-        settings = {"overlaps": overlaps, "holds_step": holds}
-        method = make_method(
-            FSEP, MethodSettings(geometry, costs, PlanMode.FORECAST, **settings), rates
-        )
-        planner = replace(method.layer_planner(), strategy=strategy)
-        method = replace(method, layer_planner=lambda planner=planner: replace(planner))
-        of = predict_iterations(Routing(trace, 8), model, run, [method], [rates])
-        found.append(of[0])
-        restore_s.append(planner._exchanges(geometry.random_layout((1,)))[0].seconds(rates))
+    """Bytes, waits and memory of replicas, beside those of a recipe with one form."""
+    settings = {"overlaps": overlaps, "holds_step": holds}
+    (one, one_s), (two, two_s) = (
+        of_layout(replace(TINY, fp8=recipe), recompute, **settings)
+        for recipe in (Fp8Recipe.BLOCKWISE, Fp8Recipe.MXFP8)
+    )
     larger = 1 + 1 / 32  # a scale for 32 weights
-    # Of a layer in a step of four microbatches.
-    times = (1, 2) if holds else (8, 8 if recompute == Recompute.NONE else 12)
-    moved = [of.bytes_by_kind["intra"]["restore"] for of in found]
-    assert moved[1] / moved[0] == pytest.approx(times[1] / times[0] * larger, rel=1e-3)
-    held = [of.memory_bytes["restored_experts"] for of in found]
+    # Restores of a layer in a step.
+    times, of_two = (1, 2) if holds else (8, 8 if recompute == Recompute.NONE else 12)
+    moved, held = (
+        [part(of) for of in (one, two)]
+        for part in (
+            lambda of: of.bytes_by_kind["intra"]["restore"],
+            lambda of: of.memory_bytes["restored_experts"],
+        )
+    )
+    assert moved[1] / moved[0] == pytest.approx(of_two / times * larger, rel=1e-3)
     assert held[1] / held[0] == pytest.approx((2 if holds else 1) * larger, rel=1e-3)
-    waited_s = [of.exposed_s["restore"] for of in found]
+    waited_s = [of.exposed_s["restore"] for of in (one, two)]
     if not overlaps:  # a rank also waits for the last one to begin
-        whole_s = [4 * number * each_s for number, each_s in zip(times, restore_s, strict=True)]
-        assert waited_s == pytest.approx(whole_s, rel=0.03)
+        assert waited_s == pytest.approx([4 * times * one_s, 4 * of_two * two_s], rel=0.03)
     elif holds and recompute != Recompute.FULL:
         # Nothing hides what is fetched for a layer's first backward.
-        stretched_s = restore_s[1] * H100.contention.exchange
-        assert waited_s[1] - waited_s[0] > 4 * stretched_s
+        assert waited_s[1] - waited_s[0] > 4 * two_s * H100.contention.exchange
+
+
+@pytest.mark.parametrize("ends", [(1, 0), (0, 2), (1, 2)])
+def test_layers_in_bf16_have_its_bytes_times_and_memory(ends):
+    whole, none = (of_layout(replace(TINY, fp8=fp8))[0] for fp8 in (Fp8Recipe.BLOCKWISE, None))
+    found, _ = of_layout(replace(TINY, fp8=Fp8Recipe.BLOCKWISE, bf16_ends=ends))
+    share = sum(ends) / 4
+    for part in (
+        lambda of: of.bytes_by_kind["intra"]["restore"],
+        lambda of: of.compute_s["experts"],
+        lambda of: of.compute_s["attention"],
+        lambda of: -of.memory_bytes.get("quantised_weights", 0),
+    ):
+        assert part(whole) < part(none)
+        mixed = (1 - share) * part(whole) + share * part(none)
+        assert part(found) == pytest.approx(mixed, rel=0.01)
+    # Two layers at once, the largest.
+    of_bf16, of_fp8 = (of.memory_bytes["restored_experts"] / 2 for of in (none, whole))
+    larger = min(sum(ends), 2)
+    expected = larger * of_bf16 + (2 - larger) * of_fp8
+    assert found.memory_bytes["restored_experts"] == pytest.approx(expected)
+    assert found.memory_bytes["workspaces"] == none.memory_bytes["workspaces"]
+    assert found.memory_bytes["payloads"] == whole.memory_bytes["payloads"] > 0
+
+
+def test_layers_of_multi_token_prediction_stay_in_fp8(tmp_path):
+    """Megatron counts the decoder's layers from both ends."""
+    path = tmp_path / "model.yaml"
+    path.write_text(f"{MODEL}  first-last-layers-bf16: true\n  num-layers-at-end-in-bf16: 2\n")
+    assert read_model(str(path)).bf16_ends == (1, 2)
+    model = replace(TINY, fp8=Fp8Recipe.MXFP8, prediction_heads=2, bf16_ends=(1, 1))
+    in_fp8 = [model.for_layer(layer).fp8 is not None for layer in range(4)]
+    assert in_fp8 == [False, True, False, True]
 
 
 def test_recompute_costs_a_forward_and_its_tokens_and_saves_memory():

@@ -109,13 +109,16 @@ class DirectExchange(Exchange):
 
 
 class ChosenExchange(Exchange):
-    """Exchange of each layout by direct or by relay, as `choose` says on every rank alike."""
+    """Exchange of each layout by direct or by relay, as `choose` says on every rank alike.
+
+    It is called with the layout and whether the layer is in fp8.
+    """
 
     def __init__(
         self,
         groups: FSEPGroups,
         relay: RelayExchange,
-        choose: Callable[[ExpertLayout], ExchangeAlgorithm],
+        choose: Callable[[ExpertLayout, bool], ExchangeAlgorithm],
     ) -> None:
         self.count = relay.count
         self._choose = choose
@@ -153,4 +156,4 @@ class ChosenExchange(Exchange):
         return self._of(index).reduce_steps(grad_CRK, index, wire_dtype=wire_dtype, add_to=add_to)
 
     def _of(self, index: LayoutIndex) -> DirectExchange | RelayExchange:
-        return self._by_algorithm[self._choose(index.layout)]
+        return self._by_algorithm[self._choose(index.layout, index.in_fp8)]

@@ -29,11 +29,13 @@ class LayoutIndex:
     Attributes:
         slot_expert_S: int64, the expert in each slot; 0 for an empty one, which gets no tokens.
         home_slots: first slots of each rank, whose experts never move.
+        in_fp8: whether the layer's experts compute in fp8, where the run's do.
     """
 
     layout: ExpertLayout
     slot_expert_S: torch.Tensor
     home_slots: int = 0
+    in_fp8: bool = True
     # By the arguments that they were built for.
     _restores: dict[tuple[ExpertLayout | None, int, int], RestoreIndex] = field(
         default_factory=dict
@@ -88,7 +90,9 @@ class LayoutIndex:
         return self._reduces[key]
 
 
-def layout_index(layout: ExpertLayout, device: torch.device, home_slots: int = 0) -> LayoutIndex:
+def layout_index(
+    layout: ExpertLayout, device: torch.device, home_slots: int = 0, *, in_fp8: bool = True
+) -> LayoutIndex:
     filled_S = np.maximum(layout.slot_expert_S, 0).astype(np.int64)
     (slot_expert_S,) = upload_arrays([filled_S], device)
-    return LayoutIndex(layout, slot_expert_S, home_slots)
+    return LayoutIndex(layout, slot_expert_S, home_slots, in_fp8)

@@ -154,10 +154,11 @@ class AnnouncedLayouts(PassLayouts):
 
     def _solve_ahead(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
         counts_NE = np.ascontiguousarray(self.in_force.homes[layer].by_position(counts_NE))
-        self._decisions[layer, microbatch] = self._thread.submit(self._solve, counts_NE)
+        self._decisions[layer, microbatch] = self._thread.submit(self._solve, layer, counts_NE)
 
-    def _solve(self, counts_NE: Int64) -> Decision:
-        made = self._ahead.decide(counts_NE, self._static, self.groups.rank)
+    def _solve(self, layer: int, counts_NE: Int64) -> Decision:
+        guard = self.in_force.guard_of(layer, self._ahead)
+        made = guard.decide(counts_NE, self._static, self.groups.rank)
         return replace(
             made, planned_layout=made.layout, planned_quotas=made.quotas, as_announced=True
         )

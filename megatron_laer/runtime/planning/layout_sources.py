@@ -5,7 +5,7 @@ They take part in no collective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -55,7 +55,7 @@ class PlannedLayouts:
 
     def __init__(
         self,
-        strategy: Strategy,
+        strategy: Strategy | Mapping[int, Strategy],
         initial: Sequence[ExpertLayout],
         *,
         lag: int,

@@ -70,7 +70,8 @@ class PassLayouts:
         return self.in_force.of_pass(layer_pass.layer, draw, training=layer_pass.training)
 
     def decide(self, layer_pass: LayerPass, counts_NE: Int64, planned: ExpertLayout) -> Decision:
-        return self.guard.decide(counts_NE, planned, self.groups.rank)
+        guard = self.in_force.guard_of(layer_pass.layer, self.guard)
+        return guard.decide(counts_NE, planned, self.groups.rank)
 
     def close(self) -> None:
         """Release resources."""

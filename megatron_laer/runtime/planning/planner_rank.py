@@ -6,8 +6,9 @@ The other ranks wait for it in the next collective, so nothing raises once train
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.status import PlannerStatus
-from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, recording_path
 from megatron_laer.runtime.planning.layout_sources import (
     LayoutSource,
@@ -50,6 +51,7 @@ class PlannerRank:
         group_index: int,
         first_step: int,
         resumed: PlannerState | None,
+        out_of_fp8: Collection[int] = (),
     ) -> None:
         self._faults = 0
         self._source: LayoutSource | None = None
@@ -68,7 +70,7 @@ class PlannerRank:
                 self._source = ReplayedLayouts(path, geometry, signature, layers)
             elif config.makes_plans:
                 self._source = PlannedLayouts(
-                    make_strategy(config.planner, geometry=geometry, costs=costs),
+                    _strategies(config, geometry, costs, len(layers), out_of_fp8),
                     layouts,
                     lag=config.plan_lag,
                     wait=config.late_plan == LatePlan.WAIT,
@@ -140,6 +142,18 @@ class PlannerRank:
         if self._recorder is not None:
             self._recorder.close()
             self._recorder = None
+
+
+def _strategies(
+    config: FSEPConfig,
+    geometry: Geometry,
+    costs: CostModel,
+    num_layers: int,
+    out_of_fp8: Collection[int],
+) -> dict[int, Strategy]:
+    make = partial(make_strategy, config.planner, geometry=geometry)
+    usual, others = make(costs=costs), make(costs=costs.in_bf16)
+    return {layer: others if layer in out_of_fp8 else usual for layer in range(num_layers)}
 
 
 @contextmanager

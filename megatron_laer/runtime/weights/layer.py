@@ -347,6 +347,7 @@ class FsepLayer:
         on_step_end: called at the end of a training step.
         launch_kernels: called before the first step, to launch what the layer's own code launches.
         split: the parts of its backward.
+        in_fp8: whether experts compute in fp8, where the run's do.
     """
 
     index: int
@@ -361,6 +362,7 @@ class FsepLayer:
     on_step_end: Callable[[], None]
     launch_kernels: Callable[[], None]
     split: SplitBackward = field(default_factory=SplitBackward, kw_only=True)
+    in_fp8: bool = field(default=True, kw_only=True)
 
     @cached_property
     def share(self) -> Share:

@@ -44,7 +44,8 @@ class LayerExperts:
         return restored
 
     def change(self, experts: RestoredExperts, layout: ExpertLayout) -> None:
-        experts.change(layout_index(layout, self._device, self._home_slots))
+        in_fp8 = experts.index.in_fp8
+        experts.change(layout_index(layout, self._device, self._home_slots, in_fp8=in_fp8))
 
     def begin_step(
         self, layouts: Sequence[tuple[FsepLayer, ExpertLayout]], num_microbatches: int | None
@@ -104,5 +105,6 @@ class LayerExperts:
     def _index(self, layer: FsepLayer, layout: ExpertLayout) -> LayoutIndex:
         index = self._indexes.get(layer.name)
         if index is None or index.layout != layout:
-            index = self._indexes[layer.name] = layout_index(layout, self._device, self._home_slots)
+            index = layout_index(layout, self._device, self._home_slots, in_fp8=layer.in_fp8)
+            self._indexes[layer.name] = index
         return index

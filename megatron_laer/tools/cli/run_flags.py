@@ -55,6 +55,9 @@ def model_with(
     """Return the model with the sequences and the fp8 of the flags."""
     if settings.seq_length is not None:
         model = replace(model, sequence=settings.seq_length)
+    if settings.first_last_layers_bf16:
+        ends = settings.num_layers_at_start_in_bf16, settings.num_layers_at_end_in_bf16
+        model = replace(model, bf16_ends=ends)
     if not settings.fp8:
         return model
     if args.fp8_format is not None:

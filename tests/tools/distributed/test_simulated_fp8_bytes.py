@@ -36,18 +36,30 @@ FSEP_FLAGS = (
 )
 RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
 HELD = " --fsep-restore step --fsep-plan-mode forecast"
+# The first of two layers.
+IN_BF16 = " --first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-layers-at-end-in-bf16 0"
 
 
 def counted(flags: list[str]) -> dict[str, Any]:
-    """Train; return received bytes, layouts as slots, prices and most bytes of payloads at once."""
+    """Train; return received bytes, layouts as slots, prices and most bytes of payloads at once.
+
+    A layout has with it whether its layer is in fp8; so have the prices of decisions.
+    """
     import weakref
     from unittest import mock
 
     from megatron_laer import session
     from megatron_laer.layer.experts.fp8.payload import PayloadForm
+    from megatron_laer.planner.guard import Guard
     from megatron_laer.runtime.comm.home_exchange import DirectExchange
 
-    found: dict[str, Any] = {"restore": [], "reduce": []}
+    found: dict[str, Any] = {"restore": [], "reduce": [], "decided": []}
+    decide = Guard.decide
+
+    def watched_decide(self: Guard, *args: Any) -> Any:
+        found["decided"].append(self.costs.fp8 is not None)
+        return decide(self, *args)
+
     pack, held = PayloadForm.pack, {"now": 0, "most": 0}
 
     def watched_pack(*args: Any) -> Any:
@@ -64,7 +76,7 @@ def counted(flags: list[str]) -> dict[str, Any]:
         steps = getattr(DirectExchange, f"{name}_steps")
 
         def exchange(self: Any, source: Any, index: Any, *args: Any, **options: Any) -> Any:
-            found[name].append(index.layout.to_list())
+            found[name].append((index.in_fp8, index.layout.to_list()))
             found["count"] = self.count
             found["costs"] = session.current_coordinator().guard.costs
             return steps(self, source, index, *args, **options)
@@ -72,7 +84,8 @@ def counted(flags: list[str]) -> dict[str, Any]:
         return mock.patch.object(DirectExchange, f"{name}_steps", exchange)
 
     packs = mock.patch.object(PayloadForm, "pack", watched_pack)
-    with watched("restore"), watched("reduce"), packs:
+    decides = mock.patch.object(Guard, "decide", watched_decide)
+    with watched("restore"), watched("reduce"), packs, decides:
         train_row(flags)
     count = found.pop("count")
     assert held["now"] == 0  # none outlives its exchange
@@ -81,17 +94,20 @@ def counted(flags: list[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
-@pytest.mark.parametrize("extra", ["", RECOMPUTE, HELD], ids=["plain", "recompute", "held"])
+@pytest.mark.parametrize(
+    "extra", ["", RECOMPUTE, HELD, IN_BF16], ids=["plain", "recompute", "held", "in bf16"]
+)
 def test_bytes_of_a_run_in_fp8_are_those_that_are_simulated(
     recipe: str, extra: str, ranks: RankPools, text_data: str
 ) -> None:
     flags = f"{FSEP_FLAGS} --fp8-format hybrid --fp8-recipe {recipe}{extra}"
     by_rank = ranks(2).run(counted, command_line(text_data, flags, global_batch=8, steps=2))
     # A reduce for each pass of a microbatch through a layer, or of a step.
-    layouts = by_rank[0]["reduce"][::MATRICES]
+    in_fp8, layouts = zip(*sorted(by_rank[0]["reduce"][::MATRICES]), strict=True)
 
     of_model = {"hidden": HIDDEN, "expert_ffn": FFN, "bytes_per_element": 2}
     of_model |= {"layer_has_experts": (True,) * len(layouts)}
+    of_model |= {"bf16_ends": (in_fp8.count(False), 0)}
     model = replace(read_model("tiny-moe"), **of_model, fp8=fp8_recipe("hybrid", recipe))
     rates = Rates(replace(load_cluster("h100-8"), spreads=()), 2, fp8=True)
     geometry = Geometry(2, EXPERTS, CAPACITY, 2, Sharding.EXPERTS)
@@ -99,13 +115,15 @@ def test_bytes_of_a_run_in_fp8_are_those_that_are_simulated(
     costs = planner_costs(model, rates, recompute, Routing(drifting_trace(), 4))
     costs = replace(costs, restore_algorithm=ExchangeAlgorithm.FLAT)
     method = make_method(FSEP, MethodSettings(geometry, costs, holds_step=extra == HELD), rates)
-    planner: Any = method.layer_planner()
+    planner: Any = method.layer_planner(0)
+    assert method.in_bf16 is not None
+    in_bf16: Any = method.in_bf16.layer_planner(0)
     one = planner.work(np.ones((2, EXPERTS), dtype=np.int64))
 
     def work(layer: int, microbatch: int) -> LayerWork:
         slots = np.array(layouts[layer])
         layout = ExpertLayout.from_slots(2, CAPACITY, EXPERTS, slots)
-        restore, reduce = planner._exchanges(layout)
+        restore, reduce = (planner if in_fp8[layer] else in_bf16)._exchanges(layout)
         return replace(one, restore=restore, reduce=reduce)
 
     simulated = link_bytes(method, model, RunShape(2, 2, 64, 1, recompute=recompute), work)
@@ -118,6 +136,11 @@ def test_bytes_of_a_run_in_fp8_are_those_that_are_simulated(
     assert (of_run.fp8, of_run.recompute) == (Fp8Recipe(recipe), recompute)
     form = of_run.weights_form(geometry.home_slots)
     assert form == costs.weights_form(geometry.home_slots)
+    decided = [*by_rank[0]["decided"]]
+    assert decided.count(False) == (len(decided) // 2 if extra == IN_BF16 else 0)
     if extra != HELD:  # its prices are those of microbatches
-        moved = len(by_rank[0]["restore"]) / len(by_rank[0]["reduce"])
-        assert moved == 1 + of_run.backward_restores(geometry.home_slots)
+        moved = [
+            [of_layer for of_layer, _ in by_rank[0][name]].count(True)
+            for name in ("restore", "reduce")
+        ]
+        assert moved[0] / moved[1] == 1 + of_run.backward_restores(geometry.home_slots)

@@ -6,7 +6,6 @@ Runs that differ in microbatches have the same plans, whose making takes most of
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from itertools import count
 
 from megatron_laer.arrays import Int64
 from megatron_laer.tools.simulator.iteration.methods import LayerPlanner, Method
@@ -15,15 +14,14 @@ from megatron_laer.tools.simulator.iteration.work import LayerWork
 
 def planned_once(method: Method, layers: int) -> Method:
     """Return the method with remembered plans; the first run must have the most microbatches."""
-    planners = [_Remembering(method.layer_planner()) for _ in range(layers)]
-    made = count()
+    planners = [_Remembering(method.layer_planner(layer)) for layer in range(layers)]
 
-    def next_planner() -> LayerPlanner:
-        planner = planners[next(made) % layers]
-        planner.step = -1
-        return planner
+    def planner_of(layer: int) -> LayerPlanner:
+        planners[layer].step = -1
+        return planners[layer]
 
-    return replace(method, layer_planner=next_planner)
+    in_bf16 = None if method.in_bf16 is None else planned_once(method.in_bf16, layers)
+    return replace(method, layer_planner=planner_of, in_bf16=in_bf16)
 
 
 @dataclass

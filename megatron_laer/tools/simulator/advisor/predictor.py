@@ -262,7 +262,9 @@ def _shortened(model: ModelShape, run: RunShape) -> tuple[ModelShape, RunShape, 
     if not any(tail):
         return model, run, 1.0
     factor = len(layers) / kept if run.stages == 1 else 1.0
-    return replace(model, layer_has_experts=tail), replace(run, stages=stages), factor
+    # Of many layers, those that are kept in bf16 are few.
+    shorter = replace(model, layer_has_experts=tail, bf16_ends=(0, 0))
+    return shorter, replace(run, stages=stages), factor
 
 
 def _short_trace(trace: Trace) -> Trace:

@@ -226,7 +226,7 @@ class _Passes:
         if run.overlaps_data_parallel:
             exchanged = data_parallel(self._method, timing, layer)
         holds = self._method.schedule.holds_step
-        times = timing.layer(
+        times = timing.for_layer(layer).layer(
             f"layer {layer + 1}",
             timing.model.layer_has_experts[layer],
             work,

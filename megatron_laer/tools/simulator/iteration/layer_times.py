@@ -9,7 +9,7 @@ Legend: N ranks, H hidden.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,14 @@ class Timing:
     run: RunShape
     rates: Rates
     nominal: Rates
+
+    def for_layer(self, layer: int) -> Timing:
+        """Return the timing, without fp8 if this layer is kept in bf16."""
+        model = self.model.for_layer(layer)
+        if model is self.model:
+            return self
+        rates, nominal = (replace(of, fp8=False) for of in (self.rates, self.nominal))
+        return Timing(model, self.run, rates, nominal)
 
     def layer(
         self,

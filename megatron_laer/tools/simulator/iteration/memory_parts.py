@@ -37,9 +37,7 @@ class Weights:
 
 def stage_weights(model: ModelShape, run: RunShape, method: Method, stage: int) -> Weights:
     layers = _layers_of(model, run, stage)
-    linear = dense = sum(
-        model.attention_weights + model.dense_weights(has_experts) for has_experts in layers
-    )
+    linear = dense = sum(_linear_weights(model, layer) for layer in layers)
     if stage == 0:
         dense += model.head_weights
     if stage == run.stages - 1:
@@ -71,11 +69,13 @@ def _stage_bytes(
     weights = stage_weights(model, run, method, stage)
     layers = _layers_of(model, run, stage)
     element = method.restored * model.bytes_per_element
-    restored = element * model.expert_weights
-    if method.form is not None:
-        restored = method.restored * method.form.expert_bytes
-    restored += element * model.expert_adapters
-    forms = 1 if method.form is None else method.form.directions
+    methods = [
+        method.for_model(model.for_layer(layer))
+        for layer in _numbers_of(model, run, stage)
+        if model.layer_has_experts[layer]
+    ]
+    restored = sorted(size for each in methods for size in _restored(each, model))
+    most = method.schedule.restored_layers(len(restored))
     with_experts = sum(layers)
     gradients = method.schedule.gradient_layers(with_experts) * element * model.trained_of_expert
     if method.schedule.holds_step:  # sums over all microbatches, for every layer
@@ -93,16 +93,36 @@ def _stage_bytes(
     logits = run.tokens * model.vocabulary * _LOGIT_BYTES * 2 if stage == run.stages - 1 else 0.0
     parts = {
         **_state_bytes(model, run, method, stage),
-        "restored_experts": method.schedule.restored_layers(forms * with_experts) * restored,
+        "restored_experts": sum(restored[-most:]),
         "restored_gradients": gradients,
         "activations": kept * held + working,
         "logits": logits,
     }
     if model.fp8 is not None:
-        parts["quantised_weights"] = (weights.linear + weights.expert) * _QUANTISED_BYTES
+        parts["quantised_weights"] = _QUANTISED_BYTES * sum(
+            _linear_weights(model, model.layer_has_experts[layer]) / run.tensor
+            + model.layer_has_experts[layer] * method.experts_held * model.expert_weights
+            for layer in _numbers_of(model, run, stage)
+            if model.for_layer(layer).fp8 is not None
+        )
     if run.shards_weights:
         parts["gathered_layers"] = min(weights.linear, _GATHERED) * model.bytes_per_element
-    return parts | dict(method.fixed_bytes)
+    for each in methods or [method]:
+        for part, size in each.fixed_bytes.items():
+            parts[part] = max(parts.get(part, 0.0), size)
+    return parts
+
+
+def _restored(method: Method, model: ModelShape) -> list[float]:
+    """Return the bytes of a layer's restored experts in each of their forms."""
+    whole, form = model.expert_weights * model.bytes_per_element, method.form
+    each = whole if form is None else form.expert_bytes
+    each += model.expert_adapters * model.bytes_per_element
+    return [float(method.restored * each)] * (1 if form is None else form.directions)
+
+
+def _linear_weights(model: ModelShape, has_experts: bool) -> int:
+    return model.attention_weights + model.dense_weights(has_experts)
 
 
 def _state_bytes(model: ModelShape, run: RunShape, method: Method, stage: int) -> dict[str, float]:
@@ -145,9 +165,9 @@ def _layer_activations(
 
 
 def _layers_of(model: ModelShape, run: RunShape, stage: int) -> Sequence[bool]:
+    return [model.layer_has_experts[layer] for layer in _numbers_of(model, run, stage)]
+
+
+def _numbers_of(model: ModelShape, run: RunShape, stage: int) -> Sequence[int]:
     by_chunk = run.layers_by_chunk(len(model.layer_has_experts))
-    return [
-        model.layer_has_experts[layer]
-        for chunk in range(run.chunks)
-        for layer in by_chunk[chunk * run.stages + stage]
-    ]
+    return [layer for chunk in range(run.chunks) for layer in by_chunk[chunk * run.stages + stage]]

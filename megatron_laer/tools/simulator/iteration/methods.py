@@ -30,6 +30,7 @@ from megatron_laer.planner.wire_form import WireForm
 from megatron_laer.schedule import Schedule, make_schedule
 from megatron_laer.tools.simulator.iteration.buffers import buffers, library_bytes
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
+from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.work import (
     Exchange,
@@ -88,22 +89,29 @@ class LayerPlanner(Protocol):
 class Method:
     """Layouts, exchanges and memory of one method of training.
 
-    With `one_stream` parameters and gradients share a communicator. A rank owns `experts_held`
-    experts' worth of weights in each layer, as do `replicas` ranks of an FSEP group. It restores
-    `restored` whole ones, in another `form` than gradients' if it is given. `group` are the ranks of a group of stock. `fixed_bytes` are of libraries and buffers, by part, and do not
-    depend on the run.
+    With `one_stream` parameters and gradients share a communicator. `layer_planner` makes a planner
+    for a recorded layer. A rank owns `experts_held` experts' worth of weights in each layer, as do
+    `replicas` ranks of an FSEP group. It restores `restored` whole ones, in another `form` than
+    gradients' if it is given. `group` are the ranks of a group of stock. `fixed_bytes` are of
+    libraries and buffers, by part, and do not depend on the run. `in_bf16` is the method in layers
+    that are kept out of fp8.
     """
 
     name: str
     schedule: Schedule
     one_stream: bool
-    layer_planner: Callable[[], LayerPlanner]
+    layer_planner: Callable[[int], LayerPlanner]
     experts_held: float
     restored: int
     replicas: int
     group: int | None = None
     fixed_bytes: Mapping[str, float] = field(default_factory=dict)
     form: WireForm | None = None
+    in_bf16: Method | None = None
+
+    def for_model(self, model: ModelShape) -> Method:
+        """Return the method in layers of this model."""
+        return self.in_bf16 if model.fp8 is None and self.in_bf16 is not None else self
 
 
 def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
@@ -120,7 +128,11 @@ def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
             tokens=BY_RANK,
         )
         settings = replace(settings, geometry=geometry, costs=flat)
-    return makers[name](settings, rates)
+    make = makers[name]
+    if settings.costs.fp8 is None:
+        return make(settings, rates)
+    without = replace(settings, costs=settings.costs.in_bf16)
+    return replace(make(settings, rates), in_bf16=make(without, replace(rates, fp8=False)))
 
 
 def _stock(settings: MethodSettings, rates: Rates) -> Method:
@@ -140,7 +152,7 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
         STOCK,
         make_schedule(overlaps=False),
         one_stream=False,
-        layer_planner=lambda: _Grouped(passing, geometry.node_size, rates, None, None),
+        layer_planner=lambda layer: _Grouped(passing, geometry.node_size, rates, None, None),
         experts_held=each,
         restored=0,
         replicas=geometry.num_ranks // group,
@@ -184,7 +196,7 @@ def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
         FSDP_EP,
         make_schedule(overlaps=settings.overlaps),
         one_stream=False,
-        layer_planner=lambda: _Grouped(
+        layer_planner=lambda layer: _Grouped(
             TokenPassing(group), geometry.node_size, rates, exchange, exchange
         ),
         experts_held=each / sharing,
@@ -213,7 +225,7 @@ def _relaid(
         name,
         make_schedule(overlaps=settings.overlaps),
         one_stream,
-        layer_planner=lambda: _Relaid(strategy, guard, rates, _in_a_row(geometry)),
+        layer_planner=lambda layer: _Relaid(strategy, guard, rates, _in_a_row(geometry)),
         experts_held=geometry.num_experts / geometry.num_ranks,
         restored=geometry.capacity,
         replicas=1,
@@ -239,7 +251,7 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
             restores_following=True,
         ),
         one_stream=False,
-        layer_planner=lambda: _Relaid(
+        layer_planner=lambda layer: _Relaid(
             strategy, guard, rates, geometry.static_layout, settings.flex
         ),
         experts_held=geometry.num_experts / geometry.num_ranks,

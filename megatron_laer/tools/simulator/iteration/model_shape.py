@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from megatron_laer.choices import Fp8Recipe
@@ -50,7 +50,8 @@ class ModelShape:
     Layers of multi-token prediction are last in `layer_has_experts`; `prediction_heads` counts them
     and the main one. Widths of queries, keys and values are over all heads; a width is 0 for none.
     `bytes_per_element` are of weights, tokens and gradients on the wire. With `fp8` the linear
-    layers of attention, FFN and experts multiply in this recipe. With `lora` all else is frozen.
+    layers of attention, FFN and experts multiply in this recipe, but for `bf16_ends` layers at the
+    start and the end, MTP's not counted. With `lora` all else is frozen.
     """
 
     hidden: int
@@ -71,6 +72,17 @@ class ModelShape:
     latent: LatentAttention | None = None
     fp8: Fp8Recipe | None = None
     lora: Lora | None = None
+    bf16_ends: tuple[int, int] = (0, 0)
+
+    def for_layer(self, layer: int) -> ModelShape:
+        """Return the model, without fp8 if this layer is kept in bf16."""
+        (first, last), layers = self.bf16_ends, len(self.layer_has_experts)
+        decoder = layers - (self.prediction_heads - 1)
+        return self.in_bf16 if layer < first or decoder - last <= layer < decoder else self
+
+    @cached_property
+    def in_bf16(self) -> ModelShape:
+        return replace(self, fp8=None)
 
     @property
     def moe_layers(self) -> int:
@@ -188,7 +200,15 @@ def read_model(config: str, num_experts: int | None = None) -> ModelShape:
         bytes_per_element=2 if "--bf16" in values or "--fp16" in values else 4,
         latent=_latent(values) if "--multi-latent-attention" in values else None,
         fp8=sizes.fp8_recipe,
+        bf16_ends=_bf16_ends(values),
     )
+
+
+def _bf16_ends(values: Mapping[str, str]) -> tuple[int, int]:
+    if "--first-last-layers-bf16" not in values:
+        return 0, 0
+    first, last = (f"--num-layers-at-{end}-in-bf16" for end in ("start", "end"))
+    return _number(values, first, 1, _MAX_LAYERS), _number(values, last, 1, _MAX_LAYERS)
 
 
 def _number(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
@@ -73,6 +74,13 @@ class IterationPrediction:
         return sum(self.memory_bytes.values())
 
 
+class _Place(NamedTuple):
+    """Recorded layer whose routing a layer has, and whether that is in fp8."""
+
+    recorded: int
+    in_fp8: bool
+
+
 @dataclass
 class _Collected:
     iterations: list[list[Iteration]] = field(default_factory=list)  # by step, by rates
@@ -103,12 +111,10 @@ def predict_iterations(
     newly planned microbatches; `record` makes recorders of the first step at nominal rates.
     """
     collected = {method.name: _Collected() for method in methods}
-    planners = {
-        method.name: [method.layer_planner() for _ in range(routing.layers)] for method in methods
-    }
     timings = [Timing(model, run, rates, rate_sets[0]) for rates in rate_sets]
     place_of = _places(model, routing.layers)
     share = None if model.lora is None else model.expert_adapters / model.expert_weights
+    planners = {method.name: _planners(method, model, place_of) for method in methods}
     is_first = True
     for step, forecasts in routing.walk(lag, steps):
         works = _step_works(routing, step, forecasts, methods, planners, run, progress, share)
@@ -138,18 +144,30 @@ def predict_iterations(
     ]
 
 
-def _places(model: ModelShape, traced_layers: int) -> list[int | None]:
-    places: list[int | None] = []
+def _places(model: ModelShape, traced_layers: int) -> list[_Place | None]:
+    places: list[_Place | None] = []
     number = 0
-    for has_experts in model.layer_has_experts:
-        places.append(number * traced_layers // model.moe_layers if has_experts else None)
+    for layer, has_experts in enumerate(model.layer_has_experts):
+        recorded = number * traced_layers // model.moe_layers
+        place = _Place(recorded, model.for_layer(layer).fp8 is not None)
+        places.append(place if has_experts else None)
         number += has_experts
     return places
 
 
+def _planners(
+    method: Method, model: ModelShape, place_of: Sequence[_Place | None]
+) -> dict[_Place, LayerPlanner]:
+    return {
+        place: method.for_model(model.for_layer(layer)).layer_planner(place.recorded)
+        for layer, place in enumerate(place_of)
+        if place is not None
+    }
+
+
 def _work_at(
-    works: Mapping[int, Sequence[LayerWork]],
-    place_of: Sequence[int | None],
+    works: Mapping[_Place, Sequence[LayerWork]],
+    place_of: Sequence[_Place | None],
     layer: int,
     microbatch: int,
 ) -> LayerWork | None:
@@ -162,23 +180,28 @@ def _step_works(
     step: TraceStep,
     forecasts: Mapping[int, Int64],
     methods: Sequence[Method],
-    planners: Mapping[str, Sequence[LayerPlanner]],
+    planners: Mapping[str, Mapping[_Place, LayerPlanner]],
     run: RunShape,
     progress: Callable[[int], object],
     adapters_share: float | None,
-) -> dict[str, dict[int, list[LayerWork]]]:
-    works: dict[str, dict[int, list[LayerWork]]] = {method.name: {} for method in methods}
+) -> dict[str, dict[_Place, list[LayerWork]]]:
+    works: dict[str, dict[_Place, list[LayerWork]]] = {method.name: {} for method in methods}
     for layer, records in step.records.items():
-        of_layer = [planners[method.name][layer] for method in methods]
-        for planner in of_layer:
+        of_layer = [
+            (works[method.name].setdefault(place, []), planner)
+            for method in methods
+            for place, planner in planners[method.name].items()
+            if place.recorded == layer
+        ]
+        for _, planner in of_layer:
             planner.begin_step(forecasts[layer])
         for record in records[: run.microbatches]:
             counts_NE = routing.counts_NE(record)
-            for method, planner in zip(methods, of_layer, strict=True):
+            for found, planner in of_layer:
                 work = planner.work(counts_NE)
                 if adapters_share is not None:
                     work = work.with_adapters(adapters_share)
-                works[method.name].setdefault(layer, []).append(work)
+                found.append(work)
             progress(1)
     return works
 
