@@ -8,21 +8,23 @@ import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 
-from megatron_laer.choices import Sharding
-from megatron_laer.config import FSEPConfig
+from megatron_laer.choices import Fp8Recipe, Sharding
+from megatron_laer.config import FSEPConfig, LatePlan
 from megatron_laer.files import writing
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import PlannerService
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.runtime.planning import layout_sources
+from megatron_laer.runtime.planning import layout_sources, planner_rank
 from megatron_laer.runtime.planning.layout_recording import (
     LayoutRecorder,
     LayoutRecording,
@@ -54,18 +56,38 @@ def record(path: Path, steps: int = 3) -> None:
     recorder.close()
 
 
-def first_rank(config: FSEPConfig, first_step: int = 0) -> PlannerRank:
+def first_rank(
+    config: FSEPConfig, first_step: int = 0, costs: CostModel | None = None, **more: Any
+) -> PlannerRank:
     return PlannerRank(
         config,
         GEOMETRY,
-        make_costs(),
+        costs or make_costs(),
         LAYERS,
         [LAYOUT] * len(LAYERS),
         [HomeOrder.stock(GEOMETRY.num_experts)] * len(LAYERS),
         group_index=0,
         first_step=first_step,
         resumed=None,
+        **more,
     )
+
+
+def test_layers_out_of_fp8_are_planned_at_the_prices_of_bf16() -> None:
+    recipe = Fp8Recipe.MXFP8
+    layouts = {recipe: GEOMETRY.random_layout((1,)), None: GEOMETRY.random_layout((2,))}
+
+    def made(name: str, *, geometry: Geometry, costs: CostModel) -> Any:
+        return SimpleNamespace(name=name, plan=lambda counts_NE, current: layouts[costs.fp8])
+
+    config = FSEPConfig(plan_lag=1, late_plan=LatePlan.WAIT)
+    with mock.patch.object(planner_rank, "make_strategy", made):
+        first = first_rank(config, costs=make_costs(fp8=recipe), out_of_fp8={1})
+    with contextlib.closing(first):
+        assert isinstance(first._source, PlannedLayouts)
+        for layer in range(len(LAYERS)):
+            first._source.observe(0, layer, np.ones((2, 4), dtype=np.int64))
+        assert first.due(1) == [layouts[recipe], layouts[None]]
 
 
 @pytest.mark.parametrize("sharding", Sharding)

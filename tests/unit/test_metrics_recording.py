@@ -153,7 +153,7 @@ def test_times_are_those_between_exchanges(recorded: Path) -> None:
     passes = len(LAYERS) * MICROBATCHES
     for kind in ("dispatch_ms", "experts_ms", "combine_ms"):
         assert recording.of_steps[kind] == pytest.approx(passes * TICK_MS)
-    assert recording.of_layers["layer_ms"] == pytest.approx(3 * TICK_MS)
+    assert recording.of_layers["predicted_ms"] == pytest.approx(3 * TICK_MS)
     # Between the step's start and end it is read once more.
     assert recording.of_steps["step_ms"] == pytest.approx((4 * passes + 1) * TICK_MS)
     assert recording.of_steps["decide_ms"] == pytest.approx(passes * 1.0)
@@ -189,6 +189,25 @@ def test_each_run_that_recorded_a_step_is_named_with_its_cluster(recorded: Path)
     assert recording.runs == ((0, RUN), (3, RUN | {"torch": "9"}))
     assert recording.clusters == (COSTS.cluster, other)
     assert (recording.rank_tokens_TLN == first.rank_tokens_TLN[:4]).all()
+
+
+def test_layers_out_of_fp8_are_predicted_at_the_prices_of_bf16(tmp_path: Path) -> None:
+    cluster = replace(COSTS.cluster, gemm_fp8=COSTS.cluster.gemm.times(2.0))
+    in_fp8 = replace(GUARD, costs=replace(COSTS, cluster=cluster, fp8=Fp8Recipe.MXFP8))
+    path = recording_path(tmp_path, 0)
+    writer = MetricsWriter(path, Shape(4, 8, 3, 2, LAYERS), RUN, 0)
+    cpu = torch.device("cpu")
+    recorder = MetricsRecorder(writer, in_fp8, LAYERS, cpu, TickingClock(), out_of_fp8={1})
+    decision = in_fp8.decide(counts_NE(0, 0, 0), ExpertLayout.static(4, 3, 8))
+    recorder.begin_step(0)
+    for layer in range(len(LAYERS)):
+        recorder.add(layer, Sample(decision, 1e-3))
+    recorder.end_step(PlannerStatus(), 0, received_bytes=0)
+    recorder.close()
+    expected_s = [predict(guard, decision).layer_s for guard in (in_fp8, GUARD)]
+    (found_L,) = read_metrics(path).of_layers["predicted_ms"]
+    assert found_L.tolist() == pytest.approx([1e3 * seconds for seconds in expected_s], rel=1e-3)
+    assert expected_s[0] < expected_s[1]
 
 
 @pytest.mark.parametrize("broken", ["predict", "MetricsWriter.append"])

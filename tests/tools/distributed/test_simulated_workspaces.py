@@ -31,7 +31,7 @@ LAYOUTS = 20
 
 
 def allocated_bytes(
-    geometry: Geometry, way: ExchangeAlgorithm, costs: CostModel, one_queue: bool
+    geometry: Geometry, way: ExchangeAlgorithm, costs: CostModel, one_queue: bool, holds: bool
 ) -> int:
     """Return the workspaces' size after exchanges of many layouts, without other ranks."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -59,7 +59,8 @@ def allocated_bytes(
                     dtype = torch.uint8 if form.bytes_per_element == 1 else torch.bfloat16
                     if kind is reduces:
                         shape = geometry.replica_slots, rows, columns
-                        kind.append(exchange.reduce_steps(torch.zeros(shape, dtype=dtype), index))
+                        grads = torch.zeros(shape, dtype=torch.float32 if holds else dtype)
+                        kind.append(exchange.reduce_steps(grads, index, wire_dtype=dtype))
                     else:
                         shape = (home, rows, columns) if home else (16, rows // ranks, columns)
                         source = torch.zeros(shape, dtype=dtype)
@@ -74,7 +75,7 @@ def allocated_bytes(
     return sum(space.num_bytes for space in spaces)
 
 
-@pytest.mark.parametrize("one_queue", [False, True])
+@pytest.mark.parametrize(("one_queue", "holds"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(
     ("geometry", "way", "fp8"),
     [
@@ -89,12 +90,13 @@ def test_workspaces_are_those_of_the_exchanges(
     way: ExchangeAlgorithm,
     fp8: Fp8Recipe | None,
     one_queue: bool,
+    holds: bool,
     ranks: RankPools,
 ) -> None:
     costs = replace(COSTS, restore_algorithm=way, fp8=fp8)
-    settings = MethodSettings(geometry, costs, one_queue=one_queue)
+    settings = MethodSettings(geometry, costs, one_queue=one_queue, holds_step=holds)
     method = make_method(FSEP, settings, Rates(costs.cluster, 2))
-    (allocated,) = ranks(1).run(allocated_bytes, geometry, way, costs, one_queue)
+    (allocated,) = ranks(1).run(allocated_bytes, geometry, way, costs, one_queue, holds)
     assert allocated == method.fixed_bytes["workspaces"]
 
 

@@ -13,18 +13,26 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.wire_form import WireForm
 from megatron_laer.planner.workspace import reduce_workspace, relay_workspace, restore_workspace
 
+# Bytes of an element of gradients that are summed over a step.
+SUM_BYTES = 4
 # Bytes by buffer, for each matrix of an expert.
 _Sizes = list[dict[str, int]]
 
 
 def buffers(
-    geometry: Geometry, costs: CostModel, card: Card | None, one_queue: bool
+    geometry: Geometry,
+    costs: CostModel,
+    card: Card | None,
+    one_queue: bool,
+    *,
+    holds_step: bool = False,
 ) -> dict[str, float]:
     """Return the bytes of workspaces and payloads, and of libraries with FSEP's communicators.
 
     Matrices follow each other through one workspace. With one hardware queue
     (CUDA_DEVICE_MAX_CONNECTIONS=1) they are exchanged side by side, and each has its own. So it is
-    with payloads, which homes make of their replicated experts for the time of an exchange.
+    with payloads, which homes make of their replicated experts for the time of an exchange. With
+    `holds_step` gradients are sums.
     """
     num_ranks, node_size = geometry.num_ranks, geometry.node_size
     is_flat = costs.restore_algorithm == ExchangeAlgorithm.FLAT
@@ -34,7 +42,7 @@ def buffers(
     workspaces = sum(
         together(of_matrix[name] for of_matrix in sizes)
         for way in ways
-        for sizes in _workspaces(geometry, costs, way)
+        for sizes in _workspaces(geometry, costs, way, SUM_BYTES if holds_step else None)
         for name in sizes[0]
     )
     exchanges: list[tuple[int, int]] = []  # besides tokens'; NCCL takes memory at first use
@@ -69,22 +77,26 @@ def library_bytes(
     return {"libraries": card.context_gib * 2**30 + nccl}
 
 
-def _workspaces(geometry: Geometry, costs: CostModel, way: ExchangeAlgorithm) -> list[_Sizes]:
+def _workspaces(
+    geometry: Geometry, costs: CostModel, way: ExchangeAlgorithm, sum_bytes: int | None
+) -> list[_Sizes]:
     """Return the buffers of restores and reduces by one way.
 
-    A home that sends directly is assumed to send as many experts as it has replica slots.
+    Gradients have `sum_bytes` where they are summed over a step, except between nodes. A home that
+    sends directly is assumed to send as many experts as it has replica slots.
     """
     weights, grads = costs.weights_form(geometry.home_slots), costs.grads_form
     is_flat = way == ExchangeAlgorithm.FLAT
     if geometry.home_slots and is_flat:
-        return [_direct(geometry, form) for form in (weights, grads)]
+        summed = replace(grads, bytes_per_element=sum_bytes or grads.bytes_per_element)
+        return [_direct(geometry, form) for form in (weights, summed)]
     of = replace(geometry, domain_nodes=1)
     if is_flat:
         of = replace(of, node_size=geometry.num_ranks)
     each, wire = weights.bytes_per_element, grads.bytes_per_element
     found = [
         [restore_workspace(of, *matrix, each) for matrix in weights.matrices],
-        [reduce_workspace(of, *matrix, wire, wire) for matrix in grads.matrices],
+        [reduce_workspace(of, *matrix, sum_bytes or wire, wire) for matrix in grads.matrices],
     ]
     if geometry.home_slots:
         found += [

@@ -28,7 +28,7 @@ from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.planner.traffic import Traffic
 from megatron_laer.planner.wire_form import WireForm
 from megatron_laer.schedule import Schedule, make_schedule
-from megatron_laer.tools.simulator.iteration.buffers import buffers, library_bytes
+from megatron_laer.tools.simulator.iteration.buffers import SUM_BYTES, buffers, library_bytes
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
@@ -252,12 +252,23 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
         ),
         one_stream=False,
         layer_planner=lambda layer: _Relaid(
-            strategy, guard, rates, geometry.static_layout, settings.flex
+            strategy,
+            guard,
+            rates,
+            geometry.static_layout,
+            settings.flex,
+            settings.holds_step,
         ),
         experts_held=geometry.num_experts / geometry.num_ranks,
         restored=geometry.replica_slots,
         replicas=1,
-        fixed_bytes=buffers(geometry, settings.costs, rates.cluster.card, settings.one_queue),
+        fixed_bytes=buffers(
+            geometry,
+            settings.costs,
+            rates.cluster.card,
+            settings.one_queue,
+            holds_step=settings.holds_step,
+        ),
         form=settings.costs.weights_form(geometry.home_slots),
     )
 
@@ -287,13 +298,17 @@ class _Grouped:
 
 @dataclass
 class _Relaid:
-    """Layouts planned from forecasts, and the guard's decisions, as in training."""
+    """Layouts planned from forecasts, and the guard's decisions, as in training.
+
+    With `holds_step` gradients are sums of a step.
+    """
 
     strategy: Strategy
     guard: Guard
     rates: Rates
     layout: ExpertLayout
     pipelined: bool = False
+    holds_step: bool = False
     exchanges: tuple[Exchange | None, Exchange | None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -332,6 +347,8 @@ class _Relaid:
         algorithm = costs.exchange_of(layout, node_size, home_slots)
         restore = costs.restore_bytes(layout, node_size, algorithm, home_slots=home_slots)
         reduce = costs.reduce_bytes(layout, node_size, algorithm, home_slots)
+        if self.holds_step:
+            reduce = _summed(reduce, algorithm, SUM_BYTES // costs.bytes_per_element)
         back = Exchange.of(reduce, algorithm, costs.grads_form, geometry)
         return self._restore(restore, algorithm), back
 
@@ -339,3 +356,15 @@ class _Relaid:
         geometry = self.guard.geometry
         form = self.guard.costs.weights_form(geometry.home_slots)
         return Exchange.of(traffic, algorithm, form, geometry)
+
+
+def _summed(reduce: Traffic, algorithm: ExchangeAlgorithm, factor: int) -> Traffic:
+    """Return the bytes of gradients in the dtype of sums over a step.
+
+    `node` sends between nodes in the weights' dtype. A relay's hop does so inside nodes too, where
+    its few bytes count like the others.
+    """
+    whole = reduce.times(factor)
+    if algorithm == ExchangeAlgorithm.FLAT:
+        return whole
+    return replace(whole, inter_N=reduce.inter_N, sent_inter_N=reduce.sent_inter_N)
