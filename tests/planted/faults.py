@@ -58,6 +58,9 @@ _LAER = _in("planner/laer.py", *_unit("strategies"))
 _ROWS = _in("planner/token_exchange.py", *_unit("domains"))
 _COSTS = _in("planner/costs.py", *_unit("home"))
 _WIRE = _in("planner/wire_form.py", *_unit("wire_form"))
+_FP8_BYTES = ("tests/tools/distributed/test_simulated_fp8_bytes.py",)
+_CHUNK = _in("tools/simulator/iteration/chunk.py", "tests/tools/test_iteration.py")
+_SIMULATED = _in("tools/simulator/iteration/layer_times.py", "tests/tools/test_iteration_work.py")
 _FORECAST = _in("planner/forecast.py", *_unit("forecast"))
 _QUOTAS = _in("planner/quotas.py", *_unit("quotas"))
 _BALANCE = _in("planner/balance.py", *_unit("quotas"))
@@ -138,6 +141,60 @@ FAULTS: tuple[Fault, ...] = (
         "gradients are priced in fp8",
         "        carried(costs.grads_form),\n",
         "        carried(costs.weights_form(geometry.home_slots)),\n",
+    ),
+    _WIRE.fault(
+        "a payload is laid out for free",
+        "    return read + written + packing_bytes(recipe, rows, columns)\n",
+        "    return read + written\n",
+    ),
+    _WIRE.fault(
+        "a re-run of forward restores nothing",
+        "    return 1 if recompute == Recompute.NONE else directions\n",
+        "    return 1\n",
+        *_unit("home"),
+    ),
+    _CHUNK.fault(
+        "a form of weights is handed on to the other direction",
+        "(moe.directions == 1 or in_its_form)",
+        "True",
+    ),
+    _CHUNK.fault(
+        "backward multiplies by its re-run's form",
+        "                restores.turn(number)\n",
+        "",
+    ),
+    _SIMULATED.fault(
+        "a held step has backward's form for nothing",
+        "recompute == Recompute.FULL or own_s is None else own_s",
+        "True else own_s",
+        *_SIMULATED.tests,
+        "-k",
+        "form",
+    ),
+    _in("tools/simulator/iteration/methods.py", *_SIMULATED.tests, "-k", "held").fault(
+        "sums of a step are simulated in bf16",
+        "        if self.holds_step:\n",
+        "        if not self.holds_step:\n",
+    ),
+    _in("tools/simulator/iteration/model_shape.py", *_SIMULATED.tests, "-k", "bf16").fault(
+        "the first layers are simulated in fp8",
+        "layer < first or decoder",
+        "decoder",
+    ),
+    _in("tools/simulator/iteration/buffers.py", *_FP8_BYTES, "-k", "plain").fault(
+        "payloads at home take no memory",
+        "(num_ranks - 1) * geometry.replica_slots)",
+        "0)",
+    ),
+    _in("runtime/planning/layouts_in_force.py", *_FP8_BYTES, "-k", "bf16").fault(
+        "layers in bf16 are decided at fp8's prices",
+        "guard.in_bf16 if layer in self.out_of_fp8 else guard",
+        "guard",
+    ),
+    _in("runtime/planning/planner_rank.py", *_unit("layout_recording"), "-k", "fp8").fault(
+        "layers in bf16 are planned at fp8's prices",
+        "others if layer in out_of_fp8 else usual",
+        "usual",
     ),
     _LAER.fault(
         "laer packs the lightest first",
@@ -751,8 +808,8 @@ FAULTS: tuple[Fault, ...] = (
     # Experts in fp8.
     _SHARE.fault(
         "a rank's replicated experts in fp8 are all its first",
-        "self._packer.pack(self._homes_hRK[home])",
-        "self._packer.pack(self._homes_hRK[0])",
+        "self._packer.pack(self._homes_hRK[home], home)",
+        "self._packer.pack(self._homes_hRK[0], home)",
         *_ranks("fp8_experts"),
         "-k",
         "bit_for_bit_as",

@@ -153,7 +153,7 @@ def test_times_are_those_between_exchanges(recorded: Path) -> None:
     passes = len(LAYERS) * MICROBATCHES
     for kind in ("dispatch_ms", "experts_ms", "combine_ms"):
         assert recording.of_steps[kind] == pytest.approx(passes * TICK_MS)
-    assert recording.of_layers["predicted_ms"] == pytest.approx(3 * TICK_MS)
+    assert recording.of_layers["layer_ms"] == pytest.approx(3 * TICK_MS)
     # Between the step's start and end it is read once more.
     assert recording.of_steps["step_ms"] == pytest.approx((4 * passes + 1) * TICK_MS)
     assert recording.of_steps["decide_ms"] == pytest.approx(passes * 1.0)

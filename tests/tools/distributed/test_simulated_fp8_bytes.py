@@ -93,7 +93,7 @@ def counted(flags: list[str]) -> dict[str, Any]:
     return found | {"restored": count.restore_bytes, "reduced": count.reduce_bytes}
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 @pytest.mark.parametrize(
     "extra", ["", RECOMPUTE, HELD, IN_BF16], ids=["plain", "recompute", "held", "in bf16"]
 )
