@@ -50,8 +50,8 @@ class ModelShape:
     Layers of multi-token prediction are last in `layer_has_experts`; `prediction_heads` counts them
     and the main one. Widths of queries, keys and values are over all heads; a width is 0 for none.
     `bytes_per_element` are of weights, tokens and gradients on the wire. With `fp8` the linear
-    layers of attention, FFN and experts multiply in this recipe, but for `bf16_ends` layers at the
-    start and the end, MTP's not counted. With `lora` all else is frozen.
+    layers of attention, FFN and experts multiply in this recipe. Not in fp8 are `bf16_ends` layers
+    at the start and at the end of the decoder. With `lora` all else is frozen.
     """
 
     hidden: int
