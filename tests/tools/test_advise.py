@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+from argparse import Namespace
 from dataclasses import replace
 
 import pytest
 import yaml
 
+from megatron_laer.choices import Fp8Recipe
 from megatron_laer.planner.cluster_files import cluster_content, load_cluster
 from megatron_laer.tools import cli
+from megatron_laer.tools.cli import run_flags
+from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from tests.processes import python
 from tests.tools.plan_cases import drifting_trace, recording
 
@@ -147,7 +151,8 @@ def test_in_fp8_experts_are_at_home_and_the_flags_say_so(advised, model, tmp_pat
     assert not any(allowed in each["flags"] for each in found["stock"])
     path = tmp_path / "run.sh"
     path.write_text(
-        "python pretrain.py --micro-batch-size 1 --fp8-format e4m3 --fp8-recipe tensorwise"
+        "python pretrain.py --micro-batch-size 1 --fp8-format e4m3 --fp8-recipe tensorwise "
+        "--first-last-layers-bf16"
     )
     of_run, words = tmp_path / "of-run.json", run.replace(" --tokens 4096", "").split()
     # Megatron reads the recipe, and must not be imported in this process before CUDA is replaced.
@@ -156,6 +161,15 @@ def test_in_fp8_experts_are_at_home_and_the_flags_say_so(advised, model, tmp_pat
     assert value(json.loads(of_run.read_text())["best"][0]) < value(
         advised(*run.split())["best"][0]
     )
+
+
+def test_a_run_says_which_of_its_layers_are_in_bf16():
+    of_run = {"seq_length": None, "fp8": "e4m3", "fp8_recipe": "blockwise"}
+    of_run |= {"first_last_layers_bf16": True}
+    of_run |= {"num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 1}
+    args = Namespace(fp8_format=None)
+    found = run_flags.model_with(args, Namespace(**of_run), read_model("tiny-moe"))
+    assert (found.fp8, found.bf16_ends) == (Fp8Recipe.BLOCKWISE, (2, 1))
 
 
 def test_sharded_dense_layers_take_less_memory_and_the_flags_say_so(advised):
