@@ -46,6 +46,12 @@ CONFIGURATIONS = {
     "restore per step": f"{_PLANNED} --fsep-restore step",
     "random layouts, bf16": "--fsep-planner random --fsep-record-trace routing --bf16 "
     "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
+    "experts at home, bf16": "--fsep-sharding experts --fsep-planner random --bf16 "
+    "--fsep-record-trace routing --use-distributed-optimizer --overlap-grad-reduce "
+    "--overlap-param-gather --dist-ckpt-optim-fully-reshardable",
+    "experts at home by relay": "--fsep-sharding experts --fsep-planner random --fsep-node-size 1 "
+    "--fsep-record-trace routing --fsep-restore-algorithm node --recompute-granularity selective "
+    "--recompute-modules moe",
 }
 
 # By kind of result a text for each number, tensor or file; equal texts mean equal bits.

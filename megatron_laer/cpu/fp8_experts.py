@@ -85,11 +85,15 @@ class Recipe(NamedTuple):
         """Return float32 values after the matrix was quantised."""
         return fp8.dequantised(self.quantised(matrix_RK, dtype, block), block)
 
-    def weight_again(self, weight_RK: torch.Tensor, *, in_backward: bool = False) -> torch.Tensor:
+    def weight_in_fp8(self, weight_RK: torch.Tensor, *, in_backward: bool = False) -> fp8.Quantised:
         if isinstance(weight_RK, Fp8Parameter):
-            return weight_RK.in_float32()
+            return weight_RK.in_fp8(in_backward=in_backward)
         block = self.backward_weight if in_backward else self.weight
-        return self.again(weight_RK, self.forward, block)
+        return self.quantised(weight_RK, self.forward, block)
+
+    def weight_again(self, weight_RK: torch.Tensor, *, in_backward: bool = False) -> torch.Tensor:
+        block = self.backward_weight if in_backward else self.weight
+        return fp8.dequantised(self.weight_in_fp8(weight_RK, in_backward=in_backward), block)
 
     def product(self, input_nK: torch.Tensor, weight_RK: torch.Tensor) -> torch.Tensor:
         """Return `[n, R]` in the tokens' dtype; `weight_RK` was quantised and given back."""
@@ -129,8 +133,7 @@ class EmulatedGemm:
         if recipe.backward_form is not None:
             self._backward_form = recipe.backward_form(rows, columns)
             self._for_backward = BackwardPacker(
-                self._backward_form,
-                lambda weight: recipe.quantised(weight, recipe.forward, recipe.backward_weight),
+                self._backward_form, partial(recipe.weight_in_fp8, in_backward=True)
             )
 
     @property
@@ -159,10 +162,7 @@ class EmulatedGemm:
     def pack(self, weight_RK: torch.Tensor, home: int = 0) -> torch.Tensor:
         if self._homes and self._homes[home] is not None:
             return self._form.pack(*self._homes[home].sent(weight_RK))
-        if isinstance(weight_RK, Fp8Parameter):
-            return self._form.pack(*weight_RK.quantised)
-        recipe = self._recipe
-        return self._form.pack(*recipe.quantised(weight_RK, recipe.forward, recipe.weight))
+        return self._form.pack(*self._recipe.weight_in_fp8(weight_RK))
 
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]

@@ -1,7 +1,8 @@
 """Replacement of Transformer Engine's fp8 parameters of experts (`--fp8-param-gather`) on the CPU.
 
 Megatron keeps their bytes in its own buffers and gathers them. Its optimizer's cast of master
-weights is replaced: Transformer Engine reduces largest values, and here shards are added up.
+weights is replaced: Transformer Engine reduces largest values, and here shards are added up. Those
+of mxfp8 have bytes for each direction, and keep their memory: Megatron gathers values for them.
 
 Legend: R rows of a matrix, K columns.
 """
@@ -30,39 +31,51 @@ class Fp8Parameter(torch.Tensor):
     _data: torch.Tensor
     scales: torch.Tensor
     recipe: Any
+    by_columns: fp8.Quantised | None
     # Autograd, and then `__torch_dispatch__`, see every operation.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(
-        cls, bytes_RK: torch.Tensor, scales: torch.Tensor, recipe: Any, dtype: torch.dtype
+        cls,
+        bytes_RK: torch.Tensor,
+        scales: torch.Tensor,
+        by_columns: fp8.Quantised | None,
+        recipe: Any,
+        dtype: torch.dtype,
     ) -> Fp8Parameter:
         made = torch.Tensor._make_wrapper_subclass(
             cls, bytes_RK.shape, dtype=dtype, device=bytes_RK.device
         )
-        made._data, made.scales, made.recipe = bytes_RK, scales, recipe
+        made._data, made.scales, made.by_columns = bytes_RK, scales, by_columns
+        made.recipe = recipe
         return made
 
-    @classmethod
-    def of(cls, weight_RK: torch.Tensor, recipe: Any) -> Fp8Parameter:
+    @staticmethod
+    def of(weight_RK: torch.Tensor, recipe: Any) -> Fp8Parameter:
         values_RK, scales = recipe.quantised(weight_RK, recipe.forward, recipe.weight)
-        return cls(values_RK.view(torch.uint8), scales, recipe, weight_RK.dtype)
+        by_columns, cls = None, Fp8Parameter
+        if recipe.backward_weight != recipe.weight:
+            by_columns = recipe.quantised(weight_RK, recipe.forward, recipe.backward_weight)
+            cls = Mxfp8Parameter
+        return cls(values_RK.view(torch.uint8), scales, by_columns, recipe, weight_RK.dtype)
 
-    @property
-    def quantised(self) -> fp8.Quantised:
+    def in_fp8(self, *, in_backward: bool = False) -> fp8.Quantised:
+        if in_backward and self.by_columns is not None:
+            return self.by_columns
         return fp8.Quantised(self._data.view(self.recipe.forward), self.scales)
 
-    def in_float32(self) -> torch.Tensor:
-        return fp8.dequantised(self.quantised, self.recipe.weight)
-
     def dequantize(self) -> torch.Tensor:
-        return self.in_float32().to(self.dtype)
+        return fp8.dequantised(self.in_fp8(), self.recipe.weight).to(self.dtype)
 
     def set_from(self, weight_RK: torch.Tensor, start: int = 0, end: int | None = None) -> None:
         """Quantise a matrix; keep all scales, and bytes from `start` to `end` of the flat ones."""
         made = Fp8Parameter.of(weight_RK.to(self.dtype), self.recipe)
         self._data.view(-1)[start:end].copy_(made._data.view(-1)[start:end])
         self.scales.copy_(made.scales)
+        if self.by_columns is not None and made.by_columns is not None:
+            for kept, new in zip(self.by_columns, made.by_columns, strict=True):
+                kept.copy_(new)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -70,7 +83,7 @@ class Fp8Parameter(torch.Tensor):
     ) -> Any:
         if func is _ATEN.detach.default:
             (of,) = args
-            return cls(of._data, of.scales, of.recipe, of.dtype)
+            return type(of)(of._data, of.scales, of.by_columns, of.recipe, of.dtype)
         if func is _ATEN.copy_.default and isinstance(args[0], cls):
             args[0].set_from(_plain(args[1]))
             return args[0]
@@ -78,20 +91,28 @@ class Fp8Parameter(torch.Tensor):
         return func(*map(_plain, args), **(kwargs or {}))
 
 
+class Mxfp8Parameter(Fp8Parameter):
+    """That of mxfp8, which Megatron tells from the others."""
+
+
 @contextlib.contextmanager
 def fp8_parameters() -> Iterator[None]:
-    """Replace Transformer Engine's class for Megatron by `Fp8Parameter` in this context."""
+    """Replace Transformer Engine's classes for Megatron in this context."""
     from megatron.core import fp8_utils
 
     with contextlib.ExitStack() as replacements:
         for name, replacement in {
             "HAVE_TE_FP8_TENSOR_CLASS": True,
             "FP8_TENSOR_CLASS": Fp8Parameter,
+            "HAVE_TE_MXFP8TENSOR": True,
+            "MXFP8Tensor": Mxfp8Parameter,
             "is_te_min_version": lambda *_, **__: True,
             "_modify_underlying_storage_impl": _move_bytes,
             "_quantize_param_shard_impl": _quantise_shards,
         }.items():
-            replacements.enter_context(mock.patch.object(fp8_utils, name, replacement))
+            # Megatron has imported some of these names from nowhere.
+            patch = mock.patch.object(fp8_utils, name, replacement, create=True)
+            replacements.enter_context(patch)
         yield
 
 
@@ -108,6 +129,8 @@ def keep_in_fp8(linear: torch.nn.Module, recipe: Any) -> None:
 
 
 def _move_bytes(parameter: Fp8Parameter, memory: torch.Tensor) -> None:
+    if isinstance(parameter, Mxfp8Parameter):
+        raise NotImplementedError("Transformer Engine moves no MXFP8Tensor")
     memory.detach().copy_(parameter._data)
     parameter._data = memory
 

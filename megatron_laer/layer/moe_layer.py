@@ -343,13 +343,14 @@ _NO_NUMBER = (
 def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
     current = session.current()
     assert current is not None, "an FSEP layer was built while FSEP is off"
-    model_support.check(config, current.config.allow_unproven)
+    given = current.config
+    model_support.check(config, given.allow_unproven, given.restore_memory_gib)
     groups = current.groups
     assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
         "the model's expert-parallel group is not the one that FSEP was set up for"
     )
     pg_collection.fsep = groups.tokens
-    model_support.check_choices(config, current.config.mode, current.config.token_exchange)
+    model_support.check_choices(config, given.mode, given.token_exchange)
     args = _arguments()
     seed = None if args is None else int(args.seed)
     tokens = None if args is None else _tokens(args, config)

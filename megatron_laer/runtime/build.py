@@ -56,6 +56,7 @@ from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.kept_weights import KeptWeights
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.schedule import make_schedule
+from megatron_laer.support.fp8_experts import recipe_of
 from megatron_laer.support.model import slots_multiple
 
 logger = logging.getLogger(__name__)
@@ -271,8 +272,7 @@ def _fp8_recipe(config: FSEPConfig, transformer_config: Any) -> Fp8Recipe | None
     """Return the recipe in which experts compute, or None."""
     if not config.experts_in_fp8 or not transformer_config.fp8:
         return None
-    recipe = transformer_config.fp8_recipe
-    return Fp8Recipe(getattr(recipe, "value", recipe))
+    return Fp8Recipe(recipe_of(transformer_config))
 
 
 def _recompute(transformer_config: Any) -> Recompute:

@@ -38,11 +38,6 @@ _NOT_WITH_HOMES = (
     ("ckpt_convert_format", "torch", f"{_BY_RANK}; leave it out"),
     ("non_persistent_ckpt_type", "local", f"{_BY_RANK}; use --non-persistent-ckpt-type global"),
     ("use_megatron_fsdp", True, "no test proves the two together; leave out one of them"),
-    (
-        "fp8_param_gather",
-        True,
-        "main weights would begin as those of another expert; leave out one of them",
-    ),
 )
 
 # Arguments that FSEP sets if they are not given, with their values.
@@ -94,7 +89,7 @@ def problems(args: Namespace, config: FSEPConfig) -> list[str]:
         for word in allowed
         if word not in used
     ]
-    found += fp8_experts.problems(args, allowed)
+    found += fp8_experts.problems(args, allowed, config.restore_memory_gib)
     found += megatron_fsdp.problems(args, config.sharding)
     found += problems_with_mode(args, config.mode)
     found += problems_with_token_exchange(args, config.token_exchange)

@@ -26,6 +26,7 @@ PARAMETERS = " --fp8-param-gather"
 # Sizes are multiples of 32.
 MX = " --fp8-format e4m3 --fp8-recipe mxfp8 --bf16 --hidden-size 64"
 RANDOM_MX = MX + AT_HOME + " --fsep-planner random"
+MX_PARAMETERS = PARAMETERS + " --reuse-grad-buf-for-mxfp8-param-ag"
 HELD = " --fsep-restore step --fsep-plan-mode forecast"
 RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
 DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
@@ -134,7 +135,7 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
 @pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
 @pytest.mark.parametrize(
     ("recipe", "fp8_param"),
-    [*product(["tensorwise", "blockwise"], [False, True]), ("mxfp8", False), ("delayed", False)],
+    [*product(["tensorwise", "blockwise", "mxfp8"], [False, True]), ("delayed", False)],
 )
 def test_a_replica_computes_bit_for_bit_as_its_home(
     ranks: RankPools, fp8_format: str, recipe: str, fp8_param: bool
@@ -148,7 +149,7 @@ def test_a_replica_computes_bit_for_bit_as_its_home(
     "flags",
     [
         *(RANDOM + extra for extra in ("", HELD, PARAMETERS)),
-        *(RANDOM_MX + extra for extra in ("", HELD)),
+        *(RANDOM_MX + extra for extra in ("", HELD, MX_PARAMETERS)),
         *(RANDOM_DELAYED + extra for extra in ("", HELD)),
     ],
 )
@@ -216,7 +217,7 @@ def test_a_replica_has_the_weights_that_its_home_quantises_once_per_step(
     assert not any(differed for _, differed in found)
 
 
-@pytest.mark.parametrize("in_fp8", [FP8, FP8 + PARAMETERS, MX, DELAYED])
+@pytest.mark.parametrize("in_fp8", [FP8, FP8 + PARAMETERS, MX, MX + MX_PARAMETERS, DELAYED])
 def test_without_replicas_a_run_is_stock_bit_for_bit(
     ranks: RankPools, text_data: str, in_fp8: str
 ) -> None:

@@ -16,7 +16,7 @@ from tests.fake_cuda.findings import Findings
 from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
 from tests.fake_cuda.oracle import Oracle, Watcher
 
-H100 = 9, 0
+H100, B200 = (9, 0), (10, 0)
 
 
 class Device(NamedTuple):

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_laer.runtime.comm import streams as comm_streams
 from tests.fake_cuda import findings, labels
 from tests.fake_cuda.clocks import HOST, Checker, Message, Watched
-from tests.fake_cuda.device import Device, labelled_device
+from tests.fake_cuda.device import H100, Device, labelled_device
 from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
 from tests.fake_cuda.streams import Event, Simulation, Stream, behind, current_stream
 
@@ -263,6 +263,7 @@ def observed(
     kernels: Kernels = replaced_by_torch,
     *,
     one_queue: bool = False,
+    capability: tuple[int, int] = H100,
     make_checker: Callable[[Callable[[], str]], Checker] = Checker,
 ) -> Iterator[Observed]:
     """Run the block on the labelled device; yield records of this thread's operations.
@@ -280,7 +281,9 @@ def observed(
         engine = _Engine(torch.autograd.Variable._execution_engine)
         stack.enter_context(mock.patch.object(torch.autograd.Variable, "_execution_engine", engine))
         watcher = Observer(checker, works)
-        device = stack.enter_context(labelled_device(checker, watcher, kernels=kernels))
+        device = stack.enter_context(
+            labelled_device(checker, watcher, kernels=kernels, capability=capability)
+        )
         yield Observed(checker, device)
 
 

@@ -106,6 +106,7 @@ DELAYED_SCALING = (
 )
 # Sizes are multiples of 32.
 MXFP8 = " --fp8-format e4m3 --fp8-recipe mxfp8 --hidden-size 64"
+KEPT_IN_MXFP8 = MXFP8 + BF16 + DIST_OPT + " --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag"
 IN_FP8 = " --fsep-sharding experts --fsep-allow-unproven fp8-experts"
 # Dense layers alone are sharded with FSEP, and all layers with stock.
 FSDP = " --use-megatron-fsdp --ckpt-format fsdp_dtensor --use-distributed-optimizer"
@@ -280,6 +281,11 @@ ROWS = [
         " restored once per step, accumulation 2, bf16, distributed optimizer, top-4, E = 8 on 4"
         " ranks", DELAYED_SCALING + BF16 + DIST_OPT + TOP_4, fsep=IN_FP8 + NODES.format(2) + STEP,
         bound=FP8_BOUND, ranks=4, accumulation=2, not_at_home="at home in itself"),
+    _row("fp8-mx-param", "experts kept in mxfp8, accumulation 2, bf16", KEPT_IN_MXFP8,
+        fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
+    _row("fp8-mx-homes", "experts kept in mxfp8, permuted homes, accumulation 2, bf16",
+        KEPT_IN_MXFP8, fsep=IN_FP8 + PERMUTED.format(2), bound=FP8_BOUND, accumulation=2,
+        not_at_home="at home in itself"),
     # Dispatchers.
     _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP, releases=True),
     _row("deepep-bf16", "flex dispatcher with DeepEP, bf16, fp32 router, overlapped shared experts",

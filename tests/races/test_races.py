@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from megatron_laer.cpu.ranks import RankPools
+from tests.fake_cuda.device import H100
 from tests.fake_cuda.kernels import replaced_by_torch
 from tests.launch_order import problems
 from tests.races import layers, training
@@ -33,6 +34,7 @@ AT_NIGHT = {
     "Megatron-FSDP of gradients, home experts replicated",
     "nobody waits for home experts that Megatron-FSDP gathers",
     "experts at home in mxfp8, both overlaps",
+    "experts at home kept in mxfp8, both overlaps",
     "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer",
 }
 
@@ -73,6 +75,16 @@ def test_megatrons_loop_trains_without_a_race(
         assert [one.losses for one in watched] == on_cpu
         assert all(sum(one.launches.values()) > 0 for one in watched)
         assert [one.compiled_in_steps for one in watched] == [{}] * len(watched)
+
+
+def test_a_card_without_the_recipe_is_refused_on_every_rank(
+    ranks: RankPools, text_data: str
+) -> None:
+    scenario = "experts at home in mxfp8, both overlaps"
+    for result in ranks(2).run_raw(training.watch_on, H100, text_data, scenario):
+        assert result.type_name == "ValueError", result.traceback
+        assert "this card has 9.0" in result.message
+        assert "give --fp8-recipe tensorwise or blockwise" in result.message
 
 
 @pytest.mark.counts(race_faults=1)

@@ -20,6 +20,7 @@ from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.fake_cuda import findings
 from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, FSDP_REDUCE, HYBRID_EP, Place
 from tests.fake_cuda.clocks import Watched
+from tests.fake_cuda.device import B200, H100
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
 from tests.fake_cuda.observing import Observed, accumulate_on, observed
 from tests.fake_cuda.streams import current_stream
@@ -54,6 +55,7 @@ class Training(NamedTuple):
         more: findings in addition to those of every run.
         kernels: treatment of Triton's kernels.
         one_queue: whether the card has one hardware queue.
+        capability: of the card.
         resumes: whether it goes on from `save_on_cpu`'s checkpoint, evaluates and saves again.
         adapt: changes the model before Megatron wraps it.
     """
@@ -66,6 +68,7 @@ class Training(NamedTuple):
     batch: int = 8
     one_queue: bool = False
     resumes: bool = False
+    capability: tuple[int, int] = H100
     adapt: training.Adapt | None = None
 
 
@@ -106,12 +109,19 @@ SCENARIOS = {
         " --fsep-pairs-interval 2",
         steps=4,
     ),
-    "experts at home in mxfp8, both overlaps": Training(_HOME + _MXFP8 + _OVERLAPS),
+    "experts at home in mxfp8, both overlaps": Training(
+        _HOME + _MXFP8 + _OVERLAPS, capability=B200
+    ),
     "experts at home in mxfp8 by relay, full recompute": Training(
-        f"{_HOME}{_MXFP8}{_FULL} --fsep-node-size 1 --fsep-restore-algorithm node"
+        f"{_HOME}{_MXFP8}{_FULL} --fsep-node-size 1 --fsep-restore-algorithm node",
+        capability=B200,
     ),
     "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer": Training(
-        f"{_HOME}{_MXFP8}{_MOE} --fsep-restore step", one_queue=True
+        f"{_HOME}{_MXFP8}{_MOE} --fsep-restore step", one_queue=True, capability=B200
+    ),
+    "experts at home kept in mxfp8, both overlaps": Training(
+        f"{_HOME}{_MXFP8}{_OVERLAPS} --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag",
+        capability=B200,
     ),
     # Most features at once, with Triton's kernels.
     "kernels, by nodes of 1": Training(
@@ -222,12 +232,21 @@ def watch(data: str, scenario: str, fault: str | None) -> Watched:
         recorded(launches),
         # Unlike on the CPU, streams launch in the order of the program.
         mock.patch.object(build, "make_comm_stream", make_comm_stream),
-        megatron_observed(settings.kernels, one_queue=settings.one_queue) as device,
+        megatron_observed(
+            settings.kernels, one_queue=settings.one_queue, capability=settings.capability
+        ) as device,
         broken,
         _steady_steps(),
     ):
         losses = train_row(command, adapt=settings.adapt).losses
     return replace(device.watched(), losses=losses, orders=launches)
+
+
+def watch_on(capability: tuple[int, int], data: str, scenario: str) -> Watched:
+    """Train a scenario on another card."""
+    other = SCENARIOS[scenario]._replace(capability=capability)
+    with mock.patch.dict(SCENARIOS, {scenario: other}):
+        return watch(data, scenario, None)
 
 
 @contextlib.contextmanager

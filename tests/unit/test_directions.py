@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Homes, Slices
-from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.states import ExpertsState, WeightState
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
@@ -177,15 +175,6 @@ def test_a_step_holds_weights_of_both_directions(streams: ExchangeStreams) -> No
     one_way = Slices(share.parameters, ROWS, MegatronMainGrads())  # type: ignore[arg-type]
     both, one = (memory_held([part], replica_slots=2**20) for part in (share, one_way))
     assert "(384.0 MiB)" in both and "(192.0 MiB)" in one
-
-
-def test_weights_of_one_direction_are_not_kept_for_the_other(streams: ExchangeStreams) -> None:
-    experts = LayerExperts(streams, CPU, holds_step=False)
-    layers: list[Any] = [SimpleNamespace(share=directed(streams)._share)]
-    assert experts.memory_problem(layers, 2, 0) is None
-    assert "multiplies by others in mxfp8" in str(experts.memory_problem(layers, 2, 100.0))
-    layers = [SimpleNamespace(share=one_direction.slices())]
-    assert experts.memory_problem(layers, 2, 100.0) is None
 
 
 class Packer:

@@ -19,6 +19,7 @@ from megatron_laer.cpu.fp8_experts import EmulatedGemm
 from megatron_laer.layer.experts import fp8
 from megatron_laer.layer.experts.fp8 import te, te_mx
 from megatron_laer.layer.experts.fp8.padding import padded, unpadded
+from megatron_laer.layer.experts.fp8.payload import mx_form
 from megatron_laer.layer.experts.slot_linear import slot_linear
 from tests import te_mx as mx_fakes
 from tests.slot_gemm import SPLITS, fixed_experts, poisoned_memory
@@ -259,9 +260,7 @@ def config(request: pytest.FixtureRequest, fp8_format: str, monkeypatch: pytest.
             Float8BlockQuantizer=BlockQuantiser, Float8BlockwiseQTensor=BlockTensorByKeyword
         ),
         te_mx.Mx._module: mx_fakes.MODULE,
-        f"{te._TENSORS}.storage.float8_tensor_storage": SimpleNamespace(
-            Float8TensorStorage=Storage
-        ),
+        f"{te.TENSORS}.storage.float8_tensor_storage": SimpleNamespace(Float8TensorStorage=Storage),
         "transformer_engine_torch": SimpleNamespace(
             DType=SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2")
         ),
@@ -354,6 +353,22 @@ def test_a_parameter_in_fp8_sends_its_own_bytes_and_scales(config: Any) -> None:
     gemm._form.unpack(payload_PK)[1].mul_(3.0)  # unlike those of a new quantisation
     parameter = gemm._weight(*gemm._form.unpack(payload_PK))
     assert torch.equal(gemm.pack(parameter), payload_PK)
+
+
+@pytest.mark.parametrize("config", ["mxfp8"], indirect=True)
+def test_a_parameter_in_mxfp8_sends_its_own_bytes_of_each_direction(config: Any) -> None:
+    gemm = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
+    parameter: Any = mx_fakes.MxQuantiser("e4m3")(torch.randn(ROWS, COLUMNS).bfloat16())
+    for packer, direction in ((gemm, "row"), (gemm.for_backward, "column")):
+        values, scales = (
+            getattr(parameter, f"_{direction}wise_{part}") for part in ("data", "scale_inv")
+        )
+        values ^= 1  # unlike those of a new quantisation
+        scales += 1
+        form = mx_form(ROWS, COLUMNS, by_columns=direction == "column")
+        kept, kept_scales = form.unpack(packer.pack(parameter))
+        assert torch.equal(kept, values)
+        assert torch.equal(kept_scales, scales[tuple(map(slice, kept_scales.shape))])
 
 
 def test_backward_in_another_precision_is_refused(

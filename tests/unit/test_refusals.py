@@ -134,6 +134,8 @@ TAKEN = [
     f"--fp8-format e4m3 --fp8-recipe blockwise {ALLOW_EXPERTS} --fp8-param-gather {PADDING}",
     f"--fp8-format hybrid --fp8-recipe mxfp8 {ALLOW_EXPERTS}",
     f"--fp8-format hybrid {ALLOW_EXPERTS} --recompute-granularity selective",
+    f"--fp8-format e4m3 --fp8-recipe mxfp8 {ALLOW_EXPERTS} --fp8-param-gather"
+    " --reuse-grad-buf-for-mxfp8-param-ag",
     "--cuda-graph-modules moe",
     f"{OVERLAP} --delay-wgrad-compute",
     "--overlap-dispatch-backward-with-experts-wgrad",
@@ -183,6 +185,10 @@ OWN = {
     },
     f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather": [
         f"--fp8-param-gather with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
+        "give --reuse-grad-buf-for-mxfp8-param-ag",
+    ],
+    f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-restore-memory-gib 2.5": [
+        f"--fsep-restore-memory-gib 2.5 with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
     ],
 }
 

@@ -96,6 +96,7 @@ class RestoredCompute:
         self._trains_shared = False
         self._gemms: list[SlotGemm] = []
         if in_fp8:
+            fp8.check_card(config, device)
             for linear in self.linears:
                 quantised = fp8.quantised_gemm(config, linear.rows, linear.columns, device)
                 self.packers.append(quantised)

@@ -84,11 +84,6 @@ class LayerExperts:
         """Describe why no layer's weights fit into the memory to keep them; None if they do."""
         if kept_gib == 0:
             return None
-        if any(layer.share.for_backward is not layer.share for layer in layers):
-            return (
-                f"--fsep-restore-memory-gib {kept_gib}: keeps restored experts for backward, which "
-                "multiplies by others in mxfp8, quantised by columns; leave it out"
-            )
         least = min((restored_bytes(layer.share, replica_slots) for layer in layers), default=0)
         if kept_gib * 2**30 >= least:
             return None

@@ -16,6 +16,8 @@ import torch
 
 from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.runtime.weights.layer import Packer
+from megatron_laer.support import fp8_experts
+from megatron_laer.support.fp8_experts import recipe_of
 
 # Rows and columns of operands must be multiples of this, which cuBLAS asks of fp8.
 MULTIPLE = 16
@@ -39,11 +41,21 @@ class QuantisedGemm(SlotGemm, Packer, Protocol):
         ...
 
 
+def check_card(config: Any, device: torch.device) -> None:
+    """Refuse a card that computes no products of the config's recipe, before any is asked for."""
+    if device.type != "cuda":
+        return
+    card = torch.cuda.get_device_capability(device)
+    problem = fp8_experts.card_problem(recipe_of(config), card, torch.version.cuda)
+    if problem is not None:
+        raise ValueError(problem)
+
+
 def quantised_gemm(config: Any, rows: int, columns: int, device: torch.device) -> QuantisedGemm:
     """Return the products of a linear layer by the recipe of Megatron's TransformerConfig."""
     from megatron_laer.layer.experts.fp8 import te, te_delayed, te_mx
 
-    recipe = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))
+    recipe = recipe_of(config)
     by_recipe: dict[str, Any] = {
         "delayed": te_delayed.Delayed,
         "tensorwise": te.PerTensor,

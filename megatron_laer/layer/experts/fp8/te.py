@@ -25,7 +25,7 @@ from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.layer.experts.gemm import te as grouped
 from megatron_laer.runtime.weights.layer import Carried, Packer
 
-_TENSORS = "transformer_engine.pytorch.tensor"
+TENSORS = "transformer_engine.pytorch.tensor"
 # Parameters of constructors that are given by name, by module and class.
 Needs = dict[tuple[str, str], set[str]]
 
@@ -226,11 +226,11 @@ class PerTensor(Quantised):
     """Per-tensor current scaling."""
 
     rows_for_columns: ClassVar[bool] = True
-    _module = f"{_TENSORS}.float8_tensor"
+    _module = f"{TENSORS}.float8_tensor"
     needs: ClassVar[Needs] = {
         (_module, "Float8CurrentScalingQuantizer"): {"fp8_dtype", "device", "rowwise", "columnwise"}
         | {"force_pow_2_scales", "amax_epsilon"},
-        (f"{_TENSORS}.storage.float8_tensor_storage", "Float8TensorStorage"): {"data", "fp8_dtype"}
+        (f"{TENSORS}.storage.float8_tensor_storage", "Float8TensorStorage"): {"data", "fp8_dtype"}
         | {"fp8_scale_inv", "data_transpose", "quantizer"},
     }
 
@@ -274,7 +274,7 @@ class ByBlocks(Quantised):
     A square block is one in both directions, so the same payload serves forward and backward.
     """
 
-    _module = f"{_TENSORS}.float8_blockwise_tensor"
+    _module = f"{TENSORS}.float8_blockwise_tensor"
     needs: ClassVar[Needs] = {
         (_module, "Float8BlockQuantizer"): {"fp8_dtype", "rowwise", "columnwise", "amax_epsilon"}
         | {"force_pow_2_scales", "block_scaling_dim"},

@@ -2,7 +2,8 @@
 
 A matrix is other bytes along its rows, which forward multiplies, than along its columns, for
 backward. So it has two payloads. Their scales are those of whole blocks: Transformer Engine's own
-are padded to tiles of 128 x 4, and its GEMM swizzles them.
+are padded to tiles of 128 x 4, and its GEMM swizzles them. A parameter in mxfp8 has bytes
+of both directions, and scales that are not swizzled.
 
 Legend: C slots, R rows of a matrix (output features), K columns, P rows of a payload.
 """
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_laer.layer.experts.fp8.payload import MX_BLOCK, BackwardPacker, mx_form
-from megatron_laer.layer.experts.fp8.te import _TENSORS, Needs, Quantised
+from megatron_laer.layer.experts.fp8.te import TENSORS, Needs, Quantised
 from megatron_laer.runtime.weights.layer import Packer
 
 # Rows and columns of a tile of scales along rows; those along columns are transposed.
@@ -25,7 +26,7 @@ _TILE = 128, 4
 class Mx(Quantised):
     """Scales of 8 bits along rows and columns; tokens in multiples of 32."""
 
-    _module = f"{_TENSORS}.mxfp8_tensor"
+    _module = f"{TENSORS}.mxfp8_tensor"
     # Earlier ones cannot be told that scales are not swizzled.
     known: ClassVar[str] = "2.12 to 2.20"
     multiple: ClassVar[int] = MX_BLOCK
@@ -46,12 +47,17 @@ class Mx(Quantised):
         return self._by_columns
 
     def _quantise_weight(self, weight_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        made = self._quantiser(self._forward_kind, by_columns=False)(weight_RK)
+        made = self._in_fp8(weight_RK, by_columns=False)
         return made._rowwise_data, made._rowwise_scale_inv
 
     def _quantise_by_columns(self, weight_RK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        made = self._quantiser(self._forward_kind, by_columns=True)(weight_RK)
+        made = self._in_fp8(weight_RK, by_columns=True)
         return made._columnwise_data, made._columnwise_scale_inv
+
+    def _in_fp8(self, weight_RK: torch.Tensor, *, by_columns: bool) -> Any:
+        if isinstance(weight_RK, self._tensors.MXFP8Tensor):
+            return weight_RK
+        return self._quantiser(self._forward_kind, by_columns)(weight_RK)
 
     def _weight(self, values_RK: torch.Tensor, scales: torch.Tensor) -> Any:
         return self._tensor(values_RK, scales, by_columns=False)

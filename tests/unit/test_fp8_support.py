@@ -1,0 +1,61 @@
+"""Settings and cards with which experts cannot compute in fp8, as they are told."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from megatron_laer.choices import Unproven
+from megatron_laer.support import fp8_experts
+
+ALLOWED = [Unproven.FP8_EXPERTS]
+A100, ADA, H100, B200, GEFORCE = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
+def test_only_mxfp8_keeps_no_weights_for_backward(recipe: str) -> None:
+    settings = SimpleNamespace(fp8="e4m3", fp8_recipe=recipe)
+    assert fp8_experts.problems(settings, ALLOWED) == []
+    found = fp8_experts.problems(settings, ALLOWED, kept_gib=2.5)
+    assert bool(found) == (recipe == "mxfp8")
+    assert fp8_experts.problems(settings, [], kept_gib=2.5) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "card", "cuda", "parts"),
+    [
+        ("mxfp8", H100, "13.0", ("10.0 to below 12.0", "card has 9.0", "tensorwise or blockwise")),
+        (
+            "mxfp8",
+            H100,
+            "12.8",
+            ("this card has 9.0 with CUDA 12.8; give --fp8-recipe tensorwise",),
+        ),
+        ("mxfp8", GEFORCE, "13.0", ("this card has 12.0", "tensorwise or blockwise")),
+        ("mxfp8", A100, "12.8", ("this card has 8.0", "leave out --fp8-format")),
+        (
+            "blockwise",
+            H100,
+            "12.8",
+            ("9.0 or higher and CUDA 12.9", "give --fp8-recipe tensorwise"),
+        ),
+        ("blockwise", ADA, "13.0", ("this card has 8.9", "give --fp8-recipe tensorwise")),
+        ("tensorwise", A100, "13.0", ("8.9 or higher, and", "leave out --fp8-format")),
+    ],
+)
+def test_a_card_that_computes_no_such_products_is_refused(
+    recipe: str, card: tuple[int, int], cuda: str, parts: tuple[str, ...]
+) -> None:
+    found = fp8_experts.card_problem(recipe, card, cuda)
+    assert found is not None and found.startswith(f"--fp8-recipe {recipe} with --fsep-allow-")
+    assert [part for part in parts if part not in found] == [], found
+
+
+@pytest.mark.parametrize(
+    ("recipe", "card", "cuda"),
+    [("tensorwise", ADA, "12.4"), ("blockwise", H100, "12.9"), ("mxfp8", B200, "12.8")],
+)
+def test_a_card_that_computes_them_is_taken(recipe: str, card: tuple[int, int], cuda: str) -> None:
+    assert fp8_experts.card_problem(recipe, card, cuda) is None
+    assert fp8_experts.card_problem(recipe, card, None) is None
