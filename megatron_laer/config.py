@@ -375,9 +375,15 @@ def deterministic(config: FSEPConfig) -> FSEPConfig:
 
 
 @cache
+def _annotations() -> dict[str, Any]:
+    """Return the fields' types, whose texts every start of a rank would evaluate many times."""
+    return get_type_hints(FSEPConfig)
+
+
+@cache
 def types_of(name: str) -> tuple[type, ...]:
     """Return the types of a field's value, or of each of its values, except None."""
-    annotation = get_type_hints(FSEPConfig)[name]
+    annotation = _annotations()[name]
     members = get_args(annotation) or (annotation,)
     return tuple(kind for kind in members if kind not in (type(None), Ellipsis))
 
@@ -393,7 +399,7 @@ def _choices(name: str) -> tuple[type[Choice], ...]:
 
 def takes_several(name: str) -> bool:
     """Return whether a field holds any number of its words."""
-    return get_origin(get_type_hints(FSEPConfig)[name]) is tuple
+    return get_origin(_annotations()[name]) is tuple
 
 
 def _word(name: str, value: Any) -> Choice:

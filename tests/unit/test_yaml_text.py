@@ -5,10 +5,15 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+import yaml
 
+from megatron_laer.files import yaml_text
 from megatron_laer.files.yaml_text import MAX_BYTES, MAX_DEPTH, parse_yaml, read_yaml
+
+ROOT = Path(__file__).resolve().parents[2]
 
 DEEPEST: list[Any] = []
 for _ in range(MAX_DEPTH - 1):
@@ -31,6 +36,13 @@ for _ in range(MAX_DEPTH - 1):
 )
 def test_values_are_the_texts_that_are_written(text: str, content: object) -> None:
     assert parse_yaml(text) == content
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: p.name)
+def test_both_parsers_read_our_files_alike(path: Path) -> None:
+    found = read_yaml(path)
+    with mock.patch.object(yaml_text, "_FASTEST", yaml.BaseLoader):
+        assert read_yaml(path) == found and isinstance(found, dict)
 
 
 @pytest.mark.parametrize(
