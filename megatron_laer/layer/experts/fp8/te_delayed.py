@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes
-from megatron_laer.layer.experts.fp8.te import _TENSORS, Needs, PerTensor
+from megatron_laer.layer.experts.fp8.te import TENSORS, Needs, PerTensor
 
 _INPUT, _WEIGHT, _GRAD = ("scaling_fwd", 0), ("scaling_fwd", 1), ("scaling_bwd", 0)
 # Quantisers of one GEMM, by Transformer Engine's modules: input, weight, output; gradients of both.
@@ -28,7 +28,7 @@ _PER_GEMM = {"scaling_fwd": 3, "scaling_bwd": 2}
 class Delayed(PerTensor):
     """Per-tensor scales by the state of stock's modules of home experts."""
 
-    _module = f"{_TENSORS}.float8_tensor"
+    _module = f"{TENSORS}.float8_tensor"
     needs: ClassVar[Needs] = {
         (_module, "Float8Quantizer"): {"scale", "amax", "fp8_dtype", "rowwise", "columnwise"},
         **{key: value for key, value in PerTensor.needs.items() if "Storage" in key[1]},
