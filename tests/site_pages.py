@@ -15,7 +15,7 @@ from megatron_laer.fsep_flags import add_arguments
 from megatron_laer.plugin.command_line import ARGUMENT_PATCHES
 from megatron_laer.plugin.switch import FSEP_PATCHES
 from megatron_laer.releases import NEXT, RELEASES
-from tests import compatibility
+from tests import compatibility, measured_memory
 from tests.parity import report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -69,6 +69,7 @@ TABLES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
     ("flags.md", "flags"): flags,
     ("megatron.md", "patches"): patches,
     ("slurm.md", "settings"): slurm_settings,
+    ("memory.md", "memory"): measured_memory.table,
     ("support.md", "releases"): releases,
     ("support.md", "combinations"): compatibility.combinations,
     ("support.md", "versions"): compatibility.versions,

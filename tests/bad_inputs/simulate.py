@@ -38,7 +38,7 @@ _OPTIONS = (
         "no Megatron-FSDP",
     ),
     ("--data-parallel-sharding-strategy optim --pipeline 2", "takes no pipeline"),
-    ("--lora-rank 0", "--lora-rank: must be"),
+    ("--lora-rank 0", "--lora-rank: '0' is no integer in 1.."),
     ("--lora-targets linear_fc1", "--lora-targets linear_fc1: no effect without --lora-rank"),
     ("--lora-rank 8 --lora-targets router", "--lora-targets: invalid choice: 'router'"),
     ("--lora-rank 8 --sharding rows", "give --sharding experts, or --lora-targets of attention"),
