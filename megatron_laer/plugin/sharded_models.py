@@ -9,11 +9,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
+from megatron_laer import session
 from megatron_laer.plugin.patching import Patch, original_of
+from megatron_laer.support import megatron_fsdp
+from megatron_laer.support.model import refuse
 
 _BUFFERS = "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer"
 
@@ -98,6 +102,41 @@ def _with_experts_at_end(original: Callable[..., None]) -> Callable[..., None]:
     return synchronize_gradient_reduce
 
 
+def _with_judged_model(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, config: Any, ddp_config: Any, *args: Any, **kwargs: Any) -> None:
+        _judge(config, ddp_config)
+        original(self, config, ddp_config, *args, **kwargs)
+
+    return __init__
+
+
+def _with_judged_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def make(config: Any, model_chunks: Any, *args: Any, **kwargs: Any) -> Any:
+        wrapped = model_chunks[0]
+        if is_sharded(wrapped):
+            _judge(wrapped.config, wrapped.ddp_config, config)
+        return original(config, model_chunks, *args, **kwargs)
+
+    return make
+
+
+def _judge(config: Any, ddp_config: Any, optimizer: Any = None) -> None:
+    """Refuse what training by Megatron's arguments refuses, also in a loop without these.
+
+    Configurations are alike on all ranks, and so is the refusal.
+    """
+    current = session.current()
+    if current is None or not config.num_moe_experts:
+        return
+    given = {} if optimizer is None else vars(optimizer)
+    settings = vars(ddp_config) | given | vars(config) | {"use_megatron_fsdp": True}
+    settings["ddp_average_in_collective"] = ddp_config.average_in_collective
+    sharding = current.config.sharding
+    refuse(megatron_fsdp.problems(SimpleNamespace(**settings), sharding))
+
+
 _REDUCE = Patch(
     _BUFFERS,
     "GradReducePipeline.reduce_gradients",
@@ -105,6 +144,18 @@ _REDUCE = Patch(
     "Megatron-FSDP reduces no home expert at each microbatch",
 )
 SHARDING_PATCHES = (
+    Patch(
+        "megatron.core.distributed.fsdp.mcore_fsdp_adapter",
+        "FullyShardedDataParallel.__init__",
+        _with_judged_model,
+        "Megatron-FSDP is refused with settings that no test proves next to FSEP",
+    ),
+    Patch(
+        "megatron.core.optimizer",
+        "_get_megatron_optimizer_based_on_param_groups",
+        _with_judged_optimizer,
+        "so are settings of its optimizer",
+    ),
     Patch(
         _BUFFERS,
         "DataParallelBuffer.__init__",

@@ -47,14 +47,14 @@ def check(config: Any, allowed: Collection[Unproven] = (), kept_gib: float = 0.0
         for word in allowed
         if word not in used
     ]
-    _refuse(problems + fp8_experts.problems(config, allowed, kept_gib))
+    refuse(problems + fp8_experts.problems(config, allowed, kept_gib))
     for warning in warnings_of(config):
         _warn_once(warning)
 
 
 def check_choices(config: Any, mode: PlanMode | None, exchange: TokenExchange | Auto) -> None:
     """Refuse a TransformerConfig that does not fit the plan mode or the token exchange."""
-    _refuse([*problems_with_mode(config, mode), *problems_with_token_exchange(config, exchange)])
+    refuse([*problems_with_mode(config, mode), *problems_with_token_exchange(config, exchange)])
     if exchange == TokenExchange.NODE and config.overlap_moe_expert_parallel_comm:
         _warn_once(_EXPOSED_IN_NODE)
 
@@ -121,7 +121,8 @@ def warnings_of(config: Any) -> list[str]:
     return found
 
 
-def _refuse(problems: list[str]) -> None:
+def refuse(problems: list[str]) -> None:
+    """Raise ValueError for problems of a model, if there are any."""
     if problems:
         raise ValueError("FSEP cannot run this model:\n  " + "\n  ".join(problems))
 
