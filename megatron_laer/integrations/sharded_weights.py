@@ -1,7 +1,7 @@
-"""Weights of models that Megatron-FSDP shards, to and from checkpoints in `torch_dist`.
+"""Models that Megatron-FSDP shards, to and from checkpoints in `torch_dist`.
 
 Its own format, `fsdp_dtensor`, is for runs with Megatron-FSDP alone. `torch_dist` is that of all
-other runs, of stock and of FSEP. Optimizer state is not carried over.
+other runs, of stock and of FSEP.
 """
 
 from __future__ import annotations
@@ -12,20 +12,24 @@ from typing import Any
 
 import torch
 
+from megatron_laer.integrations import sharded_optimizer
 from megatron_laer.plugin.sharded_models import is_sharded, unwrapped
 
 # Form of saved experts, for readers of the checkpoint, as Megatron itself states it.
 _CONTENT = {"singleton_local_shards": False}
 
 
-def save_whole(model: Sequence[Any], directory: str) -> None:
-    """Save the weights in `torch_dist`, for a run without Megatron-FSDP. Collective.
+def save_whole(model: Sequence[Any], directory: str, optimizer: Any = None, **more: Any) -> None:
+    """Save weights in `torch_dist`, for a run without Megatron-FSDP. Collective.
 
-    Load them with `--no-load-optim --no-load-rng --finetune`.
+    Without optimizer, load them with `--no-load-optim --no-load-rng --finetune`.
 
     Args:
         model: Megatron's list of model chunks, between steps.
         directory: an empty folder of one iteration, such as `RUN/iter_0000100`.
+        optimizer: Megatron's, whose state is saved as with `--dist-ckpt-optim-fully-reshardable`.
+        more: other items of Megatron's checkpoints: `args`, `iteration`, `opt_param_scheduler` and
+            `num_floating_point_operations_so_far`, to resume with `--no-load-rng`.
 
     Raises:
         ValueError: a model that Megatron-FSDP does not shard.
@@ -33,38 +37,65 @@ def save_whole(model: Sequence[Any], directory: str) -> None:
     from megatron.core import dist_checkpointing
 
     with _gathered(model) as chunks:
-        state = {**_described(chunks, _CONTENT), "checkpoint_version": 3.0}
-        dist_checkpointing.save(state, directory, content_metadata=_CONTENT)
+        state, form = _described(chunks, _CONTENT), _CONTENT
+        if optimizer is not None:
+            state["optimizer"], of_optimizer = sharded_optimizer.saved(model, optimizer, state)
+            form = form | of_optimizer
+        state |= {**more, "checkpoint_version": 3.0}
+        dist_checkpointing.save(state, directory, content_metadata=form)
 
 
-def load_whole(model: Sequence[Any], directory: str) -> None:
+def load_whole(model: Sequence[Any], directory: str, optimizer: Any = None) -> dict[str, Any]:
     """Load weights from `torch_dist`, of stock or FSEP without Megatron-FSDP. Collective.
 
     Args:
         model: Megatron's list of model chunks, before the first step.
         directory: the folder of one iteration.
+        optimizer: Megatron's, whose state is loaded too.
+
+    Returns:
+        Other items of the checkpoint, such as `iteration` and `opt_param_scheduler`.
 
     Raises:
-        ValueError: a model that Megatron-FSDP does not shard, or that has weights which it does not
-            describe to checkpoints.
+        ValueError: a model that Megatron-FSDP does not shard. Weights that the model does not
+            describe to checkpoints. Optimizer state that fits its own run alone.
     """
     from megatron.core import dist_checkpointing
 
+    metadata = dist_checkpointing.load_content_metadata(directory)
+    if optimizer is not None:
+        _check_fits(metadata, directory)
     with _gathered(model) as chunks:
-        metadata = dist_checkpointing.load_content_metadata(directory)
-        loaded = dist_checkpointing.load(_described(chunks, metadata), directory)
+        asked = _described(chunks, metadata)
+        if optimizer is not None:
+            asked["states"] = sharded_optimizer.asked_for(model, optimizer, asked)
+        loaded = dist_checkpointing.load(asked, directory)
         for chunk, key in zip(chunks, _keys(chunks), strict=True):
-            weights = _weights(chunk)
-            if missing := weights.keys() - loaded[key].keys():
+            found, weights = loaded.pop(key), _weights(chunk)
+            if missing := weights.keys() - found.keys():
                 raise ValueError(
                     f"the model's sharded_state_dict has no {', '.join(sorted(missing))}, so a "
                     "checkpoint in torch_dist has not either; describe these weights there"
                 )
             # Not by `load_state_dict`, whose hook would bring back the weights of the optimizer.
             for name, mine in weights.items():
-                mine.detach().copy_(loaded[key][name])
+                mine.detach().copy_(found[name])
         for wrapped in model:
             _keep_shards(wrapped)
+    if optimizer is not None:
+        sharded_optimizer.keep(model, optimizer, loaded.pop("states"), loaded["optimizer"])
+    loaded.pop("optimizer", None)
+    return loaded
+
+
+def _check_fits(metadata: dict[str, Any] | None, directory: str) -> None:
+    form = (metadata or {}).get("distrib_optim_sharding_type")
+    if form != sharded_optimizer.FORM:
+        raise ValueError(
+            f"{directory} has optimizer state of the form {form}, which fits its own run alone; "
+            "save it with --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable, or "
+            "leave the optimizer out"
+        )
 
 
 @contextmanager

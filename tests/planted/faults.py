@@ -51,6 +51,14 @@ def _ranks(*names: str) -> tuple[str, ...]:
 
 
 _SHARDED = _in("plugin/sharded_models.py", *_ranks("parity"), "-k", "fsdp-accum")
+_IN_OWN_LOOP = _in("plugin/sharded_models.py", *_ranks("own_sharded_loop"))
+_WHOLE = _in("integrations/sharded_optimizer.py", *_ranks("sharded_checkpoints"), "-k", "optimizer")
+_STATE_BYTES = _in("planner/state_bytes.py", "tests/tools/test_memory_parts.py")
+_MEMORY = _in("tools/simulator/iteration/memory_parts.py", "tests/tools/test_memory_parts.py")
+_FROZEN = "tests/tools/test_frozen_and_sharded.py"
+_CHUNK = _in("tools/simulator/iteration/chunk.py", _FROZEN)
+_CLOCKS = _in("tools/simulator/iteration/clocks.py", _FROZEN)
+_WORK = _in("tools/simulator/iteration/work.py", _FROZEN)
 _BY_PAIRS = _in("tools/simulator/homes.py", "tests/tools/test_plan_homes.py")
 _LAYOUT = _in("planner/layout.py", *_unit("layout"))
 _SHARDING = _in("planner/sharding.py", *_unit("slices", "traffic"))
@@ -961,6 +969,40 @@ FAULTS: tuple[Fault, ...] = (
         *_ranks("parity"),
         "-k",
         "muon",
+    ),
+    _IN_OWN_LOOP.fault(
+        "a loop of one's own may do all that flags may not",
+        "current is None or not config.num_moe_experts",
+        "current is None or config.num_moe_experts",
+    ),
+    _WHOLE.fault(
+        "each rank's optimizer state is that of the first rows",
+        "flat[self.elements] = local",
+        "flat[: len(local)] = local",
+    ),
+    _WHOLE.fault("loaded steps begin anew", "].fill_(step)", "].fill_(0)"),
+    _STATE_BYTES.fault(
+        "frozen weights are free", "of.experts + frozen)", "of.experts + 0 * frozen)"
+    ),
+    _MEMORY.fault(
+        "frozen experts have gradients",
+        "* method.experts_held * model.expert_adapters",
+        "* method.experts_held * model.expert_weights",
+    ),
+    _CHUNK.fault(
+        "weights stay whole from forward to backward",
+        "layer.name\n        began_s = _unshard(clocks, layer, began_s)",
+        "layer.name",
+    ),
+    _CLOCKS.fault(
+        "gathers and reduces have links of their own",
+        "self.gathered_s = end_s + max(both_s, 0.0)",
+        "self.gathered_s = end_s",
+    ),
+    _WORK.fault(
+        "gradients of frozen experts go home",
+        "reduce=reduce.times(share) if",
+        "reduce=reduce.times(1 + share) if",
     ),
     _SHARDED.fault(
         "home experts' gradients are scaled at each microbatch",
