@@ -94,7 +94,7 @@ class MxQuantiser:
                 by_columns = name == "columnwise"
                 values, scales = fp8.mx(matrix, KINDS[self.kind], by_columns=by_columns)
                 shape = padded_shape(tuple(scales.shape), by_columns)
-                padded = torch.full(shape, UNDEFINED, dtype=torch.uint8)
+                padded = torch.full(shape, UNDEFINED, dtype=torch.uint8, device=matrix.device)
                 padded[: scales.shape[0], : scales.shape[1]] = scales
                 parts |= {f"{name}_data": values.view(torch.uint8), f"{name}_scale_inv": padded}
         return MxTensor(

@@ -173,6 +173,24 @@ def test_a_resumed_run_has_the_same_bits(
     assert all((rest.weights[name] == value).all() for name, value in whole.weights.items())
 
 
+def test_a_resumed_run_with_parameters_in_mxfp8_is_stocks(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    """Checkpoints have their values by rows, from which Megatron makes those by columns anew.
+
+    So stock's resumed run is not the bits of a whole one.
+    """
+    saved = MX + MX_PARAMETERS + " --use-distributed-optimizer --ckpt-format torch_dist"
+    saved += " --save-interval 2 --override-opt_param-scheduler --save "
+    resumed = []
+    for side in ("", AT_HOME + " --fsep-planner static"):
+        flags = f"{saved}{tmp_path}/{len(resumed)}{side}"
+        ranks(2).run(train_row, command(text_data, flags, steps=2))
+        loads = f"{flags} --load {tmp_path}/{len(resumed)}"
+        resumed.append(ranks(2).run(train_row, command(text_data, loads))[0])
+    assert identical(*resumed) and len(resumed[0].losses) == 2
+
+
 def sent_weights(flags: list[str]) -> tuple[int, int]:
     """Train; return how many weights were sent before their home's use, and how many differed."""
     from unittest import mock

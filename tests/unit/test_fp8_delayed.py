@@ -69,7 +69,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     modules = {
         te_delayed.Delayed._module: SimpleNamespace(Float8Quantizer=Quantiser, Float8Tensor=Tensor),
-        f"{te._TENSORS}.storage.float8_tensor_storage": SimpleNamespace(
+        f"{te.TENSORS}.storage.float8_tensor_storage": SimpleNamespace(
             Float8TensorStorage=Storage
         ),
         "transformer_engine_torch": SimpleNamespace(
