@@ -11,10 +11,11 @@ from pathlib import Path
 
 from megatron_laer.tools.recipes.bridge_table import judge_recipe, read_recipes
 from megatron_laer.tools.recipes.verdict import Judgement, Verdict
+from tests import shared_data
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"
-LIST = ROOT.parent / "shared" / "data" / "bridge_recipes_train.csv"
+LIST = shared_data.FOLDER / "bridge_recipes_train.csv"
 
 _PROOFS = ("one row", "each feature", "not all features", "nothing yet")
 

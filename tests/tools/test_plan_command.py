@@ -11,11 +11,12 @@ import pytest
 
 from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.comparison import STOCK
+from tests import shared_data
 from tests.recorded_runs import OWN, record_run
 from tests.tools.plan_cases import drifting_trace, recording
 
 ROOT = Path(__file__).resolve().parents[2]
-SHARED_NPZ = ROOT.parent / "shared" / "data" / "smartmoe_trace_dev.npz"
+SHARED_NPZ = shared_data.FOLDER / "smartmoe_trace_dev.npz"
 
 
 @pytest.fixture(scope="module")
@@ -171,7 +172,7 @@ def test_a_plot_is_written_in_the_format_of_its_ending(tmp_path, trace, capsys):
         assert (tmp_path / f"x.{ending}").read_bytes().startswith(magic)
 
 
-@pytest.mark.skipif(not SHARED_NPZ.exists(), reason=f"no trace at {SHARED_NPZ}")
+@shared_data.needs(SHARED_NPZ.name)
 def test_the_published_trace_is_planned(tmp_path, capsys):
     words = "--capacity 4 --strategy static laer greedy --every 499 --json"
     status, _, err = run(SHARED_NPZ, *words.split(), tmp_path / "x.json", capsys=capsys)

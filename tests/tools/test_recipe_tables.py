@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from collections import Counter
 
-import pytest
-
 from megatron_laer.tools import cli
 from megatron_laer.tools.recipes.bridge_table import COLUMNS, judge_recipe, read_recipes
 from megatron_laer.tools.recipes.verdict import Verdict
+from tests import shared_data
 from tests.recipes_page import LIST, PAGE, judged, tables
 from tests.tools.test_recipes import NAME, NONE
 
@@ -55,7 +54,7 @@ def test_what_blocked_a_recipe_at_first_is_no_input(tmp_path):
     assert judge_recipe(found) == judge_recipe(NONE)
 
 
-@pytest.mark.skipif(not LIST.exists(), reason=f"no table of recipes at {LIST}")
+@shared_data.needs(LIST.name)
 def test_the_page_has_the_verdicts_of_today():
     recipes = judged(LIST)
     page = PAGE.read_text(encoding="utf-8")

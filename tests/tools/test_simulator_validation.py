@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +13,9 @@ from benchmarks.published_cells import Constants, fit
 from benchmarks.published_files import Cell
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.tools.simulator.iteration.rates import Rates
+from tests import shared_data
 
-PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_files = pytest.mark.skipif(
-    not (PUBLISHED / "laer_ae_e2e_wikitext.csv").exists(), reason="the artifact's files are absent"
-)
+needs_files = shared_data.needs("laer_ae_e2e_wikitext.csv")
 
 
 def test_a_fit_finds_the_constants_that_made_the_times():
@@ -97,7 +94,7 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
 def test_published_cells_are_predicted(tmp_path):
     """Use a part of the routing for speed; the docs' figures use all of it."""
     output = tmp_path / "x.json"
-    words = ["--no-here", "--quick", "--published", str(PUBLISHED), "--json", str(output)]
+    words = ["--no-here", "--quick", "--published", str(shared_data.FOLDER), "--json", str(output)]
     assert validate_simulator.main(words) == 0
     written = json.loads(output.read_text())
     assert written["here"] == [] and len(written["published"]) == 48

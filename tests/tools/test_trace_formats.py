@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -12,6 +11,7 @@ import pytest
 from megatron_laer.telemetry.trace_file import TraceWriter
 from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.sets import count_pairs, read_sets
+from tests import shared_data
 from tests.traces import (
     assert_holds,
     megatrons_tracer,
@@ -23,7 +23,7 @@ from tests.traces import (
     write_smartmoe,
 )
 
-SHARED_NPZ = Path(__file__).resolve().parents[3] / "shared" / "data" / "smartmoe_trace_dev.npz"
+SHARED_NPZ = shared_data.FOLDER / "smartmoe_trace_dev.npz"
 
 
 def test_megatrons_own_tracer_is_read_with_its_microbatches(tmp_path):
@@ -87,7 +87,7 @@ def test_an_npz_is_read(tmp_path):
     assert_holds(read_trace(tmp_path / "z.npz"), counts)
 
 
-@pytest.mark.skipif(not SHARED_NPZ.exists(), reason=f"no trace at {SHARED_NPZ}")
+@shared_data.needs(SHARED_NPZ.name)
 def test_the_published_trace_is_read():
     trace = read_trace(SHARED_NPZ)
     assert trace.counts_RNE.shape == (300 * 16 * 4, 16, 32)

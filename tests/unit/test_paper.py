@@ -18,12 +18,10 @@ from scripts.paper.experiments import FSEP, LAER, STATIC, STOCK, Case, Run
 from scripts.paper.measured import Measured, read_log, read_profile
 from scripts.paper.runner import Found
 from scripts.paper.tables import Result, Table
+from tests import shared_data
 from tests.bad_inputs import programs
 
-PUBLISHED = Path(__file__).resolve().parents[3] / "shared" / "data"
-needs_files = pytest.mark.skipif(
-    not (PUBLISHED / published.END_TO_END).exists(), reason="the artifact's files are absent"
-)
+needs_files = shared_data.needs(published.END_TO_END)
 E8K2 = "mixtral-8x7b-e8k2"
 
 
@@ -83,7 +81,9 @@ def test_a_profile_is_the_mean_of_later_steps(tmp_path: Path) -> None:
 
 @needs_files
 def test_published_balance_is_that_of_the_figure() -> None:
-    found = {key: round(value, 2) for key, value in published.read_balance(PUBLISHED).items()}
+    found = {
+        key: round(value, 2) for key, value in published.read_balance(shared_data.FOLDER).items()
+    }
     assert found["e8k2", "LAER"] == 1.39 and found["e16k4", "LAER"] == 1.17
     assert found["e8k2", "FSDP"] == 1.66 and found["e16k4", "FSDP"] == 1.88
 
@@ -96,7 +96,7 @@ def measured(step_s: float, steps: int = 3) -> Measured:
 def test_figure_8_has_the_papers_speed_beside_ours() -> None:
     runs = [Run(E8K2, case) for case in figure8.EXPERIMENT.cases]
     ended = {Run(E8K2, Case(STOCK)): measured(3.0), Run(E8K2, Case(LAER)): measured(2.0)}
-    (table,) = figure8.tables(Found(ended, {}, runs, 1, PUBLISHED))
+    (table,) = figure8.tables(Found(ended, {}, runs, 1, shared_data.FOLDER))
     rows = {(row["aux"], row["ours"]): row for row in table.rows}
     assert len(table.rows) == 10
     laer = rows["0", "laer"]
@@ -132,11 +132,11 @@ def test_figure_9_answers_at_which_speed_the_low_loss_is_had() -> None:
 def test_figure_12_leaves_out_what_has_no_counterpart() -> None:
     runs = [Run(E8K2, case) for case in figure12.EXPERIMENT.cases]
     ended = {Run(E8K2, Case(STATIC)): measured(4.0), Run(E8K2, Case(FSEP)): measured(2.0)}
-    (table,) = figure12.tables(Found(ended, {}, runs, 1, PUBLISHED))
+    (table,) = figure12.tables(Found(ended, {}, runs, 1, shared_data.FOLDER))
     ours = {row["ours"]: row for row in table.rows if row["ours"]}
     assert ours["fsep"]["speed"] == 2.0 and ours["fsep"]["paper s"] is None
     assert ours["laer"]["paper speed"] == pytest.approx(1.355, abs=1e-3)
-    assert {row["paper"] for row in table.rows} - {None} == {*read_ablation(PUBLISHED)}
+    assert {row["paper"] for row in table.rows} - {None} == {*read_ablation(shared_data.FOLDER)}
     assert {row["paper"] for row in table.rows if row["ours"] is None} == {"no_even", "no_pq"}
 
 
