@@ -1,22 +1,27 @@
 """Counts rows between nodes of today's layouts, and of layouts by pairs of experts chosen together.
 
 `python -m benchmarks.coactivation --sets FOLDER` reads files of sets: a line per token with its
-experts, named `NAME.E<experts>.k<top-k>.txt.gz`. The first half of the tokens plans, by counts
-(`greedy`, the default) and by pairs. The second half is counted, with exact quotas for its own
-counts, by the dispatcher's own choice of replicas for tokens that travel once per node. Ranks have
-equal parts of a half, in the file's order. *independent* draws have the second half's loads, and
-sets without any likeness. Nothing is sent.
+experts, named `NAME.E<experts>.k<top-k>.txt.gz`. Without `--sets` tokens are routed by seed as in
+`domains.py`, top-8 of 128 on nodes of 8, and planned for the domain that training takes by price.
+
+The first half of the tokens plans, by counts (`greedy`, the default, for single nodes) and by
+pairs. The second half is counted, with exact quotas for its own counts, by the dispatcher's own
+choice of replicas for tokens that travel once per node. Ranks have equal parts of a half, in the
+file's order. *independent* draws have the second half's loads, and sets without any likeness. What
+today's layouts save there with the quotas that count on visitors is *by quotas*. Nothing is sent.
 
 Legend: N ranks, E experts, C slots per rank, T tokens, K top-k.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import re
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,7 @@ import numpy as np
 import torch
 
 from benchmarks.command_line import add_json, parser_of, program, write_json
-from benchmarks.domains import priced
+from benchmarks.domains import CLUSTER, ROUTINGS, chosen_domain, priced, topic_maps
 from benchmarks.report import machine, print_table
 from benchmarks.token_exchange import Case, Shape
 from benchmarks.token_traffic import TokenRouting, dispatch_rows
@@ -39,90 +44,174 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.tools.cli.argument_types import between
 
 _NAME = re.compile(r"(?P<name>.+)\.E(?P<experts>\d+)\.k(?P<topk>\d+)\.txt\.gz")
-_NODES = 4
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("benchmarks.coactivation", __doc__)
     add_json(parser)
-    parser.add_argument("--sets", type=Path, required=True, help="folder with files of sets")
-    parser.add_argument("--node-size", type=between(1, 64), default=2, help="ranks of a node")
+    parser.add_argument("--sets", type=Path, help="folder with files of sets")
+    parser.add_argument("--nodes", type=between(1, 64), default=4)
+    parser.add_argument("--node-size", type=between(1, 64), help="ranks; 2 with --sets, else 8")
     parser.add_argument("--spare", type=between(0, 512), default=4, help="C less the rounded E/N")
     parser.add_argument("--sharding", type=Sharding, choices=list(Sharding), default=Sharding.ROWS)
+    parser.add_argument(
+        "--tokens", type=between(64, 65536), default=4096, help="of a rank, by seed"
+    )
     parser.add_argument("--seed", type=between(0, 2**32 - 1), default=0, help="of the draws")
     options = parser.parse_args(arguments)
     result: dict[str, Any] = {"machine": machine()}
     print(json.dumps(result["machine"]))
+    result["rows"] = list(rows_of_files(options) if options.sets else rows_by_seed(options))
+    result["rows"].append({"routing": "mean", **dict(means(result["rows"]))})
+    print_table(result["rows"])
+    if options.sets:
+        print(on_independent_draws(result["rows"][-1]))
+    write_json(options.json, result)
+    return 0
+
+
+def rows_of_files(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row for each file of sets."""
     files = sorted(path for path in options.sets.glob("*") if _NAME.fullmatch(path.name))
     if not files:
         raise ValueError(
             f"--sets {options.sets} has no file NAME.E<experts>.k<top-k>.txt.gz; give a folder "
             "with files of sets"
         )
-    result["rows"] = []
     for path in files:
-        expert_TK, num_experts = read_sets(path)
-        size = node_size(num_experts, options.node_size, options.sharding)
-        shape = Shape(_NODES, size, num_experts, expert_TK.shape[1], 0)
-        capacity = -(-num_experts // shape.ranks) + options.spare
-        geometry = Geometry(shape.ranks, num_experts, capacity, size, options.sharding)
-        name = path.name.partition(".")[0]
-        result["rows"].append(
-            {
-                "file": name,
-                "N": shape.ranks,
-                "C": capacity,
-                **row_of(expert_TK, shape, geometry, options.seed),
-            }
+        expert_TK, experts = read_sets(path)
+        size = node_size(experts, options.nodes, options.node_size or 2, options.sharding)
+        shape = Shape(options.nodes, size, experts, expert_TK.shape[1], 0)
+        geometry = geometry_of(shape, options)
+        half = len(expert_TK) // 2
+        first, second = (
+            maps_of(part_TK, shape) for part_TK in (expert_TK[:half], expert_TK[half:])
         )
-    result["rows"].append({"file": "mean", **dict(means(result["rows"]))})
-    print_table(result["rows"])
-    write_json(options.json, result)
-    return 0
+        found = planned(first, shape, geometry)
+        drawn = maps_of(independent_sets(second, shape, options.seed), shape)
+        yield {
+            "routing": path.name.partition(".")[0],
+            "C": geometry.capacity,
+            **found.saved(second, shape),
+            **found.saved_on_independent(drawn, shape),
+            **found.times(),
+        }
 
 
-def row_of(expert_TK: Int64, shape: Shape, geometry: Geometry, seed: int) -> dict[str, Any]:
-    """Return rows between nodes per token and balance, with today's layout and by pairs."""
-    half = len(expert_TK) // 2
-    first, second = (maps_of(part_TK, shape) for part_TK in (expert_TK[:half], expert_TK[half:]))
-    drawn = maps_of(independent_sets(second, shape, seed), shape)
-    chosen_TE = np.concatenate(first).astype(np.int64)
+def rows_by_seed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield a row for each routing of `domains.py`."""
+    shape = Shape(options.nodes, options.node_size or 8, 128, 8, options.tokens)
+    geometry = geometry_of(shape, options)
+    if options.sharding == Sharding.ROWS:
+        taken = chosen_domain(shape, geometry.capacity, CLUSTER)
+        geometry = replace(geometry, domain_nodes=taken)
+    for routing in ROUTINGS:
+        maps = topic_maps(shape, routing, options.seed)
+        first, second = ([map_TE[at::2] for map_TE in maps] for at in range(2))
+        found = planned(first, shape, geometry, knows_ranks=True)
+        yield {
+            "routing": routing,
+            "C": geometry.capacity,
+            "domain": geometry.domain_nodes,
+            **found.saved(second, shape),
+            **found.times(),
+        }
+
+
+def geometry_of(shape: Shape, options: argparse.Namespace) -> Geometry:
+    capacity = min(-(-shape.experts // shape.ranks) + options.spare, shape.experts)
+    return Geometry(shape.ranks, shape.experts, capacity, shape.node_size, options.sharding)
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """Today's layout for single nodes and the one by pairs, and the time to plan them."""
+
+    geometry: Geometry
+    today: ExpertLayout
+    together: ExpertLayout
+    today_s: float
+    together_s: float
+
+    def saved(self, maps: Sequence[Bool], shape: Shape) -> dict[str, float]:
+        """Return rows between nodes per token and max/mean rank load, today and by pairs."""
+        today, today_balance = rows_and_balance(maps, shape, self.today, shape.node_size, 0)
+        rows, balance = self._by_pairs(maps, shape)
+        return {
+            "today": today,
+            "by pairs": rows,
+            "saved": 1 - rows / today if today else 0.0,
+            "max/mean today": today_balance,
+            "max/mean": balance,
+        }
+
+    def saved_on_independent(self, maps: Sequence[Bool], shape: Shape) -> dict[str, float]:
+        today, _ = rows_and_balance(maps, shape, self.today, shape.node_size, 0)
+        visiting, _ = rows_and_balance(maps, shape, self.today, shape.node_size, shape.topk)
+        rows, balance = self._by_pairs(maps, shape)
+        return {
+            "independent today": today,
+            "saved by quotas": 1 - visiting / today if today else 0.0,
+            "saved by both": 1 - rows / today if today else 0.0,
+            "independent max/mean": balance,
+        }
+
+    def times(self) -> dict[str, float]:
+        return {
+            "today ms": 1e3 * self.today_s,
+            "ms": 1e3 * self.together_s,
+            "times": self.together_s / max(self.today_s, 1e-4),
+        }
+
+    def _by_pairs(self, maps: Sequence[Bool], shape: Shape) -> tuple[float, float]:
+        return rows_and_balance(maps, shape, self.together, self.geometry.domain_size, shape.topk)
+
+
+def planned(
+    maps: Sequence[Bool], shape: Shape, geometry: Geometry, *, knows_ranks: bool = False
+) -> Planned:
+    """Plan from these tokens, by counts and by pairs, whose ranks are alike or known."""
+    single = replace(geometry, domain_nodes=1)
+    counts_NE = counts_of(maps)
+    chosen_TE = np.concatenate(maps).astype(np.int64)
     pairs_EE = chosen_TE.T @ chosen_TE
-
+    strategy = GreedyStrategy(single, priced(single, shape))
+    strategy.plan(counts_NE, single.static_layout)  # the prices are made once per run
     start_s = time.process_time()
-    strategy = GreedyStrategy(geometry, priced(geometry, shape))
-    today = strategy.plan(counts_of(first), geometry.static_layout)
+    today = strategy.plan(counts_NE, single.static_layout)
     today_s = time.process_time() - start_s
-    ours = place_together(pairs_EE, geometry).layout
-    ours_s = time.process_time() - start_s - today_s
-
-    found: dict[str, Any] = {}
-    for kind, maps in (("", second), ("independent ", drawn)):
-        before, found[f"{kind}max/mean today"] = rows_and_balance(maps, shape, today, 0)
-        after, found[f"{kind}max/mean"] = rows_and_balance(maps, shape, ours, shape.topk)
-        found |= {f"{kind}today": before, f"{kind}by pairs": after}
-        found[f"{kind}saved"] = 1 - after / before if before else 0.0
-    return {**found, "times today's planning": ours_s / max(today_s, 1e-4)}
+    start_s = time.process_time()
+    together = place_together(pairs_EE, geometry, counts_NE if knows_ranks else None).layout
+    return Planned(geometry, today, together, today_s, time.process_time() - start_s)
 
 
-def node_size(num_experts: int, least: int, sharding: Sharding) -> int:
+def on_independent_draws(mean: dict[str, Any]) -> str:
+    """Return the line that says how much of the saving there is the layouts'."""
+    quotas, both = mean["saved by quotas"], mean["saved by both"]
+    return (
+        f"independent draws: {both:.1%} fewer rows, {quotas:.1%} with today's layouts and the same "
+        f"quotas; the layouts by pairs change {both - quotas:+.1%}"
+    )
+
+
+def node_size(num_experts: int, nodes: int, least: int, sharding: Sharding) -> int:
     """Return a node's ranks: with experts at home the first number from `least` that divides."""
     if sharding == Sharding.ROWS:
         return least
-    fits = [size for size in range(least, num_experts) if num_experts % (_NODES * size) == 0]
+    fits = [size for size in range(least, num_experts) if num_experts % (nodes * size) == 0]
     if not fits:
         raise ValueError(
-            f"{num_experts} experts cannot be at home on {_NODES} nodes of {least} or more ranks; "
+            f"{num_experts} experts cannot be at home on {nodes} nodes of {least} or more ranks; "
             "give a smaller --node-size, or --sharding rows"
         )
     return fits[0]
 
 
 def rows_and_balance(
-    maps: Sequence[Bool], shape: Shape, layout: ExpertLayout, top_k: int
+    maps: Sequence[Bool], shape: Shape, layout: ExpertLayout, domain: int, top_k: int
 ) -> tuple[float, float]:
     """Count rows to other nodes per token, as the dispatcher chooses, and max/mean rank load."""
-    case = Case.of(maps, shape, layout, shape.node_size, Split.EXACT, top_k)
+    case = Case.of(maps, shape, layout, domain, Split.EXACT, top_k)
     slots = [
         choose_replicas(torch.from_numpy(map_TE), quotas, shape.node_size, rank).numpy()
         for rank, (map_TE, quotas) in enumerate(zip(maps, case.quotas, strict=True))
@@ -172,7 +261,7 @@ def independent_sets(maps: Sequence[Bool], shape: Shape, seed: int) -> Int64:
 
 def means(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float]]:
     for name in rows[0]:
-        if name != "file":
+        if name != "routing":
             yield name, float(np.mean([row[name] for row in rows]))
 
 

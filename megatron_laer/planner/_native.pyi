@@ -160,3 +160,20 @@ def search(
     seed: int,
     /,
 ) -> _Int16: ...
+def expected_rows(
+    pairs_EE: _Int64, counts_QE: _Float64, hosts_QE: _Int64, domain_nodes: int, top_k: int, /
+) -> float: ...
+def together(
+    pairs_EE: _Int64,
+    counts_QE: _Float64,
+    loads_XE: _Int64,
+    node_size: int,
+    domain_nodes: int,
+    capacity: int,
+    home: int,
+    top_k: int,
+    steps: int,
+    tries: int,
+    seed: int,
+    /,
+) -> tuple[_Int16, float]: ...

@@ -764,13 +764,18 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _in("planner/coactivation.py", *_unit("coactivation")).fault(
         "homes by pairs are a rank's last slots",
-        "slots[: geometry.home_slots]",
-        "slots[-geometry.home_slots :]",
+        "[:, : geometry.home_slots]",
+        "[:, -geometry.home_slots :]",
     ),
     _in("planner/coactivation.py", *_unit("coactivation")).fault(
-        "a token's own node counts as another",
-        "rows = (1 - 1 / num_nodes) * float(",
-        "rows = float(",
+        "a layout by counts with fewer rows is not taken",
+        "if by_counts.rows_per_token < rows:",
+        "if rows < by_counts.rows_per_token:",
+    ),
+    _in("planner/crossings.py", *_unit("coactivation")).fault(
+        "domains of nodes count as single nodes",
+        "self.domain_nodes,\n            self.top_k",
+        "1,\n            self.top_k",
     ),
     _BY_PAIRS.fault(
         "homes by pairs are counted on the steps that planned them",

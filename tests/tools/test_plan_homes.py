@@ -28,7 +28,7 @@ STEPS = 4
 
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch):
-    monkeypatch.setattr(coactivation, "_STEPS", 500)
+    monkeypatch.setattr(coactivation, "_STEPS_PER_SLOT", 60)
 
 
 def chosen(groups, more_of_first=1):

@@ -12,11 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import coactivation as benchmark
+from benchmarks.domains import ROUTINGS, topic_maps
 from benchmarks.token_exchange import Shape
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding
 from megatron_laer.planner import coactivation
-from megatron_laer.planner.coactivation import Crossings, hosts_of, place_together
+from megatron_laer.planner.coactivation import place_together
+from megatron_laer.planner.crossings import Crossings, hosts_of
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.homes_file import read_homes, write_homes
@@ -36,9 +38,15 @@ def pairs_of(expert_TK: Int64, experts: int) -> Int64:
     return chosen_TE.T @ chosen_TE
 
 
+def node_counts(counts_NE: Int64 | None, node_size: int) -> Int64 | None:
+    if counts_NE is None:
+        return None
+    return counts_NE.reshape(-1, node_size, counts_NE.shape[1]).sum(axis=1)
+
+
 @pytest.fixture(autouse=True)
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coactivation, "_STEPS", 800)
+    monkeypatch.setattr(coactivation, "_STEPS_PER_SLOT", 20)
 
 
 @settings(max_examples=25, deadline=None)
@@ -53,16 +61,25 @@ def test_layouts_are_legal_and_repeatable(data: st.DataObject) -> None:
     fewest = -(-experts // ranks) + at_home
     capacity = data.draw(st.integers(min(fewest, experts), experts))
     sharding = Sharding.EXPERTS if at_home and experts > ranks else Sharding.ROWS
-    geometry = Geometry(ranks, experts, capacity, size, sharding)
+    domains = [1] if at_home else [at for at in (1, 2) if nodes % at == 0]
+    geometry = Geometry(
+        ranks, experts, capacity, size, sharding, domain_nodes=data.draw(st.sampled_from(domains))
+    )
     seed = data.draw(st.integers(0, 2**16))
     top_k = data.draw(st.integers(1, experts))
     pairs_EE = pairs_of(topic_sets(experts, top_k, 50, 3, seed), experts)
 
-    placed = place_together(pairs_EE, geometry)
-    assert placed.layout == place_together(pairs_EE, geometry).layout
+    counts_NE = None
+    if data.draw(st.booleans()):
+        counts_NE = np.random.default_rng(seed).integers(0, 50, (ranks, experts))
+    placed = place_together(pairs_EE, geometry, counts_NE)
+    assert placed.layout == place_together(pairs_EE, geometry, counts_NE).layout
+    crossings = Crossings(pairs_EE, nodes, geometry.domain_nodes, node_counts(counts_NE, size))
+    assert placed.rows_per_token == pytest.approx(crossings.rows(hosts_of(placed.layout, geometry)))
     if sharding == Sharding.ROWS:
         geometry.check_layout(placed.layout)
-        assert placed.home_slot_order_E.size == 0
+        assert placed.home_slot_order_E.shape == (0,)
+        assert placed.home_slot_order_E.dtype == np.int64
         return
     homes = HomeOrder(placed.home_slot_order_E)
     geometry.check_layout(homes.layout_of_positions(placed.layout))
@@ -77,18 +94,22 @@ def test_homes_go_into_a_file_for_training(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_halves_of_eight_experts_are_within_a_hundredth_of_the_best(seed: int) -> None:
-    geometry = Geometry(2, 8, 4, 1)
+def test_halves_of_eight_experts_are_within_a_hundredth_of_the_best(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all halves with even loads; balance under drift is another matter."""
+    monkeypatch.setattr(coactivation, "_STEPS_PER_SLOT", 200)
+    monkeypatch.setattr(coactivation, "_REPAIRS", 0)
     crossings = Crossings(pairs_of(topic_sets(8, 3, 400, 2, seed), 8), 2)
-    rng = np.random.default_rng(0)
-    nodes = coactivation._Nodes.start(crossings, geometry, rng)
-    nodes.anneal(rng)
-    none_ME = np.zeros((2, 8), dtype=np.bool_)
-    least = min(
-        coactivation._Nodes(crossings, np.isin(np.arange(8), half).astype(int), none_ME).score()
-        for half in combinations(range(8), 4)
-    )
-    assert least - 1e-9 <= nodes.score() <= 1.01 * least
+    placed = place_together(crossings.pairs_EE, Geometry(2, 8, 4, 1))
+    load_E = crossings.pairs_EE.diagonal()
+    rows, even = [], []
+    for half in combinations(range(8), 4):
+        here_E = np.isin(np.arange(8), half)
+        rows.append(crossings.rows(np.stack([here_E, ~here_E])))
+        even.append(abs(2 * load_E[here_E].sum() / load_E.sum() - 1) <= 0.03)
+    evenly = [one for one, is_even in zip(rows, even, strict=True) if is_even] or rows
+    assert min(rows) - 1e-9 <= placed.rows_per_token <= 1.01 * min(evenly)
 
 
 @pytest.mark.parametrize("capacity", [4, 6])
@@ -104,14 +125,90 @@ def test_expected_rows_are_near_those_of_the_tokens(capacity: int) -> None:
     assert expected == pytest.approx(rows, rel=0.08)
 
 
+@pytest.mark.parametrize("known", [False, True])
+def test_rows_of_domains_are_those_of_tokens_without_likeness(known: bool) -> None:
+    """Tokens use their own node, else their domain, else any node, as a loop over tokens counts."""
+    rng = np.random.default_rng(0)
+    hosts_ME = np.zeros((4, 32), dtype=np.bool_)
+    hosts_ME[rng.integers(2, size=32), np.arange(32)] = True  # of the first two nodes
+    hosts_ME[2 + rng.integers(2, size=24), np.arange(24)] = True  # the others miss eight
+    tilt_ME = rng.normal(size=(4, 32)) if known else np.zeros((4, 32))
+    sets = [
+        np.argsort(-(tilt_E + rng.gumbel(size=(4000, 32))), axis=1)[:, :3] for tilt_E in tilt_ME
+    ]
+    rows = 0
+    for source, expert_TK in enumerate(sets):
+        near_M = np.arange(4) // 2 == source // 2
+        for experts in expert_TK.tolist():
+            nodes = set()
+            for expert in experts:
+                held_M = hosts_ME[:, expert]
+                if held_M[source]:
+                    continue
+                usable_M = held_M & near_M if (held_M & near_M).any() else held_M
+                nodes.add(int(np.argmax(usable_M)))
+            rows += len(nodes)
+    counts_ME = np.stack([np.bincount(one_TK.ravel(), minlength=32) for one_TK in sets])
+    crossings = Crossings(pairs_of(np.concatenate(sets), 32), 4, 2, counts_ME if known else None)
+    assert crossings.rows(hosts_ME) == pytest.approx(rows / 16000, rel=0.02)
+
+
+def test_ranks_of_few_topics_have_other_layouts() -> None:
+    """Tokens of half the experts on one node, and of the other half on the other, need no rows."""
+    geometry = Geometry(2, 8, 5, 1)
+    halves = [
+        np.argsort(np.random.default_rng(at).random((300, 4)), axis=1)[:, :2] for at in (0, 1)
+    ]
+    pairs_EE = pairs_of(np.concatenate([halves[0], 4 + halves[1]]), 8)
+    counts_NE = np.zeros((2, 8), dtype=np.int64)
+    counts_NE[1, :4], counts_NE[0, 4:] = pairs_EE.diagonal()[:4], pairs_EE.diagonal()[4:]
+    hosts_ME = hosts_of(place_together(pairs_EE, geometry, counts_NE).layout, geometry)
+    assert hosts_ME[1, :4].all()
+    assert hosts_ME[0, 4:].all()
+
+
+def test_the_layout_by_counts_is_taken_where_it_sends_fewer_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without any search, the layout by pairs may be worse."""
+    geometry = Geometry(4, 16, 8, 2, Sharding.EXPERTS)
+    pairs_EE = pairs_of(np.arange(16).reshape(4, 4).repeat(50, axis=0), 16)
+    monkeypatch.setattr(
+        coactivation.native, "together", lambda *_: (np.tile(np.arange(8, dtype=np.int16), 4), 3.0)
+    )
+    placed = place_together(pairs_EE, geometry)
+    assert placed.rows_per_token < 3
+    np.testing.assert_array_equal(placed.home_slot_order_E, np.arange(16))
+    geometry.check_layout(placed.layout)
+
+
 @pytest.mark.parametrize("sharding", list(Sharding))
 def test_sets_by_topic_cross_nodes_less_and_independent_ones_no_more(sharding: Sharding) -> None:
     shape = Shape(nodes=4, node_size=2, experts=32, topk=4, tokens=0)
     geometry = Geometry(shape.ranks, 32, 8, 2, sharding)
-    found = benchmark.row_of(topic_sets(32, 4, 4000, 6, seed=5), shape, geometry, seed=1)
+    expert_TK = topic_sets(32, 4, 4000, 6, seed=5)
+    first, second = (benchmark.maps_of(expert_TK[at::2], shape) for at in range(2))
+    planned = benchmark.planned(first, shape, geometry)
+    found = planned.saved(second, shape)
     assert found["saved"] > 0.1
     assert found["max/mean"] <= 1.01
-    assert found["independent saved"] > -0.01
+    drawn = benchmark.maps_of(benchmark.independent_sets(second, shape, 1), shape)
+    independent = planned.saved_on_independent(drawn, shape)
+    assert independent["saved by both"] > -0.01
+    line = benchmark.on_independent_draws(independent)
+    assert f"{independent['saved by quotas']:.1%} with today's layouts" in line
+
+
+@pytest.mark.parametrize("routing", list(ROUTINGS))
+def test_domains_of_two_nodes_save_over_a_quarter_of_the_rows(routing: str) -> None:
+    """Half of a token's experts are on its own node, and the others on one more."""
+    shape = Shape(nodes=4, node_size=4, experts=64, topk=8, tokens=512)
+    geometry = Geometry(shape.ranks, 64, 8, 4, domain_nodes=2)
+    maps = topic_maps(shape, routing, seed=0)
+    first, second = ([map_TE[at::2] for map_TE in maps] for at in range(2))
+    found = benchmark.planned(first, shape, geometry, knows_ranks=True).saved(second, shape)
+    assert found["saved"] > 0.27
+    assert found["max/mean"] <= 1.01
 
 
 def test_drifted_loads_follow_pairs() -> None:

@@ -45,6 +45,13 @@ def test_the_quotas_equal_a_definition_token_by_token(data: st.DataObject) -> No
     held_SE = layout.slot_expert_S[:, None] == np.arange(layout.num_experts)
     np.testing.assert_array_equal(rows_NS @ held_SE, counts_NE)
     np.testing.assert_array_equal(rows_NS, defined_NS(quotas))
+    totals = quotas.totals()
+    node_N = np.arange(layout.num_ranks) // geometry.node_size
+    is_near_NS = node_N[:, None] == np.repeat(node_N, layout.capacity)
+    np.testing.assert_array_equal(totals.near_S, (rows_NS * is_near_NS).sum(axis=0))
+    np.testing.assert_array_equal(totals.far_S, (rows_NS * ~is_near_NS).sum(axis=0))
+    np.testing.assert_array_equal(totals.sent_near_N, (rows_NS * is_near_NS).sum(axis=1))
+    np.testing.assert_array_equal(totals.sent_far_N, (rows_NS * ~is_near_NS).sum(axis=1))
 
 
 @pytest.mark.parametrize("skew", [0.0, 1.0])

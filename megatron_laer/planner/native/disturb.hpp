@@ -22,6 +22,7 @@ class Random {
     return z ^ (z >> 31);
   }
   int below(int limit) { return static_cast<int>(next() % static_cast<uint64_t>(limit)); }
+  double uniform() { return static_cast<double>(next() >> 11) / (int64_t{1} << 53); }
 
  private:
   uint64_t state_;

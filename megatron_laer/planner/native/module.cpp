@@ -16,12 +16,15 @@
 
 #include "construct.hpp"
 #include "costs.hpp"
+#include "crossings.hpp"
 #include "greedy.hpp"
 #include "guard.hpp"
 #include "home.hpp"
 #include "match_previous.hpp"
+#include "node_experts.hpp"
 #include "proportional.hpp"
 #include "quotas.hpp"
+#include "rank_experts.hpp"
 #include "search.hpp"
 #include "shape.hpp"
 #include "token_runs.hpp"
@@ -445,6 +448,66 @@ py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int
   });
 }
 
+laer::Pairs pairs_of(const Counts& pairs_EE, const Doubles& counts_QE, int domain_nodes,
+                     int top_k) {
+  if (pairs_EE.ndim() != 2 || pairs_EE.shape(0) != pairs_EE.shape(1) || pairs_EE.size() == 0 ||
+      counts_QE.ndim() != 2 || counts_QE.shape(1) != pairs_EE.shape(1)) {
+    throw py::value_error("pairs must be [E, E] and counts [Q, E]");
+  }
+  const auto nodes = static_cast<int>(counts_QE.shape(0));
+  if (domain_nodes < 1 || nodes % domain_nodes != 0 || top_k < 1) {
+    throw py::value_error("a domain's nodes must divide all nodes, and top_k be 1 or more");
+  }
+  return {static_cast<int>(pairs_EE.shape(0)), nodes, domain_nodes, top_k,
+          {pairs_EE.data(), pairs_EE.data() + pairs_EE.size()}, to_vector(counts_QE)};
+}
+
+// `hosts_QE` says which nodes have which experts.
+double expected_rows(const Counts& pairs_EE, const Doubles& counts_QE, const Counts& hosts_QE,
+                     int domain_nodes, int top_k) {
+  const laer::Pairs pairs = pairs_of(pairs_EE, counts_QE, domain_nodes, top_k);
+  check_size(hosts_QE, counts_QE.size(), "the experts of nodes");
+  laer::Crossings crossings(pairs);
+  for (int node = 0; node < pairs.nodes; ++node) {
+    for (int e = 0; e < pairs.experts; ++e) {
+      if (hosts_QE.data()[node * pairs.experts + e] != 0) {
+        crossings.move(e, laer::Crossings::kNowhere, node);
+      }
+    }
+  }
+  return crossings.rows();
+}
+
+// Slots, and the rows that they are expected to send.
+py::tuple together(const Counts& pairs_EE, const Doubles& counts_QE, const Counts& loads_XE,
+                   int node_size, int domain_nodes, int capacity, int home, int top_k, int steps,
+                   int tries, uint64_t seed) {
+  const laer::Pairs pairs = pairs_of(pairs_EE, counts_QE, domain_nodes, top_k);
+  const int ranks = pairs.nodes * node_size;
+  if (node_size < 1 || capacity < 1 || capacity > pairs.experts ||
+      static_cast<int64_t>(ranks) * capacity < pairs.experts) {
+    throw py::value_error("ranks must have slots for all experts, and no more each");
+  }
+  check_home(ranks, pairs.experts, capacity, home);
+  if (loads_XE.ndim() != 2 || loads_XE.shape(1) != pairs.experts || loads_XE.size() == 0) {
+    throw py::value_error("loads must be [X, E]");
+  }
+  std::vector<std::vector<int64_t>> loads;
+  for (py::ssize_t row = 0; row < loads_XE.shape(0); ++row) {
+    loads.emplace_back(loads_XE.data() + row * pairs.experts,
+                       loads_XE.data() + (row + 1) * pairs.experts);
+  }
+  py::gil_scoped_release release;
+  const laer::Shape shape{ranks, pairs.experts, capacity, node_size, home};
+  laer::Random random(seed);
+  laer::Crossings crossings(pairs);
+  const auto nodes =
+      laer::choose_nodes(pairs, node_size * capacity, steps, random, crossings);
+  const auto slots_S = laer::choose_ranks(shape, pairs, nodes, loads, tries, random, crossings);
+  py::gil_scoped_acquire acquire;
+  return py::make_tuple(to_array(slots_S), crossings.rows());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -478,4 +541,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("greedy", &greedy, py::arg("counts_NE"), py::arg("current_S"), py::arg("node_size"),
              py::arg("home"), py::arg("costs") = nullptr);
   module.def("search", &search);
+  module.def("expected_rows", &expected_rows);
+  module.def("together", &together);
 }

@@ -323,6 +323,32 @@ void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* n
   }
 }
 
+namespace {
+
+// Where a node's tokens make room for visitors, scattering brings some of them back to it.
+void add_returning(const ExpertSplit& split, Totals& sums) {
+  const Scatter scatter = split.scatter();
+  int64_t far_begin = 0, demand_begin = 0;
+  split.for_nodes([&](int at, int first, int last) {
+    const auto node = split.node(at, first, last);
+    const Interval leaving{far_begin, far_begin + node.far_supply};
+    const Interval room{demand_begin, demand_begin + node.far_demand};
+    far_begin = leaving.end;
+    demand_begin = room.end;
+    if (scatter.shared(leaving, room) == 0) return;
+    split.for_targets(first, last, [&](int replica, const Interval& interval) {
+      const int64_t tokens = scatter.shared(leaving, node.foreign(interval, room.begin));
+      sums.near_S[split.slot(replica)] += tokens;
+      sums.far_S[split.slot(replica)] -= tokens;
+    });
+    split.for_sources(at, first, last, [&](int source, const Interval& interval) {
+      sums.sent_near_N[source] += scatter.shared(node.leaving(interval, leaving.begin), room);
+    });
+  });
+}
+
+}  // namespace
+
 Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
               const Replicas& replicas, const int64_t* loads_S) {
   const std::vector<int64_t> share_Q = visit_shares(shape, node_counts_QE, replicas);
@@ -352,6 +378,7 @@ Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_coun
         sums.sent_near_N[source] += sums_of_node.inside(interval).size();
       });
     });
+    if (shape.top_k > 0) add_returning(split, sums);
   }
   for (int rank = 0; rank < shape.ranks; ++rank) {
     sums.sent_near_N[rank] += sums.own_N[rank];

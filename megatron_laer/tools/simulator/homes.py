@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.planner.coactivation import Crossings, place_together
+from megatron_laer.planner.coactivation import place_together
+from megatron_laer.planner.crossings import Crossings
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.tools.traces.records import PairRecords, Trace
 

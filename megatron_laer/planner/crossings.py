@@ -1,0 +1,88 @@
+"""Rows between nodes that counts of pairs of experts lead us to expect; no search.
+
+With `--fsep-token-exchange node` a token is sent once to every node that it needs. The model is in
+`native/crossings.hpp`.
+
+Legend: N ranks, E experts, C slots per rank, S = N*C slots, M nodes, K experts of a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.arrays import Bool, Int64
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.native_core import native
+
+
+@dataclass(frozen=True, eq=False)
+class Crossings:
+    """Rows between nodes for tokens with these pairs.
+
+    `pairs_EE` are the tokens that chose both of two experts, on the diagonal those of one.
+    `counts_ME` are tokens of each node's ranks for each expert; without them nodes are alike.
+    `domain_nodes` neighbouring nodes are planned together, see `Geometry`.
+    """
+
+    pairs_EE: Int64
+    num_nodes: int
+    domain_nodes: int = 1
+    counts_ME: Int64 | None = None
+
+    def __post_init__(self) -> None:
+        check_pairs(self.pairs_EE)
+
+    @cached_property
+    def top_k(self) -> int:
+        """Return K: each token of an expert is in K of its pairs."""
+        return max(round(float(self.pairs_EE.sum() / max(np.trace(self.pairs_EE), 1))), 1)
+
+    @cached_property
+    def source_counts_ME(self) -> npt.NDArray[np.float64]:
+        """Return each node's tokens for each expert, where no expert has none."""
+        if self.counts_ME is not None:
+            return np.maximum(self.counts_ME, 1.0)
+        load_E = np.maximum(self.pairs_EE.diagonal(), 1.0)
+        return np.repeat(load_E[None] / self.num_nodes, self.num_nodes, axis=0)
+
+    def rows(self, hosts_ME: Bool) -> float:
+        """Expect the rows of a token to other nodes than its own, for the experts of each node."""
+        rows: float = native.expected_rows(
+            self.pairs_EE,
+            self.source_counts_ME,
+            hosts_ME.astype(np.int64),
+            self.domain_nodes,
+            self.top_k,
+        )
+        return rows
+
+
+def hosts_of(layout: ExpertLayout, geometry: Geometry) -> Bool:
+    """Return the experts of each node, bool [M, E]."""
+    hosts_ME = np.zeros((geometry.num_nodes, geometry.num_experts), dtype=np.bool_)
+    for hosts_E, slots_X in zip(
+        hosts_ME, layout.slot_expert_S.reshape(geometry.num_nodes, -1), strict=True
+    ):
+        hosts_E[slots_X[slots_X != EMPTY]] = True
+    return hosts_ME
+
+
+def check_pairs(pairs_EE: Int64) -> None:
+    """Refuse a table that counts no pairs of experts."""
+    is_square = pairs_EE.ndim == 2 and pairs_EE.shape[0] == pairs_EE.shape[1]
+    if not is_square or (pairs_EE != pairs_EE.T).any() or (pairs_EE < 0).any():
+        raise ValueError(
+            f"pairs_EE of shape {pairs_EE.shape} is no table of pairs; give a symmetric one "
+            "[experts, experts] of numbers of tokens"
+        )
+    if (pairs_EE > pairs_EE.diagonal()).any():
+        expert = int(np.argmax((pairs_EE > pairs_EE.diagonal()).any(axis=0)))
+        raise ValueError(
+            f"expert {expert} is in {pairs_EE[:, expert].max()} tokens of a pair, but has "
+            f"{pairs_EE[expert, expert]} tokens; the diagonal must count the tokens of each expert"
+        )

@@ -1,0 +1,261 @@
+// 1. Main places are swapped while more pairs are inside nodes. 2. Nodes are filled with replicas.
+// 3. Both change at random while expected rows fall.
+//
+// Legend: E experts, Q nodes, D domains.
+#include "node_experts.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace laer {
+namespace {
+
+// Uneven loads of nodes, of the mean, that replicas even out.
+constexpr double kUneven = 0.03;
+// First temperature of the annealing, in rows per token.
+constexpr double kTemperature = 0.002;
+constexpr int kStarts = 4;
+
+class Search {
+ public:
+  Search(const Pairs& pairs, int slots_per_node, Random& random, Crossings& crossings)
+      : pairs_(pairs), slots_(std::min(slots_per_node, pairs.experts)), random_(random),
+        crossings_(crossings), by_load_E_(pairs.experts) {
+    std::iota(by_load_E_.begin(), by_load_E_.end(), 0);
+    std::stable_sort(by_load_E_.begin(), by_load_E_.end(),
+                     [&](int a, int b) { return pairs.load(a) > pairs.load(b); });
+  }
+
+  NodeExperts run(int steps) {
+    place_main();
+    add_replicas();
+    anneal(steps);
+    return experts_;
+  }
+
+ private:
+  int experts() const { return pairs_.experts; }
+  int nodes() const { return pairs_.nodes; }
+
+  // The best of several starts: by load in turns, and permutations of that.
+  void place_main() {
+    std::vector<int> node_E(experts()), best_E;
+    double most = -1;
+    for (int i = 0; i < experts(); ++i) {
+      const int turn = i % (2 * nodes());
+      node_E[by_load_E_[i]] = std::min(turn, 2 * nodes() - 1 - turn);
+    }
+    for (int start = 0; start < kStarts; ++start) {
+      std::vector<int> found_E = node_E;
+      const double inside = swap_together(found_E);
+      if (inside > most) most = inside, best_E = found_E;
+      for (int i = experts() - 1; i > 0; --i) std::swap(node_E[i], node_E[random_.below(i + 1)]);
+    }
+    experts_.main_Q.resize(nodes());
+    experts_.replicas_Q.resize(nodes());
+    for (int e = 0; e < experts(); ++e) {
+      experts_.main_Q[best_E[e]].push_back(e);
+      crossings_.move(e, Crossings::kNowhere, best_E[e]);
+    }
+  }
+
+  // Swaps the two experts that bring most pairs into nodes, until none do (Kernighan and Lin). No
+  // swap makes a node heavier than all are by more than a little. Returns the pairs inside nodes.
+  double swap_together(std::vector<int>& node_E) const {
+    std::vector<double> in_node_EQ(static_cast<size_t>(experts()) * nodes(), 0), load_Q(nodes(), 0);
+    auto pairs_in = [&](int expert, int node) -> double& {
+      return in_node_EQ[static_cast<size_t>(expert) * nodes() + node];
+    };
+    double total = 0;
+    for (int e = 0; e < experts(); ++e) {
+      for (int other = 0; other < experts(); ++other) {
+        if (other != e) pairs_in(e, node_E[other]) += pairs_.of(e)[other];
+      }
+      load_Q[node_E[e]] += pairs_.load(e);
+      total += pairs_.load(e);
+    }
+    const double most = (1 + kUneven) * total / nodes();
+    for (int swaps = 0; swaps < 20 * experts(); ++swaps) {
+      double best = 0;
+      int one = -1, two = -1;
+      for (int a = 0; a < experts(); ++a) {
+        const double* pairs_E = pairs_.of(a);
+        const int here = node_E[a];
+        for (int b = a + 1; b < experts(); ++b) {
+          const int there = node_E[b];
+          if (there == here) continue;
+          const double gain = pairs_in(a, there) + pairs_in(b, here) - 2 * pairs_E[b] -
+                              pairs_in(a, here) - pairs_in(b, there);
+          if (gain <= best) continue;
+          const double more = pairs_.load(b) - pairs_.load(a);
+          const double after = std::max(load_Q[here] + more, load_Q[there] - more);
+          if (after > most && after > std::max(load_Q[here], load_Q[there])) continue;
+          best = gain, one = a, two = b;
+        }
+      }
+      if (one < 0) break;
+      const int here = node_E[one], there = node_E[two];
+      std::swap(node_E[one], node_E[two]);
+      const double more = pairs_.load(two) - pairs_.load(one);
+      load_Q[here] += more;
+      load_Q[there] -= more;
+      for (int e = 0; e < experts(); ++e) {
+        const double left = e == one ? 0 : pairs_.of(e)[one];
+        const double came = e == two ? 0 : pairs_.of(e)[two];
+        pairs_in(e, here) += came - left;
+        pairs_in(e, there) += left - came;
+      }
+    }
+    double inside = 0;
+    for (int e = 0; e < experts(); ++e) inside += pairs_in(e, node_E[e]);
+    return inside;
+  }
+
+  void add_replica(int node, int expert) {
+    if (crossings_.hosts(node, expert) || room(node) == 0) return;
+    experts_.replicas_Q[node].push_back(expert);
+    crossings_.move(expert, Crossings::kNowhere, node);
+  }
+
+  int room(int node) const {
+    const size_t used = experts_.main_Q[node].size() + experts_.replicas_Q[node].size();
+    return slots_ - static_cast<int>(used);
+  }
+
+  // First each domain gets every expert, as far as it has room, the most chosen ones first; then
+  // each node its most chosen others. Nodes start elsewhere among these, so that experts have two
+  // nodes before four.
+  void add_replicas() {
+    const int together = pairs_.domain_nodes;
+    for (int first = 0; together > 1 && first < nodes(); first += together) {
+      for (int e : by_load_E_) {
+        int at = first;
+        bool is_there = false;
+        for (int node = first; node < first + together; ++node) {
+          is_there |= crossings_.hosts(node, e);
+          if (room(node) > room(at)) at = node;
+        }
+        if (!is_there) add_replica(at, e);
+      }
+    }
+    for (int node = 0; node < nodes(); ++node) {
+      std::vector<int> others;
+      for (int e : by_load_E_) {
+        if (!crossings_.hosts(node, e)) others.push_back(e);
+      }
+      const int free = room(node), tried = std::min<int>(2 * free, static_cast<int>(others.size()));
+      for (int i = 0; i < tried; ++i) {
+        add_replica(node, others[(i + static_cast<int64_t>(node) * free / nodes()) % tried]);
+      }
+    }
+  }
+
+  // Expected rows, and more of them for nodes that differ in load. In a domain of several nodes an
+  // expert is in one of them, as a rule: what is too much for it goes to other domains, a row each.
+  double score() const {
+    const bool is_alone = pairs_.domain_nodes == 1;
+    const double free = is_alone ? kUneven : 0;
+    const double rows_each = is_alone ? 1 : pairs_.top_k / (2.0 * nodes());
+    double mean = 0, uneven = 0;
+    for (int node = 0; node < nodes(); ++node) mean += crossings_.node_load(node) / nodes();
+    for (int node = 0; node < nodes(); ++node) {
+      uneven += std::max(std::abs(crossings_.node_load(node) / mean - 1) - free, 0.0);
+    }
+    return crossings_.rows() + rows_each * uneven;
+  }
+
+  // One change: the expert at a place of a node becomes another, and where it is swapped, another
+  // node's place gets it.
+  struct Change {
+    std::vector<int>* place_X;
+    int node, at, expert;
+    std::vector<int>* other_X = nullptr;
+    int other_node = 0, other_at = 0;
+  };
+
+  bool draw(Change& change) {
+    const int kind = random_.below(3);
+    auto& lists_Q = kind == 0 ? experts_.main_Q : experts_.replicas_Q;
+    change.node = random_.below(nodes());
+    change.place_X = &lists_Q[change.node];
+    if (change.place_X->empty()) return false;
+    change.at = random_.below(static_cast<int>(change.place_X->size()));
+    if (kind == 2) {
+      change.expert = random_.below(experts());
+      return !crossings_.hosts(change.node, change.expert);
+    }
+    change.other_node = random_.below(nodes());
+    change.other_X = &lists_Q[change.other_node];
+    if (change.other_node == change.node || change.other_X->empty()) return false;
+    change.other_at = random_.below(static_cast<int>(change.other_X->size()));
+    change.expert = (*change.other_X)[change.other_at];
+    return !crossings_.hosts(change.node, change.expert) &&
+           !crossings_.hosts(change.other_node, (*change.place_X)[change.at]);
+  }
+
+  // Applied twice, a change is undone.
+  void apply(Change& change) {
+    int& expert = (*change.place_X)[change.at];
+    const bool is_swap = change.other_X != nullptr;
+    const int other = is_swap ? change.other_node : Crossings::kNowhere;
+    crossings_.move(change.expert, other, change.node);
+    crossings_.move(expert, change.node, other);
+    if (is_swap) (*change.other_X)[change.other_at] = expert;
+    std::swap(expert, change.expert);
+  }
+
+  void anneal(int steps) {
+    double now = score(), least = now;
+    NodeExperts best = experts_;
+    for (int step = 0; step < steps; ++step) {
+      Change change;
+      if (!draw(change)) continue;
+      apply(change);
+      const double after = score();
+      const double heat = kTemperature * (1 - static_cast<double>(step) / steps);
+      if (after < now - heat * std::log(1 - random_.uniform())) {
+        now = after;
+        if (now < least) least = now, best = experts_;
+      } else {
+        apply(change);
+      }
+    }
+    experts_ = best;
+    set_hosts();
+  }
+
+  // An expert is nowhere at no time.
+  void set_hosts() {
+    std::vector<std::vector<char>> has_QE(nodes(), std::vector<char>(experts(), 0));
+    for (int node = 0; node < nodes(); ++node) {
+      for (const auto* list : {&experts_.main_Q[node], &experts_.replicas_Q[node]}) {
+        for (int e : *list) has_QE[node][e] = 1;
+      }
+    }
+    for (const bool adds : {true, false}) {
+      for (int node = 0; node < nodes(); ++node) {
+        for (int e = 0; e < experts(); ++e) {
+          if (has_QE[node][e] != adds || crossings_.hosts(node, e) == adds) continue;
+          crossings_.move(e, adds ? Crossings::kNowhere : node, adds ? node : Crossings::kNowhere);
+        }
+      }
+    }
+  }
+
+  const Pairs& pairs_;
+  const int slots_;
+  Random& random_;
+  Crossings& crossings_;
+  std::vector<int> by_load_E_;
+  NodeExperts experts_;
+};
+
+}  // namespace
+
+NodeExperts choose_nodes(const Pairs& pairs, int slots_per_node, int steps, Random& random,
+                         Crossings& crossings) {
+  return Search(pairs, slots_per_node, random, crossings).run(steps);
+}
+
+}  // namespace laer
