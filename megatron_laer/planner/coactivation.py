@@ -35,7 +35,7 @@ _SEED = 2602
 # Steps of the annealing for each slot, and tries to balance drifted loads.
 _STEPS_PER_SLOT, _REPAIRS = 128, 600
 # Loads under which ranks must be balanced; log-deviations of an expert's load and of a topic's.
-_DRIFTS, _EXPERT_DRIFT, _TOPIC_DRIFT = 16, 0.4, 0.5
+_DRIFTS, _EXPERT_DRIFT, _TOPIC_DRIFT = 6, 0.25, 0.5
 # A drifted load has some tokens per rank more or fewer than another, of this number.
 _TOKENS_PER_RANK = 2000
 

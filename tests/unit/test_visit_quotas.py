@@ -50,8 +50,10 @@ def test_the_quotas_equal_a_definition_token_by_token(data: st.DataObject) -> No
     is_near_NS = node_N[:, None] == np.repeat(node_N, layout.capacity)
     np.testing.assert_array_equal(totals.near_S, (rows_NS * is_near_NS).sum(axis=0))
     np.testing.assert_array_equal(totals.far_S, (rows_NS * ~is_near_NS).sum(axis=0))
-    np.testing.assert_array_equal(totals.sent_near_N, (rows_NS * is_near_NS).sum(axis=1))
-    np.testing.assert_array_equal(totals.sent_far_N, (rows_NS * ~is_near_NS).sum(axis=1))
+    sent_near_N, sent_far_N = ((rows_NS * at).sum(axis=1) for at in (is_near_NS, ~is_near_NS))
+    np.testing.assert_array_equal(totals.sent_near_N + totals.sent_far_N, counts_NE.sum(axis=1))
+    for sent_N, expected_N in ((totals.sent_near_N, sent_near_N), (totals.sent_far_N, sent_far_N)):
+        np.testing.assert_array_equal(of_nodes(sent_N, node_N), of_nodes(expected_N, node_N))
 
 
 @pytest.mark.parametrize("skew", [0.0, 1.0])
@@ -90,6 +92,11 @@ def test_a_number_of_experts_that_no_token_can_have_is_refused() -> None:
     layout = ExpertLayout.static(2, 2, 4)
     with pytest.raises(ValueError, match=r"top_k must be in 0\.\.E"):
         native.slot_loads(np.ones((2, 4), np.int64), layout.slot_expert_S, 1, 5)
+
+
+def of_nodes(tokens_N: Int64, node_N: Int64) -> Int64:
+    """Return sums by node, which are exact; a source's part of the returning tokens is a share."""
+    return np.bincount(node_N, weights=tokens_N).astype(np.int64)
 
 
 def defined_NS(quotas: ExactQuotas) -> Int64:

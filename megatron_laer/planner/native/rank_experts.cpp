@@ -1,5 +1,6 @@
 // 1. Each node's experts are dealt to its ranks, heaviest first. 2. Ranks of a node exchange
-// experts until loads are even. 3. Slots change places or experts while drifted loads cannot be balanced.
+// experts until loads are even. 3. Slots change places or experts while drifted loads cannot be
+// balanced.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, G ranks per node, X loads.
 #include "rank_experts.hpp"

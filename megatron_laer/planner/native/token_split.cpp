@@ -26,6 +26,12 @@ int64_t overlap(const Interval& a, const Interval& b) {
   return std::max<int64_t>(std::min(a.end, b.end) - std::max(a.begin, b.begin), 0);
 }
 
+// Of `tokens` shared by `whole`, those of the first `part`, rounded down.
+int64_t shared_of(int64_t tokens, int64_t part, int64_t whole) {
+  if ((tokens | part) < int64_t{1} << 31) return tokens * part / whole;
+  return static_cast<int64_t>(static_cast<__int128>(tokens) * part / whole);
+}
+
 // The sum of floor((factor * x + add) / whole) over 0 <= x < end, modulo 2^64: the steps of the
 // Euclidean algorithm. Products must fit, so whole is below 2^31.
 uint64_t floor_sum(uint64_t end, uint64_t whole, uint64_t factor, uint64_t add) {
@@ -135,9 +141,7 @@ class ExpertSplit {
     // Of the first tokens of the node's row, those that stay inside.
     int64_t staying(int64_t first) const {
       if (!is_even || far_supply == 0) return std::min(first, near);
-      const int64_t row = near + far_supply;
-      if ((first | near) < int64_t{1} << 31) return first * near / row;
-      return static_cast<int64_t>(static_cast<__int128>(first) * near / row);
+      return shared_of(near, first, near + far_supply);
     }
     Interval inside(const Interval& source) const {
       return {staying(source.begin), staying(source.end)};
@@ -325,7 +329,9 @@ void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* n
 
 namespace {
 
-// Where a node's tokens make room for visitors, scattering brings some of them back to it.
+// Where a node's tokens make room for visitors, scattering brings some of them back to it. The sums
+// of slots and nodes are exact. Of a node's sources each has its share, as scattering is even: to
+// count them would take several times as long as the rest.
 void add_returning(const ExpertSplit& split, Totals& sums) {
   const Scatter scatter = split.scatter();
   int64_t far_begin = 0, demand_begin = 0;
@@ -335,14 +341,18 @@ void add_returning(const ExpertSplit& split, Totals& sums) {
     const Interval room{demand_begin, demand_begin + node.far_demand};
     far_begin = leaving.end;
     demand_begin = room.end;
-    if (scatter.shared(leaving, room) == 0) return;
+    int64_t back = 0;
     split.for_targets(first, last, [&](int replica, const Interval& interval) {
       const int64_t tokens = scatter.shared(leaving, node.foreign(interval, room.begin));
       sums.near_S[split.slot(replica)] += tokens;
       sums.far_S[split.slot(replica)] -= tokens;
+      back += tokens;
     });
+    if (back == 0) return;
     split.for_sources(at, first, last, [&](int source, const Interval& interval) {
-      sums.sent_near_N[source] += scatter.shared(node.leaving(interval, leaving.begin), room);
+      const Interval part = node.leaving(interval, 0);
+      sums.sent_near_N[source] += shared_of(back, part.end, leaving.size()) -
+                                  shared_of(back, part.begin, leaving.size());
     });
   });
 }

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
+from megatron_laer.choices import Sharding
 from megatron_laer.planner.coactivation import place_together
 from megatron_laer.planner.crossings import Crossings
 from megatron_laer.planner.geometry import Geometry
@@ -111,12 +112,12 @@ def _orders(pairs_EE: Int64, geometry: Geometry) -> list[Int64]:
     orders = []
     for slots in _REPLICA_SLOTS:
         capacity = min(geometry.capacity + slots, geometry.num_experts)
-        slots_S = place_together(
-            pairs_EE, replace(geometry, capacity=capacity)
-        ).layout.slot_expert_S
-        # Replicas are behind the experts at home.
-        home_NC = slots_S.reshape(geometry.num_ranks, capacity)[:, : geometry.capacity]
-        orders.append(home_NC.reshape(-1).astype(np.int64))
+        if capacity == geometry.capacity:
+            slots_S = place_together(pairs_EE, geometry).layout.slot_expert_S
+            orders.append(slots_S.astype(np.int64))
+        else:
+            beside = replace(geometry, capacity=capacity, sharding=Sharding.EXPERTS)
+            orders.append(place_together(pairs_EE, beside).home_slot_order_E)
     crossings = Crossings(pairs_EE, geometry.num_nodes)
     return sorted(orders, key=lambda order_E: crossings.rows(_hosts(order_E, geometry.num_nodes)))
 
