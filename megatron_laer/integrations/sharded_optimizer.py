@@ -54,14 +54,14 @@ class _Sharded:
 
 def saved(
     model: Sequence[Any], optimizer: Any, described: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> tuple[dict[int, Any], dict[str, Any]]:
     """Return the optimizer's entry of a checkpoint, and its part of the checkpoint's metadata.
 
     Args:
         described: the sharded state dict of the model's weights.
     """
     step = _step(optimizer.optimizer)
-    entry = {}
+    entry = dict[int, Any]()
     # Elsewhere experts have an optimizer of their own.
     for number, of_experts in enumerate((False, True)):
         parts = [part for part in _parts(model) if part.is_of_expert == of_experts]

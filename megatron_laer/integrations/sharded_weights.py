@@ -69,7 +69,7 @@ def load_whole(model: Sequence[Any], directory: str, optimizer: Any = None) -> d
         asked = _described(chunks, metadata)
         if optimizer is not None:
             asked["states"] = sharded_optimizer.asked_for(model, optimizer, asked)
-        loaded = dist_checkpointing.load(asked, directory)
+        loaded: dict[str, Any] = dist_checkpointing.load(asked, directory)
         for chunk, key in zip(chunks, _keys(chunks), strict=True):
             found, weights = loaded.pop(key), _weights(chunk)
             if missing := weights.keys() - found.keys():

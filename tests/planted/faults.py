@@ -56,7 +56,7 @@ _WHOLE = _in("integrations/sharded_optimizer.py", *_ranks("sharded_checkpoints")
 _STATE_BYTES = _in("planner/state_bytes.py", "tests/tools/test_memory_parts.py")
 _MEMORY = _in("tools/simulator/iteration/memory_parts.py", "tests/tools/test_memory_parts.py")
 _FROZEN = "tests/tools/test_frozen_and_sharded.py"
-_CHUNK = _in("tools/simulator/iteration/chunk.py", _FROZEN)
+_UNSHARD = _in("tools/simulator/iteration/chunk.py", _FROZEN)
 _CLOCKS = _in("tools/simulator/iteration/clocks.py", _FROZEN)
 _WORK = _in("tools/simulator/iteration/work.py", _FROZEN)
 _BY_PAIRS = _in("tools/simulator/homes.py", "tests/tools/test_plan_homes.py")
@@ -994,7 +994,7 @@ FAULTS: tuple[Fault, ...] = (
         "* method.experts_held * model.expert_adapters",
         "* method.experts_held * model.expert_weights",
     ),
-    _CHUNK.fault(
+    _UNSHARD.fault(
         "weights stay whole from forward to backward",
         "layer.name\n        began_s = _unshard(clocks, layer, began_s)",
         "layer.name",
