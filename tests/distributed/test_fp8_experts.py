@@ -26,7 +26,7 @@ PARAMETERS = " --fp8-param-gather"
 # Sizes are multiples of 32.
 MX = " --fp8-format e4m3 --fp8-recipe mxfp8 --bf16 --hidden-size 64"
 RANDOM_MX = MX + AT_HOME + " --fsep-planner random"
-# Checkpoints have values along rows. Along columns these are exact, unless they are subnormal there.
+# Checkpoints have values along rows, exact along columns too unless they are subnormal there.
 MX_PARAMETERS = PARAMETERS + " --reuse-grad-buf-for-mxfp8-param-ag"
 HELD = " --fsep-restore step --fsep-plan-mode forecast"
 RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
