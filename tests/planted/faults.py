@@ -115,6 +115,7 @@ _PAIR_COUNTS = _in("runtime/pair_counts.py", *_unit("pair_counts"))
 _SLOT_CONFIGS = _in("layer/slot_configs.py", *_unit("slot_configs"))
 _FP8_TE = _in("layer/experts/fp8/te.py", *_unit("fp8_back_end"))
 _FP8_MX = _in("layer/experts/fp8/te_mx.py", *_unit("fp8_back_end"))
+_FP8_SUPPORT = _in("support/fp8_experts.py", *_unit("fp8_support"))
 _FP8_DELAYED = _in("layer/experts/fp8/te_delayed.py", *_unit("fp8_delayed"))
 _SLOT_LINEAR = _in("layer/experts/slot_linear.py", *_unit("fp8_back_end"))
 _DIRECTIONS = _in("runtime/weights/restored.py", *_unit("directions"))
@@ -867,6 +868,16 @@ FAULTS: tuple[Fault, ...] = (
         "parameters in fp8 are quantised again",
         "if not isinstance(weight_RK, self._tensors.Float8BlockwiseQTensor):",
         "if True:",
+    ),
+    _FP8_MX.fault(
+        "parameters in mxfp8 are quantised again",
+        "if isinstance(weight_RK, self._tensors.MXFP8Tensor):",
+        "if False:",
+    ),
+    _FP8_SUPPORT.fault(
+        "older cards compute every recipe",
+        "return self.first <= capability < self.end and",
+        "return capability < self.end and",
     ),
     _FP8_MX.fault(
         "scales along columns are padded as those along rows",

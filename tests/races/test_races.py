@@ -34,7 +34,6 @@ AT_NIGHT = {
     "Megatron-FSDP of gradients, home experts replicated",
     "nobody waits for home experts that Megatron-FSDP gathers",
     "experts at home in mxfp8, both overlaps",
-    "experts at home kept in mxfp8, both overlaps",
     "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer",
 }
 

@@ -119,10 +119,6 @@ SCENARIOS = {
     "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer": Training(
         f"{_HOME}{_MXFP8}{_MOE} --fsep-restore step", one_queue=True, capability=B200
     ),
-    "experts at home kept in mxfp8, both overlaps": Training(
-        f"{_HOME}{_MXFP8}{_OVERLAPS} --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag",
-        capability=B200,
-    ),
     # Most features at once, with Triton's kernels.
     "kernels, by nodes of 1": Training(
         f"{_RANDOM}{_MOE}{_OVERLAPS} --fsep-node-size 1 --fsep-restore-algorithm node "
