@@ -127,6 +127,19 @@ def test_expected_rows_are_near_those_of_the_tokens(capacity: int) -> None:
     assert expected == pytest.approx(rows, rel=0.08)
 
 
+def test_ranks_of_a_node_have_alike_loads_that_no_split_can_move() -> None:
+    """A later load can then grow on any of them: such a rank would be too busy under each split."""
+    geometry = Geometry(8, 64, 12, 2)
+    differences = []
+    for seed in range(4):
+        pairs_EE = pairs_of(topic_sets(64, 4, 4000, 12, seed), 64)
+        layout = place_together(pairs_EE, geometry).layout
+        holds_NE = np.stack([layout.slot_expert_S.reshape(8, -1) == e for e in range(64)]).any(2).T
+        fixed_N = (holds_NE & (holds_NE.sum(axis=0) == 1)) @ pairs_EE.diagonal()
+        differences.append(np.abs(fixed_N[::2] - fixed_N[1::2]) * 8 / pairs_EE.trace())
+    assert np.mean(differences) < 0.08
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_rows_of_domains_are_those_of_tokens_without_likeness(known: bool) -> None:
     """Tokens use their own node, else their domain, else any node, as a loop over tokens counts."""

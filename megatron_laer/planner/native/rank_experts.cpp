@@ -1,6 +1,6 @@
 // 1. Each node's experts are dealt to its ranks, heaviest first. 2. Ranks of a node exchange
-// experts until loads are even. 3. Slots change places or experts while drifted loads cannot be
-// balanced.
+// experts until loads are even, and those of experts without another replica, which no split can
+// move. 3. Slots change places or experts while drifted loads cannot be balanced.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, G ranks per node, X loads.
 #include "rank_experts.hpp"
@@ -31,8 +31,8 @@ class Ranks {
       deal(node, experts.main_Q[node], shape_.home > 0 ? shape_.home : shape_.capacity);
       deal(node, experts.replicas_Q[node], shape_.capacity);
       fill(node);
-      level(node);
     }
+    for (int node = 0; node < shape_.nodes(); ++node) level(node);
     repair(tries);
     return slots_S_;
   }
@@ -86,18 +86,18 @@ class Ranks {
     }
   }
 
-  // Exchanges experts of two ranks while squares of loads become fewer.
+  // Exchanges experts of two ranks while squares of both loads become fewer.
   void level(int node) {
     const int first = first_rank(node), last = first_rank(node + 1);
-    std::fill(load_N_.begin() + first, load_N_.begin() + last, 0);
-    std::vector<double> share_E(shape_.experts);
+    std::vector<Load> share_E(shape_.experts), load_N(shape_.ranks);
     for (int e = 0; e < shape_.experts; ++e) {
-      share_E[e] = share(node, e) / std::max(held(node, e), 1);
+      const double each = share(node, e) / std::max(held(node, e), 1);
+      share_E[e] = {each, held(node, e) == 1 && crossings_.num_hosts(e) == 1 ? each : 0};
     }
     double mean = 0;
     for (int rank = first; rank < last; ++rank) {
-      for (int at = 0; at < shape_.capacity; ++at) load_N_[rank] += share_E[slot(rank, at)];
-      mean += load_N_[rank] / shape_.node_size;
+      for (int at = 0; at < shape_.capacity; ++at) load_N[rank].add(share_E[slot(rank, at)], 1);
+      mean += load_N[rank].all / shape_.node_size;
     }
     const double least = kFreeExcess * mean / 10 * mean;
     bool is_better = true;
@@ -105,28 +105,47 @@ class Ranks {
       is_better = false;
       for (int one = first; one < last; ++one) {
         for (int other = one + 1; other < last; ++other) {
-          is_better |= exchange(one, other, share_E, least);
+          is_better |= exchange(one, other, share_E, load_N, least);
         }
       }
     }
   }
 
+  // Load of all experts of a rank or of one, and of those without another replica.
+  struct Load {
+    double all = 0, fixed = 0;
+    void add(const Load& other, double sign) {
+      all += sign * other.all;
+      fixed += sign * other.fixed;
+    }
+  };
+
+  // By how much squares fall if `more` goes from one rank to another.
+  static double gained(double more, double from, double to) {
+    return 2 * more * (from - to - more);
+  }
+
   // The best exchange between two ranks, if it gains enough.
-  bool exchange(int one, int other, const std::vector<double>& share_E, double least) {
+  bool exchange(int one, int other, const std::vector<Load>& share_E, std::vector<Load>& load_N,
+                double least) {
+    const Load& from = load_N[one];
+    const Load& to = load_N[other];
     double best = least;
     int best_at = -1, best_to = -1;
+    Load best_more;
     for (int at = 0; at < shape_.capacity; ++at) {
-      for (int to = 0; to < shape_.capacity; ++to) {
-        const double more = share_E[slot(one, at)] - share_E[slot(other, to)];
-        const double gain = 2 * more * (load_N_[one] - load_N_[other] - more);
-        if (gain <= best || !can_swap(one, at, other, to)) continue;
-        best = gain, best_at = at, best_to = to;
+      for (int its = 0; its < shape_.capacity; ++its) {
+        Load more = share_E[slot(one, at)];
+        more.add(share_E[slot(other, its)], -1);
+        const double gain = gained(more.all, from.all, to.all) +
+                            gained(more.fixed, from.fixed, to.fixed);
+        if (gain <= best || !can_swap(one, at, other, its)) continue;
+        best = gain, best_at = at, best_to = its, best_more = more;
       }
     }
     if (best_at < 0) return false;
-    const double more = share_E[slot(one, best_at)] - share_E[slot(other, best_to)];
-    load_N_[one] -= more;
-    load_N_[other] += more;
+    load_N[one].add(best_more, -1);
+    load_N[other].add(best_more, 1);
     std::swap(slot(one, best_at), slot(other, best_to));
     return true;
   }
