@@ -1,4 +1,4 @@
-"""Layouts by pairs of experts beside those of a strategy, and the faster of both by one price.
+"""Layouts by pairs of experts next to those of a strategy, and the faster of both by one price.
 
 Counts do not say which experts one token chose, so a strategy assumes independent choices. Pairs
 say how many rows a layout really sends between nodes (`coactivation`). A layout by pairs takes long
@@ -17,8 +17,9 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Split
-from megatron_laer.planner.coactivation import Crossings, hosts_of, place_together
+from megatron_laer.planner.coactivation import place_together
 from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.crossings import Crossings, hosts_of
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
@@ -103,16 +104,14 @@ class PairPlanner:
     ) -> ExpertLayout | None:
         """Return a layout by pairs; None without any tokens.
 
-        As rows, every slot is free. Beside home experts, the replicas of `by_counts` are changed
+        As rows, every slot is free. With home experts, the replicas of `by_counts` are changed
         while the predicted time of these counts falls.
         """
         if not pairs_EE.any():
             return None
         if not self.geometry.home_slots:
-            return place_together(pairs_EE, self.geometry).layout
-        return _Replicas(self, Crossings(pairs_EE, self.geometry.num_nodes), counts_NE).improved(
-            by_counts
-        )
+            return place_together(pairs_EE, self.geometry, counts_NE).layout
+        return _Replicas(self, self.crossings(pairs_EE, counts_NE), counts_NE).improved(by_counts)
 
     def choose(
         self,
@@ -124,13 +123,19 @@ class PairPlanner:
         """Return the faster of both layouts; of equals the one by counts."""
         if by_pairs is None or by_pairs == by_counts or not pairs_EE.any():
             return Choice(by_counts)
-        crossings = Crossings(pairs_EE, self.geometry.num_nodes)
+        crossings = self.crossings(pairs_EE, counts_NE)
         counts_s, counts_share = self.price(counts_NE, by_counts, crossings)
         fitted = _FITTED_AT_HOME if self.geometry.home_slots else _FITTED
         pairs_s, pairs_share = self.price(counts_NE, by_pairs, crossings, fitted)
         if pairs_s >= counts_s:
             return Choice(by_counts)
         return Choice(by_pairs, round(pairs_share / max(counts_share, 1e-6) * WHOLE))
+
+    def crossings(self, pairs_EE: Int64, counts_NE: Int64) -> Crossings:
+        """Return the rows that pairs lead us to expect for tokens of ranks with these counts."""
+        nodes, size = self.geometry.num_nodes, self.geometry.node_size
+        counts_ME = counts_NE.reshape(nodes, size, -1).sum(axis=1)
+        return Crossings(pairs_EE, nodes, self.geometry.domain_nodes, counts_ME)
 
     def price(
         self, counts_NE: Int64, layout: ExpertLayout, crossings: Crossings, fitted: float = 1.0

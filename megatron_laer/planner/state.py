@@ -27,7 +27,7 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.by_pairs import WHOLE, PlacedPairs
-from megatron_laer.planner.coactivation import check_pairs
+from megatron_laer.planner.crossings import check_pairs
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout

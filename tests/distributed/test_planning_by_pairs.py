@@ -60,7 +60,7 @@ def test_pairs_lower_the_rows_between_nodes(
     by_pairs, after = run(ranks, command(text_data, SHARDINGS[sharding] + PAIRS))
     most = {"rows": 0.8, "experts": 0.95}[sharding]
     assert sum(after[-4:]) < most * sum(before[-4:]), (before, after)
-    assert all(share != 1 for share in by_pairs.probes[-1][2]), "every layer's layout is by pairs"
+    assert any(share != 1 for share in by_pairs.probes[-1][2]), "no layout is by pairs"
     assert {failures for *_, failures in by_counts.probes + by_pairs.probes} == {0}
     assert by_pairs.losses == pytest.approx(by_counts.losses, rel=1e-4)
 

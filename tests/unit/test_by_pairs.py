@@ -1,4 +1,4 @@
-"""Layouts by pairs beside a strategy's: the price of both, and the order in which they are made.
+"""Layouts by pairs next to a strategy's: the price of both, and the order in which they are made.
 
 Legend: N ranks, E experts, L layers.
 """
@@ -16,7 +16,6 @@ from benchmarks.domains import priced
 from benchmarks.token_exchange import Shape
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Sharding, Split
-from megatron_laer.planner import coactivation
 from megatron_laer.planner.by_pairs import (
     _FITTED,
     _FITTED_AT_HOME,
@@ -25,7 +24,7 @@ from megatron_laer.planner.by_pairs import (
     PairPlanner,
     PlacedPairs,
 )
-from megatron_laer.planner.coactivation import Crossings, place_together
+from megatron_laer.planner.coactivation import place_together
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
@@ -34,11 +33,6 @@ from tests.unit.test_coactivation import pairs_of
 
 TOPICS = 8
 SHAPE = Shape(nodes=4, node_size=2, experts=32, topk=4, tokens=0)
-
-
-@pytest.fixture(autouse=True)
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coactivation, "_STEPS", 1500)
 
 
 def planner(sharding: Sharding, interval: int = 1, split: Split = Split.EXACT) -> PairPlanner:
@@ -82,7 +76,7 @@ def test_layouts_by_pairs_are_taken_where_tokens_have_topics_and_send_fewer_rows
     )
     assert rows[1] < (0.87 if sharding == Sharding.ROWS else 0.93) * rows[0]
     assert balance[1] < max(1.02, balance[0] + 0.02)
-    crossings = Crossings(pairs_EE, SHAPE.nodes)
+    crossings = ours.crossings(pairs_EE, counts_NE)
     fitted = _FITTED if sharding == Sharding.ROWS else _FITTED_AT_HOME
     share = ours.price(counts_NE, by_pairs, crossings, fitted)[1]
     share /= ours.price(counts_NE, by_counts, crossings)[1]
@@ -129,7 +123,7 @@ def test_the_price_of_rows_is_that_of_pairs() -> None:
     """Twice the rows between nodes cost twice their seconds; all else is the cost model's."""
     ours = replace(planner(Sharding.ROWS), overlaps=False)
     pairs_EE, counts_NE, *_ = routed(topical=True)
-    layout, crossings = by_counts_of(ours, counts_NE), Crossings(pairs_EE, SHAPE.nodes)
+    layout, crossings = by_counts_of(ours, counts_NE), ours.crossings(pairs_EE, counts_NE)
     seconds = [ours.price(counts_NE, layout, crossings, fitted)[0] for fitted in (1, 2, 3)]
     assert seconds[2] - seconds[1] == pytest.approx(seconds[1] - seconds[0], rel=1e-6)
     share = ours.price(counts_NE, layout, crossings)[1]
@@ -167,7 +161,7 @@ def pairs(mark: int) -> Int64:
 def layouts() -> Iterator[PairLayouts]:
     ours = planner(Sharding.ROWS)
     recorded = Recorded(ours.geometry, ours.costs, INTERVAL)
-    yield PairLayouts(recorded, NUM_LAYERS)
+    yield PairLayouts([recorded] * NUM_LAYERS)
 
 
 def step(layouts: PairLayouts, number: int) -> list[str | None]:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from megatron_laer.config import FSEPConfig, Sharding
-from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.by_pairs import PlacedPairs
+from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder, home_digest
 from megatron_laer.planner.homes_file import read_homes, write_homes
