@@ -25,6 +25,7 @@ SHARDINGS = {
 PLANNED = (
     " --expert-parallel-mode fsep --fsep-late-plan wait --fsep-node-size 2"
     " --fsep-token-exchange node --moe-router-topk 4 --ckpt-format torch_dist"
+    " --override-opt_param-scheduler"
 )
 PAIRS = " --fsep-pairs-interval 2"
 STEPS = 9
