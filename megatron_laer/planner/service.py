@@ -4,6 +4,8 @@ The thread only computes: no collectives, no device work. Callers get legal layo
 a strategy misbehaves. An executor would not do: its threads are joined at exit, so a hanging
 strategy would keep the process alive.
 
+Over 400 lines: one thread and its callers, under one lock.
+
 Legend: N ranks, E experts, L layers.
 """
 

@@ -69,7 +69,9 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     modules = {
         te_delayed.Delayed._module: SimpleNamespace(Float8Quantizer=Quantiser, Float8Tensor=Tensor),
-        f"{te.TENSORS}.storage.float8_tensor_storage": SimpleNamespace(Float8TensorStorage=Storage),
+        f"{te.TENSORS}.storage.float8_tensor_storage": SimpleNamespace(
+            Float8TensorStorage=Storage
+        ),
         "transformer_engine_torch": SimpleNamespace(
             DType=SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2")
         ),
