@@ -768,7 +768,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _BY_PRICE.fault(
         "a layout by pairs is believed to fit later tokens as well as its own",
-        "self.price(counts_NE, by_pairs, crossings, fitted)",
+        "self.price(counts_NE, by_pairs, crossings, _FITTED)",
         "self.price(counts_NE, by_pairs, crossings)",
     ),
     _BY_PRICE.fault(

@@ -18,7 +18,6 @@ from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Sharding, Split
 from megatron_laer.planner.by_pairs import (
     _FITTED,
-    _FITTED_AT_HOME,
     WHOLE,
     Choice,
     PairPlanner,
@@ -37,7 +36,8 @@ SHAPE = Shape(nodes=4, node_size=2, experts=32, topk=4, tokens=0)
 
 def planner(sharding: Sharding, interval: int = 1, split: Split = Split.EXACT) -> PairPlanner:
     geometry = Geometry(SHAPE.ranks, SHAPE.experts, 6, SHAPE.node_size, sharding, top_k=SHAPE.topk)
-    return PairPlanner(geometry, priced(geometry, SHAPE), interval, split)
+    costs = replace(priced(geometry, SHAPE), ffn=64)  # rows between nodes cost most
+    return PairPlanner(geometry, costs, interval, split)
 
 
 def routed(topical: bool) -> tuple[Int64, Int64, Int64, list[Bool]]:
@@ -71,14 +71,16 @@ def test_layouts_by_pairs_are_taken_where_tokens_have_topics_and_send_fewer_rows
     choice = ours.choose(counts_NE, by_counts, by_pairs, pairs_EE)
     assert choice.layout == by_pairs
     rows, balance = zip(
-        *(rows_and_balance(later, SHAPE, layout, SHAPE.topk) for layout in (by_counts, by_pairs)),
+        *(
+            rows_and_balance(later, SHAPE, layout, SHAPE.node_size, SHAPE.topk)
+            for layout in (by_counts, by_pairs)
+        ),
         strict=True,
     )
     assert rows[1] < (0.87 if sharding == Sharding.ROWS else 0.93) * rows[0]
     assert balance[1] < max(1.02, balance[0] + 0.02)
     crossings = ours.crossings(pairs_EE, counts_NE)
-    fitted = _FITTED if sharding == Sharding.ROWS else _FITTED_AT_HOME
-    share = ours.price(counts_NE, by_pairs, crossings, fitted)[1]
+    share = ours.price(counts_NE, by_pairs, crossings, _FITTED)[1]
     share /= ours.price(counts_NE, by_counts, crossings)[1]
     assert choice.row_share == round(share * WHOLE) != WHOLE
     same = ours.choose(counts_NE * 1000, by_counts, by_pairs, pairs_EE)  # a forecast has no unit
