@@ -130,7 +130,7 @@ def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     elif config.sharding == Sharding.EXPERTS:
         yield "--fsep-sharding is experts", ("domain_nodes",)
     if config.record_trace is None:
-        yield "--fsep-record-trace is not given", ("pairs_interval", "sampled_sets")
+        yield "--fsep-record-trace is not given", ("sampled_sets",)
     if config.pairs_interval is None:
         yield "--fsep-pairs-interval is not given", ("sampled_sets",)
     if not uses_costs(config):

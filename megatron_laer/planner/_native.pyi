@@ -60,6 +60,7 @@ def decide(
     home: int,
     rank: int,
     top_k: int = 0,
+    row_share: float = 1.0,
     /,
 ) -> tuple[_Int16 | None, _Int64, _Int64 | None, bool, float | None, float | None, _RankQuotas]: ...
 def rank_quotas(

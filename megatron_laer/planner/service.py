@@ -4,11 +4,14 @@ The thread only computes: no collectives, no device work. Callers get legal layo
 a strategy misbehaves. An executor would not do: its threads are joined at exit, so a hanging
 strategy would keep the process alive.
 
-Legend: N ranks, E experts.
+Over 400 lines: one thread and its callers, under one lock.
+
+Legend: N ranks, E experts, L layers.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
+from megatron_laer.planner.by_pairs import WHOLE, Choice, PairPlanner, PlacedPairs
 from megatron_laer.planner.forecast import Forecast, SmoothedForecast
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.pair_layouts import PairLayouts
 from megatron_laer.planner.strategies import Strategy
 
 # Maximum open steps before the oldest is dropped (not in lossless mode).
@@ -28,11 +33,35 @@ _OPEN_STEPS = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """Layouts of all layers from the counts of `source_step`, made in `plan_ms` by the strategy."""
+    """Layouts of all layers from the counts of `source_step`, made in `plan_ms` by the strategy.
+
+    `row_shares` has the layers with layouts by pairs (`by_pairs.Choice`).
+    """
 
     source_step: int
     layouts: dict[int, ExpertLayout]
     plan_ms: float
+    row_shares: dict[int, int] = field(default_factory=dict)
+
+    def row_share(self, layer: int) -> int:
+        return self.row_shares.get(layer, WHOLE)
+
+
+@dataclass(frozen=True)
+class ServiceState:
+    """State of a service between two steps.
+
+    Attributes:
+        forecasts: by layer.
+        plans: complete and not returned yet, oldest first.
+        pairs: with the layouts made from them, if any came.
+        caught_up: whether all full steps are planned, and layers placed that were due.
+    """
+
+    forecasts: dict[int, Forecast]
+    plans: list[Plan]
+    pairs: PlacedPairs | None
+    caught_up: bool
 
 
 @dataclass
@@ -41,7 +70,7 @@ class _OpenStep:
 
     pending: dict[int, Int64] = field(default_factory=dict)
     submitted: set[int] = field(default_factory=set)
-    layouts: dict[int, ExpertLayout] = field(default_factory=dict)
+    choices: dict[int, Choice] = field(default_factory=dict)
     plan_ms: float = 0.0
 
 
@@ -51,6 +80,9 @@ class PlannerService:
     A plan is complete once all layers are planned, each from a forecast that ends with the step's
     counts. Complete plans are kept until `ready` or `wait` returns that plan or a newer one, so
     call one of them at every step.
+
+    With a planner by pairs, each layer gets the faster of the strategy's layout and its layout by
+    pairs. After each planned step, some layers get such layouts from the newest pairs.
 
     Steps that lack layers when a later step is full are dropped with a warning. Without `lossless`,
     full steps whose planning has not started are dropped too, and so is the oldest of more than
@@ -63,7 +95,8 @@ class PlannerService:
     Args:
         on_warning: called from both threads, never under the lock; its exceptions are ignored.
         lossless: plan every step, for callers that `wait` for each.
-        plans: complete plans of an earlier service, as `state` returned them.
+        plans, pairs: of an earlier service, as `state` returned them.
+        by_pairs: planner of layouts by pairs, if they are to be compared.
         check_layout: raises for a layout that the run cannot use.
     """
 
@@ -77,6 +110,8 @@ class PlannerService:
         forecast: Forecast | Mapping[int, Forecast] | None = None,
         plans: Sequence[Plan] = (),
         check_layout: Callable[[ExpertLayout], None] | None = None,
+        by_pairs: PairPlanner | Mapping[int, PairPlanner] | None = None,
+        pairs: PlacedPairs | None = None,
     ) -> None:
         self._check_layout = check_layout
         self._layers = tuple(layers)
@@ -86,10 +121,15 @@ class PlannerService:
         self._lossless = lossless
         # Changed by the thread alone, one layer at a time.
         self._forecasts = _by_layer(self._layers, forecast or SmoothedForecast())
+        self._by_pairs: PairLayouts | None = None
+        if by_pairs is not None:
+            planners = [*_by_layer(self._layers, by_pairs).values()]
+            self._by_pairs = PairLayouts(planners, pairs, check_layout)
 
         self._changed = threading.Condition()
         self._open: dict[int, _OpenStep] = {}
         self._complete = {plan.source_step: plan for plan in plans}
+        self._is_placing = False
         self._returned_step: int | None = None
         # Newest step with all layers submitted; no earlier one is opened again.
         self._full_step = max(self._complete, default=None)
@@ -135,6 +175,12 @@ class PlannerService:
         for warning in warnings:
             self._warn(warning)
 
+    def submit_pairs(self, step: int, pairs_LEE: Int64) -> None:
+        """Queue the pairs of a step, for plans from the counts of later steps only."""
+        assert self._by_pairs is not None, "pairs for a planner that does not use them"
+        with self._changed:
+            self._by_pairs.submit(step, pairs_LEE)
+
     def ready(self, step: int) -> Plan | None:
         """Return the newest complete plan of a step up to `step`, once; None if there is none."""
         with self._changed:
@@ -164,20 +210,23 @@ class PlannerService:
         self._warn(f"{problem}; layouts stay as they are")
         return None
 
-    def state(self, timeout_s: float) -> tuple[dict[int, Forecast], list[Plan], bool]:
-        """Return forecasts by layer, plans not yet returned, and whether full steps are planned.
+    def state(self, timeout_s: float) -> ServiceState:
+        """Return the state, after waiting up to `timeout_s` seconds for the thread to catch up.
 
-        Wait for the last up to `timeout_s` seconds; it is also true of a stopped thread.
+        A stopped thread has caught up.
         """
 
         def is_caught_up() -> bool:
-            busy = any(self._is_full(opened) for opened in self._open.values())
+            busy = self._is_placing or any(map(self._is_full, self._open.values()))
             return not busy or self._closing or not self._alive
 
         with self._changed:
             caught_up = self._changed.wait_for(is_caught_up, timeout_s)
             plans = [self._complete[step] for step in sorted(self._complete)]
-            return dict(self._forecasts), plans, caught_up
+            if self._by_pairs is not None and caught_up:  # only later steps have plans to come
+                self._by_pairs.use_before(math.inf)
+            pairs = None if self._by_pairs is None else self._by_pairs.placed
+            return ServiceState(dict(self._forecasts), plans, pairs, caught_up)
 
     def drop_late_steps(self) -> None:
         with self._changed:
@@ -241,10 +290,13 @@ class PlannerService:
             while (job := self._next_job()) is not None:
                 step, layer, counts_NE, current = job
                 start_s = time.perf_counter()
-                layout, problem = self._plan_layer(layer, counts_NE, current)
-                self._store(step, layer, layout, (time.perf_counter() - start_s) * 1e3, problem)
+                choice, problem = self._plan_layer(layer, counts_NE, current)
+                plan_ms = (time.perf_counter() - start_s) * 1e3
+                completed = self._store(step, layer, choice, plan_ms, problem)
                 if problem is not None:
                     self._warn(problem)
+                if completed:
+                    self._place_layers()
         finally:
             with self._changed:
                 self._alive = False
@@ -262,14 +314,16 @@ class PlannerService:
                     opened = self._open[step]
                     if opened.pending:
                         layer = next(iter(opened.pending))
+                        if self._by_pairs is not None:
+                            self._by_pairs.use_before(step)
                         return step, layer, opened.pending.pop(layer), self._good[layer]
                 self._changed.wait()
         return None
 
     def _plan_layer(
         self, layer: int, counts_NE: Int64, current: ExpertLayout
-    ) -> tuple[ExpertLayout, str | None]:
-        """Return the strategy's layout, or the current one and the problem."""
+    ) -> tuple[Choice, str | None]:
+        """Return the strategy's layout or the one by pairs, or the current one and the problem."""
         strategy = self._strategies[layer]
         try:
             forecast = self._forecasts[layer].observe(counts_NE)
@@ -285,27 +339,54 @@ class PlannerService:
             else:
                 if self._check_layout is not None:
                     self._check_layout(layout)
-                return layout, None
+                if self._by_pairs is None:
+                    return Choice(layout), None
+                at = self._layers.index(layer)
+                return self._by_pairs.faster(at, forecast.counts_NE(), layout), None
         except Exception as error:  # A wrong planner changes speed, never correctness.
             problem = f"raised {type(error).__name__}: {error}"
-        return current, f"planner {strategy.name} {problem}; the layer keeps its layout"
+        problem = f"planner {strategy.name} {problem}; the layer keeps its layout"
+        return Choice(current), problem
+
+    def _place_layers(self) -> None:
+        """Make the layouts by pairs that are due after a planned step."""
+        assert self._by_pairs is not None
+        for problem in self._by_pairs.place_due():
+            if problem is not None:
+                with self._changed:
+                    self._failures += 1
+                self._warn(f"a layer has no new layout by pairs: {problem}")
+            if self._closing:
+                break
+        with self._changed:
+            self._is_placing = False
+            self._changed.notify_all()
 
     def _store(
-        self, step: int, layer: int, layout: ExpertLayout, plan_ms: float, problem: str | None
-    ) -> None:
+        self, step: int, layer: int, choice: Choice, plan_ms: float, problem: str | None
+    ) -> bool:
+        """Keep a layer's choice; return whether layers are to be placed after the step."""
         with self._changed:
             self._failures += problem is not None
             opened = self._open.get(step)
             if opened is None:  # Dropped or closed meanwhile.
-                return
-            opened.layouts[layer] = layout
+                return False
+            opened.choices[layer] = choice
             opened.plan_ms += plan_ms
-            if len(opened.layouts) == len(self._layers):
-                layouts = {planned: opened.layouts[planned] for planned in self._layers}
-                self._complete[step] = Plan(step, layouts, opened.plan_ms)
-                self._good = dict(layouts)
+            if len(opened.choices) == len(self._layers):
+                choices = {planned: opened.choices[planned] for planned in self._layers}
+                layouts = {planned: choice.layout for planned, choice in choices.items()}
+                shares = {
+                    planned: choice.row_share
+                    for planned, choice in choices.items()
+                    if choice.row_share != WHOLE
+                }
+                self._complete[step] = Plan(step, layouts, opened.plan_ms, shares)
+                self._good = layouts
                 del self._open[step]
+                self._is_placing = self._by_pairs is not None
             self._changed.notify_all()
+            return self._is_placing
 
     def _warn(self, message: str) -> None:
         with self._changed:

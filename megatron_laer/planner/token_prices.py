@@ -7,10 +7,11 @@ and the native core the seconds of a pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_laer.choices import TokenExchange
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.quotas import SplitTotals
 
 # All-to-Alls per direction: dispatch and combine.
 _PASSES_OF_A_DIRECTION = 2
@@ -49,6 +50,17 @@ class TokenPrices:
             token_bytes * self.intra_rows,
             token_bytes * self.inter_rows,
             token_bytes * self.domain_rows,
+        )
+
+    def sent_between_nodes(self, totals: SplitTotals) -> float:
+        """Return the rows between nodes of a split, for independent choices of experts."""
+        near = int(totals.near_S.sum() - totals.own_N.sum())
+        return int(totals.far_S.sum()) * self.inter_rows + near * self.domain_rows
+
+    def with_rows(self, share: float) -> TokenPrices:
+        """Return the prices of a layout that sends this share of these rows between nodes."""
+        return replace(
+            self, inter_rows=self.inter_rows * share, domain_rows=self.domain_rows * share
         )
 
     def latency_seconds(

@@ -30,7 +30,11 @@ from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.homes_file import ModelHomes, read_homes
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.sharding_choice import choose_geometry
-from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
+from megatron_laer.planner.token_exchange import (
+    choose_token_exchange,
+    counting_visits,
+    with_token_exchange,
+)
 from megatron_laer.runtime.comm import agreement
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.exchange import (
@@ -93,8 +97,9 @@ def build_coordinator(
     shape = groups.size, transformer_config.num_moe_experts, groups.node_size
     multiple = slots_multiple(transformer_config)
     choice, compared = choose_geometry(config, shape, multiple, top_k, priced)
-    geometry, chosen = choice.geometry, choice.costs
+    chosen = choice.costs
     exchange = chosen.tokens.exchange
+    geometry = counting_visits(choice.geometry, exchange, top_k)
     if groups.rank == groups.index == 0:
         # Printed like Megatron's own lines on derived values; its logging hides what only informs.
         if config.sharding == Auto.AUTO:

@@ -52,7 +52,14 @@ _FLAGS = (
     (ON + "--fsep-homes x --ckpt-format torch", "such a checkpoint has experts by rank"),
     (ON + "--fsep-homes x --use-megatron-fsdp", "--fsep-homes 'x' with --use-megatron-fsdp: no t"),
     (ON + "--fsep-pairs-interval 0", "--fsep-pairs-interval 0: must be at least 1"),
-    (ON + "--fsep-pairs-interval 5", "--fsep-pairs-interval 5: no effect, since --fsep-record-tr"),
+    (
+        ON + "--fsep-pairs-interval 5",
+        "--fsep-pairs-interval 5: no effect, since layouts by pairs are for --fsep-token-exchange",
+    ),
+    (
+        ON + "--fsep-pairs-interval 5 --fsep-token-exchange node --fsep-planner random",
+        "--fsep-pairs-interval 5: no effect, since nothing is planned ahead and --fsep-record-trac",
+    ),
     (
         ON + "--fsep-sampled-sets 5 --fsep-record-trace out/sets",
         "--fsep-sampled-sets 5: no effect, since --fsep-pairs-interval is not given",

@@ -34,6 +34,7 @@ from tests.parity.row import (
     LONGEST,
     Row,
 )
+from tests.topical_routing import by_topic
 
 RANDOM = " --fsep-planner random"
 STEP = " --fsep-restore step"
@@ -311,6 +312,10 @@ ROWS = [
     _row("tokens-pairs", "tokens through nodes of 1, planned for pairs of nodes, exact, top-4,"
         " E = 8 on 4 ranks", TOP_4, fsep=EXACT + TOKENS.format(1) + " --fsep-domain-nodes 2",
         ranks=4, not_at_home="layouts for several nodes move every expert"),
+    _row("tokens-pairs-planned", "layouts by pairs of experts, tokens through nodes of 2, top-4,"
+        " routed by topic, E = 8 on 4 ranks", TOP_4, fsep=TOKENS.format(2)
+        + " --fsep-planner greedy --fsep-plan-mode forecast --fsep-late-plan wait"
+        " --fsep-pairs-interval 1", ranks=4, adapt=by_topic),
     _row("tokens-few", "tokens through nodes of 2, few tokens: experts, ranks and microbatches"
         " without any", FEW_TOKENS, fsep=TOKENS.format(2), ranks=4),
     _row("tokens-shared", "tokens through nodes of 2, shared experts, full recompute, distributed"

@@ -18,6 +18,8 @@ import pytest
 from megatron_laer.choices import Fp8Recipe, Sharding
 from megatron_laer.config import FSEPConfig, LatePlan
 from megatron_laer.files import writing
+from megatron_laer.files.json_lines import sealed
+from megatron_laer.planner.by_pairs import WHOLE
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
@@ -108,6 +110,37 @@ def test_the_longest_line_that_a_recording_can_have_is_read(
     recording = LayoutRecording(path, geometry, REGIME, layers)
     assert recording.layouts(2**53) == layouts
     recording.close()
+
+
+def test_shares_of_rows_are_recorded_where_layouts_by_pairs_are_in_force(tmp_path: Path) -> None:
+    path = tmp_path / "group-0.jsonl"
+    recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
+    for step, shares in enumerate(([WHOLE, WHOLE], [WHOLE, 123], [2**40, 0])):
+        recorder.record(step, [LAYOUT] * len(LAYERS), shares)
+    recorder.close()
+    lines = path.read_text().splitlines()
+    assert ["row_shares" in json.loads(line) for line in lines] == [False, False, True, True]
+    recording = LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
+    assert [recording.row_shares(step) for step in range(4)] == [
+        [WHOLE, WHOLE],
+        [WHOLE, 123],
+        [2**40, 0],
+        None,
+    ]
+    recording.close()
+    config = FSEPConfig(replay_layouts=str(tmp_path), record_layouts=str(tmp_path / "again"))
+    rank = first_rank(config)
+    for step in range(5):
+        if (due := rank.due(step)) is not None:
+            rank.applied(step, due)
+        assert rank.row_shares == ([WHOLE, WHOLE], [WHOLE, 123], [2**40, 0])[min(step, 2)]
+    rank.close()
+    assert (tmp_path / "again" / path.name).read_text() == path.read_text()
+    for shares in ([1], [1, -1], [1, 2**40 + 1], [1, True], [1, 1.0]):
+        step = {"step": 2, "slots": [LAYOUT.to_list()] * 2, "row_shares": shares}
+        path.write_text(lines[0] + "\n" + sealed(step).decode() + "\n")
+        with pytest.raises(ValueError, match="row_shares"):
+            LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
 
 
 def test_layouts_of_home_experts_are_replayed_under_their_sharding_only(tmp_path: Path) -> None:
@@ -288,13 +321,13 @@ def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first
                 assert source.due(step + 1) is None
         assert wait.call_count == (first == "a step")
         assert any("not waited for" in warning for warning in warnings)
-        _, plans = source.state()  # a checkpoint does not wait either
+        plans = source.state().plans  # a checkpoint does not wait either
         assert not plans and source.late_plans == (60 if first == "a step" else 59)
 
         released.set()
         stack.enter_context(mock.patch.object(layout_sources, "PLANS_TIMEOUT_S", 300.0))
         # The first and the newest of the 60 steps are planned, as under `keep`.
-        _, plans = source.state()
+        plans = source.state().plans
         assert plans[-1].source_step == 59 and len(plans) <= 3
         assert source.due(60) == layouts(0)
     source.close()

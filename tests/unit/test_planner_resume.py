@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_laer.arrays import Int64
+from megatron_laer.planner.by_pairs import WHOLE, Choice, PairPlanner
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import PlannerService
@@ -36,7 +37,9 @@ class Slow:
         return self._strategy.plan(counts_NE, current)
 
 
-def planner(name: str, lag: int, resumed: PlannerState | None = None) -> PlannedLayouts:
+def planner(
+    name: str, lag: int, resumed: PlannerState | None = None, interval: int | None = None
+) -> PlannedLayouts:
     return PlannedLayouts(
         Slow(make_strategy(name, geometry=GEOMETRY, costs=make_costs())),
         resumed.layouts if resumed else [ExpertLayout.static(*SHAPE)] * len(LAYERS),
@@ -44,7 +47,27 @@ def planner(name: str, lag: int, resumed: PlannerState | None = None) -> Planned
         wait=True,
         on_warning=pytest.fail,
         resumed=resumed,
+        by_pairs=None if interval is None else Alternating(GEOMETRY, make_costs(), interval),
     )
+
+
+class Alternating(PairPlanner):
+    """Planner by pairs whose layouts depend on all that it is given, and are often taken."""
+
+    def place(self, pairs_EE: Int64, counts_NE: Int64, by_counts: ExpertLayout) -> ExpertLayout:
+        time.sleep(0.01)
+        return self.geometry.random_layout((int(pairs_EE[0, 0]), int(counts_NE[0, 0] % 1000)))
+
+    def choose(
+        self,
+        counts_NE: Int64,
+        by_counts: ExpertLayout,
+        by_pairs: ExpertLayout | None,
+        pairs_EE: Int64,
+    ) -> Choice:
+        if by_pairs is None or int(counts_NE[0, 0] + pairs_EE[0, 0]) % 3 == 0:
+            return Choice(by_counts)
+        return Choice(by_pairs, int(pairs_EE[0, 0]))
 
 
 def counts(step: int, layer: int) -> Int64:
@@ -52,34 +75,62 @@ def counts(step: int, layer: int) -> Int64:
     return (draw.pareto(1.0, (GEOMETRY.num_ranks, GEOMETRY.num_experts)) * 100).astype(np.int64)
 
 
-def run(source: PlannedLayouts, steps: range, layouts: list[ExpertLayout]) -> list[object]:
-    in_force = []
+def pairs(step: int) -> Int64:
+    experts = GEOMETRY.num_experts
+    return np.full((len(LAYERS), experts, experts), 1 + step, dtype=np.int64)
+
+
+def run(
+    source: PlannedLayouts,
+    steps: range,
+    layouts: list[ExpertLayout],
+    interval: int | None = None,
+    shares: list[int] | None = None,
+) -> list[object]:
+    """Return the layouts, and shares of rows, of each step; pairs come with the step's end."""
+    in_force: list[object] = []
     for step in steps:
         due = source.due(step)
         if due is not None:
             layouts[:] = due
-        in_force.append(list(layouts))
+            if shares is not None:
+                shares[:] = source.row_shares
+        in_force.append((list(layouts), list(shares or ())))
         for layer in range(len(LAYERS)):
             source.observe(step, layer, counts(step, layer))
+        if interval is not None and step % interval == 0:
+            source.observe_pairs(step, pairs(step))
     return in_force
 
 
+@pytest.mark.parametrize("interval", [None, 1, 2, 5])
 @pytest.mark.parametrize("lag", [1, 2, 4])
 @pytest.mark.parametrize("name", ["greedy", "laer", "search"])
-def test_layouts_after_a_resume_are_those_without_an_interruption(name: str, lag: int) -> None:
-    whole = planner(name, lag)
-    expected = run(whole, range(STEPS), [ExpertLayout.static(*SHAPE)] * len(LAYERS))
+def test_layouts_after_a_resume_are_those_without_an_interruption(
+    name: str, lag: int, interval: int | None
+) -> None:
+    static = [ExpertLayout.static(*SHAPE)] * len(LAYERS)
+    whole, shares = planner(name, lag, interval=interval), [WHOLE] * len(LAYERS)
+    expected = run(whole, range(STEPS), list(static), interval, shares)
     whole.close()
-    assert len({tuple(layouts) for layouts in expected}) > STEPS // 2  # type: ignore[arg-type]
+    assert len({repr(found) for found in expected}) > STEPS // 2
+    assert (shares != [WHOLE] * len(LAYERS)) == (interval is not None)
 
-    source, layouts, found = planner(name, lag), [ExpertLayout.static(*SHAPE)] * len(LAYERS), []
+    source, layouts, found = planner(name, lag, interval=interval), list(static), []
+    shares = [WHOLE] * len(LAYERS)
     for stop in (2, 5, STEPS):
-        found += run(source, range(len(found), stop), layouts)
-        forecasts, plans = source.state()
+        found += run(source, range(len(found), stop), layouts, interval, shares)
+        saved = source.state()
         source.close()
+        plans = tuple(saved.plans)
         assert [plan.source_step for plan in plans] == list(range(max(0, stop - lag), stop))
-        state = PlannerState(stop, 0, LAYERS, tuple(layouts), forecasts, plans)
-        source = planner(name, lag, PlannerState.from_bytes(state.to_bytes()))
+        forecasts = tuple(saved.forecasts[layer] for layer in range(len(LAYERS)))
+        state = PlannerState(
+            stop, 0, LAYERS, tuple(layouts), forecasts, plans, tuple(shares), saved.pairs
+        )
+        resumed = PlannerState.from_bytes(state.to_bytes())
+        source = planner(name, lag, resumed, interval)
+        shares = list(resumed.row_shares)
     source.close()
     assert found == expected
 
@@ -96,12 +147,12 @@ def test_state_does_not_wait_for_ever_and_leaves_out_what_is_not_planned() -> No
 
     service = PlannerService(Hung(), [0], ExpertLayout.static(*SHAPE), pytest.fail, lossless=True)
     service.submit(0, 0, counts(0, 0))
-    _, plans, caught_up = service.state(timeout_s=0.05)
-    assert not caught_up
-    assert plans == []
+    state = service.state(timeout_s=0.05)
+    assert not state.caught_up
+    assert state.plans == []
     go_on.set()
-    _, plans, caught_up = service.state(timeout_s=300.0)
-    assert caught_up
-    assert [plan.source_step for plan in plans] == [0]
-    assert service.wait(0, 300.0) is plans[0]  # reading it changed nothing
+    state = service.state(timeout_s=300.0)
+    assert state.caught_up
+    assert [plan.source_step for plan in state.plans] == [0]
+    assert service.wait(0, 300.0) is state.plans[0]  # reading it changed nothing
     assert service.close(300.0)

@@ -312,7 +312,7 @@ py::tuple rank_quotas(const Slots& slots_S, const Counts& row_S, const Counts& c
 // planner/splits.py name what is returned.
 py::tuple decide(const std::string& mode, const laer::CostModel& costs,
                  std::optional<double> tolerance, const Counts& counts_NE, const Slots& planned_S,
-                 int node_size, int home, int rank, int top_k) {
+                 int node_size, int home, int rank, int top_k, double row_share) {
   laer::Shape shape = shape_of(counts_NE, planned_S, node_size, home);
   shape.top_k = checked_top_k(shape, top_k);
   check_rank(shape, rank);
@@ -320,6 +320,7 @@ py::tuple decide(const std::string& mode, const laer::CostModel& costs,
     throw py::value_error("no such mode: " + mode);
   }
   check_costs(shape, costs);
+  if (!(row_share >= 0.0)) throw py::value_error("row_share must be at least 0");
   const laer::Mode way = mode == "forecast" ? laer::Mode::kForecast
                          : mode == "exact"  ? laer::Mode::kExact
                          : tolerance        ? laer::Mode::kByTolerance
@@ -332,7 +333,8 @@ py::tuple decide(const std::string& mode, const laer::CostModel& costs,
     int64_t *row = row_S.mutable_data(), *columns = columns_NC.mutable_data();
     py::gil_scoped_release release;
     const std::vector<int64_t> by_node = node_counts(shape, counts);
-    made = laer::decide(shape, way, costs, tolerance.value_or(0.0), counts, by_node.data(), slots);
+    made = laer::decide(shape, way, costs, tolerance.value_or(0.0), row_share, counts, by_node.data(),
+                        slots);
     if (!made.fresh_S.empty()) slots = made.fresh_S.data();
     const laer::Replicas replicas(shape, slots);
     laer::rank_row(shape, counts, by_node.data(), replicas, made.loads_S.data(), rank, row);
@@ -531,7 +533,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("exposed_seconds", &exposed_seconds<laer::exposed_seconds>);
   module.def("exposed_backward_seconds", &exposed_seconds<laer::exposed_backward_seconds>);
   module.def("decide", &decide, py::arg("mode"), py::arg("costs"), py::arg("tolerance"), counts,
-             py::arg("planned_S"), node_size, home, rank, top_k);
+             py::arg("planned_S"), node_size, home, rank, top_k, py::arg("row_share") = 1.0);
   module.def("rank_quotas", &rank_quotas);
   module.def("construct", &construct, py::arg("counts_NE"), py::arg("current_S"),
              py::arg("node_size"), py::arg("home"), py::arg("costs") = nullptr);

@@ -8,7 +8,9 @@ layout of every layer:
     {"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer],"crc":...}\\n
 
 An empty slot is -1. Only with --fsep-sharding experts does the first line have a `sharding`. Only
-with --fsep-homes does it have `homes`: the expert at each home position, layer by layer.
+with --fsep-homes does it have `homes`: the expert at each home position, layer by layer. Only where
+layouts by pairs are in force does a line have `row_shares`, an integer for each layer
+(`planner/by_pairs.py`), by which a replay's guard decides as the run's did.
 
 `files/json_lines.py` defines the checksum. Version 1, which had none and named neither format nor
 version, is still read. `files/recording.py` explains how resumed runs continue a file.
@@ -40,6 +42,7 @@ from megatron_laer.files.json_lines import (
     warn_of,
 )
 from megatron_laer.files.recording import RecordingFile
+from megatron_laer.planner.by_pairs import WHOLE
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
@@ -47,6 +50,7 @@ from megatron_laer.planner.layout import EMPTY, ExpertLayout
 logger = logging.getLogger(__name__)
 
 FORMAT = "megatron_laer-layouts"
+_MAX_SHARE = 2**40
 
 # Settings that affect the use of layouts, by name; part of a recording's header.
 RunSignature = Mapping[str, Any]
@@ -81,7 +85,9 @@ class LayoutRecorder:
         """Move lines from this step on to another file, if the step is repeated."""
         self._file.begin_step(step)
 
-    def record(self, step: int, layouts: Sequence[ExpertLayout]) -> None:
+    def record(
+        self, step: int, layouts: Sequence[ExpertLayout], row_shares: Sequence[int] = ()
+    ) -> None:
         """Write the layouts, one per layer, that took effect with `step`; once per step."""
         if step != self._file.step:
             self.begin_step(step)
@@ -89,7 +95,10 @@ class LayoutRecorder:
             home.layout_of_experts(layout).to_list()
             for home, layout in zip(self._homes, layouts, strict=True)
         ]
-        self._file.append(sealed({"step": step, "slots": slots}))
+        entry: dict[str, Any] = {"step": step, "slots": slots}
+        if any(share != WHOLE for share in row_shares):
+            entry["row_shares"] = list(row_shares)
+        self._file.append(sealed(entry))
 
     def close(self) -> None:
         self._file.close()
@@ -128,12 +137,20 @@ class LayoutRecording:
         return max((at for at in self._begins if at <= step), default=None)
 
     def layouts(self, step: int) -> list[ExpertLayout] | None:
+        change = self._change(step)
+        return None if change is None else self._shape.by_position(change.layouts)
+
+    def row_shares(self, step: int) -> list[int] | None:
+        """Return the shares of rows of a step's layouts."""
+        change = self._change(step)
+        return None if change is None else change.row_shares
+
+    def _change(self, step: int) -> _Change | None:
         if step not in self._begins:
             return None
         self._file.seek(self._begins[step])
         line = self._file.readline(self._shape.longest_line_bytes)
-        _, layouts = self._shape.layouts_of(line, self._version)
-        return self._shape.by_position(layouts)
+        return self._shape.change_of(line, self._version)
 
     def close(self) -> None:
         self._file.close()
@@ -148,7 +165,8 @@ def read_layouts(path: Path) -> Iterator[tuple[int, list[ExpertLayout]]]:
         for entry in _entries(file, path, shape, whole_lines_only=True):
             after = file.tell()
             file.seek(entry.begin)
-            yield shape.layouts_of(file.readline(shape.longest_line_bytes), entry.version)
+            changed = shape.change_of(file.readline(shape.longest_line_bytes), entry.version)
+            yield changed.step, changed.layouts
             file.seek(after)
 
 
@@ -208,7 +226,8 @@ class _Shape:
         """Bound the bytes of a step's line: a blank after each comma, names and brackets."""
         slots = self.geometry.num_ranks * self.geometry.capacity
         digits = max(len(str(number)) for number in (self.geometry.num_experts, EMPTY))
-        return 100 + len(self.layers) * (slots * (digits + 2) + 4)
+        share = len(str(_MAX_SHARE)) + 2
+        return 130 + len(self.layers) * (slots * (digits + 2) + 4 + share)
 
     def check_header(self, line: bytes) -> int:
         """Return the format's version; raise ValueError for another run's recording."""
@@ -226,8 +245,9 @@ class _Shape:
             raise ValueError(f"was recorded for {quoted(found, 800)}, this run is {self.header}")
         return version
 
-    def layouts_of(self, line: bytes, version: int) -> tuple[int, list[ExpertLayout]]:
+    def change_of(self, line: bytes, version: int) -> _Change:
         entry = read_line(line, version)
+        row_shares = entry.pop("row_shares", [WHOLE] * len(self.layers))
         if set(entry) != {"step", "slots"}:
             raise ValueError(f"has {quoted(sorted(entry))}, expected 'slots' and 'step'")
         step, slots = entry["step"], entry["slots"]
@@ -238,7 +258,12 @@ class _Shape:
         layouts = [ExpertLayout.from_slots(*self.geometry.shape, of_layer) for of_layer in slots]
         for layout in self.by_position(layouts):
             self.geometry.check_layout(layout)
-        return step, layouts
+        are_shares = [type(of) is int and 0 <= of <= _MAX_SHARE for of in row_shares]
+        if are_shares != [True] * len(self.layers):
+            raise ValueError(
+                f"row_shares {quoted(row_shares)} must be an integer in 0..{_MAX_SHARE} per layer"
+            )
+        return _Change(step, layouts, row_shares)
 
 
 def _read_header(line: bytes) -> tuple[dict[str, Any], int]:
@@ -275,6 +300,13 @@ def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
 
 
 @dataclass(frozen=True)
+class _Change:
+    step: int
+    layouts: list[ExpertLayout]
+    row_shares: list[int]
+
+
+@dataclass(frozen=True)
 class _Entry:
     step: int
     begin: int
@@ -295,7 +327,7 @@ def _entries(
                 version = shape.check_header(line)
             else:
                 last = step
-                step, _ = shape.layouts_of(line, version)
+                step = shape.change_of(line, version).step
                 if step <= last:
                     raise ValueError(f"step {step} is not above {last}")
         except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Protocol
 
 from megatron_laer.arrays import Int64
+from megatron_laer.planner.by_pairs import WHOLE, PairPlanner
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.service import Plan, PlannerService
+from megatron_laer.planner.service import PlannerService, ServiceState
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import Strategy
 from megatron_laer.runtime.planning.layout_recording import LayoutRecording, RunSignature
@@ -26,8 +27,12 @@ PLANS_TIMEOUT_S = 1.0
 
 
 class LayoutSource(Protocol):
-    """Source of the layouts of each step, on rank 0 of an FSEP group."""
+    """Source of the layouts of each step, on rank 0 of an FSEP group.
 
+    `row_shares` are those of the layouts that `due` returned last (`by_pairs.Choice`), by layer.
+    """
+
+    row_shares: list[int]
     plan_ms: float
     late_plans: int
 
@@ -51,6 +56,7 @@ class PlannedLayouts:
         wait: wait for plans that are due, until one is late.
         resumed: state of an earlier run, with the same layers.
         check_layout: raises for a layout that the run cannot use.
+        by_pairs: planner of layouts by pairs, if they are to be compared.
     """
 
     def __init__(
@@ -63,11 +69,13 @@ class PlannedLayouts:
         on_warning: Callable[[str], None],
         resumed: PlannerState | None = None,
         check_layout: Callable[[ExpertLayout], None] | None = None,
+        by_pairs: PairPlanner | Mapping[int, PairPlanner] | None = None,
     ) -> None:
         self._lag = lag
         self._wait = wait
         self._on_warning = on_warning
         self._layers = range(len(initial))
+        self.uses_pairs = by_pairs is not None
         plans = resumed.plans if resumed else ()
         self._observed = {plan.source_step: set(self._layers) for plan in plans}
         self._service = PlannerService(
@@ -79,7 +87,10 @@ class PlannedLayouts:
             forecast=dict(enumerate(resumed.forecasts)) if resumed else SmoothedForecast(),
             plans=plans,
             check_layout=check_layout,
+            by_pairs=by_pairs,
+            pairs=resumed.pairs if resumed else None,
         )
+        self.row_shares = [WHOLE] * len(initial)
         self.plan_ms = 0.0
         self.late_plans = 0
 
@@ -90,6 +101,9 @@ class PlannedLayouts:
     def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
         self._observed.setdefault(step, set()).add(layer)
         self._service.submit(step, layer, counts_NE)
+
+    def observe_pairs(self, step: int, pairs_LEE: Int64) -> None:
+        self._service.submit_pairs(step, pairs_LEE)
 
     def due(self, step: int) -> list[ExpertLayout] | None:
         """Return the plan made from step - lag, or under `keep` the newest one up to it."""
@@ -116,19 +130,15 @@ class PlannedLayouts:
         if plan is None:
             return None
         self.plan_ms = plan.plan_ms
+        self.row_shares = [plan.row_share(layer) for layer in self._layers]
         return [plan.layouts[layer] for layer in self._layers]
 
-    def state(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]]:
+    def state(self) -> ServiceState:
         timeout_s = WAIT_TIMEOUT_S if self._wait else PLANS_TIMEOUT_S
-        forecasts, plans, caught_up = self._service.state(timeout_s)
-        if self._wait and not caught_up:
+        state = self._service.state(timeout_s)
+        if self._wait and not state.caught_up:
             self._stop_waiting()
-        smoothed = []
-        for layer in self._layers:
-            forecast = forecasts[layer]
-            assert isinstance(forecast, SmoothedForecast)  # the service's initial type
-            smoothed.append(forecast)
-        return tuple(smoothed), tuple(plans)
+        return state
 
     def close(self) -> None:
         self._service.close(timeout_s=1.0)
@@ -153,6 +163,7 @@ class ReplayedLayouts:
         self, path: Path, geometry: Geometry, signature: RunSignature, layers: Sequence[str]
     ) -> None:
         self._recording = LayoutRecording(path, geometry, signature, layers)
+        self.row_shares = [WHOLE] * len(layers)
         self._is_first = True
 
     def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
@@ -164,6 +175,7 @@ class ReplayedLayouts:
             self._is_first = False
             in_force = self._recording.newest(step)
             step = step if in_force is None else in_force
+        self.row_shares = self._recording.row_shares(step) or self.row_shares
         return self._recording.layouts(step)
 
     def close(self) -> None:

@@ -6,22 +6,23 @@ Legend: N ranks, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Any
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.telemetry.trace_file import TraceWriter
 
 Planner = Callable[[int, int, Int64], None]
+PairPlanner = Callable[[int, Int64], None]
 
 
 class RoutingMailbox:
     """Counts of routed microbatches on their way to the recorder and the planner.
 
     `planner` receives step, layer and the layer's sum over the step, int64 [N, E], with the layer's
-    last microbatch, and must not change it. `trace`, the recording of each microbatch with experts
-    in place of home positions, is closed here. No error here stops training; `faults` counts sums
-    that the planner refused.
+    last microbatch, and must not change it. `plan_pairs`, if set, receives step and pairs.
+    `trace`, the recording of each microbatch with experts in place of home positions, is closed
+    here. No error here stops training; `faults` counts those of the planner.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class RoutingMailbox:
         on_warning: Callable[[str], None],
     ) -> None:
         self.faults = 0
+        self.plan_pairs: PairPlanner | None = None
         self._layers = layers
         self._homes = homes
         self._planner = planner
@@ -49,15 +51,7 @@ class RoutingMailbox:
     def put(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
         if self._trace is not None:
             by_expert_NE = self._homes[layer].by_expert(counts_NE)
-            self._record(
-                partial(
-                    TraceWriter.append,
-                    step=self._step,
-                    layer_index=layer,
-                    microbatch=microbatch,
-                    counts_NE=by_expert_NE,
-                )
-            )
+            self._record(TraceWriter.append, layer, microbatch=microbatch, counts_NE=by_expert_NE)
         if self._planner is None:
             return
         before_NE = self._sums_NE.get(layer) if microbatch else None
@@ -66,32 +60,23 @@ class RoutingMailbox:
             self._deliver(layer)
 
     def put_pairs(self, pairs_LEE: Int64, chosen_LTE: Bool) -> None:
-        """Record the step's pairs and sampled sets of each layer, of home positions."""
+        """Deliver and record the step's pairs of home positions, and record the sampled sets."""
+        if self.plan_pairs is not None:
+            try:
+                self.plan_pairs(self._step, pairs_LEE)
+            except Exception as error:
+                self.faults += 1
+                self._on_warning(f"pairs of step {self._step} are not planned from: {error!r}")
         if self._trace is None:
             return
         for layer, pairs_EE in enumerate(pairs_LEE):
             by_expert_EE = self._homes[layer].pairs_by_expert(pairs_EE)
-            self._record(
-                partial(
-                    TraceWriter.append_pairs,
-                    step=self._step,
-                    layer_index=layer,
-                    pairs_EE=by_expert_EE,
-                )
-            )
-
+            self._record(TraceWriter.append_pairs, layer, pairs_EE=by_expert_EE)
         for layer, chosen_TE in enumerate(chosen_LTE):
             is_token_T = chosen_TE.any(axis=1)
             if is_token_T.any():
                 its_TE = self._homes[layer].by_expert(chosen_TE[is_token_T])
-                self._record(
-                    partial(
-                        TraceWriter.append_sets,
-                        step=self._step,
-                        layer_index=layer,
-                        chosen_TE=its_TE,
-                    )
-                )
+                self._record(TraceWriter.append_sets, layer, chosen_TE=its_TE)
 
     def end_step(self) -> None:
         """Deliver the sums of a step whose number of microbatches was unknown."""
@@ -115,11 +100,11 @@ class RoutingMailbox:
                 f"{error!r}"
             )
 
-    def _record(self, append: Callable[[TraceWriter], None]) -> None:
+    def _record(self, append: Callable[..., None], layer: int, **values: Any) -> None:
         if self._trace is None:
             return
         try:
-            append(self._trace)
+            append(self._trace, step=self._step, layer_index=layer, **values)
         except (OSError, ValueError) as error:
             self._on_warning(f"the recording of routing ends at step {self._step}: {error}")
             self.close()

@@ -8,18 +8,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.config import FSEPConfig, LatePlan, flag_name
+from megatron_laer.choices import TokenExchange
+from megatron_laer.config import FSEPConfig, LatePlan, OverlapScheduler, flag_name
 from megatron_laer.files.checks import quoted, refuse_overwriting
+from megatron_laer.planner.by_pairs import PairPlanner
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder, home_digest
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.service import Plan
+from megatron_laer.planner.service import ServiceState
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.strategies import Strategy, make_strategy
@@ -69,14 +71,16 @@ class PlannerRank:
                 path = recording_path(config.replay_layouts, group_index)
                 self._source = ReplayedLayouts(path, geometry, signature, layers)
             elif config.makes_plans:
+                sizes_and_costs = config, geometry, costs, len(layers), out_of_fp8
                 self._source = PlannedLayouts(
-                    _strategies(config, geometry, costs, len(layers), out_of_fp8),
+                    _strategies(*sizes_and_costs),
                     layouts,
                     lag=config.plan_lag,
                     wait=config.late_plan == LatePlan.WAIT,
                     on_warning=_warn,
                     resumed=resumed,
                     check_layout=geometry.check_layout,
+                    by_pairs=_pair_planners(*sizes_and_costs),
                 )
             if self._source is not None:
                 opened.callback(self._source.close)
@@ -95,8 +99,11 @@ class PlannerRank:
                     sizes = geometry.num_ranks, geometry.num_experts
                     has_pairs = config.pairs_interval is not None
                     trace = TraceWriter(path, *sizes, layers, first_step, has_pairs=has_pairs)
-            observe = None if self._source is None else self._source.observe
+            source = self._source
+            observe = None if source is None else source.observe
             self.mailbox = RoutingMailbox(layers, homes, observe, trace, _warn)
+            if isinstance(source, PlannedLayouts) and source.uses_pairs:
+                self.mailbox.plan_pairs = source.observe_pairs
             opened.pop_all()  # all are open; `close` closes them
 
     @property
@@ -107,7 +114,12 @@ class PlannerRank:
         failures = source.failures + self._faults + self.mailbox.faults
         return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
 
-    def planned(self) -> tuple[tuple[SmoothedForecast, ...], tuple[Plan, ...]] | None:
+    @property
+    def row_shares(self) -> list[int]:
+        """Return the shares of rows of the layouts that `due` returned last."""
+        return [] if self._source is None else self._source.row_shares
+
+    def planned(self) -> ServiceState | None:
         return self._source.state() if isinstance(self._source, PlannedLayouts) else None
 
     def due(self, step: int) -> list[ExpertLayout] | None:
@@ -128,7 +140,7 @@ class PlannerRank:
     def applied(self, step: int, layouts: list[ExpertLayout]) -> None:
         if self._recorder is not None:
             try:
-                self._recorder.record(step, layouts)
+                self._recorder.record(step, layouts, self.row_shares)
             except (OSError, ValueError) as error:
                 self._end_recording(step, error)
 
@@ -153,6 +165,24 @@ def _strategies(
 ) -> dict[int, Strategy]:
     make = partial(make_strategy, config.planner, geometry=geometry)
     usual, others = make(costs=costs), make(costs=costs.in_bf16)
+    return {layer: others if layer in out_of_fp8 else usual for layer in range(num_layers)}
+
+
+def _pair_planners(
+    config: FSEPConfig,
+    geometry: Geometry,
+    costs: CostModel,
+    num_layers: int,
+    out_of_fp8: Collection[int],
+) -> dict[int, PairPlanner] | None:
+    """Return the planners of layouts by pairs, where pairs are counted and change rows."""
+    if config.pairs_interval is None or not config.plans_by_pairs:
+        return None
+    if costs.tokens.exchange != TokenExchange.NODE or geometry.num_nodes == 1:
+        return None
+    overlaps = config.scheduler == OverlapScheduler.ON
+    usual = PairPlanner(geometry, costs, config.pairs_interval, config.split, overlaps)
+    others = replace(usual, costs=costs.in_bf16)
     return {layer: others if layer in out_of_fp8 else usual for layer in range(num_layers)}
 
 

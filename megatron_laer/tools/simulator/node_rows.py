@@ -54,8 +54,7 @@ class NodeRows:
         """Count a microbatch, of whose pairs a split leaves `off_node` on other nodes."""
         sent = float(off_node)
         if prices.exchange == TokenExchange.NODE:
-            near = int(totals.near_S.sum() - totals.own_N.sum())
-            sent = int(totals.far_S.sum()) * prices.inter_rows + near * prices.domain_rows
+            sent = prices.sent_between_nodes(totals)
         return cls(int(counts_NE.sum()), home_pairs(counts_NE, node_size), off_node, sent)
 
 
