@@ -99,7 +99,9 @@ class PlannerState:
                 raise ValueError(f"the plan of step {plan.source_step} lacks layers")
         for shares in self._all_shares():
             if len(shares) != len(self.layers):
-                raise ValueError(f"{len(shares)} row_shares for {len(self.layers)} layers")
+                raise ValueError(
+                    f"{len(shares)} row_shares for {len(self.layers)} layers; give one for each"
+                )
             for share in shares:
                 check_range("row_shares", share, MAX_SHARE)
         self._check_pairs()

@@ -70,6 +70,7 @@ _COSTS = _in("planner/costs.py", *_unit("home"))
 _WIRE = _in("planner/wire_form.py", *_unit("wire_form"))
 _FP8_BYTES = ("tests/tools/distributed/test_simulated_fp8_bytes.py",)
 _CHUNK = _in("tools/simulator/iteration/chunk.py", "tests/tools/test_iteration.py")
+_EXCHANGES = ("tests/tools/test_iteration_exchanges.py",)
 _SIMULATED = _in("tools/simulator/iteration/layer_times.py", "tests/tools/test_iteration_work.py")
 _FORECAST = _in("planner/forecast.py", *_unit("forecast"))
 _QUOTAS = _in("planner/quotas.py", *_unit("quotas"))
@@ -178,16 +179,16 @@ FAULTS: tuple[Fault, ...] = (
         "a held step has backward's form for nothing",
         "recompute == Recompute.FULL or own_s is None else own_s",
         "True else own_s",
-        *_SIMULATED.tests,
+        *_EXCHANGES,
         "-k",
         "form",
     ),
-    _in("tools/simulator/iteration/methods.py", *_SIMULATED.tests, "-k", "held").fault(
+    _in("tools/simulator/iteration/methods.py", *_EXCHANGES, "-k", "held").fault(
         "sums of a step are simulated in bf16",
         "        if self.holds_step:\n",
         "        if not self.holds_step:\n",
     ),
-    _in("tools/simulator/iteration/model_shape.py", *_SIMULATED.tests, "-k", "bf16").fault(
+    _in("tools/simulator/iteration/model_shape.py", *_EXCHANGES, "-k", "bf16").fault(
         "the first layers are simulated in fp8",
         "layer < first or decoder",
         "decoder",

@@ -8,9 +8,9 @@ layout of every layer:
     {"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer],"crc":...}\\n
 
 An empty slot is -1. Only with --fsep-sharding experts does the first line have a `sharding`. Only
-with --fsep-homes does it have `homes`: the expert at each home position, layer by layer. Only where
-layouts by pairs are in force does a line have `row_shares`, an integer for each layer
-(`planner/by_pairs.py`), by which a replay's guard decides as the run's did.
+with --fsep-homes does it have `homes`: the expert at each home position, layer by layer. Layouts by
+pairs add `row_shares` to a line, an integer for each layer (`planner/by_pairs.py`): a replay's
+guard decides by them as the run's did.
 
 `files/json_lines.py` defines the checksum. Version 1, which had none and named neither format nor
 version, is still read. `files/recording.py` explains how resumed runs continue a file.

@@ -165,7 +165,7 @@ def _strategies(
 ) -> dict[int, Strategy]:
     make = partial(make_strategy, config.planner, geometry=geometry)
     usual, others = make(costs=costs), make(costs=costs.in_bf16)
-    return {layer: others if layer in out_of_fp8 else usual for layer in range(num_layers)}
+    return _of_layers(usual, others, num_layers, out_of_fp8)
 
 
 def _pair_planners(
@@ -183,6 +183,12 @@ def _pair_planners(
     overlaps = config.scheduler == OverlapScheduler.ON
     usual = PairPlanner(geometry, costs, config.pairs_interval, config.split, overlaps)
     others = replace(usual, costs=costs.in_bf16)
+    return _of_layers(usual, others, num_layers, out_of_fp8)
+
+
+def _of_layers[T](
+    usual: T, others: T, num_layers: int, out_of_fp8: Collection[int]
+) -> dict[int, T]:
     return {layer: others if layer in out_of_fp8 else usual for layer in range(num_layers)}
 
 
