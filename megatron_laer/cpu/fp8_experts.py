@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -22,7 +23,12 @@ from unittest import mock
 import torch
 
 from megatron_laer.cpu import fp8
-from megatron_laer.cpu.fp8_delayed import DelayedPass, LinearScalings, ScalingContext
+from megatron_laer.cpu.fp8_delayed import (
+    DelayedParameter,
+    DelayedPass,
+    LinearScalings,
+    ScalingContext,
+)
 from megatron_laer.cpu.fp8_parameters import Fp8Parameter, fp8_parameters, keep_in_fp8
 from megatron_laer.layer.experts.fp8 import MULTIPLE
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
@@ -124,12 +130,15 @@ _DEFINITIONS: dict[str, tuple[Form, Form | None, Block, Block, Block, Block, int
 class EmulatedGemm:
     """`QuantisedGemm` of one linear layer."""
 
-    def __init__(self, config: Any, rows: int, columns: int) -> None:
+    def __init__(
+        self, config: Any, rows: int, columns: int, contexts: ScalingContext | None = None
+    ) -> None:
         recipe = self._recipe = Recipe.of(config)
         self._form = self._backward_form = recipe.form(rows, columns)
         self._for_backward: Packer = self
         self._homes: list[Any] = []
-        self._slots: list[Any] | None = None
+        self._slots: Sequence[Any] | None = None
+        self._contexts, self._kept_scales = contexts or ScalingContext(), deque[Any]()
         if recipe.backward_form is not None:
             self._backward_form = recipe.backward_form(rows, columns)
             self._for_backward = BackwardPacker(
@@ -156,7 +165,8 @@ class EmulatedGemm:
         if not any(self._homes):
             return self
         one_pass = copy.copy(self)
-        one_pass._slots = [DelayedPass(self._homes[home]) for home in homes_C]
+        homes = [self._homes[home] for home in homes_C]
+        one_pass._slots = self._contexts.passes(homes, self._kept_scales)
         return one_pass
 
     def pack(self, weight_RK: torch.Tensor, home: int = 0) -> torch.Tensor:
@@ -249,11 +259,13 @@ def fp8_replaced() -> Iterator[None]:
 
     def replaced(layer: type) -> Any:
         def forward(self: Any, input: torch.Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
+            input = contexts.before_linear(input)
             if not (self.is_expert and self.config.fp8) or _is_off.get():
-                input = contexts.before_linear(input)
                 return stock[layer](self, input, weight, *args, **kwargs)
             assert input.dim() == 2 and kwargs.get("bias") is None  # Megatron's MLP adds it
-            recipe = DelayedPass(self.scalings) if self.scalings else Recipe.of(self.config)
+            recipe: Recipe | DelayedPass = Recipe.of(self.config)
+            if self.scalings:
+                (recipe,) = contexts.passes([self.scalings], self.scalings.kept_scales)
             return Fp8Linear.apply(input, weight, recipe)
 
         return forward
@@ -267,7 +279,9 @@ def fp8_replaced() -> Iterator[None]:
                 self.scalings = LinearScalings(self, recipe.forward, recipe.backward)
                 contexts.add(self.scalings, self.config)
             if self.is_expert and self.config.fp8_param and not _is_off.get():
-                keep_in_fp8(self, Recipe.of(self.config))
+                scalings = self.scalings
+                how = DelayedParameter(scalings.weight) if scalings else Recipe.of(self.config)
+                keep_in_fp8(self, how)
 
         return init
 
@@ -286,7 +300,17 @@ def fp8_replaced() -> Iterator[None]:
         return contextlib.nullcontext()
 
     def emulated(config: Any, rows: int, columns: int, device: torch.device) -> EmulatedGemm:
-        return EmulatedGemm(config, rows, columns)
+        return EmulatedGemm(config, rows, columns, contexts)
+
+    def checkpoint(
+        function: Any, is_distributed: bool, _tracker: Any, _group: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Replace Transformer Engine's checkpoint by Megatron's, and keep the state of fp8."""
+        from megatron.core.tensor_parallel import checkpoint
+
+        return checkpoint(
+            contexts.checkpointed()(partial(function, **kwargs)), is_distributed, *args
+        )
 
     assert gpt_model
     with contextlib.ExitStack() as replacements:
@@ -304,7 +328,7 @@ def fp8_replaced() -> Iterator[None]:
             (transformer_config, "is_te_min_version", lambda *_, **__: True),
             (of_experts, "quantised_gemm", emulated),
             *((owner, "get_fp8_context", context) for owner in _with("get_fp8_context")),
-            *((owner, "te_checkpoint", _checkpoint) for owner in _with("te_checkpoint")),
+            *((owner, "te_checkpoint", checkpoint) for owner in _with("te_checkpoint")),
         ):
             replacements.enter_context(mock.patch.object(owner, name, replacement))
         yield
@@ -327,12 +351,3 @@ def _with(name: str) -> list[Any]:
         for of_module, module in list(sys.modules.items())
         if of_module.startswith("megatron.core") and name in vars(module)
     ]
-
-
-def _checkpoint(
-    forward: Any, is_distributed: bool, _tracker: Any, _group: Any, *args: Any, **kwargs: Any
-) -> Any:
-    """Replace Transformer Engine's checkpoint, which also keeps the state of fp8, by Megatron's."""
-    from megatron.core.tensor_parallel import checkpoint
-
-    return checkpoint(partial(forward, **kwargs), is_distributed, *args)

@@ -34,8 +34,6 @@ _RECIPES = {
     "mxfp8": _Card((10, 0), (12, 0)),
     "delayed": _Card((8, 9)),
 }
-_CHANGED = "scales may change between a restore or forward and its use"
-_VIRTUAL = ("virtual_pipeline_model_parallel_size", "num_virtual_stages_per_pipeline_rank")
 _WITH = f"with --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
 
 
@@ -82,29 +80,16 @@ def _not_with_delayed(settings: Any) -> Iterator[tuple[str, str]]:
 
     if get("tp_only_amax_red"):
         yield "tp_only_amax_red", "ranks then have scales of their own, and replicas other ones"
-    if get("fp8_param_gather", "fp8_param"):
-        yield "--fp8-param-gather", "the optimizer would find its scales, which no test has shown"
     if get("disable_parameter_transpose_cache"):
         yield "disable_parameter_transpose_cache", "weights are quantised again in each microbatch"
-    granularity = get("recompute_granularity")
-    if granularity == "full":
-        yield "--recompute-granularity full", _CHANGED
-    elif granularity == "selective" and "moe" in (get("recompute_modules") or ()):
-        yield "--recompute-modules moe", _CHANGED
-    if get("num_layers_per_virtual_pipeline_stage") or int(get(*_VIRTUAL) or 1) > 1:
-        yield "a virtual pipeline", _CHANGED
-    if get("mtp_num_layers"):
-        yield "--mtp-num-layers", _CHANGED
     if getattr(settings, "fp8_wgrad", True) is False:
         yield "fp8_wgrad False", "replicas compute weights' gradients in fp8"
-    if get("overlap_moe_expert_parallel_comm"):
-        yield "--overlap-moe-expert-parallel-comm", _CHANGED
     if get("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad"):
-        yield "--delay-wgrad-compute", _CHANGED
+        yield "--delay-wgrad-compute", "replicas would quantise gradients again, by newer scales"
     if get("cuda_graph_impl") not in (None, "none"):
         yield "--cuda-graph-impl", "graphs have scales of their own"
     if get("hybrid_layer_pattern", "hybrid_override_pattern"):
-        yield "--hybrid-layer-pattern", "a MoE layer may be first, after which scales change"
+        yield "--hybrid-layer-pattern", "no test has shown it"
 
 
 def recipe_of(settings: Any) -> str:

@@ -34,13 +34,15 @@ DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-para
 # Scales and histories of four microbatches are in checkpoints.
 DELAYED = " --fp8-format hybrid --fp8-recipe delayed --bf16 --fp8-amax-history-len 4"
 DELAYED += " --fp8-amax-compute-algo max"
+VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers 4"
+VIRTUAL += " --num-layers-per-virtual-pipeline-stage 1 --mtp-num-layers 1"
 RANDOM_DELAYED = DELAYED + AT_HOME + " --fsep-planner random"
 # Tokens of each expert: none, one, fewer and more than the multiple, and the multiple.
 TOKENS_E = [40, 1, 0, 16]
 
 
-def command(data: str, extra: str, steps: int = 4) -> list[str]:
-    return command_line(data, extra, global_batch=8, steps=steps)
+def command(data: str, extra: str, steps: int = 4, experts: int = 8) -> list[str]:
+    return command_line(data, extra, global_batch=8, steps=steps, experts=experts)
 
 
 def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bool]:
@@ -136,7 +138,7 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
 @pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
 @pytest.mark.parametrize(
     ("recipe", "fp8_param"),
-    [*product(["tensorwise", "blockwise", "mxfp8"], [False, True]), ("delayed", False)],
+    product(["tensorwise", "blockwise", "mxfp8", "delayed"], [False, True]),
 )
 def test_a_replica_computes_bit_for_bit_as_its_home(
     ranks: RankPools, fp8_format: str, recipe: str, fp8_param: bool
@@ -151,7 +153,7 @@ def test_a_replica_computes_bit_for_bit_as_its_home(
     [
         *(RANDOM + extra for extra in ("", HELD, PARAMETERS)),
         *(RANDOM_MX + extra for extra in ("", HELD, MX_PARAMETERS)),
-        *(RANDOM_DELAYED + extra for extra in ("", HELD)),
+        *(RANDOM_DELAYED + extra for extra in ("", HELD + RECOMPUTE)),
     ],
 )
 def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, flags: str) -> None:
@@ -161,7 +163,11 @@ def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, flags:
 
 
 @pytest.mark.parametrize(
-    "flags", [RANDOM, RANDOM + PARAMETERS, RANDOM_MX, RANDOM_MX + MX_PARAMETERS, RANDOM_DELAYED]
+    "flags",
+    [
+        *(RANDOM, RANDOM + PARAMETERS, RANDOM_MX, RANDOM_MX + MX_PARAMETERS),
+        RANDOM_DELAYED + RECOMPUTE,
+    ],
 )
 def test_a_resumed_run_has_the_same_bits(
     ranks: RankPools, text_data: str, tmp_path: Path, flags: str
@@ -176,18 +182,23 @@ def test_a_resumed_run_has_the_same_bits(
     assert all((rest.weights[name] == value).all() for name, value in whole.weights.items())
 
 
-def sent_weights(flags: list[str]) -> tuple[int, int]:
-    """Train; return how many weights were sent before their home's use, and how many differed."""
+def followed_homes(flags: list[str]) -> tuple[int, int, int]:
+    """Train; return counts of what a replica of delayed scaling could have other than its home.
+
+    They are of weights that were sent before their home's use, of those that differed, and of
+    microbatches in which a linear layer's gradients had several scales.
+    """
     from unittest import mock
 
     import torch
 
     from megatron_laer.cpu.fp8 import dequantised
-    from megatron_laer.cpu.fp8_delayed import LinearScalings
+    from megatron_laer.cpu.fp8_delayed import DelayedPass, LinearScalings
 
-    sent, at_home = LinearScalings.sent, LinearScalings.at_home
+    sent, at_home, grad = LinearScalings.sent, LinearScalings.at_home, DelayedPass._grad
     waiting: dict[LinearScalings, Any] = {}
-    ahead = differed = 0
+    scales: dict[LinearScalings, set[float]] = {}
+    ahead = differed = several = 0
 
     def watched_sent(self: LinearScalings, weight: torch.Tensor) -> Any:
         given = sent(self, weight)
@@ -202,22 +213,37 @@ def sent_weights(flags: list[str]) -> tuple[int, int]:
         if of_weight is not None and torch.equal(of_weight, weight):
             ahead += 1
             differed += not torch.equal(dequantised(used), dequantised(given))
+        scales[self] = set()  # a microbatch's backward is to come
         return used
+
+    def watched_grad(self: DelayedPass, grad_nR: torch.Tensor) -> Any:
+        nonlocal several
+        of_microbatch = scales[self._scalings]
+        scale = float(self._scalings.grad.scale)
+        several += bool(of_microbatch) and scale not in of_microbatch
+        of_microbatch.add(scale)
+        return grad(self, grad_nR)
 
     with (
         mock.patch.object(LinearScalings, "sent", watched_sent),
         mock.patch.object(LinearScalings, "at_home", watched_home),
+        mock.patch.object(DelayedPass, "_grad", watched_grad),
     ):
         train_row(flags)
-    return ahead, differed
+    return ahead, differed, several
 
 
-def test_a_replica_has_the_weights_that_its_home_quantises_once_per_step(
-    ranks: RankPools, text_data: str
+@pytest.mark.parametrize("extra", ["", RECOMPUTE, VIRTUAL], ids=["plain", "recompute", "virtual"])
+def test_replicas_of_delayed_scaling_follow_their_homes(
+    ranks: RankPools, text_data: str, extra: str
 ) -> None:
-    found = ranks(2).run(sent_weights, command(text_data, RANDOM_DELAYED))
-    assert sum(ahead for ahead, _ in found) > 10
-    assert not any(differed for _, differed in found)
+    """Weights are those that the home quantises once per step, and gradients have its scale."""
+    flags = command(text_data, RANDOM_DELAYED + extra, experts=4)
+    found = ranks(4 if extra == VIRTUAL else 2).run(followed_homes, flags)
+    assert sum(ahead for ahead, *_ in found) > 10
+    assert not any(differed for _, differed, _ in found)
+    # Of a pipeline, backward of one microbatch comes after forward of another.
+    assert extra == VIRTUAL or not any(several for *_, several in found)
 
 
 @pytest.mark.parametrize("in_fp8", [FP8, FP8 + PARAMETERS, MX, MX + MX_PARAMETERS, DELAYED])
@@ -282,9 +308,10 @@ def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
 # Bytes of weights for each element. Payloads of 128 x 48 and 48 x 64 elements have a row more for
 # the scale; in mxfp8 there is one of 8 bits for each 32.
 SCALED = {FP8: 1 + (1 / 128 * 2 + 1 / 48) / 3, MX: 1 + 1 / 32}
+SCALED[DELAYED] = SCALED[FP8]
 
 
-@pytest.mark.parametrize("in_fp8", SCALED, ids=["tensorwise", "mxfp8"])
+@pytest.mark.parametrize("in_fp8", SCALED, ids=["tensorwise", "mxfp8", "delayed"])
 @pytest.mark.parametrize("extra", ["", RECOMPUTE], ids=["plain", "recompute"])
 def test_replicas_receive_a_byte_for_each_weight(
     ranks: RankPools, text_data: str, in_fp8: str, extra: str

@@ -140,15 +140,19 @@ def test_nothing_may_fit(advised):
     assert "\nNothing fits 2 GiB of a rank: the least need is of EP" in found["printed"]
 
 
-def test_in_fp8_experts_are_at_home_and_the_flags_say_so(advised, model, tmp_path):
-    run = f"{GPUS} --workload W1 --memory-gib 60"
-    found = advised(*run.split(), *"--fp8-format hybrid --fp8-recipe tensorwise".split())
+@pytest.mark.parametrize("recipe", ["tensorwise", "delayed"])
+def test_in_fp8_experts_are_at_home_and_the_flags_say_so(advised, recipe):
+    expected = f"--fp8-format hybrid --fp8-recipe {recipe}"
+    found = advised(*f"{GPUS} --workload W1 --memory-gib 60 {expected}".split())
     assert found["best"] and all(" experts C=" in each["label"] for each in found["best"])
-    expected = "--fp8-format hybrid --fp8-recipe tensorwise"
     allowed = "--fsep-allow-unproven fp8-experts"
     assert all(expected in each["flags"] for each in found["best"] + found["stock"])
     assert [allowed in each["flags"] for each in found["best"]] == [True] * len(found["best"])
     assert not any(allowed in each["flags"] for each in found["stock"])
+
+
+def test_a_job_script_in_fp8_is_read(advised, model, tmp_path):
+    run = f"{GPUS} --workload W1 --memory-gib 60"
     path = tmp_path / "run.sh"
     path.write_text(
         "python pretrain.py --micro-batch-size 1 --fp8-format e4m3 --fp8-recipe tensorwise "

@@ -27,6 +27,8 @@ HOMES = 2
 # The second home's expert is in two slots, and one slot has no tokens.
 HOMES_C, TOKENS_C = [1, 0, 1, 0], [3, 0, 16, 40]
 OPTIONS: dict[str, Any] = {"dtype": torch.bfloat16}
+# Pass of Transformer Engine's checkpoints: "first" or "re-run".
+PHASE: dict[str, str] = {}
 
 
 class Quantiser:
@@ -70,6 +72,10 @@ def config(monkeypatch: pytest.MonkeyPatch) -> Any:
     modules = {
         te_delayed.Delayed._module: SimpleNamespace(Float8Quantizer=Quantiser, Float8Tensor=Tensor),
         f"{te.TENSORS}.storage.float8_tensor_storage": SimpleNamespace(Float8TensorStorage=Storage),
+        te_delayed.Delayed._checkpoints: SimpleNamespace(
+            is_fp8_activation_recompute_enabled=lambda: "pass" in PHASE,
+            in_fp8_activation_recompute_phase=lambda: PHASE.get("pass") == "re-run",
+        ),
         "transformer_engine_torch": SimpleNamespace(
             DType=SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2")
         ),
@@ -164,6 +170,39 @@ def test_replicas_have_their_homes_scales_and_add_to_their_amax(config: Any, gro
     assert noted(modules) == expected and min(expected) > 0
 
 
+def test_a_rerun_has_the_scales_of_its_first_pass_and_adds_to_no_amax(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    states = [home_state(config, home) for home in range(HOMES)]
+    modules = modules_of(states, grouped=True)
+    of_layer: Any = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
+    of_layer.attach(modules)
+    payload = torch.stack([of_layer.pack(torch.randn(ROWS, COLUMNS, **OPTIONS)) for _ in TOKENS_C])
+    passes = [torch.randn(sum(TOKENS_C), COLUMNS, **OPTIONS) for _ in range(2)]
+    first, again = [], []
+    for input_TK in passes:  # two microbatches are in flight, and each ends with new scales
+        monkeypatch.setitem(PHASE, "pass", "first")
+        first.append(of_layer.for_slots(HOMES_C).forward(input_TK, payload, TOKENS_C))
+        for state in states:
+            state.input.scale.mul_(3.0)
+    assert min(noted(modules)[::2]) > 0
+    for module in modules:
+        for quantise in filter(None, module.quantizers["scaling_fwd"]):
+            quantise.amax.zero_()
+    for input_TK in passes:
+        monkeypatch.setitem(PHASE, "pass", "re-run")
+        gemm = of_layer.for_slots(HOMES_C)
+        again.append(gemm.forward(input_TK, payload, TOKENS_C))
+        monkeypatch.delitem(PHASE, "pass")
+        grad_CRK = torch.zeros(len(TOKENS_C), ROWS, COLUMNS)
+        gemm.weight_grad(torch.ones(sum(TOKENS_C), ROWS, **OPTIONS), input_TK, TOKENS_C, grad_CRK)
+        assert grad_CRK[2].any()
+    assert all(map(torch.equal, first, again)) and noted(modules)[::2] == [0.0] * HOMES
+    in_force = of_layer.for_slots(HOMES_C).forward(passes[0], payload, TOKENS_C)
+    assert not torch.equal(first[0], in_force)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -197,6 +236,18 @@ def test_later_microbatches_send_the_bytes_of_the_first(config: Any, grouped: bo
     assert torch.equal(gemm.pack(weight_RK, 1), first)
     module.is_first_microbatch = True  # the next step's first, which has the new scale
     assert not torch.equal(gemm.pack(weight_RK, 1), first)
+
+
+def test_a_parameter_in_fp8_is_sent_as_it_is(config: Any) -> None:
+    states = [home_state(config, home) for home in range(HOMES)]
+    modules = modules_of(states, grouped=True)
+    gemm: Any = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
+    gemm.attach(modules)
+    of_optimizer: Any = quantiser(states[1].weight)(torch.randn(ROWS, COLUMNS, **OPTIONS))
+    states[1].weight.scale.mul_(2.0)
+    values_RK, scale = gemm._form.unpack(gemm.pack(of_optimizer, 1))
+    assert torch.equal(values_RK, of_optimizer._data)
+    assert torch.equal(scale, of_optimizer._scale_inv)
 
 
 def test_before_their_first_forward_modules_have_a_scale_of_one(config: Any) -> None:

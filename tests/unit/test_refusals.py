@@ -133,9 +133,19 @@ TAKEN = [
     f"--fp8-format e4m3 --fp8-recipe blockwise {ALLOW_EXPERTS}",
     f"--fp8-format e4m3 --fp8-recipe blockwise {ALLOW_EXPERTS} --fp8-param-gather {PADDING}",
     f"--fp8-format hybrid --fp8-recipe mxfp8 {ALLOW_EXPERTS}",
-    f"--fp8-format hybrid {ALLOW_EXPERTS} --recompute-granularity selective",
     f"--fp8-format e4m3 --fp8-recipe mxfp8 {ALLOW_EXPERTS} --fp8-param-gather"
     " --reuse-grad-buf-for-mxfp8-param-ag",
+    *(
+        f"--fp8-format hybrid {ALLOW_EXPERTS} {flags}"
+        for flags in (
+            "--recompute-granularity full",
+            f"{SELECTIVE} moe",
+            OVERLAP,
+            "--num-layers-per-virtual-pipeline-stage 1",
+            "--fp8-param-gather",
+            "--mtp-num-layers 1",
+        )
+    ),
     "--cuda-graph-modules moe",
     f"{OVERLAP} --delay-wgrad-compute",
     "--overlap-dispatch-backward-with-experts-wgrad",
@@ -173,14 +183,8 @@ OWN = {
             f"{said or flags} with {ALLOW_EXPERTS} --fp8-recipe delayed: "
         ]
         for flags, said in {
-            "--fp8-param-gather": "",
-            "--recompute-granularity full": "",
-            "--recompute-granularity selective --recompute-modules moe": "--recompute-modules moe",
-            OVERLAP: "",
-            "--mtp-num-layers 1": "--mtp-num-layers",
             "--delay-wgrad-compute": "",
             "--hybrid-layer-pattern ME*E": "--hybrid-layer-pattern",
-            "--num-layers-per-virtual-pipeline-stage 1": "a virtual pipeline",
         }.items()
     },
     f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather": [

@@ -8,13 +8,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_laer.choices import Fp8Recipe, Unproven
 from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.support import fp8_experts
 from megatron_laer.tools.cli import routing_input, run_flags, simulate_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -84,8 +82,6 @@ def run(args: argparse.Namespace) -> int:
     cluster = named("--cluster", args.cluster, load_cluster)
     model = simulate_input.model_of(args)
     model, dispatches, has_flags = _with_flags(args, model)
-    if model.fp8 is not None and (found := _fp8_problems(model.fp8)):
-        raise ValueError(found[0])
     most_gib = _memory(args, cluster)
     asked, trace = _run(args, cluster, model, dispatches, most_gib)
     predictor = Predictor(asked)
@@ -132,11 +128,6 @@ def _with_flags(
     if args.stock_dispatcher == "flex":
         dispatches.append(Dispatch.FLEX)
     return model, tuple(dispatches), bool(words)
-
-
-def _fp8_problems(recipe: Fp8Recipe) -> list[str]:
-    allowed = {Unproven.FP8_EXPERTS}
-    return fp8_experts.problems(argparse.Namespace(fp8="hybrid", fp8_recipe=recipe), allowed)
 
 
 def _memory(args: argparse.Namespace, cluster: Cluster) -> float:

@@ -4,7 +4,9 @@ A scale follows from the largest absolute values (amax) of earlier microbatches,
 of home experts keep. Megatron reduces them over a group that contains the FSEP group, so homes with
 one number have one scale on all ranks. A replica takes this rank's quantisers of its home's number:
 they have its scale. Their amax is a maximum over all calls, so that the replica's tokens are in it
-before the reduction.
+before the reduction. A checkpoint's re-run has the scales of the first pass and leaves amax as it
+is, as in the modules. Backward may change scales after a module's own: homes compute first in
+forward, and so after replicas in backward.
 
 Legend: C slots, T tokens received. R rows of a matrix (output features), K columns.
 """
@@ -12,6 +14,8 @@ Legend: C slots, T tokens received. R rows of a matrix (output features), K colu
 from __future__ import annotations
 
 import copy
+import importlib
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -29,9 +33,12 @@ class Delayed(PerTensor):
     """Per-tensor scales by the state of stock's modules of home experts."""
 
     _module = f"{TENSORS}.float8_tensor"
+    _checkpoints = "transformer_engine.pytorch.distributed"
     needs: ClassVar[Needs] = {
         (_module, "Float8Quantizer"): {"scale", "amax", "fp8_dtype", "rowwise", "columnwise"},
         **{key: value for key, value in PerTensor.needs.items() if "Storage" in key[1]},
+        (_checkpoints, "is_fp8_activation_recompute_enabled"): set(),
+        (_checkpoints, "in_fp8_activation_recompute_phase"): set(),
     }
 
     def __init__(self, config: Any, rows: int, columns: int) -> None:
@@ -39,6 +46,8 @@ class Delayed(PerTensor):
         self._modules: Sequence[Any] = ()
         self._homes_C: Sequence[int] = ()
         self._input_scales: list[torch.Tensor] = []
+        # Of first passes of checkpoints whose re-runs are to come; copies of this object share it.
+        self._kept_scales: deque[list[torch.Tensor]] = deque()
 
     def attach(self, modules: Sequence[torch.nn.Module]) -> None:
         self._modules = modules
@@ -52,8 +61,11 @@ class Delayed(PerTensor):
         """Return the payload of the weight that the home uses in this step.
 
         The step's first microbatch quantises it, and later ones keep these bytes, though the scale
-        changes.
+        changes. A parameter in fp8 has its own.
         """
+        own: Any = weight_RK
+        if isinstance(weight_RK, self._tensors.Float8Tensor):
+            return self._form.pack(own._data, own._scale_inv)
         module, gemm = self._module_of(home)
         kept = module._fp8_workspaces.get(f"weight{gemm}" if self._is_grouped else "weight")
         if kept is not None and not module.is_first_microbatch:
@@ -68,11 +80,21 @@ class Delayed(PerTensor):
     ) -> list[Any]:
         device = input_TK.device
         quantisers = [self._quantiser_of(home, _INPUT, device) for home in self._homes_C]
-        if by_columns:  # backward's operand is forward's, whose scale may have changed since
+        checkpoints = importlib.import_module(self._checkpoints)
+        is_rerun = checkpoints.in_fp8_activation_recompute_phase()
+        if not by_columns:
+            is_first = not is_rerun and checkpoints.is_fp8_activation_recompute_enabled()
+            self._input_scales = (
+                self._kept_scales.popleft()
+                if is_rerun
+                else [quantise.scale.clone() for quantise in quantisers]
+            )
+            if is_first:
+                self._kept_scales.append(self._input_scales)
+        # Backward's operand is forward's, whose scale may have changed since.
+        if by_columns or is_rerun:
             for quantise, scale in zip(quantisers, self._input_scales, strict=True):
                 quantise.scale, quantise.amax = scale, torch.zeros_like(quantise.amax)
-        else:
-            self._input_scales = [quantise.scale.clone() for quantise in quantisers]
         return self._by_slot(quantisers, input_TK, tokens_C, by_columns)
 
     def _grads(
