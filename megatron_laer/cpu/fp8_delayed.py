@@ -104,7 +104,7 @@ class LinearScalings:
 
 @dataclass(frozen=True)
 class DelayedParameter:
-    """How a parameter in fp8 is quantised, in place of `Recipe`: by the scale in force."""
+    """Recipe of a parameter in fp8, by the scale in force."""
 
     scaling: Scaling
     weight: None = None

@@ -481,8 +481,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _SCHEDULER.fault(
         "nothing starts early",
-        "        elif starts:\n            chunk.await",
-        "        elif starts and position < 0:\n            chunk.await",
+        "        elif starts and not (",
+        "        elif starts and position < 0 and not (",
     ),
     _SCHEDULER.fault(
         "backward fetches nothing ahead",
@@ -759,7 +759,7 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _PAIR_LAYOUTS.fault(
         "one layer per step gets a layout by pairs",
-        "self.placed.waiting[: self._planner.layers_per_step(self._num_layers)]",
+        "self.placed.waiting[:due]",
         "self.placed.waiting[:1]",
     ),
     _BY_PRICE.fault(
@@ -854,11 +854,6 @@ FAULTS: tuple[Fault, ...] = (
         "homes by pairs may make a rank heavier",
         "if max_over_mean(one_E) <= most",
         "if True",
-    ),
-    _BY_PAIRS.fault(
-        "homes by pairs have replicas among them",
-        "[:, : geometry.capacity]",
-        "[:, -geometry.capacity :]",
     ),
     _in("planner/exact.py", *_unit("visit_quotas")).fault(
         "a rank expects tokens by other quotas than are sent",
