@@ -22,13 +22,11 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.crossings import Crossings, check_pairs, hosts_of
+from megatron_laer.planner.crossings import Crossings, hosts_of
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
-
-__all__ = ["Crossings", "Placement", "check_pairs", "drifted_loads", "hosts_of", "place_together"]
 
 # Any fixed number: the same pairs give the same layout.
 _SEED = 2602
