@@ -303,6 +303,8 @@ class FSEPConfig:
     def _reason_against_pairs(self) -> str | None:
         if not self.makes_plans:
             return "nothing is planned ahead"
+        if self.planner != "greedy":  # others begin with the layout in force, maybe one by pairs
+            return "layouts by pairs are compared with those of --fsep-planner greedy"
         if self.token_exchange == TokenExchange.RANK:
             return f"layouts by pairs are for --fsep-token-exchange {TokenExchange.NODE}"
         return None

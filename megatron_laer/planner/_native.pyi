@@ -161,9 +161,20 @@ def search(
     seed: int,
     /,
 ) -> _Int16: ...
-def expected_rows(
-    pairs_EE: _Int64, counts_QE: _Float64, hosts_QE: _Int64, domain_nodes: int, top_k: int, /
-) -> float: ...
+
+class Crossings:
+    def __init__(
+        self,
+        pairs_EE: _Int64,
+        counts_QE: _Float64,
+        hosts_QE: _Int64,
+        domain_nodes: int,
+        top_k: int,
+        /,
+    ) -> None: ...
+    def move(self, expert: int, source: int, target: int, /) -> None: ...
+    def rows(self) -> float: ...
+
 def together(
     pairs_EE: _Int64,
     counts_QE: _Float64,

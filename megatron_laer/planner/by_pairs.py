@@ -11,7 +11,9 @@ Legend: N ranks, E experts, L layers, C slots per rank.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 
@@ -19,7 +21,7 @@ from megatron_laer.arrays import Int64
 from megatron_laer.choices import Split
 from megatron_laer.planner.coactivation import place_together
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.crossings import Crossings, hosts_of
+from megatron_laer.planner.crossings import NOWHERE, Crossings, hosts_of
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
@@ -27,12 +29,16 @@ from megatron_laer.planner.quotas import SplitTotals, even_split
 
 # Unit of a share of rows: integers are broadcast, saved and recorded without rounding.
 WHOLE = 1_000_000
+# Most that a share may differ from 1, either way: the guard's prices are scaled by it.
+_MOST = 10.0
 # A layout sends more rows than the pairs that it was made from lead us to expect: on real sets
 # (`benchmarks.coactivation`) 1.03 times as many, as rows, compared with layouts by counts; at home
 # 1.02 times. The largest are 1.18 and 1.12.
 _FITTED = 1.05
 # Replicas of home experts: any fixed number, and changes that are tried for each slot.
 _SEED, _TRIES = 2602, 24
+# Least part of the rows that a change saves, since a price takes longer than the rows.
+_LEAST_GAIN = 0.0005
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,11 +130,15 @@ class PairPlanner:
         if by_pairs is None or by_pairs == by_counts or not pairs_EE.any():
             return Choice(by_counts)
         crossings = self.crossings(pairs_EE, counts_NE)
-        counts_s, counts_share = self.price(counts_NE, by_counts, crossings)
-        pairs_s, pairs_share = self.price(counts_NE, by_pairs, crossings, _FITTED)
+        counts_rows, pairs_rows = (
+            crossings.rows(hosts_of(layout, self.geometry)) for layout in (by_counts, by_pairs)
+        )
+        counts_s, counts_share = self.price(counts_NE, by_counts, counts_rows)
+        pairs_s, pairs_share = self.price(counts_NE, by_pairs, pairs_rows * _FITTED)
         if pairs_s >= counts_s:
             return Choice(by_counts)
-        return Choice(by_pairs, round(pairs_share / max(counts_share, 1e-6) * WHOLE))
+        share = pairs_share / counts_share if counts_share else 1.0
+        return Choice(by_pairs, round(min(max(share, 1 / _MOST), _MOST) * WHOLE))
 
     def crossings(self, pairs_EE: Int64, counts_NE: Int64) -> Crossings:
         """Return the rows that pairs lead us to expect for tokens of ranks with these counts."""
@@ -137,20 +147,21 @@ class PairPlanner:
         return Crossings(pairs_EE, nodes, self.geometry.domain_nodes, counts_ME)
 
     def price(
-        self, counts_NE: Int64, layout: ExpertLayout, crossings: Crossings, fitted: float = 1.0
+        self, counts_NE: Int64, layout: ExpertLayout, rows_per_token: float
     ) -> tuple[float, float]:
         """Predict the seconds of a layer and microbatch, with its exchanges of weights.
 
-        Counts may have any unit. Also return the rows between nodes that pairs lead us to expect,
-        of those that the prices of tokens assume.
+        Counts may have any unit. Also return the rows between nodes as a share of those that the
+        prices of tokens assume, 0 if they assume none. Where exact quotas send tokens off a node
+        that has their experts, a row has at most top-k pairs.
         """
         geometry, prices = self.geometry, self.costs.tokens
         counts_NE = _as_microbatch(counts_NE, self.costs.pairs_per_rank)
         totals = self._totals(counts_NE, layout)
-        tokens = int(counts_NE.sum()) / crossings.top_k
-        rows = crossings.rows(hosts_of(layout, geometry)) * tokens * fitted
+        pairs_per_row = geometry.top_k
+        rows = max(rows_per_token * int(counts_NE.sum()), int(totals.far_S.sum())) / pairs_per_row
         assumed = prices.sent_between_nodes(totals)
-        share = rows / assumed if assumed else 1.0
+        share = rows / assumed if assumed else 0.0
         costs = replace(self.costs, tokens=prices.with_rows(share))
         layer_s = costs.split_seconds(totals, layout, geometry.node_size)
         hiding_s = layer_s if self.overlaps else 0.0
@@ -183,32 +194,48 @@ class _Replicas:
         rank_X = rng.integers(geometry.num_ranks, size=tries)
         slot_X = rng.integers(geometry.home_slots, geometry.capacity, size=tries)
         expert_X = rng.choice(geometry.num_experts, size=tries, p=load_E / load_E.sum())
-        found, rows, seconds = start, self._rows(start), self._seconds(start)
-        for rank, slot, expert in zip(rank_X, slot_X, expert_X, strict=True):
-            changed = self._with(found, int(rank), int(slot), int(expert))
-            if changed is None:
+        ranks = start.slot_expert_S.reshape(geometry.num_ranks, -1).tolist()
+        nodes = [
+            Counter(chain.from_iterable(ranks[first : first + geometry.node_size]))
+            for first in range(0, geometry.num_ranks, geometry.node_size)
+        ]
+        expected = self.crossings.of(hosts_of(start, geometry))
+        found, rows = start, expected.rows()
+        seconds = self._seconds(start, rows)
+        # Python's numbers: this thread holds the lock that training's launches need.
+        for rank, slot, expert in zip(
+            rank_X.tolist(), slot_X.tolist(), expert_X.tolist(), strict=True
+        ):
+            at, old = rank // geometry.node_size, ranks[rank][slot]
+            if nodes[at][expert]:  # no row less
                 continue
-            after = self._rows(changed)
-            if after < rows and (after_s := self._seconds(changed)) < seconds:
-                found, rows, seconds = changed, after, after_s
+            leaves = old != EMPTY and nodes[at][old] == 1
+            expected.move(expert, NOWHERE, at)
+            if leaves:
+                expected.move(old, at, NOWHERE)
+            if (after := expected.rows()) < (1 - _LEAST_GAIN) * rows:
+                changed = self._with(found, rank, slot, expert)
+                if (after_s := self._seconds(changed, after)) < seconds:
+                    found, rows, seconds = changed, after, after_s
+                    nodes[at].update({expert: 1, old: -1})
+                    ranks[rank] = changed.slot_expert_S.reshape(len(ranks), -1)[rank].tolist()
+                    continue
+            if leaves:
+                expected.move(old, NOWHERE, at)
+            expected.move(expert, at, NOWHERE)
         return found
 
-    def _with(self, layout: ExpertLayout, rank: int, slot: int, expert: int) -> ExpertLayout | None:
-        """Return the layout with another replica in a slot; None if the rank has the expert."""
+    def _with(self, layout: ExpertLayout, rank: int, slot: int, expert: int) -> ExpertLayout:
+        """Return the layout with another replica in a slot."""
         slots_NC = layout.slot_expert_S.reshape(layout.num_ranks, -1).copy()
-        if expert in slots_NC[rank]:
-            return None
         slots_NC[rank, slot] = expert
         # Received in ascending order, and empty slots are last.
         replicas_C = slots_NC[rank, self.planner.geometry.home_slots :]
         replicas_C[:] = sorted(replicas_C, key=lambda one: (one == EMPTY, one))
         return ExpertLayout.from_slots(*layout.shape, slots_NC.reshape(-1))
 
-    def _rows(self, layout: ExpertLayout) -> float:
-        return self.crossings.rows(hosts_of(layout, self.planner.geometry))
-
-    def _seconds(self, layout: ExpertLayout) -> float:
-        return self.planner.price(self.counts_NE, layout, self.crossings)[0]
+    def _seconds(self, layout: ExpertLayout, rows_per_token: float) -> float:
+        return self.planner.price(self.counts_NE, layout, rows_per_token)[0]
 
 
 def _as_microbatch(counts_NE: Int64, pairs_per_rank: int | None) -> Int64:

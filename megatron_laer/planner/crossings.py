@@ -19,6 +19,9 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.native_core import native
 
+# A node that an expert comes from or goes to, where there is none.
+NOWHERE = -1
+
 
 @dataclass(frozen=True, eq=False)
 class Crossings:
@@ -52,14 +55,21 @@ class Crossings:
 
     def rows(self, hosts_ME: Bool) -> float:
         """Expect the rows of a token to other nodes than its own, for the experts of each node."""
-        rows: float = native.expected_rows(
+        return self.of(hosts_ME).rows()
+
+    def of(self, hosts_ME: Bool) -> native.Crossings:
+        """Return the expected rows of these experts of nodes, which change as experts move.
+
+        `move(expert, source, target)` takes an expert from a node and gives it to another; either
+        may be `NOWHERE`.
+        """
+        return native.Crossings(
             self.pairs_EE,
             self.source_counts_ME,
             hosts_ME.astype(np.int64),
             self.domain_nodes,
             self.top_k,
         )
-        return rows
 
 
 def hosts_of(layout: ExpertLayout, geometry: Geometry) -> Bool:

@@ -129,7 +129,7 @@ class PlannerService:
         self._changed = threading.Condition()
         self._open: dict[int, _OpenStep] = {}
         self._complete = {plan.source_step: plan for plan in plans}
-        self._is_placing = False
+        self._is_placing, self._placing_ms = False, 0.0
         self._returned_step: int | None = None
         # Newest step with all layers submitted; no earlier one is opened again.
         self._full_step = max(self._complete, default=None)
@@ -179,7 +179,8 @@ class PlannerService:
         """Queue the pairs of a step, for plans from the counts of later steps only."""
         assert self._by_pairs is not None, "pairs for a planner that does not use them"
         with self._changed:
-            self._by_pairs.submit(step, pairs_LEE)
+            if self._alive and not self._closing:
+                self._by_pairs.submit(step, pairs_LEE)
 
     def ready(self, step: int) -> Plan | None:
         """Return the newest complete plan of a step up to `step`, once; None if there is none."""
@@ -349,16 +350,24 @@ class PlannerService:
         return Choice(current), problem
 
     def _place_layers(self) -> None:
-        """Make the layouts by pairs that are due after a planned step."""
+        """Make the layouts by pairs that are due after a planned step.
+
+        Where late plans are dropped, the next step's counts go first: other layers wait. The time
+        is part of the next plan's.
+        """
         assert self._by_pairs is not None
+        start_s = time.perf_counter()
         for problem in self._by_pairs.place_due():
             if problem is not None:
                 with self._changed:
                     self._failures += 1
                 self._warn(f"a layer has no new layout by pairs: {problem}")
-            if self._closing:
-                break
+            with self._changed:
+                is_late = not self._lossless and any(map(self._is_full, self._open.values()))
+                if self._closing or is_late:
+                    break
         with self._changed:
+            self._placing_ms += (time.perf_counter() - start_s) * 1e3
             self._is_placing = False
             self._changed.notify_all()
 
@@ -372,7 +381,8 @@ class PlannerService:
             if opened is None:  # Dropped or closed meanwhile.
                 return False
             opened.choices[layer] = choice
-            opened.plan_ms += plan_ms
+            opened.plan_ms += plan_ms + self._placing_ms
+            self._placing_ms = 0.0
             if len(opened.choices) == len(self._layers):
                 choices = {planned: opened.choices[planned] for planned in self._layers}
                 layouts = {planned: choice.layout for planned, choice in choices.items()}

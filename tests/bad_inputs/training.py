@@ -61,6 +61,10 @@ _FLAGS = (
         "--fsep-pairs-interval 5: no effect, since nothing is planned ahead and --fsep-record-trac",
     ),
     (
+        ON + "--fsep-pairs-interval 5 --fsep-token-exchange node --fsep-planner laer",
+        "--fsep-pairs-interval 5: no effect, since layouts by pairs are compared with those of",
+    ),
+    (
         ON + "--fsep-sampled-sets 5 --fsep-record-trace out/sets",
         "--fsep-sampled-sets 5: no effect, since --fsep-pairs-interval is not given",
     ),

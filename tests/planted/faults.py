@@ -769,8 +769,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _BY_PRICE.fault(
         "a layout by pairs is believed to fit later tokens as well as its own",
-        "self.price(counts_NE, by_pairs, crossings, _FITTED)",
-        "self.price(counts_NE, by_pairs, crossings)",
+        "pairs_rows * _FITTED",
+        "pairs_rows",
     ),
     _BY_PRICE.fault(
         "layers that have layouts by newer pairs go on waiting",

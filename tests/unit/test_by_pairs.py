@@ -24,6 +24,7 @@ from megatron_laer.planner.by_pairs import (
     PlacedPairs,
 )
 from megatron_laer.planner.coactivation import place_together
+from megatron_laer.planner.crossings import hosts_of
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
@@ -80,8 +81,9 @@ def test_layouts_by_pairs_are_taken_where_tokens_have_topics_and_send_fewer_rows
     assert rows[1] < (0.87 if sharding == Sharding.ROWS else 0.93) * rows[0]
     assert balance[1] < max(1.02, balance[0] + 0.02)
     crossings = ours.crossings(pairs_EE, counts_NE)
-    share = ours.price(counts_NE, by_pairs, crossings, _FITTED)[1]
-    share /= ours.price(counts_NE, by_counts, crossings)[1]
+    expected = [crossings.rows(hosts_of(layout, ours.geometry)) for layout in (by_counts, by_pairs)]
+    share = ours.price(counts_NE, by_pairs, expected[1] * _FITTED)[1]
+    share /= ours.price(counts_NE, by_counts, expected[0])[1]
     assert choice.row_share == round(share * WHOLE) != WHOLE
     same = ours.choose(counts_NE * 1000, by_counts, by_pairs, pairs_EE)  # a forecast has no unit
     assert same.layout == choice.layout
@@ -126,9 +128,10 @@ def test_the_price_of_rows_is_that_of_pairs() -> None:
     ours = replace(planner(Sharding.ROWS), overlaps=False)
     pairs_EE, counts_NE, *_ = routed(topical=True)
     layout, crossings = by_counts_of(ours, counts_NE), ours.crossings(pairs_EE, counts_NE)
-    seconds = [ours.price(counts_NE, layout, crossings, fitted)[0] for fitted in (1, 2, 3)]
+    rows = crossings.rows(hosts_of(layout, ours.geometry))
+    seconds = [ours.price(counts_NE, layout, rows * times)[0] for times in (1, 2, 3)]
     assert seconds[2] - seconds[1] == pytest.approx(seconds[1] - seconds[0], rel=1e-6)
-    share = ours.price(counts_NE, layout, crossings)[1]
+    share = ours.price(counts_NE, layout, rows)[1]
     scaled = ours.costs.tokens.with_rows(share)
     size, costs = SHAPE.node_size, replace(ours.costs, tokens=scaled)
     pairs = ours.costs.pairs_per_rank
@@ -137,6 +140,28 @@ def test_the_price_of_rows_is_that_of_pairs() -> None:
     layer_s = costs.split_seconds(ours._totals(exact_NE, layout), layout, size)
     whole_s = layer_s + costs.exchanges_seconds(layout, size, 0.0)
     assert seconds[0] == pytest.approx(whole_s, rel=1e-9)
+
+
+def test_rows_are_no_fewer_than_the_pairs_that_quotas_send_off_their_node() -> None:
+    """Every node has every expert, so tokens could stay; quotas send some away all the same."""
+    geometry = Geometry(8, 16, 8, 2, top_k=2)
+    shape = Shape(4, 2, 16, 2, 0)
+    ours = PairPlanner(geometry, replace(priced(geometry, shape), ffn=64), 1)
+    layout = ExpertLayout.from_slots(8, 8, 16, np.tile(np.arange(16, dtype=np.int16), 4))
+    counts_NE = np.full((8, 16), 100, dtype=np.int64)
+    counts_NE[0] *= 20  # a rank with most tokens, whose node must not compute them all
+    pairs_EE = np.full((16, 16), counts_NE.sum() // 256) + np.eye(16, dtype=np.int64) * 10**4
+    rows = ours.crossings(pairs_EE, counts_NE).rows(hosts_of(layout, geometry))
+    assert rows == pytest.approx(0, abs=1e-9)
+    _, share = ours.price(counts_NE, layout, rows)
+    exact_NE = np.ceil(counts_NE * (ours.costs.pairs_per_rank * 8 / counts_NE.sum()))
+    totals = ours._totals(exact_NE.astype(np.int64), layout)
+    least = totals.far_S.sum() / 2 / ours.costs.tokens.sent_between_nodes(totals)
+    assert share == pytest.approx(least) and least > 0
+    other = geometry.random_layout((3,))
+    for pair in ((layout, other), (other, layout)):
+        choice = ours.choose(counts_NE, *pair, pairs_EE)
+        assert WHOLE // 10 <= choice.row_share <= 10 * WHOLE
 
 
 class Recorded(PairPlanner):

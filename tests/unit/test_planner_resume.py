@@ -156,3 +156,36 @@ def test_state_does_not_wait_for_ever_and_leaves_out_what_is_not_planned() -> No
     assert [plan.source_step for plan in state.plans] == [0]
     assert service.wait(0, 300.0) is state.plans[0]  # reading it changed nothing
     assert service.close(300.0)
+
+
+def test_layers_wait_for_their_layouts_by_pairs_where_a_step_would_be_late() -> None:
+    order, placing, go_on = [], threading.Event(), threading.Event()
+
+    class Placing(Alternating):
+        def place(self, pairs_EE: Int64, counts_NE: Int64, by_counts: ExpertLayout) -> ExpertLayout:
+            order.append("place")
+            placing.set()
+            assert go_on.wait(300.0)
+            return super().place(pairs_EE, counts_NE, by_counts)
+
+    class Kept:
+        name = "kept"
+
+        def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
+            order.append("plan")
+            return current
+
+    by_pairs = Placing(GEOMETRY, make_costs(), 1)
+    layers = range(len(LAYERS))
+    service = PlannerService(
+        Kept(), layers, ExpertLayout.static(*SHAPE), pytest.fail, by_pairs=by_pairs
+    )
+    service.submit_pairs(0, pairs(0))
+    for step in (1, 2):
+        for layer in layers:
+            service.submit(step, layer, counts(step, layer))
+        assert placing.wait(300.0)
+    go_on.set()
+    assert service.state(timeout_s=300.0).caught_up
+    assert order == ["plan"] * 3 + ["place"] + ["plan"] * 3 + ["place"] * 2
+    assert service.close(300.0)

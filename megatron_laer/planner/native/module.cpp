@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <memory>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -464,20 +465,39 @@ laer::Pairs pairs_of(const Counts& pairs_EE, const Doubles& counts_QE, int domai
           {pairs_EE.data(), pairs_EE.data() + pairs_EE.size()}, to_vector(counts_QE)};
 }
 
-// `hosts_QE` says which nodes have which experts.
-double expected_rows(const Counts& pairs_EE, const Doubles& counts_QE, const Counts& hosts_QE,
-                     int domain_nodes, int top_k) {
-  const laer::Pairs pairs = pairs_of(pairs_EE, counts_QE, domain_nodes, top_k);
-  check_size(hosts_QE, counts_QE.size(), "the experts of nodes");
-  laer::Crossings crossings(pairs);
-  for (int node = 0; node < pairs.nodes; ++node) {
-    for (int e = 0; e < pairs.experts; ++e) {
-      if (hosts_QE.data()[node * pairs.experts + e] != 0) {
-        crossings.move(e, laer::Crossings::kNowhere, node);
+// Pairs with the sums that refer to them.
+struct HeldCrossings {
+  HeldCrossings(laer::Pairs of, const Counts& hosts_QE) : pairs(std::move(of)), crossings(pairs) {
+    for (int node = 0; node < pairs.nodes; ++node) {
+      for (int e = 0; e < pairs.experts; ++e) {
+        if (hosts_QE.data()[node * pairs.experts + e] != 0) {
+          crossings.move(e, laer::Crossings::kNowhere, node);
+        }
       }
     }
   }
-  return crossings.rows();
+  const laer::Pairs pairs;
+  laer::Crossings crossings;
+};
+
+// `hosts_QE` says which nodes have which experts.
+std::unique_ptr<HeldCrossings> held_crossings(const Counts& pairs_EE, const Doubles& counts_QE,
+                                          const Counts& hosts_QE, int domain_nodes, int top_k) {
+  check_size(hosts_QE, counts_QE.size(), "the experts of nodes");
+  return std::make_unique<HeldCrossings>(pairs_of(pairs_EE, counts_QE, domain_nodes, top_k),
+                                       hosts_QE);
+}
+
+// Nodes are -1 for none. An expert comes to a node without it, or leaves one that has it.
+void move(HeldCrossings& held, int expert, int from, int to) {
+  const auto is_node = [&](int node, bool has) {
+    return node == laer::Crossings::kNowhere ||
+           (node >= 0 && node < held.pairs.nodes && held.crossings.hosts(node, expert) == has);
+  };
+  if (expert < 0 || expert >= held.pairs.experts || !is_node(from, true) || !is_node(to, false)) {
+    throw py::value_error("an expert must leave a node that has it, for one that has it not");
+  }
+  held.crossings.move(expert, from, to);
 }
 
 // Slots, and the rows that they are expected to send.
@@ -543,6 +563,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("greedy", &greedy, py::arg("counts_NE"), py::arg("current_S"), py::arg("node_size"),
              py::arg("home"), py::arg("costs") = nullptr);
   module.def("search", &search);
-  module.def("expected_rows", &expected_rows);
+  py::class_<HeldCrossings>(module, "Crossings")
+      .def(py::init(&held_crossings))
+      .def("move", &move)
+      .def("rows", [](const HeldCrossings& held) { return held.crossings.rows(); });
   module.def("together", &together);
 }

@@ -46,11 +46,11 @@ from megatron_laer.planner.by_pairs import WHOLE
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.state_header import MAX_SHARE
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "megatron_laer-layouts"
-_MAX_SHARE = 2**40
 
 # Settings that affect the use of layouts, by name; part of a recording's header.
 RunSignature = Mapping[str, Any]
@@ -226,7 +226,7 @@ class _Shape:
         """Bound the bytes of a step's line: a blank after each comma, names and brackets."""
         slots = self.geometry.num_ranks * self.geometry.capacity
         digits = max(len(str(number)) for number in (self.geometry.num_experts, EMPTY))
-        share = len(str(_MAX_SHARE)) + 2
+        share = len(str(MAX_SHARE)) + 2
         return 130 + len(self.layers) * (slots * (digits + 2) + 4 + share)
 
     def check_header(self, line: bytes) -> int:
@@ -258,10 +258,10 @@ class _Shape:
         layouts = [ExpertLayout.from_slots(*self.geometry.shape, of_layer) for of_layer in slots]
         for layout in self.by_position(layouts):
             self.geometry.check_layout(layout)
-        are_shares = [type(of) is int and 0 <= of <= _MAX_SHARE for of in row_shares]
+        are_shares = [type(of) is int and 0 <= of <= MAX_SHARE for of in row_shares]
         if are_shares != [True] * len(self.layers):
             raise ValueError(
-                f"row_shares {quoted(row_shares)} must be an integer in 0..{_MAX_SHARE} per layer"
+                f"row_shares {quoted(row_shares)} must be an integer in 0..{MAX_SHARE} per layer"
             )
         return _Change(step, layouts, row_shares)
 

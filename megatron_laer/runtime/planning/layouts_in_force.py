@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from megatron_laer.choices import TokenExchange
 from megatron_laer.config import FixedPlanner, FSEPConfig
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.by_pairs import WHOLE
@@ -96,6 +97,8 @@ class LayoutsInForce:
 
     def row_share(self, layer: int) -> float:
         """Return the part of a fresh layout's rows between nodes that the one in force sends."""
+        if self.costs.tokens.exchange == TokenExchange.RANK:  # resumed from a run by node
+            return 1.0
         return self._row_shares[layer] / WHOLE
 
     def start(self, first_step: int) -> None:
