@@ -344,7 +344,7 @@ def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
     current = session.current()
     assert current is not None, "an FSEP layer was built while FSEP is off"
     given = current.config
-    model_support.check(config, given.allow_unproven, given.restore_memory_gib)
+    model_support.check(config, given.allow_unproven, given.restore_memory_gib, given.homes)
     groups = current.groups
     assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
         "the model's expert-parallel group is not the one that FSEP was set up for"

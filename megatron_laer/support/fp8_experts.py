@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 from megatron_laer.choices import Unproven
+from megatron_laer.files.checks import quoted
 
 
 class _Card(NamedTuple):
@@ -37,11 +38,16 @@ _RECIPES = {
 _WITH = f"with --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
 
 
-def problems(settings: Any, allowed: Collection[Unproven], kept_gib: float = 0.0) -> list[str]:
+def problems(
+    settings: Any,
+    allowed: Collection[Unproven],
+    kept_gib: float = 0.0,
+    homes: str | None = None,
+) -> list[str]:
     """Return the settings with which experts cannot compute in fp8.
 
-    `settings` is Megatron's TransformerConfig or its arguments, `kept_gib` FSEP's
-    `restore_memory_gib`.
+    `settings` is Megatron's TransformerConfig or its arguments, `kept_gib` and `homes`
+    FSEP's `restore_memory_gib` and `homes`.
     """
     if Unproven.FP8_EXPERTS not in allowed or not getattr(settings, "fp8", None):
         return []
@@ -67,29 +73,59 @@ def problems(settings: Any, allowed: Collection[Unproven], kept_gib: float = 0.0
         found += [
             f"{flag} {_WITH} --fp8-recipe delayed: {reason}; leave it out, or give "
             "--fp8-recipe tensorwise"
-            for flag, reason in _not_with_delayed(settings)
+            for flag, reason in _not_with_delayed(settings, homes)
         ]
     return found
 
 
-def _not_with_delayed(settings: Any) -> Iterator[tuple[str, str]]:
+def _not_with_delayed(settings: Any, homes: str | None) -> Iterator[tuple[str, str]]:
     """Return what changes or multiplies the scales that a replica takes from its rank's homes."""
 
-    def get(*names: str) -> Any:
-        return next(filter(None, (getattr(settings, name, None) for name in names)), None)
+    def get(name: str) -> Any:
+        return getattr(settings, name, None)
 
+    if homes is not None:
+        yield (
+            f"--fsep-homes {quoted(homes)}",
+            "experts of one number on their ranks share scales, and other homes share other ones",
+        )
+    # Two fields without a flag.
     if get("tp_only_amax_red"):
-        yield "tp_only_amax_red", "ranks then have scales of their own, and replicas other ones"
+        yield (
+            "tp_only_amax_red=True",
+            "ranks then have scales of their own, and replicas other ones",
+        )
     if get("disable_parameter_transpose_cache"):
-        yield "disable_parameter_transpose_cache", "weights are quantised again in each microbatch"
-    if getattr(settings, "fp8_wgrad", True) is False:
-        yield "fp8_wgrad False", "replicas compute weights' gradients in fp8"
-    if get("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad"):
-        yield "--delay-wgrad-compute", "replicas would quantise gradients again, by newer scales"
+        yield (
+            "disable_parameter_transpose_cache=True",
+            "weights are quantised again in each microbatch",
+        )
+    if get("fp8_wgrad") is False:
+        yield "--no-fp8-wgrad", "replicas compute weights' gradients in fp8"
+    for name in ("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad"):
+        if get(name):
+            yield _flag(name), "replicas would quantise gradients again, by newer scales"
     if get("cuda_graph_impl") not in (None, "none"):
         yield "--cuda-graph-impl", "graphs have scales of their own"
-    if get("hybrid_layer_pattern", "hybrid_override_pattern"):
-        yield "--hybrid-layer-pattern", "no test has shown it"
+    if get("mtp_use_repeated_layer") and (get("mtp_num_layers") or 0) > 1 and _reruns(settings):
+        yield (
+            "--mtp-use-repeated-layer and recompute",
+            "re-runs would have the scales of the layer's other passes",
+        )
+    for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):
+        if get(name):
+            yield _flag(name), "no test has shown it"
+
+
+def _reruns(settings: Any) -> bool:
+    """Return whether experts' linear layers run again for backward."""
+    granularity = getattr(settings, "recompute_granularity", None)
+    modules = getattr(settings, "recompute_modules", None) or ()
+    return granularity == "full" or (granularity == "selective" and "moe" in modules)
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def recipe_of(settings: Any) -> str:

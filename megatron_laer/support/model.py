@@ -33,10 +33,16 @@ _EXPOSED_IN_NODE = (
 _REFUSED = frozenset(row.field for row in REFUSALS)
 
 
-def check(config: Any, allowed: Collection[Unproven] = (), kept_gib: float = 0.0) -> None:
+def check(
+    config: Any,
+    allowed: Collection[Unproven] = (),
+    kept_gib: float = 0.0,
+    homes: str | None = None,
+) -> None:
     """Refuse a TransformerConfig that FSEP cannot run, and warn of MoE fields without a test.
 
-    `allowed` and `kept_gib` are `allow_unproven` and `restore_memory_gib` of `FSEPConfig`.
+    `allowed`, `kept_gib` and `homes` are `allow_unproven`, `restore_memory_gib` and `homes` of
+    `FSEPConfig`.
     """
     problems = [text for row in REFUSALS if (text := row.problem_with_field(config, allowed))]
     asked = [row for row in REFUSALS if row.asks_for_unproven(config, row.field)]
@@ -47,7 +53,7 @@ def check(config: Any, allowed: Collection[Unproven] = (), kept_gib: float = 0.0
         for word in allowed
         if word not in used
     ]
-    refuse(problems + fp8_experts.problems(config, allowed, kept_gib))
+    refuse(problems + fp8_experts.problems(config, allowed, kept_gib, homes))
     for warning in warnings_of(config):
         _warn_once(warning)
 

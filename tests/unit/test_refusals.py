@@ -144,6 +144,9 @@ TAKEN = [
             "--num-layers-per-virtual-pipeline-stage 1",
             "--fp8-param-gather",
             "--mtp-num-layers 1",
+            "--mtp-num-layers 2 --mtp-use-repeated-layer",
+            f"--mtp-num-layers 2 --mtp-use-repeated-layer {SELECTIVE} moe_act",
+            f"--mtp-num-layers 2 {SELECTIVE} moe",
         )
     ),
     "--cuda-graph-modules moe",
@@ -184,7 +187,17 @@ OWN = {
         ]
         for flags, said in {
             "--delay-wgrad-compute": "",
+            "--overlap-dispatch-backward-with-experts-wgrad": "",
+            "--no-fp8-wgrad": "",
+            "--fsep-homes homes.json": "--fsep-homes 'homes.json'",
+            **{
+                f"--mtp-num-layers 2 --mtp-use-repeated-layer {recomputed}": (
+                    "--mtp-use-repeated-layer and recompute"
+                )
+                for recomputed in ("--recompute-granularity full", f"{SELECTIVE} moe")
+            },
             "--hybrid-layer-pattern ME*E": "--hybrid-layer-pattern",
+            "--hybrid-override-pattern ME*E": "--hybrid-override-pattern",
         }.items()
     },
     f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather": [
@@ -554,6 +567,7 @@ class Config:
     delay_wgrad_compute: bool | None = False
     overlap_moe_expert_parallel_comm: bool = False
     fp8: str | bool | None = None
+    fp8_recipe: str = "delayed"
     fp8_param: bool = False
     use_kitchen: bool = False
     cuda_graph_impl: str = "none"
@@ -610,6 +624,14 @@ def test_a_model_that_a_word_does_not_allow_is_refused(
     with pytest.raises(ValueError, match="cannot run this model") as error:
         model_support.check(config, (allowed,))
     assert quoted in str(error.value)
+
+
+def test_a_model_whose_homes_change_which_experts_share_a_scale_is_refused() -> None:
+    config, allowed = Config(fp8="hybrid"), (Unproven.FP8_EXPERTS,)
+    model_support.check(config, allowed)
+    with pytest.raises(ValueError, match=r"'homes\.json' with .* delayed: .* share scales, .*wise"):
+        model_support.check(config, allowed, homes="homes.json")
+    model_support.check(Config(fp8="hybrid", fp8_recipe="tensorwise"), allowed, homes="homes.json")
 
 
 def test_fields_that_no_test_covers_are_named_in_one_warning_of_the_first_rank(
