@@ -170,6 +170,12 @@ class ScalingContext:
         self._layers.append(scalings)
         self._config = config
 
+    def end_step(self) -> None:
+        """Forget first passes whose re-runs never came."""
+        self._awaited_first.clear()
+        for scalings in self._layers:
+            scalings.kept_scales.clear()
+
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         self._awaits_first |= self._depth == 0

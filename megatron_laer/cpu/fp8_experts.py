@@ -42,6 +42,7 @@ from megatron_laer.layer.experts.fp8.payload import (
     per_tensor_form,
 )
 from megatron_laer.runtime.weights.layer import Carried, Packer
+from megatron_laer.support.fp8_experts import DELAYED, recipe_of
 
 _is_off = ContextVar("_is_off", default=False)
 # Rows and columns of a matrix that share a scale; None for one scale of all.
@@ -76,9 +77,8 @@ class Recipe(NamedTuple):
 
     @classmethod
     def of(cls, config: Any) -> Recipe:
-        name = str(getattr(config.fp8_recipe, "value", config.fp8_recipe))
         backward = fp8.E5M2 if config.fp8 == "hybrid" else fp8.E4M3
-        return cls(*_DEFINITIONS[name], fp8.E4M3, backward)
+        return cls(*_DEFINITIONS[recipe_of(config)], fp8.E4M3, backward)
 
     def quantised(self, matrix_RK: torch.Tensor, dtype: torch.dtype, block: Block) -> fp8.Quantised:
         if block is None:
@@ -117,7 +117,7 @@ class Recipe(NamedTuple):
 
 _SQUARE, _MX_ROWS, _MX_COLUMNS = (BLOCK, BLOCK), (1, MX_BLOCK), (MX_BLOCK, 1)
 _DEFINITIONS: dict[str, tuple[Form, Form | None, Block, Block, Block, Block, int]] = {
-    "delayed": (per_tensor_form, None, None, None, None, None, MULTIPLE),
+    DELAYED: (per_tensor_form, None, None, None, None, None, MULTIPLE),
     "tensorwise": (per_tensor_form, None, None, None, None, None, MULTIPLE),
     "blockwise": (block_form, None, _SQUARE, _SQUARE, (1, BLOCK), (BLOCK, 1), MULTIPLE),
     "mxfp8": (
@@ -168,6 +168,10 @@ class EmulatedGemm:
         homes = [self._homes[home] for home in homes_C]
         one_pass._slots = self._contexts.passes(homes, self._kept_scales)
         return one_pass
+
+    def end_step(self) -> None:
+        self._kept_scales.clear()
+        self._contexts.end_step()
 
     def pack(self, weight_RK: torch.Tensor, home: int = 0) -> torch.Tensor:
         if self._homes and self._homes[home] is not None:
@@ -274,7 +278,7 @@ def fp8_replaced() -> Iterator[None]:
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             build[layer](self, *args, **kwargs)
             self.scalings = None
-            if self.is_expert and self.config.fp8 and self.config.fp8_recipe == "delayed":
+            if self.is_expert and self.config.fp8 and recipe_of(self.config) == DELAYED:
                 recipe, self.is_first_microbatch = Recipe.of(self.config), True
                 self.scalings = LinearScalings(self, recipe.forward, recipe.backward)
                 contexts.add(self.scalings, self.config)
@@ -293,7 +297,7 @@ def fp8_replaced() -> Iterator[None]:
             self.scalings.load(state)
 
     def context(config: Any, layer: int = -1, is_init: bool = False) -> Any:
-        if config.fp8_recipe == "delayed" and not is_init:
+        if recipe_of(config) == DELAYED and not is_init:
             return contexts.entered()
         if is_first_last_bf16_layer(config, layer):
             return _off()

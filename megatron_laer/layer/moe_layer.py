@@ -268,6 +268,8 @@ class FSEPMoELayer(MoELayer):
 
     def end_step(self) -> None:
         self.token_dispatcher.end_step()
+        if self._home_experts is not None:
+            self._home_experts.end_step()
 
     def launch_kernels(self) -> None:
         share, coordinator = self._slot_experts.share, self._coordinator

@@ -14,6 +14,7 @@ from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.plugin.sharded_models import await_weights, is_sharded, unwrapped
 from megatron_laer.runtime.scheduler import Chunk
+from megatron_laer.support.fp8_experts import DELAYED, recipe_of
 
 
 def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -157,7 +158,7 @@ def _gathers_weights(wrapped: Any) -> bool:
 
 
 def _has_delayed_scaling(config: Any) -> bool:
-    return bool(config.fp8) and config.fp8_recipe == "delayed"
+    return bool(config.fp8) and recipe_of(config) == DELAYED
 
 
 def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None:

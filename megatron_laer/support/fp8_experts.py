@@ -28,14 +28,22 @@ class _Card(NamedTuple):
         return f"compute capability {_dotted(self.first)}{below}{cuda}"
 
 
+DELAYED = "delayed"
 # Recipes, and Transformer Engine's own checks of cards for them (releases 2.11 to 2.20).
 _RECIPES = {
     "tensorwise": _Card((8, 9)),
     "blockwise": _Card((9, 0), cuda=(12, 9)),
     "mxfp8": _Card((10, 0), (12, 0)),
-    "delayed": _Card((8, 9)),
+    DELAYED: _Card((8, 9)),
 }
 _WITH = f"with --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
+_WITH_DELAYED = f"{_WITH} --fp8-recipe {DELAYED}"
+# Replicas would compute before homes, so that in backward homes' scales change first.
+NEEDS_INPUT_GRADIENT = (
+    f"--fp8-recipe {DELAYED} {_WITH}: the experts' input needs no gradient, so replicas would "
+    "quantise gradients by newer scales than homes; train something before the experts, or give "
+    "--fp8-recipe tensorwise"
+)
 
 
 def problems(
@@ -69,10 +77,9 @@ def problems(
             f"--fsep-restore-memory-gib {kept_gib} {_WITH} --fp8-recipe mxfp8: keeps restored "
             "experts for backward, which multiplies by others, quantised by columns; leave it out"
         )
-    if recipe == "delayed":
+    if recipe == DELAYED:
         found += [
-            f"{flag} {_WITH} --fp8-recipe delayed: {reason}; leave it out, or give "
-            "--fp8-recipe tensorwise"
+            f"{flag} {_WITH_DELAYED}: {reason}; leave it out, or give --fp8-recipe tensorwise"
             for flag, reason in _not_with_delayed(settings, homes)
         ]
     return found
@@ -130,7 +137,7 @@ def _flag(name: str) -> str:
 
 def recipe_of(settings: Any) -> str:
     """Return the recipe; settings of recipes and job scripts may lack Megatron's default."""
-    recipe = getattr(settings, "fp8_recipe", None) or "delayed"
+    recipe = getattr(settings, "fp8_recipe", None) or DELAYED
     return str(getattr(recipe, "value", recipe))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_laer.choices import ExchangeAlgorithm
-from megatron_laer.cpu.ranks import RankPools
+from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import Record
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
@@ -333,3 +333,41 @@ def test_replicas_receive_a_byte_for_each_weight(
     assert weights_in_bf16 == 2 * grads
     times = 3 / 2 if extra and in_fp8 == MX else 1
     assert weights / grads == pytest.approx(times * SCALED[in_fp8])
+
+
+def only_experts(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = ".experts." in name
+
+
+def only_the_second_layer(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = ".layers.1." in name
+
+
+@pytest.mark.counts(fault_runs=1)
+def test_delayed_scaling_refuses_experts_whose_input_needs_no_gradient(
+    ranks: RankPools, text_data: str
+) -> None:
+    flags = command(text_data, RANDOM_DELAYED, steps=1)
+    raised = ranks(2).run_raw(train_row, flags, None, only_experts)
+    assert all(isinstance(result, Raised) for result in raised)
+    (message,) = {result.message for result in raised}
+    assert "the experts' input needs no gradient" in message and "tensorwise" in message
+
+
+@pytest.mark.parametrize(
+    ("flags", "adapt"),
+    [
+        (RANDOM, only_experts),
+        (RANDOM_DELAYED, only_the_second_layer),
+        (RANDOM_DELAYED + RECOMPUTE, only_the_second_layer),
+    ],
+    ids=["tensorwise", "delayed", "recompute"],
+)
+def test_frozen_layers_before_trained_ones_are_taken(
+    ranks: RankPools, text_data: str, flags: str, adapt: Any
+) -> None:
+    both = command(text_data, flags + DISTRIBUTED, steps=2)
+    record: Record = ranks(2).run(train_row, both, None, adapt)[0]
+    assert len(record.losses) == 2

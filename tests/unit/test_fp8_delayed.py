@@ -14,7 +14,7 @@ import torch
 
 from megatron_laer.choices import Unproven
 from megatron_laer.cpu import fp8 as definitions
-from megatron_laer.cpu.fp8_delayed import LinearScalings, Scaling
+from megatron_laer.cpu.fp8_delayed import LinearScalings, Scaling, ScalingContext
 from megatron_laer.cpu.fp8_experts import EmulatedGemm
 from megatron_laer.layer.experts import fp8
 from megatron_laer.layer.experts.fp8 import te, te_delayed
@@ -201,6 +201,42 @@ def test_a_rerun_has_the_scales_of_its_first_pass_and_adds_to_no_amax(
     assert all(map(torch.equal, first, again)) and noted(modules)[::2] == [0.0] * HOMES
     in_force = of_layer.for_slots(HOMES_C).forward(passes[0], payload, TOKENS_C)
     assert not torch.equal(first[0], in_force)
+
+
+def test_first_passes_without_a_rerun_leave_no_scales_to_the_next_step(
+    config: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = [home_state(config, home) for home in range(HOMES)]
+    gemm: Any = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
+    gemm.attach(modules_of(states, grouped=True))
+    payload = torch.stack([gemm.pack(torch.randn(ROWS, COLUMNS, **OPTIONS)) for _ in TOKENS_C])
+    input_TK = torch.randn(sum(TOKENS_C), COLUMNS, **OPTIONS)
+
+    def output(of_pass: str) -> Any:
+        monkeypatch.setitem(PHASE, "pass", of_pass)
+        return gemm.for_slots(HOMES_C).forward(input_TK, payload, TOKENS_C)
+
+    left = output("first")
+    gemm.end_step()
+    for state in states:
+        state.input.scale.mul_(3.0)
+    first = output("first")
+    assert torch.equal(output("re-run"), first) and not torch.equal(first, left)
+
+
+def test_definitions_too_forget_first_passes_at_the_end_of_a_step(config: Any) -> None:
+    contexts, state = ScalingContext(), home_state(config, 0)
+    contexts.add(state, config)
+    gemm = EmulatedGemm(config, ROWS, COLUMNS, contexts)
+    gemm.attach([SimpleNamespace(scalings=state)])
+    with torch.no_grad(), contexts.checkpointed():
+        contexts.passes([state], state.kept_scales)
+        gemm.for_slots([0])
+    assert state.kept_scales and gemm._kept_scales
+    gemm.end_step()
+    assert not state.kept_scales and not gemm._kept_scales
+    with torch.no_grad(), contexts.checkpointed():
+        assert len(contexts._awaited_first) == 1
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_laer.support.fp8_experts import recipe_of
 from megatron_laer.support.table import graphed
 
 _SWITCHES = {
@@ -99,8 +100,7 @@ def _features(settings: Namespace) -> Iterator[str]:
         value = str(get(name))
         yield from (feature for word, feature in words.items() if word == value)
     if get("fp8") or get("fp8_format"):  # the argument of the flag, or the flag of a row
-        recipe = get("fp8_recipe") or "delayed"  # Megatron's default
-        yield f"fp8 {getattr(recipe, 'value', recipe)}"
+        yield f"fp8 {recipe_of(settings)}"
         if get("fp8_param_gather") or get("fp8_param"):
             yield "parameters in fp8"
     yield from _recomputed(get("recompute_granularity"), get("recompute_modules"))

@@ -40,6 +40,10 @@ class QuantisedGemm(SlotGemm, Packer, Protocol):
         """
         ...
 
+    def end_step(self) -> None:
+        """Forget what first passes of checkpoints have left for re-runs that never came."""
+        ...
+
 
 def check_card(config: Any, device: torch.device) -> None:
     """Refuse a card that computes no products of the config's recipe, before any is asked for."""

@@ -110,6 +110,9 @@ class Quantised(ABC):
     def for_slots(self, homes_C: Sequence[int]) -> SlotGemm:
         return self
 
+    def end_step(self) -> None:  # noqa: B027
+        """Do nothing: re-runs find their scales anew."""
+
     def pack(self, weight_RK: torch.Tensor, home: int = 0) -> torch.Tensor:
         return self._form.pack(*self._quantise_weight(weight_RK))
 

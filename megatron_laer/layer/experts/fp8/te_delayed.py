@@ -3,10 +3,11 @@
 A scale follows from the largest absolute values (amax) of earlier microbatches, which the modules
 of home experts keep. Megatron reduces them over a group that contains the FSEP group, so homes with
 one number have one scale on all ranks. A replica takes this rank's quantisers of its home's number:
-they have its scale. Their amax is a maximum over all calls, so that the replica's tokens are in it
-before the reduction. A checkpoint's re-run has the scales of the first pass and leaves amax as it
-is, as in the modules. Backward may change scales after a module's own: homes compute first in
-forward, and so after replicas in backward.
+they have its scale. Their amax is a maximum over all calls, and replicas' tokens and gradients join
+it before the reduction. A checkpoint's re-run has the scales of the first pass and leaves amax as
+it is, as in the modules. Backward may change scales after a module's own: homes compute first in
+forward, and so after replicas in backward. An input without a gradient would turn this order round,
+so that `homes.py` refuses it.
 
 Legend: C slots, T tokens received. R rows of a matrix (output features), K columns.
 """
@@ -56,6 +57,9 @@ class Delayed(PerTensor):
         one_pass = copy.copy(self)
         one_pass._homes_C = homes_C
         return one_pass
+
+    def end_step(self) -> None:
+        self._kept_scales.clear()
 
     def pack(self, weight_RK: torch.Tensor, home: int = 0) -> torch.Tensor:
         """Return the payload of the weight that the home uses in this step.
@@ -122,12 +126,12 @@ class Delayed(PerTensor):
         """Return a copy with the scale and amax of a home's own, whose usage stays as it is."""
         module, gemm = self._module_of(home)
         direction, at = which
-        # Modules make theirs at their first forward, with these values.
-        scale = torch.ones(1, dtype=torch.float32, device=device)
-        amax = torch.zeros_like(scale)
         if found := module.quantizers[direction]:
             own = found[gemm * _PER_GEMM[direction] + at]
             scale, amax = own.scale, own.amax
+        else:  # modules make theirs at their first forward, with these values
+            scale = torch.ones(1, dtype=torch.float32, device=device)
+            amax = torch.zeros_like(scale)
         kind = self._backward_kind if which == _GRAD else self._forward_kind
         return self._tensors.Float8Quantizer(
             scale=scale, amax=amax, fp8_dtype=kind, rowwise=True, columnwise=True
