@@ -135,6 +135,18 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def resume_problem(saved: Any, num_ranks: int) -> str | None:
+    """Return why experts with delayed scaling cannot go on from a run with these arguments."""
+    before = getattr(saved, "expert_model_parallel_size", num_ranks)
+    if before == num_ranks or not getattr(saved, "fp8", None) or recipe_of(saved) != DELAYED:
+        return None
+    return (
+        f"--expert-model-parallel-size {num_ranks} {_WITH_DELAYED}: the checkpoint has scales by "
+        f"number of {before} ranks, and other experts share them; give "
+        f"--expert-model-parallel-size {before} or --fp8-recipe tensorwise"
+    )
+
+
 def recipe_of(settings: Any) -> str:
     """Return the recipe; settings of recipes and job scripts may lack Megatron's default."""
     recipe = getattr(settings, "fp8_recipe", None) or DELAYED

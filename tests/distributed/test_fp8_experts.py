@@ -182,6 +182,20 @@ def test_a_resumed_run_has_the_same_bits(
     assert all((rest.weights[name] == value).all() for name, value in whole.weights.items())
 
 
+@pytest.mark.counts(fault_runs=1)
+def test_delayed_scaling_goes_on_with_as_many_ranks(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    saved = RANDOM_DELAYED + f" --ckpt-format torch_dist --save {tmp_path} --save-interval 1"
+    ranks(2).run(train_row, command(text_data, saved, steps=1))
+    resumed = RANDOM_DELAYED + f" --ckpt-format torch_dist --load {tmp_path} --no-load-optim"
+    resumed += " --expert-model-parallel-size 4"
+    raised = ranks(4).run_raw(train_row, command(text_data, resumed, steps=2))
+    assert all(isinstance(result, Raised) for result in raised)
+    (message,) = {result.message for result in raised}
+    assert "scales by number of 2 ranks" in message
+
+
 def followed_homes(flags: list[str]) -> tuple[int, int, int]:
     """Train; return counts of what a replica of delayed scaling could have other than its home.
 

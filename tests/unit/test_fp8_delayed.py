@@ -259,6 +259,17 @@ def test_fields_that_change_scales_are_refused(
     assert fp8_experts.problems(config, [Unproven.FP8_EXPERTS]) == []
 
 
+def test_scales_saved_by_another_number_of_ranks_are_refused() -> None:
+    def saved(**more: Any) -> str | None:
+        given = {"fp8": "hybrid", "fp8_recipe": "delayed", "expert_model_parallel_size": 4, **more}
+        return fp8_experts.resume_problem(SimpleNamespace(**given), 2)
+
+    assert "give --expert-model-parallel-size 4 or --fp8-recipe tensorwise" in str(saved())
+    assert saved(expert_model_parallel_size=2) is None
+    assert saved(fp8_recipe="tensorwise") is None and saved(fp8=None) is None
+    assert fp8_experts.resume_problem(None, 2) is None
+
+
 @pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "sequential"])
 def test_later_microbatches_send_the_bytes_of_the_first(config: Any, grouped: bool) -> None:
     states = [home_state(config, home) for home in range(HOMES)]
