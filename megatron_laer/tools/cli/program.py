@@ -137,7 +137,8 @@ def stopped_after(hours: float | None) -> Iterator[None]:
         )
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, hours * 3600)
+    # Again after a second, since Python drops what a handler raises in a destructor.
+    signal.setitimer(signal.ITIMER_REAL, hours * 3600, 1.0)
     try:
         yield
     finally:

@@ -11,11 +11,13 @@ from megatron_laer.cpu.training import train
 from megatron_laer.planner.homes_file import read_homes
 from megatron_laer.tools import cli
 from tests.parity.flags import command_line
+from tests.topical_routing import by_topic
 
 RANKS, STEPS = 4, 4
 AT_HOME = (
     " --expert-parallel-mode fsep --fsep-sharding experts --fsep-planner static"
-    " --fsep-node-size 2 --fsep-token-exchange node --fsep-restore-algorithm node --log-interval 1"
+    " --fsep-plan-mode forecast --fsep-node-size 2 --fsep-token-exchange node"
+    " --fsep-restore-algorithm node --log-interval 1"
 )
 
 
@@ -24,7 +26,7 @@ def test_a_run_records_pairs_and_the_next_has_homes_by_them(ranks, text_data, tm
         command = command_line(
             text_data, flags, expert_parallel=RANKS, global_batch=16, steps=STEPS
         )
-        return ranks(RANKS).run(train, command)[0]
+        return ranks(RANKS).run(train, command, None, None, by_topic)[0]
 
     def rows_sent(folder, homes=""):
         record = f" --tensorboard-dir {folder} --fsep-record-trace {folder}"
