@@ -256,7 +256,7 @@ def test_replicas_of_delayed_scaling_follow_their_homes(
     found = ranks(4 if extra == VIRTUAL else 2).run(followed_homes, flags)
     assert sum(ahead for ahead, *_ in found) > 10
     assert not any(differed for _, differed, _ in found)
-    # Of a pipeline, backward of one microbatch comes after forward of another.
+    # In a pipeline, backward of one microbatch comes after forward of another.
     assert extra == VIRTUAL or not any(several for *_, several in found)
 
 

@@ -93,7 +93,7 @@ def of_layout(model, recompute=Recompute.NONE, **settings):
 @pytest.mark.parametrize("holds", [False, True])
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_mxfp8_restores_a_form_for_each_direction(recompute, holds, overlaps):
-    """Bytes, waits and memory of replicas, beside those of a recipe with one form."""
+    """Bytes, waits and memory of replicas, compared with those of a recipe with one form."""
     settings = {"overlaps": overlaps, "holds_step": holds}
     (one, one_s), (two, two_s) = (
         of_layout(replace(TINY, fp8=recipe), recompute, **settings)
