@@ -36,6 +36,7 @@ OWN = replace(
 GUARD = Guard(PlanMode.ADAPTIVE, COSTS, GEOMETRY)
 RUN = {
     "plan_mode": "adaptive",
+    "sharding": "rows",
     "cluster": COSTS.cluster.name,
     "hidden": "4096",
     "ffn": "14336",
@@ -43,6 +44,9 @@ RUN = {
     "bytes_per_element": "2",
     "restore_algorithm": "flat",
     "recompute": "none",
+    "token_exchange": "rank",
+    "top_k": "2",
+    "domain_nodes": "1",
 }
 SIGNATURE = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
 # Enough for a fresh layout to pay.
@@ -84,11 +88,11 @@ def record_run(
     layers: tuple[str, ...] = LAYERS,
     run: dict[str, str] | None = None,
     has_trace: bool = True,
-    cluster: Cluster | None = COSTS.cluster,
+    cluster: Cluster = COSTS.cluster,
 ) -> None:
     """Write a run's metrics, layouts and, by default, its trace into a folder.
 
-    Without a cluster it has the form of earlier versions. Experts are at home if `run` says so.
+    Experts are at home if `run` says so.
     """
     run = RUN if run is None else run
     geometry = replace(GEOMETRY, sharding=Sharding(run.get("sharding", Sharding.ROWS)))

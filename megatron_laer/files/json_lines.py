@@ -3,7 +3,7 @@
     {"format":"megatron_laer-metrics","version":2,...,"crc":"89abcdef"}\\n
     {"step":7,...,"crc":"0a1b2c3d"}\\n
 
-The last key is the CRC-32 of the line's bytes before its comma. Version 1 had no checksums.
+The last key is the CRC-32 of the line's bytes before its comma.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from megatron_laer.files.checks import MAX_TEXT_BYTES, quoted
 
 logger = logging.getLogger(__name__)
 
-# Version of all formats with checksums; one format has a later one too.
+# Version of all formats.
 VERSION = 2
 
 MAX_RANKS = 2**20
@@ -32,50 +32,38 @@ _END = re.compile(rb',"crc":"([0-9a-f]{8})"\}\n?')
 _END_BYTES = len(b',"crc":"01234567"}')
 
 
-def headers(
-    format_name: str, fields: Mapping[str, Any], version: int = VERSION
-) -> tuple[bytes, list[bytes]]:
-    """Return the first line of a recording, and its first lines in older versions."""
-    named = {"format": format_name, "version": version, **fields}
-    older = [sealed(named | {"version": number}) for number in range(2, version)]
-    return sealed(named), [unsealed(named | {"version": 1}), *older]
+def header_line(format_name: str, fields: Mapping[str, Any]) -> bytes:
+    return sealed({"format": format_name, "version": VERSION, **fields})
 
 
 def sealed(content: Mapping[str, Any]) -> bytes:
-    body = unsealed(content).removesuffix(b"}\n")
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False)
+    body = text.removesuffix("}").encode()
     return b'%s,"%s":"%08x"}\n' % (body, _KEY.encode(), zlib.crc32(body))
 
 
-def unsealed(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, separators=(",", ":"), allow_nan=False).encode() + b"\n"
-
-
-def warn_of(version: int, path: Path) -> None:
-    if version == 1:
-        logger.warning("%s: version 1 of the format, in which not all damage is noticed", path)
-
-
 def read_header(
-    line: bytes, format_name: str, kind: str, newest: int = VERSION
-) -> tuple[dict[str, Any], int]:
-    """Return a first line's fields, without format and version, and the version."""
+    line: bytes, format_name: str, kind: str, *, may_lack_checksum: bool = False
+) -> dict[str, Any]:
+    """Return a first line's fields, without format and version."""
     content = _object(line)
     if content.pop("format", None) != format_name:
         raise ValueError(f"it is no {kind}, since it begins with {quoted(line[:100])}")
     version = content.pop("version", None)
-    if type(version) is not int or not 1 <= version <= newest:
+    if type(version) is not int or version != VERSION:
         raise ValueError(
-            f"version {quoted(version)} of the format; this release reads versions 1 to {newest}, "
-            "so take the release that wrote it, or a later one"
+            f"version {quoted(version)} of the format; this release reads version {VERSION}, so "
+            "take the release that wrote it"
         )
-    _check_seal(line, content, is_sealed=version > 1)
-    return content, version
+    if _KEY in content or not may_lack_checksum:
+        _check_seal(line, content)
+    return content
 
 
-def read_line(line: bytes, version: int) -> dict[str, Any]:
+def read_line(line: bytes) -> dict[str, Any]:
     content = _object(line)
     try:
-        _check_seal(line, content, is_sealed=version > 1)
+        _check_seal(line, content)
     except ValueError as error:
         raise ValueError(f"{error}; a copy of the lines before it can be read") from error
     return content
@@ -128,12 +116,8 @@ def _object(line: bytes) -> dict[str, Any]:
     return content
 
 
-def _check_seal(line: bytes, content: dict[str, Any], *, is_sealed: bool) -> None:
-    """Check a line's checksum, and remove it from the content; version 1 must have none."""
-    if not is_sealed:
-        if _KEY in content:
-            raise ValueError(f"has the key {_KEY!r}, which version 1 of the format has not")
-        return
+def _check_seal(line: bytes, content: dict[str, Any]) -> None:
+    """Check a line's checksum, and remove it from the content."""
     body_bytes = len(line.removesuffix(b"\n")) - _END_BYTES
     end = _END.fullmatch(line, max(body_bytes, 0))
     if end is None or int(end[1], 16) != zlib.crc32(line[:body_bytes]):

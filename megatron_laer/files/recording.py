@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -30,17 +30,16 @@ logger = logging.getLogger(__name__)
 
 _QUOTED_BYTES = 300
 _COPIED_AT_ONCE_BYTES = 2**20
-_OLDER = "older-version"
-_ASIDE = re.compile(rf".+\.(cut-from-\d+|{_OLDER})(\.\d+)?\.[^.]+")
+_ASIDE = re.compile(r".+\.cut-from-\d+(\.\d+)?\.[^.]+")
 
 
 class RecordingFile:
     """Only writer of a recording. On an OSError all records are kept.
 
-    `header` and `older` are the file's first bytes, and those in older versions of its format.
-    `records` yields each whole record's step and end offset. `first_step` is this run's; 0 if it
-    does not resume another. `last` is the last step of earlier runs that stays, if any, and `step`
-    the newest started one, or the one before the run's first.
+    `header` is the file's first bytes, and `records` yields each whole record's step and end
+    offset. `first_step` is this run's; 0 if it does not resume another. `last` is the last step of
+    earlier runs that stays, if any, and `step` the newest started one, or the one before the run's
+    first.
 
     Raises InUseError if another run writes it, and ValueError for another file, another header, or
     another run's records at step 0 (see `run_mark`).
@@ -50,7 +49,6 @@ class RecordingFile:
         self,
         path: Path,
         header: bytes,
-        older: Sequence[bytes],
         records: Callable[[Path], Iterable[tuple[int, int]]],
         first_step: int,
     ) -> None:
@@ -62,15 +60,8 @@ class RecordingFile:
         self._file = open_exclusively(self.path)
         try:
             remove_leftovers(self.path)
-            begin = self._file.read(max(map(len, older), default=0))
-            its_older = next((line for line in older if begin.startswith(line)), None)
-            if its_older is not None:
-                self._header = its_older
-            else:
-                self._check_header()
+            self._check_header()
             self._go_on(first_step)
-            if its_older is not None:
-                self._renew(header)
         except BaseException:
             self.close()
             raise
@@ -92,7 +83,6 @@ class RecordingFile:
         self.step = step
 
     def _check_header(self) -> None:
-        self._file.seek(0)
         begin = self._file.read(len(self._header))
         if not self._header.startswith(begin):
             raise ValueError(
@@ -136,20 +126,6 @@ class RecordingFile:
                 self._move_aside(stays, end, step)
         return last
 
-    def _renew(self, header: bytes) -> None:
-        """Set this recording of an older version aside, and start a new one."""
-        beside = free_name(self.path.with_stem(f"{self.path.stem}.{_OLDER}"))
-        with self._file:
-            os.replace(self.path, beside)
-        self._file = open_exclusively(self.path)
-        self._header = header
-        self.append(header)
-        logger.warning(
-            "FSEP: %s: what was recorded in an older version of the format has been moved to %s",
-            self.path,
-            beside.name,
-        )
-
     def close(self) -> None:
         self._file.close()
 
@@ -191,7 +167,7 @@ class RecordingFile:
 
 
 def is_cut_off(path: Path) -> bool:
-    """Return True for names of files that were set aside: their steps were repeated, or are old."""
+    """Return True for names of files that were set aside, since their steps were repeated."""
     return _ASIDE.fullmatch(path.name) is not None
 
 

@@ -84,9 +84,7 @@ class SmoothedForecast:
             )
         if self.weight is not None:
             return SmoothedForecast(self.weight, _mean(level_NE, new_NE, self.weight))
-        # Older checkpoints have the first mean only.
-        steady_NE = level_NE if self.steady_NE is None else self.steady_NE
-        errors = self.errors
+        steady_NE, errors = self.steady_NE, self.errors
         if level_NE is not None and steady_NE is not None:
             missed = _error(level_NE, new_NE), _error(steady_NE, new_NE)
             if all(miss > error > 0 for miss, error in zip(missed, errors, strict=True)):

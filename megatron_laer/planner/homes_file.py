@@ -6,8 +6,7 @@ One line of JSON; `files.json_lines` defines its checksum:
      "layers":["layer 1",...],"experts":[[expert at home position 0, ...], ... of the last layer],
      "crc":...}\\n
 
-Layers have the names of `--fsep-record-trace`. Version 1 is for people who write it: it has neither
-the key `crc` nor a checksum.
+Layers have the names of `--fsep-record-trace`. People who write a file leave `crc` out.
 
 Legend: N ranks, E experts.
 """
@@ -23,7 +22,7 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.files.checks import quoted, read_bytes
-from megatron_laer.files.json_lines import MAX_RANKS, check_shape, headers, read_header
+from megatron_laer.files.json_lines import MAX_RANKS, check_shape, header_line, read_header
 from megatron_laer.files.writing import write_file
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import MAX_EXPERTS
@@ -69,7 +68,7 @@ def read_homes(path: Path) -> ModelHomes:
     """Read a file of homes; raise ValueError that names the file for anything else."""
     content = read_bytes(path, _MAX_BYTES)
     try:
-        fields, _ = read_header(content, FORMAT, "file of homes")
+        fields = read_header(content, FORMAT, "file of homes", may_lack_checksum=True)
         sizes = {
             name: (fields.get(name), most)
             for name, most in (("num_ranks", MAX_RANKS), ("num_experts", MAX_EXPERTS))
@@ -92,7 +91,7 @@ def write_homes(path: Path, num_ranks: int, home_slot_order_E: Mapping[str, Int6
     for order_E in home_slot_order_E.values():
         HomeOrder(order_E)
     (num_experts,) = {len(order_E) for order_E in home_slot_order_E.values()}
-    line, _ = headers(
+    line = header_line(
         FORMAT,
         {
             "num_ranks": num_ranks,

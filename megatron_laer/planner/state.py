@@ -7,8 +7,8 @@ The bytes are not trusted: the digest, then every size and range are checked. No
     | levels of the forecasts, int64 | steady means of the forecasts, int64
     | pairs of the layers, int64 | BLAKE2b digest of all before
 
-A header without `errors` is from an older version, whose forecasts had one mean each. Only where
-layouts by pairs are in force or planned does it have `row_shares`, and only with pairs `pairs`.
+Only where layouts by pairs are in force or planned does a header have `row_shares`, and only with
+pairs `pairs`.
 
 Numbers are little-endian. Legend: L layers, N ranks, E experts, S = N*C slots.
 """
@@ -278,8 +278,8 @@ class PlannerState:
             check_pairs(pairs_EE)
 
     def _check_forecast(self, forecast: SmoothedForecast) -> None:
-        if forecast.level_NE is None and forecast.steady_NE is not None:
-            raise ValueError("a forecast has a steady mean, but no level")
+        if (forecast.level_NE is None) != (forecast.steady_NE is None):
+            raise ValueError("a forecast must have both a level and a steady mean, or neither")
         num_ranks, _, num_experts = self.shape
         for mean_NE in (forecast.level_NE, forecast.steady_NE):
             if mean_NE is None:

@@ -57,13 +57,11 @@ def header_length(data: bytes) -> int:
 
 
 def read_header(text: bytes) -> dict[str, Any]:
-    """Return the header with checked types; errors are None for layers without a steady mean."""
+    """Return the header with checked types; errors are None for layers that were not observed."""
     try:
         header = json.loads(text)
     except RecursionError as error:
         raise ValueError("has a header that is nested too deeply") from error
-    if isinstance(header, dict) and isinstance(header.get("layers"), list):
-        header.setdefault("errors", [None] * len(header["layers"]))
     optional = {}
     if isinstance(header, dict):
         optional = {key: header.pop(key) for key in ("row_shares", "pairs") if key in header}

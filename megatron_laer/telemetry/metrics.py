@@ -79,6 +79,3 @@ RECORDED_OF_LAYERS = (
     *("change_ms", "predicted_ms", "stock_ms", "balanced_ms", "bound_ms", "layer_ms"),
     *("replicas", "without_replicas"),
 )
-
-# Values that recordings of earlier versions lack.
-RECORDED_LATER = frozenset({"weight_bytes", "replicas", "without_replicas"})

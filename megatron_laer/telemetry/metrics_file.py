@@ -7,7 +7,7 @@
 
 A `run` line describes a run that starts or resumes at this step, and its planner's cluster as in a
 cluster's YAML file. `metrics` describes the names. Numbers of a step have four digits; `null` is a
-missing value. `files/json_lines.py` defines the checksum, which version 1 lacks. The reader is
+missing value. `files/json_lines.py` defines the checksum. The reader is
 `tools/report/metrics_recording.py`.
 
 Legend: N ranks, L MoE layers.
@@ -25,9 +25,8 @@ from megatron_laer.arrays import Int64
 from megatron_laer.files.checks import MAX_LINE, open_input, quoted
 from megatron_laer.files.json_lines import (
     MAX_RANKS,
-    VERSION,
     check_shape,
-    headers,
+    header_line,
     numbered_lines,
     read_header,
     read_line,
@@ -72,12 +71,13 @@ class MetricsWriter:
         shape: Shape,
         run: Mapping[str, str],
         first_step: int,
-        cluster: Cluster | None = None,
+        cluster: Cluster,
     ) -> None:
-        self._file = RecordingFile(path, *headers(FORMAT, asdict(shape)), _recorded, first_step)
+        header = header_line(FORMAT, asdict(shape))
+        self._file = RecordingFile(path, header, _recorded, first_step)
         # Written with the first step, so that a run without one leaves nothing.
-        constants = {} if cluster is None else {"cluster": cluster_content(cluster)}
-        self._run = sealed({"step": first_step, "run": dict(run), **constants})
+        description = {"run": dict(run), "cluster": cluster_content(cluster)}
+        self._run = sealed({"step": first_step, **description})
 
     def append(
         self,
@@ -111,29 +111,28 @@ def recording_path(directory: str | Path, group_index: int) -> Path:
 def _recorded(path: Path) -> Iterator[tuple[int, int]]:
     """Yield the step of every whole line but the first, and the offset of its end."""
     with open_input(path) as file:
-        version = VERSION
         for number, end, line in numbered_lines(file, path, MAX_LINE):
             if number == 1:
-                _, version = read_shape(line, path)
+                read_shape(line, path)
             else:
-                yield read_step(line, path, number, version)["step"], end
+                yield read_step(line, path, number)["step"], end
 
 
-def read_shape(line: bytes, path: Path) -> tuple[Shape, int]:
+def read_shape(line: bytes, path: Path) -> Shape:
     try:
-        header, version = read_header(line, FORMAT, "recording of metrics")
+        header = read_header(line, FORMAT, "recording of metrics")
         expected = {*_SIZES, "layers"}
         if set(header) != expected:
             raise ValueError(f"has the keys {quoted(sorted(header))}, expected {sorted(expected)}")
         check_shape({}, header["layers"])
-        return Shape(**header | {"layers": tuple(header["layers"])}), version
+        return Shape(**header | {"layers": tuple(header["layers"])})
     except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error
 
 
-def read_step(line: bytes, path: Path, number: int, version: int) -> dict[str, Any]:
+def read_step(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        content = read_line(line, version)
+        content = read_line(line)
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
     step = content.get("step")

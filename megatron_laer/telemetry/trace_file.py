@@ -20,13 +20,10 @@ tokens. Their microbatch is 0.
 Sets are the experts of some of these tokens: a bit per expert, the lowest first, in whole bytes per
 token. In place of the microbatch they have the number of tokens.
 
-`files.json_lines` defines the line's checksum. Version 3 is version 2 with records of pairs and
-sets, which older readers would take for damage; only such recordings have it. Version 1 can be read
-too. It had no checksum in that line, and in records a single one of all that follows it.
-
-A record is written at once and unbuffered, so a killed run leaves a file that is readable up to its
-last complete record. There is no compression and no index, because the training thread writes it.
-`files.recording` describes resuming, and `tools/traces/fsep.py` reads whole files.
+`files.json_lines` defines the line's checksum. A record is written at once and unbuffered, so a
+killed run leaves a file that is readable up to its last complete record. There is no compression
+and no index, because the training thread writes it. `files.recording` describes resuming, and
+`tools/traces/fsep.py` reads whole files.
 
 Legend: N source ranks, E experts.
 """
@@ -49,9 +46,8 @@ from megatron_laer.arrays import Bool, Int64
 from megatron_laer.files.checks import open_input
 from megatron_laer.files.json_lines import (
     MAX_RANKS,
-    VERSION,
     check_shape,
-    headers,
+    header_line,
     read_header,
 )
 from megatron_laer.files.recording import RecordingFile
@@ -65,17 +61,13 @@ MAX_COUNT = int(np.iinfo(np.int32).max)
 # Text formats may have steps and microbatches with any number of digits.
 MAX_INDEX = 2**53
 
-# First bytes of files of any version, for detection.
+# First bytes of a file, for detection.
 MAGIC = b'{"format":"' + FORMAT.encode() + b'"'
 
 # Marks of a record of pairs and of sets, added to its width.
 _PAIRS, _SETS = 256, 512
 
-_WITH_PAIRS = 3  # the version of recordings that may have them
-
-# Headers of records, and offset in a record where its checked bytes start; in version 1, and later.
-_FRAMES = {1: struct.Struct("<IIqII")} | dict.fromkeys((2, 3), struct.Struct("<IIqIII"))
-_COVERED_FROM = {1: 4} | dict.fromkeys((2, 3), _FRAMES[2].size)
+_FRAME = struct.Struct("<IIqIII")  # the header of a record
 _CRC_BYTES = 4
 _WIDTHS: dict[int, np.dtype[np.unsignedinteger[Any]]] = {
     1: np.dtype("<u1"),
@@ -91,7 +83,6 @@ _MAX_LOST_BYTES = 2**26
 class Header(NamedTuple):
     """First line of a recording, with its length and the file's when it was opened."""
 
-    version: int
     num_ranks: int
     num_experts: int
     layers: tuple[str, ...]
@@ -118,7 +109,7 @@ class TraceWriter:
 
     A resumed run continues an existing recording. Records of earlier steps stay; those from
     `first_step` on are moved to another file, named `*.cut-from-STEP.*`. The same happens whenever
-    the step goes back. Without `has_pairs` neither pairs nor sets can be written.
+    the step goes back.
     """
 
     def __init__(
@@ -128,18 +119,12 @@ class TraceWriter:
         num_experts: int,
         layer_names: Sequence[str],
         first_step: int = 0,
-        *,
-        has_pairs: bool = False,
     ) -> None:
         self._shape = (num_ranks, num_experts)
         self._layers = tuple(layer_names)
         fields = {"num_ranks": num_ranks, "num_experts": num_experts, "layers": [*layer_names]}
         _check_header(fields)
-        lines = headers(FORMAT, fields, _WITH_PAIRS)
-        self._has_pairs = has_pairs or _begins_with(path, lines[0])
-        if not self._has_pairs:
-            lines = headers(FORMAT, fields)
-        self._file = RecordingFile(path, *lines, _recorded, first_step)
+        self._file = RecordingFile(path, header_line(FORMAT, fields), _recorded, first_step)
         last = self._file.last
         if last is not None and last < first_step - 1:
             logger.warning(
@@ -165,7 +150,6 @@ class TraceWriter:
 
     def append_pairs(self, step: int, layer_index: int, pairs_EE: Int64) -> None:
         """Write the pairs of a layer in a step, a symmetric table."""
-        assert self._has_pairs, "the file's version has no pairs"
         num_experts = self._shape[1]
         if pairs_EE.shape != (num_experts, num_experts):
             raise ValueError(
@@ -176,7 +160,6 @@ class TraceWriter:
 
     def append_sets(self, step: int, layer_index: int, chosen_TE: Bool) -> None:
         """Write the experts of some tokens of a layer in a step."""
-        assert self._has_pairs, "the file's version has no sets"
         if chosen_TE.ndim != 2 or chosen_TE.shape[1] != self._shape[1]:
             raise ValueError(
                 f"chosen_TE has shape {chosen_TE.shape}, expected [tokens, {self._shape[1]}]"
@@ -197,7 +180,7 @@ class TraceWriter:
         if step != self._file.step:
             self._file.begin_step(step)
         crc = zlib.crc32(payload)
-        fields = _FRAMES[VERSION].pack(0, width, step, layer_index, microbatch, crc)[_CRC_BYTES:]
+        fields = _FRAME.pack(0, width, step, layer_index, microbatch, crc)[_CRC_BYTES:]
         self._file.append(zlib.crc32(fields).to_bytes(_CRC_BYTES, "little") + fields + payload)
 
     def close(self) -> None:
@@ -210,13 +193,6 @@ def _packed(counts: npt.NDArray[np.integer[Any]]) -> tuple[bytes, int]:
         raise ValueError(f"counts must be in 0..{MAX_COUNT}, got {low} to {high}")
     width = next(width for width in _WIDTHS if high < 256**width)
     return counts.astype(_WIDTHS[width]).tobytes(), width
-
-
-def _begins_with(path: Path, line: bytes) -> bool:
-    if not path.is_file():
-        return False
-    with open_input(path) as file:
-        return file.read(len(line)) == line
 
 
 def recording_path(directory: str | Path, group_index: int) -> Path:
@@ -245,34 +221,31 @@ def _check_header(fields: Mapping[str, Any]) -> None:
 def read_header_of(file: BinaryIO, path: Path) -> Header:
     line = file.readline(_MAX_HEADER_BYTES)
     try:
-        fields, version = read_header(line, FORMAT, "trace", newest=_WITH_PAIRS)
+        fields = read_header(line, FORMAT, "trace")
         _check_header(fields)
     except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error
     sizes = fields["num_ranks"], fields["num_experts"]
     file_bytes = os.fstat(file.fileno()).st_size
-    return Header(version, *sizes, tuple(fields["layers"]), len(line), file_bytes)
+    return Header(*sizes, tuple(fields["layers"]), len(line), file_bytes)
 
 
 def frames(file: BinaryIO, path: Path, header: Header) -> Iterator[Frame]:
     """Yield all complete records; their counts are skipped."""
-    offset, size, begin = header.line_bytes, header.file_bytes, _FRAMES[header.version]
-    while offset + begin.size <= size:
+    offset, size = header.line_bytes, header.file_bytes
+    while offset + _FRAME.size <= size:
         file.seek(offset)
-        fields = file.read(begin.size)
-        crc, width, step, layer, microbatch, *of_counts = begin.unpack(fields)
-        mark = width & (_PAIRS | _SETS) if header.version > 1 else 0
+        fields = file.read(_FRAME.size)
+        crc_of_fields, width, step, layer, microbatch, crc = _FRAME.unpack(fields)
+        mark = width & (_PAIRS | _SETS)
         width -= mark
-        is_damaged = width not in _WIDTHS or mark == _PAIRS | _SETS
-        if header.version > 1:
-            is_damaged = is_damaged or crc != zlib.crc32(fields[_CRC_BYTES:])
-            (crc,) = of_counts
-        if is_damaged:
-            if _is_torn(file, offset, size, begin.size):
+        is_known = width in _WIDTHS and mark != _PAIRS | _SETS
+        if not is_known or crc_of_fields != zlib.crc32(fields[_CRC_BYTES:]):
+            if _is_torn(file, offset, size, _FRAME.size):
                 return
             raise ValueError(f"{path}, byte {offset}: no record begins there; {damage(offset)}")
         frame = Frame(offset, 0, width, step, layer, microbatch, crc, mark == _PAIRS, mark == _SETS)
-        end = offset + begin.size + math.prod(_shape(header, frame)) * width
+        end = offset + _FRAME.size + math.prod(_shape(header, frame)) * width
         if end > size:
             return
         yield frame._replace(end=end)
@@ -311,11 +284,9 @@ def read_counts(
 
     Return None if the checksum differs.
     """
-    begin = frame.offset + _COVERED_FROM[header.version]
+    begin = frame.offset + _FRAME.size
     file.seek(begin)
-    covered = file.read(frame.end - begin)
-    if zlib.crc32(covered) != frame.crc:
+    payload = file.read(frame.end - begin)
+    if zlib.crc32(payload) != frame.crc:
         return None
-    shape = _shape(header, frame)
-    payload = covered[len(covered) - math.prod(shape) * frame.width :]
-    return np.frombuffer(payload, dtype=_WIDTHS[frame.width]).reshape(shape)
+    return np.frombuffer(payload, dtype=_WIDTHS[frame.width]).reshape(_shape(header, frame))

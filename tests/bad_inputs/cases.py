@@ -186,7 +186,7 @@ TRACES = (
     ("flipped.trace", "flipped.trace, record 1"),
     ("width.trace", "no record begins there; the file is damaged there"),
     ("tail.trace", "tail.trace"),
-    ("version.trace", "version '9' of the format; this release reads versions 1 to 3"),
+    ("version.trace", "version '9' of the format; this release reads version 2, so"),
     ("no-ranks.trace", "num_ranks must be an integer in 1..1048576, got '0'"),
     ("true-ranks.trace", "num_ranks must be an integer in 1..1048576, got 'True'"),
     ("huge-ranks.trace", "num_ranks must be an integer in 1..1048576"),

@@ -40,7 +40,7 @@ def chosen(groups, more_of_first=1):
 def recorded(path, of_layers, *, ranks=2, sets=False, pairs=True, first_layer=1):
     """Record, for each layer, the same tokens in all steps, or those of a list in each step."""
     names = [f"layer {first_layer + at}" for at in range(len(of_layers))]
-    writer = TraceWriter(path, ranks, 8, names, has_pairs=pairs or sets)
+    writer = TraceWriter(path, ranks, 8, names)
     for step in range(STEPS):
         for layer, tokens in enumerate(of_layers):
             expert_TK = tokens[step] if isinstance(tokens, list) else tokens

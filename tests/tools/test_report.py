@@ -27,7 +27,6 @@ from megatron_laer.tools.report.recorded import recorded_run
 from megatron_laer.tools.report.run_files import find_run
 from megatron_laer.tools.traces import read_trace
 from tests import fuzz
-from tests.old_files import as_version_1
 from tests.recorded_runs import COSTS, OWN, RUN, STEPS, record_run
 from tests.tools.plan_cases import drifting_trace, recording
 from tests.tools.report_pages import data_of, figure_of, report, values_of, written
@@ -193,17 +192,6 @@ def test_a_run_whose_numbers_are_not_there_has_a_page_without_them(folder, tmp_p
     assert figure_of(data_of(page), "A step's time")["data"][1]["y"] == [0] * STEPS
 
 
-def test_a_recording_of_an_earlier_version_has_a_page_without_what_it_lacks(folder, tmp_path):
-    path = recording_path(folder, 0)
-    path.write_bytes(as_version_1(path.read_bytes()))
-    page = written(tmp_path, folder)
-    titles = [figure["title"] for figure in data_of(page)["figures"]]
-    assert "Slots of each expert in the planned layouts" in titles
-    assert "Replicas per rank" not in titles and "had no replica" not in page
-    (folder / "group-0.jsonl").unlink()
-    assert 'id="replicas"' not in written(tmp_path, folder)
-
-
 def test_losses_of_a_log_beside_the_recordings_are_shown(folder, tmp_path):
     lines = [
         f" iteration {step:8d}/{STEPS:8d} | consumed samples: 8 | lm loss: {9 - step:.3E} |"
@@ -270,8 +258,12 @@ OTHER = {
 
 @pytest.mark.parametrize(
     ("run", "cluster"),
-    [(RUN, None), (RUN | OTHER, OWN), (RUN | OTHER, None), (RUN | {"sharding": "experts"}, None)],
-    ids=["by default", "of its own", "no constants", "at home"],
+    [
+        (RUN, COSTS.cluster),
+        (RUN | OTHER, OWN),
+        (RUN | {"sharding": "experts"}, COSTS.cluster),
+    ],
+    ids=["shipped", "of its own", "at home"],
 )
 def test_commands_of_the_what_if_print_their_rows_again(tmp_path, run, cluster):
     folder = tmp_path / "run"
@@ -311,7 +303,6 @@ def test_a_run_is_predicted_with_the_constants_that_it_recorded(tmp_path, capsys
 
 def test_settings_that_cannot_be_used_are_named_with_what_is_taken_instead(tmp_path, capsys):
     wrong = {
-        "cluster": ("../x.yaml", "a100-4x8-ib800 for cluster '../x.yaml', whose constants it"),
         "hidden": ("wide", "4096 for hidden 'wide'"),
         "ffn": ("0", "14336 for ffn '0'"),
         "gated": ("maybe", "True for gated 'maybe'"),
@@ -321,7 +312,7 @@ def test_settings_that_cannot_be_used_are_named_with_what_is_taken_instead(tmp_p
         "top_k": ("\x1b[31m", "2 for top_k '\\x1b[31m'"),
     }
     noted = {name: value for name, (value, _) in wrong.items()}
-    record_run(tmp_path / "run", run=noted, cluster=None)
+    record_run(tmp_path / "run", run=noted)
     page = html.unescape(written(tmp_path, tmp_path / "run"))
     err = capsys.readouterr().err
     assert len(err.splitlines()) == 1 and err.strip().isprintable()

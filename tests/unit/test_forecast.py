@@ -76,12 +76,3 @@ def test_both_means_start_anew_at_a_jump() -> None:
             forecast = forecast.observe(counts_NE)
             is_newest = (forecast.counts_NE() == 16 * counts_NE).all()
             assert is_newest == (step == 0), "at the first step of a text, and at no other"
-
-
-def test_a_level_of_an_earlier_version_is_the_begin_of_both_means() -> None:
-    level_NE = SmoothedForecast().observe(FIRST_NE).counts_NE()
-    forecast = SmoothedForecast(level_NE=level_NE).observe(SECOND_NE)
-    assert (forecast.counts_NE() == 16 * (0.25 * FIRST_NE + 0.75 * SECOND_NE)).all()
-    assert forecast.steady_NE is not None
-    assert (forecast.steady_NE == 16 * (0.75 * FIRST_NE + 0.25 * SECOND_NE)).all()
-    assert forecast.errors[0] == forecast.errors[1] > 0

@@ -37,7 +37,6 @@ from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
 from megatron_laer.telemetry.metrics import (
     LOGGED,
     PERCENTILES,
-    RECORDED_LATER,
     RECORDED_OF_LAYERS,
     RECORDED_OF_STEPS,
     is_in_line,
@@ -56,7 +55,6 @@ from megatron_laer.telemetry.trace_events import COMPUTE, Activity, Kind
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests import fuzz
 from tests.documents import ROOT
-from tests.old_files import as_version_1
 from tests.recorded_runs import (
     COSTS,
     GEOMETRY,
@@ -106,17 +104,6 @@ def test_what_was_decided_is_read_back(recorded: Path) -> None:
     assert (of["max_over_mean"] <= of["stock_max_over_mean"] + 1e-3).all()
 
 
-def test_a_recording_of_an_earlier_version_lacks_later_values_only(recorded: Path) -> None:
-    new = read_metrics(recorded)
-    recorded.write_bytes(as_version_1(recorded.read_bytes()))
-    old = read_metrics(recorded)
-    for found, expected in ((old.of_steps, new.of_steps), (old.of_layers, new.of_layers)):
-        assert found.keys() == expected.keys()
-        for name, values in found.items():
-            wanted = np.full_like(values, np.nan) if name in RECORDED_LATER else expected[name]
-            np.testing.assert_array_equal(values, wanted, name)
-
-
 def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> None:
     costs = replace(
         COSTS,
@@ -132,7 +119,6 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
     (((_, run),), (cluster,)) = recording.runs, recording.clusters
     rows = (float(run[f"token_{link}_rows"]) for link in ("intra", "inter"))
     tokens = TokenPrices(TokenExchange(run["token_exchange"]), *rows)
-    assert cluster is not None
     assert costs == CostModel(
         cluster,
         int(run["hidden"]),
@@ -195,7 +181,7 @@ def test_layers_out_of_fp8_are_predicted_at_the_prices_of_bf16(tmp_path: Path) -
     cluster = replace(COSTS.cluster, gemm_fp8=COSTS.cluster.gemm.times(2.0))
     in_fp8 = replace(GUARD, costs=replace(COSTS, cluster=cluster, fp8=Fp8Recipe.MXFP8))
     path = recording_path(tmp_path, 0)
-    writer = MetricsWriter(path, Shape(4, 8, 3, 2, LAYERS), RUN, 0)
+    writer = MetricsWriter(path, Shape(4, 8, 3, 2, LAYERS), RUN, 0, COSTS.cluster)
     cpu = torch.device("cpu")
     recorder = MetricsRecorder(writer, in_fp8, LAYERS, cpu, TickingClock(), out_of_fp8={1})
     decision = in_fp8.decide(counts_NE(0, 0, 0), ExpertLayout.static(4, 3, 8))
@@ -215,7 +201,7 @@ def test_a_recording_that_ended_keeps_nothing_of_later_steps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
     path = recording_path(tmp_path, 0)
-    writer = MetricsWriter(path, Shape(4, 8, 3, 2, LAYERS), RUN, 0)
+    writer = MetricsWriter(path, Shape(4, 8, 3, 2, LAYERS), RUN, 0, COSTS.cluster)
     recorder = MetricsRecorder(writer, GUARD, LAYERS, torch.device("cpu"), TickingClock())
     decision = GUARD.decide(counts_NE(0, 0, 0), ExpertLayout.static(4, 3, 8))
     with mock.patch(f"{MetricsRecorder.__module__}.{broken}", side_effect=OSError("no space")):
@@ -256,11 +242,11 @@ def test_a_damaged_line_is_named_by_its_number(
 @pytest.mark.counts(fuzz_cases=300)
 def test_damaged_recordings_are_read_or_refused(recorded: Path, tmp_path: Path) -> None:
     luck = random.Random(1)
-    contents = recorded.read_bytes(), as_version_1(recorded.read_bytes())
+    content = recorded.read_bytes()
     path = tmp_path / "damaged.jsonl"
     refused = 0
-    for case in range(300):
-        path.write_bytes(fuzz.damaged(contents[case % 2], luck))
+    for _ in range(300):
+        path.write_bytes(fuzz.damaged(content, luck))
         try:
             read_metrics(path)
         except ValueError as error:

@@ -20,6 +20,7 @@ from scripts.paper.runner import Found
 from scripts.paper.tables import Result, Table
 from tests import shared_data
 from tests.bad_inputs import programs
+from tests.costs import COSTS
 
 needs_files = shared_data.needs(published.END_TO_END)
 E8K2 = "mixtral-8x7b-e8k2"
@@ -64,7 +65,7 @@ def test_a_log_that_is_not_whole_is_refused(tmp_path: Path, lines: list[str], sa
 
 def test_a_profile_is_the_mean_of_later_steps(tmp_path: Path) -> None:
     shape = Shape(num_ranks=2, num_experts=8, capacity=5, node_size=2, layers=("layer 1",))
-    writer = MetricsWriter(recording_path(tmp_path, 0), shape, {}, 0)
+    writer = MetricsWriter(recording_path(tmp_path, 0), shape, {}, 0, COSTS.cluster)
     for step, scale in enumerate((100.0, 1.0, 3.0)):
         of_step = dict.fromkeys(RECORDED_OF_STEPS, scale) | {"step": step}
         of_layers = {name: [scale] for name in RECORDED_OF_LAYERS}

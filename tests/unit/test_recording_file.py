@@ -36,7 +36,7 @@ from megatron_laer.telemetry.trace_file import TraceWriter
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.traces.fsep import read_recording
 from tests import fuzz
-from tests.old_files import as_version_1
+from tests.costs import COSTS
 
 NUM_RANKS, NUM_EXPERTS, CAPACITY = 2, 4, 3
 LAYERS = ["layer 1", "layer 2"]
@@ -101,7 +101,7 @@ class Metrics:
     shape = Shape(NUM_RANKS, NUM_EXPERTS, CAPACITY, NUM_RANKS, tuple(LAYERS))
 
     def __init__(self, path: Path, first_step: int) -> None:
-        self._writer = MetricsWriter(path, self.shape, {"torch": "9"}, first_step)
+        self._writer = MetricsWriter(path, self.shape, {"torch": "9"}, first_step, COSTS.cluster)
         self.close = self._writer.close
 
     def step(self, step: int, seed: int) -> None:
@@ -144,31 +144,6 @@ def test_a_new_run_in_a_used_folder_is_refused_and_told_the_way_out(
     with pytest.raises(ValueError, match=r"holds the steps of an earlier run.*an empty folder, or"):
         kind(path, 0)
     assert path.read_bytes() == content and os.listdir(tmp_path) == [kind.name]
-
-
-def test_a_recording_without_checksums_is_read_and_set_aside_by_a_run_that_goes_on(
-    kind: Kind, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / kind.name
-    record(kind, path, range(5), seed=1)
-    path.write_bytes(as_version_1(path.read_bytes()))
-    assert kind.read(path) == dict.fromkeys(range(5), 1)
-    assert f"{path}: version 1 of the format, in which not all damage is noticed" in caplog.text
-    with pytest.raises(ValueError, match="holds the steps of an earlier run"):
-        kind(path, 0)
-    record(kind, path, range(3, 6), seed=2)
-    aside = path.with_stem("group-0.older-version")
-    assert f"in an older version of the format has been moved to {aside.name}" in caplog.text
-    assert is_cut_off(aside)
-    assert kind.read(aside) == dict.fromkeys(range(3), 1)
-    assert kind.read(path.with_stem("group-0.cut-from-3")) == {3: 1, 4: 1}
-    caplog.clear()
-    assert kind.read(path) == {3: 2, 4: 2, 5: 2}
-    with pytest.raises(writing.InUseError):
-        writer = kind(path, 6)
-        kind(path, 6)
-    writer.close()
-    assert not caplog.text
 
 
 def test_a_second_writer_is_refused_until_the_first_has_ended(kind: Kind, tmp_path: Path) -> None:
@@ -320,7 +295,8 @@ def test_a_huge_tail_is_refused_where_it_begins_and_is_not_read(kind: Kind, tmp_
 
 
 HEADERS = [
-    ({"version": 4}, "version '4' of the format; .* versions 1 to [23], so take the release that"),
+    ({"version": 1}, "version '1' of the format; .* reads version 2, so take the release that"),
+    ({"version": 3}, "version '3' of the format; .* reads version 2, so take the release that"),
     ({"version": True}, "version 'True' of the format"),
     ({"num_ranks": 0}, "num_ranks must be an integer in 1"),
     ({"num_experts": 10**18}, r"num_experts must be an integer in 1..\d+, got '1000"),

@@ -12,8 +12,8 @@ with --fsep-homes does it have `homes`: the expert at each home position, layer 
 pairs add `row_shares` to a line, an integer for each layer (`planner/by_pairs.py`): a replay's
 guard decides by them as the run's did.
 
-`files/json_lines.py` defines the checksum. Version 1, which had none and named neither format nor
-version, is still read. `files/recording.py` explains how resumed runs continue a file.
+`files/json_lines.py` defines the checksum. `files/recording.py` explains how resumed runs continue
+a file.
 """
 
 from __future__ import annotations
@@ -31,15 +31,12 @@ from megatron_laer.choices import Sharding
 from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
 from megatron_laer.files.json_lines import (
     MAX_RANKS,
-    VERSION,
     check_shape,
-    headers,
+    header_line,
     numbered_lines,
     read_header,
     read_line,
     sealed,
-    unsealed,
-    warn_of,
 )
 from megatron_laer.files.recording import RecordingFile
 from megatron_laer.planner.by_pairs import WHOLE
@@ -77,8 +74,8 @@ class LayoutRecorder:
                 for entry in _entries(file, path, shape, whole_lines_only=True):
                     yield entry.step, entry.end
 
-        header, _ = headers(FORMAT, shape.header)
-        self._file = RecordingFile(path, header, [unsealed(shape.header)], recorded, first_step)
+        header = header_line(FORMAT, shape.header)
+        self._file = RecordingFile(path, header, recorded, first_step)
         self._homes = shape.homes
 
     def begin_step(self, step: int) -> None:
@@ -123,14 +120,11 @@ class LayoutRecording:
                 "--fsep-record-layouts in a run with the same parallel sizes"
             ) from error
         try:
-            entries = [*_entries(self._file, path, self._shape)]
+            entries = _entries(self._file, path, self._shape)
+            self._begins = {entry.step: entry.begin for entry in entries}
         except BaseException:
             self.close()
             raise
-
-        self._begins = {entry.step: entry.begin for entry in entries}
-        self._version = entries[0].version if entries else VERSION
-        warn_of(self._version, path)
 
     def newest(self, step: int) -> int | None:
         """Return the last step up to this one at which layouts changed."""
@@ -150,7 +144,7 @@ class LayoutRecording:
             return None
         self._file.seek(self._begins[step])
         line = self._file.readline(self._shape.longest_line_bytes)
-        return self._shape.change_of(line, self._version)
+        return self._shape.change_of(line)
 
     def close(self) -> None:
         self._file.close()
@@ -159,13 +153,12 @@ class LayoutRecording:
 def read_layouts(path: Path) -> Iterator[tuple[int, list[ExpertLayout]]]:
     """Yield a recording's steps with all layers' layouts; skip an incomplete last line."""
     with open_input(path) as file:
-        shape, version = _recorded_shape(path, file.readline(MAX_TEXT_BYTES))
-        warn_of(version, path)
+        shape = _recorded_shape(path, file.readline(MAX_TEXT_BYTES))
         file.seek(0)
         for entry in _entries(file, path, shape, whole_lines_only=True):
             after = file.tell()
             file.seek(entry.begin)
-            changed = shape.change_of(file.readline(shape.longest_line_bytes), entry.version)
+            changed = shape.change_of(file.readline(shape.longest_line_bytes))
             yield changed.step, changed.layouts
             file.seek(after)
 
@@ -174,7 +167,7 @@ def recorded_geometry(path: Path) -> Geometry | None:
     """Return the sharding and sizes of a recording, in one node; None if it cannot be read."""
     try:
         with open_input(path) as file:
-            return _recorded_shape(path, file.readline(MAX_TEXT_BYTES))[0].geometry
+            return _recorded_shape(path, file.readline(MAX_TEXT_BYTES)).geometry
     except (OSError, ValueError):
         return None  # replaying reports the problem
 
@@ -229,9 +222,9 @@ class _Shape:
         share = len(str(MAX_SHARE)) + 2
         return 130 + len(self.layers) * (slots * (digits + 2) + 4 + share)
 
-    def check_header(self, line: bytes) -> int:
-        """Return the format's version; raise ValueError for another run's recording."""
-        found, version = _read_header(line)
+    def check_header(self, line: bytes) -> None:
+        """Raise ValueError for another run's recording."""
+        found = _read_header(line)
         if (sharding := _sharding(found)) != self.geometry.sharding:
             raise ValueError(
                 f"was recorded with --fsep-sharding {sharding}, this run has "
@@ -243,10 +236,9 @@ class _Shape:
             )
         if found != self.header:
             raise ValueError(f"was recorded for {quoted(found, 800)}, this run is {self.header}")
-        return version
 
-    def change_of(self, line: bytes, version: int) -> _Change:
-        entry = read_line(line, version)
+    def change_of(self, line: bytes) -> _Change:
+        entry = read_line(line)
         row_shares = entry.pop("row_shares", [WHOLE] * len(self.layers))
         if set(entry) != {"step", "slots"}:
             raise ValueError(f"has {quoted(sorted(entry))}, expected 'slots' and 'step'")
@@ -266,10 +258,8 @@ class _Shape:
         return _Change(step, layouts, row_shares)
 
 
-def _read_header(line: bytes) -> tuple[dict[str, Any], int]:
-    if line.startswith(b'{"format":'):
-        return read_header(line, FORMAT, "recording of layouts")
-    return read_line(line, version=1), 1
+def _read_header(line: bytes) -> dict[str, Any]:
+    return read_header(line, FORMAT, "recording of layouts")
 
 
 def _sharding(header: Mapping[str, Any]) -> Sharding:
@@ -279,9 +269,9 @@ def _sharding(header: Mapping[str, Any]) -> Sharding:
     return Sharding(word)
 
 
-def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
+def _recorded_shape(path: Path, line: bytes) -> _Shape:
     try:
-        header, version = _read_header(line)
+        header = _read_header(line)
         num_ranks, num_experts, capacity = (
             header.pop(name) for name in ("num_ranks", "num_experts", "capacity")
         )
@@ -292,7 +282,7 @@ def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
         sharding = _sharding(header)
         header.pop("sharding", None)
         geometry = Geometry(num_ranks, num_experts, capacity, num_ranks, sharding)
-        return _Shape(geometry, header, layers), version
+        return _Shape(geometry, header, layers)
     except KeyError as error:
         raise ValueError(f"layout recording: {path}, line 1: lacks {error}") from error
     except ValueError as error:
@@ -311,23 +301,22 @@ class _Entry:
     step: int
     begin: int
     end: int
-    version: int
 
 
 def _entries(
     file: BinaryIO, path: Path, shape: _Shape, *, whole_lines_only: bool = False
 ) -> Iterator[_Entry]:
     """Yield all lines but the first, checked; `whole_lines_only` skips an incomplete last line."""
-    begin, number, step, version = 0, 0, -1, VERSION
+    begin, number, step = 0, 0, -1
     longest, kind = shape.longest_line_bytes, "layout recording: "
     lines = numbered_lines(file, path, longest, whole_only=whole_lines_only, kind=kind)
     for number, end, line in lines:
         try:
             if number == 1:
-                version = shape.check_header(line)
+                shape.check_header(line)
             else:
                 last = step
-                step = shape.change_of(line, version).step
+                step = shape.change_of(line).step
                 if step <= last:
                     raise ValueError(f"step {step} is not above {last}")
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -335,7 +324,7 @@ def _entries(
             hint = "" if is_whole else "; the line has no end: without it, the rest can be read"
             raise ValueError(f"layout recording: {path}, line {number}: {error}{hint}") from error
         if number > 1:
-            yield _Entry(step, begin, end, version)
+            yield _Entry(step, begin, end)
         begin = end
     if number == 0:
         raise ValueError(f"layout recording: {path} is empty")

@@ -97,8 +97,7 @@ class PlannerRank:
                 path = trace_path(folder, group_index)
                 with naming_flag("record_trace", folder):
                     sizes = geometry.num_ranks, geometry.num_experts
-                    has_pairs = config.pairs_interval is not None
-                    trace = TraceWriter(path, *sizes, layers, first_step, has_pairs=has_pairs)
+                    trace = TraceWriter(path, *sizes, layers, first_step)
             source = self._source
             observe = None if source is None else source.observe
             self.mailbox = RoutingMailbox(layers, homes, observe, trace, _warn)

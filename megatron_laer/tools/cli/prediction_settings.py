@@ -39,8 +39,6 @@ from megatron_laer.tools.traces.records import Trace
 DEFAULT_CLUSTER = "a100-4x8-ib800"
 # Bytes per element: default (bf16) and maximum.
 _BYTES_PER_ELEMENT, _MOST_BYTES = 2, 8
-# Settings that recordings of earlier versions lack.
-_MAY_BE_MISSING = ("sharding", "token_exchange", "top_k", "domain_nodes", "fp8_recipe")
 
 
 @dataclass(frozen=True)
@@ -193,26 +191,26 @@ class _Noted:
         )
         self._given |= {name: value for name, value in flags.items() if value is not None}
         self._has_recording = recording is not None
-        self.texts = recording.runs[-1][1] if recording is not None and recording.runs else {}
+        self._texts = recording.runs[-1][1] if recording is not None and recording.runs else {}
         self.recorded: list[str] = []
         self.defaults: list[str] = []
         self.replaced: list[str] = []
 
-    def value[T](self, name: str, read: Callable[[str], T], otherwise: T, hint: str = "") -> T:
+    def value[T](self, name: str, read: Callable[[str], T], otherwise: T) -> T:
         """Return a flag's value, else the recorded text parsed by `read`, else `otherwise`."""
         if name in self._given:
             given: T = self._given[name]
             return given
-        text = self.texts.get(name)
+        text = self._texts.get(name)
         if text is not None:
             try:
                 found = read(text)
             except (ValueError, OSError, argparse.ArgumentTypeError):
-                self.replaced.append(f"{otherwise} for {name} {quoted(text)}{hint}")
+                self.replaced.append(f"{otherwise} for {name} {quoted(text)}")
             else:
                 self.recorded.append(name)
                 return found
-        elif self._has_recording and name not in _MAY_BE_MISSING:
+        elif self._has_recording and otherwise is not None:
             self.replaced.append(f"{otherwise} for {name}, which is missing")
         self.defaults.append(name)
         return otherwise
@@ -227,18 +225,7 @@ def _boolean(text: str) -> bool:
 def _cluster(given: str | None, recording: MetricsRecording | None, noted: _Noted) -> Cluster:
     if given is not None:
         return named("--cluster", given, load_cluster)
-    if recording is not None and recording.clusters and recording.clusters[-1] is not None:
+    if recording is not None and recording.clusters:
         noted.recorded.append("cluster")
         return recording.clusters[-1]
-    # Recordings of earlier versions have a name only.
-    hint = ", whose constants it does not hold (--cluster names their file)"
-    name = noted.value("cluster", _shipped_cluster, DEFAULT_CLUSTER, hint)
-    return load_cluster(name).for_back_end(noted.texts.get("gemm", ""))
-
-
-def _shipped_cluster(name: str) -> str:
-    # A recording must not make us open a path.
-    if "/" in name or name.endswith((".yaml", ".yml")):
-        raise ValueError(f"{name!r} is a path")
-    load_cluster(name)
-    return name
+    return load_cluster(noted.value("cluster", str, DEFAULT_CLUSTER))

@@ -110,7 +110,7 @@ def replicas(run: RunData, edges: Sequence[int]) -> Section | None:
 
 
 def _in_use(run: RunData, edges: Sequence[int]) -> list[Chart]:
-    """Draw replicas as they were in use, which old recordings lack, and received weights."""
+    """Draw replicas as they were in use, and received weights."""
     replicas_TL = run.of_layers["replicas"]
     if not np.isfinite(replicas_TL).any():
         return []

@@ -6,7 +6,7 @@ Legend: N ranks, L MoE layers, T recorded steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,10 @@ import numpy.typing as npt
 from megatron_laer.arrays import Int64
 from megatron_laer.files import memory
 from megatron_laer.files.checks import MAX_LINE, MAX_TEXT_BYTES, open_input, quoted
-from megatron_laer.files.json_lines import numbered_lines, warn_of
+from megatron_laer.files.json_lines import numbered_lines
 from megatron_laer.planner.cluster_files import cluster_of
 from megatron_laer.planner.clusters import Cluster
-from megatron_laer.telemetry.metrics import (
-    RECORDED_LATER,
-    RECORDED_OF_LAYERS,
-    RECORDED_OF_STEPS,
-)
+from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
 from megatron_laer.telemetry.metrics_file import MAX_STEP, Shape, read_shape, read_step
 
 _LARGEST = 1e18
@@ -38,13 +34,12 @@ class MetricsRecording:
     """Content of a recording by name, float [T] and [T, L]; missing values are NaN.
 
     `runs` has the first step and description of each run that wrote it, and `clusters` its
-    planner's cluster, with the run's GEMMs; None if unknown. `metrics` are the logged ones, of this
-    group.
+    planner's cluster, with the run's GEMMs. `metrics` are the logged ones, of this group.
     """
 
     shape: Shape
     runs: tuple[tuple[int, Mapping[str, str]], ...]
-    clusters: tuple[Cluster | None, ...]
+    clusters: tuple[Cluster, ...]
     of_steps: Mapping[str, Float64]
     of_layers: Mapping[str, Float64]
     rank_tokens_TLN: Int64
@@ -67,23 +62,21 @@ class _RecordedStep:
 def read_metrics(path: Path) -> MetricsRecording:
     """Read a recording of `MetricsWriter`; an incomplete last line is skipped with a warning."""
     runs: list[tuple[int, Mapping[str, str]]] = []
-    clusters: list[Cluster | None] = []
+    clusters: list[Cluster] = []
     steps: list[_RecordedStep] = []
     with open_input(path) as file:
         if not file.readline(MAX_TEXT_BYTES + 1).endswith(b"\n") and file.tell() <= MAX_TEXT_BYTES:
             raise ValueError(f"{path} holds no whole line; it is no recording of metrics")
         file.seek(0)
         lines = numbered_lines(file, path, MAX_LINE)
-        shape, version = read_shape(next(lines)[2], path)
-        warn_of(version, path)
+        shape = read_shape(next(lines)[2], path)
         last = -1
         for number, _, line in lines:
-            content = read_step(line, path, number, version)
+            content = read_step(line, path, number)
             try:
                 if "run" in content:
                     runs.append((content["step"], _run_of(content["run"])))
-                    found = content.get("cluster")
-                    clusters.append(None if found is None else cluster_of(found, "cluster"))
+                    clusters.append(cluster_of(content.get("cluster"), "cluster"))
                     continue
                 steps.append(_step_of(content, shape))
                 if content["step"] <= last:
@@ -120,16 +113,15 @@ def _run_of(run: Any) -> dict[str, str]:
 
 def _step_of(content: Mapping[str, Any], shape: Shape) -> _RecordedStep:
     expected = {*RECORDED_OF_STEPS, "metrics", "layers", "rank_tokens"}
-    if wrong := sorted(_wrong(content, expected)):
+    if wrong := sorted(expected ^ content.keys()):
         raise ValueError(f"lacks, or has beyond what is expected, {quoted(wrong)}")
     layers, metrics, tokens = content["layers"], content["metrics"], content["rank_tokens"]
     num_layers = len(shape.layers)
-    if not isinstance(layers, dict) or _wrong(layers, RECORDED_OF_LAYERS):
+    if not isinstance(layers, dict) or layers.keys() != {*RECORDED_OF_LAYERS}:
         names = list(RECORDED_OF_LAYERS)
         raise ValueError(f"layers holds {quoted(layers)}, expected lists of {names}")
     if not isinstance(metrics, dict):
         raise ValueError(f"metrics must hold numbers by name, got {quoted(metrics)}")
-    layers = {name: layers.get(name, [None] * num_layers) for name in RECORDED_OF_LAYERS}
     for name in RECORDED_OF_LAYERS:
         if not _is_list(layers[name], num_layers):
             raise ValueError(f"{name} must have a number for each of {num_layers} layers")
@@ -140,16 +132,11 @@ def _step_of(content: Mapping[str, Any], shape: Shape) -> _RecordedStep:
     ):
         raise ValueError(f"rank_tokens must be {num_layers} lists of {shape.num_ranks} tokens")
     return _RecordedStep(
-        {name: _number(content.get(name), name) for name in RECORDED_OF_STEPS},
+        {name: _number(content[name], name) for name in RECORDED_OF_STEPS},
         {name: _number(value, name) for name, value in metrics.items()},
         _column([[_number(value, name) for value in layers[name]] for name in RECORDED_OF_LAYERS]),
         np.array(tokens, dtype=np.int64),
     )
-
-
-def _wrong(content: Mapping[str, Any], expected: Collection[str]) -> set[str]:
-    """Return names that are missing or unknown, except those that older recordings lack."""
-    return ({*expected} - {*content} - RECORDED_LATER) | ({*content} - {*expected})
 
 
 def _is_list(value: object, length: int) -> bool:

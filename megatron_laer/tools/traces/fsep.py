@@ -11,7 +11,6 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Bool
 from megatron_laer.files.checks import open_input
-from megatron_laer.files.json_lines import warn_of
 from megatron_laer.telemetry.trace_file import (
     MAX_COUNT,
     MAX_INDEX,
@@ -32,7 +31,6 @@ def read_recording(path: Path, *, pairs: bool = False) -> Trace:
     """
     with open_input(path) as file:
         header = read_header_of(file, path)
-        warn_of(header.version, path)
         end, size = header.line_bytes, header.file_bytes
         records: dict[tuple[int, int, int], npt.NDArray[np.unsignedinteger[Any]]] = {}
         of_pairs: dict[tuple[int, int], npt.NDArray[np.unsignedinteger[Any]]] = {}
