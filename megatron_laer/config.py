@@ -222,10 +222,6 @@ class FSEPConfig:
         None,
         "directory to which every applied layout is recorded, one file per FSEP group",
     )
-    replay_layouts: str | None = _option(
-        None,
-        "directory written by --fsep-record-layouts whose layouts are repeated, step by step",
-    )
     record_trace: str | None = _option(
         None,
         "directory to which the routing of every microbatch is recorded, one file per FSEP "
@@ -312,7 +308,7 @@ class FSEPConfig:
     @property
     def reason_for_rows(self) -> str | None:
         """Return why these settings need `--fsep-sharding rows`; None if they do not."""
-        if self.planner == _LAYS_OUT_FREELY and self.replay_layouts is None:
+        if self.planner == _LAYS_OUT_FREELY:
             return (
                 f"--fsep-planner {self.planner}: moves every expert, so it does not run with "
                 f"--fsep-sharding {Sharding.EXPERTS}; use another planner, or --fsep-sharding rows"
@@ -366,7 +362,7 @@ class FSEPConfig:
         """Return the plan mode in force."""
         if self.plan_mode is not None:
             return self.plan_mode
-        is_fixed = self.planner in FixedPlanner and self.replay_layouts is None
+        is_fixed = self.planner in FixedPlanner
         is_kept = self.split == Split.EVEN or self.restore == Restore.STEP
         return PlanMode.FORECAST if is_fixed or is_kept else PlanMode.ADAPTIVE
 
@@ -374,7 +370,7 @@ class FSEPConfig:
     def makes_plans(self) -> bool:
         """Return whether layouts come from a planner's thread."""
         is_planned = self.mode in (PlanMode.FORECAST, PlanMode.ADAPTIVE)
-        return is_planned and self.replay_layouts is None and self.planner not in FixedPlanner
+        return is_planned and self.planner not in FixedPlanner
 
     @property
     def follows_steps(self) -> bool:
@@ -383,7 +379,6 @@ class FSEPConfig:
         return (
             self.makes_plans
             or self.mode == PlanMode.ANNOUNCED
-            or self.replay_layouts is not None
             or self.restore == Restore.STEP
             or any(folder is not None for folder in written)
         )

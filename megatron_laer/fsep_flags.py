@@ -106,13 +106,11 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
 def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield each reason with the fields whose flags it leaves without effect."""
     planning = ("plan_lag", "late_plan")
-    if config.replay_layouts is not None:
-        yield "layouts are replayed", ("planner", *planning)
     made = {PlanMode.EXACT: "after the gate", PlanMode.ANNOUNCED: "from announced routing"}
     if config.mode in made:
         yield (
             f"--fsep-plan-mode {config.mode} makes every layout {made[config.mode]}",
-            ("planner", *planning, "record_layouts", "replay_layouts"),
+            ("planner", *planning, "record_layouts"),
         )
     elif config.planner in FixedPlanner:
         yield (

@@ -14,11 +14,11 @@ from typing import Any
 
 from megatron_laer.files.checks import open_input
 from megatron_laer.planner.state import PlannerState
-from megatron_laer.runtime.planning.layout_recording import LayoutRecording, read_layouts
+from megatron_laer.runtime.planning.layout_recording import read_layouts
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.traces.fsep import read_recording
 from tests.planner_states import make_state
-from tests.recorded_runs import GEOMETRY, LAYERS, SIGNATURE, STEPS, record_run
+from tests.recorded_runs import record_run
 
 CHANGES_OF_A_KIND = 40
 ERROR, PREFIX, UNCHANGED, OTHER = OUTCOMES = (
@@ -56,15 +56,6 @@ def _routing(path: Path) -> Records:
     return sorted(found)  # as they were recorded
 
 
-def _replayed(path: Path) -> Records:
-    recording = LayoutRecording(path, GEOMETRY, SIGNATURE, LAYERS)
-    try:
-        found = ((step, recording.layouts(step)) for step in range(STEPS))
-        return [one for one in found if one[1] is not None]
-    finally:
-        recording.close()
-
-
 def _metrics(path: Path) -> Records:
     found = read_metrics(path)
     runs = [
@@ -91,7 +82,6 @@ FORMATS: Mapping[str, Format] = {
     ),
     "trace": Format("group-0.trace", _routing),
     "layouts": Format("group-0.jsonl", lambda path: [*read_layouts(path)]),
-    "layouts, replayed": Format("group-0.jsonl", _replayed),
     "metrics": Format("metrics-0.jsonl", _metrics),
 }
 

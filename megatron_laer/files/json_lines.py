@@ -70,11 +70,11 @@ def read_line(line: bytes) -> dict[str, Any]:
 
 
 def numbered_lines(
-    file: BinaryIO, path: Path, longest: int, *, whole_only: bool = True, kind: str = ""
+    file: BinaryIO, path: Path, longest: int, *, kind: str = ""
 ) -> Iterator[tuple[int, int, bytes]]:
     """Yield number, end and bytes of each line; the first one has at most `MAX_TEXT_BYTES`.
 
-    With `whole_only` an incomplete last line is skipped, with a warning.
+    An incomplete last line is skipped, with a warning.
     """
     end, limit = 0, MAX_TEXT_BYTES
     for number in itertools.count(1):
@@ -86,7 +86,7 @@ def numbered_lines(
                 f"{kind}{path}, line {number}: has more than {limit:,} bytes; the file is damaged "
                 "there"
             )
-        if whole_only and not line.endswith(b"\n"):
+        if not line.endswith(b"\n"):
             logger.warning("%s: its last %d bytes are no whole line", path, len(line))
             return
         end, limit = end + len(line), longest

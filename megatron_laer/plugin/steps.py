@@ -84,7 +84,7 @@ def training_step(
 
     Raises:
         ValueError: at the first step, on every rank of the world: a recording that cannot be
-            replayed or written. With `--fsep-restore step`: no `num_microbatches`.
+            written. With `--fsep-restore step`: no `num_microbatches`.
         RuntimeError: a plan that no backward pass used.
     """
     current = session.current()

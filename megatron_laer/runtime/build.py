@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
 from megatron_laer.config import (
@@ -52,7 +51,6 @@ from megatron_laer.runtime.measurements import Measurements
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.runtime.pair_counts import PairCounts
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
-from megatron_laer.runtime.planning.layout_recording import recorded_geometry, recording_path
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
@@ -93,7 +91,6 @@ def build_coordinator(
         of_tokens = with_token_exchange(costs, exchange, geometry, top_k, tokens)
         return of_tokens.with_exchange(config.restore_algorithm, geometry)
 
-    config = _as_recorded(config, groups)
     shape = groups.size, transformer_config.num_moe_experts, groups.node_size
     multiple = slots_multiple(transformer_config)
     choice, compared = choose_geometry(config, shape, multiple, top_k, priced)
@@ -203,22 +200,6 @@ def _common_homes(config: FSEPConfig, groups: FSEPGroups, num_experts: int) -> M
     if problem is not None:
         raise ValueError(problem)
     return homes
-
-
-def _as_recorded(config: FSEPConfig, groups: FSEPGroups) -> FSEPConfig:
-    """Return the config with the recording's sharding and slots, where layouts are replayed."""
-    if config.replay_layouts is None or config.sharding != Auto.AUTO:
-        return config
-    found: list[Geometry | None] = [None]
-    if groups.rank == 0:
-        found = [recorded_geometry(recording_path(config.replay_layouts, groups.index))]
-    dist.broadcast_object_list(found, src=groups.planner_rank, group=groups.tokens)
-    (recorded,) = found
-    if recorded is None:
-        return config
-    return replace(
-        config, sharding=recorded.sharding, capacity=config.capacity or recorded.capacity
-    )
 
 
 def token_exchange(

@@ -156,7 +156,7 @@ class MicrobatchPlanner:
         if self.groups.rank == 0 and self.groups.index == 0:  # the same on all ranks
             logger.warning(
                 "FSEP: training goes on without steps, so layouts stay as they are, nothing is "
-                "planned, replayed or recorded, and experts are restored layer by layer: enter "
+                "planned or recorded, and experts are restored layer by layer: enter "
                 "`with megatron_laer.training_step(step, num_microbatches, model):` around the "
                 "forward and backward passes and the optimizer's step, on every rank"
             )

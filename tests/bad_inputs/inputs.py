@@ -576,9 +576,6 @@ def _special(folder: Path) -> None:
     (folder / "link.trace").symlink_to("good.trace")
     (folder / "hard.trace").hardlink_to(folder / "good.trace")
     (folder / "kept.json").write_text("{}")
-    (folder / "recorded").mkdir()
-    (folder / "recorded" / "group-0.jsonl").write_text("{}\n")
-    (folder / "recorded-link").symlink_to("recorded")
     (folder / "script.py").write_text("raise SystemExit(0)\n")
     (folder / "megatrons.py").write_text(
         "from megatron.training.arguments import parse_and_validate_args\n"

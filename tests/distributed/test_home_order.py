@@ -251,23 +251,17 @@ def test_announced_choices_are_known_by_home(
     assert ranks(2).run(train_row, command_, misses)[0].probes == [0, 0, 0]
 
 
-def test_layouts_are_recorded_with_experts_numbers_and_replayed_with_the_same_homes(
+def test_layouts_are_recorded_with_experts_numbers(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     folder, here = tmp_path / "recorded", homes(tmp_path, 13)
     record = PLANNED + here + f" --fsep-record-layouts {folder}"
-    recorded = ranks(2).run(train, command(text_data, record, steps=5))[0]
+    ranks(2).run(train, command(text_data, record, steps=5))
     _, layouts = [*read_layouts(folder / "group-0.jsonl")][-1]
     orders = read_homes(Path(here.split()[1])).by_layer.values()
     for layout, home in zip(layouts, orders, strict=True):
         at_home = [layout.experts_of(rank)[:4] for rank in range(2)]
         assert [expert for of_rank in at_home for expert in of_rank] == home.expert_E.tolist()
-    replay = AT_HOME + f" --fsep-cluster {REPLICAS_PAY} --fsep-replay-layouts {folder}"
-    again = ranks(2).run(train, command(text_data, replay + here, steps=5))[0]
-    assert identical(again, recorded)
-    for result in ranks(2).run_raw(train, command(text_data, replay + homes(tmp_path, 14))):
-        assert isinstance(result, Raised)
-        assert "was recorded with other homes of experts" in result.traceback
 
 
 BIAS = "--disable-bias-linear"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import time
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -13,7 +12,7 @@ import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
-from megatron_laer.runtime.planning import layout_sources
+from megatron_laer.runtime.planning import planned_layouts
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 from tests.parity.row import HOMES
@@ -125,7 +124,10 @@ def test_a_dead_planner_leaves_training_alone(ranks: RankPools, text_data: str, 
 
 
 def train_with_planner_that_stops(command: list[str], fault: str, calls: int) -> tuple[Record, int]:
-    """Train while the planner hangs or ends after some calls; also count the vain waits."""
+    """Train while the planner hangs or ends after some calls; also count the vain waits.
+
+    Or it keeps the layouts from then on, which leaves the same ones in force.
+    """
     import threading
 
     from megatron_laer.planner.laer import LaerStrategy
@@ -139,6 +141,8 @@ def train_with_planner_that_stops(command: list[str], fault: str, calls: int) ->
         left -= 1
         if left < 0 and fault == "hangs":
             threading.Event().wait()
+        if left < 0 and fault == "keeps":
+            return current
         if left < 0:
             raise SystemExit("the planner's thread ends")
         return plan(self, counts_NE, current)
@@ -154,7 +158,7 @@ def train_with_planner_that_stops(command: list[str], fault: str, calls: int) ->
     with (
         mock.patch.object(LaerStrategy, "plan", stopping),
         mock.patch.object(PlannerService, "wait", waiting),
-        mock.patch.object(layout_sources, "WAIT_TIMEOUT_S", 1.0),
+        mock.patch.object(planned_layouts, "WAIT_TIMEOUT_S", 1.0),
     ):
         record = train(command, planner_state)
     return record, given_up
@@ -164,23 +168,21 @@ def train_with_planner_that_stops(command: list[str], fault: str, calls: int) ->
 @pytest.mark.parametrize(
     ("fault", "late"), [("hangs", "keep"), ("hangs", "wait"), ("dies", "keep")]
 )
-def test_a_planner_that_stops_leaves_a_run_that_a_replay_repeats(
-    ranks: RankPools, text_data: str, tmp_path: Path, fault: str, late: str
+def test_a_planner_that_stops_leaves_its_last_layouts_in_force(
+    ranks: RankPools, text_data: str, fault: str, late: str
 ) -> None:
-    steps = 10
-    record = f" --fsep-record-layouts {tmp_path} --fsep-late-plan {late}"
+    steps, calls = 10, 2 * 4
+    command = flags(text_data, steps, f" --fsep-late-plan {late}")
     (stopped, given_up), (_, of_other_rank) = ranks(2).run(
-        train_with_planner_that_stops, flags(text_data, steps, record), fault, 2 * 4
+        train_with_planner_that_stops, command, fault, calls
     )
+    assert len(stopped.losses) == steps
     assert (given_up, of_other_rank) == (late == "wait", 0)
     version = stopped.probes[-1][0]
     assert 0 < version <= 4 and stopped.probes[-3][0] == version, "the planner did not stop"
-    replay = command_line(
-        text_data,
-        f" --expert-parallel-mode fsep --fsep-sharding rows --fsep-replay-layouts {tmp_path}",
-        steps=steps,
-    )
-    assert identical(stopped, ranks(2).run(train, replay)[0])
+    if late == "wait":
+        kept, _ = ranks(2).run(train_with_planner_that_stops, command, "keeps", calls)[0]
+        assert identical(stopped, kept)
 
 
 @pytest.mark.counts(fault_runs=1)

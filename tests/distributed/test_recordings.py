@@ -95,27 +95,6 @@ def test_a_second_run_beside_the_first_is_refused_on_every_rank(
     assert path.read_bytes() == b""
 
 
-def test_a_replay_over_its_own_recording_is_refused_on_every_rank(
-    ranks: RankPools, text_data: str, used: Path, tmp_path: Path
-) -> None:
-    old, new = file_of(used, "--fsep-record-layouts"), file_of(tmp_path, "--fsep-record-layouts")
-    new.parent.mkdir()
-    # Another group's file under another name is not seen where flags are checked.
-    new.hardlink_to(shutil.copy(old, old.with_stem("group-1")))
-    before = contents(used)
-    command = command_line(
-        text_data,
-        f" --expert-parallel-mode fsep --fsep-sharding rows --fsep-replay-layouts {old.parent}"
-        f" --fsep-record-layouts {new.parent}",
-        steps=STEPS,
-    )
-    for raised in ranks(2).run_raw(train, command):
-        assert raised.type_name == "RefusedError", raised.traceback
-        assert "--fsep-record-layouts" in raised.message
-        assert "would write over the input" in raised.message
-    assert contents(used) == before
-
-
 @pytest.mark.parametrize("sharding", ["", HOMES], ids=["rows", "experts at home"])
 def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
     ranks: RankPools,

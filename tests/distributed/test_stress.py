@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -123,25 +122,6 @@ def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
     reordered = reordered_seeds(disturbed, steady)
     slept = sum(trace.slept for trace in disturbed)
     print(f"\n{case}, wait: {seeds} seeds, {slept} delays, {reordered} seeds reordered completions")
-    assert reordered > 0
-
-
-@seeds_of_delays("tokens by nodes, 2 of 2", "restored per step, accumulation 4", "adaptive")
-def test_a_disturbed_run_that_keeps_its_layouts_equals_its_replay(
-    ranks: RankPools, text_data: str, tmp_path: Path, case: str, seeds: int
-) -> None:
-    pool, timeout_s = ranks(CASES[case].ranks), 60.0 + 31.0 * seeds
-    record = CASES[case].command(text_data, seeds, f" --fsep-record-layouts {tmp_path}")
-    replay = CASES[case].command(text_data, seeds, f" --fsep-replay-layouts {tmp_path}")
-    disturbed = pool.run(train_with_delays, record, 0, timeout_s=timeout_s)
-    steady = pool.run(train_with_delays, replay, None, timeout_s=timeout_s)
-    late = sum(trace.late_plans for trace in disturbed)
-    assert late > 0, "no plan was late, so nothing is shown"
-    assert disturbed[0].versions[-1] > 0
-    assert [trace.versions for trace in steady] == [trace.versions for trace in disturbed]
-    assert differing_steps(disturbed, steady) == []
-    reordered = reordered_seeds(disturbed, steady)
-    print(f"\n{case}, keep: {seeds} seeds, {late} late plans, {reordered} seeds reordered")
     assert reordered > 0
 
 

@@ -97,7 +97,6 @@ class Trace:
     digests: list[str] = field(default_factory=list)
     completed: list[list[str]] = field(default_factory=list)
     versions: list[int] = field(default_factory=list)
-    late_plans: int = 0
     slept: int = 0
 
 
@@ -127,7 +126,6 @@ def train_with_delays(
         assert coordinator is not None
         trace.digests.append(digest(model))
         trace.versions.append(coordinator.layouts.version)
-        trace.late_plans = coordinator.layouts.status.late_plans
 
     with _injected(delays, lambda name: trace.completed[-1].append(name), begin_step):
         try:

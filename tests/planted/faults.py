@@ -787,11 +787,6 @@ FAULTS: tuple[Fault, ...] = (
         "            row_share,\n        )",
         "            1.0,\n        )",
     ),
-    _in("runtime/planning/layout_sources.py", *_unit("layout_recording")).fault(
-        "a replay's guard does not know the rows of layouts by pairs",
-        "self._recording.row_shares(step) or self.row_shares",
-        "self.row_shares",
-    ),
     _in("runtime/planning/mailbox.py", *_unit("mailbox")).fault(
         "pairs are planned from as the next step's",
         "self.plan_pairs(self._step, pairs_LEE)",
@@ -802,12 +797,12 @@ FAULTS: tuple[Fault, ...] = (
         "[of(pairs_EE) for of, pairs_EE in",
         "[pairs_EE for of, pairs_EE in",
     ),
-    _in("runtime/planning/layouts_in_force.py", *_ranks("planning_by_pairs"), "-k", "replay").fault(
+    _in("runtime/planning/layouts_in_force.py", *_ranks("planning_by_pairs"), "-k", "rerun").fault(
         "a resumed run's guard does not know the rows of layouts by pairs",
         "list(state.row_shares) or self._row_shares",
         "self._row_shares",
     ),
-    _in("runtime/coordinator.py", *_ranks("planning_by_pairs"), "-k", "replay").fault(
+    _in("runtime/coordinator.py", *_ranks("planning_by_pairs"), "-k", "rerun").fault(
         "the last step's pairs are not in the checkpoint",
         "        self._put_pairs()\n        self.layouts.save",
         "        self.layouts.save",

@@ -69,7 +69,6 @@ def test_a_constant_that_calibrate_adds_is_compared(name: str, value: object, to
         ("--fsep-plan-lag", FSEPConfig(plan_lag=2)),
         ("--fsep-split", FSEPConfig(split="even")),  # type: ignore[arg-type]
         ("--fsep-sharding", FSEPConfig(sharding="experts")),  # type: ignore[arg-type]
-        ("--fsep-replay-layouts", FSEPConfig(replay_layouts="there")),
     ],
 )
 def test_other_flags_and_versions_are_named(name: str, other: FSEPConfig) -> None:

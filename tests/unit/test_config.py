@@ -42,7 +42,7 @@ def test_defaults_and_values_of_flags_reach_their_fields() -> None:
         for mode in ("exact", "announced")
         for flag in (
             *("--fsep-planner laer", "--fsep-plan-lag 2", "--fsep-late-plan wait"),
-            *("--fsep-record-layouts d", "--fsep-replay-layouts d"),
+            "--fsep-record-layouts d",
         )
     ]
     + [
@@ -51,7 +51,6 @@ def test_defaults_and_values_of_flags_reach_their_fields() -> None:
         ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode announced"),
         ("--fsep-grad-wire-dtype fp32", "--fsep-restore-algorithm flat"),
         ("--fsep-restore-memory-gib 1.0", "--fsep-restore step"),
-        ("--fsep-planner greedy", "--fsep-replay-layouts d"),
         ("--fsep-domain-nodes 1", "--fsep-token-exchange rank"),
         ("--fsep-domain-nodes 1", "--fsep-token-exchange node --fsep-sharding experts"),
         *(
@@ -106,7 +105,6 @@ def test_several_nodes_are_planned_together_by_name_or_by_predicted_time() -> No
         ("--fsep-planner static", "forecast"),
         ("--fsep-planner random", "forecast"),
         ("--fsep-planner laer --fsep-split even", "forecast"),
-        ("--fsep-replay-layouts d", "adaptive"),
         ("--fsep-planner static --fsep-plan-mode adaptive", "adaptive"),
     ],
 )
@@ -173,7 +171,6 @@ def test_experts_in_fp8_need_them_at_home(words: str, says: str) -> None:
         ({"plan_mode": "exact"}, False),
         ({"plan_mode": "announced"}, True),
         ({"planner": "static", "restore": "step"}, True),
-        ({"planner": "static", "replay_layouts": "d"}, True),
         ({"planner": "static", "record_trace": "d"}, True),
         ({"planner": "static", "timeline": "d"}, True),
     ],

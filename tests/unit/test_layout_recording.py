@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,20 +18,15 @@ from megatron_laer.choices import Fp8Recipe, Sharding
 from megatron_laer.config import FSEPConfig, LatePlan
 from megatron_laer.files import writing
 from megatron_laer.files.json_lines import sealed
-from megatron_laer.planner.by_pairs import WHOLE
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import PlannerService
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.runtime.planning import layout_sources, planner_rank
-from megatron_laer.runtime.planning.layout_recording import (
-    LayoutRecorder,
-    LayoutRecording,
-    read_layouts,
-)
-from megatron_laer.runtime.planning.layout_sources import PlannedLayouts, ReplayedLayouts
+from megatron_laer.runtime.planning import planned_layouts, planner_rank
+from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, read_layouts
+from megatron_laer.runtime.planning.planned_layouts import PlannedLayouts
 from megatron_laer.runtime.planning.planner_rank import PlannerRank
 from megatron_laer.telemetry.trace_file import TraceWriter
 from tests.costs import make_costs
@@ -50,16 +44,7 @@ REGIME = {
 LAYOUT = ExpertLayout.static(2, 3, 4)
 
 
-def record(path: Path, steps: int = 3) -> None:
-    recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
-    for step in range(steps):
-        recorder.record(step, [LAYOUT] * len(LAYERS))
-    recorder.close()
-
-
-def first_rank(
-    config: FSEPConfig, first_step: int = 0, costs: CostModel | None = None, **more: Any
-) -> PlannerRank:
+def first_rank(config: FSEPConfig, costs: CostModel | None = None, **more: Any) -> PlannerRank:
     return PlannerRank(
         config,
         GEOMETRY,
@@ -68,7 +53,7 @@ def first_rank(
         [LAYOUT] * len(LAYERS),
         [HomeOrder.stock(GEOMETRY.num_experts)] * len(LAYERS),
         group_index=0,
-        first_step=first_step,
+        first_step=0,
         resumed=None,
         **more,
     )
@@ -85,7 +70,7 @@ def test_layers_out_of_fp8_are_planned_at_the_prices_of_bf16() -> None:
     with mock.patch.object(planner_rank, "make_strategy", made):
         first = first_rank(config, costs=make_costs(fp8=recipe), out_of_fp8={1})
     with contextlib.closing(first):
-        assert isinstance(first._source, PlannedLayouts)
+        assert first._source is not None
         for layer in range(len(LAYERS)):
             first._source.observe(0, layer, np.ones((2, 4), dtype=np.int64))
         assert first.due(1) == [layouts[recipe], layouts[None]]
@@ -108,58 +93,17 @@ def test_the_longest_line_that_a_recording_can_have_is_read(
     for line in lines:
         del line["crc"]
     path.write_text(resealed("".join(json.dumps(line) + "\n" for line in lines)))
-    recording = LayoutRecording(path, geometry, REGIME, layers)
-    assert recording.layouts(2**53) == layouts
-    recording.close()
+    assert list(read_layouts(path)) == [(2**53, layouts)]
 
 
-def test_shares_of_rows_are_recorded_where_layouts_by_pairs_are_in_force(tmp_path: Path) -> None:
-    path = tmp_path / "group-0.jsonl"
-    recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
-    for step, shares in enumerate(([WHOLE, WHOLE], [WHOLE, 123], [2**40, 0])):
-        recorder.record(step, [LAYOUT] * len(LAYERS), shares)
-    recorder.close()
-    lines = path.read_text().splitlines()
-    assert ["row_shares" in json.loads(line) for line in lines] == [False, False, True, True]
-    recording = LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
-    assert [recording.row_shares(step) for step in range(4)] == [
-        [WHOLE, WHOLE],
-        [WHOLE, 123],
-        [2**40, 0],
-        None,
-    ]
-    recording.close()
-    config = FSEPConfig(replay_layouts=str(tmp_path), record_layouts=str(tmp_path / "again"))
-    rank = first_rank(config)
-    for step in range(5):
-        if (due := rank.due(step)) is not None:
-            rank.applied(step, due)
-        assert rank.row_shares == ([WHOLE, WHOLE], [WHOLE, 123], [2**40, 0])[min(step, 2)]
-    rank.close()
-    assert (tmp_path / "again" / path.name).read_text() == path.read_text()
-    for shares in ([1], [1, -1], [1, 2**40 + 1], [1, True], [1, 1.0]):
-        step = {"step": 2, "slots": [LAYOUT.to_list()] * 2, "row_shares": shares}
-        path.write_text(lines[0] + "\n" + sealed(step).decode() + "\n")
-        with pytest.raises(ValueError, match="row_shares"):
-            LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
-
-
-def test_layouts_of_home_experts_are_replayed_under_their_sharding_only(tmp_path: Path) -> None:
+def test_layouts_of_home_experts_are_read_back(tmp_path: Path) -> None:
     path = tmp_path / "group-0.jsonl"
     recorder = LayoutRecorder(path, AT_HOME, REGIME, LAYERS, first_step=0)
     layouts = [[AT_HOME.static_layout, AT_HOME.random_layout((step,))] for step in range(6)]
     for step, of_step in enumerate(layouts):
         recorder.record(step, of_step)
     recorder.close()
-    recording = LayoutRecording(path, AT_HOME, REGIME, LAYERS)
-    assert [recording.layouts(step) for step in range(6)] == layouts
-    recording.close()
     assert list(read_layouts(path)) == list(enumerate(layouts))
-    with pytest.raises(ValueError, match="recorded with --fsep-sharding experts, this run has row"):
-        LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
-    record(tmp_path / "rows.jsonl")
-    with pytest.raises(ValueError, match="recorded with --fsep-sharding rows, this run has expert"):
-        LayoutRecording(tmp_path / "rows.jsonl", AT_HOME, REGIME, LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -178,60 +122,13 @@ def test_slots_that_do_not_fit_the_recorded_sharding_are_refused(
     tmp_path: Path, changes: dict[str, object], slots: list[int], message: str
 ) -> None:
     path = tmp_path / "group-0.jsonl"
-    record(path)
-    header = json.loads(path.read_text().splitlines()[0]) | changes
+    LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0).close()
+    header = json.loads(path.read_text()) | changes
     del header["crc"]
     entry = {"step": 0, "slots": [slots] * len(LAYERS)}
     path.write_bytes(sealed(header) + sealed(entry))
     with pytest.raises(ValueError, match=message):
         list(read_layouts(path))
-
-
-def test_a_replay_takes_layouts_from_the_file_that_it_has_checked(tmp_path: Path) -> None:
-    path = tmp_path / "group-0.jsonl"
-    record(path)
-    recording = LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
-    resumed = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=1)
-    resumed.record(1, [ExpertLayout.random(2, 3, 4, (1,))] * len(LAYERS))
-    resumed.close()
-    assert [recording.layouts(step) for step in range(3)] == [[LAYOUT] * len(LAYERS)] * 3
-    recording.close()
-
-
-def test_a_last_line_without_its_end_is_named_and_what_would_help(tmp_path: Path) -> None:
-    path = tmp_path / "group-0.jsonl"
-    record(path)
-    os.truncate(path, path.stat().st_size - 5)
-    with pytest.raises(ValueError, match=r"line 4: .*has no end: without it, the rest can be read"):
-        LayoutRecording(path, GEOMETRY, REGIME, LAYERS)
-
-
-@pytest.mark.parametrize("first_step", [0, 1])
-def test_a_replay_over_its_own_recording_is_refused(tmp_path: Path, first_step: int) -> None:
-    # Another group's: links may have any name.
-    recorded, link = tmp_path / "old" / "group-1.jsonl", tmp_path / "new" / "group-0.jsonl"
-    record(recorded.with_stem("group-0"))
-    record(recorded)
-    content = recorded.read_bytes()
-    link.parent.mkdir()
-    link.hardlink_to(recorded)
-    config = FSEPConfig(replay_layouts=str(recorded.parent), record_layouts=str(link.parent))
-    with pytest.raises(ValueError, match=r"--fsep-record-layouts .* would write over the input"):
-        first_rank(config, first_step)
-    assert recorded.read_bytes() == content
-
-
-def test_a_replay_is_recorded_to_another_folder(tmp_path: Path) -> None:
-    record(tmp_path / "old" / "group-0.jsonl")
-    config = FSEPConfig(replay_layouts=str(tmp_path / "old"), record_layouts=str(tmp_path / "new"))
-    rank = first_rank(config)
-    for step in range(3):
-        layouts = rank.due(step)
-        assert layouts is not None
-        rank.applied(step, layouts)
-    rank.close()
-    new, old = (tmp_path / name / "group-0.jsonl" for name in ("new", "old"))
-    assert new.read_bytes() == old.read_bytes()
 
 
 def test_a_start_that_fails_names_the_flag_and_lets_go_of_what_it_opened(tmp_path: Path) -> None:
@@ -308,7 +205,7 @@ def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first
     warnings: list[str] = []
     with (
         contextlib.ExitStack() as stack,
-        mock.patch.object(layout_sources, "WAIT_TIMEOUT_S", 0.2),
+        mock.patch.object(planned_layouts, "WAIT_TIMEOUT_S", 0.2),
         mock.patch.object(
             PlannerService, "wait", autospec=True, side_effect=PlannerService.wait
         ) as wait,
@@ -327,31 +224,12 @@ def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first
         assert not plans and source.late_plans == (60 if first == "a step" else 59)
 
         released.set()
-        stack.enter_context(mock.patch.object(layout_sources, "PLANS_TIMEOUT_S", 300.0))
+        stack.enter_context(mock.patch.object(planned_layouts, "PLANS_TIMEOUT_S", 300.0))
         # The first and the newest of the 60 steps are planned, as under `keep`.
         plans = source.state().plans
         assert plans[-1].source_step == 59 and len(plans) <= 3
         assert source.due(60) == layouts(0)
     source.close()
-
-
-def test_a_replay_that_starts_late_begins_with_the_layouts_in_force(tmp_path: Path) -> None:
-    path = tmp_path / "group-0.jsonl"
-    recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
-    recorder.record(2, layouts(2))
-    recorder.record(9, layouts(9))
-    recorder.close()
-    replay = ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
-    assert replay.due(6) == layouts(2)
-    assert replay.due(7) is None
-    assert replay.due(9) == layouts(9)
-
-
-def test_a_recording_made_with_another_split_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "group-0.jsonl"
-    LayoutRecorder(path, GEOMETRY, REGIME | {"split": "even"}, LAYERS, first_step=0).close()
-    with pytest.raises(ValueError, match="even"):
-        ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
 
 
 @pytest.mark.parametrize(
@@ -376,6 +254,6 @@ def test_an_entry_that_no_recorder_writes_is_refused(
     *before, last = path.read_text().splitlines()
     changed = json.loads(last) | change
     del changed["crc"]
-    path.write_text("\n".join([*before, resealed(json.dumps(changed))]))
+    path.write_text("\n".join([*before, resealed(json.dumps(changed)), ""]))
     with pytest.raises(ValueError, match=f"line 3: .*{named}"):
-        ReplayedLayouts(path, GEOMETRY, REGIME, LAYERS)
+        list(read_layouts(path))

@@ -15,7 +15,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import PlannerService
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import Strategy, make_strategy
-from megatron_laer.runtime.planning.layout_sources import PlannedLayouts
+from megatron_laer.runtime.planning.planned_layouts import PlannedLayouts
 from tests.costs import make_costs
 
 GEOMETRY = Geometry(num_ranks=4, num_experts=6, capacity=3, node_size=2)

@@ -25,11 +25,7 @@ from megatron_laer.files.json_lines import sealed
 from megatron_laer.files.recording import RecordingFile, is_cut_off
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.runtime.planning.layout_recording import (
-    LayoutRecorder,
-    LayoutRecording,
-    read_layouts,
-)
+from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, read_layouts
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape
 from megatron_laer.telemetry.trace_file import TraceWriter
@@ -86,13 +82,9 @@ class Layouts:
 
     @classmethod
     def read(cls, path: Path) -> dict[int, int]:
-        recording = LayoutRecording(path, cls.geometry, cls.signature, LAYERS)
         found = {}
-        for step in range(20):
-            layouts = recording.layouts(step)
-            if layouts is not None:
-                (found[step],) = (s for s in (1, 2, 3) if layouts[0] == cls._layout(step, s))
-        recording.close()
+        for step, layouts in read_layouts(path):
+            (found[step],) = (s for s in (1, 2, 3) if layouts[0] == cls._layout(step, s))
         return found
 
 
@@ -315,9 +307,8 @@ def test_a_header_that_does_not_fit_is_quoted(
     fields = json.loads(header) | changed
     del fields["crc"]
     path.write_bytes(sealed(fields) + rest)
-    read = (lambda path: list(read_layouts(path))) if kind is Layouts else kind.read
     with pytest.raises(ValueError, match=rf"{kind.name}, line 1: {problem}"):
-        read(path)
+        kind.read(path)
 
 
 @contextlib.contextmanager

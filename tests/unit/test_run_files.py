@@ -9,37 +9,26 @@ import pytest
 from megatron_laer.config import FSEPConfig, flag_name
 from megatron_laer.runtime.planning.layout_recording import recording_path
 from megatron_laer.support import config_files
-from megatron_laer.support.config_files import RECORDED_LAYOUTS, WRITTEN
+from megatron_laer.support.config_files import WRITTEN
 from megatron_laer.telemetry.metrics_file import recording_path as metrics_path
 from megatron_laer.telemetry.timeline import timeline_path
 from megatron_laer.telemetry.trace_file import recording_path as trace_path
-
-
-@pytest.fixture
-def recording(tmp_path: Path) -> Path:
-    folder = tmp_path / "layouts"
-    folder.mkdir()
-    recording_path(str(folder), 0).write_text("{}\n")
-    return folder
 
 
 def there(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
-def test_folders_that_can_be_used_are_taken_and_not_made(tmp_path: Path, recording: Path) -> None:
+def test_folders_that_can_be_used_are_taken_and_not_made(tmp_path: Path) -> None:
     before = there(tmp_path)
     config_files.check(FSEPConfig())
-    config_files.check(FSEPConfig(cluster="cpu-gloo", replay_layouts=str(recording)))
+    config_files.check(FSEPConfig(cluster="cpu-gloo"))
     config_files.check(
         FSEPConfig(
             record_layouts=str(tmp_path),
             record_trace=str(tmp_path / "new"),
             timeline=str(tmp_path / "not" / "yet"),
         )
-    )
-    config_files.check(
-        FSEPConfig(replay_layouts=str(recording), record_layouts=str(tmp_path / "other"))
     )
     assert there(tmp_path) == before
 
@@ -66,4 +55,3 @@ def test_what_a_run_writes_into_one_folder_has_different_names(tmp_path: Path) -
         timeline_path(folder, 0),
     }
     assert len(files) == len(WRITTEN)
-    assert recording_path(folder, 3).match(RECORDED_LAYOUTS)

@@ -24,17 +24,9 @@ from megatron_laer.planner.native_core import native
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.version import __version__
 
-# Paths may differ between ranks. Of a cluster, its constants are compared. Single ranks read and
-# write the other files, so only the presence of a replay matters.
-_PATHS = (
-    "cluster",
-    "homes",
-    "record_layouts",
-    "record_metrics",
-    "record_trace",
-    "replay_layouts",
-    "timeline",
-)
+# Paths may differ between ranks. Of a cluster, its constants are compared. Single ranks write the
+# recordings.
+_PATHS = ("cluster", "homes", "record_layouts", "record_metrics", "record_trace", "timeline")
 # Cluster fields that no decision reads: descriptions, spreads and provenance.
 _TEXTS = ("name", "source", "assumed", "back_ends", "spreads", "figures", "measured")
 # Maximum differing values, and ranks per value, in one message.
@@ -52,7 +44,6 @@ def summarise(
     }
     return {
         **flags,
-        flag_name("replay_layouts"): "None" if config.replay_layouts is None else "given",
         **dict(_texts(geometry)),
         **dict(_texts(costs)),
         "seed": str(seed),

@@ -125,8 +125,7 @@ class LayoutsInForce:
         self._step = step
         if self.mailbox is not None:
             self.mailbox.begin_step(step, num_microbatches)
-        changes = self.config.makes_plans or self.config.replay_layouts is not None
-        if changes and self._layers:
+        if self.config.makes_plans and self._layers:
             self._change(step)
 
     def end_step(self) -> None:

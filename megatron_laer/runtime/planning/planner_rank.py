@@ -10,12 +10,11 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megatron_laer.choices import TokenExchange
 from megatron_laer.config import FSEPConfig, LatePlan, OverlapScheduler, flag_name
-from megatron_laer.files.checks import quoted, refuse_overwriting
+from megatron_laer.files.checks import quoted
 from megatron_laer.planner.by_pairs import PairPlanner
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -26,12 +25,8 @@ from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, recording_path
-from megatron_laer.runtime.planning.layout_sources import (
-    LayoutSource,
-    PlannedLayouts,
-    ReplayedLayouts,
-)
 from megatron_laer.runtime.planning.mailbox import RoutingMailbox
+from megatron_laer.runtime.planning.planned_layouts import PlannedLayouts
 from megatron_laer.telemetry.trace_file import TraceWriter
 from megatron_laer.telemetry.trace_file import recording_path as trace_path
 
@@ -39,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class PlannerRank:
-    """Planner, or replay of a recording, and the recordings of one FSEP group."""
+    """Planner and recordings of one FSEP group."""
 
     def __init__(
         self,
@@ -56,7 +51,7 @@ class PlannerRank:
         out_of_fp8: Collection[int] = (),
     ) -> None:
         self._faults = 0
-        self._source: LayoutSource | None = None
+        self._source: PlannedLayouts | None = None
         self._recorder: LayoutRecorder | None = None
         trace: TraceWriter | None = None
         signature: dict[str, Any] = {
@@ -67,10 +62,7 @@ class PlannerRank:
         if home_digest(homes):
             signature["homes"] = [home.expert_E.tolist() for home in homes]
         with ExitStack() as opened:
-            if config.replay_layouts is not None:
-                path = recording_path(config.replay_layouts, group_index)
-                self._source = ReplayedLayouts(path, geometry, signature, layers)
-            elif config.makes_plans:
+            if config.makes_plans:
                 sizes_and_costs = config, geometry, costs, len(layers), out_of_fp8
                 self._source = PlannedLayouts(
                     _strategies(*sizes_and_costs),
@@ -82,14 +74,9 @@ class PlannerRank:
                     check_layout=geometry.check_layout,
                     by_pairs=_pair_planners(*sizes_and_costs),
                 )
-            if self._source is not None:
                 opened.callback(self._source.close)
             if (folder := config.record_layouts) is not None:
                 path = recording_path(folder, group_index)
-                if config.replay_layouts is not None:
-                    # Files of all groups, since links may have any name.
-                    replayed = Path(config.replay_layouts).glob(f"*{path.suffix}")
-                    refuse_overwriting(path, replayed, flag_name("record_layouts"))
                 with naming_flag("record_layouts", folder):
                     self._recorder = LayoutRecorder(path, geometry, signature, layers, first_step)
                 opened.callback(self._recorder.close)
@@ -101,7 +88,7 @@ class PlannerRank:
             source = self._source
             observe = None if source is None else source.observe
             self.mailbox = RoutingMailbox(layers, homes, observe, trace, _warn)
-            if isinstance(source, PlannedLayouts) and source.uses_pairs:
+            if source is not None and source.uses_pairs:
                 self.mailbox.plan_pairs = source.observe_pairs
             opened.pop_all()  # all are open; `close` closes them
 
@@ -119,7 +106,7 @@ class PlannerRank:
         return [] if self._source is None else self._source.row_shares
 
     def planned(self) -> ServiceState | None:
-        return self._source.state() if isinstance(self._source, PlannedLayouts) else None
+        return None if self._source is None else self._source.state()
 
     def due(self, step: int) -> list[ExpertLayout] | None:
         if self._recorder is not None:
@@ -139,7 +126,7 @@ class PlannerRank:
     def applied(self, step: int, layouts: list[ExpertLayout]) -> None:
         if self._recorder is not None:
             try:
-                self._recorder.record(step, layouts, self.row_shares)
+                self._recorder.record(step, layouts)
             except (OSError, ValueError) as error:
                 self._end_recording(step, error)
 

@@ -1,51 +1,22 @@
-"""Sources of a step's layouts on rank 0 of an FSEP group: a planner or a recording.
-
-They take part in no collective.
-"""
+"""Layouts planned ahead on rank 0 of an FSEP group. Nothing here takes part in a collective."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Protocol
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.by_pairs import WHOLE, PairPlanner
 from megatron_laer.planner.forecast import SmoothedForecast
-from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import PlannerService, ServiceState
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.strategies import Strategy
-from megatron_laer.runtime.planning.layout_recording import LayoutRecording, RunSignature
 
 # Time-out under `wait`; a planner that exceeds it is not waited for again.
 WAIT_TIMEOUT_S = 120.0
 
 # Wait for pending plans before a checkpoint is saved, under `keep`.
 PLANS_TIMEOUT_S = 1.0
-
-
-class LayoutSource(Protocol):
-    """Source of the layouts of each step, on rank 0 of an FSEP group.
-
-    `row_shares` are those of the layouts that `due` returned last (`by_pairs.Choice`), by layer.
-    """
-
-    row_shares: list[int]
-    plan_ms: float
-    late_plans: int
-
-    @property
-    def failures(self) -> int: ...
-
-    def observe(self, step: int, layer: int, counts_NE: Int64) -> None: ...
-
-    def due(self, step: int) -> list[ExpertLayout] | None:
-        """Return the layouts that take effect with `step`, one per layer; None for no change."""
-        ...
-
-    def close(self) -> None: ...
 
 
 class PlannedLayouts:
@@ -57,6 +28,8 @@ class PlannedLayouts:
         resumed: state of an earlier run, with the same layers.
         check_layout: raises for a layout that the run cannot use.
         by_pairs: planner of layouts by pairs, if they are to be compared.
+
+    `row_shares` are those of the layouts that `due` returned last (`by_pairs.Choice`), by layer.
     """
 
     def __init__(
@@ -106,7 +79,10 @@ class PlannedLayouts:
         self._service.submit_pairs(step, pairs_LEE)
 
     def due(self, step: int) -> list[ExpertLayout] | None:
-        """Return the plan made from step - lag, or under `keep` the newest one up to it."""
+        """Return the layouts that take effect with `step`, one per layer; None for no change.
+
+        They are planned from step - lag, or under `keep` from the newest step up to it.
+        """
         source_step = step - self._lag
         is_expected = len(self._observed.get(source_step, ())) == len(self._layers)
         waits = self._wait
@@ -150,33 +126,3 @@ class PlannedLayouts:
         self._on_warning(
             "from here on late plans are not waited for, as with --fsep-late-plan keep"
         )
-
-
-class ReplayedLayouts:
-    """Layouts that `LayoutRecorder` wrote in an earlier run."""
-
-    plan_ms = 0.0
-    late_plans = 0
-    failures = 0
-
-    def __init__(
-        self, path: Path, geometry: Geometry, signature: RunSignature, layers: Sequence[str]
-    ) -> None:
-        self._recording = LayoutRecording(path, geometry, signature, layers)
-        self.row_shares = [WHOLE] * len(layers)
-        self._is_first = True
-
-    def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
-        """Ignore the counts."""
-
-    def due(self, step: int) -> list[ExpertLayout] | None:
-        """Return the layouts recorded for this step; at first, those in force."""
-        if self._is_first:
-            self._is_first = False
-            in_force = self._recording.newest(step)
-            step = step if in_force is None else in_force
-        self.row_shares = self._recording.row_shares(step) or self.row_shares
-        return self._recording.layouts(step)
-
-    def close(self) -> None:
-        self._recording.close()
