@@ -26,6 +26,7 @@ from benchmarks.report import machine
 from megatron_laer.files import memory
 from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.telemetry.trace_file import TraceWriter, recording_path
 from megatron_laer.tools.cli.argument_types import between
 from megatron_laer.tools.simulator.iteration.methods import METHODS
 
@@ -54,8 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     _check(options)
     with tempfile.TemporaryDirectory() as scratch:
-        trace, model = Path(scratch) / "trace.npz", Path(scratch) / "model.yaml"
-        np.savez(trace, tokens=_tokens(options))
+        trace, model = recording_path(scratch, 0), Path(scratch) / "model.yaml"
+        _record(options, trace)
         model.write_text(_model(options))
         words = f"-m megatron_laer simulate {trace} --model {model} --steps 1 --node-size 8"
         words += f" --ranks {options.ranks} --mode {options.mode} --cluster h100-8 --method"
@@ -92,24 +93,26 @@ def _check(options: argparse.Namespace) -> None:
         raise ValueError(f"--topk {options.topk} is more than --experts {options.experts}")
     counts = _STEPS * options.layers * options.recorded_ranks * options.microbatches
     memory.check_enough(
-        2 * 4 * counts * options.experts,  # drawn, and on their way to the file
+        2 * 4 * counts * options.experts,  # read, and kept
         f"{counts} microbatches of {options.experts} experts",
         "give fewer --recorded-ranks, --layers or --microbatches",
     )
 
 
-def _tokens(options: argparse.Namespace) -> np.ndarray:
-    """Draw counts, [steps, layers, ranks, microbatches, experts]; recorded ranks stand for more."""
+def _record(options: argparse.Namespace, path: Path) -> None:
+    """Record drawn counts; recorded ranks stand for more."""
+    names = [f"layer {layer + 1}" for layer in range(options.layers)]
+    writer = TraceWriter(path, options.recorded_ranks, options.experts, names)
     rng = np.random.default_rng(0)
     pairs = options.tokens * options.topk * options.ranks // options.recorded_ranks
     popularity = rng.gamma(2.0, size=(options.layers, options.experts))
-    shape = (_STEPS, options.layers, options.recorded_ranks, options.microbatches)
-    found = np.empty((*shape, options.experts), dtype=np.int32)
-    for step, layer in np.ndindex(*shape[:2]):
-        shares = popularity[layer] * rng.uniform(0.8, 1.25, (*shape[2:], options.experts))
+    shape = options.recorded_ranks, options.microbatches, options.experts
+    for step, layer in np.ndindex(_STEPS, options.layers):
+        shares = popularity[layer] * rng.uniform(0.8, 1.25, shape)
         shares /= shares.sum(axis=-1, keepdims=True)
-        found[step, layer] = rng.multinomial(pairs, shares)
-    return found
+        for microbatch, counts_NE in enumerate(rng.multinomial(pairs, shares).swapaxes(0, 1)):
+            writer.append(step, layer, microbatch, counts_NE)
+    writer.close()
 
 
 def _model(options: argparse.Namespace) -> str:

@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
+from megatron_laer.files.checks import open_input
 from megatron_laer.planner.forecast import SmoothedForecast
-from megatron_laer.tools.traces import read_trace
+from megatron_laer.telemetry.trace_file import MAX_COUNT
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,10 @@ class Trace:
     """
 
     def __init__(self, path: Path) -> None:
-        trace = read_trace(path, "npz")
-        if not trace.counts_RNE.any(axis=(1, 2)).all():
-            raise ValueError(f"{path} has a microbatch without tokens")
-        shape = len(trace.layers), int(trace.microbatch_R.max()) + 1, *trace.counts_RNE.shape[1:]
         # In the order of the file's axes, except ranks, which come after microbatches.
-        self.counts: npt.NDArray[np.int64] = trace.counts_RNE.astype(np.int64).reshape(-1, *shape)
+        self.counts: npt.NDArray[np.int64] = _read_tokens(path).transpose(0, 1, 3, 2, 4).copy()
+        if not self.counts.any(axis=(3, 4)).all():
+            raise ValueError(f"{path} has a microbatch without tokens")
         self._forecasts: dict[int, list[SmoothedForecast]] = {}
 
     def cases(self, stride: int, offset: int) -> list[Case]:
@@ -72,3 +71,25 @@ class Trace:
             return None
         counts_NE: Int64 = self.counts[case.iteration, case.layer, case.microbatch - 1]
         return counts_NE
+
+
+def _read_tokens(path: Path) -> npt.NDArray[np.int64]:
+    if not path.exists():
+        raise ValueError(f"trace {str(path)!r} does not exist; give an npz file")
+    try:
+        with open_input(path) as file, np.load(file) as arrays:
+            tokens = arrays["tokens"]
+    # `zipfile` and NumPy raise many exceptions for damaged files.
+    except Exception as error:
+        raise ValueError(f"{path} is not a trace in npz: {error}") from error
+    if tokens.ndim != 5 or tokens.dtype.kind not in "iu" or 0 in tokens.shape:
+        raise ValueError(
+            f"{path}: tokens are {tokens.dtype} of shape {tokens.shape}, expected integers "
+            "[iterations, layers, ranks, microbatches, experts]"
+        )
+    counts: npt.NDArray[np.int64] = tokens.astype(np.int64)
+    if counts.min() < 0 or counts.max() > MAX_COUNT:
+        raise ValueError(
+            f"{path}: tokens must be in 0..{MAX_COUNT}, got {counts.min()} to {counts.max()}"
+        )
+    return counts

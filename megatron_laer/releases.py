@@ -96,12 +96,6 @@ CHECKPOINT_STORAGE = Difference(
     since="0.19",
     before="plugin/checkpoints.py asks itself whether the object store is on",
 )
-ROUTING_TRACES = Difference(
-    "megatron.core.transformer.moe.router_trace",
-    "RouterTracer",
-    since="0.19",
-    before="there are no traces of Megatron's to read",
-)
 INFERENCE_LINEARS = Difference(
     "megatron.core.tensor_parallel.inference_layers",
     "is_inference_column_parallel_linear",
@@ -113,6 +107,5 @@ DIFFERENCES = (
     GPT_FROM_CONFIG,
     PACKED_SEQUENCES,
     CHECKPOINT_STORAGE,
-    ROUTING_TRACES,
     INFERENCE_LINEARS,
 )

@@ -21,7 +21,6 @@ from megatron_laer.releases import (
     NEXT,
     NUMBERS,
     RELEASES,
-    ROUTING_TRACES,
     SUPPORTED,
     TESTED,
     release_after,
@@ -68,7 +67,6 @@ PLACES = (
         ", Python",
         " or ".join(filter(None, (", ".join(NUMBERS[:-1]), NUMBERS[-1]))),
     ),
-    Place("docs/plan.md", "write from release ", " on", ROUTING_TRACES.since),
     Place(
         "docs/architecture.md",
         "| megatron-core ",

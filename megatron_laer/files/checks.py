@@ -14,14 +14,14 @@ import stat
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import BinaryIO
 
 logger = logging.getLogger(__name__)
 
 # Maximum bytes of files that people write by hand, and of lists that describe other files.
 MAX_TEXT_BYTES = 2**20
 
-# Maximum bytes of a line written by machines: routing of some million tokens is the longest.
+# Maximum bytes of a line written by machines.
 MAX_LINE = 2**25
 
 
@@ -80,7 +80,7 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT_BYTES) -> str:
         raise ValueError(f"{quoted(path)} is not UTF-8 text: {error.reason}") from error
 
 
-def lines[T: (str, bytes)](file: IO[T], path: Path) -> Iterator[T]:
+def lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
     for number in itertools.count(1):
         line = file.readline(MAX_LINE + 1)
         if not line:

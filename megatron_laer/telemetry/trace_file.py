@@ -58,8 +58,8 @@ logger = logging.getLogger(__name__)
 FORMAT = "megatron_laer-trace"
 
 MAX_COUNT = int(np.iinfo(np.int32).max)
-# Text formats may have steps and microbatches with any number of digits.
-MAX_INDEX = 2**53
+# More steps than any run has.
+MAX_STEP = 2**53
 
 # First bytes of a file, for detection.
 MAGIC = b'{"format":"' + FORMAT.encode() + b'"'
@@ -171,7 +171,7 @@ class TraceWriter:
         self, step: int, layer_index: int, microbatch: int, payload: bytes, width: int
     ) -> None:
         for name, value in (("step", step), ("microbatch", microbatch)):
-            if not 0 <= value <= (MAX_INDEX if name == "step" else 2**32 - 1):
+            if not 0 <= value <= (MAX_STEP if name == "step" else 2**32 - 1):
                 raise ValueError(f"{name} is out of range, got {value}")
         if not 0 <= layer_index < len(self._layers):
             raise ValueError(

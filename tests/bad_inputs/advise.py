@@ -23,7 +23,7 @@ _CASES = (
     (f"{_RUN} --gpus 66 --pipeline 33", "32 layers are too few for 33 stages"),
     (f"{_RUN} --gpus 8 --virtual-pipeline 2", "the interleaved schedule needs a pipeline"),
     (f"good.trace {_RUN} --gpus 8 --workload W1", "remove one of them"),
-    (f"{_RUN} --gpus 8 --format csv", "--format csv: no effect here"),
+    (f"{_RUN} --gpus 8 --trace-ranks 0-3", "no effect here; --workload natural reads no file"),
     (f"good.trace {_RUN} --gpus 8 --json good.trace", "--json 'good.trace' would write over"),
     (f"{_RUN} --gpus 8 --fp8-format e4m3 --fp8-recipe custom", "invalid choice: 'custom'"),
     (f"{_RUN} --gpus 8 --recipe absent", "--recipe 'absent': "),

@@ -1,13 +1,11 @@
 """Command lines that cannot work, and the message expected for each.
 
 Words are separated by spaces; files are those of `inputs`, in the folder that the command runs in.
-
-Over 400 lines: one table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 from tests.bad_inputs import (
@@ -63,12 +61,6 @@ COMMAND_LINE = (
 
 PLAN_OPTIONS = (
     ("--sharding columns", "invalid choice: 'columns'"),
-    ("--format xml", "invalid choice: 'xml'"),
-    ("--format", "--format: expected one argument"),
-    ("--format csv", "good.trace"),
-    ("--format npz", "good.trace is not a trace in npz"),
-    ("--format megatron", "good.trace, line 1"),
-    ("--format smartmoe", "good.trace is a file; give the folder"),
     ("--trace-ranks 0:3", "must be two numbers such as 0-7, got '0:3'"),
     ("--trace-ranks 3-1", "'3-1' is empty"),
     ("--trace-ranks 0-4", "source ranks [4] are not in the trace"),
@@ -160,7 +152,6 @@ WORKLOADS = (
 )
 TRACES = (
     ("absent", "trace 'absent' does not exist"),
-    ("absent.csv", "trace 'absent.csv' does not exist"),
     ("-", "trace '-' does not exist"),
     ("\x1b[31m\nFAKE", "trace '\\x1b[31m\\nFAKE' does not exist"),
     (_LONG, "name too long"),
@@ -170,14 +161,11 @@ TRACES = (
     ("/dev/zero", "'/dev/zero' is a device"),
     ("/dev/null", "'/dev/null' is a device"),
     ("/dev/urandom", "'/dev/urandom' is a device"),
-    *((f"pipe --format {name}", "pipe") for name in ("fsep", "megatron", "smartmoe", "npz", "csv")),
-    *((f"/dev/zero --format {name}", "/dev/zero") for name in ("fsep", "megatron", "npz", "csv")),
-    *((f"nothing --format {name}", "nothing") for name in ("fsep", "megatron", "npz", "csv")),
     ("nothing", "folder nothing holds no trace"),
     ("two-groups", "holds the recordings of 2 FSEP groups"),
     ("traces --json traces/x.json", "would write over the input 'traces'"),
     ("traces --plot traces/x.png", "would write over the input 'traces'"),
-    ("good.txt", "good.txt begins with b'some text', which no trace format does"),
+    ("good.txt", "good.txt begins with b'some text'; give a recording of --fsep-record-trace"),
     ("empty.txt", "empty.txt begins with b''"),
     ("script.py", "script.py begins with"),
     ("header-only.trace", "holds no complete record"),
@@ -199,34 +187,6 @@ TRACES = (
     ("nested.trace", "nested.trace, line 1"),
     ("one-step.trace", "the trace holds 1 step(s), so record at least 2"),
     ("zeros.trace", "the trace holds no tokens"),
-    ("table_iter0_rank0.log", "does not exist"),
-    ("smartmoe-empty/table_iter0_rank0.log", "is one file of many; give the folder"),
-    ("megatron-list/router_trace_rank0.jsonl --trace-ranks 0-0", "is the file of one rank"),
-    ("megatron-ranks --trace-ranks 1-2", "of ranks [2]; it has [0, 1]"),
-    ("megatron-ranks", "choose the ranks of one pipeline stage"),
-    ("megatron-twice", "are of one rank; move one away"),
-    ("megatron-pipe", "folder megatron-pipe holds no trace"),
-    ("megatron-pipe --format megatron", "'megatron-pipe/router_trace_rank0.jsonl' is a pipe"),
-    ("megatron-endless", "line 1: longer than 33,554,432 characters"),
-    ("megatron-text", "megatron-text/router_trace_rank0.jsonl, line 1: not JSON"),
-    ("megatron-nested", "megatron-nested/router_trace_rank0.jsonl, line 1: not JSON"),
-    ("megatron-digits", "megatron-digits/router_trace_rank0.jsonl, line 1: not JSON"),
-    ("megatron-latin", "megatron-latin/router_trace_rank0.jsonl, line 1: not JSON"),
-    ("megatron-nothing", "megatron-nothing holds no complete step of all ranks"),
-    ("megatron-cut", "megatron-cut holds no complete step of all ranks"),
-    ("smartmoe-pipe", "folder smartmoe-pipe holds no trace"),
-    ("smartmoe-pipe --format smartmoe", "'smartmoe-pipe/table_iter0_rank0.log' is a pipe"),
-    ("smartmoe-huge-file", "has 68,719,476,736 bytes; at most 67,108,864"),
-    ("smartmoe-missing", "table_iter1_rank1.log is missing"),
-    ("smartmoe-missing --trace-ranks 0-5", "table_iter0_rank2.log is missing"),
-    ("latin.csv", "latin.csv is not CSV"),
-    ("endless.csv", "endless.csv"),
-    ("other-name.npz", "it has no array `tokens`, but ['counts.npy']"),
-    ("iteration.npz", "iteration has shape (7,), expected (3,)"),
-    ("iteration-twice.npz", "is there twice"),
-    ("bomb.npz", "implausible for"),
-    ("cut.npz", "is not a trace in npz"),
-    ("tail.npz", "is not a trace in npz"),
 )
 
 PREPARE_DATA = (
@@ -340,18 +300,6 @@ def _all() -> Iterator[Case]:
     yield Case(("plan", "good.trace", "--cluster", ""), "unknown cluster ''")
     for words, says in TRACES:
         yield Case(("plan", *words.split(" ")), says)
-    traces: dict[str, Mapping[str, tuple[object, str]]] = {
-        "{}.csv": inputs.TABLES,
-        "megatron-{}": inputs.CALLS,
-        "smartmoe-{}": inputs.LOGS,
-        "{}.npz": inputs.TOKENS,
-    }
-    for pattern, found in traces.items():
-        for name, (_, says) in found.items():
-            yield Case(("plan", pattern.format(name)), says)
-    for name in inputs.ARRAYS:
-        yield Case(("plan", f"{name}.npz"), "is not a trace in npz")
-    yield Case(("plan", "utf16.csv", "--format", "csv"), "utf16.csv is not CSV")
     yield from _yaml_cases()
     for words, says in INSPECT:
         yield Case(("inspect", *words.split(" ")), says)

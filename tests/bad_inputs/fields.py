@@ -13,7 +13,7 @@ from megatron_laer.files.checks import one_line
 from megatron_laer.telemetry.metrics_file import recording_path
 from megatron_laer.tools.recipes.bridge_table import COLUMNS
 from tests.bad_inputs.case import Case
-from tests.bad_inputs.inputs import GOOD_CALL, GOOD_CLUSTER
+from tests.bad_inputs.inputs import GOOD_CLUSTER
 
 _EVERY = 16
 
@@ -77,7 +77,6 @@ _READ_BY_PLAN = ("hidden-size", "moe-ffn-hidden-size", "num-experts")
 _CLUSTER = ("nodes", "ranks_per_node", "gemm", "intra", "inter", "solve")
 _METRICS = ("num_ranks", "num_experts", "capacity", "node_size", "layers")
 _LAYOUTS = ("num_ranks", "capacity", "num_experts", "layers")
-_CALL = ("step", "layer", "num_tokens", "topk", "top_indices", "block")
 _RECIPE = tuple(name for name in COLUMNS if name != "recipe")
 """The name of a recipe may be any text."""
 
@@ -149,7 +148,6 @@ def cases() -> Iterator[Case]:
     yield from _of("report metrics-of-{}", _METRICS, OF_JSON)
     yield from _of("report layouts-of-{}", _LAYOUTS, OF_JSON)
     yield from _of("plan trace-of-{}.trace", ("num_ranks", "num_experts", "layers"), OF_JSON)
-    yield from _of("plan call-of-{}", _CALL, OF_JSON)
     recipe = "check-recipe recipe-of-{}.yaml"
     lists = {"cuda_graph_scope", "recompute_modules"}
     # Modules may have names that look like numbers.
@@ -215,11 +213,6 @@ def make(folder: Path) -> None:
         for field in ("num_ranks", "num_experts", "layers"):
             line = _changed(trace[: first + 1], field, text)
             (folder / f"trace-of-{_name(field, kind)}.trace").write_bytes(line + trace[first + 1 :])
-        for field in _CALL:
-            place = folder / f"call-of-{_name(field, kind)}"
-            place.mkdir()
-            call = _changed(json.dumps(GOOD_CALL).encode() + b"\n", field, text)
-            (place / "router_trace_rank0.jsonl").write_bytes(call)
 
 
 def _changed(content: bytes, field: str, value: str) -> bytes:

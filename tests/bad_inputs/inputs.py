@@ -1,16 +1,10 @@
-"""Good files, and copies with one thing wrong, from which bad inputs are made.
-
-Over 400 lines: a table of contents by format, next to the function that writes each format.
-"""
+"""Good files, and copies with one thing wrong, from which bad inputs are made."""
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import pickle
-import struct
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +17,6 @@ HUGE = 2**36
 
 def make(folder: Path) -> None:
     _traces(folder)
-    _tables(folder)
-    _megatron(folder)
-    _smartmoe(folder)
-    _npz(folder)
     _yaml(folder)
     _checkpoints(folder)
     _texts(folder)
@@ -81,260 +71,6 @@ def _traces(folder: Path) -> None:
     for step in range(3):
         zero.append(step, 0, 0, np.zeros((2, 2), int))
     zero.close()
-
-
-LONG = "step,layer,microbatch,source_rank,expert,tokens\n"
-# Content, and the message of any command that reads it.
-TABLES = {
-    "empty": ("", "begins with b''"),
-    "blank": ("\n\n\n", "begins with b'\\n\\n\\n'"),
-    "columns-only": (LONG, "columns-only.csv: the trace holds no records"),
-    "other-columns": ("step,layer,rank\n0,0,0\n", "line 1: the columns are 'step,layer,rank'"),
-    "column-twice": (
-        "step,step,microbatch,source_rank,expert,tokens\n0,0,0,0,0,1\n",
-        "line 1: the columns are 'step,step,",
-    ),
-    "no-expert-1": (
-        "step,layer,microbatch,source_rank,expert_0,expert_2\n0,0,0,0,1,1\n",
-        "line 1: the columns are",
-    ),
-    "short-line": (LONG + "0,0,0,0\n", "requires 6 columns but 4 were found"),
-    "long-line": (LONG + "0,0,0,0,0,1,2\n", "requires 6 columns but 7 were found"),
-    "negative": (
-        LONG + "0,0,0,0,0,-1\n",
-        "row 1: tokens must be a whole number in 0..2147483647, got -1",
-    ),
-    "float": (LONG + "0,0,0,0,0,1.5\n", "row 1: '1.5' is no whole number"),
-    "nan": (LONG + "0,0,0,0,0,nan\n", "'nan' is no whole number"),
-    "underscore": (LONG + "0,0,0,0,0,1_0\n", "'1_0' is no whole number"),
-    "arabic": (LONG + "0,0,0,0,0,\u0661\n", "'\u0661' is no whole number"),
-    "huge-tokens": (LONG + "0,0,0,0,0,99999999999\n", "got 99999999999"),
-    "digits": (LONG + f"0,0,0,0,0,{'9' * 5000}\n", "row 1: '999"),
-    "huge-step": (LONG + "99999999999999999,0,0,0,0,1\n", "step must be a whole number"),
-    "huge-expert": (
-        LONG + "0,0,0,0,40000,1\n",
-        "expert must be a whole number in 0..32766, got 40000",
-    ),
-    "huge-rank": (
-        LONG + "0,0,0,9999999,0,1\n",
-        "source_rank must be a whole number in 0..1048575, got 9999999",
-    ),
-    "mistyped-rank": (
-        LONG + "0,0,0,0,0,1\n1,0,0,1000000,0,1\n",
-        "a line is of source rank 1000000, none is of rank 1",
-    ),
-    "rank-hole": (
-        LONG + "0,0,0,0,0,1\n1,0,0,2,0,1\n",
-        "a line is of source rank 2, none is of rank 1",
-    ),
-    "no-layer": (LONG + "0,,0,0,0,1\n", "row 1: the layer is empty"),
-    "twice": (LONG + "0,0,0,0,0,1\n0,0,0,0,0,2\n", "source_rank 0, expert 0 is there twice"),
-    "sums": (LONG + "0,0,0,0,0,2147483648\n", "got 2147483648"),
-    "nul": (LONG + "0,0,0,0,0,\0\n", "nul.csv"),
-    "escape": (LONG + "0,0,0,0,0,\x1b[31m\n", "'\\x1b[31m' is no whole number"),
-    "wide-missing": (
-        "step,layer,microbatch,source_rank,expert_0\n0,0,0,1,1\n",
-        "has 1 lines, expected one for each of the 2 source ranks",
-    ),
-    "sparse": (LONG + "".join(f"{s},0,0,0,32000,1\n" for s in range(99)), "implausible for"),
-}
-
-
-def _tables(folder: Path) -> None:
-    good = "".join(f"{s},0,0,{r},{r},5\n" for s in range(3) for r in range(2))
-    for name, (text, _) in TABLES.items() | {("good", (LONG + good, ""))}:
-        (folder / f"{name}.csv").write_text(text)
-    (folder / "latin.csv").write_bytes(LONG.encode() + b"0,caf\xe9,0,0,0,1\n")
-    (folder / "utf16.csv").write_bytes(LONG.encode("utf-16"))
-    (folder / "endless.csv").write_text(LONG)
-    os.truncate(folder / "endless.csv", HUGE)
-
-
-GOOD_CALL = {
-    "step": 0,
-    "stage": "pre_dispatch",
-    "block": "decoder",
-    "layer": 0,
-    "rank": 0,
-    "num_tokens": 2,
-    "topk": 1,
-    "top_indices": [[0], [1]],
-}
-CALLS: dict[str, tuple[object, str]] = {
-    "list": ([], "expected an object, got []"),
-    "number": (7, "expected an object, got 7"),
-    "null": (None, "expected an object, got None"),
-    "no-step": ({"step": None}, "step must be an integer of at least 0, got None"),
-    "negative-step": ({"step": -1}, "step must be an integer of at least 0, got -1"),
-    "true-step": ({"step": True}, "step must be an integer of at least 0, got True"),
-    "huge-step": ({"step": 10**30}, "step must be an integer"),
-    "float-layer": ({"layer": 0.5}, "layer must be an integer of at least 0, got 0.5"),
-    "encoder": ({"block": "encoder"}, "block must be 'decoder' or 'mtp', got 'encoder'"),
-    "list-block": ({"block": ["decoder"]}, "block must be 'decoder' or 'mtp'"),
-    "more-tokens": ({"num_tokens": 3}, "but num_tokens and topk are (3, 1)"),
-    "huge-shape": (
-        {"top_indices": [], "num_tokens": 10**15, "topk": 10**15},
-        "but num_tokens and topk are",
-    ),
-    "text-indices": ({"top_indices": "01"}, "top_indices must be a list of lists"),
-    "ragged": ({"top_indices": [[0], []]}, "line 2"),
-    "deep": ({"top_indices": [[[0]], [[1]]]}, "top_indices have shape (2, 1, 1)"),
-    "float-index": ({"top_indices": [[0], [0.5]]}, "of float64"),
-    "negative-index": ({"top_indices": [[0], [-1]]}, "expert -1 is not in 0..32766"),
-    "huge-index": ({"top_indices": [[0], [40000]]}, "expert 40000 is not in 0..32766"),
-    "huger-index": ({"top_indices": [[0], [10**40]]}, "of object"),
-    "true-index": ({"top_indices": [[True], [False]]}, "of bool"),
-    "mtp-text": (
-        {"block": "mtp", "mtp_idx": "0"},
-        "mtp_idx must be an integer of at least 0, got 0",
-    ),
-}
-
-
-def _megatron(folder: Path) -> None:
-    for name, (change, _) in CALLS.items():
-        call = GOOD_CALL | change if isinstance(change, dict) else change
-        place = folder / f"megatron-{name}"
-        place.mkdir()
-        text = json.dumps(GOOD_CALL) + "\n" + json.dumps(call) + "\n"
-        (place / "router_trace_rank0.jsonl").write_text(text)
-    for name, content in {
-        "text": b"{hello}\n",
-        "nested": b"{" + b"[" * 10**5 + b"\n",
-        "digits": b'{"step":' + b"9" * 5000 + b"}\n",
-        "nothing": b"",
-        "latin": b'{"step": "\xe9"}\n',
-        "cut": json.dumps(GOOD_CALL).encode()[:-9],
-    }.items():
-        place = folder / f"megatron-{name}"
-        place.mkdir()
-        (place / "router_trace_rank0.jsonl").write_bytes(content)
-    place = folder / "megatron-endless"
-    place.mkdir()
-    (place / "router_trace_rank0.jsonl").touch()
-    os.truncate(place / "router_trace_rank0.jsonl", HUGE)
-    place = folder / "megatron-ranks"
-    place.mkdir()
-    (place / "router_trace_rank0.jsonl").write_text(json.dumps(GOOD_CALL) + "\n")
-    other = json.dumps(GOOD_CALL | {"layer": 5})
-    (place / "router_trace_rank1.jsonl").write_text(other + "\n")
-    place = folder / "megatron-twice"
-    place.mkdir()
-    for name in ("0", "00"):
-        text = json.dumps(GOOD_CALL) + "\n"
-        (place / f"router_trace_rank{name}.jsonl").write_text(text)
-    place = folder / "megatron-pipe"
-    place.mkdir()
-    os.mkfifo(place / "router_trace_rank0.jsonl")
-
-
-LOGS = {
-    "empty": ("", "is empty; it should hold a line per layer"),
-    "text": ("hello\n", "expected LAYER:COUNTS, got b'hello'"),
-    "no-layer": (":[[1.0, 2.0]]\n", "expected LAYER:COUNTS"),
-    "json": ("0:[[1.0,\n", "line 1"),
-    "nested": ("0:" + "[" * 10**5 + "\n", "line 1"),
-    "flat": ("0:[1.0, 2.0]\n", "got shape (2,)"),
-    "ragged": ("0:[[1.0], [1.0, 2.0]]\n", "line 1"),
-    "negative": ("0:[[-1.0]]\n", "counts must be in 0..2147483647"),
-    "nan": ("0:[[NaN]]\n", "counts must be in 0..2147483647"),
-    "infinite": ("0:[[1e999]]\n", "counts must be in 0..2147483647"),
-    "half": ("0:[[0.5]]\n", "counts must be whole numbers"),
-    "huge": ("0:[[1e12]]\n", "counts must be in 0..2147483647"),
-    "digits": (f"0:[[{'9' * 5000}]]\n", "line 1"),
-    "twice": ("0:[[1.0]]\n0:[[1.0]]\n", "layer 0 is there twice"),
-    "shapes": ("0:[[1.0]]\n1:[[1.0, 2.0]]\n", "counts have shape (1, 2), those before it (1, 1)"),
-    "words": ('0:[["a"]]\n', "got shape (1, 1) of <U1"),
-    "null": ("0:null\n", "got shape () of object"),
-}
-
-
-def _smartmoe(folder: Path) -> None:
-    for name, (text, _) in LOGS.items():
-        place = folder / f"smartmoe-{name}"
-        place.mkdir()
-        (place / "table_iter0_rank0.log").write_text(text)
-    for name in ("huge-file", "pipe"):
-        (folder / f"smartmoe-{name}").mkdir()
-    (folder / "smartmoe-huge-file" / "table_iter0_rank0.log").touch()
-    os.truncate(folder / "smartmoe-huge-file" / "table_iter0_rank0.log", HUGE)
-    os.mkfifo(folder / "smartmoe-pipe" / "table_iter0_rank0.log")
-    place = folder / "smartmoe-missing"
-    place.mkdir()
-    for iteration, rank in ((0, 0), (0, 1), (1, 0)):
-        (place / f"table_iter{iteration}_rank{rank}.log").write_text("0:[[1.0, 2.0]]\n")
-
-
-def _npy(header: bytes, content: bytes = b"", version: bytes = b"\x01\x00") -> bytes:
-    return b"\x93NUMPY" + version + struct.pack("<H", len(header)) + header + content
-
-
-def _header(shape: str, descr: str = "'<i4'") -> bytes:
-    return f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}}}\n".encode()
-
-
-def _saved(array: np.ndarray) -> bytes:
-    content = io.BytesIO()
-    np.save(content, array, allow_pickle=True)
-    return content.getvalue()
-
-
-ARRAYS = {
-    "nothing": b"",
-    "no-magic": b"hello",
-    "version": _npy(_header("(1,)"), version=b"\x07\x00"),
-    "minus": _npy(_header("(" + "-" * 9000 + "1,)")),
-    "nested": _npy(_header("(" * 900)),
-    "negative": _npy(_header("(-1, 1, 1, 1, 1)")),
-    "huge": _npy(_header("(1000000, 1000, 1000, 1, 1)")),
-    "huger": _npy(_header(f"({10**40}, 1, 1, 1, 1)")),
-    "short": _npy(_header("(2, 1, 1, 1, 4)"), b"\0" * 8),
-    "long": _npy(_header("(1, 1, 1, 1, 1)"), b"\0" * 8),
-    "object": _saved(np.array([[{}]], dtype=object)),
-    "float": _saved(np.ones((3, 1, 1, 1, 2))),
-    "text": _saved(np.array(["a"])),
-    "record": _saved(np.ones((3, 1, 1, 1, 2), dtype=[("a", "<i4")])),
-    "unknown-type": _npy(_header("(1,)", "'<z9'")),
-    "code": _npy(b"__import__('os').mkdir('ran')\n"),
-}
-TOKENS = {
-    "flat": (_saved(np.ones(4, int)), "tokens has shape (4,), expected [iterations,"),
-    "scalar": (_saved(np.array(4)), "tokens has shape (), expected"),
-    "empty": (_saved(np.ones((0, 1, 1, 1, 2), int)), "tokens has shape (0, 1, 1, 1, 2), expected"),
-    "no-experts": (
-        _saved(np.ones((3, 1, 1, 1, 0), int)),
-        "tokens has shape (3, 1, 1, 1, 0), expected",
-    ),
-    "minus-one": (_saved(np.full((3, 1, 1, 1, 2), -1)), "tokens must be in 0..2147483647, got -1"),
-    "beyond": (_saved(np.full((3, 1, 1, 1, 2), 2**40)), "tokens must be in 0..2147483647"),
-}
-
-
-def _npz(folder: Path) -> None:
-    for name, content in (
-        ARRAYS | {name: content for name, (content, _) in TOKENS.items()}
-    ).items():
-        with zipfile.ZipFile(folder / f"{name}.npz", "w") as archive:
-            archive.writestr("tokens.npy", content)
-    with zipfile.ZipFile(folder / "other-name.npz", "w") as archive:
-        archive.writestr("counts.npy", _saved(np.ones((3, 1, 1, 1, 2), int)))
-    with zipfile.ZipFile(folder / "iteration.npz", "w") as archive:
-        archive.writestr("tokens.npy", _saved(np.ones((3, 1, 1, 1, 2), int)))
-        archive.writestr("iteration.npy", _saved(np.ones(7, int)))
-    with zipfile.ZipFile(folder / "iteration-twice.npz", "w") as archive:
-        archive.writestr("tokens.npy", _saved(np.ones((3, 1, 1, 1, 2), int)))
-        archive.writestr("iteration.npy", _saved(np.ones(3, int)))
-    with (
-        zipfile.ZipFile(folder / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive,
-        archive.open("tokens.npy", "w", force_zip64=True) as member,
-    ):
-        member.write(_npy(_header("(2000, 1000, 20, 1, 8)")))
-        for _ in range(64):
-            member.write(b"\0" * 2**20)
-    good = (folder / "flat.npz").read_bytes()
-    (folder / "cut.npz").write_bytes(good[: len(good) // 2])
-    (folder / "tail.npz").write_bytes(good)
-    os.truncate(folder / "tail.npz", HUGE)
 
 
 _LEVELS = "".join(
@@ -575,6 +311,9 @@ def _special(folder: Path) -> None:
     (folder / "loop").symlink_to("loop")
     (folder / "link.trace").symlink_to("good.trace")
     (folder / "hard.trace").hardlink_to(folder / "good.trace")
+    (folder / "latin.csv").write_bytes(b"caf\xe9\n")
+    (folder / "endless.csv").touch()
+    os.truncate(folder / "endless.csv", HUGE)
     (folder / "kept.json").write_text("{}")
     (folder / "script.py").write_text("raise SystemExit(0)\n")
     (folder / "megatrons.py").write_text(

@@ -79,11 +79,6 @@ _ADVISED = "--model mixtral-8x7b-e8k2 --cluster h100-8"
 # Arguments that are read. One with ./ accepts names of shipped files as well.
 READ = (
     "plan {}",
-    "plan {} --format fsep",
-    "plan {} --format csv",
-    "plan {} --format npz",
-    "plan {} --format megatron",
-    "plan {} --format smartmoe",
     "plan good.trace --cluster ./{}",
     "plan good.trace --config ./{}",
     f"simulate {{}} {_MODEL}",

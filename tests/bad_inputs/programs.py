@@ -147,7 +147,11 @@ _OTHERS = (
     ("scripts/paper/figure11.py --here --work-dir pipe", "pipe' is no folder"),
     ("scripts/paper/figure12.py --toy --models \x1b[31m", "invalid choice: '\\x1b[31m'"),
     ("benchmarks/planner.py --trace absent.npz", "trace 'absent.npz' does not exist"),
-    ("benchmarks/planner.py --trace bomb.npz", "implausible for"),
+    (
+        "benchmarks/planner.py --trace flat.npz",
+        "tokens are int64 of shape (4,), expected",
+    ),
+    ("benchmarks/planner.py --trace minus.npz", "tokens must be in 0..2147483647, got -1"),
     ("benchmarks/planner.py --trace object.npz", "is not a trace in npz"),
     ("benchmarks/planner.py --trace few.npz --quick --offset 36", "--offset 36: few.npz has no"),
     ("benchmarks/planner.py --trace few.npz --json few.npz", "would write over the input"),
@@ -251,6 +255,9 @@ def _arrays(folder: Path) -> None:
     os.link(folder / "few.npz", folder / "few-hard.png")
     few[1] = 0
     np.savez(folder / "idle.npz", tokens=few)
+    np.savez(folder / "minus.npz", tokens=few - 1)
+    np.savez(folder / "flat.npz", tokens=np.ones(4, dtype=np.int64))
+    np.savez(folder / "object.npz", tokens=np.array([[{}]], dtype=object))
 
 
 def _timelines(folder: Path) -> None:

@@ -83,7 +83,7 @@ _OTHERS = (
     (_MODEL, "nothing to simulate: give a TRACE, or --workload"),
     (f"--workload W9 {_MODEL}", "--workload: invalid choice: 'W9'"),
     (f"--workload W1 {_MODEL}", "--workload W1 has no ranks of its own; give --ranks"),
-    (f"--workload W1 {_MODEL} --ranks 8 --format csv", "--format csv: no effect here"),
+    (f"--workload W1 {_MODEL} --ranks 8 --trace-ranks 0-3", "no effect here; --workload W1 reads"),
     (f"--workload W1 {_MODEL} --ranks 65536 --lag 100000", "would take about"),
     (f"--workload W1 {_MODEL} --ranks 65536 --experts 512 --lag 60", "GiB of memory"),
     (f"--workload W1 {_MODEL} --ranks 4096 --hours 1e-5", "stopped after the 1e-05 hours of"),

@@ -24,10 +24,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests import processes
 from tests.parity.flags import command_line
+from tests.traces import write_recording
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -193,9 +195,8 @@ def install(request: pytest.FixtureRequest, make: Maker, folder: Path) -> Instal
 
 @pytest.fixture
 def trace(tmp_path: Path) -> Path:
-    lines = [f"{step},0,0,{rank},{e},{1 + e}" for step in (0, 1) for rank in (0, 1) for e in (0, 1)]
-    path = tmp_path / "trace.csv"
-    path.write_text("\n".join(["step,microbatch,layer,source_rank,expert,tokens", *lines]) + "\n")
+    path = tmp_path / "group-0.trace"
+    write_recording(path, np.tile([1, 2], (2, 1, 1, 2, 1)))
     return path
 
 

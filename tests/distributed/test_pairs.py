@@ -9,13 +9,14 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from megatron_laer.arrays import Int64
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
 from megatron_laer.tools.traces.fsep import read_recording
-from megatron_laer.tools.traces.megatron import read_megatron
 from tests.parity.flags import command_line
 from tests.parity.rows import FULL_RECOMPUTE, PERMUTED
 from tests.releases import installed_release
+from tests.traces import pairs_of
 
 ROWS = " --fsep-sharding rows"
 STEPS = 5
@@ -37,25 +38,22 @@ def test_pairs_of_a_run_are_those_of_its_sets(
     command = command_line(text_data, flags, global_batch=8, steps=STEPS)
     ranks(2).run(train_traced, command)
     recorded = read_recording(ours / "group-0.trace", pairs=True)
-    expected = read_megatron(theirs, num_experts=8, pairs=True)
-    assert recorded.pairs is not None and expected.pairs is not None
-    assert len(expected.layers) == len(recorded.layers) == 2
+    calls = traced_calls(theirs)
+    assert recorded.pairs is not None
+    assert len({layer for _, layer in calls}) == len(recorded.layers) == 2
     assert np.unique(recorded.pairs.step_P).tolist() == [0, 2, 4]
-    first = int(expected.step_R.min())
+    first = min(step for step, _ in calls)
     passes = 2 if "recompute" in flags else 1  # Megatron traces the re-run as well
     for step in range(STEPS):
         for layer in range(2):
             mine_EE = recorded.pairs.of_layer(layer, range(step, step + 1))
-            sets_EE = expected.pairs.of_layer(layer, range(first + step, first + step + 1))
+            sets_EE = pairs_of(np.concatenate(calls[first + step, layer]), 8)
             assert sets_EE.sum() > 0
             assert mine_EE.tolist() == (sets_EE // passes * (step % 2 == 0)).tolist()
-    layer_of = {name: at for at, name in enumerate(expected.layers)}
     for (step, layer), chosen_TE in recorded.sets.items():
-        traced = [
-            experts
-            for rank in range(2)
-            for experts in first_call(theirs, rank, first + step, [*layer_of][layer])
-        ]
+        of_ranks = calls[first + step, layer]
+        # Each rank's first microbatch.
+        traced = [*of_ranks[0].tolist(), *of_ranks[len(of_ranks) // 2].tolist()]
         assert len(chosen_TE) == 64 and step % 2 == 0
         found = [np.flatnonzero(chosen_E).tolist() for chosen_E in chosen_TE]
         assert found == [sorted(experts) for experts in traced[::3]]
@@ -73,11 +71,12 @@ def train_traced(flags: list[str]) -> None:
         router_trace.get_moe_router_tracer().flush()
 
 
-def first_call(folder: Path, rank: int, step: int, layer: str) -> list[list[int]]:
-    """Return the experts of each token in the first call of a layer's router in a step."""
-    for line in (folder / f"router_trace_rank{rank}.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if (record["step"], f"decoder.{record['layer']}") == (step, layer):
-            experts: list[list[int]] = record["top_indices"]
-            return experts
-    raise AssertionError(f"rank {rank} has no step {step} of {layer}")
+def traced_calls(folder: Path) -> dict[tuple[int, int], list[Int64]]:
+    """Return the experts of each token by step and layer, rank after rank, call after call."""
+    calls: dict[tuple[int, int], list[Int64]] = {}
+    for rank in range(2):
+        for line in (folder / f"router_trace_rank{rank}.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            expert_TK = np.array(record["top_indices"], dtype=np.int64)
+            calls.setdefault((record["step"], record["layer"]), []).append(expert_TK)
+    return calls

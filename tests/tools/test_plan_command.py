@@ -9,11 +9,13 @@ from unittest import mock
 
 import pytest
 
+from benchmarks.trace_cases import Trace
 from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.comparison import STOCK
 from tests import shared_data
 from tests.recorded_runs import OWN, record_run
 from tests.tools.plan_cases import drifting_trace, recording
+from tests.traces import write_recording
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED_NPZ = shared_data.FOLDER / "smartmoe_trace_dev.npz"
@@ -123,7 +125,7 @@ def test_a_workload_takes_the_place_of_a_trace(tmp_path, capsys):
     ("words", "problem"),
     [
         ("x.trace --topk 2", "--topk 2: no effect here; add --workload, or leave --topk out"),
-        ("--workload W1 --format csv", "--format csv: no effect here; --workload W1 reads no file"),
+        ("--workload W1 --trace-ranks 0-3", "no effect here; --workload W1 reads no file"),
         ("--workload W1 --ranks 4", "has no experts of its own; give --experts or --config"),
     ],
 )
@@ -174,8 +176,10 @@ def test_a_plot_is_written_in_the_format_of_its_ending(tmp_path, trace, capsys):
 
 @shared_data.needs(SHARED_NPZ.name)
 def test_the_published_trace_is_planned(tmp_path, capsys):
+    trace = tmp_path / "group-0.trace"
+    write_recording(trace, Trace(SHARED_NPZ).counts)
     words = "--capacity 4 --strategy static laer greedy --every 499 --json"
-    status, _, err = run(SHARED_NPZ, *words.split(), tmp_path / "x.json", capsys=capsys)
+    status, _, err = run(trace, *words.split(), tmp_path / "x.json", capsys=capsys)
     assert status == 0, err
     written = json.loads((tmp_path / "x.json").read_text())
     rows = {(row["strategy"], row["mode"]): row for row in written["rows"]}

@@ -16,10 +16,9 @@ from megatron_laer.planner import coactivation
 from megatron_laer.planner.homes_file import read_homes
 from megatron_laer.telemetry.trace_file import TraceWriter
 from megatron_laer.tools import cli
-from megatron_laer.tools.cli.plan_homes import _name
 from megatron_laer.tools.simulator import homes as homes_of_pairs
 from megatron_laer.tools.simulator.homes import rows_of_sets
-from megatron_laer.tools.traces.sets import count_pairs
+from tests.traces import pairs_of
 
 # Experts that tokens choose two of: nodes of four, in stock's order and mixed.
 IN_ORDER, MIXED = ([0, 1, 2, 3], [4, 5, 6, 7]), ([0, 2, 4, 6], [1, 3, 5, 7])
@@ -44,7 +43,7 @@ def recorded(path, of_layers, *, ranks=2, sets=False, pairs=True, first_layer=1)
     for step in range(STEPS):
         for layer, tokens in enumerate(of_layers):
             expert_TK = tokens[step] if isinstance(tokens, list) else tokens
-            pairs_EE = count_pairs(expert_TK, 8)
+            pairs_EE = pairs_of(expert_TK, 8)
             writer.append(step, layer, 0, np.tile(pairs_EE.diagonal(), (ranks, 1)))
             if pairs:
                 writer.append_pairs(step, layer, ranks * pairs_EE)
@@ -149,27 +148,6 @@ def test_a_trace_without_pairs_names_the_flag_that_records_them(tmp_path, capsys
     words = ("--node-size", 1, "--homes", tmp_path / "homes.json")
     status, _, err, _ = plan(trace, *words, capsys=capsys)
     assert status == 2 and "--fsep-pairs-interval" in err
-
-
-def test_a_file_of_sets_is_counted_token_by_token(tmp_path, capsys):
-    tokens = np.random.default_rng(0).permutation(chosen(MIXED))
-    path = tmp_path / "layer 7.txt"
-    path.write_text("\n".join(" ".join(map(str, experts)) for experts in tokens.tolist()))
-    homes = tmp_path / "homes.json"
-    words = ("--ranks", 4, "--node-size", 2, "--homes", homes)
-    status, out, _, rows = plan(path, *words, capsys=capsys)
-    half = len(tokens) - len(tokens) // 2
-    assert status == 0 and f"counted on {half} or more tokens" in out
-    assert rows["layer 7"]["rows"] == pytest.approx(0.5) and rows["layer 7"]["homes"] == "by pairs"
-    # Of many tokens some are counted.
-    with mock.patch("megatron_laer.tools.traces.sets._MOST_SET_BYTES", half * 8 // 3):
-        *_, rows = plan(path, *words, capsys=capsys)
-    assert rows["layer 7"]["sampled_tokens"] == -(-half // 4)
-
-
-def test_megatrons_layers_are_named_as_in_training():
-    names = ("decoder.0", "decoder.11", "mtp.1.0", "layer 3", "mtp.0.2")
-    assert [_name(name) for name in names] == ["layer 1", "layer 12", "mtp 2", "layer 3", "mtp.0.2"]
 
 
 def test_rows_are_nodes_that_a_token_needs_less_its_own_by_chance():

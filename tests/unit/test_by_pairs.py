@@ -29,7 +29,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.pair_layouts import PairLayouts
-from tests.unit.test_coactivation import pairs_of
+from tests.traces import pairs_of
 
 TOPICS = 8
 SHAPE = Shape(nodes=4, node_size=2, experts=32, topk=4, tokens=0)

@@ -22,6 +22,7 @@ from megatron_laer.planner.crossings import Crossings, hosts_of
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.homes_file import read_homes, write_homes
+from tests.traces import pairs_of
 
 
 def topic_sets(experts: int, top_k: int, tokens: int, topics: int, seed: int) -> Int64:
@@ -30,12 +31,6 @@ def topic_sets(experts: int, top_k: int, tokens: int, topics: int, seed: int) ->
     taste_XE = 2.0 * rng.normal(size=(topics, experts))
     noisy_TE = taste_XE[rng.integers(topics, size=tokens)] + rng.gumbel(size=(tokens, experts))
     return np.argsort(-noisy_TE, axis=1)[:, :top_k]
-
-
-def pairs_of(expert_TK: Int64, experts: int) -> Int64:
-    chosen_TE = np.zeros((len(expert_TK), experts), dtype=np.int64)
-    np.put_along_axis(chosen_TE, expert_TK, 1, axis=1)
-    return chosen_TE.T @ chosen_TE
 
 
 def node_counts(counts_NE: Int64 | None, node_size: int) -> Int64 | None:

@@ -74,7 +74,7 @@ _EXAMPLES = """\
 examples:
   %(prog)s traces/group-0.trace
   %(prog)s traces/group-0.trace --ranks 64 --node-size 8 --capacity 2 3 4
-  %(prog)s routing.csv --experts 64 --cluster my-cluster.yaml --config my-model.yaml --every 97
+  %(prog)s traces/group-0.trace --cluster my-cluster.yaml --config my-model.yaml --every 97
   %(prog)s traces/group-0.trace --node-size 8 --homes homes.json
   %(prog)s --workload W6 --ranks 32 --experts 128 --topk 8
   %(prog)s traces --strategy greedy --mode forecast adaptive --json plan.json --plot plan.png

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from dataclasses import fields
 from typing import Any
 
@@ -20,9 +19,6 @@ from megatron_laer.tools.cli.routing_input import refuse
 from megatron_laer.tools.simulator.homes import LayerHomes, homes_by_pairs
 from megatron_laer.tools.simulator.rendering import aligned
 from megatron_laer.tools.traces.records import Trace
-
-# Layers of Megatron's traces, which count from 0.
-_MEGATRONS = re.compile(r"(?:decoder|mtp)\.(\d+)(?:\.0)?")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -55,7 +51,7 @@ def run(
     orders = _orders_of_other_traces(args, geometry)
     bar_ = bar("placing", unit="layer")
     layers = homes_by_pairs(trace, geometry, tolerance, bar_)
-    orders |= {_name(one.layer): one.home_slot_order_E for one in layers}
+    orders |= {one.layer: one.home_slot_order_E for one in layers}
     write_homes(args.homes, num_ranks, orders)
     about = {
         "trace": str(args.trace),
@@ -76,7 +72,7 @@ def table_text(layers: list[LayerHomes]) -> str:
     head = ["layer", "rows, stock's", "rows", "saved", "max/mean, stock's", "max/mean", "homes"]
     lines = [
         [
-            one_line(_name(one.layer), 40),
+            one_line(one.layer, 40),
             f"{one.stock_rows:.3f}",
             f"{one.rows:.3f}",
             f"{one.saved:.1%}",
@@ -94,8 +90,7 @@ def _geometry(args: argparse.Namespace, trace: Trace, num_ranks: int, node_size:
     if trace.pairs is None:
         raise ValueError(
             f"{given}: {quoted(args.trace)} has no pairs of experts for these ranks; record them "
-            "with --fsep-pairs-interval and --fsep-record-trace and leave --trace-ranks out, or "
-            "give a trace of --moe-routing-trace-path or a file of sets"
+            "with --fsep-pairs-interval and --fsep-record-trace, and leave --trace-ranks out"
         )
     if experts % num_ranks:
         raise ValueError(
@@ -120,14 +115,6 @@ def _orders_of_other_traces(args: argparse.Namespace, geometry: Geometry) -> dic
     except ValueError as error:
         raise ValueError(f"--homes {quoted(args.homes)} {error}; give another name") from error
     return {layer: order.expert_E for layer, order in before.by_layer.items()}
-
-
-def _name(layer: str) -> str:
-    """Return the name of a layer in training."""
-    match = _MEGATRONS.fullmatch(layer)
-    if match is None:
-        return layer
-    return f"{'mtp' if layer.startswith('mtp') else 'layer'} {int(match[1]) + 1}"
 
 
 def _json_row(one: LayerHomes) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         type=path,
         help="a folder of --fsep-record-metrics, with --fsep-record-trace, --fsep-record-layouts "
-        "and Megatron's log in it; or a trace alone, of any format that `plan` reads",
+        "and Megatron's log in it; or a trace alone",
     )
     option(parser, "--compare RUN", "another run to compare with", path)
     option(parser, "--out FILE", "default: %(default)s", path, default=Path(_DEFAULT_OUT))
@@ -129,10 +129,7 @@ def _read(
     trace = None
     if files.trace is not None:
         with naming(files.trace):
-            experts = settings.sizes.num_experts
-            trace = read_trace(
-                files.trace, num_experts=experts, progress=bar("reading", leave=False)
-            )
+            trace = read_trace(files.trace, num_experts=settings.sizes.num_experts)
     if files.metrics is not None:
         assert recording is not None
         shown = recorded_run(files, recording, trace)

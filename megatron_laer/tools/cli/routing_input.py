@@ -6,9 +6,8 @@ import argparse
 
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.tools.cli.argument_types import between, option, path, rank_range
-from megatron_laer.tools.cli.outputs import bar
 from megatron_laer.tools.report.run_files import naming
-from megatron_laer.tools.traces import FORMATS, read_trace
+from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import TITLES
 
@@ -21,14 +20,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TRACE",
         nargs="?",
         type=path,
-        help="a file or folder: a recording of --fsep-record-trace, the folder of Megatron's "
-        "--moe-routing-trace-path, SmartMoE's moe_trace, npz, or CSV",
+        help="a recording of --fsep-record-trace, or its folder",
     )
-    option(parser, "--format", "of the trace; default: what its content tells", choices=FORMATS)
     only = "only these ranks of the trace, such as 0-7; default: all"
     option(parser, "--trace-ranks FIRST-LAST", only, rank_range)
-    experts = "for workloads, and traces that do not say it"
-    option(parser, "--experts E", experts, between(1, MAX_EXPERTS))
+    option(parser, "--experts E", "for workloads", between(1, MAX_EXPERTS))
     titles = ", ".join(f"{name} {title}" for name, title in TITLES.items())
     instead = f"in place of a trace, as in runs, or a stress test of Megatron's benchmark: {titles}"
     option(parser, "--workload W", instead, choices=TITLES)
@@ -45,7 +41,7 @@ def check(args: argparse.Namespace, purpose: str) -> None:
     given = f"--workload {args.workload}"
     if args.trace is not None:
         raise ValueError(f"both a trace, {str(args.trace)!r}, and {given}; remove one of them")
-    refuse(args, ("--format", "--trace-ranks"), f"{given} reads no file")
+    refuse(args, ("--trace-ranks",), f"{given} reads no file")
     if args.ranks is None:
         raise ValueError(f"{given} has no ranks of its own; give --ranks")
 
@@ -59,11 +55,4 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> No
 
 def read(args: argparse.Namespace, num_experts: int | None, *, pairs: bool = False) -> Trace:
     with naming(args.trace):
-        return read_trace(
-            args.trace,
-            args.format,
-            ranks=args.trace_ranks,
-            num_experts=num_experts,
-            pairs=pairs,
-            progress=bar("reading", leave=False),
-        )
+        return read_trace(args.trace, ranks=args.trace_ranks, num_experts=num_experts, pairs=pairs)

@@ -22,8 +22,8 @@ _WAYS = "--fsep-record-metrics, --fsep-record-trace and --fsep-record-layouts wr
 class RunFiles:
     """Files of one FSEP group: at least a recording of metrics or a trace.
 
-    `groups` are all groups with recordings. `trace` may have any format that `plan` reads. Only the
-    settings of `metrics_beside` are read; they are next to a trace that is given alone.
+    `groups` are all groups with recordings. Only the settings of `metrics_beside` are read; they
+    are next to a trace that is given alone.
     """
 
     name: str
@@ -53,8 +53,6 @@ def find_run(given: Path, group: int | None) -> RunFiles:
     found = _by_group(files)
     groups = sorted({*found["metrics"], *found["trace"]})
     if not groups:
-        if any(_OTHER_TRACES.match(path.name) for path in files):
-            return RunFiles(str(given), trace=given)
         raise ValueError(f"folder {quoted(given)} holds no recording of a run; {_WAYS}")
     chosen = groups[0] if group is None else group
     if chosen not in groups:
@@ -83,8 +81,7 @@ def metrics_beside(trace: Path) -> Path | None:
 def refuse_as_source(output: Path, run: Path, flag: str) -> None:
     """Raise ValueError for an output that a later call would read as a file of the run."""
     folder, name = os.path.split(os.path.realpath(output))
-    patterns = (*_NAMES.values(), _LOG)
-    is_source = any(one.fullmatch(name) for one in patterns) or _OTHER_TRACES.match(name)
+    is_source = any(one.fullmatch(name) for one in (*_NAMES.values(), _LOG))
     if is_source and folder == os.path.realpath(run if run.is_dir() else run.parent):
         raise ValueError(
             f"{flag} {quoted(output)} would be read as a file of the run the next time; give "
@@ -127,5 +124,3 @@ _NAMES = {
     "layouts": re.compile(r"group-([0-9]{1,9})\.jsonl"),
 }
 _LOG = re.compile(r"[^.].*\.log", re.DOTALL)
-# File names in the trace folders of Megatron and SmartMoE.
-_OTHER_TRACES = re.compile(r"router_trace_rank|table_iter")

@@ -10,18 +10,22 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Bool
+from megatron_laer.files import memory
 from megatron_laer.files.checks import open_input
 from megatron_laer.telemetry.trace_file import (
     MAX_COUNT,
-    MAX_INDEX,
+    MAX_STEP,
     damage,
     frames,
     read_counts,
     read_header_of,
 )
-from megatron_laer.tools.traces.records import PairRecords, Trace, check_cells
+from megatron_laer.tools.traces.records import PairRecords, Trace
 
 logger = logging.getLogger(__name__)
+
+# A count takes 4 bytes, and 8 more where it is summed.
+_BYTES_PER_COUNT = 12
 
 
 def read_recording(path: Path, *, pairs: bool = False) -> Trace:
@@ -42,7 +46,7 @@ def read_recording(path: Path, *, pairs: bool = False) -> Trace:
                 if frame.end >= size:
                     break
                 raise ValueError(f"{where}: the checksum does not fit; {damage(frame.offset)}")
-            if not 0 <= frame.step <= MAX_INDEX or frame.layer >= len(header.layers):
+            if not 0 <= frame.step <= MAX_STEP or frame.layer >= len(header.layers):
                 raise ValueError(
                     f"{where}: step {frame.step}, layer {frame.layer} is out of range; there are "
                     f"{len(header.layers)} layers"
@@ -64,7 +68,11 @@ def read_recording(path: Path, *, pairs: bool = False) -> Trace:
         logger.warning(
             "%s: its last %d bytes are no whole record and are left out", path, size - end
         )
-    check_cells(len(records), header.num_ranks, header.num_experts, end)
+    memory.check_enough(
+        _BYTES_PER_COUNT * len(records) * header.num_ranks * header.num_experts,
+        f"{len(records)} records of {header.num_ranks} ranks and {header.num_experts} experts",
+        "give a part of the trace",
+    )
     keys_R3 = np.array(list(records), dtype=np.int64)
     counts_RNE = np.empty((len(records), header.num_ranks, header.num_experts), dtype=np.int32)
     for record, counts_NE in enumerate(records.values()):

@@ -1,4 +1,4 @@
-"""Routing traces as checked values; other modules read them from files.
+"""Routing traces as checked values; `fsep` reads them from files.
 
 Legend: R records, N source ranks, E experts. A record is one microbatch of one layer.
 """
@@ -18,13 +18,6 @@ from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.telemetry.trace_file import MAX_COUNT
 
 Int32 = npt.NDArray[np.int32]
-
-# A file may be far smaller than its dense counts (sparse tables, compression). The limit keeps a
-# few damaged digits from asking for all memory.
-_FREE_BYTES = 2**24
-_BYTES_PER_FILE_BYTE = 512
-# A count is read into 8 bytes and kept in 4.
-_BYTES_PER_COUNT = 12
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,18 +53,6 @@ class PairRecords:
             pairs_EE[row_X, column_X] = triangles[key[0], key[1]]
             pairs_EE[column_X, row_X] = triangles[key[0], key[1]]
         return cls(keys_P2[:, 0], keys_P2[:, 1], pairs_PEE)
-
-    @classmethod
-    def of_tables(
-        cls, tables: Mapping[tuple[int, int], Int64], num_experts: int
-    ) -> PairRecords | None:
-        """Make records from tables [E, E] by step and layer, padded to `num_experts`."""
-        row_X, column_X = np.triu_indices(num_experts)
-        triangles = {}
-        for key, pairs_EE in tables.items():
-            more = num_experts - len(pairs_EE)
-            triangles[key] = np.pad(pairs_EE, (0, more))[row_X, column_X]
-        return cls.of_triangles(triangles, num_experts)
 
     def of_layer(self, layer: int, steps: range | None = None) -> Int64:
         """Return pairs_EE, int64 [E, E], of a layer, summed over these steps or all."""
@@ -183,52 +164,6 @@ class Trace:
         chosen = replace(self, counts_RNE=counts_RNE)
         is_everyone = sorted(ranks) == list(range(self.num_ranks))
         return chosen if is_everyone else replace(chosen, pairs=None, sets={})
-
-
-def assemble(
-    layers: Sequence[str],
-    key_I3: Int64,
-    rank_I: Int64,
-    expert_I: Int64,
-    tokens_I: Int64,
-    num_ranks: int,
-    num_experts: int,
-    file_bytes: int,
-    pairs: PairRecords | None = None,
-) -> Trace:
-    """Make a trace from I cells: (step, layer index, microbatch), rank, expert, tokens."""
-    if len(key_I3) == 0:
-        raise ValueError("the trace holds no records; record at least two steps")
-    key_R3, record_I = np.unique(key_I3, axis=0, return_inverse=True)
-    check_cells(len(key_R3), num_ranks, num_experts, file_bytes)
-    counts_RNE = np.zeros((len(key_R3), num_ranks, num_experts), dtype=np.int64)
-    np.add.at(counts_RNE, (record_I.reshape(-1), rank_I, expert_I), tokens_I)
-    if int(counts_RNE.max()) > MAX_COUNT:
-        raise ValueError(f"a count of {int(counts_RNE.max())} tokens exceeds {MAX_COUNT}")
-    return Trace(
-        tuple(layers),
-        key_R3[:, 0],
-        key_R3[:, 1],
-        key_R3[:, 2],
-        counts_RNE.astype(np.int32),
-        pairs,
-    )
-
-
-def check_cells(num_records: int, num_ranks: int, num_experts: int, file_bytes: int) -> None:
-    """Reject sizes that are implausible for a file of this length, or exceed the memory."""
-    needed = 8 * num_records * num_ranks * num_experts
-    if needed > _FREE_BYTES + _BYTES_PER_FILE_BYTE * file_bytes:
-        raise ValueError(
-            f"{num_records} records of {num_ranks} ranks and {num_experts} experts would take "
-            f"{needed} bytes, implausible for {file_bytes} bytes of input; look for a rank or an "
-            "expert number that is far too large"
-        )
-    memory.check_enough(
-        _BYTES_PER_COUNT * num_records * num_ranks * num_experts,
-        f"{num_records} records of {num_ranks} ranks and {num_experts} experts",
-        "give a part of the trace",
-    )
 
 
 def _dealt_out(counts_RNE: Int32, parts: int) -> Int32:
