@@ -277,27 +277,6 @@ def _checkpoints(folder: Path) -> None:
 def _texts(folder: Path) -> None:
     (folder / "good.txt").write_text("some text")
     (folder / "empty.txt").touch()
-    (folder / "no-text").mkdir()
-    (folder / "no-text" / "empty.txt").touch()
-    for name, text in {
-        "good": '{"text": "a"}\n',
-        "list": "[1]\n",
-        "broken": '{"text": "a"\n',
-        "other-key": '{"body": "a"}\n',
-        "number": '{"text": 7}\n',
-        "null": '{"text": null}\n',
-        "surrogate": '{"text": "\\ud800"}\n',
-        "blank": "\n\n",
-        "nested": '{"text": ' + "[" * 10**5 + "\n",
-        "digits": '{"text": ' + "9" * 5000 + "}\n",
-        "escape": '{"\x1b[31m": 1}\n',
-    }.items():
-        (folder / f"{name}.jsonl").write_text(text)
-    (folder / "latin.jsonl").write_bytes(b'{"text": "\xe9"}\n')
-    (folder / "endless.jsonl").touch()
-    os.truncate(folder / "endless.jsonl", HUGE)
-    (folder / "packed.jsonl.gz").write_bytes(b"\x1f\x8b")
-    (folder / "tokenizer").mkdir()
     (folder / "out").mkdir()
     (folder / "prefix").mkdir()
     (folder / "prefix" / "kept").write_text("kept")

@@ -17,9 +17,10 @@ def folder(tmp_path):
 
 @pytest.fixture
 def texts(tmp_path):
-    """Return a folder with two files, for a dataset."""
+    """Return two files, for a dataset."""
     folder = tmp_path / "texts"
     folder.mkdir()
-    (folder / "b.txt").write_bytes(bytes(range(256)))
-    (folder / "a.txt").write_text("first in order")
-    return folder
+    files = [folder / "a.txt", folder / "b.txt"]
+    files[0].write_text("first in order")
+    files[1].write_bytes(bytes(range(256)))
+    return files

@@ -32,8 +32,8 @@ def install_fake_transformers(monkeypatch, eos_token_id):
             return [len(word) for word in text.split()]
 
         @classmethod
-        def from_pretrained(cls, folder, **kwargs):
-            # As transformers does for a folder with code: asks, or refuses.
+        def from_pretrained(cls, name, **kwargs):
+            # As transformers does for a tokenizer with code: asks, or refuses.
             assert kwargs == {"local_files_only": True, "trust_remote_code": False}
             return cls()
 

@@ -19,7 +19,7 @@ class AutoTokenizer:
     eos_token_id = 7
 
     @classmethod
-    def from_pretrained(cls, folder, **kwargs):
+    def from_pretrained(cls, name, **kwargs):
         return cls()
 
     def __init__(self):
@@ -47,8 +47,8 @@ def folder(tmp_path):
     (tmp_path / "modules" / "transformers.py").write_text(_TRANSFORMERS)
     (tmp_path / "old.txt").write_text("old")
     data.prepare_data([tmp_path / "old.txt"], tmp_path / "out" / "train", progress=False)
-    line = '{"text": "%s"}\n' % ("x" * 2**16)
-    (tmp_path / "in.jsonl").write_text(line * 2)
+    for name in ("first.txt", "second.txt"):
+        (tmp_path / name).write_text("x" * 2**16)
     return tmp_path
 
 
@@ -56,8 +56,8 @@ def folder(tmp_path):
 def at_work(folder):
     with subprocess.Popen(
         command(
-            *("--input", folder / "in.jsonl", "--output", folder / "out" / "train"),
-            *("--tokenizer", folder),
+            *("--input", folder / "first.txt", folder / "second.txt"),
+            *("--output", folder / "out" / "train", "--tokenizer", "some/name"),
         ),
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder / "modules"), python_path()])},
         stdin=subprocess.PIPE,

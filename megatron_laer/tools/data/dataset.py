@@ -9,7 +9,7 @@ import logging
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +26,7 @@ from megatron_laer.files.checks import (
     refuse_unwritable,
 )
 from megatron_laer.files.writing import InUseError, Replacement, locked, sync_folder
-from megatron_laer.tools.data.documents import (
-    DEFAULT_JSON_KEY,
-    FORMATS,
-    documents,
-    format_of,
-)
-from megatron_laer.tools.data.text_files import as_list, find_files
+from megatron_laer.tools.data.text_files import check_files
 from megatron_laer.tools.data.tokenizers import (
     MAX_DOCUMENT_TOKENS,
     Ids,
@@ -48,33 +42,25 @@ _CACHE = "cache"
 class PreparedData:
     """Result of `prepare_data`.
 
-    `tokens` include the ends of documents. `flags` are Megatron's for training on the dataset, and
-    `left_out` has a sentence for each kind of omitted input.
+    `tokens` include the ends of documents. `flags` are Megatron's for training on the dataset.
     """
 
     prefix: Path
     documents: int
     tokens: int
     flags: tuple[str, ...]
-    left_out: tuple[str, ...]
 
 
 def prepare_data(
-    inputs: Iterable[str | os.PathLike[str]],
+    inputs: Sequence[str | os.PathLike[str]],
     output_prefix: str | os.PathLike[str],
     tokenizer: str = "bytes",
     progress: bool = True,
-    *,
-    text_format: str | None = None,
-    json_key: str | None = None,
-    follow_links: bool = False,
 ) -> PreparedData:
-    """Write `output_prefix`.bin and .idx, with one document per file of text or line of JSONL.
+    """Write `output_prefix`.bin and .idx, with one document per file of text.
 
-    `inputs` are files, and directories, which are walked in sorted order without hidden and empty
-    files. `tokenizer` is `bytes` or a directory with a Hugging Face tokenizer, whose
-    end-of-sequence token ends a document. `text_format` is `text`, `jsonl`, or None for the format
-    of each file's ending.
+    `tokenizer` is `bytes` or the name of a Hugging Face tokenizer, as for Megatron's
+    `--tokenizer-model`, whose end-of-sequence token ends a document.
 
     An existing dataset is replaced only when the new one is complete, together with Megatron's
     cache next to it. A folder given to Megatron as --data-cache-path is not cleared. The call
@@ -82,17 +68,13 @@ def prepare_data(
 
     Raises ValueError for unusable input or output, or if another run is writing this dataset.
     """
-    inputs = as_list(inputs)
-    found = find_files(inputs, follow_links)
-    prefix = _checked_prefix(output_prefix, inputs, found.files)
-    formats = _formats(found.files, text_format, json_key)
+    files = check_files(inputs)
+    prefix = _checked_prefix(output_prefix, files)
     encoder = load_tokenizer(tokenizer)
-    sizes = [_size(path) for path in found.files]
-    for path, size, file_format in zip(found.files, sizes, formats, strict=True):
-        if file_format == "text":
-            check_length(path, size, encoder.max_file_bytes)
+    sizes = [_size(path) for path in files]
+    for path, size in zip(files, sizes, strict=True):
+        check_length(path, size, encoder.max_file_bytes)
 
-    key = DEFAULT_JSON_KEY if json_key is None else json_key
     bar = tqdm(
         total=sum(sizes),
         desc="tokenizing",
@@ -101,43 +83,19 @@ def prepare_data(
         # None shows the bar where stderr is a terminal.
         disable=None if progress else True,
     )
-    empty = 0
     with bar, _new_dataset(prefix, encoder.vocab_size) as dataset:
-        for path, file_format in zip(found.files, formats, strict=True):
+        for path in files:
             with readable(path):
                 file = open_input(path)
             with file:
                 before = 0
-                for document in documents(file, path, file_format, key, encoder):
-                    if document is None:
-                        empty += 1
-                        continue
-                    for ids in document:
-                        dataset.add(ids)
-                        bar.update(file.tell() - before)
-                        before = file.tell()
-                    dataset.end_document()
-        if not dataset.documents:
-            raise ValueError(
-                "no input holds any text: the lines of JSONL are blank, or their texts are empty"
-            )
-    left_out = [*found.left_out()]
-    if empty:
-        left_out.append(f"left out documents without text: {empty}")
+                for ids in encoder.encode_file(file, path):
+                    dataset.add(ids)
+                    bar.update(file.tell() - before)
+                    before = file.tell()
+            dataset.end_document()
     flags = ("--data-path", str(prefix), *encoder.flags)
-    return PreparedData(prefix, dataset.documents, dataset.tokens, flags, tuple(left_out))
-
-
-def _formats(files: Sequence[Path], text_format: str | None, json_key: str | None) -> list[str]:
-    if text_format not in (None, *FORMATS):
-        raise ValueError(f"format {quoted(text_format)} is unknown; known are {', '.join(FORMATS)}")
-    formats = [text_format or format_of(path) for path in files]
-    if json_key is not None and "jsonl" not in formats:
-        raise ValueError(
-            f"--json-key {quoted(json_key)} has no effect, since no input has the ending of JSONL; "
-            "add --format jsonl, or leave it out"
-        )
-    return formats
+    return PreparedData(prefix, dataset.documents, dataset.tokens, flags)
 
 
 def _size(path: Path) -> int:
@@ -145,11 +103,7 @@ def _size(path: Path) -> int:
         return path.stat().st_size
 
 
-def _checked_prefix(
-    output_prefix: str | os.PathLike[str],
-    inputs: Sequence[str | os.PathLike[str]],
-    files: Sequence[Path],
-) -> Path:
+def _checked_prefix(output_prefix: str | os.PathLike[str], files: Sequence[Path]) -> Path:
     prefix = Path(output_prefix)
     # Megatron keeps its indices of a dataset in a directory with the prefix's name.
     is_cache = prefix.is_dir() and {path.name for path in prefix.iterdir()} == {_CACHE}
@@ -162,10 +116,7 @@ def _checked_prefix(
     for target in _targets(prefix):
         if prefix.parent.is_dir():
             refuse_unwritable(target, "--output")
-        refuse_overwriting(target, inputs, "--output")
-        if target.exists():
-            # The target may be a link to an input.
-            refuse_overwriting(target, files, "--output")
+        refuse_overwriting(target, files, "--output")
     return prefix
 
 

@@ -1,4 +1,4 @@
-"""Tokenizers that return ids in pieces of limited size where they can.
+"""Tokenizers that return the ids of a file, in pieces of limited size where they can.
 
 The tokenizer `bytes` needs no vocabulary: ids 0 to 255 are the bytes of the file, 256 ends a
 document. `BYTES_TOKENIZER_FLAGS` are its training flags: Megatron's NullTokenizer uses its last id,
@@ -28,21 +28,18 @@ BYTES_TOKENIZER_FLAGS: tuple[str, ...] = (
 MAX_DOCUMENT_TOKENS = 2**31 - 1
 """Megatron's index holds lengths in 32 bits."""
 
-MAX_TEXT_BYTES = 2**26
-"""Longest text that is held as a whole: a line of JSONL, or a file that cannot be cut.
-
-A tokenizer, or a line of many small JSON values, takes some thirty times as much memory.
-"""
+_MAX_TEXT_BYTES = 2**26
+"""Longest file for a Hugging Face tokenizer, which takes some thirty times as much memory."""
 
 _PIECE_BYTES = 2**20
 _END_OF_DOCUMENT = 256
 
 
 class ByteTokenizer:
-    """Encoder of documents as bytes, in pieces that end with the end-of-document id.
+    """Encoder of files as bytes, in pieces that end with the end-of-document id.
 
     `flags` are Megatron's for training on these ids. `max_file_bytes` is the longest file that can
-    be one document.
+    be encoded.
     """
 
     vocab_size = _END_OF_DOCUMENT + 1
@@ -55,25 +52,20 @@ class ByteTokenizer:
             yield np.frombuffer(piece, dtype=np.uint8)
         yield np.array([_END_OF_DOCUMENT])
 
-    def encode_text(self, text: str) -> Iterator[Ids]:
-        """Yield the ids of a text, which UTF-8 must be able to express."""
-        yield np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
-        yield np.array([_END_OF_DOCUMENT])
-
 
 class HuggingFaceTokenizer(ByteTokenizer):
-    """Encoder of documents with a Hugging Face tokenizer, each as one piece."""
+    """Encoder of files with a Hugging Face tokenizer, each as one piece."""
 
-    max_file_bytes = MAX_TEXT_BYTES
+    max_file_bytes = _MAX_TEXT_BYTES
 
-    def __init__(self, folder: str) -> None:
-        self._tokenizer = _load_hugging_face(folder)
+    def __init__(self, name: str) -> None:
+        self._tokenizer = _load_hugging_face(name)
         self.vocab_size = len(self._tokenizer)
-        self.flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", folder)
+        self.flags = ("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", name)
 
     def encode_file(self, file: BinaryIO, path: Path) -> Iterator[Ids]:
-        content = _read(file, path, MAX_TEXT_BYTES + 1)
-        check_length(path, len(content), MAX_TEXT_BYTES)
+        content = _read(file, path, _MAX_TEXT_BYTES + 1)
+        check_length(path, len(content), _MAX_TEXT_BYTES)
         try:
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -81,43 +73,36 @@ class HuggingFaceTokenizer(ByteTokenizer):
                 f"{quoted(path)} is not UTF-8 text ({error.reason} at byte {error.start}); leave "
                 "it out, or use --tokenizer bytes"
             ) from error
-        yield from self.encode_text(text)
-
-    def encode_text(self, text: str) -> Iterator[Ids]:
         ids = self._tokenizer.encode(text, add_special_tokens=False)
         yield np.array([*ids, self._tokenizer.eos_token_id])
 
 
 def load_tokenizer(name: str) -> ByteTokenizer:
-    """Load the tokenizer `bytes`, or a Hugging Face one from a directory, without its code."""
-    if name == "bytes":
-        return ByteTokenizer()
-    if not name or not Path(name).is_dir():
-        raise ValueError(
-            f"tokenizer {quoted(name)} is neither 'bytes' nor a directory with a Hugging Face "
-            "tokenizer"
-        )
-    return HuggingFaceTokenizer(name)
+    """Load the tokenizer `bytes`, or a Hugging Face one by name, without its code."""
+    return ByteTokenizer() if name == "bytes" else HuggingFaceTokenizer(name)
 
 
-def _load_hugging_face(folder: str) -> Any:
+def _load_hugging_face(name: str) -> Any:
     try:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ImportError(
-            f"the tokenizer in {quoted(folder)} needs the package transformers: "
+            f"the tokenizer {quoted(name)} needs the package transformers: "
             "`pip install transformers`, or use --tokenizer bytes, which needs none"
         ) from error
     try:
-        # Download nothing, and run none of the directory's code.
+        # Download nothing, and run no code that comes with a tokenizer.
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
+            name, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # the package tokenizers raises Exception itself
-        raise ValueError(f"the tokenizer in {quoted(folder)} cannot be loaded: {error}") from error
+        raise ValueError(
+            f"the tokenizer {quoted(name)} cannot be loaded: {error}; give the name of one that is "
+            "in Hugging Face's cache, a folder with one, or bytes"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"the tokenizer in {quoted(folder)} has no end-of-sequence token to end documents "
+            f"the tokenizer {quoted(name)} has no end-of-sequence token to end documents "
             "with; set eos_token in its tokenizer_config.json"
         )
     return tokenizer
@@ -126,8 +111,8 @@ def _load_hugging_face(folder: str) -> Any:
 def check_length(path: Path, size_bytes: int, max_bytes: int) -> None:
     if size_bytes > max_bytes:
         raise ValueError(
-            f"{quoted(path)} has {size_bytes:,} bytes, but a file that is one document at most "
-            f"{max_bytes:,}; split it, or write JSONL with a line for each document"
+            f"{quoted(path)} has {size_bytes:,} bytes, but a document at most {max_bytes:,}; split "
+            "the file"
         )
 
 
