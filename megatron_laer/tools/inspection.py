@@ -1,25 +1,28 @@
 """`inspect` describes a checkpoint from its metadata alone.
 
-It needs no ranks and no device, and loads no tensor. Torch's list of tensors is a pickle, which
-`inert_pickle` reads without running code in it. Names are printed escaped.
+It needs no ranks and no device, and loads no tensor. Torch's list of tensors is a pickle of a newer
+protocol than `torch.load` with `weights_only` reads, so Python's own unpickler reads it, and may
+look up torch's descriptions of tensors alone. Names are printed escaped.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import pickle
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_laer.files.checks import one_line, open_input, quoted, read_bytes, read_text
 from megatron_laer.planner.layout import EMPTY
 from megatron_laer.planner.state import PlannerState
-from megatron_laer.tools import inert_pickle
-from megatron_laer.tools.inert_pickle import Name, PickledObject
 
 # Limit on a list of tensors, which needs some hundred bytes for each piece that a rank has saved.
 _MAX_LIST_BYTES = 2**28
@@ -32,20 +35,15 @@ _EXPERTS = ".mlp.experts.experts.linear_fc"
 _DIMENSIONS_OF_EXPERTS = {"weight": 3, "bias": 2}
 _OPTIMIZER = "optimizer."
 
-# Classes in torch's list of tensors, and torch's names for types. None of them is imported, and a
-# list with any other name is refused.
-_MODULES = (
-    "torch",
-    "torch.distributed.checkpoint.metadata",
-    "torch.distributed.checkpoint.planner",
-)
-_NAMES = {
+# Names in torch's list of tensors, next to those of types; calls of these have no effect elsewhere.
+_ALLOWED = {
+    "torch": {"Size"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
+        *("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
     "torch.serialization": {"_get_layout"},
-    "collections": {"OrderedDict"},
-    "builtins": {"dict", "list", "set", "tuple"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "pathlib._local": {"Path", "PosixPath", "PurePosixPath"},
 }
 
 
@@ -120,63 +118,52 @@ def _format(config: Mapping[str, Any]) -> str:
     return one_line(f"{backend} {config.get('sharded_backend_version', '')}".strip(), 100)
 
 
+class _ListUnpickler(pickle.Unpickler):
+    """Unpickler that builds torch's descriptions of tensors, and refuses any other name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("pathlib", "pathlib._local"):  # the folder that was written to
+            return lambda *parts: parts
+        if name in _ALLOWED.get(module, ()) or (module == "torch" and _is_dtype(name)):
+            return super().find_class(module, name)
+        raise ValueError(f"it asks for {module}.{name}")
+
+
+def _is_dtype(name: str) -> bool:
+    return isinstance(getattr(torch, name, None), torch.dtype)
+
+
 def _tensors(path: Path) -> dict[str, Entry]:
     """Read every tensor by its global name, escaped."""
     content = read_bytes(path, _MAX_LIST_BYTES)
     try:
-        metadata = inert_pickle.read(content, _is_torchs)
-        found = _attribute(metadata, "state_dict_metadata")
-        if not isinstance(found, dict):
-            raise ValueError("its state_dict_metadata is no mapping")
+        found = _ListUnpickler(io.BytesIO(content)).load()
+        records = getattr(found, "state_dict_metadata", None)
+        if not isinstance(records, dict):
+            raise ValueError("it has no state_dict_metadata where one belongs")
         return {
             one_line(name): _entry(name, record)
-            for name, record in found.items()
-            if isinstance(record, PickledObject) and record.name.name == "TensorStorageMetadata"
+            for name, record in records.items()
+            if isinstance(record, TensorStorageMetadata)
         }
-    except ValueError as error:
-        raise ValueError(f"{path} is no list of tensors: {error}") from error
+    # An unpickler raises many exceptions for damaged content.
+    except Exception as error:
+        problem = one_line(error, 200) or type(error).__name__
+        raise ValueError(f"{path} is no list of tensors: {problem}") from error
 
 
-def _is_torchs(name: Name) -> bool:
-    is_plain = "." not in name.name
-    return is_plain and (name.module in _MODULES or name.name in _NAMES.get(name.module, ()))
-
-
-def _entry(name: str, record: PickledObject) -> Entry:
-    size, properties = _attribute(record, "size"), _attribute(record, "properties")
-    shape = size.arguments[0] if isinstance(size, PickledObject) and size.arguments else None
-    if (
-        not isinstance(shape, tuple)
-        or len(shape) > _MAX_AXES
-        or any(type(length) is not int or not 0 <= length <= _MAX_SIZE for length in shape)
+def _entry(name: str, record: TensorStorageMetadata) -> Entry:
+    shape, dtype = tuple(record.size), record.properties.dtype
+    if len(shape) > _MAX_AXES or any(
+        type(length) is not int or not 0 <= length <= _MAX_SIZE for length in shape
     ):
         raise ValueError(
             f"tensor {quoted(name)} has the size {reprlib.repr(shape)}, expected integers in "
             f"0..{_MAX_SIZE}"
         )
-    # Properties pickle themselves as a tuple that starts with the type.
-    state = properties.state if isinstance(properties, PickledObject) else None
-    dtype = state[0] if isinstance(state, tuple) and state else None
-    if not isinstance(dtype, Name) or dtype.module != "torch":
-        raise ValueError(f"tensor {quoted(name)} has no type of torch's")
-    return Entry(shape, dtype.name, _item_bytes(dtype.name))
-
-
-def _attribute(record: Any, name: str) -> Any:
-    state = record.state if isinstance(record, PickledObject) else None
-    if not isinstance(state, dict) or name not in state:
-        raise ValueError(f"it has no {name} where one belongs")
-    return state[name]
-
-
-@cache
-def _item_bytes(dtype: str) -> int:
-    import torch
-
-    found = getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"torch has no type {quoted(dtype)}")
-    return found.itemsize
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"tensor {quoted(name)} has the type {quoted(dtype)}, expected torch's")
+    return Entry(shape, str(dtype).removeprefix("torch."), dtype.itemsize)
 
 
 def _model(tensors: Mapping[str, Entry]) -> Iterator[str]:

@@ -182,7 +182,6 @@ def pickles() -> dict[str, tuple[bytes, str]]:
         entry = metadata.TensorStorageMetadata(properties, size, [])
         return pickle.dumps(metadata.Metadata({"x\x1b[31m\nFAKE": entry}))
 
-    deep, doubled = b")" + b"\x85" * 10**6, b")" + b"q\0h\0\x86" * 100
     good = tensor(torch.Size([2]))
     return {
         "nothing": (b"", "no list of tensors"),
@@ -199,26 +198,22 @@ def pickles() -> dict[str, tuple[bytes, str]]:
             "it asks for torch.distributed.checkpoint.filesystem.FileSystemWriter",
         ),
         "class": (
-            b"\x80\x04cpathlib\nPath\n}X\x06\0\0\0is_dirK\x01sb.",
-            "is no list of tensors: it is damaged",
+            b"\x80\x04ctorch.distributed.checkpoint.metadata\nMetadata\n}X\1\0\0\0aK\1sb.",
+            "is no list of tensors: 'mappingproxy'",
         ),
-        "memo": (b"\x80\x04]r\0\0\0\x10.", "has no state_dict_metadata"),
         "memo-get": (b"\x80\x04j\0\0\0\x10.", "index 268435456"),
-        "extension": (b"\x80\x02\x82\x01.", "uses the operation"),
-        "persistent": (b"\x80\x02KxQ.", "uses the operation"),
-        "instance": (b"(ios\nsystem\n.", "uses the operation"),
+        "extension": (b"\x80\x02\x82\x01.", "extension code"),
+        "persistent": (b"\x80\x02KxQ.", "persistent"),
+        "instance": (b"(ios\nsystem\n.", "it asks for os.system"),
         "bytes": (b"\x80\x04\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.", "no list of tensors"),
         "digits": (b"I" + b"9" * 5000 + b"\n.", "no list of tensors"),
-        "deep": (b"\x80\x04}" + deep + b"Kxs.", "has no state_dict_metadata"),
-        "doubled": (b"\x80\x04}" + doubled + b"Kxs.", "has no state_dict_metadata"),
         "negative": (tensor(_Size((-5,))), "has the size (-5,), expected integers"),
         "beyond": (tensor(_Size((2**63,))), "has the size (9223372036854775808,)"),
         "digits-size": (tensor(_Size((10**5000,))), "no list of tensors"),
-        "text-size": (tensor(_Size(("a",))), "has the size ('a',)"),
+        "text-size": (tensor(_Size(("a",))), "no list of tensors"),
         "axes": (tensor(_Size((1,) * 99)), "has the size (1, 1, 1"),
-        "plain-size": (tensor((2,)), "has the size None"),
         "type": (tensor(torch.Size([2]), eval), "it asks for builtins.eval"),
-        "other-type": (tensor(torch.Size([2]), torch.Size), "torch has no type 'Size'"),
+        "other-type": (tensor(torch.Size([2]), torch.Size), "expected torch's"),
     }
 
 
