@@ -1,14 +1,14 @@
 """Counts rows between nodes of today's layouts, and of layouts by pairs of experts chosen together.
 
 `python -m benchmarks.coactivation --sets FOLDER` reads files of sets: a line per token with its
-experts, named `NAME.E<experts>.k<top-k>.txt.gz`. Without `--sets` tokens are routed by seed as in
-`domains.py`, top-8 of 128 on nodes of 8, and planned for the domain that training takes by price.
+experts, named `NAME.E<experts>.k<top-k>.txt.gz`. Without `--sets` tokens are routed by seed, top-8
+of 128 on nodes of 8: at random, skewed, and by topic, with sources alike or of few topics each.
 
-The first half of the tokens plans, by counts (`greedy`, the default, for single nodes) and by
-pairs. The second half is counted, with exact quotas for its own counts, by the dispatcher's own
-choice of replicas for tokens that travel once per node. Ranks have equal parts of a half, in the
-file's order. *independent* draws have the second half's loads, and sets without any likeness. What
-today's layouts save there with the quotas that count on visitors is *by quotas*. Nothing is sent.
+The first half of the tokens plans, by counts (`greedy`, the default) and by pairs. The second half
+is counted, with exact quotas for its own counts, by the dispatcher's own choice of replicas for
+tokens that travel once per node. Ranks have equal parts of a half, in the file's order.
+*independent* draws have the second half's loads, and sets without any likeness. What today's
+layouts save there with the quotas that count on visitors is *by quotas*. Nothing is sent.
 
 Legend: N ranks, E experts, C slots per rank, T tokens, K top-k.
 """
@@ -21,29 +21,41 @@ import json
 import re
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from benchmarks.command_line import add_json, parser_of, program, write_json
-from benchmarks.domains import CLUSTER, ROUTINGS, chosen_domain, priced, topic_maps
 from benchmarks.report import machine, print_table
 from benchmarks.token_exchange import Case, Shape
 from benchmarks.token_traffic import TokenRouting, dispatch_rows
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.choices import Sharding, Split, TokenExchange
+from megatron_laer.choices import Auto, Sharding, Split, TokenExchange
 from megatron_laer.layer.dispatch.replica_choice import choose_replicas
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.coactivation import place_together
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.tools.cli.argument_types import between
 
 _NAME = re.compile(r"(?P<name>.+)\.E(?P<experts>\d+)\.k(?P<topk>\d+)\.txt\.gz")
+# Log-deviations of popularity, and of a topic's experts; topics, and topics of a rank (0: all).
+ROUTINGS = {
+    "random": (0.0, 0.0, 1, 0),
+    "skewed": (1.0, 0.0, 1, 0),
+    "topics": (0.7, 1.5, 16, 0),
+    "topics by rank": (0.7, 1.5, 16, 3),
+}
+# Experts of Qwen3-235B, and tokens of a rank, by which layouts are priced.
+_HIDDEN, _FFN, _MICROBATCH_TOKENS = 4096, 1536, 8192
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,12 +111,9 @@ def rows_of_files(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def rows_by_seed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield a row for each routing of `domains.py`."""
+    """Yield a row for each routing by seed."""
     shape = Shape(options.nodes, options.node_size or 8, 128, 8, options.tokens)
     geometry = geometry_of(shape, options)
-    if options.sharding == Sharding.ROWS:
-        taken = chosen_domain(shape, geometry.capacity, CLUSTER)
-        geometry = replace(geometry, domain_nodes=taken)
     for routing in ROUTINGS:
         maps = topic_maps(shape, routing, options.seed)
         first, second = ([map_TE[at::2] for map_TE in maps] for at in range(2))
@@ -112,7 +121,6 @@ def rows_by_seed(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {
             "routing": routing,
             "C": geometry.capacity,
-            "domain": geometry.domain_nodes,
             **found.saved(second, shape),
             **found.times(),
         }
@@ -125,9 +133,8 @@ def geometry_of(shape: Shape, options: argparse.Namespace) -> Geometry:
 
 @dataclass(frozen=True, eq=False)
 class Planned:
-    """Today's layout for single nodes and the one by pairs, and the time to plan them."""
+    """Today's layout and the one by pairs, and the time to plan them."""
 
-    geometry: Geometry
     today: ExpertLayout
     together: ExpertLayout
     today_s: float
@@ -135,8 +142,8 @@ class Planned:
 
     def saved(self, maps: Sequence[Bool], shape: Shape) -> dict[str, float]:
         """Return rows between nodes per token and max/mean rank load, today and by pairs."""
-        today, today_balance = rows_and_balance(maps, shape, self.today, shape.node_size, 0)
-        rows, balance = self._by_pairs(maps, shape)
+        today, today_balance = rows_and_balance(maps, shape, self.today, 0)
+        rows, balance = rows_and_balance(maps, shape, self.together, shape.topk)
         return {
             "today": today,
             "by pairs": rows,
@@ -146,9 +153,9 @@ class Planned:
         }
 
     def saved_on_independent(self, maps: Sequence[Bool], shape: Shape) -> dict[str, float]:
-        today, _ = rows_and_balance(maps, shape, self.today, shape.node_size, 0)
-        visiting, _ = rows_and_balance(maps, shape, self.today, shape.node_size, shape.topk)
-        rows, balance = self._by_pairs(maps, shape)
+        today, _ = rows_and_balance(maps, shape, self.today, 0)
+        visiting, _ = rows_and_balance(maps, shape, self.today, shape.topk)
+        rows, balance = rows_and_balance(maps, shape, self.together, shape.topk)
         return {
             "independent today": today,
             "saved by quotas": 1 - visiting / today if today else 0.0,
@@ -163,26 +170,32 @@ class Planned:
             "times": self.together_s / max(self.today_s, 1e-4),
         }
 
-    def _by_pairs(self, maps: Sequence[Bool], shape: Shape) -> tuple[float, float]:
-        return rows_and_balance(maps, shape, self.together, self.geometry.domain_size, shape.topk)
-
 
 def planned(
     maps: Sequence[Bool], shape: Shape, geometry: Geometry, *, knows_ranks: bool = False
 ) -> Planned:
     """Plan from these tokens, by counts and by pairs, whose ranks are alike or known."""
-    single = replace(geometry, domain_nodes=1)
     counts_NE = counts_of(maps)
     chosen_TE = np.concatenate(maps).astype(np.int64)
     pairs_EE = chosen_TE.T @ chosen_TE
-    strategy = GreedyStrategy(single, priced(single, shape))
-    strategy.plan(counts_NE, single.static_layout)  # the prices are made once per run
+    strategy = GreedyStrategy(geometry, priced(geometry, shape))
+    strategy.plan(counts_NE, geometry.static_layout)  # the prices are made once per run
     start_s = time.process_time()
-    today = strategy.plan(counts_NE, single.static_layout)
+    today = strategy.plan(counts_NE, geometry.static_layout)
     today_s = time.process_time() - start_s
     start_s = time.process_time()
     together = place_together(pairs_EE, geometry, counts_NE if knows_ranks else None).layout
-    return Planned(geometry, today, together, today_s, time.process_time() - start_s)
+    return Planned(today, together, today_s, time.process_time() - start_s)
+
+
+def priced(geometry: Geometry, shape: Shape) -> CostModel:
+    """Return training's prices for a microbatch of usual size."""
+    cluster = load_cluster("a100-4x8-ib800")
+    costs = CostModel(cluster, _HIDDEN, _FFN, gated=True, bytes_per_element=2)
+    of_tokens = with_token_exchange(
+        costs, TokenExchange.NODE, geometry, shape.topk, _MICROBATCH_TOKENS
+    )
+    return of_tokens.with_exchange(Auto.AUTO, geometry)
 
 
 def on_independent_draws(mean: dict[str, Any]) -> str:
@@ -208,10 +221,10 @@ def node_size(num_experts: int, nodes: int, least: int, sharding: Sharding) -> i
 
 
 def rows_and_balance(
-    maps: Sequence[Bool], shape: Shape, layout: ExpertLayout, domain: int, top_k: int
+    maps: Sequence[Bool], shape: Shape, layout: ExpertLayout, top_k: int
 ) -> tuple[float, float]:
     """Count rows to other nodes per token, as the dispatcher chooses, and max/mean rank load."""
-    case = Case.of(maps, shape, layout, domain, Split.EXACT, top_k)
+    case = Case.of(maps, shape, layout, Split.EXACT, top_k)
     slots = [
         choose_replicas(torch.from_numpy(map_TE), quotas, shape.node_size, rank).numpy()
         for rank, (map_TE, quotas) in enumerate(zip(maps, case.quotas, strict=True))
@@ -236,6 +249,24 @@ def maps_of(expert_TK: Int64, shape: Shape) -> list[Bool]:
     np.put_along_axis(map_TE, expert_TK, True, axis=1)
     bounds = [rank * len(map_TE) // shape.ranks for rank in range(shape.ranks + 1)]
     return [map_TE[begin:end] for begin, end in pairwise(bounds)]
+
+
+def topic_maps(shape: Shape, routing: str, seed: int) -> list[Bool]:
+    """Draw each token's K experts by popularity and its topic, one of all or of its rank's."""
+    popularity, affinity, topics, of_rank = ROUTINGS[routing]
+    rng = np.random.default_rng(seed)
+    log_E = popularity * rng.normal(size=shape.experts)
+    log_XE: npt.NDArray[np.float64] = affinity * rng.normal(size=(topics, shape.experts)) + log_E
+    maps = []
+    for _ in range(shape.ranks):
+        own = rng.permutation(topics)[: of_rank or topics]
+        noisy_TE = log_XE[rng.choice(own, size=shape.tokens)]
+        noisy_TE += rng.gumbel(size=noisy_TE.shape)
+        map_TE = np.zeros(noisy_TE.shape, dtype=np.bool_)
+        chosen_TK = np.argpartition(-noisy_TE, shape.topk - 1, axis=1)[:, : shape.topk]
+        np.put_along_axis(map_TE, chosen_TK, True, axis=1)
+        maps.append(map_TE)
+    return maps
 
 
 def counts_of(maps: Sequence[Bool]) -> Int64:

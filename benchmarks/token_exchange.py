@@ -85,19 +85,14 @@ def rows_of(shape: Shape, seed: int) -> Iterator[dict[str, Any]]:
     for routing in SKEWS:
         maps = routing_maps(shape, SKEWS[routing], seed)
         for capacity in capacities:
-            # Layouts for single nodes, and for pairs of nodes that have every expert together.
-            for nodes_together in (1, 2):
-                domain = nodes_together * shape.node_size
-                for split in (Split.EXACT, Split.EVEN):
-                    case = Case.make(maps, shape, capacity, domain, split)
-                    yield {
-                        "shape": f"top-{shape.topk} of {shape.experts}",
-                        "routing": routing,
-                        "C": capacity,
-                        "planned for": f"{nodes_together} node{'s'[: nodes_together - 1]}",
-                        "split": split.value,
-                        **case.figures(),
-                    }
+            for split in (Split.EXACT, Split.EVEN):
+                yield {
+                    "shape": f"top-{shape.topk} of {shape.experts}",
+                    "routing": routing,
+                    "C": capacity,
+                    "split": split.value,
+                    **Case.make(maps, shape, capacity, split).figures(),
+                }
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,13 +106,11 @@ class Case:
     quotas: Sequence[RankQuotas]
 
     @classmethod
-    def make(
-        cls, maps: Sequence[Bool], shape: Shape, capacity: int, domain: int, split: Split
-    ) -> Case:
-        """Plan as if nodes had `domain` ranks."""
+    def make(cls, maps: Sequence[Bool], shape: Shape, capacity: int, split: Split) -> Case:
+        """Plan and split these tokens."""
         counts_NE = np.stack([map_TE.sum(axis=0, dtype=np.int64) for map_TE in maps])
         static = ExpertLayout.static(shape.ranks, capacity, shape.experts)
-        return cls.of(maps, shape, construct_layout(counts_NE, static, domain), domain, split)
+        return cls.of(maps, shape, construct_layout(counts_NE, static, shape.node_size), split)
 
     @classmethod
     def of(
@@ -125,13 +118,12 @@ class Case:
         maps: Sequence[Bool],
         shape: Shape,
         layout: ExpertLayout,
-        domain: int,
         split: Split,
         top_k: int = 0,
     ) -> Case:
-        """Split tokens over a layout as if nodes had `domain` ranks; see `Geometry.top_k`."""
+        """Split tokens over a layout; see `Geometry.top_k`."""
         counts_NE = np.stack([map_TE.sum(axis=0, dtype=np.int64) for map_TE in maps])
-        quotas = solve_quotas(split, counts_NE, layout, domain, top_k)
+        quotas = solve_quotas(split, counts_NE, layout, shape.node_size, top_k)
         mine = [
             RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
             for rank in range(shape.ranks)
@@ -197,7 +189,7 @@ def times(seed: int) -> Iterator[dict[str, Any]]:
         maps = routing_maps(shape, SKEWS["skewed"], seed)
         for capacity in (5, 8):
             for split in Split:
-                case = Case.make(maps, shape, capacity, shape.node_size, split)
+                case = Case.make(maps, shape, capacity, split)
                 yield {
                     "tokens": tokens,
                     "C": capacity,

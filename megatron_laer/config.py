@@ -190,12 +190,6 @@ class FSEPConfig:
         "expert), node (a row per token and node, then one per rank inside the node; outputs "
         "are summed on the way back), or auto (the faster by the cost model)",
     )
-    domain_nodes: int | None = _option(
-        None,
-        "nodes for which layouts of rows are planned together, where a token travels once per "
-        "node; or auto, the default: 1, or more that hold every expert, where clearly faster",
-        minimum=Bound(1, "1 node"),
-    )
     homes: str | None = _option(
         None,
         "file with the experts at home on each rank, by layer, for --fsep-sharding experts (which "
@@ -271,13 +265,6 @@ class FSEPConfig:
             self._check_homes()
         if self.sharding == Sharding.EXPERTS and self.reason_for_rows is not None:
             raise ValueError(self.reason_for_rows)
-        nodes = self.domain_nodes
-        if nodes is not None and nodes > 1 and self.token_exchange == TokenExchange.RANK:
-            raise ValueError(
-                f"--fsep-domain-nodes {nodes}: sends more tokens between nodes with "
-                f"--fsep-token-exchange {self.token_exchange}; use --fsep-token-exchange "
-                f"{TokenExchange.NODE}, or leave it out"
-            )
         if self.experts_in_fp8:
             self._check_fp8_experts()
         if (
@@ -312,12 +299,6 @@ class FSEPConfig:
             return (
                 f"--fsep-planner {self.planner}: moves every expert, so it does not run with "
                 f"--fsep-sharding {Sharding.EXPERTS}; use another planner, or --fsep-sharding rows"
-            )
-        if self.domain_nodes is not None and self.domain_nodes > 1:
-            return (
-                f"--fsep-domain-nodes {self.domain_nodes}: experts at home are on their node, so "
-                f"it does not run with --fsep-sharding {Sharding.EXPERTS}; use --fsep-sharding "
-                f"{Sharding.ROWS}"
             )
         if Unproven.DENSE_FP8 in self.allow_unproven:
             return (

@@ -19,8 +19,6 @@ from megatron_laer.config import (
     FSEPConfig,
     PlanMode,
     Restore,
-    Sharding,
-    TokenExchange,
     flag_name,
     takes_several,
     types_of,
@@ -59,13 +57,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def _number(text: str) -> int | None:
-    """Parse a number of slots or nodes; None for `auto`, the default."""
+def _slots(text: str) -> int | None:
+    """Parse a number of slots; None for `auto`, the default."""
     return None if text == Auto.AUTO else int(text)
 
 
-_number.__name__ = "int"  # in argparse's message
-_PARSERS: Mapping[str, Callable[[str], Any]] = {"capacity": _number, "domain_nodes": _number}
+_slots.__name__ = "int"  # in argparse's message
+_PARSERS: Mapping[str, Callable[[str], Any]] = {"capacity": _slots}
 
 
 def value_text(value: object) -> str:
@@ -123,10 +121,6 @@ def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield "--fsep-restore step keeps all of them", ("restore_memory_gib",)
     if config.restore_algorithm == ExchangeAlgorithm.FLAT:
         yield "--fsep-restore-algorithm is flat", ("grad_wire_dtype",)
-    if config.token_exchange == TokenExchange.RANK:
-        yield "--fsep-token-exchange is rank", ("domain_nodes",)
-    elif config.sharding == Sharding.EXPERTS:
-        yield "--fsep-sharding is experts", ("domain_nodes",)
     if config.record_trace is None:
         yield "--fsep-record-trace is not given", ("sampled_sets",)
     if config.pairs_interval is None:

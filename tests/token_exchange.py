@@ -37,7 +37,6 @@ class Case:
 
     tokens: tuple[int, ...]
     node_size: int
-    domain_nodes: int = 1
     capacity: int = 3
     experts: int = 8
     top_k: int = 4
@@ -138,7 +137,7 @@ def routing_maps(case: Case) -> list[torch.Tensor]:
 def plan_of(case: Case, rank: int) -> MicrobatchPlan:
     layout = ExpertLayout.random(case.ranks, case.capacity, case.experts, (case.seed,))
     counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in routing_maps(case)])
-    quotas = solve_quotas(Split.EXACT, counts_NE, layout, case.node_size * case.domain_nodes)
+    quotas = solve_quotas(Split.EXACT, counts_NE, layout, case.node_size)
     slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
     index: Any = SimpleNamespace(layout=layout, slot_expert_S=slot_expert_S)
     restored: Any = SimpleNamespace(index=index)

@@ -144,7 +144,7 @@ class PairPlanner:
         """Return the rows that pairs lead us to expect for tokens of ranks with these counts."""
         nodes, size = self.geometry.num_nodes, self.geometry.node_size
         counts_ME = counts_NE.reshape(nodes, size, -1).sum(axis=1)
-        return Crossings(pairs_EE, nodes, self.geometry.domain_nodes, counts_ME)
+        return Crossings(pairs_EE, nodes, counts_ME)
 
     def price(
         self, counts_NE: Int64, layout: ExpertLayout, rows_per_token: float
@@ -171,7 +171,7 @@ class PairPlanner:
         return layer_s + exchanges_s, share
 
     def _totals(self, counts_NE: Int64, layout: ExpertLayout) -> SplitTotals:
-        size = self.geometry.domain_size
+        size = self.geometry.node_size
         if self.split == Split.EVEN:
             return even_split(layout, size).totals(counts_NE)
         return exact_split(layout, size, self.geometry.top_k).totals(counts_NE)

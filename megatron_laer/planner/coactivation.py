@@ -68,14 +68,13 @@ def place_together(
     if counts_NE is not None:
         geometry.check_counts(counts_NE.shape)
         counts_ME = counts_NE.reshape(geometry.num_nodes, geometry.node_size, -1).sum(axis=1)
-    crossings = Crossings(pairs_EE, geometry.num_nodes, geometry.domain_nodes, counts_ME)
+    crossings = Crossings(pairs_EE, geometry.num_nodes, counts_ME)
     rng = np.random.default_rng(_SEED)
     slots_S, rows = native.together(
         pairs_EE,
         crossings.source_counts_ME,
         drifted_loads(pairs_EE, geometry.num_ranks, rng),
         geometry.node_size,
-        geometry.domain_nodes,
         geometry.capacity,
         geometry.home_slots,
         crossings.top_k,

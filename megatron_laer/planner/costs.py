@@ -135,15 +135,10 @@ class CostModel:
         layout: ExpertLayout,
         node_size: int,
         split: Split = Split.EXACT,
-        domain_nodes: int = 1,
     ) -> float:
-        """Predict the seconds of a layer's forward and backward for counts [N, E].
-
-        The split is made for domains of this number of nodes, for which `tokens` must be priced.
-        """
+        """Predict the seconds of a layer's forward and backward for counts [N, E]."""
         tables = exact_split if split == Split.EXACT else even_split
-        totals = tables(layout, node_size * domain_nodes).totals(counts_NE)
-        return self.split_seconds(totals, layout, node_size)
+        return self.split_seconds(tables(layout, node_size).totals(counts_NE), layout, node_size)
 
     def split_seconds(self, totals: SplitTotals, layout: ExpertLayout, node_size: int) -> float:
         """Predict the seconds of a layer's forward and backward from its split's totals."""
@@ -159,7 +154,7 @@ class CostModel:
     def least_layer_seconds(self, counts_NE: Int64, geometry: Geometry) -> float:
         """Return a lower bound of a layer's seconds over all layouts and splits."""
         return native.least_layer_seconds(
-            self.for_native(geometry), counts_NE, geometry.capacity, geometry.domain_size
+            self.for_native(geometry), counts_NE, geometry.capacity, geometry.node_size
         )
 
     def host_seconds(self, geometry: Geometry) -> float:
@@ -458,7 +453,6 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         costs.least_change_seconds(geometry),
         costs.hidden_share,
         costs.pairs_per_rank or 0,
-        geometry.node_size,
         carried(costs.weights_form(geometry.home_slots)),
         carried(costs.grads_form),
         costs.backward_restores(geometry.home_slots),

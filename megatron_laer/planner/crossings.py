@@ -29,12 +29,10 @@ class Crossings:
 
     `pairs_EE` are the tokens that chose both of two experts, on the diagonal those of one.
     `counts_ME` are tokens of each node's ranks for each expert; without them nodes are alike.
-    `domain_nodes` neighbouring nodes are planned together, see `Geometry`.
     """
 
     pairs_EE: Int64
     num_nodes: int
-    domain_nodes: int = 1
     counts_ME: Int64 | None = None
 
     def __post_init__(self) -> None:
@@ -67,7 +65,6 @@ class Crossings:
             self.pairs_EE,
             self.source_counts_ME,
             hosts_ME.astype(np.int64),
-            self.domain_nodes,
             self.top_k,
         )
 

@@ -1,11 +1,11 @@
 """Geometry: ranks, experts, slots and nodes of a planning problem, without loads or speeds.
 
-Legend: N ranks, E experts, C slots per rank, G ranks per node, D ranks of a domain.
+Legend: N ranks, E experts, C slots per rank, G ranks per node.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,9 +23,6 @@ from megatron_laer.planner.layout import (
 class Geometry:
     """Shape of a layer's planning problem; G divides N, and ranks r*G..r*G+G-1 share a node.
 
-    Layouts and quotas are planned as if `domain_nodes` neighbouring nodes were one, the domain of
-    D = G * `domain_nodes` ranks. Prices of links are those of nodes.
-
     `top_k` is the number of experts of a token: exact quotas then count on tokens that visit a node
     anyway for another expert. With 0, each pair of a token and an expert counts alone.
 
@@ -38,13 +35,11 @@ class Geometry:
     capacity: int
     node_size: int
     sharding: Sharding = Sharding.ROWS
-    domain_nodes: int = 1
     top_k: int = 0
 
     def __post_init__(self) -> None:
         check_shape(self.num_ranks, self.capacity, self.num_experts)
         check_node_size(self.num_ranks, self.node_size)
-        check_domain(self, self.domain_nodes)
         if self.sharding == Sharding.EXPERTS:
             check_home(self.num_ranks, self.capacity, self.num_experts)
 
@@ -83,11 +78,6 @@ class Geometry:
     @property
     def num_nodes(self) -> int:
         return self.num_ranks // self.node_size
-
-    @property
-    def domain_size(self) -> int:
-        """Return D, the node size for which layouts and quotas are planned."""
-        return self.node_size * self.domain_nodes
 
     def check_layout(self, layout: ExpertLayout) -> None:
         if layout.shape != self.shape:
@@ -139,40 +129,6 @@ def resolve_geometry(
     if sharding == Sharding.EXPERTS:
         check_home(num_ranks, capacity, num_experts, flags[0])
     return Geometry(num_ranks, num_experts, capacity, node_size, sharding)
-
-
-def domains(geometry: Geometry) -> list[Geometry]:
-    """Return the geometry for nodes alone, and for domains that together hold every expert.
-
-    None is larger than needed to hold a replica for each rank as well.
-    """
-    found, experts = [replace(geometry, domain_nodes=1)], geometry.num_experts
-    if geometry.home_slots:
-        return found
-    for nodes in range(1, geometry.num_nodes + 1):
-        if geometry.num_nodes % nodes:
-            continue
-        one = replace(geometry, domain_nodes=nodes)
-        slots = one.domain_size * one.capacity
-        if nodes > 1 and slots >= experts:
-            found.append(one)
-        if slots >= experts + one.domain_size:
-            break
-    return found
-
-
-def check_domain(geometry: Geometry, domain_nodes: int, flag: str = "domain of nodes") -> None:
-    """Reject a domain that would leave a partly filled one, or that moves experts from home."""
-    num_nodes = geometry.num_nodes
-    if domain_nodes < 1 or num_nodes % domain_nodes != 0:
-        works = [nodes for nodes in range(1, num_nodes + 1) if num_nodes % nodes == 0]
-        raise ValueError(
-            f"{flag} {domain_nodes} does not divide the {num_nodes} nodes; use one of {works}"
-        )
-    if domain_nodes > 1 and geometry.sharding == Sharding.EXPERTS:
-        raise ValueError(
-            f"{flag} {domain_nodes}: experts at home are on their node; use --fsep-sharding rows"
-        )
 
 
 def check_node_size(num_ranks: int, node_size: int, flag: str = "node size") -> None:

@@ -49,7 +49,7 @@ class GreedyStrategy:
         slots_S = native.greedy(
             counts_NE,
             current.slot_expert_S,
-            self.geometry.domain_size,
+            self.geometry.node_size,
             self.geometry.home_slots,
             self._native_costs,
         )

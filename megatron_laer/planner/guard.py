@@ -167,7 +167,7 @@ class Guard:
         geometry.check_counts(counts_NE.shape)
         check_rank(geometry.num_ranks, rank)
         if self.split == Split.EVEN:
-            even = solve_quotas(self.split, counts_NE, planned, geometry.domain_size)
+            even = solve_quotas(self.split, counts_NE, planned, geometry.node_size)
             mine = RankQuotas.of(planned, even.rank_row(rank), even.rank_columns(rank))
             return Decision(planned, even, planned, even, mine, solved=False)
         fresh, loads_S, kept_loads_S, solved, gain_s, cost_s, of_rank = native.decide(
@@ -176,14 +176,14 @@ class Guard:
             self.tolerance,
             counts_NE,
             planned.slot_expert_S,
-            geometry.domain_size,
+            geometry.node_size,
             geometry.home_slots,
             rank,
             geometry.top_k,
             row_share,
         )
         layout = planned if fresh is None else from_native(fresh, planned)
-        size, top_k = geometry.domain_size, geometry.top_k
+        size, top_k = geometry.node_size, geometry.top_k
         quotas = ExactQuotas(layout, size, counts_NE, loads_S, top_k)
         kept: ExactQuotas | None = quotas
         if kept_loads_S is not None:

@@ -61,7 +61,7 @@ class LaerStrategy:
         return min(
             candidates,
             key=lambda layout: self.costs.layer_seconds(
-                counts_NE, layout, geometry.node_size, Split.EVEN, geometry.domain_nodes
+                counts_NE, layout, geometry.node_size, Split.EVEN
             ),
         )
 
@@ -101,7 +101,7 @@ def place(loads_E: Int64, replicas_E: Int64, geometry: Geometry) -> ExpertLayout
     an expert twice only where every free slot is on a rank that has it.
     """
     load_per_replica_E = loads_E / replicas_E
-    node_N = np.arange(geometry.num_ranks) // geometry.domain_size
+    node_N = np.arange(geometry.num_ranks) // geometry.node_size
     free_N = np.full(geometry.num_ranks, geometry.capacity, dtype=np.int64)
     rank_load_N = np.zeros(geometry.num_ranks)
     held: list[list[int]] = [[] for _ in range(geometry.num_ranks)]
@@ -121,7 +121,7 @@ def place(loads_E: Int64, replicas_E: Int64, geometry: Geometry) -> ExpertLayout
             free_N[rank] -= 1
             rank_load_N[rank] += load_per_replica_E[expert]
             without_N[rank] = False
-            node_replicas_Q[rank // geometry.domain_size] += 1
+            node_replicas_Q[rank // geometry.node_size] += 1
 
     slots = [expert for experts in held for expert in sorted(experts)]
     return ExpertLayout.from_slots(*geometry.shape, slots)

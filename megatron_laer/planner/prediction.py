@@ -45,7 +45,7 @@ def predict(guard: Guard, decision: Decision) -> Prediction:
     if isinstance(quotas, ExactQuotas):
         totals = quotas.totals()
     else:
-        totals = even_split(layout, geometry.domain_size).totals(counts_NE)
+        totals = even_split(layout, node_size).totals(counts_NE)
     layer_s = costs.split_seconds(totals, layout, node_size)
     if decision.replanned:
         layer_s += costs.change_seconds(

@@ -48,7 +48,7 @@ class SearchStrategy:
         slots_S = native.search(
             counts_NE,
             current.slot_expert_S,
-            self.geometry.domain_size,
+            self.geometry.node_size,
             self.geometry.home_slots,
             self.scenarios,
             self.candidates,

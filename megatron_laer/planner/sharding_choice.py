@@ -1,10 +1,9 @@
-"""Choice of `--fsep-sharding auto`, a rank's slots and domains of nodes, by predicted time.
+"""Choice of `--fsep-sharding auto` and of a rank's slots, by predicted time.
 
 Candidates are priced for typical counts, with the planner's layout: a layer and microbatch with all
 exchanges of weights and gradients. Memory is the same but for the slots. Replica slots must also
 serve collapsed routing, where all hot experts share a home and need slots on other ranks. Rows need
-more than the fewest slots only to keep tokens on their node. Where these travel once per node,
-layouts may be planned for several nodes that together hold every expert.
+more than the fewest slots only to keep tokens on their node.
 
 Legend: N ranks, E experts, C slots per rank, G ranks per node.
 """
@@ -12,25 +11,20 @@ Legend: N ranks, E experts, C slots per rank, G ranks per node.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Auto, FixedPlanner, OverlapScheduler, Sharding, TokenExchange
-from megatron_laer.config import FSEPConfig, flag_name
+from megatron_laer.choices import Auto, FixedPlanner, OverlapScheduler, Sharding
+from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.geometry import Geometry, check_domain, domains, resolve_geometry
+from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.greedy import GreedyStrategy
-from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.token_exchange import rows_between_nodes
 from megatron_laer.planner.typical import collapsed_counts_NE, typical_counts_NE
 
 # Most replica slots per rank that are compared.
 _REPLICA_SLOTS = 3
 # Draws of typical counts, of which the mean counts.
 _DRAWS = 4
-# Part of the rows between nodes that a larger domain must save. Expected ones are up to an eighth
-# below those counted, most with larger domains, and more skew than is typical favours single nodes.
-_FEWER_ROWS = 0.2
 # Part of a layer's time that further slots, which take memory on every rank, must save.
 _WORTH = 0.01
 
@@ -39,15 +33,13 @@ _WORTH = 0.01
 class Candidate:
     """Sharding and slots, their prices, and the predicted seconds of a layer and microbatch.
 
-    `collapsed_s` are those of collapsed routing, for experts at home. `rows` between nodes are
-    expected of a rank where domains are compared.
+    `collapsed_s` are those of collapsed routing, for experts at home.
     """
 
     geometry: Geometry
     costs: CostModel
     seconds: float
     collapsed_s: float = 0.0
-    rows: float = 0.0
 
     @property
     def mean_s(self) -> float:
@@ -55,8 +47,7 @@ class Candidate:
         return (_DRAWS * self.seconds + self.collapsed_s) / (_DRAWS + 1)
 
     def __str__(self) -> str:
-        nodes = self.geometry.domain_nodes
-        slots = f"{self.geometry.capacity} slots{f' for {nodes} nodes' if nodes > 1 else ''}"
+        slots = f"{self.geometry.capacity} slots"
         return f"{self.geometry.sharding} ({slots}: {self.seconds * 1e3:.3g} ms per layer)"
 
 
@@ -67,7 +58,7 @@ def choose_geometry(
     top_k: int,
     priced: Callable[[Geometry], CostModel],
 ) -> tuple[Candidate, list[Candidate]]:
-    """Choose sharding, slots and domain; return the choice, and the best of each sharding.
+    """Choose sharding and slots; return the choice, and the best candidate of each sharding.
 
     Args:
         shape: N, E, and ranks per node.
@@ -78,30 +69,22 @@ def choose_geometry(
     num_ranks, num_experts, node_size = shape
 
     def geometry(sharding: Sharding, capacity: int | None) -> Geometry:
-        resolved = resolve_geometry(
+        return resolve_geometry(
             num_experts, num_ranks, capacity, node_size, sharding=sharding, multiple=multiple
         )
-        if config.domain_nodes is None:
-            return resolved
-        check_domain(resolved, config.domain_nodes, flag_name("domain_nodes"))
-        return replace(resolved, domain_nodes=config.domain_nodes)
-
-    def candidate(of: Geometry) -> Candidate:
-        return _fastest_domain(config, of, priced, top_k)
 
     asked = _shardings(config, num_ranks, num_experts)
     only = geometry(asked[0], config.capacity)
-    slots_are_known = config.capacity is not None or not _more_slots(only)
-    if len(asked) == 1 and slots_are_known and len(_domains(config, only)) == 1:
+    if len(asked) == 1 and (config.capacity is not None or not _more_slots(only)):
         return Candidate(only, priced(only), 0.0), []
     best = []
     for sharding in asked:
         least = geometry(sharding, config.capacity)
-        found = candidate(least)
+        found = _candidate(config, least, priced, top_k)
         for capacity in _more_slots(least) if config.capacity is None else ():
             if capacity > num_experts or capacity * num_ranks % multiple:
                 continue
-            more = candidate(geometry(sharding, capacity))
+            more = _candidate(config, geometry(sharding, capacity), priced, top_k)
             if more.mean_s < found.mean_s * (1.0 - _WORTH):
                 found = more
         best.append(found)
@@ -110,42 +93,6 @@ def choose_geometry(
     # Rows move every expert, and contention is seldom measured: they must be clearly faster.
     at_home, rows = best[0], best[-1]
     return (rows if rows.seconds < at_home.seconds * (1.0 - _WORTH) else at_home), best
-
-
-def with_domain(
-    geometry: Geometry,
-    priced: Callable[[Geometry], CostModel],
-    exchange: TokenExchange | Auto,
-    top_k: int,
-) -> Geometry:
-    """Return the geometry with the domain that training takes by itself for this exchange.
-
-    For `auto`, `priced` chooses an exchange for each domain.
-    """
-    config = FSEPConfig(token_exchange=exchange)
-    return _fastest_domain(config, geometry, priced, top_k).geometry
-
-
-def _fastest_domain(
-    config: FSEPConfig, geometry: Geometry, priced: Callable[[Geometry], CostModel], top_k: int
-) -> Candidate:
-    """Return the fastest domain; larger ones must be clearly faster, by clearly fewer rows."""
-    compared = _domains(config, geometry)
-    found = _candidate(config, compared[0], priced, top_k, counts_rows=len(compared) > 1)
-    for one in compared[1:]:
-        larger = _candidate(config, one, priced, top_k, counts_rows=True)
-        if larger.seconds < found.seconds * (1.0 - _WORTH) and (
-            larger.rows < found.rows * (1.0 - _FEWER_ROWS)
-        ):
-            found = larger
-    return found
-
-
-def _domains(config: FSEPConfig, geometry: Geometry) -> list[Geometry]:
-    """Return the geometry with each domain to compare, nodes alone first."""
-    if config.domain_nodes is not None or config.token_exchange == TokenExchange.RANK:
-        return [geometry]
-    return domains(geometry)
 
 
 def _more_slots(least: Geometry) -> list[int]:
@@ -174,37 +121,22 @@ def _shardings(config: FSEPConfig, num_ranks: int, num_experts: int) -> list[Sha
 
 
 def _candidate(
-    config: FSEPConfig,
-    geometry: Geometry,
-    priced: Callable[[Geometry], CostModel],
-    top_k: int,
-    *,
-    counts_rows: bool,
+    config: FSEPConfig, geometry: Geometry, priced: Callable[[Geometry], CostModel], top_k: int
 ) -> Candidate:
     costs, node_size = priced(geometry), geometry.node_size
 
-    def planned(counts_NE: Int64) -> ExpertLayout:
-        if config.planner == FixedPlanner.STATIC:
-            return geometry.static_layout
-        return GreedyStrategy(geometry, costs).plan(counts_NE, geometry.static_layout)
-
-    def seconds(counts_NE: Int64, layout: ExpertLayout) -> float:
-        layer_s = costs.layer_seconds(
-            counts_NE, layout, node_size, config.split, geometry.domain_nodes
-        )
+    def seconds(counts_NE: Int64) -> float:
+        layout = geometry.static_layout
+        if config.planner != FixedPlanner.STATIC:
+            layout = GreedyStrategy(geometry, costs).plan(counts_NE, layout)
+        layer_s = costs.layer_seconds(counts_NE, layout, node_size, config.split)
         hiding_s = layer_s if config.scheduler == OverlapScheduler.ON else 0.0
         return layer_s + costs.exchanges_seconds(layout, node_size, hiding_s, geometry.home_slots)
 
     pairs = costs.pairs_per_rank
-    typical_s = rows = collapsed_s = 0.0
+    typical_s = collapsed_s = 0.0
     for draw in range(_DRAWS):
-        counts_NE = typical_counts_NE(geometry, pairs, draw)
-        layout = planned(counts_NE)
-        typical_s += seconds(counts_NE, layout) / _DRAWS
-        if counts_rows:
-            tokens = max(int(counts_NE[0].sum()) // top_k, 1)
-            rows += rows_between_nodes(counts_NE, layout, geometry, tokens) / _DRAWS
+        typical_s += seconds(typical_counts_NE(geometry, pairs, draw)) / _DRAWS
     if geometry.home_slots:
-        collapsed_NE = collapsed_counts_NE(geometry, top_k, pairs)
-        collapsed_s = seconds(collapsed_NE, planned(collapsed_NE))
-    return Candidate(geometry, costs, typical_s, collapsed_s, rows)
+        collapsed_s = seconds(collapsed_counts_NE(geometry, top_k, pairs))
+    return Candidate(geometry, costs, typical_s, collapsed_s)

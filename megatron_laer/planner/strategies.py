@@ -13,7 +13,6 @@ from megatron_laer.config import (
     FSEPConfig,
     PlanMode,
     Sharding,
-    TokenExchange,
 )
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -77,7 +76,6 @@ def uses_costs(config: FSEPConfig) -> bool:
         or config.capacity is None
         or config.restore_algorithm == Auto.AUTO
         or config.token_exchange == Auto.AUTO
-        or (config.token_exchange == TokenExchange.NODE and config.domain_nodes is None)
     )
 
 

@@ -3,8 +3,6 @@
 The cost model counts pairs of tokens and experts. Rows per pair depend on the experts that tokens
 choose together; they are estimated once, for even counts.
 
-Layouts and quotas may be planned for domains of several nodes, whose rows still cross nodes.
-
 Legend: N ranks, E experts, S slots, T tokens of a rank, K top-k; X sampled ranks.
 """
 
@@ -50,7 +48,7 @@ def token_seconds(
     for exchange, rows in _crossings(geometry, top_k, tokens).items():
         prices = TokenPrices(exchange)
         intra_s = rows.intra * (costs.token_bytes / cluster.intra.bytes_per_s)
-        inter_s = (rows.domain + rows.inter) * (costs.token_bytes / cluster.inter.bytes_per_s)
+        inter_s = rows.inter * (costs.token_bytes / cluster.inter.bytes_per_s)
         pass_s = intra_s + inter_s if prices.in_stages else max(intra_s, inter_s)
         pass_s += replace(costs, tokens=prices).token_latency_seconds(geometry)
         seconds[exchange] = costs.token_passes * pass_s
@@ -62,16 +60,14 @@ def with_token_exchange(
 ) -> CostModel:
     """Return the cost model with the token prices of this exchange, and the number of pairs."""
     prices = BY_RANK
-    if exchange == TokenExchange.NODE or geometry.domain_nodes > 1:
+    if exchange == TokenExchange.NODE:
         crossings = _crossings(geometry, top_k, tokens)
-        pairs, rows = crossings[TokenExchange.RANK], crossings[exchange]
-        near_pairs = pairs.intra + pairs.domain
-        inside_pairs = near_pairs + (pairs.inter if exchange == TokenExchange.NODE else 0.0)
+        pairs, rows = crossings[TokenExchange.RANK], crossings[TokenExchange.NODE]
+        leaving_pairs = pairs.intra + pairs.inter
         prices = TokenPrices(
             exchange,
-            rows.intra / inside_pairs if inside_pairs else 1.0,
+            rows.intra / leaving_pairs if leaving_pairs else 1.0,
             rows.inter / pairs.inter if pairs.inter else 1.0,
-            rows.domain / near_pairs if near_pairs else 0.0,
         )
     return replace(costs, tokens=prices, pairs_per_rank=tokens * top_k)
 
@@ -83,10 +79,9 @@ def counting_visits(geometry: Geometry, exchange: TokenExchange, top_k: int) -> 
 
 @dataclass(frozen=True)
 class _Rows:
-    """An average rank's rows: inside nodes, to other nodes of its domain, and to other domains."""
+    """An average rank's rows inside nodes and between them."""
 
     intra: float
-    domain: float
     inter: float
 
 
@@ -105,27 +100,18 @@ def _crossings(geometry: Geometry, top_k: int, tokens: int) -> dict[TokenExchang
     counts_NE += (np.arange(num_experts) - extra_N1) % num_experts < left
     layout = geometry.static_layout
     if geometry.sharding == Sharding.ROWS:  # at home, even counts need no replica
-        layout = construct_layout(counts_NE, layout, geometry.domain_size)
-    return _expected_crossings(counts_NE, layout, geometry, tokens)
-
-
-def rows_between_nodes(
-    counts_NE: Int64, layout: ExpertLayout, geometry: Geometry, tokens: int
-) -> float:
-    """Estimate an average rank's rows between nodes with `node` and exact quotas."""
-    rows = _expected_crossings(counts_NE, layout, geometry, tokens)[TokenExchange.NODE]
-    return rows.domain + rows.inter
+        layout = construct_layout(counts_NE, layout, geometry.node_size)
+    return _expected_crossings(counts_NE, layout, geometry.node_size, tokens)
 
 
 def _expected_crossings(
-    counts_NE: Int64, layout: ExpertLayout, geometry: Geometry, tokens: int
+    counts_NE: Int64, layout: ExpertLayout, node_size: int, tokens: int
 ) -> dict[TokenExchange, _Rows]:
     """Estimate the rows of an average rank's tokens by exchange, from sampled ranks.
 
     A row of `node` that is passed on counts for its source.
     """
-    node_size, domain_size = geometry.node_size, geometry.domain_size
-    quotas = exact_split(layout, domain_size).solve(counts_NE)
+    quotas = exact_split(layout, node_size).solve(counts_NE)
     rank_X = np.unique(np.linspace(0, layout.num_ranks - 1, _RANKS).astype(np.int64))
     row_XS = np.stack([quotas.rank_row(rank) for rank in rank_X.tolist()])
     rank_N = np.arange(layout.num_ranks)
@@ -141,20 +127,15 @@ def _expected_crossings(
     is_near_XN = rank_X[:, None] // node_size == rank_N // node_size
     is_own_XN = rank_X[:, None] == rank_N
     is_passed_on_XN = rank_X[:, None] % node_size != rank_N % node_size
-    is_inside_XN = rank_X[:, None] // domain_size == rank_N // domain_size
-    node_M = np.arange(geometry.num_nodes)
-    is_home_XM = rank_X[:, None] // node_size == node_M
-    is_inside_XM = rank_X[:, None] // domain_size == node_M // geometry.domain_nodes
+    is_home_XM = rank_X[:, None] // node_size == np.arange(layout.num_ranks // node_size)
     return {
         TokenExchange.RANK: _Rows(
             float(pairs_XN[is_near_XN & ~is_own_XN].sum()) / len(rank_X),
-            float(pairs_XN[is_inside_XN & ~is_near_XN].sum()) / len(rank_X),
-            float(pairs_XN[~is_inside_XN].sum()) / len(rank_X),
+            float(pairs_XN[~is_near_XN].sum()) / len(rank_X),
         ),
         TokenExchange.NODE: _Rows(
             float(expected[0][is_passed_on_XN].sum()) / len(rank_X),
-            float(expected[1][is_inside_XM & ~is_home_XM].sum()) / len(rank_X),
-            float(expected[1][~is_inside_XM].sum()) / len(rank_X),
+            float(expected[1][~is_home_XM].sum()) / len(rank_X),
         ),
     }
 

@@ -29,39 +29,29 @@ class TokenPrices:
     Attributes:
         intra_rows: rows inside nodes per pair; with `node` per pair that leaves its rank, since a
             row from another node is passed on inside.
-        inter_rows: rows between nodes per pair that leaves its domain.
-        domain_rows: rows between nodes per pair that leaves its rank inside its domain; 0 in
-            domains of one node.
+        inter_rows: rows between nodes per pair that leaves its node.
     """
 
     exchange: TokenExchange = TokenExchange.RANK
     intra_rows: float = 1.0
     inter_rows: float = 1.0
-    domain_rows: float = 0.0
 
     @property
     def in_stages(self) -> bool:
         """Return True if rows travel inside nodes after those between nodes."""
         return self.exchange == TokenExchange.NODE
 
-    def pair_bytes(self, token_bytes: int) -> tuple[float, float, float]:
-        """Return a pair's bytes inside nodes, between domains, and between a domain's nodes."""
-        return (
-            token_bytes * self.intra_rows,
-            token_bytes * self.inter_rows,
-            token_bytes * self.domain_rows,
-        )
+    def pair_bytes(self, token_bytes: int) -> tuple[float, float]:
+        """Return a pair's bytes inside nodes and between them."""
+        return token_bytes * self.intra_rows, token_bytes * self.inter_rows
 
     def sent_between_nodes(self, totals: SplitTotals) -> float:
         """Return the rows between nodes of a split, for independent choices of experts."""
-        near = int(totals.near_S.sum() - totals.own_N.sum())
-        return int(totals.far_S.sum()) * self.inter_rows + near * self.domain_rows
+        return int(totals.far_S.sum()) * self.inter_rows
 
     def with_rows(self, share: float) -> TokenPrices:
         """Return the prices of a layout that sends this share of these rows between nodes."""
-        return replace(
-            self, inter_rows=self.inter_rows * share, domain_rows=self.domain_rows * share
-        )
+        return replace(self, inter_rows=self.inter_rows * share)
 
     def latency_seconds(
         self, geometry: Geometry, collective_s: float, in_node_s: float, forwards: int

@@ -104,15 +104,8 @@ def build_coordinator(
             print(f"FSEP: --fsep-sharding auto is {geometry.sharding}: {why}", flush=True)
         if config.token_exchange == Auto.AUTO:
             print(f"FSEP: --fsep-token-exchange auto is {exchange}", flush=True)
-        if config.domain_nodes is None and geometry.domain_nodes > 1:
-            print(f"FSEP: --fsep-domain-nodes auto is {geometry.domain_nodes}", flush=True)
     _check_pairs(config, exchange, geometry)
-    config = replace(
-        config,
-        sharding=geometry.sharding,
-        capacity=geometry.capacity,
-        domain_nodes=geometry.domain_nodes,
-    )
+    config = replace(config, sharding=geometry.sharding, capacity=geometry.capacity)
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts, as forecast ones, are kept after the gate.
     at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode
@@ -206,8 +199,6 @@ def token_exchange(
     config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int, tokens: int
 ) -> TokenExchange:
     if config.token_exchange == Auto.AUTO:
-        if config.domain_nodes is not None and config.domain_nodes > 1:
-            return TokenExchange.NODE  # the one that layouts for several nodes are for
         return choose_token_exchange(costs, geometry, top_k, tokens)
     return TokenExchange(config.token_exchange)
 

@@ -214,8 +214,6 @@ def run_settings(
         "token_exchange": costs.tokens.exchange,
         "token_intra_rows": costs.tokens.intra_rows,
         "token_inter_rows": costs.tokens.inter_rows,
-        "token_domain_rows": costs.tokens.domain_rows,
-        "domain_nodes": config.domain_nodes,
         **priced,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "python": platform.python_version(),

@@ -7,18 +7,12 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from megatron_laer.config import FSEPConfig, OverlapScheduler, Sharding
 from megatron_laer.environment import CONNECTIONS, has_one_queue
 from megatron_laer.files.checks import quoted
-from megatron_laer.planner.geometry import (
-    Geometry,
-    check_domain,
-    check_node_size,
-    resolve_geometry,
-)
+from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
 from megatron_laer.planner.homes_file import read_homes
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.support import RefusedError, fp8_experts, megatron_fsdp, triton_needs
@@ -158,9 +152,6 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
         )
     try:
         check_node_size(ranks, config.node_size or 1, "--fsep-node-size")
-        if config.domain_nodes is not None and config.node_size is not None:
-            nodes = replace(geometry(args, config), node_size=config.node_size)
-            check_domain(nodes, config.domain_nodes, "--fsep-domain-nodes")
     except ValueError as error:
         problems.append(str(error))
     return problems

@@ -276,10 +276,6 @@ INTERRUPTED_AT_NIGHT = {
         2,
         PLANNED + f" --fsep-sharding experts --fsep-cluster {REPLICAS_PAY} --fsep-restore step",
     ),
-    "planned for two nodes together": (
-        4,
-        PLANNED + " --fsep-node-size 2 --fsep-token-exchange node --fsep-domain-nodes 2",
-    ),
     "two replicas, offloaded": (2, PLANNED + " --use-distributed-optimizer" + OFFLOADED),
 }
 

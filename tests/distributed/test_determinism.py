@@ -46,7 +46,6 @@ def run(ranks: RankPools, text_data: str) -> Callable[[str], Record]:
         "search",
         "laer --fsep-split even",
         "greedy --fsep-node-size 1 --fsep-token-exchange node",
-        "greedy --fsep-node-size 1 --fsep-token-exchange node --fsep-domain-nodes 2",
         "search" + HOMES,
     ],
 )

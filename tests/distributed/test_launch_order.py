@@ -42,10 +42,6 @@ CASES = {
         4,
         PIPELINE + SELECTIVE + NODES + ADAPTIVE + TOKENS,
     ),
-    "pipeline, planned for two nodes together, tokens by nodes": (
-        4,
-        PIPELINE + NODES + ADAPTIVE + TOKENS + " --fsep-domain-nodes 2",
-    ),
     "experts at home, virtual pipeline, recompute, fresh layouts in four groups": (
         2,
         VIRTUAL + FULL + OVERLAP + ADAPTIVE + HOMES + " --fsep-restore-algorithm flat",

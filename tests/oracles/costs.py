@@ -100,29 +100,26 @@ def _pass_seconds(costs: CostModel, totals: SplitTotals) -> float:
     far_N = totals.far_S.reshape(len(totals.own_N), -1).sum(axis=1)
     inside_N = near_N + far_N if tokens.in_stages else np.maximum(totals.sent_near_N, near_N)
     intra = (inside_N - totals.own_N).max()
-    intra_bytes, inter_bytes, domain_bytes = tokens.pair_bytes(costs.token_bytes)
+    inter = np.maximum(totals.sent_far_N, far_N).max()
+    intra_bytes, inter_bytes = tokens.pair_bytes(costs.token_bytes)
     intra_s = float(intra * (intra_bytes / cluster.intra.bytes_per_s))
-    far_s, near_s = (of / cluster.inter.bytes_per_s for of in (inter_bytes, domain_bytes))
-    received_s = far_N * far_s + (near_N - totals.own_N) * near_s
-    sent_s = totals.sent_far_N * far_s + (totals.sent_near_N - totals.own_N) * near_s
-    inter_s = float(max(received_s.max(), sent_s.max()))
+    inter_s = float(inter * (inter_bytes / cluster.inter.bytes_per_s))
     return intra_s + inter_s if tokens.in_stages else max(intra_s, inter_s)
 
 
 def _least_pass_seconds(costs: CostModel, counts_NE: Int64, geometry: Geometry) -> float:
     num_ranks, node_size, capacity = geometry.num_ranks, geometry.node_size, geometry.capacity
-    domain_size, num_domains = geometry.domain_size, num_ranks // geometry.domain_size
     intra, inter = costs.cluster.intra, costs.cluster.inter
-    _, inter_bytes, _ = costs.tokens.pair_bytes(costs.token_bytes)
+    _, inter_bytes = costs.tokens.pair_bytes(costs.token_bytes)
     pass_s = 0.0
     if num_ranks > 1 and not costs.tokens.in_stages:
         near_bytes_per_s = intra.bytes_per_s if node_size > 1 else 0.0
         far_bytes_per_s = inter.bytes_per_s if geometry.num_nodes > 1 else 0.0
         pass_s = _least_leaving(counts_NE, capacity) / (near_bytes_per_s + far_bytes_per_s)
-    if num_domains > 1:
-        node_counts_QE = counts_NE.reshape(num_domains, domain_size, -1).sum(axis=1)
-        leaving = _least_leaving(node_counts_QE, domain_size * capacity)
-        pass_s = max(pass_s, leaving / domain_size / inter.bytes_per_s)
+    if geometry.num_nodes > 1:
+        node_counts_QE = counts_NE.reshape(geometry.num_nodes, node_size, -1).sum(axis=1)
+        leaving = _least_leaving(node_counts_QE, node_size * capacity)
+        pass_s = max(pass_s, leaving / node_size / inter.bytes_per_s)
     return pass_s * inter_bytes
 
 

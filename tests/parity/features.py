@@ -167,7 +167,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "tokens-one-node",
         "tokens-exact",
     ),
-    "layouts for several nodes (`--fsep-domain-nodes`)": ("tokens-pairs",),
     "tokens through nodes, with all that tokens by rank have": (
         "tokens-shared",
         "tokens-gated",

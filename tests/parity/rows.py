@@ -314,9 +314,6 @@ ROWS = [
         " ranks", TOP_4 + BF16, fsep=EXACT + " --fsep-token-exchange node" + NODES.format(2),
         ranks=4, not_at_home="bf16 sums of nodes flip a near-tie: 4.9e-2, 5.6e-3 given stock's"
         " choices"),
-    _row("tokens-pairs", "tokens through nodes of 1, planned for pairs of nodes, exact, top-4,"
-        " E = 8 on 4 ranks", TOP_4, fsep=EXACT + TOKENS.format(1) + " --fsep-domain-nodes 2",
-        ranks=4, not_at_home="layouts for several nodes move every expert"),
     _row("tokens-pairs-planned", "layouts by pairs of experts, tokens through nodes of 2, top-4,"
         " routed by topic, E = 8 on 4 ranks", TOP_4, fsep=TOKENS.format(2)
         + " --fsep-planner greedy --fsep-plan-mode forecast --fsep-late-plan wait"

@@ -65,7 +65,6 @@ _BY_PRICE = _in("planner/by_pairs.py", *_unit("by_pairs"))
 _LAYOUT = _in("planner/layout.py", *_unit("layout"))
 _SHARDING = _in("planner/sharding.py", *_unit("slices", "traffic"))
 _LAER = _in("planner/laer.py", *_unit("strategies"))
-_ROWS = _in("planner/token_exchange.py", *_unit("domains"))
 _COSTS = _in("planner/costs.py", *_unit("home"))
 _WIRE = _in("planner/wire_form.py", *_unit("wire_form"))
 _FP8_BYTES = ("tests/tools/distributed/test_simulated_fp8_bytes.py",)
@@ -136,13 +135,8 @@ FAULTS: tuple[Fault, ...] = (
     _LAER.fault("laer packs a full rank further", "open_N = free_N > 0", "open_N = free_N >= 0"),
     _LAER.fault(
         "laer counts no replicas per node",
-        "node_replicas_Q[rank // geometry.domain_size] += 1",
-        "node_replicas_Q[rank // geometry.domain_size] += 0",
-    ),
-    _ROWS.fault(
-        "rows between the nodes of a domain are free",
-        "rows.domain / near_pairs if near_pairs else 0.0",
-        "0.0 * near_pairs",
+        "node_replicas_Q[rank // geometry.node_size] += 1",
+        "node_replicas_Q[rank // geometry.node_size] += 0",
     ),
     _WIRE.fault(
         "scales of blocks travel for free",
@@ -829,11 +823,6 @@ FAULTS: tuple[Fault, ...] = (
         "a layout by counts with fewer rows is not taken",
         "if by_counts.rows_per_token < rows:",
         "if rows < by_counts.rows_per_token:",
-    ),
-    _in("planner/crossings.py", *_unit("coactivation")).fault(
-        "domains of nodes count as single nodes",
-        "self.domain_nodes,\n            self.top_k",
-        "1,\n            self.top_k",
     ),
     _BY_PAIRS.fault(
         "homes by pairs are counted on the steps that planned them",

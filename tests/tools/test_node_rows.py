@@ -43,9 +43,8 @@ def test_home_rows_are_those_of_one_copy_of_each_expert():
 def rows_of(layout, exchange, geometry=GEOMETRY):
     costs = CostModel(load_cluster("h100-8"), 2048, 768, True, 2)
     prices = with_token_exchange(costs, exchange, geometry, TOP_K, TOKENS).tokens
-    totals = exact_split(layout, geometry.domain_size).totals(COUNTS_NE)
-    far = int(totals.far_S.sum())
-    return by_cause([NodeRows.of(COUNTS_NE, geometry.node_size, totals, far, prices)])
+    totals = exact_split(layout, geometry.node_size).totals(COUNTS_NE)
+    return by_cause([NodeRows.of(COUNTS_NE, geometry.node_size, totals, prices)])
 
 
 def test_causes_add_up_to_the_rows_that_independent_tokens_send():
@@ -84,13 +83,13 @@ def test_all_four_tools_print_the_same_rows(tmp_path, capsys):
 
     sizes = "--node-size 2 --capacity 3 --token-exchange node".split()
     plan = ["plan", path, *sizes, *"--ranks 4 --strategy static --mode forecast".split()]
-    planned, printed = written(*plan, "--domain-nodes", 1)
+    planned, printed = written(*plan)
     stock, static = (row["node_rows"] for row in planned["rows"])
     assert stock["home"] == static["home"] == stock["sent"] > 0
     assert f"{stock['home']:.1%} of pairs leave their node with one copy" in printed
 
     shared = "--model mixtral-8x7b-e8k2 --cluster h100-8".split()
-    flags = "--sharding rows --strategy static --method stock fsep --steps 99 --domain-nodes 1"
+    flags = "--sharding rows --strategy static --method stock fsep --steps 99"
     flags += " --stock-expert-parallel 4 --stock-dispatcher alltoall --mode forecast"
     simulated, text = written("simulate", path, *shared, *sizes, *flags.split())
     methods = simulated["methods"]

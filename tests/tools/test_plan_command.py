@@ -295,19 +295,3 @@ def test_experts_stay_at_home_as_recorded_or_as_the_flag_says(tmp_path, capsys):
     ):
         status, _, err = run(tmp_path / "run", *words, capsys=capsys)
         assert status == 2 and problem in err and len(err.splitlines()) == 1
-
-
-def test_exchange_and_domain_are_chosen_together(tmp_path, capsys):
-    """Alone, nodes would send tokens by rank; two together send them once per node."""
-    words = "plan --workload W0 --ranks 32 --experts 64 --topk 8 --tokens 1024 --steps 2"
-    words += " --hidden 2048 --ffn 768 --node-size 4 --capacity 9 --strategy static"
-    words += " --token-exchange auto"
-
-    def planned(more):
-        out = tmp_path / "x.json"
-        assert cli.main([*f"{words} {more}".split(), "--json", str(out)]) == 0
-        found = json.loads(out.read_text())
-        return found["token_exchange"], found["domain_nodes"]
-
-    assert planned("--domain-nodes 1") == ("rank", [1])
-    assert planned("--domain-nodes auto") == ("node", [2])

@@ -11,8 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from benchmarks.coactivation import counts_of, independent_sets, maps_of, rows_and_balance
-from benchmarks.domains import priced
+from benchmarks.coactivation import counts_of, independent_sets, maps_of, priced, rows_and_balance
 from benchmarks.token_exchange import Shape
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Sharding, Split
@@ -72,10 +71,7 @@ def test_layouts_by_pairs_are_taken_where_tokens_have_topics_and_send_fewer_rows
     choice = ours.choose(counts_NE, by_counts, by_pairs, pairs_EE)
     assert choice.layout == by_pairs
     rows, balance = zip(
-        *(
-            rows_and_balance(later, SHAPE, layout, SHAPE.node_size, SHAPE.topk)
-            for layout in (by_counts, by_pairs)
-        ),
+        *(rows_and_balance(later, SHAPE, layout, SHAPE.topk) for layout in (by_counts, by_pairs)),
         strict=True,
     )
     assert rows[1] < (0.87 if sharding == Sharding.ROWS else 0.93) * rows[0]

@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import coactivation as benchmark
-from benchmarks.domains import ROUTINGS, topic_maps
 from benchmarks.token_exchange import Shape
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Sharding
@@ -56,10 +55,7 @@ def test_layouts_are_legal_and_repeatable(data: st.DataObject) -> None:
     fewest = -(-experts // ranks) + at_home
     capacity = data.draw(st.integers(min(fewest, experts), experts))
     sharding = Sharding.EXPERTS if at_home and experts > ranks else Sharding.ROWS
-    domains = [1] if at_home else [at for at in (1, 2) if nodes % at == 0]
-    geometry = Geometry(
-        ranks, experts, capacity, size, sharding, domain_nodes=data.draw(st.sampled_from(domains))
-    )
+    geometry = Geometry(ranks, experts, capacity, size, sharding)
     seed = data.draw(st.integers(0, 2**16))
     top_k = data.draw(st.integers(1, experts))
     pairs_EE = pairs_of(topic_sets(experts, top_k, 50, 3, seed), experts)
@@ -69,7 +65,7 @@ def test_layouts_are_legal_and_repeatable(data: st.DataObject) -> None:
         counts_NE = np.random.default_rng(seed).integers(0, 50, (ranks, experts))
     placed = place_together(pairs_EE, geometry, counts_NE)
     assert placed.layout == place_together(pairs_EE, geometry, counts_NE).layout
-    crossings = Crossings(pairs_EE, nodes, geometry.domain_nodes, node_counts(counts_NE, size))
+    crossings = Crossings(pairs_EE, nodes, node_counts(counts_NE, size))
     assert placed.rows_per_token == pytest.approx(crossings.rows(hosts_of(placed.layout, geometry)))
     if sharding == Sharding.ROWS:
         geometry.check_layout(placed.layout)
@@ -136,30 +132,24 @@ def test_ranks_of_a_node_have_alike_loads_that_no_split_can_move() -> None:
 
 
 @pytest.mark.parametrize("known", [False, True])
-def test_rows_of_domains_are_those_of_tokens_without_likeness(known: bool) -> None:
-    """Tokens use their own node, else their domain, else any node, as a loop over tokens counts."""
+def test_rows_are_those_of_tokens_without_likeness(known: bool) -> None:
+    """Tokens use their own node, else one that they need anyway, as a loop over tokens counts."""
     rng = np.random.default_rng(0)
     hosts_ME = np.zeros((4, 32), dtype=np.bool_)
-    hosts_ME[rng.integers(2, size=32), np.arange(32)] = True  # of the first two nodes
-    hosts_ME[2 + rng.integers(2, size=24), np.arange(24)] = True  # the others miss eight
+    hosts_ME[rng.integers(4, size=32), np.arange(32)] = True
+    hosts_ME[rng.integers(4, size=8), np.arange(8)] = True  # some have a second node
     tilt_ME = rng.normal(size=(4, 32)) if known else np.zeros((4, 32))
     sets = [
         np.argsort(-(tilt_E + rng.gumbel(size=(4000, 32))), axis=1)[:, :3] for tilt_E in tilt_ME
     ]
     rows = 0
     for source, expert_TK in enumerate(sets):
-        near_M = np.arange(4) // 2 == source // 2
         for experts in expert_TK.tolist():
-            nodes = set()
-            for expert in experts:
-                held_M = hosts_ME[:, expert]
-                if held_M[source]:
-                    continue
-                usable_M = held_M & near_M if (held_M & near_M).any() else held_M
-                nodes.add(int(np.argmax(usable_M)))
-            rows += len(nodes)
+            held = [set(np.flatnonzero(hosts_ME[:, expert]).tolist()) for expert in experts]
+            nodes = {source}.union(*(of for of in held if len(of) == 1))
+            rows += len(nodes) - 1 + sum(not of & nodes for of in held)
     counts_ME = np.stack([np.bincount(one_TK.ravel(), minlength=32) for one_TK in sets])
-    crossings = Crossings(pairs_of(np.concatenate(sets), 32), 4, 2, counts_ME if known else None)
+    crossings = Crossings(pairs_of(np.concatenate(sets), 32), 4, counts_ME if known else None)
     assert crossings.rows(hosts_ME) == pytest.approx(rows / 16000, rel=0.02)
 
 
@@ -209,12 +199,11 @@ def test_sets_by_topic_cross_nodes_less_and_independent_ones_no_more(sharding: S
     assert f"{independent['saved by quotas']:.1%} with today's layouts" in line
 
 
-@pytest.mark.parametrize("routing", list(ROUTINGS))
-def test_domains_of_two_nodes_save_over_a_quarter_of_the_rows(routing: str) -> None:
-    """Half of a token's experts are on its own node, and the others on one more."""
+@pytest.mark.parametrize("routing", list(benchmark.ROUTINGS))
+def test_layouts_by_pairs_save_rows_of_every_routing_by_seed(routing: str) -> None:
     shape = Shape(nodes=4, node_size=4, experts=64, topk=8, tokens=512)
-    geometry = Geometry(shape.ranks, 64, 8, 4, domain_nodes=2)
-    maps = topic_maps(shape, routing, seed=0)
+    geometry = Geometry(shape.ranks, 64, 8, 4)
+    maps = benchmark.topic_maps(shape, routing, seed=0)
     first, second = ([map_TE[at::2] for map_TE in maps] for at in range(2))
     found = benchmark.planned(first, shape, geometry, knows_ranks=True).saved(second, shape)
     assert found["saved"] > 0.27

@@ -51,8 +51,6 @@ def test_defaults_and_values_of_flags_reach_their_fields() -> None:
         ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode announced"),
         ("--fsep-grad-wire-dtype fp32", "--fsep-restore-algorithm flat"),
         ("--fsep-restore-memory-gib 1.0", "--fsep-restore step"),
-        ("--fsep-domain-nodes 1", "--fsep-token-exchange rank"),
-        ("--fsep-domain-nodes 1", "--fsep-token-exchange node --fsep-sharding experts"),
         *(
             ("--fsep-cluster cpu-gloo", f"--fsep-restore-algorithm flat {flags}")
             for flags in (
@@ -84,18 +82,8 @@ def test_constants_of_hardware_decide_how_tokens_go_if_nothing_else() -> None:
     flags += " --fsep-plan-mode exact"
     words = ["--expert-parallel-mode", "fsep", *flags.split(), "--fsep-cluster", "cpu-gloo"]
     with pytest.raises(ValueError, match="no effect"):
-        config_from_args(parse(*words, "--fsep-token-exchange", "node", "--fsep-domain-nodes", "2"))
-    for exchange in ("node", "auto"):  # they decide the domain, and the exchange
-        assert config_from_args(parse(*words, "--fsep-token-exchange", exchange)) is not None
-
-
-def test_several_nodes_are_planned_together_by_name_or_by_predicted_time() -> None:
-    fsep = ["--expert-parallel-mode", "fsep", "--fsep-token-exchange", "node"]
-    for text, domain in (("auto", None), ("2", 2)):
-        config = config_from_args(parse(*fsep, "--fsep-domain-nodes", text))
-        assert config == FSEPConfig(token_exchange="node", domain_nodes=domain)
-    with pytest.raises(ValueError, match=r"--fsep-domain-nodes 2: experts at home are on their"):
-        FSEPConfig(domain_nodes=2, sharding="experts")
+        config_from_args(parse(*words, "--fsep-token-exchange", "node"))
+    assert config_from_args(parse(*words, "--fsep-token-exchange", "auto")) is not None
 
 
 @pytest.mark.parametrize(

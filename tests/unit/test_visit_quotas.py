@@ -65,7 +65,7 @@ def test_tokens_choose_replicas_with_fewer_rows(skew: float) -> None:
     layout = place_together(chosen_TE.T @ chosen_TE, geometry).layout
     rows, balance = [], []
     for top_k in (0, shape.topk):
-        case = Case.of(maps, shape, layout, shape.node_size, Split.EXACT, top_k)
+        case = Case.of(maps, shape, layout, Split.EXACT, top_k)
         sent = dispatch_rows(case.count(chooses=True), TokenExchange.NODE)
         rows.append(int(sent.inter_N.sum()))
         balance.append(case.max_over_mean)

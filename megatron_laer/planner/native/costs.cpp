@@ -68,17 +68,11 @@ double GemmCurve::least_unit_seconds(int64_t tokens) const {
 // rank that takes longest: per link class the slower of send and receive (links are full duplex),
 // and of the classes the slower, as one collective drives both. Tokens for a rank's own slots travel
 // nowhere. In stages the classes add up, and inside nodes travels all that a rank computes for
-// others. Pairs that stay in a domain of several nodes leave their rank for another of these nodes
-// with part of their rows. The paper adds up communication over all devices but takes the maximum of compute; here
+// others. The paper adds up communication over all devices but takes the maximum of compute; here
 // both are the time of one device, so that their sum has a meaning.
 double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& totals) {
-  int64_t intra = 0;
-  double inter_s = 0.0, expert_s = 0.0;
-  const double far_pair_s = costs.inter_pair_bytes / costs.inter_bytes_per_s;
-  const double near_pair_s = costs.domain_pair_bytes / costs.inter_bytes_per_s;
-  const auto between_s = [&](int64_t far, int64_t near) {
-    return static_cast<double>(far) * far_pair_s + static_cast<double>(near) * near_pair_s;
-  };
+  int64_t intra = 0, inter = 0;
+  double expert_s = 0.0;
   for (int rank = 0; rank < shape.ranks; ++rank) {
     int64_t near = 0, far = 0;
     double rank_s = 0.0;
@@ -89,14 +83,14 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
     }
     const int64_t inside =
         costs.tokens_in_stages ? near + far : std::max(totals.sent_near_N[rank], near);
-    const int64_t own = totals.own_N[rank];
-    intra = std::max(intra, inside - own);
-    inter_s = std::max({inter_s, between_s(far, near - own),
-                        between_s(totals.sent_far_N[rank], totals.sent_near_N[rank] - own)});
+    intra = std::max(intra, inside - totals.own_N[rank]);
+    inter = std::max({inter, totals.sent_far_N[rank], far});
     expert_s = std::max(expert_s, rank_s);
   }
   const double intra_s =
       static_cast<double>(intra) * (costs.intra_pair_bytes / costs.intra_bytes_per_s);
+  const double inter_s =
+      static_cast<double>(inter) * (costs.inter_pair_bytes / costs.inter_bytes_per_s);
   const double pass_s = costs.tokens_in_stages ? intra_s + inter_s : std::max(intra_s, inter_s);
   return costs.expert_flops * expert_s + costs.token_passes * (pass_s + costs.latency_s) +
          costs.host_s;
@@ -106,8 +100,7 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
 // times, with each expert in as few GEMMs as are fastest. Tokens: a rank keeps at most those of its
 // own C most wanted experts, and the others leave it over all its links at once; a node keeps at
 // most those of its G*C most wanted, and the others leave over its ranks' links to other nodes. In
-// stages only the latter bounds: the rows inside a node do not follow from counts. Nodes of `shape` are
-// those of plans.
+// stages only the latter bounds: the rows inside a node do not follow from counts.
 double least_layer_seconds(const Shape& shape, const CostModel& costs, const Counts& counts,
                            const int64_t* node_counts_QE) {
   int64_t total = 0;
@@ -127,8 +120,8 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const Cou
   double pass_s = 0.0;
   if (shape.ranks > 1 && !costs.tokens_in_stages) {
     const int64_t leaving = least_leaving(counts, shape.ranks, shape.experts, shape.capacity);
-    const double near_bytes_per_s = costs.node_size > 1 ? costs.intra_bytes_per_s : 0.0;
-    const double far_bytes_per_s = costs.node_size < shape.ranks ? costs.inter_bytes_per_s : 0.0;
+    const double near_bytes_per_s = shape.node_size > 1 ? costs.intra_bytes_per_s : 0.0;
+    const double far_bytes_per_s = shape.nodes() > 1 ? costs.inter_bytes_per_s : 0.0;
     pass_s = static_cast<double>(leaving) / (near_bytes_per_s + far_bytes_per_s);
   }
   if (shape.nodes() > 1) {
@@ -162,13 +155,13 @@ bool is_fetched(const Shape& shape, const int16_t* before_S, const int16_t* afte
 
 // Whole experts, each from its home to every slot that is fetched.
 Busiest direct_from_home(const Shape& shape, const int16_t* before_S, const int16_t* after_S,
-                         int node_size, int64_t whole) {
+                         int64_t whole) {
   std::vector<int64_t> received_intra_N(shape.ranks, 0), received_inter_N(shape.ranks, 0);
   std::vector<int64_t> sent_intra_N(shape.ranks, 0), sent_inter_N(shape.ranks, 0);
   for (int slot = 0; slot < shape.slots(); ++slot) {
     if (!is_fetched(shape, before_S, after_S, slot)) continue;
     const int rank = slot / shape.capacity, home = after_S[slot] / shape.home;
-    const bool is_near = rank / node_size == home / node_size;
+    const bool is_near = rank / shape.node_size == home / shape.node_size;
     (is_near ? received_intra_N : received_inter_N)[rank] += whole;
     (is_near ? sent_intra_N : sent_inter_N)[home] += whole;
   }
@@ -183,7 +176,7 @@ Busiest direct_from_home(const Shape& shape, const int16_t* before_S, const int1
 // One exchange that nothing hides, of the slots that differ from `before_S`, or of all without it.
 double one_way_seconds(const Shape& shape, const CostModel& costs, const Carried& carried,
                        bool by_node, const int16_t* before_S, const int16_t* after_S) {
-  const int size = costs.node_size, nodes = shape.ranks / size;
+  const int size = shape.node_size, nodes = shape.nodes();
   std::vector<int64_t> fetched_N(shape.ranks, 0), fetched_Q(nodes, 0);
   std::vector<int64_t> distinct_Q(nodes, 0), held_Q(nodes, 0), place_G(size, 0);
   std::vector<int> last_node_E(shape.experts, -1);
@@ -218,7 +211,7 @@ double one_way_seconds(const Shape& shape, const CostModel& costs, const Carried
   // Received and sent, see planner/traffic.py for the formulas.
   Busiest busiest;
   if (shape.home > 0 && !by_node) {
-    busiest = direct_from_home(shape, before_S, after_S, size, whole);
+    busiest = direct_from_home(shape, before_S, after_S, whole);
   } else {
     for (int rank = 0; rank < shape.ranks; ++rank) {
       const int node = rank / size;

@@ -40,7 +40,6 @@ struct CostModel {
   double forward_share;  // of a layer's time, that hides a restore
   double token_passes;   // All-to-Alls of tokens, of all of a microbatch's passes
   double intra_pair_bytes, inter_pair_bytes;  // of hidden states, per (token, expert) pair
-  double domain_pair_bytes;                   // between nodes, per pair that stays in its domain
   bool tokens_in_stages;                      // inside nodes after between nodes
   double intra_bytes_per_s, inter_bytes_per_s;
   double latency_s;                    // of one pass of the token exchange
@@ -51,7 +50,6 @@ struct CostModel {
   double solve_s, least_change_s;      // constants of the shape
   double hidden_share;  // of a hidden exchange, that the compute around it takes longer
   int64_t pairs;        // of a rank in a microbatch; 0 if not known
-  int node_size;        // G of the links; a shape's is that of its plans, one or several nodes
   Carried weights, grads;
   bool is_alike;        // whether a reduce takes as long as a restore
   int backward_restores;  // two where forward's re-run needs payloads of its own

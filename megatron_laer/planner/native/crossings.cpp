@@ -1,6 +1,6 @@
 // Expected rows between nodes: sums over experts are kept, and a move changes few of them.
 //
-// Legend: E experts, Q nodes, D domains, K experts of a token.
+// Legend: E experts, Q nodes, K experts of a token.
 #include "crossings.hpp"
 
 #include <algorithm>
@@ -22,7 +22,7 @@ bool Pairs::are_sources_alike() const {
 
 Crossings::Crossings(const Pairs& pairs)
     : pairs_(pairs), are_sources_alike_(pairs.are_sources_alike()) {
-  const int nodes = pairs.nodes, experts = pairs.experts, together = pairs.domain_nodes;
+  const int nodes = pairs.nodes, experts = pairs.experts;
   tokens_Q_.assign(nodes, 0);
   load_E_.resize(experts);
   load_Q_.assign(nodes, 0);
@@ -36,28 +36,13 @@ Crossings::Crossings(const Pairs& pairs)
   of_sources_ = std::accumulate(tokens_Q_.begin(), tokens_Q_.end(), 0.0);
   hosts_QE_.assign(at(nodes, 0), 0);
   hosts_E_.assign(experts, 0);
-  in_domain_DE_.assign(at(num_domains(), 0), 0);
-  auto add_set = [&](int node, int first, int end, int absent) {
-    sets_.push_back({node, first, end, absent, 0, 0, std::vector<char>(experts, 0),
-                     std::vector<double>(experts, 0), std::vector<double>(nodes, 0)});
-  };
-  for (int node = 0; node < nodes; ++node) add_set(node, 0, nodes, pairs.domain(node));
-  if (together == 1) return;
-  for (int source = 0; source < nodes; ++source) {
-    for (int i = 0; i < together; ++i) {
-      add_set(pairs.domain(source) * together + i, source, source + 1, -1);
-    }
-  }
+  sets_Q_.assign(nodes, {0, 0, std::vector<char>(experts, 0), std::vector<double>(experts, 0),
+                         std::vector<double>(nodes, 0)});
 }
 
-bool Crossings::belongs(const Set& set, int expert) const {
-  if (!hosts(set.node, expert)) return false;
-  if (set.absent_source >= 0) return hosts_E_[expert] == 1;
-  return !hosts(set.first_source, expert) && in_domain(pairs_.domain(set.node), expert) == 1;
-}
-
-void Crossings::update(Set& set, int expert) {
-  const bool has = belongs(set, expert);
+void Crossings::update(int node, int expert) {
+  Set& set = sets_Q_[node];
+  const bool has = hosts(node, expert) && hosts_E_[expert] == 1;
   if (has == (set.has_E[expert] != 0)) return;
   set.has_E[expert] = has;
   const double sign = has ? 1 : -1;
@@ -65,8 +50,8 @@ void Crossings::update(Set& set, int expert) {
   set.square += sign * 2 * set.together_E[expert] + pairs_E[expert];
   set.load += sign * load_E_[expert];
   for (int e = 0; e < pairs_.experts; ++e) set.together_E[e] += sign * pairs_E[e];
-  for (int node = 0; node < pairs_.nodes; ++node) {
-    set.count_Q[node] += sign * pairs_.count(node, expert);
+  for (int source = 0; source < pairs_.nodes; ++source) {
+    set.count_Q[source] += sign * pairs_.count(source, expert);
   }
 }
 
@@ -76,53 +61,39 @@ void Crossings::move(int expert, int from, int to) {
     if (node == kNowhere) return;
     hosts_QE_[at(node, expert)] = by > 0;
     hosts_E_[expert] += by;
-    in_domain_DE_[at(pairs_.domain(node), expert)] += by;
   };
   change(from, -1);
   change(to, 1);
   if (hosts_E_[expert] > 0) add_load(expert, 1);
-  for (int node = 0; node < pairs_.nodes; ++node) update(sets_[node], expert);
-  if (pairs_.domain_nodes == 1) return;
-  auto update_domain = [&](int node) {
-    if (node == kNowhere) return;
-    const int size = pairs_.domain_nodes * pairs_.domain_nodes;
-    const int first = pairs_.nodes + pairs_.domain(node) * size;
-    for (int set = first; set < first + size; ++set) update(sets_[set], expert);
-  };
-  update_domain(from);
-  update_domain(to);
+  for (int node = 0; node < pairs_.nodes; ++node) update(node, expert);
 }
 
 double Crossings::load(int node, int expert) const {
   if (!hosts(node, expert)) return 0;
   double load = 0;
   for (int source = 0; source < pairs_.nodes; ++source) {
-    const int domain = pairs_.domain(source), near = in_domain(domain, expert);
-    if (near > 0 && pairs_.domain(node) != domain) continue;
-    load += pairs_.count(source, expert) / (near > 0 ? near : hosts_E_[expert]);
+    const bool has = hosts(source, expert);
+    if (has && source != node) continue;
+    load += pairs_.count(source, expert) / (has ? 1 : hosts_E_[expert]);
   }
   return load;
 }
 
 void Crossings::add_load(int expert, double sign) {
-  double far = 0;  // of each node, from domains without the expert
+  double far = 0;  // of each node, from nodes without the expert
   for (int source = 0; source < pairs_.nodes; ++source) {
-    if (in_domain(pairs_.domain(source), expert) == 0) far += pairs_.count(source, expert);
+    if (!hosts(source, expert)) far += pairs_.count(source, expert);
   }
   far /= hosts_E_[expert];
   for (int node = 0; node < pairs_.nodes; ++node) {
-    if (!hosts(node, expert)) continue;
-    const int domain = pairs_.domain(node), first = domain * pairs_.domain_nodes;
-    double near = 0;
-    for (int i = 0; i < pairs_.domain_nodes; ++i) near += pairs_.count(first + i, expert);
-    load_Q_[node] += sign * (far + near / in_domain(domain, expert));
+    if (hosts(node, expert)) load_Q_[node] += sign * (far + pairs_.count(node, expert));
   }
 }
 
 double Crossings::rows() const {
   double rows = 0;
-  for (const Set& set : sets_) {
-    if (set.load > 0) rows += visits(set);
+  for (int node = 0; node < pairs_.nodes; ++node) {
+    if (sets_Q_[node].load > 0) rows += visits(node);
   }
   for (int e = 0; e < pairs_.experts; ++e) {
     if (hosts_E_[e] > 1) rows += rows_with_choice(e);
@@ -130,8 +101,9 @@ double Crossings::rows() const {
   return rows / of_sources_;
 }
 
-// Tokens of a set's sources with an expert of it.
-double Crossings::visits(const Set& set) const {
+// Tokens of other nodes with an expert of a node's set.
+double Crossings::visits(int node) const {
+  const Set& set = sets_Q_[node];
   const int draws = pairs_.top_k;
   const double mean = set.load / tokens_, miss = 1 - mean / draws;
   const double even = std::max(draws * miss * (1 - miss), 1e-9);
@@ -147,10 +119,8 @@ double Crossings::visits(const Set& set) const {
   };
   const double alike = are_sources_alike_ ? found(miss) : 0;
   double tokens = 0;
-  for (int source = set.first_source; source < set.end_source; ++source) {
-    if (set.absent_source >= 0 ? pairs_.domain(source) == set.absent_source : source == set.node) {
-      continue;
-    }
+  for (int source = 0; source < pairs_.nodes; ++source) {
+    if (source == node) continue;
     const double own = tokens_Q_[source];
     if (own == 0) continue;
     tokens += own * (are_sources_alike_ ? alike : found(1 - set.count_Q[source] / own / draws));
@@ -158,10 +128,10 @@ double Crossings::visits(const Set& set) const {
   return tokens;
 }
 
-// The share of an expert's tokens that have no expert of a set besides.
-double Crossings::missed(const Set& set, int expert) const {
+// The share of an expert's tokens that have no expert of a node's set besides.
+double Crossings::missed(int node, int expert) const {
   const int others = pairs_.top_k - 1;
-  const double share = set.together_E[expert] / load_E_[expert] / std::max(others, 1);
+  const double share = sets_Q_[node].together_E[expert] / load_E_[expert] / std::max(others, 1);
   double none = 1;
   for (int other = 0; other < others; ++other) none *= 1 - std::min(share, 1.0);
   return none;
@@ -169,28 +139,13 @@ double Crossings::missed(const Set& set, int expert) const {
 
 // Tokens that go to a node for this expert alone, although they could choose among nodes.
 double Crossings::rows_with_choice(int expert) const {
-  double tokens = 0, missed_by_strangers = -1;
-  for (int domain = 0; domain < num_domains(); ++domain) {
-    const int near = in_domain(domain, expert), first = domain * pairs_.domain_nodes;
-    if (near == 1) continue;
-    for (int source = first; source < first + pairs_.domain_nodes; ++source) {
-      if (hosts(source, expert)) continue;
-      double none = 1;
-      if (near > 0) {
-        for (int node = first; node < first + pairs_.domain_nodes; ++node) {
-          if (hosts(node, expert)) none *= missed(of_neighbour(source, node), expert);
-        }
-      } else {
-        if (missed_by_strangers < 0) {
-          missed_by_strangers = 1;
-          for (int node = 0; node < pairs_.nodes; ++node) {
-            if (hosts(node, expert)) missed_by_strangers *= missed(of_strangers(node), expert);
-          }
-        }
-        none = missed_by_strangers;
-      }
-      tokens += none * pairs_.count(source, expert);
-    }
+  double none = 1;
+  for (int node = 0; node < pairs_.nodes; ++node) {
+    if (hosts(node, expert)) none *= missed(node, expert);
+  }
+  double tokens = 0;
+  for (int source = 0; source < pairs_.nodes; ++source) {
+    if (!hosts(source, expert)) tokens += none * pairs_.count(source, expert);
   }
   return tokens;
 }

@@ -10,23 +10,21 @@
 namespace laer {
 
 // Tokens that chose both of two experts, on the diagonal those of one; and which tokens of them are
-// on each node, for each expert. Neighbouring nodes are planned together as a domain.
+// on each node, for each expert.
 struct Pairs {
-  int experts, nodes, domain_nodes, top_k;
+  int experts, nodes, top_k;
   std::vector<double> pairs_EE, counts_QE;
 
   const double* of(int expert) const { return pairs_EE.data() + int64_t{expert} * experts; }
   double load(int expert) const;
   double count(int node, int expert) const { return counts_QE[int64_t{node} * experts + expert]; }
-  int domain(int node) const { return node / domain_nodes; }
   bool are_sources_alike() const;
 };
 
-// A token uses experts of its own node, else of its domain, else of any node. An expert with a
-// single node to choose leads tokens there. Experts are in sets by that node; the number of experts
-// of a token in a set has a known mean and variance, and a Polya urn with both gives the share of
-// tokens with none. A token of an expert with several such nodes goes to one that it needs anyway,
-// if there is one.
+// A token uses experts of its own node, else of any node. An expert on a single node leads tokens
+// there. Experts are in sets by that node; the number of experts of a token in a set has a known
+// mean and variance, and a Polya urn with both gives the share of tokens with none. A token of an
+// expert on several nodes goes to one that it needs anyway, if there is one.
 class Crossings {
  public:
   explicit Crossings(const Pairs& pairs);
@@ -41,33 +39,24 @@ class Crossings {
   // Rows of a token to other nodes than its own.
   double rows() const;
 
-  // Pairs of a token and an expert that a node computes, and those of one expert: nodes with a
-  // replica in the tokens' domain share them evenly, or all that have one.
+  // Pairs of a token and an expert that a node computes, and those of one expert: tokens of nodes
+  // without it are shared evenly by all that have it.
   double node_load(int node) const { return load_Q_[node]; }
   double load(int node, int expert) const;
 
  private:
-  // Experts that lead tokens of its source nodes to one node.
+  // Experts that lead tokens to one node.
   struct Set {
-    int node, first_source, end_source, absent_source;
     double load = 0, square = 0;
     std::vector<char> has_E;
     std::vector<double> together_E, count_Q;
   };
 
   int64_t at(int node, int expert) const { return int64_t{node} * pairs_.experts + expert; }
-  int num_domains() const { return pairs_.nodes / pairs_.domain_nodes; }
-  int in_domain(int domain, int expert) const { return in_domain_DE_[at(domain, expert)]; }
-  // For tokens of other domains, and for those of one node.
-  const Set& of_strangers(int node) const { return sets_[node]; }
-  const Set& of_neighbour(int source, int node) const {
-    return sets_[pairs_.nodes + source * pairs_.domain_nodes + node % pairs_.domain_nodes];
-  }
-  bool belongs(const Set& set, int expert) const;
-  void update(Set& set, int expert);
+  void update(int node, int expert);
   void add_load(int expert, double sign);
-  double visits(const Set& set) const;
-  double missed(const Set& set, int expert) const;
+  double visits(int node) const;
+  double missed(int node, int expert) const;
   double rows_with_choice(int expert) const;
 
   const Pairs& pairs_;
@@ -75,8 +64,8 @@ class Crossings {
   double tokens_ = 0, of_sources_ = 0;
   std::vector<double> tokens_Q_, load_E_, load_Q_;
   std::vector<char> hosts_QE_;
-  std::vector<int> hosts_E_, in_domain_DE_;
-  std::vector<Set> sets_;
+  std::vector<int> hosts_E_;
+  std::vector<Set> sets_Q_;
 };
 
 }  // namespace laer

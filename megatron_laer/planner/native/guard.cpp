@@ -66,7 +66,6 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, double row_sh
   decision.loads_S = microbatch.loads(planned);
   CostModel planned_costs = costs;
   planned_costs.inter_pair_bytes *= row_share;
-  planned_costs.domain_pair_bytes *= row_share;
   const double kept_s = microbatch.seconds(planned_costs, planned, decision.loads_S);
   const double least_s =
       least_layer_seconds(shape, costs, Counts(shape, microbatch.counts_NE),

@@ -192,30 +192,26 @@ py::tuple totals(const Counts& counts_NE, const Slots& slots_S, const Counts& lo
 laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            const Doubles& slope_P, const Doubles& limit_P, const Doubles& best_P,
                            double expert_flops, double forward_share, double token_passes,
-                           double intra_pair_bytes, double inter_pair_bytes,
-                           double domain_pair_bytes, bool tokens_in_stages,
+                           double intra_pair_bytes, double inter_pair_bytes, bool tokens_in_stages,
                            double intra_bytes_per_s, double inter_bytes_per_s, double latency_s,
                            double host_s, bool by_node, bool by_layout, double flat_latency_s,
                            double node_latency_s, double solve_s, double least_change_s,
-                           double hidden_share, int64_t pairs, int node_size,
-                           laer::Carried weights, laer::Carried grads,
-                           int backward_restores) {
+                           double hidden_share, int64_t pairs, laer::Carried weights,
+                           laer::Carried grads, int backward_restores) {
   for (const auto& column_P : {seconds_P, slope_P, limit_P, best_P}) {
     check_size(column_P, tokens_P.size(), "the GEMM curve");
   }
   if (tokens_P.size() == 0) throw py::value_error("the GEMM curve is empty");
-  if (node_size < 1 || weights.held_N.size() % node_size != 0 ||
-      grads.held_N.size() != weights.held_N.size()) {
-    throw py::value_error("a node's ranks must divide all ranks");
+  if (grads.held_N.size() != weights.held_N.size()) {
+    throw py::value_error("weights and gradients must be of as many ranks");
   }
   const bool is_alike = weights == grads;
   return {{to_vector(tokens_P), to_vector(seconds_P), to_vector(slope_P), to_vector(limit_P),
            to_vector(best_P)},
           expert_flops, forward_share, token_passes, intra_pair_bytes, inter_pair_bytes,
-          domain_pair_bytes, tokens_in_stages, intra_bytes_per_s, inter_bytes_per_s,
-          latency_s, host_s, by_node, by_layout, flat_latency_s, node_latency_s, solve_s,
-          least_change_s, hidden_share, pairs, node_size, std::move(weights), std::move(grads),
-          is_alike, backward_restores};
+          tokens_in_stages, intra_bytes_per_s, inter_bytes_per_s, latency_s, host_s, by_node,
+          by_layout, flat_latency_s, node_latency_s, solve_s, least_change_s, hidden_share, pairs,
+          std::move(weights), std::move(grads), is_alike, backward_restores};
 }
 
 // The shape that the cost model is for, with this many slots.
@@ -451,17 +447,13 @@ py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int
   });
 }
 
-laer::Pairs pairs_of(const Counts& pairs_EE, const Doubles& counts_QE, int domain_nodes,
-                     int top_k) {
+laer::Pairs pairs_of(const Counts& pairs_EE, const Doubles& counts_QE, int top_k) {
   if (pairs_EE.ndim() != 2 || pairs_EE.shape(0) != pairs_EE.shape(1) || pairs_EE.size() == 0 ||
       counts_QE.ndim() != 2 || counts_QE.shape(1) != pairs_EE.shape(1)) {
     throw py::value_error("pairs must be [E, E] and counts [Q, E]");
   }
-  const auto nodes = static_cast<int>(counts_QE.shape(0));
-  if (domain_nodes < 1 || nodes % domain_nodes != 0 || top_k < 1) {
-    throw py::value_error("a domain's nodes must divide all nodes, and top_k be 1 or more");
-  }
-  return {static_cast<int>(pairs_EE.shape(0)), nodes, domain_nodes, top_k,
+  if (top_k < 1) throw py::value_error("top_k must be 1 or more");
+  return {static_cast<int>(pairs_EE.shape(0)), static_cast<int>(counts_QE.shape(0)), top_k,
           {pairs_EE.data(), pairs_EE.data() + pairs_EE.size()}, to_vector(counts_QE)};
 }
 
@@ -482,10 +474,9 @@ struct HeldCrossings {
 
 // `hosts_QE` says which nodes have which experts.
 std::unique_ptr<HeldCrossings> held_crossings(const Counts& pairs_EE, const Doubles& counts_QE,
-                                          const Counts& hosts_QE, int domain_nodes, int top_k) {
+                                          const Counts& hosts_QE, int top_k) {
   check_size(hosts_QE, counts_QE.size(), "the experts of nodes");
-  return std::make_unique<HeldCrossings>(pairs_of(pairs_EE, counts_QE, domain_nodes, top_k),
-                                       hosts_QE);
+  return std::make_unique<HeldCrossings>(pairs_of(pairs_EE, counts_QE, top_k), hosts_QE);
 }
 
 // Nodes are -1 for none. An expert comes to a node without it, or leaves one that has it.
@@ -502,9 +493,9 @@ void move(HeldCrossings& held, int expert, int from, int to) {
 
 // Slots, and the rows that they are expected to send.
 py::tuple together(const Counts& pairs_EE, const Doubles& counts_QE, const Counts& loads_XE,
-                   int node_size, int domain_nodes, int capacity, int home, int top_k, int steps,
-                   int tries, uint64_t seed) {
-  const laer::Pairs pairs = pairs_of(pairs_EE, counts_QE, domain_nodes, top_k);
+                   int node_size, int capacity, int home, int top_k, int steps, int tries,
+                   uint64_t seed) {
+  const laer::Pairs pairs = pairs_of(pairs_EE, counts_QE, top_k);
   const int ranks = pairs.nodes * node_size;
   if (node_size < 1 || capacity < 1 || capacity > pairs.experts ||
       static_cast<int64_t>(ranks) * capacity < pairs.experts) {

@@ -1,7 +1,7 @@
 // 1. Main places are swapped while more pairs are inside nodes. 2. Nodes are filled with replicas.
 // 3. Both change at random while expected rows fall.
 //
-// Legend: E experts, Q nodes, D domains.
+// Legend: E experts, Q nodes.
 #include "node_experts.hpp"
 
 #include <algorithm>
@@ -123,22 +123,9 @@ class Search {
     return slots_ - static_cast<int>(used);
   }
 
-  // First each domain gets every expert, as far as it has room, the most chosen ones first; then
-  // each node its most chosen others. Nodes start elsewhere among these, so that experts have two
-  // nodes before four.
+  // Each node gets its most chosen others. Nodes start elsewhere among these, so that experts have
+  // two nodes before four.
   void add_replicas() {
-    const int together = pairs_.domain_nodes;
-    for (int first = 0; together > 1 && first < nodes(); first += together) {
-      for (int e : by_load_E_) {
-        int at = first;
-        bool is_there = false;
-        for (int node = first; node < first + together; ++node) {
-          is_there |= crossings_.hosts(node, e);
-          if (room(node) > room(at)) at = node;
-        }
-        if (!is_there) add_replica(at, e);
-      }
-    }
     for (int node = 0; node < nodes(); ++node) {
       std::vector<int> others;
       for (int e : by_load_E_) {
@@ -151,18 +138,14 @@ class Search {
     }
   }
 
-  // Expected rows, and more of them for nodes that differ in load. In a domain of several nodes an
-  // expert is in one of them, as a rule: what is too much for it goes to other domains, a row each.
+  // Expected rows, and more of them for nodes that differ in load.
   double score() const {
-    const bool is_alone = pairs_.domain_nodes == 1;
-    const double free = is_alone ? kUneven : 0;
-    const double rows_each = is_alone ? 1 : pairs_.top_k / (2.0 * nodes());
     double mean = 0, uneven = 0;
     for (int node = 0; node < nodes(); ++node) mean += crossings_.node_load(node) / nodes();
     for (int node = 0; node < nodes(); ++node) {
-      uneven += std::max(std::abs(crossings_.node_load(node) / mean - 1) - free, 0.0);
+      uneven += std::max(std::abs(crossings_.node_load(node) / mean - 1) - kUneven, 0.0);
     }
-    return crossings_.rows() + rows_each * uneven;
+    return crossings_.rows() + uneven;
   }
 
   // One change: the expert at a place of a node becomes another, and where it is swapped, another

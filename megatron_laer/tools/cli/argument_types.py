@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.choices import Auto
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.json_lines import MAX_RANKS
 from megatron_laer.files.shipped import yaml_file
@@ -28,12 +27,6 @@ def between(low: int, high: int) -> Callable[[str], int]:
         return number
 
     return parse
-
-
-def number_or_auto(high: int) -> Callable[[str], int | None]:
-    """Parse a number from 1; None for `auto`."""
-    parse = between(1, high)
-    return lambda text: None if text == Auto.AUTO else parse(text)
 
 
 def number(low: float, high: float) -> Callable[[str], float]:

@@ -13,7 +13,6 @@ from megatron_laer.files.checks import one_line
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.planner.sharding_choice import with_domain
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import (
     choose_token_exchange,
@@ -27,7 +26,6 @@ from megatron_laer.tools.cli.argument_types import (
     between,
     describe,
     number,
-    number_or_auto,
     option,
     path,
     refuse_repeated,
@@ -98,8 +96,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--capacity C", text, between(1, MAX_EXPERTS), nargs="+")
     text = "ranks per node; default: the recorded, else the cluster's, at most N"
     option(parser, "--node-size G", text, ranks)
-    text = "nodes planned together, with --token-exchange node; default: the recorded, else auto:"
-    option(parser, "--domain-nodes M", f"{text} as in training", number_or_auto(MOST_RANKS))
     text = "hardware constants, a name from configs/clusters or a file; default: the recorded, else"
     option(parser, "--cluster NAME|YAML", f"{text} {DEFAULT_CLUSTER}")
     names = [*BASELINES, *(name for name in strategy_names() if name not in BASELINES)]
@@ -181,8 +177,6 @@ def run(args: argparse.Namespace) -> int:
         )
         return with_token_exchange(costs, word, geometry, top_k, tokens)
 
-    if settings.domain_nodes is None:
-        geometries = [with_domain(one, costs_of, exchange, top_k) for one in geometries]
     exchange_s = token_seconds(costs, geometries[0], top_k, tokens)
     priced = ", ".join(dict.fromkeys(costs_of(one).tokens.exchange for one in geometries))
     about = {
@@ -194,7 +188,6 @@ def run(args: argparse.Namespace) -> int:
         "ranks": num_ranks,
         "experts": trace.num_experts,
         "node_size": node_size,
-        "domain_nodes": [one.domain_nodes for one in geometries],
         "cluster": cluster.name,
         "expert_sizes": asdict(sizes),
         "bytes_per_element": costs.bytes_per_element,
@@ -224,15 +217,10 @@ def run(args: argparse.Namespace) -> int:
     at_home = ", at home" if settings.sharding == Sharding.EXPERTS else ""
     if costs.fp8 is not None:
         at_home += f", in fp8 ({costs.fp8})"
-    together = "".join(
-        f", {one.domain_nodes} together for C = {one.capacity}"
-        for one in geometries
-        if one.domain_nodes > 1
-    )
     origins = f"; from {metrics}: {', '.join(from_recording)}" if from_recording else ""
     print(
         one_line(
-            f"planned for {num_ranks} ranks in nodes of {node_size}{together} on {cluster.name}"
+            f"planned for {num_ranks} ranks in nodes of {node_size} on {cluster.name}"
             f"{origin('cluster')}; experts of {sizes.widths}{origin('hidden', 'ffn')}{at_home}"
             f"{origins}"
         )
@@ -306,11 +294,6 @@ def _check(args: argparse.Namespace, metrics: Path | None) -> None:
         raise ValueError(
             f"--tolerance {args.tolerance}: no effect without --mode {TOLERANCE}; add that mode, "
             "or leave the tolerance out"
-        )
-    if args.domain_nodes is not None and args.token_exchange == TokenExchange.RANK:
-        raise ValueError(
-            f"--domain-nodes {args.domain_nodes}: no effect with --token-exchange rank; leave it "
-            "out, or give --token-exchange node"
         )
     routing_input.check(args, "plan for")
     plan_homes.check(args)

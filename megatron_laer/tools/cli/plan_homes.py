@@ -39,7 +39,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{given}: experts have no home with --sharding rows; give experts, or leave it out"
         )
-    flags = ("--plot", "--capacity", "--domain-nodes", "--token-exchange", "--recompute")
+    flags = ("--plot", "--capacity", "--token-exchange", "--recompute")
     refuse(args, flags, f"{given} compares no strategies")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,11 @@ from megatron_laer.files.checks import quoted
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.geometry import Geometry, check_domain, resolve_geometry
+from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.telemetry.metrics_file import Shape
-from megatron_laer.tools.cli.argument_types import MOST_RANKS, between, named
+from megatron_laer.tools.cli.argument_types import between, named
 from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8
 from megatron_laer.tools.model_flags import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
 from megatron_laer.tools.report.metrics_recording import MetricsRecording, read_metrics
@@ -45,16 +45,14 @@ _BYTES_PER_ELEMENT, _MOST_BYTES = 2, 8
 class PredictionSettings:
     """Settings of predictions, whose `costs` assume tokens that travel by rank.
 
-    `domain_nodes` is None if neither a flag nor the recording has it. `recorded` and `defaults`
-    name the settings from the recording, and from neither it nor flags. `note` names unusable
-    recorded settings and their replacements; "" for none.
+    `recorded` and `defaults` name the settings from the recording, and from neither it nor flags.
+    `note` names unusable recorded settings and their replacements; "" for none.
     """
 
     sizes: ExpertSizes
     costs: CostModel
     token_exchange: TokenExchange | Auto
     sharding: Sharding
-    domain_nodes: int | None
     has_flag_cluster: bool
     shape: Shape | None
     recorded: tuple[str, ...]
@@ -96,9 +94,7 @@ class PredictionSettings:
         if not capacities and shape is not None:
             capacities = [shape.capacity]
             recorded.append("capacity")
-        flags, domain_nodes = ("--capacity", flag), 1
-        if self.domain_nodes is not None and (shape or "domain_nodes" not in self.recorded):
-            domain_nodes = self.domain_nodes
+        flags = "--capacity", flag
         slots: list[int | None] = [*capacities] or [None]
         shapes = [
             resolve_geometry(
@@ -106,9 +102,7 @@ class PredictionSettings:
             )
             for one in slots
         ]
-        for one in shapes:
-            check_domain(one, domain_nodes, "--domain-nodes")
-        return [replace(one, domain_nodes=domain_nodes) for one in shapes], tuple(recorded)
+        return shapes, tuple(recorded)
 
 
 def recording_of(path: Path | None) -> MetricsRecording | None:
@@ -167,7 +161,6 @@ def prediction_settings(
         costs,
         exchange,
         sharding,
-        noted.value("domain_nodes", between(1, MOST_RANKS), None),
         cluster is not None,
         None if recording is None else recording.shape,
         tuple(noted.recorded),

@@ -141,7 +141,6 @@ def _read(
                 shape.capacity,
                 shape.node_size,
                 settings.sharding,
-                settings.domain_nodes or 1,
             )
         shown = replace(shown, sharding=settings.sharding)
     else:

@@ -37,7 +37,6 @@ from megatron_laer.tools.cli.argument_types import (
     describe,
     named,
     number,
-    number_or_auto,
     option,
     path,
 )
@@ -117,8 +116,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--scheduler", ("on", "off"), "on", "as in training"),
     ):
         option(ours, flag, text, choices=choices, default=default)
-    text = "nodes that layouts are planned for together; default: auto, as in training"
-    option(ours, "--domain-nodes M", text, number_or_auto(MOST_RANKS))
     steps = between(1, _MAX_STEPS)
     option(ours, "--lag", "age of a forecast, in steps", steps, default=1)
     text = "of the trace that are simulated, spread over it; default: %(default)s"
@@ -164,12 +161,6 @@ def run(args: argparse.Namespace) -> int:
                 sharding=sharding,
                 capacity=capacity,
                 scheduler=OverlapScheduler(args.scheduler),
-                # DeepEP's exchange is Megatron's own, for which nodes are planned one by one.
-                token_exchange=TokenExchange.RANK
-                if args.token_exchange == FLEX
-                else _exchange(args),
-                # DeepEP's exchange is Megatron's, for which training plans single nodes.
-                domain_nodes=1 if args.token_exchange == FLEX else args.domain_nodes,
             ),
             mode,
             tokens,
@@ -227,14 +218,7 @@ def _simulate(
     shape = simulate_input.run_shape(args, geometry, tokens, trace)
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
     sizes = num_ranks, geometry.node_size, geometry.capacity
-    case = Case(
-        *sizes,
-        geometry.sharding.value,
-        mode.value,
-        shape.tokens,
-        shape.world,
-        geometry.domain_nodes,
-    )
+    case = Case(*sizes, geometry.sharding.value, mode.value, shape.tokens, shape.world)
 
     def predict(
         methods: Sequence[Method], sets: tuple[Rates, ...], **options: Any
@@ -284,21 +268,15 @@ def _chosen(
 
     def priced(of: Geometry) -> CostModel:
         sizes = of, model.topk, tokens
-        exchange = _exchange(args)
-        if exchange == Auto.AUTO:
+        exchange = TokenExchange.NODE
+        if args.token_exchange == Auto.AUTO:
             exchange = choose_token_exchange(costs, *sizes)
+        elif args.token_exchange != FLEX:  # whose rows are those of `node`
+            exchange = TokenExchange(args.token_exchange)
         return with_token_exchange(costs, exchange, *sizes).with_exchange(algorithm, of)
 
     chosen, _ = choose_geometry(config, shape, 1, model.topk, priced)
     return chosen
-
-
-def _exchange(args: argparse.Namespace) -> TokenExchange | Auto:
-    """Return the exchange whose rows are sent; DeepEP sends those of `node`."""
-    word = args.token_exchange
-    if word == Auto.AUTO:
-        return Auto.AUTO
-    return TokenExchange.NODE if word == FLEX else TokenExchange(word)
 
 
 def _methods(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_laer.choices import Sharding, TokenExchange
+from megatron_laer.choices import Sharding
 from megatron_laer.config import PlanMode
 from megatron_laer.files.checks import quoted
 from megatron_laer.tools.cli import simulate_input
@@ -36,11 +36,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             "--strategy laer: moves every expert, so it does not run with --sharding experts; use "
             "another strategy, or --sharding rows"
-        )
-    if args.domain_nodes is not None and args.token_exchange in (TokenExchange.RANK, FLEX):
-        raise ValueError(
-            f"--domain-nodes {args.domain_nodes}: no effect with --token-exchange "
-            f"{args.token_exchange}; leave it out, or give --token-exchange node"
         )
     simulate_input.check(args)
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))

@@ -101,7 +101,6 @@ def _command(
     row: PlanRow,
 ) -> str:
     """Return the command that prints this row; every command prints stock's row first."""
-    is_by_rank = token_exchange == TokenExchange.RANK
     is_stock = row.strategy != _STRATEGY
     capacity = geometry.capacity if is_stock else row.capacity
     mode = GUARD_MODES[0].value if is_stock else row.mode
@@ -113,7 +112,6 @@ def _command(
         *("--sharding", geometry.sharding),
         *("--restore-algorithm", costs.restore_algorithm, "--recompute", costs.recompute),
         *("--token-exchange", token_exchange),
-        *(() if is_by_rank else ("--domain-nodes", str(geometry.domain_nodes))),
         *(("--every", str(every)) if every > 1 else ()),
     ]
     return shlex.join(words)

@@ -44,14 +44,10 @@ class NodeRows:
 
     @classmethod
     def of(
-        cls,
-        counts_NE: Int64,
-        node_size: int,
-        totals: SplitTotals,
-        off_node: int,
-        prices: TokenPrices,
+        cls, counts_NE: Int64, node_size: int, totals: SplitTotals, prices: TokenPrices
     ) -> NodeRows:
-        """Count a microbatch, of whose pairs a split leaves `off_node` on other nodes."""
+        """Count a microbatch from the totals of its split."""
+        off_node = int(totals.far_S.sum())
         sent = float(off_node)
         if prices.exchange == TokenExchange.NODE:
             sent = prices.sent_between_nodes(totals)

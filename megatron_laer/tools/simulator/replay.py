@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-import numpy as np
-
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.files import memory
@@ -121,9 +119,7 @@ def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
         tokens=tokens,
         largest_load=int(loads_S.reshape(num_ranks, -1).sum(axis=1).max()),
         least_load=-(-tokens // num_ranks),
-        node_rows=NodeRows.of(
-            counts_NE, node_size, totals, off_node_pairs(guard, decision, totals), costs.tokens
-        ),
+        node_rows=NodeRows.of(counts_NE, node_size, totals, costs.tokens),
         layer_s=layer_s,
         least_s=least_s,
         replanned=decision.replanned,
@@ -143,20 +139,8 @@ def _exposed_seconds(guard: Guard, decision: Decision, beside_s: float) -> float
 def split_totals(guard: Guard, decision: Decision) -> SplitTotals:
     if isinstance(decision.quotas, ExactQuotas):
         return decision.quotas.totals()
-    split = even_split(decision.layout, guard.geometry.domain_size)
+    split = even_split(decision.layout, guard.geometry.node_size)
     return split.totals(decision.quotas.counts_NE)
-
-
-def off_node_pairs(guard: Guard, decision: Decision, totals: SplitTotals) -> int:
-    """Return the (token, expert) pairs computed on another node than their token's."""
-    geometry = guard.geometry
-    if geometry.domain_nodes == 1:
-        return int(totals.far_S.sum())
-    node_S = np.arange(geometry.num_slots) // (geometry.node_size * geometry.capacity)
-    return sum(
-        int(decision.quotas.rank_row(rank)[node_S != rank // geometry.node_size].sum())
-        for rank in range(geometry.num_ranks)
-    )
 
 
 def changed_traffic(guard: Guard, decision: Decision) -> Traffic:

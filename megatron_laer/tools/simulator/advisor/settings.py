@@ -122,21 +122,17 @@ def geometries(
 ) -> Iterator[Geometry]:
     """Yield the shardings and slots of a group.
 
-    Slots are few, or enough that a node, or two, four and so on together, hold every expert.
-    Training's half-way number is there too.
+    Slots are few, or enough that a node holds every expert. Training's half-way number is there
+    too.
     """
     fewest = -(-num_experts // num_ranks)
     least = default_capacity(num_ranks, num_experts)
     slots = {least + more for more in range(_MORE_SLOTS + 1)}
     if fewest * num_ranks > num_experts:
         slots.add(fewest)
-    domain = node_size
-    while domain < num_ranks:
-        whole = -(-num_experts // domain) + 1
-        slots.add(whole)
-        if domain == node_size:
-            slots.add((least + whole) // 2)
-        domain *= 2
+    if node_size < num_ranks:
+        whole = -(-num_experts // node_size) + 1
+        slots |= {whole, (least + whole) // 2}
     for sharding in shardings:
         at_home = sharding == Sharding.EXPERTS
         if at_home and num_experts % num_ranks:

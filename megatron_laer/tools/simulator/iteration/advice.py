@@ -23,7 +23,6 @@ class Case:
     mode: str
     tokens: int
     world: int
-    domain_nodes: int = 1
 
     @property
     def label(self) -> str:
@@ -36,8 +35,7 @@ class Case:
         return " ".join(part for part, shown in zip(self._parts(), differs, strict=True) if shown)
 
     def _parts(self) -> tuple[str, ...]:
-        domain = f" for {self.domain_nodes} nodes" if self.domain_nodes > 1 else ""
-        sizes = f"N={self.ranks}", f"G={self.node_size}", f"C={self.capacity}{domain}"
+        sizes = f"N={self.ranks}", f"G={self.node_size}", f"C={self.capacity}"
         return *sizes, self.sharding, self.mode, f"T={self.tokens}"
 
 

@@ -90,9 +90,7 @@ def _workspaces(
     if geometry.home_slots and is_flat:
         summed = replace(grads, bytes_per_element=sum_bytes or grads.bytes_per_element)
         return [_direct(geometry, form) for form in (weights, summed)]
-    of = replace(geometry, domain_nodes=1)
-    if is_flat:
-        of = replace(of, node_size=geometry.num_ranks)
+    of = replace(geometry, node_size=geometry.num_ranks) if is_flat else geometry
     each, wire = weights.bytes_per_element, grads.bytes_per_element
     found = [
         [restore_workspace(of, *matrix, each) for matrix in weights.matrices],

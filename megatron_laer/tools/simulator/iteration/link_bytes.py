@@ -42,7 +42,7 @@ def link_bytes(
             share = token_bytes * passes / run.stages
             prices = of.passing.prices
             intra = of.mean_intra * prices.intra_rows
-            inter = of.mean_inter * prices.inter_rows + of.mean_near * prices.domain_rows
+            inter = of.mean_inter * prices.inter_rows
             add("tokens", intra * share, inter * share)
             exchanges = []
             if of.restore is not None and (not holds or microbatch == 0):

@@ -42,7 +42,6 @@ from megatron_laer.tools.simulator.node_rows import NodeRows
 from megatron_laer.tools.simulator.replay import (
     changed_algorithm,
     changed_traffic,
-    off_node_pairs,
     split_totals,
 )
 
@@ -120,7 +119,7 @@ def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
     if name not in makers:
         raise ValueError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
     if name != FSEP:
-        geometry = replace(settings.geometry, sharding=Sharding.ROWS, domain_nodes=1)
+        geometry = replace(settings.geometry, sharding=Sharding.ROWS)
         flat = replace(
             settings.costs,
             restore_algorithm=ExchangeAlgorithm.FLAT,
@@ -289,8 +288,7 @@ class _Grouped:
     def work(self, counts_NE: Int64) -> LayerWork:
         assert self.passing.group is not None
         totals = grouped_totals(counts_NE, self.passing.group, self.node_size)
-        far = int(totals.far_S.sum())
-        rows = NodeRows.of(counts_NE, self.node_size, totals, far, self.passing.prices)
+        rows = NodeRows.of(counts_NE, self.node_size, totals, self.passing.prices)
         return LayerWork.of(
             totals, self.rates, self.restore, self.reduce, passing=self.passing, node_rows=rows
         )
@@ -334,8 +332,7 @@ class _Relaid:
                 change = self._restore(traffic, changed_algorithm(guard, decision))
         totals = split_totals(guard, decision)
         passing = TokenPassing(prices=costs.tokens, pipelined=self.pipelined)
-        far = off_node_pairs(guard, decision, totals)
-        rows = NodeRows.of(counts_NE, guard.geometry.node_size, totals, far, costs.tokens)
+        rows = NodeRows.of(counts_NE, guard.geometry.node_size, totals, costs.tokens)
         return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s, passing, rows)
 
     def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange | None, Exchange | None]:

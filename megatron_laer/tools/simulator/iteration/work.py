@@ -109,17 +109,10 @@ class TokenPassing:
     overlapped: bool = False
 
     def seconds(self, work: LayerWork, token_bytes: int, cluster: Cluster) -> Seconds:
-        """Return each rank's time on the links for the work's pairs, without latency.
-
-        As in the cost model, the slower of receiving and sending counts, of all pairs together.
-        """
-        intra_bytes, inter_bytes, domain_bytes = self.prices.pair_bytes(token_bytes)
+        """Return each rank's time on the links for the work's pairs, without latency."""
+        intra_bytes, inter_bytes = self.prices.pair_bytes(token_bytes)
         intra_s_N = work.intra_N * (intra_bytes / cluster.intra.bytes_per_s)
-        far_s, near_s = (of / cluster.inter.bytes_per_s for of in (inter_bytes, domain_bytes))
-        inter_s_N = np.maximum(
-            work.far_N * far_s + work.near_N * near_s,
-            work.sent_far_N * far_s + work.sent_near_N * near_s,
-        )
+        inter_s_N = work.inter_N * (inter_bytes / cluster.inter.bytes_per_s)
         if self.prices.in_stages and not self.pipelined:
             seconds_N: Seconds = np.add(intra_s_N, inter_s_N, dtype=np.float64)
         else:
@@ -132,23 +125,18 @@ class LayerWork:
     """Work of one microbatch of one MoE layer under a method.
 
     `unit_s_N` are seconds of each rank's expert GEMMs per FLOP of a token, at the nominal rates.
-    `pairs_N` are the (token, expert) pairs that it computes. The others are of a token exchange:
-    `intra_N` travel inside nodes, the larger of sent and received. `near_N` come from other ranks
-    of the domain, the node or several that are planned together, `far_N` from other domains, and
-    `sent_*` go there. `mean_*` are received on average. `change` is of slots that differ from the
-    planned layout, and `solve_s` makes a layout after the gate. `node_rows` are of all ranks.
+    `pairs_N` are the (token, expert) pairs that it computes. `intra_N` and `inter_N` are pairs in
+    one token exchange, the larger of sent and received; `mean_*` are received on average. `change`
+    is of slots that differ from the planned layout, and `solve_s` makes a layout after the gate.
+    `node_rows` are of all ranks.
     """
 
     unit_s_N: Seconds
     pairs_N: Int64
     intra_N: Int64
-    near_N: Int64
-    far_N: Int64
-    sent_near_N: Int64
-    sent_far_N: Int64
+    inter_N: Int64
     mean_intra: float
     mean_inter: float
-    mean_near: float
     restore: Exchange | None
     reduce: Exchange | None
     change: Exchange | None
@@ -164,8 +152,7 @@ class LayerWork:
     @property
     def leaves_nodes(self) -> bool:
         """Return True if any token is computed on another node than its own."""
-        crosses = self.passing.prices.domain_rows > 0
-        return bool(self.far_N.any() or (crosses and self.near_N.any()))
+        return bool(self.inter_N.any())
 
     @property
     def exchanges_leave_nodes(self) -> bool:
@@ -208,9 +195,8 @@ class LayerWork:
 
         passing = passing or TokenPassing()
         near_N, far_N = by_rank(totals.near_S) - totals.own_N, by_rank(totals.far_S)
-        sent_near_N = totals.sent_near_N - totals.own_N
-        intra_N = np.maximum(sent_near_N, near_N)
-        mean_intra = mean_near = float(near_N.mean())
+        intra_N = np.maximum(totals.sent_near_N - totals.own_N, near_N)
+        mean_intra = float(near_N.mean())
         if passing.prices.in_stages:  # a row from another node is passed on inside
             intra_N = near_N + far_N
             mean_intra = float(intra_N.mean())
@@ -219,13 +205,9 @@ class LayerWork:
             unit_s_N=unit_s_S.reshape(num_ranks, -1).sum(axis=1),
             pairs_N=near_N + far_N + totals.own_N,
             intra_N=intra_N,
-            near_N=near_N,
-            far_N=far_N,
-            sent_near_N=sent_near_N,
-            sent_far_N=totals.sent_far_N,
+            inter_N=np.maximum(totals.sent_far_N, far_N),
             mean_intra=mean_intra,
             mean_inter=float(far_N.mean()),
-            mean_near=mean_near,
             restore=restore,
             reduce=reduce,
             change=change,
