@@ -76,9 +76,7 @@ def balance(
         predicted.extend(layers)
         yield BalanceRow.of("greedy", "adaptive", "iteration", capacity, chosen)
 
-        search = make_strategy("search", geometry=geometry, costs=costs)
         rivals: list[tuple[Planner, Split]] = [
-            (search, split_exactly),
             (make_strategy("static", geometry=geometry, costs=costs), split_evenly),
             (make_strategy("laer", geometry=geometry, costs=costs), split_evenly),
             (Even(geometry), split_evenly),

@@ -17,7 +17,6 @@ BALANCE_BOUNDS = (
     ("greedy", "exact", "none", "violations", (0, 0, 0)),
     ("greedy", "exact", "none", "off_node_share", (0.08, 0.04, 0.0)),
     ("greedy", "forecast", "iteration", "p95", (1.11, 1.01, 1.001)),
-    ("search", "forecast", "iteration", "p95", (1.06, 1.005, 1.001)),
     ("greedy", "forecast", "iteration", "off_node_share", (None, None, 0.01)),
     ("greedy", "forecast", "microbatch", "p99", (1.03, 1.01, 1.005)),
     ("greedy", "tolerance", "iteration", "mean", (1.005, 1.002, 1.001)),

@@ -148,17 +148,6 @@ def greedy(
     costs: CostModel | None = None,
     /,
 ) -> _Int16: ...
-def search(
-    counts_NE: _Int64,
-    current_S: _Int16,
-    node_size: int,
-    home: int,
-    scenarios: int,
-    candidates: int,
-    exchanges: int,
-    seed: int,
-    /,
-) -> _Int16: ...
 
 class Crossings:
     def __init__(

@@ -42,7 +42,7 @@ class LaerStrategy:
         if self.geometry.sharding == Sharding.EXPERTS:
             raise ValueError(
                 "planner 'laer' lays experts out freely, but --fsep-sharding experts keeps them at "
-                "home; use greedy, search or static, or --fsep-sharding rows"
+                "home; use greedy or static, or --fsep-sharding rows"
             )
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:

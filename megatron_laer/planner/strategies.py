@@ -19,7 +19,6 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.laer import LaerStrategy
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.search import SearchStrategy
 from megatron_laer.planner.static import StaticStrategy
 
 
@@ -66,10 +65,9 @@ def make_strategy(name: str, *, geometry: Geometry, costs: CostModel) -> Strateg
 
 def uses_costs(config: FSEPConfig) -> bool:
     """Return whether the cost model decides anything under these settings."""
-    strategy = _STRATEGIES.get(config.planner)
     return (
         (config.mode == PlanMode.ADAPTIVE and config.imbalance_tolerance is None)
-        or (config.makes_plans and strategy is not None and strategy.uses_costs)
+        or config.makes_plans
         or (config.sharding == Auto.AUTO and config.reason_for_rows is None)
         # A replica of an expert at home is made if it pays, and so are further slots.
         or (config.sharding == Sharding.EXPERTS and config.planner not in FixedPlanner)
@@ -84,13 +82,11 @@ class _Registered:
     """Constructor of a strategy, and a few words about it for the help of `--fsep-planner`."""
 
     make: Callable[[Geometry, CostModel], Strategy]
-    uses_costs: bool = False
     about: str = ""
 
 
 _STRATEGIES: Mapping[str, _Registered] = {
-    "greedy": _Registered(GreedyStrategy, uses_costs=True),
-    "laer": _Registered(LaerStrategy, uses_costs=True, about="the paper's"),
-    "search": _Registered(lambda geometry, costs: SearchStrategy(geometry), about="slower"),
+    "greedy": _Registered(GreedyStrategy),
+    "laer": _Registered(LaerStrategy, about="the paper's"),
     "static": _Registered(lambda geometry, costs: StaticStrategy(geometry)),
 }

@@ -32,7 +32,7 @@ VARIANTS = (
     Variant("greedy, async", f"--fsep-planner greedy {_ASYNC}"),
     Variant("laer lag 2, sync", _LAER),
     Variant("laer lag 2, async", f"{_LAER} {_ASYNC}"),
-    Variant("search, forecast, sync", "--fsep-planner search --fsep-plan-mode forecast"),
+    Variant("greedy, forecast, sync", "--fsep-planner greedy --fsep-plan-mode forecast"),
     Variant("restored per step, async", f"--fsep-planner greedy --fsep-restore step {_ASYNC}"),
     Variant("two groups, sync", "--fsep-planner greedy", ranks=4),
     Variant("no checkpoints", "--fsep-planner greedy", saves=False),

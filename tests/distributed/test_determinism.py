@@ -43,10 +43,9 @@ def run(ranks: RankPools, text_data: str) -> Callable[[str], Record]:
     "planner",
     [
         "greedy",
-        "search",
         "laer --fsep-split even",
         "greedy --fsep-node-size 1 --fsep-token-exchange node",
-        "search" + HOMES,
+        "greedy" + HOMES,
     ],
 )
 def test_two_runs_that_wait_for_plans_are_bitwise_equal(

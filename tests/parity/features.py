@@ -158,8 +158,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "Muon with `--use-distributed-optimizer`, or `dist_muon`": ("dist-muon", "dist-muon-pipeline"),
     "other optimizers": ("--optimizer other than adam, sgd, lion, muon",),
     "optimizer CPU offload": ("offload", "offload-half"),
-    "FSEP's planners": ("greedy", "search", "laer"),
-    "FSEP's plan modes": ("greedy", "search", "exact", "announced", "announced-pipeline"),
+    "FSEP's planners": ("greedy", "laer"),
+    "FSEP's plan modes": ("greedy", "forecast", "exact", "announced", "announced-pipeline"),
     "FSEP's exchange through nodes": ("nodes",),
     "tokens through nodes (`--fsep-token-exchange node`)": (
         "tokens-nodes1",

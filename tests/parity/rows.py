@@ -208,7 +208,7 @@ ROWS = [
     _row("top1", "top-1", TOP_1),
     _row("even-split", "even split", fsep=" --fsep-split even"),
     _row("greedy", "planner greedy, adaptive", fsep=" --fsep-planner greedy"),
-    _row("search", "planner search, forecast", fsep=" --fsep-planner search --fsep-plan-mode"
+    _row("forecast", "planner greedy, forecast", fsep=" --fsep-planner greedy --fsep-plan-mode"
         " forecast"),
     _row("laer", "planner laer, tolerance 0", fsep=" --fsep-planner laer"
         " --fsep-imbalance-tolerance 0"),

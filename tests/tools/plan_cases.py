@@ -10,7 +10,7 @@ from megatron_laer.tools.simulator.comparison import MODES, simulate
 from megatron_laer.tools.traces.records import Trace
 from tests.costs import COSTS
 
-STRATEGIES = ("static", "laer", "greedy", "search")
+STRATEGIES = ("static", "laer", "greedy")
 
 
 def drifting_trace(steps=6, layers=2, microbatches=3, ranks=4, experts=8, seed=0):

@@ -15,9 +15,10 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy, strategy_names
-from megatron_laer.tools.simulator import plan_output
+from megatron_laer.tools.simulator import comparison, plan_output
 from megatron_laer.tools.simulator.comparison import MODES, STOCK, simulate
 from megatron_laer.tools.simulator.replay import check_memory
 from megatron_laer.tools.traces.records import Trace
@@ -79,7 +80,7 @@ def test_stock_is_megatrons_placement_and_restores_nothing(trace, rows):
 
 def test_rows_are_in_the_order_that_was_asked_for(rows):
     expected = [(STOCK, "-"), ("static", "forecast"), ("laer", "forecast")]
-    expected += [(name, mode) for name in ("greedy", "search") for mode in MODES]
+    expected += [("greedy", mode) for mode in MODES]
     assert list(rows) == expected
     assert [key for key, row in rows.items() if row.split == "even"] == [expected[0], expected[2]]
     # There is no stock row where experts do not divide.
@@ -99,17 +100,25 @@ def test_modes_do_what_they_promise(rows):
     assert all(row.time_over_bound >= 1 and row.load_over_bound >= 1 for row in rows.values())
 
 
-def test_exchanges_of_replicas_count_where_experts_are_at_home():
+def test_exchanges_of_replicas_count_where_experts_are_at_home(monkeypatch):
     trace = workload_trace("W1", WorkloadShape(4, 8, 2, 4096), steps=3)
     geometry = Geometry(4, 8, 3, 2, Sharding.EXPERTS)
     costs = replace(COSTS, cluster=load_cluster("h100-8"))
-    found = simulate(trace, [geometry], costs, ["static", "search"], ["forecast", "adaptive"])
+
+    def made(name, *, geometry, costs):
+        if name == "greedy":
+            return GreedyStrategy(geometry)
+        return make_strategy(name, geometry=geometry, costs=costs)
+
+    monkeypatch.setattr(comparison, "make_strategy", made)
+    found = simulate(trace, [geometry], costs, ["static", "greedy"], ["forecast", "adaptive"])
     rows = {(row.strategy, row.mode): row for row in found}
     stock, static = rows[STOCK, "-"], rows["static", "forecast"]
     # The host has one more slot to read.
     assert (static.mean, static.layer_ms) == (stock.mean, pytest.approx(stock.layer_ms, rel=1e-4))
-    # Replicas from another node balance, but cost more than they gain: the guard drops them.
-    kept, dropped = rows["search", "forecast"], rows["search", "adaptive"]
+    # Replicas from another node, made without prices, balance but cost more than they gain: the
+    # guard drops them.
+    kept, dropped = rows["greedy", "forecast"], rows["greedy", "adaptive"]
     assert kept.mean < 1.01 < dropped.mean and dropped.replan_share == 1
     assert max(dropped.layer_ms, static.layer_ms) < kept.layer_ms
 

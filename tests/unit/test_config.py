@@ -55,8 +55,6 @@ def test_defaults_and_values_of_flags_reach_their_fields() -> None:
             ("--fsep-cluster cpu-gloo", f"--fsep-restore-algorithm flat {flags}")
             for flags in (
                 "--fsep-sharding rows --fsep-capacity 3 --fsep-plan-mode exact",
-                "--fsep-sharding rows --fsep-capacity 3 --fsep-imbalance-tolerance 0.1 "
-                "--fsep-planner search",
                 "--fsep-sharding experts --fsep-capacity 3 --fsep-planner random",
             )
         ),

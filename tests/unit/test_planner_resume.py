@@ -105,7 +105,7 @@ def run(
 
 @pytest.mark.parametrize("interval", [None, 1, 2, 5])
 @pytest.mark.parametrize("lag", [1, 2, 4])
-@pytest.mark.parametrize("name", ["greedy", "laer", "search"])
+@pytest.mark.parametrize("name", ["greedy", "laer"])
 def test_layouts_after_a_resume_are_those_without_an_interruption(
     name: str, lag: int, interval: int | None
 ) -> None:

@@ -1,6 +1,6 @@
 // Layouts made for known counts: every rank can carry at most ceil(total / N) tokens wherever
 // C >= ceil(E / N) + 1, and few tokens leave their node. Integers only, ties by index. Why that is
-// possible is proved in pack_scarce.hpp; layouts for forecasts are in greedy.hpp and search.hpp.
+// possible is proved in pack_scarce.hpp; layouts for forecasts are in greedy.hpp.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #pragma once

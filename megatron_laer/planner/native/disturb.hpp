@@ -1,12 +1,8 @@
-// Disturbed copies of a forecast, equal on every machine: what loads may become until a layout made
-// for them is in use.
-//
-// Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
+// Random numbers, and factors that disturb a forecast, equal on every machine: what loads may become
+// until a layout made for them is in use.
 #pragma once
 
-#include <cstddef>
 #include <cstdint>
-#include <vector>
 
 namespace laer {
 
@@ -33,18 +29,5 @@ constexpr int64_t kFactors[16] = {146, 172, 189, 203, 215, 227, 238, 250,
                                   262, 275, 289, 305, 323, 347, 380, 448};
 
 inline int64_t random_factor(Random& random) { return kFactors[random.below(16)]; }
-
-// Counts [rows, E], each expert's times a factor of its own.
-inline std::vector<int64_t> disturb(const int64_t* counts, int rows, int experts, Random& random) {
-  std::vector<int64_t> disturbed(counts, counts + static_cast<int64_t>(rows) * experts);
-  for (int e = 0; e < experts; ++e) {
-    const int64_t factor = random_factor(random);
-    for (int row = 0; row < rows; ++row) {
-      int64_t& tokens = disturbed[static_cast<size_t>(row) * experts + e];
-      tokens = (tokens * factor + 128) / 256;
-    }
-  }
-  return disturbed;
-}
 
 }  // namespace laer

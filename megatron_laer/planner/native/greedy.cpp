@@ -59,9 +59,8 @@ constexpr int kDisturbed = 4;
 constexpr double kAny = std::numeric_limits<double>::infinity();
 
 // The forecast, as of a microbatch (a forecast has no unit; where the microbatch's size is not known,
-// each slot has as many tokens on average as make GEMMs fastest), and copies of it that are disturbed
-// half as much as those of the search: a layout that balances nothing but the forecast itself must
-// not look better than it will be.
+// each slot has as many tokens on average as make GEMMs fastest), and disturbed copies of it: a layout
+// that balances nothing but the forecast itself must not look better than it will be.
 class Judge {
  public:
   Judge(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,

@@ -26,7 +26,6 @@
 #include "proportional.hpp"
 #include "quotas.hpp"
 #include "rank_experts.hpp"
-#include "search.hpp"
 #include "shape.hpp"
 #include "token_runs.hpp"
 
@@ -437,16 +436,6 @@ py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int
   });
 }
 
-py::array_t<int16_t> search(const Counts& counts_NE, const Slots& current_S, int node_size,
-                            int home, int scenarios, int candidates, int exchanges,
-                            uint64_t seed) {
-  const laer::Shape shape = shape_of(counts_NE, current_S, node_size, home);
-  const int16_t* current = current_S.data();
-  return make_layout(shape, counts_NE, current_S, [&](auto, auto by_node) {
-    return laer::search(shape, by_node, current, {scenarios, candidates, exchanges}, seed);
-  });
-}
-
 laer::Pairs pairs_of(const Counts& pairs_EE, const Doubles& counts_QE, int top_k) {
   if (pairs_EE.ndim() != 2 || pairs_EE.shape(0) != pairs_EE.shape(1) || pairs_EE.size() == 0 ||
       counts_QE.ndim() != 2 || counts_QE.shape(1) != pairs_EE.shape(1)) {
@@ -553,7 +542,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("proportional_by_node", &proportional_by_node);
   module.def("greedy", &greedy, py::arg("counts_NE"), py::arg("current_S"), py::arg("node_size"),
              py::arg("home"), py::arg("costs") = nullptr);
-  module.def("search", &search);
   py::class_<HeldCrossings>(module, "Crossings")
       .def(py::init(&held_crossings))
       .def("move", &move)

@@ -183,8 +183,7 @@ NOT_ANNOUNCED = (
     "evaluation",
 )
 PLANNERS: Choice = {
-    f"planner {name}": Setting(1, f" --fsep-planner {name}")
-    for name in ("greedy", "search", "laer")
+    f"planner {name}": Setting(1, f" --fsep-planner {name}") for name in ("greedy", "laer")
 }
 FSEP: Choice = {
     "restored once per step": Setting(0.35, rows.STEP),
