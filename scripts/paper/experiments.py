@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks.published_files import MODELS as MODELS
 from megatron_laer.device import CPU_FLAGS
+from megatron_laer.tools.model_flags import model_flags
 
 # The paper's cluster.
 NODES, GPUS_PER_NODE = 4, 8
@@ -121,8 +122,8 @@ class Run:
 class Request:
     """Request of the command line.
 
-    `folder` is an absolute path. `data_prefix` and `tokenizer` are in the format of
-    pretrain.sbatch. `flags` are Megatron flags after all others, and `sbatch` options of sbatch.
+    `folder` is an absolute path. `tokenizer` is a folder with a Hugging Face tokenizer, or `bytes`.
+    `flags` are Megatron flags after all others, and `sbatch` options of sbatch.
     """
 
     toy: bool
@@ -135,11 +136,13 @@ class Request:
     flags: Sequence[str] = ()
 
 
-# The paper's flags, except those of pretrain.sbatch: Adam's betas, cosine decay, 10 % warm-up.
-# Its weight decay differs between the systems that it compares; here all have pretrain.sbatch's.
+# The paper's weight decay differs between the systems that it compares; here all have the same.
 _PAPER_FLAGS = (
-    "--global-batch-size 128 --lr 1.25e-6 --min-lr 1.25e-7 --adam-eps 1e-5 --clip-grad 0 "
-    "--eval-iters 0 --log-interval 1 --seed 1234"
+    "--global-batch-size 128 --lr 1.25e-6 --min-lr 1.25e-7 --lr-decay-style cosine "
+    "--lr-warmup-fraction 0.1 --adam-beta1 0.9 --adam-beta2 0.95 --adam-eps 1e-5 "
+    "--weight-decay 0.1 --clip-grad 0 --use-distributed-optimizer --overlap-grad-reduce "
+    "--overlap-param-gather --split 99,1,0 --eval-interval 500 --eval-iters 0 --log-interval 1 "
+    "--seed 1234 --expert-tensor-parallel-size 1"
 )
 # The paper recomputes layers for all systems but Megatron, where tensor parallelism saves memory.
 _RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
@@ -158,43 +161,40 @@ def family(model: str) -> str:
     return model.rsplit("-", 1)[1]
 
 
-def settings(experiment: Experiment, run: Run, request: Request) -> dict[str, str]:
+def settings(run: Run, request: Request) -> dict[str, str]:
     """Return the environment variables for pretrain.sbatch."""
-    method = run.case.method
-    found = {
-        "MODEL": run.model,
-        "DATA_PREFIX": request.data_prefix,
-        # A cache per run, since simultaneous jobs would write a common one together.
-        "DATA_CACHE": str(request.folder / "cache" / run.name),
-        "TOKENIZER": request.tokenizer,
-        "MODE": "fsep" if method.uses_fsep else "standard",
-    }
     if request.toy:
-        # FSEP's own C: with the paper's, two ranks would not have a slot for each expert.
-        return found | {
+        return {
             "GPUS_PER_NODE": str(TOY_RANKS),
             "MEGATRON_LAER_DEVICE": "cpu",
             "OMP_NUM_THREADS": "1",
         }
-    if method.uses_fsep:
-        # In all six models C is K.
-        return found | {"CAPACITY": family(run.model).partition("k")[2]}
-    return found | {"EP_SIZE": str(GPUS_PER_NODE)}
+    # Megatron requires it with tensor parallelism.
+    return {} if run.case.method.uses_fsep else {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
 
 
 def flags(experiment: Experiment, run: Run, request: Request) -> list[str]:
-    """Return Megatron's flags, which follow the `--` of pretrain.sbatch."""
+    """Return the flags of the training script."""
     method, aux = run.case.method, run.case.aux
     sequence = _TOY_SEQUENCE if request.toy else experiment.sequence
     # A tensor-parallel group has one sequence at a time, as in the paper.
     is_tensor_parallel = not method.uses_fsep and not request.toy
-    words = [*_PAPER_FLAGS.split(), *f"--train-iters {request.length.steps}".split()]
+    words = [*model_flags(run.model), *_tokenizer_flags(request.tokenizer), *_PAPER_FLAGS.split()]
+    # A cache per run, since simultaneous jobs would write a common one together.
+    words += ["--data-path", request.data_prefix]
+    words += ["--data-cache-path", str(request.folder / "cache" / run.name)]
+    words += ["--expert-parallel-mode", "fsep" if method.uses_fsep else "standard"]
+    words += ["--expert-model-parallel-size", str(_group_size(method, request))]
+    words += ["--train-iters", str(request.length.steps)]
     words += ["--seq-length", str(sequence)]
     words += ["--micro-batch-size", str(1 if is_tensor_parallel else experiment.sequences)]
     if float(aux):
         words += f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {aux}".split()
     if method.uses_fsep:
         words += [*_RECOMPUTE.split(), *method.flags.split()]
+        if not request.toy:
+            # In all six models C is K. Two ranks would not have a slot for each expert.
+            words += ["--fsep-capacity", family(run.model).partition("k")[2]]
         if experiment.records_metrics:
             words += ["--fsep-record-metrics", str(metrics_folder(run, request))]
     if request.toy:
@@ -206,6 +206,18 @@ def flags(experiment: Experiment, run: Run, request: Request) -> list[str]:
         tensor = experiment.stock_tensor[family(run.model)]
         words += f"--tensor-model-parallel-size {tensor} --sequence-parallel".split()
     return [*words, *request.flags]
+
+
+def _tokenizer_flags(tokenizer: str) -> list[str]:
+    if tokenizer == "bytes":
+        return ["--tokenizer-type", "NullTokenizer", "--vocab-size", "257"]
+    return ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", tokenizer]
+
+
+def _group_size(method: Method, request: Request) -> int:
+    if request.toy:
+        return TOY_RANKS
+    return request.nodes * GPUS_PER_NODE if method.uses_fsep else GPUS_PER_NODE
 
 
 def log_path(run: Run, request: Request) -> Path:

@@ -39,7 +39,9 @@ from scripts.paper.experiments import (
 from scripts.paper.measured import Measured, Profile, read_log, read_profile
 from scripts.paper.tables import Result, Table
 
-SBATCH = Path(__file__).resolve().parents[1] / "slurm" / "pretrain.sbatch"
+_ROOT = Path(__file__).resolve().parents[2]
+SBATCH = _ROOT / "scripts" / "slurm" / "pretrain.sbatch"
+SCRIPT = _ROOT / "pretrain_gpt.py"
 _MOST_STEPS = 100_000
 _TOY_NOTE = "Times at toy scale say that it runs, and nothing of what is faster."
 # Number of source files of Python's standard library: enough text for toy runs.
@@ -149,7 +151,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     )
     cluster = parser.add_argument_group("with --slurm")
     cluster.add_argument("--data-prefix", help="a dataset made by prepare-data")
-    cluster.add_argument("--tokenizer", help="as pretrain.sbatch takes it")
+    cluster.add_argument("--tokenizer", help="a Hugging Face tokenizer's folder, or bytes")
     cluster.add_argument(
         "--nodes", type=int, choices=(1, 2, 4), help=f"of {GPUS_PER_NODE} GPUs; default {NODES}"
     )
@@ -229,22 +231,19 @@ def _chosen(experiment: Experiment, options: argparse.Namespace) -> list[Run]:
 
 
 # Environment variables of single runs; and of jobs, from within which a toy run may be started.
-_OF_RUNS = ("CAPACITY", "CHECKPOINT", "DRY_RUN", "EP_SIZE", "GPUS_PER_NODE", "MODE")
-_OF_JOBS = ("CONTAINER_", "LOG_DIR", "MASTER_ADDR", "SCRIPT", "SLURM_")
+_OF_RUNS = ("CHECKPOINT", "DRY_RUN", "GPUS_PER_NODE")
+_OF_JOBS = ("CONTAINER_", "LOG_DIR", "MASTER_ADDR", "SLURM_")
 
 
 def command_line(experiment: Experiment, run: Run, request: Request) -> str:
     """Return the run's command for a shell, valid in any folder."""
-    variables = [
-        f"{name}={shell_words([value])}"
-        for name, value in settings(experiment, run, request).items()
-    ]
+    variables = [f"{name}={shell_words([value])}" for name, value in settings(run, request).items()]
     return " ".join([*variables, shell_words(_words(experiment, run, request))])
 
 
 def _words(experiment: Experiment, run: Run, request: Request) -> list[str]:
     start = ["bash"] if request.toy else _sbatch(experiment, run, request)
-    return [*start, str(SBATCH), "--", *flags(experiment, run, request)]
+    return [*start, str(SBATCH), str(SCRIPT), *flags(experiment, run, request)]
 
 
 def _sbatch(experiment: Experiment, run: Run, request: Request) -> list[str]:
@@ -273,7 +272,7 @@ def _train(experiment: Experiment, runs: Sequence[Run], request: Request) -> Non
         for run in runs:
             print(f"{run.name}: {request.length.steps} steps", flush=True)
             with log_path(run, request).open("x", encoding="utf-8") as log:
-                environment = _environment(experiment, run, request)
+                environment = _environment(run, request)
                 environment["MASTER_PORT"] = str(_free_port())
                 subprocess.run(
                     _words(experiment, run, request),
@@ -285,22 +284,20 @@ def _train(experiment: Experiment, runs: Sequence[Run], request: Request) -> Non
         return
     print(f"{len(runs)} jobs are submitted; if this command is ended, --collect goes on.")
     jobs = [
-        subprocess.Popen(
-            _words(experiment, run, request), env=_environment(experiment, run, request)
-        )
+        subprocess.Popen(_words(experiment, run, request), env=_environment(run, request))
         for run in runs
     ]
     for job in jobs:
         job.wait()
 
 
-def _environment(experiment: Experiment, run: Run, request: Request) -> dict[str, str]:
+def _environment(run: Run, request: Request) -> dict[str, str]:
     """Return a run's environment: the user's variables for pretrain.sbatch, except these."""
     dropped = _OF_RUNS + (_OF_JOBS if request.toy else ())
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     if request.toy:
         kept |= {"PYTHON": sys.executable}
-    return kept | settings(experiment, run, request)
+    return kept | settings(run, request)
 
 
 def _free_port() -> int:

@@ -44,8 +44,6 @@ SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
     "report.md": ON_TWO_CPU_RANKS | SHORT,
     # The batch script's own tests run it in a Slurm; here it prints its command.
     "slurm.md": {
-        # The package that it needs is installed by the page alone.
-        "TOKENIZER=/data/tokenizer": "TOKENIZER=bytes",
         "/data/": "data/",
         # Outside of Slurm, which has pyxis, it is refused.
         "CONTAINER_IMAGE=/images/pytorch.sqsh CONTAINER_MOUNTS=/data:/data ": "",

@@ -253,18 +253,15 @@ def test_commands_run(
 @pytest.mark.parametrize("place", [pytest.param("inside", marks=pytest.mark.nightly), "outside"])
 def test_the_slurm_script_starts(install: Install, place: str, tmp_path: Path) -> None:
     cwd = install.checkout if place == "inside" else tmp_path
-    (tmp_path / "text.idx").touch()
     log = tmp_path / "imported"
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     script = install.checkout / "scripts" / "slurm" / "pretrain.sbatch"
     result = run(
-        ["bash", script, "--", "--expert-parallel-mode", "standard", "--no-such-flag"],
+        ["bash", script, install.checkout / "pretrain_gpt.py", "--no-such-flag"],
         cwd,
         PYTHON=str(install.environment.python),
-        MODEL="tiny-moe",
-        DATA_PREFIX=str(tmp_path / "text"),
         GPUS_PER_NODE="1",
         MASTER_PORT=str(port),
         IMPORTED=str(log),
@@ -272,9 +269,9 @@ def test_the_slurm_script_starts(install: Install, place: str, tmp_path: Path) -
     # Its rank gets as far as `starts` does, and fails.
     assert result.returncode == 1, result.stderr
     assert "unrecognized arguments: --no-such-flag" in result.stderr
-    # All of its processes use the installed package, though they run a script of the checkout.
+    # As `starts` does: the checkout's sources, with the installed core.
     packages, cores = zip(*imported(log), strict=True)
-    assert {*packages} == {install.package}
+    assert {*packages} == {install.checkout / "megatron_laer"}
     assert {core.parent for core in cores if core} == {install.package / "planner"}
 
 

@@ -65,6 +65,7 @@ def test_a_job_of_the_breakdown_is_waited_for(
         --num-layers 2 --hidden-size 64 --num-attention-heads 4 --kv-channels 16
         --num-query-groups 2 --ffn-hidden-size 64 --moe-ffn-hidden-size 64 --seq-length 64
         --max-position-embeddings 64 --global-batch-size 8 --num-workers 0 --fsep-capacity 5
+        --expert-model-parallel-size 2
     """
     words = ["scripts/paper/figure10.py", "--slurm", "--work-dir", str(tmp_path)]
     words += ["--data-prefix", text_data, "--tokenizer", "bytes", "--steps", "3"]

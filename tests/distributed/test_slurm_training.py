@@ -14,17 +14,16 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from megatron_laer.device import CPU_FLAGS
 from megatron_laer.telemetry import log
 from tests import processes
 from tests.checkpoints import saved_iteration
-from tests.distributed.test_slurm import ONE_NODE, SBATCH, TWO_NODES
+from tests.distributed.test_slurm import ONE_NODE, SBATCH, SCRIPT, TWO_NODES
 from tests.parity.row import HOMES
 from tests.slurm import Cluster, Job, kill_node, start_node
 
@@ -33,10 +32,14 @@ pytestmark = pytest.mark.slurm
 _HELD = Path(__file__).resolve().parents[1] / "faults" / "held.py"
 STEPS, SAVE_INTERVAL, HELD_IN = 24, 8, 13
 FLAGS = [
-    *CPU_FLAGS,
     *f"--train-iters {STEPS} --save-interval {SAVE_INTERVAL} --global-batch-size 4".split(),
     *"--num-layers 2 --seq-length 64 --max-position-embeddings 64 --num-workers 0".split(),
-    *"--lr 1e-3 --eval-iters 1 --eval-interval 1000 --split 90,10,0 --fsep-late-plan wait".split(),
+    *"--lr 1e-3 --min-lr 1e-5 --lr-decay-style cosine --lr-warmup-fraction 0.1".split(),
+    *"--adam-beta2 0.95 --weight-decay 0.1 --use-distributed-optimizer".split(),
+    *"--overlap-grad-reduce --overlap-param-gather --micro-batch-size 1 --log-interval 1".split(),
+    *"--eval-iters 1 --eval-interval 1000 --split 90,10,0".split(),
+    *"--expert-model-parallel-size 2 --expert-tensor-parallel-size 1".split(),
+    *"--expert-parallel-mode fsep --fsep-late-plan wait".split(),
 ]
 
 
@@ -44,30 +47,28 @@ FLAGS = [
 class Training:
     """Submitter of jobs that train the same model, with checkpoints in `folder`.
 
-    All tests share the dataset in `data_cache`.
+    `flags` are the training script's.
     """
 
     cluster: Cluster
     folder: Path
-    text_data: str
-    data_cache: Path
+    flags: Sequence[str]
 
     def submit(self, *options: str, words: str = "", held: bool = False, **variables: str) -> Job:
         """Submit a job with `options`; the ranks of a `held` job stop in step HELD_IN."""
         settings = {
-            "MODEL": "tiny-moe",
-            "DATA_PREFIX": self.text_data,
-            "DATA_CACHE": str(self.data_cache),
             "PYTHON": sys.executable,
             "PYTHONPATH": processes.python_path(),
             "MEGATRON_LAER_DEVICE": "cpu",
         }
         if held:
             (self.folder / "held").mkdir(exist_ok=True)
-            settings |= {"SCRIPT": str(_HELD), "HELD_IN_STEP": str(HELD_IN)}
-            settings |= {"HELD_FOLDER": str(self.folder / "held")}
-        command = (*options, f"--chdir={self.folder}", str(SBATCH), "--", *FLAGS, *words.split())
-        return self.cluster.submit(*command, environment=settings | variables)
+            settings |= {"HELD_IN_STEP": str(HELD_IN), "HELD_FOLDER": str(self.folder / "held")}
+        script = str(_HELD if held else SCRIPT)
+        command = (*options, f"--chdir={self.folder}", str(SBATCH), script)
+        return self.cluster.submit(
+            *(*command, *self.flags, *words.split()), environment=settings | variables
+        )
 
     @property
     def checkpoint(self) -> Path:
@@ -86,8 +87,10 @@ Make = Callable[[Path], Training]
 
 @pytest.fixture(scope="module")
 def make(slurm_cluster: Cluster, text_data: str, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    cache = tmp_path_factory.mktemp("cache")
-    return lambda folder: Training(slurm_cluster, folder, text_data, cache)
+    model = processes.python("-m", "megatron_laer", "flags", "tiny-moe", "--cpu").split()
+    # All tests share the dataset and its index.
+    data = ["--data-path", text_data, "--data-cache-path", str(tmp_path_factory.mktemp("cache"))]
+    return lambda folder: Training(slurm_cluster, folder, [*model, *FLAGS, *data])
 
 
 @pytest.fixture
@@ -210,27 +213,6 @@ def test_a_killed_rank_ends_all_and_the_run_is_started_again(
     assert job.field("Restarts") == "0"
     assert "it is started again (1 of 1)" in job.log
     assert_same(job, undisturbed, SAVE_INTERVAL)
-
-
-@pytest.mark.nightly
-@pytest.mark.counts(slurm_jobs=1)
-def test_both_modes_train_in_one_job_and_are_compared(training: Training) -> None:
-    job = training.submit(*TWO_NODES, MODE="both", words="--exit-interval 6")
-    assert job.end() == "COMPLETED", job.log[-6000:]
-    printed = {
-        line.rsplit("  ", 1)[0].split("  ")[0]: line.split() for line in job.log.splitlines()
-    }
-    fsep, standard = (
-        log.read_run(mode, path.read_text().splitlines())
-        for mode in ("fsep", "standard")
-        for path in training.folder.glob(f"*-{mode}.log")
-    )
-    assert printed["steps in the log"][-2:] == ["6", "6"]
-    losses = [f"{run.steps[6].values[log.LOSS]:.4f}" for run in (fsep, standard)]
-    assert printed["loss of its last step"][-2:] == losses
-    assert log.IMBALANCE in fsep.steps[6].values and log.IMBALANCE not in standard.steps[6].values
-    balance = [float(word) for word in printed["max/mean tokens per rank, steps 13 to 24"][-2:]]
-    assert 1.0 <= balance[0] < balance[1] < 2.0
 
 
 @pytest.mark.nightly

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.device import CPU_FLAGS
 from tests import processes, slurm
 from tests.unit.shell_scripts import fake_python, shell
 
@@ -34,8 +33,11 @@ def fake_slurm(tmp_path):
     }
 
 
+_SCRIPT = str(_ROOT / "pretrain_gpt.py")
+
+
 def slurm_command(*words, **environment):
-    result = shell(_SBATCH, *words, DRY_RUN="1", PYTHON=sys.executable, **environment)
+    result = shell(_SBATCH, _SCRIPT, *words, DRY_RUN="1", **environment)
     assert result.returncode == 0, result.stderr
     return shlex.split(result.stdout)
 
@@ -44,29 +46,15 @@ def value_of(flag, command):
     return command[len(command) - command[::-1].index(flag)]
 
 
-def test_the_slurm_script_starts_a_launcher_per_node_and_meets_on_the_first(fake_slurm, tmp_path):
-    (tmp_path / "transformers.py").touch()
-    (tmp_path / "tokenizer.json").touch()
-    command = slurm_command(
-        **fake_slurm,
-        PYTHONPATH=f"{processes.python_path()}:{tmp_path}",
-        MODEL="mixtral-8x7b-e8k2",
-        DATA_PREFIX="/data/text",
-        TOKENIZER=str(tmp_path),
-        CAPACITY="2",
-        DATA_CACHE="/shared/cache",
-    )
+def test_the_slurm_script_starts_a_launcher_per_node_and_meets_on_the_first(fake_slurm):
+    command = slurm_command("--lr", "3e-4", **fake_slurm)
     srun = command[command.index("srun") : command.index("bash")]
     assert srun[:5] == ["srun", "--nodes", "3", "--ntasks", "3"]
     assert value_of("--master-addr", command) == "n7"
     assert value_of("--master-port", command) == str(20000 + 123456 * 8 % 12000)
     assert value_of("--nnodes", command) == "3"
     assert value_of("--nproc-per-node", command) == "8"
-    assert value_of("--expert-model-parallel-size", command) == "24"
-    assert value_of("--fsep-capacity", command) == "2"
-    assert value_of("--num-layers", command) == "32"
-    assert value_of("--tokenizer-model", command) == str(tmp_path)
-    assert value_of("--data-cache-path", command) == "/shared/cache"
+    assert command[-3:] == [_SCRIPT, "--lr", "3e-4"]
 
 
 # Their value is optional, so a following word is the command to run.
@@ -78,10 +66,10 @@ _OPTIONAL_VALUES = {
 
 def test_options_of_srun_whose_value_may_be_left_out_have_none_as_a_word(fake_slurm):
     container = {"CONTAINER_IMAGE": "/images/a b.sqsh", "CONTAINER_MOUNTS": "/data:/data"}
-    words = slurm_command(**fake_slurm, **MODEL_AND_DATA, SLURM_CPUS_PER_TASK="4", **container)
+    words = slurm_command(**fake_slurm, SLURM_CPUS_PER_TASK="4", **container)
     assert "--kill-on-bad-exit=1" in words and "CUDA_DEVICE_MAX_CONNECTIONS=32" in words
     assert "--container-image=/images/a b.sqsh" in words
-    assert f"--container-mounts={_ROOT}:{_ROOT},/data:/data" in words
+    assert "--container-mounts=/data:/data" in words
     options = iter(words[words.index("srun") + 1 : words.index("bash")])
     for option in options:
         assert option.startswith("--"), f"srun would run {option}"
@@ -90,29 +78,24 @@ def test_options_of_srun_whose_value_may_be_left_out_have_none_as_a_word(fake_sl
 
 
 @pytest.mark.parametrize(
-    ("environment", "ranks", "said"),
+    ("environment", "ranks"),
     [
-        ({"SLURM_GPUS_PER_NODE": "h100:4"}, "4", None),
-        ({"SLURM_GPUS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "8"}, "2", "holds 8 GPUs per node"),
-        ({"SLURM_GPUS_PER_NODE": "8", "GPUS_PER_NODE": "6"}, "6", None),
-        ({"SLURM_GPUS_PER_NODE": "", "SLURM_GPUS_ON_NODE": "3"}, "3", None),
-        ({"SLURM_GPUS_PER_NODE": ""}, "8", "GPUS_PER_NODE=8 is assumed"),
-        ({"SLURM_CPUS_ON_NODE": "1"}, "8", "8 ranks per node share 1 CPUs"),
+        ({"SLURM_GPUS_PER_NODE": "h100:4"}, "4"),
+        ({"SLURM_GPUS_PER_NODE": "2", "SLURM_GPUS_ON_NODE": "8"}, "2"),
+        ({"SLURM_GPUS_PER_NODE": "8", "GPUS_PER_NODE": "6"}, "6"),
+        ({"SLURM_GPUS_PER_NODE": "", "SLURM_GPUS_ON_NODE": "3"}, "3"),
+        ({"SLURM_GPUS_PER_NODE": ""}, "8"),
     ],
 )
-def test_ranks_per_node_are_the_gpus_that_were_asked_for(fake_slurm, environment, ranks, said):
-    settings = fake_slurm | {"MODEL": "tiny-moe", "DATA_PREFIX": "/data"} | environment
-    result = shell(_SBATCH, DRY_RUN="1", PYTHON=sys.executable, **settings)
-    assert value_of("--nproc-per-node", shlex.split(result.stdout)) == ranks
-    assert (said or "") in result.stderr
-    assert bool(said) == bool(result.stderr)
+def test_ranks_per_node_are_the_gpus_that_were_asked_for(fake_slurm, environment, ranks):
+    assert value_of("--nproc-per-node", slurm_command(**fake_slurm | environment)) == ranks
 
 
 def test_a_checkpoint_is_saved_to_and_loaded_from_and_signals_save(tmp_path):
     folder = tmp_path / "run"
     soon = int(time.time()) + 3600
     settings = {"CHECKPOINT": str(folder), "MARGIN_MIN": "20", "SLURM_JOB_END_TIME": str(soon)}
-    command = slurm_command(*("--", "--save-interval", "7"), **MODEL_AND_DATA, **settings)
+    command = slurm_command(*("--save-interval", "7", "--train-iters=9"), **settings)
     assert value_of("--save", command) == value_of("--load", command) == str(folder)
     assert value_of("--save-interval", command) == "7"
     assert value_of("--exit-signal", command) == "SIGUSR1"
@@ -121,101 +104,69 @@ def test_a_checkpoint_is_saved_to_and_loaded_from_and_signals_save(tmp_path):
     assert not folder.exists()
 
 
-def test_both_modes_are_two_runs_with_ports_and_folders_of_their_own(tmp_path):
-    words = "-- --fsep-late-plan wait --lr 3e-4 --fsep-plan-lag=2 --seed 5".split()
-    settings = MODEL_AND_DATA | {"MODE": "both", "CHECKPOINT": str(tmp_path), "CAPACITY": "3"}
-    result = shell(_SBATCH, *words, DRY_RUN="1", PYTHON=sys.executable, **settings)
-    fsep, standard = map(shlex.split, result.stdout.splitlines())
-    assert value_of("--expert-parallel-mode", fsep) == "fsep"
-    assert value_of("--expert-parallel-mode", standard) == "standard"
-    for command, mode in ((fsep, "fsep"), (standard, "standard")):
-        assert value_of("--load", command) == f"{tmp_path}/{mode}"
-    # FSEP's flags go to one of the runs only; the other would refuse them.
-    assert fsep[-9:] == ["--fsep-capacity", "3", *words[1:]]
-    assert standard[-4:] == ["--lr", "3e-4", "--seed", "5"]
-    assert not [word for word in standard if word.startswith("--fsep")]
-
-
 @pytest.mark.parametrize("dry", ["1", "yes"])
-def test_what_follows_the_dashes_wins_and_keeps_its_words(dry):
-    words = ("--", "--lr", "3e-4", "--data-cache-path", "a b")
-    settings = {"DRY_RUN": dry, "PYTHON": sys.executable, "CUDA_DEVICE_MAX_CONNECTIONS": "8"}
-    result = shell(_SBATCH, *words, **MODEL_AND_DATA, **settings)
+def test_flags_keep_their_words(dry):
+    words = (_SCRIPT, "--lr", "3e-4", "--data-cache-path", "a b")
+    result = shell(_SBATCH, *words, DRY_RUN=dry, CUDA_DEVICE_MAX_CONNECTIONS="8")
     command = shlex.split(result.stdout)
     assert "srun" not in command and "CUDA_DEVICE_MAX_CONNECTIONS=8" in command
     assert value_of("--lr", command) == "3e-4"
     assert value_of("--data-cache-path", command) == "a b"
 
 
-MODEL_AND_DATA = {"MODEL": "tiny-moe", "DATA_PREFIX": "/data"}
-
-
 # `tests/bad_inputs/batch.py` has the others.
 @pytest.mark.parametrize(
     ("words", "environment", "message"),
     [
-        ("", {"SLURM_JOB_END_TIME": "soon"}, "SLURM_JOB_END_TIME=soon is no whole number in 0..9"),
-        ("", {"SLURM_GPUS_ON_NODE": "08"}, "'08' GPUs per node, which is no"),
-        ("", {"MAX_RESTARTS": "5\x1b[2J"}, "MAX_RESTARTS=5?[2J is no whole"),
-        ("", {"MODE": "both", "MASTER_PORT": "65535"}, "no whole number in 1024..65534\n"),
-        ("", {"CAPACITY": "100000"}, "(CAPACITY sets --fsep-capacity)"),
-        ("", {"CHECKPOINT": "/dev/null/run"}, "CHECKPOINT '/dev/null/run': '/dev/null' is no fol"),
-        ("", {"CHECKPOINT": "/proc/self"}, "'/proc/self' cannot be written to"),
-        ("", {"LOG_DIR": "/dev/null"}, "'/dev/null' is no folder; give"),
-        ("word", {}, "'word' is no flag of Megatron's"),
-        ("", {"PYTHON": "/bin/false"}, "/bin/false does not run Python"),
+        ("", {}, "give a training script and its flags"),
+        ("a.py", {"MAX_RESTARTS": "5\x1b[2J"}, "MAX_RESTARTS=5?[2J is no whole"),
+        ("a.py", {"CHECKPOINT": "x"}, "CHECKPOINT=x needs --train-iters, not ''"),
+        ("a.py --train-iters many", {"CHECKPOINT": "x"}, "needs --train-iters, not 'many'"),
+        ("a.py --train-samples 8", {"CHECKPOINT": "x"}, "needs --train-iters, not ''"),
     ],
 )
 def test_a_slurm_job_with_bad_settings_stops_at_once(words, environment, message):
-    settings = {"DRY_RUN": "1", "PYTHON": sys.executable} | MODEL_AND_DATA | environment
-    result = shell(_SBATCH, "--", *words.split(), **settings)
+    result = shell(_SBATCH, *words.split(), DRY_RUN="1", **environment)
     assert result.returncode == 2
     assert message in result.stderr
     assert not result.stdout
 
 
-def test_a_copy_of_the_slurm_script_says_what_it_misses(tmp_path):
-    copied = tmp_path / "pretrain.sbatch"
-    shutil.copy(_SBATCH, copied)
-    result = shell(copied, DRY_RUN="1", **MODEL_AND_DATA)
-    assert result.returncode == 2
-    assert f"{copied} is not in scripts/slurm of the repository" in result.stderr
-    script = str(_ROOT / "pretrain_gpt.py")
-    settings = {"PYTHON": sys.executable, "PYTHONPATH": processes.python_path(), "SCRIPT": script}
-    result = shell(copied, DRY_RUN="1", **MODEL_AND_DATA, **settings)
-    assert script in shlex.split(result.stdout), result.stderr
+_FSEP = f"{_SCRIPT} --num-experts 8 --lr 1e-4 --bf16 --expert-parallel-mode fsep".split()
 
 
-# Slurm's form of an array's last task; some releases show the script's arguments.
-_TASKS = (
-    "JobId=123457 ArrayJobId=123456 ArrayTaskId=1 Command=/else/where.sbatch WorkDir=/\n"
-    f"JobId=123456 ArrayJobId=123456 ArrayTaskId=2 Requeue=0 Command={_SBATCH}{{}} WorkDir=/\n"
+@pytest.mark.parametrize(
+    ("flags", "status", "said"),
+    [
+        ("--expert-model-parallel-size 4", 0, "runs; "),
+        ("--expert-model-parallel-size 8", 2, "must be at most the number of ranks, 4"),
+        ("--expert-model-parallel-size 1", 2, "uses no expert parallelism, which FSEP needs"),
+        ("--expert-model-parallel-size 4 --my-own-flag", 0, "neither Megatron nor FSEP has such"),
+    ],
 )
-
-
-@pytest.mark.parametrize("words", ["", " -- --lr 3e-4", " --data-cache-path /a/b"])
-def test_the_repository_is_found_from_a_job_and_also_from_a_task_of_an_array(
-    fake_slurm, tmp_path, words
-):
-    copied = tmp_path / "slurm_script"
-    shutil.copy(_SBATCH, copied)
-    shown = shlex.quote(_TASKS.format(words))
-    fake_python(tmp_path, "scontrol", f'[ "$2" = hostnames ] && echo n7 || printf "%s" {shown}')
-    result = shell(copied, DRY_RUN="1", PYTHON=sys.executable, **fake_slurm, **MODEL_AND_DATA)
-    assert str(_ROOT / "pretrain_gpt.py") in shlex.split(result.stdout), result.stderr
+def test_flags_of_fsep_are_judged_once_before_ranks_start(flags, status, said):
+    python = {"PYTHON": sys.executable, "PYTHONPATH": processes.python_path()}
+    settings = {"DRY_RUN": "1", "SLURM_JOB_NUM_NODES": "2", "GPUS_PER_NODE": "2"}
+    result = shell(_SBATCH, *_FSEP, *flags.split(), **settings, **python)
+    assert (result.returncode, bool(result.stdout)) == (status, not status), result.stderr
+    assert said in result.stderr
+    assert ("pretrain.sbatch: this job's flags are refused" in result.stderr) == bool(status)
 
 
 @pytest.mark.distributed
 def test_the_slurm_command_line_trains_on_this_machine(text_data, tmp_path):
+    flags = f"""
+        --data-path {text_data} --data-cache-path {tmp_path} --micro-batch-size 1
+        --global-batch-size 4 --train-iters 2 --lr 1e-4 --eval-interval 2 --eval-iters 1
+        --num-workers 0 --num-layers 2 --seq-length 32 --split 90,10,0 --log-interval 1
+        --expert-model-parallel-size 2 --expert-parallel-mode fsep
+    """
+    model = processes.python("-m", "megatron_laer", "flags", "tiny-moe", "--cpu")
     result = shell(
-        *(_SBATCH, "--", *CPU_FLAGS, "--train-iters", "2", "--global-batch-size", "4"),
-        *("--eval-iters", "1", "--num-workers", "0", "--num-layers", "2", "--seq-length", "32"),
-        *("--split", "90,10,0", "--data-cache-path", tmp_path),
+        *(_SBATCH, _SCRIPT, *model.split(), *flags.split()),
         timeout_s=1800,
         PYTHON=sys.executable,
         PYTHONPATH=processes.python_path(),
-        MODEL="tiny-moe",
-        DATA_PREFIX=text_data,
         GPUS_PER_NODE="2",
         MEGATRON_LAER_DEVICE="cpu",
     )

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import write_output
 from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
-from megatron_laer.tools.cli.argument_types import option, path
+from megatron_laer.tools.cli.argument_types import MOST_RANKS, between, option, path
 from megatron_laer.tools.cli.megatron_flags import parsed, replace_cuda_where_needed, say_wait
 from megatron_laer.tools.recipes.bridge_table import judge_recipe, read_recipes, recipe_of
 from megatron_laer.tools.recipes.command_lines import (
@@ -63,7 +63,8 @@ the flags that are named, 5 uses no expert parallelism, 1 refused, 2 cannot be j
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = (
-        "%(prog)s [FILE] [--bridge-recipe NAME] [--bridge-csv CSV [--json OUT]] [-- FLAGS]"
+        "%(prog)s [FILE] [--bridge-recipe NAME] [--bridge-csv CSV [--json OUT]] "
+        "[[--ranks N] -- FLAGS]"
     )
     parser.description = (
         "Judges Megatron's flags, or recipes of Megatron-Bridge, by the table that training "
@@ -76,6 +77,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--bridge-recipe NAME", text)
     option(parser, "--bridge-csv CSV", "a table of Megatron-Bridge's recipes", path)
     option(parser, "--json OUT", "write the table's verdicts there", path)
+    text = "ranks that the flags are for; default: --expert-model-parallel-size"
+    option(parser, "--ranks N", text, between(1, MOST_RANKS))
 
 
 def run(args: Namespace) -> int:
@@ -84,12 +87,14 @@ def run(args: Namespace) -> int:
         raise ValueError("give one of FILE, --bridge-recipe NAME, --bridge-csv CSV and -- FLAGS")
     if args.json is not None and args.bridge_csv is None:
         raise ValueError(f"--json {quoted(args.json)}: only with --bridge-csv")
+    if args.ranks is not None and not args.flags:
+        raise ValueError(f"--ranks {args.ranks}: only with -- FLAGS")
     if args.bridge_csv is not None:
         return _judge_table(args.bridge_csv, args.json)
     if args.bridge_recipe is not None:
         return _say(_judge_function(args.bridge_recipe))
     if args.file is None:
-        return _judge_flags(script_flags(args.flags))
+        return _judge_flags(script_flags(args.flags), args.ranks)
     if args.file.suffix in (".yaml", ".yml") and "recipe" in mapping_in_file(args.file):
         return _say(judge_recipe(recipe_of(mapping_in_file(args.file), str(args.file))))
     return _judge_flags(flags_in_file(args.file))
@@ -170,11 +175,11 @@ def _judge_function(name: str) -> Judgement:
     return judgement
 
 
-def _judge_flags(words: list[str]) -> int:
+def _judge_flags(words: list[str], ranks: int | None = None) -> int:
     from megatron_laer.fsep_flags import config_from_args
     from megatron_laer.support import arguments
 
-    settings = parsed(words)
+    settings = parsed(words, ranks)
     config = config_from_args(settings)
     assert config is not None, "the mode is set"
     judgement = judge(settings, config.allow_unproven)
@@ -185,7 +190,7 @@ def _judge_flags(words: list[str]) -> int:
         allowed = dict.fromkeys((*config.allow_unproven, *judgement.allow))
         try:  # once more, with the sizes that no row of the table covers
             config = replace(config, allow_unproven=tuple(allowed))
-            arguments.check(parsed(kept), config)
+            arguments.check(parsed(kept, ranks), config)
         except ValueError as error:
             judgement = Judgement(Verdict.REFUSED, None, (str(error),))
     status = _say(judgement)

@@ -12,8 +12,11 @@ from megatron_laer.tools.cli.program import RaisingParser
 from megatron_laer.tools.recipes.command_lines import check_patterns
 
 
-def parsed(words: list[str]) -> Namespace:
-    """Return the settings of a run with FSEP; ValueError for words that are no flags."""
+def parsed(words: list[str], ranks: int | None = None) -> Namespace:
+    """Return the settings of a run with FSEP on `ranks` ranks, by default one group's.
+
+    Raises ValueError for words that are no flags.
+    """
     from megatron_laer import fsep_flags
     from megatron_laer.config import ExpertParallelMode
     from megatron_laer.support import arguments
@@ -41,7 +44,7 @@ def parsed(words: list[str]) -> Namespace:
             "file, and FSEP's flags have no effect with it; give Megatron's flags"
         )
     settings.expert_parallel_mode = ExpertParallelMode.FSEP
-    settings.world_size = settings.expert_model_parallel_size
+    settings.world_size = ranks or settings.expert_model_parallel_size
     arguments.fill_in(settings, {})
     arguments.leave_out(settings)
     return settings
