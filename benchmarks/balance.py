@@ -10,13 +10,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Any
 
-from benchmarks.adaptive import adaptive
 from benchmarks.costs import paper_costs
 from benchmarks.rivals.eplb import Eplb
-from benchmarks.rivals.even import Even
 from benchmarks.rivals.flexmoe import FlexMoE
 from benchmarks.splits import (
     BalanceRow,
@@ -35,13 +31,10 @@ from megatron_laer.planner.strategies import make_strategy
 
 NODE_SIZE = 8
 CAPACITIES = (3, 4, 6)
-TOLERANCE = 1.05
 
 
-def balance(
-    trace: Trace, cases: Sequence[Case], predicted: list[dict[str, Any]]
-) -> Iterator[BalanceRow]:
-    """Yield all rows of the table; append the times of the adaptive ones to `predicted`."""
+def balance(trace: Trace, cases: Sequence[Case]) -> Iterator[BalanceRow]:
+    """Yield all rows of the table."""
     num_ranks, num_experts = trace.counts.shape[3:]
     for capacity in CAPACITIES:
         geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
@@ -58,11 +51,6 @@ def balance(
 
         old = forecasts(trace, cases, greedy, split_exactly, static)
         yield BalanceRow.of("greedy", "forecast", "iteration", capacity, old)
-        guarded = [
-            replace(fresh, replanned=True) if kept.ratio > TOLERANCE else kept
-            for kept, fresh in zip(old, exact, strict=True)
-        ]
-        yield BalanceRow.of("greedy", "tolerance", "iteration", capacity, guarded)
         recent = []
         for case in cases:
             before_NE = trace.before(case)
@@ -72,14 +60,9 @@ def balance(
             recent.append(split_exactly(trace.now(case), layout, NODE_SIZE))
         yield BalanceRow.of("greedy", "forecast", "microbatch", capacity, recent)
 
-        chosen, layers = adaptive(trace, cases, greedy, static, NODE_SIZE)
-        predicted.extend(layers)
-        yield BalanceRow.of("greedy", "adaptive", "iteration", capacity, chosen)
-
         rivals: list[tuple[Planner, Split]] = [
             (make_strategy("static", geometry=geometry, costs=costs), split_evenly),
             (make_strategy("laer", geometry=geometry, costs=costs), split_evenly),
-            (Even(geometry), split_evenly),
             (Eplb(geometry), split_like_eplb),
             (FlexMoE(geometry), split_evenly),
         ]

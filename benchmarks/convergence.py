@@ -20,11 +20,9 @@ from typing import Any
 from benchmarks.command_line import (
     MOST_STEPS,
     add_json,
-    output,
     parser_of,
     program,
 )
-from benchmarks.convergence_figure import write_figure
 from benchmarks.convergence_results import checks, gap_rows, rows
 from benchmarks.convergence_runs import (
     AUX_LOSSES,
@@ -42,26 +40,20 @@ from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.writing import write_file
 from megatron_laer.tools.cli.argument_types import between
-from megatron_laer.tools.simulator.rendering import check_can_plot
 
 # Limit per step, for a time-out; a step takes far less even on a busy machine.
 _MOST_STEP_S = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train missing runs, print the tables and draw the figure; return 1 if a check fails."""
+    """Train missing runs and print the tables; return 1 if a check fails."""
     parser = parser_of("benchmarks.convergence", __doc__)
     parser.add_argument("--steps", type=_steps, default=2000, help="of each run")
     add_json(
         parser,
         "where to write the runs after each of them; those that it has are not run again",
     )
-    parser.add_argument(
-        "--figure", type=output, metavar="FILE", help="where to draw them (needs matplotlib)"
-    )
     options = parser.parse_args(arguments)
-    if options.figure is not None:
-        check_can_plot(options.figure, "--figure")
     runs = read(options.json, options.steps)
     _train(runs, options.steps, options.json)
     found = list(checks(runs))
@@ -70,8 +62,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print_table(gap_rows(runs))
     for check in found:
         print(f"{'holds' if check.holds else 'MISSED':7} {check.sentence}")
-    if options.figure is not None:
-        write_figure(runs, options.figure)
     return 0 if all(check.holds for check in found) else 1
 
 

@@ -157,12 +157,6 @@ def effective_experts(run: Run) -> float:
     return float(np.exp(-(last_LE * logarithms_LE).sum(axis=-1)).mean())
 
 
-def smoothed(values: Sequence[float], width: int) -> Floats:
-    """Return running means over `width` neighbours, without the ends."""
-    means: Floats = np.convolve(values, np.full(width, 1 / width), mode="valid")
-    return means
-
-
 def _evened_out(runs: Runs) -> bool:
     """Return True if each auxiliary loss makes the use of experts more even."""
     return all(

@@ -2,10 +2,8 @@
 
 - `balance`: largest over mean rank load with one replica slot per rank, for known counts, for those
   of a microbatch before and of ten steps before. Rows of the real trace and of log-normal loads.
-- `bytes`: elements that a restore of replicas moves, as a share of a restore of rows.
 - `solve`: processor time as ratios to `sorted`: of the construction, of quotas by a flow, and of a
   fresh layout with its quotas as after the gate, by predicted time or without prices.
-- `small`: the construction against all layouts of small cases.
 - `nodes`: predicted layer time between nodes, with one to three replica slots, and of rows.
 - `launches`: kernels of a layer and microbatch under balanced routing, and stock's.
 - `balanced`, `skewed`: training, see `home_training`.
@@ -16,7 +14,6 @@ Legend: N ranks, E experts, C slots per rank.
 from __future__ import annotations
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +25,6 @@ import numpy as np
 
 from benchmarks.command_line import add_json, parser_of, program, write_json
 from benchmarks.costs import paper_costs
-from benchmarks.home_layouts import least_of_all
 from benchmarks.home_nodes import across_nodes
 from benchmarks.home_training import training
 from benchmarks.launches import BALANCED, count
@@ -36,7 +32,7 @@ from benchmarks.report import machine, print_table
 from benchmarks.trace_cases import Case, Trace
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding
-from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
+from megatron_laer.config import Auto, PlanMode
 from megatron_laer.planner.balance import max_over_mean
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.exact import exact_split
@@ -45,7 +41,6 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.traffic import Traffic, expert_elements_N, restore_traffic
 
 NODE_SIZE = 8
 # Replicas cost nothing: the best balance that forecasts allow.
@@ -58,7 +53,6 @@ SIGMAS = (0.1, 0.3, 0.6, 1.0, 1.5)
 DRAWN_SHAPES = ((8, 128), (16, 128), (32, 128), (64, 256))
 # N, E and ranks per node; in one node, loads that the construction assigns need no flow.
 SOLVED_SHAPES = ((64, 256, 8), (64, 256, 64), (1024, 1024, 8))
-SMALL_SHAPES = ((2, 4), (2, 8), (3, 6), (4, 4), (4, 8))
 SORTED = 200_000
 
 
@@ -101,9 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found: dict[str, Any] = {
         "machine": machine(),
         "balance": [asdict(row) for row in rows],
-        "bytes": moved_bytes(trace, stride),
         "solve": list(solve_times(3 if options.quick else 9)),
-        "small": small_cases(5 if options.quick else 40),
         "nodes": list(across_nodes(1 if options.quick else 4)),
         "launches": {case.sharding: count(case)["kinds"] for case in BALANCED},
     }
@@ -111,9 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found |= training(quick=options.quick)
     print(json.dumps(found["machine"]))
     print_table(found["balance"])
-    print_table([{"way": way, **numbers} for way, numbers in found["bytes"].items()])
     print_table(found["solve"])
-    print_table([found["small"]])
     print_table(found["nodes"])
     print_table([{"of": name, **kinds} for name, kinds in found["launches"].items()])
     for ranks, of in found.get("balanced", {}).items():
@@ -161,34 +151,6 @@ def drawn_balance(draws: int) -> Iterator[BalanceRow]:
                 yield row_of(geometry, 0, loads, "construction", layouts, ratios)
 
 
-def moved_bytes(trace: Trace, stride: int) -> dict[str, dict[str, float]]:
-    """Price restores of one matrix at N = 16, C = 3, per rank and pass, in experts' bytes."""
-    num_ranks, num_experts = 16, trace.counts.shape[-1]
-    matrices = ((num_ranks, 1),)
-    geometry = homes(num_ranks, num_experts)
-    whole = int(expert_elements_N(matrices, num_ranks).sum())
-
-    def restore(layout: ExpertLayout, way: ExchangeAlgorithm, home_slots: int) -> Traffic:
-        # On one node, both ways move what the group moves in all.
-        return restore_traffic(layout, num_ranks, matrices, way, home_slots=home_slots)
-
-    rows = restore(ExpertLayout.static(*geometry.shape), ExchangeAlgorithm.FLAT, 0)
-    found: dict[str, dict[str, float]] = {}
-    for name, way in (("direct", ExchangeAlgorithm.FLAT), ("relay", ExchangeAlgorithm.NODE)):
-        shares, busiest = [], []
-        for case in trace_cases(trace, stride):
-            layout = replicate(on_ranks(trace.now(case), num_ranks), geometry).layout
-            traffic = restore(layout, way, geometry.home_slots)
-            shares.append(traffic.intra_N.sum() / rows.intra_N.sum())
-            busiest.append(traffic.sent_intra_N.max() / whole)
-        found[name] = {
-            "share_of_rows": float(np.mean(shares)),
-            "busiest_sender_experts": float(np.mean(busiest)),
-            "busiest_sender_experts_p99": float(np.quantile(busiest, 0.99)),
-        }
-    return found
-
-
 def solve_times(repeats: int) -> Iterator[dict[str, Any]]:
     """Yield the least processor times of solves, as ratios to a sort in the same run."""
     rng = np.random.default_rng(0)
@@ -217,28 +179,6 @@ def solve_times(repeats: int) -> Iterator[dict[str, Any]]:
         ratios = zip([*runs][1:], (seconds / sorted_s for seconds in others_s), strict=True)
         shape = {"ranks": num_ranks, "experts": num_experts, "ranks per node": node_size}
         yield {**shape, **dict(ratios), "sorted_ms": sorted_s * 1e3}
-
-
-def small_cases(draws: int) -> dict[str, Any]:
-    """Compare the construction with all layouts of small cases, C = E/N + 1."""
-    rng = np.random.default_rng(0)
-    ratios, above_stock = [], 0
-    for num_ranks, num_experts in SMALL_SHAPES:
-        geometry = homes(num_ranks, num_experts)
-        for _ in range(draws):
-            counts_NE = drawn_counts_NE(num_ranks, num_experts, float(rng.choice(SIGMAS)), rng)
-            stock = imbalance(counts_NE, geometry.static_layout)
-            made = imbalance(counts_NE, replicate(counts_NE, geometry).layout)
-            above_stock += made > stock
-            least = least_of_all(counts_NE, geometry) * num_ranks / int(counts_NE.sum())
-            ratios.append(made / least)
-    return {
-        "cases": len(ratios),
-        "optimal_share": float(np.mean(np.array(ratios) <= 1 + 1e-9)),
-        "mean_ratio": statistics.mean(ratios),
-        "worst_ratio": max(ratios),
-        "above_stock": above_stock,
-    }
 
 
 def homes(num_ranks: int, num_experts: int, replica_slots: int = 1) -> Geometry:

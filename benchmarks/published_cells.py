@@ -10,7 +10,7 @@ Legend: N ranks, L layers, M microbatches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
@@ -82,31 +82,17 @@ def model_of(name: str) -> ModelShape:
     return replace(read_model(name), sequence=SEQUENCE)
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """Seconds of an iteration, and a rank's mean time for the experts' forward."""
-
-    seconds: float
-    expert_forward_s: float
-
-
 class Published:
     """Predictor of cells from the published tokens."""
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        quick: bool = False,
-        constants: Mapping[str, float] | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, *, quick: bool = False) -> None:
         self._quick = quick
         self.cells = read_cells(folder)
         self._tokens = read_tokens(folder)
         self._check(folder)
         cluster = _without_contention(load_cluster(_CLUSTER))
-        self._spreads = rate_sets(Rates(cluster, bytes_per_element=2))
-        self._rates = Rates(cluster.with_constants(constants or {}), bytes_per_element=2)
+        self._rates = Rates(cluster, bytes_per_element=2)
+        self._spreads = rate_sets(self._rates)
         self._predict = cache(self._uncached)
 
     def _check(self, folder: Path) -> None:
@@ -127,29 +113,24 @@ class Published:
                     f"of {model}"
                 )
 
-    def predict(self, cell: Cell, constants: Constants, corner: int | None = None) -> Predicted:
-        """Predict a cell; auxiliary losses of 0 and 1e-4 are the same to the simulator.
+    def predict(self, cell: Cell, constants: Constants, corner: int | None = None) -> float:
+        """Predict a cell's seconds; auxiliary losses of 0 and 1e-4 are the same to the simulator.
 
         `corner` is the number of a set of rates that the cluster's spreads allow.
         """
-        return self._predict(cell.model, cell.method, constants, corner, True)
-
-    def unscheduled(self, cell: Cell, constants: Constants) -> Predicted:
-        return self._predict(cell.model, cell.method, constants, None, False)
+        return self._predict(cell.model, cell.method, constants, corner)
 
     def range(self, cell: Cell, constants: Constants) -> tuple[float, float]:
         """Return the minimum and maximum over the spreads of the cluster's links and GEMMs.
 
         The factor of backward is fitted, so it does not vary here.
         """
-        found = [
-            self.predict(cell, constants, corner).seconds for corner in range(len(self._spreads))
-        ]
+        found = [self.predict(cell, constants, corner) for corner in range(len(self._spreads))]
         return min(found), max(found)
 
     def _uncached(
-        self, model_name: str, method: str, constants: Constants, corner: int | None, overlaps: bool
-    ) -> Predicted:
+        self, model_name: str, method: str, constants: Constants, corner: int | None
+    ) -> float:
         model = model_of(model_name)
         family = model_name.rsplit("-", 1)[1]
         is_megatron = method == MEGATRON
@@ -167,7 +148,7 @@ class Published:
             scale *= constants.kappa
         works = _works(model, run, tokens_LMN, scale, self._rates, restores=not is_megatron)
         timing = Timing(model, run, rates, self._rates)
-        schedule = make_schedule(overlaps=overlaps and not is_megatron)
+        schedule = make_schedule(overlaps=not is_megatron)
         of_method = _method(model, schedule, is_megatron, family)
         # As many whole iterations as the known microbatches allow.
         known = tokens_LMN.shape[1]
@@ -180,9 +161,7 @@ class Published:
                 return works[layer][(first + microbatch) % known]
 
             found.append(run_iteration(of_method, timing, work).seconds)
-        pairs = run.tokens * model.topk * run.microbatches * len(works)
-        forward_s = pairs * 2 * model.expert_weights / rates.best_flops_per_s
-        return Predicted(float(np.mean(found)), forward_s)
+        return float(np.mean(found))
 
 
 def _run(family: str, is_megatron: bool) -> RunShape:
@@ -266,17 +245,10 @@ def _work(
 
 @dataclass(frozen=True)
 class Fit:
-    """Fitted constants, and the certainty of the fit.
-
-    `sigma` is the relative deviation of each constant if a cell is off by one percent. `singular`
-    are values of the scaled Jacobian, largest first; small ones are directions in which constants
-    can be exchanged for each other.
-    """
+    """Fitted constants, and their mean relative error."""
 
     constants: Constants
     error: float
-    sigma: Mapping[str, float]
-    singular: tuple[float, ...]
 
 
 def fit(predict: Callable[[Constants], np.ndarray], measured: np.ndarray, start: Constants) -> Fit:
@@ -311,14 +283,4 @@ def fit(predict: Callable[[Constants], np.ndarray], measured: np.ndarray, start:
             damping *= 10
         if 0 <= gained < 1e-7:
             break
-    slopes = jacobian(values, now)
-    _, singular, directions = np.linalg.svd(slopes, full_matrices=False)
-    # One percent of each measured time, through the pseudo-inverse.
-    variance = ((directions / np.maximum(singular, 1e-9)[:, None]) ** 2).sum(axis=0)
-    sigma = 0.01 * np.sqrt(variance) * size / np.maximum(np.abs(values), 1e-9)
-    return Fit(
-        Constants.of(values),
-        float(np.abs(np.expm1(now)).mean()),
-        dict(zip(NAMES, sigma.tolist(), strict=True)),
-        tuple(singular.tolist()),
-    )
+    return Fit(Constants.of(values), float(np.abs(np.expm1(now)).mean()))

@@ -38,8 +38,6 @@ END_TO_END = "laer_ae_e2e_wikitext.csv"
 _MOST_PLACES = 10**5
 # Auxiliary loss of cells without one.
 NO_LOSS = "0.0"
-# The ablation without the communication schedule.
-NO_SCHEDULE = "no_comm_opt"
 
 
 @dataclass(frozen=True)
@@ -158,21 +156,3 @@ def read_breakdown(folder: Path) -> dict[tuple[str, str], Profiled]:
         key = row["model_name"], row["method"]
         found.setdefault(key, []).append(tuple(row[name] for name in times))
     return {key: Profiled(*np.mean(times, axis=0).tolist()) for key, times in found.items()}
-
-
-def read_measured(folder: Path) -> tuple[Mapping[str, float], Mapping[tuple[str, str], Profiled]]:
-    """Read the ablations' times and the profiles that are compared with.
-
-    Raises ValueError for a bad or incomplete table.
-    """
-    ablated, profiled = read_ablation(folder), read_breakdown(folder)
-    absent = [name for name in (FSDP, LAER, NO_SCHEDULE) if name not in ablated]
-    if absent:
-        raise ValueError(f"{folder}: the ablations' times lack {absent[0]}; it has {[*ablated]}")
-    for model, method in profiled:
-        if model not in MODELS or method not in METHODS:
-            raise ValueError(
-                f"{folder}: the breakdown has {method} on {model}; known are {', '.join(METHODS)} "
-                f"on {', '.join(MODELS)}"
-            )
-    return ablated, profiled

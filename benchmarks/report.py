@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -51,21 +50,6 @@ def machine() -> dict[str, Any]:
         "numpy": np.__version__,
         "system": platform.system(),
     }
-
-
-def median_ms(run: Callable[[], object], repeats: int) -> float:
-    return statistics.median(times_ms(run, repeats))
-
-
-def least_ms(run: Callable[[], object], repeats: int) -> float:
-    """Return the least processor time of this thread for a call, after one that is not counted."""
-    run()
-    times_s = []
-    for _ in range(repeats):
-        start_s = time.thread_time()
-        run()
-        times_s.append(time.thread_time() - start_s)
-    return min(times_s) * 1e3
 
 
 def times_ms(run: Callable[[], object], repeats: int) -> list[float]:

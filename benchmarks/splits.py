@@ -34,7 +34,6 @@ class Outcome:
     ratio: float
     violation: bool
     off_node_share: float
-    replanned: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,6 @@ class BalanceRow:
     max: float
     violations: int
     off_node_share: float
-    replan_share: float
 
     @classmethod
     def of(
@@ -71,7 +69,6 @@ class BalanceRow:
             float(ratios.max()),
             sum(outcome.violation for outcome in outcomes),
             float(np.mean([outcome.off_node_share for outcome in outcomes])),
-            float(np.mean([outcome.replanned for outcome in outcomes])),
         )
 
 

@@ -20,15 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where it is run 
 
 from benchmarks import measured_cells
 from benchmarks.command_line import add_json, parser_of, program, write_json
-from benchmarks.published_cells import NAMES, PRIORS, Constants, Fit, Published, fit, model_of
+from benchmarks.published_cells import PRIORS, Constants, Fit, Published, fit, model_of
 from benchmarks.published_files import (
     END_TO_END,
     FIT_MODELS,
-    FSDP,
-    LAER,
-    NO_SCHEDULE,
     Cell,
-    read_measured,
 )
 from benchmarks.report import machine, print_table
 from megatron_laer.files.checks import quoted, refuse_overwriting
@@ -63,7 +59,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         if (options.published / END_TO_END).exists():
             of = Published(options.published, quick=options.quick)
-            read_measured(options.published)
         else:
             print(f"no published cells: {quoted(options.published)} has no {END_TO_END}")
     result: dict[str, Any] = {"here": [], "published": [], "machine": machine()}
@@ -71,7 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result["here"] = measured_cells.compare(quick=options.quick, cluster=options.cluster)
         _report_here(result["here"])
     if of is not None:
-        result |= published(options.published, of, quick=options.quick)
+        result |= published(of)
     write_json(options.json, result)
     return 0 if result["here"] or result["published"] else 1
 
@@ -97,7 +92,7 @@ def _pairs(times: Sequence[tuple[float, float]], apart: float = _TOLD_APART) -> 
     return right, len(told)
 
 
-def published(folder: Path, of: Published, *, quick: bool = False) -> dict[str, Any]:
+def published(of: Published) -> dict[str, Any]:
     """Fit on Mixtral-8x7B's cells, predict all, and print scores next to priors and FLOPs."""
     found = _fitted(of)
     rows = []
@@ -108,11 +103,11 @@ def published(folder: Path, of: Published, *, quick: bool = False) -> dict[str, 
                 "cell": cell.name,
                 "method": cell.method,
                 "measured_s": cell.measured_s,
-                "predicted_s": of.predict(cell, found.constants).seconds,
+                "predicted_s": of.predict(cell, found.constants),
                 "low_s": low_s,
                 "high_s": high_s,
                 "naive_s": naive_seconds(cell, of.cells),
-                "prior_s": of.predict(cell, PRIORS).seconds,
+                "prior_s": of.predict(cell, PRIORS),
                 "fitted": cell.is_fitted,
             }
         )
@@ -124,59 +119,18 @@ def published(folder: Path, of: Published, *, quick: bool = False) -> dict[str, 
     )
     scores = score(rows)
     print_table(scores)
-    _print_constants(found)
-    return {
-        "published": rows,
-        "scores": scores,
-        "constants": asdict(found),
-        "undetermined": [] if quick else undetermined(folder),
-        "ablations": ablations(folder, of, found.constants),
-        "breakdown": breakdown(folder, of, found.constants),
-    }
+    print_table([asdict(found.constants)])
+    return {"published": rows, "scores": scores, "constants": asdict(found)}
 
 
 def _fitted(of: Published) -> Fit:
     """Fit on Mixtral-8x7B's cells; auxiliary losses of 0 and 1e-4 are alike to the simulator."""
     cells = [cell for cell in of.cells if cell.is_fitted]
     return fit(
-        lambda at: np.array([of.predict(cell, at).seconds for cell in cells]),
+        lambda at: np.array([of.predict(cell, at) for cell in cells]),
         np.array([cell.measured_s for cell in cells]),
         Constants(backward=1.3, drift=0.3, kappa=1.3),
     )
-
-
-# Other plausible rates: see the spreads in the cluster's file.
-_OTHERWISE = {
-    "as in the file": {},
-    "token exchange 30 GB/s": {"intra.bytes_per_s": 3.0e10},
-    "token exchange 150 GB/s": {"intra.bytes_per_s": 1.5e11},
-    "between nodes 6 GB/s": {"inter.bytes_per_s": 6.0e9},
-    "memory 2.04 TB/s": {"memory_bytes_per_s": 2.04e12},
-    "GEMMs 6 % faster": {"gemm": 1.06},
-}
-
-
-def undetermined(folder: Path) -> list[dict[str, Any]]:
-    """Fit again with other hardware: the data do not determine a rate that changes no error."""
-    rows = []
-    for name, constants in _OTHERWISE.items():
-        of = Published(folder, constants=constants)
-        found = _fitted(of)
-        unseen = [cell for cell in of.cells if not cell.is_fitted]
-        errors = [
-            abs(of.predict(cell, found.constants).seconds / cell.measured_s - 1) for cell in unseen
-        ]
-        rows.append(
-            {
-                "hardware": name,
-                "fitted_mape": found.error,
-                "unseen_mape": float(np.mean(errors)),
-                "unseen_max": float(np.max(errors)),
-                **asdict(found.constants),
-            }
-        )
-    print_table(rows)
-    return rows
 
 
 def naive_seconds(cell: Cell, cells: Sequence[Cell]) -> float:
@@ -229,82 +183,6 @@ def score(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         }
         found.append(line)
     return found
-
-
-def _print_constants(found: Fit) -> None:
-    print_table(
-        [
-            {
-                "constant": name,
-                "value": getattr(found.constants, name),
-                "1 sigma, if cells are off by 1 %": found.sigma[name],
-            }
-            for name in NAMES
-        ]
-    )
-    print("singular values:", ", ".join(f"{value:.3f}" for value in found.singular), end="\n\n")
-
-
-def ablations(folder: Path, of: Published, constants: Constants) -> list[dict[str, Any]]:
-    """Compare those ablations of LAER that need no counts of experts.
-
-    Without its communication schedule the artifact restores behind attention and exchanges
-    gradients at once. Full exposure is an upper bound of that cost.
-    """
-    measured, _ = read_measured(folder)
-    cells = {
-        cell.method: cell
-        for cell in of.cells
-        if cell.model == FIT_MODELS[0] and float(cell.aux_loss) == 0
-    }
-    laer_s = of.predict(cells[LAER], constants).seconds
-    static_s = of.predict(cells[FSDP], constants).seconds
-    exposed_s = of.unscheduled(cells[LAER], constants).seconds
-    rows = [
-        {
-            "ablation": "static layout (FSDP)",
-            "measured": measured[FSDP] / measured[LAER],
-            "predicted": static_s / laer_s,
-            "at_most": static_s / laer_s,
-        },
-        {
-            "ablation": NO_SCHEDULE,
-            "measured": measured[NO_SCHEDULE] / measured[LAER],
-            "predicted": None,
-            "at_most": exposed_s / laer_s,
-        },
-    ]
-    print_table(rows)
-    return rows
-
-
-def breakdown(folder: Path, of: Published, constants: Constants) -> list[dict[str, Any]]:
-    """Compare experts' time and the rest of the profiled iterations, mean over ranks.
-
-    The artifact counts experts' forward and recompute, and doubles it.
-    """
-    _, measured = read_measured(folder)
-    rows = []
-    for (model, method), (_, expert_s, total_s) in measured.items():
-        cell = next(
-            cell
-            for cell in of.cells
-            if (cell.model, cell.method) == (model, method) and float(cell.aux_loss) == 0
-        )
-        found = of.predict(cell, constants)
-        expert_here_s = 4 * found.expert_forward_s
-        rows.append(
-            {
-                "model": model,
-                "method": method,
-                "expert_s": expert_s,
-                "predicted_expert_s": expert_here_s,
-                "rest_s": total_s - expert_s,
-                "predicted_rest_s": found.seconds - expert_here_s,
-            }
-        )
-    print_table(rows)
-    return rows
 
 
 if __name__ == "__main__":

@@ -98,7 +98,6 @@ READ = (
     "calibrate out/c.yaml --config ./{}",
     "megatron_laer/telemetry/log.py a={}",
     "benchmarks/planner.py --quick --trace {}",
-    "benchmarks/by_time.py --trace {}",
     "benchmarks/timeline_picture.py --svg out/x.svg --traces {} kept.json",
     "benchmarks/validate_simulator.py --no-here --cluster {}",
     "benchmarks/host_path.py --before {}",
@@ -146,10 +145,8 @@ WRITTEN = (
     "check-recipe --bridge-csv recipes.csv --json {}.json",
     "calibrate {}.yaml",
     "benchmarks/planner.py --quick --trace few.npz --json {}.json",
-    "benchmarks/by_time.py --trace few.npz --json {}.json",
     "benchmarks/validate_simulator.py --no-here --json {}.json",
-    "benchmarks/simulation_speed.py --json {}.json",
-    "benchmarks/convergence.py --figure {}.png",
+    "benchmarks/convergence.py --json {}.json",
     "benchmarks/end_to_end.py --json {}.json",
 )
 MADE = (

@@ -30,4 +30,3 @@ def test_the_command_of_the_page_finds_that_all_learn_alike(
     assert convergence.main(words[3:]) == 0
     runs = convergence.read(Path(words[words.index("--json") + 1]), steps)
     assert [check.sentence for check in checks(runs) if not check.holds] == []
-    assert Path(words[words.index("--figure") + 1]).stat().st_size > 0

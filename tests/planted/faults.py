@@ -362,7 +362,7 @@ FAULTS: tuple[Fault, ...] = (
         "gradients cross nodes as they are",
         "return self._grad_wire_dtype or wanted or grad_CRK.dtype",
         "return grad_CRK.dtype",
-        *_ranks("exchange", "communication"),
+        *_ranks("exchange"),
     ),
     _HOME_EXCHANGE.fault(
         "a home gets the last replica's gradient alone",

@@ -30,14 +30,6 @@ def test_a_fit_finds_the_constants_that_made_the_times():
     assert found.error < 1e-4
 
 
-def test_what_no_time_depends_on_is_told_as_undetermined():
-    def predict(at):
-        return np.array([10 + at.backward, 12 + at.backward + at.drift, 9 + at.drift])
-
-    found = fit(predict, predict(Constants(1.4, 0.6)), Constants(1.2, 0.3, 1.0))
-    assert found.sigma["kappa"] > 1e3 > 1 > found.sigma["backward"]
-
-
 def test_two_balanced_times_give_the_two_constants(tmp_path):
     jobs = list(measured_cells.jobs_of(tmp_path, quick=True))
     rates = Rates(load_cluster("cpu-gloo"), bytes_per_element=4)

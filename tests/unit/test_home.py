@@ -12,7 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.home_layouts import least_of_all
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
 from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
@@ -34,6 +33,7 @@ from tests.oracles import costs as priced
 from tests.oracles import home as oracle
 from tests.oracles import planner as reference
 from tests.oracles.exact import exact_quota_NS, least_largest_load
+from tests.oracles.home_layouts import least_of_all
 from tests.unit.planner_cases import KINDS, counts_of
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
@@ -202,9 +203,12 @@ PROGRAMS = (("-m", "benchmarks.planner"), ("scripts/paper/figure8.py", "--toy"))
 
 
 def started(words: tuple[str, ...], folder: Path) -> subprocess.Popen[str]:
-    work_dir = ["--work-dir", str(folder)] if words[0] != "-m" else []
+    more = ["--work-dir", str(folder)]
+    if words[0] == "-m":
+        more = ["--trace", str(folder / "trace.npz")]
+        np.savez(more[1], tokens=np.ones((500, 2, 16, 2, 32), dtype=np.int32))
     return subprocess.Popen(
-        [sys.executable, "-W", "ignore", *words, *work_dir],
+        [sys.executable, "-W", "ignore", *words, *more],
         cwd=ROOT,
         env=os.environ | {"PYTHONPATH": python_path(), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
