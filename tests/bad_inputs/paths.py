@@ -139,7 +139,6 @@ WRITTEN = (
     "plan good.trace --plot {}.png",
     f"simulate good.trace {_MODEL} --json {{}}.json",
     f"simulate good.trace {_MODEL} --png {{}}.png",
-    f"simulate good.trace {_MODEL} --timeline {{}}.json",
     f"advise good.trace {_ADVISED} --gpus 4 --json {{}}.json",
     "report good.trace --out {}.html",
     "check-recipe --bridge-csv recipes.csv --json {}.json",

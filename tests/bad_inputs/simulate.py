@@ -62,9 +62,9 @@ _OPTIONS = (
     ("--world 8 --expert-data-parallel 2", "say the same; remove one of them"),
     ("--workload W1", "remove one of them"),
     ("--json good.trace", "--json 'good.trace' would write over the input 'good.trace'"),
-    ("--timeline link.trace", "would write over the input 'good.trace'"),
-    ("--timeline hard.trace", "would write over the input 'good.trace'"),
-    ("--json out/x --timeline out/../out/x", "--json and --timeline are one file"),
+    ("--json link.trace", "would write over the input 'good.trace'"),
+    ("--json hard.trace", "would write over the input 'good.trace'"),
+    ("--json out/x.png --png out/../out/x.png", "--json and --png are one file"),
     ("--png out/x.svg", "--png 'out/x.svg': give a file that ends in .png"),
     ("-- x", "nothing follows -- here, got x"),
 )

@@ -59,7 +59,6 @@ from megatron_laer.tools.simulator.iteration.methods import (
 )
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict_iterations
-from megatron_laer.tools.simulator.iteration.predicted_timeline import PredictedTimeline
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.stock_group import Predict, fastest_stock
@@ -126,8 +125,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--memory-gib X", text, number(1e-3, 1e6))
     option(parser, "--json FILE", "write all figures there", path)
     option(parser, "--png FILE", "draw them (needs matplotlib)", path)
-    text = "write the first step of the first case, for ui.perfetto.dev"
-    option(parser, "--timeline FILE", text, path)
 
 
 @dataclass
@@ -135,7 +132,6 @@ class _Results:
     predicted: dict[Case, dict[str, IterationPrediction]] = field(default_factory=dict)
     refused: dict[Case, dict[str, str]] = field(default_factory=dict)
     runs: list[RunShape] = field(default_factory=list)
-    timeline: PredictedTimeline | None = None
 
 
 def run(args: argparse.Namespace) -> int:
@@ -236,10 +232,6 @@ def _simulate(
         rates[0],
         lambda methods: predict(methods, rates[:1]),
     )
-    record = None
-    if args.timeline is not None and results.timeline is None:
-        results.timeline = PredictedTimeline(num_ranks)
-        record = results.timeline.recorder
     total = min(args.steps, len(routing.steps())) * routing.layers * shape.microbatches
     with tqdm(desc=case.label, total=total, unit="microbatch", disable=None, leave=False) as bar:
         found = predict(
@@ -247,7 +239,6 @@ def _simulate(
             rates,
             peak_flops_per_s=_peak(args, rates[0]),
             progress=bar.update,
-            record=record,
         )
     results.predicted[case] = {prediction.method: prediction for prediction in found}
     results.runs.append(shape)
@@ -360,5 +351,3 @@ def _write(args: argparse.Namespace, about: dict[str, Any], results: _Results, t
     if args.png is not None:
         title = f"{Path(args.model).stem} on {about['cluster']}, {Path(about['trace']).name}"
         write_plot(args.png, output.draw(title, cases), "--png")
-    if results.timeline is not None:
-        write_output(args.timeline, results.timeline.content(), "--timeline")

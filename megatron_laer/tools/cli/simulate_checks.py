@@ -39,8 +39,7 @@ def check(args: argparse.Namespace) -> None:
         )
     simulate_input.check(args)
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
-    outputs = {"--json": args.json, "--png": args.png, "--timeline": args.timeline}
-    check_outputs(outputs, inputs, args.trace)
+    check_outputs({"--json": args.json, "--png": args.png}, inputs, args.trace)
     if args.png is not None:
         if args.png.suffix.lower() != ".png":
             raise ValueError(f"--png {quoted(args.png)}: give a file that ends in .png")

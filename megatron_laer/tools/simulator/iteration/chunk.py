@@ -123,14 +123,13 @@ class _Restores:
     def wait(self, number: int, change: Flight | None = None) -> None:
         flights = [flight for flight in (self._flights.get(number), change) if flight is not None]
         ready_s = max((flight.end_s for flight in flights), default=0.0)
-        self._clocks.wait("restore", ready_s, f"wait: restore {self._layers[number].name}")
+        self._clocks.wait("restore", ready_s)
 
     def _exchange(self, number: int, seconds: float | None) -> None:
-        layer = self._layers[number]
-        assert layer.moe is not None
+        moe = self._layers[number].moe
+        assert moe is not None
         if seconds is not None:
-            label, link = f"restore {layer.name}", layer.moe.exchange_link
-            self._flights[number] = self._clocks.exchange(PARAMETERS, seconds, label, link)
+            self._flights[number] = self._clocks.exchange(PARAMETERS, seconds, moe.exchange_link)
 
 
 def forward(
@@ -159,22 +158,21 @@ def forward(
             continue
         number += 1
         clocks.meet(layer.moe.group)
-        clocks.work("gate", layer.moe.gate_s, "compute", "gate")
+        clocks.work("gate", layer.moe.gate_s)
         change = None
         if schedule.restores_last and not schedule.restores_first:
             restores.start(number)  # its layout is known only now
         if layer.moe.change_s is not None:
-            label, link = f"change {layer.name}", layer.moe.exchange_link
-            change = clocks.exchange(PARAMETERS, layer.moe.change_s, label, link)
-        _tokens(clocks, layer.moe, f"dispatch {layer.name}")
+            change = clocks.exchange(PARAMETERS, layer.moe.change_s, layer.moe.exchange_link)
+        _tokens(clocks, layer.moe)
         restores.start(number)  # if no rule has started it
         if schedule.restores_next:
             restores.start(number + 1)
         if number == restores.last:
             fetched = _fetch(clocks, schedule, layer, following, in_backward=False)
         restores.wait(number, change)
-        clocks.work("experts", layer.moe.forward_N, "compute", f"experts {layer.name}")
-        _tokens(clocks, layer.moe, f"combine {layer.name}")
+        clocks.work("experts", layer.moe.forward_N)
+        _tokens(clocks, layer.moe)
     return fetched
 
 
@@ -188,46 +186,45 @@ def backward(
     """Run backward; see `forward`."""
     restores = _Restores(clocks, layers, fetched, backward=True)
     number = restores.last + 1
-    reducing: tuple[Flight, str] | None = None
+    reducing: Flight | None = None
 
     def await_reduce() -> None:
         nonlocal reducing
         if reducing is not None:
-            clocks.wait("reduce", reducing[0].end_s, f"wait: reduce {reducing[1]}")
+            clocks.wait("reduce", reducing.end_s)
             reducing = None
 
     if schedule.restores_last:
         restores.start(restores.last)
     began_s = float(clocks.now_N.max())
     for layer in reversed(layers):
-        moe, name = layer.moe, layer.name
+        moe = layer.moe
         began_s = _unshard(clocks, layer, began_s)
         if layer.again:
-            _dense(clocks, layer, 0, label="again")
+            _dense(clocks, layer, 0)
         if moe is not None:
             number -= 1
             if layer.again:
-                _tokens(clocks, moe, f"dispatch {name}, again")
+                _tokens(clocks, moe)
                 restores.start(number)
                 restores.wait(number)
-                clocks.work("experts", moe.forward_N, "compute", f"experts {name}, again")
+                clocks.work("experts", moe.forward_N)
                 restores.turn(number)
                 if not schedule.delays_gradients:  # nothing is delayed without overlap
                     restores.wait(number)
-                _tokens(clocks, moe, f"combine {name}, again")
-            _tokens(clocks, moe, f"combine {name}, backward")
+                _tokens(clocks, moe)
+            _tokens(clocks, moe)
             restores.start(number)
             if schedule.restores_previous:
                 restores.start(number - 1)
             if number == 0:
                 fetched = _fetch(clocks, schedule, layer, following, in_backward=True)
             restores.wait(number)
-            clocks.work("experts", moe.backward_N, "compute", f"experts {name}, backward")
-            _tokens(clocks, moe, f"dispatch {name}, backward")
+            clocks.work("experts", moe.backward_N)
+            _tokens(clocks, moe)
             await_reduce()
             if moe.reduce_s is not None:
-                label, link = f"reduce {name}", moe.exchange_link
-                reducing = clocks.exchange(GRADIENTS, moe.reduce_s, label, link), name
+                reducing = clocks.exchange(GRADIENTS, moe.reduce_s, moe.exchange_link)
                 if not schedule.delays_gradients:
                     await_reduce()
         _dense(clocks, layer, 1)
@@ -268,7 +265,7 @@ def _fetch(
             seconds = max(present.moe.change_s or 0.0, moe.change_s or 0.0)
     if not seconds:
         return _NOTHING_MOVES
-    return clocks.exchange(PARAMETERS, seconds, f"restore {layer.name}", moe.exchange_link)
+    return clocks.exchange(PARAMETERS, seconds, moe.exchange_link)
 
 
 def _unshard(clocks: Clocks, layer: LayerTimes, before_s: float) -> float:
@@ -283,14 +280,13 @@ def _unshard(clocks: Clocks, layer: LayerTimes, before_s: float) -> float:
     return float(clocks.now_N.max())
 
 
-def _dense(clocks: Clocks, layer: LayerTimes, direction: int, label: str = "") -> None:
-    suffix = f", {label}" if label else ("", ", backward")[direction]
-    clocks.work("attention", layer.attention_s[direction], "compute", f"dense layers{suffix}")
-    clocks.work("dense", layer.dense_s[direction], "compute", f"dense layers{suffix}")
+def _dense(clocks: Clocks, layer: LayerTimes, direction: int) -> None:
+    clocks.work("attention", layer.attention_s[direction])
+    clocks.work("dense", layer.dense_s[direction])
     clocks.work("tensor", layer.tensor_s[direction])
     clocks.work("host", layer.host_s[direction])
 
 
-def _tokens(clocks: Clocks, moe: MoETimes, label: str) -> None:
+def _tokens(clocks: Clocks, moe: MoETimes) -> None:
     clocks.meet(moe.group, moe.within_node)
-    clocks.tokens(moe.tokens_N, moe.tokens_link, label)
+    clocks.tokens(moe.tokens_N, moe.tokens_link)

@@ -8,7 +8,6 @@ Legend: N ranks of a stage.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,9 +26,6 @@ KINDS = (*COMPUTE, *EXPOSED, WAITING)
 PARAMETERS, GRADIENTS = "parameters", "gradients"
 
 INTRA, INTER = "intra", "inter"
-
-# Called with a track, a label, and the start and end of each rank.
-Recorder = Callable[[str, str, Seconds, Seconds], None]
 
 
 @dataclass
@@ -62,7 +58,6 @@ class Clocks:
         contention: float = 0.0,
         stretch: float = 1.0,
         one_stream: bool = False,
-        record: Recorder | None = None,
     ) -> None:
         self.now_N: Seconds = np.zeros(ranks)
         self.spent: dict[str, Seconds] = {kind: np.zeros(ranks) for kind in KINDS}
@@ -71,23 +66,17 @@ class Clocks:
         self._contention, self._stretch = contention, stretch
         self._flights = {stream: Flight(INTRA, 0.0, 0.0) for stream in (PARAMETERS, GRADIENTS)}
         self._one_stream = one_stream
-        self._record = record
 
-    def work(self, kind: str, seconds: Seconds | float, track: str = "", label: str = "") -> None:
+    def work(self, kind: str, seconds: Seconds | float) -> None:
         if kind in _SLOWED and self._contention > 0:
             seconds = seconds + self._contention * self._beside(seconds)
-        begin_N = self.now_N
-        self.now_N = begin_N + seconds
+        self.now_N = self.now_N + seconds
         self.spent[kind] += seconds
-        if self._record is not None and track:
-            self._record(track, label or kind, begin_N, self.now_N)
 
-    def wait(self, kind: str, until: Seconds | float, label: str = "") -> None:
+    def wait(self, kind: str, until: Seconds | float) -> None:
         begin_N = self.now_N
         self.now_N = np.maximum(begin_N, until)
         self.spent[kind] += self.now_N - begin_N
-        if self._record is not None and label:
-            self._record("compute", label, begin_N, self.now_N)
 
     def meet(self, group: int | None = None, within_node: bool = False) -> None:
         """Advance ranks to the last of their node or of their `group` neighbours; None for all."""
@@ -97,7 +86,7 @@ class Clocks:
         last_J = self.now_N.reshape(-1, size).max(axis=1)
         self.wait(WAITING, np.repeat(last_J, size))
 
-    def exchange(self, stream: str, seconds: float, label: str, link: str = INTRA) -> Flight:
+    def exchange(self, stream: str, seconds: float, link: str) -> Flight:
         """Start an exchange on a communication stream."""
         free_s = self._flights[stream].end_s
         if self._one_stream:
@@ -110,9 +99,6 @@ class Clocks:
             other.end_s += shared_s
             flight.end_s += shared_s
         self._flights[stream] = flight
-        if self._record is not None:
-            at_N = np.zeros_like(self.now_N)
-            self._record(stream, label, at_N + begin_s, at_N + flight.end_s)
         return flight
 
     def scatter(self, seconds: float) -> None:
@@ -128,7 +114,7 @@ class Clocks:
         self.gathered_s = end_s + max(both_s, 0.0)
         self.scattered_s += max(both_s, 0.0)
 
-    def tokens(self, seconds: Seconds, link: str, label: str) -> None:
+    def tokens(self, seconds: Seconds, link: str) -> None:
         """Exchange tokens, which share their links with the exchanges under way."""
         begin_N = self.now_N
         for flight in self._flights.values():
@@ -138,7 +124,7 @@ class Clocks:
             shared_N = np.minimum(left_N, seconds)
             seconds = seconds + shared_N
             flight.end_s += float(shared_N.max())
-        self.work("tokens", seconds, "tokens", label)
+        self.work("tokens", seconds)
 
     def _beside(self, seconds: Seconds | float) -> Seconds:
         end_N = self.now_N + seconds

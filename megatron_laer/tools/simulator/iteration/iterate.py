@@ -22,7 +22,6 @@ from megatron_laer.tools.simulator.iteration.clocks import (
     WAITING,
     Clocks,
     Flight,
-    Recorder,
 )
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.memory_parts import trained_weights
@@ -49,13 +48,8 @@ class Iteration:
     spent: Mapping[str, float]
 
 
-def run_iteration(
-    method: Method,
-    timing: Timing,
-    work: WorkOf,
-    record: Callable[[int], Recorder] | None = None,
-) -> Iteration:
-    """Run one iteration through all stages; `record` makes a recorder for a stage."""
+def run_iteration(method: Method, timing: Timing, work: WorkOf) -> Iteration:
+    """Run one iteration through all stages."""
     run, rates, contention = timing.run, timing.rates, timing.rates.cluster.contention
     stages = [
         Clocks(
@@ -64,9 +58,8 @@ def run_iteration(
             contention=contention.gemm - 1.0,
             stretch=contention.exchange if method.schedule.restores_ahead else 1.0,
             one_stream=method.one_stream,
-            record=None if record is None else record(stage),
         )
-        for stage in range(run.stages)
+        for _ in range(run.stages)
     ]
     for clocks in stages:
         clocks.work("host", rates.gap_s)
@@ -86,7 +79,7 @@ def run_iteration(
             fetched[stage] = forward(clocks, layers, method.schedule, *ahead)
         if ends:
             head_s = timing.head_seconds()[0 if operation.is_forward else 1]
-            clocks.work("dense", head_s, "compute", "LM head")
+            clocks.work("dense", head_s)
         if not operation.is_forward:
             fetched[stage] = backward(clocks, layers, method.schedule, *ahead)
 
@@ -117,7 +110,7 @@ def _finish(method: Method, timing: Timing, stages: Sequence[Clocks]) -> None:
         dense_copies = run.data_parallel if run.shards_optimizer else 1
         copies = method.replicas * run.replicas if run.shards_optimizer else 1
         held = weights.dense / dense_copies + weights.expert / copies
-        clocks.work("optimizer", rates.memory_seconds(held * _OPTIMIZER_BYTES), "compute")
+        clocks.work("optimizer", rates.memory_seconds(held * _OPTIMIZER_BYTES))
     end_s = max(float(clocks.now_N.max()) for clocks in stages)
     for clocks in stages:
         clocks.wait(WAITING, end_s)

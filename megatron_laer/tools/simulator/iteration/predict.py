@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Recompute
-from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED, WAITING, Recorder
+from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED, WAITING
 from megatron_laer.tools.simulator.iteration.iterate import Iteration, run_iteration
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.link_bytes import link_bytes, totals
@@ -102,32 +102,24 @@ def predict_iterations(
     lag: int = 1,
     peak_flops_per_s: float | None = None,
     progress: Callable[[int], object] = lambda done: None,
-    record: Callable[[str, int], Recorder] | None = None,
 ) -> list[IterationPrediction]:
     """Predict iterations of all methods.
 
     `rate_sets` begins with the nominal ones. `steps` is the number of simulated steps, spread over
     the trace, and `lag` the age of a forecast in recorded steps. `progress` gets the number of
-    newly planned microbatches; `record` makes recorders of the first step at nominal rates.
+    newly planned microbatches.
     """
     collected = {method.name: _Collected() for method in methods}
     timings = [Timing(model, run, rates, rate_sets[0]) for rates in rate_sets]
     place_of = _places(model, routing.layers)
     share = None if model.lora is None else model.expert_adapters / model.expert_weights
     planners = {method.name: _planners(method, model, place_of) for method in methods}
-    is_first = True
     for step, forecasts in routing.walk(lag, steps):
         works = _step_works(routing, step, forecasts, methods, planners, run, progress, share)
         for method in methods:
             found = collected[method.name]
             work = partial(_work_at, works[method.name], place_of)
-            recorder = partial(record, method.name) if record is not None and is_first else None
-            found.iterations.append(
-                [
-                    run_iteration(method, timing, work, None if number else recorder)
-                    for number, timing in enumerate(timings)
-                ]
-            )
+            found.iterations.append([run_iteration(method, timing, work) for timing in timings])
             found.bytes_by_kind.append(link_bytes(method, model, run, work))
             for of in works[method.name].values():
                 for each in of:
@@ -136,7 +128,6 @@ def predict_iterations(
                     if each.node_rows is not None:
                         found.node_rows.append(each.node_rows)
                     found.most_pairs = max(found.most_pairs, int(each.pairs_N.max()))
-        is_first = False
     peak = peak_flops_per_s or rate_sets[0].peak_flops_per_s
     return [
         _prediction(method, collected[method.name], model, run, rate_sets[0], peak)
