@@ -348,7 +348,8 @@ def _counter() -> Iterator[Any]:
             return func(*args, **(kwargs or {}))
 
     count = Count()
-    named = torch.autograd.profiler.record_function
+    profiler: Any = torch.autograd.profiler
+    named = profiler.record_function
 
     @contextmanager
     def record_function(label: str, *_: Any) -> Iterator[None]:
@@ -356,12 +357,12 @@ def _counter() -> Iterator[Any]:
         yield
         count.part = before
 
-    torch.autograd.profiler.record_function = record_function
+    profiler.record_function, profiler._is_profiler_enabled = record_function, True
     try:
         with count:
             yield count
     finally:
-        torch.autograd.profiler.record_function = named
+        profiler.record_function, profiler._is_profiler_enabled = named, False
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ MOVED = {
     "site": "releasing#this-site",
     "slime": "rl#slime",
     "stock_names": "checkpoints#weights-under-stock-s-names",
-    "timeline": "report#timeline",
+    "timeline": "report#profiles",
 }
 _REDIRECT = (
     '<!doctype html><meta http-equiv="refresh" content="0; url={0}"><a href="{0}">Moved</a>\n'

@@ -239,11 +239,6 @@ class FSEPConfig:
         "directory to which the metrics of every step and layer are recorded, with measured "
         "times, one file per FSEP group, for `megatron_laer report`",
     )
-    timeline: str | None = _option(
-        None,
-        "directory to which a Chrome/Perfetto trace of steps 3 to 5 of the run is written, "
-        "one file per rank: compute, token, parameter and gradient tracks",
-    )
 
     def __post_init__(self) -> None:
         for spec in dataclasses.fields(self):
@@ -356,7 +351,7 @@ class FSEPConfig:
     @property
     def follows_steps(self) -> bool:
         """Return whether any setting acts at step boundaries only."""
-        written = (self.record_layouts, self.record_trace, self.record_metrics, self.timeline)
+        written = (self.record_layouts, self.record_trace, self.record_metrics)
         return (
             self.makes_plans
             or self.mode == PlanMode.ANNOUNCED

@@ -19,9 +19,9 @@ from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder
+from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
 from megatron_laer.telemetry.statistics import Sample
-from megatron_laer.telemetry.trace_events import Activity, Kind
 from megatron_laer.telemetry.trace_file import TraceWriter
 from tests.costs import COSTS
 

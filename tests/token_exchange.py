@@ -85,7 +85,7 @@ class SharedExperts:
         return self.hidden * 2
 
 
-def noting_timeline() -> tuple[list[tuple[str, str]], Any]:
+def noting_times() -> tuple[list[tuple[str, str]], Any]:
     noted: list[tuple[str, str]] = []
     return noted, SimpleNamespace(
         begin_exchange=lambda name: noted.append(("begin", str(name))),
@@ -152,7 +152,7 @@ def make_dispatcher(
     groups: FSEPGroups | None = None,
     *,
     shared: Any = None,
-    timeline: Any = None,
+    times: Any = None,
 ) -> Any:
     """Make a dispatcher by "own" or "stock's" permutations, "nodes", "deepep" or "hybridep"."""
     from megatron.core.transformer import TransformerConfig
@@ -183,7 +183,7 @@ def make_dispatcher(
     config.moe_shared_expert_overlap = shared is not None
     if shared is not None:
         dispatcher.set_shared_experts(shared)
-    dispatcher.begin(SlotDispatch(plan, "layer 1", timeline))
+    dispatcher.begin(SlotDispatch(plan, "layer 1", times))
     return dispatcher
 
 
@@ -194,7 +194,7 @@ def run(
     nodes: bool,
     dtype: torch.dtype = torch.float32,
     shared: Any = None,
-    timeline: Any = None,
+    times: Any = None,
 ) -> Outcome:
     """On a rank: dispatch tokens, let experts square and weigh them, combine, and run backward."""
     rank = groups.rank
@@ -205,7 +205,7 @@ def run(
     probs = (torch.rand(map_TE.shape, generator=generator) * map_TE).requires_grad_()
     grad = torch.randn(hidden.shape, generator=generator).to(dtype)
     path = "nodes" if nodes else "own"
-    dispatcher = make_dispatcher(plan, case.top_k, path, groups, shared=shared, timeline=timeline)
+    dispatcher = make_dispatcher(plan, case.top_k, path, groups, shared=shared, times=times)
     dispatcher.start_shared_experts(hidden)
     sent: dict[str, list[Sent]] = {}
     kept = _Kept()

@@ -18,7 +18,7 @@ from benchmarks.gpu.ranks import Ranks, run_ranks_part
 from benchmarks.gpu.report import Part
 from benchmarks.gpu.timing import Times, elapsed_ms
 from megatron_laer.runtime.comm.streams import make_comm_stream
-from megatron_laer.telemetry.trace_events import Activity, Kind
+from megatron_laer.telemetry.activities import Activity, Kind
 
 TITLE = "Products during an exchange, slowest rank"
 _ROUNDS = 20

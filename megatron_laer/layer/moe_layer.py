@@ -40,6 +40,8 @@ from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.split_backward import SplitBackward
 from megatron_laer.support import model as model_support
+from megatron_laer.telemetry.activities import Activity, Kind
+from megatron_laer.telemetry.ranges import named_range
 
 _is_numbered_later = ContextVar("is_numbered_later", default=False)
 _is_for_mtp = ContextVar("is_for_mtp", default=False)
@@ -190,8 +192,8 @@ class FSEPMoELayer(MoELayer):
             self._shared_output = super().shared_experts_compute(shared_input)
         self.token_dispatcher.start_shared_experts(hidden_states)
         plan = self._plan = finish_plan()
-        listener = self._coordinator.measurements.listener
-        self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, listener))
+        step_times = self._coordinator.measurements.step_times
+        self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, step_times))
         tokens, probs = super().preprocess(hidden_states, probs, routing_map_TE)
         return plan.restored.wait_for_grads_with(tokens), probs
 
@@ -224,7 +226,8 @@ class FSEPMoELayer(MoELayer):
         plan, self._plan = self._plan, None
         assert plan is not None, "routed_experts_compute before preprocess"
         # A call, not a method: Megatron waits for updated parameters in a module's pre-hook.
-        with self.token_dispatcher.keeping_rows():
+        activity = Activity(Kind.EXPERTS, self.state.name)
+        with self.token_dispatcher.keeping_rows(), named_range(activity):
             output_TH = self._slot_experts(input_TH, probs_T, plan)
         if self._by_parts:
             self._coordinator.scheduler.may_restore_next(self.state, self.training)

@@ -135,9 +135,7 @@ def build_coordinator(
     )
     scheduler = Scheduler(schedule, streams, experts, pass_layouts)
     tokens_priced = {"top_k": top_k, "tokens_per_rank": tokens}
-    measurements = Measurements(
-        config, groups, guard, streams, tokens_priced, by_parts=schedule.by_parts
-    )
+    measurements = Measurements(config, groups, guard, streams, tokens_priced)
     planner = MicrobatchPlanner(
         groups,
         device,

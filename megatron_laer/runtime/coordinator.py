@@ -54,7 +54,6 @@ class Coordinator:
     seed: int
     device: torch.device
     layers: list[LayerState] = field(default_factory=list)
-    step: int = 0
     _unreported_steps: int = 0
     _unreported_bytes: int = 0
     _received_before: int = 0
@@ -73,7 +72,7 @@ class Coordinator:
         return state
 
     def start(self, first_step: int) -> str | None:
-        """Compare the ranks' settings, and open timeline, planner and recordings. Collective.
+        """Compare the ranks' settings, and open planner and recordings. Collective.
 
         Returns:
             A problem, for the caller to raise on every rank of the world.
@@ -131,7 +130,6 @@ class Coordinator:
         self._put_pairs()
         self.measurements.begin_step(step)
         self._received_before = self.streams.exchange.count.received_bytes
-        self.step = step
         self.layouts.begin_step(step, num_microbatches)
         expected = self.pass_layouts.begin_step(
             step, num_microbatches, len(self.layers), replays=self.scheduler.replays_routing
@@ -157,9 +155,7 @@ class Coordinator:
         self._unreported_steps += 1
         received_bytes = self.streams.exchange.count.received_bytes - self._received_before
         self._unreported_bytes += received_bytes
-        self.measurements.end_step(
-            self.step, self.layouts.status, self.layouts.version, received_bytes
-        )
+        self.measurements.end_step(self.layouts.status, self.layouts.version, received_bytes)
 
     def take_exchanged(self) -> tuple[float, float, float]:
         """Return this rank's means of the steps since the last call.

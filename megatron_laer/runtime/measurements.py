@@ -1,11 +1,10 @@
-"""Measurements of a rank: its timeline, and on a planner rank the recording of metrics."""
+"""Measurements of a rank: on a planner rank the recording of metrics."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.guard import Guard
@@ -16,15 +15,14 @@ from megatron_laer.runtime.planning.planner_rank import naming_flag
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
 from megatron_laer.telemetry.statistics import Sample
-from megatron_laer.telemetry.step_times import IntervalListener, join
-from megatron_laer.telemetry.timeline import Timeline, open_timeline
+from megatron_laer.telemetry.step_times import StepTimes
 
 
 class Measurements:
     """Measurements of one rank; none before `start`.
 
-    `listener` hears intervals of compute and exchanges. A planner rank with `--fsep-record-metrics`
-    has a `recorder` of each step's metrics.
+    A planner rank with `--fsep-record-metrics` has a `recorder` of each step's metrics, for which
+    `step_times` adds up activities.
     """
 
     def __init__(
@@ -34,18 +32,14 @@ class Measurements:
         guard: Guard,
         streams: ExchangeStreams,
         priced: Mapping[str, int],
-        *,
-        by_parts: bool,
     ) -> None:
-        self.listener: IntervalListener | None = None
+        self.step_times: StepTimes | None = None
         self.recorder: MetricsRecorder | None = None
         self._config = config
         self._groups = groups
         self._guard = guard
         self._streams = streams
         self._priced = priced
-        self._by_parts = by_parts
-        self._timeline: Timeline | None = None
 
     def start(
         self,
@@ -54,14 +48,8 @@ class Measurements:
         device: torch.device,
         out_of_fp8: Collection[int],
     ) -> None:
-        """Open the timeline, and on the planner rank the recording."""
+        """Open the recording on the planner rank."""
         config, groups = self._config, self._groups
-        if config.timeline is not None:
-            with naming_flag("timeline", config.timeline):
-                rank = dist.get_rank()
-                self._timeline = open_timeline(
-                    config.timeline, rank, device, first_step, by_parts=self._by_parts
-                )
         if config.record_metrics is not None and groups.rank == 0 and layers:
             with naming_flag("record_metrics", config.record_metrics):
                 of, costs = self._guard.geometry, self._guard.costs
@@ -76,14 +64,11 @@ class Measurements:
                 self.recorder = MetricsRecorder(
                     writer, self._guard, layers, device, clock, out_of_fp8
                 )
-        times = None if self.recorder is None else self.recorder.times
-        self.listener = join(self._timeline, times)
-        for stream in (self._streams.parameters, self._streams.gradients):
-            stream.times.listener = self.listener
+                self.step_times = self.recorder.times
+                for stream in (self._streams.parameters, self._streams.gradients):
+                    stream.times.step_times = self.step_times
 
     def begin_step(self, step: int) -> None:
-        if self._timeline is not None:
-            self._timeline.begin_step(step)
         if self.recorder is not None:
             self.recorder.begin_step(step)
 
@@ -91,9 +76,7 @@ class Measurements:
         if self.recorder is not None:
             self.recorder.add(layer, sample)
 
-    def end_step(self, step: int, status: PlannerStatus, version: int, received_bytes: int) -> None:
-        if self._timeline is not None:
-            self._timeline.end_step(step)
+    def end_step(self, status: PlannerStatus, version: int, received_bytes: int) -> None:
         if self.recorder is not None:
             self.recorder.end_step(status, version, received_bytes)
 
@@ -101,7 +84,5 @@ class Measurements:
         return None if self.recorder is None else self.recorder.take_layer_ms()
 
     def close(self) -> None:
-        if self._timeline is not None:
-            self._timeline.close()
         if self.recorder is not None:
             self.recorder.close()

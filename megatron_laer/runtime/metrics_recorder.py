@@ -24,6 +24,7 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.prediction import Prediction, predict
 from megatron_laer.planner.status import PlannerStatus
+from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.clock import Clock
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS
 from megatron_laer.telemetry.metrics_file import MetricsWriter
@@ -37,7 +38,6 @@ from megatron_laer.telemetry.statistics import (
     predicted_values,
 )
 from megatron_laer.telemetry.step_times import STEP, StepTimes
-from megatron_laer.telemetry.trace_events import Activity, Kind
 
 logger = logging.getLogger(__name__)
 

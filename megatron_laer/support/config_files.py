@@ -10,7 +10,7 @@ from megatron_laer.files.checks import quoted, refuse_unusable_folder
 from megatron_laer.planner.cluster_files import load_cluster
 
 # Folders that a run writes to. They may be one folder, since their files' names differ.
-WRITTEN = ("record_layouts", "record_trace", "record_metrics", "timeline")
+WRITTEN = ("record_layouts", "record_trace", "record_metrics")
 
 
 def check(config: FSEPConfig) -> None:

@@ -1,1 +1,1 @@
-"""Measurements of a run: durations, timelines, recordings, and tables of logs."""
+"""Measurements of a run: durations, ranges for profilers, recordings, and tables of logs."""

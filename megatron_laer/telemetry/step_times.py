@@ -7,48 +7,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.clock import Clock, Timestamp
-from megatron_laer.telemetry.trace_events import COMPUTE, Activity, Kind
 
 # Key of the whole step in the sums of `StepTimes`.
 STEP = Activity(Kind.STEP)
-
-
-class IntervalListener(Protocol):
-    """Listener to intervals, token exchanges and phases, such as a timeline."""
-
-    def add(self, track: str, activity: Activity, start: Timestamp, end: Timestamp) -> None: ...
-
-    def begin_exchange(self, activity: Activity) -> None: ...
-
-    def end_exchange(self, phase: Activity) -> None: ...
-
-
-@dataclass(frozen=True)
-class Listeners:
-    """Several listeners as one."""
-
-    listeners: tuple[IntervalListener, ...]
-
-    def add(self, track: str, activity: Activity, start: Timestamp, end: Timestamp) -> None:
-        for listener in self.listeners:
-            listener.add(track, activity, start, end)
-
-    def begin_exchange(self, activity: Activity) -> None:
-        for listener in self.listeners:
-            listener.begin_exchange(activity)
-
-    def end_exchange(self, phase: Activity) -> None:
-        for listener in self.listeners:
-            listener.end_exchange(phase)
-
-
-def join(*listeners: IntervalListener | None) -> IntervalListener | None:
-    """Combine listeners, ignoring None; return None without any."""
-    there = tuple(listener for listener in listeners if listener is not None)
-    return there[0] if len(there) == 1 else Listeners(there) if there else None
 
 
 @dataclass
@@ -59,9 +23,9 @@ class _StepIntervals:
 
 
 class StepTimes:
-    """Listener that adds up one rank's intervals of compute and tokens for each step, in order.
+    """Sums of one rank's token exchanges, phases of compute and waits for each step, in order.
 
-    Communication streams run in parallel and do not count, nor do intervals between steps.
+    Those between steps do not count.
     """
 
     def __init__(self, clock: Clock) -> None:
@@ -81,8 +45,8 @@ class StepTimes:
             self._is_caught_up = False
         self._current = None
 
-    def add(self, track: str, activity: Activity, start: Timestamp, end: Timestamp) -> None:
-        if track == COMPUTE and self._current is not None:
+    def add(self, activity: Activity, start: Timestamp, end: Timestamp) -> None:
+        if self._current is not None:
             self._current.intervals.append((activity, start, end))
 
     def begin_exchange(self, activity: Activity) -> None:

@@ -98,7 +98,6 @@ READ = (
     "calibrate out/c.yaml --config ./{}",
     "megatron_laer/telemetry/log.py a={}",
     "benchmarks/planner.py --quick --trace {}",
-    "benchmarks/timeline_picture.py --svg out/x.svg --traces {} kept.json",
     "benchmarks/validate_simulator.py --no-here --cluster {}",
     "benchmarks/host_path.py --before {}",
 )

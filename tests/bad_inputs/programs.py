@@ -157,23 +157,6 @@ _OTHERS = (
     ("benchmarks/planner.py --trace few.npz --json nowhere/x.json", "the folder"),
     ("benchmarks/planner.py", "required: --trace"),
     ("benchmarks/planner.py --trace idle.npz", "idle.npz has a microbatch without tokens"),
-    ("benchmarks/timeline_picture.py", "required: --svg"),
-    ("benchmarks/timeline_picture.py --svg out/x.svg --traces absent absent", "'absent'"),
-    *(
-        (f"benchmarks/timeline_picture.py --svg out/x.svg --traces {name} {name}", says)
-        for name, says in (
-            ("good.txt", "good.txt is no timeline of --fsep-timeline"),
-            ("kept.json", "kept.json is no timeline"),
-            ("timeline-nan.json", "a bar begins at nan"),
-            ("timeline-track.json", "there is no track 'moon'"),
-            ("timeline-name.json", "nothing of ours is called"),
-            ("timeline-empty.json", "its shortest step is empty"),
-        )
-    ),
-    (
-        "benchmarks/timeline_picture.py --svg kept.json --traces kept.json good.txt",
-        "over the input",
-    ),
     ("benchmarks/end_to_end.py --ranks 3", "invalid choice: '3' (choose from 2, 4, 8)"),
     ("benchmarks/end_to_end.py --ranks 1000000", "invalid choice: '1000000'"),
     ("benchmarks/end_to_end.py --ranks x", "invalid int value: 'x'"),
@@ -231,7 +214,6 @@ def make(folder: Path) -> None:
     os.truncate(folder / "published-endless" / _PARTS, _HUGE)
     os.symlink(whole / _E2E, folder / "published-link.csv")
     _arrays(folder)
-    _timelines(folder)
 
 
 def _arrays(folder: Path) -> None:
@@ -245,15 +227,3 @@ def _arrays(folder: Path) -> None:
     np.savez(folder / "minus.npz", tokens=few - 1)
     np.savez(folder / "flat.npz", tokens=np.ones(4, dtype=np.int64))
     np.savez(folder / "object.npz", tokens=np.array([[{}]], dtype=object))
-
-
-def _timelines(folder: Path) -> None:
-    step = '{"ph": "X", "name": "step 1", "cat": "compute", "ts": 0, "dur": 5}'
-    for name, bar in {
-        "nan": '"name": "experts", "cat": "compute", "ts": NaN, "dur": 1',
-        "track": '"name": "experts", "cat": "moon", "ts": 0, "dur": 1',
-        "name": '"name": "moon", "cat": "compute", "ts": 0, "dur": 1',
-        "empty": '"name": "experts", "cat": "compute", "ts": 9, "dur": 0',
-    }.items():
-        text = f'{{"traceEvents": [{step}, {{"ph": "X", {bar}}}]}}'
-        (folder / f"timeline-{name}.json").write_text(text)

@@ -80,7 +80,7 @@ class Plan:
         recorded = "layouts trace metrics".split()
         return command_line(
             data,
-            f"{_WAIT} {self.variant.flags} --fsep-timeline {folder}/recorded "
+            f"{_WAIT} {self.variant.flags} "
             + " ".join(f"--fsep-record-{kind} {folder}/recorded" for kind in recorded)
             + (f" {saves} {handles}" if self.variant.saves else ""),
             global_batch=4 * self.variant.ranks,

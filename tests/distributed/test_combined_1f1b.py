@@ -6,8 +6,6 @@ small part of a gradient.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -17,7 +15,6 @@ import torch
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record
 from megatron_laer.schedule import make_schedule
-from megatron_laer.telemetry.timeline import FIRST_STEP, TWO_MICROBATCHES
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 from tests.parity.replay import train_row
@@ -146,18 +143,3 @@ def test_the_schedule_counts_what_is_held() -> None:
     assert [schedule.restored_layers(layers) for layers in (1, 2, 3)] == [2, 2, 2]
     assert [schedule.gradient_layers(layers) for layers in (1, 2, 3)] == [1, 1, 1]
     assert make_schedule(overlaps=False, by_parts=True).restored_layers(3) == 1
-
-
-def test_a_timeline_says_that_its_phases_hold_two_microbatches(
-    ranks: RankPools, text_data: str, tmp_path: Path
-) -> None:
-    def title(name: str, more: str) -> Any:
-        folder = tmp_path / name
-        flags = FSEP + RANDOM + f" --fsep-timeline {folder}" + more
-        steps = FIRST_STEP + 1  # a timeline of one step
-        ranks(2).run(train_row, command_line(text_data, flags, global_batch=8, steps=steps))
-        events = json.loads((folder / "rank-1.json").read_text())["traceEvents"]
-        return next(event["args"]["name"] for event in events if event["name"] == "process_name")
-
-    assert title("plain", "") == "rank 1"
-    assert title("combined", COMBINED) == f"rank 1{TWO_MICROBATCHES}"

@@ -26,7 +26,7 @@ from tests.token_exchange import (
     Case,
     SharedExperts,
     make_dispatcher,
-    noting_timeline,
+    noting_times,
     plan_of,
     routing_maps,
 )
@@ -155,8 +155,8 @@ def exchanges_noted(backend: str) -> list[list[tuple[str, str]]]:
     with on_gloo():
         plan, map_TE = make_plan(3, 4, 2, [40, 33])
         for path in ("own", backend):
-            noted, timeline = noting_timeline()
-            dispatcher = make_dispatcher(plan, 2, path, timeline=timeline)
+            noted, times = noting_times()
+            dispatcher = make_dispatcher(plan, 2, path, times=times)
             hidden, probs = torch.rand(len(map_TE), HIDDEN, requires_grad=True), map_TE.float()
             sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs.requires_grad_())
             inputs, *_ = dispatcher.dispatch_postprocess(*dispatcher.token_dispatch(*sent))
@@ -283,7 +283,7 @@ def test_every_layers_dispatcher_is_told_of_every_steps_end(
 
 
 @BACKENDS
-def test_a_timeline_is_told_the_same_by_either_dispatcher(ranks: RankPools, backend: str) -> None:
+def test_either_dispatcher_times_the_same_exchanges(ranks: RankPools, backend: str) -> None:
     for all_to_all, flex in ranks(2).run(exchanges_noted, backend):
         assert flex == all_to_all
 

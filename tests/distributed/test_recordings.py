@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.files.writing import open_exclusively
-from megatron_laer.telemetry.timeline import FIRST_STEP
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.traces.fsep import read_recording
 from tests.parity.flags import command_line
@@ -20,12 +18,11 @@ from tests.parity.row import HOMES
 
 SAVED, STEPS = 4, 6
 
-# Flags, and the file of each that the tests read: the timeline's of the other rank.
+# Flags, and the file of each that the tests read.
 FILES = {
     "--fsep-record-layouts": "group-0.jsonl",
     "--fsep-record-trace": "group-0.trace",
     "--fsep-record-metrics": "metrics-0.jsonl",
-    "--fsep-timeline": "rank-1.json",
 }
 
 
@@ -134,11 +131,3 @@ def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
         assert (recording.of_layers[name] == read_metrics(first).of_layers[name]).all()
     aside = path.with_stem(f"{path.stem}.cut-from-{SAVED}")
     assert read_metrics(aside).steps_T.tolist() == list(range(SAVED, STEPS))
-
-    # Too short for a timeline of its own, so the first run's is unchanged.
-    timeline = file_of(used, "--fsep-timeline")
-    assert timeline.read_bytes() == file_of(first_run[0], "--fsep-timeline").read_bytes()
-    steps = json.loads(timeline.read_text())["traceEvents"]
-    assert f"step {FIRST_STEP + 1}" in {event["name"] for event in steps}
-    names = [name for name in os.listdir(timeline.parent) if not name.startswith(".")]
-    assert sorted(names) == ["rank-0.json", "rank-1.json"]

@@ -26,7 +26,7 @@ from tests.token_exchange import (
     expected,
     gloo_groups,
     make_dispatcher,
-    noting_timeline,
+    noting_times,
     plan_of,
     routing_maps,
     routing_of,
@@ -105,13 +105,13 @@ def test_a_rerun_under_a_checkpoint_exchanges_no_sizes(ranks: RankPools) -> None
 
 
 def exchanges_noted(case: Case) -> list[tuple[str, str]]:
-    noted, timeline = noting_timeline()
+    noted, times = noting_times()
     with gloo_groups(case.node_size) as groups:
-        run(case, groups, nodes=True, timeline=timeline)
+        run(case, groups, nodes=True, times=times)
     return noted
 
 
-def test_a_timeline_has_both_stages(ranks: RankPools) -> None:
+def test_step_times_have_both_stages(ranks: RankPools) -> None:
     crossing, inside = "dispatch layer 1", "dispatch layer 1, inside node"
     back_inside, back = "combine layer 1, inside node", "combine layer 1"
     expected_names = [crossing, inside, back_inside, back]

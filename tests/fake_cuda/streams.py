@@ -157,7 +157,6 @@ def replaced(checker: Checker) -> Iterator[None]:
         for name, replacement in cuda.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, replacement))
         for owner, name, replacement in (
-            (torch.cuda.nvtx, "range", lambda *_: contextlib.nullcontext()),
             (torch.Tensor, "record_stream", _record_stream),
             (torch.UntypedStorage, "resize_", _resize),
             (streams.CudaStream, "__init__", _named(streams.CudaStream.__init__)),

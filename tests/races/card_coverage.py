@@ -69,7 +69,7 @@ def train_loop(scenario: str, folder: str) -> list[Line]:
 
 
 def watch_loop(scenario: str, folder: str) -> list[Line]:
-    """Train a scenario on the labelled device, with records of metrics and a timeline."""
+    """Train a scenario on the labelled device, with records of metrics."""
     command = _command(scenario, folder)
     with mock.patch.object(training, "command_of", lambda *_: command):
         return recorded(lambda: training.watch(folder, scenario, None))
@@ -77,8 +77,8 @@ def watch_loop(scenario: str, folder: str) -> list[Line]:
 
 def _command(scenario: str, folder: str) -> list[str]:
     data = f"{folder}/text"
-    records = f"--fsep-record-metrics {folder}/metrics --fsep-timeline {folder}/timeline"
-    return [*training.command_of(data, scenario), *records.split()]
+    records = ["--fsep-record-metrics", f"{folder}/metrics"]
+    return [*training.command_of(data, scenario), *records]
 
 
 def unit_tests(folder: str) -> list[Line]:

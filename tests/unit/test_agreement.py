@@ -30,7 +30,7 @@ def test_what_decides_is_compared_and_where_files_lie_is_not() -> None:
         measured=(("date", "today"),),
     )
     config = FSEPConfig(
-        cluster="/there/copy.yaml", record_layouts="a", record_trace="b", timeline="c"
+        cluster="/there/copy.yaml", record_layouts="a", record_trace="b", record_metrics="c"
     )
     same = summarise(config, Geometry(4, 8, 3, 2), replace(COSTS, cluster=cluster), seed=1)
     assert same == SUMMARY

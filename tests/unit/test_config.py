@@ -158,7 +158,6 @@ def test_experts_in_fp8_need_them_at_home(words: str, says: str) -> None:
         ({"plan_mode": "announced"}, True),
         ({"planner": "static", "restore": "step"}, True),
         ({"planner": "static", "record_trace": "d"}, True),
-        ({"planner": "static", "timeline": "d"}, True),
     ],
 )
 def test_what_happens_at_step_boundaries_only(values: dict[str, Any], follows: bool) -> None:

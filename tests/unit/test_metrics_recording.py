@@ -34,6 +34,7 @@ from megatron_laer.planner.prediction import predict
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
+from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.metrics import (
     LOGGED,
     PERCENTILES,
@@ -50,8 +51,7 @@ from megatron_laer.telemetry.statistics import (
     named,
     predicted_values,
 )
-from megatron_laer.telemetry.step_times import STEP, StepTimes, join
-from megatron_laer.telemetry.trace_events import COMPUTE, Activity, Kind
+from megatron_laer.telemetry.step_times import STEP, StepTimes
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests import fuzz
 from tests.documents import ROOT
@@ -259,25 +259,20 @@ DISPATCH = Activity(Kind.DISPATCH, "layer 1")
 WAIT = Activity(Kind.RESTORE, "layer 1", waits=True)
 
 
-def test_several_listeners_hear_the_same_and_none_is_none() -> None:
-    one, other = StepTimes(TickingClock()), StepTimes(TickingClock())
-    both = join(one, None, other)
-    assert both is not None and join(None, None) is None and join(one, None) is one
-    both.begin_exchange(DISPATCH)  # nothing is heard between steps
-    both.add(COMPUTE, WAIT, 0.0, 1.0)
-    for times in (one, other):
-        times.begin_step()
-    both.begin_exchange(DISPATCH)
-    both.end_exchange(Activity(Kind.EXPERTS, "layer 1"))
-    both.add(COMPUTE, WAIT, 1.0, 1.5)
-    both.add("parameters", Activity(Kind.RESTORE, "layer 1"), 0.0, 9.0)
-    for times in (one, other):
-        assert times.take() is None
-        times.end_step()
-        found = times.take()
-        assert found is not None
-        assert found[WAIT] == 0.5
-        assert set(found) == {STEP, DISPATCH, WAIT}
+def test_exchanges_phases_and_waits_add_up_within_a_step() -> None:
+    times = StepTimes(TickingClock())
+    times.begin_exchange(DISPATCH)  # nothing is measured between steps
+    times.add(WAIT, 0.0, 1.0)
+    times.begin_step()
+    times.begin_exchange(DISPATCH)
+    times.end_exchange(Activity(Kind.EXPERTS, "layer 1"))
+    times.add(WAIT, 1.0, 1.5)
+    assert times.take() is None
+    times.end_step()
+    found = times.take()
+    assert found is not None
+    assert found[WAIT] == 0.5
+    assert set(found) == {STEP, DISPATCH, WAIT}
 
 
 def test_passes_add_up_and_what_was_weighed_is_averaged() -> None:

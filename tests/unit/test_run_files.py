@@ -11,7 +11,6 @@ from megatron_laer.runtime.planning.layout_recording import recording_path
 from megatron_laer.support import config_files
 from megatron_laer.support.config_files import WRITTEN
 from megatron_laer.telemetry.metrics_file import recording_path as metrics_path
-from megatron_laer.telemetry.timeline import timeline_path
 from megatron_laer.telemetry.trace_file import recording_path as trace_path
 
 
@@ -27,7 +26,7 @@ def test_folders_that_can_be_used_are_taken_and_not_made(tmp_path: Path) -> None
         FSEPConfig(
             record_layouts=str(tmp_path),
             record_trace=str(tmp_path / "new"),
-            timeline=str(tmp_path / "not" / "yet"),
+            record_metrics=str(tmp_path / "not" / "yet"),
         )
     )
     assert there(tmp_path) == before
@@ -52,6 +51,5 @@ def test_what_a_run_writes_into_one_folder_has_different_names(tmp_path: Path) -
         recording_path(folder, 0),
         trace_path(folder, 0),
         metrics_path(folder, 0),
-        timeline_path(folder, 0),
     }
     assert len(files) == len(WRITTEN)

@@ -26,7 +26,7 @@ from megatron_laer.layer.dispatch.token_routes import Arrivals, arrivals, pair_r
 from megatron_laer.planner.token_rows import TokenRows
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
-from megatron_laer.telemetry.trace_events import Activity, Kind
+from megatron_laer.telemetry.activities import Activity, Kind
 
 
 class _FirstStage(MoEAlltoAllTokenDispatcher):

@@ -21,8 +21,9 @@ from megatron_laer.layer.dispatch.permutation import slot_ranges
 from megatron_laer.layer.dispatch.slots import to_slots
 from megatron_laer.runtime.comm.copies import upload_arrays
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.telemetry.step_times import IntervalListener
-from megatron_laer.telemetry.trace_events import Activity, Kind
+from megatron_laer.telemetry.activities import Activity, Kind
+from megatron_laer.telemetry.ranges import exchange_in_range
+from megatron_laer.telemetry.step_times import StepTimes
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +32,7 @@ class SlotDispatch:
 
     plan: MicrobatchPlan
     layer_name: str
-    listener: IntervalListener | None
+    step_times: StepTimes | None
 
 
 class SlotDispatching:
@@ -117,14 +118,14 @@ class SlotDispatching:
         tensors: tuple[torch.Tensor, ...],
         activities: tuple[Activity, Activity, Activity],
     ) -> tuple[torch.Tensor, ...]:
-        """Exchange tensors between two identity nodes that time it, and the compute after it."""
-        listener = self._current.listener
-        if listener is None:
-            return exchange(*tensors)
+        """Exchange tensors; where steps are timed, two identity nodes time it and what follows."""
         activity, then, then_backward = activities
-        begin, end = listener.begin_exchange, listener.end_exchange
+        step_times = self._current.step_times
+        if step_times is None:
+            return exchange_in_range(activity, exchange, tensors)
+        begin, end = step_times.begin_exchange, step_times.end_exchange
         sent = _Edge.apply(partial(begin, activity), partial(end, then_backward), *tensors)
-        received = exchange(*sent)
+        received = exchange_in_range(activity, exchange, sent)
         timed: tuple[torch.Tensor, ...] = _Edge.apply(
             partial(end, then), partial(begin, replace(activity, backward=True)), *received
         )

@@ -26,7 +26,7 @@ from megatron_laer.version import __version__
 
 # Paths may differ between ranks. Of a cluster, its constants are compared. Single ranks write the
 # recordings.
-_PATHS = ("cluster", "homes", "record_layouts", "record_metrics", "record_trace", "timeline")
+_PATHS = ("cluster", "homes", "record_layouts", "record_metrics", "record_trace")
 # Cluster fields that no decision reads: descriptions, spreads and provenance.
 _TEXTS = ("name", "source", "assumed", "back_ends", "spreads", "figures", "measured")
 # Maximum differing values, and ranks per value, in one message.

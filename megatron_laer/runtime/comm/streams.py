@@ -7,11 +7,10 @@ with one hardware queue `OneQueueStream`, `ThreadStream` on the CPU, and without
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
@@ -20,9 +19,10 @@ import torch
 
 from megatron_laer.environment import has_one_queue
 from megatron_laer.runtime.comm.steps import SideBySide, Steps, finish
+from megatron_laer.telemetry.activities import Activity
 from megatron_laer.telemetry.clock import Stopwatch, Timestamp, make_clock
-from megatron_laer.telemetry.step_times import IntervalListener
-from megatron_laer.telemetry.trace_events import COMPUTE, Activity
+from megatron_laer.telemetry.ranges import named_range
+from megatron_laer.telemetry.step_times import StepTimes
 
 # Priority of CUDA streams for exchanges; lower numbers go first. Priority orders thread blocks:
 # with compute's priority, 0, each small kernel of an exchange would wait until the running GEMM has
@@ -78,29 +78,19 @@ class Pending(Protocol):
 
 
 class StreamTimes:
-    """Working times of a communication stream, and the compute's waits for it."""
+    """Compute's waits for a communication stream."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.clock = make_clock(device)
         self.exposed = Stopwatch(self.clock)
-        self.listener: IntervalListener | None = None
+        self.step_times: StepTimes | None = None
         self.name = name
-        self._is_cuda = has_streams(device)
 
     def waited(self, start: Timestamp, activity: Activity) -> None:
         end = self.clock.now()
         self.exposed.add(start, end)
-        if self.listener is not None:
-            self.listener.add(COMPUTE, replace(activity, waits=True), start, end)
-
-    @contextlib.contextmanager
-    def working(self, activity: Activity) -> Iterator[None]:
-        named = torch.cuda.nvtx.range if self._is_cuda else torch.autograd.profiler.record_function
-        start = None if self.listener is None else self.clock.now()
-        with named(str(activity)):
-            yield
-        if self.listener is not None and start is not None:
-            self.listener.add(self.name, activity, start, self.clock.now())
+        if self.step_times is not None:
+            self.step_times.add(replace(activity, waits=True), start, end)
 
 
 class CommStream(Protocol):
@@ -156,7 +146,7 @@ class InlineStream(CommStream):
 
     def submit(self, work: Task, activity: Activity) -> Pending:
         start = self.times.clock.now()
-        with torch.no_grad(), self.times.working(activity):
+        with torch.no_grad(), named_range(activity):
             done = _Done(work())
         self.times.waited(start, activity)
         return done
@@ -222,7 +212,7 @@ class ThreadStream(CommStream):
         with torch.no_grad():  # gradient mode belongs to a thread
             while (job := self._queue.get()) is not None:
                 promise, work, activity = job
-                with self.times.working(activity):
+                with named_range(activity):
                     promise.work(work)
                 promise.finish()
                 del job, promise, work  # otherwise the last result would live until the next job
@@ -263,7 +253,7 @@ class CudaStream(CommStream):
         self._compute.check(self._stream.device)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            with self.times.working(activity):
+            with named_range(activity):
                 result = work()
             return self._written(result, activity)
 
@@ -300,7 +290,7 @@ class OneQueueStream(CudaStream):
         self._compute.check(self._stream.device)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         side_by_side = SideBySide(exchanges, self._stream.device)
-        with torch.no_grad(), torch.cuda.stream(self._stream), self.times.working(activity):
+        with torch.no_grad(), torch.cuda.stream(self._stream), named_range(activity):
             side_by_side.next()
         promised = tuple(_Promised(self, activity) for _ in exchanges)
         self._begun = side_by_side, promised
@@ -310,7 +300,7 @@ class OneQueueStream(CudaStream):
         if self._begun is None or not self._begun[0].has_more:
             return
         side_by_side, (first, *_) = self._begun
-        with torch.no_grad(), torch.cuda.stream(self._stream), self.times.working(first.activity):
+        with torch.no_grad(), torch.cuda.stream(self._stream), named_range(first.activity):
             side_by_side.next()
 
     def finish(self) -> None:
@@ -319,7 +309,7 @@ class OneQueueStream(CudaStream):
             return
         (side_by_side, promised), self._begun = self._begun, None
         with torch.no_grad(), torch.cuda.stream(self._stream):
-            with self.times.working(promised[0].activity):
+            with named_range(promised[0].activity):
                 while side_by_side.next():
                     pass
             for at, promise in enumerate(promised):

@@ -18,7 +18,7 @@ from megatron_laer.runtime.comm.streams import Pending
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Share, restored_bytes
 from megatron_laer.runtime.weights.states import ExpertsState, WeightState
-from megatron_laer.telemetry.trace_events import Activity, Kind
+from megatron_laer.telemetry.activities import Activity, Kind
 
 
 class RestoredWeights:

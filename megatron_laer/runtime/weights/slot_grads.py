@@ -17,7 +17,7 @@ from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.states import GradState
-from megatron_laer.telemetry.trace_events import Activity, Kind
+from megatron_laer.telemetry.activities import Activity, Kind
 
 
 class SlotGrads:

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 from megatron_laer.layer.experts.gemm import slot_gemm
 from megatron_laer.runtime.comm.streams import CommStream
+from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.clock import Timestamp, make_clock
-from megatron_laer.telemetry.trace_events import Activity, Kind
 from megatron_laer.tools.calibration.gemms import product_of
 from megatron_laer.tools.calibration.quantities import EXCHANGE, FORWARD, GEMM, Contended
 from megatron_laer.tools.calibration.sampling import Job, Sample

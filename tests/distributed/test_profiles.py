@@ -1,0 +1,173 @@
+"""Megatron's `--profile` names what FSEP does; the log has the waits of compute."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_laer.cpu.ranks import RankPools
+from megatron_laer.cpu.training import Record, train
+from tests.parity.compare import identical
+from tests.parity.flags import command_line
+from tests.parity.row import AT_HOME
+
+STEPS = 6
+# Megatron profiles the third and the fourth step.
+PROFILE = " --profile --use-pytorch-profiler --profile-step-start 3 --profile-step-end 5"
+PROFILED = 2
+MICROBATCHES = 2
+LAYERS = ("layer 1", "layer 2")
+# In a step: the first layer's weights go from backward to the next forward, and the last layer's
+# from forward to backward.
+RESTORES = {"layer 1": MICROBATCHES + 1, "layer 2": MICROBATCHES}
+FORECAST = " --fsep-plan-mode forecast --fsep-late-plan wait"
+MODES = {
+    "on": FORECAST,
+    "off": FORECAST + " --fsep-scheduler off",
+    "without replicas": AT_HOME + " --fsep-planner static",
+}
+
+
+def flags(data: str, extra: str) -> list[str]:
+    return command_line(
+        data,
+        " --expert-parallel-mode fsep --fsep-sharding rows" + extra,
+        global_batch=4 * MICROBATCHES,
+        steps=STEPS,
+    )
+
+
+def train_profiled(command: list[str], all_threads: bool) -> Record:
+    with _every_thread() if all_threads else contextlib.nullcontext():
+        return train(command)
+
+
+@contextlib.contextmanager
+def _every_thread() -> Iterator[None]:
+    """Let Megatron's profiler see the threads of communication streams on the CPU."""
+    config = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    profile = partial(torch.profiler.profile, experimental_config=config)
+    with mock.patch.object(torch.profiler, "profile", profile):
+        yield
+
+
+@dataclass(frozen=True)
+class Run:
+    """Profiled run of two ranks: its record, and its folder."""
+
+    record: Record
+    folder: Path
+
+    def events(self, rank: int) -> list[dict[str, Any]]:
+        """Return the rank's events in the order of their beginning."""
+        with gzip.open(self.folder / "torch_profile" / f"rank-{rank}.json.gz") as file:
+            events = json.load(file)["traceEvents"]
+        timed = [event for event in events if event["ph"] == "X"]
+        return sorted(timed, key=lambda event: float(event["ts"]))
+
+
+def named(events: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    return [event for event in events if event["name"] == name]
+
+
+def end(event: dict[str, Any]) -> float:
+    return float(event["ts"]) + float(event["dur"])
+
+
+@pytest.fixture(scope="module")
+def runs(
+    ranks: RankPools, text_data: str, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Run]:
+    """Train with the scheduler on and off, and with experts at home alone."""
+    found = {}
+    for mode, of_mode in MODES.items():
+        folder = tmp_path_factory.mktemp("run")
+        board = folder / "board"
+        extra = f"{of_mode}{PROFILE} --log-interval 2 --tensorboard-dir {board}"
+        record = ranks(2).run(train_profiled, flags(text_data, extra), mode == "on")[0]
+        found[mode] = Run(record, folder)
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_exchange_of_the_profiled_steps_is_named(runs: dict[str, Run], mode: str) -> None:
+    for rank in range(2):
+        count = Counter(event["name"] for event in runs[mode].events(rank))
+        for layer in LAYERS:
+            passes = PROFILED * MICROBATCHES
+            matrices = 0 if mode == "without replicas" else 2
+            restores = RESTORES[layer] if mode == "on" else 2 * MICROBATCHES
+            assert count[f"restore {layer}"] == restores * matrices * PROFILED
+            assert count[f"reduce {layer}"] == matrices * passes
+            for exchange in (f"dispatch {layer}", f"combine {layer}"):
+                assert count[exchange] == count[f"{exchange}, backward"] == passes
+            assert count[f"experts {layer}"] == passes
+
+
+def test_a_backward_exchange_is_named_around_its_node(runs: dict[str, Run]) -> None:
+    events = runs["off"].events(0)
+    sent = named(events, "_AllToAllBackward")
+    for exchange in ("dispatch", "combine"):
+        for of in named(events, f"{exchange} layer 1, backward"):
+            inside = [one for one in sent if of["ts"] <= one["ts"] and end(one) <= end(of)]
+            assert len(inside) == 1
+
+
+def test_the_next_layers_restore_begins_before_this_layers_experts_end(
+    runs: dict[str, Run],
+) -> None:
+    """Compare with and without the schedule: without it, the trace must show no overlap."""
+    overlapped = {}
+    for scheduler in ("on", "off"):
+        events = runs[scheduler].events(0)
+        # A microbatch restores both matrices in forward, and unscheduled in backward too.
+        matrices = 2 * RESTORES["layer 2"] if scheduler == "on" else 4 * MICROBATCHES
+        restores = named(events, "restore layer 2")[:: matrices // MICROBATCHES]
+        experts = named(events, "experts layer 1")
+        overlapped[scheduler] = sum(
+            restore["ts"] < end(compute) for restore, compute in zip(restores, experts, strict=True)
+        )
+    # On a busy machine, a communication stream's thread may run only after the experts.
+    assert overlapped["on"] > 0
+    assert overlapped["off"] == 0
+
+
+def test_a_profile_changes_no_bit(ranks: RankPools, text_data: str, runs: dict[str, Run]) -> None:
+    plain = ranks(2).run(train, flags(text_data, FORECAST))[0]
+    assert identical(runs["on"].record, plain)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "waits"), [("on", False), ("off", True)], ids=["scheduled", "unscheduled"]
+)
+def test_exposed_times_are_in_tensorboard(
+    runs: dict[str, Run], scheduler: str, waits: bool
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(runs[scheduler].folder / "board"))
+    accumulator.Reload()
+    for what in ("restore", "reduce"):
+        series = [event.value for event in accumulator.Scalars(f"fsep_{what}_exposed_ms")]
+        assert len(series) == STEPS // 2
+        assert all(value >= 0 for value in series)
+        if waits:  # for all work of the stream; the profiled steps are the second report's
+            ranges_ms = sum(
+                float(event["dur"])
+                for rank in range(2)
+                for event in runs[scheduler].events(rank)
+                if event["name"].startswith(f"{what} ")
+            )
+            mean_of_ranks_and_steps_ms = ranges_ms / 1e3 / 2 / PROFILED
+            assert series[1] == pytest.approx(mean_of_ranks_and_steps_ms, rel=0.2, abs=0.5)

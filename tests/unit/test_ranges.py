@@ -1,0 +1,76 @@
+"""Activities are ranges of a running profiler, and nothing without one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch.autograd import profiler
+
+from megatron_laer.telemetry.activities import Activity, Kind
+from megatron_laer.telemetry.ranges import exchange_in_range, named_range
+
+DISPATCH = Activity(Kind.DISPATCH, "layer 1")
+
+
+class Doubled(torch.autograd.Function):
+    """Exchange of two tensors by one node."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(2 * tensor for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(2 * grad for grad in grads)
+
+
+def doubled(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    found: tuple[torch.Tensor, ...] = Doubled.apply(*tensors)
+    return found
+
+
+def exchanged(exchange: Callable[..., Any] = doubled) -> torch.Tensor:
+    """Return the gradient of what an exchange sends."""
+    sent, probs = torch.ones(3, requires_grad=True), torch.ones(3, requires_grad=True)
+    received = exchange_in_range(DISPATCH, exchange, (sent, probs))
+    torch.stack(received).sum().backward()
+    assert sent.grad is not None
+    return sent.grad
+
+
+def test_nothing_is_named_without_a_profiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiler, "record_function", mock.Mock(side_effect=AssertionError))
+    with named_range(DISPATCH):
+        assert named_range(DISPATCH) is named_range(Activity(Kind.EXPERTS))
+    assert exchanged().tolist() == [2, 2, 2]
+
+
+def test_an_exchange_and_its_nodes_backward_are_ranges() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        assert exchanged().tolist() == [2, 2, 2]
+    found = {event.name: [child.name for child in event.cpu_children] for event in profile.events()}
+    assert found["dispatch layer 1"] == ["Doubled"]
+    assert found["dispatch layer 1, backward"] == ["DoubledBackward"]
+
+
+def test_an_exchange_of_constants_has_no_backward() -> None:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        exchange_in_range(DISPATCH, doubled, (torch.ones(3),))
+    names = {event.name for event in profile.events()}
+    assert "dispatch layer 1" in names and "dispatch layer 1, backward" not in names
+
+
+def test_ranges_are_open_where_megatron_profiles_with_nsight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # It enters `emit_nvtx`, by which torch's ranges become NVTX's; both need a card.
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for name in ("_enable_profiler", "_disable_profiler"):
+        monkeypatch.setattr(profiler, name, lambda *_: None)
+    with profiler.emit_nvtx():
+        assert isinstance(named_range(DISPATCH), profiler.record_function)
+    assert not isinstance(named_range(DISPATCH), profiler.record_function)
