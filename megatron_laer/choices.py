@@ -111,7 +111,6 @@ class Recompute(Choice):
 class Fp8Recipe(Choice):
     """Recipe of fp8, in Megatron's words (`--fp8-recipe`)."""
 
-    DELAYED = "delayed"
     TENSORWISE = "tensorwise"
     BLOCKWISE = "blockwise"
     MXFP8 = "mxfp8"

@@ -31,11 +31,6 @@ def per_tensor(matrix_RK: torch.Tensor, dtype: torch.dtype) -> Quantised:
     """Quantise with one scale, by the largest absolute value now (current scaling)."""
     amax = matrix_RK.abs().amax() if matrix_RK.numel() else matrix_RK.new_zeros(())
     scale = _scale(amax.float().view(1), dtype, matrix_RK.dtype)
-    return by_scale(matrix_RK, scale, dtype)
-
-
-def by_scale(matrix_RK: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> Quantised:
-    """Quantise with one scale that is known before (delayed scaling)."""
     return Quantised(_cast(matrix_RK.float() * scale, dtype), scale.reciprocal())
 
 

@@ -11,9 +11,7 @@ payload, n tokens of one slot or expert.
 from __future__ import annotations
 
 import contextlib
-import copy
 import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
@@ -23,12 +21,6 @@ from unittest import mock
 import torch
 
 from megatron_laer.cpu import fp8
-from megatron_laer.cpu.fp8_delayed import (
-    DelayedParameter,
-    DelayedPass,
-    LinearScalings,
-    ScalingContext,
-)
 from megatron_laer.cpu.fp8_parameters import Fp8Parameter, fp8_parameters, keep_in_fp8
 from megatron_laer.layer.experts.fp8 import MULTIPLE
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
@@ -42,7 +34,7 @@ from megatron_laer.layer.experts.fp8.payload import (
     per_tensor_form,
 )
 from megatron_laer.runtime.weights.layer import Carried, Packer
-from megatron_laer.support.fp8_experts import DELAYED, recipe_of
+from megatron_laer.support.fp8_experts import recipe_of
 
 _is_off = ContextVar("_is_off", default=False)
 # Rows and columns of a matrix that share a scale; None for one scale of all.
@@ -117,7 +109,6 @@ class Recipe(NamedTuple):
 
 _SQUARE, _MX_ROWS, _MX_COLUMNS = (BLOCK, BLOCK), (1, MX_BLOCK), (MX_BLOCK, 1)
 _DEFINITIONS: dict[str, tuple[Form, Form | None, Block, Block, Block, Block, int]] = {
-    DELAYED: (per_tensor_form, None, None, None, None, None, MULTIPLE),
     "tensorwise": (per_tensor_form, None, None, None, None, None, MULTIPLE),
     "blockwise": (block_form, None, _SQUARE, _SQUARE, (1, BLOCK), (BLOCK, 1), MULTIPLE),
     "mxfp8": (
@@ -130,15 +121,10 @@ _DEFINITIONS: dict[str, tuple[Form, Form | None, Block, Block, Block, Block, int
 class EmulatedGemm:
     """`QuantisedGemm` of one linear layer."""
 
-    def __init__(
-        self, config: Any, rows: int, columns: int, contexts: ScalingContext | None = None
-    ) -> None:
+    def __init__(self, config: Any, rows: int, columns: int) -> None:
         recipe = self._recipe = Recipe.of(config)
         self._form = self._backward_form = recipe.form(rows, columns)
         self._for_backward: Packer = self
-        self._homes: list[Any] = []
-        self._slots: Sequence[Any] | None = None
-        self._contexts, self._kept_scales = contexts or ScalingContext(), deque[Any]()
         if recipe.backward_form is not None:
             self._backward_form = recipe.backward_form(rows, columns)
             self._for_backward = BackwardPacker(
@@ -158,40 +144,23 @@ class EmulatedGemm:
     ) -> str | None:
         return None
 
-    def attach(self, modules: Sequence[Any]) -> None:
-        self._homes = [getattr(module, "scalings", None) for module in modules]
-
-    def for_slots(self, homes_C: Sequence[int]) -> EmulatedGemm:
-        if not any(self._homes):
-            return self
-        one_pass = copy.copy(self)
-        homes = [self._homes[home] for home in homes_C]
-        one_pass._slots = self._contexts.passes(homes, self._kept_scales)
-        return one_pass
-
-    def end_step(self) -> None:
-        self._kept_scales.clear()
-        self._contexts.end_step()
-
-    def pack(self, weight_RK: torch.Tensor, home: int = 0) -> torch.Tensor:
-        if self._homes and self._homes[home] is not None:
-            return self._form.pack(*self._homes[home].sent(weight_RK))
+    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
         return self._form.pack(*self._recipe.weight_in_fp8(weight_RK))
 
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
         weights = self._weights(weight_CRK, self._form, self._recipe.weight)
-        parts = zip(self._of_slots(tokens_C), self._parts(input_TK, tokens_C), weights, strict=True)
-        outputs = [slot.product(part_nK, weight_RK) for slot, part_nK, weight_RK in parts]
+        parts = zip(self._parts(input_TK, tokens_C), weights, strict=True)
+        outputs = [self._recipe.product(part_nK, weight_RK) for part_nK, weight_RK in parts]
         return unpadded(torch.cat(outputs), tokens_C, self._recipe.multiple)
 
     def input_grad(
         self, grad_TR: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
         weights = self._weights(weight_CRK, self._backward_form, self._recipe.backward_weight)
-        parts = zip(self._of_slots(tokens_C), self._parts(grad_TR, tokens_C), weights, strict=True)
-        grads = [slot.input_grad(grad_nR, weight_RK) for slot, grad_nR, weight_RK in parts]
+        parts = zip(self._parts(grad_TR, tokens_C), weights, strict=True)
+        grads = [self._recipe.input_grad(grad_nR, weight_RK) for grad_nR, weight_RK in parts]
         return unpadded(torch.cat(grads), tokens_C, self._recipe.multiple)
 
     def weight_grad(
@@ -202,12 +171,8 @@ class EmulatedGemm:
         out_CRK: torch.Tensor,
     ) -> None:
         grads, inputs = (self._parts(tokens, tokens_C) for tokens in (grad_TR, input_TK))
-        slots = self._of_slots(tokens_C)
-        for slot, grad_nR, input_nK, out_RK in zip(slots, grads, inputs, out_CRK, strict=True):
-            out_RK.copy_(slot.weight_grad(grad_nR, input_nK))
-
-    def _of_slots(self, tokens_C: Sequence[int]) -> Sequence[Any]:
-        return self._slots or [self._recipe] * len(tokens_C)
+        for grad_nR, input_nK, out_RK in zip(grads, inputs, out_CRK, strict=True):
+            out_RK.copy_(self._recipe.weight_grad(grad_nR, input_nK))
 
     def _parts(self, tokens_TK: torch.Tensor, tokens_C: Sequence[int]) -> tuple[torch.Tensor, ...]:
         padded_UK = padded(tokens_TK, tokens_C, self._recipe.multiple)
@@ -229,7 +194,7 @@ class Fp8Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input_nK: torch.Tensor, weight_RK: torch.Tensor, recipe: Recipe | DelayedPass
+        ctx: Any, input_nK: torch.Tensor, weight_RK: torch.Tensor, recipe: Recipe
     ) -> torch.Tensor:
         ctx.save_for_backward(input_nK, weight_RK)
         ctx.recipe = recipe
@@ -259,80 +224,44 @@ def fp8_replaced() -> Iterator[None]:
 
     stock = {layer: layer._forward_impl for layer in (ColumnParallelLinear, RowParallelLinear)}
     build = {layer: layer.__init__ for layer in stock}
-    contexts = ScalingContext()
 
     def replaced(layer: type) -> Any:
         def forward(self: Any, input: torch.Tensor, weight: Any, *args: Any, **kwargs: Any) -> Any:
-            input = contexts.before_linear(input)
             if not (self.is_expert and self.config.fp8) or _is_off.get():
                 return stock[layer](self, input, weight, *args, **kwargs)
             assert input.dim() == 2 and kwargs.get("bias") is None  # Megatron's MLP adds it
-            recipe: Recipe | DelayedPass = Recipe.of(self.config)
-            if self.scalings:
-                (recipe,) = contexts.passes([self.scalings], self.scalings.kept_scales)
-            return Fp8Linear.apply(input, weight, recipe)
+            return Fp8Linear.apply(input, weight, Recipe.of(self.config))
 
         return forward
 
     def built(layer: type) -> Any:
         def init(self: Any, *args: Any, **kwargs: Any) -> None:
             build[layer](self, *args, **kwargs)
-            self.scalings = None
-            if self.is_expert and self.config.fp8 and recipe_of(self.config) == DELAYED:
-                recipe, self.is_first_microbatch = Recipe.of(self.config), True
-                self.scalings = LinearScalings(self, recipe.forward, recipe.backward)
-                contexts.add(self.scalings, self.config)
             if self.is_expert and self.config.fp8_param and not _is_off.get():
-                scalings = self.scalings
-                how = DelayedParameter(scalings.weight) if scalings else Recipe.of(self.config)
-                keep_in_fp8(self, how)
+                keep_in_fp8(self, Recipe.of(self.config))
 
         return init
 
-    def extra_state(self: Any) -> Any:
-        return self.scalings and self.scalings.saved()
-
-    def set_extra_state(self: Any, state: Any) -> None:
-        if self.scalings and state is not None:
-            self.scalings.load(state)
-
     def context(config: Any, layer: int = -1, is_init: bool = False) -> Any:
-        if recipe_of(config) == DELAYED and not is_init:
-            return contexts.entered()
         if is_first_last_bf16_layer(config, layer):
             return _off()
         return contextlib.nullcontext()
 
     def emulated(config: Any, rows: int, columns: int, device: torch.device) -> EmulatedGemm:
-        return EmulatedGemm(config, rows, columns, contexts)
-
-    def checkpoint(
-        function: Any, is_distributed: bool, _tracker: Any, _group: Any, *args: Any, **kwargs: Any
-    ) -> Any:
-        """Replace Transformer Engine's checkpoint by Megatron's, and keep the state of fp8."""
-        from megatron.core.tensor_parallel import checkpoint
-
-        return checkpoint(
-            contexts.checkpointed()(partial(function, **kwargs)), is_distributed, *args
-        )
+        return EmulatedGemm(config, rows, columns)
 
     assert gpt_model
     with contextlib.ExitStack() as replacements:
         replacements.enter_context(fp8_parameters())
         for layer in stock:
-            for name, replacement in {
-                "__init__": built(layer),
-                "_forward_impl": replaced(layer),
-                "get_extra_state": extra_state,
-                "set_extra_state": set_extra_state,
-            }.items():
-                replacements.enter_context(mock.patch.object(layer, name, replacement))
+            replacements.enter_context(mock.patch.object(layer, "__init__", built(layer)))
+            replacements.enter_context(mock.patch.object(layer, "_forward_impl", replaced(layer)))
         for owner, name, replacement in (
             # Megatron asks for a release of Transformer Engine before it takes fp8.
             (transformer_config, "is_te_min_version", lambda *_, **__: True),
             (of_experts, "quantised_gemm", emulated),
             *((owner, "get_fp8_context", context) for owner in _with("get_fp8_context")),
-            *((owner, "te_checkpoint", checkpoint) for owner in _with("te_checkpoint")),
+            *((owner, "te_checkpoint", _checkpoint) for owner in _with("te_checkpoint")),
         ):
             replacements.enter_context(mock.patch.object(owner, name, replacement))
         yield
@@ -355,3 +284,12 @@ def _with(name: str) -> list[Any]:
         for of_module, module in list(sys.modules.items())
         if of_module.startswith("megatron.core") and name in vars(module)
     ]
+
+
+def _checkpoint(
+    forward: Any, is_distributed: bool, _tracker: Any, _group: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """Replace Transformer Engine's checkpoint, which also keeps the state of fp8, by Megatron's."""
+    from megatron.core.tensor_parallel import checkpoint
+
+    return checkpoint(partial(forward, **kwargs), is_distributed, *args)

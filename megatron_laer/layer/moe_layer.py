@@ -271,8 +271,6 @@ class FSEPMoELayer(MoELayer):
 
     def end_step(self) -> None:
         self.token_dispatcher.end_step()
-        if self._home_experts is not None:
-            self._home_experts.end_step()
 
     def launch_kernels(self) -> None:
         share, coordinator = self._slot_experts.share, self._coordinator
@@ -305,7 +303,6 @@ class FSEPMoELayer(MoELayer):
             gemm=coordinator.config.gemm,
             activation_builder=activation_builder(self.submodules),
             in_fp8=coordinator.config.experts_in_fp8 and self._is_in_fp8(layer_number),
-            rank=coordinator.groups.rank,
         )
         return HomeExperts(self.experts, coordinator.geometry.home_slots, compute)
 
@@ -349,7 +346,7 @@ def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
     current = session.current()
     assert current is not None, "an FSEP layer was built while FSEP is off"
     given = current.config
-    model_support.check(config, given.allow_unproven, given.restore_memory_gib, given.homes)
+    model_support.check(config, given.allow_unproven, given.restore_memory_gib)
     groups = current.groups
     assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
         "the model's expert-parallel group is not the one that FSEP was set up for"

@@ -86,7 +86,6 @@ def _scale_bytes(recipe: Fp8Recipe, rows: int, columns: int) -> int:
     In mxfp8 both sides are multiples of its block, so that both directions have as many.
     """
     return {
-        Fp8Recipe.DELAYED: _SCALE_BYTES,
         Fp8Recipe.TENSORWISE: _SCALE_BYTES,
         Fp8Recipe.BLOCKWISE: _SCALE_BYTES
         * -(-rows // _BLOCK)

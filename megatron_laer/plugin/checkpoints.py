@@ -23,7 +23,6 @@ from megatron_laer.files.checks import quoted
 from megatron_laer.planner.home_order import home_digest
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.releases import CHECKPOINT_STORAGE
-from megatron_laer.support import RefusedError, fp8_experts
 
 logger = logging.getLogger(__name__)
 
@@ -85,18 +84,6 @@ def _report_gemm(before: str | None, now: str) -> None:
         )
 
 
-def _check_scales(saved: Any, current: session.Session) -> None:
-    from megatron.training import global_vars
-
-    # Own loops may have no arguments.
-    if saved is None or global_vars._GLOBAL_ARGS is None or not current.config.experts_in_fp8:
-        return
-    if fp8_experts.recipe_of(global_vars._GLOBAL_ARGS) == fp8_experts.DELAYED:
-        problem = fp8_experts.resume_problem(saved, current.groups.size)
-        if problem is not None:
-            raise RefusedError(problem)
-
-
 def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def save(sharded_state_dict: Any, checkpoint_dir: Any, *args: Any, **kwargs: Any) -> Any:
@@ -136,9 +123,7 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
 def _resume(loaded: Any, directory: str) -> None:
     current = session.current()
     if current is not None and isinstance(loaded, dict):
-        saved = loaded.get("args")
-        _report_gemm(getattr(saved, "fsep_gemm", None), current.config.gemm)
-        _check_scales(saved, current)
+        _report_gemm(getattr(loaded.get("args"), "fsep_gemm", None), current.config.gemm)
     if current is not None and current.config.makes_plans and current.coordinator is not None:
         current.coordinator.resume_planner(directory, _storage())
 

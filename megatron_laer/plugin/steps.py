@@ -14,7 +14,6 @@ from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.plugin.sharded_models import await_weights, is_sharded, unwrapped
 from megatron_laer.runtime.scheduler import Chunk
-from megatron_laer.support.fp8_experts import DELAYED, recipe_of
 
 
 def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,7 +122,6 @@ def _chunk(wrapped: Any) -> Chunk:
         blocks=[] if is_graphed else [block for _, block in found],
         await_weights=functools.partial(_await_weights, wrapped),
         gathers_weights=functools.partial(_gathers_weights, wrapped),
-        scales_change=any(_has_delayed_scaling(part.config) for part, _ in found),
         replayed=functools.partial(_replayed, routers) if can_replay else None,
         grads_ready=functools.partial(_grads_ready, wrapped),
     )
@@ -155,10 +153,6 @@ def _grads_ready(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None
 def _gathers_weights(wrapped: Any) -> bool:
     """Return False if Megatron gathers nothing in forward, or has synchronised all weights."""
     return is_sharded(wrapped) or bool(getattr(wrapped, "remove_forward_pre_hook_handles", None))
-
-
-def _has_delayed_scaling(config: Any) -> bool:
-    return bool(config.fp8) and recipe_of(config) == DELAYED
 
 
 def _await_weights(wrapped: Any, parameters: Sequence[torch.nn.Parameter]) -> None:

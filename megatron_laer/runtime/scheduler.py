@@ -37,10 +37,9 @@ class Chunk:
     called with the hidden states as first argument or as `hidden_states`. Without them, gradients
     of layers that recompute are waited for at once. `await_weights` waits until parameters hold a
     step's weights. `gathers_weights` returns whether Megatron may still be gathering them over
-    replicas when the chunk's first forward begins. `scales_change` is set if homes quantise weights
-    in a step's first forward only, by scales that may change just before. `replayed` returns the
-    experts that the layers' routers will choose; None without router replay. `grads_ready` reports
-    main gradients of stock's modules, as in `SplitBackward`.
+    replicas when the chunk's first forward begins. `replayed` returns the experts that the layers'
+    routers will choose; None without router replay. `grads_ready` reports main gradients of
+    stock's modules, as in `SplitBackward`.
     """
 
     module: torch.nn.Module
@@ -48,12 +47,8 @@ class Chunk:
     blocks: Sequence[torch.nn.Module]
     await_weights: Callable[[Sequence[torch.nn.Parameter]], None]
     gathers_weights: Callable[[], bool]
-    scales_change: bool
     replayed: Replayed | None
     grads_ready: GradsReady | None = None
-
-    def quantises_in(self, operation: Operation | None) -> bool:
-        return self.scales_change and (operation is None or operation.number == 0)
 
 
 @dataclass
@@ -213,8 +208,7 @@ class Scheduler:
         restored = fetched or self._experts_of(layer, training)
         if entered and entered[-1].is_same_layer(restored):
             entered[-1].weights.hand_on(restored.weights)
-        # Scales change where multi-token prediction begins.
-        elif starts and not (layer.is_mtp and chunk.quantises_in(self._forward.operation)):
+        elif starts:
             chunk.await_weights(layer.share.parameters)
             restored.weights.start_restore()
         delays = self.schedule.delays_gradients and not layer.recomputes
@@ -305,8 +299,7 @@ class Scheduler:
         layer_pass = chunk.layers[0].next_pass(training=True)
         fetches = self.schedule.restores_first and self._pass_layouts.is_known(layer_pass)
         # A wait for a chunk's weights before its first forward would change Megatron's order.
-        is_gathered = operation.number == 0 and chunk.gathers_weights()
-        if not fetches or is_gathered or chunk.quantises_in(operation):
+        if not fetches or (operation.number == 0 and chunk.gathers_weights()):
             return None
         return self._experts_of(chunk.layers[0], training=True)
 

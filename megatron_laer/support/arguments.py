@@ -83,7 +83,7 @@ def problems(args: Namespace, config: FSEPConfig) -> list[str]:
         for word in allowed
         if word not in used
     ]
-    found += fp8_experts.problems(args, allowed, config.restore_memory_gib, config.homes)
+    found += fp8_experts.problems(args, allowed, config.restore_memory_gib)
     found += megatron_fsdp.problems(args, config.sharding)
     found += problems_with_mode(args, config.mode)
     found += problems_with_token_exchange(args, config.token_exchange)

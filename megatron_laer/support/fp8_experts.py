@@ -5,7 +5,7 @@ Those that FSEP refuses with any fp8 are rows of `table.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from megatron_laer.choices import Unproven
@@ -28,43 +28,28 @@ class _Card(NamedTuple):
         return f"compute capability {_dotted(self.first)}{below}{cuda}"
 
 
-DELAYED = "delayed"
+# Megatron's default, which experts do not take.
+MEGATRONS_RECIPE = "delayed"
 # Recipes, and Transformer Engine's own checks of cards for them (releases 2.11 to 2.20).
 _RECIPES = {
     "tensorwise": _Card((8, 9)),
     "blockwise": _Card((9, 0), cuda=(12, 9)),
     "mxfp8": _Card((10, 0), (12, 0)),
-    DELAYED: _Card((8, 9)),
 }
 _WITH = f"with --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
-_WITH_DELAYED = f"{_WITH} --fp8-recipe {DELAYED}"
-# Replicas would compute before homes, so that in backward homes' scales change first.
-NEEDS_INPUT_GRADIENT = (
-    f"--fp8-recipe {DELAYED} {_WITH}: the experts' input needs no gradient, so replicas would "
-    "quantise gradients by newer scales than homes; train something before the experts, or give "
-    "--fp8-recipe tensorwise"
-)
 
 
-def problems(
-    settings: Any,
-    allowed: Collection[Unproven],
-    kept_gib: float = 0.0,
-    homes: str | None = None,
-) -> list[str]:
+def problems(settings: Any, allowed: Collection[Unproven], kept_gib: float = 0.0) -> list[str]:
     """Return the settings with which experts cannot compute in fp8.
 
-    `settings` is Megatron's TransformerConfig or its arguments, `kept_gib` and `homes`
-    FSEP's `restore_memory_gib` and `homes`.
+    `settings` is Megatron's TransformerConfig or its arguments, `kept_gib` FSEP's
+    `restore_memory_gib`.
     """
     if Unproven.FP8_EXPERTS not in allowed or not getattr(settings, "fp8", None):
         return []
-    found, recipe = [], recipe_of(settings)
-    if recipe not in _RECIPES:
-        found.append(
-            f"--fp8-recipe {recipe} {_WITH}: replicas of experts know the scales of other recipes; "
-            f"give --fp8-recipe {' or '.join(_RECIPES)}"
-        )
+    recipe = recipe_of(settings)
+    problem = recipe_problem(recipe)
+    found = [] if problem is None else [problem]
     # A field of Megatron's DDP, not of its TransformerConfig.
     reuses = getattr(settings, "reuse_grad_buf_for_mxfp8_param_ag", True)
     if recipe == "mxfp8" and getattr(settings, "fp8_param_gather", False) and not reuses:
@@ -77,79 +62,23 @@ def problems(
             f"--fsep-restore-memory-gib {kept_gib} {_WITH} --fp8-recipe mxfp8: keeps restored "
             "experts for backward, which multiplies by others, quantised by columns; leave it out"
         )
-    if recipe == DELAYED:
-        found += [
-            f"{flag} {_WITH_DELAYED}: {reason}; leave it out, or give --fp8-recipe tensorwise"
-            for flag, reason in _not_with_delayed(settings, homes)
-        ]
     return found
 
 
-def _not_with_delayed(settings: Any, homes: str | None) -> Iterator[tuple[str, str]]:
-    """Return what changes or multiplies the scales that a replica takes from its rank's homes."""
-
-    def get(name: str) -> Any:
-        return getattr(settings, name, None)
-
-    if homes is not None:
-        yield (
-            f"--fsep-homes {quoted(homes)}",
-            "experts of one number on their ranks share scales, and other homes share other ones",
-        )
-    # Two fields without a flag.
-    if get("tp_only_amax_red"):
-        yield (
-            "tp_only_amax_red=True",
-            "ranks then have scales of their own, and replicas other ones",
-        )
-    if get("disable_parameter_transpose_cache"):
-        yield (
-            "disable_parameter_transpose_cache=True",
-            "weights are quantised again in each microbatch",
-        )
-    if get("fp8_wgrad") is False:
-        yield "--no-fp8-wgrad", "replicas compute weights' gradients in fp8"
-    for name in ("delay_wgrad_compute", "overlap_dispatch_backward_with_experts_wgrad"):
-        if get(name):
-            yield _flag(name), "replicas would quantise gradients again, by newer scales"
-    if get("cuda_graph_impl") not in (None, "none"):
-        yield "--cuda-graph-impl", "graphs have scales of their own"
-    if get("mtp_use_repeated_layer") and (get("mtp_num_layers") or 0) > 1 and _reruns(settings):
-        yield (
-            "--mtp-use-repeated-layer and recompute",
-            "re-runs would have the scales of the layer's other passes",
-        )
-    for name in ("hybrid_layer_pattern", "hybrid_override_pattern"):
-        if get(name):
-            yield _flag(name), "no test has shown it"
-
-
-def _reruns(settings: Any) -> bool:
-    """Return whether experts' linear layers run again for backward."""
-    granularity = getattr(settings, "recompute_granularity", None)
-    modules = getattr(settings, "recompute_modules", None) or ()
-    return granularity == "full" or (granularity == "selective" and "moe" in modules)
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def resume_problem(saved: Any, num_ranks: int) -> str | None:
-    """Return why experts with delayed scaling cannot go on from a run with these arguments."""
-    before = getattr(saved, "expert_model_parallel_size", num_ranks)
-    if before == num_ranks or not getattr(saved, "fp8", None) or recipe_of(saved) != DELAYED:
+def recipe_problem(recipe: str) -> str | None:
+    """Return why experts cannot compute by a recipe; None if they can."""
+    if recipe in _RECIPES:
         return None
+    default = ", Megatron's default," if recipe == MEGATRONS_RECIPE else ""
     return (
-        f"--expert-model-parallel-size {num_ranks} {_WITH_DELAYED}: the checkpoint has scales by "
-        f"number of {before} ranks, and other experts share them; give "
-        f"--expert-model-parallel-size {before} or --fp8-recipe tensorwise"
+        f"--fp8-recipe {quoted(recipe)}{default} {_WITH}: replicas of experts know the scales of "
+        "other recipes; give --fp8-recipe tensorwise (current scaling), blockwise or mxfp8"
     )
 
 
 def recipe_of(settings: Any) -> str:
     """Return the recipe; settings of recipes and job scripts may lack Megatron's default."""
-    recipe = getattr(settings, "fp8_recipe", None) or DELAYED
+    recipe = getattr(settings, "fp8_recipe", None) or MEGATRONS_RECIPE
     return str(getattr(recipe, "value", recipe))
 
 

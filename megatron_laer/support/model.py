@@ -33,16 +33,10 @@ _EXPOSED_IN_NODE = (
 _REFUSED = frozenset(row.field for row in REFUSALS)
 
 
-def check(
-    config: Any,
-    allowed: Collection[Unproven] = (),
-    kept_gib: float = 0.0,
-    homes: str | None = None,
-) -> None:
+def check(config: Any, allowed: Collection[Unproven] = (), kept_gib: float = 0.0) -> None:
     """Refuse a TransformerConfig that FSEP cannot run, and warn of MoE fields without a test.
 
-    `allowed`, `kept_gib` and `homes` are `allow_unproven`, `restore_memory_gib` and `homes` of
-    `FSEPConfig`.
+    `allowed` and `kept_gib` are `allow_unproven` and `restore_memory_gib` of `FSEPConfig`.
     """
     problems = [text for row in REFUSALS if (text := row.problem_with_field(config, allowed))]
     asked = [row for row in REFUSALS if row.asks_for_unproven(config, row.field)]
@@ -53,7 +47,7 @@ def check(
         for word in allowed
         if word not in used
     ]
-    refuse(problems + fp8_experts.problems(config, allowed, kept_gib, homes))
+    refuse(problems + fp8_experts.problems(config, allowed, kept_gib))
     for warning in warnings_of(config):
         _warn_once(warning)
 

@@ -27,6 +27,7 @@ from megatron_laer.files.checks import quoted
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.yaml_text import read_yaml
 from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.support import fp8_experts
 
 GROUPS = ("architecture", "moe", "initialization", "precision", "data")
 
@@ -209,7 +210,7 @@ def model_sizes(config: str) -> ExpertSizes:
 
 
 def fp8_recipe(fp8_format: str | None, recipe: str | None) -> Fp8Recipe | None:
-    """Return the recipe of Megatron's two flags, whose default is `delayed`; None for no fp8."""
+    """Return the recipe of Megatron's two flags; None for no fp8."""
     if fp8_format is None:
         if recipe is not None:
             raise ValueError(
@@ -217,6 +218,7 @@ def fp8_recipe(fp8_format: str | None, recipe: str | None) -> Fp8Recipe | None:
                 "leave the recipe out"
             )
         return None
-    if recipe is not None and recipe not in [*Fp8Recipe]:
-        raise ValueError(f"--fp8-recipe {quoted(recipe)}: give one of {', '.join(Fp8Recipe)}")
-    return Fp8Recipe(recipe or Fp8Recipe.DELAYED)
+    recipe = recipe or fp8_experts.MEGATRONS_RECIPE
+    if (problem := fp8_experts.recipe_problem(recipe)) is not None:
+        raise ValueError(problem)
+    return Fp8Recipe(recipe)

@@ -25,7 +25,7 @@ _CASES = (
     (f"good.trace {_RUN} --gpus 8 --workload W1", "remove one of them"),
     (f"{_RUN} --gpus 8 --trace-ranks 0-3", "no effect here; --workload natural reads no file"),
     (f"good.trace {_RUN} --gpus 8 --json good.trace", "--json 'good.trace' would write over"),
-    (f"{_RUN} --gpus 8 --fp8-format e4m3 --fp8-recipe custom", "invalid choice: 'custom'"),
+    (f"{_RUN} --gpus 8 --fp8-format e4m3", "--fp8-recipe 'delayed', Megatron's default, with --"),
     (f"{_RUN} --gpus 8 --recipe absent", "--recipe 'absent': "),
     (f"{_RUN} --gpus 8 --recipe x -- --bf16", "both --recipe x and flags after --; remove one"),
     (f"{_RUN} --gpus 65536 --hours 1e-5", "stopped after the 1e-05 hours of"),

@@ -9,6 +9,7 @@ from tests.bad_inputs.case import Case
 
 _MODEL = "--model mixtral-8x7b-e8k2 --node-size 2"
 _LONG = "x" * 300
+_FP8 = "--fp8-format e4m3 --fp8-recipe tensorwise"
 
 # Added to a good trace and a good model.
 _OPTIONS = (
@@ -30,11 +31,12 @@ _OPTIONS = (
     ("--sharding experts --strategy laer", "--strategy laer: moves every expert"),
     ("--sharding experts --ranks 16", "8 experts cannot be at home on 16 ranks in equal numbers"),
     ("--fp8-recipe blockwise", "--fp8-recipe 'blockwise': no effect without --fp8-format"),
-    ("--fp8-format e4m3", "a100-4x8-ib800 has no speed of GEMMs in fp8"),
-    ("--fp8-format e4m3 --cluster h100-8 --sharding rows", "give --sharding experts"),
+    ("--fp8-format e4m3", "--fp8-recipe 'delayed', Megatron's default, with --fsep-allow-"),
+    (_FP8, "a100-4x8-ib800 has no speed of GEMMs in fp8"),
+    (f"{_FP8} --cluster h100-8 --sharding rows", "give --sharding experts"),
     ("--data-parallel-sharding-strategy optim --sharding rows", "give --sharding experts"),
     (
-        "--data-parallel-sharding-strategy optim --fp8-format e4m3 --cluster h100-8",
+        f"--data-parallel-sharding-strategy optim {_FP8} --cluster h100-8",
         "no Megatron-FSDP",
     ),
     ("--data-parallel-sharding-strategy optim --pipeline 2", "takes no pipeline"),
@@ -43,7 +45,7 @@ _OPTIONS = (
     ("--lora-rank 8 --lora-targets router", "--lora-targets: invalid choice: 'router'"),
     ("--lora-rank 8 --sharding rows", "give --sharding experts, or --lora-targets of attention"),
     (
-        "--lora-rank 8 --fp8-format e4m3 --cluster h100-8",
+        f"--lora-rank 8 {_FP8} --cluster h100-8",
         "--lora-rank 8 with --fp8-format: no test proves adapters with it",
     ),
     (

@@ -34,8 +34,8 @@ _FLAGS = (
         "--fsep-allow-unproven fp8-experts: rows of experts are kept and moved in the parameters'",
     ),
     (
-        ON + "--fsep-allow-unproven fp8-experts --fp8-format hybrid --fsep-homes x.json",
-        "--fsep-homes 'x.json' with --fsep-allow-unproven fp8-experts --fp8-recipe delayed: ",
+        ON + "--fsep-allow-unproven fp8-experts --fp8-format hybrid",
+        "--fp8-recipe 'delayed', Megatron's default, with --fsep-allow-unproven fp8-experts: ",
     ),
     (ON + "--fsep-homes absent.json", "--fsep-homes 'absent.json': [Errno 2] No such file"),
     (ON + "--fsep-homes=", "--fsep-homes ''"),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_laer.choices import ExchangeAlgorithm
-from megatron_laer.cpu.ranks import Raised, RankPools
+from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
@@ -31,18 +31,12 @@ MX_PARAMETERS = PARAMETERS + " --reuse-grad-buf-for-mxfp8-param-ag"
 HELD = " --fsep-restore step --fsep-plan-mode forecast"
 RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
 DISTRIBUTED = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
-# Scales and histories of four microbatches are in checkpoints.
-DELAYED = " --fp8-format hybrid --fp8-recipe delayed --bf16 --fp8-amax-history-len 4"
-DELAYED += " --fp8-amax-compute-algo max"
-VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers 4"
-VIRTUAL += " --num-layers-per-virtual-pipeline-stage 1 --mtp-num-layers 1"
-RANDOM_DELAYED = DELAYED + AT_HOME + " --fsep-planner random"
 # Tokens of each expert: none, one, fewer and more than the multiple, and the multiple.
 TOKENS_E = [40, 1, 0, 16]
 
 
-def command(data: str, extra: str, steps: int = 4, experts: int = 8) -> list[str]:
-    return command_line(data, extra, global_batch=8, steps=steps, experts=experts)
+def command(data: str, extra: str, steps: int = 4) -> list[str]:
+    return command_line(data, extra, global_batch=8, steps=steps)
 
 
 def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bool]:
@@ -65,15 +59,6 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
         rank, home = dist.get_rank(), coordinator.geometry.home_slots
         assert (home, coordinator.geometry.replica_slots) == (2, 2)
         assert all(isinstance(p, Fp8Parameter) == fp8_param for p in layer.state.share.parameters)
-        operands = []  # whose scales and amaxes are state
-        if recipe == "delayed":
-            for number, expert in enumerate(layer.experts.local_experts):
-                for scalings in (expert.linear_fc1.scalings, expert.linear_fc2.scalings):
-                    scalings.weight.scale.fill_(100.0 * (number + 1))
-                    operands += [scalings.input, scalings.grad]
-                    scalings.input.scale.fill_(3.0 * (number + 1))
-                    # Smaller, and e4m3 rounds the first layer's gradients to zero.
-                    scalings.grad.scale.fill_(1000.0 * (number + 1))
         generator = torch.Generator().manual_seed(0)
         hidden_of = [
             torch.randn(tokens, one_layer.HIDDEN, generator=generator) for tokens in TOKENS_E
@@ -99,9 +84,6 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
         )
         own = [[part.main_grad.clone() for part in matrix] for matrix in layer.state.share.homes]
         wrapped.zero_grad_buffer()
-        at_home.append([operand.amaxes.clone() for operand in operands])
-        for operand in operands:
-            operand.amaxes.zero_()
 
         layout = ExpertLayout.from_slots(2, 4, 4, [0, 1, 2, 3, 2, 3, 0, 1])
         restored = coordinator.experts.of_pass(layer.state, layout, training=True)
@@ -115,8 +97,7 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
         sums = [[part.main_grad for part in matrix] for matrix in layer.state.share.homes]
         homes: list[Any] = [None, None]
         dist.all_gather_object(homes, at_home)
-        amaxes = homes[1 - rank][-1]
-        expected = [parts for of_rank in homes for parts in of_rank[:-1]]
+        expected = [parts for of_rank in homes for parts in of_rank]
         same = [
             torch.equal(got, wanted)
             for expert, parts in zip(others, with_replicas, strict=True)
@@ -127,25 +108,19 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
             for got_h, wanted_h in zip(sums, own, strict=True)
             for expert, got, wanted in zip(mine, got_h, wanted_h, strict=True)
         ]
-        same += [
-            torch.equal(operand.amaxes, noted)
-            and bool(noted.any()) == bool(TOKENS_E[others[at // 4]])
-            for at, (operand, noted) in enumerate(zip(operands, amaxes, strict=True))
-        ]
         return same
 
 
 @pytest.mark.parametrize("fp8_format", ["hybrid", "e4m3"])
 @pytest.mark.parametrize(
     ("recipe", "fp8_param"),
-    product(["tensorwise", "blockwise", "mxfp8", "delayed"], [False, True]),
+    product(["tensorwise", "blockwise", "mxfp8"], [False, True]),
 )
 def test_a_replica_computes_bit_for_bit_as_its_home(
     ranks: RankPools, fp8_format: str, recipe: str, fp8_param: bool
 ) -> None:
     for same in ranks(2).run(replicas_and_homes, fp8_format, recipe, fp8_param):
-        amaxes = 2 * 2 * 2 if recipe == "delayed" else 0
-        assert same == [True] * (2 * 3 + 2 * 2 + amaxes)
+        assert same == [True] * (2 * 3 + 2 * 2)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +128,6 @@ def test_a_replica_computes_bit_for_bit_as_its_home(
     [
         *(RANDOM + extra for extra in ("", HELD, PARAMETERS)),
         *(RANDOM_MX + extra for extra in ("", HELD, MX_PARAMETERS)),
-        *(RANDOM_DELAYED + extra for extra in ("", HELD + RECOMPUTE)),
     ],
 )
 def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, flags: str) -> None:
@@ -163,11 +137,7 @@ def test_a_second_run_has_the_same_bits(ranks: RankPools, text_data: str, flags:
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        *(RANDOM, RANDOM + PARAMETERS, RANDOM_MX, RANDOM_MX + MX_PARAMETERS),
-        RANDOM_DELAYED + RECOMPUTE,
-    ],
+    "flags", [RANDOM, RANDOM + PARAMETERS, RANDOM_MX, RANDOM_MX + MX_PARAMETERS]
 )
 def test_a_resumed_run_has_the_same_bits(
     ranks: RankPools, text_data: str, tmp_path: Path, flags: str
@@ -182,85 +152,7 @@ def test_a_resumed_run_has_the_same_bits(
     assert all((rest.weights[name] == value).all() for name, value in whole.weights.items())
 
 
-@pytest.mark.counts(fault_runs=1)
-def test_delayed_scaling_goes_on_with_as_many_ranks(
-    ranks: RankPools, text_data: str, tmp_path: Path
-) -> None:
-    saved = RANDOM_DELAYED + f" --ckpt-format torch_dist --save {tmp_path} --save-interval 1"
-    ranks(2).run(train_row, command(text_data, saved, steps=1))
-    resumed = RANDOM_DELAYED + f" --ckpt-format torch_dist --load {tmp_path} --no-load-optim"
-    resumed += " --expert-model-parallel-size 4"
-    raised = ranks(4).run_raw(train_row, command(text_data, resumed, steps=2))
-    assert all(isinstance(result, Raised) for result in raised)
-    (message,) = {result.message for result in raised}
-    assert "scales by number of 2 ranks" in message
-
-
-def followed_homes(flags: list[str]) -> tuple[int, int, int]:
-    """Train; return counts of what a replica of delayed scaling could have other than its home.
-
-    They are of weights that were sent before their home's use, of those that differed, and of
-    microbatches in which a linear layer's gradients had several scales.
-    """
-    from unittest import mock
-
-    import torch
-
-    from megatron_laer.cpu.fp8 import dequantised
-    from megatron_laer.cpu.fp8_delayed import DelayedPass, LinearScalings
-
-    sent, at_home, grad = LinearScalings.sent, LinearScalings.at_home, DelayedPass._grad
-    waiting: dict[LinearScalings, Any] = {}
-    scales: dict[LinearScalings, set[float]] = {}
-    ahead = differed = several = 0
-
-    def watched_sent(self: LinearScalings, weight: torch.Tensor) -> Any:
-        given = sent(self, weight)
-        waiting[self] = weight.clone(), given
-        return given
-
-    def watched_home(self: LinearScalings, weight: torch.Tensor) -> Any:
-        nonlocal ahead, differed
-        used = at_home(self, weight)
-        of_weight, given = waiting.pop(self, (None, None))
-        # Backward's last is of the step before.
-        if of_weight is not None and torch.equal(of_weight, weight):
-            ahead += 1
-            differed += not torch.equal(dequantised(used), dequantised(given))
-        scales[self] = set()  # a microbatch's backward is to come
-        return used
-
-    def watched_grad(self: DelayedPass, grad_nR: torch.Tensor) -> Any:
-        nonlocal several
-        of_microbatch = scales[self._scalings]
-        scale = float(self._scalings.grad.scale)
-        several += bool(of_microbatch) and scale not in of_microbatch
-        of_microbatch.add(scale)
-        return grad(self, grad_nR)
-
-    with (
-        mock.patch.object(LinearScalings, "sent", watched_sent),
-        mock.patch.object(LinearScalings, "at_home", watched_home),
-        mock.patch.object(DelayedPass, "_grad", watched_grad),
-    ):
-        train_row(flags)
-    return ahead, differed, several
-
-
-@pytest.mark.parametrize("extra", ["", RECOMPUTE, VIRTUAL], ids=["plain", "recompute", "virtual"])
-def test_replicas_of_delayed_scaling_follow_their_homes(
-    ranks: RankPools, text_data: str, extra: str
-) -> None:
-    """Weights are those that the home quantises once per step, and gradients have its scale."""
-    flags = command(text_data, RANDOM_DELAYED + extra, experts=4)
-    found = ranks(4 if extra == VIRTUAL else 2).run(followed_homes, flags)
-    assert sum(ahead for ahead, *_ in found) > 10
-    assert not any(differed for _, differed, _ in found)
-    # In a pipeline, backward of one microbatch comes after forward of another.
-    assert extra == VIRTUAL or not any(several for *_, several in found)
-
-
-@pytest.mark.parametrize("in_fp8", [FP8, FP8 + PARAMETERS, MX, MX + MX_PARAMETERS, DELAYED])
+@pytest.mark.parametrize("in_fp8", [FP8, FP8 + PARAMETERS, MX, MX + MX_PARAMETERS])
 def test_without_replicas_a_run_is_stock_bit_for_bit(
     ranks: RankPools, text_data: str, in_fp8: str
 ) -> None:
@@ -322,10 +214,9 @@ def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
 # Bytes of weights for each element. Payloads of 128 x 48 and 48 x 64 elements have a row more for
 # the scale; in mxfp8 there is one of 8 bits for each 32.
 SCALED = {FP8: 1 + (1 / 128 * 2 + 1 / 48) / 3, MX: 1 + 1 / 32}
-SCALED[DELAYED] = SCALED[FP8]
 
 
-@pytest.mark.parametrize("in_fp8", SCALED, ids=["tensorwise", "mxfp8", "delayed"])
+@pytest.mark.parametrize("in_fp8", SCALED, ids=["tensorwise", "mxfp8"])
 @pytest.mark.parametrize("extra", ["", RECOMPUTE], ids=["plain", "recompute"])
 def test_replicas_receive_a_byte_for_each_weight(
     ranks: RankPools, text_data: str, in_fp8: str, extra: str
@@ -359,29 +250,10 @@ def only_the_second_layer(model: Any) -> None:
         parameter.requires_grad = ".layers.1." in name
 
 
-@pytest.mark.counts(fault_runs=1)
-def test_delayed_scaling_refuses_experts_whose_input_needs_no_gradient(
-    ranks: RankPools, text_data: str
-) -> None:
-    flags = command(text_data, RANDOM_DELAYED, steps=1)
-    raised = ranks(2).run_raw(train_row, flags, None, only_experts)
-    assert all(isinstance(result, Raised) for result in raised)
-    (message,) = {result.message for result in raised}
-    assert "the experts' input needs no gradient" in message and "tensorwise" in message
-
-
-@pytest.mark.parametrize(
-    ("flags", "adapt"),
-    [
-        (RANDOM, only_experts),
-        (RANDOM_DELAYED, only_the_second_layer),
-        (RANDOM_DELAYED + RECOMPUTE, only_the_second_layer),
-    ],
-    ids=["tensorwise", "delayed", "recompute"],
-)
+@pytest.mark.parametrize("adapt", [only_experts, only_the_second_layer])
 def test_frozen_layers_before_trained_ones_are_taken(
-    ranks: RankPools, text_data: str, flags: str, adapt: Any
+    ranks: RankPools, text_data: str, adapt: Any
 ) -> None:
-    both = command(text_data, flags + DISTRIBUTED, steps=2)
-    record: Record = ranks(2).run(train_row, both, None, adapt)[0]
+    flags = command(text_data, RANDOM + DISTRIBUTED, steps=2)
+    record: Record = ranks(2).run(train_row, flags, None, adapt)[0]
     assert len(record.losses) == 2

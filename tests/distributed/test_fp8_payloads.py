@@ -21,18 +21,12 @@ SIZES = [(16, 48), (48, 16), (144, 32), (32, 272), (160, 160)]
 
 def packers() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
     """Return the form of a payload and the quantiser, by name."""
-    from megatron_laer.cpu import fp8, fp8_delayed
+    from megatron_laer.cpu import fp8
     from megatron_laer.layer.experts.fp8 import payload
-
-    def delayed(matrix: Any, dtype: Any) -> Any:
-        scaling = fp8_delayed.Scaling(dtype, history=1)
-        scaling.scale.fill_(64.0)  # large values saturate, and small ones vanish
-        return scaling.quantised(matrix)
 
     square = partial(fp8.by_blocks, block=(payload.BLOCK, payload.BLOCK))
     return {
         "per tensor": (payload.per_tensor_form, fp8.per_tensor),
-        "delayed": (payload.per_tensor_form, delayed),
         "by blocks": (payload.block_form, square),
         "mx rows": (partial(payload.mx_form, by_columns=False), fp8.mx),
         "mx columns": (
@@ -89,10 +83,7 @@ def every_case(node_size: int, name: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        *("per tensor", "by blocks", "mx columns"),
-        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("mx rows", "delayed")),
-    ],
+    ["per tensor", "by blocks", "mx columns", pytest.param("mx rows", marks=pytest.mark.nightly)],
 )
 @pytest.mark.parametrize("node_size", [4, 2])
 def test_payloads_of_replicas_are_their_homes_bytes(

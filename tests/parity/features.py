@@ -197,9 +197,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
         *("fp8", "fp8-dist-opt", "fp8-nodes", "fp8-bias"),
     ),
     "fp8 in the experts, at home, by blocks": ("fp8-blocks", "fp8-flex", "combined-fp8"),
-    "fp8 in the experts, at home, delayed scaling": (
-        *("fp8-delayed", "fp8-delayed-nodes", "fp8-delayed-virtual", "combined-fp8-delayed"),
-    ),
     "mxfp8 in the experts, at home": ("fp8-mx", "fp8-mx-recompute", "fp8-mx-nodes"),
     "the same with `--fp8-param-gather`": ("fp8-param", "fp8-mx-param", "fp8-mx-homes"),
     "the same with `--first-last-layers-bf16`": ("fp8-param",),

@@ -102,9 +102,6 @@ FIRST_IN_BF16 = (
     " --first-last-layers-bf16 --num-layers-at-start-in-bf16 1 --num-layers-at-end-in-bf16 0"
 )
 PADDING = " --moe-router-padding-for-quantization"
-DELAYED_SCALING = (
-    " --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 4 --fp8-amax-compute-algo max"
-)
 # Sizes are multiples of 32.
 MXFP8 = " --fp8-format e4m3 --fp8-recipe mxfp8 --hidden-size 64"
 KEPT_IN_MXFP8 = MXFP8 + BF16 + DIST_OPT + " --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag"
@@ -172,7 +169,7 @@ def _combined(id: str, name: str, flags: str, fsep: str = "", **more: Any) -> Ro
     """
     reference = BF16 + flags.replace(DELAYED, "")
     return _row(id, f"{name}, bf16, accumulation 4", BF16 + flags + COMBINED, fsep, accumulation=4,
-        **{"stock": (1, more.get("group", 2)), "reference_flags": reference} | more)  # fmt: skip
+        stock=(1, more.get("group", 2)), reference_flags=reference, **more)  # fmt: skip
 
 
 Pairs = set[tuple[str, str]]
@@ -276,22 +273,11 @@ ROWS = [
         " accumulation 2, bf16, top-4, recompute of the MoE layer, E = 8 on 4 ranks", MXFP8 + BF16
         + TOP_4 + MOE_RECOMPUTE, fsep=IN_FP8 + NODES.format(2) + STEP, bound=FP8_BOUND, ranks=4,
         accumulation=2, exchanges=(4, 2), not_at_home="at home in itself"),
-    _row("fp8-delayed", "experts in fp8, delayed scaling", DELAYED_SCALING, fsep=IN_FP8,
-        bound=FP8_BOUND, steps=LONG, not_at_home="at home in itself"),
     _row("fp8-mx-param", "experts kept in mxfp8, accumulation 2, bf16", KEPT_IN_MXFP8,
         fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
     _row("fp8-mx-homes", "experts kept in mxfp8, permuted homes, accumulation 2, bf16",
         KEPT_IN_MXFP8, fsep=IN_FP8 + PERMUTED.format(2), bound=FP8_BOUND, accumulation=2,
         not_at_home="at home in itself"),
-    _row("fp8-delayed-nodes", "experts kept in fp8, delayed scaling, exchange through nodes of 2,"
-        " restored once per step, bf16, recompute of the MoE layer, top-4, E = 8 on 4 ranks",
-        DELAYED_SCALING + BF16 + DIST_OPT + MOE_RECOMPUTE + TOP_4
-        + " --fp8-param-gather", fsep=IN_FP8 + NODES.format(2) + STEP, bound=FP8_BOUND, ranks=4,
-        not_at_home="at home in itself"),
-    _row("fp8-delayed-virtual", "experts in fp8, delayed scaling, full recompute, bf16, shared"
-        " experts, multi-token prediction, virtual pipeline 2 x 2, accumulation 4", DELAYED_SCALING
-        + BF16 + SHARED + VIRTUAL + MTP + FULL_RECOMPUTE, fsep=IN_FP8, bound=FP8_BOUND, ranks=4,
-        group=2, accumulation=4, not_at_home="at home in itself"),
     # Dispatchers.
     _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP, releases=True),
     _row("deepep-bf16", "flex dispatcher with DeepEP, bf16, fp32 router, overlapped shared experts",
@@ -560,11 +546,6 @@ ROWS = [
         VIRTUAL + MTP, ranks=4, group=2),
     _combined("combined-fp8", "combined 1F1B, experts in fp8 by blocks", BLOCKS, IN_FP8,
         bound=FP8_BOUND, not_at_home="at home in itself"),
-    # Experts of one number share scales, so stock's depend on the group's size. The other rounding
-    # is that of gradients which the reference sums in bf16.
-    _combined("combined-fp8-delayed", "combined 1F1B, experts in fp8 with delayed scaling",
-        DELAYED_SCALING, IN_FP8, bound=FP8_BOUND, stock=(2, 2), reference_flags=BF16
-        + DELAYED_SCALING + " --grad-reduce-in-bf16", not_at_home="at home in itself"),
     _combined("delayed", "combined 1F1B, delayed weight gradients, shared experts, both"
         " overlaps", SHARED + DELAYED + DIST_OPT),
     _combined("delayed-virtual", "combined 1F1B, delayed weight gradients, virtual pipeline 2 x 2,"

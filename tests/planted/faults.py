@@ -118,7 +118,6 @@ _SLOT_CONFIGS = _in("layer/slot_configs.py", *_unit("slot_configs"))
 _FP8_TE = _in("layer/experts/fp8/te.py", *_unit("fp8_back_end"))
 _FP8_MX = _in("layer/experts/fp8/te_mx.py", *_unit("fp8_back_end"))
 _FP8_SUPPORT = _in("support/fp8_experts.py", *_unit("fp8_support"))
-_FP8_DELAYED = _in("layer/experts/fp8/te_delayed.py", *_unit("fp8_delayed"))
 _SLOT_LINEAR = _in("layer/experts/slot_linear.py", *_unit("fp8_back_end"))
 _DIRECTIONS = _in("runtime/weights/restored.py", *_unit("directions"))
 _FETCHED = _in("runtime/weights/restored_weights.py", *_unit("directions"))
@@ -475,8 +474,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _SCHEDULER.fault(
         "nothing starts early",
-        "        elif starts and not (",
-        "        elif starts and position < 0 and not (",
+        "        elif starts:\n            chunk.await",
+        "        elif starts and position < 0:\n            chunk.await",
     ),
     _SCHEDULER.fault(
         "backward fetches nothing ahead",
@@ -924,92 +923,6 @@ FAULTS: tuple[Fault, ...] = (
         "scales along columns are padded as those along rows",
         "tile = _TILE[::-1] if by_columns else _TILE",
         "tile = _TILE",
-    ),
-    _FP8_DELAYED.fault(
-        "replicas' tokens are in no amax",
-        "scale, amax = own.scale, own.amax",
-        "scale, amax = own.scale, own.amax.clone()",
-    ),
-    _FP8_DELAYED.fault(
-        "backward's tokens have the scale in force",
-        "quantise.scale, quantise.amax = scale,",
-        "quantise.amax =",
-    ),
-    _FP8_DELAYED.fault(
-        "a re-run's tokens have the scale in force",
-        "is_rerun = checkpoints.in_fp8_activation_recompute_phase()",
-        "is_rerun = False",
-    ),
-    _FP8_DELAYED.fault(
-        "a re-run's tokens are in amax again",
-        "if by_columns or is_rerun:",
-        "if by_columns:",
-    ),
-    _SCHEDULER.fault(
-        "a virtual stage's first weights are sent before their scales change",
-        "is_gathered or chunk.quantises_in(operation):",
-        "is_gathered:",
-        *_ranks("fp8_experts"),
-        "-k",
-        "follow_their_homes and virtual",
-    ),
-    _SCHEDULER.fault(
-        "multi-token prediction's first weights are sent before their scales change",
-        "layer.is_mtp and chunk.quantises_in(self._forward.operation)",
-        "False",
-        *_ranks("fp8_experts"),
-        "-k",
-        "follow_their_homes and virtual",
-    ),
-    _HOMES.fault(
-        "backward changes scales between homes and replicas",
-        "parts_TH = [at_home(), replicas()]  #",
-        "parts_TH = [replicas(), at_home()][::-1]  #",
-        *_ranks("fp8_experts"),
-        "-k",
-        "follow_their_homes and recompute",
-    ),
-    _HOMES.fault(
-        "delayed scaling trains experts alone",
-        "if self._has_delayed_scaling and computes_replicas_first",
-        "if False and computes_replicas_first",
-        *_ranks("fp8_experts"),
-        "-k",
-        "input_needs_no_gradient",
-    ),
-    _HOMES.fault(
-        "delayed scaling has no frozen layers",
-        "computes_replicas_first and self._is_trained(probs_T):",
-        "computes_replicas_first:",
-        *_ranks("fp8_experts"),
-        "-k",
-        "frozen_layers and delayed",
-    ),
-    _FP8_DELAYED.fault(
-        "a step's re-runs have scales of the step before",
-        "self._kept_scales.clear()",
-        "pass",
-    ),
-    _FP8_SUPPORT.fault(
-        "delayed scaling takes other homes",
-        "if homes is not None:",
-        "if False:",
-        *_unit("refusals"),
-        "-k",
-        "share_a_scale",
-    ),
-    _FP8_DELAYED.fault(
-        "each microbatch sends weights of its own scale",
-        "if kept is not None and not module.is_first_microbatch:",
-        "if False:",
-    ),
-    _INDEX.fault(
-        "replicas have the scales of their home's first expert",
-        "expert % self.home_slots for",
-        "0 for",
-        *_ranks("fp8_experts"),
-        "-k",
-        "bit_for_bit_as and delayed",
     ),
     _SHARE.fault(
         "backward has the payloads of forward",

@@ -35,7 +35,6 @@ AT_NIGHT = {
     "nobody waits for home experts that Megatron-FSDP gathers",
     "experts at home in mxfp8, both overlaps",
     "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer",
-    "one queue, experts at home with delayed scaling, virtual pipeline 2 x 2",
 }
 
 

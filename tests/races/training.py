@@ -29,14 +29,13 @@ from tests.parity.bridge_lora import lora_on_experts
 from tests.parity.flags import command_line
 from tests.parity.replay import REPLAY, train_row
 from tests.parity.row import REPLICAS_PAY
-from tests.parity.rows import DELAYED_SCALING, FSDP, GRAPHS, IN_FP8, MXFP8
+from tests.parity.rows import FSDP, GRAPHS, IN_FP8, MXFP8
 from tests.races.faults import TRAINING_FAULTS
 from tests.topical_routing import by_topic
 
 _RANDOM = " --fsep-planner random"
 _HOME = _RANDOM + " --fsep-sharding experts"
 _MXFP8 = f" --bf16{MXFP8}{IN_FP8}"
-_DELAYED_SCALES = f" --bf16{DELAYED_SCALING}{IN_FP8}"
 _OVERLAPS = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 _FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 _VIRTUAL = (
@@ -126,12 +125,6 @@ SCENARIOS = {
     ),
     "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer": Training(
         f"{_HOME}{_MXFP8}{_MOE} --fsep-restore step", one_queue=True, capability=B200
-    ),
-    "experts at home with delayed scaling, full recompute, both overlaps": Training(
-        _HOME + _DELAYED_SCALES + _FULL + _OVERLAPS
-    ),
-    "one queue, experts at home with delayed scaling, virtual pipeline 2 x 2": Training(
-        _HOME + _DELAYED_SCALES + _VIRTUAL, 4, one_queue=True
     ),
     # Most features at once, with Triton's kernels.
     "kernels, by nodes of 1": Training(

@@ -95,10 +95,10 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
         None,
     ),
     "fp8": (
-        {"precision": "fp8_ds", "delay_wgrad": "True"},
+        {"precision": "fp8_ds"},
         Verdict.PRECISION,
-        ["--fp8-format hybrid"],
-        None,
+        ["--fp8-format hybrid", "--fp8-recipe 'delayed', Megatron's default, with --fsep-allow"],
+        ["--fp8-format"],
     ),
     "fp4": (
         {"precision": "bf16_with_nvfp4_mixed"},
@@ -107,10 +107,10 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
         None,
     ),
     "gpt-oss in fp8": (
-        {"recipe": GPT_OSS, "precision": "fp8_ds", "delay_wgrad": "True"},
+        {"recipe": GPT_OSS, "precision": "fp8_ds"},
         Verdict.PRECISION,
-        ["--fp8-format hybrid", f"{PADDING} with fp8"],
-        None,
+        ["--fp8-format hybrid", f"{PADDING} with fp8", "--fp8-recipe 'delayed'"],
+        ["--fp8-format", PADDING],
     ),
     "expert tensor parallel": (
         {"ETP": "2"},
@@ -134,7 +134,7 @@ def test_a_recipe_that_runs_has_a_row_for_each_feature(case):
     assert (*found.because, *found.drop) == ()
 
 
-@pytest.mark.parametrize("precision", ["fp8_cs", "fp8_sc", "fp8_ds", "fp8_mx"])
+@pytest.mark.parametrize("precision", ["fp8_cs", "fp8_sc", "fp8_mx"])
 def test_experts_in_fp8_run_with_their_word(precision):
     found = judge_recipe(NONE | {"precision": precision})
     assert found.verdict is Verdict.RUNS and found.allow == (Unproven.FP8_EXPERTS,)
@@ -208,8 +208,7 @@ def test_a_verdict_names_the_settings_that_it_does_not_know():
     for name in found.if_none_of:
         value = "1.25" if "factor" in name else "32" if "size" in name or "num" in name else "True"
         # Router padding goes with fp8, where that goes.
-        no_fp8 = {"precision": "fp8_ds", "delay_wgrad": "True"}
-        fields = NONE | (no_fp8 if "padding_for" in name else {})
+        fields = NONE | ({"precision": "fp8_ds"} if "padding_for" in name else {})
         before, after = judge_recipe(fields), judge_recipe(fields | {name: value})
         assert (before.verdict, before.drop) != (after.verdict, after.drop), name
         assert name not in after.if_none_of

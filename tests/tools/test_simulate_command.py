@@ -236,20 +236,24 @@ def test_experts_in_fp8_move_four_bytes_for_six_and_compute_faster(tmp_path, cap
 def test_a_models_file_may_have_fp8_whose_recipe_flags_replace(tmp_path, capsys):
     path = tmp_path / "model.yaml"
     text = yaml_file("model", "tiny-moe").read_text()
-    path.write_text(f"{text}\nprecision:\n  bf16: true\n  fp8-format: hybrid\n")
-    assert read_model(str(path)).fp8 == Fp8Recipe.DELAYED  # Megatron's default
+    in_fp8 = f"{text}\nprecision:\n  bf16: true\n  fp8-format: hybrid\n"
+    path.write_text(in_fp8)
+    with pytest.raises(ValueError, match=r"'delayed', Megatron's default, .*give --fp8-recipe ten"):
+        read_model(str(path))
+    path.write_text(f"{in_fp8}  fp8-recipe: tensorwise\n")
+    assert read_model(str(path)).fp8 == Fp8Recipe.TENSORWISE
     words = f"--workload W1 --ranks 2 --cluster h100-8 --method fsep --model {path}"
-    delayed, mx = (
+    tensorwise, mx = (
         simulated(tmp_path / "x.json", *f"{words} {flags}".split(), capsys=capsys)["methods"]
         for flags in ("", "--fp8-format e4m3 --fp8-recipe mxfp8")
     )
-    scales = [of["fsep"]["memory_bytes"]["restored_experts"] for of in (delayed, mx)]
+    scales = [of["fsep"]["memory_bytes"]["restored_experts"] for of in (tensorwise, mx)]
     assert scales[0] < scales[1] < 1.1 * scales[0]
     # Over a step, mxfp8 holds the payloads of both directions.
     held = f"{words} --restore step --mode forecast --fp8-format e4m3 --fp8-recipe"
     one, both = (
         simulated(tmp_path / "x.json", *f"{held} {recipe}".split(), capsys=capsys)["methods"]
-        for recipe in ("delayed", "mxfp8")
+        for recipe in ("tensorwise", "mxfp8")
     )
     slots = [of["fsep"]["memory_bytes"]["restored_experts"] for of in (one, both)]
     assert slots[1] / slots[0] == pytest.approx(2 * scales[1] / scales[0])

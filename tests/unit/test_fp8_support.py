@@ -13,7 +13,7 @@ ALLOWED = [Unproven.FP8_EXPERTS]
 A100, ADA, H100, B200, GEFORCE = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
 
 
-@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8", "delayed"])
+@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
 def test_only_mxfp8_keeps_no_weights_for_backward(recipe: str) -> None:
     settings = SimpleNamespace(fp8="e4m3", fp8_recipe=recipe)
     assert fp8_experts.problems(settings, ALLOWED) == []
@@ -42,7 +42,6 @@ def test_only_mxfp8_keeps_no_weights_for_backward(recipe: str) -> None:
         ),
         ("blockwise", ADA, "13.0", ("this card has 8.9", "give --fp8-recipe tensorwise")),
         ("tensorwise", A100, "13.0", ("8.9 or higher, and", "leave out --fp8-format")),
-        ("delayed", A100, "13.0", ("8.9 or higher, and", "leave out --fp8-format")),
     ],
 )
 def test_a_card_that_computes_no_such_products_is_refused(
@@ -55,12 +54,7 @@ def test_a_card_that_computes_no_such_products_is_refused(
 
 @pytest.mark.parametrize(
     ("recipe", "card", "cuda"),
-    [
-        ("tensorwise", ADA, "12.4"),
-        ("blockwise", H100, "12.9"),
-        ("mxfp8", B200, "12.8"),
-        ("delayed", ADA, "12.4"),
-    ],
+    [("tensorwise", ADA, "12.4"), ("blockwise", H100, "12.9"), ("mxfp8", B200, "12.8")],
 )
 def test_a_card_that_computes_them_is_taken(recipe: str, card: tuple[int, int], cuda: str) -> None:
     assert fp8_experts.card_problem(recipe, card, cuda) is None

@@ -135,20 +135,6 @@ TAKEN = [
     f"--fp8-format hybrid --fp8-recipe mxfp8 {ALLOW_EXPERTS}",
     f"--fp8-format e4m3 --fp8-recipe mxfp8 {ALLOW_EXPERTS} --fp8-param-gather"
     " --reuse-grad-buf-for-mxfp8-param-ag",
-    *(
-        f"--fp8-format hybrid {ALLOW_EXPERTS} {flags}"
-        for flags in (
-            "--recompute-granularity full",
-            f"{SELECTIVE} moe",
-            OVERLAP,
-            "--num-layers-per-virtual-pipeline-stage 1",
-            "--fp8-param-gather",
-            "--mtp-num-layers 1",
-            "--mtp-num-layers 2 --mtp-use-repeated-layer",
-            f"--mtp-num-layers 2 --mtp-use-repeated-layer {SELECTIVE} moe_act",
-            f"--mtp-num-layers 2 {SELECTIVE} moe",
-        )
-    ),
     "--cuda-graph-modules moe",
     f"{OVERLAP} --delay-wgrad-compute",
     "--overlap-dispatch-backward-with-experts-wgrad",
@@ -181,25 +167,10 @@ OWN = {
     ALLOW_GRAPHS: [f"{ALLOW_GRAPHS}: no effect", UNPROVEN[Unproven.TE_GRAPHS]],
     f"{ALLOW_FP8} --cuda-graph-modules attn": [f"{ALLOW_FP8}: no effect"],
     ALLOW_EXPERTS: [f"{ALLOW_EXPERTS}: no effect", UNPROVEN[Unproven.FP8_EXPERTS]],
-    **{
-        f"{ALLOW_EXPERTS} --fp8-format hybrid {flags}": [
-            f"{said or flags} with {ALLOW_EXPERTS} --fp8-recipe delayed: "
-        ]
-        for flags, said in {
-            "--delay-wgrad-compute": "",
-            "--overlap-dispatch-backward-with-experts-wgrad": "",
-            "--no-fp8-wgrad": "",
-            "--fsep-homes homes.json": "--fsep-homes 'homes.json'",
-            **{
-                f"--mtp-num-layers 2 --mtp-use-repeated-layer {recomputed}": (
-                    "--mtp-use-repeated-layer and recompute"
-                )
-                for recomputed in ("--recompute-granularity full", f"{SELECTIVE} moe")
-            },
-            "--hybrid-layer-pattern ME*E": "--hybrid-layer-pattern",
-            "--hybrid-override-pattern ME*E": "--hybrid-override-pattern",
-        }.items()
-    },
+    f"{ALLOW_EXPERTS} --fp8-format hybrid": [
+        f"--fp8-recipe 'delayed', Megatron's default, with {ALLOW_EXPERTS}: ",
+        "give --fp8-recipe tensorwise (current scaling), blockwise or mxfp8",
+    ],
     f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather": [
         f"--fp8-param-gather with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
         "give --reuse-grad-buf-for-mxfp8-param-ag",
@@ -613,6 +584,7 @@ def test_a_model_that_works_is_taken_without_a_warning(config: Config) -> None:
     [
         (Config(fp8=True), Unproven.DENSE_FP8, "fp8=True: restored experts"),
         (Config(fp8="hybrid", fp8_param=True), Unproven.DENSE_FP8, "fp8_param=True"),
+        (Config(fp8="hybrid"), Unproven.FP8_EXPERTS, "--fp8-recipe 'delayed', Megatron's default"),
         (Config(fp8="e4m3", use_kitchen=True), Unproven.FP8_EXPERTS, "use_kitchen=True: replicas"),
         (Config(cuda_graph_impl="transformer_engine"), Unproven.TE_GRAPHS, "_modules=[]: layouts"),
         (Config(), Unproven.TE_GRAPHS, "allow_unproven=['te-graphs']): te-graphs has no effect"),
@@ -624,14 +596,6 @@ def test_a_model_that_a_word_does_not_allow_is_refused(
     with pytest.raises(ValueError, match="cannot run this model") as error:
         model_support.check(config, (allowed,))
     assert quoted in str(error.value)
-
-
-def test_a_model_whose_homes_change_which_experts_share_a_scale_is_refused() -> None:
-    config, allowed = Config(fp8="hybrid"), (Unproven.FP8_EXPERTS,)
-    model_support.check(config, allowed)
-    with pytest.raises(ValueError, match=r"'homes\.json' with .* delayed: .* share scales, .*wise"):
-        model_support.check(config, allowed, homes="homes.json")
-    model_support.check(Config(fp8="hybrid", fp8_recipe="tensorwise"), allowed, homes="homes.json")
 
 
 def test_fields_that_no_test_covers_are_named_in_one_warning_of_the_first_rank(

@@ -24,7 +24,6 @@ from megatron_laer.planner.wire_form import packing_bytes, payload_form, payload
 from tests.costs import make_costs
 
 FORMS: dict[Fp8Recipe, list[Callable[[int, int], payload.PayloadForm]]] = {
-    Fp8Recipe.DELAYED: [payload.per_tensor_form],
     Fp8Recipe.TENSORWISE: [payload.per_tensor_form],
     Fp8Recipe.BLOCKWISE: [payload.block_form],
     Fp8Recipe.MXFP8: [partial(payload.mx_form, by_columns=way) for way in (False, True)],
@@ -77,7 +76,7 @@ def test_packing_is_priced_by_the_bytes_that_it_moves(recipe: Fp8Recipe, rows: i
 def test_a_sender_reads_and_writes_before_it_packs():
     """Per weight: two bytes are read, twice by current scaling; one written, and copied."""
     matrices = ((4096, 1024), (1024, 2048))
-    for recipe, reads in (("tensorwise", 2), ("blockwise", 1), ("delayed", 1), ("mxfp8", 1)):
+    for recipe, reads in (("tensorwise", 2), ("blockwise", 1), ("mxfp8", 1)):
         form = payload_form(Fp8Recipe(recipe), matrices, 2)
         assert form.quantising_passes == pytest.approx(2 * reads + 1 + 2, rel=0.02)
     # A scale for 32 weights is written, and copied to where zeros were written.

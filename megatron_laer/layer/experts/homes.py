@@ -9,7 +9,6 @@ Legend: T tokens received, H hidden.
 from __future__ import annotations
 
 from functools import cached_property, partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -24,7 +23,6 @@ from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.weights.layer import Homes, Packer
-from megatron_laer.support import RefusedError, fp8_experts
 
 
 class HomeExperts:
@@ -41,11 +39,6 @@ class HomeExperts:
         self._problem: str | None = None
         self._is_moved = False
         parts = ["weight", "bias"] if compute.has_bias else ["weight"]
-        for packer, linear in zip(compute.packers, compute.linears, strict=False):
-            packer.attach(self._linears(linear.name))
-        self._has_delayed_scaling = bool(compute.packers) and (
-            fp8_experts.recipe_of(compute.config) == fp8_experts.DELAYED
-        )
         self._built = [
             [self._parameters(linear.name, part) for part in parts] for linear in compute.linears
         ]
@@ -94,16 +87,9 @@ class HomeExperts:
     def initialise(self, layer_name: str, seed: int) -> None:
         """Do nothing: stock has initialised its parameters."""
 
-    def end_step(self) -> None:
-        for packer in self._compute.packers:
-            packer.end_step()
-
     def __call__(
         self, input_TH: torch.Tensor, probs_T: torch.Tensor, plan: MicrobatchPlan
     ) -> torch.Tensor:
-        computes_replicas_first = torch.is_grad_enabled() and not input_TH.requires_grad
-        if self._has_delayed_scaling and computes_replicas_first and self._is_trained(probs_T):
-            raise RefusedError(fp8_experts.NEEDS_INPUT_GRADIENT)
         restored, tokens_C = plan.restored, plan.quotas.tokens_C
         home_C, replica_C = tokens_C[: self._num_home], tokens_C[self._num_home :]
         tokens_per_expert = torch.tensor(home_C)
@@ -115,18 +101,14 @@ class HomeExperts:
         home_T, replica_T = probs_T.split(sizes)
         at_home = partial(self._at_home, home_TH, tokens_per_expert, home_T)
         replicas = partial(self._compute, replica_TH, replica_T, restored, replica_C)
-        if computes_replicas_first:
+        if input_TH.requires_grad or not torch.is_grad_enabled():
+            parts_TH = [at_home(), replicas()]  # in this order replicas have more time to arrive
+        else:
             # Without tokens' gradients to wait for, the reduce starts with the replicas' backward.
             # Autograd runs that last, so that no kernel adds to a main gradient during the reduce.
             parts_TH = [replicas(), at_home()][::-1]
-        else:
-            parts_TH = [at_home(), replicas()]  # in this order replicas have more time to arrive
         output_TH = torch.cat(parts_TH)
         return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
-
-    def _is_trained(self, probs_T: torch.Tensor) -> bool:
-        matrices = chain.from_iterable(chain.from_iterable(self._built))
-        return probs_T.requires_grad or any(matrix.requires_grad for matrix in matrices)
 
     def _at_home(
         self, input_TH: torch.Tensor, tokens_per_expert: torch.Tensor, probs_T: torch.Tensor

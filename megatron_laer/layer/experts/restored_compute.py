@@ -21,6 +21,7 @@ from megatron_laer.layer.experts.adapters import Adapter
 from megatron_laer.layer.experts.built_parts import ADAPTED
 from megatron_laer.layer.experts.gemm import SlotGemm, check_gemm, slot_gemm
 from megatron_laer.layer.experts.slot_linear import slot_bias, slot_linear
+from megatron_laer.runtime.weights.layer import Packer
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.support import expert_adapters
 
@@ -40,7 +41,6 @@ class RestoredCompute:
     Args:
         activation_builder: Transformer Engine's activation from the module spec, or None.
         in_fp8: whether restored matrices are payloads, by the config's recipe.
-        rank: in the FSEP group.
 
     Attributes:
         config: of Megatron's `MLP`, which reads the FFN width of an expert from `ffn_hidden_size`.
@@ -59,12 +59,11 @@ class RestoredCompute:
         gemm: str,
         activation_builder: Any,
         in_fp8: bool = False,
-        rank: int = 0,
     ) -> None:
         self.config = copy.copy(config)  # like Megatron's SequentialMLP
         self.config.ffn_hidden_size = config.moe_ffn_hidden_size
         self.has_bias = config.add_bias_linear
-        self._gemm, self._rank = gemm, rank
+        self._gemm = gemm
         self.linears: list[Linear] = []
         # Stock's grouped experts too recompute nothing without this granularity.
         self._recomputes_activation = (
@@ -91,7 +90,7 @@ class RestoredCompute:
             ffn_hidden_size=config.moe_ffn_hidden_size,
             tp_group=tp_group,
         )
-        self.packers: list[fp8.QuantisedGemm] = []
+        self.packers: list[Packer] = []
         self.adapters: list[Adapter | None] = [None] * len(self.linears)
         self._trains_shared = False
         self._gemms: list[SlotGemm] = []
@@ -100,6 +99,7 @@ class RestoredCompute:
             for linear in self.linears:
                 quantised = fp8.quantised_gemm(config, linear.rows, linear.columns, device)
                 self.packers.append(quantised)
+                self._gemms.append(quantised)
             return
         sizes = [size for linear in self.linears for size in (linear.rows, linear.columns)]
         check_gemm(gemm, device, config.params_dtype, sizes)
@@ -139,11 +139,6 @@ class RestoredCompute:
             input_TH = input_TH.detach().requires_grad_(torch.is_grad_enabled())
         input_TH, probs_T = restored.before_compute(input_TH, probs_T)
 
-        gemms = self._gemms
-        if self.packers:
-            homes_C = restored.index.homes_C(self._rank)
-            gemms = [packer.for_slots(homes_C) for packer in self.packers]
-
         def product(input_TK: torch.Tensor, at: int, gemm: SlotGemm) -> torch.Tensor:
             return slot_linear(input_TK, placeholders[at], restored, at, tokens_C, gemm)
 
@@ -151,9 +146,9 @@ class RestoredCompute:
             layer: int, input_TK: torch.Tensor, bias_scale_T: torch.Tensor | None = None
         ) -> torch.Tensor:
             at = self._first_matrix(layer)
-            output_TR = product(input_TK, at, gemms[layer])
+            output_TR = product(input_TK, at, self._gemms[layer])
             if (adapter := self.adapters[layer]) is not None:
-                first, gemm = at + 1 + self.has_bias, gemms[layer]
+                first, gemm = at + 1 + self.has_bias, self._gemms[layer]
                 added_TR = adapter.output(
                     input_TK, lambda hidden, index: product(hidden, first + index, gemm)
                 )

@@ -58,11 +58,6 @@ class LayoutIndex:
         slots_NC = self.layout.slot_expert_S.reshape(self.layout.num_ranks, -1)
         return bool((slots_NC[:, self.home_slots :] != EMPTY).any())
 
-    def homes_C(self, rank: int) -> list[int]:
-        """Return the number on its home rank of the expert in each fetched slot; 0 if empty."""
-        fetched = self.layout.experts_of(rank)[self.home_slots :]
-        return [0 if expert == EMPTY else expert % self.home_slots for expert in fetched]
-
     def for_direct(self, before: ExpertLayout | None, rank: int) -> DirectIndex:
         key = before, rank
         if key not in self._direct:

@@ -48,8 +48,8 @@ class Packer(Protocol):
     @property
     def carried(self) -> Carried: ...
 
-    def pack(self, weight_RK: torch.Tensor, home: int) -> torch.Tensor:
-        """Return the payload of the matrix of one home expert, by its number on this rank."""
+    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
+        """Return the payload of one expert's matrix."""
         ...
 
     @property
@@ -315,7 +315,7 @@ class _Payloads(Sequence[torch.Tensor]):
 
     def __getitem__(self, home: Any) -> Any:
         if home not in self._made:
-            self._made[home] = self._packer.pack(self._homes_hRK[home], home)
+            self._made[home] = self._packer.pack(self._homes_hRK[home])
         return self._made[home]
 
 

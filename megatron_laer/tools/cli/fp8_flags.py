@@ -18,7 +18,7 @@ ROWS_IN_FP8 = (
 def add_arguments(parser: argparse._ActionsContainer, default: str = "the model's") -> None:
     text = f"layers and their experts compute in fp8, with --sharding experts; default: {default}"
     option(parser, "--fp8-format", text, choices=_FORMATS)
-    text = "scales in fp8, as in Megatron; default: delayed"
+    text = "scales in fp8, as in Megatron; goes with --fp8-format"
     option(parser, "--fp8-recipe", text, choices=list(Fp8Recipe))
 
 

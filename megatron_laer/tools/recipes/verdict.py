@@ -89,7 +89,10 @@ def judge(
         allow -= {Unproven.TE_GRAPHS}
         found = _refused(settings, {*allowed, *allow} - {Unproven.TE_GRAPHS})
     refused = {row.argument for row, _ in found}
-    reasons = tuple(text for _, text in found)
+    reasons = [text for _, text in found]
+    problem = fp8_experts.recipe_problem(fp8_experts.recipe_of(settings))
+    if "fp8" in refused and problem is not None:
+        reasons.append(problem)
     drop = tuple(dict.fromkeys(row.flag for row, _ in found if row.left_out))
     if "expert_model_parallel_size" in refused and "num_experts" not in refused:
         return Judgement(Verdict.SET_EP, None, (*reasons, *also_refused), drop)

@@ -9,7 +9,6 @@ Legend: C slots, K columns of a matrix, P rows of its payload.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -29,21 +28,6 @@ class QuantisedGemm(SlotGemm, Packer, Protocol):
     Slots' tokens and gradients are quantised as stock's expert would those of one expert.
     """
 
-    def attach(self, modules: Sequence[torch.nn.Module]) -> None:
-        """Set the linear layers of home experts, or the grouped one, to take scales from."""
-        ...
-
-    def for_slots(self, homes_C: Sequence[int]) -> SlotGemm:
-        """Return the products of one pass, whose slots have copies of these homes.
-
-        Homes have numbers on their ranks. With delayed scaling, equal numbers have equal scales.
-        """
-        ...
-
-    def end_step(self) -> None:
-        """Forget what first passes of checkpoints have left for re-runs that never came."""
-        ...
-
 
 def check_card(config: Any, device: torch.device) -> None:
     """Refuse a card that computes no products of the config's recipe, before any is asked for."""
@@ -57,16 +41,11 @@ def check_card(config: Any, device: torch.device) -> None:
 
 def quantised_gemm(config: Any, rows: int, columns: int, device: torch.device) -> QuantisedGemm:
     """Return the products of a linear layer by the recipe of Megatron's TransformerConfig."""
-    from megatron_laer.layer.experts.fp8 import te, te_delayed, te_mx
+    from megatron_laer.layer.experts.fp8 import te, te_mx
 
     recipe = recipe_of(config)
-    by_recipe: dict[str, Any] = {
-        "delayed": te_delayed.Delayed,
-        "tensorwise": te.PerTensor,
-        "blockwise": te.ByBlocks,
-        "mxfp8": te_mx.Mx,
-    }
-    quantised = by_recipe[recipe]
+    by_recipe = {"tensorwise": te.PerTensor, "blockwise": te.ByBlocks, "mxfp8": te_mx.Mx}
+    quantised: Any = by_recipe[recipe]
     if rows % quantised.multiple or columns % quantised.multiple:
         raise ValueError(
             f"--fsep-allow-unproven fp8-experts: a matrix of the experts has {rows} x {columns} "

@@ -91,7 +91,7 @@ class BackwardPacker:
     def carried(self) -> Carried:
         return self.form.carried
 
-    def pack(self, weight_RK: torch.Tensor, home: int = 0) -> torch.Tensor:
+    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
         return self.form.pack(*self.quantise(weight_RK))
 
 

@@ -21,7 +21,6 @@ import torch
 from megatron_laer.layer.experts.fp8 import MULTIPLE
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
 from megatron_laer.layer.experts.fp8.payload import PayloadForm, block_form, per_tensor_form
-from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.layer.experts.gemm import te as grouped
 from megatron_laer.runtime.weights.layer import Carried, Packer
 
@@ -104,16 +103,7 @@ class Quantised(ABC):
     ) -> str | None:
         return problem(device, self.needs, self.known)
 
-    def attach(self, modules: Sequence[torch.nn.Module]) -> None:  # noqa: B027
-        """Do nothing: scales follow from values alone."""
-
-    def for_slots(self, homes_C: Sequence[int]) -> SlotGemm:
-        return self
-
-    def end_step(self) -> None:  # noqa: B027
-        """Do nothing: re-runs find their scales anew."""
-
-    def pack(self, weight_RK: torch.Tensor, home: int = 0) -> torch.Tensor:
+    def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
         return self._form.pack(*self._quantise_weight(weight_RK))
 
     def forward(
