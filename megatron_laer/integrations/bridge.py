@@ -21,7 +21,7 @@ from megatron_laer.files.checks import quoted
 from megatron_laer.integrations.bridge_config import (
     problems_of,
     settings_of,
-    with_homes_for_adapters,
+    with_homes,
 )
 from megatron_laer.plugin.install_tracker import install_metrics
 from megatron_laer.plugin.steps import StepOutcome, training_step
@@ -49,7 +49,7 @@ class FSEPCallback:
         config = config or FSEPConfig()
         if getattr(recipe.model, "deterministic_mode", False):
             config = deterministic(config)
-        config = with_homes_for_adapters(recipe, config)
+        config = with_homes(recipe, config)
         check_recipe(recipe, config)
         enable(config, seed=recipe.rng.seed)
         load, save, finetune = (

@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from megatron_laer.config import Auto, FSEPConfig, Sharding
-from megatron_laer.support import expert_adapters
+from megatron_laer.support import expert_adapters, muon
 from megatron_laer.support.refusal import names_of
 from megatron_laer.support.table import REFUSALS
 
@@ -86,15 +86,15 @@ def problems_of(recipe: Any, settings: Namespace, config: FSEPConfig) -> list[st
     return found + expert_adapters.problems(settings)
 
 
-def with_homes_for_adapters(recipe: Any, config: FSEPConfig) -> FSEPConfig:
-    """Return the settings with experts at home instead of `auto`, if the recipe adapts experts.
+def with_homes(recipe: Any, config: FSEPConfig) -> FSEPConfig:
+    """Return the settings with experts at home instead of `auto`, if the recipe needs them.
 
     Raises:
         ValueError: another setting needs rows.
     """
     if config.sharding == Auto.AUTO and adapts_experts(recipe):
         return replace(config, sharding=Sharding.EXPERTS)
-    return config
+    return muon.with_homes(recipe.optimizer, config)
 
 
 def adapts_experts(recipe: Any) -> bool:

@@ -28,7 +28,7 @@ from megatron_laer.plugin.optimizers import check_installed
 from megatron_laer.plugin.patching import Patch, apply, undo
 from megatron_laer.plugin.switch import disable, enable
 from megatron_laer.runtime.comm import launcher
-from megatron_laer.support import RefusedError, arguments
+from megatron_laer.support import RefusedError, arguments, muon
 
 logger = logging.getLogger(__name__)
 
@@ -154,12 +154,16 @@ def _checked(
         config = deterministic(config)
     filled = arguments.fill_in(args, script_defaults or {})
     arguments.check(args, config)
+    given, config = config, muon.with_homes(args, config)
     left_out = arguments.leave_out(args)
     if config.node_size is None:
         launcher.told_ranks_per_node(os.environ, args.world_size)
     said = []
     if filled:
         said.append(f"FSEP takes {' '.join(filled)}, which it needs")
+    if config != given:
+        needed = f"--fsep-sharding {config.sharding}"
+        said.append(f"FSEP takes {needed}, which --optimizer {args.optimizer} needs")
     if left_out:
         said.append(f"FSEP leaves out {' '.join(left_out)}, which has no effect without fp8")
     return config, said
@@ -188,7 +192,7 @@ ARGUMENT_PATCHES = (
         "refuses what FSEP cannot run with, and turns FSEP on",
         also=(
             "args.num_experts: rounded up to a multiple of the ranks while Megatron validates",
-            "args: FSEP's needs filled in, no-ops left out, as said in two lines at start",
+            "args: FSEP's needs filled in, no-ops left out, as said in lines at start",
             "args.fsep_gemm: the back end in force",
         ),
     ),

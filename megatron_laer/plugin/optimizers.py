@@ -1,7 +1,7 @@
-"""Patches that make Muon and Lion update slices of experts.
+"""Patches that make Lion update slices of experts, and refuse optimizers that need whole matrices.
 
-Megatron gives these optimizers only matrices; others of its registry are refused. Adam and SGD get
-every parameter and need nothing here.
+Megatron gives the optimizers of its registry only matrices. Adam and SGD get every parameter and
+need nothing here.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 from megatron_laer import session
-from megatron_laer.layer.experts.whole_matrix import whole_matrix_of
 from megatron_laer.plugin.patching import Patch
-from megatron_laer.runtime.comm.collectives import raise_everywhere
+from megatron_laer.support import muon
 
 _PACKAGE = "megatron.core.optimizer"
-_DISTRIBUTED = "--optimizer muon with --use-distributed-optimizer (or dist_muon)"
 
 
 def check_installed(optimizer: str) -> None:
@@ -37,81 +35,57 @@ def _with_slices(original: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: Any) -> Any:
-    from megatron_laer.layer.experts.muon import ExpertMuon
-
-    if name not in ("muon", "lion"):
+    if name == "muon":
+        options = functools.partial(_muon_options, entry.config_to_kwargs)
+        return replace(entry, config_to_kwargs=options)
+    if name != "lion":
         return replace(entry, config_to_kwargs=functools.partial(_refuse, name))
     rules = {
         _without_slices(rule): override for rule, override in entry.default_param_overrides.items()
     }
-    entry = replace(entry, default_param_overrides=rules)
-    if name == "lion":
-        return entry
-    options = functools.partial(_muon_options, entry.config_to_kwargs)
-    return replace(entry, optimizer_cls=ExpertMuon, config_to_kwargs=options)
+    return replace(entry, default_param_overrides=rules)
 
 
 def _refuse(name: str, *_: Any) -> Any:
     raise ValueError(
-        f"optimizer={name!r}: it needs whole matrices, and a rank holds rows of them, for which "
-        "FSEP provides with 'muon' alone; use 'adam', 'sgd', 'lion' or 'muon'"
+        f"optimizer={name!r}: it needs whole matrices, and a rank may hold rows of them; use "
+        "'adam', 'sgd' or 'lion', or 'muon' with experts at home"
     )
 
 
 def _without_slices(rule: Any) -> Any:
     """Exclude slices, which have 3 dimensions, from a rule for parameters that are no matrices."""
+    from megatron_laer.layer.experts.slices import is_slice_of_matrices
+
     matches = rule.predicate.fn
 
     def fn(parameter: Any) -> bool:
-        return whole_matrix_of(parameter) is None and bool(matches(parameter))
+        return not is_slice_of_matrices(parameter) and bool(matches(parameter))
 
     return replace(rule, predicate=replace(rule.predicate, fn=fn))
 
 
-def _muon_options(
-    original: Callable[..., dict[str, Any]], config: Any, model_chunks: Any, pg_collection: Any
-) -> dict[str, Any]:
+def _muon_options(original: Callable[..., dict[str, Any]], config: Any, *rest: Any) -> Any:
     current = session.current()
     assert current is not None
-    if config.use_layer_wise_distributed_optimizer or config.optimizer.startswith("dist_"):
-        raise_everywhere(
-            _problem_of_dtype(config)
-            or _problem_of_replicas(model_chunks, pg_collection, current.groups.size)
+    is_shared = config.use_layer_wise_distributed_optimizer or config.optimizer.startswith("dist_")
+    if problem := muon.problem_with_rows("optimizer='muon'", current.sharding):
+        raise ValueError(problem)
+    if is_shared and not config.bf16:
+        raise ValueError(
+            "--optimizer muon with --use-distributed-optimizer (or dist_muon) without --bf16: "
+            "Megatron's layer-wise optimizer cannot step in fp32; give --bf16, or leave out "
+            "--use-distributed-optimizer"
         )
-    options = original(config, model_chunks, pg_collection)
-    return {**options, "fsep_group": current.groups.gradients}
-
-
-def _problem_of_dtype(config: Any) -> str | None:
-    if config.bf16:
-        return None
-    return (
-        f"{_DISTRIBUTED} without --bf16: Megatron's layer-wise optimizer cannot step in fp32; give "
-        "--bf16, or leave out --use-distributed-optimizer"
-    )
-
-
-def _problem_of_replicas(model_chunks: Any, pg_collection: Any, num_ranks: int) -> str | None:
-    """Return why replicas cannot share the update of this model's slices; None if they can.
-
-    Each rank divides its own parameters among replicas by their sizes.
-    """
-    slices = (whole_matrix_of(p) for chunk in model_chunks for p in chunk.parameters())
-    uneven = sorted({whole.rows for whole in slices if whole and whole.rows % num_ranks})
-    if pg_collection.expt_dp.size() == 1 or not uneven:
-        return None
-    return (
-        f"{_DISTRIBUTED}: {uneven} rows of experts' matrices on "
-        f"--expert-model-parallel-size {num_ranks} make slices of two sizes, by which replicas "
-        "would share the work differently on different ranks; leave out "
-        "--use-distributed-optimizer, or choose an --expert-model-parallel-size that divides them"
-    )
+    return original(config, *rest)
 
 
 def _or_slices(original: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    from megatron_laer.layer.experts.slices import is_slice_of_matrices
+
     @functools.wraps(original)
     def is_managed_by_layer_wise_optimizer(param: Any) -> bool:
-        return whole_matrix_of(param) is not None or original(param)
+        return is_slice_of_matrices(param) or original(param)
 
     return is_managed_by_layer_wise_optimizer
 
@@ -127,12 +101,12 @@ OPTIMIZER_PATCHES = (
         f"{_PACKAGE}.emerging_optimizers",
         "_EMERGING_OPTIMIZERS",
         _with_slices,
-        "Muon orthogonalises experts whole",
+        "Muon on rows is refused, and all others but Lion",
     ),
     Patch(
         f"{_PACKAGE}.layer_wise_optimizer",
         "is_managed_by_layer_wise_optimizer",
         _or_slices,
-        "replicas share Muon's and Lion's updates of slices",
+        "replicas share Lion's updates of slices",
     ),
 )

@@ -15,7 +15,7 @@ from megatron_laer.files.checks import quoted
 from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
 from megatron_laer.planner.homes_file import read_homes
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.support import RefusedError, fp8_experts, megatron_fsdp, triton_needs
+from megatron_laer.support import RefusedError, fp8_experts, megatron_fsdp, muon, triton_needs
 from megatron_laer.support.model import (
     problems_with_mode,
     problems_with_token_exchange,
@@ -73,6 +73,7 @@ def check(args: Namespace, config: FSEPConfig) -> None:
 
 def problems(args: Namespace, config: FSEPConfig) -> list[str]:
     """Return the settings that FSEP cannot run with, with reasons and remedies."""
+    config = muon.with_homes(args, config)
     allowed = config.allow_unproven
     found = [text for row in REFUSALS if (text := row.problem_with_flag(args, allowed))]
     asked = [row for row in REFUSALS if row.asks_for_unproven(args, row.argument)]
@@ -85,6 +86,7 @@ def problems(args: Namespace, config: FSEPConfig) -> list[str]:
     ]
     found += fp8_experts.problems(args, allowed, config.restore_memory_gib)
     found += megatron_fsdp.problems(args, config.sharding)
+    found += muon.problems(args, config)
     found += problems_with_mode(args, config.mode)
     found += problems_with_token_exchange(args, config.token_exchange)
     return found or _shape_problems(args, config)

@@ -241,9 +241,8 @@ REFUSALS: tuple[Refusal, ...] = (
     ),
     Refusal(
         "--optimizer other than adam, sgd, lion, muon",
-        "the optimizer needs whole matrices, and a rank holds rows of them, for which FSEP "
-        "provides with Muon alone",
-        "give --optimizer adam, sgd, lion or muon",
+        "the optimizer needs whole matrices, and a rank may hold rows of them",
+        "give --optimizer adam, sgd or lion, or muon with --fsep-sharding experts",
         accepted=("adam", "sgd", "lion", "muon", "dist_muon"),
         field="",
     ),

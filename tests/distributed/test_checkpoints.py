@@ -56,7 +56,7 @@ STOCK_TO_STOCK = (
     Stop(4, 2, FSEP),
     Stop(4, 4),
 )
-THERE_AND_BACK = STOCK_TO_STOCK[::3] + STOCK_TO_STOCK[:1]
+AT_HOME_AND_BACK = (Stop(2, 2), Stop(4, 2, HOMES), Stop(2, 2))
 DISTRIBUTED = " --use-distributed-optimizer --dist-ckpt-optim-fully-reshardable"
 # Without the persistent worker, Megatron saves in the foreground.
 ASYNC = " --async-save --use-persistent-ckpt-worker --async-strategy mcore"
@@ -96,7 +96,7 @@ JOURNEYS = (
             Stop(4, 4, FSEP),
         ),
     ),
-    Journey("Muon, distributed optimizer, bf16", " --optimizer dist_muon --bf16", THERE_AND_BACK),
+    Journey("Muon, distributed optimizer, bf16", " --optimizer dist_muon --bf16", AT_HOME_AND_BACK),
     # The parts of these meet other settings in those above.
     Journey("offloaded", DISTRIBUTED + OFFLOADED, (Stop(2, 2), Stop(4, 4, FSEP), Stop(4, 4))),
     Journey(
@@ -130,8 +130,8 @@ JOURNEYS = (
             Stop(4, 4, HOMES + " --fsep-capacity 5"),
         ),
     ),
-    Journey("experts at home, Muon", " --optimizer muon", (Stop(2, 2, HOMES), Stop(4, 4, FSEP))),
-    Journey("Muon", " --optimizer muon", THERE_AND_BACK),
+    Journey("experts at home, Muon", " --optimizer muon", (Stop(2, 2, HOMES), Stop(4, 4, HOMES))),
+    Journey("Muon", " --optimizer muon", AT_HOME_AND_BACK),
 )
 
 

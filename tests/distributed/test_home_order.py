@@ -126,12 +126,15 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(
 
 
 @pytest.mark.parametrize(
-    "optimizer",
-    [RESHARDABLE, pytest.param(" --optimizer muon", marks=pytest.mark.nightly)],
+    ("optimizer", "last"),
+    [
+        (RESHARDABLE, "rows"),
+        pytest.param(" --optimizer muon", "experts", marks=pytest.mark.nightly),
+    ],
     ids=["distributed optimizer", "Muon"],
 )
 def test_experts_move_home_through_checkpoints_under_stocks_names(
-    ranks: RankPools, text_data: str, tmp_path: Path, optimizer: str
+    ranks: RankPools, text_data: str, tmp_path: Path, optimizer: str, last: str
 ) -> None:
     """The first run trains; the others have no step left, and save the loaded state."""
     stops = [
@@ -139,7 +142,7 @@ def test_experts_move_home_through_checkpoints_under_stocks_names(
         (4, ""),
         (4, PLANNED + homes(tmp_path, 4, ranks=4)),
         (4, PLANNED + homes(tmp_path, 5, ranks=4)),
-        (2, " --expert-parallel-mode fsep --fsep-sharding rows"),
+        (2, f" --expert-parallel-mode fsep --fsep-sharding {last}"),
     ]
     folders = []
     for number, (size, mode) in enumerate(stops):

@@ -1,90 +1,17 @@
-"""Each expert's matrix is whole on one rank for its update, and replicas may share the updates."""
+"""Replicas share Muon's updates of home experts as stock does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import torch
-import torch.distributed as dist
-
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
-from megatron_laer.planner.sharding import row_bounds
 from megatron_laer.plugin import pretraining
-from megatron_laer.runtime.comm.blocks import WholeMatrices
 from tests.parity.compare import distance
 from tests.parity.flags import command_line
-from tests.parity.row import BF16_BOUND, FSEP
-from tests.parity.rows import MUON, MUON_BF16, RANDOM
-
-# Rows that divide, that do not, and fewer than ranks; as many matrices as ranks, and fewer.
-SHAPES_ERK = [(3, 4, 5), (3, 5, 2), (1, 1, 3)]
-
-
-def to_owners_and_back() -> list[tuple[int, int]]:
-    """Gather and scatter matrices whose elements identify them; return this rank's."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    wholes_ERK = [
-        100.0 * place + torch.arange(float(torch.Size(shape).numel())).view(shape)
-        for place, shape in enumerate(SHAPES_ERK)
-    ]
-    slices_ErK = [
-        whole_ERK[:, slice(*row_bounds(whole_ERK.shape[1], ranks)[rank : rank + 2])]
-        for whole_ERK in wholes_ERK
-    ]
-    matrices = WholeMatrices(SHAPES_ERK, [9, 4, 1], dist.group.WORLD, torch.device("cpu"))
-    gathered_RK = matrices.gather(slices_ErK)
-    for (at, expert), matrix_RK in zip(matrices.mine, gathered_RK, strict=True):
-        assert torch.equal(matrix_RK, wholes_ERK[at][expert])
-    scattered_ErK = matrices.scatter([-matrix_RK for matrix_RK in gathered_RK])
-    for back, there in zip(scattered_ErK, slices_ErK, strict=True):
-        assert torch.equal(back, -there)
-    return matrices.mine
-
-
-def in_a_group(function: Callable[[], Any]) -> Any:
-    dist.init_process_group("gloo")
-    try:
-        return function()
-    finally:
-        dist.destroy_process_group()
-
-
-def test_matrices_come_whole_to_one_rank_each_and_go_back(ranks: RankPools) -> None:
-    for size in (2, 4):
-        owned = ranks(size).run(in_a_group, to_owners_and_back)
-        everything = [(at, e) for at, shape in enumerate(SHAPES_ERK) for e in range(shape[0])]
-        assert sorted(matrix for mine in owned for matrix in mine) == everything
-
-
-def count_updates(flags: list[str]) -> list[tuple[int, ...]]:
-    from megatron_laer.layer.experts.muon import ExpertMuon
-
-    shapes = []
-    stock = ExpertMuon._stock
-
-    def counted(self: Any, p: Any, grad: torch.Tensor) -> torch.Tensor:
-        if not isinstance(p, torch.Tensor):
-            shapes.append(tuple(grad.shape))
-        return stock(self, p, grad)
-
-    with mock.patch.object(ExpertMuon, "_stock", counted):
-        train(flags)
-    return shapes
-
-
-def test_every_expert_is_updated_once_per_group_by_ranks_that_share_the_work(
-    ranks: RankPools, text_data: str
-) -> None:
-    steps, experts, layers = 2, 3, 2
-    command = command_line(text_data, FSEP + MUON + RANDOM, experts=experts, steps=steps)
-    done = ranks(2).run(count_updates, command)
-    for shape in ((128, 48), (48, 64)):
-        assert sum(mine.count(shape) for mine in done) == steps * experts * layers
-        # Three matrices do not divide over two ranks, but those of both layers do.
-        assert {mine.count(shape) for mine in done} == {steps * experts * layers // 2}
+from tests.parity.row import AT_HOME, BF16_BOUND, FSEP
+from tests.parity.rows import MUON_BF16, RANDOM
 
 
 def train_with_layout(flags: list[str]) -> tuple[Record, set[bool]]:
@@ -118,5 +45,5 @@ def test_replicas_share_updates_by_megatrons_layout_of_buffers_too(
         assert buffers == {True, False}, "Muon's parameters have buffers of their own"
         return record
 
-    found = distance(run(FSEP + RANDOM), run(""))
+    found = distance(run(FSEP + AT_HOME + RANDOM), run(""))
     assert found.within(BF16_BOUND), found

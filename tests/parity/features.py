@@ -154,7 +154,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "`--skip-train`": ("evaluate-only",),
     "`--check-weight-hash-across-dp-replicas-interval`": ("evaluation",),
     "Adam, SGD, Lion": ("plain", "sgd", "lion"),
-    "Muon": ("muon", "muon-options", "muon-bf16", "muon-uneven", "muon-tensor"),
+    "Muon": ("muon", "muon-options", "muon-bf16", "muon-tensor"),
     "Muon with `--use-distributed-optimizer`, or `dist_muon`": ("dist-muon", "dist-muon-pipeline"),
     "other optimizers": ("--optimizer other than adam, sgd, lion, muon",),
     "optimizer CPU offload": ("offload", "offload-half"),

@@ -162,6 +162,11 @@ def _lora(id: str, name: str, adapt: Any, flags: str = "", fsep: str = RANDOM, *
         **more)  # fmt: skip
 
 
+def _muon(id: str, name: str, flags: str, **more: Any) -> Row:
+    """Return a row with Muon, which needs experts at home."""
+    return _row(id, name, flags, fsep=HOMES, not_at_home="at home in itself", **more)
+
+
 def _combined(id: str, name: str, flags: str, fsep: str = "", **more: Any) -> Row:
     """Return a row with Megatron's combined 1F1B schedule, which needs bf16 and several ranks.
 
@@ -616,21 +621,18 @@ ROWS = [
         OFFLOADED + " --optimizer-offload-fraction 0.5 --overlap-cpu-optimizer-d2h-h2d"),
     _row("sgd", "SGD with momentum", " --optimizer sgd --sgd-momentum 0.9 --lr 5e-2 --min-lr 5e-2"),
     _row("lion", "Lion", " --optimizer lion", bound=LION_BOUND),
-    _row("muon", "Muon", MUON),
-    _row("muon-options", "Muon with Nesterov momentum, other scales, coefficients, and"
+    _muon("muon", "Muon", MUON),
+    _muon("muon-options", "Muon with Nesterov momentum, other scales, coefficients, and"
         " tensor-parallel mode", MUON + " --muon-nesterov --muon-momentum 0.95 --muon-scale-mode"
         " unit_rms_norm --muon-extra-scale-factor 0.2 --muon-coefficient-type polar_express"
         " --muon-num-ns-steps 8 --muon-tp-mode distributed --muon-no-split-qkv"),
-    _row("muon-bf16", "Muon, bf16, accumulation 2, shared experts", MUON_BF16 + SHARED,
+    _muon("muon-bf16", "Muon, bf16, accumulation 2, shared experts", MUON_BF16 + SHARED,
         accumulation=2),
-    _row("muon-uneven", "Muon, expert data parallel 2, rows that do not divide, E = 3 on 4 ranks",
-        MUON + SQUARED_RELU + " --moe-ffn-hidden-size 33", ranks=4, experts=3, group=2,
-        stock=(1, 1), reference_ranks=1, without="--swiglu"),
-    _row("muon-tensor", "Muon, tensor parallel 2, linear bias", MUON + TENSOR + " --muon-tp-mode"
+    _muon("muon-tensor", "Muon, tensor parallel 2, linear bias", MUON + TENSOR + " --muon-tp-mode"
         " duplicated", ranks=4, stock=(4, 2), without=NO_BIAS),
-    _row("dist-muon", "dist_muon with both overlaps, expert data parallel 2, bf16", MUON_SHARED
+    _muon("dist-muon", "dist_muon with both overlaps, expert data parallel 2, bf16", MUON_SHARED
         + " --overlap-grad-reduce --overlap-param-gather", ranks=4, group=2),
-    _row("dist-muon-pipeline", "dist_muon, expert data parallel 2, pipeline 2, bf16, accumulation"
+    _muon("dist-muon-pipeline", "dist_muon, expert data parallel 2, pipeline 2, bf16, accumulation"
         " 2", MUON_SHARED + PIPELINE, ranks=4, group=2, accumulation=2, moe_layers=1),
     _row("evaluation", "evaluation and hashes of weights between steps, expert data parallel 2",
         " --eval-interval 4 --eval-iters 2 --check-weight-hash-across-dp-replicas-interval 2",

@@ -125,7 +125,6 @@ _STEP_DIRECTIONS = _in("runtime/weights/step_experts.py", *_unit("directions"))
 _FP8_PADDING = _in("layer/experts/fp8/padding.py", *_unit("fp8_back_end"))
 _FP8_PAYLOAD = _in("layer/experts/fp8/payload.py", *_unit("fp8_back_end", "fp8_definitions"))
 _MAIN_GRADS = _in("layer/experts/main_grads.py", *_unit("restored_experts"))
-_MUON = _in("layer/experts/muon.py", *_ranks("muon"))
 _LOADING = _in("integrations/stock_loading.py", *_ranks("stock_loading"))
 _LAYER = _in("layer/moe_layer.py", *_ranks("own_loop"))
 
@@ -994,14 +993,6 @@ FAULTS: tuple[Fault, ...] = (
         "a version begins anew",
         "        self.version = state.version\n",
         "        self.version = 0\n",
-    ),
-    _MUON.fault(
-        "updates of a batch's first slices are added",
-        'alpha=-group["lr"]',
-        'alpha=group["lr"]',
-        *_ranks("parity"),
-        "-k",
-        "muon",
     ),
     _IN_OWN_LOOP.fault(
         "a loop of one's own may do all that flags may not",

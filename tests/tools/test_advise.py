@@ -166,6 +166,13 @@ def test_a_job_script_in_fp8_is_read(advised, model, tmp_path):
     )
 
 
+def test_with_muon_experts_are_at_home(model, tmp_path):
+    words = [*f"{GPUS} --workload W1 --memory-gib 60".split(), "--json", tmp_path / "out.json"]
+    python("-m", "megatron_laer", "advise", "--model", model, *words, "--", "--optimizer", "muon")
+    best = json.loads((tmp_path / "out.json").read_text())["best"]
+    assert best and all(" experts C=" in each["label"] for each in best)
+
+
 def test_a_run_says_which_of_its_layers_are_in_bf16():
     of_run = {"seq_length": None, "fp8": "e4m3", "fp8_recipe": "blockwise"}
     of_run |= {"first_last_layers_bf16": True}

@@ -78,6 +78,19 @@ def test_lora_on_experts_has_them_at_home(target: str) -> None:
             FSEPCallback(given, config)
 
 
+def test_muon_has_experts_at_home() -> None:
+    given = changed("optimizer", optimizer="muon")
+    with mock.patch.object(bridge, "enable") as enable:
+        FSEPCallback(given, FSEPConfig())
+    assert enable.call_args.args[0].sharding == "experts"
+    for config, says in (
+        (FSEPConfig(sharding="rows"), "--optimizer muon with --fsep-sharding rows: "),
+        (FSEPConfig(planner="laer"), "--optimizer muon: it needs --fsep-sharding experts, but"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            FSEPCallback(given, config)
+
+
 def test_adapters_of_experts_are_refused_where_layers_run_backward_in_parts() -> None:
     given = changed("peft", target_modules=["linear_fc2"])
     given.comm_overlap = SimpleNamespace(

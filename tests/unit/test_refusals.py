@@ -158,6 +158,14 @@ OWN = {
         "--fsep-plan-mode announced with --mtp-use-repeated-layer"
     ],
     f"--fsep-plan-mode announced {OVERLAP}": [f"--fsep-plan-mode announced with {OVERLAP}"],
+    "--optimizer muon --fsep-sharding rows": [
+        "--optimizer muon with --fsep-sharding rows: Muon needs whole matrices",
+        "give --fsep-sharding experts",
+    ],
+    "--optimizer dist_muon --fsep-planner laer": [
+        "--optimizer dist_muon: it needs --fsep-sharding experts, but --fsep-planner laer: moves"
+    ],
+    "--optimizer muon --num-experts 7": ["7 experts cannot be at home on 2 ranks"],
     f"--fsep-token-exchange node {FLEX}": [f"--fsep-token-exchange node with {FLEX}"],
     f"--fsep-token-exchange auto --moe-permute-fusion {FLEX}": [
         "--fsep-token-exchange auto with --moe-permute-fusion",
@@ -339,6 +347,8 @@ ONLY_FP8 = f"{FSEP} --fp8-format hybrid {ALLOW_FP8}"
 ETP = "FSEP takes --expert-tensor-parallel-size 1, which it needs"
 BOTH = f"FSEP takes {DISPATCHER} alltoall --expert-tensor-parallel-size 1, which it needs"
 
+MUON = "FSEP takes --fsep-sharding experts, which --optimizer muon needs"
+
 
 def completed(*said: str, **others: Any) -> dict[str, Any]:
     needed = {"dispatcher": "alltoall", "etp": 1, "padding": False}
@@ -351,6 +361,7 @@ STOCK |= {"warned": [], "capacity": None}
 # of the arguments, or of a refusal.
 VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
     "mode alone": (FSEP, {}, completed(BOTH, capacity=5)),
+    "Muon": (f"{FSEP} --optimizer muon", {}, completed(BOTH, MUON, capacity=5)),
     "mode with =": ("--expert-parallel-mode=fsep", {}, completed(BOTH)),
     "given": (f"{DISPATCHER} alltoall --expert-tensor-parallel-size 1 {FSEP}", {}, completed()),
     "checkpoint's": (RESUMED, {"checkpoint": ALLTOALL}, completed(ETP)),

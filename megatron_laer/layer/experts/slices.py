@@ -16,13 +16,9 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_laer.layer.experts.whole_matrix import WholeMatrix
 from megatron_laer.planner.sharding import row_bounds
 
 Init = Callable[[torch.Tensor], object]
-
-# Megatron splits the first linear layer of an MLP by rows over tensor ranks, the second by columns.
-_PARTITION_DIM = {"linear_fc1": 0, "linear_fc2": 1}
 
 
 @dataclass(frozen=True)
@@ -90,11 +86,12 @@ class SliceSpec:
         slice_ErK.tensor_model_parallel = True  # type: ignore[attr-defined]
         slice_ErK.partition_dim = 0 if self.is_bias else 1  # type: ignore[attr-defined]
         slice_ErK.partition_stride = 1  # type: ignore[attr-defined]
-        if not self.is_bias:
-            slice_ErK.whole_matrix = WholeMatrix(  # type: ignore[attr-defined]
-                self.rows, _PARTITION_DIM[self.name]
-            )
+        slice_ErK.is_slice_of_matrices = not self.is_bias  # type: ignore[attr-defined]
         return slice_ErK
+
+
+def is_slice_of_matrices(parameter: torch.Tensor) -> bool:
+    return bool(getattr(parameter, "is_slice_of_matrices", False))
 
 
 def expert_seed(seed: int, layer: str, matrix: str, expert: int) -> int:

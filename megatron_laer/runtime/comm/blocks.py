@@ -1,11 +1,10 @@
-"""Row blocks of expert matrices, and two exchanges between slices and whole matrices.
+"""Row blocks of expert matrices, and the exchanges between slices and blocks of whole experts.
 
 Rank J·G + g is local rank g of node J. An exchange inside a node moves, per peer, the rows that one
 local rank holds on all nodes together (`RowBlocks`).
 
 `gather_block` and `scatter_block` convert between slices and stock Megatron's blocks of whole
-experts. `WholeMatrices` assembles each matrix on one rank, for optimizers that need it whole.
-Unlike restores, these exchanges use neither layouts nor workspaces.
+experts. Unlike restores, these exchanges use neither layouts nor workspaces.
 
 Legend: N ranks, G ranks per node, M = N/G nodes, E experts, X blocks of e experts, C slots. R rows
 of a matrix, r rows of a rank, P rows of a local rank on all nodes together, K columns.
@@ -13,7 +12,7 @@ of a matrix, r rows of a rank, P rows of a local rank on all nodes together, K c
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import pairwise
@@ -127,115 +126,3 @@ def scatter_block(block_eRK: torch.Tensor, slice_ErK: torch.Tensor, group: Group
 def _heights(rows: int, num_ranks: int) -> list[int]:
     bounds = row_bounds(rows, num_ranks)
     return [end - start for start, end in pairwise(bounds)]
-
-
-Shape = tuple[int, int, int]
-
-
-def shares(costs: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Assign tasks to ranks at about equal cost; return each rank's tasks, ascending.
-
-    The costliest task goes first, each to the rank with the least cost so far, in ties to the
-    first.
-    """
-    tasks_N: list[list[int]] = [[] for _ in range(num_ranks)]
-    cost_N = [0] * num_ranks
-    for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
-        rank = cost_N.index(min(cost_N))
-        tasks_N[rank].append(task)
-        cost_N[rank] += costs[task]
-    return [sorted(tasks) for tasks in tasks_N]
-
-
-class WholeMatrices:
-    """Assignment of whole float32 matrices to ranks, and the exchange in both directions.
-
-    Args:
-        shapes_ERK: (E, R, K) of each slice's whole matrices; the same on every rank.
-        costs: of a matrix of each slice.
-
-    Attributes:
-        mine: this rank's matrices, each as the position of its slice and its expert.
-    """
-
-    def __init__(
-        self,
-        shapes_ERK: Sequence[Shape],
-        costs: Sequence[int],
-        group: dist.ProcessGroup,
-        device: torch.device,
-    ) -> None:
-        self._nothing = torch.empty(0, device=device, dtype=torch.float32)
-        self._group, self._rank, self._ranks = group, group.rank(), range(group.size())
-        self._shapes_ERK = shapes_ERK
-        self._bounds = [row_bounds(rows, group.size()) for _, rows, _ in shapes_ERK]
-        matrices = [
-            (at, e) for at, (experts, _, _) in enumerate(shapes_ERK) for e in range(experts)
-        ]
-        self._matrices_N = [
-            [matrices[task] for task in tasks]
-            for tasks in shares([costs[at] for at, _ in matrices], group.size())
-        ]
-        self.mine = self._matrices_N[self._rank]
-
-    def gather(self, slices_ErK: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return this rank's matrices `[R, K]`, in the order of `mine`. Collective."""
-        sent = [slices_ErK[at][expert] for matrices in self._matrices_N for at, expert in matrices]
-        blocks_N = self._exchange(
-            sent,
-            sent_shapes=[self._shapes(owner, rows_of=self._rank) for owner in self._ranks],
-            shapes=[self._shapes(self._rank, rows_of=rank) for rank in self._ranks],
-        )
-        return [torch.cat(blocks) for blocks in zip(*blocks_N, strict=True)]
-
-    def scatter(self, matrices_RK: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Split all ranks' matrices, in the order of `mine`, into `[E, r, K]`. Collective."""
-        sent = [
-            matrix_RK[self._bounds[at][rank] : self._bounds[at][rank + 1]]
-            for rank in self._ranks
-            for (at, _), matrix_RK in zip(self.mine, matrices_RK, strict=True)
-        ]
-        blocks_N = self._exchange(
-            sent,
-            sent_shapes=[self._shapes(self._rank, rows_of=rank) for rank in self._ranks],
-            shapes=[self._shapes(owner, rows_of=self._rank) for owner in self._ranks],
-        )
-        block_of = {
-            matrix: block
-            for matrices, blocks in zip(self._matrices_N, blocks_N, strict=True)
-            for matrix, block in zip(matrices, blocks, strict=True)
-        }
-        return [
-            torch.stack([block_of[at, expert] for expert in range(experts)])
-            for at, (experts, _, _) in enumerate(self._shapes_ERK)
-        ]
-
-    def _shapes(self, owner: int, *, rows_of: int) -> list[tuple[int, int]]:
-        return [
-            (self._bounds[at][rows_of + 1] - self._bounds[at][rows_of], self._shapes_ERK[at][2])
-            for at, _ in self._matrices_N[owner]
-        ]
-
-    def _exchange(
-        self,
-        sent: Sequence[torch.Tensor],
-        sent_shapes: Sequence[Sequence[tuple[int, int]]],
-        shapes: Sequence[Sequence[tuple[int, int]]],
-    ) -> list[list[torch.Tensor]]:
-        # A rank may have nothing to send.
-        flat = torch.cat([self._nothing, *(block.reshape(-1) for block in sent)])
-        sizes, sent_sizes = (
-            [sum(rows * columns for rows, columns in blocks) for blocks in of_ranks]
-            for of_ranks in (shapes, sent_shapes)
-        )
-        received = flat.new_empty(sum(sizes))
-        dist.all_to_all_single(received, flat, sizes, sent_sizes, group=self._group)
-        return [
-            [
-                block.view(shape)
-                for block, shape in zip(
-                    piece.split([rows * columns for rows, columns in blocks]), blocks, strict=True
-                )
-            ]
-            for piece, blocks in zip(received.split(sizes), shapes, strict=True)
-        ]

@@ -8,11 +8,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from megatron_laer.choices import Sharding
 from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.support import muon
 from megatron_laer.tools.cli import routing_input, run_flags, simulate_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -81,9 +83,9 @@ def run(args: argparse.Namespace) -> int:
     check_outputs({"--json": args.json}, [*inputs, args.recipe], args.trace)
     cluster = named("--cluster", args.cluster, load_cluster)
     model = simulate_input.model_of(args)
-    model, dispatches, has_flags = _with_flags(args, model)
+    model, dispatches, at_home, has_flags = _with_flags(args, model)
     most_gib = _memory(args, cluster)
-    asked, trace = _run(args, cluster, model, dispatches, most_gib)
+    asked, trace = _run(args, cluster, model, dispatches, at_home, most_gib)
     predictor = Predictor(asked)
     tokens = asked.shape.tokens
     balanced = replace(asked, trace_of=_made(args, model, "W0", tokens), tokens=None)
@@ -108,15 +110,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _with_flags(
     args: argparse.Namespace, model: ModelShape
-) -> tuple[ModelShape, tuple[Dispatch, ...], bool]:
-    """Return the model with sequences and fp8 of flags, ways of tokens, and if flags exist."""
+) -> tuple[ModelShape, tuple[Dispatch, ...], bool, bool]:
+    """Return the model with sequences and fp8 of flags, and ways of tokens.
+
+    Then return if flags need experts at home, and if there are any.
+    """
     if args.recipe is not None and args.flags:
         raise ValueError(f"both --recipe {args.recipe} and flags after --; remove one of them")
     if args.recipe is None:
         words = script_flags(args.flags)
     else:
         words = named("--recipe", str(args.recipe), lambda file: flags_in_file(Path(file)))
-    dispatches = [Dispatch.RANK, Dispatch.NODE]
+    dispatches, at_home = [Dispatch.RANK, Dispatch.NODE], False
     if words:
         from megatron_laer.tools.cli.megatron_flags import parsed
 
@@ -125,9 +130,10 @@ def _with_flags(
         run_flags.fill_in(args, settings, model)
         if settings.moe_permute_fusion:
             dispatches.remove(Dispatch.NODE)  # training refuses both
+        at_home = muon.is_muon(settings)
     if args.stock_dispatcher == "flex":
         dispatches.append(Dispatch.FLEX)
-    return model, tuple(dispatches), bool(words)
+    return model, tuple(dispatches), at_home, bool(words)
 
 
 def _memory(args: argparse.Namespace, cluster: Cluster) -> float:
@@ -143,6 +149,7 @@ def _run(
     cluster: Cluster,
     model: ModelShape,
     dispatches: tuple[Dispatch, ...],
+    at_home: bool,
     most_gib: float,
 ) -> tuple[Run, Trace | None]:
     stages, tensor = args.pipeline or 1, args.tensor_parallel or 1
@@ -177,6 +184,7 @@ def _run(
     whole = Geometry(ranks, model.num_experts, model.num_experts, 1)
     shape = simulate_input.run_shape(args, whole, tokens, trace)
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
+    shardings = simulate_input.shardings_of(args, model)
     asked = Run(
         model=model,
         shape=shape,
@@ -191,7 +199,7 @@ def _run(
         dispatches=dispatches,
         stock_flex=args.stock_dispatcher == "flex",
         stock_overlaps=args.stock_overlap,
-        shardings=tuple(simulate_input.shardings_of(args, model)),
+        shardings=(Sharding.EXPERTS,) if at_home else tuple(shardings),
     )
     return asked, trace
 

@@ -294,7 +294,7 @@ def _draw_training(draft: Draft) -> None:
         "Muon": {"overlapped reduce", *(sharded if precision == "fp32" else ())},
     }
     optimizer = draft.choose(
-        settings.OPTIMIZERS, but={"Muon"} if draft.has("LoRA on attention") else set()
+        settings.OPTIMIZERS, but={"Muon"} if draft.has("LoRA on attention", _UNEVEN) else set()
     )
     if optimizer == "Muon":
         draft.flags += settings.MUON[precision]
@@ -315,7 +315,8 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
         draft.flags += f" {REPLAY}"
     plans = mode in ("forecast", "adaptive")
     if plans:
-        draft.choose(settings.PLANNERS, alone=True)
+        but = {"planner laer"} if draft.has("Muon") else set()
+        draft.choose(settings.PLANNERS, but=but, alone=True)
     if mode == "adaptive":
         draft.choose(settings.TOLERANCES, alone=True)
     option("restored once per step", mode in ("random layouts, forecast", "forecast"))
@@ -339,7 +340,8 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
     if draft.has("bf16", "fp64 router") and not draft.has("fp32 router"):
         but.add("DeepEP")  # accepts probabilities in fp32 alone
     ranks, fewest = sizes.expert_parallel, -(-sizes.experts // sizes.expert_parallel)
-    capacities = range(fewest, sizes.experts + 1)
+    # Muon needs experts at home, and these a slot for replicas.
+    capacities = range(fewest + draft.has("Muon"), sizes.experts + 1)
     in_fours = [slots for slots in capacities if slots * ranks % 4 == 0]
     if not in_fours:
         but.add("HybridEP")
@@ -352,6 +354,8 @@ def _draw_sharding(draft: Draft, sizes: _Sizes, capacity: int | None) -> None:
     home_slots = sizes.experts // sizes.expert_parallel
     needs_rows = draft.has(_UNEVEN, "planner laer")
     but = {"experts at home"} if needs_rows or capacity == home_slots else set()
+    if draft.has("Muon"):
+        but = {"experts by rows"}
     if draft.choose(settings.EXPERT_SHARDING, but=but, alone=True) == "experts at home":
         plans = draft.has("forecast", "exact", "adaptive", "announced")
         draft.option(settings.FSEP, "replicas that pay", legal=plans, alone=True)
