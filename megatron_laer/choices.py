@@ -92,7 +92,6 @@ class GemmBackEnd(Choice):
 
     AUTO = "auto"
     LOOP = "loop"
-    STREAMS = "streams"
     TE = "te"
     TORCH = "torch"
 

@@ -197,9 +197,9 @@ class FSEPConfig:
     )
     gemm: GemmBackEnd = _option(
         GemmBackEnd.AUTO,
-        "what multiplies the tokens of slots: loop (one torch.mm per slot), streams (the same "
-        "on CUDA streams side by side), te (Transformer Engine's grouped GEMM), torch "
-        "(torch's grouped_mm), or auto (loop, until another one is measured on the card)",
+        "what multiplies the tokens of slots: loop (one torch.mm per slot), te (Transformer "
+        "Engine's grouped GEMM), torch (torch's grouped_mm), or auto (loop, until another one is "
+        "measured on the card)",
     )
     allow_unproven: tuple[Unproven, ...] = _option(
         (),

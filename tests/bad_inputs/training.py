@@ -104,7 +104,6 @@ _FLAGS = (
         ON + FLEX + "hybridep --num-experts 3 --fsep-capacity 3",
         "3 slots on each of 2 ranks: HybridEP needs a multiple of 4 in all; give --fsep-capacity 2",
     ),
-    (ON + "--fsep-gemm streams", "--fsep-gemm streams: CUDA streams need a GPU"),
     (ON + "--fsep-gemm te", "--fsep-gemm te: Transformer Engine"),
     (ON + "--fsep-node-size 0", "--fsep-node-size 0: must be at least 1"),
     (ON + "--fsep-node-size 3", "--fsep-node-size 3 does not divide"),

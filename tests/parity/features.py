@@ -181,7 +181,6 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "`--fsep-scheduler off`": ("scheduler-off",),
     "`--fsep-gemm loop`": ("plain",),
     "`--fsep-gemm torch`": ("grouped-mm", "grouped-mm-step"),
-    "`--fsep-gemm streams`": (),
     "`--fsep-gemm te`": (),
     "CUDA graphs of parts of layers, up to the counts, by Transformer Engine": (
         *("graphs", "graphs-attention", "graphs-dense", "graphs-hybrid", "graphs-tokens"),

@@ -80,7 +80,7 @@ SCENARIOS = {
     "announced layouts": Training(
         f" --fsep-plan-mode announced {REPLAY}", more=frozenset({ANNOUNCED})
     ),
-    "full recompute": Training(_RANDOM + _FULL + " --fsep-gemm streams"),
+    "full recompute": Training(_RANDOM + _FULL),
     "recompute of the MoE layer": Training(_RANDOM + _MOE),
     "experts held over a step": Training(_RANDOM + " --fsep-restore step"),
     "both overlaps": Training(_RANDOM + _OVERLAPS),

@@ -1,13 +1,12 @@
 """Every GEMM back end computes a linear layer per slot, and back ends are chosen by name.
 
-CUDA streams and Transformer Engine's function are replaced.
+Transformer Engine's function is replaced.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,7 +21,6 @@ from megatron_laer.layer.experts.gemm import (
     gemm_names,
     loop,
     slot_gemm,
-    streams,
     te,
 )
 from megatron_laer.layer.experts.slot_linear import slot_bias
@@ -31,46 +29,6 @@ from tests.slot_gemm import SPLITS, TOKENS_C, check_back_end, check_weight_grad,
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 BOTH = [torch.float32, torch.bfloat16]
-
-
-class Stream:
-    def __init__(self, name: Any, log: list[str]) -> None:
-        self.name, self.device, self._log, self._recorded = name, CPU, log, 0
-
-    def record_event(self) -> str:
-        self._recorded += 1
-        self._log.append(f"{self.name} records {self._recorded}")
-        return f"{self.name}:{self._recorded}"
-
-    def wait_event(self, event: str) -> None:
-        self._log.append(f"{self.name} waits for {event}")
-
-
-@pytest.fixture
-def stream_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
-    log: list[str] = []
-    current = [Stream("compute", log)]
-    numbers = iter(range(1000))
-
-    @contextlib.contextmanager
-    def on(stream: Stream) -> Iterator[None]:
-        current.append(stream)
-        yield
-        current.pop()
-
-    mm = torch.mm
-
-    def noted_mm(*args: Any, **kwargs: Any) -> torch.Tensor:
-        log.append(f"{current[-1].name} multiplies")
-        return mm(*args, **kwargs)
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: current[-1])
-    monkeypatch.setattr(torch.cuda, "Stream", lambda _: Stream(f"side{next(numbers)}", log))
-    monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch, "mm", noted_mm)
-    streams._side_streams.cache_clear()
-    yield log
-    streams._side_streams.cache_clear()
 
 
 def grouped_gemm(
@@ -107,9 +65,7 @@ def grouped_gemm(
 
 
 @pytest.fixture(params=gemm_names())
-def gemm(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, stream_log: list[str]
-) -> SlotGemm:
+def gemm(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> SlotGemm:
     monkeypatch.setattr(te, "grouped_gemm", lambda: grouped_gemm)
     return slot_gemm(request.param)
 
@@ -158,20 +114,6 @@ def test_memory_that_a_back_end_leaves_as_it_was_is_found(faulty: SlotGemm) -> N
         check_back_end(faulty, torch.float32, CPU)
 
 
-def test_side_streams_begin_after_the_compute_stream_which_waits_for_them(
-    stream_log: list[str],
-) -> None:
-    input_TK, weight_CRK = torch.randn(6, 4), torch.randn(6, 3, 4)
-    slot_gemm("streams").forward(input_TK, weight_CRK, [1] * 6)
-    sides = [f"side{number}" for number in range(4)]
-    assert stream_log == [
-        "compute records 1",
-        *(f"{side} waits for compute:1" for side in sides),
-        *(f"{side} multiplies" for side in (*sides, "side0", "side1")),
-        *(line for side in sides for line in (f"{side} records 1", f"compute waits for {side}:1")),
-    ]
-
-
 def test_offsets_are_uploaded_once_for_the_products_of_a_microbatch() -> None:
     from megatron_laer.layer.experts.gemm import torch as grouped
 
@@ -183,7 +125,6 @@ def test_offsets_are_uploaded_once_for_the_products_of_a_microbatch() -> None:
 @pytest.mark.parametrize(
     ("name", "device", "dtype", "sizes", "says"),
     [
-        ("streams", CPU, torch.float32, (), "CUDA streams need a GPU, .* on cpu; give .* loop"),
         ("torch", CPU, torch.bfloat16, (64, 36), "multiples of 8 in torch.bfloat16, and 36 is not"),
         ("torch", CPU, torch.float32, (64, 34), "multiples of 4 in torch.float32, and 34 is not"),
         ("torch", GPU, torch.float32, (), "in bf16, not in torch.float32; give --bf16, or"),
@@ -210,7 +151,6 @@ def test_what_works_is_not_refused_and_a_torch_without_the_function_is(
     check_gemm("loop", CPU, torch.float32, (3, 5))
     check_gemm("torch", CPU, torch.float32, (64, 36))
     check_gemm("torch", GPU, torch.bfloat16, (64, 40))
-    check_gemm("streams", GPU, torch.float32, (3, 5))
     monkeypatch.delattr(torch.nn.functional, "grouped_mm")
     with pytest.raises(ValueError, match=r"has no torch\.nn\.functional\.grouped_mm; install"):
         check_gemm("torch", CPU, torch.float32)

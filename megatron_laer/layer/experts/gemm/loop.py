@@ -6,7 +6,7 @@ of one slot.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate as running_sums
 from itertools import pairwise
 from typing import Any
@@ -28,22 +28,16 @@ class Loop:
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
         output_TR = input_TK.new_empty(input_TK.shape[0], weight_CRK.shape[1])
-
-        def multiply(slot: int, rows: slice) -> None:
+        for slot, rows in _spans(tokens_C):
             torch.mm(input_TK[rows], weight_CRK[slot].t(), out=output_TR[rows])
-
-        self._for_each(tokens_C, multiply)
         return output_TR
 
     def input_grad(
         self, grad_TR: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
         grad_TK = grad_TR.new_empty(grad_TR.shape[0], weight_CRK.shape[2])
-
-        def multiply(slot: int, rows: slice) -> None:
+        for slot, rows in _spans(tokens_C):
             torch.mm(grad_TR[rows], weight_CRK[slot], out=grad_TK[rows])
-
-        self._for_each(tokens_C, multiply)
         return grad_TK
 
     def weight_grad(
@@ -53,17 +47,11 @@ class Loop:
         tokens_C: Sequence[int],
         out_CRK: torch.Tensor,
     ) -> None:
-        def multiply(slot: int, rows: slice) -> None:
+        for slot, rows in _spans(tokens_C):
             _write_product(grad_TR[rows].t(), input_TK[rows], out_CRK[slot])
 
-        self._for_each(tokens_C, multiply)
 
-    def _for_each(self, tokens_C: Sequence[int], multiply: Callable[[int, slice], None]) -> None:
-        for slot, rows in spans(tokens_C):
-            multiply(slot, rows)
-
-
-def spans(tokens_C: Sequence[int]) -> Iterable[tuple[int, slice]]:
+def _spans(tokens_C: Sequence[int]) -> Iterable[tuple[int, slice]]:
     ends = running_sums(tokens_C, initial=0)
     return enumerate(slice(start, end) for start, end in pairwise(ends))
 
