@@ -223,9 +223,8 @@ class FSEPConfig:
     )
     pairs_interval: int | None = _option(
         None,
-        "count the pairs of experts that tokens choose together in every so many steps: layouts by "
-        "pairs are compared with the planner's, where tokens travel once per node, and "
-        "--fsep-record-trace records the group's sum; default: never",
+        "with --fsep-record-trace, the interval in steps at which pairs of experts are recorded "
+        "too; default: never",
         minimum=Bound(1, "1; 100 counts every hundredth step"),
     )
     sampled_sets: int | None = _option(
@@ -262,30 +261,11 @@ class FSEPConfig:
             raise ValueError(self.reason_for_rows)
         if self.experts_in_fp8:
             self._check_fp8_experts()
-        if (
-            self.record_trace is None
-            and self.pairs_interval is not None
-            and not self.plans_by_pairs
-        ):
+        if self.pairs_interval is not None and self.record_trace is None:
             raise ValueError(
                 f"--fsep-pairs-interval {self.pairs_interval}: no effect, since "
-                f"{self._reason_against_pairs} and --fsep-record-trace is not given; leave it out"
+                "--fsep-record-trace is not given; leave it out"
             )
-
-    @property
-    def plans_by_pairs(self) -> bool:
-        """Return whether layouts by pairs of experts are compared with the planner's."""
-        return self.pairs_interval is not None and self._reason_against_pairs is None
-
-    @property
-    def _reason_against_pairs(self) -> str | None:
-        if not self.makes_plans:
-            return "nothing is planned ahead"
-        if self.planner != "greedy":  # others begin with the layout in force, maybe one by pairs
-            return "layouts by pairs are compared with those of --fsep-planner greedy"
-        if self.token_exchange == TokenExchange.RANK:
-            return f"layouts by pairs are for --fsep-token-exchange {TokenExchange.NODE}"
-        return None
 
     @property
     def reason_for_rows(self) -> str | None:

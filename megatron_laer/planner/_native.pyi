@@ -58,7 +58,6 @@ def decide(
     home: int,
     rank: int,
     top_k: int = 0,
-    row_share: float = 1.0,
     /,
 ) -> tuple[_Int16 | None, _Int64, _Int64 | None, bool, float | None, float | None, _RankQuotas]: ...
 def rank_quotas(
@@ -148,26 +147,13 @@ def greedy(
     costs: CostModel | None = None,
     /,
 ) -> _Int16: ...
-
-class Crossings:
-    def __init__(
-        self,
-        pairs_EE: _Int64,
-        counts_QE: _Float64,
-        hosts_QE: _Int64,
-        top_k: int,
-        /,
-    ) -> None: ...
-    def move(self, expert: int, source: int, target: int, /) -> None: ...
-    def rows(self) -> float: ...
-
+def crossing_rows(pairs_EE: _Int64, hosts_QE: _Int64, top_k: int, /) -> float: ...
 def together(
     pairs_EE: _Int64,
-    counts_QE: _Float64,
     loads_XE: _Int64,
+    nodes: int,
     node_size: int,
     capacity: int,
-    home: int,
     top_k: int,
     steps: int,
     tries: int,

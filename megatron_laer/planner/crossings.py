@@ -3,7 +3,7 @@
 With `--fsep-token-exchange node` a token is sent once to every node that it needs. The model is in
 `native/crossings.hpp`.
 
-Legend: N ranks, E experts, C slots per rank, S = N*C slots, M nodes, K experts of a token.
+Legend: E experts, M nodes, K experts of a token.
 """
 
 from __future__ import annotations
@@ -12,28 +12,21 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.native_core import native
 
-# A node that an expert comes from or goes to, where there is none.
-NOWHERE = -1
-
 
 @dataclass(frozen=True, eq=False)
 class Crossings:
-    """Rows between nodes for tokens with these pairs.
+    """Rows between nodes for tokens with these pairs, which come from all nodes alike.
 
     `pairs_EE` are the tokens that chose both of two experts, on the diagonal those of one.
-    `counts_ME` are tokens of each node's ranks for each expert; without them nodes are alike.
     """
 
     pairs_EE: Int64
-    num_nodes: int
-    counts_ME: Int64 | None = None
 
     def __post_init__(self) -> None:
         check_pairs(self.pairs_EE)
@@ -43,30 +36,9 @@ class Crossings:
         """Return K: each token of an expert is in K of its pairs."""
         return max(round(float(self.pairs_EE.sum() / max(np.trace(self.pairs_EE), 1))), 1)
 
-    @cached_property
-    def source_counts_ME(self) -> npt.NDArray[np.float64]:
-        """Return each node's tokens for each expert, where no expert has none."""
-        if self.counts_ME is not None:
-            return np.maximum(self.counts_ME, 1.0)
-        load_E = np.maximum(self.pairs_EE.diagonal(), 1.0)
-        return np.repeat(load_E[None] / self.num_nodes, self.num_nodes, axis=0)
-
     def rows(self, hosts_ME: Bool) -> float:
         """Expect the rows of a token to other nodes than its own, for the experts of each node."""
-        return self.of(hosts_ME).rows()
-
-    def of(self, hosts_ME: Bool) -> native.Crossings:
-        """Return the expected rows of these experts of nodes, which change as experts move.
-
-        `move(expert, source, target)` takes an expert from a node and gives it to another; either
-        may be `NOWHERE`.
-        """
-        return native.Crossings(
-            self.pairs_EE,
-            self.source_counts_ME,
-            hosts_ME.astype(np.int64),
-            self.top_k,
-        )
+        return native.crossing_rows(self.pairs_EE, hosts_ME.astype(np.int64), self.top_k)
 
 
 def hosts_of(layout: ExpertLayout, geometry: Geometry) -> Bool:

@@ -154,13 +154,10 @@ class Guard:
                 f"({self.geometry.num_ranks}), since no rank has more than all tokens"
             )
 
-    def decide(
-        self, counts_NE: Int64, planned: ExpertLayout, rank: int = 0, row_share: float = 1.0
-    ) -> Decision:
+    def decide(self, counts_NE: Int64, planned: ExpertLayout, rank: int = 0) -> Decision:
         """Choose the layout and quotas of one microbatch; only `rank_quotas` depend on `rank`.
 
-        The planned layout sends `row_share` of the rows between nodes that a fresh one would send
-        for as many pairs. With the exact split, all of it is one native call without the GIL.
+        With the exact split, all of it is one native call without the GIL.
         """
         geometry = self.geometry
         geometry.check_layout(planned)
@@ -180,7 +177,6 @@ class Guard:
             geometry.home_slots,
             rank,
             geometry.top_k,
-            row_share,
         )
         layout = planned if fresh is None else from_native(fresh, planned)
         size, top_k = geometry.node_size, geometry.top_k

@@ -54,10 +54,6 @@ class HomeOrder:
         """Order both axes, of home positions, by expert."""
         return self.by_expert(self.by_expert(pairs_EE).T)
 
-    def pairs_by_position(self, pairs_EE: Int64) -> Int64:
-        """Order both axes, of experts, by home position."""
-        return self.by_position(self.by_position(pairs_EE).T)
-
     def layout_of_experts(self, layout: ExpertLayout) -> ExpertLayout:
         """Return a layout of home positions with experts' numbers."""
         return self._renumbered(layout, self.expert_E)

@@ -4,14 +4,11 @@ The thread only computes: no collectives, no device work. Callers get legal layo
 a strategy misbehaves. An executor would not do: its threads are joined at exit, so a hanging
 strategy would keep the process alive.
 
-Over 400 lines: one thread and its callers, under one lock.
-
-Legend: N ranks, E experts, L layers.
+Legend: N ranks, E experts.
 """
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,10 +18,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.by_pairs import WHOLE, Choice, PairPlanner, PlacedPairs
 from megatron_laer.planner.forecast import Forecast, SmoothedForecast
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.pair_layouts import PairLayouts
 from megatron_laer.planner.strategies import Strategy
 
 # Maximum open steps before the oldest is dropped (not in lossless mode).
@@ -33,18 +28,11 @@ _OPEN_STEPS = 4
 
 @dataclass(frozen=True)
 class Plan:
-    """Layouts of all layers from the counts of `source_step`, made in `plan_ms` by the strategy.
-
-    `row_shares` has the layers with layouts by pairs (`by_pairs.Choice`).
-    """
+    """Layouts of all layers from the counts of `source_step`, made in `plan_ms` by the strategy."""
 
     source_step: int
     layouts: dict[int, ExpertLayout]
     plan_ms: float
-    row_shares: dict[int, int] = field(default_factory=dict)
-
-    def row_share(self, layer: int) -> int:
-        return self.row_shares.get(layer, WHOLE)
 
 
 @dataclass(frozen=True)
@@ -54,13 +42,11 @@ class ServiceState:
     Attributes:
         forecasts: by layer.
         plans: complete and not returned yet, oldest first.
-        pairs: with the layouts made from them, if any came.
-        caught_up: whether all full steps are planned, and layers placed that were due.
+        caught_up: whether all full steps are planned.
     """
 
     forecasts: dict[int, Forecast]
     plans: list[Plan]
-    pairs: PlacedPairs | None
     caught_up: bool
 
 
@@ -70,7 +56,7 @@ class _OpenStep:
 
     pending: dict[int, Int64] = field(default_factory=dict)
     submitted: set[int] = field(default_factory=set)
-    choices: dict[int, Choice] = field(default_factory=dict)
+    layouts: dict[int, ExpertLayout] = field(default_factory=dict)
     plan_ms: float = 0.0
 
 
@@ -80,9 +66,6 @@ class PlannerService:
     A plan is complete once all layers are planned, each from a forecast that ends with the step's
     counts. Complete plans are kept until `ready` or `wait` returns that plan or a newer one, so
     call one of them at every step.
-
-    With a planner by pairs, each layer gets the faster of the strategy's layout and its layout by
-    pairs. After each planned step, some layers get such layouts from the newest pairs.
 
     Steps that lack layers when a later step is full are dropped with a warning. Without `lossless`,
     full steps whose planning has not started are dropped too, and so is the oldest of more than
@@ -95,8 +78,7 @@ class PlannerService:
     Args:
         on_warning: called from both threads, never under the lock; its exceptions are ignored.
         lossless: plan every step, for callers that `wait` for each.
-        plans, pairs: of an earlier service, as `state` returned them.
-        by_pairs: planner of layouts by pairs, if they are to be compared.
+        plans: complete plans of an earlier service, as `state` returned them.
         check_layout: raises for a layout that the run cannot use.
     """
 
@@ -110,8 +92,6 @@ class PlannerService:
         forecast: Forecast | Mapping[int, Forecast] | None = None,
         plans: Sequence[Plan] = (),
         check_layout: Callable[[ExpertLayout], None] | None = None,
-        by_pairs: PairPlanner | Mapping[int, PairPlanner] | None = None,
-        pairs: PlacedPairs | None = None,
     ) -> None:
         self._check_layout = check_layout
         self._layers = tuple(layers)
@@ -121,15 +101,10 @@ class PlannerService:
         self._lossless = lossless
         # Changed by the thread alone, one layer at a time.
         self._forecasts = _by_layer(self._layers, forecast or SmoothedForecast())
-        self._by_pairs: PairLayouts | None = None
-        if by_pairs is not None:
-            planners = [*_by_layer(self._layers, by_pairs).values()]
-            self._by_pairs = PairLayouts(planners, pairs, check_layout)
 
         self._changed = threading.Condition()
         self._open: dict[int, _OpenStep] = {}
         self._complete = {plan.source_step: plan for plan in plans}
-        self._is_placing, self._placing_ms = False, 0.0
         self._returned_step: int | None = None
         # Newest step with all layers submitted; no earlier one is opened again.
         self._full_step = max(self._complete, default=None)
@@ -175,13 +150,6 @@ class PlannerService:
         for warning in warnings:
             self._warn(warning)
 
-    def submit_pairs(self, step: int, pairs_LEE: Int64) -> None:
-        """Queue the pairs of a step, for plans from the counts of later steps only."""
-        assert self._by_pairs is not None, "pairs for a planner that does not use them"
-        with self._changed:
-            if self._alive and not self._closing:
-                self._by_pairs.submit(step, pairs_LEE)
-
     def ready(self, step: int) -> Plan | None:
         """Return the newest complete plan of a step up to `step`, once; None if there is none."""
         with self._changed:
@@ -218,16 +186,13 @@ class PlannerService:
         """
 
         def is_caught_up() -> bool:
-            busy = self._is_placing or any(map(self._is_full, self._open.values()))
+            busy = any(map(self._is_full, self._open.values()))
             return not busy or self._closing or not self._alive
 
         with self._changed:
             caught_up = self._changed.wait_for(is_caught_up, timeout_s)
             plans = [self._complete[step] for step in sorted(self._complete)]
-            if self._by_pairs is not None and caught_up:  # only later steps have plans to come
-                self._by_pairs.use_before(math.inf)
-            pairs = None if self._by_pairs is None else self._by_pairs.placed
-            return ServiceState(dict(self._forecasts), plans, pairs, caught_up)
+            return ServiceState(dict(self._forecasts), plans, caught_up)
 
     def drop_late_steps(self) -> None:
         with self._changed:
@@ -291,13 +256,10 @@ class PlannerService:
             while (job := self._next_job()) is not None:
                 step, layer, counts_NE, current = job
                 start_s = time.perf_counter()
-                choice, problem = self._plan_layer(layer, counts_NE, current)
-                plan_ms = (time.perf_counter() - start_s) * 1e3
-                completed = self._store(step, layer, choice, plan_ms, problem)
+                layout, problem = self._plan_layer(layer, counts_NE, current)
+                self._store(step, layer, layout, (time.perf_counter() - start_s) * 1e3, problem)
                 if problem is not None:
                     self._warn(problem)
-                if completed:
-                    self._place_layers()
         finally:
             with self._changed:
                 self._alive = False
@@ -315,16 +277,14 @@ class PlannerService:
                     opened = self._open[step]
                     if opened.pending:
                         layer = next(iter(opened.pending))
-                        if self._by_pairs is not None:
-                            self._by_pairs.use_before(step)
                         return step, layer, opened.pending.pop(layer), self._good[layer]
                 self._changed.wait()
         return None
 
     def _plan_layer(
         self, layer: int, counts_NE: Int64, current: ExpertLayout
-    ) -> tuple[Choice, str | None]:
-        """Return the strategy's layout or the one by pairs, or the current one and the problem."""
+    ) -> tuple[ExpertLayout, str | None]:
+        """Return the strategy's layout, or the current one and the problem."""
         strategy = self._strategies[layer]
         try:
             forecast = self._forecasts[layer].observe(counts_NE)
@@ -340,63 +300,27 @@ class PlannerService:
             else:
                 if self._check_layout is not None:
                     self._check_layout(layout)
-                if self._by_pairs is None:
-                    return Choice(layout), None
-                at = self._layers.index(layer)
-                return self._by_pairs.faster(at, forecast.counts_NE(), layout), None
+                return layout, None
         except Exception as error:  # A wrong planner changes speed, never correctness.
             problem = f"raised {type(error).__name__}: {error}"
-        problem = f"planner {strategy.name} {problem}; the layer keeps its layout"
-        return Choice(current), problem
-
-    def _place_layers(self) -> None:
-        """Make the layouts by pairs that are due after a planned step.
-
-        Where late plans are dropped, the next step's counts go first: other layers wait. The time
-        is part of the next plan's.
-        """
-        assert self._by_pairs is not None
-        start_s = time.perf_counter()
-        for problem in self._by_pairs.place_due():
-            if problem is not None:
-                with self._changed:
-                    self._failures += 1
-                self._warn(f"a layer has no new layout by pairs: {problem}")
-            with self._changed:
-                is_late = not self._lossless and any(map(self._is_full, self._open.values()))
-                if self._closing or is_late:
-                    break
-        with self._changed:
-            self._placing_ms += (time.perf_counter() - start_s) * 1e3
-            self._is_placing = False
-            self._changed.notify_all()
+        return current, f"planner {strategy.name} {problem}; the layer keeps its layout"
 
     def _store(
-        self, step: int, layer: int, choice: Choice, plan_ms: float, problem: str | None
-    ) -> bool:
-        """Keep a layer's choice; return whether layers are to be placed after the step."""
+        self, step: int, layer: int, layout: ExpertLayout, plan_ms: float, problem: str | None
+    ) -> None:
         with self._changed:
             self._failures += problem is not None
             opened = self._open.get(step)
             if opened is None:  # Dropped or closed meanwhile.
-                return False
-            opened.choices[layer] = choice
-            opened.plan_ms += plan_ms + self._placing_ms
-            self._placing_ms = 0.0
-            if len(opened.choices) == len(self._layers):
-                choices = {planned: opened.choices[planned] for planned in self._layers}
-                layouts = {planned: choice.layout for planned, choice in choices.items()}
-                shares = {
-                    planned: choice.row_share
-                    for planned, choice in choices.items()
-                    if choice.row_share != WHOLE
-                }
-                self._complete[step] = Plan(step, layouts, opened.plan_ms, shares)
+                return
+            opened.layouts[layer] = layout
+            opened.plan_ms += plan_ms
+            if len(opened.layouts) == len(self._layers):
+                layouts = {planned: opened.layouts[planned] for planned in self._layers}
+                self._complete[step] = Plan(step, layouts, opened.plan_ms)
                 self._good = layouts
                 del self._open[step]
-                self._is_placing = self._by_pairs is not None
             self._changed.notify_all()
-            return self._is_placing
 
     def _warn(self, message: str) -> None:
         with self._changed:

@@ -3,12 +3,10 @@
 The bytes are not trusted: the digest, then every size and range are checked. Nothing is unpickled.
 
     magic, format, length of the header | header, JSON
-    | slots in force, slots of the plans, slots of layouts by pairs, int16
+    | slots in force, slots of the plans, int16
     | levels of the forecasts, int64 | steady means of the forecasts, int64
-    | pairs of the layers, int64 | BLAKE2b digest of all before
+    | BLAKE2b digest of all before
 
-Only where layouts by pairs are in force or planned does a header have `row_shares`, and only with
-pairs `pairs`.
 
 Numbers are little-endian. Legend: L layers, N ranks, E experts, S = N*C slots.
 """
@@ -26,8 +24,6 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.by_pairs import WHOLE, PlacedPairs
-from megatron_laer.planner.crossings import check_pairs
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
@@ -36,7 +32,6 @@ from megatron_laer.planner.state_header import (
     FORMAT,
     LEVEL,
     MAGIC,
-    MAX_SHARE,
     MAX_STEP,
     PREFIX,
     SLOT,
@@ -44,8 +39,6 @@ from megatron_laer.planner.state_header import (
     check_range,
     header_length,
     header_shape,
-    num_placed,
-    pairs_bytes,
     payload_bytes,
     read_header,
 )
@@ -63,8 +56,6 @@ class PlannerState:
         version: number of layout changes so far.
         layouts, forecasts: in force, one per layer.
         plans: complete, but not in force yet, oldest first; layers are indices into `layers`.
-        row_shares: of the layouts in force (`by_pairs.Choice`); empty if all are whole.
-        pairs: in use, with the layouts made from them, or None.
     """
 
     next_step: int
@@ -73,8 +64,6 @@ class PlannerState:
     layouts: tuple[ExpertLayout, ...]
     forecasts: tuple[SmoothedForecast, ...]
     plans: tuple[Plan, ...]
-    row_shares: tuple[int, ...] = ()
-    pairs: PlacedPairs | None = None
 
     def __post_init__(self) -> None:
         check_names(self.layers)
@@ -97,14 +86,6 @@ class PlannerState:
                 raise ValueError(f"plan_ms must be a time, got {plan.plan_ms!r}")
             if list(plan.layouts) != list(range(len(self.layers))):
                 raise ValueError(f"the plan of step {plan.source_step} lacks layers")
-        for shares in self._all_shares():
-            if len(shares) != len(self.layers):
-                raise ValueError(
-                    f"{len(shares)} row_shares for {len(self.layers)} layers; give one for each"
-                )
-            for share in shares:
-                check_range("row_shares", share, MAX_SHARE)
-        self._check_pairs()
         shapes = {layout.shape for layout in self._all_layouts()}
         if len(shapes) != 1:
             raise ValueError(f"layouts differ in (ranks, capacity, experts): {sorted(shapes)}")
@@ -147,21 +128,12 @@ class PlannerState:
                 for plan in self.plans
             ],
         }
-        if any(share != WHOLE for shares in self._all_shares() for share in shares):
-            header["row_shares"] = self._all_shares()
-        if self.pairs is not None:
-            header["pairs"] = {
-                "placed": [layout is not None for layout in self.pairs.layouts],
-                "waiting": list(self.pairs.waiting),
-            }
         text = json.dumps(header, separators=(",", ":")).encode()
         parts = [PREFIX.pack(MAGIC, FORMAT, len(text)), text]
         parts += [layout.slot_bytes for layout in self._all_layouts()]
         parts += [
             mean_NE.astype(LEVEL).tobytes() for mean_NE in levels + steady if mean_NE is not None
         ]
-        if self.pairs is not None:
-            parts.append(self.pairs.pairs_LEE.astype(LEVEL).tobytes())
         body = b"".join(parts)
         return body + _digest(body)
 
@@ -184,8 +156,7 @@ class PlannerState:
         num_layers = len(header["layers"])
         slots_bytes = num_ranks * capacity * SLOT.itemsize
         level_bytes = num_ranks * num_experts * LEVEL.itemsize
-        num_planned = num_layers * (1 + len(plans))
-        num_layouts = num_planned + num_placed(header)
+        num_layouts = num_layers * (1 + len(plans))
         expected = payload_bytes(header)
         if len(payload) != expected:
             raise ValueError(f"has {len(payload)} bytes of arrays, its header says {expected}")
@@ -196,20 +167,8 @@ class PlannerState:
         shape = num_ranks, num_experts
         means = [
             _read_only(np.frombuffer(payload[at : at + level_bytes], dtype=LEVEL), shape)
-            for at in range(num_layouts * slots_bytes, expected - pairs_bytes(header), level_bytes)
+            for at in range(num_layouts * slots_bytes, expected, level_bytes)
         ]
-        pairs = None
-        if "pairs" in header:
-            by_pairs = iter(layouts[num_planned:])
-            counted = np.frombuffer(payload[expected - pairs_bytes(header) :], dtype=LEVEL)
-            pairs = PlacedPairs(
-                counted.astype(np.int64).reshape(num_layers, num_experts, num_experts),
-                tuple(
-                    next(by_pairs) if is_placed else None for is_placed in header["pairs"]["placed"]
-                ),
-                tuple(header["pairs"]["waiting"]),
-            )
-        shares = [tuple(of) for of in header["row_shares"]]
         levels, steady = iter(means[: sum(observed)]), iter(means[sum(observed) :])
         forecasts = [
             SmoothedForecast(
@@ -230,14 +189,11 @@ class PlannerState:
                     plan["source_step"],
                     dict(enumerate(layouts[first : first + num_layers])),
                     plan["plan_ms"],
-                    {at: share for at, share in enumerate(of_plan) if share != WHOLE},
                 )
-                for plan, first, of_plan in zip(
-                    plans, range(num_layers, num_planned, num_layers), shares[1:], strict=True
+                for plan, first in zip(
+                    plans, range(num_layers, num_layouts, num_layers), strict=True
                 )
             ),
-            row_shares=shares[0],
-            pairs=pairs,
         )
 
     @classmethod
@@ -254,28 +210,9 @@ class PlannerState:
         return cls.from_bytes(file.read(expected))
 
     def _all_layouts(self) -> list[ExpertLayout]:
-        """Return the layouts in force, then those of the plans, then those by pairs."""
+        """Return the layouts in force, then those of the plans."""
         made = [layout for plan in self.plans for layout in plan.layouts.values()]
-        by_pairs = () if self.pairs is None else self.pairs.layouts
-        return [*self.layouts, *made, *(layout for layout in by_pairs if layout is not None)]
-
-    def _all_shares(self) -> list[list[int]]:
-        """Return the shares of rows of the layouts in force, then those of the plans."""
-        layers = range(len(self.layers))
-        in_force = list(self.row_shares) or [WHOLE] * len(layers)
-        return [in_force, *([plan.row_share(layer) for layer in layers] for plan in self.plans)]
-
-    def _check_pairs(self) -> None:
-        if self.pairs is None:
-            return
-        num_layers, num_experts = len(self.layers), self.shape[2]
-        if self.pairs.pairs_LEE.shape != (num_layers, num_experts, num_experts):
-            raise ValueError(
-                f"pairs have shape {self.pairs.pairs_LEE.shape}, expected "
-                f"{(num_layers, num_experts, num_experts)}"
-            )
-        for pairs_EE in self.pairs.pairs_LEE:
-            check_pairs(pairs_EE)
+        return [*self.layouts, *made]
 
     def _check_forecast(self, forecast: SmoothedForecast) -> None:
         if (forecast.level_NE is None) != (forecast.steady_NE is None):

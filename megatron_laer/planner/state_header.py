@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_laer.planner.by_pairs import WHOLE
 from megatron_laer.planner.layout import check_shape
 
 MAGIC = b"FSEPPLAN"
@@ -32,15 +31,12 @@ _KEYS = {
     "plans": list,
 }
 _PLAN_KEYS = {"source_step": int, "plan_ms": float}
-_PAIRS_KEYS: dict[str, type] = {"placed": list, "waiting": list}
 
 _MAX_LAYERS = 2**16
 _MAX_NAME = 200
 # Far above the header of _MAX_LAYERS layers with long names.
 _MAX_HEADER_BYTES = 2**26
 MAX_STEP = 2**62
-# Far above the share of rows of any layout.
-MAX_SHARE = 2**40
 
 
 def header_length(data: bytes) -> int:
@@ -62,17 +58,8 @@ def read_header(text: bytes) -> dict[str, Any]:
         header = json.loads(text)
     except RecursionError as error:
         raise ValueError("has a header that is nested too deeply") from error
-    optional = {}
-    if isinstance(header, dict):
-        optional = {key: header.pop(key) for key in ("row_shares", "pairs") if key in header}
     _check_types("header", header, _KEYS)
     check_names(header["layers"])
-    whole = [[WHOLE] * len(header["layers"])] * (1 + len(header["plans"]))
-    header["row_shares"] = optional.get("row_shares", whole)
-    _check_shares(header["row_shares"], len(whole))
-    if "pairs" in optional:
-        header["pairs"] = optional["pairs"]
-        _check_placed(header["pairs"], len(header["layers"]))
     if len(header["observed"]) != len(header["layers"]) or any(
         type(flag) is not bool for flag in header["observed"]
     ):
@@ -89,32 +76,6 @@ def read_header(text: bytes) -> dict[str, Any]:
     return checked
 
 
-def _check_shares(found: object, sets: int) -> None:
-    is_list = isinstance(found, list) and all(isinstance(of, list) for of in found)
-    if not is_list or any(type(share) is not int for of in found for share in of):  # type: ignore
-        raise ValueError("row_shares must be lists of integers")
-    if len(found) != sets:  # type: ignore[arg-type]
-        raise ValueError(f"row_shares must be {sets} lists, of the layouts in force and the plans")
-
-
-def _check_placed(pairs: Any, num_layers: int) -> None:
-    _check_types("pairs", pairs, _PAIRS_KEYS)
-    placed, waiting = pairs["placed"], pairs["waiting"]
-    if len(placed) != num_layers or any(type(flag) is not bool for flag in placed):
-        raise ValueError("placed must be a list of truth values, one per layer")
-    if any(type(layer) is not int for layer in waiting) or len(set(waiting)) != len(waiting):
-        raise ValueError("waiting must be a list of different layers")
-
-
-def num_placed(header: dict[str, Any]) -> int:
-    return sum(header["pairs"]["placed"]) if "pairs" in header else 0
-
-
-def pairs_bytes(header: dict[str, Any]) -> int:
-    num_experts = header_shape(header)[2]
-    return len(header["layers"]) * num_experts**2 * LEVEL.itemsize if "pairs" in header else 0
-
-
 def header_shape(header: dict[str, Any]) -> tuple[int, int, int]:
     shape = header["num_ranks"], header["capacity"], header["num_experts"]
     check_shape(*shape)
@@ -122,14 +83,14 @@ def header_shape(header: dict[str, Any]) -> tuple[int, int, int]:
 
 
 def payload_bytes(header: dict[str, Any]) -> int:
-    """Return the size of the arrays: layouts, forecasts and pairs."""
+    """Return the size of the arrays: layouts and forecasts."""
     num_ranks, capacity, num_experts = header_shape(header)
-    num_layouts = len(header["layers"]) * (1 + len(header["plans"])) + num_placed(header)
+    num_layouts = len(header["layers"]) * (1 + len(header["plans"]))
     num_levels = sum(map(bool, header["observed"]))
     num_levels += sum(errors is not None for errors in header["errors"])
     slots_bytes = num_ranks * capacity * SLOT.itemsize
     levels_bytes = num_levels * num_ranks * num_experts * LEVEL.itemsize
-    return num_layouts * slots_bytes + levels_bytes + pairs_bytes(header)
+    return num_layouts * slots_bytes + levels_bytes
 
 
 def _check_types(what: str, found: object, wanted: dict[str, type]) -> None:

@@ -7,7 +7,7 @@ and the native core the seconds of a pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from megatron_laer.choices import TokenExchange
 from megatron_laer.planner.geometry import Geometry
@@ -48,10 +48,6 @@ class TokenPrices:
     def sent_between_nodes(self, totals: SplitTotals) -> float:
         """Return the rows between nodes of a split, for independent choices of experts."""
         return int(totals.far_S.sum()) * self.inter_rows
-
-    def with_rows(self, share: float) -> TokenPrices:
-        """Return the prices of a layout that sends this share of these rows between nodes."""
-        return replace(self, inter_rows=self.inter_rows * share)
 
     def latency_seconds(
         self, geometry: Geometry, collective_s: float, in_node_s: float, forwards: int

@@ -92,7 +92,7 @@ def _with_planner_saved(original: Callable[..., Any]) -> Callable[..., Any]:
         request = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         coordinator = None if current is None else current.coordinator
         if coordinator is not None:
-            coordinator.save_planner(str(checkpoint_dir), _storage())
+            coordinator.layouts.save(str(checkpoint_dir), _storage())
         return request
 
     return save
@@ -141,7 +141,7 @@ def _with_planner_beside_shards(original: Callable[..., Any]) -> Callable[..., A
             directory = checkpointing.get_checkpoint_name(
                 args.save, state_dict["iteration"], return_base_dir=True
             )
-            coordinator.save_planner(str(directory), _storage())
+            coordinator.layouts.save(str(directory), _storage())
         return original(args, state_dict, model)
 
     return preprocess_fsdp_dtensor_state_dict

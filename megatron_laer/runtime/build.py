@@ -104,7 +104,6 @@ def build_coordinator(
             print(f"FSEP: --fsep-sharding auto is {geometry.sharding}: {why}", flush=True)
         if config.token_exchange == Auto.AUTO:
             print(f"FSEP: --fsep-token-exchange auto is {exchange}", flush=True)
-    _check_pairs(config, exchange, geometry)
     config = replace(config, sharding=geometry.sharding, capacity=geometry.capacity)
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts, as forecast ones, are kept after the gate.
@@ -199,20 +198,6 @@ def token_exchange(
     if config.token_exchange == Auto.AUTO:
         return choose_token_exchange(costs, geometry, top_k, tokens)
     return TokenExchange(config.token_exchange)
-
-
-def _check_pairs(config: FSEPConfig, exchange: TokenExchange, geometry: Geometry) -> None:
-    """Refuse pairs that nothing uses, which `FSEPConfig` cannot know with `auto`."""
-    if config.pairs_interval is None or config.record_trace is not None:
-        return
-    if exchange == TokenExchange.RANK or geometry.num_nodes == 1:
-        why = "all ranks are on one node"
-        if geometry.num_nodes > 1:
-            why = f"--fsep-token-exchange auto is {exchange}"
-        raise ValueError(
-            f"--fsep-pairs-interval {config.pairs_interval}: no effect, since {why} and "
-            "--fsep-record-trace is not given; leave it out"
-        )
 
 
 def make_exchange(

@@ -168,17 +168,12 @@ class Coordinator:
         waits_ms = restores.exposed.take_ms(), reduces.exposed.take_ms()
         return waits_ms[0] / steps, waits_ms[1] / steps, received_bytes / steps
 
-    def save_planner(self, directory: str, storage: Any) -> None:
-        """Save the planner's state, which the last step's pairs belong to."""
-        self._put_pairs()
-        self.layouts.save(directory, storage)
-
     def resume_planner(self, directory: str, storage: Any) -> None:
         if self.layers and not self.microbatch_planner.in_steps:
             self.layouts.resume(directory, storage)
 
     def _put_pairs(self) -> None:
-        """Hand on the pairs of the last step, before anything of the next one."""
+        """Record the pairs of the last step, before anything of the next one."""
         found = self.microbatch_planner.pairs.take()
         if found is not None and self.layouts.mailbox is not None:
             self.layouts.mailbox.put_pairs(*found)

@@ -54,15 +54,7 @@ _FLAGS = (
     (ON + "--fsep-pairs-interval 0", "--fsep-pairs-interval 0: must be at least 1"),
     (
         ON + "--fsep-pairs-interval 5",
-        "--fsep-pairs-interval 5: no effect, since layouts by pairs are for --fsep-token-exchange",
-    ),
-    (
-        ON + "--fsep-pairs-interval 5 --fsep-token-exchange node --fsep-planner random",
-        "--fsep-pairs-interval 5: no effect, since nothing is planned ahead and --fsep-record-trac",
-    ),
-    (
-        ON + "--fsep-pairs-interval 5 --fsep-token-exchange node --fsep-planner laer",
-        "--fsep-pairs-interval 5: no effect, since layouts by pairs are compared with those of",
+        "--fsep-pairs-interval 5: no effect, since --fsep-record-trace is not given; leave it out",
     ),
     (
         ON + "--fsep-sampled-sets 5 --fsep-record-trace out/sets",

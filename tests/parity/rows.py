@@ -34,7 +34,6 @@ from tests.parity.row import (
     LONGEST,
     Row,
 )
-from tests.topical_routing import by_topic
 
 RANDOM = " --fsep-planner random"
 STEP = " --fsep-restore step"
@@ -305,10 +304,6 @@ ROWS = [
         " ranks", TOP_4 + BF16, fsep=EXACT + " --fsep-token-exchange node" + NODES.format(2),
         ranks=4, not_at_home="bf16 sums of nodes flip a near-tie: 4.9e-2, 5.6e-3 given stock's"
         " choices"),
-    _row("tokens-pairs-planned", "layouts by pairs of experts, tokens through nodes of 2, top-4,"
-        " routed by topic, E = 8 on 4 ranks", TOP_4, fsep=TOKENS.format(2)
-        + " --fsep-planner greedy --fsep-plan-mode forecast --fsep-late-plan wait"
-        " --fsep-pairs-interval 1", ranks=4, adapt=by_topic),
     _row("tokens-few", "tokens through nodes of 2, few tokens: experts, ranks and microbatches"
         " without any", FEW_TOKENS, fsep=TOKENS.format(2), ranks=4),
     _row("tokens-shared", "tokens through nodes of 2, shared experts, full recompute, distributed"

@@ -60,8 +60,6 @@ _UNSHARD = _in("tools/simulator/iteration/chunk.py", _FROZEN)
 _CLOCKS = _in("tools/simulator/iteration/clocks.py", _FROZEN)
 _WORK = _in("tools/simulator/iteration/work.py", _FROZEN)
 _BY_PAIRS = _in("tools/simulator/homes.py", "tests/tools/test_plan_homes.py")
-_PAIR_LAYOUTS = _in("planner/pair_layouts.py", *_unit("by_pairs"))
-_BY_PRICE = _in("planner/by_pairs.py", *_unit("by_pairs"))
 _LAYOUT = _in("planner/layout.py", *_unit("layout"))
 _SHARDING = _in("planner/sharding.py", *_unit("slices", "traffic"))
 _LAER = _in("planner/laer.py", *_unit("strategies"))
@@ -745,60 +743,6 @@ FAULTS: tuple[Fault, ...] = (
         "its_TE = self._homes[layer].by_expert(chosen_TE[is_token_T])",
         "its_TE = chosen_TE[is_token_T]",
     ),
-    _PAIR_LAYOUTS.fault("pairs of a step plan its own counts", "if at < step)", "if at <= step)"),
-    _PAIR_LAYOUTS.fault(
-        "a planner's pairs are those that the next step adds to", "pairs_LEE.copy()", "pairs_LEE"
-    ),
-    _PAIR_LAYOUTS.fault(
-        "one layer per step gets a layout by pairs",
-        "self.placed.waiting[:due]",
-        "self.placed.waiting[:1]",
-    ),
-    _BY_PRICE.fault(
-        "rows of layouts by pairs are priced as of independent choices",
-        "costs = replace(self.costs, tokens=prices.with_rows(share))",
-        "costs = self.costs",
-    ),
-    _BY_PRICE.fault(
-        "a layout by pairs is believed to fit later tokens as well as its own",
-        "pairs_rows * _FITTED",
-        "pairs_rows",
-    ),
-    _BY_PRICE.fault(
-        "layers that have layouts by newer pairs go on waiting",
-        "if other != layer)",
-        "if other != layer or other == 0)",
-    ),
-    _in("planner/service.py", *_unit("planner_resume")).fault(
-        "a checkpoint does not wait for layouts by pairs",
-        "busy = self._is_placing or",
-        "busy =",
-    ),
-    _in("planner/guard.py", *_unit("guard")).fault(
-        "the guard takes a layout by pairs to send as many rows as a fresh one",
-        "            row_share,\n        )",
-        "            1.0,\n        )",
-    ),
-    _in("runtime/planning/mailbox.py", *_unit("mailbox")).fault(
-        "pairs are planned from as the next step's",
-        "self.plan_pairs(self._step, pairs_LEE)",
-        "self.plan_pairs(self._step + 1, pairs_LEE)",
-    ),
-    _in("runtime/planning/planner_checkpoint.py", *_unit("home_order")).fault(
-        "a planner's pairs are saved by home position",
-        "[of(pairs_EE) for of, pairs_EE in",
-        "[pairs_EE for of, pairs_EE in",
-    ),
-    _in("runtime/planning/layouts_in_force.py", *_ranks("planning_by_pairs"), "-k", "rerun").fault(
-        "a resumed run's guard does not know the rows of layouts by pairs",
-        "list(state.row_shares) or self._row_shares",
-        "self._row_shares",
-    ),
-    _in("runtime/coordinator.py", *_ranks("planning_by_pairs"), "-k", "rerun").fault(
-        "the last step's pairs are not in the checkpoint",
-        "        self._put_pairs()\n        self.layouts.save",
-        "        self.layouts.save",
-    ),
     _PAIR_COUNTS.fault(
         "every rank's sets are the first's",
         "first = self._groups.rank * self._sampled",
@@ -814,13 +758,13 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _in("planner/coactivation.py", *_unit("coactivation")).fault(
         "homes by pairs are a rank's last slots",
-        "[:, : geometry.home_slots]",
-        "[:, -geometry.home_slots :]",
+        "[:, :home_slots]",
+        "[:, -home_slots:]",
     ),
     _in("planner/coactivation.py", *_unit("coactivation")).fault(
         "a layout by counts with fewer rows is not taken",
-        "if by_counts.rows_per_token < rows:",
-        "if rows < by_counts.rows_per_token:",
+        "if crossings.rows(hosts_of(by_counts, geometry)) < rows:",
+        "if crossings.rows(hosts_of(by_counts, geometry)) > rows:",
     ),
     _BY_PAIRS.fault(
         "homes by pairs are counted on the steps that planned them",

@@ -31,7 +31,6 @@ from tests.parity.replay import REPLAY, train_row
 from tests.parity.row import REPLICAS_PAY
 from tests.parity.rows import FSDP, GRAPHS, IN_FP8, MXFP8
 from tests.races.faults import TRAINING_FAULTS
-from tests.topical_routing import by_topic
 
 _RANDOM = " --fsep-planner random"
 _HOME = _RANDOM + " --fsep-sharding experts"
@@ -112,12 +111,6 @@ SCENARIOS = {
     ),
     "experts at home in mxfp8, both overlaps": Training(
         _HOME + _MXFP8 + _OVERLAPS, capability=B200
-    ),
-    "layouts by pairs in nodes of 1": Training(
-        " --fsep-late-plan wait --fsep-node-size 1 --fsep-token-exchange node"
-        " --fsep-pairs-interval 1 --moe-router-topk 4",
-        steps=4,
-        adapt=by_topic,
     ),
     "experts at home in mxfp8 by relay, full recompute": Training(
         f"{_HOME}{_MXFP8}{_FULL} --fsep-node-size 1 --fsep-restore-algorithm node",

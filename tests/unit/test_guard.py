@@ -257,26 +257,6 @@ def test_reasons_say_what_was_compared() -> None:
     assert in_words({"layer 1": even, "layer 2": kept}) == f"{counts}; layer 2: {kept.reason}"
 
 
-def test_a_planned_layout_that_sends_fewer_rows_is_kept() -> None:
-    """All but its rows between nodes is the same: half the rows save half of their seconds."""
-    costs = make_costs(inter=Link(1e6, 0.0), solve=SolveTime(1e-9, 0.0, 0.0))
-    guard = Guard(PlanMode.ADAPTIVE, costs, Geometry(4, 4, 2, 2))
-    planned = ExpertLayout.from_slots(4, 2, 4, [0, 1, 1, 2, 2, 3, 3, 1])
-    whole, half, none = (guard.decide(HOT_NE, planned, row_share=share) for share in (1, 0.5, 0.0))
-    assert whole.replanned and not none.replanned
-    assert whole.gain_s is not None and half.gain_s is not None and none.gain_s is not None
-    assert whole.quotas.loads_S.tolist() == half.quotas.loads_S.tolist()
-    totals = exact_split(planned, 2).totals(HOT_NE)
-    free = replace(costs, cluster=replace(costs.cluster, inter=FREE))
-    rows_s = costs.split_seconds(totals, planned, 2) - free.split_seconds(totals, planned, 2)
-    assert whole.gain_s - half.gain_s == pytest.approx(rows_s / 2, rel=1e-4)
-    for mode in (PlanMode.FORECAST, PlanMode.EXACT):
-        other = Guard(mode, costs, Geometry(4, 4, 2, 2))
-        assert other.decide(HOT_NE, planned).layout == other.decide(HOT_NE, planned, 0, 0.5).layout
-    with pytest.raises(ValueError, match="row_share"):
-        guard.decide(HOT_NE, planned, row_share=-1)
-
-
 def test_the_even_split_keeps_the_forecast_and_combinations_without_meaning_are_refused() -> None:
     geometry = Geometry(4, 4, 2, 4)
     planned = ExpertLayout.static(4, 2, 4)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from megatron_laer.config import FSEPConfig, Sharding
-from megatron_laer.planner.by_pairs import PlacedPairs
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder, home_digest
@@ -110,28 +109,14 @@ def test_a_planners_state_is_saved_with_experts_numbers() -> None:
     forecast = SmoothedForecast(level_NE=level_NE, steady_NE=level_NE + 1)
     layout = geometry.static_layout
     layers = ("layer 1",)
-    pairs_EE = np.array([[9, 1, 2, 3], [1, 9, 4, 5], [2, 4, 9, 6], [3, 5, 6, 9]])
-    pairs = PlacedPairs(pairs_EE[None], (layout,), ())
-    plans = (Plan(1, {0: layout}, 0.5),)
-    state = PlannerState(2, 1, layers, (layout,), (forecast,), plans, pairs=pairs)
+    state = PlannerState(2, 1, layers, (layout,), (forecast,), (Plan(1, {0: layout}, 0.5),))
     saved = by_expert(state, [ORDER])
     assert saved.layouts[0].to_list() == saved.plans[0].layouts[0].to_list() == [3, 0, -1, 2, 1, -1]
     (found,) = saved.forecasts
     assert found.level_NE is not None and found.steady_NE is not None
     assert found.level_NE.tolist() == [[1, 3, 2, 0], [5, 7, 6, 4]]
     assert found.steady_NE.tolist() == [[2, 4, 3, 1], [6, 8, 7, 5]]
-    assert saved.pairs is not None and saved.pairs.layouts == saved.layouts
-    # Positions 0 to 3 are the homes of experts 3, 0, 2, 1.
-    assert saved.pairs.pairs_LEE[0].tolist() == [
-        [9, 5, 4, 1],
-        [5, 9, 6, 3],
-        [4, 6, 9, 2],
-        [1, 3, 2, 9],
-    ]
-    again = by_position(saved, [ORDER])
-    again.check_fits(geometry, layers)
-    assert again.pairs is not None and again.pairs.layouts == (layout,)
-    assert again.pairs.pairs_LEE[0].tolist() == pairs_EE.tolist()
+    by_position(saved, [ORDER]).check_fits(geometry, layers)
     for other in (STOCK, HomeOrder(np.array([1, 0, 3, 2]))):
         with pytest.raises(ValueError, match="does not fit --fsep-sharding experts"):
             by_position(saved, [other]).check_fits(geometry, layers)

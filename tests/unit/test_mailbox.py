@@ -94,22 +94,3 @@ def test_every_microbatch_is_recorded_and_a_recording_that_fails_ends_alone(tmp_
     box.close()
     assert len(delivered) == 3
     assert len(read_recording(path)) == 4
-
-
-def test_pairs_reach_the_planner_and_one_that_raises_is_counted() -> None:
-    box, _, warnings = mailbox()
-    pairs_LEE, no_sets = np.arange(18).reshape(2, 3, 3), np.zeros((2, 0, 3), dtype=np.bool_)
-    box.put_pairs(pairs_LEE, no_sets)  # recorded only, and there is no recording
-    planned = []
-
-    def plan(step: int, pairs_LEE: npt.NDArray[np.int64]) -> None:
-        planned.append((step, pairs_LEE.tolist()))
-        if step == 13:
-            raise ValueError("no thirteen")
-
-    box.plan_pairs = plan
-    for step in (12, 13):
-        box.begin_step(step, num_microbatches=1)
-        box.put_pairs(pairs_LEE, no_sets)
-    assert planned == [(12, pairs_LEE.tolist()), (13, pairs_LEE.tolist())]
-    assert box.faults == 1 and len(warnings) == 1 and "step 13" in warnings[0]

@@ -18,7 +18,6 @@ import pytest
 
 from megatron_laer.choices import Sharding
 from megatron_laer.planner import state as states
-from megatron_laer.planner.by_pairs import WHOLE, PlacedPairs
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
@@ -31,7 +30,7 @@ from megatron_laer.runtime.planning.planner_checkpoint import (
     state_path,
 )
 from tests.fuzz import damaged
-from tests.planner_states import LAYERS, C, E, N, layouts, make_state
+from tests.planner_states import LAYERS, C, E, N, make_state
 
 PREFIX = struct.Struct("<8sII")
 # The reader of JSON can handle this depth.
@@ -62,64 +61,6 @@ def test_a_state_comes_back_as_it_was() -> None:
         np.testing.assert_array_equal(forecast.level_NE, saved.level_NE)
         np.testing.assert_array_equal(forecast.steady_NE, saved.steady_NE)
     assert found.forecasts[0].errors != (0, 0)
-
-
-def with_pairs() -> PlannerState:
-    """Return a state with layouts by pairs in force, planned and made, of one layer each."""
-    pairs_LEE = np.arange(3)[:, None, None] + 5 * np.eye(E, dtype=np.int64)
-    state = make_state(
-        row_shares=(WHOLE, 700_000, WHOLE),
-        pairs=PlacedPairs(pairs_LEE, (None, layouts(9)[1], layouts(9)[2]), (0, 2)),
-    )
-    first, second = state.plans
-    second = dataclasses.replace(second, row_shares={2: 800_000})
-    return dataclasses.replace(state, plans=(first, second))
-
-
-def test_pairs_and_their_layouts_come_back_as_they_were() -> None:
-    state = with_pairs()
-    found = PlannerState.from_bytes(state.to_bytes())
-    assert found.to_bytes() == state.to_bytes()
-    assert found.row_shares == state.row_shares and found.plans == state.plans
-    assert found.pairs is not None and state.pairs is not None
-    assert found.pairs.layouts == state.pairs.layouts and found.pairs.waiting == (0, 2)
-    assert (found.pairs.pairs_LEE == state.pairs.pairs_LEE).all()
-    assert found.forecasts[2].level_NE is not None
-    assert found.forecasts[2].level_NE.tolist() == state.forecasts[2].level_NE.tolist()  # type: ignore
-    header, _ = taken_apart(make_state().to_bytes())
-    assert not header.keys() & {"pairs", "row_shares"}
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"row_shares": [[1, 1, 1]] * 2}, "3 lists"),
-        ({"row_shares": [[1, 1]] * 3}, "2 row_shares for 3 layers"),
-        ({"row_shares": [[1, 1, -1]] * 3}, "row_shares"),
-        ({"row_shares": [[1, 1, 1.5]] * 3}, "integers"),
-        ({"row_shares": NESTED}, "row_shares"),
-        ({"pairs": []}, "pairs must have"),
-        ({"pairs": {"placed": [False, True, True]}}, "pairs must have"),
-        ({"pairs": {"placed": [False, True], "waiting": [0]}}, "placed"),
-        ({"pairs": {"placed": [True, True, True], "waiting": [0]}}, "arrays"),
-        ({"pairs": {"placed": [False, True, True], "waiting": [0, 0]}}, "waiting"),
-        ({"pairs": {"placed": [False, True, True], "waiting": [3]}}, "layers"),
-        ({"pairs": {"placed": [False, True, True], "waiting": NESTED}}, "waiting"),
-    ],
-)
-def test_pairs_of_no_layer_are_refused(changes: dict[str, Any], message: str) -> None:
-    header, payload = taken_apart(with_pairs().to_bytes())
-    assert PlannerState.from_bytes(signed(header, payload)).version == 5
-    with pytest.raises(ValueError, match=message):
-        PlannerState.from_bytes(signed(header | changes, payload))
-
-
-def test_a_table_that_counts_no_pairs_is_refused() -> None:
-    header, payload = taken_apart(with_pairs().to_bytes())
-    uneven = np.frombuffer(payload[-8 * E * E :], dtype="<i8").copy()
-    uneven[1] += 1
-    with pytest.raises(ValueError, match="no table of pairs"):
-        PlannerState.from_bytes(signed(header, payload[: -8 * E * E] + uneven.tobytes()))
 
 
 def test_a_state_of_another_group_is_refused_with_what_differs() -> None:

@@ -22,7 +22,6 @@ from megatron_laer.planner.token_exchange import (
     token_seconds,
     with_token_exchange,
 )
-from megatron_laer.runtime import build
 from megatron_laer.runtime.build import token_exchange
 from tests.costs import make_costs
 
@@ -127,21 +126,3 @@ def test_auto_is_decided_for_the_tokens_of_the_command_line() -> None:
         assert tokens == sequence // 4
         found.append(token_exchange(config, QWEN, geometry, 8, tokens))
     assert found == [RANK, NODE]
-
-
-@pytest.mark.parametrize(
-    ("exchange", "node_size", "why"),
-    [
-        (TokenExchange.NODE, 8, "all ranks are on one node"),
-        (TokenExchange.RANK, 4, "--fsep-token-exchange auto is rank"),
-    ],
-)
-def test_pairs_that_nothing_uses_are_refused(
-    exchange: TokenExchange, node_size: int, why: str
-) -> None:
-    config = FSEPConfig(pairs_interval=7, token_exchange=Auto.AUTO)
-    with pytest.raises(ValueError, match=f"interval 7: no effect, since {why} and --fsep-record"):
-        build._check_pairs(config, exchange, Geometry(8, 8, 2, node_size))
-    recorded = replace(config, record_trace="out")
-    build._check_pairs(recorded, exchange, Geometry(8, 8, 2, node_size))
-    build._check_pairs(config, TokenExchange.NODE, Geometry(8, 8, 2, 4))

@@ -14,9 +14,9 @@ from benchmarks.token_traffic import dispatch_rows
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Split, TokenExchange
 from megatron_laer.config import PlanMode
-from megatron_laer.planner.coactivation import place_together
 from megatron_laer.planner.exact import ExactQuotas, exact_split
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
@@ -61,8 +61,8 @@ def test_tokens_choose_replicas_with_fewer_rows(skew: float) -> None:
     shape = Shape(nodes=4, node_size=4, experts=64, topk=6, tokens=256)
     maps = routing_maps(shape, skew, seed=1)
     geometry = Geometry(shape.ranks, shape.experts, 6, shape.node_size)
-    chosen_TE = np.concatenate(maps).astype(np.int64)
-    layout = place_together(chosen_TE.T @ chosen_TE, geometry).layout
+    counts_NE = np.stack([map_TE.sum(axis=0, dtype=np.int64) for map_TE in maps])
+    layout = GreedyStrategy(geometry).plan(counts_NE, geometry.static_layout)
     rows, balance = [], []
     for top_k in (0, shape.topk):
         case = Case.of(maps, shape, layout, Split.EXACT, top_k)

@@ -4,40 +4,24 @@
 #include "crossings.hpp"
 
 #include <algorithm>
-#include <numeric>
 
 namespace laer {
 
 double Pairs::load(int expert) const { return std::max(of(expert)[expert], 1.0); }
 
-bool Pairs::are_sources_alike() const {
-  for (int node = 1; node < nodes; ++node) {
-    if (!std::equal(counts_QE.begin(), counts_QE.begin() + experts,
-                    counts_QE.begin() + int64_t{node} * experts)) {
-      return false;
-    }
-  }
-  return true;
-}
-
-Crossings::Crossings(const Pairs& pairs)
-    : pairs_(pairs), are_sources_alike_(pairs.are_sources_alike()) {
+Crossings::Crossings(const Pairs& pairs) : pairs_(pairs) {
   const int nodes = pairs.nodes, experts = pairs.experts;
-  tokens_Q_.assign(nodes, 0);
   load_E_.resize(experts);
   load_Q_.assign(nodes, 0);
   for (int e = 0; e < experts; ++e) {
     load_E_[e] = pairs.load(e);
     tokens_ += load_E_[e] / pairs.top_k;
-    for (int node = 0; node < nodes; ++node) {
-      tokens_Q_[node] += pairs.count(node, e) / pairs.top_k;
-    }
+    tokens_of_node_ += pairs.load_of_node(e) / pairs.top_k;
   }
-  of_sources_ = std::accumulate(tokens_Q_.begin(), tokens_Q_.end(), 0.0);
+  for (int node = 0; node < nodes; ++node) tokens_of_nodes_ += tokens_of_node_;
   hosts_QE_.assign(at(nodes, 0), 0);
   hosts_E_.assign(experts, 0);
-  sets_Q_.assign(nodes, {0, 0, std::vector<char>(experts, 0), std::vector<double>(experts, 0),
-                         std::vector<double>(nodes, 0)});
+  sets_Q_.assign(nodes, {0, 0, std::vector<char>(experts, 0), std::vector<double>(experts, 0)});
 }
 
 void Crossings::update(int node, int expert) {
@@ -50,9 +34,6 @@ void Crossings::update(int node, int expert) {
   set.square += sign * 2 * set.together_E[expert] + pairs_E[expert];
   set.load += sign * load_E_[expert];
   for (int e = 0; e < pairs_.experts; ++e) set.together_E[e] += sign * pairs_E[e];
-  for (int source = 0; source < pairs_.nodes; ++source) {
-    set.count_Q[source] += sign * pairs_.count(source, expert);
-  }
 }
 
 void Crossings::move(int expert, int from, int to) {
@@ -74,7 +55,7 @@ double Crossings::load(int node, int expert) const {
   for (int source = 0; source < pairs_.nodes; ++source) {
     const bool has = hosts(source, expert);
     if (has && source != node) continue;
-    load += pairs_.count(source, expert) / (has ? 1 : hosts_E_[expert]);
+    load += pairs_.load_of_node(expert) / (has ? 1 : hosts_E_[expert]);
   }
   return load;
 }
@@ -82,11 +63,11 @@ double Crossings::load(int node, int expert) const {
 void Crossings::add_load(int expert, double sign) {
   double far = 0;  // of each node, from nodes without the expert
   for (int source = 0; source < pairs_.nodes; ++source) {
-    if (!hosts(source, expert)) far += pairs_.count(source, expert);
+    if (!hosts(source, expert)) far += pairs_.load_of_node(expert);
   }
   far /= hosts_E_[expert];
   for (int node = 0; node < pairs_.nodes; ++node) {
-    if (hosts(node, expert)) load_Q_[node] += sign * (far + pairs_.count(node, expert));
+    if (hosts(node, expert)) load_Q_[node] += sign * (far + pairs_.load_of_node(expert));
   }
 }
 
@@ -98,7 +79,7 @@ double Crossings::rows() const {
   for (int e = 0; e < pairs_.experts; ++e) {
     if (hosts_E_[e] > 1) rows += rows_with_choice(e);
   }
-  return rows / of_sources_;
+  return rows / tokens_of_nodes_;
 }
 
 // Tokens of other nodes with an expert of a node's set.
@@ -110,21 +91,12 @@ double Crossings::visits(int node) const {
   double likeness = ((set.square / tokens_ - mean * mean) / even - 1) / std::max(draws - 1, 1);
   likeness = std::clamp(likeness, -0.9 / draws, 0.9);
   const double pull = likeness / (1 - likeness);
-  auto found = [&](double missing) {
-    double none = 1;
-    for (int drawn = 0; drawn < draws; ++drawn) {
-      none *= std::clamp((missing + drawn * pull) / (1 + drawn * pull), 0.0, 1.0);
-    }
-    return 1 - none;
-  };
-  const double alike = are_sources_alike_ ? found(miss) : 0;
-  double tokens = 0;
-  for (int source = 0; source < pairs_.nodes; ++source) {
-    if (source == node) continue;
-    const double own = tokens_Q_[source];
-    if (own == 0) continue;
-    tokens += own * (are_sources_alike_ ? alike : found(1 - set.count_Q[source] / own / draws));
+  double none = 1;
+  for (int drawn = 0; drawn < draws; ++drawn) {
+    none *= std::clamp((miss + drawn * pull) / (1 + drawn * pull), 0.0, 1.0);
   }
+  double tokens = 0;
+  for (int other = 1; other < pairs_.nodes; ++other) tokens += tokens_of_node_ * (1 - none);
   return tokens;
 }
 
@@ -145,7 +117,7 @@ double Crossings::rows_with_choice(int expert) const {
   }
   double tokens = 0;
   for (int source = 0; source < pairs_.nodes; ++source) {
-    if (!hosts(source, expert)) tokens += none * pairs_.count(source, expert);
+    if (!hosts(source, expert)) tokens += none * pairs_.load_of_node(expert);
   }
   return tokens;
 }

@@ -9,16 +9,15 @@
 
 namespace laer {
 
-// Tokens that chose both of two experts, on the diagonal those of one; and which tokens of them are
-// on each node, for each expert.
+// Tokens that chose both of two experts, on the diagonal those of one. Nodes are alike: each has an
+// equal part of an expert's tokens.
 struct Pairs {
   int experts, nodes, top_k;
-  std::vector<double> pairs_EE, counts_QE;
+  std::vector<double> pairs_EE;
 
   const double* of(int expert) const { return pairs_EE.data() + int64_t{expert} * experts; }
   double load(int expert) const;
-  double count(int node, int expert) const { return counts_QE[int64_t{node} * experts + expert]; }
-  bool are_sources_alike() const;
+  double load_of_node(int expert) const { return load(expert) / nodes; }
 };
 
 // A token uses experts of its own node, else of any node. An expert on a single node leads tokens
@@ -49,7 +48,7 @@ class Crossings {
   struct Set {
     double load = 0, square = 0;
     std::vector<char> has_E;
-    std::vector<double> together_E, count_Q;
+    std::vector<double> together_E;
   };
 
   int64_t at(int node, int expert) const { return int64_t{node} * pairs_.experts + expert; }
@@ -60,9 +59,8 @@ class Crossings {
   double rows_with_choice(int expert) const;
 
   const Pairs& pairs_;
-  const bool are_sources_alike_;
-  double tokens_ = 0, of_sources_ = 0;
-  std::vector<double> tokens_Q_, load_E_, load_Q_;
+  double tokens_ = 0, tokens_of_node_ = 0, tokens_of_nodes_ = 0;
+  std::vector<double> load_E_, load_Q_;
   std::vector<char> hosts_QE_;
   std::vector<int> hosts_E_;
   std::vector<Set> sets_Q_;

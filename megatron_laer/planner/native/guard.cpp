@@ -59,14 +59,12 @@ void take(Decision& decision, std::vector<int16_t> fresh_S, std::vector<int64_t>
   decision.loads_S = std::move(loads_S);
 }
 
-void by_cost(const Microbatch& microbatch, const CostModel& costs, double row_share,
-             const int16_t* planned_S, Decision& decision) {
+void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t* planned_S,
+             Decision& decision) {
   const Shape& shape = microbatch.shape;
   const Replicas planned(shape, planned_S);
   decision.loads_S = microbatch.loads(planned);
-  CostModel planned_costs = costs;
-  planned_costs.inter_pair_bytes *= row_share;
-  const double kept_s = microbatch.seconds(planned_costs, planned, decision.loads_S);
+  const double kept_s = microbatch.seconds(costs, planned, decision.loads_S);
   const double least_s =
       least_layer_seconds(shape, costs, Counts(shape, microbatch.counts_NE),
                           microbatch.node_counts_QE);
@@ -116,7 +114,7 @@ void by_tolerance(const Microbatch& microbatch, double tolerance, const int16_t*
 }  // namespace
 
 Decision decide(const Shape& shape, Mode mode, const CostModel& costs, double tolerance,
-                double row_share, const int64_t* counts_NE, const int64_t* node_counts_QE,
+                const int64_t* counts_NE, const int64_t* node_counts_QE,
                 const int16_t* planned_S) {
   const Microbatch microbatch{shape, counts_NE, node_counts_QE};
   Decision decision;
@@ -135,7 +133,7 @@ Decision decide(const Shape& shape, Mode mode, const CostModel& costs, double to
       break;
     }
     case Mode::kByCost:
-      by_cost(microbatch, costs, row_share, planned_S, decision);
+      by_cost(microbatch, costs, planned_S, decision);
       break;
     case Mode::kByTolerance:
       by_tolerance(microbatch, tolerance, planned_S, decision);

@@ -23,10 +23,9 @@ struct Decision {
   double gain_s = 0, cost_s = 0;
 };
 
-// `costs` is for kByCost, and for kExact beside home experts; `tolerance` for kByTolerance. The planned
-// layout sends `row_share` of the rows between nodes that `costs` takes for its pairs.
+// `costs` is for kByCost, and for kExact beside home experts; `tolerance` for kByTolerance.
 Decision decide(const Shape& shape, Mode mode, const CostModel& costs, double tolerance,
-                double row_share, const int64_t* counts_NE, const int64_t* node_counts_QE,
+                const int64_t* counts_NE, const int64_t* node_counts_QE,
                 const int16_t* planned_S);
 
 }  // namespace laer

@@ -10,7 +10,6 @@
 
 #include <algorithm>
 #include <functional>
-#include <memory>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -308,7 +307,7 @@ py::tuple rank_quotas(const Slots& slots_S, const Counts& row_S, const Counts& c
 // planner/splits.py name what is returned.
 py::tuple decide(const std::string& mode, const laer::CostModel& costs,
                  std::optional<double> tolerance, const Counts& counts_NE, const Slots& planned_S,
-                 int node_size, int home, int rank, int top_k, double row_share) {
+                 int node_size, int home, int rank, int top_k) {
   laer::Shape shape = shape_of(counts_NE, planned_S, node_size, home);
   shape.top_k = checked_top_k(shape, top_k);
   check_rank(shape, rank);
@@ -316,7 +315,6 @@ py::tuple decide(const std::string& mode, const laer::CostModel& costs,
     throw py::value_error("no such mode: " + mode);
   }
   check_costs(shape, costs);
-  if (!(row_share >= 0.0)) throw py::value_error("row_share must be at least 0");
   const laer::Mode way = mode == "forecast" ? laer::Mode::kForecast
                          : mode == "exact"  ? laer::Mode::kExact
                          : tolerance        ? laer::Mode::kByTolerance
@@ -329,8 +327,7 @@ py::tuple decide(const std::string& mode, const laer::CostModel& costs,
     int64_t *row = row_S.mutable_data(), *columns = columns_NC.mutable_data();
     py::gil_scoped_release release;
     const std::vector<int64_t> by_node = node_counts(shape, counts);
-    made = laer::decide(shape, way, costs, tolerance.value_or(0.0), row_share, counts, by_node.data(),
-                        slots);
+    made = laer::decide(shape, way, costs, tolerance.value_or(0.0), counts, by_node.data(), slots);
     if (!made.fresh_S.empty()) slots = made.fresh_S.data();
     const laer::Replicas replicas(shape, slots);
     laer::rank_row(shape, counts, by_node.data(), replicas, made.loads_S.data(), rank, row);
@@ -436,61 +433,39 @@ py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int
   });
 }
 
-laer::Pairs pairs_of(const Counts& pairs_EE, const Doubles& counts_QE, int top_k) {
-  if (pairs_EE.ndim() != 2 || pairs_EE.shape(0) != pairs_EE.shape(1) || pairs_EE.size() == 0 ||
-      counts_QE.ndim() != 2 || counts_QE.shape(1) != pairs_EE.shape(1)) {
-    throw py::value_error("pairs must be [E, E] and counts [Q, E]");
+laer::Pairs pairs_of(const Counts& pairs_EE, int nodes, int top_k) {
+  if (pairs_EE.ndim() != 2 || pairs_EE.shape(0) != pairs_EE.shape(1) || pairs_EE.size() == 0) {
+    throw py::value_error("pairs must be [E, E]");
   }
-  if (top_k < 1) throw py::value_error("top_k must be 1 or more");
-  return {static_cast<int>(pairs_EE.shape(0)), static_cast<int>(counts_QE.shape(0)), top_k,
-          {pairs_EE.data(), pairs_EE.data() + pairs_EE.size()}, to_vector(counts_QE)};
+  if (nodes < 1 || top_k < 1) throw py::value_error("nodes and top_k must be 1 or more");
+  return {static_cast<int>(pairs_EE.shape(0)), nodes, top_k,
+          {pairs_EE.data(), pairs_EE.data() + pairs_EE.size()}};
 }
 
-// Pairs with the sums that refer to them.
-struct HeldCrossings {
-  HeldCrossings(laer::Pairs of, const Counts& hosts_QE) : pairs(std::move(of)), crossings(pairs) {
-    for (int node = 0; node < pairs.nodes; ++node) {
-      for (int e = 0; e < pairs.experts; ++e) {
-        if (hosts_QE.data()[node * pairs.experts + e] != 0) {
-          crossings.move(e, laer::Crossings::kNowhere, node);
-        }
+// The rows that are expected if nodes have the experts of `hosts_QE` that are not 0.
+double crossing_rows(const Counts& pairs_EE, const Counts& hosts_QE, int top_k) {
+  if (hosts_QE.ndim() != 2) throw py::value_error("the experts of nodes must be [Q, E]");
+  const laer::Pairs pairs = pairs_of(pairs_EE, static_cast<int>(hosts_QE.shape(0)), top_k);
+  check_size(hosts_QE, int64_t{pairs.nodes} * pairs.experts, "the experts of nodes");
+  laer::Crossings crossings(pairs);
+  for (int node = 0; node < pairs.nodes; ++node) {
+    for (int e = 0; e < pairs.experts; ++e) {
+      if (hosts_QE.data()[node * pairs.experts + e] != 0) {
+        crossings.move(e, laer::Crossings::kNowhere, node);
       }
     }
   }
-  const laer::Pairs pairs;
-  laer::Crossings crossings;
-};
-
-// `hosts_QE` says which nodes have which experts.
-std::unique_ptr<HeldCrossings> held_crossings(const Counts& pairs_EE, const Doubles& counts_QE,
-                                          const Counts& hosts_QE, int top_k) {
-  check_size(hosts_QE, counts_QE.size(), "the experts of nodes");
-  return std::make_unique<HeldCrossings>(pairs_of(pairs_EE, counts_QE, top_k), hosts_QE);
+  return crossings.rows();
 }
 
-// Nodes are -1 for none. An expert comes to a node without it, or leaves one that has it.
-void move(HeldCrossings& held, int expert, int from, int to) {
-  const auto is_node = [&](int node, bool has) {
-    return node == laer::Crossings::kNowhere ||
-           (node >= 0 && node < held.pairs.nodes && held.crossings.hosts(node, expert) == has);
-  };
-  if (expert < 0 || expert >= held.pairs.experts || !is_node(from, true) || !is_node(to, false)) {
-    throw py::value_error("an expert must leave a node that has it, for one that has it not");
+// Slots with home experts first, and the rows that they are expected to send.
+py::tuple together(const Counts& pairs_EE, const Counts& loads_XE, int nodes, int node_size,
+                   int capacity, int top_k, int steps, int tries, uint64_t seed) {
+  const laer::Pairs pairs = pairs_of(pairs_EE, nodes, top_k);
+  const int ranks = nodes * node_size, home = ranks < 1 ? 0 : pairs.experts / ranks;
+  if (home < 1 || ranks * home != pairs.experts || capacity < home || capacity > pairs.experts) {
+    throw py::value_error("ranks must divide the experts, and slots be E/N to E");
   }
-  held.crossings.move(expert, from, to);
-}
-
-// Slots, and the rows that they are expected to send.
-py::tuple together(const Counts& pairs_EE, const Doubles& counts_QE, const Counts& loads_XE,
-                   int node_size, int capacity, int home, int top_k, int steps, int tries,
-                   uint64_t seed) {
-  const laer::Pairs pairs = pairs_of(pairs_EE, counts_QE, top_k);
-  const int ranks = pairs.nodes * node_size;
-  if (node_size < 1 || capacity < 1 || capacity > pairs.experts ||
-      static_cast<int64_t>(ranks) * capacity < pairs.experts) {
-    throw py::value_error("ranks must have slots for all experts, and no more each");
-  }
-  check_home(ranks, pairs.experts, capacity, home);
   if (loads_XE.ndim() != 2 || loads_XE.shape(1) != pairs.experts || loads_XE.size() == 0) {
     throw py::value_error("loads must be [X, E]");
   }
@@ -503,9 +478,9 @@ py::tuple together(const Counts& pairs_EE, const Doubles& counts_QE, const Count
   const laer::Shape shape{ranks, pairs.experts, capacity, node_size, home};
   laer::Random random(seed);
   laer::Crossings crossings(pairs);
-  const auto nodes =
+  const auto chosen =
       laer::choose_nodes(pairs, node_size * capacity, steps, random, crossings);
-  const auto slots_S = laer::choose_ranks(shape, pairs, nodes, loads, tries, random, crossings);
+  const auto slots_S = laer::choose_ranks(shape, pairs, chosen, loads, tries, random, crossings);
   py::gil_scoped_acquire acquire;
   return py::make_tuple(to_array(slots_S), crossings.rows());
 }
@@ -533,7 +508,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("exposed_seconds", &exposed_seconds<laer::exposed_seconds>);
   module.def("exposed_backward_seconds", &exposed_seconds<laer::exposed_backward_seconds>);
   module.def("decide", &decide, py::arg("mode"), py::arg("costs"), py::arg("tolerance"), counts,
-             py::arg("planned_S"), node_size, home, rank, top_k, py::arg("row_share") = 1.0);
+             py::arg("planned_S"), node_size, home, rank, top_k);
   module.def("rank_quotas", &rank_quotas);
   module.def("construct", &construct, py::arg("counts_NE"), py::arg("current_S"),
              py::arg("node_size"), py::arg("home"), py::arg("costs") = nullptr);
@@ -542,9 +517,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("proportional_by_node", &proportional_by_node);
   module.def("greedy", &greedy, py::arg("counts_NE"), py::arg("current_S"), py::arg("node_size"),
              py::arg("home"), py::arg("costs") = nullptr);
-  py::class_<HeldCrossings>(module, "Crossings")
-      .def(py::init(&held_crossings))
-      .def("move", &move)
-      .def("rows", [](const HeldCrossings& held) { return held.crossings.rows(); });
+  module.def("crossing_rows", &crossing_rows);
   module.def("together", &together);
 }

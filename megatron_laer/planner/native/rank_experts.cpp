@@ -28,7 +28,7 @@ class Ranks {
 
   std::vector<int16_t> run(const NodeExperts& experts, int tries) {
     for (int node = 0; node < shape_.nodes(); ++node) {
-      deal(node, experts.main_Q[node], shape_.home > 0 ? shape_.home : shape_.capacity);
+      deal(node, experts.main_Q[node], shape_.home);
       deal(node, experts.replicas_Q[node], shape_.capacity);
       fill(node);
     }

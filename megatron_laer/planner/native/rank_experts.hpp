@@ -14,7 +14,7 @@
 
 namespace laer {
 
-// Slots of ranks, main experts first. Experts are dealt by load and exchanged inside nodes until
+// Slots of ranks, home experts first. Experts are dealt by load and exchanged inside nodes until
 // ranks are even. Then slots change places, or experts, while an exact split could not balance one
 // of `loads_XE`, for few more rows: at most so many tries. `crossings` has the result's experts.
 std::vector<int16_t> choose_ranks(const Shape& shape, const Pairs& pairs,

@@ -160,14 +160,13 @@ class TokenSizesExchange:
 
 def broadcast_layouts(
     layouts: Sequence[ExpertLayout] | None,
-    row_shares: Sequence[int],
     status: PlannerStatus,
     shape: tuple[int, int, int],
     num_layers: int,
     groups: FSEPGroups,
     download: Download,
-) -> tuple[list[ExpertLayout] | None, list[int], PlannerStatus]:
-    """Broadcast rank 0's next layouts and shares of rows, or None, and its planner's status.
+) -> tuple[list[ExpertLayout] | None, PlannerStatus]:
+    """Broadcast rank 0's next layouts, one per layer or None, and its planner's status.
 
     One small collective, for which the host waits; other ranks' layouts and status are ignored.
     `shape` is (N, C, E).
@@ -175,26 +174,20 @@ def broadcast_layouts(
     num_ranks, capacity, _ = shape
     slots_LS = np.zeros((num_layers, num_ranks * capacity), dtype=np.int16)
     header = np.array([0, status.plan_us, status.late_plans, status.failures], dtype=np.int64)
-    shares_L = np.zeros(num_layers, dtype=np.int64)
     if groups.rank == 0 and layouts is not None:
         header[0] = 1
-        shares_L[:] = row_shares
         slots_LS[:] = [layout.slot_expert_S for layout in layouts]
     # As bytes, since neither NCCL nor gloo sends int16.
-    content = header.tobytes() + shares_L.tobytes() + slots_LS.tobytes()
-    message = np.frombuffer(bytearray(content), dtype=np.uint8)
+    message = np.frombuffer(bytearray(header.tobytes() + slots_LS.tobytes()), dtype=np.uint8)
     tensor = upload(torch.from_numpy(message), download.device)
     dist.broadcast(tensor, src=groups.planner_rank, group=groups.tokens)
     received = download.start(tensor)().numpy().tobytes()
-    begin = header.nbytes + shares_L.nbytes
-    integers = np.frombuffer(received[:begin], dtype=np.int64).tolist()
-    is_new, *numbers = integers[: len(header)]
+    is_new, *numbers = np.frombuffer(received[: header.nbytes], dtype=np.int64).tolist()
     told = PlannerStatus(*numbers)
     if not is_new:
-        return None, [], told
-    slots_LS = np.frombuffer(received[begin:], dtype=np.int16).reshape(slots_LS.shape)
-    layouts = [ExpertLayout.from_slots(*shape, slots_S) for slots_S in slots_LS]
-    return layouts, integers[len(header) :], told
+        return None, told
+    slots_LS = np.frombuffer(received[header.nbytes :], dtype=np.int16).reshape(slots_LS.shape)
+    return [ExpertLayout.from_slots(*shape, slots_S) for slots_S in slots_LS], told
 
 
 def gather_integers(values: torch.Tensor, groups: FSEPGroups, device: torch.device) -> Int64:

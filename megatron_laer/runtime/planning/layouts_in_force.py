@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 
-from megatron_laer.choices import TokenExchange
 from megatron_laer.config import FixedPlanner, FSEPConfig
 from megatron_laer.files.checks import quoted
-from megatron_laer.planner.by_pairs import WHOLE
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
@@ -55,7 +53,6 @@ class LayoutsInForce:
     out_of_fp8: set[int] = field(default_factory=set)
     _layers: list[str] = field(default_factory=list)
     _layouts: list[ExpertLayout] = field(default_factory=list)
-    _row_shares: list[int] = field(default_factory=list)
     _step: int = 0
     _planner_rank: PlannerRank | None = None
 
@@ -86,7 +83,6 @@ class LayoutsInForce:
         self.homes.append(home)
         self._layers.append(name)
         self._layouts.append(self.geometry.static_layout)
-        self._row_shares.append(WHOLE)
         return home
 
     def of_pass(self, layer: int, draw: int, *, training: bool) -> ExpertLayout:
@@ -94,12 +90,6 @@ class LayoutsInForce:
             seed = (self.seed, self._step, layer, draw)
             return self.geometry.random_layout(seed)
         return self._layouts[layer]
-
-    def row_share(self, layer: int) -> float:
-        """Return the part of a fresh layout's rows between nodes that the one in force sends."""
-        if self.costs.tokens.exchange == TokenExchange.RANK:  # resumed from a run by node
-            return 1.0
-        return self._row_shares[layer] / WHOLE
 
     def start(self, first_step: int) -> None:
         self._go_on(first_step)
@@ -162,9 +152,8 @@ class LayoutsInForce:
     def _change(self, step: int) -> None:
         planner_rank = self._planner_rank
         due = None if planner_rank is None else planner_rank.due(step)
-        layouts, row_shares, self.status = broadcast_layouts(
+        layouts, self.status = broadcast_layouts(
             due,
-            [] if planner_rank is None else planner_rank.row_shares,
             PlannerStatus() if planner_rank is None else planner_rank.status,
             self.geometry.shape,
             len(self._layers),
@@ -174,7 +163,7 @@ class LayoutsInForce:
         if layouts is None:
             return
         self.version += 1
-        self._layouts, self._row_shares = list(layouts), row_shares
+        self._layouts = list(layouts)
         if planner_rank is not None:
             planner_rank.applied(step, layouts)
 
@@ -190,7 +179,6 @@ class LayoutsInForce:
             return
         self.version = state.version
         self._layouts = list(state.layouts)
-        self._row_shares = list(state.row_shares) or self._row_shares
 
     def _planner_state(self) -> PlannerState | None:
         """Return the planner's state between two steps after pending plans; None on other ranks."""
@@ -206,7 +194,5 @@ class LayoutsInForce:
             layouts=self.layouts,
             forecasts=tuple(of for of in forecasts if isinstance(of, SmoothedForecast)),
             plans=tuple(planned.plans),
-            row_shares=tuple(self._row_shares),
-            pairs=planned.pairs,
         )
         return planner_checkpoint.by_expert(state, self.homes)

@@ -13,16 +13,15 @@ from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.telemetry.trace_file import TraceWriter
 
 Planner = Callable[[int, int, Int64], None]
-PairPlanner = Callable[[int, Int64], None]
 
 
 class RoutingMailbox:
     """Counts of routed microbatches on their way to the recorder and the planner.
 
     `planner` receives step, layer and the layer's sum over the step, int64 [N, E], with the layer's
-    last microbatch, and must not change it. `plan_pairs`, if set, receives step and pairs.
-    `trace`, the recording of each microbatch with experts in place of home positions, is closed
-    here. No error here stops training; `faults` counts those of the planner.
+    last microbatch, and must not change it. `trace`, the recording of each microbatch with experts
+    in place of home positions, is closed here. No error here stops training; `faults` counts those
+    of the planner.
     """
 
     def __init__(
@@ -34,7 +33,6 @@ class RoutingMailbox:
         on_warning: Callable[[str], None],
     ) -> None:
         self.faults = 0
-        self.plan_pairs: PairPlanner | None = None
         self._layers = layers
         self._homes = homes
         self._planner = planner
@@ -60,13 +58,7 @@ class RoutingMailbox:
             self._deliver(layer)
 
     def put_pairs(self, pairs_LEE: Int64, chosen_LTE: Bool) -> None:
-        """Deliver and record the step's pairs of home positions, and record the sampled sets."""
-        if self.plan_pairs is not None:
-            try:
-                self.plan_pairs(self._step, pairs_LEE)
-            except Exception as error:
-                self.faults += 1
-                self._on_warning(f"pairs of step {self._step} are not planned from: {error!r}")
+        """Record the step's pairs and sampled sets of each layer, of home positions."""
         if self._trace is None:
             return
         for layer, pairs_EE in enumerate(pairs_LEE):

@@ -71,8 +71,7 @@ class PassLayouts:
 
     def decide(self, layer_pass: LayerPass, counts_NE: Int64, planned: ExpertLayout) -> Decision:
         guard = self.in_force.guard_of(layer_pass.layer, self.guard)
-        row_share = self.in_force.row_share(layer_pass.layer)
-        return guard.decide(counts_NE, planned, self.groups.rank, row_share)
+        return guard.decide(counts_NE, planned, self.groups.rank)
 
     def close(self) -> None:
         """Release resources."""

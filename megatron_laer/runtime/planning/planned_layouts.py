@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.by_pairs import WHOLE, PairPlanner
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import PlannerService, ServiceState
@@ -27,9 +26,6 @@ class PlannedLayouts:
         wait: wait for plans that are due, until one is late.
         resumed: state of an earlier run, with the same layers.
         check_layout: raises for a layout that the run cannot use.
-        by_pairs: planner of layouts by pairs, if they are to be compared.
-
-    `row_shares` are those of the layouts that `due` returned last (`by_pairs.Choice`), by layer.
     """
 
     def __init__(
@@ -42,13 +38,11 @@ class PlannedLayouts:
         on_warning: Callable[[str], None],
         resumed: PlannerState | None = None,
         check_layout: Callable[[ExpertLayout], None] | None = None,
-        by_pairs: PairPlanner | Mapping[int, PairPlanner] | None = None,
     ) -> None:
         self._lag = lag
         self._wait = wait
         self._on_warning = on_warning
         self._layers = range(len(initial))
-        self.uses_pairs = by_pairs is not None
         plans = resumed.plans if resumed else ()
         self._observed = {plan.source_step: set(self._layers) for plan in plans}
         self._service = PlannerService(
@@ -60,10 +54,7 @@ class PlannedLayouts:
             forecast=dict(enumerate(resumed.forecasts)) if resumed else SmoothedForecast(),
             plans=plans,
             check_layout=check_layout,
-            by_pairs=by_pairs,
-            pairs=resumed.pairs if resumed else None,
         )
-        self.row_shares = [WHOLE] * len(initial)
         self.plan_ms = 0.0
         self.late_plans = 0
 
@@ -74,9 +65,6 @@ class PlannedLayouts:
     def observe(self, step: int, layer: int, counts_NE: Int64) -> None:
         self._observed.setdefault(step, set()).add(layer)
         self._service.submit(step, layer, counts_NE)
-
-    def observe_pairs(self, step: int, pairs_LEE: Int64) -> None:
-        self._service.submit_pairs(step, pairs_LEE)
 
     def due(self, step: int) -> list[ExpertLayout] | None:
         """Return the layouts that take effect with `step`, one per layer; None for no change.
@@ -106,7 +94,6 @@ class PlannedLayouts:
         if plan is None:
             return None
         self.plan_ms = plan.plan_ms
-        self.row_shares = [plan.row_share(layer) for layer in self._layers]
         return [plan.layouts[layer] for layer in self._layers]
 
     def state(self) -> ServiceState:

@@ -13,12 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.by_pairs import PlacedPairs
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.state import PlannerState
@@ -110,7 +108,6 @@ def by_expert(state: PlannerState, homes: Sequence[HomeOrder]) -> PlannerState:
         state,
         [home.layout_of_experts for home in homes],
         [home.by_expert for home in homes],
-        [home.pairs_by_expert for home in homes],
     )
 
 
@@ -120,7 +117,6 @@ def by_position(state: PlannerState, homes: Sequence[HomeOrder]) -> PlannerState
         state,
         [home.layout_of_positions for home in homes],
         [home.by_position for home in homes],
-        [home.pairs_by_position for home in homes],
     )
 
 
@@ -128,22 +124,12 @@ def _renumbered(
     state: PlannerState,
     of_layout: Sequence[Callable[[ExpertLayout], ExpertLayout]],
     of_loads: Sequence[Callable[[Int64], Int64]],
-    of_pairs: Sequence[Callable[[Int64], Int64]],
 ) -> PlannerState:
     def of_mean(layer: int, mean_NE: Int64 | None) -> Int64 | None:
         return None if mean_NE is None else of_loads[layer](mean_NE)
 
-    pairs = state.pairs
-    if pairs is not None:
-        pairs_LEE = [of(pairs_EE) for of, pairs_EE in zip(of_pairs, pairs.pairs_LEE, strict=True)]
-        layouts = [
-            None if layout is None else of(layout)
-            for of, layout in zip(of_layout, pairs.layouts, strict=True)
-        ]
-        pairs = PlacedPairs(np.stack(pairs_LEE), tuple(layouts), pairs.waiting)
     return replace(
         state,
-        pairs=pairs,
         layouts=tuple(of_layout[at](layout) for at, layout in enumerate(state.layouts)),
         forecasts=tuple(
             replace(

@@ -8,14 +8,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from megatron_laer.choices import TokenExchange
-from megatron_laer.config import FSEPConfig, LatePlan, OverlapScheduler, flag_name
+from megatron_laer.config import FSEPConfig, LatePlan, flag_name
 from megatron_laer.files.checks import quoted
-from megatron_laer.planner.by_pairs import PairPlanner
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder, home_digest
@@ -63,16 +60,14 @@ class PlannerRank:
             signature["homes"] = [home.expert_E.tolist() for home in homes]
         with ExitStack() as opened:
             if config.makes_plans:
-                sizes_and_costs = config, geometry, costs, len(layers), out_of_fp8
                 self._source = PlannedLayouts(
-                    _strategies(*sizes_and_costs),
+                    _strategies(config, geometry, costs, len(layers), out_of_fp8),
                     layouts,
                     lag=config.plan_lag,
                     wait=config.late_plan == LatePlan.WAIT,
                     on_warning=_warn,
                     resumed=resumed,
                     check_layout=geometry.check_layout,
-                    by_pairs=_pair_planners(*sizes_and_costs),
                 )
                 opened.callback(self._source.close)
             if (folder := config.record_layouts) is not None:
@@ -85,11 +80,8 @@ class PlannerRank:
                 with naming_flag("record_trace", folder):
                     sizes = geometry.num_ranks, geometry.num_experts
                     trace = TraceWriter(path, *sizes, layers, first_step)
-            source = self._source
-            observe = None if source is None else source.observe
+            observe = None if self._source is None else self._source.observe
             self.mailbox = RoutingMailbox(layers, homes, observe, trace, _warn)
-            if source is not None and source.uses_pairs:
-                self.mailbox.plan_pairs = source.observe_pairs
             opened.pop_all()  # all are open; `close` closes them
 
     @property
@@ -99,11 +91,6 @@ class PlannerRank:
             return PlannerStatus()
         failures = source.failures + self._faults + self.mailbox.faults
         return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
-
-    @property
-    def row_shares(self) -> list[int]:
-        """Return the shares of rows of the layouts that `due` returned last."""
-        return [] if self._source is None else self._source.row_shares
 
     def planned(self) -> ServiceState | None:
         return None if self._source is None else self._source.state()
@@ -151,30 +138,6 @@ def _strategies(
 ) -> dict[int, Strategy]:
     make = partial(make_strategy, config.planner, geometry=geometry)
     usual, others = make(costs=costs), make(costs=costs.in_bf16)
-    return _of_layers(usual, others, num_layers, out_of_fp8)
-
-
-def _pair_planners(
-    config: FSEPConfig,
-    geometry: Geometry,
-    costs: CostModel,
-    num_layers: int,
-    out_of_fp8: Collection[int],
-) -> dict[int, PairPlanner] | None:
-    """Return the planners of layouts by pairs, where pairs are counted and change rows."""
-    if config.pairs_interval is None or not config.plans_by_pairs:
-        return None
-    if costs.tokens.exchange != TokenExchange.NODE or geometry.num_nodes == 1:
-        return None
-    overlaps = config.scheduler == OverlapScheduler.ON
-    usual = PairPlanner(geometry, costs, config.pairs_interval, config.split, overlaps)
-    others = replace(usual, costs=costs.in_bf16)
-    return _of_layers(usual, others, num_layers, out_of_fp8)
-
-
-def _of_layers[T](
-    usual: T, others: T, num_layers: int, out_of_fp8: Collection[int]
-) -> dict[int, T]:
     return {layer: others if layer in out_of_fp8 else usual for layer in range(num_layers)}
 
 

@@ -76,7 +76,7 @@ def _of_layer(
     planned, counted = _halves(pairs.step_P)
     sets = [sets_TE for (at, of), sets_TE in trace.sets.items() if of == layer and at in counted]
     sets_TE = np.concatenate(sets) if sets else np.zeros((0, geometry.num_experts), dtype=np.bool_)
-    expected = Crossings(pairs.of_layer(layer, counted), geometry.num_nodes)
+    expected = Crossings(pairs.of_layer(layer, counted))
     load_E = pairs.of_layer(layer).diagonal()
 
     def rows(order_E: Int64) -> float:
@@ -112,13 +112,11 @@ def _orders(pairs_EE: Int64, geometry: Geometry) -> list[Int64]:
     orders = []
     for slots in _REPLICA_SLOTS:
         capacity = min(geometry.capacity + slots, geometry.num_experts)
-        if capacity == geometry.capacity:
-            slots_S = place_together(pairs_EE, geometry).layout.slot_expert_S
-            orders.append(slots_S.astype(np.int64))
-        else:
-            beside = replace(geometry, capacity=capacity, sharding=Sharding.EXPERTS)
-            orders.append(place_together(pairs_EE, beside).home_slot_order_E)
-    crossings = Crossings(pairs_EE, geometry.num_nodes)
+        # Without replica slots the layout by counts may have any home.
+        sharding = Sharding.ROWS if capacity == geometry.capacity else Sharding.EXPERTS
+        with_slots = replace(geometry, capacity=capacity, sharding=sharding)
+        orders.append(place_together(pairs_EE, with_slots))
+    crossings = Crossings(pairs_EE)
     return sorted(orders, key=lambda order_E: crossings.rows(_hosts(order_E, geometry.num_nodes)))
 
 
