@@ -46,7 +46,6 @@ RUN = {
     "recompute": "none",
     "token_exchange": "rank",
     "top_k": "2",
-    "domain_nodes": "1",
 }
 SIGNATURE = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
 # Enough for a fresh layout to pay.

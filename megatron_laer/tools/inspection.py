@@ -1,8 +1,9 @@
 """`inspect` describes a checkpoint from its metadata alone.
 
-It needs no ranks and no device, and loads no tensor. Torch's list of tensors is a pickle of a newer
-protocol than `torch.load` with `weights_only` reads, so Python's own unpickler reads it, and may
-look up torch's descriptions of tensors alone. Names are printed escaped.
+It needs no ranks and no device, and loads no tensor. Names are printed escaped.
+
+Torch's list of tensors is a pickle of a newer protocol than `torch.load` reads with `weights_only`.
+So Python's own unpickler reads it, and looks up torch's descriptions of tensors alone.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ _ALLOWED = {
     "torch.distributed.checkpoint.metadata": {
         *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex"),
         *("StorageMeta", "TensorProperties", "TensorStorageMetadata", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.planner": {
+        *("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
     },
     "torch.serialization": {"_get_layout"},
 }

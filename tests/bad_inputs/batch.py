@@ -16,7 +16,7 @@ _OTHERS = (
     ({"MAX_RESTARTS": "1"}, "MAX_RESTARTS=1 would begin at step 0 again"),
     ({"CONTAINER_IMAGE": "x"}, "CONTAINER_IMAGE=x needs Slurm"),
 )
-_STEPS = ("", "many", "0", "-1", "a[$(touch\tran)]")
+_STEPS = ("", "many", "0", "-1", "a[$(touch")
 _WORDS = ("--save x", "--load x", "--save=x", "--load=x")
 
 

@@ -157,6 +157,8 @@ _OTHERS = (
     ("benchmarks/planner.py --trace few.npz --json nowhere/x.json", "the folder"),
     ("benchmarks/planner.py", "required: --trace"),
     ("benchmarks/planner.py --trace idle.npz", "idle.npz has a microbatch without tokens"),
+    ("benchmarks/recorded_sets.py nothing out/sets", "'nothing' has no file NAME.E<"),
+    ("benchmarks/recorded_sets.py nothing good.txt/x", "good.txt' is no folder"),
     ("benchmarks/end_to_end.py --ranks 3", "invalid choice: '3' (choose from 2, 4, 8)"),
     ("benchmarks/end_to_end.py --ranks 1000000", "invalid choice: '1000000'"),
     ("benchmarks/end_to_end.py --ranks x", "invalid int value: 'x'"),

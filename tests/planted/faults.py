@@ -805,8 +805,8 @@ FAULTS: tuple[Fault, ...] = (
     # Experts in fp8.
     _SHARE.fault(
         "a rank's replicated experts in fp8 are all its first",
-        "self._packer.pack(self._homes_hRK[home], home)",
-        "self._packer.pack(self._homes_hRK[0], home)",
+        "self._packer.pack(self._homes_hRK[home])",
+        "self._packer.pack(self._homes_hRK[0])",
         *_ranks("fp8_experts"),
         "-k",
         "bit_for_bit_as",

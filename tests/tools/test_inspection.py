@@ -148,7 +148,7 @@ class Call:
         (Call(torch.load, "x"), r"it asks for torch\.serialization\.load"),
         (Path("x"), "it has no state_dict_metadata"),
     ],
-    ids=str,
+    ids=["mkdir", "getattr", "eval", "load", "a path"],
 )
 def test_nothing_but_descriptions_of_tensors_is_made(run, monkeypatch, content, said):
     monkeypatch.chdir(run)

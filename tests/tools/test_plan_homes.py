@@ -5,6 +5,7 @@ Legend: T tokens, K top-k, E experts.
 
 from __future__ import annotations
 
+import gzip
 import json
 from itertools import combinations
 from unittest import mock
@@ -12,6 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
+from benchmarks import recorded_sets
 from megatron_laer.planner import coactivation
 from megatron_laer.planner.homes_file import read_homes
 from megatron_laer.telemetry.trace_file import TraceWriter
@@ -148,6 +150,19 @@ def test_a_trace_without_pairs_names_the_flag_that_records_them(tmp_path, capsys
     words = ("--node-size", 1, "--homes", tmp_path / "homes.json")
     status, _, err, _ = plan(trace, *words, capsys=capsys)
     assert status == 2 and "--fsep-pairs-interval" in err
+
+
+def test_a_file_of_sets_is_counted_token_by_token(tmp_path, capsys):
+    tokens = np.random.default_rng(0).permutation(chosen(MIXED))
+    text = "".join(" ".join(map(str, experts)) + "\n" for experts in tokens.tolist())
+    (tmp_path / "layer 7.E8.k2.txt.gz").write_bytes(gzip.compress(text.encode()))
+    assert recorded_sets.main([str(tmp_path), str(tmp_path / "out")]) == 0
+    words = ("--ranks", 4, "--node-size", 2, "--homes", tmp_path / "homes.json")
+    path = tmp_path / "out" / "layer 7.trace"
+    status, out, _, rows = plan(path, *words, capsys=capsys)
+    half = len(tokens) - len(tokens) // 2
+    assert status == 0 and f"counted on {half} or more tokens" in out
+    assert rows["layer 7"]["rows"] == pytest.approx(0.5) and rows["layer 7"]["homes"] == "by pairs"
 
 
 def test_rows_are_nodes_that_a_token_needs_less_its_own_by_chance():

@@ -28,7 +28,7 @@ def record(folder: Path, first_step: int, steps: range) -> int | None:
         lines = path.read_bytes()[len(HEADER) :].split()
         return [(int(line), len(HEADER) + 2 * (n + 1)) for n, line in enumerate(lines)]
 
-    file = RecordingFile(folder / NAME, HEADER, [], records, first_step)
+    file = RecordingFile(folder / NAME, HEADER, records, first_step)
     for step in steps:
         file.append(b"%d\n" % step)
     file.close()
