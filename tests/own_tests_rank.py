@@ -23,10 +23,6 @@ import pytest
 MODE, CHECKOUT, PORT, RESULTS, *FILES = sys.argv[1:]
 RANK, RANKS = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
-# Replace this script's folder.
-sys.path[0] = CHECKOUT
-os.chdir(CHECKOUT)
-
 if MODE == "without":
     from megatron_laer import device
     from megatron_laer.plugin import wheel
@@ -41,6 +37,14 @@ else:
 import torch.distributed as dist  # noqa: E402 -- after what replaces parts of torch
 
 from megatron_laer.cpu.ranks import share_gloo_device  # noqa: E402
+from tests.doubles.install import install  # noqa: E402
+
+install()
+# From here on `tests` is Megatron's; replace this script's folder.
+for ours in [name for name in sys.modules if name.partition(".")[0] == "tests"]:
+    del sys.modules[ours]
+sys.path[0] = CHECKOUT
+os.chdir(CHECKOUT)
 
 # Megatron's tests leave 600 groups, whose devices' threads would keep two cores busy.
 share_gloo_device()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer.cpu import fp8
+from tests.doubles import fp8
 
 BLOCK = 32
 # Rows and columns of padded scales are multiples of these, by direction.

@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 
-from megatron_laer.cpu import fp8
+from tests.doubles import fp8
 
 _NAME = "transformer_engine"
 # Packages whose own `__init__` would import the native library, or all layers.

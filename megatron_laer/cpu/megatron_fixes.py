@@ -6,11 +6,9 @@ import functools
 import types
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import torch
 
-from megatron_laer.cpu import deep_ep
 from megatron_laer.releases import INFERENCE_LINEARS
 
 _async_loop: Callable[..., None] | None = None
@@ -18,12 +16,6 @@ _async_loop: Callable[..., None] | None = None
 
 def fix() -> None:
     """Apply all fixes. Imports `megatron.core`."""
-    deep_ep.give_to_megatron()
-
-    # Imported here: it imports Megatron, which needs the buffers first.
-    from megatron_laer.cpu import fusions
-
-    fusions.give_to_megatron()
     _fix_norm()
     _fix_hybrid_norm()
     _fix_attention()
@@ -32,12 +24,7 @@ def fix() -> None:
     _fix_expert_bias()
     _fix_output_discarding()
     _fix_optimizer_load()
-    _fix_optimizer_offload()
     _fix_async_saves()
-
-    from megatron_laer.cpu import megatron_fsdp
-
-    megatron_fsdp.fix()
 
 
 def _fix_norm() -> None:
@@ -235,32 +222,6 @@ def _fix_optimizer_load() -> None:
     optimizer.state_dict = state_dict
     optimizer.load_state_dict = load_state_dict
     optimizer._set_main_param_and_optimizer_states = set_states
-
-
-class _OnHost(torch.Tensor):
-    is_cuda = False
-
-
-def _fix_optimizer_offload() -> None:
-    from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
-
-    stock = HybridDeviceOptimizer._get_sub_optimizer_param_groups
-
-    # The stock method copies only parameters on a GPU to the host, and expects some of each kind.
-    # Here all count as on the GPU until it moves them.
-    @functools.wraps(stock)
-    def groups(self: Any, fraction: float) -> Any:
-        with (
-            mock.patch.object(torch.Tensor, "is_cuda", True),
-            mock.patch.object(torch.Tensor, "cpu", lambda tensor: tensor.as_subclass(_OnHost)),
-        ):
-            found = stock(self, fraction)
-        for group in found[0]:
-            for parameter in group["params"]:
-                parameter.__class__ = torch.Tensor
-        return found
-
-    HybridDeviceOptimizer._get_sub_optimizer_param_groups = groups
 
 
 def _fix_async_saves() -> None:

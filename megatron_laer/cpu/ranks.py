@@ -37,6 +37,9 @@ from typing import Any
 _SHOWN_LINES = 250
 _STACK_SIGNAL = signal.SIGUSR1
 
+# Module whose import prepares the process that ranks are forked from, one for all pools.
+preparation = "megatron_laer.cpu.rank_imports"
+
 
 class RankError(AssertionError):
     """Failure or time-out of a function on some rank."""
@@ -52,7 +55,7 @@ class Raised:
 
 
 class RankPool:
-    """`world_size` processes on the CPU platform, forked from one prepared by `rank_imports`."""
+    """`world_size` processes on the CPU platform, forked from one that `preparation` names."""
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -123,7 +126,7 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["megatron_laer.cpu.rank_imports"])
+        context.set_forkserver_preload([preparation])
         for rank in range(self.world_size):
             here, there = context.Pipe()
             handle, name = tempfile.mkstemp(prefix=f"rank-{rank}-", suffix=".log")

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from megatron_laer.cpu import ranks
 from tests.chaos import rank
 from tests.chaos.plans import Fault, Plan
 
@@ -68,7 +69,7 @@ def steps_made(folder: Path, of_rank: int = 0) -> list[int]:
 
 def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | None) -> list[int]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_laer.cpu.rank_imports"])
+    context.set_forkserver_preload([ranks.preparation])
     environment = _environment(plan, start)
     processes = []
     last_step = fault.step if fault is not None and fault.is_awaited else None

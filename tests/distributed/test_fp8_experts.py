@@ -45,9 +45,9 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
     import torch.distributed as dist
 
     from megatron_laer import session
-    from megatron_laer.cpu.fp8_experts import fp8_replaced
-    from megatron_laer.cpu.fp8_parameters import Fp8Parameter
     from tests import one_layer
+    from tests.doubles.fp8_experts import fp8_replaced
+    from tests.doubles.fp8_parameters import Fp8Parameter
 
     of_fp8 = {"fp8": fp8_format, "fp8_recipe": recipe, "gated_linear_unit": True}
     of_fp8 |= {"fp8_param": fp8_param}

@@ -21,8 +21,8 @@ SIZES = [(16, 48), (48, 16), (144, 32), (32, 272), (160, 160)]
 
 def packers() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
     """Return the form of a payload and the quantiser, by name."""
-    from megatron_laer.cpu import fp8
     from megatron_laer.layer.experts.fp8 import payload
+    from tests.doubles import fp8
 
     square = partial(fp8.by_blocks, block=(payload.BLOCK, payload.BLOCK))
     return {
@@ -43,9 +43,9 @@ def every_case(node_size: int, name: str) -> tuple[int, int]:
     import torch
     import torch.distributed as dist
 
-    from megatron_laer.cpu import fp8
     from megatron_laer.runtime.comm.exchange import ReusableWeights
     from megatron_laer.runtime.comm.layout_index import layout_index
+    from tests.doubles import fp8
 
     form_of, quantise = packers()[name]
     draw, generator = random.Random(name), torch.Generator().manual_seed(1)

@@ -56,13 +56,13 @@ def moved_to(expert_E: list[int]) -> list[tuple[float, float]]:
     """Move homes of parameters in fp8; return each one's value, and that kept for its master."""
     import torch.distributed as dist
 
-    from megatron_laer.cpu.fp8_experts import Recipe
-    from megatron_laer.cpu.fp8_parameters import keep_in_fp8
     from megatron_laer.layer.experts.home_moves import move_home
     from megatron_laer.layer.experts.main_grads import MegatronMainGrads
     from megatron_laer.planner.home_order import HomeOrder
     from megatron_laer.runtime.weights.layer import Homes
     from tests.distributed.test_home_exchange import exchanges_on
+    from tests.doubles.fp8_experts import Recipe
+    from tests.doubles.fp8_parameters import keep_in_fp8
 
     config = SimpleNamespace(fp8="e4m3", fp8_recipe="tensorwise")
     with exchanges_on(2) as exchanges:

@@ -11,8 +11,8 @@ from megatron_laer.config import Unproven
 
 ALLOW = "--fsep-allow-unproven"
 
-# Replacements in `megatron_laer/cpu` for parts that Megatron lacks on the CPU, by the word of a
-# row's flags that needs them.
+# Replacements for parts that Megatron lacks on the CPU, by the word of a row's flags that needs
+# them.
 REPLACED = {
     "--context-parallel-size": "attention over a sequence that is cut (context parallel)",
     "--hybrid-layer-pattern": "the layers of HybridModel and its last norm (no Mamba layers)",

@@ -33,7 +33,7 @@ def train_row(
     with contextlib.ExitStack() as replaced:
         graphs = replaced.enter_context(graphs_replaced()) if GRAPHED in flags else []
         if FP8 in flags:
-            from megatron_laer.cpu.fp8_experts import fp8_replaced
+            from tests.doubles.fp8_experts import fp8_replaced
 
             replaced.enter_context(fp8_replaced())
         if not FLAGS.keys().isdisjoint(flags):

@@ -205,6 +205,8 @@ ON_CPU = {
     """,
     "the hybrid optimizer sees a GPU next to the host": """
         from megatron.core.optimizer.cpu_offloading import HybridDeviceOptimizer
+        from tests.doubles import optimizer_offload
+        optimizer_offload.fix()
         torch.manual_seed(1)
         plain = [torch.nn.Parameter(torch.randn(8)) for _ in range(4)]
         moved = [torch.nn.Parameter(p.detach().clone()) for p in plain]

@@ -16,14 +16,14 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.cpu import fp8 as definitions
-from megatron_laer.cpu.fp8_experts import EmulatedGemm
 from megatron_laer.layer.experts import fp8
 from megatron_laer.layer.experts.fp8 import te, te_mx
 from megatron_laer.layer.experts.fp8.padding import padded, unpadded
 from megatron_laer.layer.experts.fp8.payload import mx_form
 from megatron_laer.layer.experts.slot_linear import slot_linear
 from tests import te_mx as mx_fakes
+from tests.doubles import fp8 as definitions
+from tests.doubles.fp8_experts import EmulatedGemm
 from tests.slot_gemm import SPLITS, fixed_experts, poisoned_memory
 
 ROWS, COLUMNS = 64, 32

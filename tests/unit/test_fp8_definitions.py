@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_laer.cpu import fp8
 from megatron_laer.layer.experts.fp8 import payload
+from tests.doubles import fp8
 
 SQUARE, ROWS, COLUMNS = (128, 128), (1, 32), (32, 1)
 RECIPES = {

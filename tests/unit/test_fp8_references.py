@@ -18,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 
-from megatron_laer.cpu import fp8
+from tests.doubles import fp8
 from tests.unit.test_fp8_definitions import matrix
 
 CHECKOUT = os.environ.get("TRANSFORMER_ENGINE_CHECKOUT", "")

@@ -20,8 +20,6 @@ from unittest import mock
 
 import torch
 
-from megatron_laer.cpu import fp8
-from megatron_laer.cpu.fp8_parameters import Fp8Parameter, fp8_parameters, keep_in_fp8
 from megatron_laer.layer.experts.fp8 import MULTIPLE
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
 from megatron_laer.layer.experts.fp8.payload import (
@@ -35,6 +33,8 @@ from megatron_laer.layer.experts.fp8.payload import (
 )
 from megatron_laer.runtime.weights.layer import Carried, Packer
 from megatron_laer.support.fp8_experts import recipe_of
+from tests.doubles import fp8
+from tests.doubles.fp8_parameters import Fp8Parameter, fp8_parameters, keep_in_fp8
 
 _is_off = ContextVar("_is_off", default=False)
 # Rows and columns of a matrix that share a scale; None for one scale of all.

@@ -12,9 +12,17 @@ import sys
 import types
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from megatron.core.transformer.moe import fused_a2a, token_dispatcher
+
+# Names that the dispatcher has imported.
+_OF_DISPATCHER = (
+    *("fused_combine", "fused_dispatch", "set_deepep_num_sms"),
+    *("hybrid_ep_combine", "hybrid_ep_dispatch"),
+)
 
 
 def give_to_megatron() -> None:
@@ -23,12 +31,10 @@ def give_to_megatron() -> None:
     vars(package).update(Buffer=Buffer, HybridEPBuffer=HybridEPBuffer)
     vars(utils).update(EventHandle=EventHandle, EventOverlap=EventOverlap)
     modules = {"deep_ep": package, "deep_ep.utils": utils}
-    hidden = {name: sys.modules[name] for name in modules if name in sys.modules}
-    sys.modules.update(modules)
-    importlib.import_module("megatron.core.transformer.moe.fused_a2a")
-    for name in modules:
-        del sys.modules[name]
-    sys.modules.update(hidden)
+    with mock.patch.dict(sys.modules, modules):
+        importlib.reload(fused_a2a)
+    for name in _OF_DISPATCHER:
+        setattr(token_dispatcher, name, getattr(fused_a2a, name))
 
 
 class EventHandle:

@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_laer.cpu import fp8
+from tests.doubles import fp8
 
 _ATEN = torch.ops.aten
 
