@@ -1,7 +1,7 @@
 """Transformer Engine's own Python from a checkout, with its kernels replaced by the definitions.
 
 Its quantisers, tensors, recipes and GroupedLinear are the real ones, and so are the checks of their
-arguments. They call the definitions of `megatron_laer/cpu/fp8.py` as kernels, on any device: on the
+arguments. They call the definitions of `tests/doubles/fp8.py` as kernels, on any device: on the
 meta device these give shapes and dtypes alone. The native library, what only it has, and packages
 that are not installed are replaced by nothing.
 """

@@ -36,8 +36,15 @@ def exchange_in_range(
     node = received[0].grad_fn
     if node is not None and _is_profiled():
         backward = named_range(replace(activity, backward=True))
-        node.register_prehook(lambda _: backward.__enter__() and None)
-        node.register_hook(lambda *_: backward.__exit__(None, None, None))
+
+        def enter(*_: Any) -> None:  # a returned value would replace gradients
+            backward.__enter__()
+
+        def leave(*_: Any) -> None:
+            backward.__exit__(None, None, None)
+
+        node.register_prehook(enter)
+        node.register_hook(leave)
     return received
 
 

@@ -88,7 +88,7 @@ CASES = (
     ("measured-pipe", "folder 'measured-pipe' holds no recording of a run"),
     ("measured-layouts", "measured-layouts/group-0.jsonl, line 1"),
     ("measured-other-layouts", "they are of different runs, so move one away"),
-    ("measured-trace", "measured-trace/group-0.trace, line 1"),
+    ("measured-trace", "measured-trace/group-0.trace begins with"),
     ("measured-digit", "line 3: its checksum does not fit"),
     *((f"measured-{name}", says) for name, (_, says) in (*_HEADERS.items(), *_STEPS.items())),
 )

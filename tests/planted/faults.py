@@ -959,8 +959,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _UNSHARD.fault(
         "weights stay whole from forward to backward",
-        "layer.name\n        began_s = _unshard(clocks, layer, began_s)",
-        "layer.name",
+        "moe = layer.moe\n        began_s = _unshard(clocks, layer, began_s)",
+        "moe = layer.moe",
     ),
     _CLOCKS.fault(
         "gathers and reduces have links of their own",

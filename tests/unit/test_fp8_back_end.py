@@ -1,6 +1,6 @@
 """The products in fp8 by Transformer Engine, on replacements of its quantiser, tensor and GEMM.
 
-They do what Transformer Engine documents, by the definitions in `megatron_laer/cpu/fp8.py`, and
+They do what Transformer Engine documents, by the definitions in `tests/doubles/fp8.py`, and
 refuse what its kernels do.
 
 Over 400 lines: the replacements come first, and every recipe runs on them.

@@ -1,7 +1,4 @@
-"""Layouts of home experts: replicas that balance and pay, and quotas with empty slots.
-
-Over 400 lines: all are compared with one search over every layout.
-"""
+"""Layouts of home experts: replicas that balance and pay, and quotas with empty slots."""
 
 from __future__ import annotations
 
