@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 from megatron_laer.cpu.ranks import RankPools
-from tests import slurm
+from tests import durations, slurm
 from tests.text_data import write_text_data
 
 # A busy machine is slow to run an example, and to make one.
@@ -33,13 +35,20 @@ def pytest_itemcollected(item: pytest.Item) -> None:
         item.add_marker("unit" if folder == "tools" else folder)
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put unit tests last, since a long file at the end idles workers (hook of pytest).
+    """Put the longest units of work first, since one at the end idles workers (hook of pytest).
 
-    This needs `--no-loadscope-reorder`.
+    This needs `--no-loadscope-reorder`. Tests that are not run do not count.
     """
-    of_file = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.get_closest_marker("unit") is not None, -of_file[item.path]))
+    place = durations.longest_first([item.nodeid for item in items])
+    items.sort(key=lambda item: place[item.nodeid])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object | None:
+    """Spread units of work in place of files (hook of pytest-xdist)."""
+    return durations.ByUnits(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -50,6 +59,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print the numbers of passed and other cases, by kind (hook of pytest)."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    timed = [report for report in reports if hasattr(report, "duration")]
+    durations.measure(terminalreporter.config, timed)
     found = {}
     for outcome in ("passed", "failed", "error"):  # the worst one of a test's phases counts
         for report in terminalreporter.stats.get(outcome, []):
@@ -78,6 +90,12 @@ def text_data(tmp_path_factory: pytest.TempPathFactory) -> str:
     prefix = str(tmp_path_factory.mktemp("data") / "text")
     write_text_data(prefix)
     return prefix
+
+
+@pytest.fixture(scope="session")
+def kept(pytestconfig: pytest.Config) -> Path:
+    """Return the folder of stock runs that later sessions find again."""
+    return Path(pytestconfig.cache.mkdir("stock_runs"))
 
 
 @pytest.fixture(scope="session")

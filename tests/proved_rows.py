@@ -10,6 +10,7 @@ from __future__ import annotations
 import csv
 import io
 from argparse import Namespace
+from collections.abc import Iterable
 from typing import Any
 
 from megatron_laer.tools.recipes.features import features_of
@@ -31,12 +32,17 @@ def text() -> str:
 
 
 def settings_of(row: Row) -> Namespace:
-    found: dict[str, Any] = {
-        "is_lora": "lora" in getattr(row.adapt, "__name__", ""),
-        "adapts_experts": getattr(row.adapt, "__module__", "") == bridge_lora.__name__,
-    }
+    return settings_in(
+        row.fsep_run("data")[1],
+        is_lora="lora" in getattr(row.adapt, "__name__", ""),
+        adapts_experts=getattr(row.adapt, "__module__", "") == bridge_lora.__name__,
+    )
+
+
+def settings_in(command: Iterable[str], **found: Any) -> Namespace:
+    """Return a command line's settings, with these others."""
     flag = ""
-    for word in row.fsep_run("data")[1]:
+    for word in command:
         if word.startswith("--"):
             flag = word.removeprefix("--").replace("-", "_")
             found[flag] = True

@@ -7,17 +7,24 @@ stock runs with different expert placement is the noise floor of rounding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from types import CodeType
 
 import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Adapt, Record
+from tests.documents import ROOT
 from tests.parity.compare import Distance, distance
+from tests.parity.daily import Case, cases
 from tests.parity.replay import train_row
-from tests.parity.row import AT_HOME, FLOOR_FACTOR, LONG, SMALLEST_FLOOR, STEPS, Row
-from tests.parity.rows import ALL_ROWS, RANDOM, STEP, daily
+from tests.parity.row import AT_HOME, FLOOR_FACTOR, LONG, SMALLEST_FLOOR, Row
+from tests.parity.rows import ALL_ROWS, RANDOM, ROWS, STEP
+from tests.parity.stock import SOURCES, StockRuns
 from tests.releases import refused_flags
 
 
@@ -32,18 +39,32 @@ def check_nothing_left(model: object) -> tuple[int, int, int]:
     return (sum(len(layer.reruns) for layer in coordinator.layers), count.restores, count.reduces)
 
 
+def files_that_run(flags: list[str], adapt: Adapt | None) -> list[str]:
+    """Train, and return the files of this project whose functions ran."""
+    found = set[str]()
+
+    def started(code: CodeType, _offset: int) -> object:
+        if code.co_flags & inspect.CO_OPTIMIZED:  # not the body of a module or a class
+            found.add(code.co_filename)
+        return monitoring.DISABLE
+
+    monitoring = sys.monitoring
+    monitoring.use_tool_id(monitoring.PROFILER_ID, "files")
+    monitoring.register_callback(monitoring.PROFILER_ID, monitoring.events.PY_START, started)
+    monitoring.set_events(monitoring.PROFILER_ID, monitoring.events.PY_START)
+    try:
+        train_row(flags, None, adapt)
+    finally:
+        monitoring.set_events(monitoring.PROFILER_ID, monitoring.events.NO_EVENTS)
+        monitoring.free_tool_id(monitoring.PROFILER_ID)
+    paths = [Path(name).resolve() for name in found if not name.startswith("<")]
+    here = [path for path in paths if path.is_relative_to(ROOT) and ".venv" not in path.parts]
+    return sorted(str(path.relative_to(ROOT)) for path in here)
+
+
 @pytest.fixture(scope="module")
-def stock(ranks: RankPools) -> Callable[[int, list[str], Adapt | None], Record]:
-    """Return `stock(ranks, flags, adapt)`: a stock run, shared by rows with the same one."""
-    records: dict[tuple[int, str, Adapt | None], Record] = {}
-
-    def run(size: int, flags: list[str], adapt: Adapt | None) -> Record:
-        key = size, " ".join(flags), adapt
-        if key not in records:
-            records[key] = ranks(size).run(train_row, flags, None, adapt)[0]
-        return records[key]
-
-    return run
+def stock(ranks: RankPools, text_data: str, kept: Path) -> StockRuns:
+    return StockRuns(ranks, text_data, kept)
 
 
 @pytest.fixture(scope="module")
@@ -51,23 +72,18 @@ def refused() -> dict[str, str]:
     return refused_flags([row.flags for row in ALL_ROWS])
 
 
-def parameters(row: Row) -> Iterator[object]:
-    """Return the row as pytest's parameters with its marks; long training is nightly."""
-    marks = [pytest.mark.releases] if row.releases else []
-    marks += [] if row.id in daily() else [pytest.mark.nightly]
-    yield pytest.param(replace(row, steps=min(row.steps, STEPS)), id=row.id, marks=marks)
-    longer = row.at_night or row.steps
-    if longer > STEPS:
-        longer_row = replace(row, steps=longer)
-        yield pytest.param(longer_row, id=f"{row.id}-{longer}", marks=[pytest.mark.nightly])
+def parameter(case: Case) -> object:
+    releases = [pytest.mark.releases] if case.is_daily and case.row.releases else []
+    marks = releases if case.is_daily else [pytest.mark.nightly]
+    return pytest.param(case.row, id=case.id, marks=marks)
 
 
-@pytest.mark.parametrize("row", [parameter for row in ALL_ROWS for parameter in parameters(row)])
+@pytest.mark.parametrize("row", [parameter(case) for case in cases()])
 def test_fsep_equals_stock(
     row: Row,
     refused: dict[str, str],
     ranks: RankPools,
-    stock: Callable[[int, list[str], Adapt | None], Record],
+    stock: StockRuns,
     text_data: str,
     record_property: Callable[[str, object], None],
     pytestconfig: pytest.Config,
@@ -120,3 +136,19 @@ def test_fsep_equals_stock(
             # From the second step on, an operation may hand weights on to the one that follows.
             handed_on = (step - 1) * (0 if STEP in row.fsep else operations - 1)
             assert 0 <= restores * passes * step - restored <= handed_on
+
+
+# Folders of FSEP, and of tests.
+FSEP_PARTS = ("layer", "runtime", "telemetry", "integrations")
+
+
+@pytest.mark.parametrize("name", ["dense-first", "fp8-flex", "lora"])
+def test_a_stock_run_runs_nothing_of_fsep(name: str, ranks: RankPools, text_data: str) -> None:
+    """So records that are kept need not be made again when FSEP changes."""
+    (row,) = (replace(row, steps=1) for row in ROWS if row.id == name)
+    size, command = row.reference(text_data)
+    ran: list[str] = ranks(size).run(files_that_run, command, row.adapt)[0]
+    assert {"pretrain_gpt.py", "megatron_laer/cpu/training.py"} <= {*ran}
+    others = [file for file in ran if not file.startswith(SOURCES)]
+    assert [file for file in others if file.split("/")[1] in FSEP_PARTS] == []
+    assert [file for file in others if file.startswith("tests/")] == []

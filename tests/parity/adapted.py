@@ -36,13 +36,14 @@ def lora_on_attention(model: torch.nn.Module) -> None:
             attention: Any = layer.self_attention
             attention.linear_qkv = LowRank(attention.linear_qkv)
             attention.linear_proj = LowRank(attention.linear_proj)
+    let_layers_be_checkpoints(model)
 
 
-def lora_under_recompute(model: torch.nn.Module) -> None:
-    """Adapt attention where layers are checkpoints, which need an input that needs a gradient."""
-    lora_on_attention(model)
-    embedding: Any = model.embedding
-    embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+def let_layers_be_checkpoints(model: torch.nn.Module) -> None:
+    """Let the embedding's output need a gradient, as a checkpoint's input must."""
+    embedding = getattr(model, "embedding", None)
+    if embedding is not None:
+        embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
 
 
 def frozen_in_part(model: torch.nn.Module) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.parity.adapted import lora_on_attention
+from tests.parity.adapted import let_layers_be_checkpoints, lora_on_attention
 
 RANK, ALPHA = 4, 8
 
@@ -204,16 +204,16 @@ def lora_on_experts(model: torch.nn.Module) -> None:
     adapt_experts(model)
 
 
-def lora_on_first_layers(model: torch.nn.Module) -> None:
-    adapt_experts(model, ["linear_fc1"])
-
-
-def lora_on_second_layers(model: torch.nn.Module) -> None:
-    adapt_experts(model, ["linear_fc2"])
-
-
-def canonical_lora_on_experts(model: torch.nn.Module) -> None:
-    adapt_experts(model, canonical=True)
+def lora_of_each_kind(model: torch.nn.Module) -> None:
+    """Adapt attention, and experts' first matrices, their second ones, or canonically both."""
+    lora_on_attention(model)
+    adapters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    layers: Any = model.get_submodule("decoder.layers")
+    adapt_experts(layers[0], ["linear_fc1"])
+    adapt_experts(layers[1], ["linear_fc2"])
+    adapt_experts(layers[2], canonical=True)
+    for parameter in adapters:
+        parameter.requires_grad_()
 
 
 def lora_on_attention_and_experts(model: torch.nn.Module) -> None:
@@ -227,5 +227,4 @@ def lora_on_attention_and_experts(model: torch.nn.Module) -> None:
 def lora_on_experts_under_recompute(model: torch.nn.Module) -> None:
     """Adapt experts where layers are checkpoints, which need an input that needs a gradient."""
     adapt_experts(model)
-    embedding: Any = model.embedding
-    embedding.register_forward_hook(lambda _module, _inputs, output: output.requires_grad_())
+    let_layers_be_checkpoints(model)

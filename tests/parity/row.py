@@ -42,6 +42,15 @@ HOMES = f"{AT_HOME} --fsep-cluster {REPLICAS_PAY}"
 _AMOUNT = re.compile(r"-?[\d.]{2,}(e-?\d+)?|-?\d+e-?\d+|-\d")
 
 
+def words_of(flags: str) -> set[str]:
+    """Return these flags' settings: each flag, and each with each of its values."""
+    found, flag = set[str](), ""
+    for word in flags.split():
+        flag = word if word.startswith("--") else flag
+        found.add(flag if word == flag or _AMOUNT.fullmatch(word) else f"{flag} {word}")
+    return found
+
+
 @dataclass(frozen=True)
 class Row:
     """One combination under test.
@@ -97,10 +106,7 @@ class Row:
     @property
     def values(self) -> frozenset[str]:
         """Return the row's settings: a word for each value of each flag, and its sizes."""
-        found, flag = set[str](), ""
-        for word in f"{self.flags} {self.fsep}".split():
-            flag = word if word.startswith("--") else flag
-            found.add(flag if word == flag or _AMOUNT.fullmatch(word) else f"{flag} {word}")
+        found = words_of(f"{self.flags} {self.fsep}")
         found |= {f"without {flag}" for flag in self.without.split()}
         sizes = "ranks", "experts", "expert_parallel", "accumulation", "capacity"
         found |= {f"{name} {getattr(self, name)}" for name in sizes}

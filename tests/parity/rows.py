@@ -1,28 +1,22 @@
 """The parity table: the combinations in which FSEP is compared with stock Megatron.
 
 A `Row` is one combination: `tests/distributed/test_parity.py` runs it and docs/support.md lists it,
-in this order. CI runs those of `daily`, which have every pair of settings that any row has; the
-others run at night.
+in this order. CI runs those that `tests/parity/daily.py` chooses; the others run at night.
 
 Over 400 lines: one table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from functools import cache
-from itertools import combinations_with_replacement
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.parity.adapted import frozen_in_part, lora_on_attention, lora_under_recompute
+from tests.parity.adapted import frozen_in_part, lora_on_attention
 from tests.parity.bridge_lora import (
-    canonical_lora_on_experts,
-    lora_on_attention_and_experts,
-    lora_on_experts,
+    lora_of_each_kind,
     lora_on_experts_under_recompute,
-    lora_on_first_layers,
-    lora_on_second_layers,
 )
 from tests.parity.row import (
     BF16_BOUND,
@@ -103,7 +97,6 @@ FIRST_IN_BF16 = (
 PADDING = " --moe-router-padding-for-quantization"
 # Sizes are multiples of 32.
 MXFP8 = " --fp8-format e4m3 --fp8-recipe mxfp8 --hidden-size 64"
-KEPT_IN_MXFP8 = MXFP8 + BF16 + DIST_OPT + " --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag"
 IN_FP8 = " --fsep-sharding experts --fsep-allow-unproven fp8-experts"
 # Dense layers alone are sharded with FSEP, and all layers with stock.
 FSDP = " --use-megatron-fsdp --ckpt-format fsdp_dtensor --use-distributed-optimizer"
@@ -130,6 +123,98 @@ GRAPHS = " --fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine"
 GRAPHS += " --cuda-graph-modules"
 EXACT = " --fsep-plan-mode exact"
 SCHEDULER_OFF = " --fsep-scheduler off"
+HALF_DENSE = " --num-layers 4 --moe-layer-freq ([0]*2+[1]*2)"
+FAST = " --lr 1e-2 --min-lr 1e-2"
+
+
+@dataclass(frozen=True)
+class Common:
+    """Flags and sizes that several rows share, so that one stock run serves all of them."""
+
+    name: str
+    flags: str
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+
+
+# fmt: off
+LOSSES = Common("aux, sequence, global and z losses, full recompute of one layer in two,"
+    " multi-token prediction, overlapped shared experts with a gate, accumulation 2",
+    AUX_LOSSES + BLOCK_RECOMPUTE + MTP + GATED + OVERLAPPED,
+    {"accumulation": 2, "moe_layers": 3})
+DEPTH_3 = Common("repeated MTP layer, depth 3, aux losses, recompute of the MoE layer, shared"
+    " experts, per-token loss, distributed optimizer",
+    DIST_OPT + AUX_LOSSES + MOE_RECOMPUTE + SHARED + PER_TOKEN + REPEATED + "3",
+    {"moe_layers": 3, "exchanges": (6, 5)})
+RECOMPUTED = Common("router replay, full recompute, shared experts, square-root softplus router,"
+    " per-token loss, distributed optimizer, accumulation 2, E = 8 on 4 ranks",
+    DIST_OPT + REPLAY + FULL_RECOMPUTE + SHARED + PER_TOKEN
+    + " --moe-router-score-function sqrtsoftplus",
+    {"ranks": 4, "accumulation": 2})
+LAYER_RECOMPUTED = Common("recompute of the MoE layer and its overlapped shared experts with a"
+    " gate, multi-token prediction, aux losses, E = 8 on 4 ranks",
+    AUX_LOSSES + MOE_RECOMPUTE + MTP + GATED + OVERLAPPED, {"ranks": 4, "moe_layers": 3})
+ROUTED_TO_4 = Common("top-4, sigmoid router in fp32 with expert bias, E = 8 on 4 ranks",
+    TOP_4 + SIGMOID_ROUTER, {"ranks": 4})
+GROUPED = Common("first layer dense, group-limited sigmoid router in fp64 with expert bias, scaling"
+    " and sequence aux loss, shared experts with a gate, recompute of attention, norms, dense and"
+    " shared experts, experts' weight gradients during the dispatch's backward",
+    FIRST_LAYER_DENSE + BEHIND_DISPATCH + GATED + GROUPS
+    + " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-4"
+    + SELECTIVE + " core_attn layernorm mlp shared_experts")
+LATENT = Common("latent attention, recompute of its up-projections, quantile balancing with a"
+    " moving average, Lion, accumulation 2",
+    LATENT_ATTENTION + " --rope-type rope" + LATENT_RECOMPUTE
+    + " --moe-router-load-balancing-type quantile_balancing"
+    " --moe-router-quantile-balancing-ema 0.5 --optimizer lion",
+    {"accumulation": 2, "bound": LION_BOUND})
+HYBRID_MODEL = Common("HybridModel of attention, dense and MoE layers, latent MoE without a gate,"
+    " aux losses, shared experts, distributed optimizer",
+    AUX_LOSSES + DIST_OPT + HYBRID + "*E-*E" + SQUARED_RELU + " --moe-latent-size 24" + SHARED,
+    {"without": "--swiglu"})
+IN_BF16 = Common("bf16, fp32 router, shared experts, distributed optimizer, accumulation 4",
+    BF16 + DIST_OPT + SHARED + FP32_ROUTER, {"accumulation": 4, "stock": (1, 2)})
+IN_BF16_ON_4 = Common("bf16, first half of the layers dense, accumulation 4, E = 8 on 4 ranks",
+    BF16 + HALF_DENSE, {"ranks": 4, "accumulation": 4, "stock": (1, 4)})
+OFFLOADED_HALF = Common("half of the optimizer offloaded to the CPU with both copies overlapped,"
+    " main gradients in bf16, tied embeddings, repeated MTP layer, depth 2, full recompute,"
+    " accumulation 2",
+    OFFLOADED + " --optimizer-offload-fraction 0.5 --overlap-cpu-optimizer-d2h-h2d"
+    " --grad-reduce-in-bf16" + FULL_RECOMPUTE + REPEATED + "2",
+    {"accumulation": 2, "without": UNTIED, "moe_layers": 3})
+TENSOR_PARALLEL = Common("tensor parallel 2, MoE in every second layer, aux losses, overlapped"
+    " shared experts, fused router and permutation, per-token loss",
+    TENSOR + AUX_LOSSES + " --num-layers 4 --moe-layer-freq 2" + SHARED + OVERLAPPED
+    + " --moe-router-fusion --moe-permute-fusion" + PER_TOKEN, {"ranks": 4, "stock": (4, 2)})
+IN_PIPELINE = Common("pipeline 2, recompute of the MoE layer, linear bias, accumulation 2",
+    PIPELINE + MOE_RECOMPUTE, {"ranks": 4, "group": 2, "stock": (2, 2), "reference_ranks": 2,
+    "reference_flags": MOE_RECOMPUTE, "accumulation": 2, "without": NO_BIAS, "moe_layers": 1})
+# With one expert-parallel rank, Megatron's local layers cannot train an expert's bias.
+EVALUATED = Common("evaluation and hashes of weights between steps, linear bias without a gate,"
+    " probabilities applied on input, top-1, per-token loss, expert data parallel 2",
+    SQUARED_RELU + " --moe-apply-probs-on-input" + TOP_1 + PER_TOKEN + " --eval-interval 4"
+    " --eval-iters 2 --check-weight-hash-across-dp-replicas-interval 2",
+    {"ranks": 4, "group": 2, "stock": (2, 4), "without": NO_BIAS_NOR_SWIGLU, "evaluations": 4})
+FP8_TENSORWISE = Common("experts in fp8 (e4m3), per-tensor current scaling, distributed optimizer,"
+    " linear bias, router padding, recompute of the MoE layer, accumulation 2, E = 8 on 4 ranks",
+    E4M3 + DIST_OPT + PADDING + MOE_RECOMPUTE, {"ranks": 4, "stock": (4, 2), "accumulation": 2,
+    "without": NO_BIAS, "bound": FP8_BOUND, "not_at_home": "at home in itself"})
+KEPT_IN_MXFP8 = Common("experts kept in mxfp8, full recompute, shared experts, accumulation 2,"
+    " bf16", MXFP8 + BF16 + DIST_OPT + SHARED + FULL_RECOMPUTE
+    + " --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag", {"accumulation": 2,
+    "bound": FP8_BOUND, "exchanges": (6, 2), "not_at_home": "at home in itself"})
+FP8_BLOCKS = Common("experts in fp8 by blocks, bf16, router padding, accumulation 4",
+    BF16 + BLOCKS + PADDING, {"accumulation": 4, "stock": (1, 2), "bound": FP8_BOUND,
+    "not_at_home": "at home in itself"})
+LORA_OF_EACH_KIND = Common("LoRA on attention, and on the first, the second, or canonically on both"
+    " matrices of a layer's experts, shared experts, accumulation 2, E = 8 on 4 ranks",
+    SHARED + " --num-layers 3" + FAST, {"ranks": 4, "accumulation": 2, "moe_layers": 3,
+    "adapt": lora_of_each_kind, "not_at_home": "the same"})
+LORA_ON_EXPERTS = Common("LoRA on experts with linear bias, router replay, full recompute, tensor"
+    " parallel 2, expert data parallel 2, bf16, distributed optimizer, accumulation 2",
+    BF16 + " --use-distributed-optimizer" + REPLAY + FULL_RECOMPUTE + TENSOR + FAST,
+    {"ranks": 4, "group": 2, "accumulation": 2, "without": NO_BIAS,
+    "adapt": lora_on_experts_under_recompute, "not_at_home": "the same"})
+# fmt: on
 
 
 def _row(id: str, name: str, flags: str = "", fsep: str = "", **more: Any) -> Row:
@@ -154,18 +239,6 @@ def _fsdp(id: str, strategy: str, name: str, flags: str = "", fsep: str = "", **
         f" --fsep-sharding experts{fsep}", not_at_home="at home in itself", **more)  # fmt: skip
 
 
-def _lora(id: str, name: str, adapt: Any, flags: str = "", fsep: str = RANDOM, **more: Any) -> Row:
-    """Return a row with LoRA on experts, which are at home; adapters learn at a higher rate."""
-    fast = " --lr 1e-2 --min-lr 1e-2"
-    return _row(id, name, flags + fast, fsep + HOMES, adapt=adapt, not_at_home="the same",
-        **more)  # fmt: skip
-
-
-def _muon(id: str, name: str, flags: str, **more: Any) -> Row:
-    """Return a row with Muon, which needs experts at home."""
-    return _row(id, name, flags, fsep=HOMES, not_at_home="at home in itself", **more)
-
-
 def _combined(id: str, name: str, flags: str, fsep: str = "", **more: Any) -> Row:
     """Return a row with Megatron's combined 1F1B schedule, which needs bf16 and several ranks.
 
@@ -176,11 +249,15 @@ def _combined(id: str, name: str, flags: str, fsep: str = "", **more: Any) -> Ro
         stock=(1, more.get("group", 2)), reference_flags=reference, **more)  # fmt: skip
 
 
-Pairs = set[tuple[str, str]]
+def _muon(id: str, name: str, flags: str, **more: Any) -> Row:
+    """Return a row with Muon, which needs experts at home."""
+    return _row(id, name, flags, fsep=HOMES, not_at_home="at home in itself", **more)
 
 
-def pairs_of(rows: Iterable[Row]) -> Pairs:
-    return {pair for row in rows for pair in combinations_with_replacement(sorted(row.values), 2)}
+def _on(common: Common, id: str, name: str = "", fsep: str = "", **more: Any) -> Row:
+    """Return a row with these flags of both sides, and its own of FSEP's."""
+    name = f"{name}, {common.name}" if name else common.name
+    return _row(id, name, common.flags, fsep, **common.sizes | more)
 
 
 # A row: its id, its name, flags of both sides, and differences from the defaults of `Row`.
@@ -207,66 +284,50 @@ ROWS = [
     _row("few-tokens", "few tokens: experts, ranks and microbatches without any", FEW_TOKENS,
         ranks=4),
     _row("top1", "top-1", TOP_1),
-    _row("even-split", "even split", fsep=" --fsep-split even"),
-    _row("greedy", "planner greedy, adaptive", fsep=" --fsep-planner greedy"),
+    _row("even-split", "even split, most slots, router padding, without effect", capacity=8,
+        # Without fp8 Megatron itself refuses the padding.
+        fsep=" --fsep-split even" + PADDING),
+    _row("greedy", "planner greedy, adaptive, tolerance 0.02", fsep=" --fsep-planner greedy"
+        " --fsep-plan-mode adaptive --fsep-imbalance-tolerance 0.02"),
     _row("forecast", "planner greedy, forecast", fsep=" --fsep-planner greedy --fsep-plan-mode"
         " forecast"),
-    _row("laer", "planner laer, tolerance 0", fsep=" --fsep-planner laer"
-        " --fsep-imbalance-tolerance 0"),
+    _row("laer", "planner laer, tolerance 0, fewest slots", fsep=" --fsep-planner laer"
+        " --fsep-imbalance-tolerance 0", capacity=4),
     _row("exact", "fresh layouts after the gate, exact", fsep=EXACT, releases=True),
-    _row("exact-nodes", "exact on nodes of 2, E = 8 on 4 ranks", fsep=EXACT + NODES.format(2),
-        ranks=4),
-    _row("nodes", "exchange through nodes of 2, E = 8 on 4 ranks", fsep=NODES.format(2), ranks=4),
-    _row("nodes-dist-opt", "exchange through nodes of 2, full recompute, distributed optimizer,"
-        " E = 8 on 4 ranks", DIST_OPT + FULL_RECOMPUTE, fsep=NODES.format(2), ranks=4),
+    _on(ROUTED_TO_4, "exact-nodes", "exact on nodes of 2", fsep=EXACT + NODES.format(2)),
+    _on(LAYER_RECOMPUTED, "nodes", "exchange through nodes of 2", fsep=NODES.format(2)),
+    _on(RECOMPUTED, "nodes-dist-opt", "exchange through nodes of 2", fsep=NODES.format(2)),
     _row("nodes-virtual", "exchange through nodes of 1, virtual pipeline 2 x 2, accumulation 4",
         VIRTUAL, fsep=NODES.format(1), ranks=4, group=2, accumulation=4),
-    _row("nodes-step", "restored once per step through nodes of 2, accumulation 2, bf16, E = 8 on"
-        " 4 ranks", BF16, fsep=NODES.format(2) + STEP, ranks=4, accumulation=2),
-    _row("announced", "announced by router replay, full recompute, accumulation 2", REPLAY
-        + FULL_RECOMPUTE, fsep=ANNOUNCED, accumulation=2),
+    _on(IN_BF16_ON_4, "nodes-step", "restored once per step through nodes of 2",
+        fsep=NODES.format(2) + STEP),
+    _on(RECOMPUTED, "announced", "announced by router replay", fsep=ANNOUNCED),
     _row("announced-pipeline", "announced by router replay, full recompute, pipeline 2,"
         " accumulation 4", REPLAY + PIPELINE + FULL_RECOMPUTE, fsep=ANNOUNCED, ranks=4, group=2,
         accumulation=4, moe_layers=1),
     # Homes by a permutation.
-    _row("homes", "permuted homes, distributed optimizer with both overlaps, aux"
-        " loss", DIST_OPT + AUX_LOSS + " --moe-aux-loss-coeff 1e-2", fsep=PERMUTED.format(2),
-        not_at_home="at home in itself"),
-    _row("homes-nodes", "permuted homes, tokens through nodes of 2, top-4, expert"
-        " bias, E = 8 on 4 ranks", TOP_4 + SIGMOID_ROUTER, fsep=PERMUTED.format(4)
-        + TOKENS.format(2), ranks=4, not_at_home="at home in itself"),
-    _row("homes-announced", "permuted homes, announced by router replay,"
-        " pipeline 2, accumulation 4, full recompute", REPLAY + PIPELINE + FULL_RECOMPUTE,
-        fsep=PERMUTED.format(2) + ANNOUNCED, ranks=4, group=2, accumulation=4, moe_layers=1,
-        not_at_home="at home in itself"),
-    _row("homes-flex", "permuted homes, flex dispatcher with DeepEP, multi-token"
-        " prediction", MTP, fsep=PERMUTED.format(2) + DEEPEP, moe_layers=3,
-        not_at_home="at home in itself"),
-    _row("scheduler-off", "scheduler off", fsep=SCHEDULER_OFF),
-    _row("grouped-mm", "experts' products by grouped_mm", fsep=" --fsep-gemm torch"),
-    _row("grouped-mm-step", "experts' products by grouped_mm, bf16, restored once per step", BF16,
-        fsep=STEP + " --fsep-gemm torch"),
+    _on(DEPTH_3, "homes", "permuted homes, flex dispatcher with DeepEP", fsep=PERMUTED.format(2)
+        + DEEPEP, not_at_home="at home in itself"),
+    _on(ROUTED_TO_4, "homes-nodes", "permuted homes, tokens through nodes of 2",
+        fsep=PERMUTED.format(4) + TOKENS.format(2), not_at_home="at home in itself"),
+    _on(RECOMPUTED, "homes-announced", "permuted homes, announced by router replay",
+        fsep=PERMUTED.format(4) + ANNOUNCED, not_at_home="at home in itself"),
+    _row("scheduler-off", "scheduler off, experts' products by grouped_mm", fsep=SCHEDULER_OFF
+        + " --fsep-gemm torch"),
     # Experts in fp8.
     _row("fp8", "experts in fp8, per-tensor current scaling", FP8, fsep=IN_FP8, bound=FP8_BOUND,
         steps=LONG, not_at_home="at home in itself"),
-    _row("fp8-dist-opt", "experts in fp8 (e4m3), per-tensor current scaling, bf16, distributed"
-        " optimizer, shared experts, accumulation 2", E4M3 + BF16 + DIST_OPT + SHARED,
+    _row("fp8-dist-opt", "experts in fp8, per-tensor current scaling, bf16, distributed"
+        " optimizer, shared experts, accumulation 2", FP8 + BF16 + DIST_OPT + SHARED,
         fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
-    _row("fp8-nodes", "experts in fp8, per-tensor current scaling, exchange through nodes of 2,"
-        " restored once per step, accumulation 2, bf16, top-4, E = 8 on 4 ranks", FP8 + BF16
-        + TOP_4, fsep=IN_FP8 + NODES.format(2) + STEP, bound=FP8_BOUND, ranks=4, accumulation=2,
-        not_at_home="at home in itself"),
-    _row("fp8-blocks", "experts in fp8 by blocks, bf16, accumulation 2", BLOCKS + BF16,
-        fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
+    _on(FP8_TENSORWISE, "fp8-nodes", "exchange through nodes of 2, restored once per step",
+        fsep=IN_FP8 + NODES.format(2) + STEP),
+    _on(FP8_BLOCKS, "fp8-blocks", fsep=IN_FP8),
     _row("fp8-param", "experts kept in fp8 by blocks, the first layer's in bf16, full recompute",
         BLOCKS + BF16 + DIST_OPT + FULL_RECOMPUTE + FIRST_IN_BF16 + " --fp8-param-gather",
         fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
-    _row("fp8-bias", "experts in fp8, linear bias, router padding, recompute of the MoE layer",
-        E4M3 + PADDING + MOE_RECOMPUTE, fsep=IN_FP8, bound=FP8_BOUND, ranks=4,
-        stock=(4, 2), without=NO_BIAS, not_at_home="at home in itself"),
-    _row("fp8-flex", "experts in fp8 by blocks, bf16, router padding, flex dispatcher with"
-        " HybridEP", BLOCKS + BF16 + PADDING, fsep=IN_FP8 + HYBRIDEP, bound=FP8_BOUND,
-        not_at_home="at home in itself"),
+    _on(FP8_TENSORWISE, "fp8-bias", fsep=IN_FP8),
+    _on(FP8_BLOCKS, "fp8-flex", "flex dispatcher with HybridEP", fsep=IN_FP8 + HYBRIDEP),
     _row("fp8-mx", "experts in mxfp8", MXFP8, fsep=IN_FP8, bound=FP8_BOUND, steps=LONG,
         not_at_home="at home in itself"),
     _row("fp8-mx-recompute", "experts in mxfp8 (hybrid), full recompute, bf16, distributed"
@@ -277,65 +338,48 @@ ROWS = [
         " accumulation 2, bf16, top-4, recompute of the MoE layer, E = 8 on 4 ranks", MXFP8 + BF16
         + TOP_4 + MOE_RECOMPUTE, fsep=IN_FP8 + NODES.format(2) + STEP, bound=FP8_BOUND, ranks=4,
         accumulation=2, exchanges=(4, 2), not_at_home="at home in itself"),
-    _row("fp8-mx-param", "experts kept in mxfp8, accumulation 2, bf16", KEPT_IN_MXFP8,
-        fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
-    _row("fp8-mx-homes", "experts kept in mxfp8, permuted homes, accumulation 2, bf16",
-        KEPT_IN_MXFP8, fsep=IN_FP8 + PERMUTED.format(2), bound=FP8_BOUND, accumulation=2,
-        not_at_home="at home in itself"),
+    _on(KEPT_IN_MXFP8, "fp8-mx-param", fsep=IN_FP8),
+    _on(KEPT_IN_MXFP8, "fp8-mx-homes", "permuted homes", fsep=IN_FP8 + PERMUTED.format(2)),
     # Dispatchers.
     _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP, releases=True),
-    _row("deepep-bf16", "flex dispatcher with DeepEP, bf16, fp32 router, overlapped shared experts",
-        BF16 + FP32_ROUTER + SHARED + OVERLAPPED, fsep=DEEPEP),
-    _row("deepep-shared", "flex dispatcher with DeepEP, recompute of the MoE layer, shared"
-        " experts, E = 8 on 4 ranks", MOE_RECOMPUTE + SHARED, fsep=DEEPEP, ranks=4),
+    _on(IN_BF16, "deepep-bf16", "flex dispatcher with DeepEP", fsep=DEEPEP),
+    _on(LAYER_RECOMPUTED, "deepep-shared", "flex dispatcher with DeepEP", fsep=DEEPEP),
     _row("hybridep", "flex dispatcher with HybridEP", fsep=HYBRIDEP, capacity=6, releases=True),
-    _row("hybridep-padded", "flex dispatcher with HybridEP, padded inputs, fused permutation,"
-        " recompute of the MoE layer, overlapped shared experts, E = 8 on 4 ranks", MOE_RECOMPUTE
-        + SHARED + OVERLAPPED + " --moe-hybridep-pad-uneven-dispatch-inputs"
-        " --moe-permute-fusion-into-hybridep", fsep=HYBRIDEP, ranks=4),
+    _on(LAYER_RECOMPUTED, "hybridep-padded", "flex dispatcher with HybridEP, padded inputs, fused"
+        " permutation", fsep=HYBRIDEP + " --moe-hybridep-pad-uneven-dispatch-inputs"
+        " --moe-permute-fusion-into-hybridep"),
     # Tokens by nodes: two stages with nodes of 2 on 4 ranks, otherwise one.
     _row("tokens-nodes1", "tokens through nodes of 1", fsep=TOKENS.format(1), steps=LONG,
         releases=True),
-    _row("tokens-nodes2", "tokens through nodes of 2, top-4, E = 8 on 4 ranks", TOP_4,
-        fsep=TOKENS.format(2), ranks=4, steps=LONG, releases=True),
-    _row("tokens-one-node", "tokens through one node of 4, top-4, E = 6 on 4 ranks", TOP_4,
-        fsep=TOKENS.format(4), ranks=4, experts=6, stock=(1, 2), reference_ranks=1),
-    _row("tokens-exact", "tokens and experts through nodes of 2, exact, bf16, top-4, E = 8 on 4"
-        " ranks", TOP_4 + BF16, fsep=EXACT + " --fsep-token-exchange node" + NODES.format(2),
-        ranks=4, not_at_home="bf16 sums of nodes flip a near-tie: 4.9e-2, 5.6e-3 given stock's"
+    _on(ROUTED_TO_4, "tokens-nodes2", "tokens through nodes of 2", fsep=TOKENS.format(2),
+        steps=LONG, releases=True),
+    _row("tokens-one-node", "tokens through one node of 4, E = 3 on 4 ranks", " --adam-eps 1e-6",
+        fsep=TOKENS.format(4), ranks=4, experts=3, stock=(1, 1), reference_ranks=1),
+    _on(IN_BF16_ON_4, "tokens-exact", "tokens and experts through nodes of 2, exact",
+        fsep=EXACT + " --fsep-token-exchange node" + NODES.format(2),
+        not_at_home="bf16 sums of nodes flip a near-tie: 4.9e-2, 5.6e-3 given stock's"
         " choices"),
     _row("tokens-few", "tokens through nodes of 2, few tokens: experts, ranks and microbatches"
         " without any", FEW_TOKENS, fsep=TOKENS.format(2), ranks=4),
-    _row("tokens-shared", "tokens through nodes of 2, shared experts, full recompute, distributed"
-        " optimizer, accumulation 2, E = 8 on 4 ranks", DIST_OPT + FULL_RECOMPUTE + SHARED,
-        fsep=TOKENS.format(2), ranks=4, accumulation=2),
-    _row("tokens-gated", "tokens through nodes of 2, shared experts with a gate and overlap, E = 8"
-        " on 4 ranks", GATED + OVERLAPPED, fsep=TOKENS.format(2), ranks=4),
-    _row("tokens-mtp", "tokens through nodes of 2, recompute of the MoE layer and its overlapped"
-        " shared experts, multi-token prediction, aux losses, E = 8 on 4 ranks", AUX_LOSSES
-        + MOE_RECOMPUTE + MTP + SHARED + OVERLAPPED, fsep=TOKENS.format(2), ranks=4, moe_layers=3),
+    _on(RECOMPUTED, "tokens-shared", "tokens through nodes of 2", fsep=TOKENS.format(2)),
+    _on(LAYER_RECOMPUTED, "tokens-mtp", "tokens through nodes of 2", fsep=TOKENS.format(2)),
     _row("tokens-tensor", "tokens through nodes of 2, tensor parallel 2 with sequence parallel,"
         " fp32 router, bf16", TENSOR + BF16 + FP32_ROUTER, fsep=TOKENS.format(2), ranks=4,
         stock=(4, 2)),
-    _row("tokens-latent", "tokens through nodes of 1, latent MoE without a gate, shared experts",
-        SQUARED_RELU + " --moe-latent-size 24" + SHARED, fsep=TOKENS.format(1), without="--swiglu"),
-    _row("tokens-bias", "tokens through nodes of 2, linear bias without a gate, probabilities"
-        " applied on input, top-1, scheduler off", SQUARED_RELU + " --moe-apply-probs-on-input"
-        + TOP_1, fsep=TOKENS.format(2) + SCHEDULER_OFF, ranks=4, stock=(4, 2),
-        without=NO_BIAS_NOR_SWIGLU),
+    _on(HYBRID_MODEL, "tokens-latent", "tokens through nodes of 1", fsep=TOKENS.format(1)),
+    _on(EVALUATED, "tokens-bias", "tokens through nodes of 1, scheduler off",
+        fsep=TOKENS.format(1) + SCHEDULER_OFF),
     _row("tokens-virtual", "tokens through nodes of 1, virtual pipeline 2 x 2, accumulation 4,"
         " restored once per step", VIRTUAL, fsep=TOKENS.format(1) + STEP, ranks=4, group=2,
         accumulation=4),
-    _row("tokens-router", "tokens through nodes of 1, router in fp64 with groups and expert bias,"
-        " recompute of the experts' activation", GROUPS, fsep=TOKENS.format(1) + ACT_RECOMPUTE),
+    _on(GROUPED, "tokens-router", "tokens through nodes of 1, recompute of the experts' activation",
+        fsep=TOKENS.format(1) + ACT_RECOMPUTE),
     _row("step", "restored once per step, accumulation 4", fsep=STEP, accumulation=4),
     _row("step-dist-opt", "restored once per step, accumulation 4, distributed optimizer", DIST_OPT,
         fsep=STEP, accumulation=4),
-    _row("step-bf16", "restored once per step, bf16, accumulation 4", BF16, fsep=STEP,
-        accumulation=4),
-    _row("even-split-4", "even split, E = 8 on 4 ranks", fsep=" --fsep-split even", ranks=4),
-    _row("most-slots", "most slots", capacity=8),
-    _row("fewest-slots", "fewest slots", capacity=4),
+    _on(IN_BF16, "step-bf16", "restored once per step, experts' products by grouped_mm",
+        fsep=STEP + " --fsep-gemm torch"),
+    _on(LAYER_RECOMPUTED, "even-split-4", "even split", fsep=" --fsep-split even"),
     _row("e8-on-4", "E = 8 on 4 ranks", ranks=4, steps=LONG),
     _row("e8-on-4-dist-opt", "E = 8 on 4 ranks, distributed optimizer", DIST_OPT, ranks=4,
         stock=(4, 2)),
@@ -348,8 +392,7 @@ ROWS = [
     _row("edp", "expert data parallel 2", ranks=4, group=2, steps=LONG),
     _row("edp-dist-opt", "expert data parallel 2, distributed optimizer", DIST_OPT, ranks=4,
         group=2),
-    _row("tensor", "tensor parallel 2 with sequence parallel", TENSOR, ranks=4, stock=(4, 2),
-        releases=True),
+    _on(TENSOR_PARALLEL, "tensor", releases=True),
     _row("tensor-edp", "tensor parallel 2, expert data parallel 2, distributed optimizer", TENSOR
         + DIST_OPT, ranks=4, group=2, stock=(2, 4)),
     _row("pipeline", "pipeline 2", PIPELINE, ranks=4, group=2, steps=LONG, moe_layers=1),
@@ -357,10 +400,11 @@ ROWS = [
         accumulation=4, releases=True),
     _row("step-pipeline", "restored once per step through nodes of 1, pipeline 2, accumulation 4",
         PIPELINE, fsep=NODES.format(1) + STEP, ranks=4, group=2, accumulation=4, moe_layers=1),
-    _row("wire-fp32", "exchange through nodes of 2, fp32 on the wire, pipeline 2, accumulation 4,"
-        " bf16, E = 8 on 8 ranks", PIPELINE + BF16, fsep=NODES.format(2)
-        + " --fsep-grad-wire-dtype fp32", ranks=8, group=4, stock=(4, 2), accumulation=4,
-        moe_layers=1),
+    _row("wire-fp32", "exchange through nodes of 2, fp32 on the wire, pipeline 2, bf16,"
+        " first half of the layers dense, accumulation 4, E = 8 on 8 ranks", PIPELINE
+        + IN_BF16_ON_4.flags, fsep=NODES.format(2) + " --fsep-grad-wire-dtype fp32", ranks=8,
+        group=4, stock=(1, 2), reference_ranks=4, reference_flags=IN_BF16_ON_4.flags,
+        accumulation=4, moe_layers=0),
     _row("step-virtual", "restored once per step, virtual pipeline 2 x 2, accumulation 4", VIRTUAL,
         fsep=STEP, ranks=4, group=2, accumulation=4),
     _row("recompute-pipeline", "full recompute, pipeline 2, accumulation 4", PIPELINE
@@ -368,81 +412,56 @@ ROWS = [
     # Megatron-FSDP. Where experts have one replica and microbatches are several, its gradients of
     # stock's experts are wrong but for `optim`, so the reference has DDP.
     _fsdp("fsdp", "optim_grads_params", ""),
-    _fsdp("fsdp-optim", "optim", ", with both overlaps", DIST_OPT),
-    _fsdp("fsdp-accum", "optim_grads_params", ", full recompute, shared experts, accumulation 2",
-        FULL_RECOMPUTE + SHARED, accumulation=2, stock=(2, 1),
-        reference_flags=DIST_OPT + FULL_RECOMPUTE + SHARED),
-    _fsdp("fsdp-moe", "optim_grads", ", recompute of the MoE layer, shared experts, accumulation 4"
-        ", E = 8 on 4 ranks", MOE_RECOMPUTE + SHARED, ranks=4, accumulation=4, stock=(4, 1),
-        reference_flags=DIST_OPT + MOE_RECOMPUTE + SHARED),
+    _fsdp("fsdp-optim", "optim", f", both overlaps, {RECOMPUTED.name}", RECOMPUTED.flags,
+        reference_flags=RECOMPUTED.flags, **RECOMPUTED.sizes),
+    _fsdp("fsdp-accum", "optim_grads_params", f", both overlaps, {RECOMPUTED.name}",
+        RECOMPUTED.flags, reference_flags=RECOMPUTED.flags, **RECOMPUTED.sizes),
+    _fsdp("fsdp-moe", "optim_grads", f", both overlaps, recompute of the MoE layer, {IN_BF16.name}",
+        IN_BF16.flags, reference_flags=IN_BF16.flags, fsep=MOE_RECOMPUTE,
+        **IN_BF16.sizes | {"stock": (1, 1)}),
     _fsdp("fsdp-edp", "optim_grads_params", ", expert data parallel 2, both overlaps, full"
         " recompute, shared experts, accumulation 2", DIST_OPT + FULL_RECOMPUTE + SHARED, ranks=4,
         group=2, accumulation=2, stock=(1, 2)),
     _fsdp("fsdp-edp-grads", "optim_grads", ", bf16, expert data parallel 2, recompute of the MoE"
         " layer, shared experts, accumulation 2", BF16 + MOE_RECOMPUTE + SHARED, ranks=4, group=2,
         accumulation=2, stock=(1, 2)),
-    _fsdp("fsdp-exact", "optim_grads_params", ", exact, tokens and experts through nodes of 2,"
-        " scheduler off, E = 8 on 4 ranks", fsep=EXACT + TOKENS.format(2) + SCHEDULER_OFF
-        + " --fsep-restore-algorithm node", ranks=4),
+    _fsdp("fsdp-exact", "optim_grads_params", ", both overlaps, exact, tokens and experts through"
+        f" nodes of 2, scheduler off, {RECOMPUTED.name}", RECOMPUTED.flags, fsep=EXACT
+        + TOKENS.format(2) + SCHEDULER_OFF + " --fsep-restore-algorithm node",
+        reference_flags=RECOMPUTED.flags, **RECOMPUTED.sizes),
     _fsdp("fsdp-step", "optim", ", restored once per step, full recompute, shared experts,"
         " per-token loss, expert data parallel 2, accumulation 2", FULL_RECOMPUTE + SHARED
         + PER_TOKEN, fsep=STEP, ranks=4, group=2, accumulation=2, stock=(1, 2)),
-    _fsdp("fsdp-tensor", "optim_grads_params", ", tensor parallel 2, expert data parallel 2",
-        TENSOR, ranks=4, group=2, stock=(1, 2)),
+    _fsdp("fsdp-tensor", "optim_grads_params", f", expert data parallel 2, {TENSOR_PARALLEL.name}",
+        TENSOR_PARALLEL.flags, reference_flags=TENSOR_PARALLEL.flags, group=2,
+        **TENSOR_PARALLEL.sizes),
     _fsdp("fsdp-context", "optim_grads_params", ", context parallel 2, expert data parallel 2",
         CONTEXT, ranks=4, group=2, stock=(1, 2)),
     # Losses and routers.
-    _row("losses", "aux, sequence, global and z losses, accumulation 2", AUX_LOSSES, accumulation=2,
-        releases=True),
-    _row("losses-block", "the same losses, full recompute of one layer in two", AUX_LOSSES
-        + BLOCK_RECOMPUTE, accumulation=2),
+    _on(LOSSES, "losses", releases=True),
     _row("losses-moe-recompute", "the same losses, recompute of the MoE layer, per-token loss",
         AUX_LOSSES + MOE_RECOMPUTE + PER_TOKEN, accumulation=2),
-    _row("sinkhorn", "sinkhorn router", " --moe-router-load-balancing-type sinkhorn"),
-    _row("quantile", "quantile balancing with a moving average, accumulation 2",
-        " --moe-router-load-balancing-type quantile_balancing --moe-router-quantile-balancing-ema"
-        " 0.5", accumulation=2),
-    _row("groups", "group-limited sigmoid router in fp64 with expert bias, scaling and sequence"
-        " aux loss", GROUPS + " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff"
-        " 1e-4"),
-    _row("forced-balance", "forced balance, input jitter", " --moe-router-force-load-balancing"
-        " --moe-input-jitter-eps 1e-1"),
-    _row("forced-bias", "forced bias that stays, recompute of the MoE layer",
-        " --moe-router-force-biased -1" + MOE_RECOMPUTE),
-    _row("fused", "fused router and permutation, aux, sequence, global and z losses", AUX_LOSSES
-        + " --moe-router-fusion --moe-permute-fusion"),
     _row("replay", "router replay, full recompute, accumulation 2", REPLAY + FULL_RECOMPUTE,
         accumulation=2),
-    _row("softplus", "square-root softplus router", " --moe-router-score-function sqrtsoftplus"),
     # Models.
-    _row("gated-shared", "shared experts with a gate and overlap", GATED + OVERLAPPED,
-        releases=True),
     _row("gated-recompute", "shared experts with a gate, recompute of the MoE layer", GATED
         + MOE_RECOMPUTE),
-    _row("dense-first", "first layer dense, recompute of attention, norms, dense and shared"
-        " experts", " --num-layers 3 --moe-layer-freq ([0]*1+[1]*2) --moe-ffn-hidden-size 40"
-        + SHARED + SELECTIVE + " core_attn layernorm mlp shared_experts"),
-    _row("mtp", "multi-token prediction with aux losses", AUX_LOSSES + MTP, moe_layers=3,
-        releases=True),
-    _row("mtp2", "repeated MTP layer, depth 2, aux losses, distributed optimizer, accumulation 2",
-        AUX_LOSSES + DIST_OPT + REPEATED + "2", accumulation=2, moe_layers=3, exchanges=(6, 4)),
-    _row("mtp3-exact", "repeated MTP layer, depth 3, exact, recompute of the MoE layer, shared"
-        " experts", MOE_RECOMPUTE + REPEATED + "3" + SHARED, fsep=EXACT, moe_layers=3,
-        exchanges=(6, 5),
-        not_at_home="rounding flips a near-tie: 3.0e-5, 0.0 given stock's choices"),
-    _row("mtp2-step", "repeated MTP layer, depth 2, restored once per step, forecast, bf16,"
-        " accumulation 2", BF16 + REPEATED + "2", fsep=" --fsep-planner greedy --fsep-plan-mode"
-        " forecast" + STEP, accumulation=2, moe_layers=3),
+    _on(GROUPED, "dense-first"),
+    _on(DEPTH_3, "mtp3"),
+    _on(DEPTH_3, "mtp3-exact", "exact", fsep=EXACT),
+    _on(OFFLOADED_HALF, "mtp2-step", "restored once per step, forecast",
+        fsep=" --fsep-planner greedy --fsep-plan-mode forecast" + STEP),
     _row("mtp2-pipeline", "repeated MTP layer, depth 2, adaptive, full recompute, pipeline 2,"
         " accumulation 2", PIPELINE + FULL_RECOMPUTE + REPEATED + "2", fsep=" --fsep-planner"
         " greedy --fsep-imbalance-tolerance 0.02", ranks=4, group=2, accumulation=2, moe_layers=1),
-    _row("latent-attention", "latent attention, recompute of its up-projections", LATENT_ATTENTION
-        + " --rope-type rope" + LATENT_RECOMPUTE),
-    _row("delta-net", "gated delta net before attention, recompute of its output norm",
+    _on(LATENT, "latent-attention"),
+    _row("delta-net", "gated delta net before attention, recompute of its output norm, shared"
+        " experts, global aux loss",
         " --spec tests.specs.gated_delta_net block_spec --experimental-attention-variant"
         " gated_delta_net --linear-attention-freq 2 --linear-key-head-dim 8"
         " --linear-value-head-dim 12 --linear-num-key-heads 2 --linear-num-value-heads 4"
-        + SELECTIVE + " gdn_norm_out"),
+        " --moe-router-load-balancing-type global_aux_loss"
+        " --moe-aux-loss-coeff 1e-3" + SHARED + SELECTIVE + " gdn_norm_out"),
     # A smaller version of Megatron's own command for 256 GPUs.
     _row("deepseek-v3", "as DeepSeek-V3: latent attention, first layer dense, shared experts,"
         " group-limited sigmoid router with expert bias, multi-token prediction, flex dispatcher"
@@ -466,12 +485,12 @@ ROWS = [
         " accumulation 2", PIPELINE + " --use-distributed-optimizer" + GROUPED_QUERIES + AUX_LOSS
         + " --moe-aux-loss-coeff 1e-2", ranks=4, group=2, accumulation=2, moe_layers=1),
     # Stock recomputes nothing here, since that needs Transformer Engine.
-    _row("qwen3", "as Qwen3: grouped and normalised queries, top-4, aux loss, fp32 router, tensor"
-        " parallel 2, flex dispatcher with DeepEP, recompute of norms and of the experts'"
-        " activation", TENSOR + DIST_OPT + GROUPED_QUERIES + AUX_LOSS + " --qk-layernorm"
-        " --kv-channels 16 --moe-aux-loss-coeff 1e-3" + TOP_4 + FP32_ROUTER
-        + " --moe-ffn-hidden-size 40", fsep=DEEPEP + ACT_RECOMPUTE + " layernorm", ranks=4,
-        stock=(4, 2)),
+    _row("qwen3", "as Qwen3: grouped and normalised queries, top-4, aux loss, fp32 router, fused"
+        " router and permutation, tensor parallel 2, flex dispatcher with DeepEP, recompute of"
+        " norms and of the experts' activation", TENSOR + DIST_OPT + GROUPED_QUERIES + AUX_LOSS
+        + " --qk-layernorm --kv-channels 16 --moe-aux-loss-coeff 1e-3" + TOP_4 + FP32_ROUTER
+        + " --moe-ffn-hidden-size 40 --moe-router-fusion --moe-permute-fusion", fsep=DEEPEP
+        + ACT_RECOMPUTE + " layernorm", ranks=4, stock=(4, 2)),
     _row("glm", "as GLM-4.5: first layer dense, overlapped shared experts, sigmoid router with"
         " expert bias, biased and normalised queries, multi-token prediction, recompute of"
         " attention", DIST_OPT + GROUPED_QUERIES + FIRST_LAYER_DENSE + SIGMOID_ROUTER
@@ -479,9 +498,11 @@ ROWS = [
         " --rotary-percent 0.5" + MTP + " --mtp-loss-scaling-factor 0.3 --recompute-granularity"
         " selective", moe_layers=3),
     _row("gpt-oss", "as gpt-oss: linear bias, clamped and offset quick-GEGLU, learned softmax,"
-        " windows, top-4, aux loss, fp32 router", DIST_OPT + CLAMPED_GEGLU + GROUPED_QUERIES
+        " windows, top-4, aux loss, fp32 router, bf16, recompute of the experts' activation,"
+        " through nodes of 2, four slots", BF16 + DIST_OPT + CLAMPED_GEGLU + GROUPED_QUERIES
         + AUX_LOSS + " --softmax-type learnable --window-size 15,0 --window-attn-skip-freq 2"
-        " --moe-aux-loss-coeff 1e-3" + TOP_4 + FP32_ROUTER, ranks=4, stock=(4, 2),
+        " --moe-aux-loss-coeff 1e-3" + TOP_4 + FP32_ROUTER,
+        fsep=NODES.format(2) + ACT_RECOMPUTE, ranks=4, stock=(4, 2), capacity=4,
         without=NO_BIAS_NOR_SWIGLU),
     # No Mamba layers, for which Megatron has only GPU kernels.
     _row("nemotron", "as Nemotron-3: HybridModel, latent MoE without a gate, shared experts,"
@@ -501,121 +522,100 @@ ROWS = [
         without=NO_BIAS),
     _row("bias-tensor", "linear bias, tensor parallel 2 with sequence parallel, per-token loss",
         TENSOR + PER_TOKEN, ranks=4, stock=(4, 2), without=NO_BIAS),
-    _row("bias-pipeline", "linear bias, recompute of the MoE layer, pipeline 2, accumulation 2",
-        PIPELINE + MOE_RECOMPUTE, ranks=4, group=2, stock=(2, 2), reference_ranks=2,
-        reference_flags=MOE_RECOMPUTE, accumulation=2, without=NO_BIAS, moe_layers=1),
+    _on(IN_PIPELINE, "bias-pipeline"),
     _row("bias-act-recompute", "linear bias, recompute of the experts' activation, through nodes"
         " of 2, E = 6 on 4 ranks", CLAMPED_GEGLU, fsep=NODES.format(2) + ACT_RECOMPUTE, ranks=4,
         experts=6, stock=(2, 2), reference_ranks=2, without=NO_BIAS_NOR_SWIGLU),
     _row("bias-step", "linear bias, restored once per step, bf16, accumulation 4", CLAMPED_GEGLU
         + BF16, fsep=STEP, ranks=4, group=2, stock=(4, 2), accumulation=4,
         without=NO_BIAS_NOR_SWIGLU),
-    _row("bias-top1", "linear bias without a gate, probabilities applied on input, top-1,"
-        " scheduler off", SQUARED_RELU + " --moe-apply-probs-on-input" + TOP_1, fsep=SCHEDULER_OFF,
-        ranks=4, stock=(4, 2), without=NO_BIAS_NOR_SWIGLU),
     _row("probs-on-input", "probabilities applied on input, top-1", " --moe-apply-probs-on-input"
         + TOP_1),
-    _row("latent-moe", "latent MoE without a gate, shared experts", SQUARED_RELU
-        + " --moe-latent-size 24" + SHARED, without="--swiglu"),
-    _row("tied", "tied embeddings, bf16, distributed optimizer, full recompute", BF16 + DIST_OPT
-        + FULL_RECOMPUTE, without=UNTIED),
-    _row("hybrid", "HybridModel of attention, dense and MoE layers, aux losses, shared experts,"
-        " distributed optimizer", AUX_LOSSES + DIST_OPT + HYBRID + "*E-*E" + SHARED),
+    _on(OFFLOADED_HALF, "tied"),
+    _on(HYBRID_MODEL, "hybrid"),
     _row("hybrid-mtp", "HybridModel, two MoE layers repeated by multi-token prediction, full"
-        " recompute, exact", FULL_RECOMPUTE + HYBRID + "*-E/*E-E/*E-E --mtp-use-repeated-layer",
-        fsep=EXACT, moe_layers=3, exchanges=(10, 5)),
-    _row("hybrid-virtual", "HybridModel, virtual pipeline 2 x 2, multi-token prediction,"
-        " accumulation 2", PIPELINE + HYBRID + "*E|E-|*E|-E/*E/*E", ranks=4, group=2,
-        accumulation=2),
+        " recompute, sinkhorn router, SGD with momentum, exact", FULL_RECOMPUTE + HYBRID
+        + "*-E/*E-E/*E-E --mtp-use-repeated-layer --moe-router-load-balancing-type sinkhorn"
+        " --optimizer sgd --sgd-momentum 0.9 --lr 5e-2 --min-lr 5e-2", fsep=EXACT, moe_layers=3,
+        exchanges=(10, 5)),
+    _row("hybrid-virtual", "HybridModel, virtual pipeline 2 x 2, repeated multi-token prediction,"
+        " full recompute, aux losses, overlapped shared experts, distributed optimizer,"
+        " accumulation 2", PIPELINE + " --use-distributed-optimizer" + FULL_RECOMPUTE
+        + AUX_LOSSES + SHARED + OVERLAPPED + HYBRID
+        + "*E|E-|*E|-E/*E/*E --mtp-use-repeated-layer", ranks=4, group=2, accumulation=2),
     # Parallelism.
-    _row("context", "context parallel 2 with aux losses", AUX_LOSSES + CONTEXT, ranks=4,
-        stock=(2, 4), reference_ranks=2, reference_flags=AUX_LOSSES),
-    _row("instances", "distributed optimizer in 2 instances, expert data parallel 2", DIST_OPT
-        + " --num-distributed-optimizer-instances 2", ranks=4, group=2, gradients=False),
-    _row("tensor-freq", "tensor parallel 2, MoE in every second layer, aux losses, overlapped"
-        " shared experts", TENSOR + AUX_LOSSES + " --num-layers 4 --moe-layer-freq 2" + SHARED
-        + OVERLAPPED, ranks=4, stock=(4, 2)),
+    _row("context", f"context parallel 2, {HYBRID_MODEL.name}", CONTEXT + HYBRID_MODEL.flags,
+        ranks=4, stock=(2, 4), reference_ranks=2, reference_flags=HYBRID_MODEL.flags,
+        **HYBRID_MODEL.sizes),
+    _row("instances", "distributed optimizer in 2 instances, expert data parallel 2, forced"
+        " balance, input jitter", DIST_OPT + " --num-distributed-optimizer-instances 2"
+        " --moe-router-force-load-balancing --moe-input-jitter-eps 1e-1", ranks=4, group=2,
+        gradients=False),
     _row("pipeline-dense", "pipeline 2 whose first stage has no MoE layer, aux losses,"
         " accumulation 2", PIPELINE + AUX_LOSSES + " --num-layers 4 --moe-layer-freq ([0]*2+[1]*2)",
         ranks=4, group=2, accumulation=2, moe_layers=0),
     _row("pipeline-mtp", "pipeline 2 with multi-token prediction and tied embeddings, accumulation"
         " 2", PIPELINE + MTP, ranks=4, group=2, accumulation=2, without=UNTIED, moe_layers=1),
     # Megatron's combined 1F1B schedule, which runs with bf16 alone.
-    _combined("combined", "combined 1F1B, shared experts", SHARED),
+    _combined("combined", "combined 1F1B, shared experts, fp32 router, both overlaps",
+        DIST_OPT + SHARED + FP32_ROUTER),
     _combined("combined-virtual", "combined 1F1B, virtual pipeline 2 x 2, multi-token prediction",
         VIRTUAL + MTP, ranks=4, group=2),
-    _combined("combined-fp8", "combined 1F1B, experts in fp8 by blocks", BLOCKS, IN_FP8,
-        bound=FP8_BOUND, not_at_home="at home in itself"),
-    _combined("delayed", "combined 1F1B, delayed weight gradients, shared experts, both"
-        " overlaps", SHARED + DELAYED + DIST_OPT),
+    _combined("combined-fp8", "combined 1F1B, experts in fp8 by blocks, router padding",
+        BLOCKS + PADDING, IN_FP8, bound=FP8_BOUND, not_at_home="at home in itself"),
+    _combined("delayed", "combined 1F1B, delayed weight gradients, shared experts, fp32 router,"
+        " both overlaps", DIST_OPT + SHARED + FP32_ROUTER + DELAYED),
     _combined("delayed-virtual", "combined 1F1B, delayed weight gradients, virtual pipeline 2 x 2,"
         " multi-token prediction", VIRTUAL + MTP + DELAYED, ranks=4, group=2),
     _combined("delayed-exact", "combined 1F1B, delayed weight gradients, exact, DeepEP, recompute"
-        " of norms, activations and shared experts",
-        SHARED + DELAYED, fsep=EXACT + DEEPEP + ACT_RECOMPUTE + " layernorm shared_experts"),
+        " of norms, activations and shared experts, fp32 router, both overlaps",
+        DIST_OPT + SHARED + FP32_ROUTER + DELAYED,
+        fsep=EXACT + DEEPEP + ACT_RECOMPUTE + " layernorm shared_experts"),
     _combined("delayed-step", "combined 1F1B, delayed weight gradients, restored once per step,"
-        " tokens through nodes of 2", DELAYED, fsep=TOKENS.format(2) + STEP, ranks=4, group=4),
+        " tokens through nodes of 2, first half of the layers dense", HALF_DENSE
+        + DELAYED, fsep=TOKENS.format(2) + STEP, ranks=4, group=4),
     _combined("delayed-graphs", "combined 1F1B, delayed weight gradients, CUDA graphs of router and"
-        " counts, shared experts", SHARED + DELAYED,
-        fsep=GRAPHS + " moe_router moe_preprocess"),
-    _row("dispatch-wgrad", "experts' weight gradients during the dispatch's backward, accumulation"
-        " 2", BEHIND_DISPATCH, accumulation=2),
-    _row("dispatch-wgrad-off", "experts' weight gradients during the dispatch's backward, scheduler"
-        " off", BEHIND_DISPATCH, fsep=" --fsep-scheduler off"),
+        " counts, shared experts, fp32 router, both overlaps",
+        DIST_OPT + SHARED + FP32_ROUTER + DELAYED, fsep=GRAPHS + " moe_router moe_preprocess"),
+    _on(GROUPED, "dispatch-wgrad-off", "scheduler off", fsep=SCHEDULER_OFF),
     # Frozen weights.
-    _row("lora", "LoRA on attention, distributed optimizer", DIST_OPT + " --lr 1e-2 --min-lr 1e-2",
-        exchanges=(4, 0), adapt=lora_on_attention),
+    _row("lora", "LoRA on attention, distributed optimizer", DIST_OPT + FAST, exchanges=(4, 0),
+        adapt=lora_on_attention),
     _row("lora-step", "LoRA on attention, full recompute, restored once per step, accumulation 2,"
-        " bf16", FULL_RECOMPUTE + BF16 + " --lr 1e-2 --min-lr 1e-2", fsep=STEP, accumulation=2,
-        exchanges=(2, 0), adapt=lora_under_recompute),
+        " bf16", FULL_RECOMPUTE + BF16 + FAST, fsep=STEP, accumulation=2, exchanges=(2, 0),
+        adapt=lora_on_attention),
     # LoRA on experts at home, as Megatron-Bridge adds it.
-    _lora("lora-experts", "LoRA on experts, distributed optimizer", lora_on_experts, DIST_OPT),
-    _lora("lora-fc1", "LoRA on experts' first layers, exact", lora_on_first_layers, fsep=EXACT),
-    _lora("lora-fc2", "LoRA on experts' second layers, adaptive, shared experts",
-        lora_on_second_layers, SHARED, " --fsep-plan-mode adaptive"),
-    _lora("lora-canonical", "canonical LoRA on experts, tokens through nodes of 2, E = 8 on 4"
-        " ranks", canonical_lora_on_experts, "", RANDOM + TOKENS.format(2), ranks=4),
-    _lora("lora-bf16", "LoRA on experts, announced, full recompute, bf16, accumulation 2",
-        lora_on_experts_under_recompute, BF16 + REPLAY + FULL_RECOMPUTE, ANNOUNCED,
-        accumulation=2),
-    _lora("lora-all", "LoRA on attention and experts, exchange through nodes of 2, restored once"
-        " per step, accumulation 2", lora_on_attention_and_experts, fsep=RANDOM + STEP
-        + NODES.format(2), ranks=4, accumulation=2),
-    _lora("lora-tensor", "LoRA on experts with linear bias, tensor parallel 2, expert data"
-        " parallel 2", lora_on_experts, TENSOR, ranks=4, group=2, without=NO_BIAS),
+    _on(LORA_ON_EXPERTS, "lora-experts", fsep=RANDOM + HOMES),
+    _on(LORA_ON_EXPERTS, "lora-announced", "announced", fsep=ANNOUNCED + HOMES),
+    _on(LORA_OF_EACH_KIND, "lora-kinds", "exact", fsep=EXACT + HOMES),
+    _on(LORA_OF_EACH_KIND, "lora-canonical", "tokens through nodes of 2", fsep=RANDOM
+        + TOKENS.format(2) + HOMES),
+    _on(LORA_OF_EACH_KIND, "lora-all", "exchange through nodes of 2, restored once per step",
+        fsep=RANDOM + STEP + NODES.format(2) + HOMES),
     _row("frozen", "first layer and first matrix of experts frozen, recompute of the MoE layer,"
-        " distributed optimizer, accumulation 2", MOE_RECOMPUTE + DIST_OPT, accumulation=2,
-        exchanges=(3, 1), adapt=frozen_in_part),
+        " forced bias that stays, distributed optimizer, accumulation 2", MOE_RECOMPUTE + DIST_OPT
+        + " --moe-router-force-biased -1", accumulation=2, exchanges=(3, 1),
+        adapt=frozen_in_part),
     # Graphs, by the sets of modules that published recipes capture.
     _row("graphs", "CUDA graphs of router and counts, shared experts, distributed optimizer,"
         " recompute of norms", DIST_OPT + SHARED, fsep=SELECTIVE + " layernorm" + GRAPHS
         + " moe_router moe_preprocess", at_night=LONGEST),
     _row("graphs-attention", "CUDA graphs of attention, router and counts, flex dispatcher with"
-        " HybridEP, accumulation 2", fsep=HYBRIDEP + GRAPHS + " attn moe_router moe_preprocess",
-        accumulation=2, capacity=6, at_night=LONGEST),
-    _row("graphs-dense", "CUDA graphs of attention, dense layers, router and counts, flex"
-        " dispatcher with DeepEP, gated shared experts", FIRST_LAYER_DENSE + GATED + FP32_ROUTER,
-        fsep=DEEPEP + GRAPHS + " attn mlp moe_router moe_preprocess", at_night=LONGEST),
-    _row("graphs-hybrid", "CUDA graphs of HybridModel's attention, router and counts, latent MoE"
-        " without a gate, shared experts", HYBRID + "*E-*E" + SQUARED_RELU + " --moe-latent-size"
-        " 24" + SHARED, fsep=GRAPHS + " attn moe_router moe_preprocess", without="--swiglu",
+        " HybridEP", fsep=HYBRIDEP + GRAPHS + " attn moe_router moe_preprocess", capacity=6,
         at_night=LONGEST),
-    _row("graphs-tokens", "CUDA graphs of attention, router and counts, pipeline 2, tokens through"
-        " nodes of 2, overlapped shared experts, accumulation 2", PIPELINE + SHARED + OVERLAPPED,
-        fsep=TOKENS.format(2) + GRAPHS + " attn moe_router moe_preprocess", ranks=4, group=2,
-        accumulation=2, moe_layers=1, at_night=LONGEST),
-    _row("graphs-recompute", "CUDA graphs of attention, recompute of the MoE layer",
-        MOE_RECOMPUTE, fsep=GRAPHS + " attn", at_night=LONGEST),
+    _on(GROUPED, "graphs-dense", "CUDA graphs of attention, dense layers, router and counts, flex"
+        " dispatcher with DeepEP", fsep=DEEPEP + GRAPHS + " attn mlp moe_router moe_preprocess",
+        at_night=LONGEST),
+    _on(HYBRID_MODEL, "graphs-hybrid", "CUDA graphs of attention, router and counts",
+        fsep=GRAPHS + " attn moe_router moe_preprocess", at_night=LONGEST),
+    _on(IN_PIPELINE, "graphs-tokens", "CUDA graphs of attention, router and counts, tokens through"
+        " nodes of 2, recompute of norms", fsep=TOKENS.format(2) + SELECTIVE + " layernorm"
+        + GRAPHS + " attn moe_router moe_preprocess", at_night=LONGEST),
+    _on(LAYER_RECOMPUTED, "graphs-recompute", "CUDA graphs of attention", fsep=GRAPHS + " attn",
+        at_night=LONGEST),
     # Runs.
-    # Without fp8 Megatron itself refuses it.
-    _row("padding", "router padding, without effect",
-        fsep=PADDING),
     _row("offload", "optimizer offloaded to the CPU, expert data parallel 2", OFFLOADED, ranks=4,
         group=2),
-    _row("offload-half", "half of the optimizer offloaded to the CPU with both copies overlapped",
-        OFFLOADED + " --optimizer-offload-fraction 0.5 --overlap-cpu-optimizer-d2h-h2d"),
-    _row("sgd", "SGD with momentum", " --optimizer sgd --sgd-momentum 0.9 --lr 5e-2 --min-lr 5e-2"),
-    _row("lion", "Lion", " --optimizer lion", bound=LION_BOUND),
     _muon("muon", "Muon", MUON),
     _muon("muon-options", "Muon with Nesterov momentum, other scales, coefficients, and"
         " tensor-parallel mode", MUON + " --muon-nesterov --muon-momentum 0.95 --muon-scale-mode"
@@ -629,9 +629,7 @@ ROWS = [
         + " --overlap-grad-reduce --overlap-param-gather", ranks=4, group=2),
     _muon("dist-muon-pipeline", "dist_muon, expert data parallel 2, pipeline 2, bf16, accumulation"
         " 2", MUON_SHARED + PIPELINE, ranks=4, group=2, accumulation=2, moe_layers=1),
-    _row("evaluation", "evaluation and hashes of weights between steps, expert data parallel 2",
-        " --eval-interval 4 --eval-iters 2 --check-weight-hash-across-dp-replicas-interval 2",
-        ranks=4, group=2, evaluations=4),
+    _on(EVALUATED, "evaluation"),
     _row("evaluate-only", "evaluation alone", " --skip-train --eval-iters 2", steps=0,
         evaluations=1, gradients=False),
 ]
@@ -639,22 +637,3 @@ ROWS = [
 
 HOME_ROWS = [row.at_home for row in ROWS if row.needs_rows is None]
 ALL_ROWS = [*ROWS, *HOME_ROWS]
-
-
-@cache
-def daily() -> frozenset[str]:
-    """Return ids of rows with all of `pairs_of(ALL_ROWS)`, with those that older releases run too.
-
-    Choose greedily the most new pairs per rank, then drop rows that others make redundant.
-    """
-    pairs = {row.id: pairs_of([row]) for row in ALL_ROWS}
-    chosen = [row for row in ALL_ROWS if row.releases]
-    left = pairs_of(ALL_ROWS) - pairs_of(chosen)
-    while left:
-        chosen.append(max(ALL_ROWS, key=lambda row: len(pairs[row.id] & left) / row.ranks))
-        left -= pairs[chosen[-1].id]
-    for row in sorted(chosen, key=lambda row: (len(pairs[row.id]), row.id)):
-        others = [other for other in chosen if other is not row]
-        if not row.releases and pairs[row.id] <= pairs_of(others):
-            chosen = others
-    return frozenset(row.id for row in chosen)

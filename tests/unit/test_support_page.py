@@ -12,7 +12,7 @@ from tests.parity import report
 from tests.parity.compare import Distance
 from tests.parity.features import ALLOW, FEATURES, REPLACED
 from tests.parity.report import figures_in, proved_by, read_figures, status, write_figures
-from tests.parity.rows import ALL_ROWS, HOME_ROWS, ROWS, daily, pairs_of
+from tests.parity.rows import ALL_ROWS, HOME_ROWS, ROWS
 
 FOUND = Distance(grads=1e-7, losses=2e-7, norms=3e-7, weights=4e-7, logged=5e-7)
 FLOOR = FOUND.times(2)
@@ -47,14 +47,6 @@ def test_the_page_lists_every_row_and_every_refusal_once_and_counts_them() -> No
     assert listed == [refusal.setting for refusal in REFUSALS]
     counts = f"{len(ROWS)} combinations are proved equal to stock, {len(HOME_ROWS)} of them with"
     assert counts in next(report.counts())
-
-
-def test_every_pair_of_settings_that_a_row_has_is_run_each_day() -> None:
-    rows = [row for row in ALL_ROWS if row.id in daily()]
-    assert pairs_of(rows) == pairs_of(ALL_ROWS)
-    assert all(row.id in daily() for row in ALL_ROWS if row.releases)
-    values = {value for row in rows for value in row.values}
-    assert len(rows) <= 150 and len(values) >= 230, "else the values say too little, or too much"
 
 
 def test_features_point_at_rows_and_refusals_that_exist() -> None:

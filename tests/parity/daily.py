@@ -1,0 +1,122 @@
+"""The parity rows that CI runs each day; the others run at night.
+
+The rows of a day have every setting that any row has, and every pair of features of published
+recipes. Each of FSEP's own settings is in a row of each sharding that takes it, and in pairs with
+its others. Pairs of other settings, which no published recipe has together, are left to the night.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from functools import cache
+from itertools import combinations
+from typing import NamedTuple
+
+from megatron_laer.cpu.training import Adapt
+from megatron_laer.tools.recipes.features import features_of
+from tests.parity.row import AT_HOME, STEPS, Row, words_of
+from tests.parity.rows import ALL_ROWS
+from tests.proved_rows import settings_of
+
+# Features of rows that no published recipe or command has.
+UNPUBLISHED = frozenset(
+    {
+        *("Lion", "Muon", "SGD", "offloaded optimizer", "instances of the distributed optimizer"),
+        *("announced plans", "exact plans", "forecast plans", "scheduler off"),
+        *("experts restored once per step", "experts through nodes", "tokens through nodes"),
+        *("quantile balancing", "sinkhorn router", "square-root softplus router", "router replay"),
+        *("forced bias", "input jitter", "router in fp64", "probabilities on input"),
+        *("context parallel", "graphs of mlp", "overlapped shared experts"),
+    }
+)
+
+# Ranks, command line and change of the model.
+StockRun = tuple[int, str, Adapt | None]
+
+
+def needed(row: Row) -> frozenset[tuple[str, ...]]:
+    """Return this row's settings and pairs of which each has to be run each day, with its kind."""
+    at_home = AT_HOME in row.fsep
+    own = words_of(row.fsep.replace(AT_HOME, ""))
+    own |= {f"capacity {row.capacity}"} if row.capacity else set()
+    published = features_of(settings_of(row)) - UNPUBLISHED
+    return frozenset(
+        [
+            *(("setting", word) for word in row.values),
+            *(("at home", word) for word in row.values if at_home),
+            *(("in this sharding", word, str(at_home)) for word in own),
+            *(("of FSEP", *pair) for pair in combinations(sorted(own), 2)),
+            *(("published", *pair) for pair in combinations(sorted(published), 2)),
+        ]
+    )
+
+
+def all_needed(rows: Iterable[Row]) -> set[tuple[str, ...]]:
+    return {part for row in rows for part in needed(row)}
+
+
+@cache
+def daily() -> frozenset[str]:
+    """Return ids of rows with all that any row needs, with those that older releases run too.
+
+    Choose greedily by the runs of ranks that a row adds, its stock run included if that is new.
+    Then drop rows that others make redundant, those with a stock run of their own first.
+    """
+    parts = {row.id: needed(row) for row in ALL_ROWS}
+    runs = {row.id: stock_run(row) for row in ALL_ROWS}
+    chosen = [row for row in ALL_ROWS if row.releases]
+    left = all_needed(ALL_ROWS) - all_needed(chosen)
+    while left:
+        there = {runs[row.id] for row in chosen}
+        chosen.append(max(ALL_ROWS, key=lambda row: len(parts[row.id] & left) / _cost(row, there)))
+        left -= parts[chosen[-1].id]
+    times = Counter(part for row in chosen for part in parts[row.id])
+    rows_of = Counter(runs[row.id] for row in chosen)
+    for row in sorted(chosen, key=lambda row: (rows_of[runs[row.id]], len(parts[row.id]), row.id)):
+        if not row.releases and all(times[part] > 1 for part in parts[row.id]):
+            chosen.remove(row)
+            times.subtract(parts[row.id])
+    return frozenset(row.id for row in chosen)
+
+
+class Case(NamedTuple):
+    """A row as pytest runs it, at night with more steps as well."""
+
+    id: str
+    row: Row
+    is_daily: bool
+
+
+def cases() -> Iterator[Case]:
+    for row in ALL_ROWS:
+        yield Case(row.id, _short(row), row.id in daily())
+        longer = row.at_night or row.steps
+        if longer > STEPS:
+            yield Case(f"{row.id}-{longer}", replace(row, steps=longer), is_daily=False)
+
+
+@cache
+def sharing() -> dict[str, str]:
+    """Return for each case, by id, the first case with the same stock run."""
+    first: dict[StockRun, str] = {}
+    return {case.id: first.setdefault(_stock_run(case.row), case.id) for case in cases()}
+
+
+def stock_run(row: Row) -> StockRun:
+    """Return what distinguishes the row's reference by day."""
+    return _stock_run(_short(row))
+
+
+def _stock_run(row: Row) -> StockRun:
+    ranks, command = row.reference("DATA")
+    return ranks, " ".join(command), row.adapt
+
+
+def _short(row: Row) -> Row:
+    return replace(row, steps=min(row.steps, STEPS))
+
+
+def _cost(row: Row, there: Collection[StockRun]) -> int:
+    return row.ranks + (0 if stock_run(row) in there else row.reference_ranks or row.ranks)

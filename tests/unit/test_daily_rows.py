@@ -1,0 +1,84 @@
+"""The parity rows of a day have every setting, and the pairs that published recipes have."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Iterator
+from unittest import mock
+
+from megatron_laer.tools.recipes import bridge_table
+from megatron_laer.tools.recipes.families import IMPLIED
+from megatron_laer.tools.recipes.features import features_of
+from tests import published_commands, shared_data
+from tests.parity.daily import UNPUBLISHED, all_needed, cases, daily, needed, sharing
+from tests.parity.rows import ALL_ROWS
+from tests.proved_rows import settings_in, settings_of
+from tests.recipes_page import LIST, judged
+
+ROWS = [row for row in ALL_ROWS if row.id in daily()]
+
+
+def test_a_day_has_every_setting_and_the_pairs_that_count() -> None:
+    assert all_needed(ROWS) == all_needed(ALL_ROWS)
+    assert {value for row in ROWS for value in row.values} == {
+        value for row in ALL_ROWS for value in row.values
+    }
+    assert all(row.id in daily() for row in ALL_ROWS if row.releases)
+
+
+def test_a_day_trains_few_stock_runs() -> None:
+    runs = {sharing()[row.id] for row in ROWS}
+    assert len(ROWS) <= 100 and len(runs) <= 48
+    assert len({value for row in ROWS for value in row.values}) >= 230
+
+
+def test_every_row_is_a_case_once_and_longer_ones_are_nightly() -> None:
+    found = [*cases()]
+    assert len({case.id for case in found}) == len(found) > len(ALL_ROWS)
+    assert [case.row.id for case in found if case.id == case.row.id] == [row.id for row in ALL_ROWS]
+    assert {case.id for case in found if case.is_daily} == daily()
+
+
+def test_rows_with_other_settings_of_fsep_share_a_stock_run() -> None:
+    shared = sharing()
+    assert shared["exact-home"] == shared["deepep"] == shared["exact"]
+    assert shared["plain"] != shared["plain-50"]
+    assert shared["bf16"] != shared["plain"]
+
+
+def test_what_a_row_needs_tells_shardings_apart() -> None:
+    at_home = next(row for row in ALL_ROWS if row.id == "exact-home")
+    parts, without = needed(at_home), needed(next(row for row in ALL_ROWS if row.id == "exact"))
+    assert ("at home", "--fsep-plan-mode exact") in parts - without
+    assert ("in this sharding", "--fsep-plan-mode exact", "False") in without - parts
+
+
+def test_no_published_command_or_recipe_has_an_unpublished_feature() -> None:
+    published = frozenset[str]().union(*_published())
+    assert published & UNPUBLISHED == frozenset()
+    known = {feature for row in ALL_ROWS for feature in features_of(settings_of(row))}
+    assert known >= UNPUBLISHED
+    assert len(known - UNPUBLISHED) > 40
+
+
+@shared_data.needs(LIST.name)
+def test_no_recipe_of_the_list_has_an_unpublished_feature() -> None:
+    found: list[frozenset[str]] = []
+    judge = bridge_table.judge
+
+    def observed(settings: Namespace, **more: object) -> object:
+        found.append(features_of(settings))
+        return judge(settings, **more)  # type: ignore[arg-type]
+
+    with mock.patch.object(bridge_table, "judge", observed):
+        assert len(judged(LIST)) == len(found) > 100
+    assert frozenset[str]().union(*found) & UNPUBLISHED == frozenset()
+
+
+def _published() -> Iterator[frozenset[str]]:
+    for entry in published_commands.read():
+        if "flags" in entry:
+            flags = entry["flags"].replace("--cuda-graph-scope", "--cuda-graph-modules")
+            yield features_of(settings_in(flags.split()))
+    for implied in IMPLIED:
+        yield features_of(Namespace(**implied.settings))
