@@ -15,6 +15,7 @@ from megatron_laer.megatron_version import check_version
 from megatron_laer.planner.strategies import check_planner
 from megatron_laer.plugin.checkpoint_writer import NVRX_PATCHES, WRITER_PATCHES, nvrx_patches
 from megatron_laer.plugin.checkpoints import CHECKPOINT_PATCHES
+from megatron_laer.plugin.data_parallel import DATA_PARALLEL_PATCHES
 from megatron_laer.plugin.install_tracker import remove_metrics
 from megatron_laer.plugin.layers import LAYER_PATCHES, create_groups, repoint_hybrid_specs
 from megatron_laer.plugin.optimizers import OPTIMIZER_PATCHES
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 FSEP_PATCHES = (
     *LAYER_PATCHES,
     *STEP_PATCHES,
+    *DATA_PARALLEL_PATCHES,
     *OPTIMIZER_PATCHES,
     *SHARDING_PATCHES,
     *CHECKPOINT_PATCHES,

@@ -6,13 +6,15 @@ asynchronously on a stream of its group, which waits for the current one. `Work.
 current stream wait for it. Until then the work holds its tensors.
 
 On CUDA, autograd accumulates a leaf and runs its hooks on the stream that was current when the
-leaf's node was made. For Megatron's DDP that is a side stream; hooks do the same here.
+leaf's node was made. For Megatron's DDP that is a side stream; hooks do the same here. The engine
+orders that stream behind the producers of *defined* gradients alone (`InputBuffer::add` of torch).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -294,6 +296,7 @@ class _Engine:
         self._engine = engine
 
     def run_backward(self, *args: Any, **kwargs: Any) -> Any:
+        _record_arrivals(args[0] if args else kwargs["tensors"])
         result = self._engine.run_backward(*args, **kwargs)
         for stream in Simulation.leaf_streams:
             behind(current_stream(), stream)
@@ -303,14 +306,58 @@ class _Engine:
         return getattr(self._engine, name)
 
 
+def _record_arrivals(roots: Sequence[torch.Tensor]) -> None:
+    """Let each producer of a leaf's gradient record an event, if the gradient is defined."""
+    seen: set[Any] = set()
+    left, arrived = [root.grad_fn for root in roots], Simulation.arrivals
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        following = [after for after, _ in node.next_functions]
+        leaves = [(at, after) for at, after in enumerate(following) if after in arrived]
+        left += [after for after in following if after not in arrived]
+        if leaves:
+            node.register_hook(functools.partial(_arrive, leaves))
+
+
+def _arrive(
+    leaves: list[tuple[int, Any]], produced: tuple[torch.Tensor | None, ...], _: Any
+) -> None:
+    event = current_stream().record_event()
+    for at, leaf in leaves:
+        if produced[at] is not None:
+            Simulation.arrivals[leaf].append(event)
+
+
+@contextlib.contextmanager
+def side_stream_of_leaves() -> Iterator[None]:
+    """Accumulate gradients on the stream that Megatron builds DDP on, as autograd does on CUDA."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    true_init = DistributedDataParallel.__init__
+
+    def init(ddp: Any, *args: Any, **kwargs: Any) -> None:
+        true_init(ddp, *args, **kwargs)
+        for node in ddp.grad_accs:
+            accumulate_on(current_stream(), node)
+
+    with mock.patch.object(DistributedDataParallel, "__init__", init):
+        yield
+
+
 def accumulate_on(stream: Stream, node: Any) -> None:
     """Run the accumulation of a leaf, and its existing hooks, on this stream."""
+    Simulation.arrivals[node] = []
 
     def enter(grads: tuple[torch.Tensor | None, ...]) -> None:
         for grad in grads:
             if grad is not None:
                 Simulation.checker.recorded(stream.number, grad)
-        behind(stream, current_stream())
+        for event in Simulation.arrivals[node]:
+            Simulation.checker.wait(stream.number, event.clock)
+        Simulation.arrivals[node].clear()
         Simulation.current.append(stream)
         Simulation.leaf_streams.add(stream)
 

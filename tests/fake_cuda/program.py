@@ -25,7 +25,7 @@ from megatron_laer import device
 from tests.fake_cuda.allowed import STOCK
 from tests.fake_cuda.findings import WHEN_STEADY
 from tests.fake_cuda.kernels import interpreted
-from tests.fake_cuda.observing import HOST_GROUPS, observed
+from tests.fake_cuda.observing import HOST_GROUPS, observed, side_stream_of_leaves
 
 
 @contextlib.contextmanager
@@ -42,7 +42,8 @@ def gloo_for_nccl() -> Iterator[None]:
             if wanted == "nccl":
                 given.arguments["backend"] = "gloo"
             group = true(*given.args, **given.kwargs)
-            if wanted == "gloo":
+            # A rank outside of the group gets a number.
+            if wanted == "gloo" and group != dist.GroupMember.NON_GROUP_MEMBER:
                 HOST_GROUPS.add((group or dist.group.WORLD).group_name)
             return group
 
@@ -63,7 +64,7 @@ def main() -> int:
     del sys.argv[0]
     device.install_cpu()
     status: Any = 0
-    with gloo_for_nccl(), observed(interpreted) as seen:
+    with gloo_for_nccl(), observed(interpreted) as seen, side_stream_of_leaves():
         try:
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         except SystemExit as ended:

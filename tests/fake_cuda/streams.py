@@ -22,11 +22,16 @@ _numbers = itertools.count(1)
 
 
 class Simulation:
-    """Current simulation: its checker, current streams (innermost last), and streams of leaves."""
+    """Current simulation: its checker, current streams (innermost last), and streams of leaves.
+
+    `arrivals` has, for each leaf's node with a stream of its own, the events that its stream waits
+    for in this backward.
+    """
 
     checker: ClassVar[Checker]
     current: ClassVar[list[Stream]]
     leaf_streams: ClassVar[set[Stream]]
+    arrivals: ClassVar[dict[Any, list[Event]]]
 
 
 class Event:
@@ -164,6 +169,7 @@ def replaced(checker: Checker) -> Iterator[None]:
         ):
             stack.enter_context(mock.patch.object(owner, name, replacement))
         Simulation.current, Simulation.leaf_streams = [compute], set()
+        Simulation.arrivals = {}
         yield
         _synchronize()
 

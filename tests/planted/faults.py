@@ -110,6 +110,7 @@ _HOMES = _in("layer/experts/homes.py", *_ranks("homes", "own_loop"))
 _COMPUTE = _in("layer/experts/restored_compute.py", *_ranks("parity"), "-k", "lora-fc1")
 _ADAPTERS = _in("layer/experts/adapters.py", *_ranks("lora_on_experts"), "-k", "grouped")
 _HOME_ORDER = _ranks("home_order")
+_MAIN_GRADS = _in("layer/experts/main_grads.py", *_ranks("gpu_check"))
 _MOVES = _in("layer/experts/home_moves.py", *_HOME_ORDER)
 _PAIR_COUNTS = _in("runtime/pair_counts.py", *_unit("pair_counts"))
 _SLOT_CONFIGS = _in("layer/slot_configs.py", *_unit("slot_configs"))
@@ -127,6 +128,11 @@ _LOADING = _in("integrations/stock_loading.py", *_ranks("stock_loading"))
 _LAYER = _in("layer/moe_layer.py", *_ranks("own_loop"))
 
 FAULTS: tuple[Fault, ...] = (
+    _MAIN_GRADS.fault(
+        "hooks of home experts do not wait for the sums over replicas",
+        "            stream.wait_stream(torch.cuda.current_stream(stream.device))",
+        "            pass",
+    ),
     # Planner: packing, forecasts and state.
     _LAER.fault("laer packs a full rank further", "open_N = free_N > 0", "open_N = free_N >= 0"),
     _LAER.fault(

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch.distributed import distributed_c10d
 
+from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.plugin import steps
 from megatron_laer.runtime.comm import copies
 from megatron_laer.runtime.comm import exchange as exchange_file
@@ -330,6 +331,11 @@ TRAINING_FAULTS = {
         _replaced(SlotGrads, "finish_reduce", _finish_at_once),
         "combined 1F1B with delayed weight gradients, experts at home, both overlaps",
         "on the stream of gradients",
+    ),
+    "hooks of home experts do not wait for the sums over replicas": Fault(
+        _replaced(MegatronMainGrads, "order_hooks", _nothing),
+        "experts at home, fused accumulation, both overlaps",
+        "what add_ on the stream of gradients",
     ),
     "weight gradients do not wait for those of the inputs": Fault(
         _without_completion,

@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,8 +23,7 @@ from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, FSDP_REDUCE, HY
 from tests.fake_cuda.clocks import Watched
 from tests.fake_cuda.device import B200, H100
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
-from tests.fake_cuda.observing import Observed, accumulate_on, observed
-from tests.fake_cuda.streams import current_stream
+from tests.fake_cuda.observing import Observed, observed, side_stream_of_leaves
 from tests.launch_order import Launch, recorded
 from tests.parity.bridge_lora import lora_on_experts
 from tests.parity.flags import command_line
@@ -58,6 +58,7 @@ class Training(NamedTuple):
         capability: of the card.
         resumes: whether it goes on from `save_on_cpu`'s checkpoint, evaluates and saves again.
         adapt: changes the model before Megatron wraps it.
+        fuses: whether weight gradients are added to main gradients by their product.
     """
 
     flags: str
@@ -70,6 +71,7 @@ class Training(NamedTuple):
     resumes: bool = False
     capability: tuple[int, int] = H100
     adapt: training.Adapt | None = None
+    fuses: bool = False
 
 
 SCENARIOS = {
@@ -92,6 +94,7 @@ SCENARIOS = {
     "virtual pipeline 2 x 2": Training(_RANDOM + _VIRTUAL, 4),
     "both overlaps, slices replicated": Training(_RANDOM + _OVERLAPS, 4),
     "experts at home, both overlaps": Training(_HOME + _OVERLAPS),
+    "experts at home, fused accumulation, both overlaps": Training(_HOME + _OVERLAPS, fuses=True),
     "experts at home by relay, recompute of the MoE layer": Training(
         _HOME + _MOE + " --fsep-node-size 1 --fsep-restore-algorithm node"
     ),
@@ -233,6 +236,7 @@ def watch(data: str, scenario: str, fault: str | None) -> Watched:
         ) as device,
         broken,
         _steady_steps(),
+        _fused_accumulation(),
     ):
         losses = train_row(command, adapt=settings.adapt).losses
     return replace(device.watched(), losses=losses, orders=launches)
@@ -251,7 +255,7 @@ def megatron_observed(*args: Any, **kwargs: Any) -> Iterator[Observed]:
     with (
         _fresh_streams(),
         observed(*args, **kwargs) as device,
-        _side_stream_of_leaves(),
+        side_stream_of_leaves(),
         mock.patch.object(training, "fresh_megatron", _synchronised),
     ):
         yield device
@@ -289,7 +293,12 @@ def _command(data: str, scenario: str) -> list[str]:
         flags = flags.format(folder=folder)
         order_E = np.array([2, 1, 3, 0])
         write_homes(folder / "homes.json", 2, {"layer 1": order_E, "layer 2": order_E[::-1]})
-    return command_line(data, flags, experts=4, global_batch=settings.batch, steps=settings.steps)
+    command = command_line(
+        data, flags, experts=4, global_batch=settings.batch, steps=settings.steps
+    )
+    if settings.fuses:
+        command.remove("--no-gradient-accumulation-fusion")
+    return command
 
 
 @contextlib.contextmanager
@@ -306,18 +315,18 @@ _fresh_megatron = training.fresh_megatron
 
 
 @contextlib.contextmanager
-def _side_stream_of_leaves() -> Iterator[None]:
-    """Accumulate gradients on the stream that Megatron builds DDP on, as autograd does on CUDA."""
-    from megatron.core.distributed import DistributedDataParallel
+def _fused_accumulation() -> Iterator[None]:
+    """Replace apex's extension, with a product and an addition."""
+    from megatron.core.tensor_parallel import layers
 
-    true_init = DistributedDataParallel.__init__
+    def add(total_input: torch.Tensor, grad_output: torch.Tensor, main_grad: torch.Tensor) -> None:
+        main_grad.add_(grad_output.t() @ total_input)
 
-    def init(ddp: Any, *args: Any, **kwargs: Any) -> None:
-        true_init(ddp, *args, **kwargs)
-        for node in ddp.grad_accs:
-            accumulate_on(current_stream(), node)
-
-    with mock.patch.object(DistributedDataParallel, "__init__", init):
+    extension = SimpleNamespace(wgrad_gemm_accum_fp32=add, wgrad_gemm_accum_fp16=add)
+    with (
+        mock.patch.object(layers, "_grad_accum_fusion_available", True),
+        mock.patch.object(layers, "fused_weight_gradient_mlp_cuda", extension, create=True),
+    ):
         yield
 
 

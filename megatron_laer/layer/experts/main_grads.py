@@ -7,9 +7,17 @@ Its data-parallel wrapper gives each parameter a `main_grad`. A kernel that adds
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+
+_HOOK_STREAM = "fsep_hook_stream"
+
+
+def note_hook_stream(parameters: Iterable[torch.nn.Parameter], stream: torch.cuda.Stream) -> None:
+    """Note the stream on which autograd runs these parameters' hooks."""
+    for parameter in parameters:
+        setattr(parameter, _HOOK_STREAM, stream)
 
 
 class MegatronMainGrads:
@@ -31,6 +39,16 @@ class MegatronMainGrads:
         """
         parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
         return _zeros(parameter.shape, parameter.dtype, parameter.device).detach()
+
+    def order_hooks(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Make the hooks of these parameters wait for the current stream.
+
+        Autograd orders them behind defined gradients alone. One module's parameters have one
+        stream.
+        """
+        stream: torch.cuda.Stream | None = getattr(parameters[0], _HOOK_STREAM, None)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(stream.device))
 
 
 def _of_fsdp(parameter: torch.nn.Parameter) -> Callable[[], torch.Tensor] | None:

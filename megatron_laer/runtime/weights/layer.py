@@ -25,6 +25,10 @@ class MainGrads(Protocol):
 
     def of(self, parameter: torch.nn.Parameter) -> torch.Tensor: ...
 
+    def order_hooks(self, parameters: Sequence[torch.nn.Parameter]) -> None:
+        """Make the hooks of these parameters wait for the current stream."""
+        ...
+
     def mark_added(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         """Mark a parameter's gradient as added, and return a dummy gradient for autograd."""
         ...
@@ -136,17 +140,17 @@ class Slices:
     rows: tuple[int, ...]
     main_grads: MainGrads
 
-    @property
+    @cached_property
     def columns(self) -> tuple[int, ...]:
         return tuple(
             parameter.shape[2] if parameter.dim() == 3 else 1 for parameter in self.parameters
         )
 
-    @property
+    @cached_property
     def likes(self) -> tuple[torch.nn.Parameter, ...]:
         return self.parameters
 
-    @property
+    @cached_property
     def carried(self) -> tuple[Carried, ...]:
         return _as_they_are(self)
 
@@ -187,11 +191,11 @@ class Slices:
         """Return dummy gradients, as from Megatron's fused kernels."""
         return tuple(map(self.main_grads.mark_added, self.trained))
 
-    @property
+    @cached_property
     def trained_at(self) -> tuple[int, ...]:
         return tuple(at for at, part in enumerate(self.parameters) if part.requires_grad)
 
-    @property
+    @cached_property
     def trained(self) -> tuple[torch.nn.Parameter, ...]:
         return tuple(self.parameters[at] for at in self.trained_at)
 
@@ -219,35 +223,35 @@ class Homes:
     main_grads: MainGrads
     packers: tuple[Packer | None, ...] = ()
 
-    @property
+    @cached_property
     def rows(self) -> tuple[int, ...]:
         return tuple(_matrices([parameter])[0].shape[0] for parameter in self.likes)
 
-    @property
+    @cached_property
     def columns(self) -> tuple[int, ...]:
         return tuple(_matrices([parameter])[0].shape[1] for parameter in self.likes)
 
-    @property
+    @cached_property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
         return tuple(parameter for matrix in self.homes for parameter in matrix)
 
-    @property
+    @cached_property
     def likes(self) -> tuple[torch.nn.Parameter, ...]:
         return tuple(matrix[0] for matrix in self.homes)
 
-    @property
+    @cached_property
     def carried(self) -> tuple[Carried, ...]:
         own, packers = _as_they_are(self), self.packers or (None,) * len(self.homes)
         pairs = zip(own, packers, strict=True)
         return tuple(form if packer is None else packer.carried for form, packer in pairs)
 
-    @property
+    @cached_property
     def trained_at(self) -> tuple[int, ...]:
         return tuple(
             at for at, matrix in enumerate(self.homes) if any(part.requires_grad for part in matrix)
         )
 
-    @property
+    @cached_property
     def trained(self) -> tuple[torch.nn.Parameter, ...]:
         return tuple(parameter for at in self.trained_at for parameter in self.homes[at])
 
@@ -262,13 +266,12 @@ class Homes:
         return self if packers == self.packers else replace(self, packers=packers)
 
     def sources(self, num_experts: int) -> tuple[Sequence[torch.Tensor], ...]:
-        found: list[Sequence[torch.Tensor]] = [
-            _matrices([part.detach() for part in matrix]) for matrix in self.homes
-        ]
-        for at, packer in enumerate(self.packers):
-            if packer is not None:
-                found[at] = _Payloads(packer, found[at])
-        return tuple(found)
+        packers = self.packers or (None,) * len(self.homes)
+        pairs = zip(self.homes, packers, strict=True)
+        return tuple(
+            weights if packer is None else _Payloads(packer, weights)
+            for weights, packer in ((_Weights(matrix), packer) for matrix, packer in pairs)
+        )
 
     def grad_target(self, position: int, num_experts: int) -> list[torch.Tensor] | None:
         if not self.have_main_grads:
@@ -277,6 +280,7 @@ class Homes:
 
     def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
         if self.have_main_grads:
+            self.main_grads.order_hooks(self.trained)
             return self.added()
         return tuple(
             sum_RK.view(parameter.shape)
@@ -298,6 +302,21 @@ class Homes:
 def restored_bytes(share: Share, replica_slots: int) -> int:
     """Return the bytes of a layer's restored weights on this rank, for one direction."""
     return replica_slots * sum(carried.num_bytes for carried in share.carried)
+
+
+class _Weights(Sequence[torch.Tensor]):
+    """Matrices [R, K] of home experts, without autograd; most exchanges send few of them."""
+
+    def __init__(self, homes: tuple[torch.nn.Parameter, ...]) -> None:
+        self._homes = homes
+        self._is_one = homes[0].dim() == 3
+
+    def __len__(self) -> int:
+        return len(self._homes[0]) if self._is_one else len(self._homes)
+
+    def __getitem__(self, home: Any) -> Any:
+        matrix = self._homes[0][home] if self._is_one else self._homes[home]
+        return _as_matrix(matrix.detach())
 
 
 class _Payloads(Sequence[torch.Tensor]):
@@ -328,7 +347,11 @@ def _matrices(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Return `[R, K]` of each home expert: a bias has one column, and one part may be of all."""
     if parts[0].dim() == 3:
         return [*parts[0].unbind()]
-    return [part if part.dim() == 2 else part.unsqueeze(1) for part in parts]
+    return [*map(_as_matrix, parts)]
+
+
+def _as_matrix(part: torch.Tensor) -> torch.Tensor:
+    return part if part.dim() == 2 else part.unsqueeze(1)
 
 
 @dataclass(eq=False)

@@ -1,0 +1,39 @@
+"""Patch of Megatron's data-parallel wrapper that notes the stream of its gradients' hooks.
+
+Autograd runs the wrapper's hook of a parameter on the stream on which the wrapper was built. In
+Megatron's own loop that is a side stream. `MegatronMainGrads` orders it behind sums of which
+autograd knows nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_laer.layer.experts.main_grads import note_hook_stream
+from megatron_laer.plugin.patching import Patch
+from megatron_laer.runtime.comm.streams import has_streams
+
+
+def _noting_stream(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(ddp: Any, *args: Any, **kwargs: Any) -> None:
+        original(ddp, *args, **kwargs)
+        parameters = [*ddp.module.parameters()]
+        if parameters and has_streams(parameters[0].device):
+            note_hook_stream(parameters, torch.cuda.current_stream(parameters[0].device))
+
+    return init
+
+
+DATA_PARALLEL_PATCHES = (
+    Patch(
+        "megatron.core.distributed.distributed_data_parallel",
+        "DistributedDataParallel.__init__",
+        _noting_stream,
+        "hooks of home experts' gradients wait for the sums over replicas",
+    ),
+)
