@@ -113,6 +113,8 @@ class Session:
             homes = None if coordinator is None else coordinator.layouts.given_homes
             digest = None if coordinator is None else homes.digest if homes else "stock's"
             raise_everywhere(agreement.homes_problem(digest))
+            if coordinator is not None:
+                coordinator.connect()
             if self.config.makes_plans:
                 resumption = None
                 if coordinator is not None and coordinator.layers and self.groups.rank == 0:

@@ -15,6 +15,7 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.runtime.comm import agreement
+from megatron_laer.runtime.comm.connections import connect
 from megatron_laer.runtime.comm.exchange import wire_dtype
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.layer_state import (
@@ -105,6 +106,14 @@ class Coordinator:
             logger.exception("FSEP: planner and recordings could not be opened")
             return f"{type(error).__name__}: {error}"
         return None
+
+    def connect(self) -> None:
+        """Connect the ranks on all communicators that steps use. Collective over the group."""
+        of_tokens = self.groups.tokens_intra_node, self.groups.tokens_inter_node
+        if self.microbatch_planner.token_sizes is None:
+            of_tokens = None, None
+        tokens = [group for group in of_tokens if group is not None]
+        connect([*self.streams.exchange.communicators, *tokens], self.device)
 
     def _launch_kernels(self) -> None:
         """Launch all Triton kernels on a card, each of which is compiled by that."""

@@ -104,12 +104,25 @@ def test_ranks_launch_in_orders_that_agree(ranks: RankPools, text_data: str, cas
             f"{name}_{of}_NODE" for name in (*expected, "FSEP_TOKENS") for of in ("INTRA", "INTER")
         }
     assert expected <= found
+    for of_rank in launches:
+        check_connected_at_first(of_rank)
     layouts = [[digest for _, digest in of_rank] for of_rank in fresh]
     assert all(layouts)
     if group == 2:  # ranks 0 and 1 are a group, and so are 2 and 3; both are in the first stage
         assert layouts[0] == layouts[1] != layouts[2] == layouts[3]
     print(f"\n{case}: {sum(map(len, launches))} launches, {len(found)} kinds of communicators")
     some_launches_swapped_are_found(launches, found & expected)
+
+
+def check_connected_at_first(launches: list[Launch]) -> None:
+    """Check that each rank sends to all others before a communicator of FSEP's is used."""
+    first: dict[str, Launch] = {}
+    for launch in launches:
+        first.setdefault(launch.group, launch)
+    for launch in first.values():
+        if launch.description.startswith("FSEP_"):
+            assert launch.operation in WITH_SPLITS, launch
+            assert launch.sizes == ((1,) * len(launch.members),) * 2, launch
 
 
 def some_launches_swapped_are_found(launches: list[list[Launch]], of_fsep: set[str]) -> None:

@@ -1,8 +1,8 @@
 """Connections of NCCL's communicators, made before the first step.
 
 NCCL makes a communicator at its first collective, and connects two ranks at their first message.
-Layouts exchange with few peers, so both would go on for thousands of steps, each with a handshake
-that all ranks wait for, and with memory that torch's allocator may hold by then.
+Layouts exchange with few peers, so both would go on for thousands of steps. Each is a handshake
+that all ranks wait for, and takes memory that torch's allocator may hold by then.
 """
 
 from __future__ import annotations

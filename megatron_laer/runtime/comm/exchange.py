@@ -56,6 +56,11 @@ class Exchange(Protocol):
 
     count: ExchangeCount
 
+    @property
+    def communicators(self) -> tuple[Group, ...]:
+        """Return the communicators that exchanges of layouts can use, as on all ranks."""
+        ...
+
     def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None: ...
 
     def prepare_reduce(self, index: LayoutIndex) -> None: ...
@@ -121,6 +126,10 @@ class HierarchicalExchange(Exchange):
         self._node, self._local_rank = divmod(groups.rank, node_size)
         self._restore_stages, self._reduce_stages = restore_stages, reduce_stages
         self._grad_wire_dtype = grad_wire_dtype
+
+    @property
+    def communicators(self) -> tuple[Group, ...]:
+        return (*self._restore_stages.groups, *self._reduce_stages.groups)
 
     def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
         """Build the index tensors that restores of this layout need, unless they exist.

@@ -17,7 +17,7 @@ from megatron_laer.runtime.comm.buffers import Workspace
 from megatron_laer.runtime.comm.direct import send_grads, send_homes
 from megatron_laer.runtime.comm.exchange import Exchange, ReusableWeights, result_of_restore
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
-from megatron_laer.runtime.comm.process_groups import FSEPGroups
+from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 from megatron_laer.runtime.comm.relay import RelayExchange
 from megatron_laer.runtime.comm.stages import ExchangeCount, whole_group
 from megatron_laer.runtime.comm.steps import Steps
@@ -36,6 +36,10 @@ class DirectExchange(Exchange):
         self.restore_workspace, self.reduce_workspace = Workspace(), Workspace()
         self._restore_stage = whole_group(groups, groups.parameters)
         self._reduce_stage = whole_group(groups, groups.gradients)
+
+    @property
+    def communicators(self) -> tuple[Group, ...]:
+        return (self._restore_stage.group, self._reduce_stage.group)
 
     def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
         index.for_direct(None if before is None else before.layout, self.groups.rank)
@@ -126,6 +130,12 @@ class ChosenExchange(Exchange):
             ExchangeAlgorithm.FLAT: DirectExchange(groups, relay.count),
             ExchangeAlgorithm.NODE: relay,
         }
+
+    @property
+    def communicators(self) -> tuple[Group, ...]:
+        return tuple(
+            group for exchange in self._by_algorithm.values() for group in exchange.communicators
+        )
 
     def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
         self._of(index).prepare_restore(index, before)

@@ -43,6 +43,10 @@ class RelayExchange(Exchange):
         self._restore_stage = whole_group(groups, groups.parameters)
         self._reduce_stage = whole_group(groups, groups.gradients)
 
+    @property
+    def communicators(self) -> tuple[Group, ...]:
+        return (self._restore_stage.group, self._reduce_stage.group, *self._of_rows.communicators)
+
     def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
         self._of_rows.prepare_restore(index, before)
 

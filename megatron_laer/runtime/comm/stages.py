@@ -87,6 +87,10 @@ class Stages:
     inter_node: Stage | None
     intra_node: Stage | None
 
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        return tuple(stage.group for stage in (self.inter_node, self.intra_node) if stage)
+
 
 @dataclass(frozen=True)
 class DataPath:
