@@ -61,7 +61,8 @@ class Size:
     # Further model flags of Megatron.
     more: str = ""
 
-    def flags(self, data: str, ranks: int) -> list[str]:
+    def flags(self, data: str, ranks: int, platform: Sequence[str] = CPU_FLAGS) -> list[str]:
+        """Return flags of a run; `platform` has those that depend on the device."""
         return [
             *f"""
             --num-layers {self.layers} --hidden-size {self.hidden} --num-attention-heads 8
@@ -77,7 +78,7 @@ class Size:
             --split 90,10,0 --num-workers 0 --log-interval 1000 --eval-interval 1000 --eval-iters 0
             --data-path {data} {self.more}
             """.split(),
-            *CPU_FLAGS,
+            *platform,
             *BYTES_TOKENIZER_FLAGS,
         ]
 

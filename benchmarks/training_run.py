@@ -51,6 +51,7 @@ class Measured:
         restore_exposed_ms, reduce_exposed_ms: exposed waits of this rank's compute, FSEP only.
         fsep_skew: max/mean tokens per rank as FSEP computed them, per layer and microbatch; only
             the newest ones, on rank 0.
+        free_bytes: of this rank's device at the end of a step.
         weight_bytes: of weights and their gradients that this rank received, FSEP only.
     """
 
@@ -60,6 +61,7 @@ class Measured:
     restore_exposed_ms: list[float] = field(default_factory=list)
     reduce_exposed_ms: list[float] = field(default_factory=list)
     fsep_skew: list[float] = field(default_factory=list)
+    free_bytes: list[int] = field(default_factory=list)
     weight_bytes: int = 0
 
 
@@ -80,6 +82,7 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape | None, step
     begins_s: list[float] = []
     begins_cpu_s: list[float] = []
     exposed_ms: list[tuple[float, float]] = []
+    free_bytes: list[int] = []
     counts_E: list[torch.Tensor] = []
     setup, train_step = training.setup_model_and_optimizer, training.train_step
 
@@ -102,6 +105,7 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape | None, step
         torch.cuda.synchronize()
         begins_s.append(time.perf_counter())
         begins_cpu_s.append(time.process_time())
+        free_bytes.append(torch.cuda.mem_get_info()[0])
         coordinator = current_coordinator()
         if coordinator is not None:
             exposed_ms.append(coordinator.take_exchanged()[:2])
@@ -129,6 +133,7 @@ def measure(flags: list[str], routing: Routing, shape: RoutingShape | None, step
             restore_exposed_ms=list(restore_ms),
             reduce_exposed_ms=list(reduce_ms),
             fsep_skew=_fsep_skew(),
+            free_bytes=free_bytes[1:],
             weight_bytes=_weight_bytes(),
         )
 

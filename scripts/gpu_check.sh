@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What a card shows: tests, kernels, GEMM back ends, priorities and a whole layer beside stock's, in
-# under nine minutes, without a network. Each part has its own log and limit; at the end come the ten
-# figures that matter most. docs/gpu_status.md says what to do with the result.
+# What a card shows, in the order of risk: gradients with streams held up, the first replicas late in
+# a run, and step times of one recipe; then exchanges, kernels and parity. Without a network, in under
+# nine minutes on one card. Each part has its own log and limit; at the end come the ten figures that
+# matter most. docs/gpu_status.md says what to do with the result.
 #
 #   scripts/gpu_check.sh --wheels DIR           one card; torch and Triton are the machine's
 #   scripts/gpu_check.sh --wheels DIR --ranks 8  also what needs several cards, in 18 minutes
@@ -38,7 +39,7 @@ while (($#)); do
             wheels=$2
             shift
             ;;
-        -h | --help) sed -n '2,26s/^# \{0,1\}//p' scripts/gpu_check.sh && exit ;;
+        -h | --help) sed -n '2,27s/^# \{0,1\}//p' scripts/gpu_check.sh && exit ;;
         *) options+=("$1") ;;
     esac
     shift

@@ -33,8 +33,6 @@ from megatron_laer.tools.cli.argument_types import between, number, path
 from megatron_laer.tools.cli.program import Parser
 
 _ROOT = Path(__file__).resolve().parents[2]
-_CONNECTIONS = ("1", "8", "32")
-_PARITY_RANKS = (2, 4, 8)
 # Time that a part's processes need besides measurements, and slack of the last one.
 _SPARE_S, _SPARE_ON_RANKS_S = 15.0, 40.0
 _LAST_S = 30.0
@@ -64,56 +62,62 @@ class Task:
         return " ".join([self.name, *more, *("=".join(pair) for pair in self.environment)])
 
 
-_ON_ONE_CARD = (
+# In the order of risk: wrong gradients first, then failures late in a run, then times that decide.
+# The shares of time count on an H100.
+_TASKS = (
     Task(
         *("tests", "benchmarks.gpu.card_tests", 2),
         arguments=("tests/gpu/test_kernels.py", "tests/gpu/test_host_waits.py"),
+    ),
+    Task("gradients", "tests.parity.under_delay", 4, ranks=2),
+    Task("first-replica", "benchmarks.gpu.first_replica", 1, ranks=2),
+    Task("workloads", "benchmarks.gpu.workloads", 6, ranks=2),
+    Task("overlap", "benchmarks.gpu.overlap", 0.5, ranks=2),
+    Task("communicators", "benchmarks.gpu.communicators", 0.5, ranks=2),
+    *(
+        Task(
+            *("connections", "benchmarks.gpu.connections", 1, 2),
+            (("CUDA_DEVICE_MAX_CONNECTIONS", number),),
+        )
+        for number in ("32", "8", "1")
     ),
     Task("kernels", "benchmarks.gpu.kernels", 1),
     Task("gemms", "benchmarks.gpu.gemms", 3),
     Task("priorities", "benchmarks.gpu.priorities", 0.5),
     Task("layer", "benchmarks.gpu.layer", 4),
-)
-# Each of its tests starts ranks of its own; the shares of time count on an H100.
-_MODES = Task(
-    *("modes", "benchmarks.gpu.card_tests", 4),
-    arguments=(
-        "tests/gpu/test_training.py",
-        "tests/gpu/test_fp8_experts.py",
-        "tests/gpu/test_flex.py",
+    Task("parity", "tests.parity.launched", 2, ranks=2),
+    # Each of its tests starts ranks of its own, so it takes more time than all others.
+    Task(
+        *("modes", "benchmarks.gpu.card_tests", 4, 2),
+        arguments=(
+            "tests/gpu/test_training.py",
+            "tests/gpu/test_fp8_experts.py",
+            "tests/gpu/test_flex.py",
+        ),
     ),
 )
-_ON_RANKS = ("overlap", "parity", "communicators", "connections", "workloads", "modes")
-PARTS = (*(task.name for task in _ON_ONE_CARD), *_ON_RANKS)
+PARTS = tuple(dict.fromkeys(task.name for task in _TASKS))
+_ALONE = "modes"
+_ON_RANKS = {task.name for task in _TASKS if task.ranks > 1}
+_PARITY_RANKS = (2, 4, 8)
 
 
 def tasks(parts: Sequence[str], ranks: int, nodes: int, *, dry: bool) -> list[Task]:
-    found = [task for task in _ON_ONE_CARD if task.name in parts]
-    if ranks == 1:
-        return found
-    if "overlap" in parts:
-        found.append(Task("overlap", "benchmarks.gpu.overlap", 0.5, ranks))
-    found += [
-        Task("parity", "tests.parity.launched", 2, size)
-        for size in _PARITY_RANKS
-        if "parity" in parts and size <= ranks and size % nodes == 0
-    ]
-    if "communicators" in parts:
-        found.append(Task("communicators", "benchmarks.gpu.communicators", 0.5, ranks))
-    if "connections" in parts:
-        found += [
-            Task(
-                *("connections", "benchmarks.gpu.connections", 1, ranks),
-                (("CUDA_DEVICE_MAX_CONNECTIONS", number),),
-            )
-            for number in (_CONNECTIONS[:1] if dry else _CONNECTIONS)
-        ]
-    if "workloads" in parts:
-        found.append(Task("workloads", "benchmarks.gpu.workloads", 6, ranks))
-    if "modes" in parts:
-        # Its tests start processes of their own, which need Transformer Engine.
-        more = ("--collect-only",) * dry
-        found.append(replace(_MODES, arguments=(*_MODES.arguments, *more)))
+    """Return the tasks of these parts, in the order of risk."""
+    found: list[Task] = []
+    for task in _TASKS:
+        if task.name not in parts or ranks < task.ranks:
+            continue
+        if task.ranks == 1:
+            found.append(task)
+        elif task.name == "modes":  # its tests start processes of their own
+            more = ("--collect-only",) * dry  # they need Transformer Engine
+            found.append(replace(task, ranks=1, arguments=(*task.arguments, *more)))
+        elif task.name == "parity":
+            sizes = [size for size in _PARITY_RANKS if size <= ranks and size % nodes == 0]
+            found += [replace(task, ranks=size) for size in sizes]
+        elif not (dry and task.name == "connections" and found[-1].name == "connections"):
+            found.append(replace(task, ranks=ranks))
     return found
 
 
@@ -139,7 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check; return 1 if a part failed, 2 if it cannot run here."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(given)
-    parts = options.parts.split(",") if options.parts else list(PARTS)
+    parts = [name for name in PARTS if name != _ALONE or options.dry_run]
+    parts = options.parts.split(",") if options.parts else parts
     if (problem := refusal(options, parts)) is not None:
         print(f"gpu_check: {problem}", file=sys.stderr)
         return 2
@@ -253,7 +258,9 @@ def refusal(options: argparse.Namespace, parts: Sequence[str]) -> str | None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="gpu_check", description="What a card shows.")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a labelled CPU")
-    parser.add_argument("--parts", help=f"some of {','.join(PARTS)}; default: all")
+    parser.add_argument(
+        "--parts", help=f"some of {','.join(PARTS)}; default: all but {_ALONE}, which takes 30 min"
+    )
     parser.add_argument(
         "--ranks", type=between(1, 2**16), default=1, help="cards, of all nodes together"
     )

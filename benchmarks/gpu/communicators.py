@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu.ranks import Ranks, run_ranks_part
+from benchmarks.gpu.recipe import fsep_group
 from benchmarks.gpu.report import Part
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, create_groups
 
@@ -29,7 +30,7 @@ def measure_memory(ranks: Ranks) -> Part:
     world = dist.group.WORLD
     assert world is not None
     torch.cuda.set_device(ranks.rank % torch.cuda.device_count())
-    groups = create_groups(world, None, dist.new_group)
+    groups = create_groups(world, None, fsep_group)
     taken = {name: _taken_bytes(getattr(groups, name)) for name in _made(groups)}
     gathered: list[dict[str, int]] = [{}] * ranks.size
     dist.all_gather_object(gathered, taken)

@@ -29,7 +29,7 @@ PIPELINES = {
 
 
 def measure_pipelines(ranks: Ranks) -> Part:
-    part = Part()
+    part = ranks.part()
     found: dict[str, Measured] = {}
     for name, (more, layers) in PIPELINES.items():
         stages = 2 if more else 1
@@ -43,8 +43,7 @@ def measure_pipelines(ranks: Ranks) -> Part:
         )
         per_group = ranks.size // stages
         flags = [
-            *size.flags(ranks.data, per_group),
-            *ranks.backend_flags(),
+            *ranks.flags(size, per_group),
             *f"--global-batch-size {size.sequences * per_group * _ACCUMULATION}".split(),
             *FSEP.split(),
             *more.split(),

@@ -2,9 +2,9 @@
 
 `python -m benchmarks.gpu.layer`. The process stands in for rank 0 of N (`lone_rank`), and routing
 is forced to balance on both sides. Parameters have the float32 gradient buffers of Megatron's
-data-parallel wrapper. Stock computes its experts with Transformer Engine's grouped GEMM where that
-is installed, else one after the other. Times are for a layer alone, where FSEP can hide its
-exchanges only behind the layer's own products.
+data-parallel wrapper. On both sides home experts' products are Transformer Engine's where that is
+installed, fused with the accumulation of gradients. Times are for a layer alone, where FSEP can
+hide its exchanges only behind the layer's own products.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from benchmarks.gpu import lone_rank
+from benchmarks.gpu.recipe import has_transformer_engine
 from benchmarks.gpu.report import LABELLED, Part, Setting, run_part
 from benchmarks.gpu.sizes import Model, models
 from benchmarks.gpu.timing import Times, elapsed_ms
@@ -106,15 +106,18 @@ def measure_one(side: str, model: Model, dry: bool) -> dict[str, Any]:
     )
     model_parallel_cuda_manual_seed(1)
     device = torch.device("cuda", torch.cuda.current_device())
-    grouped = not dry and find_spec("transformer_engine") is not None
-    layer = _build(model, grouped and side == "stock").to(device)
+    grouped = has_transformer_engine(dry=dry)
+    layer = _build(model, grouped).to(device)
     for parameter in layer.parameters():
         parameter.main_grad = torch.zeros_like(parameter, dtype=torch.float32)  # type: ignore[attr-defined]
+        parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
     torch.cuda.reset_peak_memory_stats()
     computed: list[int] = []
     times = _times(layer, model, device, computed, rounds=2 if dry else _ROUNDS)
     megatron_laer.disable()
-    how = ("grouped GEMM" if grouped else "a loop") if side == "stock" else "--fsep-gemm auto"
+    how = "grouped GEMM" if grouped else "a loop"
+    if side == "fsep":
+        how += ", replicas by --fsep-gemm auto"
     peak = torch.cuda.max_memory_allocated()
     return {**times, "experts": how, "rows": computed[-1], "peak_bytes": peak}
 
@@ -136,6 +139,8 @@ def _build(model: Model, grouped: bool) -> torch.nn.Module:
         moe_router_force_load_balancing=True,
         moe_token_dispatcher_type="alltoall",
         moe_grouped_gemm=grouped,
+        moe_permute_fusion=grouped,
+        gradient_accumulation_fusion=grouped,
         expert_model_parallel_size=model.ranks,
         expert_tensor_parallel_size=1,
         add_bias_linear=False,

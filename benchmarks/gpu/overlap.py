@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.gpu.ranks import Ranks, run_ranks_part
+from benchmarks.gpu.recipe import fsep_group
 from benchmarks.gpu.report import Part
 from benchmarks.gpu.timing import Times, elapsed_ms
 from megatron_laer.runtime.comm.streams import make_comm_stream
@@ -30,7 +31,7 @@ def measure_both(ranks: Ranks) -> Part:
     dist.init_process_group("nccl")
     device = torch.device("cuda", ranks.rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
-    group = dist.new_group()
+    group = fsep_group(range(ranks.size), "FSEP_PARAMETERS")
     size, links, sent_bytes = (64, 3, 2**16) if ranks.dry else (4096, 12, 2**28)
     a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = torch.empty_like(a)

@@ -16,6 +16,7 @@ from pathlib import Path
 from torch.distributed import TCPStore
 
 from benchmarks.end_to_end_cases import Size
+from benchmarks.gpu.recipe import LOCAL, has_transformer_engine, recipe_flags
 from benchmarks.gpu.report import NO_CARD, Part, finish
 from benchmarks.gpu.timing import Budget
 
@@ -56,9 +57,14 @@ class Ranks:
         """Return the model's sizes; its experts are those of each rank."""
         return _DRY if self.dry else _CARD
 
-    def backend_flags(self) -> list[str]:
-        """Return the flags that a command line for the CPU also needs here."""
-        return ["--distributed-backend", "nccl", "--bf16"]
+    def flags(self, size: Size, ranks: int) -> list[str]:
+        """Return the flags of a run with the recipe, in groups of `ranks`."""
+        return size.flags(self.data, ranks, recipe_flags(dry=self.dry))
+
+    def part(self) -> Part:
+        """Return a part without results."""
+        is_local = not (self.dry or has_transformer_engine(dry=False))
+        return Part(left_out=[LOCAL] if is_local else [])
 
 
 def run_ranks_part(

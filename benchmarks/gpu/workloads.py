@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import statistics
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from benchmarks.end_to_end_cases import FSEP
+from benchmarks.end_to_end_cases import FSEP, Size
 from benchmarks.gpu.ranks import Ranks, run_ranks_part
 from benchmarks.gpu.report import Part
 from benchmarks.gpu.timing import Times
@@ -24,7 +25,9 @@ from benchmarks.training_run import Measured, Routing, measure
 
 _FORCED = Routing("--moe-router-force-load-balancing")
 _SIDES = {"stock": [], "fsep": FSEP.split()}
-_DRY_WORKLOADS = ("W2",)
+# The first one decides most, so it is measured with long microbatches as well.
+_WORKLOADS = ("W2", *(name for name in REPLAYED if name != "W2"))
+_LONG = 4  # sequences of a microbatch
 
 
 @dataclass(frozen=True)
@@ -33,27 +36,37 @@ class Case:
 
     workload: str
     side: str
+    tokens: int
     measured: Measured
     forced: tuple[Measured, ...]
 
 
 def measure_workloads(ranks: Ranks) -> Part:
     """Train under each workload, with forced balance in between."""
-    part = Part(left_out=["W4: Megatron's microbatches have as many tokens on every rank"])
+    part = ranks.part()
+    part.left_out.append("W4: Megatron's microbatches have as many tokens on every rank")
     size = replace(ranks.model, experts=ranks.model.experts * ranks.size)
-    flags = [*size.flags(ranks.data, ranks.size), *ranks.backend_flags()]
-    shape = size.routing_shape(ranks.size)
+    sizes = [(size, _WORKLOADS[:1])]
+    if not ranks.dry:
+        long = replace(size, sequences=_LONG * size.sequences)
+        sizes += [(long, _WORKLOADS[:1]), (size, _WORKLOADS[1:])]
+    cases = [case for each, names in sizes for case in _cases(ranks, each, names, part)]
+    part.tables["Share of forced balance"] = rows(cases, size.warm_up)
+    return part
+
+
+def _cases(ranks: Ranks, size: Size, names: Sequence[str], part: Part) -> Iterator[Case]:
+    flags, shape = ranks.flags(size, ranks.size), size.routing_shape(ranks.size)
     steps = size.warm_up + size.steps
 
     def train(routing: Routing, more: list[str]) -> Measured | None:
         return measure([*flags, *more], routing, shape, steps) if ranks.may_run() else None
 
-    cases: list[Case] = []
     forced = train(_FORCED, [])
     balanced = train(_FORCED, _SIDES["fsep"])
     if forced is not None and balanced is not None:
-        cases.append(Case("forced balance", "fsep", balanced, (forced,)))
-    for name in _DRY_WORKLOADS if ranks.dry else REPLAYED:
+        yield Case("forced balance", "fsep", shape.tokens, balanced, (forced,))
+    for name in names:
         path = ranks.folder / f"{name}.npy"
         if ranks.rank == 0:
             np.save(path, replayed(name, shape, steps + 1))
@@ -65,10 +78,8 @@ def measure_workloads(ranks: Ranks) -> Part:
             if measured is None:
                 part.left_out.append(f"{side} under {name}: the time was spent")
             elif around:
-                cases.append(Case(name, side, measured, around))
+                yield Case(name, side, shape.tokens, measured, around)
         forced = after
-    part.tables["Share of forced balance"] = rows(cases, size.warm_up)
-    return part
 
 
 def rows(cases: list[Case], warm_up: int) -> list[dict[str, Any]]:
@@ -81,6 +92,7 @@ def rows(cases: list[Case], warm_up: int) -> list[dict[str, Any]]:
         {
             "workload": case.workload,
             "side": case.side,
+            "tokens": case.tokens,
             **Times.of(case.measured.step_ms[warm_up:]).cells("step "),
             "share of forced balance": statistics.fmean(map(mean_ms, case.forced))
             / mean_ms(case.measured),

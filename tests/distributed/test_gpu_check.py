@@ -20,7 +20,7 @@ _CHECK = Path(__file__).resolve().parents[2] / "scripts" / "gpu_check.sh"
 @pytest.mark.parametrize(
     "parts",
     [
-        ["kernels", "gemms", "priorities", "layer", "overlap", "communicators"],
+        ["gradients", "kernels", "gemms", "priorities", "layer", "overlap", "communicators"],
         pytest.param(PARTS, marks=pytest.mark.nightly),
     ],
     ids=["daily", "all"],

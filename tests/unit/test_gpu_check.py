@@ -12,15 +12,18 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
+from benchmarks.end_to_end_cases import FULL
 from benchmarks.gpu import (
     __main__,
     card_tests,
     communicators,
     connections,
+    first_replica,
     gemms,
     headline,
     kernels,
@@ -28,9 +31,11 @@ from benchmarks.gpu import (
     lone_rank,
     overlap,
     priorities,
+    recipe,
     sizes,
     workloads,
 )
+from benchmarks.gpu.ranks import Ranks
 from benchmarks.gpu.timing import Times
 from benchmarks.training_run import Measured
 from tests.parity import launched
@@ -87,8 +92,8 @@ def test_the_share_of_forced_balance_counts_bursts_and_no_warm_up() -> None:
     )
     fsep, stock = workloads.rows(
         [
-            workloads.Case("W7", "fsep", mine, (forced, forced)),
-            workloads.Case("W7", "stock", forced, (forced,)),
+            workloads.Case("W7", "fsep", 4096, mine, (forced, forced)),
+            workloads.Case("W7", "stock", 4096, forced, (forced,)),
         ],
         warm_up=1,
     )
@@ -137,7 +142,32 @@ def test_every_part_has_tasks_and_ranks_are_asked_for() -> None:
     assert {task.name for task in on_eight} == set(__main__.PARTS)
     assert [task.ranks for task in on_eight if task.name == "parity"] == [2, 4, 8]
     numbers = [dict(task.environment) for task in on_eight if task.name == "connections"]
-    assert [number["CUDA_DEVICE_MAX_CONNECTIONS"] for number in numbers] == ["1", "8", "32"]
+    assert [number["CUDA_DEVICE_MAX_CONNECTIONS"] for number in numbers] == ["32", "8", "1"]
+    order = [*dict.fromkeys(task.name for task in on_eight)]
+    assert order[:4] == ["tests", "gradients", "first-replica", "workloads"]
+    assert order[-1] == "modes"
+
+
+@pytest.mark.parametrize("has_te", [False, True])
+def test_all_parts_train_one_recipe(has_te: bool) -> None:
+    """Grouped and fused experts come with Transformer Engine, the overlaps always."""
+    ranks = mock.Mock(spec=Ranks, data="data", dry=False)
+    with mock.patch.object(recipe, "find_spec", lambda _: object() if has_te else None):
+        flags = Ranks.flags(ranks, FULL, 8)
+    assert {"--use-distributed-optimizer", "--overlap-grad-reduce", "--bf16"} <= {*flags}
+    assert ("--moe-grouped-gemm" in flags) == has_te
+    assert ("--no-gradient-accumulation-fusion" in flags) != has_te
+    implementation = flags[flags.index("--transformer-impl") + 1]
+    assert implementation == ("transformer_engine" if has_te else "local")
+
+
+def test_the_first_replicas_have_a_row_of_their_own() -> None:
+    measured = Measured(
+        [9.0, 1.0, 1.0, 7.0, 2.0, 3.0, 4.0], free_bytes=[2**20 * n for n in range(7)]
+    )
+    balanced, first, hot, idle = first_replica.rows(measured, balanced=3, skewed=2, warm_up=1)
+    assert [row["most ms"] for row in (balanced, first, hot, idle)] == [1.0, 7.0, 2.0, 4.0]
+    assert first["least free MiB"] == 3.0
     on_four_nodes = __main__.tasks(["parity"], 32, 4, dry=False)
     assert [task.ranks for task in on_four_nodes] == [4, 8]
 
@@ -182,7 +212,7 @@ def test_a_part_that_hangs_or_fails_is_a_failure_and_its_results_count(
     monkeypatch.setattr(subprocess, "Popen", Popen)
     parts = zip(("kernels", "gemms", "layer"), ENDS, strict=True)
     made = tuple(__main__.Task(name, module, 1) for name, module in parts)
-    monkeypatch.setattr(__main__, "_ON_ONE_CARD", made)
+    monkeypatch.setattr(__main__, "_TASKS", made)
     words = ["--dry-run", "--parts", "kernels,gemms,layer", "--output", str(tmp_path / "out")]
     assert __main__.main(words) == 1
     printed = capsys.readouterr().out
