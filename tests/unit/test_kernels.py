@@ -17,7 +17,7 @@ INTEGERS = (
 SIZES = {"RANKS": 64, "NODES": 8, "BLOCK": 1024}
 
 
-@pytest.mark.parametrize(("module", "cases"), [("exchange_kernels", 61), ("dispatch_kernels", 22)])
+@pytest.mark.parametrize(("module", "cases"), [("exchange_kernels", 61), ("dispatch_kernels", 25)])
 def test_kernels_equal_torch_in_tritons_interpreter(module: str, cases: int) -> None:
     printed = python("-m", f"tests.{module}", TRITON_INTERPRET="1", MEGATRON_LAER_DEVICE="auto")
     assert printed.strip() == f"{cases} cases"
@@ -45,6 +45,10 @@ def test_kernels_of_permutations_compile_for_cards_that_are_not_here(
     types = dict.fromkeys(INTEGERS, "*i32") | {"map_TE": "*u8"}
     types |= {"rows_PH": f"*{rows}", "sums_TH": f"*{rows}"}
     for kernel in (kernels._rows_of_expert, kernels._rows_of_token, kernels._sum_rows):
+        compile_for(capability, kernel, types, {"BLOCK": 256})
+    types = dict.fromkeys(("token_P", "place_P", "first_J", "place_JK", "tokens_JK"), "*i64")
+    types |= {"here_TB": "*i32", "taken_P": "*i32"}
+    for kernel in (kernels._recount, kernels._choose):
         compile_for(capability, kernel, types, {"BLOCK": 256})
 
 

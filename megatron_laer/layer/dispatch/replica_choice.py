@@ -9,13 +9,16 @@ a wave in J groups, K places of a group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
 from megatron_laer.layer.dispatch.permutation import run_sizes, true_places
+from megatron_laer.layer.dispatch.row_map import dispatch_kernels
 from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.runtime.comm.copies import upload, upload_arrays
 
@@ -160,9 +163,20 @@ class _Level:
         place_P = slot_P.long() // self.slots_per_place
         here_TB = _pairs_at(token_P, place_P, num_tokens, self.num_places)
         # A second round saves less than 0.2 % of rows.
-        for first in range(min(_WAVES, len(self.choices))):
-            wave = _Wave.of(self.choices[first::_WAVES], token_P.device)
-            wave.choose(token_P, place_P, here_TB, self)
+        waves = [self.choices[first::_WAVES] for first in range(min(_WAVES, len(self.choices)))]
+        kernels = dispatch_kernels(token_P)
+        if kernels is None:
+            for choices in waves:
+                _Wave.of(choices, token_P.device).choose(token_P, place_P, here_TB, self)
+        else:
+            ordered = tuple(chain.from_iterable(waves))
+            first_J = np.array([choice.first for choice in ordered])
+            of_groups = _uploaded(first_J, *_padded(ordered), device=token_P.device)
+            kernels.choose_places(
+                *(token_P, place_P, here_TB.view(num_tokens, -1), *of_groups),
+                [*accumulate(map(len, waves))],
+                self.home,
+            )
         sizes = upload(torch.from_numpy(self.group_sizes), token_P.device)
         groups = torch.arange(len(sizes), device=token_P.device)
         group_P = torch.repeat_interleave(groups, sizes, output_size=len(token_P))
@@ -195,23 +209,18 @@ class _Wave:
 
     @classmethod
     def of(cls, choices: tuple[_Choice, ...], device: torch.device) -> _Wave:
-        width = max(len(choice.places) for choice in choices)
-        place_JK, tokens_JK = np.zeros((2, len(choices), width), dtype=np.int64)
-        for group, choice in enumerate(choices):
-            place_JK[group, : len(choice.places)] = choice.places
-            tokens_JK[group, : len(choice.places)] = choice.tokens
+        place_JK, tokens_JK = _padded(choices)
         size_J = tokens_JK.sum(axis=1)
         first_J = np.cumsum(size_J) - size_J
         shift_J = np.array([choice.first for choice in choices]) - first_J
-        firsts, shifts, sizes, places, tokens = upload_arrays(
-            [first_J, shift_J, size_J, place_JK.ravel(), tokens_JK.ravel()], device
+        firsts, shifts, sizes, places, tokens = _uploaded(
+            first_J, shift_J, size_J, place_JK, tokens_JK, device=device
         )
         total = int(size_J.sum())
         groups = torch.arange(len(choices), device=device)
         group_Q = torch.repeat_interleave(groups, sizes, output_size=total)
         pair_Q = torch.arange(total, device=device) + shifts[group_Q]
-        shape = place_JK.shape
-        return cls(pair_Q, group_Q, firsts, places.view(shape), tokens.view(shape))
+        return cls(pair_Q, group_Q, firsts, places, tokens)
 
     def choose(
         self, token_P: torch.Tensor, place_P: torch.Tensor, here_TB: torch.Tensor, level: _Level
@@ -245,6 +254,21 @@ class _Wave:
         place_Q = place_QK.gather(1, taken_Q.unsqueeze(1)).squeeze(1)
         place_P[self.pair_Q] = place_Q
         here_TB.index_add_(0, row_Q + place_Q, one_Q)
+
+
+def _padded(choices: Sequence[_Choice]) -> tuple[Int64, Int64]:
+    """Return place_JK and tokens_JK of these groups, padded with places 0 that serve no token."""
+    width = max(len(choice.places) for choice in choices)
+    place_JK, tokens_JK = np.zeros((2, len(choices), width), dtype=np.int64)
+    for group, choice in enumerate(choices):
+        place_JK[group, : len(choice.places)] = choice.places
+        tokens_JK[group, : len(choice.places)] = choice.tokens
+    return place_JK, tokens_JK
+
+
+def _uploaded(*arrays: Int64, device: torch.device) -> list[torch.Tensor]:
+    flat = upload_arrays([array.ravel() for array in arrays], device)
+    return [part.view(array.shape) for part, array in zip(flat, arrays, strict=True)]
 
 
 def _pairs_at(

@@ -49,14 +49,16 @@ class RowMap:
     ) -> AbstractContextManager[Any]:
         """Return a context in which autograd saves rows in place of their spread copies.
 
-        The caller must reference the copies while in the context.
+        Experts save consecutive copies each. The caller must reference the copies while in the
+        context.
         """
-        kept = rows_YH.detach(), self.row_X
+        rows_YH = rows_YH.detach()
         # Not the tensor, since autograd's saved values reference `pack`.
-        copies = _identity(copies_XH)
+        copies = _Place.of(copies_XH)
 
         def pack(saved: torch.Tensor) -> _Kept:
-            return kept if _identity(saved) == copies else saved
+            first = copies.first_of(saved)
+            return saved if first is None else (rows_YH, self.row_X[first : first + len(saved)])
 
         return torch.autograd.graph.saved_tensors_hooks(pack, _unpack)
 
@@ -74,9 +76,29 @@ def row_map(row_X: torch.Tensor, num_rows: int) -> RowMap:
     return RowMap(row_X, num_rows, counts_Y.cumsum(0, dtype=torch.int32), by_row_X)
 
 
-def _identity(tensor: torch.Tensor) -> tuple[Any, ...]:
-    # Strides too: the transpose of a square matrix has the same shape.
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+@dataclass(frozen=True)
+class _Place:
+    """Memory of a contiguous matrix of `size` bytes."""
+
+    address: int
+    size: int
+    width: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor) -> _Place:
+        assert matrix.is_contiguous()
+        return cls(matrix.data_ptr(), matrix.nbytes, matrix.shape[1], matrix.dtype)
+
+    def first_of(self, tensor: torch.Tensor) -> int | None:
+        """Return the first row of the matrix that a tensor of whole rows shows, or None."""
+        # The transpose of a square matrix has the same shape.
+        if tensor.dtype != self.dtype or tensor.stride() != (self.width, 1):
+            return None
+        offset = tensor.data_ptr() - self.address
+        row, rest = divmod(offset, self.width * self.dtype.itemsize)
+        fits = tensor.shape[1] == self.width and 0 <= offset <= self.size - tensor.nbytes
+        return row if fits and rest == 0 and len(tensor) else None
 
 
 def _unpack(kept: _Kept) -> torch.Tensor:
