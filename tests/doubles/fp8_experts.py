@@ -101,10 +101,13 @@ class Recipe(NamedTuple):
     def input_grad(self, grad_nR: torch.Tensor, weight_RK: torch.Tensor) -> torch.Tensor:
         return (self.again(grad_nR, self.backward, self.by_rows) @ weight_RK).to(grad_nR.dtype)
 
-    def weight_grad(self, grad_nR: torch.Tensor, input_nK: torch.Tensor) -> torch.Tensor:
+    def kept(self, input_nK: torch.Tensor) -> torch.Tensor:
+        """Return the values of which weights' gradients are made, in memory of their own."""
+        return self.again(input_nK, self.forward, self.by_columns)
+
+    def weight_grad(self, grad_nR: torch.Tensor, kept_nK: torch.Tensor) -> torch.Tensor:
         grad_again_nR = self.again(grad_nR, self.backward, self.by_columns)
-        input_again_nK = self.again(input_nK, self.forward, self.by_columns)
-        return (grad_again_nR.t() @ input_again_nK).to(grad_nR.dtype)
+        return (grad_again_nR.t() @ kept_nK).to(grad_nR.dtype)
 
 
 _SQUARE, _MX_ROWS, _MX_COLUMNS = (BLOCK, BLOCK), (1, MX_BLOCK), (MX_BLOCK, 1)
@@ -163,16 +166,19 @@ class EmulatedGemm:
         grads = [self._recipe.input_grad(grad_nR, weight_RK) for grad_nR, weight_RK in parts]
         return unpadded(torch.cat(grads), tokens_C, self._recipe.multiple)
 
+    def kept(self, input_TK: torch.Tensor, tokens_C: Sequence[int]) -> list[torch.Tensor]:
+        return [*map(self._recipe.kept, self._parts(input_TK, tokens_C))]
+
     def weight_grad(
         self,
         grad_TR: torch.Tensor,
-        input_TK: torch.Tensor,
+        kept_TK: list[torch.Tensor],
         tokens_C: Sequence[int],
         out_CRK: torch.Tensor,
     ) -> None:
-        grads, inputs = (self._parts(tokens, tokens_C) for tokens in (grad_TR, input_TK))
-        for grad_nR, input_nK, out_RK in zip(grads, inputs, out_CRK, strict=True):
-            out_RK.copy_(self._recipe.weight_grad(grad_nR, input_nK))
+        parts = zip(self._parts(grad_TR, tokens_C), kept_TK, out_CRK, strict=True)
+        for grad_nR, kept_nK, out_RK in parts:
+            out_RK.copy_(self._recipe.weight_grad(grad_nR, kept_nK))
 
     def _parts(self, tokens_TK: torch.Tensor, tokens_C: Sequence[int]) -> tuple[torch.Tensor, ...]:
         padded_UK = padded(tokens_TK, tokens_C, self._recipe.multiple)
@@ -196,19 +202,19 @@ class Fp8Linear(torch.autograd.Function):
     def forward(
         ctx: Any, input_nK: torch.Tensor, weight_RK: torch.Tensor, recipe: Recipe
     ) -> torch.Tensor:
-        ctx.save_for_backward(input_nK, weight_RK)
+        ctx.save_for_backward(recipe.kept(input_nK), weight_RK)
         ctx.recipe = recipe
         return recipe.product(input_nK, recipe.weight_again(weight_RK))
 
     @staticmethod
     def backward(ctx: Any, grad_nR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        input_nK, weight_RK = ctx.saved_tensors
+        kept_nK, weight_RK = ctx.saved_tensors
         recipe, grad_input_nK, grad_weight_RK = ctx.recipe, None, None
         if ctx.needs_input_grad[0]:
             again_RK = recipe.weight_again(weight_RK, in_backward=True)
             grad_input_nK = recipe.input_grad(grad_nR, again_RK)
         if ctx.needs_input_grad[1]:
-            grad_weight_RK = recipe.weight_grad(grad_nR, input_nK)
+            grad_weight_RK = recipe.weight_grad(grad_nR, kept_nK)
         return grad_input_nK, grad_weight_RK, None
 
 

@@ -66,13 +66,17 @@ class _SlotLinear(torch.autograd.Function):
         tokens_C: Sequence[int],
         gemm: SlotGemm,
     ) -> torch.Tensor:
-        ctx.save_for_backward(input_TK)
+        output_TR = gemm.forward(input_TK, experts.weights.matrix(position), tokens_C)
+        kept = gemm.kept(input_TK, tokens_C) if ctx.needs_input_grad[1] else None
+        is_tensor = isinstance(kept, torch.Tensor)
+        ctx.save_for_backward(kept if is_tensor else None)
+        ctx.quantised = None if is_tensor else kept
         ctx.experts, ctx.position, ctx.tokens_C, ctx.gemm = experts, position, tokens_C, gemm
-        return gemm.forward(input_TK, experts.weights.matrix(position), tokens_C)
+        return output_TR
 
     @staticmethod
     def backward(ctx: Any, grad_TR: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (input_TK,) = ctx.saved_tensors
+        (kept_TK,) = ctx.saved_tensors
         gemm, experts, position, tokens_C = ctx.gemm, ctx.experts, ctx.position, ctx.tokens_C
         input_needs, weight_needs = ctx.needs_input_grad[:2]
         grad_input_TK = grad_weight_CRK = None
@@ -81,7 +85,8 @@ class _SlotLinear(torch.autograd.Function):
                 grad_TR, experts.backward_weights.matrix(position), tokens_C
             )
         if weight_needs:
-            compute = partial(gemm.weight_grad, grad_TR, input_TK, tokens_C)
+            kept = ctx.quantised if kept_TK is None else kept_TK
+            compute = partial(gemm.weight_grad, grad_TR, kept, tokens_C)
             grad_weight_CRK = experts.weight_grads(position, compute)
         return grad_input_TK, grad_weight_CRK, None, None, None, None
 

@@ -118,10 +118,13 @@ class Quantised(ABC):
         weights, grads = self._backward_weights(weight_CRK), self._grads(grad_TR, tokens_C)
         return self._products("NN", weights, grads, tokens_C)
 
+    def kept(self, input_TK: torch.Tensor, tokens_C: Sequence[int]) -> list[Any]:
+        return self._inputs(input_TK, tokens_C, by_columns=True)
+
     def weight_grad(
         self,
         grad_TR: torch.Tensor,
-        input_TK: torch.Tensor,
+        kept_TK: list[Any],
         tokens_C: Sequence[int],
         out_CRK: torch.Tensor,
     ) -> None:
@@ -131,7 +134,7 @@ class Quantised(ABC):
         if not filled:
             return
         grouped.grouped_gemm()(
-            self._inputs(input_TK, tokens_C, by_columns=True),
+            kept_TK,
             self._grads(grad_TR, tokens_C, by_columns=True),
             [out_CRK[slot] for slot in filled],
             [None] * len(filled),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_laer.config import GemmBackEnd
 
@@ -45,16 +45,24 @@ class SlotGemm(Protocol):
         """Return the gradient of the input `[T, K]`, given that of the output."""
         ...
 
+    def kept(self, input_TK: torch.Tensor, tokens_C: Sequence[int]) -> Any:
+        """Return the form of the input that `weight_grad` needs.
+
+        In fp8 it is quantised: Megatron's combined schedule frees the input after forward.
+        """
+        return input_TK
+
     def weight_grad(
         self,
         grad_TR: torch.Tensor,
-        input_TK: torch.Tensor,
+        kept_TK: Any,
         tokens_C: Sequence[int],
         out_CRK: torch.Tensor,
     ) -> None:
         """Write the gradients of all slots' matrices to `out_CRK`, zeros for slots without tokens.
 
         Args:
+            kept_TK: the input as `kept` returned it.
             out_CRK: contiguous, in the tokens' dtype, or in float32 without rounding.
         """
         ...

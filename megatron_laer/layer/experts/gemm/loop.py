@@ -16,7 +16,7 @@ import torch
 from megatron_laer.layer.experts.gemm import SlotGemm
 
 
-class Loop:
+class Loop(SlotGemm):
     """`SlotGemm` that writes every product in place, so that nothing is stacked."""
 
     def problem(
@@ -43,12 +43,12 @@ class Loop:
     def weight_grad(
         self,
         grad_TR: torch.Tensor,
-        input_TK: torch.Tensor,
+        kept_TK: torch.Tensor,
         tokens_C: Sequence[int],
         out_CRK: torch.Tensor,
     ) -> None:
         for slot, rows in _spans(tokens_C):
-            _write_product(grad_TR[rows].t(), input_TK[rows], out_CRK[slot])
+            _write_product(grad_TR[rows].t(), kept_TK[rows], out_CRK[slot])
 
 
 def _spans(tokens_C: Sequence[int]) -> Iterable[tuple[int, slice]]:

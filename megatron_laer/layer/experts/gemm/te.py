@@ -30,7 +30,7 @@ _PARAMETERS = (
 KNOWN = "2.11 to 2.20"
 
 
-class _TransformerEngine:
+class _TransformerEngine(SlotGemm):
     """`SlotGemm` by a column-major function, so that weights precede tokens."""
 
     def problem(
@@ -76,11 +76,11 @@ class _TransformerEngine:
     def weight_grad(
         self,
         grad_TR: torch.Tensor,
-        input_TK: torch.Tensor,
+        kept_TK: torch.Tensor,
         tokens_C: Sequence[int],
         out_CRK: torch.Tensor,
     ) -> None:
-        grads, inputs = _rows(grad_TR, tokens_C), _rows(input_TK, tokens_C)
+        grads, inputs = _rows(grad_TR, tokens_C), _rows(kept_TK, tokens_C)
         _multiply("NT", inputs, grads, list(out_CRK.unbind()), tokens_C)
 
 
