@@ -8,6 +8,7 @@ from collections.abc import Mapping
 DEVICE = "MEGATRON_LAER_DEVICE"
 UNRELEASED_MEGATRON = "MEGATRON_LAER_UNRELEASED_MEGATRON"
 CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
+MOST_QUEUES = "32"
 
 # Prefixes of variables by the library that reads them at import without naming them in its errors.
 _READ_BY = {"tqdm": ("TQDM_",), "matplotlib": ("MPL", "MATPLOTLIBRC")}

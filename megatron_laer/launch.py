@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Iterator
+
+from megatron_laer.environment import CONNECTIONS, MOST_QUEUES
 
 
 def prepare(force_cpu: bool = False) -> None:
@@ -12,7 +15,8 @@ def prepare(force_cpu: bool = False) -> None:
 
     Call it before any import of `megatron`. Without a usable GPU, with `force_cpu`, or with
     `MEGATRON_LAER_DEVICE=cpu` in the environment, Megatron runs on the CPU. Its command line then
-    needs `megatron_laer.device.CPU_FLAGS`.
+    needs `megatron_laer.device.CPU_FLAGS`. On a GPU, CUDA_DEVICE_MAX_CONNECTIONS is 32 unless it is
+    set: a layer's streams are more than CUDA's 8 hardware queues.
 
     Raises:
         ImportError: a module or the native core is missing, or Megatron is not supported.
@@ -25,6 +29,8 @@ def prepare(force_cpu: bool = False) -> None:
     with _logging_as_it_is():
         if device.cpu_needed(force_cpu):
             device.install_cpu()
+        else:
+            os.environ.setdefault(CONNECTIONS, MOST_QUEUES)
         from megatron_laer.plugin import wheel
 
         wheel.mend_dataset_helper()

@@ -113,7 +113,7 @@ def build_coordinator(
         overlaps=overlaps,
         after_gate=config.mode == PlanMode.EXACT,
         holds_step=config.restore == Restore.STEP,
-        restores_following=True,
+        restores_following=not _synchronises(transformer_config),
         by_parts=transformer_config.overlap_moe_expert_parallel_comm,
     )
     streams = ExchangeStreams(
@@ -248,6 +248,16 @@ def _fp8_recipe(config: FSEPConfig, transformer_config: Any) -> Fp8Recipe | None
     if not config.experts_in_fp8 or not transformer_config.fp8:
         return None
     return Fp8Recipe(recipe_of(transformer_config))
+
+
+def _synchronises(transformer_config: Any) -> bool:
+    """Return whether Megatron waits for the whole device between a pipeline's operations.
+
+    It would then wait for a restore of the next operation as well.
+    """
+    config = transformer_config
+    waits: bool = config.batch_p2p_comm and config.batch_p2p_sync
+    return waits and config.pipeline_model_parallel_size > 1
 
 
 def _recompute(transformer_config: Any) -> Recompute:

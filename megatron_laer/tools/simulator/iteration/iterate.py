@@ -199,7 +199,8 @@ class _Passes:
     def following(self, stage: int, order: Sequence[Operation]) -> dict[Operation, Following]:
         """Return the layers that are fetched during operations, where chunks have MoE layers."""
         first_of: list[tuple[Operation, LayerTimes]] = []
-        for each in order if self._method.schedule.restores_following else ():
+        follows = self._method.schedule.restores_following and not self._timing.run.synchronises
+        for each in order if follows else ():
             place = each.chunk * self._timing.run.stages + stage
             layers = [of for of in self.layers(place, each.microbatch) if of.moe is not None]
             if layers:

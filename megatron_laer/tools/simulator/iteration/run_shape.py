@@ -63,6 +63,11 @@ class RunShape:
         return self.ranks * self.replicas * self.stages
 
     @property
+    def synchronises(self) -> bool:
+        """Return True if Megatron waits for the whole device between a pipeline's operations."""
+        return self.stages > 1 and self.chunks == 1
+
+    @property
     def shards_gradients(self) -> bool:
         """Return True if dense gradients are reduced after each microbatch."""
         return self.dense_sharding in ("optim_grads", "optim_grads_params")
