@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 from unittest import mock
 
@@ -113,27 +114,34 @@ class _Node(torch.autograd.Function):
         with capturing():
             found = torch.autograd.grad(
                 [output for output, _ in pairs],
-                ctx.inputs,
+                [part for part in ctx.inputs if part.requires_grad],
                 [grad for _, grad in pairs],
                 allow_unused=True,
             )
         ctx.graph.lose()
-        return (None, None, *found)
+        left = iter(found)
+        return (None, None, *(next(left) if part.requires_grad else None for part in ctx.inputs))
 
 
 def _make_graphs(
-    layers: Sequence[Any], inputs: Sequence[Any], sample_kwargs: Sequence[Any], **_: Any
+    layers: Sequence[Any],
+    inputs: Sequence[Any],
+    sample_kwargs: Sequence[Any],
+    *,
+    _num_layers_per_chunk: Sequence[int] | None = None,
+    **_: Any,
 ) -> list[Graph]:
-    """Replace `transformer_engine.pytorch.graph.make_graphed_callables`."""
+    """Replace `transformer_engine.pytorch.graph.make_graphed_callables`.
+
+    Its order is by chunk, then microbatch, then layer of the chunk.
+    """
     for layer in layers:
         if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_hooks:
             raise RuntimeError("Modules must not have hooks registered at the time they are passed")
     repeats = len(inputs) // len(layers)
-    # Megatron counts by microbatches and layers, or the other way round where it runs parts.
-    if layers[0].config.overlap_moe_expert_parallel_comm:
-        graphs = [Graph(layer) for layer in layers for _ in range(repeats)]
-    else:
-        graphs = [Graph(layer) for _ in range(repeats) for layer in layers]
+    left = iter(layers)
+    chunks = [[*islice(left, size)] for size in _num_layers_per_chunk or [len(layers)]]
+    graphs = [Graph(layer) for chunk in chunks for _ in range(repeats) for layer in chunk]
     for graph, (hidden,), tensors in zip(graphs, inputs, sample_kwargs, strict=True):
         # Megatron's samples are in bf16 for any model.
         graph.capture(hidden.to(next(graph.layer.parameters()).dtype), tensors)
