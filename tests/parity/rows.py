@@ -448,7 +448,8 @@ ROWS = [
         + MOE_RECOMPUTE),
     _on(GROUPED, "dense-first"),
     _on(DEPTH_3, "mtp3"),
-    _on(DEPTH_3, "mtp3-exact", "exact", fsep=EXACT),
+    _on(DEPTH_3, "mtp3-exact", "exact", fsep=EXACT,
+        not_at_home="passes of a repeated layer with other replicas restore them anew"),
     _on(OFFLOADED_HALF, "mtp2-step", "restored once per step, forecast",
         fsep=" --fsep-planner greedy --fsep-plan-mode forecast" + STEP),
     _row("mtp2-pipeline", "repeated MTP layer, depth 2, adaptive, full recompute, pipeline 2,"
@@ -531,7 +532,7 @@ ROWS = [
         without=NO_BIAS_NOR_SWIGLU),
     _row("probs-on-input", "probabilities applied on input, top-1", " --moe-apply-probs-on-input"
         + TOP_1),
-    _on(OFFLOADED_HALF, "tied"),
+    _on(OFFLOADED_HALF, "tied", exchanges=(6, 4)),
     _on(HYBRID_MODEL, "hybrid"),
     _row("hybrid-mtp", "HybridModel, two MoE layers repeated by multi-token prediction, full"
         " recompute, sinkhorn router, SGD with momentum, exact", FULL_RECOMPUTE + HYBRID

@@ -50,7 +50,7 @@ def _ranks(*names: str) -> tuple[str, ...]:
     return tuple(_RANKS.format(name) for name in names)
 
 
-_SHARDED = _in("plugin/sharded_models.py", *_ranks("parity"), "-k", "fsdp-accum")
+_SHARDED = _in("plugin/sharded_models.py", *_ranks("parity"), "-k", "fsdp-")
 _IN_OWN_LOOP = _in("plugin/sharded_models.py", *_ranks("own_sharded_loop"))
 _WHOLE = _in("integrations/sharded_optimizer.py", *_ranks("sharded_checkpoints"), "-k", "optimizer")
 _STATE_BYTES = _in("planner/state_bytes.py", "tests/tools/test_memory_parts.py")
@@ -107,7 +107,7 @@ _NODES = _in("layer/dispatch/node_dispatcher.py", *_ranks("dispatcher"))
 _STEPS = _in("plugin/steps.py", *_ranks("scheduler"))
 _SLICES = _in("layer/experts/slices.py", *_unit("slices"), *_ranks("initialisation"))
 _HOMES = _in("layer/experts/homes.py", *_ranks("homes", "own_loop"))
-_COMPUTE = _in("layer/experts/restored_compute.py", *_ranks("parity"), "-k", "lora-fc1")
+_COMPUTE = _in("layer/experts/restored_compute.py", *_ranks("parity"), "-k", "lora-all")
 _ADAPTERS = _in("layer/experts/adapters.py", *_ranks("lora_on_experts"), "-k", "grouped")
 _HOME_ORDER = _ranks("home_order")
 _MAIN_GRADS = _in("layer/experts/main_grads.py", *_ranks("gpu_check"))
@@ -452,7 +452,7 @@ FAULTS: tuple[Fault, ...] = (
         'hook runs when it ends."""\n        return False',
         *_ranks("parity"),
         "-k",
-        "tied-home",
+        "mtp2-step-home",
     ),
     _RESTORED.fault(
         "a reduce before tokens' gradients",
@@ -611,8 +611,8 @@ FAULTS: tuple[Fault, ...] = (
     ),
     _ROW_MAP.fault(
         "a transpose is taken for kept rows",
-        "tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype",
-        "tensor.data_ptr(), tensor.shape, tensor.dtype",
+        "tensor.dtype != self.dtype or tensor.stride() != (self.width, 1)",
+        "tensor.dtype != self.dtype",
     ),
     _DISPATCH.fault(
         "a re-run takes new routing",
@@ -631,7 +631,7 @@ FAULTS: tuple[Fault, ...] = (
         "            self.shared_experts.get_output()",
         *_ranks("parity"),
         "-k",
-        "shared",
+        "losses",
     ),
     # Parameters, checkpoints and resuming.
     _SLICES.fault(
@@ -677,7 +677,7 @@ FAULTS: tuple[Fault, ...] = (
         "return layer * (1 + int(self.has_bias)) + 0 * sum(",
         *_ranks("parity"),
         "-k",
-        "lora-experts",
+        "lora-announced",
     ),
     _HOMES.fault(
         "gradients of replicas' adapters stay there",
