@@ -52,6 +52,7 @@ def files_that_run(flags: list[str], adapt: Adapt | None) -> list[str]:
     monitoring.use_tool_id(monitoring.PROFILER_ID, "files")
     monitoring.register_callback(monitoring.PROFILER_ID, monitoring.events.PY_START, started)
     monitoring.set_events(monitoring.PROFILER_ID, monitoring.events.PY_START)
+    monitoring.restart_events()
     try:
         train_row(flags, None, adapt)
     finally:

@@ -18,7 +18,7 @@ from megatron_laer.cpu.training import Adapt
 from megatron_laer.tools.recipes.features import features_of
 from tests.parity.row import AT_HOME, STEPS, Row, words_of
 from tests.parity.rows import ALL_ROWS
-from tests.proved_rows import settings_of
+from tests.parity.settings import settings_of
 
 # Features of rows that no published recipe or command has.
 UNPUBLISHED = frozenset(

@@ -10,9 +10,11 @@ from megatron_laer.tools.recipes import bridge_table
 from megatron_laer.tools.recipes.families import IMPLIED
 from megatron_laer.tools.recipes.features import features_of
 from tests import published_commands, shared_data
+from tests.durations import PARITY
 from tests.parity.daily import UNPUBLISHED, all_needed, cases, daily, needed, sharing
 from tests.parity.rows import ALL_ROWS
-from tests.proved_rows import settings_in, settings_of
+from tests.parity.settings import settings_in, settings_of
+from tests.planted.faults import FAULTS
 from tests.recipes_page import LIST, judged
 
 ROWS = [row for row in ALL_ROWS if row.id in daily()]
@@ -82,3 +84,10 @@ def _published() -> Iterator[frozenset[str]]:
             yield features_of(settings_in(flags.split()))
     for implied in IMPLIED:
         yield features_of(Namespace(**implied.settings))
+
+
+def test_the_rows_that_find_a_fault_run_each_day() -> None:
+    for fault in FAULTS:
+        *_, option, words = ("", "", *fault.tests)
+        if PARITY in fault.tests and option == "-k":
+            assert any(word in row for word in words.split(" or ") for row in daily()), fault.name
