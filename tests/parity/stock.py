@@ -34,6 +34,7 @@ SOURCES = (
     "megatron_laer/launch.py",
     "megatron_laer/plugin",
     "tests/delayed_weights.py",
+    "tests/doubles",
     "tests/parity/adapted.py",
     "tests/parity/bridge_lora.py",
     "tests/parity/replay.py",

@@ -72,7 +72,7 @@ LINES = {
         f"{BASE} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-sharding experts "
         "--fsep-allow-unproven fp8-experts",
         0,
-        "proved by row 'experts kept in mxfp8, accumulation 2, bf16'",
+        "proved by row 'experts in mxfp8 (hybrid), full recompute",
         None,
     ),
     "fp8 in rows": (

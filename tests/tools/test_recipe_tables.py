@@ -40,7 +40,7 @@ def test_a_table_is_judged_into_json(tmp_path, capsys):
     assert set(first) == set(second) == {*keys.split(), "if_none_of"}
     assert (first["recipe"], first["verdict"], first["proved_by"]) == (NAME, "runs", None)
     assert (first["on_replacements"], first["because"], first["drop"]) == (True, [], [])
-    assert "DeepEP + fused permutation" in first["no_row_together"]
+    assert "bf16 + fused permutation" in first["no_row_together"]
     assert (second["verdict"], second["proved_by"]) == ("set-ep", None)
     assert third["drop"] == ["--cuda-graph-impl"] and "speed-only" in third["because"][0]
     assert fourth["verdict"] is None and "pool 'rl': unknown" in fourth["because"][0]
