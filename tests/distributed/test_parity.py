@@ -52,7 +52,7 @@ def files_that_run(flags: list[str], adapt: Adapt | None) -> list[str]:
     monitoring.use_tool_id(monitoring.PROFILER_ID, "files")
     monitoring.register_callback(monitoring.PROFILER_ID, monitoring.events.PY_START, started)
     monitoring.set_events(monitoring.PROFILER_ID, monitoring.events.PY_START)
-    monitoring.restart_events()
+    monitoring.restart_events()  # an earlier run's may be disabled still
     try:
         train_row(flags, None, adapt)
     finally:

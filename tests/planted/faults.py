@@ -452,7 +452,7 @@ FAULTS: tuple[Fault, ...] = (
         'hook runs when it ends."""\n        return False',
         *_ranks("parity"),
         "-k",
-        "mtp2-step-home",
+        "frozen-home or deepseek-v3-home",
     ),
     _RESTORED.fault(
         "a reduce before tokens' gradients",
