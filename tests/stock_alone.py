@@ -1,6 +1,6 @@
 """Stock Megatron without any of our code: ranks that load one checkpoint and save another.
 
-    python -m tests.stock_alone CASES.json
+    python tests/stock_alone.py CASES.json
 
 runs each case on two gloo ranks. CUDA is replaced only as far as building a model, loading and
 saving need it: tensors are made on the CPU, streams do nothing.
@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -78,7 +79,7 @@ def build(*, grouped: bool) -> Any:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.training import arguments, global_vars
 
-    from tests.grouped_experts import grouped as grouped_experts
+    grouped_experts = import_module("grouped_experts").grouped
 
     args = arguments.parse_args()
     arguments.validate_args(args)

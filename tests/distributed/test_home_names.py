@@ -163,7 +163,8 @@ def run_stock(cases: list[Case], folder: Path) -> None:
     path.write_text(json.dumps(cases))
     root = Path(__file__).parents[2]
     finished = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.stock_alone", str(path)],
+        # Not by `-m`, which would import `tests`, and with it our package.
+        [sys.executable, "-W", "ignore", str(root / "tests" / "stock_alone.py"), str(path)],
         cwd=root,
         env={name: value for name, value in os.environ.items() if not name.startswith("MEGATRON_")},
         capture_output=True,

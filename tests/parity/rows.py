@@ -343,7 +343,8 @@ ROWS = [
     # Dispatchers.
     _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP, releases=True),
     _on(IN_BF16, "deepep-bf16", "flex dispatcher with DeepEP", fsep=DEEPEP),
-    _on(LAYER_RECOMPUTED, "deepep-shared", "flex dispatcher with DeepEP", fsep=DEEPEP),
+    _on(LAYER_RECOMPUTED, "deepep-shared", "flex dispatcher with DeepEP", fsep=DEEPEP,
+        releases=True),
     _row("hybridep", "flex dispatcher with HybridEP", fsep=HYBRIDEP, capacity=6, releases=True),
     _on(LAYER_RECOMPUTED, "hybridep-padded", "flex dispatcher with HybridEP, padded inputs, fused"
         " permutation", fsep=HYBRIDEP + " --moe-hybridep-pad-uneven-dispatch-inputs"
@@ -438,7 +439,7 @@ ROWS = [
     _fsdp("fsdp-context", "optim_grads_params", ", context parallel 2, expert data parallel 2",
         CONTEXT, ranks=4, group=2, stock=(1, 2)),
     # Losses and routers.
-    _on(LOSSES, "losses", releases=True),
+    _on(LOSSES, "losses"),
     _row("losses-moe-recompute", "the same losses, recompute of the MoE layer, per-token loss",
         AUX_LOSSES + MOE_RECOMPUTE + PER_TOKEN, accumulation=2),
     _row("replay", "router replay, full recompute, accumulation 2", REPLAY + FULL_RECOMPUTE,

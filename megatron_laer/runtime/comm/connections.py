@@ -29,7 +29,7 @@ def connect(communicators: Iterable[Group], device: torch.device) -> None:
     for group in groups:
         sent = torch.zeros(group.size(), device=device)
         dist.all_to_all_single(torch.empty_like(sent), sent, group=group)
-    if device.type == "cuda" and dist.get_rank(groups[0]) == 0:
+    if groups and device.type == "cuda" and dist.get_rank(groups[0]) == 0:
         free_gib = (bytes / 2**30 for bytes in (before_bytes, _free_bytes(device)))
         logger.info(
             "FSEP: %d communicators are connected; free memory of this device before and after:"
