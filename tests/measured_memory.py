@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import csv
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,7 +183,7 @@ def measure(command: list[str], adapt: Adapt | None = None) -> Measured:
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         def count_living(*_: Any) -> None:
-            living.append(new.num_bytes())
+            living.append(_settled(new.num_bytes))
 
         with _Living() as new:
             hook = self.final_layernorm.register_forward_pre_hook(count_living)
@@ -229,6 +230,15 @@ def measure(command: list[str], adapt: Adapt | None = None) -> Measured:
     ):
         train(command, look, adapt=count, gradients=False)
     return Measured(*counts[0], found[-1])
+
+
+def _settled(read: Callable[[], int]) -> int:
+    """Return a number that stays: gloo's threads hold an exchange's tensors a little longer."""
+    before, now = -1, read()
+    while before != now:
+        time.sleep(0.05)
+        before, now = now, read()
+    return now
 
 
 class _Living(TorchDispatchMode):
