@@ -183,7 +183,7 @@ def measure(command: list[str], adapt: Adapt | None = None) -> Measured:
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
         def count_living(*_: Any) -> None:
-            living.append(_settled(new.num_bytes))
+            living.append(_unchanging(new.num_bytes))
 
         with _Living() as new:
             hook = self.final_layernorm.register_forward_pre_hook(count_living)
@@ -232,7 +232,7 @@ def measure(command: list[str], adapt: Adapt | None = None) -> Measured:
     return Measured(*counts[0], found[-1])
 
 
-def _settled(read: Callable[[], int]) -> int:
+def _unchanging(read: Callable[[], int]) -> int:
     """Return a number that stays: gloo's threads hold an exchange's tensors a little longer."""
     before, now = -1, read()
     while before != now:
