@@ -102,7 +102,7 @@ def digest_of(parts: Iterable[str]) -> str:
 
 
 def environment(variables: Mapping[str, str] = os.environ) -> list[str]:
-    """Return all that a stock run depends on beside its data and its command line."""
+    """Return all that a stock run depends on, but for its data and its command line."""
     return [
         sys.version,
         torch.__version__,

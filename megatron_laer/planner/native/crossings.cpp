@@ -100,7 +100,7 @@ double Crossings::visits(int node) const {
   return tokens;
 }
 
-// The share of an expert's tokens that have no expert of a node's set besides.
+// The share of an expert's tokens that have no other expert of a node's set.
 double Crossings::missed(int node, int expert) const {
   const int others = pairs_.top_k - 1;
   const double share = sets_Q_[node].together_E[expert] / load_E_[expert] / std::max(others, 1);

@@ -23,7 +23,7 @@ struct Decision {
   double gain_s = 0, cost_s = 0;
 };
 
-// `costs` is for kByCost, and for kExact beside home experts; `tolerance` for kByTolerance.
+// `costs` is for kByCost, and for kExact with home experts; `tolerance` for kByTolerance.
 Decision decide(const Shape& shape, Mode mode, const CostModel& costs, double tolerance,
                 const int64_t* counts_NE, const int64_t* node_counts_QE,
                 const int16_t* planned_S);
