@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from tests.documents import ROOT
-from tests.planted.faults import FAULTS, Fault
+from tests.planted.faults import FAULTS, Fault, planted
 
 _FOUND = 1
 
@@ -38,12 +38,6 @@ def copy_of_tree(folder: Path) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, target)
     return folder
-
-
-def planted(fault: Fault, content: str) -> str:
-    if (times := content.count(fault.right)) != 1:
-        raise ValueError(f"{fault.file} has {fault.right!r} {times} times, expected once")
-    return content.replace(fault.right, fault.wrong)
 
 
 def status_of(tests: tuple[str, ...], tree: Path, *options: str) -> int:
