@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.published_files import METHODS, MODELS, RANKS
+from tests.bad_inputs.case import Case
 
 _HUGE = 2**36
 _FAMILIES = {"e8k2": (32, 10), "e16k4": (24, 30)}
-_VALIDATE = "benchmarks/validate_simulator.py --no-here --quick"
+_VALIDATE = "benchmarks/validate_simulator.py --no-here --quick --published"
 _FIGURE = "scripts/paper/figure{}.py --toy --work-dir out/paper --published"
 
 Change = Callable[[list[str]], list[str]]
@@ -124,64 +125,15 @@ _LACKING: dict[str, tuple[str, Change, str]] = {
     ),
 }
 
-_OTHERS = (
-    (f"{_VALIDATE} --published absent", "--published 'absent' is no folder"),
-    (f"{_VALIDATE} --published good.txt", "--published 'good.txt' is no folder"),
-    (f"{_VALIDATE} --cluster absent.yaml", "absent.yaml"),
-    (f"{_VALIDATE} --cluster yaml-bomb.yaml", "anchors and aliases"),
-    (f"{_VALIDATE} --cluster yaml-pipe.yaml", "is a pipe"),
-    (f"{_VALIDATE} --json nothing", "argument --json: the file 'nothing': it is there and no"),
-    (f"{_VALIDATE} --published published --json published/x.json", "would write over the input"),
-    (f"{_VALIDATE} --published published --json published-link.csv", "would write over the input"),
-    (f"{_FIGURE.format(8)} good.txt", "--published 'good.txt' is no folder"),
-    (f"{_FIGURE.format(12)} published-pipe", "is a pipe"),
-    (f"{_FIGURE.format(12)} published-endless", "has 68,719,476,736 bytes; at most 33,554,432"),
-    ("scripts/quickstart.py --work-dir measured", "'measured/metrics-0.jsonl' is of another run"),
-    ("scripts/quickstart.py --work-dir good.txt", "good.txt' is no folder"),
-    ("scripts/quickstart.py --steps 100001", "--steps: '100001' is no integer in 1..100000"),
-    ("scripts/quickstart.py --ranks 3", "invalid choice: '3' (choose from 2, 4)"),
-    ("scripts/paper/figure8.py", "one of the arguments --toy --slurm is required"),
-    ("scripts/paper/figure9.py --toy --work-dir good.txt/x", "good.txt' is no folder"),
-    ("scripts/paper/figure11.py --here --work-dir pipe", "pipe' is no folder"),
-    ("scripts/paper/figure12.py --toy --models \x1b[31m", "invalid choice: '\\x1b[31m'"),
-    ("benchmarks/planner.py --trace absent.npz", "trace 'absent.npz' does not exist"),
-    (
-        "benchmarks/planner.py --trace flat.npz",
-        "tokens are int64 of shape (4,), expected",
-    ),
-    ("benchmarks/planner.py --trace minus.npz", "tokens must be in 0..2147483647, got -1"),
-    ("benchmarks/planner.py --trace object.npz", "is not a trace in npz"),
-    ("benchmarks/planner.py --trace few.npz --quick --offset 36", "--offset 36: few.npz has no"),
-    ("benchmarks/planner.py --trace few.npz --json few.npz", "would write over the input"),
-    ("benchmarks/planner.py --trace few.npz --json few-hard.npz", "would write over the input"),
-    ("benchmarks/planner.py --trace few.npz --json nowhere/x.json", "the folder"),
-    ("benchmarks/planner.py", "required: --trace"),
-    ("benchmarks/planner.py --trace idle.npz", "idle.npz has a microbatch without tokens"),
-    ("benchmarks/recorded_sets.py nothing out/sets", "'nothing' has no file NAME.E<"),
-    ("benchmarks/recorded_sets.py nothing good.txt/x", "good.txt' is no folder"),
-    ("benchmarks/end_to_end.py --ranks 3", "invalid choice: '3' (choose from 2, 4, 8)"),
-    ("benchmarks/end_to_end.py --ranks 1000000", "invalid choice: '1000000'"),
-    ("benchmarks/end_to_end.py --ranks x", "invalid int value: 'x'"),
-    ("benchmarks/end_to_end.py --json /dev/full", "it is there and no regular file"),
-    ("benchmarks/end_to_end.py --json pipe", "it is there and no regular file"),
-    ("benchmarks/end_to_end.py --fast", "unrecognized arguments: --fast"),
-    ("benchmarks/host_path.py --before nothing", "'nothing' is no checkout of this repository"),
-    ("benchmarks/host_path.py --rounds 1", "--rounds: '1' is no integer in 2..1000000"),
-    ("benchmarks/launches.py --before absent", "'absent' is no checkout of this repository"),
-    ("benchmarks/gpu/__main__.py --dry-run --parts moon", "--parts moon is no part"),
-    ("benchmarks/gpu/__main__.py --dry-run --output good.txt/x", "good.txt' is no folder"),
-)
 
-
-def cases() -> Iterator[tuple[str, str]]:
-    yield from _OTHERS
+def cases() -> Iterator[Case]:
     for file, damages in _DAMAGE.items():
         for name, (_, says) in damages.items():
-            yield f"{_COMMANDS[file]} published-{name}", says
+            yield Case((*_COMMANDS[file].split(), f"published-{name}"), says)
             if file in (_E2E, _RECEIVED):
-                yield f"{_VALIDATE} --published published-{name}", says
+                yield Case((*_VALIDATE.split(), f"published-{name}"), says)
     for name, (_, _, says) in _LACKING.items():
-        yield f"{_VALIDATE} --published published-{name}", says
+        yield Case((*_VALIDATE.split(), f"published-{name}"), says)
 
 
 def make(folder: Path) -> None:
