@@ -246,24 +246,6 @@ def test_memory_does_not_depend_on_the_size_of_the_input(tmp_path):
     assert peak_bytes(2**25) < peak_bytes(2**22) + 2**20
 
 
-@pytest.mark.parametrize(
-    ("names", "problem"),
-    [
-        ([], "name at least one text file"),
-        (["."], "is a folder; give a regular file"),
-        (["absent"], "absent' does not exist; name a text file"),
-        (["pipe"], "pipe' is a pipe; give a regular file"),
-        (["empty"], "empty' is empty; leave it out"),
-    ],
-    ids=str,
-)
-def test_only_files_with_content_are_taken(names, problem, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "empty").touch()
-    with pytest.raises(ValueError, match=problem):
-        prepare_data([tmp_path / name for name in names], tmp_path / "train")
-
-
 def test_a_link_is_followed(texts, tmp_path):
     (tmp_path / "link").symlink_to(texts[0])
     assert read_texts(prepare_data([tmp_path / "link"], tmp_path / "train").prefix) == [

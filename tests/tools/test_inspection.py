@@ -7,7 +7,6 @@ import pickle
 import random
 import warnings
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -127,35 +126,6 @@ def test_only_value_errors_come_out_of_a_damaged_list_of_tensors(run):
         except ValueError:
             refused += 1
     assert refused > CASES // 2
-
-
-class Call:
-    """Object whose pickle is a call."""
-
-    def __init__(self, function: Any, *arguments: object) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (Call(os.mkdir, "ran"), r"it asks for posix\.mkdir"),
-        (Call(getattr, 1, "real"), r"it asks for builtins\.getattr"),
-        (metadata.Metadata({}, Call(eval, "1")), r"it asks for builtins\.eval"),
-        (Call(torch.load, "x"), r"it asks for torch\.serialization\.load"),
-        (Path("x"), "it has no state_dict_metadata"),
-    ],
-    ids=["mkdir", "getattr", "eval", "load", "a path"],
-)
-def test_nothing_but_descriptions_of_tensors_is_made(run, monkeypatch, content, said):
-    monkeypatch.chdir(run)
-    (run / "iter_0000007" / ".metadata").write_bytes(pickle.dumps(content))
-    with pytest.raises(ValueError, match=said):
-        inspection.describe(run)
-    assert not (run / "ran").exists()
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import shutil
-import tracemalloc
 from unittest import mock
 
 import numpy as np
 import pytest
 
-from megatron_laer.telemetry.trace_file import MAGIC, TraceWriter, recording_path
+from megatron_laer.telemetry.trace_file import TraceWriter, recording_path
 from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
-from tests.fuzz import damaged
 from tests.traces import assert_holds, some_counts, write_recording
 
 
@@ -71,53 +68,6 @@ def test_a_part_of_the_ranks_is_read(tmp_path):
     counts = some_counts(1)
     recorded(tmp_path, counts)
     assert_holds(read_trace(tmp_path / "x.trace", ranks=[1]), counts[:, :, :, 1:])
-
-
-DAMAGED, RANDOM = 300, 200
-
-
-def read_or_refuse(path):
-    """Return True for a valid trace and False for a ValueError; anything else fails the test."""
-    tracemalloc.reset_peak()
-    try:
-        trace = read_trace(path)
-    except ValueError as error:
-        assert str(error)
-        trace = None
-    assert tracemalloc.get_traced_memory()[1] < 2**26
-    if trace is not None:
-        assert len(trace) > 0 and trace.counts_RNE.min() >= 0
-    return trace is not None
-
-
-@pytest.mark.counts(fuzz_cases=DAMAGED)
-def test_damaged_files_are_read_or_refused(tmp_path):
-    path = tmp_path / "x.trace"
-    write_recording(path, some_counts(0, steps=2, most=5))
-    content = path.read_bytes()
-    luck = random.Random("fsep")
-    tracemalloc.start()
-    valid = 0
-    for _ in range(DAMAGED):
-        path.write_bytes(damaged(content, luck))
-        valid += read_or_refuse(path)
-    tracemalloc.stop()
-    path.write_bytes(content)
-    assert len(read_trace(path)) == 8
-    # Most damage is found; some, such as a cut, leaves a valid file.
-    assert valid < DAMAGED - 50
-
-
-@pytest.mark.counts(fuzz_cases=RANDOM)
-def test_any_bytes_are_read_or_refused(tmp_path):
-    luck = random.Random(1)
-    path = tmp_path / "x"
-    tracemalloc.start()
-    for _ in range(RANDOM):
-        content = luck.choice([b"", MAGIC]) + luck.randbytes(luck.choice((0, 1, 20, 300)))
-        path.write_bytes(content)
-        read_or_refuse(path)
-    tracemalloc.stop()
 
 
 def test_a_trace_for_which_memory_does_not_suffice_is_refused(tmp_path):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from megatron_laer.config import FSEPConfig, flag_name
+from megatron_laer.config import FSEPConfig
 from megatron_laer.runtime.planning.layout_recording import recording_path
 from megatron_laer.support import config_files
 from megatron_laer.support.config_files import WRITTEN
@@ -30,19 +28,6 @@ def test_folders_that_can_be_used_are_taken_and_not_made(tmp_path: Path) -> None
         )
     )
     assert there(tmp_path) == before
-
-
-@pytest.mark.parametrize("name", WRITTEN)
-def test_a_folder_that_cannot_be_written_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, given: str = "a-file/below"
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("a-file").write_text("mine")
-    with pytest.raises(ValueError, match="give a folder that can be written") as error:
-        config_files.check(FSEPConfig(**{name: given}))
-    assert f"{flag_name(name)} {given!r}" in str(error.value)
-    assert there(tmp_path) == {tmp_path / "a-file"}
-    assert Path("a-file").read_text() == "mine"
 
 
 def test_what_a_run_writes_into_one_folder_has_different_names(tmp_path: Path) -> None:

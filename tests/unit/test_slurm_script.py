@@ -114,24 +114,6 @@ def test_flags_keep_their_words(dry):
     assert value_of("--data-cache-path", command) == "a b"
 
 
-# `tests/bad_inputs/batch.py` has the others.
-@pytest.mark.parametrize(
-    ("words", "environment", "message"),
-    [
-        ("", {}, "give a training script and its flags"),
-        ("a.py", {"MAX_RESTARTS": "5\x1b[2J"}, "MAX_RESTARTS=5?[2J is no whole"),
-        ("a.py", {"CHECKPOINT": "x"}, "CHECKPOINT=x needs --train-iters, not ''"),
-        ("a.py --train-iters many", {"CHECKPOINT": "x"}, "needs --train-iters, not 'many'"),
-        ("a.py --train-samples 8", {"CHECKPOINT": "x"}, "needs --train-iters, not ''"),
-    ],
-)
-def test_a_slurm_job_with_bad_settings_stops_at_once(words, environment, message):
-    result = shell(_SBATCH, *words.split(), DRY_RUN="1", **environment)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert not result.stdout
-
-
 _FSEP = f"{_SCRIPT} --num-experts 8 --lr 1e-4 --bf16 --expert-parallel-mode fsep".split()
 
 

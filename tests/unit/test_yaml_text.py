@@ -45,31 +45,6 @@ def test_both_parsers_read_our_files_alike(path: Path) -> None:
         assert read_yaml(path) == found and isinstance(found, dict)
 
 
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("a: 1\nb: &x 1", "line 2: anchors and aliases"),
-        ("a: &x [*x]", "line 1: anchors and aliases"),
-        ("!!timestamp x", "line 1: tags such as 'tag:yaml.org,2002:timestamp'"),
-        ("! x", "line 1: tags such as '!'"),
-        ("!!python/object/apply:os.getcwd []", "line 1: tags such as"),
-        ("a: 1\n\na: 2", "line 3: the key 'a' is given twice"),
-        ("? [a]\n: b", "line 1: a list or a mapping is no key"),
-        ("a: 1\n---\nb: 2", "line 2: a second document begins"),
-        ("a: [1\nb: 2", "not valid YAML: while parsing a flow sequence"),
-        ("a: b: c", "line 1: not valid YAML: mapping values are not allowed here"),
-        ("a: \0", "character 3: not valid YAML: special characters are not allowed"),
-        ("%YAML 3.0\n--- a", "line 1: not valid YAML"),
-        ("[" * (MAX_DEPTH + 1), "line 1: nested too deeply; at most 16 levels"),
-        ("? " * 20000, "line 1: nested too deeply"),
-    ],
-)
-def test_what_such_files_do_not_need_is_refused_by_line(text: str, problem: str) -> None:
-    with pytest.raises(ValueError, match=problem) as error:
-        parse_yaml(text)
-    assert "\n" not in str(error.value)
-
-
 def test_a_file_is_named_in_the_message(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_text("[")
