@@ -317,49 +317,6 @@ def test_kept_matrices_fetch_changed_slots_and_nothing_if_nothing_changed(
     ranks(4).run(layouts_that_follow, node_size)
 
 
-def one_slot_changes(slot: int, algorithm: str) -> tuple[list[int], int]:
-    """Change one slot; return this rank's correct slots, and bytes from other nodes.
-
-    `flat` starts with a poisoned matrix: correct slots were fetched. `node` starts with poisoned
-    slices, as nodes have all experts: correct slots came from slots.
-    """
-    import torch
-
-    from megatron_laer.runtime.comm.layout_index import layout_index
-
-    before_S = [0, 1, 2, 3, 0, 1, 2, 3]
-    after_S = list(before_S)
-    after_S[slot] = 3 if before_S[slot] != 3 else 0
-    before, after = (
-        layout_index(ExpertLayout.from_slots(4, 2, 4, slots), torch.device("cpu"))
-        for slots in (before_S, after_S)
-    )
-    with exchanges_on(2) as make:
-        here, exchange = Rank(Case(2, 4, 7, "float32", 0), 2), make(algorithm)
-        mine = range(here.rank * 2, here.rank * 2 + 2)
-        slice_ErK, matrix = here.slice_ErK, here.whole_ERK[[before_S[there] for there in mine]]
-        (slice_ErK if algorithm == ExchangeAlgorithm.NODE else matrix).fill_(torch.nan)
-        exchange.restore(slice_ErK, after, 7, reuse=reusable(before, matrix))
-        right = [
-            there
-            for there in mine
-            if torch.equal(matrix[there % 2], here.whole_ERK[after_S[there]])
-        ]
-        return right, exchange.count.restore_inter_bytes
-
-
-@pytest.mark.parametrize("slot", [0, 3, 5])
-def test_only_changed_slots_are_fetched_and_from_the_own_node_where_it_has_them(
-    ranks: RankPools, slot: int
-) -> None:
-    for rank, (right, inter_bytes) in enumerate(ranks(4).run(one_slot_changes, slot, "flat")):
-        assert right == ([slot] if rank == slot // 2 else [])
-        assert (inter_bytes > 0) == (rank == slot // 2)
-    for rank, (right, inter_bytes) in enumerate(ranks(4).run(one_slot_changes, slot, "node")):
-        assert right == [2 * rank, 2 * rank + 1]
-        assert inter_bytes == 0
-
-
 def buffers_over_layouts(node_size: int) -> list[tuple[str, str, str, int, int, int]]:
     """Return workspace bytes after the first and after many layouts, and by formula."""
     import torch

@@ -178,29 +178,6 @@ def test_replicas_equal_their_homes_and_gradients_their_sums(
     assert sum(compared) > 500
 
 
-def without_replicas() -> tuple[int, int]:
-    """Change between layouts with and without replicas; return collectives of both kinds."""
-    import torch
-
-    from megatron_laer.runtime.comm.layout_index import layout_index
-
-    with exchanges_on(2) as exchanges:
-        case = Case(3, 8, 8, "float32", seed=0)
-        at_home = layout_index(ExpertLayout.at_home(*case.shape), torch.device("cpu"), case.home)
-        assert not at_home.has_replicas
-        for exchange in exchanges.values():
-            exchange.restore(case.homes, at_home, case.rows)
-        counts = [exchange.count for exchange in exchanges.values()]
-        return (
-            sum(count.restore_collectives for count in counts),
-            sum(count.restore_bytes for count in counts),
-        )
-
-
-def test_a_layout_without_replicas_needs_no_collective(ranks: RankPools) -> None:
-    assert ranks(4).run(without_replicas) == [(0, 0)] * 4
-
-
 def bytes_of_every_case(node_size: int) -> int:
     """Compare counted bytes of restores, changes and reduces with the formulas; return all."""
     import torch.distributed as dist

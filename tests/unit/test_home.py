@@ -9,10 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
 from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
-from megatron_laer.layer.dispatch.permutation import run_sizes
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
@@ -20,16 +18,11 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
-from megatron_laer.planner.sharding import changed_slots, row_bounds
-from megatron_laer.planner.splits import RankQuotas
 from megatron_laer.planner.strategies import make_strategy
-from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
 from megatron_laer.planner.typical import typical_layout
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.oracles import costs as priced
 from tests.oracles import home as oracle
-from tests.oracles import planner as reference
-from tests.oracles.exact import exact_quota_NS, least_largest_load
 from tests.oracles.home_layouts import least_of_all
 from tests.unit.planner_cases import KINDS, counts_of
 
@@ -54,50 +47,6 @@ def random_replicas(geometry: Geometry, seed: int) -> ExpertLayout:
     layout = ExpertLayout.from_slots(*geometry.shape, slots_NC.reshape(-1))
     geometry.check_layout(layout)
     return layout
-
-
-@settings(max_examples=100)
-@given(home_geometries(8), st.sampled_from(KINDS), st.integers(0, 2**16))
-def test_quotas_with_empty_slots_are_exact_and_leave_these_empty(
-    geometry: Geometry, kind: str, seed: int
-) -> None:
-    counts_NE: Int64 = counts_of(kind, geometry, seed)
-    layout, node_size = random_replicas(geometry, seed), geometry.node_size
-    quotas = exact_split(layout, node_size).solve(counts_NE)
-    empty_S = layout.slot_expert_S == EMPTY
-    assert not quotas.loads_S[empty_S].any()
-    assert quotas.rank_loads_N().max() == least_largest_load(counts_NE, layout)
-    expected_NS = exact_quota_NS(counts_NE, quotas.loads_S, layout, node_size)
-    totals = quotas.totals()
-    np.testing.assert_array_equal(totals.near_S + totals.far_S, quotas.loads_S)
-    assert totals.sent_near_N.sum() + totals.sent_far_N.sum() == counts_NE.sum()
-    for rank in range(geometry.num_ranks):
-        mine = slice(rank * geometry.capacity, (rank + 1) * geometry.capacity)
-        np.testing.assert_array_equal(quotas.rank_row(rank), expected_NS[rank])
-        np.testing.assert_array_equal(quotas.rank_columns(rank), expected_NS[:, mine])
-
-
-@settings(max_examples=100)
-@given(home_geometries(), st.integers(0, 2**16))
-def test_runs_of_rows_with_empty_slots_equal_their_definition(
-    geometry: Geometry, seed: int
-) -> None:
-    layout = random_replicas(geometry, seed)
-    rng = np.random.default_rng(seed)
-    row_S = rng.integers(0, 5, geometry.num_slots) * (layout.slot_expert_S != EMPTY)
-    columns_NC = rng.integers(0, 5, (geometry.num_ranks, geometry.capacity))
-    columns_NC *= layout.slot_expert_S.reshape(geometry.num_ranks, -1)[0] != EMPTY
-    runs = RankQuotas.of(layout, row_S, columns_NC).runs
-    expected = reference.token_runs(layout, row_S, columns_NC)
-    parts = np.split(runs, np.cumsum(run_sizes(geometry.num_slots, geometry.num_experts))[:-1])
-    for (name, wanted), found in zip(expected.items(), parts, strict=True):
-        assert found.tolist() == wanted, name
-
-
-def test_empty_slots_are_refused_where_experts_have_no_home() -> None:
-    layout = ExpertLayout.at_home(2, 2, 2)
-    with pytest.raises(ValueError, match="only --fsep-sharding experts"):
-        Geometry(2, 2, 2, 2).check_layout(layout)
 
 
 @settings(max_examples=150)
@@ -298,63 +247,6 @@ def test_layouts_without_homes_are_refused() -> None:
         make_strategy("laer", geometry=HOMES, costs=COMPUTE_ONLY)
     with pytest.raises(ValueError, match="need --fsep-sharding experts"):
         replicate(COUNTS_NE, Geometry(4, 4, 2, 4))
-
-
-MATRICES = ((7, 3), (4, 5))
-
-
-def messages(
-    layout: ExpertLayout, geometry: Geometry, algorithm: ExchangeAlgorithm, changed_S: Bool
-) -> list[tuple[int, int, int]]:
-    """Return (from, to, elements) of every message of a restore, hop by hop."""
-    num_ranks, size, home = geometry.num_ranks, geometry.node_size, geometry.home_slots
-    wanted = [
-        (slot // geometry.capacity, int(layout.slot_expert_S[slot]))
-        for slot in np.flatnonzero(changed_S & (layout.slot_expert_S != EMPTY)).tolist()
-        if slot % geometry.capacity >= home
-    ]
-    sent = []
-    for rows, columns in MATRICES:
-        bounds = row_bounds(rows, num_ranks)
-        block_N = [(bounds[n + 1] - bounds[n]) * columns for n in range(num_ranks)]
-        if algorithm == ExchangeAlgorithm.FLAT:
-            sent += [(expert // home, to, rows * columns) for to, expert in wanted]
-            continue
-        for expert in {expert for _, expert in wanted}:
-            sent += [(expert // home, to, block_N[to]) for to in range(num_ranks)]
-        for node, _ in {(to // size, expert) for to, expert in wanted}:
-            for to in range(node * size, (node + 1) * size):
-                sent += [(n, to, block_N[n]) for n in range(to % size, num_ranks, size)]
-        for to, _ in wanted:
-            for helper in range(to // size * size, (to // size + 1) * size):
-                place = sum(block_N[n] for n in range(helper % size, num_ranks, size))
-                sent.append((helper, to, place))
-    return [message for message in sent if message[0] != message[1]]
-
-
-@settings(max_examples=80)
-@given(home_geometries(), st.sampled_from(list(ExchangeAlgorithm)), st.integers(0, 2**16))
-def test_traffic_of_replicas_equals_a_count_message_by_message(
-    geometry: Geometry, algorithm: ExchangeAlgorithm, seed: int
-) -> None:
-    layout, before = random_replicas(geometry, seed), random_replicas(geometry, seed + 1)
-    size, home = geometry.node_size, geometry.home_slots
-    changed_S = changed_slots(before, layout)
-    given = restore_traffic(layout, size, MATRICES, algorithm, changed_S, home_slots=home)
-    whole = restore_traffic(layout, size, MATRICES, algorithm, home_slots=home)
-    back = reduce_traffic(layout, size, MATRICES, algorithm, home_slots=home)
-    for traffic, slots_S in ((given, changed_S), (whole, np.ones_like(changed_S))):
-        counted = np.zeros((4, geometry.num_ranks), dtype=np.int64)
-        for source, to, elements in messages(layout, geometry, algorithm, slots_S):
-            far = int(source // size != to // size)
-            counted[far, to] += elements
-            counted[2 + far, source] += elements
-        found = (traffic.intra_N, traffic.inter_N, traffic.sent_intra_N, traffic.sent_inter_N)
-        np.testing.assert_array_equal(np.stack(found), counted)
-    np.testing.assert_array_equal(back.intra_N, whole.sent_intra_N)
-    np.testing.assert_array_equal(back.sent_inter_N, whole.inter_N)
-    stock = restore_traffic(geometry.static_layout, size, MATRICES, algorithm, home_slots=home)
-    assert not (stock.intra_N.any() or stock.inter_N.any())
 
 
 @settings(max_examples=80)

@@ -15,12 +15,10 @@ import torch
 
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.sharding import ReplicaSlots
 from megatron_laer.runtime.comm import copies
 from megatron_laer.runtime.comm import layout_index as layout_index_file
 from megatron_laer.runtime.comm.exchange import HierarchicalExchange, ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.comm.restore import RestoreIndex, Run, restore_index
 from megatron_laer.runtime.comm.stages import Stages
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
@@ -190,43 +188,3 @@ def test_on_cuda_the_current_stream_is_recorded() -> None:
         copies.read_here(tensor)
         copies.read_here(torch.zeros(1))  # on the CPU there is nothing to record
     tensor.record_stream.assert_called_once_with("stream of an exchange")
-
-
-BEFORE = ExpertLayout.from_slots(4, 2, 4, [0, 1, 0, 2, 3, 0, 3, 2])
-AFTER = ExpertLayout.from_slots(4, 2, 4, [3, 1, 1, 2, 3, 0, 3, 2])
-
-
-def restore_of(rank: int, before: ExpertLayout | None = BEFORE, node_size: int = 2) -> RestoreIndex:
-    slots = None if before is None else ReplicaSlots(before)
-    return restore_index(slots, ReplicaSlots(AFTER), node_size, rank, torch.device("cpu"))
-
-
-def test_the_worked_example() -> None:
-    index = restore_of(0)
-    assert index.has_work
-    assert index.sent_experts.tolist() == [3]
-    assert index.fetched_M == [1, 0]
-    assert index.shared_slots == [1]
-    assert index.shared_G == [1, 0]
-    assert index.position_n.tolist() == [0, 1]
-    assert index.restored_G == [1, 1]
-    assert index.runs == [Run(0, slice(0, 1))]
-
-
-def test_every_rank_sends_what_node_0_fetches_and_node_1_receives_nothing() -> None:
-    for rank in range(4):
-        index = restore_of(rank)
-        assert index.sent_experts.tolist() == [3] and index.fetched_M == [1, 0]
-        assert index.restored_G == ([1, 1] if rank < 2 else [0, 0])
-        assert index.shared_slots == ([1] if rank == 0 else [])
-    assert restore_of(1).runs == [Run(0, slice(0, 1))]
-    assert restore_of(2).runs == []
-
-
-def test_without_a_layout_before_all_slots_are_restored_from_slices() -> None:
-    index = restore_of(3, before=None)
-    assert index.fetched_M == [3, 3]  # experts 1, 2, 3 and 0, 2, 3
-    assert index.sent_experts.tolist() == [1, 2, 3, 0, 2, 3]
-    assert index.shared_G == [0, 0]
-    assert index.position_n.tolist() == [2, 0, 2, 1]
-    assert index.runs == [Run(0, slice(0, 2))]

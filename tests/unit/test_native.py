@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.costs import paper_costs
+from megatron_laer.arrays import Int64
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
@@ -19,6 +20,12 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from tests.oracles.exact import hosted_by_node, proportional_experts
+from tests.unit.planner_cases import geometries, shape_of
+
+
+def some_counts_NE(geometry: Geometry, seed: int) -> Int64:
+    shape = geometry.num_ranks, geometry.num_experts
+    return np.random.default_rng(seed).integers(0, 1 + seed % 50, shape)
 
 
 def test_other_threads_run_while_it_solves() -> None:
@@ -42,46 +49,28 @@ def test_other_threads_run_while_it_solves() -> None:
 
 
 @settings(max_examples=150)
-@given(
-    st.sampled_from([(1, 1), (4, 2), (6, 3), (8, 8), (12, 4)]),
-    st.integers(1, 20),
-    st.integers(0, 4),
-    st.integers(0, 2**16),
-)
-def test_replicas_in_proportion_equal_the_plain_reference(
-    ranks: tuple[int, int], num_experts: int, spare: int, seed: int
-) -> None:
-    num_ranks, node_size = ranks
-    capacity = min(num_experts, -(-num_experts // num_ranks) + spare)
-    geometry = Geometry(num_ranks, num_experts, capacity, node_size)
-    counts_NE = np.random.default_rng(seed).integers(0, 1 + seed % 50, (num_ranks, num_experts))
-    static = ExpertLayout.static(num_ranks, capacity, num_experts)
-    slots_S = native.proportional(counts_NE, static.slot_expert_S, node_size)
+@given(geometries(12, 20), st.integers(0, 2**16))
+def test_replicas_in_proportion_equal_the_plain_reference(geometry: Geometry, seed: int) -> None:
+    counts_NE, node_size = some_counts_NE(geometry, seed), geometry.node_size
+    slots_S = native.proportional(counts_NE, geometry.static_layout.slot_expert_S, node_size)
 
     # The native code moves ranks of a node, and slots of a rank, back to their earlier places.
     def by_node(experts: list[list[int]]) -> list[list[list[int]]]:
-        nodes = range(0, num_ranks, node_size)
+        nodes = range(0, geometry.num_ranks, node_size)
         return [sorted(experts[node : node + node_size]) for node in nodes]
 
-    made = [sorted(held) for held in slots_S.reshape(num_ranks, capacity).tolist()]
+    made = [sorted(held) for held in slots_S.reshape(-1, geometry.capacity).tolist()]
     assert by_node(made) == by_node(proportional_experts(counts_NE, geometry))
 
 
 @settings(max_examples=150)
-@given(
-    st.sampled_from([(2, 1), (4, 2), (6, 3), (8, 8), (12, 4)]),
-    st.integers(2, 24),
-    st.integers(0, 4),
-    st.integers(0, 2**16),
-)
+@given(geometries(12, 24), st.integers(0, 2**16))
 def test_nodes_host_their_largest_experts_like_the_plain_reference(
-    ranks: tuple[int, int], num_experts: int, spare: int, seed: int
+    geometry: Geometry, seed: int
 ) -> None:
-    num_ranks, node_size = ranks
-    capacity = min(num_experts, -(-num_experts // num_ranks) + spare)
-    geometry = Geometry(num_ranks, num_experts, capacity, node_size)
+    num_ranks, capacity, num_experts = shape_of(geometry)
+    counts_NE, node_size = some_counts_NE(geometry, seed), geometry.node_size
     most = min(num_experts, max(node_size * (capacity - 1), -(-num_experts // geometry.num_nodes)))
-    counts_NE = np.random.default_rng(seed).integers(0, 1 + seed % 50, (num_ranks, num_experts))
     slots_S = native.proportional_by_node(counts_NE, capacity, node_size, most)
     ExpertLayout(num_ranks, capacity, num_experts, slots_S.astype("<i2").tobytes())
     hosted = hosted_by_node(counts_NE, geometry, most)

@@ -122,12 +122,6 @@ def test_tokens_off_their_rank_are_within_the_stated_gap() -> None:
     assert max(gaps) <= OFF_RANK_LARGEST_GAP
 
 
-def test_a_duplicate_on_one_rank_is_left_empty() -> None:
-    layout = ExpertLayout.from_slots(2, 2, 2, [0, 0, 0, 1])
-    counts_NE = np.array([[6, 0], [2, 4]])
-    assert exact_split(layout, 2).solve(counts_NE).loads_S.tolist() == [6, 0, 2, 4]
-
-
 def test_wrong_arguments_are_quoted() -> None:
     layout = ExpertLayout.static(4, 2, 4)
     split = exact_split(layout, 2)
@@ -216,17 +210,6 @@ def test_the_even_splits_rows_columns_and_totals_equal_the_reference(case: Case)
     np.testing.assert_array_equal(split.slot_loads(counts_NE), expected_NS.sum(axis=0))
     np.testing.assert_array_equal(expected_NS @ held_SE(layout), counts_NE)
     check_totals(split.totals(counts_NE), expected_NS, layout, node_size)
-
-
-def test_one_node_shares_among_its_own_replicas_only() -> None:
-    # Ranks 0, 1 and 2, 3 are nodes; expert 0 is on both, expert 1 on the second only.
-    layout = ExpertLayout.from_slots(4, 1, 2, [0, 0, 0, 1])
-    assert even_split(layout, 2) is even_split(ExpertLayout.from_slots(4, 1, 2, [0, 0, 0, 1]), 2)
-    counts_NE = np.array([[10, 4], [0, 0], [0, 0], [6, 0]], dtype=np.int64)
-    split = even_split(layout, 2)
-    assert split.rank_row(counts_NE, 0).tolist() == [5, 5, 0, 4]
-    assert split.rank_row(counts_NE, 3).tolist() == [0, 0, 6, 0]
-    assert split.rank_columns(counts_NE, 2).tolist() == [[0], [0], [0], [6]]
 
 
 def test_wrong_arguments_of_the_even_split_are_quoted() -> None:

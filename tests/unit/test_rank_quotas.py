@@ -14,11 +14,12 @@ from megatron_laer.config import PlanMode, Split
 from megatron_laer.layer.dispatch.permutation import run_sizes
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES, Guard
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.native_core import native
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from tests.costs import make_costs
 from tests.oracles import planner as reference
+from tests.unit.planner_cases import with_holes
 from tests.unit.test_guard import cases, cost_models
 from tests.unit.test_strategies import geometries
 
@@ -51,11 +52,12 @@ def test_a_rank_gets_what_follows_from_the_quotas_of_all(
 @given(geometries().filter(lambda geometry: geometry.num_slots <= 60), st.integers(0, 2**16))
 def test_runs_of_rows_equal_their_definition(geometry: Geometry, seed: int) -> None:
     shape = geometry.num_ranks, geometry.capacity, geometry.num_experts
-    layout = ExpertLayout.random(*shape, seed=(seed,))
+    layout = with_holes(ExpertLayout.random(*shape, seed=(seed,)), (seed % 3) / 2, seed)
     rng = np.random.default_rng(seed)
-    # A rank's row and columns need not match.
-    row_S = rng.integers(0, 5, geometry.num_slots)
-    columns_NC = rng.integers(0, 5, shape[:2])
+    # A rank's row and columns need not match; empty slots have no tokens.
+    filled_S = layout.slot_expert_S != EMPTY
+    row_S = rng.integers(0, 5, geometry.num_slots) * filled_S
+    columns_NC = rng.integers(0, 5, shape[:2]) * filled_S[: geometry.capacity]
     runs = RankQuotas.of(layout, row_S, columns_NC).runs
     expected = reference.token_runs(layout, row_S, columns_NC)
     assert runs.dtype == np.int32

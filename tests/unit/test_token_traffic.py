@@ -5,9 +5,7 @@ Legend: N ranks, C slots per rank, S slots, G ranks per node, T tokens, E expert
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +15,6 @@ from hypothesis import strategies as st
 
 from benchmarks.token_traffic import (
     TokenRouting,
-    TokenTraffic,
     dispatch_rows,
 )
 from megatron_laer.arrays import Bool
@@ -76,50 +73,6 @@ def cases(draw: st.DrawFn) -> Case:
     tokens = draw(st.lists(st.integers(0, 20), min_size=ranks, max_size=ranks))
     top_k = draw(st.integers(1, min(geometry.num_experts, 4)))
     return make_case(*shape_of(geometry), geometry.node_size, tokens, top_k, seed)
-
-
-def row_by_row(case: Case, exchange: TokenExchange) -> dict[str, list[int]]:
-    """Send every row of a dispatch separately over every link of its route."""
-    size, ranks = case.node_size, case.layout.num_ranks
-    found: dict[str, list[int]] = defaultdict(lambda: [0] * ranks)
-
-    def send(source: int, target: int) -> None:
-        if source != target:
-            link = "intra_N" if source // size == target // size else "inter_N"
-            found[f"sent_{link}"][source] += 1
-            found[link][target] += 1
-
-    for source, (map_TE, slot_P) in enumerate(zip(case.maps, case.slots, strict=True)):
-        tokens = np.nonzero(map_TE.T)[1].tolist()
-        targets = (slot_P // case.layout.capacity).tolist()
-        if exchange == RANK:
-            for target in targets:
-                send(source, target)
-            continue
-        reached: dict[int, set[int]] = defaultdict(set)
-        for token, target in zip(tokens, targets, strict=True):
-            reached[token].add(target)
-        for ranks_of_token in reached.values():
-            for node in {target // size for target in ranks_of_token}:
-                first = node * size + source % size  # the same rank, if it is the source's node
-                send(source, first)
-                for target in ranks_of_token:
-                    if target // size == node:
-                        send(first, target)
-    return found
-
-
-def sums(traffic: TokenTraffic) -> dict[str, Any]:
-    return {name: getattr(traffic, name) for name in traffic.__dataclass_fields__}
-
-
-@given(cases(), st.sampled_from(list(TokenExchange)))
-@settings(deadline=None)
-def test_rows_are_those_that_are_sent_one_by_one(case: Case, exchange: TokenExchange) -> None:
-    counted = sums(dispatch_rows(case.routing, exchange))
-    expected = row_by_row(case, exchange)
-    for name, rows_N in counted.items():
-        assert rows_N.tolist() == expected[name], name
 
 
 @given(cases(), st.sampled_from(list(TokenExchange)))
