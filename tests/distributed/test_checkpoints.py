@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_laer.cpu.ranks import Raised, RankPools
-from megatron_laer.cpu.training import initial_weights, train
+from megatron_laer.cpu.training import train
 from megatron_laer.runtime.planning import planner_checkpoint
 from megatron_laer.runtime.planning.planner_checkpoint import FOLDER
 from megatron_laer.session import current_coordinator
@@ -186,43 +186,6 @@ def test_weights_and_optimizer_state_survive_every_change_of_parallelism(
     assert moments == {"weight": True} | ({"bias": True} if has_biases else {})
     for other in others:
         assert_equal(other, first)
-
-
-@pytest.mark.parametrize(
-    "ffn",
-    # A journey with uneven rows is above.
-    [64, pytest.param(10, marks=pytest.mark.nightly)],
-    ids=["even rows", "uneven rows"],
-)
-def test_weights_go_from_stock_to_fsep_and_back(
-    ranks: RankPools, text_data: str, tmp_path: Path, ffn: int
-) -> None:
-    def command(expert_parallel: int, extra: str) -> list[str]:
-        return command_line(
-            text_data,
-            f" --ffn-hidden-size {ffn} --ckpt-format torch_dist" + extra,
-            expert_parallel=expert_parallel,
-            global_batch=8,
-            steps=2,
-        )
-
-    first, second = tmp_path / "stock", tmp_path / "fsep"
-    save = " --save {} --save-interval 2"
-    saved = ranks(2).run(train, command(2, save.format(first)))[0].weights
-
-    four, two = ranks(4), ranks(2)
-    load_stock = FSEP + f" --load {first}" + WEIGHTS_ONLY
-    assert_equal(four.run(initial_weights, command(4, load_stock))[0], saved)
-
-    # FSEP on four ranks saves after two more steps; FSEP on two ranks, and stock, read that.
-    trained = four.run(train, command(4, load_stock + save.format(second)))[0].weights
-    load_fsep = f" --load {second}" + WEIGHTS_ONLY
-    more_slots = FSEP + " --fsep-capacity 7" + load_fsep
-    assert_equal(two.run(initial_weights, command(2, more_slots))[0], trained)
-    assert_equal(four.run(initial_weights, command(4, load_fsep))[0], trained)
-    assert_equal(four.run(initial_weights, command(2, FSEP + load_fsep))[0], trained)
-    stages = " --pipeline-model-parallel-size 2"
-    assert_equal(four.run(initial_weights, command(2, FSEP + stages + load_fsep))[0], trained)
 
 
 @pytest.mark.parametrize(

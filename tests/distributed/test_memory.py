@@ -1,4 +1,4 @@
-"""Memory of a rank: 1/N of the experts' state, and restored weights only during their use.
+"""Restored weights are in memory only during their use, and buffers stay as they are.
 
 With experts at home, the latter are those of replica slots.
 """
@@ -23,75 +23,6 @@ RANDOM = " --fsep-planner random"
 FSEP = " --expert-parallel-mode fsep --fsep-sharding rows" + RANDOM
 # Buffers of direct exchanges grow with an expert's replicas.
 RELAY = " --fsep-restore-algorithm node"
-
-
-def expert_state_bytes(command: list[str]) -> tuple[int, int]:
-    """Return bytes of this rank's expert weights, main gradients and optimizer; all elements."""
-    from megatron.training import training
-
-    from megatron_laer.session import current_coordinator
-
-    sizes: list[tuple[int, int]] = []
-    setup = training.setup_model_and_optimizer
-    kept: list[Any] = []
-
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        result = setup(*args, **kwargs)
-        kept[:] = [result[1]]
-        return result
-
-    def measure(_model: object) -> None:
-        if sizes:
-            return
-        coordinator = current_coordinator()
-        assert coordinator is not None
-        shares = [layer.share for layer in coordinator.layers]
-        parameters = [piece for share in shares for piece in share.parameters]
-        states = {}
-        for optimizer in kept[0].chained_optimizers:
-            for group in optimizer.optimizer.param_groups:
-                for main in group["params"]:
-                    states[main.data_ptr()] = (main, optimizer.optimizer.state[main])
-        mine = 0
-        for parameter in parameters:
-            tensors = [parameter, parameter.main_grad]
-            main = getattr(parameter, "main_param", None)
-            main = parameter if main is None else main
-            found, state = states[main.data_ptr()]
-            tensors += [] if found is parameter else [found]
-            tensors += [value for value in state.values() if value.dim() > 0]
-            mine += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        whole = coordinator.geometry.num_experts * sum(
-            rows * columns
-            for share in shares
-            for rows, columns in zip(share.rows, share.columns, strict=True)
-        )
-        sizes.append((mine, whole))
-
-    with mock.patch.object(training, "setup_model_and_optimizer", keep):
-        train(command, measure)
-    return sizes[0]
-
-
-# Weight, main gradient, and Adam's two moments; under bf16 also the weight in fp32.
-@pytest.mark.parametrize(
-    ("size", "flags", "element_bytes"),
-    [
-        (2, "", 4 + 4 + 8),
-        (4, "", 4 + 4 + 8),
-        (2, " --bf16", 2 + 4 + 8 + 4),
-        (2, " --bf16" + AT_HOME, 2 + 4 + 8 + 4),
-    ],
-    ids=["2 ranks", "4 ranks", "bf16", "bf16, experts at home"],
-)
-def test_a_rank_holds_its_share_of_weights_gradients_and_optimizer_state(
-    ranks: RankPools, text_data: str, size: int, flags: str, element_bytes: int
-) -> None:
-    command = command_line(
-        text_data, FSEP + flags, expert_parallel=size, global_batch=2 * size, steps=2
-    )
-    for mine_bytes, elements in ranks(size).run(expert_state_bytes, command):
-        assert mine_bytes * size == elements * element_bytes
 
 
 @dataclass

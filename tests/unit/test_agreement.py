@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -61,22 +60,6 @@ def test_a_constant_that_calibrate_adds_is_compared(name: str, value: object, to
     other = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), replace(COSTS, cluster=cluster), seed=1)
     text = describe_difference([SUMMARY, other], [0, 1])
     assert text is not None and told in text
-
-
-@pytest.mark.parametrize(
-    ("name", "other"),
-    [
-        ("--fsep-plan-lag", FSEPConfig(plan_lag=2)),
-        ("--fsep-split", FSEPConfig(split="even")),  # type: ignore[arg-type]
-        ("--fsep-sharding", FSEPConfig(sharding="experts")),  # type: ignore[arg-type]
-    ],
-)
-def test_other_flags_and_versions_are_named(name: str, other: FSEPConfig) -> None:
-    with mock.patch.object(np, "__version__", "1.0.other"):
-        summary = summarise(other, Geometry(4, 8, 3, 2), COSTS, seed=1)
-    text = describe_difference([SUMMARY, summary], [0, 1])
-    assert text is not None and f"{name} is " in text
-    assert "NumPy is 1.0.other on rank 1 and " in text
 
 
 def test_many_differences_and_ranks_are_cut_short() -> None:

@@ -277,6 +277,20 @@ def test_a_dead_thread_never_hangs_the_caller(services: Services) -> None:
     assert services.warnings == ["the planner's thread is dead; layouts stay as they are"]
 
 
+def test_state_does_not_wait_for_ever_and_leaves_out_what_is_not_planned(
+    services: Services,
+) -> None:
+    gate = Gate()
+    service = services.start(gate, layers=(0,), lossless=True)
+    service.submit(0, 0, counts(0))
+    state = service.state(0.05)
+    assert not state.caught_up and state.plans == []
+    gate.go_on.release()
+    state = service.state(PATIENCE_S)
+    assert state.caught_up and [plan.source_step for plan in state.plans] == [0]
+    assert service.wait(0, PATIENCE_S) is state.plans[0], "reading it changed nothing"
+
+
 def test_close_while_busy_returns_in_time(services: Services) -> None:
     gate = Gate()
     service = services.start(gate)
