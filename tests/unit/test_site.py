@@ -9,7 +9,6 @@ import re
 import runpy
 import subprocess
 import sys
-from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
@@ -75,22 +74,6 @@ def test_messages_that_troubleshooting_quotes_are_in_the_code() -> None:
     assert {text for text in quoted if text not in code} == set()
 
 
-class _Links(HTMLParser):
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.links: list[str] = []
-        self.names: set[str] = set()
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = dict(attrs)
-        if name := given.get("id"):
-            self.names.add(name)
-        for link in (given.get("href"), given.get("src")):
-            if link is not None and not re.match(r"[a-z]+:|//", link):
-                self.links.append(link)
-
-
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
@@ -101,26 +84,12 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "html"
 
 
-def test_the_site_has_every_page_and_no_dead_link(site: Path) -> None:
-    pages = {path: _Links(path.read_text("utf-8")) for path in sorted(site.rglob("*.html"))}
-    assert {path.stem for path in DOCS.glob("*.md")} <= {path.stem for path in pages}
-    dead = []
-    for path, page in pages.items():
-        for link in page.links:
-            name, _, part = link.partition("#")
-            target = path if not name else path.parent / name.partition("?")[0]
-            named = pages[target.resolve()].names if target.resolve() in pages else {part}
-            if not target.exists() or (part and part not in named):
-                dead.append((path.name, link))
-    assert dead == []
-
-
 def test_old_addresses_lead_to_pages_and_parts_that_exist(site: Path) -> None:
     for old, new in runpy.run_path(str(DOCS / "conf.py"))["MOVED"].items():
         assert not (DOCS / f"{old}.md").exists()
         name, _, part = new.partition("#")
         assert f"url={name}.html" in (site / f"{old}.html").read_text("utf-8")
-        assert not part or part in _Links((site / f"{name}.html").read_text("utf-8")).names, new
+        assert not part or f'id="{part}"' in (site / f"{name}.html").read_text("utf-8"), new
 
 
 def test_the_python_interface_has_every_public_name_and_setting(site: Path) -> None:
