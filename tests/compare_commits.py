@@ -27,6 +27,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron_laer.tools.cli.argument_types import between
 from tests import processes
 from tests.checkpoints import iteration_folder, saved_tensors
+from tests.traces import without_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -151,12 +152,12 @@ def _layouts(folder: Path) -> dict[str, str]:
     return {
         f"{path.name}, line {number}": _digest(line)
         for path in _recordings(folder)
-        for number, line in enumerate(path.read_bytes().split(b"\n"), start=1)
+        for number, line in enumerate(without_run(path), start=1)
     }
 
 
 def _files(folder: Path) -> dict[str, str]:
-    return {path.name: _digest(path.read_bytes()) for path in _recordings(folder)}
+    return {path.name: _digest(b"".join(without_run(path))) for path in _recordings(folder)}
 
 
 def _recordings(folder: Path) -> list[Path]:

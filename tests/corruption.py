@@ -18,7 +18,8 @@ from megatron_laer.runtime.planning.layout_recording import read_layouts
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from megatron_laer.tools.traces.fsep import read_recording
 from tests.planner_states import make_state
-from tests.recorded_runs import record_run
+from tests.recorded_runs import RUN_NUMBER, record_run
+from tests.traces import records_of
 
 CHANGES_OF_A_KIND = 40
 ERROR, PREFIX, UNCHANGED, OTHER = OUTCOMES = (
@@ -84,6 +85,7 @@ FORMATS: Mapping[str, Format] = {
     "layouts": Format("group-0.jsonl", lambda path: [*read_layouts(path)]),
     "metrics": Format("metrics-0.jsonl", _metrics),
 }
+RECORDINGS = ("trace", "layouts", "metrics")
 
 
 def _piece(content: bytes, luck: random.Random) -> tuple[bytes, bytes, bytes]:
@@ -136,6 +138,27 @@ def flipped(content: bytes, length: int) -> Iterator[bytes]:
     """Yield copies with one bit changed within this many bytes from the start."""
     for bit in range(8 * length):
         yield _with_byte(content, bit // 8, 1 << bit % 8)
+
+
+def moved(path: Path, luck: random.Random) -> Iterator[bytes]:
+    """Yield copies with each record lost, doubled, in another's place, or another run's."""
+    record_run(path.parent / "another", number=RUN_NUMBER[::-1])
+    header, *mine = records_of(path)
+    _, *others = records_of(path.parent / "another" / path.name)
+    for at, record in enumerate(mine):
+        before, after = mine[:at], mine[at + 1 :]
+        place = luck.randrange(len(mine))
+        swapped = [*mine]
+        swapped[at], swapped[place] = swapped[place], swapped[at]
+        for records in (
+            [*before, *after],
+            [*before, record, record, *after],
+            swapped,
+            [*before, others[at], *after],
+            [*before, others[at], record, *after],
+            [*before, *others[at:]],
+        ):
+            yield header + b"".join(records)
 
 
 def make(folder: Path) -> None:

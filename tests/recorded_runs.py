@@ -48,6 +48,7 @@ RUN = {
     "top_k": "2",
 }
 SIGNATURE = {"split": "exact", "plan_mode": "adaptive", "imbalance_tolerance": None}
+RUN_NUMBER = "0123456789abcdef"
 # Enough for a fresh layout to pay.
 TOKENS = 60_000
 TICK_MS = 2.0
@@ -88,6 +89,7 @@ def record_run(
     run: dict[str, str] | None = None,
     has_trace: bool = True,
     cluster: Cluster = COSTS.cluster,
+    number: str = RUN_NUMBER,
 ) -> None:
     """Write a run's metrics, layouts and, by default, its trace into a folder.
 
@@ -97,10 +99,11 @@ def record_run(
     geometry = replace(GEOMETRY, sharding=Sharding(run.get("sharding", Sharding.ROWS)))
     guard = Guard(PlanMode(run.get("plan_mode", PlanMode.ADAPTIVE)), COSTS, geometry)
     shape = Shape(4, 8, 3, 2, layers)
-    writer = MetricsWriter(recording_path(folder, 0), shape, run, 0, cluster)
+    writer = MetricsWriter(recording_path(folder, 0), shape, run, 0, cluster, number)
     recorder = MetricsRecorder(writer, guard, layers, torch.device("cpu"), TickingClock())
-    layouts = LayoutRecorder(folder / "group-0.jsonl", geometry, SIGNATURE, layers, 0)
-    trace = TraceWriter(folder / "group-0.trace", 4, 8, layers) if has_trace else None
+    of_run = layers, 0, number
+    layouts = LayoutRecorder(folder / "group-0.jsonl", geometry, SIGNATURE, *of_run)
+    trace = TraceWriter(folder / "group-0.trace", 4, 8, *of_run) if has_trace else None
     for step in range(steps):
         recorder.begin_step(step)
         layout = geometry.random_layout((step,)) if step else geometry.static_layout

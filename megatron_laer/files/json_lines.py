@@ -1,9 +1,10 @@
 """Lines of JSON in recordings: checksums, headers, and checks that all formats share.
 
-    {"format":"megatron_laer-metrics","version":2,...,"crc":"89abcdef"}\\n
-    {"step":7,...,"crc":"0a1b2c3d"}\\n
+    {"format":"megatron_laer-metrics","version":2,"run":"0123456789abcdef",...,"crc":"89abcdef"}\\n
+    {"record":1,"step":7,...,"crc":"0a1b2c3d"}\\n
 
-The last key is the CRC-32 of the line's bytes before its comma.
+The last key is the CRC-32 of the line's bytes before its comma. In a record the run's number comes
+before them; see `recording`.
 """
 
 from __future__ import annotations
@@ -36,10 +37,10 @@ def header_line(format_name: str, fields: Mapping[str, Any]) -> bytes:
     return sealed({"format": format_name, "version": VERSION, **fields})
 
 
-def sealed(content: Mapping[str, Any]) -> bytes:
+def sealed(content: Mapping[str, Any], seed: int = 0) -> bytes:
     text = json.dumps(content, separators=(",", ":"), allow_nan=False)
     body = text.removesuffix("}").encode()
-    return b'%s,"%s":"%08x"}\n' % (body, _KEY.encode(), zlib.crc32(body))
+    return b'%s,"%s":"%08x"}\n' % (body, _KEY.encode(), zlib.crc32(body, seed))
 
 
 def read_header(
@@ -48,7 +49,8 @@ def read_header(
     """Return a first line's fields, without format and version."""
     content = _object(line)
     if content.pop("format", None) != format_name:
-        raise ValueError(f"it is no {kind}, since it begins with {quoted(line[:100])}")
+        begin = line[:100].decode(errors="backslashreplace")
+        raise ValueError(f"it is no {kind}, since it begins with {quoted(begin)}")
     version = content.pop("version", None)
     if type(version) is not int or version != VERSION:
         raise ValueError(
@@ -60,10 +62,10 @@ def read_header(
     return content
 
 
-def read_line(line: bytes) -> dict[str, Any]:
+def read_line(line: bytes, seed: int) -> dict[str, Any]:
     content = _object(line)
     try:
-        _check_seal(line, content)
+        _check_seal(line, content, seed)
     except ValueError as error:
         raise ValueError(f"{error}; a copy of the lines before it can be read") from error
     return content
@@ -109,17 +111,20 @@ def check_shape(sizes: Mapping[str, tuple[object, int]], layers: object) -> None
 def _object(line: bytes) -> dict[str, Any]:
     try:
         content = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
+        raise ValueError("not JSON: nested too deeply") from error
+    except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"expected an object, got {quoted(content)}")
     return content
 
 
-def _check_seal(line: bytes, content: dict[str, Any]) -> None:
+def _check_seal(line: bytes, content: dict[str, Any], seed: int = 0) -> None:
     """Check a line's checksum, and remove it from the content."""
     body_bytes = len(line.removesuffix(b"\n")) - _END_BYTES
     end = _END.fullmatch(line, max(body_bytes, 0))
-    if end is None or int(end[1], 16) != zlib.crc32(line[:body_bytes]):
-        raise ValueError("its checksum does not fit, so it is damaged")
+    if end is None or int(end[1], 16) != zlib.crc32(line[:body_bytes], seed):
+        other = " or another run's" if seed else ""
+        raise ValueError(f"its checksum does not fit, so it is damaged{other}")
     content.pop(_KEY)

@@ -4,6 +4,10 @@ Writers of formats know where each record ends; nothing here knows their content
 never rewritten in place. Steps that a run repeats are copied to another file, and a copy of the
 rest replaces the recording. So a run that is killed at any moment leaves the old recording or the
 new one. An incomplete last record is cut off in place.
+
+The header has the run's number, 16 random digits that a resumed run keeps. It also seeds the
+records' checksums, and records are numbered from 1. So readers notice records of another run, and
+lost ones.
 """
 
 from __future__ import annotations
@@ -11,13 +15,16 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import secrets
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from megatron_laer.files import run_mark
-from megatron_laer.files.checks import quoted
+from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
+from megatron_laer.files.json_lines import header_line, read_header, read_line, sealed
 from megatron_laer.files.writing import (
     Replacement,
     free_name,
@@ -31,37 +38,52 @@ logger = logging.getLogger(__name__)
 _QUOTED_BYTES = 300
 _COPIED_AT_ONCE_BYTES = 2**20
 _ASIDE = re.compile(r".+\.cut-from-\d+(\.\d+)?\.[^.]+")
+_RUN = re.compile(r"[0-9a-f]{16}")
+_RUN_IN_HEADER = re.compile(rb'"run": ?"([0-9a-f]{16})"')
 
 
 class RecordingFile:
     """Only writer of a recording. On an OSError all records are kept.
 
-    `header` is the file's first bytes, and `records` yields each whole record's step and end
-    offset. `first_step` is this run's; 0 if it does not resume another. `last` is the last step of
-    earlier runs that stays, if any, and `step` the newest started one, or the one before the run's
-    first.
+    `fields` are the header's, and `records` yields each whole record's step and end offset.
+    `first_step` is this run's; 0 if it does not resume another. Without `run`, its number is the
+    file's, or a new one. `last` is the last step of earlier runs that stays, if any, and `step` the
+    newest started one, or the one before the run's first. The next record has the number `next`,
+    and a checksum with this `seed`.
 
-    Raises InUseError if another run writes it, and ValueError for another file, another header, or
-    another run's records at step 0 (see `run_mark`).
+    Raises InUseError if another run writes it, and ValueError for another file or header. Records
+    of another run are refused too: those with another number, and at step 0 all (see `run_mark`).
     """
 
     def __init__(
         self,
         path: Path,
-        header: bytes,
+        format_name: str,
+        fields: Mapping[str, Any],
         records: Callable[[Path], Iterable[tuple[int, int]]],
         first_step: int,
+        run: str | None = None,
     ) -> None:
         self.path = Path(os.path.realpath(path))
         self.last: int | None = None
-        self.step = first_step - 1
-        self._header, self._records = header, records
+        self.step, self.next = first_step - 1, 0  # the header's number
+        self._records = records
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_exclusively(self.path)
+        there = run_of(self.path)
+        run = run or there or new_run()
+        self.seed = zlib.crc32(run.encode())
+        self._header = header_line(format_name, {"run": there or run, **fields})
         try:
             remove_leftovers(self.path)
             self._check_header()
-            self._go_on(first_step)
+            self._check_run(first_step, run, there)
+            if there not in (None, run):  # of a run that recorded nothing
+                self._header = header_line(format_name, {"run": run, **fields})
+                self._file.truncate(0)
+                self.append(self._header)
+            run_mark.mark(self.path)
+            self.last = self._cut_from(first_step)
         except BaseException:
             self.close()
             raise
@@ -75,6 +97,11 @@ class RecordingFile:
                 # A partial record would make later ones unreadable.
                 self._file.truncate(end)
                 raise
+        self.next += 1
+
+    def append_line(self, content: Mapping[str, Any]) -> None:
+        """Append a record of JSON, which `read_record` reads."""
+        self.append(sealed({"record": self.next, **content}, self.seed))
 
     def begin_step(self, step: int) -> None:
         """Start a step; a repeated one moves its records, and later ones, to another file."""
@@ -92,15 +119,20 @@ class RecordingFile:
         # A run that was killed at once leaves a part of its header.
         self.append(self._header[len(begin) :])
 
-    def _go_on(self, first_step: int) -> None:
+    def _check_run(self, first_step: int, run: str, there: str | None) -> None:
         is_restart = first_step > 0 or run_mark.is_of_this_run(self.path)
-        if not is_restart and any(True for _ in self._records(self.path)):
+        has_records = any(True for _ in self._records(self.path))
+        if not has_records or (is_restart and there in (None, run)):
+            return
+        if is_restart:
             raise ValueError(
-                f"{self.path} holds the steps of an earlier run, and this run begins at step 0; "
-                "give an empty folder, or resume the run that wrote it from a checkpoint"
+                f"{self.path} is of run {there}, and other recordings in this run's folders are of "
+                f"run {run}; move one of them away"
             )
-        run_mark.mark(self.path)
-        self.last = self._cut_from(first_step)
+        raise ValueError(
+            f"{self.path} holds the steps of an earlier run, and this run begins at step 0; "
+            "give an empty folder, or resume the run that wrote it from a checkpoint"
+        )
 
     def _cut_from(self, step: int) -> int | None:
         """Move records from a step on to another file, and cut off an incomplete one.
@@ -108,11 +140,11 @@ class RecordingFile:
         Return the last step that stays, if any.
         """
         stays = end = len(self._header)
-        last, is_cut = None, False
+        last, is_cut, self.next = None, False, 1
         for at, end in self._records(self.path):
             is_cut = is_cut or at >= step
             if not is_cut:
-                last, stays = at, end
+                last, stays, self.next = at, end, self.next + 1
         with _naming(self.path):
             incomplete = self._file.seek(0, os.SEEK_END) - end
             if incomplete:
@@ -164,6 +196,55 @@ class RecordingFile:
     def _first_line(self, content: bytes) -> str:
         line = content[:_QUOTED_BYTES].split(b"\n", 1)[0]
         return quoted(line.decode(errors="backslashreplace"), _QUOTED_BYTES)
+
+
+class RecordNumbers:
+    """Check of the numbers of a run's records, in the order of their file."""
+
+    def __init__(self, path: Path, run: str) -> None:
+        self.seed = zlib.crc32(run.encode())
+        # The first records of a file that was set aside are in another one.
+        self._next = None if is_cut_off(path) else 1
+
+    def check(self, number: object, where: str = "") -> None:
+        expected = number if self._next is None else self._next
+        if type(number) is not int or number != expected:
+            raise ValueError(
+                f"{where}record {quoted(number)} is where record {expected} must be, so some are "
+                "lost or moved; a copy of the file up to there can be read"
+            )
+        self._next = number + 1
+
+
+def read_record(line: bytes, numbers: RecordNumbers) -> dict[str, Any]:
+    content = read_line(line, numbers.seed)
+    numbers.check(content.pop("record", None))
+    return content
+
+
+def read_recording_header(
+    line: bytes, path: Path, format_name: str, kind: str
+) -> tuple[dict[str, Any], RecordNumbers]:
+    """Return a first line's fields without the run, and the check of the records to come."""
+    fields = read_header(line, format_name, kind)
+    run = fields.pop("run", None)
+    if not isinstance(run, str) or not _RUN.fullmatch(run):
+        raise ValueError(f"run must be 16 hexadecimal digits, got {quoted(run)}")
+    return fields, RecordNumbers(path, run)
+
+
+def new_run() -> str:
+    return secrets.token_hex(8)
+
+
+def run_of(path: Path) -> str | None:
+    """Return the number of a recording's run; None for a missing file or header."""
+    try:
+        with open_input(path) as file:
+            found = _RUN_IN_HEADER.search(file.readline(MAX_TEXT_BYTES))
+    except (OSError, ValueError):
+        return None
+    return found[1].decode() if found else None
 
 
 def is_cut_off(path: Path) -> bool:

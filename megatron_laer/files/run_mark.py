@@ -45,7 +45,9 @@ def mark(recording: Path) -> None:
     """Mark a recording as written by this process's run, replacing an earlier run's mark."""
     signs, path = _signs(), _mark_of(recording)
     if signs:
-        write_file(path, "".join(f"{sign}\n" for sign in sorted(signs)))
+        content = "".join(f"{sign}\n" for sign in sorted(signs))
+        # A link there is of no run, and may lead to any file.
+        write_file(path, content, through_links=False)
     else:
         path.unlink(missing_ok=True)
 

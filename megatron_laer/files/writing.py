@@ -15,7 +15,7 @@ import re
 import secrets
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
@@ -110,7 +110,7 @@ class Replacement:
 
     It is locked while it is written, so `remove_leftovers` can tell a killed run's from a living
     one's. `path` may also be written through another open file. `file` is unbuffered. After
-    `commit`, until it is closed, it is the target's only writer.
+    `commit`, until it is closed, it is the target's only writer. A target's mode is kept.
     """
 
     def __init__(self, target: Path) -> None:
@@ -124,6 +124,8 @@ class Replacement:
         path = self._target.with_name(f".{self._target.name}.{secrets.token_hex(8)}.tmp")
         self.path, self.file = path, cast(BinaryIO, path.open("x+b", buffering=0))
         try:
+            with suppress(OSError):  # no target, or a file system without modes
+                os.fchmod(self.file.fileno(), os.stat(self._target).st_mode & 0o777)
             lock(self.file, path)
             is_ours = _is_at(self.file, path)
         except InUseError:  # to be removed at once
@@ -149,8 +151,8 @@ class Replacement:
 
 @contextmanager
 def replaced_when_complete(target: Path) -> Iterator[BinaryIO]:
-    """Yield a file that replaces the target, or a link's, if the block succeeds; else remove it."""
-    replacement = Replacement(Path(os.path.realpath(target)))
+    """Yield a file that replaces the target if the block succeeds; else remove it."""
+    replacement = Replacement(target)
     try:
         yield replacement.file
         replacement.commit()
@@ -160,9 +162,10 @@ def replaced_when_complete(target: Path) -> Iterator[BinaryIO]:
     replacement.file.close()
 
 
-def write_file(path: Path, content: str | bytes) -> None:
-    """Write a whole file, text in UTF-8: see `replaced_when_complete`."""
-    with replaced_when_complete(path) as file:
+def write_file(path: Path, content: str | bytes, *, through_links: bool = True) -> None:
+    """Write a whole file, text in UTF-8; a link is replaced itself without `through_links`."""
+    target = Path(os.path.realpath(path)) if through_links else path
+    with replaced_when_complete(target) as file:
         write_all(file, content.encode() if isinstance(content, str) else content)
 
 

@@ -30,6 +30,7 @@ from megatron_laer.runtime.measurements import Measurements
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
+from megatron_laer.runtime.planning.planner_rank import run_of_group
 from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.first_launches import launch_exchange_kernels
@@ -97,9 +98,11 @@ class Coordinator:
         try:
             names = [layer.name for layer in self.layers]
             out_of_fp8 = self.layouts.out_of_fp8
-            self.measurements.start(names, first_step, self.device, out_of_fp8)
+            of_group = self.config, self.groups.index, first_step
+            run = run_of_group(*of_group) if self.groups.rank == 0 else None
+            self.measurements.start(names, first_step, self.device, out_of_fp8, run)
             self._launch_kernels()
-            self.layouts.start(first_step)
+            self.layouts.start(first_step, run)
         except (ValueError, OSError) as error:
             return str(error)
         except Exception as error:  # reported to the other ranks

@@ -47,8 +47,9 @@ class Measurements:
         first_step: int,
         device: torch.device,
         out_of_fp8: Collection[int],
+        run: str | None,
     ) -> None:
-        """Open the recording on the planner rank."""
+        """Open the recording, which has the run's number, on the planner rank."""
         config, groups = self._config, self._groups
         if config.record_metrics is not None and groups.rank == 0 and layers:
             with naming_flag("record_metrics", config.record_metrics):
@@ -59,6 +60,7 @@ class Measurements:
                     run_settings(config, costs, self._priced, device),
                     first_step,
                     costs.cluster,
+                    run,
                 )
                 clock = self._streams.parameters.times.clock
                 self.recorder = MetricsRecorder(

@@ -1,14 +1,16 @@
 """Format of `--fsep-record-metrics`: JSON lines, one file per FSEP group.
 
-    {"format":"megatron_laer-metrics","version":2,"num_ranks":N,...,"layers":[...],"crc":...}\\n
-    {"step":7,"run":{"plan_mode":"adaptive",...},"cluster":{"name":...,"gemm":...},"crc":...}\\n
-    {"step":7,"step_ms":...,"metrics":{...},"layers":{"max_over_mean":[...L],...},
+    {"format":"megatron_laer-metrics","version":2,"run":...,"num_ranks":N,...,"layers":[...],
+     "crc":...}\\n
+    {"record":1,"step":7,"run":{"plan_mode":"adaptive",...},"cluster":{"name":...,"gemm":...},
+     "crc":...}\\n
+    {"record":2,"step":7,"step_ms":...,"metrics":{...},"layers":{"max_over_mean":[...L],...},
      "rank_tokens":[[...N],...L],"crc":...}\\n
 
 A `run` line describes a run that starts or resumes at this step, and its planner's cluster as in a
 cluster's YAML file. `metrics` describes the names. Numbers of a step have four digits; `null` is a
-missing value. `files/json_lines.py` defines the checksum. The reader is
-`tools/report/metrics_recording.py`.
+missing value. `files/json_lines.py` defines the checksum, `files/recording.py` the number of the
+run. The reader is `tools/report/metrics_recording.py`.
 
 Legend: N ranks, L MoE layers.
 """
@@ -23,16 +25,13 @@ from typing import Any
 
 from megatron_laer.arrays import Int64
 from megatron_laer.files.checks import MAX_LINE, open_input, quoted
-from megatron_laer.files.json_lines import (
-    MAX_RANKS,
-    check_shape,
-    header_line,
-    numbered_lines,
-    read_header,
-    read_line,
-    sealed,
+from megatron_laer.files.json_lines import MAX_RANKS, check_shape, numbered_lines
+from megatron_laer.files.recording import (
+    RecordingFile,
+    RecordNumbers,
+    read_record,
+    read_recording_header,
 )
-from megatron_laer.files.recording import RecordingFile
 from megatron_laer.planner.cluster_files import cluster_content
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
@@ -72,12 +71,12 @@ class MetricsWriter:
         run: Mapping[str, str],
         first_step: int,
         cluster: Cluster,
+        run_number: str | None = None,
     ) -> None:
-        header = header_line(FORMAT, asdict(shape))
-        self._file = RecordingFile(path, header, _recorded, first_step)
+        self._file = RecordingFile(path, FORMAT, asdict(shape), _recorded, first_step, run_number)
         # Written with the first step, so that a run without one leaves nothing.
         description = {"run": dict(run), "cluster": cluster_content(cluster)}
-        self._run = sealed({"step": first_step, **description})
+        self._run: dict[str, Any] | None = {"step": first_step, **description}
 
     def append(
         self,
@@ -96,8 +95,10 @@ class MetricsWriter:
             "layers": {name: [*map(_short, of_layers[name])] for name in RECORDED_OF_LAYERS},
             "rank_tokens": rank_tokens_LN.tolist(),
         }
-        self._file.append(self._run + sealed(line))
-        self._run = b""
+        if self._run is not None:
+            self._file.append_line(self._run)
+            self._run = None
+        self._file.append_line(line)
 
     def close(self) -> None:
         self._file.close()
@@ -111,28 +112,27 @@ def recording_path(directory: str | Path, group_index: int) -> Path:
 def _recorded(path: Path) -> Iterator[tuple[int, int]]:
     """Yield the step of every whole line but the first, and the offset of its end."""
     with open_input(path) as file:
-        for number, end, line in numbered_lines(file, path, MAX_LINE):
-            if number == 1:
-                read_shape(line, path)
-            else:
-                yield read_step(line, path, number)["step"], end
+        lines = numbered_lines(file, path, MAX_LINE)
+        _, numbers = read_shape(next(lines)[2], path)
+        for number, end, line in lines:
+            yield read_step(line, path, number, numbers)["step"], end
 
 
-def read_shape(line: bytes, path: Path) -> Shape:
+def read_shape(line: bytes, path: Path) -> tuple[Shape, RecordNumbers]:
     try:
-        header = read_header(line, FORMAT, "recording of metrics")
+        header, numbers = read_recording_header(line, path, FORMAT, "recording of metrics")
         expected = {*_SIZES, "layers"}
         if set(header) != expected:
             raise ValueError(f"has the keys {quoted(sorted(header))}, expected {sorted(expected)}")
         check_shape({}, header["layers"])
-        return Shape(**header | {"layers": tuple(header["layers"])})
+        return Shape(**header | {"layers": tuple(header["layers"])}), numbers
     except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error
 
 
-def read_step(line: bytes, path: Path, number: int) -> dict[str, Any]:
+def read_step(line: bytes, path: Path, number: int, numbers: RecordNumbers) -> dict[str, Any]:
     try:
-        content = read_line(line)
+        content = read_record(line, numbers)
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
     step = content.get("step")

@@ -2,11 +2,13 @@
 
 A line of JSON, then binary records, all little-endian:
 
-    {"format":"megatron_laer-trace","version":2,"num_ranks":N,"num_experts":E,"layers":[...],
-     "crc":...}\\n
-    record:  uint32  CRC-32 of the five fields below, so that a record's length can be relied on
+    {"format":"megatron_laer-trace","version":2,"run":...,"num_ranks":N,"num_experts":E,
+     "layers":[...],"crc":...}\\n
+    record:  uint32  CRC-32 of the run's number and the six fields below, so that a record's length
+                     can be relied on
              uint32  bytes per count: 1, 2 or 4, the least that holds the record's largest; plus
-                     256 in a record of pairs, and 513 in one of sets
+                     256 in a record of pairs; 513 in one of sets
+             int64   the record's number, from 1
              int64   step
              uint32  layer, index into `layers`
              uint32  microbatch
@@ -22,8 +24,8 @@ token. In place of the microbatch they have the number of tokens.
 
 `files.json_lines` defines the line's checksum. A record is written at once and unbuffered, so a
 killed run leaves a file that is readable up to its last complete record. There is no compression
-and no index, because the training thread writes it. `files.recording` describes resuming, and
-`tools/traces/fsep.py` reads whole files.
+and no index, because the training thread writes it. `files.recording` describes resuming and the
+run's number, and `tools/traces/fsep.py` reads whole files.
 
 Legend: N source ranks, E experts.
 """
@@ -44,13 +46,8 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.files.checks import open_input
-from megatron_laer.files.json_lines import (
-    MAX_RANKS,
-    check_shape,
-    header_line,
-    read_header,
-)
-from megatron_laer.files.recording import RecordingFile
+from megatron_laer.files.json_lines import MAX_RANKS, check_shape
+from megatron_laer.files.recording import RecordingFile, RecordNumbers, read_recording_header
 from megatron_laer.planner.layout import MAX_EXPERTS
 
 logger = logging.getLogger(__name__)
@@ -67,13 +64,14 @@ MAGIC = b'{"format":"' + FORMAT.encode() + b'"'
 # Marks of a record of pairs and of sets, added to its width.
 _PAIRS, _SETS = 256, 512
 
-_FRAME = struct.Struct("<IIqIII")  # the header of a record
+_FRAME = struct.Struct("<IIqqIII")  # the header of a record
 _CRC_BYTES = 4
 _WIDTHS: dict[int, np.dtype[np.unsignedinteger[Any]]] = {
     1: np.dtype("<u1"),
     2: np.dtype("<u2"),
     4: np.dtype("<u4"),
 }
+_KNOWN = {*_WIDTHS, *(width | _PAIRS for width in _WIDTHS), 1 | _SETS}
 _MAX_HEADER_BYTES = 2**20
 
 # A power failure may leave zeros for data not yet on disk, up to some seconds' worth.
@@ -83,6 +81,7 @@ _MAX_LOST_BYTES = 2**26
 class Header(NamedTuple):
     """First line of a recording, with its length and the file's when it was opened."""
 
+    numbers: RecordNumbers
     num_ranks: int
     num_experts: int
     layers: tuple[str, ...]
@@ -119,12 +118,13 @@ class TraceWriter:
         num_experts: int,
         layer_names: Sequence[str],
         first_step: int = 0,
+        run: str | None = None,
     ) -> None:
         self._shape = (num_ranks, num_experts)
         self._layers = tuple(layer_names)
         fields = {"num_ranks": num_ranks, "num_experts": num_experts, "layers": [*layer_names]}
         _check_header(fields)
-        self._file = RecordingFile(path, header_line(FORMAT, fields), _recorded, first_step)
+        self._file = RecordingFile(path, FORMAT, fields, _recorded, first_step, run)
         last = self._file.last
         if last is not None and last < first_step - 1:
             logger.warning(
@@ -179,9 +179,10 @@ class TraceWriter:
             )
         if step != self._file.step:
             self._file.begin_step(step)
-        crc = zlib.crc32(payload)
-        fields = _FRAME.pack(0, width, step, layer_index, microbatch, crc)[_CRC_BYTES:]
-        self._file.append(zlib.crc32(fields).to_bytes(_CRC_BYTES, "little") + fields + payload)
+        of_record = self._file.next, step, layer_index, microbatch, zlib.crc32(payload)
+        fields = _FRAME.pack(0, width, *of_record)[_CRC_BYTES:]
+        crc = zlib.crc32(fields, self._file.seed)
+        self._file.append(crc.to_bytes(_CRC_BYTES, "little") + fields + payload)
 
     def close(self) -> None:
         self._file.close()
@@ -221,29 +222,32 @@ def _check_header(fields: Mapping[str, Any]) -> None:
 def read_header_of(file: BinaryIO, path: Path) -> Header:
     line = file.readline(_MAX_HEADER_BYTES)
     try:
-        fields = read_header(line, FORMAT, "trace")
+        fields, numbers = read_recording_header(line, path, FORMAT, "trace")
         _check_header(fields)
     except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error
     sizes = fields["num_ranks"], fields["num_experts"]
     file_bytes = os.fstat(file.fileno()).st_size
-    return Header(*sizes, tuple(fields["layers"]), len(line), file_bytes)
+    return Header(numbers, *sizes, tuple(fields["layers"]), len(line), file_bytes)
 
 
 def frames(file: BinaryIO, path: Path, header: Header) -> Iterator[Frame]:
-    """Yield all complete records; their counts are skipped."""
-    offset, size = header.line_bytes, header.file_bytes
+    """Yield all complete records, once; their counts are skipped."""
+    offset, size, place = header.line_bytes, header.file_bytes, 0
     while offset + _FRAME.size <= size:
         file.seek(offset)
         fields = file.read(_FRAME.size)
-        crc_of_fields, width, step, layer, microbatch, crc = _FRAME.unpack(fields)
-        mark = width & (_PAIRS | _SETS)
-        width -= mark
-        is_known = width in _WIDTHS and mark != _PAIRS | _SETS
-        if not is_known or crc_of_fields != zlib.crc32(fields[_CRC_BYTES:]):
+        crc_of_fields, width, number, step, layer, microbatch, crc = _FRAME.unpack(fields)
+        place += 1
+        where = f"{path}, record {place} at byte {offset}: "
+        is_ours = crc_of_fields == zlib.crc32(fields[_CRC_BYTES:], header.numbers.seed)
+        if width not in _KNOWN or not is_ours:
             if _is_torn(file, offset, size, _FRAME.size):
                 return
-            raise ValueError(f"{path}, byte {offset}: no record begins there; {damage(offset)}")
+            raise ValueError(f"{where}no record of its run begins there; {damage(offset)}")
+        header.numbers.check(number, where)
+        mark = width & (_PAIRS | _SETS)
+        width -= mark
         frame = Frame(offset, 0, width, step, layer, microbatch, crc, mark == _PAIRS, mark == _SETS)
         end = offset + _FRAME.size + math.prod(_shape(header, frame)) * width
         if end > size:

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_laer.telemetry.metrics_file import recording_path
 from tests import fuzz
-from tests.recorded_runs import record_run
+from tests.recorded_runs import RUN_NUMBER, record_run
 
 HUGE = 2**36
 
@@ -34,13 +34,13 @@ _STEPS = {
     "list": ("[]", "line 3: expected an object, got '[]'"),
     "nested": ("[" * 5000, "line 3: not JSON"),
     "digits": ("9" * 5000, "line 3"),
-    "no-step": ('{"more":1}', "line 3: step 'None' is no step"),
-    "negative": ('{"step":-1}', "line 3: step '-1' is no step"),
+    "no-step": ('{"record":2,"more":1}', "line 3: step 'None' is no step"),
+    "negative": ('{"record":2,"step":-1}', "line 3: step '-1' is no step"),
     "long-run": (
-        json.dumps({"step": 0, "run": {"planner": "x" * 2000}}),
+        json.dumps({"record": 2, "step": 0, "run": {"planner": "x" * 2000}}),
         "line 3: run must hold short texts by name",
     ),
-    "escape": ('{"step":"\\u001b[31m"}', "line 3: step '\\x1b[31m' is no step"),
+    "escape": ('{"record":2,"step":"\\u001b[31m"}', "line 3: step '\\x1b[31m' is no step"),
 }
 
 CASES = (
@@ -116,7 +116,7 @@ def make(folder: Path) -> None:
     os.truncate(log, HUGE)
     (copy("twice", metrics) / "metrics-00.jsonl").write_bytes(metrics)
     step = re.sub(r'"max_over_mean":\[[^,]*', '"max_over_mean":[-3', lines[2].decode())
-    copy("ratio", b"".join(lines[:2]) + fuzz.resealed(step).encode())
+    copy("ratio", b"".join(lines[:2]) + fuzz.resealed(step, RUN_NUMBER).encode())
     pipe = folder / "measured-pipe"
     pipe.mkdir()
     os.mkfifo(recording_path(pipe, 0))
@@ -131,6 +131,6 @@ def make(folder: Path) -> None:
         first = fuzz.resealed(json.dumps(header | dict(change))).encode()
         copy(name, first + b"\n" + b"".join(lines[1:]))
     for name, (text, _) in _STEPS.items():
-        third = fuzz.resealed(text) if text.startswith('{"') else text
+        third = fuzz.resealed(text, RUN_NUMBER) if text.startswith('{"') else text
         copy(name, b"".join(lines[:2]) + third.encode() + b"\n" + b"".join(lines[3:]))
     copy("digit", metrics.replace(b'"max_over_mean":[1', b'"max_over_mean":[2', 1))

@@ -101,10 +101,10 @@ def test_a_bad_recording_is_refused_on_every_rank(
     path = tmp_path / "group-0.jsonl"
     header, first, *_ = path.read_text().splitlines()
     other_experts = header.replace('"num_experts":8', '"num_experts":16')
-    illegal = json.dumps({"step": 1, "slots": [[0] * 10] * 2})
+    illegal = json.dumps({"record": 1, "step": 1, "slots": [[0] * 10] * 2})
     spoilt = [
         ([resealed(other_experts)], "this run would write"),
-        ([header, resealed(illegal)], "line 2"),
+        (resealed(f"{header}\n{illegal}").splitlines(), "line 2"),
         ([header, first.replace('"step":1', '"step":2')], "line 2: its checksum does not fit"),
     ]
     for lines, message in spoilt:

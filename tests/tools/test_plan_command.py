@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from unittest import mock
 
@@ -13,6 +14,7 @@ from benchmarks.trace_cases import Trace
 from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.comparison import STOCK
 from tests import shared_data
+from tests.fuzz import resealed
 from tests.recorded_runs import OWN, record_run
 from tests.tools.plan_cases import drifting_trace, recording
 from tests.traces import write_recording
@@ -243,7 +245,8 @@ def test_defaults_are_said_to_be_that(tmp_path, capsys):
     record_run(tmp_path / "run", cluster=OWN)
     metrics = tmp_path / "run" / "metrics-0.jsonl"
     header, _, *steps = metrics.read_text().splitlines(keepends=True)
-    metrics.write_text(header + "".join(steps))  # without the line of the run
+    steps = [re.sub('"record":[0-9]+', f'"record":{at}', step) for at, step in enumerate(steps, 1)]
+    metrics.write_text(resealed(header + "".join(steps)))  # without the line of the run
     status, out, err = run(tmp_path / "run", *QUICK, tmp_path / "x.json", capsys=capsys)
     assert status == 0 and by_default.removesuffix("\n") in out
     assert "a100-4x8-ib800 for cluster, which is missing" in err

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
 
 from tests import corruption
-from tests.corruption import CHANGES_OF_A_KIND, ERROR, FORMATS, KINDS, OTHER, PREFIX
+from tests.corruption import (
+    CHANGES_OF_A_KIND,
+    ERROR,
+    FORMATS,
+    KINDS,
+    OTHER,
+    PREFIX,
+    RECORDINGS,
+    UNCHANGED,
+)
 
 
 @pytest.fixture(params=FORMATS)
@@ -30,6 +40,23 @@ def test_a_changed_file_is_refused_or_read_up_to_the_change(
     assert found[OTHER] == 0 and found[ERROR] > found.total() / 2
 
 
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_lost_moved_and_another_runs_records_are_never_read_in_silence(
+    tmp_path: Path, name: str
+) -> None:
+    format = FORMATS[name]
+    corruption.make(tmp_path)
+    path = tmp_path / format.name
+    expected, content = format.read(path), path.read_bytes()
+    for copy in corruption.moved(path, random.Random(name)):
+        path.write_bytes(copy)
+        # Only a lost last record is missed by no later one.
+        said = PREFIX if content.startswith(copy) else ERROR
+        assert corruption.outcome(format, path, expected) == (
+            UNCHANGED if copy == content else said
+        )
+
+
 def test_a_header_with_any_bit_changed_is_refused(format: corruption.Format, path: Path) -> None:
     content = path.read_bytes()
     length = format.header_bytes(content)
@@ -49,7 +76,7 @@ def test_a_record_that_says_to_be_longer_is_an_error_and_not_the_end(tmp_path: P
     for other in {1, 2, 4} - {content[width]}:
         content[width] = other
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=rf"byte {first}: no record begins there"):
+        with pytest.raises(ValueError, match=rf"byte {first}: no record of its run begins"):
             trace.read(path)
 
 

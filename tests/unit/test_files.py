@@ -163,6 +163,16 @@ def test_content_is_on_disk_before_its_name_and_the_name_before_the_writer_goes_
     assert done == ["5 bytes", "name log", "folder"]
 
 
+def test_a_file_keeps_its_mode_when_it_is_replaced(tmp_path: Path) -> None:
+    target, link = tmp_path / "log", tmp_path / "link"
+    target.write_text("old")
+    target.chmod(0o600)
+    link.symlink_to(target)
+    writing.write_file(link, "new")
+    assert link.is_symlink() and target.read_text() == "new"
+    assert stat.S_IMODE(target.stat().st_mode) == 0o600
+
+
 def test_a_failed_replacement_leaves_the_target_and_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "log"
     target.write_text("old")

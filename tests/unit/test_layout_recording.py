@@ -17,7 +17,6 @@ import pytest
 from megatron_laer.choices import Fp8Recipe, Sharding
 from megatron_laer.config import FSEPConfig, LatePlan
 from megatron_laer.files import writing
-from megatron_laer.files.json_lines import sealed
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
@@ -124,9 +123,9 @@ def test_slots_that_do_not_fit_the_recorded_sharding_are_refused(
     path = tmp_path / "group-0.jsonl"
     LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0).close()
     header = json.loads(path.read_text()) | changes
+    entry = {"record": 1, "step": 0, "slots": [slots] * len(LAYERS)}
     del header["crc"]
-    entry = {"step": 0, "slots": [slots] * len(LAYERS)}
-    path.write_bytes(sealed(header) + sealed(entry))
+    path.write_text(resealed("".join(json.dumps(line) + "\n" for line in (header, entry))))
     with pytest.raises(ValueError, match=message):
         list(read_layouts(path))
 
@@ -254,6 +253,6 @@ def test_an_entry_that_no_recorder_writes_is_refused(
     *before, last = path.read_text().splitlines()
     changed = json.loads(last) | change
     del changed["crc"]
-    path.write_text("\n".join([*before, resealed(json.dumps(changed)), ""]))
+    path.write_text(resealed("\n".join([*before, json.dumps(changed), ""])))
     with pytest.raises(ValueError, match=f"line 3: .*{named}"):
         list(read_layouts(path))

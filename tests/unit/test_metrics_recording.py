@@ -232,8 +232,8 @@ def test_a_damaged_line_is_named_by_its_number(
 ) -> None:
     lines = recorded.read_text().splitlines(keepends=True)
     assert old in lines[4]
-    lines[4] = fuzz.resealed(lines[4].replace(old, new, 1))
-    recorded.write_text("".join(lines))
+    lines[4] = lines[4].replace(old, new, 1)
+    recorded.write_text(fuzz.resealed("".join(lines)))
     with pytest.raises(ValueError, match=says) as error:
         read_metrics(recorded)
     assert "line 5" in str(error.value)

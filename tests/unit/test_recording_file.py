@@ -22,7 +22,7 @@ import pytest
 from megatron_laer.files import writing
 from megatron_laer.files.checks import MAX_LINE
 from megatron_laer.files.json_lines import sealed
-from megatron_laer.files.recording import RecordingFile, is_cut_off
+from megatron_laer.files.recording import RecordingFile, is_cut_off, run_of
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, read_layouts
@@ -41,8 +41,8 @@ LAYERS = ["layer 1", "layer 2"]
 class Traces:
     name = "group-0.trace"
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        self._writer = TraceWriter(path, NUM_RANKS, NUM_EXPERTS, LAYERS, first_step)
+    def __init__(self, path: Path, first_step: int, run: str | None = None) -> None:
+        self._writer = TraceWriter(path, NUM_RANKS, NUM_EXPERTS, LAYERS, first_step, run)
         self.close = self._writer.close
 
     def step(self, step: int, seed: int) -> None:
@@ -68,8 +68,9 @@ class Layouts:
     geometry = Geometry(NUM_RANKS, NUM_EXPERTS, CAPACITY, NUM_RANKS)
     signature: ClassVar = {"split": "exact"}
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        self._writer = LayoutRecorder(path, self.geometry, self.signature, LAYERS, first_step)
+    def __init__(self, path: Path, first_step: int, run: str | None = None) -> None:
+        of_run = LAYERS, first_step, run
+        self._writer = LayoutRecorder(path, self.geometry, self.signature, *of_run)
         self.close = self._writer.close
 
     def step(self, step: int, seed: int) -> None:
@@ -92,8 +93,9 @@ class Metrics:
     name = "group-0.metrics"
     shape = Shape(NUM_RANKS, NUM_EXPERTS, CAPACITY, NUM_RANKS, tuple(LAYERS))
 
-    def __init__(self, path: Path, first_step: int) -> None:
-        self._writer = MetricsWriter(path, self.shape, {"torch": "9"}, first_step, COSTS.cluster)
+    def __init__(self, path: Path, first_step: int, run: str | None = None) -> None:
+        of_run = {"torch": "9"}, first_step, COSTS.cluster, run
+        self._writer = MetricsWriter(path, self.shape, *of_run)
         self.close = self._writer.close
 
     def step(self, step: int, seed: int) -> None:
@@ -202,6 +204,26 @@ def test_steps_are_moved_beside_when_the_step_goes_back_within_a_run(
     assert kind.read(aside) == dict.fromkeys(range(back_to, 4), 1)
 
 
+def test_a_run_keeps_its_number_and_another_ones_is_refused(kind: Kind, tmp_path: Path) -> None:
+    paths = [tmp_path / name / kind.name for name in ("one", "other")]
+    for path in paths:
+        record(kind, path, range(3), seed=1)
+    first, other = map(run_of, paths)
+    assert first is not None and other is not None and first != other
+    record(kind, paths[0], range(2, 5), seed=2)
+    assert run_of(paths[0]) == run_of(paths[0].with_stem("group-0.cut-from-2")) == first
+    content = paths[0].read_bytes()
+    with pytest.raises(ValueError, match=rf"is of run {first}, and other .* of run {other}; move"):
+        kind(paths[0], 5, other)
+    assert paths[0].read_bytes() == content
+    # A run that recorded nothing leaves its place to another one.
+    kind(tmp_path / kind.name, 0, first).close()
+    kind(tmp_path / kind.name, 0, other).close()
+    assert run_of(tmp_path / kind.name) == other
+    record(kind, tmp_path / kind.name, range(2), seed=1)
+    assert kind.read(tmp_path / kind.name) == {0: 1, 1: 1}
+
+
 def test_layouts_that_did_not_change_again_are_moved_beside_as_well(tmp_path: Path) -> None:
     path = tmp_path / Layouts.name
     record(Layouts, path, range(5), seed=1)
@@ -273,7 +295,7 @@ def test_a_huge_tail_is_refused_where_it_begins_and_is_not_read(kind: Kind, tmp_
     size = path.stat().st_size
     os.truncate(path, 50 * 10**9)  # takes no place on disk
     says = {
-        Traces: rf"byte {size}: no record begins there; .* a copy of {size} bytes",
+        Traces: rf"byte {size}: no record of its run begins there; .* a copy of {size} bytes",
         Layouts: r"line 5: has more than \d+ bytes",
         Metrics: r"(line 6: has more than [\d,]+ bytes|steps would take about .* GiB)",
     }[kind]
@@ -294,6 +316,7 @@ HEADERS = [
     ({"num_experts": 10**18}, r"num_experts must be an integer in 1..\d+, got '1000"),
     ({"layers": ["a", "a"]}, "layers must all be different"),
     ({"layers": "ab"}, "layers must be names"),
+    ({"run": 7}, "run must be 16 hexadecimal digits, got '7'"),
 ]
 
 

@@ -3,15 +3,16 @@
 The first line describes the run. Each further one has a step at which layouts changed, and the new
 layout of every layer:
 
-    {"format":"megatron_laer-layouts","version":2,"num_ranks":N,"capacity":C,"num_experts":E,...,
-     "layers":["layer 1",...],"crc":...}\\n
-    {"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer],"crc":...}\\n
+    {"format":"megatron_laer-layouts","version":2,"run":...,"num_ranks":N,"capacity":C,
+     "num_experts":E,...,"layers":["layer 1",...],"crc":...}\\n
+    {"record":1,"step":7,"slots":[[expert of slot 0, ... of slot N*C-1], ... of the last layer],
+     "crc":...}\\n
 
 An empty slot is -1. Only with --fsep-sharding experts does the first line have a `sharding`. Only
 with --fsep-homes does it have `homes`: the expert at each home position, layer by layer.
 
-`files/json_lines.py` defines the checksum. `files/recording.py` explains how resumed runs continue
-a file.
+`files/json_lines.py` defines the checksum. `files/recording.py` has the number of the run, and how
+resumed runs continue a file.
 """
 
 from __future__ import annotations
@@ -26,16 +27,13 @@ import numpy as np
 
 from megatron_laer.choices import Sharding
 from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
-from megatron_laer.files.json_lines import (
-    MAX_RANKS,
-    check_shape,
-    header_line,
-    numbered_lines,
-    read_header,
-    read_line,
-    sealed,
+from megatron_laer.files.json_lines import MAX_RANKS, check_shape, numbered_lines
+from megatron_laer.files.recording import (
+    RecordingFile,
+    RecordNumbers,
+    read_record,
+    read_recording_header,
 )
-from megatron_laer.files.recording import RecordingFile
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
@@ -59,10 +57,10 @@ class LayoutRecorder:
         signature: RunSignature,
         layers: Sequence[str],
         first_step: int,
+        run: str | None = None,
     ) -> None:
         shape = _Shape(geometry, signature, layers)
-        header = header_line(FORMAT, shape.header)
-        self._file = RecordingFile(path, header, _recorded, first_step)
+        self._file = RecordingFile(path, FORMAT, shape.header, _recorded, first_step, run)
         self._homes = shape.homes
 
     def begin_step(self, step: int) -> None:
@@ -77,7 +75,7 @@ class LayoutRecorder:
             home.layout_of_experts(layout).to_list()
             for home, layout in zip(self._homes, layouts, strict=True)
         ]
-        self._file.append(sealed({"step": step, "slots": slots}))
+        self._file.append_line({"step": step, "slots": slots})
 
     def close(self) -> None:
         self._file.close()
@@ -130,11 +128,11 @@ class _Shape:
         """Bound the bytes of a step's line: a blank after each comma, names and brackets."""
         slots = self.geometry.num_ranks * self.geometry.capacity
         digits = max(len(str(number)) for number in (self.geometry.num_experts, EMPTY))
-        return 130 + len(self.layers) * (slots * (digits + 2) + 4)
+        return 170 + len(self.layers) * (slots * (digits + 2) + 4)
 
-    def change_of(self, line: bytes) -> tuple[int, list[ExpertLayout]]:
+    def change_of(self, line: bytes, numbers: RecordNumbers) -> tuple[int, list[ExpertLayout]]:
         """Return a line's step, and the new layout of every layer."""
-        entry = read_line(line)
+        entry = read_record(line, numbers)
         if set(entry) != {"step", "slots"}:
             raise ValueError(f"has {quoted(sorted(entry))}, expected 'slots' and 'step'")
         step, slots = entry["step"], entry["slots"]
@@ -155,9 +153,9 @@ def _sharding(header: Mapping[str, Any]) -> Sharding:
     return Sharding(word)
 
 
-def _recorded_shape(path: Path, line: bytes) -> _Shape:
+def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, RecordNumbers]:
     try:
-        header = read_header(line, FORMAT, "recording of layouts")
+        header, numbers = read_recording_header(line, path, FORMAT, "recording of layouts")
         num_ranks, num_experts, capacity = (
             header.pop(name) for name in ("num_ranks", "num_experts", "capacity")
         )
@@ -168,7 +166,7 @@ def _recorded_shape(path: Path, line: bytes) -> _Shape:
         sharding = _sharding(header)
         header.pop("sharding", None)
         geometry = Geometry(num_ranks, num_experts, capacity, num_ranks, sharding)
-        return _Shape(geometry, header, layers)
+        return _Shape(geometry, header, layers), numbers
     except KeyError as error:
         raise ValueError(f"layout recording: {path}, line 1: lacks {error}") from error
     except ValueError as error:
@@ -183,7 +181,7 @@ def _recorded(path: Path) -> Iterator[tuple[int, int]]:
 def _changes(path: Path) -> Iterator[tuple[int, list[ExpertLayout], int]]:
     """Yield the step, layouts and offset of the end of every whole line but the first."""
     with open_input(path) as file:
-        shape = _recorded_shape(path, file.readline(MAX_TEXT_BYTES))
+        shape, numbers = _recorded_shape(path, file.readline(MAX_TEXT_BYTES))
         file.seek(0)
         last = -1
         lines = numbered_lines(file, path, shape.longest_line_bytes, kind="layout recording: ")
@@ -191,7 +189,7 @@ def _changes(path: Path) -> Iterator[tuple[int, list[ExpertLayout], int]]:
             if number == 1:
                 continue
             try:
-                step, layouts = shape.change_of(line)
+                step, layouts = shape.change_of(line, numbers)
                 if step <= last:
                     raise ValueError(f"step {step} is not above {last}")
             except (KeyError, TypeError, ValueError, OverflowError) as error:

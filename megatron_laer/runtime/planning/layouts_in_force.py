@@ -91,7 +91,8 @@ class LayoutsInForce:
             return self.geometry.random_layout(seed)
         return self._layouts[layer]
 
-    def start(self, first_step: int) -> None:
+    def start(self, first_step: int, run: str | None = None) -> None:
+        """Open planner and recordings, which have the run's number, on the planner rank."""
         self._go_on(first_step)
         if self.groups.rank == 0 and self._layers:
             self._planner_rank = PlannerRank(
@@ -105,6 +106,7 @@ class LayoutsInForce:
                 first_step=first_step,
                 resumed=self.resumption.state,
                 out_of_fp8=self.out_of_fp8,
+                run=run,
             )
 
     def begin_step(self, step: int, num_microbatches: int | None) -> None:

@@ -12,7 +12,9 @@ from functools import partial
 from typing import Any
 
 from megatron_laer.config import FSEPConfig, LatePlan, flag_name
+from megatron_laer.files import run_mark
 from megatron_laer.files.checks import quoted
+from megatron_laer.files.recording import new_run, run_of
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder, home_digest
@@ -24,6 +26,7 @@ from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, recording_path
 from megatron_laer.runtime.planning.mailbox import RoutingMailbox
 from megatron_laer.runtime.planning.planned_layouts import PlannedLayouts
+from megatron_laer.telemetry.metrics_file import recording_path as metrics_path
 from megatron_laer.telemetry.trace_file import TraceWriter
 from megatron_laer.telemetry.trace_file import recording_path as trace_path
 
@@ -46,6 +49,7 @@ class PlannerRank:
         first_step: int,
         resumed: PlannerState | None,
         out_of_fp8: Collection[int] = (),
+        run: str | None = None,
     ) -> None:
         self._faults = 0
         self._source: PlannedLayouts | None = None
@@ -73,13 +77,14 @@ class PlannerRank:
             if (folder := config.record_layouts) is not None:
                 path = recording_path(folder, group_index)
                 with naming_flag("record_layouts", folder):
-                    self._recorder = LayoutRecorder(path, geometry, signature, layers, first_step)
+                    of_run = signature, layers, first_step, run
+                    self._recorder = LayoutRecorder(path, geometry, *of_run)
                 opened.callback(self._recorder.close)
             if (folder := config.record_trace) is not None:
                 path = trace_path(folder, group_index)
                 with naming_flag("record_trace", folder):
                     sizes = geometry.num_ranks, geometry.num_experts
-                    trace = TraceWriter(path, *sizes, layers, first_step)
+                    trace = TraceWriter(path, *sizes, layers, first_step, run)
             observe = None if self._source is None else self._source.observe
             self.mailbox = RoutingMailbox(layers, homes, observe, trace, _warn)
             opened.pop_all()  # all are open; `close` closes them
@@ -139,6 +144,23 @@ def _strategies(
     make = partial(make_strategy, config.planner, geometry=geometry)
     usual, others = make(costs=costs), make(costs=costs.in_bf16)
     return {layer: others if layer in out_of_fp8 else usual for layer in range(num_layers)}
+
+
+def run_of_group(config: FSEPConfig, group_index: int, first_step: int) -> str:
+    """Return the number in the recordings that the group's run continues, or a new one.
+
+    A restart may record more than before, so marked recordings next to its own count too.
+    """
+    kinds = (
+        (recording_path, config.record_layouts),
+        (trace_path, config.record_trace),
+        (metrics_path, config.record_metrics),
+    )
+    folders = [folder for _, folder in kinds if folder]
+    own = [path_of(folder, group_index) for path_of, folder in kinds if folder]
+    near = [path_of(folder, group_index) for path_of, _ in kinds for folder in folders]
+    mine = [*(own if first_step > 0 else ()), *filter(run_mark.is_of_this_run, near)]
+    return next(filter(None, map(run_of, mine)), None) or new_run()
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Files of a run, found by their names in one folder; none is read.
+"""Files of a run, found by their names in one folder; only their runs' numbers are read.
 
 Names alone identify the files, so no output in a run's folder may have such a name.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_laer.files.checks import quoted
-from megatron_laer.files.recording import is_cut_off
+from megatron_laer.files.recording import is_cut_off, run_of
 
 _WAYS = "--fsep-record-metrics, --fsep-record-trace and --fsep-record-layouts write them"
 
@@ -43,7 +43,8 @@ class RunFiles:
 def find_run(given: Path, group: int | None) -> RunFiles:
     """Find the files of a run; without `group`, those of the first group.
 
-    Raises ValueError if nothing is there (of this group) or a group has two recordings of a kind.
+    Raises ValueError if nothing is there (of this group), or a group has two recordings of a kind
+    or those of two runs.
     """
     if not given.exists():
         raise ValueError(f"run {quoted(given)} does not exist; give a folder or a trace")
@@ -59,11 +60,13 @@ def find_run(given: Path, group: int | None) -> RunFiles:
         raise ValueError(
             f"--group {chosen}: {quoted(given)} has recordings of the groups {groups}; give one"
         )
+    of_group = {kind: by_group.get(chosen) for kind, by_group in found.items()}
+    _check_one_run(of_group.values())
     return RunFiles(
         str(given),
         chosen,
         tuple(groups),
-        **{kind: by_group.get(chosen) for kind, by_group in found.items()},
+        **of_group,
         logs=tuple(path for path in files if _LOG.fullmatch(path.name)),
     )
 
@@ -75,7 +78,11 @@ def metrics_beside(trace: Path) -> Path | None:
         return None
     found = _by_group(_files(trace if is_folder else trace.parent))
     groups = [of for of, path in found["trace"].items() if is_folder or path.name == trace.name]
-    return found["metrics"].get(groups[0]) if len(groups) == 1 else None
+    if len(groups) != 1:
+        return None
+    metrics = found["metrics"].get(groups[0])
+    _check_one_run([found["trace"][groups[0]], metrics])
+    return metrics
 
 
 def refuse_as_source(output: Path, run: Path, flag: str) -> None:
@@ -87,6 +94,14 @@ def refuse_as_source(output: Path, run: Path, flag: str) -> None:
             f"{flag} {quoted(output)} would be read as a file of the run the next time; give "
             "another name or folder"
         )
+
+
+def _check_one_run(paths: Iterable[Path | None]) -> None:
+    """Refuse recordings of different runs; a header without a run is for its reader to refuse."""
+    of = {path: run for path in paths if path is not None and (run := run_of(path))}
+    if len({*of.values()}) > 1:
+        said = ", ".join(f"{quoted(path)} is of run {run}" for path, run in of.items())
+        raise ValueError(f"{said}; they are of different runs, so move one away")
 
 
 @contextmanager
