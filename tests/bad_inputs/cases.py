@@ -23,6 +23,7 @@ from tests.bad_inputs import (
     numbers,
     paths,
     programs,
+    recordings,
     report,
     simulate,
     variables,
@@ -54,7 +55,7 @@ def _all() -> Iterator[Case]:
     yield from advise.cases()
     for name, (_, says) in inputs.pickles().items():
         yield Case(("inspect", f"checkpoint-{name}"), says)
-    for part in (programs, paths, numbers, fields, variables, batch):
+    for part in (programs, paths, numbers, fields, variables, batch, recordings):
         yield from part.cases()
 
 

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from tests.bad_inputs import fields, inputs, paths, programs, report, variables
+from tests.bad_inputs import fields, inputs, paths, programs, recordings, report, variables
 from tests.bad_inputs.case import Case
 from tests.bad_inputs.forks import Ended, Job, run_all
 
@@ -16,7 +16,7 @@ _LONGEST = 2500
 
 
 def make(folder: Path) -> None:
-    for part in (inputs, report, programs, paths, fields, variables):
+    for part in (inputs, report, recordings, programs, paths, fields, variables):
         part.make(folder)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import sys
 from itertools import combinations
 from unittest import mock
 
@@ -95,6 +96,17 @@ def test_the_later_half_of_the_steps_counts(tmp_path, capsys):
     trace = recorded(tmp_path / "group-0.trace", [tokens, tokens[::-1]])
     *_, rows = plan(trace, "--node-size", 1, "--homes", tmp_path / "homes.json", capsys=capsys)
     assert [row["homes"] for row in rows.values()] == ["stock's: no rows saved"] * 2
+
+
+def test_rows_of_the_step_that_planned_are_said_to_be_that(tmp_path, capsys, monkeypatch):
+    words = ("--node-size", 1, "--homes", tmp_path / "homes.json")
+    later = "of the later half of the steps"
+    assert later in plan(recorded(tmp_path / "a.trace", [chosen(MIXED)]), *words, capsys=capsys)[1]
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 1)
+    trace = recorded(tmp_path / "b.trace", [chosen(MIXED)])
+    status, out, _, rows = plan(trace, *words, capsys=capsys)
+    assert status == 0 and "of the one step with pairs" in out and later not in out
+    assert rows["layer 1"]["steps"] == 1
 
 
 def test_a_heavier_rank_keeps_stocks_homes(tmp_path, capsys):

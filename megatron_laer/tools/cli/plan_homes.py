@@ -138,8 +138,12 @@ def _causes(layers: list[LayerHomes]) -> str:
 def _legend(layers: list[LayerHomes]) -> str:
     tokens = min(one.sampled_tokens for one in layers)
     source = f"counted on {tokens} or more tokens' experts" if tokens else "expected from pairs"
+    steps = """of the later half of the steps;
+the earlier half planned."""
+    if min(one.steps for one in layers) == 1:
+        steps = """of the one step with pairs;
+it planned too, so other tokens may save less: record more steps."""
     return f"""\
-rows: between nodes per token, {source} of the later half of the steps;
-the earlier half planned. Tokens travel once per node, and each expert has one copy. max/mean: of
-the experts at home, over all steps; replicas even it out. homes: stock's, where others save no
-rows or load a rank more by --tolerance."""
+rows: between nodes per token, {source} {steps} Tokens travel once per
+node, and each expert has one copy. max/mean: of the experts at home, over all steps; replicas even
+it out. homes: stock's, where others save no rows or load a rank more by --tolerance."""

@@ -1,9 +1,9 @@
 """Homes of experts by pairs: an order for each layer, with rows between nodes before and after.
 
-Of the steps with pairs the first half plans, and the second half counts rows; a single step does
-both. Rows are those of tokens that travel once per node, with one copy of each expert. They are
-counted on sets of experts where the trace has them, and otherwise expected from pairs. Tokens are
-taken to come from all nodes alike.
+Of a layer's steps with pairs the first half plans, and the second half counts rows; a single step
+does both. Rows are those of tokens that travel once per node, with one copy of each expert. They
+are counted on sets of experts where the trace has them, and otherwise expected from pairs. Tokens
+are taken to come from all nodes alike.
 
 Legend: N ranks, E experts, M nodes, T tokens.
 """
@@ -20,7 +20,7 @@ from megatron_laer.choices import Sharding
 from megatron_laer.planner.coactivation import place_together
 from megatron_laer.planner.crossings import Crossings
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.tools.traces.records import PairRecords, Trace
+from megatron_laer.tools.traces.records import Trace
 
 # Replicas take over balance, so that homes need less of it. Neither none nor many is always better.
 _REPLICA_SLOTS = (0, 1, 4)
@@ -34,7 +34,7 @@ class LayerHomes:
 
     `homes` says whether they are those by pairs, or why stock's are kept. `pair_rows` would be sent
     with a row for each pair of a token and an expert. `sampled_tokens` have sets that were counted;
-    with 0, rows are expected from pairs.
+    with 0, rows are expected from pairs. `steps` have pairs.
     """
 
     layer: str
@@ -46,6 +46,7 @@ class LayerHomes:
     stock_max_over_mean: float
     max_over_mean: float
     sampled_tokens: int
+    steps: int
 
     @property
     def saved(self) -> float:
@@ -61,19 +62,57 @@ def homes_by_pairs(
     """Place the experts of each layer by its pairs where that saves rows, and keep stock's else.
 
     Stock's are kept as well where a rank's load, over its mean, is `tolerance` above stock's. The
-    capacity of `geometry` is E/N: a slot for each home.
+    capacity of `geometry` is E/N: a slot for each home. Raises ValueError for pairs or sets that
+    contradict the counts, and for a layer without pairs.
     """
     assert trace.pairs is not None and geometry.num_slots == geometry.num_experts
+    _check_contradictions(trace)
     return [
-        _of_layer(trace, trace.pairs, layer, geometry, tolerance)
+        _of_layer(trace, layer, geometry, tolerance)
         for layer, _ in enumerate(progress(trace.layers))
     ]
 
 
-def _of_layer(
-    trace: Trace, pairs: PairRecords, layer: int, geometry: Geometry, tolerance: float
-) -> LayerHomes:
-    planned, counted = _halves(pairs.step_P)
+def _check_contradictions(trace: Trace) -> None:
+    """Refuse pairs that contradict their step's counts, and sets that contradict their pairs.
+
+    A token has K experts, so each of its experts is in K pairs, the diagonal's included.
+    """
+    pairs = trace.pairs
+    assert pairs is not None
+    for layer, name in enumerate(trace.layers):
+        if not pairs.of_layer(layer).any():
+            raise ValueError(f"{name} has no pairs of experts; record it with the others")
+    sets = dict(trace.sets)
+    for step, layer, pairs_EE in zip(pairs.step_P, pairs.layer_P, pairs.pairs_PEE, strict=True):
+        where = f"step {step}, {trace.layers[layer]}"
+        load_E = pairs_EE.diagonal()
+        step_R = slice(*np.searchsorted(trace.step_R, (step, step + 1)))
+        counts_RNE = trace.counts_RNE[step_R][trace.layer_R[step_R] == layer]
+        if (load_E != counts_RNE.sum(axis=(0, 1), dtype=np.int64)).any():
+            raise ValueError(f"{where}: pairs and counts must have the same tokens of each expert")
+        rows_E = pairs_EE.sum(axis=1, dtype=np.int64)
+        top_k = int(rows_E.sum()) // max(int(load_E.sum(dtype=np.int64)), 1)
+        if (rows_E != top_k * load_E.astype(np.int64)).any() or (pairs_EE > load_E).any():
+            raise ValueError(
+                f"{where}: pairs must be those of tokens that have as many experts each"
+            )
+        sets_TE = sets.pop((step, layer), None)
+        if sets_TE is None:
+            continue
+        if (sets_TE.sum(axis=1) != top_k).any():
+            raise ValueError(f"{where}: each set must have {top_k} experts, as the pairs say")
+        of_sets_TE = sets_TE.astype(np.float32)
+        if (of_sets_TE.T @ of_sets_TE > pairs_EE).any():
+            raise ValueError(f"{where}: sets must be of tokens that are in the pairs")
+    for step, layer in sets:
+        raise ValueError(f"step {step}, {trace.layers[layer]}: sets need pairs of the same step")
+
+
+def _of_layer(trace: Trace, layer: int, geometry: Geometry, tolerance: float) -> LayerHomes:
+    assert trace.pairs is not None
+    pairs, step_P = trace.pairs, trace.pairs.step_P[trace.pairs.layer_P == layer]
+    planned, counted = _halves(step_P)
     sets = [sets_TE for (at, of), sets_TE in trace.sets.items() if of == layer and at in counted]
     sets_TE = np.concatenate(sets) if sets else np.zeros((0, geometry.num_experts), dtype=np.bool_)
     expected = Crossings(pairs.of_layer(layer, counted))
@@ -104,6 +143,7 @@ def _of_layer(
         max_over_mean(stock_E),
         max_over_mean(order_E),
         len(sets_TE),
+        len(step_P),
     )
 
 
