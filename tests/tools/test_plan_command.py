@@ -237,6 +237,11 @@ def test_a_trace_is_planned_for_as_the_metrics_beside_it_say(tmp_path, capsys):
     assert status == 0 and "planned for 8 ranks in nodes of 8 on my-machine; experts of" in text
     assert json.loads(out.read_text())["rows"][-1]["capacity"] == 2
 
+    record_run(tmp_path / "strict", run=OF_THE_RUN | {"imbalance_tolerance": "0.02"})
+    words = ("--strategy", "greedy", "--mode", "tolerance", "--json", out)
+    assert run(tmp_path / "strict", *words, capsys=capsys)[0] == 0
+    assert json.loads(out.read_text())["tolerance"] == 0.02
+
 
 def test_defaults_are_said_to_be_that(tmp_path, capsys):
     by_default = "on a100-4x8-ib800 (by default); experts of 4096 x 14336 (by default)\n"

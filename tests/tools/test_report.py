@@ -202,6 +202,30 @@ def test_losses_of_a_log_beside_the_recordings_are_shown(folder, tmp_path):
     assert (trace["x"], trace["y"]) == ([1, 2, 3, 4, 5], [8, 7, 6, 5, 4])
 
 
+@pytest.mark.parametrize("losses", [(8.0, 7.0, "NAN", 6.0, "INF"), ("NAN",) * 5, (8.0, "-INF")])
+def test_a_run_that_diverged_has_a_page_with_the_place(folder, tmp_path, losses):
+    lines = [f" iteration {at}/ 9 | lm loss: {loss} |" for at, loss in enumerate(losses, 1)]
+    (folder / "train.log").write_text("\n".join(lines))
+    page = written(tmp_path, folder)
+    (trace,) = figure_of(data_of(page), "Loss")["data"]
+    assert trace["y"] == [loss if isinstance(loss, float) else None for loss in losses]
+    lost = [at for at, loss in enumerate(losses, 1) if isinstance(loss, str)]
+    number = f"{len(lost)} of {len(losses)} logged iterations"
+    place = f"first in iteration {lost[0]}, which is step {lost[0] - 1} here."
+    assert f"its loss is NaN or infinite in {number}, {place}" in page
+
+
+def test_one_share_of_forced_balance_is_told_from_another(folder, tmp_path, capsys):
+    page = html.unescape(written(tmp_path, folder))
+    kept = re.search("kept ([0-9.]+ %) of forced balance", capsys.readouterr().out)[1]
+    rows = dict(re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', page))
+    shares = {name: value for name, value in rows.items() if "forced" in name}
+    assert shares.pop("share of forced balance of whole steps, measured") == kept
+    (name,) = shares
+    assert name.startswith("fsep_share_of_forced_balance (of MoE layers, predicted")
+    assert "of forced balance, MoE layers" in page
+
+
 def test_steps_are_thinned_out_by_their_means():
     values_TL = np.arange(1000.0)[:, None] * [1.0, 2.0]
     values_TL[3, 1] = np.nan
@@ -262,15 +286,19 @@ OTHER = {
         (RUN, COSTS.cluster),
         (RUN | OTHER, OWN),
         (RUN | {"sharding": "experts"}, COSTS.cluster),
+        (RUN | {"planner": "greedy", "imbalance_tolerance": "0.02"}, COSTS.cluster),
     ],
-    ids=["shipped", "of its own", "at home"],
+    ids=["shipped", "of its own", "at home", "with a tolerance"],
 )
 def test_commands_of_the_what_if_print_their_rows_again(tmp_path, run, cluster):
     folder = tmp_path / "run"
     record_run(folder, run=run, cluster=cluster)
-    rows = data_of(written(tmp_path, folder))["what_if"]
+    page = written(tmp_path, folder)
+    rows = data_of(page)["what_if"]
+    own = {"tolerance"} if "imbalance_tolerance" in run else set()
     assert {row["capacity"] for row in rows} == {2, 3, 4}
-    assert {row["mode"] for row in rows} == {"-", "forecast", "exact", "adaptive"}
+    assert {row["mode"] for row in rows} == {"-", "forecast", "exact", "adaptive", *own}
+    assert page.count(">tolerance 0.02 (this run&#39;s)</td>") == len(own)
     for number, row in enumerate(rows):
         words = shlex.split(row["command"])
         assert words[:4] == ["python", "-m", "megatron_laer", "plan"]

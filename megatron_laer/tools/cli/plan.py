@@ -105,8 +105,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     ):
         text = f"of {', '.join(choices)}; default: all"
         option(parser, flag, text, nargs="+", choices=choices, default=every)
-    text = "of mode tolerance: replan where max/mean exceeds 1 + X (--homes: stock's + X); default:"
-    option(parser, "--tolerance X", f"{text} {_DEFAULT_TOLERANCE}", number(0, MOST_RANKS))
+    text = "of mode tolerance: replan where max/mean exceeds 1 + X; default: the recorded, else"
+    text = f"{text} {_DEFAULT_TOLERANCE} (--homes: stock's + X; {_DEFAULT_TOLERANCE})"
+    option(parser, "--tolerance X", text, number(0, MOST_RANKS))
     text = "age of the newest counts, in steps of the trace; default: %(default)s"
     option(parser, "--lag D", text, stride, default=1)
     predicted = "for the predicted time"
@@ -137,11 +138,16 @@ def run(args: argparse.Namespace) -> int:
     metrics = None if args.trace is None else metrics_beside(args.trace)
     _check(args, metrics)
     recording = recording_of(metrics)
-    flags = vars(args) | {"top_k": args.topk, "fp8_recipe": fp8_flags.recipe_of(args)}
+    flags = vars(args) | {
+        "top_k": args.topk,
+        "fp8_recipe": fp8_flags.recipe_of(args),
+        "imbalance_tolerance": args.tolerance,
+    }
     settings = prediction_settings(flags, recording, metrics)
     costs, sizes, cluster = settings.costs, settings.sizes, settings.costs.cluster
     num_experts = args.experts if args.experts is not None else sizes.num_experts
-    tolerance = _DEFAULT_TOLERANCE if args.tolerance is None else args.tolerance
+    tolerance = settings.tolerance if args.homes is None else args.tolerance
+    tolerance = _DEFAULT_TOLERANCE if tolerance is None else tolerance
 
     source, recorded = _routing(args, num_experts)
     if metrics is not None and recording is not None and args.trace_ranks is None:

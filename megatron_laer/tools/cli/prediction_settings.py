@@ -28,7 +28,7 @@ from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.telemetry.metrics_file import Shape
-from megatron_laer.tools.cli.argument_types import between, named
+from megatron_laer.tools.cli.argument_types import MOST_RANKS, between, named, number
 from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8
 from megatron_laer.tools.model_flags import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
 from megatron_laer.tools.report.metrics_recording import MetricsRecording, read_metrics
@@ -45,14 +45,16 @@ _BYTES_PER_ELEMENT, _MOST_BYTES = 2, 8
 class PredictionSettings:
     """Settings of predictions, whose `costs` assume tokens that travel by rank.
 
-    `recorded` and `defaults` name the settings from the recording, and from neither it nor flags.
-    `note` names unusable recorded settings and their replacements; "" for none.
+    `tolerance` is the recorded one if no flag gives it, and None without both. `recorded` and
+    `defaults` name the settings from the recording, and from neither it nor flags. `note` names
+    unusable recorded settings and their replacements; "" for none.
     """
 
     sizes: ExpertSizes
     costs: CostModel
     token_exchange: TokenExchange | Auto
     sharding: Sharding
+    tolerance: float | None
     has_flag_cluster: bool
     shape: Shape | None
     recorded: tuple[str, ...]
@@ -161,6 +163,7 @@ def prediction_settings(
         costs,
         exchange,
         sharding,
+        noted.value("imbalance_tolerance", number(0, MOST_RANKS), None),
         cluster is not None,
         None if recording is None else recording.shape,
         tuple(noted.recorded),

@@ -165,6 +165,7 @@ def _read(
             cases,
             token_exchange=TokenExchange(settings.token_exchange),
             top_k=settings.sizes.top_k,
+            tolerance=settings.tolerance,
             flags=[
                 word
                 for flag, value in given.items()

@@ -112,17 +112,18 @@ def _time(run: RunData, edges: Sequence[int], assessment: Assessment) -> Section
     if run.loss:
         chosen = run.loss[:: max(1, -(-len(run.loss) // MAX_BINS))]
         steps = [[step, step] for step, _ in chosen]
-        losses = rounded([loss for _, loss in chosen])
-        span = max(losses) - min(losses) or 1.0
+        losses = [loss for _, loss in chosen]
+        finite = [loss for loss in losses if math.isfinite(loss)] or [0.0]
+        span = max(finite) - min(finite) or 1.0
         figures.append(
             plots.lines(
                 "Loss",
-                "From Megatron's log.",
-                {"lm loss": losses},
+                "From Megatron's log; NaN and infinite ones are missing.",
+                {"lm loss": rounded(losses)},
                 x=plots.steps_axis(steps, "iteration"),
                 y="lm loss",
                 colours=(BLUE,),
-                y_range=(min(losses) - 0.1 * span, max(losses) + 0.1 * span),
+                y_range=(min(finite) - 0.1 * span, max(finite) + 0.1 * span),
             )
         )
     return Section("time", "Where time went", figures)

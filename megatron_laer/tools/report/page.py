@@ -20,7 +20,7 @@ from megatron_laer.tools.report.assessment import assess, percent, seconds
 from megatron_laer.tools.report.figures import sections
 from megatron_laer.tools.report.run_data import RunData
 from megatron_laer.tools.report.what_if import WhatIf
-from megatron_laer.tools.simulator.comparison import PlanRow
+from megatron_laer.tools.simulator.comparison import TOLERANCE, PlanRow
 from megatron_laer.tools.simulator.node_rows import in_words
 from megatron_laer.version import __version__
 
@@ -29,6 +29,8 @@ _OF_ROW = (
     *("strategy", "mode", "capacity", "cases", "mean", "p95", "p99"),
     *("off_node_share", "node_rows", "replan_share", "layer_ms"),
 )
+# Differs from the verdict's share by definition.
+_OF_METRIC = {"fsep_share_of_forced_balance": " (of MoE layers, predicted while training)"}
 
 
 def page(
@@ -75,7 +77,7 @@ def page(
         heads=["", *(one.name for one in runs)],
         key_figures=[(name, *(one.get(name, "–") for one in columns)) for name in names],
         sections=shown,
-        what_if=[(_cells(row.row, row.share), row.command) for row in rows],
+        what_if=[(_cells(row.row, row.share, run), row.command) for row in rows],
         predicted_for=f"Of {rows[0].row.cases} microbatches of one layer each, for {predicted_for}."
         if rows
         else "",
@@ -106,7 +108,8 @@ def _about(run: RunData) -> str:
 def _figures_of(run: RunData) -> Iterator[tuple[str, str]]:
     assessment = assess(run)
     yield "steps", f"{len(run.steps_T)} ({run.steps_T[0]} to {run.steps_T[-1]})"
-    yield "share of forced balance", percent(assessment.kept)
+    of = "of whole steps, measured" if run.is_measured else "of MoE layers, predicted"
+    yield f"share of forced balance {of}", percent(assessment.kept)
     what = "time of these steps" if run.is_measured else "predicted time of MoE layers"
     yield what, seconds(assessment.total_s)
     if run.is_measured and np.isfinite(run.of_steps["step_ms"]).any():
@@ -129,16 +132,22 @@ def _figures_of(run: RunData) -> Iterator[tuple[str, str]]:
         logged = run.metrics.get(metric.name)
         if logged is not None and np.isfinite(logged).any() and not metric.over_layers:
             unit = f" {metric.unit}" if metric.unit else ""
-            yield f"{metric.name}, mean of steps", f"{np.nanmean(logged):.4g}{unit}"
+            of = _OF_METRIC.get(metric.name, "")
+            yield f"{metric.name}{of}, mean of steps", f"{np.nanmean(logged):.4g}{unit}"
     if run.loss:
         step, loss = run.loss[-1]
         yield "loss", f"{loss:.4f} at step {step}"
 
 
-def _cells(row: PlanRow, share: float) -> list[tuple[str, str]]:
+def _cells(row: PlanRow, share: float, run: RunData) -> list[tuple[str, str]]:
+    of = dict(run.settings)
+    tolerance = of.get("imbalance_tolerance")
+    own = of.get("planner"), of.get("plan_mode") if tolerance is None else TOLERANCE
+    is_own = (row.strategy, row.mode, row.capacity) == (*own, run.shape.capacity)
+    mode = f"{TOLERANCE} {tolerance}" if row.mode == TOLERANCE else row.mode
     return [
         ("strategy", row.strategy),
-        ("mode", row.mode),
+        ("mode", f"{mode} (this run's)" if is_own else mode),
         ("C", str(row.capacity)),
         ("max/mean", f"{row.mean:.4f}"),
         ("p95", f"{row.p95:.4f}"),
@@ -147,7 +156,7 @@ def _cells(row: PlanRow, share: float) -> list[tuple[str, str]]:
         ("rows between nodes: home - replicas - shared", in_words(row.node_rows)),
         ("fresh", percent(row.replan_share)),
         ("layer ms", f"{row.layer_ms:.3f}"),
-        ("of forced balance", percent(share)),
+        ("of forced balance, MoE layers", percent(share)),
     ]
 
 

@@ -5,6 +5,7 @@ Legend: T steps, L MoE layers, N ranks, E experts.
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -33,7 +34,8 @@ def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | No
         raise ValueError(f"{files.metrics} holds no step yet; wait for the first one")
     _check_ratios(files.metrics, recording)
     experts_TLE = stock_rank_tokens_TLN = None
-    notes = list(_notes(files, recording))
+    loss = _loss(files.logs)
+    notes = [*_notes(files, recording), *_divergence(loss)]
     if trace is not None:
         check_same_run(files.metrics, shape, files.trace, trace)
         experts_TLE = expert_tokens_TLE(
@@ -59,7 +61,7 @@ def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | No
         stock_rank_tokens_TLN=stock_rank_tokens_TLN,
         experts_TLE=experts_TLE,
         layouts=_layouts(files, shape),
-        loss=_loss(files.logs),
+        loss=loss,
         recorded=f"recorded until {written:%Y-%m-%d %H:%M} UTC",
         settings=[
             *shape_settings(shape),
@@ -139,3 +141,13 @@ def _notes(files: RunFiles, recording: MetricsRecording) -> list[str]:
         begun = ", ".join(str(step) for step, _ in recording.runs)
         notes.append(f"Written by {len(recording.runs)} runs, which began with the steps {begun}.")
     return notes
+
+
+def _divergence(loss: list[tuple[int, float]]) -> list[str]:
+    iterations = [iteration for iteration, value in loss if not math.isfinite(value)]
+    if not iterations:
+        return []
+    return [
+        f"The run diverged: its loss is NaN or infinite in {len(iterations)} of {len(loss)} logged "
+        f"iterations, first in iteration {iterations[0]}, which is step {iterations[0] - 1} here."
+    ]

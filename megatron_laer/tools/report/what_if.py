@@ -16,7 +16,13 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.prediction import forced_balance_counts_NE, stock_seconds
 from megatron_laer.planner.token_exchange import with_token_exchange
-from megatron_laer.tools.simulator.comparison import PlanRow, chosen_cases, mean_tokens, simulate
+from megatron_laer.tools.simulator.comparison import (
+    TOLERANCE,
+    PlanRow,
+    chosen_cases,
+    mean_tokens,
+    simulate,
+)
 from megatron_laer.tools.traces.records import Trace
 
 _STRATEGY = FSEPConfig().planner
@@ -44,19 +50,21 @@ def what_if(
     *,
     token_exchange: TokenExchange,
     top_k: int,
+    tolerance: float | None,
     flags: Sequence[str],
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[WhatIf]:
     """Compute rows from at most `most_cases` microbatches; none for a trace of one step.
 
-    `costs` assume that tokens travel by rank. `path` and `flags` are for the printed commands.
+    `costs` assume that tokens travel by rank. A run with a `tolerance` has it as a mode more.
+    `path` and `flags` are for the printed commands.
     """
     if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
         return []
     cases = len(chosen_cases(trace, _LAG, 1))
     every = _prime_from(-(-cases // most_cases))
     every = every if every <= cases else 1
-    modes = [mode.value for mode in GUARD_MODES]
+    modes = [mode.value for mode in GUARD_MODES] + [TOLERANCE] * (tolerance is not None)
     top_k = min(top_k, geometry.num_experts)
     tokens = mean_tokens(trace, top_k)
     rows: list[PlanRow] = []
@@ -68,7 +76,15 @@ def what_if(
         # As `plan` prices a single capacity.
         priced = with_token_exchange(costs, token_exchange, one, top_k, tokens)
         found = simulate(
-            trace, [one], priced, [_STRATEGY], modes, lag=_LAG, every=every, progress=progress
+            trace,
+            [one],
+            priced,
+            [_STRATEGY],
+            modes,
+            tolerance=tolerance or 0.0,
+            lag=_LAG,
+            every=every,
+            progress=progress,
         )
         # Stock's row is the same for every capacity.
         rows += [row for row in found if not rows or row.strategy == _STRATEGY]
@@ -85,7 +101,7 @@ def what_if(
         WhatIf(
             row,
             balanced_ms / row.layer_ms,
-            _command(path, geometry, costs, token_exchange, flags, every, row),
+            _command(path, geometry, costs, token_exchange, tolerance, flags, every, row),
         )
         for row in rows
     ]
@@ -96,6 +112,7 @@ def _command(
     geometry: Geometry,
     costs: CostModel,
     token_exchange: TokenExchange,
+    tolerance: float | None,
     flags: Sequence[str],
     every: int,
     row: PlanRow,
@@ -108,6 +125,7 @@ def _command(
         *("python", "-m", "megatron_laer", "plan", path),
         *("--capacity", str(capacity), "--strategy", _STRATEGY, "--mode", mode),
         *("--ranks", str(geometry.num_ranks), "--node-size", str(geometry.node_size)),
+        *(("--tolerance", str(tolerance)) if mode == TOLERANCE else ()),
         *flags,
         *("--sharding", geometry.sharding),
         *("--restore-algorithm", costs.restore_algorithm, "--recompute", costs.recompute),
