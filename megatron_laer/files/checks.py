@@ -99,6 +99,8 @@ def quoted(text: object, longest: int = 200) -> str:
 def one_line(text: object, longest: int = 2000) -> str:
     """Return a possibly foreign text on one line, with control characters escaped."""
     shown = _shortened(str(text), longest)
+    if shown.isprintable():
+        return shown
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 

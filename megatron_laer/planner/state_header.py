@@ -58,6 +58,8 @@ def read_header(text: bytes) -> dict[str, Any]:
         header = json.loads(text)
     except RecursionError as error:
         raise ValueError("has a header that is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError("is damaged: its header must be JSON") from error
     _check_types("header", header, _KEYS)
     check_names(header["layers"])
     if len(header["observed"]) != len(header["layers"]) or any(

@@ -8,6 +8,7 @@ So Python's own unpickler reads it, and looks up torch's descriptions of tensors
 
 from __future__ import annotations
 
+import gc
 import io
 import json
 import math
@@ -16,7 +17,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -29,6 +30,8 @@ from megatron_laer.planner.state import PlannerState
 _MAX_LIST_BYTES = 2**28
 _MAX_SIZE = 2**63 - 1
 _MAX_AXES = 64
+# Maximum groups whose planner's state is described, of whole and of damaged ones.
+_MOST_GROUPS = 8
 
 _TRACKER = "latest_checkpointed_iteration.txt"
 _EXPERTS = ".mlp.experts.experts.linear_fc"
@@ -64,7 +67,14 @@ class Entry:
         return math.prod(self.shape)
 
 
-def describe(path: str | Path) -> str:
+class Description(NamedTuple):
+    """Text on a checkpoint, and whether a planner's state in it is damaged."""
+
+    text: str
+    is_damaged: bool
+
+
+def describe(path: str | Path) -> Description:
     """Describe the checkpoint at `path`, a run's directory or one iteration's.
 
     Raises ValueError without an intact checkpoint; a damaged planner's state is only described.
@@ -75,8 +85,8 @@ def describe(path: str | Path) -> str:
     lines = [f"checkpoint       {one_line(folder)}", f"format           {_format(config)}"]
     lines += _model(tensors)
     lines += _optimizer(tensors)
-    lines += _planner(folder)
-    return "\n".join(lines)
+    of_planner, is_damaged = _planner(folder)
+    return Description("\n".join([*lines, *of_planner]), is_damaged)
 
 
 def _find(path: Path) -> Path:
@@ -140,6 +150,9 @@ def _is_dtype(name: str) -> bool:
 def _tensors(path: Path) -> dict[str, Entry]:
     """Read every tensor by its global name, escaped."""
     content = read_bytes(path, _MAX_LIST_BYTES)
+    collects = gc.isenabled()
+    # Collections would take three quarters of the time, for objects that all stay.
+    gc.disable()
     try:
         found = _ListUnpickler(io.BytesIO(content)).load()
         records = getattr(found, "state_dict_metadata", None)
@@ -154,6 +167,9 @@ def _tensors(path: Path) -> dict[str, Entry]:
     except Exception as error:
         problem = one_line(error, 200) or type(error).__name__
         raise ValueError(f"{path} is no list of tensors: {problem}") from error
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _entry(name: str, record: TensorStorageMetadata) -> Entry:
@@ -205,29 +221,45 @@ def _is_optimizers(name: str) -> bool:
     return name.startswith((_OPTIMIZER, "chained_"))
 
 
-def _planner(folder: Path) -> Iterator[str]:
+def _planner(folder: Path) -> tuple[list[str], bool]:
+    """Describe the planner's state of some groups, and return whether any group's is damaged."""
     from megatron_laer.runtime.planning.planner_checkpoint import FOLDER
 
     files = sorted((folder / FOLDER).glob("group-*.bin"), key=lambda file: (len(file.name), file))
+    lines: list[str] = []
+    number = {"whole": 0, "damaged": 0}
     if not files:
-        yield "planner          no state: a run that loads this plans anew, from the static layout"
+        lines.append(
+            "planner          no state: a run that loads this plans anew, from the static layout"
+        )
     for file in files:
-        name = one_line(file.stem.replace("-", " "), 100)
+        name, kind = one_line(file.stem.replace("-", " "), 100), "whole"
         try:
             with open_input(file) as content:
-                state = PlannerState.from_file(content)
+                found = [*_state(name, PlannerState.from_file(content))]
         except (ValueError, OSError) as error:
-            yield one_line(f"planner, {name}: {error}")
-            continue
-        num_ranks, capacity, num_experts = state.shape
-        plans = ", ".join(str(plan.source_step) for plan in state.plans) or "none"
-        yield (
-            f"planner, {name}: N = {num_ranks} ranks, C = {capacity} slots, E = {num_experts} "
-            f"experts; goes on with step {state.next_step}, layout version {state.version}, "
-            f"plans not in force yet from steps {plans}"
-        )
-        for layer, layout in zip(state.layers, state.layouts, strict=True):
-            replicas = " ".join(map(str, layout.replicas_E.tolist()))
-            empty = layout.to_list().count(EMPTY)
-            unused = f"; {empty} of {layout.num_slots} slots empty" if empty else ""
-            yield f"  {one_line(layer)}: replicas per expert {replicas}{unused}"
+            found, kind = [one_line(f"planner, {name}: {error}")], "damaged"
+        number[kind] += 1
+        if number[kind] <= _MOST_GROUPS:
+            lines += found
+    lines += [
+        f"planner          {count - _MOST_GROUPS} more groups with a {kind} state"
+        for kind, count in number.items()
+        if count > _MOST_GROUPS
+    ]
+    return lines, number["damaged"] > 0
+
+
+def _state(name: str, state: PlannerState) -> Iterator[str]:
+    num_ranks, capacity, num_experts = state.shape
+    plans = ", ".join(str(plan.source_step) for plan in state.plans) or "none"
+    yield (
+        f"planner, {name}: N = {num_ranks} ranks, C = {capacity} slots, E = {num_experts} "
+        f"experts; goes on with step {state.next_step}, layout version {state.version}, "
+        f"plans not in force yet from steps {plans}"
+    )
+    for layer, layout in zip(state.layers, state.layouts, strict=True):
+        replicas = " ".join(map(str, layout.replicas_E.tolist()))
+        empty = layout.to_list().count(EMPTY)
+        unused = f"; {empty} of {layout.num_slots} slots empty" if empty else ""
+        yield f"  {one_line(layer)}: replicas per expert {replicas}{unused}"

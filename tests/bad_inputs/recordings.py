@@ -113,3 +113,5 @@ def cases() -> Iterator[Case]:
         says = "they are of different runs, so move one away"
         yield Case(("report", f"measured-mixed-{name}"), says)
     yield Case(("plan", "measured-mixed-trace/group-0.trace"), "of different runs, so move one")
+    says = "planner, group 0: is damaged: its header must be JSON"
+    yield Case(("inspect", "checkpoint-state"), says, status=1)

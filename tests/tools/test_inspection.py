@@ -65,7 +65,7 @@ def test_a_run_and_its_checkpoint_are_described(run, capsys):
         "mtp 1: replicas per expert",
     ):
         assert expected in report
-    assert inspection.describe(run / "iter_0000007") == report.rstrip("\n")
+    assert inspection.describe(run / "iter_0000007").text == report.rstrip("\n")
 
 
 def test_empty_slots_are_counted(run):
@@ -74,20 +74,36 @@ def test_empty_slots_are_counted(run):
     state = make_state(layouts=layouts, forecasts=forecasts, plans=())
     write_state(run, state.to_bytes())
     text = "replicas per expert 1 1 1 1 1 1; 3 of 9 slots empty"
-    assert inspection.describe(run).count(text) == len(LAYERS)
+    assert inspection.describe(run).text.count(text) == len(LAYERS)
 
 
 def test_a_damaged_state_is_part_of_the_report(run):
-    assert "no state" in inspection.describe(run)
+    assert "no state" in inspection.describe(run).text
     write_state(run, make_state().to_bytes()[:-1])
-    assert "planner, group 3: is damaged or cut off" in inspection.describe(run)
+    assert "planner, group 3: is damaged or cut off" in inspection.describe(run).text
     write_state(run, make_state().to_bytes())
     path = Path(state_path(str(run / "iter_0000007"), 3))
     os.truncate(path, 2**40)
-    assert "planner, group 3: has 1099511627776 bytes, its header says " in inspection.describe(run)
+    assert (
+        "planner, group 3: has 1099511627776 bytes, its header says "
+        in inspection.describe(run).text
+    )
     path.unlink()
     os.mkfifo(path)
-    assert "is a pipe; give a regular file" in inspection.describe(run)
+    assert "is a pipe; give a regular file" in inspection.describe(run).text
+
+
+def test_groups_are_shown_up_to_a_number_and_damage_ends_with_status_1(run, capsys):
+    folder = Path(state_path(str(run / "iter_0000007"), 0)).parent
+    folder.mkdir()
+    for group in range(30):
+        content = make_state().to_bytes()
+        (folder / f"group-{group}.bin").write_bytes(content if group % 3 else content[:-1])
+    assert cli.main(["inspect", str(run)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("planner, group ") == 16
+    assert "12 more groups with a whole state" in out and "2 more groups with a damaged" in out
+    assert "planner, group 21: is damaged" in out and "planner, group 22: " not in out
 
 
 def write_list(run: Path, name: str, size: torch.Size) -> None:
@@ -100,13 +116,13 @@ def write_list(run: Path, name: str, size: torch.Size) -> None:
 def test_names_of_tensors_cannot_forge_lines_of_the_report(run):
     name = "\x1b[31m\nFAKE LINE.mlp.experts.experts.linear_fc1.weight"
     write_list(run, name, torch.Size([2, 6, 8, 4]))
-    report = inspection.describe(run)
+    report = inspection.describe(run).text
     assert "FAKE" in report and "\x1b" not in report and "\nFAKE" not in report
 
 
 def test_huge_sizes_are_told_exactly(run):
     write_list(run, "x", torch.Size([2**62, 2**62]))
-    report = inspection.describe(run)
+    report = inspection.describe(run).text
     assert f"1 tensors, {2**124:,} elements, {2**126:,} bytes (float32)" in report
 
 
@@ -131,6 +147,6 @@ def test_only_value_errors_come_out_of_a_damaged_list_of_tensors(run):
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_a_list_of_any_binary_protocol_is_read(run, protocol):
     path = run / "iter_0000007" / ".metadata"
-    expected = inspection.describe(run)
+    expected = inspection.describe(run).text
     path.write_bytes(pickle.dumps(pickle.loads(path.read_bytes()), protocol))
-    assert inspection.describe(run) == expected
+    assert inspection.describe(run).text == expected

@@ -1,4 +1,7 @@
-"""`inspect` prints the contents of a checkpoint, without loading a tensor."""
+"""`inspect` prints the contents of a checkpoint, without loading a tensor.
+
+The status is 1 if a planner's state in it is damaged; training then plans anew.
+"""
 
 from __future__ import annotations
 
@@ -13,5 +16,6 @@ def run(args: argparse.Namespace) -> int:
     # Not at the top: it imports NumPy, which help does not need.
     from megatron_laer.tools import inspection
 
-    print(inspection.describe(args.checkpoint))
-    return 0
+    found = inspection.describe(args.checkpoint)
+    print(found.text)
+    return int(found.is_damaged)
