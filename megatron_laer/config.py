@@ -161,6 +161,7 @@ class FSEPConfig:
         0.0,
         "memory of a rank in which restored weights stay from forward to backward, as many as fit",
         minimum=Bound(0, "0; 1.5 keeps 1.5 GiB"),
+        maximum=Bound(4096, "4096; no card has more"),
     )
     scheduler: OverlapScheduler = _option(
         OverlapScheduler.ON,
@@ -232,6 +233,7 @@ class FSEPConfig:
         "record with the pairs the experts of about so many tokens of each layer, as many of each "
         "rank; default: none",
         minimum=Bound(1, "1 token"),
+        maximum=Bound(2**24, "16777216; no rank has more in a microbatch"),
     )
     record_metrics: str | None = _option(
         None,
@@ -284,6 +286,8 @@ class FSEPConfig:
         return None
 
     def _check_homes(self) -> None:
+        if not self.homes:
+            raise ValueError("--fsep-homes '': the path is empty; give a file")
         if self.sharding == Sharding.ROWS:
             raise ValueError(
                 f"--fsep-homes {quoted(self.homes)}: no expert has a home with --fsep-sharding "

@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--expert-parallel-mode",
         choices=[mode.value for mode in ExpertParallelMode],
         default=ExpertParallelMode.STANDARD.value,
-        help="standard: Megatron's expert parallelism, untouched; fsep: every rank holds 1/N of "
-        "every expert and restores whole experts per layer",
+        help="standard: Megatron's expert parallelism, untouched; fsep: ranks also "
+        "compute other ranks' experts, chosen anew at every microbatch, so that none waits",
     )
     for spec in dataclasses.fields(FSEPConfig):
         text = spec.metadata["help"].replace("%", "%%")

@@ -199,6 +199,12 @@ def _why_not_writable(folder: Path) -> str | None:
     return None
 
 
+def problem_of(flag: str, given: str, error: Exception) -> str:
+    """Describe an error of the file that a flag names, with its path once."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"{flag} {quoted(given)}: {text.removeprefix(f'{given}: ')}"
+
+
 def in_one_line(error: Exception) -> str:
     """Return an error of `prepare` or a command as one line; add a remedy for missing modules."""
     if isinstance(error, ModuleNotFoundError):

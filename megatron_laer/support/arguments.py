@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_laer.config import FSEPConfig, OverlapScheduler, Sharding
 from megatron_laer.environment import CONNECTIONS, has_one_queue
-from megatron_laer.files.checks import quoted
+from megatron_laer.files.checks import problem_of, quoted
 from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
 from megatron_laer.planner.homes_file import read_homes
 from megatron_laer.planner.layout import MAX_EXPERTS
@@ -173,7 +173,7 @@ def _homes_problems(args: Namespace, config: FSEPConfig) -> list[str]:
         homes = read_homes(Path(config.homes))
         homes.check_fits(args.expert_model_parallel_size, args.num_experts)
     except (ValueError, OSError) as error:
-        problems.append(f"{given}: {error}")
+        problems.append(problem_of("--fsep-homes", config.homes, error))
     return problems
 
 

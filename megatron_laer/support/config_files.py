@@ -6,7 +6,7 @@ No recording is opened: `runtime` checks their contents.
 from __future__ import annotations
 
 from megatron_laer.config import FSEPConfig, flag_name
-from megatron_laer.files.checks import quoted, refuse_unusable_folder
+from megatron_laer.files.checks import problem_of, refuse_unusable_folder
 from megatron_laer.planner.cluster_files import load_cluster
 
 # Folders that a run writes to. They may be one folder, since their files' names differ.
@@ -19,7 +19,7 @@ def check(config: FSEPConfig) -> None:
         try:
             load_cluster(config.cluster)
         except (OSError, ValueError) as error:
-            raise ValueError(f"--fsep-cluster {quoted(config.cluster)}: {error}") from error
+            raise ValueError(problem_of("--fsep-cluster", config.cluster, error)) from error
     for name in WRITTEN:
         folder = getattr(config, name)
         if folder is not None:

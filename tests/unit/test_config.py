@@ -113,7 +113,8 @@ def test_fresh_layouts_need_exact_splits_and_deterministic_mode_waits_for_plans(
         ("node_size", [0]),
         ("plan_lag", [0, 1001, 10**9]),
         ("imbalance_tolerance", [-0.5, float("inf")]),
-        ("restore_memory_gib", [-0.5, float("inf")]),
+        ("restore_memory_gib", [-0.5, float("inf"), 1e9]),
+        ("sampled_sets", [0, 10**10]),
         *((name, ["pigeon"]) for name in CHOICES.split()),
     ],
 )

@@ -86,6 +86,9 @@ def _program() -> str:
 
 
 _EXAMPLES = """\
+exit status: 0 answered; 1 the answer is no (check-recipe, doctor; advise where nothing fits); 2 the
+input cannot be used, in one line; 3 to 5 of check-recipe alone; 130 and 143 stopped by a signal
+
 examples:
   %(prog)s doctor
   %(prog)s flags mixtral-8x7b-e8k2

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.files.checks import quoted
+from megatron_laer.files.checks import problem_of, quoted
 from megatron_laer.files.json_lines import MAX_RANKS
 from megatron_laer.files.shipped import yaml_file
 
@@ -45,8 +45,9 @@ def number(low: float, high: float) -> Callable[[str], float]:
 
 def path(text: str) -> Path:
     # To pathlib, the empty text is the current folder.
-    if not text:
-        raise argparse.ArgumentTypeError("the path is empty; give a file")
+    if text in ("", "-"):
+        given = "'-' is no file here" if text else "the path is empty"
+        raise argparse.ArgumentTypeError(f"{given}; give a file")
     return Path(text)
 
 
@@ -89,7 +90,7 @@ def named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
     try:
         return load(given)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{flag} {quoted(given)}: {error}") from error
+        raise ValueError(problem_of(flag, given, error)) from error
 
 
 def yaml_inputs(**given: tuple[str, str | None]) -> list[Path]:
