@@ -9,6 +9,8 @@ balanced itself; nothing here was measured.
 Parallel sizes of the first recipe are Megatron-Bridge's for Qwen3-235B on H100s; the others vary
 models, tensor parallelism and pipelines. T, a rank's tokens in a microbatch, is the sequence times
 the micro-batch over tensor parallelism. Microbatches are twice the pipeline's stages, four without.
+A stage has at least 32 ranks, among which optimizer states are sharded. GiB is the most that FSEP
+needs of a card.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ CLUSTER = "h100-8"
 NO_CONTENTION = {"contention.gemm": 1.0, "contention.exchange": 1.0}
 SKEWED, BALANCED = "W1", "W0"
 MOST_REPLICA_SLOTS = 3
+FEWEST_RANKS = 32
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Recipe:
 
     @property
     def words(self) -> list[str]:
-        return ["--ranks", str(self.ranks), *self.flags.split()]
+        world = max(self.ranks, FEWEST_RANKS)
+        return ["--ranks", str(self.ranks), "--world", str(world), *self.flags.split()]
 
 
 RECIPES = (
@@ -86,10 +90,11 @@ RECIPES = (
         "--model qwen3-30b-a3b --tokens 4096 --microbatches 4",
     ),
     Recipe(
-        "Qwen3-235B EP8, T 8192, full recompute",
+        "Qwen3-235B EP8 PP8x4, T 8192, full recompute",
         128,
         8,
-        "--model qwen3-235b-a22b --tokens 8192 --microbatches 4 --recompute full",
+        "--model qwen3-235b-a22b --tokens 8192 --pipeline 8 --virtual-pipeline 4 "
+        "--microbatches 16 --recompute full",
     ),
 )
 
@@ -137,6 +142,7 @@ def _fastest(recipe: Recipe, cluster: str, workload: str, sharding: Sharding) ->
             "seconds": case["methods"][FSEP]["iteration_s"]["value"],
             "slots": case["capacity"],
             "exchange": algorithm.value,
+            "gib": case["methods"][FSEP]["peak_bytes"] / 2**30,
         }
         for algorithm in ExchangeAlgorithm
         for case in _simulated(
@@ -162,6 +168,7 @@ def _shown(rows: Sequence[dict[str, Any]], workload: str) -> Iterator[dict[str, 
             for sharding in Sharding:
                 shown[f"{sharding}, {constants}"] = f"{of[sharding.value]['share']:.3f}"
             shown[f"slots, {constants}"] = of[Sharding.EXPERTS.value]["slots"]
+        shown["GiB"] = f"{max(each['gib'] for each in of.values()):.1f}"
         yield shown
 
 

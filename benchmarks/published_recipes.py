@@ -144,6 +144,7 @@ def _compared(recipe: Recipe, model: str) -> dict[str, Any]:
         "low_s": found["low"],
         "high_s": found["high"],
         "error": found["value"] / recipe.seconds - 1,
+        "gib": case["methods"][STOCK]["peak_bytes"] / 2**30,
         "fitted": recipe.is_fitted,
         "source": recipe.source,
     }

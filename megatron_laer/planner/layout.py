@@ -219,9 +219,10 @@ def check_shape(
 def check_home(num_ranks: int, capacity: int, num_experts: int, flag: str = "capacity") -> None:
     """Reject N, C, E without E/N home experts and at least one replica slot on each rank."""
     if num_experts % num_ranks != 0:
+        sharding = flag.replace("capacity", "sharding")  # of the same command
         raise ValueError(
             f"{num_experts} experts cannot be at home on {num_ranks} ranks in equal numbers; give "
-            "--fsep-sharding rows, or an expert-parallel size that divides them"
+            f"{sharding} rows, or a number of ranks that divides them"
         )
     home = num_experts // num_ranks
     if not home < capacity <= num_experts:

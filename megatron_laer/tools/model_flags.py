@@ -88,8 +88,8 @@ def whole_number(
     """Return the value of a model's flag; raise ValueError with its range and a remedy."""
     text = values.get(flag, "" if default is None else str(default))
     if not (text.isascii() and text.isdigit() and len(text) < 19 and least <= int(text) <= most):
-        name = flag.removeprefix("--")
-        raise ValueError(f"has no {name} in {least}..{most}, but {quoted(text)}; {way_out}")
+        name, found = flag.removeprefix("--"), f", but {quoted(text)}" if text else ""
+        raise ValueError(f"has no {name} in {least}..{most}{found}; {way_out}")
     return int(text)
 
 
@@ -190,12 +190,15 @@ DEFAULT_SIZES = ExpertSizes(hidden=4096, ffn=14336, gated=True)
 _GATED: Sequence[str] = ("--swiglu", "--quick-geglu")
 
 
-def model_sizes(config: str) -> ExpertSizes:
+def model_sizes(
+    config: str, way_out: str = "mend it, or give --hidden and --ffn instead of --config"
+) -> ExpertSizes:
     """Read the widths from a model configuration, given by path or by a shipped one's name."""
     values = model_values(config)
+    if "--num-experts" not in values:
+        raise ValueError(f"has no num-experts, so all its layers are dense; {way_out}")
 
     def size(flag: str, most: int) -> int:
-        way_out = "mend it, or give --hidden and --ffn instead of --config"
         return whole_number(values, flag, most, least=1, way_out=way_out)
 
     own_ffn, top_k = "--moe-ffn-hidden-size", "--moe-router-topk"

@@ -23,10 +23,16 @@ _CASES = (
     (f"{_RUN} --gpus 66 --pipeline 33", "32 layers are too few for 33 stages"),
     (f"{_RUN} --gpus 8 --virtual-pipeline 2", "the interleaved schedule needs a pipeline"),
     (f"good.trace {_RUN} --gpus 8 --workload W1", "remove one of them"),
-    (f"{_RUN} --gpus 8 --trace-ranks 0-3", "no effect here; --workload natural reads no file"),
+    (f"{_RUN} --gpus 8 --trace-ranks 0-3", "--trace-ranks 0-3: no effect here; --workload "),
+    (f"{_RUN} --gpus 8 --json -", "argument --json: '-' is no file here; give a file"),
     (f"good.trace {_RUN} --gpus 8 --json good.trace", "--json 'good.trace' would write over"),
     (f"{_RUN} --gpus 8 --fp8-format e4m3", "--fp8-recipe 'delayed', Megatron's default, with --"),
-    (f"{_RUN} --gpus 8 --recipe absent", "--recipe 'absent': "),
+    (f"{_RUN} --gpus 8 --recipe absent", "--recipe 'absent': No such file or directory"),
+    (f"{_RUN} --gpus 8 --experts 8", "unrecognized arguments: --experts; "),
+    (
+        f"{_RUN} --gpus 8 --model sizes-dense.yaml",
+        "num-experts, so all its layers are",
+    ),
     (f"{_RUN} --gpus 8 --recipe x -- --bf16", "both --recipe x and flags after --; remove one"),
     (f"{_RUN} --gpus 65536 --hours 1e-5", "stopped after the 1e-05 hours of"),
 )

@@ -132,6 +132,7 @@ SIZES = {
     "zero-ffn": (_GOOD_MODEL % (8, 0, 8), "has no moe-ffn-hidden-size in"),
     "half-ffn": (_GOOD_MODEL % (8, 0.5, 8), "has no moe-ffn-hidden-size in"),
     "many-experts": (_GOOD_MODEL % (8, 8, 10**6), "has no num-experts in 1..32767"),
+    "dense": ("{description: d, architecture: {hidden-size: 8}}", "so all its layers are dense"),
     "other-experts": (_GOOD_MODEL % (8, 8, 9), "has 8 experts, not 9"),
 }
 GOOD_CLUSTER = """name: x

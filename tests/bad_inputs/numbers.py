@@ -69,10 +69,10 @@ _MODEL = "--model mixtral-8x7b-e8k2"
 INTEGERS = {
     "plan good.trace": "ranks capacity node-size experts lag hidden ffn every",
     "plan --workload W1 --experts 8": "ranks tokens topk steps",
-    f"simulate good.trace {_MODEL}": "ranks node-size capacity tokens experts lag steps "
+    f"simulate good.trace {_MODEL}": "ranks node-size capacity tokens lag steps "
     "microbatches pipeline virtual-pipeline tensor-parallel expert-data-parallel world "
     "stock-expert-parallel",
-    f"advise good.trace {_MODEL} --gpus 4": "gpus tokens experts microbatches pipeline "
+    f"advise good.trace {_MODEL} --gpus 4": "gpus tokens microbatches pipeline "
     "virtual-pipeline tensor-parallel",
     "report measured": "group cases capacity node-size",
     "calibrate out/c.yaml": "node-size hidden ffn",

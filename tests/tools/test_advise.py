@@ -175,11 +175,12 @@ def test_with_muon_experts_are_at_home(model, tmp_path):
 
 def test_a_run_says_which_of_its_layers_are_in_bf16():
     of_run = {"seq_length": None, "fp8": "e4m3", "fp8_recipe": "blockwise"}
-    of_run |= {"first_last_layers_bf16": True}
+    of_run |= {"first_last_layers_bf16": True, "bf16": True, "fp16": False}
     of_run |= {"num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 1}
     args = Namespace(fp8_format=None)
     found = run_flags.model_with(args, Namespace(**of_run), read_model("tiny-moe"))
     assert (found.fp8, found.bf16_ends) == (Fp8Recipe.BLOCKWISE, (2, 1))
+    assert (read_model("tiny-moe").bytes_per_element, found.bytes_per_element) == (4, 2)
 
 
 def test_sharded_dense_layers_take_less_memory_and_the_flags_say_so(advised):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
 
+from megatron_laer.planner.cluster_files import cluster_text, load_cluster
 from megatron_laer.tools import cli
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -26,8 +28,10 @@ CASES = [
 
 
 @pytest.mark.parametrize(("model", "cluster", "ranks"), CASES)
-def test_no_advice_to_use_fsep(model, cluster, ranks, capsys):
-    words = f"simulate --workload W0 --model {model} --cluster {cluster} --ranks {ranks}"
+def test_no_advice_to_use_fsep(model, cluster, ranks, tmp_path, capsys):
+    path = tmp_path / "without-limit.yaml"
+    path.write_text(cluster_text(replace(load_cluster(cluster), card=None)))
+    words = f"simulate --workload W0 --model {model} --cluster {path} --ranks {ranks}"
     words += " --method stock fsep --microbatches 2 --steps 1"
     assert cli.main(words.split()) == 0
     advice = capsys.readouterr().out.splitlines()[-1]

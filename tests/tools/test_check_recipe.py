@@ -119,7 +119,35 @@ ADVISED = {
         f"{TINY} --tensor-parallel 2 --pipeline 2 --virtual-pipeline 2 --recompute full --",
         "tensor 2, pipeline 2 x 2; recompute full",
     ),
+    "graphs": (
+        f"{TINY} -- {OF_TINY} --cuda-graph-impl transformer_engine --cuda-graph-modules moe_router",
+        "128 tokens per rank",
+    ),
+    "sharded": (f"{TINY} --data-parallel-sharding-strategy optim --", "8 microbatches; tensor 1"),
     "another model": (f"{TINY} -- --num-experts 16", "--num-experts '16': --model has 8; "),
+    "fewer layers": (f"{TINY} -- --num-layers 2", "--num-layers '2': --model has 4; "),
+    "a hybrid": (f"{TINY} -- --hybrid-layer-pattern ME*E", "-pattern 'ME*E': --model has None"),
+    "more experts of a token": (f"{TINY} -- --moe-router-topk 4", "--moe-router-topk '4': --model"),
+    "dropped tokens": (
+        f"{TINY} -- --moe-expert-capacity-factor 1.0",
+        "cannot run with --moe-expert-capacity-factor 1.0",
+    ),
+    "fp4": (f"{TINY} -- --fp4-format e2m1", "cannot run with --fp4-format e2m1"),
+    "split experts": (
+        f"{TINY} -- --tensor-model-parallel-size 2 --expert-tensor-parallel-size 2",
+        "cannot run with --expert-tensor-parallel-size 2",
+    ),
+    "fused accumulation": (f"{TINY} -- --use-megatron-fsdp", "with fused gradient accumulation"),
+    "no sequence": (f"{TINY} -- --micro-batch-size 0", "--micro-batch-size 0: must be at least 1"),
+    "no context": (f"{TINY} -- --context-parallel-size 0", "-size 0: must be at least 1"),
+    "fewer than no layer": (
+        f"{TINY} -- --num-layers-per-virtual-pipeline-stage -1",
+        "--num-layers-per-virtual-pipeline-stage -1: must be at least 1",
+    ),
+    "FSEP's own": (
+        f"{TINY} -- --fsep-restore step",
+        "--fsep-restore: advise chooses FSEP's settings",
+    ),
     "twice": (
         f"{TINY} --pipeline 2 -- --pipeline-model-parallel-size 4",
         "--pipeline 2 and --pipeline-model-parallel-size 4 say the same; remove one of them",
@@ -187,4 +215,5 @@ def test_advice_reads_flags_and_gives_flags_that_run(name, ended):
     assert says in out.splitlines()[0] and (status, err) == (0, "")
     lines = [found for key, found in ended.items() if key.startswith(f"{name}, line ")]
     assert len(lines) >= 3 and {status for status, _, _ in lines} == {0}
+    assert (ALLOWED in out) == (name == "graphs")
     assert all(out.startswith("runs") for _, out, _ in lines)

@@ -13,7 +13,7 @@ from benchmarks import home_recipes
 from megatron_laer.choices import Auto, Fp8Recipe
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.shipped import yaml_file
-from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.cluster_files import cluster_text, load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.sharding_choice import choose_geometry
@@ -21,6 +21,7 @@ from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED
 from megatron_laer.tools.simulator.iteration.methods import METHODS
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
+from tests.documents import ROOT, blocks
 from tests.tools.plan_cases import drifting_trace, recording
 
 
@@ -38,12 +39,13 @@ def simulated(out, *words, capsys):
 
 
 TINY = "--model mixtral-8x7b-e8k2 --node-size 2".split()
+ENOUGH = "--memory-gib", "10000"
 
 
 def test_the_command_prints_writes_and_draws(tmp_path, path, capsys):
     pytest.importorskip("matplotlib")
     json_file, png = tmp_path / "x.json", tmp_path / "x.png"
-    written = simulated(json_file, path, *TINY, "--png", png, capsys=capsys)
+    written = simulated(json_file, path, *TINY, *ENOUGH, "--png", png, capsys=capsys)
     case = written["cases"][0]
     sizes = f"C={case['capacity']} {case['sharding']}"
     expected = f"N=4 G=2 {sizes} adaptive T=2048: 2048 tokens per rank and microbatch, 3 microb"
@@ -70,7 +72,7 @@ def test_the_command_prints_writes_and_draws(tmp_path, path, capsys):
 def test_several_values_are_a_sweep(tmp_path, path, capsys):
     words = "--ranks 4 8 --capacity 2 3 --mode forecast exact --method stock fsep --steps 1"
     words += " --tokens 32768 --sharding rows"
-    found = simulated(tmp_path / "x", path, *TINY, *words.split(), capsys=capsys)
+    found = simulated(tmp_path / "x", path, *TINY, *ENOUGH, *words.split(), capsys=capsys)
     cases = found["cases"]
     assert {(case["tokens"], case["world"] // case["ranks"]) for case in cases} == {(32768, 1)}
     assert [(case["ranks"], case["capacity"], case["mode"]) for case in cases] == [
@@ -87,20 +89,38 @@ FITS = "{path} --model mixtral-8x7b-e8k2 --node-size 2 --tokens 32768 --steps 1 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (f"{W0} --tokens 512 --sharding rows", r"Do not use FSEP here.*reduce costs.*$"),
-        (f"{FITS} --memory-gib 1", r"\nDo not use FSEP here: it needs .*$"),
+        (
+            f"{W0} --tokens 512 --sharding rows --memory-gib 10000 --stock-expert-parallel 8",
+            r"Do not use FSEP here.*reduce costs.*$",
+        ),
+        (
+            f"{FITS} --cluster h100-8",
+            r"(?s) with 80 GiB each;.*\nNothing fits 80 GiB of a rank's memory\. FSEP needs \d{3} "
+            r"GiB, stock EP in groups of \d \d{3} GiB\. Recompute more, .*$",
+        ),
         (f"{FITS} --memory-gib 10000", r" \(C = .* as stock EP in groups of 1; "),
         (
             f"{FITS} --memory-gib 480 --stock-expert-parallel 1",
-            r"if at all: stock EP in groups of 1 ",
+            r"\nUse FSEP \(C.*\): it needs .* groups of 1 .* GiB, which does not fit 480 GiB\.$",
         ),
-        (f"{W0} --experts 9 --tokens 64", r"no fsdp\+ep: FSDP\+EP needs E/C groups of ranks"),
+        (f"{FITS} --cluster cpu-gloo", r"\ncpu-gloo has no card, so .* and no host.layer_s, so "),
+        (
+            f"{W0} --restore step --memory-gib 190",
+            r"(?s)\nN=8 G=8 C=2 experts forecast .*\nDo not use FSEP here: it does not fit 190 GiB "
+            r"of a rank's memory\. FSEP needs 2\d\d GiB, stock EP in groups of 8 1\d\d GiB\.",
+        ),
+        (
+            f"{W0} --ranks 3 --node-size 3 --tokens 64",
+            r"no fsdp\+ep: FSDP\+EP needs E/C groups of ranks",
+        ),
     ],
     ids=[
         "balanced routing",
-        "little memory",
+        "the card is too small for both",
         "enough memory",
         "stock does not fit",
+        "a cluster without a card",
+        "layouts of a step do not fit",
         "a method that cannot run",
     ],
 )
@@ -110,8 +130,13 @@ def test_advice_and_omissions_are_explained(tmp_path, path, capsys, words, said)
 
 
 def test_stock_has_the_fastest_group_that_fits_and_all_outputs_name_it(tmp_path, path, capsys):
+    cluster = tmp_path / "no-card.yaml"
+    without = replace(load_cluster("a100-4x8-ib800"), card=None)
+    cluster.write_text(cluster_text(without))
+
     def stock(*words):
-        flags = "--ranks 8 --method stock fsep --steps 1 --tokens 4096".split()
+        flags = "--ranks 8 --method stock fsep --steps 1 --tokens 4096 --cluster".split()
+        flags += [cluster]
         found = simulated(tmp_path / "x", path, *TINY, *flags, *words, capsys=capsys)
         of_method = found["methods"]["stock"]
         assert any(f"stock EP{of_method['group']} " in line for line in found["lines"])
@@ -131,7 +156,8 @@ def test_stock_has_the_fastest_group_that_fits_and_all_outputs_name_it(tmp_path,
         fastest = min(fits, key=lambda of: of["iteration_s"]["value"])
         assert stock("--memory-gib", limit)[0] == fastest
     # Nothing fits: the group that needs least.
-    assert stock("--memory-gib", 1)[0] == fixed[8]
+    chosen, advice = stock("--memory-gib", 1)
+    assert chosen == fixed[8] and advice.startswith("Nothing fits 1 GiB of a rank's memory. ")
 
 
 def test_sharding_slots_and_exchange_are_those_of_training_by_default(tmp_path, path, capsys):
@@ -165,6 +191,24 @@ def test_sharding_slots_and_exchange_are_those_of_training_by_default(tmp_path, 
     assert rows["flat"] != rows["node"]
 
 
+def predictions():
+    """Yield the words of `simulate` on its page, and of its table of recipes."""
+    for block in blocks(ROOT / "docs" / "simulator.md"):
+        for command in block.text.replace("\\\n", " ").splitlines():
+            if " simulate " in command:
+                yield command.split(" simulate ")[1].split()
+    for recipe in home_recipes.RECIPES:
+        common = "--workload W1 --cluster h100-8 --method fsep --recompute compute"
+        yield [*common.split(), *recipe.words]
+
+
+@pytest.mark.parametrize("words", [*predictions()], ids=" ".join)
+def test_published_predictions_fit_the_card(words, tmp_path, capsys):
+    found = simulated(tmp_path / "x.json", *words, "--steps", "1", capsys=capsys)
+    peaks = [of["peak_bytes"] for case in found["cases"] for of in case["methods"].values()]
+    assert peaks and max(peaks) <= found["memory_gib"] * 2**30
+
+
 def test_the_hosts_gap_is_added_once(tmp_path, path, capsys):
     words = "--method stock --steps 1 --microbatches 2 --host-gap-ms".split()
     before, after = (
@@ -177,7 +221,8 @@ def test_the_hosts_gap_is_added_once(tmp_path, path, capsys):
 
 def test_experts_at_home_without_replicas_exchange_no_weights(tmp_path, path, capsys):
     words = "--mode forecast --method stock laer fsep --strategy static --sharding rows experts"
-    written = simulated(tmp_path / "x", path, *TINY, *words.split(), capsys=capsys)
+    words += " --stock-expert-parallel 4"
+    written = simulated(tmp_path / "x", path, *TINY, *ENOUGH, *words.split(), capsys=capsys)
     assert [case["sharding"] for case in written["cases"]] == ["rows", "experts"]
     rows, home = (case["methods"] for case in written["cases"])
     assert re.search(r"^ *s/iteration .*\n *rows .*\n *experts ", "\n".join(written["lines"]), re.M)
@@ -198,7 +243,7 @@ def test_recipes_have_a_share_of_forced_balance_by_sharding_and_constants(
     monkeypatch.setattr(home_recipes, "RECIPES", (home_recipes.Recipe("small", 8, 4, flags),))
     assert home_recipes.main(["--json", str(tmp_path / "x.json")]) == 0
     (row,) = json.loads((tmp_path / "x.json").read_text())["recipes"]
-    assert row["simulate"] == f"--ranks 4 {flags}"
+    assert row["simulate"] == f"--ranks 4 --world 32 {flags}"
     alone, contended = row["alone"], row["contention"]
     # Stock overlaps no exchange of weights.
     assert alone["balanced_s"] == contended["balanced_s"]
@@ -206,7 +251,7 @@ def test_recipes_have_a_share_of_forced_balance_by_sharding_and_constants(
     for sharding, slots in (("rows", {3}), ("experts", {3, 4, 5})):
         assert 0 < contended["W1"][sharding]["share"] < alone["W1"][sharding]["share"] < 1.2
         for of in (alone["W1"], alone["W0"], contended["W1"], contended["W0"]):
-            assert of[sharding]["slots"] in slots
+            assert of[sharding]["slots"] in slots and of[sharding]["gib"] > 1.5
             assert f" {of[sharding]['share']:.3f}" in printed
     # Without replicas only the gate's time is left.
     assert (

@@ -8,7 +8,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_laer.choices import Sharding
+from megatron_laer.choices import Sharding, Unproven
+from megatron_laer.config import flag_name
 from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.cluster_files import load_cluster
@@ -26,6 +27,7 @@ from megatron_laer.tools.cli.argument_types import (
     path,
     yaml_inputs,
 )
+from megatron_laer.tools.cli.megatron_flags import parsed
 from megatron_laer.tools.cli.outputs import bar, check_outputs
 from megatron_laer.tools.cli.routing_input import MAX_TOKENS
 from megatron_laer.tools.recipes.command_lines import flags_in_file, script_flags
@@ -33,7 +35,7 @@ from megatron_laer.tools.simulator.advisor import output
 from megatron_laer.tools.simulator.advisor.answer import turns
 from megatron_laer.tools.simulator.advisor.predictor import Predictor, Run
 from megatron_laer.tools.simulator.advisor.search import search
-from megatron_laer.tools.simulator.advisor.settings import Dispatch, group_sizes
+from megatron_laer.tools.simulator.advisor.settings import Dispatch, group_flags, group_sizes
 from megatron_laer.tools.simulator.iteration.case_inputs import case_routing, tokens_of
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.traces.records import Trace
@@ -83,17 +85,19 @@ def run(args: argparse.Namespace) -> int:
     check_outputs({"--json": args.json}, [*inputs, args.recipe], args.trace)
     cluster = named("--cluster", args.cluster, load_cluster)
     model = simulate_input.model_of(args)
-    model, dispatches, at_home, has_flags = _with_flags(args, model)
+    model, dispatches, at_home, words = _with_flags(args, model)
     most_gib = _memory(args, cluster)
     asked, trace = _run(args, cluster, model, dispatches, at_home, most_gib)
+    common = [] if words else run_flags.flags_of(asked.shape)
+    if args.fp8_format is not None:
+        common += ["--fp8-format", args.fp8_format, "--fp8-recipe", str(model.fp8)]
+    if words:
+        asked = replace(asked, allow=_allowed(args, asked, [*words, *common]))
     predictor = Predictor(asked)
     tokens = asked.shape.tokens
     balanced = replace(asked, trace_of=_made(args, model, "W0", tokens), tokens=None)
     results = search(predictor, Predictor(balanced), bar("comparing", leave=False))
     decided = turns(predictor, results)
-    common = [] if has_flags else run_flags.flags_of(asked.shape)
-    if args.fp8_format is not None:
-        common += ["--fp8-format", args.fp8_format, "--fp8-recipe", str(model.fp8)]
     shape = asked.shape
     routing = str(args.trace) if trace is not None else f"workload {args.workload}"
     title = (
@@ -101,6 +105,8 @@ def run(args: argparse.Namespace) -> int:
         f"rank and microbatch, {shape.microbatches} microbatches; tensor {shape.tensor}, pipeline "
         f"{shape.stages} x {shape.chunks}; recompute {shape.recompute}"
     )
+    if model.lora is not None:
+        title += f"; LoRA of rank {model.lora.rank}, for which Megatron has no flags"
     if args.json is not None:
         content = {"title": title} | output.content(asked, results, decided, common)
         write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")
@@ -110,10 +116,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _with_flags(
     args: argparse.Namespace, model: ModelShape
-) -> tuple[ModelShape, tuple[Dispatch, ...], bool, bool]:
+) -> tuple[ModelShape, tuple[Dispatch, ...], bool, list[str]]:
     """Return the model with sequences and fp8 of flags, and ways of tokens.
 
-    Then return if flags need experts at home, and if there are any.
+    Then return if flags need experts at home, and the flags.
     """
     if args.recipe is not None and args.flags:
         raise ValueError(f"both --recipe {args.recipe} and flags after --; remove one of them")
@@ -123,8 +129,6 @@ def _with_flags(
         words = named("--recipe", str(args.recipe), lambda file: flags_in_file(Path(file)))
     dispatches, at_home = [Dispatch.RANK, Dispatch.NODE], False
     if words:
-        from megatron_laer.tools.cli.megatron_flags import parsed
-
         settings = parsed(words)
         model = run_flags.model_with(args, settings, model)
         run_flags.fill_in(args, settings, model)
@@ -133,15 +137,23 @@ def _with_flags(
         at_home = muon.is_muon(settings)
     if args.stock_dispatcher == "flex":
         dispatches.append(Dispatch.FLEX)
-    return model, tuple(dispatches), at_home, bool(words)
+    return model, tuple(dispatches), at_home, words
+
+
+def _allowed(args: argparse.Namespace, asked: Run, words: list[str]) -> tuple[Unproven, ...]:
+    """Return what the flags need of `--fsep-allow-unproven`; refuse them as training does."""
+    whole = [size for size in asked.sizes if size > 1 and not asked.model.num_experts % size]
+    group = group_flags(max(whole or asked.sizes), is_flex=False)
+    if Sharding.ROWS not in asked.shardings:
+        group += [flag_name("sharding"), Sharding.EXPERTS.value]
+    return run_flags.allowed(args.model, [*words, *group], args.gpus)
 
 
 def _memory(args: argparse.Namespace, cluster: Cluster) -> float:
-    if args.memory_gib is not None:
-        return float(args.memory_gib)
-    if cluster.card is None:
-        raise ValueError(f"--cluster {cluster.name} has no card; give --memory-gib")
-    return cluster.card.memory_gib
+    most_gib = simulate_input.most_gib(args, cluster)
+    if most_gib is None:
+        raise ValueError(f"--cluster {args.cluster} has no card; give --memory-gib")
+    return most_gib
 
 
 def _run(
@@ -200,6 +212,7 @@ def _run(
         stock_flex=args.stock_dispatcher == "flex",
         stock_overlaps=args.stock_overlap,
         shardings=(Sharding.EXPERTS,) if at_home else tuple(shardings),
+        allow=() if model.fp8 is None else (Unproven.FP8_EXPERTS,),
     )
     return asked, trace
 

@@ -87,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         _EXAMPLES,
     )
     routing_input.add_arguments(parser)
+    option(parser, "--experts E", "for workloads", between(1, MAX_EXPERTS))
     for flag, (letter, high, usual, text) in _WORKLOAD_ONLY.items():
         text = f"of a workload: {text}; default: {usual}"
         option(parser, f"{flag} {letter}", text, between(1, high))

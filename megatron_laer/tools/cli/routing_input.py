@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.tools.cli.argument_types import between, option, path, rank_range
+from megatron_laer.tools.cli.argument_types import option, path, rank_range
 from megatron_laer.tools.report.run_files import naming
 from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
@@ -24,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     only = "only these ranks of the trace, such as 0-7; default: all"
     option(parser, "--trace-ranks FIRST-LAST", only, rank_range)
-    option(parser, "--experts E", "for workloads", between(1, MAX_EXPERTS))
     titles = ", ".join(f"{name} {title}" for name, title in TITLES.items())
     instead = f"in place of a trace, as in runs, or a stress test of Megatron's benchmark: {titles}"
     option(parser, "--workload W", instead, choices=TITLES)
@@ -50,6 +48,8 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> No
     for flag in flags:
         value = getattr(args, flag.removeprefix("--").replace("-", "_"))
         if value is not None:
+            if isinstance(value, range):
+                value = f"{value.start}-{value.stop - 1}"
             raise ValueError(f"{flag} {value}: no effect here; {way_out}, or leave {flag} out")
 
 

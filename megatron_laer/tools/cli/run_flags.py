@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from megatron_laer.choices import Recompute
+from megatron_laer.choices import Recompute, Unproven
+from megatron_laer.config import flag_name
 from megatron_laer.files.checks import quoted
-from megatron_laer.tools.model_flags import fp8_recipe
+from megatron_laer.fsep_flags import config_from_args, given_flags
+from megatron_laer.support import arguments
+from megatron_laer.tools.cli.megatron_flags import parsed
+from megatron_laer.tools.model_flags import fp8_recipe, model_flags
+from megatron_laer.tools.recipes.verdict import judge
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 
@@ -18,18 +23,30 @@ _SAME = {
     "tensor_parallel": "tensor_model_parallel_size",
 }
 # Sizes of the model that flags may repeat.
-_OF_MODEL: dict[str, Callable[[ModelShape], int]] = {
-    "num_experts": lambda model: model.num_experts,
-    "hidden_size": lambda model: model.hidden,
-    "moe_ffn_hidden_size": lambda model: model.expert_ffn,
-}
+_OF_MODEL = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels "
+    "num_experts moe_ffn_hidden_size moe_router_topk moe_layer_freq mtp_num_layers vocab_size "
+    "moe_shared_expert_intermediate_size multi_latent_attention swiglu hybrid_layer_pattern"
+).split()
+# Sizes of the run, which are at least 1.
+_OF_RUN = (
+    *_SAME.values(),
+    *("context_parallel_size", "expert_model_parallel_size"),
+    *("micro_batch_size", "seq_length", "global_batch_size"),
+    *("num_virtual_stages_per_pipeline_rank", "num_layers_per_virtual_pipeline_stage"),
+)
+# Settings of FSEP that change no predicted time; `advise` chooses all others.
+_NOT_CHOSEN = frozenset(
+    "allow_unproven late_plan cluster record_layouts record_trace pairs_interval sampled_sets "
+    "record_metrics".split()
+)
 _WITH_FSDP = ("--ckpt-format", "fsdp_dtensor", "--no-gradient-accumulation-fusion")
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 
 
 def fill_in(args: argparse.Namespace, settings: argparse.Namespace, model: ModelShape) -> None:
     """Set the run's sizes in `args` from Megatron's settings; refuse those that are given twice."""
-    _check(settings, model)
+    _check(settings)
     for name, value, source in _sizes(args, settings, model):
         if getattr(args, name) is not None:
             ours = f"--{name.replace('_', '-')} {getattr(args, name)}"
@@ -52,7 +69,9 @@ def fill_in(args: argparse.Namespace, settings: argparse.Namespace, model: Model
 def model_with(
     args: argparse.Namespace, settings: argparse.Namespace, model: ModelShape
 ) -> ModelShape:
-    """Return the model with the sequences and the fp8 of the flags."""
+    """Return the model with the sequences and the precision of the flags."""
+    if settings.bf16 or settings.fp16:
+        model = replace(model, bytes_per_element=2)
     if settings.seq_length is not None:
         model = replace(model, sequence=settings.seq_length)
     if settings.first_last_layers_bf16:
@@ -95,13 +114,39 @@ def flags_of(shape: RunShape) -> list[str]:
     return words
 
 
-def _check(settings: argparse.Namespace, model: ModelShape) -> None:
-    for name, size in _OF_MODEL.items():
-        value = getattr(settings, name)
-        if value is not None and value != size(model):
+def allowed(model: str, words: Sequence[str], ranks: int) -> tuple[Unproven, ...]:
+    """Return the words of `--fsep-allow-unproven` that a run of a model's file needs.
+
+    Raises ValueError for flags of another model, and for those that training refuses.
+    """
+    of_model = model_flags(model)
+    own, settings = parsed(of_model), parsed([*of_model, *words], ranks)
+    for name in _OF_MODEL:
+        value, known = getattr(settings, name), getattr(own, name)
+        if name == "moe_ffn_hidden_size":  # Megatron's default is the width of dense layers
+            known = known or own.ffn_hidden_size
+        if value not in (None, known):
             raise ValueError(
-                f"{_flag(name)} {quoted(value)}: --model has {size(model)}; give the model's own "
+                f"{_flag(name)} {quoted(value)}: --model has {known}; give the model's own "
                 "flags, or leave them out"
+            )
+    config = config_from_args(settings)
+    assert config is not None, "the mode is set"
+    needed = {*config.allow_unproven, *judge(settings, config.allow_unproven).allow}
+    config = replace(config, allow_unproven=tuple(needed))
+    arguments.check(settings, config)
+    return config.allow_unproven
+
+
+def _check(settings: argparse.Namespace) -> None:
+    for name in _OF_RUN:
+        if (value := getattr(settings, name)) is not None and value < 1:
+            raise ValueError(f"{_flag(name)} {value}: must be at least 1")
+    for name in given_flags(settings):
+        if name not in _NOT_CHOSEN:
+            raise ValueError(
+                f"{flag_name(name)}: advise chooses FSEP's settings, or takes their defaults; "
+                "leave it out"
             )
     if settings.context_parallel_size > 1:
         raise ValueError(
@@ -134,7 +179,7 @@ def _sizes(
         counted = layers + args.account_for_embedding + args.account_for_loss
         counted += settings.account_for_embedding_in_pipeline_split
         counted += settings.account_for_loss_in_pipeline_split
-        if of_chunk < 1 or counted % (stages * of_chunk):
+        if counted % (stages * of_chunk):
             raise ValueError(
                 f"{source}: {counted} layers on {stages} stages are no multiple of it; give a "
                 "divisor of a stage's layers"

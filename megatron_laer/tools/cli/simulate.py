@@ -23,6 +23,7 @@ from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode
 from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import GUARD_MODES
@@ -100,8 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "experts at home, or rows of each on every rank; default: auto, as in training"
     shardings = [*(sharding.value for sharding in Sharding), Auto.AUTO.value]
     option(swept, "--sharding", text, nargs="+", choices=shardings, default=[Auto.AUTO.value])
-    modes, mode = [mode.value for mode in GUARD_MODES], PlanMode.ADAPTIVE.value
-    option(swept, "--mode", f"default: {mode}", nargs="+", choices=modes, default=[mode])
+    modes, text = [mode.value for mode in GUARD_MODES], "default: as in training"
+    option(swept, "--mode", text, nargs="+", choices=modes)
     text = f"of {', '.join(METHODS)}; default: all"
     option(swept, "--method", text, nargs="+", choices=METHODS, default=list(METHODS))
     ours = parser.add_argument_group("FSEP")
@@ -121,7 +122,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--steps S", text, steps, default=3)
     text = "of a rank, for MFU; default: what the cluster's fastest GEMM reaches"
     option(parser, "--peak-tflops X", text, number(1e-6, 1e9))
-    text = "of a rank; stock and the advice take nothing that needs more"
+    text = "of a rank; stock and the advice take nothing that needs more; default: the card's"
     option(parser, "--memory-gib X", text, number(1e-3, 1e6))
     option(parser, "--json FILE", "write all figures there", path)
     option(parser, "--png FILE", "draw them (needs matplotlib)", path)
@@ -151,14 +152,16 @@ def run(args: argparse.Namespace) -> int:
                 capacity,
                 node_size,
                 sharding=Sharding.ROWS if sharding == Auto.AUTO else Sharding(sharding),
+                flags=("--capacity", _node_size_flag(args, cluster)),
             ),
             FSEPConfig(
                 planner=args.strategy,
                 sharding=sharding,
                 capacity=capacity,
+                plan_mode=mode,
+                restore=args.restore,
                 scheduler=OverlapScheduler(args.scheduler),
             ),
-            mode,
             tokens,
         )
         for num_ranks in ranks
@@ -166,19 +169,19 @@ def run(args: argparse.Namespace) -> int:
         for capacity, sharding, mode, tokens in product(
             args.capacity or [None],
             shardings,
-            args.mode,
+            args.mode or [None],
             args.tokens or [None],
         )
     ]
     made: dict[tuple[int, int | None], Trace] = {}
     results = _Results()
-    for geometry, config, mode, tokens in wanted:
+    for geometry, config, tokens in wanted:
         key = geometry.num_ranks, None if args.workload is None else tokens
         if key not in made:
             made = {key: routing_of(*key)}  # one at a time, for memory
-        _simulate(args, model, rates, geometry, config, PlanMode(mode), tokens, made[key], results)
+        _simulate(args, model, rates, geometry, config, tokens, made[key], results)
     cases = results.predicted
-    sentence = advice(cases, _most_bytes(args))
+    sentence = advice(cases, _most_bytes(args, cluster))
     about = {
         "trace": str(args.trace) if args.workload is None else f"workload {args.workload}",
         "model": args.model,
@@ -187,6 +190,8 @@ def run(args: argparse.Namespace) -> int:
         "steps": args.steps,
         "lag": args.lag,
         "peak_flops_per_s": _peak(args, rates[0]),
+        "memory_gib": simulate_input.most_gib(args, cluster),
+        "not_given": output.not_given(cluster),
     }
     _write(args, about, results, sentence)
     _print(about, results, sentence)
@@ -199,7 +204,6 @@ def _simulate(
     rates: tuple[Rates, ...],
     geometry: Geometry,
     config: FSEPConfig,
-    mode: PlanMode,
     tokens: int | None,
     trace: Trace,
     results: _Results,
@@ -214,7 +218,7 @@ def _simulate(
     shape = simulate_input.run_shape(args, geometry, tokens, trace)
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
     sizes = num_ranks, geometry.node_size, geometry.capacity
-    case = Case(*sizes, geometry.sharding.value, mode.value, shape.tokens, shape.world)
+    case = Case(*sizes, geometry.sharding.value, config.mode.value, shape.tokens, shape.world)
 
     def predict(
         methods: Sequence[Method], sets: tuple[Rates, ...], **options: Any
@@ -227,7 +231,7 @@ def _simulate(
         args,
         geometry,
         costs,
-        mode,
+        config.mode,
         model.topk,
         rates[0],
         lambda methods: predict(methods, rates[:1]),
@@ -297,7 +301,8 @@ def _methods(
     for name in args.method:
         try:
             if name == STOCK:
-                methods.append(fastest_stock(settings, nominal, predict, _most_bytes(args)))
+                limit = _most_bytes(args, nominal.cluster)
+                methods.append(fastest_stock(settings, nominal, predict, limit))
             else:
                 methods.append(make_method(name, settings, nominal))
         except ValueError as error:
@@ -321,8 +326,13 @@ def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | A
     return list(possible)
 
 
-def _most_bytes(args: argparse.Namespace) -> float | None:
-    return None if args.memory_gib is None else args.memory_gib * 2**30
+def _node_size_flag(args: argparse.Namespace, cluster: Cluster) -> str:
+    return "--node-size" if args.node_size else f"--node-size is not given, and {cluster.name}'s"
+
+
+def _most_bytes(args: argparse.Namespace, cluster: Cluster) -> float | None:
+    most_gib = simulate_input.most_gib(args, cluster)
+    return None if most_gib is None else most_gib * 2**30
 
 
 def _peak(args: argparse.Namespace, nominal: Rates) -> float:
@@ -334,12 +344,16 @@ def _print(about: dict[str, Any], results: _Results, text: str) -> None:
     first = next(iter(cases))
     sizes = f"{shape.tokens} tokens per rank and microbatch, {shape.microbatches} microbatches"
     parallel = f"pipeline {shape.stages} x {shape.chunks}, {shape.world} ranks in all"
+    if about["memory_gib"] is not None:
+        parallel += f" with {about['memory_gib']:g} GiB each"
     print(one_line(f"{about['model']} on {about['cluster']}, {about['trace']}"))
     print(f"{first.label}: {sizes}; {parallel}; recompute {shape.recompute}\n")
     print(output.table_text(cases[first], results.refused[first]), end="\n\n")
     print(output.parts_text(cases[first]), end="\n\n")
     if len(cases) > 1:
         print(output.sweep_text(cases), end="\n\n")
+    if about["not_given"]:
+        text = f"{one_line(about['not_given'])}\n\n{text}"
     print(output.LEGEND, text, sep="\n\n")
 
 

@@ -27,10 +27,10 @@ def check(args: argparse.Namespace) -> None:
     sizes = ("--ranks", "--node-size", "--capacity", "--tokens")
     repeatable = (*sizes, "--sharding", "--mode", "--method")
     refuse_repeated(args, repeatable)
-    if args.restore == "step" and args.mode != [PlanMode.FORECAST.value]:
+    if args.restore == "step" and args.mode not in (None, [PlanMode.FORECAST.value]):
         raise ValueError(
             f"--restore step keeps layouts over a step, got --mode {' '.join(args.mode)}; give "
-            f"--mode {PlanMode.FORECAST}"
+            f"--mode {PlanMode.FORECAST}, or leave it out"
         )
     if Sharding.EXPERTS in args.sharding and args.strategy == "laer":
         raise ValueError(

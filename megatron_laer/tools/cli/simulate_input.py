@@ -21,6 +21,7 @@ from megatron_laer.tools.cli.argument_types import (
     named,
     number,
     option,
+    refuse_repeated,
 )
 from megatron_laer.tools.cli.outputs import bar
 from megatron_laer.tools.model_flags import MAX_WIDTH
@@ -78,11 +79,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> No
     fp8_flags.add_arguments(sizes)
     text = "Megatron-FSDP's, of dense layers"
     option(sizes, "--data-parallel-sharding-strategy", text, choices=STRATEGIES)
-    text = "once per iteration, as of the data loader; default: none"
     text = "rank q of Megatron-Bridge's LoRA, with all else frozen; default: all is trained"
     option(sizes, "--lora-rank Q", text, between(1, MAX_WIDTH))
     text = "linear layers that it adapts, each expert's by itself; default: all four"
     option(sizes, "--lora-targets NAME", text, nargs="+", choices=LORA_TARGETS)
+    text = "once per iteration, as of the data loader; default: none"
     option(sizes, "--host-gap-ms X", text, number(0.0, 1e9), default=0.0)
     add_hours(parser)
     for flag, text in (
@@ -109,7 +110,7 @@ def _add_groups(sizes: argparse._ArgumentGroup) -> None:
             "--stock-expert-parallel X",
             MAX_EXPERTS,
             "ranks among which stock EP has every expert once; default: the fastest, of a node or "
-            "more, or of all that fit --memory-gib",
+            "more, or of all that fit the memory",
         ),
     ):
         option(sizes, flag, text, between(1, high))
@@ -123,12 +124,26 @@ def rates_of(args: argparse.Namespace, model: ModelShape, cluster: Cluster) -> t
 
 def model_of(args: argparse.Namespace) -> ModelShape:
     """Return the model, with fp8 and LoRA of the flags if they are given."""
-    model = named("--model", args.model, lambda name: read_model(name, args.experts))
-    return replace(model, fp8=fp8_flags.recipe_of(args, model.fp8), lora=_lora(args))
+    model = named("--model", args.model, read_model)
+    lora = _lora(args, model)
+    return replace(model, fp8=fp8_flags.recipe_of(args, model.fp8), lora=lora)
 
 
-def _lora(args: argparse.Namespace) -> Lora | None:
+def most_gib(args: argparse.Namespace, cluster: Cluster) -> float | None:
+    """Return the limit of a rank's memory: the flag's, else the card's, if there is one."""
+    if args.memory_gib is not None:
+        return float(args.memory_gib)
+    return None if cluster.card is None else cluster.card.memory_gib
+
+
+def _lora(args: argparse.Namespace, model: ModelShape) -> Lora | None:
+    refuse_repeated(args, ["--lora-targets"])
     if args.lora_rank is not None:
+        if args.lora_rank > model.hidden:
+            raise ValueError(
+                f"--lora-rank {args.lora_rank}: is above the model's hidden size, {model.hidden}; "
+                "give a smaller one"
+            )
         return Lora(args.lora_rank, tuple(args.lora_targets or LORA_TARGETS))
     if args.lora_targets is not None:
         raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.tools.simulator.iteration.advice import Case, gain
 from megatron_laer.tools.simulator.iteration.clocks import EXPOSED
 from megatron_laer.tools.simulator.iteration.methods import METHODS, STOCK
@@ -32,6 +33,16 @@ NCCL, without the allocator's loss.
 """
     + ASSUMED
 )
+
+
+def not_given(cluster: Cluster) -> str:
+    """Name constants without which a prediction leaves something out; "" if there are none."""
+    lacks = []
+    if cluster.card is None:
+        lacks.append("no card, so only --memory-gib limits memory")
+    if cluster.host is None or cluster.host.layer_s == 0:
+        lacks.append("no host.layer_s, so no layer waits for its host")
+    return f"{cluster.name} has {' and '.join(lacks)}." if lacks else ""
 
 
 def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str, str]) -> str:

@@ -36,8 +36,7 @@ def read_trace(
     trace = read_recording(path, pairs=pairs)
     if num_experts is not None and trace.num_experts != num_experts:
         raise ValueError(
-            f"{path} has {trace.num_experts} experts, not {num_experts} as --experts or --config "
-            "say"
+            f"{path} has {trace.num_experts} experts, not {num_experts}; give the run's own model"
         )
     return trace if ranks is None else trace.of_ranks(ranks)
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 from megatron_laer.tools.simulator.advisor.predictor import Predictor
 from megatron_laer.tools.simulator.advisor.search import Found, Results
-from megatron_laer.tools.simulator.iteration.advice import WORTH, gain, losses
-from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
+from megatron_laer.tools.simulator.iteration.advice import WORTH, gain, losses, saved
 from megatron_laer.tools.simulator.iteration.rates import Rates, ends_of
 
 # Loss that counts as another setting's being the better one.
@@ -129,17 +128,8 @@ def verdict(results: Results, most_gib: float) -> str:
         )
     sentence = (
         f"Use FSEP ({ours.candidate.label}): {compared}; "
-        f"{_saved(ours.prediction, theirs.prediction)}."
+        f"{saved(ours.prediction, theirs.prediction)}."
     )
     if found.low < WORTH:
         sentence += " At the worst constants it is not worth it, so measure them."
     return sentence
-
-
-def _saved(ours: IterationPrediction, theirs: IterationPrediction) -> str:
-    """Return the part of an iteration that shrinks most."""
-    waits = "waiting for the slowest rank"
-    less = {waits: theirs.waiting_s - ours.waiting_s}
-    less |= {kind: theirs.exposed_s[kind] - seconds for kind, seconds in ours.exposed_s.items()}
-    most = max(less, key=lambda kind: less[kind])
-    return f"{most} takes {less[most]:.3g} s less"

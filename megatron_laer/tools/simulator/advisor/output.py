@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_laer.choices import Unproven
 from megatron_laer.config import flag_name
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.tools.simulator.advisor.answer import Turn, takes_fsep, verdict
@@ -16,6 +15,7 @@ from megatron_laer.tools.simulator.advisor.search import Found, Results
 from megatron_laer.tools.simulator.advisor.settings import group_flags
 from megatron_laer.tools.simulator.iteration.advice import gain
 from megatron_laer.tools.simulator.iteration.rates import ends_of
+from megatron_laer.tools.simulator.iteration_output import not_given
 from megatron_laer.tools.simulator.node_rows import ASSUMED, in_words
 from megatron_laer.tools.simulator.rendering import aligned
 
@@ -52,8 +52,8 @@ def text(run: Run, results: Results, turns: Sequence[Turn], common: Sequence[str
 def flags(run: Run, candidate: Candidate, common: Sequence[str]) -> list[str]:
     """Return Megatron's flags of a candidate, with those that all have in common."""
     if candidate.setting is not None:
-        in_fp8 = [flag_name("allow_unproven"), str(Unproven.FP8_EXPERTS)]
-        return [*common, *candidate.setting.flags, *(in_fp8 if run.model.fp8 else [])]
+        allow = [flag_name("allow_unproven"), *map(str, run.allow)] if run.allow else []
+        return [*common, *candidate.setting.flags, *allow]
     assert candidate.method.group is not None
     return [*common, *group_flags(candidate.method.group, run.stock_flex)]
 
@@ -172,6 +172,7 @@ def _assumptions(cluster: Cluster) -> list[str]:
     ]
     ranges = ", ".join(assumed) or "none"
     return [
+        *filter(None, [_filled(not_given(cluster))]),
         _filled(f"Assumed ranges: {ranges}."),
         _filled(f"Assumed by {cluster.name}: {' '.join(cluster.assumed.split())}"),
     ]

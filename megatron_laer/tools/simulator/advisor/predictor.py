@@ -12,7 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Auto, ExchangeAlgorithm, Restore, Sharding, TokenExchange
+from megatron_laer.choices import (
+    Auto,
+    ExchangeAlgorithm,
+    Restore,
+    Sharding,
+    TokenExchange,
+    Unproven,
+)
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.token_exchange import with_token_exchange
@@ -51,7 +58,7 @@ class Run:
 
     `shape` has a stage's ranks as one group, `sizes` are those of possible groups, 1 for stock, and
     `node_size` is the cluster's. `trace_of` makes the routing of a number of ranks, with other
-    `tokens` of a rank if these are given.
+    `tokens` of a rank if these are given. `allow` are words for `--fsep-allow-unproven`.
     """
 
     model: ModelShape
@@ -68,6 +75,7 @@ class Run:
     stock_flex: bool
     stock_overlaps: bool
     shardings: tuple[Sharding, ...] = tuple(Sharding)
+    allow: tuple[Unproven, ...] = ()
 
     def of_group(self, num_ranks: int) -> RunShape:
         """Return the shape with groups of N ranks."""

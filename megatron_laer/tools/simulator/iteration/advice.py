@@ -70,6 +70,15 @@ def losses(ours: IterationPrediction, theirs: IterationPrediction) -> str:
     )
 
 
+def saved(ours: IterationPrediction, theirs: IterationPrediction) -> str:
+    """Return the part of an iteration that shrinks most."""
+    waits = "waiting for the slowest rank"
+    less = {waits: theirs.waiting_s - ours.waiting_s}
+    less |= {kind: theirs.exposed_s[kind] - seconds for kind, seconds in ours.exposed_s.items()}
+    most = max(less, key=lambda kind: less[kind])
+    return f"{most} takes {less[most]:.3g} s less"
+
+
 def advice(
     cases: Mapping[Case, Mapping[str, IterationPrediction]], most_bytes: float | None = None
 ) -> str:
@@ -84,15 +93,14 @@ def advice(
     needed = {case: cases[case][FSEP].peak_bytes for case in rivals_of}
     fits = [case for case in rivals_of if most_bytes is None or needed[case] <= most_bytes]
     if not fits:
-        return (
-            f"Do not use FSEP here: it needs {min(needed.values()) / 2**30:.3g} GiB of a rank's "
-            "memory; recompute more, or spread the model over more ranks or pipeline stages."
-        )
+        assert most_bytes is not None
+        least = min(needed, key=lambda each: needed[each])
+        return _too_large(needed[least], cases[least][rivals_of[least]], most_bytes)
     case = max(fits, key=lambda each: cases[each][FSEP].tokens_per_s / each.world)
     methods, rival = cases[case], rivals_of[case]
     found = gain(methods[FSEP], methods[rival])
     ours, theirs = methods[FSEP], methods[rival]
-    named = "FSDP+EP" if rival == FSDP_EP else f"stock EP in groups of {theirs.group}"
+    named = _named(theirs)
     where = (
         f"with {case.label}"
         if len(cases) > 1
@@ -100,18 +108,18 @@ def advice(
     )
     if most_bytes is not None and theirs.peak_bytes > most_bytes:
         return (
-            f"Use FSEP ({where}) if at all: {named} needs {theirs.peak_bytes / 2**30:.3g} GiB of a "
-            f"rank's memory, FSEP {ours.peak_bytes / 2**30:.3g}."
+            f"Use FSEP ({where}): it needs {_gib(ours.peak_bytes)} of a rank's memory, and {named} "
+            f"{_gib(theirs.peak_bytes)}, which does not fit {_gib(most_bytes)}."
         )
     if found.low >= WORTH:
         sentence = f"Use FSEP ({where}): it is {found} as fast as {named}"
-        best = min(methods.values(), key=lambda each: each.iteration_s)
+        fitting = [of for of in methods.values() if not most_bytes or of.peak_bytes <= most_bytes]
+        best = min(fitting, key=lambda each: each.iteration_s)
         if best.iteration_s * WORTH < ours.iteration_s:
             return f"{sentence}, but {best.method} takes {best.iteration_s:.3g} s for its " + (
                 f"{ours.iteration_s:.3g}."
             )
-        saved_s = theirs.waiting_s - ours.waiting_s
-        return f"{sentence}, since ranks wait {saved_s:.3g} s less for the slowest one."
+        return f"{sentence}; {saved(ours, theirs)}."
     if found.high < WORTH:
         return (
             f"Do not use FSEP here ({where}): it is {found} as fast as {named}; "
@@ -121,3 +129,22 @@ def advice(
         f"Undecided ({where}): FSEP is {found} as fast as {named}, so the constants of "
         "this cluster must be known better; measure them on its own machines."
     )
+
+
+def _too_large(ours_bytes: float, theirs: IterationPrediction, most_bytes: float) -> str:
+    """Return the advice where no case of FSEP fits, next to the rival in the smallest case."""
+    fits = theirs.peak_bytes <= most_bytes
+    verdict = "Do not use FSEP here: it does not fit" if fits else "Nothing fits"
+    return (
+        f"{verdict} {_gib(most_bytes)} of a rank's memory. FSEP needs {_gib(ours_bytes)}, "
+        f"{_named(theirs)} {_gib(theirs.peak_bytes)}. Recompute more, or spread the model over "
+        "more ranks or pipeline stages."
+    )
+
+
+def _named(rival: IterationPrediction) -> str:
+    return "FSDP+EP" if rival.method == FSDP_EP else f"stock EP in groups of {rival.group}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.3g} GiB"

@@ -167,10 +167,10 @@ class ModelShape:
         return first + self.lora.weights("linear_fc2", width, self.hidden)
 
 
-def read_model(config: str, num_experts: int | None = None) -> ModelShape:
-    """Read the shape from a model configuration; a trace's `num_experts` replaces the model's."""
-    sizes = model_sizes(config)
-    experts = num_experts or sizes.num_experts
+def read_model(config: str) -> ModelShape:
+    """Read the shape from a model configuration."""
+    sizes = model_sizes(config, way_out="mend it")
+    experts = sizes.num_experts
     assert experts is not None
     values = model_values(config)
     layers = _number(values, "--num-layers", most=_MAX_LAYERS, least=1)
