@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_laer.choices import GemmBackEnd
 from megatron_laer.planner.gemm_curve import GemmCurve
 
 
@@ -94,6 +95,15 @@ class HostTime:
         _check_seconds("layer_s", self.layer_s)
 
 
+# NCCL's MAXCHANNELS, which also bounds its thread blocks.
+_MOST_CHANNELS = 64
+
+
+def _check_channels(name: str, value: int) -> None:
+    if not 1 <= value <= _MOST_CHANNELS:
+        raise ValueError(f"{name} must be in 1..{_MOST_CHANNELS}, NCCL's most, got {value!r}")
+
+
 @dataclass(frozen=True)
 class ExchangeCtas:
     """Most thread blocks of NCCL, hence SMs, of an exchange of weights or gradients.
@@ -105,6 +115,10 @@ class ExchangeCtas:
 
     intra: int
     inter: int
+
+    def __post_init__(self) -> None:
+        for name in ("intra", "inter"):
+            _check_channels(name, getattr(self, name))
 
     def of(self, *, crosses_nodes: bool) -> int:
         return self.inter if crosses_nodes else self.intra
@@ -128,7 +142,12 @@ class Card:
 
     def __post_init__(self) -> None:
         _check_rate("memory_gib", self.memory_gib)
-        _check_seconds("context_gib", self.context_gib)
+        if not 0 <= self.context_gib < self.memory_gib:
+            raise ValueError(
+                f"context_gib must be less than memory_gib {self.memory_gib:g}, and at least 0, "
+                f"got {self.context_gib!r}"
+            )
+        _check_channels("nccl_channels", self.nccl_channels)
 
     def communicator_bytes(self, ranks: int, node_size: int, *, of_exchange: bool = False) -> int:
         """Estimate the buffers of one NCCL communicator (docs/communication.md)."""
@@ -168,6 +187,11 @@ class BackEnd:
     forward: GemmCurve
     input_grad: GemmCurve
     weight_grad: GemmCurve
+
+    def __post_init__(self) -> None:
+        known = [word.value for word in GemmBackEnd if word != GemmBackEnd.AUTO]
+        if self.name not in known:
+            raise ValueError(f"{self.name!r} is no back end; known are {', '.join(known)}")
 
     @property
     def backward_gemm_factor(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,12 +17,13 @@ from hypothesis import strategies as st
 
 from megatron_laer.choices import Recompute
 from megatron_laer.config import FSEPConfig
+from megatron_laer.files.shipped import yaml_file
 from megatron_laer.layer.experts.gemm import slot_gemm
-from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
+from megatron_laer.planner.cluster_files import cluster_text, load_cluster, parse_cluster
 from megatron_laer.planner.clusters import Figure, Link, SolveTime
 from megatron_laer.runtime.build import layer_costs
 from megatron_laer.tools.calibration import quantities
-from megatron_laer.tools.calibration.constants import measured_cluster
+from megatron_laer.tools.calibration.constants import implausible, measured_cluster, with_card
 from megatron_laer.tools.calibration.fitting import (
     figure_of,
     fit_curve,
@@ -143,6 +145,28 @@ def test_every_constant_has_a_spread_with_its_figures_in_it(cluster):
     assert spreads["contention.gemm"].high == pytest.approx(1.2 * 1.1, rel=1e-3)
     assert {"host.launch_s", "host.gate", "solve", "backward_gemm_factor"} <= spreads.keys()
     assert spreads["intra.bytes_per_s"].low < spreads["intra.bytes_per_s"].high
+
+
+def test_a_gpus_file_has_the_rest_from_the_shipped_cluster_of_such_cards(cluster):
+    like = load_cluster("h100-8")
+    found = with_card(cluster, 79.1, like)
+    assert found.card == replace(like.card, memory_gib=79.1)
+    assert found.host == replace(cluster.host, layer_s=like.host.layer_s)
+    assert dict(found.spreads)["host.layer_s"] == dict(like.spreads)["host.layer_s"]
+    assert found.assumed == "The card but for its memory, and host.layer_s, are those of h100-8"
+    assert parse_cluster(cluster_text(found)) == found
+    assert "are those of h100-8" in with_card(replace(cluster, assumed="x"), 80, like).assumed
+
+
+def test_implausible_constants_are_named(cluster):
+    assert implausible(cluster) == []
+    disturbed = cluster.with_constants({"backward_gemm_factor": 0.2963, "contention.exchange": 6.4})
+    assert implausible(disturbed) == [
+        "backward_gemm_factor 0.296 (usual are 0.6 to 2.5)",
+        "contention.exchange 6.4 (usual are 0.8 to 4)",
+    ]
+    for file in yaml_file("cluster", "h100-8").parent.glob("*.yaml"):
+        assert implausible(load_cluster(file)) == [], file
 
 
 def test_the_file_holds_all_of_it(cluster):

@@ -55,6 +55,7 @@ MEASURED = """backward_gemm_factor: 1.5
 host: {launch_s: 5e-6, gate: {base_s: 1e-5, slot_s: 1e-7, count_s: 1e-9}}
 contention: {gemm: 1.1, exchange: 1.2}
 memory_bytes_per_s: 1e12
+card: {memory_gib: 80, context_gib: 1, nccl_channels: 32, exchange_ctas: {intra: 16, inter: 8}}
 back_ends:
   loop: {forward: [[1, 1e9]], input_grad: [[1, 1e9]], weight_grad: [[1, 5e8]]}
 spreads:
@@ -111,6 +112,10 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
         ("gemm: {low", "gemms: {low", r"'gemms' is no constant with a spread; known are \['gemm'"),
         ("[2, 1, 3]", "[2, 1]", r"must be a figure \[median, low, high\], got \['2', '1'\]"),
         ("torch: 2.15.0", "torch: []", r"measured\.torch must be a text that is not empty, got"),
+        ("  loop: {", "  foo: {", r"back_ends\.foo: 'foo' is no back end; known are loop, te"),
+        ("context_gib: 1", "context_gib: 80", r"card: context_gib must be less than memory_gib 80"),
+        ("channels: 32", "channels: 65", r"card: nccl_channels must be in 1\.\.64, NCCL's most"),
+        ("intra: 16", "intra: 1000", r"card\.exchange_ctas: intra must be in 1\.\.64"),
         (GOOD, "- 1", r"the file holds \['1'\], expected a mapping"),
     ],
 )

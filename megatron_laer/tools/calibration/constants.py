@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from megatron_laer.planner.clusters import (
     ENOUGH_TOKENS,
@@ -50,6 +51,12 @@ from megatron_laer.tools.calibration.settings import CalibrationSettings
 DEFAULT_BACK_END = "loop"
 _PERCENTILES = "measured: 10th to 90th percentile of"
 _SIDES = ("median", "low", "high")
+# Two processors of one memory slow each other up to three times; a card much less.
+_USUAL = {
+    "backward_gemm_factor": (0.6, 2.5),
+    "contention.gemm": (0.8, 4.0),
+    "contention.exchange": (0.8, 4.0),
+}
 
 Figures = Mapping[Quantity, Figure]
 
@@ -107,6 +114,30 @@ def measured_cluster(
         figures=tuple((str(key), figure) for key, figure in figures.items()),
         measured=tuple(measured.items()),
     )
+
+
+def with_card(cluster: Cluster, memory_gib: float, like: Cluster) -> Cluster:
+    """Add the rest of a GPU's constants, from a shipped cluster of `like` cards."""
+    assert cluster.host is not None and like.host is not None and like.card is not None
+    said = f"The card but for its memory, and host.layer_s, are those of {like.name}"
+    layer = [(name, spread) for name, spread in like.spreads if name == "host.layer_s"]
+    return replace(
+        cluster,
+        assumed=said if cluster.assumed == "nothing" else f"{cluster.assumed}. {said}",
+        host=replace(cluster.host, layer_s=like.host.layer_s),
+        card=replace(like.card, memory_gib=memory_gib),
+        spreads=(*cluster.spreads, *layer),
+    )
+
+
+def implausible(cluster: Cluster) -> list[str]:
+    """Return the constants outside of their usual range, as where other work disturbs ranks."""
+    found = [(name, cluster.constant(name), *usual) for name, usual in _USUAL.items()]
+    return [
+        f"{name} {value:.3g} (usual are {low:g} to {high:g})"
+        for name, value, low, high in found
+        if value is not None and not low <= value <= high
+    ]
 
 
 def _back_ends(figures: Figures, settings: CalibrationSettings) -> tuple[BackEnd, ...]:

@@ -18,10 +18,12 @@ import torch.distributed as dist
 
 from megatron_laer.device import cpu_needed
 from megatron_laer.files import memory
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
+from megatron_laer.runtime.build import default_cluster
 from megatron_laer.runtime.comm import launcher
 from megatron_laer.runtime.comm.streams import make_comm_stream
-from megatron_laer.tools.calibration.constants import measured_cluster
+from megatron_laer.tools.calibration.constants import measured_cluster, with_card
 from megatron_laer.tools.calibration.contention import contention_jobs
 from megatron_laer.tools.calibration.gemms import compute_dtype, gemm_jobs, usable_back_ends
 from megatron_laer.tools.calibration.host import host_jobs
@@ -126,7 +128,11 @@ def calibrate(
     if dist.get_rank() != 0:
         return None
     measured = _described(names, settings, device)
-    return measured_cluster(figures, settings, len(names) // settings.node_size, name, measured)
+    cluster = measured_cluster(figures, settings, len(names) // settings.node_size, name, measured)
+    if device.type == "cpu":
+        return cluster
+    memory_gib = torch.cuda.mem_get_info(device)[1] / 2**30
+    return with_card(cluster, memory_gib, load_cluster(default_cluster(device)))
 
 
 # Experts by `on_cuda`: Mixtral-8x7B's, and one that a processor computes in milliseconds.

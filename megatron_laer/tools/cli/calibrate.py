@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from megatron_laer.files.checks import quoted, refuse_overwriting, refuse_unwritable
+from megatron_laer.files.checks import (
+    one_line,
+    quoted,
+    refuse_overwriting,
+    refuse_unwritable,
+)
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.writing import write_file
 from megatron_laer.planner.cluster_files import cluster_text, parse_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.runtime.comm import launcher
+from megatron_laer.tools.calibration.constants import implausible
 from megatron_laer.tools.calibration.settings import START
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -30,6 +37,7 @@ from megatron_laer.tools.cli.argument_types import (
     path,
 )
 from megatron_laer.tools.model_flags import MAX_WIDTH, ExpertSizes, model_sizes
+from megatron_laer.tools.simulator.iteration_output import not_given
 
 if TYPE_CHECKING:
     from megatron_laer.tools.calibration.sampling import Job
@@ -146,3 +154,8 @@ def _write(cluster: Cluster | None, output: Path) -> None:
     print(
         f"{quoted(output)}: {len(cluster.figures)} figures of {dict(cluster.measured)['hardware']}"
     )
+    if lacking := not_given(cluster):
+        print(one_line(lacking))
+    if found := implausible(cluster):
+        way_out = "measure again, without other work on the machine"
+        print(f"calibrate: implausible: {', '.join(found)}; {way_out}", file=sys.stderr)
