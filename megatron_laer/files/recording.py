@@ -46,13 +46,13 @@ class RecordingFile:
     """Only writer of a recording. On an OSError all records are kept.
 
     `fields` are the header's, and `records` yields each whole record's step and end offset.
-    `first_step` is this run's; 0 if it does not resume another. Without `run`, its number is the
-    file's, or a new one. `last` is the last step of earlier runs that stays, if any, and `step` the
-    newest started one, or the one before the run's first. The next record has the number `next`,
-    and a checksum with this `seed`.
+    `first_step` is this run's; 0 if it does not resume another. A new file gets the number `run`.
+    `last` is the last step of earlier runs that stays, if any, and `step` the newest started one,
+    or the one before the run's first. The next record has the number `next`, and a checksum with
+    this `seed`.
 
-    Raises InUseError if another run writes it, and ValueError for another file or header. Records
-    of another run are refused too: those with another number, and at step 0 all (see `run_mark`).
+    Raises InUseError if another run writes it, and ValueError for another file, another header, or
+    another run's records at step 0 (see `run_mark`).
     """
 
     def __init__(
@@ -70,20 +70,13 @@ class RecordingFile:
         self._records = records
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_exclusively(self.path)
-        there = run_of(self.path)
-        run = run or there or new_run()
+        run = run_of(self.path) or run or new_run()
         self.seed = zlib.crc32(run.encode())
-        self._header = header_line(format_name, {"run": there or run, **fields})
+        self._header = header_line(format_name, {"run": run, **fields})
         try:
             remove_leftovers(self.path)
             self._check_header()
-            self._check_run(first_step, run, there)
-            if there not in (None, run):  # of a run that recorded nothing
-                self._header = header_line(format_name, {"run": run, **fields})
-                self._file.truncate(0)
-                self.append(self._header)
-            run_mark.mark(self.path)
-            self.last = self._cut_from(first_step)
+            self._go_on(first_step)
         except BaseException:
             self.close()
             raise
@@ -119,20 +112,15 @@ class RecordingFile:
         # A run that was killed at once leaves a part of its header.
         self.append(self._header[len(begin) :])
 
-    def _check_run(self, first_step: int, run: str, there: str | None) -> None:
+    def _go_on(self, first_step: int) -> None:
         is_restart = first_step > 0 or run_mark.is_of_this_run(self.path)
-        has_records = any(True for _ in self._records(self.path))
-        if not has_records or (is_restart and there in (None, run)):
-            return
-        if is_restart:
+        if not is_restart and any(True for _ in self._records(self.path)):
             raise ValueError(
-                f"{self.path} is of run {there}, and other recordings in this run's folders are of "
-                f"run {run}; move one of them away"
+                f"{self.path} holds the steps of an earlier run, and this run begins at step 0; "
+                "give an empty folder, or resume the run that wrote it from a checkpoint"
             )
-        raise ValueError(
-            f"{self.path} holds the steps of an earlier run, and this run begins at step 0; "
-            "give an empty folder, or resume the run that wrote it from a checkpoint"
-        )
+        run_mark.mark(self.path)
+        self.last = self._cut_from(first_step)
 
     def _cut_from(self, step: int) -> int | None:
         """Move records from a step on to another file, and cut off an incomplete one.
@@ -198,39 +186,29 @@ class RecordingFile:
         return quoted(line.decode(errors="backslashreplace"), _QUOTED_BYTES)
 
 
-class RecordNumbers:
-    """Check of the numbers of a run's records, in the order of their file."""
-
-    def __init__(self, path: Path, run: str) -> None:
-        self.seed = zlib.crc32(run.encode())
-        # The first records of a file that was set aside are in another one.
-        self._next = None if is_cut_off(path) else 1
-
-    def check(self, number: object, where: str = "") -> None:
-        expected = number if self._next is None else self._next
-        if type(number) is not int or number != expected:
-            raise ValueError(
-                f"{where}record {quoted(number)} is where record {expected} must be, so some are "
-                "lost or moved; a copy of the file up to there can be read"
-            )
-        self._next = number + 1
-
-
-def read_record(line: bytes, numbers: RecordNumbers) -> dict[str, Any]:
-    content = read_line(line, numbers.seed)
-    numbers.check(content.pop("record", None))
-    return content
-
-
-def read_recording_header(
-    line: bytes, path: Path, format_name: str, kind: str
-) -> tuple[dict[str, Any], RecordNumbers]:
-    """Return a first line's fields without the run, and the check of the records to come."""
+def read_recording_header(line: bytes, format_name: str, kind: str) -> tuple[dict[str, Any], int]:
+    """Return a first line's fields without the run, and the seed of the records' checksums."""
     fields = read_header(line, format_name, kind)
     run = fields.pop("run", None)
     if not isinstance(run, str) or not _RUN.fullmatch(run):
         raise ValueError(f"run must be 16 hexadecimal digits, got {quoted(run)}")
-    return fields, RecordNumbers(path, run)
+    return fields, zlib.crc32(run.encode())
+
+
+def read_record(line: bytes, path: Path, number: int, seed: int) -> dict[str, Any]:
+    """Read a line of JSON, counted from 1, of which the first is the header."""
+    content = read_line(line, seed)
+    check_number(path, content.pop("record", None), number - 1, "")
+    return content
+
+
+def check_number(path: Path, number: object, expected: int, where: str) -> None:
+    """Refuse a record that is not the next; the first ones of a file set aside are in another."""
+    if number != expected and not is_cut_off(path):
+        raise ValueError(
+            f"{where}record {quoted(number)} is where record {expected} must be, so some are lost "
+            "or moved; a copy of the file up to there can be read"
+        )
 
 
 def new_run() -> str:

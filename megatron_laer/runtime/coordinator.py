@@ -98,8 +98,7 @@ class Coordinator:
         try:
             names = [layer.name for layer in self.layers]
             out_of_fp8 = self.layouts.out_of_fp8
-            of_group = self.config, self.groups.index, first_step
-            run = run_of_group(*of_group) if self.groups.rank == 0 else None
+            run = run_of_group(self.config, self.groups.index) if self.groups.rank == 0 else None
             self.measurements.start(names, first_step, self.device, out_of_fp8, run)
             self._launch_kernels()
             self.layouts.start(first_step, run)

@@ -26,12 +26,7 @@ from typing import Any
 from megatron_laer.arrays import Int64
 from megatron_laer.files.checks import MAX_LINE, open_input, quoted
 from megatron_laer.files.json_lines import MAX_RANKS, check_shape, numbered_lines
-from megatron_laer.files.recording import (
-    RecordingFile,
-    RecordNumbers,
-    read_record,
-    read_recording_header,
-)
+from megatron_laer.files.recording import RecordingFile, read_record, read_recording_header
 from megatron_laer.planner.cluster_files import cluster_content
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
@@ -113,26 +108,26 @@ def _recorded(path: Path) -> Iterator[tuple[int, int]]:
     """Yield the step of every whole line but the first, and the offset of its end."""
     with open_input(path) as file:
         lines = numbered_lines(file, path, MAX_LINE)
-        _, numbers = read_shape(next(lines)[2], path)
+        _, seed = read_shape(next(lines)[2], path)
         for number, end, line in lines:
-            yield read_step(line, path, number, numbers)["step"], end
+            yield read_step(line, path, number, seed)["step"], end
 
 
-def read_shape(line: bytes, path: Path) -> tuple[Shape, RecordNumbers]:
+def read_shape(line: bytes, path: Path) -> tuple[Shape, int]:
     try:
-        header, numbers = read_recording_header(line, path, FORMAT, "recording of metrics")
+        header, seed = read_recording_header(line, FORMAT, "recording of metrics")
         expected = {*_SIZES, "layers"}
         if set(header) != expected:
             raise ValueError(f"has the keys {quoted(sorted(header))}, expected {sorted(expected)}")
         check_shape({}, header["layers"])
-        return Shape(**header | {"layers": tuple(header["layers"])}), numbers
+        return Shape(**header | {"layers": tuple(header["layers"])}), seed
     except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error
 
 
-def read_step(line: bytes, path: Path, number: int, numbers: RecordNumbers) -> dict[str, Any]:
+def read_step(line: bytes, path: Path, number: int, seed: int) -> dict[str, Any]:
     try:
-        content = read_record(line, numbers)
+        content = read_record(line, path, number, seed)
     except ValueError as error:
         raise ValueError(f"{path}, line {number}: {error}") from error
     step = content.get("step")

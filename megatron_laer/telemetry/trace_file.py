@@ -47,7 +47,7 @@ import numpy.typing as npt
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.files.checks import open_input
 from megatron_laer.files.json_lines import MAX_RANKS, check_shape
-from megatron_laer.files.recording import RecordingFile, RecordNumbers, read_recording_header
+from megatron_laer.files.recording import RecordingFile, check_number, read_recording_header
 from megatron_laer.planner.layout import MAX_EXPERTS
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ _MAX_LOST_BYTES = 2**26
 class Header(NamedTuple):
     """First line of a recording, with its length and the file's when it was opened."""
 
-    numbers: RecordNumbers
+    seed: int
     num_ranks: int
     num_experts: int
     layers: tuple[str, ...]
@@ -222,17 +222,17 @@ def _check_header(fields: Mapping[str, Any]) -> None:
 def read_header_of(file: BinaryIO, path: Path) -> Header:
     line = file.readline(_MAX_HEADER_BYTES)
     try:
-        fields, numbers = read_recording_header(line, path, FORMAT, "trace")
+        fields, seed = read_recording_header(line, FORMAT, "trace")
         _check_header(fields)
     except ValueError as error:
         raise ValueError(f"{path}, line 1: {error}") from error
     sizes = fields["num_ranks"], fields["num_experts"]
     file_bytes = os.fstat(file.fileno()).st_size
-    return Header(numbers, *sizes, tuple(fields["layers"]), len(line), file_bytes)
+    return Header(seed, *sizes, tuple(fields["layers"]), len(line), file_bytes)
 
 
 def frames(file: BinaryIO, path: Path, header: Header) -> Iterator[Frame]:
-    """Yield all complete records, once; their counts are skipped."""
+    """Yield all complete records; their counts are skipped."""
     offset, size, place = header.line_bytes, header.file_bytes, 0
     while offset + _FRAME.size <= size:
         file.seek(offset)
@@ -240,12 +240,12 @@ def frames(file: BinaryIO, path: Path, header: Header) -> Iterator[Frame]:
         crc_of_fields, width, number, step, layer, microbatch, crc = _FRAME.unpack(fields)
         place += 1
         where = f"{path}, record {place} at byte {offset}: "
-        is_ours = crc_of_fields == zlib.crc32(fields[_CRC_BYTES:], header.numbers.seed)
+        is_ours = crc_of_fields == zlib.crc32(fields[_CRC_BYTES:], header.seed)
         if width not in _KNOWN or not is_ours:
             if _is_torn(file, offset, size, _FRAME.size):
                 return
             raise ValueError(f"{where}no record of its run begins there; {damage(offset)}")
-        header.numbers.check(number, where)
+        check_number(path, number, place, where)
         mark = width & (_PAIRS | _SETS)
         width -= mark
         frame = Frame(offset, 0, width, step, layer, microbatch, crc, mark == _PAIRS, mark == _SETS)

@@ -26,7 +26,7 @@ from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime.planning import planned_layouts, planner_rank
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, read_layouts
 from megatron_laer.runtime.planning.planned_layouts import PlannedLayouts
-from megatron_laer.runtime.planning.planner_rank import PlannerRank
+from megatron_laer.runtime.planning.planner_rank import PlannerRank, run_of_group
 from megatron_laer.telemetry.trace_file import TraceWriter
 from tests.costs import make_costs
 from tests.fuzz import resealed
@@ -139,6 +139,16 @@ def test_a_start_that_fails_names_the_flag_and_lets_go_of_what_it_opened(tmp_pat
     writing.open_exclusively(tmp_path / "layouts" / "group-0.jsonl").close()
     writer.close()
     first_rank(config).close()
+
+
+def test_recordings_of_a_run_have_one_number(tmp_path: Path) -> None:
+    """A resumed run that records more than before goes on with the number of what is there."""
+    folders = {name: str(tmp_path) for name in ("record_layouts", "record_trace")}
+    numbers = [run_of_group(FSEPConfig(**folders), group) for group in (0, 0)]
+    assert numbers[0] != numbers[1]
+    TraceWriter(tmp_path / "group-0.trace", 2, 4, LAYERS, 0, numbers[0]).close()
+    config = FSEPConfig(**folders, record_metrics=str(tmp_path / "new"))
+    assert run_of_group(config, 0) == numbers[0] != run_of_group(config, 1)
 
 
 COSTS = make_costs()

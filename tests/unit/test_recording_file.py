@@ -204,7 +204,7 @@ def test_steps_are_moved_beside_when_the_step_goes_back_within_a_run(
     assert kind.read(aside) == dict.fromkeys(range(back_to, 4), 1)
 
 
-def test_a_run_keeps_its_number_and_another_ones_is_refused(kind: Kind, tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_number(kind: Kind, tmp_path: Path) -> None:
     paths = [tmp_path / name / kind.name for name in ("one", "other")]
     for path in paths:
         record(kind, path, range(3), seed=1)
@@ -212,16 +212,9 @@ def test_a_run_keeps_its_number_and_another_ones_is_refused(kind: Kind, tmp_path
     assert first is not None and other is not None and first != other
     record(kind, paths[0], range(2, 5), seed=2)
     assert run_of(paths[0]) == run_of(paths[0].with_stem("group-0.cut-from-2")) == first
-    content = paths[0].read_bytes()
-    with pytest.raises(ValueError, match=rf"is of run {first}, and other .* of run {other}; move"):
-        kind(paths[0], 5, other)
-    assert paths[0].read_bytes() == content
-    # A run that recorded nothing leaves its place to another one.
     kind(tmp_path / kind.name, 0, first).close()
     kind(tmp_path / kind.name, 0, other).close()
-    assert run_of(tmp_path / kind.name) == other
-    record(kind, tmp_path / kind.name, range(2), seed=1)
-    assert kind.read(tmp_path / kind.name) == {0: 1, 1: 1}
+    assert run_of(tmp_path / kind.name) == first
 
 
 def test_layouts_that_did_not_change_again_are_moved_beside_as_well(tmp_path: Path) -> None:

@@ -7,11 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_laer.config import FSEPConfig
 from megatron_laer.files import run_mark
 from megatron_laer.files.json_lines import header_line
 from megatron_laer.files.recording import RecordingFile
-from megatron_laer.runtime.planning.planner_rank import run_of_group
 from tests.processes import python
 
 NUMBER, NAME = "0123456789abcdef", "group-0.trace"
@@ -129,23 +127,6 @@ def test_a_run_that_would_not_go_on_from_its_own_checkpoints_is_refused(
     record(tmp_path, 0, range(3))
     with pytest.raises(ValueError, match=REFUSED):
         record(tmp_path, 0, range(3))
-
-
-def test_recordings_of_a_group_have_the_number_of_those_that_the_run_continues(
-    tmp_path: Path,
-) -> None:
-    resumed_from(tmp_path / "saved")
-    record(tmp_path, 0, range(3))
-    trace = FSEPConfig(record_trace=str(tmp_path))
-    more = FSEPConfig(record_layouts=str(tmp_path / "new"), record_metrics=str(tmp_path))
-    # A restart, also of one that records more from now on; another group has its own.
-    for config, step in ((trace, 0), (trace, 2), (more, 0), (more, 2)):
-        assert run_of_group(config, 0, step) == NUMBER
-    assert run_of_group(trace, 1, 2) != NUMBER
-    # Without signs of the same run, only the file itself is continued, by a resumed run.
-    resumed_from(None)
-    assert run_of_group(trace, 0, 2) == NUMBER
-    assert NUMBER not in {run_of_group(trace, 0, 0), run_of_group(more, 0, 2)}
 
 
 def test_a_mark_replaces_a_link_in_its_place_and_not_the_file_behind_it(tmp_path: Path) -> None:

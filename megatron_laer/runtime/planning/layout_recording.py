@@ -28,12 +28,7 @@ import numpy as np
 from megatron_laer.choices import Sharding
 from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
 from megatron_laer.files.json_lines import MAX_RANKS, check_shape, numbered_lines
-from megatron_laer.files.recording import (
-    RecordingFile,
-    RecordNumbers,
-    read_record,
-    read_recording_header,
-)
+from megatron_laer.files.recording import RecordingFile, read_record, read_recording_header
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
@@ -130,9 +125,8 @@ class _Shape:
         digits = max(len(str(number)) for number in (self.geometry.num_experts, EMPTY))
         return 170 + len(self.layers) * (slots * (digits + 2) + 4)
 
-    def change_of(self, line: bytes, numbers: RecordNumbers) -> tuple[int, list[ExpertLayout]]:
+    def change_of(self, entry: Mapping[str, Any]) -> tuple[int, list[ExpertLayout]]:
         """Return a line's step, and the new layout of every layer."""
-        entry = read_record(line, numbers)
         if set(entry) != {"step", "slots"}:
             raise ValueError(f"has {quoted(sorted(entry))}, expected 'slots' and 'step'")
         step, slots = entry["step"], entry["slots"]
@@ -153,9 +147,9 @@ def _sharding(header: Mapping[str, Any]) -> Sharding:
     return Sharding(word)
 
 
-def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, RecordNumbers]:
+def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, int]:
     try:
-        header, numbers = read_recording_header(line, path, FORMAT, "recording of layouts")
+        header, seed = read_recording_header(line, FORMAT, "recording of layouts")
         num_ranks, num_experts, capacity = (
             header.pop(name) for name in ("num_ranks", "num_experts", "capacity")
         )
@@ -166,7 +160,7 @@ def _recorded_shape(path: Path, line: bytes) -> tuple[_Shape, RecordNumbers]:
         sharding = _sharding(header)
         header.pop("sharding", None)
         geometry = Geometry(num_ranks, num_experts, capacity, num_ranks, sharding)
-        return _Shape(geometry, header, layers), numbers
+        return _Shape(geometry, header, layers), seed
     except KeyError as error:
         raise ValueError(f"layout recording: {path}, line 1: lacks {error}") from error
     except ValueError as error:
@@ -181,7 +175,7 @@ def _recorded(path: Path) -> Iterator[tuple[int, int]]:
 def _changes(path: Path) -> Iterator[tuple[int, list[ExpertLayout], int]]:
     """Yield the step, layouts and offset of the end of every whole line but the first."""
     with open_input(path) as file:
-        shape, numbers = _recorded_shape(path, file.readline(MAX_TEXT_BYTES))
+        shape, seed = _recorded_shape(path, file.readline(MAX_TEXT_BYTES))
         file.seek(0)
         last = -1
         lines = numbered_lines(file, path, shape.longest_line_bytes, kind="layout recording: ")
@@ -189,7 +183,7 @@ def _changes(path: Path) -> Iterator[tuple[int, list[ExpertLayout], int]]:
             if number == 1:
                 continue
             try:
-                step, layouts = shape.change_of(line, numbers)
+                step, layouts = shape.change_of(read_record(line, path, number, seed))
                 if step <= last:
                     raise ValueError(f"step {step} is not above {last}")
             except (KeyError, TypeError, ValueError, OverflowError) as error:

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 from megatron_laer.config import FSEPConfig, LatePlan, flag_name
-from megatron_laer.files import run_mark
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.recording import new_run, run_of
 from megatron_laer.planner.costs import CostModel
@@ -146,21 +145,15 @@ def _strategies(
     return {layer: others if layer in out_of_fp8 else usual for layer in range(num_layers)}
 
 
-def run_of_group(config: FSEPConfig, group_index: int, first_step: int) -> str:
-    """Return the number in the recordings that the group's run continues, or a new one.
-
-    A restart may record more than before, so marked recordings next to its own count too.
-    """
+def run_of_group(config: FSEPConfig, group_index: int) -> str:
+    """Return the number in the recordings that the group's run continues, or a new one."""
     kinds = (
         (recording_path, config.record_layouts),
         (trace_path, config.record_trace),
         (metrics_path, config.record_metrics),
     )
-    folders = [folder for _, folder in kinds if folder]
-    own = [path_of(folder, group_index) for path_of, folder in kinds if folder]
-    near = [path_of(folder, group_index) for path_of, _ in kinds for folder in folders]
-    mine = [*(own if first_step > 0 else ()), *filter(run_mark.is_of_this_run, near)]
-    return next(filter(None, map(run_of, mine)), None) or new_run()
+    paths = [path_of(folder, group_index) for path_of, folder in kinds if folder]
+    return next(filter(None, map(run_of, paths)), None) or new_run()
 
 
 @contextmanager

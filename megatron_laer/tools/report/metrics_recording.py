@@ -69,10 +69,10 @@ def read_metrics(path: Path) -> MetricsRecording:
             raise ValueError(f"{path} holds no whole line; it is no recording of metrics")
         file.seek(0)
         lines = numbered_lines(file, path, MAX_LINE)
-        shape, numbers = read_shape(next(lines)[2], path)
+        shape, seed = read_shape(next(lines)[2], path)
         last = -1
         for number, _, line in lines:
-            content = read_step(line, path, number, numbers)
+            content = read_step(line, path, number, seed)
             try:
                 if "run" in content:
                     runs.append((content["step"], _run_of(content["run"])))
