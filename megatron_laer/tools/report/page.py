@@ -20,7 +20,7 @@ from megatron_laer.tools.report.assessment import assess, percent, seconds
 from megatron_laer.tools.report.figures import sections
 from megatron_laer.tools.report.run_data import RunData
 from megatron_laer.tools.report.what_if import WhatIf
-from megatron_laer.tools.simulator.comparison import TOLERANCE, PlanRow
+from megatron_laer.tools.simulator.comparison import TOLERANCE
 from megatron_laer.tools.simulator.node_rows import in_words
 from megatron_laer.version import __version__
 
@@ -77,7 +77,7 @@ def page(
         heads=["", *(one.name for one in runs)],
         key_figures=[(name, *(one.get(name, "–") for one in columns)) for name in names],
         sections=shown,
-        what_if=[(_cells(row.row, row.share, run), row.command) for row in rows],
+        what_if=[(_cells(row, run), row.command) for row in rows],
         predicted_for=f"Of {rows[0].row.cases} microbatches of one layer each, for {predicted_for}."
         if rows
         else "",
@@ -139,15 +139,14 @@ def _figures_of(run: RunData) -> Iterator[tuple[str, str]]:
         yield "loss", f"{loss:.4f} at step {step}"
 
 
-def _cells(row: PlanRow, share: float, run: RunData) -> list[tuple[str, str]]:
-    of = dict(run.settings)
-    tolerance = of.get("imbalance_tolerance")
-    own = of.get("planner"), of.get("plan_mode") if tolerance is None else TOLERANCE
-    is_own = (row.strategy, row.mode, row.capacity) == (*own, run.shape.capacity)
-    mode = f"{TOLERANCE} {tolerance}" if row.mode == TOLERANCE else row.mode
+def _cells(found: WhatIf, run: RunData) -> list[tuple[str, str]]:
+    row, of = found.row, dict(run.settings)
+    mode = TOLERANCE if "imbalance_tolerance" in of else of.get("plan_mode")
+    own = of.get("planner"), mode, run.shape.capacity
+    is_own = run.is_measured and (row.strategy, row.mode, row.capacity) == own
     return [
         ("strategy", row.strategy),
-        ("mode", f"{mode} (this run's)" if is_own else mode),
+        ("mode", f"{found.mode} (this run's)" if is_own else found.mode),
         ("C", str(row.capacity)),
         ("max/mean", f"{row.mean:.4f}"),
         ("p95", f"{row.p95:.4f}"),
@@ -156,7 +155,7 @@ def _cells(row: PlanRow, share: float, run: RunData) -> list[tuple[str, str]]:
         ("rows between nodes: home - replicas - shared", in_words(row.node_rows)),
         ("fresh", percent(row.replan_share)),
         ("layer ms", f"{row.layer_ms:.3f}"),
-        ("of forced balance, MoE layers", percent(share)),
+        ("of forced balance, MoE layers", percent(found.share)),
     ]
 
 

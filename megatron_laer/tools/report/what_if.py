@@ -33,10 +33,11 @@ _LAG = 1
 class WhatIf:
     """Row of `plan`, whose `layer_ms` includes fresh layouts; `command` prints it again.
 
-    `share` is stock's time with forced balance over `layer_ms`.
+    `share` is stock's time with forced balance over `layer_ms`. `mode` has the tolerance, if any.
     """
 
     row: PlanRow
+    mode: str
     share: float
     command: str
 
@@ -100,6 +101,7 @@ def what_if(
     return [
         WhatIf(
             row,
+            f"{row.mode} {tolerance}" if row.mode == TOLERANCE else row.mode,
             balanced_ms / row.layer_ms,
             _command(path, geometry, costs, token_exchange, tolerance, flags, every, row),
         )
