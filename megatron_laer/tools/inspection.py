@@ -17,7 +17,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -67,17 +67,11 @@ class Entry:
         return math.prod(self.shape)
 
 
-class Description(NamedTuple):
-    """Text on a checkpoint, and whether a planner's state in it is damaged."""
-
-    text: str
-    is_damaged: bool
-
-
-def describe(path: str | Path) -> Description:
+def describe(path: str | Path) -> tuple[str, bool]:
     """Describe the checkpoint at `path`, a run's directory or one iteration's.
 
-    Raises ValueError without an intact checkpoint; a damaged planner's state is only described.
+    Also return whether a planner's state is damaged. Raises ValueError without an intact list of
+    tensors.
     """
     folder = _find(Path(path))
     config = _json(folder / "metadata.json")
@@ -86,7 +80,7 @@ def describe(path: str | Path) -> Description:
     lines += _model(tensors)
     lines += _optimizer(tensors)
     of_planner, is_damaged = _planner(folder)
-    return Description("\n".join([*lines, *of_planner]), is_damaged)
+    return "\n".join([*lines, *of_planner]), is_damaged
 
 
 def _find(path: Path) -> Path:

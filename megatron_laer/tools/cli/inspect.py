@@ -16,6 +16,6 @@ def run(args: argparse.Namespace) -> int:
     # Not at the top: it imports NumPy, which help does not need.
     from megatron_laer.tools import inspection
 
-    found = inspection.describe(args.checkpoint)
-    print(found.text)
-    return int(found.is_damaged)
+    text, is_damaged = inspection.describe(args.checkpoint)
+    print(text)
+    return int(is_damaged)
