@@ -143,12 +143,12 @@ def _count(case: Case) -> dict[str, Any]:
     launch.prepare()
     import torch
 
-    counts_NE = _counts(case)
-    routing_TE = _routing(case, counts_NE[0])
-    layer = _build(case)
+    counts_NE = counts_of(case)
+    routing_TE = routing_of(case, counts_NE[0])
+    layer = build(case)
     probs_TE = torch.rand(case.tokens, case.experts) * routing_TE
     hidden = torch.randn(case.tokens, 1, HIDDEN, dtype=torch.bfloat16)
-    with _gathering(torch.from_numpy(counts_NE)), _counter() as counter:
+    with gathering(torch.from_numpy(counts_NE)), counting() as counter:
         _take_kernels_of_cuda(lambda: counter.add("triton::kernel"))
         for _ in range(2):
             counter.found.clear()
@@ -171,19 +171,19 @@ def _count(case: Case) -> dict[str, Any]:
     }
 
 
-def _counts(case: Case) -> Any:
+def counts_of(case: Case, seed: int = 0) -> Any:
     """Draw each rank's tokens per expert, int64 [N, E], from one skewed distribution."""
     import numpy as np
 
     if case.balanced:
         return np.full((case.ranks, case.experts), case.tokens * case.topk // case.experts)
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     share_E = rng.dirichlet(np.full(case.experts, 0.3))
     rows = [rng.multinomial(case.tokens * case.topk, share_E) for _ in range(case.ranks)]
     return np.minimum(rows, case.tokens)
 
 
-def _routing(case: Case, counts_E: Any) -> Any:
+def routing_of(case: Case, counts_E: Any) -> Any:
     """Make a map [T, E] with these tokens per expert, and at most K experts per token."""
     import torch
 
@@ -193,8 +193,11 @@ def _routing(case: Case, counts_E: Any) -> Any:
     return routing_TE
 
 
-def _build(case: Case) -> Any:
-    """Build the MoE layer of rank 0 of N as Megatron does, with main gradients in fp32."""
+def build(case: Case, **settings: Any) -> Any:
+    """Build the MoE layer of rank 0 of N as Megatron does, with main gradients in fp32.
+
+    `settings` are FSEP's, in place of those here.
+    """
     import torch
     import torch.distributed as dist
     from megatron.core import parallel_state
@@ -211,10 +214,8 @@ def _build(case: Case) -> Any:
         options: dict[str, Any] = {"capacity": case.capacity, "restore_algorithm": case.exchange}
         if "sharding" in megatron_laer.FSEPConfig.__dataclass_fields__:  # not in early commits
             options["sharding"] = case.sharding
-        settings = megatron_laer.FSEPConfig(
-            plan_mode="exact", node_size=_NODE_SIZE, scheduler="off", **options
-        )
-        megatron_laer.enable(settings, seed=1)
+        options |= {"plan_mode": "exact", "node_size": _NODE_SIZE, "scheduler": "off"} | settings
+        megatron_laer.enable(megatron_laer.FSEPConfig(**options), seed=1)
     parallel_state.initialize_model_parallel(
         expert_model_parallel_size=case.ranks, create_gloo_process_groups=False
     )
@@ -274,7 +275,7 @@ def _saved() -> Iterator[dict[int, int]]:
 
 
 @contextmanager
-def _gathering(counts_NE: Any) -> Iterator[None]:
+def gathering(counts_NE: Any) -> Iterator[None]:
     """Replace the counts that gathers return; keep the other values behind them."""
     import torch
     import torch.distributed as dist
@@ -327,7 +328,7 @@ def _take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
 
 
 @contextmanager
-def _counter() -> Iterator[Any]:
+def counting() -> Iterator[Any]:
     """Count operations by name and by the exchange that they belong to."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
