@@ -191,6 +191,7 @@ class FSEPMoELayer(MoELayer):
             shared_input, self._shared_input = self._shared_input, None
             self._shared_output = super().shared_experts_compute(shared_input)
         self.token_dispatcher.start_shared_experts(hidden_states)
+        self.token_dispatcher.launch_ahead(routing_map_TE)
         plan = self._plan = finish_plan()
         step_times = self._coordinator.measurements.step_times
         self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, step_times))

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import PlanMode, Split
@@ -160,7 +160,7 @@ class Guard:
         With the exact split, all of it is one native call without the GIL.
         """
         geometry = self.geometry
-        geometry.check_layout(planned)
+        _check_layout(geometry, planned)
         geometry.check_counts(counts_NE.shape)
         check_rank(geometry.num_ranks, rank)
         if self.split == Split.EVEN:
@@ -197,6 +197,12 @@ class Guard:
     @cached_property
     def _native_costs(self) -> native.CostModel:
         return self.costs.for_native(self.geometry)
+
+
+# Called in each pass, mostly for a layout that was checked before; a refusal is not kept.
+@lru_cache(maxsize=256)
+def _check_layout(geometry: Geometry, planned: ExpertLayout) -> None:
+    geometry.check_layout(planned)
 
 
 def _imbalance(quotas: Quotas) -> float:

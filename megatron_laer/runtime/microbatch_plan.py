@@ -17,9 +17,10 @@ from megatron_laer.runtime.weights.restored import RestoredExperts
 
 @dataclass(eq=False)
 class FirstPass:
-    """Results of the first pass's exchanges, for the re-run under a checkpoint."""
+    """Results of the first pass's exchanges and upload, for the re-run under a checkpoint."""
 
     token_rows: TokenRows | None = None
+    runs: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -104,4 +104,4 @@ class PairCounts:
             return None
         pairs_LEE, chosen_LTE = (read().numpy() for read in self._reads)
         self._reads = []
-        return pairs_LEE, chosen_LTE != 0
+        return pairs_LEE.copy(), chosen_LTE != 0

@@ -54,7 +54,6 @@ def dispatch(plan: Any, map_TE: Any, topk: int, path: str, with_shared: bool) ->
     import torch
     import torch.distributed as dist
 
-    from megatron_laer.layer.dispatch import permutation
     from megatron_laer.runtime.comm import copies
 
     generator = torch.Generator().manual_seed(dist.get_rank())
@@ -69,7 +68,7 @@ def dispatch(plan: Any, map_TE: Any, topk: int, path: str, with_shared: bool) ->
     uploads = mock.Mock(side_effect=copies.upload)
     with (
         mock.patch.object(copies, "upload", uploads),
-        mock.patch.object(permutation, "upload", uploads),
+        mock.patch.object(copies.Upload, "start", uploads),
     ):
         sent = dispatcher.dispatch_preprocess(hidden, map_TE, probs)
     assert uploads.call_count == 1, "one piece of memory for all that the device must know"

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from megatron_laer.layer.dispatch import permutation, row_map
+from megatron_laer.layer.dispatch import row_map
 from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.layer.experts.gemm import loop
 from megatron_laer.runtime.comm import collectives, copies
@@ -52,11 +52,16 @@ def _replaced(owner: Any, name: str, replacement: Any) -> Callable[[], AbstractC
 
 
 def _uploads(replacement: Any) -> Callable[[], AbstractContextManager[Any]]:
+    def start(_: Any, *given: Any) -> torch.Tensor:
+        uploaded: torch.Tensor = replacement(*given)
+        return uploaded
+
     @contextlib.contextmanager
     def replaced() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            for module in (copies, permutation, collectives):
+            for module in (copies, collectives):
                 stack.enter_context(mock.patch.object(module, "upload", replacement))
+            stack.enter_context(mock.patch.object(copies.Upload, "start", start))
             yield
 
     return replaced

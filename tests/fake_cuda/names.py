@@ -215,6 +215,8 @@ def _only_of_host(name: str, true: Callable[..., Any]) -> Callable[..., Any]:
                 f"can't convert {tensor.device} device type tensor to numpy. Use Tensor.cpu() to "
                 "copy the tensor to host memory first."
             )
+        if label(tensor) == PINNED:
+            streams.read_by_host(name, tensor)
         return true(tensor, *args, **kwargs)
 
     return read

@@ -16,7 +16,7 @@ import torch
 
 from megatron_laer.runtime.comm import copies, streams
 from tests.fake_cuda import findings, labels
-from tests.fake_cuda.clocks import Checker, Clock
+from tests.fake_cuda.clocks import HOST, Checker, Clock
 
 _numbers = itertools.count(1)
 
@@ -125,6 +125,11 @@ def host_waits(what: str) -> None:
         raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
     findings.current.note(findings.Kind.WAIT, what)
     drain()
+
+
+def read_by_host(name: str, tensor: torch.Tensor) -> None:
+    checker = Simulation.checker
+    checker.access(HOST, checker.enqueue(HOST), tensor, writes=False, name=name)
 
 
 def launched(name: str, read: Sequence[torch.Tensor], written: Sequence[torch.Tensor]) -> None:

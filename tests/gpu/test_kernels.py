@@ -104,7 +104,9 @@ def test_the_permutation_is_that_of_the_cpu() -> None:
     _, _, map_TE, quotas = routed()
 
     def run(device: torch.device) -> list[torch.Tensor]:
-        found = slot_permutation(map_TE.to(device), quotas)
+        found = slot_permutation(
+            map_TE.to(device), quotas, torch.from_numpy(quotas.runs).to(device)
+        )
         tensors = found.pair_P, found.sent.row_X, found.arrived_R, found.sorted_R
         return [tensor.cpu().long() for tensor in tensors]
 

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch.distributed import distributed_c10d
 
+from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.plugin import steps
 from megatron_laer.runtime.comm import copies
@@ -204,6 +205,12 @@ def _let_go_of_the_source(download: Any, tensor: torch.Tensor) -> Any:
     return read
 
 
+def _upload_again(dispatcher: Any, plan: Any, device: torch.device) -> torch.Tensor:
+    """Upload in a re-run too, from the same buffer and behind no gate."""
+    runs: torch.Tensor = dispatcher._upload.start(torch.from_numpy(plan.quotas.runs), device)
+    return runs
+
+
 def _works_without_order(manager: Any) -> None:
     for work in manager.works:
         work.finish()
@@ -316,6 +323,11 @@ TRAINING_FAULTS = {
     ),
     "wait waits for nothing": Fault(
         _replaced(_StreamResult, "wait", _result_at_once), "full recompute"
+    ),
+    "a re-run writes the buffer of an upload that may still run": Fault(
+        _replaced(SlotTokenDispatcher, "_runs", _upload_again),
+        "full recompute",
+        "copy_ on the host writes what _to_copy on the compute stream reads",
     ),
     "nobody waits for the copy of counts": Fault(
         _replaced(Download, "_read", _read_without_waiting),

@@ -36,7 +36,7 @@ class Rank:
     quotas: RankQuotas
 
     def index_form(self) -> SlotPermutation:
-        return slot_permutation(self.map_TE, self.quotas)
+        return slot_permutation(self.map_TE, self.quotas, torch.from_numpy(self.quotas.runs))
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,20 @@ def test_the_core_refuses_what_it_cannot_read(other: dict[str, Any], message: st
         decide(**other)
 
 
+def test_counts_are_read_from_rows_that_end_in_the_same_tags() -> None:
+    rows = np.arange(12).reshape(3, 4)
+    rows[:, 2:] = 7
+    counts_NE = native.agreed_counts(rows, 2)
+    assert counts_NE is not None and counts_NE.tolist() == rows[:, :2].tolist()
+    for place in (2, 3):
+        other = rows.copy()
+        other[1, place] += 1
+        assert native.agreed_counts(other, 2) is None
+    for wrong, tags in ((rows[0], 2), (rows[:0], 2), (rows[:, :2], 2), (rows, 0)):
+        with pytest.raises(ValueError, match=r"rows must be \[N, E \+ tags\]"):
+            native.agreed_counts(wrong, tags)
+
+
 def carried(*ranks: int) -> list[native.Carried]:
     return [native.Carried(1.0, 1.0, np.ones(number, dtype=np.int64)) for number in ranks]
 

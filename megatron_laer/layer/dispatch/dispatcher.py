@@ -15,7 +15,10 @@ import torch
 from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 
 from megatron_laer.layer.dispatch.permutation import SlotPermutation, slot_permutation
+from megatron_laer.layer.dispatch.row_map import dispatch_kernels
 from megatron_laer.layer.dispatch.slot_dispatch import SlotDispatching
+from megatron_laer.runtime.comm.copies import Upload
+from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 
 
 class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
@@ -26,6 +29,13 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
         # The group's own high-priority stream lets tokens overtake other work.
         self.use_nccl_stream = True
         self._permutation: SlotPermutation | None = None
+        self._ends_T: torch.Tensor | None = None
+        self._upload = Upload()
+
+    def launch_ahead(self, routing_map_TE: torch.Tensor) -> None:
+        kernels = dispatch_kernels(routing_map_TE)
+        if kernels is not None and not self.config.moe_permute_fusion:
+            self._ends_T = kernels.token_ends(routing_map_TE)
 
     def dispatch_preprocess(
         self, hidden_states: torch.Tensor, routing_map: torch.Tensor, probs: torch.Tensor
@@ -40,9 +50,14 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
             return sent
         self.hidden_shape = hidden_states.shape
         hidden_TH = hidden_states.view(-1, self.hidden_shape[-1])
+        ends_T, self._ends_T = self._ends_T, None
+        if plan.routing_map_TE is not None:  # not the map that was launched for
+            ends_T = None
+        runs = self._runs(plan, routing_map.device)
+        self._permutation = slot_permutation(routing_map, plan.quotas, runs, ends_T)
+        sent = self._permutation.to_send(hidden_TH, probs)
         self.tokens_per_expert = self.preprocess(routing_map)
-        self._permutation = slot_permutation(routing_map, plan.quotas)
-        return self._permutation.to_send(hidden_TH, probs)
+        return sent
 
     def dispatch_postprocess(
         self, global_input_tokens: torch.Tensor, global_probs: torch.Tensor
@@ -81,3 +96,9 @@ class SlotTokenDispatcher(SlotDispatching, MoEAlltoAllTokenDispatcher):
         # The fused sort of chunks reads sizes on the device.
         self.num_global_tokens_per_local_expert, self._columns_NC = self._columns_NC, None
         return torch.tensor(quotas.tokens_C)
+
+    def _runs(self, plan: MicrobatchPlan, device: torch.device) -> torch.Tensor:
+        """Upload the plan's runs behind its gate, once; a re-run, without a gate, uses them."""
+        if plan.first_pass.runs is None:
+            plan.first_pass.runs = self._upload.start(torch.from_numpy(plan.quotas.runs), device)
+        return plan.first_pass.runs

@@ -26,6 +26,8 @@ def send_rows(
     first_row_S: torch.Tensor,
     by_expert_S: torch.Tensor,
     first_E1: torch.Tensor,
+    *,
+    ends_T: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Find the row of every pair in the send buffer; return int32 tensors.
 
@@ -34,6 +36,7 @@ def send_rows(
         first_row_S: the first row of each slot in the send buffer.
         by_expert_S: the slots sorted by expert.
         first_E1: [E + 1], the start of each expert's slots there.
+        ends_T: `token_ends`, if it was launched before.
 
     Returns:
         pair_P, token_P, and ends_T and by_token_P of `RowMap`.
@@ -44,7 +47,8 @@ def send_rows(
         return torch.empty(shape, dtype=torch.int32, device=routing_map_TE.device)
 
     pair_P, token_P, by_token_P = make(num_sent), make(num_sent), make(num_sent)
-    ends_T = routing_map_TE.sum(dim=1).cumsum(dim=0, dtype=torch.int32)
+    if ends_T is None:
+        ends_T = token_ends(routing_map_TE)
     row_TE = make(num_tokens, num_experts)
     if num_tokens:
         _rows_of_expert[(num_experts,)](
@@ -65,6 +69,11 @@ def send_rows(
             row_TE, ends_T, by_token_P, num_experts, BLOCK=triton.next_power_of_2(num_experts)
         )
     return pair_P, token_P, ends_T, by_token_P
+
+
+def token_ends(routing_map_TE: torch.Tensor) -> torch.Tensor:
+    """Return the end of each token's pairs, int32 [T], among those of all tokens."""
+    return routing_map_TE.sum(dim=1).cumsum(dim=0, dtype=torch.int32)
 
 
 def sum_rows(rows_PH: torch.Tensor, ends_T: torch.Tensor, by_token_P: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ pairs that are received, X runs of rows.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,6 @@ import torch
 
 from megatron_laer.layer.dispatch.row_map import RowMap, dispatch_kernels
 from megatron_laer.planner.splits import RankQuotas
-from megatron_laer.runtime.comm.copies import upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,14 +35,13 @@ class SlotPermutation:
     Attributes:
         pair_P: the pair of each row of the send buffer, as a position in the router's map [T, E].
         sent: the map of tokens to rows of the send buffer, those of a token in slot order.
-        arrived_R: for each row in the experts' order, its row among arrivals; `sorted_R` is the
-            inverse.
+        arrivals: shifts and counts of the runs of arrivals, for `num_received` rows, R.
     """
 
     pair_P: torch.Tensor
     sent: RowMap
-    arrived_R: torch.Tensor
-    sorted_R: torch.Tensor
+    arrivals: tuple[torch.Tensor, torch.Tensor]
+    num_received: int
 
     def to_send(
         self, hidden_TH: torch.Tensor, probs_TE: torch.Tensor
@@ -61,23 +60,43 @@ class SlotPermutation:
     def combine(self, hidden_PH: torch.Tensor) -> torch.Tensor:
         return self.sent.collect(hidden_PH)
 
+    @property
+    def arrived_R(self) -> torch.Tensor:
+        """Return the row among arrivals of each row in the experts' order."""
+        return self._rows_2R[: self.num_received]
 
-def slot_permutation(routing_map_TE: torch.Tensor, quotas: RankQuotas) -> SlotPermutation:
-    """Find the moves of a rank's rows, deterministically and without waiting for the device."""
-    device, kernels = routing_map_TE.device, dispatch_kernels(routing_map_TE)
-    sizes = run_sizes(quotas.row_S.size, routing_map_TE.shape[1])
-    runs = torch.from_numpy(quotas.runs)
+    @property
+    def sorted_R(self) -> torch.Tensor:
+        """Return the inverse of `arrived_R`."""
+        return self._rows_2R[self.num_received :]
+
+    @cached_property
+    def _rows_2R(self) -> torch.Tensor:
+        """Launched at the first use, which is behind the dispatch."""
+        return rows_of_runs(*self.arrivals, 2 * self.num_received)
+
+
+def slot_permutation(
+    routing_map_TE: torch.Tensor,
+    quotas: RankQuotas,
+    runs: torch.Tensor,
+    ends_T: torch.Tensor | None = None,
+) -> SlotPermutation:
+    """Find the moves of a rank's rows, deterministically and without waiting for the device.
+
+    Args:
+        runs: `quotas.runs` on the device.
+        ends_T: `kernels.token_ends` of the map, if it was launched before.
+    """
+    kernels, num_sent = dispatch_kernels(routing_map_TE), quotas.num_sent
+    parts = runs.split(run_sizes(quotas.row_S.size, routing_map_TE.shape[1]))
+    found: tuple[torch.Tensor, ...]
     if kernels is None:
-        find, wanted = send_rows, runs[sum(sizes[:5]) :]
-        shifts, counts, *send = upload(wanted, device).split(sizes[5:])
+        found = send_rows(routing_map_TE, num_sent, *parts[7:])
     else:
-        find, wanted = kernels.send_rows, runs[: sum(sizes[:7])]
-        *send, shifts, counts = upload(wanted, device).split(sizes[:7])
-    num_received = quotas.num_received
-    rows_2R = rows_of_runs(shifts, counts, 2 * num_received)
-    found: tuple[torch.Tensor, ...] = find(routing_map_TE, quotas.num_sent, *send)
+        found = kernels.send_rows(routing_map_TE, num_sent, *parts[:5], ends_T=ends_T)
     sent = RowMap(found[1], len(routing_map_TE), *found[2:])
-    return SlotPermutation(found[0], sent, *rows_2R.split([num_received] * 2))
+    return SlotPermutation(found[0], sent, (parts[5], parts[6]), quotas.num_received)
 
 
 def run_sizes(num_slots: int, num_experts: int) -> list[int]:

@@ -72,6 +72,9 @@ class SlotDispatching:
         """
         return rows_by_node(self._current.plan.quotas.input_splits_N, rank, node_size)
 
+    def launch_ahead(self, routing_map_TE: torch.Tensor) -> None:
+        """Launch what needs no plan, during the exchange of counts."""
+
     def start_shared_experts(self, hidden_states: torch.Tensor) -> None:
         """Start the shared experts that overlap with exchanges; stock does so after the sizes."""
         if self.shared_experts is not None:

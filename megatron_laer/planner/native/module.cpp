@@ -144,6 +144,21 @@ void on_layout(const laer::Shape& shape, const Counts& counts_NE, const Slots& s
   compute(counts, node_counts(shape, counts).data(), laer::Replicas(shape, slots));
 }
 
+// Counts of gathered rows, [N, E + X], which end in X tags; none where a rank has other tags.
+py::object agreed_counts(const Counts& rows, int tags) {
+  if (rows.ndim() != 2 || rows.shape(0) == 0 || tags < 1 || rows.shape(1) <= tags) {
+    throw py::value_error("rows must be [N, E + tags]");
+  }
+  const auto experts = rows.shape(1) - tags;
+  py::array_t<int64_t> counts_NE({rows.shape(0), experts});
+  for (py::ssize_t rank = 0; rank < rows.shape(0); ++rank) {
+    const int64_t *row = rows.data(rank, 0), *end = row + experts;
+    if (!std::equal(end, end + tags, rows.data(0, experts))) return py::none();
+    std::copy(row, end, counts_NE.mutable_data(rank, 0));
+  }
+  return counts_NE;
+}
+
 py::array_t<int64_t> slot_loads(const Counts& counts_NE, const Slots& slots_S, int node_size,
                              int top_k) {
   const laer::Shape shape = quota_shape(counts_NE, slots_S, node_size, top_k);
@@ -493,6 +508,7 @@ PYBIND11_MODULE(_native, module) {
   const auto top_k = py::arg("top_k") = 0;
   const auto counts = py::arg("counts_NE"), slots = py::arg("slots_S"), loads = py::arg("loads_S");
   const auto node_size = py::arg("node_size"), home = py::arg("home"), rank = py::arg("rank");
+  module.def("agreed_counts", &agreed_counts);
   module.def("slot_loads", &slot_loads, counts, slots, node_size, top_k);
   module.def("rank_row", &rank_part<true>, counts, slots, loads, node_size, rank, top_k);
   module.def("rank_columns", &rank_part<false>, counts, slots, loads, node_size, rank, top_k);

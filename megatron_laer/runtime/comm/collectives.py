@@ -17,11 +17,15 @@ import torch.distributed as dist
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.native_core import native
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.token_rows import SizeMessages, TokenRows
 from megatron_laer.runtime.comm.copies import Download, upload
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.support import RefusedError
+
+# Numbers behind a rank's counts: a layout's version and digest, and the last decision's digest.
+_TAGS = 3
 
 
 class LayoutMismatchError(RuntimeError):
@@ -83,10 +87,9 @@ class CountsExchange:
 
     def _finish(self, read: Callable[[], torch.Tensor], layer: str) -> Int64:
         rows = read().view(self._groups.size, -1).numpy()
-        tags_N3 = rows[:, -3:]
-        if (tags_N3 != tags_N3[0]).any():
-            raise LayoutMismatchError(_describe_mismatch(tags_N3, self._groups, layer))
-        counts_NE: Int64 = rows[:, :-3]
+        counts_NE = native.agreed_counts(rows, _TAGS)
+        if counts_NE is None:
+            raise LayoutMismatchError(_describe_mismatch(rows[:, -_TAGS:], self._groups, layer))
         return counts_NE
 
 

@@ -29,6 +29,25 @@ def upload_arrays(arrays: Sequence[Int64], device: torch.device) -> list[torch.T
     return list(packed.split([len(array) for array in arrays]))
 
 
+class Upload:
+    """Uploads of one size, from a pinned buffer that the host writes again.
+
+    Each must follow a wait of the host for work that was enqueued behind the one before. A layer's
+    gate is such a wait.
+    """
+
+    def __init__(self) -> None:
+        self._pinned: torch.Tensor | None = None
+
+    def start(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Copy a host tensor on the current stream, as `upload` does."""
+        if device.type != "cuda":
+            return tensor
+        if self._pinned is None:
+            self._pinned = _pinned_like(tensor)
+        return self._pinned.copy_(tensor).to(device, non_blocking=True)
+
+
 def read_here(tensor: torch.Tensor) -> None:
     """Mark a tensor from another stream as read by the current one, for CUDA's allocator.
 
@@ -50,13 +69,14 @@ class Download:
         self._latest: tuple[torch.cuda.Event, torch.Tensor] | None = None
 
     def start(self, tensor: torch.Tensor) -> Callable[[], torch.Tensor]:
-        """Enqueue a copy behind the current stream's work; return a function that waits for it."""
+        """Enqueue a copy behind the current stream's work; return a function that waits for it.
+
+        The copy that it returns lasts until the next one is started.
+        """
         if self._stream is None:
             return lambda: tensor
         if self._pinned is None:
-            self._pinned = torch.empty(
-                tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True
-            )
+            self._pinned = _pinned_like(tensor)
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             self._pinned.copy_(tensor, non_blocking=True)
@@ -70,4 +90,8 @@ class Download:
         )
         done.synchronize()
         self._latest = None
-        return pinned.clone()
+        return pinned
+
+
+def _pinned_like(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=True)
