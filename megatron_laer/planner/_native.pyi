@@ -31,6 +31,8 @@ class CostModel:
         inter_bytes_per_s: float,
         latency_s: float,
         host_s: float,
+        host_forward_s: float,
+        replicas_host_s: float,
         by_node: bool,
         by_layout: bool,
         flat_latency_s: float,
@@ -129,6 +131,15 @@ def exposed_seconds(
     /,
 ) -> float: ...
 def exposed_backward_seconds(
+    costs: CostModel,
+    slots_S: _Int16,
+    num_experts: int,
+    node_size: int,
+    home: int,
+    beside_s: float,
+    /,
+) -> float: ...
+def replica_host_seconds(
     costs: CostModel,
     slots_S: _Int16,
     num_experts: int,

@@ -83,16 +83,27 @@ class HostTime:
         gate: time from counts to quotas of the planned layout, with copies of counts to the host. A
             fresh layout comes on top (`Cluster.solve`).
         layer_s: time in which the device waits for the host in forward and backward of a whole
-            layer with experts, under any expert parallelism.
+            layer with experts, under any expert parallelism; a third is forward's.
+        replicas_s: time of a layer's forward for replicas next to home experts, whatever their
+            number.
     """
 
     launch_s: float
     gate: SolveTime
     layer_s: float = 0.0
+    replicas_s: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_seconds("launch_s", self.launch_s)
-        _check_seconds("layer_s", self.layer_s)
+        for name in ("launch_s", "layer_s", "replicas_s"):
+            _check_seconds(name, getattr(self, name))
+
+    @property
+    def forward_s(self) -> float:
+        return self.layer_s / 3
+
+    def replicas_seconds(self, device_s: float) -> float:
+        """Return the part of `replicas_s` that a forward of `device_s` on the device leaves."""
+        return min(max(self.forward_s + self.replicas_s - device_s, 0.0), self.replicas_s)
 
 
 # NCCL's MAXCHANNELS, which also bounds its thread blocks.
@@ -237,7 +248,8 @@ _POSITIVE = (*_RATES, "backward_gemm_factor", "contention.gemm", "contention.exc
 CONSTANTS = (
     *("gemm", "backward_gemm_factor", "memory_bytes_per_s", "solve"),
     *(f"{link}.{name}" for link in ("intra", "inter") for name in Link.__match_args__),
-    *("host.launch_s", "host.gate", "host.layer_s", "contention.gemm", "contention.exchange"),
+    *("host.launch_s", "host.gate", "host.layer_s", "host.replicas_s"),
+    *("contention.gemm", "contention.exchange"),
 )
 
 

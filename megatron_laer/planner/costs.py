@@ -268,12 +268,28 @@ class CostModel:
     ) -> float:
         """Predict the time that a layout's restores and reduce add to a layer and microbatch.
 
-        It is their exposed time (`exposed_seconds`), and `hidden_share` of the rest.
+        It is their exposed time (`exposed_seconds`), `hidden_share` of the rest, and the host's
+        (`replicas_host_seconds`).
         """
         way = self.exchange_of(layout, node_size, home_slots)
         whole_s = self._whole_seconds(layout, node_size, way, home_slots)
         exposed_s = self.exposed_seconds(layout, node_size, beside_s, home_slots)
-        return exposed_s + self.hidden_share * (whole_s - exposed_s)
+        host_s = self.replicas_host_seconds(layout, node_size, beside_s, home_slots)
+        return exposed_s + self.hidden_share * (whole_s - exposed_s) + host_s
+
+    def replicas_host_seconds(
+        self, layout: ExpertLayout, node_size: int, beside_s: float, home_slots: int
+    ) -> float:
+        """Predict the time that the host's work for a layout's replicas adds to forward.
+
+        It is none where experts have no home, and where `beside_s`, of both passes of the layer on
+        the device, hides it (`HostTime.replicas_seconds`).
+        """
+        costs = self.for_native(_geometry(layout, node_size, home_slots))
+        slots_S, num_experts = layout.slot_expert_S, layout.num_experts
+        return native.replica_host_seconds(
+            costs, slots_S, num_experts, node_size, home_slots, beside_s
+        )
 
     def with_exchange(self, algorithm: ExchangeAlgorithm | Auto, geometry: Geometry) -> CostModel:
         """Return the model with this exchange; `auto` is the faster one for a typical layout.
@@ -426,6 +442,7 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
 @lru_cache(maxsize=64)
 def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
     intra, inter = costs.cluster.intra, costs.cluster.inter
+    host = costs.cluster.host if geometry.home_slots else None
 
     def carried(form: WireForm) -> native.Carried:
         intra_rate, inter_rate = costs.cluster.exchange_rates(
@@ -445,6 +462,8 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         inter.bytes_per_s,
         costs.token_latency_seconds(geometry),
         costs.host_seconds(geometry),
+        0.0 if host is None else host.forward_s,
+        0.0 if host is None else host.replicas_s,
         costs.restore_algorithm == ExchangeAlgorithm.NODE,
         costs.by_layout,
         costs._exchange_latency_seconds(geometry, ExchangeAlgorithm.FLAT),

@@ -22,6 +22,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
+from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.methods import (
     FSEP,
     METHODS,
@@ -191,6 +192,25 @@ def test_a_layers_compute_and_tokens_are_the_cost_models():
         expert_s = flops * (1 + 2 * cluster.backward_gemm_factor) * work.unit_s_N.max()
         seconds = expert_s + 4 * (pass_s + cluster.inter.latency_s)
         assert seconds == pytest.approx(costs.split_seconds(totals, layout, 2))
+
+
+def test_the_host_takes_time_for_replicas_where_the_device_does_not_hide_it():
+    geometry = Geometry(8, 16, 3, 8, Sharding.EXPERTS)
+    layout, costs = geometry.random_layout((1,)), CostModel(H100, 4096, 14336, True, 2)
+    of = layout, 8, ExchangeAlgorithm.FLAT
+    traffic, form = costs.restore_bytes(*of, home_slots=2), costs.weights_form(2)
+    restore = Exchange.of(traffic, of[2], form, geometry)
+    totals = even_split(layout, 8).totals(np.full((8, 16), 100))
+
+    def forward_s(replicas_s, restore):
+        host = replace(H100.host, layer_s=0.0, replicas_s=replicas_s)
+        rates = Rates(replace(H100, host=host), 2)
+        timing = Timing(TINY, RunShape(8, 8, tokens=800, microbatches=1), rates, rates)
+        return timing.layer("layer 1", True, LayerWork.of(totals, rates, restore)).host_s[0]
+
+    without_s = forward_s(1.0, None)
+    assert forward_s(0.0, restore) == forward_s(1e-7, restore) == without_s
+    assert 0 < forward_s(1.0, restore) - without_s < 1.0
 
 
 def test_rings_drive_the_adapters_of_their_own_ranks():

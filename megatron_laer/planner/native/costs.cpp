@@ -295,4 +295,20 @@ double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
   return exposed_backward_seconds(costs, exchange_seconds(shape, costs, slots_S), beside_s);
 }
 
+bool has_replicas(const Shape& shape, const int16_t* slots_S) {
+  for (int slot = 0; slot < shape.slots(); ++slot) {
+    if (!shape.is_home(slot) && slots_S[slot] != kEmpty) return true;
+  }
+  return false;
+}
+
+// The host starts anew at each gate, and is hidden as far as the device takes longer.
+double replica_host_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
+                            double beside_s) {
+  if (!has_replicas(shape, slots_S)) return 0.0;
+  const double over_s =
+      costs.host_forward_s + costs.replicas_host_s - beside_s * costs.forward_share;
+  return std::min(std::max(over_s, 0.0), costs.replicas_host_s);
+}
+
 }  // namespace laer

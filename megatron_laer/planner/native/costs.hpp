@@ -44,6 +44,7 @@ struct CostModel {
   double intra_bytes_per_s, inter_bytes_per_s;
   double latency_s;                    // of one pass of the token exchange
   double host_s;                       // of any microbatch, a constant of the shape
+  double host_forward_s, replicas_host_s;  // of a whole layer's forward, and of replicas in it
   bool by_node;                        // how changed slots are fetched
   bool by_layout;                      // whether each layout of home experts takes the faster way
   double flat_latency_s, node_latency_s;  // of a fetch of all matrices
@@ -89,5 +90,12 @@ double exposed_backward_seconds(const CostModel& costs, const Exchanges& exchang
                                 double beside_s);
 double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
                                 const int16_t* slots_S, double beside_s);
+
+// Whether any slot besides the home slots has an expert.
+bool has_replicas(const Shape& shape, const int16_t* slots_S);
+
+// Seconds that the host's work for replicas of home experts adds to forward beside such a layer.
+double replica_host_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
+                            double beside_s);
 
 }  // namespace laer

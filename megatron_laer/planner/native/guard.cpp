@@ -70,8 +70,9 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
                           microbatch.node_counts_QE);
   // Beside a layer that takes as little as this one could. Flat exchanges of all slots do not differ.
   const auto exposed_s = [&](const int16_t* slots_S) {
-    return costs.by_node || shape.home > 0
-               ? exposed_backward_seconds(shape, costs, slots_S, least_s) : 0.0;
+    if (shape.home == 0 && !costs.by_node) return 0.0;
+    return exposed_backward_seconds(shape, costs, slots_S, least_s) +
+           replica_host_seconds(shape, costs, slots_S, least_s);
   };
   const double kept_exposed_s = exposed_s(planned_S);
   // Gain at most, cost at least: leaving here never changes the choice.

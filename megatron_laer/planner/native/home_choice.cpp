@@ -30,13 +30,6 @@ constexpr int64_t kNearlyPart = 32;
 // in the background, and after the gate, where ranks wait.
 const std::vector<int64_t> kLevelParts = {2, 4, 8, 16, 64}, kFewLevelParts = {2, 8, 32};
 
-bool has_replicas(const Shape& shape, const int16_t* slots_S) {
-  for (int slot = 0; slot < shape.slots(); ++slot) {
-    if (!shape.is_home(slot) && slots_S[slot] != kEmpty) return true;
-  }
-  return false;
-}
-
 double expert_seconds(const Shape& shape, const CostModel& costs, const HomeLayout& layout) {
   double most_s = 0.0;
   for (int rank = 0; rank < shape.ranks; ++rank) {
@@ -74,7 +67,8 @@ double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t
   const double exposed_s =
       is_after_gate ? exchanges.restore_s + exposed_backward_seconds(costs, exchanges, beside_s)
                     : exposed_seconds(shape, costs, slots_S, beside_s);
-  return exposed_s + (whole_s - exposed_s) * costs.hidden_share;
+  return exposed_s + (whole_s - exposed_s) * costs.hidden_share +
+         replica_host_seconds(shape, costs, slots_S, beside_s);
 }
 
 bool is_nearly_balanced(const Shape& shape, const int64_t* node_counts_QE) {

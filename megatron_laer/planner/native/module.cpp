@@ -207,7 +207,8 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
                            double expert_flops, double forward_share, double token_passes,
                            double intra_pair_bytes, double inter_pair_bytes, bool tokens_in_stages,
                            double intra_bytes_per_s, double inter_bytes_per_s, double latency_s,
-                           double host_s, bool by_node, bool by_layout, double flat_latency_s,
+                           double host_s, double host_forward_s, double replicas_host_s,
+                           bool by_node, bool by_layout, double flat_latency_s,
                            double node_latency_s, double solve_s, double least_change_s,
                            double hidden_share, int64_t pairs, laer::Carried weights,
                            laer::Carried grads, int backward_restores) {
@@ -222,9 +223,10 @@ laer::CostModel cost_model(const Counts& tokens_P, const Doubles& seconds_P,
   return {{to_vector(tokens_P), to_vector(seconds_P), to_vector(slope_P), to_vector(limit_P),
            to_vector(best_P)},
           expert_flops, forward_share, token_passes, intra_pair_bytes, inter_pair_bytes,
-          tokens_in_stages, intra_bytes_per_s, inter_bytes_per_s, latency_s, host_s, by_node,
-          by_layout, flat_latency_s, node_latency_s, solve_s, least_change_s, hidden_share, pairs,
-          std::move(weights), std::move(grads), is_alike, backward_restores};
+          tokens_in_stages, intra_bytes_per_s, inter_bytes_per_s, latency_s, host_s, host_forward_s,
+          replicas_host_s, by_node, by_layout, flat_latency_s, node_latency_s, solve_s,
+          least_change_s, hidden_share, pairs, std::move(weights), std::move(grads), is_alike,
+          backward_restores};
 }
 
 // The shape that the cost model is for, with this many slots.
@@ -523,6 +525,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("change_seconds", &change_seconds);
   module.def("exposed_seconds", &exposed_seconds<laer::exposed_seconds>);
   module.def("exposed_backward_seconds", &exposed_seconds<laer::exposed_backward_seconds>);
+  module.def("replica_host_seconds", &exposed_seconds<laer::replica_host_seconds>);
   module.def("decide", &decide, py::arg("mode"), py::arg("costs"), py::arg("tolerance"), counts,
              py::arg("planned_S"), node_size, home, rank, top_k);
   module.def("rank_quotas", &rank_quotas);

@@ -49,6 +49,9 @@ from megatron_laer.tools.calibration.settings import CalibrationSettings
 
 # Back end whose GEMMs the cost model uses, unless a run names another.
 DEFAULT_BACK_END = "loop"
+# Launches that take the host as long as a forward's replicas do, by `benchmarks.host_path` with an
+# estimate of driver and NCCL.
+_REPLICAS_LAUNCHES = 150
 _PERCENTILES = "measured: 10th to 90th percentile of"
 _SIDES = ("median", "low", "high")
 # Two processors of one memory slow each other up to three times; a card much less.
@@ -80,16 +83,20 @@ def measured_cluster(
     moved_bytes = 2 * copied.num_bytes  # read, and written
     memory = Figure(*(rounded(moved_bytes / s) for s in (copy.median, copy.high, copy.low)))
     launch = figures[Launch()]
+    # On a CPU, launches are the compute.
+    replicas_s = rounded(_REPLICAS_LAUNCHES * launch.median) if settings.device == "cuda" else 0.0
     assumed = [
         f"There were no {name}-node links, so they have the numbers of {other}-node links"
         for name, other in ((INTRA, INTER), (INTER, INTRA))
         if name not in links
     ]
+    if replicas_s:
+        assumed.append(f"Host time of replicas is that of {_REPLICAS_LAUNCHES} launches")
     return Cluster(
         name=name,
         source=f"Measured by `calibrate` on {measured['hardware']}; figures are below, and what "
         "they were measured with",
-        assumed=" ".join(assumed) or "nothing",
+        assumed=". ".join(assumed) or "nothing",
         nodes=nodes,
         ranks_per_node=settings.node_size,
         gemm=default.forward,
@@ -97,7 +104,7 @@ def measured_cluster(
         inter=links.get(INTER) or links[INTRA],
         solve=solve,
         backward_gemm_factor=rounded(default.backward_gemm_factor),
-        host=HostTime(launch.median, gate),
+        host=HostTime(launch.median, gate, replicas_s=replicas_s),
         contention=contention,
         memory_bytes_per_s=memory.median,
         back_ends=back_ends,

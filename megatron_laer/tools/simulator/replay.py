@@ -129,11 +129,15 @@ def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
 
 
 def _exposed_seconds(guard: Guard, decision: Decision, beside_s: float) -> float:
-    """Predict exposed exchanges: in forward of the planned layout, in backward of the chosen."""
+    """Predict exposed exchanges, in forward of the planned layout, in backward of the chosen.
+
+    The host's time for the chosen one's replicas comes on top.
+    """
     costs, shape = guard.costs, (guard.geometry.node_size, beside_s, guard.geometry.home_slots)
     planned_s = costs.exposed_seconds(decision.planned_layout, *shape)
     forward_s = planned_s - costs.exposed_backward_seconds(decision.planned_layout, *shape)
-    return forward_s + costs.exposed_backward_seconds(decision.layout, *shape)
+    chosen_s = costs.exposed_backward_seconds(decision.layout, *shape)
+    return forward_s + chosen_s + costs.replicas_host_seconds(decision.layout, *shape)
 
 
 def split_totals(guard: Guard, decision: Decision) -> SplitTotals:

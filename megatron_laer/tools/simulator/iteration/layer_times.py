@@ -87,10 +87,13 @@ class Timing:
             attention_backward_s += attention_s
             dense_backward_s += dense_s
         tensor_s = self._tensor()
-        moe = None
+        moe = device_s = None
         if work is not None:
             others_s = attention_s + attention_backward_s + dense_s + dense_backward_s
             moe = self._moe(work, restores, restores_backward, reduces, others_s)
+            if work.has_replicas:
+                device_s = float((moe.forward_N + 2 * moe.tokens_N).max())
+                device_s += attention_s + dense_s + tensor_s
         return LayerTimes(
             name=name,
             attention_s=(attention_s, attention_backward_s),
@@ -98,7 +101,7 @@ class Timing:
             tensor_s=(tensor_s, tensor_s),
             moe=moe,
             again=self.run.recompute == Recompute.FULL,
-            host_s=self._host(has_experts),
+            host_s=self._host(has_experts, device_s),
             gather_s=gather_s,
             scatter_s=scatter_s,
             unshard_s=unshard_s,
@@ -113,8 +116,11 @@ class Timing:
         factor = self._backward_gemms * self.rates.backward_factor
         return gemm_s + memory_s, gemm_s * factor + memory_s
 
-    def _host(self, has_experts: bool) -> tuple[float, float]:
-        """Return the host's time in forward and backward; a third of a layer's is forward's."""
+    def _host(self, has_experts: bool, device_s: float | None) -> tuple[float, float]:
+        """Return the host's time in forward and backward; a third of a layer's is forward's.
+
+        `device_s` is forward's time on the device where there are replicas.
+        """
         host = self.rates.cluster.host
         if host is None:
             return 0.0, 0.0
@@ -122,6 +128,8 @@ class Timing:
         if not has_experts:
             layer_s, launches_s = layer_s * _DENSE_HOST, 0.0
         forward_s, backward_s = layer_s / 3 + launches_s, layer_s * 2 / 3 + launches_s
+        if device_s is not None:
+            forward_s += host.replicas_seconds(device_s)
         if self.run.recompute == Recompute.COMPUTE:
             backward_s += forward_s
         return forward_s, backward_s
