@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.runtime.comm import rows
+from megatron_laer.runtime.comm import home_exchange, rows
 from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
@@ -104,3 +105,14 @@ def test_exchanges_launch_two_kernels_and_one_more_if_they_go_through_nodes(
     with launches:
         exchange.restore(slice_ErK, index, num_rows)
     assert launches.counted == restore
+
+
+def test_a_layer_out_of_fp8_is_exchanged_by_a_way_of_its_own() -> None:
+    relay = mock.Mock()
+    with mock.patch.object(home_exchange, "DirectExchange"):
+        chosen = home_exchange.ChosenExchange(
+            mock.Mock(), relay, lambda layout, in_fp8: NODE if in_fp8 else FLAT
+        )
+    for in_fp8 in (False, True):
+        chosen.prepare_reduce(mock.Mock(in_fp8=in_fp8))
+        assert relay.prepare_reduce.called == in_fp8

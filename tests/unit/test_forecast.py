@@ -76,3 +76,11 @@ def test_both_means_start_anew_at_a_jump() -> None:
             forecast = forecast.observe(counts_NE)
             is_newest = (forecast.counts_NE() == 16 * counts_NE).all()
             assert is_newest == (step == 0), "at the first step of a text, and at no other"
+
+
+def test_a_jump_is_further_than_the_errors_of_both_means_which_it_keeps() -> None:
+    means = 2 * (16 * FIRST_NE,)
+    jumped = SmoothedForecast(None, *means, errors=(1, 2)).observe(SECOND_NE)
+    assert (jumped.counts_NE() == 16 * SECOND_NE).all() and jumped.errors == (1, 2)
+    drifted = SmoothedForecast(None, *means, errors=(1, 10**6)).observe(SECOND_NE)
+    assert (drifted.counts_NE() != 16 * SECOND_NE).any()

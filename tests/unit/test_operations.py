@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 
 from megatron_laer.runtime.operations import Operation, OperationOrder
+from megatron_laer.runtime.scheduler import Scheduler
+from megatron_laer.schedule import make_schedule
 
 ONE_BY_ONE = [(chunk, number) for number in range(2) for chunk in range(2)]
 
@@ -62,3 +66,15 @@ def test_of_a_step_that_is_cut_short_or_repeated_no_more_is_learned(
     complete = len(places) >= 4
     expected = run(order, ONE_BY_ONE)
     assert expected == ([*operations(ONE_BY_ONE), None] if complete else [None] * 9)
+
+
+@pytest.mark.parametrize(
+    ("number", "gathers", "fetches"), [(0, True, False), (0, False, True), (1, True, True)]
+)
+def test_a_chunks_first_weights_are_fetched_once_megatron_has_gathered_them(
+    number: int, gathers: bool, fetches: bool
+) -> None:
+    scheduler = Scheduler(make_schedule(overlaps=True), mock.Mock(), mock.Mock(), mock.Mock())
+    chunk = mock.Mock(layers=[mock.Mock()], blocks=[], gathers_weights=lambda: gathers)
+    scheduler.attach([chunk])
+    assert (scheduler._first_of(Operation(True, 0, number)) is not None) == fetches

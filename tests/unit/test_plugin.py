@@ -15,6 +15,7 @@ import megatron_laer
 from megatron_laer import device, session
 from megatron_laer import megatron_version as versions
 from megatron_laer.environment import UNRELEASED_MEGATRON
+from megatron_laer.plugin import sharded_models
 from megatron_laer.releases import NEXT, NUMBERS, TESTED_RANGE, release_after
 from megatron_laer.support.torch_version import problem_on_cuda
 from tests.processes import python
@@ -223,3 +224,12 @@ def test_fsep_is_not_turned_on_with_an_old_torch_on_a_gpu() -> None:
     ):
         megatron_laer.enable()
     assert session.current() is None
+
+
+def test_units_of_megatron_fsdp_release_all_weights_but_those_of_experts() -> None:
+    released = []
+    release = sharded_models._keeping_experts(lambda _, bucket: released.append(bucket))
+    groups = [SimpleNamespace(params=[SimpleNamespace(allreduce=dense)]) for dense in (False, True)]
+    for bucket in (0, 1):
+        release(SimpleNamespace(buffer=SimpleNamespace(parameter_groups=groups)), bucket)
+    assert released == [1]

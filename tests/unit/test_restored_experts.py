@@ -19,6 +19,7 @@ from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
+from megatron_laer.runtime.weights.split_backward import SplitBackward
 from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 from tests.unit.test_layout_index import one_rank
@@ -66,7 +67,10 @@ def streams() -> Iterator[ExchangeStreams]:
 
 
 def restored_experts(
-    streams: ExchangeStreams, *, trained: tuple[bool, bool] = (True, True)
+    streams: ExchangeStreams,
+    *,
+    trained: tuple[bool, bool] = (True, True),
+    split: SplitBackward | None = None,
 ) -> RestoredExperts:
     """Make two experts of 8 × 3 and 3 × 8; trained matrices have main gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -79,7 +83,7 @@ def restored_experts(
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     index = layout_index(ExpertLayout.static(1, 2, 2), CPU)
     slices = Slices(parameters, ROWS, MegatronMainGrads())
-    return RestoredExperts.for_pass("layer 1", slices, index, streams)
+    return RestoredExperts.for_pass("layer 1", slices, index, streams, split)
 
 
 class Scaled(torch.autograd.Function):
@@ -102,7 +106,8 @@ class Scaled(torch.autograd.Function):
         )
         if not weight_needs:
             return grad_tensor, None, None, None
-        grad_CRK = ctx.restored.grads.new(ctx.position).fill_((grad * tensor).sum())
+        weight_grad = (grad * tensor).sum()
+        grad_CRK = ctx.restored.weight_grads(ctx.position, lambda out: out.fill_(weight_grad))
         return grad_tensor, grad_CRK, None, None
 
 
@@ -261,6 +266,31 @@ def test_a_reduce_waits_for_the_tokens_gradients(streams: ExchangeStreams) -> No
     compute(restored, tokens * 1, ones(needs_grad=True)).sum().backward()
     assert seen == [GradState.DEFERRED, GradState.REDUCING]
     assert restored.state.grads is GradState.NONE
+
+
+def test_delayed_gradients_are_waited_for_after_the_dispatch(streams: ExchangeStreams) -> None:
+    split = SplitBackward(delays_weights=True)
+    restored = restored_experts(streams, split=split)
+    tokens = restored.reduce_after_dispatch(ones(needs_grad=True) * 2) * 1
+    tokens.register_hook(lambda _: split.computes_weights.popleft()())  # beside the dispatch
+    compute(restored, tokens, ones(needs_grad=True)).sum().backward()
+    assert restored.state == ExpertsState("layer 1") and streams.grads.in_use == 0
+    assert all(part.main_grad.any() for part in restored._share.parameters)  # type: ignore[attr-defined]
+
+
+def test_delayed_gradients_of_two_passes_are_computed_oldest_first(
+    streams: ExchangeStreams,
+) -> None:
+    split = SplitBackward(by_parts=True, delays_weights=True)
+    first = restored_experts(streams, split=split)
+    second = RestoredExperts.for_pass("layer 1", first._share, first.index, streams, split)
+    for restored in (first, second):
+        compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
+    for restored in (first, second):
+        assert restored.state.grads is GradState.NONE
+        split.computes_weights.popleft()()
+        assert restored.state.grads is GradState.REDUCING
+        restored.grads.finish_reduce()
 
 
 def test_placeholders_fill_no_memory_but_once_also_where_an_evaluation_comes_first() -> None:
