@@ -1,4 +1,4 @@
-"""Patch of Megatron's data-parallel wrapper that notes the stream of its gradients' hooks.
+"""Patch of Megatron's data-parallel wrapper: the stream of its gradients' hooks, and refused homes.
 
 Autograd runs the wrapper's hook of a parameter on the stream on which the wrapper was built. In
 Megatron's own loop that is a side stream. `MegatronMainGrads` orders it behind sums of which
@@ -13,14 +13,21 @@ from typing import Any
 
 import torch
 
+from megatron_laer import session
 from megatron_laer.layer.experts.main_grads import note_hook_stream
 from megatron_laer.plugin.patching import Patch
+from megatron_laer.runtime.comm.collectives import raise_everywhere
 from megatron_laer.runtime.comm.streams import has_streams
 
 
 def _noting_stream(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
     def init(ddp: Any, *args: Any, **kwargs: Any) -> None:
+        current = session.current()
+        # The model is complete, with its adapters, and neither data nor checkpoints are read.
+        if current is not None and current.config.homes is not None:
+            coordinator = current.coordinator
+            raise_everywhere(None if coordinator is None else coordinator.problem_of_model())
         original(ddp, *args, **kwargs)
         parameters = [*ddp.module.parameters()]
         if parameters and has_streams(parameters[0].device):
@@ -34,6 +41,6 @@ DATA_PARALLEL_PATCHES = (
         "megatron.core.distributed.distributed_data_parallel",
         "DistributedDataParallel.__init__",
         _noting_stream,
-        "hooks of home experts' gradients wait for the sums over replicas",
+        "hooks of home experts' gradients wait for the sums over replicas; unfit homes are refused",
     ),
 )

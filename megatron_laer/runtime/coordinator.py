@@ -73,6 +73,12 @@ class Coordinator:
         self.layers.append(state)
         return state
 
+    def problem_of_model(self) -> str | None:
+        """Describe homes that a layer lacks, and changed experts; None without a problem."""
+        for layer in self.layers:
+            layer.find_share()  # with its adapters
+        return self.layouts.homes_problem or what_changed(self.layers)
+
     def start(self, first_step: int) -> str | None:
         """Compare the ranks' settings, and open planner and recordings. Collective.
 
@@ -86,8 +92,7 @@ class Coordinator:
         slots, kept_gib = self.geometry.replica_slots, self.config.restore_memory_gib
         problem = (
             agreement.difference(summary, self.groups)
-            or self.layouts.homes_problem
-            or what_changed(self.layers)
+            or self.problem_of_model()
             or self.experts.memory_problem(self.layers, slots, kept_gib)
         )
         if problem is not None:

@@ -118,6 +118,7 @@ def test_adapters_on_experts_are_refused_with_the_way_out(
     assert "give as targets layers of attention alone" in message
 
 
+FSEP = " --expert-parallel-mode fsep --fsep-sharding"
 DELAYED = " --overlap-dispatch-backward-with-experts-wgrad"
 IN_FP8 = " --bf16 --fp8-format e4m3 --fp8-recipe blockwise --fsep-allow-unproven fp8-experts"
 
@@ -151,8 +152,11 @@ def test_adapters_of_experts_with_other_homes_are_refused(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     flags = "experts" + homes(tmp_path, 1)
-    message = refusal(ranks(2), text_data, adapt_experts, "RefusedError", flags)
-    assert "--fsep-homes gives experts other homes" in message
+    given = command_line(text_data, f"{FSEP} {flags}", steps=1), None
+    for result in ranks(2).run_raw(train_row, *given, adapt_experts):
+        assert isinstance(result, Raised) and result.type_name == "RefusedError"
+        assert "--fsep-homes gives experts other homes" in result.message
+        assert "data_parallel.py" in result.traceback, "before data and checkpoints are read"
 
 
 @pytest.mark.counts(fault_runs=1)
@@ -166,7 +170,7 @@ def test_weights_that_some_ranks_freeze_are_named_on_every_rank(
 def refusal(
     pool: RankPool, data: str, adapt: Adapt, kind: str, sharding: str, grouped: bool = False
 ) -> str:
-    fsep = f" --expert-parallel-mode fsep --fsep-sharding {sharding}"
+    fsep = f"{FSEP} {sharding}"
     flags = command_line(data, fsep, steps=1)
     given = (train_some, flags, None, True) if grouped else (train_row, flags, None)
     raised = pool.run_raw(*given, adapt)

@@ -221,6 +221,7 @@ def test_homes_of_another_run_are_refused_on_every_rank(
     for result in ranks(2).run_raw(train, command(text_data, flags)):
         assert isinstance(result, Raised) and f"--fsep-homes '{path}'" in result.traceback
         assert said in result.traceback
+        assert ("data_parallel.py" in result.traceback) == (layers == 1), "before data are read"
 
 
 def test_ranks_with_other_homes_stop_before_the_first_step(

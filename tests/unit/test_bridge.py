@@ -100,6 +100,12 @@ def test_adapters_of_experts_are_refused_where_layers_run_backward_in_parts() ->
         check_recipe(given, FSEPConfig(sharding="experts"))
 
 
+def test_homes_of_a_file_are_refused_before_the_model_is_built() -> None:
+    given = changed("peft", target_modules=["linear_fc2"])
+    with pytest.raises(ValueError, match="--fsep-homes 'f': Megatron-Bridge converts experts by"):
+        FSEPCallback(given, FSEPConfig(homes="f"))
+
+
 def test_adapters_of_another_kind_are_refused_by_name() -> None:
     given = changed("peft", target_modules=["linear_fc2"])
     given.peft = type("DoRA", (), vars(given.peft))()
