@@ -59,7 +59,7 @@ from megatron_laer.runtime.weights.kept_weights import KeptWeights
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.schedule import make_schedule
 from megatron_laer.support.fp8_experts import recipe_of
-from megatron_laer.support.model import slots_multiple
+from megatron_laer.support.model import problems_with_token_exchange, slots_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ def build_coordinator(
     costs = layer_costs(config, transformer_config, device)
 
     def priced(geometry: Geometry) -> CostModel:
-        exchange = token_exchange(config, costs, geometry, top_k, tokens)
+        exchange = token_exchange(config, costs, geometry, transformer_config, tokens)
         of_tokens = with_token_exchange(costs, exchange, geometry, top_k, tokens)
         return of_tokens.with_exchange(config.restore_algorithm, geometry)
 
@@ -193,11 +193,13 @@ def _common_homes(config: FSEPConfig, groups: FSEPGroups, num_experts: int) -> M
 
 
 def token_exchange(
-    config: FSEPConfig, costs: CostModel, geometry: Geometry, top_k: int, tokens: int
+    config: FSEPConfig, costs: CostModel, geometry: Geometry, transformer_config: Any, tokens: int
 ) -> TokenExchange:
-    if config.token_exchange == Auto.AUTO:
-        return choose_token_exchange(costs, geometry, top_k, tokens)
-    return TokenExchange(config.token_exchange)
+    if config.token_exchange != Auto.AUTO:
+        return TokenExchange(config.token_exchange)
+    if problems_with_token_exchange(transformer_config, TokenExchange.NODE):
+        return TokenExchange.RANK
+    return choose_token_exchange(costs, geometry, transformer_config.moe_router_topk, tokens)
 
 
 def make_exchange(

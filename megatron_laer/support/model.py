@@ -88,8 +88,8 @@ def problems_with_mode(settings: Any, mode: PlanMode | None) -> list[str]:
 
 
 def problems_with_token_exchange(settings: Any, exchange: TokenExchange | Auto) -> list[str]:
-    """Return the settings with which tokens cannot go through nodes."""
-    if exchange == TokenExchange.RANK:
+    """Return the settings with which tokens cannot go through nodes; `auto` then takes `rank`."""
+    if exchange != TokenExchange.NODE:
         return []
     flag = f"--fsep-token-exchange {exchange}"
     problems = []

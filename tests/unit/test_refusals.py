@@ -167,9 +167,9 @@ OWN = {
     ],
     "--optimizer muon --num-experts 7": ["7 experts cannot be at home on 2 ranks"],
     f"--fsep-token-exchange node {FLEX}": [f"--fsep-token-exchange node with {FLEX}"],
-    f"--fsep-token-exchange auto --moe-permute-fusion {FLEX}": [
-        "--fsep-token-exchange auto with --moe-permute-fusion",
-        f"--fsep-token-exchange auto with {FLEX}",
+    f"--fsep-token-exchange node --moe-permute-fusion {FLEX}": [
+        "--fsep-token-exchange node with --moe-permute-fusion",
+        f"--fsep-token-exchange node with {FLEX}",
     ],
     f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn moe": ["--cuda-graph-modules attn moe: "],
     ALLOW_GRAPHS: [f"{ALLOW_GRAPHS}: no effect", UNPROVEN[Unproven.TE_GRAPHS]],
@@ -185,6 +185,7 @@ OWN = {
     ],
     f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-restore-memory-gib 2.5": [
         f"--fsep-restore-memory-gib 2.5 with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
+    f"--fsep-token-exchange auto --moe-permute-fusion {FLEX}": [],
     ],
 }
 
@@ -630,12 +631,13 @@ def test_fields_that_no_test_covers_are_named_in_one_warning_of_the_first_rank(
 
 def test_all_that_a_token_exchange_cannot_work_with_is_listed_in_one_text() -> None:
     config = Config(moe_token_dispatcher_type="flex", moe_permute_fusion=True)
-    model_support.check_choices(config, PlanMode.EXACT, TokenExchange.RANK)
+    for exchange in (TokenExchange.RANK, Auto.AUTO):
+        model_support.check_choices(config, PlanMode.EXACT, exchange)
     with pytest.raises(ValueError, match="cannot run") as raised:
-        model_support.check_choices(config, PlanMode.EXACT, Auto.AUTO)
+        model_support.check_choices(config, PlanMode.EXACT, TokenExchange.NODE)
     first, *others = str(raised.value).splitlines()
     assert first == "FSEP cannot run this model:" and len(others) == 2
-    assert all(line.startswith("  --fsep-token-exchange auto with --moe-") for line in others)
+    assert all(line.startswith("  --fsep-token-exchange node with --moe-") for line in others)
 
 
 def test_tokens_that_the_combined_schedule_leaves_exposed_are_warned_of(

@@ -118,11 +118,19 @@ def test_auto_is_decided_for_the_tokens_of_the_command_line() -> None:
     from megatron_laer.layer.moe_layer import _tokens
 
     config, geometry = FSEPConfig(token_exchange=Auto.AUTO), Geometry(32, 128, 4, 8)
-    model = SimpleNamespace(context_parallel_size=2, tensor_model_parallel_size=4)
+    model = SimpleNamespace(
+        context_parallel_size=2,
+        tensor_model_parallel_size=4,
+        moe_router_topk=8,
+        moe_token_dispatcher_type="alltoall",
+        moe_permute_fusion=False,
+    )
     found = []
     for sequence in (64, 32768):
         args = SimpleNamespace(micro_batch_size=2, seq_length=sequence)
         tokens = _tokens(args, model)
         assert tokens == sequence // 4
-        found.append(token_exchange(config, QWEN, geometry, 8, tokens))
+        found.append(token_exchange(config, QWEN, geometry, model, tokens))
     assert found == [RANK, NODE]
+    model.moe_token_dispatcher_type = "flex"
+    assert token_exchange(config, QWEN, geometry, model, tokens) == RANK
