@@ -375,12 +375,19 @@ def test_a_parameter_in_mxfp8_sends_its_own_bytes_of_each_direction(config: Any)
         assert torch.equal(kept_scales, scales[tuple(map(slice, kept_scales.shape))])
 
 
-def test_backward_in_another_precision_is_refused(
-    config: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("name", "value", "variable"),
+    [
+        ("backward_override", "high_precision", "NVTE_BACKWARD_OVERRIDE"),
+        ("enable_2d_quantization", True, "NVTE_MXFP8_ENABLE_2D_QUANTIZATION"),
+    ],
+)
+def test_settings_that_replicas_do_not_follow_are_refused(
+    config: Any, monkeypatch: pytest.MonkeyPatch, name: str, value: object, variable: str
 ) -> None:
-    recipe = SimpleNamespace(backward_override="high_precision")
+    recipe = SimpleNamespace(**{name: value})
     monkeypatch.setattr("megatron.core.fp8_utils.get_fp8_recipe", lambda _: recipe)
-    with pytest.raises(ValueError, match=r"NVTE_BACKWARD_OVERRIDE=high_precision .*; unset it"):
+    with pytest.raises(ValueError, match=rf"{variable}.* has {name}={value}, .*; unset it"):
         fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
 
 

@@ -25,6 +25,14 @@ from megatron_laer.layer.experts.gemm import te as grouped
 from megatron_laer.runtime.weights.layer import Carried, Packer
 
 TENSORS = "transformer_engine.pytorch.tensor"
+# Settings of recipes that replicas do not follow, with the variable that turns them on.
+_NOT_OF_REPLICAS = {
+    "backward_override": ("NVTE_BACKWARD_OVERRIDE", "compute backward in fp8"),
+    "enable_2d_quantization": (
+        "NVTE_MXFP8_ENABLE_2D_QUANTIZATION or --mxfp8-2d-quantization",
+        "have scales of rows and of columns",
+    ),
+}
 # Parameters of constructors that are given by name, by module and class.
 Needs = dict[tuple[str, str], set[str]]
 
@@ -70,11 +78,12 @@ class Quantised(ABC):
         self._form = form
         self._dtype = config.params_dtype
         self._recipe = get_fp8_recipe(config)
-        if (override := getattr(self._recipe, "backward_override", None)) is not None:
-            raise ValueError(
-                f"NVTE_BACKWARD_OVERRIDE={override} with experts in fp8: replicas compute backward "
-                "in fp8, and their homes would not; unset it"
-            )
+        for name, (setting, reason) in _NOT_OF_REPLICAS.items():
+            if given := getattr(self._recipe, name, None):
+                raise ValueError(
+                    f"{setting}: the recipe of Transformer Engine has {name}={given}, and with "
+                    f"experts in fp8 replicas {reason}, unlike their homes; unset it"
+                )
         kinds = importlib.import_module("transformer_engine_torch").DType
         self._forward_kind = kinds.kFloat8E4M3
         self._backward_kind = kinds.kFloat8E5M2 if config.fp8 == "hybrid" else kinds.kFloat8E4M3
