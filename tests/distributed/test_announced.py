@@ -274,7 +274,7 @@ def announce_by_slimes_hooks(
         mock.patch.object(megatron_laer, "announce_routing", watched_announce),
         mock.patch.object(kind, "all_routing_replays", []),
     ):
-        hook.REPLAYS_ROUTING, hook.STEPS_PER_ROLLOUT = True, 2
+        hook.REPLAYS_ROUTING, a_rollout = True, {"rollout_batch_size": 2, "n_samples_per_prompt": 1}
         model, optimizer = start(module, None, hook.init)
         replays = [kind() for _ in range(LAYERS)]
         forward = module.forward_step
@@ -292,7 +292,7 @@ def announce_by_slimes_hooks(
                 return forward(data, chunk)
 
             for step in range(2):
-                args = SimpleNamespace(num_experts=EXPERTS)
+                args = SimpleNamespace(num_experts=EXPERTS, global_batch_size=1, **a_rollout)
                 hook.before_train_step(args, rollout, step, model, optimizer, None)
                 with mock.patch.object(module, "forward_step", replayed_forward):
                     module.train_step(2 * rollout + step, model, optimizer)

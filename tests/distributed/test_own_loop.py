@@ -148,7 +148,8 @@ def train_by_slimes_hooks(path: Path, hooks: Path) -> tuple[list[float], list[in
     from megatron_laer import session
 
     with loaded(path) as own, loaded(hooks) as slime:
-        args = SimpleNamespace(seed=own.SEED)
+        rollout = {"rollout_batch_size": 2, "n_samples_per_prompt": 4, "global_batch_size": 8}
+        args = SimpleNamespace(seed=own.SEED, **rollout)
         dist.init_process_group("gloo")
         parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
         try:
