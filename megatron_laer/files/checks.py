@@ -62,9 +62,9 @@ def read_bytes(path: Path, max_bytes: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         content = b""
         if size <= max_bytes:
-            content = file.read(size + 1)
+            content = file.read(size + 1) or b""  # None where it has none yet, as /proc/kmsg
             if len(content) > size:  # it has grown, or its file system reports no sizes, as /proc
-                content += file.read(max_bytes + 1 - len(content))
+                content += file.read(max_bytes + 1 - len(content)) or b""
                 size = len(content)
     if size > max_bytes:
         raise ValueError(f"{quoted(path)} has {size:,} bytes; at most {max_bytes:,} are expected")

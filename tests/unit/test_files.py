@@ -44,6 +44,15 @@ def test_a_text_is_read_up_to_its_limit(tmp_path: Path) -> None:
         checks.read_text(path)
 
 
+def test_a_file_that_has_no_bytes_yet_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    # Such a pipe reads as /proc/kmsg does, which root alone may open.
+    monkeypatch.setattr(checks, "open_input", lambda path: os.fdopen(reader, "rb"))
+    assert checks.read_text(Path("kmsg")) == ""
+    os.close(writer)
+
+
 def test_quotes_are_one_short_line_without_control_characters() -> None:
     shown = checks.quoted("a\x1b[31m\nb" + "x" * 5000)
     assert shown.isprintable() and len(shown) < 300
