@@ -7,6 +7,7 @@ from collections import Counter
 
 from megatron_laer.tools import cli
 from megatron_laer.tools.recipes.bridge_table import COLUMNS, judge_recipe, read_recipes
+from megatron_laer.tools.recipes.proof import proved_rows
 from megatron_laer.tools.recipes.verdict import Verdict
 from tests import shared_data
 from tests.recipes_page import LIST, PAGE, judged, tables
@@ -27,7 +28,7 @@ def test_a_table_is_judged_into_json(tmp_path, capsys):
     assert cli.main(words) == 2
     said = capsys.readouterr()
     runs, alone, _, unjudged, counts, lost, assumed = said.out.splitlines()
-    assert runs == f"runs        {NAME}" and alone == f"set-ep      {NAME}"
+    assert runs.startswith(f"runs        {NAME}  (no row for ") and alone == f"set-ep      {NAME}"
     assert unjudged.startswith(f"not judged  recipe '{NAME}': pool 'rl': unknown")
     expected = "1 runs, 1 set-ep, 1 speed-only, 0 precision, 0 refused, 1 not judged"
     assert counts == expected
@@ -38,10 +39,12 @@ def test_a_table_is_judged_into_json(tmp_path, capsys):
     first, second, third, fourth = json.loads(output.read_text())
     keys = "recipe verdict proved_by on_replacements no_row no_row_together because drop allow"
     assert set(first) == set(second) == {*keys.split(), "if_none_of"}
-    assert (first["recipe"], first["verdict"], first["proved_by"]) == (NAME, "runs", None)
+    assert (first["recipe"], first["verdict"]) == (NAME, "runs")
+    proved = [row.features for row in proved_rows() if row.name in first["proved_by"]]
+    assert {"bf16", "DeepEP", "fused permutation"} < frozenset().union(*proved)
     assert (first["on_replacements"], first["because"], first["drop"]) == (True, [], [])
     assert "bf16 + fused permutation" in first["no_row_together"]
-    assert (second["verdict"], second["proved_by"]) == ("set-ep", None)
+    assert (second["verdict"], second["proved_by"]) == ("set-ep", [])
     assert third["drop"] == ["--cuda-graph-impl"] and "speed-only" in third["because"][0]
     assert fourth["verdict"] is None and "pool 'rl': unknown" in fourth["because"][0]
 

@@ -112,7 +112,9 @@ def _judge_table(table: Path, output: Path | None) -> int:
         except ValueError as error:
             judged.append((row["recipe"], None, (str(error),)))
     for recipe, found, because in judged:
-        _print(f"{found.verdict:<10}  {recipe}" if found else f"{_NOT_JUDGED:<10}  {because[0]}")
+        proof = f"  ({found.proof.summary})" if found and found.proof else ""
+        verdict, said = (found.verdict, recipe) if found else (_NOT_JUDGED, because[0])
+        _print(f"{verdict:<10}  {said}{proof}")
     of_all = [found for _, found, _ in judged if found]
     unjudged = [because[0] for _, found, because in judged if found is None]
     counts = Counter(found.verdict for found in of_all)
@@ -141,7 +143,7 @@ def _in_json(recipe: str, found: Judgement | None, because: tuple[str, ...]) -> 
     return {
         "recipe": recipe,
         "verdict": found.verdict if found else None,
-        "proved_by": proof.row or None if proof else None,
+        "proved_by": proof.rows if proof else [],
         "on_replacements": proof.is_replaced if proof else None,
         "no_row": proof.no_row if proof else [],
         "no_row_together": proof.no_row_together if proof else [],
