@@ -10,7 +10,6 @@ from megatron_laer.choices import Unproven
 from megatron_laer.tools import cli
 from megatron_laer.tools.cli.check_recipe import STATUS
 from megatron_laer.tools.recipes.bridge_table import COLUMNS, judge_recipe
-from megatron_laer.tools.recipes.families import IMPLIED, implied_by
 from megatron_laer.tools.recipes.verdict import Verdict, judge
 
 NAME = "megatron.bridge.recipes.qwen.h100.qwen3_moe:qwen3_30b_a3b_pretrain_8gpu_h100_bf16_config"
@@ -161,11 +160,15 @@ def test_a_recipe_that_cannot_run_as_it_is_quotes_the_fields(case):
     assert (found.proof is not None and found.proof.no_row == ()) is has_proof
 
 
-def test_dropping_what_is_named_is_what_the_verdict_promises():
-    row = next(row for row in IMPLIED if "use_transformer_engine_op_fuser" in row.settings)
-    recipe = f"qwen3_moe{row.recipes.strip('$')}"
-    assert row in implied_by(recipe)
-    found = judge_recipe(NONE | {"recipe": recipe})
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        "recipes.qwen.gb200.qwen3_moe:qwen3_30b_a3b_pretrain_8gpu_gb200_fp8mx_functional_config",
+        "perf_recipes.nemotronh.vr200.nemotronh:nemotron_3_super_pretrain_64gpu_vr200_fp8mx_config",
+    ],
+)
+def test_dropping_what_is_named_is_what_the_verdict_promises(recipe):
+    found = judge_recipe(NONE | {"recipe": f"megatron.bridge.{recipe}", "precision": "fp8_mx"})
     assert found.verdict is Verdict.SPEED_ONLY
     assert found.drop == ("--moe-mlp-glu-interleave-size", "--use-transformer-engine-op-fuser")
 

@@ -139,7 +139,8 @@ IMPLIED = (
         overlap_dispatch_backward_with_experts_wgrad=True,
     ),
     _row(
-        r":qwen3_30b_a3b_pretrain_8gpu_gb200_fp8mx_functional_config$",
+        r":qwen3_30b_a3b_pretrain_8gpu_gb200_fp8mx_functional_config$"
+        r"|:nemotron_3_(super_pretrain_64gpu|nano_pretrain_8gpu)_(gb200|gb300|vr200)_fp8mx_config$",
         use_transformer_engine_op_fuser=True,
         moe_mlp_glu_interleave_size=32,
     ),
