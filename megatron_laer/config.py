@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from numbers import Integral, Real
@@ -32,7 +33,7 @@ from megatron_laer.choices import (
     Unproven,
     WireDtype,
 )
-from megatron_laer.files.checks import quoted
+from megatron_laer.files.checks import numbered, quoted
 
 # Words of the fields are imported from here too.
 __all__ = [
@@ -247,24 +248,36 @@ class FSEPConfig:
             if value is not None or spec.default is not None:
                 # Plain words become the members they name.
                 object.__setattr__(self, spec.name, _checked(spec, value))
+        if self.homes is not None and self.sharding == Auto.AUTO:
+            object.__setattr__(self, "sharding", Sharding.EXPERTS)
+        if problems := [*self._problems()]:
+            raise ValueError(numbered(problems))
+
+    def _problems(self) -> Iterator[str]:
+        """Yield the combinations of settings that cannot work, with remedies."""
         if self.restore == Restore.STEP and self.mode != PlanMode.FORECAST:
-            raise ValueError(
+            yield (
                 f"--fsep-plan-mode {self.mode}: --fsep-restore {self.restore} keeps layouts for a "
                 "step; remove one of them"
             )
         if self.split == Split.EVEN and self.mode != PlanMode.FORECAST:
-            raise ValueError(
+            yield (
                 f"--fsep-plan-mode {self.mode}: fresh layouts are made for exact splits, got "
                 f"--fsep-split {self.split}; remove one of them"
             )
-        if self.homes is not None:
-            self._check_homes()
+        if self.homes == "":
+            yield "--fsep-homes '': the path is empty; give a file"
+        if self.homes is not None and self.sharding == Sharding.ROWS:
+            yield (
+                f"--fsep-homes {quoted(self.homes)}: no expert has a home with --fsep-sharding "
+                f"{self.sharding}; leave it out, or give --fsep-sharding {Sharding.EXPERTS}"
+            )
         if self.sharding == Sharding.EXPERTS and self.reason_for_rows is not None:
-            raise ValueError(self.reason_for_rows)
-        if self.experts_in_fp8:
-            self._check_fp8_experts()
+            yield self.reason_for_rows
+        if self.experts_in_fp8 and (problem := self._problem_with_fp8_experts()) is not None:
+            yield f"--fsep-allow-unproven {Unproven.FP8_EXPERTS}: {problem}"
         if self.pairs_interval is not None and self.record_trace is None:
-            raise ValueError(
+            yield (
                 f"--fsep-pairs-interval {self.pairs_interval}: no effect, since "
                 "--fsep-record-trace is not given; leave it out"
             )
@@ -285,37 +298,24 @@ class FSEPConfig:
             )
         return None
 
-    def _check_homes(self) -> None:
-        if not self.homes:
-            raise ValueError("--fsep-homes '': the path is empty; give a file")
-        if self.sharding == Sharding.ROWS:
-            raise ValueError(
-                f"--fsep-homes {quoted(self.homes)}: no expert has a home with --fsep-sharding "
-                f"{self.sharding}; leave it out, or give --fsep-sharding {Sharding.EXPERTS}"
-            )
-        object.__setattr__(self, "sharding", Sharding.EXPERTS)
-
     @property
     def experts_in_fp8(self) -> bool:
         return Unproven.FP8_EXPERTS in self.allow_unproven
 
-    def _check_fp8_experts(self) -> None:
-        """Refuse settings with which experts cannot compute in fp8."""
-        problem = None
+    def _problem_with_fp8_experts(self) -> str | None:
+        """Return why experts cannot compute in fp8 with these settings; None if they can."""
         if self.sharding == Sharding.ROWS:
-            problem = (
+            return (
                 "rows of experts are kept and moved in the parameters' dtype; use --fsep-sharding "
                 f"{Sharding.EXPERTS}"
             )
-        elif self.gemm not in (GemmBackEnd.AUTO, GemmBackEnd.LOOP):  # what `auto` becomes
-            problem = f"--fsep-gemm {self.gemm} multiplies no fp8; leave it out"
-        elif Unproven.DENSE_FP8 in self.allow_unproven:
-            problem = f"{Unproven.DENSE_FP8} would keep fp8 from the experts; give one of them"
-        elif self.reason_for_rows is not None:
-            problem = f"it needs --fsep-sharding {Sharding.EXPERTS}, but {self.reason_for_rows}"
-        if problem is not None:
-            problem = f"--fsep-allow-unproven {Unproven.FP8_EXPERTS}: {problem}"
-            raise ValueError(problem)
+        if self.gemm not in (GemmBackEnd.AUTO, GemmBackEnd.LOOP):  # what `auto` becomes
+            return f"--fsep-gemm {self.gemm} multiplies no fp8; leave it out"
+        if Unproven.DENSE_FP8 in self.allow_unproven:
+            return f"{Unproven.DENSE_FP8} would keep fp8 from the experts; give one of them"
+        if self.sharding == Auto.AUTO and self.reason_for_rows is not None:
+            return f"it needs --fsep-sharding {Sharding.EXPERTS}, but {self.reason_for_rows}"
+        return None
 
     @property
     def mode(self) -> PlanMode:

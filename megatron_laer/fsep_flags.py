@@ -24,6 +24,7 @@ from megatron_laer.config import (
     types_of,
     words_of,
 )
+from megatron_laer.files.checks import numbered
 from megatron_laer.planner.strategies import described_strategies, uses_costs
 
 
@@ -85,12 +86,14 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
     given = given_flags(args)
     if args.expert_parallel_mode == ExpertParallelMode.FSEP:
         config = FSEPConfig(**given)
-        for reason, idle in _idle(config):
-            for name in (name for name in idle if name in given):
-                raise ValueError(
-                    f"{flag_name(name)} {value_text(given[name])}: no effect, since {reason}; "
-                    "leave it out"
-                )
+        idle = [
+            f"{flag_name(name)} {value_text(given[name])}: no effect, since {reason}; leave it out"
+            for reason, names in _idle(config)
+            for name in names
+            if name in given
+        ]
+        if idle:
+            raise ValueError(numbered(idle))
         return config
     if given:
         flags = ", ".join(f"{flag_name(name)} {value_text(value)}" for name, value in given.items())

@@ -12,7 +12,7 @@ import re
 import shlex
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -102,6 +102,13 @@ def one_line(text: object, longest: int = 2000) -> str:
     if shown.isprintable():
         return shown
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+
+
+def numbered(problems: Sequence[str]) -> str:
+    """Join problems into one text, with numbers if there are several."""
+    if len(problems) == 1:
+        return problems[0]
+    return " ".join(f"({number}) {text}." for number, text in enumerate(problems, start=1))
 
 
 def shell_words(words: Iterable[str]) -> str:

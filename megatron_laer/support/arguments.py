@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_laer.config import FSEPConfig, OverlapScheduler, Sharding
 from megatron_laer.environment import CONNECTIONS, has_one_queue
-from megatron_laer.files.checks import problem_of, quoted
+from megatron_laer.files.checks import numbered, problem_of, quoted
 from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
 from megatron_laer.planner.homes_file import read_homes
 from megatron_laer.planner.layout import MAX_EXPERTS
@@ -66,16 +66,20 @@ def leave_out(args: Namespace) -> list[str]:
 def check(args: Namespace, config: FSEPConfig) -> None:
     """Refuse all settings that FSEP cannot run with, in one message."""
     if found := problems(args, config):
-        numbered = " ".join(f"({number}) {text}." for number, text in enumerate(found, start=1))
-        listed = found[0] if len(found) == 1 else f"these settings: {numbered}"
-        raise RefusedError(f"--expert-parallel-mode fsep cannot run with {listed}")
+        raise RefusedError(f"--expert-parallel-mode fsep cannot run: {numbered(found)}")
 
 
 def problems(args: Namespace, config: FSEPConfig) -> list[str]:
     """Return the settings that FSEP cannot run with, with reasons and remedies."""
-    config = muon.with_homes(args, config)
-    allowed = config.allow_unproven
+    args, allowed = with_sharding(args, config), config.allow_unproven
     found = [text for row in REFUSALS if (text := row.problem_with_flag(args, allowed))]
+    return found + own_problems(args, config)
+
+
+def own_problems(args: Namespace, config: FSEPConfig) -> list[str]:
+    """Return the problems that are no rows of the table."""
+    config, allowed = muon.with_homes(args, config), config.allow_unproven
+    found = []
     asked = [row for row in REFUSALS if row.asks_for_unproven(args, row.argument)]
     used = {word for row in asked for word in row.words}
     found += [
@@ -89,7 +93,15 @@ def problems(args: Namespace, config: FSEPConfig) -> list[str]:
     found += muon.problems(args, config)
     found += problems_with_mode(args, config.mode)
     found += problems_with_token_exchange(args, config.token_exchange)
-    return found or _shape_problems(args, config)
+    has_shape = (args.num_experts or 0) > 0 and args.expert_model_parallel_size > 1
+    return found + (_shape_problems(args, config) if has_shape else [])
+
+
+def with_sharding(args: Namespace, config: FSEPConfig) -> Namespace:
+    """Return a copy of the arguments with the sharding that the settings imply."""
+    config = muon.with_homes(args, config)
+    sharding = config.sharding if config.reason_for_rows is None else Sharding.ROWS
+    return Namespace(**vars(args) | {"fsep_sharding": sharding})
 
 
 def geometry(args: Namespace, config: FSEPConfig) -> Geometry:

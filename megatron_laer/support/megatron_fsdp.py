@@ -9,6 +9,7 @@ from megatron_laer.choices import Auto, Sharding
 STRATEGIES = ("optim", "optim_grads", "optim_grads_params")
 
 _WITH = "with --use-megatron-fsdp"
+_FORMAT = "fsdp_dtensor"
 _NO_TEST = "no test proves the two together"
 
 
@@ -110,6 +111,13 @@ def problems(settings: Any, sharding: Sharding | Auto = Sharding.EXPERTS) -> lis
         found.append(
             "--use-megatron-fsdp with fused gradient accumulation: the kernels write over the "
             "gradients to which those of replicas are added; give --no-gradient-accumulation-fusion"
+        )
+    # No field of Megatron's configurations, so that a loop of one's own has none.
+    form = getattr(settings, "ckpt_format", _FORMAT)
+    if form != _FORMAT:
+        found.append(
+            f"--ckpt-format {form} {_WITH}: Megatron has another form for its shards; give "
+            f"--ckpt-format {_FORMAT}"
         )
     for partner in PARTNERS:
         value = getattr(settings, partner.name, partner.default)

@@ -10,6 +10,8 @@ from typing import Any
 from megatron_laer.config import Unproven
 
 SAME = "the flag's"
+# Recipes that a word of `--fsep-allow-unproven` goes with.
+BY_RECIPE = {Unproven.FP8_EXPERTS: " with --fp8-recipe tensorwise, blockwise or mxfp8"}
 _NOT_RUN = "nobody has run it with FSEP, and no test on a GPU has shown it"
 
 
@@ -89,9 +91,10 @@ class Refusal:
         if value is None and self.refuses is None:  # not given, so Megatron's default stands
             return None
         if self.asks_for_unproven(args, self.argument):
+            words = " or ".join(f"{word}{BY_RECIPE.get(word, '')}" for word in self.words)
             return (
                 f"{self.flag} {value}: {_NOT_RUN}; to run it all the same give "
-                f"--fsep-allow-unproven {' or '.join(self.words)}, or {self.said_way_out}"
+                f"--fsep-allow-unproven {words}, or {self.said_way_out}"
             )
         if isinstance(value, list) and value:
             given = " ".join([self.flag, *names_of(value)])

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_laer.config import Unproven
 from megatron_laer.support.fields import PROVED_RECOMPUTE
-from megatron_laer.support.refusal import LeftOut, Refusal, names_of
+from megatron_laer.support.refusal import BY_RECIPE, LeftOut, Refusal, names_of
 
 
 def _no_experts(args: Any) -> bool:
@@ -76,7 +76,10 @@ _NO_FP8 = "restored experts are computed in bf16 or fp32"
 _PRECISION_BY_MODULE = "replicas of experts follow one recipe, and it gives modules their own"
 _TRAIN_IN_BF16 = "leave it out, and train with --bf16"
 _DTYPE_OF_EXPERTS = "experts are kept and moved in the parameters' dtype"
-_OR_IN_FP8 = f"leave it out, or give --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
+_OR_IN_FP8 = (
+    f"leave it out, or give --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
+    f"{BY_RECIPE[Unproven.FP8_EXPERTS]}"
+)
 _DTYPE_OF_NCCL_EP = "NCCL EP alone sends tokens in it, to experts of Transformer Engine"
 _NO_GRAPH = "layouts and split sizes are decided on the host, which a graph cannot record"
 _GRAPHS_OFF = "give --cuda-graph-impl none"

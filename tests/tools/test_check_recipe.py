@@ -62,6 +62,13 @@ LINES = {
         "; the speed-up of fp8 or fp4 and of these is lost, and no figure weighs it; ",
         f"{BASE} {PADDED} {FAST} {ALLOWED}",
     ),
+    "kept mxfp8": (
+        f"{BASE} --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather",
+        4,
+        "runs in bf16, without these flags: --fp8-format --fp8-param-gather",
+        BASE,
+    ),
+    "custom fp8": (f"{BASE} --fp8-format e4m3 --fp8-recipe custom", 4, "runs in bf16", BASE),
     "allowed fp8": (
         f"{BASE} --fp8-format hybrid --fsep-allow-unproven dense-fp8",
         0,
@@ -84,6 +91,20 @@ LINES = {
     "set-ep": ("--num-experts 8", 5, "uses no expert parallelism", None),
     "dense": ("--num-layers 2", 1, "refused, because", None),
     "refused": (f"{BASE} --optimizer soap {SLOW}", 1, "refused, because", None),
+    "our flags": (f"{BASE} --fsep-capacity 0 {SLOW}", 1, "refused, because", None),
+    "an unknown planner": (f"{BASE} --fsep-planner magic", 1, "refused, because", None),
+    "our flags together": (
+        f"{BASE} --fsep-restore step --fsep-plan-mode adaptive",
+        1,
+        "refused, because",
+        None,
+    ),
+    "Megatron-FSDP": (
+        f"{BASE} --use-megatron-fsdp --fsep-sharding rows --fsep-node-size 3",
+        1,
+        "refused, because",
+        None,
+    ),
     "too many slots": (
         "--num-experts 4096 --expert-model-parallel-size 8 --moe-token-dispatcher-type flex",
         1,
@@ -103,7 +124,6 @@ ERRORS = {
         f"--num-experts 8 --expert-model-parallel-size {10**18}",
         f"--expert-model-parallel-size '{10**18}': more than there can be; give at most 1000000",
     ),
-    "ours": (f"{BASE} --fsep-capacity 0", "fsep-capacity"),
 }
 # Words of `advise` with the flags of a run; the shape that they give, or the error.
 TINY = "--model tiny-moe --cluster h100-8 --gpus 8"
@@ -195,7 +215,19 @@ def test_reasons_are_those_of_training(ended):
     reasons = ended["speed-only"][1].splitlines()[1:-1]
     assert len(reasons) == len(SLOW.split("--")) - 1
     assert all(reason.endswith("(it is speed-only)") for reason in reasons)
-    assert "DeepEP takes at most 128" in ended["too many slots"][1]
+    for name, parts in {
+        "too many slots": ["DeepEP takes at most 128"],
+        "kept mxfp8": ["give --reuse-grad-buf-for-mxfp8-param-ag"],
+        "custom fp8": ["fp8-experts with --fp8-recipe tensorwise, blockwise or mxfp8, or leave"],
+        "our flags": ["--fsep-capacity 0: must be at least 1"],
+        "Megatron-FSDP": [
+            "with --fsep-sharding rows",
+            "with fused gradient accumulation",
+            "--ckpt-format torch_dist",
+            "--fsep-node-size 3 does not divide the 4 ranks",
+        ],
+    }.items():
+        assert [part for part in parts if part not in ended[name][1]] == []
 
 
 @pytest.mark.parametrize("name", ERRORS)

@@ -67,6 +67,18 @@ def test_a_flag_that_others_leave_without_effect_is_an_error(idle: str, reason: 
         config_from_args(parse(*words, *idle.split()))
 
 
+def test_all_that_does_not_go_together_is_told_in_one_text() -> None:
+    with pytest.raises(
+        ValueError, match=r"^\(1\) --fsep-plan-mode exact: .*\(2\) --fsep-pairs-int"
+    ):
+        FSEPConfig(restore="step", plan_mode="exact", pairs_interval=5)
+    flags = "--fsep-plan-mode exact --fsep-planner laer --fsep-plan-lag 2"
+    with pytest.raises(
+        ValueError, match=r"\(1\) --fsep-planner laer: no .*\(2\) --fsep-plan-lag 2"
+    ):
+        config_from_args(parse("--expert-parallel-mode", "fsep", *flags.split()))
+
+
 def test_slots_may_be_left_to_predicted_time_by_name() -> None:
     fsep = ["--expert-parallel-mode", "fsep"]
     assert config_from_args(parse(*fsep, "--fsep-capacity", "auto")) == FSEPConfig()

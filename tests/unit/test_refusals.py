@@ -31,6 +31,7 @@ from megatron_laer.support.fields import (
     UNTRIED,
     WITHOUT_EFFECT,
 )
+from megatron_laer.support.refusal import BY_RECIPE
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 from tests.costs import COSTS
 from tests.parity.rows import ROWS
@@ -151,7 +152,8 @@ TAKEN = [
     f"{SELECTIVE} core_attn moe_act",
 ]
 
-# Refused because of FSEP's own settings next to Megatron's; each part occurs in one problem.
+# Refused because of FSEP's own settings next to Megatron's, or not without parts. Each part occurs
+# in one problem.
 OWN = {
     "--expert-model-parallel-size 16 --fsep-node-size 3": ["at most the number of ranks, 2"],
     "--fsep-plan-mode announced --mtp-num-layers 2 --mtp-use-repeated-layer": [
@@ -183,14 +185,14 @@ OWN = {
         f"--fp8-param-gather with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
         "give --reuse-grad-buf-for-mxfp8-param-ag",
     ],
+    f"--fsep-token-exchange auto --moe-permute-fusion {FLEX}": [],
     f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-restore-memory-gib 2.5": [
         f"--fsep-restore-memory-gib 2.5 with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
-    f"--fsep-token-exchange auto --moe-permute-fusion {FLEX}": [],
     ],
 }
 
 SHARDED = "--use-megatron-fsdp --no-gradient-accumulation-fusion --fsep-sharding experts "
-SHARDED += "--data-parallel-sharding-strategy"
+SHARDED += "--ckpt-format fsdp_dtensor --data-parallel-sharding-strategy"
 # Next to dense layers that Megatron-FSDP shards; every problem, none where it runs.
 NEXT_TO_FSDP = {
     "--use-megatron-fsdp --data-parallel-sharding-strategy no_shard --fsep-sharding rows": [
@@ -208,6 +210,7 @@ NEXT_TO_FSDP = {
             "--ddp-average-in-collective",
             "--log-params-norm",
             "--megatron-fsdp-grad-comm-dtype bf16",
+        "--ckpt-format torch_dist with --use-megatron-fsdp: ",
             "--megatron-fsdp-main-params-dtype bf16",
             "--pipeline-model-parallel-size 2",
             "--num-distributed-optimizer-instances 2",
@@ -399,9 +402,9 @@ VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
     "script's defaults": (
         FSEP,
         {"script": {"expert_tensor_parallel_size": 2}},
-        "cannot run with --expert-tensor-parallel-size 2",
+        "cannot run: --expert-tensor-parallel-size 2",
     ),
-    "script's parser": (FSEP, {"parser": ALLGATHER}, f"cannot run with {DISPATCHER} allgather"),
+    "script's parser": (FSEP, {"parser": ALLGATHER}, f"cannot run: {DISPATCHER} allgather"),
     "checkpoint's allgather": (RESUMED, {"checkpoint": ALLGATHER}, "allgather"),
     "graphs": (
         f"{GRAPHED} {ALLOW_GRAPHS}",
@@ -454,7 +457,7 @@ def test_a_refused_setting_is_told_by_flag_and_by_field(
     assert by_flag.startswith(row.flag) and by_flag.endswith(row.said_way_out)
     assert (by_field is None) == (not row.field)
     if row.unproven and "nobody has run it" in by_flag:
-        words = " or ".join(row.words)
+        words = " or ".join(f"{word}{BY_RECIPE.get(word, '')}" for word in row.words)
         assert f"give --fsep-allow-unproven {words}, or " in by_flag
         words = " or ".join(f"['{word}']" for word in row.words)
         assert f"give FSEPConfig(allow_unproven={words}), or else it" in by_field
@@ -484,6 +487,7 @@ def test_megatron_fsdp_is_refused_with_each_setting_that_no_test_proves(
     assert len(found) == len(parts)
     assert all(text.startswith(part) for text, part in zip(found, parts, strict=True))
 
+    assert bool(found) == bool(OWN[line])
 
 def test_partners_of_megatron_fsdp_have_megatrons_defaults(megatron: dict[str, Any]) -> None:
     known = {partner.name: partner.default for partner in megatron_fsdp.PARTNERS}

@@ -179,22 +179,34 @@ def _judge_function(name: str) -> Judgement:
 
 def _judge_flags(words: list[str], ranks: int | None = None) -> int:
     from megatron_laer.fsep_flags import config_from_args
+    from megatron_laer.planner.strategies import check_planner
     from megatron_laer.support import arguments
 
     settings = parsed(words, ranks)
-    config = config_from_args(settings)
-    assert config is not None, "the mode is set"
-    judgement = judge(settings, config.allow_unproven)
-    kept = without(words, judgement.drop)
+    try:
+        config = config_from_args(settings)
+        assert config is not None, "the mode is set"
+        check_planner(config.planner)
+    except ValueError as error:
+        allowed = settings.fsep_allow_unproven or ()
+        return _say(judge(settings, allowed, also_refused=[str(error)]))
+    settings = arguments.with_sharding(settings, config)
+    own = arguments.own_problems(settings, config)
+    judgement = judge(settings, config.allow_unproven, also_refused=own)
+    # A recipe of fp8 has no effect without it.
+    idle = ["--fp8-recipe"] if "--fp8-format" in judgement.drop else []
+    kept = without(words, [*judgement.drop, *idle])
     if judgement.verdict is Verdict.PRECISION and not {"--bf16", "--fp16"} & set(kept):
         kept.append("--bf16")
     if judgement.runs:
-        allowed = dict.fromkeys((*config.allow_unproven, *judgement.allow))
-        try:  # once more, with the sizes that no row of the table covers
-            config = replace(config, allow_unproven=tuple(allowed))
-            arguments.check(parsed(kept, ranks), config)
+        try:  # once more, with the words of `allow`
+            words_given = (*config.allow_unproven, *judgement.allow)
+            config = replace(config, allow_unproven=words_given)
+            found = arguments.problems(parsed(kept, ranks), config)
         except ValueError as error:
-            judgement = Judgement(Verdict.REFUSED, None, (str(error),))
+            found = [str(error)]
+        if found:
+            judgement = Judgement(Verdict.REFUSED, None, tuple(found))
     status = _say(judgement)
     if judgement.verdict in (Verdict.SPEED_ONLY, Verdict.PRECISION):
         allowing = ["--fsep-allow-unproven", *config.allow_unproven] if judgement.allow else []

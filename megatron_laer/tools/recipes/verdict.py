@@ -6,7 +6,7 @@ from argparse import Namespace
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from megatron_laer.config import Choice, Unproven
+from megatron_laer.choices import Choice, Sharding, Unproven
 from megatron_laer.files.checks import quoted
 from megatron_laer.support import fp8_experts, megatron_fsdp
 from megatron_laer.support.refusal import LeftOut, Refusal
@@ -74,14 +74,17 @@ def judge(
     refusal, which no argument shows. `doubts` are reasons why nothing proves an accepted run.
     """
     _check_sizes(settings)
-    also_refused = (
+    sharding = getattr(settings, "fsep_sharding", None) or Sharding.EXPERTS
+    found_elsewhere = (
         *also_refused,
         *fp8_experts.problems(settings, allowed),
-        *megatron_fsdp.problems(settings),
+        *megatron_fsdp.problems(settings, sharding),
     )
+    also_refused = tuple(dict.fromkeys(found_elsewhere))
     asked = {word for row in REFUSALS if _asks(row, settings) for word in row.words}
     allow = _PROVED_BY_ROWS & asked
-    if Unproven.DENSE_FP8 in allowed or fp8_experts.problems(settings, allow):
+    against_fp8_experts = fp8_experts.problems(settings, {Unproven.FP8_EXPERTS})
+    if Unproven.DENSE_FP8 in allowed or against_fp8_experts:
         allow -= {Unproven.FP8_EXPERTS}
     found = _refused(settings, {*allowed, *allow})
     if any(row.flag.startswith("--cuda-graph") for row, _ in found):
@@ -90,9 +93,8 @@ def judge(
         found = _refused(settings, {*allowed, *allow} - {Unproven.TE_GRAPHS})
     refused = {row.argument for row, _ in found}
     reasons = [text for _, text in found]
-    problem = fp8_experts.recipe_problem(fp8_experts.recipe_of(settings))
-    if "fp8" in refused and problem is not None:
-        reasons.append(problem)
+    if "fp8" in refused:
+        reasons += against_fp8_experts
     drop = tuple(dict.fromkeys(row.flag for row, _ in found if row.left_out))
     if "expert_model_parallel_size" in refused and "num_experts" not in refused:
         return Judgement(Verdict.SET_EP, None, (*reasons, *also_refused), drop)
