@@ -48,6 +48,9 @@ def settings_of(recipe: Any) -> Namespace:
     if recipe.comm_overlap is not None:
         # Megatron-Bridge reads these only here; unset means off.
         found |= {name: bool(getattr(recipe.comm_overlap, name)) for name in _OVERLAPS}
+        if found.get("use_distributed_optimizer"):  # unset means on
+            overlaps = getattr(recipe.comm_overlap, "overlap_grad_reduce", None)
+            found["overlap_grad_reduce"] = overlaps is not False
     found["cuda_graph_modules"] = _graphed(
         found.get("cuda_graph_modules") or found.get("cuda_graph_scope")
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from megatron_laer.config import Unproven
+from megatron_laer.choices import Sharding, Unproven
 from megatron_laer.support.fields import PROVED_RECOMPUTE
 from megatron_laer.support.refusal import BY_RECIPE, LeftOut, Refusal, names_of
 
@@ -45,6 +45,14 @@ def _captures_plan(settings: Any) -> bool:
 def _overlaps_graphs_of_attention(settings: Any) -> bool:
     overlaps = getattr(settings, "overlap_moe_expert_parallel_comm", False)
     return bool(overlaps) and "attn" in (graphed(settings) or ())
+
+
+def _reduces_before_wgrad(settings: Any) -> bool:
+    """Return True if Megatron reduces gradients of home experts before they are computed."""
+    delays = getattr(settings, "overlap_dispatch_backward_with_experts_wgrad", False)
+    overlaps = getattr(settings, "overlap_grad_reduce", False)
+    is_in_rows = getattr(settings, "fsep_sharding", None) == Sharding.ROWS
+    return bool(delays and overlaps) and not is_in_rows
 
 
 def _pads_for_fp8(settings: Any) -> bool:
@@ -240,6 +248,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "layers",
         field_way_out=f"take some of {_GRAPHED}",
         refuses=_captures_plan,
+        left_out=_SPEED,
+    ),
+    Refusal(
+        "--overlap-dispatch-backward-with-experts-wgrad with --overlap-grad-reduce",
+        "Megatron reduces the gradients of experts at home before these are computed, in stock too",
+        "leave out one of them, or give --fsep-sharding rows",
+        field="",
+        refuses=_reduces_before_wgrad,
         left_out=_SPEED,
     ),
     Refusal(

@@ -43,6 +43,7 @@ FAST = (
 )
 ALLOWED = "--fsep-allow-unproven te-graphs"
 PADDED = "--moe-router-padding-for-quantization"
+EARLY = "--overlap-dispatch-backward-with-experts-wgrad --overlap-grad-reduce"
 
 # Flags; the status, a text on the first line, and the last line.
 LINES = {
@@ -62,6 +63,13 @@ LINES = {
         "; the speed-up of fp8 or fp4 and of these is lost, and no figure weighs it; ",
         f"{BASE} {PADDED} {FAST} {ALLOWED}",
     ),
+    "an early reduce": (
+        f"{BASE} {EARLY}",
+        3,
+        "speed-only flags: --overlap-dispatch-backward-with-experts-wgrad;",
+        f"{BASE} --overlap-grad-reduce",
+    ),
+    "an early reduce of rows": (f"{BASE} {EARLY} --fsep-sharding rows", 0, "runs", None),
     "kept mxfp8": (
         f"{BASE} --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather",
         4,

@@ -173,6 +173,18 @@ def test_dropping_what_is_named_is_what_the_verdict_promises(recipe):
     assert found.drop == ("--moe-mlp-glu-interleave-size", "--use-transformer-engine-op-fuser")
 
 
+def test_gradients_that_are_reduced_early_are_told_from_those_that_are_not():
+    name = "overlap_dispatch_backward_with_experts_wgrad"
+    found = judge_recipe(NONE | {name: "True"})
+    assert (found.verdict, *found.drop) == (Verdict.SPEED_ONLY, f"--{name.replace('_', '-')}")
+    found = judge_recipe(NONE | {name: "True", "overlap_grad_reduce": "False"})
+    assert found.verdict is Verdict.RUNS
+    recipe = f"{PERF}.qwen_vl.h100.qwen35_vl:qwen35_vl_35b_a3b_pretrain_16gpu_h100_bf16_config"
+    found = judge_recipe(NONE | {"recipe": recipe})
+    assert found.verdict is Verdict.RUNS
+    assert any("behind the dispatch" in pair for pair in found.proof.no_row_together)
+
+
 def test_a_dense_model_is_refused_and_not_sent_to_expert_parallelism():
     settings = Namespace(num_experts=None, expert_model_parallel_size=1)
     found = judge(settings)

@@ -116,7 +116,9 @@ def test_adapters_of_another_kind_are_refused_by_name() -> None:
 def test_a_recipe_is_read_as_bridge_applies_it_and_is_not_changed() -> None:
     given = recipe(delay_wgrad_compute=True)
     given.comm_overlap = SimpleNamespace(**OVERLAP)
-    assert settings_of(given).delay_wgrad_compute is False
+    given.ddp.use_distributed_optimizer = True
+    settings = settings_of(given)
+    assert (settings.delay_wgrad_compute, settings.overlap_grad_reduce) == (False, True)
     assert given.model.delay_wgrad_compute is True
 
 

@@ -46,6 +46,7 @@ FLEX = "--moe-token-dispatcher-type flex"
 PADDING = "--moe-router-padding-for-quantization"
 GRAPHS = "--cuda-graph-impl transformer_engine"
 OVERLAP = "--overlap-moe-expert-parallel-comm"
+REDUCED_EARLY = "--overlap-dispatch-backward-with-experts-wgrad --overlap-grad-reduce"
 ALLOW_GRAPHS, ALLOW_FP8 = "--fsep-allow-unproven te-graphs", "--fsep-allow-unproven dense-fp8"
 ALLOW_EXPERTS = "--fsep-allow-unproven fp8-experts"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
@@ -99,6 +100,10 @@ REFUSED: dict[str, list[str]] = {
     "--cuda-graph-modules attn with --overlap-moe-expert-parallel-comm": [
         f"{OVERLAP} {GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn moe_router"
     ],
+    "--overlap-dispatch-backward-with-experts-wgrad with --overlap-grad-reduce": [
+        REDUCED_EARLY,
+        f"{REDUCED_EARLY} --fsep-sharding experts",
+    ],
     "--optimizer other than adam, sgd, lion, muon": ["--optimizer soap"],
     "--moe-mlp-glu-interleave-size": ["--moe-mlp-glu-interleave-size 8"],
     "--use-grouped-gemm-for-shared-expert": [
@@ -139,6 +144,7 @@ TAKEN = [
     "--cuda-graph-modules moe",
     f"{OVERLAP} --delay-wgrad-compute",
     "--overlap-dispatch-backward-with-experts-wgrad",
+    f"{REDUCED_EARLY} --fsep-sharding rows",
     "--tensor-model-parallel-size 2",
     FLEX,
     f"{FLEX} --moe-flex-dispatcher-backend hybridep --fsep-capacity 6",
@@ -155,6 +161,12 @@ TAKEN = [
 # Refused because of FSEP's own settings next to Megatron's, or not without parts. Each part occurs
 # in one problem.
 OWN = {
+    f"{REDUCED_EARLY} --fsep-planner laer": [],
+    f"{REDUCED_EARLY} --fsep-capacity 9 --fsep-node-size 3": [
+        "leave out one of them, or give --fsep-sharding rows",
+        "--fsep-capacity 9: the slots of 2 ranks",
+        "--fsep-node-size 3 does not divide the 2 ranks",
+    ],
     "--expert-model-parallel-size 16 --fsep-node-size 3": ["at most the number of ranks, 2"],
     "--fsep-plan-mode announced --mtp-num-layers 2 --mtp-use-repeated-layer": [
         "--fsep-plan-mode announced with --mtp-use-repeated-layer"
@@ -173,6 +185,7 @@ OWN = {
         "--fsep-token-exchange node with --moe-permute-fusion",
         f"--fsep-token-exchange node with {FLEX}",
     ],
+    f"--fsep-token-exchange auto --moe-permute-fusion {FLEX}": [],
     f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn moe": ["--cuda-graph-modules attn moe: "],
     ALLOW_GRAPHS: [f"{ALLOW_GRAPHS}: no effect", UNPROVEN[Unproven.TE_GRAPHS]],
     f"{ALLOW_FP8} --cuda-graph-modules attn": [f"{ALLOW_FP8}: no effect"],
@@ -185,7 +198,6 @@ OWN = {
         f"--fp8-param-gather with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
         "give --reuse-grad-buf-for-mxfp8-param-ag",
     ],
-    f"--fsep-token-exchange auto --moe-permute-fusion {FLEX}": [],
     f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-restore-memory-gib 2.5": [
         f"--fsep-restore-memory-gib 2.5 with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
     ],
@@ -198,6 +210,7 @@ NEXT_TO_FSDP = {
     "--use-megatron-fsdp --data-parallel-sharding-strategy no_shard --fsep-sharding rows": [
         "--use-megatron-fsdp with --fsep-sharding rows: ",
         "--use-megatron-fsdp with fused gradient accumulation: ",
+        "--ckpt-format torch_dist with --use-megatron-fsdp: ",
         "--data-parallel-sharding-strategy no_shard with",
     ],
     f"{SHARDED} optim": [],
@@ -210,7 +223,6 @@ NEXT_TO_FSDP = {
             "--ddp-average-in-collective",
             "--log-params-norm",
             "--megatron-fsdp-grad-comm-dtype bf16",
-        "--ckpt-format torch_dist with --use-megatron-fsdp: ",
             "--megatron-fsdp-main-params-dtype bf16",
             "--pipeline-model-parallel-size 2",
             "--num-distributed-optimizer-instances 2",
@@ -475,6 +487,7 @@ def test_what_works_is_not_refused(megatron: dict[str, Any], line: str) -> None:
 def test_our_own_settings_are_refused_beside_megatrons(megatron: dict[str, Any], line: str) -> None:
     found = megatron["own"][line]
     assert [part for part in OWN[line] if not any(part in text for text in found)] == []
+    assert bool(found) == bool(OWN[line])
 
 
 @pytest.mark.parametrize("line", NEXT_TO_FSDP)
@@ -487,7 +500,6 @@ def test_megatron_fsdp_is_refused_with_each_setting_that_no_test_proves(
     assert len(found) == len(parts)
     assert all(text.startswith(part) for text, part in zip(found, parts, strict=True))
 
-    assert bool(found) == bool(OWN[line])
 
 def test_partners_of_megatron_fsdp_have_megatrons_defaults(megatron: dict[str, Any]) -> None:
     known = {partner.name: partner.default for partner in megatron_fsdp.PARTNERS}

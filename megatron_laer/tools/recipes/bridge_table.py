@@ -63,7 +63,8 @@ _OPTIMIZER = "optimizer"
 COLUMNS = ("recipe", *_WORDS, *_SIZES, *_LISTS, _OPTIMIZER)
 
 # These need no column: the first two are old names of --cuda-graph-impl, the next two configure a
-# backend that is refused, and the last two are no settings of a recipe.
+# backend that is refused, the last is Megatron-Bridge's default, and the others are no settings of
+# a recipe.
 _WITHOUT_COLUMN: dict[str, object] = {
     "enable_cuda_graph": False,
     "external_cuda_graph": False,
@@ -71,6 +72,7 @@ _WITHOUT_COLUMN: dict[str, object] = {
     "moe_combine_bwd_dtype": "bf16",
     "moe_use_upcycling": False,
     "transformer_impl": "transformer_engine",
+    "overlap_grad_reduce": True,
 }
 _READ = (
     "num_experts expert_model_parallel_size expert_tensor_parallel_size moe_token_dispatcher_type "
@@ -85,6 +87,7 @@ _DECIDING = (
         if row.argument and row.argument not in (*_READ, *_WITHOUT_COLUMN)
     ),
     "use_megatron_fsdp",  # with partners that no column has
+    "overlap_grad_reduce",
 )
 MORE_COLUMNS = ("PP", *_DECIDING)
 _OFF = ("", "None", "False")

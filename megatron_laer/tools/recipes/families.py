@@ -134,9 +134,11 @@ IMPLIED = (
         moe_router_padding_for_quantization=True,
         cpu_offloading_num_layers=0,
     ),
+    # recipes.qwen_vl.h100.qwen35_vl, in its policy for 16 cards.
     _row(
-        r"perf_recipes\..*:qwen35_vl_35b_a3b_pretrain_16gpu_h100_bf16_config$",
+        r":qwen35_vl_35b_a3b_(pretrain|sft)_16gpu_h100_bf16_(functional_)?config$",
         overlap_dispatch_backward_with_experts_wgrad=True,
+        overlap_grad_reduce=False,
     ),
     _row(
         r":qwen3_30b_a3b_pretrain_8gpu_gb200_fp8mx_functional_config$"
