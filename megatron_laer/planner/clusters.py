@@ -83,7 +83,7 @@ class HostTime:
         gate: time from counts to quotas of the planned layout, with copies of counts to the host. A
             fresh layout comes on top (`Cluster.solve`).
         layer_s: time in which the device waits for the host in forward and backward of a whole
-            layer with experts, under any expert parallelism; a third is forward's.
+            layer with experts, under any expert parallelism. A third is forward's.
         replicas_s: time of a layer's forward for replicas next to home experts, whatever their
             number.
     """

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Recompute, TokenExchange
+from megatron_laer.choices import Recompute, Sharding, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
 from megatron_laer.planner.construct import always_balances, construct_layout
@@ -21,6 +21,7 @@ from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard, in_words
+from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.token_prices import TokenPrices
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
@@ -171,6 +172,32 @@ def test_exchanges_that_backward_cannot_hide_count_against_more_experts_on_a_nod
         assert decision.solved and decision.gain_s is not None and decision.gain_s < saved_s
         replanned.append(decision.replanned)
     assert replanned == [False, True]
+
+
+def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
+    """Load one of three ranks by a fifth above the mean, where exchanges are free."""
+    geometry = Geometry(3, 3, 2, 3, Sharding.EXPERTS)
+    counts_NE, stock = np.array([[4, 3, 3]] * 3) * 1000, geometry.static_layout
+    free = make_costs(intra=FREE, inter=FREE, points=((1, 1e12),), pairs_per_rank=10**4)
+    balanced = replicate(counts_NE, geometry).layout
+    stock_s, balanced_s = (free.layer_seconds(counts_NE, of, 3) for of in (stock, balanced))
+    gain_s = stock_s - balanced_s
+    assert gain_s > 10 * free.solve_seconds(geometry) > 0
+    # Forward takes the host longer than the device, or not.
+    for layer_s, part, pays in ((9.0, 0.5, True), (9.0, 2.0, False), (0.0, 2.0, True)):
+        host = HostTime(0.0, SolveTime(0.0, 0.0, 0.0), layer_s, part * gain_s)
+        costs = replace(free, cluster=replace(free.cluster, host=host))
+        assert (GreedyStrategy(geometry, costs).plan(counts_NE, stock) != stock) == pays
+        for mode in (PlanMode.EXACT, PlanMode.ADAPTIVE):
+            guard = Guard(mode, costs, geometry)
+            for planned in (stock, balanced):
+                assert (guard.decide(counts_NE, planned).layout != stock) == pays
+        for beside_s in (0.0, balanced_s, 9.0):
+            expected_s = host.replicas_seconds(beside_s * costs.forward_share)
+            assert costs.replicas_host_seconds(balanced, 3, beside_s, 1) == expected_s
+            assert costs.replicas_host_seconds(stock, 3, beside_s, 1) == 0.0
+        rows = ExpertLayout.random(*geometry.shape, (1,))
+        assert costs.replicas_host_seconds(rows, 3, 0.0, 0) == 0.0
 
 
 @settings(max_examples=150)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
 from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
-from megatron_laer.planner.clusters import HostTime, Link, SolveTime
+from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
@@ -242,26 +242,6 @@ def test_a_forecast_is_priced_as_a_microbatch() -> None:
             assert (layout != geometry.static_layout) == pays
 
 
-def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
-    """Load one of three ranks by a fifth above the mean, where exchanges are free."""
-    geometry = Geometry(3, 3, 2, 3, Sharding.EXPERTS)
-    counts_NE, stock = np.array([[4, 3, 3]] * 3) * 1000, geometry.static_layout
-    free = make_costs(intra=FREE, inter=FREE, points=((1, 1e12),), pairs_per_rank=10**4)
-    balanced = replicate(counts_NE, geometry).layout
-    stock_s, balanced_s = (free.layer_seconds(counts_NE, of, 3) for of in (stock, balanced))
-    gain_s = stock_s - balanced_s
-    assert gain_s > 10 * free.solve_seconds(geometry) > 0
-    # Forward takes the host longer than the device, or not.
-    for layer_s, part, pays in ((9.0, 0.5, True), (9.0, 2.0, False), (0.0, 2.0, True)):
-        host = HostTime(0.0, SolveTime(0.0, 0.0, 0.0), layer_s, part * gain_s)
-        costs = replace(free, cluster=replace(free.cluster, host=host))
-        assert (GreedyStrategy(geometry, costs).plan(counts_NE, stock) != stock) == pays
-        for mode in (PlanMode.EXACT, PlanMode.ADAPTIVE):
-            guard = Guard(mode, costs, geometry)
-            for planned in (stock, balanced):
-                assert (guard.decide(counts_NE, planned).layout != stock) == pays
-
-
 def test_layouts_without_homes_are_refused() -> None:
     with pytest.raises(ValueError, match="use greedy or static"):
         make_strategy("laer", geometry=HOMES, costs=COMPUTE_ONLY)
@@ -275,9 +255,7 @@ def test_native_prices_of_replicas_equal_the_plain_reference(
     geometry: Geometry, algorithm: ExchangeAlgorithm | Auto, seed: int
 ) -> None:
     fp8, recompute = [None, *Fp8Recipe][seed % 4], [*Recompute][seed % 3]
-    host = HostTime(1e-6, SolveTime(0.0, 0.0, 0.0), 3e-6, 2e-6)
-    shape = {"hidden": 7, "ffn": 5, "fp8": fp8, "recompute": recompute}
-    costs = make_costs(memory_bytes_per_s=1e12, host=host, **shape)
+    costs = make_costs(hidden=7, ffn=5, memory_bytes_per_s=1e12, fp8=fp8, recompute=recompute)
     costs = costs.with_exchange(algorithm, geometry)
     layout, before = random_replicas(geometry, seed), random_replicas(geometry, seed + 1)
     size, home = geometry.node_size, geometry.home_slots
@@ -288,14 +266,9 @@ def test_native_prices_of_replicas_equal_the_plain_reference(
         expected = priced.exposed_seconds(costs, layout, size, beside_s, home)
         assert costs.exposed_seconds(layout, size, beside_s, home) == expected[0]
         assert costs.exposed_backward_seconds(layout, size, beside_s, home) == expected[1]
-        host_s = host.replicas_seconds(beside_s * costs.forward_share)
-        host_s = 0.0 if layout == geometry.static_layout else host_s
-        assert costs.replicas_host_seconds(layout, size, beside_s, home) == host_s
         exchanges_s = costs.exchanges_seconds(layout, size, beside_s, home)
         assert expected[0] <= exchanges_s <= costs.exchanges_seconds(layout, size, 0.0, home)
     assert costs.exposed_seconds(geometry.static_layout, size, 0.0, home) == 0.0
-    rows = ExpertLayout.random(*geometry.shape, (seed,))
-    assert costs.replicas_host_seconds(rows, size, 0.0, 0) == 0.0
     # Backward has the weights of forward's re-run, but for those of mxfp8.
     again = fp8 == Fp8Recipe.MXFP8 and recompute != Recompute.NONE
     way = costs.exchange_of(layout, size, home)
