@@ -99,13 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--node-size G", text, ranks)
     text = "hardware constants, a name from configs/clusters or a file; default: the recorded, else"
     option(parser, "--cluster NAME|YAML", f"{text} {DEFAULT_CLUSTER}")
-    names = [*BASELINES, *(name for name in strategy_names() if name not in BASELINES)]
-    for flag, choices, every in (
-        ("--strategy NAME", strategy_names(), names),
-        ("--mode MODE", MODES, list(MODES)),
-    ):
+    for flag, choices in (("--strategy NAME", strategy_names()), ("--mode MODE", MODES)):
         text = f"of {', '.join(choices)}; default: all"
-        option(parser, flag, text, nargs="+", choices=choices, default=every)
+        option(parser, flag, text, nargs="+", choices=choices)
     text = "of mode tolerance: replan where max/mean exceeds 1 + X; default: the recorded, else"
     text = f"{text} {_DEFAULT_TOLERANCE} (--homes: stock's + X; {_DEFAULT_TOLERANCE})"
     option(parser, "--tolerance X", text, number(0, MOST_RANKS))
@@ -239,14 +235,16 @@ def run(args: argparse.Namespace) -> int:
         end="\n\n",
     )
 
+    others = [name for name in strategy_names() if name not in BASELINES]
+    strategies = args.strategy or [*BASELINES, *others]
     rows: list[PlanRow] = []
     for geometry in geometries:  # each with its prices
         found = simulate(
             trace,
             [geometry],
             costs_of(geometry),
-            args.strategy,
-            args.mode,
+            strategies,
+            args.mode or MODES,
             tolerance=tolerance,
             lag=args.lag,
             every=args.every,
@@ -269,7 +267,7 @@ def run(args: argparse.Namespace) -> int:
     if rows[0].node_rows["home"]:
         home = f"{rows[0].node_rows['home']:.1%}"
         print(f"{home} of pairs leave their node with one copy of each expert, in this order.")
-    if settings.sharding == Sharding.EXPERTS and "laer" in args.strategy:
+    if settings.sharding == Sharding.EXPERTS and "laer" in strategies:
         print("laer leaves no expert at home: its rows are those of --sharding rows.")
     if trace.num_experts % num_ranks != 0:
         print(f"No row for stock EP, which needs {trace.num_experts} experts / {num_ranks} ranks.")
@@ -297,7 +295,7 @@ def _routing(args: argparse.Namespace, num_experts: int | None) -> tuple[str, Tr
 
 def _check(args: argparse.Namespace, metrics: Path | None) -> None:
     refuse_repeated(args, ("--strategy", "--mode", "--capacity"))
-    if args.tolerance is not None and TOLERANCE not in args.mode:
+    if args.tolerance is not None and TOLERANCE not in (args.mode or MODES):
         raise ValueError(
             f"--tolerance {args.tolerance}: no effect without --mode {TOLERANCE}; add that mode, "
             "or leave the tolerance out"

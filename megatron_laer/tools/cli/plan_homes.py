@@ -39,8 +39,9 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{given}: experts have no home with --sharding rows; give experts, or leave it out"
         )
-    flags = ("--plot", "--capacity", "--token-exchange", "--recompute")
-    refuse(args, flags, f"{given} compares no strategies")
+    flags = ("--plot", "--capacity", "--token-exchange", "--recompute", "--restore-algorithm")
+    more = ("--strategy", "--mode", "--fp8-format", "--fp8-recipe", "--hidden", "--ffn")
+    refuse(args, (*flags, *more), f"{given} compares no strategies")
 
 
 def run(

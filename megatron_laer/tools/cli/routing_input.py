@@ -50,6 +50,8 @@ def refuse(args: argparse.Namespace, flags: tuple[str, ...], way_out: str) -> No
         if value is not None:
             if isinstance(value, range):
                 value = f"{value.start}-{value.stop - 1}"
+            elif isinstance(value, list):
+                value = " ".join(map(str, value))
             raise ValueError(f"{flag} {value}: no effect here; {way_out}, or leave {flag} out")
 
 
