@@ -24,7 +24,7 @@ from megatron_laer.planner.typical import collapsed_counts_NE, typical_counts_NE
 # Most replica slots per rank that are compared.
 _REPLICA_SLOTS = 3
 # Draws of typical counts, of which the mean counts.
-_DRAWS = 4
+DRAWS = 4
 # Part of a layer's time that further slots, which take memory on every rank, must save.
 _WORTH = 0.01
 
@@ -44,7 +44,7 @@ class Candidate:
     @property
     def mean_s(self) -> float:
         """Return the seconds by which slots are chosen: one draw in five is collapsed."""
-        return (_DRAWS * self.seconds + self.collapsed_s) / (_DRAWS + 1)
+        return (DRAWS * self.seconds + self.collapsed_s) / (DRAWS + 1)
 
     def __str__(self) -> str:
         slots = f"{self.geometry.capacity} slots"
@@ -73,7 +73,7 @@ def choose_geometry(
             num_experts, num_ranks, capacity, node_size, sharding=sharding, multiple=multiple
         )
 
-    asked = _shardings(config, num_ranks, num_experts)
+    asked = shardings(config, num_ranks, num_experts)
     only = geometry(asked[0], config.capacity)
     if len(asked) == 1 and (config.capacity is not None or not _more_slots(only)):
         return Candidate(only, priced(only), 0.0), []
@@ -107,8 +107,8 @@ def _more_slots(least: Geometry) -> list[int]:
     return sorted({*few, (least.capacity + whole) // 2, whole} - {least.capacity})
 
 
-def _shardings(config: FSEPConfig, num_ranks: int, num_experts: int) -> list[Sharding]:
-    """Return the shardings to compare."""
+def shardings(config: FSEPConfig, num_ranks: int, num_experts: int) -> list[Sharding]:
+    """Return the shardings that a run may take, which `auto` compares."""
     if config.sharding != Auto.AUTO:
         return [Sharding(config.sharding)]
     if config.experts_in_fp8:
@@ -123,20 +123,25 @@ def _shardings(config: FSEPConfig, num_ranks: int, num_experts: int) -> list[Sha
 def _candidate(
     config: FSEPConfig, geometry: Geometry, priced: Callable[[Geometry], CostModel], top_k: int
 ) -> Candidate:
-    costs, node_size = priced(geometry), geometry.node_size
-
-    def seconds(counts_NE: Int64) -> float:
-        layout = geometry.static_layout
-        if config.planner != FixedPlanner.STATIC:
-            layout = GreedyStrategy(geometry, costs).plan(counts_NE, layout)
-        layer_s = costs.layer_seconds(counts_NE, layout, node_size, config.split)
-        hiding_s = layer_s if config.scheduler == OverlapScheduler.ON else 0.0
-        return layer_s + costs.exchanges_seconds(layout, node_size, hiding_s, geometry.home_slots)
-
+    costs = priced(geometry)
     pairs = costs.pairs_per_rank
     typical_s = collapsed_s = 0.0
-    for draw in range(_DRAWS):
-        typical_s += seconds(typical_counts_NE(geometry, pairs, draw)) / _DRAWS
+    for draw in range(DRAWS):
+        counts_NE = typical_counts_NE(geometry, pairs, draw)
+        typical_s += planned_seconds(config, geometry, costs, counts_NE) / DRAWS
     if geometry.home_slots:
-        collapsed_s = seconds(collapsed_counts_NE(geometry, top_k, pairs))
+        counts_NE = collapsed_counts_NE(geometry, top_k, pairs)
+        collapsed_s = planned_seconds(config, geometry, costs, counts_NE)
     return Candidate(geometry, costs, typical_s, collapsed_s)
+
+
+def planned_seconds(
+    config: FSEPConfig, geometry: Geometry, costs: CostModel, counts_NE: Int64
+) -> float:
+    """Predict a layer and microbatch, with exchanges, under the layout planned for its counts."""
+    layout, node_size = geometry.static_layout, geometry.node_size
+    if config.planner != FixedPlanner.STATIC:
+        layout = GreedyStrategy(geometry, costs).plan(counts_NE, layout)
+    layer_s = costs.layer_seconds(counts_NE, layout, node_size, config.split)
+    hiding_s = layer_s if config.scheduler == OverlapScheduler.ON else 0.0
+    return layer_s + costs.exchanges_seconds(layout, node_size, hiding_s, geometry.home_slots)

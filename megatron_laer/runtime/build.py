@@ -24,6 +24,7 @@ from megatron_laer.config import (
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.expected_gain import expected_gain
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.homes_file import ModelHomes, read_homes
@@ -104,6 +105,8 @@ def build_coordinator(
             print(f"FSEP: --fsep-sharding auto is {geometry.sharding}: {why}", flush=True)
         if config.token_exchange == Auto.AUTO:
             print(f"FSEP: --fsep-token-exchange auto is {exchange}", flush=True)
+        if (expected := expected_gain(config, geometry, chosen)) is not None:
+            print(f"FSEP: {expected}", flush=True)
     config = replace(config, sharding=geometry.sharding, capacity=geometry.capacity)
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts, as forecast ones, are kept after the gate.

@@ -200,3 +200,4 @@ def test_the_commands_of_a_page_run_as_they_stand(page: Path, top: Path) -> None
         assert "fsep_load_imbalance" in log
         said = [line for line in log.splitlines() if "--fsep-sharding auto is " in line]
         assert said and all(" against rows (" in line for line in said), "both predicted times"
+        assert "FSEP: expected on cpu-gloo, from even routing to typical skew: " in log

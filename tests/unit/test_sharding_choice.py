@@ -10,8 +10,10 @@ import pytest
 
 from megatron_laer.choices import Sharding
 from megatron_laer.config import Auto, FSEPConfig
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Contention, Link
 from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.expected_gain import expected_gain
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.sharding_choice import choose_geometry
 from tests.costs import make_costs
@@ -83,6 +85,31 @@ def test_rows_take_slots_that_keep_tokens_on_their_node() -> None:
 
     assert slots((16, 64, 4), 65536) >= 11
     assert slots((16, 64, 4), 1024) == slots((16, 64, 16), 65536) == 5
+
+
+@pytest.mark.parametrize(
+    ("sharding", "shape", "capacity"), [("experts", (8, 64, 8), 9), ("rows", (16, 64, 4), 5)]
+)
+def test_slots_that_save_less_than_a_hundredth_are_not_taken(
+    sharding: Any, shape: tuple[int, int, int], capacity: int
+) -> None:
+    """Of all that are compared, 10 slots at home and 17 of rows are the fastest."""
+    priced = priced_as(make_costs(hidden=1024, ffn=4096), 16384)
+    choice, _ = choose_geometry(FSEPConfig(sharding=sharding), shape, 1, 2, priced)
+    assert choice.geometry.capacity == capacity
+
+
+@pytest.mark.parametrize(("tokens", "gains"), [(8192, True), (16, False)])
+def test_training_expects_a_gain_where_ranks_would_wait(tokens: int, gains: bool) -> None:
+    """Qwen3-30B-A3B on one node: with few tokens, the gate takes longer than the wait."""
+    costs = CostModel(load_cluster("h100-8"), 2048, 768, gated=True, bytes_per_element=2)
+    choice, _ = choose_geometry(FSEPConfig(), (8, 128, 8), 1, 8, priced_as(costs, 8 * tokens))
+    found = expected_gain(FSEPConfig(), choice.geometry, choice.costs)
+    assert found is not None
+    low, high = found.factors
+    assert low < 1.0 and (high > 1.1) == gains
+    assert ("no gain" in str(found)) != gains
+    assert expected_gain(FSEPConfig(), Geometry(4, 6, 3, 4), costs) is None, "stock cannot run"
 
 
 def test_contention_prices_hidden_exchanges() -> None:
