@@ -14,7 +14,7 @@ Legend: N ranks, E experts.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,13 +55,20 @@ class ModelHomes:
                 f"run has {num_ranks} ranks and {num_experts} experts; make a file for these"
             )
 
-    def missing(self, layer: str) -> str | None:
-        """Describe a layer without homes; None if it has them."""
-        if layer in self.by_layer:
+    def missing(self, layers: Sequence[str]) -> str | None:
+        """Describe layers without homes; None if all have them."""
+        without = [layer for layer in layers if layer not in self.by_layer]
+        if not without:
             return None
-        names = [*self.by_layer]
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        return f"has no homes for {layer}; it has {quoted(shown)}"
+        there = quoted(_listed([*self.by_layer]))
+        return (
+            f"has no homes for {_listed(without)}; it has {there}; give a file with all layers, as "
+            "`megatron_laer plan --homes` makes from a trace of this model"
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def read_homes(path: Path) -> ModelHomes:

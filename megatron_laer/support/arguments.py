@@ -184,9 +184,21 @@ def _homes_problems(args: Namespace, config: FSEPConfig) -> list[str]:
     try:
         homes = read_homes(Path(config.homes))
         homes.check_fits(args.expert_model_parallel_size, args.num_experts)
+        if (missing := homes.missing(_decoder_layers(args))) is not None:
+            problems.append(f"{given}: {missing}")
     except (ValueError, OSError) as error:
         problems.append(problem_of("--fsep-homes", config.homes, error))
     return problems
+
+
+def _decoder_layers(args: Namespace) -> list[str]:
+    """Return the decoder's MoE layers by name; none of a hybrid model, which has a pattern."""
+    if getattr(args, "hybrid_layer_pattern", None) or args.num_layers is None:
+        return []
+    pattern = args.moe_layer_freq
+    if not isinstance(pattern, list):
+        pattern = [at % pattern == 0 for at in range(args.num_layers)]
+    return [f"layer {at + 1}" for at, has_experts in enumerate(pattern) if has_experts]
 
 
 def buffer_problems(args: Namespace, geometry: Geometry) -> list[str]:

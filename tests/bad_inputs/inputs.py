@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laer.files.json_lines import sealed
+from megatron_laer.planner.homes_file import write_homes
 from megatron_laer.telemetry.trace_file import TraceWriter
 
 HUGE = 2**36
@@ -293,6 +294,7 @@ def _special(folder: Path) -> None:
     (folder / "endless.csv").touch()
     os.truncate(folder / "endless.csv", HUGE)
     (folder / "kept.json").write_text("{}")
+    write_homes(folder / "one-layer.json", 2, {"layer 2": np.arange(8)})
     (folder / "script.py").write_text("raise SystemExit(0)\n")
     (folder / "megatrons.py").write_text(
         "from megatron.training.arguments import parse_and_validate_args\n"

@@ -75,7 +75,7 @@ class LayoutsInForce:
         home = HomeOrder.stock(self.geometry.num_experts)
         if self.given_homes is not None:
             home = self.given_homes.by_layer.get(name, home)
-            missing = self.given_homes.missing(name)
+            missing = self.given_homes.missing([name])
             if self.homes_problem is None and missing is not None:
                 self.homes_problem = f"--fsep-homes {quoted(self.config.homes)}: {missing}"
         if not in_fp8:
