@@ -282,8 +282,8 @@ class CostModel:
     ) -> float:
         """Predict the time that the host's work for a layout's replicas adds to forward.
 
-        It is none where experts have no home, and where `beside_s`, of both passes of the layer on
-        the device, hides it (`HostTime.replicas_seconds`).
+        It is the same for all layouts of rows. `beside_s`, of both passes of the layer on the
+        device, may hide it (`HostTime.replicas_seconds`).
         """
         costs = self.for_native(_geometry(layout, node_size, home_slots))
         slots_S, num_experts = layout.slot_expert_S, layout.num_experts
@@ -442,7 +442,7 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
 @lru_cache(maxsize=64)
 def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
     intra, inter = costs.cluster.intra, costs.cluster.inter
-    host = costs.cluster.host if geometry.home_slots else None
+    host = costs.cluster.host
 
     def carried(form: WireForm) -> native.Carried:
         intra_rate, inter_rate = costs.cluster.exchange_rates(

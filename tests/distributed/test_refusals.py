@@ -19,7 +19,7 @@ FSEP = " --expert-parallel-mode fsep"
 CASES = {
     "rows of the table": (
         "--fp8-format e4m3 --cuda-graph-impl local --moe-paged-stash",
-        "these settings: (1) --fp8-format e4m3: nobody has run it",
+        "cannot run: (1) --fp8-format e4m3: nobody has run it",
         "(2) --cuda-graph-impl local",
         "--recompute-modules moe saves the same memory (it is speed-only)",
     ),

@@ -196,8 +196,8 @@ def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
             expected_s = host.replicas_seconds(beside_s * costs.forward_share)
             assert costs.replicas_host_seconds(balanced, 3, beside_s, 1) == expected_s
             assert costs.replicas_host_seconds(stock, 3, beside_s, 1) == 0.0
-        rows = ExpertLayout.random(*geometry.shape, (1,))
-        assert costs.replicas_host_seconds(rows, 3, 0.0, 0) == 0.0
+            rows = ExpertLayout.random(*geometry.shape, (1,))  # all fetched
+            assert costs.replicas_host_seconds(rows, 3, beside_s, 0) == expected_s
 
 
 @settings(max_examples=150)

@@ -91,7 +91,7 @@ class Timing:
         if work is not None:
             others_s = attention_s + attention_backward_s + dense_s + dense_backward_s
             moe = self._moe(work, restores, restores_backward, reduces, others_s)
-            if work.has_replicas:
+            if work.restore is not None:
                 device_s = float((moe.forward_N + 2 * moe.tokens_N).max())
                 device_s += attention_s + dense_s + tensor_s
         return LayerTimes(
@@ -119,7 +119,7 @@ class Timing:
     def _host(self, has_experts: bool, device_s: float | None) -> tuple[float, float]:
         """Return the host's time in forward and backward; a third of a layer's is forward's.
 
-        `device_s` is forward's time on the device where there are replicas.
+        `device_s` is forward's time on the device where experts are fetched.
         """
         host = self.rates.cluster.host
         if host is None:

@@ -150,11 +150,6 @@ class LayerWork:
         return self.passing.group
 
     @property
-    def has_replicas(self) -> bool:
-        """Return True if any rank has a replica next to its home experts."""
-        return self.restore is not None and self.restore.from_homes
-
-    @property
     def leaves_nodes(self) -> bool:
         """Return True if any token is computed on another node than its own."""
         return bool(self.inter_N.any())
