@@ -197,7 +197,7 @@ def test_a_job_is_requeued_while_steps_remain_and_no_more_often_than_allowed(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--time=10",), "the time limit leaves no minute beside MARGIN_MIN=15"),
+        (("--time=10",), "--time leaves no minute beside MARGIN_MIN=15"),
         ((), "the run has saved no further step"),
     ],
 )
@@ -226,6 +226,18 @@ def test_a_failed_run_ends_on_every_node_and_is_started_again(
     assert "it is started again (2 of 2)" in job.log
     ports = re.findall(r"--master-port (\d+)", command_lines(tmp_path))
     assert len(ports) == 6 and len(set(ports)) == 3
+
+
+@pytest.mark.counts(slurm_jobs=1)
+def test_a_rank_that_raises_on_one_of_two_nodes_fails_the_job(submit: Submit) -> None:
+    body = """
+        [[ $SLURM_NODEID == 0 ]] && sleep 600
+        until (($(wc -l <"$0.started") == 2)); do sleep 0.1; done
+        exit 1"""
+    job = submit(TWO_NODES, body)
+    assert job.end() == "FAILED", job.log
+    # srun's number, as of a step that Slurm has ended.
+    assert "the run ended with status 1" in job.log and "requeued" not in job.log
 
 
 @pytest.mark.counts(slurm_jobs=1)

@@ -5,6 +5,7 @@ squeue and scontrol are replaced: a job runs while a file has its number.
 
 import os
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -122,8 +123,11 @@ def test_a_job_waits_and_then_refuses_what_squeue_does_not_say_is_free(
     assert f"run may be in use by job 7 (without Slurm): {said}" in refused.stderr
     assert "if that job has ended, remove run/slurm-claims" in refused.stderr
     assert (tmp_path / "slept").read_text().count("slept") > 5
+    # That is enough, though squeue still does not say.
+    shutil.rmtree(tmp_path / "run" / "slurm-claims")
+    assert claim(tmp_path, 8).returncode == 0
     # It answers while another job waits.
-    end(tmp_path, 7)
+    end(tmp_path, 8)
     (tmp_path / "squeue").write_text(f"[[ -e asked ]] || {{ >asked; {answer}; }}")
     assert claim(tmp_path, 9).returncode == 0
 
@@ -154,17 +158,18 @@ def test_claims_do_not_pile_up(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "before", "exit_signal", "goes_on"),
+    ("ended_by", "before", "exit_signal", "goes_on"),
     [
-        (143, False, "", True),
-        (137, False, "SIGUSR1", True),
-        (1, False, "", False),
-        (143, True, "", False),
-        (143, False, "SIGTERM", False),
+        ("Slurm", False, "", True),
+        ("Slurm", False, "SIGUSR1", True),
+        ("ranks", False, "", False),
+        ("", False, "", False),
+        ("Slurm", True, "", False),
+        ("Slurm", False, "SIGTERM", False),
     ],
 )
 def test_a_step_that_slurm_ended_is_made_again_once(
-    tmp_path: Path, status: int, before: bool, exit_signal: str, goes_on: bool
+    tmp_path: Path, ended_by: str, before: bool, exit_signal: str, goes_on: bool
 ) -> None:
     if before:
         claim(tmp_path, 7)
@@ -173,7 +178,50 @@ def test_a_step_that_slurm_ended_is_made_again_once(
         f"""
         >known.7
         claim 7 run
-        words=(--lr 1 {f"--exit-signal {exit_signal}" if exit_signal else ""})
-        is_requeued_after {status} && echo again || echo no""",
+        words=(--lr 1 {f"--exit-signal {exit_signal}" if exit_signal else ""}) mark=run/ended-by
+        [[ -z '{ended_by}' ]] || ln -s '{ended_by}' "$mark"
+        slurm_ended_it && echo again || echo no""",
     )
     assert result.stdout == ("again\n" if goes_on else "no\n")
+
+
+# Shell in place of torchrun on two nodes, a and b. Ranks save at TERM, and torchrun then ends
+# with 1, as where a rank raises.
+_NODES = """
+set +e
+printf '#!/usr/bin/env bash\n%s\n' "$body" >python
+chmod +x python
+for node in a b; do
+    SLURMD_NODENAME=$node setsid bash -c "$(declare -f on_node); on_node ended-by" ./python &
+    eval "$node=\\$!"
+done
+fail() { kill -TERM -- "-$1"; }
+until [[ -e a.runs && -e b.runs ]]; do command sleep 0.05; done
+"""
+_RANKS = """
+trap 'touch $SLURMD_NODENAME.saved; exit 1' TERM
+touch $SLURMD_NODENAME.runs
+until [[ -e $SLURMD_NODENAME.raises ]]; do sleep 0.05; done
+exit 1"""
+
+
+@pytest.mark.parametrize(
+    ("ends", "ended_by"),
+    [
+        ('touch b.raises; wait "$b"; fail "$a"', "ranks"),
+        # Its peers raise because of it.
+        ('fail "$b"; wait "$b"; touch a.raises', "Slurm"),
+        ('fail "$a"; fail "$b"', "Slurm"),
+    ],
+    ids=["a rank raises", "one node is told to end", "all are"],
+)
+def test_the_first_node_to_fail_says_whether_slurm_ended_the_step(
+    tmp_path: Path, ends: str, ended_by: str
+) -> None:
+    end = f'\n{ends}; wait "$a"; echo "$?"; wait "$b"; echo "$?"'
+    result = run(tmp_path, f"body={shlex.quote(_RANKS)}\n{_NODES}{end}")
+    statuses = result.stdout.split()
+    assert len(statuses) == 2 and "0" not in statuses, result.stderr
+    assert (tmp_path / "ended-by").readlink() == Path(ended_by)
+    saved = [(tmp_path / f"{node}.saved").exists() for node in "ab"]
+    assert sum(saved) == ends.count("fail"), "every launcher ends before its node does"
