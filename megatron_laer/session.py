@@ -34,6 +34,7 @@ class Session:
         self.seed = seed
         self.coordinator: Coordinator | None = None
         self._groups: FSEPGroups | None = None
+        self._sharding_of_all: Sharding | None = None
         self._is_training = False
 
     @property
@@ -49,9 +50,13 @@ class Session:
 
     @property
     def sharding(self) -> Sharding | Auto:
-        """Return the sharding in force; `auto` until the first MoE layer is built."""
-        coordinator = self.coordinator
-        return self.config.sharding if coordinator is None else coordinator.geometry.sharding
+        """Return the sharding in force.
+
+        It is `auto` until the first MoE layer is built, on a rank without one until the first step.
+        """
+        if self.coordinator is not None:
+            return self.coordinator.geometry.sharding
+        return self._sharding_of_all or self.config.sharding
 
     def create_groups(self, expert_group: Group, create_group: Callable[..., Group]) -> None:
         """Create the FSEP groups; collective over the world. See `process_groups.create_groups`."""
@@ -110,9 +115,12 @@ class Session:
         coordinator = self.coordinator
         if not self._is_training:
             raise_everywhere(None if coordinator is None else coordinator.start(step))
-            homes = None if coordinator is None else coordinator.layouts.given_homes
-            digest = None if coordinator is None else homes.digest if homes else "stock's"
-            raise_everywhere(agreement.homes_problem(digest))
+            held = None
+            if coordinator is not None:
+                homes = coordinator.layouts.given_homes
+                held = coordinator.geometry.sharding, homes.digest if homes else "stock's"
+            self._sharding_of_all, problem = agreement.sharding_of_all(held)
+            raise_everywhere(problem)
             if coordinator is not None:
                 coordinator.connect()
             if self.config.makes_plans:

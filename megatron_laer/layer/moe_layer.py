@@ -359,7 +359,9 @@ def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
     tokens = None if args is None else _tokens(args, config)
     coordinator = current.coordinator_for(config, seed, tokens)
     if args is not None:
-        args.fsep_capacity = coordinator.geometry.capacity  # `auto` may take more than the default
+        # For checkpoints, in place of `auto`.
+        args.fsep_sharding = coordinator.geometry.sharding.value
+        args.fsep_capacity = coordinator.geometry.capacity
     return coordinator
 
 

@@ -10,6 +10,7 @@ import functools
 import logging
 import os
 import re
+from argparse import Namespace
 from collections.abc import Callable
 from contextvars import ContextVar
 from types import SimpleNamespace
@@ -44,18 +45,37 @@ _MARK = ".fsep-"
 _loads_shards = ContextVar("loads_shards", default=False)
 
 
+def sharding_of_checkpoint(args: Namespace) -> Sharding | None:
+    """Return the sharding of the run that this one goes on from; None if it begins anew.
+
+    Stock's experts are at home. Reads a checkpoint in `torch_dist`, and no tensor.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.training import checkpointing
+
+    if args.finetune or not checkpointing.checkpoint_exists(args.load):
+        return None
+    folder = checkpointing.get_load_checkpoint_path_by_args(args)
+    if not dist_checkpointing.check_is_distributed_checkpoint(folder):
+        return None
+    saved = dist_checkpointing.load_common_state_dict(folder).get("args")
+    has_rows = getattr(saved, "fsep_sharding", None) == Sharding.ROWS
+    return Sharding.ROWS if has_rows else Sharding.EXPERTS
+
+
 def _mark_buffers(sharded_state_dict: Any, current: session.Session | None) -> None:
     """Mark the optimizer's buffers with FSEP's group size or homes.
 
     A rank's slices of all experts have as many elements as stock's whole experts. Without the mark,
-    one kind would silently be read into the other. Buffers of experts in stock's homes are stock's.
+    one kind would silently be read into the other. Buffers of experts in stock's homes, and of a
+    stage without experts, are stock's.
     """
-    if current is None or not current.has_groups:
+    coordinator = None if current is None else current.coordinator
+    if coordinator is None:
         return
-    of_run = str(current.groups.size)
-    if current.sharding != Sharding.ROWS:
-        coordinator = current.coordinator
-        homes = "" if coordinator is None else home_digest(coordinator.layouts.homes)
+    of_run = str(coordinator.groups.size)
+    if coordinator.geometry.sharding == Sharding.EXPERTS:
+        homes = home_digest(coordinator.layouts.homes)
         if not homes:
             return
         of_run = f"homes-{homes}"
@@ -106,12 +126,13 @@ def _with_planner_loaded(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             loaded = original(sharded_state_dict, checkpoint_dir, *args, **kwargs)
         except (Exception, CheckpointException) as error:  # CheckpointException is no Exception
-            if _MARK in str(error):
+            if _MARK in str(error) and current is not None:
                 raise ValueError(
                     f"{checkpoint_dir}: its optimizer state, in Megatron's form dp_reshardable, is "
-                    "not of a run with FSEP on as many ranks and the same --fsep-homes, and cannot "
-                    "be read by this one; save with --dist-ckpt-optim-fully-reshardable, or load "
-                    "with --no-load-optim"
+                    f"of a run with another --fsep-sharding than {current.sharding}, another "
+                    f"--expert-model-parallel-size than {current.groups.size} or other "
+                    "--fsep-homes; give that run's, save with --dist-ckpt-optim-fully-reshardable, "
+                    "or load with --no-load-optim"
                 ) from error
             raise
         _resume(loaded, str(checkpoint_dir))

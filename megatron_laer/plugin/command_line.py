@@ -11,6 +11,7 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from megatron_laer.files import run_mark
 from megatron_laer.files.checks import quoted, read_text
 from megatron_laer.layer.experts.gemm import check_gemm, gemm_in_force
 from megatron_laer.megatron_version import check_version
+from megatron_laer.planner.sharding_choice import shardings
+from megatron_laer.plugin.checkpoints import sharding_of_checkpoint
 from megatron_laer.plugin.install_tracker import install_metrics
 from megatron_laer.plugin.optimizers import check_installed
 from megatron_laer.plugin.patching import Patch, apply, undo
@@ -155,6 +158,10 @@ def _checked(
     filled = arguments.fill_in(args, script_defaults or {})
     arguments.check(args, config)
     given, config = config, muon.with_homes(args, config)
+    resumed = None
+    if len(shardings(config, args.expert_model_parallel_size, args.num_experts)) > 1:
+        resumed = sharding_of_checkpoint(args)
+        config = replace(config, sharding=resumed or config.sharding)
     left_out = arguments.leave_out(args)
     if config.node_size is None:
         launcher.told_ranks_per_node(os.environ, args.world_size)
@@ -162,8 +169,10 @@ def _checked(
     if filled:
         said.append(f"FSEP takes {' '.join(filled)}, which it needs")
     if config != given:
-        needed = f"--fsep-sharding {config.sharding}"
-        said.append(f"FSEP takes {needed}, which --optimizer {args.optimizer} needs")
+        why = f"which --optimizer {args.optimizer} needs"
+        if resumed is not None:
+            why = f"as the checkpoint in --load {quoted(args.load)} has it"
+        said.append(f"FSEP takes --fsep-sharding {config.sharding}, {why}")
     if left_out:
         said.append(f"FSEP leaves out {' '.join(left_out)}, which has no effect without fp8")
     return config, said
@@ -193,7 +202,7 @@ ARGUMENT_PATCHES = (
         also=(
             "args.num_experts: rounded up to a multiple of the ranks while Megatron validates",
             "args: FSEP's needs filled in, no-ops left out, as said in lines at start",
-            "args.fsep_gemm: the back end in force",
+            "args.fsep_gemm, fsep_sharding, fsep_capacity: those in force",
         ),
     ),
 )

@@ -187,8 +187,8 @@ def test_optimizer_buffers_are_read_with_the_same_homes_alone(
     first = STATIC + flags + homes(tmp_path, 8)
     ranks(2).run(train, command(text_data, f"{first} --save {saved} --save-interval 2", steps=2))
     for mode, said in (
-        (STATIC + homes(tmp_path, 9), "the same --fsep-homes"),
-        (STATIC, "the same --fsep-homes"),
+        (STATIC + homes(tmp_path, 9), "or other --fsep-homes"),
+        (STATIC, "or other --fsep-homes"),
         ("", ".fsep-homes-"),
     ):
         again = mode + flags + f" --load {saved}"
@@ -197,11 +197,12 @@ def test_optimizer_buffers_are_read_with_the_same_homes_alone(
 
 
 @pytest.mark.parametrize(
-    ("ranks_of_file", "experts", "layers", "said"),
+    ("ranks_of_file", "experts", "extra", "said"),
     [
-        (4, 8, 2, "has homes for 4 ranks and 8 experts, but this run has 2 ranks and 8 experts"),
-        (2, 4, 2, "has homes for 2 ranks and 4 experts, but this run has 2 ranks and 8 experts"),
-        (2, 8, 1, "has no homes for layer 2; it has 'layer 1'"),
+        (4, 8, "", "has homes for 4 ranks and 8 experts, but this run has 2 ranks and 8 experts"),
+        (2, 4, "", "has homes for 2 ranks and 4 experts, but this run has 2 ranks and 8 experts"),
+        # Layers of the decoder are judged with the arguments.
+        (2, 8, " --mtp-num-layers 1", "has no homes for mtp"),
     ],
     ids=["ranks", "experts", "layers"],
 )
@@ -211,17 +212,17 @@ def test_homes_of_another_run_are_refused_on_every_rank(
     tmp_path: Path,
     ranks_of_file: int,
     experts: int,
-    layers: int,
+    extra: str,
     said: str,
 ) -> None:
     path = tmp_path / "homes.json"
     order_E = np.arange(experts)[::-1]
-    write_homes(path, ranks_of_file, {f"layer {at + 1}": order_E for at in range(layers)})
-    flags = STATIC + f" --fsep-homes {path}"
+    write_homes(path, ranks_of_file, {f"layer {at}": order_E for at in (1, 2)})
+    flags = STATIC + f" --fsep-homes {path}{extra}"
     for result in ranks(2).run_raw(train, command(text_data, flags)):
         assert isinstance(result, Raised) and f"--fsep-homes '{path}'" in result.traceback
         assert said in result.traceback
-        assert ("data_parallel.py" in result.traceback) == (layers == 1), "before data are read"
+        assert ("data_parallel.py" in result.traceback) == bool(extra), "before data are read"
 
 
 def test_ranks_with_other_homes_stop_before_the_first_step(

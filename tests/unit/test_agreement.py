@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
-from megatron_laer.config import FSEPConfig
+from megatron_laer.config import FSEPConfig, Sharding
 from megatron_laer.planner.clusters import Figure, HostTime, Link, SolveTime
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.runtime.comm import agreement
 from megatron_laer.runtime.comm.agreement import describe_difference, summarise
 from megatron_laer.runtime.comm.collectives import decision_digest
 from tests.costs import COSTS
@@ -60,6 +63,30 @@ def test_a_constant_that_calibrate_adds_is_compared(name: str, value: object, to
     other = summarise(FSEPConfig(), Geometry(4, 8, 3, 2), replace(COSTS, cluster=cluster), seed=1)
     text = describe_difference([SUMMARY, other], [0, 1])
     assert text is not None and told in text
+
+
+@pytest.mark.parametrize(
+    ("last", "said"),
+    [
+        ((Sharding.EXPERTS, "stock's"), "--fsep-sharding is experts on rank 3 and rows on ranks 1"),
+        ((Sharding.ROWS, "other"), "the content of --fsep-homes is other on rank 3 and stock's on"),
+        ((Sharding.ROWS, "stock's"), None),
+    ],
+)
+def test_groups_with_experts_in_other_places_are_named(
+    last: tuple[Sharding, str], said: str | None
+) -> None:
+    """Rank 0 has no MoE layer."""
+    rows = Sharding.ROWS, "stock's"
+
+    def all_gather_object(found: list[Any], held: Any) -> None:
+        found[:] = [held, rows, rows, last]
+
+    double = mock.Mock(get_world_size=lambda: 4, all_gather_object=all_gather_object)
+    with mock.patch.object(agreement, "dist", double):
+        sharding, problem = agreement.sharding_of_all(None)
+    assert sharding == (None if said else Sharding.ROWS)
+    assert problem is None if said is None else said in str(problem)
 
 
 def test_many_differences_and_ranks_are_cut_short() -> None:

@@ -258,6 +258,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.training import arguments, checkpointing
 import megatron.training.global_vars
 from megatron_laer import plugin, session
+from megatron_laer.plugin import command_line
 from megatron_laer.fsep_flags import config_from_args
 from megatron_laer.support.arguments import fill_in, problems
 from megatron_laer.support.table import REFUSALS
@@ -306,6 +307,11 @@ def validated(line, script=(), parser=(), checkpoint=(), rank=0):
     with (
         contextlib.redirect_stdout(output),
         mock.patch.object(checkpointing, "_load_base_checkpoint", lambda *_, **__: loaded),
+        mock.patch.object(
+            command_line,
+            "sharding_of_checkpoint",
+            lambda args: dict(checkpoint).get("fsep_sharding"),
+        ),
         mock.patch.object(arguments, "set_global_variables", lambda args: None),
     ):
         try:
@@ -363,6 +369,8 @@ ONLY_FP8 = f"{FSEP} --fp8-format hybrid {ALLOW_FP8}"
 ETP = "FSEP takes --expert-tensor-parallel-size 1, which it needs"
 BOTH = f"FSEP takes {DISPATCHER} alltoall --expert-tensor-parallel-size 1, which it needs"
 
+SAVED_ROWS = {"fsep_sharding": "rows"}
+GOES_ON = "FSEP takes --fsep-sharding rows, as the checkpoint in --load 'there' has it"
 MUON = "FSEP takes --fsep-sharding experts, which --optimizer muon needs"
 
 
@@ -403,6 +411,17 @@ VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
         f"{RESUMED} --fsep-capacity 6",
         {"checkpoint": {"fsep_capacity": 7}},
         {"capacity": 6},
+    ),
+    "checkpoint's sharding": (RESUMED, {"checkpoint": SAVED_ROWS}, completed(BOTH, GOES_ON)),
+    "sharding over a checkpoint's": (
+        f"{RESUMED} --fsep-sharding experts",
+        {"checkpoint": SAVED_ROWS},
+        completed(BOTH),
+    ),
+    "a checkpoint's homes that do not fit": (
+        f"{RESUMED} --num-experts 9",
+        {"checkpoint": {"fsep_sharding": "experts"}},
+        completed(BOTH),
     ),
     "stock": ("", {}, STOCK),
     "stock from a checkpoint": (

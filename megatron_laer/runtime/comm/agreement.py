@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_laer.config import FSEPConfig, flag_name
+from megatron_laer.config import FSEPConfig, Sharding, flag_name
 from megatron_laer.fsep_flags import value_text
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
@@ -60,20 +60,25 @@ def difference(summary: Mapping[str, str], groups: FSEPGroups) -> str | None:
     return describe_difference(summaries, groups.ranks)
 
 
-def homes_problem(digest: str | None) -> str | None:
-    """Compare the homes of all FSEP groups; return one text for all. Collective over the world.
+def sharding_of_all(held: tuple[Sharding, str] | None) -> tuple[Sharding | None, str | None]:
+    """Return the sharding of all FSEP groups, and one text for all ranks where groups differ.
 
-    A rank without MoE layers gives None. Ranks of several groups share their experts' gradients.
+    Collective over the world. Ranks of several groups share their experts' gradients.
+
+    Args:
+        held: sharding and homes of this rank's experts; None on a rank without MoE layers.
     """
-    digests: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(digests, digest)
-    having = {rank: its for rank, its in enumerate(digests) if its is not None}
-    if len({*having.values()}) <= 1:
-        return None
-    return (
-        f"the content of {flag_name('homes')} is {_by_value([*having.values()], [*having])}: ranks "
-        "of other groups would have other experts in the same places; give all ranks the same file"
-    )
+    held_by_rank: list[tuple[Sharding, str] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(held_by_rank, held)
+    having = {rank: its for rank, its in enumerate(held_by_rank) if its is not None}
+    names = flag_name("sharding"), f"the content of {flag_name('homes')}"
+    for name, values in zip(names, zip(*having.values(), strict=True), strict=False):
+        if len({*values}) > 1:
+            return None, (
+                f"{name} is {_by_value(values, [*having])}: ranks of other groups would have other "
+                "experts in the same places; give all ranks the same"
+            )
+    return next((sharding for sharding, _ in having.values()), None), None
 
 
 def describe_difference(summaries: Sequence[Mapping[str, str]], ranks: Sequence[int]) -> str | None:
