@@ -34,7 +34,7 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: torch.Tensor, kept: deque[torch.Tensor]) -> torch.Tensor:
         ctx.kept = kept
-        return weight.view_as(weight)
+        return weight.detach()  # in fp8 still, where it is
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -73,23 +73,35 @@ class _Delaying:
         for hook in self._hooks:
             hook()
 
+    def _with_kept_grad(self, weight: Any) -> Any:
+        delays = self._delays and weight.requires_grad
+        return _Keep.apply(weight, self._kept) if delays else weight
+
+
+class _OfMegatron(_Delaying):
     def _forward_impl(self, input: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._delays and weight.requires_grad:
-            weight = _Keep.apply(weight, self._kept)
         megatrons: Any = super()
-        return megatrons._forward_impl(input, weight, *args, **kwargs)
+        return megatrons._forward_impl(input, self._with_kept_grad(weight), *args, **kwargs)
 
 
-class ColumnLinear(_Delaying, layers.ColumnParallelLinear): ...
+class ColumnLinear(_OfMegatron, layers.ColumnParallelLinear): ...
 
 
-class RowLinear(_Delaying, layers.RowParallelLinear): ...
+class RowLinear(_OfMegatron, layers.RowParallelLinear): ...
+
+
+class _OfLatent(_Delaying):
+    """That of a projection of latent MoE."""
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return torch.nn.functional.linear(input, self._with_kept_grad(self.weight)), None
 
 
 @contextlib.contextmanager
 def delayed_weights() -> Iterator[None]:
     """Let Megatron accept its flags of delayed weight gradients, and build these layers."""
-    from megatron.core.transformer import transformer_config
+    from megatron.core.transformer import multi_latent_attention, transformer_config
+    from megatron.core.transformer.moe import moe_layer
     from megatron.training import arguments
 
     def experts(provider: Any, *_: Any) -> Any:
@@ -120,6 +132,13 @@ def delayed_weights() -> Iterator[None]:
         stack.enter_context(
             mock.patch.object(transformer_config, "is_te_min_version", lambda *_, **__: True)
         )
+        # Projections of latent MoE, and of latent attention, which accepts classes that it knows.
+        latent = type("LatentLinear", (_OfLatent, moe_layer.TELinear), {})
+        for module, name, replacement in (
+            (moe_layer, "TELinear", latent),
+            (multi_latent_attention, "ColumnParallelLinear", ColumnLinear),
+        ):
+            stack.enter_context(mock.patch.object(module, name, replacement))
         changed = accepting(arguments.validate_args)
         stack.enter_context(mock.patch.object(arguments, "validate_args", changed))
         yield

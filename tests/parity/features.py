@@ -79,6 +79,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "homes",
         "homes-nodes",
         "homes-announced",
+        "dist-muon-pipeline",
     ),
     "no load balancing": ("plain",),
     "load balancing by aux, sequence and global aux losses, z loss": ("aux", "losses"),
@@ -105,7 +106,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "models frozen in part": ("frozen",),
     "untied embeddings": ("plain",),
     "tied embeddings": ("tied", "pipeline-mtp"),
-    "latent MoE": ("hybrid",),
+    "latent MoE": ("hybrid", "combined-virtual"),
     "latent attention": ("latent-attention", "deepseek-v3", "kimi-k2"),
     "gated delta nets": ("delta-net",),
     "experts without a gate": ("hybrid", "evaluation"),
@@ -144,6 +145,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
         "delayed-virtual",
         "delayed-exact",
         "delayed-step",
+        "recipe-qwen3",
     ),
     "`--overlap-dispatch-backward-with-experts-wgrad`": ("dense-first", "dispatch-wgrad-off"),
     "combined 1F1B with graphs of router and counts": ("delayed-graphs",),
@@ -151,7 +153,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "`--skip-train`": ("evaluate-only",),
     "`--check-weight-hash-across-dp-replicas-interval`": ("evaluation",),
     "Adam, SGD, Lion": ("plain", "hybrid-mtp", "latent-attention"),
-    "Muon": ("muon", "muon-options", "muon-bf16", "muon-tensor"),
+    "Muon": ("muon", "muon-bf16", "muon-tensor"),
     "Muon with `--use-distributed-optimizer`, or `dist_muon`": ("dist-muon", "dist-muon-pipeline"),
     "other optimizers": ("--optimizer other than adam, sgd, lion, muon",),
     "optimizer CPU offload": ("offload", "tied"),
@@ -180,7 +182,8 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "`--fsep-gemm te`": (),
     "CUDA graphs of parts of layers, up to the counts, by Transformer Engine": (
         *("graphs", "graphs-attention", "graphs-dense", "graphs-hybrid", "graphs-tokens"),
-        *("graphs-recompute", f"{ALLOW} {Unproven.TE_GRAPHS}"),
+        *("graphs-recompute", "graphs-virtual", "graphs-glm", "graphs-lora", "graphs-muon"),
+        f"{ALLOW} {Unproven.TE_GRAPHS}",
     ),
     "other CUDA graphs": (
         "--cuda-graph-impl other than none",
@@ -196,6 +199,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "the same with `--fp8-param-gather`": ("fp8-param", "fp8-mx-param", "fp8-mx-homes"),
     "the same with `--first-last-layers-bf16`": ("fp8-param",),
     "the same with router padding": ("fp8-bias", "fp8-flex"),
+    "the same with combined 1F1B and HybridEP": (
+        *("combined-fp8-hybridep", "recipe-deepseek-v3", "recipe-qwen3", "recipe-gpt-oss"),
+    ),
     "fp8 in the experts, by Transformer Engine itself": (f"{ALLOW} {Unproven.FP8_EXPERTS}",),
     "fp4, or precision by module": ("--fp4-format", "--te-precision-config-file"),
 }

@@ -9,7 +9,7 @@ Over 400 lines: one table.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,8 @@ FIRST_IN_BF16 = (
 PADDING = " --moe-router-padding-for-quantization"
 # Sizes are multiples of 32.
 MXFP8 = " --fp8-format e4m3 --fp8-recipe mxfp8 --hidden-size 64"
+# As in published recipes; needs `DIST_OPT`.
+MXFP8_KEPT = MXFP8 + " --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag"
 IN_FP8 = " --fsep-sharding experts --fsep-allow-unproven fp8-experts"
 # Dense layers alone are sharded with FSEP, and all layers with stock.
 FSDP = " --use-megatron-fsdp --ckpt-format fsdp_dtensor --use-distributed-optimizer"
@@ -109,6 +111,7 @@ GROUPS = (
     " --moe-router-num-groups 4 --moe-router-group-topk 2 --moe-router-topk-scaling-factor 2.5"
     " --moe-router-dtype fp64"
 )
+LATENT_MOE = " --moe-latent-size 24"
 SHARED = " --moe-shared-expert-intermediate-size 32"
 GATED = SHARED + " --moe-shared-expert-gate"
 OVERLAPPED = " --moe-shared-expert-overlap"
@@ -119,8 +122,8 @@ SELECTIVE = " --recompute-granularity selective --recompute-modules"
 # Stock's own needs Transformer Engine.
 ACT_RECOMPUTE = " --moe-grouped-gemm" + SELECTIVE + " moe_act"
 # Stock's own need Transformer Engine, so the stock runs have none.
-GRAPHS = " --fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine"
-GRAPHS += " --cuda-graph-modules"
+GRAPHED = " --cuda-graph-impl transformer_engine --cuda-graph-modules"
+GRAPHS = " --fsep-allow-unproven te-graphs" + GRAPHED
 EXACT = " --fsep-plan-mode exact"
 SCHEDULER_OFF = " --fsep-scheduler off"
 HALF_DENSE = " --num-layers 4 --moe-layer-freq ([0]*2+[1]*2)"
@@ -138,8 +141,8 @@ class Common:
 
 # fmt: off
 LOSSES = Common("aux, sequence, global and z losses, full recompute of one layer in two,"
-    " multi-token prediction, overlapped shared experts with a gate, accumulation 2",
-    AUX_LOSSES + BLOCK_RECOMPUTE + MTP + GATED + OVERLAPPED,
+    " multi-token prediction, overlapped shared experts with a gate, fp32 router, accumulation 2",
+    AUX_LOSSES + BLOCK_RECOMPUTE + MTP + GATED + OVERLAPPED + FP32_ROUTER,
     {"accumulation": 2, "moe_layers": 3})
 DEPTH_3 = Common("repeated MTP layer, depth 3, aux losses, recompute of the MoE layer, shared"
     " experts, per-token loss, distributed optimizer",
@@ -150,6 +153,13 @@ RECOMPUTED = Common("router replay, full recompute, shared experts, square-root 
     DIST_OPT + REPLAY + FULL_RECOMPUTE + SHARED + PER_TOKEN
     + " --moe-router-score-function sqrtsoftplus",
     {"ranks": 4, "accumulation": 2})
+# As published recipes train it.
+GLM = Common("as GLM-4.5: first layer dense, overlapped shared experts, sigmoid router in fp32 with"
+    " expert bias, biased and normalised queries, multi-token prediction, recompute of attention,"
+    " bf16", BF16 + DIST_OPT + GROUPED_QUERIES + FIRST_LAYER_DENSE + SIGMOID_ROUTER
+    + " --moe-aux-loss-coeff 1e-3" + SHARED + OVERLAPPED + " --add-qkv-bias --qk-layernorm"
+    " --rotary-percent 0.5" + MTP + " --mtp-loss-scaling-factor 0.3 --recompute-granularity"
+    " selective", {"moe_layers": 3})
 LAYER_RECOMPUTED = Common("recompute of the MoE layer and its overlapped shared experts with a"
     " gate, multi-token prediction, aux losses, E = 8 on 4 ranks",
     AUX_LOSSES + MOE_RECOMPUTE + MTP + GATED + OVERLAPPED, {"ranks": 4, "moe_layers": 3})
@@ -169,7 +179,7 @@ LATENT = Common("latent attention, recompute of its up-projections, quantile bal
     {"accumulation": 2, "bound": LION_BOUND})
 HYBRID_MODEL = Common("HybridModel of attention, dense and MoE layers, latent MoE without a gate,"
     " aux losses, shared experts, distributed optimizer",
-    AUX_LOSSES + DIST_OPT + HYBRID + "*E-*E" + SQUARED_RELU + " --moe-latent-size 24" + SHARED,
+    AUX_LOSSES + DIST_OPT + HYBRID + "*E-*E" + SQUARED_RELU + LATENT_MOE + SHARED,
     {"without": "--swiglu"})
 IN_BF16 = Common("bf16, fp32 router, shared experts, distributed optimizer, accumulation 4",
     BF16 + DIST_OPT + SHARED + FP32_ROUTER, {"accumulation": 4, "stock": (1, 2)})
@@ -198,10 +208,32 @@ FP8_TENSORWISE = Common("experts in fp8 (e4m3), per-tensor current scaling, dist
     " linear bias, router padding, recompute of the MoE layer, accumulation 2, E = 8 on 4 ranks",
     E4M3 + DIST_OPT + PADDING + MOE_RECOMPUTE, {"ranks": 4, "stock": (4, 2), "accumulation": 2,
     "without": NO_BIAS, "bound": FP8_BOUND, "not_at_home": "at home in itself"})
-KEPT_IN_MXFP8 = Common("experts kept in mxfp8, full recompute, shared experts, accumulation 2,"
-    " bf16", MXFP8 + BF16 + DIST_OPT + SHARED + FULL_RECOMPUTE
-    + " --fp8-param-gather --reuse-grad-buf-for-mxfp8-param-ag", {"accumulation": 2,
-    "bound": FP8_BOUND, "exchanges": (6, 2), "not_at_home": "at home in itself"})
+# Megatron-Bridge's recipes for Blackwell in small sizes, without graphs, fused operations and
+# forced balance. In a pipeline, overlapped reduces would leave parts of the compared gradients.
+# With top-2, since HybridEP rounds a rank's sums of experts to bf16, which flips near-ties.
+IN_MXFP8 = {"accumulation": 4, "bound": FP8_BOUND, "not_at_home": "at home in itself"}
+DEEPSEEK_V3 = Common("as the recipe of DeepSeek-V3: latent attention, first layer dense, shared"
+    " experts, group-limited sigmoid router with expert bias, multi-token prediction, virtual"
+    " pipeline 2 x 2, recompute of up-projections, experts in mxfp8, distributed optimizer, bf16,"
+    " accumulation 4", BF16 + MXFP8 + VIRTUAL + " --use-distributed-optimizer" + LATENT_ATTENTION
+    + " --moe-layer-freq ([0]*1+[1]*3) --moe-ffn-hidden-size 32" + SIGMOID_ROUTER
+    + " --moe-aux-loss-coeff 1e-4 --moe-router-num-groups 4 --moe-router-group-topk 2"
+    " --moe-router-topk-scaling-factor 2.5" + SHARED + MTP + LATENT_RECOMPUTE, IN_MXFP8
+    | {"ranks": 4, "stock": (1, 2)})
+QWEN3 = Common("as the recipe of Qwen3: grouped and normalised queries, aux loss, fp32 router,"
+    " fused router and permutation, experts kept in mxfp8, both overlaps, bf16,"
+    " accumulation 4", BF16 + MXFP8_KEPT + DIST_OPT + GROUPED_QUERIES + AUX_LOSS
+    + " --qk-layernorm --kv-channels 16 --moe-aux-loss-coeff 1e-3" + FP32_ROUTER
+    + " --moe-router-fusion --moe-permute-fusion", IN_MXFP8 | {"stock": (1, 2)})
+GPT_OSS = Common("as the recipe of gpt-oss: linear bias, clamped and offset quick-GEGLU, learned"
+    " softmax, windows, aux loss, fp32 router, experts kept in mxfp8, both overlaps, bf16,"
+    " accumulation 4", BF16 + MXFP8_KEPT + DIST_OPT + CLAMPED_GEGLU + GROUPED_QUERIES + AUX_LOSS
+    + " --moe-aux-loss-coeff 1e-3 --softmax-type learnable --window-size 15,0"
+    " --window-attn-skip-freq 2" + FP32_ROUTER, IN_MXFP8 | {"ranks": 4, "stock": (4, 2),
+    "without": NO_BIAS_NOR_SWIGLU})
+MUON_IN_PIPELINE = Common("dist_muon, expert data parallel 2, pipeline 2, bf16, accumulation 2",
+    MUON_SHARED + PIPELINE + " --muon-tp-mode distributed", {"ranks": 4, "group": 2,
+    "accumulation": 2, "moe_layers": 1, "not_at_home": "at home in itself"})
 FP8_BLOCKS = Common("experts in fp8 by blocks, bf16, router padding, accumulation 4",
     BF16 + BLOCKS + PADDING, {"accumulation": 4, "stock": (1, 2), "bound": FP8_BOUND,
     "not_at_home": "at home in itself"})
@@ -258,6 +290,14 @@ def _on(common: Common, id: str, name: str = "", fsep: str = "", **more: Any) ->
     """Return a row with these flags of both sides, and its own of FSEP's."""
     name = f"{name}, {common.name}" if name else common.name
     return _row(id, name, common.flags, fsep, **common.sizes | more)
+
+
+def _recipe(common: Common, id: str, **more: Any) -> Row:
+    """Return a row with a recipe's schedule and dispatcher, which the reference lacks."""
+    name = "combined 1F1B, delayed weight gradients, flex dispatcher with HybridEP"
+    fsep = IN_FP8 + HYBRIDEP
+    row = _on(common, f"recipe-{id}", name, fsep, reference_flags=common.flags, **more)
+    return replace(row, flags=row.flags + DELAYED + COMBINED)
 
 
 # A row: its id, its name, flags of both sides, and differences from the defaults of `Row`.
@@ -334,12 +374,11 @@ ROWS = [
         " optimizer, accumulation 2, shared experts", MXFP8.replace("e4m3", "hybrid") + BF16
         + FULL_RECOMPUTE + DIST_OPT + SHARED, fsep=IN_FP8, bound=FP8_BOUND, accumulation=2,
         exchanges=(6, 2), not_at_home="at home in itself"),
-    _row("fp8-mx-nodes", "experts in mxfp8, exchange through nodes of 2, restored once per step,"
-        " accumulation 2, bf16, top-4, recompute of the MoE layer, E = 8 on 4 ranks", MXFP8 + BF16
-        + TOP_4 + MOE_RECOMPUTE, fsep=IN_FP8 + NODES.format(2) + STEP, bound=FP8_BOUND, ranks=4,
-        accumulation=2, exchanges=(4, 2), not_at_home="at home in itself"),
-    _on(KEPT_IN_MXFP8, "fp8-mx-param", fsep=IN_FP8),
-    _on(KEPT_IN_MXFP8, "fp8-mx-homes", "permuted homes", fsep=IN_FP8 + PERMUTED.format(2)),
+    _on(GPT_OSS, "fp8-mx-nodes", "exchange through nodes of 2, restored once per step, recompute of"
+        " the MoE layer", fsep=IN_FP8 + NODES.format(2) + STEP + MOE_RECOMPUTE, exchanges=(4, 2)),
+    _on(QWEN3, "fp8-mx-param", "full recompute", fsep=IN_FP8 + FULL_RECOMPUTE, exchanges=(6, 2)),
+    _on(QWEN3, "fp8-mx-homes", "permuted homes, full recompute", fsep=IN_FP8 + FULL_RECOMPUTE
+        + PERMUTED.format(2), exchanges=(6, 2)),
     # Dispatchers.
     _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP, releases=True),
     _on(IN_BF16, "deepep-bf16", "flex dispatcher with DeepEP", fsep=DEEPEP),
@@ -493,12 +532,7 @@ ROWS = [
         + " --qk-layernorm --kv-channels 16 --moe-aux-loss-coeff 1e-3" + TOP_4 + FP32_ROUTER
         + " --moe-ffn-hidden-size 40 --moe-router-fusion --moe-permute-fusion", fsep=DEEPEP
         + ACT_RECOMPUTE + " layernorm", ranks=4, stock=(4, 2)),
-    _row("glm", "as GLM-4.5: first layer dense, overlapped shared experts, sigmoid router with"
-        " expert bias, biased and normalised queries, multi-token prediction, recompute of"
-        " attention", DIST_OPT + GROUPED_QUERIES + FIRST_LAYER_DENSE + SIGMOID_ROUTER
-        + " --moe-aux-loss-coeff 1e-3" + SHARED + OVERLAPPED + " --add-qkv-bias --qk-layernorm"
-        " --rotary-percent 0.5" + MTP + " --mtp-loss-scaling-factor 0.3 --recompute-granularity"
-        " selective", moe_layers=3),
+    _on(GLM, "glm"),
     _row("gpt-oss", "as gpt-oss: linear bias, clamped and offset quick-GEGLU, learned softmax,"
         " windows, top-4, aux loss, fp32 router, bf16, recompute of the experts' activation,"
         " through nodes of 2, four slots", BF16 + DIST_OPT + CLAMPED_GEGLU + GROUPED_QUERIES
@@ -510,7 +544,7 @@ ROWS = [
     _row("nemotron", "as Nemotron-3: HybridModel, latent MoE without a gate, shared experts,"
         " sigmoid router with expert bias, repeated multi-token prediction, flex dispatcher with"
         " HybridEP", DIST_OPT + HYBRID + "*E-*E/*E/*E --mtp-use-repeated-layer" + SQUARED_RELU
-        + " --moe-latent-size 24" + SIGMOID_ROUTER + " --moe-aux-loss-coeff 1e-4"
+        + LATENT_MOE + SIGMOID_ROUTER + " --moe-aux-loss-coeff 1e-4"
         " --moe-router-topk-scaling-factor 5.0" + SHARED + " --calculate-per-token-loss",
         fsep=HYBRIDEP, without="--swiglu", capacity=6, moe_layers=3, exchanges=(6, 4)),
     _row("clamp", "clamped and offset quick-GEGLU", CLAMPED_GEGLU, without="--swiglu"),
@@ -561,14 +595,21 @@ ROWS = [
     # Megatron's combined 1F1B schedule, which runs with bf16 alone.
     _combined("combined", "combined 1F1B, shared experts, fp32 router, both overlaps",
         DIST_OPT + SHARED + FP32_ROUTER),
-    _combined("combined-virtual", "combined 1F1B, virtual pipeline 2 x 2, multi-token prediction",
-        VIRTUAL + MTP, ranks=4, group=2),
+    _combined("combined-virtual", "combined 1F1B, virtual pipeline 2 x 2, multi-token prediction,"
+        " latent MoE", VIRTUAL + MTP + LATENT_MOE, ranks=4, group=2),
     _combined("combined-fp8", "combined 1F1B, experts in fp8 by blocks, router padding",
         BLOCKS + PADDING, IN_FP8, bound=FP8_BOUND, not_at_home="at home in itself"),
+    _combined("combined-fp8-hybridep", "combined 1F1B, experts in fp8 by blocks, router padding,"
+        " flex dispatcher with HybridEP", BLOCKS + PADDING, IN_FP8 + HYBRIDEP, bound=FP8_BOUND,
+        not_at_home="at home in itself"),
+    _recipe(DEEPSEEK_V3, "deepseek-v3", group=2),
+    _recipe(QWEN3, "qwen3"),
+    _recipe(GPT_OSS, "gpt-oss"),
     _combined("delayed", "combined 1F1B, delayed weight gradients, shared experts, fp32 router,"
         " both overlaps", DIST_OPT + SHARED + FP32_ROUTER + DELAYED),
     _combined("delayed-virtual", "combined 1F1B, delayed weight gradients, virtual pipeline 2 x 2,"
-        " multi-token prediction", VIRTUAL + MTP + DELAYED, ranks=4, group=2),
+        " multi-token prediction, latent MoE", VIRTUAL + MTP + LATENT_MOE + DELAYED, ranks=4,
+        group=2),
     _combined("delayed-exact", "combined 1F1B, delayed weight gradients, exact, DeepEP, recompute"
         " of norms, activations and shared experts, fp32 router, both overlaps",
         DIST_OPT + SHARED + FP32_ROUTER + DELAYED,
@@ -615,22 +656,29 @@ ROWS = [
         + GRAPHS + " attn moe_router moe_preprocess", at_night=LONGEST),
     _on(LAYER_RECOMPUTED, "graphs-recompute", "CUDA graphs of attention", fsep=GRAPHS + " attn",
         at_night=LONGEST),
+    _row("graphs-virtual", "CUDA graphs of attention, router and counts, virtual pipeline 2 x 2,"
+        " accumulation 4", VIRTUAL, fsep=GRAPHS + " attn moe_router moe_preprocess", ranks=4,
+        group=2, accumulation=4, at_night=LONGEST),
+    _on(GLM, "graphs-glm", "CUDA graphs of attention, dense layers, router and counts",
+        fsep=GRAPHS + " attn mlp moe_router moe_preprocess"),
+    _on(LORA_OF_EACH_KIND, "graphs-lora", "CUDA graphs of attention, router and counts",
+        fsep=GRAPHS + " attn moe_router moe_preprocess" + HOMES),
+    _on(MUON_IN_PIPELINE, "graphs-muon", "CUDA graphs of attention, router and counts", fsep=HOMES
+        + GRAPHS + " attn moe_router moe_preprocess"),
     # Runs.
     _row("offload", "optimizer offloaded to the CPU, expert data parallel 2", OFFLOADED, ranks=4,
         group=2),
     _muon("muon", "Muon", MUON),
-    _muon("muon-options", "Muon with Nesterov momentum, other scales, coefficients, and"
-        " tensor-parallel mode", MUON + " --muon-nesterov --muon-momentum 0.95 --muon-scale-mode"
-        " unit_rms_norm --muon-extra-scale-factor 0.2 --muon-coefficient-type polar_express"
-        " --muon-num-ns-steps 8 --muon-tp-mode distributed --muon-no-split-qkv"),
     _muon("muon-bf16", "Muon, bf16, accumulation 2, shared experts", MUON_BF16 + SHARED,
         accumulation=2),
-    _muon("muon-tensor", "Muon, tensor parallel 2, linear bias", MUON + TENSOR + " --muon-tp-mode"
-        " duplicated", ranks=4, stock=(4, 2), without=NO_BIAS),
+    _muon("muon-tensor", "Muon with Nesterov momentum, other scales and coefficients, tensor"
+        " parallel 2, linear bias", MUON + TENSOR + " --muon-tp-mode duplicated --muon-nesterov"
+        " --muon-momentum 0.95 --muon-scale-mode unit_rms_norm --muon-extra-scale-factor 0.2"
+        " --muon-coefficient-type polar_express --muon-num-ns-steps 8 --muon-no-split-qkv",
+        ranks=4, stock=(4, 2), without=NO_BIAS),
     _muon("dist-muon", "dist_muon with both overlaps, expert data parallel 2, bf16", MUON_SHARED
         + " --overlap-grad-reduce --overlap-param-gather", ranks=4, group=2),
-    _muon("dist-muon-pipeline", "dist_muon, expert data parallel 2, pipeline 2, bf16, accumulation"
-        " 2", MUON_SHARED + PIPELINE, ranks=4, group=2, accumulation=2, moe_layers=1),
+    _on(MUON_IN_PIPELINE, "dist-muon-pipeline", "permuted homes", fsep=PERMUTED.format(2)),
     _on(EVALUATED, "evaluation"),
     _row("evaluate-only", "evaluation alone", " --skip-train --eval-iters 2", steps=0,
         evaluations=1, gradients=False),

@@ -23,14 +23,14 @@ def test_a_row_proves_a_run_whose_features_it_has_together():
 
 
 def test_without_such_a_row_the_pairs_are_named_that_no_row_has():
-    settings = {"bf16": True, "multi_latent_attention": True, "use_distributed_optimizer": True}
+    settings = {"bf16": True, "moe_router_load_balancing_type": "sinkhorn"}
     found = proof_of(Namespace(**settings))
     assert (found.row, found.no_row) == ("", ())
-    assert found.no_row_together == ("bf16 + latent attention",)
+    assert found.no_row_together == ("bf16 + sinkhorn router",)
     named = [row.features for row in proved_rows() if row.name in found.rows]
-    assert {"bf16", "latent attention", "distributed optimizer"} <= frozenset().union(*named)
+    assert {"bf16", "sinkhorn router"} <= frozenset().union(*named)
     assert len(found.rows) == 2
-    assert str(found).endswith("; 1 pair of them without a row: bf16 + latent attention")
+    assert str(found).endswith("; 1 pair of them without a row: bf16 + sinkhorn router")
     sparse = proof_of(Namespace(**settings, experimental_attention_variant="dsa"))
     assert sparse.no_row == ("sparse attention",)
     assert sparse.no_row_together == found.no_row_together
@@ -39,8 +39,8 @@ def test_without_such_a_row_the_pairs_are_named_that_no_row_has():
 
 def test_pairs_alone_prove_no_run():
     rows = [row for row in proved_rows() if {"bf16", "pipeline"} <= row.features]
-    settings = Namespace(bf16=True, pipeline_model_parallel_size=2, use_distributed_optimizer=True)
-    found = proof_of(settings)
+    balanced = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 1e-2}
+    found = proof_of(Namespace(bf16=True, pipeline_model_parallel_size=2, **balanced))
     assert rows and (found.row, found.no_row_together) == ("", ())
     assert str(found).endswith("; no row has all of them")
 
@@ -48,7 +48,8 @@ def test_pairs_alone_prove_no_run():
 def test_many_pairs_stay_on_one_line():
     found = proof_of(Namespace(bf16=True, fp16=True, mtp_num_layers=1))
     assert found.no_row == ("fp16",)
-    sizes = dict.fromkeys(("tensor_model_parallel_size", "pipeline_model_parallel_size"), 2)
+    parallel = ("tensor_model", "pipeline_model", "context")
+    sizes = {f"{name}_parallel_size": 2 for name in parallel}
     switches = dict.fromkeys("bf16 multi_latent_attention moe_permute_fusion".split(), True)
     many = proof_of(Namespace(**sizes, **switches))
     assert len(many.no_row_together) > 6

@@ -22,7 +22,7 @@ def csv_of(*rows: dict[str, str]) -> str:
 def test_a_table_is_judged_into_json(tmp_path, capsys):
     """A row that cannot be judged does not keep others from it."""
     table, output = tmp_path / "recipes.csv", tmp_path / "out.json"
-    rows = [{"dispatcher": "flex"}, {"EP": "1"}, {"cuda_graph_impl": "local"}, {"pool": "rl"}]
+    rows = [{"force_balance": "True"}, {"EP": "1"}, {"cuda_graph_impl": "local"}, {"pool": "rl"}]
     table.write_text(csv_of(*(NONE | row for row in rows)))
     words = ["check-recipe", "--bridge-csv", str(table), "--json", str(output)]
     assert cli.main(words) == 2
@@ -43,7 +43,7 @@ def test_a_table_is_judged_into_json(tmp_path, capsys):
     proved = [row.features for row in proved_rows() if row.name in first["proved_by"]]
     assert {"bf16", "DeepEP", "fused permutation"} < frozenset().union(*proved)
     assert (first["on_replacements"], first["because"], first["drop"]) == (True, [], [])
-    assert "bf16 + fused permutation" in first["no_row_together"]
+    assert "bf16 + forced balance" in first["no_row_together"]
     assert (second["verdict"], second["proved_by"]) == ("set-ep", [])
     assert third["drop"] == ["--cuda-graph-impl"] and "speed-only" in third["because"][0]
     assert fourth["verdict"] is None and "pool 'rl': unknown" in fourth["because"][0]
