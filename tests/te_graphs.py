@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from itertools import islice
 from typing import Any
 from unittest import mock
@@ -142,14 +143,18 @@ def _make_graphs(
     left = iter(layers)
     chunks = [[*islice(left, size)] for size in _num_layers_per_chunk or [len(layers)]]
     graphs = [Graph(layer) for chunk in chunks for _ in range(repeats) for layer in chunk]
+    token = makes.set(True)
     for graph, (hidden,), tensors in zip(graphs, inputs, sample_kwargs, strict=True):
         # Megatron's samples are in bf16 for any model.
         graph.capture(hidden.to(next(graph.layer.parameters()).dtype), tensors)
+    makes.reset(token)
     made.extend(graphs)
     return graphs
 
 
 made: list[Graph] = []
+# True while graphs are captured with samples.
+makes: ContextVar[bool] = ContextVar("makes", default=False)
 
 
 @contextlib.contextmanager

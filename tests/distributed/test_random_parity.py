@@ -14,7 +14,7 @@ from tests.parity.random.report import line
 
 AT_NIGHT = range(1000, 1200)
 # Cheap ones of these, on 2 and 4 ranks, for fewer steps.
-IN_CI = (1012, 1015, 1017, 1019, 1035, 1042, 1048, 1058, 1081, 1091, 1104, 1122)
+IN_CI = (1005, 1078, 1096, 1112, 1116, 1123, 1178, 1180, 1187)
 STEPS_IN_CI = 3
 
 CASES = [

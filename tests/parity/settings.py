@@ -14,8 +14,12 @@ def settings_of(row: Row) -> Namespace:
     return settings_in(
         row.fsep_run("data")[1],
         is_lora="lora" in getattr(row.adapt, "__name__", ""),
-        adapts_experts=getattr(row.adapt, "__module__", "") == bridge_lora.__name__,
+        adapts_experts=adapts_experts(row),
     )
+
+
+def adapts_experts(row: Row) -> bool:
+    return getattr(row.adapt, "__module__", "") == bridge_lora.__name__
 
 
 def settings_in(command: Iterable[str], **found: Any) -> Namespace:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import combinations, product
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ from tests.parity.random.draft import Draft
 from tests.parity.random.generator import FEATURES, Case, draw
 from tests.parity.random.judge import Verdict, judge
 from tests.parity.random.on_ranks import Outcome
-from tests.parity.random.settings import BALANCING, MODES, PLANNERS
+from tests.parity.random.rules import refusals
+from tests.parity.random.settings import BALANCING, FP8, GRAPHS, MODES, PLANNERS
+from tests.parity.row import AT_HOME
 
-CASES = [draw(seed) for seed in range(600)]
+IN_FP8, GRAPHED = ([*table][1:] for table in (FP8, GRAPHS))
+CASES = [draw(seed) for seed in range(1000)]
 
 
 def values(case: Case) -> dict[str, list[str]]:
@@ -78,6 +82,12 @@ NEEDS = {
     "fp32 gradients between nodes": ("restore by nodes",),
     "default tolerance": ("adaptive",),
     "replicas that pay": ("experts at home",),
+    "experts kept in fp8": tuple(IN_FP8),
+    **dict.fromkeys(IN_FP8, ("experts at home",)),
+    "LoRA on experts": ("experts at home",),
+    "Muon": ("experts at home",),
+    "Megatron-FSDP, optim": ("experts at home",),
+    "announced": ("router replay",),
     **dict.fromkeys(PLANNERS, ("forecast", "adaptive")),
     "sinkhorn": ("softmax",),
 }
@@ -85,7 +95,9 @@ EXCLUDES = {
     "tokens by nodes": ("DeepEP", "HybridEP", "fused permutation"),
     "restore by nodes": ("flat restore",),
     "shared experts": ("linear bias",),
-    "announced": ("sinkhorn", "quantile balancing", "fused router", "evaluation"),
+    "router replay": ("sinkhorn", "quantile balancing", "fused router", "evaluation"),
+    "Megatron-FSDP, optim": ("pipeline 2", "permuted homes", *IN_FP8, *GRAPHED),
+    "graphs up to the counts": ("full recompute", "moe", "router replay"),
     "SGD": ("distributed optimizer", "distributed optimizer, both overlaps"),
     "groups of experts": ("sinkhorn", "quantile balancing", "top-1"),
     "experts at home": ("N does not divide E", "planner laer"),
@@ -101,6 +113,29 @@ def test_features_are_drawn_with_those_that_they_need_and_none_that_they_exclude
         for name, excluded in EXCLUDES.items():
             assert not (case.has(name) and case.has(*excluded)), f"{case.seed}: {name}"
     assert {name for case in CASES for name in case.features} == FEATURES
+
+
+def test_features_go_together_unless_the_rules_of_fsep_refuse_them() -> None:
+    features = ("LoRA on experts", *IN_FP8, *GRAPHED, "router replay", "Megatron-FSDP, optim")
+    found = {
+        pair for case in CASES for pair in combinations(features, 2) if {*pair} <= {*case.features}
+    }
+    never = {*product(features[:4], features[:4]), *product(GRAPHED, GRAPHED)}
+    never |= {(name, "router replay") for name in GRAPHED[1:]}
+    never |= {(name, features[-1]) for name in (*features[:4], *GRAPHED)}
+    assert {*combinations(features, 2)} - found - never == set()
+    for name, given, instead, reason in (
+        ("mxfp8", AT_HOME, " --fsep-sharding rows", "--fsep-allow-unproven fp8-experts: rows of"),
+        ("LoRA on experts", AT_HOME, " --fsep-sharding rows", "LoRA on linear_fc1"),
+        ("Muon", AT_HOME, " --fsep-sharding rows", "--optimizer muon with --fsep-sharding rows"),
+        ("Megatron-FSDP, optim", " optim", " optim --fp8-format e4m3", "fp8-format e4m3 with"),
+    ):
+        others = IN_FP8 if name not in IN_FP8 else ()
+        row = case_with(name, but=("permuted homes", *others)).row
+        assert refusals(row) == []
+        flags, fsep = (part.replace(given, instead, 1) for part in (row.flags, row.fsep))
+        changed = replace(row, flags=flags, fsep=fsep)
+        assert any(reason in text for text in refusals(changed)), refusals(changed)
 
 
 @dataclass
@@ -154,10 +189,9 @@ class Made:
 
 
 def case_with(*names: str, but: tuple[str, ...] = ()) -> Case:
-    cases = (draw(seed) for seed in range(5000))
     return next(
         case
-        for case in cases
+        for case in CASES
         if case.chooses
         and case.row.gradients
         and case.row.stock_parallel[0] != case.row.stock_parallel[1]
@@ -166,9 +200,9 @@ def case_with(*names: str, but: tuple[str, ...] = ()) -> Case:
     )
 
 
-PLAIN = case_with("fp32", "Adam")
-BF16_NODES = case_with("bf16", "tokens by nodes")
-BF16_RANKS = case_with("bf16", but=("tokens by nodes",))
+PLAIN = case_with("fp32", "Adam", "no fp8")
+BF16_NODES = case_with("bf16", "no fp8", "tokens by nodes")
+BF16_RANKS = case_with("bf16", "no fp8", but=("tokens by nodes",))
 
 
 @pytest.mark.parametrize(

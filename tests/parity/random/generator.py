@@ -1,6 +1,6 @@
 """`draw(seed)` returns a legal combination of settings, the same for the same seed.
 
-Legal combinations are those that stock Megatron and FSEP both accept. Nothing is run here.
+Stock Megatron and FSEP accept it: FSEP's own rules refuse other drafts. Nothing is run here.
 
 Legend: N ranks of an FSEP group, E experts.
 """
@@ -8,7 +8,8 @@ Legend: N ranks of an FSEP group, E experts.
 from __future__ import annotations
 
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ import numpy as np
 from megatron_laer.cpu.training import Adapt
 from megatron_laer.planner.homes_file import write_homes
 from tests.parity.adapted import frozen_in_part, lora_on_attention
+from tests.parity.bridge_lora import lora_on_experts_under_recompute
 from tests.parity.random import settings
 from tests.parity.random.draft import Draft
+from tests.parity.random.rules import refusals
 from tests.parity.random.settings import Setting
-from tests.parity.replay import REPLAY
-from tests.parity.row import BF16_BOUND, FP32_BOUND, LION_BOUND, Row
+from tests.parity.row import BF16_BOUND, FP8_BOUND, FP32_BOUND, LION_BOUND, Row
 
 STEPS = 6
 
@@ -33,6 +35,7 @@ _TABLES = [
     if isinstance(table, dict) and all(isinstance(item, Setting) for item in table.values())
 ]
 FEATURES = {name for table in _TABLES for name in table} | {_UNEVEN, _EXPERT_DATA, *_NODES.values()}
+_APART = 10**6  # seeds of a case's drafts
 # Their numbers depend on how many ranks have the data, or on each rank's random numbers.
 _OF_RANKS = {
     "global aux loss",
@@ -40,7 +43,7 @@ _OF_RANKS = {
     "quantile balancing",
     "input jitter",
     "forced balance",
-    "announced",
+    "router replay",
     "evaluation",
 }
 
@@ -64,7 +67,7 @@ class Case:
     @property
     def chooses(self) -> bool:
         """Return True if routers choose by themselves and their choices can be replayed."""
-        return not self.has("fused router", "announced")
+        return not self.has("fused router", "router replay")
 
     def other_stock(self, data: str) -> tuple[int, list[str]] | None:
         """Return a stock run with other orders of sums, whose distance is the floor, or None.
@@ -72,7 +75,8 @@ class Case:
         It places experts otherwise, or, if that is impossible, gives half of the ranks all data. In
         bf16 the latter changes none of the sums that FSEP reorders: products of few tokens.
         """
-        ranks, command = self.row.other_stock(data)
+        flags = self.row.reference_flags or self.row.flags
+        ranks, command = replace(self.row, flags=flags).other_stock(data)
         if self.row.stock_parallel[0] == self.row.stock_parallel[1]:
             ranks //= 2
             if ranks % self.model_parallel or self.has("bf16", *_OF_RANKS):
@@ -100,7 +104,11 @@ class _Sizes:
 
 def draw(seed: int, steps: int = STEPS) -> Case:
     """Return the case of a seed, with this many training steps."""
-    draft = Draft(seed)
+    drafts = (_draw(seed, Draft(first), steps) for first in count(seed, _APART))
+    return next(case for case in drafts if not refusals(case.row))
+
+
+def _draw(seed: int, draft: Draft, steps: int) -> Case:
     sizes = _draw_sizes(draft)
     adapt = _draw_model(draft, sizes)
     _draw_router(draft, sizes)
@@ -114,6 +122,7 @@ def draw(seed: int, steps: int = STEPS) -> Case:
     reference = max([size for size in stock if size <= sizes.expert_parallel] or stock)
     other = max([size for size in stock if size != reference] or [reference])
     bound = LION_BOUND if draft.has("Lion") else FP32_BOUND
+    bound = BF16_BOUND if draft.has("bf16") else bound
     row = Row(
         f"random-{seed}",
         f"random {seed}",
@@ -123,10 +132,11 @@ def draw(seed: int, steps: int = STEPS) -> Case:
         stock_parallel=(reference, other),
         accumulation=sizes.accumulation,
         flags=draft.flags,
+        reference_flags=settings.without_fsdp(draft.flags),
         without=draft.without,
         capacity=capacity,
         fsep=draft.fsep,
-        bound=BF16_BOUND if draft.has("bf16") else bound,
+        bound=FP8_BOUND if draft.has(*settings.IN_FP8) else bound,
         steps=steps,
         adapt=adapt,
         # In a pipeline, overlapped reduces leave parts of the first step's gradients.
@@ -199,6 +209,8 @@ def _draw_model(draft: Draft, sizes: _Sizes) -> Adapt | None:
     changes = not (is_hybrid or in_pipeline or has_bias or predicts or is_tied or is_latent)
     if option("LoRA on attention", changes and not draft.has("tensor parallel 2")):
         return lora_on_attention
+    if option("LoRA on experts", changes):
+        return lora_on_experts_under_recompute
     return frozen_in_part if option("frozen in part", changes) else None
 
 
@@ -233,6 +245,7 @@ def _draw_router(draft: Draft, sizes: _Sizes) -> None:
         is_plain and score != "square-root softplus" and not draft.has("expert bias"),
     )
     option("fused permutation")
+    option("router replay", not draft.has(*settings.NOT_GIVEN))
     draft.choose(settings.ROUTER_DTYPES)
 
 
@@ -252,7 +265,7 @@ def _groups(sizes: _Sizes) -> list[tuple[int, int]]:
 
 def _draw_recompute(draft: Draft) -> None:
     # A checkpoint whose input needs no gradient is not run again.
-    is_frozen = draft.has("LoRA on attention", "frozen in part")
+    is_frozen = draft.has("LoRA on attention", "LoRA on experts", "frozen in part")
     but = {"full recompute", "recompute by block"} if is_frozen else set()
     kind = draft.choose(settings.RECOMPUTE, but=but)
     if kind not in settings.IN_PARTS:
@@ -285,22 +298,27 @@ def _draw_recompute(draft: Draft) -> None:
 def _draw_training(draft: Draft) -> None:
     precision = draft.choose(settings.PRECISIONS)
     draft.option(settings.RUN, "gradients in bf16", legal=precision == "bf16")
+    # Adapters of experts are found when layers are built, after the rules were asked.
+    draft.choose(settings.FP8, but=settings.IN_FP8 if draft.has("LoRA on experts") else set())
     # Combinations that stock's optimizers do not support.
-    sharded = {"distributed optimizer", "distributed optimizer, both overlaps"}
+    with_fsdp = {name for name in settings.SHARDING if "FSDP" in name}
+    sharded = {*settings.SHARDING} - {"whole optimizer", "overlapped reduce"}
+    has_lora = draft.has("LoRA on attention", "LoRA on experts")
     but = {
-        "Adam": set(),
+        "Adam": with_fsdp if draft.has("LoRA on experts") else set(),  # fails, not refused yet
         "SGD": sharded,
         "Lion": {*settings.SHARDING} - {"whole optimizer"},
-        "Muon": {"overlapped reduce", *(sharded if precision == "fp32" else ())},
+        "Muon": {"overlapped reduce", *(sharded if precision == "fp32" else with_fsdp)},
     }
-    optimizer = draft.choose(
-        settings.OPTIMIZERS, but={"Muon"} if draft.has("LoRA on attention", _UNEVEN) else set()
-    )
+    optimizer = draft.choose(settings.OPTIMIZERS, but={"Muon"} if has_lora else set())
     if optimizer == "Muon":
         draft.flags += settings.MUON[precision]
-    draft.choose(settings.SHARDING, but=but[optimizer])
+    sharding = draft.choose(settings.SHARDING, but=but[optimizer])
+    is_kept = draft.has(*settings.IN_FP8) and precision == "bf16" and "both overlaps" in sharding
+    if draft.option(settings.RUN, "experts kept in fp8", legal=is_kept) and draft.has("mxfp8"):
+        draft.flags += " --reuse-grad-buf-for-mxfp8-param-ag"
     draft.option(settings.RUN, "per-token loss")
-    draft.option(settings.RUN, "evaluation")
+    draft.option(settings.RUN, "evaluation", legal=not draft.has("router replay"))
 
 
 def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
@@ -309,14 +327,11 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
     def option(name: str, legal: bool = True) -> bool:
         return draft.option(settings.FSEP, name, legal=legal, alone=True)
 
-    but = {"announced"} if draft.has(*settings.NOT_ANNOUNCED) else set()
+    but = set() if draft.has("router replay") else {"announced"}
     mode = draft.choose(settings.MODES, but=but, alone=True)
-    if mode == "announced":
-        draft.flags += f" {REPLAY}"
     plans = mode in ("forecast", "adaptive")
     if plans:
-        but = {"planner laer"} if draft.has("Muon") else set()
-        draft.choose(settings.PLANNERS, but=but, alone=True)
+        draft.choose(settings.PLANNERS, alone=True)
     if mode == "adaptive":
         draft.choose(settings.TOLERANCES, alone=True)
     option("restored once per step", mode in ("random layouts, forecast", "forecast"))
@@ -324,7 +339,7 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
     option("late plans waited for", plans)
     option("scheduler off")
     option("even split", mode not in ("exact", "adaptive", "announced"))
-    option("products by grouped_mm")
+    option("products by grouped_mm", not draft.has("LoRA on experts"))  # too narrow for it
 
     experts_by_nodes = option("restore by nodes")
     if not experts_by_nodes:
@@ -335,13 +350,17 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
         draft.take(_NODES[size])
         draft.fsep += f" --fsep-node-size {size}"
     option("fp32 gradients between nodes", experts_by_nodes)
+    draft.choose(settings.GRAPHS, but=_not_graphed(draft), alone=True)
+    needed = {"te-graphs": settings.GRAPHED, "fp8-experts": settings.IN_FP8}
+    if allowed := [word for word, features in needed.items() if draft.has(*features)]:
+        draft.fsep += f" --fsep-allow-unproven {' '.join(allowed)}"
 
     but = {"DeepEP", "HybridEP"} if tokens_by_nodes else set()
     if draft.has("bf16", "fp64 router") and not draft.has("fp32 router"):
-        but.add("DeepEP")  # accepts probabilities in fp32 alone
+        # Their probabilities are in fp32, and those of the reference in the router's dtype.
+        but |= {"DeepEP", "HybridEP"}
     ranks, fewest = sizes.expert_parallel, -(-sizes.experts // sizes.expert_parallel)
-    # Muon needs experts at home, and these a slot for replicas.
-    capacities = range(fewest + draft.has("Muon"), sizes.experts + 1)
+    capacities = range(fewest, sizes.experts + 1)
     in_fours = [slots for slots in capacities if slots * ranks % 4 == 0]
     if not in_fours:
         but.add("HybridEP")
@@ -350,16 +369,23 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
     return draft.pick(capacities) if option("given capacity") else None
 
 
+def _not_graphed(draft: Draft) -> set[str]:
+    """Return the graphs that Megatron cannot capture."""
+    if draft.has("full recompute", "recompute by block", *settings.NEVER_IN_GRAPHS):
+        return settings.GRAPHED
+    if draft.has("recompute of the MoE layer", "moe", *settings.NOT_IN_GRAPHS_OF_ROUTER):
+        return settings.GRAPHED - {"graphs of attention"}
+    return set()
+
+
 def _draw_sharding(draft: Draft, sizes: _Sizes, capacity: int | None) -> None:
     home_slots = sizes.experts // sizes.expert_parallel
     needs_rows = draft.has(_UNEVEN, "planner laer")
     but = {"experts at home"} if needs_rows or capacity == home_slots else set()
-    if draft.has("Muon"):
-        but = {"experts by rows"}
     if draft.choose(settings.EXPERT_SHARDING, but=but, alone=True) == "experts at home":
         plans = draft.has("forecast", "exact", "adaptive", "announced")
         draft.option(settings.FSEP, "replicas that pay", legal=plans, alone=True)
-        if draft.option(settings.HOMES, "permuted homes"):
+        if draft.option(settings.HOMES, "permuted homes", legal=not draft.has("LoRA on experts")):
             draft.fsep += f" --fsep-homes {_homes(sizes)}"
 
 

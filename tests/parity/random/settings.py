@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from megatron_laer.support.megatron_fsdp import STRATEGIES
 from tests.parity import rows
 from tests.parity.row import AT_HOME, REPLICAS_PAY
 
@@ -47,7 +49,7 @@ TOP_K: Choice = {
 STACKS: Choice = {
     "every layer has experts": Setting(7),
     "experts in every second layer": Setting(1, " --moe-layer-freq 2"),
-    "first layer dense": Setting(1, " --moe-ffn-hidden-size 40"),
+    "first layer dense": Setting(1, " --moe-ffn-hidden-size 32"),
     "HybridModel": Setting(0.7, rows.HYBRID + "*E-*E"),
     "HybridModel with multi-token prediction": Setting(0.3, rows.HYBRID_MTP),
     "HybridModel in a pipeline": Setting(0.5, rows.HYBRID + "*E|*E-"),
@@ -61,7 +63,7 @@ ACTIVATIONS: Choice = {
 }
 MODEL: Choice = {
     "linear bias": Setting(0.15, "", rows.NO_BIAS),
-    "latent MoE": Setting(0.12, " --moe-latent-size 24"),
+    "latent MoE": Setting(0.12, " --moe-latent-size 32"),
     "multi-token prediction": Setting(0.15, " --mtp-num-layers 1"),
     "repeated multi-token prediction": Setting(0.08, rows.REPEATED + "2"),
     "tied embeddings": Setting(0.2, "", rows.UNTIED),
@@ -71,7 +73,8 @@ MODEL: Choice = {
     "shared experts": Setting(0.4, " --moe-shared-expert-intermediate-size 32"),
     "shared experts' gate": Setting(0.4, " --moe-shared-expert-gate"),
     "overlapped shared experts": Setting(0.5, " --moe-shared-expert-overlap"),
-    "LoRA on attention": Setting(0.05),
+    "LoRA on attention": Setting(0.3),
+    "LoRA on experts": Setting(0.6),
     "frozen in part": Setting(0.05),
 }
 
@@ -111,6 +114,7 @@ ROUTER: Choice = {
     "forced balance": Setting(0.1, " --moe-router-force-load-balancing"),
     "fused router": Setting(0.08, " --moe-router-fusion"),
     "fused permutation": Setting(0.08, " --moe-permute-fusion"),
+    "router replay": Setting(0.4, rows.REPLAY),
 }
 ROUTER_DTYPES: Choice = {
     "router in the model's dtype": Setting(6),
@@ -138,6 +142,13 @@ PARTS: Choice = {
 }
 
 PRECISIONS: Choice = {"fp32": Setting(7), "bf16": Setting(3, " --bf16")}
+FP8: Choice = {
+    "no fp8": Setting(3),
+    "fp8 per tensor": Setting(1, rows.FP8),
+    "fp8 by blocks": Setting(1, rows.BLOCKS),
+    "mxfp8": Setting(1, rows.MXFP8),
+}
+IN_FP8 = {*FP8} - {"no fp8"}
 OPTIMIZERS: Choice = {
     "Adam": Setting(8),
     "SGD": Setting(0.7, " --optimizer sgd --sgd-momentum 0.9 --lr 1e-1 --min-lr 1e-1"),
@@ -151,12 +162,14 @@ SHARDING: Choice = {
     "overlapped reduce": Setting(1, " --overlap-grad-reduce"),
     "distributed optimizer": Setting(2, " --use-distributed-optimizer"),
     "distributed optimizer, both overlaps": Setting(4, rows.DIST_OPT),
+    **{f"Megatron-FSDP, {name}": Setting(1.5, rows.FSDP + name) for name in STRATEGIES},
 }
 RUN: Choice = {
     "gradients in bf16": Setting(0.3, " --grad-reduce-in-bf16"),
     "per-token loss": Setting(0.15, rows.PER_TOKEN),
     "short sequences": Setting(0.15, " --seq-length 16 --max-position-embeddings 16"),
     "evaluation": Setting(0.15, " --eval-interval 3 --eval-iters 1"),
+    "experts kept in fp8": Setting(0.5, " --fp8-param-gather"),
 }
 
 # FSEP's own; `announced` also has a flag of both sides.
@@ -166,11 +179,11 @@ MODES: Choice = {
     "forecast": Setting(2, " --fsep-plan-mode forecast"),
     "exact": Setting(2, " --fsep-plan-mode exact"),
     "adaptive": Setting(2, " --fsep-plan-mode adaptive"),
-    "announced": Setting(1.5, rows.ANNOUNCED),
+    "announced": Setting(4, rows.ANNOUNCED),
     "static planner": Setting(0.6, " --fsep-planner static"),
 }
-# Routers must choose among all experts in advance, once for each layer and microbatch.
-NOT_ANNOUNCED = (
+# Given choices are of all experts, once for each layer and microbatch of training.
+NOT_GIVEN = (
     "sinkhorn",
     "quantile balancing",
     "forced balance",
@@ -199,6 +212,22 @@ FSEP: Choice = {
     "given capacity": Setting(0.5),
     "replicas that pay": Setting(0.8, f" --fsep-cluster {REPLICAS_PAY}"),
 }
+_WARMED_UP = " --cuda-graph-warmup-steps 1" + rows.GRAPHED
+GRAPHS: Choice = {
+    "no graphs": Setting(5),
+    "graphs of attention": Setting(1, f"{_WARMED_UP} attn"),
+    "graphs of router and counts": Setting(1, f"{_WARMED_UP} moe_router moe_preprocess"),
+    "graphs up to the counts": Setting(1.5, f"{_WARMED_UP} attn moe_router moe_preprocess"),
+}
+GRAPHED = {*GRAPHS} - {"no graphs"}
+# A repeated layer would overwrite a graph's outputs before their backward.
+NEVER_IN_GRAPHS = (
+    "repeated multi-token prediction",
+    "HybridModel with multi-token prediction",
+    "HybridModel in a virtual pipeline",
+)
+# A graph repeats the random numbers, and the given choices, of its capture.
+NOT_IN_GRAPHS_OF_ROUTER = ("input jitter", "forced balance", "router replay")
 EXPERT_SHARDING: Choice = {
     "experts by rows": Setting(1, " --fsep-sharding rows"),
     "experts at home": Setting(2, AT_HOME),
@@ -217,3 +246,12 @@ DISPATCHERS: Choice = {
     "DeepEP": Setting(0.06, rows.DEEPEP),
     "HybridEP": Setting(0.06, rows.HYBRIDEP),
 }
+
+
+def without_fsdp(flags: str) -> str | None:
+    """Return flags with DDP in place of Megatron-FSDP, or None where there is no such.
+
+    Megatron-FSDP's gradients of stock's experts may be wrong: see its rows in `rows.py`.
+    """
+    others, found = re.subn(rf"{rows.FSDP}\w+", " --use-distributed-optimizer", flags)
+    return others if found else None

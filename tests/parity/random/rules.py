@@ -1,0 +1,49 @@
+"""FSEP's own rules for the rows of random cases, asked without Megatron."""
+
+from __future__ import annotations
+
+import argparse
+from functools import cache
+from typing import Any
+
+from megatron_laer.config import Sharding
+from megatron_laer.fsep_flags import add_arguments, config_from_args
+from megatron_laer.support import arguments, expert_adapters
+from tests.parity.row import Row
+from tests.parity.settings import adapts_experts, settings_in
+
+
+def refusals(row: Row) -> list[str]:
+    """Return the reasons why FSEP refuses a row at its start."""
+    own, others = _parser().parse_known_args(row.fsep_run("text")[1])
+    try:
+        config = config_from_args(own)
+    except ValueError as error:
+        return [str(error)]
+    assert config is not None
+    given = {name: _number(value) for name, value in vars(settings_in(others)).items()}
+    if isinstance(modules := given.get("recompute_modules"), str):
+        given["recompute_modules"] = [modules]
+    # Megatron's names and defaults.
+    others_of_megatron = {
+        "world_size": row.ranks,
+        "fp8": given.pop("fp8_format", None),
+        "gradient_accumulation_fusion": False,
+        "moe_permute_fusion": False,
+        "moe_flex_dispatcher_backend": None,
+    }
+    settings = argparse.Namespace(**others_of_megatron | given)
+    found = arguments.problems(settings, config)
+    if adapts_experts(row):
+        found += expert_adapters.problems(settings)
+        found += [expert_adapters.with_rows()] if config.sharding == Sharding.ROWS else []
+    return found
+
+
+@cache
+def _parser() -> argparse.ArgumentParser:
+    return add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+
+
+def _number(value: Any) -> Any:
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
