@@ -41,7 +41,7 @@ def test_a_table_is_judged_into_json(tmp_path, capsys):
     assert set(first) == set(second) == {*keys.split(), "if_none_of"}
     assert (first["recipe"], first["verdict"]) == (NAME, "runs")
     proved = [row.features for row in proved_rows() if row.name in first["proved_by"]]
-    assert {"bf16", "DeepEP", "fused permutation"} < frozenset().union(*proved)
+    assert {"bf16", "forced balance", "fused permutation"} < frozenset().union(*proved)
     assert (first["on_replacements"], first["because"], first["drop"]) == (True, [], [])
     assert "bf16 + forced balance" in first["no_row_together"]
     assert (second["verdict"], second["proved_by"]) == ("set-ep", [])
