@@ -380,7 +380,7 @@ ROWS = [
     _on(QWEN3, "fp8-mx-homes", "permuted homes, full recompute", fsep=IN_FP8 + FULL_RECOMPUTE
         + PERMUTED.format(2), exchanges=(6, 2)),
     # Dispatchers.
-    _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP, releases=True),
+    _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP),
     _on(IN_BF16, "deepep-bf16", "flex dispatcher with DeepEP", fsep=DEEPEP),
     _on(LAYER_RECOMPUTED, "deepep-shared", "flex dispatcher with DeepEP", fsep=DEEPEP,
         releases=True),
@@ -389,8 +389,7 @@ ROWS = [
         " permutation", fsep=HYBRIDEP + " --moe-hybridep-pad-uneven-dispatch-inputs"
         " --moe-permute-fusion-into-hybridep"),
     # Tokens by nodes: two stages with nodes of 2 on 4 ranks, otherwise one.
-    _row("tokens-nodes1", "tokens through nodes of 1", fsep=TOKENS.format(1), steps=LONG,
-        releases=True),
+    _row("tokens-nodes1", "tokens through nodes of 1", fsep=TOKENS.format(1), steps=LONG),
     _on(ROUTED_TO_4, "tokens-nodes2", "tokens through nodes of 2", fsep=TOKENS.format(2),
         steps=LONG, releases=True),
     _row("tokens-one-node", "tokens through one node of 4, E = 3 on 4 ranks", " --adam-eps 1e-6",
