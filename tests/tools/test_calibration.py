@@ -155,9 +155,10 @@ def test_a_gpus_file_has_the_rest_from_the_shipped_cluster_of_such_cards(cluster
     assert found.card == replace(like.card, memory_gib=79.1)
     assert found.host == replace(cluster.host, layer_s=like.host.layer_s)
     assert dict(found.spreads)["host.layer_s"] == dict(like.spreads)["host.layer_s"]
-    assert found.assumed == "The card but for its memory, and host.layer_s, are those of h100-8"
+    said = "The card but for its memory, and host.layer_s, are those of h100-8"
+    assert found.assumed == f"{cluster.assumed}. {said}"
     assert parse_cluster(cluster_text(found)) == found
-    assert "are those of h100-8" in with_card(replace(cluster, assumed="x"), 80, like).assumed
+    assert with_card(replace(cluster, assumed="nothing"), 80, like).assumed == said
 
 
 def test_implausible_constants_are_named(cluster):

@@ -158,12 +158,12 @@ ADVISED = {
     "more experts of a token": (f"{TINY} -- --moe-router-topk 4", "--moe-router-topk '4': --model"),
     "dropped tokens": (
         f"{TINY} -- --moe-expert-capacity-factor 1.0",
-        "cannot run with --moe-expert-capacity-factor 1.0",
+        "cannot run: --moe-expert-capacity-factor 1.0",
     ),
-    "fp4": (f"{TINY} -- --fp4-format e2m1", "cannot run with --fp4-format e2m1"),
+    "fp4": (f"{TINY} -- --fp4-format e2m1", "cannot run: --fp4-format e2m1"),
     "split experts": (
         f"{TINY} -- --tensor-model-parallel-size 2 --expert-tensor-parallel-size 2",
-        "cannot run with --expert-tensor-parallel-size 2",
+        "cannot run: --expert-tensor-parallel-size 2",
     ),
     "fused accumulation": (f"{TINY} -- --use-megatron-fsdp", "with fused gradient accumulation"),
     "no sequence": (f"{TINY} -- --micro-batch-size 0", "--micro-batch-size 0: must be at least 1"),
