@@ -224,15 +224,12 @@ def test_auto_takes_the_checkpoints_sharding(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     """In `dp_reshardable` no other sharding could read the optimizer's state."""
-
-    def command(steps: int, extra: str) -> list[str]:
-        extra = " --expert-parallel-mode fsep --use-distributed-optimizer" + TORCH_DIST + extra
-        return command_line(text_data, extra, global_batch=8, steps=steps)
-
-    save = f" --save {tmp_path} --save-interval 2"
-    ranks(2).run(train, command(2, " --fsep-planner laer" + save))
+    auto = " --expert-parallel-mode fsep --use-distributed-optimizer" + TORCH_DIST
+    rows = auto + f" --fsep-planner laer --save {tmp_path} --save-interval 2"
+    ranks(2).run(train, command_line(text_data, rows, steps=2))
     # Anew, this planner would have experts at home.
-    again = command(4, f" --load {tmp_path} --override-opt_param-scheduler")
+    auto += f" --load {tmp_path} --override-opt_param-scheduler"
+    again = command_line(text_data, auto, steps=4)
     assert ranks(2).run(train, again, sharding_in_force)[0].probes == ["rows"] * 2
 
 

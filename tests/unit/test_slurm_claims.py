@@ -163,7 +163,7 @@ def test_claims_do_not_pile_up(tmp_path: Path) -> None:
         ("Slurm", False, "", True),
         ("Slurm", False, "SIGUSR1", True),
         ("ranks", False, "", False),
-        ("", False, "", False),
+        ("", False, "", True),  # all were killed at once
         ("Slurm", True, "", False),
         ("Slurm", False, "SIGTERM", False),
     ],
@@ -212,8 +212,10 @@ exit 1"""
         # Its peers raise because of it.
         ('fail "$b"; wait "$b"; touch a.raises', "Slurm"),
         ('fail "$a"; fail "$b"', "Slurm"),
+        # Slurm kills a node's processes one by one.
+        ('pkill -KILL -P "$b"; wait "$b"; fail "$a"', "Slurm"),
     ],
-    ids=["a rank raises", "one node is told to end", "all are"],
+    ids=["a rank raises", "one node is told to end", "all are", "one is killed"],
 )
 def test_the_first_node_to_fail_says_whether_slurm_ended_the_step(
     tmp_path: Path, ends: str, ended_by: str
