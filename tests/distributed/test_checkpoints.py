@@ -214,25 +214,6 @@ def test_optimizer_buffers_are_read_by_their_own_kind_of_run_alone(
     assert len(pool.run(train, command(2, weights))[0].losses) == 2
 
 
-def sharding_in_force(_: list[torch.nn.Module]) -> str | None:
-    coordinator = current_coordinator()
-    return None if coordinator is None else coordinator.geometry.sharding.value
-
-
-@pytest.mark.counts(resumed_runs=1)
-def test_auto_takes_the_checkpoints_sharding(
-    ranks: RankPools, text_data: str, tmp_path: Path
-) -> None:
-    """In `dp_reshardable` no other sharding could read the optimizer's state."""
-    auto = " --expert-parallel-mode fsep --use-distributed-optimizer" + TORCH_DIST
-    rows = auto + f" --fsep-planner laer --save {tmp_path} --save-interval 2"
-    ranks(2).run(train, command_line(text_data, rows, steps=2))
-    # Anew, this planner would have experts at home.
-    auto += f" --load {tmp_path} --override-opt_param-scheduler"
-    again = command_line(text_data, auto, steps=4)
-    assert ranks(2).run(train, again, sharding_in_force)[0].probes == ["rows"] * 2
-
-
 def layouts_in_force(_: list[torch.nn.Module]) -> Any:
     coordinator = current_coordinator()
     if coordinator is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
@@ -107,3 +109,24 @@ def test_stocks_optimizer_buffers_are_read_in_their_memory_layout(
     on = ranks(2).run(train, command(text_data, loaded.format(tmp_path / "on", there), steps=4))[0]
     assert len(stock.losses) == 2 and homes.losses == on.losses
     assert_equal(homes.weights, on.weights)
+
+
+def sharding_in_force(_: object) -> str | None:
+    from megatron_laer.session import current_coordinator
+
+    coordinator = current_coordinator()
+    return None if coordinator is None else coordinator.geometry.sharding.value
+
+
+@pytest.mark.counts(resumed_runs=1)
+def test_auto_takes_the_checkpoints_sharding(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    """In `dp_reshardable` no other sharding could read the optimizer's state."""
+    auto = " --expert-parallel-mode fsep --use-distributed-optimizer --ckpt-format torch_dist"
+    rows = auto + f" --fsep-planner laer --save {tmp_path} --save-interval 2"
+    ranks(2).run(train, command(text_data, rows, steps=2))
+    # Anew, this planner would have experts at home.
+    auto += f" --load {tmp_path} --override-opt_param-scheduler"
+    found = ranks(2).run(train, command(text_data, auto, steps=4), sharding_in_force)
+    assert found[0].probes == ["rows"] * 2
