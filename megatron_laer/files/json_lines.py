@@ -113,6 +113,8 @@ def _object(line: bytes) -> dict[str, Any]:
         content = json.loads(line)
     except RecursionError as error:
         raise ValueError("not JSON: nested too deeply") from error
+    except UnicodeDecodeError as error:
+        raise ValueError("not JSON, since it is not UTF-8") from error
     except ValueError as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(content, dict):

@@ -236,8 +236,8 @@ def test_a_rank_that_raises_on_one_of_two_nodes_fails_the_job(submit: Submit) ->
         exit 1"""
     job = submit(TWO_NODES, body)
     assert job.end() == "FAILED", job.log
-    # srun's number, as of a step that Slurm has ended.
-    assert "the run ended with status 1" in job.log and "requeued" not in job.log
+    # srun's number may be the rank's, or that of the step's other node.
+    assert "the run ended with status " in job.log and "requeued" not in job.log
 
 
 @pytest.mark.counts(slurm_jobs=1)

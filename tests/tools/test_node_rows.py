@@ -99,6 +99,6 @@ def test_all_four_tools_print_the_same_rows(tmp_path, capsys):
     assert "rows between nodes shared" in text
 
     costs = CostModel(load_cluster("h100-8"), 4096, 14336, True, 2)
-    exchange = {"token_exchange": TokenExchange.NODE, "top_k": 2, "flags": []}
+    exchange = {"token_exchange": TokenExchange.NODE, "top_k": 2, "flags": [], "tolerance": None}
     rows = what_if(str(path), trace, Geometry(4, 8, 3, 2), costs, 99, **exchange)
     assert rows[0].row.node_rows == pytest.approx(stock)

@@ -148,7 +148,7 @@ def test_layers_of_other_traces_stay_in_the_file(tmp_path, capsys):
         ("--node-size 1 --ranks 16", "8 experts cannot be at home on 16 ranks"),
         ("--node-size 1 --trace-ranks 0-0", "has no pairs of experts for these ranks; record them"),
         ("--node-size 1 --sharding rows", "experts have no home with --sharding rows"),
-        ("--node-size 1 --capacity 5", "--capacity [5]: no effect here"),
+        ("--node-size 1 --capacity 5", "--capacity 5: no effect here"),
     ],
 )
 def test_homes_that_cannot_be_made_are_refused(tmp_path, capsys, words, says):

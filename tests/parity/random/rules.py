@@ -21,7 +21,7 @@ def refusals(row: Row) -> list[str]:
     except ValueError as error:
         return [str(error)]
     assert config is not None
-    given = {name: _number(value) for name, value in vars(settings_in(others)).items()}
+    given = {name: _value(value) for name, value in vars(settings_in(others)).items()}
     if isinstance(modules := given.get("recompute_modules"), str):
         given["recompute_modules"] = [modules]
     # Megatron's names and defaults.
@@ -31,6 +31,7 @@ def refusals(row: Row) -> list[str]:
         "gradient_accumulation_fusion": False,
         "moe_permute_fusion": False,
         "moe_flex_dispatcher_backend": None,
+        "moe_layer_freq": 1,
     }
     settings = argparse.Namespace(**others_of_megatron | given)
     found = arguments.problems(settings, config)
@@ -45,5 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     return add_arguments(argparse.ArgumentParser(allow_abbrev=False))
 
 
-def _number(value: Any) -> Any:
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
+def _value(value: Any) -> Any:
+    """Return a number, or a pattern such as `([0]*1+[1]*3)`, as Megatron reads them."""
+    is_read = isinstance(value, str) and (value.isdecimal() or value.startswith("(["))
+    return eval(value, {"__builtins__": {}}) if is_read else value
