@@ -113,10 +113,9 @@ def _object(line: bytes) -> dict[str, Any]:
         content = json.loads(line)
     except RecursionError as error:
         raise ValueError("not JSON: nested too deeply") from error
-    except UnicodeDecodeError as error:
-        raise ValueError("not JSON, since it is not UTF-8") from error
     except ValueError as error:
-        raise ValueError(f"not JSON: {error}") from error
+        reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
+        raise ValueError(f"not JSON: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"expected an object, got {quoted(content)}")
     return content
