@@ -84,7 +84,7 @@ class HostTime:
             fresh layout comes on top (`Cluster.solve`).
         layer_s: time in which the device waits for the host in forward and backward of a whole
             layer with experts, under any expert parallelism. A third is forward's.
-        replicas_s: time of a layer's forward for experts that are fetched, whatever their number:
+        replicas_s: time of a layer's forward for experts that are fetched (of any number):
             rows, or replicas next to home experts.
     """
 

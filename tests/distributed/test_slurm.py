@@ -197,7 +197,7 @@ def test_a_job_is_requeued_while_steps_remain_and_no_more_often_than_allowed(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--time=10",), "--time leaves no minute beside MARGIN_MIN=15"),
+        (("--time=10",), "--time leaves no minute next to MARGIN_MIN=15"),
         ((), "the run has saved no further step"),
     ],
 )

@@ -91,10 +91,10 @@ double exposed_backward_seconds(const CostModel& costs, const Exchanges& exchang
 double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
                                 const int16_t* slots_S, double beside_s);
 
-// Whether any slot besides the home slots has an expert.
+// Whether any slot after the home slots has an expert.
 bool has_replicas(const Shape& shape, const int16_t* slots_S);
 
-// Seconds that the host's work for fetched experts adds to forward beside such a layer.
+// Seconds that the host's work for fetched experts adds to the forward of such a layer.
 double replica_host_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                             double beside_s);
 
