@@ -21,6 +21,7 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.token_exchange import with_token_exchange
 
 _NODE_SIZE, _BYTES = 8, 2
@@ -80,16 +81,15 @@ def _counts_NE(case: Case, rng: np.random.Generator) -> Int64:
 
 
 def _priced(case: Case, geometry: Geometry, counts_NE: Int64) -> dict[str, float]:
-    size, home = geometry.node_size, geometry.home_slots
     costs = CostModel(load_cluster(case.cluster), case.hidden, case.ffn, True, _BYTES)
     costs = with_token_exchange(costs, TokenExchange.RANK, geometry, case.topk, case.tokens)
     costs = costs.with_exchange(Auto.AUTO, geometry)
     layout = GreedyStrategy(geometry, costs).plan(counts_NE, geometry.static_layout)
-    totals = exact_split(layout, size).totals(counts_NE)
-    layer_s = costs.split_seconds(totals, layout, size)
-    exchanges_s = costs.exchanges_seconds(layout, size, layer_s, home)
-    way = costs.faster_exchange(layout, size, home) if home else costs.restore_algorithm
-    traffic = costs.restore_bytes(layout, size, way, home_slots=home)
+    placed = Placed(layout, geometry)
+    totals = exact_split(layout, geometry.node_size).totals(counts_NE)
+    layer_s = costs.split_seconds(totals, geometry)
+    exchanges_s = costs.exchanges_seconds(placed, layer_s)
+    traffic = costs.restore_bytes(placed, costs.exchange_of(placed))
     filled = int(layout.replicas_E.sum()) - geometry.num_experts
     return {
         "layer_ms": layer_s * 1e3,

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.sharding import ReplicaSlots
 from megatron_laer.runtime.comm import kernels, rows
 from megatron_laer.runtime.comm.blocks import RowBlocks, row_blocks
 from megatron_laer.runtime.comm.reduce import reduce_index
 from megatron_laer.runtime.comm.rows import ReplicaSums
+from tests.placed import placed
 
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -156,9 +156,9 @@ def replica_sums() -> list[ReplicaSums]:
     found = []
     for layout in LAYOUTS:
         ranks = layout.num_ranks
-        found.append(reduce_index(ReplicaSlots(layout), ranks, 0, CPU).intra_node)
+        found.append(reduce_index(placed(layout), ranks, 0, CPU).intra_node)
         if ranks % 2 == 0:
-            index = reduce_index(ReplicaSlots(layout), ranks // 2, 0, CPU)
+            index = reduce_index(placed(layout), ranks // 2, 0, CPU)
             assert index.inter_node is not None
             found += [index.intra_node, index.inter_node]
     return found

@@ -24,8 +24,9 @@ from benchmarks.gpu.sizes import Model, models
 from benchmarks.gpu.timing import Times, copy_gb_per_s, in_turn
 from megatron_laer.config import Split
 from megatron_laer.layer.dispatch import permutation
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.sharding import ReplicaSlots
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.reduce import reduce_index
@@ -130,7 +131,9 @@ def _of_pack(model: Model, setting: Setting) -> tuple[Any, ...]:
 
 def _of_sum_replicas(model: Model, setting: Setting) -> tuple[Any, ...]:
     layout = ExpertLayout.random(model.ranks, model.slots, model.experts, (1,))
-    sums = reduce_index(ReplicaSlots(layout), model.ranks, 0, setting.device).intra_node
+    geometry = Geometry(model.ranks, model.experts, model.slots, model.ranks)
+    placed = Placed(layout, geometry)
+    sums = reduce_index(placed, model.ranks, 0, setting.device).intra_node
     mine = model.hidden // model.ranks
     parts_SrK = _matrices(layout.num_slots, mine, model, setting)
     main_grad_ErK = torch.zeros(

@@ -3,7 +3,7 @@
 `layer_seconds` covers expert compute and the token All-to-Alls. Restores and gradient exchanges
 overlap with compute. `restore_seconds` and `reduce_seconds` predict their full time,
 `exposed_seconds` the part that is not hidden. `clusters` has hardware constants, `traffic` element
-counts. With experts at home (`home_slots`) only replicas move, and a layout without any costs
+counts. With experts at home only replicas move, and a layout without any costs
 nothing.
 
 Over 400 lines: one model, whose Python and native forms share constants.
@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
@@ -30,8 +31,8 @@ from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import SplitTotals, even_split
-from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices, all_to_alls
 from megatron_laer.planner.traffic import (
     Traffic,
@@ -110,15 +111,15 @@ class CostModel:
         """Return the form of gradients, and of weights that are not quantised."""
         return WireForm(self.matrices, self.bytes_per_element)
 
-    def weights_form(self, home_slots: int) -> WireForm:
+    def weights_form(self, sharding: Sharding) -> WireForm:
         """Return the form of weights in restores; only home experts are quantised."""
-        if self.fp8 is None or not home_slots:
+        if self.fp8 is None or sharding == Sharding.ROWS:
             return self.grads_form
         return payload_form(self.fp8, self.matrices, self.bytes_per_element)
 
-    def backward_restores(self, home_slots: int) -> int:
+    def backward_restores(self, sharding: Sharding) -> int:
         """Return the restores of a layer's backward; forward has one more."""
-        return backward_restores(self.weights_form(home_slots).directions, self.recompute)
+        return backward_restores(self.weights_form(sharding).directions, self.recompute)
 
     @property
     def token_bytes(self) -> int:
@@ -129,21 +130,16 @@ class CostModel:
         """Return the FLOPs per token of one expert's forward: one multiply-add per weight."""
         return 2 * sum(rows * columns for rows, columns in self.matrices)
 
-    def layer_seconds(
-        self,
-        counts_NE: Int64,
-        layout: ExpertLayout,
-        node_size: int,
-        split: Split = Split.EXACT,
-    ) -> float:
+    def layer_seconds(self, counts_NE: Int64, placed: Placed, split: Split = Split.EXACT) -> float:
         """Predict the seconds of a layer's forward and backward for counts [N, E]."""
         tables = exact_split if split == Split.EXACT else even_split
-        return self.split_seconds(tables(layout, node_size).totals(counts_NE), layout, node_size)
+        totals = tables(placed.layout, placed.geometry.node_size).totals(counts_NE)
+        return self.split_seconds(totals, placed.geometry)
 
-    def split_seconds(self, totals: SplitTotals, layout: ExpertLayout, node_size: int) -> float:
+    def split_seconds(self, totals: SplitTotals, geometry: Geometry) -> float:
         """Predict the seconds of a layer's forward and backward from its split's totals."""
         return native.layer_seconds(
-            self.for_native(_geometry(layout, node_size)),
+            self.for_native(geometry),
             totals.near_S,
             totals.far_S,
             totals.sent_near_N,
@@ -186,109 +182,73 @@ class CostModel:
         )
 
     def restore_bytes(
-        self,
-        layout: ExpertLayout,
-        node_size: int,
-        algorithm: ExchangeAlgorithm,
-        changed_S: Bool | None = None,
-        home_slots: int = 0,
+        self, placed: Placed, algorithm: ExchangeAlgorithm, changed_S: Bool | None = None
     ) -> Traffic:
         """Return one restore's bytes per rank and link class, of all slots or of `changed_S`.
 
-        With home slots, `flat` is direct and `node` a relay; see `traffic`.
+        With experts at home, `flat` is direct and `node` a relay; see `traffic`.
         """
-        form = self.weights_form(home_slots)
-        traffic = restore_traffic(
-            layout, node_size, form.matrices, algorithm, changed_S, home_slots=home_slots
-        )
+        form = self.weights_form(placed.geometry.sharding)
+        traffic = restore_traffic(placed, form.matrices, algorithm, changed_S)
         return traffic.times(form.bytes_per_element)
 
-    def reduce_bytes(
-        self,
-        layout: ExpertLayout,
-        node_size: int,
-        algorithm: ExchangeAlgorithm,
-        home_slots: int = 0,
-    ) -> Traffic:
+    def reduce_bytes(self, placed: Placed, algorithm: ExchangeAlgorithm) -> Traffic:
         """Return the bytes per rank and link class of one reduce of a layer's gradients."""
-        traffic = reduce_traffic(layout, node_size, self.matrices, algorithm, home_slots=home_slots)
-        return traffic.times(self.bytes_per_element)
+        return reduce_traffic(placed, self.matrices, algorithm).times(self.bytes_per_element)
 
     def restore_seconds(
-        self,
-        layout: ExpertLayout,
-        node_size: int,
-        algorithm: ExchangeAlgorithm,
-        changed_S: Bool | None = None,
-        home_slots: int = 0,
+        self, placed: Placed, algorithm: ExchangeAlgorithm, changed_S: Bool | None = None
     ) -> float:
         """Predict the seconds of one restore that nothing hides; see `restore_bytes`."""
-        form = self.weights_form(home_slots)
-        traffic = restore_traffic(
-            layout, node_size, form.matrices, algorithm, changed_S, home_slots=home_slots
-        )
-        geometry = _geometry(layout, node_size, home_slots)
-        return self._exchange_seconds(traffic, geometry, algorithm, form)
+        form = self.weights_form(placed.geometry.sharding)
+        traffic = restore_traffic(placed, form.matrices, algorithm, changed_S)
+        return self._exchange_seconds(traffic, placed.geometry, algorithm, form)
 
-    def reduce_seconds(
-        self,
-        layout: ExpertLayout,
-        node_size: int,
-        algorithm: ExchangeAlgorithm,
-        home_slots: int = 0,
-    ) -> float:
+    def reduce_seconds(self, placed: Placed, algorithm: ExchangeAlgorithm) -> float:
         """Predict the seconds of one reduce that nothing hides; see `reduce_bytes`."""
-        traffic = reduce_traffic(layout, node_size, self.matrices, algorithm, home_slots=home_slots)
-        geometry = _geometry(layout, node_size, home_slots)
-        return self._exchange_seconds(traffic, geometry, algorithm, self.grads_form)
+        traffic = reduce_traffic(placed, self.matrices, algorithm)
+        return self._exchange_seconds(traffic, placed.geometry, algorithm, self.grads_form)
 
-    def exposed_seconds(
-        self, layout: ExpertLayout, node_size: int, beside_s: float, home_slots: int = 0
-    ) -> float:
+    def exposed_seconds(self, placed: Placed, beside_s: float) -> float:
         """Predict the exposed time of a layout's restores and reduce, in forward and backward.
 
         `beside_s` is the predicted time of both passes of the layer that hides them.
         """
-        costs = self.for_native(_geometry(layout, node_size, home_slots))
-        slots_S, num_experts = layout.slot_expert_S, layout.num_experts
-        return native.exposed_seconds(costs, slots_S, num_experts, node_size, home_slots, beside_s)
+        return native.exposed_seconds(*self._native_arguments(placed), beside_s)
 
-    def exposed_backward_seconds(
-        self, layout: ExpertLayout, node_size: int, beside_s: float, home_slots: int = 0
-    ) -> float:
+    def exposed_backward_seconds(self, placed: Placed, beside_s: float) -> float:
         """Predict the exposed time of backward alone, equal for all layouts of rows if `flat`."""
-        costs = self.for_native(_geometry(layout, node_size, home_slots))
-        slots_S, num_experts = layout.slot_expert_S, layout.num_experts
-        return native.exposed_backward_seconds(
-            costs, slots_S, num_experts, node_size, home_slots, beside_s
-        )
+        return native.exposed_backward_seconds(*self._native_arguments(placed), beside_s)
 
-    def exchanges_seconds(
-        self, layout: ExpertLayout, node_size: int, beside_s: float, home_slots: int = 0
-    ) -> float:
+    def exchanges_seconds(self, placed: Placed, beside_s: float) -> float:
         """Predict the time that a layout's restores and reduce add to a layer and microbatch.
 
         It is their exposed time (`exposed_seconds`), `hidden_share` of the rest, and the host's
         (`replicas_host_seconds`).
         """
-        way = self.exchange_of(layout, node_size, home_slots)
-        whole_s = self._whole_seconds(layout, node_size, way, home_slots)
-        exposed_s = self.exposed_seconds(layout, node_size, beside_s, home_slots)
-        host_s = self.replicas_host_seconds(layout, node_size, beside_s, home_slots)
+        whole_s = self._whole_seconds(placed, self.exchange_of(placed))
+        exposed_s = self.exposed_seconds(placed, beside_s)
+        host_s = self.replicas_host_seconds(placed, beside_s)
         return exposed_s + self.hidden_share * (whole_s - exposed_s) + host_s
 
-    def replicas_host_seconds(
-        self, layout: ExpertLayout, node_size: int, beside_s: float, home_slots: int
-    ) -> float:
+    def replicas_host_seconds(self, placed: Placed, beside_s: float) -> float:
         """Predict the time that the host's work for a layout's replicas adds to forward.
 
         It is the same for all layouts of rows. `beside_s`, of both passes of the layer on the
         device, may hide it (`HostTime.replicas_seconds`).
         """
-        costs = self.for_native(_geometry(layout, node_size, home_slots))
-        slots_S, num_experts = layout.slot_expert_S, layout.num_experts
-        return native.replica_host_seconds(
-            costs, slots_S, num_experts, node_size, home_slots, beside_s
+        return native.replica_host_seconds(*self._native_arguments(placed), beside_s)
+
+    def _native_arguments(
+        self, placed: Placed
+    ) -> tuple[native.CostModel, npt.NDArray[np.int16], int, int, int]:
+        geometry = placed.geometry
+        return (
+            self.for_native(geometry),
+            placed.layout.slot_expert_S,
+            geometry.num_experts,
+            geometry.node_size,
+            geometry.home_slots,
         )
 
     def with_exchange(self, algorithm: ExchangeAlgorithm | Auto, geometry: Geometry) -> CostModel:
@@ -298,48 +258,36 @@ class CostModel:
         then fetched by its own faster exchange.
         """
         if algorithm == Auto.AUTO:
-            chosen = self.faster_exchange(
-                typical_layout(geometry), geometry.node_size, geometry.home_slots
-            )
+            chosen = self.faster_exchange(Placed(typical_layout(geometry), geometry))
         else:
             chosen = ExchangeAlgorithm(algorithm)
         by_layout = algorithm == Auto.AUTO and geometry.home_slots > 0
         return replace(self, restore_algorithm=chosen, by_layout=by_layout)
 
-    def exchange_of(
-        self, layout: ExpertLayout, node_size: int, home_slots: int = 0
-    ) -> ExchangeAlgorithm:
+    def exchange_of(self, placed: Placed) -> ExchangeAlgorithm:
         """Return the exchange that fetches a layout."""
-        if self.by_layout:
-            return self.faster_exchange(layout, node_size, home_slots)
-        return self.restore_algorithm
+        return self.faster_exchange(placed) if self.by_layout else self.restore_algorithm
 
-    def faster_exchange(
-        self, layout: ExpertLayout, node_size: int, home_slots: int = 0
-    ) -> ExchangeAlgorithm:
+    def faster_exchange(self, placed: Placed) -> ExchangeAlgorithm:
         """Return the algorithm with the shorter exchanges of a layout; `flat` if both are equal."""
-        return min(
-            ExchangeAlgorithm,  # the first of equals
-            key=lambda way: self._whole_seconds(layout, node_size, way, home_slots),
-        )
+        # The first of equals.
+        return min(ExchangeAlgorithm, key=lambda way: self._whole_seconds(placed, way))
 
     def solve_seconds(self, geometry: Geometry) -> float:
         """Return the time of a fresh layout and exact quotas; a constant, so ranks decide alike."""
         return self.cluster.solve.seconds(*geometry.shape)
 
-    def change_seconds(
-        self, before: ExpertLayout, after: ExpertLayout, node_size: int, home_slots: int = 0
-    ) -> float:
+    def change_seconds(self, before: ExpertLayout, after: Placed) -> float:
         """Predict the cost of replacing a planned layout after the gate; 0 if no slot changes.
 
         It is the solve and forward's fetch; the guard also weighs `exposed_backward_seconds`. A
         slot that becomes empty needs no fetch.
         """
-        if not changed_slots(before, after).any() and before == after:
+        after.geometry.check_shape_of(before)
+        if before == after.layout:
             return 0.0
-        slots = before.slot_expert_S, after.slot_expert_S
-        costs = self.for_native(_geometry(after, node_size, home_slots))
-        return native.change_seconds(costs, *slots, after.num_experts, node_size, home_slots)
+        costs, after_S, *shape = self._native_arguments(after)
+        return native.change_seconds(costs, before.slot_expert_S, after_S, *shape)
 
     def least_change_seconds(self, geometry: Geometry) -> float:
         """Return a lower bound of every change: the solve, and one expert for one rank.
@@ -389,13 +337,11 @@ class CostModel:
     def _expert_flops(self) -> float:
         return self._passes * self.flops_per_token
 
-    def _whole_seconds(
-        self, layout: ExpertLayout, node_size: int, algorithm: ExchangeAlgorithm, home_slots: int
-    ) -> float:
+    def _whole_seconds(self, placed: Placed, algorithm: ExchangeAlgorithm) -> float:
         """Return the time of a microbatch's restores and reduce that nothing hides."""
-        restore_s = self.restore_seconds(layout, node_size, algorithm, home_slots=home_slots)
-        reduce_s = self.reduce_seconds(layout, node_size, algorithm, home_slots)
-        return (1 + self.backward_restores(home_slots)) * restore_s + reduce_s
+        restores = 1 + self.backward_restores(placed.geometry.sharding)
+        reduce_s = self.reduce_seconds(placed, algorithm)
+        return restores * self.restore_seconds(placed, algorithm) + reduce_s
 
     def _exchange_seconds(
         self, traffic: Traffic, geometry: Geometry, algorithm: ExchangeAlgorithm, form: WireForm
@@ -430,11 +376,11 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
     if geometry.home_slots:
         return costs.solve_seconds(geometry) * _BELOW_ROUNDING
     num_ranks = geometry.num_ranks
-    layout = ExpertLayout.static(*geometry.shape)
+    placed = Placed(ExpertLayout.static(*geometry.shape), geometry)
     first_S = np.arange(geometry.num_slots) == 0
     matrices = [(rows // num_ranks * num_ranks, columns) for rows, columns in costs.matrices]
     algorithm = costs.restore_algorithm
-    traffic = restore_traffic(layout, geometry.node_size, matrices, algorithm, first_S)
+    traffic = restore_traffic(placed, matrices, algorithm, first_S)
     fetch_s = costs._exchange_seconds(traffic, geometry, algorithm, costs.grads_form)
     return (fetch_s + costs.solve_seconds(geometry)) * _BELOW_ROUNDING
 
@@ -472,13 +418,7 @@ def _for_native(costs: CostModel, geometry: Geometry) -> native.CostModel:
         costs.least_change_seconds(geometry),
         costs.hidden_share,
         costs.pairs_per_rank or 0,
-        carried(costs.weights_form(geometry.home_slots)),
+        carried(costs.weights_form(geometry.sharding)),
         carried(costs.grads_form),
-        costs.backward_restores(geometry.home_slots),
+        costs.backward_restores(geometry.sharding),
     )
-
-
-def _geometry(layout: ExpertLayout, node_size: int, home_slots: int = 0) -> Geometry:
-    sharding = Sharding.EXPERTS if home_slots else Sharding.ROWS
-    num_ranks, capacity, num_experts = layout.shape
-    return Geometry(num_ranks, num_experts, capacity, node_size, sharding)

@@ -17,7 +17,7 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.clusters import SolveTime
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.prediction import stock_placement
 from megatron_laer.planner.sharding_choice import DRAWS, planned_seconds
 from megatron_laer.planner.token_prices import BY_RANK
 from megatron_laer.planner.typical import typical_counts_NE
@@ -51,13 +51,13 @@ class ExpectedGain:
 
 def expected_gain(config: FSEPConfig, geometry: Geometry, costs: CostModel) -> ExpectedGain | None:
     """Predict the gain of a run; None where stock cannot share the experts out to the ranks."""
-    num_ranks, num_experts, node_size = geometry.num_ranks, geometry.num_experts, geometry.node_size
+    num_ranks, num_experts = geometry.num_ranks, geometry.num_experts
     if num_experts % num_ranks:
         return None
     pairs = costs.pairs_per_rank
     counts = [typical_counts_NE(geometry, pairs, draw) for draw in range(DRAWS)]
     even_NE = np.full_like(counts[0], max(int(counts[0][0].sum()) // num_experts, 1))
-    placement = ExpertLayout.static(num_ranks, num_experts // num_ranks, num_experts)
+    placement = stock_placement(num_ranks, num_experts, geometry.node_size)
     of_stock = _of_stock(costs)
 
     def range_ms(seconds: Callable[[Int64], float]) -> tuple[float, float]:
@@ -65,7 +65,7 @@ def expected_gain(config: FSEPConfig, geometry: Geometry, costs: CostModel) -> E
 
     return ExpectedGain(
         costs.cluster.name,
-        range_ms(lambda counts_NE: of_stock.layer_seconds(counts_NE, placement, node_size)),
+        range_ms(lambda counts_NE: of_stock.layer_seconds(counts_NE, placement)),
         range_ms(lambda counts_NE: planned_seconds(config, geometry, costs, counts_NE)),
     )
 

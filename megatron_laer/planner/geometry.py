@@ -79,12 +79,15 @@ class Geometry:
     def num_nodes(self) -> int:
         return self.num_ranks // self.node_size
 
-    def check_layout(self, layout: ExpertLayout) -> None:
+    def check_shape_of(self, layout: ExpertLayout) -> None:
         if layout.shape != self.shape:
             raise ValueError(
                 f"layout is for (ranks, capacity, experts) = {layout.shape}, the planner for "
                 f"{self.shape}"
             )
+
+    def check_layout(self, layout: ExpertLayout) -> None:
+        self.check_shape_of(layout)
         slots_NC = layout.slot_expert_S.reshape(self.num_ranks, self.capacity)
         if self.sharding == Sharding.ROWS:
             if (slots_NC == EMPTY).any():

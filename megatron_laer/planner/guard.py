@@ -23,7 +23,6 @@ from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout, check_rank
 from megatron_laer.planner.native_core import native
-from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.planner.splits import Quotas, RankQuotas, solve_quotas
 
 # Modes that choose after the gate.
@@ -64,7 +63,7 @@ class Decision:
     @cached_property
     def changed_slots(self) -> int:
         """Return the number of slots with another expert than in the planned layout."""
-        return int(changed_slots(self.planned_layout, self.layout).sum())
+        return int(self.layout.changed_from(self.planned_layout).sum())
 
     @cached_property
     def max_over_mean_before(self) -> float | None:

@@ -24,6 +24,7 @@ from megatron_laer.config import Split
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class LaerStrategy:
         return min(
             candidates,
             key=lambda layout: self.costs.layer_seconds(
-                counts_NE, layout, geometry.node_size, Split.EVEN
+                counts_NE, Placed(layout, geometry), Split.EVEN
             ),
         )
 

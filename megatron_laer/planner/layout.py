@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.arrays import Int64
+from megatron_laer.arrays import Bool, Int64
 
 # Slots in the layout broadcast are little-endian int16 on every machine.
 _SLOT_DTYPE = np.dtype("<i2")
@@ -158,6 +158,14 @@ class ExpertLayout:
         shape = struct.pack("<qqq", self.num_ranks, self.capacity, self.num_experts)
         digest = hashlib.blake2b(shape + self.slot_bytes, digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
+
+    def changed_from(self, before: ExpertLayout) -> Bool:
+        """Return the slots that get another expert, bool [S]; not those that become empty."""
+        if before.shape != self.shape:
+            shapes = [before.shape, self.shape]
+            raise ValueError(f"layouts of different (ranks, capacity, experts): {shapes}")
+        filled_S = self.slot_expert_S != EMPTY
+        return np.asarray(filled_S & (self.slot_expert_S != before.slot_expert_S))
 
     def experts_of(self, rank: int) -> tuple[int, ...]:
         """Return the C experts of a rank, or `EMPTY`, in slot order."""

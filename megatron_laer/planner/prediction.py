@@ -16,7 +16,7 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Decision, Guard
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.token_prices import BY_RANK
 
@@ -40,17 +40,15 @@ class Prediction:
 
 def predict(guard: Guard, decision: Decision) -> Prediction:
     costs, geometry = guard.costs, guard.geometry
-    quotas, layout, node_size = decision.quotas, decision.layout, geometry.node_size
-    counts_NE = quotas.counts_NE
+    quotas, counts_NE = decision.quotas, decision.quotas.counts_NE
     if isinstance(quotas, ExactQuotas):
         totals = quotas.totals()
     else:
-        totals = even_split(layout, node_size).totals(counts_NE)
-    layer_s = costs.split_seconds(totals, layout, node_size)
+        totals = even_split(decision.layout, geometry.node_size).totals(counts_NE)
+    layer_s = costs.split_seconds(totals, geometry)
     if decision.replanned:
-        layer_s += costs.change_seconds(
-            decision.planned_layout, layout, node_size, geometry.home_slots
-        )
+        chosen = Placed(decision.layout, geometry)
+        layer_s += costs.change_seconds(decision.planned_layout, chosen)
     return Prediction(
         layer_s=layer_s,
         stock_s=stock_seconds(costs, geometry, counts_NE),
@@ -64,10 +62,9 @@ def stock_seconds(costs: CostModel, geometry: Geometry, counts_NE: Int64) -> flo
 
     Where N does not divide E, which stock refuses, some experts have two slots.
     """
-    stock = _stock_layout(geometry.num_ranks, geometry.num_experts)
+    stock = stock_placement(geometry.num_ranks, geometry.num_experts, geometry.node_size)
     # With one slot per expert all splits are equal, and the exact one is native code.
-    stocks = replace(costs, tokens=BY_RANK)
-    return stocks.layer_seconds(counts_NE, stock, geometry.node_size, Split.EXACT)
+    return replace(costs, tokens=BY_RANK).layer_seconds(counts_NE, stock, Split.EXACT)
 
 
 def forced_balance_counts_NE(tokens_N: Int64, num_experts: int) -> Int64:
@@ -83,8 +80,9 @@ def forced_balance_counts_NE(tokens_N: Int64, num_experts: int) -> Int64:
 
 
 @lru_cache(maxsize=16)
-def _stock_layout(num_ranks: int, num_experts: int) -> ExpertLayout:
-    return ExpertLayout.static(num_ranks, -(-num_experts // num_ranks), num_experts)
+def stock_placement(num_ranks: int, num_experts: int, node_size: int) -> Placed:
+    geometry = Geometry(num_ranks, num_experts, -(-num_experts // num_ranks), node_size)
+    return Placed(geometry.static_layout, geometry)
 
 
 @lru_cache(maxsize=256)

@@ -19,6 +19,7 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.greedy import GreedyStrategy
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.typical import collapsed_counts_NE, typical_counts_NE
 
 # Most replica slots per rank that are compared.
@@ -139,9 +140,10 @@ def planned_seconds(
     config: FSEPConfig, geometry: Geometry, costs: CostModel, counts_NE: Int64
 ) -> float:
     """Predict a layer and microbatch, with exchanges, under the layout planned for its counts."""
-    layout, node_size = geometry.static_layout, geometry.node_size
+    layout = geometry.static_layout
     if config.planner != FixedPlanner.STATIC:
         layout = GreedyStrategy(geometry, costs).plan(counts_NE, layout)
-    layer_s = costs.layer_seconds(counts_NE, layout, node_size, config.split)
+    placed = Placed(layout, geometry)
+    layer_s = costs.layer_seconds(counts_NE, placed, config.split)
     hiding_s = layer_s if config.scheduler == OverlapScheduler.ON else 0.0
-    return layer_s + costs.exchanges_seconds(layout, node_size, hiding_s, geometry.home_slots)
+    return layer_s + costs.exchanges_seconds(placed, hiding_s)

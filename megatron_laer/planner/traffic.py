@@ -21,16 +21,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.planner.geometry import check_node_size
-from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.sharding import (
-    ReplicaSlots,
-    changed_slots,
-    filled_slots,
-    node_sources,
-    row_bounds,
-)
+from megatron_laer.choices import ExchangeAlgorithm, Sharding
+from megatron_laer.planner.placed import Placed, node_sources, row_bounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,14 +75,12 @@ class Traffic:
 
 
 def restore_traffic(
-    layout: ExpertLayout,
-    node_size: int,
+    placed: Placed,
     matrices: Sequence[tuple[int, int]],
     algorithm: ExchangeAlgorithm,
     changed_S: Bool | None = None,
     *,
-    before: ExpertLayout | None = None,
-    home_slots: int = 0,
+    before: Placed | None = None,
 ) -> Traffic:
     """Count the elements that one restore moves.
 
@@ -116,38 +106,34 @@ def restore_traffic(
         node  n also receives (x of all others) · r_n and sends x_n · (R - r_n), in front
 
     Args:
-        changed_S: slots to fetch, by ranks that keep nothing else; all slots by default. Empty
-            slots and home slots are not fetched.
+        changed_S: replica slots to fetch, by ranks that keep nothing else; all by default. Empty
+            slots are not fetched.
         before: instead of `changed_S`, the layout under which all ranks keep restored experts.
-        home_slots: home experts of each rank; 0 if ranks hold rows of all experts.
     """
-    num_ranks, num_slots = layout.num_ranks, layout.num_slots
-    check_node_size(num_ranks, node_size)
     assert changed_S is None or before is None, "changed_S follows from the layout before"
-    if before is not None:
-        changed_S = changed_slots(before, layout)
-    elif changed_S is None:
-        changed_S = np.ones(num_slots, dtype=np.bool_)
-    if changed_S.shape != (num_slots,):
-        raise ValueError(f"changed_S has shape {changed_S.shape}, expected {(num_slots,)}")
-    slots = ReplicaSlots(layout, home_slots)
-    changed_S = changed_S.reshape(num_ranks, -1)[:, home_slots:].reshape(-1) & filled_slots(slots)
-    if home_slots > 0 and algorithm == ExchangeAlgorithm.FLAT:
-        return _direct_traffic(slots, node_size, matrices, changed_S)
+    if changed_S is None:
+        changed_S = placed.changed_S(before)
+    if changed_S.shape != placed.filled_S.shape:
+        raise ValueError(f"changed_S has shape {changed_S.shape}, expected {placed.filled_S.shape}")
+    changed_S = changed_S & placed.filled_S
+    geometry = placed.geometry
+    num_ranks, num_nodes, node_size = geometry.num_ranks, geometry.num_nodes, geometry.node_size
+    at_home = geometry.sharding == Sharding.EXPERTS
+    if at_home and algorithm == ExchangeAlgorithm.FLAT:
+        return _direct_traffic(placed, matrices, changed_S)
 
-    num_nodes = num_ranks // node_size
     node_N = np.arange(num_ranks) // node_size
     fetched_N = changed_S.reshape(num_ranks, -1).sum(axis=1, dtype=np.int64)
     fetched_J = fetched_N.reshape(-1, node_size).sum(axis=1)
     # A group on one node has every expert's rows there anyway.
-    kept = None if before is None or num_nodes == 1 else ReplicaSlots(before, home_slots)
-    sources = node_sources(slots, node_size, changed_S, kept)
-    far_J = np.bincount(sources.fetched_pairs // layout.num_experts, minlength=num_nodes)
-    given_N = np.bincount(sources.shared_slots // slots.capacity, minlength=num_ranks)
+    kept = None if num_nodes == 1 else before
+    sources = node_sources(placed, node_size, changed_S, kept)
+    far_J = np.bincount(sources.fetched_pairs // geometry.num_experts, minlength=num_nodes)
+    given_N = np.bincount(sources.shared_slots // geometry.replica_slots, minlength=num_ranks)
     given_J = given_N.reshape(-1, node_size).sum(axis=1)
     spread_N = np.zeros(num_ranks, dtype=np.int64)
-    if home_slots > 0:
-        homes_X = np.unique(slots.slot_expert_S[changed_S]) // home_slots
+    if at_home:
+        homes_X = np.unique(placed.replica_expert_S[changed_S]) // geometry.home_slots
         spread_N = np.bincount(homes_X, minlength=num_ranks)
     spread_J = spread_N.reshape(-1, node_size).sum(axis=1)
 
@@ -181,15 +167,16 @@ def restore_traffic(
 
 
 def _direct_traffic(
-    slots: ReplicaSlots, node_size: int, matrices: Sequence[tuple[int, int]], changed_S: Bool
+    placed: Placed, matrices: Sequence[tuple[int, int]], changed_S: Bool
 ) -> Traffic:
-    ranks_X = np.flatnonzero(changed_S) // slots.capacity
-    homes_X = slots.slot_expert_S[changed_S] // slots.home_slots
-    is_near_X = ranks_X // node_size == homes_X // node_size
+    geometry = placed.geometry
+    ranks_X = np.flatnonzero(changed_S) // geometry.replica_slots
+    homes_X = placed.replica_expert_S[changed_S] // geometry.home_slots
+    is_near_X = ranks_X // geometry.node_size == homes_X // geometry.node_size
     elements = sum(rows * columns for rows, columns in matrices)
 
     def moved(ranks_X: Int64) -> Int64:
-        number_N = np.bincount(ranks_X, minlength=slots.num_ranks)
+        number_N = np.bincount(ranks_X, minlength=geometry.num_ranks)
         return number_N.astype(np.int64) * elements
 
     return Traffic(
@@ -209,16 +196,10 @@ def expert_elements_N(matrices: Sequence[tuple[int, int]], num_ranks: int) -> In
 
 
 def reduce_traffic(
-    layout: ExpertLayout,
-    node_size: int,
-    matrices: Sequence[tuple[int, int]],
-    algorithm: ExchangeAlgorithm,
-    *,
-    home_slots: int = 0,
+    placed: Placed, matrices: Sequence[tuple[int, int]], algorithm: ExchangeAlgorithm
 ) -> Traffic:
     """Count the elements of one gradient exchange: a restore of all slots, run backwards.
 
     Elements between nodes may have another dtype (`--fsep-grad-wire-dtype`).
     """
-    there = restore_traffic(layout, node_size, matrices, algorithm, home_slots=home_slots)
-    return there.reversed()
+    return restore_traffic(placed, matrices, algorithm).reversed()

@@ -28,7 +28,7 @@ from megatron_laer.planner.expected_gain import expected_gain
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.homes_file import ModelHomes, read_homes
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.token_exchange import (
     choose_token_exchange,
@@ -132,9 +132,7 @@ def build_coordinator(
         pass_layouts = AnnouncedLayouts(guard, layouts, groups, device)
     else:
         pass_layouts = PassLayouts(guard, layouts, groups, one_per_step=schedule.holds_step)
-    experts = LayerExperts(
-        streams, device, holds_step=schedule.holds_step, home_slots=geometry.home_slots
-    )
+    experts = LayerExperts(streams, device, geometry, holds_step=schedule.holds_step)
     scheduler = Scheduler(schedule, streams, experts, pass_layouts)
     tokens_priced = {"top_k": top_k, "tokens_per_rank": tokens}
     measurements = Measurements(config, groups, guard, streams, tokens_priced)
@@ -219,9 +217,8 @@ def make_exchange(
         return relay
 
     @lru_cache(maxsize=_LAYOUTS)
-    def choose(layout: ExpertLayout, in_fp8: bool) -> ExchangeAlgorithm:
-        of_layer = costs if in_fp8 else costs.in_bf16
-        return of_layer.faster_exchange(layout, geometry.node_size, geometry.home_slots)
+    def choose(placed: Placed) -> ExchangeAlgorithm:
+        return (costs if placed.in_fp8 else costs.in_bf16).faster_exchange(placed)
 
     return ChosenExchange(groups, relay, choose)
 

@@ -45,7 +45,7 @@ class MicrobatchPlan:
 
     @property
     def layout(self) -> ExpertLayout:
-        return self.restored.index.layout
+        return self.restored.index.placed.layout
 
     def for_rerun(self, routing_map_TE: torch.Tensor) -> MicrobatchPlan:
         return replace(self, routing_map_TE=routing_map_TE)

@@ -100,7 +100,7 @@ class MicrobatchPlanner:
         restored = self.scheduler.enter(layer, training)
         read_counts = self._counts.start(
             counts_E,
-            self.tag(layer, restored.index.layout),
+            self.tag(layer, restored.index.placed.layout),
             self._last_decision,
             layer.name,
         )
@@ -122,7 +122,7 @@ class MicrobatchPlanner:
         self.scheduler.go_on()
         start_s = time.perf_counter()
         decision = self.pass_layouts.decide(
-            layer.next_pass(training=training), counts_NE, restored.index.layout
+            layer.next_pass(training=training), counts_NE, restored.index.placed.layout
         )
         self._last_decision = decision_digest(decision.layout, solved=decision.solved)
         decide_s = time.perf_counter() - start_s

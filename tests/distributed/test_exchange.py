@@ -16,6 +16,7 @@ import pytest
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.layout import ExpertLayout
+from tests.placed import placed
 
 COLUMNS = 3
 
@@ -92,7 +93,7 @@ class Rank:
 
         from megatron_laer.runtime.comm.layout_index import layout_index
 
-        return layout_index(self.case.layout(self.size, step), torch.device("cpu"))
+        return layout_index(placed(self.case.layout(self.size, step)), torch.device("cpu"))
 
     @property
     def slice_ErK(self) -> Any:
@@ -273,15 +274,15 @@ def test_bytes_of_the_collectives_equal_the_formulas(ranks: RankPools, node_size
 
     for rank, counted in enumerate(ranks(4).run(bytes_of_every_case, node_size)):
         for case, what, algorithm, intra_bytes, inter_bytes in counted:
-            layout, matrices = case.layout(4), [(case.rows, COLUMNS)]
+            before, matrices = placed(case.layout(4), node_size), [(case.rows, COLUMNS)]
             intra = inter = 4 if case.dtype == "float32" else 2
             if what == "full":
-                traffic = restore_traffic(layout, node_size, matrices, algorithm)
+                traffic = restore_traffic(before, matrices, algorithm)
             elif what == "changed":
-                after = case.layout(4, 1)
-                traffic = restore_traffic(after, node_size, matrices, algorithm, before=layout)
+                after = placed(case.layout(4, 1), node_size)
+                traffic = restore_traffic(after, matrices, algorithm, before=before)
             else:
-                traffic = reduce_traffic(layout, node_size, matrices, algorithm)
+                traffic = reduce_traffic(before, matrices, algorithm)
                 inter = 4 if algorithm == ExchangeAlgorithm.NODE else inter
             assert intra_bytes == intra * traffic.intra_N[rank], (case, what, algorithm)
             assert inter_bytes == inter * traffic.inter_N[rank], (case, what, algorithm)

@@ -197,8 +197,7 @@ def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
 
         def exchange(self: Any, source: Any, index: Any, *args: Any, **options: Any) -> Any:
             one = source[0] if name == "reduce" else options["out"][0]
-            sizes, home = [tuple(one.shape)], index.home_slots
-            found = traffic(index.layout, 2, sizes, ExchangeAlgorithm.FLAT, home_slots=home)
+            found = traffic(index.placed, [tuple(one.shape)], ExchangeAlgorithm.FLAT)
             expected[name] += one.element_size() * int(found.intra_N[self.groups.rank])
             counts.append(self.count)
             return steps(self, source, index, *args, **options)

@@ -11,6 +11,7 @@ import pytest
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from tests.distributed.test_home_exchange import exchanges_on
+from tests.placed import placed
 
 # For each number of nodes, by both ways of exchange.
 CASES = 200
@@ -63,11 +64,13 @@ def every_case(node_size: int, name: str) -> tuple[int, int]:
             home, at = draw.randint(1, EXPERTS // ranks), draw.randrange(len(SIZES))
             shape = ranks, min(home + draw.randint(1, 3), home * ranks), home * ranks
             layouts = [ExpertLayout.random_at_home(*shape, seed=(tried, i)) for i in range(2)]
-            first, then = (layout_index(one, torch.device("cpu"), home) for one in layouts)
+            first, then = (
+                layout_index(placed(one, at_home=True), torch.device("cpu")) for one in layouts
+            )
             packed, rows = draw.sample(experts_of[at], home * ranks), forms[at].payload_rows
             homes = packed[rank * home : (rank + 1) * home]
             tried += 1
-            cases += first.has_replicas or then.has_replicas
+            cases += first.placed.has_replicas or then.placed.has_replicas
             for way in ("direct", "relay, node"):
                 restored = exchanges[way].restore(homes, first, rows)
                 held = [restored.clone()]

@@ -14,6 +14,7 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.traffic import Traffic
 from megatron_laer.runtime.comm.stages import ExchangeCount
+from tests.placed import placed
 
 COLUMNS = 3
 # (C, E) on 4 ranks: one home and several, full and sparse replica slots.
@@ -41,7 +42,7 @@ def exchanges_on(node_size: int, wire: Any = None) -> Iterator[dict[str, Any]]:
             "chosen": ChosenExchange(
                 groups,
                 RelayExchange(groups, node_exchange(groups, wire)),
-                lambda layout, _: [*ExchangeAlgorithm][layout.digest % 2],
+                lambda placed: [*ExchangeAlgorithm][placed.layout.digest % 2],
             ),
         }
     finally:
@@ -82,7 +83,7 @@ class Case:
 
         from megatron_laer.runtime.comm.layout_index import layout_index
 
-        return layout_index(self.layout(step), torch.device("cpu"), self.home)
+        return layout_index(placed(self.layout(step), at_home=True), torch.device("cpu"))
 
     def expected(self, step: int, wire: Any = None, node_size: int = 0) -> list[Any]:
         """Return the sums of this rank's home experts, in slot order; None without replicas.
@@ -139,7 +140,7 @@ def every_case(node_size: int) -> int:
                                 step,
                             )
                     before = index
-                if not index.has_replicas:
+                if not index.placed.has_replicas:
                     continue
                 check_reduce(case, exchange, index, name, node_size)
     return compared
@@ -149,7 +150,7 @@ def check_reduce(case: Case, exchange: Any, index: Any, name: str, node_size: in
     import torch
 
     grad_CRK = case.grads_NCRK[case.rank].clone()
-    is_direct = name == "direct" or (name == "chosen" and index.layout.digest % 2 == 0)
+    is_direct = name == "direct" or (name == "chosen" and index.placed.layout.digest % 2 == 0)
     wire = None if is_direct else case.dtype
     by_node = name in ("relay, node", "chosen") and not is_direct
     expected = case.expected(3, wire, node_size if by_node else 0)
@@ -198,7 +199,7 @@ def bytes_of_every_case(node_size: int) -> int:
         ranks, algorithms = dist.get_world_size(), [*ExchangeAlgorithm]
         for seed, (spare, home, rows) in enumerate(product((1, 2), (1, 2), (8, 11))):
             case = Case(home + spare, home * ranks, rows, "float32", seed=seed)
-            size, homes = (node_size, [(rows, COLUMNS)]), {"home_slots": home}
+            matrices = [(rows, COLUMNS)]
             first, then = case.index(0), case.index(1)
             for name, algorithm in zip(("direct", "relay, node"), algorithms, strict=True):
                 exchange, count = exchanges[name], exchanges[name].count
@@ -208,14 +209,17 @@ def bytes_of_every_case(node_size: int) -> int:
                 reuse = ReusableWeights(first, restored)
                 exchange.restore(case.homes, then, rows, reuse=reuse)
                 marks.append(restored_so_far(count))
-                compare(restore_traffic(first.layout, *size, algorithm, **homes), *marks[:2])
-                kept = {"before": first.layout, **homes}
-                compare(restore_traffic(then.layout, *size, algorithm, **kept), *marks[1:])
-                if then.has_replicas:
+                of_first, of_then = (
+                    placed(index.placed.layout, node_size, at_home=True) for index in (first, then)
+                )
+                compare(restore_traffic(of_first, matrices, algorithm), *marks[:2])
+                changed = restore_traffic(of_then, matrices, algorithm, before=of_first)
+                compare(changed, *marks[1:])
+                if of_then.has_replicas:
                     begin = count.reduce_intra_bytes, count.reduce_inter_bytes
                     exchange.reduce(case.grads_NCRK[case.rank].clone(), then)
                     end = count.reduce_intra_bytes, count.reduce_inter_bytes
-                    compare(reduce_traffic(then.layout, *size, algorithm, **homes), begin, end)
+                    compare(reduce_traffic(of_then, matrices, algorithm), begin, end)
     return moved
 
 

@@ -11,6 +11,7 @@ from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.traffic import reduce_traffic, restore_traffic
 from tests.checkpoints import assert_equal
 from tests.parity.compare import identical
@@ -62,10 +63,9 @@ def exchanged_and_expected(_: object) -> tuple[list[int], list[int], int]:
         share = layer.share
         sizes = [*zip(share.rows, share.columns, strict=True)]
         trained = [sizes[at] for at in share.trained_at]
-        rest = {"home_slots": geometry.home_slots}
-        args = layout, geometry.node_size
+        of = Placed(layout, geometry)
         received = [
-            int(traffic(*args, moved, ExchangeAlgorithm.FLAT, **rest).intra_N[rank])
+            int(traffic(of, moved, ExchangeAlgorithm.FLAT).intra_N[rank])
             for traffic, moved in ((restore_traffic, sizes), (reduce_traffic, trained))
         ]
         # Weights in bfloat16, and the step's sums in float32.

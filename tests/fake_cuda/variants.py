@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from megatron_laer.choices import Sharding
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.exchange import ReusableWeights, flat_exchange, node_exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
@@ -37,7 +38,7 @@ def variants_by_layouts(way: str) -> tuple[dict[str, int], dict[str, int]]:
             counts = []
             before: LayoutIndex | None = None
             for seed in range(WARM_UP + LAYOUTS):
-                index = layout_index(geometry.random_layout((seed,)), card(), geometry.home_slots)
+                index = layout_index(Placed(geometry.random_layout((seed,)), geometry), card())
                 _exchange(exchange, index, before)
                 before = index
                 counts.append({name: len(of) for name, of in device.launches.variants.items()})
@@ -49,9 +50,8 @@ def variants_by_layouts(way: str) -> tuple[dict[str, int], dict[str, int]]:
 def _exchange(exchange: Any, index: LayoutIndex, before: LayoutIndex | None) -> None:
     """Restore all slots, and those that changed, and reduce."""
     dtype = torch.bfloat16
-    if index.home_slots:
+    if number := index.placed.geometry.home_slots:
         shape: tuple[int, ...] = ROWS, COLUMNS
-        number = index.home_slots
         source: Any = [torch.empty(shape, dtype=dtype, device=card()) for _ in range(number)]
         sums: Any = [torch.zeros(shape, device=card()) for _ in range(number)]
     else:

@@ -13,7 +13,6 @@ from megatron_laer.layer.dispatch.permutation import slot_permutation, slot_rang
 from megatron_laer.layer.dispatch.slots import to_slots
 from megatron_laer.layer.experts.gemm import gemm_names, slot_gemm
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.sharding import ReplicaSlots
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.layout_index import layout_index
@@ -22,6 +21,7 @@ from megatron_laer.runtime.comm.rows import sum_replicas
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.dispatch_kernels import check_all as check_kernels_of_permutations
 from tests.exchange_kernels import check_all as check_kernels_of_the_exchange
+from tests.placed import placed
 from tests.slot_gemm import COLUMNS, ROWS, SPLITS, check_back_end, check_weight_grad
 
 DEVICE = torch.device("cuda")
@@ -56,7 +56,7 @@ def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
     ranges_2S = torch.from_numpy(slot_ranges(quotas))
 
     def run(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        index = layout_index(layout, device)
+        index = layout_index(placed(layout), device)
         mapped = to_slots(
             (scores_TE * map_TE).to(device),
             map_TE.to(device),
@@ -73,7 +73,7 @@ def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
 
 def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
     layout = ExpertLayout.random(8, 4, 6, (3,))
-    sums = reduce_index(ReplicaSlots(layout), layout.num_ranks, 0, DEVICE).intra_node
+    sums = reduce_index(placed(layout), layout.num_ranks, 0, DEVICE).intra_node
     generator = torch.Generator(DEVICE).manual_seed(4)
     parts_SrK = torch.randn(layout.num_slots, 65, 33, device=DEVICE, generator=generator)
 

@@ -16,8 +16,8 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.gemm_curve import GemmCurve
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import SplitTotals
-from megatron_laer.planner.sharding import changed_slots
 
 # Lower bounds are reduced by more than rounding, which is some 1e-15.
 _BELOW_ROUNDING = 1.0 - 1e-9
@@ -62,35 +62,28 @@ def least_unit_seconds(gemm: GemmCurve, tokens: Int64) -> npt.NDArray[np.float64
     return np.minimum(gemm.unit_seconds(tokens), at_best)
 
 
-def change_seconds(
-    costs: CostModel, before: ExpertLayout, after: ExpertLayout, geometry: Geometry
-) -> float:
+def change_seconds(costs: CostModel, before: ExpertLayout, after: Placed) -> float:
     """Return the seconds of the solve and of fetching the changed slots; 0 for the same layout."""
-    if before == after:
+    if before == after.layout:
         return 0.0
-    changed_S, size, home = changed_slots(before, after), geometry.node_size, geometry.home_slots
-    fetch_s = costs.restore_seconds(after, size, _way(costs, after, size, home), changed_S, home)
-    return fetch_s + costs.solve_seconds(geometry)
+    changed_S = after.changed_S(Placed(before, after.geometry))
+    fetch_s = costs.restore_seconds(after, _way(costs, after), changed_S)
+    return fetch_s + costs.solve_seconds(after.geometry)
 
 
-def exposed_seconds(
-    costs: CostModel, layout: ExpertLayout, node_size: int, beside_s: float, home_slots: int = 0
-) -> tuple[float, float]:
+def exposed_seconds(costs: CostModel, placed: Placed, beside_s: float) -> tuple[float, float]:
     """Return the exposed seconds next to a layer of `beside_s`, of both passes and of backward."""
-    way = _way(costs, layout, node_size, home_slots)
-    restore_s = costs.restore_seconds(layout, node_size, way, home_slots=home_slots)
-    reduce_s = costs.reduce_seconds(layout, node_size, way, home_slots)
+    way = _way(costs, placed)
+    restore_s, reduce_s = costs.restore_seconds(placed, way), costs.reduce_seconds(placed, way)
     forward_s = max(restore_s - beside_s * costs.forward_share, 0.0)
-    exchanges_s = costs.backward_restores(home_slots) * restore_s + reduce_s
+    exchanges_s = costs.backward_restores(placed.geometry.sharding) * restore_s + reduce_s
     backward_s = max(exchanges_s - (beside_s - beside_s * costs.forward_share), 0.0)
     return forward_s + backward_s, backward_s
 
 
-def _way(
-    costs: CostModel, layout: ExpertLayout, node_size: int, home_slots: int
-) -> ExchangeAlgorithm:
-    if costs.by_layout and home_slots:
-        return costs.faster_exchange(layout, node_size, home_slots)
+def _way(costs: CostModel, placed: Placed) -> ExchangeAlgorithm:
+    if costs.by_layout and placed.geometry.home_slots:
+        return costs.faster_exchange(placed)
     return costs.restore_algorithm
 
 

@@ -29,6 +29,7 @@ from megatron_laer.runtime.weights.step_experts import StepExperts
 from tests.fake_cuda import labels
 from tests.fake_cuda.clocks import Watched
 from tests.fake_cuda.observing import observed
+from tests.placed import placed
 from tests.races.faults import LAYER_FAULTS, Scene
 
 CARD = labels.card()
@@ -83,7 +84,7 @@ class Model:
         """Return another layout, the same on every rank."""
         self.layouts += 1
         layout = ExpertLayout.random(self.groups.size, CAPACITY, EXPERTS, seed=(7, self.layouts))
-        return layout_index.layout_index(layout, CARD)
+        return layout_index.layout_index(placed(layout), CARD)
 
     def experts(self) -> list[RestoredExperts]:
         if self.scene is Scene.STEP:

@@ -20,6 +20,7 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
@@ -163,15 +164,11 @@ def test_an_exchange_takes_what_the_cost_model_says(in_stages, fp8):
     algorithm = ExchangeAlgorithm.NODE if in_stages else ExchangeAlgorithm.FLAT
     sharding = Sharding.ROWS if fp8 is None else Sharding.EXPERTS
     geometry = Geometry(16, 16, 3, 8, sharding)
-    home_slots, layout = geometry.home_slots, geometry.random_layout((1,))
     costs = CostModel(H100, 4096, 14336, True, 2, fp8=fp8)
-    of = layout, 8, algorithm
-    restore = costs.restore_bytes(*of, home_slots=home_slots), costs.weights_form(home_slots)
-    reduce = costs.reduce_bytes(*of, home_slots), costs.grads_form
-    expected_s = (
-        costs.restore_seconds(*of, home_slots=home_slots),
-        costs.reduce_seconds(*of, home_slots),
-    )
+    of = Placed(geometry.random_layout((1,)), geometry), algorithm
+    restore = costs.restore_bytes(*of), costs.weights_form(sharding)
+    reduce = costs.reduce_bytes(*of), costs.grads_form
+    expected_s = costs.restore_seconds(*of), costs.reduce_seconds(*of)
     for (traffic, form), seconds in zip((restore, reduce), expected_s, strict=True):
         exchange = Exchange.of(traffic, algorithm, form, geometry)
         assert exchange.seconds(Rates(H100, 2)) == pytest.approx(seconds)
@@ -191,15 +188,15 @@ def test_a_layers_compute_and_tokens_are_the_cost_models():
         pass_s = passing.seconds(work, costs.token_bytes, cluster).max()
         expert_s = flops * (1 + 2 * cluster.backward_gemm_factor) * work.unit_s_N.max()
         seconds = expert_s + 4 * (pass_s + cluster.inter.latency_s)
-        assert seconds == pytest.approx(costs.split_seconds(totals, layout, 2))
+        assert seconds == pytest.approx(costs.split_seconds(totals, Geometry(8, 16, 3, 2)))
 
 
 def test_the_host_takes_time_for_replicas_where_the_device_does_not_hide_it():
     geometry = Geometry(8, 16, 3, 8, Sharding.EXPERTS)
     layout, costs = geometry.random_layout((1,)), CostModel(H100, 4096, 14336, True, 2)
-    of = layout, 8, ExchangeAlgorithm.FLAT
-    traffic, form = costs.restore_bytes(*of, home_slots=2), costs.weights_form(2)
-    restore = Exchange.of(traffic, of[2], form, geometry)
+    way, form = ExchangeAlgorithm.FLAT, costs.weights_form(geometry.sharding)
+    traffic = costs.restore_bytes(Placed(layout, geometry), way)
+    restore = Exchange.of(traffic, way, form, geometry)
     totals = even_split(layout, 8).totals(np.full((8, 16), 100))
 
     def forward_s(replicas_s, restore):

@@ -17,6 +17,7 @@ from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import make_strategy, strategy_names
 from megatron_laer.tools.simulator import comparison, plan_output
 from megatron_laer.tools.simulator.comparison import MODES, STOCK, simulate
@@ -54,7 +55,7 @@ def test_a_row_is_what_a_plain_loop_over_the_steps_gives(trace, lag):
                     ratios.append(max_over_mean(quotas.rank_loads_N()))
                     off_node += int(quotas.totals().far_S.sum())
                     tokens += int(counts_NE.sum())
-                    seconds += COSTS.layer_seconds(counts_NE, layout, 2)
+                    seconds += COSTS.layer_seconds(counts_NE, Placed(layout, geometry))
             total_NE = sum(trace.counts_NE(record) for record in records)
             states.append(states[-1].observe(total_NE))
     row = table(trace, strategies=["greedy"], modes=["forecast"], lag=lag)["greedy", "forecast"]

@@ -19,11 +19,13 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.token_prices import TokenPrices
 from tests.costs import COMPUTE_ONLY, make_costs
 from tests.oracles import costs as oracle
 from tests.oracles.planner import quota_NS
+from tests.placed import placed
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
 # Curved, with transfers and latencies that matter next to compute.
@@ -91,7 +93,7 @@ def test_a_cost_equals_its_definition_on_the_whole_matrix(geometry: Geometry, se
     for costs in (*(replace(COSTS, recompute=recompute) for recompute in Recompute), by_node):
         for split, quota in ((Split.EVEN, even_NS), (Split.EXACT, exact_NS)):
             expected = matrix_seconds(costs, quota, layout, node_size)
-            seconds = costs.layer_seconds(counts_NE, layout, node_size, split)
+            seconds = costs.layer_seconds(counts_NE, Placed(layout, geometry), split)
             assert seconds == pytest.approx(expected, rel=1e-12)
 
 
@@ -115,19 +117,20 @@ def test_native_seconds_equal_those_of_the_oracle_to_the_last_bit(
     layout, other = (ExpertLayout.random(*shape_of(geometry), seed=(seed, n)) for n in (0, 1))
     for split in (exact_split(layout, node_size), even_split(layout, node_size)):
         totals = split.totals(counts_NE)
-        layer_s = costs.split_seconds(totals, layout, node_size)
+        layer_s = costs.split_seconds(totals, geometry)
         assert layer_s == oracle.split_seconds(costs, totals, geometry)
     least_s = costs.least_layer_seconds(counts_NE, geometry)
     assert least_s == oracle.least_layer_seconds(costs, counts_NE, geometry)
-    change_s = costs.change_seconds(layout, other, node_size)
-    assert change_s == oracle.change_seconds(costs, layout, other, geometry)
-    restore_s = costs.restore_seconds(layout, node_size, algorithm)
+    kept, changed = Placed(layout, geometry), Placed(other, geometry)
+    change_s = costs.change_seconds(layout, changed)
+    assert change_s == oracle.change_seconds(costs, layout, changed)
+    restore_s = costs.restore_seconds(kept, algorithm)
     for beside_s in (0.0, 0.7 * restore_s, 2.1 * restore_s, layer_s):
         exposed = (
-            costs.exposed_seconds(layout, node_size, beside_s),
-            costs.exposed_backward_seconds(layout, node_size, beside_s),
+            costs.exposed_seconds(kept, beside_s),
+            costs.exposed_backward_seconds(kept, beside_s),
         )
-        assert exposed == oracle.exposed_seconds(costs, layout, node_size, beside_s)
+        assert exposed == oracle.exposed_seconds(costs, kept, beside_s)
 
 
 @settings(max_examples=100)
@@ -141,7 +144,7 @@ def test_nothing_is_faster_than_the_lower_bound(geometry: Geometry, seed: int) -
         least_s = costs.least_layer_seconds(counts_NE, geometry)
         for layout in (random, construct_layout(counts_NE, random, geometry.node_size)):
             for split in (Split.EXACT, Split.EVEN):
-                seconds = costs.layer_seconds(counts_NE, layout, geometry.node_size, split)
+                seconds = costs.layer_seconds(counts_NE, Placed(layout, geometry), split)
                 assert least_s <= seconds
 
 
@@ -149,7 +152,7 @@ def test_the_lower_bound_is_met_by_a_balanced_layer_without_transfers() -> None:
     # Every rank's tokens want the expert that it owns.
     counts_NE = np.diag([50, 50, 50, 50])
     geometry = Geometry(4, 4, 1, 2)
-    seconds = COSTS.layer_seconds(counts_NE, ExpertLayout.static(4, 1, 4), 2)
+    seconds = COSTS.layer_seconds(counts_NE, Placed(geometry.static_layout, geometry))
     assert COSTS.least_layer_seconds(counts_NE, geometry) == pytest.approx(seconds, rel=1e-8)
 
 
@@ -161,26 +164,26 @@ def test_shapes_and_restores_of_the_papers_setting_have_the_papers_bytes() -> No
     assert replace(costs, gated=False).matrices[0] == (14336, 4096)
     # 32 ranks on 4 nodes, 8 experts, 2 slots: 683 MB received per restore, 528 MB from other nodes.
     costs = CostModel(load_cluster("a100-4x8-ib800"), 4096, 14336, True, 2)
-    layout = ExpertLayout.static(32, 2, 8)
-    received = costs.restore_bytes(layout, 8, "flat")
+    static = placed(ExpertLayout.static(32, 2, 8), 8)
+    received = costs.restore_bytes(static, "flat")
     np.testing.assert_allclose(received.intra_N + received.inter_N, 683e6, rtol=1e-3)
     np.testing.assert_allclose(received.inter_N, 528.5e6, rtol=1e-3)
     # The slower class limits: 10 GB/s between nodes, four passes through memory at 1.5 TB/s, and a
     # latency for each matrix.
     per_byte_s = 1 / 10e9 + 4 / 1.5e12
     expected_s = received.inter_N.max() * per_byte_s + 2 * costs.cluster.inter.latency_s
-    assert costs.restore_seconds(layout, 8, "flat") == pytest.approx(expected_s, rel=1e-9)
+    assert costs.restore_seconds(static, "flat") == pytest.approx(expected_s, rel=1e-9)
     # `node` runs two phases in sequence, each with the latency of its links.
-    phased = costs.restore_bytes(layout, 8, "node")
+    phased = costs.restore_bytes(static, "node")
     intra = costs.cluster.intra
     expected_node_s = phased.intra_N.max() * (1 / intra.bytes_per_s + 4 / 1.5e12)
     expected_node_s += phased.inter_N.max() * per_byte_s
     expected_node_s += 2 * (intra.latency_s + costs.cluster.inter.latency_s)
-    assert costs.restore_seconds(layout, 8, "node") == pytest.approx(expected_node_s, rel=1e-9)
+    assert costs.restore_seconds(static, "node") == pytest.approx(expected_node_s, rel=1e-9)
     assert expected_node_s < expected_s
-    given_back = costs.reduce_bytes(layout, 8, "flat")
+    given_back = costs.reduce_bytes(static, "flat")
     assert given_back.intra_N.sum() == received.intra_N.sum()
-    assert costs.reduce_seconds(layout, 8, "flat") == pytest.approx(expected_s, rel=1e-3)
+    assert costs.reduce_seconds(static, "flat") == pytest.approx(expected_s, rel=1e-3)
 
 
 @settings(max_examples=60)
@@ -190,12 +193,12 @@ def test_a_change_costs_at_least_its_bound_and_more_for_more_slots(
 ) -> None:
     costs = make_costs(restore_algorithm=algorithm, solve=SolveTime(1e-5, 1e-7, 1e-8))
     before, after = (ExpertLayout.random(*shape_of(geometry), seed=(seed, n)) for n in (0, 1))
-    node_size = geometry.node_size
-    assert costs.change_seconds(before, before, node_size) == 0.0
+    assert costs.change_seconds(before, Placed(before, geometry)) == 0.0
     if before != after:
-        seconds = costs.change_seconds(before, after, node_size)
+        changed = Placed(after, geometry)
+        seconds = costs.change_seconds(before, changed)
         assert costs.least_change_seconds(geometry) <= seconds
-        whole_s = costs.restore_seconds(after, node_size, algorithm)
+        whole_s = costs.restore_seconds(changed, algorithm)
         assert seconds <= whole_s + costs.solve_seconds(geometry)
 
 
@@ -206,9 +209,9 @@ def test_one_changed_slot_of_equal_slices_costs_exactly_the_bound(algorithm: str
     before = ExpertLayout.static(8, 2, 8)
     slots = before.to_list()
     slots[5] = (slots[5] + 3) % 8
-    after = ExpertLayout.from_slots(8, 2, 8, slots)
+    after = Placed(ExpertLayout.from_slots(8, 2, 8, slots), geometry)
     least_s = costs.least_change_seconds(geometry)
-    assert costs.change_seconds(before, after, 4) == pytest.approx(least_s, rel=1e-8)
+    assert costs.change_seconds(before, after) == pytest.approx(least_s, rel=1e-8)
 
 
 @settings(max_examples=100)
@@ -217,13 +220,13 @@ def test_what_no_layer_hides_is_exposed(
     geometry: Geometry, algorithm: ExchangeAlgorithm, seed: int
 ) -> None:
     costs = make_costs(ffn=40, restore_algorithm=algorithm)
-    layout, size = ExpertLayout.random(*shape_of(geometry), seed=(seed,)), geometry.node_size
-    restore_s = costs.restore_seconds(layout, size, algorithm)
-    assert costs.reduce_seconds(layout, size, algorithm) == restore_s
+    of_random = Placed(ExpertLayout.random(*shape_of(geometry), seed=(seed,)), geometry)
+    restore_s = costs.restore_seconds(of_random, algorithm)
+    assert costs.reduce_seconds(of_random, algorithm) == restore_s
     # A layer without time hides nothing: two restores and a reduce are exposed.
-    assert costs.exposed_seconds(layout, size, 0.0) == pytest.approx(3 * restore_s, rel=1e-12)
-    assert costs.exposed_seconds(layout, size, 3 * restore_s * (1 + 1e-9)) == 0.0
-    longer = [costs.exposed_seconds(layout, size, part * restore_s) for part in (0.5, 1, 2)]
+    assert costs.exposed_seconds(of_random, 0.0) == pytest.approx(3 * restore_s, rel=1e-12)
+    assert costs.exposed_seconds(of_random, 3 * restore_s * (1 + 1e-9)) == 0.0
+    longer = [costs.exposed_seconds(of_random, part * restore_s) for part in (0.5, 1, 2)]
     assert longer == sorted(longer, reverse=True)
 
 
@@ -244,12 +247,12 @@ def test_a_shorter_part_of_forward_hides_less_of_a_restore_in_forward(
     factor: float, recompute: Recompute, share: float
 ) -> None:
     costs = make_costs(backward_gemm_factor=factor, recompute=recompute)
-    layout = ExpertLayout.static(4, 3, 8)
-    restore_s = costs.restore_seconds(layout, 2, costs.restore_algorithm)
+    static = placed(ExpertLayout.static(4, 3, 8), 2)
+    restore_s = costs.restore_seconds(static, costs.restore_algorithm)
     for part in (0.5, 1.0, 2.0, 4.0):
         forward_s, backward_s = part * share * restore_s, part * (1 - share) * restore_s
         expected_s = max(restore_s - forward_s, 0) + max(2 * restore_s - backward_s, 0)
-        exposed_s = costs.exposed_seconds(layout, 2, part * restore_s)
+        exposed_s = costs.exposed_seconds(static, part * restore_s)
         assert exposed_s == pytest.approx(expected_s, rel=1e-12)
 
 
@@ -275,6 +278,6 @@ def test_bad_values_are_quoted() -> None:
         Link(0.0, 0.0)
     counts_NE = np.ones((2, 2), dtype=np.int64)
     with pytest.raises(ValueError, match="'odd': must be one of exact, even"):
-        COSTS.layer_seconds(counts_NE, ExpertLayout.static(2, 1, 2), 2, Split("odd"))
-    with pytest.raises(ValueError, match="layouts of different"):
-        COSTS.change_seconds(ExpertLayout.static(2, 1, 2), ExpertLayout.static(2, 2, 2), 1)
+        COSTS.layer_seconds(counts_NE, placed(ExpertLayout.static(2, 1, 2), 2), Split("odd"))
+    with pytest.raises(ValueError, match=r"layout is for .* = \(2, 1, 2\), the planner for"):
+        COSTS.change_seconds(ExpertLayout.static(2, 1, 2), placed(ExpertLayout.static(2, 2, 2)))

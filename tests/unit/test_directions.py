@@ -20,6 +20,7 @@ from megatron_laer.runtime.weights.layer import Homes, Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.states import ExpertsState, WeightState
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
+from tests.placed import placed
 from tests.unit import test_restored_experts as one_direction
 from tests.unit.test_restored_experts import CPU, ROWS, compute, ones
 
@@ -45,7 +46,7 @@ def directed(streams: ExchangeStreams) -> RestoredExperts:
     )
     for parameter in parameters:
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
-    index = layout_index(ExpertLayout.static(1, 2, 2), CPU)
+    index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
     share = Directed(parameters, ROWS, MegatronMainGrads())
     return RestoredExperts.for_pass("layer 1", share, index, streams)
 
@@ -54,7 +55,7 @@ def follow(
     restored: RestoredExperts, streams: ExchangeStreams, slots: tuple[int, int] = (1, 0)
 ) -> RestoredExperts:
     """Return another pass through the layer, by default with the slots in the other order."""
-    index = layout_index(ExpertLayout.from_slots(1, 2, 2, slots), CPU)
+    index = layout_index(placed(ExpertLayout.from_slots(1, 2, 2, slots)), CPU)
     return RestoredExperts.for_pass("layer 1", restored._share, index, streams)
 
 
@@ -157,7 +158,7 @@ def test_a_forward_fetches_the_weights_of_its_own_backward_at_once(
 
 def test_a_step_holds_weights_of_both_directions(streams: ExchangeStreams) -> None:
     share = directed(streams)._share
-    index = layout_index(ExpertLayout.static(1, 2, 2), CPU)
+    index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
     held = StepExperts("layer 1", share, index, streams)
     count = streams.exchange.count
     for number in range(2):
@@ -169,7 +170,7 @@ def test_a_step_holds_weights_of_both_directions(streams: ExchangeStreams) -> No
             assert torch.equal(tokens.grad, wanted)  # type: ignore[arg-type]
         assert streams.weights.in_use == 4
         assert (count.restores, count.changes) == (2, 2 * number)
-        index = layout_index(ExpertLayout.from_slots(1, 2, 2, [1, 0]), CPU)
+        index = layout_index(placed(ExpertLayout.from_slots(1, 2, 2, [1, 0])), CPU)
     held.end_step(weights_changed=True)
     assert gone(held.experts, streams=streams)
     one_way = Slices(share.parameters, ROWS, MegatronMainGrads())  # type: ignore[arg-type]

@@ -20,6 +20,7 @@ from megatron_laer.runtime.comm import home_exchange, rows
 from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
+from tests.placed import placed
 
 HOT = pytest.importorskip("tests.exchange_kernels", reason="PyTorch for CUDA brings Triton").HOT
 FLAT, NODE = ExchangeAlgorithm.FLAT, ExchangeAlgorithm.NODE
@@ -60,7 +61,7 @@ def exchange_of(algorithm: ExchangeAlgorithm, node_size: int) -> tuple[Any, Layo
         for stage in ("", "_inter_node", "_intra_node"):
             setattr(groups, name + stage, object())
     exchange = (flat_exchange if algorithm is FLAT else node_exchange)(groups)
-    index = layout_index(HOT, torch.device("cpu"))
+    index = layout_index(placed(HOT, node_size), torch.device("cpu"))
     exchange.prepare_restore(index)
     exchange.prepare_reduce(index)
     return exchange, index
@@ -111,8 +112,8 @@ def test_a_layer_out_of_fp8_is_exchanged_by_a_way_of_its_own() -> None:
     relay = mock.Mock()
     with mock.patch.object(home_exchange, "DirectExchange"):
         chosen = home_exchange.ChosenExchange(
-            mock.Mock(), relay, lambda layout, in_fp8: NODE if in_fp8 else FLAT
+            mock.Mock(), relay, lambda placed: NODE if placed.in_fp8 else FLAT
         )
     for in_fp8 in (False, True):
-        chosen.prepare_reduce(mock.Mock(in_fp8=in_fp8))
+        chosen.prepare_reduce(mock.Mock(placed=mock.Mock(in_fp8=in_fp8)))
         assert relay.prepare_reduce.called == in_fp8

@@ -21,6 +21,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import SplitTotals
 from tests.costs import make_costs
 from tests.unit.planner_cases import KINDS, counts_of, geometries, shape_of
@@ -157,8 +158,8 @@ def judged_s(
         parts_NE = (counts_NE * share_E * int(wanted * 16) // int(total * 512)).astype(np.int64)
         totals = exact_split(layout, geometry.node_size).totals(parts_NE)
         in_tokens = SplitTotals(*(parts // 16 for parts in vars(totals).values()))
-        total_s += costs.split_seconds(in_tokens, layout, geometry.node_size)
-        total_s += costs.exposed_seconds(layout, geometry.node_size, beside_s)
+        total_s += costs.split_seconds(in_tokens, geometry)
+        total_s += costs.exposed_seconds(Placed(layout, geometry), beside_s)
     return total_s
 
 

@@ -23,8 +23,10 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import GUARD_MODES, Decision, Guard, in_words
 from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.token_prices import TokenPrices
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
+from tests.placed import placed
 from tests.unit.test_strategies import counts_for, geometries, shape_of
 
 HOSTS = (None, HostTime(3e-6, SolveTime(1e-5, 1e-7, 1e-8)))
@@ -122,12 +124,12 @@ def test_adaptive_takes_the_cheaper_and_its_early_way_out_changes_nothing(
 
     # Evaluate both choices fully, without early exits.
     fresh = construct_layout(counts_NE, planned, geometry.node_size)
-    kept_s = costs.layer_seconds(counts_NE, planned, geometry.node_size)
-    fresh_s = costs.layer_seconds(counts_NE, fresh, geometry.node_size)
-    cost_s = costs.change_seconds(planned, fresh, geometry.node_size)
+    kept_s = costs.layer_seconds(counts_NE, Placed(planned, geometry))
+    fresh_s = costs.layer_seconds(counts_NE, Placed(fresh, geometry))
+    cost_s = costs.change_seconds(planned, Placed(fresh, geometry))
     least_s = costs.least_layer_seconds(counts_NE, geometry)
     kept_exposed_s, fresh_exposed_s = (
-        costs.exposed_backward_seconds(layout, geometry.node_size, least_s)
+        costs.exposed_backward_seconds(Placed(layout, geometry), least_s)
         for layout in (planned, fresh)
     )
     if costs.restore_algorithm == ExchangeAlgorithm.FLAT:
@@ -166,9 +168,9 @@ def test_exchanges_that_backward_cannot_hide_count_against_more_experts_on_a_nod
         fresh = construct_layout(counts_NE, planned, 4)
         decision = Guard(PlanMode.ADAPTIVE, costs, geometry).decide(counts_NE, planned)
         # Without further requirements the fresh layout is worth its fetch with either number.
-        saved_s = costs.layer_seconds(counts_NE, planned, 4)
-        saved_s -= costs.layer_seconds(counts_NE, fresh, 4)
-        assert saved_s > costs.change_seconds(planned, fresh, 4)
+        saved_s = costs.layer_seconds(counts_NE, Placed(planned, geometry))
+        saved_s -= costs.layer_seconds(counts_NE, Placed(fresh, geometry))
+        assert saved_s > costs.change_seconds(planned, Placed(fresh, geometry))
         assert decision.solved and decision.gain_s is not None and decision.gain_s < saved_s
         replanned.append(decision.replanned)
     assert replanned == [False, True]
@@ -180,7 +182,9 @@ def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
     counts_NE, stock = np.array([[4, 3, 3]] * 3) * 1000, geometry.static_layout
     free = make_costs(intra=FREE, inter=FREE, points=((1, 1e12),), pairs_per_rank=10**4)
     balanced = replicate(counts_NE, geometry).layout
-    stock_s, balanced_s = (free.layer_seconds(counts_NE, of, 3) for of in (stock, balanced))
+    stock_s, balanced_s = (
+        free.layer_seconds(counts_NE, Placed(of, geometry)) for of in (stock, balanced)
+    )
     gain_s = stock_s - balanced_s
     assert gain_s > 10 * free.solve_seconds(geometry) > 0
     # Forward takes the host longer than the device, or not.
@@ -194,10 +198,10 @@ def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
                 assert (guard.decide(counts_NE, planned).layout != stock) == pays
         for beside_s in (0.0, balanced_s, 9.0):
             expected_s = host.replicas_seconds(beside_s * costs.forward_share)
-            assert costs.replicas_host_seconds(balanced, 3, beside_s, 1) == expected_s
-            assert costs.replicas_host_seconds(stock, 3, beside_s, 1) == 0.0
-            rows = ExpertLayout.random(*geometry.shape, (1,))  # all fetched
-            assert costs.replicas_host_seconds(rows, 3, beside_s, 0) == expected_s
+            assert costs.replicas_host_seconds(Placed(balanced, geometry), beside_s) == expected_s
+            assert costs.replicas_host_seconds(Placed(stock, geometry), beside_s) == 0.0
+            rows = placed(ExpertLayout.random(*geometry.shape, (1,)), 3)  # all fetched
+            assert costs.replicas_host_seconds(rows, beside_s) == expected_s
 
 
 @settings(max_examples=150)
@@ -326,9 +330,10 @@ def test_adaptive_finds_by_itself_that_microbatches_differ_in_kind(capacity: int
                 for counts_NE in microbatches:
                     decision = guard.decide(counts_NE, layout)
                     totals = decision.quotas.totals()
-                    seconds[mode] += costs.split_seconds(totals, decision.layout, 8)
+                    seconds[mode] += costs.split_seconds(totals, geometry)
                     if decision.replanned:
-                        seconds[mode] += costs.change_seconds(layout, decision.layout, 8)
+                        chosen = Placed(decision.layout, geometry)
+                        seconds[mode] += costs.change_seconds(layout, chosen)
                     elif mode == PlanMode.ADAPTIVE:
                         seconds[mode] += costs.solve_seconds(geometry)  # the result may go unused
         forecast = forecast.observe(sum(microbatches, np.zeros((16, 32), dtype=np.int64)))

@@ -18,6 +18,7 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.planner.typical import typical_layout
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
@@ -257,28 +258,28 @@ def test_native_prices_of_replicas_equal_the_plain_reference(
     fp8, recompute = [None, *Fp8Recipe][seed % 4], [*Recompute][seed % 3]
     costs = make_costs(hidden=7, ffn=5, memory_bytes_per_s=1e12, fp8=fp8, recompute=recompute)
     costs = costs.with_exchange(algorithm, geometry)
-    layout, before = random_replicas(geometry, seed), random_replicas(geometry, seed + 1)
-    size, home = geometry.node_size, geometry.home_slots
-    change_s = costs.change_seconds(before, layout, size, home)
-    assert change_s == priced.change_seconds(costs, before, layout, geometry)
+    layout = Placed(random_replicas(geometry, seed), geometry)
+    before = random_replicas(geometry, seed + 1)
+    change_s = costs.change_seconds(before, layout)
+    assert change_s == priced.change_seconds(costs, before, layout)
     assert change_s == 0.0 or change_s >= costs.least_change_seconds(geometry)
     for beside_s in (0.0, 1e-6, 1.0):
-        expected = priced.exposed_seconds(costs, layout, size, beside_s, home)
-        assert costs.exposed_seconds(layout, size, beside_s, home) == expected[0]
-        assert costs.exposed_backward_seconds(layout, size, beside_s, home) == expected[1]
-        exchanges_s = costs.exchanges_seconds(layout, size, beside_s, home)
-        assert expected[0] <= exchanges_s <= costs.exchanges_seconds(layout, size, 0.0, home)
-    assert costs.exposed_seconds(geometry.static_layout, size, 0.0, home) == 0.0
+        expected = priced.exposed_seconds(costs, layout, beside_s)
+        assert costs.exposed_seconds(layout, beside_s) == expected[0]
+        assert costs.exposed_backward_seconds(layout, beside_s) == expected[1]
+        exchanges_s = costs.exchanges_seconds(layout, beside_s)
+        assert expected[0] <= exchanges_s <= costs.exchanges_seconds(layout, 0.0)
+    assert costs.exposed_seconds(Placed(geometry.static_layout, geometry), 0.0) == 0.0
     # Backward has the weights of forward's re-run, but for those of mxfp8.
     again = fp8 == Fp8Recipe.MXFP8 and recompute != Recompute.NONE
-    way = costs.exchange_of(layout, size, home)
-    whole_s = (3 if again else 2) * costs.restore_seconds(layout, size, way, home_slots=home)
-    whole_s += costs.reduce_seconds(layout, size, way, home)
-    assert costs.exposed_seconds(layout, size, 0.0, home) == pytest.approx(whole_s, rel=1e-12)
+    way = costs.exchange_of(layout)
+    whole_s = (3 if again else 2) * costs.restore_seconds(layout, way)
+    whole_s += costs.reduce_seconds(layout, way)
+    assert costs.exposed_seconds(layout, 0.0) == pytest.approx(whole_s, rel=1e-12)
     guard = Guard(PlanMode.ADAPTIVE, costs, geometry)
     decision = guard.decide(counts_of("zipf", geometry, seed), before)
     if decision.replanned:
-        assert decision.cost_s == costs.change_seconds(before, decision.layout, size, home)
+        assert decision.cost_s == costs.change_seconds(before, Placed(decision.layout, geometry))
 
 
 def test_the_faster_way_is_chosen_for_a_typical_layout() -> None:

@@ -24,6 +24,7 @@ from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
+from tests.placed import placed
 
 CPU = torch.device("cpu")
 EXPERTS, ROWS, COLUMNS = 4, 5, 2
@@ -37,7 +38,7 @@ def one_rank() -> HierarchicalExchange:
 
 
 def index_of(*slots: int) -> LayoutIndex:
-    return layout_index(ExpertLayout.from_slots(1, EXPERTS, EXPERTS, slots), CPU)
+    return layout_index(placed(ExpertLayout.from_slots(1, EXPERTS, EXPERTS, slots)), CPU)
 
 
 def tensors_of(index: LayoutIndex) -> list[torch.Tensor]:

@@ -13,6 +13,7 @@ from megatron_laer.choices import TokenExchange
 from megatron_laer.config import PlanMode, Split
 from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.prediction import forced_balance_counts_NE, predict, stock_seconds
 from megatron_laer.planner.token_prices import TokenPrices
 from tests.recorded_runs import COSTS, GEOMETRY, GUARD, counts_NE
@@ -38,8 +39,9 @@ def test_a_prediction_is_the_cost_models(mode: PlanMode, split: Split) -> None:
     planned = ExpertLayout.static(4, 3, 8)
     decision = guard.decide(counts, planned)
     predicted = predict(guard, decision)
-    layer_s = COSTS.layer_seconds(counts, decision.layout, 2, split)
-    change_s = COSTS.change_seconds(planned, decision.layout, 2)
+    chosen = Placed(decision.layout, GEOMETRY)
+    layer_s = COSTS.layer_seconds(counts, chosen, split)
+    change_s = COSTS.change_seconds(planned, chosen)
     assert predicted.layer_s == layer_s + (change_s if decision.replanned else 0.0)
     assert predicted.bound_s <= predicted.layer_s
     assert predicted.balanced_s < predicted.stock_s

@@ -22,6 +22,7 @@ from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.split_backward import SplitBackward
 from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
 from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
+from tests.placed import placed
 from tests.unit.test_layout_index import one_rank
 
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def restored_experts(
     for parameter in parameters:
         if parameter.requires_grad:
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
-    index = layout_index(ExpertLayout.static(1, 2, 2), CPU)
+    index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
     slices = Slices(parameters, ROWS, MegatronMainGrads())
     return RestoredExperts.for_pass("layer 1", slices, index, streams, split)
 
@@ -201,7 +202,7 @@ def test_passes_through_one_layer_hand_on_its_weights(
     first = restored_experts(streams)
     index = first.index
     if slots != [0, 1]:
-        index = layout_index(ExpertLayout.from_slots(1, 2, 2, slots), CPU)
+        index = layout_index(placed(ExpertLayout.from_slots(1, 2, 2, slots)), CPU)
     second = RestoredExperts.for_pass("layer 1", first._share, index, streams)
     first.weights.hand_on(second.weights)
     second.prefetch_in_backward(first)
@@ -243,7 +244,7 @@ def test_a_flat_bias_is_lent_as_a_matrix_of_one_column(
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     slices = Slices((matrix, bias), (8, 8), MegatronMainGrads())
     assert slices.columns == (3, 1)
-    index = layout_index(ExpertLayout.static(1, 2, 2), CPU)
+    index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
     restored = RestoredExperts.for_pass("layer 1", slices, index, streams)
     lent_CR1 = restored.weights.matrix(1)
     assert torch.equal(lent_CR1, torch.arange(16.0).view(2, 8, 1))
@@ -330,7 +331,7 @@ def test_a_state_that_may_not_follow_is_named() -> None:
 def test_a_pass_without_replicas_leaves_no_wait_behind(streams: ExchangeStreams) -> None:
     """Experts that are held over a step would keep one per microbatch."""
     restored = restored_experts(streams)
-    restored.weights.index = layout_index(ExpertLayout.at_home(2, 2, 2), CPU, 1)
+    restored.weights.index = layout_index(placed(ExpertLayout.at_home(2, 2, 2), at_home=True), CPU)
     restored.wait_for_grads_here()
     restored.reduce_after_dispatch(torch.ones(2, requires_grad=True))
     assert not restored._placeholders
@@ -343,7 +344,7 @@ def slices(dtype: torch.dtype = torch.float32) -> Slices:
 
 
 def test_parameters_without_main_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    index = layout_index(ExpertLayout.static(2, 3, 4), torch.device("cpu"))
+    index = layout_index(placed(ExpertLayout.static(2, 3, 4)), torch.device("cpu"))
     streams = ExchangeStreams(HierarchicalExchange, None, None)  # type: ignore[arg-type]  # unused
     held = slices()
     with pytest.raises(ValueError, match=r"step, layer 1: .*DistributedDataParallel"):

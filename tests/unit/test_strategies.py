@@ -14,6 +14,7 @@ from megatron_laer.config import Split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.laer import place, replicas_by_load, replicas_even
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.strategies import make_strategy, strategy_names
 from tests.costs import make_costs
@@ -69,9 +70,9 @@ def test_laer_is_legal_repeatable_and_never_costs_more(geometry: Geometry, seed:
     assert planned.replicas_E.min() >= 1
     assert planned == laer.plan(counts_NE, current)
     static = ExpertLayout.static(*shape_of(geometry))
-    seconds = COSTS.layer_seconds(counts_NE, planned, geometry.node_size, Split.EVEN)
+    seconds = COSTS.layer_seconds(counts_NE, Placed(planned, geometry), Split.EVEN)
     for other in (current, static):
-        assert seconds <= COSTS.layer_seconds(counts_NE, other, geometry.node_size, Split.EVEN)
+        assert seconds <= COSTS.layer_seconds(counts_NE, Placed(other, geometry), Split.EVEN)
     assert laer.plan(counts_NE, planned) is planned
 
 

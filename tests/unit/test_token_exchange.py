@@ -24,6 +24,7 @@ from megatron_laer.planner.token_exchange import (
 )
 from megatron_laer.runtime.build import token_exchange
 from tests.costs import make_costs
+from tests.placed import placed
 
 RANK, NODE = TokenExchange
 QWEN = CostModel(
@@ -94,7 +95,7 @@ def test_a_layer_is_priced_as_its_exchange_is(node_size: int, recompute: Recompu
     seconds = token_seconds(costs, geometry, 8, 1024)
     for exchange in TokenExchange:
         priced = with_token_exchange(costs, exchange, geometry, 8, 1024)
-        layer_s = priced.layer_seconds(counts_NE, layout, node_size)
+        layer_s = priced.layer_seconds(counts_NE, placed(layout, node_size))
         assert layer_s == pytest.approx(seconds[exchange], rel=1e-6)
         assert priced.least_layer_seconds(counts_NE, geometry) <= layer_s
 

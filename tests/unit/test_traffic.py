@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from megatron_laer.arrays import Bool
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
-from megatron_laer.planner.sharding import changed_slots, node_sources, row_bounds
+from megatron_laer.planner.placed import Placed, node_sources, row_bounds
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
+from tests.placed import placed
 from tests.unit.planner_cases import geometries, shape_of, with_holes
 
 
 @dataclass
 class Case:
-    layout: ExpertLayout
-    node_size: int
+    of: Placed
     matrices: list[tuple[int, int]]
     changed_S: Bool
-    before: ExpertLayout
+    before: Placed
 
 
 @st.composite
@@ -44,21 +44,21 @@ def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
     before_S[changed_S] = np.random.default_rng(seed + 1).permutation(before_S[changed_S])
     before = ExpertLayout.from_slots(*shape_of(geometry), before_S)
     before = with_holes(before, draw(st.sampled_from([0.0, 0.3])), seed + 2)
-    return Case(layout, geometry.node_size, matrices, changed_S, before)
+    return Case(Placed(layout, geometry), matrices, changed_S, Placed(before, geometry))
 
 
 def traffic_by_message(case: Case, algorithm: ExchangeAlgorithm, keep: bool = False) -> Traffic:
-    layout, G = case.layout, case.node_size
+    layout, G = case.of.layout, case.of.geometry.node_size
     N, C = layout.num_ranks, layout.capacity
-    changed_S = changed_slots(case.before, layout) if keep else case.changed_S
+    changed_S = case.of.changed_S(case.before) if keep else case.changed_S
     held: dict[tuple[int, int], int] = {}  # (node, expert) → the slot that has it
     if keep and G < N:
-        found = node_sources(layout, G, changed_S, case.before)
+        found = node_sources(case.of, G, changed_S, case.before)
         for pair, slot in zip(
             found.shared_pairs.tolist(), found.shared_slots.tolist(), strict=True
         ):
             node, expert = divmod(pair, layout.num_experts)
-            assert slot // C // G == node and case.before.slot_expert_S[slot] == expert
+            assert slot // C // G == node and case.before.replica_expert_S[slot] == expert
             held[node, expert] = slot
     sent: dict[tuple[int, int], int] = defaultdict(int)  # (from, to) → elements
     for rows, columns in case.matrices:
@@ -79,7 +79,7 @@ def traffic_by_message(case: Case, algorithm: ExchangeAlgorithm, keep: bool = Fa
                 continue
             node = range(to // G * G, to // G * G + G)
             distinct = {expert for rank in node for expert in wanted[rank]}
-            before_S = case.before.slot_expert_S.reshape(N // G, -1)[to // G]
+            before_S = case.before.replica_expert_S.reshape(N // G, -1)[to // G]
             have = set(before_S.tolist()) if keep and G < N else set()
             assert {e for node, e in held if node == to // G} == distinct & have
             for source in range(to % G, N, G):
@@ -112,9 +112,9 @@ def assert_equal(a: Traffic, b: Traffic) -> None:
 def test_the_formulas_equal_a_count_message_by_message(
     case: Case, algorithm: ExchangeAlgorithm
 ) -> None:
-    of = case.layout, case.node_size, case.matrices, algorithm
+    of = case.of, case.matrices, algorithm
     assert_equal(restore_traffic(*of, case.changed_S), traffic_by_message(case, algorithm))
-    assert (case.layout.slot_expert_S[changed_slots(case.before, case.layout)] != EMPTY).all()
+    assert (case.of.replica_expert_S[case.of.changed_S(case.before)] != EMPTY).all()
     kept = traffic_by_message(case, algorithm, keep=True)
     assert_equal(restore_traffic(*of, before=case.before), kept)
     # Gradients travel as a full restore backwards.
@@ -133,12 +133,13 @@ def per_node(elements_N: np.ndarray, node_size: int) -> np.ndarray:
 def test_no_node_receives_or_sends_more_across_nodes_than_flat(case: Case) -> None:
     for keep in ({"changed_S": case.changed_S}, {"before": case.before}, {}):
         flat, node = (
-            restore_traffic(case.layout, case.node_size, case.matrices, algorithm, **keep)  # type: ignore[arg-type]
+            restore_traffic(case.of, case.matrices, algorithm, **keep)  # type: ignore[arg-type]
             for algorithm in ExchangeAlgorithm
         )
         for name in ("inter_N", "sent_inter_N"):
             by_node, by_flat = (
-                per_node(getattr(traffic, name), case.node_size) for traffic in (node, flat)
+                per_node(getattr(traffic, name), case.of.geometry.node_size)
+                for traffic in (node, flat)
             )
             assert (by_node <= by_flat).all(), (name, keep)
 
@@ -147,10 +148,7 @@ def test_no_node_receives_or_sends_more_across_nodes_than_flat(case: Case) -> No
 @given(cases(max_ranks=1024, even_rows=True))
 def test_no_rank_receives_or_sends_more_across_nodes_where_rows_are_even(case: Case) -> None:
     for formula in (restore_traffic, reduce_traffic):
-        flat, node = (
-            formula(case.layout, case.node_size, case.matrices, algorithm)
-            for algorithm in ExchangeAlgorithm
-        )
+        flat, node = (formula(case.of, case.matrices, algorithm) for algorithm in ExchangeAlgorithm)
         assert (node.inter_N <= flat.inter_N).all()
         assert (node.sent_inter_N <= flat.sent_inter_N).all()
 
@@ -166,19 +164,18 @@ def test_seconds_follow_the_slower_direction_of_the_slowest_rank() -> None:
 def test_wrong_arguments_are_refused_with_what_works() -> None:
     layout = ExpertLayout.static(4, 2, 4)
     with pytest.raises(ValueError, match=r"'tree'.*flat, node"):
-        restore_traffic(layout, 2, [(8, 8)], ExchangeAlgorithm("tree"))
-    with pytest.raises(ValueError, match="node size 3 does not divide the 4 ranks"):
-        reduce_traffic(layout, 3, [(8, 8)], "node")
+        restore_traffic(placed(layout, 2), [(8, 8)], ExchangeAlgorithm("tree"))
     with pytest.raises(ValueError, match=r"expected \(8,\)"):
-        restore_traffic(layout, 2, [(8, 8)], "node", np.ones(3, dtype=np.bool_))
+        restore_traffic(placed(layout, 2), [(8, 8)], "node", np.ones(3, dtype=np.bool_))
     with pytest.raises(ValueError, match="different"):
-        changed_slots(layout, ExpertLayout.static(4, 3, 4))
+        layout.changed_from(ExpertLayout.static(4, 3, 4))
 
 
 def test_ranks_that_hold_the_same_experts_hand_out_equally_many() -> None:
     before = ExpertLayout.static(8, 8, 8)
     after_S = (before.slot_expert_S.reshape(8, 8) + 1) % 8
-    after = ExpertLayout.from_slots(8, 8, 8, after_S.reshape(-1))
-    found = node_sources(after, 4, changed_slots(before, after), before)
+    after = placed(ExpertLayout.from_slots(8, 8, 8, after_S.reshape(-1)), 4)
+    kept = placed(before, 4)
+    found = node_sources(after, 4, after.changed_S(kept), kept)
     assert len(found.fetched_pairs) == 0
     assert np.bincount(found.shared_slots // 8, minlength=8).tolist() == [2] * 8

@@ -87,9 +87,9 @@ def test_a_sender_reads_and_writes_before_it_packs():
 def test_weights_cost_four_bytes_per_microbatch_instead_of_six():
     costs = make_costs(hidden=4096, ffn=1536, fp8=Fp8Recipe.TENSORWISE)
     grads = costs.grads_form.expert_bytes
-    moved = 2 * costs.weights_form(1).expert_bytes + grads
+    moved = 2 * costs.weights_form(Sharding.EXPERTS).expert_bytes + grads
     assert moved / (3 * grads) == pytest.approx(4 / 6, rel=1e-3)
-    assert costs.weights_form(0) == costs.grads_form  # rows are not quantised
+    assert costs.weights_form(Sharding.ROWS) == costs.grads_form  # rows are not quantised
 
 
 def test_fewer_bytes_make_a_replica_pay_and_faster_compute_undoes_it():

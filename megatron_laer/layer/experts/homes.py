@@ -93,7 +93,7 @@ class HomeExperts:
         restored, tokens_C = plan.restored, plan.quotas.tokens_C
         home_C, replica_C = tokens_C[: self._num_home], tokens_C[self._num_home :]
         tokens_per_expert = torch.tensor(home_C)
-        if not restored.index.has_replicas:
+        if not restored.index.placed.has_replicas:
             output_TH = self._at_home(input_TH, tokens_per_expert, probs_T)
             return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
         sizes = [sum(home_C), sum(replica_C)]

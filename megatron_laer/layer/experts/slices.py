@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
-from megatron_laer.planner.sharding import row_bounds
+from megatron_laer.planner.placed import row_bounds
 
 Init = Callable[[torch.Tensor], object]
 

@@ -20,7 +20,7 @@ from itertools import pairwise
 import torch
 import torch.distributed as dist
 
-from megatron_laer.planner.sharding import row_bounds
+from megatron_laer.planner.placed import row_bounds
 from megatron_laer.runtime.comm.process_groups import Group
 
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from megatron_laer.arrays import Int64
-from megatron_laer.planner.layout import EMPTY, ExpertLayout
+from megatron_laer.planner.layout import EMPTY
+from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm.buffers import Buffers
 from megatron_laer.runtime.comm.process_groups import Group
 from megatron_laer.runtime.comm.stages import Stage
@@ -47,15 +47,11 @@ class DirectIndex:
         return self.slots == list(range(len(self.slots)))
 
 
-def direct_index(
-    before: ExpertLayout | None, after: ExpertLayout, home_slots: int, rank: int
-) -> DirectIndex:
+def direct_index(before: Placed | None, after: Placed, rank: int) -> DirectIndex:
     """Index the replica slots of `after` whose expert differs from `before`, if that is given."""
-    num_ranks = after.num_ranks
-    expert_NC = _replicas(after, home_slots)
-    changed_NC = expert_NC != EMPTY
-    if before is not None:
-        changed_NC &= expert_NC != _replicas(before, home_slots)
+    num_ranks, home_slots = after.geometry.num_ranks, after.geometry.home_slots
+    expert_NC = after.replica_expert_S.reshape(num_ranks, -1).astype(np.int64)
+    changed_NC = after.changed_S(before).reshape(num_ranks, -1)
     home_NC = np.where(changed_NC, expert_NC // home_slots, EMPTY)
     to, at = np.nonzero(home_NC == rank)
     order = np.argsort(home_NC[rank], kind="stable")
@@ -67,11 +63,6 @@ def direct_index(
         slots=slots.tolist(),
         received_N=np.bincount(home_NC[rank][slots], minlength=num_ranks).tolist(),
     )
-
-
-def _replicas(layout: ExpertLayout, home_slots: int) -> Int64:
-    slots_NC = layout.slot_expert_S.reshape(layout.num_ranks, layout.capacity)
-    return slots_NC[:, home_slots:].astype(np.int64)
 
 
 def send_homes(

@@ -12,12 +12,11 @@ rank's slice, K columns.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 
-from megatron_laer.choices import Sharding
 from megatron_laer.config import FSEPConfig, WireDtype
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
@@ -210,7 +209,7 @@ class HierarchicalExchange(Exchange):
             `add_to`, or a new [E, r, K] in the gradient's dtype, as autograd demands.
         """
         grad_CRK = grad_CRK.contiguous()
-        shape = (index.layout.num_experts, *self.own_rows_of(grad_CRK))
+        shape = (index.placed.geometry.num_experts, *self.own_rows_of(grad_CRK))
         out_ErK = grad_CRK.new_empty(shape) if add_to is None else add_to
         assert out_ErK.shape == shape and out_ErK.is_contiguous()
         wire = self.wire_dtype_of(grad_CRK, wire_dtype)
@@ -258,18 +257,17 @@ class HierarchicalExchange(Exchange):
         return DataPath(self._node, self._local_rank, stages, blocks, buffers, count)
 
     def restore_index_of(self, index: LayoutIndex, before: LayoutIndex | None) -> RestoreIndex:
-        layout = None if before is None else before.layout
-        return index.for_restore(layout, self.node_size, self.groups.rank)
+        kept = None if before is None else before.placed
+        return index.for_restore(kept, self.node_size, self.groups.rank)
 
     def reduce_index_of(self, index: LayoutIndex) -> ReduceIndex:
         return index.for_reduce(self.node_size, self.groups.rank)
 
     def geometry_of(self, index: LayoutIndex) -> Geometry:
-        layout = index.layout
-        sharding = Sharding.EXPERTS if index.home_slots else Sharding.ROWS
-        return Geometry(
-            layout.num_ranks, layout.num_experts, layout.capacity, self.node_size, sharding
-        )
+        geometry = index.placed.geometry
+        if geometry.node_size == self.node_size:
+            return geometry
+        return replace(geometry, node_size=self.node_size)
 
 
 def result_of_restore(
@@ -286,10 +284,11 @@ def result_of_restore(
     """
     assert reuse is None or out is None, "reused weights are updated in place"
     out_CRK = out if reuse is None else reuse.matrix_CRK
+    slots = index.placed.geometry.replica_slots
     if out_CRK is None:
         of_one = source if isinstance(source, torch.Tensor) else source[0]
-        out_CRK = of_one.new_empty((index.replica_slots, rows, of_one.shape[-1]))
-    assert out_CRK.shape[:2] == (index.replica_slots, rows) and out_CRK.is_contiguous()
+        out_CRK = of_one.new_empty((slots, rows, of_one.shape[-1]))
+    assert out_CRK.shape[:2] == (slots, rows) and out_CRK.is_contiguous()
     return out_CRK
 
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from megatron_laer.choices import ExchangeAlgorithm
-from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm.buffers import Workspace
 from megatron_laer.runtime.comm.direct import send_grads, send_homes
 from megatron_laer.runtime.comm.exchange import Exchange, ReusableWeights, result_of_restore
@@ -42,7 +42,7 @@ class DirectExchange(Exchange):
         return (self._restore_stage.group, self._reduce_stage.group)
 
     def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
-        index.for_direct(None if before is None else before.layout, self.groups.rank)
+        index.for_direct(None if before is None else before.placed, self.groups.rank)
 
     def prepare_reduce(self, index: LayoutIndex) -> None:
         index.for_direct(None, self.groups.rank)
@@ -65,7 +65,7 @@ class DirectExchange(Exchange):
             out: contiguous [C, R, K] to restore to; not with `reuse`.
         """
         out_CRK = result_of_restore(homes_hRK, index, rows, reuse, out)
-        before = None if reuse is None else reuse.index.layout
+        before = None if reuse is None else reuse.index.placed
         needed = index.for_direct(before, self.groups.rank)
         if needed.has_work:
             with self.restore_workspace.lent() as lent:
@@ -103,7 +103,7 @@ class DirectExchange(Exchange):
             for expert, part_RK in zip(needed.sent, received_nRK, strict=True):
                 sums[expert] = sums[expert] + part_RK if expert in sums else part_RK.float()
         if add_to is None:
-            sums_hRK = grad_CRK.new_zeros((index.home_slots, *grad_CRK.shape[1:]))
+            sums_hRK = grad_CRK.new_zeros((index.placed.geometry.home_slots, *grad_CRK.shape[1:]))
             for expert, sum_RK in sums.items():
                 sums_hRK[expert].copy_(sum_RK)
             return sums_hRK
@@ -113,16 +113,13 @@ class DirectExchange(Exchange):
 
 
 class ChosenExchange(Exchange):
-    """Exchange of each layout by direct or by relay, as `choose` says on every rank alike.
-
-    It is called with the layout and whether the layer is in fp8.
-    """
+    """Exchange of each layout by direct or by relay, as `choose` says on every rank alike."""
 
     def __init__(
         self,
         groups: FSEPGroups,
         relay: RelayExchange,
-        choose: Callable[[ExpertLayout, bool], ExchangeAlgorithm],
+        choose: Callable[[Placed], ExchangeAlgorithm],
     ) -> None:
         self.count = relay.count
         self._choose = choose
@@ -166,4 +163,4 @@ class ChosenExchange(Exchange):
         return self._of(index).reduce_steps(grad_CRK, index, wire_dtype=wire_dtype, add_to=add_to)
 
     def _of(self, index: LayoutIndex) -> DirectExchange | RelayExchange:
-        return self._by_algorithm[self._choose(index.layout, index.in_fp8)]
+        return self._by_algorithm[self._choose(index.placed)]

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.layout import EMPTY
-from megatron_laer.planner.sharding import ReplicaSlots, node_sources
+from megatron_laer.choices import Sharding
+from megatron_laer.planner.placed import Placed, node_sources
 from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.copies import upload_arrays
 from megatron_laer.runtime.comm.process_groups import Group
@@ -49,17 +49,14 @@ class ReduceIndex:
     inter_node: ReplicaSums | None
 
 
-def reduce_index(
-    layout: ReplicaSlots, node_size: int, rank: int, device: torch.device
-) -> ReduceIndex:
-    expert_S = layout.slot_expert_S.astype(np.int64)
+def reduce_index(placed: Placed, node_size: int, rank: int, device: torch.device) -> ReduceIndex:
+    geometry, expert_S = placed.geometry, placed.replica_expert_S.astype(np.int64)
     node, local_rank = divmod(rank, node_size)
-    filled_S = expert_S != EMPTY
-    slots_of_node = slice(*(np.array([node, node + 1]) * node_size * layout.capacity))
-    filled_GC = filled_S[slots_of_node].reshape(node_size, layout.capacity)
-    summed = np.arange(layout.num_experts)
-    if layout.have_homes:
-        summed = np.unique(expert_S[filled_S])
+    slots_of_node = slice(*(np.array([node, node + 1]) * node_size * geometry.replica_slots))
+    filled_GC = placed.filled_S[slots_of_node].reshape(node_size, -1)
+    summed = np.arange(geometry.num_experts)
+    if geometry.sharding == Sharding.EXPERTS:
+        summed = np.unique(expert_S[placed.filled_S])
     of_rank = {
         "experts": summed,
         "filled_G": filled_GC.sum(axis=1).tolist(),
@@ -68,11 +65,11 @@ def reduce_index(
     # Parts of a sum are the node's filled slots, or a single rank's slots as they are.
     part_n = np.arange(filled_GC.sum()) if node_size > 1 else np.flatnonzero(filled_GC[0])
     expert_n = expert_S[slots_of_node][filled_GC.ravel()]
-    if layout.num_ranks == node_size:
+    if geometry.num_ranks == node_size:
         (sums,) = _replica_sums([(np.searchsorted(summed, expert_n), part_n)], device)
         return ReduceIndex(**of_rank, distinct_M=[], intra_node=sums, inter_node=None)
     node_of_pair, experts = np.divmod(
-        node_sources(layout, node_size, filled_S).fetched_pairs, layout.num_experts
+        node_sources(placed, node_size, placed.filled_S).fetched_pairs, geometry.num_experts
     )
     of_node = np.searchsorted(experts[node_of_pair == node], expert_n)
     of_pair = np.searchsorted(summed, experts)
@@ -81,7 +78,7 @@ def reduce_index(
     )
     return ReduceIndex(
         **of_rank,
-        distinct_M=np.bincount(node_of_pair, minlength=layout.num_ranks // node_size).tolist(),
+        distinct_M=np.bincount(node_of_pair, minlength=geometry.num_ranks // node_size).tolist(),
         intra_node=intra_node,
         inter_node=inter_node,
     )

@@ -101,7 +101,8 @@ class RelayExchange(Exchange):
             self.count.add_reduce(*moved)
             sums_hRK = None
             if add_to is None:
-                sums_hRK = grad_CRK.new_zeros((index.home_slots, *grad_CRK.shape[1:]))
+                num_homes = index.placed.geometry.home_slots
+                sums_hRK = grad_CRK.new_zeros((num_homes, *grad_CRK.shape[1:]))
                 add_to = sums_hRK.unbind()
             blocks = row_blocks(grad_CRK.shape[1], self._num_ranks, self._num_ranks)
             for at, home in enumerate(hop.mine):
@@ -134,11 +135,12 @@ class RelayExchange(Exchange):
         return slice_XrK
 
     def _hop(self, experts: Int64, index: LayoutIndex, like_CRK: torch.Tensor) -> _Hop:
-        home_N = np.bincount(experts // index.home_slots, minlength=self._num_ranks).tolist()
+        num_homes = index.placed.geometry.home_slots
+        home_N = np.bincount(experts // num_homes, minlength=self._num_ranks).tolist()
         own_rows, columns = self._of_rows.own_rows_of(like_CRK)
         blocks = row_blocks(like_CRK.shape[1], self._num_ranks, self._num_ranks)
-        first = self._rank * index.home_slots
-        mine = experts[(experts >= first) & (experts < first + index.home_slots)] - first
+        first = self._rank * num_homes
+        mine = experts[(experts >= first) & (experts < first + num_homes)] - first
         return _Hop(
             mine.tolist(),
             of_homes=[number * own_rows * columns for number in home_N],

@@ -35,7 +35,8 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.planner.sharding import ReplicaSlots, changed_slots, filled_slots, node_sources
+from megatron_laer.choices import Sharding
+from megatron_laer.planner.placed import Placed, node_sources
 from megatron_laer.runtime.comm.copies import upload_arrays
 from megatron_laer.runtime.comm.process_groups import Group
 from megatron_laer.runtime.comm.rows import gather_rows, pack_rows, unpack_rows
@@ -79,25 +80,25 @@ class RestoreIndex:
 
 
 def restore_index(
-    before: ReplicaSlots | None,
-    after: ReplicaSlots,
+    before: Placed | None,
+    after: Placed,
     node_size: int,
     rank: int,
     device: torch.device,
 ) -> RestoreIndex:
     """Index the slots of `after` whose expert differs from `before`; all slots if that is None."""
-    num_ranks, capacity = after.num_ranks, after.capacity
+    num_ranks, num_experts = after.geometry.num_ranks, after.geometry.num_experts
     node, local_rank = divmod(rank, node_size)
-    changed_S = filled_slots(after) if before is None else changed_slots(before, after)
+    changed_S = after.changed_S(before)
     ranks_of_node = slice(node * node_size, (node + 1) * node_size)
-    changed_GC = changed_S.reshape(num_ranks, capacity)[ranks_of_node]
-    expert_GC = after.slot_expert_S.astype(np.int64).reshape(num_ranks, capacity)[ranks_of_node]
+    changed_GC = changed_S.reshape(num_ranks, -1)[ranks_of_node]
+    expert_GC = after.replica_expert_S.astype(np.int64).reshape(num_ranks, -1)[ranks_of_node]
 
-    experts = np.arange(after.num_experts)
-    if after.have_homes:
-        experts = np.unique(after.slot_expert_S[changed_S]).astype(np.int64)
+    experts = np.arange(num_experts)
+    if after.geometry.sharding == Sharding.EXPERTS:
+        experts = np.unique(after.replica_expert_S[changed_S]).astype(np.int64)
     arrivals = _arrivals(before, after, changed_S, node_size, rank, experts)
-    position_n = arrivals.positions(expert_GC[changed_GC], after.num_experts)
+    position_n = arrivals.positions(expert_GC[changed_GC], num_experts)
     sent_positions = np.searchsorted(experts, arrivals.sent_experts)
     sent_experts, positions = upload_arrays([sent_positions, position_n], device)
     return RestoreIndex(
@@ -130,16 +131,16 @@ class _Arrivals:
 
 
 def _arrivals(
-    before: ReplicaSlots | None,
-    after: ReplicaSlots,
+    before: Placed | None,
+    after: Placed,
     changed_S: Bool,
     node_size: int,
     rank: int,
     held: Int64,
 ) -> _Arrivals:
     """Separate fetched experts from shared ones, in the order in which they arrive."""
-    num_experts, capacity = after.num_experts, after.capacity
-    num_nodes, node = after.num_ranks // node_size, rank // node_size
+    num_experts, capacity = after.geometry.num_experts, after.geometry.replica_slots
+    num_nodes, node = after.geometry.num_ranks // node_size, rank // node_size
     if num_nodes == 1:  # the node's ranks hold all rows of every expert
         nothing = np.empty(0, np.int64)
         return _Arrivals(nothing, [0], [], [0] * node_size, held)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
+from megatron_laer.choices import Sharding
+from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import FsepLayer, restored_bytes
@@ -21,14 +25,14 @@ class LayerExperts:
         self,
         streams: ExchangeStreams,
         device: torch.device,
+        geometry: Geometry,
         *,
         holds_step: bool,
-        home_slots: int = 0,
     ) -> None:
         self.holds_step = holds_step
         self._streams = streams
         self._device = device
-        self._home_slots = home_slots
+        self._geometry = geometry
         self._indexes: dict[str, LayoutIndex] = {}
         self._of_step: dict[str, StepExperts] = {}
 
@@ -44,8 +48,7 @@ class LayerExperts:
         return restored
 
     def change(self, experts: RestoredExperts, layout: ExpertLayout) -> None:
-        in_fp8 = experts.index.in_fp8
-        experts.change(layout_index(layout, self._device, self._home_slots, in_fp8=in_fp8))
+        experts.change(layout_index(replace(experts.index.placed, layout=layout), self._device))
 
     def begin_step(
         self, layouts: Sequence[tuple[FsepLayer, ExpertLayout]], num_microbatches: int | None
@@ -53,7 +56,7 @@ class LayerExperts:
         """Upload index tensors of layers with known layouts, and begin to hold their experts."""
         indexes = [(layer, self._index(layer, layout)) for layer, layout in layouts]
         for _, index in indexes:
-            if not index.has_replicas:
+            if not index.placed.has_replicas:
                 continue
             self._streams.exchange.prepare_restore(index)
             self._streams.exchange.prepare_reduce(index)
@@ -74,7 +77,7 @@ class LayerExperts:
 
     def end_step(self, *, weights_changed: bool) -> None:
         # Writes to homes between steps, such as a load, are stock's and not seen here.
-        weights_changed = weights_changed or self._home_slots > 0
+        weights_changed = weights_changed or self._geometry.sharding == Sharding.EXPERTS
         for held in self._of_step.values():
             held.end_step(weights_changed=weights_changed)
 
@@ -99,7 +102,7 @@ class LayerExperts:
 
     def _index(self, layer: FsepLayer, layout: ExpertLayout) -> LayoutIndex:
         index = self._indexes.get(layer.name)
-        if index is None or index.layout != layout:
-            index = layout_index(layout, self._device, self._home_slots, in_fp8=layer.in_fp8)
+        if index is None or index.placed.layout != layout:
+            index = layout_index(Placed(layout, self._geometry, layer.in_fp8), self._device)
             self._indexes[layer.name] = index
         return index

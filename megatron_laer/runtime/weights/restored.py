@@ -178,9 +178,9 @@ class RestoredExperts:
     def reduce_after_dispatch(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mark the tokens to dispatch, whose gradient's arrival starts a deferred reduce."""
         if self._split.by_parts:
-            waits = self.index.has_replicas and bool(self._share.trained)
+            waits = self.index.placed.has_replicas and bool(self._share.trained)
             return self._reduce_after(tokens) if waits else tokens
-        if not self.index.has_replicas:
+        if not self.index.placed.has_replicas:
             self._placeholders.clear()  # step-held experts would keep those of every pass
             return tokens
         # Delayed gradients too are sent later than a wait that is made with the experts.
@@ -260,7 +260,7 @@ class RestoredExperts:
 
     def prepare_backward(self) -> None:
         """Build backward's index tensors of a new layout, while the device computes the experts."""
-        if self.index.has_replicas:
+        if self.index.placed.has_replicas:
             self._exchange.prepare_restore(self.index)
             self._exchange.prepare_reduce(self.index)
 
@@ -272,7 +272,9 @@ class RestoredExperts:
         following = self._next_in_backward
         if following and following.first_in_backward.share is self.backward_weights.share:
             self.backward_weights.hand_on(following.first_in_backward)
-        elif following is not None and not (self._split.by_parts and self.index.has_replicas):
+        elif following is not None and not (
+            self._split.by_parts and self.index.placed.has_replicas
+        ):
             following.start_backward_restore()
         elif following is None and self._ends_backward is not None:
             self._ends_backward(self.backward_weights)
@@ -321,7 +323,7 @@ class RestoredExperts:
 
     def _finish_apart(self) -> tuple[torch.Tensor | None, ...]:
         share = self._share
-        summed = self.grads.finish_reduce() if self.index.has_replicas else share.added()
+        summed = self.grads.finish_reduce() if self.index.placed.has_replicas else share.added()
         if not share.have_main_grads:
             return summed
         if self._split.grads_ready is not None:

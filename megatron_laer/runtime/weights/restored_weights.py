@@ -50,13 +50,13 @@ class RestoredWeights:
     @property
     def shapes(self) -> tuple[tuple[int, int, int], ...]:
         return tuple(
-            (self.index.replica_slots, rows, columns)
+            (self.index.placed.geometry.replica_slots, rows, columns)
             for rows, columns in zip(self.share.rows, self.share.columns, strict=True)
         )
 
     def start_restore(self) -> None:
         """Start to fetch the slots' experts, unless already started. Collective over the group."""
-        if self.state.weights is not WeightState.SHARDED or not self.index.has_replicas:
+        if self.state.weights is not WeightState.SHARDED or not self.index.placed.has_replicas:
             return
         self.state.enter(WeightState.RESTORING)
         exchange, pool = self._streams.exchange, self._streams.weights
@@ -68,7 +68,7 @@ class RestoredWeights:
                 self.index,
                 carried.rows,
                 out=pool.take(
-                    (self.index.replica_slots, carried.rows, carried.columns),
+                    (self.index.placed.geometry.replica_slots, carried.rows, carried.columns),
                     carried.dtype,
                     like.device,
                 ),
@@ -87,7 +87,7 @@ class RestoredWeights:
         before, self.index = self.index, index
         if self.state.weights is WeightState.SHARDED or index is before:
             return
-        if not index.has_replicas:
+        if not index.placed.has_replicas:
             self.free()
             return
         self.state.enter(WeightState.RESTORING)
@@ -113,7 +113,7 @@ class RestoredWeights:
         """Start the restore of the weights that are used next, or hand these on to them."""
         if following is not self and following.state.weights is not WeightState.SHARDED:
             return  # kept since its forward
-        if following.share is self.share and self.index.has_replicas:
+        if following.share is self.share and self.index.placed.has_replicas:
             self.hand_on(following)
         else:
             following.start_restore()
@@ -129,7 +129,7 @@ class RestoredWeights:
     def keep(self) -> None:
         """Keep the weights for this pass's backward if they fit, unless they are handed on."""
         if self._heir is None and self.state.weights is not WeightState.SHARDED:
-            num_bytes = restored_bytes(self.share, self.index.replica_slots)
+            num_bytes = restored_bytes(self.share, self.index.placed.geometry.replica_slots)
             if self._streams.kept.take(self, num_bytes):
                 self._heir = self
 
@@ -160,7 +160,7 @@ class RestoredWeights:
         self.change(index)
 
     def _sources(self) -> tuple[Any, ...]:
-        return self.share.sources(self.index.layout.num_experts)
+        return self.share.sources(self.index.placed.layout.num_experts)
 
     def _update(
         self,

@@ -89,7 +89,7 @@ class SlotGrads:
                 index,
                 # A step's float32 sums cross nodes in a microbatch's dtype.
                 wire_dtype=self.share.likes[at].dtype,
-                add_to=self.share.grad_target(at, index.layout.num_experts),
+                add_to=self.share.grad_target(at, index.placed.geometry.num_experts),
             )
             for grad_CRK, at in zip(grads_CRK, self.share.trained_at, strict=True)
         ]

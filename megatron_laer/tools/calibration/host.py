@@ -119,7 +119,7 @@ def _planner_call(name: str, shape: tuple[int, int, int], device: torch.device) 
         counts_NE, planned = next(turns)
         layout = construct_layout(counts_NE, planned, node_size)
         quotas = exact_split(layout, node_size).solve(counts_NE)
-        _COSTS.split_seconds(quotas.totals(), layout, node_size)
+        _COSTS.split_seconds(quotas.totals(), geometry)
 
     return timed(gate if name == GATE else solve, device, time.thread_time)
 

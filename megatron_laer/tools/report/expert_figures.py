@@ -15,7 +15,6 @@ import numpy.typing as npt
 from megatron_laer.choices import Fp8Recipe
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.planner.wire_form import WireForm, payload_form
 from megatron_laer.tools.model_flags import ExpertSizes
 from megatron_laer.tools.report import plots
@@ -194,7 +193,7 @@ def _layouts_by_bin(run: RunData, bins: Bins) -> tuple[Float64, list[int]]:
         while coming and coming[-1][0] <= last:
             before, (_, layouts) = layouts, coming.pop()
             changed += sum(
-                int(changed_slots(one, new).sum())
+                int(new.changed_from(one).sum())
                 for one, new in zip(before or layouts, layouts, strict=True)
             )
         changed_B.append(changed)

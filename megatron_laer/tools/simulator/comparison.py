@@ -20,6 +20,7 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_prices import BY_RANK
 from megatron_laer.tools.simulator.node_rows import by_cause
@@ -87,9 +88,7 @@ class _Planner:
             start_s = time.perf_counter()
             current = self.strategy.plan(forecast_NE, current)
             self.plan_s.append(time.perf_counter() - start_s)
-            self.restored_bytes.append(
-                restored_bytes(current, self.geometry.node_size, costs, self.geometry.home_slots)
-            )
+            self.restored_bytes.append(restored_bytes(Placed(current, self.geometry), costs))
         self.layouts[layer] = current
 
     def decide(self, layer: int, counts_NE: Int64) -> None:

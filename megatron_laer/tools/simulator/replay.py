@@ -19,8 +19,8 @@ from megatron_laer.planner.exact import ExactQuotas
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import SplitTotals, even_split
-from megatron_laer.planner.sharding import changed_slots
 from megatron_laer.planner.traffic import Traffic
 from megatron_laer.tools.simulator.node_rows import NodeRows
 from megatron_laer.tools.traces.records import Trace
@@ -105,14 +105,13 @@ def evaluate(guard: Guard, counts_NE: Int64, planned: ExpertLayout) -> Outcome:
 
     totals = split_totals(guard, decision)
     tokens = int(counts_NE.sum())
-    layer_s = costs.split_seconds(totals, decision.layout, node_size)
+    layer_s = costs.split_seconds(totals, guard.geometry)
     least_s = costs.least_layer_seconds(counts_NE, guard.geometry)
-    home_slots = guard.geometry.home_slots
-    if home_slots:
+    if guard.geometry.home_slots:
         layer_s += _exposed_seconds(guard, decision, least_s)
     fetched_bytes = 0
     if decision.replanned:
-        layer_s += costs.change_seconds(planned, decision.layout, node_size, home_slots)
+        layer_s += costs.change_seconds(planned, Placed(decision.layout, guard.geometry))
         fetched_bytes = busiest_rank(changed_traffic(guard, decision))
     return Outcome(
         num_ranks=num_ranks,
@@ -133,11 +132,13 @@ def _exposed_seconds(guard: Guard, decision: Decision, beside_s: float) -> float
 
     The host's time for the chosen one's replicas comes on top.
     """
-    costs, shape = guard.costs, (guard.geometry.node_size, beside_s, guard.geometry.home_slots)
-    planned_s = costs.exposed_seconds(decision.planned_layout, *shape)
-    forward_s = planned_s - costs.exposed_backward_seconds(decision.planned_layout, *shape)
-    chosen_s = costs.exposed_backward_seconds(decision.layout, *shape)
-    return forward_s + chosen_s + costs.replicas_host_seconds(decision.layout, *shape)
+    costs = guard.costs
+    planned = Placed(decision.planned_layout, guard.geometry)
+    chosen = Placed(decision.layout, guard.geometry)
+    planned_s = costs.exposed_seconds(planned, beside_s)
+    forward_s = planned_s - costs.exposed_backward_seconds(planned, beside_s)
+    chosen_s = costs.exposed_backward_seconds(chosen, beside_s)
+    return forward_s + chosen_s + costs.replicas_host_seconds(chosen, beside_s)
 
 
 def split_totals(guard: Guard, decision: Decision) -> SplitTotals:
@@ -149,25 +150,19 @@ def split_totals(guard: Guard, decision: Decision) -> SplitTotals:
 
 def changed_traffic(guard: Guard, decision: Decision) -> Traffic:
     """Return the traffic of the slots that a layout made after the gate changes."""
-    costs, layout = guard.costs, decision.layout
-    changed_S = changed_slots(decision.planned_layout, layout)
-    node_size, home_slots = guard.geometry.node_size, guard.geometry.home_slots
-    algorithm = changed_algorithm(guard, decision)
-    return costs.restore_bytes(layout, node_size, algorithm, changed_S, home_slots)
+    chosen = Placed(decision.layout, guard.geometry)
+    changed_S = chosen.changed_S(Placed(decision.planned_layout, guard.geometry))
+    return guard.costs.restore_bytes(chosen, changed_algorithm(guard, decision), changed_S)
 
 
 def changed_algorithm(guard: Guard, decision: Decision) -> ExchangeAlgorithm:
     """Return the exchange that fetches the slots of `changed_traffic`."""
-    geometry = guard.geometry
-    return guard.costs.exchange_of(decision.layout, geometry.node_size, geometry.home_slots)
+    return guard.costs.exchange_of(Placed(decision.layout, guard.geometry))
 
 
-def restored_bytes(
-    layout: ExpertLayout, node_size: int, costs: CostModel, home_slots: int = 0
-) -> int:
+def restored_bytes(placed: Placed, costs: CostModel) -> int:
     """Return the bytes that the busiest rank receives when all slots are restored once."""
-    algorithm = costs.exchange_of(layout, node_size, home_slots)
-    return busiest_rank(costs.restore_bytes(layout, node_size, algorithm, home_slots=home_slots))
+    return busiest_rank(costs.restore_bytes(placed, costs.exchange_of(placed)))
 
 
 def busiest_rank(traffic: Traffic) -> int:

@@ -76,7 +76,7 @@ def counted(flags: list[str]) -> dict[str, Any]:
         steps = getattr(DirectExchange, f"{name}_steps")
 
         def exchange(self: Any, source: Any, index: Any, *args: Any, **options: Any) -> Any:
-            found[name].append((index.in_fp8, index.layout.to_list()))
+            found[name].append((index.placed.in_fp8, index.placed.layout.to_list()))
             found["count"] = self.count
             found["costs"] = session.current_coordinator().guard.costs
             return steps(self, source, index, *args, **options)
@@ -136,8 +136,8 @@ def test_bytes_of_a_run_in_fp8_are_those_that_are_simulated(
     assert [found["payloads"] for found in by_rank] == [method.fixed_bytes["payloads"]] * 2
     of_run = by_rank[0]["costs"]
     assert (of_run.fp8, of_run.recompute) == (Fp8Recipe(recipe), recompute)
-    form = of_run.weights_form(geometry.home_slots)
-    assert form == costs.weights_form(geometry.home_slots)
+    form = of_run.weights_form(geometry.sharding)
+    assert form == costs.weights_form(geometry.sharding)
     decided = [*by_rank[0]["decided"]]
     assert decided.count(False) == (len(decided) // 2 if extra == IN_BF16 else 0)
     if extra != HELD:  # its prices are those of microbatches
@@ -145,4 +145,4 @@ def test_bytes_of_a_run_in_fp8_are_those_that_are_simulated(
             [of_layer for of_layer, _ in by_rank[0][name]].count(True)
             for name in ("restore", "reduce")
         ]
-        assert moved[0] / moved[1] == 1 + of_run.backward_restores(geometry.home_slots)
+        assert moved[0] / moved[1] == 1 + of_run.backward_restores(geometry.sharding)

@@ -14,6 +14,7 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
@@ -52,9 +53,12 @@ def allocated_bytes(
                     pass
 
         for seed in range(LAYOUTS):
-            index = layout_index(geometry.random_layout((seed,)), cpu, home)
+            index = layout_index(Placed(geometry.random_layout((seed,)), geometry), cpu)
             restores, reduces = [], []
-            for form, kind in ((costs.weights_form(home), restores), (costs.grads_form, reduces)):
+            for form, kind in (
+                (costs.weights_form(geometry.sharding), restores),
+                (costs.grads_form, reduces),
+            ):
                 for rows, columns in form.matrices:
                     dtype = torch.uint8 if form.bytes_per_element == 1 else torch.bfloat16
                     if kind is reduces:

@@ -56,7 +56,7 @@ def buffers(
     if has_stages and costs.tokens.exchange == TokenExchange.NODE:
         tokens += stages
     found = {"workspaces": workspaces, **library_bytes(card, tokens, exchanges)}
-    form = costs.weights_form(geometry.home_slots)
+    form = costs.weights_form(geometry.sharding)
     if form != costs.grads_form:
         sent = min(geometry.home_slots, (num_ranks - 1) * geometry.replica_slots)
         sizes = (rows * columns * form.bytes_per_element for rows, columns in form.matrices)
@@ -85,7 +85,7 @@ def _workspaces(
     Gradients have `sum_bytes` where they are summed over a step, except between nodes. A home that
     sends directly is assumed to send as many experts as it has replica slots.
     """
-    weights, grads = costs.weights_form(geometry.home_slots), costs.grads_form
+    weights, grads = costs.weights_form(geometry.sharding), costs.grads_form
     is_flat = way == ExchangeAlgorithm.FLAT
     if geometry.home_slots and is_flat:
         summed = replace(grads, bytes_per_element=sum_bytes or grads.bytes_per_element)

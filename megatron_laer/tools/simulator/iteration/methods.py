@@ -22,6 +22,7 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
@@ -268,7 +269,7 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
             settings.one_queue,
             holds_step=settings.holds_step,
         ),
-        form=settings.costs.weights_form(geometry.home_slots),
+        form=settings.costs.weights_form(geometry.sharding),
     )
 
 
@@ -337,21 +338,20 @@ class _Relaid:
 
     def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange | None, Exchange | None]:
         """Return restore and reduce; None where experts are at home and none has a replica."""
-        costs, geometry = self.guard.costs, self.guard.geometry
-        node_size, home_slots = geometry.node_size, geometry.home_slots
-        if home_slots and layout.replicas_E.max() == 1:
+        costs, placed = self.guard.costs, Placed(layout, self.guard.geometry)
+        if not placed.has_replicas:
             return None, None
-        algorithm = costs.exchange_of(layout, node_size, home_slots)
-        restore = costs.restore_bytes(layout, node_size, algorithm, home_slots=home_slots)
-        reduce = costs.reduce_bytes(layout, node_size, algorithm, home_slots)
+        algorithm = costs.exchange_of(placed)
+        restore = costs.restore_bytes(placed, algorithm)
+        reduce = costs.reduce_bytes(placed, algorithm)
         if self.holds_step:
             reduce = _summed(reduce, algorithm, SUM_BYTES // costs.bytes_per_element)
-        back = Exchange.of(reduce, algorithm, costs.grads_form, geometry)
+        back = Exchange.of(reduce, algorithm, costs.grads_form, placed.geometry)
         return self._restore(restore, algorithm), back
 
     def _restore(self, traffic: Traffic, algorithm: ExchangeAlgorithm) -> Exchange:
         geometry = self.guard.geometry
-        form = self.guard.costs.weights_form(geometry.home_slots)
+        form = self.guard.costs.weights_form(geometry.sharding)
         return Exchange.of(traffic, algorithm, form, geometry)
 
 
