@@ -33,10 +33,8 @@ SUBSTITUTES: Mapping[str, Mapping[str, str]] = {
     # start.md has the same line.
     "README.md": ON_TWO_CPU_RANKS | SHORT | {"python -m megatron_laer doctor": "true"},
     "start.md": {
-        "--train-iters 100": "--train-iters 3 --num-workers 0",
-        "--train-iters 200": "--train-iters 5 --num-workers 0",
-        "--eval-iters 5": "--eval-iters 1",
-        "--global-batch-size 16": "--global-batch-size 8",
+        "--train-iters 40": "--train-iters 3 --num-workers 0",
+        "--train-iters 60": "--train-iters 5 --num-workers 0",
         "--log-interval 10": "--log-interval 1",
     },
     "megatron.md": ON_TWO_CPU_RANKS | SHORT,
