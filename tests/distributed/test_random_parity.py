@@ -5,12 +5,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
+import torch
 
 from megatron_laer.cpu.ranks import RankPools
 from tests.parity.random.generator import Case, draw
 from tests.parity.random.judge import Verdict, judge
 from tests.parity.random.report import line
+from tests.parity.row import FP8_BOUND, LION_BOUND
+from tests.parity.rows import BLOCKS, IN_FP8
 
 AT_NIGHT = range(1000, 1200)
 # Cheap ones of these, on 2 and 4 ranks, for fewer steps.
@@ -31,3 +37,43 @@ def test_a_random_case_equals_stock(case: Case, ranks: RankPools, text_data: str
     assert not judgement.verdict.is_fault, line(judgement)
     if judgement.verdict is Verdict.SKIPPED:
         pytest.skip(judgement.message)
+
+
+ERROR = 1e-3  # relative, of a gradient
+
+
+def with_faulty_router(model: torch.nn.Module) -> None:
+    """Scale the gradients of FSEP's routers."""
+    from megatron_laer.layer.moe_layer import FSEPMoELayer
+
+    for part in model.modules():
+        if isinstance(part, FSEPMoELayer):
+            part.router.weight.register_hook(lambda grad: grad * (1 + ERROR))
+
+
+def changed(feature: str, **row: Any) -> Case:
+    return replace(PLAIN, row=replace(PLAIN.row, **row), features=(*PLAIN.features, feature))
+
+
+PLAIN = draw(1052, STEPS_IN_CI)
+LION = changed("Lion", flags=PLAIN.row.flags + " --optimizer lion", bound=LION_BOUND)
+IN_BLOCKS = changed(
+    "fp8 by blocks",
+    flags=PLAIN.row.flags + BLOCKS,
+    fsep=PLAIN.row.fsep + IN_FP8,
+    bound=FP8_BOUND,
+)
+
+
+@pytest.mark.counts(fault_runs=1)
+@pytest.mark.parametrize("case", [PLAIN, LION, IN_BLOCKS], ids=["fp32", "Lion", "fp8"])
+def test_a_wrong_gradient_is_beyond_all_floors(
+    case: Case, ranks: RankPools, text_data: str
+) -> None:
+    """Floors from weights a rounding off hide none, though such weights may move as much."""
+    faulty = replace(case, row=replace(case.row, adapt=with_faulty_router))
+    judgement = judge(faulty, ranks, text_data)
+    print(f"\n{line(judgement)}")
+    assert judgement.verdict is Verdict.BEYOND
+    assert judgement.distance is not None
+    assert ERROR / 2 < judgement.distance.grads < 2 * ERROR, "another fault than the planted one"

@@ -39,6 +39,9 @@ class Distance:
     def at_least(self, smallest: float) -> Distance:
         return Distance(*(max(part, smallest) for part in self.parts()))
 
+    def or_larger(self, other: Distance) -> Distance:
+        return Distance(*map(max, self.parts(), other.parts()))
+
     def parts(self) -> tuple[float, ...]:
         return astuple(self)
 

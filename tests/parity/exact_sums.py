@@ -1,7 +1,8 @@
 """`exact_sums()` sends partial sums of tokens across ranks in fp32, for tests only.
 
-With `--fsep-token-exchange node` a rank sums outputs and gradients of a token before they leave, a
-rounding more in bf16 than in stock. In fp32 a token's sum is rounded once, as in stock.
+With `--fsep-token-exchange node`, and with HybridEP, a rank sums outputs and gradients of a token
+before they leave, a rounding more in bf16 than in stock. In fp32 a token's sum is rounded once, as
+in stock.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ class _Rounding:
 @contextlib.contextmanager
 def exact_sums() -> Iterator[None]:
     from megatron_laer.layer.dispatch.node_dispatcher import NodeTokenDispatcher
+    from tests.doubles.deep_ep import HybridEPBuffer
 
+    combine = HybridEPBuffer.combine_with_unpermute
     steps = {
         name: getattr(NodeTokenDispatcher, name)
         for name in ("dispatch_preprocess", "dispatch_postprocess", "combine_preprocess")
@@ -49,7 +52,12 @@ def exact_sums() -> Iterator[None]:
     def combine_preprocess(self: Any, hidden_states: torch.Tensor) -> Any:
         return steps["combine_preprocess"](self, hidden_states.float())
 
+    def combine_with_unpermute(self: Any, *, hidden: torch.Tensor, **more: Any) -> Any:
+        sums_TH, probs_TE = combine(self, hidden=hidden.float(), **more)
+        return sums_TH.to(hidden.dtype), probs_TE
+
     with (
+        mock.patch.object(HybridEPBuffer, "combine_with_unpermute", combine_with_unpermute),
         mock.patch.object(NodeTokenDispatcher, "dispatch_preprocess", dispatch_preprocess),
         mock.patch.object(NodeTokenDispatcher, "dispatch_postprocess", dispatch_postprocess),
         mock.patch.object(NodeTokenDispatcher, "combine_preprocess", combine_preprocess),

@@ -305,7 +305,7 @@ def _draw_training(draft: Draft) -> None:
     sharded = {*settings.SHARDING} - {"whole optimizer", "overlapped reduce"}
     has_lora = draft.has("LoRA on attention", "LoRA on experts")
     but = {
-        "Adam": with_fsdp if draft.has("LoRA on experts") else set(),  # fails, not refused yet
+        "Adam": with_fsdp if draft.has("LoRA on experts") else set(),  # refused
         "SGD": sharded,
         "Lion": {*settings.SHARDING} - {"whole optimizer"},
         "Muon": {"overlapped reduce", *(sharded if precision == "fp32" else with_fsdp)},

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+from unittest import mock
 
+from megatron_laer.cpu import weights
 from megatron_laer.cpu.training import Adapt, Record
 from tests.parity.decisions import Chosen, Decisions, train_choosing
 from tests.parity.exact_sums import exact_sums
@@ -26,17 +30,32 @@ def train_case(
     exact: bool = False,
     adapt: Adapt | None = None,
     gradients: bool = True,
+    nudge: float = 0.0,
 ) -> Outcome:
     """Train, and note the choices of routers, if these choose by themselves. Collective.
 
     `given` are each rank's choices to follow; `exact` keeps partial sums of tokens across ranks in
-    fp32.
+    fp32; `nudge` is the relative change of all weights at the start.
     """
     begin_s = time.process_time()
     decisions = None
-    with exact_sums() if exact else contextlib.nullcontext():
+    with exact_sums() if exact else contextlib.nullcontext(), _nudged(nudge):
         if chooses:
             record, decisions = train_choosing(flags, given, adapt, gradients)
         else:
             record = train_row(flags, None, adapt, gradients)
     return Outcome(record, decisions, time.process_time() - begin_s)
+
+
+@contextlib.contextmanager
+def _nudged(change: float) -> Iterator[None]:
+    load = weights.load_common_weights
+
+    def loaded(model: list[Any]) -> None:
+        load(model)
+        for chunk in model:
+            for parameter in chunk.parameters():
+                parameter.data.mul_(1 + change)
+
+    with mock.patch.object(weights, "load_common_weights", loaded):
+        yield
