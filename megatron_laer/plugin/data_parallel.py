@@ -1,4 +1,4 @@
-"""Patch of Megatron's data-parallel wrapper: the stream of its gradients' hooks, and refused homes.
+"""Patch of Megatron's data-parallel wrapper: the stream of its gradients' hooks, and refusals.
 
 Autograd runs the wrapper's hook of a parameter on the stream on which the wrapper was built. In
 Megatron's own loop that is a side stream. `MegatronMainGrads` orders it behind sums of which
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,17 +19,24 @@ from megatron_laer.layer.experts.main_grads import note_hook_stream
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.runtime.comm.collectives import raise_everywhere
 from megatron_laer.runtime.comm.streams import has_streams
+from megatron_laer.support.model import refuse
+from megatron_laer.support.table import REDUCES_BEFORE_WGRAD
 
 
 def _noting_stream(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def init(ddp: Any, *args: Any, **kwargs: Any) -> None:
+    def init(ddp: Any, config: Any, ddp_config: Any, *args: Any, **kwargs: Any) -> None:
         current = session.current()
+        if current is not None and current.coordinator is not None:
+            settings = vars(ddp_config) | vars(config) | {"fsep_sharding": current.sharding}
+            # Megatron's arguments were judged before; a loop of one's own has none.
+            problem = REDUCES_BEFORE_WGRAD.problem_with_flag(SimpleNamespace(**settings))
+            refuse([problem] if problem else [])
         # The model is complete, with its adapters, and neither data nor checkpoints are read.
         if current is not None and current.config.homes is not None:
             coordinator = current.coordinator
             raise_everywhere(None if coordinator is None else coordinator.problem_of_model())
-        original(ddp, *args, **kwargs)
+        original(ddp, config, ddp_config, *args, **kwargs)
         parameters = [*ddp.module.parameters()]
         if parameters and has_streams(parameters[0].device):
             note_hook_stream(parameters, torch.cuda.current_stream(parameters[0].device))
@@ -41,6 +49,7 @@ DATA_PARALLEL_PATCHES = (
         "megatron.core.distributed.distributed_data_parallel",
         "DistributedDataParallel.__init__",
         _noting_stream,
-        "hooks of home experts' gradients wait for the sums over replicas; unfit homes are refused",
+        "hooks of home experts' gradients wait for the sums over replicas; unfit homes, and reduces"
+        " before the gradients, are refused",
     ),
 )

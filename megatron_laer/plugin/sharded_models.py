@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from megatron_laer import session
+from megatron_laer.layer.experts.adapters import has_adapters
 from megatron_laer.plugin.patching import Patch, original_of
-from megatron_laer.support import megatron_fsdp
+from megatron_laer.support import expert_adapters, megatron_fsdp
 from megatron_laer.support.model import refuse
 
 _BUFFERS = "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer"
@@ -104,9 +105,11 @@ def _with_experts_at_end(original: Callable[..., None]) -> Callable[..., None]:
 
 def _with_judged_model(original: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(original)
-    def __init__(self: Any, config: Any, ddp_config: Any, *args: Any, **kwargs: Any) -> None:
-        _judge(config, ddp_config)
-        original(self, config, ddp_config, *args, **kwargs)
+    def __init__(
+        self: Any, config: Any, ddp_config: Any, module: torch.nn.Module, *args: Any, **kwargs: Any
+    ) -> None:
+        _judge(config, ddp_config, module=module)
+        original(self, config, ddp_config, module, *args, **kwargs)
 
     return __init__
 
@@ -122,7 +125,9 @@ def _with_judged_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
-def _judge(config: Any, ddp_config: Any, optimizer: Any = None) -> None:
+def _judge(
+    config: Any, ddp_config: Any, optimizer: Any = None, module: torch.nn.Module | None = None
+) -> None:
     """Refuse what training by Megatron's arguments refuses, also in a loop without these.
 
     Configurations are alike on all ranks, and so is the refusal.
@@ -131,10 +136,13 @@ def _judge(config: Any, ddp_config: Any, optimizer: Any = None) -> None:
     if current is None or not config.num_moe_experts:
         return
     given = {} if optimizer is None else vars(optimizer)
-    settings = vars(ddp_config) | given | vars(config) | {"use_megatron_fsdp": True}
-    settings["ddp_average_in_collective"] = ddp_config.average_in_collective
-    sharding = current.config.sharding
-    refuse(megatron_fsdp.problems(SimpleNamespace(**settings), sharding))
+    named = vars(ddp_config) | given | vars(config) | {"use_megatron_fsdp": True}
+    named["ddp_average_in_collective"] = ddp_config.average_in_collective
+    settings = SimpleNamespace(**named)
+    problems = megatron_fsdp.problems(settings, current.config.sharding)
+    if module is not None and has_adapters(module):
+        problems += expert_adapters.problems(settings)
+    refuse(problems)
 
 
 _REDUCE = Patch(

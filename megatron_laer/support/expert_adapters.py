@@ -21,7 +21,11 @@ def problems(settings: Any) -> list[str]:
     given = [name for name in _IN_PARTS if getattr(settings, name, False)]
     flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
     reason = "no test proves adapters whose layer runs backward in parts; leave it out"
-    return [_ON_EXPERTS.format(f"with {flags}: {reason}")] if given else []
+    found = [_ON_EXPERTS.format(f"with {flags}: {reason}")] if given else []
+    if getattr(settings, "use_megatron_fsdp", False):
+        reason = "no test proves the two together; leave it out"
+        found.append(_ON_EXPERTS.format(f"with --use-megatron-fsdp: {reason}"))
+    return found
 
 
 def with_rows() -> str:

@@ -97,6 +97,16 @@ _NEEDS_GPU = "it needs Transformer Engine and a GPU, and no test there proves th
 _RECOMPUTE_INSTEAD = "leave it out, and use --recompute-granularity"
 _RECOMPUTED = ", ".join(sorted(PROVED_RECOMPUTE))
 
+# By two configurations in a loop of one's own; DDP's wrapper is the first to have both.
+REDUCES_BEFORE_WGRAD = Refusal(
+    "--overlap-dispatch-backward-with-experts-wgrad with --overlap-grad-reduce",
+    "Megatron reduces the gradients of experts at home before these are computed, in stock too",
+    "leave out one of them, or give --fsep-sharding rows",
+    field="",
+    refuses=_reduces_before_wgrad,
+    left_out=_SPEED,
+)
+
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         "--num-experts absent",
@@ -250,14 +260,7 @@ REFUSALS: tuple[Refusal, ...] = (
         refuses=_captures_plan,
         left_out=_SPEED,
     ),
-    Refusal(
-        "--overlap-dispatch-backward-with-experts-wgrad with --overlap-grad-reduce",
-        "Megatron reduces the gradients of experts at home before these are computed, in stock too",
-        "leave out one of them, or give --fsep-sharding rows",
-        field="",
-        refuses=_reduces_before_wgrad,
-        left_out=_SPEED,
-    ),
+    REDUCES_BEFORE_WGRAD,
     Refusal(
         "--optimizer other than adam, sgd, lion, muon",
         "the optimizer needs whole matrices, and a rank may hold rows of them",

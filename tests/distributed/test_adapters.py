@@ -14,12 +14,14 @@ import torch
 
 from megatron_laer.cpu.ranks import Raised, RankPool, RankPools
 from megatron_laer.cpu.training import Adapt, rank_of_environment
+from megatron_laer.support.megatron_fsdp import STRATEGIES
 from tests.distributed.test_home_names import train_some
 from tests.distributed.test_home_order import homes
 from tests.parity.adapted import LowRank
 from tests.parity.bridge_lora import LoRALinear, adapt_experts
 from tests.parity.flags import command_line
 from tests.parity.replay import train_row
+from tests.parity.rows import FSDP
 
 
 def wrapped(model: torch.nn.Module, name: str) -> None:
@@ -145,6 +147,13 @@ def test_adapters_that_replicas_cannot_follow_are_refused(
 ) -> None:
     message = refusal(ranks(2), text_data, adapt, "RefusedError", "experts" + flags, grouped)
     assert said in message
+
+
+@pytest.mark.counts(fault_runs=1)
+def test_adapters_next_to_megatron_fsdp_are_refused(ranks: RankPools, text_data: str) -> None:
+    flags = f"experts{FSDP}{STRATEGIES[-1]}"
+    message = refusal(ranks(2), text_data, adapt_experts, "ValueError", flags)
+    assert "with --use-megatron-fsdp: no test proves the two together" in message
 
 
 @pytest.mark.counts(fault_runs=1)

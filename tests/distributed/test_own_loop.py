@@ -17,8 +17,9 @@ from unittest import mock
 
 import pytest
 
-from megatron_laer.cpu.ranks import RankPools
+from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import fresh_megatron
+from megatron_laer.support.table import REDUCES_BEFORE_WGRAD
 from tests import processes
 from tests.documents import ROOT, SCRIPT, blocks
 from tests.messages import messages
@@ -215,6 +216,48 @@ def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> lis
             module.train_step = only_forward
         module.main()
     return lines
+
+
+def build_delayed(path: Path, settings: dict[str, Any], overlaps: bool) -> None:
+    """Build the script's model with weight gradients behind the dispatch."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    import megatron_laer
+
+    with loaded(path) as own:
+        config, ddp = own.TransformerConfig, own.DistributedDataParallelConfig
+
+        def delayed(**given: Any) -> Any:
+            made = config(**given)
+            # Not by the constructor, which asks for Transformer Engine.
+            made.overlap_dispatch_backward_with_experts_wgrad = True
+            return made
+
+        own.TransformerConfig = delayed
+        own.DistributedDataParallelConfig = lambda **given: ddp(
+            **given | {"overlap_grad_reduce": overlaps}
+        )
+        dist.init_process_group("gloo")
+        megatron_laer.enable(megatron_laer.FSEPConfig(**settings), seed=1)
+        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+        try:
+            model_parallel_cuda_manual_seed(1)
+            own.build_model()
+        finally:
+            parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.counts(fault_runs=1)
+def test_reduces_before_delayed_gradients_are_refused_as_by_flags(
+    ranks: RankPools, script: Path
+) -> None:
+    for result in ranks(2).run_raw(build_delayed, script, HOMES, True):
+        assert isinstance(result, Raised) and result.type_name == "ValueError"
+        assert f"  {REDUCES_BEFORE_WGRAD.setting}: " in result.message
+    for settings, overlaps in ((HOMES, False), ({"sharding": "rows"}, True)):
+        ranks(2).run(build_delayed, script, settings, overlaps)
 
 
 def test_a_loop_without_steps_is_told_so_once(ranks: RankPools, script: Path) -> None:

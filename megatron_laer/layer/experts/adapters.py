@@ -129,6 +129,11 @@ def find_adapter(linears: Sequence[torch.nn.Module], *, grouped: bool) -> Adapte
     return Adapter(wrappers, tuple(parts))
 
 
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Return whether experts of a model have adapters."""
+    return any(".experts." in name and _is_wrapper(part) for name, part in model.named_modules())
+
+
 def _is_wrapper(linear: torch.nn.Module) -> bool:
     return type(linear).__name__ in _PARTS and hasattr(linear, "to_wrap")
 
