@@ -24,7 +24,7 @@ from megatron_laer.planner.gemm_curve import GemmCurve
 
 # Limits of constants in files: far beyond any machine, and far from where sums of times overflow.
 _LEAST_RATE, _MOST_RATE = 1.0, 1e24
-_MOST_SECONDS, _MOST_FACTOR = 3600.0, 1e6
+_MOST_SECONDS, _MOST_FACTOR, _MOST_COUNT = 3600.0, 1e6, 2**20
 
 
 def load_cluster(path_or_name: str | Path) -> Cluster:
@@ -160,8 +160,9 @@ def _text(value: object, where: str) -> str:
 def _count(value: object, where: str) -> int:
     # Not int(), which also accepts blanks, underscores and digits of other scripts.
     is_number = isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 19
-    if not is_number or int(cast(str, value)) < 1:
-        raise ValueError(f"{where} must be an integer of at least 1, got {reprlib.repr(value)}")
+    if not is_number or not 1 <= int(cast(str, value)) <= _MOST_COUNT:
+        limits = f"an integer in 1..{_MOST_COUNT}"
+        raise ValueError(f"{where} must be {limits}, got {reprlib.repr(value)}")
     return int(cast(str, value))
 
 

@@ -149,8 +149,8 @@ solve: {base_s: 1e-5, slot_s: 1e-7, count_s: 1e-9}
 CLUSTERS = {
     "no-nodes": ("nodes: 1\n", "", "lacks the keys ['nodes']"),
     "speed": ("nodes: 1", "nodes: 1\nspeed: 3", "unknown keys ['speed']"),
-    "zero": ("nodes: 1", "nodes: 0", "nodes must be an integer of at least 1, got '0'"),
-    "digits": ("nodes: 1", "nodes: " + "9" * 5000, "nodes must be an integer of at least 1, got"),
+    "zero": ("nodes: 1", "nodes: 0", "nodes must be an integer in 1..1048576, got '0'"),
+    "digits": ("nodes: 1", "nodes: " + "9" * 5000, "nodes must be an integer in 1..1048576, got"),
     "slow": ("237e12", "slow", "must be a number like 2.37e+14, got 'slow'"),
     "nan": ("237e12", ".nan", "must be a number like 2.37e+14, got '.nan'"),
     "infinite": ("237e12", "1e999", "must be a number like 2.37e+14, got '1e999'"),
