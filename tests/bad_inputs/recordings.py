@@ -37,6 +37,11 @@ _ENDS: Mapping[str, tuple[Int64 | None, Bool | None, str]] = {
     "sets-alone": (None, _SETS_TE, "step 1, layer 2: sets need pairs of the same step"),
     "twice": (2 * _PAIRS_EE, None, "pairs and counts must have the same tokens of each expert"),
     "more": (_with(0, 4, 1), None, "pairs must be those of tokens that have as many experts each"),
+    "single": (
+        np.diag(_PAIRS_EE.diagonal()),
+        None,
+        "pairs must be those of tokens that have as many experts each",
+    ),
     "fewer": (_with(0, 1, 0), None, "pairs must be those of tokens that have as many experts each"),
     "no-set": (_PAIRS_EE, _SETS_TE & False, "each set must have 2 experts, as the pairs say"),
     "all-set": (_PAIRS_EE, _SETS_TE | True, "each set must have 2 experts, as the pairs say"),

@@ -43,9 +43,10 @@ def recorded(path, of_layers, *, ranks=2, sets=False, pairs=True, first_layer=1)
     """Record, for each layer, the same tokens in all steps, or those of a list in each step."""
     names = [f"layer {first_layer + at}" for at in range(len(of_layers))]
     writer = TraceWriter(path, ranks, 8, names)
-    for step in range(STEPS):
+    for number in range(STEPS):
+        step = number * 10**12  # recorded again late
         for layer, tokens in enumerate(of_layers):
-            expert_TK = tokens[step] if isinstance(tokens, list) else tokens
+            expert_TK = tokens[number] if isinstance(tokens, list) else tokens
             pairs_EE = pairs_of(expert_TK, 8)
             writer.append(step, layer, 0, np.tile(pairs_EE.diagonal(), (ranks, 1)))
             if pairs:

@@ -41,7 +41,9 @@ def check(args: argparse.Namespace) -> None:
         )
     flags = ("--plot", "--capacity", "--token-exchange", "--recompute", "--restore-algorithm")
     more = ("--strategy", "--mode", "--fp8-format", "--fp8-recipe", "--hidden", "--ffn")
-    refuse(args, (*flags, *more), f"{given} compares no strategies")
+    unset = {name: None for name in ("lag", "every") if getattr(args, name) == 1}
+    given_flags = argparse.Namespace(**vars(args) | unset)
+    refuse(given_flags, (*flags, *more, "--lag", "--every"), f"{given} compares no strategies")
 
 
 def run(

@@ -84,6 +84,8 @@ def _check_contradictions(trace: Trace) -> None:
         if not pairs.of_layer(layer).any():
             raise ValueError(f"{name} has no pairs of experts; record it with the others")
     sets = dict(trace.sets)
+    tokens = int(np.einsum("pee->", pairs.pairs_PEE, dtype=np.int64))
+    top_k = int(pairs.pairs_PEE.sum(dtype=np.int64)) // max(tokens, 1)
     for step, layer, pairs_EE in zip(pairs.step_P, pairs.layer_P, pairs.pairs_PEE, strict=True):
         where = f"step {step}, {trace.layers[layer]}"
         load_E = pairs_EE.diagonal()
@@ -92,7 +94,6 @@ def _check_contradictions(trace: Trace) -> None:
         if (load_E != counts_RNE.sum(axis=(0, 1), dtype=np.int64)).any():
             raise ValueError(f"{where}: pairs and counts must have the same tokens of each expert")
         rows_E = pairs_EE.sum(axis=1, dtype=np.int64)
-        top_k = int(rows_E.sum()) // max(int(load_E.sum(dtype=np.int64)), 1)
         if (rows_E != top_k * load_E.astype(np.int64)).any() or (pairs_EE > load_E).any():
             raise ValueError(
                 f"{where}: pairs must be those of tokens that have as many experts each"

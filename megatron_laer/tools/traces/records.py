@@ -58,7 +58,7 @@ class PairRecords:
         """Return pairs_EE, int64 [E, E], of a layer, summed over these steps or all."""
         is_in = self.layer_P == layer
         if steps is not None:
-            is_in &= np.isin(self.step_P, steps)
+            is_in &= (steps.start <= self.step_P) & (self.step_P < steps.stop)
         summed_EE: Int64 = self.pairs_PEE[is_in].sum(axis=0, dtype=np.int64)
         return summed_EE
 
