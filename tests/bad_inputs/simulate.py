@@ -29,6 +29,7 @@ _OPTIONS = (
     ("--strategy moon", "--strategy: invalid choice: 'moon'"),
     ("--sharding columns", "--sharding: invalid choice: 'columns'"),
     ("--sharding experts --strategy laer", "--strategy laer: moves every expert"),
+    ("--lora-rank 8 --strategy laer", "experts at home, which these flags need; use another st"),
     ("--sharding experts --ranks 16", "in equal numbers; give --sharding rows, or a number of"),
     ("--fp8-recipe blockwise", "--fp8-recipe 'blockwise': no effect without --fp8-format"),
     ("--fp8-format e4m3", "--fp8-recipe 'delayed', Megatron's default, with --fsep-allow-"),

@@ -317,6 +317,14 @@ def _methods(
 def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | Auto]:
     """Return the asked shardings, `auto` as the only one where there is no choice."""
     possible = simulate_input.shardings_of(args, model)
+    if args.strategy == "laer" and (
+        Sharding.EXPERTS in args.sharding or Sharding.ROWS not in possible
+    ):
+        raise ValueError(
+            "--strategy laer: moves every expert, so it does not run with experts at home, which "
+            f"{'--sharding experts asks for' if Sharding.ROWS in possible else 'these flags need'}"
+            "; use another strategy"
+        )
     if Sharding.ROWS in possible:
         return [Auto.AUTO if word == Auto.AUTO else Sharding(word) for word in args.sharding]
     if Sharding.ROWS in args.sharding:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_laer.choices import Sharding
 from megatron_laer.config import PlanMode
 from megatron_laer.files.checks import quoted
 from megatron_laer.tools.cli import simulate_input
@@ -31,11 +30,6 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--restore step keeps layouts over a step, got --mode {' '.join(args.mode)}; give "
             f"--mode {PlanMode.FORECAST}, or leave it out"
-        )
-    if Sharding.EXPERTS in args.sharding and args.strategy == "laer":
-        raise ValueError(
-            "--strategy laer: moves every expert, so it does not run with --sharding experts; use "
-            "another strategy, or --sharding rows"
         )
     simulate_input.check(args)
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
