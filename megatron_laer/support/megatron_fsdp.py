@@ -84,6 +84,7 @@ PARTNERS = (
     _Partner("fsdp_double_buffer", _OFF, False),
     _Partner("megatron_fsdp_max_pool_double_buffer", _OFF, False),
     _Partner("megatron_fsdp_enable_fine_grained_param_gather", _OFF, False),
+    _Partner("optimizer", ("adam",), "adam"),
     _Partner("optimizer_cpu_offload", _OFF, False),
     _Partner("use_precision_aware_optimizer", _OFF, False),
     _Partner("cuda_graph_impl", ("none", None), "none"),

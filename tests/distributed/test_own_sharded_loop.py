@@ -65,6 +65,7 @@ REFUSED: dict[str, tuple[str, Any, str]] = {
     "fp16": (MODEL, True, "--fp16 with"),
     "fp8": (MODEL, "hybrid", "--fp8-format hybrid with"),
     "gradient_accumulation_fusion": (MODEL, True, "--use-megatron-fsdp with fused gradient"),
+    "optimizer": (OPTIMIZER, "sgd", "--optimizer sgd with"),
     "optimizer_cpu_offload": (OPTIMIZER, True, "--optimizer-cpu-offload with"),
     "use_precision_aware_optimizer": (OPTIMIZER, True, "--use-precision-aware-optimizer with"),
 }

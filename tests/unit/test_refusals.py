@@ -233,6 +233,7 @@ NEXT_TO_FSDP = {
             "--fsdp-double-buffer",
             "--megatron-fsdp-max-pool-double-buffer",
             "--megatron-fsdp-enable-fine-grained-param-gather",
+            "--optimizer lion",
             "--optimizer-cpu-offload",
             "--use-precision-aware-optimizer",
             "--fp16",
