@@ -173,6 +173,21 @@ def test_with_muon_experts_are_at_home(model, tmp_path):
     assert best and all(" experts C=" in each["label"] for each in best)
 
 
+def test_slots_fit_the_buffers_of_the_flags_back_end(model, tmp_path):
+    """HybridEP takes a multiple of 4 slots in all, where 2 ranks would have 5 each."""
+    path, out = tmp_path / "nodes-of-one.yaml", tmp_path / "out.json"
+    cluster = replace(load_cluster("h100-8"), ranks_per_node=1)
+    path.write_text(yaml.safe_dump(cluster_content(cluster)))
+    run = "--bf16 --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep".split()
+    run.append("--moe-permute-fusion")  # without it tokens take no other way through nodes
+    words = f"--cluster {path} --gpus 2 --tokens 4096 --workload W1 --memory-gib 200".split()
+    python("-m", "megatron_laer", "advise", "--model", model, *words, "--json", out, "--", *run)
+    found = [each["flags"].split() for each in json.loads(out.read_text())["best"]]
+    (flags,) = [each for each in found if "flex" in each]
+    given = [*python("-m", "megatron_laer", "flags", model).split(), *run, *flags]
+    python("-m", "megatron_laer", "check-recipe", "--ranks", "2", "--", *given)
+
+
 def test_a_run_says_which_of_its_layers_are_in_bf16():
     of_run = {"seq_length": None, "fp8": "e4m3", "fp8_recipe": "blockwise"}
     of_run |= {"first_last_layers_bf16": True, "bf16": True, "fp16": False}

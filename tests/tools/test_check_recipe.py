@@ -180,6 +180,7 @@ ADVISED = {
         f"{TINY} --pipeline 2 -- --pipeline-model-parallel-size 4",
         "--pipeline 2 and --pipeline-model-parallel-size 4 say the same; remove one of them",
     ),
+    "half of a shape": (f"{TINY} --pipeline 2 -- --bf16", "--pipeline 2: the flags to paste would"),
     "an uneven batch": (
         f"{TINY} -- --micro-batch-size 2 --global-batch-size 24",
         "--global-batch-size 24: 8 GPUs take 16 sequences at a time; give a multiple",

@@ -74,7 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--recipe FILE", text, path)
     option(parser, "--json FILE", "write all figures there", path)
     parser.set_defaults(
-        lag=_LAG, ranks=None, world=None, expert_data_parallel=None, stock_expert_parallel=None
+        lag=_LAG,
+        ranks=None,
+        world=None,
+        expert_data_parallel=None,
+        stock_expert_parallel=None,
+        flex_backend="deepep",  # Megatron's default
     )
 
 
@@ -211,6 +216,7 @@ def _run(
         dispatches=dispatches,
         stock_flex=args.stock_dispatcher == "flex",
         stock_overlaps=args.stock_overlap,
+        flex_backend=args.flex_backend,
         shardings=(Sharding.EXPERTS,) if at_home else tuple(shardings),
         allow=() if model.fp8 is None else (Unproven.FP8_EXPERTS,),
     )

@@ -40,18 +40,28 @@ _NOT_CHOSEN = frozenset(
     "allow_unproven late_plan cluster record_layouts record_trace pairs_interval sampled_sets "
     "record_metrics".split()
 )
+_SIZES_OF_FLAGS = (*_SAME, "virtual_pipeline", "data_parallel_sharding_strategy")
 _WITH_FSDP = ("--ckpt-format", "fsdp_dtensor", "--no-gradient-accumulation-fusion")
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 
 
 def fill_in(args: argparse.Namespace, settings: argparse.Namespace, model: ModelShape) -> None:
-    """Set the run's sizes in `args` from Megatron's settings; refuse those that are given twice."""
+    """Set the run's sizes in `args` from Megatron's settings; refuse those that are given twice.
+
+    Refuse options of our own too that Megatron has as flags: the flags to paste would lack them.
+    """
     _check(settings)
+    given = [name for name in _SIZES_OF_FLAGS if getattr(args, name) is not None]
     for name, value, source in _sizes(args, settings, model):
         if getattr(args, name) is not None:
             ours = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise ValueError(f"{ours} and {source} say the same; remove one of them")
         setattr(args, name, value)
+    for name in given:
+        option = f"--{name.replace('_', '-')} {getattr(args, name)}"
+        raise ValueError(
+            f"{option}: the flags to paste would lack it; give Megatron's among the run's flags"
+        )
     if _recompute(settings) != Recompute.NONE:
         args.recompute = _recompute(settings).value
     shards = settings.use_distributed_optimizer or settings.use_megatron_fsdp
@@ -61,6 +71,7 @@ def fill_in(args: argparse.Namespace, settings: argparse.Namespace, model: Model
     args.account_for_loss |= settings.account_for_loss_in_pipeline_split
     if settings.moe_token_dispatcher_type == "alltoall":
         args.stock_dispatcher = "alltoall"
+    args.flex_backend = settings.moe_flex_dispatcher_backend
     args.stock_overlap |= settings.overlap_moe_expert_parallel_comm
     if settings.use_megatron_fsdp:
         args.data_parallel_sharding_strategy = settings.data_parallel_sharding_strategy

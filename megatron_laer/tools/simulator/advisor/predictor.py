@@ -58,7 +58,8 @@ class Run:
 
     `shape` has a stage's ranks as one group, `sizes` are those of possible groups, 1 for stock, and
     `node_size` is the cluster's. `trace_of` makes the routing of a number of ranks, with other
-    `tokens` of a rank if these are given. `allow` are words for `--fsep-allow-unproven`.
+    `tokens` of a rank if these are given. `flex_backend` is the flex dispatcher's. `allow` are
+    words for `--fsep-allow-unproven`.
     """
 
     model: ModelShape
@@ -74,6 +75,7 @@ class Run:
     dispatches: tuple[Dispatch, ...]
     stock_flex: bool
     stock_overlaps: bool
+    flex_backend: str
     shardings: tuple[Sharding, ...] = tuple(Sharding)
     allow: tuple[Unproven, ...] = ()
 

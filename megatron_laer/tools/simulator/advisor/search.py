@@ -73,7 +73,11 @@ def search(predictor: Predictor, balanced: Predictor, progress: Progress = iter)
         if size > 1
         for geometry in geometries(run.model.num_experts, size, run.node_size, run.shardings)
         for setting in settings_of(
-            geometry, run.dispatches, run.model.topk, partial(predictor.automatic, geometry)
+            geometry,
+            run.dispatches,
+            run.model.topk,
+            partial(predictor.automatic, geometry),
+            run.flex_backend,
         )
     ]
     rough: dict[Setting, float] = {}

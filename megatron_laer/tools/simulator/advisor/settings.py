@@ -30,7 +30,7 @@ _MODES = {restore: FSEPConfig(restore=restore).mode for restore in Restore}
 
 
 class Dispatch(Choice):
-    """Way of tokens: a row per expert, once per node, or once per node by DeepEP."""
+    """Way of tokens: a row per expert, once per node, or once per node by the flex dispatcher."""
 
     RANK = "rank"
     NODE = "node"
@@ -94,7 +94,7 @@ class Setting:
 
 def group_flags(size: int, is_flex: bool) -> list[str]:
     """Return Megatron's flags for a group's size and its dispatcher of tokens."""
-    dispatcher = "flex" if is_flex and size > 1 else "alltoall"  # DeepEP needs a group
+    dispatcher = "flex" if is_flex and size > 1 else "alltoall"  # its buffers need a group
     return [
         *("--expert-model-parallel-size", str(size)),
         *("--moe-token-dispatcher-type", dispatcher),
@@ -149,6 +149,7 @@ def settings_of(
     dispatches: Sequence[Dispatch],
     topk: int,
     automatic: Callable[[Dispatch], ExchangeAlgorithm],
+    flex_backend: str,
 ) -> Iterator[Setting]:
     """Yield the settings of a geometry, training's defaults first.
 
@@ -156,7 +157,7 @@ def settings_of(
     so that the other may be the faster in a whole run.
     """
     for tokens in dispatches:
-        if tokens == Dispatch.FLEX and _deepep_problems(geometry, topk):
+        if tokens == Dispatch.FLEX and _flex_problems(geometry, topk, flex_backend):
             continue
         algorithms: list[ExchangeAlgorithm | Auto] = [Auto.AUTO]
         if geometry.num_nodes > 1 and geometry.sharding == Sharding.ROWS:
@@ -167,10 +168,10 @@ def settings_of(
                 yield Setting(geometry, restore, algorithm, tokens)
 
 
-def _deepep_problems(geometry: Geometry, topk: int) -> list[str]:
+def _flex_problems(geometry: Geometry, topk: int, backend: str) -> list[str]:
     settings = Namespace(
         moe_token_dispatcher_type="flex",
-        moe_flex_dispatcher_backend="deepep",
+        moe_flex_dispatcher_backend=backend,
         expert_model_parallel_size=geometry.num_ranks,
         num_experts=geometry.num_experts,
         moe_router_topk=topk,
