@@ -1,6 +1,8 @@
 """Runs that are killed, stopped and signalled at random moments end as if undisturbed.
 
-    python -m tests.chaos --runs 45 --seed 1
+Damaged recordings are refused.
+
+    python -m tests.chaos --runs 40 --seed 40
 
 Prints a line for each run with its problems; the exit status is 1 if there are any.
 """
@@ -18,8 +20,8 @@ from tests.text_data import write_text_data
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
-    parser.add_argument("--runs", type=int, default=45)
-    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--runs", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=40)
     parser.add_argument("--only", type=int, nargs="*", help="numbers of runs, from 0; all if none")
     parser.add_argument("--folder", type=Path, help="for their files; a temporary one if left out")
     args = parser.parse_args()

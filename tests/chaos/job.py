@@ -9,6 +9,8 @@ import contextlib
 import json
 import multiprocessing
 import os
+import random
+import re
 import signal
 import socket
 import time
@@ -21,6 +23,7 @@ import psutil
 
 from megatron_laer.cpu import ranks
 from tests.chaos import rank
+from tests.chaos.damage import TORN, damaged
 from tests.chaos.plans import Fault, Plan
 
 # Limit of one start, an order of magnitude above need.
@@ -42,20 +45,40 @@ class Outcome:
     started: set[psutil.Process] = field(default_factory=set)
 
 
-def run_job(plan: Plan, data: str, folder: Path) -> Outcome:
+def run_job(plan: Plan, data: str, folder: Path, another: Path | None = None) -> Outcome:
+    """Start a job until it ends; damage takes records of `another` run of the same kind."""
     folder.mkdir(parents=True)
     outcome, faults = Outcome(folder), list(plan.faults)
     for start in range(len(faults) + 2):
         fault = faults.pop(0) if faults else None
-        codes = _start(plan, data, outcome, start, fault)
+        codes = _start(plan, data, outcome, start, fault, str(start))
         made = steps_made(folder)
         outcome.starts.append(f"{made[-1] + 1 if made else 0}:{','.join(map(str, codes))}")
         if not any(codes) and made and made[-1] == plan.steps - 1:
             return outcome
+        if fault is not None and fault.damage and another is not None:
+            draws = random.Random(f"{folder.name} {start}")
+            with damaged(folder, fault.damage, another, draws) as path:
+                # With all steps saved, nothing is recorded any more.
+                is_recorded = fault.damage != TORN and saved_step(folder) < plan.steps
+                if path is not None and is_recorded:
+                    _try_damaged(plan, data, outcome, start, path)
         if outcome.problem:
             return outcome
     outcome.problem = f"not ended after {len(outcome.starts)} starts"
     return outcome
+
+
+def _try_damaged(plan: Plan, data: str, outcome: Outcome, start: int, path: Path) -> None:
+    """Start with a damaged recording; every rank must name it before a step."""
+    before = steps_made(outcome.folder)
+    _start(plan, data, outcome, start, None, f"refused-{start}")
+    says = re.compile(rf"RefusedError: .*{re.escape(path.name)}")
+    logs = [log.read_text() for log in outcome.folder.glob(f"start-refused-{start}-*.log")]
+    told = sum(says.search(log) is not None for log in logs)
+    outcome.starts.append(f"{told} ranks refuse {path.name}")
+    if steps_made(outcome.folder) != before or told != plan.variant.ranks:
+        outcome.problem = f"after start {start}, {outcome.starts[-1]}"
 
 
 def steps_made(folder: Path, of_rank: int = 0) -> list[int]:
@@ -67,16 +90,25 @@ def steps_made(folder: Path, of_rank: int = 0) -> list[int]:
     return [json.loads(line)["step"] for line in lines if line.endswith("\n")]
 
 
-def _start(plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | None) -> list[int]:
+def saved_step(folder: Path) -> int:
+    tracker = folder / "saved" / "latest_checkpointed_iteration.txt"
+    return int(tracker.read_text() or 0) if tracker.exists() else 0
+
+
+def _start(
+    plan: Plan, data: str, outcome: Outcome, start: int, fault: Fault | None, name: str
+) -> list[int]:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([ranks.preparation])
     environment = _environment(plan, start)
     processes = []
     last_step = fault.step if fault is not None and fault.is_awaited else None
-    flags, folder = plan.flags(data, str(outcome.folder)), str(outcome.folder)
+    # A run that begins anew must keep its sharding, since initial experts differ.
+    turn = start if saved_step(outcome.folder) else 0
+    flags, folder = plan.flags(data, str(outcome.folder), turn), str(outcome.folder)
     for number in range(plan.variant.ranks):
         own = environment | {"RANK": str(number), "LOCAL_RANK": str(number)}
-        log = f"{folder}/start-{start}-rank-{number}.log"
+        log = f"{folder}/start-{name}-rank-{number}.log"
         process = context.Process(
             target=rank.run, args=(number, flags, folder, log, own, last_step)
         )
@@ -109,9 +141,9 @@ def _supervise(
             return
         if fault is not None:
             made = steps_made(outcome.folder)
-            if due_s is None and (
-                not fault.step or (made[already:] and made[-1] + 1 >= fault.step)
-            ):
+            is_at_step = not fault.step or (made[already:] and made[-1] + 1 >= fault.step)
+            is_due = is_at_step and (fault.kind != "KILL saving" or _saves(outcome.folder))
+            if due_s is None and is_due:
                 due_s = now_s + fault.delay_s
             if due_s is not None and now_s >= due_s:
                 outcome.started |= _descendants(processes)
@@ -126,10 +158,16 @@ def _supervise(
         time.sleep(_POLL_S)
 
 
+def _saves(folder: Path) -> bool:
+    """Return True while a checkpoint is written that does not count yet."""
+    written = [int(path.name.removeprefix("iter_")) for path in folder.glob("saved/iter_*")]
+    return bool(written) and max(written) > saved_step(folder)
+
+
 def _inject(processes: Sequence[ForkServerProcess], fault: Fault) -> None:
     name, who = fault.kind.split()
     number = signal.Signals[f"SIG{name}"]
-    chosen = processes if who == "all" else [processes[fault.rank]]
+    chosen = [processes[fault.rank]] if who == "one" else processes
     if fault.kind == "TERM all":
         _signal(processes, number)  # with all their processes, as Slurm and torchrun do
         return

@@ -23,13 +23,13 @@ class Chaos:
     def run(self, plan: Plan, name: str) -> tuple[str, list[str]]:
         expected = self._without_faults(plan.variant)
         began_s = time.monotonic()
-        outcome = run_job(plan, self._data, self._folder / name)
+        outcome = run_job(plan, self._data, self._folder / name, expected)
         found = problems(plan, outcome, expected)
         cells = (
             plan.variant.name,
             "saves at TERM" if plan.handles_term else "",
             "; ".join(map(str, plan.faults)),
-            " ".join(outcome.starts),
+            ", ".join(outcome.starts),
             f"cut from {cut_from(outcome.folder)}",
             f"{time.monotonic() - began_s:.0f} s",
             "; ".join(found) or "equal",
