@@ -93,6 +93,11 @@ def own_problems(args: Namespace, config: FSEPConfig) -> list[str]:
     found += muon.problems(args, config)
     found += problems_with_mode(args, config.mode)
     found += problems_with_token_exchange(args, config.token_exchange)
+    if config.pairs_interval is not None and args.moe_router_topk == 1:
+        found.append(
+            f"--fsep-pairs-interval {config.pairs_interval} with --moe-router-topk 1: no effect, "
+            "since a token has one expert; leave it out"
+        )
     has_shape = (args.num_experts or 0) > 0 and args.expert_model_parallel_size > 1
     return found + (_shape_problems(args, config) if has_shape else [])
 

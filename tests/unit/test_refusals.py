@@ -179,6 +179,9 @@ OWN = {
     "--optimizer dist_muon --fsep-planner laer": [
         "--optimizer dist_muon: it needs --fsep-sharding experts, but --fsep-planner laer: moves"
     ],
+    "--fsep-pairs-interval 5 --fsep-record-trace x --moe-router-topk 1": [
+        "--fsep-pairs-interval 5 with --moe-router-topk 1: no effect"
+    ],
     "--optimizer muon --num-experts 7": ["7 experts cannot be at home on 2 ranks"],
     f"--fsep-token-exchange node {FLEX}": [f"--fsep-token-exchange node with {FLEX}"],
     f"--fsep-token-exchange node --moe-permute-fusion {FLEX}": [
