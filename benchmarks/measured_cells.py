@@ -179,7 +179,6 @@ def predicted_seconds(job: Job, rates: Rates) -> float:
         recompute=Recompute.FULL if "--recompute-granularity" in flags else Recompute.NONE,
         shards_optimizer=False,
         overlaps_data_parallel=False,
-        flash_attention=False,
     )
     capacity = default_capacity(RANKS, size.experts)
     geometry = Geometry(RANKS, size.experts, capacity, RANKS)
@@ -199,6 +198,7 @@ def predicted_seconds(job: Job, rates: Rates) -> float:
 
 def _model(size: Size) -> ModelShape:
     return ModelShape(
+        flash_attention=False,
         hidden=size.hidden,
         layer_has_experts=(True,) * size.layers,
         heads=8,

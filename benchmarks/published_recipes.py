@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import combinations
+from dataclasses import dataclass, replace
+from itertools import combinations, starmap
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -24,6 +24,7 @@ from benchmarks.report import print_table
 from benchmarks.simulated import simulated
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.tools.simulator.iteration.methods import STOCK
+from megatron_laer.tools.simulator.iteration.model_shape import read_model
 
 # Relative difference from which on a pair of times is expected in order.
 _APART = 0.05
@@ -34,7 +35,10 @@ GPT_OSS_120B, QWEN3_235B = "gpt-oss-120b", "qwen3-235b-a22b"
 
 @dataclass(frozen=True)
 class Recipe:
-    """One published run; `seconds` are of a step, `sequences` its global batch."""
+    """One published run; `seconds` are of a step, `sequences` its global batch.
+
+    Sequences are of `length` tokens, each on `context` ranks, whose exchanges are not simulated.
+    """
 
     source: str
     model: str
@@ -49,15 +53,18 @@ class Recipe:
     seconds: float
     flags: str = ""
     is_fitted: bool = False
+    length: int = 4096
+    context: int = 1
 
     @property
     def name(self) -> str:
         parallel = f"EP{self.expert} TP{self.tensor} PP{self.pipeline}x{self.chunks}"
-        return f"{self.model} {self.cluster} {parallel} MBS{self.micro_batch} {self.flags}".strip()
+        size = f"{self.length // 1024}k MBS{self.micro_batch}"
+        return f"{self.model} {self.cluster} {parallel} {size} {self.flags}".strip()
 
     def words(self, model: str) -> list[str]:
         """Return the words of `simulate`, which counts a stage's ranks."""
-        stage = self.gpus // self.pipeline
+        stage, shared = self.gpus // self.pipeline, self.tensor * self.context
         sizes = {
             "--ranks": self.expert,
             "--world": stage,
@@ -65,19 +72,25 @@ class Recipe:
             "--tensor-parallel": self.tensor,
             "--pipeline": self.pipeline,
             "--virtual-pipeline": self.chunks,
-            "--microbatches": self.sequences * self.tensor // (stage * self.micro_batch),
-            "--tokens": _SEQUENCE * self.micro_batch // self.tensor,
+            "--microbatches": self.sequences * shared // (stage * self.micro_batch),
+            "--tokens": self.length * self.micro_batch // shared,
         }
         given = [word for flag, size in sizes.items() for word in (flag, str(size))]
         inputs = ["--workload", "W0", "--model", model, "--cluster", self.cluster]
         return [*inputs, *given, "--method", STOCK, "--steps", "1", *self.flags.split()]
 
 
-_SEQUENCE = 4096
-
-
 def _per_step(tokens_per_s: float, gpus: int, sequences: int) -> float:
-    return sequences * _SEQUENCE / gpus / tokens_per_s
+    return sequences * 4096 / gpus / tokens_per_s
+
+
+def _long(length: int, context: int, tflops: float) -> Recipe:
+    """Return a run with long sequences, of which the model's FLOPs per second are published."""
+    model = replace(read_model(QWEN3_235B), sequence=length)
+    flops = 3 * model.flops_per_token * 256 * length
+    seconds = flops / (256 * tflops * 1e12)
+    flags = "--recompute moe"
+    return Recipe(*(*_QWEN, 4, 8, 8, 4, 1, 256, seconds, flags), length=length, context=context)
 
 
 _LAYERS_COUNT = "--account-for-embedding --account-for-loss"
@@ -90,10 +103,11 @@ RECIPES = (
     Recipe(*_OSS_B200, 1, 8, 1, 1, 4, 512, _per_step(8213, 64, 512)),
     Recipe(*_OSS_B200, 1, 64, 1, 1, 4, 1280, _per_step(8047, 64, 1280)),
     Recipe(*_QWEN, 2, 32, 8, 4, 1, 2048, 19.7, _LAYERS_COUNT),
-    Recipe(*_QWEN, 2, 32, 8, 4, 1, 2048, 17.6, f"{_LAYERS_COUNT} --stock-overlap"),
+    Recipe(*_QWEN, 2, 32, 8, 4, 1, 2048, 17.6, f"{_LAYERS_COUNT} --overlap"),
     Recipe(*_QWEN, 4, 8, 8, 4, 1, 2048, 29.0, _LAYERS_COUNT),
     Recipe(*_QWEN, 2, 8, 32, 3, 1, 2048, 24.2, f"{_LAYERS_COUNT} --stock-dispatcher alltoall"),
     Recipe(*_QWEN, 2, 8, 1, 1, 4, 2048, 17.6, "--recompute full"),
+    *starmap(_long, ((2**14, 1, 295), (2**15, 2, 335), (2**16, 4, 368), (2**17, 8, 389))),
 )
 
 
@@ -101,11 +115,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("benchmarks.published_recipes", __doc__)
     add_json(parser)
     options = parser.parse_args(arguments)
-    with gpt_oss_120b() as larger:
-        rows = [
-            _compared(recipe, larger if recipe.model == GPT_OSS_120B else recipe.model)
-            for recipe in RECIPES
-        ]
+    rows = [_compared(recipe) for recipe in RECIPES]
     print_table([{key: row[key] for key in row if key != "source"} for row in rows])
     unseen = [row for row in rows if not row["fitted"]]
     errors = [abs(row["error"]) for row in unseen]
@@ -123,19 +133,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def gpt_oss_120b() -> Iterator[str]:
-    """Write the model, gpt-oss-20b with more layers and experts, to a file; yield its path."""
-    content = yaml.safe_load(yaml_file("model", "gpt-oss-20b").read_text(encoding="utf-8"))
-    content["architecture"]["num-layers"] = 36
-    content["moe"]["num-experts"] = 128
+def model_file(name: str, length: int) -> Iterator[str]:
+    """Write a model with this length of sequences to a file, and yield its path.
+
+    gpt-oss-120b is gpt-oss-20b with more layers and experts.
+    """
+    is_larger = name == GPT_OSS_120B
+    base = yaml_file("model", "gpt-oss-20b" if is_larger else name)
+    content = yaml.safe_load(base.read_text(encoding="utf-8"))
+    content["architecture"]["seq-length"] = length
+    if is_larger:
+        content["architecture"]["num-layers"] = 36
+        content["moe"]["num-experts"] = 128
     with TemporaryDirectory() as folder:
-        path = Path(folder) / f"{GPT_OSS_120B}.yaml"
+        path = Path(folder) / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content), encoding="utf-8")
         yield str(path)
 
 
-def _compared(recipe: Recipe, model: str) -> dict[str, Any]:
-    (case,) = simulated(recipe.words(model))
+def _compared(recipe: Recipe) -> dict[str, Any]:
+    with model_file(recipe.model, recipe.length) as model:
+        (case,) = simulated(recipe.words(model))
     found = case["methods"][STOCK]["iteration_s"]
     return {
         "recipe": recipe.name,

@@ -1,4 +1,4 @@
-"""Runs of `simulate` by benchmarks: the cases of its JSON, and clusters with other constants."""
+"""Runs of `simulate` by benchmarks: the cases of its JSON."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import contextlib
 import io
 import json
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_laer.planner.cluster_files import cluster_content, load_cluster
 from megatron_laer.tools import cli
 
 
@@ -29,13 +26,3 @@ def simulated(words: Sequence[str]) -> list[dict[str, Any]]:
             raise RuntimeError(f"simulate {' '.join(words)}: {said.getvalue()}")
         cases: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["cases"]
     return cases
-
-
-@contextlib.contextmanager
-def cluster_with(name: str, constants: Mapping[str, float]) -> Iterator[str]:
-    """Write a shipped cluster with other constants to a file, and yield its path."""
-    cluster = load_cluster(name).with_constants(constants)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / f"{name}.yaml"
-        path.write_text(yaml.safe_dump(cluster_content(cluster)), encoding="utf-8")
-        yield str(path)

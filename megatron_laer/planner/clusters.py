@@ -74,6 +74,17 @@ class SolveTime:
         return SolveTime(self.base_s * factor, self.slot_s * factor, self.count_s * factor)
 
 
+# Operations of a layer in forward and backward: without experts, more with them, of each slot, and
+# of each chunk that Megatron's All-to-All dispatcher sorts, a slot's tokens from one rank. All but
+# the first were counted (`python -m benchmarks.launches`).
+_DENSE_OPERATIONS, _MOE_OPERATIONS, _SLOT_OPERATIONS, _CHUNK_OPERATIONS = 75, 85, 10, 1.5
+# Launches that take the host as long as one of these, in Python with autograd: from one published
+# time, in which the host is slower than the device (docs/simulator.md).
+_OPERATION_LAUNCHES = 7.3
+# Slots of a typical layer, for prices that do not know the model.
+_TYPICAL_SLOTS = 8
+
+
 @dataclass(frozen=True)
 class HostTime:
     """Time that a rank's host adds to each microbatch of a layer.
@@ -82,24 +93,32 @@ class HostTime:
         launch_s: time to start one kernel.
         gate: time from counts to quotas of the planned layout, with copies of counts to the host. A
             fresh layout comes on top (`Cluster.solve`).
-        layer_s: time in which the device waits for the host in forward and backward of a whole
-            layer with experts, under any expert parallelism. A third is forward's.
         replicas_s: time of a layer's forward for experts that are fetched (of any number):
             rows, or replicas next to home experts.
     """
 
     launch_s: float
     gate: SolveTime
-    layer_s: float = 0.0
     replicas_s: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("launch_s", "layer_s", "replicas_s"):
+        for name in ("launch_s", "replicas_s"):
             _check_seconds(name, getattr(self, name))
 
     @property
     def forward_s(self) -> float:
-        return self.layer_s / 3
+        """Return the host's time in forward of a typical layer with experts."""
+        return self.forward_seconds(_TYPICAL_SLOTS)
+
+    def forward_seconds(self, slots: int | None, chunks: int = 0) -> float:
+        """Return the host's time in a layer's forward, half of backward's.
+
+        `slots` is None without experts. The device hides it as far as it takes longer itself.
+        """
+        operations = _DENSE_OPERATIONS + _CHUNK_OPERATIONS * chunks
+        if slots is not None:
+            operations += _MOE_OPERATIONS + _SLOT_OPERATIONS * slots
+        return operations / 3 * _OPERATION_LAUNCHES * self.launch_s
 
     def replicas_seconds(self, device_s: float) -> float:
         """Return the part of `replicas_s` that a forward of `device_s` on the device leaves."""
@@ -248,7 +267,7 @@ _POSITIVE = (*_RATES, "backward_gemm_factor", "contention.gemm", "contention.exc
 CONSTANTS = (
     *("gemm", "backward_gemm_factor", "memory_bytes_per_s", "solve"),
     *(f"{link}.{name}" for link in ("intra", "inter") for name in Link.__match_args__),
-    *("host.launch_s", "host.gate", "host.layer_s", "host.replicas_s"),
+    *("host.launch_s", "host.gate", "host.replicas_s"),
     *("contention.gemm", "contention.exchange"),
 )
 

@@ -6,6 +6,7 @@ Legend: N ranks.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from megatron_laer.tools.simulator.iteration.chunk import (
     MoETimes,
     backward,
     forward,
+    together,
 )
 from megatron_laer.tools.simulator.iteration.clocks import (
     GRADIENTS,
@@ -263,12 +265,13 @@ def test_an_exchange_next_to_compute_slows_both():
     assert spent(ran(OVERLAPPED, RESTORES, stretch=2.0))["restore"] == 16 - (2 + 1)
 
 
-def pipeline(stages, chunks, microbatches, forward_s=1.0, backward_s=2.0, send_s=0.0):
+def pipeline(stages, chunks, microbatches, forward_s=1.0, backward_s=2.0, send_s=0.0, **more):
     clocks = [Clocks(1, 1) for _ in range(stages)]
-    orders = [order(stage, stages, chunks, microbatches) for stage in range(stages)]
+    orders = [order(stage, stages, chunks, microbatches, **more) for stage in range(stages)]
 
-    def run(stage, operation):
-        clocks[stage].work("dense", forward_s if operation.is_forward else backward_s)
+    def run(stage, operations):
+        for each in operations:
+            clocks[stage].work("dense", forward_s if each.is_forward else backward_s)
 
     sweep(clocks, orders, chunks, run, send_s)
     return max(float(of.now_N[0]) for of in clocks), orders
@@ -288,8 +291,72 @@ def test_interleaved_chunks_divide_the_bubble(stages, chunks, microbatches):
     seconds, orders = pipeline(stages, chunks, microbatches, 1 / chunks, 2 / chunks)
     assert seconds == pytest.approx(3 * microbatches + 3 * (stages - 1) / chunks)
     for of in orders:
-        passes = {(op.is_forward, op.chunk, op.microbatch) for op in of}
+        passes = {(op.is_forward, op.chunk, op.microbatch) for (op,) in of}
         assert len(passes) == len(of) == 2 * chunks * microbatches
+
+
+@pytest.mark.parametrize(("stages", "chunks", "microbatches"), [(1, 1, 1), (1, 1, 4), (4, 2, 8)])
+def test_passes_that_run_together_are_of_two_microbatches(stages, chunks, microbatches):
+    """One forward more warms up, so that one more pass's activations are held."""
+    _, orders = pipeline(stages, chunks, microbatches, by_parts=True)
+    for of, alone in zip(orders, pipeline(stages, chunks, microbatches)[1], strict=True):
+        pairs = [operations for operations in of if len(operations) == 2]
+        assert (len(pairs) > 0) == (microbatches > 1)
+        assert all(one.microbatch != other.microbatch for one, other in pairs)
+        assert sorted(map(str, chain(*of))) == sorted(map(str, chain(*alone)))
+        total = chunks * microbatches
+        assert in_flight(of) == min(in_flight(alone) + 1, total)
+
+
+BY_PARTS = make_schedule(overlaps=True, by_parts=True)
+
+
+def together_ran(forwards, backwards, **of_clocks):
+    clocks = Clocks(1, 1, **of_clocks)
+    together(clocks, forwards, backwards, BY_PARTS)
+    return spent(clocks)
+
+
+def test_tokens_of_one_microbatch_travel_during_the_compute_of_another():
+    one, slow = (layer([10], [20], tokens_N=np.array([seconds])) for seconds in (1.0, 12.0))
+    assert together_ran([one], []) == {"attention": 2, "experts": 10, "tokens": 2}
+    # Backward's dispatch hides behind half of the experts: their weight gradients.
+    assert together_ran([], [one]) == {"attention": 4, "experts": 20, "tokens": 1}
+    assert together_ran([one], [one]) == {"attention": 6, "experts": 30}
+    # Beside attention; weight gradients; the other's experts, and its dispatch; attention again.
+    exposed = (12 - 2) + (12 - 10) + (12 - 10) + (12 - 4)
+    assert together_ran([slow], [slow])["tokens"] == exposed
+
+
+@pytest.mark.parametrize(
+    ("forwards", "backwards", "kind", "exposed"),
+    [
+        # Begins with the pass: behind attention and all experts of backward.
+        ([layer([10], restore_s=30)], [layer([10], [20])], "restore", 30 - (2 + 20)),
+        ([], [layer([10], [20], restore_s=20)], "restore", 20 - 1),
+        # The next layer's begins when this one's experts have computed.
+        ([layer([10]), layer([10], restore_s=20)], [], "restore", 20 - (1 + 2 + 1)),
+        ([], [layer([10], [20], restore_s=60), layer([10], [20])], "restore", 60 - (4 + 1)),
+        # Gradients leave with the tokens' own, and hide behind attention alone.
+        ([], [layer([10], [20], reduce_s=9)], "reduce", 9 - 4),
+    ],
+)
+def test_weights_and_gradients_hide_between_the_parts_of_a_layer(
+    forwards, backwards, kind, exposed
+):
+    assert together_ran(forwards, backwards)[kind] == exposed
+
+
+def test_hidden_tokens_slow_compute_and_share_their_links_with_weights():
+    one = layer([10], [20])
+    slowed = together_ran([one], [one], contention=0.3)
+    assert slowed["experts"] == pytest.approx(30 + 0.3 * 20 / 12 * (1 + 1))
+    apart, shared = (
+        [layer([10], tokens_link=link), layer([10], restore_s=20, tokens_link=link)]
+        for link in (INTER, INTRA)
+    )
+    # The restore is under way during a combine and a dispatch.
+    assert (together_ran(apart, [])["tokens"], together_ran(shared, [])["tokens"]) == (4, 4 + 2)
 
 
 def test_a_stage_waits_for_what_is_sent():

@@ -132,7 +132,7 @@ def test_layers_in_bf16_have_its_bytes_times_and_memory(ends):
     ):
         assert part(whole) < part(none)
         mixed = (1 - share) * part(whole) + share * part(none)
-        assert part(found) == pytest.approx(mixed, rel=0.01)
+        assert part(found) == pytest.approx(mixed, rel=0.02)
     # Two layers at once, the largest.
     of_bf16, of_fp8 = (of.memory_bytes["restored_experts"] / 2 for of in (none, whole))
     larger = min(sum(ends), 2)

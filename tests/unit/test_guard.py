@@ -188,8 +188,8 @@ def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
     gain_s = stock_s - balanced_s
     assert gain_s > 10 * free.solve_seconds(geometry) > 0
     # Forward takes the host longer than the device, or not.
-    for layer_s, part, pays in ((9.0, 0.5, True), (9.0, 2.0, False), (0.0, 2.0, True)):
-        host = HostTime(0.0, SolveTime(0.0, 0.0, 0.0), layer_s, part * gain_s)
+    for launch_s, part, pays in ((9.0, 0.5, True), (9.0, 2.0, False), (0.0, 2.0, True)):
+        host = HostTime(launch_s, SolveTime(0.0, 0.0, 0.0), part * gain_s)
         costs = replace(free, cluster=replace(free.cluster, host=host))
         assert (GreedyStrategy(geometry, costs).plan(counts_NE, stock) != stock) == pays
         for mode in (PlanMode.EXACT, PlanMode.ADAPTIVE):

@@ -124,16 +124,13 @@ def measured_cluster(
 
 
 def with_card(cluster: Cluster, memory_gib: float, like: Cluster) -> Cluster:
-    """Add the rest of a GPU's constants, from a shipped cluster of `like` cards."""
-    assert cluster.host is not None and like.host is not None and like.card is not None
-    said = f"The card but for its memory, and host.layer_s, are those of {like.name}"
-    layer = [(name, spread) for name, spread in like.spreads if name == "host.layer_s"]
+    """Add the rest of a GPU's card, from a shipped cluster of `like` cards."""
+    assert like.card is not None
+    said = f"The card but for its memory is that of {like.name}"
     return replace(
         cluster,
         assumed=said if cluster.assumed == "nothing" else f"{cluster.assumed}. {said}",
-        host=replace(cluster.host, layer_s=like.host.layer_s),
         card=replace(like.card, memory_gib=memory_gib),
-        spreads=(*cluster.spreads, *layer),
     )
 
 

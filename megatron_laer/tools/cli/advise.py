@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--gpus N", "of the whole run", between(2, MOST_RANKS), required=True)
     text = "of a rank in a microbatch; default: as in the flags, the trace, or a sequence"
     option(parser, "--tokens T", text, between(1, MAX_TOKENS))
-    text = "of a rank; default: the cluster's"
+    text = "of a rank; default: the card's less 1"
     option(parser, "--memory-gib X", text, number(1e-3, 1e6))
     text = (
         "Megatron's flags, which give the shape of the run, as a command line or YAML; or after --"
@@ -80,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         expert_data_parallel=None,
         stock_expert_parallel=None,
         flex_backend="deepep",  # Megatron's default
+        overlaps_shared=False,
     )
 
 
@@ -101,7 +102,9 @@ def run(args: argparse.Namespace) -> int:
     predictor = Predictor(asked)
     tokens = asked.shape.tokens
     balanced = replace(asked, trace_of=_made(args, model, "W0", tokens), tokens=None)
-    results = search(predictor, Predictor(balanced), bar("comparing", leave=False))
+    results = search(
+        predictor, Predictor(balanced), lambda title, items: bar(title, leave=False)(items)
+    )
     decided = turns(predictor, results)
     shape = asked.shape
     routing = str(args.trace) if trace is not None else f"workload {args.workload}"
@@ -140,6 +143,7 @@ def _with_flags(
         if settings.moe_permute_fusion:
             dispatches.remove(Dispatch.NODE)  # training refuses both
         at_home = muon.is_muon(settings)
+        args.overlaps_shared = settings.moe_shared_expert_overlap  # Megatron refuses both
     if args.stock_dispatcher == "flex":
         dispatches.append(Dispatch.FLEX)
     return model, tuple(dispatches), at_home, words
@@ -201,6 +205,10 @@ def _run(
     whole = Geometry(ranks, model.num_experts, model.num_experts, 1)
     shape = simulate_input.run_shape(args, whole, tokens, trace)
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
+    why = simulate_input.cannot_overlap(shape, model)
+    if args.overlap and why is not None:
+        raise ValueError(f"--overlap with {why}, or leave out --overlap")
+    overlaps = (False,) if why is not None or args.overlaps_shared else (False, True)
     shardings = simulate_input.shardings_of(args, model)
     asked = Run(
         model=model,
@@ -215,8 +223,8 @@ def _run(
         most_bytes=most_gib * 2**30,
         dispatches=dispatches,
         stock_flex=args.stock_dispatcher == "flex",
-        stock_overlaps=args.stock_overlap,
         flex_backend=args.flex_backend,
+        overlaps=(True,) if args.overlap else overlaps,
         shardings=(Sharding.EXPERTS,) if at_home else tuple(shardings),
         allow=() if model.fp8 is None else (Unproven.FP8_EXPERTS,),
     )

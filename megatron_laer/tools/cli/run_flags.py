@@ -42,6 +42,7 @@ _NOT_CHOSEN = frozenset(
 )
 _SIZES_OF_FLAGS = (*_SAME, "virtual_pipeline", "data_parallel_sharding_strategy")
 _WITH_FSDP = ("--ckpt-format", "fsdp_dtensor", "--no-gradient-accumulation-fusion")
+_ALL_BUT_ATTENTION = "--recompute-granularity selective --recompute-modules moe".split()
 _FULL = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1".split()
 
 
@@ -62,8 +63,7 @@ def fill_in(args: argparse.Namespace, settings: argparse.Namespace, model: Model
         raise ValueError(
             f"{option}: the flags to paste would lack it; give Megatron's among the run's flags"
         )
-    if _recompute(settings) != Recompute.NONE:
-        args.recompute = _recompute(settings).value
+    args.recompute = _recompute(settings) or args.recompute
     shards = settings.use_distributed_optimizer or settings.use_megatron_fsdp
     args.no_distributed_optimizer |= not shards
     args.no_data_parallel_overlap |= not settings.overlap_grad_reduce
@@ -72,7 +72,7 @@ def fill_in(args: argparse.Namespace, settings: argparse.Namespace, model: Model
     if settings.moe_token_dispatcher_type == "alltoall":
         args.stock_dispatcher = "alltoall"
     args.flex_backend = settings.moe_flex_dispatcher_backend
-    args.stock_overlap |= settings.overlap_moe_expert_parallel_comm
+    args.overlap |= settings.overlap_moe_expert_parallel_comm
     if settings.use_megatron_fsdp:
         args.data_parallel_sharding_strategy = settings.data_parallel_sharding_strategy
 
@@ -112,7 +112,7 @@ def flags_of(shape: RunShape) -> list[str]:
     if shape.loss_counts:
         words.append("--account-for-loss-in-pipeline-split")
     if shape.recompute == Recompute.FULL:
-        words += _FULL
+        words += _FULL if shape.attention_again else _ALL_BUT_ATTENTION
     if shape.dense_sharding is not None:
         strategy = ["--data-parallel-sharding-strategy", shape.dense_sharding]
         return [*words, "--use-megatron-fsdp", *strategy, *_WITH_FSDP]
@@ -217,11 +217,12 @@ def _sizes(
         yield "microbatches", whole // groups, source
 
 
-def _recompute(settings: argparse.Namespace) -> Recompute:
-    """Return the recomputation of layers with experts, as training does."""
-    granularity, modules = settings.recompute_granularity, settings.recompute_modules or []
-    runs_again = granularity == "full" or (granularity == "selective" and "moe" in modules)
-    return Recompute.FULL if runs_again else Recompute.NONE
+def _recompute(settings: argparse.Namespace) -> str | None:
+    """Return our word for the recomputation of layers with experts; None for none."""
+    if settings.recompute_granularity == "full":
+        return Recompute.FULL.value
+    is_selective = settings.recompute_granularity == "selective"
+    return "moe" if is_selective and "moe" in (settings.recompute_modules or []) else None
 
 
 def _flag(name: str) -> str:

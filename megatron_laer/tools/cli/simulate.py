@@ -15,7 +15,6 @@ from tqdm import tqdm
 from megatron_laer.choices import (
     Auto,
     OverlapScheduler,
-    Recompute,
     Sharding,
     TokenExchange,
 )
@@ -122,7 +121,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--steps S", text, steps, default=3)
     text = "of a rank, for MFU; default: what the cluster's fastest GEMM reaches"
     option(parser, "--peak-tflops X", text, number(1e-6, 1e9))
-    text = "of a rank; stock and the advice take nothing that needs more; default: the card's"
+    text = (
+        "of a rank; stock and the advice take nothing that needs more; default: the card's less 1"
+    )
     option(parser, "--memory-gib X", text, number(1e-3, 1e6))
     option(parser, "--json FILE", "write all figures there", path)
     option(parser, "--png FILE", "draw them (needs matplotlib)", path)
@@ -212,10 +213,12 @@ def _simulate(
     scaled = tokens if args.workload is None else None  # a workload is made with its tokens
     routing = case_routing(trace, model, num_ranks, scaled, args.lag)
     tokens = tokens_of(routing, model)
-    costs = planner_costs(model, rates[0], Recompute(args.recompute), routing)
+    costs = planner_costs(model, rates[0], simulate_input.recompute_of(args), routing)
     chosen = _chosen(args, geometry, config, model, costs)
     geometry, costs = chosen.geometry, chosen.costs
     shape = simulate_input.run_shape(args, geometry, tokens, trace)
+    if args.overlap and (why := simulate_input.cannot_overlap(shape, model)) is not None:
+        raise ValueError(f"--overlap with {why}, or leave out --overlap")
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
     sizes = num_ranks, geometry.node_size, geometry.capacity
     case = Case(*sizes, geometry.sharding.value, config.mode.value, shape.tokens, shape.world)
@@ -265,7 +268,9 @@ def _chosen(
         sizes = of, model.topk, tokens
         exchange = TokenExchange.NODE
         if args.token_exchange == Auto.AUTO:
-            exchange = choose_token_exchange(costs, *sizes)
+            exchange = TokenExchange.RANK
+            if not args.overlap:
+                exchange = choose_token_exchange(costs, *sizes)
         elif args.token_exchange != FLEX:  # whose rows are those of `node`
             exchange = TokenExchange(args.token_exchange)
         return with_token_exchange(costs, exchange, *sizes).with_exchange(algorithm, of)
@@ -294,7 +299,7 @@ def _methods(
         topk=topk,
         flex=args.token_exchange == FLEX,
         stock_flex=args.stock_dispatcher == FLEX,
-        stock_overlaps=args.stock_overlap,
+        combined=args.overlap,
         one_queue=(args.tensor_parallel or 1) > 1,  # for which Megatron asks
     )
     methods, refused = [], {}

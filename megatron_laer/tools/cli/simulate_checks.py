@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from megatron_laer.choices import TokenExchange
 from megatron_laer.config import PlanMode
 from megatron_laer.files.checks import quoted
 from megatron_laer.tools.cli import simulate_input
@@ -30,6 +31,11 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--restore step keeps layouts over a step, got --mode {' '.join(args.mode)}; give "
             f"--mode {PlanMode.FORECAST}, or leave it out"
+        )
+    if args.overlap and args.token_exchange == TokenExchange.NODE:
+        raise ValueError(
+            "--overlap with --token-exchange node: inside a node tokens move with the experts' "
+            "compute, which hides none of them; give --token-exchange rank or flex"
         )
     simulate_input.check(args)
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))

@@ -42,6 +42,12 @@ _WORKLOAD_LAYERS, _WORKLOAD_STEPS, _WORKLOAD_MICROBATCHES = 4, 8, 8
 # Bytes per count of a workload: 8 to make it, 4 to keep it.
 _BYTES_PER_COUNT = 12
 
+# Word of --recompute for the module `moe` of Megatron's selective recomputation.
+_ALL_BUT_ATTENTION = "moe"
+
+# Part of a card's memory that stays free, for fragments and all that is not counted.
+_MARGIN_GIB = 1.0
+
 # Megatron-FSDP's strategies with which FSEP trains.
 STRATEGIES = ("optim", "optim_grads", "optim_grads_params")
 
@@ -73,9 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> No
         "how stock sends tokens: a row per expert, or once per node as DeepEP; default: %(default)s"
     )
     option(sizes, "--stock-dispatcher", text, choices=("alltoall", "flex"), default="flex")
-    text = "what backward computes again: nothing; all of a layer, token exchanges included; or"
-    text = f"{text} its compute alone; default: %(default)s"
-    option(sizes, "--recompute", text, choices=list(Recompute), default=Recompute.NONE.value)
+    text = "what backward computes again: nothing; all of a layer, token exchanges included; that"
+    text = f"{text} but attention (moe); or its compute alone; default: %(default)s"
+    choices = [*(word.value for word in Recompute), _ALL_BUT_ATTENTION]
+    option(sizes, "--recompute", text, choices=choices, default=Recompute.NONE.value)
     fp8_flags.add_arguments(sizes)
     text = "Megatron-FSDP's, of dense layers"
     option(sizes, "--data-parallel-sharding-strategy", text, choices=STRATEGIES)
@@ -87,7 +94,11 @@ def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> No
     option(sizes, "--host-gap-ms X", text, number(0.0, 1e9), default=0.0)
     add_hours(parser)
     for flag, text in (
-        ("--stock-overlap", "stock's tokens travel during another microbatch's compute"),
+        (
+            "--overlap",
+            "Megatron's combined 1F1B with delayed weight gradients, for stock and FSEP: tokens "
+            "travel during another microbatch's compute",
+        ),
         (
             "--account-for-embedding",
             "the embedding counts as a layer of the pipeline's first chunk",
@@ -130,10 +141,15 @@ def model_of(args: argparse.Namespace) -> ModelShape:
 
 
 def most_gib(args: argparse.Namespace, cluster: Cluster) -> float | None:
-    """Return the limit of a rank's memory: the flag's, else the card's, if there is one."""
+    """Return the limit of a rank's memory: the flag's, else below the card's, if there is one."""
     if args.memory_gib is not None:
         return float(args.memory_gib)
-    return None if cluster.card is None else cluster.card.memory_gib
+    return None if cluster.card is None else cluster.card.memory_gib - _MARGIN_GIB
+
+
+def recompute_of(args: argparse.Namespace) -> Recompute:
+    """Return the recomputation of layers with experts."""
+    return Recompute.FULL if args.recompute == _ALL_BUT_ATTENTION else Recompute(args.recompute)
 
 
 def _lora(args: argparse.Namespace, model: ModelShape) -> Lora | None:
@@ -171,6 +187,19 @@ def shardings_of(args: argparse.Namespace, model: ModelShape) -> list[Sharding]:
         )
     at_home = model.fp8 is not None or strategy is not None or model.expert_adapters > 0
     return [Sharding.EXPERTS] if at_home else list(Sharding)
+
+
+def cannot_overlap(shape: RunShape, model: ModelShape) -> str | None:
+    """Return why combined 1F1B is refused for a run; None if it is not."""
+    if model.expert_adapters > 0:
+        return "--lora-rank on experts: give --lora-targets of attention alone"
+    if shape.recompute == Recompute.FULL:
+        return "--recompute full or moe: give --recompute compute"
+    if shape.synchronises:
+        return f"--pipeline {shape.stages} without --virtual-pipeline: give one"
+    if shape.dense_sharding is not None:
+        return f"--data-parallel-sharding-strategy {shape.dense_sharding}: leave it out"
+    return None
 
 
 def check(args: argparse.Namespace) -> None:
@@ -243,7 +272,8 @@ def run_shape(
         chunks=args.virtual_pipeline or 1,
         replicas=replicas,
         tensor=args.tensor_parallel or 1,
-        recompute=Recompute(args.recompute),
+        recompute=recompute_of(args),
+        attention_again=args.recompute != _ALL_BUT_ATTENTION,
         embedding_counts=args.account_for_embedding,
         loss_counts=args.account_for_loss,
         shards_optimizer=not args.no_distributed_optimizer,

@@ -40,8 +40,8 @@ def not_given(cluster: Cluster) -> str:
     lacks = []
     if cluster.card is None:
         lacks.append("no card, so only --memory-gib limits memory")
-    if cluster.host is None or cluster.host.layer_s == 0:
-        lacks.append("no host.layer_s, so no layer waits for its host")
+    if cluster.host is None:
+        lacks.append("no host, so no layer waits for it")
     return f"{cluster.name} has {' and '.join(lacks)}." if lacks else ""
 
 

@@ -58,9 +58,9 @@ def test_two_ranks_write_a_file_that_plan_takes_and_keep_what_is_there(tmp_path)
     assert all(figure.low <= figure.median <= figure.high for _, figure in cluster.figures)
     measured = dict(cluster.measured)
     assert {"hardware", "date", "torch", "CUDA", "NCCL"} <= measured.keys()
-    # Latency by peer is a constant of a fit, the host's times of layers and replicas show in
-    # training alone, and all others are known to a range.
-    without = {"intra.peer_s", "inter.peer_s", "host.layer_s", "host.replicas_s"}
+    # Latency by peer is a constant of a fit, the host's time of replicas shows in training alone,
+    # and all others are known to a range.
+    without = {"intra.peer_s", "inter.peer_s", "host.replicas_s"}
     assert {name for name, _ in cluster.spreads} == set(CONSTANTS) - without
 
     plan = "plan --workload W6 --ranks 4 --node-size 2 --experts 8 --strategy greedy --steps 6"

@@ -28,7 +28,7 @@ LEGEND = (
 Each row has the fastest slots and exchanges of its group size and sharding. share: time of stock
 under perfectly balanced counts, in its fastest group that fits, over the row's time under the given
 routing. x stock: how many times as fast as the first stock, with the range over the constants.
-EP: ranks of a group; C: slots per rank.
+EP: ranks of a group; C: slots per rank; overlap: Megatron's combined 1F1B.
 """
     + ASSUMED
 )
@@ -55,7 +55,7 @@ def flags(run: Run, candidate: Candidate, common: Sequence[str]) -> list[str]:
         allow = [flag_name("allow_unproven"), *map(str, run.allow)] if run.allow else []
         return [*common, *candidate.setting.flags, *allow]
     assert candidate.method.group is not None
-    return [*common, *group_flags(candidate.method.group, run.stock_flex)]
+    return [*common, *group_flags(candidate.method.group, run.stock_flex, candidate.combined)]
 
 
 def content(

@@ -58,8 +58,8 @@ class Run:
 
     `shape` has a stage's ranks as one group, `sizes` are those of possible groups, 1 for stock, and
     `node_size` is the cluster's. `trace_of` makes the routing of a number of ranks, with other
-    `tokens` of a rank if these are given. `flex_backend` is the flex dispatcher's. `allow` are
-    words for `--fsep-allow-unproven`.
+    `tokens` of a rank if these are given. `flex_backend` is the flex dispatcher's, `overlaps` are
+    possible values of combined 1F1B, and `allow` words for `--fsep-allow-unproven`.
     """
 
     model: ModelShape
@@ -74,8 +74,8 @@ class Run:
     most_bytes: float
     dispatches: tuple[Dispatch, ...]
     stock_flex: bool
-    stock_overlaps: bool
     flex_backend: str
+    overlaps: tuple[bool, ...]
     shardings: tuple[Sharding, ...] = tuple(Sharding)
     allow: tuple[Unproven, ...] = ()
 
@@ -98,9 +98,13 @@ class Candidate:
     setting: Setting | None = None
 
     @property
+    def combined(self) -> bool:
+        return self.method.schedule.by_parts
+
+    @property
     def label(self) -> str:
         if self.setting is None:
-            return f"stock EP{self.method.group}"
+            return f"stock EP{self.method.group}{', overlap' if self.combined else ''}"
         return self.setting.label
 
 
@@ -123,14 +127,16 @@ class Predictor:
     _traces: dict[int, Trace] = field(default_factory=dict)
     _routings: dict[tuple[int, bool], Routing] = field(default_factory=dict)
     _priced: dict[tuple[Geometry, TokenExchange], CostModel] = field(default_factory=dict)
+    _planned: dict[tuple[Setting | int, bool], Method] = field(default_factory=dict)
 
     def stocks(self) -> list[Candidate]:
-        """Return stock in each group that divides the ranks and the experts."""
+        """Return stock in each group that divides the ranks and the experts, as it may overlap."""
         groups = stock_sizes(self.run.shape.ranks, self.run.model.num_experts)
         return [
-            self.stock(group)
+            self.stock(group, combined)
             for group in groups
             if any(size % group == 0 for size in self.run.sizes)
+            for combined in (self.run.overlaps if group > 1 else (False,))
         ]
 
     def fsep(self, setting: Setting) -> Candidate:
@@ -143,6 +149,7 @@ class Predictor:
             holds_step=setting.restore == Restore.STEP,
             topk=self.run.model.topk,
             flex=setting.is_flex,
+            combined=setting.combined,
             one_queue=self.run.shape.tensor > 1,  # for which Megatron asks
         )
         method = make_method(FSEP, settings, self.run.rates[0])
@@ -153,7 +160,7 @@ class Predictor:
         costs = self._costs(geometry, tokens)
         return costs.with_exchange(Auto.AUTO, geometry).restore_algorithm
 
-    def stock(self, group: int) -> Candidate:
+    def stock(self, group: int, combined: bool) -> Candidate:
         """Return stock in groups of X ranks, simulated on the ranks of whole nodes."""
         run = self.run
         ranks = self._stock_ranks(group)
@@ -165,7 +172,7 @@ class Predictor:
             stock_group=group,
             topk=run.model.topk,
             stock_flex=run.stock_flex,
-            stock_overlaps=run.stock_overlaps,
+            combined=combined,
         )
         return Candidate(ranks, make_method(STOCK, settings, run.rates[0]))
 
@@ -203,8 +210,7 @@ class Predictor:
         full = self.run.of_group(candidate.num_ranks)
         model, shape, factor = _shortened(self.run.model, full)
         routing = self._routing(candidate.num_ranks, short=True)
-
-        method = planned_once(candidate.method, routing.layers)
+        method = self._with_plans(candidate, routing.layers, short=True)
 
         def seconds(microbatches: int) -> Floats:
             of = replace(shape, microbatches=microbatches)
@@ -224,8 +230,7 @@ class Predictor:
         """Predict all layers and stages, and microbatches until further ones are alike."""
         shape = self.run.of_group(candidate.num_ranks)
         routing = self._routing(candidate.num_ranks)
-
-        method = planned_once(candidate.method, routing.layers)
+        method = self._with_plans(candidate, routing.layers, short=False)
 
         def predicted(microbatches: int) -> IterationPrediction:
             (found,) = predict_iterations(
@@ -246,6 +251,15 @@ class Predictor:
             return predicted(shape.microbatches)
         by_many = predicted(many)
         return _extended(predicted(few), by_many, few, many, shape.microbatches)
+
+    def _with_plans(self, candidate: Candidate, layers: int, *, short: bool) -> Method:
+        """Return the method with plans that are made once, whether tokens overlap or not."""
+        setting, method = candidate.setting, candidate.method
+        same = method.group if setting is None else replace(setting, combined=False)
+        assert same is not None
+        if (same, short) not in self._planned:
+            self._planned[same, short] = planned_once(method, layers)
+        return replace(self._planned[same, short], schedule=method.schedule)
 
     def _routing(self, num_ranks: int, *, short: bool = False) -> Routing:
         key = num_ranks, short

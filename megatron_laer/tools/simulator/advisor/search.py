@@ -22,12 +22,11 @@ SHOWN, _IN_FULL = 5, 10
 _CLOSE = 1.05
 # Rough times up to this factor count as equal, and the setting nearer to training's defaults wins.
 _EQUAL = 1.002
-# Times in full up to this factor count as equal, and the setting with less memory wins.
-_SAME = 1.005
 # Fastest groups of stock that are kept: other constants may reverse their order.
 _STOCKS = 2
 
-Progress = Callable[[Iterable[Any]], Iterable[Any]]
+# Wraps items that are worked on, under a title.
+Progress = Callable[[str, Iterable[Any]], Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -59,14 +58,17 @@ class Results:
     least_bytes: tuple[tuple[str, float], ...]
 
 
-def search(predictor: Predictor, balanced: Predictor, progress: Progress = iter) -> Results:
+def search(predictor: Predictor, balanced: Predictor, progress: Progress) -> Results:
     """Search all settings of a run; `balanced` predicts it with perfectly balanced counts."""
     run = predictor.run
     nominal = run.rates[:1]
-    stocks, small_stock = _stocks(predictor)
+    stocks, small_stock = _stocks(predictor, progress)
     of_balanced = balanced.stocks()
     fitting = [each for each in of_balanced if balanced.fits(each)] or of_balanced
-    forced = [Found(each, balanced.fully(each, nominal)) for each in fitting]
+    forced = [
+        Found(each, balanced.fully(each, nominal))
+        for each in progress("stock under balanced counts", fitting)
+    ]
     settings = [
         setting
         for size in run.sizes
@@ -78,19 +80,20 @@ def search(predictor: Predictor, balanced: Predictor, progress: Progress = iter)
             run.model.topk,
             partial(predictor.automatic, geometry),
             run.flex_backend,
+            run.overlaps,
         )
     ]
     rough: dict[Setting, float] = {}
     least = ("", float("inf"))
-    for setting in progress(settings):
+    for setting in progress("settings, roughly", settings):
         candidate = predictor.fsep(setting)
         least = min(least, (setting.label, predictor.least_bytes(candidate)), key=lambda of: of[1])
         if predictor.fits(candidate):
             rough[setting] = float(predictor.roughly(candidate, nominal)[0])
-    best, refused = _best(predictor, rough)
+    best, refused = _best(predictor, rough, progress)
     return Results(
-        best=_in_order(_with_ranges(predictor, best)),
-        stocks=tuple(_with_ranges(predictor, stocks[:_STOCKS])),
+        best=tuple(_with_ranges(predictor, best, progress)),
+        stocks=tuple(_with_ranges(predictor, stocks[:_STOCKS], progress)),
         balanced=min(forced, key=lambda found: found.seconds),
         tried=len(settings),
         too_large=len(settings) - len(rough) + refused,
@@ -98,11 +101,11 @@ def search(predictor: Predictor, balanced: Predictor, progress: Progress = iter)
     )
 
 
-def _stocks(predictor: Predictor) -> tuple[list[Found], tuple[str, float]]:
+def _stocks(predictor: Predictor, progress: Progress) -> tuple[list[Found], tuple[str, float]]:
     """Return the groups of stock that fit, the fastest first, and the memory of the smallest."""
     run = predictor.run
     found, least = [], ("", float("inf"))
-    for candidate in predictor.stocks():
+    for candidate in progress("stock", predictor.stocks()):
         needed = predictor.least_bytes(candidate)
         if needed <= run.most_bytes:
             prediction = predictor.fully(candidate, run.rates[:1])
@@ -113,7 +116,9 @@ def _stocks(predictor: Predictor) -> tuple[list[Found], tuple[str, float]]:
     return sorted(found, key=lambda each: each.seconds), least
 
 
-def _best(predictor: Predictor, rough: dict[Setting, float]) -> tuple[list[Found], int]:
+def _best(
+    predictor: Predictor, rough: dict[Setting, float], progress: Progress
+) -> tuple[list[Found], int]:
     """Return the fastest setting of each group size and sharding, and the number that do not fit.
 
     The best of each is predicted in full, and all others that are close to the best of all.
@@ -126,7 +131,7 @@ def _best(predictor: Predictor, rough: dict[Setting, float]) -> tuple[list[Found
     order = sorted(chosen.values(), key=lambda setting: rough[setting])
     found: dict[tuple[int, Sharding], Found] = {}
     tried, refused = 0, 0
-    for setting in order:
+    for setting in progress("the best, in full", order):
         kind = setting.geometry.num_ranks, setting.geometry.sharding
         is_close = rough[setting] <= _CLOSE * rough[order[0]] and tried < _IN_FULL
         if not is_close and (kind in found or len(found) >= SHOWN):
@@ -136,28 +141,14 @@ def _best(predictor: Predictor, rough: dict[Setting, float]) -> tuple[list[Found
         tried += 1
         if prediction.peak_bytes > predictor.run.most_bytes:
             refused += 1
-        elif kind not in found or _is_better(prediction, found[kind].prediction):
+        elif kind not in found or prediction.iteration_s < found[kind].seconds:
             found[kind] = Found(candidate, prediction)
     return sorted(found.values(), key=lambda each: each.seconds)[:SHOWN], refused
 
 
-def _is_better(one: IterationPrediction, other: IterationPrediction) -> bool:
-    """Return True if one is faster, or as fast with less memory."""
-    if max(one.iteration_s, other.iteration_s) > min(one.iteration_s, other.iteration_s) * _SAME:
-        return one.iteration_s < other.iteration_s
-    return one.peak_bytes < other.peak_bytes
-
-
-def _in_order(found: Sequence[Found]) -> tuple[Found, ...]:
-    """Return the fastest first; of those as fast, the one with least memory comes first."""
-    if not found:
-        return ()
-    order = sorted(found, key=lambda each: each.seconds)
-    same = [each for each in order if each.seconds <= order[0].seconds * _SAME]
-    first = min(same, key=lambda each: each.prediction.peak_bytes)
-    return first, *(each for each in order if each is not first)
-
-
-def _with_ranges(predictor: Predictor, found: Sequence[Found]) -> list[Found]:
+def _with_ranges(predictor: Predictor, found: Sequence[Found], progress: Progress) -> list[Found]:
     rates = predictor.run.rates
-    return [replace(each, prediction=predictor.fully(each.candidate, rates)) for each in found]
+    return [
+        replace(each, prediction=predictor.fully(each.candidate, rates))
+        for each in progress("ranges", found)
+    ]

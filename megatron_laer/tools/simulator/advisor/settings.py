@@ -50,6 +50,7 @@ class Setting:
     restore: Restore = Restore.LAYER
     algorithm: ExchangeAlgorithm | Auto = Auto.AUTO
     tokens: Dispatch = Dispatch.RANK
+    combined: bool = False
 
     @property
     def mode(self) -> PlanMode:
@@ -75,12 +76,14 @@ class Setting:
         geometry = self.geometry
         sizes = f"EP{geometry.num_ranks} {geometry.sharding} C={geometry.capacity}"
         more = {"tokens": self.tokens, "restore": self.restore, "exchange": self.algorithm}
-        return ", ".join([sizes, *(f"{name} {word}" for name, word in more.items())])
+        words = [f"{name} {word}" for name, word in more.items()]
+        return ", ".join([sizes, *words, *["overlap"] * self.combined])
 
     @property
     def flags(self) -> list[str]:
         geometry = self.geometry
-        words = ["--expert-parallel-mode", "fsep", *group_flags(geometry.num_ranks, self.is_flex)]
+        words = ["--expert-parallel-mode", "fsep"]
+        words += group_flags(geometry.num_ranks, self.is_flex, self.combined)
         words += [flag_name("sharding"), geometry.sharding.value]
         words += [flag_name("capacity"), str(geometry.capacity)]
         for name, word in self.changes.items():
@@ -92,12 +95,13 @@ class Setting:
         return self.tokens == Dispatch.FLEX
 
 
-def group_flags(size: int, is_flex: bool) -> list[str]:
-    """Return Megatron's flags for a group's size and its dispatcher of tokens."""
+def group_flags(size: int, is_flex: bool, combined: bool = False) -> list[str]:
+    """Return Megatron's flags for a group's size, its dispatcher of tokens and its schedule."""
     dispatcher = "flex" if is_flex and size > 1 else "alltoall"  # its buffers need a group
     return [
         *("--expert-model-parallel-size", str(size)),
         *("--moe-token-dispatcher-type", dispatcher),
+        *(["--overlap-moe-expert-parallel-comm", "--delay-wgrad-compute"] if combined else []),
     ]
 
 
@@ -150,11 +154,13 @@ def settings_of(
     topk: int,
     automatic: Callable[[Dispatch], ExchangeAlgorithm],
     flex_backend: str,
+    overlaps: Sequence[bool],
 ) -> Iterator[Setting]:
     """Yield the settings of a geometry, training's defaults first.
 
     Homes have the faster exchange for each layout. Rows have the `automatic` one for all layouts,
-    so that the other may be the faster in a whole run.
+    so that the other may be the faster in a whole run. `overlaps` are possible values of combined
+    1F1B, which would hide nothing of what `node` sends inside nodes.
     """
     for tokens in dispatches:
         if tokens == Dispatch.FLEX and _flex_problems(geometry, topk, flex_backend):
@@ -165,7 +171,9 @@ def settings_of(
             algorithms += [algorithm for algorithm in ExchangeAlgorithm if algorithm != taken]
         for restore in Restore:
             for algorithm in algorithms:
-                yield Setting(geometry, restore, algorithm, tokens)
+                for combined in overlaps:
+                    if not (combined and tokens == Dispatch.NODE):
+                        yield Setting(geometry, restore, algorithm, tokens, combined)
 
 
 def _flex_problems(geometry: Geometry, topk: int, backend: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""One pass of a microbatch through a model chunk, forward or backward, on the clocks.
+"""Passes of microbatches through model chunks, one at a time or two together, on the clocks.
 
 Exchanges start where `schedule.py` says, as in the runtime's scheduler.
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 from megatron_laer.schedule import Schedule
 from megatron_laer.tools.simulator.iteration.clocks import (
@@ -55,7 +56,8 @@ class LayerTimes:
 
     Pairs are forward and backward. `dense_s` is neither attention nor experts, `tensor_s`
     collectives among tensor-parallel ranks, `host_s` the host's time. Backward includes recompute,
-    except with `again`, where it first runs forward again, with its exchanges of tokens.
+    except with `again`, where it first runs forward again, with its exchanges of tokens, but
+    without attention unless `attention_again`.
     `gather_s` and `scatter_s` exchange the layer's parameters and gradients; 0 in passes without.
     `unshard_s` gathers weights that are sharded again after their use, in forward and in backward.
     """
@@ -66,6 +68,7 @@ class LayerTimes:
     tensor_s: tuple[float, float]
     moe: MoETimes | None
     again: bool
+    attention_again: bool = True
     host_s: tuple[float, float] = (0.0, 0.0)
     gather_s: float = 0.0
     scatter_s: float = 0.0
@@ -201,7 +204,7 @@ def backward(
         moe = layer.moe
         began_s = _unshard(clocks, layer, began_s)
         if layer.again:
-            _dense(clocks, layer, 0)
+            _dense(clocks, layer, 0, attention=layer.attention_again)
         if moe is not None:
             number -= 1
             if layer.again:
@@ -234,6 +237,78 @@ def backward(
             clocks.scatter(layer.scatter_s)
     await_reduce()
     return fetched
+
+
+def together(
+    clocks: Clocks,
+    forwards: Sequence[LayerTimes],
+    backwards: Sequence[LayerTimes],
+    schedule: Schedule,
+) -> None:
+    """Run forward and backward of two microbatches by parts of layers: Megatron's combined 1F1B.
+
+    Tokens of one travel during compute of the other; without layers of the other, none are hidden.
+    Experts' weight gradients are computed after the gradients of their inputs have left, and take
+    half of backward's time.
+    """
+    ahead = _Restores(clocks, forwards, None, backward=False)
+    behind = _Restores(clocks, backwards, None, backward=True)
+    beside = bool(forwards and backwards)
+    if schedule.restores_first:
+        ahead.start(0)
+    if schedule.restores_last:
+        behind.start(behind.last)
+    number, back_number = -1, behind.last + 1
+    for layer, back in zip_longest(forwards, reversed(backwards)):
+        moe, back_moe = layer and layer.moe, back and back.moe
+        change = reducing = None
+        if back_moe:
+            back_number -= 1
+            back_sent = _send(clocks, back_moe, beside)
+        if layer:
+            clocks.gathered_s += layer.gather_s
+            if layer.gather_s > 0:
+                clocks.wait("data_parallel", clocks.gathered_s)
+            _dense(clocks, layer, 0)
+        if moe:
+            number += 1
+            clocks.meet(moe.group)
+            clocks.work("gate", moe.gate_s)
+            ahead.start(number)  # if no rule has started it
+            if moe.change_s is not None:
+                change = clocks.exchange(PARAMETERS, moe.change_s, moe.exchange_link)
+        if back_moe:
+            clocks.arrive(back_sent)
+            behind.start(back_number)
+            behind.wait(back_number)
+            clocks.work("experts", back_moe.backward_N / 2)
+        if moe:
+            sent = _send(clocks, moe, beside)
+        if back_moe:
+            back_sent = _send(clocks, back_moe, beside)
+            clocks.work("experts", back_moe.backward_N / 2)
+            if schedule.restores_previous:
+                behind.start(back_number - 1)
+        if moe:
+            clocks.arrive(sent)
+            ahead.wait(number, change)
+            clocks.work("experts", moe.forward_N)
+            if schedule.restores_next:
+                ahead.start(number + 1)
+            sent = _send(clocks, moe, beside)
+        if back_moe:
+            clocks.arrive(back_sent)
+            if back_moe.reduce_s is not None:
+                link = back_moe.exchange_link
+                reducing = clocks.exchange(GRADIENTS, back_moe.reduce_s, link)
+        if back:
+            _dense(clocks, back, 1)
+            if reducing is not None:
+                clocks.wait("reduce", reducing.end_s)
+            if back.scatter_s > 0:
+                clocks.scatter(back.scatter_s)
+        if moe:
+            clocks.arrive(sent)
 
 
 def _fetch(
@@ -280,13 +355,17 @@ def _unshard(clocks: Clocks, layer: LayerTimes, before_s: float) -> float:
     return float(clocks.now_N.max())
 
 
-def _dense(clocks: Clocks, layer: LayerTimes, direction: int) -> None:
-    clocks.work("attention", layer.attention_s[direction])
+def _dense(clocks: Clocks, layer: LayerTimes, direction: int, *, attention: bool = True) -> None:
+    if attention:
+        clocks.work("attention", layer.attention_s[direction])
+        clocks.work("tensor", layer.tensor_s[direction])
     clocks.work("dense", layer.dense_s[direction])
-    clocks.work("tensor", layer.tensor_s[direction])
     clocks.work("host", layer.host_s[direction])
 
 
 def _tokens(clocks: Clocks, moe: MoETimes) -> None:
-    clocks.meet(moe.group, moe.within_node)
-    clocks.tokens(moe.tokens_N, moe.tokens_link)
+    clocks.arrive(_send(clocks, moe, beside=False))
+
+
+def _send(clocks: Clocks, moe: MoETimes, beside: bool) -> Flight:
+    return clocks.send(moe.tokens_N, moe.tokens_link, moe.group, moe.within_node, beside=beside)

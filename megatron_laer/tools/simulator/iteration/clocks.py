@@ -26,28 +26,44 @@ KINDS = (*COMPUTE, *EXPOSED, WAITING)
 PARAMETERS, GRADIENTS = "parameters", "gradients"
 
 INTRA, INTER = "intra", "inter"
+# Contention of tokens with compute over that of weights and gradients: DeepEP takes 20 SMs, these 8
+# or 16 (`card.exchange_ctas`).
+_TOKENS_WEIGH = 20 / 12
 
 
-@dataclass
+@dataclass(eq=False)
 class Flight:
-    """An exchange on a communication stream; what shares its links moves its end."""
+    """An exchange on a communication stream; what shares its links moves its end.
+
+    Exchanges of tokens have times of each rank.
+    """
 
     link: str
-    begin_s: float
-    end_s: float
+    begin_s: Seconds | float
+    end_s: Seconds | float
 
-    def remaining(self, begin_s: float) -> float:
-        return max(self.end_s - max(self.begin_s, begin_s), 0.0)
+    def remaining(self, begin_s: Seconds | float) -> Seconds:
+        left_N: Seconds = np.maximum(self.end_s - np.maximum(self.begin_s, begin_s), 0.0)
+        return left_N
+
+    def lengthen(self, seconds_N: Seconds) -> None:
+        """Move the end; weights and gradients have one for all ranks."""
+        if isinstance(self.end_s, float):
+            self.end_s += float(seconds_N.max())
+        else:
+            self.end_s = self.end_s + seconds_N
 
 
 class Clocks:
     """Clocks of one stage's ranks and of its communication streams.
 
-    Exchanges involve all ranks, so a stream has one clock: an exchange starts with the last rank.
-    Compute is slower by `contention` during an exchange, which is slower by `stretch` during
-    compute. Exchanges over one class of links share it: while two are under way, each is half as
-    fast. With `one_stream` parameters and gradients wait for each other. `gathered_s` and
-    `scattered_s` are the ends of data-parallel exchanges.
+    Exchanges of parameters and gradients involve all ranks, so they have one clock: an exchange
+    starts with the last rank. Tokens are exchanged in groups, and wait for the last rank of each.
+    Compute takes `pace` times as long as on an average card, and is slower by `contention` during
+    an exchange, which is slower by `stretch` during compute. Exchanges over one class of links
+    share it: while two are under way, each is half as fast. With `one_stream` parameters and
+    gradients wait for each other. `gathered_s` and `scattered_s` are the ends of data-parallel
+    exchanges.
     """
 
     def __init__(
@@ -55,6 +71,7 @@ class Clocks:
         ranks: int,
         node_size: int,
         *,
+        pace: float = 1.0,
         contention: float = 0.0,
         stretch: float = 1.0,
         one_stream: bool = False,
@@ -63,13 +80,16 @@ class Clocks:
         self.spent: dict[str, Seconds] = {kind: np.zeros(ranks) for kind in KINDS}
         self.gathered_s = self.scattered_s = self._scattering_s = 0.0
         self._node_size = node_size
-        self._contention, self._stretch = contention, stretch
+        self._pace, self._contention, self._stretch = pace, contention, stretch
         self._flights = {stream: Flight(INTRA, 0.0, 0.0) for stream in (PARAMETERS, GRADIENTS)}
+        self._sent: list[Flight] = []  # tokens under way
         self._one_stream = one_stream
 
     def work(self, kind: str, seconds: Seconds | float) -> None:
-        if kind in _SLOWED and self._contention > 0:
-            seconds = seconds + self._contention * self._beside(seconds)
+        if kind in _SLOWED:
+            seconds = seconds * self._pace
+            if self._contention > 0:
+                seconds = seconds + self._contention * self._beside(seconds)
         self.now_N = self.now_N + seconds
         self.spent[kind] += seconds
 
@@ -80,26 +100,41 @@ class Clocks:
 
     def meet(self, group: int | None = None, within_node: bool = False) -> None:
         """Advance ranks to the last of their node or of their `group` neighbours; None for all."""
-        size = group or len(self.now_N)
-        if within_node:
-            size = min(size, self._node_size)
-        last_J = self.now_N.reshape(-1, size).max(axis=1)
-        self.wait(WAITING, np.repeat(last_J, size))
+        self.wait(WAITING, self._last(group, within_node))
 
     def exchange(self, stream: str, seconds: float, link: str) -> Flight:
-        """Start an exchange on a communication stream."""
-        free_s = self._flights[stream].end_s
-        if self._one_stream:
-            free_s = max(flight.end_s for flight in self._flights.values())
+        """Start an exchange of weights or gradients on its communication stream."""
+        streams = (PARAMETERS, GRADIENTS) if self._one_stream else (stream,)
+        free_s = max(float(self._flights[each].end_s) for each in streams)
         begin_s = max(float(self.now_N.max()), free_s)
-        seconds *= self._stretch
-        flight = Flight(link, begin_s, begin_s + seconds)
-        for other in self._flights.values():
-            shared_s = min(other.remaining(begin_s), seconds) if other.link == link else 0.0
-            other.end_s += shared_s
-            flight.end_s += shared_s
+        flight = Flight(link, begin_s, begin_s + seconds * self._stretch)
+        self._share(flight)
         self._flights[stream] = flight
         return flight
+
+    def send(
+        self,
+        seconds_N: Seconds,
+        link: str,
+        group: int | None,
+        within_node: bool,
+        *,
+        beside: bool = False,
+    ) -> Flight:
+        """Start an exchange of tokens, `beside` another microbatch's compute or alone."""
+        begin_N = self._last(group, within_node)
+        for before in self._sent:
+            begin_N = np.maximum(begin_N, before.end_s)
+        tokens = Flight(link, begin_N, begin_N + seconds_N * (self._stretch if beside else 1.0))
+        self._share(tokens)
+        self._sent.append(tokens)
+        return tokens
+
+    def arrive(self, tokens: Flight) -> None:
+        """Wait for tokens: for the last rank to send them, and for their way."""
+        self.wait(WAITING, tokens.begin_s)
+        self.wait("tokens", tokens.end_s)
+        self._sent.remove(tokens)
 
     def scatter(self, seconds: float) -> None:
         """Start the reduce of a layer's gradients, after those before."""
@@ -114,25 +149,34 @@ class Clocks:
         self.gathered_s = end_s + max(both_s, 0.0)
         self.scattered_s += max(both_s, 0.0)
 
-    def tokens(self, seconds: Seconds, link: str) -> None:
-        """Exchange tokens, which share their links with the exchanges under way."""
-        begin_N = self.now_N
-        for flight in self._flights.values():
-            if flight.link != link:
-                continue
-            left_N = np.clip(flight.end_s - np.maximum(begin_N, flight.begin_s), 0.0, None)
-            shared_N = np.minimum(left_N, seconds)
-            seconds = seconds + shared_N
-            flight.end_s += float(shared_N.max())
-        self.work("tokens", seconds)
+    def _last(self, group: int | None, within_node: bool) -> Seconds:
+        size = group or len(self.now_N)
+        if within_node:
+            size = min(size, self._node_size)
+        last_J = self.now_N.reshape(-1, size).max(axis=1)
+        return np.repeat(last_J, size)
+
+    def _under_way(self) -> list[Flight]:
+        return [*self._flights.values(), *self._sent]
+
+    def _share(self, flight: Flight) -> None:
+        """Lengthen a new exchange, and those under way over the same links."""
+        seconds = flight.end_s - flight.begin_s
+        for other in self._under_way():
+            if other.link == flight.link:
+                shared_N = np.minimum(other.remaining(flight.begin_s), seconds)
+                flight.lengthen(shared_N)
+                other.lengthen(shared_N)
 
     def _beside(self, seconds: Seconds | float) -> Seconds:
         end_N = self.now_N + seconds
-        shared = [
-            np.clip(
-                np.minimum(end_N, flight.end_s) - np.maximum(self.now_N, flight.begin_s), 0.0, None
-            )
-            for flight in self._flights.values()
-        ]
-        longer_N: Seconds = np.maximum(*shared)
+
+        def shared(flight: Flight) -> Seconds:
+            begin_N = np.maximum(self.now_N, flight.begin_s)
+            of_flight_N: Seconds = np.maximum(np.minimum(end_N, flight.end_s) - begin_N, 0.0)
+            return of_flight_N
+
+        longer_N = np.maximum(*map(shared, self._flights.values()))
+        if self._sent:  # one after the other
+            longer_N = np.maximum(longer_N, _TOKENS_WEIGH * sum(map(shared, self._sent)))
         return longer_N

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from megatron_laer.tools.simulator.iteration.chunk import (
     LayerTimes,
     backward,
     forward,
+    together,
 )
 from megatron_laer.tools.simulator.iteration.clocks import (
     KINDS,
@@ -26,7 +27,8 @@ from megatron_laer.tools.simulator.iteration.clocks import (
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.memory_parts import trained_weights
 from megatron_laer.tools.simulator.iteration.methods import Method
-from megatron_laer.tools.simulator.iteration.pipeline import Operation, order, sweep
+from megatron_laer.tools.simulator.iteration.pipeline import Operation, Operations, order, sweep
+from megatron_laer.tools.simulator.iteration.rates import slowest_pace
 from megatron_laer.tools.simulator.iteration.work import LayerWork
 
 # Bytes per weight: main weight, gradient and two moments read; main weight, moments and the bf16
@@ -51,12 +53,15 @@ class Iteration:
 def run_iteration(method: Method, timing: Timing, work: WorkOf) -> Iteration:
     """Run one iteration through all stages."""
     run, rates, contention = timing.run, timing.rates, timing.rates.cluster.contention
+    by_parts = method.schedule.by_parts
+    hides = method.schedule.restores_ahead or by_parts
     stages = [
         Clocks(
             run.ranks,
             run.node_size,
+            pace=slowest_pace(run.world),
             contention=contention.gemm - 1.0,
-            stretch=contention.exchange if method.schedule.restores_ahead else 1.0,
+            stretch=contention.exchange if hides else 1.0,
             one_stream=method.one_stream,
         )
         for _ in range(run.stages)
@@ -65,23 +70,35 @@ def run_iteration(method: Method, timing: Timing, work: WorkOf) -> Iteration:
         clocks.work("host", rates.gap_s)
         clocks.gathered_s = rates.gap_s
     passes = _Passes(method, timing, work)
-    orders = [order(stage, run.stages, run.chunks, run.microbatches) for stage in range(run.stages)]
+    orders = [
+        order(stage, run.stages, run.chunks, run.microbatches, by_parts=by_parts)
+        for stage in range(run.stages)
+    ]
     following = [passes.following(stage, of_stage) for stage, of_stage in enumerate(orders)]
     fetched: list[Flight | None] = [None] * run.stages
 
-    def operate(stage: int, operation: Operation) -> None:
+    def operate(stage: int, operations: Operations) -> None:
         clocks = stages[stage]
-        place = operation.chunk * run.stages + stage
-        layers = passes.layers(place, operation.microbatch)
-        ends = place == run.stages * run.chunks - 1
-        ahead = fetched[stage], following[stage].get(operation)
-        if operation.is_forward:
-            fetched[stage] = forward(clocks, layers, method.schedule, *ahead)
-        if ends:
-            head_s = timing.head_seconds()[0 if operation.is_forward else 1]
-            clocks.work("dense", head_s)
-        if not operation.is_forward:
-            fetched[stage] = backward(clocks, layers, method.schedule, *ahead)
+        places = {each.is_forward: each.chunk * run.stages + stage for each in operations}
+        heads = zip((True, False), timing.head_seconds(), strict=True)
+        head_s = {
+            is_forward: seconds
+            for is_forward, seconds in heads
+            if places.get(is_forward) == run.stages * run.chunks - 1
+        }
+        layers = {
+            each.is_forward: passes.layers(places[each.is_forward], each.microbatch)
+            for each in operations
+        }
+        clocks.work("dense", head_s.get(False, 0.0))
+        ahead = fetched[stage], following[stage].get(operations[0])
+        if by_parts:
+            together(clocks, layers.get(True, []), layers.get(False, []), method.schedule)
+        elif True in layers:
+            fetched[stage] = forward(clocks, layers[True], method.schedule, *ahead)
+        else:
+            fetched[stage] = backward(clocks, layers[False], method.schedule, *ahead)
+        clocks.work("dense", head_s.get(True, 0.0))
 
     sweep(stages, orders, run.chunks, operate, timing.send_seconds())
     _finish(method, timing, stages)
@@ -196,11 +213,11 @@ class _Passes:
         first, last = microbatch == 0, microbatch == run.microbatches - 1
         return [self._layer(layer, microbatch, first, last) for layer in self._by_place[place]]
 
-    def following(self, stage: int, order: Sequence[Operation]) -> dict[Operation, Following]:
+    def following(self, stage: int, order: Sequence[Operations]) -> dict[Operation, Following]:
         """Return the layers that are fetched during operations, where chunks have MoE layers."""
         first_of: list[tuple[Operation, LayerTimes]] = []
         follows = self._method.schedule.restores_following and not self._timing.run.synchronises
-        for each in order if follows else ():
+        for each in chain.from_iterable(order) if follows else ():
             place = each.chunk * self._timing.run.stages + stage
             layers = [of for of in self.layers(place, each.microbatch) if of.moe is not None]
             if layers:
@@ -230,6 +247,7 @@ class _Passes:
             gather_s=exchanged.gather_s if first else 0.0,
             scatter_s=(exchanged.scatter_s if last else 0.0) + exchanged.reshard_s,
             unshard_s=exchanged.unshard_s,
+            hides_tokens=self._method.schedule.by_parts,
         )
         self._kept[key] = times
         return times

@@ -16,7 +16,6 @@ import numpy.typing as npt
 
 from megatron_laer.choices import Recompute
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.token_prices import all_to_alls
 from megatron_laer.planner.wire_form import quantising_reads
 from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes
 from megatron_laer.tools.simulator.iteration.clocks import INTER, INTRA
@@ -35,13 +34,11 @@ _PERMUTED_PASSES, _SORTED_PASSES = 4, 4
 _BACKWARD_PASSES = 2
 # Bytes per logit in fp32: written, read for the maximum and the sum, and its gradient written.
 _LOGIT_BYTES = 16
-# Passes over attention's scores per direction, unless they stay on the chip: written, masked (read
-# and written), through the softmax (the same) and read.
-_SCORE_PASSES = 6
-# Small kernels of a MoE layer in one direction: half of the cost model's count for both.
-_LAUNCHES = 26
-# Part of a layer's host time that one without experts takes: attention's, and few kernels more.
-_DENSE_HOST = 0.5
+# Passes over attention's scores forward and backward, unless they stay on the chip. Scores are
+# written, masked by the softmax (read and written) and read. Their gradient is written, goes
+# through the softmax's backward (two reads and a write) and is read twice, the scores once. These
+# give the times of standard attention in FlashAttention-3's paper.
+_SCORE_PASSES, _SCORE_PASSES_BACKWARD = 4, 7
 # Backward has two GEMMs for each of forward's: of the input's gradient, and of the weight's.
 _BACKWARD_GEMMS, _FROZEN_GEMMS = 2, 1
 
@@ -75,11 +72,13 @@ class Timing:
         gather_s: float = 0.0,
         scatter_s: float = 0.0,
         unshard_s: float = 0.0,
+        hides_tokens: bool = False,
     ) -> LayerTimes:
         """Return the times of one microbatch in one layer; `work` is None for a dense layer.
 
         With `restores`, `restores_backward` or `reduces` False, it has no such exchange. A form of
-        weights that serves one direction is restored in backward too with `restores`.
+        weights that serves one direction is restored in backward too with `restores`. With
+        `hides_tokens` the host has no time while these travel.
         """
         attention_s, attention_backward_s = self._attention()
         dense_s, dense_backward_s = self._dense(has_experts)
@@ -87,13 +86,14 @@ class Timing:
             attention_backward_s += attention_s
             dense_backward_s += dense_s
         tensor_s = self._tensor()
-        moe = device_s = None
+        device_s = [attention_s + dense_s + tensor_s]
+        device_s.append(attention_backward_s + dense_backward_s + tensor_s)
+        moe = None
         if work is not None:
-            others_s = attention_s + attention_backward_s + dense_s + dense_backward_s
-            moe = self._moe(work, restores, restores_backward, reduces, others_s)
-            if work.restore is not None:
-                device_s = float((moe.forward_N + 2 * moe.tokens_N).max())
-                device_s += attention_s + dense_s + tensor_s
+            moe = self._moe(work, restores, restores_backward, reduces)
+            for direction, compute_N in enumerate((moe.forward_N, moe.backward_N)):
+                exposed_N = 0 if hides_tokens else 2 * moe.tokens_N
+                device_s[direction] += float((compute_N + exposed_N).max())
         return LayerTimes(
             name=name,
             attention_s=(attention_s, attention_backward_s),
@@ -101,7 +101,8 @@ class Timing:
             tensor_s=(tensor_s, tensor_s),
             moe=moe,
             again=self.run.recompute == Recompute.FULL,
-            host_s=self._host(has_experts, device_s),
+            attention_again=self.run.attention_again,
+            host_s=self._host(work, *device_s),
             gather_s=gather_s,
             scatter_s=scatter_s,
             unshard_s=unshard_s,
@@ -116,23 +117,25 @@ class Timing:
         factor = self._backward_gemms * self.rates.backward_factor
         return gemm_s + memory_s, gemm_s * factor + memory_s
 
-    def _host(self, has_experts: bool, device_s: float | None) -> tuple[float, float]:
-        """Return the host's time in forward and backward; a third of a layer's is forward's.
-
-        `device_s` is forward's time on the device where experts are fetched.
-        """
+    def _host(
+        self, work: LayerWork | None, forward_s: float, backward_s: float
+    ) -> tuple[float, float]:
+        """Return the time by which the host is later than the device, forward and backward."""
         host = self.rates.cluster.host
         if host is None:
             return 0.0, 0.0
-        layer_s, launches_s = host.layer_s, _LAUNCHES * host.launch_s
-        if not has_experts:
-            layer_s, launches_s = layer_s * _DENSE_HOST, 0.0
-        forward_s, backward_s = layer_s / 3 + launches_s, layer_s * 2 / 3 + launches_s
-        if device_s is not None:
-            forward_s += host.replicas_seconds(device_s)
+        if work is None:
+            launching_s = host.forward_seconds(None)
+        else:
+            sorting = work.passing.sorts_chunks and (work.group or 0) > 1
+            chunks = (work.group or 0) * work.slots if sorting else 0
+            launching_s = host.forward_seconds(work.slots, chunks)
+        launching_backward_s = 2 * launching_s
+        if work is not None and work.restore is not None:
+            launching_s += host.replicas_s
         if self.run.recompute == Recompute.COMPUTE:
-            backward_s += forward_s
-        return forward_s, backward_s
+            launching_backward_s += launching_s
+        return max(launching_s - forward_s, 0.0), max(launching_backward_s - backward_s, 0.0)
 
     def send_seconds(self) -> float:
         run = self.run
@@ -171,13 +174,14 @@ class Timing:
         gemm_s = self._gemm(2.0 * model.attention_weights)
         core = model.core_flops_per_token * self.run.tokens / rates.best_flops_per_s
         backward_s = gemm_s * self._backward_gemms * rates.backward_factor
-        if not self.run.flash_attention:
+        if not model.flash_attention:
             # Separate GEMMs over all pairs, not only the causal half, with scores in memory.
             core_s = 2 * core
             scores = self.run.tokens * model.heads * model.sequence * model.bytes_per_element
-            scores_s = rates.memory_seconds(_SCORE_PASSES * scores) * (1 + rates.overhead)
-            backward_s += _BACKWARD_GEMMS * core_s * rates.backward_factor + scores_s
-            return gemm_s + core_s + scores_s, backward_s
+            pass_s = rates.memory_seconds(scores) * (1 + rates.overhead)
+            backward_s += _BACKWARD_GEMMS * core_s * rates.backward_factor
+            backward_s += _SCORE_PASSES_BACKWARD * pass_s
+            return gemm_s + core_s + _SCORE_PASSES * pass_s, backward_s
         # Backward of the core has five GEMMs for two: flash attention recomputes the scores.
         return gemm_s + core / rates.core_forward, backward_s + 2.5 * core / rates.core_backward
 
@@ -209,8 +213,8 @@ class Timing:
         # An all-gather before attention and a reduce-scatter after it.
         return 2 * self.rates.ring_seconds(size, run.tensor, run.node_size)
 
-    def _tokens(self, work: LayerWork, compute_s: float) -> npt.NDArray[np.float64]:
-        """Return the exposed time of one exchange of tokens; `compute_s` are both directions'."""
+    def _tokens(self, work: LayerWork) -> npt.NDArray[np.float64]:
+        """Return each rank's time of one exchange of tokens."""
         run, rates, passing = self.run, self.rates, work.passing
         cluster = rates.cluster
         token_bytes = self.model.hidden * self.model.bytes_per_element
@@ -227,19 +231,10 @@ class Timing:
             in_node_s = rates.collective_seconds(node_size, node_size)
             shape = Geometry(meets, meets, 1, node_size)
             tokens_N += passing.prices.latency_seconds(shape, collective_s, in_node_s, forwards)
-        if passing.overlapped:
-            tokens_N *= cluster.contention.exchange
-            hidden_s = compute_s / all_to_alls(forwards)
-            tokens_N = np.maximum(tokens_N - hidden_s, 0.0)
         return tokens_N
 
     def _moe(
-        self,
-        work: LayerWork,
-        restores: bool,
-        restores_backward: bool,
-        reduces: bool,
-        dense_s: float,
+        self, work: LayerWork, restores: bool, restores_backward: bool, reduces: bool
     ) -> MoETimes:
         model, rates, recompute = self.model, self.rates, self.run.recompute
         scale = self.nominal.best_flops_per_s / rates.best_flops_per_s
@@ -254,8 +249,7 @@ class Timing:
         if recompute == Recompute.COMPUTE:
             backward_N += forward_N
 
-        compute_s = float((forward_N + backward_N).mean()) + dense_s
-        tokens_N = self._tokens(work, compute_s)
+        tokens_N = self._tokens(work)
         first_s = again_s = None
         directions = 1
         if work.restore is not None:

@@ -80,7 +80,8 @@ def _stage_bytes(
     gradients = method.schedule.gradient_layers(with_experts) * element * model.trained_of_expert
     if method.schedule.holds_step:  # sums over all microbatches, for every layer
         gradients += with_experts * method.restored * model.trained_of_expert * _GRADIENT_BYTES
-    held = in_flight(order(stage, run.stages, run.chunks, run.microbatches)) / run.chunks
+    sizes = stage, run.stages, run.chunks, run.microbatches
+    held = in_flight(order(*sizes, by_parts=method.schedule.by_parts)) / run.chunks
     working = _layer_activations(model, run, True, most_pairs)
     if run.recompute == Recompute.NONE:
         kept = sum(_layer_activations(model, run, each, most_pairs) for each in layers)

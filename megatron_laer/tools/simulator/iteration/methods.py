@@ -56,9 +56,9 @@ class MethodSettings:
 
     With `holds_step` FSEP's experts stay restored over a step. `stock_group` is X of stock; None
     for the largest possible. With `flex` FSEP, with `stock_flex` stock sends a token once per node,
-    pipelined. With `stock_overlaps` stock's tokens travel during another microbatch's compute. With
-    `one_queue` exchanges have the buffers of CUDA_DEVICE_MAX_CONNECTIONS=1. LAER and FlexMoE have
-    FSEP's geometry without the sharding.
+    pipelined. With `combined` all methods run Megatron's combined 1F1B. With `one_queue` exchanges
+    have the buffers of CUDA_DEVICE_MAX_CONNECTIONS=1. LAER and FlexMoE have FSEP's geometry without
+    the sharding.
     """
 
     geometry: Geometry
@@ -71,7 +71,7 @@ class MethodSettings:
     topk: int = 1
     flex: bool = False
     stock_flex: bool = False
-    stock_overlaps: bool = False
+    combined: bool = False
     one_queue: bool = False
 
 
@@ -145,12 +145,12 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
             f"and {geometry.num_experts} experts; use a divisor of {fits}"
         )
     each = geometry.num_experts // group
-    passing = TokenPassing(group, overlapped=settings.stock_overlaps)
+    passing = TokenPassing(group, sorts_chunks=not settings.stock_flex)
     if settings.stock_flex:
         passing = replace(passing, prices=_once_per_node(settings, group), pipelined=True)
     return Method(
         STOCK,
-        make_schedule(overlaps=False),
+        make_schedule(overlaps=False, by_parts=settings.combined),
         one_stream=False,
         layer_planner=lambda layer: _Grouped(passing, geometry.node_size, rates, None, None),
         experts_held=each,
@@ -194,7 +194,7 @@ def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
     exchange = Exchange(intra, inter, intra, inter, False, 1, sharing, in_node)
     return Method(
         FSDP_EP,
-        make_schedule(overlaps=settings.overlaps),
+        make_schedule(overlaps=settings.overlaps, by_parts=settings.combined),
         one_stream=False,
         layer_planner=lambda layer: _Grouped(
             TokenPassing(group), geometry.node_size, rates, exchange, exchange
@@ -223,7 +223,7 @@ def _relaid(
     guard = Guard(PlanMode.FORECAST, settings.costs, geometry, split=Split.EVEN)
     return Method(
         name,
-        make_schedule(overlaps=settings.overlaps),
+        make_schedule(overlaps=settings.overlaps, by_parts=settings.combined),
         one_stream,
         layer_planner=lambda layer: _Relaid(strategy, guard, rates, _in_a_row(geometry)),
         experts_held=geometry.num_experts / geometry.num_ranks,
@@ -249,6 +249,7 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
             after_gate=settings.mode == PlanMode.EXACT,
             holds_step=settings.holds_step,
             restores_following=True,
+            by_parts=settings.combined,
         ),
         one_stream=False,
         layer_planner=lambda layer: _Relaid(

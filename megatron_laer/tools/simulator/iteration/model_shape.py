@@ -51,7 +51,8 @@ class ModelShape:
     and the main one. Widths of queries, keys and values are over all heads; a width is 0 for none.
     `bytes_per_element` are of weights, tokens and gradients on the wire. With `fp8` the linear
     layers of attention, FFN and experts multiply in this recipe. Not in fp8 are `bf16_ends` layers
-    at the start and at the end of the decoder. With `lora` all else is frozen.
+    at the start and at the end of the decoder. With `lora` all else is frozen. With
+    `flash_attention` scores stay on the chip.
     """
 
     hidden: int
@@ -73,6 +74,7 @@ class ModelShape:
     fp8: Fp8Recipe | None = None
     lora: Lora | None = None
     bf16_ends: tuple[int, int] = (0, 0)
+    flash_attention: bool = True
 
     def for_layer(self, layer: int) -> ModelShape:
         """Return the model, without fp8 if this layer is kept in bf16."""
@@ -201,6 +203,8 @@ def read_model(config: str) -> ModelShape:
         latent=_latent(values) if "--multi-latent-attention" in values else None,
         fp8=sizes.fp8_recipe,
         bf16_ends=_bf16_ends(values),
+        # cuDNN before 9.18 fuses no learned sinks (NVIDIA/TransformerEngine issue 2318).
+        flash_attention=values.get("--softmax-type") != "learnable",
     )
 
 

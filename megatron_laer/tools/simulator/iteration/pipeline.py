@@ -1,13 +1,14 @@
 """Megatron's pipeline schedules: 1F1B, and interleaved where a stage has several chunks.
 
-A stage has a list of operations; a sweep runs each as soon as its stage is free and its input has
-arrived.
+A stage has a list of operations, two of which may run together; a sweep runs them as soon as their
+stage is free and their inputs have arrived.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from megatron_laer.tools.simulator.iteration.clocks import Clocks, Seconds
 
@@ -21,17 +22,25 @@ class Operation:
     microbatch: int
 
 
-def order(stage: int, stages: int, chunks: int, microbatches: int) -> list[Operation]:
+# One operation, or a forward and a backward that run together.
+Operations = tuple[Operation, ...]
+
+
+def order(
+    stage: int, stages: int, chunks: int, microbatches: int, *, by_parts: bool = False
+) -> list[Operations]:
     """Return the operations of a stage: warm-up, one forward and one backward in turn, cool-down.
 
     With one chunk, warm-up is a forward per later stage. Interleaved, chunks take turns every p
-    microbatches, and Megatron's warm-up is (p - 1 - stage) * 2 + (chunks - 1) * p forwards.
+    microbatches, and Megatron's warm-up is (p - 1 - stage) * 2 + (chunks - 1) * p forwards. With
+    `by_parts` it is one more, so that a forward and a backward are independent and run together.
     """
     total = microbatches * chunks
     if chunks == 1:
         ahead = min(stages - stage - 1, total)
     else:
         ahead = min((stages - stage - 1) * 2 + (chunks - 1) * stages, total)
+    ahead = min(ahead + by_parts, total)
 
     def operation(number: int, is_forward: bool) -> Operation:
         if chunks == 1:
@@ -41,16 +50,17 @@ def order(stage: int, stages: int, chunks: int, microbatches: int) -> list[Opera
         microbatch = group * stages + within % stages
         return Operation(is_forward, chunk if is_forward else chunks - 1 - chunk, microbatch)
 
-    found = [operation(number, True) for number in range(ahead)]
+    found: list[Operations] = [(operation(number, True),) for number in range(ahead)]
     for number in range(total - ahead):
-        found += [operation(ahead + number, True), operation(number, False)]
-    return found + [operation(number, False) for number in range(total - ahead, total)]
+        both = operation(ahead + number, True), operation(number, False)
+        found += [both] if by_parts else [(each,) for each in both]
+    return found + [(operation(number, False),) for number in range(total - ahead, total)]
 
 
-def in_flight(operations: Sequence[Operation]) -> int:
+def in_flight(of_stage: Sequence[Operations]) -> int:
     """Return the maximum number of passes whose activations a stage holds at once."""
     held = most = 0
-    for operation in operations:
+    for operation in chain.from_iterable(of_stage):
         held += 1 if operation.is_forward else -1
         most = max(most, held)
     return most
@@ -58,9 +68,9 @@ def in_flight(operations: Sequence[Operation]) -> int:
 
 def sweep(
     stages: Sequence[Clocks],
-    orders: Sequence[Sequence[Operation]],
+    orders: Sequence[Sequence[Operations]],
     chunks: int,
-    run: Callable[[int, Operation], None],
+    run: Callable[[int, Operations], None],
     send_s: float,
 ) -> None:
     """Run all operations, each when its input has arrived from the stage before or after.
@@ -84,17 +94,18 @@ def sweep(
         """Run the ready operations of a stage, and return True if there were any."""
         began_at = next_of[stage]
         while next_of[stage] < len(orders[stage]):
-            operation = orders[stage][next_of[stage]]
-            key = needed(stage, operation)
-            if key is not None and key not in done:
+            operations = orders[stage][next_of[stage]]
+            keys = [key for of in operations if (key := needed(stage, of)) is not None]
+            if any(key not in done for key in keys):
                 break
-            if key is not None:
+            for key in keys:
                 stages[stage].wait("pipeline", done.pop(key) + send_s)
-            run(stage, operation)
-            place = operation.chunk * num_stages + stage
-            is_last = place == (last_place if operation.is_forward else 0)
-            if not is_last:
-                done[operation.is_forward, place, operation.microbatch] = stages[stage].now_N
+            run(stage, operations)
+            for operation in operations:
+                place = operation.chunk * num_stages + stage
+                is_last = place == (last_place if operation.is_forward else 0)
+                if not is_last:
+                    done[operation.is_forward, place, operation.microbatch] = stages[stage].now_N
             next_of[stage] += 1
         return next_of[stage] > began_at
 

@@ -7,15 +7,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from statistics import NormalDist
 
 import numpy as np
 
 from megatron_laer.planner.clusters import CONSTANTS, Cluster
 from megatron_laer.planner.gemm_curve import GemmCurve
 
-# Speed of attention's core over the fastest GEMM's: flash attention on an A100 reaches 185 and 150
-# TFLOP/s forward and backward, GEMMs 248, by its authors' tables.
-_CORE_FORWARD, _CORE_BACKWARD = 0.75, 0.60
+# Speed of attention's core over the fastest GEMM's, forward and backward. It reaches 185 and 150
+# TFLOP/s on an A100, and cuDNN's 539 and 516 on an H100, by FlashAttention's papers. GEMMs reach
+# 237 and 685.
+_CORE_FORWARD, _CORE_BACKWARD = 0.78, 0.69
+# Standard deviation of cards' speed: large clusters span 8 to 9 % (Sinha et al., SC 2022).
+_CARDS_DIFFER = 0.015
+# Latency of a ring's step inside a node and between nodes, from NCCL's tuning model (Simple).
+_STEP_S, _FAR_STEP_S = 3.4e-6, 1.4e-5
 
 # Spreads for a cluster file without one. Two profiles of GEMMs in LAER-MoE's artifact differ by a
 # tenth; its All-to-Alls range from the data sheet's rate to a third of it.
@@ -88,16 +94,22 @@ class Rates:
         share = size_bytes * (ranks - 1) / ranks
         near = ring_neighbours(node_size, stride)
         seconds = share / intra.bytes_per_s if near > 1 else 0.0
-        latency_s = intra.latency_s
+        latency_s = intra.latency_s + (min(near, ranks) - 1) * _STEP_S
         if ranks > near:
             seconds = max(seconds, share / (near * inter.bytes_per_s))
-            latency_s = inter.latency_s
+            latency_s = inter.latency_s + (near - 1) * _STEP_S + (ranks / near - 1) * _FAR_STEP_S
         return seconds + latency_s
 
 
 def ring_neighbours(node_size: int, stride: int) -> int:
     """Return the number of a ring's ranks on one node, `stride` ranks apart."""
     return max(node_size // stride, 1)
+
+
+def slowest_pace(ranks: int) -> float:
+    """Return the time of the slowest of so many cards, for which the others wait, over the mean."""
+    # Blom's approximation of the largest of normal draws.
+    return 1.0 + _CARDS_DIFFER * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
 
 def rate_sets(rates: Rates) -> tuple[Rates, ...]:

@@ -15,8 +15,9 @@ class RunShape:
     `ranks` are of one FSEP group; every pipeline stage has `replicas` such groups, between which
     slices are data parallel. `tokens` are a rank's in a microbatch. More than one of `chunks` per
     stage means the interleaved schedule. The embedding, or head and loss, may count as a layer of
-    the pipeline. `tensor` ranks share attention, with sequence parallelism. With `flash_attention`
-    scores stay on the chip. `dense_sharding` is Megatron-FSDP's strategy, if it is used.
+    the pipeline. `tensor` ranks share attention, with sequence parallelism. With
+    `attention_again`, `full` recompute includes attention. `dense_sharding` is Megatron-FSDP's
+    strategy, if it is used.
     """
 
     ranks: int
@@ -32,7 +33,7 @@ class RunShape:
     recompute: Recompute = Recompute.NONE
     shards_optimizer: bool = True
     overlaps_data_parallel: bool = True
-    flash_attention: bool = True
+    attention_again: bool = True
     dense_sharding: str | None = None
 
     def __post_init__(self) -> None:

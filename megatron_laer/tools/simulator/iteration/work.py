@@ -100,13 +100,13 @@ class TokenPassing:
 
     `group` is the number of neighbours that exchange tokens and counts; None for all ranks. With
     `pipelined` both link classes work at once, as in DeepEP, although a row passes one after the
-    other. With `overlapped` exchanges run during another microbatch's compute.
+    other. With `sorts_chunks` rows are put in order by Megatron's All-to-All dispatcher.
     """
 
     group: int | None = None
     prices: TokenPrices = BY_RANK
     pipelined: bool = False
-    overlapped: bool = False
+    sorts_chunks: bool = False
 
     def seconds(self, work: LayerWork, token_bytes: int, cluster: Cluster) -> Seconds:
         """Return each rank's time on the links for the work's pairs, without latency."""
