@@ -55,10 +55,10 @@ class Geometry:
 
     @property
     def static_layout(self) -> ExpertLayout:
-        """Return the layout without a planner."""
+        """Return the layout without a planner, which is also the first one of a run."""
         if self.sharding == Sharding.EXPERTS:
             return ExpertLayout.at_home(*self.shape)
-        return ExpertLayout.static(*self.shape)
+        return ExpertLayout.static(*self.shape, self.node_size)
 
     def random_layout(self, seed: tuple[int, ...]) -> ExpertLayout:
         """Return a random legal layout, the same on every machine for one seed."""

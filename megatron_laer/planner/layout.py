@@ -69,16 +69,25 @@ class ExpertLayout:
         return cls(num_ranks, capacity, num_experts, slot_expert_S.astype(_SLOT_DTYPE).tobytes())
 
     @classmethod
-    def static(cls, num_ranks: int, capacity: int, num_experts: int) -> ExpertLayout:
-        """Return the layout without a planner: rank r hosts C experts from r*E//N on, mod E.
+    def static(
+        cls, num_ranks: int, capacity: int, num_experts: int, node_size: int = 1
+    ) -> ExpertLayout:
+        """Return the layout without a planner, in which no rank holds an expert twice.
 
-        Where N divides E, the first E/N slots of each rank are stock Megatron's placement. Every
-        expert is covered: neighbouring starts are at most ceil(E/N) <= C apart, and so is E from
-        the last one. No rank holds an expert twice, because C <= E.
+        Where slots are spare and a node's suffice for all experts, each node has them all, so that
+        no token leaves it: slot c has one of the c-th C-th of the experts, in turn over the ranks,
+        as in LAER-MoE's FSDP+EP. Elsewhere rank r hosts C experts from r*E//N on, mod E, and the
+        first E/N are stock Megatron's placement where N divides E. Neighbouring starts are at most
+        ceil(E/N) <= C apart, so every expert is covered.
         """
         check_shape(num_ranks, capacity, num_experts)
-        start_N = np.arange(num_ranks) * num_experts // num_ranks
-        slot_expert_NC = (start_N[:, None] + np.arange(capacity)) % num_experts
+        rank_N1 = np.arange(num_ranks)[:, None]
+        if node_size * capacity >= num_experts < num_ranks * capacity:
+            bounds = np.arange(capacity + 1) * num_experts // capacity
+            slot_expert_NC = bounds[:-1] + rank_N1 % node_size % np.diff(bounds)
+        else:
+            start_N1 = rank_N1 * num_experts // num_ranks
+            slot_expert_NC = (start_N1 + np.arange(capacity)) % num_experts
         return cls.from_slots(num_ranks, capacity, num_experts, slot_expert_NC.reshape(-1))
 
     @classmethod
@@ -132,7 +141,7 @@ class ExpertLayout:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Return (N, C, E), the order of arguments of `static` and `random`."""
+        """Return (N, C, E), the first arguments of `static` and `random`."""
         return self.num_ranks, self.capacity, self.num_experts
 
     @property

@@ -44,13 +44,33 @@ def test_static_covers_every_expert_without_duplicates(shape: tuple[int, int, in
 def test_static_starts_with_stock_placement_where_ranks_divide_experts(
     shape: tuple[int, int, int],
 ) -> None:
-    num_ranks, _, num_experts = shape
+    num_ranks, capacity, num_experts = shape
     layout = ExpertLayout.static(*shape)
-    if num_experts % num_ranks == 0:
+    if num_experts % num_ranks == 0 and (capacity < num_experts or num_ranks == 1):
         owned = num_experts // num_ranks
         for rank in range(num_ranks):
             stock = np.flatnonzero(stock_owner_E(num_ranks, num_experts) == rank)
             assert layout.experts_of(rank)[:owned] == tuple(stock.tolist())
+
+
+@given(shapes(), st.integers(1, 8))
+def test_static_keeps_all_experts_on_each_node_where_slots_suffice(
+    shape: tuple[int, int, int], num_nodes: int
+) -> None:
+    """Where C divides E, this is the layout of LAER-MoE's FSDP+EP."""
+    node_size, capacity, num_experts = shape
+    whole = num_nodes * node_size, capacity, num_experts
+    layout = ExpertLayout.static(*whole, node_size)
+    assert_legal(layout, whole)
+    of_ranks = [layout.experts_of(rank) for rank in range(layout.num_ranks)]
+    assert all(len({*experts}) == capacity for experts in of_ranks)
+    if layout.num_slots > num_experts:
+        for first in range(0, layout.num_ranks, node_size):
+            assert {*sum(of_ranks[first : first + node_size], ())} == {*range(num_experts)}
+        if num_experts % capacity == 0:
+            part = num_experts // capacity
+            theirs = [slot * part + 3 % node_size % part for slot in range(capacity)]
+            assert [*of_ranks[3 % node_size]] == theirs
 
 
 @given(shapes(), st.lists(st.integers(0, 2**40), min_size=1, max_size=3))
