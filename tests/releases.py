@@ -20,7 +20,6 @@ from pathlib import Path
 from megatron_laer.releases import (
     NEXT,
     NUMBERS,
-    RELEASES,
     SUPPORTED,
     TESTED,
     release_after,
@@ -72,16 +71,6 @@ PLACES = (
         "| megatron-core ",
         " |",
         f"≥ {NUMBERS[0]}, < {release_after(NUMBERS[-1])}",
-    ),
-    Place(
-        "patches/README.md",
-        "| folder | releases it applies to |\n| --- | --- |\n",
-        "\n\n",
-        "\n".join(
-            f"| `core_v{release.number}/` | "
-            f"{' to '.join(dict.fromkeys((release.tested[0], release.tested[-1])))} |"
-            for release in (*RELEASES, NEXT)
-        ),
     ),
 )
 
