@@ -67,7 +67,7 @@ def _split(
     whole_Q = np.repeat(np.arange(len(share_P)), [len(part) for part in parts])
 
     def split(spread: float) -> npt.NDArray[np.float64]:
-        part_Q = np.exp(spread * normal_Q)
+        part_Q: npt.NDArray[np.float64] = np.exp(spread * normal_Q)
         part_Q *= (share_P / np.bincount(whole_Q, weights=part_Q))[whole_Q]
         return part_Q
 
