@@ -230,3 +230,21 @@ def test_frozen_bases_take_less_memory_and_keep_experts_at_home_if_these_are_ada
     smallest = min(each["peak_bytes"] for each in whole)
     # Gradients alone of a rank's 0.7e9 weights in experts would take 2.6 GiB.
     assert max(each["peak_bytes"] for each in adapted) < smallest - 2.6 * 2**30
+
+
+def test_combined_1f1b_is_tried_where_megatron_allows_it(advised):
+    words = f"{GPUS} --workload W1 --memory-gib 60"
+    tried, asked, refused = (
+        advised(*f"{words} {more}".split()) for more in ("", "--overlap", "--recompute full")
+    )
+    flag = "--overlap-moe-expert-parallel-comm --delay-wgrad-compute"
+    listed = [found["best"] + found["stock"] for found in (tried, asked, refused)]
+    assert any(flag in each["flags"] for each in listed[0])
+    for each in [row for of in listed for row in of]:
+        assert (flag in each["flags"]) == each["label"].endswith(", overlap")
+    assert all(flag in row["flags"] for row in listed[1] if row["label"] != "stock EP1")
+    assert not any(flag in row["flags"] for row in listed[2])
+    # What each gains, it has without asking.
+    assert value(tried["best"][0]) <= value(asked["best"][0])
+    seconds = [value(row) for row in tried["best"]]
+    assert seconds == sorted(seconds)

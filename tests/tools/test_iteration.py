@@ -19,6 +19,7 @@ from megatron_laer.tools.simulator.iteration.chunk import (
     backward,
     forward,
     together,
+    whole,
 )
 from megatron_laer.tools.simulator.iteration.clocks import (
     GRADIENTS,
@@ -66,7 +67,7 @@ def ran(schedule, *layers, passes=(forward,), ranks=1, node_size=None, **of_cloc
     """Return the clocks after these passes over a chunk of layers."""
     clocks = Clocks(ranks, node_size or ranks, **of_clocks)
     for run in passes:
-        run(clocks, [*layers], schedule)
+        whole(run(clocks, [*layers], schedule))
     return clocks
 
 
@@ -86,9 +87,9 @@ def test_ranks_wait_for_the_late_one_at_the_combine():
 def test_tokens_within_nodes_let_only_the_node_wait_until_the_counts_meet():
     clocks = Clocks(4, 2)
     layers = [layer([1, 5, 2, 2], within_node=True), layer([1, 1, 1, 1], within_node=True)]
-    forward(clocks, layers[:1], ALONE)
+    whole(forward(clocks, layers[:1], ALONE))
     assert clocks.now_N.tolist() == [9, 9, 6, 6]
-    forward(clocks, layers[1:], ALONE)  # counts are gathered over all ranks
+    whole(forward(clocks, layers[1:], ALONE))  # counts are gathered over all ranks
     assert clocks.now_N.tolist() == [14, 14, 14, 14]
     assert clocks.spent["waiting"].tolist() == [4, 0, 3, 3]
 
@@ -152,9 +153,9 @@ def test_an_operations_first_restore_hides_behind_the_operation_before(run, sche
     first, next_one = replace(layer([10]), name="before"), layer([10], restore_s=20)
     clocks = Clocks(1, 1)
     following = Following(next_one, run is backward, same_microbatch=False)
-    fetched = forward(clocks, [first], schedule, None, following)
+    fetched = whole(forward(clocks, [first], schedule, None, following))
     assert (fetched is None) == (schedule is OVERLAPPED or (run, schedule) == (forward, EXACT))
-    run(clocks, [next_one], schedule, fetched)
+    whole(run(clocks, [next_one], schedule, fetched))
     assert spent(clocks)["restore"] == exposed
 
 
@@ -172,7 +173,7 @@ def test_a_layer_that_follows_itself_fetches_slots_that_differ(
 ):
     present, same = layer([10]), layer([10], restore_s=20, change_s=change_s)
     following = Following(same, True, same_microbatch)
-    found = forward(Clocks(1, 1), [present], schedule, None, following)
+    found = whole(forward(Clocks(1, 1), [present], schedule, None, following))
     assert (None if found is None else found.end_s) == fetched_s
 
 
@@ -193,7 +194,7 @@ def test_a_layer_whose_weights_have_a_form_for_each_direction_hands_on_its_own(
         layer([10], restore_s=moved_s, directions=2, again=again) for moved_s in (None, 20)
     )
     following = Following(same, is_backward, same_microbatch=True)
-    found = before(Clocks(1, 1), [present], FOLLOWING, None, following)
+    found = whole(before(Clocks(1, 1), [present], FOLLOWING, None, following))
     assert found is not None and found.end_s == fetched_s
 
 
@@ -212,7 +213,7 @@ def test_changed_slots_are_fetched_after_the_gate_and_waited_for():
 def test_a_restore_begins_when_the_last_rank_has_begun_it():
     clocks = Clocks(2, 2)
     clocks.now_N = np.array([0.0, 6.0])
-    forward(clocks, [layer([1, 1], restore_s=10)], OVERLAPPED)
+    whole(forward(clocks, [layer([1, 1], restore_s=10)], OVERLAPPED))
     # At 6; attention and dispatch end at 9, since counts wait for the late rank.
     assert clocks.spent["restore"].tolist() == [7, 7]
 
@@ -235,7 +236,7 @@ def test_one_communicator_has_gradients_wait_for_parameters():
     layers = [layer([1], [1], restore_s=40), layer([1], [1], restore_s=1, reduce_s=40)]
     for one_stream in (False, True):
         clocks = NotingClocks(1, 1, one_stream=one_stream)
-        backward(clocks, [*layers], OVERLAPPED)
+        whole(backward(clocks, [*layers], OVERLAPPED))
         restored_s = max(flight.end_s for flight in clocks.begun[PARAMETERS])
         (reduced,) = clocks.begun[GRADIENTS]
         assert (reduced.begin_s >= restored_s) == one_stream and reduced.end_s > 80

@@ -205,10 +205,8 @@ def _run(
     whole = Geometry(ranks, model.num_experts, model.num_experts, 1)
     shape = simulate_input.run_shape(args, whole, tokens, trace)
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
-    why = simulate_input.cannot_overlap(shape, model)
-    if args.overlap and why is not None:
-        raise ValueError(f"--overlap with {why}, or leave out --overlap")
-    overlaps = (False,) if why is not None or args.overlaps_shared else (False, True)
+    may_overlap = simulate_input.can_overlap(args, shape, model) and not args.overlaps_shared
+    overlaps = (True,) if args.overlap else (False, True) if may_overlap else (False,)
     shardings = simulate_input.shardings_of(args, model)
     asked = Run(
         model=model,
@@ -224,7 +222,7 @@ def _run(
         dispatches=dispatches,
         stock_flex=args.stock_dispatcher == "flex",
         flex_backend=args.flex_backend,
-        overlaps=(True,) if args.overlap else overlaps,
+        overlaps=overlaps,
         shardings=(Sharding.EXPERTS,) if at_home else tuple(shardings),
         allow=() if model.fp8 is None else (Unproven.FP8_EXPERTS,),
     )

@@ -217,8 +217,7 @@ def _simulate(
     chosen = _chosen(args, geometry, config, model, costs)
     geometry, costs = chosen.geometry, chosen.costs
     shape = simulate_input.run_shape(args, geometry, tokens, trace)
-    if args.overlap and (why := simulate_input.cannot_overlap(shape, model)) is not None:
-        raise ValueError(f"--overlap with {why}, or leave out --overlap")
+    simulate_input.can_overlap(args, shape, model)
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
     sizes = num_ranks, geometry.node_size, geometry.capacity
     case = Case(*sizes, geometry.sharding.value, config.mode.value, shape.tokens, shape.world)
@@ -268,9 +267,9 @@ def _chosen(
         sizes = of, model.topk, tokens
         exchange = TokenExchange.NODE
         if args.token_exchange == Auto.AUTO:
-            exchange = TokenExchange.RANK
-            if not args.overlap:
-                exchange = choose_token_exchange(costs, *sizes)
+            exchange = choose_token_exchange(costs, *sizes)
+            if args.overlap:  # which hides nothing of `node` inside nodes
+                exchange = TokenExchange.RANK
         elif args.token_exchange != FLEX:  # whose rows are those of `node`
             exchange = TokenExchange(args.token_exchange)
         return with_token_exchange(costs, exchange, *sizes).with_exchange(algorithm, of)

@@ -189,17 +189,17 @@ def shardings_of(args: argparse.Namespace, model: ModelShape) -> list[Sharding]:
     return [Sharding.EXPERTS] if at_home else list(Sharding)
 
 
-def cannot_overlap(shape: RunShape, model: ModelShape) -> str | None:
-    """Return why combined 1F1B is refused for a run; None if it is not."""
-    if model.expert_adapters > 0:
-        return "--lora-rank on experts: give --lora-targets of attention alone"
-    if shape.recompute == Recompute.FULL:
-        return "--recompute full or moe: give --recompute compute"
-    if shape.synchronises:
-        return f"--pipeline {shape.stages} without --virtual-pipeline: give one"
-    if shape.dense_sharding is not None:
-        return f"--data-parallel-sharding-strategy {shape.dense_sharding}: leave it out"
-    return None
+def can_overlap(args: argparse.Namespace, shape: RunShape, model: ModelShape) -> bool:
+    """Return if a run may have combined 1F1B; refuse `--overlap` if it may not."""
+    reasons = {
+        "--lora-rank on experts: give --lora-targets of attention alone": model.expert_adapters > 0,
+        "--recompute full or moe: give --recompute compute": shape.recompute == Recompute.FULL,
+        f"--pipeline {shape.stages} without --virtual-pipeline: give one": shape.synchronises,
+        "--data-parallel-sharding-strategy: leave it out": shape.dense_sharding is not None,
+    }
+    for why in (why for why, holds in reasons.items() if holds and args.overlap):
+        raise ValueError(f"--overlap with {why}, or leave out --overlap")
+    return not any(reasons.values())
 
 
 def check(args: argparse.Namespace) -> None:

@@ -7,7 +7,8 @@ Legend: N ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
@@ -85,6 +86,8 @@ class Following:
 
 
 _NOTHING_MOVES = Flight(INTRA, 0.0, 0.0)
+# Parts of a layer without experts: as many as with them, so that layers run side by side.
+_NO_EXPERTS = (None,) * 3
 
 
 class _Restores:
@@ -135,16 +138,48 @@ class _Restores:
             self._flights[number] = self._clocks.exchange(PARAMETERS, seconds, moe.exchange_link)
 
 
+# A pass that pauses between parts of layers, and ends with the first restore of the operation that
+# follows; None if it was not fetched.
+Parts = Generator[None, None, Flight | None]
+
+
+def whole(parts: Parts) -> Flight | None:
+    """Run a pass by itself."""
+    while True:
+        try:
+            next(parts)
+        except StopIteration as end:
+            fetched: Flight | None = end.value
+            return fetched
+
+
+def together(
+    clocks: Clocks,
+    forwards: Sequence[LayerTimes],
+    backwards: Sequence[LayerTimes],
+    schedule: Schedule,
+) -> None:
+    """Run forward and backward of two microbatches in turn by parts: Megatron's combined 1F1B.
+
+    Tokens of one travel during compute of the other; without layers of the other, none are hidden.
+    """
+    beside = bool(forwards and backwards)
+    behind = backward(clocks, backwards, schedule, beside=beside)
+    deque(zip_longest(behind, forward(clocks, forwards, schedule, beside=beside)), maxlen=0)
+
+
 def forward(
     clocks: Clocks,
     layers: Sequence[LayerTimes],
     schedule: Schedule,
     fetched: Flight | None = None,
     following: Following | None = None,
-) -> Flight | None:
-    """Run forward, and return the first restore of the operation that follows.
+    *,
+    beside: bool = False,
+) -> Parts:
+    """Run forward in three parts a layer: to the dispatch, which is sent, and to the combine.
 
-    `fetched` is that of this one. None if it was not fetched.
+    `fetched` is its first restore, and `beside` says if another pass runs in turn.
     """
     restores = _Restores(clocks, layers, fetched, backward=False)
     number = -1
@@ -158,6 +193,7 @@ def forward(
         began_s = _unshard(clocks, layer, began_s)
         _dense(clocks, layer, 0)
         if layer.moe is None:
+            yield from _NO_EXPERTS
             continue
         number += 1
         clocks.meet(layer.moe.group)
@@ -167,15 +203,22 @@ def forward(
             restores.start(number)  # its layout is known only now
         if layer.moe.change_s is not None:
             change = clocks.exchange(PARAMETERS, layer.moe.change_s, layer.moe.exchange_link)
-        _tokens(clocks, layer.moe)
+        yield
+        sent = _send(clocks, layer.moe, beside)
+        yield
+        clocks.arrive(sent)
         restores.start(number)  # if no rule has started it
-        if schedule.restores_next:
+        if schedule.restores_next and not schedule.by_parts:
             restores.start(number + 1)
         if number == restores.last:
             fetched = _fetch(clocks, schedule, layer, following, in_backward=False)
         restores.wait(number, change)
         clocks.work("experts", layer.moe.forward_N)
-        _tokens(clocks, layer.moe)
+        if schedule.restores_next:
+            restores.start(number + 1)
+        sent = _send(clocks, layer.moe, beside)
+        yield
+        clocks.arrive(sent)
     return fetched
 
 
@@ -185,8 +228,13 @@ def backward(
     schedule: Schedule,
     fetched: Flight | None = None,
     following: Following | None = None,
-) -> Flight | None:
-    """Run backward; see `forward`."""
+    *,
+    beside: bool = False,
+) -> Parts:
+    """Run backward, as `forward`: to the combine, which is sent, to the dispatch and beyond.
+
+    By parts, experts' weight gradients take half of the time, after those of inputs have left.
+    """
     restores = _Restores(clocks, layers, fetched, backward=True)
     number = restores.last + 1
     reducing: Flight | None = None
@@ -205,110 +253,50 @@ def backward(
         began_s = _unshard(clocks, layer, began_s)
         if layer.again:
             _dense(clocks, layer, 0, attention=layer.attention_again)
-        if moe is not None:
+        if moe is None:
+            yield from _NO_EXPERTS
+        else:
             number -= 1
             if layer.again:
-                _tokens(clocks, moe)
+                clocks.arrive(_send(clocks, moe, beside))
                 restores.start(number)
                 restores.wait(number)
                 clocks.work("experts", moe.forward_N)
                 restores.turn(number)
                 if not schedule.delays_gradients:  # nothing is delayed without overlap
                     restores.wait(number)
-                _tokens(clocks, moe)
-            _tokens(clocks, moe)
+                clocks.arrive(_send(clocks, moe, beside))
+            sent = _send(clocks, moe, beside)
+            yield
+            clocks.arrive(sent)
             restores.start(number)
-            if schedule.restores_previous:
+            if schedule.restores_previous and not schedule.by_parts:
                 restores.start(number - 1)
             if number == 0:
                 fetched = _fetch(clocks, schedule, layer, following, in_backward=True)
             restores.wait(number)
-            clocks.work("experts", moe.backward_N)
-            _tokens(clocks, moe)
+            experts_N = moe.backward_N / (2 if schedule.by_parts else 1)
+            clocks.work("experts", experts_N)
+            yield
+            sent = _send(clocks, moe, beside)
+            if schedule.by_parts:
+                clocks.work("experts", experts_N)
+            if schedule.restores_previous:
+                restores.start(number - 1)
+            yield
+            clocks.arrive(sent)
             await_reduce()
             if moe.reduce_s is not None:
                 reducing = clocks.exchange(GRADIENTS, moe.reduce_s, moe.exchange_link)
                 if not schedule.delays_gradients:
                     await_reduce()
         _dense(clocks, layer, 1)
-        if layer.again:
-            await_reduce()  # before the checkpoint ends
+        if layer.again or schedule.by_parts:
+            await_reduce()  # before the checkpoint or the part ends
         if layer.scatter_s > 0:
             clocks.scatter(layer.scatter_s)
     await_reduce()
     return fetched
-
-
-def together(
-    clocks: Clocks,
-    forwards: Sequence[LayerTimes],
-    backwards: Sequence[LayerTimes],
-    schedule: Schedule,
-) -> None:
-    """Run forward and backward of two microbatches by parts of layers: Megatron's combined 1F1B.
-
-    Tokens of one travel during compute of the other; without layers of the other, none are hidden.
-    Experts' weight gradients are computed after the gradients of their inputs have left, and take
-    half of backward's time.
-    """
-    ahead = _Restores(clocks, forwards, None, backward=False)
-    behind = _Restores(clocks, backwards, None, backward=True)
-    beside = bool(forwards and backwards)
-    if schedule.restores_first:
-        ahead.start(0)
-    if schedule.restores_last:
-        behind.start(behind.last)
-    number, back_number = -1, behind.last + 1
-    for layer, back in zip_longest(forwards, reversed(backwards)):
-        moe, back_moe = layer and layer.moe, back and back.moe
-        change = reducing = None
-        if back_moe:
-            back_number -= 1
-            back_sent = _send(clocks, back_moe, beside)
-        if layer:
-            clocks.gathered_s += layer.gather_s
-            if layer.gather_s > 0:
-                clocks.wait("data_parallel", clocks.gathered_s)
-            _dense(clocks, layer, 0)
-        if moe:
-            number += 1
-            clocks.meet(moe.group)
-            clocks.work("gate", moe.gate_s)
-            ahead.start(number)  # if no rule has started it
-            if moe.change_s is not None:
-                change = clocks.exchange(PARAMETERS, moe.change_s, moe.exchange_link)
-        if back_moe:
-            clocks.arrive(back_sent)
-            behind.start(back_number)
-            behind.wait(back_number)
-            clocks.work("experts", back_moe.backward_N / 2)
-        if moe:
-            sent = _send(clocks, moe, beside)
-        if back_moe:
-            back_sent = _send(clocks, back_moe, beside)
-            clocks.work("experts", back_moe.backward_N / 2)
-            if schedule.restores_previous:
-                behind.start(back_number - 1)
-        if moe:
-            clocks.arrive(sent)
-            ahead.wait(number, change)
-            clocks.work("experts", moe.forward_N)
-            if schedule.restores_next:
-                ahead.start(number + 1)
-            sent = _send(clocks, moe, beside)
-        if back_moe:
-            clocks.arrive(back_sent)
-            if back_moe.reduce_s is not None:
-                link = back_moe.exchange_link
-                reducing = clocks.exchange(GRADIENTS, back_moe.reduce_s, link)
-        if back:
-            _dense(clocks, back, 1)
-            if reducing is not None:
-                clocks.wait("reduce", reducing.end_s)
-            if back.scatter_s > 0:
-                clocks.scatter(back.scatter_s)
-        if moe:
-            clocks.arrive(sent)
 
 
 def _fetch(
@@ -363,9 +351,6 @@ def _dense(clocks: Clocks, layer: LayerTimes, direction: int, *, attention: bool
     clocks.work("host", layer.host_s[direction])
 
 
-def _tokens(clocks: Clocks, moe: MoETimes) -> None:
-    clocks.arrive(_send(clocks, moe, beside=False))
-
-
 def _send(clocks: Clocks, moe: MoETimes, beside: bool) -> Flight:
-    return clocks.send(moe.tokens_N, moe.tokens_link, moe.group, moe.within_node, beside=beside)
+    members = moe.group, moe.within_node
+    return clocks.send(moe.tokens_N, moe.tokens_link, members, beside=beside)

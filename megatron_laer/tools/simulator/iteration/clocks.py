@@ -8,6 +8,7 @@ Legend: N ranks of a stage.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,18 +34,17 @@ _TOKENS_WEIGH = 20 / 12
 
 @dataclass(eq=False)
 class Flight:
-    """An exchange on a communication stream; what shares its links moves its end.
-
-    Exchanges of tokens have times of each rank.
-    """
+    """An exchange under way, of tokens by rank; what shares its links moves its end."""
 
     link: str
     begin_s: Seconds | float
     end_s: Seconds | float
 
-    def remaining(self, begin_s: Seconds | float) -> Seconds:
-        left_N: Seconds = np.maximum(self.end_s - np.maximum(self.begin_s, begin_s), 0.0)
-        return left_N
+    def during(self, begin_s: Seconds | float, end_s: Seconds | float = math.inf) -> Seconds:
+        """Return how long it is under way in this time."""
+        begin_s, end_s = np.maximum(self.begin_s, begin_s), np.minimum(self.end_s, end_s)
+        seconds_N: Seconds = np.maximum(end_s - begin_s, 0.0)
+        return seconds_N
 
     def lengthen(self, seconds_N: Seconds) -> None:
         """Move the end; weights and gradients have one for all ranks."""
@@ -113,16 +113,10 @@ class Clocks:
         return flight
 
     def send(
-        self,
-        seconds_N: Seconds,
-        link: str,
-        group: int | None,
-        within_node: bool,
-        *,
-        beside: bool = False,
+        self, seconds_N: Seconds, link: str, members: tuple[int | None, bool], *, beside: bool
     ) -> Flight:
-        """Start an exchange of tokens, `beside` another microbatch's compute or alone."""
-        begin_N = self._last(group, within_node)
+        """Start an exchange of tokens among `meet`'s members, `beside` another pass or alone."""
+        begin_N = self._last(*members)
         for before in self._sent:
             begin_N = np.maximum(begin_N, before.end_s)
         tokens = Flight(link, begin_N, begin_N + seconds_N * (self._stretch if beside else 1.0))
@@ -156,27 +150,17 @@ class Clocks:
         last_J = self.now_N.reshape(-1, size).max(axis=1)
         return np.repeat(last_J, size)
 
-    def _under_way(self) -> list[Flight]:
-        return [*self._flights.values(), *self._sent]
-
     def _share(self, flight: Flight) -> None:
         """Lengthen a new exchange, and those under way over the same links."""
         seconds = flight.end_s - flight.begin_s
-        for other in self._under_way():
+        for other in (*self._flights.values(), *self._sent):
             if other.link == flight.link:
-                shared_N = np.minimum(other.remaining(flight.begin_s), seconds)
+                shared_N = np.minimum(other.during(flight.begin_s), seconds)
                 flight.lengthen(shared_N)
                 other.lengthen(shared_N)
 
     def _beside(self, seconds: Seconds | float) -> Seconds:
-        end_N = self.now_N + seconds
-
-        def shared(flight: Flight) -> Seconds:
-            begin_N = np.maximum(self.now_N, flight.begin_s)
-            of_flight_N: Seconds = np.maximum(np.minimum(end_N, flight.end_s) - begin_N, 0.0)
-            return of_flight_N
-
-        longer_N = np.maximum(*map(shared, self._flights.values()))
-        if self._sent:  # one after the other
-            longer_N = np.maximum(longer_N, _TOKENS_WEIGH * sum(map(shared, self._sent)))
-        return longer_N
+        time = self.now_N, self.now_N + seconds
+        longer_N = np.maximum(*(flight.during(*time) for flight in self._flights.values()))
+        tokens_N = sum(tokens.during(*time) for tokens in self._sent)  # one after the other
+        return np.maximum(longer_N, _TOKENS_WEIGH * tokens_N)

@@ -17,6 +17,7 @@ from megatron_laer.tools.simulator.iteration.chunk import (
     backward,
     forward,
     together,
+    whole,
 )
 from megatron_laer.tools.simulator.iteration.clocks import (
     KINDS,
@@ -95,9 +96,9 @@ def run_iteration(method: Method, timing: Timing, work: WorkOf) -> Iteration:
         if by_parts:
             together(clocks, layers.get(True, []), layers.get(False, []), method.schedule)
         elif True in layers:
-            fetched[stage] = forward(clocks, layers[True], method.schedule, *ahead)
+            fetched[stage] = whole(forward(clocks, layers[True], method.schedule, *ahead))
         else:
-            fetched[stage] = backward(clocks, layers[False], method.schedule, *ahead)
+            fetched[stage] = whole(backward(clocks, layers[False], method.schedule, *ahead))
         clocks.work("dense", head_s.get(True, 0.0))
 
     sweep(stages, orders, run.chunks, operate, timing.send_seconds())
