@@ -23,8 +23,10 @@ _SCALE = 16
 # averages out.
 QUICK_WEIGHT, STEADY_WEIGHT = 0.75, 0.25
 # Each step forgets one part in this many of the older error, so that errors add up to as many times
-# the usual one. A larger error is a jump.
+# the usual one.
 _FORGOTTEN = 4
+# An error this many times the usual one is a jump.
+_JUMP = 2
 # Keeps errors, also those of a checkpoint, far from overflow in int64.
 MAX_ERROR = 2**58
 
@@ -47,8 +49,8 @@ class SmoothedForecast:
 
     There are two means, of weights 0.75 and 0.25. Each observation adds to each mean's error the
     tokens that it expected at wrong experts; a quarter of the older error is forgotten. The mean
-    with the smaller error is the forecast. Counts further from both means than all remembered error
-    are a jump, such as a change of text: both means start anew from them.
+    with the smaller error is the forecast. Counts further from both means than twice their usual
+    error are a jump, such as a change of text: both means start anew from them.
 
     Attributes:
         weight: None for that, or one fixed weight in (0, 1]; 1 is the last value.
@@ -87,7 +89,8 @@ class SmoothedForecast:
         steady_NE, errors = self.steady_NE, self.errors
         if level_NE is not None and steady_NE is not None:
             missed = _error(level_NE, new_NE), _error(steady_NE, new_NE)
-            if all(miss > error > 0 for miss, error in zip(missed, errors, strict=True)):
+            both = zip(missed, errors, strict=True)
+            if all(miss * _FORGOTTEN > error * _JUMP > 0 for miss, error in both):
                 anew_NE = _mean(None, new_NE, 1.0)
                 return SmoothedForecast(None, anew_NE, anew_NE, errors)
             # The first error also stands for those before it.
