@@ -107,6 +107,7 @@ def layer_seconds(
     sent_near_N: _Int64,
     sent_far_N: _Int64,
     own_N: _Int64,
+    node_size: int,
     /,
 ) -> float: ...
 def least_layer_seconds(

@@ -3,12 +3,17 @@
 The cost model counts (token, expert) pairs. With `rank` each is a row on the links. With `node`
 fewer rows cross nodes, in one stage after the other. `token_exchange` computes the rows per pair,
 and the native core the seconds of a pass.
+
+Legend: N ranks, M nodes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
+from megatron_laer.arrays import Int64
 from megatron_laer.choices import TokenExchange
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.quotas import SplitTotals
@@ -44,6 +49,17 @@ class TokenPrices:
     def pair_bytes(self, token_bytes: int) -> tuple[float, float]:
         """Return a pair's bytes inside nodes and between them."""
         return token_bytes * self.intra_rows, token_bytes * self.inter_rows
+
+    def arriving_N(self, far_N: Int64, node_size: int) -> Int64:
+        """Return the pairs that reach each rank from other nodes, of those that it computes.
+
+        In stages rows cross nodes to the rank in their source's place, so a node's ranks receive
+        alike.
+        """
+        if not self.in_stages:
+            return far_N
+        sums_M = far_N.reshape(-1, node_size).sum(axis=1)
+        return np.repeat(-(-sums_M // node_size), node_size)
 
     def sent_between_nodes(self, totals: SplitTotals) -> float:
         """Return the rows between nodes of a split, for independent choices of experts."""

@@ -31,7 +31,7 @@ def split_seconds(costs: CostModel, totals: SplitTotals, geometry: Geometry) -> 
     for slot in range(1, geometry.capacity):
         rank_s_N += slot_s_NC[:, slot]
     expert_s = costs._expert_flops * rank_s_N.max()
-    pass_s = _pass_seconds(costs, totals) + costs.token_latency_seconds(geometry)
+    pass_s = _pass_seconds(costs, totals, geometry) + costs.token_latency_seconds(geometry)
     return float(expert_s + costs.token_passes * pass_s + costs.host_seconds(geometry))
 
 
@@ -87,13 +87,15 @@ def _way(costs: CostModel, placed: Placed) -> ExchangeAlgorithm:
     return costs.restore_algorithm
 
 
-def _pass_seconds(costs: CostModel, totals: SplitTotals) -> float:
+def _pass_seconds(costs: CostModel, totals: SplitTotals, geometry: Geometry) -> float:
     tokens, cluster = costs.tokens, costs.cluster
     near_N = totals.near_S.reshape(len(totals.own_N), -1).sum(axis=1)
     far_N = totals.far_S.reshape(len(totals.own_N), -1).sum(axis=1)
     inside_N = near_N + far_N if tokens.in_stages else np.maximum(totals.sent_near_N, near_N)
     intra = (inside_N - totals.own_N).max()
-    inter = np.maximum(totals.sent_far_N, far_N).max()
+    if tokens.in_stages:  # between nodes, all ranks of a node receive alike
+        far_N = -(-far_N.reshape(-1, geometry.node_size).sum(axis=1) // geometry.node_size)
+    inter = max(totals.sent_far_N.max(), far_N.max())
     intra_bytes, inter_bytes = tokens.pair_bytes(costs.token_bytes)
     intra_s = float(intra * (intra_bytes / cluster.intra.bytes_per_s))
     inter_s = float(inter * (inter_bytes / cluster.inter.bytes_per_s))

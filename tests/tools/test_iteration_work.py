@@ -5,6 +5,7 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
+from megatron_laer.choices import Fp8Recipe, Recompute, Sharding, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, PlanMode
 from megatron_laer.planner.balance import stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
@@ -23,6 +24,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
+from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
 from megatron_laer.tools.simulator.iteration.clocks import Clocks
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
@@ -179,18 +181,24 @@ def test_an_exchange_takes_what_the_cost_model_says(in_stages, fp8):
 def test_a_layers_compute_and_tokens_are_the_cost_models():
     """Where only GEMMs and links cost time, both models have the same layer."""
     cluster = replace(CLUSTER, host=None, spreads=())
-    costs = CostModel(cluster, 4096, 14336, True, 2)
     layout = ExpertLayout.random(8, 3, 16, (5,))
-    passing, flops = TokenPassing(), costs.flops_per_token
-    for seed in range(8):
+    by_node = TokenPrices(TokenExchange.NODE, intra_rows=0.9, inter_rows=0.5)
+    for seed, prices in itertools.product(range(8), (BY_RANK, by_node)):
+        costs = CostModel(cluster, 4096, 14336, True, 2, tokens=prices)
+        passing, flops = TokenPassing(prices=prices), costs.flops_per_token
         rng = np.random.default_rng(seed)
         counts_NE = rng.integers(0, 50, (8, 16)) ** 2 * rng.integers(1, 20, (8, 1))
         totals = even_split(layout, 2).totals(counts_NE)
-        work = LayerWork.of(totals, Rates(cluster, 2), passing=passing)
-        pass_s = passing.seconds(work, costs.token_bytes, cluster).max()
+        work = LayerWork.of(totals, Rates(cluster, 2), passing=passing, node_size=2)
+        if prices.in_stages:  # the cost model adds up the busiest ranks of both
+            parts = replace(work, intra_N=0 * work.intra_N), replace(work, inter_N=0 * work.inter_N)
+        else:
+            parts = (work,)
+        pass_s = sum(passing.seconds(of, costs.token_bytes, cluster).max() for of in parts)
         expert_s = flops * (1 + 2 * cluster.backward_gemm_factor) * work.unit_s_N.max()
-        seconds = expert_s + 4 * (pass_s + cluster.inter.latency_s)
-        assert seconds == pytest.approx(costs.split_seconds(totals, Geometry(8, 16, 3, 2)))
+        geometry = Geometry(8, 16, 3, 2)
+        seconds = expert_s + 4 * (pass_s + costs.token_latency_seconds(geometry))
+        assert seconds == pytest.approx(costs.split_seconds(totals, geometry))
 
 
 def test_the_host_takes_time_for_replicas_where_the_device_does_not_hide_it():

@@ -169,9 +169,9 @@ SUMS = np.ones(12, dtype=np.int64), np.ones(12, dtype=np.int64), *[np.ones(4, dt
 @pytest.mark.parametrize(
     ("call", "arguments", "message"),
     [
-        (native.layer_seconds, (SUMS[0], SUMS[1][:8], *SUMS[2:]), "wrong size of the slots"),
-        (native.layer_seconds, (*SUMS[:4], SUMS[4][:2]), "wrong size of the ranks"),
-        (native.layer_seconds, (SUMS[0][:11], *SUMS[1:]), "ranks must divide the slots"),
+        (native.layer_seconds, (SUMS[0], SUMS[1][:8], *SUMS[2:], 2), "wrong size of the slots"),
+        (native.layer_seconds, (*SUMS[:4], SUMS[4][:2], 2), "wrong size of the ranks"),
+        (native.layer_seconds, (SUMS[0][:11], *SUMS[1:], 2), "ranks must divide the slots"),
         (native.least_layer_seconds, (COUNTS_NE[0], 3, 2), r"counts must be \[N, E\]"),
         (native.least_layer_seconds, (COUNTS_NE, 0, 2), "ranks have slots"),
         (native.least_layer_seconds, (COUNTS_NE, 3, 3), "a node's ranks all ranks"),

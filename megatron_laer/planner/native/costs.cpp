@@ -67,14 +67,16 @@ double GemmCurve::least_unit_seconds(int64_t tokens) const {
 // The busiest rank's expert compute, one GEMM per slot and matrix, and the token exchange of the
 // rank that takes longest: per link class the slower of send and receive (links are full duplex),
 // and of the classes the slower, as one collective drives both. Tokens for a rank's own slots travel
-// nowhere. In stages the classes add up, and inside nodes travels all that a rank computes for
-// others. The paper adds up communication over all devices but takes the maximum of compute; here
+// nowhere. In stages the classes add up, inside nodes travels all that a rank computes for others,
+// and between nodes rows reach the rank in their source's place, so a node's ranks receive alike. The
+// paper adds up communication over all devices but takes the maximum of compute; here
 // both are the time of one device, so that their sum has a meaning.
 double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& totals) {
-  int64_t intra = 0, inter = 0;
+  int64_t intra = 0, inter = 0, far_of_node = 0;
   double expert_s = 0.0;
   for (int rank = 0; rank < shape.ranks; ++rank) {
     int64_t near = 0, far = 0;
+    if (rank % shape.node_size == 0) far_of_node = 0;
     double rank_s = 0.0;
     for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
       near += totals.near_S[slot];
@@ -84,7 +86,11 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
     const int64_t inside =
         costs.tokens_in_stages ? near + far : std::max(totals.sent_near_N[rank], near);
     intra = std::max(intra, inside - totals.own_N[rank]);
-    inter = std::max({inter, totals.sent_far_N[rank], far});
+    far_of_node += far;
+    const int64_t arriving = costs.tokens_in_stages
+                                 ? (far_of_node + shape.node_size - 1) / shape.node_size
+                                 : far;
+    inter = std::max({inter, totals.sent_far_N[rank], arriving});
     expert_s = std::max(expert_s, rank_s);
   }
   const double intra_s =

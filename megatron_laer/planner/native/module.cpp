@@ -241,8 +241,9 @@ laer::Shape priced_shape(const laer::CostModel& costs, py::ssize_t slots, int nu
 }
 
 double layer_seconds(const laer::CostModel& costs, const Counts& near_S, const Counts& far_S,
-                     const Counts& sent_near_N, const Counts& sent_far_N, const Counts& own_N) {
-  const laer::Shape shape = priced_shape(costs, near_S.size(), 1, 1);
+                     const Counts& sent_near_N, const Counts& sent_far_N, const Counts& own_N,
+                     int node_size) {
+  const laer::Shape shape = priced_shape(costs, near_S.size(), 1, node_size);
   check_size(far_S, near_S.size(), "the slots");
   for (const auto& sums_N : {sent_near_N, sent_far_N, own_N}) {
     check_size(sums_N, shape.ranks, "the ranks");

@@ -292,7 +292,13 @@ class _Grouped:
         totals = grouped_totals(counts_NE, self.passing.group, self.node_size)
         rows = NodeRows.of(counts_NE, self.node_size, totals, self.passing.prices)
         return LayerWork.of(
-            totals, self.rates, self.restore, self.reduce, passing=self.passing, node_rows=rows
+            totals,
+            self.rates,
+            self.restore,
+            self.reduce,
+            passing=self.passing,
+            node_rows=rows,
+            node_size=self.node_size,
         )
 
 
@@ -334,8 +340,10 @@ class _Relaid:
                 change = self._restore(traffic, changed_algorithm(guard, decision))
         totals = split_totals(guard, decision)
         passing = TokenPassing(prices=costs.tokens, pipelined=self.pipelined)
-        rows = NodeRows.of(counts_NE, guard.geometry.node_size, totals, costs.tokens)
-        return LayerWork.of(totals, self.rates, restore, reduce, change, solve_s, passing, rows)
+        node_size = guard.geometry.node_size
+        rows = NodeRows.of(counts_NE, node_size, totals, costs.tokens)
+        sent = restore, reduce, change
+        return LayerWork.of(totals, self.rates, *sent, solve_s, passing, rows, node_size)
 
     def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange | None, Exchange | None]:
         """Return restore and reduce; None where experts are at home and none has a replica."""

@@ -186,6 +186,7 @@ class LayerWork:
         solve_s: float = 0.0,
         passing: TokenPassing | None = None,
         node_rows: NodeRows | None = None,
+        node_size: int = 1,
     ) -> LayerWork:
         num_ranks = len(totals.own_N)
 
@@ -205,7 +206,7 @@ class LayerWork:
             unit_s_N=unit_s_S.reshape(num_ranks, -1).sum(axis=1),
             pairs_N=near_N + far_N + totals.own_N,
             intra_N=intra_N,
-            inter_N=np.maximum(totals.sent_far_N, far_N),
+            inter_N=np.maximum(totals.sent_far_N, passing.prices.arriving_N(far_N, node_size)),
             mean_intra=mean_intra,
             mean_inter=float(far_N.mean()),
             restore=restore,
