@@ -145,7 +145,7 @@ class CostModel:
             totals.sent_near_N,
             totals.sent_far_N,
             totals.own_N,
-            node_size,
+            geometry.node_size,
         )
 
     def least_layer_seconds(self, counts_NE: Int64, geometry: Geometry) -> float:
