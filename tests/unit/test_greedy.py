@@ -157,7 +157,7 @@ def judged_s(
     for share_E in shares:
         parts_NE = (counts_NE * share_E * int(wanted * 16) // int(total * 512)).astype(np.int64)
         totals = exact_split(layout, geometry.node_size).totals(parts_NE)
-        in_tokens = SplitTotals(*(parts // 16 for parts in vars(totals).values()))
+        in_tokens = SplitTotals(*(-(-parts // 16) for parts in vars(totals).values()))
         total_s += costs.split_seconds(in_tokens, geometry)
         total_s += costs.exposed_seconds(Placed(layout, geometry), beside_s)
     return total_s

@@ -138,7 +138,7 @@ HOMES = Geometry(4, 4, 2, 4, Sharding.EXPERTS)
 
 
 def test_a_replica_is_made_only_if_it_pays() -> None:
-    dear = make_costs(intra=Link(1e3, 1.0))
+    dear = make_costs(intra=Link(1e12, 1.0))
     for costs, is_made in ((COMPUTE_ONLY, True), (dear, False)):
         guard = Guard(PlanMode.EXACT, costs, HOMES)
         layout = guard.decide(COUNTS_NE, HOMES.static_layout).layout
@@ -149,6 +149,29 @@ def test_a_replica_is_made_only_if_it_pays() -> None:
 
 
 @pytest.mark.parametrize("name", ["greedy", "static"])
+@pytest.mark.parametrize(("num_ranks", "node_size"), [(8, 8), (8, 4)])
+def test_slots_are_filled_for_drift_if_that_pays(num_ranks: int, node_size: int) -> None:
+    geometry = Geometry(num_ranks, 4 * num_ranks, 6, node_size, Sharding.EXPERTS)
+    rng, stock = np.random.default_rng(0), geometry.static_layout
+    free = make_costs(intra=FREE, inter=FREE, pairs_per_rank=32768)
+    dear = make_costs(intra=Link(1e12, 1.0), inter=Link(1e12, 1.0), pairs_per_rank=32768)
+    ratios, found = [], []
+    for _ in range(20):
+        share_E = rng.lognormal(0, 0.8, geometry.num_experts)
+        drifted_E = share_E * rng.lognormal(0, 0.15, geometry.num_experts)
+        forecast_NE, counts_NE = (
+            np.tile(np.rint(32768 * of_E / of_E.sum()).astype(np.int64), (num_ranks, 1))
+            for of_E in (share_E, drifted_E)
+        )
+        layouts = [GreedyStrategy(geometry, of).plan(forecast_NE, stock) for of in (free, dear)]
+        found.append([int(layout.replicas_E.sum()) - geometry.num_experts for layout in layouts])
+        loads_N = exact_split(layouts[0], node_size).solve(counts_NE).rank_loads_N()
+        ratios.append(loads_N.max() / loads_N.mean())
+    assert np.mean(ratios) < 1.005
+    free_replicas, dear_replicas = np.mean(found, axis=0)
+    assert free_replicas > 1.5 * num_ranks and dear_replicas == 0
+
+
 @settings(max_examples=25)
 @given(home_geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
 def test_strategies_keep_experts_at_home(
@@ -211,7 +234,7 @@ def test_balanced_loads_get_no_replica(num_ranks: int, num_experts: int, node_si
     for current in (geometry.static_layout, random_replicas(geometry, 0)):
         assert strategy.plan(counts_NE, current) == geometry.static_layout
         for mode in (PlanMode.EXACT, PlanMode.ADAPTIVE):
-            guard = Guard(mode, make_costs(), geometry)
+            guard = Guard(mode, make_costs(intra=FREE, inter=FREE), geometry)
             decision = guard.decide(counts_NE, geometry.static_layout)
             assert decision.layout is decision.planned_layout
 

@@ -102,6 +102,19 @@ double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& t
          costs.host_s;
 }
 
+double expert_seconds(const Shape& shape, const CostModel& costs,
+                      const std::vector<int64_t>& loads_S) {
+  double most_s = 0.0;
+  for (int rank = 0; rank < shape.ranks; ++rank) {
+    double rank_s = 0.0;
+    for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
+      rank_s += costs.gemm.unit_seconds(loads_S[slot]);
+    }
+    most_s = std::max(most_s, rank_s);
+  }
+  return costs.expert_flops * most_s;
+}
+
 // Compute: the busiest rank has at least the mean load, and no less than the mean of all ranks'
 // times, with each expert in as few GEMMs as are fastest. Tokens: a rank keeps at most those of its
 // own C most wanted experts, and the others leave it over all its links at once; a node keeps at
@@ -284,11 +297,14 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
 
 // Each exchange is scheduled under the layer before, in the order of the pass; attention between
 // MoE layers hides more, which is not counted.
-double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
-                       double beside_s) {
-  const Exchanges exchanges = exchange_seconds(shape, costs, slots_S);
+double exposed_seconds(const CostModel& costs, const Exchanges& exchanges, double beside_s) {
   return std::max(exchanges.restore_s - beside_s * costs.forward_share, 0.0) +
          exposed_backward_seconds(costs, exchanges, beside_s);
+}
+
+double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
+                       double beside_s) {
+  return exposed_seconds(costs, exchange_seconds(shape, costs, slots_S), beside_s);
 }
 
 double exposed_backward_seconds(const CostModel& costs, const Exchanges& exchanges,

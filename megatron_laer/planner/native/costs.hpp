@@ -59,6 +59,10 @@ struct CostModel {
 // Seconds of one layer and microbatch, both passes, whose split is known.
 double layer_seconds(const Shape& shape, const CostModel& costs, const Totals& totals);
 
+// The part of these that the rank with most expert compute takes for it.
+double expert_seconds(const Shape& shape, const CostModel& costs,
+                      const std::vector<int64_t>& loads_S);
+
 // What no layout and no split gets below.
 double least_layer_seconds(const Shape& shape, const CostModel& costs, const Counts& counts,
                            const int64_t* node_counts_QE);
@@ -82,6 +86,7 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
                       const int16_t* after_S);
 
 // Seconds of a layout's restores and reduce that a layer of `beside_s` seconds does not hide.
+double exposed_seconds(const CostModel& costs, const Exchanges& exchanges, double beside_s);
 double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
                        double beside_s);
 

@@ -25,9 +25,8 @@ class Random {
 };
 
 // exp(0.3 z) at the 16 quantiles of the normal distribution, in 1/256.
-constexpr int64_t kFactors[16] = {146, 172, 189, 203, 215, 227, 238, 250,
-                                  262, 275, 289, 305, 323, 347, 380, 448};
-
-inline int64_t random_factor(Random& random) { return kFactors[random.below(16)]; }
+constexpr int kNumFactors = 16;
+constexpr int64_t kFactors[kNumFactors] = {146, 172, 189, 203, 215, 227, 238, 250,
+                                           262, 275, 289, 305, 323, 347, 380, 448};
 
 }  // namespace laer

@@ -64,8 +64,8 @@ constexpr double kAny = std::numeric_limits<double>::infinity();
 class Judge {
  public:
   Judge(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
-        const int64_t* node_counts_QE)
-      : shape_(shape), costs_(costs), counts_NE_(counts_NE), scenarios_(1 + kDisturbed) {
+        const int64_t* node_counts_QE, int disturbed = kDisturbed)
+      : shape_(shape), costs_(costs), counts_NE_(counts_NE), scenarios_(1 + disturbed) {
     const int64_t size = static_cast<int64_t>(shape.nodes()) * shape.experts;
     const int64_t total = std::max<int64_t>(
         std::accumulate(node_counts_QE, node_counts_QE + size, int64_t{0}), 1);
@@ -78,12 +78,14 @@ class Judge {
     };
     while (scale(1, 1) < kPrecision) ++shift_;
     Random random(kSeed);
+    std::array<int64_t, kNumFactors> disturbed_factors;
+    for (int i = 0; i < kNumFactors; ++i) {
+      disturbed_factors[i] = scale(kParts * (256 + kFactors[i]), 512);
+    }
     for (Scenario& of : scenarios_) {
       of.factor_E.assign(shape.experts, scale(kParts, 1));
       if (&of == &scenarios_.front()) continue;
-      for (int64_t& factor : of.factor_E) {
-        factor = scale(kParts * (256 + random_factor(random)), 512);
-      }
+      for (int64_t& factor : of.factor_E) factor = disturbed_factors[random.below(kNumFactors)];
     }
     add_sums();
     for (Scenario& of : scenarios_) {
@@ -111,24 +113,24 @@ class Judge {
   // Seconds over all scenarios, or any number from `limit` on if they are not fewer.
   double seconds(const std::vector<int16_t>& slots_S, double limit) const {
     const Replicas replicas(shape_, slots_S.data());
+    const Exchanges exchanges = exchange_seconds(shape_, costs_, slots_S.data());
     std::vector<int64_t> loads_S(shape_.slots());
     double sum = 0;
     for (const Scenario& of : scenarios_) {
-      slot_loads(shape_, counts(of), of.node_counts_QE.data(), replicas, loads_S.data());
-      Totals sums =
-          totals(shape_, counts(of), of.node_counts_QE.data(), replicas, loads_S.data());
-      for (std::vector<int64_t>* parts :
-           {&sums.near_S, &sums.far_S, &sums.sent_near_N, &sums.sent_far_N, &sums.own_N}) {
-        to_tokens(*parts);
-      }
-      const double layer_s = layer_seconds(shape_, costs_, sums);
-      sum += layer_s;
-      // Home experts' layers differ little in time, so the neighbours take as long.
-      sum += shape_.home > 0 ? replica_seconds(shape_, costs_, slots_S.data(), layer_s, false)
-                             : exposed_seconds(shape_, costs_, slots_S.data(), beside_s_);
+      slot_loads(shape_, counts(of), of.node_counts_QE.data(), replicas, loads_S.data(), false);
+      sum += priced(of, replicas, exchanges, loads_S);
       if (sum >= limit) break;
     }
     return sum;
+  }
+
+  // Seconds for the forecast itself, under the loads that a layout of home experts is made for.
+  double assigned_seconds(const HomeLayout& layout) const {
+    const Scenario& forecast = scenarios_.front();
+    std::vector<int64_t> loads_S(layout.loads_S);
+    for (int64_t& load : loads_S) load = counts(forecast).times_factor(load, 0);
+    return priced(forecast, Replicas(shape_, layout.slots_S.data()),
+                  exchange_seconds(shape_, costs_, layout.slots_S.data()), loads_S);
   }
 
  private:
@@ -140,6 +142,22 @@ class Judge {
     std::vector<int64_t> factor_E, node_counts_QE, sums_N;
   };
 
+  double priced(const Scenario& of, const Replicas& replicas, const Exchanges& exchanges,
+                const std::vector<int64_t>& loads_S) const {
+    Totals sums = totals(shape_, counts(of), of.node_counts_QE.data(), replicas, loads_S.data());
+    for (std::vector<int64_t>* parts :
+         {&sums.near_S, &sums.far_S, &sums.sent_near_N, &sums.sent_far_N, &sums.own_N}) {
+      // Rounded up, so that no layout gains by small parts.
+      for (int64_t& number : *parts) number = (number + kParts - 1) / kParts;
+    }
+    const double layer_s = layer_seconds(shape_, costs_, sums);
+    // Home experts' layers differ little in time, so the neighbours take as long.
+    return layer_s +
+           (shape_.home > 0
+                ? replica_seconds(shape_, costs_, replicas.slots_S, exchanges, layer_s, false)
+                : exposed_seconds(costs_, exchanges, beside_s_));
+  }
+
   static void to_tokens(std::vector<int64_t>& parts) {
     for (int64_t& number : parts) number /= kParts;
   }
@@ -150,9 +168,10 @@ class Judge {
 
   // Sums over each rank, of all scenarios in one pass over the forecast.
   void add_sums() {
+    const int scenarios = static_cast<int>(scenarios_.size());
     const double unit = std::ldexp(1.0, -shift_);
     std::vector<std::array<double, 1 + kDisturbed>> factors(shape_.experts);
-    for (int k = 0; k <= kDisturbed; ++k) {
+    for (int k = 0; k < scenarios; ++k) {
       scenarios_[k].sums_N.resize(shape_.ranks);
       for (int e = 0; e < shape_.experts; ++e) {
         factors[e][k] = static_cast<double>(scenarios_[k].factor_E[e]) * unit;
@@ -163,9 +182,9 @@ class Judge {
       std::array<double, 1 + kDisturbed> sums{};
       for (int e = 0; e < shape_.experts; ++e) {
         const auto tokens = static_cast<double>(counts_E[e]);
-        for (int k = 0; k <= kDisturbed; ++k) sums[k] += tokens * factors[e][k];
+        for (int k = 0; k < scenarios; ++k) sums[k] += tokens * factors[e][k];
       }
-      for (int k = 0; k <= kDisturbed; ++k) {
+      for (int k = 0; k < scenarios; ++k) {
         scenarios_[k].sums_N[rank] = static_cast<int64_t>(sums[k]);
       }
     }
@@ -179,30 +198,27 @@ class Judge {
   double beside_s_ = 0.0;  // of the layers beside, whose layouts are not at choice here
 };
 
-// Home experts: stock's placement, replicas for balance with and without headroom, and then for
-// locality.
+// Home experts: replicas for balance, or each rank's slots filled for drift and for tokens that stay
+// in their node. Where stock's placement is nearly balanced, loads are taken to stay so.
 std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs,
                                       const int64_t* counts_NE, const int64_t* node_counts_QE) {
-  const Judge judge(shape, costs, counts_NE, node_counts_QE);
-  std::vector<int16_t> best = at_home(shape);
+  const bool is_balanced = is_nearly_balanced(stock_placement(shape, node_counts_QE),
+                                              ideal_load(shape, node_counts_QE));
+  if (is_balanced && shape.nodes() == 1) return at_home(shape);
+  const Judge judge(shape, costs, counts_NE, node_counts_QE, is_balanced ? 0 : kDisturbed);
+  const auto seconds = [&](const HomeLayout& layout) { return judge.assigned_seconds(layout); };
+  std::vector<int16_t> best =
+      balance_by_time(shape, node_counts_QE, costs, 0.0, seconds).slots_S;
   double best_s = judge.seconds(best, kAny);
-  std::vector<std::vector<int64_t>> wanted;
-  if (!is_nearly_balanced(shape, node_counts_QE)) {
-    wanted.push_back(with_headroom(shape, node_counts_QE));
-    wanted.emplace_back(node_counts_QE, node_counts_QE + shape.nodes() * shape.experts);
-  }
-  for (const std::vector<int64_t>& counts_QE : wanted) {
-    for (std::vector<int16_t>& slots_S : replica_steps(shape, counts_QE.data())) {
-      const double seconds = judge.seconds(slots_S, best_s);
-      if (seconds >= best_s) continue;
-      best_s = seconds;
-      best = std::move(slots_S);
-    }
-  }
-  if (shape.nodes() > 1) {
-    fill_while_faster(shape, node_counts_QE,
-                      [&](const std::vector<int16_t>& slots_S) { return judge.seconds(slots_S, kAny); },
-                      best_s, best);
+  std::vector<int16_t> filled_S = at_home(shape);
+  // On one node a few slots more are worth little.
+  const int slots = shape.capacity - shape.home;
+  for (int most = shape.nodes() == 1 ? slots : 1; most <= slots; ++most) {
+    fill_slots(shape, node_counts_QE, most, filled_S);
+    const double filled_s = judge.seconds(filled_S, best_s);
+    if (filled_s >= best_s) continue;
+    best_s = filled_s;
+    best = filled_S;
   }
   return best;
 }

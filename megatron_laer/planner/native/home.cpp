@@ -55,6 +55,9 @@ namespace {
 // Givers by load that are looked at for one that can fill a room.
 constexpr int kCompared = 8;
 
+// Parts of a token in which tokens per holder are counted.
+constexpr int64_t kParts = 1024;
+
 enum class Rule { kSmallestThatFills, kLargest };
 
 class AliasMethod {
@@ -235,8 +238,15 @@ std::vector<int16_t> at_home(const Shape& shape) {
 }
 
 HomeLayout stock_placement(const Shape& shape, const int64_t* node_counts_QE) {
-  // No rank is above all tokens.
-  return replicate(shape, node_counts_QE, shape.ranks * ideal_load(shape, node_counts_QE));
+  const std::vector<int64_t> loads_E = expert_loads(shape, node_counts_QE);
+  HomeLayout stock{at_home(shape), std::vector<int64_t>(shape.slots(), 0)};
+  for (int rank = 0; rank < shape.ranks; ++rank) {
+    const auto first = loads_E.begin() + rank * shape.home, last = first + shape.home;
+    std::copy(first, last, stock.loads_S.begin() + rank * shape.capacity);
+    stock.largest = std::max(stock.largest, std::accumulate(first, last, int64_t{0}));
+  }
+  stock.is_ideal = stock.largest <= ideal_of(shape, loads_E);
+  return stock;
 }
 
 int64_t ideal_load(const Shape& shape, const int64_t* node_counts_QE) {
@@ -257,50 +267,41 @@ HomeLayout replicate(const Shape& shape, const int64_t* node_counts_QE, int64_t 
   return best;
 }
 
-bool fill_for_locality(const Shape& shape, const int64_t* node_counts_QE, int most,
-                       std::vector<int16_t>& slots_S) {
-  const int size = shape.node_size, experts = shape.experts;
-  bool has_filled = false;
-  std::vector<char> is_held_E(experts);
-  std::vector<int> order(experts), used_G(size);
-  for (int node = 0; node < shape.nodes(); ++node) {
-    const int64_t* counts_E = node_counts_QE + static_cast<int64_t>(node) * experts;
-    std::fill(is_held_E.begin(), is_held_E.end(), 0);
-    int free = 0;
-    for (int g = 0; g < size; ++g) {
-      const int first = (node * size + g) * shape.capacity;
-      used_G[g] = 0;
-      for (int slot = first; slot < first + shape.capacity; ++slot) {
-        if (slots_S[slot] == kEmpty) continue;
-        is_held_E[slots_S[slot]] = 1;
-        ++used_G[g];
+void fill_slots(const Shape& shape, const int64_t* node_counts_QE, int most,
+                std::vector<int16_t>& slots_S) {
+  const int experts = shape.experts;
+  const std::vector<int64_t> loads_E = expert_loads(shape, node_counts_QE);
+  std::vector<int64_t> holders_E(experts, 0), load_N(shape.ranks, 0);
+  std::vector<int64_t> missed_QE(node_counts_QE, node_counts_QE + shape.nodes() * experts);
+  const auto hold = [&](int rank, int expert) {
+    ++holders_E[expert];
+    missed_QE[rank / shape.node_size * experts + expert] = 0;
+  };
+  for (int slot = 0; slot < shape.slots(); ++slot) {
+    if (slots_S[slot] != kEmpty) hold(slot / shape.capacity, slots_S[slot]);
+  }
+  for (int e = 0; e < experts; ++e) load_N[e / shape.home] += loads_E[e];
+  std::vector<int> order(shape.ranks);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return load_N[a] < load_N[b]; });
+  for (int place = shape.home; place < shape.home + most; ++place) {
+    for (int rank : order) {
+      const auto first = slots_S.begin() + rank * shape.capacity, last = first + place;
+      if (*last != kEmpty) continue;
+      const int64_t* missed_E = missed_QE.data() + rank / shape.node_size * experts;
+      int best = kEmpty;
+      int64_t most_tokens = -1;
+      for (int e = 0; e < experts; ++e) {
+        const int64_t tokens = missed_E[e] * kParts + loads_E[e] * kParts / holders_E[e];
+        if (tokens <= most_tokens || std::find(first, last, e) != last) continue;
+        most_tokens = tokens;
+        best = e;
       }
-      free += std::min(most, shape.capacity - used_G[g]);
-    }
-    if (free == 0) continue;
-    order.clear();
-    for (int e = 0; e < experts; ++e) {
-      if (!is_held_E[e] && counts_E[e] > 0) order.push_back(e);
-    }
-    const auto wanted = order.begin() + std::min<size_t>(free, order.size());
-    std::partial_sort(order.begin(), wanted, order.end(), [&](int a, int b) {
-      return counts_E[a] != counts_E[b] ? counts_E[a] > counts_E[b] : a < b;
-    });
-    auto next = order.begin();
-    // A slot of every rank before a second one of any.
-    for (int round = 0; round < most; ++round) {
-      for (int g = 0; g < size && next != wanted; ++g) {
-        if (used_G[g] == shape.capacity) continue;
-        slots_S[(node * size + g) * shape.capacity + used_G[g]++] = static_cast<int16_t>(*next++);
-        has_filled = true;
-      }
-    }
-    for (int g = 0; g < size; ++g) {
-      const auto first = slots_S.begin() + (node * size + g) * shape.capacity;
-      std::sort(first + shape.home, first + used_G[g]);
+      *last = static_cast<int16_t>(best);
+      hold(rank, best);
+      std::sort(first + shape.home, last + 1);
     }
   }
-  return has_filled;
 }
 
 }  // namespace laer

@@ -33,9 +33,11 @@ int64_t ideal_load(const Shape& shape, const int64_t* node_counts_QE);
 // below ceil(total / N) counts as that, the ideal. No rank carries more than under stock's placement.
 HomeLayout replicate(const Shape& shape, const int64_t* node_counts_QE, int64_t level);
 
-// Fills free replica slots with the experts that most tokens of the slot's node are for and no rank
-// of the node holds, at most `most` slots of a rank. Returns whether any was filled.
-bool fill_for_locality(const Shape& shape, const int64_t* node_counts_QE, int most,
-                       std::vector<int16_t>& slots_S);
+// Uses replica slots, `most` of each rank, for more than these counts need: ranks in turn, those with
+// least load at home first, each with the expert of most tokens among those that it lacks. Counted
+// are tokens per holder, since load that drifts has more ways to flow, and, if no rank of the node
+// holds the expert, the node's own, which then stay in it. Slots that are used stay as they are.
+void fill_slots(const Shape& shape, const int64_t* node_counts_QE, int most,
+                std::vector<int16_t>& slots_S);
 
 }  // namespace laer

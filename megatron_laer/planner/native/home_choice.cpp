@@ -1,20 +1,20 @@
 // Replicas by predicted time, in numbered phases of choose_replicas():
-//   1. Bound. Where stock's placement is nearly balanced, or slower than perfect balance by less than
-//      the least exchange takes, no replica is made for balance. So balanced loads get none.
+//   1. Bound. Where stock's placement is nearly balanced, or balance would save less than the least
+//      exchange takes, no replica is made for balance. So balanced loads get none.
 //   2. Balance. Layouts are made for levels between stock's largest load and the ideal. A lower level
 //      needs more replicas. The layer's seconds under the loads that the construction assigns, of
 //      all passes, and the exchange's are compared: a replica is made only as part of a layout that
-//      removes more seconds of imbalance than its exchange takes. On one node those are the
-//      experts' seconds.
-//   3. Locality, with several nodes. Free slots are filled, node by node, with the experts that most
-//      of the node's tokens want and no rank of it holds, while the layer's seconds under exact
-//      quotas, with its exchange of tokens, fall.
+//      removes more seconds of imbalance than its exchange takes.
+//   3. Traffic, with several nodes. That layout competes with ones that use one slot of each rank or
+//      more, for experts that most tokens of the rank's node want (fill_slots): by the layer's
+//      seconds under exact quotas, with the exchange of tokens of the busiest rank.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include "home_choice.hpp"
 
 #include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "home.hpp"
 #include "quotas.hpp"
@@ -22,130 +22,97 @@
 namespace laer {
 namespace {
 
-// A placement is nearly balanced if no rank is above the mean by more than this part: the cost
-// model is not exact enough to tell if less is worth an exchange.
+// A placement is nearly balanced if no rank is above the mean by more than this part.
 constexpr int64_t kNearlyPart = 32;
 
-// Levels above the ideal, as parts of what stock's placement is above it: for plans, which are made
-// in the background, and after the gate, where ranks wait.
-const std::vector<int64_t> kLevelParts = {2, 4, 8, 16, 64}, kFewLevelParts = {2, 8, 32};
-
-double expert_seconds(const Shape& shape, const CostModel& costs, const HomeLayout& layout) {
-  double most_s = 0.0;
-  for (int rank = 0; rank < shape.ranks; ++rank) {
-    double rank_s = 0.0;
-    for (int slot = rank * shape.capacity; slot < (rank + 1) * shape.capacity; ++slot) {
-      rank_s += costs.gemm.unit_seconds(layout.loads_S[slot]);
-    }
-    most_s = std::max(most_s, rank_s);
-  }
-  return costs.expert_flops * most_s;
-}
-
-// Layouts for lower and lower levels; those as before are left out.
-std::vector<HomeLayout> by_level(const Shape& shape, const int64_t* node_counts_QE,
-                                 const HomeLayout& stock, const std::vector<int64_t>& level_parts) {
-  std::vector<HomeLayout> layouts;
-  const HomeLayout ideal = replicate(shape, node_counts_QE, 0);
-  for (int64_t parts : level_parts) {
-    const int64_t above = (stock.largest - ideal.largest) / parts;
-    if (above == 0) break;
-    layouts.push_back(replicate(shape, node_counts_QE, ideal.largest + above));
-    if (layouts.back().replicas >= ideal.replicas) layouts.pop_back();
-  }
-  layouts.push_back(ideal);
-  return layouts;
-}
+// Levels above the ideal, as parts of what stock's placement is above it.
+constexpr int64_t kLevelParts[] = {2, 8, 32};
 
 }  // namespace
 
 double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
-                       double beside_s, bool is_after_gate) {
+                       const Exchanges& exchanges, double beside_s, bool is_after_gate) {
   if (!has_replicas(shape, slots_S)) return 0.0;
-  const Exchanges exchanges = exchange_seconds(shape, costs, slots_S);
   const double whole_s = exchanges.all_s();
   const double exposed_s =
       is_after_gate ? exchanges.restore_s + exposed_backward_seconds(costs, exchanges, beside_s)
-                    : exposed_seconds(shape, costs, slots_S, beside_s);
+                    : exposed_seconds(costs, exchanges, beside_s);
   return exposed_s + (whole_s - exposed_s) * costs.hidden_share +
          replica_host_seconds(shape, costs, slots_S, beside_s);
 }
 
-bool is_nearly_balanced(const Shape& shape, const int64_t* node_counts_QE) {
-  const int64_t ideal = ideal_load(shape, node_counts_QE);
-  return stock_placement(shape, node_counts_QE).largest <= ideal + ideal / kNearlyPart;
+double unbalanced_seconds(const Shape& shape, const CostModel& costs, int64_t ideal,
+                          const std::vector<int64_t>& loads_S) {
+  int64_t largest = std::max<int64_t>(ideal, 1);
+  for (auto first = loads_S.begin(); first != loads_S.end(); first += shape.capacity) {
+    largest = std::max(largest, std::accumulate(first, first + shape.capacity, int64_t{0}));
+  }
+  const double over = 1.0 - static_cast<double>(ideal) / static_cast<double>(largest);
+  return expert_seconds(shape, costs, loads_S) * over;
 }
 
-std::vector<std::vector<int16_t>> replica_steps(const Shape& shape,
-                                                const int64_t* node_counts_QE) {
-  std::vector<std::vector<int16_t>> steps;
-  for (HomeLayout& layout :
-       by_level(shape, node_counts_QE, stock_placement(shape, node_counts_QE), kLevelParts)) {
-    steps.push_back(std::move(layout.slots_S));
+bool is_nearly_balanced(const HomeLayout& stock, int64_t ideal) {
+  return stock.largest <= ideal + ideal / kNearlyPart;
+}
+
+HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, const CostModel& costs,
+                           double least_gain_s,
+                           const std::function<double(const HomeLayout&)>& seconds) {
+  HomeLayout best = stock_placement(shape, node_counts_QE);
+  const int64_t ideal = ideal_load(shape, node_counts_QE);
+  if (is_nearly_balanced(best, ideal)) return best;
+  if (unbalanced_seconds(shape, costs, ideal, best.loads_S) <= least_gain_s) return best;
+  double best_s = seconds(best);
+  const auto compete = [&](HomeLayout layout) {
+    const double layout_s = seconds(layout);
+    if (layout_s >= best_s) return;
+    best_s = layout_s;
+    best = std::move(layout);
+  };
+  HomeLayout most = replicate(shape, node_counts_QE, 0);
+  const int64_t largest = most.largest, replicas = most.replicas, over = best.largest - largest;
+  compete(std::move(most));
+  for (int64_t parts : kLevelParts) {
+    if (over < parts) break;
+    HomeLayout fewer = replicate(shape, node_counts_QE, largest + over / parts);
+    if (fewer.replicas < replicas) compete(std::move(fewer));
   }
-  return steps;
+  return best;
 }
 
 HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
                            const int64_t* node_counts_QE) {
   const Counts counts(shape, counts_NE);
-  HomeLayout best = stock_placement(shape, node_counts_QE);
   const auto seconds_of = [&](const std::vector<int16_t>& slots_S,
                               const std::vector<int64_t>& loads_S) {
     const Replicas replicas(shape, slots_S.data());
-    return layer_seconds(shape, costs,
-                         totals(shape, counts, node_counts_QE, replicas, loads_S.data()));
+    const double layer_s = layer_seconds(
+        shape, costs, totals(shape, counts, node_counts_QE, replicas, loads_S.data()));
+    // The layers around this one take about as long.
+    const Exchanges exchanges = exchange_seconds(shape, costs, slots_S.data());
+    return layer_s + replica_seconds(shape, costs, slots_S.data(), exchanges, layer_s, true);
   };
-  const auto assigned_s = [&](const HomeLayout& layout) {
-    return shape.nodes() == 1 ? expert_seconds(shape, costs, layout)
-                              : seconds_of(layout.slots_S, layout.loads_S);
-  };
-  double best_s = assigned_s(best);
-  // The layers around this one take about as long.
-  const auto with_exchange = [&](double layer_s, const std::vector<int16_t>& slots_S) {
-    return layer_s + replica_seconds(shape, costs, slots_S.data(), layer_s, true);
-  };
-
-  // Phases 1 and 2.
-  const double ideal_s =
-      costs.expert_flops * costs.gemm.least_unit_seconds(ideal_load(shape, node_counts_QE));
-  if (!is_nearly_balanced(shape, node_counts_QE) && best_s - ideal_s > least_fetch_seconds(costs)) {
-    for (HomeLayout& layout : by_level(shape, node_counts_QE, best, kFewLevelParts)) {
-      const double seconds = with_exchange(assigned_s(layout), layout.slots_S);
-      if (seconds >= best_s) continue;
-      best_s = seconds;
-      best = std::move(layout);
-    }
-  }
-
-  // Phase 3.
+  HomeLayout best = balance_by_time(
+      shape, node_counts_QE, costs, least_fetch_seconds(costs),
+      [&](const HomeLayout& layout) { return seconds_of(layout.slots_S, layout.loads_S); });
   if (shape.nodes() == 1) return best;
-  double least_s = std::numeric_limits<double>::infinity();
-  const auto layer_s = [&](const std::vector<int16_t>& slots_S) {
+  double best_s = std::numeric_limits<double>::infinity();
+  const auto compete = [&](const std::vector<int16_t>& slots_S) {
     std::vector<int64_t> loads_S(shape.slots());
     slot_loads(shape, counts, node_counts_QE, Replicas(shape, slots_S.data()), loads_S.data());
-    const double seconds = with_exchange(seconds_of(slots_S, loads_S), slots_S);
-    if (seconds < least_s) {
-      least_s = seconds;
-      best.loads_S = std::move(loads_S);
-    }
-    return seconds;
+    const double seconds = seconds_of(slots_S, loads_S);
+    if (seconds >= best_s) return;
+    best_s = seconds;
+    best.slots_S = slots_S;
+    best.loads_S = std::move(loads_S);
   };
-  fill_while_faster(shape, node_counts_QE, layer_s, layer_s(best.slots_S), best.slots_S);
-  return best;
-}
-
-void fill_while_faster(const Shape& shape, const int64_t* node_counts_QE,
-                       const std::function<double(const std::vector<int16_t>&)>& seconds,
-                       double best_s, std::vector<int16_t>& slots_S) {
-  while (true) {
-    std::vector<int16_t> filled_S = slots_S;
-    if (!fill_for_locality(shape, node_counts_QE, 1, filled_S)) return;
-    const double filled_s = seconds(filled_S);
-    if (filled_s >= best_s) return;
-    best_s = filled_s;
-    slots_S = std::move(filled_S);
+  compete(best.slots_S);
+  std::vector<int16_t> filled_S = at_home(shape);
+  for (int most = 1; most <= shape.capacity - shape.home; ++most) {
+    fill_slots(shape, node_counts_QE, most, filled_S);
+    compete(filled_S);
   }
+  return best;
 }
 
 }  // namespace laer

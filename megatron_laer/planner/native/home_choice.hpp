@@ -14,28 +14,30 @@
 
 namespace laer {
 
-// Seconds of a layout's exchanges of weights and gradients, all passes, beside a layer of `beside_s`
+// Seconds of a layout's `exchanges` of weights and gradients, all passes, beside a layer of `beside_s`
 // seconds, and of the host for replicas. After the gate nothing hides the fetch of forward. 0 without
 // replicas.
 double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
-                       double beside_s, bool is_after_gate);
+                       const Exchanges& exchanges, double beside_s, bool is_after_gate);
 
-// Whether stock's placement balances these counts so well that no replica is worth an exchange.
-bool is_nearly_balanced(const Shape& shape, const int64_t* node_counts_QE);
+// Seconds that perfect balance would save of the experts' compute under these loads of slots.
+double unbalanced_seconds(const Shape& shape, const CostModel& costs, int64_t ideal,
+                          const std::vector<int64_t>& loads_S);
 
-// Layouts between stock's placement and the best balanced one, each with more replicas than the one
-// before, for these counts or with headroom for others.
-std::vector<std::vector<int16_t>> replica_steps(const Shape& shape, const int64_t* node_counts_QE);
+// Whether no rank is above the mean by much under stock's placement: the cost model is not exact
+// enough to tell if less is worth an exchange.
+bool is_nearly_balanced(const HomeLayout& stock, int64_t ideal);
+
+// Stock's placement, or the fastest of layouts between that and the best balanced one, each with
+// more replicas than the one before. Stock's where it is nearly balanced, or where balance would
+// save less than `least_gain_s`. `seconds` prices a layout, with exchanges, by its loads.
+HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, const CostModel& costs,
+                           double least_gain_s,
+                           const std::function<double(const HomeLayout&)>& seconds);
 
 // The fastest layout that is found for these counts, fetched after the gate. Where it is ideal, and
 // with several nodes, its loads are those of exact quotas.
 HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
                            const int64_t* node_counts_QE);
-
-// Fills free slots for locality, one more of each rank at a time, while `seconds`, which is `best_s`
-// for `slots_S`, becomes less.
-void fill_while_faster(const Shape& shape, const int64_t* node_counts_QE,
-                       const std::function<double(const std::vector<int16_t>&)>& seconds,
-                       double best_s, std::vector<int16_t>& slots_S);
 
 }  // namespace laer

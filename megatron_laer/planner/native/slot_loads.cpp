@@ -206,7 +206,7 @@ void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_cou
 }
 
 void slot_loads(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
-                const Replicas& replicas, int64_t* loads_S) {
+                const Replicas& replicas, int64_t* loads_S, bool by_rank) {
   std::fill(loads_S, loads_S + shape.slots(), 0);
   if (static_cast<int>(replicas.slot.size()) == shape.experts) {  // nothing to choose
     for (int i = 0; i < shape.nodes() * shape.experts; ++i) {
@@ -220,7 +220,7 @@ void slot_loads(const Shape& shape, const Counts& counts, const int64_t* node_co
   fill_locally(shape, counts, by_node, cap, flow);
   cap = minimise_largest_load(by_node, cap, flow);
   if (shape.nodes() > 1) minimise_foreign(by_node, std::vector<int64_t>(shape.ranks, cap), flow);
-  if (shape.node_size > 1) RankFlows(shape, counts, replicas, by_node, cap, flow).run();
+  if (by_rank && shape.node_size > 1) RankFlows(shape, counts, replicas, by_node, cap, flow).run();
   for (size_t pair = 0; pair < flow.size(); ++pair) loads_S[replicas.slot[pair]] = flow[pair];
 }
 
