@@ -291,10 +291,7 @@ class CostModel:
         return native.change_seconds(costs, before.slot_expert_S, after_S, *shape)
 
     def least_change_seconds(self, geometry: Geometry) -> float:
-        """Return a lower bound of every change: the solve, and one expert for one rank.
-
-        With experts at home, a change may only drop replicas, and then fetches nothing.
-        """
+        """Return a lower bound of changes that fetch: the solve, and one expert for one rank."""
         return _least_change_seconds(self, geometry)
 
     def for_native(self, geometry: Geometry) -> native.CostModel:
@@ -372,18 +369,24 @@ class CostModel:
 def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
     """Price one slot of rank 0, with the smallest slice's number of rows on every rank.
 
-    All terms of traffic grow with changed slots and rows, so no change moves less.
+    All terms of traffic grow with changed slots and rows, so no change moves less. A replica next
+    to home experts comes from the next or the last rank, directly or by relay.
     """
-    if geometry.home_slots:
-        return costs.solve_seconds(geometry) * _BELOW_ROUNDING
-    num_ranks = geometry.num_ranks
-    placed = Placed(ExpertLayout.static(*geometry.shape), geometry)
-    first_S = np.arange(geometry.num_slots) == 0
-    matrices = [(rows // num_ranks * num_ranks, columns) for rows, columns in costs.matrices]
-    algorithm = costs.restore_algorithm
-    traffic = restore_traffic(placed, matrices, algorithm, first_S)
-    fetch_s = costs._exchange_seconds(traffic, geometry, algorithm, costs.grads_form)
-    return (fetch_s + costs.solve_seconds(geometry)) * _BELOW_ROUNDING
+    num_ranks, home = geometry.num_ranks, geometry.home_slots
+    form = costs.weights_form(geometry.sharding)
+    matrices = [(rows // num_ranks * num_ranks, columns) for rows, columns in form.matrices]
+    first_S = np.arange(num_ranks * geometry.replica_slots) == 0
+    static_S = geometry.static_layout.slot_expert_S
+    fetched = (home, geometry.num_experts - 1) if home else (int(static_S[0]),)
+    ways = ExchangeAlgorithm if costs.by_layout else (costs.restore_algorithm,)
+    fetches_s = []
+    for expert in fetched:
+        slots_S = np.where(np.arange(geometry.num_slots) == home, expert, static_S)
+        placed = Placed(ExpertLayout.from_slots(*geometry.shape, slots_S), geometry)
+        for way in ways:
+            traffic = restore_traffic(placed, matrices, way, first_S)
+            fetches_s.append(costs._exchange_seconds(traffic, geometry, way, form))
+    return (min(fetches_s) + costs.solve_seconds(geometry)) * _BELOW_ROUNDING
 
 
 @lru_cache(maxsize=64)

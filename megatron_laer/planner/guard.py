@@ -39,7 +39,7 @@ class Decision:
         solved: whether a fresh layout was made, even if it was not chosen.
         gain_s: predicted time saved by the fresh layout, in the layer, in exposed exchanges of
             backward and on the host. None where costs did not decide. Without `solved`, an upper
-            bound for any layout.
+            bound for any layout; for home experts, the time that perfect balance would save.
         cost_s: cost of the change; None with `gain_s`. Without `solved`, a lower bound.
         tolerance, as_announced: grounds of the choice, None in other modes.
     """

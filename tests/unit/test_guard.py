@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Recompute, Sharding, TokenExchange
-from megatron_laer.config import ExchangeAlgorithm, PlanMode, Split
+from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode, Split
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import HostTime, Link, SolveTime
 from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.costs import CostModel
@@ -192,16 +193,48 @@ def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
         host = HostTime(launch_s, SolveTime(0.0, 0.0, 0.0), part * gain_s)
         costs = replace(free, cluster=replace(free.cluster, host=host))
         assert (GreedyStrategy(geometry, costs).plan(counts_NE, stock) != stock) == pays
-        for mode in (PlanMode.EXACT, PlanMode.ADAPTIVE):
+        for mode, planned in (
+            (PlanMode.EXACT, stock),
+            (PlanMode.EXACT, balanced),
+            (PlanMode.ADAPTIVE, stock),
+        ):
             guard = Guard(mode, costs, geometry)
-            for planned in (stock, balanced):
-                assert (guard.decide(counts_NE, planned).layout != stock) == pays
+            assert (guard.decide(counts_NE, planned).layout != stock) == pays
         for beside_s in (0.0, balanced_s, 9.0):
             expected_s = host.replicas_seconds(beside_s * costs.forward_share)
             assert costs.replicas_host_seconds(Placed(balanced, geometry), beside_s) == expected_s
             assert costs.replicas_host_seconds(Placed(stock, geometry), beside_s) == 0.0
             rows = placed(ExpertLayout.random(*geometry.shape, (1,)), 3)  # all fetched
             assert costs.replicas_host_seconds(rows, beside_s) == expected_s
+
+
+@pytest.mark.parametrize("tokens", [TokenPrices(), NODE])
+def test_replicas_are_chosen_anew_only_where_balance_could_pay(tokens: TokenPrices) -> None:
+    """Qwen3-235B on four nodes: chance alone leaves little to gain, and a jump much."""
+    geometry = Geometry(32, 128, 6, 8, Sharding.EXPERTS)
+    costs = CostModel(load_cluster("h100-8"), 4096, 1536, True, 2, tokens=tokens)
+    costs = replace(costs.with_exchange(Auto.AUTO, geometry), pairs_per_rank=16384)
+    guard = Guard(PlanMode.ADAPTIVE, costs, geometry)
+    rng = np.random.default_rng(0)
+
+    def seconds(decision: Decision) -> float:
+        layout, home = decision.layout, geometry.home_slots
+        layer_s = costs.split_seconds(decision.quotas.totals(), layout, 8)
+        return layer_s + costs.exposed_backward_seconds(layout, 8, layer_s, home)
+
+    for _ in range(6):
+        share_E, other_E = rng.lognormal(0, 0.6, 128), rng.lognormal(0, 2.0, 128)
+        draws = [
+            rng.multinomial(16384, of_E / of_E.sum(), size=32).astype(np.int64)
+            for of_E in (share_E, share_E, other_E)
+        ]
+        planned = GreedyStrategy(geometry, costs).plan(draws[0], geometry.static_layout)
+        kept = guard.decide(draws[1], planned)
+        assert not kept.solved and kept.reason.startswith("kept forecast: gain at most ")
+        fresh = Guard(PlanMode.EXACT, costs, geometry).decide(draws[1], planned)
+        change_s = costs.change_seconds(planned, fresh.layout, 8, geometry.home_slots)
+        assert seconds(kept) <= seconds(fresh) + change_s
+        assert guard.decide(draws[2], planned).replanned
 
 
 @settings(max_examples=150)

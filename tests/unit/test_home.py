@@ -148,7 +148,6 @@ def test_a_replica_is_made_only_if_it_pays() -> None:
             assert (found != HOMES.static_layout) == is_made
 
 
-@pytest.mark.parametrize("name", ["greedy", "static"])
 @pytest.mark.parametrize(("num_ranks", "node_size"), [(8, 8), (8, 4)])
 def test_slots_are_filled_for_drift_if_that_pays(num_ranks: int, node_size: int) -> None:
     geometry = Geometry(num_ranks, 4 * num_ranks, 6, node_size, Sharding.EXPERTS)
@@ -172,6 +171,7 @@ def test_slots_are_filled_for_drift_if_that_pays(num_ranks: int, node_size: int)
     assert free_replicas > 1.5 * num_ranks and dear_replicas == 0
 
 
+@pytest.mark.parametrize("name", ["greedy", "static"])
 @settings(max_examples=25)
 @given(home_geometries(), st.sampled_from(KINDS), st.integers(0, 2**16))
 def test_strategies_keep_experts_at_home(
@@ -285,7 +285,8 @@ def test_native_prices_of_replicas_equal_the_plain_reference(
     before = random_replicas(geometry, seed + 1)
     change_s = costs.change_seconds(before, layout)
     assert change_s == priced.change_seconds(costs, before, layout)
-    assert change_s == 0.0 or change_s >= costs.least_change_seconds(geometry)
+    if layout.changed_S(Placed(before, geometry)).any():  # else replicas are dropped at most
+        assert change_s >= costs.least_change_seconds(geometry)
     for beside_s in (0.0, 1e-6, 1.0):
         expected = priced.exposed_seconds(costs, layout, beside_s)
         assert costs.exposed_seconds(layout, beside_s) == expected[0]

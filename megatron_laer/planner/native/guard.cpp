@@ -7,6 +7,8 @@
 #include <numeric>
 
 #include "construct.hpp"
+#include "home.hpp"
+#include "home_choice.hpp"
 #include "match_previous.hpp"
 #include "quotas.hpp"
 
@@ -65,9 +67,14 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
   const Replicas planned(shape, planned_S);
   decision.loads_S = microbatch.loads(planned);
   const double kept_s = microbatch.seconds(costs, planned, decision.loads_S);
+  // Fresh replicas of home experts are placed by the rules of the planned ones, so that little but
+  // balance is left to gain: a bound over all layouts would hope for exchanges that none reaches.
   const double least_s =
-      least_layer_seconds(shape, costs, Counts(shape, microbatch.counts_NE),
-                          microbatch.node_counts_QE);
+      shape.home > 0 ? kept_s - unbalanced_seconds(shape, costs,
+                                                   ideal_load(shape, microbatch.node_counts_QE),
+                                                   decision.loads_S)
+                     : least_layer_seconds(shape, costs, Counts(shape, microbatch.counts_NE),
+                                           microbatch.node_counts_QE);
   // Beside a layer that takes as little as this one could. Flat exchanges of all slots do not differ.
   const auto exposed_s = [&](const int16_t* slots_S) {
     if (shape.home == 0 && !costs.by_node) return 0.0;
@@ -75,8 +82,8 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
            replica_host_seconds(shape, costs, slots_S, least_s);
   };
   const double kept_exposed_s = exposed_s(planned_S);
-  // Gain at most, cost at least: leaving here never changes the choice.
-  decision.gain_s = kept_s - least_s + kept_exposed_s;
+  // Gain at most, cost at least: leaving here never changes the choice of rows.
+  decision.gain_s = kept_s - least_s + (shape.home > 0 ? 0.0 : kept_exposed_s);
   decision.cost_s = costs.least_change_s;
   decision.is_priced = true;
   if (decision.gain_s <= decision.cost_s) return;
