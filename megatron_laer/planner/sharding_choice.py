@@ -2,8 +2,9 @@
 
 Candidates are priced for typical counts, with the planner's layout: a layer and microbatch with all
 exchanges of weights and gradients. Memory is the same but for the slots. Replica slots must also
-serve collapsed routing, where all hot experts share a home and need slots on other ranks. Rows need
-more than the fewest slots only to keep tokens on their node.
+serve skewed routing: where all hot experts share a home, they need slots on other ranks. So the
+worst of few shapes is priced too. Rows need more than the fewest slots only to keep tokens on their
+node.
 
 Legend: N ranks, E experts, C slots per rank, G ranks per node.
 """
@@ -20,10 +21,14 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.placed import Placed
-from megatron_laer.planner.typical import collapsed_counts_NE, typical_counts_NE
+from megatron_laer.planner.typical import skewed_counts_NE, typical_counts_NE
 
-# Most replica slots per rank that are compared.
+# Replica slots per rank that are compared in any case.
 _REPLICA_SLOTS = 3
+# Part of a card's memory that all but the first may take for skewed routing, with weights and
+# gradients of two layers each.
+_MEMORY_PART = 1 / 64
+_COPIES = 4
 # Draws of typical counts, of which the mean counts.
 DRAWS = 4
 # Part of a layer's time that further slots, which take memory on every rank, must save.
@@ -34,18 +39,29 @@ _WORTH = 0.01
 class Candidate:
     """Sharding and slots, their prices, and the predicted seconds of a layer and microbatch.
 
-    `collapsed_s` are those of collapsed routing, for experts at home.
+    `worst_s` are those of the slowest skewed routing, for experts at home.
     """
 
     geometry: Geometry
     costs: CostModel
     seconds: float
-    collapsed_s: float = 0.0
+    worst_s: float = 0.0
+
+    def is_worth_more_than(self, fewer: Candidate) -> bool:
+        """Return whether more slots save enough time, and none over all.
+
+        For skewed routing, which is rare, they may take little memory only.
+        """
+        saves_enough = self.seconds < fewer.seconds * (1.0 - _WORTH)
+        if self.takes_little_memory:
+            saves_enough |= self.worst_s < fewer.worst_s * (1.0 - _WORTH)
+        return saves_enough and self.seconds + self.worst_s < fewer.seconds + fewer.worst_s
 
     @property
-    def mean_s(self) -> float:
-        """Return the seconds by which slots are chosen: one draw in five is collapsed."""
-        return (DRAWS * self.seconds + self.collapsed_s) / (DRAWS + 1)
+    def takes_little_memory(self) -> bool:
+        card, more_slots = self.costs.cluster.card, self.geometry.replica_slots - 1
+        more_bytes = more_slots * _COPIES * self.costs.grads_form.expert_bytes
+        return card is None or more_bytes <= card.memory_gib * 2**30 * _MEMORY_PART
 
     def __str__(self) -> str:
         slots = f"{self.geometry.capacity} slots"
@@ -86,7 +102,7 @@ def choose_geometry(
             if capacity > num_experts or capacity * num_ranks % multiple:
                 continue
             more = _candidate(config, geometry(sharding, capacity), priced, top_k)
-            if more.mean_s < found.mean_s * (1.0 - _WORTH):
+            if more.is_worth_more_than(found):
                 found = more
         best.append(found)
     if len(best) == 1:
@@ -98,8 +114,10 @@ def choose_geometry(
 
 def _more_slots(least: Geometry) -> list[int]:
     """Return the numbers of slots to compare, above the fewest that balance."""
-    if least.home_slots:
-        return list(range(least.capacity + 1, least.home_slots + _REPLICA_SLOTS + 1))
+    if home := least.home_slots:
+        # A hot quarter of the experts, on their home ranks, fills as many slots of each other rank.
+        wanted = -(-home // min(least.num_ranks, 4))
+        return list(range(least.capacity + 1, home + max(wanted, _REPLICA_SLOTS) + 1))
     if least.num_nodes == 1:
         return []
     # With these a node has every expert, and a slot of each rank for replicas.
@@ -126,14 +144,14 @@ def _candidate(
 ) -> Candidate:
     costs = priced(geometry)
     pairs = costs.pairs_per_rank
-    typical_s = collapsed_s = 0.0
+    typical_s = worst_s = 0.0
     for draw in range(DRAWS):
         counts_NE = typical_counts_NE(geometry, pairs, draw)
         typical_s += planned_seconds(config, geometry, costs, counts_NE) / DRAWS
     if geometry.home_slots:
-        counts_NE = collapsed_counts_NE(geometry, top_k, pairs)
-        collapsed_s = planned_seconds(config, geometry, costs, counts_NE)
-    return Candidate(geometry, costs, typical_s, collapsed_s)
+        skewed = skewed_counts_NE(geometry, top_k, pairs)
+        worst_s = max(planned_seconds(config, geometry, costs, counts_NE) for counts_NE in skewed)
+    return Candidate(geometry, costs, typical_s, worst_s)
 
 
 def planned_seconds(

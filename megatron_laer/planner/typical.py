@@ -1,6 +1,6 @@
-"""Typical loads, for choices that are made once, before anything is observed.
+"""Typical and skewed loads, for choices that are made once, before anything is observed.
 
-They are log-normal, sigma 0.6, the same on every rank and machine.
+Typical ones are log-normal, sigma 0.6. All are the same on every rank and machine.
 
 Legend: N ranks, E experts.
 """
@@ -39,13 +39,28 @@ def typical_counts_NE(
     return np.tile(counts_E, (geometry.num_ranks, 1))
 
 
-def collapsed_counts_NE(geometry: Geometry, top_k: int, pairs_per_rank: int | None = None) -> Int64:
-    """Return counts [N, E] of tokens that all have experts of rank 0, or of few ranks."""
-    hot = max(top_k, geometry.home_slots)
-    pairs = pairs_per_rank or _TOKENS * geometry.num_experts
-    counts_NE = np.zeros((geometry.num_ranks, geometry.num_experts), dtype=np.int64)
-    counts_NE[:, :hot] = pairs // hot
-    return counts_NE
+def skewed_counts_NE(
+    geometry: Geometry, top_k: int, pairs_per_rank: int | None = None
+) -> list[Int64]:
+    """Return counts [N, E] of routing that takes many replicas, of about as many pairs on a rank.
+
+    All tokens have experts of rank 0; a quarter of the experts, neighbours, has three quarters of
+    the tokens, as in Megatron's imbalance benchmark; one expert has each token; rank 0 has none.
+    """
+    num_experts, home = geometry.num_experts, geometry.home_slots
+    pairs = pairs_per_rank or _TOKENS * num_experts
+
+    def counts_NE(hot: slice, share: float) -> Int64:
+        counts_E = np.full(num_experts, (1.0 - share) * pairs / num_experts)
+        counts_E[hot] += share * pairs / len(counts_E[hot])
+        return np.tile(np.rint(counts_E).astype(np.int64), (geometry.num_ranks, 1))
+
+    return [
+        counts_NE(slice(max(top_k, home)), 1.0),
+        counts_NE(slice(max(top_k, num_experts // 4)), 0.75),
+        counts_NE(slice(1), 1.0 / top_k),
+        counts_NE(slice(home, None), 1.0),
+    ]
 
 
 def typical_layout(geometry: Geometry) -> ExpertLayout:

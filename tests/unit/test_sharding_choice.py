@@ -15,7 +15,8 @@ from megatron_laer.planner.clusters import Contention, Link
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.expected_gain import expected_gain
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.sharding_choice import choose_geometry
+from megatron_laer.planner.sharding_choice import choose_geometry, planned_seconds
+from megatron_laer.planner.typical import skewed_counts_NE
 from tests.costs import make_costs
 
 
@@ -25,9 +26,10 @@ def priced_as(costs: CostModel, pairs: int) -> Callable[[Geometry], CostModel]:
 
 # N, E, ranks per node; settings; the sharding that is taken, and its slots.
 SHARDINGS = [
-    ((4, 8, 4), {}, Sharding.EXPERTS, 3),
+    # Without load on one rank, the others have four thirds of the mean.
+    ((4, 8, 4), {}, Sharding.EXPERTS, 4),
     ((4, 8, 4), {"capacity": 5}, Sharding.EXPERTS, 5),
-    ((4, 8, 4), {"sharding": "experts"}, Sharding.EXPERTS, 3),
+    ((4, 8, 4), {"sharding": "experts"}, Sharding.EXPERTS, 4),
     ((4, 8, 4), {"sharding": "rows"}, Sharding.ROWS, 3),
     ((4, 8, 4), {"planner": "laer"}, Sharding.ROWS, 3),
     ((4, 8, 4), {"capacity": 2}, Sharding.ROWS, 2),
@@ -88,15 +90,40 @@ def test_rows_take_slots_that_keep_tokens_on_their_node() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sharding", "shape", "capacity"), [("experts", (8, 64, 8), 9), ("rows", (16, 64, 4), 5)]
+    ("sharding", "shape", "capacity"), [("experts", (8, 8, 8), 2), ("rows", (16, 64, 4), 5)]
 )
 def test_slots_that_save_less_than_a_hundredth_are_not_taken(
     sharding: Any, shape: tuple[int, int, int], capacity: int
 ) -> None:
-    """Of all that are compared, 10 slots at home and 17 of rows are the fastest."""
+    """With an expert at home one replica slot balances all loads; 17 slots of rows are fastest."""
     priced = priced_as(make_costs(hidden=1024, ffn=4096), 16384)
     choice, _ = choose_geometry(FSEPConfig(sharding=sharding), shape, 1, 2, priced)
     assert choice.geometry.capacity == capacity
+
+
+# Model's hidden size and FFN; N, E, ranks per node; slots.
+MODELS = [
+    # Two ranks have all hot experts, of which six others take four each.
+    (2048, 768, (8, 128, 8), 20),
+    # Weights and gradients of three further experts would take 8 GiB of the card.
+    (7168, 16384, (8, 128, 8), 17),
+]
+
+
+@pytest.mark.parametrize(("hidden", "ffn", "shape", "capacity"), MODELS)
+def test_slots_serve_hot_experts_that_share_a_home(
+    hidden: int, ffn: int, shape: tuple[int, int, int], capacity: int
+) -> None:
+    costs = CostModel(load_cluster("h100-8"), hidden, ffn, gated=True, bytes_per_element=2)
+    choice, _ = choose_geometry(FSEPConfig(), shape, 1, 8, priced_as(costs, 8 * 8192))
+    assert (choice.geometry.sharding, choice.geometry.capacity) == (Sharding.EXPERTS, capacity)
+    fewer = replace(choice.geometry, capacity=17)
+    hot_NE = skewed_counts_NE(fewer, 8, 8 * 8192)[1]
+    seconds = [
+        planned_seconds(FSEPConfig(), geometry, priced_as(costs, 8 * 8192)(geometry), hot_NE)
+        for geometry in (choice.geometry, fewer)
+    ]
+    assert (seconds[0] < 0.7 * seconds[1]) == (capacity > 17)
 
 
 @pytest.mark.parametrize(("tokens", "gains"), [(8192, True), (16, False)])
