@@ -1,7 +1,8 @@
 """Replicas of home experts: `python -m benchmarks.home --trace TRACE --json OUT [--quick]`.
 
-- `balance`: largest over mean rank load with one replica slot per rank, for known counts, for those
-  of a microbatch before and of ten steps before. Rows of the real trace and of log-normal loads.
+- `balance`: largest over mean rank load with one or two replica slots per rank, for known counts,
+  for those of a microbatch before and of ten steps before. Rows of the real trace, with predicted
+  layer times of Mixtral's experts, and of log-normal loads.
 - `solve`: processor time as ratios to `sorted`: of the construction, of quotas by a flow, and of a
   fresh layout with its quotas as after the gate, by predicted time or without prices.
 - `nodes`: predicted layer time between nodes, with one to three replica slots, and of rows.
@@ -35,6 +36,7 @@ from megatron_laer.choices import Sharding
 from megatron_laer.config import Auto, PlanMode
 from megatron_laer.planner.balance import max_over_mean
 from megatron_laer.planner.clusters import Link
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
@@ -45,7 +47,7 @@ from megatron_laer.planner.layout import ExpertLayout
 NODE_SIZE = 8
 # Replicas cost nothing: the best balance that forecasts allow.
 FREE = Link(1e18, 0.0)
-RANKS = (8, 16, 32)
+RANKS, REPLICA_SLOTS = (8, 16, 32), (1, 2)
 # The trace has every tenth step.
 STEPS_BETWEEN = 10
 FIRST, STRIDE, QUICK_STRIDE = 20, 3, 24
@@ -64,6 +66,7 @@ class BalanceRow:
         lag: steps between the counts that a layout is made for and those that it meets; 0 for known
             counts, 1 for the microbatch before.
         loads: the trace, or log-normal loads by sigma.
+        layer_ms: predicted mean, with exchanges; None for log-normal loads.
     """
 
     ranks: int
@@ -78,6 +81,7 @@ class BalanceRow:
     p99: float
     max: float
     replicas_per_rank: float
+    layer_ms: float | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,7 +94,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     trace = Trace(options.trace)
     stride = QUICK_STRIDE if options.quick else STRIDE
     draws = 5 if options.quick else 40
-    rows = [row for num_ranks in RANKS for row in trace_balance(trace, num_ranks, stride)]
+    rows = [
+        row
+        for num_ranks in RANKS
+        for spare in REPLICA_SLOTS
+        for row in trace_balance(trace, num_ranks, stride, spare)
+    ]
     rows += list(drawn_balance(draws))
     found: dict[str, Any] = {
         "machine": machine(),
@@ -113,13 +122,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def trace_balance(trace: Trace, num_ranks: int, stride: int) -> Iterator[BalanceRow]:
+def trace_balance(
+    trace: Trace, num_ranks: int, stride: int, spare: int = 1
+) -> Iterator[BalanceRow]:
     """Compare layouts on the trace: the construction, and `greedy` with free links and priced."""
-    geometry = homes(num_ranks, trace.counts.shape[-1])
+    geometry = homes(num_ranks, trace.counts.shape[-1], spare)
     costs = paper_costs()
     free = replace(costs.cluster, intra=FREE, inter=FREE, spreads=())
     greedy = GreedyStrategy(geometry, replace(costs, cluster=free))
-    priced = GreedyStrategy(geometry, costs.with_exchange(Auto.AUTO, geometry))
+    by_layout = costs.with_exchange(Auto.AUTO, geometry)
+    priced = GreedyStrategy(geometry, by_layout)
     planners: dict[str, Callable[[Int64], ExpertLayout]] = {
         "construction": lambda counts_NE: replicate(counts_NE, geometry).layout,
         "greedy, free links": lambda counts_NE: greedy.plan(counts_NE, geometry.static_layout),
@@ -128,17 +140,20 @@ def trace_balance(trace: Trace, num_ranks: int, stride: int) -> Iterator[Balance
     cases = trace_cases(trace, stride)
     for lag in (0, 1, STEPS_BETWEEN):
         for name, plan in planners.items():
-            layouts, ratios = [], []
+            layouts, ratios, layer_s = [], [], []
             for case in cases:
+                counts_NE = on_ranks(trace.now(case), num_ranks)
                 layouts.append(plan(on_ranks(counts_before(trace, case, lag), num_ranks)))
-                ratios.append(imbalance(on_ranks(trace.now(case), num_ranks), layouts[-1]))
-            yield row_of(geometry, lag, "trace", name, layouts, ratios)
+                ratios.append(imbalance(counts_NE, layouts[-1]))
+                layer_s.append(layer_seconds(by_layout, geometry, counts_NE, layouts[-1]))
+            row = row_of(geometry, lag, "trace", name, layouts, ratios)
+            yield replace(row, layer_ms=float(np.mean(layer_s)) * 1e3)
 
 
 def drawn_balance(draws: int) -> Iterator[BalanceRow]:
     """Construct layouts for log-normal loads, with one and with two replica slots."""
     for num_ranks, num_experts in DRAWN_SHAPES:
-        for spare in (1, 2):
+        for spare in REPLICA_SLOTS:
             geometry = homes(num_ranks, num_experts, spare)
             for sigma in SIGMAS:
                 rng = np.random.default_rng(1)
@@ -228,6 +243,15 @@ def on_ranks(counts_NE: Int64, num_ranks: int) -> Int64:
 def imbalance(counts_NE: Int64, layout: ExpertLayout) -> float:
     node_size = homes(layout.num_ranks, layout.num_experts).node_size
     return max_over_mean(exact_split(layout, node_size).solve(counts_NE).rank_loads_N())
+
+
+def layer_seconds(
+    costs: CostModel, geometry: Geometry, counts_NE: Int64, layout: ExpertLayout
+) -> float:
+    """Predict a layer with its exchanges of weights and gradients."""
+    layer_s = costs.layer_seconds(counts_NE, layout, geometry.node_size)
+    exchanges = layout, geometry.node_size, layer_s, geometry.home_slots
+    return layer_s + costs.exchanges_seconds(*exchanges)
 
 
 def row_of(
