@@ -43,6 +43,7 @@ from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.home import replicate
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 
 NODE_SIZE = 8
 # Replicas cost nothing: the best balance that forecasts allow.
@@ -249,9 +250,9 @@ def layer_seconds(
     costs: CostModel, geometry: Geometry, counts_NE: Int64, layout: ExpertLayout
 ) -> float:
     """Predict a layer with its exchanges of weights and gradients."""
-    layer_s = costs.layer_seconds(counts_NE, layout, geometry.node_size)
-    exchanges = layout, geometry.node_size, layer_s, geometry.home_slots
-    return layer_s + costs.exchanges_seconds(*exchanges)
+    placed = Placed(layout, geometry)
+    layer_s = costs.layer_seconds(counts_NE, placed)
+    return layer_s + costs.exchanges_seconds(placed, layer_s)
 
 
 def row_of(
