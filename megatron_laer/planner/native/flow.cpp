@@ -7,6 +7,9 @@
 namespace laer {
 
 void FlowGraph::index() {
+  group_begin.push_back(groups());
+  pair_begin.push_back(pairs());
+  taken_N.resize(ranks);
   group_supplier.resize(groups());
   for (int u = 0; u < suppliers(); ++u) {
     for (int group = group_begin[u]; group < group_begin[u + 1]; ++group) group_supplier[group] = u;

@@ -22,16 +22,18 @@ struct FlowGraph {
   std::vector<int> pair_begin;      // [groups + 1]
   std::vector<int> pair_group;      // [pairs]
   std::vector<int> pair_rank;       // [pairs]
+  std::vector<int> pair_slot;       // [pairs], where ranks have slots
   std::vector<int> rank_begin;      // [N + 1]
   std::vector<int> rank_pair;       // pairs of each rank
   std::vector<int64_t> supply;      // [U]
   std::vector<int64_t> own;         // [groups]
   std::vector<int64_t> home;        // [groups]: tokens that are there, by which a start is made
+  std::vector<int64_t> taken_N;     // tokens of experts without a choice, which only take up room
 
   int suppliers() const { return static_cast<int>(supply.size()); }
   int groups() const { return static_cast<int>(own.size()); }
   int pairs() const { return static_cast<int>(pair_rank.size()); }
-  // Fills what follows from group_begin, pair_begin and pair_rank.
+  // Ends group_begin and pair_begin, and fills what follows from these and pair_rank.
   void index();
 };
 

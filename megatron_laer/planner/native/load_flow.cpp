@@ -18,7 +18,7 @@ class LoadFlow {
       : graph_(graph), cap_(cap), flow_(flow) {
     const int suppliers = graph.suppliers();
     excess_ = graph.supply;
-    load_.assign(graph.ranks, 0);
+    load_ = graph.taken_N;
     for (int pair = 0; pair < graph.pairs(); ++pair) {
       excess_[supplier(pair)] -= flow[pair];
       load_[graph.pair_rank[pair]] += flow[pair];
@@ -94,6 +94,7 @@ class LoadFlow {
       if (node < suppliers) {
         tokens += graph_.supply[node];
       } else {
+        tokens += graph_.taken_N[node - suppliers];
         ++ranks;
       }
     }

@@ -118,10 +118,8 @@ class Sharing {
       graph_.supply.push_back(supply);
       off_node += supply;
     }
-    graph_.group_begin.push_back(graph_.groups());
-    graph_.pair_begin.push_back(graph_.pairs());
-    if (off_node == 0) return;
     graph_.index();
+    if (off_node == 0) return;
     largest_ = minimise_largest_load(graph_, node_cap, flow_);
     minimise_foreign(graph_, std::vector<int64_t>(nodes_, std::max(largest_, node_cap)), flow_);
   }

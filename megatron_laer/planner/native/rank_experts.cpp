@@ -222,7 +222,7 @@ class Ranks {
     const Replicas replicas(shape_, slots_S_.data());
     FlowGraph graph;
     graph.ranks = shape_.ranks;
-    for (int e = 0; e <= shape_.experts; ++e) {
+    for (int e = 0; e < shape_.experts; ++e) {
       graph.group_begin.push_back(e);
       graph.pair_begin.push_back(replicas.begin_E[e]);
     }

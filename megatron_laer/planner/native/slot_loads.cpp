@@ -3,6 +3,7 @@
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <algorithm>
+#include <numeric>
 
 #include "flow.hpp"
 #include "quotas.hpp"
@@ -37,8 +38,10 @@ std::vector<int64_t> visit_shares(const Shape& shape, const int64_t* node_counts
 
 namespace {
 
-// Pairs of one expert are neighbours, in rank order; each of its nodes is a group.
-FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Replicas& replicas) {
+// Pairs of one expert are neighbours, in rank order; each of its nodes is a group. Slots of experts
+// with no other have their loads, and no pair.
+FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Replicas& replicas,
+                     int64_t* loads_S) {
   const std::vector<int64_t> share_Q = visit_shares(shape, node_counts_QE, replicas);
   FlowGraph graph;
   graph.ranks = shape.ranks;
@@ -47,27 +50,35 @@ FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Re
     const int64_t* counts_E = node_counts_QE + static_cast<int64_t>(node) * shape.experts;
     for (int e = 0; e < shape.experts; ++e) graph.supply[e] += counts_E[e];
   }
-  graph.pair_rank.resize(replicas.slot.size());
+  graph.taken_N.assign(shape.ranks, 0);
+  graph.pair_rank.reserve(replicas.slot.size());
+  graph.pair_slot.reserve(replicas.slot.size());
   graph.own.reserve(replicas.slot.size());
   graph.home.reserve(replicas.slot.size());
   graph.pair_begin.reserve(replicas.slot.size() + 1);
   graph.group_begin.reserve(shape.experts + 1);
   for (int e = 0; e < shape.experts; ++e) {
     graph.group_begin.push_back(graph.groups());
+    const int first = replicas.begin_E[e], last = replicas.begin_E[e + 1];
+    if (last == first + 1) {
+      loads_S[replicas.slot[first]] = graph.supply[e];
+      graph.taken_N[replicas.slot[first] / shape.capacity] += graph.supply[e];
+      graph.supply[e] = 0;
+      continue;
+    }
     int last_node = -1;
-    for (int i = replicas.begin_E[e]; i < replicas.begin_E[e + 1]; ++i) {
+    for (int i = first; i < last; ++i) {
       const int rank = replicas.slot[i] / shape.capacity, node = rank / shape.node_size;
-      graph.pair_rank[i] = rank;
+      graph.pair_rank.push_back(rank);
+      graph.pair_slot.push_back(replicas.slot[i]);
       if (node == last_node) continue;
       last_node = node;
-      graph.pair_begin.push_back(i);
+      graph.pair_begin.push_back(graph.pairs() - 1);
       const int64_t own = node_counts_QE[static_cast<int64_t>(node) * shape.experts + e];
       graph.home.push_back(own);
       graph.own.push_back(own + visitors(graph.supply[e] - own, share_Q[node]));
     }
   }
-  graph.group_begin.push_back(graph.groups());
-  graph.pair_begin.push_back(graph.pairs());
   graph.index();
   return graph;
 }
@@ -75,79 +86,50 @@ FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Re
 // Keeps tokens on their rank, node by node, as no other node matters for it: each share of an expert
 // that the node takes becomes a supplier, and each of its pairs a group. A share with a single pair
 // has no choice, and only takes up room.
-class RankFlows {
- public:
-  RankFlows(const Shape& shape, const Counts& counts, const Replicas& replicas,
-            const FlowGraph& nodes, int64_t cap, std::vector<int64_t>& flow)
-      : shape_(shape), nodes_(nodes), flow_(flow), shares_Q_(shape.nodes()),
-        room_N_(shape.ranks, cap), own_(nodes.pairs()) {
-    for (int pair = 0; pair < nodes.pairs(); ++pair) {
-      own_[pair] = counts(nodes.pair_rank[pair], replicas.slots_S[replicas.slot[pair]]);
-    }
-    for (int share = 0; share < nodes.groups(); ++share) {
-      const int first = nodes.pair_begin[share];
-      const int rank = nodes.pair_rank[first];
-      if (nodes.pair_begin[share + 1] > first + 1) {
-        shares_Q_[rank / shape.node_size].push_back(share);
-      } else {
-        room_N_[rank] -= flow[first];
-      }
+void keep_on_ranks(const Shape& shape, const Counts& counts, const int16_t* slots_S,
+                   const FlowGraph& nodes, std::vector<int64_t> room_N,
+                   std::vector<int64_t>& flow) {
+  std::vector<std::vector<int>> shares_Q(shape.nodes());
+  for (int share = 0; share < nodes.groups(); ++share) {
+    const int first = nodes.pair_begin[share], rank = nodes.pair_rank[first];
+    if (nodes.pair_begin[share + 1] > first + 1) {
+      shares_Q[rank / shape.node_size].push_back(share);
+    } else {
+      room_N[rank] -= flow[first];
     }
   }
-
-  void run() {
-    for (int node = 0; node < shape_.nodes(); ++node) {
-      const FlowGraph graph = graph_of(node);
-      std::vector<int64_t> part;
-      for (int share : shares_Q_[node]) {
-        const auto first = flow_.begin();
-        part.insert(part.end(), first + nodes_.pair_begin[share],
-                    first + nodes_.pair_begin[share + 1]);
-      }
-      const auto room = room_N_.begin() + static_cast<std::ptrdiff_t>(node) * shape_.node_size;
-      minimise_foreign(graph, {room, room + shape_.node_size}, part);
-      auto at = part.begin();
-      for (int share : shares_Q_[node]) {
-        const int pairs = nodes_.pair_begin[share + 1] - nodes_.pair_begin[share];
-        std::copy(at, at + pairs, flow_.begin() + nodes_.pair_begin[share]);
-        at += pairs;
-      }
-    }
-  }
-
- private:
-  FlowGraph graph_of(int node) const {
+  for (int node = 0; node < shape.nodes(); ++node) {
     FlowGraph graph;
-    graph.ranks = shape_.node_size;
-    for (int share : shares_Q_[node]) {
+    graph.ranks = shape.node_size;
+    std::vector<int64_t> part;
+    for (int share : shares_Q[node]) {
       graph.group_begin.push_back(graph.groups());
       graph.supply.push_back(0);
-      for (int pair = nodes_.pair_begin[share]; pair < nodes_.pair_begin[share + 1]; ++pair) {
+      for (int pair = nodes.pair_begin[share]; pair < nodes.pair_begin[share + 1]; ++pair) {
+        const int rank = nodes.pair_rank[pair];
         graph.pair_begin.push_back(graph.pairs());
-        graph.pair_rank.push_back(nodes_.pair_rank[pair] % shape_.node_size);
-        graph.own.push_back(own_[pair]);
-        graph.supply.back() += flow_[pair];
+        graph.pair_rank.push_back(rank % shape.node_size);
+        graph.own.push_back(counts(rank, slots_S[nodes.pair_slot[pair]]));
+        graph.supply.back() += flow[pair];
+        part.push_back(flow[pair]);
       }
     }
-    graph.group_begin.push_back(graph.groups());
-    graph.pair_begin.push_back(graph.pairs());
     graph.index();
-    return graph;
+    const auto room = room_N.begin() + static_cast<std::ptrdiff_t>(node) * shape.node_size;
+    minimise_foreign(graph, {room, room + shape.node_size}, part);
+    auto at = part.begin();
+    for (int share : shares_Q[node]) {
+      const int pairs = nodes.pair_begin[share + 1] - nodes.pair_begin[share];
+      std::copy(at, at + pairs, flow.begin() + nodes.pair_begin[share]);
+      at += pairs;
+    }
   }
-
-  const Shape& shape_;
-  const FlowGraph& nodes_;
-  std::vector<int64_t>& flow_;
-  std::vector<std::vector<int>> shares_Q_;  // with a choice of pairs
-  std::vector<int64_t> room_N_;             // for the tokens of these
-  std::vector<int64_t> own_;                // by pair
-};
+}
 
 // A start that is local as far as ranks have room: own rank, own node, anywhere. Experts with few
 // replicas first, as they have the least choice.
-void fill_locally(const Shape& shape, const Counts& counts, const FlowGraph& graph, int64_t cap,
-                  std::vector<int64_t>& flow) {
-  std::vector<int64_t> room_N(shape.ranks, cap);
+void fill_locally(const Shape& shape, const Counts& counts, const FlowGraph& graph,
+                  std::vector<int64_t> room_N, std::vector<int64_t>& flow) {
   std::vector<int> order(graph.suppliers()), place(shape.ranks + 2, 0);
   auto first_pair = [&](int e) { return graph.pair_begin[graph.group_begin[e]]; };
   auto replicas = [&](int e) { return first_pair(e + 1) - first_pair(e); };
@@ -183,8 +165,10 @@ void fill_locally(const Shape& shape, const Counts& counts, const FlowGraph& gra
 }
 
 int64_t lower_bound(const Shape& shape, const FlowGraph& graph) {
-  int64_t total = 0, bound = 0;
+  int64_t total = std::accumulate(graph.taken_N.begin(), graph.taken_N.end(), int64_t{0});
+  int64_t bound = *std::max_element(graph.taken_N.begin(), graph.taken_N.end());
   for (int e = 0; e < graph.suppliers(); ++e) {
+    if (graph.supply[e] == 0) continue;
     const int64_t pairs =
         graph.pair_begin[graph.group_begin[e + 1]] - graph.pair_begin[graph.group_begin[e]];
     total += graph.supply[e];
@@ -208,20 +192,19 @@ void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_cou
 void slot_loads(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
                 const Replicas& replicas, int64_t* loads_S, bool by_rank) {
   std::fill(loads_S, loads_S + shape.slots(), 0);
-  if (static_cast<int>(replicas.slot.size()) == shape.experts) {  // nothing to choose
-    for (int i = 0; i < shape.nodes() * shape.experts; ++i) {
-      loads_S[replicas.slot[i % shape.experts]] += node_counts_QE[i];
-    }
-    return;
-  }
-  const FlowGraph by_node = node_graph(shape, node_counts_QE, replicas);
-  std::vector<int64_t> flow(by_node.pairs(), 0);
-  int64_t cap = lower_bound(shape, by_node);
-  fill_locally(shape, counts, by_node, cap, flow);
-  cap = minimise_largest_load(by_node, cap, flow);
-  if (shape.nodes() > 1) minimise_foreign(by_node, std::vector<int64_t>(shape.ranks, cap), flow);
-  if (by_rank && shape.node_size > 1) RankFlows(shape, counts, replicas, by_node, cap, flow).run();
-  for (size_t pair = 0; pair < flow.size(); ++pair) loads_S[replicas.slot[pair]] = flow[pair];
+  const FlowGraph by_node = node_graph(shape, node_counts_QE, replicas, loads_S);
+  if (by_node.pairs() == 0) return;
+  std::vector<int64_t> flow(by_node.pairs(), 0), room_N(shape.ranks);
+  const auto set_room = [&](int64_t cap) {
+    for (int rank = 0; rank < shape.ranks; ++rank) room_N[rank] = cap - by_node.taken_N[rank];
+  };
+  const int64_t cap = lower_bound(shape, by_node);
+  set_room(cap);
+  fill_locally(shape, counts, by_node, room_N, flow);
+  set_room(minimise_largest_load(by_node, cap, flow));
+  if (shape.nodes() > 1) minimise_foreign(by_node, room_N, flow);
+  if (by_rank && shape.node_size > 1) keep_on_ranks(shape, counts, replicas.slots_S, by_node, room_N, flow);
+  for (size_t pair = 0; pair < flow.size(); ++pair) loads_S[by_node.pair_slot[pair]] = flow[pair];
 }
 
 }  // namespace laer

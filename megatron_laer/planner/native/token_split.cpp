@@ -248,6 +248,10 @@ void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_
   for (int e = 0; e < shape.experts; ++e) {
     const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, share_Q.data(), e);
     if (split.count(rank) == 0) continue;
+    if (split.end() == split.begin() + 1) {
+      row_S[split.slot(split.begin())] = split.count(rank);
+      continue;
+    }
     int first = 0, last = 0;
     split.for_hosts([&](int node, int begin, int end) {
       if (node == home) first = begin, last = end;
@@ -292,6 +296,10 @@ void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* n
     auto column = [&](int source) -> int64_t& { return columns_NC[source * shape.capacity + c]; };
     const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, share_Q.data(),
                             replicas.slots_S[slot]);
+    if (split.end() == split.begin() + 1) {
+      for (int source = 0; source < shape.ranks; ++source) column(source) = split.count(source);
+      continue;
+    }
     Interval far{0, 0};
     int64_t demand_begin = 0;
     split.for_nodes([&](int node, int first, int last) {

@@ -83,10 +83,11 @@ class CountsExchange:
         payload = torch.cat([counts_E.to(torch.int64), tag_2, decision_1])
         gathered = payload.new_empty(self._groups.size * payload.numel())
         dist.all_gather_into_tensor(gathered, payload, group=self._groups.tokens)
-        return partial(self._finish, self._download.start(gathered), layer)
+        rows = gathered.view(self._groups.size, -1)
+        return partial(self._finish, self._download.start(rows), layer)
 
     def _finish(self, read: Callable[[], torch.Tensor], layer: str) -> Int64:
-        rows = read().view(self._groups.size, -1).numpy()
+        rows = read().numpy()
         counts_NE = native.agreed_counts(rows, _TAGS)
         if counts_NE is None:
             raise LayoutMismatchError(_describe_mismatch(rows[:, -_TAGS:], self._groups, layer))
