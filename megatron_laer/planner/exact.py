@@ -32,8 +32,8 @@ class ExactQuotas:
     """Quotas of a microbatch as the loads of all slots; rows and columns follow from them.
 
     A source's tokens for an expert go to its own rank first, then to replicas in its node, then to
-    other nodes. With `top_k` they are shared out more evenly, so that tokens have a choice. No N*S
-    matrix is formed.
+    other nodes. Of a node's sources each keeps the same share inside. With `top_k` they are shared
+    out more evenly, so that tokens have a choice. No N*S matrix is formed.
     """
 
     layout: ExpertLayout

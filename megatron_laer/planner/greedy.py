@@ -13,8 +13,8 @@ Elsewhere the cost model chooses among two or three layouts, over the forecast a
 - Replicas in proportion inside each node, which hosts its largest experts and a replica per rank.
 
 Experts at home (`--fsep-sharding experts`) keep their slots; the cost model chooses the replicas.
-Candidates are stock's placement, layouts with more and more replicas for balance, and layouts whose
-slots are filled for drift and for tokens that stay in their node (`native/home_choice.cpp`).
+Candidates are stock's placement and layouts with more and more replicas for balance. Others fill
+all slots, for drift and for tokens that stay in their node (`native/home_choice.cpp`).
 
 `docs/planner.md` has the data behind these choices.
 

@@ -44,8 +44,9 @@ def skewed_counts_NE(
 ) -> list[Int64]:
     """Return counts [N, E] of routing that takes many replicas, of about as many pairs on a rank.
 
-    All tokens have experts of rank 0; a quarter of the experts, neighbours, has three quarters of
-    the tokens, as in Megatron's imbalance benchmark; one expert has each token; rank 0 has none.
+    In the first all tokens have experts of rank 0. In the second neighbours, a quarter of the
+    experts, have three quarters of the tokens, as in Megatron's imbalance benchmark. In the others
+    one expert has each token, and rank 0 has none.
     """
     num_experts, home = geometry.num_experts, geometry.home_slots
     pairs = pairs_per_rank or _TOKENS * num_experts

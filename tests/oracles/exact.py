@@ -43,32 +43,42 @@ def least_largest_load(counts_NE: Int64, layout: ExpertLayout) -> int:
 def exact_quota_NS(counts_NE: Int64, loads_S: Int64, layout: ExpertLayout, node_size: int) -> Int64:
     """Return the matrix that follows from the loads of all slots, int64 [N, S].
 
-    Own tokens first. Then, inside each node, sources in turned order fill replicas in slot order.
-    The rest, in the same order of nodes and sources, fills the remaining room of replicas in slot
-    order.
+    Own tokens first. Then as many as fit fill replicas of their node in slot order, of each source
+    the same share, rounded down over the first sources. The rest, in the order of nodes and
+    sources, fills the remaining room of replicas in slot order.
     """
     check_node_size(layout.num_ranks, node_size)
     quota_NS = np.zeros((layout.num_ranks, layout.num_slots), dtype=np.int64)
     left_NE = counts_NE.copy()
     room_S = loads_S.copy()
 
-    def send(source: int, slot: int, expert: int) -> None:
-        amount = min(int(left_NE[source, expert]), int(room_S[slot]))
+    def send(source: int, slot: int, expert: int, most: int) -> int:
+        amount = min(most, int(left_NE[source, expert]), int(room_S[slot]))
         quota_NS[source, slot] += amount
         left_NE[source, expert] -= amount
         room_S[slot] -= amount
+        return amount
 
     for slot, expert in enumerate(layout.to_list()):
-        send(slot // layout.capacity, slot, expert)
-    for near in (True, False):
-        for expert in range(layout.num_experts):
-            slots = [slot for slot, held in enumerate(layout.to_list()) if held == expert]
-            for node in range(layout.num_ranks // node_size):
-                for position in range(node_size):
-                    source = node * node_size + (expert + position) % node_size
-                    for slot in slots:
-                        if not near or slot // layout.capacity // node_size == node:
-                            send(source, slot, expert)
+        source = slot // layout.capacity
+        send(source, slot, expert, int(left_NE[source, expert]))
+    for expert in range(layout.num_experts):
+        slots = [slot for slot, held in enumerate(layout.to_list()) if held == expert]
+        for node in range(layout.num_ranks // node_size):
+            sources = range(node * node_size, (node + 1) * node_size)
+            inside = [slot for slot in slots if slot // layout.capacity in sources]
+            tokens = [int(left_NE[source, expert]) for source in sources]
+            near = min(sum(tokens), int(room_S[inside].sum()))
+            first = 0
+            for source, number in zip(sources, tokens, strict=True):
+                last = first + number
+                left = near * last // max(sum(tokens), 1) - near * first // max(sum(tokens), 1)
+                for slot in inside:
+                    left -= send(source, slot, expert, left)
+                first = last
+        for source in range(layout.num_ranks):
+            for slot in slots:
+                send(source, slot, expert, int(left_NE[source, expert]))
     return quota_NS
 
 

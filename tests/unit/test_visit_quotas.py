@@ -130,7 +130,7 @@ def defined_NS(quotas: ExactQuotas) -> Int64:
         for node in range(num_nodes):
             here = [s for s in slots if s // layout.capacity // size == node]
             load = int(sum(quotas.loads_S[s] for s in here))
-            sources = [node * size + (expert + i) % size for i in range(size)]
+            sources = range(node * size, (node + 1) * size)
             tokens = [source for source in sources for _ in range(int(left_N[source]))]
             places = [slot for slot in here for _ in range(room[slot])]
             own = int(supply_Q[node]) - len(tokens)

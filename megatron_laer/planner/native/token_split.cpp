@@ -1,7 +1,8 @@
 // The second half of the exact quotas: which source sends how many tokens to which slot, for loads
 // of slots that are known (slot_loads.cpp). One rank's row or columns need no N*S matrix, as each
-// expert's tokens are intervals that are matched where they overlap. With `top_k` every source gets a
-// part of each node's room, so that its tokens have a choice.
+// expert's tokens are intervals that are matched where they overlap. Of a node's tokens that stay in
+// it every source has the same share, so that sources send alike to other nodes. With `top_k` every
+// source also gets a part of each node's room, so that its tokens have a choice.
 //
 // Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes, G ranks per node.
 #include <algorithm>
@@ -80,12 +81,6 @@ class Scatter {
   int64_t whole_, factor_ = 0;
 };
 
-// The order in which sources of a node are served inside it: it turns with the expert, so that
-// what is left for other nodes does not always come from the same rank.
-int turned(const Shape& shape, int expert, int position) {
-  return (expert + position) % shape.node_size;
-}
-
 // One expert's tokens as intervals. Own tokens first; what is left of sources and replicas in a
 // node are two rows of intervals that are matched where they overlap; what lies beyond is matched
 // the same way over all nodes.
@@ -136,12 +131,9 @@ class ExpertSplit {
     int64_t far_supply;  // tokens that must leave
     int64_t far_demand;  // tokens that must come
 
-    bool is_even;        // every source keeps the same share of its tokens, not the first ones most
-
     // Of the first tokens of the node's row, those that stay inside.
     int64_t staying(int64_t first) const {
-      if (!is_even || far_supply == 0) return std::min(first, near);
-      return shared_of(near, first, near + far_supply);
+      return far_supply == 0 ? first : shared_of(near, first, near + far_supply);
     }
     Interval inside(const Interval& source) const {
       return {staying(source.begin), staying(source.end)};
@@ -165,7 +157,7 @@ class ExpertSplit {
     }
     const int64_t supply = node_supply(node), near = staying(node, supply, load_tokens);
     const int64_t stay = std::max(near, own_tokens);
-    return {stay - own_tokens, supply - stay, load_tokens - stay, shape_.top_k > 0};
+    return {stay - own_tokens, supply - stay, load_tokens - stay};
   }
 
   // Tokens that stay in their node: all that can. With `top_k` they make room for visitors from nodes
@@ -192,7 +184,7 @@ class ExpertSplit {
   void for_sources(int node, int first, int last, Visit visit) const {
     int64_t at = 0;
     for (int position = 0; position < shape_.node_size; ++position) {
-      const int source = node * shape_.node_size + turned(shape_, expert_, position);
+      const int source = node * shape_.node_size + position;
       int64_t left = count(source);
       if (left == 0) continue;
       for (int replica = first; replica < last; ++replica) {
