@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_laer.choices import Sharding
-from megatron_laer.tools.simulator.iteration.chunk import backward, forward, whole
+from megatron_laer.tools.simulator.iteration.chunk import backward, forward, run
 from megatron_laer.tools.simulator.iteration.clocks import Clocks
 from megatron_laer.tools.simulator.iteration.methods import FSEP
 from megatron_laer.tools.simulator.iteration.model_shape import Lora
@@ -41,7 +41,7 @@ def test_backward_gathers_again_and_shares_the_links_with_gradients():
 def test_a_forward_after_a_forward_gathers_again():
     clocks = Clocks(1, 1)
     for _ in range(2):
-        whole(forward(clocks, [layer([10], unshard_s=3)], ALONE))
+        run(forward(clocks, [layer([10], unshard_s=3)], ALONE))
     assert spent(clocks)["data_parallel"] == 2 * 3
 
 

@@ -18,9 +18,8 @@ from megatron_laer.tools.simulator.iteration.chunk import (
     MoETimes,
     backward,
     forward,
-    together,
-    whole,
 )
+from megatron_laer.tools.simulator.iteration.chunk import run as run_parts
 from megatron_laer.tools.simulator.iteration.clocks import (
     GRADIENTS,
     INTER,
@@ -67,7 +66,7 @@ def ran(schedule, *layers, passes=(forward,), ranks=1, node_size=None, **of_cloc
     """Return the clocks after these passes over a chunk of layers."""
     clocks = Clocks(ranks, node_size or ranks, **of_clocks)
     for run in passes:
-        whole(run(clocks, [*layers], schedule))
+        run_parts(run(clocks, [*layers], schedule))
     return clocks
 
 
@@ -87,9 +86,9 @@ def test_ranks_wait_for_the_late_one_at_the_combine():
 def test_tokens_within_nodes_let_only_the_node_wait_until_the_counts_meet():
     clocks = Clocks(4, 2)
     layers = [layer([1, 5, 2, 2], within_node=True), layer([1, 1, 1, 1], within_node=True)]
-    whole(forward(clocks, layers[:1], ALONE))
+    run_parts(forward(clocks, layers[:1], ALONE))
     assert clocks.now_N.tolist() == [9, 9, 6, 6]
-    whole(forward(clocks, layers[1:], ALONE))  # counts are gathered over all ranks
+    run_parts(forward(clocks, layers[1:], ALONE))  # counts are gathered over all ranks
     assert clocks.now_N.tolist() == [14, 14, 14, 14]
     assert clocks.spent["waiting"].tolist() == [4, 0, 3, 3]
 
@@ -153,9 +152,9 @@ def test_an_operations_first_restore_hides_behind_the_operation_before(run, sche
     first, next_one = replace(layer([10]), name="before"), layer([10], restore_s=20)
     clocks = Clocks(1, 1)
     following = Following(next_one, run is backward, same_microbatch=False)
-    fetched = whole(forward(clocks, [first], schedule, None, following))
+    fetched = run_parts(forward(clocks, [first], schedule, None, following))
     assert (fetched is None) == (schedule is OVERLAPPED or (run, schedule) == (forward, EXACT))
-    whole(run(clocks, [next_one], schedule, fetched))
+    run_parts(run(clocks, [next_one], schedule, fetched))
     assert spent(clocks)["restore"] == exposed
 
 
@@ -173,7 +172,7 @@ def test_a_layer_that_follows_itself_fetches_slots_that_differ(
 ):
     present, same = layer([10]), layer([10], restore_s=20, change_s=change_s)
     following = Following(same, True, same_microbatch)
-    found = whole(forward(Clocks(1, 1), [present], schedule, None, following))
+    found = run_parts(forward(Clocks(1, 1), [present], schedule, None, following))
     assert (None if found is None else found.end_s) == fetched_s
 
 
@@ -194,7 +193,7 @@ def test_a_layer_whose_weights_have_a_form_for_each_direction_hands_on_its_own(
         layer([10], restore_s=moved_s, directions=2, again=again) for moved_s in (None, 20)
     )
     following = Following(same, is_backward, same_microbatch=True)
-    found = whole(before(Clocks(1, 1), [present], FOLLOWING, None, following))
+    found = run_parts(before(Clocks(1, 1), [present], FOLLOWING, None, following))
     assert found is not None and found.end_s == fetched_s
 
 
@@ -213,7 +212,7 @@ def test_changed_slots_are_fetched_after_the_gate_and_waited_for():
 def test_a_restore_begins_when_the_last_rank_has_begun_it():
     clocks = Clocks(2, 2)
     clocks.now_N = np.array([0.0, 6.0])
-    whole(forward(clocks, [layer([1, 1], restore_s=10)], OVERLAPPED))
+    run_parts(forward(clocks, [layer([1, 1], restore_s=10)], OVERLAPPED))
     # At 6; attention and dispatch end at 9, since counts wait for the late rank.
     assert clocks.spent["restore"].tolist() == [7, 7]
 
@@ -236,7 +235,7 @@ def test_one_communicator_has_gradients_wait_for_parameters():
     layers = [layer([1], [1], restore_s=40), layer([1], [1], restore_s=1, reduce_s=40)]
     for one_stream in (False, True):
         clocks = NotingClocks(1, 1, one_stream=one_stream)
-        whole(backward(clocks, [*layers], OVERLAPPED))
+        run_parts(backward(clocks, [*layers], OVERLAPPED))
         restored_s = max(flight.end_s for flight in clocks.begun[PARAMETERS])
         (reduced,) = clocks.begun[GRADIENTS]
         assert (reduced.begin_s >= restored_s) == one_stream and reduced.end_s > 80
@@ -314,7 +313,11 @@ BY_PARTS = make_schedule(overlaps=True, by_parts=True)
 
 def together_ran(forwards, backwards, **of_clocks):
     clocks = Clocks(1, 1, **of_clocks)
-    together(clocks, forwards, backwards, BY_PARTS)
+    beside = bool(forwards and backwards)
+    run_parts(
+        backward(clocks, backwards, BY_PARTS, beside=beside),
+        forward(clocks, forwards, BY_PARTS, beside=beside),
+    )
     return spent(clocks)
 
 

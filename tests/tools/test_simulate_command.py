@@ -65,7 +65,7 @@ def test_the_command_prints_writes_and_draws(tmp_path, path, capsys):
         assert set(method["bytes"]) == {"intra", "inter"}
         assert method["peak_bytes"] == pytest.approx(sum(method["memory_bytes"].values()))
         assert method["tokens_per_s"] == pytest.approx(4 * 2048 * 3 / seconds["value"])
-        assert method["naive_s"] > 0 and 0 < method["mfu"] < 1
+        assert 0 < method["mfu"] < 1
     assert written["cases"][0]["methods"] == written["methods"]
 
 

@@ -27,9 +27,8 @@ LEGEND = (
 s/iteration at the cluster's constants, and from their fastest to their slowest. x stock: how many
 times as fast as stock, with the same range; EP8: its fastest groups, of 8 ranks. MFU: FLOPs of the
 model over the peak's. waiting: for ranks that compute longer; exposed: exchanges, counts and
-bubbles that compute waits for; both are means over ranks. naive: FLOPs at the speed of the fastest
-GEMM, whatever the method. received: by a rank in an iteration. memory: with estimates for CUDA and
-NCCL, without the allocator's loss.
+bubbles that compute waits for; both are means over ranks. received: by a rank in an iteration.
+memory: with estimates for CUDA and NCCL, without the allocator's loss.
 """
     + ASSUMED
 )
@@ -47,7 +46,7 @@ def not_given(cluster: Cluster) -> str:
 
 def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str, str]) -> str:
     head = (
-        *("method", "s/iteration", "low", "high", "x stock", "naive", "tokens/s", "MFU"),
+        *("method", "s/iteration", "low", "high", "x stock", "tokens/s", "MFU"),
         *("max/mean", "waiting", "exposed", "received GB in/between nodes", "memory GiB"),
     )
     lines = [head]
@@ -61,7 +60,6 @@ def table_text(methods: Mapping[str, IterationPrediction], refused: Mapping[str,
                 _s(found.low_s),
                 _s(found.high_s),
                 times.replace(" times", ""),
-                _s(found.naive_s),
                 f"{found.tokens_per_s:,.0f}",
                 f"{found.mfu:.1%}",
                 f"{found.max_over_mean:.3f}",
@@ -174,7 +172,6 @@ def _draw_parts(axes: Axes, methods: Mapping[str, IterationPrediction]) -> None:
     lows = [found.iteration_s - found.low_s for found in methods.values()]
     highs = [found.high_s - found.iteration_s for found in methods.values()]
     axes.errorbar(starts, places, xerr=(lows, highs), fmt="none", ecolor="black", capsize=4)
-    axes.axvline(next(iter(methods.values())).naive_s, color="grey", linestyle=":", label="naive")
     axes.set_yticks(places, list(methods))
     axes.invert_yaxis()
     axes.set_xlabel("seconds per iteration, and their range over the constants")

@@ -327,7 +327,6 @@ def _extended(
         by_rates_s=by_rates_s,
         tokens_per_s=many.tokens_per_s * speedup,
         mfu=many.mfu * speedup,
-        naive_s=many.naive_s * wanted / at_many,
         waiting_s=line(few.waiting_s, many.waiting_s),
         compute_s={kind: line(few.compute_s[kind], many.compute_s[kind]) for kind in few.compute_s},
         exposed_s={kind: line(few.exposed_s[kind], many.exposed_s[kind]) for kind in few.exposed_s},

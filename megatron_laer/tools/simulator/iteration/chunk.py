@@ -7,10 +7,8 @@ Legend: N ranks.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 from megatron_laer.schedule import Schedule
 from megatron_laer.tools.simulator.iteration.clocks import (
@@ -143,29 +141,22 @@ class _Restores:
 Parts = Generator[None, None, Flight | None]
 
 
-def whole(parts: Parts) -> Flight | None:
-    """Run a pass by itself."""
-    while True:
-        try:
-            next(parts)
-        except StopIteration as end:
-            fetched: Flight | None = end.value
-            return fetched
+def run(*passes: Parts) -> Flight | None:
+    """Run passes in turn by parts, and return what the last to end has fetched.
 
-
-def together(
-    clocks: Clocks,
-    forwards: Sequence[LayerTimes],
-    backwards: Sequence[LayerTimes],
-    schedule: Schedule,
-) -> None:
-    """Run forward and backward of two microbatches in turn by parts: Megatron's combined 1F1B.
-
-    Tokens of one travel during compute of the other; without layers of the other, none are hidden.
+    Forward and backward of two microbatches make Megatron's combined 1F1B: tokens of one travel
+    during compute of the other.
     """
-    beside = bool(forwards and backwards)
-    behind = backward(clocks, backwards, schedule, beside=beside)
-    deque(zip_longest(behind, forward(clocks, forwards, schedule, beside=beside)), maxlen=0)
+    fetched: Flight | None = None
+    going = [*passes]
+    while going:
+        for parts in [*going]:
+            try:
+                next(parts)
+            except StopIteration as end:
+                fetched = end.value
+                going.remove(parts)
+    return fetched
 
 
 def forward(
@@ -175,11 +166,13 @@ def forward(
     fetched: Flight | None = None,
     following: Following | None = None,
     *,
+    head_s: float = 0.0,
     beside: bool = False,
 ) -> Parts:
     """Run forward in three parts a layer: to the dispatch, which is sent, and to the combine.
 
-    `fetched` is its first restore, and `beside` says if another pass runs in turn.
+    `fetched` is its first restore, `head_s` the time of the LM head, if it has one, and `beside`
+    says if another pass runs in turn.
     """
     restores = _Restores(clocks, layers, fetched, backward=False)
     number = -1
@@ -219,6 +212,7 @@ def forward(
         sent = _send(clocks, layer.moe, beside)
         yield
         clocks.arrive(sent)
+    clocks.work("dense", head_s)
     return fetched
 
 
@@ -229,12 +223,14 @@ def backward(
     fetched: Flight | None = None,
     following: Following | None = None,
     *,
+    head_s: float = 0.0,
     beside: bool = False,
 ) -> Parts:
     """Run backward, as `forward`: to the combine, which is sent, to the dispatch and beyond.
 
     By parts, experts' weight gradients take half of the time, after those of inputs have left.
     """
+    clocks.work("dense", head_s)
     restores = _Restores(clocks, layers, fetched, backward=True)
     number = restores.last + 1
     reducing: Flight | None = None

@@ -16,9 +16,8 @@ from megatron_laer.tools.simulator.iteration.chunk import (
     LayerTimes,
     backward,
     forward,
-    together,
-    whole,
 )
+from megatron_laer.tools.simulator.iteration.chunk import run as run_passes
 from megatron_laer.tools.simulator.iteration.clocks import (
     KINDS,
     WAITING,
@@ -79,27 +78,20 @@ def run_iteration(method: Method, timing: Timing, work: WorkOf) -> Iteration:
     fetched: list[Flight | None] = [None] * run.stages
 
     def operate(stage: int, operations: Operations) -> None:
-        clocks = stages[stage]
-        places = {each.is_forward: each.chunk * run.stages + stage for each in operations}
-        heads = zip((True, False), timing.head_seconds(), strict=True)
-        head_s = {
-            is_forward: seconds
-            for is_forward, seconds in heads
-            if places.get(is_forward) == run.stages * run.chunks - 1
-        }
-        layers = {
-            each.is_forward: passes.layers(places[each.is_forward], each.microbatch)
-            for each in operations
-        }
-        clocks.work("dense", head_s.get(False, 0.0))
-        ahead = fetched[stage], following[stage].get(operations[0])
-        if by_parts:
-            together(clocks, layers.get(True, []), layers.get(False, []), method.schedule)
-        elif True in layers:
-            fetched[stage] = whole(forward(clocks, layers[True], method.schedule, *ahead))
-        else:
-            fetched[stage] = whole(backward(clocks, layers[False], method.schedule, *ahead))
-        clocks.work("dense", head_s.get(True, 0.0))
+        begun = []
+        for each in reversed(operations):
+            place = each.chunk * run.stages + stage
+            ends = place == run.stages * run.chunks - 1
+            begin = forward if each.is_forward else backward
+            begun.append(
+                begin(
+                    *(stages[stage], passes.layers(place, each.microbatch), method.schedule),
+                    *(fetched[stage], following[stage].get(each)),
+                    head_s=timing.head_seconds()[not each.is_forward] if ends else 0.0,
+                    beside=len(operations) > 1,
+                )
+            )
+        fetched[stage] = run_passes(*begun)
 
     sweep(stages, orders, run.chunks, operate, timing.send_seconds())
     _finish(method, timing, stages)

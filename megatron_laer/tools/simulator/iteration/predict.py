@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Recompute
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED, WAITING
 from megatron_laer.tools.simulator.iteration.iterate import Iteration, run_iteration
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
@@ -37,10 +36,10 @@ class IterationPrediction:
 
     `by_rates_s` has the time for each set of rates, nominal first; `low_s` and `high_s` are its
     range. `compute_s` and `exposed_s`, by kind, and `waiting_s` for slower ranks add up to
-    `iteration_s`. `mfu` counts no recompute; `naive_s` does, at the fastest GEMM's speed.
-    `bytes_by_kind` are received, by link class and kind. `memory_bytes` are of the rank and stage
-    that need most. `replan_share` is of microbatches that fetched slots after the gate; 0 in mode
-    `exact`. `node_rows` are between nodes per pair, by cause. `group` is stock's.
+    `iteration_s`. `mfu` counts no recompute. `bytes_by_kind` are received, by link class and kind.
+    `memory_bytes` are of the rank and stage that need most. `replan_share` is of microbatches that
+    fetched slots after the gate; 0 in mode `exact`. `node_rows` are between nodes per pair, by
+    cause. `group` is stock's.
     """
 
     method: str
@@ -50,7 +49,6 @@ class IterationPrediction:
     by_rates_s: tuple[float, ...]
     tokens_per_s: float
     mfu: float
-    naive_s: float
     compute_s: Mapping[str, float]
     exposed_s: Mapping[str, float]
     waiting_s: float
@@ -129,10 +127,7 @@ def predict_iterations(
                         found.node_rows.append(each.node_rows)
                     found.most_pairs = max(found.most_pairs, int(each.pairs_N.max()))
     peak = peak_flops_per_s or rate_sets[0].peak_flops_per_s
-    return [
-        _prediction(method, collected[method.name], model, run, rate_sets[0], peak)
-        for method in methods
-    ]
+    return [_prediction(method, collected[method.name], model, run, peak) for method in methods]
 
 
 def _places(model: ModelShape, traced_layers: int) -> list[_Place | None]:
@@ -202,7 +197,6 @@ def _prediction(
     found: _Collected,
     model: ModelShape,
     run: RunShape,
-    nominal: Rates,
     peak_flops_per_s: float,
 ) -> IterationPrediction:
     by_rates_s = np.array(
@@ -217,7 +211,6 @@ def _prediction(
     tokens = run.tokens * run.microbatches * run.ranks * run.replicas
     passes = _TRAINING_PASSES if model.lora is None else _FROZEN_PASSES
     flops = passes * model.flops_per_token * tokens / run.world
-    again = 1 if run.recompute == Recompute.NONE else (passes + 1) / passes
     return IterationPrediction(
         method=method.name,
         iteration_s=seconds,
@@ -226,7 +219,6 @@ def _prediction(
         by_rates_s=tuple(by_rates_s.tolist()),
         tokens_per_s=tokens / seconds,
         mfu=flops / (seconds * peak_flops_per_s),
-        naive_s=flops * again / nominal.peak_flops_per_s,
         compute_s={kind: spent[kind] for kind in COMPUTE},
         exposed_s={kind: spent[kind] for kind in EXPOSED},
         waiting_s=spent[WAITING],
