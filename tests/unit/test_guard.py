@@ -232,7 +232,7 @@ def test_replicas_are_chosen_anew_only_where_balance_could_pay(tokens: TokenPric
         kept = guard.decide(draws[1], planned)
         assert not kept.solved and kept.reason.startswith("kept forecast: gain at most ")
         fresh = Guard(PlanMode.EXACT, costs, geometry).decide(draws[1], planned)
-        change_s = costs.change_seconds(planned, fresh.layout, 8, geometry.home_slots)
+        change_s = costs.change_seconds(planned, Placed(fresh.layout, geometry))
         assert seconds(kept) <= seconds(fresh) + change_s
         assert guard.decide(draws[2], planned).replanned
 

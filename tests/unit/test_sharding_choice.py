@@ -134,7 +134,7 @@ def test_training_expects_a_gain_where_ranks_would_wait(tokens: int, gains: bool
     found = expected_gain(FSEPConfig(), choice.geometry, choice.costs)
     assert found is not None
     low, high = found.factors
-    assert low < 1.0 and (high > 1.1) == gains
+    assert low < 1.0 and (high > 1.05) == gains
     assert ("no gain" in str(found)) != gains
     assert expected_gain(FSEPConfig(), Geometry(4, 6, 3, 4), costs) is None, "stock cannot run"
 

@@ -203,7 +203,9 @@ void slot_loads(const Shape& shape, const Counts& counts, const int64_t* node_co
   fill_locally(shape, counts, by_node, room_N, flow);
   set_room(minimise_largest_load(by_node, cap, flow));
   if (shape.nodes() > 1) minimise_foreign(by_node, room_N, flow);
-  if (by_rank && shape.node_size > 1) keep_on_ranks(shape, counts, replicas.slots_S, by_node, room_N, flow);
+  if (by_rank && shape.node_size > 1) {
+    keep_on_ranks(shape, counts, replicas.slots_S, by_node, room_N, flow);
+  }
   for (size_t pair = 0; pair < flow.size(); ++pair) loads_S[by_node.pair_slot[pair]] = flow[pair];
 }
 
