@@ -75,8 +75,8 @@ class ExpertLayout:
         """Return the layout without a planner, in which no rank holds an expert twice.
 
         Where slots are spare and a node's suffice for all experts, each node has them all, so that
-        no token leaves it: slot c has one of the c-th C-th of the experts, in turn over the ranks,
-        as in LAER-MoE's FSDP+EP. Elsewhere rank r hosts C experts from r*E//N on, mod E, and the
+        no token leaves it. Slot c then has one of the c-th C-th of the experts, in turn over the
+        ranks, as in LAER-MoE's FSDP+EP. Elsewhere rank r hosts C experts from r*E//N on, mod E, and the
         first E/N are stock Megatron's placement where N divides E. Neighbouring starts are at most
         ceil(E/N) <= C apart, so every expert is covered.
         """

@@ -313,10 +313,10 @@ BY_PARTS = make_schedule(overlaps=True, by_parts=True)
 
 def together_ran(forwards, backwards, **of_clocks):
     clocks = Clocks(1, 1, **of_clocks)
-    beside = bool(forwards and backwards)
+    together = bool(forwards and backwards)
     run_parts(
-        backward(clocks, backwards, BY_PARTS, beside=beside),
-        forward(clocks, forwards, BY_PARTS, beside=beside),
+        backward(clocks, backwards, BY_PARTS, together=together),
+        forward(clocks, forwards, BY_PARTS, together=together),
     )
     return spent(clocks)
 

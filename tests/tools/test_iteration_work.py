@@ -1,5 +1,7 @@
 """Work of an iteration: counts by method, sizes of models, and properties that hold for any rates.
 
+Over 400 lines: parts of one prediction, with shared sizes.
+
 Legend: N ranks, E experts.
 """
 

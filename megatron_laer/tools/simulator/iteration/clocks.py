@@ -59,8 +59,8 @@ class Clocks:
 
     Exchanges of parameters and gradients involve all ranks, so they have one clock: an exchange
     starts with the last rank. Tokens are exchanged in groups, and wait for the last rank of each.
-    Compute takes `pace` times as long as on an average card, and is slower by `contention` during
-    an exchange, which is slower by `stretch` during compute. Exchanges over one class of links
+    Compute takes `pace` times as long as on an average card. It is slower by `contention` during
+    an exchange, and that by `stretch` during compute. Exchanges over one class of links
     share it: while two are under way, each is half as fast. With `one_stream` parameters and
     gradients wait for each other. `gathered_s` and `scattered_s` are the ends of data-parallel
     exchanges.
@@ -113,13 +113,13 @@ class Clocks:
         return flight
 
     def send(
-        self, seconds_N: Seconds, link: str, members: tuple[int | None, bool], *, beside: bool
+        self, seconds_N: Seconds, link: str, members: tuple[int | None, bool], *, together: bool
     ) -> Flight:
-        """Start an exchange of tokens among `meet`'s members, `beside` another pass or alone."""
+        """Start an exchange of tokens among `meet`'s members, `together` with another pass or alone."""
         begin_N = self._last(*members)
         for before in self._sent:
             begin_N = np.maximum(begin_N, before.end_s)
-        tokens = Flight(link, begin_N, begin_N + seconds_N * (self._stretch if beside else 1.0))
+        tokens = Flight(link, begin_N, begin_N + seconds_N * (self._stretch if together else 1.0))
         self._share(tokens)
         self._sent.append(tokens)
         return tokens

@@ -1,6 +1,6 @@
 """Megatron's pipeline schedules: 1F1B, and interleaved where a stage has several chunks.
 
-A stage has a list of operations, two of which may run together; a sweep runs them as soon as their
+A stage has a list of operations, two of which may run together. A sweep runs them as soon as their
 stage is free and their inputs have arrived.
 """
 
