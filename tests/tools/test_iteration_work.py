@@ -1,6 +1,6 @@
 """Work of an iteration: counts by method, sizes of models, and properties that hold for any rates.
 
-Over 400 lines: parts of one prediction, with shared sizes.
+Over 400 lines: one model, from counts to seconds.
 
 Legend: N ranks, E experts.
 """
@@ -192,11 +192,10 @@ def test_a_layers_compute_and_tokens_are_the_cost_models():
         counts_NE = rng.integers(0, 50, (8, 16)) ** 2 * rng.integers(1, 20, (8, 1))
         totals = even_split(layout, 2).totals(counts_NE)
         work = LayerWork.of(totals, Rates(cluster, 2), passing=passing, node_size=2)
-        if prices.in_stages:  # the cost model adds up the busiest ranks of both
-            parts = replace(work, intra_N=0 * work.intra_N), replace(work, inter_N=0 * work.inter_N)
-        else:
-            parts = (work,)
-        pass_s = sum(passing.seconds(of, costs.token_bytes, cluster).max() for of in parts)
+        none_N = 0 * work.intra_N
+        parts = replace(work, intra_N=none_N), replace(work, inter_N=none_N)
+        parts_s = [passing.seconds(of, costs.token_bytes, cluster).max() for of in parts]
+        pass_s = sum(parts_s) if prices.in_stages else max(parts_s)
         expert_s = flops * (1 + 2 * cluster.backward_gemm_factor) * work.unit_s_N.max()
         geometry = Geometry(8, 16, 3, 2)
         seconds = expert_s + 4 * (pass_s + costs.token_latency_seconds(geometry))

@@ -218,9 +218,8 @@ def test_replicas_are_chosen_anew_only_where_balance_could_pay(tokens: TokenPric
     rng = np.random.default_rng(0)
 
     def seconds(decision: Decision) -> float:
-        layout, home = decision.layout, geometry.home_slots
-        layer_s = costs.split_seconds(decision.quotas.totals(), layout, 8)
-        return layer_s + costs.exposed_backward_seconds(layout, 8, layer_s, home)
+        layer_s = costs.split_seconds(decision.quotas.totals(), geometry)
+        return layer_s + costs.exposed_backward_seconds(Placed(decision.layout, geometry), layer_s)
 
     for _ in range(6):
         share_E, other_E = rng.lognormal(0, 0.6, 128), rng.lognormal(0, 2.0, 128)
