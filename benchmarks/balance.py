@@ -24,6 +24,7 @@ from benchmarks.splits import (
     split_like_eplb,
 )
 from benchmarks.trace_cases import Case, Trace
+from megatron_laer.config import lays_out_freely
 from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
@@ -39,7 +40,7 @@ def balance(trace: Trace, cases: Sequence[Case]) -> Iterator[BalanceRow]:
     for capacity in CAPACITIES:
         geometry = Geometry(num_ranks, num_experts, capacity, NODE_SIZE)
         costs = paper_costs()
-        static = ExpertLayout.static(num_ranks, capacity, num_experts)
+        static = ExpertLayout.static(num_ranks, capacity, num_experts, NODE_SIZE)
         greedy = make_strategy("greedy", geometry=geometry, costs=costs)
 
         exact = []
@@ -75,12 +76,13 @@ def forecasts(
     trace: Trace, cases: Sequence[Case], planner: Planner, split: Split, static: ExpertLayout
 ) -> list[Outcome]:
     """Plan from forecasts one iteration old; a layer's layout is the `current` of its next plan."""
+    expected = trace.newest if lays_out_freely(planner.name) else trace.forecast
     layouts: dict[int, ExpertLayout] = defaultdict(lambda: static)
     planned: dict[int, int] = {}
     outcomes = []
     for case in cases:
         if planned.get(case.layer) != case.iteration:
-            layouts[case.layer] = planner.plan(trace.forecast(case), layouts[case.layer])
+            layouts[case.layer] = planner.plan(expected(case), layouts[case.layer])
             planned[case.layer] = case.iteration
         outcomes.append(split(trace.now(case), layouts[case.layer], NODE_SIZE))
     return outcomes

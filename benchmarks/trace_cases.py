@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
 from megatron_laer.files.checks import open_input
-from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.forecast import WINDOW, SmoothedForecast
 from megatron_laer.telemetry.trace_file import MAX_COUNT
 
 
@@ -65,6 +65,12 @@ class Trace:
                 states.append(state)
             self._forecasts[case.layer] = states
         return self._forecasts[case.layer][case.iteration - 1].counts_NE()
+
+    def newest(self, case: Case) -> Int64:
+        """Sum the newest microbatches before the case's iteration, as the paper's planner does."""
+        earlier = self.counts[max(0, case.iteration - WINDOW) : case.iteration, case.layer]
+        newest_NE: Int64 = earlier.reshape(-1, *earlier.shape[2:])[-WINDOW:].sum(axis=0)
+        return newest_NE
 
     def before(self, case: Case) -> Int64 | None:
         if case.microbatch == 0:

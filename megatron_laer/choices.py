@@ -45,6 +45,12 @@ class PlanMode(Choice):
     ANNOUNCED = "announced"
 
 
+class Preset(Choice):
+    """Published system whose settings FSEP takes; `config.PRESETS` lists them."""
+
+    LAER = "laer"
+
+
 class LatePlan(Choice):
     """Response to a plan that is not ready in time."""
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from numbers import Integral, Real
-from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from megatron_laer.choices import (
     Auto,
@@ -26,6 +26,7 @@ from megatron_laer.choices import (
     LatePlan,
     OverlapScheduler,
     PlanMode,
+    Preset,
     Restore,
     Sharding,
     Split,
@@ -37,7 +38,9 @@ from megatron_laer.files.checks import numbered, quoted
 
 # Words of the fields are imported from here too.
 __all__ = [
+    "LAER_PLANNER",
     "MAX_PLAN_LAG",
+    "PRESETS",
     "Auto",
     "Bound",
     "Choice",
@@ -49,6 +52,7 @@ __all__ = [
     "LatePlan",
     "OverlapScheduler",
     "PlanMode",
+    "Preset",
     "Restore",
     "Sharding",
     "Split",
@@ -57,6 +61,7 @@ __all__ = [
     "WireDtype",
     "deterministic",
     "flag_name",
+    "lays_out_freely",
     "takes_several",
     "types_of",
     "words_of",
@@ -74,8 +79,22 @@ class Bound(NamedTuple):
 # steps ago is a poor forecast.
 MAX_PLAN_LAG = 1000
 
-# Planner that leaves no expert at home.
-_LAYS_OUT_FREELY = "laer"
+# The paper's planner; names of its variants begin with it. It leaves no expert at home.
+LAER_PLANNER = "laer"
+
+# Settings that a preset stands for (docs/paper.md).
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    Preset.LAER: {
+        "sharding": Sharding.ROWS,
+        "planner": LAER_PLANNER,
+        "split": Split.EVEN,
+        "plan_mode": PlanMode.FORECAST,
+        "plan_lag": 1,
+        "restore": Restore.LAYER,
+        "restore_algorithm": ExchangeAlgorithm.FLAT,
+        "token_exchange": TokenExchange.RANK,
+    }
+}
 
 _NUMBERS: dict[type, Any] = {int: (Integral, "an integer"), float: (Real, "a number")}
 
@@ -95,9 +114,13 @@ class FSEPConfig:
     `--expert-model-parallel-size`; E is `--num-experts`.
 
     Raises:
-        ValueError: a value outside its range, quoting it.
+        ValueError: a value outside its range, or that contradicts the preset, quoting it.
     """
 
+    preset: Preset | None = _option(
+        None,
+        "a published system: laer (rows, planner laer, even splits, flat exchanges)",
+    )
     capacity: int | None = _option(
         None,
         "expert slots C of every rank per MoE layer, or auto, the default: min(E, ceil(E/N) + "
@@ -242,7 +265,23 @@ class FSEPConfig:
         "times, one file per FSEP group, for `megatron_laer report`",
     )
 
+    def __new__(cls, *_: Any, **given: Any) -> Self:
+        """Refuse values that contradict the preset, also those that are a field's default."""
+        wanted = PRESETS.get(given.get("preset") or "", {})
+        problems = [
+            f"{flag_name(name)} {given[name]}: --fsep-preset {given['preset']} means "
+            f"{flag_name(name)} {value}; leave one of them out"
+            for name, value in wanted.items()
+            if name in given and given[name] != value
+        ]
+        if problems:
+            raise ValueError(numbered(problems))
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        if self.preset in list(Preset):
+            for name, value in PRESETS[self.preset].items():
+                object.__setattr__(self, name, value)
         for spec in dataclasses.fields(self):
             value = getattr(self, spec.name)
             if value is not None or spec.default is not None:
@@ -285,7 +324,7 @@ class FSEPConfig:
     @property
     def reason_for_rows(self) -> str | None:
         """Return why these settings need `--fsep-sharding rows`; None if they do not."""
-        if self.planner == _LAYS_OUT_FREELY:
+        if lays_out_freely(self.planner):
             return (
                 f"--fsep-planner {self.planner}: moves every expert, so it does not run with "
                 f"--fsep-sharding {Sharding.EXPERTS}; use another planner, or --fsep-sharding rows"
@@ -342,6 +381,11 @@ class FSEPConfig:
             or self.restore == Restore.STEP
             or any(folder is not None for folder in written)
         )
+
+
+def lays_out_freely(planner: str) -> bool:
+    """Return whether a planner leaves no expert at home: the paper's, or a variant."""
+    return planner.split("-")[0] == LAER_PLANNER
 
 
 def flag_name(field_name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.forecast import SmoothedForecast, WindowForecast
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import Plan
 from megatron_laer.planner.state import PlannerState
@@ -31,7 +31,10 @@ def make_state(**changes: Any) -> PlannerState:
         version=5,
         layers=LAYERS,
         layouts=layouts(0),
-        forecasts=(observed, SmoothedForecast(), SmoothedForecast().observe(counts[0])),
+        forecasts=(
+            *(observed, SmoothedForecast()),
+            WindowForecast().observe(counts).observe(counts[0]),
+        ),
         plans=tuple(Plan(step, dict(enumerate(layouts(step))), 1.5 * step) for step in (6, 7)),
     )
     return dataclasses.replace(state, **changes)

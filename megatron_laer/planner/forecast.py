@@ -1,14 +1,15 @@
 """Forecasts of the next counts: pure values, updated with observed counts.
 
-`SmoothedForecast` is the one to use; `LastValue` is its check. `docs/planner.md` has the data on
-which its weights were chosen.
+`SmoothedForecast` is the one to use, with weights from the data in `docs/planner.md`;
+`WindowForecast` is the paper's.
 
-Legend: N ranks, E experts.
+Legend: N ranks, E experts, M microbatches.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import numpy as np
@@ -27,6 +28,8 @@ QUICK_WEIGHT, STEADY_WEIGHT = 0.75, 0.25
 _FORGOTTEN = 4
 # An error this many times the usual one is a jump.
 _JUMP = 2
+# Microbatches whose counts the paper's planner sums.
+WINDOW = 5
 # Keeps errors, also those of a checkpoint, far from overflow in int64.
 MAX_ERROR = 2**58
 
@@ -34,8 +37,17 @@ MAX_ERROR = 2**58
 class Forecast(Protocol):
     """Forecast of counts, as a pure value."""
 
+    @property
+    def kept(self) -> tuple[Int64, ...]:
+        """Return the counts of the state, int64 [N, E] each; none before an observation."""
+        ...
+
     def observe(self, counts_NE: Int64) -> Self:
         """Return the state after one more observation; observations come oldest first."""
+        ...
+
+    def changed(self, change: Callable[[Int64], Int64]) -> Self:
+        """Return the state with changed counts, such as renumbered experts."""
         ...
 
     def counts_NE(self) -> Int64:
@@ -75,6 +87,16 @@ class SmoothedForecast:
                 )
         if not all(0 <= error <= MAX_ERROR for error in self.errors):
             raise ValueError(f"errors must be in 0..{MAX_ERROR}, got {self.errors}")
+
+    @property
+    def kept(self) -> tuple[Int64, ...]:
+        return tuple(mean for mean in (self.level_NE, self.steady_NE) if mean is not None)
+
+    def changed(self, change: Callable[[Int64], Int64]) -> SmoothedForecast:
+        level_NE, steady_NE = (
+            None if mean is None else change(mean) for mean in (self.level_NE, self.steady_NE)
+        )
+        return replace(self, level_NE=level_NE, steady_NE=steady_NE)
 
     def observe(self, counts_NE: Int64) -> SmoothedForecast:
         """Return the state after one more step, whose counts are the sum of its microbatches'."""
@@ -130,17 +152,23 @@ def _error(expected_NE: Int64, new_NE: Int64) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class LastValue:
-    """Forecast by the newest counts."""
+class WindowForecast:
+    """Sum of the newest microbatches' counts, `WINDOW` at most; `kept` has them, oldest first."""
 
-    last_NE: Int64 | None = None
+    kept: tuple[Int64, ...] = ()
 
-    def observe(self, counts_NE: Int64) -> LastValue:
-        last_NE = counts_NE.astype(np.int64)
-        last_NE.setflags(write=False)
-        return LastValue(last_NE)
+    def observe(self, counts_NE: Int64) -> WindowForecast:
+        """Return the state after one more microbatch, int64 [N, E], or several, [M, N, E]."""
+        new_MNE = counts_NE.astype(np.int64).reshape(-1, *counts_NE.shape[-2:])
+        new_MNE.setflags(write=False)
+        return WindowForecast((*self.kept, *new_MNE)[-WINDOW:])
+
+    def changed(self, change: Callable[[Int64], Int64]) -> WindowForecast:
+        return WindowForecast(tuple(map(change, self.kept)))
 
     def counts_NE(self) -> Int64:
-        if self.last_NE is None:
+        if not self.kept:
             raise ValueError("nothing was observed yet; call observe first")
-        return self.last_NE
+        sum_NE: Int64 = np.sum(self.kept, axis=0, dtype=np.int64)
+        sum_NE.setflags(write=False)
+        return sum_NE

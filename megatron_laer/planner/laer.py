@@ -1,12 +1,9 @@
-"""The paper's planner: replica counts in two ways, greedy placement, and a choice by cost.
+"""The planner of LAER-MoE as its authors released it, and variants of it for ablations.
 
-Source: "LAER-MoE: Load-Adaptive Expert Re-layout for Efficient MoE Training", arXiv 2602.11686.
-Differences from its released code:
-
-- any N, C, E and node size; replica counts are not rounded to multiples of the number of nodes;
-- no rank takes an expert twice while another has a free slot for it;
-- the even candidate also exists where E does not divide the slots;
-- the current and the static layout compete too.
+Source: "LAER-MoE: Load-Adaptive Expert Re-layout for Efficient MoE Training", arXiv 2602.11686, and
+answers of its released code. Replica counts come from two schemes: `proportional_replicas` and
+`even_replicas`. `place` makes a layout of each, and the objective chooses one. The layout in force
+does not matter. docs/paper.md compares it with FSEP's default.
 
 Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes.
 """
@@ -14,115 +11,201 @@ Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes.
 from __future__ import annotations
 
 import heapq
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Sharding
+from megatron_laer.choices import Recompute, Sharding
 from megatron_laer.config import Split
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
+from megatron_laer.planner.quotas import even_split
+
+# The released planner moves no replicas at random; that of the paper's artifact does so twice.
+PERTURBATIONS = 2
+# Passes of tokens and of experts in a step, of which a re-run of forward is one more.
+_TOKEN_PASSES, _EXPERT_PASSES = 4, 3
+# Tokens of a GEMM at full speed.
+_MANY_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The paper's objective: 4 ΣT_comm + (3 + r) max T_comp, in seconds.
+
+    T_comm is summed over ranks, T_comp is the busiest rank's. Splits are even.
+
+    Attributes:
+        expert_s: time of one (token, expert) pair in an expert's forward.
+        near_s, far_s: time to send a pair's hidden state inside a node, and between nodes.
+        recomputes: whether backward computes the experts again, which makes r one.
+    """
+
+    expert_s: float
+    near_s: float
+    far_s: float
+    recomputes: bool
+
+    @classmethod
+    def of(cls, costs: CostModel) -> Objective:
+        cluster = costs.cluster
+        many_s = float(costs.gemm.unit_seconds(np.array([_MANY_TOKENS]))[0])
+        return cls(
+            many_s * costs.flops_per_token,
+            costs.token_bytes / cluster.intra.bytes_per_s,
+            costs.token_bytes / cluster.inter.bytes_per_s,
+            costs.recompute != Recompute.NONE,
+        )
+
+    def seconds(self, counts_NE: Int64, layout: ExpertLayout, node_size: int) -> float:
+        totals = even_split(layout, node_size).totals(counts_NE)
+        near = int(totals.sent_near_N.sum() - totals.own_N.sum())
+        comm_s = near * self.near_s + int(totals.sent_far_N.sum()) * self.far_s
+        loads_N = (totals.near_S + totals.far_S).reshape(layout.num_ranks, -1).sum(axis=1)
+        comp_s = int(loads_N.max()) * self.expert_s
+        return _TOKEN_PASSES * comm_s + (_EXPERT_PASSES + self.recomputes) * comp_s
+
+
+Scheme = Callable[[Int64, Geometry], Int64 | None]
+
+
+def even_replicas(loads_E: Int64, geometry: Geometry) -> Int64 | None:
+    """Return equal replicas, int64 [E] with sum S; None where E does not divide the slots."""
+    each, spare = divmod(geometry.num_slots, geometry.num_experts)
+    return None if spare else np.full(geometry.num_experts, each, dtype=np.int64)
+
+
+def proportional_replicas(loads_E: Int64, geometry: Geometry) -> Int64:
+    """Return replicas, int64 [E] with sum S: more, repeatedly, for the hottest per replica.
+
+    Where the slots suffice for each expert on each node, counts are multiples of the nodes Q.
+    Elsewhere an expert has one more until it has Q, and then Q more. Ties go to the highest index.
+    """
+    nodes, slots = geometry.num_nodes, geometry.num_slots
+    first = nodes if nodes * geometry.num_experts <= slots else 1
+    replicas_E = np.full(geometry.num_experts, first, dtype=np.int64)
+    left = slots - first * geometry.num_experts
+    hottest = [(-float(load) / first, -expert) for expert, load in enumerate(loads_E)]
+    heapq.heapify(hottest)
+    # The queue cannot run dry: with Q replicas of each expert, no slot is left.
+    while left:
+        expert = -heapq.heappop(hottest)[1]
+        more = nodes if replicas_E[expert] >= nodes else 1
+        if more > left:
+            continue
+        replicas_E[expert] += more
+        left -= more
+        heapq.heappush(hottest, (-float(loads_E[expert]) / int(replicas_E[expert]), -expert))
+    return replicas_E
 
 
 @dataclass(frozen=True)
 class LaerStrategy:
-    """Strategy that takes the fastest of layouts with different replica counts; deterministic.
+    """Strategy that takes the best of layouts with different replica counts; deterministic.
 
-    The current and the static layout are candidates, so the choice is never predicted slower. The
-    current one wins ties: a layout that cannot be improved does not change.
+    Attributes:
+        schemes: schemes of replica counts; the first wins ties.
+        perturbations: random changes of each scheme's counts, which are candidates too.
+        priced: whether the cost model chooses, in place of the paper's objective.
     """
 
     geometry: Geometry
     costs: CostModel
     name: str = "laer"
+    schemes: tuple[Scheme, ...] = (even_replicas, proportional_replicas)
+    perturbations: int = 0
+    priced: bool = False
 
     def __post_init__(self) -> None:
         if self.geometry.sharding == Sharding.EXPERTS:
             raise ValueError(
-                "planner 'laer' lays experts out freely, but --fsep-sharding experts keeps them at "
-                "home; use greedy or static, or --fsep-sharding rows"
+                f"planner {self.name!r} lays experts out freely, but --fsep-sharding experts keeps "
+                "them at home; use greedy or static, or --fsep-sharding rows"
             )
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        geometry = self.geometry
+        geometry, node_size = self.geometry, self.geometry.node_size
         geometry.check_counts(counts_NE.shape)
         geometry.check_layout(current)
         loads_E = counts_NE.sum(axis=0)
-        static = ExpertLayout.static(*geometry.shape)
-        candidates = (
-            current,
-            static,
-            place(loads_E, replicas_by_load(loads_E, geometry), geometry),
-            place(loads_E, replicas_even(loads_E, geometry), geometry),
-        )
-        # min keeps the first of equals.
-        return min(
-            candidates,
-            key=lambda layout: self.costs.layer_seconds(
-                counts_NE, Placed(layout, geometry), Split.EVEN
-            ),
-        )
+
+        def seconds(layout: ExpertLayout) -> float:
+            if self.priced:
+                return self.costs.layer_seconds(counts_NE, Placed(layout, geometry), Split.EVEN)
+            return self.objective.seconds(counts_NE, layout, node_size)
+
+        layouts = (place(loads_E, each_E, geometry) for each_E in self._counts(loads_E))
+        return min(layouts, key=seconds)  # the first of equals
+
+    @cached_property
+    def objective(self) -> Objective:
+        return Objective.of(self.costs)
+
+    def _counts(self, loads_E: Int64) -> Iterator[Int64]:
+        """Yield replica counts; the proportional ones where a single scheme has none."""
+        made = [scheme(loads_E, self.geometry) for scheme in self.schemes]
+        found = [replicas_E for replicas_E in made if replicas_E is not None]
+        for replicas_E in found or [proportional_replicas(loads_E, self.geometry)]:
+            yield replicas_E
+            for seed in range(self.perturbations):
+                yield perturbed(replicas_E, self.geometry.num_nodes, seed)
 
 
-def replicas_by_load(loads_E: Int64, geometry: Geometry) -> Int64:
-    """Return replicas, int64 [E] with sum S: one more, repeatedly, for the hottest per replica.
+def perturbed(replicas_E: Int64, num_nodes: int, seed: int) -> Int64:
+    """Return counts with replicas of one drawn expert given to another, if it keeps one.
 
-    Every expert has 1 to N, as a second copy on one rank balances nothing. Ties: fewest replicas
-    first, then the lowest index.
+    As many move as there are nodes, if both counts are multiples of that, else one.
     """
-    replicas_E = np.ones(geometry.num_experts, dtype=np.int64)
-    hottest = [(-float(load), 1, expert) for expert, load in enumerate(loads_E)]
-    heapq.heapify(hottest)
-    # The queue cannot run dry: N copies of every expert are N*E >= N*C slots.
-    for _ in range(geometry.num_slots - geometry.num_experts):
-        _, count, expert = heapq.heappop(hottest)
-        count += 1
-        replicas_E[expert] = count
-        if count < geometry.num_ranks:
-            heapq.heappush(hottest, (-float(loads_E[expert]) / count, count, expert))
-    return replicas_E
-
-
-def replicas_even(loads_E: Int64, geometry: Geometry) -> Int64:
-    """Return equal replicas, int64 [E] with sum S; the hottest experts share the remainder."""
-    each, spare = divmod(geometry.num_slots, geometry.num_experts)
-    replicas_E = np.full(geometry.num_experts, each, dtype=np.int64)
-    replicas_E[np.argsort(-loads_E, kind="stable")[:spare]] += 1
-    return replicas_E
+    num_experts = len(replicas_E)
+    # Raw words, which NumPy keeps the same in all versions.
+    giver, taker = np.random.PCG64(seed).random_raw(2) % np.uint64(num_experts)
+    both = replicas_E[[giver, taker]]
+    moved = num_nodes if not (both % num_nodes).any() else 1
+    changed_E = replicas_E.copy()
+    if replicas_E[giver] > moved:
+        changed_E[giver] -= moved
+        changed_E[taker] += moved
+    return changed_E
 
 
 def place(loads_E: Int64, replicas_E: Int64, geometry: Geometry) -> ExpertLayout:
     """Place every replica in a slot, heaviest replicas first. O(S*N).
 
-    Each goes to a rank with a free slot and without this expert. Among those it goes to a node with
-    the fewest replicas of it, there to the least loaded rank; ties to the lowest rank. A rank holds
-    an expert twice only where every free slot is on a rank that has it.
+    Each goes to a node with the fewest replicas of its expert, there to the least loaded rank with
+    a free slot. If there is none, it goes to the least loaded rank anywhere. Ties go to the lowest
+    rank. A rank may hold an expert twice.
     """
-    load_per_replica_E = loads_E / replicas_E
     node_N = np.arange(geometry.num_ranks) // geometry.node_size
+    expert_S = np.repeat(np.arange(geometry.num_experts), replicas_E)
+    weight_S = (loads_E / replicas_E)[expert_S]
     free_N = np.full(geometry.num_ranks, geometry.capacity, dtype=np.int64)
     rank_load_N = np.zeros(geometry.num_ranks)
+    node_replicas_EQ = np.zeros((geometry.num_experts, geometry.num_nodes), dtype=np.int64)
     held: list[list[int]] = [[] for _ in range(geometry.num_ranks)]
-
-    # All replicas of an expert weigh the same, so they are neighbours in the order by weight.
-    for expert in np.argsort(-load_per_replica_E, kind="stable").tolist():
-        without_N = np.ones(geometry.num_ranks, dtype=np.bool_)
-        node_replicas_Q = np.zeros(geometry.num_nodes, dtype=np.int64)
-        for _ in range(int(replicas_E[expert])):
-            open_N = free_N > 0
-            if (open_N & without_N).any():
-                open_N &= without_N
-            crowding_N = node_replicas_Q[node_N]
-            open_N &= crowding_N == crowding_N[open_N].min()
-            rank = int(np.argmin(np.where(open_N, rank_load_N, np.inf)))
-            held[rank].append(expert)
-            free_N[rank] -= 1
-            rank_load_N[rank] += load_per_replica_E[expert]
-            without_N[rank] = False
-            node_replicas_Q[rank // geometry.node_size] += 1
-
+    for slot in heaviest_first(weight_S):
+        expert = int(expert_S[slot])
+        replicas_Q = node_replicas_EQ[expert]
+        open_N = free_N > 0
+        fewest_N = open_N & (replicas_Q == replicas_Q.min())[node_N]
+        rank = int(np.argmin(np.where(fewest_N if fewest_N.any() else open_N, rank_load_N, np.inf)))
+        held[rank].append(expert)
+        free_N[rank] -= 1
+        rank_load_N[rank] += weight_S[slot]
+        replicas_Q[node_N[rank]] += 1
     slots = [expert for experts in held for expert in sorted(experts)]
     return ExpertLayout.from_slots(*geometry.shape, slots)
+
+
+def heaviest_first(weight_S: npt.NDArray[np.float64]) -> Sequence[int]:
+    """Return the order of replicas by weight; equal ones stay in order of experts.
+
+    Theirs leaves that to `std::sort`, which is not stable.
+    """
+    order_S: list[int] = np.argsort(-weight_S, kind="stable").tolist()
+    return order_S

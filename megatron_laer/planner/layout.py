@@ -76,7 +76,7 @@ class ExpertLayout:
 
         Where slots are spare and a node's suffice for all experts, each node has them all, so that
         no token leaves it. Slot c then has one of the c-th C-th of the experts, in turn over the
-        ranks, as in LAER-MoE's FSDP+EP. Elsewhere rank r hosts C experts from r*E//N on, mod E, and the
+        ranks, as in LAER-MoE's FSDP+EP. Elsewhere rank r hosts C experts from r*E//N on, mod E. The
         first E/N are stock Megatron's placement where N divides E. Neighbouring starts are at most
         ceil(E/N) <= C apart, so every expert is covered.
         """

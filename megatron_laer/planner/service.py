@@ -122,7 +122,9 @@ class PlannerService:
             return self._failures
 
     def submit(self, step: int, layer: int, counts_NE: npt.NDArray[np.integer]) -> None:
-        """Queue a copy of a layer's counts of a step, int [N, E]; never wait for planning.
+        """Queue a copy of a layer's counts of a step; never wait for planning.
+
+        They are what its forecast observes: int [N, E], or [M, N, E] of microbatches.
 
         Counts submitted again replace those not yet planned; in lossless mode the first ones stay.
         Dropped, planned and outdated steps are ignored.
@@ -130,7 +132,7 @@ class PlannerService:
         if layer not in self._good:
             raise ValueError(f"layer {layer} is not planned here; layers are {self._layers}")
         like = self._good[layer]
-        if counts_NE.shape != (like.num_ranks, like.num_experts):
+        if counts_NE.shape[-2:] != (like.num_ranks, like.num_experts):
             raise ValueError(
                 f"counts_NE of step {step}, layer {layer} has shape {counts_NE.shape}, expected "
                 f"[ranks, experts] = {(like.num_ranks, like.num_experts)}"

@@ -4,9 +4,8 @@ The bytes are not trusted: the digest, then every size and range are checked. No
 
     magic, format, length of the header | header, JSON
     | slots in force, slots of the plans, int16
-    | levels of the forecasts, int64 | steady means of the forecasts, int64
+    | counts that the forecasts keep, int64
     | BLAKE2b digest of all before
-
 
 Numbers are little-endian. Legend: L layers, N ranks, E experts, S = N*C slots.
 """
@@ -19,12 +18,13 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.forecast import Forecast, SmoothedForecast, WindowForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import Plan
@@ -62,7 +62,7 @@ class PlannerState:
     version: int
     layers: tuple[str, ...]
     layouts: tuple[ExpertLayout, ...]
-    forecasts: tuple[SmoothedForecast, ...]
+    forecasts: tuple[Forecast, ...]
     plans: tuple[Plan, ...]
 
     def __post_init__(self) -> None:
@@ -109,8 +109,6 @@ class PlannerState:
 
     def to_bytes(self) -> bytes:
         num_ranks, capacity, num_experts = self.shape
-        levels = [forecast.level_NE for forecast in self.forecasts]
-        steady = [forecast.steady_NE for forecast in self.forecasts]
         header = {
             "num_ranks": num_ranks,
             "capacity": capacity,
@@ -118,9 +116,9 @@ class PlannerState:
             "next_step": self.next_step,
             "version": self.version,
             "layers": list(self.layers),
-            "observed": [level_NE is not None for level_NE in levels],
+            "kept": [len(forecast.kept) for forecast in self.forecasts],
             "errors": [
-                None if forecast.steady_NE is None else list(forecast.errors)
+                list(forecast.errors) if isinstance(forecast, SmoothedForecast) else None
                 for forecast in self.forecasts
             ],
             "plans": [
@@ -132,7 +130,9 @@ class PlannerState:
         parts = [PREFIX.pack(MAGIC, FORMAT, len(text)), text]
         parts += [layout.slot_bytes for layout in self._all_layouts()]
         parts += [
-            mean_NE.astype(LEVEL).tobytes() for mean_NE in levels + steady if mean_NE is not None
+            kept_NE.astype(LEVEL).tobytes()
+            for forecast in self.forecasts
+            for kept_NE in forecast.kept
         ]
         body = b"".join(parts)
         return body + _digest(body)
@@ -152,7 +152,7 @@ class PlannerState:
             raise ValueError("is damaged or cut off: its digest does not match")
         header, payload = read_header(bytes(body[PREFIX.size : text_end])), body[text_end:]
         num_ranks, capacity, num_experts = header_shape(header)
-        observed, plans = header["observed"], header["plans"]
+        plans = header["plans"]
         num_layers = len(header["layers"])
         slots_bytes = num_ranks * capacity * SLOT.itemsize
         level_bytes = num_ranks * num_experts * LEVEL.itemsize
@@ -165,18 +165,13 @@ class PlannerState:
             for at in range(0, num_layouts * slots_bytes, slots_bytes)
         )
         shape = num_ranks, num_experts
-        means = [
+        arrays = iter(
             _read_only(np.frombuffer(payload[at : at + level_bytes], dtype=LEVEL), shape)
             for at in range(num_layouts * slots_bytes, expected, level_bytes)
-        ]
-        levels, steady = iter(means[: sum(observed)]), iter(means[sum(observed) :])
+        )
         forecasts = [
-            SmoothedForecast(
-                level_NE=next(levels) if is_observed else None,
-                steady_NE=next(steady) if errors is not None else None,
-                errors=(0, 0) if errors is None else (errors[0], errors[1]),
-            )
-            for is_observed, errors in zip(observed, header["errors"], strict=True)
+            _forecast(tuple(islice(arrays, kept)), errors)
+            for kept, errors in zip(header["kept"], header["errors"], strict=True)
         ]
         return cls(
             next_step=header["next_step"],
@@ -214,19 +209,24 @@ class PlannerState:
         made = [layout for plan in self.plans for layout in plan.layouts.values()]
         return [*self.layouts, *made]
 
-    def _check_forecast(self, forecast: SmoothedForecast) -> None:
-        if (forecast.level_NE is None) != (forecast.steady_NE is None):
-            raise ValueError("a forecast must have both a level and a steady mean, or neither")
+    def _check_forecast(self, forecast: Forecast) -> None:
         num_ranks, _, num_experts = self.shape
-        for mean_NE in (forecast.level_NE, forecast.steady_NE):
-            if mean_NE is None:
-                continue
-            if mean_NE.shape != (num_ranks, num_experts):
+        for kept_NE in forecast.kept:
+            if kept_NE.shape != (num_ranks, num_experts):
                 raise ValueError(
-                    f"a forecast has shape {mean_NE.shape}, expected {(num_ranks, num_experts)}"
+                    f"a forecast has shape {kept_NE.shape}, expected {(num_ranks, num_experts)}"
                 )
-            if int(mean_NE.min()) < 0 or float(mean_NE.sum(dtype=np.float64)) > _MAX_LEVEL_SUM:
+            if int(kept_NE.min()) < 0 or float(kept_NE.sum(dtype=np.float64)) > _MAX_LEVEL_SUM:
                 raise ValueError("a forecast holds negative loads, or more than a step can have")
+
+
+def _forecast(kept: tuple[Int64, ...], errors: list[int] | None) -> Forecast:
+    if errors is None:
+        return WindowForecast(kept)
+    if len(kept) not in (0, 2):
+        raise ValueError(f"a forecast with errors must keep two means or none, got {len(kept)}")
+    level_NE, steady_NE = kept or (None, None)
+    return SmoothedForecast(None, level_NE, steady_NE, (errors[0], errors[1]))
 
 
 def _read_only(mean: np.ndarray[Any, Any], shape: tuple[int, int]) -> Int64:

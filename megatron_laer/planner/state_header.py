@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_laer.planner.forecast import WINDOW
 from megatron_laer.planner.layout import check_shape
 
 MAGIC = b"FSEPPLAN"
@@ -26,7 +27,7 @@ _KEYS = {
     "next_step": int,
     "version": int,
     "layers": list,
-    "observed": list,
+    "kept": list,
     "errors": list,
     "plans": list,
 }
@@ -53,7 +54,7 @@ def header_length(data: bytes) -> int:
 
 
 def read_header(text: bytes) -> dict[str, Any]:
-    """Return the header with checked types; errors are None for layers that were not observed."""
+    """Return the header with checked types; errors are None for the paper's forecasts."""
     try:
         header = json.loads(text)
     except RecursionError as error:
@@ -62,10 +63,10 @@ def read_header(text: bytes) -> dict[str, Any]:
         raise ValueError("is damaged: its header must be JSON") from error
     _check_types("header", header, _KEYS)
     check_names(header["layers"])
-    if len(header["observed"]) != len(header["layers"]) or any(
-        type(flag) is not bool for flag in header["observed"]
+    if len(header["kept"]) != len(header["layers"]) or not all(
+        type(kept) is int and 0 <= kept <= WINDOW for kept in header["kept"]
     ):
-        raise ValueError("observed must be a list of truth values, one per layer")
+        raise ValueError(f"kept must be a list of integers in 0..{WINDOW}, one per layer")
     if len(header["errors"]) != len(header["layers"]) or not all(
         errors is None
         or (isinstance(errors, list) and [type(error) for error in errors] == [int, int])
@@ -88,10 +89,8 @@ def payload_bytes(header: dict[str, Any]) -> int:
     """Return the size of the arrays: layouts and forecasts."""
     num_ranks, capacity, num_experts = header_shape(header)
     num_layouts = len(header["layers"]) * (1 + len(header["plans"]))
-    num_levels = sum(map(bool, header["observed"]))
-    num_levels += sum(errors is not None for errors in header["errors"])
     slots_bytes = num_ranks * capacity * SLOT.itemsize
-    levels_bytes = num_levels * num_ranks * num_experts * LEVEL.itemsize
+    levels_bytes = int(sum(header["kept"])) * num_ranks * num_experts * LEVEL.itemsize
     return num_layouts * slots_bytes + levels_bytes
 
 

@@ -157,7 +157,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "Muon with `--use-distributed-optimizer`, or `dist_muon`": ("dist-muon", "dist-muon-pipeline"),
     "other optimizers": ("--optimizer other than adam, sgd, lion, muon",),
     "optimizer CPU offload": ("offload", "tied"),
-    "FSEP's planners": ("greedy", "laer"),
+    "FSEP's planners": ("greedy", "preset"),
     "FSEP's plan modes": ("greedy", "forecast", "exact", "announced", "announced-pipeline"),
     "FSEP's exchange through nodes": ("nodes",),
     "tokens through nodes (`--fsep-token-exchange node`)": (

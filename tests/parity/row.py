@@ -117,7 +117,7 @@ class Row:
         """Return the reason why this row cannot run with experts at home; None if it can."""
         if self.experts % (self.expert_parallel or self.ranks):
             return "E is no multiple of N"
-        if "--fsep-planner laer" in self.fsep:
+        if " laer" in self.fsep:
             return "`laer` lays out freely"
         if (self.capacity or self.experts) <= self.experts // (self.expert_parallel or self.ranks):
             return "no replica slot"

@@ -125,6 +125,7 @@ ACT_RECOMPUTE = " --moe-grouped-gemm" + SELECTIVE + " moe_act"
 GRAPHED = " --cuda-graph-impl transformer_engine --cuda-graph-modules"
 GRAPHS = " --fsep-allow-unproven te-graphs" + GRAPHED
 EXACT = " --fsep-plan-mode exact"
+PRESET = " --fsep-preset laer --fsep-late-plan wait --fsep-node-size 2"
 SCHEDULER_OFF = " --fsep-scheduler off"
 HALF_DENSE = " --num-layers 4 --moe-layer-freq ([0]*2+[1]*2)"
 FAST = " --lr 1e-2 --min-lr 1e-2"
@@ -256,7 +257,7 @@ def _row(id: str, name: str, flags: str = "", fsep: str = "", **more: Any) -> Ro
         id,
         name,
         flags,
-        fsep if "--fsep-plan" in fsep else RANDOM + fsep,
+        fsep if "--fsep-plan" in fsep or PRESET in fsep else RANDOM + fsep,
         stock_parallel=more.pop("stock", (group or ranks, 1)),
         bound=more.pop("bound", BF16_BOUND if BF16 in flags else FP32_BOUND),
         expert_parallel=group,
@@ -331,8 +332,11 @@ ROWS = [
         " --fsep-plan-mode adaptive --fsep-imbalance-tolerance 0.02"),
     _row("forecast", "planner greedy, forecast", fsep=" --fsep-planner greedy --fsep-plan-mode"
         " forecast"),
-    _row("laer", "planner laer, tolerance 0, fewest slots", fsep=" --fsep-planner laer"
-        " --fsep-imbalance-tolerance 0", capacity=4),
+    _row("preset", "preset laer on nodes of 2", fsep=PRESET, ranks=4, capacity=4),
+    _row("preset-bf16", "preset laer on nodes of 2, bf16, full recompute", BF16 + FULL_RECOMPUTE,
+        PRESET, ranks=4, capacity=4),
+    _row("preset-pipeline", "preset laer, pipeline 2, accumulation 4", PIPELINE, PRESET, ranks=4,
+        group=2, accumulation=4, capacity=5, moe_layers=1),
     _row("exact", "fresh layouts after the gate, exact", fsep=EXACT, releases=True),
     _on(ROUTED_TO_4, "exact-nodes", "exact on nodes of 2", fsep=EXACT + NODES.format(2)),
     _on(LAYER_RECOMPUTED, "nodes", "exchange through nodes of 2", fsep=NODES.format(2)),

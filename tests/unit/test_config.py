@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from typing import Any
 
 import pytest
 
-from megatron_laer.config import FSEPConfig, deterministic, flag_name
+from megatron_laer.config import PRESETS, FSEPConfig, Preset, deterministic, flag_name
 from megatron_laer.fsep_flags import add_arguments, config_from_args
 
 CHOICES = (
     "restore late_plan split plan_mode scheduler restore_algorithm grad_wire_dtype token_exchange "
-    "sharding"
+    "sharding preset"
 )
 
 
@@ -77,6 +78,23 @@ def test_all_that_does_not_go_together_is_told_in_one_text() -> None:
         ValueError, match=r"\(1\) --fsep-planner laer: no .*\(2\) --fsep-plan-lag 2"
     ):
         config_from_args(parse("--expert-parallel-mode", "fsep", *flags.split()))
+
+
+def test_a_preset_sets_what_the_paper_does_and_no_flag_may_contradict_it() -> None:
+    fsep = ["--expert-parallel-mode", "fsep", "--fsep-preset", "laer"]
+    config = config_from_args(parse(*fsep, "--fsep-capacity", "2", "--fsep-split", "even"))
+    assert config is not None and config == FSEPConfig(preset="laer", capacity=2)
+    own = {name: getattr(config, name) for name in PRESETS[Preset.LAER]}
+    assert own == PRESETS[Preset.LAER] and config.mode == "forecast"
+    assert dataclasses.replace(deterministic(config), late_plan="keep") == config
+    for name, wrong in (("split", "exact"), ("planner", "greedy"), ("sharding", "auto")):
+        said = rf"{flag_name(name)} {wrong}: --fsep-preset laer means {flag_name(name)} \w+; leave"
+        with pytest.raises(ValueError, match=said):
+            config_from_args(parse(*fsep, flag_name(name), wrong))
+        with pytest.raises(ValueError, match=said):  # also a field's default
+            FSEPConfig(preset="laer", **{name: wrong})
+    with pytest.raises(ValueError, match=r"\(1\) --fsep-plan-lag 2: .*\(2\) --fsep-restore step: "):
+        FSEPConfig(preset=Preset.LAER, restore="step", plan_lag=2)
 
 
 def test_slots_may_be_left_to_predicted_time_by_name() -> None:

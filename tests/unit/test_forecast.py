@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from megatron_laer.planner.forecast import LastValue, SmoothedForecast
+from megatron_laer.planner.forecast import SmoothedForecast, WindowForecast
 
 FIRST_NE = np.array([[8, 0], [4, 4]])
 SECOND_NE = np.array([[0, 8], [4, 8]])
@@ -21,7 +21,7 @@ def test_the_newest_counts_weigh_as_much_as_asked() -> None:
 
 def test_observing_changes_no_earlier_state_and_no_input() -> None:
     counts_NE = FIRST_NE.copy()
-    for start in (SmoothedForecast(), LastValue()):
+    for start in (SmoothedForecast(), WindowForecast()):
         state = start.observe(counts_NE)
         before_NE = state.counts_NE().copy()
         state.observe(SECOND_NE)
@@ -29,6 +29,16 @@ def test_observing_changes_no_earlier_state_and_no_input() -> None:
         assert (state.counts_NE() == before_NE).all()
         with pytest.raises(ValueError, match="read-only"):
             state.counts_NE()[0, 0] = 1
+
+
+def test_a_window_is_the_sum_of_the_newest_microbatches() -> None:
+    counts_MNE = np.random.default_rng(0).integers(0, 100, (9, 3, 4))
+    state = WindowForecast()
+    for begin, end in ((0, 1), (1, 3), (3, 9)):
+        state = state.observe(counts_MNE[begin:end])
+        assert (state.counts_NE() == counts_MNE[max(0, end - 5) : end].sum(axis=0)).all()
+    assert (state.observe(counts_MNE[0]).kept[-1] == counts_MNE[0]).all()
+    assert (state.changed(lambda kept_NE: 2 * kept_NE).counts_NE() == 2 * state.counts_NE()).all()
 
 
 def test_wrong_arguments_are_quoted() -> None:
@@ -40,7 +50,7 @@ def test_wrong_arguments_are_quoted() -> None:
         SmoothedForecast(level_NE=np.zeros((2, 2)))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"shape \(1, 2\), observed before were \(2, 2\)"):
         SmoothedForecast().observe(FIRST_NE).observe(FIRST_NE[:1])
-    for empty in (SmoothedForecast(), LastValue()):
+    for empty in (SmoothedForecast(), WindowForecast()):
         with pytest.raises(ValueError, match="nothing was observed yet"):
             empty.counts_NE()
 

@@ -113,9 +113,9 @@ def test_a_planners_state_is_saved_with_experts_numbers() -> None:
     saved = by_expert(state, [ORDER])
     assert saved.layouts[0].to_list() == saved.plans[0].layouts[0].to_list() == [3, 0, -1, 2, 1, -1]
     (found,) = saved.forecasts
-    assert found.level_NE is not None and found.steady_NE is not None
-    assert found.level_NE.tolist() == [[1, 3, 2, 0], [5, 7, 6, 4]]
-    assert found.steady_NE.tolist() == [[2, 4, 3, 1], [6, 8, 7, 5]]
+    level_NE, steady_NE = found.kept
+    assert level_NE.tolist() == [[1, 3, 2, 0], [5, 7, 6, 4]]
+    assert steady_NE.tolist() == [[2, 4, 3, 1], [6, 8, 7, 5]]
     by_position(saved, [ORDER]).check_fits(geometry, layers)
     for other in (STOCK, HomeOrder(np.array([1, 0, 3, 2]))):
         with pytest.raises(ValueError, match="does not fit --fsep-sharding experts"):

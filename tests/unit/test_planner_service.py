@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.forecast import LastValue
+from megatron_laer.planner.forecast import WindowForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import Plan, PlannerService
@@ -30,6 +30,13 @@ class Scripted:
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
         return self._plan(counts_NE, current)  # type: ignore[return-value]
+
+
+class Newest(WindowForecast):
+    """Forecast by the newest counts, in tokens."""
+
+    def observe(self, counts_NE: Int64) -> Newest:
+        return Newest((counts_NE,))
 
 
 class Gate:
@@ -66,7 +73,7 @@ class Services:
         self, plan: Planner, layers: tuple[int, ...] = (0, 1), lossless: bool = False
     ) -> PlannerService:
         service = PlannerService(
-            Scripted(plan), layers, INITIAL, self.warnings.append, lossless, LastValue()
+            Scripted(plan), layers, INITIAL, self.warnings.append, lossless, Newest()
         )
         self.started.append(service)
         return service

@@ -13,7 +13,6 @@ import torch
 from megatron_laer.config import FixedPlanner, FSEPConfig
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.home_order import HomeOrder
@@ -188,13 +187,12 @@ class LayoutsInForce:
         if planned is None:
             state = self.resumption.state  # loaded, and saved again before the first step
             return None if state is None else planner_checkpoint.by_expert(state, self.homes)
-        forecasts = [planned.forecasts[layer] for layer, _ in enumerate(self._layers)]
         state = PlannerState(
             next_step=self._step + 1,
             version=self.version,
             layers=tuple(self._layers),
             layouts=self.layouts,
-            forecasts=tuple(of for of in forecasts if isinstance(of, SmoothedForecast)),
+            forecasts=tuple(planned.forecasts[layer] for layer, _ in enumerate(self._layers)),
             plans=tuple(planned.plans),
         )
         return planner_checkpoint.by_expert(state, self.homes)

@@ -1,12 +1,14 @@
 """Collection of each microbatch's counts on the planner rank, and of their sums per step.
 
-Legend: N ranks, E experts.
+Legend: N ranks, E experts, M microbatches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.planner.home_order import HomeOrder
@@ -18,10 +20,11 @@ Planner = Callable[[int, int, Int64], None]
 class RoutingMailbox:
     """Counts of routed microbatches on their way to the recorder and the planner.
 
-    `planner` receives step, layer and the layer's sum over the step, int64 [N, E], with the layer's
-    last microbatch, and must not change it. `trace`, the recording of each microbatch with experts
-    in place of home positions, is closed here. No error here stops training; `faults` counts those
-    of the planner.
+    `planner` receives step, layer and the layer's counts with its last microbatch of the step, and
+    must not change them. They are the step's sum, int64 [N, E], or with a `window` the last so many
+    microbatches as they are, int64 [M, N, E]. `trace`, the recording of each microbatch with
+    experts in place of home positions, is closed here. No error here stops training; `faults`
+    counts those of the planner.
     """
 
     def __init__(
@@ -31,8 +34,10 @@ class RoutingMailbox:
         planner: Planner | None,
         trace: TraceWriter | None,
         on_warning: Callable[[str], None],
+        window: int = 0,
     ) -> None:
         self.faults = 0
+        self._window = window
         self._layers = layers
         self._homes = homes
         self._planner = planner
@@ -40,11 +45,12 @@ class RoutingMailbox:
         self._on_warning = on_warning
         self._step = 0
         self._num_microbatches: int | None = None
-        self._sums_NE: dict[int, Int64] = {}
+        # By layer: the sum alone, or the microbatches of the window.
+        self._newest_MNE: dict[int, list[Int64]] = {}
 
     def begin_step(self, step: int, num_microbatches: int | None) -> None:
         self._step, self._num_microbatches = step, num_microbatches
-        self._sums_NE.clear()
+        self._newest_MNE.clear()
 
     def put(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
         if self._trace is not None:
@@ -52,8 +58,11 @@ class RoutingMailbox:
             self._record(TraceWriter.append, layer, microbatch=microbatch, counts_NE=by_expert_NE)
         if self._planner is None:
             return
-        before_NE = self._sums_NE.get(layer) if microbatch else None
-        self._sums_NE[layer] = counts_NE.copy() if before_NE is None else before_NE + counts_NE
+        before_MNE = self._newest_MNE.get(layer, []) if microbatch else []
+        if self._window or not before_MNE:
+            self._newest_MNE[layer] = [*before_MNE, counts_NE.copy()][-self._window :]
+        else:
+            self._newest_MNE[layer] = [before_MNE[0] + counts_NE]
         if microbatch + 1 == self._num_microbatches:
             self._deliver(layer)
 
@@ -73,7 +82,7 @@ class RoutingMailbox:
     def end_step(self) -> None:
         """Deliver the sums of a step whose number of microbatches was unknown."""
         if self._num_microbatches is None:
-            for layer in list(self._sums_NE):
+            for layer in list(self._newest_MNE):
                 self._deliver(layer)
 
     def close(self) -> None:
@@ -83,8 +92,11 @@ class RoutingMailbox:
 
     def _deliver(self, layer: int) -> None:
         assert self._planner is not None
+        newest_MNE = self._newest_MNE[layer]
         try:
-            self._planner(self._step, layer, self._sums_NE[layer])
+            self._planner(
+                self._step, layer, np.stack(newest_MNE) if self._window else newest_MNE[0]
+            )
         except Exception as error:
             self.faults += 1
             self._on_warning(

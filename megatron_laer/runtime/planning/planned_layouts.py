@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.forecast import Forecast, SmoothedForecast
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import PlannerService, ServiceState
 from megatron_laer.planner.state import PlannerState
@@ -24,7 +24,8 @@ class PlannedLayouts:
     Args:
         lag: a plan from the counts of step t takes effect at step t + lag.
         wait: wait for plans that are due, until one is late.
-        resumed: state of an earlier run, with the same layers.
+        forecast: first state of a layer's forecast.
+        resumed: state of an earlier run, with the same layers. Another kind of forecast is dropped.
         check_layout: raises for a layout that the run cannot use.
     """
 
@@ -36,6 +37,7 @@ class PlannedLayouts:
         lag: int,
         wait: bool,
         on_warning: Callable[[str], None],
+        forecast: Forecast | None = None,
         resumed: PlannerState | None = None,
         check_layout: Callable[[ExpertLayout], None] | None = None,
     ) -> None:
@@ -44,6 +46,9 @@ class PlannedLayouts:
         self._on_warning = on_warning
         self._layers = range(len(initial))
         plans = resumed.plans if resumed else ()
+        first = SmoothedForecast() if forecast is None else forecast
+        saved: Sequence[Forecast] = resumed.forecasts if resumed else [first] * len(initial)
+        forecasts = [known if type(known) is type(first) else first for known in saved]
         self._observed = {plan.source_step: set(self._layers) for plan in plans}
         self._service = PlannerService(
             strategy,
@@ -51,7 +56,7 @@ class PlannedLayouts:
             dict(enumerate(initial)),
             on_warning,
             lossless=wait,
-            forecast=dict(enumerate(resumed.forecasts)) if resumed else SmoothedForecast(),
+            forecast=dict(enumerate(forecasts)),
             plans=plans,
             check_layout=check_layout,
         )

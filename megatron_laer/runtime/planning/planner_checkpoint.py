@@ -125,19 +125,11 @@ def _renumbered(
     of_layout: Sequence[Callable[[ExpertLayout], ExpertLayout]],
     of_loads: Sequence[Callable[[Int64], Int64]],
 ) -> PlannerState:
-    def of_mean(layer: int, mean_NE: Int64 | None) -> Int64 | None:
-        return None if mean_NE is None else of_loads[layer](mean_NE)
-
     return replace(
         state,
         layouts=tuple(of_layout[at](layout) for at, layout in enumerate(state.layouts)),
         forecasts=tuple(
-            replace(
-                forecast,
-                level_NE=of_mean(at, forecast.level_NE),
-                steady_NE=of_mean(at, forecast.steady_NE),
-            )
-            for at, forecast in enumerate(state.forecasts)
+            forecast.changed(of_loads[at]) for at, forecast in enumerate(state.forecasts)
         ),
         plans=tuple(
             replace(plan, layouts={at: of_layout[at](made) for at, made in plan.layouts.items()})

@@ -11,10 +11,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from megatron_laer.config import FSEPConfig, LatePlan, flag_name
+from megatron_laer.config import FSEPConfig, LatePlan, flag_name, lays_out_freely
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.recording import new_run, run_of
 from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.forecast import WINDOW, SmoothedForecast, WindowForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder, home_digest
 from megatron_laer.planner.layout import ExpertLayout
@@ -61,6 +62,7 @@ class PlannerRank:
         }
         if home_digest(homes):
             signature["homes"] = [home.expert_E.tolist() for home in homes]
+        window = WINDOW if lays_out_freely(config.planner) else 0
         with ExitStack() as opened:
             if config.makes_plans:
                 self._source = PlannedLayouts(
@@ -69,6 +71,7 @@ class PlannerRank:
                     lag=config.plan_lag,
                     wait=config.late_plan == LatePlan.WAIT,
                     on_warning=_warn,
+                    forecast=WindowForecast() if window else SmoothedForecast(),
                     resumed=resumed,
                     check_layout=geometry.check_layout,
                 )
@@ -85,7 +88,7 @@ class PlannerRank:
                     sizes = geometry.num_ranks, geometry.num_experts
                     trace = TraceWriter(path, *sizes, layers, first_step, run)
             observe = None if self._source is None else self._source.observe
-            self.mailbox = RoutingMailbox(layers, homes, observe, trace, _warn)
+            self.mailbox = RoutingMailbox(layers, homes, observe, trace, _warn, window)
             opened.pop_all()  # all are open; `close` closes them
 
     @property

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, TokenExchange
+from megatron_laer.config import FSEPConfig, lays_out_freely
 from megatron_laer.files import memory
 from megatron_laer.files.checks import one_line
 from megatron_laer.planner.costs import CostModel
@@ -235,8 +236,7 @@ def run(args: argparse.Namespace) -> int:
         end="\n\n",
     )
 
-    others = [name for name in strategy_names() if name not in BASELINES]
-    strategies = args.strategy or [*BASELINES, *others]
+    strategies = args.strategy or [*BASELINES, FSEPConfig().planner]
     rows: list[PlanRow] = []
     for geometry in geometries:  # each with its prices
         found = simulate(
@@ -267,7 +267,7 @@ def run(args: argparse.Namespace) -> int:
     if rows[0].node_rows["home"]:
         home = f"{rows[0].node_rows['home']:.1%}"
         print(f"{home} of pairs leave their node with one copy of each expert, in this order.")
-    if settings.sharding == Sharding.EXPERTS and "laer" in strategies:
+    if settings.sharding == Sharding.EXPERTS and any(map(lays_out_freely, strategies)):
         print("laer leaves no expert at home: its rows are those of --sharding rows.")
     if trace.num_experts % num_ranks != 0:
         print(f"No row for stock EP, which needs {trace.num_experts} experts / {num_ranks} ranks.")

@@ -15,7 +15,7 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding
-from megatron_laer.config import PlanMode, Split
+from megatron_laer.config import PlanMode, Split, lays_out_freely
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES, Guard
@@ -189,12 +189,13 @@ def _planners(
     for geometry in geometries:
         for name in strategies:
             shape, split = geometry, Split.EXACT
-            if name == "laer":
+            is_papers = lays_out_freely(name)
+            if is_papers:
                 # The paper's strategy assumes even splits, and leaves no expert at home.
                 shape, split = replace(geometry, sharding=Sharding.ROWS), Split.EVEN
             guards = {
                 mode: _guard(mode, costs, shape, split, tolerance)
-                for mode in ([PlanMode.FORECAST.value] if name in BASELINES else modes)
+                for mode in ([PlanMode.FORECAST.value] if is_papers or name == "static" else modes)
             }
             strategy = make_strategy(name, geometry=shape, costs=costs)
             yield _Planner(name, strategy, shape, guards)

@@ -115,7 +115,7 @@ class Clocks:
     def send(
         self, seconds_N: Seconds, link: str, members: tuple[int | None, bool], *, together: bool
     ) -> Flight:
-        """Start an exchange of tokens among `meet`'s members, `together` with another pass or alone."""
+        """Start an exchange among `meet`'s members, alone or `together` with another pass."""
         begin_N = self._last(*members)
         for before in self._sent:
             begin_N = np.maximum(begin_N, before.end_s)
