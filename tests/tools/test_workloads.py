@@ -7,13 +7,17 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from benchmarks.splits import split_exactly
+from benchmarks.costs import paper_costs
+from benchmarks.splits import split_evenly, split_exactly
 from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.forecast import WindowForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.tools.traces.workloads import (
     NATURAL,
+    PAPER,
     TITLES,
     WORKLOADS,
     WorkloadShape,
@@ -175,3 +179,48 @@ def test_natural_routing_has_the_skew_of_runs_and_drifts(experts, topk):
         turned.append([np.corrcoef(loads[0], later)[0, 1] for later in loads[1:]])
     next_step, much_later = np.mean(turned, axis=0)
     assert next_step > 0.98 and much_later < 0.9
+
+
+@pytest.mark.parametrize(
+    ("experts", "topk", "deviation", "between_nodes"),
+    [(8, 2, 0.366, 0.0275), (16, 4, 0.479, 0.0179)],
+)
+def test_the_papers_routing_has_its_published_skew_and_drift(
+    experts, topk, deviation, between_nodes
+):
+    """Quarters of the experts, and nodes of 8 ranks, as in figure 10's tokens of FSDP+EP."""
+    shape = WorkloadShape(32, experts, topk, 16384)
+    shares = np.stack(
+        [
+            [workload_counts(PAPER, shape, step, seed).reshape(4, 8, 4, -1) for step in (0, 8)]
+            for seed in range(40)
+        ]
+    ).sum(axis=(3, 5))  # [seeds, steps, nodes, quarters]
+    share = shares / shares.sum(axis=3, keepdims=True)
+    assert share.std(axis=2).mean() == pytest.approx(between_nodes, rel=0.1)
+    before, after = (share.mean(axis=2) - 0.25).swapaxes(0, 1)
+    assert (before / 0.25).std() == pytest.approx(deviation, rel=0.1)
+    # Microbatches 16 apart correlate by 0.51.
+    correlation = (before * after).sum() / np.sqrt((before**2).sum() * (after**2).sum())
+    assert correlation == pytest.approx(0.51, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("experts", "topk", "static", "laer"), [(8, 2, 1.66, 1.39), (16, 4, 1.73, 1.29)]
+)
+def test_the_papers_planner_balances_its_routing_as_published(experts, topk, static, laer):
+    """Compare max/mean of FSDP+EP and of LAER, means of all published microbatches with a plan."""
+    geometry, found = Geometry(32, experts, topk, 8), []
+    planner = make_strategy("laer", geometry=geometry, costs=paper_costs())
+    for seed in range(16):
+        forecast, planned = WindowForecast(), geometry.static_layout
+        for step in range(6):
+            counts_NE = workload_counts(PAPER, WorkloadShape(32, experts, topk, 16384), step, seed)
+            outcomes = [
+                split_evenly(counts_NE, layout, 8) for layout in (geometry.static_layout, planned)
+            ]
+            if step:
+                found.append([outcome.ratio for outcome in outcomes])
+            forecast = forecast.observe(counts_NE)
+            planned = planner.plan(forecast.counts_NE(), planned)
+    assert np.mean(found, axis=0) == pytest.approx([static, laer], rel=0.05)

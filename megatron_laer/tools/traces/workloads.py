@@ -1,4 +1,4 @@
-"""Generators of the workloads W0 to W7 of Megatron's imbalance benchmark, and of natural routing.
+"""Generators of the workloads W0 to W7 of Megatron's imbalance benchmark, and of others by name.
 
 They follow its description (Megatron-LM, pull request 7488). A workload depends on its name, a seed
 and a step alone, and every token has K different experts. In W1 to W3 and W6, three tokens of four
@@ -21,6 +21,7 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.tools.traces.natural import natural_counts
+from megatron_laer.tools.traces.paper import paper_counts
 from megatron_laer.tools.traces.records import Trace
 
 # NumPy's limit on the cards of a draw, exclusive.
@@ -101,9 +102,9 @@ WORKLOADS: Mapping[str, Workload] = {
     "W6": Workload("rotating hotspot", _rotating),
     "W7": Workload("burst", _first, lambda step: 2 if step % 4 == 3 else 0),
 }
-NATURAL = "natural"
+NATURAL, PAPER = "natural", "paper"
 # Of all made-up routing, for the command line.
-TITLES: Mapping[str, str] = {NATURAL: "as in runs"} | {
+TITLES: Mapping[str, str] = {NATURAL: "as in runs", PAPER: "as in LAER-MoE's"} | {
     name: workload.title for name, workload in WORKLOADS.items()
 }
 
@@ -113,9 +114,9 @@ def workload_counts(name: str, shape: WorkloadShape, step: int, seed: int = 0) -
 
     Raises ValueError for an unknown name, or for too few experts for so many per token.
     """
-    if name == NATURAL:
+    if name in (NATURAL, PAPER):
         sizes = shape.ranks, shape.experts, shape.topk, shape.tokens
-        return natural_counts(*sizes, step, seed)
+        return (natural_counts if name == NATURAL else paper_counts)(*sizes, step, seed)
     if name not in WORKLOADS:
         raise ValueError(f"unknown workload {name!r}; use one of {', '.join(TITLES)}")
     workload, quarters = WORKLOADS[name], WORKLOADS[name].quarters(step)
