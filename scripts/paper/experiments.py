@@ -19,7 +19,7 @@ from megatron_laer.tools.model_flags import model_flags
 
 # The paper's cluster.
 NODES, GPUS_PER_NODE = 4, 8
-TOY_RANKS = 2
+TOY_RANKS = 4
 
 
 @dataclass(frozen=True)
@@ -37,20 +37,33 @@ class Method:
     uses_fsep: bool = True
 
 
+def papers(planner: str) -> str:
+    """Return the flags of the paper's system, as of `--fsep-preset laer`, with this planner."""
+    return (
+        f"--fsep-sharding rows --fsep-planner {planner} --fsep-split even "
+        "--fsep-restore-algorithm flat"
+    )
+
+
 STOCK = Method("stock", "megatron", "stock Megatron", uses_fsep=False)
 STATIC = Method(
     "static",
     "FSDP",
-    "FSEP whose layout never changes, even splits: the paper's FSDP+EP",
-    "--fsep-planner static --fsep-split even",
+    "FSEP whose layout never changes: the paper's FSDP+EP",
+    papers("static"),
 )
 LAER = Method(
     "laer",
     "LAER",
-    "FSEP with the paper's planner and its even splits",
-    "--fsep-planner laer --fsep-split even",
+    "the paper's system, by its preset",
+    "--fsep-preset laer",
 )
 FSEP = Method("fsep", None, "FSEP as it is by default")
+# Saves the weights from which all runs of a figure start, by a step that does not change them.
+FIRST = Method("first-weights", None, "stock Megatron at a learning rate of 0", uses_fsep=False)
+_FIRST_FLAGS = (
+    "--train-iters 1 --lr 0 --min-lr 0 --weight-decay 0 --no-save-optim --save-interval 1 --save"
+)
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,8 @@ class Experiment:
 
     `toy_models` are shrunk models that replace `models` at toy scale, as `toy_cases` replaces
     `cases`. A rank's microbatch has `sequences` sequences of `sequence` tokens. `stock_tensor` is
-    stock Megatron's tensor-parallel size, by experts and top-k. `published` lists the artifact's
+    stock Megatron's tensor-parallel size, by experts and top-k. With `starts_alike` all runs of a
+    model start with the weights that one of `FIRST` saves. `published` lists the artifact's
     files for the tables, and `notes` the parts without a true counterpart.
     """
 
@@ -94,6 +108,7 @@ class Experiment:
     sequence: int = 8192
     sequences: int = 2
     stock_tensor: Mapping[str, int] = field(default_factory=lambda: {"e8k2": 8, "e16k4": 4})
+    starts_alike: bool = False
     records_metrics: bool = False
     toy_flags: str = ""
     published: Sequence[str] = ()
@@ -150,7 +165,7 @@ _RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recomput
 # A shrunk model of the paper, with the same kind of attention, router and precision.
 _TOY_FLAGS = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --kv-channels 16 --num-query-groups 2 "
-    "--global-batch-size 8 --num-workers 0"
+    "--global-batch-size 16 --num-workers 0"
 )
 _TOY_SEQUENCE = 64
 _TOY_FFN = {"e8k2": 128, "e16k4": 64}
@@ -192,19 +207,25 @@ def flags(experiment: Experiment, run: Run, request: Request) -> list[str]:
         words += f"--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff {aux}".split()
     if method.uses_fsep:
         words += [*_RECOMPUTE.split(), *method.flags.split()]
-        if not request.toy:
-            # In all six models C is K. Two ranks would not have a slot for each expert.
-            words += ["--fsep-capacity", family(run.model).partition("k")[2]]
+        # In all six models C is K. A toy's ranks need twice as many for two replicas of an expert.
+        topk = int(family(run.model).partition("k")[2])
+        words += ["--fsep-capacity", str(2 * topk if request.toy else topk)]
         if experiment.records_metrics:
             words += ["--fsep-record-metrics", str(metrics_folder(run, request))]
     if request.toy:
         ffn = _TOY_FFN[family(run.model)]
+        if method.uses_fsep:  # `auto` would keep a toy's experts at home, without replicas
+            words += ["--fsep-sharding", "rows"]
         words += [*CPU_FLAGS, *_TOY_FLAGS.split(), *experiment.toy_flags.split()]
         words += f"--ffn-hidden-size {ffn} --moe-ffn-hidden-size {ffn}".split()
         words += f"--max-position-embeddings {sequence}".split()
     elif is_tensor_parallel:
         tensor = experiment.stock_tensor[family(run.model)]
         words += f"--tensor-model-parallel-size {tensor} --sequence-parallel".split()
+    if method is FIRST:
+        words += [*_FIRST_FLAGS.split(), str(weights_folder(run, request))]
+    elif experiment.starts_alike:
+        words += ["--load", str(weights_folder(run, request)), "--finetune"]
     return [*words, *request.flags]
 
 
@@ -222,6 +243,10 @@ def _group_size(method: Method, request: Request) -> int:
 
 def log_path(run: Run, request: Request) -> Path:
     return request.folder / f"{run.name}.log"
+
+
+def weights_folder(run: Run, request: Request) -> Path:
+    return request.folder / f"{run.model}-weights"
 
 
 def metrics_folder(run: Run, request: Request) -> Path:

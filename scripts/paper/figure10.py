@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -12,10 +13,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run 
 
 from benchmarks.command_line import program
 from benchmarks.published_files import read_breakdown
-from scripts.paper.experiments import FSEP, LAER, STATIC, Case, Experiment, Length, family
+from scripts.paper.experiments import FSEP, LAER, STATIC, Case, Experiment, Length, Run, family
+from scripts.paper.measured import Profile
 from scripts.paper.published import BREAKDOWN, TOKENS, read_balance
 from scripts.paper.runner import Found, main
-from scripts.paper.tables import Table
+from scripts.paper.tables import Table, ratio
 
 _MODELS = ("mixtral-8x7b-e8k2", "mixtral-8x7b-e16k4")
 _FLEXMOE = "FLEX"
@@ -45,9 +47,14 @@ def tables(found: Found) -> Sequence[Table]:
     if found.published is not None:
         of_paper, balance = read_breakdown(found.published), read_balance(found.published)
     times: list[dict[str, Any]] = []
+    exchanges: list[dict[str, Any]] = []
     tokens: list[dict[str, Any]] = []
+    layers: list[dict[str, Any]] = []
     for model in found.models():
         mine = [run for run in found.all_runs if run.model == model]
+        paper_base = of_paper.get((model, STATIC.paper or ""))
+        base = found.profiles.get(Run(model, Case(STATIC)))
+        curves: dict[str, Sequence[float]] = {}
         for name, run in [*((run.case.method.paper, run) for run in mine), (_FLEXMOE, None)]:
             labels = {"model": model, "paper": name, "ours": run and run.case.method.name}
             profile = None if run is None else found.profiles.get(run)
@@ -56,22 +63,57 @@ def tables(found: Found) -> Sequence[Table]:
                 {
                     **labels,
                     **_kinds("paper ", published),
-                    **_kinds("", None if profile is None else profile.kinds),
+                    **_kinds("", _kinds_of(profile)),
                     "exposed s": profile and profile.exposed_s,
                 }
             )
+            exchanges.append(
+                {
+                    **labels,
+                    **_exchange("paper ", published, paper_base),
+                    **_exchange("", _kinds_of(profile), _kinds_of(base)),
+                }
+            )
+            curve = balance.get((family(model), name or ""))
             tokens.append(
                 {
                     **labels,
-                    "paper max/mean": balance.get((family(model), name or "")),
+                    "paper max/mean": None if curve is None else statistics.fmean(curve),
                     "max/mean": profile and profile.max_over_mean,
                     "stock's placement": profile and profile.stock_max_over_mean,
                 }
             )
-    return [
+            if curve is not None:
+                curves[f"paper {name}"] = curve
+            if run is not None and profile is not None:
+                curves[run.case.method.name] = profile.max_over_mean_L
+        layers += [
+            {"model": model, "layer": layer + 1}
+            | {name: curve[layer] if layer < len(curve) else None for name, curve in curves.items()}
+            for layer in range(max(map(len, curves.values()), default=0))
+        ]
+    found_tables = [
         Table("Seconds of a step; exposed are waits for restores and gradients", times),
+        Table("Token exchange: share of the step, and speed over static's", exchanges),
         Table("Tokens of the busiest rank over the mean, mean of layers and microbatches", tokens),
     ]
+    if layers:
+        found_tables.append(Table("The same by layer", layers))
+    return found_tables
+
+
+def _kinds_of(profile: Profile | None) -> tuple[float, float, float] | None:
+    return None if profile is None else profile.kinds
+
+
+def _exchange(
+    of: str, seconds: tuple[float, ...] | None, base: tuple[float, ...] | None
+) -> dict[str, float | None]:
+    """Make columns of the token exchange's share, and of its speed relative to a base."""
+    if seconds is None:
+        return dict.fromkeys([f"{of}share", f"{of}speed"])
+    speed = ratio(None if base is None else base[0], seconds[0])
+    return {f"{of}share": seconds[0] / seconds[-1], f"{of}speed": speed}
 
 
 def _kinds(of: str, seconds: tuple[float, float, float] | None) -> dict[str, float | None]:

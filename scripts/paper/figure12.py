@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where it is run 
 
 from benchmarks.command_line import program
 from benchmarks.published_files import read_ablation
-from scripts.paper.experiments import FSEP, LAER, STATIC, Case, Experiment, Length, Method, Run
+from scripts.paper.experiments import (
+    FSEP,
+    LAER,
+    STATIC,
+    Case,
+    Experiment,
+    Length,
+    Method,
+    Run,
+    papers,
+)
 from scripts.paper.published import ABLATION
 from scripts.paper.runner import Found, main
 from scripts.paper.tables import Table, times
@@ -21,12 +30,13 @@ from scripts.paper.tables import Table, times
 _VARIANTS = (
     STATIC,
     LAER,
-    replace(
-        LAER,
-        name="laer-unscheduled",
-        paper="no_comm_opt",
-        about="the same without overlapped exchanges",
-        flags=f"{LAER.flags} --fsep-scheduler off",
+    Method("laer-proportional", "no_even", "replicas by load alone", papers("laer-proportional")),
+    Method("laer-even", "no_pq", "equal replicas alone", papers("laer-even")),
+    Method(
+        "laer-unscheduled",
+        "no_comm_opt",
+        "the paper's system without overlapped exchanges",
+        f"{LAER.flags} --fsep-scheduler off",
     ),
     Method("laer-exact-split", None, "the paper's planner, exact splits", "--fsep-planner laer"),
     Method("greedy-even-split", None, "our planner, even splits", "--fsep-split even"),
@@ -35,8 +45,6 @@ _VARIANTS = (
     FSEP,
     Method("unscheduled", None, "FSEP without overlapped exchanges", "--fsep-scheduler off"),
 )
-# Each half of the paper's planner alone; ours has no flag for that.
-_NO_COUNTERPART = ("no_even", "no_pq")
 
 EXPERIMENT = Experiment(
     figure=12,
@@ -48,8 +56,6 @@ EXPERIMENT = Experiment(
     toy_length=Length(7, 2),
     published=(ABLATION,),
     notes=(
-        "no_even and no_pq (replicas by load alone, evenly alone) have no counterpart: no flag of "
-        "ours picks one candidate of the paper's planner.",
         "no_comm_opt restores behind attention and exchanges gradients at once; --fsep-scheduler "
         "off waits for each exchange where it starts, so it takes away more.",
         "Rows without a name in the paper are ablations of what FSEP is here.",
@@ -66,14 +72,13 @@ def tables(found: Found) -> Sequence[Table]:
     for model in found.models():
         base = Run(model, Case(STATIC))
         mine = [run for run in found.all_runs if run.model == model]
-        pairs: list[tuple[str | None, Run | None]] = [(run.case.method.paper, run) for run in mine]
-        for name, run in [*pairs, *((name, None) for name in _NO_COUNTERPART)]:
+        for run in mine:
             rows.append(
                 {
-                    "paper": name,
-                    "ours": run and run.case.method.name,
+                    "paper": run.case.method.paper,
+                    "ours": run.case.method.name,
                     **times(
-                        paper_s.get(name or ""),
+                        paper_s.get(run.case.method.paper or ""),
                         paper_s.get(STATIC.paper or ""),
                         found.seconds(run),
                         found.seconds(base),

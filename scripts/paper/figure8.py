@@ -26,7 +26,7 @@ from scripts.paper.experiments import (
 )
 from scripts.paper.published import END_TO_END
 from scripts.paper.runner import Found, main
-from scripts.paper.tables import Table, times
+from scripts.paper.tables import Table, ratio
 
 _METHODS = (STOCK, STATIC, LAER, FSEP)
 # The artifact's name of a method that nothing here trains with.
@@ -45,6 +45,7 @@ EXPERIMENT = Experiment(
     notes=(
         "FLEX (FlexMoE) has no counterpart in training; `simulate` has it.",
         "fsep has none in the paper; compare it with LAER's row.",
+        "Ours are of one data set, --data-prefix; give another its own --work-dir.",
     ),
 )
 
@@ -52,7 +53,11 @@ EXPERIMENT = Experiment(
 def tables(found: Found) -> Sequence[Table]:
     """Make a row per model, auxiliary loss and method; speed is relative to stock Megatron."""
     cells = [] if found.published is None else read_cells(found.published)
-    paper_s = {(cell.model, float(cell.aux_loss), cell.method): cell.measured_s for cell in cells}
+    paper_s = {
+        (cell.dataset, cell.model, float(cell.aux_loss), cell.method): cell.measured_s
+        for cell in cells
+    }
+    datasets = sorted({cell.dataset for cell in cells}) or ["wikitext"]
     rows: list[dict[str, Any]] = []
     for model in found.models():
         for aux in dict.fromkeys(run.case.aux for run in found.all_runs):
@@ -62,20 +67,19 @@ def tables(found: Found) -> Sequence[Table]:
                 (run.case.method.paper, run) for run in mine
             ]
             for name, run in [*pairs, (_FLEXMOE, None)]:
+                row: dict[str, Any] = {"model": model, "aux": aux, "paper": name}
+                for dataset in datasets:
+                    published_s, published_base_s = (
+                        paper_s.get((dataset, model, float(aux), method or ""))
+                        for method in (name, STOCK.paper)
+                    )
+                    row[f"paper s, {dataset}"] = published_s
+                    row[f"paper speed, {dataset}"] = ratio(published_base_s, published_s)
+                ours_s, base_s = found.seconds(run), found.seconds(base)
                 rows.append(
-                    {
-                        "model": model,
-                        "aux": aux,
-                        "paper": name,
-                        "ours": run and run.case.method.name,
-                        **times(
-                            paper_s.get((model, float(aux), name or "")),
-                            paper_s.get((model, float(aux), STOCK.paper or "")),
-                            found.seconds(run),
-                            found.seconds(base),
-                        ),
-                        "max/mean": found.balance(run),
-                    }
+                    row
+                    | {"ours": run and run.case.method.name, "s": ours_s}
+                    | {"speed": ratio(base_s, ours_s), "max/mean": found.balance(run)}
                 )
     return [Table("Seconds per step, and speed over stock Megatron", rows)]
 

@@ -35,7 +35,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Profile:
-    """Seconds of a step by kind on the planner rank, and max/mean tokens per rank."""
+    """Seconds of a step by kind on the planner rank; max/mean tokens per rank, also by layer L."""
 
     tokens_s: float
     experts_s: float
@@ -43,6 +43,7 @@ class Profile:
     step_s: float
     max_over_mean: float
     stock_max_over_mean: float
+    max_over_mean_L: list[float]
 
     @property
     def kinds(self) -> tuple[float, float, float]:
@@ -91,6 +92,7 @@ def read_profile(folder: Path, skipped: int) -> Profile:
         step_s=seconds("step_ms"),
         max_over_mean=_mean(recording.of_layers, "max_over_mean", later_T),
         stock_max_over_mean=_mean(recording.of_layers, "stock_max_over_mean", later_T),
+        max_over_mean_L=np.nanmean(recording.of_layers["max_over_mean"][later_T], axis=0).tolist(),
     )
 
 

@@ -68,10 +68,10 @@ def read_curves(folder: Path) -> dict[tuple[str, float], Curve]:
     }
 
 
-def read_balance(folder: Path) -> dict[tuple[str, str], float]:
-    """Read max/mean tokens per rank by family and method, mean of layers and shown microbatches."""
+def read_balance(folder: Path) -> dict[tuple[str, str], list[float]]:
+    """Read each layer's max/mean tokens by family and method, mean of shown microbatches."""
     return {
-        key: float((tokens_LMN.max(axis=2) / tokens_LMN.mean(axis=2)).mean())
+        key: (tokens_LMN.max(axis=2) / tokens_LMN.mean(axis=2)).mean(axis=1).tolist()
         for key, tokens_LMN in read_tokens(folder, _SHOWN).items()
     }
 

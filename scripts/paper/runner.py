@@ -25,9 +25,11 @@ from megatron_laer.tools.cli.program import Parser
 from megatron_laer.tools.data import default_text_sources, prepare_data
 from scripts.paper import published
 from scripts.paper.experiments import (
+    FIRST,
     GPUS_PER_NODE,
     MODELS,
     NODES,
+    Case,
     Experiment,
     Request,
     Run,
@@ -35,6 +37,7 @@ from scripts.paper.experiments import (
     log_path,
     metrics_folder,
     settings,
+    weights_folder,
 )
 from scripts.paper.measured import Measured, Profile, read_log, read_profile
 from scripts.paper.tables import Result, Table
@@ -96,20 +99,25 @@ def main(
     _check(options, extra)
     request = _request(experiment, options, extra)
     runs = _chosen(experiment, options)
+    models = dict.fromkeys(run.model for run in runs) if experiment.starts_alike else ()
+    first = [Run(model, Case(FIRST)) for model in models]
     absent = published.missing(options.published, experiment.published)
     known = None if absent else options.published
     if known is not None:
         # Report damage before hours of training; making the tables reads all of it.
         tables(Found({}, {}, runs, request.length.skipped, known))
     if options.dry_run:
-        for run in runs:
+        for run in (*first, *runs):
             print(command_line(experiment, run, request))
         return 0
     if not options.collect:
         request.folder.mkdir(parents=True, exist_ok=True)
         with locked(request.folder / ".running"):
-            _move_aside(runs, request)
-            _train(experiment, runs, request)
+            _move_aside([*first, *runs], request)
+            if request.toy:
+                _make_data(request)
+            for at_once in filter(None, (first, runs)):
+                _train(experiment, at_once, request)
     return _report(experiment, tables, runs, request, absent, known)
 
 
@@ -126,7 +134,7 @@ def _parser(experiment: Experiment) -> argparse.ArgumentParser:
     )
     scale = parser.add_mutually_exclusive_group(required=True)
     scale.add_argument(
-        "--toy", action="store_true", help="two CPU ranks, small models, few steps: that it runs"
+        "--toy", action="store_true", help="four CPU ranks, small models, few steps: that it runs"
     )
     scale.add_argument("--slurm", action="store_true", help="the paper's sizes, a job for each run")
     action = parser.add_mutually_exclusive_group()
@@ -258,17 +266,21 @@ def _sbatch(experiment: Experiment, run: Run, request: Request) -> list[str]:
 def _move_aside(runs: Sequence[Run], request: Request) -> None:
     """Rename results of earlier commands for these runs, since they may have taken days."""
     for run in runs:
-        for there in (log_path(run, request), metrics_folder(run, request)):
+        made = metrics_folder if run.case.method is not FIRST else weights_folder
+        for there in (log_path(run, request), made(run, request)):
             if os.path.lexists(there):
                 kept = there.rename(free_name(there))
                 print(f"{there.name} of an earlier command is now {kept.name}")
 
 
+def _make_data(request: Request) -> None:
+    print("Making a dataset from the sources of Python's standard library ...", flush=True)
+    prepare_data(default_text_sources()[:_TOY_SOURCES], request.data_prefix, progress=False)
+
+
 def _train(experiment: Experiment, runs: Sequence[Run], request: Request) -> None:
     """Train all runs. A failure shows in its log, which then lacks steps."""
     if request.toy:
-        print("Making a dataset from the sources of Python's standard library ...", flush=True)
-        prepare_data(default_text_sources()[:_TOY_SOURCES], request.data_prefix, progress=False)
         for run in runs:
             print(f"{run.name}: {request.length.steps} steps", flush=True)
             with log_path(run, request).open("x", encoding="utf-8") as log:

@@ -97,9 +97,11 @@ def test_megatron_takes_what_jobs_start_on_32_ranks(capsys: pytest.CaptureFixtur
     e16k4 = ["--models", "mixtral-8x22b-e16k4"]
     stock, _, laer, *_ = dry_run(figure8, capsys, *e16k4)
     wide, *_ = dry_run(figure8, capsys, "--models", "qwen-8x7b-e8k2", "--methods", "stock")
-    high, _, fsep = dry_run(figure9, capsys)
+    first, high, _, fsep = dry_run(figure9, capsys)
+    saved = first[first.index("--save") + 1]
+    assert all(each[each.index("--load") + 1] == saved for each in (high, fsep))
     recorded = dry_run(figure10, capsys, *e16k4[:1], "mixtral-8x7b-e16k4", "--methods", "static")
-    commands = [stock, wide, laer, high, fsep, *recorded]
+    commands = [stock, wide, laer, first, high, fsep, *recorded]
     tokenizer = ["--tokenizer-type", "NullTokenizer", "--vocab-size", "32000"]
     lines = [
         [*command[command.index(str(runner.SCRIPT)) + 1 :], *CPU_FLAGS, *tokenizer]
@@ -112,6 +114,7 @@ def test_megatron_takes_what_jobs_start_on_32_ranks(capsys: pytest.CaptureFixtur
         ["standard", 8, 4, 8192, 16],
         ["standard", 8, 8, 8192, 32],
         ["fsep", 32, 1, 16384, 2],
+        ["standard", 8, 4, 4096, 16],
         ["standard", 8, 4, 4096, 16],
         ["fsep", 32, 1, 16384, 1],
         ["fsep", 32, 1, 16384, 2],
