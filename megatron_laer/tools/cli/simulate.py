@@ -18,7 +18,7 @@ from megatron_laer.choices import (
     Sharding,
     TokenExchange,
 )
-from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode
+from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode, lays_out_freely
 from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.cluster_files import load_cluster
@@ -321,13 +321,13 @@ def _methods(
 def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | Auto]:
     """Return the asked shardings, `auto` as the only one where there is no choice."""
     possible = simulate_input.shardings_of(args, model)
-    if args.strategy == "laer" and (
+    if lays_out_freely(args.strategy) and (
         Sharding.EXPERTS in args.sharding or Sharding.ROWS not in possible
     ):
+        of = "--sharding experts asks for" if Sharding.ROWS in possible else "these flags need"
         raise ValueError(
-            "--strategy laer: moves every expert, so it does not run with experts at home, which "
-            f"{'--sharding experts asks for' if Sharding.ROWS in possible else 'these flags need'}"
-            "; use another strategy"
+            f"--strategy {args.strategy}: moves every expert, so it does not run with experts at "
+            f"home, which {of}; use another strategy"
         )
     if Sharding.ROWS in possible:
         return [Auto.AUTO if word == Auto.AUTO else Sharding(word) for word in args.sharding]
