@@ -25,6 +25,7 @@ from megatron_laer.planner.laer import (
     proportional_replicas,
 )
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.strategies import make_strategy, strategy_names
 from tests import shared_data
@@ -158,7 +159,7 @@ def test_variants_are_candidates_of_their_own(geometry: Geometry) -> None:
         assert score["laer"] == min(score["laer-even"], score["laer-proportional"])
         assert score["laer-perturbed"] <= score["laer"]
         cost = {
-            name: COSTS.layer_seconds(counts_NE, layouts[name], 8, Split.EVEN)
+            name: COSTS.layer_seconds(counts_NE, Placed(layouts[name], geometry), Split.EVEN)
             for name in ("laer", "laer-priced", "laer-even", "laer-proportional")
         }
         assert cost["laer-priced"] == min(cost.values())
