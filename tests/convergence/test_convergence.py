@@ -17,19 +17,27 @@ FLAGS = (
     " --max-position-embeddings 96 --lr 2e-3 --min-lr 1e-5 --lr-decay-style cosine"
     " --lr-warmup-iters 20 --micro-batch-size 4 --eval-iters 16"
 )
-FSEP = " --expert-parallel-mode fsep --fsep-late-plan wait"
+ROWS = " --expert-parallel-mode fsep --fsep-late-plan wait --fsep-sharding rows"
+# The paper's system, with as few slots as balance well.
+LAER = " --expert-parallel-mode fsep --fsep-late-plan wait --fsep-preset laer --fsep-capacity 6"
 
 
-def balance_of_step(model: object) -> tuple[float, int]:
-    """Return mean max/mean tokens per rank of the step, and its layouts' version."""
+def balance_of_step(model: object) -> tuple[float, float, int]:
+    """Return mean max/mean tokens per rank of the step, as computed and in stock's placement.
+
+    The last number is the layouts' version.
+    """
     from megatron_laer.session import current_coordinator
 
     coordinator = current_coordinator()
     if coordinator is None:
-        return 0.0, -1
-    ratios = [[of.ratio for of in layer.statistics.take_samples()] for layer in coordinator.layers]
-    mean = sum(sum(of) / len(of) for of in ratios if of) / len(ratios)
-    return mean, coordinator.layouts.version
+        return 0.0, 0.0, -1
+    samples = [one for layer in coordinator.layers for one in layer.statistics.take_samples()]
+    if not samples:  # but on rank 0
+        return 0.0, 0.0, coordinator.layouts.version
+    ratios = [(one.ratio, one.stock_ratio) for one in samples]
+    ours, stocks = (sum(of) / len(of) for of in zip(*ratios, strict=True))
+    return ours, stocks, coordinator.layouts.version
 
 
 def test_a_small_model_learns_text_as_with_stock(ranks: RankPools, text_data: str) -> None:
@@ -38,13 +46,17 @@ def test_a_small_model_learns_text_as_with_stock(ranks: RankPools, text_data: st
         record: Record = ranks(2).run(train, flags, balance_of_step, timeout_s=3600.0)[0]
         return record
 
-    stock, fsep = run(""), run(FSEP)
-    found, expected = fsep.eval_losses[-1], stock.eval_losses[-1]
-    balance = sum(mean for mean, _ in fsep.probes) / STEPS
-    print(
-        f"\n{STEPS} steps: training loss {fsep.losses[0]:.3f} to {fsep.losses[-1]:.3f}, validation "
-        f"loss {found:.4f} (stock {expected:.4f}), max/mean {balance:.3f}"
-    )
-    assert fsep.probes[-1][1] == STEPS - 1, "layouts must change, or FSEP is not what learned"
-    assert found < VALIDATION_BOUND
-    assert found == pytest.approx(expected, rel=0.005)
+    expected = run("").eval_losses[-1]
+    for flags, most in ((ROWS, 1.01), (LAER, 1.1)):
+        fsep = run(flags)
+        found = fsep.eval_losses[-1]
+        balance, stocks = (sum(of) / STEPS for of in list(zip(*fsep.probes, strict=True))[:2])
+        print(
+            f"\n{STEPS} steps with{flags}: training loss {fsep.losses[0]:.3f} to "
+            f"{fsep.losses[-1]:.3f}, validation loss {found:.4f} (stock {expected:.4f}), max/mean "
+            f"{balance:.3f} (stock's placement {stocks:.3f})"
+        )
+        assert fsep.probes[-1][2] == STEPS - 1, "layouts must change, or FSEP is not what learned"
+        assert found < VALIDATION_BOUND
+        assert found == pytest.approx(expected, rel=0.005)
+        assert balance < most < stocks
