@@ -49,7 +49,7 @@ def tables(found: Found) -> Sequence[Table]:
     times: list[dict[str, Any]] = []
     exchanges: list[dict[str, Any]] = []
     tokens: list[dict[str, Any]] = []
-    layers: list[dict[str, Any]] = []
+    curves_of: dict[str, dict[str, Sequence[float]]] = {}
     for model in found.models():
         mine = [run for run in found.all_runs if run.model == model]
         paper_base = of_paper.get((model, STATIC.paper or ""))
@@ -87,11 +87,14 @@ def tables(found: Found) -> Sequence[Table]:
                 curves[f"paper {name}"] = curve
             if run is not None and profile is not None:
                 curves[run.case.method.name] = profile.max_over_mean_L
-        layers += [
-            {"model": model, "layer": layer + 1}
-            | {name: curve[layer] if layer < len(curve) else None for name, curve in curves.items()}
-            for layer in range(max(map(len, curves.values()), default=0))
-        ]
+        curves_of[model] = curves
+    names = dict.fromkeys(name for curves in curves_of.values() for name in curves)
+    layers = [
+        {"model": model, "layer": layer + 1}
+        | {name: dict(enumerate(curves.get(name, ()))).get(layer) for name in names}
+        for model, curves in curves_of.items()
+        for layer in range(max(map(len, curves.values()), default=0))
+    ]
     found_tables = [
         Table("Seconds of a step; exposed are waits for restores and gradients", times),
         Table("Token exchange: share of the step, and speed over static's", exchanges),

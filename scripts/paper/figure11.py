@@ -73,8 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     result.notes += missing(options.published, [PLANNER])
     result.notes += allowed
     result.notes += [
-        f"E = {EXPERTS}. laer is the paper's planner as it is here, in Python, with the layout in "
-        "force and the static one as candidates too; greedy, the default, has a C++ core."
+        f"E = {EXPERTS}. The paper's times are of its authors' machine and code. laer is their "
+        "planner as it is here, in Python; greedy, the default, has a C++ core."
     ]
     return finish(result, Path(options.work_dir) / f"figure11-{result.scale}")
 

@@ -13,9 +13,9 @@ from benchmarks.published_files import END_TO_END, Cell, read_ablation, read_cel
 from benchmarks.published_table import below, positive, read_rows, text
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
-from scripts.paper import figure8, figure9, figure12, published
+from scripts.paper import figure8, figure9, figure10, figure12, published
 from scripts.paper.experiments import FSEP, LAER, STATIC, STOCK, Case, Run
-from scripts.paper.measured import Measured, read_log, read_profile
+from scripts.paper.measured import Measured, Profile, read_log, read_profile
 from scripts.paper.runner import Found
 from scripts.paper.tables import Result, Table
 from tests import shared_data
@@ -143,6 +143,23 @@ def test_figure_9_answers_at_which_speed_the_low_loss_is_had() -> None:
     # A loss that is not reached.
     *_, sooner = figure9.answer({high: curve(1.0, 0.2), fsep: curve(1.0, 0.1)}).values()
     assert sooner is None
+
+
+@needs_files
+def test_figure_10_has_shares_speeds_and_layers_next_to_the_papers() -> None:
+    runs = [Run(E8K2, Case(method)) for method in (STATIC, LAER)]
+    profiles = {
+        Run(E8K2, Case(STATIC)): Profile(4.0, 3.0, 0.0, 10.0, 1.5, 1.5, [1.4, 1.6]),
+        Run(E8K2, Case(LAER)): Profile(2.0, 3.0, 0.0, 8.0, 1.1, 1.5, [1.1, 1.2]),
+    }
+    made = figure10.tables(Found({}, profiles, runs, 1, shared_data.FOLDER))
+    _, exchanges, _, layers = (table.rows for table in made)
+    laer = next(row for row in exchanges if row["ours"] == "laer")
+    assert (laer["share"], laer["speed"]) == (0.25, 2.0)
+    assert laer["paper share"] == pytest.approx(0.286, abs=1e-3)
+    assert laer["paper speed"] == pytest.approx(1.74, abs=0.01)
+    assert (layers[1]["static"], layers[1]["laer"], layers[2]["laer"]) == (1.6, 1.2, None)
+    assert len(layers) == 32 and all(row["paper FLEX"] > 1 for row in layers)
 
 
 @needs_files
