@@ -76,15 +76,8 @@ class SolveTime:
         return SolveTime(self.base_s * factor, self.slot_s * factor, self.count_s * factor)
 
 
-# Operations of a layer in forward and backward: without experts, more with them, of each slot, and
-# of each chunk that Megatron's All-to-All dispatcher sorts, a slot's tokens from one rank. All but
-# the first were counted (`python -m benchmarks.launches`).
-_DENSE_OPERATIONS, _MOE_OPERATIONS, _SLOT_OPERATIONS, _CHUNK_OPERATIONS = 75, 85, 10, 1.5
-# Launches that take the host as long as one of these, in Python with autograd: from one published
-# time, in which the host is slower than the device (docs/simulator.md).
-_OPERATION_LAUNCHES = 7.3
-# Slots of a typical layer, for prices that do not know the model.
-_TYPICAL_SLOTS = 8
+# Launches that take the host as long as forward of a layer with 8 experts (`simulate` counts more).
+_FORWARD_LAUNCHES = 584
 
 
 @dataclass(frozen=True)
@@ -109,18 +102,7 @@ class HostTime:
 
     @property
     def forward_s(self) -> float:
-        """Return the host's time in forward of a typical layer with experts."""
-        return self.forward_seconds(_TYPICAL_SLOTS)
-
-    def forward_seconds(self, slots: int | None, chunks: int = 0) -> float:
-        """Return the host's time in a layer's forward, half of backward's.
-
-        `slots` is None without experts. The device hides it as far as it takes longer itself.
-        """
-        operations = _DENSE_OPERATIONS + _CHUNK_OPERATIONS * chunks
-        if slots is not None:
-            operations += _MOE_OPERATIONS + _SLOT_OPERATIONS * slots
-        return operations / 3 * _OPERATION_LAUNCHES * self.launch_s
+        return _FORWARD_LAUNCHES * self.launch_s
 
     def replicas_seconds(self, device_s: float) -> float:
         """Return the part of `replicas_s` that a forward of `device_s` on the device leaves."""

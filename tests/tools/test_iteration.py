@@ -29,6 +29,7 @@ from megatron_laer.tools.simulator.iteration.clocks import (
     Clocks,
 )
 from megatron_laer.tools.simulator.iteration.pipeline import in_flight, order, sweep
+from megatron_laer.tools.simulator.iteration.rates import slowest_pace
 
 OVERLAPPED = make_schedule(overlaps=True)
 ALONE = make_schedule(overlaps=False)
@@ -265,6 +266,18 @@ def test_an_exchange_next_to_compute_slows_both():
     assert spent(ran(OVERLAPPED, RESTORES, stretch=2.0))["restore"] == 16 - (2 + 1)
 
 
+def test_compute_has_the_pace_of_the_slowest_card():
+    paces = [slowest_pace(ranks) for ranks in (1, 8, 128, 1024)]
+    assert paces[0] == 1.0 and paces == sorted(paces)
+    # The largest of 8 and of 128 normal draws is 1.42 and 2.6 deviations above the mean.
+    assert np.diff(paces[1:3])[0] == pytest.approx(0.015 * (2.6 - 1.42), rel=0.05)
+    slow, fast = Clocks(1, 1, pace=1.02), Clocks(1, 1)
+    for clocks in (slow, fast):
+        clocks.work("experts", 1.0)
+        clocks.work("tokens", 1.0)
+    assert slow.now_N - fast.now_N == pytest.approx(0.02)
+
+
 def pipeline(stages, chunks, microbatches, forward_s=1.0, backward_s=2.0, send_s=0.0, **more):
     clocks = [Clocks(1, 1) for _ in range(stages)]
     orders = [order(stage, stages, chunks, microbatches, **more) for stage in range(stages)]
@@ -313,10 +326,10 @@ BY_PARTS = make_schedule(overlaps=True, by_parts=True)
 
 def together_ran(forwards, backwards, **of_clocks):
     clocks = Clocks(1, 1, **of_clocks)
-    together = bool(forwards and backwards)
+    in_turn = bool(forwards and backwards)
     run_parts(
-        backward(clocks, backwards, BY_PARTS, together=together),
-        forward(clocks, forwards, BY_PARTS, together=together),
+        backward(clocks, backwards, BY_PARTS, in_turn=in_turn),
+        forward(clocks, forwards, BY_PARTS, in_turn=in_turn),
     )
     return spent(clocks)
 

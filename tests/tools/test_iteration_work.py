@@ -19,7 +19,6 @@ from megatron_laer.choices import Fp8Recipe, Recompute, Sharding, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, PlanMode
 from megatron_laer.planner.balance import stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
-from megatron_laer.planner.clusters import HostTime, SolveTime
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
@@ -27,7 +26,6 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
-from megatron_laer.tools.simulator.iteration.clocks import Clocks
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.methods import (
@@ -39,7 +37,7 @@ from megatron_laer.tools.simulator.iteration.methods import (
 )
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from megatron_laer.tools.simulator.iteration.predict import predict_iterations
-from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets, slowest_pace
+from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import (
@@ -235,33 +233,18 @@ def test_rings_drive_the_adapters_of_their_own_ranks():
     assert many_s == pytest.approx(few_s + 14 * 1.4e-5)
 
 
-def test_compute_has_the_pace_of_the_slowest_card():
-    paces = [slowest_pace(ranks) for ranks in (1, 8, 128, 1024)]
-    assert paces[0] == 1.0 and paces == sorted(paces)
-    # The largest of 8 and of 128 normal draws is 1.42 and 2.6 deviations above the mean.
-    assert np.diff(paces[1:3])[0] == pytest.approx(0.015 * (2.6 - 1.42), rel=0.05)
-    slow, fast = Clocks(1, 1, pace=1.02), Clocks(1, 1)
-    for clocks in (slow, fast):
-        clocks.work("experts", 1.0)
-        clocks.work("tokens", 1.0)
-    assert slow.now_N - fast.now_N == pytest.approx(0.02)
-
-
 def test_a_layers_host_time_grows_with_its_slots_and_chunks_and_hides_behind_the_device():
-    host = HostTime(1e-6, SolveTime(0.0, 0.0, 0.0))
-    dense, few, many = (host.forward_seconds(slots) for slots in (None, 4, 16))
-    assert 0 < dense < few < many < host.forward_seconds(16, chunks=128)
-
-    def host_s(tokens, launch_s):
+    def host_s(tokens, launch_s, ranks=8, **passing):
         rates = Rates(replace(H100, host=replace(H100.host, launch_s=launch_s)), 2)
         timing = Timing(TINY, RunShape(8, 8, tokens=tokens, microbatches=1), rates, rates)
-        totals = grouped_totals(np.full((8, 16), tokens // 8), 8, 8)
-        work = LayerWork.of(totals, rates, passing=TokenPassing(8))
+        totals = grouped_totals(np.full((8, 16), tokens // 8), ranks, 8)
+        work = LayerWork.of(totals, rates, passing=TokenPassing(ranks, **passing))
         return timing.layer("layer 1", True, work).host_s
 
     assert host_s(800, 0.0) == host_s(10**8, 4e-6) == (0.0, 0.0)
     forward_s, backward_s = host_s(800, 1.0)
     assert backward_s == pytest.approx(2 * forward_s, rel=1e-3)
+    assert forward_s < host_s(800, 1.0, ranks=2)[0] < host_s(800, 1.0, 2, sorts_chunks=True)[0]
 
 
 def test_replicas_and_tensor_parallel_ranks_exchange_where_their_group_is():

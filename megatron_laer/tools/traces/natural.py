@@ -1,8 +1,8 @@
 """Made-up routing with the skew of real runs, whose loads drift slowly.
 
 The busiest of 8 groups of neighbouring experts has 1.5 times the mean, as in runs with an auxiliary
-loss, which show 1.3 to 1.7. With twice as many groups the factor is 1.12 times as large. So it
-grows in FLAME-MoE on its training text: 1.11, 1.19, 1.32 and 1.53 of 8, 16, 32 and 64 groups. In
+loss, which show 1.3 to 1.7. With twice as many groups the factor is 1.12 times as large. It grows
+so in FLAME-MoE on its training text: 1.11, 1.19, 1.32 and 1.53 of 8, 16, 32 and 64 groups. In
 Qwen1.5-MoE it is 1.10, 1.20 and 1.48 of 10, 20 and 60. Skew is larger without the loss, or on text
 of another kind than in training. Megatron's workloads W1 to W7 are stress tests.
 

@@ -167,12 +167,12 @@ def forward(
     following: Following | None = None,
     *,
     head_s: float = 0.0,
-    together: bool = False,
+    in_turn: bool = False,
 ) -> Parts:
     """Run forward in three parts a layer: to the dispatch, which is sent, and to the combine.
 
-    `fetched` is its first restore, `head_s` the time of the LM head, if it has one, and `together`
-    says if another pass runs in turn.
+    `fetched` is its first restore, `head_s` the time of the LM head, if it has one. With
+    `in_turn` another pass hides its tokens.
     """
     restores = _Restores(clocks, layers, fetched, backward=False)
     number = -1
@@ -197,7 +197,7 @@ def forward(
         if layer.moe.change_s is not None:
             change = clocks.exchange(PARAMETERS, layer.moe.change_s, layer.moe.exchange_link)
         yield
-        sent = _send(clocks, layer.moe, together)
+        sent = _send(clocks, layer.moe, in_turn)
         yield
         clocks.arrive(sent)
         restores.start(number)  # if no rule has started it
@@ -209,7 +209,7 @@ def forward(
         clocks.work("experts", layer.moe.forward_N)
         if schedule.restores_next:
             restores.start(number + 1)
-        sent = _send(clocks, layer.moe, together)
+        sent = _send(clocks, layer.moe, in_turn)
         yield
         clocks.arrive(sent)
     clocks.work("dense", head_s)
@@ -224,7 +224,7 @@ def backward(
     following: Following | None = None,
     *,
     head_s: float = 0.0,
-    together: bool = False,
+    in_turn: bool = False,
 ) -> Parts:
     """Run backward, as `forward`: to the combine, which is sent, to the dispatch and beyond.
 
@@ -254,15 +254,15 @@ def backward(
         else:
             number -= 1
             if layer.again:
-                clocks.arrive(_send(clocks, moe, together))
+                clocks.arrive(_send(clocks, moe, in_turn))
                 restores.start(number)
                 restores.wait(number)
                 clocks.work("experts", moe.forward_N)
                 restores.turn(number)
                 if not schedule.delays_gradients:  # nothing is delayed without overlap
                     restores.wait(number)
-                clocks.arrive(_send(clocks, moe, together))
-            sent = _send(clocks, moe, together)
+                clocks.arrive(_send(clocks, moe, in_turn))
+            sent = _send(clocks, moe, in_turn)
             yield
             clocks.arrive(sent)
             restores.start(number)
@@ -274,7 +274,7 @@ def backward(
             experts_N = moe.backward_N / (2 if schedule.by_parts else 1)
             clocks.work("experts", experts_N)
             yield
-            sent = _send(clocks, moe, together)
+            sent = _send(clocks, moe, in_turn)
             if schedule.by_parts:
                 clocks.work("experts", experts_N)
             if schedule.restores_previous:
@@ -347,6 +347,6 @@ def _dense(clocks: Clocks, layer: LayerTimes, direction: int, *, attention: bool
     clocks.work("host", layer.host_s[direction])
 
 
-def _send(clocks: Clocks, moe: MoETimes, together: bool) -> Flight:
+def _send(clocks: Clocks, moe: MoETimes, in_turn: bool) -> Flight:
     members = moe.group, moe.within_node
-    return clocks.send(moe.tokens_N, moe.tokens_link, members, together=together)
+    return clocks.send(moe.tokens_N, moe.tokens_link, members, is_hidden=in_turn)

@@ -59,11 +59,10 @@ class Clocks:
 
     Exchanges of parameters and gradients involve all ranks, so they have one clock: an exchange
     starts with the last rank. Tokens are exchanged in groups, and wait for the last rank of each.
-    Compute takes `pace` times as long as on an average card. It is slower by `contention` during
-    an exchange, and that by `stretch` during compute. Exchanges over one class of links
-    share it: while two are under way, each is half as fast. With `one_stream` parameters and
-    gradients wait for each other. `gathered_s` and `scattered_s` are the ends of data-parallel
-    exchanges.
+    Compute takes `pace` times as long as on an average card. During an exchange it is slower by
+    `contention`, and the exchange by `stretch`. Exchanges over one class of links share it: while
+    two are under way, each is half as fast. With `one_stream` parameters and gradients wait for
+    each other. `gathered_s` and `scattered_s` are the ends of data-parallel exchanges.
     """
 
     def __init__(
@@ -113,13 +112,13 @@ class Clocks:
         return flight
 
     def send(
-        self, seconds_N: Seconds, link: str, members: tuple[int | None, bool], *, together: bool
+        self, seconds_N: Seconds, link: str, members: tuple[int | None, bool], *, is_hidden: bool
     ) -> Flight:
-        """Start an exchange among `meet`'s members, alone or `together` with another pass."""
+        """Start an exchange of tokens, during another pass or alone."""
         begin_N = self._last(*members)
         for before in self._sent:
             begin_N = np.maximum(begin_N, before.end_s)
-        tokens = Flight(link, begin_N, begin_N + seconds_N * (self._stretch if together else 1.0))
+        tokens = Flight(link, begin_N, begin_N + seconds_N * (self._stretch if is_hidden else 1.0))
         self._share(tokens)
         self._sent.append(tokens)
         return tokens

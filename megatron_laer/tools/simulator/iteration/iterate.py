@@ -88,7 +88,7 @@ def run_iteration(method: Method, timing: Timing, work: WorkOf) -> Iteration:
                     *(stages[stage], passes.layers(place, each.microbatch), method.schedule),
                     *(fetched[stage], following[stage].get(each)),
                     head_s=timing.head_seconds()[not each.is_forward] if ends else 0.0,
-                    together=len(operations) > 1,
+                    in_turn=len(operations) > 1,
                 )
             )
         fetched[stage] = run_passes(*begun)

@@ -39,6 +39,13 @@ _LOGIT_BYTES = 16
 # through the softmax's backward (two reads and a write) and is read twice, the scores once. These
 # give the times of standard attention in FlashAttention-3's paper.
 _SCORE_PASSES, _SCORE_PASSES_BACKWARD = 4, 7
+# Operations of a layer in forward and backward: without experts, more with them, of each slot, and
+# of each chunk that Megatron's All-to-All dispatcher sorts, a slot's tokens from one rank. All but
+# the first were counted (`python -m benchmarks.launches`).
+_DENSE_OPERATIONS, _MOE_OPERATIONS, _SLOT_OPERATIONS, _CHUNK_OPERATIONS = 75, 85, 10, 1.5
+# Launches that take the host as long as one of these, in Python with autograd: from one published
+# time, in which the host is slower than the device (docs/simulator.md).
+_OPERATION_LAUNCHES = 7.3
 # Backward has two GEMMs for each of forward's: of the input's gradient, and of the weight's.
 _BACKWARD_GEMMS, _FROZEN_GEMMS = 2, 1
 
@@ -124,12 +131,7 @@ class Timing:
         host = self.rates.cluster.host
         if host is None:
             return 0.0, 0.0
-        if work is None:
-            launching_s = host.forward_seconds(None)
-        else:
-            sorting = work.passing.sorts_chunks and (work.group or 0) > 1
-            chunks = (work.group or 0) * work.slots if sorting else 0
-            launching_s = host.forward_seconds(work.slots, chunks)
+        launching_s = _operations(work) / 3 * _OPERATION_LAUNCHES * host.launch_s
         launching_backward_s = 2 * launching_s
         if work is not None and work.restore is not None:
             launching_s += host.replicas_s
@@ -293,6 +295,15 @@ class Timing:
         if host is not None and work.group is None:
             seconds += host.gate.seconds(run.ranks, work.slots, self.model.num_experts)
         return seconds
+
+
+def _operations(work: LayerWork | None) -> float:
+    """Return the operations of a layer in forward and backward; None has no experts."""
+    if work is None:
+        return _DENSE_OPERATIONS
+    chunks = (work.group or 0) * work.slots if work.passing.sorts_chunks else 0
+    of_slots = _SLOT_OPERATIONS * work.slots + _CHUNK_OPERATIONS * chunks
+    return _DENSE_OPERATIONS + _MOE_OPERATIONS + of_slots
 
 
 def _ffn_widths(model: ModelShape, width: int) -> tuple[int, int]:
