@@ -159,7 +159,8 @@ def _seconds(found: dict[str, Any]) -> float:
 def _simulated(words: Sequence[str], workload: str, *methods: str) -> list[dict[str, Any]]:
     inputs = ["--workload", workload, "--cluster", CLUSTER, "--method", *methods]
     recompute = [] if "--recompute" in words else ["--recompute", "compute"]
-    return simulated([*inputs, *recompute, "--token-exchange", "flex", *words])
+    tokens = ["--token-exchange", "flex"]
+    return simulated([*inputs, *recompute, *tokens, *words], ranges=False)
 
 
 def _rows_of(folder: Path) -> list[dict[str, Any]]:

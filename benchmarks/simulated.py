@@ -9,16 +9,24 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from megatron_laer.tools import cli
+from megatron_laer.tools.cli import simulate_input
+from megatron_laer.tools.simulator.iteration.rates import rate_sets
 
 
-def simulated(words: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the cases of `simulate` with these words.
+def simulated(words: Sequence[str], *, ranges: bool = True) -> list[dict[str, Any]]:
+    """Return the cases of `simulate` with these words; without `ranges` in a fifth of the time.
 
     Raises RuntimeError with what the command says if it fails.
     """
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()) as said:
+    sets = rate_sets if ranges else lambda rates: (rates,)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(io.StringIO()) as said,
+        mock.patch.object(simulate_input, "rate_sets", sets),
+    ):
         path = Path(folder) / "simulated.json"
         with contextlib.redirect_stderr(said):
             status = cli.main(["simulate", *words, "--json", str(path)])

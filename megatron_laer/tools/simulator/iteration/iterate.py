@@ -240,7 +240,7 @@ class _Passes:
             gather_s=exchanged.gather_s if first else 0.0,
             scatter_s=(exchanged.scatter_s if last else 0.0) + exchanged.reshard_s,
             unshard_s=exchanged.unshard_s,
-            hides_tokens=self._method.schedule.by_parts,
+            by_parts=self._method.schedule.by_parts,
         )
         self._kept[key] = times
         return times

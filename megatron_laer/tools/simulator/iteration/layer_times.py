@@ -9,6 +9,7 @@ Legend: N ranks, H hidden.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -79,13 +80,13 @@ class Timing:
         gather_s: float = 0.0,
         scatter_s: float = 0.0,
         unshard_s: float = 0.0,
-        hides_tokens: bool = False,
+        by_parts: bool = False,
     ) -> LayerTimes:
         """Return the times of one microbatch in one layer; `work` is None for a dense layer.
 
         With `restores`, `restores_backward` or `reduces` False, it has no such exchange. A form of
         weights that serves one direction is restored in backward too with `restores`. With
-        `hides_tokens` the host has no time while these travel.
+        `by_parts` the host has no time while tokens travel, but that of both directions together.
         """
         attention_s, attention_backward_s = self._attention()
         dense_s, dense_backward_s = self._dense(has_experts)
@@ -99,7 +100,7 @@ class Timing:
         if work is not None:
             moe = self._moe(work, restores, restores_backward, reduces)
             for direction, compute_N in enumerate((moe.forward_N, moe.backward_N)):
-                exposed_N = 0 if hides_tokens else 2 * moe.tokens_N
+                exposed_N = 0 if by_parts else 2 * moe.tokens_N
                 device_s[direction] += float((compute_N + exposed_N).max())
         return LayerTimes(
             name=name,
@@ -109,7 +110,7 @@ class Timing:
             moe=moe,
             again=self.run.recompute == Recompute.FULL,
             attention_again=self.run.attention_again,
-            host_s=self._host(work, *device_s),
+            host_s=self._host(work, device_s, by_parts),
             gather_s=gather_s,
             scatter_s=scatter_s,
             unshard_s=unshard_s,
@@ -125,19 +126,22 @@ class Timing:
         return gemm_s + memory_s, gemm_s * factor + memory_s
 
     def _host(
-        self, work: LayerWork | None, forward_s: float, backward_s: float
+        self, work: LayerWork | None, device_s: Sequence[float], by_parts: bool
     ) -> tuple[float, float]:
         """Return the time by which the host is later than the device, forward and backward."""
         host = self.rates.cluster.host
         if host is None:
             return 0.0, 0.0
-        launching_s = _operations(work) / 3 * _OPERATION_LAUNCHES * host.launch_s
-        launching_backward_s = 2 * launching_s
+        forward_s = _operations(work) / 3 * _OPERATION_LAUNCHES * host.launch_s
+        backward_s = 2 * forward_s
         if work is not None and work.restore is not None:
-            launching_s += host.replicas_s
+            forward_s += host.replicas_s
         if self.run.recompute == Recompute.COMPUTE:
-            launching_backward_s += launching_s
-        return max(launching_s - forward_s, 0.0), max(launching_backward_s - backward_s, 0.0)
+            backward_s += forward_s
+        if by_parts:
+            later_s = max(forward_s + backward_s - sum(device_s), 0.0) / 2
+            return later_s, later_s
+        return max(forward_s - device_s[0], 0.0), max(backward_s - device_s[1], 0.0)
 
     def send_seconds(self) -> float:
         run = self.run
