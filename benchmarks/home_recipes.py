@@ -37,7 +37,8 @@ WORKLOADS = ("W1", "W2", "W5", "W6", "W7", "natural", BALANCED)
 SCHEDULES = {"1F1B": "", "combined": "--overlap"}
 FEWEST_RANKS = 32
 # Lost points are shown by these kinds of the simulator's, and the others together.
-CAUSES = ("gate", "tokens", "waiting", "experts", "attention", "dense", "pipeline", "restore")
+CAUSES = ("gate", "tokens", "waiting", "experts", "attention", "dense", "pipeline")
+CAUSES += ("restore", "reduce", "host")
 
 
 @dataclass(frozen=True)

@@ -239,6 +239,7 @@ def _work(
         change=None,
         solve_s=0.0,
         slots=slots,
+        used_slots=slots,
         passing=TokenPassing(None if exchange is not None else NODE_SIZE),
     )
 

@@ -134,10 +134,10 @@ class Timing:
             return 0.0, 0.0
         forward_s = _operations(work) / 3 * _OPERATION_LAUNCHES * host.launch_s
         backward_s = 2 * forward_s
-        if work is not None and work.restore is not None:
-            forward_s += host.replicas_s
         if self.run.recompute == Recompute.COMPUTE:
             backward_s += forward_s
+        if work is not None and work.restore is not None:
+            forward_s += host.replicas_s
         if by_parts:
             later_s = max(forward_s + backward_s - sum(device_s), 0.0) / 2
             return later_s, later_s
@@ -305,8 +305,8 @@ def _operations(work: LayerWork | None) -> float:
     """Return the operations of a layer in forward and backward; None has no experts."""
     if work is None:
         return _DENSE_OPERATIONS
-    chunks = (work.group or 0) * work.slots if work.passing.sorts_chunks else 0
-    of_slots = _SLOT_OPERATIONS * work.slots + _CHUNK_OPERATIONS * chunks
+    chunks = (work.group or 0) * work.used_slots if work.passing.sorts_chunks else 0
+    of_slots = _SLOT_OPERATIONS * work.used_slots + _CHUNK_OPERATIONS * chunks
     return _DENSE_OPERATIONS + _MOE_OPERATIONS + of_slots
 
 

@@ -128,6 +128,7 @@ class LayerWork:
     `pairs_N` are the (token, expert) pairs that it computes. `intra_N` and `inter_N` are pairs in
     one token exchange, the larger of sent and received; `mean_*` are received on average. `change`
     is of slots that differ from the planned layout, and `solve_s` makes a layout after the gate.
+    `used_slots` are the most of a rank that have tokens.
     `node_rows` are of all ranks.
     """
 
@@ -142,6 +143,7 @@ class LayerWork:
     change: Exchange | None
     solve_s: float
     slots: int
+    used_slots: int
     passing: TokenPassing
     node_rows: NodeRows | None = None
 
@@ -201,7 +203,8 @@ class LayerWork:
         if passing.prices.in_stages:  # a row from another node is passed on inside
             intra_N = near_N + far_N
             mean_intra = float(intra_N.mean())
-        unit_s_S = rates.linear_gemm.unit_seconds(totals.near_S + totals.far_S)
+        pairs_S = totals.near_S + totals.far_S
+        unit_s_S = rates.linear_gemm.unit_seconds(pairs_S)
         return cls(
             unit_s_N=unit_s_S.reshape(num_ranks, -1).sum(axis=1),
             pairs_N=near_N + far_N + totals.own_N,
@@ -214,6 +217,7 @@ class LayerWork:
             change=change,
             solve_s=solve_s,
             slots=len(totals.near_S) // num_ranks,
+            used_slots=int(by_rank((pairs_S > 0).astype(np.int64)).max()),
             passing=passing,
             node_rows=node_rows,
         )
