@@ -21,6 +21,7 @@ from megatron_laer.cpu.training import Adapt, Record
 from tests.documents import ROOT
 from tests.parity.compare import Distance, distance
 from tests.parity.daily import Case, cases
+from tests.parity.exact_sums import train_exactly
 from tests.parity.replay import train_row
 from tests.parity.row import AT_HOME, FLOOR_FACTOR, LONG, SMALLEST_FLOOR, Row
 from tests.parity.rows import ALL_ROWS, RANDOM, ROWS, STEP
@@ -94,7 +95,8 @@ def test_fsep_equals_stock(
         pytest.skip(refused[row.flags])
     reference = stock(*row.reference(text_data), row.adapt)
     size, command = row.fsep_run(text_data)
-    fsep: Record = ranks(size).run(train_row, command, check_nothing_left, row.adapt)[0]
+    run = train_exactly if row.exact else train_row
+    fsep: Record = ranks(size).run(run, command, check_nothing_left, row.adapt)[0]
 
     assert len(fsep.losses) == row.steps and len(fsep.eval_losses) == row.evaluations
     assert bool(fsep.first_grads) == row.gradients

@@ -15,6 +15,9 @@ from unittest import mock
 
 import torch
 
+from megatron_laer.cpu.training import Record
+from tests.parity.replay import train_row
+
 
 @dataclass
 class _Rounding:
@@ -26,6 +29,12 @@ class _Rounding:
     def collect(self, rows: torch.Tensor) -> torch.Tensor:
         rounded: torch.Tensor = self.map.collect(rows).to(self.dtype)
         return rounded
+
+
+def train_exactly(*arguments: Any) -> Record:
+    """Train as `train_row` does, with exact sums."""
+    with exact_sums():
+        return train_row(*arguments)
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ class Row:
             repeated, not all of their weights trained, or other ones restored for backward.
         adapt: changes the model on both sides.
         gradients: False if Megatron cannot return the first step's; norms are compared anyway.
+        exact: True to keep FSEP's sums of tokens across ranks in fp32, as in `exact_sums`.
         not_at_home: the reason why the row does not run with experts at home, where its settings
             would allow it.
         releases: True to run the row with the oldest supported Megatron as well.
@@ -100,6 +101,7 @@ class Row:
     exchanges: tuple[int, int] | None = None
     adapt: Adapt | None = None
     gradients: bool = True
+    exact: bool = False
     not_at_home: str | None = None
     releases: bool = False
 
