@@ -49,6 +49,8 @@ NODE_SIZE = 8
 # Replicas cost nothing: the best balance that forecasts allow.
 FREE = Link(1e18, 0.0)
 RANKS, REPLICA_SLOTS = (8, 16, 32), (1, 2)
+# Pairs of a rank in a microbatch of 16,384 tokens, for which layers of the trace are priced.
+PAIRS = 32768
 # The trace has every tenth step.
 STEPS_BETWEEN = 10
 FIRST, STRIDE, QUICK_STRIDE = 20, 3, 24
@@ -128,7 +130,7 @@ def trace_balance(
 ) -> Iterator[BalanceRow]:
     """Compare layouts on the trace: the construction, and `greedy` with free links and priced."""
     geometry = homes(num_ranks, trace.counts.shape[-1], spare)
-    costs = paper_costs()
+    costs = replace(paper_costs(), pairs_per_rank=PAIRS)
     free = replace(costs.cluster, intra=FREE, inter=FREE, spreads=())
     greedy = GreedyStrategy(geometry, replace(costs, cluster=free))
     by_layout = costs.with_exchange(Auto.AUTO, geometry)
@@ -146,7 +148,8 @@ def trace_balance(
                 counts_NE = on_ranks(trace.now(case), num_ranks)
                 layouts.append(plan(on_ranks(counts_before(trace, case, lag), num_ranks)))
                 ratios.append(imbalance(counts_NE, layouts[-1]))
-                layer_s.append(layer_seconds(by_layout, geometry, counts_NE, layouts[-1]))
+                scaled_NE = counts_NE * (PAIRS // int(counts_NE[0].sum()))
+                layer_s.append(layer_seconds(by_layout, geometry, scaled_NE, layouts[-1]))
             row = row_of(geometry, lag, "trace", name, layouts, ratios)
             yield replace(row, layer_ms=float(np.mean(layer_s)) * 1e3)
 
