@@ -210,15 +210,18 @@ std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs
   std::vector<int16_t> best =
       balance_by_time(shape, node_counts_QE, costs, 0.0, seconds).slots_S;
   double best_s = judge.seconds(best, kAny);
-  std::vector<int16_t> filled_S = at_home(shape);
-  // On one node a few slots more are worth little.
-  const int slots = shape.capacity - shape.home;
-  for (int most = shape.nodes() == 1 ? slots : 1; most <= slots; ++most) {
-    fill_slots(shape, node_counts_QE, most, filled_S);
-    const double filled_s = judge.seconds(filled_S, best_s);
+  std::vector<std::vector<int16_t>> filled;
+  if (shape.nodes() > 1) {
+    filled = filled_layouts(shape, node_counts_QE, best);
+  } else {  // a few slots more are worth little
+    filled = {at_home(shape)};
+    fill_slots(shape, node_counts_QE, shape.capacity - shape.home, filled.front());
+  }
+  for (std::vector<int16_t>& slots_S : filled) {
+    const double filled_s = judge.seconds(slots_S, best_s);
     if (filled_s >= best_s) continue;
     best_s = filled_s;
-    best = filled_S;
+    best = std::move(slots_S);
   }
   return best;
 }

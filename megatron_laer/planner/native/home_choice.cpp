@@ -80,6 +80,19 @@ HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, co
   return best;
 }
 
+std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const int64_t* node_counts_QE,
+                                                 const std::vector<int16_t>& balanced_S) {
+  std::vector<std::vector<int16_t>> layouts;
+  for (std::vector<int16_t> slots_S : {at_home(shape), balanced_S}) {
+    for (int most = 1; most <= shape.capacity - shape.home; ++most) {
+      const std::vector<int16_t> before_S = slots_S;
+      fill_slots(shape, node_counts_QE, most, slots_S);
+      if (slots_S != before_S) layouts.push_back(slots_S);
+    }
+  }
+  return layouts;
+}
+
 HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
                            const int64_t* node_counts_QE) {
   const Counts counts(shape, counts_NE);
@@ -106,12 +119,10 @@ HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int
     best.slots_S = slots_S;
     best.loads_S = std::move(loads_S);
   };
+  const std::vector<std::vector<int16_t>> filled =
+      filled_layouts(shape, node_counts_QE, best.slots_S);
   compete(best.slots_S);
-  std::vector<int16_t> filled_S = at_home(shape);
-  for (int most = 1; most <= shape.capacity - shape.home; ++most) {
-    fill_slots(shape, node_counts_QE, most, filled_S);
-    compete(filled_S);
-  }
+  for (const std::vector<int16_t>& slots_S : filled) compete(slots_S);
   return best;
 }
 

@@ -35,6 +35,11 @@ HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, co
                            double least_gain_s,
                            const std::function<double(const HomeLayout&)>& seconds);
 
+// Layouts that fill one slot of each rank, two and so on: those that are free under stock's placement,
+// and those that are free in `balanced_S`.
+std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const int64_t* node_counts_QE,
+                                                 const std::vector<int16_t>& balanced_S);
+
 // The fastest layout that is found for these counts, fetched after the gate. Where it is ideal, and
 // with several nodes, its loads are those of exact quotas.
 HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int64_t* counts_NE,
