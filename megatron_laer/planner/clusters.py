@@ -1,8 +1,6 @@
 """Hardware constants of a cluster for the cost model, and their spreads.
 
 `cluster_files` reads and writes them, `costs` applies them, and the command `calibrate` measures.
-
-Over 400 lines: the records of one kind of file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """Work of an iteration: counts by method, sizes of models, and properties that hold for any rates.
 
-Over 400 lines: one model, from counts to seconds.
-
 Legend: N ranks, E experts.
 """
 
