@@ -90,8 +90,9 @@ def parts_text(methods: Mapping[str, IterationPrediction]) -> str:
         for cause in CAUSES:
             shares = [f"{found.node_rows[cause]:.1%}" for found in methods.values()]
             lines.append((f"rows between nodes {cause}", *shares))
-    for part in first.memory_bytes:
-        sizes = [found.memory_bytes[part] / _GIB for found in methods.values()]
+    parts = dict.fromkeys(part for found in methods.values() for part in found.memory_bytes)
+    for part in parts:
+        sizes = [found.memory_bytes.get(part, 0.0) / _GIB for found in methods.values()]
         lines.append((f"memory {part} GiB", *(f"{size:.2f}" for size in sizes)))
     return aligned(lines)
 
