@@ -70,11 +70,12 @@ def test_no_case_of_a_sweep_is_faster_and_times_are_those_of_simulate(advised, s
     found = advised(*f"{run} {limit} --gpus 16 --tokens 4096".split())
     rows = "--ranks 8 16 --capacity 2 3 --sharding rows"
     homes = "--ranks 4 8 --capacity 3 --sharding experts"
+    few = "--ranks 8 --capacity 2 --sharding experts"
     cases = [
         case["methods"]["fsep"]
         for tokens in ("rank", "node", "flex", "rank --overlap", "flex --overlap")
         for kept in ("--restore layer", "--restore step --mode forecast")
-        for swept in (rows, homes)
+        for swept in (rows, homes, few)
         for case in simulated(
             *f"{run} {swept} --world 16 --tokens 4096 --method fsep".split(),
             *f"--token-exchange {tokens} {kept}".split(),
