@@ -139,7 +139,7 @@ def plan_of(case: Case, rank: int) -> MicrobatchPlan:
     counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in routing_maps(case)])
     quotas = solve_quotas(Split.EXACT, counts_NE, layout, case.node_size)
     slot_expert_S = torch.from_numpy(layout.slot_expert_S.astype(np.int64))
-    index: Any = SimpleNamespace(layout=layout, slot_expert_S=slot_expert_S)
+    index: Any = SimpleNamespace(placed=SimpleNamespace(layout=layout), slot_expert_S=slot_expert_S)
     restored: Any = SimpleNamespace(index=index)
     mine = RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
     return MicrobatchPlan(restored, mine)
