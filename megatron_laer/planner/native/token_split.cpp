@@ -105,7 +105,7 @@ class ExpertSplit {
   }
 
   int begin() const { return begin_; }
-  int end() const { return end_; }
+  bool is_alone() const { return end_ == begin_ + 1; }
   int slot(int replica) const { return slot_[replica]; }
   int rank(int replica) const { return slot_[replica] / shape_.capacity; }
   int64_t load(int replica) const { return loads_S_[slot_[replica]]; }
@@ -239,11 +239,8 @@ void rank_row(const Shape& shape, const int64_t* counts_NE, const int64_t* node_
   const int home = rank / shape.node_size;
   for (int e = 0; e < shape.experts; ++e) {
     const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, share_Q.data(), e);
-    if (split.count(rank) == 0) continue;
-    if (split.end() == split.begin() + 1) {
-      row_S[split.slot(split.begin())] = split.count(rank);
-      continue;
-    }
+    if (split.is_alone()) row_S[split.slot(split.begin())] = split.count(rank);
+    if (split.is_alone() || split.count(rank) == 0) continue;
     int first = 0, last = 0;
     split.for_hosts([&](int node, int begin, int end) {
       if (node == home) first = begin, last = end;
@@ -288,10 +285,6 @@ void rank_columns(const Shape& shape, const int64_t* counts_NE, const int64_t* n
     auto column = [&](int source) -> int64_t& { return columns_NC[source * shape.capacity + c]; };
     const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, share_Q.data(),
                             replicas.slots_S[slot]);
-    if (split.end() == split.begin() + 1) {
-      for (int source = 0; source < shape.ranks; ++source) column(source) = split.count(source);
-      continue;
-    }
     Interval far{0, 0};
     int64_t demand_begin = 0;
     split.for_nodes([&](int node, int first, int last) {
@@ -373,17 +366,16 @@ Totals totals(const Shape& shape, const Counts& counts, const int64_t* node_coun
     const ExpertSplit split(shape, counts, node_counts_QE, loads_S, replicas, share_Q.data(), e);
     split.for_hosts([&](int node, int first, int last) {
       const auto sums_of_node = split.node(node, first, last);
-      const int64_t in_node = sums_of_node.near;
       for (int replica = first; replica < last; ++replica) {
         sums.own_N[split.rank(replica)] += split.own(replica);
         sums.near_S[split.slot(replica)] += split.own(replica);
       }
       split.for_targets(first, last, [&](int replica, const Interval& interval) {
-        const int64_t near = interval.within(0, in_node).size();
+        const int64_t near = interval.within(0, sums_of_node.near).size();
         sums.near_S[split.slot(replica)] += near;
         sums.far_S[split.slot(replica)] += interval.size() - near;
       });
-      if (in_node == 0) return;
+      if (sums_of_node.near == 0) return;
       split.for_sources(node, first, last, [&](int source, const Interval& interval) {
         sums.sent_near_N[source] += sums_of_node.inside(interval).size();
       });
