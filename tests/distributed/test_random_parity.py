@@ -66,7 +66,14 @@ IN_BLOCKS = changed(
 
 
 @pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize("case", [PLAIN, LION, IN_BLOCKS], ids=["fp32", "Lion", "fp8"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(PLAIN, id="fp32", marks=pytest.mark.nightly),
+        pytest.param(LION, id="Lion", marks=pytest.mark.nightly),
+        pytest.param(IN_BLOCKS, id="fp8"),
+    ],
+)
 def test_a_wrong_gradient_is_beyond_all_floors(
     case: Case, ranks: RankPools, text_data: str
 ) -> None:

@@ -29,7 +29,11 @@ CASES = {
         "--fsep-node-size 3 does not divide the 2 ranks; use one of [1, 2]",
     ),
     "field": ("--fsep-plan-lag 0", "--fsep-plan-lag 0", "at least 1"),
-    "planner": ("--fsep-planner magic", "magic", "greedy, laer, random, static"),
+    "planner": (
+        "--fsep-planner magic",
+        "magic",
+        "greedy, laer, laer-even, laer-perturbed, laer-priced, laer-proportional, random, static",
+    ),
     "cluster": ("--fsep-planner laer --fsep-cluster moon", "'moon'", "cpu-gloo"),
     "folder": ("--fsep-record-trace /proc/x", "'/proc/x'", "a folder that can be written"),
     "no effect": ("--fsep-planner static --fsep-plan-lag 2", "--fsep-plan-lag 2", "no effect"),
