@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import processes
 
 _ROOT = Path(__file__).resolve().parents[3]
@@ -25,7 +27,6 @@ def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path):
     assert result.stdout.count(f"step    {STEPS} of {STEPS}, loss") == 4
     for row in ("max/mean tokens per rank", "layouts used", "step time", "processor time"):
         assert row in result.stdout
-    assert "Their losses are the same to the last digit." in result.stdout
     assert ("times as fast" in result.stdout) != ("too busy to tell" in result.stdout)
 
     found = json.loads((tmp_path / "result.json").read_text())
@@ -35,6 +36,8 @@ def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path):
         assert len(run["cpu_ms"]) == STEPS - 1 and min(run["cpu_ms"]) > 0
         assert run["losses"][-1] < run["losses"][0]
     fsep, stock = found["runs"][:2]
+    # Replicas may move the last printed digit.
+    assert fsep["losses"] == pytest.approx(stock["losses"], rel=0, abs=2e-6)
     assert sum(fsep["load_imbalance"]) < sum(stock["load_imbalance"])
     assert stock["layouts"] == 1
 
