@@ -14,7 +14,7 @@
 
 namespace laer {
 
-// Seconds of a layout's `exchanges` of weights and gradients, all passes, beside a layer of `beside_s`
+// Seconds of a layout's `exchanges` of weights and gradients, all passes, next to a layer of `beside_s`
 // seconds, and of the host for replicas. After the gate nothing hides the fetch of forward. 0 without
 // replicas.
 double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,

@@ -39,7 +39,8 @@ def train_case(
     """
     begin_s = time.process_time()
     decisions = None
-    with exact_sums() if exact else contextlib.nullcontext(), _nudged(nudge):
+    nothing = contextlib.nullcontext()
+    with exact_sums() if exact else nothing, _nudged(nudge) if nudge else nothing:
         if chooses:
             record, decisions = train_choosing(flags, given, adapt, gradients)
         else:

@@ -107,7 +107,7 @@ def ring_neighbours(node_size: int, stride: int) -> int:
 
 
 def slowest_pace(ranks: int) -> float:
-    """Return the time of the slowest of so many cards, for which the others wait, over the mean."""
+    """Return the time of the slowest of these cards, for which others wait, over the mean."""
     # Blom's approximation of the largest of normal draws.
     return 1.0 + _CARDS_DIFFER * NormalDist().inv_cdf((ranks - 0.375) / (ranks + 0.25))
 
