@@ -71,7 +71,7 @@ def shape_of(geometry: Geometry) -> tuple[int, int, int]:
 
 
 needs_answers = shared_data.needs("laer_planner_cases.npz")
-# Of the released planner: its profile of Mixtral-8x7B, in seconds, and links in bytes per second.
+# Profile of Mixtral-8x7B in the released planner, in seconds, and links in bytes per second.
 EXPERT_S, INTRA, INTER = 6.7096e-3 / 4096, 216.269e9, 88.9539e9
 
 

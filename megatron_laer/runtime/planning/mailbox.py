@@ -21,10 +21,10 @@ class RoutingMailbox:
     """Counts of routed microbatches on their way to the recorder and the planner.
 
     `planner` receives step, layer and the layer's counts with its last microbatch of the step, and
-    must not change them. They are the step's sum, int64 [N, E], or with a `window` the last so many
-    microbatches as they are, int64 [M, N, E]. `trace`, the recording of each microbatch with
-    experts in place of home positions, is closed here. No error here stops training; `faults`
-    counts those of the planner.
+    must not change them. They are the step's sum, int64 [N, E], or with a `window` the counts of as
+    many last microbatches, int64 [M, N, E]. `trace`, the recording of each microbatch with experts
+    in place of home positions, is closed here. No error here stops training; `faults` counts those
+    of the planner.
     """
 
     def __init__(
