@@ -46,11 +46,6 @@ class Statement(NamedTuple):
     function: str
     text: str
 
-    @property
-    def name(self) -> tuple[str, str, str]:
-        """Name that edits elsewhere do not change."""
-        return self.file, self.function, self.text
-
     def was_run(self, lines: set[Line]) -> bool:
         return any((self.file, line) in lines for line in range(self.first, self.last + 1))
 
