@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import logging
 import types
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +26,7 @@ def fix() -> None:
     _fix_output_discarding()
     _fix_optimizer_load()
     _fix_async_saves()
+    _fix_warnings()
 
 
 def _fix_norm() -> None:
@@ -240,3 +242,10 @@ def _run_async_worker(*args: Any) -> None:
 
     cuda.replace()
     (_async_loop or PersistentAsyncCaller.async_loop)(*args)
+
+
+def _fix_warnings() -> None:
+    # One generator stands for both here, so every draw for "the GPU" changes the CPU's.
+    logging.getLogger("megatron.core.tensor_parallel.random").addFilter(
+        lambda record: "CPU RNG state changed" not in record.getMessage()
+    )

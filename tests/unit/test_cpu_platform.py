@@ -137,6 +137,19 @@ ON_CPU = {
         torch.cuda.set_rng_state(torch.cuda.get_rng_state())
         assert torch.equal(torch.rand(3), want)
     """,
+    "a draw for the GPU is no warning": """
+        import io, logging
+        from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+        logging.basicConfig(stream=(said := io.StringIO()), force=True)
+        tracker = get_cuda_rng_tracker()
+        tracker.add("one", 1)
+        with tracker.fork("one"):
+            torch.rand(1)
+        logging.getLogger("megatron.core.tensor_parallel.random").warning("another")
+        assert said.getvalue().splitlines() == [
+            "WARNING:megatron.core.tensor_parallel.random:another"
+        ]
+    """,
     "the GPU's generator keeps its own state": """
         torch.cuda.manual_seed(2)
         state = torch.cuda.get_rng_state()
