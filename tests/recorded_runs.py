@@ -16,12 +16,12 @@ from megatron_laer.config import PlanMode
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.outcome import Outcome
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder
 from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
-from megatron_laer.telemetry.statistics import Sample
 from megatron_laer.telemetry.trace_file import TraceWriter
 from tests.costs import COSTS
 
@@ -114,7 +114,7 @@ def record_run(
             for layer, name in enumerate(layers):
                 counts = counts_NE(step, layer, microbatch)
                 decision = guard.decide(counts, planned[layer])
-                recorder.add(layer, Sample(decision, 1e-3))
+                recorder.add(layer, Outcome(decision, 1e-3))
                 recorder.times.begin_exchange(Activity(Kind.DISPATCH, name))
                 recorder.times.end_exchange(Activity(Kind.EXPERTS, name))
                 recorder.times.begin_exchange(Activity(Kind.COMBINE, name))

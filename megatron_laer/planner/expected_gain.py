@@ -17,7 +17,7 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.clusters import SolveTime
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.prediction import stock_placement
+from megatron_laer.planner.outcome import stock_placement
 from megatron_laer.planner.sharding_choice import DRAWS, planned_seconds
 from megatron_laer.planner.token_prices import BY_RANK
 from megatron_laer.planner.typical import typical_counts_NE

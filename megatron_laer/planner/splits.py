@@ -17,7 +17,7 @@ from megatron_laer.config import Split
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
-from megatron_laer.planner.quotas import EvenSplit, even_split
+from megatron_laer.planner.quotas import EvenSplit, SplitTotals, even_split
 
 
 class Quotas(Protocol):
@@ -31,6 +31,10 @@ class Quotas(Protocol):
     @property
     def loads_S(self) -> Int64:
         """Return the tokens that each slot computes."""
+        ...
+
+    def totals(self) -> SplitTotals:
+        """Return the totals of slots and ranks."""
         ...
 
     def rank_row(self, rank: int) -> Int64:
@@ -87,6 +91,9 @@ class EvenQuotas:
     def loads_S(self) -> Int64:
         """Return the tokens that each slot computes; computed only if metrics read them."""
         return self.split.slot_loads(self.counts_NE)
+
+    def totals(self) -> SplitTotals:
+        return self.split.totals(self.counts_NE)
 
     def rank_row(self, rank: int) -> Int64:
         return self.split.rank_row(self.counts_NE, rank)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker
 
 from megatron_laer.planner.guard import in_words
-from megatron_laer.planner.prediction import predict
+from megatron_laer.planner.outcome import price
 from megatron_laer.runtime.build import current_device
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.session import current_coordinator
@@ -81,14 +81,14 @@ def collect(
             samples = layer.statistics.take_samples()
             if not samples:
                 continue
-            decision = newest[layer.name] = samples[-1].decision
+            newest[layer.name] = samples[-1].decision
             # Hybrid models number MTP layers past `mtp_layers`: these add to the last row.
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
             row = min(row, len(layers) - 1)
             passes = LayerPasses.of(coordinator.geometry.num_ranks, samples)
             guard = coordinator.layouts.guard_of(layer.index, coordinator.guard)
-            # For one microbatch only: a prediction takes as long as a decision.
-            layers[row] += LayerMetrics.of(passes, predict(guard, decision))
+            # For one microbatch only: a price takes as long as a decision.
+            layers[row] += LayerMetrics.of(passes, price(guard, samples[-1]))
         if newest and logger.isEnabledFor(logging.INFO):
             logger.info("FSEP: %s", in_words(newest))
     layers, rank = _sum_over_ranks(layers, rank)

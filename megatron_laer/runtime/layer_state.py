@@ -11,11 +11,11 @@ import torch
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.outcome import Outcome
 from megatron_laer.runtime.comm.collectives import LayoutTag
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.planning.pass_layouts import LayerPass
 from megatron_laer.runtime.weights.layer import FsepLayer
-from megatron_laer.telemetry.statistics import Sample
 
 # Maximum microbatches per layer and balance report: more would delay the step that logs.
 _SAMPLES = 32
@@ -83,12 +83,12 @@ class LayerStatistics:
 
     def __init__(self) -> None:
         self.sent = SentRows()
-        self._samples: deque[Sample] = deque(maxlen=_SAMPLES)
+        self._samples: deque[Outcome] = deque(maxlen=_SAMPLES)
 
-    def add_sample(self, sample: Sample) -> None:
+    def add_sample(self, sample: Outcome) -> None:
         self._samples.append(sample)
 
-    def take_samples(self) -> list[Sample]:
+    def take_samples(self) -> list[Outcome]:
         samples = list(self._samples)
         self._samples.clear()
         return samples

@@ -8,13 +8,13 @@ import torch
 
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.guard import Guard
+from megatron_laer.planner.outcome import Outcome
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
 from megatron_laer.runtime.planning.planner_rank import naming_flag
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
-from megatron_laer.telemetry.statistics import Sample
 from megatron_laer.telemetry.step_times import StepTimes
 
 
@@ -74,9 +74,9 @@ class Measurements:
         if self.recorder is not None:
             self.recorder.begin_step(step)
 
-    def add(self, layer: int, sample: Sample) -> None:
+    def add(self, layer: int, outcome: Outcome) -> None:
         if self.recorder is not None:
-            self.recorder.add(layer, sample)
+            self.recorder.add(layer, outcome)
 
     def end_step(self, status: PlannerStatus, version: int, received_bytes: int) -> None:
         if self.recorder is not None:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_laer.choices import Auto
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.guard import Guard
-from megatron_laer.planner.prediction import Prediction, predict
+from megatron_laer.planner.outcome import PRICES, Outcome, Price, price
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.clock import Clock
@@ -33,9 +34,8 @@ from megatron_laer.telemetry.statistics import (
     LayerMetrics,
     LayerPasses,
     RankMetrics,
-    Sample,
     named,
-    predicted_values,
+    priced_values,
 )
 from megatron_laer.telemetry.step_times import STEP, StepTimes
 
@@ -51,7 +51,7 @@ class _EndedStep:
 
     step: int
     layers: Sequence[LayerPasses]
-    predictions: Sequence[Prediction | None]
+    prices: Sequence[Price | None]
     status: PlannerStatus
     version: int
     received_bytes: int
@@ -88,9 +88,9 @@ class MetricsRecorder:
         self._layers = [LayerPasses.of(guard.geometry.num_ranks) for guard in self._guards]
         self.times.begin_step()
 
-    def add(self, layer: int, sample: Sample) -> None:
+    def add(self, layer: int, outcome: Outcome) -> None:
         if self._layers:
-            self._layers[layer].add(sample)
+            self._layers[layer].add(outcome)
 
     def end_step(self, status: PlannerStatus, version: int, received_bytes: int) -> None:
         """End a step, and write the steps whose times are known; an error ends the recording."""
@@ -103,15 +103,13 @@ class MetricsRecorder:
 
     def _end_step(self, status: PlannerStatus, version: int, received_bytes: int) -> None:
         self.times.end_step()
-        predictions = [
-            None if layer.last is None else predict(guard, layer.last)
+        prices = [
+            None if layer.last is None else price(guard, layer.last)
             for guard, layer in zip(self._guards, self._layers, strict=True)
         ]
         memory = memory_use(self._device)
         self._waiting.append(
-            _EndedStep(
-                self._step, self._layers, predictions, status, version, received_bytes, memory
-            )
+            _EndedStep(self._step, self._layers, prices, status, version, received_bytes, memory)
         )
         self._layers = []
         self._write()
@@ -157,25 +155,24 @@ class MetricsRecorder:
         self, step: _EndedStep, seconds: Mapping[Activity, float]
     ) -> dict[str, Sequence[float]]:
         rows = []
-        for name, passes, predicted in zip(self._names, step.layers, step.predictions, strict=True):
+        for name, passes, priced in zip(self._names, step.layers, step.prices, strict=True):
             exchanged_s = sum(
                 seconds.get(Activity(kind, name, backward), 0.0)
                 for kind in _EXCHANGES
                 for backward in (False, True)
             )
             changed_s = seconds.get(Activity(Kind.CHANGE, name, waits=True), 0.0)
-            predictions = [] if predicted is None else [predicted]
             rows.append(
                 passes.values()
                 | passes.host_values(changed_s, exchanged_s)
-                | predicted_values(predictions)
+                | priced_values([] if priced is None else [priced])
             )
         return {name: [row[name] for row in rows] for name in RECORDED_OF_LAYERS}
 
     def _metrics(self, step: _EndedStep, of_step: Mapping[str, float]) -> dict[str, float]:
         layers = [
-            LayerMetrics() if predicted is None else LayerMetrics.of(passes, predicted)
-            for passes, predicted in zip(step.layers, step.predictions, strict=True)
+            LayerMetrics() if priced is None else LayerMetrics.of(passes, priced)
+            for passes, priced in zip(step.layers, step.prices, strict=True)
         ]
         rank = RankMetrics(
             restore_exposed_ms=of_step["restore_wait_ms"],
@@ -201,7 +198,7 @@ def run_settings(
         "imbalance_tolerance": config.imbalance_tolerance,
         "plan_lag": config.plan_lag,
         "restore": config.restore,
-        "restore_algorithm": costs.restore_algorithm,
+        "restore_algorithm": Auto.AUTO if costs.by_layout else costs.restore_algorithm,
         "scheduler": config.scheduler,
         "gemm": config.gemm,
         "cluster": costs.cluster.name,
@@ -215,6 +212,7 @@ def run_settings(
         "token_intra_rows": costs.tokens.intra_rows,
         "token_inter_rows": costs.tokens.inter_rows,
         **priced,
+        "prices": PRICES,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "python": platform.python_version(),
     }

@@ -16,6 +16,7 @@ import torch
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.guard import Decision
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.outcome import Outcome
 from megatron_laer.runtime.comm.collectives import (
     CountsExchange,
     TokenSizesExchange,
@@ -31,7 +32,6 @@ from megatron_laer.runtime.planning.pass_layouts import PassLayouts
 from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.telemetry.statistics import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -142,9 +142,9 @@ class MicrobatchPlanner:
     ) -> None:
         microbatch = layer.count_pass(counts_NE)
         if self.layouts.mailbox is not None:
-            sample = Sample(decision, decide_s)
-            layer.statistics.add_sample(sample)
-            self.measurements.add(layer.index, sample)
+            outcome = Outcome(decision, decide_s)
+            layer.statistics.add_sample(outcome)
+            self.measurements.add(layer.index, outcome)
             if microbatch is not None:
                 self.layouts.mailbox.put(layer.index, *microbatch)
 

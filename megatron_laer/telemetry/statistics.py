@@ -1,6 +1,6 @@
 """Statistics of layers and ranks, for the log line and for recordings of metrics.
 
-`LayerPasses` adds up a layer's samples, one per decided pass. `LayerMetrics` and `RankMetrics` are
+`LayerPasses` adds up a layer's outcomes, one per decided pass. `LayerMetrics` and `RankMetrics` are
 sums over groups and ranks. `named` gives their names, which `metrics.py` describes. Nothing here
 measures time, so a report on a trace alone uses the same code.
 
@@ -12,36 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass, field
-from functools import cached_property
 
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_tokens_N
-from megatron_laer.planner.guard import Decision
-from megatron_laer.planner.prediction import Prediction
+from megatron_laer.planner.outcome import Outcome, Price
 from megatron_laer.telemetry.metrics import PERCENTILES
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """Decision on one pass of a layer, and the host's seconds for it."""
-
-    decision: Decision
-    decide_s: float = 0.0
-
-    @cached_property
-    def tokens_N(self) -> Int64:
-        return fsep_tokens_N(self.decision.quotas)
-
-    @cached_property
-    def ratio(self) -> float:
-        """Return the tokens of the busiest rank over the mean."""
-        return max_over_mean(self.tokens_N)
-
-    @cached_property
-    def stock_ratio(self) -> float:
-        return max_over_mean(stock_tokens_N(self.decision.quotas.counts_NE))
 
 
 @dataclass
@@ -66,37 +42,37 @@ class LayerPasses:
     costs_s: list[float] = field(default_factory=list)
     taken_cost_s: float = 0.0
     taken_decide_s: float = 0.0
-    last: Decision | None = None
+    last: Outcome | None = None
 
     @classmethod
-    def of(cls, num_ranks: int, samples: Iterable[Sample] = ()) -> LayerPasses:
+    def of(cls, num_ranks: int, outcomes: Iterable[Outcome] = ()) -> LayerPasses:
         passes = cls(np.zeros(num_ranks, dtype=np.int64))
-        for sample in samples:
-            passes.add(sample)
+        for outcome in outcomes:
+            passes.add(outcome)
         return passes
 
-    def add(self, sample: Sample) -> None:
-        decision, tokens_N = sample.decision, sample.tokens_N
-        self.last = decision
+    def add(self, outcome: Outcome) -> None:
+        decision, tokens_N = outcome.decision, outcome.tokens_N
+        self.last = outcome
         self.rank_tokens_N += tokens_N
         self.number += 1
         largest = int(tokens_N.max())
         if largest >= self.largest_tokens:
             self.largest_tokens = largest
             self.least_tokens = -(-int(tokens_N.sum()) // tokens_N.size)
-        self.ratios.append(sample.ratio)
-        self.stock_ratios.append(sample.stock_ratio)
+        self.ratios.append(outcome.ratio)
+        self.stock_ratios.append(outcome.stock_ratio)
         layout = decision.layout
         used = int(layout.replicas_E.sum()) - layout.num_experts
         self.replicas.append(used / layout.num_ranks)
-        self.decide_s.append(sample.decide_s)
+        self.decide_s.append(outcome.decide_s)
         if decision.gain_s is not None and decision.cost_s is not None:
             self.gains_s.append(decision.gain_s)
             self.costs_s.append(decision.cost_s)
         if decision.replanned:
             self.fresh += 1
             self.changed_slots += decision.changed_slots
-            self.taken_decide_s += sample.decide_s
+            self.taken_decide_s += outcome.decide_s
             self.taken_cost_s += math.nan if decision.cost_s is None else decision.cost_s
 
     def values(self) -> dict[str, float]:
@@ -129,13 +105,13 @@ class LayerPasses:
         }
 
 
-def predicted_values(predictions: Sequence[Prediction]) -> dict[str, float]:
-    """Return the means of some passes' predictions, by the names of recordings."""
+def priced_values(prices: Sequence[Price]) -> dict[str, float]:
+    """Return the means of some passes' prices, by the names of recordings."""
     return {
-        "predicted_ms": mean([of.layer_s for of in predictions]) * 1e3,
-        "stock_ms": mean([of.stock_s for of in predictions]) * 1e3,
-        "balanced_ms": mean([of.balanced_s for of in predictions]) * 1e3,
-        "bound_ms": mean([of.bound_s for of in predictions]) * 1e3,
+        "predicted_ms": mean([of.layer_s for of in prices]) * 1e3,
+        "stock_ms": mean([of.stock_s for of in prices]) * 1e3,
+        "balanced_ms": mean([of.balanced_s for of in prices]) * 1e3,
+        "bound_ms": mean([of.bound_s for of in prices]) * 1e3,
     }
 
 
@@ -163,8 +139,8 @@ class LayerMetrics:
     groups: float = 0.0
 
     @classmethod
-    def of(cls, passes: LayerPasses, predicted: Prediction) -> LayerMetrics:
-        """Return one group's metrics, from at least one pass and the prediction of the newest."""
+    def of(cls, passes: LayerPasses, price: Price) -> LayerMetrics:
+        """Return one group's metrics, from at least one pass and the price of the newest."""
         return cls(
             imbalance=mean(passes.ratios),
             stock_imbalance=mean(passes.stock_ratios),
@@ -172,9 +148,9 @@ class LayerMetrics:
             replicas=mean(passes.replicas),
             without_replicas=passes.replicas.count(0) / passes.number,
             decide_ms=mean(passes.decide_s) * 1e3,
-            predicted_ms=predicted.layer_s * 1e3,
-            balanced_ms=predicted.balanced_s * 1e3,
-            bound_ms=predicted.bound_s * 1e3,
+            predicted_ms=price.layer_s * 1e3,
+            balanced_ms=price.balanced_s * 1e3,
+            bound_ms=price.bound_s * 1e3,
             groups=1.0,
         )
 

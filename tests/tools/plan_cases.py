@@ -35,7 +35,7 @@ def drifting_trace(steps=6, layers=2, microbatches=3, ranks=4, experts=8, seed=0
 
 def table(trace, capacity=3, node_size=2, strategies=STRATEGIES, modes=MODES, **more):
     geometry = Geometry(trace.num_ranks, trace.num_experts, capacity, node_size)
-    rows = simulate(trace, [geometry], COSTS, strategies, modes, **more)
+    rows = simulate(trace, {geometry: COSTS}, strategies, modes, **more)
     return {(row.strategy, row.mode): row for row in rows}
 
 

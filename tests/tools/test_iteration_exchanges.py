@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
@@ -18,6 +19,7 @@ from megatron_laer.tools.simulator.iteration.predict import predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.replay import LayerPolicy
 from megatron_laer.tools.traces.workloads import WorkloadShape, workload_trace
 from tests.tools.plan_cases import drifting_trace
 from tests.tools.test_iteration_work import H100, MODEL, TINY, predicted
@@ -61,6 +63,18 @@ def test_replicas_that_are_held_move_once_per_step():
     assert by_step.memory_bytes["restored_gradients"] == slots * 4 + slots / 4 * 2
 
 
+def test_steps_without_replicas_count_no_bytes_of_them():
+    skewed, even = (workload_trace(name, WorkloadShape(8, 8, 2, 2**17), 4) for name in ("W1", "W0"))
+    counts_RNE = np.concatenate([even.counts_RNE[:2], skewed.counts_RNE[2:]])
+    homes = {"names": [FSEP], "mode": "forecast", "sharding": Sharding.EXPERTS}
+    # The second step's forecast is even, and the last one's skewed.
+    found, always = (
+        predicted(trace, **homes)[FSEP].bytes_by_kind["intra"]["restore"]
+        for trace in (replace(even, counts_RNE=counts_RNE), skewed)
+    )
+    assert 0 < found == always / 2
+
+
 HOMES = Geometry(8, 8, 3, 8, Sharding.EXPERTS)
 
 
@@ -71,13 +85,13 @@ def of_layout(model, recompute=Recompute.NONE, **settings):
     """
     rates = Rates(H100, 2, fp8=model.fp8 is not None)
     layout = HOMES.random_layout((1,))
-    strategy = SimpleNamespace(plan=lambda counts_NE, current: layout)
+    policy = LayerPolicy(SimpleNamespace(plan=lambda counts_NE, current: layout), layout)
     costs = CostModel(H100, model.hidden, model.expert_ffn, True, 2, recompute, fp8=model.fp8)
     settings = MethodSettings(HOMES, costs, PlanMode.FORECAST, **settings)
 
     def planned(method):
         make = method.layer_planner
-        return replace(method, layer_planner=lambda layer: replace(make(layer), strategy=strategy))
+        return replace(method, layer_planner=lambda layer: replace(make(layer), policy=policy))
 
     method = planned(make_method(FSEP, settings, rates))
     if method.in_bf16 is not None:

@@ -18,6 +18,7 @@ from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.tools import cli
+from megatron_laer.tools.cli.prediction_settings import prediction_settings
 from megatron_laer.tools.report.what_if import what_if
 from megatron_laer.tools.simulator.node_rows import NodeRows, by_cause, home_pairs
 from tests.tools.plan_cases import drifting_trace, recording
@@ -98,7 +99,7 @@ def test_all_four_tools_print_the_same_rows(tmp_path, capsys):
     assert methods["fsep"]["node_rows"]["replicas"] == pytest.approx(static["replicas"])
     assert "rows between nodes shared" in text
 
-    costs = CostModel(load_cluster("h100-8"), 4096, 14336, True, 2)
-    exchange = {"token_exchange": TokenExchange.NODE, "top_k": 2, "flags": [], "tolerance": None}
-    rows = what_if(str(path), trace, Geometry(4, 8, 3, 2), costs, 99, **exchange)
+    given = {"cluster": "h100-8", "config": None, "token_exchange": "node"}
+    settings = prediction_settings(given, None, None)
+    rows = what_if(str(path), trace, Geometry(4, 8, 3, 2), settings, 99)
     assert rows[0].row.node_rows == pytest.approx(stock)

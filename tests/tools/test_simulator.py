@@ -112,7 +112,7 @@ def test_exchanges_of_replicas_count_where_experts_are_at_home(monkeypatch):
         return make_strategy(name, geometry=geometry, costs=costs)
 
     monkeypatch.setattr(comparison, "make_strategy", made)
-    found = simulate(trace, [geometry], costs, ["static", "greedy"], ["forecast", "adaptive"])
+    found = simulate(trace, {geometry: costs}, ["static", "greedy"], ["forecast", "adaptive"])
     rows = {(row.strategy, row.mode): row for row in found}
     stock, static = rows[STOCK, "-"], rows["static", "forecast"]
     # The host has one more slot to read.
@@ -163,7 +163,7 @@ def test_microbatches_without_tokens_or_forecast_are_no_cases(trace):
 def test_a_plan_takes_no_more_memory_than_is_asked_for(trace, monkeypatch):
     wide = trace.with_ranks(512)
     tracemalloc.start()
-    simulate(wide, [Geometry(512, 8, 3, 8)], COSTS, strategy_names(), MODES)
+    simulate(wide, {Geometry(512, 8, 3, 8): COSTS}, strategy_names(), MODES)
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     sizes = {"record_bytes": 4 * len(wide), "forecasts": 4, "purpose": "planning"}

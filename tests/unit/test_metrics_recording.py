@@ -30,7 +30,7 @@ from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_to
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.prediction import predict
+from megatron_laer.planner.outcome import PRICES, Outcome, price
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
@@ -47,9 +47,8 @@ from megatron_laer.telemetry.statistics import (
     LayerMetrics,
     LayerPasses,
     RankMetrics,
-    Sample,
     named,
-    predicted_values,
+    priced_values,
 )
 from megatron_laer.telemetry.step_times import STEP, StepTimes
 from megatron_laer.tools.report.metrics_recording import read_metrics
@@ -131,6 +130,7 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
         fp8=Fp8Recipe(run["fp8_recipe"]),
     )
     assert {name: int(run[name]) for name in priced} == priced
+    assert int(run["prices"]) == PRICES
 
 
 def test_times_are_those_between_exchanges(recorded: Path) -> None:
@@ -187,16 +187,16 @@ def test_layers_out_of_fp8_are_predicted_at_the_prices_of_bf16(tmp_path: Path) -
     decision = in_fp8.decide(counts_NE(0, 0, 0), ExpertLayout.static(4, 3, 8))
     recorder.begin_step(0)
     for layer in range(len(LAYERS)):
-        recorder.add(layer, Sample(decision, 1e-3))
+        recorder.add(layer, Outcome(decision, 1e-3))
     recorder.end_step(PlannerStatus(), 0, received_bytes=0)
     recorder.close()
-    expected_s = [predict(guard, decision).layer_s for guard in (in_fp8, GUARD)]
+    expected_s = [price(guard, Outcome(decision)).layer_s for guard in (in_fp8, GUARD)]
     (found_L,) = read_metrics(path).of_layers["predicted_ms"]
     assert found_L.tolist() == pytest.approx([1e3 * seconds for seconds in expected_s], rel=1e-3)
     assert expected_s[0] < expected_s[1]
 
 
-@pytest.mark.parametrize("broken", ["predict", "MetricsWriter.append"])
+@pytest.mark.parametrize("broken", ["price", "MetricsWriter.append"])
 def test_a_recording_that_ended_keeps_nothing_of_later_steps(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, broken: str
 ) -> None:
@@ -207,7 +207,7 @@ def test_a_recording_that_ended_keeps_nothing_of_later_steps(
     with mock.patch(f"{MetricsRecorder.__module__}.{broken}", side_effect=OSError("no space")):
         for step in range(3):
             recorder.begin_step(step)
-            recorder.add(0, Sample(decision, 1e-3))
+            recorder.add(0, Outcome(decision, 1e-3))
             recorder.end_step(PlannerStatus(), step, received_bytes=0)
     assert caplog.text.count("the recording of metrics ends at step 0: no space") == 1
     assert recorder.times.take() is None
@@ -283,7 +283,7 @@ def test_passes_add_up_and_what_was_weighed_is_averaged() -> None:
     assert [decision.replanned for decision in decisions] == [True, False, True]
     passes = LayerPasses.of(ranks)
     for decision in decisions:
-        passes.add(Sample(decision))
+        passes.add(Outcome(decision))
 
     tokens = [fsep_tokens_N(decision.quotas) for decision in decisions]
     assert passes.rank_tokens_N.tolist() == sum(tokens).tolist()
@@ -308,11 +308,11 @@ def test_replicas_are_counted_per_rank_and_passes_without_them() -> None:
     layouts = [ExpertLayout.at_home(*GEOMETRY.shape), with_holes(static, 1.0, 0), static]
     decision = GUARD.decide(counts_NE(0, 0, 0), static)
     passes = LayerPasses.of(
-        GEOMETRY.num_ranks, [Sample(replace(decision, layout=one)) for one in layouts]
+        GEOMETRY.num_ranks, [Outcome(replace(decision, layout=one)) for one in layouts]
     )
     assert passes.values()["replicas"] == pytest.approx(1 / 3)
     assert passes.values()["without_replicas"] == 2
-    found, _ = named([LayerMetrics.of(passes, predict(GUARD, decision))], RankMetrics())
+    found, _ = named([LayerMetrics.of(passes, price(GUARD, Outcome(decision)))], RankMetrics())
     assert found["fsep_replicas"] == pytest.approx(1 / 3)
     assert found["fsep_passes_without_replicas"] == pytest.approx(2 / 3)
 
@@ -323,14 +323,15 @@ def mean(values: Iterable[float]) -> Any:
 
 def test_predictions_are_averaged_and_nothing_is_no_number() -> None:
     planned = ExpertLayout.static(4, 3, 8)
-    found = [predict(GUARD, GUARD.decide(counts_NE(0, 0, of), planned)) for of in range(2)]
-    assert predicted_values(found) == {
+    outcomes = [Outcome(GUARD.decide(counts_NE(0, 0, of), planned)) for of in range(2)]
+    found = [price(GUARD, outcome) for outcome in outcomes]
+    assert priced_values(found) == {
         "predicted_ms": mean(1e3 * of.layer_s for of in found),
         "stock_ms": mean(1e3 * of.stock_s for of in found),
         "balanced_ms": mean(1e3 * of.balanced_s for of in found),
         "bound_ms": mean(1e3 * of.bound_s for of in found),
     }
-    values = LayerPasses.of(4).values() | predicted_values([])
+    values = LayerPasses.of(4).values() | priced_values([])
     assert all(value == 0 or math.isnan(value) for value in values.values())
     assert set(values) <= {*RECORDED_OF_LAYERS}
 

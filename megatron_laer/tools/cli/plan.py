@@ -11,15 +11,9 @@ from megatron_laer.choices import Auto, ExchangeAlgorithm, Recompute, Sharding, 
 from megatron_laer.config import FSEPConfig, lays_out_freely
 from megatron_laer.files import memory
 from megatron_laer.files.checks import one_line
-from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.planner.token_exchange import (
-    choose_token_exchange,
-    token_seconds,
-    with_token_exchange,
-)
+from megatron_laer.planner.token_exchange import token_seconds
 from megatron_laer.tools.cli import fp8_flags, plan_homes, routing_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -45,11 +39,8 @@ from megatron_laer.tools.simulator import plan_output
 from megatron_laer.tools.simulator.comparison import (
     BASELINES,
     MODES,
-    STOCK,
     TOLERANCE,
-    PlanRow,
     chosen_cases,
-    mean_tokens,
     simulate,
 )
 from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
@@ -112,7 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     again = f"what backward computes again, {predicted}: nothing; all of an MoE layer, token"
     for flag, words, text in (
         ("--sharding", [*Sharding], "rows of every expert on each rank, or home experts"),
-        ("--restore-algorithm", [*ExchangeAlgorithm], "how experts are fetched"),
+        ("--restore-algorithm", [*ExchangeAlgorithm, Auto.AUTO], "how experts are fetched"),
         ("--token-exchange", [*TokenExchange, Auto.AUTO], f"how tokens travel, {predicted}"),
         ("--recompute", [*Recompute], f"{again} exchanges included; or its compute alone"),
     ):
@@ -168,21 +159,11 @@ def run(args: argparse.Namespace) -> int:
     )
     chosen_cases(recorded, args.lag, args.every)  # refuses a trace without any
     trace = recorded.with_ranks(num_ranks)
-    top_k = min(sizes.top_k, trace.num_experts)
-    tokens = mean_tokens(trace, top_k)
-    exchange = settings.token_exchange
-
-    def costs_of(geometry: Geometry) -> CostModel:
-        """Return prices with the geometry's own exchange, as in training."""
-        word = (
-            choose_token_exchange(costs, geometry, top_k, tokens)
-            if exchange == Auto.AUTO
-            else TokenExchange(exchange)
-        )
-        return with_token_exchange(costs, word, geometry, top_k, tokens)
-
+    top_k = settings.top_k(trace)
+    tokens = trace.tokens_per_rank(top_k)
+    shapes = settings.priced(trace, geometries)
     exchange_s = token_seconds(costs, geometries[0], top_k, tokens)
-    priced = ", ".join(dict.fromkeys(costs_of(one).tokens.exchange for one in geometries))
+    priced = ", ".join(dict.fromkeys(of.tokens.exchange for of in shapes.values()))
     about = {
         "trace": source,
         "steps": len(set(trace.step_R.tolist())),
@@ -197,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
         "bytes_per_element": costs.bytes_per_element,
         "fp8_recipe": costs.fp8,
         "sharding": settings.sharding,
-        "restore_algorithm": costs.restore_algorithm,
+        "restore_algorithm": settings.restore_algorithm,
         "recompute": costs.recompute,
         "from_recording": from_recording,
         "token_exchange": priced,
@@ -237,21 +218,16 @@ def run(args: argparse.Namespace) -> int:
     )
 
     strategies = args.strategy or [*BASELINES, FSEPConfig().planner]
-    rows: list[PlanRow] = []
-    for geometry in geometries:  # each with its prices
-        found = simulate(
-            trace,
-            [geometry],
-            costs_of(geometry),
-            strategies,
-            args.mode or MODES,
-            tolerance=tolerance,
-            lag=args.lag,
-            every=args.every,
-            progress=bar("planning", unit="case"),
-        )
-        # Stock's row is the same for every capacity.
-        rows += [row for row in found if not rows or row.strategy != STOCK]
+    rows = simulate(
+        trace,
+        shapes,
+        strategies,
+        args.mode or MODES,
+        tolerance=tolerance,
+        lag=args.lag,
+        every=args.every,
+        progress=bar("planning", unit="case"),
+    )
     # Files first: a reader of the table that stops early would end the command.
     if args.json is not None:
         plan_output.write_json(args.json, about, rows)

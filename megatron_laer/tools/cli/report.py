@@ -7,7 +7,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_laer.choices import TokenExchange
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.geometry import Geometry
@@ -153,26 +152,23 @@ def _read(
             [] if args.capacity is None else [args.capacity],
             args.node_size,
         )
-        costs = settings.priced(trace, geometry)
-        shown = replayed_run(files.name, trace, geometry, costs, bar("deciding", leave=False))
+        ((of, costs),) = settings.priced(trace, [geometry]).items()
+        shown = replayed_run(files.name, trace, of, costs, bar("deciding", leave=False))
     rows: list[WhatIf] = []
     if trace is not None:
         rows = what_if(
             str(files.trace),
             trace,
             geometry,
-            settings.costs,
+            settings,
             cases,
-            token_exchange=TokenExchange(settings.token_exchange),
-            top_k=settings.sizes.top_k,
-            tolerance=settings.tolerance,
-            flags=[
+            [
                 word
                 for flag, value in given.items()
                 if value is not None
                 for word in (f"--{flag}", value)
             ],
-            progress=bar("what if", leave=False),
+            bar("what if", leave=False),
         )
     if settings.note and (rows or not shown.is_measured):
         print(one_line(f"report: {settings.note}"), file=sys.stderr)

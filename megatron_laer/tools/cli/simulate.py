@@ -29,7 +29,11 @@ from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.sharding_choice import Candidate, choose_geometry
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
+from megatron_laer.planner.token_exchange import (
+    choose_token_exchange,
+    counting_visits,
+    with_token_exchange,
+)
 from megatron_laer.tools.cli import simulate_checks, simulate_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -215,7 +219,9 @@ def _simulate(
     tokens = tokens_of(routing, model)
     costs = planner_costs(model, rates[0], simulate_input.recompute_of(args), routing)
     chosen = _chosen(args, geometry, config, model, costs)
-    geometry, costs = chosen.geometry, chosen.costs
+    costs = chosen.costs
+    visited = TokenExchange.RANK if args.token_exchange == FLEX else costs.tokens.exchange
+    geometry = counting_visits(chosen.geometry, visited, model.topk)
     shape = simulate_input.run_shape(args, geometry, tokens, trace)
     simulate_input.can_overlap(args, shape, model)
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer

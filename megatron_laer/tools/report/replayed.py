@@ -7,24 +7,24 @@ Legend: T steps, L MoE layers, N ranks, E experts, R records.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from megatron_laer.arrays import Int64
 from megatron_laer.config import FSEPConfig, PlanMode
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.prediction import predict
+from megatron_laer.planner.outcome import price
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.telemetry.metrics_file import Shape
-from megatron_laer.telemetry.statistics import LayerPasses, Sample, predicted_values
+from megatron_laer.telemetry.statistics import LayerPasses, priced_values
 from megatron_laer.tools.report.recorded import stock_tokens_TLN
 from megatron_laer.tools.report.run_data import Float64, RunData, expert_tokens_TLE, shape_settings
-from megatron_laer.tools.simulator.replay import walk
+from megatron_laer.tools.simulator.replay import LayerPolicy, decide, layer_steps, walk
 from megatron_laer.tools.traces.records import Trace
 
 # Maximum decisions per replay; each takes about a millisecond.
@@ -45,8 +45,8 @@ def replayed_run(
     if not trace.counts_RNE.any():
         raise ValueError(f"trace {name!r} holds no tokens; record a run that routes some")
     num_layers = len(trace.layers)
-    groups = {*zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True)}
-    all_steps = sorted({step for step, _ in groups})
+    groups = list(layer_steps(trace))
+    all_steps = sorted({of.step for of in groups})
     decisions = -(-len(trace) // len(all_steps)) * len(all_steps)
     stride = max(1, -(-decisions // MOST_CASES))
     steps = all_steps[::stride]
@@ -54,29 +54,24 @@ def replayed_run(
     shape = (len(steps), num_layers)
     tokens_TLN = np.zeros((*shape, geometry.num_ranks), dtype=np.int64)
     of_layers: dict[str, Float64] = {}
-    layouts: dict[int, ExpertLayout] = {}
     planned: dict[int, list[ExpertLayout]] = {}
     strategy = make_strategy(STRATEGY, geometry=geometry, costs=costs)
     guard = Guard(MODE, costs, geometry)
     static = geometry.static_layout
-
-    def total_NE(records: Sequence[int]) -> Int64:
-        summed: Int64 = trace.counts_RNE[records].sum(axis=0, dtype=np.int64)
-        return summed
-
-    walked = zip(progress(range(len(groups))), walk(trace, 1, total_NE), strict=True)
-    for _, (step, layer, records, forecast) in walked:
-        if step in at:
-            layout = layouts.get(layer, static)
-            if forecast is not None:
-                layout = strategy.plan(forecast.counts_NE(), layout)
-            layouts[layer] = layout
-            planned.setdefault(step, [static] * num_layers)[layer] = layout
-            place = at[step], layer
-            counts = [trace.counts_NE(record) for record in records]
-            tokens_TLN[place], values = _decided(guard, layout, counts)
-            for metric, value in values.items():
-                of_layers.setdefault(metric, np.full(shape, np.nan))[place] = value
+    policies = defaultdict[int, LayerPolicy](lambda: LayerPolicy(strategy, static))
+    for _, ((step, layer, records), forecast) in zip(progress(groups), walk(trace, 1), strict=True):
+        if step not in at:
+            continue
+        policy = policies[layer]
+        layout = policy.layout if forecast is None else policy.plan(forecast.counts_NE())
+        planned.setdefault(step, [static] * num_layers)[layer] = layout
+        place = at[step], layer
+        outcomes = [decide(guard, trace.counts_NE(record), layout) for record in records]
+        passes = LayerPasses.of(geometry.num_ranks, outcomes)
+        tokens_TLN[place] = passes.rank_tokens_N
+        prices = [price(guard, outcome) for outcome in outcomes]
+        for metric, value in (passes.values() | priced_values(prices)).items():
+            of_layers.setdefault(metric, np.full(shape, np.nan))[place] = value
 
     steps_T = np.array(steps, dtype=np.int64)
     experts_TLE = expert_tokens_TLE(
@@ -114,17 +109,6 @@ def replayed_run(
         notes=_notes(stride, len(all_steps)),
         sharding=geometry.sharding,
     )
-
-
-def _decided(
-    guard: Guard, layout: ExpertLayout, microbatches: Sequence[Int64]
-) -> tuple[Int64, dict[str, float]]:
-    passes, predictions = LayerPasses.of(guard.geometry.num_ranks), []
-    for counts_NE in microbatches:
-        decision = guard.decide(counts_NE, layout)
-        passes.add(Sample(decision))
-        predictions.append(predict(guard, decision))
-    return passes.rank_tokens_N, passes.values() | predicted_values(predictions)
 
 
 def _notes(stride: int, num_steps: int) -> list[str]:

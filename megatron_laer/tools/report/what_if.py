@@ -9,20 +9,12 @@ import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_laer.choices import TokenExchange
 from megatron_laer.config import FSEPConfig
-from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES
-from megatron_laer.planner.prediction import forced_balance_counts_NE, stock_seconds
-from megatron_laer.planner.token_exchange import with_token_exchange
-from megatron_laer.tools.simulator.comparison import (
-    TOLERANCE,
-    PlanRow,
-    chosen_cases,
-    mean_tokens,
-    simulate,
-)
+from megatron_laer.planner.outcome import balanced_seconds
+from megatron_laer.tools.simulator.comparison import TOLERANCE, PlanRow, chosen_cases, simulate
+from megatron_laer.tools.simulator.run_settings import RunSettings
 from megatron_laer.tools.traces.records import Trace
 
 _STRATEGY = FSEPConfig().planner
@@ -46,55 +38,42 @@ def what_if(
     path: str,
     trace: Trace,
     geometry: Geometry,
-    costs: CostModel,
+    settings: RunSettings,
     most_cases: int,
-    *,
-    token_exchange: TokenExchange,
-    top_k: int,
-    tolerance: float | None,
-    flags: Sequence[str],
+    flags: Sequence[str] = (),
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> list[WhatIf]:
     """Compute rows from at most `most_cases` microbatches; none for a trace of one step.
 
-    `costs` assume that tokens travel by rank. A run with a `tolerance` has it as a mode more.
-    `path` and `flags` are for the printed commands.
+    A run with a tolerance has it as a mode more. `path` and `flags` are for the printed commands.
     """
     if most_cases == 0 or not trace.counts_RNE.any() or len(set(trace.step_R.tolist())) <= _LAG:
         return []
     cases = len(chosen_cases(trace, _LAG, 1))
     every = _prime_from(-(-cases // most_cases))
     every = every if every <= cases else 1
-    modes = [mode.value for mode in GUARD_MODES] + [TOLERANCE] * (tolerance is not None)
-    top_k = min(top_k, geometry.num_experts)
-    tokens = mean_tokens(trace, top_k)
-    rows: list[PlanRow] = []
-    homes = geometry.home_slots
+    tolerance, homes = settings.tolerance, geometry.home_slots
     least = homes + 1 if homes else -(-geometry.num_experts // geometry.num_ranks)
     around = (geometry.capacity - 1, geometry.capacity, geometry.capacity + 1)
-    for slots in (slots for slots in around if least <= slots <= geometry.num_experts):
-        one = replace(geometry, capacity=slots)
-        # As `plan` prices a single capacity.
-        priced = with_token_exchange(costs, token_exchange, one, top_k, tokens)
-        found = simulate(
-            trace,
-            [one],
-            priced,
-            [_STRATEGY],
-            modes,
-            tolerance=tolerance or 0.0,
-            lag=_LAG,
-            every=every,
-            progress=progress,
-        )
-        # Stock's row is the same for every capacity.
-        rows += [row for row in found if not rows or row.strategy == _STRATEGY]
+    shapes = [
+        replace(geometry, capacity=slots)
+        for slots in around
+        if least <= slots <= geometry.num_experts
+    ]
+    priced = settings.priced(trace, shapes)
+    rows = simulate(
+        trace,
+        priced,
+        [_STRATEGY],
+        [mode.value for mode in GUARD_MODES] + [TOLERANCE] * (tolerance is not None),
+        tolerance=tolerance or 0.0,
+        lag=_LAG,
+        every=every,
+        progress=progress,
+    )
+    own = next(of for of in priced if of.capacity == geometry.capacity)
     balanced_s = [
-        stock_seconds(
-            costs,
-            geometry,
-            forced_balance_counts_NE(trace.counts_NE(case).sum(axis=1), geometry.num_experts),
-        )
+        balanced_seconds(priced[own], own, trace.counts_NE(case))
         for case in chosen_cases(trace, _LAG, every)
     ]
     balanced_ms = sum(balanced_s) / len(balanced_s) * 1e3
@@ -103,7 +82,7 @@ def what_if(
             row,
             f"{row.mode} {tolerance}" if row.mode == TOLERANCE else row.mode,
             balanced_ms / row.layer_ms,
-            _command(path, geometry, costs, token_exchange, tolerance, flags, every, row),
+            _command(path, geometry, settings, flags, every, row),
         )
         for row in rows
     ]
@@ -112,26 +91,24 @@ def what_if(
 def _command(
     path: str,
     geometry: Geometry,
-    costs: CostModel,
-    token_exchange: TokenExchange,
-    tolerance: float | None,
+    settings: RunSettings,
     flags: Sequence[str],
     every: int,
     row: PlanRow,
 ) -> str:
     """Return the command that prints this row; every command prints stock's row first."""
-    is_stock = row.strategy != _STRATEGY
+    costs, is_stock = settings.costs, row.strategy != _STRATEGY
     capacity = geometry.capacity if is_stock else row.capacity
     mode = GUARD_MODES[0].value if is_stock else row.mode
     words = [
         *("python", "-m", "megatron_laer", "plan", path),
         *("--capacity", str(capacity), "--strategy", _STRATEGY, "--mode", mode),
         *("--ranks", str(geometry.num_ranks), "--node-size", str(geometry.node_size)),
-        *(("--tolerance", str(tolerance)) if mode == TOLERANCE else ()),
+        *(("--tolerance", str(settings.tolerance)) if mode == TOLERANCE else ()),
         *flags,
         *("--sharding", geometry.sharding),
-        *("--restore-algorithm", costs.restore_algorithm, "--recompute", costs.recompute),
-        *("--token-exchange", token_exchange),
+        *("--restore-algorithm", settings.restore_algorithm, "--recompute", costs.recompute),
+        *("--token-exchange", settings.token_exchange),
         *(("--every", str(every)) if every > 1 else ()),
     ]
     return shlex.join(words)

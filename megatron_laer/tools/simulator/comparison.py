@@ -8,8 +8,10 @@ Legend: N ranks, E experts, R records.
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -20,11 +22,20 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.outcome import Outcome, price
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_prices import BY_RANK
-from megatron_laer.tools.simulator.node_rows import by_cause
-from megatron_laer.tools.simulator.replay import Outcome, evaluate, restored_bytes, walk
+from megatron_laer.tools.simulator.node_rows import NodeRows, by_cause
+from megatron_laer.tools.simulator.replay import (
+    LayerPolicy,
+    busiest_rank,
+    changed_traffic,
+    decide,
+    layer_steps,
+    restored_bytes,
+    walk,
+)
 from megatron_laer.tools.traces.records import Trace
 
 STOCK = "stock EP"
@@ -69,42 +80,97 @@ class PlanRow:
     ratios_R: tuple[float, ...] = field(repr=False)
 
 
-@dataclass
+class _Case(NamedTuple):
+    """Figures of one outcome, whose arrays would not fit in memory for all cases."""
+
+    ratio: float
+    load_over_bound: float
+    rows: NodeRows
+    layer_s: float
+    bound_s: float
+    replanned: bool
+    fetched_bytes: int
+    gate_s: float
+
+    @classmethod
+    def of(cls, guard: Guard, outcome: Outcome) -> _Case:
+        decision, tokens_N, of = outcome.decision, outcome.tokens_N, price(guard, outcome)
+        least = -(-int(tokens_N.sum()) // tokens_N.size)
+        node_size, prices = guard.geometry.node_size, guard.costs.tokens
+        fetched = busiest_rank(changed_traffic(guard, decision)) if decision.replanned else 0
+        return cls(
+            ratio=outcome.ratio,
+            load_over_bound=int(tokens_N.max()) / least,
+            rows=NodeRows.of(outcome.counts_NE, node_size, outcome.totals, prices),
+            layer_s=of.layer_s,
+            bound_s=of.bound_s,
+            replanned=decision.replanned,
+            fetched_bytes=fetched,
+            gate_s=outcome.decide_s,
+        )
+
+
 class _Planner:
-    """Strategy (None for stock EP) with its layouts by layer, and each mode's outcomes."""
+    """Strategy (None for stock EP) with its layouts by layer, and the cases of each mode."""
 
-    name: str
-    strategy: Strategy | None
-    geometry: Geometry
-    guards: dict[str, Guard]
-    outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
-    layouts: dict[int, ExpertLayout] = field(default_factory=dict)
-    plan_s: list[float] = field(default_factory=list)
-    restored_bytes: list[int] = field(default_factory=list)
+    def __init__(
+        self, name: str, strategy: Strategy | None, geometry: Geometry, guards: Mapping[str, Guard]
+    ) -> None:
+        self.name, self.geometry, self.guards = name, geometry, guards
+        self.cases: dict[str, list[_Case]] = {mode: [] for mode in guards}
+        self.plan_s: list[float] = []
+        self.restored_bytes: list[int] = []
+        self._layers: defaultdict[int, LayerPolicy] = defaultdict(
+            lambda: LayerPolicy(strategy, geometry.static_layout)
+        )
 
-    def plan(self, layer: int, forecast_NE: Int64, costs: CostModel) -> None:
-        current = self.layouts.get(layer) or self.geometry.static_layout
-        if self.strategy is not None:
-            start_s = time.perf_counter()
-            current = self.strategy.plan(forecast_NE, current)
+    def plan(self, layer: int, forecast_NE: Int64, costs: CostModel) -> ExpertLayout:
+        policy = self._layers[layer]
+        start_s = time.perf_counter()
+        layout = policy.plan(forecast_NE)
+        if policy.strategy is not None:
             self.plan_s.append(time.perf_counter() - start_s)
-            self.restored_bytes.append(restored_bytes(Placed(current, self.geometry), costs))
-        self.layouts[layer] = current
-
-    def decide(self, layer: int, counts_NE: Int64) -> None:
-        for mode, guard in self.guards.items():
-            outcome = evaluate(guard, counts_NE, self.layouts[layer])
-            self.outcomes.setdefault(mode, []).append(outcome)
+            self.restored_bytes.append(restored_bytes(Placed(layout, self.geometry), costs))
+        return layout
 
     def rows(self) -> Iterator[PlanRow]:
-        for mode, outcomes in self.outcomes.items():
-            yield _row(self, mode, outcomes)
+        for mode in self.guards:
+            yield self._row(mode)
+
+    def _row(self, mode: str) -> PlanRow:
+        cases = self.cases[mode]
+        ratios = np.array([case.ratio for case in cases])
+        fetched_bytes = float(np.mean([case.fetched_bytes for case in cases]))
+        off_node = sum(case.rows.off_node for case in cases)
+        seconds = sum(case.layer_s for case in cases)
+        return PlanRow(
+            strategy=self.name,
+            mode=mode,
+            split=self.guards[mode].split,
+            capacity=self.geometry.capacity,
+            cases=len(cases),
+            mean=float(ratios.mean()),
+            p95=float(np.percentile(ratios, 95)),
+            p99=float(np.percentile(ratios, 99)),
+            max=float(ratios.max()),
+            load_over_bound=float(np.mean([case.load_over_bound for case in cases])),
+            off_node_share=off_node / sum(case.rows.pairs for case in cases),
+            off_node_tokens=off_node / len(cases),
+            node_rows=by_cause(case.rows for case in cases),
+            replan_share=float(np.mean([case.replanned for case in cases])),
+            plan_ms=float(np.median(self.plan_s or [0.0])) * 1e3,
+            gate_ms=float(np.median([case.gate_s for case in cases])) * 1e3,
+            restored_bytes=float(np.mean(self.restored_bytes or [0])) + fetched_bytes,
+            fetched_bytes=fetched_bytes,
+            layer_ms=seconds / len(cases) * 1e3,
+            time_over_bound=seconds / sum(case.bound_s for case in cases),
+            ratios_R=tuple(ratios.tolist()),
+        )
 
 
 def simulate(
     trace: Trace,
-    geometries: Sequence[Geometry],
-    costs: CostModel,
+    priced: Mapping[Geometry, CostModel],
     strategies: Sequence[str],
     modes: Sequence[str],
     *,
@@ -115,45 +181,53 @@ def simulate(
 ) -> list[PlanRow]:
     """Run all strategies and modes over a trace; `progress` wraps the cases, as tqdm does.
 
-    Stock expert parallelism is the first row if E is a multiple of N. `geometries` differ in
-    capacity alone. `lag` is the age of the newest counts behind a layout, in recorded steps.
-    `every` is the stride over the cases; one that is coprime to the numbers of layers and
-    microbatches samples all of them.
+    Stock expert parallelism is the first row if E is a multiple of N. The geometries, each with
+    its prices, differ in capacity alone. `lag` is the age of the newest counts behind a layout, in
+    recorded steps. `every` is the stride over the cases; one that is coprime to the numbers of
+    layers and microbatches samples all of them.
     """
-    for geometry in geometries:
+    for geometry in priced:
         geometry.check_counts(trace.counts_RNE.shape[1:])
     cases = chosen_cases(trace, lag, every)
-    planners = list(_planners(geometries, costs, strategies, modes, tolerance))
+    planners = [
+        (planner, costs)
+        for geometry, costs in priced.items()
+        for planner in _planners(geometry, costs, strategies, modes, tolerance)
+    ]
+    planners = [*_stock(*next(iter(priced.items()))), *planners]
     wanted = set(cases)
     bar = iter(progress(cases))
-
-    def total_NE(records: Sequence[int]) -> Int64:
-        summed: Int64 = trace.counts_RNE[records[0] : records[-1] + 1].sum(axis=0, dtype=np.int64)
-        return summed
-
-    for _, layer, records, forecast in walk(trace, lag, total_NE):
+    for (_, layer, records), forecast in walk(trace, lag):
         chosen = [record for record in records if record in wanted]
         if not chosen or forecast is None:
             continue
-        for planner in planners:
-            planner.plan(layer, forecast.counts_NE(), costs)
+        forecast_NE = forecast.counts_NE()
+        layouts = [planner.plan(layer, forecast_NE, costs) for planner, costs in planners]
         for record in chosen:
             counts_NE = trace.counts_NE(record)
             next(bar)
-            for planner in planners:
-                planner.decide(layer, counts_NE)
+            for (planner, _), layout in zip(planners, layouts, strict=True):
+                for mode, guard in planner.guards.items():
+                    outcome = decide(guard, counts_NE, layout)
+                    planner.cases[mode].append(_Case.of(guard, outcome))
     # The bar closes when it is exhausted.
     next(bar, None)
-    return [row for planner in planners for row in planner.rows()]
+    return [row for planner, _ in planners for row in planner.rows()]
 
 
 def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
     """Return the evaluated records in order; refuse a lag or stride that leaves none."""
     if lag < 1 or every < 1:
         raise ValueError(f"lag and every must be at least 1, got {lag} and {every}")
-    if not trace.counts_RNE.any():
+    has_tokens_R = trace.counts_RNE.any(axis=(1, 2))
+    if not has_tokens_R.any():
         raise ValueError("the trace holds no tokens; record a run that routes some")
-    cases = _cases(trace, lag)
+    before = defaultdict[int, int](int)
+    cases: list[int] = []
+    for of in layer_steps(trace):
+        if before[of.layer] >= lag:
+            cases += [record for record in of.records if has_tokens_R[record]]
+        before[of.layer] += 1
     if not cases:
         raise ValueError(
             f"--lag {lag}: no microbatch with tokens has a record {lag} step(s) before it in its "
@@ -167,38 +241,33 @@ def chosen_cases(trace: Trace, lag: int, every: int) -> list[int]:
     return cases[::every]
 
 
-def mean_tokens(trace: Trace, top_k: int) -> int:
-    pairs = int(trace.counts_RNE.sum(dtype=np.int64))
-    return max(1, pairs // (len(trace) * trace.num_ranks * top_k))
+def _stock(geometry: Geometry, costs: CostModel) -> Iterator[tuple[_Planner, CostModel]]:
+    if geometry.num_experts % geometry.num_ranks == 0:
+        capacity = geometry.num_experts // geometry.num_ranks
+        stock = replace(geometry, capacity=capacity, sharding=Sharding.ROWS)
+        by_rank = replace(costs, tokens=BY_RANK)
+        guard = Guard(PlanMode.FORECAST, by_rank, stock, split=Split.EVEN)
+        yield _Planner(STOCK, None, stock, {"-": guard}), by_rank
 
 
 def _planners(
-    geometries: Sequence[Geometry],
+    geometry: Geometry,
     costs: CostModel,
     strategies: Sequence[str],
     modes: Sequence[str],
     tolerance: float,
 ) -> Iterator[_Planner]:
-    first = geometries[0]
-    if first.num_experts % first.num_ranks == 0:
-        capacity = first.num_experts // first.num_ranks
-        stock = replace(first, capacity=capacity, sharding=Sharding.ROWS)
-        by_rank = replace(costs, tokens=BY_RANK)
-        guard = Guard(PlanMode.FORECAST, by_rank, stock, split=Split.EVEN)
-        yield _Planner(STOCK, None, stock, {"-": guard})
-    for geometry in geometries:
-        for name in strategies:
-            shape, split = geometry, Split.EXACT
-            is_papers = lays_out_freely(name)
-            if is_papers:
-                # The paper's strategy assumes even splits, and leaves no expert at home.
-                shape, split = replace(geometry, sharding=Sharding.ROWS), Split.EVEN
-            guards = {
-                mode: _guard(mode, costs, shape, split, tolerance)
-                for mode in ([PlanMode.FORECAST.value] if is_papers or name == "static" else modes)
-            }
-            strategy = make_strategy(name, geometry=shape, costs=costs)
-            yield _Planner(name, strategy, shape, guards)
+    for name in strategies:
+        shape, split = geometry, Split.EXACT
+        is_papers = lays_out_freely(name)
+        if is_papers:
+            # The paper's strategy assumes even splits, and leaves no expert at home.
+            shape, split = replace(geometry, sharding=Sharding.ROWS), Split.EVEN
+        guards = {
+            mode: _guard(mode, costs, shape, split, tolerance)
+            for mode in ([PlanMode.FORECAST.value] if is_papers or name == "static" else modes)
+        }
+        yield _Planner(name, make_strategy(name, geometry=shape, costs=costs), shape, guards)
 
 
 def _guard(
@@ -209,46 +278,3 @@ def _guard(
     if mode == TOLERANCE:
         return Guard(PlanMode.ADAPTIVE, costs, geometry, tolerance, split)
     return Guard(PlanMode(mode), costs, geometry, split=split)
-
-
-def _cases(trace: Trace, lag: int) -> list[int]:
-    has_tokens_R = trace.counts_RNE.any(axis=(1, 2))
-    steps_of: dict[int, set[int]] = {}
-    cases = []
-    keys = zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True)
-    for record, (step, layer) in enumerate(keys):
-        seen = steps_of.setdefault(layer, set())
-        seen.add(step)
-        if len(seen) > lag and has_tokens_R[record]:
-            cases.append(record)
-    return cases
-
-
-def _row(planner: _Planner, mode: str, outcomes: Sequence[Outcome]) -> PlanRow:
-    ratios = np.array([outcome.max_over_mean for outcome in outcomes])
-    fetched_bytes = float(np.mean([outcome.fetched_bytes for outcome in outcomes]))
-    off_node = sum(outcome.node_rows.off_node for outcome in outcomes)
-    seconds = sum(outcome.layer_s for outcome in outcomes)
-    return PlanRow(
-        strategy=planner.name,
-        mode=mode,
-        split=planner.guards[mode].split,
-        capacity=planner.geometry.capacity,
-        cases=len(outcomes),
-        mean=float(ratios.mean()),
-        p95=float(np.percentile(ratios, 95)),
-        p99=float(np.percentile(ratios, 99)),
-        max=float(ratios.max()),
-        load_over_bound=float(np.mean([outcome.load_over_bound for outcome in outcomes])),
-        off_node_share=off_node / sum(outcome.tokens for outcome in outcomes),
-        off_node_tokens=off_node / len(outcomes),
-        node_rows=by_cause(outcome.node_rows for outcome in outcomes),
-        replan_share=float(np.mean([outcome.replanned for outcome in outcomes])),
-        plan_ms=float(np.median(planner.plan_s or [0.0])) * 1e3,
-        gate_ms=float(np.median([outcome.gate_s for outcome in outcomes])) * 1e3,
-        restored_bytes=float(np.mean(planner.restored_bytes or [0])) + fetched_bytes,
-        fetched_bytes=fetched_bytes,
-        layer_ms=seconds / len(outcomes) * 1e3,
-        time_over_bound=seconds / sum(outcome.least_s for outcome in outcomes),
-        ratios_R=tuple(ratios.tolist()),
-    )

@@ -125,6 +125,17 @@ class Trace:
         counts_NE: Int64 = self.counts_RNE[record].astype(np.int64)
         return counts_NE
 
+    def total_NE(self, records: Sequence[int]) -> Int64:
+        """Return the summed counts of consecutive records."""
+        part_RNE = self.counts_RNE[records[0] : records[-1] + 1]
+        summed_NE: Int64 = part_RNE.sum(axis=0, dtype=np.int64)
+        return summed_NE
+
+    def tokens_per_rank(self, top_k: int) -> int:
+        """Return the mean tokens of a rank and microbatch, at least 1."""
+        pairs = int(self.counts_RNE.sum(dtype=np.int64))
+        return max(1, pairs // (len(self) * self.num_ranks * top_k))
+
     def with_ranks(self, num_ranks: int) -> Trace:
         """Return the same tokens on another number of source ranks.
 

@@ -22,7 +22,7 @@ from megatron_laer.choices import (
 )
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.token_exchange import with_token_exchange
+from megatron_laer.planner.token_exchange import counting_visits, with_token_exchange
 from megatron_laer.tools.simulator.advisor.planned_once import planned_once
 from megatron_laer.tools.simulator.advisor.settings import Dispatch, Setting, stock_sizes
 from megatron_laer.tools.simulator.iteration.case_inputs import (
@@ -41,7 +41,7 @@ from megatron_laer.tools.simulator.iteration.methods import (
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import Routing, TraceStep
+from megatron_laer.tools.simulator.iteration.routing import LayerRecords, Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.traces.records import Trace
 
@@ -111,8 +111,8 @@ class Candidate:
 class _KeptRouting(Routing):
     """Routing that keeps the steps it has walked, for many methods."""
 
-    def walk(self, lag: int, chosen: int) -> Iterator[tuple[TraceStep, dict[int, Int64]]]:
-        walked: dict[tuple[int, int], list[tuple[TraceStep, dict[int, Int64]]]]
+    def walk(self, lag: int, chosen: int) -> Iterator[tuple[LayerRecords, dict[int, Int64]]]:
+        walked: dict[tuple[int, int], list[tuple[LayerRecords, dict[int, Int64]]]]
         walked = self.__dict__.setdefault("_walked", {})
         if (lag, chosen) not in walked:
             walked[lag, chosen] = list(super().walk(lag, chosen))
@@ -140,14 +140,15 @@ class Predictor:
         ]
 
     def fsep(self, setting: Setting) -> Candidate:
-        geometry = setting.geometry
+        geometry, topk = setting.geometry, self.run.model.topk
         costs = self._costs(geometry, setting.tokens).with_exchange(setting.algorithm, geometry)
+        visited = TokenExchange.RANK if setting.is_flex else setting.tokens.exchange
         settings = MethodSettings(
-            geometry,
+            counting_visits(geometry, visited, topk),
             costs,
             setting.mode,
             holds_step=setting.restore == Restore.STEP,
-            topk=self.run.model.topk,
+            topk=topk,
             flex=setting.is_flex,
             combined=setting.combined,
             one_queue=self.run.shape.tensor > 1,  # for which Megatron asks

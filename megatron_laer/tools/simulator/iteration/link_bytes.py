@@ -24,7 +24,7 @@ def link_bytes(
 
     Weights that an operation hands on to the next count as restored, so restores are at most these.
     """
-    found: dict[str, dict[str, float]] = {INTRA: {}, INTER: {}}
+    found = {link: dict.fromkeys(("tokens", "restore", "reduce"), 0.0) for link in (INTRA, INTER)}
 
     def add(kind: str, intra: float, inter: float) -> None:
         for link, received in ((INTRA, intra), (INTER, inter)):

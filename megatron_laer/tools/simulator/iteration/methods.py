@@ -41,9 +41,10 @@ from megatron_laer.tools.simulator.iteration.work import (
 )
 from megatron_laer.tools.simulator.node_rows import NodeRows
 from megatron_laer.tools.simulator.replay import (
+    LayerPolicy,
     changed_algorithm,
     changed_traffic,
-    split_totals,
+    decide,
 )
 
 STOCK, FSDP_EP, FLEXMOE, LAER, FSEP = "stock", "fsdp+ep", "flexmoe", "laer", "fsep"
@@ -225,7 +226,9 @@ def _relaid(
         name,
         make_schedule(overlaps=settings.overlaps, by_parts=settings.combined),
         one_stream,
-        layer_planner=lambda layer: _Relaid(strategy, guard, rates, _in_a_row(geometry)),
+        layer_planner=lambda layer: _Relaid(
+            LayerPolicy(strategy, _in_a_row(geometry)), guard, rates
+        ),
         experts_held=geometry.num_experts / geometry.num_ranks,
         restored=geometry.capacity,
         replicas=1,
@@ -253,10 +256,9 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
         ),
         one_stream=False,
         layer_planner=lambda layer: _Relaid(
-            strategy,
+            LayerPolicy(strategy, geometry.static_layout),
             guard,
             rates,
-            geometry.static_layout,
             settings.flex,
             settings.holds_step,
         ),
@@ -304,31 +306,30 @@ class _Grouped:
 
 @dataclass
 class _Relaid:
-    """Layouts planned from forecasts, and the guard's decisions, as in training.
+    """Replay of one layer, whose outcomes have exchanges of weights and gradients.
 
     With `holds_step` gradients are sums of a step.
     """
 
-    strategy: Strategy
+    policy: LayerPolicy
     guard: Guard
     rates: Rates
-    layout: ExpertLayout
     pipelined: bool = False
     holds_step: bool = False
     exchanges: tuple[Exchange | None, Exchange | None] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.exchanges = self._exchanges(self.layout)
+        self.exchanges = self._exchanges(self.policy.layout)
 
     def begin_step(self, forecast_NE: Int64) -> None:
         """Plan the layout of a step; `exact` starts from the static one each time."""
         if self.guard.mode != PlanMode.EXACT:
-            self.layout = self.strategy.plan(forecast_NE, self.layout)
-            self.exchanges = self._exchanges(self.layout)
+            self.exchanges = self._exchanges(self.policy.plan(forecast_NE))
 
     def work(self, counts_NE: Int64) -> LayerWork:
         guard, costs = self.guard, self.guard.costs
-        decision = guard.decide(counts_NE, self.layout)
+        outcome = decide(guard, counts_NE, self.policy.layout)
+        decision = outcome.decision
         restore, reduce = self.exchanges
         change, solve_s = None, 0.0
         if decision.solved:
@@ -338,12 +339,11 @@ class _Relaid:
             if guard.mode != PlanMode.EXACT:
                 traffic = changed_traffic(guard, decision)
                 change = self._restore(traffic, changed_algorithm(guard, decision))
-        totals = split_totals(guard, decision)
         passing = TokenPassing(prices=costs.tokens, pipelined=self.pipelined)
         node_size = guard.geometry.node_size
-        rows = NodeRows.of(counts_NE, node_size, totals, costs.tokens)
+        rows = NodeRows.of(counts_NE, node_size, outcome.totals, costs.tokens)
         sent = restore, reduce, change
-        return LayerWork.of(totals, self.rates, *sent, solve_s, passing, rows, node_size)
+        return LayerWork.of(outcome.totals, self.rates, *sent, solve_s, passing, rows, node_size)
 
     def _exchanges(self, layout: ExpertLayout) -> tuple[Exchange | None, Exchange | None]:
         """Return restore and reduce; None where experts are at home and none has a replica."""

@@ -21,7 +21,7 @@ from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import LayerPlanner, Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import Routing, TraceStep
+from megatron_laer.tools.simulator.iteration.routing import LayerRecords, Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import LayerWork
 from megatron_laer.tools.simulator.node_rows import NodeRows, by_cause
@@ -163,7 +163,7 @@ def _work_at(
 
 def _step_works(
     routing: Routing,
-    step: TraceStep,
+    step: LayerRecords,
     forecasts: Mapping[int, Int64],
     methods: Sequence[Method],
     planners: Mapping[str, Mapping[_Place, LayerPlanner]],
@@ -172,7 +172,7 @@ def _step_works(
     adapters_share: float | None,
 ) -> dict[str, dict[_Place, list[LayerWork]]]:
     works: dict[str, dict[_Place, list[LayerWork]]] = {method.name: {} for method in methods}
-    for layer, records in step.records.items():
+    for layer, records in step.items():
         of_layer = [
             (works[method.name].setdefault(place, []), planner)
             for method in methods

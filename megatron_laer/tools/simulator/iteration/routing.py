@@ -8,24 +8,19 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.tools.simulator.replay import walk
+from megatron_laer.tools.simulator.replay import layer_steps, walk
 from megatron_laer.tools.traces.records import Trace
 
-
-@dataclass(frozen=True)
-class TraceStep:
-    """Records of one step of a trace, by layer."""
-
-    number: int
-    records: dict[int, list[int]]
+# Records of one step by layer.
+LayerRecords = Mapping[int, Sequence[int]]
 
 
 class Routing:
@@ -50,12 +45,12 @@ class Routing:
         """Return the mean (token, expert) pairs of a rank and microbatch."""
         return self.recorded_pairs * self._factor
 
-    def steps(self) -> list[TraceStep]:
-        found: dict[int, dict[int, list[int]]] = {}
-        keys = zip(self._trace.step_R.tolist(), self._trace.layer_R.tolist(), strict=True)
-        for record, (step, layer) in enumerate(keys):
-            found.setdefault(step, {}).setdefault(layer, []).append(record)
-        return [TraceStep(step, layers) for step, layers in found.items()]
+    def steps(self) -> dict[int, LayerRecords]:
+        """Return each step's records by layer."""
+        return {
+            number: {layer: records for _, layer, records in of_step}
+            for number, of_step in groupby(layer_steps(self._trace), key=itemgetter(0))
+        }
 
     def counts_NE(self, record: int) -> Int64:
         """Return the counts of one record, int64 [N, E]."""
@@ -75,7 +70,7 @@ class Routing:
         ends_NE = np.floor(np.cumsum(counts_NE, axis=1) * self._factor + 0.5).astype(np.int64)
         return np.diff(ends_NE, axis=1, prepend=0)
 
-    def walk(self, lag: int, chosen: int) -> Iterator[tuple[TraceStep, dict[int, Int64]]]:
+    def walk(self, lag: int, chosen: int) -> Iterator[tuple[LayerRecords, dict[int, Int64]]]:
         """Yield `chosen` steps, spread over the trace, with each layer's forecast at that time.
 
         The newest counts of a forecast are `lag` steps old; earlier steps have none.
@@ -88,16 +83,16 @@ class Routing:
                 f"record at least {lag + 1} that have all of its {self.layers} layers"
             )
         picked = np.unique(np.linspace(0, len(after) - 1, min(chosen, len(after))).round())
-        wanted = {after[int(place)].number for place in picked}
-        found = walk(self._trace, lag, self._total_NE)
-        for number, of_step in groupby(found, key=itemgetter(0)):
-            if number in wanted:
-                step, forecasts = TraceStep(number, {}), {}
-                for _, layer, records, forecast in of_step:
-                    assert forecast is not None
-                    step.records[layer], forecasts[layer] = records, forecast.counts_NE()
-                yield step, forecasts
-            if number >= max(wanted):
+        wanted = [after[int(place)] for place in picked]
+        forecasts: dict[int, Int64] = {}
+        for of, forecast in walk(self._trace, lag, self._total_NE):
+            if of.step == wanted[0]:
+                assert forecast is not None
+                forecasts[of.layer] = forecast.counts_NE()
+                if len(forecasts) == self.layers:
+                    yield steps[wanted.pop(0)], forecasts
+                    forecasts = {}
+            if not wanted:
                 return
 
     def _total_NE(self, records: Sequence[int]) -> Int64:
@@ -105,15 +100,15 @@ class Routing:
         assert not isinstance(total_NE, int)
         return total_NE
 
-    def _forecast_steps(self, steps: Sequence[TraceStep], lag: int) -> list[TraceStep]:
+    def _forecast_steps(self, steps: Mapping[int, LayerRecords], lag: int) -> list[int]:
         """Return the steps that have all layers, each with a forecast of that age.
 
         A step lacks layers if the recording started or stopped in it.
         """
         found, before = [], [0] * self.layers
-        for step in steps:
-            if len(step.records) == self.layers and min(before) >= lag:
-                found.append(step)
-            for layer in step.records:
+        for number, records in steps.items():
+            if len(records) == self.layers and min(before) >= lag:
+                found.append(number)
+            for layer in records:
                 before[layer] += 1
         return found

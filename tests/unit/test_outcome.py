@@ -9,12 +9,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_laer.choices import TokenExchange
+from megatron_laer.arrays import Int64
+from megatron_laer.choices import Sharding, TokenExchange
 from megatron_laer.config import PlanMode, Split
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.guard import GUARD_MODES, Guard
 from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.outcome import (
+    Outcome,
+    Price,
+    forced_balance_counts_NE,
+    price,
+    stock_seconds,
+)
 from megatron_laer.planner.placed import Placed
-from megatron_laer.planner.prediction import forced_balance_counts_NE, predict, stock_seconds
 from megatron_laer.planner.token_prices import TokenPrices
 from tests.recorded_runs import COSTS, GEOMETRY, GUARD, counts_NE
 
@@ -30,15 +38,19 @@ def test_forced_balance_keeps_each_ranks_tokens_and_evens_out_experts(
     assert (counts.max(axis=1) - counts.min(axis=1) <= 1).all()
 
 
+def priced(guard: Guard, counts: Int64, planned: ExpertLayout) -> Price:
+    return price(guard, Outcome(guard.decide(counts, planned)))
+
+
 @pytest.mark.parametrize(
     ("mode", "split"), [*((mode, Split.EXACT) for mode in GUARD_MODES), ("forecast", Split.EVEN)]
 )
-def test_a_prediction_is_the_cost_models(mode: PlanMode, split: Split) -> None:
+def test_a_price_of_rows_is_the_layers_and_the_changes(mode: PlanMode, split: Split) -> None:
     guard = Guard(mode, COSTS, GEOMETRY, split=split)
     counts = counts_NE(1, 0, 0)
     planned = ExpertLayout.static(4, 3, 8)
     decision = guard.decide(counts, planned)
-    predicted = predict(guard, decision)
+    predicted = price(guard, Outcome(decision))
     chosen = Placed(decision.layout, GEOMETRY)
     layer_s = COSTS.layer_seconds(counts, chosen, split)
     change_s = COSTS.change_seconds(planned, chosen)
@@ -47,11 +59,32 @@ def test_a_prediction_is_the_cost_models(mode: PlanMode, split: Split) -> None:
     assert predicted.balanced_s < predicted.stock_s
 
 
+def test_replicas_cost_their_exposed_exchanges_and_host_time_where_experts_are_at_home() -> None:
+    geometry = replace(GEOMETRY, sharding=Sharding.EXPERTS)
+    guard = Guard(PlanMode.ADAPTIVE, replace(COSTS, cluster=load_cluster("h100-8")), geometry)
+    costs, counts, home = guard.costs, counts_NE(1, 0, 0) // 8, geometry.static_layout
+    # Of both layouts, since a pass fetches the planned one and reduces the chosen one.
+    planned = geometry.random_layout((1,))
+    kept, bare = (priced(guard, counts, layout) for layout in (planned, home))
+    beside_s, of_planned = kept.bound_s, Placed(planned, geometry)
+    decision = guard.decide(counts, planned)
+    chosen = Placed(decision.layout, geometry)
+    backward_s = [costs.exposed_backward_seconds(of, beside_s) for of in (of_planned, chosen)]
+    exchanges_s = costs.exposed_seconds(of_planned, beside_s) - backward_s[0] + backward_s[1]
+    exchanges_s += costs.replicas_host_seconds(chosen, beside_s)
+    assert exchanges_s > 0
+    tokens_s = costs.split_seconds(decision.quotas.totals(), geometry)
+    change_s = costs.change_seconds(planned, chosen) if decision.replanned else 0.0
+    assert kept.layer_s == tokens_s + exchanges_s + change_s
+    assert costs.exposed_seconds(Placed(home, geometry), beside_s) == 0
+    assert bare.balanced_s == kept.balanced_s
+
+
 def test_stock_sends_its_tokens_by_rank_also_beside_tokens_through_nodes() -> None:
     counts, layout = counts_NE(1, 0, 0), ExpertLayout.static(4, 3, 8)
     through_nodes = replace(COSTS, tokens=TokenPrices(TokenExchange.NODE, 0.5, 0.25))
     by_rank, by_node = (
-        predict(guard, guard.decide(counts, layout))
+        priced(guard, counts, layout)
         for guard in (Guard(PlanMode.FORECAST, costs, GEOMETRY) for costs in (COSTS, through_nodes))
     )
     assert by_node.layer_s != by_rank.layer_s
@@ -60,5 +93,5 @@ def test_stock_sends_its_tokens_by_rank_also_beside_tokens_through_nodes() -> No
 
 def test_stock_with_balanced_routing_is_forced_balance() -> None:
     counts = np.full((4, 8), 128, dtype=np.int64)
-    predicted = predict(GUARD, GUARD.decide(counts, ExpertLayout.static(4, 3, 8)))
+    predicted = priced(GUARD, counts, ExpertLayout.static(4, 3, 8))
     assert predicted.stock_s == predicted.balanced_s == stock_seconds(COSTS, GEOMETRY, counts)

@@ -1,0 +1,107 @@
+"""Settings of a run whose routing is replayed: prices, shape and tolerance.
+
+`tools/cli/prediction_settings.py` makes them of flags and of a recording, so that `plan`, `report`
+and its what-if replay one run alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from megatron_laer.choices import Auto, ExchangeAlgorithm, Sharding, TokenExchange
+from megatron_laer.planner.costs import CostModel
+from megatron_laer.planner.geometry import Geometry, resolve_geometry
+from megatron_laer.planner.token_exchange import (
+    choose_token_exchange,
+    counting_visits,
+    with_token_exchange,
+)
+from megatron_laer.telemetry.metrics_file import Shape
+from megatron_laer.tools.model_flags import ExpertSizes
+from megatron_laer.tools.traces.records import Trace
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a run, whose `costs` assume tokens that travel by rank.
+
+    With `restore_algorithm` auto, exchanges are those that training takes by itself. `tolerance` is
+    the recorded one if no flag gives it, and None without both. `recorded` and `defaults` name the
+    settings from the recording, and from neither it nor flags. `note` names unusable recorded
+    settings and their replacements; "" for none.
+    """
+
+    sizes: ExpertSizes
+    costs: CostModel
+    restore_algorithm: ExchangeAlgorithm | Auto
+    token_exchange: TokenExchange | Auto
+    sharding: Sharding
+    tolerance: float | None
+    has_flag_cluster: bool
+    shape: Shape | None
+    recorded: tuple[str, ...]
+    defaults: tuple[str, ...]
+    note: str
+
+    def words(self) -> str:
+        sent = "" if self.token_exchange == TokenExchange.RANK else ", tokens sent by node"
+        home = ", experts at home" if self.sharding == Sharding.EXPERTS else ""
+        numbers = f"{self.costs.bytes_per_element} bytes per number"
+        if self.costs.fp8 is not None:
+            numbers += f", {self.costs.fp8} fp8"
+        on = self.costs.cluster.name
+        return f"experts of {self.sizes.widths}, {numbers}{sent}{home}, on {on}"
+
+    def top_k(self, trace: Trace) -> int:
+        return min(self.sizes.top_k, trace.num_experts)
+
+    def priced(self, trace: Trace, geometries: Iterable[Geometry]) -> dict[Geometry, CostModel]:
+        """Return geometries as training plans them, each with its own prices."""
+        top_k = self.top_k(trace)
+        tokens = trace.tokens_per_rank(top_k)
+        found = {}
+        for geometry in geometries:
+            sizes = geometry, top_k, tokens
+            if self.token_exchange == Auto.AUTO:
+                exchange = choose_token_exchange(self.costs, *sizes)
+            else:
+                exchange = TokenExchange(self.token_exchange)
+            costs = with_token_exchange(self.costs, exchange, *sizes)
+            costs = costs.with_exchange(self.restore_algorithm, geometry)
+            found[counting_visits(geometry, exchange, top_k)] = costs
+        return found
+
+    def geometries(
+        self, num_ranks: int, num_experts: int, capacities: Sequence[int], node_size: int | None
+    ) -> tuple[list[Geometry], tuple[str, ...]]:
+        """Return the shapes, one per capacity, and the names of the sizes that were recorded.
+
+        For the recorded number of ranks, sizes that were not given are the recorded ones. The node
+        size is not, if a flag names the cluster.
+        """
+        shape = self.shape if self.shape and self.shape.num_ranks == num_ranks else None
+        recorded, flag = [], "--node-size"
+        cluster = self.costs.cluster
+        if node_size is None and shape is not None and not self.has_flag_cluster:
+            node_size = shape.node_size
+            recorded.append("node_size")
+        elif node_size is None:
+            node_size = min(cluster.ranks_per_node, num_ranks)
+            flag = f"--node-size is not given, and {cluster.name}'s"
+        if not capacities and shape is not None:
+            capacities = [shape.capacity]
+            recorded.append("capacity")
+        slots: Sequence[int | None] = capacities or [None]
+        shapes = [
+            resolve_geometry(
+                num_experts,
+                num_ranks,
+                one,
+                node_size,
+                sharding=self.sharding,
+                flags=("--capacity", flag),
+            )
+            for one in slots
+        ]
+        return shapes, tuple(recorded)
