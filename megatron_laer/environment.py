@@ -11,7 +11,7 @@ CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 MOST_QUEUES = "32"
 
 # Prefixes of variables by the library that reads them at import without naming them in its errors.
-_READ_BY = {"tqdm": ("TQDM_",), "matplotlib": ("MPL", "MATPLOTLIBRC")}
+_READ_BY = {"tqdm": ("TQDM_",)}
 
 
 def has_one_queue(environment: Mapping[str, str]) -> bool:

@@ -40,8 +40,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 _IMPORTED = (
     "benchmarks.command_line",
-    "matplotlib.backend_bases",
-    "matplotlib.figure",
     "megatron_laer.tools.cli.advise",
     "megatron_laer.tools.cli.calibrate",
     "megatron_laer.tools.cli.doctor",

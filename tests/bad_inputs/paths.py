@@ -135,9 +135,7 @@ UNWRITABLE = {
 WRITTEN = (
     "plan good.trace --homes {}.json",
     "plan good.trace --json {}.json",
-    "plan good.trace --plot {}.png",
     f"simulate good.trace {_MODEL} --json {{}}.json",
-    f"simulate good.trace {_MODEL} --png {{}}.png",
     f"advise good.trace {_ADVISED} --gpus 4 --json {{}}.json",
     "report good.trace --out {}.html",
     "check-recipe --bridge-csv recipes.csv --json {}.json",

@@ -69,8 +69,6 @@ _OPTIONS = (
     ("--json good.trace", "--json 'good.trace' would write over the input 'good.trace'"),
     ("--json link.trace", "would write over the input 'good.trace'"),
     ("--json hard.trace", "would write over the input 'good.trace'"),
-    ("--json out/x.png --png out/../out/x.png", "--json and --png are one file"),
-    ("--png out/x.svg", "--png 'out/x.svg': give a file that ends in .png"),
     ("-- x", "nothing follows -- here, got x"),
 )
 # Without the options of the others.

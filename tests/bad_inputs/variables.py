@@ -27,11 +27,8 @@ _NOT_INTEGERS = {
 _OF_RANKS = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 _TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}
 _PLAN = ("plan", "good.trace")
-_PLOT = ("plan", "good.trace", "--plot", "out/plot.png")
 _DATA = ("prepare-data", "--input", "good.txt", "--output", "out/fresh")
 _AT_START = (
-    (_PLOT, {"MPLBACKEND": "foo"}, "MPLBACKEND='foo': "),
-    (_PLOT, {"MPLBACKEND": "\x1b[2J\nFAKE"}, "MPLBACKEND='\\x1b[2J\\nFAKE': "),
     (_PLAN, {"TQDM_MININTERVAL": "abc"}, "TQDM_MININTERVAL='abc': could not convert"),
     (_DATA, {"TQDM_MAXINTERVAL": "\x1b[2J"}, "TQDM_MAXINTERVAL='\\x1b[2J': could not"),
     (("flags", "latin-name.yaml"), {"PYTHONIOENCODING": "ascii"}, "cannot be written in ascii"),

@@ -160,12 +160,11 @@ def missing(name: str) -> tuple[str, str]:
 
 
 def test_it_runs_where_nothing_at_all_is_installed(doctor):
-    hidden = "torch megatron numpy packaging psutil yaml tqdm matplotlib apex transformer_engine"
+    hidden = "torch megatron numpy packaging psutil yaml tqdm apex transformer_engine"
     examined = doctor(hidden=hidden)
     assert examined.status == 1
     assert {name: examined.rows[name] for name in REQUIRED} == {n: missing(n) for n in REQUIRED}
     assert examined.last_line == f"missing or unsupported: {', '.join(REQUIRED)}"
-    assert examined.verdict("matplotlib") == "optional: for the plot of `plan`"
     assert examined.verdict("Python") == "ok"
     assert examined.stderr == ""
 

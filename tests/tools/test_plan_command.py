@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -158,22 +157,6 @@ def test_names_of_a_trace_cannot_forge_lines(tmp_path, trace, capsys):
     status, out, err = run(path, "--strategy", "static", capsys=capsys)
     assert status == 0, err
     assert "\x1b" not in out and not any(line.startswith("FAKE") for line in out.splitlines())
-
-
-def test_a_plot_without_matplotlib_is_refused_before_the_work(tmp_path, trace, capsys, monkeypatch):
-    path = recording(tmp_path / "x.trace", trace)
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    status, out, err = run(path, "--plot", tmp_path / "x.png", capsys=capsys)
-    assert status == 2 and out == ""
-    assert "--plot needs the package matplotlib: `pip install matplotlib`, or leave" in err
-
-
-def test_a_plot_is_written_in_the_format_of_its_ending(tmp_path, trace, capsys):
-    path = recording(tmp_path / "x.trace", trace)
-    for ending, magic in (("png", b"\x89PNG"), ("svg", b"<?xml"), ("PDF", b"%PDF")):
-        words = ("--strategy", "greedy", "--mode", "forecast", "--plot", tmp_path / f"x.{ending}")
-        assert run(path, *words, capsys=capsys)[0] == 0
-        assert (tmp_path / f"x.{ending}").read_bytes().startswith(magic)
 
 
 @shared_data.needs(SHARED_NPZ.name)

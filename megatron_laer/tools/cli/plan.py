@@ -43,7 +43,6 @@ from megatron_laer.tools.simulator.comparison import (
     chosen_cases,
     simulate,
 )
-from megatron_laer.tools.simulator.rendering import check_can_plot, write_plot
 from megatron_laer.tools.simulator.replay import check_memory, kept_forecasts
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import TITLES, WorkloadShape, workload_trace
@@ -67,7 +66,7 @@ examples:
   %(prog)s traces/group-0.trace --cluster my-cluster.yaml --config my-model.yaml --every 97
   %(prog)s traces/group-0.trace --node-size 8 --homes homes.json
   %(prog)s --workload W6 --ranks 32 --experts 128 --topk 8
-  %(prog)s traces --strategy greedy --mode forecast adaptive --json plan.json --plot plan.png
+  %(prog)s traces --strategy greedy --mode forecast adaptive --json plan.json
 """
 
 
@@ -120,7 +119,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_hours(parser)
     plan_homes.add_arguments(parser)
     option(parser, "--json FILE", "write the figures there", path)
-    option(parser, "--plot FILE", "plot max/mean - 1 there", path)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -228,12 +226,9 @@ def run(args: argparse.Namespace) -> int:
         every=args.every,
         progress=bar("planning", unit="case"),
     )
-    # Files first: a reader of the table that stops early would end the command.
+    # The file first: a reader of the table that stops early would end the command.
     if args.json is not None:
         plan_output.write_json(args.json, about, rows)
-    if args.plot is not None:
-        title = f"{Path(source).name}, N={num_ranks}, G={node_size}"
-        write_plot(args.plot, plan_output.draw(title, rows), "--plot")
     print(plan_output.table_text(rows))
     print(
         f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts from counts that "
@@ -285,7 +280,5 @@ def _check(args: argparse.Namespace, metrics: Path | None) -> None:
             f"--workload {args.workload} has no experts of its own; give --experts or --config"
         )
     inputs = yaml_inputs(cluster=("cluster", args.cluster), config=("model", args.config))
-    outputs = {"--homes": args.homes, "--json": args.json, "--plot": args.plot}
+    outputs = {"--homes": args.homes, "--json": args.json}
     check_outputs(outputs, [*inputs, metrics], args.trace)
-    if args.plot is not None:
-        check_can_plot(args.plot)

@@ -39,7 +39,7 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(
             f"{given}: experts have no home with --sharding rows; give experts, or leave it out"
         )
-    flags = ("--plot", "--capacity", "--token-exchange", "--recompute", "--restore-algorithm")
+    flags = ("--capacity", "--token-exchange", "--recompute", "--restore-algorithm")
     more = ("--strategy", "--mode", "--fp8-format", "--fp8-recipe", "--hidden", "--ffn")
     unset = {name: None for name in ("lag", "every") if getattr(args, name) == 1}
     given_flags = argparse.Namespace(**vars(args) | unset)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -66,7 +65,6 @@ from megatron_laer.tools.simulator.iteration.predict import IterationPrediction,
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.stock_group import Predict, fastest_stock
-from megatron_laer.tools.simulator.rendering import write_plot
 from megatron_laer.tools.traces.records import Trace
 
 _MAX_STEPS = 10**5
@@ -76,7 +74,7 @@ _EXAMPLES = """\
 examples:
   %(prog)s traces/group-0.trace --model tiny-moe --cluster cpu-gloo
   %(prog)s traces --model my-model.yaml --cluster my-cluster.yaml --ranks 64 --json x.json
-  %(prog)s --workload W1 --model mixtral-8x7b-e8k2 --ranks 32 64 --capacity 2 3 --png x.png
+  %(prog)s --workload W1 --model mixtral-8x7b-e8k2 --ranks 32 64 --capacity 2 3
   %(prog)s --workload W6 --model mixtral-8x7b-e8k2 --ranks 8 --pipeline 4 --virtual-pipeline 2
 """
 
@@ -130,7 +128,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     option(parser, "--memory-gib X", text, number(1e-3, 1e6))
     option(parser, "--json FILE", "write all figures there", path)
-    option(parser, "--png FILE", "draw them (needs matplotlib)", path)
 
 
 @dataclass
@@ -380,6 +377,3 @@ def _write(args: argparse.Namespace, about: dict[str, Any], results: _Results, t
     if args.json is not None:
         content = output.content(about, cases, results.refused, text)
         write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")
-    if args.png is not None:
-        title = f"{Path(args.model).stem} on {about['cluster']}, {Path(about['trace']).name}"
-        write_plot(args.png, output.draw(title, cases), "--png")

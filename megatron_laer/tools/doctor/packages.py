@@ -28,7 +28,6 @@ _OPTIONAL = {
     "transformer-engine": "Megatron's default on a GPU; without it give --transformer-impl local",
     "apex": "with --transformer-impl local; without it give --no-gradient-accumulation-fusion",
     "emerging-optimizers": "for --optimizer muon and lion",
-    "matplotlib": "for the plot of `plan`",
     "jinja2": "for the page of `report`",
     "plotly": "for the page of `report`",
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -77,7 +77,6 @@ class PlanRow:
     fetched_bytes: float
     layer_ms: float
     time_over_bound: float
-    ratios_R: tuple[float, ...] = field(repr=False)
 
 
 class _Case(NamedTuple):
@@ -164,7 +163,6 @@ class _Planner:
             fetched_bytes=fetched_bytes,
             layer_ms=seconds / len(cases) * 1e3,
             time_over_bound=seconds / sum(case.bound_s for case in cases),
-            ratios_R=tuple(ratios.tolist()),
         )
 
 

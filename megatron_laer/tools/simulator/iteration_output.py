@@ -1,22 +1,17 @@
-"""Predicted iterations as text, as JSON and as a plot."""
+"""Predicted iterations as text and as JSON."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.tools.simulator.iteration.advice import Case, gain
-from megatron_laer.tools.simulator.iteration.clocks import EXPOSED
 from megatron_laer.tools.simulator.iteration.methods import METHODS, STOCK
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
 from megatron_laer.tools.simulator.node_rows import ASSUMED, CAUSES
-from megatron_laer.tools.simulator.rendering import aligned, plot
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from megatron_laer.tools.simulator.rendering import aligned
 
 _GIB = 2**30
 Cases = Mapping[Case, Mapping[str, IterationPrediction]]
@@ -136,73 +131,6 @@ def _of_method(found: IterationPrediction) -> dict[str, Any]:
         "bytes": found.bytes,
         "peak_bytes": found.peak_bytes,
     }
-
-
-def draw(title: str, cases: Cases) -> Figure:
-    """Draw one case as stacked seconds by kind, or several as throughput over the cases."""
-
-    def draw_on(axes: Axes) -> None:
-        if len(cases) == 1:
-            _draw_parts(axes, next(iter(cases.values())))
-        else:
-            _draw_sweep(axes, cases)
-
-    return plot(title, draw_on, (10, 4.5))
-
-
-def _draw_parts(axes: Axes, methods: Mapping[str, IterationPrediction]) -> None:
-    places = range(len(methods))
-    starts = [0.0] * len(methods)
-    parts = [
-        (kind, [found.compute_s[kind] for found in methods.values()])
-        for kind in next(iter(methods.values())).compute_s
-    ]
-    parts.append(("waiting", [found.waiting_s for found in methods.values()]))
-    parts += [(kind, [found.exposed_s[kind] for found in methods.values()]) for kind in EXPOSED]
-    for number, (kind, seconds) in enumerate(parts):
-        if any(seconds):
-            axes.barh(
-                places,
-                seconds,
-                left=starts,
-                label=kind,
-                color=f"C{number % 10}",
-                hatch="//" if kind in EXPOSED else None,
-            )
-        starts = [start + more for start, more in zip(starts, seconds, strict=True)]
-    lows = [found.iteration_s - found.low_s for found in methods.values()]
-    highs = [found.high_s - found.iteration_s for found in methods.values()]
-    axes.errorbar(starts, places, xerr=(lows, highs), fmt="none", ecolor="black", capsize=4)
-    axes.set_yticks(places, list(methods))
-    axes.invert_yaxis()
-    axes.set_xlabel("seconds per iteration, and their range over the constants")
-
-
-def _draw_sweep(axes: Axes, cases: Cases) -> None:
-    labels = [case.among(cases) for case in cases]
-    for number, name in enumerate(METHODS):
-        shown = [
-            (place, case, methods[name])
-            for place, (case, methods) in enumerate(cases.items())
-            if name in methods
-        ]
-        if not shown:
-            continue
-        places = [place for place, _, _ in shown]
-        # Throughput per rank, so that cases of different size can be compared.
-        each = [found.tokens_per_s / case.world for _, case, found in shown]
-        best, worst = (
-            [
-                rate * found.iteration_s / end
-                for rate, (_, _, found), end in zip(each, shown, ends, strict=True)
-            ]
-            for ends in ([one.low_s for *_, one in shown], [one.high_s for *_, one in shown])
-        )
-        axes.plot(places, each, marker="o", color=f"C{number}", label=name)
-        axes.fill_between(places, worst, best, color=f"C{number}", alpha=0.12)
-    axes.set_xticks(range(len(labels)), labels, rotation=20, ha="right", fontsize="small")
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("tokens per second and rank")
 
 
 def _s(seconds: float) -> str:

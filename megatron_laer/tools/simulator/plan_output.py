@@ -1,4 +1,4 @@
-"""The rows of `plan` as text, as JSON and as a plot."""
+"""The rows of `plan` as text and as JSON."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from megatron_laer.files.writing import write_output
 from megatron_laer.tools.simulator.comparison import PlanRow
-from megatron_laer.tools.simulator.rendering import aligned, plot
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from megatron_laer.tools.simulator.rendering import aligned
 
 _MIB = 2**20
-# Excess below which the plot is linear: smaller differences do not matter.
-_PERFECT = 1e-3
 _COLUMNS = (
     ("strategy", lambda row: row.strategy),
     ("mode", lambda row: row.mode),
@@ -58,36 +52,5 @@ def table_text(rows: Sequence[PlanRow]) -> str:
 
 
 def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[PlanRow]) -> None:
-    """Write the settings and the rows, without the ratios of single cases."""
-    lines = [
-        {name: value for name, value in asdict(row).items() if name != "ratios_R"} for row in rows
-    ]
-    write_output(path, json.dumps({**about, "rows": lines}, indent=1) + "\n", "--json")
-
-
-def draw(title: str, rows: Sequence[PlanRow]) -> Figure:
-    """Draw the quantiles of max/mean - 1, the busiest rank's excess, with a line per row."""
-    return plot(title, lambda axes: _draw_rows(axes, rows), (11, 5))
-
-
-def _draw_rows(axes: Axes, rows: Sequence[PlanRow]) -> None:
-    # A colour per strategy and capacity, a dash per mode.
-    colours: dict[tuple[str, int], str] = {}
-    dashes = {"forecast": "-", "exact": ":", "adaptive": "--", "tolerance": "-."}
-    for row in rows:
-        colour = colours.setdefault((row.strategy, row.capacity), f"C{len(colours)}")
-        excess = [ratio - 1 for ratio in sorted(row.ratios_R)]
-        axes.plot(
-            [(index + 1) / len(excess) for index in range(len(excess))],
-            excess,
-            color=colour,
-            linestyle=dashes.get(row.mode, "-"),
-            marker="." if len(excess) == 1 else None,
-            label=f"{row.strategy} {row.mode}, C={row.capacity}",
-        )
-    axes.set_xlabel("share of microbatches (one layer each)")
-    axes.set_ylabel("max/mean tokens per rank - 1, at most")
-    # Logarithmic, so that one percent and a multiple both show; perfect balance is 0.
-    axes.set_yscale("symlog", linthresh=_PERFECT)
-    axes.set_ylim(bottom=-_PERFECT / 5)
-    axes.yaxis.set_major_formatter("{x:g}")
+    content = {**about, "rows": [asdict(row) for row in rows]}
+    write_output(path, json.dumps(content, indent=1) + "\n", "--json")
