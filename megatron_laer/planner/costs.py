@@ -41,7 +41,7 @@ from megatron_laer.planner.traffic import (
     restore_traffic,
 )
 from megatron_laer.planner.typical import typical_layout
-from megatron_laer.planner.wire_form import WireForm, backward_restores, payload_form
+from megatron_laer.planner.wire_form import WireForm, backward_restores, weights_form
 
 # Backward GEMMs per forward GEMM, of the same size: for the inputs and for the weights.
 _BACKWARD_GEMMS = 2
@@ -113,9 +113,8 @@ class CostModel:
 
     def weights_form(self, sharding: Sharding) -> WireForm:
         """Return the form of weights in restores; only home experts are quantised."""
-        if self.fp8 is None or sharding == Sharding.ROWS:
-            return self.grads_form
-        return payload_form(self.fp8, self.matrices, self.bytes_per_element)
+        recipe = self.fp8 if sharding == Sharding.EXPERTS else None
+        return weights_form(recipe, self.matrices, self.bytes_per_element)
 
     def backward_restores(self, sharding: Sharding) -> int:
         """Return the restores of a layer's backward; forward has one more."""

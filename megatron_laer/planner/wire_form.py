@@ -1,6 +1,6 @@
 """Form of an expert in exchanges of weights or gradients: matrices, bytes, passes over memory.
 
-In fp8, home experts travel as payloads (`layer/experts/fp8/payload.py`; tests compare the sizes).
+In fp8, home experts travel as payloads (`layer/experts/fp8/payload.py`).
 
 Legend: R rows of a matrix, K columns.
 """
@@ -11,10 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from megatron_laer.choices import Fp8Recipe, Recompute
-
-# Sides of the blocks that share a scale of a weight, and multiple of a row's scales of square ones.
-_BLOCK, _MX_BLOCK, _SCALES = 128, 32, 4
-_SCALE_BYTES = 4  # float32
+from megatron_laer.fp8_recipes import RECIPES
 
 
 @dataclass(frozen=True)
@@ -38,57 +35,23 @@ class WireForm:
 
 
 @lru_cache(maxsize=64)
-def payload_form(
-    recipe: Fp8Recipe, matrices: tuple[tuple[int, int], ...], bytes_per_element: int
+def weights_form(
+    recipe: Fp8Recipe | None, matrices: tuple[tuple[int, int], ...], bytes_per_element: int
 ) -> WireForm:
-    """Return the form of quantised matrices, whose elements have `bytes_per_element` at home.
+    """Return the form of matrices, whose elements have `bytes_per_element` at home.
 
     The sender quantises each expert once. That it goes to several replicas is not counted, so
     quantising takes at most this time.
     """
-    payloads = tuple((payload_rows(recipe, *matrix), matrix[1]) for matrix in matrices)
-    form = WireForm(payloads, 1, directions=2 if recipe == Fp8Recipe.MXFP8 else 1)
-    moved = sum(_quantising_bytes(recipe, *matrix, bytes_per_element) for matrix in matrices)
+    if recipe is None:
+        return WireForm(matrices, bytes_per_element)
+    row = RECIPES[recipe]
+    payloads = tuple((row.payload_rows(*matrix), matrix[1]) for matrix in matrices)
+    form = WireForm(payloads, 1, directions=row.directions)
+    moved = sum(row.quantising_bytes(*matrix, bytes_per_element) for matrix in matrices)
     return replace(form, quantising_passes=moved / form.expert_bytes)
 
 
 def backward_restores(directions: int, recompute: Recompute) -> int:
     """Return the restores of a layer's backward: forward's re-run may need a form of its own."""
     return 1 if recompute == Recompute.NONE else directions
-
-
-def payload_rows(recipe: Fp8Recipe, rows: int, columns: int) -> int:
-    """Return the rows of a matrix's payload: a byte per element, then scales in whole rows."""
-    return rows + -(-_scale_bytes(recipe, rows, columns) // columns)
-
-
-def packing_bytes(recipe: Fp8Recipe, rows: int, columns: int) -> int:
-    """Return the bytes that `PayloadForm.pack` reads and writes for values and scales."""
-    copied = rows * columns + _scale_bytes(recipe, rows, columns)
-    return 2 * copied + (payload_rows(recipe, rows, columns) - rows) * columns
-
-
-def quantising_reads(recipe: Fp8Recipe) -> int:
-    """Return how often a tensor is read: current scaling needs its largest value first."""
-    return 2 if recipe == Fp8Recipe.TENSORWISE else 1
-
-
-def _quantising_bytes(recipe: Fp8Recipe, rows: int, columns: int, bytes_per_element: int) -> int:
-    """Return the bytes read and written to quantise a matrix, and to lay out its payload."""
-    read = quantising_reads(recipe) * rows * columns * bytes_per_element
-    written = rows * columns + _scale_bytes(recipe, rows, columns)
-    return read + written + packing_bytes(recipe, rows, columns)
-
-
-def _scale_bytes(recipe: Fp8Recipe, rows: int, columns: int) -> int:
-    """Return the bytes of a matrix's scales.
-
-    In mxfp8 both sides are multiples of its block, so that both directions have as many.
-    """
-    return {
-        Fp8Recipe.TENSORWISE: _SCALE_BYTES,
-        Fp8Recipe.BLOCKWISE: _SCALE_BYTES
-        * -(-rows // _BLOCK)
-        * (-(-columns // (_BLOCK * _SCALES)) * _SCALES),
-        Fp8Recipe.MXFP8: rows * -(-columns // _MX_BLOCK),
-    }[recipe]

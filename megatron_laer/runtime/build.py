@@ -22,6 +22,7 @@ from megatron_laer.config import (
     flag_name,
 )
 from megatron_laer.files.checks import quoted
+from megatron_laer.fp8_recipes import recipe_of
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.expected_gain import expected_gain
@@ -59,7 +60,6 @@ from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.kept_weights import KeptWeights
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.schedule import make_schedule
-from megatron_laer.support.fp8_experts import recipe_of
 from megatron_laer.support.model import problems_with_token_exchange, slots_multiple
 
 logger = logging.getLogger(__name__)

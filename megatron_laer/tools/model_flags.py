@@ -26,6 +26,7 @@ from megatron_laer.choices import Fp8Recipe
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.yaml_text import read_yaml
+from megatron_laer.fp8_recipes import MEGATRONS_RECIPE
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.support import fp8_experts
 
@@ -221,7 +222,7 @@ def fp8_recipe(fp8_format: str | None, recipe: str | None) -> Fp8Recipe | None:
                 "leave the recipe out"
             )
         return None
-    recipe = recipe or fp8_experts.MEGATRONS_RECIPE
+    recipe = recipe or MEGATRONS_RECIPE
     if (problem := fp8_experts.recipe_problem(recipe)) is not None:
         raise ValueError(problem)
     return Fp8Recipe(recipe)

@@ -22,18 +22,18 @@ SIZES = [(16, 48), (48, 16), (144, 32), (32, 272), (160, 160)]
 
 def packers() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
     """Return the form of a payload and the quantiser, by name."""
-    from megatron_laer.layer.experts.fp8 import payload
+    from megatron_laer.choices import Fp8Recipe
+    from megatron_laer.layer.experts.fp8.payload import PayloadForm
     from tests.doubles import fp8
 
-    square = partial(fp8.by_blocks, block=(payload.BLOCK, payload.BLOCK))
+    def form(recipe: Fp8Recipe, **direction: bool) -> Callable[..., Any]:
+        return partial(PayloadForm, recipe, **direction)
+
     return {
-        "per tensor": (payload.per_tensor_form, fp8.per_tensor),
-        "by blocks": (payload.block_form, square),
-        "mx rows": (partial(payload.mx_form, by_columns=False), fp8.mx),
-        "mx columns": (
-            partial(payload.mx_form, by_columns=True),
-            partial(fp8.mx, by_columns=True),
-        ),
+        "per tensor": (form(Fp8Recipe.TENSORWISE), fp8.per_tensor),
+        "by blocks": (form(Fp8Recipe.BLOCKWISE), partial(fp8.by_blocks, block=(128, 128))),
+        "mx rows": (form(Fp8Recipe.MXFP8), fp8.mx),
+        "mx columns": (form(Fp8Recipe.MXFP8, by_columns=True), partial(fp8.mx, by_columns=True)),
     }
 
 

@@ -12,10 +12,9 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_laer.layer.experts.fp8.payload import MX_BLOCK
-
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
+MX_BLOCK = 32
 _MANTISSA_BITS = 23
 _LARGEST_EXPONENT, _NAN_EXPONENT = 254, 255
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,19 +20,11 @@ from unittest import mock
 
 import torch
 
-from megatron_laer.layer.experts.fp8 import MULTIPLE
+from megatron_laer.choices import Fp8Recipe
+from megatron_laer.fp8_recipes import recipe_of
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
-from megatron_laer.layer.experts.fp8.payload import (
-    BLOCK,
-    MX_BLOCK,
-    BackwardPacker,
-    PayloadForm,
-    block_form,
-    mx_form,
-    per_tensor_form,
-)
+from megatron_laer.layer.experts.fp8.payload import BackwardPacker, PayloadForm
 from megatron_laer.runtime.weights.layer import Carried, Packer
-from megatron_laer.support.fp8_experts import recipe_of
 from tests.doubles import fp8
 from tests.doubles.fp8_parameters import Fp8Parameter, fp8_parameters, keep_in_fp8
 
@@ -40,15 +32,12 @@ _is_off = ContextVar("_is_off", default=False)
 _SAVE_INPUT = "set_save_original_input"
 # Rows and columns of a matrix that share a scale; None for one scale of all.
 Block = tuple[int, int] | None
-Form = Callable[[int, int], PayloadForm]
 
 
 class Recipe(NamedTuple):
-    """Definition of a recipe: the payload's form, and how operands are quantised.
+    """Definition of a recipe: how operands are quantised.
 
     Attributes:
-        form: of a payload.
-        backward_form: of a payload for backward, if that is another.
         weight: block of a weight's scales; None for one scale of the whole matrix.
         backward_weight: block of those in backward.
         by_rows: block of tokens and gradients that are multiplied along their rows.
@@ -58,8 +47,6 @@ class Recipe(NamedTuple):
         backward: float8 type of gradients.
     """
 
-    form: Form
-    backward_form: Form | None
     weight: Block
     backward_weight: Block
     by_rows: Block
@@ -76,7 +63,7 @@ class Recipe(NamedTuple):
     def quantised(self, matrix_RK: torch.Tensor, dtype: torch.dtype, block: Block) -> fp8.Quantised:
         if block is None:
             return fp8.per_tensor(matrix_RK, dtype)
-        if MX_BLOCK in block:
+        if fp8.MX_BLOCK in block:
             return fp8.mx(matrix_RK, dtype, by_columns=block == _MX_COLUMNS)
         return fp8.by_blocks(matrix_RK, dtype, block)
 
@@ -111,14 +98,11 @@ class Recipe(NamedTuple):
         return (grad_again_nR.t() @ kept_nK).to(grad_nR.dtype)
 
 
-_SQUARE, _MX_ROWS, _MX_COLUMNS = (BLOCK, BLOCK), (1, MX_BLOCK), (MX_BLOCK, 1)
-_DEFINITIONS: dict[str, tuple[Form, Form | None, Block, Block, Block, Block, int]] = {
-    "tensorwise": (per_tensor_form, None, None, None, None, None, MULTIPLE),
-    "blockwise": (block_form, None, _SQUARE, _SQUARE, (1, BLOCK), (BLOCK, 1), MULTIPLE),
-    "mxfp8": (
-        *(partial(mx_form, by_columns=False), partial(mx_form, by_columns=True)),
-        *(_MX_ROWS, _MX_COLUMNS, _MX_ROWS, _MX_COLUMNS, MX_BLOCK),
-    ),
+_SQUARE, _MX_ROWS, _MX_COLUMNS = (128, 128), (1, fp8.MX_BLOCK), (fp8.MX_BLOCK, 1)
+_DEFINITIONS: dict[str, tuple[Block, Block, Block, Block, int]] = {
+    "tensorwise": (None, None, None, None, 16),
+    "blockwise": (_SQUARE, _SQUARE, (1, 128), (128, 1), 16),
+    "mxfp8": (_MX_ROWS, _MX_COLUMNS, _MX_ROWS, _MX_COLUMNS, fp8.MX_BLOCK),
 }
 
 
@@ -127,10 +111,11 @@ class EmulatedGemm:
 
     def __init__(self, config: Any, rows: int, columns: int) -> None:
         recipe = self._recipe = Recipe.of(config)
-        self._form = self._backward_form = recipe.form(rows, columns)
+        name = Fp8Recipe(recipe_of(config))
+        self._form = self._backward_form = PayloadForm(name, rows, columns)
         self._for_backward: Packer = self
-        if recipe.backward_form is not None:
-            self._backward_form = recipe.backward_form(rows, columns)
+        if recipe.backward_weight != recipe.weight:
+            self._backward_form = PayloadForm(name, rows, columns, by_columns=True)
             self._for_backward = BackwardPacker(
                 self._backward_form, partial(recipe.weight_in_fp8, in_backward=True)
             )

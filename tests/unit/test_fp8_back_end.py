@@ -16,10 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_laer.choices import Fp8Recipe
 from megatron_laer.layer.experts import fp8
-from megatron_laer.layer.experts.fp8 import te, te_mx
+from megatron_laer.layer.experts.fp8 import te
 from megatron_laer.layer.experts.fp8.padding import padded, unpadded
-from megatron_laer.layer.experts.fp8.payload import mx_form
+from megatron_laer.layer.experts.fp8.payload import PayloadForm
 from megatron_laer.layer.experts.slot_linear import slot_linear
 from tests import te_mx as mx_fakes
 from tests.doubles import fp8 as definitions
@@ -255,13 +256,13 @@ def config(request: pytest.FixtureRequest, fp8_format: str, monkeypatch: pytest.
     if request.param == "mxfp8":  # it has no settings
         recipe = SimpleNamespace()
     modules = {
-        te.PerTensor._module: SimpleNamespace(
+        f"{te.TENSORS}.float8_tensor": SimpleNamespace(
             Float8CurrentScalingQuantizer=Quantiser, Float8Tensor=Tensor
         ),
-        te.ByBlocks._module: SimpleNamespace(
+        f"{te.TENSORS}.float8_blockwise_tensor": SimpleNamespace(
             Float8BlockQuantizer=BlockQuantiser, Float8BlockwiseQTensor=BlockTensorByKeyword
         ),
-        te_mx.Mx._module: mx_fakes.MODULE,
+        f"{te.TENSORS}.mxfp8_tensor": mx_fakes.MODULE,
         f"{te.TENSORS}.storage.float8_tensor_storage": SimpleNamespace(Float8TensorStorage=Storage),
         "transformer_engine_torch": SimpleNamespace(
             DType=SimpleNamespace(kFloat8E4M3="e4m3", kFloat8E5M2="e5m2")
@@ -354,8 +355,8 @@ def test_each_product_quantises_tokens_in_its_own_direction(
 def test_a_parameter_in_fp8_sends_its_own_bytes_and_scales(config: Any) -> None:
     gemm: Any = fp8.quantised_gemm(config, ROWS, COLUMNS, GPU)
     payload_PK = gemm.pack(torch.randn(ROWS, COLUMNS, dtype=torch.bfloat16))
-    gemm._form.unpack(payload_PK)[1].mul_(3.0)  # unlike those of a new quantisation
-    parameter = gemm._weight(*gemm._form.unpack(payload_PK))
+    gemm._forms[0].unpack(payload_PK)[1].mul_(3.0)  # unlike those of a new quantisation
+    (parameter,) = gemm._weights(payload_PK[None])
     assert torch.equal(gemm.pack(parameter), payload_PK)
 
 
@@ -369,7 +370,7 @@ def test_a_parameter_in_mxfp8_sends_its_own_bytes_of_each_direction(config: Any)
         )
         values ^= 1  # unlike those of a new quantisation
         scales += 1
-        form = mx_form(ROWS, COLUMNS, by_columns=direction == "column")
+        form = PayloadForm(Fp8Recipe.MXFP8, ROWS, COLUMNS, direction == "column")
         kept, kept_scales = form.unpack(packer.pack(parameter))
         assert torch.equal(kept, values)
         assert torch.equal(kept_scales, scales[tuple(map(slice, kept_scales.shape))])

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_laer.layer.experts.fp8 import payload
+from megatron_laer.choices import Fp8Recipe
+from megatron_laer.layer.experts.fp8.payload import PayloadForm
 from tests.doubles import fp8
 
 SQUARE, ROWS, COLUMNS = (128, 128), (1, 32), (32, 1)
@@ -100,18 +101,18 @@ def test_infinity_saturates_and_nan_stays() -> None:
 def test_a_payload_gives_back_values_and_scales_in_its_own_memory(size: tuple[int, int]) -> None:
     whole = matrix(*size, torch.bfloat16, 2)
     cases = {
-        payload.per_tensor_form(*size): fp8.per_tensor(whole, fp8.E4M3),
-        payload.block_form(*size): fp8.by_blocks(whole, fp8.E4M3, SQUARE),
-        payload.mx_form(*size, by_columns=False): fp8.mx(whole, fp8.E4M3),
-        payload.mx_form(*size, by_columns=True): fp8.mx(whole, fp8.E4M3, by_columns=True),
+        PayloadForm(Fp8Recipe.TENSORWISE, *size): fp8.per_tensor(whole, fp8.E4M3),
+        PayloadForm(Fp8Recipe.BLOCKWISE, *size): fp8.by_blocks(whole, fp8.E4M3, SQUARE),
+        PayloadForm(Fp8Recipe.MXFP8, *size): fp8.mx(whole, fp8.E4M3),
+        PayloadForm(Fp8Recipe.MXFP8, *size, True): fp8.mx(whole, fp8.E4M3, by_columns=True),
     }
     for form, quantised in cases.items():
         packed = form.pack(*quantised)
         values, scales = form.unpack(packed)
         assert torch.equal(values, quantised.values_RK.view(torch.uint8))
-        given = tuple(slice(size) for size in quantised.scales.shape)
-        assert torch.equal(scales[given], quantised.scales)
-        assert scales.count_nonzero() == quantised.scales.count_nonzero(), "padding is zero"
+        assert torch.equal(scales, quantised.scales)
+        rest = packed[size[0] :].reshape(-1)[scales.nbytes :]
+        assert not rest.any(), "padding is zero"
         assert values.data_ptr() == packed.data_ptr() and values.is_contiguous()
         start = scales.data_ptr() - packed.data_ptr()
         assert start == size[0] * size[1] and start + scales.nbytes <= packed.numel()
@@ -120,12 +121,8 @@ def test_a_payload_gives_back_values_and_scales_in_its_own_memory(size: tuple[in
 def test_a_payload_is_little_longer_than_its_values() -> None:
     rows, columns = 4096, 7168
     sizes = [
-        form.payload_rows * columns / (rows * columns)
-        for form in (
-            payload.per_tensor_form(rows, columns),
-            payload.block_form(rows, columns),
-            payload.mx_form(rows, columns, by_columns=False),
-            payload.mx_form(rows, columns, by_columns=True),
-        )
+        PayloadForm(recipe, rows, columns, way).payload_rows / rows
+        for recipe in Fp8Recipe
+        for way in (False, True)
     ]
-    assert sizes == [1 + 1 / 4096, 1 + 1 / 4096, 1 + 1 / 32, 1 + 1 / 32]
+    assert sizes == [1 + 1 / 4096] * 4 + [1 + 1 / 32] * 2

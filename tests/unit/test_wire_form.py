@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,31 +13,20 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_laer.choices import Fp8Recipe, Sharding
-from megatron_laer.layer.experts.fp8 import payload
+from megatron_laer.fp8_recipes import RECIPES
+from megatron_laer.layer.experts.fp8.payload import PayloadForm
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
-from megatron_laer.planner.wire_form import packing_bytes, payload_form, payload_rows
+from megatron_laer.planner.wire_form import weights_form
 from tests.costs import make_costs
 
-FORMS: dict[Fp8Recipe, list[Callable[[int, int], payload.PayloadForm]]] = {
-    Fp8Recipe.TENSORWISE: [payload.per_tensor_form],
-    Fp8Recipe.BLOCKWISE: [payload.block_form],
-    Fp8Recipe.MXFP8: [partial(payload.mx_form, by_columns=way) for way in (False, True)],
-}
 # Four ranks with an expert each; all tokens want expert 0.
 HOT_NE = np.zeros((4, 4), dtype=np.int64)
 HOT_NE[:, 0] = 30
 HOT_NE[:, 1:] = 1
 HOMES = Geometry(4, 4, 2, 4, Sharding.EXPERTS)
-
-
-@given(st.sampled_from(Fp8Recipe), st.integers(1, 40), st.integers(1, 40))
-def test_payloads_are_priced_as_large_as_they_are(recipe: Fp8Recipe, rows: int, columns: int):
-    size = rows * payload.MX_BLOCK, columns * payload.MX_BLOCK
-    for form in FORMS[recipe]:
-        assert payload_rows(recipe, *size) == form(*size).payload_rows
 
 
 class CountedBytes(TorchDispatchMode):
@@ -63,21 +50,21 @@ class CountedBytes(TorchDispatchMode):
 
 @given(st.sampled_from(Fp8Recipe), st.integers(1, 40), st.integers(1, 40))
 def test_packing_is_priced_by_the_bytes_that_it_moves(recipe: Fp8Recipe, rows: int, columns: int):
-    size = rows * payload.MX_BLOCK, columns * payload.MX_BLOCK
-    for make in FORMS[recipe]:
-        form = make(*size)
+    size = rows * 32, columns * 32
+    for by_columns in (False, True):
+        form = PayloadForm(recipe, *size, by_columns)
         values = torch.zeros(size, dtype=torch.uint8)
         scales = torch.zeros(form.scales_shape, dtype=form.scales_dtype)
         with CountedBytes() as counted:
             form.pack(values, scales)
-        assert counted.moved == packing_bytes(recipe, *size)
+        assert counted.moved == RECIPES[recipe].packing_bytes(*size)
 
 
 def test_a_sender_reads_and_writes_before_it_packs():
     """Per weight: two bytes are read, twice by current scaling; one written, and copied."""
     matrices = ((4096, 1024), (1024, 2048))
     for recipe, reads in (("tensorwise", 2), ("blockwise", 1), ("mxfp8", 1)):
-        form = payload_form(Fp8Recipe(recipe), matrices, 2)
+        form = weights_form(Fp8Recipe(recipe), matrices, 2)
         assert form.quantising_passes == pytest.approx(2 * reads + 1 + 2, rel=0.02)
     # A scale for 32 weights is written, and copied to where zeros were written.
     moved = form.quantising_passes * form.expert_bytes

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from megatron_laer.choices import Fp8Recipe
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.wire_form import WireForm, payload_form
+from megatron_laer.planner.wire_form import weights_form
 from megatron_laer.tools.model_flags import ExpertSizes
 from megatron_laer.tools.report import plots
 from megatron_laer.tools.report.bins import (
@@ -210,6 +210,4 @@ def _slot_bytes(settings: Sequence[tuple[str, str]]) -> int | None:
     except (KeyError, ValueError):
         return None
     sizes = ExpertSizes(hidden, ffn, of.get("gated") == "True")
-    if recipe is None:
-        return WireForm(sizes.matrices, each).expert_bytes
-    return payload_form(recipe, sizes.matrices, each).expert_bytes
+    return weights_form(recipe, sizes.matrices, each).expert_bytes

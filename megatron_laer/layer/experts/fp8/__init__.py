@@ -13,13 +13,11 @@ from typing import Any, Protocol
 
 import torch
 
+from megatron_laer.choices import Fp8Recipe
+from megatron_laer.fp8_recipes import RECIPES, recipe_of
 from megatron_laer.layer.experts.gemm import SlotGemm
 from megatron_laer.runtime.weights.layer import Packer
 from megatron_laer.support import fp8_experts
-from megatron_laer.support.fp8_experts import recipe_of
-
-# Rows and columns of operands must be multiples of this, which cuBLAS asks of fp8.
-MULTIPLE = 16
 
 
 class QuantisedGemm(SlotGemm, Packer, Protocol):
@@ -41,19 +39,17 @@ def check_card(config: Any, device: torch.device) -> None:
 
 def quantised_gemm(config: Any, rows: int, columns: int, device: torch.device) -> QuantisedGemm:
     """Return the products of a linear layer by the recipe of Megatron's TransformerConfig."""
-    from megatron_laer.layer.experts.fp8 import te, te_mx
+    from megatron_laer.layer.experts.fp8 import te
 
-    recipe = recipe_of(config)
-    by_recipe = {"tensorwise": te.PerTensor, "blockwise": te.ByBlocks, "mxfp8": te_mx.Mx}
-    quantised: Any = by_recipe[recipe]
-    if rows % quantised.multiple or columns % quantised.multiple:
+    recipe = Fp8Recipe(recipe_of(config))
+    row = RECIPES[recipe]
+    if rows % row.multiple or columns % row.multiple:
         raise ValueError(
             f"--fsep-allow-unproven fp8-experts: a matrix of the experts has {rows} x {columns} "
-            f"elements, and --fp8-recipe {recipe} needs multiples of {quantised.multiple}; take "
+            f"elements, and --fp8-recipe {recipe} needs multiples of {row.multiple}; take "
             "other sizes, or leave out --fp8-format"
         )
-    if (problem := te.problem(device, quantised.needs, quantised.known)) is not None:
+    if (problem := te.problem(device, row)) is not None:
         message = f"--fsep-allow-unproven fp8-experts: {problem}"
         raise ValueError(message)
-    made: QuantisedGemm = quantised(config, rows, columns)
-    return made
+    return te.Quantised(config, recipe, rows, columns)

@@ -15,28 +15,35 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_laer.choices import Fp8Recipe
+from megatron_laer.fp8_recipes import RECIPES
 from megatron_laer.runtime.weights.layer import Carried
 
-# Sides of the blocks that share a scale: square ones of weights, and those of mxfp8.
-BLOCK = 128
-MX_BLOCK = 32
-# Columns of scales of square blocks come in fours, as cuBLAS takes them.
-_SCALES = 4
+_DTYPES = {4: torch.float32, 1: torch.uint8}
 
 
 @dataclass(frozen=True)
 class PayloadForm:
-    """Sizes of a matrix's payload, by the scales of its recipe."""
+    """Sizes of a matrix's payload by a recipe, along rows or along columns."""
 
+    recipe: Fp8Recipe
     rows: int
     columns: int
-    scales_shape: tuple[int, ...]
-    scales_dtype: torch.dtype
+    by_columns: bool = False
+
+    @property
+    def scales_shape(self) -> tuple[int, ...]:
+        row = RECIPES[self.recipe]
+        return row.scales_shape(self.rows, self.columns, by_columns=self.by_columns)
+
+    @property
+    def scales_dtype(self) -> torch.dtype:
+        return _DTYPES[RECIPES[self.recipe].scale_bytes]
 
     @property
     def payload_rows(self) -> int:
         """Return P."""
-        return self.rows + -(-self._scale_bytes // self.columns)
+        return RECIPES[self.recipe].payload_rows(self.rows, self.columns)
 
     @property
     def carried(self) -> Carried:
@@ -45,7 +52,7 @@ class PayloadForm:
     def pack(self, values_RK: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         """Return the payload [P, K] of fp8 values, or their bytes, and scales.
 
-        These may have less padding than the form, or more.
+        Scales may be padded, which the payload's are not.
         """
         assert values_RK.shape == (self.rows, self.columns) and values_RK.element_size() == 1
         assert scales.dtype == self.scales_dtype and scales.dim() == len(self.scales_shape)
@@ -53,23 +60,14 @@ class PayloadForm:
         payload_PK = torch.empty(shape, dtype=torch.uint8, device=values_RK.device)
         payload_PK[: self.rows].copy_(values_RK.view(torch.uint8))
         payload_PK[self.rows :].zero_()
-        sizes = zip(scales.shape, self.scales_shape, strict=True)
-        given = tuple(slice(min(both)) for both in sizes)
-        self.unpack(payload_PK)[1][given].copy_(scales[given])
+        self.unpack(payload_PK)[1].copy_(scales[tuple(map(slice, self.scales_shape))])
         return payload_PK
 
     def unpack(self, payload_PK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the values' bytes [R, K] and the scales, both in the payload's memory."""
-        rest = payload_PK[self.rows :].reshape(-1)[: self._scale_bytes]
+        num_bytes = math.prod(self.scales_shape) * self.scales_dtype.itemsize
+        rest = payload_PK[self.rows :].reshape(-1)[:num_bytes]
         return payload_PK[: self.rows], rest.view(self.scales_dtype).view(self.scales_shape)
-
-    @property
-    def _num_scales(self) -> int:
-        return math.prod(self.scales_shape)
-
-    @property
-    def _scale_bytes(self) -> int:
-        return self._num_scales * self.scales_dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -93,21 +91,3 @@ class BackwardPacker:
 
     def pack(self, weight_RK: torch.Tensor) -> torch.Tensor:
         return self.form.pack(*self.quantise(weight_RK))
-
-
-def per_tensor_form(rows: int, columns: int) -> PayloadForm:
-    """Return the form of a matrix with one scale, in both directions."""
-    return PayloadForm(rows, columns, (1,), torch.float32)
-
-
-def block_form(rows: int, columns: int) -> PayloadForm:
-    """Return the form of a matrix with a scale for each square block, in both directions."""
-    scales_columns = -(-columns // (BLOCK * _SCALES)) * _SCALES
-    return PayloadForm(rows, columns, (-(-rows // BLOCK), scales_columns), torch.float32)
-
-
-def mx_form(rows: int, columns: int, *, by_columns: bool) -> PayloadForm:
-    """Return the form of a matrix with an 8-bit scale for each block of a row, or of a column."""
-    along_rows = (rows, -(-columns // MX_BLOCK))
-    along_columns = (-(-rows // MX_BLOCK), columns)
-    return PayloadForm(rows, columns, along_columns if by_columns else along_rows, torch.uint8)

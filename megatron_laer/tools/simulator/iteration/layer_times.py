@@ -16,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.choices import Recompute
+from megatron_laer.fp8_recipes import RECIPES
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.wire_form import quantising_reads
 from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes
 from megatron_laer.tools.simulator.iteration.clocks import INTER, INTRA
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
@@ -168,7 +168,7 @@ class Timing:
         if fp8 is None:
             return 0.0, 0.0
         # A byte is written for products along rows, and one for products along columns.
-        passes = quantising_reads(fp8) * self.model.bytes_per_element + 2
+        passes = RECIPES[fp8].reads * self.model.bytes_per_element + 2
         forward_s, backward_s = (
             self.rates.memory_seconds(rows * width * passes) * (1 + self.rates.overhead)
             for width in (inputs, outputs)
