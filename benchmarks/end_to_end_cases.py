@@ -32,9 +32,9 @@ MODES = {
     "forecast": f"{FSEP} --fsep-plan-mode forecast",
     "exact": f"{FSEP} --fsep-plan-mode exact",
     "restore step": f"{FSEP} --fsep-restore step",
-    "scheduler off": f"{FSEP} --fsep-scheduler off",
+    "scheduler off": f"{FSEP} --fsep-set scheduler=off",
     "recompute": f"{FSEP} {RECOMPUTE}",
-    "recompute, scheduler off": f"{FSEP} {RECOMPUTE} --fsep-scheduler off",
+    "recompute, scheduler off": f"{FSEP} {RECOMPUTE} --fsep-set scheduler=off",
 }
 # Baseline of modes that recompute.
 STOCK_RECOMPUTE = "stock balanced, recompute"

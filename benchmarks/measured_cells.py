@@ -186,7 +186,7 @@ def predicted_seconds(job: Job, rates: Rates) -> float:
     mode = PlanMode.ADAPTIVE
     if "--fsep-plan-mode" in flags:
         mode = PlanMode(flags[flags.index("--fsep-plan-mode") + 1])
-    settings = MethodSettings(geometry, costs, mode, overlaps="--fsep-scheduler" not in flags)
+    settings = MethodSettings(geometry, costs, mode, overlaps="scheduler=off" not in flags)
     name = FSEP if "--expert-parallel-mode" in flags else STOCK
     trace = _trace(job)
     steps = len(set(trace.step_R.tolist())) - job.size.warm_up

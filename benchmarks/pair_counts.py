@@ -2,7 +2,7 @@
 
 Two ranks train in Megatron's own loop, and count the pairs of every step. Both times are processor
 time of a rank's whole process in one run, so that other work on the machine matters little. The
-share is of steps that are counted; `--fsep-pairs-interval` divides it.
+share is of steps that are counted; `--fsep-set pairs_interval` divides it.
 
 Legend: L MoE layers, T tokens of a rank and microbatch, E experts, K top-k.
 """
@@ -71,8 +71,8 @@ def _flags(shape: tuple[int, int, int, int], steps: int, folder: Path) -> list[s
         --global-batch-size {RANKS} --train-iters {steps} --swiglu --disable-bias-linear
         --lr 1e-4 --eval-iters 0 --eval-interval 1000 --log-interval 1000 --num-workers 0
         --mock-data --tokenizer-type NullTokenizer --vocab-size 1000
-        --expert-parallel-mode fsep --fsep-sharding experts --fsep-pairs-interval 1
-        --fsep-record-trace {folder}
+        --expert-parallel-mode fsep --fsep-sharding experts --fsep-set pairs_interval=1
+        --fsep-record {folder} trace
         """.split(),
     ]
 

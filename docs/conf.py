@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.metadata
 from pathlib import Path
 from typing import Any
 
 from megatron_laer.config import FSEPConfig
-from megatron_laer.fsep_flags import add_arguments
+from megatron_laer.fsep_flags import help_of
 
 project = "megatron_laer"
 author = "The megatron_laer authors"
@@ -59,11 +58,6 @@ _REDIRECT = (
     '<!doctype html><meta http-equiv="refresh" content="0; url={0}"><a href="{0}">Moved</a>\n'
 )
 
-_HELP = {
-    action.dest: action.help or ""
-    for action in add_arguments(argparse.ArgumentParser(add_help=False))._actions
-}
-
 
 def setup(app: Any) -> None:
     """Connect the steps that complete docstrings and redirect old addresses."""
@@ -87,5 +81,4 @@ def _complete(app: Any, what: str, name: str, obj: object, options: Any, lines: 
             lines[number] += ":"
     if what == "class" and name.endswith(".FSEPConfig"):
         for field in dataclasses.fields(FSEPConfig):
-            text = _HELP[f"fsep_{field.name}"].replace("%%", "%")
-            lines.append(f":param {field.name}: {text}")
+            lines.append(f":param {field.name}: {help_of(field.name).replace('%%', '%')}")

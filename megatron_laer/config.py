@@ -62,8 +62,10 @@ __all__ = [
     "deterministic",
     "flag_name",
     "lays_out_freely",
+    "setting",
     "takes_several",
     "types_of",
+    "value_text",
     "words_of",
 ]
 
@@ -100,10 +102,19 @@ _NUMBERS: dict[type, Any] = {int: (Integral, "an integer"), float: (Real, "a num
 
 
 def _option(
-    default: Any, help: str, *, minimum: Bound | None = None, maximum: Bound | None = None
+    default: Any,
+    help: str,
+    *,
+    flag: str = "",
+    minimum: Bound | None = None,
+    maximum: Bound | None = None,
 ) -> Any:
-    """Return a field with its help and bounds; its annotation has its words or its type."""
-    return field(default=default, metadata={"help": help, "minimum": minimum, "maximum": maximum})
+    """Return a field with its help and bounds; its annotation has its words or its type.
+
+    Without a flag of its own it is given by `--fsep-set name=value`.
+    """
+    metadata = {"help": help, "flag": flag, "minimum": minimum, "maximum": maximum}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -119,158 +130,138 @@ class FSEPConfig:
 
     preset: Preset | None = _option(
         None,
-        "a published system: laer (rows, planner laer, even splits, flat exchanges)",
-    )
-    capacity: int | None = _option(
-        None,
-        "expert slots C of every rank per MoE layer, or auto, the default: min(E, ceil(E/N) + "
-        "1), the least that always allows perfect balance, or more where the cost model finds "
-        "them faster (at home up to two, as rows up to all experts on each node), and with "
-        "HybridEP the next that makes N*C a multiple of 4",
-        minimum=Bound(1, "1 slot per rank"),
+        "settings of a published system: laer (rows, planner laer, even splits, flat exchanges)",
+        flag="--fsep-preset",
     )
     sharding: Sharding | Auto = _option(
         Auto.AUTO,
-        "share of a rank: rows (1/N of every expert's rows; all slots are restored), experts "
-        "(E/N whole experts at home, as without FSEP; only replicas of other ranks' experts "
-        "move), or auto (the faster by the cost model)",
+        "rows (1/N of every expert), experts (E/N whole ones; only replicas move), or auto",
+        flag="--fsep-sharding",
+    )
+    capacity: int | None = _option(
+        None,
+        "expert slots C per rank and MoE layer; default auto: the fastest predicted number",
+        flag="--fsep-capacity",
+        minimum=Bound(1, "1 slot per rank"),
     )
     planner: str = _option(
         "greedy",
-        "strategy that chooses layouts on rank 0 of the FSEP group: {strategies}; or random: a "
-        "new random layout per microbatch, for tests",
-    )
-    split: Split = _option(
-        Split.EXACT,
-        "how a microbatch's tokens are split over an expert's replicas: exact (the largest "
-        "rank load is minimal for the layout) or even (the paper's)",
+        "strategy for layouts: {strategies}; or random, drawn per microbatch, for tests",
+        flag="--fsep-planner",
     )
     plan_mode: PlanMode | None = _option(
         None,
-        "what a microbatch is computed with: forecast (the planned layout), exact (a fresh "
-        "one, made after the gate for its very counts: no rank above the mean), adaptive (per "
-        "layer the cheaper of the two in predicted seconds), or announced (as exact, but made "
-        "and restored ahead, for routing that is known before: Megatron's router replay, or "
-        "megatron_laer.announce_routing); default adaptive, or "
-        "forecast with a planner that makes no plans, --fsep-split even or --fsep-restore "
-        "step",
+        "layout of a microbatch: forecast (planned), exact (fresh, behind the gate), adaptive "
+        "(the cheaper), announced (fresh, from announced routing)",
+        flag="--fsep-plan-mode",
+    )
+    restore: Restore = _option(
+        Restore.LAYER,
+        "restore experts per layer and microbatch, or once per step (all layers in memory)",
+        flag="--fsep-restore",
+    )
+    restore_memory_gib: float = _option(
+        0.0,
+        "memory in which restored weights stay until backward, as many as fit",
+        flag="--fsep-restore GIB",
+        minimum=Bound(0, "0; 1.5 keeps 1.5 GiB"),
+        maximum=Bound(4096, "4096; no card has more"),
+    )
+    late_plan: LatePlan = _option(
+        LatePlan.KEEP,
+        "where a plan is late: keep old layouts, or wait (repeats bits; --deterministic-mode)",
+        flag="--fsep-late-plan",
+    )
+    node_size: int | None = _option(
+        None,
+        "ranks of the FSEP group per node G; default: the launcher's number",
+        flag="--fsep-node-size",
+        minimum=Bound(1, "1 rank"),
+    )
+    token_exchange: TokenExchange | Auto = _option(
+        TokenExchange.RANK,
+        "tokens travel once per expert (rank, as Megatron's), once per node (node), or auto",
+        flag="--fsep-token-exchange",
+    )
+    homes: str | None = _option(
+        None,
+        "file of each rank's home experts by layer, for sharding experts; default: stock's",
+        flag="--fsep-homes",
+    )
+    record_layouts: str | None = _option(
+        None, "every applied layout", flag="--fsep-record DIR layouts"
+    )
+    record_trace: str | None = _option(
+        None,
+        "routing of every microbatch, for `megatron_laer plan`",
+        flag="--fsep-record DIR trace",
+    )
+    record_metrics: str | None = _option(
+        None,
+        "metrics of every step and layer, with measured times, for `megatron_laer report`",
+        flag="--fsep-record DIR metrics",
+    )
+    allow_unproven: tuple[Unproven, ...] = _option(
+        (),
+        "run untested features: te-graphs (CUDA graphs up to the counts), dense-fp8 (all but "
+        "experts), fp8-experts (all layers)",
+        flag="--fsep-allow-unproven",
+    )
+    split: Split = _option(
+        Split.EXACT,
+        "tokens over an expert's replicas: exact (least possible maximum load), even (the paper's)",
     )
     imbalance_tolerance: float | None = _option(
         None,
-        "adaptive takes the fresh layout where the planned one would load a rank with more "
-        "than 1 + TOLERANCE times the mean, instead of deciding by cost",
+        "excess over the mean load above which adaptive takes a fresh layout; default: by cost",
         minimum=Bound(0, "0; 0.05 allows a rank 5 % above the mean"),
     )
     plan_lag: int = _option(
         1,
-        "a plan made from the routing of step t takes effect at step t + LAG",
+        "steps from a plan's routing to its first use",
         minimum=Bound(1, "1; a plan cannot act on the step whose routing it was made from"),
         maximum=Bound(
             MAX_PLAN_LAG,
             f"{MAX_PLAN_LAG}; plans are kept in memory and in checkpoints for so many steps",
         ),
     )
-    late_plan: LatePlan = _option(
-        LatePlan.KEEP,
-        "when a plan is not ready in time: keep the layouts in force and never wait, or wait "
-        "(bitwise reproducible; implied by --deterministic-mode)",
-    )
-    restore: Restore = _option(
-        Restore.LAYER,
-        "how often experts are restored: layer (for each layer and microbatch, forward and "
-        "backward: two layers in memory), or step (once per step, gradients exchanged once: "
-        "all layers in memory; implies --fsep-plan-mode forecast)",
-    )
-    restore_memory_gib: float = _option(
-        0.0,
-        "memory of a rank in which restored weights stay from forward to backward, as many as fit",
-        minimum=Bound(0, "0; 1.5 keeps 1.5 GiB"),
-        maximum=Bound(4096, "4096; no card has more"),
-    )
     scheduler: OverlapScheduler = _option(
-        OverlapScheduler.ON,
-        "on: restores and gradient exchanges run while the layers beside them compute; off: "
-        "each is waited for at once",
-    )
-    node_size: int | None = _option(
-        None,
-        "ranks of the FSEP group per node G; default: as the launcher says (torchrun's "
-        "LOCAL_WORLD_SIZE)",
-        minimum=Bound(1, "1 rank"),
+        OverlapScheduler.ON, "overlap of exchanges with the compute of neighbouring layers"
     )
     restore_algorithm: ExchangeAlgorithm | Auto = _option(
         Auto.AUTO,
-        "how experts and their gradients cross nodes: flat (one All-to-All), node (each "
-        "distinct expert of a node crosses once, then an exchange inside the node), or auto "
-        "(the faster by the cost model)",
+        "experts cross nodes by flat (one All-to-All), node (once per node each), or auto",
     )
     grad_wire_dtype: WireDtype | None = _option(
         None,
-        "of gradients between nodes under --fsep-restore-algorithm node; default that of the "
-        "weights",
-    )
-    token_exchange: TokenExchange | Auto = _option(
-        TokenExchange.RANK,
-        "how tokens travel to experts: rank (Megatron's All-to-All, a row per token and "
-        "expert), node (a row per token and node, then one per rank inside the node; outputs "
-        "are summed on the way back), or auto (the faster by the cost model)",
-    )
-    homes: str | None = _option(
-        None,
-        "file with the experts at home on each rank, by layer, for --fsep-sharding experts (which "
-        "it implies); default: stock's placement",
+        "dtype of gradients sent between nodes by restore_algorithm node; default: the weights'",
     )
     gemm: GemmBackEnd = _option(
         GemmBackEnd.AUTO,
-        "what multiplies the tokens of slots: loop (one torch.mm per slot), te (Transformer "
-        "Engine's grouped GEMM), torch (torch's grouped_mm), or auto (loop, until another one is "
-        "measured on the card)",
-    )
-    allow_unproven: tuple[Unproven, ...] = _option(
-        (),
-        "run what nobody has run yet: te-graphs (Transformer Engine's CUDA graphs of "
-        "parts of layers, up to the counts), dense-fp8 (fp8 in all layers but the experts), "
-        "fp8-experts (fp8 in all layers, with --fsep-sharding experts)",
+        "experts' GEMMs: loop (torch.mm), te (Transformer Engine), torch (grouped_mm), auto (loop)",
     )
     cluster: str | None = _option(
         None,
-        "hardware constants for the cost model: a name in configs/clusters or a path; default "
-        "by the device's name",
-    )
-    record_layouts: str | None = _option(
-        None,
-        "directory to which every applied layout is recorded, one file per FSEP group",
-    )
-    record_trace: str | None = _option(
-        None,
-        "directory to which the routing of every microbatch is recorded, one file per FSEP "
-        "group, for `megatron_laer plan`",
+        "hardware constants: a name in configs/clusters or a path; default: by device",
     )
     pairs_interval: int | None = _option(
         None,
-        "with --fsep-record-trace, the interval in steps at which pairs of experts are recorded "
-        "too; default: never",
+        "steps between counts of expert pairs in the recorded trace; default: none",
         minimum=Bound(1, "1; 100 counts every hundredth step"),
     )
     sampled_sets: int | None = _option(
         None,
-        "record with the pairs the experts of about so many tokens of each layer, as many of each "
-        "rank; default: none",
+        "tokens per layer, evenly from all ranks, whose experts are recorded with pairs",
         minimum=Bound(1, "1 token"),
         maximum=Bound(2**24, "16777216; no rank has more in a microbatch"),
-    )
-    record_metrics: str | None = _option(
-        None,
-        "directory to which the metrics of every step and layer are recorded, with measured "
-        "times, one file per FSEP group, for `megatron_laer report`",
     )
 
     def __new__(cls, *_: Any, **given: Any) -> Self:
         """Refuse values that contradict the preset, also those that are a field's default."""
         wanted = PRESETS.get(given.get("preset") or "", {})
         problems = [
-            f"{flag_name(name)} {given[name]}: --fsep-preset {given['preset']} means "
-            f"{flag_name(name)} {value}; leave one of them out"
+            f"{setting(name, given[name])}: --fsep-preset {given['preset']} means "
+            f"{setting(name, value)}; leave one of them out"
             for name, value in wanted.items()
             if name in given and given[name] != value
         ]
@@ -299,10 +290,15 @@ class FSEPConfig:
                 f"--fsep-plan-mode {self.mode}: --fsep-restore {self.restore} keeps layouts for a "
                 "step; remove one of them"
             )
+        if self.restore == Restore.STEP and self.restore_memory_gib:
+            yield (
+                f"restore_memory_gib={self.restore_memory_gib}: no effect, since --fsep-restore "
+                f"{self.restore} keeps all restored weights; remove one of them"
+            )
         if self.split == Split.EVEN and self.mode != PlanMode.FORECAST:
             yield (
                 f"--fsep-plan-mode {self.mode}: fresh layouts are made for exact splits, got "
-                f"--fsep-split {self.split}; remove one of them"
+                f"--fsep-set split={self.split}; remove one of them"
             )
         if self.homes == "":
             yield "--fsep-homes '': the path is empty; give a file"
@@ -317,8 +313,8 @@ class FSEPConfig:
             yield f"--fsep-allow-unproven {Unproven.FP8_EXPERTS}: {problem}"
         if self.pairs_interval is not None and self.record_trace is None:
             yield (
-                f"--fsep-pairs-interval {self.pairs_interval}: no effect, since "
-                "--fsep-record-trace is not given; leave it out"
+                f"{setting('pairs_interval', self.pairs_interval)}: no effect, since --fsep-record "
+                "DIR trace is not given; leave it out"
             )
 
     @property
@@ -349,7 +345,7 @@ class FSEPConfig:
                 f"{Sharding.EXPERTS}"
             )
         if self.gemm not in (GemmBackEnd.AUTO, GemmBackEnd.LOOP):  # what `auto` becomes
-            return f"--fsep-gemm {self.gemm} multiplies no fp8; leave it out"
+            return f"--fsep-set gemm={self.gemm} multiplies no fp8; leave it out"
         if Unproven.DENSE_FP8 in self.allow_unproven:
             return f"{Unproven.DENSE_FP8} would keep fp8 from the experts; give one of them"
         if self.sharding == Auto.AUTO and self.reason_for_rows is not None:
@@ -388,9 +384,25 @@ def lays_out_freely(planner: str) -> bool:
     return planner.split("-")[0] == LAER_PLANNER
 
 
-def flag_name(field_name: str) -> str:
-    """Return the flag of a field: `plan_lag` → `--fsep-plan-lag`."""
-    return "--fsep-" + field_name.replace("_", "-")
+def flag_name(name: str) -> str:
+    """Return a field's flag: `--fsep-planner`, `--fsep-set plan_lag`, `--fsep-record DIR trace`."""
+    return FSEPConfig.__dataclass_fields__[name].metadata["flag"] or f"--fsep-set {name}"
+
+
+def setting(name: str, value: object) -> str:
+    """Return a field's value in a command line's form; "none" for an empty list of words."""
+    flag, *of_value = flag_name(name).split()
+    text = value_text(value)
+    if flag == "--fsep-set":
+        return f"{flag} {name}={text}"
+    return " ".join([flag, text, *of_value[1:]])  # the first stands for the value
+
+
+def value_text(value: object) -> str:
+    """Return a value in a command line's form; "none" for an empty list of words."""
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value)) or "none"
+    return str(value)
 
 
 def deterministic(config: FSEPConfig) -> FSEPConfig:
@@ -430,28 +442,28 @@ def _word(name: str, value: Any) -> Choice:
     for choice in _choices(name):
         if isinstance(value, str) and value in choice:
             return choice(value)
-    raise ValueError(f"{flag_name(name)} {value!r}: must be one of {', '.join(words_of(name))}")
+    given = setting(name, repr(value))
+    raise ValueError(f"{given}: must be one of {', '.join(words_of(name))}")
 
 
 def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
     """Return a value in its field's type, or raise a ValueError that quotes it."""
-    flag, kind = flag_name(spec.name), types_of(spec.name)[0]
+    kind = types_of(spec.name)[0]
     if takes_several(spec.name):
         given = value if isinstance(value, list | tuple) else [value]
-        return tuple(
-            sorted({_word(spec.name, word) for word in given})
-        )  # in one order on all ranks
+        # In one order on all ranks.
+        return tuple(sorted({_word(spec.name, word) for word in given}))
     if issubclass(kind, Choice):
         return _word(spec.name, value)
     if kind not in _NUMBERS:
         return value
     number, noun = _NUMBERS[kind]
     if not isinstance(value, number):
-        raise ValueError(f"{flag} {value!r}: must be {noun}")
+        raise ValueError(f"{setting(spec.name, repr(value))}: must be {noun}")
     minimum, maximum = spec.metadata["minimum"], spec.metadata["maximum"]
     # Written so that it also refuses NaN.
     if minimum is not None and not minimum.value <= value < math.inf:
-        raise ValueError(f"{flag} {value}: must be at least {minimum.text}")
+        raise ValueError(f"{setting(spec.name, value)}: must be at least {minimum.text}")
     if maximum is not None and value > maximum.value:
-        raise ValueError(f"{flag} {value}: must be at most {maximum.text}")
+        raise ValueError(f"{setting(spec.name, value)}: must be at most {maximum.text}")
     return value

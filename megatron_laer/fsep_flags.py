@@ -1,14 +1,16 @@
-"""Command-line flags of `FSEPConfig`, one per field, made from the field's metadata.
+"""Command-line flags of `FSEPConfig`, made from the metadata of its fields.
 
-A field `plan_lag` is the flag `--fsep-plan-lag`; its `help` is the flag's help and the row in the
-docs. A flag without effect is an error here. `support` checks combinations with Megatron's flags.
+The settings that most runs choose have flags; all others are `--fsep-set name=value`. Arguments are
+named as the fields, after `fsep_`. A flag without effect is an error here. `support` checks
+combinations with Megatron's flags.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import difflib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from megatron_laer.config import (
@@ -20,42 +22,118 @@ from megatron_laer.config import (
     PlanMode,
     Restore,
     flag_name,
+    setting,
     takes_several,
     types_of,
     words_of,
 )
-from megatron_laer.files.checks import numbered
+from megatron_laer.files.checks import numbered, quoted
 from megatron_laer.planner.strategies import described_strategies, uses_costs
+
+MODE = "--expert-parallel-mode"
+_FIELDS = {spec.name: spec for spec in dataclasses.fields(FSEPConfig)}
+# Settings by name, in `--fsep-set`, and recordings by their words in `--fsep-record`.
+SET = tuple(name for name in _FIELDS if flag_name(name) == f"--fsep-set {name}")
+RECORDED = {name.removeprefix("record_"): name for name in _FIELDS if name.startswith("record_")}
+_BY_DEFAULT = ("trace", "metrics")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--expert-parallel-mode` and one flag per `FSEPConfig` field.
+    """Add `--expert-parallel-mode` and the flags of `FSEPConfig`.
 
     Defaults are `None`, to distinguish a given flag: without effect, it is an error.
     """
     group = parser.add_argument_group(title="fully sharded expert parallel (megatron_laer)")
     group.add_argument(
-        "--expert-parallel-mode",
+        MODE,
         choices=[mode.value for mode in ExpertParallelMode],
         default=ExpertParallelMode.STANDARD.value,
-        help="standard: Megatron's expert parallelism, untouched; fsep: ranks also "
-        "compute other ranks' experts, chosen anew at every microbatch, so that none waits",
+        help="standard: Megatron's expert parallelism, untouched; fsep: experts rebalanced at "
+        "every microbatch",
     )
-    for spec in dataclasses.fields(FSEPConfig):
-        text = spec.metadata["help"].replace("%", "%%")
-        text = text.replace("{strategies}", described_strategies())
-        default = "" if spec.default in (None, ()) else f" (default {spec.default})"
-        words = words_of(spec.name)
-        group.add_argument(
-            flag_name(spec.name),
-            default=None,
-            # Plain strings, since Megatron pickles parsed arguments into checkpoints.
-            type=str if words else _PARSERS.get(spec.name, types_of(spec.name)[0]),
-            choices=words or None,
-            nargs="+" if takes_several(spec.name) else None,
-            help=text + default,
-        )
+    for name in _FIELDS:
+        if " " not in flag_name(name) and name != "restore":
+            several = "+" if takes_several(name) else None
+            group.add_argument(flag_name(name), nargs=several, **_option(name), help=help_of(name))
+    group.add_argument(
+        "--fsep-restore",
+        action=_Restore,
+        metavar="{layer,step,GIB}",
+        help=f"{help_of('restore')}; GIB: {help_of('restore_memory_gib')}",
+    )
+    group.add_argument(
+        "--fsep-record",
+        action=_Record,
+        default=argparse.SUPPRESS,
+        nargs="+",
+        metavar=("DIR", "WHAT"),
+        help="files in DIR, one per FSEP group: "
+        + "; ".join(f"{word}: {help_of(name)}" for word, name in RECORDED.items())
+        + f"; default: {' '.join(_BY_DEFAULT)}",
+    )
+    group.add_argument(
+        "--fsep-set",
+        action=_Set,
+        default=argparse.SUPPRESS,
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="settings of this list:",
+    )
+    for name in SET:  # lines of the help alone, which argparse has no public way to add
+        shown = _metavar(name) or f"{{{','.join(words_of(name))}}}"
+        line = argparse.Action([], name, metavar=f"  {name}={shown}", help=help_of(name))
+        group._group_actions.append(line)
+    parser.set_defaults(**{f"fsep_{name}": None for name in _FIELDS})
     return parser
+
+
+def check_known(words: Iterable[str]) -> None:
+    """Refuse `--fsep-` flags that do not exist, each with the form that is meant."""
+    flags = list(dict.fromkeys(flag_name(name).split()[0] for name in _FIELDS))
+    problems = []
+    for word in dict.fromkeys(word.split("=")[0] for word in words):
+        if not word.startswith("--fsep-") or word in flags:
+            continue
+        name = word.removeprefix("--fsep-").replace("-", "_")
+        near = difflib.get_close_matches(name, _FIELDS, 1)
+        if name in _FIELDS:
+            meant = f"give {setting(name, _placeholder(name))}"
+        elif near:
+            meant = f"did you mean {setting(near[0], _placeholder(near[0]))}?"
+        else:
+            meant = f"there are {', '.join(flags)}"
+        problems.append(f"{word}: no such flag; {meant}")
+    if problems:
+        raise ValueError(numbered(problems))
+
+
+def _placeholder(name: str) -> str:
+    return {"restore_memory_gib": "GIB"}.get(name, "DIR" if name in RECORDED.values() else "VALUE")
+
+
+def _option(name: str) -> dict[str, Any]:
+    # Plain strings, since Megatron pickles parsed arguments into checkpoints.
+    words = words_of(name)
+    parse = str if words else _parser(name)
+    return {"type": parse, "choices": words or None, "metavar": _metavar(name)}
+
+
+def _metavar(name: str) -> str | None:
+    """Return the value's name in the help; None for words, which are listed."""
+    by_type = {int: "N", float: "X", str: "NAME" if name == "planner" else "FILE"}
+    return None if words_of(name) else by_type[types_of(name)[0]]
+
+
+def help_of(name: str) -> str:
+    """Return a field's help, with its default, as argparse formats it."""
+    spec = _FIELDS[name]
+    text = str(spec.metadata["help"]).replace("%", "%%")
+    text = text.replace("{strategies}", described_strategies())
+    return text if spec.default in (None, ()) else f"{text} (default {spec.default})"
+
+
+def _parser(name: str) -> Callable[[str], Any]:
+    return _slots if name == "capacity" else types_of(name)[0]
 
 
 def _slots(text: str) -> int | None:
@@ -64,20 +142,78 @@ def _slots(text: str) -> int | None:
 
 
 _slots.__name__ = "int"  # in argparse's message
-_PARSERS: Mapping[str, Callable[[str], Any]] = {"capacity": _slots}
 
 
-def value_text(value: object) -> str:
-    """Return a flag's value in a command line's form; "none" for an empty list of words."""
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value)) or "none"
-    return str(value)
+class _Restore(argparse.Action):
+    """`--fsep-restore`: a word, or memory in GiB, which is restored `layer` by layer."""
+
+    def __call__(self, _: Any, into: Any, given: Any, flag: str | None = None) -> None:
+        kept = None
+        if given not in list(Restore):
+            try:
+                kept = float(given)
+            except ValueError:
+                problem = f"invalid choice: {given!r} (choose from layer, step, or GiB such as 1.5)"
+                raise argparse.ArgumentError(self, problem) from None
+        into.fsep_restore = given if kept is None else Restore.LAYER.value
+        into.fsep_restore_memory_gib = kept
+
+
+class _Record(argparse.Action):
+    """`--fsep-record DIR [WHAT ...]`: one folder for several recordings."""
+
+    def __call__(self, _: Any, into: Any, given: Any, flag: str | None = None) -> None:
+        folder, *words = given
+        problem = None
+        if folder in RECORDED and not words:
+            problem = f"{folder!r} is no folder's name; give DIR first, or ./{folder}"
+        elif unknown := [word for word in words if word not in RECORDED]:
+            problem = f"invalid choice: {unknown[0]!r} (choose from {', '.join(RECORDED)})"
+        if problem is not None:
+            raise argparse.ArgumentError(self, problem)
+        for word in words or _BY_DEFAULT:
+            setattr(into, f"fsep_{RECORDED[word]}", folder)
+
+
+class _Set(argparse.Action):
+    """`--fsep-set NAME=VALUE ...`: settings without flags of their own."""
+
+    def __call__(self, _: Any, into: Any, given: Any, flag: str | None = None) -> None:
+        for text in given:
+            name, mark, value = text.partition("=")
+            try:
+                if not mark:
+                    raise ValueError(f"{quoted(text)}: write name=value")
+                if name not in SET:
+                    raise ValueError(f"{quoted(text)}: no setting of this list; {_meant(name)}")
+                setattr(into, f"fsep_{name}", _value(name, value))
+            except ValueError as error:
+                raise argparse.ArgumentError(self, str(error)) from error
+
+
+def _meant(name: str) -> str:
+    """Return the way to give a name that `--fsep-set` does not take."""
+    if name in _FIELDS:
+        return f"give {setting(name, _placeholder(name))}"
+    near = difflib.get_close_matches(name.replace("-", "_"), SET, 1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"{meant}there are {', '.join(SET)}"
+
+
+def _value(name: str, text: str) -> Any:
+    """Return a value in the field's type; its bounds are FSEPConfig's."""
+    words, parse = words_of(name), _parser(name)
+    if words and text not in words:
+        raise ValueError(f"{name}: invalid choice: {text!r} (choose from {', '.join(words)})")
+    try:
+        return text if words else parse(text)
+    except ValueError:
+        raise ValueError(f"{name}: invalid {parse.__name__} value: {text!r}; give one") from None
 
 
 def given_flags(args: argparse.Namespace) -> dict[str, Any]:
     """Return the fields whose flags were given, with their values."""
-    names = [spec.name for spec in dataclasses.fields(FSEPConfig)]
-    values = {name: getattr(args, "fsep_" + name, None) for name in names}
+    values = {name: getattr(args, "fsep_" + name, None) for name in _FIELDS}
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -87,7 +223,7 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
     if args.expert_parallel_mode == ExpertParallelMode.FSEP:
         config = FSEPConfig(**given)
         idle = [
-            f"{flag_name(name)} {value_text(given[name])}: no effect, since {reason}; leave it out"
+            f"{setting(name, given[name])}: no effect, since {reason}; leave it out"
             for reason, names in _idle(config)
             for name in names
             if name in given
@@ -96,10 +232,10 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
             raise ValueError(numbered(idle))
         return config
     if given:
-        flags = ", ".join(f"{flag_name(name)} {value_text(value)}" for name, value in given.items())
+        flags = ", ".join(setting(name, value) for name, value in given.items())
         raise ValueError(
-            f"{flags}: no effect with --expert-parallel-mode {args.expert_parallel_mode}; "
-            "add --expert-parallel-mode fsep or leave the flag out"
+            f"{flags}: no effect with {MODE} {args.expert_parallel_mode}; add {MODE} fsep or leave "
+            "the flag out"
         )
     return None
 
@@ -120,13 +256,11 @@ def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
         )
     if config.mode != PlanMode.ADAPTIVE:
         yield f"--fsep-plan-mode is {config.mode}", ("imbalance_tolerance",)
-    if config.restore == Restore.STEP:
-        yield "--fsep-restore step keeps all of them", ("restore_memory_gib",)
     if config.restore_algorithm == ExchangeAlgorithm.FLAT:
-        yield "--fsep-restore-algorithm is flat", ("grad_wire_dtype",)
+        yield "--fsep-set restore_algorithm is flat", ("grad_wire_dtype",)
     if config.record_trace is None:
-        yield "--fsep-record-trace is not given", ("sampled_sets",)
+        yield "--fsep-record DIR trace is not given", ("sampled_sets",)
     if config.pairs_interval is None:
-        yield "--fsep-pairs-interval is not given", ("sampled_sets",)
+        yield "--fsep-set pairs_interval is not given", ("sampled_sets",)
     if not uses_costs(config):
         yield "nothing is decided by cost", ("cluster",)

@@ -119,9 +119,8 @@ def _fsep_flags(work_dir: Path) -> list[str]:
     """Remove an earlier run's recordings; return FSEP's flags, which record the page's data."""
     for path in _recordings(work_dir):
         path.unlink(missing_ok=True)
-    kinds = ("--fsep-record-metrics", "--fsep-record-trace", "--fsep-record-layouts")
-    recorded = [word for kind in kinds for word in (kind, str(work_dir))]
-    return ["--expert-parallel-mode", "fsep", *recorded]
+    recordings = ["--fsep-record", str(work_dir), "metrics", "trace", "layouts"]
+    return ["--expert-parallel-mode", "fsep", *recordings]
 
 
 def _write_page(work_dir: Path) -> str:

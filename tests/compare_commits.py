@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import runpy
 import struct
 import subprocess
 import sys
@@ -41,18 +42,18 @@ _TRAINING_FLAGS = """
     --ckpt-format torch_dist --save-interval 1000
     --expert-model-parallel-size 2 --expert-parallel-mode fsep
 """
-_PLANNED = "--fsep-late-plan wait --fsep-record-layouts layouts --fsep-record-trace routing"
+_PLANNED = "--fsep-late-plan wait --fsep-record layouts layouts --fsep-record routing trace"
 CONFIGURATIONS = {
     "adaptive": _PLANNED,
     "restore per step": f"{_PLANNED} --fsep-restore step",
-    "random layouts, bf16": "--fsep-planner random --fsep-record-trace routing --bf16 "
+    "random layouts, bf16": "--fsep-planner random --fsep-record routing trace --bf16 "
     "--use-distributed-optimizer --dist-ckpt-optim-fully-reshardable",
     "experts at home, bf16": "--fsep-sharding experts --fsep-planner random --bf16 "
-    "--fsep-record-trace routing --use-distributed-optimizer --overlap-grad-reduce "
+    "--fsep-record routing trace --use-distributed-optimizer --overlap-grad-reduce "
     "--overlap-param-gather --dist-ckpt-optim-fully-reshardable",
     "experts at home by relay": "--fsep-sharding experts --fsep-planner random --fsep-node-size 1 "
-    "--fsep-record-trace routing --fsep-restore-algorithm node --recompute-granularity selective "
-    "--recompute-modules moe",
+    "--fsep-record routing trace --fsep-set restore_algorithm=node "
+    "--recompute-granularity selective --recompute-modules moe",
 }
 
 # By kind of result a text for each number, tensor or file; equal texts mean equal bits.
@@ -188,7 +189,9 @@ def _results_of(commit: str, folder: Path, steps: int) -> Results:
         if not data.with_suffix(".idx").exists():
             _run([*package, "prepare-data", "--python-sources", "--output", str(data)], tree, tree)
         model = _run([*package, "flags", "configs/models/tiny-moe.yaml", "--cpu"], tree, tree)
-        for number, (name, flags) in enumerate(CONFIGURATIONS.items()):
+        # A commit's own flags, since later ones may have other names.
+        module = runpy.run_path(str(tree / "tests" / "compare_commits.py"))
+        for number, (name, flags) in enumerate(module["CONFIGURATIONS"].items()):
             print(f"{folder.name} {commit[:12]}: training, {name}", flush=True)
             run = folder / str(number)
             run.mkdir()

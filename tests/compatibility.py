@@ -120,7 +120,7 @@ def versions() -> Iterator[str]:
                 _tested(s.transformer_engine for s in stacks),
                 ranges["transformer-engine"],
             ),
-            f"`--fsep-gemm te` with others than {KNOWN_TRANSFORMER_ENGINES}",
+            f"`--fsep-set gemm=te` with others than {KNOWN_TRANSFORMER_ENGINES}",
         ),
         ("CUDA", _tested(s.cuda for s in stacks), "what that torch is built with", ""),
         ("cards", _tested(s.cards for s in stacks), ", ".join(cards).upper(), ""),

@@ -40,7 +40,7 @@ EXPERT_WEIGHTS = 3 * HIDDEN * 64
 AT_HOME = " --fsep-sharding experts"
 ROWS = " --fsep-sharding rows"
 STEP = " --fsep-restore step"
-OFF = " --fsep-scheduler off"
+OFF = " --fsep-set scheduler=off"
 FULL = " --recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 MOE = " --recompute-granularity selective --recompute-modules moe"
 # By default Megatron-FSDP has gradients in the parameters' dtype.
@@ -74,7 +74,7 @@ class Setting:
     Attributes:
         name: on the page.
         flags: Megatron's and FSEP's, without the sharding.
-        keeps_gib: `--fsep-restore-memory-gib`.
+        keeps_gib: `--fsep-restore GIB`.
     """
 
     name: str
@@ -89,7 +89,7 @@ class Setting:
         if self.strategy is not None:
             flags += FSDP + self.strategy
         if self.keeps_gib:
-            flags += f" --fsep-restore-memory-gib {self.keeps_gib}"
+            flags += f" --fsep-restore {self.keeps_gib}"
         batch = 4 * ranks  # two microbatches
         return command_line(data, flags, steps=3, expert_parallel=group, global_batch=batch)
 
@@ -144,9 +144,9 @@ SETTINGS = (
     Setting("rows of experts instead", sharding=ROWS),
     *(Setting(f"Megatron-FSDP, `{name}`", " ", strategy=name) for name in STRATEGIES),
     Setting("LoRA of rank 4 on experts", adapt=lora_on_experts),
-    Setting("`--fsep-scheduler off`", DIST_OPT + OFF),
+    Setting("`--fsep-set scheduler=off`", DIST_OPT + OFF),
     Setting("`--fsep-restore step`", DIST_OPT + STEP),
-    Setting("one layer of `--fsep-restore-memory-gib`", keeps_gib=_LAYER_GIB),
+    Setting("one layer of `--fsep-restore GIB`", keeps_gib=_LAYER_GIB),
     Setting("recompute of the MoE layer", DIST_OPT + MOE),
     Setting("full recompute", DIST_OPT + FULL),
     Setting(

@@ -24,16 +24,18 @@ SLURM = ROOT / "scripts" / "slurm" / "pretrain.sbatch"
 
 
 def flags() -> Iterator[str]:
-    parser = add_arguments(argparse.ArgumentParser(add_help=False))
-    yield "| flag | takes | |"
-    yield "|---|---|---|"
-    for action in parser._actions:
-        words = " ".join(f"`{word}`" for word in action.choices or ())
-        kind = getattr(action.type, "__name__", "str")
-        takes = words or {"str": "text", "int": "an integer", "float": "a number"}[kind]
-        several = ", several" if action.nargs == "+" else ""
-        text = (action.help or "").replace("%%", "%")
-        yield _row(f"`{action.option_strings[0]}`", takes + several, text)
+    formatter = argparse.HelpFormatter("")
+    group = add_arguments(argparse.ArgumentParser(add_help=False))._action_groups[-1]
+    yield "| flag | |"
+    yield "|---|---|"
+    for action in group._group_actions:
+        takes = formatter._format_args(action, action.dest.removeprefix("fsep_").upper())
+        given = " ".join([*action.option_strings, takes])
+        yield _row(f"`{given}`" if action.option_strings else f"… `{given.strip()}`", _text(action))
+
+
+def _text(action: argparse.Action) -> str:
+    return (action.help or "").replace("%%", "%")
 
 
 def releases() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""Every GEMM back end of `--fsep-gemm` against `loop`, at the experts' sizes of public models.
+"""Every GEMM back end of `--fsep-set gemm` against `loop`, at the experts' sizes of public models.
 
 `python -m benchmarks.gpu.gemms`. Forward is both matrices' output; backward is the gradients of
 input and weights of both, the latter in float32. Shares are of a plain matrix product's operations

@@ -207,9 +207,10 @@ def _why_not_writable(folder: Path) -> str | None:
 
 
 def problem_of(flag: str, given: str, error: Exception) -> str:
-    """Describe an error of the file that a flag names, with its path once."""
+    """Describe an error of the file that a flag, or `--flag name=`, names, with its path once."""
     text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return f"{flag} {quoted(given)}: {text.removeprefix(f'{given}: ')}"
+    between = "" if flag.endswith("=") else " "
+    return f"{flag}{between}{quoted(given)}: {text.removeprefix(f'{given}: ')}"
 
 
 def in_one_line(error: Exception) -> str:

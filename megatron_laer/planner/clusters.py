@@ -193,7 +193,7 @@ ENOUGH_TOKENS = 64
 
 @dataclass(frozen=True)
 class BackEnd:
-    """Speed of one back end's three GEMMs by tokens per slot; named as in `--fsep-gemm`."""
+    """Speed of one back end's three GEMMs by tokens per slot; named as in `--fsep-set gemm`."""
 
     name: str
     forward: GemmCurve

@@ -6,7 +6,7 @@ One line of JSON; `files.json_lines` defines its checksum:
      "layers":["layer 1",...],"experts":[[expert at home position 0, ...], ... of the last layer],
      "crc":...}\\n
 
-Layers have the names of `--fsep-record-trace`. People who write a file leave `crc` out.
+Layers have the names of `--fsep-record DIR trace`. People who write a file leave `crc` out.
 
 Legend: N ranks, E experts.
 """

@@ -200,6 +200,6 @@ def reduce_traffic(
 ) -> Traffic:
     """Count the elements of one gradient exchange: a restore of all slots, run backwards.
 
-    Elements between nodes may have another dtype (`--fsep-grad-wire-dtype`).
+    Elements between nodes may have another dtype (`--fsep-set grad_wire_dtype`).
     """
     return restore_traffic(placed, matrices, algorithm).reversed()

@@ -97,8 +97,8 @@ def _report_gemm(before: str | None, now: str) -> None:
     """Warn if the back end of GEMMs differs from the saved run's; stock's checkpoints have None."""
     if before not in (None, now) and int(os.environ.get("RANK", "0")) == 0:
         logger.warning(
-            "FSEP: the checkpoint is of a run with --fsep-gemm %s, and this one has --fsep-gemm "
-            "%s: from here on, numbers may differ from that run's by rounding",
+            "FSEP: the checkpoint is of a run with --fsep-set gemm=%s, and this one has "
+            "--fsep-set gemm=%s: from here on, numbers may differ from that run's by rounding",
             before,
             now,
         )

@@ -59,6 +59,7 @@ def _with_fsep_arguments(original: Callable[..., Any]) -> Callable[..., Any]:
         with _refusing():
             if yaml_cfg is not None:
                 _refuse_yaml(yaml_cfg)
+            fsep_flags.check_known(sys.argv)
             if mode == ExpertParallelMode.FSEP:
                 # Megatron reads these variables while it adds its arguments and parses.
                 launcher.check_ranks(os.environ)

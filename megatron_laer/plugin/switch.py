@@ -78,7 +78,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
         if fresh:
             logger.info("FSEP is on:\n%s", patch_table())
         if not wanted.config.experts_in_fp8:
-            logger.info("FSEP: experts compute with --fsep-gemm %s", wanted.config.gemm)
+            logger.info("FSEP: experts compute with --fsep-set gemm=%s", wanted.config.gemm)
         for word in wanted.config.allow_unproven:
             logger.warning(
                 "FSEP: --fsep-allow-unproven %s: nobody has run FSEP with %s, and no test on a GPU "

@@ -285,7 +285,8 @@ def default_cluster(device: torch.device) -> str:
         if part in name:
             return cluster
     logger.warning(
-        "FSEP: no hardware constants for %s, taking those of %s; give --fsep-cluster a YAML file",
+        "FSEP: no hardware constants for %s, taking those of %s; give a YAML file by "
+        "--fsep-set cluster=FILE",
         name,
         _CLUSTERS["H100"],
     )

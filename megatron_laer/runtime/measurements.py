@@ -21,7 +21,7 @@ from megatron_laer.telemetry.step_times import StepTimes
 class Measurements:
     """Measurements of one rank; none before `start`.
 
-    A planner rank with `--fsep-record-metrics` has a `recorder` of each step's metrics, for which
+    A planner rank that records metrics has a `recorder` of each step's metrics, for which
     `step_times` adds up activities.
     """
 

@@ -95,8 +95,8 @@ def own_problems(args: Namespace, config: FSEPConfig) -> list[str]:
     found += problems_with_token_exchange(args, config.token_exchange)
     if config.pairs_interval is not None and args.moe_router_topk == 1:
         found.append(
-            f"--fsep-pairs-interval {config.pairs_interval} with --moe-router-topk 1: no effect, "
-            "since a token has one expert; leave it out"
+            f"--fsep-set pairs_interval={config.pairs_interval} with --moe-router-topk 1: no "
+            "effect, since a token has one expert; leave it out"
         )
     has_shape = (args.num_experts or 0) > 0 and args.expert_model_parallel_size > 1
     return found + (_shape_problems(args, config) if has_shape else [])
@@ -165,8 +165,8 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
     tolerance = config.imbalance_tolerance
     if tolerance is not None and tolerance >= ranks - 1:
         problems.append(
-            f"--fsep-imbalance-tolerance {tolerance}: no fresh layout would ever be taken, since "
-            f"no rank has more than {ranks} times the mean; give less than {ranks - 1}, or "
+            f"--fsep-set imbalance_tolerance={tolerance}: no fresh layout would ever be taken, "
+            f"since no rank has more than {ranks} times the mean; give less than {ranks - 1}, or "
             "--fsep-plan-mode forecast"
         )
     try:

@@ -5,7 +5,7 @@ No recording is opened: `runtime` checks their contents.
 
 from __future__ import annotations
 
-from megatron_laer.config import FSEPConfig, flag_name
+from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import problem_of, refuse_unusable_folder
 from megatron_laer.planner.cluster_files import load_cluster
 
@@ -19,8 +19,8 @@ def check(config: FSEPConfig) -> None:
         try:
             load_cluster(config.cluster)
         except (OSError, ValueError) as error:
-            raise ValueError(problem_of("--fsep-cluster", config.cluster, error)) from error
+            raise ValueError(problem_of("--fsep-set cluster=", config.cluster, error)) from error
     for name in WRITTEN:
         folder = getattr(config, name)
         if folder is not None:
-            refuse_unusable_folder(folder, flag_name(name))
+            refuse_unusable_folder(folder, "--fsep-record")

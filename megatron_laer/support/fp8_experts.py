@@ -36,7 +36,7 @@ def problems(settings: Any, allowed: Collection[Unproven], kept_gib: float = 0.0
         )
     if row.directions > 1 and kept_gib:
         found.append(
-            f"--fsep-restore-memory-gib {kept_gib} {_WITH} --fp8-recipe {recipe}: keeps restored "
+            f"--fsep-restore {kept_gib} {_WITH} --fp8-recipe {recipe}: keeps restored "
             "experts for backward, which multiplies by others, quantised by columns; leave it out"
         )
     return found

@@ -1,4 +1,4 @@
-"""Format of `--fsep-record-metrics`: JSON lines, one file per FSEP group.
+"""Format of `--fsep-record DIR metrics`: JSON lines, one file per FSEP group.
 
     {"format":"megatron_laer-metrics","version":2,"run":...,"num_ranks":N,...,"layers":[...],
      "crc":...}\\n

@@ -1,4 +1,4 @@
-"""Format of `--fsep-record-trace`, one file per FSEP group.
+"""Format of `--fsep-record DIR trace`, one file per FSEP group.
 
 A line of JSON, then binary records, all little-endian:
 
@@ -15,7 +15,7 @@ A line of JSON, then binary records, all little-endian:
              uint32  CRC-32 of the counts
              N*E counts, source rank by source rank; or E*(E+1)/2 of pairs; or sets
 
-Pairs are those of a step with `--fsep-pairs-interval`, summed over the group: tokens that chose
+Pairs are those of a step with `--fsep-set pairs_interval`, summed over the group: tokens that chose
 both of two experts. They go row by row of the upper triangle, whose diagonal has each expert's
 tokens. Their microbatch is 0.
 

@@ -40,8 +40,8 @@ class Method:
 def papers(planner: str) -> str:
     """Return the flags of the paper's system, as of `--fsep-preset laer`, with this planner."""
     return (
-        f"--fsep-sharding rows --fsep-planner {planner} --fsep-split even "
-        "--fsep-restore-algorithm flat"
+        f"--fsep-sharding rows --fsep-planner {planner} --fsep-set split=even "
+        "--fsep-set restore_algorithm=flat"
     )
 
 
@@ -211,7 +211,7 @@ def flags(experiment: Experiment, run: Run, request: Request) -> list[str]:
         topk = int(family(run.model).partition("k")[2])
         words += ["--fsep-capacity", str(2 * topk if request.toy else topk)]
         if experiment.records_metrics:
-            words += ["--fsep-record-metrics", str(metrics_folder(run, request))]
+            words += ["--fsep-record", str(metrics_folder(run, request)), "metrics"]
     if request.toy:
         ffn = _TOY_FFN[family(run.model)]
         if method.uses_fsep:  # `auto` would keep a toy's experts at home, without replicas

@@ -36,14 +36,14 @@ _VARIANTS = (
         "laer-unscheduled",
         "no_comm_opt",
         "the paper's system without overlapped exchanges",
-        f"{LAER.flags} --fsep-scheduler off",
+        f"{LAER.flags} --fsep-set scheduler=off",
     ),
     Method("laer-exact-split", None, "the paper's planner, exact splits", "--fsep-planner laer"),
-    Method("greedy-even-split", None, "our planner, even splits", "--fsep-split even"),
+    Method("greedy-even-split", None, "our planner, even splits", "--fsep-set split=even"),
     Method("forecast", None, "our planner, never a fresh layout", "--fsep-plan-mode forecast"),
     Method("exact", None, "a fresh layout each time", "--fsep-plan-mode exact"),
     FSEP,
-    Method("unscheduled", None, "FSEP without overlapped exchanges", "--fsep-scheduler off"),
+    Method("unscheduled", None, "FSEP without overlapped exchanges", "--fsep-set scheduler=off"),
 )
 
 EXPERIMENT = Experiment(
@@ -56,8 +56,8 @@ EXPERIMENT = Experiment(
     toy_length=Length(7, 2),
     published=(ABLATION,),
     notes=(
-        "no_comm_opt restores behind attention and exchanges gradients at once; --fsep-scheduler "
-        "off waits for each exchange where it starts, so it takes away more.",
+        "no_comm_opt restores behind attention and exchanges gradients at once; "
+        "--fsep-set scheduler=off waits for each exchange where it starts, so it takes away more.",
         "Rows without a name in the paper are ablations of what FSEP is here.",
     ),
 )

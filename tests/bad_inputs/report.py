@@ -46,7 +46,7 @@ _STEPS = {
 CASES = (
     ("", "required: RUN"),
     ("absent", "run 'absent' does not exist"),
-    ("nothing", "folder 'nothing' holds no recording of a run; --fsep-record-metrics"),
+    ("nothing", "folder 'nothing' holds no recording of a run; --fsep-record DIR metrics"),
     ("flipped.trace", "flipped.trace, record 1"),
     ("header-only.trace", "holds no complete record"),
     ("zeros.trace", "holds no tokens"),

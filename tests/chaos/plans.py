@@ -18,7 +18,7 @@ STEPS, SAVE_EVERY = 18, 4
 _WAIT = "--expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait"
 _IN_TURN = ("", HOMES)
 _ASYNC = "--async-save --use-persistent-ckpt-worker --async-strategy mcore"
-_LAER = "--fsep-planner laer --fsep-cluster cpu-gloo --fsep-plan-lag 2"
+_LAER = "--fsep-planner laer --fsep-set cluster=cpu-gloo plan_lag=2"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Plan:
         return command_line(
             data,
             f"{_WAIT} {self.variant.flags}{own} "
-            + " ".join(f"--fsep-record-{kind} {folder}/recorded" for kind in recorded)
+            + " ".join(f"--fsep-record {folder}/recorded {kind}" for kind in recorded)
             + (f" {saves} {handles}" if self.variant.saves else ""),
             global_batch=4 * self.variant.ranks,
             steps=self.steps,

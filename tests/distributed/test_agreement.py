@@ -57,7 +57,7 @@ def test_a_rank_with_another_solve_time_is_named_on_every_rank_of_the_world(
     other.write_text(cluster_text(replace(shipped, solve=solve)))
     # Two groups of two ranks: the first has no rank that differs, and must not wait for the other.
     flags = command_line(text_data, FSEP, global_batch=8, steps=2)
-    message = refusals(ranks(4), flags, 3, f"--fsep-cluster {other}")
+    message = refusals(ranks(4), flags, 3, f"--fsep-set cluster={other}")
     assert message.startswith("rank 2: the ranks of its FSEP group differ: cluster.solve.base_s ")
     assert f"{base_s * 10!r} on rank 3" in message and f"{base_s!r} on rank 2" in message
 
@@ -69,8 +69,8 @@ def test_a_rank_with_another_numpy_or_other_flags_is_named(
     flags = command_line(text_data, FSEP, steps=2)
     message = refusals(ranks(2), flags, 1, numpy=OTHER_NUMPY)
     assert f"NumPy is {OTHER_NUMPY} on rank 1 and {np.__version__} on rank 0." in message
-    message = refusals(ranks(2), flags, 0, "--fsep-plan-lag 3")
-    assert "--fsep-plan-lag is " in message and "3 on rank 0" in message
+    message = refusals(ranks(2), flags, 0, "--fsep-set plan_lag=3")
+    assert "--fsep-set plan_lag is " in message and "3 on rank 0" in message
 
 
 def train_with_other_decision(flags: list[str], rank: int, step: int) -> None:

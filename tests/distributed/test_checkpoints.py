@@ -226,7 +226,7 @@ INTERRUPTED = {
     "greedy, adaptive": (4, PLANNED),
     "laer, forecast, two plans on their way": (
         4,
-        PLANNED + " --fsep-planner laer --fsep-plan-mode forecast --fsep-plan-lag 2",
+        PLANNED + " --fsep-planner laer --fsep-plan-mode forecast --fsep-set plan_lag=2",
     ),
     "two replicas": (2, PLANNED + DISTRIBUTED),
 }
@@ -237,7 +237,7 @@ INTERRUPTED_AT_NIGHT = {
     "two stages, step restore": (2, PLANNED + STAGES + " --fsep-restore step"),
     "experts at home, step restore": (
         2,
-        PLANNED + f" --fsep-sharding experts --fsep-cluster {REPLICAS_PAY} --fsep-restore step",
+        PLANNED + f" --fsep-sharding experts --fsep-set cluster={REPLICAS_PAY} --fsep-restore step",
     ),
     "two replicas, offloaded": (2, PLANNED + " --use-distributed-optimizer" + OFFLOADED),
 }

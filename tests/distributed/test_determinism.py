@@ -43,7 +43,7 @@ def run(ranks: RankPools, text_data: str) -> Callable[[str], Record]:
     "planner",
     [
         "greedy",
-        "laer --fsep-split even",
+        "laer --fsep-set split=even",
         "greedy --fsep-node-size 1 --fsep-token-exchange node",
         "greedy" + HOMES,
     ],
@@ -61,7 +61,7 @@ def test_two_runs_that_wait_for_plans_are_bitwise_equal(
 
 @pytest.mark.parametrize(
     "planner",
-    ["random", "laer --fsep-cluster cpu-gloo --fsep-late-plan wait", "random" + AT_HOME],
+    ["random", "laer --fsep-set cluster=cpu-gloo --fsep-late-plan wait", "random" + AT_HOME],
 )
 def test_evaluation_changes_no_later_loss(run: Callable[[str], Record], planner: str) -> None:
     fsep = f" --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner {planner}"
@@ -95,8 +95,8 @@ def test_a_bad_recording_is_refused_on_every_rank(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     flags = partial(command_line, text_data, steps=3)
-    fsep = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-cluster cpu-gloo"
-    recorded = f"{fsep} --fsep-planner laer --fsep-late-plan wait --fsep-record-layouts {tmp_path}"
+    fsep = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-set cluster=cpu-gloo"
+    recorded = f"{fsep} --fsep-planner laer --fsep-late-plan wait --fsep-record {tmp_path} layouts"
     ranks(2).run(train, flags(recorded))
     path = tmp_path / "group-0.jsonl"
     header, first, *_ = path.read_text().splitlines()
@@ -121,7 +121,7 @@ def test_one_groups_bad_recording_stops_the_other_groups_too(
     flags = partial(command_line, text_data, global_batch=8, steps=3)
     fsep = " --expert-parallel-mode fsep --fsep-sharding rows"
     (tmp_path / "group-1.jsonl").write_text("{}")
-    for result in ranks(4).run_raw(train, flags(f"{fsep} --fsep-record-layouts {tmp_path}")):
+    for result in ranks(4).run_raw(train, flags(f"{fsep} --fsep-record {tmp_path} layouts")):
         assert result.type_name == "RefusedError"
         assert "rank 2" in result.message
         assert "group-1.jsonl" in result.message

@@ -69,7 +69,7 @@ _FIRST_STEPS = """
         --micro-batch-size 4 --global-batch-size 8 --train-iters 3 --lr 1e-3 \\
         --eval-interval 2 --eval-iters 1 --save checkpoints --save-interval 2 --num-workers 0 \\
         --expert-model-parallel-size 2 --expert-parallel-mode fsep \\
-        --fsep-record-metrics run --fsep-record-trace run --fsep-record-layouts run
+        --fsep-record run metrics trace layouts
 """
 # Preparations that a page assumes.
 BEFORE = {

@@ -117,7 +117,7 @@ def saved_steps(folder: Path) -> int | None:
         (4, 2, AT_HOME, False, ("rank 2 (place 2 in the group)",)),
         (4, 2, "", True, VERSIONS),
         (4, 2, " --fsep-restore step", True, VERSIONS),
-        (4, 2, " --fsep-scheduler off", True, VERSIONS),
+        (4, 2, " --fsep-set scheduler=off", True, VERSIONS),
     ],
     ids=["two ranks", "layout", "layout, at home", "version", "version, step", "version, off"],
 )
@@ -317,7 +317,7 @@ def test_extreme_routing_trains_as_stock_does(
     [
         (EXACT, True),
         (EXACT + HOMES, True),
-        (FSEP + " --fsep-planner greedy --fsep-imbalance-tolerance 0", True),
+        (FSEP + " --fsep-planner greedy --fsep-set imbalance_tolerance=0", True),
         (STATIC, False),
     ],
     ids=["exact", "exact, experts at home", "adaptive", "static"],

@@ -221,7 +221,7 @@ def test_replicas_receive_a_byte_for_each_weight(
     ranks: RankPools, text_data: str, in_fp8: str, extra: str
 ) -> None:
     """Six bytes for each weight of a replica become four."""
-    at_home = AT_HOME + " --fsep-planner random --fsep-restore-algorithm flat --fsep-scheduler off"
+    at_home = AT_HOME + " --fsep-planner random --fsep-set restore_algorithm=flat scheduler=off"
     flat = in_fp8 + at_home + extra
     sizes = " --hidden-size 64" * (in_fp8 == MX)
     in_bf16 = flat.replace(in_fp8, " --bf16" + sizes).replace(ALLOW, " --fsep-sharding experts")

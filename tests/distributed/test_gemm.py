@@ -23,7 +23,7 @@ def listen(flags: list[str]) -> tuple[list[str], int]:
     grouped._ends.cache_clear()
     with messages(logging.WARNING) as lines:
         train(flags)
-    return [line for line in lines if "--fsep-gemm" in line], grouped._ends.cache_info().misses
+    return [line for line in lines if "--fsep-set gemm" in line], grouped._ends.cache_info().misses
 
 
 def test_a_run_that_goes_on_with_another_back_end_says_so(
@@ -36,18 +36,18 @@ def test_a_run_that_goes_on_with_another_back_end_says_so(
     go_on = f" --load {tmp_path} --override-opt_param-scheduler"
     assert pool.run(listen, command(text_data, 2, go_on)) == saved
     (first, uploads), (second, _) = pool.run(
-        listen, command(text_data, 2, go_on + " --fsep-gemm torch")
+        listen, command(text_data, 2, go_on + " --fsep-set gemm=torch")
     )
     assert uploads > 0 and second == []
     (line,) = first
-    assert "run with --fsep-gemm loop, and this one has --fsep-gemm torch" in line
+    assert "run with --fsep-set gemm=loop, and this one has --fsep-set gemm=torch" in line
 
 
 def test_sizes_that_a_back_end_cannot_multiply_are_refused_on_every_rank(
     ranks: RankPools, text_data: str
 ) -> None:
-    odd = command(text_data, 1, " --fsep-gemm torch --moe-ffn-hidden-size 34")
+    odd = command(text_data, 1, " --fsep-set gemm=torch --moe-ffn-hidden-size 34")
     for result in ranks(2).run_raw(train, odd):
         assert isinstance(result, Raised)
-        assert "--fsep-gemm torch: sizes of experts must be multiples of 4" in result.traceback
-        assert "34 is not; give --fsep-gemm loop" in result.traceback
+        assert "--fsep-set gemm=torch: sizes of experts must be multiples of 4" in result.traceback
+        assert "34 is not; give --fsep-set gemm=loop" in result.traceback

@@ -98,7 +98,7 @@ def test_a_second_run_has_the_same_bits(
     assert identical(first, second)
 
 
-PLANNED = AT_HOME + f" --fsep-late-plan wait --fsep-cluster {REPLICAS_PAY}"
+PLANNED = AT_HOME + f" --fsep-late-plan wait --fsep-set cluster={REPLICAS_PAY}"
 
 
 def layouts_in_force(_: list[torch.nn.Module]) -> Any:
@@ -251,7 +251,7 @@ def misses(_: list[torch.nn.Module]) -> int:
 def test_announced_choices_are_known_by_home(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
-    flags = f"{AT_HOME} --fsep-cluster {REPLICAS_PAY}{REPLAY} --fsep-plan-mode announced"
+    flags = f"{AT_HOME} --fsep-set cluster={REPLICAS_PAY}{REPLAY} --fsep-plan-mode announced"
     command_ = command(text_data, flags + homes(tmp_path, 12))
     assert ranks(2).run(train_row, command_, misses)[0].probes == [0, 0, 0]
 
@@ -260,7 +260,7 @@ def test_layouts_are_recorded_with_experts_numbers(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     folder, here = tmp_path / "recorded", homes(tmp_path, 13)
-    record = PLANNED + here + f" --fsep-record-layouts {folder}"
+    record = PLANNED + here + f" --fsep-record {folder} layouts"
     ranks(2).run(train, command(text_data, record, steps=5))
     _, layouts = [*read_layouts(folder / "group-0.jsonl")][-1]
     orders = read_homes(Path(here.split()[1])).by_layer.values()

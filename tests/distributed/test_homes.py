@@ -84,7 +84,7 @@ def replicas_of(layout: ExpertLayout, home_slots: int) -> list[int]:
 def test_replicas_are_held_and_their_gradients_summed_over_a_step(
     ranks: RankPools, text_data: str
 ) -> None:
-    flags = RANDOM + " --fsep-restore step --fsep-restore-algorithm flat --bf16"
+    flags = RANDOM + " --fsep-restore step --fsep-set restore_algorithm=flat --bf16"
     flags += " --micro-batch-size 1"  # four in a step
     for record in ranks(2).run(train, command(text_data, flags, steps=6), exchanged_and_expected):
         before = [0] * 4

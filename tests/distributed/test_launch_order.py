@@ -28,8 +28,8 @@ OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-ga
 EXACT = " --fsep-plan-mode exact"
 COMBINED = " --bf16 --overlap-moe-expert-parallel-comm"
 DELAYED = " --delay-wgrad-compute"
-ADAPTIVE = " --fsep-imbalance-tolerance 0.02 --fsep-late-plan wait"
-NODES = " --fsep-node-size 2 --fsep-restore-algorithm node"
+ADAPTIVE = " --fsep-set imbalance_tolerance=0.02 --fsep-late-plan wait"
+NODES = " --fsep-node-size 2 --fsep-set restore_algorithm=node"
 TOKENS = " --fsep-token-exchange node"
 
 # Size of an FSEP group, and flags. Of 8 ranks, 4 are in each pipeline stage.
@@ -44,7 +44,7 @@ CASES = {
     ),
     "experts at home, virtual pipeline, recompute, fresh layouts in four groups": (
         2,
-        VIRTUAL + FULL + OVERLAP + ADAPTIVE + HOMES + " --fsep-restore-algorithm flat",
+        VIRTUAL + FULL + OVERLAP + ADAPTIVE + HOMES + " --fsep-set restore_algorithm=flat",
     ),
     "experts at home by relay, pipeline, recompute of the experts, tokens by nodes": (
         4,

@@ -54,7 +54,7 @@ def exchanged_and_sizes(model: Any) -> tuple[Any, list[tuple[int, int]], list[tu
 def test_adapters_travel_with_replicas_and_only_their_gradients_go_home(
     ranks: RankPools, text_data: str
 ) -> None:
-    flags = RANDOM + " --fsep-restore step --fsep-restore-algorithm flat --bf16"
+    flags = RANDOM + " --fsep-restore step --fsep-set restore_algorithm=flat --bf16"
     flags += " --micro-batch-size 1"  # four in a step
     of_first, of_second = (2 * WIDTH, HIDDEN), (HIDDEN, WIDTH)
     adapters = [(RANK, HIDDEN), (2 * WIDTH, RANK), (RANK, WIDTH), (HIDDEN, RANK)]

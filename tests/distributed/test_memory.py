@@ -22,7 +22,7 @@ from tests.parity.row import AT_HOME, HOMES
 RANDOM = " --fsep-planner random"
 FSEP = " --expert-parallel-mode fsep --fsep-sharding rows" + RANDOM
 # Buffers of direct exchanges grow with an expert's replicas.
-RELAY = " --fsep-restore-algorithm node"
+RELAY = " --fsep-set restore_algorithm=node"
 
 
 @dataclass
@@ -103,7 +103,7 @@ VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-s
 
 @pytest.mark.parametrize(
     ("size", "layers", "extra"),
-    [(2, 3, " --fsep-scheduler off"), (4, 8, VIRTUAL), (4, 8, VIRTUAL + AT_HOME + RELAY)],
+    [(2, 3, " --fsep-set scheduler=off"), (4, 8, VIRTUAL), (4, 8, VIRTUAL + AT_HOME + RELAY)],
     ids=["off", "virtual pipeline 2 x 2", "virtual pipeline 2 x 2, experts at home"],
 )
 def test_weights_that_fit_stay_until_backward_and_change_no_bit(
@@ -114,12 +114,12 @@ def test_weights_that_fit_stay_until_backward_and_change_no_bit(
     command = command_line(text_data, flags, global_batch=8, steps=steps)
     plain, record, restores = ranks(size).run(kept_weights, command)[0]
     gib = 1.5 * plain.layer_bytes / 2**30  # of one layer, not of two
-    keeping = [*command, "--fsep-restore-memory-gib", str(gib)]
+    keeping = [*command, "--fsep-restore", str(gib)]
     held, same, fewer = ranks(size).run(kept_weights, keeping)[0]
     assert identical(same, record)
     assert restores - fewer >= steps
     for result in ranks(size).run_raw(kept_weights, [*keeping[:-1], str(gib / 2)]):
-        assert f"--fsep-restore-memory-gib {gib / 2}: keeps no layer's" in result.message
+        assert f"--fsep-restore {gib / 2}: keeps no layer's" in result.message
     assert set(held.after_step) == {(0, 0)}
     most = plain.layers[0] + 1
     assert max(weights for weights, _, _ in held.buffer_bytes) <= most * plain.layer_bytes
@@ -141,7 +141,7 @@ def test_no_restored_weight_outlives_its_use(
 ) -> None:
     command = command_line(
         text_data,
-        f"{FSEP}{recompute} --num-layers 3 --fsep-scheduler {scheduler}",
+        f"{FSEP}{recompute} --num-layers 3 --fsep-set scheduler={scheduler}",
         global_batch=8,
         steps=4,
     )
@@ -165,12 +165,12 @@ def test_no_restored_weight_outlives_its_use(
     ("size", "flags"),
     [
         (2, f"{RANDOM} --fsep-restore step"),
-        (2, " --fsep-planner greedy --fsep-late-plan wait --fsep-imbalance-tolerance 0.02"),
+        (2, " --fsep-planner greedy --fsep-late-plan wait --fsep-set imbalance_tolerance=0.02"),
         (4, f"{RANDOM} --pipeline-model-parallel-size 2 --num-layers 4"),
         (
             4,
             f"{RANDOM} --expert-model-parallel-size 4 --fsep-node-size 2"
-            " --fsep-restore-algorithm node",
+            " --fsep-set restore_algorithm=node",
         ),
         (2, f" --fsep-plan-mode exact{HOMES}{RELAY}"),
     ],

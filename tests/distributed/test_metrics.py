@@ -38,7 +38,7 @@ def test_balance_and_planning_are_in_tensorboard(
     command = command_line(
         text_data,
         " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait --log-interval 2"
-        f" --tensorboard-dir {tmp_path} --fsep-record-metrics {tmp_path / 'recorded'}" + flags,
+        f" --tensorboard-dir {tmp_path} --fsep-record {tmp_path / 'recorded'} metrics" + flags,
         global_batch=4 * MICROBATCHES,
         steps=STEPS,
     )
@@ -149,5 +149,5 @@ def test_recording_metrics_changes_no_bit(ranks: RankPools, text_data: str, tmp_
         )
         return ranks(2).run(train, command)[0]
 
-    plain, recorded = trained(""), trained(f" --fsep-record-metrics {tmp_path}")
+    plain, recorded = trained(""), trained(f" --fsep-record {tmp_path} metrics")
     assert identical(recorded, plain)

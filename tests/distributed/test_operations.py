@@ -172,7 +172,7 @@ def test_another_order_than_that_of_the_last_step_costs_a_restore_and_changes_no
     flags = " --expert-parallel-mode fsep --fsep-sharding rows --num-layers 3" + RANDOM
     command = command_line(text_data, flags, global_batch=8, steps=len(ORDERS))
     on, waiting, left = ranks(2).run(train_in_orders, command)[0]
-    off, _, _ = ranks(2).run(train_in_orders, [*command, "--fsep-scheduler", "off"])[0]
+    off, _, _ = ranks(2).run(train_in_orders, [*command, "--fsep-set", "scheduler=off"])[0]
     assert identical(on, off)
     assert left == [0] * len(ORDERS)
     kept = 2  # matrices of one layer, between operations whose order is known

@@ -32,8 +32,8 @@ def test_pairs_of_a_run_are_those_of_its_sets(
     ranks: RankPools, text_data: str, tmp_path: Path, flags: str
 ) -> None:
     ours, theirs = tmp_path / "fsep", tmp_path / "megatron"
-    flags += f" --expert-parallel-mode fsep --fsep-record-trace {ours} --fsep-pairs-interval 2"
-    flags += " --fsep-sampled-sets 64"
+    flags += f" --expert-parallel-mode fsep --fsep-record {ours} trace --fsep-set pairs_interval=2"
+    flags += " --fsep-set sampled_sets=64"
     flags += f" --moe-routing-trace-path {theirs} --moe-router-topk 3"
     command = command_line(text_data, flags, global_batch=8, steps=STEPS)
     ranks(2).run(train_traced, command)

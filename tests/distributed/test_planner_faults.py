@@ -18,7 +18,8 @@ from tests.parity.flags import command_line
 from tests.parity.row import HOMES
 
 FSEP = (
-    " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner laer --fsep-cluster cpu-gloo"
+    " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner laer"
+    " --fsep-set cluster=cpu-gloo"
 )
 NOT_AT_HOME = "not at home"
 

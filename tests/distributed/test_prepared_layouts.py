@@ -58,7 +58,7 @@ def places_of_builds(command: list[str]) -> set[str]:
         ("--fsep-restore step --fsep-late-plan wait", {"begin_step"}),
         # Only experts fetched after the gate are indexed after the gate.
         (
-            "--fsep-imbalance-tolerance 0.02 --fsep-late-plan wait",
+            "--fsep-set imbalance_tolerance=0.02 --fsep-late-plan wait",
             {"begin_step", "change", "prepare_backward"},
         ),
         ("--fsep-plan-mode exact", {"begin_step", "start_restore", "prepare_backward"}),
@@ -73,7 +73,7 @@ def places_of_builds(command: list[str]) -> set[str]:
         ),
         (f"--fsep-plan-mode forecast --fsep-late-plan wait {HOMES}", {"begin_step"}),
         # Without replicas there is nothing to index; backward goes the way back.
-        (f"--fsep-plan-mode exact --fsep-restore-algorithm flat {HOMES}", {"start_restore"}),
+        (f"--fsep-plan-mode exact --fsep-set restore_algorithm=flat {HOMES}", {"start_restore"}),
     ],
 )
 def test_indexes_are_built_where_nothing_waits_for_them(

@@ -199,7 +199,7 @@ def test_auto_goes_through_nodes_where_links_inside_are_faster(
     command = command_line(
         text_data,
         " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner static --fsep-capacity 4"
-        f" --fsep-node-size 2 --fsep-restore-algorithm auto --fsep-cluster {cluster}",
+        f" --fsep-node-size 2 --fsep-set restore_algorithm=auto cluster={cluster}",
         experts=4,
         expert_parallel=4,
         global_batch=8,

@@ -34,7 +34,7 @@ RESTORES = {"layer 1": MICROBATCHES + 1, "layer 2": MICROBATCHES}
 FORECAST = " --fsep-plan-mode forecast --fsep-late-plan wait"
 MODES = {
     "on": FORECAST,
-    "off": FORECAST + " --fsep-scheduler off",
+    "off": FORECAST + " --fsep-set scheduler=off",
     "without replicas": AT_HOME + " --fsep-planner static",
 }
 

@@ -18,16 +18,16 @@ from tests.parity.row import HOMES
 
 SAVED, STEPS = 4, 6
 
-# Flags, and the file of each that the tests read.
+# Recordings, and the file of each that the tests read.
 FILES = {
-    "--fsep-record-layouts": "group-0.jsonl",
-    "--fsep-record-trace": "group-0.trace",
-    "--fsep-record-metrics": "metrics-0.jsonl",
+    "layouts": "group-0.jsonl",
+    "trace": "group-0.trace",
+    "metrics": "metrics-0.jsonl",
 }
 
 
 def flags(data: str, folder: Path, recordings: list[str], extra: str = "") -> list[str]:
-    recorded = " ".join(f"{flag} {folder / flag.lstrip('-')}" for flag in recordings)
+    recorded = " ".join(f"--fsep-record {folder / word} {word}" for word in recordings)
     return command_line(
         data,
         " --expert-parallel-mode fsep --fsep-sharding rows --fsep-late-plan wait"
@@ -36,8 +36,8 @@ def flags(data: str, folder: Path, recordings: list[str], extra: str = "") -> li
     )
 
 
-def file_of(folder: Path, flag: str) -> Path:
-    return folder / flag.lstrip("-") / FILES[flag]
+def file_of(folder: Path, word: str) -> Path:
+    return folder / word / FILES[word]
 
 
 def record_run(ranks: RankPools, data: str, folder: Path, extra: str = "") -> tuple[Path, Record]:
@@ -63,30 +63,30 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("flag", FILES)
+@pytest.mark.parametrize("word", FILES)
 def test_a_new_run_in_a_used_folder_is_refused_on_every_rank(
-    ranks: RankPools, text_data: str, used: Path, flag: str
+    ranks: RankPools, text_data: str, used: Path, word: str
 ) -> None:
     before, other = contents(used), used / "other"
     # It would resume from its own checkpoints, of which there are none: it is not the recorded run.
     own = f"--ckpt-format torch_dist --save {other} --load {other} --save-interval {SAVED}"
-    for raised in ranks(2).run_raw(train, flags(text_data, used, [flag], own)):
+    for raised in ranks(2).run_raw(train, flags(text_data, used, [word], own)):
         assert raised.type_name == "RefusedError", raised.traceback
-        assert f"{flag} '{used}" in raised.message
+        assert f"--fsep-record '{used}" in raised.message
         assert "an earlier run, and this run begins at step 0; give an empty" in raised.message
     assert contents(used) == before
 
 
-@pytest.mark.parametrize("flag", FILES)
+@pytest.mark.parametrize("word", FILES)
 def test_a_second_run_beside_the_first_is_refused_on_every_rank(
-    ranks: RankPools, text_data: str, tmp_path: Path, flag: str
+    ranks: RankPools, text_data: str, tmp_path: Path, word: str
 ) -> None:
-    path = file_of(tmp_path, flag)
+    path = file_of(tmp_path, word)
     path.parent.mkdir(parents=True)
     with open_exclusively(path):
-        for raised in ranks(2).run_raw(train, flags(text_data, tmp_path, [flag])):
+        for raised in ranks(2).run_raw(train, flags(text_data, tmp_path, [word])):
             assert raised.type_name == "RefusedError", raised.traceback
-            assert f"{flag} '{path.parent}'" in raised.message
+            assert f"--fsep-record '{path.parent}' {word}: " in raised.message
             assert path.name in raised.message
             assert "is being written by another run" in raised.message
     assert path.read_bytes() == b""
@@ -111,8 +111,8 @@ def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
         return path.read_text().splitlines()
 
     # Since the run repeats itself to the bit, the new recording equals the one moved aside.
-    for flag in ("--fsep-record-layouts", "--fsep-record-trace"):
-        path, old = file_of(used, flag), file_of(first_run[0], flag)
+    for word in ("layouts", "trace"):
+        path, old = file_of(used, word), file_of(first_run[0], word)
         assert path.read_bytes() == old.read_bytes()
         assert path.stat().st_ino != old.stat().st_ino
         aside = path.with_stem(f"{path.stem}.cut-from-{SAVED}")
@@ -123,8 +123,8 @@ def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
             assert sorted(set(read_recording(path).step_R)) == list(range(STEPS))
             assert sorted(set(read_recording(aside).step_R)) == list(range(SAVED, STEPS))
 
-    path = file_of(used, "--fsep-record-metrics")
-    recording, first = read_metrics(path), file_of(first_run[0], "--fsep-record-metrics")
+    path = file_of(used, "metrics")
+    recording, first = read_metrics(path), file_of(first_run[0], "metrics")
     assert [step for step, _ in recording.runs] == [0, SAVED]
     assert recording.steps_T.tolist() == list(range(STEPS))
     for name in ("max_over_mean", "predicted_ms"):

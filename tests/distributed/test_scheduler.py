@@ -26,8 +26,8 @@ VIRTUAL = PIPELINE + " --num-layers-per-virtual-pipeline-stage 1"
 STEP = " --fsep-restore step"
 EXACT = " --fsep-plan-mode exact"
 # Some microbatches keep the planned layout and some do not; a late plan would differ.
-ADAPTIVE = " --fsep-imbalance-tolerance 0.02 --fsep-late-plan wait"
-NODES = " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-restore-algorithm node"
+ADAPTIVE = " --fsep-set imbalance_tolerance=0.02 --fsep-late-plan wait"
+NODES = " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-set restore_algorithm=node"
 TOKENS = " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-token-exchange node"
 
 # Ranks and flags; 4 microbatches of 2 sequences per rank. The daily cases have each part of the
@@ -79,7 +79,7 @@ def test_the_schedule_changes_no_bit(ranks: RankPools, text_data: str, case: str
     evaluation = " --eval-interval 2 --eval-iters 1"
     on, off = (
         ranks(size).run(train, command(text_data, batch, STEPS, extra + scheduler + evaluation))[0]
-        for scheduler in (" --fsep-scheduler on", " --fsep-scheduler off")
+        for scheduler in (" --fsep-set scheduler=on", " --fsep-set scheduler=off")
     )
     assert len(on.losses) == STEPS
     assert identical(on, off)
@@ -102,7 +102,7 @@ def train_with_frozen_experts(flags: list[str]) -> Record:
 def test_experts_that_need_no_gradient_hold_up_nothing(ranks: RankPools, text_data: str) -> None:
     on, off = (
         ranks(2).run(train_with_frozen_experts, command(text_data, 4, 2, scheduler))[0]
-        for scheduler in (" --fsep-scheduler on", " --fsep-scheduler off")
+        for scheduler in (" --fsep-set scheduler=on", " --fsep-set scheduler=off")
     )
     assert on.losses[1] != on.losses[0] and identical(on, off)
 
@@ -239,7 +239,7 @@ FORWARD_WITHOUT = (
             "tokens 1, experts 1, back 1, leave 1, attention 1, arrive 1",
         ),
         (
-            " --fsep-scheduler off",
+            " --fsep-set scheduler=off",
             FORWARD_WITHOUT + "head, restore 3, leave 3, arrive 3, back 3, attention 3, "
             "restore 2, leave 2, arrive 2, back 2, attention 2, "
             "restore 1, leave 1, arrive 1, back 1, attention 1",

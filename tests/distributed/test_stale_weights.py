@@ -67,7 +67,7 @@ def test_the_guard_is_what_keeps_restored_weights_fresh(
         return command_line(text_data, OVERLAP + extra, global_batch=8, steps=STEPS)
 
     fsep = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-planner random"
-    fsep += f" --fsep-scheduler {scheduler}{sharding}"
+    fsep += f" --fsep-set scheduler={scheduler}{sharding}"
     pool = ranks(4)
     stock = pool.run(train, command(""))[0]
     unguarded = pool.run(train_unguarded, command(fsep))[0]

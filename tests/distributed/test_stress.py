@@ -26,10 +26,10 @@ FULL = " --recompute-granularity full --recompute-method uniform --recompute-num
 VIRTUAL = " --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1"
 OVERLAP = " --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
 FORECAST = " --fsep-plan-mode forecast"
-NODES = " --fsep-node-size 2 --fsep-restore-algorithm node"
+NODES = " --fsep-node-size 2 --fsep-set restore_algorithm=node"
 TOKENS = " --fsep-node-size 2 --fsep-token-exchange node"
 # Below the imbalance of forecasts here, so that layouts also change between gate and experts.
-ADAPTIVE = " --fsep-plan-mode adaptive --fsep-imbalance-tolerance 0.02"
+ADAPTIVE = " --fsep-plan-mode adaptive --fsep-set imbalance_tolerance=0.02"
 
 
 class Case:
@@ -127,7 +127,7 @@ def test_delays_change_no_bit_of_a_run_that_waits_for_plans(
 
 def test_without_overlap_delays_reorder_nothing(ranks: RankPools, text_data: str) -> None:
     """Control: where everything runs in program order, the same delays reorder nothing."""
-    command = CASES["restored per layer"].command(text_data, 5, WAIT + " --fsep-scheduler off")
+    command = CASES["restored per layer"].command(text_data, 5, WAIT + " --fsep-set scheduler=off")
     steady = ranks(2).run(train_with_delays, command, None)
     disturbed = ranks(2).run(train_with_delays, command, 0)
     assert sum(trace.slept for trace in disturbed) > 100

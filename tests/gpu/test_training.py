@@ -40,7 +40,7 @@ FLAGS = f"""
     --log-interval 1 --eval-iters 0 --eval-interval 1000 --logging-level 20
     --no-gradient-accumulation-fusion --no-rope-fusion
 """.split()
-HOMES = " --fsep-sharding experts --fsep-restore-algorithm "
+HOMES = " --fsep-sharding experts --fsep-set restore_algorithm="
 RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
 GRAPHS = (
     " --fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine"

@@ -36,7 +36,7 @@ SMALLEST_FLOOR = 2.0**-23
 
 # Elsewhere planners make no replica of so small a model.
 REPLICAS_PAY = Path(__file__).with_name("replicas_pay.yaml")
-HOMES = f"{AT_HOME} --fsep-cluster {REPLICAS_PAY}"
+HOMES = f"{AT_HOME} --fsep-set cluster={REPLICAS_PAY}"
 
 # Values whose size selects no code path: more than a single digit.
 _AMOUNT = re.compile(r"-?[\d.]{2,}(e-?\d+)?|-?\d+e-?\d+|-\d")
@@ -129,8 +129,8 @@ class Row:
     def at_home(self) -> Row:
         """Return the row with experts at home, compared with the same stock runs."""
         name, fsep = f"{self.name}, experts at home", self.fsep + AT_HOME
-        if "--fsep-planner random" not in fsep and "--fsep-cluster" not in fsep:
-            fsep += f" --fsep-cluster {REPLICAS_PAY}"
+        if "--fsep-planner random" not in fsep and "--fsep-set cluster" not in fsep:
+            fsep += f" --fsep-set cluster={REPLICAS_PAY}"
         return replace(self, id=f"{self.id}-home", name=name, fsep=fsep)
 
     def reference(self, data: str) -> tuple[int, list[str]]:

@@ -31,7 +31,7 @@ from tests.parity.row import (
 
 RANDOM = " --fsep-planner random"
 STEP = " --fsep-restore step"
-NODES = " --fsep-node-size {} --fsep-restore-algorithm node"
+NODES = " --fsep-node-size {} --fsep-set restore_algorithm=node"
 PERMUTED = HOMES + f" --fsep-homes {Path(__file__).parent}/homes_" + "{}.json"
 TOKENS = " --fsep-node-size {} --fsep-token-exchange node"
 
@@ -126,7 +126,7 @@ GRAPHED = " --cuda-graph-impl transformer_engine --cuda-graph-modules"
 GRAPHS = " --fsep-allow-unproven te-graphs" + GRAPHED
 EXACT = " --fsep-plan-mode exact"
 PRESET = " --fsep-preset laer --fsep-late-plan wait --fsep-node-size 2"
-SCHEDULER_OFF = " --fsep-scheduler off"
+SCHEDULER_OFF = " --fsep-set scheduler=off"
 HALF_DENSE = " --num-layers 4 --moe-layer-freq ([0]*2+[1]*2)"
 FAST = " --lr 1e-2 --min-lr 1e-2"
 
@@ -329,9 +329,9 @@ ROWS = [
     _row("top1", "top-1", TOP_1),
     _row("even-split", "even split, most slots, router padding, without effect", capacity=8,
         # Without fp8 Megatron itself refuses the padding.
-        fsep=" --fsep-split even" + PADDING),
+        fsep=" --fsep-set split=even" + PADDING),
     _row("greedy", "planner greedy, adaptive, tolerance 0.02", fsep=" --fsep-planner greedy"
-        " --fsep-plan-mode adaptive --fsep-imbalance-tolerance 0.02"),
+        " --fsep-plan-mode adaptive --fsep-set imbalance_tolerance=0.02"),
     _row("forecast", "planner greedy, forecast", fsep=" --fsep-planner greedy --fsep-plan-mode"
         " forecast"),
     _on(ROUTED_TO_4, "preset", "preset laer on nodes of 2", fsep=PRESET, capacity=4),
@@ -359,7 +359,7 @@ ROWS = [
     _on(RECOMPUTED, "homes-announced", "permuted homes, announced by router replay",
         fsep=PERMUTED.format(4) + ANNOUNCED, not_at_home="at home in itself"),
     _row("scheduler-off", "scheduler off, experts' products by grouped_mm", fsep=SCHEDULER_OFF
-        + " --fsep-gemm torch"),
+        + " --fsep-set gemm=torch"),
     # Experts in fp8.
     _row("fp8", "experts in fp8, per-tensor current scaling", FP8, fsep=IN_FP8, bound=FP8_BOUND,
         steps=LONG, not_at_home="at home in itself"),
@@ -423,8 +423,8 @@ ROWS = [
     _row("step-dist-opt", "restored once per step, accumulation 4, distributed optimizer", DIST_OPT,
         fsep=STEP, accumulation=4),
     _on(IN_BF16, "step-bf16", "restored once per step, experts' products by grouped_mm",
-        fsep=STEP + " --fsep-gemm torch"),
-    _on(LAYER_RECOMPUTED, "even-split-4", "even split", fsep=" --fsep-split even"),
+        fsep=STEP + " --fsep-set gemm=torch"),
+    _on(LAYER_RECOMPUTED, "even-split-4", "even split", fsep=" --fsep-set split=even"),
     _row("e8-on-4", "E = 8 on 4 ranks", ranks=4, steps=LONG),
     _row("e8-on-4-dist-opt", "E = 8 on 4 ranks, distributed optimizer", DIST_OPT, ranks=4,
         stock=(4, 2)),
@@ -447,7 +447,7 @@ ROWS = [
         PIPELINE, fsep=NODES.format(1) + STEP, ranks=4, group=2, accumulation=4, moe_layers=1),
     _row("wire-fp32", "exchange through nodes of 2, fp32 on the wire, pipeline 2, bf16,"
         " first half of the layers dense, accumulation 4, E = 8 on 8 ranks", PIPELINE
-        + IN_BF16_ON_4.flags, fsep=NODES.format(2) + " --fsep-grad-wire-dtype fp32", ranks=8,
+        + IN_BF16_ON_4.flags, fsep=NODES.format(2) + " --fsep-set grad_wire_dtype=fp32", ranks=8,
         group=4, stock=(1, 2), reference_ranks=4, reference_flags=IN_BF16_ON_4.flags,
         accumulation=4, moe_layers=0),
     _row("step-virtual", "restored once per step, virtual pipeline 2 x 2, accumulation 4", VIRTUAL,
@@ -472,7 +472,7 @@ ROWS = [
         accumulation=2, stock=(1, 2)),
     _fsdp("fsdp-exact", "optim_grads_params", ", both overlaps, exact, tokens and experts through"
         f" nodes of 2, scheduler off, {RECOMPUTED.name}", RECOMPUTED.flags, fsep=EXACT
-        + TOKENS.format(2) + SCHEDULER_OFF + " --fsep-restore-algorithm node",
+        + TOKENS.format(2) + SCHEDULER_OFF + " --fsep-set restore_algorithm=node",
         reference_flags=RECOMPUTED.flags, **RECOMPUTED.sizes),
     _fsdp("fsdp-step", "optim", ", restored once per step, full recompute, shared experts,"
         " per-token loss, expert data parallel 2, accumulation 2", FULL_RECOMPUTE + SHARED
@@ -499,7 +499,8 @@ ROWS = [
         fsep=" --fsep-planner greedy --fsep-plan-mode forecast" + STEP),
     _row("mtp2-pipeline", "repeated MTP layer, depth 2, adaptive, full recompute, pipeline 2,"
         " accumulation 2", PIPELINE + FULL_RECOMPUTE + REPEATED + "2", fsep=" --fsep-planner"
-        " greedy --fsep-imbalance-tolerance 0.02", ranks=4, group=2, accumulation=2, moe_layers=1),
+        " greedy --fsep-set imbalance_tolerance=0.02",
+        ranks=4, group=2, accumulation=2, moe_layers=1),
     _on(LATENT, "latent-attention"),
     _row("delta-net", "gated delta net before attention, recompute of its output norm, shared"
         " experts, global aux loss",

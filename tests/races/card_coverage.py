@@ -76,7 +76,7 @@ def watch_loop(scenario: str, folder: str) -> list[Line]:
 
 def _command(scenario: str, folder: str) -> list[str]:
     data = f"{folder}/text"
-    records = ["--fsep-record-metrics", f"{folder}/metrics"]
+    records = ["--fsep-record", f"{folder}/metrics", "metrics"]
     return [*training.command_of(data, scenario), *records]
 
 

@@ -23,7 +23,7 @@ _MIXTRAL = (
     "--expert-parallel-mode fsep --fsep-sharding rows --fsep-planner random --fsep-capacity 3 "
     f"--hidden-size {4096 // SCALE} --moe-ffn-hidden-size {14336 // SCALE} "
     f"--seq-length {4096 // SCALE} --max-position-embeddings {4096 // SCALE} "
-    "--micro-batch-size 2 --bf16 --fsep-gemm loop"
+    "--micro-batch-size 2 --bf16 --fsep-set gemm=loop"
 )
 
 
@@ -46,7 +46,7 @@ CASES = {
     "pipeline of two stages": Case("--num-layers 4 --pipeline-model-parallel-size 2", 4, 8),
     "four layers, node by node": Case(
         "--num-layers 4 --expert-model-parallel-size 4 --fsep-node-size 2 "
-        "--fsep-restore-algorithm node",
+        "--fsep-set restore_algorithm=node",
         *(4, 16, 2),
     ),
 }

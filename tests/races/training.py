@@ -96,11 +96,11 @@ SCENARIOS = {
     "experts at home, both overlaps": Training(_HOME + _OVERLAPS),
     "experts at home, fused accumulation, both overlaps": Training(_HOME + _OVERLAPS, fuses=True),
     "experts at home by relay, recompute of the MoE layer": Training(
-        _HOME + _MOE + " --fsep-node-size 1 --fsep-restore-algorithm node"
+        _HOME + _MOE + " --fsep-node-size 1 --fsep-set restore_algorithm=node"
     ),
     "LoRA on experts, both overlaps": Training(_HOME + _OVERLAPS, adapt=lora_on_experts),
     "LoRA on experts by relay, held over a step": Training(
-        f"{_HOME} --fsep-restore step --fsep-node-size 1 --fsep-restore-algorithm node",
+        f"{_HOME} --fsep-restore step --fsep-node-size 1 --fsep-set restore_algorithm=node",
         adapt=lora_on_experts,
     ),
     "experts at home, full recompute, both overlaps": Training(_HOME + _FULL + _OVERLAPS),
@@ -108,15 +108,15 @@ SCENARIOS = {
         _HOME + _OVERLAPS + " --fsep-restore step"
     ),
     "experts at home by a permutation, pairs counted": Training(
-        _HOME + _OVERLAPS + " --fsep-homes {folder}/homes.json --fsep-record-trace {folder}"
-        " --fsep-pairs-interval 2",
+        _HOME + _OVERLAPS + " --fsep-homes {folder}/homes.json --fsep-record {folder} trace"
+        " --fsep-set pairs_interval=2",
         steps=4,
     ),
     "experts at home in mxfp8, both overlaps": Training(
         _HOME + _MXFP8 + _OVERLAPS, capability=B200
     ),
     "experts at home in mxfp8 by relay, full recompute": Training(
-        f"{_HOME}{_MXFP8}{_FULL} --fsep-node-size 1 --fsep-restore-algorithm node",
+        f"{_HOME}{_MXFP8}{_FULL} --fsep-node-size 1 --fsep-set restore_algorithm=node",
         capability=B200,
     ),
     "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer": Training(
@@ -124,7 +124,7 @@ SCENARIOS = {
     ),
     # Most features at once, with Triton's kernels.
     "kernels, by nodes of 1": Training(
-        f"{_RANDOM}{_MOE}{_OVERLAPS} --fsep-node-size 1 --fsep-restore-algorithm node "
+        f"{_RANDOM}{_MOE}{_OVERLAPS} --fsep-node-size 1 --fsep-set restore_algorithm=node "
         "--fsep-token-exchange node",
         kernels=interpreted,
         steps=2,
@@ -132,18 +132,18 @@ SCENARIOS = {
     ),
     "kernels, experts at home by relay": Training(
         f"{_HOME}{_FULL} --expert-model-parallel-size 4 --fsep-node-size 2 "
-        "--fsep-restore-algorithm node",
+        "--fsep-set restore_algorithm=node",
         4,
         kernels=interpreted,
     ),
     "kernels, rows in nodes of 2": Training(
         f"{_RANDOM} --expert-model-parallel-size 4 --fsep-node-size 2 "
-        "--fsep-restore-algorithm node --fsep-token-exchange node",
+        "--fsep-set restore_algorithm=node --fsep-token-exchange node",
         4,
         kernels=interpreted,
     ),
     "one queue, kernels, by nodes of 1": Training(
-        f"{_RANDOM}{_OVERLAPS} --fsep-node-size 1 --fsep-restore-algorithm node "
+        f"{_RANDOM}{_OVERLAPS} --fsep-node-size 1 --fsep-set restore_algorithm=node "
         "--fsep-token-exchange node",
         kernels=interpreted,
         steps=2,
@@ -152,7 +152,7 @@ SCENARIOS = {
     ),
     "one queue, kernels, rows in nodes of 2": Training(
         f"{_RANDOM} --expert-model-parallel-size 4 --fsep-node-size 2 "
-        "--fsep-restore-algorithm node --fsep-token-exchange node",
+        "--fsep-set restore_algorithm=node --fsep-token-exchange node",
         4,
         kernels=interpreted,
         steps=2,
@@ -160,7 +160,7 @@ SCENARIOS = {
         one_queue=True,
     ),
     "one queue, experts at home by relay, full recompute": Training(
-        f"{_HOME}{_FULL}{_OVERLAPS} --fsep-node-size 1 --fsep-restore-algorithm node",
+        f"{_HOME}{_FULL}{_OVERLAPS} --fsep-node-size 1 --fsep-set restore_algorithm=node",
         one_queue=True,
     ),
     "one queue, fresh layouts after the gate": Training(" --fsep-plan-mode exact", one_queue=True),
@@ -173,7 +173,7 @@ SCENARIOS = {
     ),
     "HybridEP, grouped GEMMs in bf16": Training(
         f"{_RANDOM} --moe-token-dispatcher-type flex --moe-flex-dispatcher-backend hybridep "
-        "--moe-router-dtype fp32 --fsep-gemm torch --bf16 --fsep-capacity 4",
+        "--moe-router-dtype fp32 --fsep-set gemm=torch --bf16 --fsep-capacity 4",
         more=frozenset({HYBRID_EP}),
     ),
     "shared experts that overlap, permute fusion": Training(
@@ -209,8 +209,8 @@ SCENARIOS = {
         more=FSDP_REDUCE,
     ),
     "Megatron-FSDP, home experts replicated, both overlaps, fresh layouts": Training(
-        f" --fsep-sharding experts --fsep-cluster {REPLICAS_PAY} --fsep-plan-mode exact{_OVERLAPS}"
-        f"{FSDP}optim_grads_params",
+        f" --fsep-sharding experts --fsep-set cluster={REPLICAS_PAY}"
+        f" --fsep-plan-mode exact{_OVERLAPS}{FSDP}optim_grads_params",
         4,
         more=FSDP_REDUCE,
     ),

@@ -162,7 +162,7 @@ def test_a_trace_without_pairs_names_the_flag_that_records_them(tmp_path, capsys
     trace = recorded(tmp_path / "group-0.trace", [chosen(MIXED)], pairs=False)
     words = ("--node-size", 1, "--homes", tmp_path / "homes.json")
     status, _, err, _ = plan(trace, *words, capsys=capsys)
-    assert status == 2 and "--fsep-pairs-interval" in err
+    assert status == 2 and "--fsep-set pairs_interval" in err
 
 
 def test_a_file_of_sets_is_counted_token_by_token(tmp_path, capsys):

@@ -177,7 +177,7 @@ def test_two_runs_are_compared_and_one_without_a_trace_has_a_page_that_says_so(f
     assert f'<th scope="col">{other}</th>' in page
     page = written(tmp_path, other)
     assert "Tokens of each expert" not in page and data_of(page)["what_if"] == []
-    assert "Without --fsep-record-trace" in page
+    assert "Without --fsep-record DIR trace" in page
 
 
 @pytest.mark.filterwarnings("error")

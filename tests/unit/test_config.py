@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.config import PRESETS, FSEPConfig, Preset, deterministic, flag_name
-from megatron_laer.fsep_flags import add_arguments, config_from_args
+from megatron_laer.config import PRESETS, FSEPConfig, Preset, deterministic, flag_name, setting
+from megatron_laer.fsep_flags import add_arguments, check_known, config_from_args
 
 CHOICES = (
     "restore late_plan split plan_mode scheduler restore_algorithm grad_wire_dtype token_exchange "
@@ -25,7 +25,8 @@ def test_defaults_and_values_of_flags_reach_their_fields() -> None:
     assert config_from_args(parse()) is None
     assert config_from_args(parse("--expert-parallel-mode", "standard")) is None
     assert config_from_args(parse("--expert-parallel-mode", "fsep")) == FSEPConfig()
-    given = parse("--expert-parallel-mode", "fsep", "--fsep-capacity", "3", "--fsep-plan-lag", "2")
+    words = "--expert-parallel-mode fsep --fsep-capacity 3 --fsep-set plan_lag=2"
+    given = parse(*words.split())
     assert config_from_args(given) == FSEPConfig(capacity=3, plan_lag=2)
     with pytest.raises(ValueError, match=r"--fsep-capacity 3.*no effect"):
         config_from_args(parse("--fsep-capacity", "3"))
@@ -36,24 +37,23 @@ def test_defaults_and_values_of_flags_reach_their_fields() -> None:
     [
         (flag, f"--fsep-planner {planner}")
         for planner in ("static", "random")
-        for flag in ("--fsep-plan-lag 2", "--fsep-late-plan wait", "--fsep-record-layouts d")
+        for flag in ("--fsep-set plan_lag=2", "--fsep-late-plan wait", "--fsep-record d layouts")
     ]
     + [
         (flag, f"--fsep-plan-mode {mode}")
         for mode in ("exact", "announced")
         for flag in (
-            *("--fsep-planner laer", "--fsep-plan-lag 2", "--fsep-late-plan wait"),
-            "--fsep-record-layouts d",
+            *("--fsep-planner laer", "--fsep-set plan_lag=2", "--fsep-late-plan wait"),
+            "--fsep-record d layouts",
         )
     ]
     + [
-        ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode forecast"),
-        ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode exact"),
-        ("--fsep-imbalance-tolerance 0.1", "--fsep-plan-mode announced"),
-        ("--fsep-grad-wire-dtype fp32", "--fsep-restore-algorithm flat"),
-        ("--fsep-restore-memory-gib 1.0", "--fsep-restore step"),
+        ("--fsep-set imbalance_tolerance=0.1", "--fsep-plan-mode forecast"),
+        ("--fsep-set imbalance_tolerance=0.1", "--fsep-plan-mode exact"),
+        ("--fsep-set imbalance_tolerance=0.1", "--fsep-plan-mode announced"),
+        ("--fsep-set grad_wire_dtype=fp32", "--fsep-set restore_algorithm=flat"),
         *(
-            ("--fsep-cluster cpu-gloo", f"--fsep-restore-algorithm flat {flags}")
+            ("--fsep-set cluster=cpu-gloo", f"--fsep-set restore_algorithm=flat {flags}")
             for flags in (
                 "--fsep-sharding rows --fsep-capacity 3 --fsep-plan-mode exact",
                 "--fsep-sharding experts --fsep-capacity 3 --fsep-planner random",
@@ -70,31 +70,62 @@ def test_a_flag_that_others_leave_without_effect_is_an_error(idle: str, reason: 
 
 def test_all_that_does_not_go_together_is_told_in_one_text() -> None:
     with pytest.raises(
-        ValueError, match=r"^\(1\) --fsep-plan-mode exact: .*\(2\) --fsep-pairs-int"
+        ValueError, match=r"^\(1\) --fsep-plan-mode exact: .*\(2\) --fsep-set pairs_interval=5"
     ):
         FSEPConfig(restore="step", plan_mode="exact", pairs_interval=5)
-    flags = "--fsep-plan-mode exact --fsep-planner laer --fsep-plan-lag 2"
+    with pytest.raises(ValueError, match=r"restore_memory_gib=1\.5: no effect, since"):
+        FSEPConfig(restore="step", restore_memory_gib=1.5)
+    flags = "--fsep-plan-mode exact --fsep-planner laer --fsep-set plan_lag=2"
     with pytest.raises(
-        ValueError, match=r"\(1\) --fsep-planner laer: no .*\(2\) --fsep-plan-lag 2"
+        ValueError, match=r"\(1\) --fsep-planner laer: no .*\(2\) --fsep-set plan_lag=2"
     ):
         config_from_args(parse("--expert-parallel-mode", "fsep", *flags.split()))
 
 
 def test_a_preset_sets_what_the_paper_does_and_no_flag_may_contradict_it() -> None:
     fsep = ["--expert-parallel-mode", "fsep", "--fsep-preset", "laer"]
-    config = config_from_args(parse(*fsep, "--fsep-capacity", "2", "--fsep-split", "even"))
+    config = config_from_args(parse(*fsep, "--fsep-capacity", "2", "--fsep-set", "split=even"))
     assert config is not None and config == FSEPConfig(preset="laer", capacity=2)
     own = {name: getattr(config, name) for name in PRESETS[Preset.LAER]}
     assert own == PRESETS[Preset.LAER] and config.mode == "forecast"
     assert dataclasses.replace(deterministic(config), late_plan="keep") == config
     for name, wrong in (("split", "exact"), ("planner", "greedy"), ("sharding", "auto")):
-        said = rf"{flag_name(name)} {wrong}: --fsep-preset laer means {flag_name(name)} \w+; leave"
+        said = rf"{setting(name, wrong)}: --fsep-preset laer means {setting(name, '')}\w+; leave"
         with pytest.raises(ValueError, match=said):
-            config_from_args(parse(*fsep, flag_name(name), wrong))
+            config_from_args(parse(*fsep, *setting(name, wrong).split()))
         with pytest.raises(ValueError, match=said):  # also a field's default
             FSEPConfig(preset="laer", **{name: wrong})
-    with pytest.raises(ValueError, match=r"\(1\) --fsep-plan-lag 2: .*\(2\) --fsep-restore step: "):
+    with pytest.raises(ValueError, match=r"\(1\) .* plan_lag=2: .*\(2\) --fsep-restore step: "):
         FSEPConfig(preset=Preset.LAER, restore="step", plan_lag=2)
+
+
+def test_settings_without_flags_of_their_own_are_given_by_name() -> None:
+    fsep = "--expert-parallel-mode fsep --fsep-set plan_lag=2 split=even"
+    config = config_from_args(parse(*f"{fsep} --fsep-set plan_lag=3 cluster=a=b".split()))
+    assert config == FSEPConfig(plan_lag=3, split="even", cluster="a=b")
+    for flags, wanted in (
+        ("--fsep-restore step --fsep-restore 1.5", {"restore_memory_gib": 1.5}),
+        ("--fsep-restore 1.5 --fsep-restore step", {"restore": "step"}),
+        ("--fsep-record d", {"record_trace": "d", "record_metrics": "d"}),
+        ("--fsep-record d --fsep-record e trace", {"record_trace": "e", "record_metrics": "d"}),
+        ("--fsep-record trace layouts", {"record_layouts": "trace"}),
+    ):
+        assert config_from_args(parse(*f"--expert-parallel-mode fsep {flags}".split())) == (
+            FSEPConfig(**wanted)
+        )
+
+
+def test_every_setting_is_given_once_in_the_help_and_by_its_form() -> None:
+    text = add_arguments(argparse.ArgumentParser(prog="x")).format_help()
+    for field in dataclasses.fields(FSEPConfig):
+        flag, *_ = flag_name(field.name).split()
+        assert text.count(f"\n  {flag} ") == 1
+        if flag == "--fsep-set":
+            assert text.count(f"\n    {field.name}=") == 1
+        check_known(setting(field.name, "x").split())
+        if f"--fsep-{field.name.replace('_', '-')}" != flag:
+            with pytest.raises(ValueError, match=f"no such flag; give {flag_name(field.name)}"):
+                check_known([f"--fsep-{field.name.replace('_', '-')}=1", "other"])
 
 
 def test_slots_may_be_left_to_predicted_time_by_name() -> None:
@@ -106,9 +137,9 @@ def test_slots_may_be_left_to_predicted_time_by_name() -> None:
 
 
 def test_constants_of_hardware_decide_how_tokens_go_if_nothing_else() -> None:
-    flags = "--fsep-sharding rows --fsep-capacity 3 --fsep-restore-algorithm flat"
+    flags = "--fsep-sharding rows --fsep-capacity 3 --fsep-set restore_algorithm=flat"
     flags += " --fsep-plan-mode exact"
-    words = ["--expert-parallel-mode", "fsep", *flags.split(), "--fsep-cluster", "cpu-gloo"]
+    words = ["--expert-parallel-mode", "fsep", *flags.split(), "--fsep-set", "cluster=cpu-gloo"]
     with pytest.raises(ValueError, match="no effect"):
         config_from_args(parse(*words, "--fsep-token-exchange", "node"))
     assert config_from_args(parse(*words, "--fsep-token-exchange", "auto")) is not None
@@ -120,7 +151,7 @@ def test_constants_of_hardware_decide_how_tokens_go_if_nothing_else() -> None:
         ("", "adaptive"),
         ("--fsep-planner static", "forecast"),
         ("--fsep-planner random", "forecast"),
-        ("--fsep-planner laer --fsep-split even", "forecast"),
+        ("--fsep-planner laer --fsep-set split=even", "forecast"),
         ("--fsep-planner static --fsep-plan-mode adaptive", "adaptive"),
     ],
 )
@@ -150,7 +181,7 @@ def test_fresh_layouts_need_exact_splits_and_deterministic_mode_waits_for_plans(
 )
 def test_values_out_of_range_are_quoted(name: str, wrong: list[object]) -> None:
     for value in wrong:
-        with pytest.raises(ValueError, match=f"{flag_name(name)} .*{value}"):
+        with pytest.raises(ValueError, match=f"{flag_name(name).split()[0]} .*{value}"):
             FSEPConfig(**{name: value})  # type: ignore[arg-type]
 
 
@@ -167,7 +198,7 @@ def test_experts_at_home_refuse_what_needs_rows(words: str) -> None:
     ("words", "says"),
     [
         ("--fsep-sharding rows", "rows of experts are kept .*; use --fsep-sharding experts"),
-        ("--fsep-gemm torch", "--fsep-gemm torch multiplies no fp8; leave it out"),
+        ("--fsep-set gemm=torch", "--fsep-set gemm=torch multiplies no fp8; leave it out"),
         ("--fsep-planner laer", "needs --fsep-sharding experts, but --fsep-planner laer: moves"),
         ("--fsep-allow-unproven fp8-experts dense-fp8", "dense-fp8 would keep fp8 from the expe"),
     ],

@@ -99,10 +99,10 @@ def test_outputs_that_cannot_be_written_are_refused_and_nothing_is_made(tmp_path
         with pytest.raises(ValueError, match="--json"):
             checks.refuse_unwritable(output, "--json")
     for folder in ("", tmp_path / "file", tmp_path / "file" / "x", "/proc/x", long):
-        with pytest.raises(ValueError, match="--fsep-record-trace"):
-            checks.refuse_unusable_folder(folder, "--fsep-record-trace")
+        with pytest.raises(ValueError, match="--fsep-record"):
+            checks.refuse_unusable_folder(folder, "--fsep-record")
     checks.refuse_unwritable(tmp_path / "file", "--json")
-    checks.refuse_unusable_folder(tmp_path / "a" / "b", "--fsep-record-trace")
+    checks.refuse_unusable_folder(tmp_path / "a" / "b", "--fsep-record")
     assert sorted(tmp_path.iterdir()) == before
 
 

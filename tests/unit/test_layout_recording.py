@@ -134,7 +134,7 @@ def test_a_start_that_fails_names_the_flag_and_lets_go_of_what_it_opened(tmp_pat
     writer = TraceWriter(tmp_path / "traces" / "group-0.trace", 2, 4, LAYERS)
     layouts, traces = str(tmp_path / "layouts"), str(tmp_path / "traces")
     config = FSEPConfig(record_layouts=layouts, record_trace=traces)
-    with pytest.raises(ValueError, match=rf"--fsep-record-trace '{traces}': .*another run"):
+    with pytest.raises(ValueError, match=rf"--fsep-record '{traces}' trace: .*another run"):
         first_rank(config)
     writing.open_exclusively(tmp_path / "layouts" / "group-0.jsonl").close()
     writer.close()
@@ -195,7 +195,7 @@ def test_late_plans_are_reported_once_with_a_remedy() -> None:
         assert asked.wait(300.0) and source.due(step + 1) is None
     assert source.late_plans == 3 and len(warnings) == 1
     assert "from step 5 was not ready at step 6" in warnings[0]
-    assert "--fsep-plan-lag 2" in warnings[0]
+    assert "--fsep-set plan_lag=2" in warnings[0]
     released.set()
     source.close()
 

@@ -30,9 +30,10 @@ def values(case: Case) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     words = (case.row.flags + case.row.fsep).split()
     for word in words:
-        if word.startswith("--"):
-            assert word not in found, f"{case.seed}: {word} is given twice"
-            found[word] = []
+        if word.startswith("--") or "=" in word:
+            name, _, value = word.partition("=")
+            assert name not in found or name == "--fsep-set", f"{case.seed}: {word} is given twice"
+            found[name] = [value] if value else []
         else:
             found[[*found][-1]].append(word)
     return found

@@ -179,8 +179,8 @@ OWN = {
     "--optimizer dist_muon --fsep-planner laer": [
         "--optimizer dist_muon: it needs --fsep-sharding experts, but --fsep-planner laer: moves"
     ],
-    "--fsep-pairs-interval 5 --fsep-record-trace x --moe-router-topk 1": [
-        "--fsep-pairs-interval 5 with --moe-router-topk 1: no effect"
+    "--fsep-set pairs_interval=5 --fsep-record x trace --moe-router-topk 1": [
+        "--fsep-set pairs_interval=5 with --moe-router-topk 1: no effect"
     ],
     "--optimizer muon --num-experts 7": ["7 experts cannot be at home on 2 ranks"],
     f"--fsep-token-exchange node {FLEX}": [f"--fsep-token-exchange node with {FLEX}"],
@@ -201,8 +201,8 @@ OWN = {
         f"--fp8-param-gather with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
         "give --reuse-grad-buf-for-mxfp8-param-ag",
     ],
-    f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-restore-memory-gib 2.5": [
-        f"--fsep-restore-memory-gib 2.5 with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
+    f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-restore 2.5": [
+        f"--fsep-restore 2.5 with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
     ],
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import html
 import re
@@ -15,7 +14,7 @@ import pytest
 
 from megatron_laer import environment
 from megatron_laer.config import FSEPConfig
-from megatron_laer.fsep_flags import add_arguments
+from megatron_laer.fsep_flags import help_of
 from tests import site_pages
 from tests.documents import ROOT
 from tests.site_pages import DOCS
@@ -99,9 +98,8 @@ def test_the_python_interface_has_every_public_name_and_setting(site: Path) -> N
     names = set(megatron_laer.__all__) - {"__version__"}
     assert {name for name in names if f'<span class="pre">{name}</span>' not in page} == set()
     text = html.unescape(re.sub(r"<[^>]+>", "", page))
-    help_of = {a.dest: a.help for a in add_arguments(argparse.ArgumentParser())._actions}
     first_words = {
-        field.name: " ".join((help_of[f"fsep_{field.name}"] or "").split()[:4])
+        field.name: " ".join(help_of(field.name).split()[:4])
         for field in dataclasses.fields(FSEPConfig)
     }
     assert {name for name, words in first_words.items() if words not in text} == set()

@@ -128,7 +128,7 @@ def test_offsets_are_uploaded_once_for_the_products_of_a_microbatch() -> None:
         ("torch", CPU, torch.bfloat16, (64, 36), "multiples of 8 in torch.bfloat16, and 36 is not"),
         ("torch", CPU, torch.float32, (64, 34), "multiples of 4 in torch.float32, and 34 is not"),
         ("torch", GPU, torch.float32, (), "in bf16, not in torch.float32; give --bf16, or"),
-        ("torch", GPU, torch.bfloat16, (), r"capability 8\.0, for which .* --fsep-gemm loop"),
+        ("torch", GPU, torch.bfloat16, (), r"capability 8\.0, for which .* --fsep-set gemm=loop"),
     ],
 )
 def test_what_a_back_end_cannot_do_is_refused_with_the_way_out(
@@ -140,7 +140,7 @@ def test_what_a_back_end_cannot_do_is_refused_with_the_way_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
-    with pytest.raises(ValueError, match=f"^--fsep-gemm {name}: .*{says}"):
+    with pytest.raises(ValueError, match=f"^--fsep-set gemm={name}: .*{says}"):
         check_gemm(name, device, dtype, sizes)
 
 
@@ -177,7 +177,7 @@ def test_transformer_engine_is_guarded_by_package_device_symbol_and_parameters(
     modules[te._MODULE].general_grouped_gemm = lambda A, B, out, out_dtype, workspaces: None
     said = refusal() or ""
     assert "Transformer Engine 2.9 takes (A, B, out, out_dtype, workspaces)" in said
-    assert "install transformer-engine 2.11 to 2.20, or give --fsep-gemm loop" in said
+    assert "install transformer-engine 2.11 to 2.20, or give --fsep-set gemm=loop" in said
     te.grouped_gemm.cache_clear()
     modules[te._MODULE].general_grouped_gemm = grouped_gemm
     assert refusal() is None
@@ -203,7 +203,7 @@ def test_another_back_end_than_the_checkpoint_has_is_reported(
     with caplog.at_level(logging.WARNING):
         checkpoints._report_gemm(before, now)
     assert len(caplog.records) == lines
-    assert all("run with --fsep-gemm loop" in record.getMessage() for record in caplog.records)
+    assert all("run with --fsep-set gemm=loop" in record.getMessage() for record in caplog.records)
 
 
 ROWS = 5

@@ -16,8 +16,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_laer.config import FSEPConfig, Sharding, flag_name
-from megatron_laer.fsep_flags import value_text
+from megatron_laer.config import FSEPConfig, Sharding, flag_name, value_text
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
@@ -93,8 +92,8 @@ def describe_difference(summaries: Sequence[Mapping[str, str]], ranks: Sequence[
     return (
         f"the ranks of its FSEP group differ: {'; '.join(found[:_SHOWN])}{more}. Every rank works "
         "out layouts and splits for itself, so these would not fit together: give all ranks the "
-        "same flags, the same constants in the file of --fsep-cluster, and the same installation "
-        "of megatron_laer and NumPy"
+        "same flags, the same constants in the file of --fsep-set cluster, and the same "
+        "installation of megatron_laer and NumPy"
     )
 
 

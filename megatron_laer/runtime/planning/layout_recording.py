@@ -1,4 +1,4 @@
-"""Layout recording: the file of JSON lines that `--fsep-record-layouts` writes per FSEP group.
+"""Layout recording: the file of JSON lines that `--fsep-record DIR layouts` writes per FSEP group.
 
 The first line describes the run. Each further one has a step at which layouts changed, and the new
 layout of every layer:

@@ -92,8 +92,8 @@ class PlannedLayouts:
             if self.late_plans == 1 and not waits:
                 self._on_warning(
                     f"the plan from step {source_step} was not ready at step {step}, which keeps "
-                    f"older layouts; --fsep-plan-lag {self._lag + 1} gives plans more time, and "
-                    "fsep_late_plans counts those that are late"
+                    f"older layouts; --fsep-set plan_lag={self._lag + 1} gives plans more time, "
+                    "and fsep_late_plans counts those that are late"
                 )
         self._observed = {at: seen for at, seen in self._observed.items() if at > source_step}
         if plan is None:

@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-from megatron_laer.config import FSEPConfig, LatePlan, flag_name, lays_out_freely
+from megatron_laer.config import FSEPConfig, LatePlan, lays_out_freely, setting
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.recording import new_run, run_of
 from megatron_laer.planner.costs import CostModel
@@ -164,7 +164,7 @@ def naming_flag(field_name: str, folder: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{flag_name(field_name)} {quoted(folder)}: {error}") from error
+        raise ValueError(f"{setting(field_name, quoted(folder))}: {error}") from error
 
 
 def _warn(message: str) -> None:

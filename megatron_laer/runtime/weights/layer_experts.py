@@ -91,7 +91,7 @@ class LayerExperts:
         if kept_gib * 2**30 >= least:
             return None
         return (
-            f"--fsep-restore-memory-gib {kept_gib}: keeps no layer's restored experts, which take "
+            f"--fsep-restore {kept_gib}: keeps no layer's restored experts, which take "
             f"{least / 2**30:.6f} GiB; give as much for each layer and microbatch in flight, or "
             "leave it out"
         )

@@ -8,7 +8,7 @@ microbatch, by states (`states.py`):
     layout changes after the gate, `change` fetches the slots that differ: still RESTORING.
  3. The GEMM of the first matrix calls `matrix`, which waits: RESTORED.
  4. `after_compute` ends the forward: SHARDED, and the memory is free, unless the weights are kept
-    for backward (`--fsep-restore-memory-gib`). Autograd saves no weights.
+    for backward (`--fsep-restore GIB`). Autograd saves no weights.
     Evaluation ends here. A checkpoint's re-run keeps them, since its backward follows at once.
  5. The gradient of the experts' output arrives in backward: RESTORING again, and RESTORED. The
     layer that backward comes to next follows (`prefetch_in_backward`).

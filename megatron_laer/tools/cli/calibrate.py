@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
         "Measures GEMMs, exchanges and the host on all ranks of a launcher, and writes a cluster "
-        "file for --fsep-cluster and for --cluster of plan.",
+        "file for --fsep-set cluster and for --cluster of plan.",
         _EXAMPLES,
     )
     parser.add_argument("output", metavar="FILE", type=path, help="the cluster file, a .yaml")

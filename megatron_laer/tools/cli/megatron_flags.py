@@ -22,6 +22,7 @@ def parsed(words: list[str], ranks: int | None = None) -> Namespace:
     from megatron_laer.support import arguments
 
     check_patterns(words)
+    fsep_flags.check_known(words)
     if "megatron.training.arguments" not in sys.modules:
         say_wait("Megatron")
     with warnings.catch_warnings():

@@ -93,7 +93,7 @@ def _geometry(args: argparse.Namespace, trace: Trace, num_ranks: int, node_size:
     if trace.pairs is None:
         raise ValueError(
             f"{given}: {quoted(args.trace)} has no pairs of experts for these ranks; record them "
-            "with --fsep-pairs-interval and --fsep-record-trace, and leave --trace-ranks out"
+            "with --fsep-record DIR trace --fsep-set pairs_interval=1, and leave --trace-ranks out"
         )
     if experts % num_ranks:
         raise ValueError(

@@ -56,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "run",
         metavar="RUN",
         type=path,
-        help="a folder of --fsep-record-metrics, with --fsep-record-trace, --fsep-record-layouts "
-        "and Megatron's log in it; or a trace alone",
+        help="a folder of --fsep-record, with metrics, trace, layouts and Megatron's log in it; or "
+        "a trace alone",
     )
     option(parser, "--compare RUN", "another run to compare with", path)
     option(parser, "--out FILE", "default: %(default)s", path, default=Path(_DEFAULT_OUT))

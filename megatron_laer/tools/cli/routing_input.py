@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="TRACE",
         nargs="?",
         type=path,
-        help="a recording of --fsep-record-trace, or its folder",
+        help="a recording of --fsep-record DIR trace, or its folder",
     )
     only = "only these ranks of the trace, such as 0-7; default: all"
     option(parser, "--trace-ranks FIRST-LAST", only, rank_range)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from megatron_laer.choices import Recompute, Unproven
-from megatron_laer.config import flag_name
+from megatron_laer.config import setting
 from megatron_laer.files.checks import quoted
 from megatron_laer.fsep_flags import config_from_args, given_flags
 from megatron_laer.support import arguments
@@ -153,10 +153,10 @@ def _check(settings: argparse.Namespace) -> None:
     for name in _OF_RUN:
         if (value := getattr(settings, name)) is not None and value < 1:
             raise ValueError(f"{_flag(name)} {value}: must be at least 1")
-    for name in given_flags(settings):
+    for name, value in given_flags(settings).items():
         if name not in _NOT_CHOSEN:
             raise ValueError(
-                f"{flag_name(name)}: advise chooses FSEP's settings, or takes their defaults; "
+                f"{setting(name, value)}: advise chooses FSEP's settings, or takes their defaults; "
                 "leave it out"
             )
     if settings.context_parallel_size > 1:

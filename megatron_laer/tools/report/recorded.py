@@ -43,7 +43,7 @@ def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | No
         )
         stock_rank_tokens_TLN = stock_tokens_TLN(experts_TLE, shape)
     else:
-        notes.append("Without --fsep-record-trace there are no experts, and no what-if.")
+        notes.append("Without --fsep-record DIR trace there are no experts, and no what-if.")
     of_layers = recording.of_layers
     written = datetime.fromtimestamp(files.metrics.stat().st_mtime, UTC)
     return RunData(

@@ -15,7 +15,7 @@ from pathlib import Path
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.recording import is_cut_off, run_of
 
-_WAYS = "--fsep-record-metrics, --fsep-record-trace and --fsep-record-layouts write them"
+_WAYS = "--fsep-record DIR metrics trace layouts writes them"
 
 
 @dataclass(frozen=True)

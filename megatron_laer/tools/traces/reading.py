@@ -31,7 +31,7 @@ def read_trace(
         path = _recording_in(path)
     if (begin := _begin(path, 40))[: len(MAGIC)] != MAGIC:
         raise ValueError(
-            f"{path} begins with {begin!r}; give a recording of --fsep-record-trace, or its folder"
+            f"{path} begins with {begin!r}; give a recording of --fsep-record, or its folder"
         )
     trace = read_recording(path, pairs=pairs)
     if num_experts is not None and trace.num_experts != num_experts:
@@ -51,7 +51,7 @@ def _recording_in(folder: Path) -> Path:
             f"{folder} holds the recordings of {len(recordings)} FSEP groups; give one, such as "
             f"{recordings[0]}"
         )
-    raise ValueError(f"folder {folder} holds no trace: no recording of --fsep-record-trace")
+    raise ValueError(f"folder {folder} holds no trace: no recording of --fsep-record DIR trace")
 
 
 def _is_recording(file: Path) -> bool:

@@ -200,17 +200,17 @@ PLANNERS: Choice = {
 }
 FSEP: Choice = {
     "restored once per step": Setting(0.35, rows.STEP),
-    "older counts": Setting(0.4, " --fsep-plan-lag 3"),
+    "older counts": Setting(0.4, " --fsep-set plan_lag=3"),
     "late plans waited for": Setting(0.5, " --fsep-late-plan wait"),
-    "scheduler off": Setting(0.2, " --fsep-scheduler off"),
-    "even split": Setting(0.3, " --fsep-split even"),
-    "products by grouped_mm": Setting(0.25, " --fsep-gemm torch"),
-    "restore by nodes": Setting(0.35, " --fsep-restore-algorithm node"),
-    "flat restore": Setting(0.3, " --fsep-restore-algorithm flat"),
+    "scheduler off": Setting(0.2, " --fsep-set scheduler=off"),
+    "even split": Setting(0.3, " --fsep-set split=even"),
+    "products by grouped_mm": Setting(0.25, " --fsep-set gemm=torch"),
+    "restore by nodes": Setting(0.35, " --fsep-set restore_algorithm=node"),
+    "flat restore": Setting(0.3, " --fsep-set restore_algorithm=flat"),
     "tokens by nodes": Setting(0.35, " --fsep-token-exchange node"),
-    "fp32 gradients between nodes": Setting(0.3, " --fsep-grad-wire-dtype fp32"),
+    "fp32 gradients between nodes": Setting(0.3, " --fsep-set grad_wire_dtype=fp32"),
     "given capacity": Setting(0.5),
-    "replicas that pay": Setting(0.8, f" --fsep-cluster {REPLICAS_PAY}"),
+    "replicas that pay": Setting(0.8, f" --fsep-set cluster={REPLICAS_PAY}"),
 }
 _WARMED_UP = " --cuda-graph-warmup-steps 1" + rows.GRAPHED
 GRAPHS: Choice = {
@@ -237,7 +237,7 @@ HOMES: Choice = {"permuted homes": Setting(0.35)}
 TOLERANCES: Choice = {
     "default tolerance": Setting(0.3),
     **{
-        f"tolerance {value}": Setting(0.25, f" --fsep-imbalance-tolerance {value}")
+        f"tolerance {value}": Setting(0.25, f" --fsep-set imbalance_tolerance={value}")
         for value in (0, 0.05, 0.3)
     },
 }

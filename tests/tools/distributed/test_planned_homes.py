@@ -17,7 +17,7 @@ RANKS, STEPS = 4, 4
 AT_HOME = (
     " --expert-parallel-mode fsep --fsep-sharding experts --fsep-planner static"
     " --fsep-plan-mode forecast --fsep-node-size 2 --fsep-token-exchange node"
-    " --fsep-restore-algorithm node --log-interval 1"
+    " --fsep-set restore_algorithm=node --log-interval 1"
 )
 
 
@@ -29,8 +29,8 @@ def test_a_run_records_pairs_and_the_next_has_homes_by_them(ranks, text_data, tm
         return ranks(RANKS).run(train, command, None, None, by_topic)[0]
 
     def rows_sent(folder, homes=""):
-        record = f" --tensorboard-dir {folder} --fsep-record-trace {folder}"
-        record += " --fsep-pairs-interval 1 --fsep-sampled-sets 100000"
+        record = f" --tensorboard-dir {folder} --fsep-record {folder} trace"
+        record += " --fsep-set pairs_interval=1 sampled_sets=100000"
         losses = trained(AT_HOME + record + homes).losses
         events = EventAccumulator(str(folder))
         events.Reload()

@@ -31,7 +31,7 @@ EXPERTS, CAPACITY, HIDDEN, FFN = 8, 6, 64, 64
 MATRICES = 2
 FSEP_FLAGS = (
     f" --bf16 --expert-parallel-mode fsep --fsep-allow-unproven fp8-experts --fsep-planner random"
-    f" --fsep-capacity {CAPACITY} --fsep-scheduler off --fsep-restore-algorithm flat"
+    f" --fsep-capacity {CAPACITY} --fsep-set scheduler=off restore_algorithm=flat"
     f" --hidden-size {HIDDEN}"
 )
 RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"

@@ -15,7 +15,7 @@ STEPS, MICROBATCHES = 4, 2
 def test_a_recorded_run_can_be_planned_for(ranks, text_data, tmp_path, capsys):
     command = command_line(
         text_data,
-        f" --expert-parallel-mode fsep --fsep-sharding rows --fsep-record-trace {tmp_path}"
+        f" --expert-parallel-mode fsep --fsep-sharding rows --fsep-record {tmp_path} trace"
         f" --save {tmp_path} --save-interval {STEPS} --ckpt-format torch_dist"
         " --eval-interval 2 --eval-iters 1",
         global_batch=2 * 2 * MICROBATCHES,

@@ -88,4 +88,4 @@ def check_gemm(
     name: str, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
 ) -> None:
     if (problem := slot_gemm(name).problem(device, dtype, sizes)) is not None:
-        raise ValueError(f"--fsep-gemm {name}: {problem}")
+        raise ValueError(f"--fsep-set gemm={name}: {problem}")

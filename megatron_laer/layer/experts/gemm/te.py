@@ -36,7 +36,7 @@ class _TransformerEngine(SlotGemm):
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
     ) -> str | None:
-        way_out = "give --fsep-gemm loop"
+        way_out = "give --fsep-set gemm=loop"
         if importlib.util.find_spec(_PACKAGE) is None:
             return (
                 f"Transformer Engine is not installed (there is no package {_PACKAGE}); "

@@ -34,7 +34,7 @@ class _Torch(Loop):
     def problem(
         self, device: torch.device, dtype: torch.dtype, sizes: Sequence[int] = ()
     ) -> str | None:
-        way_out = "give --fsep-gemm loop"
+        way_out = "give --fsep-set gemm=loop"
         if _grouped_mm() is None:
             return (
                 f"torch {torch.__version__} has no torch.nn.functional.grouped_mm; install a newer "

@@ -18,7 +18,7 @@ from megatron_laer.choices import (
     Sharding,
     TokenExchange,
 )
-from megatron_laer.config import FSEPConfig, PlanMode, flag_name
+from megatron_laer.config import FSEPConfig, PlanMode, flag_name, setting
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.layout import default_capacity
 from megatron_laer.support.arguments import buffer_problems
@@ -87,7 +87,7 @@ class Setting:
         words += [flag_name("sharding"), geometry.sharding.value]
         words += [flag_name("capacity"), str(geometry.capacity)]
         for name, word in self.changes.items():
-            words += [flag_name(name), word]
+            words += setting(name, word).split()
         return words
 
     @property
