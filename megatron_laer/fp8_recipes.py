@@ -52,7 +52,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a recipe quantises the experts' matrices, and where its products run.
+    """Form of the experts' matrices in a recipe of fp8, and the place of its products.
 
     Attributes:
         block: rows and columns of a weight that share a scale; None for one scale of all.

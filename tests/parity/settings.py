@@ -29,6 +29,9 @@ def settings_in(command: Iterable[str], **found: Any) -> Namespace:
         if word.startswith("--"):
             flag = word.removeprefix("--").replace("-", "_")
             found[flag] = True
+        elif flag == "fsep_set":
+            name, _, value = word.partition("=")
+            found[f"fsep_{name}"] = value
         else:
             found[flag] = _with(found[flag], word)
     switches = {"add_bias_linear": "disable_bias_linear" not in found}
