@@ -36,8 +36,8 @@ from megatron_laer.tools.simulator.advisor.answer import turns
 from megatron_laer.tools.simulator.advisor.predictor import Predictor, Run
 from megatron_laer.tools.simulator.advisor.search import search
 from megatron_laer.tools.simulator.advisor.settings import Dispatch, group_flags, group_sizes
-from megatron_laer.tools.simulator.iteration.case_inputs import case_routing, tokens_of
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
+from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import NATURAL
 
@@ -199,8 +199,8 @@ def _run(
         tokens = args.tokens or model.sequence
         trace_of = _made(args, model, args.workload, tokens)
     else:
-        recorded = case_routing(trace, model, trace.num_ranks, args.tokens, args.lag)
-        tokens = tokens_of(recorded, model)
+        recorded = Routing.of_run(trace, trace.num_ranks, model.topk, args.tokens, args.lag)
+        tokens = recorded.tokens(model.topk)
         trace_of = partial(_recorded, trace)
     whole = Geometry(ranks, model.num_experts, model.num_experts, 1)
     shape = simulate_input.run_shape(args, whole, tokens, trace)

@@ -33,7 +33,7 @@ from megatron_laer.planner.token_exchange import (
     counting_visits,
     with_token_exchange,
 )
-from megatron_laer.tools.cli import simulate_checks, simulate_input
+from megatron_laer.tools.cli import simulate_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
     between,
@@ -45,14 +45,8 @@ from megatron_laer.tools.cli.argument_types import (
 )
 from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8
 from megatron_laer.tools.cli.routing_input import MAX_TOKENS
-from megatron_laer.tools.cli.simulate_checks import FLEX, ROWS_ADAPTED, ROWS_SHARDED
 from megatron_laer.tools.simulator import iteration_output as output
 from megatron_laer.tools.simulator.iteration.advice import Case, advice
-from megatron_laer.tools.simulator.iteration.case_inputs import (
-    case_routing,
-    planner_costs,
-    tokens_of,
-)
 from megatron_laer.tools.simulator.iteration.methods import (
     METHODS,
     STOCK,
@@ -63,12 +57,23 @@ from megatron_laer.tools.simulator.iteration.methods import (
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates
+from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.stock_group import Predict, fastest_stock
 from megatron_laer.tools.traces.records import Trace
 
 _MAX_STEPS = 10**5
-_TOKENS = (*(exchange.value for exchange in TokenExchange), FLEX, Auto.AUTO.value)
+_FLEX = "flex"
+_TOKENS = (*(exchange.value for exchange in TokenExchange), _FLEX, Auto.AUTO.value)
+
+_ROWS_SHARDED = (
+    "--data-parallel-sharding-strategy: Megatron-FSDP takes experts as stock's parameters; give "
+    "--sharding experts, or leave it out"
+)
+_ROWS_ADAPTED = (
+    "--lora-rank: rows of experts have no linear layers to adapt; give --sharding experts, or "
+    "--lora-targets of attention alone"
+)
 
 _EXAMPLES = """\
 examples:
@@ -138,7 +143,7 @@ class _Results:
 
 
 def run(args: argparse.Namespace) -> int:
-    simulate_checks.check(args)
+    simulate_input.check(args)
     cluster = named("--cluster", args.cluster, load_cluster)
     model = simulate_input.model_of(args)
     rates = simulate_input.rates_of(args, model, cluster)
@@ -212,12 +217,12 @@ def _simulate(
 ) -> None:
     num_ranks = geometry.num_ranks
     scaled = tokens if args.workload is None else None  # a workload is made with its tokens
-    routing = case_routing(trace, model, num_ranks, scaled, args.lag)
-    tokens = tokens_of(routing, model)
-    costs = planner_costs(model, rates[0], simulate_input.recompute_of(args), routing)
+    routing = Routing.of_run(trace, num_ranks, model.topk, scaled, args.lag)
+    tokens = routing.tokens(model.topk)
+    costs = model.costs(rates[0].cluster, simulate_input.recompute_of(args), routing.pairs)
     chosen = _chosen(args, geometry, config, model, costs)
     costs = chosen.costs
-    visited = TokenExchange.RANK if args.token_exchange == FLEX else costs.tokens.exchange
+    visited = TokenExchange.RANK if args.token_exchange == _FLEX else costs.tokens.exchange
     geometry = counting_visits(chosen.geometry, visited, model.topk)
     shape = simulate_input.run_shape(args, geometry, tokens, trace)
     simulate_input.can_overlap(args, shape, model)
@@ -273,7 +278,7 @@ def _chosen(
             exchange = choose_token_exchange(costs, *sizes)
             if args.overlap:  # which hides nothing of `node` inside nodes
                 exchange = TokenExchange.RANK
-        elif args.token_exchange != FLEX:  # whose rows are those of `node`
+        elif args.token_exchange != _FLEX:  # whose rows are those of `node`
             exchange = TokenExchange(args.token_exchange)
         return with_token_exchange(costs, exchange, *sizes).with_exchange(algorithm, of)
 
@@ -299,8 +304,8 @@ def _methods(
         holds_step=args.restore == "step",
         stock_group=args.stock_expert_parallel,
         topk=topk,
-        flex=args.token_exchange == FLEX,
-        stock_flex=args.stock_dispatcher == FLEX,
+        flex=args.token_exchange == _FLEX,
+        stock_flex=args.stock_dispatcher == _FLEX,
         combined=args.overlap,
         one_queue=(args.tensor_parallel or 1) > 1,  # for which Megatron asks
     )
@@ -337,7 +342,7 @@ def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | A
     if Sharding.ROWS in args.sharding:
         if model.fp8 is not None:
             raise ValueError(ROWS_IN_FP8)
-        raise ValueError(ROWS_SHARDED if model.lora is None else ROWS_ADAPTED)
+        raise ValueError(_ROWS_SHARDED if model.lora is None else _ROWS_ADAPTED)
     return list(possible)
 
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from megatron_laer.choices import Recompute, Sharding
+from megatron_laer.choices import Recompute, Sharding, TokenExchange
+from megatron_laer.config import PlanMode
 from megatron_laer.files import memory
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
@@ -22,8 +23,9 @@ from megatron_laer.tools.cli.argument_types import (
     number,
     option,
     refuse_repeated,
+    yaml_inputs,
 )
-from megatron_laer.tools.cli.outputs import bar
+from megatron_laer.tools.cli.outputs import bar, check_outputs
 from megatron_laer.tools.model_flags import MAX_WIDTH
 from megatron_laer.tools.simulator.iteration.model_shape import (
     LORA_TARGETS,
@@ -37,6 +39,8 @@ from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import WorkloadShape, workload_counts
 
 _MAX_COUNT = 2**16
+# Options that take several values.
+_SWEPT = "--ranks --node-size --capacity --tokens --sharding --mode --method".split()
 # Sizes of workloads: layers differ by their seed; 8 steps show the longest pattern.
 _WORKLOAD_LAYERS, _WORKLOAD_STEPS, _WORKLOAD_MICROBATCHES = 4, 8, 8
 # Bytes per count of a workload: 8 to make it, 4 to keep it.
@@ -203,7 +207,18 @@ def can_overlap(args: argparse.Namespace, shape: RunShape, model: ModelShape) ->
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuse contradictory sizes, and a routing that is missing or given twice."""
+    """Refuse contradictory flags, a routing that is missing, and a file that cannot be written."""
+    refuse_repeated(args, _SWEPT)
+    if args.restore == "step" and args.mode not in (None, [PlanMode.FORECAST.value]):
+        raise ValueError(
+            f"--restore step keeps layouts over a step, got --mode {' '.join(args.mode)}; give "
+            f"--mode {PlanMode.FORECAST}, or leave it out"
+        )
+    if args.overlap and args.token_exchange == TokenExchange.NODE:
+        raise ValueError(
+            "--overlap with --token-exchange node: inside a node tokens move with the experts' "
+            "compute, which hides none of them; give --token-exchange rank or flex"
+        )
     if args.world is not None:
         if args.expert_data_parallel is not None:
             raise ValueError("--world and --expert-data-parallel say the same; remove one of them")
@@ -211,6 +226,8 @@ def check(args: argparse.Namespace) -> None:
             if args.world % ranks != 0:
                 raise ValueError(f"--world {args.world} is no multiple of --ranks {ranks}")
     routing_input.check(args, "simulate")
+    inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
+    check_outputs({"--json": args.json}, inputs, args.trace)
 
 
 def routing_of(args: argparse.Namespace, model: ModelShape) -> Callable[[int, int | None], Trace]:

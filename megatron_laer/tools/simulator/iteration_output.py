@@ -123,14 +123,12 @@ def content(about: Mapping[str, Any], cases: Cases, refused: Refused, advice: st
 
 def _of_method(found: IterationPrediction) -> dict[str, Any]:
     shown = asdict(found)
-    seconds = {"value": found.iteration_s, "low": found.low_s, "high": found.high_s}
-    for name in ("method", "low_s", "high_s"):
+    for name in ("method", "tokens", "flops", "peak_flops_per_s"):
         del shown[name]
-    return shown | {
-        "iteration_s": seconds,
-        "bytes": found.bytes,
-        "peak_bytes": found.peak_bytes,
-    }
+    seconds = {"value": found.iteration_s, "low": found.low_s, "high": found.high_s}
+    first: dict[str, Any] = {"iteration_s": seconds, "by_rates_s": found.by_rates_s}
+    first |= {"tokens_per_s": found.tokens_per_s, "mfu": found.mfu}
+    return first | shown | {"bytes": found.bytes, "peak_bytes": found.peak_bytes}
 
 
 def _s(seconds: float) -> str:

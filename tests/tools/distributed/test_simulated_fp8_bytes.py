@@ -14,7 +14,6 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.tools.model_flags import fp8_recipe
-from megatron_laer.tools.simulator.iteration.case_inputs import planner_costs
 from megatron_laer.tools.simulator.iteration.link_bytes import link_bytes
 from megatron_laer.tools.simulator.iteration.methods import FSEP, MethodSettings, make_method
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
@@ -114,7 +113,7 @@ def test_bytes_of_a_run_in_fp8_are_those_that_are_simulated(
     rates = Rates(replace(load_cluster("h100-8"), spreads=()), 2, fp8=True)
     geometry = Geometry(2, EXPERTS, CAPACITY, 2, Sharding.EXPERTS)
     recompute = Recompute.FULL if extra == RECOMPUTE else Recompute.NONE
-    costs = planner_costs(model, rates, recompute, Routing(drifting_trace(), 4))
+    costs = model.costs(rates.cluster, recompute, Routing(drifting_trace(), 4).pairs)
     costs = replace(costs, restore_algorithm=ExchangeAlgorithm.FLAT)
     method = make_method(FSEP, MethodSettings(geometry, costs, holds_step=extra == HELD), rates)
     planner: Any = method.layer_planner(0)

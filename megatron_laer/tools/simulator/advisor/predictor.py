@@ -5,13 +5,13 @@ Legend: N ranks of a group, L layers, M microbatches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.arrays import Int64
 from megatron_laer.choices import (
     Auto,
     ExchangeAlgorithm,
@@ -25,11 +25,6 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.token_exchange import counting_visits, with_token_exchange
 from megatron_laer.tools.simulator.advisor.planned_once import planned_once
 from megatron_laer.tools.simulator.advisor.settings import Dispatch, Setting, stock_sizes
-from megatron_laer.tools.simulator.iteration.case_inputs import (
-    case_routing,
-    planner_costs,
-    tokens_of,
-)
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import (
     FSEP,
@@ -41,7 +36,7 @@ from megatron_laer.tools.simulator.iteration.methods import (
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict_iterations
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import LayerRecords, Routing
+from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.traces.records import Trace
 
@@ -108,17 +103,6 @@ class Candidate:
         return self.setting.label
 
 
-class _KeptRouting(Routing):
-    """Routing that keeps the steps it has walked, for many methods."""
-
-    def walk(self, lag: int, chosen: int) -> Iterator[tuple[LayerRecords, dict[int, Int64]]]:
-        walked: dict[tuple[int, int], list[tuple[LayerRecords, dict[int, Int64]]]]
-        walked = self.__dict__.setdefault("_walked", {})
-        if (lag, chosen) not in walked:
-            walked[lag, chosen] = list(super().walk(lag, chosen))
-        return iter(walked[lag, chosen])
-
-
 @dataclass
 class Predictor:
     """Predictions of a run's settings, which share its routing and prices."""
@@ -169,7 +153,7 @@ class Predictor:
         geometry = Geometry(ranks, experts, experts, min(run.node_size, ranks))
         settings = MethodSettings(
             geometry,
-            planner_costs(run.model, run.rates[0], run.shape.recompute, self._routing(ranks)),
+            self._prices(ranks),
             stock_group=group,
             topk=run.model.topk,
             stock_flex=run.stock_flex,
@@ -181,10 +165,15 @@ class Predictor:
         key = geometry, tokens.exchange
         if key not in self._priced:
             run, routing = self.run, self._routing(geometry.num_ranks)
-            costs = planner_costs(run.model, run.rates[0], run.shape.recompute, routing)
-            sizes = geometry, run.model.topk, tokens_of(routing, run.model)
+            sizes = geometry, run.model.topk, routing.tokens(run.model.topk)
+            costs = self._prices(geometry.num_ranks)
             self._priced[key] = with_token_exchange(costs, tokens.exchange, *sizes)
         return self._priced[key]
+
+    def _prices(self, num_ranks: int) -> CostModel:
+        """Return prices of a group's planner, for tokens that travel by rank."""
+        run, pairs = self.run, self._routing(num_ranks).pairs
+        return run.model.costs(run.rates[0].cluster, run.shape.recompute, pairs)
 
     def _stock_ranks(self, group: int) -> int:
         """Return the fewest ranks of whole nodes, or the most below a node, with whole groups."""
@@ -251,7 +240,7 @@ class Predictor:
         if shape.microbatches <= few + many:
             return predicted(shape.microbatches)
         by_many = predicted(many)
-        return _extended(predicted(few), by_many, few, many, shape.microbatches)
+        return _extended(predicted(few), by_many, (few, many, shape.microbatches))
 
     def _with_plans(self, candidate: Candidate, layers: int, *, short: bool) -> Method:
         """Return the method with plans that are made once, whether tokens overlap or not."""
@@ -270,8 +259,8 @@ class Predictor:
             trace = self._traces[num_ranks]
             if short:
                 trace = _short_trace(trace)
-            args = trace, self.run.model, num_ranks, self.run.tokens, self.run.lag
-            self._routings[key] = case_routing(*args, kind=_KeptRouting)
+            sizes = num_ranks, self.run.model.topk, self.run.tokens, self.run.lag
+            self._routings[key] = Routing.of_run(trace, *sizes, keeps_steps=True)
         return self._routings[key]
 
 
@@ -309,30 +298,19 @@ def _short_trace(trace: Trace) -> Trace:
 
 
 def _extended(
-    few: IterationPrediction, many: IterationPrediction, at_few: int, at_many: int, wanted: int
+    few: IterationPrediction, many: IterationPrediction, microbatches: tuple[int, int, int]
 ) -> IterationPrediction:
     """Extend two predictions to more microbatches, each of which adds as much."""
+    at_few, at_many, wanted = microbatches
     share = (wanted - at_many) / (at_many - at_few)
 
-    def line(start: float, end: float) -> float:
+    def line(start: Any, end: Any) -> Any:
+        if isinstance(end, Mapping):
+            return {kind: line(start[kind], of) for kind, of in end.items()}
+        if isinstance(end, tuple):
+            return tuple(map(line, start, end))
         return end + (end - start) * share
 
-    by_rates_s = tuple(map(line, few.by_rates_s, many.by_rates_s))
-    seconds = by_rates_s[0]
-    speedup = many.iteration_s / seconds * wanted / at_many
-    return replace(
-        many,
-        iteration_s=seconds,
-        low_s=min(by_rates_s),
-        high_s=max(by_rates_s),
-        by_rates_s=by_rates_s,
-        tokens_per_s=many.tokens_per_s * speedup,
-        mfu=many.mfu * speedup,
-        waiting_s=line(few.waiting_s, many.waiting_s),
-        compute_s={kind: line(few.compute_s[kind], many.compute_s[kind]) for kind in few.compute_s},
-        exposed_s={kind: line(few.exposed_s[kind], many.exposed_s[kind]) for kind in few.exposed_s},
-        bytes_by_kind={
-            link: {kind: line(few.bytes_by_kind[link][kind], end) for kind, end in of.items()}
-            for link, of in many.bytes_by_kind.items()
-        },
-    )
+    spent = ("by_rates_s", "tokens", "flops", "waiting_s", "compute_s", "exposed_s")
+    lines = {name: (getattr(few, name), getattr(many, name)) for name in (*spent, "bytes_by_kind")}
+    return replace(many, **{name: line(*ends) for name, ends in lines.items()})

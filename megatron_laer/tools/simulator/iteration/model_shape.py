@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megatron_laer.choices import Fp8Recipe
+from megatron_laer.choices import Fp8Recipe, Recompute
 from megatron_laer.files.checks import quoted
+from megatron_laer.planner.clusters import Cluster
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.tools.model_flags import MAX_WIDTH, model_sizes, model_values, whole_number
 
@@ -158,6 +160,19 @@ class ModelShape:
             weights += self.attention_weights + self.dense_weights(has_experts)
             weights += self.topk * self.expert_weights if has_experts else 0
         return 2 * weights + len(self.layer_has_experts) * self.core_flops_per_token
+
+    def costs(self, cluster: Cluster, recompute: Recompute, pairs: float) -> CostModel:
+        """Return the prices that the planner of a run has, with a rank's `pairs`."""
+        return CostModel(
+            cluster=cluster,
+            hidden=self.hidden,
+            ffn=self.expert_ffn,
+            gated=self.gated,
+            bytes_per_element=self.bytes_per_element,
+            recompute=recompute,
+            pairs_per_rank=round(pairs),
+            fp8=self.fp8,
+        )
 
     def _ffn_weights(self, width: int) -> int:
         return (3 if self.gated else 2) * self.hidden * width

@@ -34,21 +34,19 @@ _TRAINING_PASSES, _FROZEN_PASSES = 3, 2
 class IterationPrediction:
     """Predicted iteration of a method; means over steps, and over ranks unless stated.
 
-    `by_rates_s` has the time for each set of rates, nominal first; `low_s` and `high_s` are its
-    range. `compute_s` and `exposed_s`, by kind, and `waiting_s` for slower ranks add up to
-    `iteration_s`. `mfu` counts no recompute. `bytes_by_kind` are received, by link class and kind.
+    `by_rates_s` has the time for each set of rates, nominal first. `tokens` are of all ranks, and
+    `flops` of a rank, without recompute. `compute_s` and `exposed_s`, by kind, and `waiting_s` for
+    slower ranks add up to `iteration_s`. `bytes_by_kind` are received, by link class and kind.
     `memory_bytes` are of the rank and stage that need most. `replan_share` is of microbatches that
     fetched slots after the gate; 0 in mode `exact`. `node_rows` are between nodes per pair, by
     cause. `group` is stock's.
     """
 
     method: str
-    iteration_s: float
-    low_s: float
-    high_s: float
     by_rates_s: tuple[float, ...]
-    tokens_per_s: float
-    mfu: float
+    tokens: float
+    flops: float
+    peak_flops_per_s: float
     compute_s: Mapping[str, float]
     exposed_s: Mapping[str, float]
     waiting_s: float
@@ -58,6 +56,26 @@ class IterationPrediction:
     replan_share: float
     node_rows: Mapping[str, float]
     group: int | None = None
+
+    @property
+    def iteration_s(self) -> float:
+        return self.by_rates_s[0]
+
+    @property
+    def low_s(self) -> float:
+        return min(self.by_rates_s)
+
+    @property
+    def high_s(self) -> float:
+        return max(self.by_rates_s)
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.iteration_s
+
+    @property
+    def mfu(self) -> float:
+        return self.flops / (self.iteration_s * self.peak_flops_per_s)
 
     @property
     def title(self) -> str:
@@ -207,18 +225,15 @@ def _prediction(
         kind: float(np.mean([iteration.spent[kind] for iteration in first]))
         for kind in first[0].spent
     }
-    seconds = float(by_rates_s[0])
     tokens = run.tokens * run.microbatches * run.ranks * run.replicas
     passes = _TRAINING_PASSES if model.lora is None else _FROZEN_PASSES
     flops = passes * model.flops_per_token * tokens / run.world
     return IterationPrediction(
         method=method.name,
-        iteration_s=seconds,
-        low_s=float(by_rates_s.min()),
-        high_s=float(by_rates_s.max()),
         by_rates_s=tuple(by_rates_s.tolist()),
-        tokens_per_s=tokens / seconds,
-        mfu=flops / (seconds * peak_flops_per_s),
+        tokens=tokens,
+        flops=flops,
+        peak_flops_per_s=peak_flops_per_s,
         compute_s={kind: spent[kind] for kind in COMPUTE},
         exposed_s={kind: spent[kind] for kind in EXPOSED},
         waiting_s=spent[WAITING],

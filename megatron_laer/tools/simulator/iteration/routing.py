@@ -8,7 +8,7 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
@@ -16,20 +16,35 @@ from operator import itemgetter
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.tools.simulator.replay import layer_steps, walk
+from megatron_laer.tools.simulator.replay import (
+    check_memory,
+    kept_forecasts,
+    layer_steps,
+    walk,
+)
 from megatron_laer.tools.traces.records import Trace
 
 # Records of one step by layer.
 LayerRecords = Mapping[int, Sequence[int]]
+# These and the layers' forecasts, [N, E].
+Step = tuple[LayerRecords, Mapping[int, Int64]]
 
 
 class Routing:
     """Counts of a run with other ranks, or other `pairs` per microbatch, than its trace.
 
-    `pairs` are the mean (token, expert) pairs of a rank.
+    `pairs` are the mean (token, expert) pairs of a rank. With `keeps_steps` those that were walked
+    stay, for many methods.
     """
 
-    def __init__(self, trace: Trace, num_ranks: int, pairs: float | None = None) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        num_ranks: int,
+        pairs: float | None = None,
+        *,
+        keeps_steps: bool = False,
+    ) -> None:
         trace.check_divides(num_ranks)
         self._trace = trace
         self.num_ranks, self.num_experts = num_ranks, trace.num_experts
@@ -39,11 +54,38 @@ class Routing:
             raise ValueError("the trace holds no tokens; record a run that routes some")
         self.recorded_pairs = total / num_ranks
         self._factor = 1.0 if pairs is None else pairs / self.recorded_pairs
+        self._kept: dict[tuple[int, int], list[Step]] | None = {} if keeps_steps else None
+
+    @classmethod
+    def of_run(
+        cls,
+        trace: Trace,
+        num_ranks: int,
+        topk: int,
+        tokens: int | None,
+        lag: int,
+        *,
+        keeps_steps: bool = False,
+    ) -> Routing:
+        """Return the routing with these tokens of a rank, if given; refuse what no memory holds."""
+        check_memory(
+            num_ranks,
+            trace.num_experts,
+            record_bytes=0,
+            forecasts=kept_forecasts(trace, lag),
+            purpose=f"simulating {num_ranks:,} ranks",
+        )
+        pairs = None if tokens is None else float(tokens * topk)
+        return cls(trace, num_ranks, pairs, keeps_steps=keeps_steps)
 
     @property
     def pairs(self) -> float:
         """Return the mean (token, expert) pairs of a rank and microbatch."""
         return self.recorded_pairs * self._factor
+
+    def tokens(self, topk: int) -> int:
+        """Return the mean tokens of a rank and microbatch."""
+        return max(round(self.pairs / topk), 1)
 
     def steps(self) -> dict[int, LayerRecords]:
         """Return each step's records by layer."""
@@ -70,11 +112,18 @@ class Routing:
         ends_NE = np.floor(np.cumsum(counts_NE, axis=1) * self._factor + 0.5).astype(np.int64)
         return np.diff(ends_NE, axis=1, prepend=0)
 
-    def walk(self, lag: int, chosen: int) -> Iterator[tuple[LayerRecords, dict[int, Int64]]]:
-        """Yield `chosen` steps, spread over the trace, with each layer's forecast at that time.
+    def walk(self, lag: int, chosen: int) -> Iterable[Step]:
+        """Return `chosen` steps, spread over the trace, with each layer's forecast at that time.
 
         The newest counts of a forecast are `lag` steps old; earlier steps have none.
         """
+        if self._kept is None:
+            return self._walk(lag, chosen)
+        if (lag, chosen) not in self._kept:
+            self._kept[lag, chosen] = list(self._walk(lag, chosen))
+        return self._kept[lag, chosen]
+
+    def _walk(self, lag: int, chosen: int) -> Iterator[Step]:
         steps = self.steps()
         after = self._forecast_steps(steps, lag)
         if not after:
