@@ -1,62 +1,59 @@
-"""Communication schedule, as data: the moments when experts are restored and gradients leave.
+"""Overlaps of a kind of run and memory that they take, as simulations count them.
 
-It covers operations, which are forward or backward passes of a microbatch through a model chunk,
-and the step from one to the next. The scheduler (`runtime/scheduler.py`) carries it out; this file
-imports neither torch nor Megatron.
-
-    forward   layer i:    attention  router  dispatch ┬ experts i ──────── combine
-              parameters:                             └ restore i+1
-    backward  layer i:    combine ┬ experts i ── dispatch ┬ attention ── combine ┬ experts i-1
-              parameters:         └ restore i-1           │                      └ restore i-2
-              gradients:                                  └ reduce i ─────────────────────┘
-
-In the last layer of an operation, the first one of the next operation takes the place of i+1 or
-i-1. If it is the same layer, its weights stay, and only slots that differ are fetched.
-
-Megatron's combined 1F1B schedule runs a forward and a backward operation layer by layer together.
-Then restores i+1 and i-1 start as soon as experts i have computed. So each of the two operations
-has the restored experts of one layer in memory.
-
-Source: the LAER-MoE paper's fine-grained schedule (arXiv 2602.11686), with parameters and gradients
-on communicators of their own.
+Training looks up the same cells of `life.py`. This file imports neither torch nor Megatron.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_laer.life import Action, Event, Kind, Kinds, column
+
 
 @dataclass(frozen=True)
 class Schedule:
-    """Rules for the exchanges of a rank's chunks, in one order on all ranks of a group.
+    """Overlaps of the exchanges of a rank's chunks in a run of these kinds.
 
-    A layer that no rule restored is restored when its experts compute.
-
-    Attributes:
-        restores_first: restore the chunk's first MoE layer when the chunk's forward begins.
-        restores_next: restore the next layer when a layer's tokens have arrived.
-        restores_last: restore the chunk's last layer when the chunk's backward begins.
-        restores_previous: restore the layer before when the gradient of a layer's output arrives.
-        delays_gradients: send a layer's gradients during the backward of the layer before;
-            otherwise wait for them at once.
-        holds_step: keep experts restored, and sum gradients, over a whole step.
-        restores_following: apply `restores_first` and `restores_last` in the last layer of the
-            operation before, where that is known.
-        by_parts: two operations run together, in parts of layers.
+    A layer that is not restored ahead is restored when its experts compute.
     """
 
-    restores_first: bool
-    restores_next: bool
-    restores_last: bool
-    restores_previous: bool
-    delays_gradients: bool
-    holds_step: bool = False
-    restores_following: bool = False
-    by_parts: bool = False
+    kinds: Kinds
+
+    @property
+    def restores_forward(self) -> bool:
+        """Return whether forward restores layers ahead: the chunk's first, and each next one."""
+        return Action.RESTORE in column(self.kinds)[Event.PREPARED]
+
+    @property
+    def restores_backward(self) -> bool:
+        """Return whether backward restores layers ahead: the chunk's last, and each one before.
+
+        What is held over a step is restored once. If backward needs another form, as in mxfp8, each
+        layer's first backward fetches that without overlap.
+        """
+        return bool(column(self.kinds)[Event.CHUNK_BACKWARD])
+
+    @property
+    def restores_following(self) -> bool:
+        """Return whether an operation's last layer restores the first one of the next."""
+        return bool(column(self.kinds)[Event.LAST_LAYER])
 
     @property
     def restores_ahead(self) -> bool:
-        return self.restores_first or self.restores_last
+        return self.restores_forward or self.restores_backward
+
+    @property
+    def delays_gradients(self) -> bool:
+        """Return whether gradients leave during the backward of the layer before."""
+        return Action.MAKE_WAIT in column(self.kinds)[Event.PREPARED]
+
+    @property
+    def holds_step(self) -> bool:
+        return Kind.STEP in self.kinds
+
+    @property
+    def by_parts(self) -> bool:
+        return Kind.PARTS in self.kinds
 
     def restored_layers(self, num_layers: int) -> int:
         """Return the maximum number of a rank's layers with restored experts in memory at once.
@@ -67,7 +64,7 @@ class Schedule:
         """
         if self.holds_step:
             return num_layers
-        most = 2 if self.restores_next or self.restores_previous else 1
+        most = 2 if self.restores_ahead else 1
         return most if self.by_parts else min(most, num_layers)
 
     def gradient_layers(self, num_layers: int) -> int:
@@ -87,12 +84,11 @@ def make_schedule(
     restores_following: bool = False,
     by_parts: bool = False,
 ) -> Schedule:
-    """Make the schedule for a way of running.
-
-    With `after_gate`, every layout is made after the gate, so forward restores nothing ahead. With
-    `holds_step`, experts are restored once per step, so backward restores nothing. If it needs them
-    in another form, as in mxfp8, each layer's first backward fetches that without overlap.
-    """
-    forward, backward = overlaps and not after_gate, overlaps and not holds_step
-    following = overlaps and restores_following and not by_parts
-    return Schedule(forward, forward, backward, backward, overlaps, holds_step, following, by_parts)
+    found = {
+        Kind.ALONE: not overlaps,
+        Kind.FRESH: after_gate,
+        Kind.STEP: holds_step,
+        Kind.PARTS: by_parts,
+        Kind.SYNCHRONISED: not restores_following,
+    }
+    return Schedule(frozenset(kind for kind, holds in found.items() if holds))

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from megatron_laer.fsep_flags import add_arguments
+from megatron_laer.life import LIFE, Kind
 from megatron_laer.plugin.command_line import ARGUMENT_PATCHES
 from megatron_laer.plugin.switch import FSEP_PATCHES
 from megatron_laer.releases import NEXT, RELEASES
@@ -67,7 +68,23 @@ def slurm_settings() -> Iterator[str]:
         yield _row(code, re.sub(r"\s*\n#\s+", " ", meaning))
 
 
+def life() -> Iterator[str]:
+    yield "| event | plain | by kind of run |"
+    yield "|---|---|---|"
+    for event, rows in LIFE.items():
+        cells = {
+            " and ".join(kind.value for kind in Kind if kind in kinds): ", ".join(
+                action.value for action in cell
+            )
+            or "–"
+            for kinds, cell in rows.items()
+        }
+        plain = cells.pop("", "")
+        yield _row(event.value, plain, "; ".join(f"*{kinds}*: {cells[kinds]}" for kinds in cells))
+
+
 TABLES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
+    ("architecture.md", "life"): life,
     ("flags.md", "flags"): flags,
     ("megatron.md", "patches"): patches,
     ("slurm.md", "settings"): slurm_settings,

@@ -71,7 +71,7 @@ class StockLayer:
         slices = self.experts.share
         return [
             gather_block(slice_ErK, rows, self.num_blocks, session.get_fsep_group())
-            for slice_ErK, rows in zip(slices.values(self._num_experts), slices.rows, strict=True)
+            for slice_ErK, rows in zip(slices.sources(self._num_experts), slices.rows, strict=True)
         ]
 
     def empty_blocks(self, device: torch.device | None = None) -> list[torch.Tensor]:
@@ -79,7 +79,7 @@ class StockLayer:
         slices = self.experts.share
         return [
             slice_ErK.new_empty((self.block_size, rows, slice_ErK.shape[2]), device=device)
-            for slice_ErK, rows in zip(slices.values(self._num_experts), slices.rows, strict=True)
+            for slice_ErK, rows in zip(slices.sources(self._num_experts), slices.rows, strict=True)
         ]
 
     def named(self, blocks: list[torch.Tensor]) -> Iterator[Named]:
@@ -112,7 +112,7 @@ class StockLayer:
 
     def write(self, blocks: list[torch.Tensor]) -> None:
         """Cut the blocks of all ranks into slices. Collective over the group."""
-        slices = self.experts.share.values(self._num_experts)
+        slices = self.experts.share.sources(self._num_experts)
         for block_eRK, slice_ErK in zip(blocks, slices, strict=True):
             scatter_block(block_eRK, slice_ErK, session.get_fsep_group())
         if (coordinator := session.current_coordinator()) is not None:

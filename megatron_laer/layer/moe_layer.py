@@ -35,10 +35,10 @@ from megatron_laer.layer.experts.homes import HomeExperts
 from megatron_laer.layer.experts.module import FSEPExperts
 from megatron_laer.layer.experts.restored_compute import RestoredCompute
 from megatron_laer.layer.slot_submodules import activation_builder, slot_submodules
+from megatron_laer.life import Event
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
-from megatron_laer.runtime.weights.split_backward import SplitBackward
 from megatron_laer.support import model as model_support
 from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.ranges import named_range
@@ -126,10 +126,6 @@ class FSEPMoELayer(MoELayer):
             self._register(layer_number)
 
     @property
-    def _by_parts(self) -> bool:
-        return bool(self.config.overlap_moe_expert_parallel_comm)
-
-    @property
     def _slot_experts(self) -> FSEPExperts | HomeExperts:
         experts: FSEPExperts = self.experts
         return self._home_experts or experts
@@ -147,7 +143,8 @@ class FSEPMoELayer(MoELayer):
     def shared_experts_compute(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
         """Defer the shared experts until the counts exchange has started, after the router."""
         # A CUDA graph of the router contains the shared experts, as a part of a combined schedule.
-        if self._is_graphed(CudaGraphModule.moe_router) or self._by_parts:
+        in_parts = self.config.overlap_moe_expert_parallel_comm
+        if in_parts or self._is_graphed(CudaGraphModule.moe_router):
             output: torch.Tensor | None = super().shared_experts_compute(hidden_states)
             return output
         if self.use_shared_expert and not self.shared_expert_overlap:
@@ -196,15 +193,14 @@ class FSEPMoELayer(MoELayer):
         step_times = self._coordinator.measurements.step_times
         self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, step_times))
         tokens, probs = super().preprocess(hidden_states, probs, routing_map_TE)
-        return plan.restored.wait_for_grads_with(tokens), probs
+        return plan.restored.gate(tokens, reruns=plan.backward_follows), probs
 
     def dispatch(self, hidden_states: torch.Tensor, probs: torch.Tensor) -> Any:
         """Exchange tokens; once they have crossed nodes, the next layer's restore may start."""
         assert self._plan is not None, "dispatch before preprocess"
-        hidden_states = self._plan.restored.reduce_after_dispatch(hidden_states)
+        hidden_states = self._plan.restored.dispatch(hidden_states)
         dispatched = super().dispatch(hidden_states, probs)
-        if not self._by_parts:
-            self._coordinator.scheduler.may_restore_next(self.state, self.training)
+        self._coordinator.scheduler.passed(Event.TOKENS, self.state, self.training)
         groups = self._coordinator.groups
         rows = self.token_dispatcher.rows_sent(groups.rank, groups.node_size)
         if rows is not None:
@@ -217,7 +213,8 @@ class FSEPMoELayer(MoELayer):
         self, hidden_states: torch.Tensor, probs: torch.Tensor
     ) -> tuple[torch.Tensor, None]:
         """Sort the received tokens by slot and compute the restored experts."""
-        if _computes_weights_aside(self.config):
+        # `backward_dw` may run on a stream of its own, during the dispatch's backward.
+        if getattr(self.config, "overlap_dispatch_backward_with_experts_wgrad", False):
             from megatron.core.transformer.moe.moe_layer import _RecordExpertDgradCompletion
 
             hidden_states = _RecordExpertDgradCompletion.apply(
@@ -230,8 +227,7 @@ class FSEPMoELayer(MoELayer):
         activity = Activity(Kind.EXPERTS, self.state.name)
         with self.token_dispatcher.keeping_rows(), named_range(activity):
             output_TH = self._slot_experts(input_TH, probs_T, plan)
-        if self._by_parts:
-            self._coordinator.scheduler.may_restore_next(self.state, self.training)
+        self._coordinator.scheduler.passed(Event.COMPUTED, self.state, self.training)
         if self.training:
             plan.restored.prepare_backward()
         return self.token_dispatcher.combine_preprocess(output_TH), None
@@ -247,8 +243,8 @@ class FSEPMoELayer(MoELayer):
     def backward_dw(self, routed_experts: bool = True, shared_experts: bool = False) -> None:
         """Compute delayed weight gradients, those of replicas after the home experts'."""
         super().backward_dw(routed_experts, shared_experts)
-        if routed_experts and self.state.split.computes_weights:
-            self.state.split.computes_weights.popleft()()
+        if routed_experts and self.state.late.computes:
+            self.state.late.computes.popleft()()
 
     def sharded_state_dict(
         self,
@@ -324,7 +320,6 @@ class FSEPMoELayer(MoELayer):
             what_changed=self.what_changed,
             on_step_end=self.end_step,
             launch_kernels=self.launch_kernels,
-            split=SplitBackward(self._by_parts, _delays_weights(self.config)),
             in_fp8=self._is_in_fp8(layer_number),
         )
         self._slot_experts.initialise(self._state.name, self._coordinator.seed)
@@ -363,15 +358,6 @@ def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
         args.fsep_sharding = coordinator.geometry.sharding.value
         args.fsep_capacity = coordinator.geometry.capacity
     return coordinator
-
-
-def _computes_weights_aside(config: Any) -> bool:
-    """Return whether `backward_dw` runs on a stream of its own, during the dispatch's backward."""
-    return bool(getattr(config, "overlap_dispatch_backward_with_experts_wgrad", False))
-
-
-def _delays_weights(config: Any) -> bool:
-    return bool(config.delay_wgrad_compute) or _computes_weights_aside(config)
 
 
 def _arguments() -> Any:

@@ -23,6 +23,7 @@ from megatron_laer.config import (
 )
 from megatron_laer.files.checks import quoted
 from megatron_laer.fp8_recipes import recipe_of
+from megatron_laer.life import Kind, Kinds
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.expected_gain import expected_gain
@@ -59,7 +60,6 @@ from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.kept_weights import KeptWeights
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
-from megatron_laer.schedule import make_schedule
 from megatron_laer.support.model import problems_with_token_exchange, slots_multiple
 
 logger = logging.getLogger(__name__)
@@ -112,13 +112,7 @@ def build_coordinator(
     # Announced layouts, as forecast ones, are kept after the gate.
     at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode
     guard = Guard(at_gate, chosen, geometry, config.imbalance_tolerance, config.split)
-    schedule = make_schedule(
-        overlaps=overlaps,
-        after_gate=config.mode == PlanMode.EXACT,
-        holds_step=config.restore == Restore.STEP,
-        restores_following=not _synchronises(transformer_config),
-        by_parts=transformer_config.overlap_moe_expert_parallel_comm,
-    )
+    kinds = kinds_of_run(config, transformer_config)
     streams = ExchangeStreams(
         make_exchange(config, groups, chosen, geometry),
         parameters=make_comm_stream("parameters", device, overlaps=overlaps),
@@ -131,9 +125,9 @@ def build_coordinator(
     if config.mode == PlanMode.ANNOUNCED:
         pass_layouts = AnnouncedLayouts(guard, layouts, groups, device)
     else:
-        pass_layouts = PassLayouts(guard, layouts, groups, one_per_step=schedule.holds_step)
-    experts = LayerExperts(streams, device, geometry, holds_step=schedule.holds_step)
-    scheduler = Scheduler(schedule, streams, experts, pass_layouts)
+        pass_layouts = PassLayouts(guard, layouts, groups, one_per_step=Kind.STEP in kinds)
+    experts = LayerExperts(streams, device, geometry, kinds)
+    scheduler = Scheduler(kinds, streams, experts, pass_layouts)
     tokens_priced = {"top_k": top_k, "tokens_per_rank": tokens}
     measurements = Measurements(config, groups, guard, streams, tokens_priced)
     planner = MicrobatchPlanner(
@@ -250,6 +244,22 @@ def _fp8_recipe(config: FSEPConfig, transformer_config: Any) -> Fp8Recipe | None
     if not config.experts_in_fp8 or not transformer_config.fp8:
         return None
     return Fp8Recipe(recipe_of(transformer_config))
+
+
+def kinds_of_run(config: FSEPConfig, transformer_config: Any) -> Kinds:
+    """Return the kinds that all training passes of a run have."""
+    delays = transformer_config.delay_wgrad_compute or getattr(
+        transformer_config, "overlap_dispatch_backward_with_experts_wgrad", False
+    )
+    found = {
+        Kind.ALONE: config.scheduler != OverlapScheduler.ON,
+        Kind.FRESH: config.mode == PlanMode.EXACT,
+        Kind.STEP: config.restore == Restore.STEP,
+        Kind.PARTS: transformer_config.overlap_moe_expert_parallel_comm,
+        Kind.DELAYED: delays,
+        Kind.SYNCHRONISED: _synchronises(transformer_config),
+    }
+    return frozenset(kind for kind, holds in found.items() if holds)
 
 
 def _synchronises(transformer_config: Any) -> bool:

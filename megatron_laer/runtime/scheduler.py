@@ -1,6 +1,6 @@
 """Scheduler of the overlap of communication and compute, within model chunks and between them.
 
-`schedule.py` has the rules as data. The scheduler follows a chunk's forward passes by hooks on the
+`life.py` has the rules as data. The scheduler follows a chunk's forward passes by hooks on the
 chunk. The layer's calls mark the arrival of tokens, and autograd nodes mark the backward pass.
 
 A chunk's forward for one microbatch leaves a chain of `RestoredExperts`, each with a link to the
@@ -18,15 +18,15 @@ from typing import Any
 
 import torch
 
+from megatron_laer.life import Action, Event, Kinds, column
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.operations import Operation, OperationOrder
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts, Replayed
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.late_grads import GradsReady
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
-from megatron_laer.runtime.weights.split_backward import GradsReady
-from megatron_laer.schedule import Schedule
 
 
 @dataclass
@@ -39,7 +39,7 @@ class Chunk:
     step's weights. `gathers_weights` returns whether Megatron may still be gathering them over
     replicas when the chunk's first forward begins. `replayed` returns the experts that the layers'
     routers will choose; None without router replay. `grads_ready` reports main gradients of
-    stock's modules, as in `SplitBackward`.
+    stock's modules, as in `LateGrads`.
     """
 
     module: torch.nn.Module
@@ -66,16 +66,16 @@ class _Forward:
 
 
 class Scheduler:
-    """Scheduler of one rank's exchanges of experts."""
+    """Scheduler of one rank's exchanges of experts, in a run of these kinds."""
 
     def __init__(
         self,
-        schedule: Schedule,
+        kinds: Kinds,
         streams: ExchangeStreams,
         experts: LayerExperts,
         pass_layouts: PassLayouts,
     ) -> None:
-        self.schedule = schedule
+        self._life = column(kinds)
         self._streams = streams
         self._experts = experts
         self._pass_layouts = pass_layouts
@@ -94,13 +94,13 @@ class Scheduler:
         self._chunks = list(chunks)
         for number, chunk in enumerate(self._chunks):
             for layer in chunk.layers:
-                layer.split.grads_ready = chunk.grads_ready
+                layer.late.report = chunk.grads_ready
             # Module, hooks and chunk form a reference cycle, which `_detach` breaks.
             self._hooks += [
                 chunk.module.register_forward_pre_hook(_call(self._begin_forward, number)),
                 chunk.module.register_forward_hook(_call(self._end_forward)),
             ]
-            if self.schedule.delays_gradients and chunk.blocks:
+            if self._life[Event.BLOCK] and chunk.blocks:
                 layer_of = dict(zip(chunk.blocks, chunk.layers, strict=True))
                 self._hooks += [
                     block.register_forward_pre_hook(
@@ -123,8 +123,14 @@ class Scheduler:
         self._forward = None
 
     def begin_backward(self, forward: object) -> None:
-        if isinstance(forward, _Forward) and self.schedule.restores_last and forward.entered:
-            forward.entered[-1].start_backward_restore()
+        """Begin the backward of a chunk's forward, in which a MoE layer was entered or none."""
+        if not (isinstance(forward, _Forward) and forward.entered):
+            return
+        if forward.operation is not None:
+            self._awaits_backward.pop(forward.operation, None)
+            self._take_fetched(self._order.begin_backward(forward.operation))
+        if self._life[Event.CHUNK_BACKWARD]:
+            forward.entered[-1].come_back()
 
     @property
     def replays_routing(self) -> bool:
@@ -137,7 +143,7 @@ class Scheduler:
     def begin_step(self, num_microbatches: int | None) -> None:
         self._forget_operations()
         num_chunks = sum(bool(chunk.layers) for chunk in self._chunks)
-        known = num_microbatches if self.schedule.restores_following else None
+        known = num_microbatches if self._life[Event.LAST_LAYER] else None
         self._order.begin_step(known, num_chunks)
 
     def end_step(self) -> None:
@@ -155,11 +161,9 @@ class Scheduler:
         if forward is None or position is None:
             return self._experts_of(layer, training)
         restored = self._ahead.pop(position, None) or self._experts_of(layer, training)
-        if forward.entered and (
-            self.schedule.restores_previous or restored.is_same_layer(forward.entered[-1])
-        ):
+        if forward.entered:
             restored.prefetch_in_backward(forward.entered[-1])
-        elif not forward.entered:
+        else:
             restored.call_in_backward(self._fetch_following)
         forward.entered.append(restored)
         forward.position = position
@@ -169,24 +173,20 @@ class Scheduler:
         """Start the restore of a pass whose layout is decided, before its experts are called."""
         if self._forward is None:
             return
-        # Without a restore ahead, rows wait in the call of their module. Replicas of homes may be
-        # fetched before stock's modules are called; whether or not, ranks gather in one order.
-        if self.schedule.restores_ahead or layer.share.waits_inside:
+        cell = restored.life[Event.DECIDED]
+        if Action.AWAIT in cell:
             self._forward.chunk.await_weights(layer.share.parameters)
-        if self.schedule.restores_ahead:
+        if Action.RESTORE in cell:
             restored.weights.start_restore()
 
-    def may_restore_next(self, layer: LayerState, training: bool) -> None:
-        """Start the next layer's restore, once a layer's tokens have arrived.
-
-        Where two operations run together, its experts have computed as well.
-        """
+    def passed(self, event: Event, layer: LayerState, training: bool) -> None:
+        """Prepare the next layer if the event of this one is its turn."""
         forward = self._forward  # none in the re-run of a checkpoint, which happens in backward
-        if forward is None or not forward.entered:
+        if forward is None or not forward.entered or not self._life[event]:
             return
         if forward.chunk.layers[forward.position] is layer:
             if forward.position + 1 < len(forward.chunk.layers):
-                self._prepare(forward.position + 1, training, self.schedule.restores_next)
+                self._prepare(forward.position + 1, training)
             elif forward.operation is not None:
                 self._fetch_following(forward.entered[-1].weights)
 
@@ -199,21 +199,21 @@ class Scheduler:
         return self._experts.of_pass(layer, layout, training=training)
 
     def _prepare(
-        self, position: int, training: bool, starts: bool, fetched: RestoredExperts | None = None
+        self, position: int, training: bool, fetched: RestoredExperts | None = None
     ) -> None:
-        """Prepare the next layer, at least its wait node; start its restore if `starts`."""
+        """Make the experts of a layer's pass; start the restore if that is its turn."""
         assert self._forward is not None
         chunk, entered = self._forward.chunk, self._forward.entered
+        cell = self._life[Event.PREPARED]
         layer = chunk.layers[position]
         restored = fetched or self._experts_of(layer, training)
         if entered and entered[-1].is_same_layer(restored):
             entered[-1].weights.hand_on(restored.weights)
-        elif starts:
+        elif Action.RESTORE in cell:
             chunk.await_weights(layer.share.parameters)
             restored.weights.start_restore()
-        delays = self.schedule.delays_gradients and not layer.recomputes
-        if training and torch.is_grad_enabled() and delays:
-            restored.wait_for_grads_here()
+        if training and Action.MAKE_WAIT in cell:
+            restored.make_wait()
         self._ahead[position] = restored
 
     def _begin_forward(self, number: int) -> None:
@@ -231,7 +231,7 @@ class Scheduler:
             if forward.operation is not None:
                 self._awaits_backward[forward.operation] = forward
                 fetched = self._take_fetched(forward.operation)
-        self._prepare(0, training, self.schedule.restores_first, fetched)
+        self._prepare(0, training, fetched)
 
     def _begin_block(
         self,
@@ -240,45 +240,25 @@ class Scheduler:
         inputs: tuple[Any, ...],
         named: dict[str, Any],
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Under a checkpoint, wait for the layer's gradients after the block's backward."""
+        """Begin a block whose layer is under a checkpoint, in the block or around it."""
         if not (block.training and torch.is_grad_enabled()):
             return None
         restored = None
         if self._forward is None:
             plan = layer.reruns.next
             restored = None if plan is None else plan.restored
-            if layer.share.waits_inside:
-                if restored is not None and not layer.recomputes:
-                    restored.wait_for_grads_here()
-                return None
-        elif layer.share.waits_inside:
-            return None
         elif layer.recomputes and (position := self._forward.next_position(layer)) is not None:
             restored = self._ahead.get(position)
         if restored is None:
             return None
         if inputs:
-            return (restored.wait_for_grads_after_block(inputs[0]), *inputs[1:]), named
-        marked = restored.wait_for_grads_after_block(named["hidden_states"])
-        return inputs, named | {"hidden_states": marked}
+            return (restored.begin_block(inputs[0]), *inputs[1:]), named
+        return inputs, named | {"hidden_states": restored.begin_block(named["hidden_states"])}
 
     def _end_forward(self, output: Any) -> None:
         forward, self._forward = self._forward, None
-        assert forward is not None
-        if (
-            self.schedule.restores_ahead
-            and forward.entered
-            and isinstance(output, torch.Tensor)
-            and output.grad_fn is not None
-        ):
-            output.grad_fn.register_prehook(lambda _: self._begin_backward(forward))
-
-    def _begin_backward(self, forward: _Forward) -> None:
-        if forward.operation is not None:
-            self._awaits_backward.pop(forward.operation, None)
-            self._take_fetched(self._order.begin_backward(forward.operation))
-        if self.schedule.restores_last:
-            forward.entered[-1].start_backward_restore()
+        if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+            output.grad_fn.register_prehook(lambda _: self.begin_backward(forward))
 
     def _fetch_following(self, present: RestoredWeights) -> None:
         """Fetch the first layer of the operation that follows this layer's, if it is known."""
@@ -286,18 +266,20 @@ class Scheduler:
         restored = None if following is None else self._first_of(following)
         if following is None or restored is None:
             return
-        present.fetch(restored.weights if following.is_forward else restored.first_in_backward)
-        self._fetched = following, restored
+        weights = restored.weights if following.is_forward else restored.first_in_backward
+        if weights is not None:
+            present.fetch(weights)
+            self._fetched = following, restored
 
     def _first_of(self, operation: Operation) -> RestoredExperts | None:
         """Return the first experts of an operation; None if they cannot be fetched now."""
         if not operation.is_forward:
             entered = self._awaits_backward[operation._replace(is_forward=True)].entered
-            fetches = self.schedule.restores_last and bool(entered) and entered[-1].has_backward
-            return entered[-1] if fetches else None
+            return entered[-1] if self._life[Event.CHUNK_BACKWARD] and entered else None
         chunk = self._chunks[operation.chunk]
         layer_pass = chunk.layers[0].next_pass(training=True)
-        fetches = self.schedule.restores_first and self._pass_layouts.is_known(layer_pass)
+        fetches = Action.RESTORE in self._life[Event.PREPARED]
+        fetches = fetches and self._pass_layouts.is_known(layer_pass)
         # A wait for a chunk's weights before its first forward would change Megatron's order.
         if not fetches or (operation.number == 0 and chunk.gathers_weights()):
             return None
@@ -317,7 +299,7 @@ class Scheduler:
     def _forget_operations(self) -> None:
         for chunk in self._chunks:
             for layer in chunk.layers:
-                layer.split.computes_weights.clear()  # left by a step that an error ended
+                layer.late.computes.clear()  # left by a step that an error ended
         self._streams.kept.release()
         if self._fetched is not None:
             self._fetched[1].release()
@@ -329,7 +311,7 @@ class Scheduler:
             hook.remove()
         for chunk in self._chunks:
             for layer in chunk.layers:
-                layer.split.grads_ready = None
+                layer.late.report = None
         self._hooks, self._chunks = [], []
         self._forward = None
         self._ahead.clear()

@@ -91,7 +91,7 @@ def replicas_and_homes(fp8_format: str, recipe: str, fp8_param: bool) -> list[bo
         with_replicas = run(
             others,
             lambda hidden, probs, sizes: restored.after_compute(
-                compute(hidden, probs, restored, sizes), backward_follows=False
+                compute(restored.dispatch(restored.gate(hidden)), probs, restored, sizes)
             ),
         )
         sums = [[part.main_grad for part in matrix] for matrix in layer.state.share.homes]

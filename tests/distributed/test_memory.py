@@ -48,6 +48,7 @@ def held_buffers(command: list[str], more: Probe = lambda _: None) -> tuple[Held
     from megatron.core.models.gpt import GPTModel
 
     from megatron_laer.runtime.comm.buffers import Workspace
+    from megatron_laer.schedule import Schedule
     from megatron_laer.session import current_coordinator
 
     held = Held([], [], [], 0, (0, 0))
@@ -73,7 +74,7 @@ def held_buffers(command: list[str], more: Probe = lambda _: None) -> tuple[Held
             rows * columns * like.element_size()
             for rows, columns, like in zip(share.rows, share.columns, share.likes, strict=True)
         )
-        schedule = coordinator.scheduler.schedule
+        schedule = Schedule(coordinator.experts.kinds)
         layers = len(coordinator.layers)
         held.layers = (schedule.restored_layers(layers), schedule.gradient_layers(layers))
 

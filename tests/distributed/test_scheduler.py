@@ -240,9 +240,9 @@ FORWARD_WITHOUT = (
         ),
         (
             " --fsep-set scheduler=off",
-            FORWARD_WITHOUT + "head, restore 3, leave 3, arrive 3, back 3, attention 3, "
-            "restore 2, leave 2, arrive 2, back 2, attention 2, "
-            "restore 1, leave 1, arrive 1, back 1, attention 1",
+            FORWARD_WITHOUT + "head, restore 3, back 3, leave 3, arrive 3, attention 3, "
+            "restore 2, back 2, leave 2, arrive 2, attention 2, "
+            "restore 1, back 1, leave 1, arrive 1, attention 1",
         ),
         (
             EXACT,

@@ -119,7 +119,7 @@ def held_over_a_load(flags: list[str]) -> bool:
         (chunk,) = model
         coordinator = session.current_coordinator()
         assert coordinator is not None
-        held = [each.experts for each in coordinator.experts._of_step.values()]
+        held = [*coordinator.experts._of_step.values()]
         assert any(experts.state.weights is WeightState.RESTORED for experts in held)
         given = [
             (name, tensor.clone()) for name, tensor in megatron_laer.stock_named_parameters(chunk)

@@ -147,10 +147,10 @@ def train_with_skipped_step(flags: list[str], step: int, forgets: bool) -> Skipp
     from megatron.training import training
 
     import pretrain_gpt
-    from megatron_laer.runtime.weights.step_experts import StepExperts
+    from megatron_laer.runtime.weights.layer_experts import LayerExperts
     from megatron_laer.session import current_coordinator
 
-    loss_func, end_step, found = pretrain_gpt.loss_func, StepExperts.end_step, Skipped()
+    loss_func, end_step, found = pretrain_gpt.loss_func, LayerExperts.end_step, Skipped()
     train_step = training.train_step
     before: list[torch.Tensor] = []
 
@@ -163,7 +163,7 @@ def train_with_skipped_step(flags: list[str], step: int, forgets: bool) -> Skipp
             result[5] = float("nan")
         return tuple(result)
 
-    def end(self: StepExperts, *, weights_changed: bool) -> None:
+    def end(self: LayerExperts, *, weights_changed: bool) -> None:
         end_step(self, weights_changed=weights_changed or forgets)
 
     def look(model: list[torch.nn.Module]) -> None:
@@ -178,7 +178,7 @@ def train_with_skipped_step(flags: list[str], step: int, forgets: bool) -> Skipp
 
     with (
         mock.patch.object(pretrain_gpt, "loss_func", infinite),
-        mock.patch.object(StepExperts, "end_step", end),
+        mock.patch.object(LayerExperts, "end_step", end),
         mock.patch.object(training, "train_step", step_with_norm),
     ):
         train(flags, look)

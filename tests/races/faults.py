@@ -29,7 +29,6 @@ from megatron_laer.runtime.comm.streams import CudaStream, OneQueueStream, _Stre
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
-from megatron_laer.runtime.weights.step_experts import StepGrads
 from tests.fake_cuda import streams
 from tests.fake_cuda.observing import AsyncWork
 
@@ -61,7 +60,7 @@ class Fault(NamedTuple):
 _submit = CudaStream.submit
 _finish = OneQueueStream.finish
 _start_reduce = SlotGrads.start_reduce
-_start_step_reduce = StepGrads.start_reduce
+_add = SlotGrads.add
 _finish_reduce = SlotGrads.finish_reduce
 _reduce = HierarchicalExchange.reduce_steps
 _change = RestoredWeights.change
@@ -129,9 +128,9 @@ def _reduce_and_put_back(grads: Any, grads_CRK: Any) -> None:
 
 def _reduce_and_reset_sums(grads: Any, grads_CRK: Any) -> None:
     """Reuse a step's sums when they are sent."""
-    _start_step_reduce(grads, grads_CRK)
+    _add(grads, grads_CRK)
     if grads._left == grads._num_passes:
-        for sum_CRK in grads._sums_CRK:
+        for sum_CRK in grads._written_CRK:
             sum_CRK.zero_()
 
 
@@ -293,7 +292,7 @@ LAYER_FAULTS = {
         one_queue=True,
     ),
     "a step's sums are used again when they are sent": Fault(
-        _replaced(StepGrads, "start_reduce", _reduce_and_reset_sums), Scene.STEP
+        _replaced(SlotGrads, "add", _reduce_and_reset_sums), Scene.STEP
     ),
 }
 

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron_laer.layer.experts.gemm import slot_gemm
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layer.experts.slot_linear import slot_linear
+from megatron_laer.life import Kind
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import layout_index, process_groups
 from megatron_laer.runtime.comm.collectives import CountsExchange
@@ -25,7 +26,6 @@ from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.step_experts import StepExperts
 from tests.fake_cuda import labels
 from tests.fake_cuda.clocks import Watched
 from tests.fake_cuda.observing import observed
@@ -36,6 +36,7 @@ CARD = labels.card()
 LAYERS, STEPS, MICROBATCHES = 3, 3, 2
 EXPERTS, CAPACITY, HIDDEN, FFN = 3, 3, 8, 12
 TOKENS_C = [4, 0, 2]
+HELD = frozenset({Kind.STEP})
 
 
 class _Tokens(torch.autograd.Function):
@@ -66,7 +67,7 @@ class Model:
         self.layers = [self._new_slices() for _ in range(LAYERS)]
         self.counts = CountsExchange(groups, CARD)
         self.layouts = 0
-        self.held: list[StepExperts] = []
+        self.held: list[RestoredExperts] = []
         self.gemm = slot_gemm("loop")
 
     def _new_slices(self) -> Slices:
@@ -88,16 +89,14 @@ class Model:
 
     def experts(self) -> list[RestoredExperts]:
         if self.scene is Scene.STEP:
-            return [held.experts for held in self.held]
+            return self.held
         index = self.next_index()
         passes = [
-            RestoredExperts.for_pass(f"layer {number}", slices, index, self.streams)
+            RestoredExperts(f"layer {number}", slices, index, self.streams)
             for number, slices in enumerate(self.layers)
         ]
         if self.scene is Scene.REPEATED:
-            again = RestoredExperts.for_pass(
-                "layer 1", self.layers[1], self.next_index(), self.streams
-            )
+            again = RestoredExperts("layer 1", self.layers[1], self.next_index(), self.streams)
             passes.insert(2, again)
         return passes
 
@@ -105,7 +104,7 @@ class Model:
         if self.scene is Scene.STEP:
             index = self.next_index()
             self.held = self.held or [
-                StepExperts(f"layer {number}", slices, index, self.streams)
+                RestoredExperts(f"layer {number}", slices, index, self.streams, HELD)
                 for number, slices in enumerate(self.layers)
             ]
             for held in self.held:
@@ -113,7 +112,7 @@ class Model:
         for _ in range(MICROBATCHES):
             self.microbatch()
         for held in self.held:
-            held.end_step(weights_changed=True)
+            held.free()
         with torch.no_grad():
             for parameter in (part for slices in self.layers for part in slices.parameters):
                 kept = self.scene is not Scene.AUTOGRAD
@@ -129,7 +128,7 @@ class Model:
         hidden = torch.randn(sum(TOKENS_C), HIDDEN, device=CARD, requires_grad=True)
         first, last = experts[0], experts[-1]
         first.weights.start_restore()
-        first.wait_for_grads_here()
+        first.make_wait()
         for number, restored in enumerate(experts):
             if number:
                 restored.prefetch_in_backward(experts[number - 1])
@@ -139,7 +138,7 @@ class Model:
             assert (read_counts() == 1).all()
             if self.scene is Scene.FRESH:
                 restored.weights.change(self.next_index())
-            hidden = restored.reduce_after_dispatch(hidden)
+            hidden = restored.dispatch(restored.gate(hidden))
             hidden = _Tokens.apply(self.groups.tokens, hidden)
             if number + 1 < len(experts):
                 following = experts[number + 1]
@@ -147,7 +146,7 @@ class Model:
                     restored.weights.hand_on(following.weights)
                 else:
                     following.weights.start_restore()
-                following.wait_for_grads_here()
+                following.make_wait()
             hidden = _Tokens.apply(self.groups.tokens, self._compute(restored, hidden))
         loss = hidden.sum()
         assert loss.grad_fn is not None
@@ -159,7 +158,7 @@ class Model:
         (tokens,) = restored.before_compute(tokens)
         hidden = slot_linear(tokens, first, restored, 0, TOKENS_C, self.gemm)
         output = slot_linear(torch.relu(hidden), second, restored, 1, TOKENS_C, self.gemm)
-        return restored.after_compute(output, backward_follows=False)
+        return restored.after_compute(output)
 
 
 @contextlib.contextmanager

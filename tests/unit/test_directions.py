@@ -13,13 +13,14 @@ import pytest
 import torch
 
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
+from megatron_laer.life import Kind
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Homes, Slices
+from megatron_laer.runtime.weights.layer_experts import memory_held
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.states import ExpertsState, WeightState
-from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 from tests.placed import placed
 from tests.unit import test_restored_experts as one_direction
 from tests.unit.test_restored_experts import CPU, ROWS, compute, ones
@@ -48,7 +49,7 @@ def directed(streams: ExchangeStreams) -> RestoredExperts:
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
     share = Directed(parameters, ROWS, MegatronMainGrads())
-    return RestoredExperts.for_pass("layer 1", share, index, streams)
+    return RestoredExperts("layer 1", share, index, streams)
 
 
 def follow(
@@ -56,7 +57,7 @@ def follow(
 ) -> RestoredExperts:
     """Return another pass through the layer, by default with the slots in the other order."""
     index = layout_index(placed(ExpertLayout.from_slots(1, 2, 2, slots)), CPU)
-    return RestoredExperts.for_pass("layer 1", restored._share, index, streams)
+    return RestoredExperts("layer 1", restored._share, index, streams)
 
 
 def gone(*passes: RestoredExperts, streams: ExchangeStreams) -> bool:
@@ -74,9 +75,9 @@ def test_each_direction_has_its_own_weights(streams: ExchangeStreams, reruns: bo
         restored.expect_rerun()
         with torch.no_grad():
             compute(restored, tokens, ones(needs_grad=False))
-        restored.start_backward_restore()  # of the re-run, which comes first
+        restored.come_back()  # of the re-run, which comes first
         assert restored.backward_weights.state.weights is WeightState.SHARDED
-    output = compute(restored, tokens, ones(needs_grad=True), backward_follows=reruns)
+    output = compute(restored, tokens, ones(needs_grad=True), reruns=reruns)
     assert torch.equal(output, torch.full((4,), SUMS[0] * SUMS[1]))
     assert restored.weights.state.weights is WeightState.SHARDED
     assert streams.weights.in_use == (2 if reruns else 0)
@@ -159,20 +160,20 @@ def test_a_forward_fetches_the_weights_of_its_own_backward_at_once(
 def test_a_step_holds_weights_of_both_directions(streams: ExchangeStreams) -> None:
     share = directed(streams)._share
     index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
-    held = StepExperts("layer 1", share, index, streams)
+    held = RestoredExperts("layer 1", share, index, streams, frozenset({Kind.STEP}))
     count = streams.exchange.count
     for number in range(2):
         held.begin_step(index, 2)
         for _ in range(2):
             tokens = ones(needs_grad=True)
-            compute(held.experts, tokens, ones(needs_grad=True)).sum().backward()
+            compute(held, tokens, ones(needs_grad=True)).sum().backward()
             wanted = torch.full((4,), FACTOR**2 * SUMS[0] * SUMS[1])
             assert torch.equal(tokens.grad, wanted)  # type: ignore[arg-type]
         assert streams.weights.in_use == 4
         assert (count.restores, count.changes) == (2, 2 * number)
         index = layout_index(placed(ExpertLayout.from_slots(1, 2, 2, [1, 0])), CPU)
-    held.end_step(weights_changed=True)
-    assert gone(held.experts, streams=streams)
+    held.free()
+    assert gone(held, streams=streams)
     one_way = Slices(share.parameters, ROWS, MegatronMainGrads())  # type: ignore[arg-type]
     both, one = (memory_held([part], replica_slots=2**20) for part in (share, one_way))
     assert "(384.0 MiB)" in both and "(192.0 MiB)" in one

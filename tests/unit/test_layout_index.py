@@ -85,7 +85,7 @@ def test_after_preparation_exchanges_build_nothing(built: list[str]) -> None:
 
 def restored_experts(index: LayoutIndex, streams: ExchangeStreams) -> RestoredExperts:
     parameters = (torch.nn.Parameter(torch.randn(EXPERTS, ROWS, COLUMNS)),)
-    return RestoredExperts.for_pass(
+    return RestoredExperts(
         "layer 1", Slices(parameters, (ROWS,), MegatronMainGrads()), index, streams
     )
 

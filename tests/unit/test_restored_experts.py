@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
+from megatron_laer.life import Kind
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.runtime.comm.exchange import HierarchicalExchange
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.comm.streams import CommStream, StreamTimes, Task, make_comm_stream
 from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.late_grads import LateGrads
 from megatron_laer.runtime.weights.layer import Slices
+from megatron_laer.runtime.weights.layer_experts import check_main_grads, memory_held
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.split_backward import SplitBackward
 from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
-from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 from tests.placed import placed
 from tests.unit.test_layout_index import one_rank
 
@@ -71,7 +71,8 @@ def restored_experts(
     streams: ExchangeStreams,
     *,
     trained: tuple[bool, bool] = (True, True),
-    split: SplitBackward | None = None,
+    kinds: tuple[Kind, ...] = (),
+    late: LateGrads | None = None,
 ) -> RestoredExperts:
     """Make two experts of 8 × 3 and 3 × 8; trained matrices have main gradients."""
     generator = torch.Generator().manual_seed(0)
@@ -84,7 +85,7 @@ def restored_experts(
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
     slices = Slices(parameters, ROWS, MegatronMainGrads())
-    return RestoredExperts.for_pass("layer 1", slices, index, streams, split)
+    return RestoredExperts("layer 1", slices, index, streams, frozenset(kinds), late)
 
 
 class Scaled(torch.autograd.Function):
@@ -117,37 +118,42 @@ def compute(
     tokens: torch.Tensor,
     probs: torch.Tensor,
     *,
-    backward_follows: bool = False,
+    reruns: bool = False,
 ) -> torch.Tensor:
+    """Compute as the layer does: gate, dispatch, experts."""
+    return experts(restored, restored.dispatch(restored.gate(tokens, reruns=reruns)), probs)
+
+
+def experts(restored: RestoredExperts, tokens: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     """Compute as the module does: first matrix, probabilities, second matrix."""
     first, second = restored.weight_placeholders()
     tokens, probs = restored.before_compute(tokens, probs)
     hidden = Scaled.apply(tokens, first, restored, 0) * probs
     output = Scaled.apply(hidden, second, restored, 1)
-    return restored.after_compute(output, backward_follows=backward_follows)
+    return restored.after_compute(output)
 
 
 def ones(*, needs_grad: bool) -> torch.Tensor:
     return torch.ones(4, requires_grad=needs_grad)
 
 
-@pytest.mark.parametrize("backward_follows", [False, True], ids=["plain", "re-run"])
+@pytest.mark.parametrize("reruns", [False, True], ids=["plain", "re-run"])
 def test_weights_are_in_memory_only_while_they_are_used(
-    streams: ExchangeStreams, backward_follows: bool
+    streams: ExchangeStreams, reruns: bool
 ) -> None:
     restored = restored_experts(streams)
     assert restored.state.weights is WeightState.SHARDED
     restored.weights.start_restore()
     assert restored.state.weights is WeightState.RESTORING
     tokens, probs = ones(needs_grad=True), ones(needs_grad=True)
-    output = compute(restored, tokens, probs, backward_follows=backward_follows)
-    kept = 2 if backward_follows else 0
+    output = compute(restored, tokens, probs, reruns=reruns)
+    kept = 2 if reruns else 0
     assert streams.weights.in_use == kept
     assert restored.state.weights is (WeightState.RESTORED if kept else WeightState.SHARDED)
     output.sum().backward()
     assert restored.state == ExpertsState("layer 1")
     assert streams.weights.in_use == streams.grads.in_use == 0
-    assert streams.exchange.count.restores == (1 if backward_follows else 2)
+    assert streams.exchange.count.restores == (1 if reruns else 2)
     assert streams.exchange.count.reduces == 1
 
 
@@ -167,11 +173,10 @@ def test_whatever_needs_gradients_the_weights_are_freed_and_only_trained_ones_ge
     restored = restored_experts(streams, trained=(first, second))
     hidden = ones(needs_grad=tokens_need)
     if waits == "after the layer before":
-        restored.wait_for_grads_here()
+        restored.make_wait()
     elif waits == "after the block":
-        hidden = restored.wait_for_grads_after_block(hidden)
-    tokens = restored.reduce_after_dispatch(hidden)
-    output = compute(restored, tokens, ones(needs_grad=probs_need))
+        hidden = restored.begin_block(hidden)
+    output = compute(restored, hidden, ones(needs_grad=probs_need))
     assert streams.weights.in_use == 0
     output.sum().backward()
     assert streams.weights.in_use == streams.grads.in_use == 0
@@ -203,7 +208,7 @@ def test_passes_through_one_layer_hand_on_its_weights(
     index = first.index
     if slots != [0, 1]:
         index = layout_index(placed(ExpertLayout.from_slots(1, 2, 2, slots)), CPU)
-    second = RestoredExperts.for_pass("layer 1", first._share, index, streams)
+    second = RestoredExperts("layer 1", first._share, index, streams)
     first.weights.hand_on(second.weights)
     second.prefetch_in_backward(first)
     middle = compute(first, ones(needs_grad=True), ones(needs_grad=True))
@@ -229,7 +234,7 @@ def test_memory_is_lent_again_only_when_the_restore_into_it_is_over(
 ) -> None:
     restored = restored_experts(replace(streams, parameters=LateStream()))
     restored.weights.matrix(0)  # the second is still on its way
-    restored.after_compute(ones(needs_grad=False), backward_follows=False)
+    restored.after_compute(ones(needs_grad=False))
     assert streams.weights.in_use == 0
     assert restored.state.weights is WeightState.SHARDED
 
@@ -245,7 +250,7 @@ def test_a_flat_bias_is_lent_as_a_matrix_of_one_column(
     slices = Slices((matrix, bias), (8, 8), MegatronMainGrads())
     assert slices.columns == (3, 1)
     index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
-    restored = RestoredExperts.for_pass("layer 1", slices, index, streams)
+    restored = RestoredExperts("layer 1", slices, index, streams)
     lent_CR1 = restored.weights.matrix(1)
     assert torch.equal(lent_CR1, torch.arange(16.0).view(2, 8, 1))
 
@@ -258,23 +263,23 @@ def test_a_flat_bias_is_lent_as_a_matrix_of_one_column(
 
 def test_a_reduce_waits_for_the_tokens_gradients(streams: ExchangeStreams) -> None:
     restored = restored_experts(streams)
-    restored.wait_for_grads_here()
+    restored.make_wait()
     seen: list[GradState] = []
     hidden = ones(needs_grad=True) * 2
     hidden.register_hook(lambda _: seen.append(restored.state.grads))
-    tokens = restored.reduce_after_dispatch(hidden)
+    tokens = restored.dispatch(restored.gate(hidden))
     tokens.register_hook(lambda _: seen.append(restored.state.grads))
-    compute(restored, tokens * 1, ones(needs_grad=True)).sum().backward()
+    experts(restored, tokens * 1, ones(needs_grad=True)).sum().backward()
     assert seen == [GradState.DEFERRED, GradState.REDUCING]
     assert restored.state.grads is GradState.NONE
 
 
 def test_delayed_gradients_are_waited_for_after_the_dispatch(streams: ExchangeStreams) -> None:
-    split = SplitBackward(delays_weights=True)
-    restored = restored_experts(streams, split=split)
-    tokens = restored.reduce_after_dispatch(ones(needs_grad=True) * 2) * 1
-    tokens.register_hook(lambda _: split.computes_weights.popleft()())  # beside the dispatch
-    compute(restored, tokens, ones(needs_grad=True)).sum().backward()
+    late = LateGrads()
+    restored = restored_experts(streams, kinds=(Kind.DELAYED,), late=late)
+    tokens = restored.dispatch(restored.gate(ones(needs_grad=True) * 2)) * 1
+    tokens.register_hook(lambda _: late.computes.popleft()())  # beside the dispatch
+    experts(restored, tokens, ones(needs_grad=True)).sum().backward()
     assert restored.state == ExpertsState("layer 1") and streams.grads.in_use == 0
     assert all(part.main_grad.any() for part in restored._share.parameters)  # type: ignore[attr-defined]
 
@@ -282,16 +287,22 @@ def test_delayed_gradients_are_waited_for_after_the_dispatch(streams: ExchangeSt
 def test_delayed_gradients_of_two_passes_are_computed_oldest_first(
     streams: ExchangeStreams,
 ) -> None:
-    split = SplitBackward(by_parts=True, delays_weights=True)
-    first = restored_experts(streams, split=split)
-    second = RestoredExperts.for_pass("layer 1", first._share, first.index, streams, split)
-    for restored in (first, second):
-        compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
-    for restored in (first, second):
+    late, kinds = LateGrads(), (Kind.PARTS, Kind.DELAYED)
+    first = restored_experts(streams, kinds=kinds, late=late)
+    second = RestoredExperts("layer 1", first._share, first.index, streams, frozenset(kinds), late)
+    dispatched = [
+        restored.dispatch(restored.gate(ones(needs_grad=True))) for restored in (first, second)
+    ]
+    for restored, tokens in zip((first, second), dispatched, strict=True):
+        part = tokens.detach().requires_grad_()
+        experts(restored, part, ones(needs_grad=True)).sum().backward()
+    for restored, tokens in zip((first, second), dispatched, strict=True):
         assert restored.state.grads is GradState.NONE
-        split.computes_weights.popleft()()
-        assert restored.state.grads is GradState.REDUCING
-        restored.grads.finish_reduce()
+        late.computes.popleft()()
+        assert restored.state.grads is GradState.DEFERRED
+        tokens.sum().backward()
+        assert restored.state.grads is GradState.NONE
+        assert streams.grads.in_use == (2 if restored is first else 0)
 
 
 def test_placeholders_fill_no_memory_but_once_also_where_an_evaluation_comes_first() -> None:
@@ -332,9 +343,9 @@ def test_a_pass_without_replicas_leaves_no_wait_behind(streams: ExchangeStreams)
     """Experts that are held over a step would keep one per microbatch."""
     restored = restored_experts(streams)
     restored.weights.index = layout_index(placed(ExpertLayout.at_home(2, 2, 2), at_home=True), CPU)
-    restored.wait_for_grads_here()
-    restored.reduce_after_dispatch(torch.ones(2, requires_grad=True))
-    assert not restored._placeholders
+    restored.make_wait()
+    restored.dispatch(restored.gate(torch.ones(2, requires_grad=True)))
+    assert not restored._waits
 
 
 def slices(dtype: torch.dtype = torch.float32) -> Slices:
@@ -343,15 +354,13 @@ def slices(dtype: torch.dtype = torch.float32) -> Slices:
     return Slices(parameters, (8, 3), MegatronMainGrads())
 
 
-def test_parameters_without_main_gradients_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    index = layout_index(placed(ExpertLayout.static(2, 3, 4)), torch.device("cpu"))
-    streams = ExchangeStreams(HierarchicalExchange, None, None)  # type: ignore[arg-type]  # unused
+def test_parameters_without_main_gradients_are_refused() -> None:
     held = slices()
     with pytest.raises(ValueError, match=r"step, layer 1: .*DistributedDataParallel"):
-        StepExperts("layer 1", held, index, streams)
+        check_main_grads("layer 1", held)
     for parameter in held.parameters:
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
-    StepExperts("layer 1", held, index, streams)
+    check_main_grads("layer 1", held)
 
 
 def test_memory_is_that_of_slots_and_of_float32_sums() -> None:

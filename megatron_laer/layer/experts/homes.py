@@ -95,7 +95,7 @@ class HomeExperts:
         tokens_per_expert = torch.tensor(home_C)
         if not restored.index.placed.has_replicas:
             output_TH = self._at_home(input_TH, tokens_per_expert, probs_T)
-            return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
+            return restored.after_compute(output_TH)
         sizes = [sum(home_C), sum(replica_C)]
         home_TH, replica_TH = input_TH.split(sizes)
         home_T, replica_T = probs_T.split(sizes)
@@ -108,7 +108,7 @@ class HomeExperts:
             # Autograd runs that last, so that no kernel adds to a main gradient during the reduce.
             parts_TH = [replicas(), at_home()][::-1]
         output_TH = torch.cat(parts_TH)
-        return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
+        return restored.after_compute(output_TH)
 
     def _at_home(
         self, input_TH: torch.Tensor, tokens_per_expert: torch.Tensor, probs_T: torch.Tensor

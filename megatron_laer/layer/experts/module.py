@@ -117,7 +117,7 @@ class FSEPExperts(MegatronModule):
         assert self._layer_name is not None, "the experts' weights were never initialised"
         restored = plan.restored
         output_TH = self._compute(input_TH, probs_T, restored, plan.quotas.tokens_C)
-        return restored.after_compute(output_TH, backward_follows=plan.backward_follows)
+        return restored.after_compute(output_TH)
 
     def backward_dw(self) -> None:
         """Do nothing: the layer computes delayed weight gradients (`FSEPMoELayer.backward_dw`)."""

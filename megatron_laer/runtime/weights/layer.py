@@ -8,6 +8,7 @@ Legend: E experts, R rows of a matrix, r rows of this rank's slice, K columns, h
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,7 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from megatron_laer.runtime.weights.split_backward import SplitBackward
+from megatron_laer.runtime.weights.late_grads import LateGrads
 
 
 class MainGrads(Protocol):
@@ -62,124 +63,126 @@ class Packer(Protocol):
         ...
 
 
-class Share(Protocol):
-    """A rank's share of a layer's experts for exchanges: a bias is a matrix with K = 1."""
+class Share(ABC):
+    """A rank's share of a layer's experts for exchanges: a bias is a matrix with K = 1.
+
+    Attributes:
+        main_grads: where the parameters' gradients are accumulated.
+    """
+
+    main_grads: MainGrads
 
     @property
+    @abstractmethod
+    def matrices(self) -> tuple[tuple[torch.nn.Parameter, ...], ...]:
+        """Return the parameters of each matrix."""
+
+    @property
+    @abstractmethod
     def rows(self) -> tuple[int, ...]:
         """Return R of each matrix."""
-        ...
 
     @property
-    def columns(self) -> tuple[int, ...]: ...
-
-    @property
-    def parameters(self) -> tuple[torch.nn.Parameter, ...]: ...
-
-    @property
-    def likes(self) -> tuple[torch.nn.Parameter, ...]:
-        """Return a parameter of each matrix, for its dtype and device."""
-        ...
-
-    @property
-    def carried(self) -> tuple[Carried, ...]:
-        """Return the form of each matrix in restores; gradients have the parameter's own."""
-        ...
-
-    @property
-    def trained_at(self) -> tuple[int, ...]:
-        """Return the positions of the matrices that are trained."""
-        ...
-
-    @property
-    def trained(self) -> tuple[torch.nn.Parameter, ...]: ...
-
-    @property
+    @abstractmethod
     def waits_inside(self) -> bool:
         """Return whether gradients must arrive before a checkpoint's backward pass ends."""
-        ...
+
+    @abstractmethod
+    def sources(self, num_experts: int) -> tuple[Any, ...]:
+        """Return the weights of each matrix from which an exchange restores."""
+
+    @abstractmethod
+    def grad_target(self, position: int, num_experts: int) -> Any:
+        """Return the main gradients of a matrix for a reduce to add to; None if there are none."""
+
+    @abstractmethod
+    def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
+        """Return autograd's gradients of `trained` from the results of its matrices' reduces."""
+
+    @abstractmethod
+    def added(self) -> tuple[torch.Tensor | None, ...]:
+        """Return autograd's gradients of `trained` where sums go to main gradients."""
 
     @property
     def for_backward(self) -> Share:
         """Return the share that backward restores from: this one, unless payloads differ."""
-        ...
+        return self
 
-    def sources(self, num_experts: int) -> tuple[Any, ...]:
-        """Return the weights of each matrix from which an exchange restores."""
-        ...
+    @cached_property
+    def columns(self) -> tuple[int, ...]:
+        return tuple(like.shape[-1] if like.dim() > 1 else 1 for like in self.likes)
 
-    def grad_target(self, position: int, num_experts: int) -> Any:
-        """Return the main gradients of a matrix for a reduce to add to; None if there are none."""
-        ...
+    @cached_property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        return tuple(parameter for matrix in self.matrices for parameter in matrix)
 
-    def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
-        """Return autograd's gradients of `trained` from the results of its matrices' reduces."""
-        ...
+    @cached_property
+    def likes(self) -> tuple[torch.nn.Parameter, ...]:
+        """Return a parameter of each matrix, for its dtype and device."""
+        return tuple(matrix[0] for matrix in self.matrices)
+
+    @cached_property
+    def carried(self) -> tuple[Carried, ...]:
+        """Return the form of each matrix in restores; gradients have the parameter's own."""
+        matrices = zip(self.rows, self.columns, self.likes, strict=True)
+        return tuple(Carried(rows, columns, like.dtype) for rows, columns, like in matrices)
+
+    @cached_property
+    def trained_at(self) -> tuple[int, ...]:
+        """Return the positions of the matrices that are trained."""
+        return tuple(
+            at
+            for at, matrix in enumerate(self.matrices)
+            if any(part.requires_grad for part in matrix)
+        )
+
+    @cached_property
+    def trained(self) -> tuple[torch.nn.Parameter, ...]:
+        return tuple(parameter for at in self.trained_at for parameter in self.matrices[at])
 
     @property
     def have_main_grads(self) -> bool:
         """Return True if gradients are added to main gradients, and not returned to autograd."""
-        ...
-
-    def added(self) -> tuple[torch.Tensor | None, ...]:
-        """Return autograd's gradients of `trained` where sums go to main gradients."""
-        ...
+        return self.main_grads.kept_for(self.trained)
 
 
 @dataclass(frozen=True)
-class Slices:
+class Slices(Share):
     """Rows of every expert of a layer.
 
     Attributes:
-        parameters: `[E, r, K]` for each matrix, `[E·r]` for each bias.
-        rows: R of each matrix.
-        main_grads: where the parameters' gradients are accumulated.
+        slices: `[E, r, K]` for each matrix, `[E·r]` for each bias.
+        whole_rows: R of each matrix.
     """
 
-    parameters: tuple[torch.nn.Parameter, ...]
-    rows: tuple[int, ...]
+    slices: tuple[torch.nn.Parameter, ...]
+    whole_rows: tuple[int, ...]
     main_grads: MainGrads
 
-    @cached_property
-    def columns(self) -> tuple[int, ...]:
-        return tuple(
-            parameter.shape[2] if parameter.dim() == 3 else 1 for parameter in self.parameters
-        )
+    @property
+    def matrices(self) -> tuple[tuple[torch.nn.Parameter, ...], ...]:
+        return tuple((part,) for part in self.slices)
 
-    @cached_property
-    def likes(self) -> tuple[torch.nn.Parameter, ...]:
-        return self.parameters
-
-    @cached_property
-    def carried(self) -> tuple[Carried, ...]:
-        return _as_they_are(self)
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.whole_rows
 
     @property
     def waits_inside(self) -> bool:
         """Return False: stock computes nothing with slices, so their hooks can run later."""
         return False
 
-    @property
-    def for_backward(self) -> Slices:
-        return self
-
-    def values(self, num_experts: int) -> tuple[torch.Tensor, ...]:
-        return tuple(
-            parameter.detach().view(
-                num_experts, parameter.numel() // num_experts // columns, columns
-            )
-            for parameter, columns in zip(self.parameters, self.columns, strict=True)
-        )
-
     def sources(self, num_experts: int) -> tuple[torch.Tensor, ...]:
-        return self.values(num_experts)
+        return tuple(
+            _by_expert(part.detach(), num_experts, columns)
+            for part, columns in zip(self.slices, self.columns, strict=True)
+        )
 
     def grad_target(self, position: int, num_experts: int) -> torch.Tensor | None:
         if not self.have_main_grads:
             return None
-        return self.main_grads.of(self.parameters[position]).view(
-            self.values(num_experts)[position].shape
-        )
+        grad = self.main_grads.of(self.slices[position])
+        return _by_expert(grad, num_experts, self.columns[position])
 
     def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         if self.have_main_grads:
@@ -191,21 +194,9 @@ class Slices:
         """Return dummy gradients, as from Megatron's fused kernels."""
         return tuple(map(self.main_grads.mark_added, self.trained))
 
-    @cached_property
-    def trained_at(self) -> tuple[int, ...]:
-        return tuple(at for at, part in enumerate(self.parameters) if part.requires_grad)
-
-    @cached_property
-    def trained(self) -> tuple[torch.nn.Parameter, ...]:
-        return tuple(self.parameters[at] for at in self.trained_at)
-
-    @property
-    def have_main_grads(self) -> bool:
-        return self.main_grads.kept_for(self.trained)
-
 
 @dataclass(frozen=True)
-class Homes:
+class Homes(Share):
     """Whole experts of a layer that live on this rank: the parameters of stock's modules.
 
     Stock computes home slots and their gradients. Only sums over replicas are added here, to the
@@ -215,7 +206,6 @@ class Homes:
     Attributes:
         homes: for each matrix, the parameters of the h home experts: `[R, K]`, or `[R]` of a bias.
             An adapter's may be one parameter of all, `[h, R, K]`.
-        main_grads: where the parameters' gradients are accumulated.
         packers: for each matrix whose experts travel as payloads, else None; () for no payloads.
     """
 
@@ -223,42 +213,23 @@ class Homes:
     main_grads: MainGrads
     packers: tuple[Packer | None, ...] = ()
 
+    @property
+    def matrices(self) -> tuple[tuple[torch.nn.Parameter, ...], ...]:
+        return self.homes
+
     @cached_property
     def rows(self) -> tuple[int, ...]:
         return tuple(_matrices([parameter])[0].shape[0] for parameter in self.likes)
-
-    @cached_property
-    def columns(self) -> tuple[int, ...]:
-        return tuple(_matrices([parameter])[0].shape[1] for parameter in self.likes)
-
-    @cached_property
-    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
-        return tuple(parameter for matrix in self.homes for parameter in matrix)
-
-    @cached_property
-    def likes(self) -> tuple[torch.nn.Parameter, ...]:
-        return tuple(matrix[0] for matrix in self.homes)
-
-    @cached_property
-    def carried(self) -> tuple[Carried, ...]:
-        own, packers = _as_they_are(self), self.packers or (None,) * len(self.homes)
-        pairs = zip(own, packers, strict=True)
-        return tuple(form if packer is None else packer.carried for form, packer in pairs)
-
-    @cached_property
-    def trained_at(self) -> tuple[int, ...]:
-        return tuple(
-            at for at, matrix in enumerate(self.homes) if any(part.requires_grad for part in matrix)
-        )
-
-    @cached_property
-    def trained(self) -> tuple[torch.nn.Parameter, ...]:
-        return tuple(parameter for at in self.trained_at for parameter in self.homes[at])
 
     @property
     def waits_inside(self) -> bool:
         """Return True: stock's gradients arrive inside, and the hook runs when it ends."""
         return True
+
+    @cached_property
+    def carried(self) -> tuple[Carried, ...]:
+        pairs = zip(super().carried, self._packers, strict=True)
+        return tuple(form if packer is None else packer.carried for form, packer in pairs)
 
     @cached_property  # passes through one layer hand on weights of one share
     def for_backward(self) -> Homes:
@@ -266,11 +237,9 @@ class Homes:
         return self if packers == self.packers else replace(self, packers=packers)
 
     def sources(self, num_experts: int) -> tuple[Sequence[torch.Tensor], ...]:
-        packers = self.packers or (None,) * len(self.homes)
-        pairs = zip(self.homes, packers, strict=True)
         return tuple(
-            weights if packer is None else _Payloads(packer, weights)
-            for weights, packer in ((_Weights(matrix), packer) for matrix, packer in pairs)
+            _Weights(matrix) if packer is None else _Payloads(packer, _Weights(matrix))
+            for matrix, packer in zip(self.homes, self._packers, strict=True)
         )
 
     def grad_target(self, position: int, num_experts: int) -> list[torch.Tensor] | None:
@@ -290,13 +259,13 @@ class Homes:
             )
         )
 
-    @property
-    def have_main_grads(self) -> bool:
-        return self.main_grads.kept_for(self.trained)
-
     def added(self) -> tuple[None, ...]:
         """Return no gradient and mark nothing: stock's node brings the home's own gradient."""
         return (None,) * len(self.trained)
+
+    @property
+    def _packers(self) -> tuple[Packer | None, ...]:
+        return self.packers or (None,) * len(self.homes)
 
 
 def restored_bytes(share: Share, replica_slots: int) -> int:
@@ -338,9 +307,8 @@ class _Payloads(Sequence[torch.Tensor]):
         return self._made[home]
 
 
-def _as_they_are(share: Share) -> tuple[Carried, ...]:
-    matrices = zip(share.rows, share.columns, share.likes, strict=True)
-    return tuple(Carried(rows, columns, like.dtype) for rows, columns, like in matrices)
+def _by_expert(part: torch.Tensor, num_experts: int, columns: int) -> torch.Tensor:
+    return part.view(num_experts, part.numel() // num_experts // columns, columns)
 
 
 def _matrices(parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -369,7 +337,7 @@ class FsepLayer:
         what_changed: describes changes to the experts since construction; None if there are none.
         on_step_end: called at the end of a training step.
         launch_kernels: called before the first step, to launch what the layer's own code launches.
-        split: the parts of its backward.
+        late: gradients that are complete after autograd has asked for them.
         in_fp8: whether experts compute in fp8, where the run's do.
     """
 
@@ -384,7 +352,7 @@ class FsepLayer:
     what_changed: Callable[[], str | None]
     on_step_end: Callable[[], None]
     launch_kernels: Callable[[], None]
-    split: SplitBackward = field(default_factory=SplitBackward, kw_only=True)
+    late: LateGrads = field(default_factory=LateGrads, kw_only=True)
     in_fp8: bool = field(default=True, kw_only=True)
 
     @cached_property

@@ -1,4 +1,10 @@
-"""Restored experts of each pass of a layer, new ones or those of the step."""
+"""Restored experts of each pass of a layer, new ones or those of the step.
+
+With M microbatches `--fsep-restore step` lets a layer's exchanges fall from 3·M to 2, or to 3 where
+payloads serve one direction. In return a rank holds the restored matrices of every layer, and
+float32 sums of their gradients, as long as the step runs. With experts at home these are replicas;
+the homes' own gradients are stock's, microbatch by microbatch.
+"""
 
 from __future__ import annotations
 
@@ -8,41 +14,38 @@ from dataclasses import replace
 import torch
 
 from megatron_laer.choices import Sharding
+from megatron_laer.life import Kind, Kinds
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import FsepLayer, restored_bytes
+from megatron_laer.runtime.weights.layer import FsepLayer, Share, restored_bytes
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.runtime.weights.step_experts import StepExperts, memory_held
 
 
 class LayerExperts:
-    """Restored experts of all layers of a rank, for single passes or held over a step."""
+    """Restored experts of all layers of a rank, for single passes or held over a step.
+
+    `kinds` are those of the run.
+    """
 
     def __init__(
-        self,
-        streams: ExchangeStreams,
-        device: torch.device,
-        geometry: Geometry,
-        *,
-        holds_step: bool,
+        self, streams: ExchangeStreams, device: torch.device, geometry: Geometry, kinds: Kinds
     ) -> None:
-        self.holds_step = holds_step
+        self.holds_step = Kind.STEP in kinds
+        self.kinds = kinds
         self._streams = streams
         self._device = device
         self._geometry = geometry
         self._indexes: dict[str, LayoutIndex] = {}
-        self._of_step: dict[str, StepExperts] = {}
+        self._of_step: dict[str, RestoredExperts] = {}
 
     def of_pass(self, layer: FsepLayer, layout: ExpertLayout, *, training: bool) -> RestoredExperts:
         index = self._index(layer, layout)
         if training and layer.name in self._of_step:
-            return self._of_step[layer.name].experts
-        restored = RestoredExperts.for_pass(
-            layer.name, layer.share, index, self._streams, layer.split
-        )
+            return self._of_step[layer.name]
+        restored = self._make(layer, index, self.kinds - {Kind.STEP})
         if not training:
             restored.expect_no_backward()
         return restored
@@ -68,9 +71,10 @@ class LayerExperts:
                 "training_step(step, num_microbatches), or take --fsep-restore layer"
             )
         if not self._of_step:
+            for layer, _ in indexes:
+                check_main_grads(layer.name, layer.share)
             self._of_step = {
-                layer.name: StepExperts(layer.name, layer.share, index, self._streams, layer.split)
-                for layer, index in indexes
+                layer.name: self._make(layer, index, self.kinds) for layer, index in indexes
             }
         for layer, index in indexes:
             self._of_step[layer.name].begin_step(index, num_microbatches * layer.passes)
@@ -78,8 +82,9 @@ class LayerExperts:
     def end_step(self, *, weights_changed: bool) -> None:
         # Writes to homes between steps, such as a load, are stock's and not seen here.
         weights_changed = weights_changed or self._geometry.sharding == Sharding.EXPERTS
-        for held in self._of_step.values():
-            held.end_step(weights_changed=weights_changed)
+        if weights_changed:
+            for held in self._of_step.values():
+                held.free()
 
     def memory_problem(
         self, layers: Sequence[FsepLayer], replica_slots: int, kept_gib: float
@@ -100,9 +105,38 @@ class LayerExperts:
         shares = [layer.share for layer in layers]
         return memory_held(shares, replica_slots) if self.holds_step else None
 
+    def _make(self, layer: FsepLayer, index: LayoutIndex, kinds: Kinds) -> RestoredExperts:
+        return RestoredExperts(layer.name, layer.share, index, self._streams, kinds, layer.late)
+
     def _index(self, layer: FsepLayer, layout: ExpertLayout) -> LayoutIndex:
         index = self._indexes.get(layer.name)
         if index is None or index.placed.layout != layout:
             index = layout_index(Placed(layout, self._geometry, layer.in_fp8), self._device)
             self._indexes[layer.name] = index
         return index
+
+
+def check_main_grads(name: str, share: Share) -> None:
+    """Refuse to hold a step's sums without main gradients: a bfloat16 `grad` would round them."""
+    if not share.have_main_grads:
+        raise ValueError(
+            f"--fsep-restore step, {name}: adds gradients to Megatron's main gradients, and "
+            "these parameters have none; wrap the model in Megatron's DistributedDataParallel, "
+            "or take --fsep-restore layer"
+        )
+
+
+def memory_held(layers: Sequence[Share], replica_slots: int) -> str:
+    """Describe the memory that one rank needs to hold these layers' experts over a step."""
+    matrices = [
+        (replica_slots * rows * columns, parameter)
+        for layer in layers
+        for rows, columns, parameter in zip(layer.rows, layer.columns, layer.likes, strict=True)
+    ]
+    held = [share for layer in layers for share in dict.fromkeys((layer, layer.for_backward))]
+    weights = sum(restored_bytes(share, replica_slots) for share in held)
+    sums = sum(4 * elements for elements, parameter in matrices if parameter.requires_grad)
+    return (
+        f"--fsep-restore step holds the restored experts of {len(layers)} layers "
+        f"({weights / 2**20:.1f} MiB), and sums of their gradients ({sums / 2**20:.1f} MiB)"
+    )

@@ -1,32 +1,27 @@
 """Whole experts of a layer through one pass and its backward.
 
-The life of a layer's weights (`restored_weights.py`) and gradients (`slot_grads.py`) in one
-microbatch, by states (`states.py`):
+The table in `megatron_laer/life.py` has the actions that events lead to, by the kinds of the pass;
+here they are carried out. States (`states.py`) of a plain pass:
 
  1. The weights are SHARDED: every rank holds its share of the experts; no other memory is used.
- 2. The scheduler calls `start_restore` during the previous layer's compute: RESTORING. If the
-    layout changes after the gate, `change` fetches the slots that differ: still RESTORING.
+ 2. The scheduler starts the restore during the previous layer's compute: RESTORING. If the layout
+    changes after the gate, `change` fetches the slots that differ: still RESTORING.
  3. The GEMM of the first matrix calls `matrix`, which waits: RESTORED.
  4. `after_compute` ends the forward: SHARDED, and the memory is free, unless the weights are kept
     for backward (`--fsep-restore GIB`). Autograd saves no weights.
-    Evaluation ends here. A checkpoint's re-run keeps them, since its backward follows at once.
  5. The gradient of the experts' output arrives in backward: RESTORING again, and RESTORED. The
-    layer that backward comes to next follows (`prefetch_in_backward`).
+    layer that backward comes to next follows.
  6. The gradients of the experts' inputs and weights are computed: SHARDED, the memory is free.
     If the next pass, forward or backward, is through the same layer, 4 and 6 hand the weights on
     to it instead. Only slots that differ are fetched.
- 7. The weights' gradients wait for the tokens' gradients, which go first: DEFERRED. Without
-    overlap this is skipped; with `--fsep-restore step` they are SUMMED over microbatches.
+ 7. The weights' gradients wait for the tokens' gradients, which go first: DEFERRED.
  8. The dispatch's backward is done and starts the reduce: REDUCING. Sums over replicas are added
     to Megatron's main gradients on the gradients' communication stream.
  9. Autograd calls `finish_reduce` after the previous layer's backward. It waits for the reduce,
     and marks the gradients as added: NONE.
 
 Payloads of mxfp8 serve one direction. Then backward has weights of its own (`backward_weights`),
-whose life is 5 and 6. No forward keeps them, or hands its own on to them.
-
-Frozen matrices have no gradient to compute, reduce or wait for. The scheduler decides when an
-exchange starts.
+whose life is 5 and 6. Frozen matrices have no gradient to compute, reduce or wait for.
 
 Legend: C slots per rank, R rows of a matrix, K columns.
 """
@@ -34,11 +29,12 @@ Legend: C slots per rank, R rows of a matrix, K columns.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
 
+from megatron_laer.life import Action, Cell, Event, Kind, Kinds, column
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.weights.autograd import (
     SlicesToSlots,
@@ -49,10 +45,10 @@ from megatron_laer.runtime.weights.autograd import (
     run_on_backward,
 )
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
+from megatron_laer.runtime.weights.late_grads import LateGrads
 from megatron_laer.runtime.weights.layer import Share
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights, weights_of
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
-from megatron_laer.runtime.weights.split_backward import SplitBackward
 from megatron_laer.runtime.weights.states import ExpertsState
 
 _NO_MODEL = (
@@ -63,42 +59,37 @@ _NO_MODEL = (
 
 
 class RestoredExperts:
-    """Whole experts of one layer for one microbatch, and their part of autograd's graph."""
+    """Whole experts of one layer for one microbatch, and their part of autograd's graph.
+
+    Attributes:
+        weights, backward_weights: the same, unless payloads serve one direction.
+        life: the pass's column of `LIFE`, without the kinds that the gate decides until it has.
+    """
 
     def __init__(
         self,
-        weights: RestoredWeights,
-        grads: SlotGrads,
-        streams: ExchangeStreams,
-        split: SplitBackward | None = None,
-        backward_weights: RestoredWeights | None = None,
-    ) -> None:
-        self.weights = weights
-        self.backward_weights = backward_weights or weights
-        self.grads = grads
-        self._share = weights.share
-        self._exchange = streams.exchange
-        self._split = split or SplitBackward()
-        self._next_in_backward: RestoredExperts | None = None
-        # Created ahead, one tuple per coming pass; step-held experts can queue two.
-        self._placeholders: deque[tuple[torch.Tensor, ...]] = deque()
-        self._waits_after_block = False
-        self._defers_reduce = False
-        self._ends_backward: Callable[[RestoredWeights], None] | None = None
-        self.has_backward = True
-        self._reruns = False
-
-    @classmethod
-    def for_pass(
-        cls,
         name: str,
         share: Share,
         index: LayoutIndex,
         streams: ExchangeStreams,
-        split: SplitBackward | None = None,
-    ) -> RestoredExperts:
-        weights, backward = weights_of(name, share, index, streams)
-        return cls(weights, SlotGrads(weights, streams), streams, split, backward)
+        kinds: Kinds = frozenset(),
+        late: LateGrads | None = None,
+    ) -> None:
+        self.weights, self.backward_weights = weights_of(name, share, index, streams)
+        self.grads = SlotGrads(self.weights, streams)
+        self._share = share
+        self._exchange = streams.exchange
+        self._late = late or LateGrads()
+        self._next_in_backward: RestoredExperts | None = None
+        # Created ahead, one tuple per coming pass; step-held experts can queue two.
+        self._waits: deque[tuple[torch.Tensor, ...]] = deque()
+        self._ends_backward: Callable[[RestoredWeights], None] | None = None
+        if share.waits_inside:
+            kinds |= {Kind.HOMES}
+        if self.backward_weights is not self.weights:
+            kinds |= {Kind.DIRECTIONS}
+        self._kinds = kinds
+        self.life = column(kinds)
 
     @property
     def index(self) -> LayoutIndex:
@@ -113,25 +104,46 @@ class RestoredExperts:
 
     # Called by the scheduler and the planner of microbatches.
 
+    def begin_step(self, index: LayoutIndex, num_passes: int) -> None:
+        """Begin a step that experts are held over; valid weights fetch only changed slots."""
+        self.change(index)
+        self.grads.begin_step(num_passes)
+
     def expect_no_backward(self) -> None:
         """Skip the restore for backward: the inputs of this pass need no gradient."""
-        self.has_backward = False
+        self._become({Kind.EVALUATION: True})
         self.weights.hand_on(None)
-        if self._in_directions:
+        if self.backward_weights is not self.weights:
             self.backward_weights.used()  # fetched ahead
 
     def expect_rerun(self) -> None:
         """Note that a checkpoint runs this pass's forward again before its backward."""
-        self._reruns = True
+        self._become({Kind.FIRST: True})
+
+    def begin_block(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Mark hidden states of a block under a checkpoint, or make the wait for gradients."""
+        if Action.WAIT_AFTER_BLOCK not in self.life[Event.BLOCK]:
+            self._do(self.life[Event.BLOCK])
+            return hidden
+        if not self._share.trained:
+            return hidden
+        self._become({Kind.BLOCK: True})
+        marked: torch.Tensor = WaitForGradsAfterBlock.apply(
+            partial(self._finish, Event.BLOCK_GRAD), hidden, *self._share.trained
+        )
+        return marked
 
     @property
-    def first_in_backward(self) -> RestoredWeights:
-        return self.weights if self._reruns else self.backward_weights
+    def first_in_backward(self) -> RestoredWeights | None:
+        """Return the weights with which backward comes here; None if it does not."""
+        cell = self.life[Event.NEXT_IN_BACKWARD]
+        if not cell:
+            return None
+        return self.weights if Action.RESTORE in cell else self.backward_weights
 
-    def start_backward_restore(self) -> None:
+    def come_back(self) -> None:
         """Start the restore for backward, if one is expected. Collective then."""
-        if self.has_backward:
-            self.first_in_backward.start_restore()
+        self._do(self.life[Event.NEXT_IN_BACKWARD])
 
     def change(self, index: LayoutIndex) -> None:
         """Switch to another layout. Collective where weights are being restored, or are there."""
@@ -140,8 +152,12 @@ class RestoredExperts:
 
     def release(self) -> None:
         """Free weights that were fetched for a pass which does not follow."""
+        self._do(self.life[Event.RELEASED])
+
+    def free(self) -> None:
+        """Free weights that were held, and are no longer valid."""
         for weights in dict.fromkeys((self.weights, self.backward_weights)):
-            weights.used()
+            weights.free()
 
     def prefetch_in_backward(self, previous: RestoredExperts) -> None:
         """Start the restore of `previous` in this backward, or hand the weights on to it."""
@@ -151,112 +167,97 @@ class RestoredExperts:
         """Call this with the chunk's first weights, the last ones in backward, in their turn."""
         self._ends_backward = call
 
-    def wait_for_grads_here(self) -> None:
-        """Create the node that waits for this pass's gradients: the earlier, the later it runs."""
-        self._placeholders.append(self._make_wait_node())
-
-    def wait_for_grads_after_block(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Mark hidden states, whose gradient's arrival waits for this layer's gradients."""
-        if not self._share.trained:
-            return hidden
-        self._waits_after_block = True
-        marked: torch.Tensor = WaitForGradsAfterBlock.apply(
-            self.grads.finish_reduce, hidden, *self._share.trained
-        )
-        return marked
+    def make_wait(self) -> None:
+        """Make the node that waits for this pass's gradients: the earlier, the later it runs."""
+        if torch.is_grad_enabled() and self._share.trained:
+            self._waits.append(self._new_wait())
 
     # Called by the layer.
 
-    def wait_for_grads_with(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Mark tokens whose graph ends before the experts; its backward ends with the wait."""
-        if not (self._split.by_parts and torch.is_grad_enabled() and self._share.trained):
-            return tokens
-        made = self._placeholders.popleft() if self._placeholders else self._make_wait_node()
-        marked: torch.Tensor = WaitWithTokens.apply(tokens, *made)
-        return marked
+    def gate(self, tokens: torch.Tensor, *, reruns: bool = False) -> torch.Tensor:
+        """Pick the pass's column, and mark the tokens to dispatch, whose graph may end there.
 
-    def reduce_after_dispatch(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Mark the tokens to dispatch, whose gradient's arrival starts a deferred reduce."""
-        if self._split.by_parts:
-            waits = self.index.placed.has_replicas and bool(self._share.trained)
-            return self._reduce_after(tokens) if waits else tokens
-        if not self.index.placed.has_replicas:
-            self._placeholders.clear()  # step-held experts would keep those of every pass
-            return tokens
-        # Delayed gradients too are sent later than a wait that is made with the experts.
-        delays = self._split.delays_weights and not self._waits_after_block
-        waits_early = self._share.waits_inside or delays
-        if waits_early and torch.is_grad_enabled() and not self._placeholders:
-            # Older than the mark below, so its wait follows the start of the reduce.
-            self.wait_for_grads_here()
-        placeholders = self._placeholders[0] if self._placeholders else ()
-        waits_later = self._waits_after_block or any(part.requires_grad for part in placeholders)
-        return self._reduce_after(tokens) if waits_later else tokens
+        Args:
+            reruns: whether this is the re-run of a checkpoint, whose backward follows.
+        """
+        self._become(
+            {
+                Kind.FIRST: not reruns and Kind.FIRST in self._kinds,
+                Kind.RERUN: reruns,
+                Kind.EMPTY: not self.index.placed.has_replicas,
+                Kind.FROZEN: not (torch.is_grad_enabled() and self._share.trained),
+            }
+        )
+        if Action.WAIT_WITH_TOKENS in self.life[Event.GATE]:
+            if not self._waits:
+                self.make_wait()
+            tokens = WaitWithTokens.apply(tokens, *self._waits.popleft())
+        self._become({Kind.CONSTANT: not tokens.requires_grad})
+        return tokens
 
-    def _reduce_after(self, tokens: torch.Tensor) -> torch.Tensor:
-        if not (torch.is_grad_enabled() and tokens.requires_grad):
+    def dispatch(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Mark the tokens to dispatch, whose gradient's arrival lets the weights' gradients leave.
+
+        A wait that is made here is older than the mark, so that it follows the reduce's start.
+        """
+        cell = self.life[Event.DISPATCH]
+        if Action.DROP_WAITS in cell:
+            self._waits.clear()  # step-held experts would keep those of every pass
+        elif Action.MAKE_WAIT in cell and not self._waits:
+            self.make_wait()
+        if not self.life[Event.DISPATCH_GRAD]:
             return tokens
-        self._defers_reduce = True
-        return run_on_backward(self.grads.start_deferred, tokens)[0]
+        leave = partial(self._leave, self.life[Event.LEAVE])
+        return run_on_backward(partial(self.grads.let_go, leave), tokens)[0]
 
     def weight_placeholders(self) -> tuple[torch.Tensor, ...]:
-        shapes, trained_at = self.weights.shapes, self._share.trained_at
+        shapes, trained_at, cell = (
+            self.weights.shapes,
+            self._share.trained_at,
+            self.life[Event.BEFORE_EXPERTS],
+        )
         weights = [
             placeholder(parameter.detach(), shape)
             for parameter, shape in zip(self._share.likes, shapes, strict=True)
         ]
-        bypassed = self._waits_after_block or self._split.by_parts
-        placeholders = None
-        if self._placeholders and not self._split.by_parts:
-            placeholders = self._placeholders.popleft()
-        if bypassed:
+        if not cell:
+            return tuple(weights)
+        bypasses = Action.BYPASS_WAIT in cell
+        if bypasses:
             # Gradients bypass these; they only make autograd run `SlicesToSlots`.
-            placeholders = tuple(
+            wait = tuple(
                 placeholder(like.detach(), ()).requires_grad_() for like in self._trained_likes
             )
-        elif placeholders is None:
-            placeholders = self._make_wait_node()
-        defers, self._defers_reduce = self._defers_reduce, False
-        if placeholders:
-            trained: tuple[torch.Tensor, ...] = SlicesToSlots.apply(
-                partial(self._grads_computed, defers),
-                [shapes[at] for at in trained_at],
-                not bypassed,
-                *placeholders,
-            )
-            for at, weight in zip(trained_at, trained, strict=True):
-                weights[at] = weight
+        else:
+            wait = self._waits.popleft()
+        trained: tuple[torch.Tensor, ...] = SlicesToSlots.apply(
+            partial(self._grads_computed, self.life),
+            [shapes[at] for at in trained_at],
+            not bypasses,
+            *wait,
+        )
+        for at, weight in zip(trained_at, trained, strict=True):
+            weights[at] = weight
         return tuple(weights)
 
     def before_compute(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Mark the restored experts' inputs, whose gradients' arrival ends the weights' use."""
-        return run_on_backward(self._used_in_backward, *inputs)
+        return run_on_backward(partial(self._do, self.life[Event.INPUT_GRAD]), *inputs)
 
     def weight_grads(self, position: int, compute: Callable[[torch.Tensor], None]) -> torch.Tensor:
         """Return a matrix's gradients, or zeros if `backward_dw` will compute them."""
-        if self._split.delays_weights:
+        if Action.DELAY in self.life[Event.WEIGHT_GRADS]:
             return self.grads.delay(position, compute)
         grad_CRK = self.grads.new(position)
         compute(grad_CRK)
         return grad_CRK
 
-    def after_compute(self, output: torch.Tensor, *, backward_follows: bool) -> torch.Tensor:
-        """Mark the experts' output, whose gradient's arrival starts the restore for backward.
-
-        `backward_follows` keeps the weights for an immediate backward, or starts its restore.
-        """
+    def after_compute(self, output: torch.Tensor) -> torch.Tensor:
+        """Mark the experts' output, whose gradient's arrival starts the restore for backward."""
         if torch.is_grad_enabled() and not output.requires_grad:
             self.expect_no_backward()
-        if self._in_directions:
-            self.weights.used()
-            if backward_follows:
-                self._reruns = False
-                self.start_backward_restore()
-        elif not backward_follows:
-            if self.has_backward:
-                self.weights.keep()
-            self.weights.used()
-        return run_on_backward(self._begin_backward, output)[0]
+        self._do(self.life[Event.AFTER_EXPERTS])
+        return run_on_backward(partial(self._begin_backward, self.life), output)[0]
 
     def prepare_backward(self) -> None:
         """Build backward's index tensors of a new layout, while the device computes the experts."""
@@ -266,74 +267,100 @@ class RestoredExperts:
 
     # Called by autograd.
 
-    def _begin_backward(self) -> None:
+    def _begin_backward(self, life: Mapping[Event, Cell]) -> None:
         self._exchange.count.backwards += 1
-        self.backward_weights.start_restore()
-        following = self._next_in_backward
-        if following and following.first_in_backward.share is self.backward_weights.share:
-            self.backward_weights.hand_on(following.first_in_backward)
-        elif following is not None and not (
-            self._split.by_parts and self.index.placed.has_replicas
-        ):
-            following.start_backward_restore()
-        elif following is None and self._ends_backward is not None:
-            self._ends_backward(self.backward_weights)
+        self._do(life[Event.OUTPUT_GRAD])
 
-    def _used_in_backward(self) -> None:
-        self.backward_weights.used()
-        # Between parts of a layer another microbatch runs, whose experts take the second place.
-        if self._split.by_parts and self._next_in_backward is not None:
-            self._next_in_backward.start_backward_restore()
-
-    def _grads_computed(self, defers: bool, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+    def _grads_computed(
+        self, life: Mapping[Event, Cell], grads_CRK: tuple[torch.Tensor, ...]
+    ) -> None:
         # Inputs without gradients have not ended the use of the weights. The other inputs' nodes
         # were created later and have run, so frozen matrices are unused too.
-        self._used_in_backward()
-        if self._split.delays_weights:
-            self._split.computes_weights.append(partial(self._compute_weights, defers, grads_CRK))
+        self._do(life[Event.INPUT_GRAD])
+        if Action.DELAY in life[Event.WEIGHT_GRADS]:
+            self._late.computes.append(partial(self._compute_weights, life, grads_CRK))
         else:
-            self._send(defers, grads_CRK)
+            self._hold(life[Event.WEIGHT_GRADS], life[Event.LEAVE], grads_CRK)
 
-    def _compute_weights(self, defers: bool, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        self._send(defers, self.grads.compute_delayed(grads_CRK))
+    def _compute_weights(
+        self, life: Mapping[Event, Cell], grads_CRK: tuple[torch.Tensor, ...]
+    ) -> None:
+        computed_CRK = self.grads.compute_delayed(grads_CRK)
+        self._hold(life[Event.BACKWARD_DW], life[Event.LEAVE], computed_CRK)
 
-    def _send(self, defers: bool, grads_CRK: tuple[torch.Tensor, ...]) -> None:
-        if defers:
+    def _hold(self, cell: Cell, leave: Cell, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+        if Action.HOLD in cell:
             self.grads.defer(grads_CRK)
+        else:
+            self._leave(leave, grads_CRK)
+
+    def _leave(self, cell: Cell, grads_CRK: tuple[torch.Tensor, ...]) -> None:
+        if Action.SUM in cell:
+            self.grads.add(grads_CRK)
         else:
             self.grads.start_reduce(grads_CRK)
 
-    def _make_wait_node(self) -> tuple[torch.Tensor, ...]:
+    def _new_wait(self) -> tuple[torch.Tensor, ...]:
         share = self._share
-        if not share.trained:
-            return ()
-        finish = self.grads.finish_reduce
         parameters: tuple[torch.Tensor, ...] = share.trained
-        if self._split.by_parts and share.waits_inside:
-            finish = self._finish_apart
-            # Their hooks run in the experts' part, with stock's gradients.
-            if share.have_main_grads:
-                if self._split.grads_ready is None:
-                    raise ValueError(_NO_MODEL)
-                parameters = (placeholder(share.likes[0].detach(), ()).requires_grad_(),)
+        # Hooks of stock's parameters run in the experts' part, with stock's gradients.
+        if Action.REPORT in self.life[Event.WAIT] and share.have_main_grads:
+            if self._late.report is None:
+                raise ValueError(_NO_MODEL)
+            parameters = (placeholder(share.likes[0].detach(), ()).requires_grad_(),)
         made: tuple[torch.Tensor, ...] = WaitForGrads.apply(
-            finish, self._trained_likes, *parameters
+            partial(self._finish, Event.WAIT), self._trained_likes, *parameters
         )
         return made
 
-    def _finish_apart(self) -> tuple[torch.Tensor | None, ...]:
-        share = self._share
-        summed = self.grads.finish_reduce() if self.index.placed.has_replicas else share.added()
-        if not share.have_main_grads:
+    def _finish(self, event: Event) -> tuple[torch.Tensor | None, ...]:
+        share, cell = self._share, self.life[event]
+        summed = self.grads.finish_reduce() if Action.FINISH in cell else share.added()
+        if Action.REPORT not in cell or not share.have_main_grads:
             return summed
-        if self._split.grads_ready is not None:
-            self._split.grads_ready(share.trained)
+        if self._late.report is not None:
+            self._late.report(share.trained)
         return (None,)
-
-    @property
-    def _in_directions(self) -> bool:
-        return self.backward_weights is not self.weights
 
     @property
     def _trained_likes(self) -> tuple[torch.nn.Parameter, ...]:
         return tuple(self._share.likes[at] for at in self._share.trained_at)
+
+    # Cells and actions.
+
+    def _become(self, found: Mapping[Kind, bool]) -> None:
+        """Pick the column of the pass, of which these kinds are known now."""
+        self._kinds = self._kinds.difference(found) | {kind for kind in found if found[kind]}
+        self.life = column(self._kinds)
+
+    def _do(self, cell: Cell) -> None:
+        for action in cell:
+            _ACTIONS[action](self)
+
+    def _hand_on(self) -> None:
+        """Leave backward's weights to the layer's own pass, if that is next."""
+        if self._next_in_backward is None:
+            return
+        following = self._next_in_backward.first_in_backward
+        if following is not None and following.share is self.backward_weights.share:
+            self.backward_weights.hand_on(following)
+
+    def _fetch(self) -> None:
+        """Start the restore of the layer that backward comes to next, or hand the weights on."""
+        if self._next_in_backward is None:
+            if self._ends_backward is not None:
+                self._ends_backward(self.backward_weights)
+        elif (following := self._next_in_backward.first_in_backward) is not None:
+            self.backward_weights.fetch(following)
+
+
+_ACTIONS: Mapping[Action, Callable[[RestoredExperts], None]] = {
+    Action.RESTORE: lambda experts: experts.weights.start_restore(),
+    Action.RESTORE_BACKWARD: lambda experts: experts.backward_weights.start_restore(),
+    Action.KEEP: lambda experts: experts.weights.keep(),
+    Action.FREE: lambda experts: experts.weights.used(),
+    Action.FREE_BACKWARD: lambda experts: experts.backward_weights.used(),
+    Action.HAND_ON: RestoredExperts._hand_on,
+    Action.FETCH: RestoredExperts._fetch,
+    Action.MAKE_WAIT: RestoredExperts.make_wait,
+}

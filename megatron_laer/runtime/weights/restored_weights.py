@@ -22,7 +22,7 @@ from megatron_laer.telemetry.activities import Activity, Kind
 
 
 class RestoredWeights:
-    """Matrices `[C, R, K]` of one layer's replica slots; with `keeps`, they stay until `free`.
+    """Matrices `[C, R, K]` of one layer's replica slots.
 
     They have the form in which they are carried; `shapes` are those of their gradients. Without a
     replica in the layout nothing is fetched, and no memory is taken. Where payloads serve one
@@ -35,15 +35,12 @@ class RestoredWeights:
         share: Share,
         index: LayoutIndex,
         streams: ExchangeStreams,
-        *,
-        keeps: bool = False,
     ) -> None:
         self.index = index
         self.state = ExpertsState(name)
         self.share = share
         self._name = name
         self._streams = streams
-        self._keeps = keeps
         self._matrices: tuple[Pending, ...] = ()
         self._heir: RestoredWeights | None = None
 
@@ -135,7 +132,7 @@ class RestoredWeights:
 
     def used(self) -> None:
         heir, self._heir = self._heir, None
-        if self._keeps or heir is self:
+        if heir is self:
             return
         restored = self.state.weights is not WeightState.SHARDED
         if heir is not None and restored and heir.state.weights is WeightState.SHARDED:
@@ -177,10 +174,10 @@ class RestoredWeights:
 
 
 def weights_of(
-    name: str, share: Share, index: LayoutIndex, streams: ExchangeStreams, *, keeps: bool = False
+    name: str, share: Share, index: LayoutIndex, streams: ExchangeStreams
 ) -> tuple[RestoredWeights, RestoredWeights]:
     """Return the weights of forward and those of backward; the same unless payloads differ."""
-    weights = RestoredWeights(name, share, index, streams, keeps=keeps)
+    weights = RestoredWeights(name, share, index, streams)
     if share.for_backward is share:
         return weights, weights
-    return weights, RestoredWeights(name, share.for_backward, index, streams, keeps=keeps)
+    return weights, RestoredWeights(name, share.for_backward, index, streams)

@@ -1,6 +1,7 @@
 """Gradients of one layer's slots, on their way to the ranks' shares.
 
-Memory of whole gradients is allocated and freed only here.
+Memory of whole gradients is allocated and freed only here. With `--fsep-restore step` a layer's
+float32 sums over the passes of a step are too.
 
 Legend: C replica slots per rank, R rows of a matrix, K columns.
 """
@@ -34,6 +35,12 @@ class SlotGrads:
         self._compute: torch.cuda.Stream | None = None
         self._delayed: dict[int, tuple[torch.Tensor, Callable[[torch.Tensor], None]]] = {}
         self._arriving: tuple[Pending, ...] = ()
+        self._num_passes = self._left = 0
+        self._sums_CRK: list[torch.Tensor] = []
+
+    def begin_step(self, num_passes: int) -> None:
+        """Begin a step whose passes are summed."""
+        self._num_passes = self._left = num_passes
 
     def new(self, position: int) -> torch.Tensor:
         like = self.share.likes[position]
@@ -68,14 +75,33 @@ class SlotGrads:
         self.state.enter(GradState.DEFERRED)
         self._deferred_CRK = grads_CRK
 
-    def start_deferred(self) -> None:
-        """Start to reduce the deferred gradients. Collective over the group."""
+    def let_go(self, leave: Callable[[tuple[torch.Tensor, ...]], None]) -> None:
+        """Call `leave` with the deferred gradients, on the stream that computed them."""
         assert self._deferred_CRK, "tokens' gradients arrived before the experts had any"
         grads_CRK, self._deferred_CRK = self._deferred_CRK, ()
         # Megatron may exchange tokens' gradients on a stream of its own.
         computes = None if self._compute is None else torch.cuda.stream(self._compute)
         with computes or contextlib.nullcontext():
-            self.start_reduce(grads_CRK)
+            leave(grads_CRK)
+
+    def add(self, grads_CRK: Sequence[torch.Tensor]) -> None:
+        """Add a pass's gradients; send the sum with the last one. Collective then."""
+        if not self._sums_CRK:
+            self._sums_CRK = [
+                self._streams.grads.take(tuple(grad.shape), torch.float32, grad.device).copy_(grad)
+                for grad in grads_CRK
+            ]
+        else:
+            for sum_CRK, grad_CRK in zip(self._sums_CRK, grads_CRK, strict=True):
+                sum_CRK.add_(grad_CRK)
+        self.state.enter(GradState.SUMMED)
+        self._delayed.clear()
+        self.free()
+        self._left -= 1
+        if self._left == 0:
+            self._written_CRK, self._sums_CRK = self._sums_CRK, []
+            self.start_reduce(self._written_CRK)
+            self._left = self._num_passes  # Megatron's rerun state machine repeats steps
 
     def start_reduce(self, grads_CRK: Sequence[torch.Tensor]) -> None:
         """Start to send whole gradients to the ranks' shares. Collective over the group."""
@@ -99,7 +125,12 @@ class SlotGrads:
         exchange.count.reduces += 1
 
     def finish_reduce(self) -> tuple[torch.Tensor | None, ...]:
-        """Wait for the sums over replicas, and return autograd's gradients of the parameters."""
+        """Return autograd's gradients of the parameters.
+
+        Wait for the sums over replicas, of passes that are summed only if they are being reduced.
+        """
+        if self._num_passes and self.state.grads is not GradState.REDUCING:
+            return self.share.added()
         self.state.enter(GradState.NONE)
         sums = tuple(pending.wait() for pending in self._arriving)
         self._arriving = ()

@@ -176,7 +176,7 @@ def forward(
     """
     restores = _Restores(clocks, layers, fetched, backward=False)
     number = -1
-    if schedule.restores_first:
+    if schedule.restores_forward:
         restores.start(0)
     began_s = float(clocks.now_N.max())
     for layer in layers:
@@ -192,7 +192,7 @@ def forward(
         clocks.meet(layer.moe.group)
         clocks.work("gate", layer.moe.gate_s)
         change = None
-        if schedule.restores_last and not schedule.restores_first:
+        if schedule.restores_backward and not schedule.restores_forward:
             restores.start(number)  # its layout is known only now
         if layer.moe.change_s is not None:
             change = clocks.exchange(PARAMETERS, layer.moe.change_s, layer.moe.exchange_link)
@@ -201,13 +201,13 @@ def forward(
         yield
         clocks.arrive(sent)
         restores.start(number)  # if no rule has started it
-        if schedule.restores_next and not schedule.by_parts:
+        if schedule.restores_forward and not schedule.by_parts:
             restores.start(number + 1)
         if number == restores.last:
             fetched = _fetch(clocks, schedule, layer, following, in_backward=False)
         restores.wait(number, change)
         clocks.work("experts", layer.moe.forward_N)
-        if schedule.restores_next:
+        if schedule.restores_forward:
             restores.start(number + 1)
         sent = _send(clocks, layer.moe, in_turn)
         yield
@@ -241,7 +241,7 @@ def backward(
             clocks.wait("reduce", reducing.end_s)
             reducing = None
 
-    if schedule.restores_last:
+    if schedule.restores_backward:
         restores.start(restores.last)
     began_s = float(clocks.now_N.max())
     for layer in reversed(layers):
@@ -266,7 +266,7 @@ def backward(
             yield
             clocks.arrive(sent)
             restores.start(number)
-            if schedule.restores_previous and not schedule.by_parts:
+            if schedule.restores_backward and not schedule.by_parts:
                 restores.start(number - 1)
             if number == 0:
                 fetched = _fetch(clocks, schedule, layer, following, in_backward=True)
@@ -277,7 +277,7 @@ def backward(
             sent = _send(clocks, moe, in_turn)
             if schedule.by_parts:
                 clocks.work("experts", experts_N)
-            if schedule.restores_previous:
+            if schedule.restores_backward:
                 restores.start(number - 1)
             yield
             clocks.arrive(sent)
@@ -312,7 +312,7 @@ def _fetch(
         return None
     layer, moe = following.layer, following.layer.moe
     assert moe is not None and present.moe is not None
-    is_known = schedule.restores_last if following.is_backward else schedule.restores_first
+    is_known = schedule.restores_backward if following.is_backward else schedule.restores_forward
     seconds = moe.backward_restore_s if following.is_backward else moe.restore_s
     if not is_known or seconds is None or (not following.is_backward and layer.gather_s > 0):
         return None
@@ -320,7 +320,7 @@ def _fetch(
     if layer.name == present.name and (moe.directions == 1 or in_its_form):
         if following.same_microbatch:
             return _NOTHING_MOVES
-        if schedule.restores_first:
+        if schedule.restores_forward:
             seconds = max(present.moe.change_s or 0.0, moe.change_s or 0.0)
     if not seconds:
         return _NOTHING_MOVES

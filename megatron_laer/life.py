@@ -1,0 +1,229 @@
+"""Life of a layer's restored experts as one table: events and kinds of run give actions.
+
+A pass picks its column once its layout is known (`column`). `runtime/weights/restored.py` and
+`runtime/scheduler.py` look cells up, and carry out their actions. docs/architecture.md draws the
+table. Impossible combinations of kinds have no column.
+
+    forward   layer i:    attention  router  dispatch ┬ experts i ──────── combine
+              parameters:                             └ restore i+1
+    backward  layer i:    combine ┬ experts i ── dispatch ┬ attention ── combine ┬ experts i-1
+              parameters:         └ restore i-1           │                      └ restore i-2
+              gradients:                                  └ reduce i ─────────────────────┘
+
+In the last layer of an operation, the first one of the next operation takes the place of i+1 or
+i-1. Operations are forward or backward passes of a microbatch through a model chunk.
+
+Source: the LAER-MoE paper's fine-grained schedule (arXiv 2602.11686), with parameters and gradients
+on communicators of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from functools import cache
+
+
+class Kind(Enum):
+    """Kind of a run, of a layer or of a pass; a pass has several, or none if it is plain."""
+
+    ALONE = "no overlap"
+    FRESH = "layouts after the gate"
+    STEP = "held over a step"
+    PARTS = "parts of 1F1B"
+    DELAYED = "delayed weight gradients"
+    SYNCHRONISED = "device synchronised between operations"
+    HOMES = "experts at home"
+    DIRECTIONS = "payloads by direction"
+    EVALUATION = "no backward"
+    FIRST = "first pass of a checkpoint"
+    RERUN = "re-run of a checkpoint"
+    BLOCK = "recompute of the block"
+    EMPTY = "no replica"
+    FROZEN = "no gradient of weights"
+    CONSTANT = "no gradient of tokens"
+
+
+Kinds = frozenset[Kind]
+
+
+class Event(Enum):
+    """Event of a pass, in the order of a layer's forward and backward."""
+
+    PREPARED = "the chunk begins, or the layer before is at work"
+    BLOCK = "the transformer layer begins"
+    DECIDED = "the layout is decided"
+    GATE = "the gate has chosen"
+    DISPATCH = "before the dispatch"
+    TOKENS = "tokens have arrived"
+    BEFORE_EXPERTS = "before the experts"
+    AFTER_EXPERTS = "after the experts"
+    COMPUTED = "the experts are launched"
+    LAST_LAYER = "the operation's last layer"
+    RELEASED = "another operation begins"
+    CHUNK_BACKWARD = "the chunk's backward begins"
+    NEXT_IN_BACKWARD = "backward comes here next"
+    OUTPUT_GRAD = "gradient of the output"
+    INPUT_GRAD = "gradient of the inputs"
+    WEIGHT_GRADS = "gradient of the weights"
+    BACKWARD_DW = "`backward_dw`"
+    DISPATCH_GRAD = "gradient of the dispatch"
+    LEAVE = "gradients leave"
+    WAIT = "the wait's turn"
+    BLOCK_GRAD = "gradient of the block"
+
+
+class Action(Enum):
+    """Action on a layer's weights or gradients, or of the scheduler."""
+
+    AWAIT = "wait for gathered parameters"
+    PREPARE = "prepare the next layer"
+    FOLLOW = "fetch the next operation's first layer"
+    RESTORE = "restore"
+    RESTORE_BACKWARD = "restore for backward"
+    KEEP = "keep if it fits"
+    FREE = "free or hand on"
+    FREE_BACKWARD = "free or hand on backward's"
+    HAND_ON = "leave them to the layer's own next pass"
+    FETCH = "fetch the previous layer's"
+    RESTORE_LAST = "restore the last layer's"
+    MAKE_WAIT = "make the wait"
+    DROP_WAITS = "drop waits"
+    WAIT_WITH_TOKENS = "join the wait to the tokens"
+    WAIT_WITH_EXPERTS = "join the wait to the experts"
+    WAIT_AFTER_BLOCK = "wait after the block"
+    BYPASS_WAIT = "bypass the wait"
+    COMPUTE = "compute"
+    DELAY = "leave it to `backward_dw`"
+    HOLD = "hold until the dispatch's"
+    LEAVE = "let leave"
+    SEND = "start the reduce"
+    SUM = "add to the step's, send the last"
+    FINISH = "wait for the reduce"
+    REPORT = "report the parameters"
+
+
+Cell = tuple[Action, ...]
+
+
+def _of(*kinds: Kind) -> Kinds:
+    return frozenset(kinds)
+
+
+_K, _A = Kind, Action
+# For each event, kinds and actions; a pass takes the first row whose kinds it all has.
+LIFE: Mapping[Event, Mapping[Kinds, Cell]] = {
+    Event.PREPARED: {
+        _of(_K.ALONE): (),
+        _of(_K.FRESH): (_A.MAKE_WAIT,),
+        _of(): (_A.AWAIT, _A.RESTORE, _A.MAKE_WAIT),
+    },
+    # Under a checkpoint. Stock's gradients of homes arrive in the block, and so must the sums.
+    Event.BLOCK: {
+        _of(_K.ALONE): (),
+        _of(_K.HOMES): (_A.MAKE_WAIT,),
+        _of(): (_A.WAIT_AFTER_BLOCK,),
+    },
+    # Without overlap rows wait in the call of their module. Ranks gather homes in one order.
+    Event.DECIDED: {
+        _of(_K.ALONE, _K.HOMES): (_A.AWAIT,),
+        _of(_K.ALONE): (),
+        _of(): (_A.AWAIT, _A.RESTORE),
+    },
+    Event.GATE: {_of(_K.FROZEN): (), _of(_K.PARTS): (_A.WAIT_WITH_TOKENS,), _of(): ()},
+    # A wait that is older than the dispatch follows the start of the reduce in backward.
+    Event.DISPATCH: {
+        _of(_K.PARTS): (),
+        _of(_K.FROZEN): (_A.DROP_WAITS,),
+        _of(_K.EMPTY): (_A.DROP_WAITS,),
+        _of(_K.BLOCK): (_A.DROP_WAITS,),
+        _of(): (_A.MAKE_WAIT,),
+    },
+    Event.TOKENS: {_of(_K.PARTS): (), _of(): (_A.PREPARE,)},
+    Event.BEFORE_EXPERTS: {
+        _of(_K.FROZEN): (),
+        _of(_K.PARTS): (_A.BYPASS_WAIT,),
+        _of(_K.BLOCK): (_A.BYPASS_WAIT,),
+        _of(): (_A.WAIT_WITH_EXPERTS,),
+    },
+    Event.AFTER_EXPERTS: {
+        _of(_K.STEP, _K.RERUN, _K.DIRECTIONS): (_A.RESTORE_BACKWARD,),
+        _of(_K.STEP): (),
+        _of(_K.EVALUATION): (_A.FREE,),
+        _of(_K.RERUN, _K.DIRECTIONS): (_A.FREE, _A.RESTORE_BACKWARD),
+        _of(_K.RERUN): (),
+        _of(_K.DIRECTIONS): (_A.FREE,),
+        _of(): (_A.KEEP, _A.FREE),
+    },
+    Event.COMPUTED: {_of(_K.PARTS): (_A.PREPARE,), _of(): ()},
+    Event.LAST_LAYER: {
+        _of(_K.ALONE): (),
+        _of(_K.PARTS): (),
+        _of(_K.SYNCHRONISED): (),
+        _of(): (_A.FOLLOW,),
+    },
+    Event.RELEASED: {_of(_K.STEP): (), _of(): (_A.FREE, _A.FREE_BACKWARD)},
+    Event.CHUNK_BACKWARD: {_of(_K.ALONE): (), _of(_K.STEP): (), _of(): (_A.RESTORE_LAST,)},
+    # A checkpoint runs forward again first.
+    Event.NEXT_IN_BACKWARD: {
+        _of(_K.EVALUATION): (),
+        _of(_K.FIRST): (_A.RESTORE,),
+        _of(): (_A.RESTORE_BACKWARD,),
+    },
+    # Between parts another microbatch runs, whose experts take the second place.
+    Event.OUTPUT_GRAD: {
+        _of(_K.ALONE): (_A.RESTORE_BACKWARD, _A.HAND_ON),
+        _of(_K.STEP): (_A.RESTORE_BACKWARD,),
+        _of(_K.PARTS, _K.EMPTY): (_A.RESTORE_BACKWARD, _A.FETCH),
+        _of(_K.PARTS): (_A.RESTORE_BACKWARD, _A.HAND_ON),
+        _of(): (_A.RESTORE_BACKWARD, _A.FETCH),
+    },
+    Event.INPUT_GRAD: {
+        _of(_K.STEP): (),
+        _of(_K.ALONE): (_A.FREE_BACKWARD,),
+        _of(_K.PARTS): (_A.FREE_BACKWARD, _A.FETCH),
+        _of(): (_A.FREE_BACKWARD,),
+    },
+    Event.WEIGHT_GRADS: {
+        _of(_K.DELAYED): (_A.DELAY,),
+        _of(_K.CONSTANT): (_A.COMPUTE, _A.LEAVE),
+        _of(): (_A.COMPUTE, _A.HOLD),
+    },
+    Event.BACKWARD_DW: {
+        _of(_K.DELAYED, _K.CONSTANT): (_A.COMPUTE, _A.LEAVE),
+        _of(_K.DELAYED): (_A.COMPUTE, _A.HOLD),
+    },
+    Event.DISPATCH_GRAD: {
+        _of(_K.FROZEN): (),
+        _of(_K.EMPTY): (),
+        _of(_K.CONSTANT): (),
+        _of(): (_A.LEAVE,),
+    },
+    Event.LEAVE: {_of(_K.STEP): (_A.SUM,), _of(): (_A.SEND,)},
+    # Hooks of homes' parameters run with stock's gradients, before the sums are there.
+    Event.WAIT: {
+        _of(_K.HOMES, _K.PARTS, _K.EMPTY): (_A.REPORT,),
+        _of(_K.HOMES, _K.PARTS): (_A.FINISH, _A.REPORT),
+        _of(): (_A.FINISH,),
+    },
+    Event.BLOCK_GRAD: {_of(_K.BLOCK): (_A.FINISH,)},
+}
+IMPOSSIBLE = (
+    _of(_K.FRESH, _K.STEP),
+    _of(_K.FIRST, _K.RERUN),
+    _of(_K.BLOCK, _K.HOMES),
+    _of(_K.BLOCK, _K.PARTS),
+    _of(_K.BLOCK, _K.ALONE),
+)
+
+
+@cache
+def column(kinds: Kinds) -> Mapping[Event, Cell]:
+    """Return the cells of a pass of these kinds; an event that it cannot have is left out."""
+    assert not any(pair <= kinds for pair in IMPOSSIBLE), f"no pass is {kinds}"
+    found = {}
+    for event, rows in LIFE.items():
+        fitting = (cell for needed, cell in rows.items() if needed <= kinds)
+        if (cell := next(fitting, None)) is not None:
+            found[event] = cell
+    return found

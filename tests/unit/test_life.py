@@ -1,0 +1,134 @@
+"""The table of a layer's life: each cell is some pass's, and every pass ends as it should."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from megatron_laer.life import IMPOSSIBLE, LIFE, Action, Cell, Event, Kind, Kinds, column
+
+# Kinds that imply others: payloads and empty slots are homes', a first pass makes no graph, and
+# tokens of parts have gradients as soon as a weight has.
+_NEEDED = {
+    Kind.EMPTY: {Kind.HOMES},
+    Kind.DIRECTIONS: {Kind.HOMES},
+    Kind.FIRST: {Kind.FROZEN},
+}
+
+
+def is_possible(kinds: Kinds) -> bool:
+    implied = all(_NEEDED.get(kind, set()) <= kinds for kind in kinds)
+    constant = not {Kind.CONSTANT, Kind.PARTS} <= kinds or Kind.FROZEN in kinds
+    reached = Kind.EVALUATION not in kinds or not kinds & {Kind.FIRST, Kind.RERUN}
+    return implied and constant and reached and not any(pair <= kinds for pair in IMPOSSIBLE)
+
+
+def passes() -> list[Kinds]:
+    sets = itertools.chain.from_iterable(
+        itertools.combinations(Kind, size) for size in range(len(Kind) + 1)
+    )
+    return [kinds for kinds in map(frozenset, sets) if is_possible(kinds)]
+
+
+PASSES = passes()
+
+
+def test_every_cell_is_some_passs() -> None:
+    for event, rows in LIFE.items():
+        taken = set()
+        for kinds in PASSES:
+            taken.add(next((needed for needed in rows if needed <= kinds), None))
+        assert {*rows} - taken == set(), event
+    with pytest.raises(AssertionError, match="no pass is"):
+        column(IMPOSSIBLE[0])
+
+
+def backward_kinds(kinds: Kinds) -> Kinds:
+    """Return the kinds of the forward whose backward follows: a checkpoint's re-run."""
+    if Kind.FIRST not in kinds:
+        return kinds
+    return kinds - {Kind.FIRST, Kind.FROZEN} | {Kind.RERUN}
+
+
+class Weights:
+    """Weights of both directions on one rank, whose memory is counted."""
+
+    def __init__(self, kinds: Kinds) -> None:
+        self.ways = ("forward", "backward") if Kind.DIRECTIONS in kinds else ("both",)
+        self.held: set[str] = set()
+
+    def do(self, cell: Cell) -> None:
+        forward, backward = self.ways[0], self.ways[-1]
+        for action in cell:
+            if action is Action.RESTORE:
+                self.held.add(forward)
+            elif action is Action.RESTORE_BACKWARD:
+                self.held.add(backward)
+            elif action is Action.FREE:
+                self.held.discard(forward)
+            elif action is Action.FREE_BACKWARD:
+                self.held.discard(backward)
+
+
+def test_weights_are_there_when_they_are_used_and_freed_after() -> None:
+    for kinds in PASSES:
+        weights = Weights(kinds)
+        life = column(kinds)
+        weights.do(life[Event.DECIDED])
+        weights.held.add(weights.ways[0])  # the first product restores what is not there
+        weights.do(life[Event.AFTER_EXPERTS])
+        keeps = {Kind.STEP, Kind.RERUN} & kinds
+        assert keeps or not weights.held, kinds
+        if Kind.EVALUATION in kinds:
+            assert not life[Event.NEXT_IN_BACKWARD]
+            continue
+        weights.do(life[Event.NEXT_IN_BACKWARD])
+        if Kind.FIRST in kinds:
+            assert weights.ways[0] in weights.held, "what the re-run multiplies by"
+            life = column(backward_kinds(kinds))
+            weights.do(life[Event.AFTER_EXPERTS])
+        assert weights.ways[-1] in weights.held, "what backward multiplies by"
+        weights.do(life[Event.OUTPUT_GRAD])
+        weights.do(life[Event.INPUT_GRAD])
+        assert not weights.held or Kind.STEP in kinds, kinds
+        weights.do(life[Event.RELEASED])
+        assert bool(weights.held) == (Kind.STEP in kinds)
+
+
+def test_gradients_leave_once_after_the_tokens_and_are_waited_for_after_that() -> None:
+    leaves = {Action.SEND, Action.SUM}
+    for kinds in map(backward_kinds, PASSES):
+        if kinds & {Kind.FROZEN, Kind.EMPTY}:
+            continue
+        life = column(kinds)
+        events = [Event.WEIGHT_GRADS, Event.DISPATCH_GRAD]
+        if Kind.DELAYED in kinds:
+            events.insert(1, Event.BACKWARD_DW)
+            assert Action.DELAY in life[Event.WEIGHT_GRADS]
+        done = [(event, action) for event in events for action in life[event]]
+        left = [event for event, action in done if action is Action.LEAVE]
+        assert len(left) == 1 and leaves & {*life[Event.LEAVE]}, kinds
+        # Nothing starts the reduce early but where tokens have no gradient.
+        assert (left == [Event.DISPATCH_GRAD]) == (Kind.CONSTANT not in kinds), kinds
+        held = any(action is Action.HOLD for _, action in done)
+        assert held == (left == [Event.DISPATCH_GRAD]), kinds
+        computed = [event for event, action in done if action is Action.COMPUTE]
+        assert len(computed) == 1, kinds
+        # One wait, which is made before it is joined.
+        joins = {Action.WAIT_WITH_TOKENS, Action.WAIT_WITH_EXPERTS}
+        joined = [action for cell in life.values() for action in cell if action in joins]
+        after_block = Action.FINISH in life.get(Event.BLOCK_GRAD, ())
+        assert len(joined) + after_block == 1, kinds
+        assert Action.FINISH in life[Event.WAIT], kinds
+
+
+def test_a_pass_leaves_no_wait_that_nothing_joins() -> None:
+    for kinds in PASSES:
+        life = column(kinds)
+        joins = Action.WAIT_WITH_EXPERTS in life[Event.BEFORE_EXPERTS] and Kind.EMPTY not in kinds
+        with_tokens = Action.WAIT_WITH_TOKENS in life[Event.GATE]
+        drops = Action.DROP_WAITS in life[Event.DISPATCH]
+        # Without a gradient of weights parts make none.
+        none_made = {Kind.PARTS, Kind.FROZEN} <= kinds
+        assert joins + with_tokens + drops + none_made == 1, kinds
