@@ -28,8 +28,8 @@ class Schedule:
     def restores_backward(self) -> bool:
         """Return whether backward restores layers ahead: the chunk's last, and each one before.
 
-        What is held over a step is restored once. If backward needs another form, as in mxfp8, each
-        layer's first backward fetches that without overlap.
+        What is held over a step is restored once. If payloads serve one direction, each layer's
+        first backward fetches its own without overlap.
         """
         return bool(column(self.kinds)[Event.CHUNK_BACKWARD])
 

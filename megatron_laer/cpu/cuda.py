@@ -200,7 +200,7 @@ def _replace_collectives() -> None:
         ]
         return _Works(works) if async_op else None
 
-    # Gloo joins coalesced tensors, and so converts them to one dtype: parameters in fp8, for one.
+    # Gloo joins coalesced tensors, and so converts them to one dtype: quantised parameters, too.
     @contextlib.contextmanager
     def coalescing_manager(group: Any = None, *args: Any, **kwargs: Any) -> Any:
         with true_coalescing(group, *args, **kwargs) as manager:

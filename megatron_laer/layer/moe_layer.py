@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.fp8_utils import is_first_last_bf16_layer
 from megatron.core.transformer.enums import CudaGraphModule
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.moe_utils import (
@@ -299,12 +298,14 @@ class FSEPMoELayer(MoELayer):
             device=coordinator.device,
             gemm=coordinator.config.gemm,
             activation_builder=activation_builder(self.submodules),
-            in_fp8=coordinator.config.experts_in_fp8 and self._is_in_fp8(layer_number),
+            quantised=self._is_quantised(layer_number),
         )
         return HomeExperts(self.experts, coordinator.geometry.home_slots, compute)
 
-    def _is_in_fp8(self, layer_number: int) -> bool:
-        return self._is_mtp or not is_first_last_bf16_layer(self.config, layer_number - 1)
+    def _is_quantised(self, layer_number: int) -> bool:
+        return slot_configs.is_quantised(
+            self.config, self._coordinator.config, layer_number, is_mtp=self._is_mtp
+        )
 
     def _register(self, layer_number: int) -> None:
         self._home_experts = self._make_home_experts(layer_number)
@@ -320,7 +321,7 @@ class FSEPMoELayer(MoELayer):
             what_changed=self.what_changed,
             on_step_end=self.end_step,
             launch_kernels=self.launch_kernels,
-            in_fp8=self._is_in_fp8(layer_number),
+            quantised=self._is_quantised(layer_number),
         )
         self._slot_experts.initialise(self._state.name, self._coordinator.seed)
         home = self._state.home

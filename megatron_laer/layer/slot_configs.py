@@ -8,6 +8,10 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from megatron.core.fp8_utils import is_first_last_bf16_layer
+
+from megatron_laer.config import FSEPConfig
+
 
 def of_dispatch(config: Any, num_slots: int) -> Any:
     """Return the config of Megatron's part behind the router, whose experts are S slots.
@@ -20,6 +24,12 @@ def of_dispatch(config: Any, num_slots: int) -> Any:
     slots.fp8 = slots.fp4 = None
     slots.moe_router_padding_for_quantization = False
     return slots
+
+
+def is_quantised(config: Any, given: FSEPConfig, layer_number: int, *, is_mtp: bool) -> bool:
+    """Return whether a layer's experts compute in fp8; a model's ends may be kept in bf16."""
+    kept_out = not is_mtp and is_first_last_bf16_layer(config, layer_number - 1)
+    return given.experts_in_fp8 and not kept_out
 
 
 def of_home_experts(config: Any) -> Any:

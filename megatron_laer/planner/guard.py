@@ -190,7 +190,7 @@ class Guard:
 
     @cached_property
     def in_bf16(self) -> Guard:
-        """Return the guard of layers that are kept out of fp8."""
+        """Return the guard of layers whose experts are not quantised."""
         return replace(self, costs=self.costs.in_bf16)
 
     @cached_property

@@ -34,12 +34,12 @@ class Placed:
     whose experts never move.
 
     Attributes:
-        in_fp8: whether the layer's experts compute in fp8, where the run's do.
+        quantised: whether the layer's experts travel as payloads, where the run's do.
     """
 
     layout: ExpertLayout
     geometry: Geometry
-    in_fp8: bool = True
+    quantised: bool = True
 
     def __post_init__(self) -> None:
         self.geometry.check_shape_of(self.layout)

@@ -212,7 +212,7 @@ def make_exchange(
 
     @lru_cache(maxsize=_LAYOUTS)
     def choose(placed: Placed) -> ExchangeAlgorithm:
-        return (costs if placed.in_fp8 else costs.in_bf16).faster_exchange(placed)
+        return (costs if placed.quantised else costs.in_bf16).faster_exchange(placed)
 
     return ChosenExchange(groups, relay, choose)
 

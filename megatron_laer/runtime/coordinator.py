@@ -68,7 +68,7 @@ class Coordinator:
         """Add a MoE layer, in the same order on all ranks, with these fields of `FsepLayer`."""
         assert not self.microbatch_planner.in_steps, "a layer was built after training began"
         name = name_of_layer(number, is_mtp, [layer.name for layer in self.layers])
-        home = self.layouts.add_layer(name, in_fp8=described.get("in_fp8", True))
+        home = self.layouts.add_layer(name, quantised=described.get("quantised", True))
         state = LayerState(len(self.layers), name, number, is_mtp, home=home, **described)
         self.layers.append(state)
         return state
@@ -102,9 +102,9 @@ class Coordinator:
             logger.info("FSEP: %s", held)
         try:
             names = [layer.name for layer in self.layers]
-            out_of_fp8 = self.layouts.out_of_fp8
+            unquantised = self.layouts.unquantised
             run = run_of_group(self.config, self.groups.index) if self.groups.rank == 0 else None
-            self.measurements.start(names, first_step, self.device, out_of_fp8, run)
+            self.measurements.start(names, first_step, self.device, unquantised, run)
             self._launch_kernels()
             self.layouts.start(first_step, run)
         except (ValueError, OSError) as error:

@@ -46,7 +46,7 @@ class Measurements:
         layers: Sequence[str],
         first_step: int,
         device: torch.device,
-        out_of_fp8: Collection[int],
+        unquantised: Collection[int],
         run: str | None,
     ) -> None:
         """Open the recording, which has the run's number, on the planner rank."""
@@ -64,7 +64,7 @@ class Measurements:
                 )
                 clock = self._streams.parameters.times.clock
                 self.recorder = MetricsRecorder(
-                    writer, self._guard, layers, device, clock, out_of_fp8
+                    writer, self._guard, layers, device, clock, unquantised
                 )
                 self.step_times = self.recorder.times
                 for stream in (self._streams.parameters, self._streams.gradients):

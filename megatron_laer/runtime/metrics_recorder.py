@@ -68,13 +68,13 @@ class MetricsRecorder:
         names: Sequence[str],
         device: torch.device,
         clock: Clock,
-        out_of_fp8: Collection[int] = (),
+        unquantised: Collection[int] = (),
     ) -> None:
         self.times = StepTimes(clock)
         self._writer: MetricsWriter | None = writer
         self._names = tuple(names)
         layers = range(len(self._names))
-        self._guards = [guard.in_bf16 if layer in out_of_fp8 else guard for layer in layers]
+        self._guards = [guard.in_bf16 if layer in unquantised else guard for layer in layers]
         self._device = device
         self._step = 0
         self._layers: list[LayerPasses] = []

@@ -108,12 +108,12 @@ def test_exchanges_launch_two_kernels_and_one_more_if_they_go_through_nodes(
     assert launches.counted == restore
 
 
-def test_a_layer_out_of_fp8_is_exchanged_by_a_way_of_its_own() -> None:
+def test_a_layer_unquantised_is_exchanged_by_a_way_of_its_own() -> None:
     relay = mock.Mock()
     with mock.patch.object(home_exchange, "DirectExchange"):
         chosen = home_exchange.ChosenExchange(
-            mock.Mock(), relay, lambda placed: NODE if placed.in_fp8 else FLAT
+            mock.Mock(), relay, lambda placed: NODE if placed.quantised else FLAT
         )
-    for in_fp8 in (False, True):
-        chosen.prepare_reduce(mock.Mock(placed=mock.Mock(in_fp8=in_fp8)))
-        assert relay.prepare_reduce.called == in_fp8
+    for quantised in (False, True):
+        chosen.prepare_reduce(mock.Mock(placed=mock.Mock(quantised=quantised)))
+        assert relay.prepare_reduce.called == quantised

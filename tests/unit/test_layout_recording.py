@@ -58,7 +58,7 @@ def first_rank(config: FSEPConfig, costs: CostModel | None = None, **more: Any) 
     )
 
 
-def test_layers_out_of_fp8_are_planned_at_the_prices_of_bf16() -> None:
+def test_unquantised_layers_are_planned_at_the_prices_of_bf16() -> None:
     recipe = Fp8Recipe.MXFP8
     layouts = {recipe: GEOMETRY.random_layout((1,)), None: GEOMETRY.random_layout((2,))}
 
@@ -67,7 +67,7 @@ def test_layers_out_of_fp8_are_planned_at_the_prices_of_bf16() -> None:
 
     config = FSEPConfig(plan_lag=1, late_plan=LatePlan.WAIT)
     with mock.patch.object(planner_rank, "make_strategy", made):
-        first = first_rank(config, costs=make_costs(fp8=recipe), out_of_fp8={1})
+        first = first_rank(config, costs=make_costs(fp8=recipe), unquantised={1})
     with contextlib.closing(first):
         assert first._source is not None
         for layer in range(len(LAYERS)):

@@ -177,13 +177,13 @@ def test_each_run_that_recorded_a_step_is_named_with_its_cluster(recorded: Path)
     assert (recording.rank_tokens_TLN == first.rank_tokens_TLN[:4]).all()
 
 
-def test_layers_out_of_fp8_are_predicted_at_the_prices_of_bf16(tmp_path: Path) -> None:
+def test_unquantised_layers_are_predicted_at_the_prices_of_bf16(tmp_path: Path) -> None:
     cluster = replace(COSTS.cluster, gemm_fp8=COSTS.cluster.gemm.times(2.0))
     in_fp8 = replace(GUARD, costs=replace(COSTS, cluster=cluster, fp8=Fp8Recipe.MXFP8))
     path = recording_path(tmp_path, 0)
     writer = MetricsWriter(path, Shape(4, 8, 3, 2, LAYERS), RUN, 0, COSTS.cluster)
     cpu = torch.device("cpu")
-    recorder = MetricsRecorder(writer, in_fp8, LAYERS, cpu, TickingClock(), out_of_fp8={1})
+    recorder = MetricsRecorder(writer, in_fp8, LAYERS, cpu, TickingClock(), unquantised={1})
     decision = in_fp8.decide(counts_NE(0, 0, 0), ExpertLayout.static(4, 3, 8))
     recorder.begin_step(0)
     for layer in range(len(LAYERS)):

@@ -138,7 +138,7 @@ class FSEPExperts(MegatronModule):
             )
             if spec.is_bias:
                 continue
-            # Stock's linear layers need an extra state per expert, which is empty without fp8. One
+            # Stock's linear layers need an extra state per expert, empty unless they quantise. One
             # rank writes each.
             for expert in range(self._rank, spec.num_experts, self._num_ranks):
                 state[f"{prefix}{spec.name}{_EXTRA_STATE}.{expert}"] = (

@@ -40,7 +40,7 @@ class RestoredCompute:
 
     Args:
         activation_builder: Transformer Engine's activation from the module spec, or None.
-        in_fp8: whether restored matrices are payloads, by the config's recipe.
+        quantised: whether restored matrices are payloads, by the config's recipe.
 
     Attributes:
         config: of Megatron's `MLP`, which reads the FFN width of an expert from `ffn_hidden_size`.
@@ -58,7 +58,7 @@ class RestoredCompute:
         device: torch.device,
         gemm: str,
         activation_builder: Any,
-        in_fp8: bool = False,
+        quantised: bool = False,
     ) -> None:
         self.config = copy.copy(config)  # like Megatron's SequentialMLP
         self.config.ffn_hidden_size = config.moe_ffn_hidden_size
@@ -94,12 +94,12 @@ class RestoredCompute:
         self.adapters: list[Adapter | None] = [None] * len(self.linears)
         self._trains_shared = False
         self._gemms: list[SlotGemm] = []
-        if in_fp8:
+        if quantised:
             fp8.check_card(config, device)
             for linear in self.linears:
-                quantised = fp8.quantised_gemm(config, linear.rows, linear.columns, device)
-                self.packers.append(quantised)
-                self._gemms.append(quantised)
+                product = fp8.quantised_gemm(config, linear.rows, linear.columns, device)
+                self.packers.append(product)
+                self._gemms.append(product)
             return
         sizes = [size for linear in self.linears for size in (linear.rows, linear.columns)]
         check_gemm(gemm, device, config.params_dtype, sizes)

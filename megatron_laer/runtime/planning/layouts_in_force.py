@@ -33,7 +33,7 @@ from megatron_laer.runtime.planning.planner_rank import PlannerRank
 class LayoutsInForce:
     """Layout of each MoE layer of this rank, by the layer's index; experts are home positions.
 
-    `homes` has the order of `given_homes`, or else stock's, of each layer. Of layers `out_of_fp8`
+    `homes` has the order of `given_homes`, or else stock's, of each layer. Of layers `unquantised`
     prices are those in bf16.
     """
 
@@ -49,7 +49,7 @@ class LayoutsInForce:
     resumption: Resumption = field(default_factory=Resumption)
     homes: list[HomeOrder] = field(default_factory=list)
     homes_problem: str | None = None
-    out_of_fp8: set[int] = field(default_factory=set)
+    unquantised: set[int] = field(default_factory=set)
     _layers: list[str] = field(default_factory=list)
     _layouts: list[ExpertLayout] = field(default_factory=list)
     _step: int = 0
@@ -67,9 +67,9 @@ class LayoutsInForce:
         return None if self._planner_rank is None else self._planner_rank.mailbox
 
     def guard_of(self, layer: int, guard: Guard) -> Guard:
-        return guard.in_bf16 if layer in self.out_of_fp8 else guard
+        return guard.in_bf16 if layer in self.unquantised else guard
 
-    def add_layer(self, name: str, *, in_fp8: bool = True) -> HomeOrder:
+    def add_layer(self, name: str, *, quantised: bool = True) -> HomeOrder:
         """Add a layer and return its homes; a missing one is a problem of `Coordinator.start`."""
         home = HomeOrder.stock(self.geometry.num_experts)
         if self.given_homes is not None:
@@ -77,8 +77,8 @@ class LayoutsInForce:
             missing = self.given_homes.missing([name])
             if self.homes_problem is None and missing is not None:
                 self.homes_problem = f"--fsep-homes {quoted(self.config.homes)}: {missing}"
-        if not in_fp8:
-            self.out_of_fp8.add(len(self._layers))
+        if not quantised:
+            self.unquantised.add(len(self._layers))
         self.homes.append(home)
         self._layers.append(name)
         self._layouts.append(self.geometry.static_layout)
@@ -104,7 +104,7 @@ class LayoutsInForce:
                 group_index=self.groups.index,
                 first_step=first_step,
                 resumed=self.resumption.state,
-                out_of_fp8=self.out_of_fp8,
+                unquantised=self.unquantised,
                 run=run,
             )
 

@@ -48,7 +48,7 @@ class PlannerRank:
         group_index: int,
         first_step: int,
         resumed: PlannerState | None,
-        out_of_fp8: Collection[int] = (),
+        unquantised: Collection[int] = (),
         run: str | None = None,
     ) -> None:
         self._faults = 0
@@ -66,7 +66,7 @@ class PlannerRank:
         with ExitStack() as opened:
             if config.makes_plans:
                 self._source = PlannedLayouts(
-                    _strategies(config, geometry, costs, len(layers), out_of_fp8),
+                    _strategies(config, geometry, costs, len(layers), unquantised),
                     layouts,
                     lag=config.plan_lag,
                     wait=config.late_plan == LatePlan.WAIT,
@@ -141,11 +141,11 @@ def _strategies(
     geometry: Geometry,
     costs: CostModel,
     num_layers: int,
-    out_of_fp8: Collection[int],
+    unquantised: Collection[int],
 ) -> dict[int, Strategy]:
     make = partial(make_strategy, config.planner, geometry=geometry)
     usual, others = make(costs=costs), make(costs=costs.in_bf16)
-    return {layer: others if layer in out_of_fp8 else usual for layer in range(num_layers)}
+    return {layer: others if layer in unquantised else usual for layer in range(num_layers)}
 
 
 def run_of_group(config: FSEPConfig, group_index: int) -> str:

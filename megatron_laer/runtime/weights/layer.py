@@ -338,7 +338,7 @@ class FsepLayer:
         on_step_end: called at the end of a training step.
         launch_kernels: called before the first step, to launch what the layer's own code launches.
         late: gradients that are complete after autograd has asked for them.
-        in_fp8: whether experts compute in fp8, where the run's do.
+        quantised: whether home experts travel as payloads.
     """
 
     index: int
@@ -353,7 +353,7 @@ class FsepLayer:
     on_step_end: Callable[[], None]
     launch_kernels: Callable[[], None]
     late: LateGrads = field(default_factory=LateGrads, kw_only=True)
-    in_fp8: bool = field(default=True, kw_only=True)
+    quantised: bool = field(default=True, kw_only=True)
 
     @cached_property
     def share(self) -> Share:

@@ -111,7 +111,7 @@ class LayerExperts:
     def _index(self, layer: FsepLayer, layout: ExpertLayout) -> LayoutIndex:
         index = self._indexes.get(layer.name)
         if index is None or index.placed.layout != layout:
-            index = layout_index(Placed(layout, self._geometry, layer.in_fp8), self._device)
+            index = layout_index(Placed(layout, self._geometry, layer.quantised), self._device)
             self._indexes[layer.name] = index
         return index
 

@@ -20,7 +20,7 @@ here they are carried out. States (`states.py`) of a plain pass:
  9. Autograd calls `finish_reduce` after the previous layer's backward. It waits for the reduce,
     and marks the gradients as added: NONE.
 
-Payloads of mxfp8 serve one direction. Then backward has weights of its own (`backward_weights`),
+Payloads may serve one direction. Then backward has weights of its own (`backward_weights`),
 whose life is 5 and 6. Frozen matrices have no gradient to compute, reduce or wait for.
 
 Legend: C slots per rank, R rows of a matrix, K columns.

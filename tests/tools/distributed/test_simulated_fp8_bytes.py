@@ -75,7 +75,7 @@ def counted(flags: list[str]) -> dict[str, Any]:
         steps = getattr(DirectExchange, f"{name}_steps")
 
         def exchange(self: Any, source: Any, index: Any, *args: Any, **options: Any) -> Any:
-            found[name].append((index.placed.in_fp8, index.placed.layout.to_list()))
+            found[name].append((index.placed.quantised, index.placed.layout.to_list()))
             found["count"] = self.count
             found["costs"] = session.current_coordinator().guard.costs
             return steps(self, source, index, *args, **options)

@@ -48,7 +48,7 @@ class SlotGemm(Protocol):
     def kept(self, input_TK: torch.Tensor, tokens_C: Sequence[int]) -> Any:
         """Return the form of the input that `weight_grad` needs.
 
-        In fp8 it is quantised: Megatron's combined schedule frees the input after forward.
+        It may be quantised: Megatron's combined schedule frees the input after forward.
         """
         return input_TK
 
