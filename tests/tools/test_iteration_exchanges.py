@@ -91,7 +91,7 @@ def of_layout(model, recompute=Recompute.NONE, **settings):
 
     def planned(method):
         make = method.layer_planner
-        return replace(method, layer_planner=lambda layer: replace(make(layer), policy=policy))
+        return replace(method, layer_planner=lambda: replace(make(), policy=policy))
 
     method = planned(make_method(FSEP, settings, rates))
     if method.in_bf16 is not None:
@@ -99,7 +99,7 @@ def of_layout(model, recompute=Recompute.NONE, **settings):
     trace = workload_trace("W0", WorkloadShape(8, 8, 2, 4096), 4)
     run = RunShape(8, 8, 64, 4, recompute=recompute)
     (found,) = predict_iterations(Routing(trace, 8), model, run, [method], [rates])
-    restore, _ = method.layer_planner(0)._exchanges(layout)
+    restore, _ = method.layer_planner()._exchanges(layout)
     return found, restore.seconds(rates)
 
 

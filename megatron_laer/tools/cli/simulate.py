@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -17,16 +17,15 @@ from megatron_laer.choices import (
     Sharding,
     TokenExchange,
 )
-from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode, lays_out_freely
+from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, lays_out_freely
 from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.cluster_files import load_cluster
-from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.planner.sharding_choice import Candidate, choose_geometry
+from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import (
     choose_token_exchange,
@@ -135,13 +134,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--json FILE", "write all figures there", path)
 
 
-@dataclass
-class _Results:
-    predicted: dict[Case, dict[str, IterationPrediction]] = field(default_factory=dict)
-    refused: dict[Case, dict[str, str]] = field(default_factory=dict)
-    runs: list[RunShape] = field(default_factory=list)
-
-
 def run(args: argparse.Namespace) -> int:
     simulate_input.check(args)
     cluster = named("--cluster", args.cluster, load_cluster)
@@ -151,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
     routing_of = simulate_input.routing_of(args, model)
     # A trace has its ranks; a workload needs --ranks.
     ranks = args.ranks or [routing_of(1, None).num_ranks]
+    flag = "--node-size" if args.node_size else f"--node-size is not given, and {cluster.name}'s"
     wanted = [
         (
             resolve_geometry(
@@ -159,7 +152,7 @@ def run(args: argparse.Namespace) -> int:
                 capacity,
                 node_size,
                 sharding=Sharding.ROWS if sharding == Auto.AUTO else Sharding(sharding),
-                flags=("--capacity", _node_size_flag(args, cluster)),
+                flags=("--capacity", flag),
             ),
             FSEPConfig(
                 planner=args.strategy,
@@ -169,161 +162,140 @@ def run(args: argparse.Namespace) -> int:
                 restore=args.restore,
                 scheduler=OverlapScheduler(args.scheduler),
             ),
-            tokens,
         )
         for num_ranks in ranks
         for node_size in args.node_size or [min(cluster.ranks_per_node, num_ranks)]
-        for capacity, sharding, mode, tokens in product(
-            args.capacity or [None],
-            shardings,
-            args.mode or [None],
-            args.tokens or [None],
+        for capacity, sharding, mode in product(
+            args.capacity or [None], shardings, args.mode or [None]
         )
     ]
+    cases = _Cases(args, model, rates)
     made: dict[tuple[int, int | None], Trace] = {}
-    results = _Results()
-    for geometry, config, tokens in wanted:
-        key = geometry.num_ranks, None if args.workload is None else tokens
-        if key not in made:
-            made = {key: routing_of(*key)}  # one at a time, for memory
-        _simulate(args, model, rates, geometry, config, tokens, made[key], results)
-    cases = results.predicted
-    sentence = advice(cases, _most_bytes(args, cluster))
+    for geometry, config in wanted:
+        for tokens in args.tokens or [None]:
+            key = geometry.num_ranks, None if args.workload is None else tokens
+            if key not in made:
+                made = {key: routing_of(*key)}  # one at a time, for memory
+            cases.predict(geometry, config, tokens, made[key])
     about = {
         "trace": str(args.trace) if args.workload is None else f"workload {args.workload}",
         "model": args.model,
         "cluster": cluster.name,
-        "run": asdict(results.runs[0]),
+        "run": asdict(cases.runs[0]),
         "steps": args.steps,
         "lag": args.lag,
-        "peak_flops_per_s": _peak(args, rates[0]),
-        "memory_gib": simulate_input.most_gib(args, cluster),
+        "peak_flops_per_s": cases.peak_flops_per_s,
+        "memory_gib": cases.most_gib,
         "not_given": output.not_given(cluster),
     }
-    _write(args, about, results, sentence)
-    _print(about, results, sentence)
+    sentence = advice(cases.predicted, cases.most_bytes)
+    if args.json is not None:
+        content = output.content(about, cases.predicted, cases.refused, sentence)
+        write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")
+    _print(about, cases, sentence)
     return 0
 
 
-def _simulate(
-    args: argparse.Namespace,
-    model: ModelShape,
-    rates: tuple[Rates, ...],
-    geometry: Geometry,
-    config: FSEPConfig,
-    tokens: int | None,
-    trace: Trace,
-    results: _Results,
-) -> None:
-    num_ranks = geometry.num_ranks
-    scaled = tokens if args.workload is None else None  # a workload is made with its tokens
-    routing = Routing.of_run(trace, num_ranks, model.topk, scaled, args.lag)
-    tokens = routing.tokens(model.topk)
-    costs = model.costs(rates[0].cluster, simulate_input.recompute_of(args), routing.pairs)
-    chosen = _chosen(args, geometry, config, model, costs)
-    costs = chosen.costs
-    visited = TokenExchange.RANK if args.token_exchange == _FLEX else costs.tokens.exchange
-    geometry = counting_visits(chosen.geometry, visited, model.topk)
-    shape = simulate_input.run_shape(args, geometry, tokens, trace)
-    simulate_input.can_overlap(args, shape, model)
-    shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
-    sizes = num_ranks, geometry.node_size, geometry.capacity
-    case = Case(*sizes, geometry.sharding.value, config.mode.value, shape.tokens, shape.world)
+class _Cases:
+    """Predictions of all methods in each case of a sweep, and the reasons of those left out."""
+
+    def __init__(
+        self, args: argparse.Namespace, model: ModelShape, rates: tuple[Rates, ...]
+    ) -> None:
+        self.predicted: dict[Case, dict[str, IterationPrediction]] = {}
+        self.refused: dict[Case, dict[str, str]] = {}
+        self.runs: list[RunShape] = []
+        self.most_gib = simulate_input.most_gib(args, rates[0].cluster)
+        self.most_bytes = None if self.most_gib is None else self.most_gib * 2**30
+        peak = args.peak_tflops
+        self.peak_flops_per_s = rates[0].peak_flops_per_s if peak is None else peak * 1e12
+        self._args, self._model, self._rates = args, model, rates
 
     def predict(
-        methods: Sequence[Method], sets: tuple[Rates, ...], **options: Any
-    ) -> list[IterationPrediction]:
-        return predict_iterations(
-            routing, model, shape, methods, sets, steps=args.steps, lag=args.lag, **options
+        self, geometry: Geometry, config: FSEPConfig, tokens: int | None, trace: Trace
+    ) -> None:
+        """Predict a case; a workload's trace has the tokens of the case."""
+        args, model, num_ranks = self._args, self._model, geometry.num_ranks
+        scaled = tokens if args.workload is None else None
+        routing = Routing.of_run(trace, num_ranks, model.topk, scaled, args.lag)
+        geometry, costs = self._chosen(geometry, config, routing)
+        shape = simulate_input.run_shape(args, geometry, routing.tokens(model.topk), trace)
+        simulate_input.can_overlap(args, shape, model)
+        shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
+        sizes = num_ranks, geometry.node_size, geometry.capacity
+        case = Case(*sizes, geometry.sharding.value, config.mode.value, shape.tokens, shape.world)
+        predict = partial(predict_iterations, routing, model, shape, steps=args.steps, lag=args.lag)
+        settings = MethodSettings(
+            geometry,
+            costs,
+            config.mode,
+            args.strategy,
+            overlaps=args.scheduler == "on",
+            holds_step=args.restore == "step",
+            stock_group=args.stock_expert_parallel,
+            topk=model.topk,
+            flex=args.token_exchange == _FLEX,
+            stock_flex=args.stock_dispatcher == _FLEX,
+            combined=args.overlap,
+            one_queue=(args.tensor_parallel or 1) > 1,  # for which Megatron asks
         )
-
-    methods, results.refused[case] = _methods(
-        args,
-        geometry,
-        costs,
-        config.mode,
-        model.topk,
-        rates[0],
-        lambda methods: predict(methods, rates[:1]),
-    )
-    total = min(args.steps, len(routing.steps())) * routing.layers * shape.microbatches
-    with tqdm(desc=case.label, total=total, unit="microbatch", disable=None, leave=False) as bar:
-        found = predict(
-            methods,
-            rates,
-            peak_flops_per_s=_peak(args, rates[0]),
-            progress=bar.update,
+        nominal = self._rates[:1]
+        methods, self.refused[case] = self._methods(
+            settings, lambda methods: predict(methods, nominal)
         )
-    results.predicted[case] = {prediction.method: prediction for prediction in found}
-    results.runs.append(shape)
+        total = min(args.steps, len(routing.steps())) * routing.layers * shape.microbatches
+        bar = tqdm(desc=case.label, total=total, unit="microbatch", disable=None, leave=False)
+        predict = partial(predict, peak_flops_per_s=self.peak_flops_per_s, progress=bar.update)
+        with bar:
+            found = predict(methods, self._rates)
+        self.predicted[case] = {prediction.method: prediction for prediction in found}
+        self.runs.append(shape)
 
+    def _chosen(
+        self, geometry: Geometry, config: FSEPConfig, routing: Routing
+    ) -> tuple[Geometry, CostModel]:
+        """Return the sharding, slots and prices that training takes."""
+        args, topk = self._args, self._model.topk
+        recompute = simulate_input.recompute_of(args)
+        costs = self._model.costs(self._rates[0].cluster, recompute, routing.pairs)
+        word = args.restore_algorithm
+        algorithm = Auto.AUTO if word == Auto.AUTO else ExchangeAlgorithm(word)
+        tokens = max(round(routing.pairs) // topk, 1)
 
-def _chosen(
-    args: argparse.Namespace,
-    geometry: Geometry,
-    config: FSEPConfig,
-    model: ModelShape,
-    costs: CostModel,
-) -> Candidate:
-    """Return the sharding, slots and exchange that training takes."""
-    word = args.restore_algorithm
-    algorithm = Auto.AUTO if word == Auto.AUTO else ExchangeAlgorithm(word)
-    shape = geometry.num_ranks, geometry.num_experts, geometry.node_size
-    tokens = max((costs.pairs_per_rank or 0) // model.topk, 1)
+        def priced(of: Geometry) -> CostModel:
+            sizes = of, topk, tokens
+            exchange = TokenExchange.NODE
+            if args.token_exchange == Auto.AUTO:
+                exchange = choose_token_exchange(costs, *sizes)
+                if args.overlap:  # which hides nothing of `node` inside nodes
+                    exchange = TokenExchange.RANK
+            elif args.token_exchange != _FLEX:  # whose rows are those of `node`
+                exchange = TokenExchange(args.token_exchange)
+            return with_token_exchange(costs, exchange, *sizes).with_exchange(algorithm, of)
 
-    def priced(of: Geometry) -> CostModel:
-        sizes = of, model.topk, tokens
-        exchange = TokenExchange.NODE
-        if args.token_exchange == Auto.AUTO:
-            exchange = choose_token_exchange(costs, *sizes)
-            if args.overlap:  # which hides nothing of `node` inside nodes
-                exchange = TokenExchange.RANK
-        elif args.token_exchange != _FLEX:  # whose rows are those of `node`
-            exchange = TokenExchange(args.token_exchange)
-        return with_token_exchange(costs, exchange, *sizes).with_exchange(algorithm, of)
+        shape = geometry.num_ranks, geometry.num_experts, geometry.node_size
+        chosen, _ = choose_geometry(config, shape, 1, topk, priced)
+        exchange = chosen.costs.tokens.exchange
+        visited = TokenExchange.RANK if args.token_exchange == _FLEX else exchange
+        return counting_visits(chosen.geometry, visited, topk), chosen.costs
 
-    chosen, _ = choose_geometry(config, shape, 1, model.topk, priced)
-    return chosen
-
-
-def _methods(
-    args: argparse.Namespace,
-    geometry: Geometry,
-    costs: CostModel,
-    mode: PlanMode,
-    topk: int,
-    nominal: Rates,
-    predict: Predict,
-) -> tuple[list[Method], dict[str, str]]:
-    settings = MethodSettings(
-        geometry,
-        costs,
-        mode,
-        args.strategy,
-        overlaps=args.scheduler == "on",
-        holds_step=args.restore == "step",
-        stock_group=args.stock_expert_parallel,
-        topk=topk,
-        flex=args.token_exchange == _FLEX,
-        stock_flex=args.stock_dispatcher == _FLEX,
-        combined=args.overlap,
-        one_queue=(args.tensor_parallel or 1) > 1,  # for which Megatron asks
-    )
-    methods, refused = [], {}
-    for name in args.method:
-        try:
-            if name == STOCK:
-                limit = _most_bytes(args, nominal.cluster)
-                methods.append(fastest_stock(settings, nominal, predict, limit))
-            else:
-                methods.append(make_method(name, settings, nominal))
-        except ValueError as error:
-            if name == STOCK and args.stock_expert_parallel is not None:
-                raise
-            refused[name] = str(error)
-    if not methods:
-        raise ValueError("; ".join(refused.values()))
-    return methods, refused
+    def _methods(
+        self, settings: MethodSettings, predict: Predict
+    ) -> tuple[list[Method], dict[str, str]]:
+        methods, refused, nominal = [], {}, self._rates[0]
+        for name in self._args.method:
+            try:
+                if name == STOCK:
+                    methods.append(fastest_stock(settings, nominal, predict, self.most_bytes))
+                else:
+                    methods.append(make_method(name, settings, nominal))
+            except ValueError as error:
+                if name == STOCK and settings.stock_group is not None:
+                    raise
+                refused[name] = str(error)
+        if not methods:
+            raise ValueError("; ".join(refused.values()))
+        return methods, refused
 
 
 def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | Auto]:
@@ -346,39 +318,19 @@ def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | A
     return list(possible)
 
 
-def _node_size_flag(args: argparse.Namespace, cluster: Cluster) -> str:
-    return "--node-size" if args.node_size else f"--node-size is not given, and {cluster.name}'s"
-
-
-def _most_bytes(args: argparse.Namespace, cluster: Cluster) -> float | None:
-    most_gib = simulate_input.most_gib(args, cluster)
-    return None if most_gib is None else most_gib * 2**30
-
-
-def _peak(args: argparse.Namespace, nominal: Rates) -> float:
-    return nominal.peak_flops_per_s if args.peak_tflops is None else args.peak_tflops * 1e12
-
-
-def _print(about: dict[str, Any], results: _Results, text: str) -> None:
-    cases, shape = results.predicted, results.runs[0]
-    first = next(iter(cases))
+def _print(about: dict[str, Any], cases: _Cases, text: str) -> None:
+    predicted, shape = cases.predicted, cases.runs[0]
+    first = next(iter(predicted))
     sizes = f"{shape.tokens} tokens per rank and microbatch, {shape.microbatches} microbatches"
     parallel = f"pipeline {shape.stages} x {shape.chunks}, {shape.world} ranks in all"
     if about["memory_gib"] is not None:
         parallel += f" with {about['memory_gib']:g} GiB each"
     print(one_line(f"{about['model']} on {about['cluster']}, {about['trace']}"))
     print(f"{first.label}: {sizes}; {parallel}; recompute {shape.recompute}\n")
-    print(output.table_text(cases[first], results.refused[first]), end="\n\n")
-    print(output.parts_text(cases[first]), end="\n\n")
-    if len(cases) > 1:
-        print(output.sweep_text(cases), end="\n\n")
+    print(output.table_text(predicted[first], cases.refused[first]), end="\n\n")
+    print(output.parts_text(predicted[first]), end="\n\n")
+    if len(predicted) > 1:
+        print(output.sweep_text(predicted), end="\n\n")
     if about["not_given"]:
         text = f"{one_line(about['not_given'])}\n\n{text}"
     print(output.LEGEND, text, sep="\n\n")
-
-
-def _write(args: argparse.Namespace, about: dict[str, Any], results: _Results, text: str) -> None:
-    cases = results.predicted
-    if args.json is not None:
-        content = output.content(about, cases, results.refused, text)
-        write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")

@@ -116,9 +116,9 @@ def test_bytes_of_a_run_in_fp8_are_those_that_are_simulated(
     costs = model.costs(rates.cluster, recompute, Routing(drifting_trace(), 4).pairs)
     costs = replace(costs, restore_algorithm=ExchangeAlgorithm.FLAT)
     method = make_method(FSEP, MethodSettings(geometry, costs, holds_step=extra == HELD), rates)
-    planner: Any = method.layer_planner(0)
+    planner: Any = method.layer_planner()
     assert method.in_bf16 is not None
-    in_bf16: Any = method.in_bf16.layer_planner(0)
+    in_bf16: Any = method.in_bf16.layer_planner()
     one = planner.work(np.ones((2, EXPERTS), dtype=np.int64))
 
     def work(layer: int, microbatch: int) -> LayerWork:

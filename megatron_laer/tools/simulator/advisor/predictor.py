@@ -23,7 +23,6 @@ from megatron_laer.choices import (
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.token_exchange import counting_visits, with_token_exchange
-from megatron_laer.tools.simulator.advisor.planned_once import planned_once
 from megatron_laer.tools.simulator.advisor.settings import Dispatch, Setting, stock_sizes
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import (
@@ -34,7 +33,12 @@ from megatron_laer.tools.simulator.iteration.methods import (
     make_method,
 )
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
-from megatron_laer.tools.simulator.iteration.predict import IterationPrediction, predict_iterations
+from megatron_laer.tools.simulator.iteration.predict import (
+    IterationPrediction,
+    StepWorks,
+    price_steps,
+    replay_steps,
+)
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
@@ -111,7 +115,7 @@ class Predictor:
     _traces: dict[int, Trace] = field(default_factory=dict)
     _routings: dict[tuple[int, bool], Routing] = field(default_factory=dict)
     _priced: dict[tuple[Geometry, TokenExchange], CostModel] = field(default_factory=dict)
-    _planned: dict[tuple[Setting | int, bool], Method] = field(default_factory=dict)
+    _works: dict[tuple[Setting | int, bool], list[StepWorks]] = field(default_factory=dict)
 
     def stocks(self) -> list[Candidate]:
         """Return stock in each group that divides the ranks and the experts, as it may overlap."""
@@ -199,14 +203,11 @@ class Predictor:
         """
         full = self.run.of_group(candidate.num_ranks)
         model, shape, factor = _shortened(self.run.model, full)
-        routing = self._routing(candidate.num_ranks, short=True)
-        method = self._with_plans(candidate, routing.layers, short=True)
+        replayed = self._replayed(candidate, model, 2 * shape.stages, _STEPS, short=True)
 
         def seconds(microbatches: int) -> Floats:
             of = replace(shape, microbatches=microbatches)
-            (found,) = predict_iterations(
-                routing, model, of, [method], sets, steps=_STEPS, lag=self.run.lag
-            )
+            (found,) = price_steps(replayed, model, of, [candidate.method], sets)
             return np.array(found.by_rates_s)
 
         many_s, few_s = seconds(2 * shape.stages), seconds(shape.stages)
@@ -218,45 +219,46 @@ class Predictor:
 
     def fully(self, candidate: Candidate, sets: Sequence[Rates]) -> IterationPrediction:
         """Predict all layers and stages, and microbatches until further ones are alike."""
-        shape = self.run.of_group(candidate.num_ranks)
-        routing = self._routing(candidate.num_ranks)
-        method = self._with_plans(candidate, routing.layers, short=False)
-
-        def predicted(microbatches: int) -> IterationPrediction:
-            (found,) = predict_iterations(
-                routing,
-                self.run.model,
-                replace(shape, microbatches=microbatches),
-                [method],
-                sets,
-                steps=self.run.steps,
-                lag=self.run.lag,
-            )
-            return found
-
-        recorded = int(self._traces[candidate.num_ranks].microbatch_R.max()) + 1
+        run, shape = self.run, self.run.of_group(candidate.num_ranks)
+        recorded = int(self._trace(candidate.num_ranks).microbatch_R.max()) + 1
         few = 2 * shape.stages
         many = few + shape.stages * -(-recorded // shape.stages)
         if shape.microbatches <= few + many:
-            return predicted(shape.microbatches)
+            many = shape.microbatches
+        replayed = self._replayed(candidate, run.model, many, run.steps, short=False)
+
+        def predicted(microbatches: int) -> IterationPrediction:
+            of = replace(shape, microbatches=microbatches)
+            (found,) = price_steps(replayed, run.model, of, [candidate.method], sets)
+            return found
+
         by_many = predicted(many)
+        if many == shape.microbatches:
+            return by_many
         return _extended(predicted(few), by_many, (few, many, shape.microbatches))
 
-    def _with_plans(self, candidate: Candidate, layers: int, *, short: bool) -> Method:
-        """Return the method with plans that are made once, whether tokens overlap or not."""
+    def _replayed(
+        self, candidate: Candidate, model: ModelShape, microbatches: int, steps: int, *, short: bool
+    ) -> list[StepWorks]:
+        """Return the candidate's work, which is the same whether tokens overlap or not."""
         setting, method = candidate.setting, candidate.method
         same = method.group if setting is None else replace(setting, combined=False)
         assert same is not None
-        if (same, short) not in self._planned:
-            self._planned[same, short] = planned_once(method, layers)
-        return replace(self._planned[same, short], schedule=method.schedule)
+        if (same, short) not in self._works:
+            routing = self._routing(candidate.num_ranks, short=short)
+            sizes = microbatches, steps, self.run.lag
+            self._works[same, short] = list(replay_steps(routing, model, [method], *sizes))
+        return self._works[same, short]
+
+    def _trace(self, num_ranks: int) -> Trace:
+        if num_ranks not in self._traces:
+            self._traces[num_ranks] = self.run.trace_of(num_ranks)
+        return self._traces[num_ranks]
 
     def _routing(self, num_ranks: int, *, short: bool = False) -> Routing:
         key = num_ranks, short
         if key not in self._routings:
-            if num_ranks not in self._traces:
-                self._traces[num_ranks] = self.run.trace_of(num_ranks)
-            trace = self._traces[num_ranks]
+            trace = self._trace(num_ranks)
             if short:
                 trace = _short_trace(trace)
             sizes = num_ranks, self.run.model.topk, self.run.tokens, self.run.lag

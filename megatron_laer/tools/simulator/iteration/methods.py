@@ -91,7 +91,7 @@ class Method:
     """Layouts, exchanges and memory of one method of training.
 
     With `one_stream` parameters and gradients share a communicator. `layer_planner` makes a planner
-    for a recorded layer. A rank owns `experts_held` experts' worth of weights in each layer, as do
+    of one layer. A rank owns `experts_held` experts' worth of weights in each layer, as do
     `replicas` ranks of an FSEP group. It restores `restored` whole ones, in another `form` than
     gradients' if it is given. `group` are the ranks of a group of stock. `fixed_bytes` are of
     libraries and buffers, by part, and do not depend on the run. `in_bf16` is the method in layers
@@ -101,7 +101,7 @@ class Method:
     name: str
     schedule: Schedule
     one_stream: bool
-    layer_planner: Callable[[int], LayerPlanner]
+    layer_planner: Callable[[], LayerPlanner]
     experts_held: float
     restored: int
     replicas: int
@@ -153,7 +153,7 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
         STOCK,
         make_schedule(overlaps=False, by_parts=settings.combined),
         one_stream=False,
-        layer_planner=lambda layer: _Grouped(passing, geometry.node_size, rates, None, None),
+        layer_planner=lambda: _Grouped(passing, geometry.node_size, rates, None, None),
         experts_held=each,
         restored=0,
         replicas=geometry.num_ranks // group,
@@ -197,7 +197,7 @@ def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
         FSDP_EP,
         make_schedule(overlaps=settings.overlaps, by_parts=settings.combined),
         one_stream=False,
-        layer_planner=lambda layer: _Grouped(
+        layer_planner=lambda: _Grouped(
             TokenPassing(group), geometry.node_size, rates, exchange, exchange
         ),
         experts_held=each / sharing,
@@ -226,9 +226,7 @@ def _relaid(
         name,
         make_schedule(overlaps=settings.overlaps, by_parts=settings.combined),
         one_stream,
-        layer_planner=lambda layer: _Relaid(
-            LayerPolicy(strategy, _in_a_row(geometry)), guard, rates
-        ),
+        layer_planner=lambda: _Relaid(LayerPolicy(strategy, _in_a_row(geometry)), guard, rates),
         experts_held=geometry.num_experts / geometry.num_ranks,
         restored=geometry.capacity,
         replicas=1,
@@ -255,7 +253,7 @@ def _fsep(settings: MethodSettings, rates: Rates) -> Method:
             by_parts=settings.combined,
         ),
         one_stream=False,
-        layer_planner=lambda layer: _Relaid(
+        layer_planner=lambda: _Relaid(
             LayerPolicy(strategy, geometry.static_layout),
             guard,
             rates,

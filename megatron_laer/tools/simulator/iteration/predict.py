@@ -5,23 +5,22 @@ Legend: N ranks, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from megatron_laer.arrays import Int64
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED, WAITING
 from megatron_laer.tools.simulator.iteration.iterate import Iteration, run_iteration
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.link_bytes import link_bytes, totals
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
-from megatron_laer.tools.simulator.iteration.methods import LayerPlanner, Method
+from megatron_laer.tools.simulator.iteration.methods import Method
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.rates import Rates
-from megatron_laer.tools.simulator.iteration.routing import LayerRecords, Routing
+from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.work import LayerWork
 from megatron_laer.tools.simulator.node_rows import NodeRows, by_cause
@@ -90,11 +89,29 @@ class IterationPrediction:
         return sum(self.memory_bytes.values())
 
 
-class _Place(NamedTuple):
+class Place(NamedTuple):
     """Recorded layer whose routing a layer has, and whether that is in fp8."""
 
     recorded: int
     in_fp8: bool
+
+
+@dataclass(frozen=True)
+class StepWorks:
+    """Outcomes of one step as work of each microbatch, by method and place.
+
+    `places` are the model's layers; None has no experts.
+    """
+
+    places: Sequence[Place | None]
+    of: Mapping[str, Mapping[Place, Sequence[LayerWork]]]
+
+    def at(self, method: str, layer: int, microbatch: int) -> LayerWork | None:
+        place = self.places[layer]
+        if place is None:
+            return None
+        works = self.of[method][place]
+        return works[microbatch % len(works)]
 
 
 @dataclass
@@ -119,26 +136,71 @@ def predict_iterations(
     peak_flops_per_s: float | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[IterationPrediction]:
-    """Predict iterations of all methods.
+    """Replay steps of a trace, and price iterations of all methods with their work."""
+    sizes = run.microbatches, steps, lag
+    replayed = replay_steps(routing, model, methods, *sizes, progress)
+    return price_steps(replayed, model, run, methods, rate_sets, peak_flops_per_s)
 
-    `rate_sets` begins with the nominal ones. `steps` is the number of simulated steps, spread over
-    the trace, and `lag` the age of a forecast in recorded steps. `progress` gets the number of
-    newly planned microbatches.
+
+def replay_steps(
+    routing: Routing,
+    model: ModelShape,
+    methods: Sequence[Method],
+    microbatches: int,
+    steps: int,
+    lag: int,
+    progress: Callable[[int], object] = lambda done: None,
+) -> Iterator[StepWorks]:
+    """Yield the work of each method in `steps` steps, spread over the trace.
+
+    `lag` is the age of a forecast in recorded steps. `progress` gets the number of newly planned
+    microbatches.
     """
+    places = _places(model, routing.layers)
+    share = None if model.lora is None else model.expert_adapters / model.expert_weights
+    planners = {
+        (method.name, place): method.for_model(model.for_layer(layer)).layer_planner()
+        for method in methods
+        for layer, place in enumerate(places)
+        if place is not None
+    }
+    for step, forecasts in routing.walk(lag, steps):
+        works: dict[str, dict[Place, list[LayerWork]]] = {method.name: {} for method in methods}
+        for layer, records in step.items():
+            of_layer = [
+                (works[name].setdefault(place, []), planner)
+                for (name, place), planner in planners.items()
+                if place.recorded == layer
+            ]
+            for _, planner in of_layer:
+                planner.begin_step(forecasts[layer])
+            for record in records[:microbatches]:
+                counts_NE = routing.counts_NE(record)
+                for found, planner in of_layer:
+                    work = planner.work(counts_NE)
+                    found.append(work if share is None else work.with_adapters(share))
+                progress(1)
+        yield StepWorks(places, works)
+
+
+def price_steps(
+    replayed: Iterable[StepWorks],
+    model: ModelShape,
+    run: RunShape,
+    methods: Sequence[Method],
+    rate_sets: Sequence[Rates],
+    peak_flops_per_s: float | None = None,
+) -> list[IterationPrediction]:
+    """Predict iterations of all methods; `rate_sets` begins with the nominal ones."""
     collected = {method.name: _Collected() for method in methods}
     timings = [Timing(model, run, rates, rate_sets[0]) for rates in rate_sets]
-    place_of = _places(model, routing.layers)
-    share = None if model.lora is None else model.expert_adapters / model.expert_weights
-    planners = {method.name: _planners(method, model, place_of) for method in methods}
-    for step, forecasts in routing.walk(lag, steps):
-        works = _step_works(routing, step, forecasts, methods, planners, run, progress, share)
+    for works in replayed:
         for method in methods:
-            found = collected[method.name]
-            work = partial(_work_at, works[method.name], place_of)
+            found, work = collected[method.name], partial(works.at, method.name)
             found.iterations.append([run_iteration(method, timing, work) for timing in timings])
             found.bytes_by_kind.append(link_bytes(method, model, run, work))
-            for of in works[method.name].values():
-                for each in of:
+            for of in works.of[method.name].values():
+                for each in of[: run.microbatches]:
                     found.ratios.append(each.max_over_mean)
                     found.replans.append(each.change is not None)
                     if each.node_rows is not None:
@@ -148,66 +210,15 @@ def predict_iterations(
     return [_prediction(method, collected[method.name], model, run, peak) for method in methods]
 
 
-def _places(model: ModelShape, traced_layers: int) -> list[_Place | None]:
-    places: list[_Place | None] = []
+def _places(model: ModelShape, traced_layers: int) -> list[Place | None]:
+    places: list[Place | None] = []
     number = 0
     for layer, has_experts in enumerate(model.layer_has_experts):
         recorded = number * traced_layers // model.moe_layers
-        place = _Place(recorded, model.for_layer(layer).fp8 is not None)
+        place = Place(recorded, model.for_layer(layer).fp8 is not None)
         places.append(place if has_experts else None)
         number += has_experts
     return places
-
-
-def _planners(
-    method: Method, model: ModelShape, place_of: Sequence[_Place | None]
-) -> dict[_Place, LayerPlanner]:
-    return {
-        place: method.for_model(model.for_layer(layer)).layer_planner(place.recorded)
-        for layer, place in enumerate(place_of)
-        if place is not None
-    }
-
-
-def _work_at(
-    works: Mapping[_Place, Sequence[LayerWork]],
-    place_of: Sequence[_Place | None],
-    layer: int,
-    microbatch: int,
-) -> LayerWork | None:
-    place = place_of[layer]
-    return None if place is None else works[place][microbatch % len(works[place])]
-
-
-def _step_works(
-    routing: Routing,
-    step: LayerRecords,
-    forecasts: Mapping[int, Int64],
-    methods: Sequence[Method],
-    planners: Mapping[str, Mapping[_Place, LayerPlanner]],
-    run: RunShape,
-    progress: Callable[[int], object],
-    adapters_share: float | None,
-) -> dict[str, dict[_Place, list[LayerWork]]]:
-    works: dict[str, dict[_Place, list[LayerWork]]] = {method.name: {} for method in methods}
-    for layer, records in step.items():
-        of_layer = [
-            (works[method.name].setdefault(place, []), planner)
-            for method in methods
-            for place, planner in planners[method.name].items()
-            if place.recorded == layer
-        ]
-        for _, planner in of_layer:
-            planner.begin_step(forecasts[layer])
-        for record in records[: run.microbatches]:
-            counts_NE = routing.counts_NE(record)
-            for found, planner in of_layer:
-                work = planner.work(counts_NE)
-                if adapters_share is not None:
-                    work = work.with_adapters(adapters_share)
-                found.append(work)
-            progress(1)
-    return works
 
 
 def _prediction(
