@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from pathlib import Path
 from typing import Any
 
 from megatron_laer.config import FSEPConfig
@@ -28,50 +27,10 @@ html_title = "megatron_laer"
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 
-# Former pages, and where their contents are.
-MOVED = {
-    "announced": "rl#announced-routing",
-    "bridge": "own_loop#megatron-bridge",
-    "comparison": "paper#other-systems",
-    "compatibility": "support#versions",
-    "configurations": "calibrate#models",
-    "containers": "install#containers",
-    "convergence": "performance#convergence",
-    "end_to_end": "performance",
-    "errors": "troubleshooting",
-    "faq": "tuning#questions",
-    "faults": "troubleshooting#faults",
-    "fork": "megatron",
-    "gemm": "communication#matrix-products-of-experts",
-    "glossary": "concepts#glossary",
-    "known_limits": "support#not-shown",
-    "new_release": "releasing#a-new-release-of-megatron",
-    "prepare_data": "megatron#your-data",
-    "release": "releasing",
-    "scaling": "simulator#scale",
-    "site": "releasing#this-site",
-    "slime": "rl#slime",
-    "stock_names": "checkpoints#weights-under-stock-s-names",
-    "timeline": "report#profiles",
-}
-_REDIRECT = (
-    '<!doctype html><meta http-equiv="refresh" content="0; url={0}"><a href="{0}">Moved</a>\n'
-)
-
 
 def setup(app: Any) -> None:
-    """Connect the steps that complete docstrings and redirect old addresses."""
+    """Connect the step that completes docstrings."""
     app.connect("autodoc-process-docstring", _complete)
-    app.connect("build-finished", _redirect)
-
-
-def _redirect(app: Any, error: Exception | None) -> None:
-    """Write a page for each former address, which leads to the new one."""
-    if error is None and app.builder.format == "html":
-        for old, new in MOVED.items():
-            name, mark, part = new.partition("#")
-            page = _REDIRECT.format(f"{name}.html{mark}{part}")
-            Path(app.outdir, f"{old}.html").write_text(page, encoding="utf-8")
 
 
 def _complete(app: Any, what: str, name: str, obj: object, options: Any, lines: list[str]) -> None:

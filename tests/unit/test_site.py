@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import html
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -81,14 +80,6 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert made.returncode == 0, made.stderr[-3000:]
     return folder / "html"
-
-
-def test_old_addresses_lead_to_pages_and_parts_that_exist(site: Path) -> None:
-    for old, new in runpy.run_path(str(DOCS / "conf.py"))["MOVED"].items():
-        assert not (DOCS / f"{old}.md").exists()
-        name, _, part = new.partition("#")
-        assert f"url={name}.html" in (site / f"{old}.html").read_text("utf-8")
-        assert not part or f'id="{part}"' in (site / f"{name}.html").read_text("utf-8"), new
 
 
 def test_the_python_interface_has_every_public_name_and_setting(site: Path) -> None:
