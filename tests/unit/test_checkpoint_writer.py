@@ -16,8 +16,6 @@ import pytest
 from tests.checkpoints import NEEDS_NVRX
 from tests.processes import outlive, python_path
 
-pytestmark = pytest.mark.releases
-
 # Megatron asks torch for the worker's GPU; new processes import this replacement.
 RANK = """
 import os, signal, sys
@@ -60,6 +58,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.releases
 @pytest.mark.parametrize("end", ["fails", "is killed"])
 @pytest.mark.parametrize("writer", ["mcore", pytest.param("nvrx", marks=NEEDS_NVRX)])
 def test_helpers_work_on_after_a_signal_and_end_however_their_rank_ends(

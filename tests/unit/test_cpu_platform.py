@@ -13,8 +13,6 @@ from megatron_laer import device
 from megatron_laer.plugin import wheel
 from tests.processes import python_path
 
-pytestmark = pytest.mark.releases
-
 
 def run(code, **environment):
     """Return the last line that `code` prints in a fresh interpreter, or its error output."""
@@ -95,6 +93,7 @@ def test_asking_for_the_cpu_does_not_import_torch():
     assert run(code, MEGATRON_LAER_DEVICE="cpu") == "True False False"
 
 
+@pytest.mark.releases
 def test_installing_after_megatron_is_refused():
     code = """
         import megatron.core
@@ -259,6 +258,7 @@ ON_CPU = {
 }
 
 
+@pytest.mark.releases
 @pytest.mark.parametrize("code", ON_CPU.values(), ids=ON_CPU)
 def test_with_cuda_replaced(code, on_cpu):
     assert on_cpu(code) == ""

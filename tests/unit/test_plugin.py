@@ -20,8 +20,6 @@ from megatron_laer.releases import NEXT, NUMBERS, TESTED_RANGE, release_after
 from megatron_laer.support.torch_version import problem_on_cuda
 from tests.processes import python
 
-pytestmark = pytest.mark.releases
-
 UNSUPPORTED = ("0.16.1", "0.17.1", f"{release_after(NEXT.number)}.0")
 
 PREPARE = "from megatron_laer.launch import prepare; prepare()\n"
@@ -40,6 +38,7 @@ def snapshot(patches):
 """
 
 
+@pytest.mark.releases
 def test_enabling_is_idempotent_undoable_and_refuses_what_it_does_not_know() -> None:
     out = python(
         "-c",
@@ -154,6 +153,7 @@ def test_an_installed_megatron_has_no_commit_and_a_checkout_has_its_own(
     assert versions.megatron_version() == "0.19.2"
 
 
+@pytest.mark.releases
 def test_installing_the_command_line_changes_nothing_but_the_argument_functions() -> None:
     out = python(
         "-c",
@@ -187,6 +187,7 @@ assert plugin.patch_table() == ""
     assert "also args.num_experts" in rows
 
 
+@pytest.mark.releases
 @pytest.mark.parametrize("order", ["spec first", "plugin first"])
 def test_hybrid_models_get_the_layer_whenever_their_spec_was_built(order: str) -> None:
     enable = "import megatron_laer; megatron_laer.enable()\n"
