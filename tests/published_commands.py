@@ -23,8 +23,7 @@ from megatron_laer.tools import cli
 from megatron_laer.tools.cli.check_recipe import STATUS
 from megatron_laer.tools.recipes.bridge_table import COLUMNS
 from tests.parity.rows import ROWS
-
-COMMANDS = Path(__file__).with_name("published_commands.yaml")
+from tests.parity.settings import published_entries
 
 _SOURCES = {
     "megatron": ("Megatron", "https://github.com/NVIDIA/Megatron-LM/blob/core_v0.19.0"),
@@ -47,11 +46,6 @@ _DEFAULTS = dict.fromkeys(COLUMNS, "") | {
 }
 
 
-def read() -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = yaml.safe_load(COMMANDS.read_text(encoding="utf-8"))
-    return entries
-
-
 def row_of(entry: Mapping[str, Any]) -> str:
     (name,) = (row.name for row in ROWS if row.name.startswith(entry["row"]))
     return name
@@ -60,7 +54,7 @@ def row_of(entry: Mapping[str, Any]) -> str:
 def table(folder: Path) -> list[str]:
     lines = ["| model | published by | verdict | proved by | in the way | row |"]
     lines.append("|---|---|---|---|---|---|")
-    for number, entry in enumerate(read()):
+    for number, entry in enumerate(published_entries()):
         repository, path = entry["from"].split()
         name, address = _SOURCES[repository]
         status, said, *because = _checked(entry, folder / str(number))

@@ -1,8 +1,8 @@
-"""The parity rows that CI runs each day; the others run at night.
+"""The parity rows that CI runs each day, for half as many steps; the others run at night.
 
-The rows of a day have every setting that any row has, and every pair of features of published
+The rows of a day have every setting of published commands and every pair of features of published
 recipes. Each of FSEP's own settings is in a row of each sharding that takes it, and in pairs with
-its others. Pairs of other settings, which no published recipe has together, are left to the night.
+its others. Other settings and pairs, which no published recipe has, are left to the night.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from megatron_laer.cpu.training import Adapt
 from megatron_laer.tools.recipes.features import features_of
-from tests.parity.row import AT_HOME, STEPS, Row, words_of
+from tests.parity.row import AT_HOME, STEPS_BY_DAY, Row, words_of
 from tests.parity.rows import ALL_ROWS
-from tests.parity.settings import settings_of
+from tests.parity.settings import published_entries, settings_of
 
 # Features of rows that no published recipe or command has.
 UNPUBLISHED = frozenset(
@@ -42,15 +42,24 @@ def needed(row: Row) -> frozenset[tuple[str, ...]]:
     own = words_of(row.fsep.replace(AT_HOME, ""))
     own |= {f"capacity {row.capacity}"} if row.capacity else set()
     published = features_of(settings_of(row)) - UNPUBLISHED
+    megatrons = words_of(row.flags) - published_words() - own
+    settings = {word for word in row.values - megatrons if not word.startswith("without ")}
     return frozenset(
         [
-            *(("setting", word) for word in row.values),
-            *(("at home", word) for word in row.values if at_home),
+            *(("setting", word) for word in settings),
+            *(("at home", word) for word in settings if at_home),
             *(("in this sharding", word, str(at_home)) for word in own),
             *(("of FSEP", *pair) for pair in combinations(sorted(own), 2)),
             *(("published", *pair) for pair in combinations(sorted(published), 2)),
         ]
     )
+
+
+@cache
+def published_words() -> frozenset[str]:
+    """Return the settings of all published commands."""
+    commands = (entry.get("flags", "") for entry in published_entries())
+    return frozenset(word for command in commands for word in words_of(command))
 
 
 def all_needed(rows: Iterable[Row]) -> set[tuple[str, ...]]:
@@ -82,7 +91,7 @@ def daily() -> frozenset[str]:
 
 
 class Case(NamedTuple):
-    """A row as pytest runs it, at night with more steps as well."""
+    """A row as pytest runs it, by day for few steps, and at night whole."""
 
     id: str
     row: Row
@@ -91,10 +100,10 @@ class Case(NamedTuple):
 
 def cases() -> Iterator[Case]:
     for row in ALL_ROWS:
-        yield Case(row.id, _short(row), row.id in daily())
-        longer = row.at_night or row.steps
-        if longer > STEPS:
-            yield Case(f"{row.id}-{longer}", replace(row, steps=longer), is_daily=False)
+        first = _short(row).steps if row.id in daily() else row.steps
+        yield Case(row.id, replace(row, steps=first), row.id in daily())
+        for steps in sorted({row.steps, row.at_night or row.steps} - {first}):
+            yield Case(f"{row.id}-{steps}", replace(row, steps=steps), is_daily=False)
 
 
 @cache
@@ -115,7 +124,8 @@ def _stock_run(row: Row) -> StockRun:
 
 
 def _short(row: Row) -> Row:
-    return replace(row, steps=min(row.steps, STEPS))
+    """Return a row as it runs by day; those that evaluate between steps are whole."""
+    return row if row.evaluations else replace(row, steps=min(row.steps, STEPS_BY_DAY))
 
 
 def _cost(row: Row, there: Collection[StockRun]) -> int:

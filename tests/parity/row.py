@@ -10,8 +10,9 @@ from megatron_laer.cpu.training import Adapt
 from tests.parity.compare import Distance
 from tests.parity.flags import command_line
 
-# Enough for a wrong gradient to show. Rows of common settings train longer at night, so that
-# rounding adds up as it does in training.
+# Enough for a wrong gradient to show, by day and at night. Rows of common settings train longer at
+# night, so that rounding adds up as it does in training.
+STEPS_BY_DAY = 6
 STEPS = 12
 LONG = 50
 # Graphs of attention with another feature are known to go wrong after 80 steps only.

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from tests.parity import bridge_lora
 from tests.parity.row import Row
+
+_PUBLISHED = Path(__file__).parents[1] / "published_commands.yaml"
+
+
+def published_entries() -> list[dict[str, Any]]:
+    """Return published commands and recipes with what is known of them."""
+    entries: list[dict[str, Any]] = yaml.safe_load(_PUBLISHED.read_text(encoding="utf-8"))
+    return entries
 
 
 def settings_of(row: Row) -> Namespace:

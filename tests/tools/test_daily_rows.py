@@ -1,4 +1,4 @@
-"""The parity rows of a day have every setting, and the pairs that published recipes have."""
+"""The parity rows of a day have the settings and pairs that published recipes have."""
 
 from __future__ import annotations
 
@@ -9,43 +9,52 @@ from unittest import mock
 from megatron_laer.tools.recipes import bridge_table
 from megatron_laer.tools.recipes.families import IMPLIED
 from megatron_laer.tools.recipes.features import features_of
-from tests import published_commands, shared_data
+from tests import shared_data
 from tests.durations import PARITY
-from tests.parity.daily import UNPUBLISHED, all_needed, cases, daily, needed, sharing
+from tests.parity.daily import (
+    UNPUBLISHED,
+    all_needed,
+    cases,
+    daily,
+    needed,
+    published_words,
+    sharing,
+)
+from tests.parity.row import STEPS_BY_DAY, words_of
 from tests.parity.rows import ALL_ROWS
-from tests.parity.settings import settings_in, settings_of
+from tests.parity.settings import published_entries, settings_in, settings_of
 from tests.planted.faults import FAULTS
 from tests.recipes_page import LIST, judged
 
 ROWS = [row for row in ALL_ROWS if row.id in daily()]
 
 
-def test_a_day_has_every_setting_and_the_pairs_that_count() -> None:
+def test_a_day_has_every_published_setting_and_the_pairs_that_count() -> None:
     assert all_needed(ROWS) == all_needed(ALL_ROWS)
-    assert {value for row in ROWS for value in row.values} == {
-        value for row in ALL_ROWS for value in row.values
-    }
+    published = {word for row in ALL_ROWS for word in words_of(row.flags)} & published_words()
+    assert {word for row in ROWS for word in row.values} >= published
+    assert len(published) > 80
     assert all(row.id in daily() for row in ALL_ROWS if row.releases)
 
 
-def test_a_day_trains_few_stock_runs() -> None:
-    runs = {sharing()[row.id] for row in ROWS}
-    assert len(ROWS) <= 100 and len(runs) <= 43
-    assert len({value for row in ROWS for value in row.values}) >= 230
+def test_a_day_trains_few_stock_runs_for_few_steps() -> None:
+    assert len(ROWS) <= 80
+    assert len({sharing()[row.id] for row in ROWS}) <= 38
+    by_day = [case.row for case in cases() if case.is_daily]
+    assert all(row.steps <= STEPS_BY_DAY for row in by_day if not row.evaluations)
 
 
-def test_every_row_is_a_case_once_and_longer_ones_are_nightly() -> None:
+def test_every_row_runs_whole_at_night_or_by_day() -> None:
     found = [*cases()]
     assert len({case.id for case in found}) == len(found) > len(ALL_ROWS)
-    assert [case.row.id for case in found if case.id == case.row.id] == [row.id for row in ALL_ROWS]
     assert {case.id for case in found if case.is_daily} == daily()
+    assert all(row in (case.row for case in found) for row in ALL_ROWS)
 
 
 def test_rows_with_other_settings_of_fsep_share_a_stock_run() -> None:
     shared = sharing()
-    assert shared["exact-home"] == shared["deepep"] == shared["exact"]
-    assert shared["plain"] != shared["plain-50"]
-    assert shared["bf16"] != shared["plain"]
+    assert shared["exact-home"] == shared["hybridep"] == shared["exact"]
+    assert shared["exact-12"] not in (shared["exact"], shared["bf16"])
 
 
 def test_what_a_row_needs_tells_shardings_apart() -> None:
@@ -78,7 +87,7 @@ def test_no_recipe_of_the_list_has_an_unpublished_feature() -> None:
 
 
 def _published() -> Iterator[frozenset[str]]:
-    for entry in published_commands.read():
+    for entry in published_entries():
         if "flags" in entry:
             flags = entry["flags"].replace("--cuda-graph-scope", "--cuda-graph-modules")
             yield features_of(settings_in(flags.split()))

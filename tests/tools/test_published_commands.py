@@ -6,8 +6,9 @@ import os
 import subprocess
 import sys
 
+from tests.parity.settings import published_entries
 from tests.processes import python_path
-from tests.published_commands import read, row_of
+from tests.published_commands import row_of
 from tests.recipes_page import PAGE
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": python_path(), "MEGATRON_LAER_DEVICE": "cpu"}
@@ -22,13 +23,13 @@ def test_the_page_has_the_verdicts_of_published_commands():
         timeout=600,
     )
     assert result.returncode == 0, result.stderr
-    assert len(result.stdout.splitlines()) == 2 + len(read())
+    assert len(result.stdout.splitlines()) == 2 + len(published_entries())
     page = PAGE.read_text(encoding="utf-8")
     assert result.stdout in page, "python -m tests.published_commands prints the table of today"
 
 
 def test_every_model_has_a_command_and_what_runs_has_a_row():
-    entries = read()
+    entries = published_entries()
     for (
         model
     ) in "Mixtral Qwen3-30B Qwen3-235B DeepSeek-V3 gpt-oss GLM-4.5 Kimi-K2 Nemotron-3".split():

@@ -20,9 +20,11 @@ def test_files_with_a_figure_exist() -> None:
 
 def test_a_unit_of_work_is_a_file_or_the_rows_of_a_stock_run() -> None:
     assert unit_of("tests/unit/test_a.py::test_b[c]") == "tests/unit/test_a.py"
-    rows = [f"{PARITY}::test_fsep_equals_stock[{row}]" for row in ("exact", "deepep-home", "bf16")]
-    exact, deepep, bf16 = map(unit_of, rows)
-    assert exact == deepep != bf16
+    rows = [
+        f"{PARITY}::test_fsep_equals_stock[{row}]" for row in ("exact", "hybridep-home", "bf16")
+    ]
+    exact, hybridep, bf16 = map(unit_of, rows)
+    assert exact == hybridep != bf16
     assert unit_of(f"{PARITY}::test_another") == PARITY
 
 
