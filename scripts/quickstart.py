@@ -28,10 +28,10 @@ from megatron_laer.device import CPU_FLAGS
 from megatron_laer.files.checks import one_line, quoted, refuse_unusable_folder
 from megatron_laer.files.writing import write_file
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
-from megatron_laer.runtime.planning.layout_recording import recording_path as layouts_path
+from megatron_laer.runtime.planning.layout_recording import LAYOUTS
 from megatron_laer.telemetry import log as training_log
-from megatron_laer.telemetry.metrics_file import recording_path as metrics_path
-from megatron_laer.telemetry.trace_file import recording_path as trace_path
+from megatron_laer.telemetry.metrics_file import METRICS
+from megatron_laer.telemetry.trace_file import TRACE
 from megatron_laer.tools.cli.argument_types import between
 from megatron_laer.tools.cli.program import Parser, ended
 from megatron_laer.tools.model_flags import model_flags
@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _recordings(work_dir: Path) -> tuple[Path, ...]:
-    return metrics_path(work_dir, 0), trace_path(work_dir, 0), layouts_path(str(work_dir), 0)
+    return METRICS.path(work_dir, 0), TRACE.path(work_dir, 0), LAYOUTS.path(str(work_dir), 0)
 
 
 def _refuse_others(work_dir: Path) -> None:

@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
 import runpy
-import struct
 import subprocess
 import sys
 import tempfile
@@ -28,7 +26,7 @@ import torch.distributed.checkpoint as torch_checkpoint
 from megatron_laer.tools.cli.argument_types import between
 from tests import processes
 from tests.checkpoints import iteration_folder, saved_tensors
-from tests.traces import without_run
+from tests.records import taken_apart, without_run
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -118,21 +116,21 @@ def read_results(folder: Path, steps: int) -> Results:
     if (folder / "layouts").exists():
         results["layouts"] = _layouts(folder / "layouts")
         results["files of the planner's state"] = {
-            path.name: _digest(without_times(path.read_bytes()))
+            path.name: _digest(without_times(path))
             for path in sorted((checkpoint / "fsep_planner").iterdir())
         }
     return results
 
 
-def without_times(state: bytes) -> bytes:
-    prefix = struct.Struct("<8sII")
-    magic, version, header_bytes = prefix.unpack_from(state)
-    end = prefix.size + header_bytes
-    header = json.loads(state[prefix.size : end])
-    for plan in header["plans"]:
-        del plan["plan_ms"]
-    # The last bytes are a digest of all before.
-    return repr((magic, version, header, state[end:-32])).encode()
+def without_times(state: Path) -> bytes:
+    fields, content = taken_apart(state)
+    for _, _, values in content:
+        values.pop("plan_ms", None)
+    records = [
+        (kind, step, {name: of.tobytes() for name, of in values.items()})
+        for kind, step, values in content
+    ]
+    return repr((fields, records)).encode()
 
 
 def _scalars(folder: Path) -> dict[str, dict[str, str]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
-import zlib
 from pathlib import Path
 
 NASTY = (
@@ -46,18 +44,6 @@ def damaged(content: bytes, luck: random.Random) -> bytes:
         else:
             del changed[begin:]
     return bytes(changed)
-
-
-def resealed(content: str, run: str = "") -> str:
-    """Return a recording's changed lines with correct checksums; `run` is for lines alone."""
-    header = re.match(r'\{"format".*?"run": ?"([0-9a-f]{16})"', content)
-    seed = zlib.crc32((header[1] if header else run).encode())
-
-    def seal(found: re.Match[str]) -> str:
-        of_line = 0 if found[1].startswith('{"format"') else seed
-        return f'{found[1]},"crc":"{zlib.crc32(found[1].encode(), of_line):08x}"}}'
-
-    return re.sub(r'^(.+?)(?:,"crc":"[0-9a-f]{8}")?\}$', seal, content, flags=re.MULTILINE)
 
 
 def bytes_read() -> int:

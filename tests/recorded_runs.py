@@ -21,7 +21,7 @@ from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.planning.layout_recording import LayoutRecorder
 from megatron_laer.telemetry.activities import Activity, Kind
-from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
+from megatron_laer.telemetry.metrics_file import METRICS, MetricsWriter, Shape
 from megatron_laer.telemetry.trace_file import TraceWriter
 from tests.costs import COSTS
 
@@ -99,10 +99,10 @@ def record_run(
     geometry = replace(GEOMETRY, sharding=Sharding(run.get("sharding", Sharding.ROWS)))
     guard = Guard(PlanMode(run.get("plan_mode", PlanMode.ADAPTIVE)), COSTS, geometry)
     shape = Shape(4, 8, 3, 2, layers)
-    writer = MetricsWriter(recording_path(folder, 0), shape, run, 0, cluster, number)
+    writer = MetricsWriter(METRICS.path(folder, 0), shape, run, 0, cluster, number)
     recorder = MetricsRecorder(writer, guard, layers, torch.device("cpu"), TickingClock())
     of_run = layers, 0, number
-    layouts = LayoutRecorder(folder / "group-0.jsonl", geometry, SIGNATURE, *of_run)
+    layouts = LayoutRecorder(folder / "group-0.layouts", geometry, SIGNATURE, *of_run)
     trace = TraceWriter(folder / "group-0.trace", 4, 8, *of_run) if has_trace else None
     for step in range(steps):
         recorder.begin_step(step)

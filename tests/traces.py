@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.files.checks import open_input
-from megatron_laer.telemetry.trace_file import TraceWriter, frames, read_header_of
+from megatron_laer.telemetry.trace_file import TraceWriter
 
 
 def some_counts(seed, steps=3, layers=2, microbatches=2, ranks=2, experts=4, most=300):
@@ -27,26 +25,6 @@ def write_recording(
     for step, layer, microbatch in np.ndindex(counts.shape[:3]):
         writer.append(first_step + step, layer, microbatch, counts[step, layer, microbatch])
     writer.close()
-
-
-def records_of(path: Path) -> list[bytes]:
-    """Return the bytes of a recording's header and of each record; it may be of any kind."""
-    content = path.read_bytes()
-    if path.suffix != ".trace":
-        return content.splitlines(keepends=True)
-    with open_input(path) as file:
-        header = read_header_of(file, path)
-        found = frames(file, path, header)
-        return [content[: header.line_bytes], *(content[one.offset : one.end] for one in found)]
-
-
-def without_run(path: Path) -> list[bytes]:
-    """Return `records_of` without the run's number and the checksums, which differ with it."""
-    header, *records = (_OF_RUN.sub(b"", record) for record in records_of(path))
-    return [header, *(record[4 * (path.suffix == ".trace") :] for record in records)]
-
-
-_OF_RUN = re.compile(rb'"run":"[0-9a-f]{16}",|,"crc":"[0-9a-f]{8}"')
 
 
 def assert_holds(trace, counts, steps=None):

@@ -1,13 +1,10 @@
-"""A recording is a file with a header and records that its one writer only ever appends.
+"""A recording is a file of records that its one writer only ever appends; `records` has the codec.
 
-Writers of formats know where each record ends; nothing here knows their content. A recording is
-never rewritten in place. Steps that a run repeats are copied to another file, and a copy of the
-rest replaces the recording. So a run that is killed at any moment leaves the old recording or the
-new one. An incomplete last record is cut off in place.
+A recording is never rewritten in place. Steps that a run repeats are copied to another file, and a
+copy of the rest replaces the recording. So a run that is killed at any moment leaves the old
+recording or the new one. An incomplete last record is cut off in place.
 
-The header has the run's number, 16 random digits that a resumed run keeps. It also seeds the
-records' checksums, and records are numbered from 1. So readers notice records of another run, and
-lost ones.
+The header has the run's number, 16 random digits that a resumed run keeps.
 """
 
 from __future__ import annotations
@@ -16,15 +13,14 @@ import logging
 import os
 import re
 import secrets
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_laer.files import run_mark
 from megatron_laer.files.checks import MAX_TEXT_BYTES, open_input, quoted
-from megatron_laer.files.json_lines import header_line, read_header, read_line, sealed
+from megatron_laer.files.records import Format, Frame, Records
 from megatron_laer.files.writing import (
     Replacement,
     free_name,
@@ -37,19 +33,14 @@ logger = logging.getLogger(__name__)
 
 _QUOTED_BYTES = 300
 _COPIED_AT_ONCE_BYTES = 2**20
-_ASIDE = re.compile(r".+\.cut-from-\d+(\.\d+)?\.[^.]+")
-_RUN = re.compile(r"[0-9a-f]{16}")
 _RUN_IN_HEADER = re.compile(rb'"run": ?"([0-9a-f]{16})"')
 
 
 class RecordingFile:
     """Only writer of a recording. On an OSError all records are kept.
 
-    `fields` are the header's, and `records` yields each whole record's step and end offset.
-    `first_step` is this run's; 0 if it does not resume another. A new file gets the number `run`.
-    `last` is the last step of earlier runs that stays, if any, and `step` the newest started one,
-    or the one before the run's first. The next record has the number `next`, and a checksum with
-    this `seed`.
+    `fields` are the header's. `first_step` is this run's; 0 if it does not resume another. A new
+    file gets the number `run`. `step` is the newest started one, or the one before the run's first.
 
     Raises InUseError if another run writes it, and ValueError for another file, another header, or
     another run's records at step 0 (see `run_mark`).
@@ -58,43 +49,41 @@ class RecordingFile:
     def __init__(
         self,
         path: Path,
-        format_name: str,
+        format: Format,
         fields: Mapping[str, Any],
-        records: Callable[[Path], Iterable[tuple[int, int]]],
         first_step: int,
         run: str | None = None,
     ) -> None:
         self.path = Path(os.path.realpath(path))
-        self.last: int | None = None
-        self.step, self.next = first_step - 1, 0  # the header's number
-        self._records = records
+        self.step, self._next = first_step - 1, 1
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open_exclusively(self.path)
-        run = run_of(self.path) or run or new_run()
-        self.seed = zlib.crc32(run.encode())
-        self._header = header_line(format_name, {"run": run, **fields})
         try:
+            run = run_of(self.path) or run or new_run()
+            self._records = Records(format, {"run": run, **fields})
             remove_leftovers(self.path)
             self._check_header()
-            self._go_on(first_step)
+            last = self._go_on(first_step)
         except BaseException:
             self.close()
             raise
+        if format.has_every_step and last is not None and last < first_step - 1:
+            logger.warning(
+                "FSEP: %s: nothing is recorded of steps %d to %d, which an earlier run made",
+                path,
+                last + 1,
+                first_step - 1,
+            )
 
-    def append(self, record: bytes) -> None:
-        with _naming(self.path):
-            end = self._file.seek(0, os.SEEK_END)
-            try:
-                write_all(self._file, record)
-            except OSError:
-                # A partial record would make later ones unreadable.
-                self._file.truncate(end)
-                raise
-        self.next += 1
+    def append(self, kind: str, step: int, **values: Any) -> None:
+        """Write a record; that of an earlier step moves its records, and later ones, aside.
 
-    def append_line(self, content: Mapping[str, Any]) -> None:
-        """Append a record of JSON, which `read_record` reads."""
-        self.append(sealed({"record": self.next, **content}, self.seed))
+        Raises ValueError for values that the format does not have, and OSError.
+        """
+        if step != self.step:
+            self.begin_step(step)
+        self._write(self._records.encode(kind, self._next, step, values))
+        self._next += 1
 
     def begin_step(self, step: int) -> None:
         """Start a step; a repeated one moves its records, and later ones, to another file."""
@@ -102,37 +91,55 @@ class RecordingFile:
             self._cut_from(step)
         self.step = step
 
+    def close(self) -> None:
+        self._file.close()
+
+    def _write(self, content: bytes) -> None:
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            write_all(self._file, content)
+        except OSError as error:
+            # A partial record would make later ones unreadable.
+            self._file.truncate(end)
+            error.filename = str(self.path)
+            raise
+
     def _check_header(self) -> None:
-        begin = self._file.read(len(self._header))
-        if not self._header.startswith(begin):
+        header = self._records.line
+        begin = self._file.read(len(header))
+        if not header.startswith(begin):
             raise ValueError(
-                f"{self.path} begins with {self._first_line(begin)}, this run would write "
-                f"{self._first_line(self._header)}; record to another folder, or move the file away"
+                f"{self.path} begins with {_first_line(begin)}, this run would write "
+                f"{_first_line(header)}; record to another folder, or move the file away"
             )
         # A run that was killed at once leaves a part of its header.
-        self.append(self._header[len(begin) :])
+        self._write(header[len(begin) :])
 
-    def _go_on(self, first_step: int) -> None:
+    def _go_on(self, first_step: int) -> int | None:
         is_restart = first_step > 0 or run_mark.is_of_this_run(self.path)
-        if not is_restart and any(True for _ in self._records(self.path)):
+        if not is_restart and any(True for _ in self._places()):
             raise ValueError(
                 f"{self.path} holds the steps of an earlier run, and this run begins at step 0; "
                 "give an empty folder, or resume the run that wrote it from a checkpoint"
             )
         run_mark.mark(self.path)
-        self.last = self._cut_from(first_step)
+        return self._cut_from(first_step)
+
+    def _places(self) -> Iterator[Frame]:
+        with open_input(self.path) as file:
+            yield from self._records.places(file, self.path)
 
     def _cut_from(self, step: int) -> int | None:
         """Move records from a step on to another file, and cut off an incomplete one.
 
         Return the last step that stays, if any.
         """
-        stays = end = len(self._header)
-        last, is_cut, self.next = None, False, 1
-        for at, end in self._records(self.path):
-            is_cut = is_cut or at >= step
-            if not is_cut:
-                last, stays, self.next = at, end, self.next + 1
+        stays = end = len(self._records.line)
+        last, self._next = None, 1
+        for place in self._places():
+            end = place.end
+            if place.step < step:
+                last, stays, self._next = place.step, end, place.number + 1
         with _naming(self.path):
             incomplete = self._file.seek(0, os.SEEK_END) - end
             if incomplete:
@@ -142,12 +149,9 @@ class RecordingFile:
                     self.path,
                     incomplete,
                 )
-            if is_cut:
+            if stays < end:
                 self._move_aside(stays, end, step)
         return last
-
-    def close(self) -> None:
-        self._file.close()
 
     def _move_aside(self, begin: int, end: int, step: int) -> None:
         with ExitStack() as undo:
@@ -155,7 +159,7 @@ class RecordingFile:
             undo.callback(tail.discard)
             head = Replacement(self.path)
             undo.callback(head.discard)
-            write_all(tail.file, self._header)
+            write_all(tail.file, self._records.line)
             self._copy(begin, end, tail.file)
             self._copy(0, begin, head.file)
             beside = free_name(self.path.with_stem(f"{self.path.stem}.cut-from-{step}"))
@@ -181,35 +185,6 @@ class RecordingFile:
             write_all(target, content)
             begin += len(content)
 
-    def _first_line(self, content: bytes) -> str:
-        line = content[:_QUOTED_BYTES].split(b"\n", 1)[0]
-        return quoted(line.decode(errors="backslashreplace"), _QUOTED_BYTES)
-
-
-def read_recording_header(line: bytes, format_name: str, kind: str) -> tuple[dict[str, Any], int]:
-    """Return a first line's fields without the run, and the seed of the records' checksums."""
-    fields = read_header(line, format_name, kind)
-    run = fields.pop("run", None)
-    if not isinstance(run, str) or not _RUN.fullmatch(run):
-        raise ValueError(f"run must be 16 hexadecimal digits, got {quoted(run)}")
-    return fields, zlib.crc32(run.encode())
-
-
-def read_record(line: bytes, path: Path, number: int, seed: int) -> dict[str, Any]:
-    """Read a line of JSON, counted from 1, of which the first is the header."""
-    content = read_line(line, seed)
-    check_number(path, content.pop("record", None), number - 1, "")
-    return content
-
-
-def check_number(path: Path, number: object, expected: int, where: str) -> None:
-    """Refuse a record that is not the next; the first ones of a file set aside are in another."""
-    if number != expected and not is_cut_off(path):
-        raise ValueError(
-            f"{where}record {quoted(number)} is where record {expected} must be, so some are lost "
-            "or moved; a copy of the file up to there can be read"
-        )
-
 
 def new_run() -> str:
     return secrets.token_hex(8)
@@ -225,9 +200,9 @@ def run_of(path: Path) -> str | None:
     return found[1].decode() if found else None
 
 
-def is_cut_off(path: Path) -> bool:
-    """Return True for names of files that were set aside, since their steps were repeated."""
-    return _ASIDE.fullmatch(path.name) is not None
+def _first_line(content: bytes) -> str:
+    line = content[:_QUOTED_BYTES].split(b"\n", 1)[0]
+    return quoted(line.decode(errors="backslashreplace"), _QUOTED_BYTES)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """File of `--fsep-homes`: the homes of all layers' experts.
 
-One line of JSON; `files.json_lines` defines its checksum:
+One line of JSON; `files.records` defines its checksum:
 
-    {"format":"megatron_laer-homes","version":2,"num_ranks":N,"num_experts":E,
+    {"format":"megatron_laer-homes","version":3,"num_ranks":N,"num_experts":E,
      "layers":["layer 1",...],"experts":[[expert at home position 0, ...], ... of the last layer],
      "crc":...}\\n
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.files.checks import quoted, read_bytes
-from megatron_laer.files.json_lines import MAX_RANKS, check_shape, header_line, read_header
+from megatron_laer.files.records import MAX_RANKS, check_shape, header_line, read_header
 from megatron_laer.files.writing import write_file
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import MAX_EXPERTS

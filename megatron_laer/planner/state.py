@@ -1,51 +1,57 @@
-"""State of a planner between steps, and its bytes in a checkpoint.
+"""State of a planner between steps, and its format in a checkpoint: `files.records` of three kinds.
 
-The bytes are not trusted: the digest, then every size and range are checked. Nothing is unpickled.
+Records of `plan` have the complete plans that are not in force yet, oldest first. Then each layer
+has one, of the step that is next: the slots in force and its forecast, `smoothed` or `window`. The
+bytes are not trusted: every size and range is checked, and nothing is unpickled.
 
-    magic, format, length of the header | header, JSON
-    | slots in force, slots of the plans, int16
-    | counts that the forecasts keep, int64
-    | BLAKE2b digest of all before
-
-Numbers are little-endian. Legend: L layers, N ranks, E experts, S = N*C slots.
+Legend: N ranks, C slots per rank, E experts, L layers, K counts that a forecast keeps.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import io
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.forecast import Forecast, SmoothedForecast, WindowForecast
-from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.service import Plan
-from megatron_laer.planner.state_header import (
-    FORMAT,
-    LEVEL,
-    MAGIC,
+from megatron_laer.files.records import (
+    MAX_RANKS,
     MAX_STEP,
-    PREFIX,
-    SLOT,
-    check_names,
-    check_range,
-    header_length,
-    header_shape,
-    payload_bytes,
-    read_header,
+    OPEN,
+    Field,
+    Format,
+    Records,
+    check_shape,
 )
+from megatron_laer.planner.forecast import WINDOW, Forecast, SmoothedForecast, WindowForecast
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import MAX_EXPERTS, ExpertLayout
+from megatron_laer.planner.service import Plan
 
-_DIGEST_BYTES = 32
 # Sums of expected tokens stay exact in doubles, and far from overflow in int64.
 _MAX_LEVEL_SUM = 2**52
+
+_SLOTS = Field("slots_NC", "<i2", ("num_ranks", "capacity"))
+_KEPT = Field("kept_KNE", "<i8", (OPEN, "num_ranks", "num_experts"), _MAX_LEVEL_SUM)
+STATE = Format(
+    "megatron_laer-planner",
+    "planner's state",
+    "bin",
+    {"num_ranks": MAX_RANKS, "num_experts": MAX_EXPERTS, "capacity": MAX_RANKS},
+    {
+        "plan": (
+            Field("plan_ms", "<f8"),
+            Field("slots_LNC", "<i2", ("layers", "num_ranks", "capacity")),
+        ),
+        "smoothed": (_SLOTS, Field("errors", "<i8", (2,)), _KEPT),
+        "window": (_SLOTS, _KEPT),
+    },
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +72,10 @@ class PlannerState:
     plans: tuple[Plan, ...]
 
     def __post_init__(self) -> None:
-        check_names(self.layers)
+        check_shape({}, [*self.layers])
         for what, number in (("next_step", self.next_step), ("version", self.version)):
-            check_range(what, number, MAX_STEP)
+            if type(number) is not int or not 0 <= number <= MAX_STEP:
+                raise ValueError(f"{what} must be in 0..{MAX_STEP}, got {number}")
         if not len(self.layers) == len(self.layouts) == len(self.forecasts):
             raise ValueError(
                 f"{len(self.layers)} layers with {len(self.layouts)} layouts and "
@@ -76,12 +83,10 @@ class PlannerState:
             )
         for forecast in self.forecasts:
             self._check_forecast(forecast)
-        before = -1
+        steps = [plan.source_step for plan in self.plans]
+        if steps != sorted({*steps}) or not all(0 <= step < self.next_step for step in steps):
+            raise ValueError(f"plans must be of different steps before the next one, got {steps}")
         for plan in self.plans:
-            check_range("source_step", plan.source_step, self.next_step - 1)
-            if plan.source_step <= before:
-                raise ValueError(f"the plan of step {plan.source_step} comes after {before}'s")
-            before = plan.source_step
             if not (math.isfinite(plan.plan_ms) and plan.plan_ms >= 0):
                 raise ValueError(f"plan_ms must be a time, got {plan.plan_ms!r}")
             if list(plan.layouts) != list(range(len(self.layers))):
@@ -109,100 +114,71 @@ class PlannerState:
 
     def to_bytes(self) -> bytes:
         num_ranks, capacity, num_experts = self.shape
-        header = {
+        fields = {
             "num_ranks": num_ranks,
             "capacity": capacity,
             "num_experts": num_experts,
             "next_step": self.next_step,
-            "version": self.version,
-            "layers": list(self.layers),
-            "kept": [len(forecast.kept) for forecast in self.forecasts],
-            "errors": [
-                list(forecast.errors) if isinstance(forecast, SmoothedForecast) else None
-                for forecast in self.forecasts
-            ],
-            "plans": [
-                {"source_step": plan.source_step, "plan_ms": float(plan.plan_ms)}
-                for plan in self.plans
-            ],
+            "layout_version": self.version,
+            "plans": len(self.plans),
+            "layers": [*self.layers],
         }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        parts = [PREFIX.pack(MAGIC, FORMAT, len(text)), text]
-        parts += [layout.slot_bytes for layout in self._all_layouts()]
-        parts += [
-            kept_NE.astype(LEVEL).tobytes()
-            for forecast in self.forecasts
-            for kept_NE in forecast.kept
-        ]
-        body = b"".join(parts)
-        return body + _digest(body)
+        records = Records(STATE, fields)
+        made = enumerate(self._records(), start=1)
+        return records.line + b"".join(
+            records.encode(kind, number, step, values) for number, (kind, step, values) in made
+        )
+
+    def _records(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
+        for plan in self.plans:
+            slots_LNC = [_slots_NC(layout) for layout in plan.layouts.values()]
+            yield "plan", plan.source_step, {"plan_ms": plan.plan_ms, "slots_LNC": slots_LNC}
+        num_ranks, _, num_experts = self.shape
+        for layout, forecast in zip(self.layouts, self.forecasts, strict=True):
+            values = {
+                "slots_NC": _slots_NC(layout),
+                "kept_KNE": np.reshape(forecast.kept, (-1, num_ranks, num_experts)),
+            }
+            if isinstance(forecast, SmoothedForecast):
+                yield "smoothed", self.next_step, values | {"errors": forecast.errors}
+            else:
+                yield "window", self.next_step, values
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> PlannerState:
-        """Read and check the bytes of `to_bytes`; any others raise a ValueError."""
-        if len(data) < PREFIX.size + _DIGEST_BYTES:
-            raise ValueError(
-                f"has {len(data)} bytes, a planner's state has at least "
-                f"{PREFIX.size + _DIGEST_BYTES}"
-            )
-        # A view, because a state may have gigabytes.
-        body = memoryview(data)[:-_DIGEST_BYTES]
-        text_end = PREFIX.size + header_length(data)
-        if _digest(body) != data[-_DIGEST_BYTES:]:
-            raise ValueError("is damaged or cut off: its digest does not match")
-        header, payload = read_header(bytes(body[PREFIX.size : text_end])), body[text_end:]
-        num_ranks, capacity, num_experts = header_shape(header)
-        plans = header["plans"]
-        num_layers = len(header["layers"])
-        slots_bytes = num_ranks * capacity * SLOT.itemsize
-        level_bytes = num_ranks * num_experts * LEVEL.itemsize
-        num_layouts = num_layers * (1 + len(plans))
-        expected = payload_bytes(header)
-        if len(payload) != expected:
-            raise ValueError(f"has {len(payload)} bytes of arrays, its header says {expected}")
-        layouts = tuple(
-            ExpertLayout(num_ranks, capacity, num_experts, bytes(payload[at : at + slots_bytes]))
-            for at in range(0, num_layouts * slots_bytes, slots_bytes)
-        )
-        shape = num_ranks, num_experts
-        arrays = iter(
-            _read_only(np.frombuffer(payload[at : at + level_bytes], dtype=LEVEL), shape)
-            for at in range(num_layouts * slots_bytes, expected, level_bytes)
-        )
-        forecasts = [
-            _forecast(tuple(islice(arrays, kept)), errors)
-            for kept, errors in zip(header["kept"], header["errors"], strict=True)
-        ]
+    def from_bytes(cls, data: bytes, path: str = "the state") -> PlannerState:
+        return cls.from_file(io.BytesIO(data), Path(path))
+
+    @classmethod
+    def from_file(cls, file: BinaryIO, path: Path) -> PlannerState:
+        """Read and check a whole file; any but that of `to_bytes` raises a ValueError."""
+        file.seek(0)
+        records = Records.of(file, path, STATE)
+        fields: dict[str, Any] = dict.fromkeys(("next_step", "layout_version", "plans"))
+        fields |= records.fields
+        plans = list[Plan]()
+        layouts, forecasts = list[ExpertLayout](), list[Forecast]()
+
+        def layout(slots_NC: np.ndarray[Any, Any]) -> ExpertLayout:
+            num_ranks, capacity = slots_NC.shape
+            return ExpertLayout(num_ranks, capacity, fields["num_experts"], slots_NC.tobytes())
+
+        for frame, values in records.read(file, path, must_be_whole=True):
+            if frame.kind == "plan":
+                made = dict(enumerate(map(layout, values["slots_LNC"])))
+                plans.append(Plan(frame.step, made, values["plan_ms"]))
+            else:
+                layouts.append(layout(values["slots_NC"]))
+                forecasts.append(_forecast(values["kept_KNE"], values.get("errors")))
+        if len(plans) != fields["plans"]:
+            raise ValueError(f"{path} has {len(plans)} plans of {fields['plans']}")
         return cls(
-            next_step=header["next_step"],
-            version=header["version"],
-            layers=tuple(header["layers"]),
-            layouts=layouts[:num_layers],
+            next_step=fields["next_step"],
+            version=fields["layout_version"],
+            layers=tuple(fields["layers"]),
+            layouts=tuple(layouts),
             forecasts=tuple(forecasts),
-            plans=tuple(
-                Plan(
-                    plan["source_step"],
-                    dict(enumerate(layouts[first : first + num_layers])),
-                    plan["plan_ms"],
-                )
-                for plan, first in zip(
-                    plans, range(num_layers, num_layouts, num_layers), strict=True
-                )
-            ),
+            plans=tuple(plans),
         )
-
-    @classmethod
-    def from_file(cls, file: BinaryIO) -> PlannerState:
-        """Read a state from a file; reject one longer than its header says without reading it."""
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        length = header_length(file.read(PREFIX.size))
-        header = read_header(file.read(length))
-        expected = PREFIX.size + length + payload_bytes(header) + _DIGEST_BYTES
-        if size > expected:
-            raise ValueError(f"has {size} bytes, its header says {expected}")
-        file.seek(0)
-        return cls.from_bytes(file.read(expected))
 
     def _all_layouts(self) -> list[ExpertLayout]:
         """Return the layouts in force, then those of the plans."""
@@ -211,6 +187,8 @@ class PlannerState:
 
     def _check_forecast(self, forecast: Forecast) -> None:
         num_ranks, _, num_experts = self.shape
+        if len(forecast.kept) > WINDOW:
+            raise ValueError(f"a forecast keeps {len(forecast.kept)} counts, at most {WINDOW}")
         for kept_NE in forecast.kept:
             if kept_NE.shape != (num_ranks, num_experts):
                 raise ValueError(
@@ -220,23 +198,21 @@ class PlannerState:
                 raise ValueError("a forecast holds negative loads, or more than a step can have")
 
 
-def _forecast(kept: tuple[Int64, ...], errors: list[int] | None) -> Forecast:
+def _forecast(kept_KNE: Int64, errors: Int64 | None) -> Forecast:
+    kept = tuple(kept_KNE.astype(np.int64))
+    for kept_NE in kept:
+        kept_NE.setflags(write=False)
     if errors is None:
         return WindowForecast(kept)
     if len(kept) not in (0, 2):
         raise ValueError(f"a forecast with errors must keep two means or none, got {len(kept)}")
+    quick, steady = errors.tolist()
     level_NE, steady_NE = kept or (None, None)
-    return SmoothedForecast(None, level_NE, steady_NE, (errors[0], errors[1]))
+    return SmoothedForecast(None, level_NE, steady_NE, (quick, steady))
 
 
-def _read_only(mean: np.ndarray[Any, Any], shape: tuple[int, int]) -> Int64:
-    mean_NE = mean.astype(np.int64).reshape(shape)
-    mean_NE.setflags(write=False)
-    return mean_NE
-
-
-def _digest(body: bytes | memoryview) -> bytes:
-    return hashlib.blake2b(body, digest_size=_DIGEST_BYTES).digest()
+def _slots_NC(layout: ExpertLayout) -> np.ndarray[Any, Any]:
+    return layout.slot_expert_S.reshape(layout.num_ranks, layout.capacity)
 
 
 def _shape_text(shape: tuple[int, int, int]) -> str:

@@ -14,7 +14,7 @@ from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
 from megatron_laer.runtime.planning.planner_rank import naming_flag
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
+from megatron_laer.telemetry.metrics_file import METRICS, MetricsWriter, Shape
 from megatron_laer.telemetry.step_times import StepTimes
 
 
@@ -55,7 +55,7 @@ class Measurements:
             with naming_flag("record_metrics", config.record_metrics):
                 of, costs = self._guard.geometry, self._guard.costs
                 writer = MetricsWriter(
-                    recording_path(config.record_metrics, groups.index),
+                    METRICS.path(config.record_metrics, groups.index),
                     Shape(of.num_ranks, of.num_experts, of.capacity, of.node_size, tuple(layers)),
                     run_settings(config, costs, self._priced, device),
                     first_step,

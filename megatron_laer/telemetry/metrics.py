@@ -51,6 +51,13 @@ LOGGED = (
     Metric("fsep_announcement_misses"),
 )
 
+# With the percentiles, as a step's are recorded.
+LOGGED_NAMES = tuple(
+    name
+    for metric in LOGGED
+    for name in (metric.name, *(f"{metric.name}_p{p}" for p in PERCENTILES if metric.over_layers))
+)
+
 
 def is_in_line(name: str) -> bool:
     """Return whether a logged value is in the log line too.

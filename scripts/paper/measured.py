@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laer.telemetry import log
-from megatron_laer.telemetry.metrics_file import recording_path
+from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.tools.report.metrics_recording import read_metrics
 
 
@@ -77,7 +77,7 @@ def read_profile(folder: Path, skipped: int) -> Profile:
 
     Raises ValueError or OSError without a recording or a later step.
     """
-    recording = read_metrics(recording_path(folder, 0))
+    recording = read_metrics(METRICS.path(folder, 0))
     later_T = recording.steps_T >= skipped
     if not later_T.any():
         raise ValueError(f"{folder} has no step after the first {skipped}")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_laer.files.checks import one_line
-from megatron_laer.telemetry.metrics_file import recording_path
+from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.tools.recipes.bridge_table import COLUMNS
 from tests.bad_inputs.case import Case
 from tests.bad_inputs.inputs import GOOD_CLUSTER
@@ -197,19 +197,19 @@ def make(folder: Path) -> None:
         (folder / f"table-{name}.csv").write_bytes(content)
     (folder / "recipes.csv").write_text(_CSV)
     run = folder / "measured"
-    metrics, layouts = recording_path(run, 0), run / "group-0.jsonl"
+    metrics, layouts = METRICS.path(run, 0), run / "group-0.layouts"
     trace = (folder / "good.trace").read_bytes()
     first = trace.index(b"\n")
     for kind, text in OF_JSON.items():
         for field in _METRICS:
             place = folder / f"metrics-of-{_name(field, kind)}"
             place.mkdir()
-            recording_path(place, 0).write_bytes(_changed(metrics.read_bytes(), field, text))
+            METRICS.path(place, 0).write_bytes(_changed(metrics.read_bytes(), field, text))
         for field in _LAYOUTS:
             place = folder / f"layouts-of-{_name(field, kind)}"
             place.mkdir()
-            recording_path(place, 0).hardlink_to(metrics)
-            (place / "group-0.jsonl").write_bytes(_changed(layouts.read_bytes(), field, text))
+            METRICS.path(place, 0).hardlink_to(metrics)
+            (place / "group-0.layouts").write_bytes(_changed(layouts.read_bytes(), field, text))
         for field in ("num_ranks", "num_experts", "layers"):
             line = _changed(trace[: first + 1], field, text)
             (folder / f"trace-of-{_name(field, kind)}.trace").write_bytes(line + trace[first + 1 :])

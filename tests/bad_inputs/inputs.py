@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_laer.files.json_lines import sealed
+from megatron_laer.files.records import header_line
 from megatron_laer.planner.homes_file import write_homes
 from megatron_laer.telemetry.trace_file import TraceWriter
 
@@ -62,7 +62,7 @@ def _traces(folder: Path) -> None:
         "number-layers": {"layers": [1]},
         "null-layers": {"layers": None},
     }.items():
-        line = sealed(header | change)
+        line = header_line("megatron_laer-trace", header | change)
         (folder / f"{name}.trace").write_bytes(line + good[first:])
     (folder / "nested.trace").write_bytes(b'{"format":"megatron_laer-trace"' + b"[" * 10**5)
     one = TraceWriter(folder / "one-step.trace", 2, 2, ["a"])

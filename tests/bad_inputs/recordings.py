@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.planner.state_header import FORMAT, MAGIC, PREFIX
+from megatron_laer.planner.state import STATE
 from megatron_laer.telemetry.trace_file import TraceWriter
 from tests.bad_inputs.case import Case
 from tests.recorded_runs import RUN_NUMBER, record_run
@@ -68,12 +68,12 @@ def make(folder: Path) -> None:
             writer.append_sets(1, 1, sets_TE)
         writer.close()
     writer = _begun(folder / "pairs-wide.trace")
-    writer._append(1, 1, 1, bytes(2), 2 | 512)  # sets of two bytes each
+    writer._file.append("pairs", 1, layer=1, triangle=np.ones(37))  # one more than there are
     writer.close()
     for name, (content, _) in _HOMES.items():
         (folder / f"homes-{name}.json").write_bytes(content)
     record_run(folder / "measured-another", steps=2, number=RUN_NUMBER[::-1])
-    for name in ("trace", "jsonl"):
+    for name in ("trace", "layouts"):
         mixed = folder / f"measured-mixed-{name}"
         shutil.copytree(folder / "measured", mixed)
         shutil.copy(folder / "measured-another" / f"group-0.{name}", mixed)
@@ -81,7 +81,7 @@ def make(folder: Path) -> None:
     (state / "fsep_planner").mkdir(parents=True)
     (state / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist"}))
     (state / ".metadata").write_bytes(pickle.dumps(metadata.Metadata({})))
-    damaged = PREFIX.pack(MAGIC, FORMAT, 4) + bytes([255] * 64)
+    damaged = STATE.magic + bytes([255] * 64)
     (state / "fsep_planner" / "group-0.bin").write_bytes(damaged)
 
 
@@ -100,14 +100,13 @@ def cases() -> Iterator[Case]:
     homes = "--node-size 1 --homes".split()
     for name, (_, _, says) in _ENDS.items():
         yield Case(("plan", f"pairs-{name}.trace", *homes, "out/x.json"), says)
-    for words in ([], [*homes, "out/x.json"]):
-        says = "pairs-wide.trace, record 8 at byte"
-        yield Case(("plan", "pairs-wide.trace", *words), says)
+    says = "37 values are no pairs; the file is damaged there"
+    yield Case(("plan", "pairs-wide.trace", *homes, "out/x.json"), says)
     for name, (_, says) in _HOMES.items():
         yield Case(("plan", "pairs-layer.trace", *homes, f"homes-{name}.json"), says)
-    for name in ("trace", "jsonl"):
+    for name in ("trace", "layouts"):
         says = "they are of different runs, so move one away"
         yield Case(("report", f"measured-mixed-{name}"), says)
     yield Case(("plan", "measured-mixed-trace/group-0.trace"), "of different runs, so move one")
-    says = "planner, group 0: is damaged: its header must be JSON"
+    says = "planner, group 0, line 1: is no whole header of a planner's state"
     yield Case(("inspect", "checkpoint-state"), says, status=1)

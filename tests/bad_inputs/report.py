@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.telemetry.metrics_file import recording_path
-from tests import fuzz
-from tests.recorded_runs import RUN_NUMBER, record_run
+import numpy as np
+
+from megatron_laer.files.records import header_line
+from megatron_laer.telemetry.metrics_file import METRICS
+from tests.recorded_runs import record_run
+from tests.records import put_together, records_of, taken_apart
 
 HUGE = 2**36
 
@@ -25,22 +27,17 @@ _HEADERS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "nodes": ({"node_size": 3}, "node size 3 does not divide the 4 ranks"),
     "no-layers": ({"layers": []}, "layers must be names of at least one layer"),
     "null-layers": ({"layers": None}, "layers must be names of at least one layer, got 'None'"),
-    "more-layers": ({"layers": ["a", "b", "c"]}, "must have a number for each of 3 layers"),
-    "other-key": ({"more": 1}, "has the keys"),
+    "more-layers": ({"layers": ["a", "b", "c"]}, "no record of its run begins there"),
+    "other-columns": ({"of_steps": ["step"]}, "are not this release's"),
 }
-# Replacements of its third line, which is the first step.
-_STEPS = {
-    "text": ("hello", "line 3: not JSON"),
-    "list": ("[]", "line 3: expected an object, got '[]'"),
-    "nested": ("[" * 5000, "line 3: not JSON"),
-    "digits": ("9" * 5000, "line 3"),
-    "no-step": ('{"record":2,"more":1}', "line 3: step 'None' is no step"),
-    "negative": ('{"record":2,"step":-1}', "line 3: step '-1' is no step"),
-    "long-run": (
-        json.dumps({"record": 2, "step": 0, "run": {"planner": "x" * 2000}}),
-        "line 3: run must hold short texts by name",
-    ),
-    "escape": ('{"record":2,"step":"\\u001b[31m"}', "line 3: step '\\x1b[31m' is no step"),
+# Texts of a record that describes a run.
+_RUNS = {
+    "text": ("hello", "record 1 at byte"),
+    "list": ("[]", "record 1 at byte"),
+    "nested": ("[" * 5000, "record 1 at byte"),
+    "digits": ("9" * 5000, "record 1 at byte"),
+    "no-cluster": ('{"run":{}}', "record 1 at byte"),
+    "long-run": (json.dumps({"run": {"planner": "x" * 2000}}), "run must hold short texts by name"),
 }
 
 CASES = (
@@ -58,15 +55,15 @@ CASES = (
     ("measured --node-size 2", "--node-size '2': no effect on 'measured'"),
     ("measured --compare absent", "run 'absent' does not exist"),
     (
-        "measured --out measured/metrics-0.jsonl",
-        "--out 'measured/metrics-0.jsonl' would write over the input",
+        "measured --out measured/group-0.metrics",
+        "--out 'measured/group-0.metrics' would write over the input",
     ),
     (
         "measured --out measured/group-0.trace",
         "would write over the input 'measured/group-0.trace'",
     ),
-    ("good.trace --compare measured --out measured/group-0.jsonl", "would write over the input"),
-    ("measured --out measured/metrics-1.jsonl", "would be read as a file of the run the next time"),
+    ("good.trace --compare measured --out measured/group-0.layouts", "would write over the input"),
+    ("measured --out measured/group-1.metrics", "would be read as a file of the run the next time"),
     ("measured --out measured/new.log", "would be read as a file of the run the next time"),
     ("good.trace --out link.trace", "would write over the input 'good.trace'"),
     (
@@ -78,59 +75,57 @@ CASES = (
     ("good.trace --node-size 3", "--node-size 3 does not divide the 4 ranks"),
     ("good.trace --config gpt5", "--config 'gpt5'"),
     ("measured -- x", "nothing follows -- here, got x"),
-    ("measured-empty", "measured-empty/metrics-0.jsonl holds no whole line"),
-    ("measured-half", "measured-half/metrics-0.jsonl holds no whole line"),
-    ("measured-header", "measured-header/metrics-0.jsonl holds no step yet"),
-    ("measured-huge", "measured-huge/metrics-0.jsonl, line 1: has more than"),
+    ("measured-empty", "group-0.metrics, line 1: is no whole header of a recording of metrics"),
+    ("measured-half", "group-0.metrics, line 1: is no whole header of a recording of metrics"),
+    ("measured-header", "measured-header/group-0.metrics holds no step yet"),
+    ("measured-huge", "measured-huge/group-0.metrics, line 1: not JSON"),
     ("measured-log", "measured-log/train.log, line 1: longer than 33,554,432 characters"),
-    ("measured-twice", "'measured-twice/metrics-00.jsonl' are both of group 0; move one away"),
+    ("measured-twice", "'measured-twice/group-00.metrics' are both of group 0; move one away"),
     ("measured-ratio", "max_over_mean of 'layer 1' is -3, which is never below 1"),
     ("measured-pipe", "folder 'measured-pipe' holds no recording of a run"),
-    ("measured-layouts", "measured-layouts/group-0.jsonl, line 1"),
+    ("measured-layouts", "measured-layouts/group-0.layouts, line 1"),
     ("measured-other-layouts", "they are of different runs, so move one away"),
     ("measured-trace", "measured-trace/group-0.trace begins with"),
-    ("measured-digit", "line 3: its checksum does not fit"),
-    *((f"measured-{name}", says) for name, (_, says) in (*_HEADERS.items(), *_STEPS.items())),
+    ("measured-digit", "record 2 at byte"),
+    *((f"measured-{name}", says) for name, (_, says) in (*_HEADERS.items(), *_RUNS.items())),
 )
 
 
 def make(folder: Path) -> None:
     good = folder / "measured"
     record_run(good, steps=2)
-    metrics = recording_path(good, 0).read_bytes()
-    lines = metrics.splitlines(keepends=True)
-    header = json.loads(lines[0])
-    del header["crc"]
+    metrics = METRICS.path(good, 0).read_bytes()
+    fields, content = taken_apart(METRICS.path(good, 0))
+    lines = records_of(METRICS.path(good, 0))
 
     def copy(name: str, content: bytes) -> Path:
         run = folder / f"measured-{name}"
         run.mkdir()
-        recording_path(run, 0).write_bytes(content)
+        METRICS.path(run, 0).write_bytes(content)
         return run
 
     copy("empty", b"")
     copy("half", lines[0][:20])
     copy("header", b"".join(lines[:2]))
-    os.truncate(recording_path(copy("huge", b"x"), 0), HUGE)
+    os.truncate(METRICS.path(copy("huge", b"x"), 0), HUGE)
     (log := copy("log", metrics) / "train.log").touch()
     os.truncate(log, HUGE)
-    (copy("twice", metrics) / "metrics-00.jsonl").write_bytes(metrics)
-    step = re.sub(r'"max_over_mean":\[[^,]*', '"max_over_mean":[-3', lines[2].decode())
-    copy("ratio", b"".join(lines[:2]) + fuzz.resealed(step, RUN_NUMBER).encode())
+    (copy("twice", metrics) / "group-00.metrics").write_bytes(metrics)
+    ratio = content[1][2] | {"of_layers": np.full_like(content[1][2]["of_layers"], -3)}
+    put_together(METRICS.path(copy("ratio", b""), 0), fields, [content[0], ("step", 0, ratio)])
     pipe = folder / "measured-pipe"
     pipe.mkdir()
-    os.mkfifo(recording_path(pipe, 0))
-    (copy("layouts", metrics) / "group-0.jsonl").write_text("[1]\n")
+    os.mkfifo(METRICS.path(pipe, 0))
+    (copy("layouts", metrics) / "group-0.layouts").write_text("[1]\n")
     other = folder / "other"
     record_run(other, steps=2, layers=("layer 1",))
-    shutil.copy(other / "group-0.jsonl", copy("other-layouts", metrics) / "group-0.jsonl")
+    shutil.copy(other / "group-0.layouts", copy("other-layouts", metrics) / "group-0.layouts")
     (copy("trace", metrics) / "group-0.trace").write_bytes(
         (good / "group-0.trace").read_bytes()[:30] + b"\n"
     )
     for name, (change, _) in _HEADERS.items():
-        first = fuzz.resealed(json.dumps(header | dict(change))).encode()
-        copy(name, first + b"\n" + b"".join(lines[1:]))
-    for name, (text, _) in _STEPS.items():
-        third = fuzz.resealed(text, RUN_NUMBER) if text.startswith('{"') else text
-        copy(name, b"".join(lines[:2]) + third.encode() + b"\n" + b"".join(lines[3:]))
-    copy("digit", metrics.replace(b'"max_over_mean":[1', b'"max_over_mean":[2', 1))
+        copy(name, header_line(METRICS.name, fields | dict(change)) + b"".join(lines[1:]))
+    for name, (text, _) in _RUNS.items():
+        run = ("run", 0, {"text": np.frombuffer(text.encode(), dtype=np.uint8)})
+        put_together(METRICS.path(copy(name, b""), 0), fields, [run, *content[1:]])
+    copy("digit", metrics[: -len(lines[-1]) - 1] + b"x" + metrics[-len(lines[-1]) :])

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer.tools.report.metrics_recording import read_metrics
-from megatron_laer.tools.traces.fsep import read_recording
+from megatron_laer.tools.traces.reading import read_recording
 from tests.chaos.job import Outcome
 from tests.chaos.plans import Plan
 from tests.processes import outlive
-from tests.traces import without_run
+from tests.records import without_run
 
 # Fields of a metrics recording that do not depend on a clock.
 _DETERMINED = ("max_over_mean", "stock_max_over_mean", "predicted_ms")

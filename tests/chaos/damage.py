@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.traces import records_of
+from tests.records import records_of
 
 TORN = "a torn record"
 DAMAGES = ("a lost record", "swapped records", "another run's record", TORN)

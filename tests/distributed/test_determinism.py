@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,10 +11,12 @@ import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
-from tests.fuzz import resealed
+from megatron_laer.files.records import header_line
+from megatron_laer.runtime.planning.layout_recording import LAYOUTS
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 from tests.parity.row import AT_HOME, HOMES
+from tests.records import records_of, taken_apart
 
 STEPS = 10
 WAIT = " --fsep-planner {} --fsep-late-plan wait"
@@ -98,21 +99,21 @@ def test_a_bad_recording_is_refused_on_every_rank(
     fsep = " --expert-parallel-mode fsep --fsep-sharding rows --fsep-set cluster=cpu-gloo"
     recorded = f"{fsep} --fsep-planner laer --fsep-late-plan wait --fsep-record {tmp_path} layouts"
     ranks(2).run(train, flags(recorded))
-    path = tmp_path / "group-0.jsonl"
-    header, first, *_ = path.read_text().splitlines()
-    other_experts = header.replace('"num_experts":8', '"num_experts":16')
-    illegal = json.dumps({"record": 1, "step": 1, "slots": [[0] * 10] * 2})
+    path = LAYOUTS.path(tmp_path, 0)
+    header, first, *_ = records_of(path)
+    fields, _ = taken_apart(path)
+    other_experts = header_line(LAYOUTS.name, fields | {"num_experts": 16})
     spoilt = [
-        ([resealed(other_experts)], "this run would write"),
-        (resealed(f"{header}\n{illegal}").splitlines(), "line 2"),
-        ([header, first.replace('"step":1', '"step":2')], "line 2: its checksum does not fit"),
+        (other_experts, "this run would write"),
+        (header + first[:-1] + b"x" + first, "record 2 at byte"),
+        (header + first[:3] + b"x" + first[4:], "record 1 at byte"),
     ]
-    for lines, message in spoilt:
-        path.write_text("".join(f"{line}\n" for line in lines))
+    for written, message in spoilt:
+        path.write_bytes(written)
         for result in ranks(2).run_raw(train, flags(recorded)):
             assert result.type_name == "RefusedError", message
             assert message in result.message
-            assert "group-0.jsonl" in result.message
+            assert path.name in result.message
 
 
 def test_one_groups_bad_recording_stops_the_other_groups_too(
@@ -120,11 +121,11 @@ def test_one_groups_bad_recording_stops_the_other_groups_too(
 ) -> None:
     flags = partial(command_line, text_data, global_batch=8, steps=3)
     fsep = " --expert-parallel-mode fsep --fsep-sharding rows"
-    (tmp_path / "group-1.jsonl").write_text("{}")
+    (tmp_path / "group-1.layouts").write_text("{}")
     for result in ranks(4).run_raw(train, flags(f"{fsep} --fsep-record {tmp_path} layouts")):
         assert result.type_name == "RefusedError"
         assert "rank 2" in result.message
-        assert "group-1.jsonl" in result.message
+        assert "group-1.layouts" in result.message
 
 
 def train_with_fickle_router(flags: list[str]) -> Record:

@@ -262,7 +262,7 @@ def test_layouts_are_recorded_with_experts_numbers(
     folder, here = tmp_path / "recorded", homes(tmp_path, 13)
     record = PLANNED + here + f" --fsep-record {folder} layouts"
     ranks(2).run(train, command(text_data, record, steps=5))
-    _, layouts = [*read_layouts(folder / "group-0.jsonl")][-1]
+    _, layouts = [*read_layouts(folder / "group-0.layouts")][-1]
     orders = read_homes(Path(here.split()[1])).by_layer.values()
     for layout, home in zip(layouts, orders, strict=True):
         at_home = [layout.experts_of(rank)[:4] for rank in range(2)]

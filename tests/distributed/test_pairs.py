@@ -12,7 +12,7 @@ import pytest
 from megatron_laer.arrays import Int64
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import train
-from megatron_laer.tools.traces.fsep import read_recording
+from megatron_laer.tools.traces.reading import read_recording
 from tests.parity.flags import command_line
 from tests.parity.rows import FULL_RECOMPUTE, PERMUTED
 from tests.releases import installed_release

@@ -12,17 +12,18 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
 from megatron_laer.files.writing import open_exclusively
 from megatron_laer.tools.report.metrics_recording import read_metrics
-from megatron_laer.tools.traces.fsep import read_recording
+from megatron_laer.tools.traces.reading import read_recording
 from tests.parity.flags import command_line
 from tests.parity.row import HOMES
+from tests.records import records_of
 
 SAVED, STEPS = 4, 6
 
 # Recordings, and the file of each that the tests read.
 FILES = {
-    "layouts": "group-0.jsonl",
+    "layouts": "group-0.layouts",
     "trace": "group-0.trace",
-    "metrics": "metrics-0.jsonl",
+    "metrics": "group-0.metrics",
 }
 
 
@@ -107,9 +108,6 @@ def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
     record = ranks(2).run(train, flags(text_data, used, list(FILES), resume))[0]
     assert record.losses == first_run[1].losses[SAVED:]
 
-    def lines(path: Path) -> list[str]:
-        return path.read_text().splitlines()
-
     # Since the run repeats itself to the bit, the new recording equals the one moved aside.
     for word in ("layouts", "trace"):
         path, old = file_of(used, word), file_of(first_run[0], word)
@@ -117,8 +115,8 @@ def test_a_resumed_run_moves_the_steps_that_it_makes_again_aside_and_goes_on(
         assert path.stat().st_ino != old.stat().st_ino
         aside = path.with_stem(f"{path.stem}.cut-from-{SAVED}")
         assert sorted(os.listdir(path.parent)) == sorted([path.name, aside.name])
-        if path.suffix == ".jsonl":
-            assert lines(aside) == [lines(old)[0], *lines(old)[-(STEPS - SAVED) :]]
+        if path.suffix == ".layouts":
+            assert records_of(aside) == [records_of(old)[0], *records_of(old)[-(STEPS - SAVED) :]]
         else:
             assert sorted(set(read_recording(path).step_R)) == list(range(STEPS))
             assert sorted(set(read_recording(aside).step_R)) == list(range(SAVED, STEPS))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.telemetry.metrics_file import recording_path
+from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests.fake_cuda import findings
 from tests.fake_cuda.findings import Kind
@@ -98,5 +98,5 @@ def test_a_rank_that_records_metrics_waits_for_nothing_more(
     # For counts, and for a step's new layouts.
     assert waits[1:] == [2, 2] and races == []
     # No event is ever found to have passed here, so all steps are written at the end.
-    recording = read_metrics(recording_path(tmp_path, 0))
+    recording = read_metrics(METRICS.path(tmp_path, 0))
     assert recording.steps_T.tolist() == [0, 1, 2]

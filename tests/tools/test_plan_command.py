@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from unittest import mock
 
 import pytest
 
 from benchmarks.trace_cases import Trace
+from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.comparison import STOCK
 from tests import shared_data
-from tests.fuzz import resealed
 from tests.recorded_runs import OWN, record_run
+from tests.records import rewrite
 from tests.tools.plan_cases import drifting_trace, recording
 from tests.traces import write_recording
 
@@ -196,7 +196,7 @@ def test_a_trace_is_planned_for_as_the_metrics_beside_it_say(tmp_path, capsys):
         assert (status, err) == (0, "")
         header = text.splitlines()[1]
         assert "4 ranks in nodes of 2 on my-machine; experts of 64 x 32, not gated; from" in header
-        names = header.partition("metrics-0.jsonl: ")[2].split(", ")
+        names = header.partition("group-0.metrics: ")[2].split(", ")
         assert set(names) == {*OF_THE_RUN, "node_size", "capacity"}
         assert "travel by node; expected for even counts, 20000 tokens of top-3 and C = 3" in text
     written = json.loads(out.read_text())
@@ -231,10 +231,7 @@ def test_defaults_are_said_to_be_that(tmp_path, capsys):
     path = recording(tmp_path / "group-0.trace", drifting_trace())
     assert by_default in run(path, *QUICK, tmp_path / "x.json", capsys=capsys)[1]
     record_run(tmp_path / "run", cluster=OWN)
-    metrics = tmp_path / "run" / "metrics-0.jsonl"
-    header, _, *steps = metrics.read_text().splitlines(keepends=True)
-    steps = [re.sub('"record":[0-9]+', f'"record":{at}', step) for at, step in enumerate(steps, 1)]
-    metrics.write_text(resealed(header + "".join(steps)))  # without the line of the run
+    rewrite(METRICS.path(tmp_path / "run", 0), lambda kind, *_: kind == "step")
     status, out, err = run(tmp_path / "run", *QUICK, tmp_path / "x.json", capsys=capsys)
     assert status == 0 and by_default.removesuffix("\n") in out
     assert "a100-4x8-ib800 for cluster, which is missing" in err
@@ -245,22 +242,22 @@ def test_metrics_of_another_run_or_damaged_ones_are_refused_and_not_written_over
     folder = tmp_path / "run"
     record_run(folder)
     path = folder / "group-0.trace"
-    (folder / "metrics-0.jsonl").rename(tmp_path / "moved")
-    (folder / "metrics-0.jsonl").symlink_to(tmp_path / "moved")
+    (folder / "group-0.metrics").rename(tmp_path / "moved")
+    (folder / "group-0.metrics").symlink_to(tmp_path / "moved")
 
     def refusal(*words):
         status, _, err = run(path, *words, capsys=capsys)
         assert status == 2
         return err
 
-    for name in ("metrics-0.jsonl", "metrics-3.jsonl", "plan.log"):
+    for name in ("group-0.metrics", "group-3.metrics", "plan.log"):
         assert "--json" in refusal("--json", folder / name)
     assert "would write over the input" in refusal("--json", tmp_path / "moved")
     path.unlink()
     recording(path, drifting_trace())
     assert "they are of different runs, so move one away" in refusal()
     (tmp_path / "moved").write_text("hello\n")
-    assert "metrics-0.jsonl, line 1: not JSON" in refusal()
+    assert "group-0.metrics, line 1: not JSON" in refusal()
 
 
 def test_experts_stay_at_home_as_recorded_or_as_the_flag_says(tmp_path, capsys):

@@ -16,7 +16,8 @@ import plotly.graph_objects as go
 import pytest
 from plotly.offline import get_plotlyjs
 
-from megatron_laer.telemetry.metrics_file import recording_path
+from megatron_laer.telemetry.metrics import LOGGED_NAMES, RECORDED_OF_STEPS
+from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.tools import cli
 from megatron_laer.tools.report import expert_figures
 from megatron_laer.tools.report.assessment import assess
@@ -26,8 +27,8 @@ from megatron_laer.tools.report.plots import rounded
 from megatron_laer.tools.report.recorded import recorded_run
 from megatron_laer.tools.report.run_files import find_run
 from megatron_laer.tools.traces import read_trace
-from tests import fuzz
 from tests.recorded_runs import COSTS, OWN, RUN, STEPS, record_run
+from tests.records import rewrite
 from tests.tools.plan_cases import drifting_trace, recording
 from tests.tools.report_pages import data_of, figure_of, report, values_of, written
 
@@ -38,7 +39,7 @@ HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028
 
 def test_the_page_has_the_numbers_of_the_recording(folder, tmp_path, capsys):
     page = written(tmp_path, folder)
-    data, recording = data_of(page), read_metrics(recording_path(folder, 0))
+    data, recording = data_of(page), read_metrics(METRICS.path(folder, 0))
     of = recording.of_layers
     assert values_of(data, "FSEP: max/mean") == rounded(of["max_over_mean"].T)
     assert values_of(data, "Stock's placement, same") == rounded(of["stock_max_over_mean"].T)
@@ -66,7 +67,7 @@ def test_the_page_has_the_numbers_of_the_recording(folder, tmp_path, capsys):
 def test_a_run_with_experts_at_home_shows_its_replicas(tmp_path):
     record_run(tmp_path / "run", run=RUN | {"sharding": "experts", "plan_mode": "forecast"})
     page = written(tmp_path, tmp_path / "run")
-    data, recording = data_of(page), read_metrics(recording_path(tmp_path / "run", 0))
+    data, recording = data_of(page), read_metrics(METRICS.path(tmp_path / "run", 0))
     of = recording.of_layers
     assert of["without_replicas"].any() and (of["replicas"] <= 1).all()
     assert values_of(data, "Replicas per rank") == rounded(of["replicas"].T)
@@ -182,10 +183,13 @@ def test_two_runs_are_compared_and_one_without_a_trace_has_a_page_that_says_so(f
 
 @pytest.mark.filterwarnings("error")
 def test_a_run_whose_numbers_are_not_there_has_a_page_without_them(folder, tmp_path):
-    path = recording_path(folder, 0)
-    path.write_text(
-        fuzz.resealed(re.sub(r'("[a-z_]+_(?:ms|mean)":)[\d.e+-]+', r"\1null", path.read_text()))
-    )
+    def without_times(kind, step, values):
+        for names, name in ((RECORDED_OF_STEPS, "of_step"), (LOGGED_NAMES, "metrics")):
+            if kind == "step":
+                is_time = [of.endswith("_ms") for of in names]
+                values[name] = np.where(is_time, np.nan, values[name])
+
+    rewrite(METRICS.path(folder, 0), without_times)
     page = written(tmp_path, folder)
     ours = page.replace(get_plotlyjs(), "")
     assert "step time, median" not in ours and not re.search(r"\bnan\b", ours)
@@ -242,7 +246,9 @@ def test_how_uneven_experts_are_is_the_gini_coefficient():
         assert expert_figures._gini(np.array(tokens_E)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("name", ["train.log", "group-0.jsonl", "group-0.trace", "metrics-0.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["train.log", "group-0.layouts", "group-0.trace", "group-0.metrics"]
+)
 def test_a_file_that_cannot_be_read_is_refused_by_name(folder, tmp_path, capsys, name):
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("/proc/self/mem")  # a regular file whose first byte cannot be read
@@ -253,7 +259,7 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(folder, tmp_path, capsys,
     assert not (tmp_path / "page.html").exists()
 
 
-@pytest.mark.parametrize("name", ["metrics-1.jsonl", "group-007.jsonl", "new.log", "link.html"])
+@pytest.mark.parametrize("name", ["group-1.metrics", "group-007.layouts", "new.log", "link.html"])
 def test_no_page_is_written_under_a_name_that_is_read_the_next_time(folder, tmp_path, capsys, name):
     (folder / "link.html").symlink_to("new.log")
     trace = recording(tmp_path / "x.trace", drifting_trace(steps=2))
@@ -360,8 +366,8 @@ def test_a_trace_beside_its_metrics_is_predicted_as_the_run_was(tmp_path):
     assert f"experts of 4096 x 14336, not gated, 4 bytes per number, {sent}" in page
     settings = dict(re.findall(r'<th scope="row">([^<]*)</th><td>([^<]*)</td>', page))
     assert settings["ranks per node G"] == "2" and settings["slots per rank C"] == "3"
-    (trace.parent / "metrics-0.jsonl").rename(tmp_path / "moved")
-    (trace.parent / "metrics-0.jsonl").symlink_to(tmp_path / "moved")
+    (trace.parent / "group-0.metrics").rename(tmp_path / "moved")
+    (trace.parent / "group-0.metrics").symlink_to(tmp_path / "moved")
     assert report(trace, "--out", tmp_path / "moved") == 2
     page = written(tmp_path, trace, "--config", "mixtral-8x7b-e8k2")
     assert f"experts of 4096 x 14336, 2 bytes per number, {sent}" in page

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_laer.telemetry.metrics_file import recording_path
+from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.tools import cli
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests.recorded_runs import LAYERS, record_run
@@ -102,7 +102,7 @@ def test_what_a_page_says_in_its_console_is_noticed(run, tmp_path):
 
 
 def test_tables_have_the_recorded_numbers(run, drawn):
-    recorded = read_metrics(recording_path(run, 0))
+    recorded = read_metrics(METRICS.path(run, 0))
     for title, name in (
         ("FSEP: max/mean tokens per rank", "max_over_mean"),
         ("Stock's placement, same routing: max/mean tokens per rank", "stock_max_over_mean"),

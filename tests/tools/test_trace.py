@@ -8,7 +8,7 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from megatron_laer.telemetry.trace_file import TraceWriter, recording_path
+from megatron_laer.telemetry.trace_file import TRACE, TraceWriter
 from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
 from tests.traces import assert_holds, some_counts, write_recording
@@ -53,13 +53,13 @@ def test_a_trace_checks_itself():
 
 def test_a_folder_stands_for_its_only_recording(tmp_path):
     counts = some_counts(1)
-    path = recording_path(tmp_path, 0)
+    path = TRACE.path(tmp_path, 0)
     write_recording(path, counts)
     write_recording(path, counts[1:], first_step=1)
     assert (tmp_path / "group-0.cut-from-1.trace").exists()
     shutil.copy(path, tmp_path / ".group-0.trace.0123456789abcdef.tmp")
     assert_holds(read_trace(tmp_path), counts)
-    write_recording(recording_path(tmp_path, 1), counts)
+    write_recording(TRACE.path(tmp_path, 1), counts)
     with pytest.raises(ValueError, match=r"recordings of 2 FSEP groups; give one.*group-0\.trace"):
         read_trace(tmp_path)
 

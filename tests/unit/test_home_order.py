@@ -52,7 +52,7 @@ def test_a_file_is_read_back(tmp_path: Path) -> None:
 
 GOOD = {
     "format": "megatron_laer-homes",
-    "version": 2,
+    "version": 3,
     "num_ranks": 2,
     "num_experts": 4,
     "layers": ["layer 1"],
@@ -77,7 +77,7 @@ GOOD = {
         ({"num_ranks": 0}, r"num_ranks must be an integer in 1\.\."),
         ({"layers": ["a", "a"]}, "layers must all be different"),
         ({"format": "another"}, "it is no file of homes"),
-        ({"version": 1}, "version '1' of the format; this release reads version 2"),
+        ({"version": 1}, "version '1' of the format; this release reads version 3"),
         ({"crc": "0123abcd"}, "its checksum does not fit"),
     ],
     ids=str,

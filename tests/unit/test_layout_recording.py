@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,12 +23,12 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import PlannerService
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.runtime.planning import planned_layouts, planner_rank
-from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, read_layouts
+from megatron_laer.runtime.planning.layout_recording import LAYOUTS, LayoutRecorder, read_layouts
 from megatron_laer.runtime.planning.planned_layouts import PlannedLayouts
 from megatron_laer.runtime.planning.planner_rank import PlannerRank, run_of_group
 from megatron_laer.telemetry.trace_file import TraceWriter
 from tests.costs import make_costs
-from tests.fuzz import resealed
+from tests.records import put_together, taken_apart
 
 GEOMETRY = Geometry(num_ranks=2, num_experts=4, capacity=3, node_size=2)
 AT_HOME = dataclasses.replace(GEOMETRY, sharding=Sharding.EXPERTS)
@@ -75,28 +74,8 @@ def test_unquantised_layers_are_planned_at_the_prices_of_bf16() -> None:
         assert first.due(1) == [layouts[recipe], layouts[None]]
 
 
-@pytest.mark.parametrize("sharding", Sharding)
-def test_the_longest_line_that_a_recording_can_have_is_read(
-    tmp_path: Path, sharding: Sharding
-) -> None:
-    # One expert per rank, and then mostly empty slots: -1 has two characters.
-    geometry = Geometry(8, 8, 8, node_size=8, sharding=sharding)
-    layers = [f"layer {number}" for number in range(40)]
-    layouts = [geometry.static_layout] * len(layers)
-    path = tmp_path / "group-0.jsonl"
-    recorder = LayoutRecorder(path, geometry, REGIME, layers, first_step=0)
-    recorder.record(2**53, layouts)
-    recorder.close()
-    # As other tools write JSON: with blanks.
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    for line in lines:
-        del line["crc"]
-    path.write_text(resealed("".join(json.dumps(line) + "\n" for line in lines)))
-    assert list(read_layouts(path)) == [(2**53, layouts)]
-
-
 def test_layouts_of_home_experts_are_read_back(tmp_path: Path) -> None:
-    path = tmp_path / "group-0.jsonl"
+    path = tmp_path / "group-0.layouts"
     recorder = LayoutRecorder(path, AT_HOME, REGIME, LAYERS, first_step=0)
     layouts = [[AT_HOME.static_layout, AT_HOME.random_layout((step,))] for step in range(6)]
     for step, of_step in enumerate(layouts):
@@ -110,6 +89,9 @@ def test_layouts_of_home_experts_are_read_back(tmp_path: Path) -> None:
     [
         ({}, [0, 1, 2, 2, 3, -1], "empty slots, which only --fsep-sharding experts"),
         ({}, [0, 1, 2, 2, 3, -2], "slots hold expert -2"),
+        ({"homes": [[0, 1, 2, 3], [0, 1, 2, 2]]}, [0] * 6, "line 1: .*permutation|homes|each"),
+        ({"homes": [[0, 1, 2, 3]]}, [0] * 6, "must be those of every layer's experts"),
+        ({"homes": 5}, [0] * 6, "line 1: "),
         ({"sharding": "experts"}, [0, 1, 2, 2, -1, 3], "does not fit --fsep-sharding experts"),
         ({"sharding": "experts"}, [0, 1, 1, 2, 3, -1], "does not fit --fsep-sharding experts"),
         ({"sharding": "experts", "num_experts": 3}, [0] * 6, "3 experts cannot be at home on 2"),
@@ -120,14 +102,14 @@ def test_layouts_of_home_experts_are_read_back(tmp_path: Path) -> None:
 def test_slots_that_do_not_fit_the_recorded_sharding_are_refused(
     tmp_path: Path, changes: dict[str, object], slots: list[int], message: str
 ) -> None:
-    path = tmp_path / "group-0.jsonl"
+    path = LAYOUTS.path(tmp_path, 0)
     LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0).close()
-    header = json.loads(path.read_text()) | changes
-    entry = {"record": 1, "step": 0, "slots": [slots] * len(LAYERS)}
-    del header["crc"]
-    path.write_text(resealed("".join(json.dumps(line) + "\n" for line in (header, entry))))
-    with pytest.raises(ValueError, match=message):
+    fields, _ = taken_apart(path)
+    slots_LNC = np.array([slots] * len(LAYERS)).reshape(len(LAYERS), 2, 3)
+    put_together(path, fields | changes, [("layouts", 0, {"slots_LNC": slots_LNC})])
+    with pytest.raises(ValueError, match=message) as error:
         list(read_layouts(path))
+    assert str(path) in str(error.value)
 
 
 def test_a_start_that_fails_names_the_flag_and_lets_go_of_what_it_opened(tmp_path: Path) -> None:
@@ -136,7 +118,7 @@ def test_a_start_that_fails_names_the_flag_and_lets_go_of_what_it_opened(tmp_pat
     config = FSEPConfig(record_layouts=layouts, record_trace=traces)
     with pytest.raises(ValueError, match=rf"--fsep-record '{traces}' trace: .*another run"):
         first_rank(config)
-    writing.open_exclusively(tmp_path / "layouts" / "group-0.jsonl").close()
+    writing.open_exclusively(tmp_path / "layouts" / "group-0.layouts").close()
     writer.close()
     first_rank(config).close()
 
@@ -239,30 +221,3 @@ def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(first
         assert plans[-1].source_step == 59 and len(plans) <= 3
         assert source.due(60) == layouts(0)
     source.close()
-
-
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"step": 1.9}, "1.9"),
-        ({"step": True}, "True"),
-        ({"step": "7"}, "'7'"),
-        ({"step": 2}, "above 2"),
-        ({"more": 1}, "more"),
-        ({"slots": []}, "0 layers"),
-    ],
-)
-def test_an_entry_that_no_recorder_writes_is_refused(
-    tmp_path: Path, change: dict[str, Any], named: str
-) -> None:
-    path = tmp_path / "group-0.jsonl"
-    recorder = LayoutRecorder(path, GEOMETRY, REGIME, LAYERS, first_step=0)
-    recorder.record(2, layouts(2))
-    recorder.record(3, layouts(3))
-    recorder.close()
-    *before, last = path.read_text().splitlines()
-    changed = json.loads(last) | change
-    del changed["crc"]
-    path.write_text(resealed("\n".join([*before, json.dumps(changed), ""])))
-    with pytest.raises(ValueError, match=f"line 3: .*{named}"):
-        list(read_layouts(path))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.runtime.planning.mailbox import RoutingMailbox
 from megatron_laer.telemetry.trace_file import TraceWriter
-from megatron_laer.tools.traces.fsep import read_recording
+from megatron_laer.tools.traces.reading import read_recording
 
 Delivered = list[tuple[int, int, list[list[int]]]]
 

@@ -12,7 +12,7 @@ import pytest
 from benchmarks.published_files import END_TO_END, Cell, read_ablation, read_cells, read_tokens
 from benchmarks.published_table import below, positive, read_rows, text
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
-from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
+from megatron_laer.telemetry.metrics_file import METRICS, MetricsWriter, Shape
 from scripts.paper import figure8, figure9, figure10, figure12, published
 from scripts.paper.experiments import FSEP, LAER, STATIC, STOCK, Case, Run
 from scripts.paper.measured import Measured, Profile, read_log, read_profile
@@ -65,7 +65,7 @@ def test_a_log_that_is_not_whole_is_refused(tmp_path: Path, lines: list[str], sa
 
 def test_a_profile_is_the_mean_of_later_steps(tmp_path: Path) -> None:
     shape = Shape(num_ranks=2, num_experts=8, capacity=5, node_size=2, layers=("layer 1",))
-    writer = MetricsWriter(recording_path(tmp_path, 0), shape, {}, 0, COSTS.cluster)
+    writer = MetricsWriter(METRICS.path(tmp_path, 0), shape, {}, 0, COSTS.cluster)
     for step, scale in enumerate((100.0, 1.0, 3.0)):
         of_step = dict.fromkeys(RECORDED_OF_STEPS, scale) | {"step": step}
         of_layers = {name: [scale] for name in RECORDED_OF_LAYERS}

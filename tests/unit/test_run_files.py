@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from megatron_laer.config import FSEPConfig
-from megatron_laer.runtime.planning.layout_recording import recording_path
+from megatron_laer.runtime.planning.layout_recording import LAYOUTS
 from megatron_laer.support import config_files
 from megatron_laer.support.config_files import WRITTEN
-from megatron_laer.telemetry.metrics_file import recording_path as metrics_path
-from megatron_laer.telemetry.trace_file import recording_path as trace_path
+from megatron_laer.telemetry.metrics_file import METRICS
+from megatron_laer.telemetry.trace_file import TRACE
 
 
 def there(folder: Path) -> set[Path]:
@@ -33,8 +33,8 @@ def test_folders_that_can_be_used_are_taken_and_not_made(tmp_path: Path) -> None
 def test_what_a_run_writes_into_one_folder_has_different_names(tmp_path: Path) -> None:
     folder = str(tmp_path)
     files = {
-        recording_path(folder, 0),
-        trace_path(folder, 0),
-        metrics_path(folder, 0),
+        LAYOUTS.path(folder, 0),
+        TRACE.path(folder, 0),
+        METRICS.path(folder, 0),
     }
     assert len(files) == len(WRITTEN)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.files import run_mark
-from megatron_laer.files.json_lines import header_line
 from megatron_laer.files.recording import RecordingFile
+from megatron_laer.files.records import Field, Format, Records
 from tests.processes import python
 
-NUMBER, NAME = "0123456789abcdef", "group-0.trace"
-HEADER = header_line("steps", {"run": NUMBER})
+NAME = "group-0.trace"
+STEPS = Format("steps", "list of steps", "trace", {}, {"step": (Field("of", "<u4"),)})
 REFUSED = "holds the steps of an earlier run, and this run begins at step 0"
 
 
@@ -25,16 +25,17 @@ def _no_signs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     run_mark.set_checkpoints(None, None, finetune=False)
 
 
-def record(folder: Path, first_step: int, steps: range) -> int | None:
-    def records(path: Path) -> list[tuple[int, int]]:
-        lines = path.read_bytes()[len(HEADER) :].split()
-        return [(int(line), len(HEADER) + 2 * (n + 1)) for n, line in enumerate(lines)]
-
-    file = RecordingFile(folder / NAME, "steps", {}, records, first_step, NUMBER)
+def record(folder: Path, first_step: int, steps: range) -> None:
+    file = RecordingFile(folder / NAME, STEPS, {"layers": ["a"]}, first_step, "0123456789abcdef")
     for step in steps:
-        file.append(b"%d\n" % step)
+        file.append("step", step, of=step)
     file.close()
-    return file.last
+
+
+def recorded(path: Path) -> list[int]:
+    with path.open("rb") as file:
+        records = Records.of(file, path, STEPS)
+        return [frame.step for frame, _ in records.read(file, path)]
 
 
 def resumed_from(folder: Path | None) -> None:
@@ -48,12 +49,12 @@ def test_a_restart_moves_the_steps_before_the_first_checkpoint_aside(
     resumed_from(tmp_path / "saved")
     record(tmp_path, 0, range(3))
     for attempt in (1, 2):
-        assert record(tmp_path, 0, range(2)) is None
+        record(tmp_path, 0, range(2))
         assert len(caplog.records) == attempt and "from step 0 on has been moved" in caplog.text
     assert "saved" not in (tmp_path / f".{NAME}.run").read_text()
-    assert (tmp_path / NAME).read_bytes() == HEADER + b"0\n1\n"
-    assert (tmp_path / "group-0.cut-from-0.trace").read_bytes() == HEADER + b"0\n1\n2\n"
-    assert (tmp_path / "group-0.cut-from-0.2.trace").read_bytes() == HEADER + b"0\n1\n"
+    assert recorded(tmp_path / NAME) == [0, 1]
+    assert recorded(tmp_path / "group-0.cut-from-0.trace") == [0, 1, 2]
+    assert recorded(tmp_path / "group-0.cut-from-0.2.trace") == [0, 1]
 
 
 def test_the_same_folder_by_another_name_is_the_same_run(tmp_path: Path) -> None:
@@ -63,7 +64,7 @@ def test_the_same_folder_by_another_name_is_the_same_run(tmp_path: Path) -> None
     record(tmp_path, 0, range(3))
     resumed_from(tmp_path / "link" / ".")
     record(tmp_path, 0, range(1))
-    assert (tmp_path / NAME).read_bytes() == HEADER + b"0\n"
+    assert recorded(tmp_path / NAME) == [0]
 
 
 @pytest.mark.parametrize("before", ["saved", None], ids=["another run", "a run without signs"])
@@ -89,7 +90,7 @@ def test_ranks_that_one_launcher_starts_again_are_the_same_run(
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     record(tmp_path, 0, range(3))
     record(tmp_path, 0, range(1))
-    assert (tmp_path / NAME).read_bytes() == HEADER + b"0\n"
+    assert recorded(tmp_path / NAME) == [0]
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "other")
     with pytest.raises(ValueError, match=REFUSED):
         record(tmp_path, 0, range(3))

@@ -49,7 +49,7 @@ def move_home(share: Homes, home: HomeOrder, groups: FSEPGroups, device: torch.d
 
 
 def _initial(parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Return the values that master weights begin with; a quantised parameter has kept them aside."""
+    """Return values that master weights begin with; a quantised parameter kept them aside."""
     kept = getattr(parameter, "get_high_precision_init_val", lambda: None)()
     return parameter if kept is None else kept
 

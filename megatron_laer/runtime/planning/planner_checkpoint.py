@@ -19,7 +19,7 @@ import torch.distributed as dist
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.state import PlannerState
+from megatron_laer.planner.state import STATE, PlannerState
 from megatron_laer.runtime.comm.collectives import broadcast_bytes
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 
@@ -32,7 +32,8 @@ MAX_FILE_BYTES = 2**32
 
 
 def state_path(directory: str, group_index: int) -> str:
-    return os.path.join(directory, FOLDER, f"group-{group_index}.bin")
+    # Not a path, since a storage may have other names than a file system.
+    return f"{directory}/{FOLDER}/{STATE.path('', group_index)}"
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,10 @@ def load_state(
     if not data:
         return Resumption(problem=problem)
     try:
-        state = adapt(PlannerState.from_bytes(data))
+        state = adapt(PlannerState.from_bytes(data, path))
     except ValueError as error:
-        return Resumption(problem=f"{path}: {error}")
+        text = str(error).removeprefix(f"{path}: ")
+        return Resumption(problem=f"{path}: {text}")
     return Resumption(state)
 
 

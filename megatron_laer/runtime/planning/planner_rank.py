@@ -23,12 +23,11 @@ from megatron_laer.planner.service import ServiceState
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.strategies import Strategy, make_strategy
-from megatron_laer.runtime.planning.layout_recording import LayoutRecorder, recording_path
+from megatron_laer.runtime.planning.layout_recording import LAYOUTS, LayoutRecorder
 from megatron_laer.runtime.planning.mailbox import RoutingMailbox
 from megatron_laer.runtime.planning.planned_layouts import PlannedLayouts
-from megatron_laer.telemetry.metrics_file import recording_path as metrics_path
-from megatron_laer.telemetry.trace_file import TraceWriter
-from megatron_laer.telemetry.trace_file import recording_path as trace_path
+from megatron_laer.telemetry.metrics_file import METRICS
+from megatron_laer.telemetry.trace_file import TRACE, TraceWriter
 
 logger = logging.getLogger(__name__)
 
@@ -77,13 +76,13 @@ class PlannerRank:
                 )
                 opened.callback(self._source.close)
             if (folder := config.record_layouts) is not None:
-                path = recording_path(folder, group_index)
+                path = LAYOUTS.path(folder, group_index)
                 with naming_flag("record_layouts", folder):
                     of_run = signature, layers, first_step, run
                     self._recorder = LayoutRecorder(path, geometry, *of_run)
                 opened.callback(self._recorder.close)
             if (folder := config.record_trace) is not None:
-                path = trace_path(folder, group_index)
+                path = TRACE.path(folder, group_index)
                 with naming_flag("record_trace", folder):
                     sizes = geometry.num_ranks, geometry.num_experts
                     trace = TraceWriter(path, *sizes, layers, first_step, run)
@@ -151,11 +150,11 @@ def _strategies(
 def run_of_group(config: FSEPConfig, group_index: int) -> str:
     """Return the number in the recordings that the group's run continues, or a new one."""
     kinds = (
-        (recording_path, config.record_layouts),
-        (trace_path, config.record_trace),
-        (metrics_path, config.record_metrics),
+        (LAYOUTS, config.record_layouts),
+        (TRACE, config.record_trace),
+        (METRICS, config.record_metrics),
     )
-    paths = [path_of(folder, group_index) for path_of, folder in kinds if folder]
+    paths = [format.path(folder, group_index) for format, folder in kinds if folder]
     return next(filter(None, map(run_of, paths)), None) or new_run()
 
 

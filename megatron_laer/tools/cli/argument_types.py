@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer.files.checks import problem_of, quoted
-from megatron_laer.files.json_lines import MAX_RANKS
+from megatron_laer.files.records import MAX_RANKS
 from megatron_laer.files.shipped import yaml_file
 
 # More ranks than any machine has that trains one model.

@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_laer.files.checks import quoted
-from megatron_laer.files.recording import is_cut_off, run_of
+from megatron_laer.files.recording import run_of
+from megatron_laer.files.records import is_cut_off
+from megatron_laer.runtime.planning.layout_recording import LAYOUTS
+from megatron_laer.telemetry.metrics_file import METRICS
+from megatron_laer.telemetry.trace_file import TRACE
 
 _WAYS = "--fsep-record DIR metrics trace layouts writes them"
 
@@ -134,8 +138,7 @@ def _by_group(files: Sequence[Path]) -> dict[str, dict[int, Path]]:
 
 
 _NAMES = {
-    "metrics": re.compile(r"metrics-([0-9]{1,9})\.jsonl"),
-    "trace": re.compile(r"group-([0-9]{1,9})\.trace"),
-    "layouts": re.compile(r"group-([0-9]{1,9})\.jsonl"),
+    format.suffix: re.compile(rf"group-([0-9]{{1,9}})\.{format.suffix}")
+    for format in (METRICS, TRACE, LAYOUTS)
 }
 _LOG = re.compile(r"[^.].*\.log", re.DOTALL)

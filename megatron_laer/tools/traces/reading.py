@@ -1,15 +1,23 @@
-"""Reader of a run's routing trace: one recording, or the folder that holds it."""
+"""Reader of a run's routing trace (`telemetry.trace_file`): one recording, or its folder."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from megatron_laer.arrays import Bool
+from megatron_laer.files import memory
 from megatron_laer.files.checks import open_input
-from megatron_laer.files.recording import is_cut_off
-from megatron_laer.telemetry.trace_file import MAGIC
-from megatron_laer.tools.traces.fsep import read_recording
-from megatron_laer.tools.traces.records import Trace
+from megatron_laer.files.records import Records, is_cut_off
+from megatron_laer.telemetry.trace_file import TRACE
+from megatron_laer.tools.traces.records import PairRecords, Trace
+
+# A count takes 4 bytes, and 8 more where it is summed.
+_BYTES_PER_COUNT = 12
 
 
 def read_trace(
@@ -29,7 +37,7 @@ def read_trace(
         raise ValueError(f"trace {str(path)!r} does not exist; give a file or a folder")
     if path.is_dir():
         path = _recording_in(path)
-    if (begin := _begin(path, 40))[: len(MAGIC)] != MAGIC:
+    if (begin := _begin(path, 40))[: len(TRACE.magic)] != TRACE.magic:
         raise ValueError(
             f"{path} begins with {begin!r}; give a recording of --fsep-record, or its folder"
         )
@@ -39,6 +47,54 @@ def read_trace(
             f"{path} has {trace.num_experts} experts, not {num_experts}; give the run's own model"
         )
     return trace if ranks is None else trace.of_ranks(ranks)
+
+
+def read_recording(path: Path, *, pairs: bool = False) -> Trace:
+    """Read a recording of `TraceWriter`; an incomplete last record is skipped with a warning.
+
+    Its `pairs`, with sets, are read on request: they may be many times as large as the counts.
+    """
+    counts: dict[tuple[int, int, int], npt.NDArray[np.unsignedinteger[Any]]] = {}
+    triangles: dict[tuple[int, int], npt.NDArray[np.unsignedinteger[Any]]] = {}
+    sets: dict[tuple[int, int], Bool] = {}
+    with open_input(path) as file:
+        records = Records.of(file, path, TRACE)
+        num_ranks, num_experts = (records.fields[name] for name in TRACE.sizes)
+        of_expert = num_experts * (num_experts + 1) // 2
+        set_bytes = -(-num_experts // 8)
+        kinds = None if pairs else ["counts"]
+        for frame, values in records.read(file, path, kinds):
+            key = frame.step, values["layer"]
+            if frame.kind == "counts":
+                counts[*key, values["microbatch"]] = values["counts_NE"]
+            elif frame.length % (of_expert if frame.kind == "pairs" else set_bytes):
+                raise frame.problem(path, f"{frame.length} values are no {frame.kind}")
+            elif frame.kind == "pairs":
+                triangles[key] = values["triangle"]
+            else:
+                bits = values["bits"].reshape(-1, set_bytes)
+                chosen = np.unpackbits(bits, axis=1, count=num_experts, bitorder="little")
+                sets[key] = chosen.astype(bool)
+    if not counts:
+        raise ValueError(f"{path} holds no complete record; record at least two steps")
+    memory.check_enough(
+        _BYTES_PER_COUNT * len(counts) * num_ranks * num_experts,
+        f"{len(counts)} records of {num_ranks} ranks and {num_experts} experts",
+        "give a part of the trace",
+    )
+    keys_R3 = np.array(list(counts), dtype=np.int64)
+    counts_RNE = np.empty((len(counts), num_ranks, num_experts), dtype=np.int32)
+    for record, counts_NE in enumerate(counts.values()):
+        counts_RNE[record] = counts_NE
+    return Trace(
+        tuple(records.fields["layers"]),
+        keys_R3[:, 0],
+        keys_R3[:, 1],
+        keys_R3[:, 2],
+        counts_RNE,
+        PairRecords.of_triangles(triangles, num_experts),
+        sets,
+    )
 
 
 def _recording_in(folder: Path) -> Path:
@@ -58,9 +114,9 @@ def _is_recording(file: Path) -> bool:
     # Skip leftovers of a killed run, and steps that a later run repeated.
     if file.name.startswith(".") or is_cut_off(file):
         return False
-    return _begin(file, len(MAGIC)) == MAGIC
+    return _begin(file, len(TRACE.magic)) == TRACE.magic
 
 
-def _begin(file: Path, count: int) -> bytes:
-    with open_input(file) as content:
+def _begin(path: Path, count: int) -> bytes:
+    with open_input(path) as content:
         return content.read(count)
