@@ -24,7 +24,7 @@ from benchmarks.command_line import add_json, parser_of, program, write_json
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.device import CPU_FLAGS
 from megatron_laer.runtime.pair_counts import PairCounts
-from megatron_laer.runtime.planning.mailbox import RoutingMailbox
+from megatron_laer.runtime.planning.planner_rank import PlannerRank
 from megatron_laer.tools.cli.argument_types import between
 
 RANKS, LAYERS, TOKENS = 2, 2, 1024
@@ -38,7 +38,7 @@ _COUNTED = (
     (PairCounts, "add"),
     (PairCounts, "end_step"),
     (PairCounts, "take"),
-    (RoutingMailbox, "put_pairs"),  # the planner rank's recording
+    (PlannerRank, "put_pairs"),  # the planner rank's recording
 )
 
 

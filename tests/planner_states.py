@@ -35,6 +35,6 @@ def make_state(**changes: Any) -> PlannerState:
             *(observed, SmoothedForecast()),
             WindowForecast().observe(counts).observe(counts[0]),
         ),
-        plans=tuple(Plan(step, dict(enumerate(layouts(step))), 1.5 * step) for step in (6, 7)),
+        plans=tuple(Plan(step, layouts(step), 1.5 * step) for step in (6, 7)),
     )
     return dataclasses.replace(state, **changes)

@@ -4,26 +4,27 @@ The thread only computes: no collectives, no device work. Callers get legal layo
 a strategy misbehaves. An executor would not do: its threads are joined at exit, so a hanging
 strategy would keep the process alive.
 
-Legend: N ranks, E experts.
+Legend: N ranks, E experts, M microbatches.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-import numpy.typing as npt
-
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.forecast import Forecast, SmoothedForecast
+from megatron_laer.planner.forecast import Forecast
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import Strategy
 
-# Maximum open steps before the oldest is dropped (not in lossless mode).
+# Maximum open steps before the oldest is dropped, unless plans are waited for.
 _OPEN_STEPS = 4
+# Time-out where plans are waited for; a planner that exceeds it is not waited for again.
+WAIT_TIMEOUT_S = 120.0
+# Wait for pending plans before a checkpoint is saved, where plans are not waited for.
+PLANS_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Plan:
     """Layouts of all layers from the counts of `source_step`, made in `plan_ms` by the strategy."""
 
     source_step: int
-    layouts: dict[int, ExpertLayout]
+    layouts: tuple[ExpertLayout, ...]
     plan_ms: float
 
 
@@ -41,73 +42,93 @@ class ServiceState:
 
     Attributes:
         forecasts: by layer.
-        plans: complete and not returned yet, oldest first.
+        plans: complete and not in force yet, oldest first.
         caught_up: whether all full steps are planned.
     """
 
-    forecasts: dict[int, Forecast]
-    plans: list[Plan]
+    forecasts: tuple[Forecast, ...]
+    plans: tuple[Plan, ...]
     caught_up: bool
 
 
 @dataclass
-class _OpenStep:
-    """Step that is being submitted or planned; touched under the service's lock only."""
+class _Step:
+    """Entry of the ledger: a step's counts and plan; touched under the service's lock only.
 
-    pending: dict[int, Int64] = field(default_factory=dict)
-    submitted: set[int] = field(default_factory=set)
+    `counts` are by layer, None where they are not for planning any more. `layouts` are those made
+    so far.
+    """
+
+    counts: dict[int, Int64 | None] = field(default_factory=dict)
     layouts: dict[int, ExpertLayout] = field(default_factory=dict)
     plan_ms: float = 0.0
+    plan: Plan | None = None
+    is_dropped: bool = False
+
+    @property
+    def is_open(self) -> bool:
+        return self.plan is None and not self.is_dropped
+
+    @property
+    def is_started(self) -> bool:
+        return any(counts_NE is None for counts_NE in self.counts.values())
+
+    def drop(self) -> None:
+        self.is_dropped, self.counts = True, dict.fromkeys(self.counts)
 
 
 class PlannerService:
     """Thread that plans the layers of each step as their counts arrive, oldest step first.
 
+    The ledger has every step from its first counts until its plan is in force, or can no longer be.
     A plan is complete once all layers are planned, each from a forecast that ends with the step's
-    counts. Complete plans are kept until `ready` or `wait` returns that plan or a newer one, so
-    call one of them at every step.
+    counts. One from the counts of step t is due at step t + `lag`.
 
-    Steps that lack layers when a later step is full are dropped with a warning. Without `lossless`,
-    full steps whose planning has not started are dropped too, and so is the oldest of more than
-    four open steps.
+    Steps that lack layers when a later step is full are dropped with a warning. Unless plans are
+    waited for, full steps whose planning has not started are dropped too, and so is the oldest of
+    more than four open steps.
 
     If a strategy raises or returns no legal layout, the layer keeps its layout of the last complete
     plan. `failures` counts it, with one warning per cause. A dead thread leaves the plans that are
-    complete; after them, `ready` and `wait` return None.
+    complete; after them, nothing is due.
 
     Args:
+        strategies, initial, forecasts: of each layer.
+        waits: wait for plans that are due, until one is late.
         on_warning: called from both threads, never under the lock; its exceptions are ignored.
-        lossless: plan every step, for callers that `wait` for each.
         plans: complete plans of an earlier service, as `state` returned them.
         check_layout: raises for a layout that the run cannot use.
     """
 
     def __init__(
         self,
-        strategy: Strategy | Mapping[int, Strategy],
-        layers: Sequence[int],
-        initial: ExpertLayout | Mapping[int, ExpertLayout],
+        strategies: Sequence[Strategy],
+        initial: Sequence[ExpertLayout],
+        forecasts: Sequence[Forecast],
+        *,
+        lag: int,
+        waits: bool,
         on_warning: Callable[[str], None],
-        lossless: bool = False,
-        forecast: Forecast | Mapping[int, Forecast] | None = None,
         plans: Sequence[Plan] = (),
         check_layout: Callable[[ExpertLayout], None] | None = None,
     ) -> None:
+        self.plan_ms = 0.0
+        self.late_plans = 0
         self._check_layout = check_layout
-        self._layers = tuple(layers)
-        self._strategies = _by_layer(self._layers, strategy)
-        self._good = _initial_layouts(self._layers, plans[-1].layouts if plans else initial)
+        self._strategies = tuple(strategies)
+        self._good = tuple(plans[-1].layouts if plans else initial)
         self._on_warning = on_warning
-        self._lossless = lossless
+        self._lag = lag
+        self._waits = waits
         # Changed by the thread alone, one layer at a time.
-        self._forecasts = _by_layer(self._layers, forecast or SmoothedForecast())
+        self._forecasts = [*forecasts]
 
         self._changed = threading.Condition()
-        self._open: dict[int, _OpenStep] = {}
-        self._complete = {plan.source_step: plan for plan in plans}
-        self._returned_step: int | None = None
-        # Newest step with all layers submitted; no earlier one is opened again.
-        self._full_step = max(self._complete, default=None)
+        full = range(len(self._good))
+        self._ledger = {plan.source_step: _Step(dict.fromkeys(full), plan=plan) for plan in plans}
+        # Newest step with the counts of all layers, and the newest one whose plan was asked for.
+        self._full_step = max(self._ledger, default=-1)
+        self._asked_step = -1
         self._failures = 0
         self._warned: set[str] = set()
         self._closing = False
@@ -121,135 +142,161 @@ class PlannerService:
         with self._changed:
             return self._failures
 
-    def submit(self, step: int, layer: int, counts_NE: npt.NDArray[np.integer]) -> None:
-        """Queue a copy of a layer's counts of a step; never wait for planning.
+    def submit(self, step: int, layer: int, counts_NE: Int64) -> None:
+        """Queue a layer's counts of a step, which must not change; never wait for planning.
 
         They are what its forecast observes: int [N, E], or [M, N, E] of microbatches.
 
-        Counts submitted again replace those not yet planned; in lossless mode the first ones stay.
-        Dropped, planned and outdated steps are ignored.
+        Counts submitted again replace those not yet planned; where plans are waited for, the first
+        ones stay. Those of dropped, planned and outdated steps are not planned.
         """
-        if layer not in self._good:
-            raise ValueError(f"layer {layer} is not planned here; layers are {self._layers}")
         like = self._good[layer]
         if counts_NE.shape[-2:] != (like.num_ranks, like.num_experts):
             raise ValueError(
                 f"counts_NE of step {step}, layer {layer} has shape {counts_NE.shape}, expected "
                 f"[ranks, experts] = {(like.num_ranks, like.num_experts)}"
             )
-        copied_NE = np.array(counts_NE, dtype=np.int64)
+        warnings = []
         with self._changed:
-            if self._closing or not self._alive or self._is_past(step):
+            if self._closing or step <= self._asked_step:
                 return
-            opened = self._open.setdefault(step, _OpenStep())
-            again = layer in opened.submitted
-            if again and (self._lossless or layer not in opened.pending):
-                return
-            opened.pending[layer] = copied_NE
-            opened.submitted.add(layer)
-            warnings = self._drop_steps(step)
+            entry = self._ledger.setdefault(step, _Step(is_dropped=step <= self._full_step))
+            is_planned = entry.is_open and self._alive
+            if layer not in entry.counts:
+                entry.counts[layer] = counts_NE if is_planned else None
+            elif is_planned and not self._waits and entry.counts[layer] is not None:
+                entry.counts[layer] = counts_NE
+            if self._is_full(entry):
+                self._full_step = max(self._full_step, step)
+                warnings = self._drop_before(step)
+            if not self._waits:
+                self._drop_oldest()
             self._changed.notify_all()
-        for warning in warnings:
-            self._warn(warning)
+        self._warn(*warnings)
 
-    def ready(self, step: int) -> Plan | None:
-        """Return the newest complete plan of a step up to `step`, once; None if there is none."""
-        with self._changed:
-            usable = [made for made in self._complete if made <= step]
-            return self._take(max(usable)) if usable else None
+    def due(self, step: int) -> tuple[ExpertLayout, ...] | None:
+        """Return the layouts that take effect with `step`, one per layer; None for no change.
 
-    def wait(self, step: int, timeout_s: float) -> Plan | None:
-        """Wait for the plan of this step's counts; without it, warn and return None."""
-        deadline_s = time.monotonic() + timeout_s
+        They are planned from step - lag, or from the newest step up to it unless plans are waited
+        for.
+        """
+        source_step = step - self._lag
+        warnings = []
         with self._changed:
-            if _at_or_before(step, self._returned_step):
-                raise ValueError(
-                    f"cannot wait for step {step}: the plan of step {self._returned_step} was "
-                    f"already returned; wait for later steps"
-                )
-            while step not in self._complete:
-                problem = self._why_never(step)
-                left_s = deadline_s - time.monotonic()
-                if problem is None and left_s <= 0:
-                    problem = f"the plan of step {step} was not complete after {timeout_s} s"
-                if problem is not None:
-                    break
-                # A Condition takes no infinite timeout.
-                self._changed.wait(min(left_s, threading.TIMEOUT_MAX))
+            entry = self._ledger.get(source_step)
+            is_expected = (
+                source_step > self._asked_step and entry is not None and self._is_full(entry)
+            )
+            self._asked_step = max(self._asked_step, source_step)
+            if not self._waits:
+                made = [of.plan for at, of in self._ledger.items() if at <= source_step and of.plan]
+                plan = max(made, key=lambda of: of.source_step, default=None)
+            elif entry is None or not is_expected:
+                plan = None
             else:
-                return self._take(step)
-        self._warn(f"{problem}; layouts stay as they are")
-        return None
+                problem = self._wait_for(source_step, entry)
+                plan = entry.plan
+                if problem is not None:
+                    warnings += [f"{problem}; layouts stay as they are", self._stop_waiting()]
+            if is_expected and (plan is None or plan.source_step != source_step):
+                self.late_plans += 1
+                if self.late_plans == 1 and not warnings:
+                    warnings.append(
+                        f"the plan from step {source_step} was not ready at step {step}, which "
+                        f"keeps older layouts; --fsep-set plan_lag={self._lag + 1} gives plans "
+                        "more time, and fsep_late_plans counts those that are late"
+                    )
+            self._forget(source_step, plan)
+        self._warn(*warnings)
+        if plan is None:
+            return None
+        self.plan_ms = plan.plan_ms
+        return plan.layouts
 
-    def state(self, timeout_s: float) -> ServiceState:
-        """Return the state, after waiting up to `timeout_s` seconds for the thread to catch up.
+    def state(self) -> ServiceState:
+        """Return the state, after waiting some time for the thread to catch up.
 
         A stopped thread has caught up.
         """
 
         def is_caught_up() -> bool:
-            busy = any(map(self._is_full, self._open.values()))
+            busy = any(of.is_open and self._is_full(of) for of in self._ledger.values())
             return not busy or self._closing or not self._alive
 
+        warnings = []
         with self._changed:
+            timeout_s = WAIT_TIMEOUT_S if self._waits else PLANS_TIMEOUT_S
             caught_up = self._changed.wait_for(is_caught_up, timeout_s)
-            plans = [self._complete[step] for step in sorted(self._complete)]
-            return ServiceState(dict(self._forecasts), plans, caught_up)
+            if self._waits and not caught_up:
+                warnings.append(self._stop_waiting())
+            plans = tuple(of.plan for _, of in sorted(self._ledger.items()) if of.plan)
+            state = ServiceState(tuple(self._forecasts), plans, caught_up)
+        self._warn(*warnings)
+        return state
 
-    def drop_late_steps(self) -> None:
-        with self._changed:
-            self._lossless = False
-
-    def close(self, timeout_s: float) -> bool:
+    def close(self, timeout_s: float = 1.0) -> bool:
         """Stop the thread; return whether it ended in time."""
         with self._changed:
             self._closing = True
-            self._open.clear()
+            for entry in self._ledger.values():
+                if entry.is_open:
+                    entry.drop()
             self._changed.notify_all()
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     # Caller's side, under the lock.
 
-    def _take(self, step: int) -> Plan:
-        plan = self._complete[step]
-        self._complete = {made: kept for made, kept in self._complete.items() if made > step}
-        self._returned_step = step
-        return plan
-
-    def _why_never(self, step: int) -> str | None:
-        if self._closing:
-            return "the planner is closed"
-        if not self._alive:
-            return "the planner's thread is dead"
-        if self._is_past(step):
-            return f"step {step} was dropped by the planner, a later one was already submitted"
+    def _wait_for(self, step: int, entry: _Step) -> str | None:
+        """Wait for the plan of a full step; return the reason if there will be none."""
+        deadline_s = time.monotonic() + WAIT_TIMEOUT_S
+        while entry.plan is None:
+            if self._closing:
+                return "the planner is closed"
+            if not self._alive:
+                return "the planner's thread is dead"
+            if entry.is_dropped:
+                return f"step {step} was dropped by the planner, a later one was already submitted"
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return f"the plan of step {step} was not complete after {WAIT_TIMEOUT_S} s"
+            self._changed.wait(left_s)
         return None
 
-    def _is_past(self, step: int) -> bool:
-        return step not in self._open and _at_or_before(step, self._full_step)
+    def _stop_waiting(self) -> str:
+        """Stop waiting, so that a hanging planner costs its time once and not at every step."""
+        self._waits = False
+        return "from here on late plans are not waited for, as with --fsep-late-plan keep"
 
-    def _drop_steps(self, submitted_step: int) -> list[str]:
-        """Drop steps that the submission of this one makes pointless; return warnings."""
+    def _forget(self, asked_step: int, returned: Plan | None) -> None:
+        """Remove the steps whose plan is in force, or can no longer be."""
+        last = -1 if returned is None else returned.source_step
+        self._ledger = {
+            at: of
+            for at, of in self._ledger.items()
+            if at > asked_step or (at > last and not of.is_dropped)
+        }
+
+    def _drop_before(self, full_step: int) -> list[str]:
+        """Drop the steps that a full one makes pointless; return warnings."""
         warnings = []
-        full = self._is_full(self._open[submitted_step])
-        if full and not _at_or_before(submitted_step, self._full_step):
-            self._full_step = submitted_step
-        for step in sorted(self._open):
-            opened = self._open[step]
-            if not full or step >= submitted_step:
+        for step, entry in sorted(self._ledger.items()):
+            if step >= full_step or not entry.is_open:
                 continue
-            if missing := sorted(set(self._layers) - opened.submitted):
+            if missing := sorted({*range(len(self._good))} - {*entry.counts}):
                 warnings.append(f"counts of step {step} never came for layers {missing}")
-                del self._open[step]
-            elif not self._lossless and len(opened.pending) == len(opened.submitted):  # not started
-                del self._open[step]
-        while len(self._open) > _OPEN_STEPS and not self._lossless:
-            del self._open[min(self._open)]
+                entry.drop()
+            elif not self._waits and not entry.is_started:
+                entry.drop()
         return warnings
 
-    def _is_full(self, opened: _OpenStep) -> bool:
-        return len(opened.submitted) == len(self._layers)
+    def _drop_oldest(self) -> None:
+        steps = sorted(step for step, entry in self._ledger.items() if entry.is_open)
+        for step in steps[:-_OPEN_STEPS]:
+            self._ledger[step].drop()
+
+    def _is_full(self, entry: _Step) -> bool:
+        return len(entry.counts) == len(self._good)
 
     # Thread's side.
 
@@ -274,12 +321,13 @@ class PlannerService:
         with self._changed:
             while not self._closing:
                 # Only the oldest step: a later one starts from its layouts.
-                if self._open:
-                    step = min(self._open)
-                    opened = self._open[step]
-                    if opened.pending:
-                        layer = next(iter(opened.pending))
-                        return step, layer, opened.pending.pop(layer), self._good[layer]
+                step = min((at for at, of in self._ledger.items() if of.is_open), default=None)
+                if step is not None:
+                    counts = self._ledger[step].counts
+                    for layer, counts_NE in counts.items():
+                        if counts_NE is not None:
+                            counts[layer] = None
+                            return step, layer, counts_NE, self._good[layer]
                 self._changed.wait()
         return None
 
@@ -312,51 +360,23 @@ class PlannerService:
     ) -> None:
         with self._changed:
             self._failures += problem is not None
-            opened = self._open.get(step)
-            if opened is None:  # Dropped or closed meanwhile.
+            entry = self._ledger.get(step)
+            if entry is None or entry.is_dropped:  # meanwhile
                 return
-            opened.layouts[layer] = layout
-            opened.plan_ms += plan_ms
-            if len(opened.layouts) == len(self._layers):
-                layouts = {planned: opened.layouts[planned] for planned in self._layers}
-                self._complete[step] = Plan(step, layouts, opened.plan_ms)
-                self._good = layouts
-                del self._open[step]
+            entry.layouts[layer] = layout
+            entry.plan_ms += plan_ms
+            if len(entry.layouts) == len(self._good):
+                self._good = tuple(made for _, made in sorted(entry.layouts.items()))
+                entry.plan = Plan(step, self._good, entry.plan_ms)
             self._changed.notify_all()
 
-    def _warn(self, message: str) -> None:
-        with self._changed:
-            if message in self._warned:
-                return
-            self._warned.add(message)
-        try:
-            self._on_warning(message)
-        except Exception:  # A failing logger must end neither the thread nor the step.
-            return
-
-
-def _initial_layouts(
-    layers: tuple[int, ...], initial: ExpertLayout | Mapping[int, ExpertLayout]
-) -> dict[int, ExpertLayout]:
-    if not layers or len(set(layers)) != len(layers):
-        raise ValueError(f"layers must be at least one and all different, got {layers}")
-    if isinstance(initial, Mapping) and (missing := [n for n in layers if n not in initial]):
-        raise ValueError(f"initial has no layout for layers {missing}; it has {sorted(initial)}")
-    layouts = _by_layer(layers, initial)
-    shapes = {layout.shape for layout in layouts.values()}
-    if len(shapes) > 1:
-        raise ValueError(
-            f"initial layouts differ in (ranks, capacity, experts): {sorted(shapes)}; a service "
-            "plans layers of one shape"
-        )
-    return layouts
-
-
-def _by_layer[T](layers: tuple[int, ...], value: T | Mapping[int, T]) -> dict[int, T]:
-    if isinstance(value, Mapping):
-        return {layer: value[layer] for layer in layers}
-    return dict.fromkeys(layers, value)
-
-
-def _at_or_before(step: int, mark: int | None) -> bool:
-    return mark is not None and step <= mark
+    def _warn(self, *messages: str) -> None:
+        for message in messages:
+            with self._changed:
+                is_new = message not in self._warned
+                self._warned.add(message)
+            if is_new:
+                try:
+                    self._on_warning(message)
+                except Exception:  # A failing logger must end neither the thread nor the step.
+                    continue

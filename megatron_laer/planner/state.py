@@ -61,7 +61,7 @@ class PlannerState:
     Attributes:
         version: number of layout changes so far.
         layouts, forecasts: in force, one per layer.
-        plans: complete, but not in force yet, oldest first; layers are indices into `layers`.
+        plans: complete, but not in force yet, oldest first.
     """
 
     next_step: int
@@ -89,7 +89,7 @@ class PlannerState:
         for plan in self.plans:
             if not (math.isfinite(plan.plan_ms) and plan.plan_ms >= 0):
                 raise ValueError(f"plan_ms must be a time, got {plan.plan_ms!r}")
-            if list(plan.layouts) != list(range(len(self.layers))):
+            if len(plan.layouts) != len(self.layers):
                 raise ValueError(f"the plan of step {plan.source_step} lacks layers")
         shapes = {layout.shape for layout in self._all_layouts()}
         if len(shapes) != 1:
@@ -131,7 +131,7 @@ class PlannerState:
 
     def _records(self) -> Iterator[tuple[str, int, dict[str, Any]]]:
         for plan in self.plans:
-            slots_LNC = [_slots_NC(layout) for layout in plan.layouts.values()]
+            slots_LNC = [_slots_NC(layout) for layout in plan.layouts]
             yield "plan", plan.source_step, {"plan_ms": plan.plan_ms, "slots_LNC": slots_LNC}
         num_ranks, _, num_experts = self.shape
         for layout, forecast in zip(self.layouts, self.forecasts, strict=True):
@@ -164,7 +164,7 @@ class PlannerState:
 
         for frame, values in records.read(file, path, must_be_whole=True):
             if frame.kind == "plan":
-                made = dict(enumerate(map(layout, values["slots_LNC"])))
+                made = tuple(map(layout, values["slots_LNC"]))
                 plans.append(Plan(frame.step, made, values["plan_ms"]))
             else:
                 layouts.append(layout(values["slots_NC"]))
@@ -182,7 +182,7 @@ class PlannerState:
 
     def _all_layouts(self) -> list[ExpertLayout]:
         """Return the layouts in force, then those of the plans."""
-        made = [layout for plan in self.plans for layout in plan.layouts.values()]
+        made = [layout for plan in self.plans for layout in plan.layouts]
         return [*self.layouts, *made]
 
     def _check_forecast(self, forecast: Forecast) -> None:

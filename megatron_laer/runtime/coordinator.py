@@ -191,8 +191,8 @@ class Coordinator:
     def _put_pairs(self) -> None:
         """Record the pairs of the last step, before anything of the next one."""
         found = self.microbatch_planner.pairs.take()
-        if found is not None and self.layouts.mailbox is not None:
-            self.layouts.mailbox.put_pairs(*found)
+        if found is not None and self.layouts.planner_rank is not None:
+            self.layouts.planner_rank.put_pairs(*found)
 
     def close(self) -> None:
         self._put_pairs()

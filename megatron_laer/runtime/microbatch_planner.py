@@ -141,12 +141,12 @@ class MicrobatchPlanner:
         self, layer: LayerState, counts_NE: Int64, decision: Decision, decide_s: float
     ) -> None:
         microbatch = layer.count_pass(counts_NE)
-        if self.layouts.mailbox is not None:
+        if self.layouts.planner_rank is not None:
             outcome = Outcome(decision, decide_s)
             layer.statistics.add_sample(outcome)
             self.measurements.add(layer.index, outcome)
             if microbatch is not None:
-                self.layouts.mailbox.put(layer.index, *microbatch)
+                self.layouts.planner_rank.put(layer.index, *microbatch)
 
     def _warn_without_steps(self) -> None:
         """Warn once about training without steps, which a backward before this forward reveals."""

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.cpu.training import Record, train
-from megatron_laer.runtime.planning import planned_layouts
+from megatron_laer.planner import service
 from tests.parity.compare import identical
 from tests.parity.flags import command_line
 from tests.parity.row import HOMES
@@ -148,18 +148,18 @@ def train_with_planner_that_stops(command: list[str], fault: str, calls: int) ->
             raise SystemExit("the planner's thread ends")
         return plan(self, counts_NE, current)
 
-    wait, given_up = PlannerService.wait, 0
+    wait, given_up = PlannerService._wait_for, 0
 
-    def waiting(self: Any, step: int, timeout_s: float) -> Any:
+    def waiting(self: Any, *args: Any) -> Any:
         nonlocal given_up
-        plan = wait(self, step, timeout_s)
-        given_up += plan is None
-        return plan
+        problem = wait(self, *args)
+        given_up += problem is not None
+        return problem
 
     with (
         mock.patch.object(LaerStrategy, "plan", stopping),
-        mock.patch.object(PlannerService, "wait", waiting),
-        mock.patch.object(planned_layouts, "WAIT_TIMEOUT_S", 1.0),
+        mock.patch.object(PlannerService, "_wait_for", waiting),
+        mock.patch.object(service, "WAIT_TIMEOUT_S", 1.0),
     ):
         record = train(command, planner_state)
     return record, given_up

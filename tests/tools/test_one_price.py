@@ -21,7 +21,7 @@ from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.planner.token_exchange import counting_visits, with_token_exchange
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
-from megatron_laer.telemetry.metrics_file import MetricsWriter, Shape, recording_path
+from megatron_laer.telemetry.metrics_file import METRICS, MetricsWriter, Shape
 from megatron_laer.telemetry.trace_file import TraceWriter
 from megatron_laer.tools import cli
 from megatron_laer.tools.report.metrics_recording import read_metrics
@@ -45,7 +45,7 @@ def record(folder, sharding, exchange):
     priced = {"top_k": TOP_K, "tokens_per_rank": TOKENS}
     run = run_settings(config, costs, priced, torch.device("cpu"))
     of = Shape(4, 16, 6, 2, LAYERS)
-    writer = MetricsWriter(recording_path(folder, 0), of, run, 0, costs.cluster, RUN_NUMBER)
+    writer = MetricsWriter(METRICS.path(folder, 0), of, run, 0, costs.cluster, RUN_NUMBER)
     recorder = MetricsRecorder(writer, guard, LAYERS, torch.device("cpu"), TickingClock())
     trace = TraceWriter(folder / "group-0.trace", 4, 16, LAYERS, 0, RUN_NUMBER)
     counts_TNE = np.random.default_rng(5).multinomial(TOP_K * TOKENS, SHARES_E, size=(2, 4))
@@ -70,7 +70,7 @@ def test_metrics_plan_and_page_agree_on_a_decision(tmp_path, capsys, sharding, e
     guard, placed, counts_NE = record(run, sharding, exchange)
     bound_s = guard.costs.least_layer_seconds(counts_NE, guard.geometry)
     assert guard.costs.exposed_seconds(placed, bound_s) > 0
-    recorded = read_metrics(recording_path(run, 0))
+    recorded = read_metrics(METRICS.path(run, 0))
     decided_ms = recorded.of_layers["predicted_ms"][1, 0]
 
     out = tmp_path / "plan.json"

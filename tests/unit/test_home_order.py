@@ -109,7 +109,7 @@ def test_a_planners_state_is_saved_with_experts_numbers() -> None:
     forecast = SmoothedForecast(level_NE=level_NE, steady_NE=level_NE + 1)
     layout = geometry.static_layout
     layers = ("layer 1",)
-    state = PlannerState(2, 1, layers, (layout,), (forecast,), (Plan(1, {0: layout}, 0.5),))
+    state = PlannerState(2, 1, layers, (layout,), (forecast,), (Plan(1, (layout,), 0.5),))
     saved = by_expert(state, [ORDER])
     assert saved.layouts[0].to_list() == saved.plans[0].layouts[0].to_list() == [3, 0, -1, 2, 1, -1]
     (found,) = saved.forecasts

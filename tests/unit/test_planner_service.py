@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
 
 from megatron_laer.arrays import Int64
+from megatron_laer.planner import service as services_of
 from megatron_laer.planner.forecast import WindowForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
@@ -18,6 +21,7 @@ from megatron_laer.planner.service import Plan, PlannerService
 N, C, E = 4, 2, 4
 INITIAL = ExpertLayout.static(N, C, E)
 PATIENCE_S = 300.0
+LAG = 1
 
 Planner = Callable[[Int64, ExpertLayout], object]
 
@@ -60,8 +64,8 @@ def layout_of(counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
     return ExpertLayout.random(N, C, E, seed=(int(counts_NE[0, 0]),))
 
 
-def made_from(value: int) -> ExpertLayout:
-    return layout_of(counts(value), INITIAL)
+def made_from(*values: int) -> tuple[ExpertLayout, ...]:
+    return tuple(layout_of(counts(value), INITIAL) for value in values)
 
 
 class Services:
@@ -69,12 +73,10 @@ class Services:
         self.warnings: list[str] = []
         self.started: list[PlannerService] = []
 
-    def start(
-        self, plan: Planner, layers: tuple[int, ...] = (0, 1), lossless: bool = False
-    ) -> PlannerService:
-        service = PlannerService(
-            Scripted(plan), layers, INITIAL, self.warnings.append, lossless, Newest()
-        )
+    def start(self, plan: Planner, waits: bool = False, **more: Any) -> PlannerService:
+        arguments = {"lag": LAG, "waits": waits, "on_warning": self.warnings.append} | more
+        strategies, initial = [Scripted(plan)] * 2, [INITIAL] * 2
+        service = PlannerService(strategies, initial, [Newest()] * 2, **arguments)
         self.started.append(service)
         return service
 
@@ -87,39 +89,63 @@ def services() -> Iterator[Services]:
         service.close(0.0)
 
 
-def submit_step(service: PlannerService, step: int, layers: tuple[int, ...] = (0, 1)) -> None:
-    for layer in layers:
+@contextlib.contextmanager
+def time_outs(seconds: float) -> Iterator[None]:
+    with (
+        mock.patch.object(services_of, "WAIT_TIMEOUT_S", seconds),
+        mock.patch.object(services_of, "PLANS_TIMEOUT_S", seconds),
+    ):
+        yield
+
+
+def submit_step(service: PlannerService, step: int) -> None:
+    for layer in range(2):
         service.submit(step, layer, counts(100 * step + layer))
 
 
-def wait_for(service: PlannerService, step: int) -> Plan:
-    plan = service.wait(step, PATIENCE_S)
-    assert plan is not None
-    return plan
+def due_after(service: PlannerService, step: int) -> tuple[ExpertLayout, ...] | None:
+    """Return the layouts of this step's counts, once the thread has caught up."""
+    with time_outs(PATIENCE_S):
+        assert service.state().caught_up
+    return service.due(step + LAG)
 
 
-def test_a_plan_holds_a_layout_for_every_layer(services: Services) -> None:
-    service = services.start(layout_of)
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_plan_holds_a_layout_for_every_layer(services: Services, waits: bool) -> None:
+    service = services.start(layout_of, waits)
     service.submit(3, 0, counts(300))
-    assert service.wait(3, 0.05) is None and service.ready(3) is None
+    assert service.due(3) is None
     service.submit(3, 1, counts(301))
-    plan = wait_for(service, 3)
-    assert plan.source_step == 3 and plan.plan_ms > 0
-    assert plan.layouts == {0: made_from(300), 1: made_from(301)}
-    assert service.failures == 0 and len(services.warnings) == 1
+    assert due_after(service, 3) == made_from(300, 301)
+    assert service.due(4) is None, "a plan takes effect once"
+    assert service.failures == service.late_plans == 0 and not services.warnings
+    assert service.plan_ms > 0
 
 
-def test_ready_gives_the_newest_plan_that_is_old_enough_once(services: Services) -> None:
-    service = services.start(layout_of, lossless=True)
-    for step in (0, 1, 2, 3, 9):
+def test_the_newest_plan_that_is_old_enough_is_due(services: Services) -> None:
+    service = services.start(layout_of, lag=3)
+    for step in (0, 1, 2, 9):
         submit_step(service, step)
-    service.state(PATIENCE_S)  # a wait would forget the earlier plans
-    assert service.ready(-1) is None
-    for asked, made in ((2, 2), (8, 3)):
-        plan = service.ready(asked)
-        assert plan is not None and plan.source_step == made
-        assert service.ready(asked) is None
-    assert wait_for(service, 9).source_step == 9
+        with time_outs(PATIENCE_S):
+            assert service.state().caught_up
+    assert service.due(2) is None
+    assert service.due(5) == made_from(200, 201)
+    assert service.due(11) is None and service.due(12) == made_from(900, 901)
+    assert not service._ledger
+
+
+def test_only_the_plan_of_the_due_step_is_taken_where_plans_are_waited_for(
+    services: Services,
+) -> None:
+    service = services.start(layout_of, waits=True)
+    for step in range(3):
+        submit_step(service, step)
+    for step in range(3):
+        assert service.due(step + LAG) == made_from(100 * step, 100 * step + 1)
+    for _ in range(2):  # Megatron's rerun state machine repeats a step
+        submit_step(service, 5)
+    assert service.due(5) is None and service.due(6) == made_from(500, 501)
+    assert service.late_plans == 0 and not services.warnings
 
 
 def test_the_next_plan_starts_from_the_last_one(services: Services) -> None:
@@ -129,11 +155,29 @@ def test_the_next_plan_starts_from_the_last_one(services: Services) -> None:
         seen.append(current)
         return layout_of(counts_NE, current)
 
-    service = services.start(plan, layers=(7,), lossless=True)
+    service = services.start(plan, waits=True)
     for step in range(3):
-        submit_step(service, step, layers=(7,))
-    wait_for(service, 2)
-    assert seen == [INITIAL, made_from(7), made_from(107)]
+        submit_step(service, step)
+    due_after(service, 2)
+    assert seen == [*[INITIAL] * 2, *made_from(0, 1, 100, 101)]
+
+
+def test_plans_of_an_earlier_service_are_due_and_the_next_ones_start_from_them(
+    services: Services,
+) -> None:
+    plans = [Plan(step, made_from(step, step), 2.5) for step in (6, 7)]
+    seen: list[ExpertLayout] = []
+
+    def plan(counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
+        seen.append(current)
+        return current
+
+    service = services.start(plan, waits=True, plans=plans)
+    assert service.due(7) == plans[0].layouts and service.plan_ms == 2.5
+    assert service.state().plans == (plans[1],)
+    submit_step(service, 8)
+    assert service.due(8) == plans[1].layouts and due_after(service, 8) is not None
+    assert seen == [*plans[1].layouts]
 
 
 def test_a_slow_strategy_plans_from_the_newest_counts(services: Services) -> None:
@@ -143,41 +187,42 @@ def test_a_slow_strategy_plans_from_the_newest_counts(services: Services) -> Non
     assert gate.entered.acquire(timeout=PATIENCE_S)
     for step in range(1, 50):
         submit_step(service, step)  # would block forever if it waited for the planner
-    assert service.wait(1, PATIENCE_S) is None
-    assert "step 1 was dropped" in services.warnings[0]  # and no overrun is reported
+        assert service.due(step) is None
     gate.go_on.release(4)
-    assert wait_for(service, 49).layouts[0] == made_from(4900)
-    assert service.wait(50, 0.0) is None
+    assert due_after(service, 49) == made_from(4900, 4901)
+    assert service.late_plans == 49
+    (warning,) = services.warnings
+    assert "from step 0 was not ready at step 1" in warning and "--fsep-set plan_lag=2" in warning
+    assert len(service._ledger) == 0
 
 
-@pytest.mark.parametrize(("lossless", "expected"), [(False, 77), (True, 1)])
-def test_counts_are_copied_and_new_ones_replace_unplanned_ones_unless_lossless(
-    services: Services, lossless: bool, expected: int
+@pytest.mark.parametrize(("waits", "expected"), [(False, 77), (True, 1)])
+def test_new_counts_replace_unplanned_ones_unless_plans_are_waited_for(
+    services: Services, waits: bool, expected: int
 ) -> None:
     gate = Gate()
-    service = services.start(gate, lossless=lossless)
+    service = services.start(gate, waits)
     service.submit(0, 0, counts(0))
     assert gate.entered.acquire(timeout=PATIENCE_S)
     # The thread is at layer 0, so layer 1 is not planned yet.
     for value in (1, 77):
-        reused = counts(value)
-        service.submit(0, 1, reused)
-        reused[:] = 6
+        service.submit(0, 1, counts(value))
+    service.submit(0, 0, counts(5))
     gate.go_on.release(2)
-    assert wait_for(service, 0).layouts[1] == made_from(expected)
+    assert due_after(service, 0) == made_from(0, expected)
 
 
-@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize("waits", [False, True])
 def test_a_step_that_lost_a_layer_does_not_hold_up_later_ones(
-    services: Services, lossless: bool
+    services: Services, waits: bool
 ) -> None:
-    service = services.start(layout_of, lossless=lossless)
+    service = services.start(layout_of, waits)
     service.submit(0, 0, counts(0))
     submit_step(service, 1)
     service.submit(0, 1, counts(1))
-    assert wait_for(service, 1).layouts[0] == made_from(100)
+    assert due_after(service, 1) == made_from(100, 101)
     submit_step(service, 2)
-    assert wait_for(service, 2).layouts[0] == made_from(200)
+    assert due_after(service, 2) == made_from(200, 201)
     assert services.warnings == ["counts of step 0 never came for layers [1]"]
 
 
@@ -185,7 +230,8 @@ def test_half_submitted_steps_do_not_pile_up(services: Services) -> None:
     service = services.start(layout_of)
     for step in range(100):
         service.submit(step, 0, counts(step))
-    assert len(service._open) <= 4
+        service.due(step)
+    assert len(service._ledger) <= 5
 
 
 def test_a_raising_strategy_keeps_the_last_good_layout_and_warns_once(services: Services) -> None:
@@ -194,12 +240,11 @@ def test_a_raising_strategy_keeps_the_last_good_layout_and_warns_once(services: 
             raise RuntimeError("out of ideas")
         return layout_of(counts_NE, current)
 
-    service = services.start(plan, lossless=True)
+    service = services.start(plan, waits=True)
     for step in range(4):
         submit_step(service, step)
     for step, last_good in enumerate((1, 1, 1, 301)):
-        expected = {0: made_from(100 * step), 1: made_from(last_good)}
-        assert wait_for(service, step).layouts == expected
+        assert service.due(step + LAG) == made_from(100 * step, last_good)
     assert service.failures == 2
     assert services.warnings == [
         "planner scripted raised RuntimeError: out of ideas; the layer keeps its layout"
@@ -219,101 +264,110 @@ def test_an_illegal_layout_is_not_passed_on(
 ) -> None:
     service = services.start(lambda counts_NE, current: result)
     submit_step(service, 0)
-    assert wait_for(service, 0).layouts == {0: INITIAL, 1: INITIAL}
+    assert due_after(service, 0) == (INITIAL, INITIAL)
     assert service.failures == 2
     assert len(services.warnings) == 1
     assert message in services.warnings[0]
 
 
-def test_a_layout_that_the_run_cannot_use_is_not_passed_on() -> None:
-    at_home, warnings = ExpertLayout.at_home(2, 3, 4), []
-    geometry = Geometry(2, 4, 3, node_size=2)
-    service = PlannerService(
-        Scripted(lambda *_: at_home),
-        (0,),
-        geometry.static_layout,
-        warnings.append,
-        check_layout=geometry.check_layout,
-    )
-    service.submit(0, 0, np.ones((2, 4), dtype=np.int64))
-    assert wait_for(service, 0).layouts == {0: geometry.static_layout}
-    assert service.close(PATIENCE_S)
-    assert len(warnings) == 1 and "empty slots, which only --fsep-sharding experts" in warnings[0]
+def test_a_layout_that_the_run_cannot_use_is_not_passed_on(services: Services) -> None:
+    geometry = Geometry(N, E, C, node_size=2)
+    at_home = ExpertLayout.at_home(N, C, E)
+    service = services.start(lambda *_: at_home, check_layout=geometry.check_layout)
+    submit_step(service, 0)
+    assert due_after(service, 0) == (INITIAL, INITIAL)
+    (warning,) = services.warnings
+    assert "empty slots, which only --fsep-sharding experts" in warning
 
 
-def test_a_failing_logger_does_not_end_the_thread() -> None:
+def test_a_failing_logger_does_not_end_the_thread(services: Services) -> None:
     def on_warning(message: str) -> None:
         raise OSError("disk full")
 
-    service = PlannerService(Scripted(lambda *_: None), (0,), INITIAL, on_warning)
+    service = services.start(lambda *_: None, on_warning=on_warning)
     for step in range(2):
-        submit_step(service, step, layers=(0,))
-        wait_for(service, step)
-    assert service.failures == 2
+        submit_step(service, step)
+        assert due_after(service, step) == (INITIAL, INITIAL)
+    assert service.failures == 4
     assert service.close(PATIENCE_S)
 
 
-def test_a_wait_that_times_out_returns_none_and_later_steps_go_on(services: Services) -> None:
+NOT_WAITED_FOR = "from here on late plans are not waited for, as with --fsep-late-plan keep"
+
+
+@pytest.mark.parametrize("first", ["a step", "a checkpoint"])
+def test_a_planner_that_hangs_is_waited_for_once_and_its_return_is_noticed(
+    services: Services, first: str
+) -> None:
     gate = Gate()
-    service = services.start(gate, lossless=True)
-    submit_step(service, 0)
-    assert service.wait(0, 0.05) is None
-    assert services.warnings == [
-        "the plan of step 0 was not complete after 0.05 s; layouts stay as they are"
-    ]
-    gate.go_on.release(4)
-    submit_step(service, 1)
-    assert wait_for(service, 1).source_step == 1
-    with pytest.raises(ValueError, match="cannot wait for step 0: the plan of step 1 was already"):
-        service.wait(0, 0.0)
+    service = services.start(gate, waits=True)
+    with time_outs(0.05):
+        for step in range(60):
+            submit_step(service, step)
+            if step == 0 and first == "a checkpoint":
+                assert not service.state().caught_up
+            if step == 1:
+                # Neither a step nor a checkpoint waits any more.
+                assert not service._waits and not service.state().plans
+            assert service.due(step + LAG) is None
+    late = ["the plan of step 0 was not complete after 0.05 s; layouts stay as they are"]
+    assert services.warnings[: 1 + (first == "a step")] == (
+        [*late, NOT_WAITED_FOR] if first == "a step" else [NOT_WAITED_FOR]
+    )
+    assert service.late_plans == 60
+    gate.go_on.release(1000)
+    # The first and the newest of the 60 steps are planned, as under `keep`.
+    assert due_after(service, 59) == made_from(5900, 5901)
 
 
 # The thread is meant to end with an exception, which pytest would report.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dead_thread_never_hangs_the_caller(services: Services) -> None:
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_dead_thread_never_hangs_the_caller(services: Services, waits: bool) -> None:
     def plan(counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
         raise SystemExit
 
-    service = services.start(plan)
-    submit_step(service, 0)
-    assert service.wait(0, PATIENCE_S) is None
-    submit_step(service, 1)
-    assert service.wait(1, PATIENCE_S) is None
-    assert service.ready(1) is None
+    service = services.start(plan, waits)
+    for step in range(3):
+        submit_step(service, step)
+        assert due_after(service, step) is None
+    assert service.late_plans == 3
     assert service.close(PATIENCE_S)
-    assert services.warnings == ["the planner's thread is dead; layouts stay as they are"]
+    assert services.warnings[0] == "the planner's thread is dead; layouts stay as they are"
+    assert (NOT_WAITED_FOR in services.warnings) == waits
 
 
-def test_state_does_not_wait_for_ever_and_leaves_out_what_is_not_planned(
-    services: Services,
-) -> None:
+def test_state_leaves_out_what_is_not_planned_and_changes_nothing(services: Services) -> None:
     gate = Gate()
-    service = services.start(gate, layers=(0,), lossless=True)
-    service.submit(0, 0, counts(0))
-    state = service.state(0.05)
-    assert not state.caught_up and state.plans == []
-    gate.go_on.release()
-    state = service.state(PATIENCE_S)
+    service = services.start(gate)
+    submit_step(service, 0)
+    with time_outs(0.05):
+        state = service.state()
+    assert not state.caught_up and state.plans == ()
+    gate.go_on.release(2)
+    with time_outs(PATIENCE_S):
+        state = service.state()
     assert state.caught_up and [plan.source_step for plan in state.plans] == [0]
-    assert service.wait(0, PATIENCE_S) is state.plans[0], "reading it changed nothing"
+    assert service.due(1) is state.plans[0].layouts
 
 
 def test_close_while_busy_returns_in_time(services: Services) -> None:
     gate = Gate()
-    service = services.start(gate)
+    service = services.start(gate, waits=True)
     submit_step(service, 0)
     assert gate.entered.acquire(timeout=PATIENCE_S)
     assert not service.close(0.05)
-    assert service.wait(0, PATIENCE_S) is None
+    assert service.due(1) is None
     submit_step(service, 1)
     gate.go_on.release(1)
     assert service.close(PATIENCE_S)
-    assert service.ready(1) is None
-    assert services.warnings == ["the planner is closed; layouts stay as they are"]
+    assert service.due(2) is None
+    assert services.warnings[0] == "the planner is closed; layouts stay as they are"
 
 
 def test_close_wakes_a_waiting_caller(services: Services) -> None:
-    service = services.start(layout_of)
+    gate = Gate()
+    service = services.start(gate, waits=True)
     waits, wait = threading.Event(), service._changed.wait
 
     def noticed(timeout_s: float | None = None) -> bool:
@@ -324,29 +378,19 @@ def test_close_wakes_a_waiting_caller(services: Services) -> None:
 
     def close() -> None:
         waits.wait()
-        service.close(PATIENCE_S)
+        service.close(0.05)
 
+    submit_step(service, 0)
     closer = threading.Thread(target=close)
     with mock.patch.object(service._changed, "wait", noticed):
         closer.start()
-        assert service.wait(0, PATIENCE_S) is None
+        assert service.due(1) is None
     closer.join()
-    assert services.warnings == ["the planner is closed; layouts stay as they are"]
+    gate.go_on.release(2)
+    assert services.warnings[0] == "the planner is closed; layouts stay as they are"
 
 
-def test_callers_mistakes_are_quoted(services: Services) -> None:
+def test_counts_of_another_shape_are_refused(services: Services) -> None:
     service = services.start(layout_of)
-    with pytest.raises(ValueError, match=r"layer 5 is not planned here; layers are \(0, 1\)"):
-        service.submit(0, 5, counts(0))
     with pytest.raises(ValueError, match=r"step 0, layer 1 has shape \(4, 3\), expected"):
         service.submit(0, 1, counts(0)[:, :3])
-    with pytest.raises(ValueError, match=r"got \(\)"):
-        services.start(layout_of, layers=())
-    with pytest.raises(ValueError, match=r"got \(1, 1\)"):
-        services.start(layout_of, layers=(1, 1))
-    strategy = Scripted(layout_of)
-    with pytest.raises(ValueError, match=r"no layout for layers \[1\]; it has \[0\]"):
-        PlannerService(strategy, (0, 1), {0: INITIAL}, services.warnings.append)
-    mixed = {0: INITIAL, 1: ExpertLayout.static(N, C + 1, E)}
-    with pytest.raises(ValueError, match="initial layouts differ"):
-        PlannerService(strategy, (0, 1), mixed, services.warnings.append)

@@ -24,7 +24,6 @@ from megatron_laer.runtime.comm.collectives import broadcast_layouts
 from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.planning import planner_checkpoint
-from megatron_laer.runtime.planning.mailbox import RoutingMailbox
 from megatron_laer.runtime.planning.planner_checkpoint import Resumption
 from megatron_laer.runtime.planning.planner_rank import PlannerRank
 
@@ -34,7 +33,7 @@ class LayoutsInForce:
     """Layout of each MoE layer of this rank, by the layer's index; experts are home positions.
 
     `homes` has the order of `given_homes`, or else stock's, of each layer. Of layers `unquantised`
-    prices are those in bf16.
+    prices are those in bf16. `planner_rank` is on that rank alone, once started.
     """
 
     config: FSEPConfig
@@ -50,10 +49,10 @@ class LayoutsInForce:
     homes: list[HomeOrder] = field(default_factory=list)
     homes_problem: str | None = None
     unquantised: set[int] = field(default_factory=set)
+    planner_rank: PlannerRank | None = None
     _layers: list[str] = field(default_factory=list)
     _layouts: list[ExpertLayout] = field(default_factory=list)
     _step: int = 0
-    _planner_rank: PlannerRank | None = None
 
     def __post_init__(self) -> None:
         self._download = Download(self.device)
@@ -61,10 +60,6 @@ class LayoutsInForce:
     @property
     def layouts(self) -> tuple[ExpertLayout, ...]:
         return tuple(self._layouts)
-
-    @property
-    def mailbox(self) -> RoutingMailbox | None:
-        return None if self._planner_rank is None else self._planner_rank.mailbox
 
     def guard_of(self, layer: int, guard: Guard) -> Guard:
         return guard.in_bf16 if layer in self.unquantised else guard
@@ -94,7 +89,7 @@ class LayoutsInForce:
         """Open planner and recordings, which have the run's number, on the planner rank."""
         self._go_on(first_step)
         if self.groups.rank == 0 and self._layers:
-            self._planner_rank = PlannerRank(
+            self.planner_rank = PlannerRank(
                 self.config,
                 self.geometry,
                 self.costs,
@@ -114,14 +109,14 @@ class LayoutsInForce:
         Without `num_microbatches`, planning starts at the end of the step.
         """
         self._step = step
-        if self.mailbox is not None:
-            self.mailbox.begin_step(step, num_microbatches)
+        if self.planner_rank is not None:
+            self.planner_rank.begin_step(step, num_microbatches)
         if self.config.makes_plans and self._layers:
             self._change(step)
 
     def end_step(self) -> None:
-        if self.mailbox is not None:
-            self.mailbox.end_step()
+        if self.planner_rank is not None:
+            self.planner_rank.end_step()
 
     def save(self, directory: str, storage: Any) -> None:
         planner_checkpoint.save_state(directory, self.groups, self._planner_state, storage)
@@ -140,8 +135,8 @@ class LayoutsInForce:
         )
 
     def close(self) -> None:
-        if self._planner_rank is not None:
-            self._planner_rank.close()
+        if self.planner_rank is not None:
+            self.planner_rank.close()
 
     def _by_position(self, state: PlannerState) -> PlannerState:
         """Return a saved state with home positions; raise ValueError for another run's."""
@@ -151,7 +146,7 @@ class LayoutsInForce:
         return state
 
     def _change(self, step: int) -> None:
-        planner_rank = self._planner_rank
+        planner_rank = self.planner_rank
         due = None if planner_rank is None else planner_rank.due(step)
         layouts, self.status = broadcast_layouts(
             due,
@@ -183,7 +178,7 @@ class LayoutsInForce:
 
     def _planner_state(self) -> PlannerState | None:
         """Return the planner's state between two steps after pending plans; None on other ranks."""
-        planned = None if self._planner_rank is None else self._planner_rank.planned()
+        planned = None if self.planner_rank is None else self.planner_rank.planned()
         if planned is None:
             state = self.resumption.state  # loaded, and saved again before the first step
             return None if state is None else planner_checkpoint.by_expert(state, self.homes)
@@ -192,7 +187,7 @@ class LayoutsInForce:
             version=self.version,
             layers=tuple(self._layers),
             layouts=self.layouts,
-            forecasts=tuple(planned.forecasts[layer] for layer, _ in enumerate(self._layers)),
-            plans=tuple(planned.plans),
+            forecasts=planned.forecasts,
+            plans=planned.plans,
         )
         return planner_checkpoint.by_expert(state, self.homes)

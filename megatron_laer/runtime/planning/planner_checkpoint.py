@@ -134,7 +134,9 @@ def _renumbered(
             forecast.changed(of_loads[at]) for at, forecast in enumerate(state.forecasts)
         ),
         plans=tuple(
-            replace(plan, layouts={at: of_layout[at](made) for at, made in plan.layouts.items()})
+            replace(
+                plan, layouts=tuple(of_layout[at](made) for at, made in enumerate(plan.layouts))
+            )
             for plan in state.plans
         ),
     )

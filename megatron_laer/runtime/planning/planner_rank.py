@@ -1,31 +1,34 @@
 """Planner and recordings of an FSEP group, on its rank 0.
 
 The other ranks wait for it in the next collective, so nothing raises once training runs.
+
+Legend: N ranks, E experts, M microbatches, L layers, T tokens.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import numpy as np
+
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.config import FSEPConfig, LatePlan, lays_out_freely, setting
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.recording import new_run, run_of
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.forecast import WINDOW, SmoothedForecast, WindowForecast
+from megatron_laer.planner.forecast import WINDOW, Forecast, SmoothedForecast, WindowForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder, home_digest
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.service import ServiceState
+from megatron_laer.planner.service import PlannerService, ServiceState
 from megatron_laer.planner.state import PlannerState
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.runtime.planning.layout_recording import LAYOUTS, LayoutRecorder
-from megatron_laer.runtime.planning.mailbox import RoutingMailbox
-from megatron_laer.runtime.planning.planned_layouts import PlannedLayouts
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.telemetry.trace_file import TRACE, TraceWriter
 
@@ -33,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class PlannerRank:
-    """Planner and recordings of one FSEP group."""
+    """Planner and recordings of one FSEP group, and the counts on their way to both."""
 
     def __init__(
         self,
@@ -50,10 +53,18 @@ class PlannerRank:
         unquantised: Collection[int] = (),
         run: str | None = None,
     ) -> None:
+        self._layers = layers
+        self._homes = homes
         self._faults = 0
-        self._source: PlannedLayouts | None = None
-        self._recorder: LayoutRecorder | None = None
-        trace: TraceWriter | None = None
+        self._service: PlannerService | None = None
+        self._layouts: LayoutRecorder | None = None
+        self._trace: TraceWriter | None = None
+        self._step = 0
+        self._num_microbatches: int | None = None
+        # The paper's forecast has the counts of the last microbatches, and any other their sum.
+        self._window = WINDOW if lays_out_freely(config.planner) else 0
+        # By layer: the sum alone, or the microbatches of the window.
+        self._newest_MNE: dict[int, list[Int64]] = {}
         signature: dict[str, Any] = {
             "split": config.split.value,
             "plan_mode": config.mode.value,
@@ -61,78 +72,135 @@ class PlannerRank:
         }
         if home_digest(homes):
             signature["homes"] = [home.expert_E.tolist() for home in homes]
-        window = WINDOW if lays_out_freely(config.planner) else 0
         with ExitStack() as opened:
             if config.makes_plans:
-                self._source = PlannedLayouts(
+                first: Forecast = WindowForecast() if self._window else SmoothedForecast()
+                saved: Sequence[Forecast] = resumed.forecasts if resumed else [first] * len(layers)
+                self._service = PlannerService(
                     _strategies(config, geometry, costs, len(layers), unquantised),
                     layouts,
+                    [known if type(known) is type(first) else first for known in saved],
                     lag=config.plan_lag,
-                    wait=config.late_plan == LatePlan.WAIT,
+                    waits=config.late_plan == LatePlan.WAIT,
                     on_warning=_warn,
-                    forecast=WindowForecast() if window else SmoothedForecast(),
-                    resumed=resumed,
+                    plans=resumed.plans if resumed else (),
                     check_layout=geometry.check_layout,
                 )
-                opened.callback(self._source.close)
+                opened.callback(self._service.close)
             if (folder := config.record_layouts) is not None:
                 path = LAYOUTS.path(folder, group_index)
                 with naming_flag("record_layouts", folder):
                     of_run = signature, layers, first_step, run
-                    self._recorder = LayoutRecorder(path, geometry, *of_run)
-                opened.callback(self._recorder.close)
+                    self._layouts = LayoutRecorder(path, geometry, *of_run)
+                opened.callback(self._layouts.close)
             if (folder := config.record_trace) is not None:
                 path = TRACE.path(folder, group_index)
                 with naming_flag("record_trace", folder):
                     sizes = geometry.num_ranks, geometry.num_experts
-                    trace = TraceWriter(path, *sizes, layers, first_step, run)
-            observe = None if self._source is None else self._source.observe
-            self.mailbox = RoutingMailbox(layers, homes, observe, trace, _warn, window)
+                    self._trace = TraceWriter(path, *sizes, layers, first_step, run)
             opened.pop_all()  # all are open; `close` closes them
 
     @property
     def status(self) -> PlannerStatus:
-        source = self._source
-        if source is None:
+        of = self._service
+        if of is None:
             return PlannerStatus()
-        failures = source.failures + self._faults + self.mailbox.faults
-        return PlannerStatus(round(source.plan_ms * 1e3), source.late_plans, failures)
+        return PlannerStatus(round(of.plan_ms * 1e3), of.late_plans, of.failures + self._faults)
 
     def planned(self) -> ServiceState | None:
-        return None if self._source is None else self._source.state()
+        return None if self._service is None else self._service.state()
 
-    def due(self, step: int) -> list[ExpertLayout] | None:
-        if self._recorder is not None:
+    def begin_step(self, step: int, num_microbatches: int | None) -> None:
+        self._step, self._num_microbatches = step, num_microbatches
+        self._newest_MNE.clear()
+
+    def put(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
+        """Take a microbatch's counts; a layer's last ones of the step start its planning."""
+        if self._trace is not None:
+            by_expert_NE = self._homes[layer].by_expert(counts_NE)
+            self._record(TraceWriter.append, layer, microbatch=microbatch, counts_NE=by_expert_NE)
+        if self._service is None:
+            return
+        before_MNE = self._newest_MNE.get(layer, []) if microbatch else []
+        if self._window or not before_MNE:
+            self._newest_MNE[layer] = [*before_MNE, counts_NE.copy()][-self._window :]
+        else:
+            self._newest_MNE[layer] = [before_MNE[0] + counts_NE]
+        if microbatch + 1 == self._num_microbatches:
+            self._submit(layer)
+
+    def put_pairs(self, pairs_LEE: Int64, chosen_LTE: Bool) -> None:
+        """Record the step's pairs and sampled sets of each layer, of home positions."""
+        for layer, pairs_EE in enumerate(pairs_LEE):
+            by_expert_EE = self._homes[layer].pairs_by_expert(pairs_EE)
+            self._record(TraceWriter.append_pairs, layer, pairs_EE=by_expert_EE)
+        for layer, chosen_TE in enumerate(chosen_LTE):
+            is_token_T = chosen_TE.any(axis=1)
+            if is_token_T.any():
+                its_TE = self._homes[layer].by_expert(chosen_TE[is_token_T])
+                self._record(TraceWriter.append_sets, layer, chosen_TE=its_TE)
+
+    def end_step(self) -> None:
+        """Plan from the counts of a step whose number of microbatches was unknown."""
+        if self._num_microbatches is None:
+            for layer in list(self._newest_MNE):
+                self._submit(layer)
+
+    def due(self, step: int) -> Sequence[ExpertLayout] | None:
+        if self._layouts is not None:
             try:
-                self._recorder.begin_step(step)
+                self._layouts.begin_step(step)
             except (OSError, ValueError) as error:
-                self._end_recording(step, error)
-        if self._source is None:
+                self._end_layouts(step, error)
+        if self._service is None:
             return None
         try:
-            return self._source.due(step)
+            return self._service.due(step)
         except Exception as error:
             self._faults += 1
             _warn(f"no layouts for step {step}, they stay as they are: {error!r}")
             return None
 
-    def applied(self, step: int, layouts: list[ExpertLayout]) -> None:
-        if self._recorder is not None:
+    def applied(self, step: int, layouts: Sequence[ExpertLayout]) -> None:
+        if self._layouts is not None:
             try:
-                self._recorder.record(step, layouts)
+                self._layouts.record(step, layouts)
             except (OSError, ValueError) as error:
-                self._end_recording(step, error)
+                self._end_layouts(step, error)
 
     def close(self) -> None:
-        for part in (self._source, self._recorder, self.mailbox):
+        for part in (self._service, self._layouts, self._trace):
             if part is not None:
                 part.close()
 
-    def _end_recording(self, step: int, error: Exception) -> None:
+    def _submit(self, layer: int) -> None:
+        assert self._service is not None
+        newest_MNE = self._newest_MNE[layer]
+        counts = np.stack(newest_MNE) if self._window else newest_MNE[0]
+        try:
+            self._service.submit(self._step, layer, counts)
+        except Exception as error:
+            self._faults += 1
+            _warn(
+                f"the routing of step {self._step}, {self._layers[layer]} is not planned from: "
+                f"{error!r}"
+            )
+
+    def _record(self, append: Callable[..., None], layer: int, **values: Any) -> None:
+        if self._trace is None:
+            return
+        try:
+            append(self._trace, step=self._step, layer_index=layer, **values)
+        except (OSError, ValueError) as error:
+            _warn(f"the recording of routing ends at step {self._step}: {error}")
+            self._trace.close()
+            self._trace = None
+
+    def _end_layouts(self, step: int, error: Exception) -> None:
+        assert self._layouts is not None
         _warn(f"the recording of layouts ends before step {step}: {error}")
-        if self._recorder is not None:
-            self._recorder.close()
-            self._recorder = None
+        self._layouts.close()
+        self._layouts = None
 
 
 def _strategies(
@@ -141,10 +209,10 @@ def _strategies(
     costs: CostModel,
     num_layers: int,
     unquantised: Collection[int],
-) -> dict[int, Strategy]:
+) -> list[Strategy]:
     make = partial(make_strategy, config.planner, geometry=geometry)
     usual, others = make(costs=costs), make(costs=costs.in_bf16)
-    return {layer: others if layer in unquantised else usual for layer in range(num_layers)}
+    return [others if layer in unquantised else usual for layer in range(num_layers)]
 
 
 def run_of_group(config: FSEPConfig, group_index: int) -> str:
