@@ -48,8 +48,8 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     describe(
         parser,
-        "One page of HTML on a run: its share of forced balance, where time went, and predictions "
-        "for other settings on its routing.",
+        "One page of HTML on a run: its share of perfectly balanced speed, where time went, and "
+        "predictions for other settings on its routing.",
         _EXAMPLES,
     )
     parser.add_argument(
@@ -81,11 +81,10 @@ def run(args: argparse.Namespace) -> int:
     try:
         from megatron_laer.tools.report.page import page
     except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in ("jinja2", "plotly"):
+        if error.name != "jinja2":
             raise
         raise ImportError(
-            f"report needs the package {package}: `pip install 'megatron_laer[tools]'`"
+            "report needs the package jinja2: `pip install 'megatron_laer[tools]'`"
         ) from error
     refuse_unwritable(args.out, "--out")
     inputs = yaml_inputs(cluster=("cluster", args.cluster), config=("model", args.config))

@@ -29,7 +29,6 @@ _OPTIONAL = {
     "apex": "with --transformer-impl local; without it give --no-gradient-accumulation-fusion",
     "emerging-optimizers": "for --optimizer muon and lion",
     "jinja2": "for the page of `report`",
-    "plotly": "for the page of `report`",
 }
 _FOR_GPUS = ("transformer-engine", "apex")
 

@@ -1,8 +1,8 @@
-"""The share of forced balance that a run kept, and the cost of its imbalance.
+"""The share of perfectly balanced speed that a run kept, and the cost of its imbalance.
 
 Between a dispatch and the end of its combine a layer waits for its busiest rank, so this time
 grows with the busiest rank's tokens. With max/mean = r, the share 1 - 1/r of it is lost to
-imbalance; stock, with r', would have lost (r' - 1)/r of it. Forced balance loses neither that
+imbalance; stock, with r', would have lost (r' - 1)/r of it. Perfect balance loses neither that
 nor FSEP's own waits: for restores, exchanges of gradients and decisions.
 
 Legend: T steps, L MoE layers.
@@ -26,27 +26,38 @@ class Assessment:
     """Assessment of a run, over all steps.
 
     `total_s` and `exchanges_s` are measured, or else `total_s` is the predicted time of MoE layers
-    including exchanges, and `exchanges_s` is 0. `stock_s` is the time that stock's placement would
-    have lost to imbalance, and `kept` the time with forced balance over `total_s`.
+    including exchanges, and `exchanges_s` is 0. `balanced_s` is the time with perfect balance, and
+    `stock_s` the time that stock's placement would have lost to imbalance.
     """
 
     is_measured: bool
     total_s: float
+    balanced_s: float
     imbalance_s: float
     exchanges_s: float
     stock_s: float
-    kept: float
     lost_ms_L: Float64
     stock_lost_ms_L: Float64
 
+    @property
+    def kept(self) -> float:
+        return self.balanced_s / self.total_s if self.total_s > 0 else 1.0
+
+    @property
+    def kept_by_stock(self) -> float:
+        total_s = self.total_s - self.imbalance_s - self.exchanges_s + self.stock_s
+        return self.balanced_s / total_s if total_s > 0 else 1.0
+
     def sentence(self) -> str:
-        of = "" if self.is_measured else " predicted for the MoE layers"
-        waits = f", waits for exchanges {seconds(self.exchanges_s)}" if self.is_measured else ""
-        verb = "kept" if self.is_measured else "would keep"
+        kept, by_stock = percent(self.kept), percent(self.kept_by_stock)
+        if self.is_measured:
+            return (
+                f"FSEP kept {kept} of perfectly balanced speed; stock's placement of the same "
+                f"tokens would have kept about {by_stock}"
+            )
         return (
-            f"{verb} {percent(self.kept)} of forced balance; imbalance cost "
-            f"{seconds(self.imbalance_s)} of {seconds(self.total_s)}{of}{waits}; stock's placement "
-            f"would have lost {seconds(self.stock_s)} to imbalance"
+            f"FSEP's MoE layers would keep {kept} of perfectly balanced speed, and stock's "
+            f"placement about {by_stock}, by predicted times"
         )
 
     def causes(self, layers: tuple[str, ...]) -> str:
@@ -77,14 +88,14 @@ def assess(run: RunData) -> Assessment:
         balanced_ms_TL = run.of_layers["balanced_ms"] * run.of_layers["passes"]
         balanced_s = float(np.nansum(balanced_ms_TL)) * 1e-3
     return Assessment(
-        is_measured=run.is_measured,
-        total_s=total_s,
-        imbalance_s=imbalance_s,
-        exchanges_s=exchanges_s,
-        stock_s=float(stock_lost_ms_L.sum()) * 1e-3,
-        kept=balanced_s / total_s if total_s > 0 else 1.0,
-        lost_ms_L=lost_ms_L,
-        stock_lost_ms_L=stock_lost_ms_L,
+        run.is_measured,
+        total_s,
+        balanced_s,
+        imbalance_s,
+        exchanges_s,
+        float(stock_lost_ms_L.sum()) * 1e-3,
+        lost_ms_L,
+        stock_lost_ms_L,
     )
 
 

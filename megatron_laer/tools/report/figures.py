@@ -12,25 +12,30 @@ import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.tools.report import plots
 from megatron_laer.tools.report.assessment import Assessment
 from megatron_laer.tools.report.bins import (
     MAX_BINS,
+    Bins,
     bin_edges,
     binned,
     bins_of,
+    edges_by_layer,
     in_unit,
     largest,
     over_mean,
     text_of,
 )
-from megatron_laer.tools.report.expert_figures import experts, replicas
 from megatron_laer.tools.report.plots import (
     BLUE,
     GREEN,
     OVER_MEAN,
     RED,
+    Axis,
     Chart,
     Section,
     Table,
@@ -41,7 +46,7 @@ from megatron_laer.tools.report.run_data import Float64, RunData
 _MAX_POINTS = 1500
 _NUM_WORST = 10
 # A step's time by kind, from the measured parts; the rest is dense layers and optimizer.
-KINDS = ("dense layers", "dispatch", "experts", "combine", "waits for restores", "for gradients")
+KINDS = ("dense layers", "dispatch", "experts", "combine", "restore waits", "gradient waits")
 
 
 def sections(
@@ -53,28 +58,36 @@ def sections(
     yield _time(run, edges, assessment)
     yield _ranks(run, edges)
     if run.experts_TLE is not None:
-        yield experts(run)
-    if moved := replicas(run, edges):
-        yield moved
+        yield _experts(run)
+    if moved := list(_replicas(run, edges)):
+        of = {name: np.nansum(run.of_layers[name]) for name in ("passes", "without_replicas")}
+        share = of["without_replicas"] / of["passes"] if of["passes"] else math.nan
+        text = f"{text_of(100 * share)} % of microbatches had no replica."
+        yield Section("replicas", "Replicas", moved, text)
     yield _guard(run)
     yield _memory(run, edges)
     if other is not None:
         yield _comparison(run, other)
 
 
+def _steps(run: RunData, edges: Sequence[int]) -> Axis:
+    ends = int(run.steps_T[0]), int(run.steps_T[-1])
+    return plots.steps_axis(bins_of(run, edges), ends, run.resumed)
+
+
 def _balance(run: RunData, edges: Sequence[int]) -> Section:
-    balance_of = {"FSEP": run.imbalance_TL, "Stock's placement, same routing": run.stock_TL}
+    balance_of = {"Stock's placement": run.stock_TL, "FSEP": run.imbalance_TL}
     high = max(1.01, *(largest(values) for values in balance_of.values()))
     texts = (
-        "1 is perfect balance. Both figures have one scale.",
         "The busiest rank of stock expert parallelism, given the same tokens.",
+        "1 is perfect balance. Both maps have one scale.",
     )
     figures = [
         plots.heat_map(
             f"{name}: max/mean tokens per rank",
             text,
             [binned(values_TL, edges).T],
-            x=plots.steps_axis(bins_of(run, edges)),
+            x=_steps(run, edges),
             y=[plots.names_axis("MoE layer", run.shape.layers)],
             unit="max/mean",
             bounds=(1.0, high),
@@ -97,36 +110,40 @@ def _worst(run: RunData) -> Iterator[tuple[str, ...]]:
 
 def _time(run: RunData, edges: Sequence[int], assessment: Assessment) -> Section:
     figures = [_times(run, edges)] if run.is_measured else []
+    if run.loss:
+        figures.append(_loss(run))
     how = "the measured time from a dispatch to the end of its combine"
     figures.append(
         plots.bars_by_name(
             "Lost to imbalance by layer, all steps",
             f"Computed from {how if run.is_measured else 'predicted layer times'} and max/mean.",
             run.shape.layers,
-            {"FSEP": assessment.lost_ms_L, "stock's placement": assessment.stock_lost_ms_L},
+            {"stock's placement": assessment.stock_lost_ms_L, "FSEP": assessment.lost_ms_L},
             x="time lost in all steps, ms",
             y="MoE layer",
-            colours=(GREEN, RED),
+            colours=(RED, GREEN),
         )
     )
-    if run.loss:
-        chosen = run.loss[:: max(1, -(-len(run.loss) // MAX_BINS))]
-        steps = [[step, step] for step, _ in chosen]
-        losses = [loss for _, loss in chosen]
-        finite = [loss for loss in losses if math.isfinite(loss)] or [0.0]
-        span = max(finite) - min(finite) or 1.0
-        figures.append(
-            plots.lines(
-                "Loss",
-                "From Megatron's log; NaN and infinite ones are missing.",
-                {"lm loss": rounded(losses)},
-                x=plots.steps_axis(steps, "iteration"),
-                y="lm loss",
-                colours=(BLUE,),
-                y_range=(min(finite) - 0.1 * span, max(finite) + 0.1 * span),
-            )
-        )
     return Section("time", "Where time went", figures)
+
+
+def _loss(run: RunData) -> Chart:
+    chosen = run.loss[:: max(1, -(-len(run.loss) // MAX_BINS))]
+    # Megatron's log counts iterations from 1.
+    steps = [[iteration - 1, iteration - 1] for iteration, _ in chosen]
+    losses = [loss for _, loss in chosen]
+    finite = [loss for loss in losses if math.isfinite(loss)] or [0.0]
+    margin = 0.1 * (max(finite) - min(finite) or 1.0)
+    ends = int(run.steps_T[0]), int(run.steps_T[-1])
+    return plots.lines(
+        "Loss",
+        "From Megatron's log, the mean of a line's steps; NaN and infinite ones are missing.",
+        {"lm loss": rounded(losses)},
+        x=plots.steps_axis(steps, ends, run.resumed),
+        y="lm loss",
+        colours=(BLUE,),
+        y_range=(min(finite) - margin, max(finite) + margin),
+    )
 
 
 def _times(run: RunData, edges: Sequence[int], name: str = "", most: float | None = None) -> Chart:
@@ -135,7 +152,7 @@ def _times(run: RunData, edges: Sequence[int], name: str = "", most: float | Non
         "On the planner rank. Combine waits for the busiest rank, so it includes the imbalance. "
         "Far longer columns, as of a warm-up, are cut off.",
         _time_parts(run, edges),
-        x=plots.steps_axis(bins_of(run, edges)),
+        x=_steps(run, edges),
         y="time of a step, ms",
         most=most,
     )
@@ -155,33 +172,125 @@ def _time_parts(run: RunData, edges: Sequence[int]) -> dict[str, list[float | No
 def _ranks(run: RunData, edges: Sequence[int]) -> Section:
     kinds = {"FSEP": run.rank_tokens_TLN}
     if run.stock_rank_tokens_TLN is not None:
-        kinds["Stock's placement"] = run.stock_rank_tokens_TLN
+        kinds = {"Stock's placement": run.stock_rank_tokens_TLN, **kinds}
     size, num_ranks = run.shape.node_size, run.shape.num_ranks
-    by_step = {
+    shown = {
         name: binned(over_mean(tokens_TLN.sum(axis=1)), edges).T
         for name, tokens_TLN in kinds.items()
     }
-    by_layer = {name: over_mean(tokens_TLN.sum(axis=0)).T for name, tokens_TLN in kinds.items()}
-    figures = []
-    for title, shown, axis in (
-        ("all layers together", by_step, plots.steps_axis(bins_of(run, edges))),
-        ("by layer, all steps", by_layer, plots.names_axis("MoE layer", run.shape.layers)),
-    ):
-        reach = max(0.01, *(largest(np.abs(values - 1)) for values in shown.values()))
-        figures += [
-            plots.heat_map(
-                f"{name}: tokens of each rank, {title}",
-                "Lines are borders of nodes." if size < num_ranks else "",
-                [values],
-                x=axis,
-                y=[plots.numbers_axis("rank", num_ranks)],
-                unit=OVER_MEAN,
-                bounds=(max(0.0, 1 - reach), 1 + reach),
-                borders=[row - 0.5 for row in range(size, num_ranks, size)],
-            )
-            for name, values in shown.items()
-        ]
+    reach = max(0.01, *(largest(np.abs(values - 1)) for values in shown.values()))
+    figures = [
+        plots.heat_map(
+            f"{name}: tokens of each rank, all layers together",
+            "Lines are borders of nodes." if size < num_ranks else "",
+            [values],
+            x=_steps(run, edges),
+            y=[plots.numbers_axis("rank", num_ranks)],
+            unit=OVER_MEAN,
+            bounds=(max(0.0, 1 - reach), 1 + reach),
+            borders=[row - 0.5 for row in range(size, num_ranks, size)],
+        )
+        for name, values in shown.items()
+    ]
     return Section("ranks", "Ranks", figures)
+
+
+def _experts(run: RunData) -> Section:
+    """Show each expert's share of tokens over an even share, by layer and bin."""
+    assert run.experts_TLE is not None
+    edges, layers = edges_by_layer(run), run.shape.layers
+    share_BLE = over_mean(np.add.reduceat(run.experts_TLE, np.array(edges[:-1]), axis=0))
+    total_LE = run.experts_TLE.sum(axis=0)
+    orders = [np.argsort(-total_E, kind="stable") for total_E in total_LE]
+    figure = plots.heat_map(
+        "Tokens of each expert, over an even share",
+        "Of the chosen layer; the experts with the most tokens first.",
+        [share_BLE[:, layer, order_E].T for layer, order_E in enumerate(orders)],
+        x=_steps(run, edges),
+        y=[
+            plots.names_axis("expert", list(map(str, order_E.tolist())), "expert ")
+            for order_E in orders
+        ],
+        unit=OVER_MEAN,
+        bounds=(0.0, max(1.01, largest(share_BLE))),
+        choices=layers,
+    )
+    table = Table(
+        "Experts without tokens, Gini coefficient and drift by layer",
+        ("layer", "experts without a token", "Gini coefficient", "cosine of neighbouring columns"),
+        [
+            (name, str(int((total_E == 0).sum())), text_of(gini(total_E)), text_of(drift))
+            for name, total_E, drift in zip(layers, total_LE, _drift(share_BLE), strict=True)
+        ],
+    )
+    return Section("experts", "Experts", [figure], tables=[table])
+
+
+def gini(tokens_E: npt.NDArray[np.int64]) -> float:
+    """Return the Gini coefficient: 0 for equal shares, near 1 for a single expert."""
+    ordered_E = np.sort(tokens_E)
+    total = float(ordered_E.sum())
+    if total == 0:
+        return math.nan
+    number = len(ordered_E)
+    place_E = np.arange(1, number + 1)
+    return float(2 * (place_E * ordered_E).sum() / (number * total) - (number + 1) / number)
+
+
+def _drift(share_BLE: Float64) -> list[float]:
+    """Return the mean cosine between experts' shares in neighbouring bins, by layer."""
+    share_BLE = np.nan_to_num(share_BLE)
+    found = []
+    for layer in range(share_BLE.shape[1]):
+        one, other = share_BLE[:-1, layer], share_BLE[1:, layer]
+        norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
+        products = (one * other).sum(axis=1)
+        found.append(float(np.mean(products[norms > 0] / norms[norms > 0])) if norms.any() else 1.0)
+    return found
+
+
+def _replicas(run: RunData, edges: Sequence[int]) -> Iterator[Chart]:
+    """Draw the planned layouts, and the weights moved for layouts in use."""
+    if run.layouts:
+        by_layer, layers = edges_by_layer(run), run.shape.layers
+        slots_BLE = _slots_by_bin(run, bins_of(run, by_layer))
+        yield plots.heat_map(
+            "Slots of each expert in the planned layouts",
+            "Of the chosen layer.",
+            [slots_BLE[:, layer].T for layer in range(len(layers))],
+            x=_steps(run, by_layer),
+            y=[plots.numbers_axis("expert", run.shape.num_experts)] * len(layers),
+            unit="slots",
+            bounds=(1.0, max(2.0, largest(slots_BLE))),
+            choices=layers,
+        )
+    if run.is_measured:
+        series, unit = in_unit({"received": binned(run.of_steps["weight_bytes"], edges)})
+        yield plots.lines(
+            "Weights moved",
+            "Weights and gradients that the planner rank received in a step.",
+            {name: rounded(values) for name, values in series.items()},
+            x=_steps(run, edges),
+            y=unit,
+            colours=(GREEN,),
+        )
+
+
+def _slots_by_bin(run: RunData, bins: Bins) -> Float64:
+    """Return each expert's slots at the end of each bin; NaN before the first known layout."""
+    num_layers, num_experts = len(run.shape.layers), run.shape.num_experts
+    sizes = run.shape.num_ranks, num_experts, run.shape.capacity, run.shape.node_size
+    static = Geometry(*sizes, run.sharding).static_layout
+    # A run begins with static layouts, which are not recorded.
+    layouts: Sequence[ExpertLayout] | None = [static] * num_layers if run.steps_T[0] == 0 else None
+    coming = list(run.layouts)[::-1]
+    unknown = np.full((num_layers, num_experts), np.nan)
+    slots = []
+    for _, last in bins:
+        while coming and coming[-1][0] <= last:
+            layouts = coming.pop()[1]
+        slots.append(unknown if layouts is None else [layout.replicas_E for layout in layouts])
+    return np.array(slots, dtype=np.float64)
 
 
 def _guard(run: RunData) -> Section:
@@ -189,9 +298,13 @@ def _guard(run: RunData) -> Section:
     passes = float(np.nansum(of["passes"]))
     share = float(np.nansum(of["fresh"])) / passes if passes else math.nan
     text = f"{text_of(100 * share)} % of microbatches got a layout of their own."
+    if run.is_measured:
+        text += _measured_over_predicted(of["layer_ms"], of["predicted_ms"])
+    there = np.flatnonzero(np.isfinite(of["cost_ms"]) & np.isfinite(of["gain_ms"]))
+    there = there[:: max(1, -(-len(there) // _MAX_POINTS))]
+    cost, gain, fresh = (of[name].ravel()[there] for name in ("cost_ms", "gain_ms", "fresh"))
     figures = []
-    cost, gain, fresh = _thinned(of["cost_ms"], of["gain_ms"], of["fresh"])
-    if len(cost):
+    if len(there):
         is_fresh = fresh > 0
         figures.append(
             plots.points(
@@ -206,50 +319,22 @@ def _guard(run: RunData) -> Section:
                 y="predicted gain, ms",
             )
         )
-    if not run.is_measured:
-        return Section("guard", "The guard", figures, text)
-    predicted, measured = _thinned(of["taken_cost_ms"], of["change_ms"])
-    if len(predicted):
-        figures.append(
-            _against_measured(
-                "Fresh layouts: predicted against measured cost",
-                "Measured: the host's decision, and the wait for changed slots. On the line both "
-                "are equal.",
-                predicted,
-                measured,
-            )
-        )
-    predicted, measured = _thinned(of["predicted_ms"], of["layer_ms"], most=None)
-    if len(predicted):
-        positive = predicted > 0
-        factor = np.median(measured[positive] / predicted[positive]) if positive.any() else np.nan
-        figures.append(
-            _against_measured(
-                "Layer times: predicted against measured",
-                f"A point is a layer in a step. Measured times are {text_of(float(factor))} times "
-                "the predicted ones (median). Far from 1, the cluster's constants do not fit this "
-                "machine.",
-                *_thinned(predicted, measured),
-            )
-        )
     return Section("guard", "The guard, and the cost model", figures, text)
 
 
-def _against_measured(title: str, text: str, predicted: Float64, measured: Float64) -> Chart:
-    series = {"layers": (predicted, measured)}
-    return plots.points(title, text, series, x="predicted, ms", y="measured, ms", is_log=True)
-
-
-def _thinned(*values: Float64, most: int | None = _MAX_POINTS) -> list[Float64]:
-    """Select the places at which the first two have values, thinned out evenly."""
-    flat = [each.ravel() for each in values]
-    there = np.flatnonzero(np.isfinite(flat[0]) & np.isfinite(flat[1]))
-    stride = 1 if most is None else max(1, -(-len(there) // most))
-    return [each[there[::stride]] for each in flat]
+def _measured_over_predicted(measured: Float64, predicted: Float64) -> str:
+    there = np.isfinite(measured) & (predicted > 0)
+    if not there.any():
+        return ""
+    low, median, high = np.quantile(measured[there] / predicted[there], (0.1, 0.5, 0.9))
+    return (
+        f" A layer's measured time is {text_of(median)} times the predicted one (median; "
+        f"{text_of(low)} to {text_of(high)} in four of five). Far from 1, the cluster's constants "
+        "do not fit this machine."
+    )
 
 
 def _memory(run: RunData, edges: Sequence[int]) -> Section:
-    x = plots.steps_axis(bins_of(run, edges))
     names = {"busiest rank": "largest_tokens", "perfect balance": "least_tokens"}
     figures = [
         plots.lines(
@@ -259,24 +344,20 @@ def _memory(run: RunData, edges: Sequence[int]) -> Section:
                 name: rounded(binned(_largest_of_layers(run.of_layers[key]), edges))
                 for name, key in names.items()
             },
-            x=x,
+            x=_steps(run, edges),
             y="tokens",
             colours=(RED, GREEN),
         )
     ]
     if "used_bytes" in run.of_steps:
-        series, unit = in_unit(
-            {
-                "used": binned(run.of_steps["used_bytes"], edges),
-                "headroom": binned(run.of_steps["headroom_bytes"], edges),
-            }
-        )
+        kinds = {"used": "used_bytes", "headroom": "headroom_bytes"}
+        series, unit = in_unit({k: binned(run.of_steps[name], edges) for k, name in kinds.items()})
         figures.append(
             plots.lines(
                 "Memory of the planner rank",
                 "Peak of reserved memory and the remainder; on the CPU resident and free memory.",
                 {name: rounded(values) for name, values in series.items()},
-                x=x,
+                x=_steps(run, edges),
                 y=unit,
                 colours=(BLUE, GREEN),
             )
@@ -304,7 +385,7 @@ def _comparison(run: RunData, other: RunData) -> Section:
             f"{one.name}: max/mean, mean of layers",
             "Both figures have one scale.",
             {name: rounded(values) for name, values in zip(names, pair, strict=True)},
-            x=plots.steps_axis(bins_of(one, edges)),
+            x=_steps(one, edges),
             y="max/mean tokens per rank",
             colours=(GREEN, RED),
             y_range=(0.98, high),

@@ -1,11 +1,14 @@
 """The page: one HTML file with its scripts, style and data.
 
 The same data give the same bytes. jinja2 escapes all text from a run; within the data, `<`, `>`
-and `&` are JSON escapes. The page's policy forbids the browser to load anything.
+and `&` are JSON escapes. The page's policy forbids the browser to load anything. The browser
+unpacks `plotly-cartesian.min.js.gz`: the file in npm's package `plotly.js-cartesian-dist-min` 4.1.1
+(MIT licence), packed by `gzip -9n`.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 from collections.abc import Iterator, Sequence
 from importlib import resources
@@ -13,24 +16,28 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from plotly.offline import get_plotlyjs
 
 from megatron_laer.telemetry.metrics import LOGGED
 from megatron_laer.tools.report.assessment import assess, percent, seconds
 from megatron_laer.tools.report.figures import sections
-from megatron_laer.tools.report.run_data import RunData
+from megatron_laer.tools.report.run_data import Float64, RunData
 from megatron_laer.tools.report.what_if import WhatIf
-from megatron_laer.tools.simulator.comparison import TOLERANCE
+from megatron_laer.tools.simulator.comparison import STOCK, TOLERANCE
 from megatron_laer.tools.simulator.node_rows import in_words
 from megatron_laer.version import __version__
 
-# Values of a what-if row in the page's data.
+_FOLDER = resources.files("megatron_laer.tools.report") / "page"
+# Values of the assessment and of a what-if row in the page's data.
+_OF_VERDICT = ("kept", "kept_by_stock", "total_s", "imbalance_s", "exchanges_s", "stock_s")
 _OF_ROW = (
     *("strategy", "mode", "capacity", "cases", "mean", "p95", "p99"),
     *("off_node_share", "node_rows", "replan_share", "layer_ms"),
 )
-# Differs from the verdict's share by definition.
-_OF_METRIC = {"fsep_share_of_forced_balance": " (of MoE layers, predicted while training)"}
+# Another quantity than the verdict's share of balance, of nearly the same name: of MoE layers
+# alone, and predicted.
+_LEFT_OUT = "fsep_share_of_forced_balance"
+# From which gain on another setting is worth a try.
+_WORTH_A_TRY = 0.02
 
 
 def page(
@@ -38,18 +45,25 @@ def page(
 ) -> str:
     """Render the page; `predicted_for` describes the settings of the predictions in `rows`."""
     runs = [run] if other is None else [run, other]
-    columns = [dict(_figures_of(one)) for one in runs]
+    columns = [dict(_all_numbers(one)) for one in runs]
     names = dict.fromkeys(name for one in columns for name in one)
     assessment = assess(run)
     shown = list(sections(run, assessment, other))
     data = {
         "format": "megatron_laer-report",
-        "version": 2,
+        "version": 3,
         "name": run.name,
         "is_measured": run.is_measured,
         "verdict": {
             name: getattr(assessment, name)
-            for name in ("total_s", "imbalance_s", "exchanges_s", "stock_s", "kept")
+            for name in (
+                "kept",
+                "kept_by_stock",
+                "total_s",
+                "imbalance_s",
+                "exchanges_s",
+                "stock_s",
+            )
         },
         "figures": [vars(figure) for section in shown for figure in section.figures],
         "what_if": [
@@ -58,32 +72,34 @@ def page(
             for row in rows
         ],
     }
-    texts = resources.files("megatron_laer.tools.report") / "page"
     environment = jinja2.Environment(
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
-        loader=jinja2.FunctionLoader(lambda name: (texts / name).read_text(encoding="utf-8")),
+        loader=jinja2.FunctionLoader(lambda name: (_FOLDER / name).read_text(encoding="utf-8")),
     )
+    own = next((row for row in rows if _is_own(row, run)), None)
     return environment.get_template("page.html").render(
         name=run.name,
         about=_about(run),
         version=__version__,
         is_measured=run.is_measured,
-        assessment=_capital(assessment.sentence()) + ".",
+        assessment=f"{assessment.sentence()}.",
         causes=_capital(assessment.causes(run.shape.layers)),
         notes=run.notes,
+        six=list(_six_numbers(run)),
         heads=["", *(one.name for one in runs)],
-        key_figures=[(name, *(one.get(name, "–") for one in columns)) for name in names],
+        all_numbers=[(name, *(one.get(name, "–") for one in columns)) for name in names],
         sections=shown,
-        what_if=[(_cells(row, run), row.command) for row in rows],
+        what_if=[_line(equal, own, run) for equal in _equal_rows(rows)],
+        advice=_advice(rows, own),
         predicted_for=f"Of {rows[0].row.cases} microbatches of one layer each, for {predicted_for}."
         if rows
         else "",
         settings=run.settings,
         data=_embedded(data),
-        plotly=get_plotlyjs(),
+        plotly=base64.b64encode((_FOLDER / "plotly-cartesian.min.js.gz").read_bytes()).decode(),
     )
 
 
@@ -105,58 +121,107 @@ def _about(run: RunData) -> str:
     return " · ".join(filter(None, parts))
 
 
-def _figures_of(run: RunData) -> Iterator[tuple[str, str]]:
+def _six_numbers(run: RunData) -> Iterator[tuple[str, str, str]]:
+    """Yield the numbers next to the maps of balance: with stock's placement, FSEP's, meaning."""
+    assessment = assess(run)
+    yield _mean(run.stock_TL), _mean(run.imbalance_TL), "max/mean tokens per rank, mean"
+    shares = percent(assessment.kept_by_stock), percent(assessment.kept)
+    yield *shares, "of perfectly balanced speed; stock's is an estimate"
+    of = "measured" if run.is_measured else "predicted for MoE layers"
+    lost = seconds(assessment.stock_s), seconds(assessment.imbalance_s)
+    yield *lost, f"lost to imbalance; {seconds(assessment.total_s)} were {of} in all"
+
+
+def _mean(values: Float64) -> str:
+    there = values[np.isfinite(values)]
+    return f"{there.mean():.3f}" if there.size else "–"
+
+
+def _all_numbers(run: RunData) -> Iterator[tuple[str, str]]:
     assessment = assess(run)
     yield "steps", f"{len(run.steps_T)} ({run.steps_T[0]} to {run.steps_T[-1]})"
-    of = "of whole steps, measured" if run.is_measured else "of MoE layers, predicted"
-    yield f"share of forced balance {of}", percent(assessment.kept)
-    what = "time of these steps" if run.is_measured else "predicted time of MoE layers"
-    yield what, seconds(assessment.total_s)
     if run.is_measured and np.isfinite(run.of_steps["step_ms"]).any():
         median_ms = float(np.nanmedian(run.of_steps["step_ms"]))
         yield "step time, median", seconds(median_ms * 1e-3)
-    yield "lost to imbalance", seconds(assessment.imbalance_s)
     if run.is_measured:
         yield "waits for exchanges and decisions", seconds(assessment.exchanges_s)
-    yield "stock would have lost to imbalance", seconds(assessment.stock_s)
     for name, values in (
         ("max/mean tokens per rank", run.imbalance_TL),
         ("the same under stock's placement", run.stock_TL),
     ):
         there = values[np.isfinite(values)]
         if there.size:
-            parts = [f"mean {there.mean():.3f}"]
-            parts += [f"p{p} {np.percentile(there, p):.3f}" for p in (50, 95, 99)]
+            parts = [f"p{p} {np.percentile(there, p):.3f}" for p in (50, 95, 99)]
             yield name, ", ".join([*parts, f"max {there.max():.3f}"])
     for metric in LOGGED:
         logged = run.metrics.get(metric.name)
-        if logged is not None and np.isfinite(logged).any() and not metric.over_layers:
+        if metric.over_layers or metric.name == _LEFT_OUT or logged is None:
+            continue
+        if np.isfinite(logged).any():
             unit = f" {metric.unit}" if metric.unit else ""
-            of = _OF_METRIC.get(metric.name, "")
-            yield f"{metric.name}{of}, mean of steps", f"{np.nanmean(logged):.4g}{unit}"
+            yield f"{metric.name}, mean of steps", f"{np.nanmean(logged):.4g}{unit}"
     if run.loss:
         step, loss = run.loss[-1]
-        yield "loss", f"{loss:.4f} at step {step}"
+        yield "loss", f"{loss:.4f} in iteration {step}"
 
 
-def _cells(found: WhatIf, run: RunData) -> list[tuple[str, str]]:
+def _is_own(found: WhatIf, run: RunData) -> bool:
+    """Return whether a row has the run's own settings."""
     row, of = found.row, dict(run.settings)
     mode = TOLERANCE if "imbalance_tolerance" in of else of.get("plan_mode")
     own = of.get("planner"), mode, run.shape.capacity
-    is_own = run.is_measured and (row.strategy, row.mode, row.capacity) == own
-    return [
-        ("strategy", row.strategy),
-        ("mode", f"{found.mode} (this run's)" if is_own else found.mode),
-        ("C", str(row.capacity)),
-        ("max/mean", f"{row.mean:.4f}"),
-        ("p95", f"{row.p95:.4f}"),
-        ("p99", f"{row.p99:.4f}"),
-        ("off their node", percent(row.off_node_share)),
-        ("rows between nodes: home - replicas - shared", in_words(row.node_rows)),
-        ("fresh", percent(row.replan_share)),
-        ("layer ms", f"{row.layer_ms:.3f}"),
-        ("of forced balance, MoE layers", percent(found.share)),
+    return run.is_measured and (row.strategy, row.mode, row.capacity) == own
+
+
+def _equal_rows(rows: Sequence[WhatIf]) -> list[list[WhatIf]]:
+    """Group rows of one capacity whose modes decided alike."""
+    groups: dict[tuple[object, ...], list[WhatIf]] = {}
+    for found in rows:
+        row = found.row
+        key = row.strategy, row.capacity, row.mean, row.p99, row.replan_share, row.layer_ms
+        groups.setdefault(key, []).append(found)
+    return list(groups.values())
+
+
+def _line(
+    equal: Sequence[WhatIf], own: WhatIf | None, run: RunData
+) -> tuple[list[tuple[str, str]], str, bool]:
+    """Return cells with their heads, the command, and whether this is the run's own setting."""
+    row = equal[0].row
+    is_own = any(found is own for found in equal)
+    modes = ", ".join(found.mode for found in equal)
+    cells = [
+        ("setting", row.strategy if row.strategy == STOCK else f"C = {row.capacity}, {modes}"),
+        ("max/mean", f"{row.mean:.3f}"),
+        ("p99", f"{row.p99:.3f}"),
+        ("fresh layouts", percent(row.replan_share)),
+        ("ms per layer", f"{row.layer_ms:.3f}"),
     ]
+    if own is not None:
+        gain = row.layer_ms / own.row.layer_ms - 1
+        cells.append(("against this run", "this run's" if is_own else f"{100 * gain:+.1f} %"))
+    if run.shape.node_size < run.shape.num_ranks:
+        cells.append(("off their node", percent(row.off_node_share)))
+        cells.append(("rows between nodes: home - replicas - shared", in_words(row.node_rows)))
+    return cells, (own if own is not None and is_own else equal[0]).command, is_own
+
+
+def _advice(rows: Sequence[WhatIf], own: WhatIf | None) -> str:
+    if own is None:
+        return ""
+    best = min(rows, key=lambda found: found.row.layer_ms)
+    less = 1 - best.row.layer_ms / own.row.layer_ms
+    if less < _WORTH_A_TRY:
+        return (
+            "Keep this run's settings: no other is predicted to take "
+            f"{100 * _WORTH_A_TRY:.0f} % less time in MoE layers."
+        )
+    if best.row.strategy == STOCK:
+        return f"Stock is predicted to take {percent(less)} less time in MoE layers."
+    return (
+        f"Try C = {best.row.capacity} and {best.mode}: {percent(less)} less time in MoE layers is "
+        "predicted."
+    )
 
 
 def _capital(sentence: str) -> str:

@@ -10,7 +10,7 @@ import html
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,21 +24,25 @@ KIND_COLOURS = (GREY, BLUE, GREEN, "#7fb8de", RED, "#e69f00")
 _RISING = [[0, "#b9d3e3"], [0.35, "#fdd0a2"], [0.7, "#e66e28"], [1, "#7f1914"]]
 _BELOW_ONE, _ONE, _ABOVE_ONE = "#2166ac", "#c9ced4", "#b2182b"
 OVER_MEAN = "× mean"
-# Part of a colour bar that readers hardly tell from 1.
+# Part of a colour bar that readers hardly tell from none.
 _HARDLY_SEEN = 0.1
-_LINE = {"color": GREY, "width": 1}
+_LINE = {"type": "line", "line": {"color": GREY, "width": 1}}
 _LONGEST_LABEL = 28
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Chart of the page; with `choices` of labels, one trace is shown at a time."""
+    """Chart of the page; with `choices` of labels, one trace is shown at a time.
+
+    Charts `by_steps` share the range of their x axis.
+    """
 
     title: str
     text: str
     data: list[dict[str, Any]]
     layout: dict[str, Any]
     choices: tuple[str, ...] = ()
+    by_steps: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,37 @@ class Section:
     title: str
     figures: Sequence[Chart]
     text: str = ""
-    tables: Sequence[Table] = field(default_factory=tuple)
+    tables: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Values of an axis with plotly's settings for it, and the text before a value's readout.
+
+    `resumed` are steps with which a run went on after a stop; figures mark them.
+    """
+
+    values: Sequence[Any]
+    settings: dict[str, Any]
+    before: str = ""
+    resumed: Sequence[int] | None = None
+
+
+def _chart(
+    title: str,
+    text: str,
+    traces: list[dict[str, Any]],
+    x: Axis,
+    layout: dict[str, Any],
+    choices: Sequence[str] = (),
+) -> Chart:
+    """Return a chart over `x`, with a line before each step that resumes a run."""
+    places = [step - 0.5 for step in x.resumed or ()]
+    marks = [_LINE | {"yref": "paper", "y0": 0, "y1": 1, "x0": at, "x1": at} for at in places]
+    notes = [_note("resumed", 10) | {"xref": "x", "x": at, "y": 1, **_CORNER} for at in places]
+    layout = {"xaxis": x.settings, **layout, "shapes": [*layout.get("shapes", ()), *marks]}
+    layout["annotations"] = [*layout.get("annotations", ()), *notes]
+    return Chart(title, text, traces, layout, tuple(map(label, choices)), x.resumed is not None)
 
 
 def heat_map(
@@ -66,8 +100,8 @@ def heat_map(
     text: str,
     values: Sequence[npt.ArrayLike],
     *,
-    x: Mapping[str, Any],
-    y: Sequence[Mapping[str, Any]],
+    x: Axis,
+    y: Sequence[Axis],
     unit: str,
     bounds: tuple[float, float],
     choices: Sequence[str] = (),
@@ -79,43 +113,50 @@ def heat_map(
     `bounds` are the values at the ends of the colours. `borders` are rows with a line before them.
     """
     low, high = bounds
+    rising = [[0, _BELOW_ONE], [(1 - low) / (high - low), _ONE], [1, _ABOVE_ONE]]
     traces = [
         {
             "type": "heatmap",
-            "x": x["values"],
-            "y": axis["values"],
+            "x": x.values,
+            "y": axis.values,
             "z": rounded(rows),
             "zmin": low,
             "zmax": high,
-            "colorscale": _around_one(low, high) if unit == OVER_MEAN else _RISING,
+            "colorscale": rising if unit == OVER_MEAN else _RISING,
             "colorbar": {"title": {"text": unit, "side": "right"}, "thickness": 10},
-            "hovertemplate": f"{axis['before']}%{{y}}, {x['before']}%{{x}}: %{{z}}<extra></extra>",
+            "hovertemplate": f"{axis.before}%{{y}}, {x.before}%{{x}}: %{{z}}<extra></extra>",
             "visible": place == 0,
         }
         for place, (rows, axis) in enumerate(zip(values, y, strict=True))
     ]
-    lines = [
-        {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "y0": row, "y1": row, "line": _LINE}
-        for row in borders
-    ]
     layout = {
-        "height": min(420, max(170, 80 + 14 * len(traces[0]["z"]))),
+        "height": min(420, max(200, 80 + 14 * len(traces[0]["z"]))),
         "margin": {"t": 10},
-        "xaxis": x["axis"],
-        "yaxis": {**y[0]["axis"], "autorange": "reversed"},
-        "shapes": lines,
+        "yaxis": {**y[0].settings, "autorange": "reversed"},
+        "shapes": [_LINE | {"xref": "paper", "x0": 0, "x1": 1, "y0": b, "y1": b} for b in borders],
     }
-    shown = np.concatenate([_numbers(rows) for rows in values])
-    if shown.size and np.abs(shown - 1).max() <= _HARDLY_SEEN * (high - low):
+    shown = np.concatenate([np.asarray(rows, dtype=np.float64).ravel() for rows in values])
+    shown = shown[np.isfinite(shown)]
+    if shown.size and np.ptp(shown) <= _HARDLY_SEEN * (high - low):
         least, most = f"{shown.min():.3f}", f"{shown.max():.3f}"
-        layout["annotations"] = [
-            _note("1.000 everywhere" if least == most else f"{least} to {most}")
-        ]
-    return Chart(title, text, traces, layout, tuple(map(label, choices)))
+        note = _note(f"{least} everywhere" if least == most else f"{least} to {most}")
+        layout["annotations"] = [note]
+    return _chart(title, text, traces, x, layout, choices)
 
 
-def _around_one(low: float, high: float) -> list[list[Any]]:
-    return [[0, _BELOW_ONE], [(1 - low) / (high - low), _ONE], [1, _ABOVE_ONE]]
+_CORNER = {"xanchor": "left", "yanchor": "top", "borderpad": 1}
+
+
+def _note(text: str, size: int = 14) -> dict[str, Any]:
+    return {
+        "text": text,
+        **dict.fromkeys(("xref", "yref"), "paper"),
+        **dict.fromkeys(("x", "y"), 0.5),
+        "showarrow": False,
+        "bgcolor": "#ffffffdd",
+        "borderpad": 4,
+        "font": {"color": "#1c2126", "size": size},
+    }
 
 
 def lines(
@@ -123,7 +164,7 @@ def lines(
     text: str,
     series: Mapping[str, Sequence[float | None]],
     *,
-    x: Mapping[str, Any],
+    x: Axis,
     y: str,
     colours: Sequence[str],
     y_range: Sequence[float] | None = None,
@@ -134,19 +175,16 @@ def lines(
             "type": "scatter",
             "mode": "lines+markers" if len(values) < 30 else "lines",
             "name": name,
-            "x": x["values"],
+            "x": x.values,
             "y": list(values),
             "line": {"color": colour, "width": 1.5 if k % 2 else 3.5, "dash": _DASHES[k % 2]},
             "marker": {"size": 5 if k % 2 else 8},
         }
         for k, ((name, values), colour) in enumerate(zip(series.items(), colours, strict=True))
     ]
-    axis = {
-        "title": {"text": y},
-        **({"range": list(y_range)} if y_range else {"rangemode": "tozero"}),
-    }
-    layout = {"height": 280, "xaxis": x["axis"], "yaxis": axis, "showlegend": len(traces) > 1}
-    return Chart(title, text, traces, layout)
+    axis = {"title": {"text": y}, **({"range": list(y_range)} if y_range else {})}
+    layout = {"height": 280, "yaxis": axis, "showlegend": len(traces) > 1}
+    return _chart(title, text, traces, x, layout)
 
 
 _DASHES = ("solid", "dash")
@@ -157,23 +195,18 @@ def stacked_bars(
     text: str,
     parts: Mapping[str, Sequence[float | None]],
     *,
-    x: Mapping[str, Any],
+    x: Axis,
     y: str,
     most: float | None = None,
 ) -> Chart:
     """Return a figure of stacked bars; without `most`, the y axis cuts off far longer columns."""
     traces = [
-        {"type": "bar", "name": name, "x": x["values"], "y": values, "marker": {"color": colour}}
+        {"type": "bar", "name": name, "x": x.values, "y": values, "marker": {"color": colour}}
         for (name, values), colour in zip(parts.items(), KIND_COLOURS, strict=True)
     ]
-    layout = {
-        "height": 380,
-        "barmode": "stack",
-        "bargap": 0.08,
-        "xaxis": x["axis"],
-        "yaxis": {"title": {"text": y}, "range": [0, most or stack_height(parts)]},
-    }
-    return Chart(title, text, traces, layout)
+    axis = {"title": {"text": y}, "range": [0, most or stack_height(parts)]}
+    layout = {"height": 380, "barmode": "stack", "bargap": 0.08, "yaxis": axis}
+    return _chart(title, text, traces, x, layout)
 
 
 def stack_height(parts: Mapping[str, Sequence[float | None]]) -> float:
@@ -207,26 +240,16 @@ def bars_by_name(
         for (key, values), colour in zip(series.items(), colours, strict=True)
     ]
     most = max((float(np.max(values)) for values in series.values()), default=0.0)
+    axis = Axis((), {"title": {"text": x}, "range": [0, 1.15 * most or 1]})
     layout = {
         "height": 130 + 36 * len(names),
-        "xaxis": {"title": {"text": x}, "range": [0, 1.15 * most or 1]},
         "yaxis": {"title": {"text": y}, "autorange": "reversed", "type": "category"},
     }
-    return Chart(title, text, traces, layout)
-
-
-# Ticks at 1, 2 and 5 times powers of ten.
-_LOG = {"type": "log", "dtick": "D2"}
+    return _chart(title, text, traces, axis, layout)
 
 
 def points(
-    title: str,
-    text: str,
-    series: Mapping[str, tuple[Float64, Float64]],
-    *,
-    x: str,
-    y: str,
-    is_log: bool = False,
+    title: str, text: str, series: Mapping[str, tuple[Float64, Float64]], *, x: str, y: str
 ) -> Chart:
     """Return a figure of points (x, y) by name, with the line on which both are equal."""
     traces = [
@@ -238,29 +261,20 @@ def points(
             "y": rounded(ys),
             "marker": {"color": colour, "size": 6, "opacity": 0.6},
         }
-        for (name, (xs, ys)), colour in zip(series.items(), (BLUE, RED), strict=False)
+        for (name, (xs, ys)), colour in zip(series.items(), (BLUE, RED), strict=True)
         if len(xs)
     ]
-    of_x, of_y = (np.concatenate([pair[k] for pair in series.values()]) for k in (0, 1))
-    ranges = [_robust(of_x), _robust(of_y)]
-    kind = {"type": "linear"}
-    if is_log and min(of_x.min(), of_y.min()) > 0:
-        both = np.log10(np.concatenate([of_x, of_y]))
-        ranges, kind = [(float(both.min()) - 0.1, float(both.max()) + 0.1)] * 2, _LOG
+    ranges = [_robust(np.concatenate([pair[k] for pair in series.values()])) for k in (0, 1)]
     # From the larger of the lower ends to the smaller of the upper ones.
-    ends = [max(low for low, _ in ranges), min(high for _, high in ranges)]
-    ends = [10**end for end in ends] if kind is _LOG else ends
-    line = {"type": "line", "line": {**_LINE, "dash": "dot", "width": 2}, "layer": "below"}
+    low, high = max(low for low, _ in ranges), min(high for _, high in ranges)
+    equal = _LINE | {"x0": low, "y0": low, "x1": high, "y1": high, "layer": "below"}
     layout = {
         "height": 340,
-        "xaxis": {"title": {"text": x}, "range": list(ranges[0]), **kind},
-        "yaxis": {"title": {"text": y}, "range": list(ranges[1]), **kind},
-        "shapes": [line | {"x0": ends[0], "y0": ends[0], "x1": ends[1], "y1": ends[1]}]
-        if ends[0] < ends[1]
-        else [],
-        "showlegend": len(series) > 1,
+        "yaxis": {"title": {"text": y}, "range": list(ranges[1])},
+        "shapes": [equal] if low < high else [],
     }
-    return Chart(title, text, traces, layout)
+    axis = Axis((), {"title": {"text": x}, "range": list(ranges[0])})
+    return _chart(title, text, traces, axis, layout)
 
 
 def _robust(values: Float64) -> tuple[float, float]:
@@ -269,24 +283,33 @@ def _robust(values: Float64) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def steps_axis(bins: Sequence[Sequence[int]], name: str = "step") -> dict[str, Any]:
-    """Return the axis of bins of steps, given by the first and last step of each."""
-    width = max(last - first + 1 for first, last in bins)
+def steps_axis(
+    bins: Sequence[Sequence[int]], ends: tuple[int, int], resumed: Sequence[int] = ()
+) -> Axis:
+    """Return the axis of bins of steps, given by the first and last step of each.
+
+    `ends` are the first and last step of all figures.
+    """
+    first, last = ends
+    width = max(end - begin + 1 for begin, end in bins)
     means = f" (each column is a mean of up to {width})" if width > 1 else ""
-    middles = [(first + last) / 2 if width > 1 else first for first, last in bins]
-    axis = {"title": {"text": name + means}, "dtick": _tick(bins[-1][1] - bins[0][0])}
-    return {"before": f"{name} ", "values": middles, "axis": axis}
+    middles = [(begin + end) / 2 if width > 1 else begin for begin, end in bins]
+    settings = {
+        "title": {"text": f"step{means}"},
+        "dtick": _tick(last - first),
+        "range": [first - 0.5, last + 0.5],
+    }
+    return Axis(middles, settings, "step ", resumed)
 
 
-def names_axis(title: str, names: Sequence[str], before: str = "") -> dict[str, Any]:
+def names_axis(title: str, names: Sequence[str], before: str = "") -> Axis:
     """Return the axis of names, such as those of layers; readouts have `before` before them."""
-    axis = {"title": {"text": title}, "type": "category"}
-    return {"before": before, "values": labels(names), "axis": axis}
+    return Axis(labels(names), {"title": {"text": title}, "type": "category"}, before)
 
 
-def numbers_axis(title: str, number: int) -> dict[str, Any]:
-    axis = {"title": {"text": title}, "dtick": _tick(number)}
-    return {"before": f"{title} ", "values": list(range(number)), "axis": axis}
+def numbers_axis(title: str, number: int) -> Axis:
+    settings = {"title": {"text": title}, "dtick": _tick(number)}
+    return Axis(list(range(number)), settings, f"{title} ")
 
 
 def _tick(span: int) -> int:
@@ -297,19 +320,6 @@ def _tick(span: int) -> int:
             break
         step *= factor
     return int(step)
-
-
-def _note(text: str) -> dict[str, Any]:
-    box = {"bgcolor": "#ffffffdd", "font": {"color": "#1c2126", "size": 14}, "borderpad": 4}
-    return {
-        "text": text,
-        "xref": "paper",
-        "yref": "paper",
-        "x": 0.5,
-        "y": 0.5,
-        "showarrow": False,
-        **box,
-    }
 
 
 def labels(names: Sequence[str]) -> list[str]:
@@ -323,21 +333,16 @@ def label(name: str) -> str:
     return html.escape(short, quote=False)
 
 
-def _numbers(values: npt.ArrayLike) -> Float64:
-    array = np.asarray(values, dtype=np.float64)
-    return array[np.isfinite(array)]
-
-
-def rounded(values: npt.ArrayLike, digits: int = 4) -> Any:
-    """Round to nested lists of numbers, with None for missing ones."""
+def rounded(values: npt.ArrayLike) -> Any:
+    """Round to nested lists of numbers with four digits, with None for missing ones."""
     array = np.asarray(values, dtype=np.float64)
     if array.ndim > 1:
-        return [rounded(row, digits) for row in array]
-    return [_short(value, digits) for value in array.tolist()]
+        return [rounded(row) for row in array]
+    return [_short(value) for value in array.tolist()]
 
 
-def _short(value: float, digits: int = 4) -> float | int | None:
+def _short(value: float) -> float | int | None:
     if not math.isfinite(value):
         return None
-    short = float(f"{value:.{digits}g}")
+    short = float(f"{value:.4g}")
     return int(short) if short == int(short) else short

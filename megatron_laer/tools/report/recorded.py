@@ -62,6 +62,7 @@ def recorded_run(files: RunFiles, recording: MetricsRecording, trace: Trace | No
         experts_TLE=experts_TLE,
         layouts=_layouts(files, shape),
         loss=loss,
+        resumed=[step for step, _ in recording.runs[1:]],
         recorded=f"recorded until {written:%Y-%m-%d %H:%M} UTC",
         settings=[
             *shape_settings(shape),

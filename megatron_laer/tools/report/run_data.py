@@ -30,7 +30,7 @@ class RunData:
     stock's placement. `layer_ms_TL` is the time over all passes of a step, predicted if not
     `is_measured`. `of_steps`, `of_layers` and `metrics` are by recorded or logged names.
     `experts_TLE` is None without a trace. `layouts` are planned ones by their first step, `loss` by
-    step from 1.
+    iteration from 1. `resumed` are the first steps of later runs that went on with the recording.
     """
 
     name: str
@@ -48,6 +48,7 @@ class RunData:
     experts_TLE: Int64 | None
     layouts: Sequence[tuple[int, Sequence[ExpertLayout]]] = ()
     loss: Sequence[tuple[int, float]] = ()
+    resumed: Sequence[int] = ()
     recorded: str = ""
     settings: Sequence[tuple[str, str]] = ()
     notes: Sequence[str] = field(default_factory=tuple)

@@ -41,6 +41,6 @@ def test_the_quick_start_trains_with_fsep_and_with_stock_and_compares(tmp_path):
     assert sum(fsep["load_imbalance"]) < sum(stock["load_imbalance"])
     assert stock["layouts"] == 1
 
-    assert "of forced balance; imbalance cost" in result.stdout
+    assert "of perfectly balanced speed; stock's placement" in result.stdout
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert f"{STEPS} (0 to {STEPS - 1})" in page

@@ -1,6 +1,6 @@
 "use strict";
-// Draws the figures with plotly.js, in the page's theme, and fills their tables. Text from the data
-// only ever becomes text nodes.
+// Unpacks plotly.js, draws the figures with it in the page's theme, and fills their tables. Text
+// from the data only ever becomes text nodes.
 
 const text = document.getElementById("data").textContent;
 const all = JSON.parse(text).figures;
@@ -27,9 +27,29 @@ function template() {
   } };
 }
 
+/** Runs the packed plotly.js. */
+async function unpack() {
+  const packed = Uint8Array.from(atob(document.getElementById("plotly").textContent), (letter) => letter.charCodeAt(0));
+  const unpacked = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  const script = document.createElement("script");
+  script.textContent = await new Response(unpacked).text();
+  document.head.append(script);
+}
+
 function draw(figure) {
   const layout = { ...figure.layout, template: template() };
   Plotly.react(figure.plot, figure.data, layout, { responsive: true, displayModeBar: false });
+}
+
+/** Shows the same steps in all figures, after one was zoomed or reset. */
+function zoomAll(change) {
+  const [first, last] = [0, 1].map((end) => change[`xaxis.range[${end}]`]);
+  if (first === undefined && !change["xaxis.autorange"]) return;
+  for (const figure of figures.filter(({ by_steps }) => by_steps)) {
+    figure.whole ??= figure.layout.xaxis.range;
+    figure.layout.xaxis = { ...figure.layout.xaxis, range: first === undefined ? figure.whole : [first, last] };
+    draw(figure);
+  }
 }
 
 /** Returns a figure's shown numbers as lines of cells; the first line has the heads. */
@@ -83,7 +103,7 @@ function save(name, type, content) {
 function setTheme(isDark) {
   document.documentElement.dataset.theme = isDark ? "dark" : "light";
   document.getElementById("theme").setAttribute("aria-pressed", String(isDark));
-  figures.forEach(draw);
+  if (window.Plotly) figures.forEach(draw);
 }
 
 function setTables(areOpen) {
@@ -91,7 +111,7 @@ function setTables(areOpen) {
   document.getElementById("tables").setAttribute("aria-pressed", String(areOpen));
 }
 
-for (const figure of figures) {
+function listen(figure) {
   figure.node.querySelector("details").addEventListener("toggle", () => fill(figure));
   figure.node.querySelector(".csv").addEventListener("click", () => save("figure.csv", "text/csv", csvOf(linesOf(figure))));
   figure.node.querySelector(".png").addEventListener("click", () => Plotly.downloadImage(figure.plot, { format: "png", filename: "figure" }));
@@ -102,7 +122,9 @@ for (const figure of figures) {
     draw(figure);
     fill(figure);
   });
+  if (figure.by_steps) figure.plot.on("plotly_relayout", zoomAll);
 }
+
 for (const button of document.querySelectorAll(".copy")) {
   button.addEventListener("click", () => {
     getSelection().selectAllChildren(button.previousElementSibling);
@@ -115,5 +137,9 @@ const theme = document.getElementById("theme");
 theme.addEventListener("click", () => setTheme(theme.getAttribute("aria-pressed") !== "true"));
 document.getElementById("save-json").addEventListener("click", () => save("report.json", "application/json", text));
 setTheme(location.hash === "#dark" || window.matchMedia("(prefers-color-scheme: dark)").matches);
-if (location.hash === "#tables") setTables(true);
-document.body.dataset.drawn = String(document.querySelectorAll(".plot .main-svg:first-child").length);
+const drawn = unpack().then(() => {
+  figures.forEach(draw);
+  figures.forEach(listen);
+  if (location.hash === "#tables") setTables(true);
+  document.body.dataset.drawn = String(document.querySelectorAll(".plot .main-svg:first-child").length);
+});
