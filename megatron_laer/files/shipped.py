@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -17,6 +19,14 @@ def yaml_file(kind: str, path_or_name: str | Path) -> Path:
     known = {file.stem: file for folder in reversed(folders) for file in folder.glob("*.yaml")}
     if name not in known:
         raise ValueError(
-            f"unknown {kind} {name!r}; known are {sorted(known)}, or pass a path to a YAML file"
+            f"unknown {kind} {name!r}{did_you_mean(name, known)}; known are {sorted(known)}, or "
+            "pass a path to a YAML file"
         )
     return known[name]
+
+
+def did_you_mean(given: str, known: Iterable[str]) -> str:
+    """Return a question for the known word that is most like a given one; "" if none is."""
+    # No typing error has a thousand letters, whose comparison would take minutes.
+    close = get_close_matches(given[:100], list(known), n=1)
+    return f", did you mean {close[0]}?" if close else ""

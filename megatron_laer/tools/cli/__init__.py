@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer import __version__
+from megatron_laer.files.shipped import did_you_mean
 from megatron_laer.tools.cli.program import (
     Parser,
     ended,
@@ -109,30 +110,30 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
     # Split off the script's words first: argparse's treatment of `--` differs between versions.
     dashes = words.index("--") if "--" in words else len(words)
     own, script_args = words[:dashes], words[dashes + 1 :]
-    parser = _parser(own[0] if own else "")
+    parser, of_command = _parsers(own[0] if own else "")
     args, unknown = parser.parse_known_args(own)
     parser.prog = f"{parser.prog} {args.command}"
     if unknown:
         hint = "; the script's own follow --" if args.command in _TAKE_FLAGS else ""
-        parser.error(f"unrecognized arguments: {shlex.join(unknown)}{hint}")
+        meant = did_you_mean(unknown[0].partition("=")[0], of_command._option_string_actions)
+        parser.error(f"unrecognized arguments: {shlex.join(unknown)}{meant}{hint}")
     if script_args and args.command not in _TAKE_FLAGS:
         parser.error(f"nothing follows -- here, got {shlex.join(script_args)}")
     args.flags = script_args
     return args, script_args
 
 
-def _parser(command: str) -> Parser:
-    """Make the parser of all commands; only `command` gets its arguments."""
+def _parsers(command: str) -> tuple[Parser, Parser]:
+    """Make the parser of all commands and that of `command`; only it gets its arguments."""
     parser = Parser(
         prog=_program(),
         description="Fully Sharded Expert Parallel for Megatron-LM",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_EXAMPLES,
     )
-    parser.add_argument("--version", action="version", version=f"megatron-laer {__version__}")
+    parser.add_argument("-V", "--version", action="version", version=f"megatron-laer {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in _COMMANDS.items():
-        parser_of_command = commands.add_parser(name, help=summary)
-        if name == command:
-            _module(name).add_arguments(parser_of_command)
-    return parser
+    of = {name: commands.add_parser(name, help=summary) for name, summary in _COMMANDS.items()}
+    if command in of:
+        _module(command).add_arguments(of[command])
+    return parser, of.get(command, parser)

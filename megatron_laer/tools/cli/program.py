@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from megatron_laer.environment import variables_behind
 from megatron_laer.files.checks import in_one_line, one_line, quoted
+from megatron_laer.files.shipped import did_you_mean
 
 # Statuses as shells report them for a process that a signal ended.
 _INTERRUPTED = 128 + signal.SIGINT
@@ -22,7 +23,16 @@ _NO_READER = 128 + signal.SIGPIPE
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser whose errors take one line, without the usage."""
+    """Parser whose errors take one line, without the usage, and suggest the word that was meant."""
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        # From Python 3.14 on argparse suggests by itself, with `suggest_on_error`.
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            words = map(str, action.choices or ())
+            error.message += did_you_mean(str(value), words)
+            raise
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, one_line(f"{self.prog}: {message} (see {self.prog} --help)") + "\n")
