@@ -156,6 +156,15 @@ def test_files_that_the_recipes_name_exist() -> None:
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_a_days_reading_is_a_day_long() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    reading = page[page.index("## A day's reading") : page.index("## Rooms")]
+    files = [ROOT / name for name in re.findall(r"^\d+\. `([^`]+)`: ", reading, re.MULTILINE)]
+    assert [path.name for path in files if not path.is_file()] == []
+    assert 12 <= len({*files}) <= 15
+    assert sum(path.read_text(encoding="utf-8").count("\n") for path in files) <= 3000
+
+
 def test_every_registered_marker_is_on_a_test_and_every_folder_a_kind() -> None:
     options = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["pytest"]
     markers = {re.split("[:(]", marker)[0] for marker in options["ini_options"]["markers"]}
