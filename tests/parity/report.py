@@ -94,22 +94,11 @@ def counts() -> Iterator[str]:
 
 def features() -> Iterator[str]:
     """Yield every feature, its proof, and the numbers of its rows or its refusals."""
-    yield "| feature | | proved by | rows, refusals, or the flag that allows it |"
-    yield "|---|---|---|---|"
+    yield "| feature | proved by | rows, refusals, or the flag that allows it |"
+    yield "|---|---|---|"
     for feature, names in FEATURES.items():
-        yield f"| {feature} | {' | '.join(status(names))} | {_listed(names)} |"
-
-
-def proved() -> Iterator[str]:
-    """Yield every parity row with its largest distance from stock, in multiples of the floor."""
-    figures = read_figures()
-    yield "| | row | ranks/steps | worst, rows | worst, experts at home |"
-    yield "|---|---|---|---|---|"
-    for row in ROWS:
-        worst = _worst(figures.get(row.name, _BLANK))
-        at_home = row.needs_rows or _worst(figures.get(row.at_home.name, _BLANK)).split()[-1]
-        number, size = _NUMBERS[row.id], f"{row.ranks}/{row.steps}"
-        yield f"| {number} | {row.name} | {size} | {worst} | {at_home} |"
+        state, by = status(names)
+        yield f"| {feature} | {state if by == _NONE else by} | {_listed(names)} |"
 
 
 def replaced() -> Iterator[str]:
@@ -148,7 +137,6 @@ def without_effect() -> Iterator[str]:
 TABLES = {
     "counts": counts,
     "features": features,
-    "proved": proved,
     "replaced": replaced,
     "refused": refused,
     "allowed": allowed,
@@ -174,15 +162,6 @@ def proved_by(names: Iterable[str]) -> str:
     if SEEN_ON_A_CARD & set(names):
         kinds.append("card")
     return ", ".join(kinds) or _NOTHING
-
-
-def _worst(figures: Figures) -> str:
-    ratios = [
-        (pair[0] / pair[1], name)
-        for name, pair in zip(_COLUMNS, figures, strict=True)
-        if pair and pair[1]
-    ]
-    return "{1} {0:.2g}".format(*max(ratios)) if ratios else _NONE
 
 
 def _code(*names: str) -> str:

@@ -40,9 +40,7 @@ def test_every_row_has_figures_and_no_other_has() -> None:
     assert REPLACED.keys() <= given
 
 
-def test_the_page_lists_every_row_and_every_refusal_once_and_counts_them() -> None:
-    lines = [*report.proved()][2:]
-    assert [line.split(" | ")[1] for line in lines] == [row.name for row in ROWS]
+def test_the_page_lists_every_refusal_once_and_counts_rows() -> None:
     listed = [line.split("`")[1] for line in [*report.refused()][2:]]
     assert listed == [refusal.setting for refusal in REFUSALS]
     counts = f"{len(ROWS)} combinations are proved equal to stock, {len(HOME_ROWS)} of them with"
@@ -78,7 +76,7 @@ def test_what_has_to_be_allowed_by_name_is_not_proved_until_a_card_has_run_it(
     assert proved_by(["bf16"]) == "CPU row, card"
 
 
-def test_figures_of_a_run_reach_the_file_and_the_page(
+def test_figures_of_a_run_reach_the_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = figures_in(results(tmp_path))
@@ -87,9 +85,6 @@ def test_figures_of_a_run_reach_the_file_and_the_page(
     monkeypatch.setattr(report, "FIGURES", tmp_path / "figures.csv")
     write_figures(found | {"plain DDP": ((1e-7, 1e-8), None, (1e-7, 2e-8), None, None)})
     assert read_figures()["aux loss"] == pairs
-    lines = {line.split(" | ")[1]: line for line in [*report.proved()][2:]}
-    assert lines["plain DDP"].endswith(" | gradients 10 | – |")
-    assert lines["bf16"].endswith(" | – |")
     with pytest.raises(ValueError, match="failed"):
         figures_in(results(tmp_path, "<failure message='too far'/>"))
 
