@@ -388,9 +388,9 @@ def test_forecasts_are_those_of_training():
     trace = drifting_trace()
     routing = Routing(trace, 4)
     for step, forecasts in routing.walk(2, 3):
-        for layer, forecast_NE in forecasts.items():
+        for layer, expected in forecasts.items():
             state = SmoothedForecast()
             for old in range(number(trace, step) - 1):
                 records = np.flatnonzero((trace.step_R == old) & (trace.layer_R == layer))
                 state = state.observe(sum(trace.counts_NE(record) for record in records))
-            assert (state.counts_NE() == forecast_NE).all()
+            assert (state.counts_NE() == expected.counts_NE()).all()

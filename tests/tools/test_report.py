@@ -30,7 +30,7 @@ from megatron_laer.tools.report.recorded import recorded_run
 from megatron_laer.tools.report.run_files import find_run
 from megatron_laer.tools.traces import read_trace
 from tests.recorded_runs import COSTS, OWN, RUN, STEPS, record_run
-from tests.records import rewrite
+from tests.records import put_together, rewrite, taken_apart
 from tests.tools.plan_cases import drifting_trace, recording
 from tests.tools.report_pages import data_of, figure_of, report, values_of, written
 
@@ -244,13 +244,10 @@ def test_each_quantity_has_one_value(folder, tmp_path, capsys):
 
 
 def test_figures_by_steps_have_one_range_and_mark_where_a_run_went_on(folder, tmp_path):
-    path = recording_path(folder, 0)
-    header, run, *steps = path.read_text().splitlines(keepends=True)
-    again = run.replace('"step":0', '"step":3')
-    assert again != run
-    lines = [run, *steps[:3], again, *steps[3:]]
-    numbered = (re.sub('"record":[0-9]+', f'"record":{n}', line) for n, line in enumerate(lines, 1))
-    path.write_text(fuzz.resealed("".join([header, *numbered])))
+    path = METRICS.path(folder, 0)
+    fields, [run, *steps] = taken_apart(path)
+    kind, _, values = run
+    put_together(path, fields, [run, *steps[:3], (kind, 3, values), *steps[3:]])
     data = data_of(written(tmp_path, folder))
     by_steps = [figure["layout"] for figure in data["figures"] if figure["by_steps"]]
     assert len(by_steps) >= 8

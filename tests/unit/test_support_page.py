@@ -76,9 +76,7 @@ def test_what_has_to_be_allowed_by_name_is_not_proved_until_a_card_has_run_it(
     assert proved_by(["bf16"]) == "CPU row, card"
 
 
-def test_figures_of_a_run_reach_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_figures_of_a_run_reach_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = figures_in(results(tmp_path))
     pairs = ((1e-7, 2e-7), (2e-7, 4e-7), (3e-7, 6e-7), (4e-7, 8e-7), (5e-7, 1e-6))
     assert found == {"aux loss": pairs}

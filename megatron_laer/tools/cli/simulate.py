@@ -47,6 +47,7 @@ from megatron_laer.tools.cli.routing_input import MAX_TOKENS
 from megatron_laer.tools.simulator import iteration_output as output
 from megatron_laer.tools.simulator.iteration.advice import Case, advice
 from megatron_laer.tools.simulator.iteration.methods import (
+    FSEP,
     METHODS,
     STOCK,
     Method,
@@ -67,7 +68,7 @@ _TOKENS = (*(exchange.value for exchange in TokenExchange), _FLEX, Auto.AUTO.val
 
 _ROWS_SHARDED = (
     "--data-parallel-sharding-strategy: Megatron-FSDP takes experts as stock's parameters; give "
-    "--sharding experts, or leave it out"
+    "--sharding experts, --method without fsep, or leave it out"
 )
 _ROWS_ADAPTED = (
     "--lora-rank: rows of experts have no linear layers to adapt; give --sharding experts, or "
@@ -300,7 +301,7 @@ class _Cases:
 
 def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | Auto]:
     """Return the asked shardings, `auto` as the only one where there is no choice."""
-    possible = simulate_input.shardings_of(args, model)
+    possible = simulate_input.shardings_of(args, model, trains=FSEP in args.method)
     if lays_out_freely(args.strategy) and (
         Sharding.EXPERTS in args.sharding or Sharding.ROWS not in possible
     ):

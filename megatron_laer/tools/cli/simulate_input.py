@@ -35,13 +35,15 @@ from megatron_laer.tools.simulator.iteration.model_shape import (
 )
 from megatron_laer.tools.simulator.iteration.rates import Rates, rate_sets
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.traces.paper import PAPERS_MICROBATCHES
 from megatron_laer.tools.traces.records import Trace
-from megatron_laer.tools.traces.workloads import WorkloadShape, workload_counts
+from megatron_laer.tools.traces.workloads import PAPER, PAPER_FIRST, WorkloadShape, workload_counts
 
 _MAX_COUNT = 2**16
 # Options that take several values.
 _SWEPT = "--ranks --node-size --capacity --tokens --sharding --mode --method".split()
-# Sizes of workloads: layers differ by their seed; 8 steps show the longest pattern.
+# Sizes of workloads: layers differ by their seed; 8 steps show the longest pattern. The paper's has
+# all layers, since their mean is compared with its own, and two microbatches in a step.
 _WORKLOAD_LAYERS, _WORKLOAD_STEPS, _WORKLOAD_MICROBATCHES = 4, 8, 8
 # Bytes per count of a workload: 8 to make it, 4 to keep it.
 _BYTES_PER_COUNT = 12
@@ -173,8 +175,13 @@ def _lora(args: argparse.Namespace, model: ModelShape) -> Lora | None:
     return None
 
 
-def shardings_of(args: argparse.Namespace, model: ModelShape) -> list[Sharding]:
-    """Return the shardings that can be simulated; some settings need experts at home."""
+def shardings_of(
+    args: argparse.Namespace, model: ModelShape, *, trains: bool = True
+) -> list[Sharding]:
+    """Return the shardings that can be simulated; some settings need experts at home.
+
+    With `trains` False only methods of comparison are, whose dense layers any strategy shards.
+    """
     strategy = args.data_parallel_sharding_strategy
     if model.lora is not None and (strategy is not None or model.fp8 is not None):
         other = (
@@ -189,7 +196,8 @@ def shardings_of(args: argparse.Namespace, model: ModelShape) -> list[Sharding]:
             f"--data-parallel-sharding-strategy {strategy}: FSEP has no Megatron-FSDP in fp8; "
             "leave out one of them"
         )
-    at_home = model.fp8 is not None or strategy is not None or model.expert_adapters > 0
+    at_home = model.fp8 is not None or model.expert_adapters > 0
+    at_home |= strategy is not None and trains
     return [Sharding.EXPERTS] if at_home else list(Sharding)
 
 
@@ -242,26 +250,32 @@ def workload(
     args: argparse.Namespace, model: ModelShape, name: str, ranks: int, tokens: int | None
 ) -> Trace:
     """Make a workload's trace of some steps and layers."""
-    steps, layers = workload_sizes(args, model)
+    steps, layers, microbatches = workload_sizes(args, model, name)
     shape = WorkloadShape(ranks, model.num_experts, model.topk, tokens or model.sequence)
     memory.check_enough(
-        _BYTES_PER_COUNT * steps * layers * ranks * model.num_experts,
+        _BYTES_PER_COUNT * steps * layers * microbatches * ranks * model.num_experts,
         f"{steps} steps of {ranks} ranks and {model.num_experts} experts",
         "give fewer --ranks, or a smaller --lag",
     )
-    step_R, layer_R = (axis.reshape(-1) for axis in np.indices((steps, layers), dtype=np.int64))
+    axes = np.indices((steps, layers, microbatches), dtype=np.int64)
+    step_R, layer_R, microbatch_R = (axis.reshape(-1) for axis in axes)
+    drawn_R = step_R * microbatches + microbatch_R
     counts_RNE = np.stack(
         [
-            workload_counts(name, shape, int(step_R[record]), seed=int(layer_R[record]))
-            for record in bar("drawing", leave=False)(range(steps * layers))
+            workload_counts(name, shape, int(drawn_R[record]), seed=int(layer_R[record]))
+            for record in bar("drawing", leave=False)(range(len(drawn_R)))
         ]
     )
     names = tuple(f"layer {layer + 1}" for layer in range(layers))
-    return Trace(names, step_R, layer_R, np.zeros_like(step_R), counts_RNE.astype(np.int32))
+    return Trace(names, step_R, layer_R, microbatch_R, counts_RNE.astype(np.int32))
 
 
-def workload_sizes(args: argparse.Namespace, model: ModelShape) -> tuple[int, int]:
-    return max(_WORKLOAD_STEPS, args.lag + 1), min(_WORKLOAD_LAYERS, model.moe_layers)
+def workload_sizes(args: argparse.Namespace, model: ModelShape, name: str) -> tuple[int, int, int]:
+    """Return steps, layers and microbatches of a step that a workload's trace has."""
+    steps = max(_WORKLOAD_STEPS, args.lag + 1)
+    if name in (PAPER, PAPER_FIRST):
+        return steps, model.moe_layers, PAPERS_MICROBATCHES
+    return steps, min(_WORKLOAD_LAYERS, model.moe_layers), 1
 
 
 def run_shape(

@@ -59,11 +59,11 @@ def replayed_run(
     guard = Guard(MODE, costs, geometry)
     static = geometry.static_layout
     policies = defaultdict[int, LayerPolicy](lambda: LayerPolicy(strategy, static))
-    for _, ((step, layer, records), forecast) in zip(progress(groups), walk(trace, 1), strict=True):
+    for _, ((step, layer, records), observed) in zip(progress(groups), walk(trace, 1), strict=True):
         if step not in at:
             continue
         policy = policies[layer]
-        layout = policy.layout if forecast is None else policy.plan(forecast.counts_NE())
+        layout = policy.layout if observed is None else policy.plan(observed)
         planned.setdefault(step, [static] * num_layers)[layer] = layout
         place = at[step], layer
         outcomes = [decide(guard, trace.counts_NE(record), layout) for record in records]

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding
 from megatron_laer.config import PlanMode, Split, lays_out_freely
 from megatron_laer.planner.costs import CostModel
@@ -29,6 +28,7 @@ from megatron_laer.planner.token_prices import BY_RANK
 from megatron_laer.tools.simulator.node_rows import NodeRows, by_cause
 from megatron_laer.tools.simulator.replay import (
     LayerPolicy,
+    Observed,
     busiest_rank,
     changed_traffic,
     decide,
@@ -120,13 +120,13 @@ class _Planner:
         self.plan_s: list[float] = []
         self.restored_bytes: list[int] = []
         self._layers: defaultdict[int, LayerPolicy] = defaultdict(
-            lambda: LayerPolicy(strategy, geometry.static_layout)
+            lambda: LayerPolicy(strategy, geometry.static_layout, lays_out_freely(name))
         )
 
-    def plan(self, layer: int, forecast_NE: Int64, costs: CostModel) -> ExpertLayout:
+    def plan(self, layer: int, observed: Observed, costs: CostModel) -> ExpertLayout:
         policy = self._layers[layer]
         start_s = time.perf_counter()
-        layout = policy.plan(forecast_NE)
+        layout = policy.plan(observed)
         if policy.strategy is not None:
             self.plan_s.append(time.perf_counter() - start_s)
             self.restored_bytes.append(restored_bytes(Placed(layout, self.geometry), costs))
@@ -195,12 +195,11 @@ def simulate(
     planners = [*_stock(*next(iter(priced.items()))), *planners]
     wanted = set(cases)
     bar = iter(progress(cases))
-    for (_, layer, records), forecast in walk(trace, lag):
+    for (_, layer, records), observed in walk(trace, lag):
         chosen = [record for record in records if record in wanted]
-        if not chosen or forecast is None:
+        if not chosen or observed is None:
             continue
-        forecast_NE = forecast.counts_NE()
-        layouts = [planner.plan(layer, forecast_NE, costs) for planner, costs in planners]
+        layouts = [planner.plan(layer, observed, costs) for planner, costs in planners]
         for record in chosen:
             counts_NE = trace.counts_NE(record)
             next(bar)

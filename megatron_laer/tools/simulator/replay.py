@@ -19,7 +19,7 @@ from megatron_laer.arrays import Int64
 from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.files import memory
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.forecast import SmoothedForecast
+from megatron_laer.planner.forecast import WINDOW, SmoothedForecast
 from megatron_laer.planner.guard import Decision, Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.outcome import Outcome
@@ -48,21 +48,42 @@ def layer_steps(trace: Trace) -> Iterator[LayerStep]:
         yield LayerStep(step, layer, range(first, first + 1 + len(more)))
 
 
+class Observed(NamedTuple):
+    """Forecast of a layer, and records of its newest microbatches, which the paper's planner sums.
+
+    `total_NE` sums the counts of records.
+    """
+
+    forecast: SmoothedForecast
+    newest: tuple[int, ...]
+    total_NE: Callable[[Sequence[int]], Int64]
+
+    def counts_NE(self, *, by_newest: bool = False) -> Int64:
+        return self.total_NE(self.newest) if by_newest else self.forecast.counts_NE()
+
+
 def walk(
-    trace: Trace, lag: int, total_NE: Callable[[Sequence[int]], Int64] | None = None
-) -> Iterator[tuple[LayerStep, SmoothedForecast | None]]:
+    trace: Trace,
+    lag: int,
+    total_NE: Callable[[Sequence[int]], Int64] | None = None,
+    microbatches: int | None = None,
+) -> Iterator[tuple[LayerStep, Observed | None]]:
     """Yield the steps of all layers with their forecasts.
 
     The newest counts of a forecast are `lag` steps old, among steps that recorded the layer;
-    it is None before there are so many. `total_NE` sums the counts of records, by default the
-    trace's.
+    it is None before there are so many. `total_NE` is by default the trace's. A step's
+    `microbatches` take its records in turn; each has its own by default.
     """
     total_NE = total_NE or trace.total_NE
-    states: dict[int, deque[SmoothedForecast]] = {}
+    states: dict[int, deque[Observed]] = {}
     for of in layer_steps(trace):
         known = states.setdefault(of.layer, deque(maxlen=lag))  # oldest first
         yield of, known[0] if len(known) == lag else None
-        known.append((known[-1] if known else SmoothedForecast()).observe(total_NE(of.records)))
+        before = known[-1] if known else Observed(SmoothedForecast(), (), total_NE)
+        last = range(microbatches or len(of.records))[-WINDOW:]
+        newest = (*before.newest, *(of.records[number % len(of.records)] for number in last))
+        forecast = before.forecast.observe(total_NE(of.records))
+        known.append(Observed(forecast, newest[-WINDOW:], total_NE))
 
 
 def kept_forecasts(trace: Trace, lag: int) -> int:
@@ -84,14 +105,19 @@ def check_memory(
 
 @dataclass
 class LayerPolicy:
-    """Layout of one layer, planned anew for each step by a strategy, or kept without one."""
+    """Layout of one layer, planned anew for each step by a strategy, or kept without one.
+
+    `by_newest` strategies take the sum of the newest microbatches in place of the forecast.
+    """
 
     strategy: Strategy | None
     layout: ExpertLayout
+    by_newest: bool = False
 
-    def plan(self, forecast_NE: Int64) -> ExpertLayout:
+    def plan(self, observed: Observed) -> ExpertLayout:
         if self.strategy is not None:
-            self.layout = self.strategy.plan(forecast_NE, self.layout)
+            counts_NE = observed.counts_NE(by_newest=self.by_newest)
+            self.layout = self.strategy.plan(counts_NE, self.layout)
         return self.layout
 
 

@@ -1,14 +1,18 @@
 """Made-up routing with the statistics of LAER-MoE's published tokens per rank.
 
-They are of Mixtral-8x7B with 8 and with 16 experts, whose routers had learned for a few steps
-without auxiliary loss:
+They are of Mixtral-8x7B without auxiliary loss: of 5 iterations with 8 experts, and of 15 with 16.
+An iteration has two microbatches. Its published times are of iterations 21 to 70.
 
-- Shares of the four quarters of experts deviate by 0.37 and 0.48 of their mean.
-- Deviations of microbatches 16 apart correlate by 0.51. An iteration has two.
-- A quarter's share deviates by 0.0275 and 0.0179 between nodes of 8 ranks, as if each rank's texts
-  had an expert mixture of their own.
+| | first five iterations | iterations 13 to 15 |
+|---|---|---|
+| deviation of the four quarters of experts from their mean | 0.38, 0.38 | –, 0.63 |
+| between nodes of 8 ranks, deviation of a quarter's share | 0.0277, 0.0240 | –, 0.0106 |
+| correlation of deviations 8 microbatches apart | 0.86 | 0.90 |
 
-The constants below were chosen for these statistics alone, not for the balance that planning has.
+Nodes differ as if each rank's texts had an expert mixture of their own. With 8 experts the later
+statistics are not published, and taken to have grown as with 16. The constants below were chosen
+for these statistics of the layers that `simulate` draws, not for the balance that planning has, nor
+for times.
 
 Legend: N ranks, E experts, K experts of a token.
 """
@@ -21,21 +25,27 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 
-# Standard deviations of the logarithms of an expert's load: between experts, with up to 8 and with
-# more of them, and of one expert between ranks.
-_FEW_EXPERTS, _OF_FEW, _OF_MANY, _OF_TEXT = 8, 0.65, 1.25, 0.6
-# Angle by which the logarithms turn between two independent draws, per iteration.
-_DRIFT = 0.13
+# Standard deviations of the logarithms of an expert's load, between experts and between ranks: with
+# up to 8 experts and with more, in the first iterations and later.
+_FEW_EXPERTS = 8
+_FIRST = ((0.75, 0.64), (1.15, 0.9))
+_LATER = ((1.5, 0.3), (4.0, 0.63))
+# Angle by which the logarithms turn between two independent draws, per microbatch.
+_DRIFT = 0.05
+# Microbatches of an iteration.
+PAPERS_MICROBATCHES = 2
 
 
-def paper_counts(ranks: int, experts: int, topk: int, tokens: int, step: int, seed: int) -> Int64:
-    """Return counts_NE, int64 [N, E], of one step; each rank has `tokens` with K experts each."""
+def paper_counts(
+    ranks: int, experts: int, topk: int, tokens: int, step: int, seed: int, *, first: bool = False
+) -> Int64:
+    """Return counts_NE, int64 [N, E], of one microbatch, the step; each rank has `tokens`."""
     first_E, second_E = np.random.default_rng(seed).standard_normal((2, experts))
     angle = _DRIFT * step
     drifted_E = math.cos(angle) * first_E + math.sin(angle) * second_E
-    spread = _OF_FEW if experts <= _FEW_EXPERTS else _OF_MANY
+    spread, of_text = (_FIRST if first else _LATER)[experts > _FEW_EXPERTS]
     rng = np.random.default_rng([seed, step])
-    load_NE = np.exp(spread * drifted_E + _OF_TEXT * rng.standard_normal((ranks, experts)))
+    load_NE = np.exp(spread * drifted_E + of_text * rng.standard_normal((ranks, experts)))
     counts_NE = np.zeros((ranks, experts), dtype=np.int64)
     # An expert gets a token once at most; the rest goes to experts with room.
     for counts_E, load_E in zip(counts_NE, load_NE, strict=True):

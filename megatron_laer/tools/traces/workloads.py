@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -102,9 +103,15 @@ WORKLOADS: Mapping[str, Workload] = {
     "W6": Workload("rotating hotspot", _rotating),
     "W7": Workload("burst", _first, lambda step: 2 if step % 4 == 3 else 0),
 }
-NATURAL, PAPER = "natural", "paper"
+NATURAL, PAPER, PAPER_FIRST = "natural", "paper", "paper-first"
+# All that is not of Megatron's benchmark.
+_OTHERS: Mapping[str, tuple[str, Callable[[int, int, int, int, int, int], Int64]]] = {
+    NATURAL: ("as in runs", natural_counts),
+    PAPER: ("as in LAER-MoE's", paper_counts),
+    PAPER_FIRST: ("as in its first five iterations", partial(paper_counts, first=True)),
+}
 # Of all made-up routing, for the command line.
-TITLES: Mapping[str, str] = {NATURAL: "as in runs", PAPER: "as in LAER-MoE's"} | {
+TITLES: Mapping[str, str] = {name: title for name, (title, _) in _OTHERS.items()} | {
     name: workload.title for name, workload in WORKLOADS.items()
 }
 
@@ -114,9 +121,8 @@ def workload_counts(name: str, shape: WorkloadShape, step: int, seed: int = 0) -
 
     Raises ValueError for an unknown name, or for too few experts for so many per token.
     """
-    if name in (NATURAL, PAPER):
-        sizes = shape.ranks, shape.experts, shape.topk, shape.tokens
-        return (natural_counts if name == NATURAL else paper_counts)(*sizes, step, seed)
+    if name in _OTHERS:
+        return _OTHERS[name][1](*(shape.ranks, shape.experts, shape.topk, shape.tokens), step, seed)
     if name not in WORKLOADS:
         raise ValueError(f"unknown workload {name!r}; use one of {', '.join(TITLES)}")
     workload, quarters = WORKLOADS[name], WORKLOADS[name].quarters(step)

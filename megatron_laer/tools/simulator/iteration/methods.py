@@ -1,7 +1,7 @@
 """Methods of training MoE layers, with their layouts, splits and exchanges.
 
 FSEP has training's strategy, guard, exact split and schedule. The others follow their authors'
-descriptions, with the same forecasts, rates and overlap.
+descriptions, with the same rates and overlap.
 
 Legend: N ranks, E experts, S slots, X ranks of an expert-parallel group.
 """
@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-import numpy as np
-
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Sharding, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, PlanMode, Split
@@ -23,6 +21,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
+from megatron_laer.planner.static import StaticStrategy
 from megatron_laer.planner.strategies import Strategy, make_strategy
 from megatron_laer.planner.token_exchange import with_token_exchange
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
@@ -42,6 +41,7 @@ from megatron_laer.tools.simulator.iteration.work import (
 from megatron_laer.tools.simulator.node_rows import NodeRows
 from megatron_laer.tools.simulator.replay import (
     LayerPolicy,
+    Observed,
     changed_algorithm,
     changed_traffic,
     decide,
@@ -79,7 +79,7 @@ class MethodSettings:
 class LayerPlanner(Protocol):
     """Planner of one layer, which keeps its layout from step to step."""
 
-    def begin_step(self, forecast_NE: Int64) -> None:
+    def begin_step(self, observed: Observed) -> None:
         """Plan the layer's layout of a step."""
         ...
 
@@ -153,7 +153,7 @@ def _stock(settings: MethodSettings, rates: Rates) -> Method:
         STOCK,
         make_schedule(overlaps=False, by_parts=settings.combined),
         one_stream=False,
-        layer_planner=lambda: _Grouped(passing, geometry.node_size, rates, None, None),
+        layer_planner=lambda: _Grouped(passing, geometry.node_size, rates),
         experts_held=each,
         restored=0,
         replicas=geometry.num_ranks // group,
@@ -172,7 +172,8 @@ def _once_per_node(settings: MethodSettings, group: int) -> TokenPrices:
 
 
 def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
-    geometry, costs = settings.geometry, settings.costs
+    """Make the paper's FSDP+EP: its engine with a layout that never changes."""
+    geometry = settings.geometry
     num_ranks, num_experts = geometry.num_ranks, geometry.num_experts
     # Experts per rank: as many as FSEP has slots, or the next smaller number that fits.
     fits = [
@@ -185,58 +186,36 @@ def _fsdp(settings: MethodSettings, rates: Rates) -> Method:
             f"FSDP+EP needs E/C groups of ranks; {num_experts} experts on {num_ranks} ranks with "
             f"up to {geometry.capacity} each have none"
         )
-    each = fits[0]
-    group = num_experts // each
-    sharing = num_ranks // group
-    in_node = max(1, geometry.node_size // group)
-    expert_bytes = sum(rows * columns for rows, columns in costs.matrices)
-    whole = each * expert_bytes * costs.bytes_per_element
-    intra, inter = whole * (in_node - 1) / sharing, whole * (sharing - in_node) / sharing
-    exchange = Exchange(intra, inter, intra, inter, False, 1, sharing, in_node)
-    return Method(
-        FSDP_EP,
-        make_schedule(overlaps=settings.overlaps, by_parts=settings.combined),
-        one_stream=False,
-        layer_planner=lambda: _Grouped(
-            TokenPassing(group), geometry.node_size, rates, exchange, exchange
-        ),
-        experts_held=each / sharing,
-        restored=each,
-        replicas=1,
-        fixed_bytes=library_bytes(rates.cluster.card, [(num_ranks, geometry.node_size)] * 3),
-    )
+    settings = replace(settings, geometry=replace(geometry, capacity=fits[0]))
+    return _relaid(FSDP_EP, settings, rates, StaticStrategy(settings.geometry))
 
 
 def _flexmoe(settings: MethodSettings, rates: Rates) -> Method:
     strategy = FlexMoEStrategy(settings.geometry)
-    return _relaid(FLEXMOE, settings, rates, strategy, one_stream=True)
+    return _relaid(FLEXMOE, settings, rates, strategy)
 
 
 def _laer(settings: MethodSettings, rates: Rates) -> Method:
     strategy = make_strategy("laer", geometry=settings.geometry, costs=settings.costs)
-    return _relaid(LAER, settings, rates, strategy, one_stream=True)
+    return _relaid(LAER, settings, rates, strategy)
 
 
-def _relaid(
-    name: str, settings: MethodSettings, rates: Rates, strategy: Strategy, one_stream: bool
-) -> Method:
+def _relaid(name: str, settings: MethodSettings, rates: Rates, strategy: Strategy) -> Method:
+    """Make a method of the paper's comparisons, which differ in their planner alone."""
     geometry = settings.geometry
     guard = Guard(PlanMode.FORECAST, settings.costs, geometry, split=Split.EVEN)
     return Method(
         name,
         make_schedule(overlaps=settings.overlaps, by_parts=settings.combined),
-        one_stream,
-        layer_planner=lambda: _Relaid(LayerPolicy(strategy, _in_a_row(geometry)), guard, rates),
+        one_stream=True,
+        layer_planner=lambda: _Relaid(
+            LayerPolicy(strategy, geometry.static_layout, by_newest=True), guard, rates
+        ),
         experts_held=geometry.num_experts / geometry.num_ranks,
         restored=geometry.capacity,
         replicas=1,
         fixed_bytes=buffers(geometry, settings.costs, rates.cluster.card, settings.one_queue),
     )
-
-
-def _in_a_row(geometry: Geometry) -> ExpertLayout:
-    slots_S = np.arange(geometry.num_slots) % geometry.num_experts
-    return ExpertLayout.from_slots(*geometry.shape, slots_S)
 
 
 def _fsep(settings: MethodSettings, rates: Rates) -> Method:
@@ -281,10 +260,8 @@ class _Grouped:
     passing: TokenPassing
     node_size: int
     rates: Rates
-    restore: Exchange | None
-    reduce: Exchange | None
 
-    def begin_step(self, forecast_NE: Int64) -> None:
+    def begin_step(self, observed: Observed) -> None:
         pass
 
     def work(self, counts_NE: Int64) -> LayerWork:
@@ -294,8 +271,6 @@ class _Grouped:
         return LayerWork.of(
             totals,
             self.rates,
-            self.restore,
-            self.reduce,
             passing=self.passing,
             node_rows=rows,
             node_size=self.node_size,
@@ -319,10 +294,10 @@ class _Relaid:
     def __post_init__(self) -> None:
         self.exchanges = self._exchanges(self.policy.layout)
 
-    def begin_step(self, forecast_NE: Int64) -> None:
+    def begin_step(self, observed: Observed) -> None:
         """Plan the layout of a step; `exact` starts from the static one each time."""
         if self.guard.mode != PlanMode.EXACT:
-            self.exchanges = self._exchanges(self.policy.plan(forecast_NE))
+            self.exchanges = self._exchanges(self.policy.plan(observed))
 
     def work(self, counts_NE: Int64) -> LayerWork:
         guard, costs = self.guard, self.guard.costs

@@ -164,7 +164,7 @@ def replay_steps(
         for layer, place in enumerate(places)
         if place is not None
     }
-    for step, forecasts in routing.walk(lag, steps):
+    for step, forecasts in routing.walk(lag, steps, microbatches):
         works: dict[str, dict[Place, list[LayerWork]]] = {method.name: {} for method in methods}
         for layer, records in step.items():
             of_layer = [

@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.tools.simulator.replay import (
+    Observed,
     check_memory,
     kept_forecasts,
     layer_steps,
@@ -26,8 +27,8 @@ from megatron_laer.tools.traces.records import Trace
 
 # Records of one step by layer.
 LayerRecords = Mapping[int, Sequence[int]]
-# These and the layers' forecasts, [N, E].
-Step = tuple[LayerRecords, Mapping[int, Int64]]
+# These and the layers' forecasts.
+Step = tuple[LayerRecords, Mapping[int, Observed]]
 
 
 class Routing:
@@ -112,18 +113,19 @@ class Routing:
         ends_NE = np.floor(np.cumsum(counts_NE, axis=1) * self._factor + 0.5).astype(np.int64)
         return np.diff(ends_NE, axis=1, prepend=0)
 
-    def walk(self, lag: int, chosen: int) -> Iterable[Step]:
+    def walk(self, lag: int, chosen: int, microbatches: int = 1) -> Iterable[Step]:
         """Return `chosen` steps, spread over the trace, with each layer's forecast at that time.
 
-        The newest counts of a forecast are `lag` steps old; earlier steps have none.
+        The newest counts of a forecast are `lag` steps old; earlier steps have none. A step has
+        `microbatches`, which take its records in turn.
         """
         if self._kept is None:
-            return self._walk(lag, chosen)
-        if (lag, chosen) not in self._kept:
-            self._kept[lag, chosen] = list(self._walk(lag, chosen))
+            return self._walk(lag, chosen, microbatches)
+        if (lag, chosen) not in self._kept:  # FSEP's forecast is that of any number of microbatches
+            self._kept[lag, chosen] = list(self._walk(lag, chosen, microbatches))
         return self._kept[lag, chosen]
 
-    def _walk(self, lag: int, chosen: int) -> Iterator[Step]:
+    def _walk(self, lag: int, chosen: int, microbatches: int) -> Iterator[Step]:
         steps = self.steps()
         after = self._forecast_steps(steps, lag)
         if not after:
@@ -133,11 +135,11 @@ class Routing:
             )
         picked = np.unique(np.linspace(0, len(after) - 1, min(chosen, len(after))).round())
         wanted = [after[int(place)] for place in picked]
-        forecasts: dict[int, Int64] = {}
-        for of, forecast in walk(self._trace, lag, self._total_NE):
+        forecasts: dict[int, Observed] = {}
+        for of, observed in walk(self._trace, lag, self._total_NE, microbatches):
             if of.step == wanted[0]:
-                assert forecast is not None
-                forecasts[of.layer] = forecast.counts_NE()
+                assert observed is not None
+                forecasts[of.layer] = observed
                 if len(forecasts) == self.layers:
                     yield steps[wanted.pop(0)], forecasts
                     forecasts = {}
