@@ -93,7 +93,7 @@ def main(
     figure's tables.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
-    ours, extra = _split(words)
+    ours, extra = split_extra(words)
     parser = _parser(experiment)
     options = parser.parse_args(ours)
     _check(options, extra)
@@ -121,7 +121,7 @@ def main(
     return _report(experiment, tables, runs, request, absent, known)
 
 
-def _split(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
+def split_extra(words: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     at = words.index("--") if "--" in words else len(words)
     return words[:at], words[at + 1 :]
 
