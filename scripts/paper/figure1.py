@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="What follows -- is given to simulate, such as --ranks 64.",
     )
     parser.add_argument(
-        "trace", nargs="?", type=path, help=f"by --fsep-record-trace; default: workload {PAPER}"
+        "trace", nargs="?", type=path, help=f"by --fsep-record DIR trace; default: workload {PAPER}"
     )
     parser.add_argument("--model", default="mixtral-8x7b-e8k2", help="default %(default)s")
     parser.add_argument("--cluster", default="a100-4x8-ib800", help="default %(default)s")
