@@ -307,10 +307,10 @@ def _uncounted() -> Any:
 def _take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
     """Use Triton's kernels where CUDA would, and call `on_launch` at each launch.
 
-    A commit without `rows.kernels_of` has no kernels, or is counted without them.
+    A commit without `segments.kernels_of` is counted without kernels.
     """
     try:
-        _ = import_module("megatron_laer.runtime.comm.rows").kernels_of
+        _ = import_module("megatron_laer.runtime.comm.segments").kernels_of
     except (ModuleNotFoundError, AttributeError):
         return
     from triton.runtime.interpreter import GridExecutor
@@ -323,8 +323,10 @@ def _take_kernels_of_cuda(on_launch: Callable[[], None]) -> None:
             return run(*args, **kwargs)
 
     GridExecutor.__call__ = counted
-    for module in ("megatron_laer.layer.dispatch.permutation", "megatron_laer.runtime.comm.rows"):
-        import_module(module).kernels_of = lambda package, _: import_module(f"{package}.kernels")
+    for module in ("layer.dispatch.row_map", "runtime.comm.segments"):
+        import_module(f"megatron_laer.{module}").kernels_of = lambda package, _: import_module(
+            f"{package}.kernels"
+        )
 
 
 @contextmanager

@@ -8,141 +8,111 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.runtime.comm import kernels, rows
-from megatron_laer.runtime.comm.blocks import RowBlocks, row_blocks
-from megatron_laer.runtime.comm.reduce import reduce_index
-from megatron_laer.runtime.comm.rows import ReplicaSums
-from tests.placed import placed
+from megatron_laer.runtime.comm import kernels, segments
+from megatron_laer.runtime.comm.segments import Segments, upload_tables
 
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-
-class Size(NamedTuple):
-    """Matrix of R × K over nodes of G ranks each."""
-
-    ranks: int
-    node_size: int
-    rows: int
-    columns: int
-
-    @property
-    def blocks(self) -> RowBlocks:
-        return row_blocks(self.rows, self.ranks, self.node_size)
-
-
-# Flat, by nodes, and one rank. Rows that divide by N, that do not, and fewer than ranks. Columns
-# that fill blocks of either kernel, and that do not.
-SIZES = [
-    Size(1, 1, 5, 7),
-    Size(4, 4, 8, 16),
-    Size(4, 4, 7, 1030),
-    Size(4, 2, 8, 512),
-    Size(4, 2, 7, 33),
-    Size(6, 2, 20, 515),
-    Size(6, 3, 4, 5),
-    Size(3, 1, 8, 1),
-    Size(8, 4, 67, 65),
-]
 # The hottest of 8 experts has 21 replicas.
 HOT = ExpertLayout.from_slots(
     32, 2, 8, [slot for n in range(32) for slot in (0 if n < 21 else 1 + n % 7, 1 + (n + 1) % 7)]
 )
-# Every expert once, one expert only, experts that do not divide by N, more of them, a hot one.
-LAYOUTS = [
-    ExpertLayout.static(1, 1, 1),
-    ExpertLayout.static(4, 1, 1),
-    ExpertLayout.random(8, 4, 6, (3,)),
-    ExpertLayout.random(3, 11, 17, (1,)),
-    HOT,
-]
+# Rows of each tensor of a holding, their number, and columns: those that fill blocks of either
+# kernel, and that do not.
+SIZES = [(5, 1, 7), (8, 3, 16), (7, 2, 1030), (8, 1, 512), (20, 2, 515), (67, 1, 65), (8, 4, 1)]
 
 
-def check_move(size: Size, slots: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Pack some slots and unpack others; all other memory must stay unchanged."""
-    for first, capacity in ((0, slots), (2, slots + 3)):
-        blocks = size.blocks
-        whole_CRK = numbered(slots, size.rows, size.columns, dtype=dtype)
-        sent = numbered(capacity, size.rows, size.columns, dtype=dtype).view(-1)
-        for packs, copy in ((True, rows.pack_rows), (False, rows.unpack_rows)):
-            theirs = whole_CRK.clone(), sent.clone()
-            mine = whole_CRK.to(device, copy=True), sent.to(device, copy=True)
-            copy(*theirs, blocks, first, capacity)
-            kernels.move_rows(*mine, blocks, first, capacity, packs=packs)
-            equal(mine, theirs)
+def draw(rows: int, tensors: int, seed: int, *, parts: int) -> Segments:
+    """Cut the rows of a holding at random places, and give each segment up to `parts` on the wire.
+
+    Some have none.
+    """
+    rng = np.random.default_rng(seed)
+    cuts = np.unique(rng.integers(1, rows, size=4)) if rows > 1 else np.empty(0, np.int64)
+    bounds = np.concatenate(([0], cuts, [rows]))
+    first_Z = np.add.outer(np.arange(tensors) * rows, bounds[:-1]).ravel()
+    size_Z = np.tile(np.diff(bounds), tensors)
+    times_Z = rng.integers(0, parts + 1, first_Z.size)
+    order_Z = rng.permutation(np.repeat(np.arange(first_Z.size), times_Z))
+    ends_Z = np.cumsum(size_Z[order_Z])
+    given = first_Z[order_Z], ends_Z - size_Z[order_Z], size_Z[order_Z]
+    return Segments.of(*given, rows, CPU)
 
 
-def check_gather(size: Size, fetched: int, shared: int, device: torch.device) -> None:
-    """Gather experts that arrived, some twice and some not at all."""
-    for local_rank in {0, size.node_size - 1}:
-        blocks, number = size.blocks, fetched + shared
-        together = blocks.rows_G[local_rank]
-        arrived = numbered(number, together, size.columns, dtype=torch.float16).view(-1)
-        position_n = torch.randint(number, (number + 2,), generator=seeded())
-        theirs = torch.full((number + 2, together, size.columns), -1.0, dtype=torch.float16)
-        mine = theirs.to(device, copy=True)
-        rows.gather_rows(arrived, position_n, fetched, shared, theirs, blocks, local_rank)
-        placed = arrived.to(device), position_n.to(device)
-        kernels.gather_rows(*placed, fetched, mine, blocks, local_rank)
-        equal([mine], [theirs])
+def by_kernels(part: Segments, device: torch.device) -> Segments:
+    """Return the same segments, to be moved by kernels."""
+    sorted_Z = part.held_Z, part.wire_Z, part.size_Z
+    mine = Segments(*sorted_Z, part.tensor_rows, part.in_place, device)
+    upload_tables([mine])
+    return mine
 
 
-def check_sum(
-    sums: ReplicaSums, size: Size, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device
+def check_copies(rows: int, tensors: int, columns: int, dtype: torch.dtype, device: str) -> None:
+    """Pack segments and unpack others; all other memory must stay unchanged."""
+    part = draw(rows, tensors, rows + columns, parts=1)
+    mine, on_wire = by_kernels(part, torch.device(device)), int(part.size_Z.sum())
+    held = [numbered(rows, columns, dtype=dtype, first=at) for at in range(tensors)]
+    held_there = [one.to(device, copy=True) for one in held]
+    wire = numbered(on_wire + 3, columns, dtype=dtype, first=7)
+    wire_there = wire.to(device, copy=True)
+    part.pack(held, wire)
+    mine.pack(held_there, wire_there)
+    equal([wire_there], [wire])
+    wire.add_(1), wire_there.add_(1)
+    part.unpack(wire, held)
+    mine.unpack(wire_there, held_there)
+    equal(held_there, held)
+
+
+def check_sums(
+    size: tuple[int, int, int], dtypes: tuple[torch.dtype, torch.dtype], device: str
 ) -> None:
-    """Sum the rows of each local rank, into new memory and onto existing sums."""
-    dtype, out_dtype = dtypes
-    parts = len(sums.csr) - sums.num_targets - 1
-    on_device = ReplicaSums(sums.num_targets, sums.csr, sums.uploaded.to(device))
-    for local_rank in {0, size.node_size - 1}:
-        blocks = size.blocks
-        together = blocks.rows_G[local_rank]
-        parts_nPK = torch.randn(parts, together, size.columns, generator=seeded()).to(dtype)
-        out_shape = (sums.num_targets * together * size.columns,)
-        for adds in (False, True):
-            theirs = torch.randn(out_shape, generator=seeded()).to(out_dtype)
-            mine = theirs.to(device, copy=True)
-            rows.sum_replicas(parts_nPK, sums, theirs, blocks, local_rank, adds=adds)
-            kernels.sum_replicas(
-                parts_nPK.to(device), on_device, mine, blocks, local_rank, adds=adds
-            )
-            equal([mine], [theirs])
+    """Sum segments, into new memory and onto existing sums."""
+    rows, tensors, columns = size
+    part = draw(rows, tensors, rows + columns, parts=5)
+    mine = by_kernels(part, torch.device(device))
+    generator = torch.Generator().manual_seed(1)
+    wire = torch.randn(int(part.size_Z.sum()), columns, generator=generator).to(dtypes[0])
+    for adds in (False, True):
+        held = [
+            torch.randn(rows, columns, generator=generator).to(dtypes[1]) for _ in range(tensors)
+        ]
+        held_there = [one.to(device, copy=True) for one in held]
+        part.add(wire, held, adds=adds)
+        mine.add(wire.to(device), held_there, adds=adds)
+        equal(held_there, held)
 
 
-def check_far_apart(device: torch.device) -> None:
+def check_far_apart(device: str) -> None:
     """Find elements beyond the first 2**31."""
-    rows_K, parts = 4096, (1 << 19) + 3
-    far = torch.empty(parts, 1, rows_K, dtype=torch.float16, device=device)
+    columns, last = 4096, (1 << 19) + 2
+    far = torch.empty(last + 1, columns, dtype=torch.float16, device=device)
     far[0], far[-1] = 1, 2
-    csr = np.array([3, 4, 6, parts - 1, 0, parts - 1])
-    sums = ReplicaSums(2, csr, torch.from_numpy(csr).to(device))
-    out = torch.zeros(2, 1, rows_K, device=device)
-    kernels.sum_replicas(far, sums, out, row_blocks(1, 1, 1), 0)
-    assert out.unique(dim=2).tolist() == [[[2.0]], [[3.0]]]
+    given = np.array([0, 1, 1]), np.array([last, 0, last]), np.ones(3, np.int64)
+    sums = by_kernels(Segments.of(*given, 2, CPU), torch.device(device))
+    out = torch.zeros(2, columns, device=device)
+    sums.add(far, [out], adds=False)
+    assert out.unique(dim=1).tolist() == [[2.0], [3.0]]
 
-    whole = torch.full((1, 1, rows_K), 5.0, dtype=torch.float16, device=device)
-    kernels.move_rows(whole, far.view(-1), row_blocks(1, 1, 1), parts - 2, parts, packs=True)
-    assert far[-2].unique().tolist() == [5] and far[-1].unique().tolist() == [2]
-
-    target = torch.empty(1, 1, rows_K, dtype=torch.float16, device=device)
-    last = torch.tensor([parts - 1], device=device)
-    kernels.gather_rows(far.view(-1), last, parts, target, row_blocks(1, 1, 1), 0)
-    assert target.unique().tolist() == [2]
-
-
-def seeded() -> torch.Generator:
-    return torch.Generator().manual_seed(1)
+    one, there = torch.full((1, columns), 5.0, dtype=torch.float16, device=device), last - 1
+    given = np.zeros(1, np.int64), np.array([there]), np.ones(1, np.int64)
+    copy = by_kernels(Segments.of(*given, 1, CPU), torch.device(device))
+    copy.pack([one], far)
+    assert far[there].unique().tolist() == [5] and far[last].unique().tolist() == [2]
+    copy.unpack(far.add_(1), [one])
+    assert one.unique().tolist() == [6]
 
 
-def numbered(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    count = int(np.prod(shape))
-    return (torch.arange(count) % 2039).to(dtype).view(shape)
+def numbered(rows: int, columns: int, *, dtype: torch.dtype, first: int) -> torch.Tensor:
+    count = torch.arange(first, first + rows * columns)
+    return (count % 2039).to(dtype).view(rows, columns)
 
 
 def equal(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> None:
@@ -151,39 +121,20 @@ def equal(mine: Sequence[torch.Tensor], theirs: Sequence[torch.Tensor]) -> None:
         assert torch.equal(one.cpu(), other)
 
 
-def replica_sums() -> list[ReplicaSums]:
-    """Return the sums of all layouts, of one node and of the first of two."""
-    found = []
-    for layout in LAYOUTS:
-        ranks = layout.num_ranks
-        found.append(reduce_index(placed(layout), ranks, 0, CPU).intra_node)
-        if ranks % 2 == 0:
-            index = reduce_index(placed(layout), ranks // 2, 0, CPU)
-            assert index.inter_node is not None
-            found += [index.intra_node, index.inter_node]
-    return found
-
-
-def check_all(device: torch.device) -> int:
-    cases = 0
-    for size in SIZES:
-        check_move(size, 2, torch.float16, device)
-        cases += 1
-        for fetched, shared in ((4, 0), (0, 2), (3, 2)):
-            check_gather(size, fetched, shared, device)
-            cases += 1
-    check_move(SIZES[2], 2, torch.float32, device)
-    check_move(SIZES[4], 2, torch.bfloat16, device)
+def check_all(device: str) -> int:
     fp32, fp16, bf16 = torch.float32, torch.float16, torch.bfloat16
     dtypes = [(fp16, fp16), (bf16, fp32), (fp32, fp32), (fp32, fp16)]
     # The interpreter truncates float32 to bfloat16 where a card rounds.
     dtypes += [(bf16, bf16), (fp32, bf16)] if not INTERPRETED else []
-    for number, sums in enumerate(replica_sums() * 2):  # an odd number: each in two dtypes
-        check_sum(sums, SIZES[number % len(SIZES)], dtypes[number % len(dtypes)], device)
-        cases += 1
-    check_far_apart(device)
-    return cases + 3
+    with mock.patch.object(segments, "exchange_kernels", lambda _: kernels):
+        for size in SIZES:
+            for dtype in (torch.uint8, fp16, fp32):
+                check_copies(*size, dtype, device)
+            for pair in dtypes:
+                check_sums(size, pair, device)
+        check_far_apart(device)
+    return len(SIZES) * (3 + len(dtypes)) + 1
 
 
 if __name__ == "__main__":
-    print(f"{check_all(CPU)} cases")
+    print(f"{check_all('cpu')} cases")

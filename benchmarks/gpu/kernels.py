@@ -22,15 +22,15 @@ import torch
 from benchmarks.gpu.report import Part, Setting, run_part
 from benchmarks.gpu.sizes import Model, models
 from benchmarks.gpu.timing import Times, copy_gb_per_s, in_turn
-from megatron_laer.config import Split
+from megatron_laer.config import ExchangeAlgorithm, Split
 from megatron_laer.layer.dispatch import permutation
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
-from megatron_laer.runtime.comm.blocks import row_blocks
-from megatron_laer.runtime.comm.reduce import reduce_index
-from megatron_laer.runtime.comm.rows import pack_rows, sum_replicas
+from megatron_laer.runtime.comm.moves import Chain
+from megatron_laer.runtime.comm.segments import Segments
 
 _COPY_BYTES, _DRY_COPY_BYTES = 2**30, 2**16
 
@@ -123,27 +123,32 @@ def _of_gather(model: Model, setting: Setting) -> tuple[Any, ...]:
     return hidden_TH, 0, token_P
 
 
+def _moves(model: Model, setting: Setting) -> Chain:
+    """Return the flat exchange of rank 0 with rows of every expert."""
+    layout = ExpertLayout.random(model.ranks, model.slots, model.experts, (1,))
+    geometry = Geometry(model.ranks, model.experts, model.slots, model.ranks)
+    way = way_of(geometry, ExchangeAlgorithm.FLAT)
+    return Chain(way, Placed(layout, geometry), None, 0, setting.device)
+
+
 def _of_pack(model: Model, setting: Setting) -> tuple[Any, ...]:
     slots_CRK = _matrices(model.slots, model.hidden, model, setting)
-    blocks = row_blocks(model.hidden, model.ranks, model.ranks)
-    return slots_CRK, torch.empty_like(slots_CRK).view(-1), blocks, 0, model.slots
+    (move,) = _moves(model, setting).reduces(model.hidden)
+    return move.leaves, [slots_CRK.flatten(0, 1)], torch.empty_like(slots_CRK).flatten(0, 1)
 
 
 def _of_sum_replicas(model: Model, setting: Setting) -> tuple[Any, ...]:
-    layout = ExpertLayout.random(model.ranks, model.slots, model.experts, (1,))
-    geometry = Geometry(model.ranks, model.experts, model.slots, model.ranks)
-    placed = Placed(layout, geometry)
-    sums = reduce_index(placed, model.ranks, 0, setting.device).intra_node
+    (move,) = _moves(model, setting).reduces(model.hidden)
     mine = model.hidden // model.ranks
-    parts_SrK = _matrices(layout.num_slots, mine, model, setting)
+    parts_SrK = _matrices(model.ranks * model.slots, mine, model, setting)
     main_grad_ErK = torch.zeros(
         model.experts, mine, model.ffn, device=setting.device, dtype=torch.float32
     )
-    return parts_SrK, sums, main_grad_ErK, row_blocks(mine, 1, 1), 0
+    return move.arrives, parts_SrK.flatten(0, 1), [main_grad_ErK.flatten(0, 1)]
 
 
 def _add_replicas(*given: Any) -> None:
-    sum_replicas(*given, adds=True)
+    Segments.add(*given, adds=True)
 
 
 def _matrices(number: int, rows: int, model: Model, setting: Setting) -> torch.Tensor:
@@ -156,7 +161,7 @@ KERNELS = (
     Kernel("gather of tokens", torch.index_select, _of_gather),
     Kernel("sum of tokens' rows", _triton("sum_rows"), _of_sum_rows),
     # These choose between kernel and torch by themselves.
-    Kernel("rows of slots to send", pack_rows, _of_pack),
+    Kernel("rows of slots to send", Segments.pack, _of_pack),
     Kernel("sum of replicas to main gradients", _add_replicas, _of_sum_replicas),
 )
 

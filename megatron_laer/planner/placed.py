@@ -1,8 +1,6 @@
-"""A layout in its group, and the rules by which a restore fetches its experts.
+"""A layout in its group: owners of experts, and the slots that a restore fills.
 
-A restore fetches the replica slots whose expert changed, except empty ones; through nodes, it
-fetches each distinct expert of a node once. `runtime` moves the weights, and `planner.traffic` has
-the formulas.
+`planner.hops` has the ways from owners to slots.
 
 Legend: N ranks, E experts, C replica slots per rank, S = N*C slots.
 """
@@ -15,7 +13,7 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from megatron_laer.arrays import Bool, Int64
+from megatron_laer.arrays import Bool
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 
@@ -65,39 +63,3 @@ class Placed:
         if before is None:
             return self.filled_S
         return np.asarray(self.filled_S & (self.replica_expert_S != before.replica_expert_S))
-
-
-@dataclass(frozen=True, eq=False)
-class NodeSources:
-    """Sources of the distinct experts of each node's changed slots.
-
-    Pairs of a node and an expert are numbered node·E + expert and ascend. They come from the slices
-    of all ranks, or, shared, from a slot of the same node under the layout before (`shared_slots`).
-    """
-
-    fetched_pairs: Int64
-    shared_pairs: Int64
-    shared_slots: Int64
-
-
-def node_sources(
-    placed: Placed, node_size: int, changed_S: Bool, before: Placed | None = None
-) -> NodeSources:
-    """Return the experts that cross nodes in a restore by node, and those that nodes have.
-
-    `before` is the layout under which ranks keep restored experts; None if they keep nothing.
-    """
-    num_experts = placed.geometry.num_experts
-    node_S = np.arange(changed_S.size) // (node_size * placed.geometry.replica_slots)
-    pair_S = node_S * num_experts + placed.replica_expert_S
-    wanted = np.unique(pair_S[changed_S & placed.filled_S])
-    if before is None:
-        return NodeSources(wanted, wanted[:0], wanted[:0])
-    pair_S = np.where(before.filled_S, node_S * num_experts + before.replica_expert_S, EMPTY)
-    by_pair = np.argsort(pair_S, kind="stable")
-    first = np.searchsorted(pair_S[by_pair], wanted)
-    count = np.searchsorted(pair_S[by_pair], wanted, side="right") - first
-    held = count > 0
-    # Not always the first of an expert's slots, or the first rank of a node would hand out most.
-    slots = by_pair[first[held] + wanted[held] % num_experts % count[held]]
-    return NodeSources(wanted[~held], wanted[held], slots)

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.choices import ExchangeAlgorithm, Sharding
-from megatron_laer.planner.placed import Placed, node_sources, row_bounds
+from megatron_laer.choices import ExchangeAlgorithm
+from megatron_laer.planner.hops import Places, hops, way_of
+from megatron_laer.planner.placed import Placed, row_bounds
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,10 +83,10 @@ def restore_traffic(
     *,
     before: Placed | None = None,
 ) -> Traffic:
-    """Count the elements that one restore moves.
+    """Count the elements that one restore moves: the sums over its hops.
 
     Rank n, place g of node J, has c_n slots to fetch and r_n rows; node J fetches F_J distinct
-    experts. Per matrix, and times K, rank n receives
+    experts. With rows of all experts, per matrix and times K, rank n receives
 
         flat  c_n · (rows of its node - r_n) intra   c_n · (R - rows of its node) inter
         node  c_n · (R - rows of its place) intra    F_J · (rows of its place - r_n) inter
@@ -100,7 +101,7 @@ def restore_traffic(
     fetch equally many slots.
 
     With home slots, c_n and F_J are of replica slots. Let d_n be the fetches of experts from home
-    n, each by each slot, and x_n the different experts among them. Then, times K,
+    n, each by each slot, and x_n the different experts of home n that nodes fetch. Then, times K,
 
         flat  n receives c_n · R and sends d_n · R, from and to their ranks
         node  n also receives (x of all others) · r_n and sends x_n · (R - r_n), in front
@@ -110,81 +111,48 @@ def restore_traffic(
             slots are not fetched.
         before: instead of `changed_S`, the layout under which all ranks keep restored experts.
     """
-    assert changed_S is None or before is None, "changed_S follows from the layout before"
-    if changed_S is None:
-        changed_S = placed.changed_S(before)
-    if changed_S.shape != placed.filled_S.shape:
-        raise ValueError(f"changed_S has shape {changed_S.shape}, expected {placed.filled_S.shape}")
-    changed_S = changed_S & placed.filled_S
-    geometry = placed.geometry
-    num_ranks, num_nodes, node_size = geometry.num_ranks, geometry.num_nodes, geometry.node_size
-    at_home = geometry.sharding == Sharding.EXPERTS
-    if at_home and algorithm == ExchangeAlgorithm.FLAT:
-        return _direct_traffic(placed, matrices, changed_S)
-
-    node_N = np.arange(num_ranks) // node_size
-    fetched_N = changed_S.reshape(num_ranks, -1).sum(axis=1, dtype=np.int64)
-    fetched_J = fetched_N.reshape(-1, node_size).sum(axis=1)
-    # A group on one node has every expert's rows there anyway.
-    kept = None if num_nodes == 1 else before
-    sources = node_sources(placed, node_size, changed_S, kept)
-    far_J = np.bincount(sources.fetched_pairs // geometry.num_experts, minlength=num_nodes)
-    given_N = np.bincount(sources.shared_slots // geometry.replica_slots, minlength=num_ranks)
-    given_J = given_N.reshape(-1, node_size).sum(axis=1)
-    spread_N = np.zeros(num_ranks, dtype=np.int64)
-    if at_home:
-        homes_X = np.unique(placed.replica_expert_S[changed_S]) // geometry.home_slots
-        spread_N = np.bincount(homes_X, minlength=num_ranks)
-    spread_J = spread_N.reshape(-1, node_size).sum(axis=1)
-
-    received_intra_N, received_inter_N, sent_intra_N, sent_inter_N = np.zeros(
-        (4, num_ranks), dtype=np.int64
-    )
-    for rows, columns in matrices:
-        bounds = np.asarray(row_bounds(rows, num_ranks), dtype=np.int64)
-        rows_N = bounds[1:] - bounds[:-1]
-        rows_JG = rows_N.reshape(-1, node_size)
-        place_rows_N = np.tile(rows_JG.sum(axis=0), num_nodes)
-        node_rows_N = rows_JG.sum(axis=1)[node_N]
-        received_intra_N += (spread_J[node_N] - spread_N) * rows_N * columns
-        received_inter_N += (spread_N.sum() - spread_J[node_N]) * rows_N * columns
-        sent_intra_N += spread_N * (node_rows_N - rows_N) * columns
-        sent_inter_N += spread_N * (rows - node_rows_N) * columns
-        if algorithm == ExchangeAlgorithm.FLAT:
-            received_intra_N += fetched_N * (node_rows_N - rows_N) * columns
-            received_inter_N += fetched_N * (rows - node_rows_N) * columns
-            sent_intra_N += (fetched_J[node_N] - fetched_N) * rows_N * columns
-            sent_inter_N += (fetched_J.sum() - fetched_J[node_N]) * rows_N * columns
-        else:
-            other_rows_N = rows - place_rows_N
-            received_intra_N += fetched_N * other_rows_N * columns
-            received_intra_N += (given_J[node_N] - given_N) * place_rows_N * columns
-            received_inter_N += far_J[node_N] * (place_rows_N - rows_N) * columns
-            sent_intra_N += (fetched_J[node_N] - fetched_N) * place_rows_N * columns
-            sent_intra_N += given_N * other_rows_N * columns
-            sent_inter_N += (far_J.sum() - far_J[node_N]) * rows_N * columns
-    return Traffic(received_intra_N, received_inter_N, sent_intra_N, sent_inter_N)
+    geometry, way = placed.geometry, way_of(placed.geometry, algorithm)
+    block_B = expert_elements_N(matrices, geometry.num_ranks)
+    received, sent = np.zeros((2, 2, geometry.num_ranks), dtype=np.int64)
+    for hop in hops(placed, way, before, changed_S):
+        received += _elements(hop.target, hop.source, block_B, geometry.node_size)
+        sent += _elements(hop.source, hop.target, block_B, geometry.node_size)
+    return Traffic(*received, *sent)
 
 
-def _direct_traffic(
-    placed: Placed, matrices: Sequence[tuple[int, int]], changed_S: Bool
-) -> Traffic:
-    geometry = placed.geometry
-    ranks_X = np.flatnonzero(changed_S) // geometry.replica_slots
-    homes_X = placed.replica_expert_S[changed_S] // geometry.home_slots
-    is_near_X = ranks_X // geometry.node_size == homes_X // geometry.node_size
-    elements = sum(rows * columns for rows, columns in matrices)
+def _elements(mine: Places, other: Places, block_B: Int64, node_size: int) -> Int64:
+    """Count the elements that each rank exchanges in a hop with its node and beyond it, [2, N].
 
-    def moved(ranks_X: Int64) -> Int64:
-        number_N = np.bincount(ranks_X, minlength=geometry.num_ranks)
-        return number_N.astype(np.int64) * elements
+    For each expert of its place, a rank exchanges its blocks, each with one rank of the other
+    place. The narrower places' widths divide those of the wider.
+    """
+    rank_N = np.arange(len(block_B))
+    node_N = rank_N // node_size
+    narrow, wide = sorted((mine, other), key=lambda places: places.width)
 
-    return Traffic(
-        intra_N=moved(ranks_X[is_near_X]),
-        inter_N=moved(ranks_X[~is_near_X]),
-        sent_intra_N=moved(homes_X[is_near_X]),
-        sent_inter_N=moved(homes_X[~is_near_X]),
-    )
+    def blocks_of(width: int) -> Int64:
+        """Return the elements of every `width`-th block, from each rank's own on."""
+        of_local: Int64 = block_B.reshape(-1, width).sum(axis=0)
+        return of_local[rank_N % width]
+
+    def count(place_X: Int64, width: int) -> Int64:
+        return np.bincount(place_X, minlength=len(block_B) // width)[rank_N // width]
+
+    own_X = narrow.place_X * narrow.width // wide.width == wide.place_X
+    own_N = count(narrow.place_X[own_X], narrow.width) * blocks_of(wide.width)
+    all_N = count(mine.place_X, mine.width) * blocks_of(mine.width)
+    if other.width > node_size:  # the other place has ranks in all nodes
+        width = min(mine.width, node_size)
+        of_node = block_B.reshape(-1, node_size // width, width).sum(axis=1)
+        near_N = count(mine.place_X, mine.width) * of_node[node_N, rank_N % width]
+    elif mine.width > node_size:
+        near_X = other.place_X * other.width // node_size
+        near_N = np.bincount(near_X, minlength=node_N[-1] + 1)[node_N] * blocks_of(mine.width)
+    else:
+        of_mine = mine.place_X * mine.width // node_size
+        near_X = of_mine == other.place_X * other.width // node_size
+        near_N = count(mine.place_X[near_X], mine.width) * blocks_of(mine.width)
+    return np.stack([near_N - own_N, all_N - near_N])
 
 
 def expert_elements_N(matrices: Sequence[tuple[int, int]], num_ranks: int) -> Int64:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
+from megatron_laer.choices import Fp8Recipe, Recompute
 from megatron_laer.config import (
     Auto,
     ExchangeAlgorithm,
@@ -30,6 +30,7 @@ from megatron_laer.planner.expected_gain import expected_gain
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.homes_file import ModelHomes, read_homes
+from megatron_laer.planner.hops import Way, way_of
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.sharding_choice import choose_geometry
 from megatron_laer.planner.token_exchange import (
@@ -39,15 +40,8 @@ from megatron_laer.planner.token_exchange import (
 )
 from megatron_laer.runtime.comm import agreement
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
-from megatron_laer.runtime.comm.exchange import (
-    Exchange,
-    flat_exchange,
-    node_exchange,
-    wire_dtype,
-)
-from megatron_laer.runtime.comm.home_exchange import ChosenExchange, DirectExchange
+from megatron_laer.runtime.comm.exchange import Exchange, wire_dtype
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
-from megatron_laer.runtime.comm.relay import RelayExchange
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.runtime.measurements import Measurements
@@ -200,21 +194,15 @@ def token_exchange(
 def make_exchange(
     config: FSEPConfig, groups: FSEPGroups, costs: CostModel, geometry: Geometry
 ) -> Exchange:
-    dtype = wire_dtype(config)
-    is_flat = costs.restore_algorithm == ExchangeAlgorithm.FLAT
-    if config.sharding == Sharding.ROWS:
-        return flat_exchange(groups) if is_flat else node_exchange(groups, dtype)
-    if is_flat and not costs.by_layout:
-        return DirectExchange(groups)
-    relay = RelayExchange(groups, node_exchange(groups, dtype))
-    if not costs.by_layout:
-        return relay
+    """Make the exchange of all layers: the one place where the way of a layout is chosen."""
+    algorithms = ExchangeAlgorithm if costs.by_layout else [costs.restore_algorithm]
 
     @lru_cache(maxsize=_LAYOUTS)
-    def choose(placed: Placed) -> ExchangeAlgorithm:
-        return (costs if placed.quantised else costs.in_bf16).faster_exchange(placed)
+    def choose(placed: Placed) -> Way:
+        return way_of(geometry, (costs if placed.quantised else costs.in_bf16).exchange_of(placed))
 
-    return ChosenExchange(groups, relay, choose)
+    ways = [way_of(geometry, algorithm) for algorithm in algorithms]
+    return Exchange(groups, ways, choose, wire_dtype(config))
 
 
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:

@@ -129,7 +129,6 @@ class Coordinator:
             launch_exchange_kernels(
                 layer.share,
                 self.geometry.num_experts,
-                self.groups,
                 holds_step=self.experts.holds_step,
                 wire_dtype=wire_dtype(self.config),
             )

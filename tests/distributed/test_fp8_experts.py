@@ -187,13 +187,13 @@ def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
     """Train; return bytes received for weights and for gradients, by count and by formula."""
     from unittest import mock
 
-    from megatron_laer.runtime.comm.home_exchange import DirectExchange
+    from megatron_laer.runtime.comm.exchange import Exchange
 
     expected = {"restore": 0, "reduce": 0}
     counts: list[Any] = []
 
     def watched(name: str, traffic: Any) -> Any:
-        steps = getattr(DirectExchange, f"{name}_steps")
+        steps = getattr(Exchange, f"{name}_steps")
 
         def exchange(self: Any, source: Any, index: Any, *args: Any, **options: Any) -> Any:
             one = source[0] if name == "reduce" else options["out"][0]
@@ -202,7 +202,7 @@ def received_bytes(flags: list[str]) -> tuple[int, int, int, int]:
             counts.append(self.count)
             return steps(self, source, index, *args, **options)
 
-        return mock.patch.object(DirectExchange, f"{name}_steps", exchange)
+        return mock.patch.object(Exchange, f"{name}_steps", exchange)
 
     with watched("restore", restore_traffic), watched("reduce", reduce_traffic):
         train_row(flags)

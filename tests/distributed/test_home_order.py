@@ -60,12 +60,12 @@ def moved_to(expert_E: list[int]) -> list[tuple[float, float]]:
     from megatron_laer.layer.experts.main_grads import MegatronMainGrads
     from megatron_laer.planner.home_order import HomeOrder
     from megatron_laer.runtime.weights.layer import Homes
-    from tests.distributed.test_home_exchange import exchanges_on
+    from tests.distributed.test_exchange import gloo_groups
     from tests.doubles.fp8_experts import Recipe
     from tests.doubles.fp8_parameters import keep_in_fp8
 
     config = SimpleNamespace(fp8="e4m3", fp8_recipe="tensorwise")
-    with exchanges_on(2) as exchanges:
+    with gloo_groups(2) as groups:
         linears, num_home = [], len(expert_E) // dist.get_world_size()
         for at in range(num_home):
             linear = torch.nn.Linear(16, 16, bias=False)
@@ -76,7 +76,7 @@ def moved_to(expert_E: list[int]) -> list[tuple[float, float]]:
             linears.append(linear)
         share = Homes((tuple(linear.weight for linear in linears),), MegatronMainGrads())
         order, device = HomeOrder(np.array(expert_E)), torch.device("cpu")
-        move_home(share, order, exchanges["direct"].groups, device)
+        move_home(share, order, groups, device)
     kept = [linear.weight.get_high_precision_init_val() for linear in linears]  # type: ignore
     weights = [linear.weight.detach().float() for linear in linears]
     return [(float(w[1, 1]), float(k[1, 1])) for w, k in zip(weights, kept, strict=True)]

@@ -181,18 +181,18 @@ def train_into_a_hang(flags: list[str], watchdog_s: float) -> None:
 
     import torch.distributed as dist
 
-    from megatron_laer.runtime.comm.exchange import HierarchicalExchange
+    from megatron_laer.runtime.comm.exchange import Exchange
 
-    reduce_steps, calls = HierarchicalExchange.reduce_steps, 0
+    reduce_steps, calls = Exchange.reduce_steps, 0
 
-    def stuck_reduce(self: HierarchicalExchange, *args: Any, **kwargs: Any) -> Any:
+    def stuck_reduce(self: Exchange, *args: Any, **kwargs: Any) -> Any:
         nonlocal calls
         calls += 1
         if dist.get_rank() == 1 and calls == 20:
             threading.Event().wait()
         return (yield from reduce_steps(self, *args, **kwargs))
 
-    with mock.patch.object(HierarchicalExchange, "reduce_steps", stuck_reduce):
+    with mock.patch.object(Exchange, "reduce_steps", stuck_reduce):
         train_with_delays(flags, 0, watchdog_s)
 
 

@@ -14,11 +14,12 @@ import torch.distributed as dist
 from megatron_laer.layer.dispatch import row_map
 from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.layer.experts.gemm import loop
+from megatron_laer.runtime import coordinator
 from megatron_laer.runtime.comm import collectives, copies
 from megatron_laer.runtime.comm.collectives import CountsExchange
 from megatron_laer.runtime.comm.copies import Download
+from megatron_laer.runtime.comm.segments import Segments
 from megatron_laer.runtime.coordinator import Coordinator
-from megatron_laer.runtime.weights import first_launches
 from megatron_laer.telemetry.clock import StreamClock
 from tests.fake_cuda.findings import Kind
 
@@ -43,7 +44,7 @@ class Fault(NamedTuple):
 _preprocess = SlotTokenDispatcher.preprocess
 _start_counts = CountsExchange.start
 _sum_copies = row_map.sum_copies
-_sum_replicas = first_launches.sum_replicas
+_add = Segments.add
 _gather = dist.all_gather_into_tensor
 
 
@@ -138,9 +139,22 @@ def _gathers_too(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     return _replaced(CountsExchange, "start", start)
 
 
-def _does_not_add(*args: Any, adds: bool = False) -> None:
+@contextlib.contextmanager
+def _first_sums(add: Any) -> Iterator[None]:
+    """Replace the sums of first launches, and none of exchanges."""
+    launch = coordinator.launch_exchange_kernels
+
+    def launched(*args: Any, **kwargs: Any) -> None:
+        with mock.patch.object(Segments, "add", add):
+            launch(*args, **kwargs)
+
+    with mock.patch.object(coordinator, "launch_exchange_kernels", launched):
+        yield
+
+
+def _does_not_add(part: Any, *args: Any, adds: bool) -> None:
     if not adds:
-        _sum_replicas(*args)
+        _add(part, *args, adds=adds)
 
 
 def _adds_a_product(grad_Rn: torch.Tensor, input_nK: torch.Tensor, out_RK: torch.Tensor) -> None:
@@ -216,11 +230,9 @@ FAULTS = {
         _replaced(Coordinator, "_launch_kernels", lambda _: None), COMPILED, "_rows_of_expert", True
     ),
     "one kernel not launched before": Fault(
-        _replaced(first_launches, "sum_replicas", lambda *_, **__: None),
-        *(COMPILED, "_sum_replicas", True),
+        *(lambda: _first_sums(lambda *_, **__: None), COMPILED, "_sum_segments", True),
     ),
     "sums onto main gradients not launched before": Fault(
-        _replaced(first_launches, "sum_replicas", _does_not_add),
-        *(COMPILED, "_sum_replicas", True),
+        *(lambda: _first_sums(_does_not_add), COMPILED, "_sum_segments", True),
     ),
 }

@@ -13,16 +13,15 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from megatron_laer.layer.dispatch import row_map
-from megatron_laer.runtime.comm import rows
+from megatron_laer.runtime.comm import segments
 from megatron_laer.runtime.coordinator import Coordinator
 from tests.fake_cuda import findings, labels, streams
 
 _ALIGNMENT = 16
 
 WRITES: dict[str, Callable[[dict[str, Any]], tuple[str, ...]]] = {
-    "_move_rows": lambda given: ("by_local_rank" if given["PACKS"] else "whole_CRK",),
-    "_gather_rows": lambda _: ("target_nPK",),
-    "_sum_replicas": lambda _: ("out",),
+    "_copy_segments": lambda given: ("wire" if given["PACKS"] else "held",),
+    "_sum_segments": lambda _: ("held",),
     "_rows_of_expert": lambda _: ("pair_P", "token_P", "row_TE"),
     "_rows_of_token": lambda _: ("by_token_P",),
     "_sum_rows": lambda _: ("sums_TH",),
@@ -75,7 +74,7 @@ def only_counted(launches: Launches) -> AbstractContextManager[None]:
 def replaced_by_torch(_: Launches) -> Iterator[None]:
     """Compute by torch, as a machine without Triton does."""
     with (
-        mock.patch.object(rows, "kernels_of", lambda *_: None),
+        mock.patch.object(segments, "kernels_of", lambda *_: None),
         mock.patch.object(row_map, "kernels_of", lambda *_: None),
     ):
         yield

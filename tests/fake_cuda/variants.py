@@ -7,13 +7,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_laer.choices import Sharding
+from megatron_laer.choices import ExchangeAlgorithm, Sharding
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm import process_groups
-from megatron_laer.runtime.comm.exchange import ReusableWeights, flat_exchange, node_exchange
+from megatron_laer.runtime.comm.exchange import Exchange, ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
-from megatron_laer.runtime.comm.relay import RelayExchange
 from tests.fake_cuda.kernels import only_counted
 from tests.fake_cuda.labels import card
 from tests.fake_cuda.observing import observed
@@ -23,17 +23,17 @@ ROWS, COLUMNS = 64, 48
 WARM_UP, LAYOUTS = 2, 20
 
 
-def variants_by_layouts(way: str) -> tuple[dict[str, int], dict[str, int]]:
+def variants_by_layouts(
+    sharding: Sharding, algorithm: ExchangeAlgorithm
+) -> tuple[dict[str, int], dict[str, int]]:
     """Return the variants of each kernel after two random layouts, and after many more."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=RANKS)
     try:
         groups = process_groups.create_groups(dist.group.WORLD, NODE_SIZE, dist.new_group)
-        of_rows = flat_exchange(groups) if way == "flat" else node_exchange(groups)
-        exchange: Any = RelayExchange(groups, of_rows) if way == "relay" else of_rows
-        sharding = Sharding.EXPERTS if way == "relay" else Sharding.ROWS
         geometry = Geometry(RANKS, EXPERTS, CAPACITY, NODE_SIZE, sharding)
+        exchange = Exchange(groups, [way_of(geometry, algorithm)])
         with observed(only_counted) as device:
             counts = []
             before: LayoutIndex | None = None
@@ -47,7 +47,7 @@ def variants_by_layouts(way: str) -> tuple[dict[str, int], dict[str, int]]:
     return counts[WARM_UP - 1], counts[-1]
 
 
-def _exchange(exchange: Any, index: LayoutIndex, before: LayoutIndex | None) -> None:
+def _exchange(exchange: Exchange, index: LayoutIndex, before: LayoutIndex | None) -> None:
     """Restore all slots, and those that changed, and reduce."""
     dtype = torch.bfloat16
     if number := index.placed.geometry.home_slots:

@@ -14,10 +14,8 @@ from megatron_laer.layer.dispatch.slots import to_slots
 from megatron_laer.layer.experts.gemm import gemm_names, slot_gemm
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
-from megatron_laer.runtime.comm.blocks import row_blocks
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.comm.reduce import reduce_index
-from megatron_laer.runtime.comm.rows import sum_replicas
+from megatron_laer.runtime.comm.segments import Segments, upload_tables
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.dispatch_kernels import check_all as check_kernels_of_permutations
 from tests.exchange_kernels import check_all as check_kernels_of_the_exchange
@@ -72,22 +70,24 @@ def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
 
 
 def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
-    layout = ExpertLayout.random(8, 4, 6, (3,))
-    sums = reduce_index(placed(layout), layout.num_ranks, 0, DEVICE).intra_node
+    expert_S, rows = np.array(ExpertLayout.random(8, 4, 6, (3,)).to_list()), 65
+    given = expert_S * rows, np.arange(expert_S.size) * rows, np.full(expert_S.size, rows)
+    sums = Segments.of(*given, 6 * rows, DEVICE)
+    upload_tables([sums])
     generator = torch.Generator(DEVICE).manual_seed(4)
-    parts_SrK = torch.randn(layout.num_slots, 65, 33, device=DEVICE, generator=generator)
+    parts_SrK = torch.randn(expert_S.size, rows, 33, device=DEVICE, generator=generator)
 
     def reduce() -> torch.Tensor:
-        total = torch.empty(6, 65, 33, device=DEVICE)
-        sum_replicas(parts_SrK, sums, total, row_blocks(65, 1, 1), 0)
+        total = torch.empty(6 * rows, 33, device=DEVICE)
+        sums.add(parts_SrK.flatten(0, 1), [total], adds=False)
         return total
 
     first_time = reduce()
     assert all(torch.equal(reduce(), first_time) for _ in range(5))
-    expected = torch.zeros(6, 65, 33, device=DEVICE)
-    for slot, expert in enumerate(layout.to_list()):
+    expected = torch.zeros(6, rows, 33, device=DEVICE)
+    for slot, expert in enumerate(expert_S.tolist()):
         expected[expert] += parts_SrK[slot]
-    assert torch.equal(first_time, expected)
+    assert torch.equal(first_time, expected.flatten(0, 1))
 
 
 def test_a_communication_stream_sees_what_was_computed_before_and_shows_what_it_did() -> None:
@@ -119,4 +119,4 @@ def test_kernels_of_the_permutations_equal_torch() -> None:
 
 
 def test_kernels_of_the_exchange_equal_torch() -> None:
-    assert check_kernels_of_the_exchange(DEVICE) > 0
+    assert check_kernels_of_the_exchange("cuda") > 0

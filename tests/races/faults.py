@@ -19,11 +19,10 @@ from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.plugin import steps
 from megatron_laer.runtime.comm import copies
-from megatron_laer.runtime.comm import exchange as exchange_file
 from megatron_laer.runtime.comm.buffers import BufferPool
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.copies import Download
-from megatron_laer.runtime.comm.exchange import HierarchicalExchange
+from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.steps import Steps
 from megatron_laer.runtime.comm.streams import CudaStream, OneQueueStream, _StreamResult
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
@@ -62,7 +61,7 @@ _finish = OneQueueStream.finish
 _start_reduce = SlotGrads.start_reduce
 _add = SlotGrads.add
 _finish_reduce = SlotGrads.finish_reduce
-_reduce = HierarchicalExchange.reduce_steps
+_reduce = Exchange.reduce_steps
 _change = RestoredWeights.change
 _start_download = Download.start
 _start_sizes = TokenSizesExchange.start
@@ -101,13 +100,13 @@ def _uploaded_on_new_stream(tensor: torch.Tensor, device: torch.device) -> torch
 
 @contextlib.contextmanager
 def _one_workspace() -> Iterator[None]:
-    true_init = HierarchicalExchange.__init__
+    true_init = Exchange.__init__
 
     def init(exchange: Any, *args: Any, **kwargs: Any) -> None:
         true_init(exchange, *args, **kwargs)
         exchange.reduce_workspace = exchange.restore_workspace
 
-    with mock.patch.object(HierarchicalExchange, "__init__", init):
+    with mock.patch.object(Exchange, "__init__", init):
         yield
 
 
@@ -256,14 +255,11 @@ LAYER_FAULTS = {
         found="what add_ on the stream of gradients",
     ),
     "main gradients are added to beside the stream of gradients": Fault(
-        _replaced(HierarchicalExchange, "reduce_steps", _add_beside), found="what add_ on"
+        _replaced(Exchange, "reduce_steps", _add_beside), found="what add_ on"
     ),
     "reduces do not wait for the gradients that they send": Fault(
         _replaced(CudaStream, "submit", _reduce_at_once),
         found="on the stream of gradients reads what mm on the compute stream writes",
-    ),
-    "indexes are not recorded on the streams that read them": Fault(
-        _replaced(exchange_file, "read_here", _nothing), Scene.FRESH, "is free while"
     ),
     "nobody waits for an upload on a stream of its own": Fault(
         _replaced(copies, "upload", _uploaded_on_new_stream), found="what _to_copy on stream"

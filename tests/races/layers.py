@@ -13,14 +13,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.layer.experts.gemm import slot_gemm
 from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layer.experts.slot_linear import slot_linear
 from megatron_laer.life import Kind
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import layout_index, process_groups
 from megatron_laer.runtime.comm.collectives import CountsExchange
-from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
+from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
@@ -57,7 +60,9 @@ class _Tokens(torch.autograd.Function):
 
 class Model:
     def __init__(self, scene: Scene, groups: FSEPGroups) -> None:
-        exchange = node_exchange(groups) if scene is Scene.NODE else flat_exchange(groups)
+        algorithm = ExchangeAlgorithm.NODE if scene is Scene.NODE else ExchangeAlgorithm.FLAT
+        way = way_of(Geometry(groups.size, EXPERTS, CAPACITY, groups.node_size), algorithm)
+        exchange = Exchange(groups, [way])
         self.scene, self.groups = scene, groups
         self.streams = ExchangeStreams(
             exchange,

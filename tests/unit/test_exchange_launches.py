@@ -8,25 +8,28 @@ from __future__ import annotations
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.runtime.comm import home_exchange, rows
-from megatron_laer.runtime.comm.blocks import row_blocks
-from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
-from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
+from megatron_laer.choices import ExchangeAlgorithm
+from megatron_laer.planner.hops import way_of
+from megatron_laer.planner.placed import Placed, row_bounds
+from megatron_laer.runtime.comm import segments
+from megatron_laer.runtime.comm.exchange import Exchange
+from megatron_laer.runtime.comm.layout_index import layout_index
+from tests.loopback import groups_of
 from tests.placed import placed
 
 HOT = pytest.importorskip("tests.exchange_kernels", reason="PyTorch for CUDA brings Triton").HOT
-FLAT, NODE = ExchangeAlgorithm.FLAT, ExchangeAlgorithm.NODE
+FLAT, NODE = ExchangeAlgorithm
 RANK, COLUMNS = 9, 3
 # Operations that make tensors or views, and launch nothing.
-SILENT = "empty new_empty view slice select split split_with_sizes detach alias".split()
+SILENT = (
+    "empty new_empty view _unsafe_view slice select split split_with_sizes detach alias".split()
+)
 
 
 class Launches(TorchDispatchMode):
@@ -47,24 +50,10 @@ class Launches(TorchDispatchMode):
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> Launches:
     counting = Launches()
-    kernels = {
-        name: counting.counter(name) for name in ("move_rows", "gather_rows", "sum_replicas")
-    }
-    monkeypatch.setattr(rows, "kernels_of", lambda *_: SimpleNamespace(**kernels))
+    kernels = {name: counting.counter(name) for name in ("copy_segments", "sum_segments")}
+    monkeypatch.setattr(segments, "exchange_kernels", lambda _: SimpleNamespace(**kernels))
     monkeypatch.setattr(dist, "all_to_all_single", counting.counter("A2A"))
     return counting
-
-
-def exchange_of(algorithm: ExchangeAlgorithm, node_size: int) -> tuple[Any, LayoutIndex]:
-    groups: Any = SimpleNamespace(rank=RANK, size=HOT.num_ranks, node_size=node_size)
-    for name in ("parameters", "gradients"):
-        for stage in ("", "_inter_node", "_intra_node"):
-            setattr(groups, name + stage, object())
-    exchange = (flat_exchange if algorithm is FLAT else node_exchange)(groups)
-    index = layout_index(placed(HOT, node_size), torch.device("cpu"))
-    exchange.prepare_restore(index)
-    exchange.prepare_reduce(index)
-    return exchange, index
 
 
 # Algorithm, ranks of a node, and the launches of a reduce and of a restore.
@@ -72,16 +61,16 @@ EXPECTED: list[tuple[ExchangeAlgorithm, int, dict[str, int], dict[str, int]]] = 
     (
         FLAT,
         8,
-        {"move_rows": 1, "A2A": 1, "sum_replicas": 1},
-        {"index_select": 1, "A2A": 1, "move_rows": 1},
+        {"copy_segments": 1, "A2A": 1, "sum_segments": 1},
+        {"copy_segments": 2, "A2A": 1},
     ),
     (
         NODE,
         8,
-        {"move_rows": 1, "A2A": 2, "sum_replicas": 2},
-        {"index_select": 1, "A2A": 2, "gather_rows": 1, "move_rows": 1},
+        {"copy_segments": 1, "A2A": 2, "sum_segments": 2},
+        {"copy_segments": 3, "A2A": 2},
     ),
-    (NODE, 1, {"A2A": 1, "sum_replicas": 2}, {"index_select": 1, "A2A": 1, "gather_rows": 1}),
+    (NODE, 1, {"A2A": 1, "sum_segments": 2}, {"copy_segments": 2, "A2A": 1}),
 ]
 
 
@@ -95,9 +84,14 @@ def test_exchanges_launch_two_kernels_and_one_more_if_they_go_through_nodes(
     num_rows: int,
     launches: Launches,
 ) -> None:
-    exchange, index = exchange_of(algorithm, node_size)
-    own_rows = row_blocks(num_rows, HOT.num_ranks, 1).rows_GM[0][RANK]
-    slice_ErK = torch.zeros(HOT.num_experts, own_rows, COLUMNS)
+    hot: Placed = placed(HOT, node_size)
+    ways = [way_of(hot.geometry, algorithm)]
+    exchange = Exchange(groups_of(HOT.num_ranks, node_size)[RANK], ways)
+    index = layout_index(hot, torch.device("cpu"))
+    chain = index.chain(ways[0], None, RANK)
+    assert chain.restores(num_rows) and chain.reduces(num_rows), "uploads are not counted"
+    bounds = row_bounds(num_rows, HOT.num_ranks)
+    slice_ErK = torch.zeros(HOT.num_experts, bounds[RANK + 1] - bounds[RANK], COLUMNS)
     grad_CRK = torch.zeros(HOT.capacity, num_rows, COLUMNS, dtype=torch.bfloat16)
     with launches:
         exchange.reduce(grad_CRK, index, add_to=slice_ErK)
@@ -106,14 +100,3 @@ def test_exchanges_launch_two_kernels_and_one_more_if_they_go_through_nodes(
     with launches:
         exchange.restore(slice_ErK, index, num_rows)
     assert launches.counted == restore
-
-
-def test_a_layer_unquantised_is_exchanged_by_a_way_of_its_own() -> None:
-    relay = mock.Mock()
-    with mock.patch.object(home_exchange, "DirectExchange"):
-        chosen = home_exchange.ChosenExchange(
-            mock.Mock(), relay, lambda placed: NODE if placed.quantised else FLAT
-        )
-    for quantised in (False, True):
-        chosen.prepare_reduce(mock.Mock(placed=mock.Mock(quantised=quantised)))
-        assert relay.prepare_reduce.called == quantised

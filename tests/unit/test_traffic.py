@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.arrays import Bool
+from megatron_laer.arrays import Bool, Int64
 from megatron_laer.config import ExchangeAlgorithm
+from megatron_laer.planner.hops import Places, hops, way_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
-from megatron_laer.planner.placed import Placed, node_sources, row_bounds
+from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
 from tests.placed import placed
 from tests.unit.planner_cases import geometries, shape_of, with_holes
@@ -47,19 +48,21 @@ def cases(draw: st.DrawFn, max_ranks: int, even_rows: bool = False) -> Case:
     return Case(Placed(layout, geometry), matrices, changed_S, Placed(before, geometry))
 
 
+def slots_of(places: Places, capacity: int) -> Int64:
+    return places.place_X * capacity + places.at_X
+
+
 def traffic_by_message(case: Case, algorithm: ExchangeAlgorithm, keep: bool = False) -> Traffic:
     layout, G = case.of.layout, case.of.geometry.node_size
     N, C = layout.num_ranks, layout.capacity
     changed_S = case.of.changed_S(case.before) if keep else case.changed_S
     held: dict[tuple[int, int], int] = {}  # (node, expert) → the slot that has it
     if keep and G < N:
-        found = node_sources(case.of, G, changed_S, case.before)
-        for pair, slot in zip(
-            found.shared_pairs.tolist(), found.shared_slots.tolist(), strict=True
-        ):
-            node, expert = divmod(pair, layout.num_experts)
-            assert slot // C // G == node and case.before.replica_expert_S[slot] == expert
-            held[node, expert] = slot
+        for hop in hops(case.of, way_of(case.of.geometry, ExchangeAlgorithm.NODE), case.before):
+            if hop.is_kept:
+                for node, slot in zip(hop.target.place_X, slots_of(hop.source, C), strict=True):
+                    assert slot // C // G == node
+                    held[int(node), int(case.before.replica_expert_S[slot])] = int(slot)
     sent: dict[tuple[int, int], int] = defaultdict(int)  # (from, to) → elements
     for rows, columns in case.matrices:
         bounds = row_bounds(rows, N)
@@ -172,10 +175,10 @@ def test_wrong_arguments_are_refused_with_what_works() -> None:
 
 
 def test_ranks_that_hold_the_same_experts_hand_out_equally_many() -> None:
-    before = ExpertLayout.static(8, 8, 8)
-    after_S = (before.slot_expert_S.reshape(8, 8) + 1) % 8
+    before = placed(ExpertLayout.static(8, 8, 8), 4)
+    after_S = (before.layout.slot_expert_S.reshape(8, 8) + 1) % 8
     after = placed(ExpertLayout.from_slots(8, 8, 8, after_S.reshape(-1)), 4)
-    kept = placed(before, 4)
-    found = node_sources(after, 4, after.changed_S(kept), kept)
-    assert len(found.fetched_pairs) == 0
-    assert np.bincount(found.shared_slots // 8, minlength=8).tolist() == [2] * 8
+    way = way_of(after.geometry, ExchangeAlgorithm.NODE)
+    fetched, kept, _ = hops(after, way, before)
+    assert kept.is_kept and len(fetched.target.place_X) == 0
+    assert np.bincount(kept.source.place_X, minlength=8).tolist() == [2] * 8

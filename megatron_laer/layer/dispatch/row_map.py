@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer.runtime.comm.rows import kernels_of
+from megatron_laer.runtime.comm.segments import kernels_of
 
 _Kept = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 

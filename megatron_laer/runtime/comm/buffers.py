@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -102,14 +101,26 @@ class Workspace:
 
 @dataclass(frozen=True)
 class MatrixBuffers:
-    """Buffers of a workspace with maximum `sizes` for one size of matrix, to be allocated once."""
+    """Buffers of a workspace for rows of one matrix, to be allocated once.
+
+    Attributes:
+        columns: K.
+        sizes: bytes of each buffer.
+        grow: whether buffers are as large as the rows so far, without a bound.
+    """
 
     buffers: Buffers
+    columns: int
     sizes: Mapping[str, int]
     device: torch.device
+    grow: bool = False
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        num_bytes, most_bytes = math.prod(shape) * dtype.itemsize, self.sizes[name]
-        assert num_bytes <= most_bytes, f"{name}: {num_bytes} bytes exceed the bound {most_bytes}"
-        buffer = self.buffers.buffer(name, most_bytes, self.device)
-        return buffer[:num_bytes].view(dtype).view(shape)
+    def take(self, name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """Return the first rows of a buffer, [rows, K]."""
+        num_bytes, most_bytes = rows * self.columns * dtype.itemsize, self.sizes[name]
+        assert self.grow or num_bytes <= most_bytes, (
+            f"{name}: {num_bytes} bytes exceed the bound {most_bytes}"
+        )
+        wanted_bytes = num_bytes if self.grow else most_bytes
+        buffer = self.buffers.buffer(name, wanted_bytes, self.device)
+        return buffer[:num_bytes].view(dtype).view(rows, self.columns)

@@ -1,7 +1,6 @@
 """Copies between host and device. The host waits only where it reads a download.
 
-Uploads run on the current stream. Another stream that reads the copy must be ordered after it, and
-inform the allocator (`read_here`). Downloads run on a stream of their own.
+Uploads run on the current stream. Downloads run on a stream of their own.
 """
 
 from __future__ import annotations
@@ -46,16 +45,6 @@ class Upload:
         if self._pinned is None:
             self._pinned = _pinned_like(tensor)
         return self._pinned.copy_(tensor).to(device, non_blocking=True)
-
-
-def read_here(tensor: torch.Tensor) -> None:
-    """Mark a tensor from another stream as read by the current one, for CUDA's allocator.
-
-    Its memory is not reused before this stream's kernels have read it. One call covers all tensors
-    that share the memory.
-    """
-    if tensor.device.type == "cuda":
-        tensor.record_stream(torch.cuda.current_stream(tensor.device))
 
 
 class Download:

@@ -1,7 +1,7 @@
-"""Layout together with all its index tensors on the device.
+"""Layout on a device, together with this rank's parts of its exchanges.
 
-There is no cache: the tensors live as long as their `LayoutIndex`. A layer holds that of the layout
-in force, a microbatch its own until its backward is done.
+There is no cache: these live as long as their `LayoutIndex`. A layer holds that of the layout in
+force, a microbatch its own until its backward is done.
 
 Legend: N ranks, C slots per rank, S = N·C slots.
 """
@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from megatron_laer.planner.hops import Way
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm.copies import upload_arrays
-from megatron_laer.runtime.comm.direct import DirectIndex, direct_index
-from megatron_laer.runtime.comm.reduce import ReduceIndex, reduce_index
-from megatron_laer.runtime.comm.restore import RestoreIndex, restore_index
+from megatron_laer.runtime.comm.moves import Chain
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,34 +30,18 @@ class LayoutIndex:
 
     placed: Placed
     slot_expert_S: torch.Tensor
-    # By the arguments that they were built for.
-    _restores: dict[tuple[ExpertLayout | None, int, int], RestoreIndex] = field(
-        default_factory=dict
-    )
-    _reduces: dict[tuple[int, int], ReduceIndex] = field(default_factory=dict)
-    _direct: dict[tuple[ExpertLayout | None, int], DirectIndex] = field(default_factory=dict)
+    # By the arguments that they were made for.
+    _chains: dict[tuple[Way, ExpertLayout | None, int], Chain] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
         return self.slot_expert_S.device
 
-    def for_direct(self, before: Placed | None, rank: int) -> DirectIndex:
-        key = None if before is None else before.layout, rank
-        if key not in self._direct:
-            self._direct[key] = direct_index(before, self.placed, rank)
-        return self._direct[key]
-
-    def for_restore(self, before: Placed | None, node_size: int, rank: int) -> RestoreIndex:
-        key = None if before is None else before.layout, node_size, rank
-        if key not in self._restores:
-            self._restores[key] = restore_index(before, self.placed, node_size, rank, self.device)
-        return self._restores[key]
-
-    def for_reduce(self, node_size: int, rank: int) -> ReduceIndex:
-        key = node_size, rank
-        if key not in self._reduces:
-            self._reduces[key] = reduce_index(self.placed, node_size, rank, self.device)
-        return self._reduces[key]
+    def chain(self, way: Way, before: Placed | None, rank: int) -> Chain:
+        key = way, None if before is None else before.layout, rank
+        if key not in self._chains:
+            self._chains[key] = Chain(way, self.placed, before, rank, self.device)
+        return self._chains[key]
 
 
 def layout_index(placed: Placed, device: torch.device) -> LayoutIndex:

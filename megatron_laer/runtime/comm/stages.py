@@ -1,15 +1,15 @@
-"""All-to-Alls of an exchange: a stage between nodes, and one between the ranks of a node."""
+"""All-to-Alls of an exchange: over all ranks, between nodes, or between the ranks of a node."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
-from megatron_laer.runtime.comm.blocks import RowBlocks
-from megatron_laer.runtime.comm.buffers import MatrixBuffers
+from megatron_laer.planner.hops import Link
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
 
 
@@ -51,6 +51,16 @@ class ExchangeCount:
         self.reduce_collectives += 1
 
 
+class Sizes(Protocol):
+    """Rows that a rank exchanges with each rank of a communicator."""
+
+    @property
+    def sent_P(self) -> list[int]: ...
+
+    @property
+    def received_P(self) -> list[int]: ...
+
+
 @dataclass(frozen=True)
 class Stage:
     """Communicator, this rank's position in it, and the range of its ranks on the same machine."""
@@ -61,50 +71,37 @@ class Stage:
 
     def all_to_all(
         self,
-        received: torch.Tensor,
-        sent: torch.Tensor,
-        sizes: list[int],
-        sent_sizes: list[int],
+        received_ZK: torch.Tensor,
+        sent_ZK: torch.Tensor,
+        rows: Sizes,
         *,
-        more: bool = False,
+        more: bool,
     ) -> Generator[Group | None, None, tuple[int, int]]:
-        """Exchange flat tensors; return the bytes received inside the machine and from others.
+        """Exchange rows; return the bytes received inside the machine and from others.
 
         `more` tells that the exchange has another All-to-All, which waits for this one.
         """
         yield self.group
-        dist.all_to_all_single(received, sent, sizes, sent_sizes, group=self.group)
+        dist.all_to_all_single(received_ZK, sent_ZK, rows.received_P, rows.sent_P, group=self.group)
         yield self.group if more else None
-        intra = sum(sizes[self.same_machine])
-        element = received.element_size()
-        return (intra - sizes[self.position]) * element, (sum(sizes) - intra) * element
+        intra = sum(rows.received_P[self.same_machine])
+        row_bytes = received_ZK.shape[1] * received_ZK.element_size()
+        own, inter = rows.received_P[self.position], sum(rows.received_P) - intra
+        return (intra - own) * row_bytes, inter * row_bytes
 
 
-@dataclass(frozen=True)
-class Stages:
-    """Stages between peers on all nodes and inside a node; None for one that moves nothing."""
-
-    inter_node: Stage | None
-    intra_node: Stage | None
-
-    @property
-    def groups(self) -> tuple[Group, ...]:
-        return tuple(stage.group for stage in (self.inter_node, self.intra_node) if stage)
-
-
-@dataclass(frozen=True)
-class DataPath:
-    """Data path of one matrix on this rank; `count` is called after each `Stage.all_to_all`."""
-
-    node: int
-    local_rank: int
-    stages: Stages
-    blocks: RowBlocks
-    buffers: MatrixBuffers
-    count: Callable[[int, int], None]
-
-
-def whole_group(groups: FSEPGroups, group: Group) -> Stage:
-    """Return the stage of an All-to-All over the whole group."""
-    first = groups.rank - groups.rank % groups.node_size
-    return Stage(group, groups.rank, slice(first, first + groups.node_size))
+def stage_of(groups: FSEPGroups, exchange: str, link: Link) -> Stage | None:
+    """Return the stage of a link for `parameters` or `gradients`; None if it has one rank."""
+    node, local_rank = divmod(groups.rank, groups.node_size)
+    if link is Link.INSIDE:
+        if groups.node_size == 1:
+            return None
+        group = getattr(groups, f"{exchange}_intra_node")
+        return Stage(group, local_rank, slice(0, groups.node_size))
+    if link is Link.BETWEEN and groups.node_size > 1:
+        return Stage(getattr(groups, f"{exchange}_inter_node"), node, slice(node, node + 1))
+    if groups.size == 1:
+        return None
+    first = node * groups.node_size
+    same_machine = slice(first, first + groups.node_size)
+    return Stage(getattr(groups, exchange), groups.rank, same_machine)

@@ -50,7 +50,7 @@ def counted(flags: list[str]) -> dict[str, Any]:
     from megatron_laer import session
     from megatron_laer.layer.experts.fp8.payload import PayloadForm
     from megatron_laer.planner.guard import Guard
-    from megatron_laer.runtime.comm.home_exchange import DirectExchange
+    from megatron_laer.runtime.comm.exchange import Exchange
 
     found: dict[str, Any] = {"restore": [], "reduce": [], "decided": []}
     decide = Guard.decide
@@ -72,7 +72,7 @@ def counted(flags: list[str]) -> dict[str, Any]:
         held["most"] = max(held.values())
 
     def watched(name: str) -> Any:
-        steps = getattr(DirectExchange, f"{name}_steps")
+        steps = getattr(Exchange, f"{name}_steps")
 
         def exchange(self: Any, source: Any, index: Any, *args: Any, **options: Any) -> Any:
             found[name].append((index.placed.quantised, index.placed.layout.to_list()))
@@ -80,7 +80,7 @@ def counted(flags: list[str]) -> dict[str, Any]:
             found["costs"] = session.current_coordinator().guard.costs
             return steps(self, source, index, *args, **options)
 
-        return mock.patch.object(DirectExchange, f"{name}_steps", exchange)
+        return mock.patch.object(Exchange, f"{name}_steps", exchange)
 
     packs = mock.patch.object(PayloadForm, "pack", watched_pack)
     decides = mock.patch.object(Guard, "decide", watched_decide)

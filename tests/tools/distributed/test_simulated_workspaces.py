@@ -14,12 +14,12 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.token_prices import TokenPrices
 from megatron_laer.runtime.comm import process_groups
-from megatron_laer.runtime.comm.exchange import flat_exchange, node_exchange
+from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.comm.relay import RelayExchange
 from megatron_laer.runtime.comm.steps import SideBySide
 from megatron_laer.tools.simulator.iteration.methods import FSEP, MethodSettings, make_method
 from megatron_laer.tools.simulator.iteration.rates import Rates
@@ -41,9 +41,7 @@ def allocated_bytes(
     dist.init_process_group("fake", store=FakeStore(), rank=3, world_size=ranks)
     try:
         groups = process_groups.create_groups(dist.group.WORLD, geometry.node_size, dist.new_group)
-        make: Any = flat_exchange if way == ExchangeAlgorithm.FLAT else node_exchange
-        of_rows = make(groups)
-        exchange: Any = RelayExchange(groups, of_rows) if home else of_rows
+        exchange = Exchange(groups, [way_of(geometry, way)])
 
         def run(exchanges: list[Any]) -> None:
             parts = [exchanges] if one_queue else [[one] for one in exchanges]
@@ -75,7 +73,7 @@ def allocated_bytes(
             run(reduces)
     finally:
         dist.destroy_process_group()
-    spaces = of_rows.restore_workspace, of_rows.reduce_workspace
+    spaces = exchange.restore_workspace, exchange.reduce_workspace
     return sum(space.num_bytes for space in spaces)
 
 
@@ -104,8 +102,8 @@ def test_workspaces_are_those_of_the_exchanges(
     assert allocated == method.fixed_bytes["workspaces"]
 
 
-def test_an_exchange_by_layout_has_both_ways_workspaces() -> None:
-    """Both ways of an exchange by layout keep their own."""
+def test_an_exchange_by_layout_has_the_workspaces_of_the_larger_way() -> None:
+    """Both ways use the same buffers, which have the size of the larger one."""
     direct, relay, both = (
         make_method(FSEP, MethodSettings(HOMES, costs), Rates(costs.cluster, 2)).fixed_bytes
         for costs in (
@@ -114,7 +112,7 @@ def test_an_exchange_by_layout_has_both_ways_workspaces() -> None:
             replace(COSTS, by_layout=True),
         )
     )
-    assert both["workspaces"] == direct["workspaces"] + relay["workspaces"]
+    assert both["workspaces"] == max(direct["workspaces"], relay["workspaces"])
 
 
 # GiB of NCCL's buffers besides Megatron's own communicator, as in docs/communication.md.

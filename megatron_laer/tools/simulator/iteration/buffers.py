@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from megatron_laer.choices import TokenExchange
 from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.planner.clusters import Card
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.wire_form import WireForm
-from megatron_laer.planner.workspace import reduce_workspace, relay_workspace, restore_workspace
+from megatron_laer.planner.hops import way_of
+from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 
 # Bytes of an element of gradients that are summed over a step.
 SUM_BYTES = 4
@@ -39,11 +38,11 @@ def buffers(
     ways = [ExchangeAlgorithm.FLAT] * (is_flat or costs.by_layout)
     ways += [ExchangeAlgorithm.NODE] * (not is_flat or costs.by_layout)
     together = sum if one_queue else max
+    by_way = [_workspaces(geometry, costs, way, SUM_BYTES if holds_step else None) for way in ways]
     workspaces = sum(
-        together(of_matrix[name] for of_matrix in sizes)
-        for way in ways
-        for sizes in _workspaces(geometry, costs, way, SUM_BYTES if holds_step else None)
-        for name in sizes[0]
+        max(together(of_matrix[name] for of_matrix in sizes) for sizes in of_ways)
+        for of_ways in zip(*by_way, strict=True)
+        for name in ("send", "receive")
     )
     exchanges: list[tuple[int, int]] = []  # besides tokens'; NCCL takes memory at first use
     tokens = [(num_ranks, node_size)]
@@ -78,37 +77,16 @@ def library_bytes(
 
 
 def _workspaces(
-    geometry: Geometry, costs: CostModel, way: ExchangeAlgorithm, sum_bytes: int | None
+    geometry: Geometry, costs: CostModel, algorithm: ExchangeAlgorithm, sum_bytes: int | None
 ) -> list[_Sizes]:
     """Return the buffers of restores and reduces by one way.
 
-    Gradients have `sum_bytes` where they are summed over a step, except between nodes. A home that
+    Gradients have `sum_bytes` where they are summed over a step, except between hops. A home that
     sends directly is assumed to send as many experts as it has replica slots.
     """
     weights, grads = costs.weights_form(geometry.sharding), costs.grads_form
-    is_flat = way == ExchangeAlgorithm.FLAT
-    if geometry.home_slots and is_flat:
-        summed = replace(grads, bytes_per_element=sum_bytes or grads.bytes_per_element)
-        return [_direct(geometry, form) for form in (weights, summed)]
-    of = replace(geometry, node_size=geometry.num_ranks) if is_flat else geometry
-    each, wire = weights.bytes_per_element, grads.bytes_per_element
-    found = [
-        [restore_workspace(of, *matrix, each) for matrix in weights.matrices],
-        [reduce_workspace(of, *matrix, sum_bytes or wire, wire) for matrix in grads.matrices],
-    ]
-    if geometry.home_slots:
-        found += [
-            [relay_workspace(of, *matrix, form.bytes_per_element) for matrix in form.matrices]
-            for form in (weights, grads)
-        ]
-    return found
-
-
-def _direct(geometry: Geometry, form: WireForm) -> _Sizes:
-    """Return the buffers of whole experts, sent and received."""
+    way, wire = way_of(geometry, algorithm), grads.bytes_per_element
     return [
-        dict.fromkeys(
-            ("send", "receive"), geometry.replica_slots * rows * columns * form.bytes_per_element
-        )
-        for rows, columns in form.matrices
+        [restore_workspace(way, *matrix, weights.bytes_per_element) for matrix in weights.matrices],
+        [reduce_workspace(way, *matrix, sum_bytes or wire, wire) for matrix in grads.matrices],
     ]

@@ -1,0 +1,246 @@
+"""Copies and sums of rows between a holding and the wire: Triton kernels on CUDA, torch elsewhere.
+
+The torch code is the reference for `kernels.py`.
+
+Legend: K columns. Z segments of rows, T sums of such.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from megatron_laer.arrays import Int64
+from megatron_laer.runtime.comm.copies import upload_arrays
+
+# Tensors [rows, K] of a holding; their rows count on from one to the next.
+Held = Sequence[torch.Tensor]
+
+
+@cache
+def kernels_of(package: str, device: torch.device) -> Any:
+    """Return the package's module of Triton kernels, or None where they cannot run."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return None
+    return import_module(f"{package}.kernels")
+
+
+def exchange_kernels(device: torch.device) -> Any:
+    return kernels_of("megatron_laer.runtime.comm", device)
+
+
+class Table(NamedTuple):
+    """Segments on the device, in ascending order of `held_Z`.
+
+    Attributes:
+        first_T1: the segments of sum t begin at `first_T1[t]`, and end where the next begin.
+    """
+
+    held_Z: torch.Tensor
+    wire_Z: torch.Tensor
+    size_Z: torch.Tensor
+    first_T1: torch.Tensor
+
+
+@dataclass(eq=False)
+class Segments:
+    """Rows that are both in a holding and on the wire, in ascending order of the former.
+
+    Segments of the same rows in the holding are parts of a sum, in the order of addition. Each sum
+    has one writer, so sums need no atomics and have the same bits every time.
+
+    Attributes:
+        held_Z: the first row of each segment in the holding.
+        wire_Z: its first row on the wire.
+        size_Z: its number of rows, at least one.
+        tensor_rows: rows of each tensor of the holding.
+        in_place: the first row, if the holding has all rows, some at least, in one piece and as
+            they are on the wire.
+    """
+
+    held_Z: Int64
+    wire_Z: Int64
+    size_Z: Int64
+    tensor_rows: int
+    in_place: int | None
+    device: torch.device
+    table: Table | None = field(default=None, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        held_Z: Int64,
+        wire_Z: Int64,
+        size_Z: Int64,
+        tensor_rows: int,
+        device: torch.device,
+    ) -> Segments:
+        """Create segments of any order and size; parts of a sum are in the order of addition."""
+        if not size_Z.all():
+            held_Z, wire_Z, size_Z = (rows_Z[size_Z > 0] for rows_Z in (held_Z, wire_Z, size_Z))
+        in_place, shift_Z = None, held_Z - wire_Z
+        if held_Z.size and (shift_Z == shift_Z[0]).all():
+            in_one = held_Z[0] // tensor_rows == held_Z[-1] // tensor_rows
+            in_place = int(shift_Z[0]) if in_one else None
+        by_held = np.argsort(held_Z, kind="stable")
+        held_Z, wire_Z, size_Z = (rows_Z[by_held] for rows_Z in (held_Z, wire_Z, size_Z))
+        return cls(held_Z, wire_Z, size_Z, tensor_rows, in_place, device)
+
+    @cached_property
+    def first_T1(self) -> list[int]:
+        """Return the first segment of each sum, and the number of segments."""
+        begins = np.flatnonzero(np.diff(self.held_Z, prepend=-1))
+        return [*begins.tolist(), self.held_Z.size]
+
+    @cached_property
+    def by_tensor(self) -> list[tuple[int, slice]]:
+        """Return the used tensors of the holding, each with its segments."""
+        tensor_Z = self.held_Z // self.tensor_rows
+        begins = np.flatnonzero(np.diff(tensor_Z, prepend=-1)).tolist()
+        bounds = pairwise([*begins, tensor_Z.size])
+        return [(int(tensor_Z[first]), slice(first, last)) for first, last in bounds]
+
+    @cached_property
+    def _packed(self) -> list[tuple[int, list[_Run]]]:
+        return [
+            (at, self._runs(part, self.held_Z % self.tensor_rows, self.wire_Z))
+            for at, part in self.by_tensor
+        ]
+
+    @cached_property
+    def _unpacked(self) -> list[tuple[int, list[_Run]]]:
+        return [
+            (at, self._runs(part, self.wire_Z, self.held_Z % self.tensor_rows))
+            for at, part in self.by_tensor
+        ]
+
+    def _runs(self, part: slice, from_Z: Int64, to_Z: Int64) -> list[_Run]:
+        return _runs(from_Z[part], to_Z[part], self.size_Z[part], self.device)
+
+    def view(self, held: Held) -> torch.Tensor:
+        """Return the rows of the holding as they are on the wire, which is possible in place."""
+        assert self.in_place is not None
+        at, first = divmod(self.in_place, self.tensor_rows)
+        return held[at][first : first + int(self.size_Z.sum())]
+
+    def pack(self, held: Held, wire: torch.Tensor) -> None:
+        """Copy rows from the holding to the wire."""
+        if self.table is not None:
+            for at, part in self.by_tensor:
+                self._launch(held[at], at, wire, part, packs=True)
+            return
+        for at, runs in self._packed:
+            _gather(held[at], wire, runs)
+
+    def unpack(self, wire: torch.Tensor, held: Held) -> None:
+        """Copy rows from the wire to the holding."""
+        if self.table is not None:
+            for at, part in self.by_tensor:
+                self._launch(held[at], at, wire, part, packs=False)
+            return
+        for at, runs in self._unpacked:
+            _gather(wire, held[at], runs)
+
+    def add(self, wire: torch.Tensor, held: Held, *, adds: bool) -> None:
+        """Sum rows on the wire in float32 and in order, and round once, to the holding.
+
+        Args:
+            adds: whether to add the sums to the holding's rows.
+        """
+        if self.table is not None:
+            kernels = exchange_kernels(self.device)
+            for at, sums in self._sums_by_tensor:
+                kernels.sum_segments(
+                    wire, self.table, held[at], at * self.tensor_rows, sums, self.most, adds=adds
+                )
+            return
+        held_Z, wire_Z, size_Z = (
+            rows_Z.tolist() for rows_Z in (self.held_Z, self.wire_Z, self.size_Z)
+        )
+        for first, last in pairwise(self.first_T1):
+            at, to = divmod(held_Z[first], self.tensor_rows)
+            size = size_Z[first]
+            total = wire[wire_Z[first] : wire_Z[first] + size].float()
+            for begin in wire_Z[first + 1 : last]:
+                total = total + wire[begin : begin + size]
+            target = held[at][to : to + size]
+            target.add_(total) if adds else target.copy_(total)
+
+    @cached_property
+    def _sums_by_tensor(self) -> list[tuple[int, slice]]:
+        ends = [(at, np.searchsorted(self.first_T1, part.stop)) for at, part in self.by_tensor]
+        firsts = [0, *(int(end) for _, end in ends)]
+        return [(at, slice(*ends)) for (at, _), ends in zip(ends, pairwise(firsts), strict=True)]
+
+    @property
+    def end(self) -> int:
+        """Return the row of the holding behind its last segment."""
+        return int(self.held_Z[-1] + self.size_Z[-1]) if self.held_Z.size else 0
+
+    @cached_property
+    def most(self) -> int:
+        """Return the most rows of a segment."""
+        return int(self.size_Z.max(initial=0))
+
+    def _launch(
+        self, held: torch.Tensor, at: int, wire: torch.Tensor, part: slice, *, packs: bool
+    ) -> None:
+        assert self.table is not None
+        exchange_kernels(self.device).copy_segments(
+            held, wire, self.table, at * self.tensor_rows, part, self.most, packs=packs
+        )
+
+
+class _Run(NamedTuple):
+    """Neighbouring rows to write, and those to read: the first of as many, or each."""
+
+    to: int
+    size: int
+    rows: int | torch.Tensor
+
+
+def _runs(from_Z: Int64, to_Z: Int64, size_Z: Int64, device: torch.device) -> list[_Run]:
+    order_Z = np.argsort(to_Z)
+    from_Z, to_Z, size_Z = from_Z[order_Z], to_Z[order_Z], size_Z[order_Z]
+    begins = np.flatnonzero(to_Z != np.append(-1, to_Z[:-1] + size_Z[:-1]))
+    found = []
+    for first, last in pairwise([*begins.tolist(), to_Z.size]):
+        sizes, begin = size_Z[first:last], from_Z[first:last]
+        ends = np.cumsum(sizes)
+        shift = begin - (ends - sizes)
+        rows: int | torch.Tensor = int(begin[0])
+        if (shift != begin[0]).any():
+            (rows,) = upload_arrays([np.repeat(shift, sizes) + np.arange(ends[-1])], device)
+        found.append(_Run(int(to_Z[first]), int(ends[-1]), rows))
+    return found
+
+
+def _gather(source: torch.Tensor, target: torch.Tensor, runs: Iterable[_Run]) -> None:
+    for to, size, rows in runs:
+        into = target[to : to + size]
+        if isinstance(rows, int):
+            into.copy_(source[rows : rows + size])
+        else:
+            torch.index_select(source, 0, rows, out=into)
+
+
+def upload_tables(parts: Sequence[Segments]) -> None:
+    """Upload the tables of segments of one device at once, where kernels read them."""
+    if not parts or exchange_kernels(parts[0].device) is None:
+        return
+    arrays = [
+        array
+        for part in parts
+        for array in (part.held_Z, part.wire_Z, part.size_Z, np.array(part.first_T1))
+    ]
+    tensors = iter(upload_arrays(arrays, parts[0].device))
+    for part in parts:
+        part.table = Table(*(next(tensors) for _ in Table._fields))

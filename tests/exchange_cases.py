@@ -1,0 +1,127 @@
+"""Random exchanges, with the results that plain code finds without communication.
+
+Legend: N ranks, E experts, C replica slots per rank, h home experts of a rank. R rows of a matrix,
+r rows of a rank, K columns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_laer.choices import ExchangeAlgorithm, Sharding
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import Way, way_of
+from megatron_laer.planner.layout import EMPTY
+from megatron_laer.planner.placed import Placed, row_bounds
+from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
+
+COLUMNS = 3
+FLOATS = [torch.float32, torch.bfloat16, torch.float16]
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One matrix of a group, its layouts, and the dtypes of an exchange.
+
+    Attributes:
+        dtype: of weights; bytes of a payload or a float.
+        wire: of sums between hops; None for the gradients' own.
+        main: of main gradients.
+    """
+
+    geometry: Geometry
+    algorithm: ExchangeAlgorithm
+    rows: int
+    dtype: torch.dtype
+    grad: torch.dtype
+    wire: torch.dtype | None
+    main: torch.dtype
+    seed: int
+
+    @classmethod
+    def draw(cls, seed: int, ranks: tuple[int, int] | None = None) -> Case:
+        """Draw a case, of these ranks per group and node if given."""
+        rng = np.random.default_rng(seed)
+        node_size, nodes = int(rng.integers(1, 5)), int(rng.integers(1, 5))
+        num_ranks, node_size = ranks or (node_size * nodes, node_size)
+        at_home = num_ranks > 1 and rng.random() < 0.5
+        home, least = (int(rng.integers(1, 4)), 1) if at_home else (0, 0)
+        experts = home * num_ranks or int(rng.integers(1, 3 * num_ranks + 1))
+        least += home or -(-experts // num_ranks)
+        capacity = int(rng.integers(least, min(least + 3, experts) + 1))
+        sharding = Sharding.EXPERTS if at_home else Sharding.ROWS
+        return cls(
+            Geometry(num_ranks, experts, capacity, node_size, sharding),
+            list(ExchangeAlgorithm)[int(rng.integers(2))],
+            rows=int(rng.choice([1, num_ranks, 2 * num_ranks, rng.integers(1, 3 * num_ranks)])),
+            dtype=[*FLOATS, torch.uint8][int(rng.integers(4))],
+            grad=FLOATS[int(rng.integers(3))],
+            wire=[None, *FLOATS][int(rng.integers(4))],
+            main=FLOATS[int(rng.integers(3))],
+            seed=seed,
+        )
+
+    @property
+    def way(self) -> Way:
+        return way_of(self.geometry, self.algorithm)
+
+    def placed(self, step: int) -> Placed:
+        return Placed(self.geometry.random_layout((self.seed, step)), self.geometry)
+
+    def index(self, step: int) -> LayoutIndex:
+        return layout_index(self.placed(step), CPU)
+
+    def random(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        drawn = torch.randn(shape, generator=torch.Generator().manual_seed(self.seed))
+        return drawn.mul(50).abs().to(dtype) if dtype == torch.uint8 else drawn.to(dtype)
+
+    @cached_property
+    def whole_ERK(self) -> torch.Tensor:
+        return self.random(self.geometry.num_experts, self.rows, COLUMNS, dtype=self.dtype)
+
+    @cached_property
+    def grads_NCRK(self) -> torch.Tensor:
+        slots = self.geometry.num_ranks, self.geometry.replica_slots
+        return self.random(*slots, self.rows, COLUMNS, dtype=self.grad)
+
+    def owned_by(self, rank: int, whole_ERK: torch.Tensor) -> Any:
+        """Return a rank's share of matrices of all experts, as an exchange takes it."""
+        if home := self.geometry.home_slots:
+            return [one.clone() for one in whole_ERK[rank * home : (rank + 1) * home]]
+        bounds = row_bounds(self.rows, self.geometry.num_ranks)
+        return whole_ERK[:, bounds[rank] : bounds[rank + 1]].clone()
+
+    def experts_of(self, rank: int, step: int) -> list[int]:
+        layout = self.placed(step).layout
+        return list(layout.experts_of(rank)[self.geometry.home_slots :])
+
+    def check_restored(self, restored_CRK: torch.Tensor, rank: int, step: int) -> int:
+        """Compare a rank's filled slots with their experts; return how many there are."""
+        filled = [(c, e) for c, e in enumerate(self.experts_of(rank, step)) if e != EMPTY]
+        for slot, expert in filled:
+            assert torch.equal(restored_CRK[slot], self.whole_ERK[expert]), (self, rank, slot)
+        return len(filled)
+
+    def summed_ERK(self, step: int, wire: torch.dtype) -> torch.Tensor:
+        """Return the sums over replicas in float32 and in order; those between hops are rounded."""
+        geometry, zero = self.geometry, torch.zeros(self.rows, COLUMNS)
+        width = next((w for w in self.way.widths[::-1] if w < geometry.num_ranks), None)
+        parts: list[list[torch.Tensor]] = [[] for _ in range(geometry.num_experts)]
+        for first in range(0, geometry.num_ranks, width or geometry.num_ranks):
+            of_node: dict[int, torch.Tensor] = {}
+            for rank in range(first, first + (width or geometry.num_ranks)):
+                for slot, expert in enumerate(self.experts_of(rank, step)):
+                    if expert != EMPTY:
+                        part = self.grads_NCRK[rank, slot].float()
+                        of_node[expert] = of_node[expert] + part if expert in of_node else part
+            for expert, total in of_node.items():
+                parts[expert].append(total.to(wire).float() if width else total)
+        sums = [sum(found[1:], start=found[0]) if found else zero for found in parts]
+        spread = geometry.num_ranks in self.way.widths
+        return torch.stack([total.to(wire).float() if spread else total for total in sums])

@@ -1,0 +1,208 @@
+"""Exchanges of random layouts by all ways: exact, in order, with the bytes of their hops."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_laer.choices import ExchangeAlgorithm, Sharding
+from megatron_laer.planner.geometry import Geometry
+from megatron_laer.planner.hops import Link, hops, rank_hops, way_of
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.placed import Placed, row_bounds
+from megatron_laer.planner.traffic import restore_traffic
+from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
+from megatron_laer.runtime.comm.exchange import Exchange, ReusableWeights
+from megatron_laer.runtime.comm.layout_index import layout_index
+from tests.exchange_cases import COLUMNS, CPU, Case
+from tests.loopback import groups_of, run
+
+FLAT = ExchangeAlgorithm.FLAT
+CASES = 100
+
+
+class Group:
+    """All ranks of a case, with an exchange each."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.ranks = case, range(case.geometry.num_ranks)
+        groups = groups_of(case.geometry.num_ranks, case.geometry.node_size)
+        self.exchanges = [
+            Exchange(group, [case.way], grad_wire_dtype=case.wire) for group in groups
+        ]
+
+    def restore(self, step: int, reuse: list[ReusableWeights] | None = None) -> list[torch.Tensor]:
+        case, index = self.case, self.case.index(step)
+        return run(
+            [
+                exchange.restore_steps(
+                    case.owned_by(rank, case.whole_ERK),
+                    index,
+                    case.rows,
+                    reuse=None if reuse is None else reuse[rank],
+                )
+                for rank, exchange in enumerate(self.exchanges)
+            ]
+        )
+
+    def reduce(self, step: int, add_to: list[Any] | None = None) -> list[torch.Tensor]:
+        case, index = self.case, self.case.index(step)
+        return run(
+            [
+                exchange.reduce_steps(
+                    case.grads_NCRK[rank], index, add_to=None if add_to is None else add_to[rank]
+                )
+                for rank, exchange in enumerate(self.exchanges)
+            ]
+        )
+
+    def received(self) -> list[list[int]]:
+        """Return each rank's received bytes: of restores and of reduces, in its node and beyond."""
+        names = [
+            f"{kind}_{where}_bytes"
+            for kind in ("restore", "reduce")
+            for where in ("intra", "inter")
+        ]
+        return [[getattr(exchange.count, name) for name in names] for exchange in self.exchanges]
+
+
+def moved_rows(case: Case, step: int, before: int | None, rank: int) -> list[np.ndarray]:
+    """Return the rows that a rank receives, and sends, in each hop: inside its node and beyond."""
+    geometry, way = case.geometry, case.way
+    kept = None if before is None else case.placed(before)
+    rows_B = np.diff(row_bounds(case.rows, way.blocks))
+    node, local_rank = divmod(rank, geometry.node_size)
+    found = []
+    for hop in rank_hops(hops(case.placed(step), way, kept), way, rank):
+        own, near = rank, range(node * geometry.node_size, (node + 1) * geometry.node_size)
+        if hop.link is Link.BETWEEN:
+            own, near = node, range(node, node + 1)
+        elif hop.link is Link.INSIDE:
+            own, near = local_rank, range(geometry.node_size)
+        of_hop = np.zeros((2, 2), dtype=np.int64)
+        for at, end in enumerate((hop.received, hop.sent)):
+            for peer, block in zip(end.peer_Z.tolist(), end.block_Z.tolist(), strict=True):
+                if peer != own:
+                    of_hop[at, int(peer not in near)] += rows_B[block]
+        found.append(of_hop)
+    return found
+
+
+def check_bytes(case: Case, group: Group) -> None:
+    """Compare the bytes of a restore, an update and a reduce with the sums over their hops."""
+    count = group.received()
+    size = case.dtype.itemsize
+    matrices, first, then = [(case.rows, COLUMNS)], case.placed(0), case.placed(1)
+    restored = restore_traffic(first, matrices, case.algorithm)
+    updated = restore_traffic(then, matrices, case.algorithm, before=first)
+    for rank in group.ranks:
+        full, update = moved_rows(case, 0, None, rank), moved_rows(case, 1, 0, rank)
+        received, sent = sum(full) * COLUMNS
+        assert received.tolist() == [restored.intra_N[rank], restored.inter_N[rank]], case
+        assert sent.tolist() == [restored.sent_intra_N[rank], restored.sent_inter_N[rank]], case
+        received, sent = sum(update) * COLUMNS
+        assert received.tolist() == [updated.intra_N[rank], updated.inter_N[rank]], case
+        assert sent.tolist() == [updated.sent_intra_N[rank], updated.sent_inter_N[rank]], case
+        restores = (sum(full) + sum(update))[0] * COLUMNS * size
+        assert count[rank][:2] == restores.tolist(), case
+        # Gradients go back: what was sent arrives. The last hop comes first.
+        *others, of_slots = moved_rows(case, 1, None, rank)
+        back = of_slots[1] * case.grad.itemsize
+        for of_hop in others:
+            back = back + of_hop[1] * (case.wire or case.grad).itemsize
+        assert count[rank][2:] == (back * COLUMNS).tolist(), case
+
+
+def test_restores_updates_and_reduces_are_exact_and_move_the_bytes_of_their_hops() -> None:
+    ways: Counter[tuple[bool, int]] = Counter()
+    compared = 0
+    for seed in range(CASES):
+        case = Case.draw(seed)
+        group = Group(case)
+        restored = group.restore(0)
+        for rank in group.ranks:
+            compared += case.check_restored(restored[rank], rank, 0)
+        reuse = [ReusableWeights(case.index(0), matrix) for matrix in restored]
+        for rank, changed in enumerate(group.restore(1, reuse)):
+            assert changed is restored[rank]
+            case.check_restored(changed, rank, 1)
+        given = case.grads_NCRK.clone()
+        results = group.reduce(1)
+        check_bytes(case, group)
+        sums_ERK = case.summed_ERK(1, case.wire or case.grad)
+        before = torch.full_like(sums_ERK, 0.1).to(case.main)
+        mains = [case.owned_by(rank, before) for rank in group.ranks]
+        group.reduce(1, mains)
+        assert torch.equal(case.grads_NCRK, given), "the gradients were changed"
+        for rank in group.ranks:
+            totals = case.owned_by(rank, sums_ERK), case.owned_by(rank, before)
+            for at, (total, was) in enumerate(zip(*totals, strict=True)):
+                assert torch.equal(results[rank][at], total.to(case.grad)), case
+                assert torch.equal(mains[rank][at], (was.float() + total).to(case.main)), case
+        ways[case.way.at_home, len(case.way.widths)] += 1
+    assert compared > 10 * CASES
+    assert len(ways) == 5, "direct, flat, node, relay, and relay by node"
+
+
+def test_buffers_are_allocated_once_and_as_large_as_the_bound() -> None:
+    """Expect the bound of the first layout's exchanges, and no more for others."""
+    for seed in range(40):
+        case = Case.draw(seed)
+        if case.way.is_direct or not case.placed(0).has_replicas:
+            continue
+        group, wire = Group(case), case.wire or case.grad
+        restores = restore_workspace(case.way, case.rows, COLUMNS, case.dtype.itemsize)
+        reduces = reduce_workspace(case.way, case.rows, COLUMNS, case.grad.itemsize, wire.itemsize)
+        for step in range(4):
+            group.restore(step)
+            group.reduce(step)
+            for exchange in group.exchanges:
+                assert exchange.restore_workspace.num_bytes <= sum(restores.values()), case
+                assert exchange.reduce_workspace.num_bytes <= sum(reduces.values()), case
+
+
+def test_a_home_sends_directly_as_many_copies_as_it_has_replicas() -> None:
+    """One home has all hot experts: its buffer grows to them, and the others' stay small."""
+    geometry = Geometry(4, 4, 2, 4, Sharding.EXPERTS)
+    layout = ExpertLayout.from_slots(4, 2, 4, [0, -1, 1, 0, 2, 0, 3, 0])
+    case = Case(geometry, FLAT, 8, torch.float32, torch.float32, None, torch.float32, seed=0)
+    group, index = Group(case), layout_index(Placed(layout, geometry), CPU)
+    sources = [case.owned_by(rank, case.whole_ERK) for rank in group.ranks]
+    run(
+        [
+            exchange.restore_steps(sources[rank], index, case.rows)
+            for rank, exchange in enumerate(group.exchanges)
+        ]
+    )
+    one = case.rows * COLUMNS * 4
+    assert [exchange.restore_workspace.num_bytes for exchange in group.exchanges] == [
+        3 * one,
+        0,
+        0,
+        0,
+    ]
+
+
+def test_an_exchange_goes_by_the_way_that_is_chosen_for_its_layout() -> None:
+    geometry = Geometry(4, 8, 3, 2, Sharding.EXPERTS)
+    ways = [way_of(geometry, algorithm) for algorithm in ExchangeAlgorithm]
+    chosen = [
+        Exchange(group, ways, lambda placed: ways[placed.quantised]) for group in groups_of(4, 2)
+    ]
+    assert len(set(chosen[0].communicators)) == 2 * len(Link)
+    for quantised in (False, True):
+        of = Placed(geometry.random_layout((1,)), geometry, quantised)
+        index, homes = layout_index(of, CPU), torch.randn(8, 4, COLUMNS)
+        before = [exchange.count.restore_collectives for exchange in chosen]
+        run(
+            [
+                exchange.restore_steps([*homes[rank * 2 : rank * 2 + 2]], index, 4)
+                for rank, exchange in enumerate(chosen)
+            ]
+        )
+        after = [exchange.count.restore_collectives for exchange in chosen]
+        # A node without a replica has fewer.
+        assert max(b - a for a, b in zip(before, after, strict=True)) == len(ways[quantised].links)
