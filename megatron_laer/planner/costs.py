@@ -264,6 +264,11 @@ class CostModel:
         by_layout = algorithm == Auto.AUTO and geometry.home_slots > 0
         return replace(self, restore_algorithm=chosen, by_layout=by_layout)
 
+    @property
+    def algorithms(self) -> tuple[ExchangeAlgorithm, ...]:
+        """Return the exchanges by which layouts can be fetched."""
+        return tuple(ExchangeAlgorithm) if self.by_layout else (self.restore_algorithm,)
+
     def exchange_of(self, placed: Placed) -> ExchangeAlgorithm:
         """Return the exchange that fetches a layout."""
         return self.faster_exchange(placed) if self.by_layout else self.restore_algorithm
@@ -377,12 +382,11 @@ def _least_change_seconds(costs: CostModel, geometry: Geometry) -> float:
     first_S = np.arange(num_ranks * geometry.replica_slots) == 0
     static_S = geometry.static_layout.slot_expert_S
     fetched = (home, geometry.num_experts - 1) if home else (int(static_S[0]),)
-    ways = ExchangeAlgorithm if costs.by_layout else (costs.restore_algorithm,)
     fetches_s = []
     for expert in fetched:
         slots_S = np.where(np.arange(geometry.num_slots) == home, expert, static_S)
         placed = Placed(ExpertLayout.from_slots(*geometry.shape, slots_S), geometry)
-        for way in ways:
+        for way in costs.algorithms:
             traffic = restore_traffic(placed, matrices, way, first_S)
             fetches_s.append(costs._exchange_seconds(traffic, geometry, way, form))
     return (min(fetches_s) + costs.solve_seconds(geometry)) * _BELOW_ROUNDING

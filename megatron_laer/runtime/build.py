@@ -13,7 +13,6 @@ import torch
 from megatron_laer.choices import Fp8Recipe, Recompute
 from megatron_laer.config import (
     Auto,
-    ExchangeAlgorithm,
     FSEPConfig,
     OverlapScheduler,
     PlanMode,
@@ -195,13 +194,12 @@ def make_exchange(
     config: FSEPConfig, groups: FSEPGroups, costs: CostModel, geometry: Geometry
 ) -> Exchange:
     """Make the exchange of all layers: the one place where the way of a layout is chosen."""
-    algorithms = ExchangeAlgorithm if costs.by_layout else [costs.restore_algorithm]
 
     @lru_cache(maxsize=_LAYOUTS)
     def choose(placed: Placed) -> Way:
         return way_of(geometry, (costs if placed.quantised else costs.in_bf16).exchange_of(placed))
 
-    ways = [way_of(geometry, algorithm) for algorithm in algorithms]
+    ways = [way_of(geometry, algorithm) for algorithm in costs.algorithms]
     return Exchange(groups, ways, choose, wire_dtype(config))
 
 

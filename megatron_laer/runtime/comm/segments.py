@@ -7,7 +7,7 @@ Legend: K columns. Z segments of rows, T sums of such.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import import_module
@@ -73,6 +73,7 @@ class Segments:
     in_place: int | None
     device: torch.device
     table: Table | None = field(default=None, repr=False)
+    _runs: dict[tuple[int, bool], list[_Run]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -95,35 +96,20 @@ class Segments:
         return cls(held_Z, wire_Z, size_Z, tensor_rows, in_place, device)
 
     @cached_property
-    def first_T1(self) -> list[int]:
+    def first_T1(self) -> Int64:
         """Return the first segment of each sum, and the number of segments."""
         begins = np.flatnonzero(np.diff(self.held_Z, prepend=-1))
-        return [*begins.tolist(), self.held_Z.size]
+        return np.append(begins, self.held_Z.size)
 
     @cached_property
-    def by_tensor(self) -> list[tuple[int, slice]]:
-        """Return the used tensors of the holding, each with its segments."""
-        tensor_Z = self.held_Z // self.tensor_rows
-        begins = np.flatnonzero(np.diff(tensor_Z, prepend=-1)).tolist()
-        bounds = pairwise([*begins, tensor_Z.size])
-        return [(int(tensor_Z[first]), slice(first, last)) for first, last in bounds]
+    def most(self) -> int:
+        """Return the most rows of a segment."""
+        return int(self.size_Z.max(initial=0))
 
-    @cached_property
-    def _packed(self) -> list[tuple[int, list[_Run]]]:
-        return [
-            (at, self._runs(part, self.held_Z % self.tensor_rows, self.wire_Z))
-            for at, part in self.by_tensor
-        ]
-
-    @cached_property
-    def _unpacked(self) -> list[tuple[int, list[_Run]]]:
-        return [
-            (at, self._runs(part, self.wire_Z, self.held_Z % self.tensor_rows))
-            for at, part in self.by_tensor
-        ]
-
-    def _runs(self, part: slice, from_Z: Int64, to_Z: Int64) -> list[_Run]:
-        return _runs(from_Z[part], to_Z[part], self.size_Z[part], self.device)
+    @property
+    def end(self) -> int:
+        """Return the row of the holding behind its last segment."""
+        return int(self.held_Z[-1] + self.size_Z[-1]) if self.held_Z.size else 0
 
     def view(self, held: Held) -> torch.Tensor:
         """Return the rows of the holding as they are on the wire, which is possible in place."""
@@ -133,21 +119,26 @@ class Segments:
 
     def pack(self, held: Held, wire: torch.Tensor) -> None:
         """Copy rows from the holding to the wire."""
-        if self.table is not None:
-            for at, part in self.by_tensor:
-                self._launch(held[at], at, wire, part, packs=True)
-            return
-        for at, runs in self._packed:
-            _gather(held[at], wire, runs)
+        self._copy(held, wire, packs=True)
 
     def unpack(self, wire: torch.Tensor, held: Held) -> None:
         """Copy rows from the wire to the holding."""
-        if self.table is not None:
-            for at, part in self.by_tensor:
-                self._launch(held[at], at, wire, part, packs=False)
-            return
-        for at, runs in self._unpacked:
-            _gather(wire, held[at], runs)
+        self._copy(held, wire, packs=False)
+
+    def _copy(self, held: Held, wire: torch.Tensor, *, packs: bool) -> None:
+        for at, part in self._by_tensor:
+            if self.table is not None:
+                exchange_kernels(self.device).copy_segments(
+                    held[at], wire, self.table, at * self.tensor_rows, part, self.most, packs=packs
+                )
+                continue
+            source, target = (held[at], wire) if packs else (wire, held[at])
+            for to, size, rows in self._runs_of(at, part, packs=packs):
+                into = target[to : to + size]
+                if isinstance(rows, int):
+                    into.copy_(source[rows : rows + size])
+                else:
+                    torch.index_select(source, 0, rows, out=into)
 
     def add(self, wire: torch.Tensor, held: Held, *, adds: bool) -> None:
         """Sum rows on the wire in float32 and in order, and round once, to the holding.
@@ -155,48 +146,35 @@ class Segments:
         Args:
             adds: whether to add the sums to the holding's rows.
         """
-        if self.table is not None:
-            kernels = exchange_kernels(self.device)
-            for at, sums in self._sums_by_tensor:
-                kernels.sum_segments(
-                    wire, self.table, held[at], at * self.tensor_rows, sums, self.most, adds=adds
+        for at, part in self._by_tensor:
+            sums = slice(*np.searchsorted(self.first_T1, (part.start, part.stop)).tolist())
+            base = at * self.tensor_rows
+            if self.table is not None:
+                exchange_kernels(self.device).sum_segments(
+                    wire, self.table, held[at], base, sums, self.most, adds=adds
                 )
-            return
-        held_Z, wire_Z, size_Z = (
-            rows_Z.tolist() for rows_Z in (self.held_Z, self.wire_Z, self.size_Z)
-        )
-        for first, last in pairwise(self.first_T1):
-            at, to = divmod(held_Z[first], self.tensor_rows)
-            size = size_Z[first]
-            total = wire[wire_Z[first] : wire_Z[first] + size].float()
-            for begin in wire_Z[first + 1 : last]:
-                total = total + wire[begin : begin + size]
-            target = held[at][to : to + size]
-            target.add_(total) if adds else target.copy_(total)
+                continue
+            for first, last in pairwise(self.first_T1[sums.start : sums.stop + 1].tolist()):
+                to, size = int(self.held_Z[first]) - base, int(self.size_Z[first])
+                parts = [wire[row : row + size] for row in self.wire_Z[first:last].tolist()]
+                total = sum(parts[1:], start=parts[0].float())
+                target = held[at][to : to + size]
+                target.add_(total) if adds else target.copy_(total)
 
     @cached_property
-    def _sums_by_tensor(self) -> list[tuple[int, slice]]:
-        ends = [(at, np.searchsorted(self.first_T1, part.stop)) for at, part in self.by_tensor]
-        firsts = [0, *(int(end) for _, end in ends)]
-        return [(at, slice(*ends)) for (at, _), ends in zip(ends, pairwise(firsts), strict=True)]
+    def _by_tensor(self) -> list[tuple[int, slice]]:
+        """Return the used tensors of the holding, each with its segments."""
+        tensor_Z = self.held_Z // self.tensor_rows
+        begins = np.flatnonzero(np.diff(tensor_Z, prepend=-1)).tolist()
+        bounds = pairwise([*begins, tensor_Z.size])
+        return [(int(tensor_Z[first]), slice(first, last)) for first, last in bounds]
 
-    @property
-    def end(self) -> int:
-        """Return the row of the holding behind its last segment."""
-        return int(self.held_Z[-1] + self.size_Z[-1]) if self.held_Z.size else 0
-
-    @cached_property
-    def most(self) -> int:
-        """Return the most rows of a segment."""
-        return int(self.size_Z.max(initial=0))
-
-    def _launch(
-        self, held: torch.Tensor, at: int, wire: torch.Tensor, part: slice, *, packs: bool
-    ) -> None:
-        assert self.table is not None
-        exchange_kernels(self.device).copy_segments(
-            held, wire, self.table, at * self.tensor_rows, part, self.most, packs=packs
-        )
+    def _runs_of(self, at: int, part: slice, *, packs: bool) -> list[_Run]:
+        if (at, packs) not in self._runs:
+            held_Z, wire_Z = self.held_Z[part] - at * self.tensor_rows, self.wire_Z[part]
+            from_Z, to_Z = (held_Z, wire_Z) if packs else (wire_Z, held_Z)
+            self._runs[at, packs] = _runs(from_Z, to_Z, self.size_Z[part], self.device)
+        return self._runs[at, packs]
 
 
 class _Run(NamedTuple):
@@ -223,23 +201,12 @@ def _runs(from_Z: Int64, to_Z: Int64, size_Z: Int64, device: torch.device) -> li
     return found
 
 
-def _gather(source: torch.Tensor, target: torch.Tensor, runs: Iterable[_Run]) -> None:
-    for to, size, rows in runs:
-        into = target[to : to + size]
-        if isinstance(rows, int):
-            into.copy_(source[rows : rows + size])
-        else:
-            torch.index_select(source, 0, rows, out=into)
-
-
 def upload_tables(parts: Sequence[Segments]) -> None:
     """Upload the tables of segments of one device at once, where kernels read them."""
     if not parts or exchange_kernels(parts[0].device) is None:
         return
     arrays = [
-        array
-        for part in parts
-        for array in (part.held_Z, part.wire_Z, part.size_Z, np.array(part.first_T1))
+        array for part in parts for array in (part.held_Z, part.wire_Z, part.size_Z, part.first_T1)
     ]
     tensors = iter(upload_arrays(arrays, parts[0].device))
     for part in parts:

@@ -115,23 +115,30 @@ def test_an_exchange_by_layout_has_the_workspaces_of_the_larger_way() -> None:
     assert both["workspaces"] == max(direct["workspaces"], relay["workspaces"])
 
 
+NODE = replace(COSTS, restore_algorithm=ExchangeAlgorithm.NODE)
+
+
 # GiB of NCCL's buffers besides Megatron's own communicator, as in docs/communication.md.
 @pytest.mark.parametrize(
-    ("ranks", "costs", "gib"),
+    ("ranks", "sharding", "costs", "gib"),
     [
-        (8, COSTS, 2.625),
-        (32, COSTS, 1.375),
-        (32, replace(COSTS, restore_algorithm=ExchangeAlgorithm.NODE), 2.6875),
-        (32, replace(COSTS, by_layout=True), 4.0625),
-        (32, replace(COSTS, tokens=TokenPrices(TokenExchange.NODE)), 1.375 + 2.75),
+        (8, Sharding.EXPERTS, COSTS, 2.625),
+        (32, Sharding.EXPERTS, COSTS, 1.375),
+        (32, Sharding.ROWS, NODE, 2.6875),
+        (32, Sharding.EXPERTS, NODE, 4.0625),
+        (32, Sharding.EXPERTS, replace(COSTS, by_layout=True), 4.0625),
+        (
+            *(32, Sharding.EXPERTS),
+            *(replace(COSTS, tokens=TokenPrices(TokenExchange.NODE)), 1.375 + 2.75),
+        ),
     ],
 )
 def test_communicators_take_the_memory_that_is_documented(
-    ranks: int, costs: CostModel, gib: float
+    ranks: int, sharding: Sharding, costs: CostModel, gib: float
 ) -> None:
     card = costs.cluster.card
     assert card is not None
-    geometry = Geometry(ranks, 64, 64 // ranks + 1, 8, Sharding.EXPERTS)
+    geometry = Geometry(ranks, 64, 64 // ranks + 1, 8, sharding)
     method = make_method(FSEP, MethodSettings(geometry, costs), Rates(costs.cluster, 2))
     others = card.context_gib * 2**30 + card.communicator_bytes(ranks, 8)
     assert method.fixed_bytes["libraries"] - others == gib * 2**30

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_laer.choices import TokenExchange
-from megatron_laer.config import ExchangeAlgorithm
 from megatron_laer.planner.clusters import Card
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.hops import way_of
+from megatron_laer.planner.hops import Link, Way, way_of
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
 
 # Bytes of an element of gradients that are summed over a step.
@@ -34,26 +33,21 @@ def buffers(
     `holds_step` gradients are sums.
     """
     num_ranks, node_size = geometry.num_ranks, geometry.node_size
-    is_flat = costs.restore_algorithm == ExchangeAlgorithm.FLAT
-    ways = [ExchangeAlgorithm.FLAT] * (is_flat or costs.by_layout)
-    ways += [ExchangeAlgorithm.NODE] * (not is_flat or costs.by_layout)
+    ways = [way_of(geometry, algorithm) for algorithm in costs.algorithms]
     together = sum if one_queue else max
-    by_way = [_workspaces(geometry, costs, way, SUM_BYTES if holds_step else None) for way in ways]
+    by_way = [_workspaces(way, costs, SUM_BYTES if holds_step else None) for way in ways]
     workspaces = sum(
         max(together(of_matrix[name] for of_matrix in sizes) for sizes in of_ways)
         for of_ways in zip(*by_way, strict=True)
         for name in ("send", "receive")
     )
-    exchanges: list[tuple[int, int]] = []  # besides tokens'; NCCL takes memory at first use
+    near = {Link.ALL: node_size, Link.INSIDE: node_size, Link.BETWEEN: 1}
+    links = {link for way in ways for link in way.links}
+    # Besides tokens'; NCCL takes memory at first use.
+    exchanges = [(link.size(geometry), near[link]) for link in links] * 2
     tokens = [(num_ranks, node_size)]
-    stages = [(node_size, node_size), (num_ranks // node_size, 1)]
-    has_stages = 1 < node_size < num_ranks
-    if is_flat or costs.by_layout:
-        exchanges += [(num_ranks, node_size)] * 2
-    if has_stages and (not is_flat or costs.by_layout):
-        exchanges += stages * 2
-    if has_stages and costs.tokens.exchange == TokenExchange.NODE:
-        tokens += stages
+    if 1 < node_size < num_ranks and costs.tokens.exchange == TokenExchange.NODE:
+        tokens += [(node_size, node_size), (geometry.num_nodes, 1)]
     found = {"workspaces": workspaces, **library_bytes(card, tokens, exchanges)}
     form = costs.weights_form(geometry.sharding)
     if form != costs.grads_form:
@@ -76,16 +70,14 @@ def library_bytes(
     return {"libraries": card.context_gib * 2**30 + nccl}
 
 
-def _workspaces(
-    geometry: Geometry, costs: CostModel, algorithm: ExchangeAlgorithm, sum_bytes: int | None
-) -> list[_Sizes]:
+def _workspaces(way: Way, costs: CostModel, sum_bytes: int | None) -> list[_Sizes]:
     """Return the buffers of restores and reduces by one way.
 
     Gradients have `sum_bytes` where they are summed over a step, except between hops. A home that
     sends directly is assumed to send as many experts as it has replica slots.
     """
-    weights, grads = costs.weights_form(geometry.sharding), costs.grads_form
-    way, wire = way_of(geometry, algorithm), grads.bytes_per_element
+    weights, grads = costs.weights_form(way.geometry.sharding), costs.grads_form
+    wire = grads.bytes_per_element
     return [
         [restore_workspace(way, *matrix, weights.bytes_per_element) for matrix in weights.matrices],
         [reduce_workspace(way, *matrix, sum_bytes or wire, wire) for matrix in grads.matrices],
