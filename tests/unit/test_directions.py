@@ -157,7 +157,8 @@ def test_a_forward_fetches_the_weights_of_its_own_backward_at_once(
     assert frozen.requires_grad and gone(restored, streams=streams)
 
 
-def test_a_step_holds_weights_of_both_directions(streams: ExchangeStreams) -> None:
+@pytest.mark.parametrize("reruns", [False, True], ids=["plain", "re-run"])
+def test_a_step_holds_weights_of_both_directions(streams: ExchangeStreams, reruns: bool) -> None:
     share = directed(streams)._share
     index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
     held = RestoredExperts("layer 1", share, index, streams, frozenset({Kind.STEP}))
@@ -166,7 +167,11 @@ def test_a_step_holds_weights_of_both_directions(streams: ExchangeStreams) -> No
         held.begin_step(index, 2)
         for _ in range(2):
             tokens = ones(needs_grad=True)
-            compute(held, tokens, ones(needs_grad=True)).sum().backward()
+            if reruns:
+                held.expect_rerun()
+                with torch.no_grad():
+                    compute(held, tokens, ones(needs_grad=False))
+            compute(held, tokens, ones(needs_grad=True), reruns=reruns).sum().backward()
             wanted = torch.full((4,), FACTOR**2 * SUMS[0] * SUMS[1])
             assert torch.equal(tokens.grad, wanted)  # type: ignore[arg-type]
         assert streams.weights.in_use == 4

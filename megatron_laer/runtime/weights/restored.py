@@ -118,7 +118,7 @@ class RestoredExperts:
 
     def expect_rerun(self) -> None:
         """Note that a checkpoint runs this pass's forward again before its backward."""
-        self._become({Kind.FIRST: True})
+        self._become({Kind.FIRST: True, Kind.RERUN: False})
 
     def begin_block(self, hidden: torch.Tensor) -> torch.Tensor:
         """Mark hidden states of a block under a checkpoint, or make the wait for gradients."""
