@@ -113,14 +113,6 @@ class Recompute(Choice):
     COMPUTE = "compute"
 
 
-class Fp8Recipe(Choice):
-    """Recipe of fp8, in Megatron's words (`--fp8-recipe`)."""
-
-    TENSORWISE = "tensorwise"
-    BLOCKWISE = "blockwise"
-    MXFP8 = "mxfp8"
-
-
 class Unproven(Choice):
     """Feature that was never run with FSEP, and runs only on request."""
 

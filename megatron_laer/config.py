@@ -309,7 +309,7 @@ class FSEPConfig:
             )
         if self.sharding == Sharding.EXPERTS and self.reason_for_rows is not None:
             yield self.reason_for_rows
-        if self.experts_in_fp8 and (problem := self._problem_with_fp8_experts()) is not None:
+        if self.quantises_experts and (problem := self._problem_with_fp8_experts()) is not None:
             yield f"--fsep-allow-unproven {Unproven.FP8_EXPERTS}: {problem}"
         if self.pairs_interval is not None and self.record_trace is None:
             yield (
@@ -334,7 +334,7 @@ class FSEPConfig:
         return None
 
     @property
-    def experts_in_fp8(self) -> bool:
+    def quantises_experts(self) -> bool:
         return Unproven.FP8_EXPERTS in self.allow_unproven
 
     def _problem_with_fp8_experts(self) -> str | None:

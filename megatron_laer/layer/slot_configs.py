@@ -29,7 +29,7 @@ def of_dispatch(config: Any, num_slots: int) -> Any:
 def is_quantised(config: Any, given: FSEPConfig, layer_number: int, *, is_mtp: bool) -> bool:
     """Return whether a layer's experts compute in fp8; a model's ends may be kept in bf16."""
     kept_out = not is_mtp and is_first_last_bf16_layer(config, layer_number - 1)
-    return given.experts_in_fp8 and not kept_out
+    return given.quantises_experts and not kept_out
 
 
 def of_home_experts(config: Any) -> Any:

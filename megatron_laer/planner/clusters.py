@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_laer.choices import GemmBackEnd
 from megatron_laer.planner.gemm_curve import GemmCurve
+from megatron_laer.precision import Precision
 
 
 # First in the file, since the import checks a default below.
@@ -329,9 +330,9 @@ class Cluster:
         tokens, speed = self.gemm.points[0]
         return speed / tokens * bytes_per_element / 2
 
-    def gemm_in(self, *, fp8: bool) -> GemmCurve:
-        """Return the speed of GEMMs; raise ValueError for fp8 of unknown speed."""
-        if not fp8:
+    def gemm_in(self, precision: Precision) -> GemmCurve:
+        """Return the speed of GEMMs; raise ValueError if it is not known."""
+        if not precision.is_quantised:
             return self.gemm
         if self.gemm_fp8 is None:
             raise ValueError(

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
+from megatron_laer.choices import Recompute, Sharding
 from megatron_laer.config import Auto, ExchangeAlgorithm, Split
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.exact import exact_split
@@ -42,6 +42,7 @@ from megatron_laer.planner.traffic import (
 )
 from megatron_laer.planner.typical import typical_layout
 from megatron_laer.planner.wire_form import WireForm, backward_restores, weights_form
+from megatron_laer.precision import Precision
 
 # Backward GEMMs per forward GEMM, of the same size: for the inputs and for the weights.
 _BACKWARD_GEMMS = 2
@@ -70,8 +71,8 @@ class CostModel:
             None if not known.
         by_layout: whether each layout of home experts is fetched by the faster exchange;
             `restore_algorithm` is then the one of typical loads.
-        fp8: recipe in which experts compute, and home experts travel; None for neither. Layers
-            out of fp8 have prices of their own, `in_bf16`.
+        precision: of experts' products, and of home experts on the wire. Layers whose experts are
+            not quantised have prices of their own, `in_bf16`.
     """
 
     cluster: Cluster
@@ -84,7 +85,7 @@ class CostModel:
     tokens: TokenPrices = BY_RANK
     pairs_per_rank: int | None = None
     by_layout: bool = False
-    fp8: Fp8Recipe | None = None
+    precision: Precision = Precision.PARAMETERS
 
     def __post_init__(self) -> None:
         for name in ("hidden", "ffn", "bytes_per_element"):
@@ -93,8 +94,8 @@ class CostModel:
 
     @property
     def in_bf16(self) -> CostModel:
-        """Return the prices of a layer that is kept out of fp8."""
-        return replace(self, fp8=None)
+        """Return the prices of a layer whose experts are not quantised."""
+        return replace(self, precision=Precision.PARAMETERS)
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
@@ -104,7 +105,7 @@ class CostModel:
     @property
     def gemm(self) -> GemmCurve:
         """Return the speed of the experts' GEMMs."""
-        return self.cluster.gemm_in(fp8=self.fp8 is not None)
+        return self.cluster.gemm_in(self.precision)
 
     @property
     def grads_form(self) -> WireForm:
@@ -113,8 +114,9 @@ class CostModel:
 
     def weights_form(self, sharding: Sharding) -> WireForm:
         """Return the form of weights in restores; only home experts are quantised."""
-        recipe = self.fp8 if sharding == Sharding.EXPERTS else None
-        return weights_form(recipe, self.matrices, self.bytes_per_element)
+        if sharding == Sharding.ROWS:
+            return self.grads_form
+        return weights_form(self.precision, self.matrices, self.bytes_per_element)
 
     def backward_restores(self, sharding: Sharding) -> int:
         """Return the restores of a layer's backward; forward has one more."""

@@ -130,7 +130,7 @@ def shardings(config: FSEPConfig, num_ranks: int, num_experts: int) -> list[Shar
     """Return the shardings that a run may take, which `auto` compares."""
     if config.sharding != Auto.AUTO:
         return [Sharding(config.sharding)]
-    if config.experts_in_fp8:
+    if config.quantises_experts:
         return [Sharding.EXPERTS]
     home, uneven = divmod(num_experts, num_ranks)
     has_replicas = config.capacity is None or config.capacity > home

@@ -1,6 +1,6 @@
 """Form of an expert in exchanges of weights or gradients: matrices, bytes, passes over memory.
 
-In fp8, home experts travel as payloads (`layer/experts/fp8/payload.py`).
+Quantised experts travel as payloads (`precision.py`).
 
 Legend: R rows of a matrix, K columns.
 """
@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from megatron_laer.choices import Fp8Recipe, Recompute
-from megatron_laer.fp8_recipes import RECIPES
+from megatron_laer.choices import Recompute
+from megatron_laer.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,16 @@ class WireForm:
 
 @lru_cache(maxsize=64)
 def weights_form(
-    recipe: Fp8Recipe | None, matrices: tuple[tuple[int, int], ...], bytes_per_element: int
+    precision: Precision, matrices: tuple[tuple[int, int], ...], bytes_per_element: int
 ) -> WireForm:
     """Return the form of matrices, whose elements have `bytes_per_element` at home.
 
     The sender quantises each expert once. That it goes to several replicas is not counted, so
     quantising takes at most this time.
     """
-    if recipe is None:
-        return WireForm(matrices, bytes_per_element)
-    row = RECIPES[recipe]
+    row = precision.row
     payloads = tuple((row.payload_rows(*matrix), matrix[1]) for matrix in matrices)
-    form = WireForm(payloads, 1, directions=row.directions)
+    form = WireForm(payloads, row.value_bytes or bytes_per_element, directions=row.directions)
     moved = sum(row.quantising_bytes(*matrix, bytes_per_element) for matrix in matrices)
     return replace(form, quantising_passes=moved / form.expert_bytes)
 

@@ -77,7 +77,7 @@ def enable(config: FSEPConfig | None = None, *, seed: int | None = None) -> None
     if int(os.environ.get("RANK", "0")) == 0:
         if fresh:
             logger.info("FSEP is on:\n%s", patch_table())
-        if not wanted.config.experts_in_fp8:
+        if not wanted.config.quantises_experts:
             logger.info("FSEP: experts compute with --fsep-set gemm=%s", wanted.config.gemm)
         for word in wanted.config.allow_unproven:
             logger.warning(

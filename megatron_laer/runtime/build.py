@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_laer.choices import Fp8Recipe, Recompute
+from megatron_laer.choices import Recompute
 from megatron_laer.config import (
     Auto,
     FSEPConfig,
@@ -21,7 +21,6 @@ from megatron_laer.config import (
     flag_name,
 )
 from megatron_laer.files.checks import quoted
-from megatron_laer.fp8_recipes import recipe_of
 from megatron_laer.life import Kind, Kinds
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
@@ -37,6 +36,7 @@ from megatron_laer.planner.token_exchange import (
     counting_visits,
     with_token_exchange,
 )
+from megatron_laer.precision import Precision, recipe_of
 from megatron_laer.runtime.comm import agreement
 from megatron_laer.runtime.comm.collectives import TokenSizesExchange
 from megatron_laer.runtime.comm.exchange import Exchange, wire_dtype
@@ -206,8 +206,8 @@ def make_exchange(
 def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.device) -> CostModel:
     # `auto` uses the back end whose GEMMs a cluster always has.
     cluster = load_cluster(config.cluster or default_cluster(device)).for_back_end(config.gemm)
-    fp8 = _fp8_recipe(config, transformer_config)
-    if fp8 is not None and cluster.gemm_fp8 is None:
+    precision = _precision(config, transformer_config)
+    if precision.is_quantised and cluster.gemm_fp8 is None:
         logger.warning(
             "FSEP: cluster %s has no speed of GEMMs in fp8; the planner takes that without fp8. "
             "Add gemm_fp8 to its file",
@@ -221,15 +221,15 @@ def layer_costs(config: FSEPConfig, transformer_config: Any, device: torch.devic
         gated=transformer_config.gated_linear_unit,
         bytes_per_element=transformer_config.params_dtype.itemsize,
         recompute=_recompute(transformer_config),
-        fp8=fp8,
+        precision=precision,
     )
 
 
-def _fp8_recipe(config: FSEPConfig, transformer_config: Any) -> Fp8Recipe | None:
-    """Return the recipe in which experts compute, or None."""
-    if not config.experts_in_fp8 or not transformer_config.fp8:
-        return None
-    return Fp8Recipe(recipe_of(transformer_config))
+def _precision(config: FSEPConfig, transformer_config: Any) -> Precision:
+    """Return the precision of experts that are quantised in some layer."""
+    if not config.quantises_experts or not transformer_config.fp8:
+        return Precision.PARAMETERS
+    return Precision(recipe_of(transformer_config))
 
 
 def kinds_of_run(config: FSEPConfig, transformer_config: Any) -> Kinds:

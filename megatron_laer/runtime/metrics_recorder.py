@@ -206,7 +206,7 @@ def run_settings(
         "ffn": costs.ffn,
         "gated": costs.gated,
         "bytes_per_element": costs.bytes_per_element,
-        "fp8_recipe": costs.fp8,
+        "precision": costs.precision.recipe,
         "recompute": costs.recompute,
         "token_exchange": costs.tokens.exchange,
         "token_intra_rows": costs.tokens.intra_rows,

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
-from megatron_laer.choices import Fp8Recipe, Unproven
+from megatron_laer.choices import Unproven
 from megatron_laer.files.checks import quoted
-from megatron_laer.fp8_recipes import MEGATRONS_RECIPE, RECIPES, dotted, recipe_of
+from megatron_laer.precision import MEGATRONS_RECIPE, QUANTISED, Precision, dotted, recipe_of
 
 _WITH = f"with --fsep-allow-unproven {Unproven.FP8_EXPERTS}"
 
@@ -26,7 +26,7 @@ def problems(settings: Any, allowed: Collection[Unproven], kept_gib: float = 0.0
     recipe = recipe_of(settings)
     if (problem := recipe_problem(recipe)) is not None:
         return [problem]
-    row, found = RECIPES[Fp8Recipe(recipe)], []
+    row, found = Precision(recipe).row, []
     # A field of Megatron's DDP, not of its TransformerConfig.
     reuses = getattr(settings, "reuse_grad_buf_for_mxfp8_param_ag", True)
     if not row.in_buffers and getattr(settings, "fp8_param_gather", False) and not reuses:
@@ -44,7 +44,7 @@ def problems(settings: Any, allowed: Collection[Unproven], kept_gib: float = 0.0
 
 def recipe_problem(recipe: str) -> str | None:
     """Return why experts cannot compute by a recipe; None if they can."""
-    if recipe in RECIPES:
+    if recipe in QUANTISED:
         return None
     default = ", Megatron's default," if recipe == MEGATRONS_RECIPE else ""
     return (
@@ -59,14 +59,12 @@ def card_problem(recipe: str, capability: tuple[int, int], cuda: str | None) -> 
     `cuda` is the release that torch was built with, None where it is not known.
     """
     major, minor = map(int, (cuda or "99.0").split(".")[:2])
-    fitting = [
-        name for name, row in RECIPES.items() if row.cards.include(capability, (major, minor))
-    ]
+    fitting = [one for one in QUANTISED if one.row.cards.include(capability, (major, minor))]
     if recipe in fitting:
         return None
     instead = f"give --fp8-recipe {' or '.join(fitting)}" if fitting else "leave out --fp8-format"
     return (
         f"--fp8-recipe {recipe} {_WITH}: Transformer Engine needs "
-        f"{RECIPES[Fp8Recipe(recipe)].cards}, and this card has {dotted(capability)} with CUDA "
+        f"{Precision(recipe).row.cards}, and this card has {dotted(capability)} with CUDA "
         f"{cuda}; {instead}"
     )

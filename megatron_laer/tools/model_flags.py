@@ -22,12 +22,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_laer.choices import Fp8Recipe
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.yaml_text import read_yaml
-from megatron_laer.fp8_recipes import MEGATRONS_RECIPE
 from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.precision import MEGATRONS_RECIPE, Precision
 from megatron_laer.support import fp8_experts
 
 GROUPS = ("architecture", "moe", "initialization", "precision", "data")
@@ -159,7 +158,7 @@ MAX_WIDTH = 2**20
 class ExpertSizes:
     """Widths of an expert, and the number of experts of a token.
 
-    With `gated`, an expert's first matrix is [2F, H]. `fp8_recipe` is None for no fp8.
+    With `gated`, an expert's first matrix is [2F, H].
     """
 
     hidden: int
@@ -167,7 +166,7 @@ class ExpertSizes:
     gated: bool
     num_experts: int | None = None
     top_k: int = 2
-    fp8_recipe: Fp8Recipe | None = None
+    precision: Precision = Precision.PARAMETERS
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
@@ -209,20 +208,20 @@ def model_sizes(
         any(flag in values for flag in _GATED),
         size("--num-experts", MAX_EXPERTS),
         size(top_k, MAX_EXPERTS) if top_k in values else ExpertSizes.top_k,
-        fp8_recipe(values.get("--fp8-format"), values.get("--fp8-recipe")),
+        precision_of(values.get("--fp8-format"), values.get("--fp8-recipe")),
     )
 
 
-def fp8_recipe(fp8_format: str | None, recipe: str | None) -> Fp8Recipe | None:
-    """Return the recipe of Megatron's two flags; None for no fp8."""
+def precision_of(fp8_format: str | None, recipe: str | None) -> Precision:
+    """Return the precision by Megatron's two flags of fp8."""
     if fp8_format is None:
         if recipe is not None:
             raise ValueError(
                 f"--fp8-recipe {quoted(recipe)}: no effect without --fp8-format; add that, or "
                 "leave the recipe out"
             )
-        return None
+        return Precision.PARAMETERS
     recipe = recipe or MEGATRONS_RECIPE
     if (problem := fp8_experts.recipe_problem(recipe)) is not None:
         raise ValueError(problem)
-    return Fp8Recipe(recipe)
+    return Precision(recipe)

@@ -20,10 +20,9 @@ from unittest import mock
 
 import torch
 
-from megatron_laer.choices import Fp8Recipe
-from megatron_laer.fp8_recipes import recipe_of
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
 from megatron_laer.layer.experts.fp8.payload import BackwardPacker, PayloadForm
+from megatron_laer.precision import Precision, recipe_of
 from megatron_laer.runtime.weights.layer import Carried, Packer
 from tests.doubles import fp8
 from tests.doubles.fp8_parameters import Fp8Parameter, fp8_parameters, keep_in_fp8
@@ -111,7 +110,7 @@ class EmulatedGemm:
 
     def __init__(self, config: Any, rows: int, columns: int) -> None:
         recipe = self._recipe = Recipe.of(config)
-        name = Fp8Recipe(recipe_of(config))
+        name = Precision(recipe_of(config))
         self._form = self._backward_form = PayloadForm(name, rows, columns)
         self._for_backward: Packer = self
         if recipe.backward_weight != recipe.weight:

@@ -10,8 +10,8 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from megatron_laer.choices import Fp8Recipe
 from megatron_laer.planner.cluster_files import cluster_content, load_cluster
+from megatron_laer.precision import Precision
 from megatron_laer.tools import cli
 from megatron_laer.tools.cli import run_flags
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
@@ -199,7 +199,7 @@ def test_a_run_says_which_of_its_layers_are_in_bf16():
     of_run |= {"num_layers_at_start_in_bf16": 2, "num_layers_at_end_in_bf16": 1}
     args = Namespace(fp8_format=None)
     found = run_flags.model_with(args, Namespace(**of_run), read_model("tiny-moe"))
-    assert (found.fp8, found.bf16_ends) == (Fp8Recipe.BLOCKWISE, (2, 1))
+    assert (found.precision, found.bf16_ends) == (Precision.BLOCKWISE, (2, 1))
     assert (read_model("tiny-moe").bytes_per_element, found.bytes_per_element) == (4, 2)
 
 

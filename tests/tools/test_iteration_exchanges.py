@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
+from megatron_laer.choices import Recompute, Sharding
 from megatron_laer.config import PlanMode
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
+from megatron_laer.precision import Precision
 from megatron_laer.tools.simulator.iteration.methods import FSEP, MethodSettings, make_method
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
 from megatron_laer.tools.simulator.iteration.predict import predict_iterations
@@ -83,10 +84,12 @@ def of_layout(model, recompute=Recompute.NONE, **settings):
 
     Ranks have equal loads, so that none waits.
     """
-    rates = Rates(H100, 2, fp8=model.fp8 is not None)
+    rates = Rates(H100, 2, precision=model.precision)
     layout = HOMES.random_layout((1,))
     policy = LayerPolicy(SimpleNamespace(plan=lambda counts_NE, current: layout), layout)
-    costs = CostModel(H100, model.hidden, model.expert_ffn, True, 2, recompute, fp8=model.fp8)
+    costs = CostModel(
+        H100, model.hidden, model.expert_ffn, True, 2, recompute, precision=model.precision
+    )
     settings = MethodSettings(HOMES, costs, PlanMode.FORECAST, **settings)
 
     def planned(method):
@@ -110,8 +113,8 @@ def test_mxfp8_restores_a_form_for_each_direction(recompute, holds, overlaps):
     """Bytes, waits and memory of replicas, compared with those of a recipe with one form."""
     settings = {"overlaps": overlaps, "holds_step": holds}
     (one, one_s), (two, two_s) = (
-        of_layout(replace(TINY, fp8=recipe), recompute, **settings)
-        for recipe in (Fp8Recipe.BLOCKWISE, Fp8Recipe.MXFP8)
+        of_layout(replace(TINY, precision=recipe), recompute, **settings)
+        for recipe in (Precision.BLOCKWISE, Precision.MXFP8)
     )
     larger = 1 + 1 / 32  # a scale for 32 weights
     # Restores of a layer in a step.
@@ -135,8 +138,11 @@ def test_mxfp8_restores_a_form_for_each_direction(recompute, holds, overlaps):
 
 @pytest.mark.parametrize("ends", [(1, 0), (0, 2), (1, 2)])
 def test_layers_in_bf16_have_its_bytes_times_and_memory(ends):
-    whole, none = (of_layout(replace(TINY, fp8=fp8))[0] for fp8 in (Fp8Recipe.BLOCKWISE, None))
-    found, _ = of_layout(replace(TINY, fp8=Fp8Recipe.BLOCKWISE, bf16_ends=ends))
+    whole, none = (
+        of_layout(replace(TINY, precision=one))[0]
+        for one in (Precision.BLOCKWISE, Precision.PARAMETERS)
+    )
+    found, _ = of_layout(replace(TINY, precision=Precision.BLOCKWISE, bf16_ends=ends))
     share = sum(ends) / 4
     for part in (
         lambda of: of.bytes_by_kind["intra"]["restore"],
@@ -161,6 +167,6 @@ def test_layers_of_multi_token_prediction_stay_in_fp8(tmp_path):
     path = tmp_path / "model.yaml"
     path.write_text(f"{MODEL}  first-last-layers-bf16: true\n  num-layers-at-end-in-bf16: 2\n")
     assert read_model(str(path)).bf16_ends == (1, 2)
-    model = replace(TINY, fp8=Fp8Recipe.MXFP8, prediction_heads=2, bf16_ends=(1, 1))
-    in_fp8 = [model.for_layer(layer).fp8 is not None for layer in range(4)]
+    model = replace(TINY, precision=Precision.MXFP8, prediction_heads=2, bf16_ends=(1, 1))
+    in_fp8 = [model.for_layer(layer).precision.is_quantised for layer in range(4)]
     assert in_fp8 == [False, True, False, True]

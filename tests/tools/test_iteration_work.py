@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.choices import Fp8Recipe, Recompute, Sharding, TokenExchange
+from megatron_laer.choices import Recompute, Sharding, TokenExchange
 from megatron_laer.config import ExchangeAlgorithm, PlanMode
 from megatron_laer.planner.balance import stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
@@ -24,6 +24,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.token_prices import BY_RANK, TokenPrices
+from megatron_laer.precision import Precision
 from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
 from megatron_laer.tools.simulator.iteration.methods import (
@@ -161,12 +162,12 @@ def test_stocks_tokens_are_those_of_its_placement(seed, nodes, group):
 
 
 @pytest.mark.parametrize("in_stages", [False, True])
-@pytest.mark.parametrize("fp8", [None, *Fp8Recipe])
-def test_an_exchange_takes_what_the_cost_model_says(in_stages, fp8):
+@pytest.mark.parametrize("precision", Precision)
+def test_an_exchange_takes_what_the_cost_model_says(in_stages, precision):
     algorithm = ExchangeAlgorithm.NODE if in_stages else ExchangeAlgorithm.FLAT
-    sharding = Sharding.ROWS if fp8 is None else Sharding.EXPERTS
+    sharding = Sharding.EXPERTS if precision.is_quantised else Sharding.ROWS
     geometry = Geometry(16, 16, 3, 8, sharding)
-    costs = CostModel(H100, 4096, 14336, True, 2, fp8=fp8)
+    costs = CostModel(H100, 4096, 14336, True, 2, precision=precision)
     of = Placed(geometry.random_layout((1,)), geometry), algorithm
     restore = costs.restore_bytes(*of), costs.weights_form(sharding)
     reduce = costs.reduce_bytes(*of), costs.grads_form

@@ -10,13 +10,14 @@ from dataclasses import replace
 import pytest
 
 from benchmarks import home_recipes
-from megatron_laer.choices import Auto, Fp8Recipe
+from megatron_laer.choices import Auto
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.planner.cluster_files import cluster_text, load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.sharding_choice import choose_geometry
+from megatron_laer.precision import Precision
 from megatron_laer.tools import cli
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED
 from megatron_laer.tools.simulator.iteration.methods import METHODS
@@ -304,7 +305,7 @@ def test_a_models_file_may_have_fp8_whose_recipe_flags_replace(tmp_path, capsys)
     with pytest.raises(ValueError, match=r"'delayed', Megatron's default, .*give --fp8-recipe ten"):
         read_model(str(path))
     path.write_text(f"{in_fp8}  fp8-recipe: tensorwise\n")
-    assert read_model(str(path)).fp8 == Fp8Recipe.TENSORWISE
+    assert read_model(str(path)).precision == Precision.TENSORWISE
     words = f"--workload W1 --ranks 2 --cluster h100-8 --method fsep --model {path}"
     tensorwise, mx = (
         simulated(tmp_path / "x.json", *f"{words} {flags}".split(), capsys=capsys)["methods"]

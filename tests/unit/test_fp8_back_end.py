@@ -16,12 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.choices import Fp8Recipe
 from megatron_laer.layer.experts import fp8
 from megatron_laer.layer.experts.fp8 import te
 from megatron_laer.layer.experts.fp8.padding import padded, unpadded
 from megatron_laer.layer.experts.fp8.payload import PayloadForm
 from megatron_laer.layer.experts.slot_linear import slot_linear
+from megatron_laer.precision import Precision
 from tests import te_mx as mx_fakes
 from tests.doubles import fp8 as definitions
 from tests.doubles.fp8_experts import EmulatedGemm
@@ -370,7 +370,7 @@ def test_a_parameter_in_mxfp8_sends_its_own_bytes_of_each_direction(config: Any)
         )
         values ^= 1  # unlike those of a new quantisation
         scales += 1
-        form = PayloadForm(Fp8Recipe.MXFP8, ROWS, COLUMNS, direction == "column")
+        form = PayloadForm(Precision.MXFP8, ROWS, COLUMNS, direction == "column")
         kept, kept_scales = form.unpack(packer.pack(parameter))
         assert torch.equal(kept, values)
         assert torch.equal(kept_scales, scales[tuple(map(slice, kept_scales.shape))])

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_laer.choices import Fp8Recipe
 from megatron_laer.layer.experts.fp8.payload import PayloadForm
+from megatron_laer.precision import QUANTISED, Precision
 from tests.doubles import fp8
 
 SQUARE, ROWS, COLUMNS = (128, 128), (1, 32), (32, 1)
@@ -101,10 +101,10 @@ def test_infinity_saturates_and_nan_stays() -> None:
 def test_a_payload_gives_back_values_and_scales_in_its_own_memory(size: tuple[int, int]) -> None:
     whole = matrix(*size, torch.bfloat16, 2)
     cases = {
-        PayloadForm(Fp8Recipe.TENSORWISE, *size): fp8.per_tensor(whole, fp8.E4M3),
-        PayloadForm(Fp8Recipe.BLOCKWISE, *size): fp8.by_blocks(whole, fp8.E4M3, SQUARE),
-        PayloadForm(Fp8Recipe.MXFP8, *size): fp8.mx(whole, fp8.E4M3),
-        PayloadForm(Fp8Recipe.MXFP8, *size, True): fp8.mx(whole, fp8.E4M3, by_columns=True),
+        PayloadForm(Precision.TENSORWISE, *size): fp8.per_tensor(whole, fp8.E4M3),
+        PayloadForm(Precision.BLOCKWISE, *size): fp8.by_blocks(whole, fp8.E4M3, SQUARE),
+        PayloadForm(Precision.MXFP8, *size): fp8.mx(whole, fp8.E4M3),
+        PayloadForm(Precision.MXFP8, *size, True): fp8.mx(whole, fp8.E4M3, by_columns=True),
     }
     for form, quantised in cases.items():
         packed = form.pack(*quantised)
@@ -122,7 +122,7 @@ def test_a_payload_is_little_longer_than_its_values() -> None:
     rows, columns = 4096, 7168
     sizes = [
         PayloadForm(recipe, rows, columns, way).payload_rows / rows
-        for recipe in Fp8Recipe
+        for recipe in QUANTISED
         for way in (False, True)
     ]
     assert sizes == [1 + 1 / 4096] * 4 + [1 + 1 / 32] * 2

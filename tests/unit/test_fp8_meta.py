@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.fp8_recipes import RECIPES
 from megatron_laer.layer.experts import fp8
 from megatron_laer.layer.experts.slot_linear import slot_linear
+from megatron_laer.precision import Precision
 from tests.slot_gemm import fixed_experts
 from tests.unit.test_fp8_back_end import GPU, config, fp8_format
 
@@ -43,7 +43,9 @@ def test_payloads_and_products_have_their_shapes_at_full_size(config: Any, model
             assert payloads[-1].dtype == packer.carried.dtype == torch.uint8
             assert payloads[-1].shape[1:] == packer.carried[:2]
             # As the planner and the simulator price them.
-            assert payloads[-1].shape[1] == RECIPES[config.fp8_recipe].payload_rows(rows, columns)
+            assert payloads[-1].shape[1] == Precision(config.fp8_recipe).row.payload_rows(
+                rows, columns
+            )
         weight_CRK = torch.empty(slots, rows, columns, **options).requires_grad_()
         input_TK = torch.empty(tokens, columns, **options).requires_grad_()
         experts = fixed_experts(payloads[0], weight_CRK.detach(), payloads[1])

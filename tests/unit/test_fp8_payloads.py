@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.choices import ExchangeAlgorithm, Fp8Recipe, Sharding
+from megatron_laer.choices import ExchangeAlgorithm, Sharding
 from megatron_laer.layer.experts.fp8.payload import PayloadForm
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.layout import EMPTY
 from megatron_laer.planner.placed import Placed
+from megatron_laer.precision import Precision
 from megatron_laer.runtime.comm.exchange import Exchange, ReusableWeights
 from megatron_laer.runtime.comm.layout_index import layout_index
 from tests.doubles import fp8
@@ -31,14 +32,14 @@ SIZES = [(16, 48), (48, 16), (144, 32), (32, 272), (160, 160)]
 def packers() -> dict[str, tuple[Callable[..., Any], Callable[..., Any]]]:
     """Return the form of a payload and the quantiser, by name."""
 
-    def form(recipe: Fp8Recipe, **direction: bool) -> Callable[..., Any]:
-        return partial(PayloadForm, recipe, **direction)
+    def form(precision: Precision, **direction: bool) -> Callable[..., Any]:
+        return partial(PayloadForm, precision, **direction)
 
     return {
-        "per tensor": (form(Fp8Recipe.TENSORWISE), fp8.per_tensor),
-        "by blocks": (form(Fp8Recipe.BLOCKWISE), partial(fp8.by_blocks, block=(128, 128))),
-        "mx rows": (form(Fp8Recipe.MXFP8), fp8.mx),
-        "mx columns": (form(Fp8Recipe.MXFP8, by_columns=True), partial(fp8.mx, by_columns=True)),
+        "per tensor": (form(Precision.TENSORWISE), fp8.per_tensor),
+        "by blocks": (form(Precision.BLOCKWISE), partial(fp8.by_blocks, block=(128, 128))),
+        "mx rows": (form(Precision.MXFP8), fp8.mx),
+        "mx columns": (form(Precision.MXFP8, by_columns=True), partial(fp8.mx, by_columns=True)),
     }
 
 

@@ -18,11 +18,10 @@ import pytest
 import torch
 from megatron.core import fp8_utils
 
-from megatron_laer import fp8_recipes as rows_of
-from megatron_laer.choices import Fp8Recipe
 from megatron_laer.layer.experts import fp8
 from megatron_laer.layer.experts.fp8 import te
 from megatron_laer.layer.experts.slot_linear import slot_linear
+from megatron_laer.precision import Precision
 from tests import te_python
 from tests.slot_gemm import fixed_experts
 from tests.unit.test_fp8_references import CHECKOUT
@@ -97,7 +96,7 @@ def test_a_replica_computes_as_the_module_of_its_home(
         torch.stack([packer.pack(weight.detach()) for weight in weights])
         for packer in (replica, replica.for_backward)
     ]
-    packed = rows_of.RECIPES[Fp8Recipe(recipe)]
+    packed = Precision(recipe).row
     for payload_CPK in payloads:
         assert payload_CPK.shape[1:] == (packed.payload_rows(rows, columns), columns)
         assert payload_CPK.dtype == torch.uint8 and payload_CPK.device.type == device
@@ -150,5 +149,5 @@ def home(recipe: str, fp8_format: str, kept_in_fp8: bool, device: str) -> tuple[
 def test_the_grouped_gemm_takes_what_we_call_it_with() -> None:
     with mock.patch.object(te.grouped.importlib.util, "find_spec", lambda _: "found"):
         device = torch.device("cuda", 0)
-        for recipe in (Fp8Recipe.TENSORWISE, Fp8Recipe.BLOCKWISE):
-            assert te.problem(device, rows_of.RECIPES[recipe]) is None
+        for recipe in (Precision.TENSORWISE, Precision.BLOCKWISE):
+            assert te.problem(device, recipe.row) is None

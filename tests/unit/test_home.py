@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_laer.choices import Fp8Recipe, Recompute, Sharding
+from megatron_laer.choices import Recompute, Sharding
 from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
 from megatron_laer.planner.clusters import Link
 from megatron_laer.planner.exact import exact_split
@@ -21,6 +21,7 @@ from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import make_strategy
 from megatron_laer.planner.typical import typical_layout
+from megatron_laer.precision import Precision
 from tests.costs import COMPUTE_ONLY, FREE, make_costs
 from tests.oracles import costs as priced
 from tests.oracles import home as oracle
@@ -278,8 +279,10 @@ def test_layouts_without_homes_are_refused() -> None:
 def test_native_prices_of_replicas_equal_the_plain_reference(
     geometry: Geometry, algorithm: ExchangeAlgorithm | Auto, seed: int
 ) -> None:
-    fp8, recompute = [None, *Fp8Recipe][seed % 4], [*Recompute][seed % 3]
-    costs = make_costs(hidden=7, ffn=5, memory_bytes_per_s=1e12, fp8=fp8, recompute=recompute)
+    precision, recompute = [*Precision][seed % 4], [*Recompute][seed % 3]
+    costs = make_costs(
+        hidden=7, ffn=5, memory_bytes_per_s=1e12, precision=precision, recompute=recompute
+    )
     costs = costs.with_exchange(algorithm, geometry)
     layout = Placed(random_replicas(geometry, seed), geometry)
     before = random_replicas(geometry, seed + 1)
@@ -295,7 +298,7 @@ def test_native_prices_of_replicas_equal_the_plain_reference(
         assert expected[0] <= exchanges_s <= costs.exchanges_seconds(layout, 0.0)
     assert costs.exposed_seconds(Placed(geometry.static_layout, geometry), 0.0) == 0.0
     # Backward has the weights of forward's re-run, but for those of mxfp8.
-    again = fp8 == Fp8Recipe.MXFP8 and recompute != Recompute.NONE
+    again = precision == Precision.MXFP8 and recompute != Recompute.NONE
     way = costs.exchange_of(layout)
     whole_s = (3 if again else 2) * costs.restore_seconds(layout, way)
     whole_s += costs.reduce_seconds(layout, way)

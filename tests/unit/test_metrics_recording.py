@@ -19,7 +19,6 @@ import torch
 from megatron_laer import telemetry
 from megatron_laer.choices import (
     ExchangeAlgorithm,
-    Fp8Recipe,
     Recompute,
     Sharding,
     TokenExchange,
@@ -32,6 +31,7 @@ from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.outcome import PRICES, Outcome, price
 from megatron_laer.planner.status import PlannerStatus
 from megatron_laer.planner.token_prices import TokenPrices
+from megatron_laer.precision import Precision
 from megatron_laer.runtime.metrics_recorder import MetricsRecorder, run_settings
 from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.metrics import (
@@ -107,7 +107,7 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
         recompute=Recompute.FULL,
         restore_algorithm=ExchangeAlgorithm.NODE,
         tokens=TokenPrices(TokenExchange.NODE, 0.1 + 0.2, 1 / 3),
-        fp8=Fp8Recipe.BLOCKWISE,
+        precision=Precision.BLOCKWISE,
     )
     priced = {"top_k": 2, "tokens_per_rank": 4096}
     config = FSEPConfig(sharding=Sharding.ROWS)
@@ -125,7 +125,7 @@ def test_a_runs_cost_model_can_be_made_from_its_recording(tmp_path: Path) -> Non
         Recompute(run["recompute"]),
         ExchangeAlgorithm(run["restore_algorithm"]),
         tokens,
-        fp8=Fp8Recipe(run["fp8_recipe"]),
+        precision=Precision(run["precision"]),
     )
     assert {name: int(run[name]) for name in priced} == priced
     assert int(run["prices"]) == PRICES
@@ -177,7 +177,7 @@ def test_each_run_that_recorded_a_step_is_named_with_its_cluster(recorded: Path)
 
 def test_unquantised_layers_are_predicted_at_the_prices_of_bf16(tmp_path: Path) -> None:
     cluster = replace(COSTS.cluster, gemm_fp8=COSTS.cluster.gemm.times(2.0))
-    in_fp8 = replace(GUARD, costs=replace(COSTS, cluster=cluster, fp8=Fp8Recipe.MXFP8))
+    in_fp8 = replace(GUARD, costs=replace(COSTS, cluster=cluster, precision=Precision.MXFP8))
     path = METRICS.path(tmp_path, 0)
     writer = MetricsWriter(path, Shape(4, 8, 3, 2, LAYERS), RUN, 0, COSTS.cluster)
     cpu = torch.device("cpu")

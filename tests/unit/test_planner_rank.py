@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from megatron_laer.arrays import Int64
-from megatron_laer.choices import Fp8Recipe
 from megatron_laer.config import FSEPConfig, LatePlan
 from megatron_laer.files import writing
 from megatron_laer.planner.costs import CostModel
@@ -22,6 +21,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.service import PlannerService
+from megatron_laer.precision import Precision
 from megatron_laer.runtime.planning import planner_rank
 from megatron_laer.runtime.planning.layout_recording import LAYOUTS, read_layouts
 from megatron_laer.runtime.planning.planner_rank import PlannerRank, run_of_group
@@ -146,21 +146,24 @@ def test_recordings_that_fail_end_alone(tmp_path: Path, caplog: pytest.LogCaptur
     assert list(read_layouts(LAYOUTS.path(tmp_path, 0))) == list(enumerate(layouts[:2]))
 
 
-def test_layers_unquantised_are_planned_at_the_prices_of_bf16() -> None:
-    recipe = Fp8Recipe.MXFP8
-    layouts = {recipe: GEOMETRY.random_layout((1,)), None: GEOMETRY.random_layout((2,))}
+def test_unquantised_layers_are_planned_at_the_prices_of_bf16() -> None:
+    recipe = Precision.MXFP8
+    layouts = {
+        recipe: GEOMETRY.random_layout((1,)),
+        Precision.PARAMETERS: GEOMETRY.random_layout((2,)),
+    }
 
     def made(name: str, *, geometry: Geometry, costs: CostModel) -> Any:
-        return SimpleNamespace(name=name, plan=lambda counts_NE, current: layouts[costs.fp8])
+        return SimpleNamespace(name=name, plan=lambda counts_NE, current: layouts[costs.precision])
 
     config = FSEPConfig(plan_lag=1, late_plan=LatePlan.WAIT)
     with mock.patch.object(planner_rank, "make_strategy", made):
-        first = first_rank(config, costs=make_costs(fp8=recipe), unquantised={1})
+        first = first_rank(config, costs=make_costs(precision=recipe), unquantised={1})
     with contextlib.closing(first):
         first.begin_step(0, num_microbatches=1)
         for layer in range(len(LAYERS)):
             first.put(layer, 0, counts(1))
-        assert first.due(1) == (layouts[recipe], layouts[None])
+        assert first.due(1) == (layouts[recipe], layouts[Precision.PARAMETERS])
 
 
 def test_a_start_that_fails_names_the_flag_and_lets_go_of_what_it_opened(tmp_path: Path) -> None:

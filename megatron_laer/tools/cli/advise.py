@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     asked, trace = _run(args, cluster, model, dispatches, at_home, most_gib)
     common = [] if words else run_flags.flags_of(asked.shape)
     if args.fp8_format is not None:
-        common += ["--fp8-format", args.fp8_format, "--fp8-recipe", str(model.fp8)]
+        common += ["--fp8-format", args.fp8_format, "--fp8-recipe", str(model.precision)]
     if words:
         asked = replace(asked, allow=_allowed(args, asked, [*words, *common]))
     predictor = Predictor(asked)
@@ -224,7 +224,7 @@ def _run(
         flex_backend=args.flex_backend,
         overlaps=overlaps,
         shardings=(Sharding.EXPERTS,) if at_home else tuple(shardings),
-        allow=() if model.fp8 is None else (Unproven.FP8_EXPERTS,),
+        allow=(Unproven.FP8_EXPERTS,) if model.precision.is_quantised else (),
     )
     return asked, trace
 

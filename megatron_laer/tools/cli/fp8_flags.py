@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from megatron_laer.choices import Fp8Recipe
+from megatron_laer.precision import QUANTISED, Precision
 from megatron_laer.tools.cli.argument_types import option
-from megatron_laer.tools.model_flags import fp8_recipe
+from megatron_laer.tools.model_flags import precision_of
 
 _FORMATS = ("e4m3", "hybrid")
 ROWS_IN_FP8 = (
@@ -19,11 +19,11 @@ def add_arguments(parser: argparse._ActionsContainer, default: str = "the model'
     text = f"layers and their experts compute in fp8, with --sharding experts; default: {default}"
     option(parser, "--fp8-format", text, choices=_FORMATS)
     text = "scales in fp8, as in Megatron; goes with --fp8-format"
-    option(parser, "--fp8-recipe", text, choices=list(Fp8Recipe))
+    option(parser, "--fp8-recipe", text, choices=QUANTISED)
 
 
-def recipe_of(args: argparse.Namespace, default: Fp8Recipe | None = None) -> Fp8Recipe | None:
-    """Return the recipe of the flags, or `default` where neither is given."""
+def given_precision[T](args: argparse.Namespace, default: T) -> Precision | T:
+    """Return the precision of the flags, or `default` where neither is given."""
     if args.fp8_format is None and args.fp8_recipe is None:
         return default
-    return fp8_recipe(args.fp8_format, args.fp8_recipe)
+    return precision_of(args.fp8_format, args.fp8_recipe)

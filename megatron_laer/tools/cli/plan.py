@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     recording = recording_of(metrics)
     flags = vars(args) | {
         "top_k": args.topk,
-        "fp8_recipe": fp8_flags.recipe_of(args),
+        "precision": fp8_flags.given_precision(args, None),
         "imbalance_tolerance": args.tolerance,
     }
     settings = prediction_settings(flags, recording, metrics)
@@ -174,7 +174,7 @@ def run(args: argparse.Namespace) -> int:
         "cluster": cluster.name,
         "expert_sizes": asdict(sizes),
         "bytes_per_element": costs.bytes_per_element,
-        "fp8_recipe": costs.fp8,
+        "precision": costs.precision,
         "sharding": settings.sharding,
         "restore_algorithm": settings.restore_algorithm,
         "recompute": costs.recompute,
@@ -198,8 +198,8 @@ def run(args: argparse.Namespace) -> int:
         return " (by default)" if {*names} & {*settings.defaults} else ""
 
     at_home = ", at home" if settings.sharding == Sharding.EXPERTS else ""
-    if costs.fp8 is not None:
-        at_home += f", in fp8 ({costs.fp8})"
+    if costs.precision.is_quantised:
+        at_home += f", in {costs.precision.label}"
     origins = f"; from {metrics}: {', '.join(from_recording)}" if from_recording else ""
     print(
         one_line(

@@ -15,7 +15,6 @@ from typing import Any
 from megatron_laer.choices import (
     Auto,
     ExchangeAlgorithm,
-    Fp8Recipe,
     Recompute,
     Sharding,
     TokenExchange,
@@ -25,6 +24,7 @@ from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.precision import Precision
 from megatron_laer.tools.cli.argument_types import MOST_RANKS, between, named, number
 from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8
 from megatron_laer.tools.model_flags import DEFAULT_SIZES, MAX_WIDTH, ExpertSizes, model_sizes
@@ -61,11 +61,11 @@ def prediction_settings(
         noted.value("gated", _boolean, DEFAULT_SIZES.gated),
         None if model is None else model.num_experts,
         noted.value("top_k", between(1, MAX_EXPERTS), DEFAULT_SIZES.top_k),
-        noted.value("fp8_recipe", Fp8Recipe, None),
+        noted.value("precision", Precision, None) or Precision.PARAMETERS,
     )
-    usual = Sharding.ROWS if sizes.fp8_recipe is None else Sharding.EXPERTS
+    usual = Sharding.EXPERTS if sizes.precision.is_quantised else Sharding.ROWS
     sharding = Sharding(noted.value("sharding", Sharding, usual))
-    if sizes.fp8_recipe is not None and sharding == Sharding.ROWS:
+    if sizes.precision.is_quantised and sharding == Sharding.ROWS:
         raise ValueError(ROWS_IN_FP8)
     costs = CostModel(
         cluster=_cluster(cluster, recording, noted),
@@ -76,7 +76,7 @@ def prediction_settings(
             "bytes_per_element", between(1, _MOST_BYTES), _BYTES_PER_ELEMENT
         ),
         recompute=noted.value("recompute", Recompute, Recompute.NONE),
-        fp8=sizes.fp8_recipe,
+        precision=sizes.precision,
     )
     flat: ExchangeAlgorithm | Auto = ExchangeAlgorithm.FLAT
     algorithm = noted.value("restore_algorithm", _algorithm, flat)

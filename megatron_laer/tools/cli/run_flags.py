@@ -12,7 +12,7 @@ from megatron_laer.files.checks import quoted
 from megatron_laer.fsep_flags import config_from_args, given_flags
 from megatron_laer.support import arguments
 from megatron_laer.tools.cli.megatron_flags import parsed
-from megatron_laer.tools.model_flags import fp8_recipe, model_flags
+from megatron_laer.tools.model_flags import model_flags, precision_of
 from megatron_laer.tools.recipes.verdict import judge
 from megatron_laer.tools.simulator.iteration.model_shape import ModelShape
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
@@ -94,7 +94,7 @@ def model_with(
         raise ValueError(
             f"--fp8-format {args.fp8_format}: the run's flags have it too; remove one of them"
         )
-    return replace(model, fp8=fp8_recipe(settings.fp8, settings.fp8_recipe))
+    return replace(model, precision=precision_of(settings.fp8, settings.fp8_recipe))
 
 
 def flags_of(shape: RunShape) -> list[str]:

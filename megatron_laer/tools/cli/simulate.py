@@ -313,7 +313,7 @@ def _shardings(args: argparse.Namespace, model: ModelShape) -> list[Sharding | A
     if Sharding.ROWS in possible:
         return [Auto.AUTO if word == Auto.AUTO else Sharding(word) for word in args.sharding]
     if Sharding.ROWS in args.sharding:
-        if model.fp8 is not None:
+        if model.precision.is_quantised:
             raise ValueError(ROWS_IN_FP8)
         raise ValueError(_ROWS_SHARDED if model.lora is None else _ROWS_ADAPTED)
     return list(possible)

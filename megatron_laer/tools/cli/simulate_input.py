@@ -135,15 +135,15 @@ def _add_groups(sizes: argparse._ArgumentGroup) -> None:
 
 def rates_of(args: argparse.Namespace, model: ModelShape, cluster: Cluster) -> tuple[Rates, ...]:
     rates = Rates(cluster, model.bytes_per_element, args.host_gap_ms / 1e3)
-    cluster.gemm_in(fp8=model.fp8 is not None)  # refuses fp8 of unknown speed
-    return rate_sets(replace(rates, fp8=model.fp8 is not None))
+    cluster.gemm_in(model.precision)  # refuses an unknown speed
+    return rate_sets(replace(rates, precision=model.precision))
 
 
 def model_of(args: argparse.Namespace) -> ModelShape:
     """Return the model, with fp8 and LoRA of the flags if they are given."""
     model = named("--model", args.model, read_model)
     lora = _lora(args, model)
-    return replace(model, fp8=fp8_flags.recipe_of(args, model.fp8), lora=lora)
+    return replace(model, precision=fp8_flags.given_precision(args, model.precision), lora=lora)
 
 
 def most_gib(args: argparse.Namespace, cluster: Cluster) -> float | None:
@@ -183,7 +183,7 @@ def shardings_of(
     With `trains` False only methods of comparison are, whose dense layers any strategy shards.
     """
     strategy = args.data_parallel_sharding_strategy
-    if model.lora is not None and (strategy is not None or model.fp8 is not None):
+    if model.lora is not None and (strategy is not None or model.precision.is_quantised):
         other = (
             "--fp8-format" if strategy is None else f"--data-parallel-sharding-strategy {strategy}"
         )
@@ -191,12 +191,12 @@ def shardings_of(
             f"--lora-rank {model.lora.rank} with {other}: no test proves adapters with it; leave "
             "out one of them"
         )
-    if strategy is not None and model.fp8 is not None:
+    if strategy is not None and model.precision.is_quantised:
         raise ValueError(
             f"--data-parallel-sharding-strategy {strategy}: FSEP has no Megatron-FSDP in fp8; "
             "leave out one of them"
         )
-    at_home = model.fp8 is not None or model.expert_adapters > 0
+    at_home = model.precision.is_quantised or model.expert_adapters > 0
     at_home |= strategy is not None and trains
     return [Sharding.EXPERTS] if at_home else list(Sharding)
 

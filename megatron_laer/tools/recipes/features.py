@@ -12,7 +12,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_laer.fp8_recipes import recipe_of
+from megatron_laer.precision import recipe_of
 from megatron_laer.support.table import graphed
 
 _SWITCHES = {

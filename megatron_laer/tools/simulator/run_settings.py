@@ -48,8 +48,8 @@ class RunSettings:
         sent = "" if self.token_exchange == TokenExchange.RANK else ", tokens sent by node"
         home = ", experts at home" if self.sharding == Sharding.EXPERTS else ""
         numbers = f"{self.costs.bytes_per_element} bytes per number"
-        if self.costs.fp8 is not None:
-            numbers += f", {self.costs.fp8} fp8"
+        if self.costs.precision.is_quantised:
+            numbers += f", {self.costs.precision.label}"
         on = self.costs.cluster.name
         return f"experts of {self.sizes.widths}, {numbers}{sent}{home}, on {on}"
 

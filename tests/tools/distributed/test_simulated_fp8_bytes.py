@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_laer.choices import ExchangeAlgorithm, Fp8Recipe, Recompute, Sharding
+from megatron_laer.choices import ExchangeAlgorithm, Recompute, Sharding
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.tools.model_flags import fp8_recipe
+from megatron_laer.precision import Precision
+from megatron_laer.tools.model_flags import precision_of
 from megatron_laer.tools.simulator.iteration.link_bytes import link_bytes
 from megatron_laer.tools.simulator.iteration.methods import FSEP, MethodSettings, make_method
 from megatron_laer.tools.simulator.iteration.model_shape import read_model
@@ -56,7 +57,7 @@ def counted(flags: list[str]) -> dict[str, Any]:
     decide = Guard.decide
 
     def watched_decide(self: Guard, *args: Any) -> Any:
-        found["decided"].append(self.costs.fp8 is not None)
+        found["decided"].append(self.costs.precision.is_quantised)
         return decide(self, *args)
 
     pack, held = PayloadForm.pack, {"now": 0, "most": 0}
@@ -109,8 +110,8 @@ def test_bytes_of_a_run_in_fp8_are_those_that_are_simulated(
     of_model = {"hidden": HIDDEN, "expert_ffn": FFN, "bytes_per_element": 2}
     of_model |= {"layer_has_experts": (True,) * len(layouts)}
     of_model |= {"bf16_ends": (in_fp8.count(False), 0)}
-    model = replace(read_model("tiny-moe"), **of_model, fp8=fp8_recipe("hybrid", recipe))
-    rates = Rates(replace(load_cluster("h100-8"), spreads=()), 2, fp8=True)
+    model = replace(read_model("tiny-moe"), **of_model, precision=precision_of("hybrid", recipe))
+    rates = Rates(replace(load_cluster("h100-8"), spreads=()), 2, precision=model.precision)
     geometry = Geometry(2, EXPERTS, CAPACITY, 2, Sharding.EXPERTS)
     recompute = Recompute.FULL if extra == RECOMPUTE else Recompute.NONE
     costs = model.costs(rates.cluster, recompute, Routing(drifting_trace(), 4).pairs)
@@ -134,7 +135,7 @@ def test_bytes_of_a_run_in_fp8_are_those_that_are_simulated(
     # Random layouts fill slots of other ranks with as many experts of a home as they can have.
     assert [found["payloads"] for found in by_rank] == [method.fixed_bytes["payloads"]] * 2
     of_run = by_rank[0]["costs"]
-    assert (of_run.fp8, of_run.recompute) == (Fp8Recipe(recipe), recompute)
+    assert (of_run.precision, of_run.recompute) == (Precision(recipe), recompute)
     form = of_run.weights_form(geometry.sharding)
     assert form == costs.weights_form(geometry.sharding)
     decided = [*by_rank[0]["decided"]]

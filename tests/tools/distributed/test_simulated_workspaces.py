@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_laer.choices import ExchangeAlgorithm, Fp8Recipe, Sharding, TokenExchange
+from megatron_laer.choices import ExchangeAlgorithm, Sharding, TokenExchange
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
@@ -17,6 +17,7 @@ from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.token_prices import TokenPrices
+from megatron_laer.precision import Precision
 from megatron_laer.runtime.comm import process_groups
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.layout_index import layout_index
@@ -79,23 +80,23 @@ def allocated_bytes(
 
 @pytest.mark.parametrize(("one_queue", "holds"), [(False, False), (True, False), (False, True)])
 @pytest.mark.parametrize(
-    ("geometry", "way", "fp8"),
+    ("geometry", "way", "precision"),
     [
-        (GEOMETRY, ExchangeAlgorithm.FLAT, None),
-        (GEOMETRY, ExchangeAlgorithm.NODE, None),
-        (HOMES, ExchangeAlgorithm.NODE, None),
-        (HOMES, ExchangeAlgorithm.NODE, Fp8Recipe.BLOCKWISE),
+        (GEOMETRY, ExchangeAlgorithm.FLAT, Precision.PARAMETERS),
+        (GEOMETRY, ExchangeAlgorithm.NODE, Precision.PARAMETERS),
+        (HOMES, ExchangeAlgorithm.NODE, Precision.PARAMETERS),
+        (HOMES, ExchangeAlgorithm.NODE, Precision.BLOCKWISE),
     ],
 )
 def test_workspaces_are_those_of_the_exchanges(
     geometry: Geometry,
     way: ExchangeAlgorithm,
-    fp8: Fp8Recipe | None,
+    precision: Precision,
     one_queue: bool,
     holds: bool,
     ranks: RankPools,
 ) -> None:
-    costs = replace(COSTS, restore_algorithm=way, fp8=fp8)
+    costs = replace(COSTS, restore_algorithm=way, precision=precision)
     settings = MethodSettings(geometry, costs, one_queue=one_queue, holds_step=holds)
     method = make_method(FSEP, settings, Rates(costs.cluster, 2))
     (allocated,) = ranks(1).run(allocated_bytes, geometry, way, costs, one_queue, holds)

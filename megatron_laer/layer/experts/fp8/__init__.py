@@ -13,9 +13,8 @@ from typing import Any, Protocol
 
 import torch
 
-from megatron_laer.choices import Fp8Recipe
-from megatron_laer.fp8_recipes import RECIPES, recipe_of
 from megatron_laer.layer.experts.gemm import SlotGemm
+from megatron_laer.precision import Precision, recipe_of
 from megatron_laer.runtime.weights.layer import Packer
 from megatron_laer.support import fp8_experts
 
@@ -41,15 +40,15 @@ def quantised_gemm(config: Any, rows: int, columns: int, device: torch.device) -
     """Return the products of a linear layer by the recipe of Megatron's TransformerConfig."""
     from megatron_laer.layer.experts.fp8 import te
 
-    recipe = Fp8Recipe(recipe_of(config))
-    row = RECIPES[recipe]
+    precision = Precision(recipe_of(config))
+    row = precision.row
     if rows % row.multiple or columns % row.multiple:
         raise ValueError(
             f"--fsep-allow-unproven fp8-experts: a matrix of the experts has {rows} x {columns} "
-            f"elements, and --fp8-recipe {recipe} needs multiples of {row.multiple}; take "
+            f"elements, and --fp8-recipe {precision} needs multiples of {row.multiple}; take "
             "other sizes, or leave out --fp8-format"
         )
     if (problem := te.problem(device, row)) is not None:
         message = f"--fsep-allow-unproven fp8-experts: {problem}"
         raise ValueError(message)
-    return te.Quantised(config, recipe, rows, columns)
+    return te.Quantised(config, precision, rows, columns)

@@ -1,6 +1,6 @@
 """Payload of a quantised matrix: a matrix of bytes, which exchanges move like any other.
 
-First come the R rows of fp8 values, then their scales, in as many whole rows as they take. So the
+First come the R rows of 8-bit values, then their scales, in as many whole rows as they take. So the
 values keep the matrix's alignment, and a relay can cut the payload by rows. Nothing is quantised
 here.
 
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_laer.choices import Fp8Recipe
-from megatron_laer.fp8_recipes import RECIPES
+from megatron_laer.precision import Precision
 from megatron_laer.runtime.weights.layer import Carried
 
 _DTYPES = {4: torch.float32, 1: torch.uint8}
@@ -24,33 +23,33 @@ _DTYPES = {4: torch.float32, 1: torch.uint8}
 
 @dataclass(frozen=True)
 class PayloadForm:
-    """Sizes of a matrix's payload by a recipe, along rows or along columns."""
+    """Sizes of a matrix's payload in a precision, along rows or along columns."""
 
-    recipe: Fp8Recipe
+    precision: Precision
     rows: int
     columns: int
     by_columns: bool = False
 
     @property
     def scales_shape(self) -> tuple[int, ...]:
-        row = RECIPES[self.recipe]
+        row = self.precision.row
         return row.scales_shape(self.rows, self.columns, by_columns=self.by_columns)
 
     @property
     def scales_dtype(self) -> torch.dtype:
-        return _DTYPES[RECIPES[self.recipe].scale_bytes]
+        return _DTYPES[self.precision.row.scale_bytes]
 
     @property
     def payload_rows(self) -> int:
         """Return P."""
-        return RECIPES[self.recipe].payload_rows(self.rows, self.columns)
+        return self.precision.row.payload_rows(self.rows, self.columns)
 
     @property
     def carried(self) -> Carried:
         return Carried(self.payload_rows, self.columns, torch.uint8)
 
     def pack(self, values_RK: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-        """Return the payload [P, K] of fp8 values, or their bytes, and scales.
+        """Return the payload [P, K] of 8-bit values, or their bytes, and scales.
 
         Scales may be padded, which the payload's are not.
         """

@@ -1,6 +1,6 @@
 """Products in fp8 by Transformer Engine: its quantisers, tensors and grouped GEMM.
 
-`fp8_recipes.py` has each recipe's classes and their arguments. These are not public, so they are
+`precision.py` has each recipe's classes and their arguments. These are not public, so they are
 used only with the parameters read in the known releases, as for `experts/gemm/te.py`.
 
 In mxfp8 a matrix is other bytes along its rows, which forward multiplies, than along its columns,
@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 
-from megatron_laer.choices import Fp8Recipe
-from megatron_laer.fp8_recipes import RECIPES, Recipe
 from megatron_laer.layer.experts.fp8.padding import padded, padded_sizes, unpadded
 from megatron_laer.layer.experts.fp8.payload import BackwardPacker, PayloadForm
 from megatron_laer.layer.experts.gemm import te as grouped
+from megatron_laer.precision import Precision, Quantisation
 from megatron_laer.runtime.weights.layer import Carried, Packer
 
 TENSORS = "transformer_engine.pytorch.tensor"
@@ -39,7 +38,7 @@ _NOT_OF_REPLICAS = {
 }
 
 
-def problem(device: torch.device, row: Recipe) -> str | None:
+def problem(device: torch.device, row: Quantisation) -> str | None:
     """Return why fp8 cannot be computed here, with a remedy; None if it can."""
     found = grouped.GEMM.problem(device, torch.bfloat16)
     if found is not None:
@@ -72,11 +71,11 @@ class Quantised:
     Operands are quantised along their rows or along their columns, as each product needs.
     """
 
-    def __init__(self, config: Any, recipe: Fp8Recipe, rows: int, columns: int) -> None:
+    def __init__(self, config: Any, precision: Precision, rows: int, columns: int) -> None:
         from megatron.core.fp8_utils import get_fp8_recipe
 
-        self._row = RECIPES[recipe]
-        self._forms = [PayloadForm(recipe, rows, columns, way) for way in (False, True)]
+        self._row = precision.row
+        self._forms = [PayloadForm(precision, rows, columns, way) for way in (False, True)]
         self._dtype = config.params_dtype
         self._recipe = get_fp8_recipe(config)
         for name, (setting, reason) in _NOT_OF_REPLICAS.items():

@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_laer.choices import Recompute
-from megatron_laer.fp8_recipes import RECIPES
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.tools.simulator.iteration.chunk import LayerTimes, MoETimes
 from megatron_laer.tools.simulator.iteration.clocks import INTER, INTRA
@@ -61,11 +60,13 @@ class Timing:
     nominal: Rates
 
     def for_layer(self, layer: int) -> Timing:
-        """Return the timing, without fp8 if this layer is kept in bf16."""
+        """Return the timing in the precision of this layer."""
         model = self.model.for_layer(layer)
         if model is self.model:
             return self
-        rates, nominal = (replace(of, fp8=False) for of in (self.rates, self.nominal))
+        rates, nominal = (
+            replace(of, precision=model.precision) for of in (self.rates, self.nominal)
+        )
         return Timing(model, self.run, rates, nominal)
 
     def layer(
@@ -164,11 +165,7 @@ class Timing:
 
     def _quantising(self, inputs: int, outputs: int, rows: float) -> tuple[float, float]:
         """Return the time to quantise rows of linear layers' inputs, and gradients of outputs."""
-        fp8 = self.model.fp8
-        if fp8 is None:
-            return 0.0, 0.0
-        # A byte is written for products along rows, and one for products along columns.
-        passes = RECIPES[fp8].reads * self.model.bytes_per_element + 2
+        passes = self.model.precision.row.operand_bytes(self.model.bytes_per_element)
         forward_s, backward_s = (
             self.rates.memory_seconds(rows * width * passes) * (1 + self.rates.overhead)
             for width in (inputs, outputs)

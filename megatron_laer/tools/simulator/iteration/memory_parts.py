@@ -17,7 +17,7 @@ from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 
 _GRADIENT_BYTES = 4  # of the main gradient, in fp32
 _LOGIT_BYTES = 4
-# Transformer Engine keeps each weight in fp8 for a step, along its rows and along its columns.
+# Transformer Engine keeps each quantised weight for a step, along its rows and along its columns.
 _QUANTISED_BYTES = 2
 # Most weights that Megatron-FSDP gathers ahead.
 _GATHERED = 5e8
@@ -99,12 +99,12 @@ def _stage_bytes(
         "activations": kept * held + working,
         "logits": logits,
     }
-    if model.fp8 is not None:
+    if model.precision.is_quantised:
         parts["quantised_weights"] = _QUANTISED_BYTES * sum(
             _linear_weights(model, model.layer_has_experts[layer]) / run.tensor
             + model.layer_has_experts[layer] * method.experts_held * model.expert_weights
             for layer in _numbers_of(model, run, stage)
-            if model.for_layer(layer).fp8 is not None
+            if model.for_layer(layer).precision.is_quantised
         )
     if run.shards_weights:
         parts["gathered_layers"] = min(weights.linear, _GATHERED) * model.bytes_per_element

@@ -95,7 +95,7 @@ class Method:
     `replicas` ranks of an FSEP group. It restores `restored` whole ones, in another `form` than
     gradients' if it is given. `group` are the ranks of a group of stock. `fixed_bytes` are of
     libraries and buffers, by part, and do not depend on the run. `in_bf16` is the method in layers
-    that are kept out of fp8.
+    that are not quantised.
     """
 
     name: str
@@ -112,7 +112,7 @@ class Method:
 
     def for_model(self, model: ModelShape) -> Method:
         """Return the method in layers of this model."""
-        return self.in_bf16 if model.fp8 is None and self.in_bf16 is not None else self
+        return self if model.precision.is_quantised else self.in_bf16 or self
 
 
 def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
@@ -130,10 +130,11 @@ def make_method(name: str, settings: MethodSettings, rates: Rates) -> Method:
         )
         settings = replace(settings, geometry=geometry, costs=flat)
     make = makers[name]
-    if settings.costs.fp8 is None:
+    if not settings.costs.precision.is_quantised:
         return make(settings, rates)
     without = replace(settings, costs=settings.costs.in_bf16)
-    return replace(make(settings, rates), in_bf16=make(without, replace(rates, fp8=False)))
+    rates_without = replace(rates, precision=without.costs.precision)
+    return replace(make(settings, rates), in_bf16=make(without, rates_without))
 
 
 def _stock(settings: MethodSettings, rates: Rates) -> Method:

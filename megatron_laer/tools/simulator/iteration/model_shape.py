@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from megatron_laer.choices import Fp8Recipe, Recompute
+from megatron_laer.choices import Recompute
 from megatron_laer.files.checks import quoted
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.layout import MAX_EXPERTS
+from megatron_laer.precision import Precision
 from megatron_laer.tools.model_flags import MAX_WIDTH, model_sizes, model_values, whole_number
 
 _MAX_LAYERS = 4096
@@ -51,8 +52,8 @@ class ModelShape:
 
     Layers of multi-token prediction are last in `layer_has_experts`; `prediction_heads` counts them
     and the main one. Widths of queries, keys and values are over all heads; a width is 0 for none.
-    `bytes_per_element` are of weights, tokens and gradients on the wire. With `fp8` the linear
-    layers of attention, FFN and experts multiply in this recipe. Not in fp8 are `bf16_ends` layers
+    `bytes_per_element` are of weights, tokens and gradients on the wire. The linear
+    layers of attention, FFN and experts multiply in `precision`, but for `bf16_ends` layers
     at the start and at the end of the decoder. With `lora` all else is frozen. With
     `flash_attention` scores stay on the chip.
     """
@@ -73,20 +74,20 @@ class ModelShape:
     prediction_heads: int
     bytes_per_element: int
     latent: LatentAttention | None = None
-    fp8: Fp8Recipe | None = None
+    precision: Precision = Precision.PARAMETERS
     lora: Lora | None = None
     bf16_ends: tuple[int, int] = (0, 0)
     flash_attention: bool = True
 
     def for_layer(self, layer: int) -> ModelShape:
-        """Return the model, without fp8 if this layer is kept in bf16."""
+        """Return the model in the precision of this layer, which may be kept in bf16."""
         (first, last), layers = self.bf16_ends, len(self.layer_has_experts)
         decoder = layers - (self.prediction_heads - 1)
         return self.in_bf16 if layer < first or decoder - last <= layer < decoder else self
 
     @cached_property
     def in_bf16(self) -> ModelShape:
-        return replace(self, fp8=None)
+        return replace(self, precision=Precision.PARAMETERS)
 
     @property
     def moe_layers(self) -> int:
@@ -171,7 +172,7 @@ class ModelShape:
             bytes_per_element=self.bytes_per_element,
             recompute=recompute,
             pairs_per_rank=round(pairs),
-            fp8=self.fp8,
+            precision=self.precision,
         )
 
     def _ffn_weights(self, width: int) -> int:
@@ -216,7 +217,7 @@ def read_model(config: str) -> ModelShape:
         prediction_heads=1 + extra,
         bytes_per_element=2 if "--bf16" in values or "--fp16" in values else 4,
         latent=_latent(values) if "--multi-latent-attention" in values else None,
-        fp8=sizes.fp8_recipe,
+        precision=sizes.precision,
         bf16_ends=_bf16_ends(values),
         # cuDNN before 9.18 fuses no learned sinks (NVIDIA/TransformerEngine issue 2318).
         flash_attention=values.get("--softmax-type") != "learnable",

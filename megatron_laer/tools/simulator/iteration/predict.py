@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megatron_laer.precision import Precision
 from megatron_laer.tools.simulator.iteration.clocks import COMPUTE, EXPOSED, WAITING
 from megatron_laer.tools.simulator.iteration.iterate import Iteration, run_iteration
 from megatron_laer.tools.simulator.iteration.layer_times import Timing
@@ -90,10 +91,10 @@ class IterationPrediction:
 
 
 class Place(NamedTuple):
-    """Recorded layer whose routing a layer has, and whether that is in fp8."""
+    """Recorded layer whose routing a layer has, and its precision."""
 
     recorded: int
-    in_fp8: bool
+    precision: Precision
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def _places(model: ModelShape, traced_layers: int) -> list[Place | None]:
     number = 0
     for layer, has_experts in enumerate(model.layer_has_experts):
         recorded = number * traced_layers // model.moe_layers
-        place = Place(recorded, model.for_layer(layer).fp8 is not None)
+        place = Place(recorded, model.for_layer(layer).precision)
         places.append(place if has_experts else None)
         number += has_experts
     return places

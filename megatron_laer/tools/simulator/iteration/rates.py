@@ -13,6 +13,7 @@ import numpy as np
 
 from megatron_laer.planner.clusters import CONSTANTS, Cluster
 from megatron_laer.planner.gemm_curve import GemmCurve
+from megatron_laer.precision import Precision
 
 # Speed of attention's core over the fastest GEMM's, forward and backward. It reaches 185 and 150
 # TFLOP/s on an A100, and cuDNN's 539 and 516 on an H100, by FlashAttention's papers. GEMMs reach
@@ -39,8 +40,8 @@ class Rates:
     """One set of constants of a rank.
 
     `gap_s` is host time once per iteration. `core_*` is the speed of attention's core over the
-    fastest GEMM's. `overhead` is time beyond FLOPs and bytes, over the bytes' time. With `fp8`
-    linear layers multiply in fp8.
+    fastest GEMM's. `overhead` is time beyond FLOPs and bytes, over the bytes' time. Linear
+    layers multiply in `precision`.
     """
 
     cluster: Cluster
@@ -49,7 +50,7 @@ class Rates:
     core_forward: float = _CORE_FORWARD
     core_backward: float = _CORE_BACKWARD
     overhead: float = 0.0
-    fp8: bool = False
+    precision: Precision = Precision.PARAMETERS
 
     @property
     def backward_factor(self) -> float:
@@ -59,11 +60,11 @@ class Rates:
     @property
     def linear_gemm(self) -> GemmCurve:
         """Return the speed of linear layers other than the LM head."""
-        return self.cluster.gemm_in(fp8=self.fp8)
+        return self.cluster.gemm_in(self.precision)
 
     @property
     def best_flops_per_s(self) -> float:
-        """Return the fastest GEMM's speed, without fp8."""
+        """Return the fastest GEMM's speed in the parameters' precision."""
         return max(speed for _, speed in self.cluster.gemm.points)
 
     @property

@@ -1,7 +1,7 @@
-"""Recipes of fp8 as rows of one table, read by payloads, prices, refusals and products.
+"""Precisions of experts as rows of one table, read by payloads, prices, refusals and products.
 
-A matrix in fp8 travels as a payload: a byte for each value, then its scales in whole rows. With two
-directions, backward multiplies by another payload, which is quantised along columns.
+In a recipe of fp8 a matrix travels as a payload: a byte for each value, then its scales in whole
+rows. With two directions, backward multiplies by another payload, quantised along columns.
 
 Sources: Transformer Engine 2.11 to 2.20, its quantisers, tensors and checks of cards.
 
@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from megatron_laer.choices import Fp8Recipe
+from megatron_laer.choices import Choice
 
 # Megatron's default, which experts do not take.
 MEGATRONS_RECIPE = "delayed"
@@ -50,12 +50,39 @@ class Part(NamedTuple):
     arguments: tuple[str, ...]
 
 
+class Precision(Choice):
+    """Precision of experts' products: their parameters', or one of Megatron's `--fp8-recipe`."""
+
+    PARAMETERS = "parameters"
+    TENSORWISE = "tensorwise"
+    BLOCKWISE = "blockwise"
+    MXFP8 = "mxfp8"
+
+    @property
+    def row(self) -> Quantisation:
+        return _ROWS[self]
+
+    @property
+    def is_quantised(self) -> bool:
+        return self is not Precision.PARAMETERS
+
+    @property
+    def recipe(self) -> str | None:
+        """Return the recipe of fp8, as recordings have it."""
+        return self.value if self.is_quantised else None
+
+    @property
+    def label(self) -> str:
+        return f"{self} fp8"
+
+
 @dataclass(frozen=True)
-class Recipe:
-    """Form of the experts' matrices in a recipe of fp8, and the place of its products.
+class Quantisation:
+    """Form of the experts' matrices in a precision, and the place of its products.
 
     Attributes:
         block: rows and columns of a weight that share a scale; None for one scale of all.
+        value_bytes: of one value; 0 for those of the parameters, which nothing quantises.
         scale_bytes: of one scale, which is float32 or an 8-bit exponent.
         tile: multiples of the rows and columns of scales that products take.
         directions: payloads of an expert; of two, each serves one direction.
@@ -72,6 +99,7 @@ class Recipe:
     quantiser: Part
     tensor: Part
     cards: Cards
+    value_bytes: int = 1
     scale_bytes: int = _FLOAT32_BYTES
     tile: tuple[int, ...] = (1,)
     directions: int = 1
@@ -101,16 +129,28 @@ class Recipe:
 
     def quantising_bytes(self, rows: int, columns: int, bytes_per_element: int) -> int:
         """Return the bytes read and written to quantise a matrix, and to lay out its payload."""
+        if self.value_bytes == 0:
+            return 0
         read = self.reads * rows * columns * bytes_per_element
         written = rows * columns + self._bytes_of_scales(rows, columns)
         return read + written + self.packing_bytes(rows, columns)
+
+    def operand_bytes(self, bytes_per_element: int) -> int:
+        """Return the bytes read and written to quantise a token's value.
+
+        One is written for products along rows, and one for products along columns.
+        """
+        return self.reads * bytes_per_element + 2 * self.value_bytes
 
     def _bytes_of_scales(self, rows: int, columns: int) -> int:
         return self.scale_bytes * math.prod(self.scales_shape(rows, columns))
 
 
-RECIPES: Mapping[Fp8Recipe, Recipe] = {
-    Fp8Recipe.TENSORWISE: Recipe(
+_ROWS: Mapping[Precision, Quantisation] = {
+    Precision.PARAMETERS: Quantisation(
+        None, Part("", "", ()), Part("", "", ()), Cards((0, 0)), 0, 0, reads=0, multiple=1
+    ),
+    Precision.TENSORWISE: Quantisation(
         block=None,
         quantiser=Part(
             "float8_tensor", "Float8CurrentScalingQuantizer", (*_QUANTISER, *_EXACT, "device")
@@ -122,7 +162,7 @@ RECIPES: Mapping[Fp8Recipe, Recipe] = {
         signature=("storage.float8_tensor_storage", "Float8TensorStorage"),
     ),
     # A square block is one in both directions.
-    Fp8Recipe.BLOCKWISE: Recipe(
+    Precision.BLOCKWISE: Quantisation(
         block=(128, 128),
         quantiser=Part(
             "float8_blockwise_tensor",
@@ -137,7 +177,7 @@ RECIPES: Mapping[Fp8Recipe, Recipe] = {
         cards=Cards((9, 0), cuda=(12, 9)),
         tile=(1, 4),
     ),
-    Fp8Recipe.MXFP8: Recipe(
+    Precision.MXFP8: Quantisation(
         block=(1, 32),
         quantiser=Part("mxfp8_tensor", "MXFP8Quantizer", _QUANTISER),
         tensor=Part(
@@ -155,6 +195,8 @@ RECIPES: Mapping[Fp8Recipe, Recipe] = {
         releases="2.12 to 2.20",
     ),
 }
+
+QUANTISED = tuple(precision for precision in Precision if precision.is_quantised)
 
 
 def recipe_of(settings: Any) -> str:
