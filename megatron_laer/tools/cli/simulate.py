@@ -45,7 +45,6 @@ from megatron_laer.tools.cli.argument_types import (
 from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8
 from megatron_laer.tools.cli.routing_input import MAX_TOKENS
 from megatron_laer.tools.simulator import iteration_output as output
-from megatron_laer.tools.simulator.iteration.advice import Case, advice
 from megatron_laer.tools.simulator.iteration.methods import (
     FSEP,
     METHODS,
@@ -60,6 +59,7 @@ from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
 from megatron_laer.tools.simulator.iteration.stock_group import Predict, fastest_stock
+from megatron_laer.tools.simulator.iteration_output import Case
 from megatron_laer.tools.traces.records import Trace
 
 _MAX_STEPS = 10**5
@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> int:
         "memory_gib": cases.most_gib,
         "not_given": output.not_given(cluster),
     }
-    sentence = advice(cases.predicted, cases.most_bytes)
+    sentence = output.advice(cases.predicted, cases.most_gib)
     if args.json is not None:
         content = output.content(about, cases.predicted, cases.refused, sentence)
         write_output(args.json, json.dumps(content, indent=1) + "\n", "--json")

@@ -2,18 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_laer.planner.clusters import Cluster
-from megatron_laer.tools.simulator.iteration.advice import Case, gain
-from megatron_laer.tools.simulator.iteration.methods import METHODS, STOCK
+from megatron_laer.tools.simulator.iteration.methods import FSDP_EP, FSEP, METHODS, STOCK
 from megatron_laer.tools.simulator.iteration.predict import IterationPrediction
 from megatron_laer.tools.simulator.node_rows import ASSUMED, CAUSES
 from megatron_laer.tools.simulator.rendering import aligned
+from megatron_laer.tools.simulator.verdict import Option, gain, verdict
 
 _GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Case:
+    """One combination of a sweep's values."""
+
+    ranks: int
+    node_size: int
+    capacity: int
+    sharding: str
+    mode: str
+    tokens: int
+    world: int
+
+    @property
+    def label(self) -> str:
+        return " ".join(self._parts())
+
+    def among(self, cases: Iterable[Case]) -> str:
+        """Return only the parts of the label in which these cases differ."""
+        parts = zip(*(case._parts() for case in cases), strict=True)
+        differs = [len(set(of_cases)) > 1 for of_cases in parts]
+        return " ".join(part for part, shown in zip(self._parts(), differs, strict=True) if shown)
+
+    def _parts(self) -> tuple[str, ...]:
+        sizes = f"N={self.ranks}", f"G={self.node_size}", f"C={self.capacity}"
+        return *sizes, self.sharding, self.mode, f"T={self.tokens}"
+
+
 Cases = Mapping[Case, Mapping[str, IterationPrediction]]
 Refused = Mapping[Case, Mapping[str, str]]
 
@@ -106,6 +135,37 @@ def sweep_text(cases: Cases) -> str:
         ]
         lines.append((case.among(cases), *cells))
     return aligned(lines)
+
+
+def advice(cases: Cases, most_gib: float | None) -> str:
+    """Return the verdict on the case in which FSEP has the most tokens per second and rank."""
+    rivals = {
+        case: methods.get(STOCK) or methods[FSDP_EP]
+        for case, methods in cases.items()
+        if FSEP in methods and (STOCK in methods or FSDP_EP in methods)
+    }
+    if not rivals:
+        return "No advice: FSEP and stock EP were not both simulated."
+    ours = {case: cases[case][FSEP] for case in rivals}
+    fitting = [case for case in rivals if _fits(ours[case], most_gib)]
+    least = min(rivals, key=lambda case: ours[case].peak_bytes)
+    best = max(fitting, key=lambda of: ours[of].tokens_per_s / of.world, default=least)
+    theirs = Option(_named(rivals[best]), rivals[best])
+    least_bytes = [(least.label, ours[least].peak_bytes), (theirs.label, rivals[best].peak_bytes)]
+    return verdict(
+        Option(best.label, ours[best]) if fitting else None,
+        theirs if _fits(rivals[best], most_gib) else None,
+        least_bytes,
+        most_gib,
+    )
+
+
+def _fits(prediction: IterationPrediction, most_gib: float | None) -> bool:
+    return most_gib is None or prediction.peak_bytes <= most_gib * _GIB
+
+
+def _named(rival: IterationPrediction) -> str:
+    return "FSDP+EP" if rival.method == FSDP_EP else f"stock EP in groups of {rival.group}"
 
 
 def content(about: Mapping[str, Any], cases: Cases, refused: Refused, advice: str) -> object:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from megatron_laer.tools.simulator.advisor.predictor import Predictor
 from megatron_laer.tools.simulator.advisor.search import Found, Results
-from megatron_laer.tools.simulator.iteration.advice import WORTH, gain, losses, saved
 from megatron_laer.tools.simulator.iteration.rates import Rates, ends_of
+from megatron_laer.tools.simulator.verdict import WORTH, Option, gain, verdict
 
 # Loss that counts as another setting's being the better one.
 _MATTERS = 1.01
@@ -96,40 +96,10 @@ def _scaled(predictor: Predictor, found: Found, sets: Sequence[Rates]) -> list[f
     return [found.seconds * float(seconds / rough_s[0]) for seconds in rough_s]
 
 
-def verdict(results: Results, most_gib: float) -> str:
+def verdict_of(results: Results, most_gib: float) -> str:
     """Return the verdict with its reason, in one paragraph."""
-    fits = f"{most_gib:.3g} GiB"
-    if not results.best and not results.stocks:
-        needs = " and ".join(f"{label} {size / 2**30:.3g}" for label, size in results.least_bytes)
-        return (
-            f"Nothing fits {fits} of a rank: the least need is of {needs} GiB. Recompute more, or "
-            "spread the model over more pipeline stages, tensor-parallel ranks or GPUs."
-        )
-    if not results.best:
-        label, size = results.least_bytes[0]
-        return (
-            f"Take {results.stocks[0].candidate.label}: no setting of FSEP fits {fits}; the least "
-            f"need is of {label}, {size / 2**30:.3g} GiB."
-        )
-    ours = results.best[0]
-    if not results.stocks:
-        label, size = results.least_bytes[1]
-        return (
-            f"Use FSEP ({ours.candidate.label}): stock does not fit {fits}; the least need is of "
-            f"{label}, {size / 2**30:.3g} GiB."
-        )
-    theirs = results.stocks[0]
-    found = gain(ours.prediction, theirs.prediction)
-    compared = f"it is {found} as fast as {theirs.candidate.label}"
-    if found.times < WORTH:
-        return (
-            f"Take {theirs.candidate.label}, not FSEP: of its settings {ours.candidate.label} is "
-            f"the fastest, and {compared}; {losses(ours.prediction, theirs.prediction)}."
-        )
-    sentence = (
-        f"Use FSEP ({ours.candidate.label}): {compared}; "
-        f"{saved(ours.prediction, theirs.prediction)}."
+    ours, theirs = (
+        Option(found[0].candidate.label, found[0].prediction) if found else None
+        for found in (results.best, results.stocks)
     )
-    if found.low < WORTH:
-        sentence += " At the worst constants it is not worth it, so measure them."
-    return sentence
+    return verdict(ours, theirs, results.least_bytes, most_gib)

@@ -9,15 +9,15 @@ from typing import Any
 
 from megatron_laer.config import flag_name
 from megatron_laer.planner.clusters import Cluster
-from megatron_laer.tools.simulator.advisor.answer import Turn, takes_fsep, verdict
+from megatron_laer.tools.simulator.advisor.answer import Turn, takes_fsep, verdict_of
 from megatron_laer.tools.simulator.advisor.predictor import Candidate, Run
 from megatron_laer.tools.simulator.advisor.search import Found, Results
 from megatron_laer.tools.simulator.advisor.settings import group_flags
-from megatron_laer.tools.simulator.iteration.advice import gain
 from megatron_laer.tools.simulator.iteration.rates import ends_of
 from megatron_laer.tools.simulator.iteration_output import not_given
 from megatron_laer.tools.simulator.node_rows import ASSUMED, in_words
 from megatron_laer.tools.simulator.rendering import aligned
+from megatron_laer.tools.simulator.verdict import gain
 
 _GIB, _WIDTH = 2**30, 100
 # First words of a spread's source that no measurement or publication stands behind.
@@ -41,7 +41,7 @@ def text(run: Run, results: Results, turns: Sequence[Turn], common: Sequence[str
     ]
     if found := _listed(results):
         parts += [_table(results), LEGEND]
-    parts.append(_filled(verdict(results, run.most_bytes / _GIB)))
+    parts.append(_filled(verdict_of(results, run.most_bytes / _GIB)))
     if found:
         parts.append("\n".join(["flags of each row:", *_flag_lines(run, found, common)]))
     if turns:
@@ -81,7 +81,7 @@ def content(
 
     return {
         "takes_fsep": takes_fsep(results),
-        "verdict": verdict(results, run.most_bytes / _GIB),
+        "verdict": verdict_of(results, run.most_bytes / _GIB),
         "best": [listed(found) for found in results.best],
         "stock": [listed(found) for found in results.stocks],
         "balanced": listed(results.balanced),
