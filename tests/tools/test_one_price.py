@@ -78,12 +78,12 @@ def test_metrics_plan_and_page_agree_on_a_decision(tmp_path, capsys, sharding, e
     assert cli.main(["plan", str(run), *words]) == 0
     (planned,) = (row for row in json.loads(out.read_text())["rows"] if row["mode"] == "adaptive")
     assert planned["cases"] == 1
-    assert float(f"{planned['layer_ms']:.4g}") == decided_ms  # recordings have four digits
+    assert planned["layer_ms"] == decided_ms
 
     page = written(tmp_path, run)
     rows = {(row["mode"], row["capacity"]): row for row in data_of(page)["what_if"]}
     row = rows["adaptive", 6]
     assert row["layer_ms"] == planned["layer_ms"]
     share = recorded.metrics["fsep_share_of_forced_balance"][1]
-    assert float(f"{row['share']:.4g}") == share
+    assert row["share"] == share
     assert capsys.readouterr().err == ""

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import tracemalloc
-from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from megatron_laer.choices import Sharding
 from megatron_laer.files import memory
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
-from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.strategies import make_strategy, strategy_names
-from megatron_laer.tools.simulator import comparison
 from megatron_laer.tools.simulator.comparison import MODES, STOCK, chosen_cases, simulate
 from megatron_laer.tools.simulator.replay import check_memory
 from megatron_laer.tools.traces.records import Trace
-from megatron_laer.tools.traces.workloads import WorkloadShape, workload_trace
 from tests.tools.plan_cases import COSTS, drifting_trace, table
 
 
@@ -98,29 +92,6 @@ def test_modes_do_what_they_promise(rows):
     assert rows["greedy", "tolerance"].max <= 1.05
     assert 0 < rows["greedy", "tolerance"].replan_share < 1
     assert all(row.time_over_bound >= 1 and row.load_over_bound >= 1 for row in rows.values())
-
-
-def test_exchanges_of_replicas_count_where_experts_are_at_home(monkeypatch):
-    trace = workload_trace("W1", WorkloadShape(4, 8, 2, 4096), steps=3)
-    geometry = Geometry(4, 8, 3, 2, Sharding.EXPERTS)
-    costs = replace(COSTS, cluster=load_cluster("h100-8"))
-
-    def made(name, *, geometry, costs):
-        if name == "greedy":
-            return GreedyStrategy(geometry)
-        return make_strategy(name, geometry=geometry, costs=costs)
-
-    monkeypatch.setattr(comparison, "make_strategy", made)
-    found = simulate(trace, {geometry: costs}, ["static", "greedy"], ["forecast", "adaptive"])
-    rows = {(row.strategy, row.mode): row for row in found}
-    stock, static = rows[STOCK, "-"], rows["static", "forecast"]
-    # The host has one more slot to read.
-    assert (static.mean, static.layer_ms) == (stock.mean, pytest.approx(stock.layer_ms, rel=1e-4))
-    # Replicas from another node, made without prices, balance but cost more than they gain. The
-    # guard leaves balanced layouts alone.
-    replicated = rows["greedy", "forecast"]
-    assert replicated.mean < 1.01 and static.layer_ms < replicated.layer_ms
-    assert rows["greedy", "adaptive"].replan_share == 0
 
 
 def test_a_forward_pass_restores_all_slots_and_what_changed_after_the_gate(rows):

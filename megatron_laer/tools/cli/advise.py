@@ -12,7 +12,6 @@ from megatron_laer.choices import Sharding, Unproven
 from megatron_laer.config import flag_name
 from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
-from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.support import muon
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
         args.workload = NATURAL
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
     check_outputs({"--json": args.json}, [*inputs, args.recipe], args.trace)
-    cluster = named("--cluster", args.cluster, load_cluster)
+    cluster = simulate_input.cluster_of(args)
     model = simulate_input.model_of(args)
     model, dispatches, at_home, words = _with_flags(args, model)
     most_gib = _memory(args, cluster)
@@ -161,7 +160,7 @@ def _allowed(args: argparse.Namespace, asked: Run, words: list[str]) -> tuple[Un
 def _memory(args: argparse.Namespace, cluster: Cluster) -> float:
     most_gib = simulate_input.most_gib(args, cluster)
     if most_gib is None:
-        raise ValueError(f"--cluster {args.cluster} has no card; give --memory-gib")
+        raise ValueError(f"--cluster {cluster.name} has no card; give --memory-gib")
     return most_gib
 
 

@@ -230,8 +230,9 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         plan_output.write_json(args.json, about, rows)
     print(plan_output.table_text(rows))
+    print(f"\n{plan_output.shortest(rows)}")
     print(
-        f"\n{rows[0].cases} cases: microbatches of one layer each, with layouts from counts that "
+        f"{rows[0].cases} cases: microbatches of one layer each, with layouts from counts that "
         f"are {args.lag} recorded step(s) old.\nRows of {' and '.join(BASELINES)} are for "
         "comparison, always in mode forecast."
     )

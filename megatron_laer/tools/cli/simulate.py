@@ -20,24 +20,18 @@ from megatron_laer.choices import (
 from megatron_laer.config import ExchangeAlgorithm, FSEPConfig, lays_out_freely
 from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
-from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import GUARD_MODES
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.planner.sharding_choice import choose_geometry
+from megatron_laer.planner.sharding_choice import Candidate, choose_geometry
 from megatron_laer.planner.strategies import strategy_names
-from megatron_laer.planner.token_exchange import (
-    choose_token_exchange,
-    counting_visits,
-    with_token_exchange,
-)
+from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.tools.cli import simulate_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
     between,
     describe,
-    named,
     number,
     option,
     path,
@@ -137,7 +131,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     simulate_input.check(args)
-    cluster = named("--cluster", args.cluster, load_cluster)
+    cluster = simulate_input.cluster_of(args)
     model = simulate_input.model_of(args)
     rates = simulate_input.rates_of(args, model, cluster)
     shardings = _shardings(args, model)
@@ -219,7 +213,8 @@ class _Cases:
         args, model, num_ranks = self._args, self._model, geometry.num_ranks
         scaled = tokens if args.workload is None else None
         routing = Routing.of_run(trace, num_ranks, model.topk, scaled, args.lag)
-        geometry, costs = self._chosen(geometry, config, routing)
+        chosen = self._chosen(geometry, config, routing)
+        geometry, costs = chosen.geometry, chosen.costs
         shape = simulate_input.run_shape(args, geometry, routing.tokens(model.topk), trace)
         simulate_input.can_overlap(args, shape, model)
         shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
@@ -252,9 +247,7 @@ class _Cases:
         self.predicted[case] = {prediction.method: prediction for prediction in found}
         self.runs.append(shape)
 
-    def _chosen(
-        self, geometry: Geometry, config: FSEPConfig, routing: Routing
-    ) -> tuple[Geometry, CostModel]:
+    def _chosen(self, geometry: Geometry, config: FSEPConfig, routing: Routing) -> Candidate:
         """Return the sharding, slots and prices that training takes."""
         args, topk = self._args, self._model.topk
         recompute = simulate_input.recompute_of(args)
@@ -276,9 +269,7 @@ class _Cases:
 
         shape = geometry.num_ranks, geometry.num_experts, geometry.node_size
         chosen, _ = choose_geometry(config, shape, 1, topk, priced)
-        exchange = chosen.costs.tokens.exchange
-        visited = TokenExchange.RANK if args.token_exchange == _FLEX else exchange
-        return counting_visits(chosen.geometry, visited, topk), chosen.costs
+        return chosen
 
     def _methods(
         self, settings: MethodSettings, predict: Predict

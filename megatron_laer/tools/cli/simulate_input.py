@@ -11,6 +11,7 @@ import numpy as np
 from megatron_laer.choices import Recompute, Sharding, TokenExchange
 from megatron_laer.config import PlanMode
 from megatron_laer.files import memory
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import MAX_EXPERTS
@@ -26,7 +27,9 @@ from megatron_laer.tools.cli.argument_types import (
     yaml_inputs,
 )
 from megatron_laer.tools.cli.outputs import bar, check_outputs
+from megatron_laer.tools.cli.prediction_settings import DEFAULT_CLUSTER, recording_of
 from megatron_laer.tools.model_flags import MAX_WIDTH
+from megatron_laer.tools.report.run_files import metrics_beside
 from megatron_laer.tools.simulator.iteration.model_shape import (
     LORA_TARGETS,
     Lora,
@@ -65,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> No
     """Add the arguments, with those of a stage's groups unless they are the question."""
     routing_input.add_arguments(parser)
     option(parser, "--model NAME|YAML", "of configs/models, or a file", required=True)
-    text = "hardware constants, a name from configs/clusters or a file; default: %(default)s"
-    option(parser, "--cluster NAME|YAML", text, default="a100-4x8-ib800")
+    text = "hardware constants, a name from configs/clusters or a file; default: the recorded, else"
+    option(parser, "--cluster NAME|YAML", f"{text} {DEFAULT_CLUSTER}")
     sizes = parser.add_argument_group("the run")
     for flag, high, text in (
         (
@@ -131,6 +134,15 @@ def _add_groups(sizes: argparse._ArgumentGroup) -> None:
         ),
     ):
         option(sizes, flag, text, between(1, high))
+
+
+def cluster_of(args: argparse.Namespace) -> Cluster:
+    """Return the cluster of the flag, else of the run that recorded the trace, else the default."""
+    if args.cluster is None and args.trace is not None:
+        recording = recording_of(metrics_beside(args.trace))
+        if recording is not None and recording.clusters:
+            return recording.clusters[-1]
+    return named("--cluster", args.cluster or DEFAULT_CLUSTER, load_cluster)
 
 
 def rates_of(args: argparse.Namespace, model: ModelShape, cluster: Cluster) -> tuple[Rates, ...]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_laer.files.writing import write_output
-from megatron_laer.tools.simulator.comparison import PlanRow
+from megatron_laer.tools.simulator.comparison import STOCK, PlanRow
 from megatron_laer.tools.simulator.rendering import aligned
 
 _MIB = 2**20
@@ -49,6 +49,16 @@ below."""
 def table_text(rows: Sequence[PlanRow]) -> str:
     head = [name for name, _ in _COLUMNS]
     return aligned([head, *([text(row) for _, text in _COLUMNS] for row in rows)], _WORDS)
+
+
+def shortest(rows: Sequence[PlanRow]) -> str:
+    """Name the row with the shortest layer, and its gain over stock, if that is a row."""
+    best, first = min(rows, key=lambda row: row.layer_ms), rows[0]
+    named = best.strategy if best.mode == "-" else f"{best.strategy} {best.mode}"
+    found = f"Shortest layer: {named}, C = {best.capacity}, {best.layer_ms:.3f} ms"
+    if first.strategy != STOCK or best is first:
+        return f"{found}."
+    return f"{found}, {first.layer_ms / best.layer_ms:.2f} times as fast as stock EP."
 
 
 def write_json(path: Path, about: Mapping[str, Any], rows: Sequence[PlanRow]) -> None:

@@ -22,8 +22,8 @@ from megatron_laer.choices import (
 )
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.token_exchange import counting_visits, with_token_exchange
-from megatron_laer.tools.simulator.advisor.settings import Dispatch, Setting, stock_sizes
+from megatron_laer.planner.token_exchange import with_token_exchange
+from megatron_laer.tools.simulator.advisor.settings import Dispatch, Setting
 from megatron_laer.tools.simulator.iteration.memory_parts import memory_bytes
 from megatron_laer.tools.simulator.iteration.methods import (
     FSEP,
@@ -42,6 +42,7 @@ from megatron_laer.tools.simulator.iteration.predict import (
 from megatron_laer.tools.simulator.iteration.rates import Rates
 from megatron_laer.tools.simulator.iteration.routing import Routing
 from megatron_laer.tools.simulator.iteration.run_shape import RunShape
+from megatron_laer.tools.simulator.iteration.stock_group import stock_sizes
 from megatron_laer.tools.traces.records import Trace
 
 Floats = npt.NDArray[np.float64]
@@ -130,9 +131,8 @@ class Predictor:
     def fsep(self, setting: Setting) -> Candidate:
         geometry, topk = setting.geometry, self.run.model.topk
         costs = self._costs(geometry, setting.tokens).with_exchange(setting.algorithm, geometry)
-        visited = TokenExchange.RANK if setting.is_flex else setting.tokens.exchange
         settings = MethodSettings(
-            counting_visits(geometry, visited, topk),
+            geometry,
             costs,
             setting.mode,
             holds_step=setting.restore == Restore.STEP,

@@ -5,7 +5,6 @@ Legend: N ranks of a group, E experts, C slots per rank, G ranks per node.
 
 from __future__ import annotations
 
-import math
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -114,11 +113,6 @@ def group_sizes(ranks: int, node_size: int, tensor: int) -> list[int]:
         and size % tensor == 0
         and (size % node_size == 0 or node_size % size == 0)
     ]
-
-
-def stock_sizes(ranks: int, num_experts: int) -> list[int]:
-    both = math.gcd(ranks, num_experts)
-    return [size for size in range(1, both + 1) if both % size == 0]
 
 
 def geometries(

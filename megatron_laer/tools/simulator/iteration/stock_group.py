@@ -9,7 +9,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from megatron_laer.planner.geometry import Geometry
 from megatron_laer.tools.simulator.iteration.methods import (
     STOCK,
     Method,
@@ -22,14 +21,10 @@ from megatron_laer.tools.simulator.iteration.rates import Rates
 Predict = Callable[[Sequence[Method]], Sequence[IterationPrediction]]
 
 
-def stock_groups(geometry: Geometry, *, small: bool) -> list[int]:
-    """Return the sizes that divide N and E; without `small`, none below the largest in a node."""
-    both = math.gcd(geometry.num_ranks, geometry.num_experts)
-    sizes = [size for size in range(1, both + 1) if both % size == 0]
-    if small:
-        return sizes
-    in_node = max(size for size in sizes if size <= geometry.node_size)
-    return [size for size in sizes if size >= in_node]
+def stock_sizes(num_ranks: int, num_experts: int) -> list[int]:
+    """Return the sizes of groups that divide N and E."""
+    both = math.gcd(num_ranks, num_experts)
+    return [size for size in range(1, both + 1) if both % size == 0]
 
 
 def fastest_stock(
@@ -40,7 +35,11 @@ def fastest_stock(
     Groups smaller than a node only count under a limit of memory: without one, each rank could hold
     all experts. If none fits, it is the group that needs least.
     """
-    groups = stock_groups(settings.geometry, small=most_bytes is not None)
+    geometry = settings.geometry
+    groups = stock_sizes(geometry.num_ranks, geometry.num_experts)
+    if most_bytes is None:
+        in_node = max(size for size in groups if size <= geometry.node_size)
+        groups = [size for size in groups if size >= in_node]
     if settings.stock_group is not None:
         groups = [settings.stock_group]
     made = [make_method(STOCK, replace(settings, stock_group=group), rates) for group in groups]
