@@ -13,15 +13,13 @@ import io
 import re
 import shlex
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_laer.tools import cli
-from megatron_laer.tools.cli.check_recipe import STATUS
-from megatron_laer.tools.recipes.bridge_table import COLUMNS
+from megatron_laer.tools.cli.check_recipe import STATUS, say
+from tests.bridge_table import COLUMNS, judge_recipe
 from tests.parity.rows import ROWS
 from tests.parity.settings import published_entries
 
@@ -84,18 +82,22 @@ def proof_in(said: str) -> str:
 def _checked(entry: Mapping[str, Any], file: Path) -> list[str]:
     """Return the exit status of `check-recipe`, and its output up to a working command line."""
     if "recipe" in entry:
-        file = file.with_suffix(".yaml")
-        file.write_text(yaml.safe_dump(_DEFAULTS | entry["recipe"]), encoding="utf-8")
+        row = _DEFAULTS | {name: str(value) for name, value in entry["recipe"].items()}
+        status, (first, *rest) = _said_by(lambda: say(judge_recipe(row)))
     else:
         file.write_text(shlex.join(entry["flags"].split()), encoding="utf-8")
-    status, (first, *rest) = _said([str(file)])
+        status, (first, *rest) = _said([str(file)])
     return [str(status), first, *(line for line in rest if line.startswith("  "))]
 
 
 def _said(words: list[str]) -> tuple[int, list[str]]:
+    return _said_by(lambda: cli.main(["check-recipe", *words]))
+
+
+def _said_by(run: Callable[[], int]) -> tuple[int, list[str]]:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        status = cli.main(["check-recipe", *words])
+        status = run()
     return status, said.getvalue().splitlines()
 
 

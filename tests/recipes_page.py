@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from megatron_laer.tools.recipes.bridge_table import judge_recipe, read_recipes
 from megatron_laer.tools.recipes.verdict import Judgement, Verdict
 from tests import shared_data
+from tests.bridge_table import judge_recipe, read_recipes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "recipes.md"

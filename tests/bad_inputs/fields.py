@@ -11,7 +11,6 @@ from pathlib import Path
 
 from megatron_laer.files.checks import one_line
 from megatron_laer.telemetry.metrics_file import METRICS
-from megatron_laer.tools.recipes.bridge_table import COLUMNS
 from tests.bad_inputs.case import Case
 from tests.bad_inputs.inputs import GOOD_CLUSTER
 
@@ -77,41 +76,6 @@ _READ_BY_PLAN = ("hidden-size", "moe-ffn-hidden-size", "num-experts")
 _CLUSTER = ("nodes", "ranks_per_node", "gemm", "intra", "inter", "solve")
 _METRICS = ("num_ranks", "num_experts", "capacity", "node_size", "layers")
 _LAYOUTS = ("num_ranks", "capacity", "num_experts", "layers")
-_RECIPE = tuple(name for name in COLUMNS if name != "recipe")
-"""The name of a recipe may be any text."""
-
-
-GOOD_RECIPE = dict.fromkeys(COLUMNS, "''") | {
-    "pool": "pretrain",
-    "recipe": "x:y",
-    "EP": "4",
-    "precision": "bf16_mixed",
-    "optimizer": "distributed_fused_adam",
-}
-_CSV_LINE = ",".join(GOOD_RECIPE.values()).replace("''", "")
-_CSV = f"{','.join(COLUMNS)}\n{_CSV_LINE}\n"
-TABLES: dict[str, tuple[bytes, int, str]] = {
-    "nothing": (b"", 2, "no field recipe"),
-    "columns-alone": (_CSV.splitlines()[0].encode(), 2, "no recipe follows"),
-    "returns": (_CSV.replace("\n", "\r").encode(), 0, "1 runs"),
-    "return-in-a-cell": (_CSV.replace("bf16_mixed", "bf16\rmixed").encode(), 2, "line 2"),
-    "nul": (_CSV.replace("bf16_mixed", "bf16\0mixed").encode(), 2, "'bf16\\x00mixed'"),
-    "mark": (b"\xef\xbb\xbf" + _CSV.encode(), 0, "1 runs"),
-    "two-marks": (b"\xef\xbb\xbf" * 2 + _CSV.encode(), 2, "no field recipe"),
-    "wide": (_CSV.encode("utf-16"), 2, "is not UTF-8"),
-    "ragged": (_CSV.encode() + b"a,b\n", 2, "line 3: 2 cells"),
-    "long-row": (_CSV.encode() + b"," * 99 + b"\n", 2, "line 3: 100 cells"),
-    "open-quote": (_CSV.encode() + b'"x\n', 2, "line 3"),
-    "late-quote": (_CSV.encode() + b'"x"y,' + b"," * 30 + b"\n", 2, "line 3: no CSV"),
-    "huge-cell": (_CSV.encode() + b"x" * 200_000, 2, "line 3: no CSV: field larger"),
-    "column-twice": (_CSV.replace("pool", "EP", 1).encode(), 2, "no field pool"),
-    "semicolons": (_CSV.replace(",", ";").encode(), 2, "no field recipe"),
-    "escapes": (_CSV.replace("x:y", "x:\x1b[2Jruns  all").encode(), 0, "x:\\x1b[2Jruns  all"),
-    "bidi": (_CSV.replace("x:y", "x:\u202eno").encode(), 0, "x:\\u202eno"),
-    "nul-name": (_CSV.replace("x:y", "x:\0y").encode(), 0, "x:\\x00y"),
-    "lines": (_CSV.replace("x:y", '"x:\nruns        y"').encode(), 0, "x:\\nruns"),
-    "many": (_CSV.encode() + f"{_CSV_LINE}\n".encode() * 20_000, 2, "bytes; at most"),
-}
 # Names of recipes of Megatron-Bridge, or functions that are not recipes.
 BRIDGE = (
     "nothing_there_config",
@@ -148,17 +112,6 @@ def cases() -> Iterator[Case]:
     yield from _of("report metrics-of-{}", _METRICS, OF_JSON)
     yield from _of("report layouts-of-{}", _LAYOUTS, OF_JSON)
     yield from _of("plan trace-of-{}.trace", ("num_ranks", "num_experts", "layers"), OF_JSON)
-    recipe = "check-recipe recipe-of-{}.yaml"
-    lists = {"cuda_graph_scope", "recompute_modules"}
-    # Modules may have names that look like numbers.
-    words = [kind for kind in OF_YAML if not OF_YAML[kind].isalnum() and kind != "two"]
-    words += ["fullwidth digit"]
-    yield from _of(recipe, [name for name in _RECIPE if name not in lists], OF_YAML, "{field}")
-    yield from _of(recipe, sorted(lists), words, "{field}")
-    for name, (_, status, says) in TABLES.items():
-        words = ("check-recipe", "--bridge-csv", f"table-{name}.csv")
-        # A row that cannot be judged is listed among the others.
-        yield Case(words, says, status=status, prints=name == "nul")
     for name in BRIDGE:
         part = name.rpartition(":")[2]
         yield Case(("check-recipe", "--bridge-recipe", name), one_line(part)[:40])
@@ -189,13 +142,6 @@ def make(folder: Path) -> None:
             kept = [line for line in GOOD_CLUSTER.splitlines() if not line.startswith(f"{field}:")]
             content = "\n".join([*kept, f"{field}: {text}"])
             (folder / f"cluster-of-{_name(field, kind)}.yaml").write_text(content)
-        for field in _RECIPE:
-            rows = GOOD_RECIPE | {field: text}
-            content = "".join(f"{key}: {value}\n" for key, value in rows.items())
-            (folder / f"recipe-of-{_name(field, kind)}.yaml").write_text(content)
-    for name, (content, _, _) in TABLES.items():
-        (folder / f"table-{name}.csv").write_bytes(content)
-    (folder / "recipes.csv").write_text(_CSV)
     run = folder / "measured"
     metrics, layouts = METRICS.path(run, 0), run / "group-0.layouts"
     trace = (folder / "good.trace").read_bytes()

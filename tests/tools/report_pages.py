@@ -32,3 +32,7 @@ def figure_of(data: dict[str, Any], title: str) -> dict[str, Any]:
 
 def values_of(data: dict[str, Any], title: str) -> Any:
     return figure_of(data, title)["data"][0]["z"]
+
+
+def without_plotly(page: str) -> str:
+    return re.sub(r'(<script type="application/gzip" id="plotly">)[^<]*', r"\1", page)

@@ -107,7 +107,7 @@ def test_without_a_network_the_error_says_what_needs_none(monkeypatch, capsys):
     assert judged("made", noisy) == 2
     said = capsys.readouterr().err
     assert "no such model (Hugging Face's server cannot be reached, or" in said
-    assert "--bridge-csv" in said and said.count("\n") == 1
+    assert "give Megatron's flags" in said and said.count("\n") == 1
     assert judged("made", None) == 2
     assert "Hugging Face" not in capsys.readouterr().err
 
@@ -124,5 +124,7 @@ def test_without_bridge_the_error_says_what_would_work(capsys):
     with mock.patch.dict(sys.modules, {"megatron.bridge": None}):
         assert cli.main(["check-recipe", "--bridge-recipe", "fine"]) == 2
     said = capsys.readouterr().err
-    assert "megatron.bridge.recipes cannot be imported" in said and "YAML file" in said
+    assert (
+        "megatron.bridge.recipes cannot be imported" in said and "or give Megatron's flags" in said
+    )
     assert said.count("\n") == 1

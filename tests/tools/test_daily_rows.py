@@ -6,10 +6,9 @@ from argparse import Namespace
 from collections.abc import Iterator
 from unittest import mock
 
-from megatron_laer.tools.recipes import bridge_table
-from megatron_laer.tools.recipes.families import IMPLIED
 from megatron_laer.tools.recipes.features import features_of
-from tests import shared_data
+from tests import bridge_table, shared_data
+from tests.bridge_families import IMPLIED
 from tests.durations import PARITY
 from tests.parity.daily import (
     UNPUBLISHED,

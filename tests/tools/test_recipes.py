@@ -7,10 +7,9 @@ from argparse import Namespace
 import pytest
 
 from megatron_laer.choices import Unproven
-from megatron_laer.tools import cli
 from megatron_laer.tools.cli.check_recipe import STATUS
-from megatron_laer.tools.recipes.bridge_table import COLUMNS, judge_recipe
 from megatron_laer.tools.recipes.verdict import Verdict, judge
+from tests.bridge_table import COLUMNS, judge_recipe
 
 NAME = "megatron.bridge.recipes.qwen.h100.qwen3_moe:qwen3_30b_a3b_pretrain_8gpu_h100_bf16_config"
 NONE = dict.fromkeys(COLUMNS, "") | {
@@ -137,7 +136,6 @@ def test_a_recipe_that_runs_has_a_row_for_each_feature(case):
 def test_experts_in_fp8_run_with_their_word(precision):
     found = judge_recipe(NONE | {"precision": precision})
     assert found.verdict is Verdict.RUNS and found.allow == (Unproven.FP8_EXPERTS,)
-    assert "fp8_param_gather" not in found.if_none_of
 
 
 @pytest.mark.parametrize(("case", "no_row"), [*zip(UNPROVED, NO_ROW, strict=True)])
@@ -212,48 +210,12 @@ def test_settings_that_no_column_has_are_known_of_their_recipes(recipe):
     assert any(reason.startswith(UNSAID[recipe]) for reason in found.because), found.because
 
 
-def test_a_verdict_names_the_settings_that_it_does_not_know():
-    found = judge_recipe(NONE)
-    assert {"moe_expert_capacity_factor", "use_megatron_fsdp"} < {*found.if_none_of}
-    assert "moe_token_dispatcher_type" not in found.if_none_of
-    assert judge_recipe(NONE | {"EP": "1"}).if_none_of == ()
-    given = dict.fromkeys(found.if_none_of, "")
-    assert judge_recipe(NONE | given).if_none_of == ()
-    # Each of them would have changed the verdict.
-    for name in found.if_none_of:
-        value = "1.25" if "factor" in name else "32" if "size" in name or "num" in name else "True"
-        # Router padding goes with fp8, where that goes.
-        fields = NONE | ({"precision": "fp8_ds"} if "padding_for" in name else {})
-        before, after = judge_recipe(fields), judge_recipe(fields | {name: value})
-        assert (before.verdict, before.drop) != (after.verdict, after.drop), name
-        assert name not in after.if_none_of
-
-
-def test_settings_and_sizes_that_cannot_be_are_quoted():
-    with pytest.raises(ValueError, match=r"use_megatron_fsdp 'maybe': give True, False, a number"):
-        judge_recipe(NONE | {"use_megatron_fsdp": "maybe"})
+def test_sizes_that_cannot_be_are_quoted():
     for name in ("expert_model_parallel_size", "num_experts"):
         settings = {"num_experts": 8, "expert_model_parallel_size": 4} | {name: 10**18}
         flag = f"--{name.replace('_', '-')}"
         with pytest.raises(ValueError, match=f"{flag} '{10**18}': more than there can be"):
             judge(Namespace(**settings))
-
-
-def test_the_fields_of_a_recipe_may_be_yaml(tmp_path, capsys):
-    path = tmp_path / "recipe.yaml"
-    fields = NONE | {"recompute": "selective", "cuda_graph_impl": "local", "optimizer": "lion"}
-    lines = [f"{name}: '{value}'" for name, value in fields.items() if name != "recompute_modules"]
-    path.write_text("\n".join([*lines, "recompute_modules: [moe, mla_up_proj]"]))
-    assert cli.main(["check-recipe", str(path)]) == STATUS[Verdict.SPEED_ONLY] == 3
-    said = capsys.readouterr().out
-    assert said.startswith(
-        "runs without these speed-only flags: --cuda-graph-impl, if the recipe sets none of: expert"
-    )
-    assert "; their speed-up is lost, and no figure weighs it; each feature proved by a row" in said
-    assert "  --cuda-graph-impl local: " in said
-    path.write_text("recipe: x\n")
-    assert cli.main(["check-recipe", str(path)]) == 2
-    assert "no field pool" in capsys.readouterr().err
 
 
 def test_every_verdict_has_a_status_of_its_own_and_none_is_that_of_an_error():

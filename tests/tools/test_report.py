@@ -31,6 +31,7 @@ from megatron_laer.tools.report.run_files import find_run
 from megatron_laer.tools.traces import read_trace
 from tests.recorded_runs import COSTS, OWN, RUN, STEPS, record_run
 from tests.records import put_together, rewrite, taken_apart
+from tests.tools import report_pages
 from tests.tools.plan_cases import drifting_trace, recording
 from tests.tools.report_pages import data_of, figure_of, report, values_of, written
 
@@ -107,7 +108,7 @@ def test_the_assessment_is_worked_out_as_it_says(folder):
 
 def test_the_page_loads_nothing_and_is_the_same_each_time(folder, tmp_path):
     page = written(tmp_path, folder)
-    ours = without_plotly(page)
+    ours = report_pages.without_plotly(page)
     assert len(page.encode()) < MAX_BYTES and len(ours.encode()) < 2**17
     assert "default-src 'none'" in page
     assert re.findall(r"""(?:src|href)=["'](?!#)[^"']*""", ours) == []
@@ -118,10 +119,6 @@ def test_the_page_loads_nothing_and_is_the_same_each_time(folder, tmp_path):
     script = gzip.decompress(base64.b64decode(packed))
     assert script.startswith(b"/**\n* plotly.js (cartesian - minified) v4.1.1\n")
     assert hashlib.sha256(script).hexdigest() == PLOTLY
-
-
-def without_plotly(page: str) -> str:
-    return re.sub(r'(<script type="application/gzip" id="plotly">)[^<]*', r"\1", page)
 
 
 def test_plotly_knows_every_property_of_the_figures(folder, tmp_path):
@@ -156,7 +153,7 @@ def test_what_a_run_says_of_itself_cannot_end_a_script_or_become_an_element(tmp_
     folder = tmp_path / "<img src=x>&run"
     record_run(folder, layers=(HOSTILE, "layer 2"), run=RUN | {"planner": HOSTILE})
     page = written(tmp_path, folder)
-    ours = without_plotly(page)
+    ours = report_pages.without_plotly(page)
     assert ours.count("<script") == ours.count("</script>") == 3
     assert "<img" not in ours
     assert str(markupsafe.escape(HOSTILE)) in ours
@@ -204,7 +201,7 @@ def test_a_run_whose_numbers_are_not_there_has_a_page_without_them(folder, tmp_p
 
     rewrite(METRICS.path(folder, 0), without_times)
     page = written(tmp_path, folder)
-    ours = without_plotly(page)
+    ours = report_pages.without_plotly(page)
     assert "step time, median" not in ours and not re.search(r"\bnan\b", ours)
     assert figure_of(data_of(page), "A step's time")["data"][1]["y"] == [0] * STEPS
 
@@ -240,7 +237,7 @@ def test_each_quantity_has_one_value(folder, tmp_path, capsys):
     first, *_ = page.partition('id="what-if"')
     assert f"<td>{kept}</td>" in first
     # Of all recorded steps; the logged share is a prediction of other times.
-    assert "share_of_forced_balance" not in without_plotly(page)
+    assert "share_of_forced_balance" not in report_pages.without_plotly(page)
 
 
 def test_figures_by_steps_have_one_range_and_mark_where_a_run_went_on(folder, tmp_path):

@@ -5,27 +5,16 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import shlex
 import sys
 from argparse import Namespace
-from collections import Counter
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
-from megatron_laer.files.writing import write_output
+from megatron_laer.files.checks import one_line
 from megatron_laer.integrations.hugging_face import go_offline_if_unreachable
 from megatron_laer.tools.cli.argument_types import MOST_RANKS, between, option, path
 from megatron_laer.tools.cli.megatron_flags import parsed, replace_cuda_where_needed, say_wait
-from megatron_laer.tools.recipes.bridge_table import judge_recipe, read_recipes, recipe_of
-from megatron_laer.tools.recipes.command_lines import (
-    flags_in_file,
-    mapping_in_file,
-    script_flags,
-    without,
-)
+from megatron_laer.tools.recipes.command_lines import flags_in_file, script_flags, without
 from megatron_laer.tools.recipes.containers import (
     EvaluationError,
     judge_container,
@@ -52,106 +41,39 @@ _LOST = {
     Verdict.SPEED_ONLY: "their speed-up is lost, and no figure weighs it",
     Verdict.PRECISION: "the speed-up of fp8 or fp4 and of these is lost, and no figure weighs it",
 }
-_NOT_JUDGED = "not judged"
 
 _EPILOG = """\
 exit status: 0 runs, 3 runs without the speed-only flags that are named, 4 runs in bf16 and without
-the flags that are named, 5 uses no expert parallelism, 1 refused, 2 cannot be judged; with
---bridge-csv 0 if all recipes are judged, and 2 if some cannot be, after the others are
+the flags that are named, 5 uses no expert parallelism, 1 refused, 2 cannot be judged
 """
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.usage = (
-        "%(prog)s [FILE] [--bridge-recipe NAME] [--bridge-csv CSV [--json OUT]] "
-        "[[--ranks N] -- FLAGS]"
-    )
+    parser.usage = "%(prog)s [FILE] [--bridge-recipe NAME] [[--ranks N] -- FLAGS]"
     parser.description = (
-        "Judges Megatron's flags, or recipes of Megatron-Bridge, by the table that training "
+        "Judges Megatron's flags, or a recipe of Megatron-Bridge, by the table that training "
         "refuses settings by."
     )
     parser.epilog = _EPILOG
-    text = "YAML (.yaml, .yml) with flags or with a recipe's fields, else a command line"
+    text = "YAML with flags (.yaml, .yml), else a command line"
     parser.add_argument("file", nargs="?", type=path, metavar="FILE", help=text)
     text = "a function of megatron.bridge.recipes, or MODULE:FUNCTION, where that is installed"
     option(parser, "--bridge-recipe NAME", text)
-    option(parser, "--bridge-csv CSV", "a table of Megatron-Bridge's recipes", path)
-    option(parser, "--json OUT", "write the table's verdicts there", path)
     text = "ranks that the flags are for; default: --expert-model-parallel-size"
     option(parser, "--ranks N", text, between(1, MOST_RANKS))
 
 
 def run(args: Namespace) -> int:
-    given = [args.file, args.bridge_recipe, args.bridge_csv, args.flags or None]
+    given = [args.file, args.bridge_recipe, args.flags or None]
     if sum(source is not None for source in given) != 1:
-        raise ValueError("give one of FILE, --bridge-recipe NAME, --bridge-csv CSV and -- FLAGS")
-    if args.json is not None and args.bridge_csv is None:
-        raise ValueError(f"--json {quoted(args.json)}: only with --bridge-csv")
+        raise ValueError("give one of FILE, --bridge-recipe NAME and -- FLAGS")
     if args.ranks is not None and not args.flags:
         raise ValueError(f"--ranks {args.ranks}: only with -- FLAGS")
-    if args.bridge_csv is not None:
-        return _judge_table(args.bridge_csv, args.json)
     if args.bridge_recipe is not None:
-        return _say(_judge_function(args.bridge_recipe))
+        return say(_judge_function(args.bridge_recipe))
     if args.file is None:
         return _judge_flags(script_flags(args.flags), args.ranks)
-    if args.file.suffix in (".yaml", ".yml") and "recipe" in mapping_in_file(args.file):
-        return _say(judge_recipe(recipe_of(mapping_in_file(args.file), str(args.file))))
     return _judge_flags(flags_in_file(args.file))
-
-
-def _judge_table(table: Path, output: Path | None) -> int:
-    if output is not None:
-        refuse_unwritable(output, "--json")
-        refuse_overwriting(output, [table], "--json")
-    judged: list[tuple[str, Judgement | None, tuple[str, ...]]] = []
-    for row in read_recipes(table):
-        try:
-            judgement = judge_recipe(row)
-            judged.append((row["recipe"], judgement, judgement.because))
-        except ValueError as error:
-            judged.append((row["recipe"], None, (str(error),)))
-    for recipe, found, because in judged:
-        proof = f"  ({found.proof.summary})" if found and found.proof else ""
-        verdict, said = (found.verdict, recipe) if found else (_NOT_JUDGED, because[0])
-        _print(f"{verdict:<10}  {said}{proof}")
-    of_all = [found for _, found, _ in judged if found]
-    unjudged = [because[0] for _, found, because in judged if found is None]
-    counts = Counter(found.verdict for found in of_all)
-    total = [f"{counts[verdict]} {verdict}" for verdict in Verdict]
-    _print(", ".join(total + ([f"{len(unjudged)} {_NOT_JUDGED}"] if unjudged else [])))
-    if lost := sum(found.verdict in _LOST for found in of_all):
-        _print(f"the speed-up of the flags that {lost} drop is lost, and no figure weighs it")
-    if unsaid := dict.fromkeys(name for found in of_all for name in found.if_none_of):
-        _print(
-            f"those that run do so if the recipe sets none of: {', '.join(unsaid)}; columns of "
-            "these names are read"
-        )
-    if output is not None:
-        listed = [_in_json(*one) for one in judged]
-        write_output(output, json.dumps(listed, indent=1) + "\n", "--json")
-    if unjudged:
-        raise ValueError(
-            f"{table}: {len(unjudged)} of {len(judged)} recipes cannot be judged, the first: "
-            f"{unjudged[0]}"
-        )
-    return 0
-
-
-def _in_json(recipe: str, found: Judgement | None, because: tuple[str, ...]) -> dict[str, Any]:
-    proof = found.proof if found else None
-    return {
-        "recipe": recipe,
-        "verdict": found.verdict if found else None,
-        "proved_by": proof.rows if proof else [],
-        "on_replacements": proof.is_replaced if proof else None,
-        "no_row": proof.no_row if proof else [],
-        "no_row_together": proof.no_row_together if proof else [],
-        "because": because,
-        "drop": found.drop if found else [],
-        "allow": found.allow if found else [],
-        "if_none_of": found.if_none_of if found else [],
-    }
 
 
 def _judge_function(name: str) -> Judgement:
@@ -171,7 +93,7 @@ def _judge_function(name: str) -> Judgement:
             raise
         raise ValueError(
             f"{error} (Hugging Face's server cannot be reached, or HF_HUB_OFFLINE is set; offline "
-            "give the recipe's fields, in a YAML file or as --bridge-csv, or Megatron's flags)"
+            "give Megatron's flags)"
         ) from error
     sys.stderr.write(said.getvalue())
     return judgement
@@ -189,7 +111,7 @@ def _judge_flags(words: list[str], ranks: int | None = None) -> int:
         check_planner(config.planner)
     except ValueError as error:
         allowed = settings.fsep_allow_unproven or ()
-        return _say(judge(settings, allowed, also_refused=[str(error)]))
+        return say(judge(settings, allowed, also_refused=[str(error)]))
     settings = arguments.with_sharding(settings, config)
     own = arguments.own_problems(settings, config)
     judgement = judge(settings, config.allow_unproven, also_refused=own)
@@ -207,19 +129,18 @@ def _judge_flags(words: list[str], ranks: int | None = None) -> int:
             found = [str(error)]
         if found:
             judgement = Judgement(Verdict.REFUSED, None, tuple(found))
-    status = _say(judgement)
+    status = say(judgement)
     if judgement.verdict in (Verdict.SPEED_ONLY, Verdict.PRECISION):
         allowing = ["--fsep-allow-unproven", *config.allow_unproven] if judgement.allow else []
         _print(shlex.join([*kept, *allowing]))
     return status
 
 
-def _say(judgement: Judgement) -> int:
+def say(judgement: Judgement) -> int:
+    """Print a judgement with its reasons, and return the exit status."""
     said = _SAID[judgement.verdict].format(drop=" ".join(judgement.drop))
     if judgement.allow:
         said += f", with --fsep-allow-unproven {' '.join(judgement.allow)}, which no card has shown"
-    if judgement.if_none_of:
-        said += f", if the recipe sets none of: {', '.join(judgement.if_none_of)}"
     if judgement.verdict in _LOST:
         said += f"; {_LOST[judgement.verdict]}"
     if judgement.runs:

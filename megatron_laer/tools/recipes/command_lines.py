@@ -38,14 +38,13 @@ def flags_in_file(path: Path) -> list[str]:
     """Read the flags of a YAML file (.yaml, .yml), else of a command line."""
     if path.suffix not in (".yaml", ".yml"):
         return flags_in_text(path)
-    return flags_in_mapping(mapping_in_file(path), str(path))
-
-
-def mapping_in_file(path: Path) -> Mapping[str, Content]:
     content = read_yaml(path)
     if not isinstance(content, Mapping):
-        raise ValueError(f"{path}: give `flag: value` lines, or a recipe's `field: value`")
-    return content
+        raise ValueError(f"{path}: give `flag: value` lines")
+    try:
+        return [word for key, value in _settings(content) for word in _flag(key, value)]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def script_flags(words: list[str]) -> list[str]:
@@ -53,14 +52,6 @@ def script_flags(words: list[str]) -> list[str]:
     script = next((i for i, word in enumerate(words) if word.endswith(".py")), -1)
     flags = words[script + 1 :]
     return flags[1:] if flags[:1] == ["--"] else flags
-
-
-def flags_in_mapping(content: Mapping[str, Content], where: str) -> list[str]:
-    """Return the flags of a mapping `flag: value`, which may group them in mappings."""
-    try:
-        return [word for key, value in _settings(content) for word in _flag(key, value)]
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
 
 
 def check_patterns(words: list[str]) -> None:

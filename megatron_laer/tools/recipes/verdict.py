@@ -34,7 +34,6 @@ class Judgement:
 
     `proof` is for the run without the flags in `drop`; None if nothing proves it or it does not
     run. `allow` are the words that a run needs of `--fsep-allow-unproven`, given or not.
-    `if_none_of` are settings that would change the verdict and that were not given.
     """
 
     verdict: Verdict
@@ -42,7 +41,6 @@ class Judgement:
     because: tuple[str, ...] = ()
     drop: tuple[str, ...] = ()
     allow: tuple[Unproven, ...] = ()
-    if_none_of: tuple[str, ...] = ()
 
     @property
     def runs(self) -> bool:

@@ -14,13 +14,11 @@ from typing import NamedTuple
 class Implied(NamedTuple):
     """Settings of the recipes whose `module:function` matches the regular expression `recipes`.
 
-    `settings` are Megatron's arguments, by attribute. `refused` are parts that no supported
-    Megatron can build, with a remedy.
+    `settings` are Megatron's arguments, by attribute.
     """
 
     recipes: str
     settings: Mapping[str, object]
-    refused: str = ""
 
 
 def _balanced(kind: str, coefficient: float) -> dict[str, object]:
@@ -55,14 +53,6 @@ IMPLIED = (
         r"bridge\.recipes\..*\.(gpt_oss|deepseek_v4):.*_fp8",
         moe_router_padding_for_quantization=True,
         moe_router_padding_for_fp8=True,
-    ),
-    # moe_n_hash_layers, dsv4_hybrid attention, enable_hyper_connections (deepseek_v4_bridge).
-    Implied(
-        r"\.deepseek_v4:",
-        {},
-        "hash routing, compressed sparse attention and hyper-connections of DeepSeek-V4: "
-        "megatron-core 0.19 cannot build the model, and neither can 0.20.0 as developed; it takes "
-        "the Megatron that Megatron-Bridge pins, until a release that FSEP supports has them",
     ),
     # A softmax router, first_k_dense_replace (deepseek_v2_bridge).
     _row(r"\.deepseek_v2:", "latent sequence-loss fp32 shared first-dense fused"),
@@ -166,7 +156,6 @@ UNKNOWN_FAMILY = (
 
 
 def is_known(recipe: str) -> bool:
-    """Return True if the table covers a recipe's family, by its `module:function`."""
     return _KNOWN.search(recipe) is not None
 
 
