@@ -98,8 +98,7 @@ class Segments:
     @cached_property
     def first_T1(self) -> Int64:
         """Return the first segment of each sum, and the number of segments."""
-        begins = np.flatnonzero(np.diff(self.held_Z, prepend=-1))
-        return np.append(begins, self.held_Z.size)
+        return np.append(_begins(self.held_Z), self.held_Z.size)
 
     @cached_property
     def most(self) -> int:
@@ -154,9 +153,10 @@ class Segments:
                     wire, self.table, held[at], base, sums, self.most, adds=adds
                 )
                 continue
+            size_Z, wire_Z = self.size_Z.tolist(), self.wire_Z.tolist()
             for first, last in pairwise(self.first_T1[sums.start : sums.stop + 1].tolist()):
-                to, size = int(self.held_Z[first]) - base, int(self.size_Z[first])
-                parts = [wire[row : row + size] for row in self.wire_Z[first:last].tolist()]
+                to, size = int(self.held_Z[first]) - base, size_Z[first]
+                parts = [wire[row : row + size] for row in wire_Z[first:last]]
                 total = sum(parts[1:], start=parts[0].float())
                 target = held[at][to : to + size]
                 target.add_(total) if adds else target.copy_(total)
@@ -165,8 +165,7 @@ class Segments:
     def _by_tensor(self) -> list[tuple[int, slice]]:
         """Return the used tensors of the holding, each with its segments."""
         tensor_Z = self.held_Z // self.tensor_rows
-        begins = np.flatnonzero(np.diff(tensor_Z, prepend=-1)).tolist()
-        bounds = pairwise([*begins, tensor_Z.size])
+        bounds = pairwise([*_begins(tensor_Z).tolist(), tensor_Z.size])
         return [(int(tensor_Z[first]), slice(first, last)) for first, last in bounds]
 
     def _runs_of(self, at: int, part: slice, *, packs: bool) -> list[_Run]:
@@ -188,17 +187,23 @@ class _Run(NamedTuple):
 def _runs(from_Z: Int64, to_Z: Int64, size_Z: Int64, device: torch.device) -> list[_Run]:
     order_Z = np.argsort(to_Z)
     from_Z, to_Z, size_Z = from_Z[order_Z], to_Z[order_Z], size_Z[order_Z]
-    begins = np.flatnonzero(to_Z != np.append(-1, to_Z[:-1] + size_Z[:-1]))
+    begins = np.flatnonzero(to_Z[1:] != (to_Z + size_Z)[:-1]) + 1
     found = []
-    for first, last in pairwise([*begins.tolist(), to_Z.size]):
-        sizes, begin = size_Z[first:last], from_Z[first:last]
-        ends = np.cumsum(sizes)
-        shift = begin - (ends - sizes)
-        rows: int | torch.Tensor = int(begin[0])
-        if (shift != begin[0]).any():
-            (rows,) = upload_arrays([np.repeat(shift, sizes) + np.arange(ends[-1])], device)
-        found.append(_Run(int(to_Z[first]), int(ends[-1]), rows))
+    for first, last in pairwise([0, *begins.tolist(), to_Z.size]):
+        rows: int | torch.Tensor = int(from_Z[first])
+        sizes = size_Z[first:last]
+        if last > first + 1:
+            shift = from_Z[first:last] - (np.cumsum(sizes) - sizes)
+            if (shift != rows).any():
+                gathered = np.repeat(shift, sizes) + np.arange(sizes.sum())
+                (rows,) = upload_arrays([gathered], device)
+        found.append(_Run(int(to_Z[first]), int(sizes.sum()), rows))
     return found
+
+
+def _begins(values_Z: Int64) -> Int64:
+    """Return the places where a value follows another one."""
+    return np.flatnonzero(np.append(True, values_Z[1:] != values_Z[:-1])[: values_Z.size])
 
 
 def upload_tables(parts: Sequence[Segments]) -> None:
