@@ -159,7 +159,9 @@ class Exchange:
                     else:
                         arrived = arrives.view(target)
                     more = _has_more(moves[at + 1 :], self._restore_stages)
-                    sending = stage.all_to_all(arrived, sent, move, more=more)
+                    sending = stage.all_to_all(
+                        arrived, sent, move.received_P, move.sent_P, more=more
+                    )
                     self.count.add_restore(*(yield from sending))
                     if arrives.in_place is None:
                         arrives.unpack(arrived, target)
@@ -210,7 +212,9 @@ class Exchange:
                     sent = _packed(move, held, buffers, dtype)
                     arrived = buffers.take("receive", sum(move.received_P), dtype)
                     more = _has_more(moves[at + 1 :], self._reduce_stages)
-                    sending = stage.all_to_all(arrived, sent, move, more=more)
+                    sending = stage.all_to_all(
+                        arrived, sent, move.received_P, move.sent_P, more=more
+                    )
                     self.count.add_reduce(*(yield from sending))
                 target = owners
                 if not move.is_last:

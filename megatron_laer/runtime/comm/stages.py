@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -51,16 +50,6 @@ class ExchangeCount:
         self.reduce_collectives += 1
 
 
-class Sizes(Protocol):
-    """Rows that a rank exchanges with each rank of a communicator."""
-
-    @property
-    def sent_P(self) -> list[int]: ...
-
-    @property
-    def received_P(self) -> list[int]: ...
-
-
 @dataclass(frozen=True)
 class Stage:
     """Communicator, this rank's position in it, and the range of its ranks on the same machine."""
@@ -73,7 +62,8 @@ class Stage:
         self,
         received_ZK: torch.Tensor,
         sent_ZK: torch.Tensor,
-        rows: Sizes,
+        received_P: list[int],
+        sent_P: list[int],
         *,
         more: bool,
     ) -> Generator[Group | None, None, tuple[int, int]]:
@@ -82,12 +72,11 @@ class Stage:
         `more` tells that the exchange has another All-to-All, which waits for this one.
         """
         yield self.group
-        dist.all_to_all_single(received_ZK, sent_ZK, rows.received_P, rows.sent_P, group=self.group)
+        dist.all_to_all_single(received_ZK, sent_ZK, received_P, sent_P, group=self.group)
         yield self.group if more else None
-        intra = sum(rows.received_P[self.same_machine])
+        intra, own = sum(received_P[self.same_machine]), received_P[self.position]
         row_bytes = received_ZK.shape[1] * received_ZK.element_size()
-        own, inter = rows.received_P[self.position], sum(rows.received_P) - intra
-        return (intra - own) * row_bytes, inter * row_bytes
+        return (intra - own) * row_bytes, (sum(received_P) - intra) * row_bytes
 
 
 def stage_of(groups: FSEPGroups, exchange: str, link: Link) -> Stage | None:
