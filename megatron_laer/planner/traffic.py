@@ -1,16 +1,10 @@
-"""Traffic formulas: elements that exchanges of parameters and gradients put on the links.
+"""Traffic: elements that exchanges of parameters and gradients put on the links.
 
-Two algorithms move the same values. `flat` is one All-to-All over all ranks. `node` sends each
-distinct expert of a node across nodes once, and spreads it inside the node. Across nodes, rank g of
-each node ("place" g) exchanges with rank g of the others. The runtime's exchanges count their
-traffic; tests compare it with these formulas.
+They are sums over the hops of `hops.py`. The runtime's exchanges count their traffic, and tests
+compare both.
 
-With experts at home, only replica slots are fetched. `flat` sends whole experts from their homes
-(*direct*). `node` has one hop more (*relay*). Homes spread the rows of each fetched expert over all
-ranks, which go on as with rows of all experts.
-
-Legend: N ranks, E experts, C slots per rank that can be fetched, S = N·C such slots, G ranks per
-node, M = N/G nodes. A matrix has R rows and K columns.
+Legend: N ranks, C slots per rank that can be fetched, S = N·C such slots, B = N row blocks of a
+matrix. A matrix has R rows and K columns. X experts that a hop moves, each to one place.
 """
 
 from __future__ import annotations
@@ -83,28 +77,11 @@ def restore_traffic(
     *,
     before: Placed | None = None,
 ) -> Traffic:
-    """Count the elements that one restore moves: the sums over its hops.
+    """Count the elements that one restore moves, as sums over its hops.
 
-    Rank n, place g of node J, has c_n slots to fetch and r_n rows; node J fetches F_J distinct
-    experts. With rows of all experts, per matrix and times K, rank n receives
-
-        flat  c_n · (rows of its node - r_n) intra   c_n · (R - rows of its node) inter
-        node  c_n · (R - rows of its place) intra    F_J · (rows of its place - r_n) inter
-
-    A place's rows are those of rank g of every node. F_J excludes experts that node J still has
-    from the layout before: one of its ranks with the expert gives each place its rows. So rank n
-    also receives (H_J - h_n) · (rows of its place) intra, with H_J such experts in the node, h_n
-    given by n.
-
-    Since F_J is at most the sum of c_n over the node, `node` never lets a node receive more from
-    other nodes than `flat`. The same holds for each rank if N divides R and all ranks of the node
-    fetch equally many slots.
-
-    With home slots, c_n and F_J are of replica slots. Let d_n be the fetches of experts from home
-    n, each by each slot, and x_n the different experts of home n that nodes fetch. Then, times K,
-
-        flat  n receives c_n · R and sends d_n · R, from and to their ranks
-        node  n also receives (x of all others) · r_n and sends x_n · (R - r_n), in front
+    docs/communication.md has them as formulas. `node` never lets a node receive more from other
+    nodes than `flat`. The same holds for each rank if N divides R and all ranks of a node fetch
+    equally many slots.
 
     Args:
         changed_S: replica slots to fetch, by ranks that keep nothing else; all by default. Empty

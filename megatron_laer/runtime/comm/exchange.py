@@ -115,8 +115,8 @@ class Exchange:
         """Restore whole experts for this rank's slots.
 
         Args:
-            source: this rank's rows of every expert, [E, r, K], or [R, K] of each home expert, of
-                which only those are read that are sent.
+            source: this rank's rows of every expert, [E, r, K], or [R, K] of each home expert. Only
+                home experts that are sent are read.
             rows: R.
             reuse: weights of another layout, the same one on all ranks. Only slots with another
                 expert are restored, in place; only experts new to a node cross nodes. If no slot of
@@ -188,8 +188,8 @@ class Exchange:
                 expert, of any float dtype.
 
         Returns:
-            `add_to`, or its first tensor; without it, the sums in the gradient's dtype as a new
-            tensor, [E, r, K], or [h, R, K] with zeros for home experts without replicas.
+            `add_to`, or its first tensor. Without it, the sums in the gradient's dtype: [E, r, K],
+            or [h, R, K] with zeros for home experts without replicas.
         """
         grad_CRK = grad_CRK.contiguous()
         chain = self._chain(index)
