@@ -263,8 +263,8 @@ def _has_more(moves: Sequence[Move], stages: Mapping[Link, Stage | None]) -> boo
 
 
 def _by_rows(owned: torch.Tensor | Sequence[torch.Tensor]) -> Held:
-    """Return matrices as tensors of rows."""
-    return [owned.flatten(0, 1)] if isinstance(owned, torch.Tensor) else owned
+    """Return matrices as tensors of rows; one tensor of them must be contiguous."""
+    return [owned.view(-1, owned.shape[2])] if isinstance(owned, torch.Tensor) else owned
 
 
 def wire_dtype(config: FSEPConfig) -> torch.dtype | None:
