@@ -162,9 +162,9 @@ class Scheduler:
             return self._experts_of(layer, training)
         restored = self._ahead.pop(position, None) or self._experts_of(layer, training)
         if forward.entered:
-            restored.prefetch_in_backward(forward.entered[-1])
+            restored.previous = forward.entered[-1]
         else:
-            restored.call_in_backward(self._fetch_following)
+            restored.ends_backward = self._fetch_following
         forward.entered.append(restored)
         forward.position = position
         return restored

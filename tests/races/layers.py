@@ -136,7 +136,7 @@ class Model:
         first.make_wait()
         for number, restored in enumerate(experts):
             if number:
-                restored.prefetch_in_backward(experts[number - 1])
+                restored.previous = experts[number - 1]
             ones = torch.ones(EXPERTS + 2, dtype=torch.int64, device=CARD)
             read_counts = self.counts.start(ones[2:], ones[:2], 0, "layer")
             hidden = torch.tanh(hidden)  # like shared experts during the exchange of counts

@@ -91,7 +91,7 @@ def test_passes_hand_on_weights_in_one_direction(streams: ExchangeStreams) -> No
     first = directed(streams)
     second = follow(first, streams)
     first.weights.hand_on(second.weights)
-    second.prefetch_in_backward(first)
+    second.previous = first
     tokens = ones(needs_grad=True)
     middle = compute(first, tokens, ones(needs_grad=True))
     assert second.weights.state.weights is not WeightState.SHARDED
@@ -111,7 +111,7 @@ def test_backward_of_a_checkpoint_hands_no_weights_on_to_the_re_run_before_it(
     first.expect_rerun()
     with torch.no_grad():
         compute(first, ones(needs_grad=False), ones(needs_grad=False))
-    second.prefetch_in_backward(first)
+    second.previous = first
     compute(second, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
     assert first.weights.state.weights is WeightState.RESTORING
     assert first.backward_weights.state.weights is WeightState.SHARDED

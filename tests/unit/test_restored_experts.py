@@ -194,7 +194,7 @@ def test_no_weights_are_fetched_in_backward_for_a_layer_that_it_does_not_reach(
     frozen = restored_experts(streams, trained=(False, False))
     compute(frozen, ones(needs_grad=False), ones(needs_grad=False))
     restored = restored_experts(streams)
-    restored.prefetch_in_backward(frozen)
+    restored.previous = frozen
     compute(restored, ones(needs_grad=True), ones(needs_grad=True)).sum().backward()
     assert streams.weights.in_use == 0
     assert streams.exchange.count.restores == 3
@@ -210,7 +210,7 @@ def test_passes_through_one_layer_hand_on_its_weights(
         index = layout_index(placed(ExpertLayout.from_slots(1, 2, 2, slots)), CPU)
     second = RestoredExperts("layer 1", first._share, index, streams)
     first.weights.hand_on(second.weights)
-    second.prefetch_in_backward(first)
+    second.previous = first
     middle = compute(first, ones(needs_grad=True), ones(needs_grad=True))
     assert first.state.weights is WeightState.SHARDED
     assert second.state.weights is not WeightState.SHARDED

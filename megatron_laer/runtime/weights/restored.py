@@ -39,7 +39,6 @@ from megatron_laer.runtime.comm.layout_index import LayoutIndex
 from megatron_laer.runtime.weights.autograd import (
     SlicesToSlots,
     WaitForGrads,
-    WaitForGradsAfterBlock,
     WaitWithTokens,
     placeholder,
     run_on_backward,
@@ -64,6 +63,8 @@ class RestoredExperts:
     Attributes:
         weights, backward_weights: the same, unless payloads serve one direction.
         life: the pass's column of `LIFE`, without the kinds that the gate decides until it has.
+        previous: experts to which backward comes next.
+        ends_backward: called with the weights of a chunk's first layer in backward, in its turn.
     """
 
     def __init__(
@@ -80,10 +81,10 @@ class RestoredExperts:
         self._share = share
         self._exchange = streams.exchange
         self._late = late or LateGrads()
-        self._next_in_backward: RestoredExperts | None = None
+        self.previous: RestoredExperts | None = None
+        self.ends_backward: Callable[[RestoredWeights], None] | None = None
         # Created ahead, one tuple per coming pass; step-held experts can queue two.
         self._waits: deque[tuple[torch.Tensor, ...]] = deque()
-        self._ends_backward: Callable[[RestoredWeights], None] | None = None
         if share.waits_inside:
             kinds |= {Kind.HOMES}
         if self.backward_weights is not self.weights:
@@ -128,10 +129,10 @@ class RestoredExperts:
         if not self._share.trained:
             return hidden
         self._become({Kind.BLOCK: True})
-        marked: torch.Tensor = WaitForGradsAfterBlock.apply(
-            partial(self._finish, Event.BLOCK_GRAD), hidden, *self._share.trained
+        marked: tuple[torch.Tensor] = WaitForGrads.apply(
+            partial(self._finish, Event.BLOCK_GRAD), (), hidden, *self._share.trained
         )
-        return marked
+        return marked[0]
 
     @property
     def first_in_backward(self) -> RestoredWeights | None:
@@ -158,14 +159,6 @@ class RestoredExperts:
         """Free weights that were held, and are no longer valid."""
         for weights in dict.fromkeys((self.weights, self.backward_weights)):
             weights.free()
-
-    def prefetch_in_backward(self, previous: RestoredExperts) -> None:
-        """Start the restore of `previous` in this backward, or hand the weights on to it."""
-        self._next_in_backward = previous
-
-    def call_in_backward(self, call: Callable[[RestoredWeights], None]) -> None:
-        """Call this with the chunk's first weights, the last ones in backward, in their turn."""
-        self._ends_backward = call
 
     def make_wait(self) -> None:
         """Make the node that waits for this pass's gradients: the earlier, the later it runs."""
@@ -309,7 +302,7 @@ class RestoredExperts:
                 raise ValueError(_NO_MODEL)
             parameters = (placeholder(share.likes[0].detach(), ()).requires_grad_(),)
         made: tuple[torch.Tensor, ...] = WaitForGrads.apply(
-            partial(self._finish, Event.WAIT), self._trained_likes, *parameters
+            partial(self._finish, Event.WAIT), self._trained_likes, None, *parameters
         )
         return made
 
@@ -339,18 +332,18 @@ class RestoredExperts:
 
     def _hand_on(self) -> None:
         """Leave backward's weights to the layer's own pass, if that is next."""
-        if self._next_in_backward is None:
+        if self.previous is None:
             return
-        following = self._next_in_backward.first_in_backward
+        following = self.previous.first_in_backward
         if following is not None and following.share is self.backward_weights.share:
             self.backward_weights.hand_on(following)
 
     def _fetch(self) -> None:
         """Start the restore of the layer that backward comes to next, or hand the weights on."""
-        if self._next_in_backward is None:
-            if self._ends_backward is not None:
-                self._ends_backward(self.backward_weights)
-        elif (following := self._next_in_backward.first_in_backward) is not None:
+        if self.previous is None:
+            if self.ends_backward is not None:
+                self.ends_backward(self.backward_weights)
+        elif (following := self.previous.first_in_backward) is not None:
             self.backward_weights.fetch(following)
 
 
