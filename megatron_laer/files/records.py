@@ -2,20 +2,22 @@
 
 A file is a line of JSON, its header, and records, all little-endian:
 
-    {"format":"megatron_laer-trace","version":3,"run":"0123456789abcdef","num_ranks":N,...,
-     "layers":[...],"crc":"89abcdef"}\\n
-    record:  uint16  kind, an index into the format's kinds
-             uint16  bytes of a count: 1, 2 or 4, the least that holds the record's largest
-             uint32  length of the open dimension
-             int64   the record's number, from 1
-             int64   step, which never decreases
-             uint32  CRC-32 of the content
-             uint32  CRC-32 of the header's line and the six fields above
-             content: the values of the kind's fields, in order
+    {"format":"megatron_laer-trace","version":3,"run":...,"num_ranks":N,...,"crc":"89abcdef"}\n
+
+    uint16  kind, an index into the format's kinds
+    uint16  bytes of a count: 1, 2 or 4, the least that holds the record's largest
+
+    uint32  length of the open dimension
+    int64   the record's number, from 1
+    int64   step, which never decreases
+
+    uint32  CRC-32 of the content
+    uint32  CRC-32 of the header's line and the six fields above
+    content: the values of the kind's fields, in order
 
 The header's last key is the CRC-32 of the line's bytes before its comma. A `Format` declares the
 header's sizes and the fields of each kind. A record's last checksum covers its length, place and
-header, so that damage is no early end, and a lost, moved or another run's record is noticed.
+header. So damage is no early end, and a lost, moved or another run's record is noticed.
 
 One rule for the end: a last record that is incomplete, torn, or zeros after a loss of power is left
 out. Everything else that does not fit is refused, with its byte.
@@ -170,8 +172,7 @@ class Records:
         line = file.readline(MAX_TEXT_BYTES + 1)
         try:
             if not line.endswith(b"\n") and format.magic.startswith(line[: len(format.magic)]):
-                more = f"; it has more than {MAX_TEXT_BYTES:,} bytes" * (len(line) > MAX_TEXT_BYTES)
-                raise ValueError(f"is no whole header of a {format.title}{more}")
+                raise ValueError(f"{len(line):,} bytes are no header; give a {format.title}")
             return cls(format, read_header(line, format.name, format.title), line)
         except ValueError as error:
             raise ValueError(f"{path}, line 1: {error}") from error
@@ -236,7 +237,7 @@ class Records:
         if end < size and (end > len(self.line) or must_be_whole):
             left = f"its last {size - end} bytes are no whole record"
             if must_be_whole:
-                raise ValueError(f"{path} is damaged or cut off: {left}")
+                raise ValueError(f"{path} is damaged or cut off; {left}")
             logger.warning("%s: %s and are left out", path, left)
 
     def _frames(self, file: BinaryIO, path: Path) -> Iterator[Frame]:
@@ -312,7 +313,7 @@ def read_header(
     content = json_object(line)
     if content.pop("format", None) != format_name:
         begin = line[:100].decode(errors="backslashreplace")
-        raise ValueError(f"it is no {title}, since it begins with {quoted(begin)}")
+        raise ValueError(f"it begins with {quoted(begin)}; give a {title}")
     version = content.pop("version", None)
     if type(version) is not int or version != VERSION:
         raise ValueError(
@@ -323,7 +324,7 @@ def read_header(
         body_bytes = len(line.removesuffix(b"\n")) - _END_BYTES
         end = _END.fullmatch(line, max(body_bytes, 0))
         if end is None or int(end[1], 16) != zlib.crc32(line[:body_bytes]):
-            raise ValueError("its checksum does not fit, so it is damaged")
+            raise ValueError("its checksum does not fit; it is damaged")
         content.pop(_KEY)
     return content
 
@@ -390,7 +391,7 @@ def json_object(line: bytes) -> dict[str, Any]:
     try:
         content = json.loads(line)
     except RecursionError as error:
-        raise ValueError("not JSON: nested too deeply") from error
+        raise ValueError("not JSON; it is nested too deeply") from error
     except ValueError as error:
         reason = "it is not UTF-8" if isinstance(error, UnicodeDecodeError) else str(error)
         raise ValueError(f"not JSON: {reason}") from error

@@ -85,7 +85,7 @@ class PlannerService:
     counts. One from the counts of step t is due at step t + `lag`.
 
     Steps that lack layers when a later step is full are dropped with a warning. Unless plans are
-    waited for, full steps whose planning has not started are dropped too, and so is the oldest of
+    waited for, full steps whose planning has not started are dropped too. So is then the oldest of
     more than four open steps.
 
     If a strategy raises or returns no legal layout, the layer keeps its layout of the last complete

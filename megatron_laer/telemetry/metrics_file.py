@@ -27,7 +27,7 @@ from megatron_laer.telemetry.metrics import LOGGED_NAMES, RECORDED_OF_LAYERS, RE
 
 METRICS = Format(
     "megatron_laer-metrics",
-    "recording of metrics",
+    "recording of --fsep-record DIR metrics",
     "metrics",
     dict.fromkeys(("num_ranks", "num_experts", "capacity", "node_size"), MAX_RANKS),
     {

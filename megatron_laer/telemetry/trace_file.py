@@ -30,7 +30,7 @@ MAX_COUNT = int(np.iinfo(np.int32).max)
 _LAYER = Field("layer", "<u4", below="layers")
 TRACE = Format(
     "megatron_laer-trace",
-    "trace",
+    "recording of --fsep-record DIR trace",
     "trace",
     {"num_ranks": MAX_RANKS, "num_experts": MAX_EXPERTS},
     {

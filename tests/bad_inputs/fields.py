@@ -10,7 +10,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from megatron_laer.files.checks import one_line
-from megatron_laer.telemetry.metrics_file import METRICS
 from tests.bad_inputs.case import Case
 from tests.bad_inputs.inputs import GOOD_CLUSTER
 
@@ -74,8 +73,6 @@ _SIZES = {
 }
 _READ_BY_PLAN = ("hidden-size", "moe-ffn-hidden-size", "num-experts")
 _CLUSTER = ("nodes", "ranks_per_node", "gemm", "intra", "inter", "solve")
-_METRICS = ("num_ranks", "num_experts", "capacity", "node_size", "layers")
-_LAYOUTS = ("num_ranks", "capacity", "num_experts", "layers")
 # Names of recipes of Megatron-Bridge, or functions that are not recipes.
 BRIDGE = (
     "nothing_there_config",
@@ -109,8 +106,6 @@ def cases() -> Iterator[Case]:
     yield from _of("plan good.trace --config model-of-{}.yaml", _READ_BY_PLAN, OF_YAML)
     yield from _of("simulate good.trace --model model-of-{}.yaml", _SIZES, OF_YAML)
     yield from _of("plan good.trace --cluster cluster-of-{}.yaml", _CLUSTER, OF_YAML)
-    yield from _of("report metrics-of-{}", _METRICS, OF_JSON)
-    yield from _of("report layouts-of-{}", _LAYOUTS, OF_JSON)
     yield from _of("plan trace-of-{}.trace", ("num_ranks", "num_experts", "layers"), OF_JSON)
     for name in BRIDGE:
         part = name.rpartition(":")[2]
@@ -142,20 +137,9 @@ def make(folder: Path) -> None:
             kept = [line for line in GOOD_CLUSTER.splitlines() if not line.startswith(f"{field}:")]
             content = "\n".join([*kept, f"{field}: {text}"])
             (folder / f"cluster-of-{_name(field, kind)}.yaml").write_text(content)
-    run = folder / "measured"
-    metrics, layouts = METRICS.path(run, 0), run / "group-0.layouts"
     trace = (folder / "good.trace").read_bytes()
     first = trace.index(b"\n")
     for kind, text in OF_JSON.items():
-        for field in _METRICS:
-            place = folder / f"metrics-of-{_name(field, kind)}"
-            place.mkdir()
-            METRICS.path(place, 0).write_bytes(_changed(metrics.read_bytes(), field, text))
-        for field in _LAYOUTS:
-            place = folder / f"layouts-of-{_name(field, kind)}"
-            place.mkdir()
-            METRICS.path(place, 0).hardlink_to(metrics)
-            (place / "group-0.layouts").write_bytes(_changed(layouts.read_bytes(), field, text))
         for field in ("num_ranks", "num_experts", "layers"):
             line = _changed(trace[: first + 1], field, text)
             (folder / f"trace-of-{_name(field, kind)}.trace").write_bytes(line + trace[first + 1 :])

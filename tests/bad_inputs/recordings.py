@@ -49,10 +49,10 @@ _ENDS: Mapping[str, tuple[Int64 | None, Bool | None, str]] = {
     "often": (_PAIRS_EE, np.tile(_SETS_TE, (2, 1)), "sets must be of tokens that are in the pairs"),
 }
 _HOMES = {
-    "nested": (b"[" * 10**5, "must be a file of homes: not JSON: nested too deeply"),
+    "nested": (b"[" * 10**5, "must be a file of homes: not JSON; it is nested too deeply"),
     "metrics": (
         b'{"format":"megatron_laer-metrics"}',
-        'it is no file of homes, since it begins with \'{"format":"megatron_laer-metrics"}\'',
+        'it begins with \'{"format":"megatron_laer-metrics"}\'; give a file of homes',
     ),
 }
 
@@ -108,5 +108,5 @@ def cases() -> Iterator[Case]:
         says = "they are of different runs, so move one away"
         yield Case(("report", f"measured-mixed-{name}"), says)
     yield Case(("plan", "measured-mixed-trace/group-0.trace"), "of different runs, so move one")
-    says = "planner, group 0, line 1: is no whole header of a planner's state"
+    says = "are no header; give a planner's state"
     yield Case(("inspect", "checkpoint-state"), says, status=1)

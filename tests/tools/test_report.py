@@ -283,7 +283,7 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(folder, tmp_path, capsys,
     assert not (tmp_path / "page.html").exists()
 
 
-@pytest.mark.parametrize("name", ["group-1.metrics", "group-007.layouts", "new.log", "link.html"])
+@pytest.mark.parametrize("name", ["group-1.metrics", "group-7.layouts", "new.log", "link.html"])
 def test_no_page_is_written_under_a_name_that_is_read_the_next_time(folder, tmp_path, capsys, name):
     (folder / "link.html").symlink_to("new.log")
     trace = recording(tmp_path / "x.trace", drifting_trace(steps=2))

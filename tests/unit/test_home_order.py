@@ -76,7 +76,7 @@ GOOD = {
         ({"experts": []}, "experts must be a list for each of 1 layers"),
         ({"num_ranks": 0}, r"num_ranks must be an integer in 1\.\."),
         ({"layers": ["a", "a"]}, "layers must all be different"),
-        ({"format": "another"}, "it is no file of homes"),
+        ({"format": "another"}, "it begins with .*; give a file of homes"),
         ({"version": 1}, "version '1' of the format; this release reads version 3"),
         ({"crc": "0123abcd"}, "its checksum does not fit"),
     ],

@@ -287,7 +287,7 @@ HEADERS = [
     ({"version": 2}, "version '2' of the format; .* reads version 3, so take the release that"),
     ({"version": 4}, "version '4' of the format; .* reads version 3, so take the release that"),
     ({"version": True}, "version 'True' of the format"),
-    ({"format": "other"}, "it is no "),
+    ({"format": "other"}, "it begins with .*; give a "),
     ({"num_ranks": 0}, "num_ranks must be an integer in 1"),
     ({"num_experts": 10**18}, r"num_experts must be an integer in 1..\d+, got '1000"),
     ({"layers": ["a", "a"]}, "layers must all be different"),

@@ -1,8 +1,8 @@
 """Format of `--fsep-record DIR layouts`, one file per FSEP group: `files.records` of one kind.
 
-A record has a step at which layouts changed, and the new layout of every layer: the expert of each
-slot, or -1 for an empty one. With --fsep-homes the header's `homes` are the experts at each home
-position, layer by layer.
+A record has a step at which layouts changed, and the new layout of every layer. That is the expert
+of each slot, or -1 for an empty one. With --fsep-homes the header's `homes` are the experts at each
+home position, layer by layer.
 
 Legend: N ranks, C slots per rank, L layers.
 """
@@ -25,7 +25,7 @@ from megatron_laer.planner.layout import MAX_EXPERTS, ExpertLayout
 
 LAYOUTS = Format(
     "megatron_laer-layouts",
-    "recording of layouts",
+    "recording of --fsep-record DIR layouts",
     "layouts",
     {"num_ranks": MAX_RANKS, "num_experts": MAX_EXPERTS, "capacity": MAX_RANKS},
     {"layouts": (Field("slots_LNC", "<i2", ("layers", "num_ranks", "capacity")),)},

@@ -106,62 +106,45 @@ def load_state(
 
 def by_expert(state: PlannerState, homes: Sequence[HomeOrder]) -> PlannerState:
     """Return a state with experts in place of home positions, as it is saved."""
-    return _renumbered(
-        state,
-        [home.layout_of_experts for home in homes],
-        [home.by_expert for home in homes],
-    )
+    return _renumbered(state, [(home.layout_of_experts, home.by_expert) for home in homes])
 
 
 def by_position(state: PlannerState, homes: Sequence[HomeOrder]) -> PlannerState:
     """Return a saved state with home positions in place of experts."""
-    return _renumbered(
-        state,
-        [home.layout_of_positions for home in homes],
-        [home.by_position for home in homes],
-    )
+    return _renumbered(state, [(home.layout_of_positions, home.by_position) for home in homes])
 
 
 def _renumbered(
     state: PlannerState,
-    of_layout: Sequence[Callable[[ExpertLayout], ExpertLayout]],
-    of_loads: Sequence[Callable[[Int64], Int64]],
+    changes: Sequence[tuple[Callable[[ExpertLayout], ExpertLayout], Callable[[Int64], Int64]]],
 ) -> PlannerState:
+    def layouts(of: Sequence[ExpertLayout]) -> tuple[ExpertLayout, ...]:
+        return tuple(change(one) for one, (change, _) in zip(of, changes, strict=True))
+
+    forecasts = zip(state.forecasts, changes, strict=True)
     return replace(
         state,
-        layouts=tuple(of_layout[at](layout) for at, layout in enumerate(state.layouts)),
-        forecasts=tuple(
-            forecast.changed(of_loads[at]) for at, forecast in enumerate(state.forecasts)
-        ),
-        plans=tuple(
-            replace(
-                plan, layouts=tuple(of_layout[at](made) for at, made in enumerate(plan.layouts))
-            )
-            for plan in state.plans
-        ),
+        layouts=layouts(state.layouts),
+        forecasts=tuple(forecast.changed(change) for forecast, (_, change) in forecasts),
+        plans=tuple(replace(plan, layouts=layouts(plan.layouts)) for plan in state.plans),
     )
 
 
 def report_resumption(resumption: Resumption | None, first_step: int) -> None:
     """Log one line for the whole run, if it was resumed. Collective over the world."""
-    mine: tuple[int | None, str | None] = None, None
+    version = problem = None
     if resumption is not None:
-        version = None if resumption.state is None else resumption.state.version
         problem = resumption.problem
-        if version is None and problem is None and first_step > 0:
+        if resumption.state is not None:
+            version = resumption.state.version
+        elif problem is None and first_step > 0:
             problem = "what the run is resumed from has no place for the planner's state"
-        mine = version, problem
     everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    if dist.get_rank() == 0:
-        _log_resumption(
-            [version for version, _ in everyone if version is not None],
-            [problem for _, problem in everyone if problem is not None],
-            first_step,
-        )
-
-
-def _log_resumption(versions: list[int], problems: list[str], first_step: int) -> None:
+    dist.all_gather_object(everyone, (version, problem))
+    if dist.get_rank() != 0:
+        return
+    versions = sorted(version for version, _ in everyone if version is not None)
+    problems = [problem for _, problem in everyone if problem is not None]
     groups = len(versions) + len(problems)
     if problems:
         some = f" in {len(problems)} of {groups} groups" if groups > 1 else ""
@@ -169,7 +152,7 @@ def _log_resumption(versions: list[int], problems: list[str], first_step: int) -
             "FSEP: planning starts anew, from the static layout%s: %s", some, problems[0]
         )
     elif versions:
-        least, most = min(versions), max(versions)
+        least, most = versions[0], versions[-1]
         logger.info(
             "FSEP: the planner's state is restored: training goes on with step %d, layout version "
             "%s%s",

@@ -115,7 +115,7 @@ class PlannerRank:
         self._newest_MNE.clear()
 
     def put(self, layer: int, microbatch: int, counts_NE: Int64) -> None:
-        """Take a microbatch's counts; a layer's last ones of the step start its planning."""
+        """Record a microbatch's counts; a layer's last ones of the step start its planning."""
         if self._trace is not None:
             by_expert_NE = self._homes[layer].by_expert(counts_NE)
             self._record(TraceWriter.append, layer, microbatch=microbatch, counts_NE=by_expert_NE)

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.recording import run_of
-from megatron_laer.files.records import is_cut_off
 from megatron_laer.runtime.planning.layout_recording import LAYOUTS
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.telemetry.trace_file import TRACE
@@ -47,16 +46,14 @@ class RunFiles:
 def find_run(given: Path, group: int | None) -> RunFiles:
     """Find the files of a run; without `group`, those of the first group.
 
-    Raises ValueError if nothing is there (of this group), or a group has two recordings of a kind
-    or those of two runs.
+    Raises ValueError if nothing is there (of this group), or its recordings are of two runs.
     """
     if not given.exists():
         raise ValueError(f"run {quoted(given)} does not exist; give a folder or a trace")
     if not given.is_dir():
         return RunFiles(str(given), trace=given, metrics_beside=metrics_beside(given))
-    files = _files(given)
-    found = _by_group(files)
-    groups = sorted({*found["metrics"], *found["trace"]})
+    found = _recordings(given)
+    groups = [of for of, files in sorted(found.items()) if {*files} != {LAYOUTS.suffix}]
     if not groups:
         raise ValueError(f"folder {quoted(given)} holds no recording of a run; {_WAYS}")
     chosen = groups[0] if group is None else group
@@ -64,35 +61,33 @@ def find_run(given: Path, group: int | None) -> RunFiles:
         raise ValueError(
             f"--group {chosen}: {quoted(given)} has recordings of the groups {groups}; give one"
         )
-    of_group = {kind: by_group.get(chosen) for kind, by_group in found.items()}
-    _check_one_run(of_group.values())
-    return RunFiles(
-        str(given),
-        chosen,
-        tuple(groups),
-        **of_group,
-        logs=tuple(path for path in files if _LOG.fullmatch(path.name)),
+    _check_one_run(found[chosen].values())
+    logs = tuple(
+        path for path in sorted(given.iterdir()) if _LOG.fullmatch(path.name) and path.is_file()
     )
+    return RunFiles(str(given), chosen, tuple(groups), logs=logs, **found[chosen])
 
 
 def metrics_beside(trace: Path) -> Path | None:
     """Return the metrics of the run that recorded a trace (a file or its folder), or None."""
     is_folder = trace.is_dir()
-    if not is_folder and not (trace.is_file() and _NAMES["trace"].fullmatch(trace.name)):
+    if not is_folder and not _NAME.fullmatch(trace.name):
         return None
-    found = _by_group(_files(trace if is_folder else trace.parent))
-    groups = [of for of, path in found["trace"].items() if is_folder or path.name == trace.name]
-    if len(groups) != 1:
+    found = [
+        files
+        for files in _recordings(trace if is_folder else trace.parent).values()
+        if TRACE.suffix in files and (is_folder or files[TRACE.suffix].name == trace.name)
+    ]
+    if len(found) != 1:
         return None
-    metrics = found["metrics"].get(groups[0])
-    _check_one_run([found["trace"][groups[0]], metrics])
-    return metrics
+    _check_one_run(found[0].values())
+    return found[0].get(METRICS.suffix)
 
 
 def refuse_as_source(output: Path, run: Path, flag: str) -> None:
     """Raise ValueError for an output that a later call would read as a file of the run."""
     folder, name = os.path.split(os.path.realpath(output))
-    is_source = any(one.fullmatch(name) for one in (*_NAMES.values(), _LOG))
+    is_source = _NAME.fullmatch(name) or _LOG.fullmatch(name)
     if is_source and folder == os.path.realpath(run if run.is_dir() else run.parent):
         raise ValueError(
             f"{flag} {quoted(output)} would be read as a file of the run the next time; give "
@@ -100,9 +95,9 @@ def refuse_as_source(output: Path, run: Path, flag: str) -> None:
         )
 
 
-def _check_one_run(paths: Iterable[Path | None]) -> None:
+def _check_one_run(paths: Iterable[Path]) -> None:
     """Refuse recordings of different runs; a header without a run is for its reader to refuse."""
-    of = {path: run for path in paths if path is not None and (run := run_of(path))}
+    of = {path: run for path in paths if (run := run_of(path))}
     if len({*of.values()}) > 1:
         said = ", ".join(f"{quoted(path)} is of run {run}" for path, run in of.items())
         raise ValueError(f"{said}; they are of different runs, so move one away")
@@ -119,26 +114,15 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{quoted(path)} cannot be read: {error}") from error
 
 
-def _files(folder: Path) -> list[Path]:
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and not is_cut_off(path)]
-
-
-def _by_group(files: Sequence[Path]) -> dict[str, dict[int, Path]]:
-    found: dict[str, dict[int, Path]] = {kind: {} for kind in _NAMES}
-    for path in files:
-        for kind, name in _NAMES.items():
-            if match := name.fullmatch(path.name):
-                other = found[kind].setdefault(int(match[1]), path)
-                if other != path:
-                    raise ValueError(
-                        f"{quoted(other)} and {quoted(path)} are both of group {int(match[1])}; "
-                        "move one away"
-                    )
+def _recordings(folder: Path) -> dict[int, dict[str, Path]]:
+    """Return the recordings of each group in a folder, by kind as `RunFiles` names it."""
+    found: dict[int, dict[str, Path]] = {}
+    for path in folder.iterdir():
+        if (match := _NAME.fullmatch(path.name)) and path.is_file():
+            found.setdefault(int(match[1]), {})[match[2]] = path
     return found
 
 
-_NAMES = {
-    format.suffix: re.compile(rf"group-([0-9]{{1,9}})\.{format.suffix}")
-    for format in (METRICS, TRACE, LAYOUTS)
-}
+_SUFFIXES = "|".join(format.suffix for format in (METRICS, TRACE, LAYOUTS))
+_NAME = re.compile(rf"group-(0|[1-9][0-9]{{0,8}})\.({_SUFFIXES})")
 _LOG = re.compile(r"[^.].*\.log", re.DOTALL)

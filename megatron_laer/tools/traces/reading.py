@@ -37,10 +37,6 @@ def read_trace(
         raise ValueError(f"trace {str(path)!r} does not exist; give a file or a folder")
     if path.is_dir():
         path = _recording_in(path)
-    if (begin := _begin(path, 40))[: len(TRACE.magic)] != TRACE.magic:
-        raise ValueError(
-            f"{path} begins with {begin!r}; give a recording of --fsep-record, or its folder"
-        )
     trace = read_recording(path, pairs=pairs)
     if num_experts is not None and trace.num_experts != num_experts:
         raise ValueError(
@@ -98,8 +94,9 @@ def read_recording(path: Path, *, pairs: bool = False) -> Trace:
 
 
 def _recording_in(folder: Path) -> Path:
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    recordings = [file for file in files if _is_recording(file)]
+    # Without the steps that a later run repeated.
+    files = sorted(folder.glob(f"*.{TRACE.suffix}"))
+    recordings = [file for file in files if file.is_file() and not is_cut_off(file)]
     if len(recordings) == 1:
         return recordings[0]
     if recordings:
@@ -108,15 +105,3 @@ def _recording_in(folder: Path) -> Path:
             f"{recordings[0]}"
         )
     raise ValueError(f"folder {folder} holds no trace: no recording of --fsep-record DIR trace")
-
-
-def _is_recording(file: Path) -> bool:
-    # Skip leftovers of a killed run, and steps that a later run repeated.
-    if file.name.startswith(".") or is_cut_off(file):
-        return False
-    return _begin(file, len(TRACE.magic)) == TRACE.magic
-
-
-def _begin(path: Path, count: int) -> bytes:
-    with open_input(path) as content:
-        return content.read(count)
