@@ -68,7 +68,7 @@ def _switched(plan: Plan, folder: Path, undisturbed: Path) -> Iterator[str]:
     for path in sorted((undisturbed / "recorded").glob("group-*.trace")):
         if set(read_recording(folder / "recorded" / path.name).step_R) != set(range(plan.steps)):
             yield f"{path.name} lacks steps"
-    for path in sorted((undisturbed / "recorded").glob("metrics-*")):
+    for path in sorted((undisturbed / "recorded").glob("group-*.metrics")):
         if [*read_metrics(folder / "recorded" / path.name).steps_T] != [*range(plan.steps)]:
             yield f"{path.name} lacks steps"
 
@@ -76,10 +76,10 @@ def _switched(plan: Plan, folder: Path, undisturbed: Path) -> Iterator[str]:
 def _recordings(plan: Plan, folder: Path, undisturbed: Path) -> Iterator[str]:
     """Compare layouts and routing byte for byte, and metrics except times."""
     recorded, expected = folder / "recorded", undisturbed / "recorded"
-    for path in sorted(expected.glob("group-*")):
+    for path in sorted([*expected.glob("group-*.trace"), *expected.glob("group-*.layouts")]):
         if without_run(recorded / path.name) != without_run(path):
             yield f"{path.name} differs"
-    for path in sorted(expected.glob("metrics-*")):
+    for path in sorted(expected.glob("group-*.metrics")):
         mine, other = read_metrics(recorded / path.name), read_metrics(path)
         if mine.steps_T.tolist() != list(range(plan.steps)):
             yield f"{path.name} holds the steps {mine.steps_T.tolist()}"

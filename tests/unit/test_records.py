@@ -481,7 +481,7 @@ def test_lost_moved_and_another_runs_records_are_never_read_in_silence(
 ) -> None:
     path, other = format.path(tmp_path, 0), format.path(tmp_path / "another", 0)
     record(path, range(4), seed=1)
-    record(other, range(4), seed=1, run=OTHER_RUN)
+    record(other, range(4), seed=2, run=OTHER_RUN)
     header, *mine = records_of(path)
     expected, content = read(path), path.read_bytes()
     for moved in records.moved(mine, records_of(other)[1:], random.Random(format.name)):
