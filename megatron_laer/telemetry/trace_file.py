@@ -32,15 +32,20 @@ TRACE = Format(
     "megatron_laer-trace",
     "recording of --fsep-record DIR trace",
     "trace",
-    {"num_ranks": MAX_RANKS, "num_experts": MAX_EXPERTS},
+    {
+        "num_ranks": MAX_RANKS,
+        "num_experts": MAX_EXPERTS,
+        "pairs": MAX_EXPERTS * (MAX_EXPERTS + 1) // 2,
+        "set_bytes": MAX_EXPERTS // 8 + 1,
+    },
     {
         "counts": (
             _LAYER,
             Field("microbatch", "<u4", below=2**32),
             Field("counts_NE", COUNT, ("num_ranks", "num_experts"), MAX_COUNT + 1),
         ),
-        "pairs": (_LAYER, Field("triangle", COUNT, (OPEN,), MAX_COUNT + 1)),
-        "sets": (_LAYER, Field("bits", "<u1", (OPEN,))),
+        "pairs": (_LAYER, Field("triangle", COUNT, ("pairs",), MAX_COUNT + 1)),
+        "sets": (_LAYER, Field("bits", "<u1", (OPEN, "set_bytes"))),
     },
 )
 
@@ -62,8 +67,13 @@ class TraceWriter:
         first_step: int = 0,
         run: str | None = None,
     ) -> None:
-        self._num_experts = num_experts
-        fields = {"num_ranks": num_ranks, "num_experts": num_experts, "layers": [*layer_names]}
+        fields = {
+            "num_ranks": num_ranks,
+            "num_experts": num_experts,
+            "pairs": num_experts * (num_experts + 1) // 2,
+            "set_bytes": -(-num_experts // 8),
+            "layers": [*layer_names],
+        }
         self._file = RecordingFile(path, TRACE, fields, first_step, run)
 
     def append(
@@ -80,21 +90,12 @@ class TraceWriter:
 
     def append_pairs(self, step: int, layer_index: int, pairs_EE: Int64) -> None:
         """Write the pairs of a layer in a step, a symmetric table."""
-        num_experts = self._num_experts
-        if pairs_EE.shape != (num_experts, num_experts):
-            raise ValueError(
-                f"pairs_EE has shape {pairs_EE.shape}, expected {num_experts} experts twice"
-            )
-        triangle = pairs_EE[np.triu_indices(num_experts)]
+        triangle = pairs_EE[np.triu_indices(len(pairs_EE))]
         self._file.append("pairs", step, layer=layer_index, triangle=triangle)
 
     def append_sets(self, step: int, layer_index: int, chosen_TE: Bool) -> None:
         """Write the experts of some tokens of a layer in a step."""
-        if chosen_TE.ndim != 2 or chosen_TE.shape[1] != self._num_experts:
-            raise ValueError(
-                f"chosen_TE has shape {chosen_TE.shape}, expected [tokens, {self._num_experts}]"
-            )
-        bits = np.packbits(chosen_TE, axis=1, bitorder="little").reshape(-1)
+        bits = np.packbits(chosen_TE, axis=1, bitorder="little")
         self._file.append("sets", step, layer=layer_index, bits=bits)
 
     def close(self) -> None:

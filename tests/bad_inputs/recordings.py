@@ -67,9 +67,6 @@ def make(folder: Path) -> None:
         if sets_TE is not None:
             writer.append_sets(1, 1, sets_TE)
         writer.close()
-    writer = _begun(folder / "pairs-wide.trace")
-    writer._file.append("pairs", 1, layer=1, triangle=np.ones(37))  # one more than there are
-    writer.close()
     for name, (content, _) in _HOMES.items():
         (folder / f"homes-{name}.json").write_bytes(content)
     record_run(folder / "measured-another", steps=2, number=RUN_NUMBER[::-1])
@@ -100,8 +97,6 @@ def cases() -> Iterator[Case]:
     homes = "--node-size 1 --homes".split()
     for name, (_, _, says) in _ENDS.items():
         yield Case(("plan", f"pairs-{name}.trace", *homes, "out/x.json"), says)
-    says = "37 values are no pairs; the file is damaged there"
-    yield Case(("plan", "pairs-wide.trace", *homes, "out/x.json"), says)
     for name, (_, says) in _HOMES.items():
         yield Case(("plan", "pairs-layer.trace", *homes, f"homes-{name}.json"), says)
     for name in ("trace", "layouts"):

@@ -40,6 +40,8 @@ FIELDS: dict[str, Any] = {
     "num_experts": 4,
     "capacity": 3,
     "node_size": 2,
+    "pairs": 10,
+    "set_bytes": 1,
     "layers": ["layer 1", "layer 2"],
 }
 

@@ -55,21 +55,16 @@ def read_recording(path: Path, *, pairs: bool = False) -> Trace:
     sets: dict[tuple[int, int], Bool] = {}
     with open_input(path) as file:
         records = Records.of(file, path, TRACE)
-        num_ranks, num_experts = (records.fields[name] for name in TRACE.sizes)
-        of_expert = num_experts * (num_experts + 1) // 2
-        set_bytes = -(-num_experts // 8)
+        num_ranks, num_experts = (records.fields[name] for name in ("num_ranks", "num_experts"))
         kinds = None if pairs else ["counts"]
         for frame, values in records.read(file, path, kinds):
             key = frame.step, values["layer"]
             if frame.kind == "counts":
                 counts[*key, values["microbatch"]] = values["counts_NE"]
-            elif frame.length % (of_expert if frame.kind == "pairs" else set_bytes):
-                raise frame.problem(path, f"{frame.length} values are no {frame.kind}")
             elif frame.kind == "pairs":
                 triangles[key] = values["triangle"]
             else:
-                bits = values["bits"].reshape(-1, set_bytes)
-                chosen = np.unpackbits(bits, axis=1, count=num_experts, bitorder="little")
+                chosen = np.unpackbits(values["bits"], axis=1, count=num_experts, bitorder="little")
                 sets[key] = chosen.astype(bool)
     if not counts:
         raise ValueError(f"{path} holds no complete record; record at least two steps")
