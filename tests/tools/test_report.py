@@ -195,9 +195,8 @@ def test_two_runs_are_compared_and_one_without_a_trace_has_a_page_that_says_so(f
 def test_a_run_whose_numbers_are_not_there_has_a_page_without_them(folder, tmp_path):
     def without_times(kind, step, values):
         for names, name in ((RECORDED_OF_STEPS, "of_step"), (LOGGED_NAMES, "metrics")):
-            if kind == "step":
-                is_time = [of.endswith("_ms") for of in names]
-                values[name] = np.where(is_time, np.nan, values[name])
+            is_time = [of.endswith("_ms") for of in names]
+            values |= {name: np.where(is_time, np.nan, values[name])} if kind == "step" else {}
 
     rewrite(METRICS.path(folder, 0), without_times)
     page = written(tmp_path, folder)
@@ -270,9 +269,7 @@ def test_how_uneven_experts_are_is_the_gini_coefficient():
         assert gini(np.array(tokens_E)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    "name", ["train.log", "group-0.layouts", "group-0.trace", "group-0.metrics"]
-)
+@pytest.mark.parametrize("name", "train.log group-0.layouts group-0.trace group-0.metrics".split())
 def test_a_file_that_cannot_be_read_is_refused_by_name(folder, tmp_path, capsys, name):
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to("/proc/self/mem")  # a regular file whose first byte cannot be read

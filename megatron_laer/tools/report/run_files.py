@@ -80,7 +80,7 @@ def metrics_beside(trace: Path) -> Path | None:
     ]
     if len(found) != 1:
         return None
-    _check_one_run(found[0].values())
+    _check_one_run(path for kind, path in found[0].items() if kind != LAYOUTS.suffix)
     return found[0].get(METRICS.suffix)
 
 
