@@ -180,13 +180,14 @@ class Records:
     def encode(self, kind: str, number: int, step: int, values: Mapping[str, Any]) -> bytes:
         """Return a record; raise ValueError for values of another shape or out of range."""
         _check_range("step", step, step, MAX_STEP + 1)
-        parts, width, length, crc = [], 1, 0, 0
+        parts: list[Any] = []
+        width, length, crc = 1, 0, 0
         for of in self._fields[kind]:
             value = values[of.name]
             if not of.shape:
                 if of.below is not None:
                     _check_range(of.name, value, value, of.below)
-                part = _SCALARS[of.dtype](value)
+                parts.append(_SCALARS[of.dtype](value))
             else:
                 array, shape, dtype = np.asarray(value), of.shape, of.dtype
                 if OPEN in shape and array.ndim == len(shape):
@@ -198,9 +199,8 @@ class Records:
                 if dtype == COUNT:
                     width = next(size for size in _WIDTHS if high < 256**size)
                     dtype = _WIDTHS[width]
-                part = array.astype(dtype, copy=False).tobytes()
-            parts.append(part)
-            crc = zlib.crc32(part, crc)
+                parts.append(np.ascontiguousarray(array, dtype))
+            crc = zlib.crc32(parts[-1], crc)
         index = self._kinds.index(kind)
         frame = _FRAME.pack(index, width, length, number, step, crc, 0)[:-_SEAL_BYTES]
         seal = zlib.crc32(frame, self.seed).to_bytes(_SEAL_BYTES, "little")
