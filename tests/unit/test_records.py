@@ -291,9 +291,11 @@ HEADERS = [
     ({"version": True}, "version 'True' of the format"),
     ({"format": "other"}, "it begins with .*; give a "),
     ({"num_ranks": 0}, "num_ranks must be an integer in 1"),
+    ({"num_ranks": True}, "num_ranks must be an integer in 1..1048576, got 'True'"),
+    ({"num_experts": "8"}, "num_experts must be an integer in 1..32767|1048576, got '8'"),
     ({"num_experts": 10**18}, r"num_experts must be an integer in 1..\d+, got '1000"),
     ({"layers": ["a", "a"]}, "layers must all be different"),
-    ({"layers": "ab"}, "layers must be names"),
+    *(({"layers": layers}, "layers must be names") for layers in ("ab", [], [1], None)),
 ]
 
 
