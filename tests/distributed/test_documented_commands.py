@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -172,8 +172,28 @@ def _pages_with_commands() -> list[Path]:
     return [page for page in PAGES if any(_is_run_here(page, block) for block in blocks(page))]
 
 
-# The first pages that users follow. Each command of the others has tests of its own.
-DAILY = ("README.md", "start.md")
+def commands_of(page: Path) -> Iterator[tuple[list[str], str]]:
+    """Yield a page's commands and scripts with interpreters; check that substitutes occur."""
+    substitutes = SUBSTITUTES.get(page.name, {})
+    used = set()
+    for block in blocks(page):
+        if not _is_run_here(page, block):
+            continue
+        text = block.text
+        if block.language != COMMANDS:
+            yield [sys.executable, "-c"], text
+            continue
+        text = "\n".join(line for line in text.splitlines() if not line.startswith(INSTALLS))
+        for old, new in substitutes.items():
+            used |= {old} if old in text else set()
+            text = text.replace(old, new)
+        yield SHELL, text
+    assert used == set(substitutes), "what is replaced is not on the page"
+
+
+# The first page that users follow. Those of the README train each day in test_installs.py, and
+# each command of the others has tests of its own.
+DAILY = ("start.md",)
 
 
 @pytest.mark.parametrize(
@@ -184,24 +204,10 @@ DAILY = ("README.md", "start.md")
     ],
 )
 def test_the_commands_of_a_page_run_as_they_stand(page: Path, top: Path) -> None:
-    substitutes = SUBSTITUTES.get(page.name, {})
-    used = set()
     if page.name in BEFORE:
         run(page.name, SHELL, BEFORE[page.name], top)
-    for block in blocks(page):
-        if not _is_run_here(page, block):
-            continue
-        text = block.text
-        if block.language == COMMANDS:
-            lines = [line for line in text.splitlines() if not line.startswith(INSTALLS)]
-            text = "\n".join(lines)
-            for old, new in substitutes.items():
-                used |= {old} if old in text else set()
-                text = text.replace(old, new)
-            run(page.name, SHELL, text, top)
-        else:
-            run(page.name, [sys.executable, "-c"], text, top)
-    assert used == set(substitutes), "what is replaced is not on the page"
+    for interpreter, text in commands_of(page):
+        run(page.name, interpreter, text, top)
     if page.name in LOGS:
         log = (top / LOGS[page.name]).read_text()
         assert "fsep_load_imbalance" in log

@@ -28,8 +28,9 @@ import numpy as np
 import pytest
 
 from tests import processes
-from tests.parity.flags import command_line
+from tests.distributed.test_documented_commands import commands_of
 from tests.traces import write_recording
+from tests.unit.shell_scripts import fake_python
 
 _ROOT = Path(__file__).resolve().parents[2]
 _PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -208,6 +209,16 @@ def starts(python: Path, script: str | Path, cwd: Path, log: Path) -> None:
 
 
 INSIDE_AND_OUTSIDE = pytest.mark.parametrize("place", ["inside", "outside"])
+# Each day one of both places for each way in.
+ALTERNATELY = pytest.mark.parametrize(
+    ("way_in", "place"),
+    [
+        ("python -m megatron_laer", "inside"),
+        ("megatron-laer", "outside"),
+        pytest.param("python -m megatron_laer", "outside", marks=pytest.mark.nightly),
+        pytest.param("megatron-laer", "inside", marks=pytest.mark.nightly),
+    ],
+)
 
 
 def imported(file: Path) -> list[tuple[Path, Path | None]]:
@@ -228,8 +239,7 @@ def test_the_script_starts(install: Install, place: str, tmp_path: Path) -> None
     assert core.parent == install.package / "planner"
 
 
-@INSIDE_AND_OUTSIDE
-@pytest.mark.parametrize("way_in", ["python -m megatron_laer", "megatron-laer"])
+@ALTERNATELY
 def test_commands_run(
     install: Install, place: str, way_in: str, tmp_path: Path, trace: Path
 ) -> None:
@@ -275,17 +285,18 @@ def test_the_slurm_script_starts(install: Install, place: str, tmp_path: Path) -
     assert {core.parent for core in cores if core} == {install.package / "planner"}
 
 
-def test_the_readmes_way_trains(make: Maker, wheel: Path, text_data: str, tmp_path: Path) -> None:
+def test_the_readmes_commands_train(make: Maker, wheel: Path, tmp_path: Path) -> None:
     """Use a plain installation, started at the top of the checkout."""
     environment, checkout = make.environment("training"), make.checkout("training")
     environment.install(wheel)
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    flags = command_line(
-        text_data, "--expert-parallel-mode fsep --log-interval 1", experts=4, steps=2
-    )
-    log = tmp_path / "imported"
-    printed = succeed(
-        [environment.python, *launcher, "pretrain_gpt.py", *flags], checkout, IMPORTED=str(log)
+    start, log = f'exec {shlex.quote(str(environment.python))} "$@"', tmp_path / "imported"
+    launch = start.replace('"$@"', '-m torch.distributed.run --standalone "$@"')
+    for name, body in (("pip", "true"), ("python", start), ("torchrun", launch)):
+        fake_python(tmp_path, name, body)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    printed = "".join(
+        succeed([*interpreter, text], checkout, IMPORTED=str(log), PATH=path, OMP_NUM_THREADS="1")
+        for interpreter, text in commands_of(_ROOT / "README.md")
     )
     assert "fsep_load_imbalance" in printed
     core = environment.packages / "megatron_laer" / "planner"
