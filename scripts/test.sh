@@ -77,10 +77,13 @@ esac
 # workers, since ranks wait for each other a third of the time; given arguments, pytest runs alone,
 # so that -s, --pdb and -x mean what they say.
 run_tests() {
-    local with=${megatron:+ with megatron-core $megatron} status=0 arguments=("${@:2}")
+    local with=${megatron:+ with megatron-core $megatron} status=0 arguments=("${@:2}") files=()
     ((${#arguments[@]})) || arguments=(--numprocesses 3 --dist loadfile --no-loadscope-reorder)
+    # Few files have such tests, and a worker needs half a minute to import all.
+    [[ $1 != *" and releases" ]] ||
+        mapfile -t files < <(grep -rl --include "*.py" ${left_out:+--exclude-dir tools} mark.releases tests)
     echo "== pytest -m '$1'$with"
-    "$PYTHON" -m tests.supervise -m "$1" --durations 20 "${left_out[@]}" "${arguments[@]}" || status=$?
+    "$PYTHON" -m tests.supervise -m "$1" --durations 20 "${left_out[@]}" "${arguments[@]}" "${files[@]}" || status=$?
     ((status < 2)) || exit "$status" # interrupted, or there was nothing to run
     ((status == 0)) || failed+=("tests$with")
     # What a whole set passed with is on a page of docs/.
