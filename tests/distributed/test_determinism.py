@@ -18,7 +18,7 @@ from tests.parity.flags import command_line
 from tests.parity.row import AT_HOME, HOMES
 from tests.records import records_of, taken_apart
 
-STEPS = 10
+STEPS = 6
 WAIT = " --fsep-planner {} --fsep-late-plan wait"
 
 

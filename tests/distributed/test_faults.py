@@ -54,14 +54,15 @@ def command(text_data: str) -> Callable[..., list[str]]:
     return two_ranks(text_data)
 
 
+def at_night(*values: object) -> object:
+    return pytest.param(*values, marks=pytest.mark.nightly)
+
+
 @pytest.mark.counts(fault_runs=1, resumed_runs=1)
 @pytest.mark.parametrize(
     "mode",
     # Without plans, or with plans of the same microbatch, less has to be resumed.
-    [
-        WAIT,
-        *(pytest.param(mode, marks=pytest.mark.nightly) for mode in (STATIC, EXACT, WAIT + HOMES)),
-    ],
+    [WAIT, *map(at_night, (STATIC, EXACT, WAIT + HOMES))],
     ids=["greedy", "static", "exact", "experts at home"],
 )
 def test_a_rank_killed_in_a_step_is_restarted_and_ends_bitwise_as_without(
@@ -87,7 +88,7 @@ def test_a_signal_in_a_step_saves_and_exits_as_stock_does(
     ranks: RankPools, command: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     pool = ranks(2)
-    for name, mode in (("stock", ""), ("fsep", STATIC), ("planned", WAIT)):
+    for name, mode in (("stock", ""), ("planned", WAIT)):
         folder = tmp_path / name
         whole = pool.run(train, command(extra=mode))[0]
         save = f"{mode} --save {folder} --save-interval 100 --exit-signal-handler"
@@ -113,11 +114,11 @@ def saved_steps(folder: Path) -> int | None:
     [
         # Of two ranks, which one is right is unknown.
         (2, 0, "", False, ("layer 2: rank 0", "rank 1", "the right one is unknown")),
-        (4, 2, " --fsep-capacity 3", False, ("rank 2 (place 2 in the group)",)),
+        at_night(4, 2, " --fsep-capacity 3", False, ("rank 2 (place 2 in the group)",)),
         (4, 2, AT_HOME, False, ("rank 2 (place 2 in the group)",)),
-        (4, 2, "", True, VERSIONS),
+        at_night(4, 2, "", True, VERSIONS),
         (4, 2, " --fsep-restore step", True, VERSIONS),
-        (4, 2, " --fsep-set scheduler=off", True, VERSIONS),
+        at_night(4, 2, " --fsep-set scheduler=off", True, VERSIONS),
     ],
     ids=["two ranks", "layout", "layout, at home", "version", "version, step", "version, off"],
 )
@@ -191,9 +192,7 @@ def sound_checkpoints(
 
 
 @pytest.mark.counts(fault_runs=1)
-@pytest.mark.parametrize(
-    "how", [*DAMAGES, *(pytest.param(how, marks=pytest.mark.nightly) for how in DAMAGES_AT_NIGHT)]
-)
+@pytest.mark.parametrize("how", [*DAMAGES, *map(at_night, DAMAGES_AT_NIGHT)])
 def test_a_damaged_checkpoint_is_met_as_stock_meets_it(
     ranks: RankPools,
     command: Callable[..., list[str]],
@@ -247,12 +246,7 @@ NAN, INF = float("nan"), float("inf")
 @pytest.mark.parametrize(
     ("value", "passing"),
     # Both values and both durations each day; the other two pairs at night.
-    [
-        (NAN, False),
-        (INF, True),
-        pytest.param(NAN, True, marks=pytest.mark.nightly),
-        pytest.param(INF, False, marks=pytest.mark.nightly),
-    ],
+    [(NAN, False), (INF, True), at_night(NAN, True), at_night(INF, False)],
 )
 def test_a_bad_loss_ends_the_run_as_stock_does(
     ranks: RankPools, command: Callable[..., list[str]], tmp_path: Path, value: float, passing: bool
@@ -270,7 +264,10 @@ def test_a_bad_loss_ends_the_run_as_stock_does(
 
 @pytest.mark.counts(fault_runs=1)
 @pytest.mark.parametrize(
-    "extra", ["", " --fsep-restore step", HOMES], ids=["layer", "step", "experts at home"]
+    # What a step restores for each layer, experts at home restore too.
+    "extra",
+    [at_night(""), " --fsep-restore step", HOMES],
+    ids=["layer", "step", "experts at home"],
 )
 def test_a_step_that_megatron_repeats_changes_no_bit(
     ranks: RankPools, command: Callable[..., list[str]], extra: str
@@ -303,10 +300,10 @@ def test_experts_kept_over_a_skipped_step_are_those_that_a_restore_brings(
 def test_extreme_routing_trains_as_stock_does(
     ranks: RankPools, command: Callable[..., list[str]], routing: str
 ) -> None:
-    stock = ranks(2).run(train_with_routing, command(steps=5), routing)[0]
+    stock = ranks(2).run(train_with_routing, command(steps=3), routing)[0]
     random = FSEP + " --fsep-planner random"
     for mode in (random, EXACT, random + AT_HOME, EXACT + HOMES):
-        fsep = ranks(2).run(train_with_routing, command(steps=5, extra=mode), routing)[0]
+        fsep = ranks(2).run(train_with_routing, command(steps=3, extra=mode), routing)[0]
         print(f"\n{routing}: {distance(fsep, stock)}")
         assert distance(fsep, stock).within(FP32_BOUND), mode
 

@@ -30,7 +30,7 @@ from tests.slurm import Cluster, Job, kill_node, start_node
 pytestmark = pytest.mark.slurm
 
 _HELD = Path(__file__).resolve().parents[1] / "faults" / "held.py"
-STEPS, SAVE_INTERVAL, HELD_IN = 24, 8, 13
+STEPS, SAVE_INTERVAL, HELD_IN = 12, 4, 7
 FLAGS = [
     *f"--train-iters {STEPS} --save-interval {SAVE_INTERVAL} --global-batch-size 4".split(),
     *"--num-layers 2 --seq-length 64 --max-position-embeddings 64 --num-workers 0".split(),

@@ -21,7 +21,9 @@ from tests.races.faults import LAYER_FAULTS, TRAINING_FAULTS, Scene
 
 # Parts of other scenarios and tests, and faults that the layers show as well.
 AT_NIGHT = {
-    *("random layouts", "recompute of the MoE layer", "both overlaps", *LAYER_FAULTS),
+    *("plain", "random layouts", "recompute of the MoE layer", "both overlaps", *LAYER_FAULTS),
+    "tokens through nodes of 1, recompute of the MoE layer",
+    *("experts at home, both overlaps", "experts at home, full recompute, both overlaps"),
     *("kernels, experts at home by relay", "kernels, rows in nodes of 2", "Muon"),
     *("one queue, virtual pipeline 2 x 2", "one queue, fresh layouts after the gate"),
     *("one queue, kernels, rows in nodes of 2", "one queue, kernels, by nodes of 1"),

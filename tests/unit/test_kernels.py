@@ -33,8 +33,14 @@ def compile_for(capability: int, kernel: Any, types: dict[str, str], given: dict
     assert compile(source, target=GPUTarget("cuda", capability, 32)).asm["cubin"]
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("rows", ["fp32", "bf16"])
+# Each day every type for one of both cards.
+@pytest.mark.parametrize(
+    ("capability", "rows"),
+    [
+        *((80, "bf16"), (90, "fp32")),
+        *(pytest.param(*pair, marks=pytest.mark.nightly) for pair in ((80, "fp32"), (90, "bf16"))),
+    ],
+)
 def test_kernels_of_permutations_compile_for_cards_that_are_not_here(
     capability: int, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -51,8 +57,15 @@ def test_kernels_of_permutations_compile_for_cards_that_are_not_here(
         compile_for(capability, kernel, types, {"BLOCK": 256})
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize(("parts", "out"), [("bf16", "fp32"), ("bf16", "bf16"), ("fp32", "fp32")])
+@pytest.mark.parametrize(
+    ("capability", "parts", "out"),
+    [
+        *((80, "bf16", "fp32"), (90, "bf16", "bf16"), (90, "fp32", "fp32")),
+        pytest.param(90, "bf16", "fp32", marks=pytest.mark.nightly),
+        pytest.param(80, "bf16", "bf16", marks=pytest.mark.nightly),
+        pytest.param(80, "fp32", "fp32", marks=pytest.mark.nightly),
+    ],
+)
 def test_kernels_of_the_exchange_compile_for_cards_that_are_not_here(
     capability: int, parts: str, out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
