@@ -21,14 +21,13 @@ from megatron_laer.tools.cli.argument_types import (
     between,
     describe,
     named,
-    number,
     option,
     path,
+    shared,
     yaml_inputs,
 )
 from megatron_laer.tools.cli.megatron_flags import parsed
 from megatron_laer.tools.cli.outputs import bar, check_outputs
-from megatron_laer.tools.cli.routing_input import MAX_TOKENS
 from megatron_laer.tools.recipes.command_lines import flags_in_file, script_flags
 from megatron_laer.tools.simulator.advisor import output
 from megatron_laer.tools.simulator.advisor.answer import turns
@@ -63,15 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     simulate_input.add_arguments(parser, groups=False)
     option(parser, "--gpus N", "of the whole run", between(2, MOST_RANKS), required=True)
-    text = "of a rank in a microbatch; default: as in the flags, the trace, or a sequence"
-    option(parser, "--tokens T", text, between(1, MAX_TOKENS))
-    text = "of a rank; default: the card's less 1"
-    option(parser, "--memory-gib X", text, number(1e-3, 1e6))
+    shared(parser, "--tokens T", "as in the flags, the trace, or a sequence")
+    shared(parser, "--memory-gib X", "the card's less 1")
     text = (
         "Megatron's flags, which give the shape of the run, as a command line or YAML; or after --"
     )
     option(parser, "--recipe FILE", text, path)
-    option(parser, "--json FILE", "write all figures there", path)
+    shared(parser, "--json FILE")
     parser.set_defaults(
         lag=_LAG,
         ranks=None,

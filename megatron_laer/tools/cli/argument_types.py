@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,11 @@ from typing import Any
 from megatron_laer.files.checks import problem_of, quoted
 from megatron_laer.files.records import MAX_RANKS
 from megatron_laer.files.shipped import yaml_file
+from megatron_laer.planner.layout import MAX_EXPERTS
 
 # More ranks than any machine has that trains one model.
 MOST_RANKS = 2**16
+MAX_TOKENS = 2**24
 
 
 def between(low: int, high: int) -> Callable[[str], int]:
@@ -75,14 +77,15 @@ def option(
     parser.add_argument(name, metavar=metavar or None, help=text, type=kind, **more)
 
 
+def shared(parser: argparse._ActionsContainer, flag: str, default: str = "", **more: Any) -> None:
+    """Add an option of `SHARED`, whose help ends with the command's default."""
+    text, kind = SHARED[flag]
+    option(parser, flag, f"{text}; default: {default}" if default else text, kind, **more)
+
+
 def describe(parser: argparse.ArgumentParser, text: str, examples: str) -> None:
     parser.description, parser.epilog = text, examples
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-
-
-def add_hours(parser: argparse.ArgumentParser) -> None:
-    text = "stop after so many hours; default: never"
-    option(parser, "--hours X", text, number(1e-6, 24.0 * 365))
 
 
 def named[T](flag: str, given: str, load: Callable[[str], T]) -> T:
@@ -108,3 +111,16 @@ def refuse_repeated(args: argparse.Namespace, flags: Sequence[str]) -> None:
         twice = [value for place, value in enumerate(values) if value in values[:place]]
         if twice:
             raise ValueError(f"{flag} names {twice[0]} twice; remove one of them")
+
+
+# Options of several commands, with the kinds of their values.
+SHARED: Mapping[str, tuple[str, Callable[[str], Any]]] = {
+    "--ranks N": ("of an FSEP group", between(1, MOST_RANKS)),
+    "--node-size G": ("ranks per node", between(1, MOST_RANKS)),
+    "--capacity C": ("slots per rank", between(1, MAX_EXPERTS)),
+    "--tokens T": ("of a rank in a microbatch", between(1, MAX_TOKENS)),
+    "--cluster NAME|YAML": ("hardware constants, a name from configs/clusters or a file", str),
+    "--memory-gib X": ("memory that a rank may take", number(1e-3, 1e6)),
+    "--json FILE": ("write all figures there", path),
+    "--hours X": ("stop after so many hours", number(1e-6, 24.0 * 365)),
+}

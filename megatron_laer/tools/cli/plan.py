@@ -16,14 +16,14 @@ from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import token_seconds
 from megatron_laer.tools.cli import fp8_flags, plan_homes, routing_input
 from megatron_laer.tools.cli.argument_types import (
+    MAX_TOKENS,
     MOST_RANKS,
-    add_hours,
     between,
     describe,
     number,
     option,
-    path,
     refuse_repeated,
+    shared,
     yaml_inputs,
 )
 from megatron_laer.tools.cli.outputs import bar, check_outputs
@@ -53,7 +53,7 @@ _MAX_STRIDE = 10**9
 # Flags of a workload, with the letter of their value, its maximum and default, and help.
 _WORKLOAD_ONLY = {
     "--topk": ("K", MAX_EXPERTS, 2, "experts of a token"),
-    "--tokens": ("T", routing_input.MAX_TOKENS, 4096, "tokens of a rank"),
+    "--tokens": ("T", MAX_TOKENS, 4096, "tokens of a rank"),
     "--steps": ("M", 10**5, 32, "steps, of a microbatch each"),
 }
 # Bytes per count of a workload: 8 to make it, 4 to keep it.
@@ -82,14 +82,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, (letter, high, usual, text) in _WORKLOAD_ONLY.items():
         text = f"of a workload: {text}; default: {usual}"
         option(parser, f"{flag} {letter}", text, between(1, high))
-    ranks, stride, width = between(1, MOST_RANKS), between(1, _MAX_STRIDE), between(1, MAX_WIDTH)
-    option(parser, "--ranks N", "default: as in the trace", ranks)
-    text = "slots per rank, one or several; default: the recorded, else min(E, ceil(E/N) + 1)"
-    option(parser, "--capacity C", text, between(1, MAX_EXPERTS), nargs="+")
-    text = "ranks per node; default: the recorded, else the cluster's, at most N"
-    option(parser, "--node-size G", text, ranks)
-    text = "hardware constants, a name from configs/clusters or a file; default: the recorded, else"
-    option(parser, "--cluster NAME|YAML", f"{text} {DEFAULT_CLUSTER}")
+    stride, width = between(1, _MAX_STRIDE), between(1, MAX_WIDTH)
+    shared(parser, "--ranks N", "as in the trace")
+    shared(parser, "--capacity C", "the recorded, else min(E, ceil(E/N) + 1)", nargs="+")
+    shared(parser, "--node-size G", "the recorded, else the cluster's, at most N")
+    shared(parser, "--cluster NAME|YAML", f"the recorded, else {DEFAULT_CLUSTER}")
     for flag, choices in (("--strategy NAME", strategy_names()), ("--mode MODE", MODES)):
         text = f"of {', '.join(choices)}; default: all"
         option(parser, flag, text, nargs="+", choices=choices)
@@ -116,9 +113,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     fp8_flags.add_arguments(parser, "the model's, or the recorded")
     text = "only every K-th microbatch, to be quick; a prime number meets all layers; default:"
     option(parser, "--every K", f"{text} %(default)s", stride, default=1)
-    add_hours(parser)
+    shared(parser, "--hours X", "never")
     plan_homes.add_arguments(parser)
-    option(parser, "--json FILE", "write the figures there", path)
+    shared(parser, "--json FILE")
 
 
 def run(args: argparse.Namespace) -> int:

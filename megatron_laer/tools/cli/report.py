@@ -10,14 +10,13 @@ from pathlib import Path
 from megatron_laer.files.checks import one_line, quoted, refuse_overwriting, refuse_unwritable
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
-    add_hours,
     between,
     describe,
     option,
     path,
+    shared,
     yaml_inputs,
 )
 from megatron_laer.tools.cli.outputs import bar
@@ -65,16 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--group I", text, between(0, MOST_RANKS))
     text = "microbatches that other capacities and modes are tried on, at most; default:"
     option(parser, "--cases K", f"{text} %(default)s", between(0, _MAX_CASES), default=120)
-    add_hours(parser)
-    text = f"hardware constants; default: the run's, else {DEFAULT_CLUSTER}"
-    option(parser, "--cluster NAME|YAML", text)
-    alone = "of a trace alone:"
-    text = "a model, for its experts' sizes; default: those of the metrics recorded beside it, else"
-    option(parser, "--config NAME|YAML", f"{alone} {text} of mixtral-8x7b-e8k2")
-    text = "slots per rank; default: the recorded, else min(E, ceil(E/N) + 1)"
-    option(parser, "--capacity C", f"{alone} {text}", between(1, MAX_EXPERTS))
-    text = "ranks per node; default: the recorded, else the cluster's, at most N"
-    option(parser, "--node-size G", f"{alone} {text}", between(1, MOST_RANKS))
+    shared(parser, "--hours X", "never")
+    shared(parser, "--cluster NAME|YAML", f"the run's, else {DEFAULT_CLUSTER}")
+    text = "of a trace alone: a model, for its experts' sizes; default: the recorded, else those of"
+    option(parser, "--config NAME|YAML", f"{text} mixtral-8x7b-e8k2")
+    shared(parser, "--capacity C", "of a trace alone, the recorded, else min(E, ceil(E/N) + 1)")
+    shared(parser, "--node-size G", "of a trace alone, the recorded, else the cluster's, at most N")
 
 
 def run(args: argparse.Namespace) -> int:

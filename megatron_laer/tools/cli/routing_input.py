@@ -10,8 +10,6 @@ from megatron_laer.tools.traces import read_trace
 from megatron_laer.tools.traces.records import Trace
 from megatron_laer.tools.traces.workloads import TITLES
 
-MAX_TOKENS = 2**24
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(

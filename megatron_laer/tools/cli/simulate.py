@@ -23,21 +23,12 @@ from megatron_laer.files.writing import write_output
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry, resolve_geometry
 from megatron_laer.planner.guard import GUARD_MODES
-from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.planner.sharding_choice import Candidate, choose_geometry
 from megatron_laer.planner.strategies import strategy_names
 from megatron_laer.planner.token_exchange import choose_token_exchange, with_token_exchange
 from megatron_laer.tools.cli import simulate_input
-from megatron_laer.tools.cli.argument_types import (
-    MOST_RANKS,
-    between,
-    describe,
-    number,
-    option,
-    path,
-)
+from megatron_laer.tools.cli.argument_types import between, describe, number, option, shared
 from megatron_laer.tools.cli.fp8_flags import ROWS_IN_FP8
-from megatron_laer.tools.cli.routing_input import MAX_TOKENS
 from megatron_laer.tools.simulator import iteration_output as output
 from megatron_laer.tools.simulator.iteration.methods import (
     FSEP,
@@ -87,17 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     simulate_input.add_arguments(parser)
     swept = parser.add_argument_group("what is compared; several values are a sweep")
-    for flag, high, text in (
-        ("--ranks N", MOST_RANKS, "of an FSEP group; default: as in the trace"),
-        ("--node-size G", MOST_RANKS, "ranks of a node; default: the cluster's"),
-        ("--capacity C", MAX_EXPERTS, "slots per rank; default: as in training"),
-        (
-            "--tokens T",
-            MAX_TOKENS,
-            "of a rank in a microbatch; default: as in the trace, a sequence for a workload",
-        ),
+    for flag, default in (
+        ("--ranks N", "as in the trace"),
+        ("--node-size G", "the cluster's"),
+        ("--capacity C", "as in training"),
+        ("--tokens T", "as in the trace, a sequence for a workload"),
     ):
-        option(swept, flag, text, between(1, high), nargs="+")
+        shared(swept, flag, default, nargs="+")
     text = "experts at home, or rows of each on every rank; default: auto, as in training"
     shardings = [*(sharding.value for sharding in Sharding), Auto.AUTO.value]
     option(swept, "--sharding", text, nargs="+", choices=shardings, default=[Auto.AUTO.value])
@@ -122,11 +109,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option(parser, "--steps S", text, steps, default=3)
     text = "of a rank, for MFU; default: what the cluster's fastest GEMM reaches"
     option(parser, "--peak-tflops X", text, number(1e-6, 1e9))
-    text = (
-        "of a rank; stock and the advice take nothing that needs more; default: the card's less 1"
-    )
-    option(parser, "--memory-gib X", text, number(1e-3, 1e6))
-    option(parser, "--json FILE", "write all figures there", path)
+    shared(parser, "--memory-gib X", "the card's less 1")
+    shared(parser, "--json FILE")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,12 +18,12 @@ from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.tools.cli import fp8_flags, routing_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
-    add_hours,
     between,
     named,
     number,
     option,
     refuse_repeated,
+    shared,
     yaml_inputs,
 )
 from megatron_laer.tools.cli.outputs import bar, check_outputs
@@ -68,8 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> No
     """Add the arguments, with those of a stage's groups unless they are the question."""
     routing_input.add_arguments(parser)
     option(parser, "--model NAME|YAML", "of configs/models, or a file", required=True)
-    text = "hardware constants, a name from configs/clusters or a file; default: the recorded, else"
-    option(parser, "--cluster NAME|YAML", f"{text} {DEFAULT_CLUSTER}")
+    shared(parser, "--cluster NAME|YAML", f"the recorded, else {DEFAULT_CLUSTER}")
     sizes = parser.add_argument_group("the run")
     for flag, high, text in (
         (
@@ -101,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> No
     option(sizes, "--lora-targets NAME", text, nargs="+", choices=LORA_TARGETS)
     text = "once per iteration, as of the data loader; default: none"
     option(sizes, "--host-gap-ms X", text, number(0.0, 1e9), default=0.0)
-    add_hours(parser)
+    shared(parser, "--hours X", "never")
     for flag, text in (
         (
             "--overlap",

@@ -185,8 +185,7 @@ def _of_method(found: IterationPrediction) -> dict[str, Any]:
     shown = asdict(found)
     for name in ("method", "tokens", "flops", "peak_flops_per_s"):
         del shown[name]
-    seconds = {"value": found.iteration_s, "low": found.low_s, "high": found.high_s}
-    first: dict[str, Any] = {"iteration_s": seconds, "by_rates_s": found.by_rates_s}
+    first: dict[str, Any] = {"iteration_s": found.range_s, "by_rates_s": found.by_rates_s}
     first |= {"tokens_per_s": found.tokens_per_s, "mfu": found.mfu}
     return first | shown | {"bytes": found.bytes, "peak_bytes": found.peak_bytes}
 

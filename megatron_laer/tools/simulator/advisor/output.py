@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from megatron_laer.config import flag_name
@@ -68,11 +69,7 @@ def content(
         return {
             "label": found.candidate.label,
             "flags": shlex.join(flags(run, found.candidate, common)),
-            "iteration_s": {
-                "value": prediction.iteration_s,
-                "low": prediction.low_s,
-                "high": prediction.high_s,
-            },
+            "iteration_s": prediction.range_s,
             "share": results.balanced.seconds / found.seconds,
             "peak_bytes": prediction.peak_bytes,
             "max_over_mean": prediction.max_over_mean,
@@ -88,21 +85,13 @@ def content(
         "tried": results.tried,
         "too_large": results.too_large,
         "least_bytes": dict(results.least_bytes),
-        "decides": _content_of(turns[0]) if turns else None,
-        "turns": [_content_of(turn) for turn in turns],
+        "decides": _of_turn(turns[0]) if turns else None,
+        "turns": [_of_turn(turn) for turn in turns],
     }
 
 
-def _content_of(turn: Turn) -> Mapping[str, Any]:
-    return {
-        "constant": turn.constant,
-        "nominal": turn.nominal,
-        "value": turn.value,
-        "best": turn.best,
-        "gain": turn.gain,
-        "loss": turn.loss,
-        "reverses": turn.reverses,
-    }
+def _of_turn(turn: Turn) -> dict[str, Any]:
+    return {name: value for name, value in asdict(turn).items() if name != "change"}
 
 
 def _listed(results: Results) -> list[Found]:

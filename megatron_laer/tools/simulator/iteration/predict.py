@@ -70,6 +70,11 @@ class IterationPrediction:
         return max(self.by_rates_s)
 
     @property
+    def range_s(self) -> dict[str, float]:
+        """Return the iteration's time and its ends, as in JSON."""
+        return {"value": self.iteration_s, "low": self.low_s, "high": self.high_s}
+
+    @property
     def tokens_per_s(self) -> float:
         return self.tokens / self.iteration_s
 
