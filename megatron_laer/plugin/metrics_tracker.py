@@ -78,17 +78,17 @@ def collect(
             rank = replace(rank, layer_ms=layer_ms, layer_ranks=1.0)
         newest = {}
         for layer in coordinator.layers:
-            samples = layer.statistics.take_samples()
-            if not samples:
+            outcomes = layer.statistics.take_outcomes()
+            if not outcomes:
                 continue
-            newest[layer.name] = samples[-1].decision
+            newest[layer.name] = outcomes[-1].decision
             # Hybrid models number MTP layers past `mtp_layers`: these add to the last row.
             row = layer.number - 1 + (decoder_layers if layer.is_mtp else 0)
             row = min(row, len(layers) - 1)
-            passes = LayerPasses.of(coordinator.geometry.num_ranks, samples)
+            passes = LayerPasses.of(coordinator.geometry.num_ranks, outcomes)
             guard = coordinator.layouts.guard_of(layer.index, coordinator.guard)
             # For one microbatch only: a price takes as long as a decision.
-            layers[row] += LayerMetrics.of(passes, price(guard, samples[-1]))
+            layers[row] += LayerMetrics.of(passes, price(guard, outcomes[-1]))
         if newest and logger.isEnabledFor(logging.INFO):
             logger.info("FSEP: %s", in_words(newest))
     layers, rank = _sum_over_ranks(layers, rank)

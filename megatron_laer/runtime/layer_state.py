@@ -18,7 +18,7 @@ from megatron_laer.runtime.planning.pass_layouts import LayerPass
 from megatron_laer.runtime.weights.layer import FsepLayer
 
 # Maximum microbatches per layer and balance report: more would delay the step that logs.
-_SAMPLES = 32
+_OUTCOMES = 32
 
 
 class RerunPlans:
@@ -83,15 +83,15 @@ class LayerStatistics:
 
     def __init__(self) -> None:
         self.sent = SentRows()
-        self._samples: deque[Outcome] = deque(maxlen=_SAMPLES)
+        self._outcomes: deque[Outcome] = deque(maxlen=_OUTCOMES)
 
-    def add_sample(self, sample: Outcome) -> None:
-        self._samples.append(sample)
+    def add_outcome(self, outcome: Outcome) -> None:
+        self._outcomes.append(outcome)
 
-    def take_samples(self) -> list[Outcome]:
-        samples = list(self._samples)
-        self._samples.clear()
-        return samples
+    def take_outcomes(self) -> list[Outcome]:
+        outcomes = list(self._outcomes)
+        self._outcomes.clear()
+        return outcomes
 
     def take_sent(self) -> SentRows:
         sent, self.sent = self.sent, SentRows()

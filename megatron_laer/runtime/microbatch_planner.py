@@ -143,7 +143,7 @@ class MicrobatchPlanner:
         microbatch = layer.count_pass(counts_NE)
         if self.layouts.planner_rank is not None:
             outcome = Outcome(decision, decide_s)
-            layer.statistics.add_sample(outcome)
+            layer.statistics.add_outcome(outcome)
             self.measurements.add(layer.index, outcome)
             if microbatch is not None:
                 self.layouts.planner_rank.put(layer.index, *microbatch)

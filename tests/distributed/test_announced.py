@@ -168,9 +168,9 @@ def train_on_rollouts(path: Path, mode: str | None, announces: str, at_home: boo
         coordinator = current_coordinator()
         if coordinator is not None:
             for layer in coordinator.layers:
-                samples = layer.statistics.take_samples()
-                seen.max_over_mean += [s.decision.max_over_mean_after for s in samples]
-                seen.reasons += [sample.decision.reason for sample in samples]
+                outcomes = layer.statistics.take_outcomes()
+                seen.max_over_mean += [of.decision.max_over_mean_after for of in outcomes]
+                seen.reasons += [of.decision.reason for of in outcomes]
             scalars, _ = collect(coordinator, LAYERS, 0)
             seen.misses = scalars.get("fsep_announcement_misses")
         parallel_state.destroy_model_parallel()
