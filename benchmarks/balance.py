@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.costs import paper_costs
 from benchmarks.rivals.eplb import Eplb
-from benchmarks.rivals.flexmoe import FlexMoE
 from benchmarks.splits import (
     BalanceRow,
     Outcome,
@@ -29,6 +28,7 @@ from megatron_laer.planner.construct import construct_layout
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.strategies import make_strategy
+from megatron_laer.tools.simulator.iteration.flexmoe import FlexMoEStrategy
 
 NODE_SIZE = 8
 CAPACITIES = (3, 4, 6)
@@ -65,7 +65,7 @@ def balance(trace: Trace, cases: Sequence[Case]) -> Iterator[BalanceRow]:
             (make_strategy("static", geometry=geometry, costs=costs), split_evenly),
             (make_strategy("laer", geometry=geometry, costs=costs), split_evenly),
             (Eplb(geometry), split_like_eplb),
-            (FlexMoE(geometry), split_evenly),
+            (FlexMoEStrategy(geometry), split_evenly),
         ]
         for planner, split in rivals:
             outcomes = forecasts(trace, cases, planner, split, static)

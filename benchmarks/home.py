@@ -3,8 +3,8 @@
 - `balance`: largest over mean rank load with one or two replica slots per rank, for known counts,
   for those of a microbatch before and of ten steps before. Rows of the real trace, with predicted
   layer times of Mixtral's experts, and of log-normal loads.
-- `solve`: processor time as ratios to `sorted`: of the construction, of quotas by a flow, and of a
-  fresh layout with its quotas as after the gate, by predicted time or without prices.
+- `solve`: processor time as ratios to `sorted`, of homes with one or two replica slots and of rows:
+  a layout planned ahead, a fresh one after the gate, and the gate where it solves nothing.
 - `nodes`: predicted layer time between nodes, with one to three replica slots, and of rows.
 - `launches`: kernels of a layer and microbatch under balanced routing, and stock's.
 - `balanced`, `skewed`: training, see `home_training`.
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,8 @@ FIRST, STRIDE, QUICK_STRIDE = 20, 3, 24
 SIGMAS = (0.1, 0.3, 0.6, 1.0, 1.5)
 DRAWN_SHAPES = ((8, 128), (16, 128), (32, 128), (64, 256))
 # N, E and ranks per node; in one node, loads that the construction assigns need no flow.
-SOLVED_SHAPES = ((64, 256, 8), (64, 256, 64), (1024, 1024, 8))
+SOLVED_SHAPES = ((8, 128, 8), (64, 256, 8), (64, 256, 64), (256, 256, 8), (1024, 1024, 8))
+SHARDINGS = ((Sharding.EXPERTS, 1), (Sharding.EXPERTS, 2), (Sharding.ROWS, 1))
 SORTED = 200_000
 
 
@@ -89,40 +91,41 @@ class BalanceRow:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("benchmarks.home", __doc__)
-    parser.add_argument("--trace", type=Path, required=True, help="npz file with tokens")
+    parser.add_argument("--trace", type=Path, help="npz file with tokens, for balance")
     parser.add_argument("--quick", action="store_true", help="few cases, and a small model")
-    parser.add_argument("--no-training", action="store_true", help="leave out runs of ranks")
+    parts = ("balance", "solve", "nodes", "launches", "training")
+    parser.add_argument("--only", nargs="+", choices=parts, default=parts, help="default: all")
     add_json(parser)
     options = parser.parse_args(arguments)
-    trace = Trace(options.trace)
-    stride = QUICK_STRIDE if options.quick else STRIDE
-    draws = 5 if options.quick else 40
-    rows = [
-        row
-        for num_ranks in RANKS
-        for spare in REPLICA_SLOTS
-        for row in trace_balance(trace, num_ranks, stride, spare)
-    ]
-    rows += list(drawn_balance(draws))
-    found: dict[str, Any] = {
-        "machine": machine(),
-        "balance": [asdict(row) for row in rows],
-        "solve": list(solve_times(3 if options.quick else 9)),
-        "nodes": list(across_nodes(1 if options.quick else 4)),
-        "launches": {case.sharding: count(case)["kinds"] for case in BALANCED},
-    }
-    if not options.no_training:
+    found: dict[str, Any] = {"machine": machine()}
+    if "balance" in options.only:
+        if options.trace is None:
+            raise ValueError("balance needs --trace; give one, or --only with other parts")
+        found["balance"] = [asdict(row) for row in _balance(Trace(options.trace), options.quick)]
+    if "solve" in options.only:
+        found["solve"] = list(solve_times(3 if options.quick else 9))
+    if "nodes" in options.only:
+        found["nodes"] = list(across_nodes(1 if options.quick else 4))
+    if "launches" in options.only:
+        found["launches"] = {case.sharding: count(case)["kinds"] for case in BALANCED}
+    if "training" in options.only:
         found |= training(quick=options.quick)
     print(json.dumps(found["machine"]))
-    print_table(found["balance"])
-    print_table(found["solve"])
-    print_table(found["nodes"])
-    print_table([{"of": name, **kinds} for name, kinds in found["launches"].items()])
+    for part in ("balance", "solve", "nodes"):
+        print_table(found.get(part, []))
+    print_table([{"of": name, **kinds} for name, kinds in found.get("launches", {}).items()])
     for ranks, of in found.get("balanced", {}).items():
         print_table([{"forced balance on": ranks, **of["cpu_ratio"], "bytes": of["weight_bytes"]}])
     print_table([{"routing": name, **of} for name, of in found.get("skewed", {}).items()])
     write_json(options.json, found)
     return 0
+
+
+def _balance(trace: Trace, quick: bool) -> Iterator[BalanceRow]:
+    for num_ranks in RANKS:
+        for spare in REPLICA_SLOTS:
+            yield from trace_balance(trace, num_ranks, QUICK_STRIDE if quick else STRIDE, spare)
+    yield from drawn_balance(5 if quick else 40)
 
 
 def trace_balance(
@@ -174,21 +177,19 @@ def solve_times(repeats: int) -> Iterator[dict[str, Any]]:
     """Yield the least processor times of solves, as ratios to a sort in the same run."""
     rng = np.random.default_rng(0)
     numbers = rng.random(SORTED).tolist()
-    for num_ranks, num_experts, node_size in SOLVED_SHAPES:
-        geometry = replace(homes(num_ranks, num_experts), node_size=node_size)
+    for (num_ranks, num_experts, node_size), (sharding, spare) in product(SOLVED_SHAPES, SHARDINGS):
+        capacity = num_experts // num_ranks + spare
+        geometry = Geometry(num_ranks, num_experts, capacity, node_size, sharding)
         counts_NE = drawn_counts_NE(num_ranks, num_experts, 0.6, rng)
-        layout, static = replicate(counts_NE, geometry).layout, geometry.static_layout
+        even_NE = np.full_like(counts_NE, counts_NE.mean())
+        static = geometry.static_layout
         costs = paper_costs().with_exchange(Auto.AUTO, geometry)
+        fresh, gate = (Guard(mode, costs, geometry) for mode in (PlanMode.EXACT, PlanMode.ADAPTIVE))
         runs: dict[str, Callable[[], object]] = {
             "sorted": partial(sorted, numbers),
-            "construct": partial(replicate, counts_NE, geometry),
-            "quotas": partial(exact_split(layout, node_size).solve, counts_NE),
-            "fresh": partial(
-                Guard(PlanMode.ADAPTIVE, costs, geometry, 0.0).decide, counts_NE, static
-            ),
-            "fresh by time": partial(
-                Guard(PlanMode.EXACT, costs, geometry).decide, counts_NE, static
-            ),
+            "planned": partial(GreedyStrategy(geometry, costs).plan, counts_NE, static),
+            "fresh": partial(fresh.decide, counts_NE, static),
+            "gate": partial(gate.decide, even_NE, static),
         }
         times_s: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(repeats):
@@ -197,7 +198,8 @@ def solve_times(repeats: int) -> Iterator[dict[str, Any]]:
         sorted_s, *others_s = map(min, times_s.values())
         ratios = zip([*runs][1:], (seconds / sorted_s for seconds in others_s), strict=True)
         shape = {"ranks": num_ranks, "experts": num_experts, "ranks per node": node_size}
-        yield {**shape, **dict(ratios), "sorted_ms": sorted_s * 1e3}
+        slots = {"sharding": sharding.value, "replica slots": spare}
+        yield {**shape, **slots, **dict(ratios), "sorted_ms": sorted_s * 1e3}
 
 
 def homes(num_ranks: int, num_experts: int, replica_slots: int = 1) -> Geometry:

@@ -103,12 +103,18 @@ RECIPES = (
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of("benchmarks.home_recipes", __doc__)
     parser.add_argument("--before", type=checkout, help="a checkout of another commit")
+    parser.add_argument("--recipes", nargs="+", metavar="WORD", help="with this in their names")
     add_json(parser)
     options = parser.parse_args(arguments)
-    before = [] if options.before is None else _rows_of(options.before)
+    words = options.recipes or [""]
+    recipes = [recipe for recipe in RECIPES if any(word in recipe.name for word in words)]
+    if not recipes:
+        names = "; ".join(recipe.name for recipe in RECIPES)
+        raise ValueError(f"--recipes {' '.join(words)}: no recipe has it; recipes are {names}")
+    before = [] if options.before is None else _rows_of(options.before, words)
     shares = {(row["recipe"], row["schedule"], row["routing"]): row["share"] for row in before}
     rows: list[dict[str, Any]] = []
-    for recipe in RECIPES:
+    for recipe in recipes:
         of_recipe = list(_rows(recipe))
         rows += of_recipe
         for row in of_recipe:
@@ -164,11 +170,12 @@ def _simulated(words: Sequence[str], workload: str, *methods: str) -> list[dict[
     return simulated([*inputs, *recompute, *tokens, *words], ranges=False)
 
 
-def _rows_of(folder: Path) -> list[dict[str, Any]]:
+def _rows_of(folder: Path, words: Sequence[str]) -> list[dict[str, Any]]:
     """Return the rows of another checkout, by its package and this file."""
     with TemporaryDirectory() as kept:
         path = Path(kept) / "before.json"
-        command = [sys.executable, str(Path(__file__).resolve()), "--json", str(path)]
+        command = [sys.executable, str(Path(__file__).resolve()), "--recipes", *words]
+        command += ["--json", str(path)]
         environment = os.environ | {"PYTHONPATH": str(folder)}
         subprocess.run(command, env=environment, cwd=folder, check=True)
         rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))["recipes"]
