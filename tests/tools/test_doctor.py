@@ -74,7 +74,7 @@ def fake_megatron(version: str = TESTED[-1], helper: str = "helpers_cpp.so") -> 
 class Examined:
     status: int
     rows: dict[str, tuple[str, str]]
-    last_line: str
+    first_line: str
     stderr: str
 
     def verdict(self, name: str) -> str:
@@ -117,7 +117,7 @@ def doctor(tmp_path):
         found = [match.groups() for line in lines if (match := _ROW.fullmatch(line))]
         rows = {name: (state, verdict) for name, state, verdict in found}
         assert len(found) == max(0, len(lines) - 2), result.stdout
-        return Examined(result.returncode, rows, lines[-1] if lines else "", result.stderr)
+        return Examined(result.returncode, rows, lines[0] if lines else "", result.stderr)
 
     return run
 
@@ -131,7 +131,7 @@ def _is_the_launchers(name: str) -> bool:
 def test_with_everything_there_every_row_says_so(doctor):
     examined = doctor()
     assert examined.status == 0, examined
-    assert examined.last_line == "everything that training needs is there"
+    assert examined.first_line == "everything that training needs is there"
     assert {"native core", "torch", "megatron-core", "plugin", "CUDA", "launcher"} <= {
         *examined.rows
     }
@@ -164,7 +164,7 @@ def test_it_runs_where_nothing_at_all_is_installed(doctor):
     examined = doctor(hidden=hidden)
     assert examined.status == 1
     assert {name: examined.rows[name] for name in REQUIRED} == {n: missing(n) for n in REQUIRED}
-    assert examined.last_line == f"missing or unsupported: {', '.join(REQUIRED)}"
+    assert examined.first_line == f"missing or unsupported: {', '.join(REQUIRED)}"
     assert examined.verdict("Python") == "ok"
     assert examined.stderr == ""
 
@@ -175,7 +175,7 @@ def test_one_thing_that_is_missing_is_named_with_what_hangs_on_it(doctor, module
     examined = doctor(fake_torch() | fake_megatron(), hidden=module)
     assert examined.status == 1
     assert examined.rows[name] == missing(name)
-    assert examined.last_line == f"missing or unsupported: {name}"
+    assert examined.first_line == f"missing or unsupported: {name}"
     assert "plugin" not in examined.rows
 
 
@@ -197,7 +197,7 @@ def test_imports_that_fail_in_any_way_are_rows(doctor):
     }
     assert examined.verdict("tqdm") == "missing: install colour_of_bars, which it imports"
     assert examined.verdict("psutil").startswith("missing: install it again: ")
-    assert examined.last_line == "missing or unsupported: numpy, psutil, pyyaml, tqdm"
+    assert examined.first_line == "missing or unsupported: numpy, psutil, pyyaml, tqdm"
 
 
 @pytest.mark.distributed
@@ -217,7 +217,7 @@ def test_versions_out_of_range_are_unsupported(doctor, megatron):
     assert examined.rows["psutil"] == ("6.1", "ok")
     assert examined.rows["megatron-core"][0].startswith(f"{megatron}, ")
     assert examined.verdict("megatron-core").startswith("unsupported: ")
-    assert examined.last_line == "missing or unsupported: megatron-core, torch, pyyaml"
+    assert examined.first_line == "missing or unsupported: megatron-core, torch, pyyaml"
 
 
 @pytest.mark.distributed
@@ -231,7 +231,7 @@ def test_a_checkout_without_a_core_names_the_command_that_builds_it(doctor, tmp_
     assert examined.status == 1
     assert examined.rows["native core"][0] == "none"
     assert f"-m pip install -e {checkout}" in examined.verdict("native core")
-    assert examined.last_line == "missing or unsupported: native core"
+    assert examined.first_line == "missing or unsupported: native core"
 
 
 @pytest.mark.distributed
@@ -256,7 +256,7 @@ def test_gpus_need_nccl_and_a_newer_torch(doctor):
     assert examined.verdict("torch").startswith("unsupported: torch 2.7.1 on a GPU: before torch 2")
     assert examined.rows["NCCL"] == ("none", "missing: install a torch with NCCL")
     assert examined.status == 1
-    assert examined.last_line == "missing or unsupported: torch, NCCL"
+    assert examined.first_line == "missing or unsupported: torch, NCCL"
 
 
 @pytest.mark.distributed
@@ -269,4 +269,4 @@ def test_variables_that_are_wrong_are_quoted(doctor):
     assert r"LOCAL_WORLD_SIZE='a\nb': must be an integer" in examined.verdict("node size")
     assert examined.rows["launcher"][0] == "torchrun: no rank of 'many'"
     assert "WORLD_SIZE='many': must be an integer" in examined.verdict("launcher")
-    assert examined.last_line == "missing or unsupported: CUDA, launcher, node size"
+    assert examined.first_line == "missing or unsupported: CUDA, launcher, node size"

@@ -121,20 +121,14 @@ def test_a_wheel_of_megatron_brings_its_helper_or_is_broken():
     assert machine.dataset_helper(wheel, {}).stops
 
 
-def test_rows_are_printed_escaped_and_each_when_it_is_known(monkeypatch, capsys):
-    def rows(environment: object) -> Iterator[Check]:
-        yield Check("torch", "boom \x1b[31m\nFAKE  ok", Status.MISSING, "\u202e")
-        printed.append(capsys.readouterr().out)
-        yield Check("numpy", "2.0")
-
-    printed: list[str] = []
-    monkeypatch.setattr(doctor, "examine", rows)
+def test_the_verdict_comes_first_then_reasons_against_it_and_all_is_escaped(monkeypatch, capsys):
+    torch = Check("torch", "boom \x1b[31m\nFAKE  ok", Status.MISSING, "\u202e")
+    monkeypatch.setattr(doctor, "examine", lambda _: iter([Check("numpy", "2.0"), torch]))
     assert doctor.run(argparse.Namespace()) == 1
-    first, rest = printed[0], capsys.readouterr().out
-    assert first.split("  ")[0] == "torch"
-    assert first.count("\n") == 1 and r"boom \x1b[31m\nFAKE  ok" in first
-    assert first.endswith(" missing: \\u202e\n")
-    assert rest.startswith("numpy ") and rest.endswith("\nmissing or unsupported: torch\n")
+    verdict, nothing, first, second = capsys.readouterr().out.splitlines()
+    assert (verdict, nothing) == ("missing or unsupported: torch", "")
+    assert first.startswith("torch ") and r"boom \x1b[31m\nFAKE  ok" in first
+    assert first.endswith(" missing: \\u202e") and second.startswith("numpy ")
 
 
 def test_a_terminal_is_asked_for_patience(monkeypatch, capsys):

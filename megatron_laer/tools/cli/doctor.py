@@ -27,24 +27,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(_: argparse.Namespace) -> int:
-    """Print the table; return 1 if something that training needs is missing, else 0."""
-    stopping = []
+    """Print the verdict and the table; return 1 if something that training needs is missing."""
     waiting = threading.Timer(_PATIENCE_S, _ask_for_patience)
     waiting.daemon = True
     waiting.start()
     try:
-        for check in examine(os.environ):
-            text = f"{check.name:{_NAME_WIDTH}}  {check.found:{_FOUND_WIDTH}}  "
-            # Texts of broken modules may contain anything. Flush, since an import may take minutes.
-            print(one_line(text + check.status_and_note), flush=True)
-            if check.stops:
-                stopping.append(check.name)
+        checks = list(examine(os.environ))
     finally:
         waiting.cancel()
+    stopping = [check for check in checks if check.stops]
+    verdict = "everything that training needs is there"
     if stopping:
-        print(f"\nmissing or unsupported: {', '.join(stopping)}")
-    else:
-        print("\neverything that training needs is there")
+        verdict = f"missing or unsupported: {', '.join(check.name for check in stopping)}"
+    print(f"{verdict}\n")
+    for check in (*stopping, *(check for check in checks if not check.stops)):
+        text = f"{check.name:{_NAME_WIDTH}}  {check.found:{_FOUND_WIDTH}}  "
+        # Texts of broken modules may contain anything.
+        print(one_line(text + check.status_and_note))
     return 1 if stopping else 0
 
 
