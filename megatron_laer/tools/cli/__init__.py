@@ -87,8 +87,9 @@ def _program() -> str:
 
 
 _EXAMPLES = """\
-exit status: 0 answered; 1 the answer is no (check-recipe, doctor; advise where nothing fits); 2 the
-input cannot be used, in one line; 3 to 5 of check-recipe alone; 130 and 143 stopped by a signal
+exit status: 0 yes, or answered; 1 no: refused (check-recipe), missing (doctor), damaged (inspect),
+nothing fits (advise); 2 the input cannot be used, in one line; 3 to 5 yes with changes
+(check-recipe); 130 and 143 stopped by a signal
 
 examples:
   %(prog)s doctor
