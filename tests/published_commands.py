@@ -50,8 +50,8 @@ def row_of(entry: Mapping[str, Any]) -> str:
 
 
 def table(folder: Path) -> list[str]:
-    lines = ["| model | published by | verdict | proved by | in the way | row |"]
-    lines.append("|---|---|---|---|---|---|")
+    lines = ["| model | published by | verdict | proved by | in the way |"]
+    lines.append("|---|---|---|---|---|")
     for number, entry in enumerate(published_entries()):
         repository, path = entry["from"].split()
         name, address = _SOURCES[repository]
@@ -67,7 +67,6 @@ def table(folder: Path) -> list[str]:
             f"*{verdict}*",
             proof_in(said),
             ", ".join(kinds) or "–",
-            entry.get("row", "–"),
         )
         lines.append(f"| {' | '.join(cells)} |")
     return lines

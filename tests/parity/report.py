@@ -15,7 +15,6 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
-from megatron_laer.support.fields import WITHOUT_EFFECT_BY_REASON
 from megatron_laer.support.table import REFUSALS, UNPROVEN
 from tests.parity.compare import Distance
 from tests.parity.features import ALLOW, FEATURES, REPLACED, SEEN_ON_A_CARD
@@ -127,20 +126,12 @@ def allowed() -> Iterator[str]:
         yield f"| `{word}` | {text} | {settings} | {proved_by(names)} |"
 
 
-def without_effect() -> Iterator[str]:
-    yield "| fields | reason |"
-    yield "|---|---|"
-    for reason, fields in WITHOUT_EFFECT_BY_REASON.items():
-        yield f"| {_code(*fields.split())} | {reason} |"
-
-
 TABLES = {
     "counts": counts,
     "features": features,
     "replaced": replaced,
     "refused": refused,
     "allowed": allowed,
-    "without effect": without_effect,
 }
 
 
