@@ -57,3 +57,8 @@ def _set_environment() -> None:
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     # Megatron asks for pinned batches; without a device every DataLoader warns.
     warnings.filterwarnings("ignore", message=r"'pin_memory' argument is set as true")
+    # Nine of Megatron's modules say in every process that kernels for GPUs are not there.
+    warnings.filterwarnings(
+        "ignore", message=r"(Transformer Engine and )?Apex (is|are) not installed"
+    )
+    warnings.filterwarnings("ignore", message=r"Only transformer-engine>=\S+ supports MoE experts")

@@ -149,6 +149,15 @@ ON_CPU = {
             "WARNING:megatron.core.tensor_parallel.random:another"
         ]
     """,
+    "kernels for GPUs are not missed": """
+        import warnings
+        with warnings.catch_warnings(record=True) as seen:
+            # Without this process' -W ignore.
+            warnings.filters[:] = [kept for kept in warnings.filters if kept[1]]
+            for missing in ("Apex is", "Transformer Engine and Apex are", "NCCL is"):
+                warnings.warn(f"{missing} not installed. Falling back")
+        assert [str(warning.message)[:4] for warning in seen] == ["NCCL"]
+    """,
     "the GPU's generator keeps its own state": """
         torch.cuda.manual_seed(2)
         state = torch.cuda.get_rng_state()
