@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gc
 import io
-import json
 import math
 import pickle
 import reprlib
@@ -74,13 +73,10 @@ def describe(path: str | Path) -> tuple[str, bool]:
     tensors.
     """
     folder = _find(Path(path))
-    config = _json(folder / "metadata.json")
     tensors = _tensors(folder / ".metadata")
-    lines = [f"checkpoint       {one_line(folder)}", f"format           {_format(config)}"]
-    lines += _model(tensors)
-    lines += _optimizer(tensors)
     of_planner, is_damaged = _planner(folder)
-    return "\n".join([*lines, *of_planner]), is_damaged
+    name = f"checkpoint       {one_line(folder)}"
+    return "\n".join([name, *_model(tensors), *_optimizer(tensors), *of_planner]), is_damaged
 
 
 def _find(path: Path) -> Path:
@@ -104,26 +100,6 @@ def _find(path: Path) -> Path:
             "incomplete, or not of the format torch_dist"
         )
     return folder
-
-
-def _json(path: Path) -> dict[str, Any]:
-    text = read_text(path)
-    try:
-        found = json.loads(text)
-    except RecursionError as error:
-        raise ValueError(f"{path} is not JSON: nested too deeply") from error
-    except ValueError as error:
-        # Python's limit on digits is no JSONDecodeError; its message names a Python function.
-        problem = error if isinstance(error, json.JSONDecodeError) else "a number is too long"
-        raise ValueError(f"{path} is not JSON: {problem}") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} holds no JSON object")
-    return found
-
-
-def _format(config: Mapping[str, Any]) -> str:
-    backend = config.get("sharded_backend", "unknown")
-    return one_line(f"{backend} {config.get('sharded_backend_version', '')}".strip(), 100)
 
 
 class _ListUnpickler(pickle.Unpickler):

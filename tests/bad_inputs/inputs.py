@@ -234,15 +234,6 @@ def _checkpoints(folder: Path) -> None:
 
     for name, (content, _) in pickles().items():
         checkpoint(name, content)
-    for name, content in {
-        "json": b"{",
-        "json-list": b"[1]",
-        "json-nested": b"[" * 10**5,
-        "json-digits": b'{"a": ' + b"9" * 5000 + b"}",
-        "json-latin": b'{"a": "\xe9"}',
-    }.items():
-        (checkpoint(name, b"") / "metadata.json").write_bytes(content)
-    os.truncate(checkpoint("json-huge", b"") / "metadata.json", HUGE)
     os.truncate(checkpoint("list-huge", b"") / ".metadata", HUGE)
     (checkpoint("no-list", b"") / ".metadata").unlink()
     place = checkpoint("pipe", b"")
