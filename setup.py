@@ -46,7 +46,7 @@ setup(
     packages=[*find_packages(include=["megatron_laer", "megatron_laer.*"]), *CONFIGS],
     package_dir=CONFIGS,
     package_data={
-        "megatron_laer": ["py.typed"],
+        "megatron_laer": ["py.typed", "rules.toml"],
         "megatron_laer.planner": ["*.pyi"],
         "megatron_laer.tools.recipes": ["*.csv"],
         "megatron_laer.tools.report": ["page/*"],

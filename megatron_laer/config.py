@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from numbers import Integral, Real
+from types import SimpleNamespace
 from typing import Any, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from megatron_laer.choices import (
@@ -34,7 +35,17 @@ from megatron_laer.choices import (
     Unproven,
     WireDtype,
 )
-from megatron_laer.files.checks import numbered, quoted
+from megatron_laer.files.checks import numbered
+from megatron_laer.rules import (
+    LAER_PLANNER,
+    NEEDS_ROWS,
+    RULES,
+    lays_out_freely,
+    problems_by,
+    said,
+    settings_with,
+    value_text,
+)
 
 # Words of the fields are imported from here too.
 __all__ = [
@@ -63,6 +74,7 @@ __all__ = [
     "flag_name",
     "lays_out_freely",
     "setting",
+    "settings_in_force",
     "takes_several",
     "types_of",
     "value_text",
@@ -81,9 +93,6 @@ class Bound(NamedTuple):
 # steps ago is a poor forecast.
 MAX_PLAN_LAG = 1000
 
-# The paper's planner; names of its variants begin with it. It leaves no expert at home.
-LAER_PLANNER = "laer"
-
 # Settings that a preset stands for (docs/paper.md).
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     Preset.LAER: {
@@ -97,6 +106,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "token_exchange": TokenExchange.RANK,
     }
 }
+
+# Settings that a run takes for itself where none are given; with experts at home,
+# `restore_algorithm` stays `auto` where each layout has its own.
+_LEFT_OPEN = ("sharding", "capacity", "restore_algorithm", "token_exchange", "gemm", "node_size")
 
 _NUMBERS: dict[type, Any] = {int: (Integral, "an integer"), float: (Real, "a number")}
 
@@ -280,77 +293,27 @@ class FSEPConfig:
                 object.__setattr__(self, spec.name, _checked(spec, value))
         if self.homes is not None and self.sharding == Auto.AUTO:
             object.__setattr__(self, "sharding", Sharding.EXPERTS)
-        if problems := [*self._problems()]:
+        problems = problems_by(RULES, settings_with(SimpleNamespace(), self))
+        if self.quantises_experts and not problems:
+            problems = self.reasons_against_homes(f"--fsep-allow-unproven {Unproven.FP8_EXPERTS}")
+        if problems:
             raise ValueError(numbered(problems))
-
-    def _problems(self) -> Iterator[str]:
-        """Yield the combinations of settings that cannot work, with remedies."""
-        if self.restore == Restore.STEP and self.mode != PlanMode.FORECAST:
-            yield (
-                f"--fsep-plan-mode {self.mode}: --fsep-restore {self.restore} keeps layouts for a "
-                "step; remove one of them"
-            )
-        if self.restore == Restore.STEP and self.restore_memory_gib:
-            yield (
-                f"restore_memory_gib={self.restore_memory_gib}: no effect, since --fsep-restore "
-                f"{self.restore} keeps all restored weights; remove one of them"
-            )
-        if self.split == Split.EVEN and self.mode != PlanMode.FORECAST:
-            yield (
-                f"--fsep-plan-mode {self.mode}: fresh layouts are made for exact splits, got "
-                f"--fsep-set split={self.split}; remove one of them"
-            )
-        if self.homes == "":
-            yield "--fsep-homes '': the path is empty; give a file"
-        if self.homes is not None and self.sharding == Sharding.ROWS:
-            yield (
-                f"--fsep-homes {quoted(self.homes)}: no expert has a home with --fsep-sharding "
-                f"{self.sharding}; leave it out, or give --fsep-sharding {Sharding.EXPERTS}"
-            )
-        if self.sharding == Sharding.EXPERTS and self.reason_for_rows is not None:
-            yield self.reason_for_rows
-        if self.quantises_experts and (problem := self._problem_with_fp8_experts()) is not None:
-            yield f"--fsep-allow-unproven {Unproven.FP8_EXPERTS}: {problem}"
-        if self.pairs_interval is not None and self.record_trace is None:
-            yield (
-                f"{setting('pairs_interval', self.pairs_interval)}: no effect, since --fsep-record "
-                "DIR trace is not given; leave it out"
-            )
 
     @property
     def reason_for_rows(self) -> str | None:
         """Return why these settings need `--fsep-sharding rows`; None if they do not."""
-        if lays_out_freely(self.planner):
-            return (
-                f"--fsep-planner {self.planner}: moves every expert, so it does not run with "
-                f"--fsep-sharding {Sharding.EXPERTS}; use another planner, or --fsep-sharding rows"
-            )
-        if Unproven.DENSE_FP8 in self.allow_unproven:
-            return (
-                f"--fsep-allow-unproven {Unproven.DENSE_FP8}: Transformer Engine would compute "
-                f"home experts in fp8, unlike replicas, with --fsep-sharding {Sharding.EXPERTS}; "
-                "use --fsep-sharding rows"
-            )
-        return None
+        at_home = settings_with(SimpleNamespace(), self, fsep_sharding=Sharding.EXPERTS)
+        return next(iter(problems_by(NEEDS_ROWS, at_home)), None)
+
+    def reasons_against_homes(self, given: str) -> list[str]:
+        """Return why `--fsep-sharding auto` is rows, where `given` needs experts at home."""
+        if self.sharding != Auto.AUTO or self.reason_for_rows is None:
+            return []
+        return [f"{given}: it needs --fsep-sharding {Sharding.EXPERTS}, but {self.reason_for_rows}"]
 
     @property
     def quantises_experts(self) -> bool:
         return Unproven.FP8_EXPERTS in self.allow_unproven
-
-    def _problem_with_fp8_experts(self) -> str | None:
-        """Return why experts cannot compute in fp8 with these settings; None if they can."""
-        if self.sharding == Sharding.ROWS:
-            return (
-                "rows of experts are kept and moved in the parameters' dtype; use --fsep-sharding "
-                f"{Sharding.EXPERTS}"
-            )
-        if self.gemm not in (GemmBackEnd.AUTO, GemmBackEnd.LOOP):  # what `auto` becomes
-            return f"--fsep-set gemm={self.gemm} multiplies no fp8; leave it out"
-        if Unproven.DENSE_FP8 in self.allow_unproven:
-            return f"{Unproven.DENSE_FP8} would keep fp8 from the experts; give one of them"
-        if self.sharding == Auto.AUTO and self.reason_for_rows is not None:
-            return f"it needs --fsep-sharding {Sharding.EXPERTS}, but {self.reason_for_rows}"
-        return None
 
     @property
     def mode(self) -> PlanMode:
@@ -379,35 +342,27 @@ class FSEPConfig:
         )
 
 
-def lays_out_freely(planner: str) -> bool:
-    """Return whether a planner leaves no expert at home: the paper's, or a variant."""
-    return planner.split("-")[0] == LAER_PLANNER
-
-
 def flag_name(name: str) -> str:
     """Return a field's flag: `--fsep-planner`, `--fsep-set plan_lag`, `--fsep-record DIR trace`."""
     return FSEPConfig.__dataclass_fields__[name].metadata["flag"] or f"--fsep-set {name}"
 
 
 def setting(name: str, value: object) -> str:
-    """Return a field's value in a command line's form; "none" for an empty list of words."""
-    flag, *of_value = flag_name(name).split()
-    text = value_text(value)
-    if flag == "--fsep-set":
-        return f"{flag} {name}={text}"
-    return " ".join([flag, text, *of_value[1:]])  # the first stands for the value
-
-
-def value_text(value: object) -> str:
-    """Return a value in a command line's form; "none" for an empty list of words."""
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value)) or "none"
-    return str(value)
+    """Return a field's value in a command line's form; see `rules.said`."""
+    return said(flag_name(name), value)
 
 
 def deterministic(config: FSEPConfig) -> FSEPConfig:
     """Return the config under Megatron's `--deterministic-mode`, which waits for plans."""
     return dataclasses.replace(config, late_plan=LatePlan.WAIT)
+
+
+def settings_in_force(config: FSEPConfig) -> dict[str, Any]:
+    """Return the settings that `auto` or a default leaves open, as plain values by field."""
+    values = {name: getattr(config, name) for name in _LEFT_OPEN} | {"plan_mode": config.mode}
+    return {
+        name: value.value if isinstance(value, Choice) else value for name, value in values.items()
+    }
 
 
 @cache
@@ -442,7 +397,7 @@ def _word(name: str, value: Any) -> Choice:
     for choice in _choices(name):
         if isinstance(value, str) and value in choice:
             return choice(value)
-    given = setting(name, repr(value))
+    given = setting(name, value)
     raise ValueError(f"{given}: must be one of {', '.join(words_of(name))}")
 
 
@@ -459,7 +414,7 @@ def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
         return value
     number, noun = _NUMBERS[kind]
     if not isinstance(value, number):
-        raise ValueError(f"{setting(spec.name, repr(value))}: must be {noun}")
+        raise ValueError(f"{setting(spec.name, value)}: must be {noun}")
     minimum, maximum = spec.metadata["minimum"], spec.metadata["maximum"]
     # Written so that it also refuses NaN.
     if minimum is not None and not minimum.value <= value < math.inf:

@@ -10,16 +10,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_laer.config import (
     Auto,
-    ExchangeAlgorithm,
     ExpertParallelMode,
-    FixedPlanner,
     FSEPConfig,
-    PlanMode,
     Restore,
     flag_name,
     setting,
@@ -29,6 +26,7 @@ from megatron_laer.config import (
 )
 from megatron_laer.files.checks import numbered, quoted
 from megatron_laer.planner.strategies import described_strategies, uses_costs
+from megatron_laer.rules import IDLE, problems_by, settings_with
 
 MODE = "--expert-parallel-mode"
 _FIELDS = {spec.name: spec for spec in dataclasses.fields(FSEPConfig)}
@@ -222,13 +220,9 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
     given = given_flags(args)
     if args.expert_parallel_mode == ExpertParallelMode.FSEP:
         config = FSEPConfig(**given)
-        idle = [
-            f"{setting(name, given[name])}: no effect, since {reason}; leave it out"
-            for reason, names in _idle(config)
-            for name in names
-            if name in given
-        ]
-        if idle:
+        names = [f"fsep_{name}" for name in given]
+        settings = settings_with(args, config, fsep_given=names, fsep_uses_costs=uses_costs(config))
+        if idle := problems_by(IDLE, settings):
             raise ValueError(numbered(idle))
         return config
     if given:
@@ -238,29 +232,3 @@ def config_from_args(args: argparse.Namespace) -> FSEPConfig | None:
             "the flag out"
         )
     return None
-
-
-def _idle(config: FSEPConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield each reason with the fields whose flags it leaves without effect."""
-    planning = ("plan_lag", "late_plan")
-    made = {PlanMode.EXACT: "after the gate", PlanMode.ANNOUNCED: "from announced routing"}
-    if config.mode in made:
-        yield (
-            f"--fsep-plan-mode {config.mode} makes every layout {made[config.mode]}",
-            ("planner", *planning, "record_layouts"),
-        )
-    elif config.planner in FixedPlanner:
-        yield (
-            f"--fsep-planner {config.planner} makes no plans",
-            (*planning, "record_layouts"),
-        )
-    if config.mode != PlanMode.ADAPTIVE:
-        yield f"--fsep-plan-mode is {config.mode}", ("imbalance_tolerance",)
-    if config.restore_algorithm == ExchangeAlgorithm.FLAT:
-        yield "--fsep-set restore_algorithm is flat", ("grad_wire_dtype",)
-    if config.record_trace is None:
-        yield "--fsep-record DIR trace is not given", ("sampled_sets",)
-    if config.pairs_interval is None:
-        yield "--fsep-set pairs_interval is not given", ("sampled_sets",)
-    if not uses_costs(config):
-        yield "nothing is decided by cost", ("cluster",)

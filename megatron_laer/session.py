@@ -5,13 +5,20 @@ The plugin begins and ends the session. Nothing here touches Megatron.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_laer.config import Auto, FSEPConfig, PlanMode, Sharding, TokenExchange
+from megatron_laer.config import (
+    Auto,
+    FSEPConfig,
+    PlanMode,
+    Sharding,
+    TokenExchange,
+    settings_in_force,
+)
 from megatron_laer.runtime.build import build_coordinator, current_device
 from megatron_laer.runtime.comm import agreement
 from megatron_laer.runtime.comm.collectives import raise_everywhere
@@ -34,7 +41,7 @@ class Session:
         self.seed = seed
         self.coordinator: Coordinator | None = None
         self._groups: FSEPGroups | None = None
-        self._sharding_of_all: Sharding | None = None
+        self.in_force: Mapping[str, Any] = {}
         self._is_training = False
 
     @property
@@ -56,7 +63,7 @@ class Session:
         """
         if self.coordinator is not None:
             return self.coordinator.geometry.sharding
-        return self._sharding_of_all or self.config.sharding
+        return Sharding(self.in_force["sharding"]) if self.in_force else self.config.sharding
 
     def create_groups(self, expert_group: Group, create_group: Callable[..., Group]) -> None:
         """Create the FSEP groups; collective over the world. See `process_groups.create_groups`."""
@@ -118,8 +125,8 @@ class Session:
             held = None
             if coordinator is not None:
                 homes = coordinator.layouts.given_homes
-                held = coordinator.geometry.sharding, homes.digest if homes else "stock's"
-            self._sharding_of_all, problem = agreement.sharding_of_all(held)
+                held = settings_in_force(coordinator.config), homes.digest if homes else "stock's"
+            self.in_force, problem = agreement.settings_of_all(held)
             raise_everywhere(problem)
             if coordinator is not None:
                 coordinator.connect()

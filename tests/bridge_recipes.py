@@ -71,7 +71,7 @@ REFUSED = {
     ),
     "lora with dropout": (
         changed("peft", target_modules=["*.layers.0.*.linear_fc1"], dropout=0.1),
-        "with dropout=0.1: replicas would draw other numbers",
+        "with peft.dropout=0.1: replicas would draw other numbers",
     ),
     "canonical lora with dropout": (
         changed("peft", target_modules=["linear_fc1_up"], dropout=0.1),

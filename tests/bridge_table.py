@@ -14,8 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.support import expert_adapters
-from megatron_laer.support.table import REFUSALS
+from megatron_laer.rules import REFUSALS, WITH_ADAPTERS, problems_by
 from megatron_laer.tools.recipes.containers import no_megatron_builds
 from megatron_laer.tools.recipes.verdict import Judgement, judge
 from tests.bridge_families import UNKNOWN_FAMILY, adapts_experts, implied_by, is_known
@@ -98,7 +97,7 @@ def judge_recipe(row: Mapping[str, str]) -> Judgement:
     vars(settings).update(given)
     settings.adapts_experts = settings.is_lora and adapts_experts(name)
     refused = no_megatron_builds(name)
-    refused += expert_adapters.problems(settings) if settings.adapts_experts else []
+    refused += problems_by(WITH_ADAPTERS, settings)
     doubts = [] if is_known(name) else [UNKNOWN_FAMILY]
     return judge(settings, also_refused=refused, doubts=doubts)
 

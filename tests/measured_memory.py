@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_laer.cpu.ranks import RankPool
 from megatron_laer.cpu.training import Adapt, train
 from megatron_laer.planner.state_bytes import RankWeights, state_bytes
+from megatron_laer.rules import STRATEGIES
 from megatron_laer.schedule import make_schedule
-from megatron_laer.support.megatron_fsdp import STRATEGIES
 from tests.parity.bridge_lora import lora_on_experts, lora_on_experts_under_recompute
 from tests.parity.flags import command_line
 from tests.parity.rows import DIST_OPT, FSDP

@@ -17,12 +17,7 @@ from typing import Any
 from megatron_laer import device
 from megatron_laer.config import FSEPConfig, deterministic
 from megatron_laer.files import run_mark
-from megatron_laer.files.checks import quoted
-from megatron_laer.integrations.bridge_config import (
-    problems_of,
-    settings_of,
-    with_homes,
-)
+from megatron_laer.integrations.bridge_config import settings_of, with_homes
 from megatron_laer.plugin.install_tracker import install_metrics
 from megatron_laer.plugin.steps import StepOutcome, training_step
 from megatron_laer.plugin.switch import enable
@@ -85,13 +80,7 @@ def check_recipe(recipe: Any, config: FSEPConfig) -> None:
         RefusedError: the setting, why it cannot work, and alternatives.
     """
     settings = settings_of(recipe)
-    found = [*problems_of(recipe, settings, config), *arguments.problems(settings, config)]
-    if config.homes is not None:
-        found.append(
-            f"--fsep-homes {quoted(config.homes)}: Megatron-Bridge converts experts by their "
-            "rank; leave it out"
-        )
-    if found:
+    if found := arguments.problems(settings, config):
         raise RefusedError(
             "FSEP cannot run this recipe of Megatron-Bridge:\n  "
             + "\n  ".join(found)

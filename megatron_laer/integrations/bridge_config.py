@@ -13,27 +13,12 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from megatron_laer.config import Auto, FSEPConfig, Sharding
-from megatron_laer.support import expert_adapters, muon
-from megatron_laer.support.refusal import names_of
-from megatron_laer.support.table import REFUSALS
+from megatron_laer.rules import REFUSALS, names_of
+from megatron_laer.support import arguments
 
-_DECENTRALIZED = (
-    "dist.use_decentralized_pg=True: Megatron-Bridge then makes its process groups without "
-    "Megatron's parallel state, so that no FSEP group is created; set it to False"
-)
-_SAVES_HUGGING_FACE = (
-    "checkpoint.also_save_hf_checkpoint=True: Megatron-Bridge then reads experts by stock's names, "
-    "which an FSEP model has not while it trains; set it to False, and export from a checkpoint, "
-    "or within megatron_laer.integrations.bridge_weights.stock_weights()"
-)
-_SHARDED = (
-    "use_megatron_fsdp=True: no test proves it with FSEP in Megatron-Bridge; set it to False, or "
-    "train by Megatron's own script"
-)
 _OVERLAPS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
 # With CanonicalLoRA's names of the first one's halves.
 _EXPERTS_LINEAR = ("linear_fc1", "linear_fc2", "linear_fc1_gate", "linear_fc1_up")
-_OTHER_ADAPTERS = ("DoRA", "MultiLoRA")
 
 
 def settings_of(recipe: Any) -> Namespace:
@@ -63,30 +48,21 @@ def settings_of(recipe: Any) -> Namespace:
     if not found.get("cpu_offloading", True):  # the number of layers alone offloads nothing
         found["cpu_offloading_num_layers"] = 0
     found["num_experts"] = found["num_moe_experts"]
+    # No arguments of Megatron; only newer releases have the last one.
+    saves = getattr(recipe.checkpoint, "also_save_hf_checkpoint", False)
+    found |= {
+        "Megatron_Bridge": True,
+        "dist.use_decentralized_pg": recipe.dist.use_decentralized_pg,
+        "ddp.use_megatron_fsdp": found["use_megatron_fsdp"],
+        "checkpoint.also_save_hf_checkpoint": saves,
+        "adapts_experts": adapts_experts(recipe),
+        "peft": type(recipe.peft).__name__,
+        "peft.dropout": getattr(recipe.peft, "dropout", 0.0),
+    }
     found["rank"] = int(os.environ.get("RANK", "0"))
     # A launcher may use another variable; Megatron-Bridge then checks the size.
     found["world_size"] = int(os.environ.get("WORLD_SIZE", found["expert_model_parallel_size"]))
     return Namespace(**found)
-
-
-def problems_of(recipe: Any, settings: Namespace, config: FSEPConfig) -> list[str]:
-    """Return refusals of settings that are no arguments of Megatron, and of adapters with these."""
-    found = [_DECENTRALIZED] if recipe.dist.use_decentralized_pg else []
-    if any(getattr(part, "use_megatron_fsdp", False) for part in (recipe.dist, recipe.ddp)):
-        found.append(_SHARDED)
-    # Only newer releases have it.
-    if getattr(recipe.checkpoint, "also_save_hf_checkpoint", False):
-        found.append(_SAVES_HUGGING_FACE)
-    if not adapts_experts(recipe):
-        return found
-    dropout, kind = getattr(recipe.peft, "dropout", 0.0), type(recipe.peft).__name__
-    if config.sharding == Sharding.ROWS:
-        found.append(expert_adapters.with_rows())
-    if dropout:
-        found.append(expert_adapters.with_dropout(dropout))
-    if kind in _OTHER_ADAPTERS:
-        found.append(expert_adapters.of_kind(kind))
-    return found + expert_adapters.problems(settings)
 
 
 def with_homes(recipe: Any, config: FSEPConfig) -> FSEPConfig:
@@ -97,7 +73,7 @@ def with_homes(recipe: Any, config: FSEPConfig) -> FSEPConfig:
     """
     if config.sharding == Auto.AUTO and adapts_experts(recipe):
         return replace(config, sharding=Sharding.EXPERTS)
-    return muon.with_homes(recipe.optimizer, config)
+    return arguments.at_home(recipe.optimizer, config)
 
 
 def adapts_experts(recipe: Any) -> bool:

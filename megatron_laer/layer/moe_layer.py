@@ -343,21 +343,16 @@ def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
     current = session.current()
     assert current is not None, "an FSEP layer was built while FSEP is off"
     given = current.config
-    model_support.check(config, given.allow_unproven, given.restore_memory_gib)
+    model_support.check(config, given)
     groups = current.groups
     assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
         "the model's expert-parallel group is not the one that FSEP was set up for"
     )
     pg_collection.fsep = groups.tokens
-    model_support.check_choices(config, given.mode, given.token_exchange)
     args = _arguments()
     seed = None if args is None else int(args.seed)
     tokens = None if args is None else _tokens(args, config)
     coordinator = current.coordinator_for(config, seed, tokens)
-    if args is not None:
-        # For checkpoints, in place of `auto`.
-        args.fsep_sharding = coordinator.geometry.sharding.value
-        args.fsep_capacity = coordinator.geometry.capacity
     return coordinator
 
 

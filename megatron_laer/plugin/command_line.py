@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_laer import fsep_flags
-from megatron_laer.config import ExpertParallelMode, FSEPConfig, LatePlan, deterministic
+from megatron_laer.config import ExpertParallelMode, FSEPConfig, deterministic
 from megatron_laer.device import cpu_installed
 from megatron_laer.files import run_mark
 from megatron_laer.files.checks import quoted, read_text
@@ -31,7 +31,7 @@ from megatron_laer.plugin.optimizers import check_installed
 from megatron_laer.plugin.patching import Patch, apply, undo
 from megatron_laer.plugin.switch import disable, enable
 from megatron_laer.runtime.comm import launcher
-from megatron_laer.support import RefusedError, arguments, muon
+from megatron_laer.support import RefusedError, arguments
 
 logger = logging.getLogger(__name__)
 
@@ -151,14 +151,10 @@ def _checked(
 ) -> tuple[FSEPConfig, list[str]]:
     """Check and complete arguments; return the config in force, and lines about changes."""
     if getattr(args, "deterministic_mode", False):
-        if fsep_flags.given_flags(args).get("late_plan") == LatePlan.KEEP:
-            raise ValueError(
-                "--fsep-late-plan keep: --deterministic-mode waits for plans; remove one of them"
-            )
         config = deterministic(config)
     filled = arguments.fill_in(args, script_defaults or {})
     arguments.check(args, config)
-    given, config = config, muon.with_homes(args, config)
+    given, config = config, arguments.at_home(args, config)
     resumed = None
     if len(shardings(config, args.expert_model_parallel_size, args.num_experts)) > 1:
         resumed = sharding_of_checkpoint(args)

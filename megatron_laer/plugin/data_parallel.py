@@ -17,10 +17,10 @@ import torch
 from megatron_laer import session
 from megatron_laer.layer.experts.main_grads import note_hook_stream
 from megatron_laer.plugin.patching import Patch
+from megatron_laer.rules import REDUCES_BEFORE_WGRAD, problems_by
 from megatron_laer.runtime.comm.collectives import raise_everywhere
 from megatron_laer.runtime.comm.streams import has_streams
 from megatron_laer.support.model import refuse
-from megatron_laer.support.table import REDUCES_BEFORE_WGRAD
 
 
 def _noting_stream(original: Callable[..., None]) -> Callable[..., None]:
@@ -30,8 +30,7 @@ def _noting_stream(original: Callable[..., None]) -> Callable[..., None]:
         if current is not None and current.coordinator is not None:
             settings = vars(ddp_config) | vars(config) | {"fsep_sharding": current.sharding}
             # Megatron's arguments were judged before; a loop of one's own has none.
-            problem = REDUCES_BEFORE_WGRAD.problem_with_flag(SimpleNamespace(**settings))
-            refuse([problem] if problem else [])
+            refuse(problems_by([REDUCES_BEFORE_WGRAD], SimpleNamespace(**settings)))
         # The model is complete, with its adapters, and neither data nor checkpoints are read.
         if current is not None and current.config.homes is not None:
             coordinator = current.coordinator

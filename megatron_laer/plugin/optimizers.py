@@ -9,11 +9,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_laer import session
 from megatron_laer.plugin.patching import Patch
-from megatron_laer.support import muon
+from megatron_laer.rules import RULES, problems_by
 
 _PACKAGE = "megatron.core.optimizer"
 
@@ -69,8 +70,9 @@ def _muon_options(original: Callable[..., dict[str, Any]], config: Any, *rest: A
     current = session.current()
     assert current is not None
     is_shared = config.use_layer_wise_distributed_optimizer or config.optimizer.startswith("dist_")
-    if problem := muon.problem_with_rows("optimizer='muon'", current.sharding):
-        raise ValueError(problem)
+    asked = SimpleNamespace(optimizer="muon", fsep_sharding=current.sharding)
+    if problems := problems_by(RULES, asked):
+        raise ValueError(problems[0])
     if is_shared and not config.bf16:
         raise ValueError(
             "--optimizer muon with --use-distributed-optimizer (or dist_muon) without --bf16: "

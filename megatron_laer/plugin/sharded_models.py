@@ -17,7 +17,7 @@ import torch
 from megatron_laer import session
 from megatron_laer.layer.experts.adapters import has_adapters
 from megatron_laer.plugin.patching import Patch, original_of
-from megatron_laer.support import expert_adapters, megatron_fsdp
+from megatron_laer.rules import WITH_ADAPTERS, WITH_FSDP, problems_by
 from megatron_laer.support.model import refuse
 
 _BUFFERS = "megatron.core.distributed.fsdp.src.megatron_fsdp.param_and_grad_buffer"
@@ -138,11 +138,9 @@ def _judge(
     given = {} if optimizer is None else vars(optimizer)
     named = vars(ddp_config) | given | vars(config) | {"use_megatron_fsdp": True}
     named["ddp_average_in_collective"] = ddp_config.average_in_collective
-    settings = SimpleNamespace(**named)
-    problems = megatron_fsdp.problems(settings, current.config.sharding)
-    if module is not None and has_adapters(module):
-        problems += expert_adapters.problems(settings)
-    refuse(problems)
+    named["fsep_sharding"] = current.config.sharding
+    named["adapts_experts"] = module is not None and has_adapters(module)
+    refuse(problems_by((*WITH_FSDP, *WITH_ADAPTERS), SimpleNamespace(**named)))
 
 
 _REDUCE = Patch(

@@ -26,8 +26,9 @@ def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
 
         with training_step(get_args().curr_iteration, get_num_microbatches(), model) as step:
             if (current := session.current()) is not None:
-                # Rank 0, whose arguments are saved, may have no MoE layer.
-                get_args().fsep_sharding = current.sharding.value
+                # For checkpoints, in place of `auto`.
+                for name, value in current.in_force.items():
+                    setattr(get_args(), f"fsep_{name}", value)
             result = original(forward_step_func, data_iterator, model, *args, **kwargs)
             step.weights_changed = not result[1]  # Megatron's skipped_iter
             return result

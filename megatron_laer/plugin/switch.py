@@ -22,9 +22,9 @@ from megatron_laer.plugin.optimizers import OPTIMIZER_PATCHES
 from megatron_laer.plugin.patching import apply, patch_table, undo
 from megatron_laer.plugin.sharded_models import SHARDING_PATCHES
 from megatron_laer.plugin.steps import STEP_PATCHES
+from megatron_laer.rules import UNPROVEN
 from megatron_laer.session import Session
 from megatron_laer.support import config_files, torch_version
-from megatron_laer.support.table import UNPROVEN
 
 logger = logging.getLogger(__name__)
 

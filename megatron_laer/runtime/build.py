@@ -53,7 +53,7 @@ from megatron_laer.runtime.scheduler import Scheduler
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.kept_weights import KeptWeights
 from megatron_laer.runtime.weights.layer_experts import LayerExperts
-from megatron_laer.support.model import problems_with_token_exchange, slots_multiple
+from megatron_laer.support.model import goes_through_nodes, slots_multiple
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,15 @@ def build_coordinator(
             print(f"FSEP: --fsep-token-exchange auto is {exchange}", flush=True)
         if (expected := expected_gain(config, geometry, chosen)) is not None:
             print(f"FSEP: {expected}", flush=True)
-    config = replace(config, sharding=geometry.sharding, capacity=geometry.capacity)
+    is_open = config.restore_algorithm == Auto.AUTO and not chosen.by_layout
+    config = replace(
+        config,
+        sharding=geometry.sharding,
+        capacity=geometry.capacity,
+        node_size=groups.node_size,
+        token_exchange=exchange,
+        restore_algorithm=chosen.restore_algorithm if is_open else config.restore_algorithm,
+    )
     overlaps = config.scheduler == OverlapScheduler.ON
     # Announced layouts, as forecast ones, are kept after the gate.
     at_gate = PlanMode.FORECAST if config.mode == PlanMode.ANNOUNCED else config.mode
@@ -185,7 +193,7 @@ def token_exchange(
 ) -> TokenExchange:
     if config.token_exchange != Auto.AUTO:
         return TokenExchange(config.token_exchange)
-    if problems_with_token_exchange(transformer_config, TokenExchange.NODE):
+    if not goes_through_nodes(transformer_config):
         return TokenExchange.RANK
     return choose_token_exchange(costs, geometry, transformer_config.moe_router_topk, tokens)
 

@@ -6,33 +6,22 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from megatron_laer.config import FSEPConfig, OverlapScheduler, Sharding
+from megatron_laer.config import Auto, FSEPConfig, OverlapScheduler, Sharding, Unproven, setting
 from megatron_laer.environment import CONNECTIONS, has_one_queue
-from megatron_laer.files.checks import numbered, problem_of, quoted
+from megatron_laer.files.checks import numbered, problem_of
 from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
 from megatron_laer.planner.homes_file import read_homes
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.support import RefusedError, fp8_experts, megatron_fsdp, muon, triton_needs
-from megatron_laer.support.model import (
-    problems_with_mode,
-    problems_with_token_exchange,
-    slots_multiple,
-)
-from megatron_laer.support.table import REFUSALS, UNPROVEN
+from megatron_laer.rules import MUON, REFUSALS, RULES, UNPROVEN, problems_by, settings_with
+from megatron_laer.support import RefusedError, fp8_experts, triton_needs
+from megatron_laer.support.model import slots_multiple
 
 _DEEPEP_TOP_K = 32
-
-# Settings that do not go with `--fsep-homes`: argument, value, reason and the way out.
-_BY_RANK = "such a checkpoint has experts by rank, not by number"
-_NOT_WITH_HOMES = (
-    ("ckpt_format", "torch", f"{_BY_RANK}; use --ckpt-format torch_dist"),
-    ("ckpt_convert_format", "torch", f"{_BY_RANK}; leave it out"),
-    ("non_persistent_ckpt_type", "local", f"{_BY_RANK}; use --non-persistent-ckpt-type global"),
-    ("use_megatron_fsdp", True, "no test proves the two together; leave out one of them"),
-)
 
 # Arguments that FSEP sets if they are not given, with their values.
 FILLED_IN = {row.argument: row.accepted[0] for row in REFUSALS if row.is_filled_in}
@@ -71,40 +60,53 @@ def check(args: Namespace, config: FSEPConfig) -> None:
 
 def problems(args: Namespace, config: FSEPConfig) -> list[str]:
     """Return the settings that FSEP cannot run with, with reasons and remedies."""
-    args, allowed = with_sharding(args, config), config.allow_unproven
-    found = [text for row in REFUSALS if (text := row.problem_with_flag(args, allowed))]
+    allowed = config.allow_unproven
+    found = problems_by(REFUSALS, with_sharding(args, config), allowed)
     return found + own_problems(args, config)
 
 
 def own_problems(args: Namespace, config: FSEPConfig) -> list[str]:
-    """Return the problems that are no rows of the table."""
-    config, allowed = muon.with_homes(args, config), config.allow_unproven
-    found = []
-    asked = [row for row in REFUSALS if row.asks_for_unproven(args, row.argument)]
+    """Return the problems that are more than a setting of Megatron."""
+    config, allowed = at_home(args, config), config.allow_unproven
+    settings = settings_with(with_sharding(args, config), config)
+    found = idle_words(args, allowed)
+    found += fp8_experts.problems(args, allowed, config.restore_memory_gib)
+    found += problems_by(RULES[len(REFUSALS) :], settings)
+    if is_muon(args):
+        found += config.reasons_against_homes(f"--optimizer {args.optimizer}")
+    has_shape = (args.num_experts or 0) > 0 and args.expert_model_parallel_size > 1
+    return found + (_shape_problems(args, config) if has_shape else [])
+
+
+def idle_words(settings: Any, allowed: Collection[Unproven]) -> list[str]:
+    """Return the words of `--fsep-allow-unproven` that allow nothing in these settings."""
+    asked = [row for row in REFUSALS if row.asks_for_unproven(settings, row.argument)]
     used = {word for row in asked for word in row.words}
-    found += [
+    return [
         f"--fsep-allow-unproven {word}: no effect, since nothing that it allows is asked for "
         f"({UNPROVEN[word]}); leave it out"
         for word in allowed
         if word not in used
     ]
-    found += fp8_experts.problems(args, allowed, config.restore_memory_gib)
-    found += megatron_fsdp.problems(args, config.sharding)
-    found += muon.problems(args, config)
-    found += problems_with_mode(args, config.mode)
-    found += problems_with_token_exchange(args, config.token_exchange)
-    if config.pairs_interval is not None and args.moe_router_topk == 1:
-        found.append(
-            f"--fsep-set pairs_interval={config.pairs_interval} with --moe-router-topk 1: no "
-            "effect, since a token has one expert; leave it out"
-        )
-    has_shape = (args.num_experts or 0) > 0 and args.expert_model_parallel_size > 1
-    return found + (_shape_problems(args, config) if has_shape else [])
+
+
+def is_muon(settings: Any) -> bool:
+    return getattr(settings, "optimizer", None) in MUON
+
+
+def at_home(settings: Any, config: FSEPConfig) -> FSEPConfig:
+    """Return the config with experts at home instead of `auto`, if the optimizer is Muon.
+
+    Its updates need whole matrices. With settings that need rows, `problems` refuses `auto`.
+    """
+    if not is_muon(settings) or config.sharding != Auto.AUTO or config.reason_for_rows is not None:
+        return config
+    return replace(config, sharding=Sharding.EXPERTS)
 
 
 def with_sharding(args: Namespace, config: FSEPConfig) -> Namespace:
     """Return a copy of the arguments with the sharding that the settings imply."""
-    config = muon.with_homes(args, config)
+    config = at_home(args, config)
     sharding = config.sharding if config.reason_for_rows is None else Sharding.ROWS
     return Namespace(**vars(args) | {"fsep_sharding": sharding})
 
@@ -180,12 +182,8 @@ def _homes_problems(args: Namespace, config: FSEPConfig) -> list[str]:
     """Return problems of the file of homes, and of checkpoints that keep experts by rank."""
     if config.homes is None:
         return []
-    given = f"--fsep-homes {quoted(config.homes)}"
-    problems = [
-        f"{given} with {_flag(name)}{'' if value is True else f' {value}'}: {reason}"
-        for name, value, reason in _NOT_WITH_HOMES
-        if getattr(args, name, None) == value
-    ]
+    given = setting("homes", config.homes)
+    problems = []
     try:
         homes = read_homes(Path(config.homes))
         homes.check_fits(args.expert_model_parallel_size, args.num_experts)

@@ -38,13 +38,6 @@ UNTRIED = frozenset(
     """.split()
 )
 
-# Modules of selective recompute in rows of the parity table; all others are refused.
-PROVED_RECOMPUTE = frozenset(
-    """
-    core_attn gdn_norm_out layernorm mla_up_proj mlp moe moe_act shared_experts
-    """.split()
-)
-
 # Fields without effect on FSEP, by the reason.
 WITHOUT_EFFECT_BY_REASON: dict[str, str] = {
     "FSEP computes the experts itself, in place of Megatron's grouped experts": """

@@ -1,6 +1,6 @@
 """Settings and cards that do not go with experts in fp8 (`--fsep-allow-unproven fp8-experts`).
 
-Those that FSEP refuses with any fp8 are rows of `table.py`.
+Those that FSEP refuses with any fp8 are rows of rules.toml.
 """
 
 from __future__ import annotations

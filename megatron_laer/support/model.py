@@ -10,10 +10,11 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Collection
+from types import SimpleNamespace
 from typing import Any
 
-from megatron_laer.config import Auto, PlanMode, TokenExchange, Unproven
+from megatron_laer.config import FSEPConfig, TokenExchange
+from megatron_laer.rules import REFUSALS, RULES, UNPROVEN, problems_by, settings_with
 from megatron_laer.support import fp8_experts
 from megatron_laer.support.fields import (
     MOE_FIELD,
@@ -21,7 +22,6 @@ from megatron_laer.support.fields import (
     UNTRIED,
     WITHOUT_EFFECT,
 )
-from megatron_laer.support.table import REFUSALS, UNPROVEN
 
 logger = logging.getLogger(__name__)
 
@@ -33,11 +33,9 @@ _EXPOSED_IN_NODE = (
 _REFUSED = frozenset(row.field for row in REFUSALS)
 
 
-def check(config: Any, allowed: Collection[Unproven] = (), kept_gib: float = 0.0) -> None:
-    """Refuse a TransformerConfig that FSEP cannot run, and warn of MoE fields without a test.
-
-    `allowed` and `kept_gib` are `allow_unproven` and `restore_memory_gib` of `FSEPConfig`.
-    """
+def check(config: Any, ours: FSEPConfig) -> None:
+    """Refuse a TransformerConfig that FSEP cannot run, and warn of MoE fields without a test."""
+    allowed = ours.allow_unproven
     problems = [text for row in REFUSALS if (text := row.problem_with_field(config, allowed))]
     asked = [row for row in REFUSALS if row.asks_for_unproven(config, row.field)]
     used = {word for row in asked for word in row.words}
@@ -47,15 +45,11 @@ def check(config: Any, allowed: Collection[Unproven] = (), kept_gib: float = 0.0
         for word in allowed
         if word not in used
     ]
-    refuse(problems + fp8_experts.problems(config, allowed, kept_gib))
+    problems += fp8_experts.problems(config, allowed, ours.restore_memory_gib)
+    refuse(problems + problems_by(RULES[len(REFUSALS) :], settings_with(config, ours)))
     for warning in warnings_of(config):
         _warn_once(warning)
-
-
-def check_choices(config: Any, mode: PlanMode | None, exchange: TokenExchange | Auto) -> None:
-    """Refuse a TransformerConfig that does not fit the plan mode or the token exchange."""
-    refuse([*problems_with_mode(config, mode), *problems_with_token_exchange(config, exchange)])
-    if exchange == TokenExchange.NODE and config.overlap_moe_expert_parallel_comm:
+    if ours.token_exchange == TokenExchange.NODE and config.overlap_moe_expert_parallel_comm:
         _warn_once(_EXPOSED_IN_NODE)
 
 
@@ -69,41 +63,11 @@ def slots_multiple(settings: Any) -> int:
     return 4 if settings.moe_flex_dispatcher_backend == "hybridep" else 1
 
 
-def problems_with_mode(settings: Any, mode: PlanMode | None) -> list[str]:
-    """Return the settings that the plan mode cannot work with."""
-    if mode != PlanMode.ANNOUNCED:
-        return []
-    reasons = {
-        "mtp_use_repeated_layer": "routing is announced once per microbatch, and a repeated layer "
-        "routes several times",
-        "overlap_moe_expert_parallel_comm": "it builds a microbatch's schedule before it runs it, "
-        "and no test proves that routers then replay what was announced",
-    }
-    return [
-        f"--fsep-plan-mode announced with --{name.replace('_', '-')}: {reason}; leave out one of "
-        "them"
-        for name, reason in reasons.items()
-        if getattr(settings, name, False)
-    ]
-
-
-def problems_with_token_exchange(settings: Any, exchange: TokenExchange | Auto) -> list[str]:
-    """Return the settings with which tokens cannot go through nodes; `auto` then takes `rank`."""
-    if exchange != TokenExchange.NODE:
-        return []
-    flag = f"--fsep-token-exchange {exchange}"
-    problems = []
-    if settings.moe_token_dispatcher_type == "flex":
-        problems.append(
-            f"{flag} with --moe-token-dispatcher-type flex: its buffers exchange tokens their own "
-            "way; remove one of them"
-        )
-    if settings.moe_permute_fusion:
-        problems.append(
-            f"{flag} with --moe-permute-fusion: the fused permutation makes a row for each token "
-            "and expert, and here one goes to several; remove one of them"
-        )
-    return problems
+def goes_through_nodes(settings: Any) -> bool:
+    """Return whether tokens could go through nodes; where not, `auto` takes `rank`."""
+    asked = SimpleNamespace(**vars(settings) | {"fsep_token_exchange": TokenExchange.NODE})
+    rules = [rule for rule in RULES if rule.argument == "fsep_token_exchange"]
+    return not problems_by(rules, asked)
 
 
 def warnings_of(config: Any) -> list[str]:

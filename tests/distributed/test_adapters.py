@@ -14,7 +14,7 @@ import torch
 
 from megatron_laer.cpu.ranks import Raised, RankPool, RankPools
 from megatron_laer.cpu.training import Adapt, rank_of_environment
-from megatron_laer.support.megatron_fsdp import STRATEGIES
+from megatron_laer.rules import STRATEGIES
 from tests.distributed.test_home_names import train_some
 from tests.distributed.test_home_order import homes
 from tests.parity.adapted import LowRank

@@ -7,10 +7,20 @@ from pathlib import Path
 
 from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import train
+from tests.checkpoints import iteration_folder
 from tests.messages import messages
 from tests.parity.flags import command_line
 
 FSEP = " --expert-parallel-mode fsep --fsep-sharding rows --ckpt-format torch_dist"
+
+IN_FORCE = {
+    "sharding": "experts",
+    "capacity": 3,
+    "restore_algorithm": "auto",  # at home each layout has its own
+    "token_exchange": "rank",
+    "gemm": "loop",
+    "node_size": 2,
+}
 
 
 def command(text_data: str, steps: int, extra: str) -> list[str]:
@@ -24,6 +34,24 @@ def listen(flags: list[str]) -> tuple[list[str], int]:
     with messages(logging.WARNING) as lines:
         train(flags)
     return [line for line in lines if "--fsep-set gemm" in line], grouped._ends.cache_info().misses
+
+
+def settings_of(folder: Path) -> dict[str, object]:
+    from megatron.core.dist_checkpointing import load_common_state_dict
+
+    args = load_common_state_dict(str(folder))["args"]
+    return {name: getattr(args, f"fsep_{name}") for name in IN_FORCE}
+
+
+def test_a_checkpoint_has_the_settings_in_force_in_place_of_auto(
+    ranks: RankPools, text_data: str, tmp_path: Path
+) -> None:
+    auto = " --expert-parallel-mode fsep --ckpt-format torch_dist --fsep-token-exchange auto"
+    flags = command_line(
+        text_data, f"{auto} --save {tmp_path} --save-interval 1", experts=4, steps=1
+    )
+    ranks(2).run(train, flags)
+    assert ranks(2).run(settings_of, iteration_folder(tmp_path, 1)) == [IN_FORCE] * 2
 
 
 def test_a_run_that_goes_on_with_another_back_end_says_so(

@@ -19,7 +19,7 @@ import pytest
 
 from megatron_laer.cpu.ranks import Raised, RankPools
 from megatron_laer.cpu.training import fresh_megatron
-from megatron_laer.support.table import REDUCES_BEFORE_WGRAD
+from megatron_laer.rules import REDUCES_BEFORE_WGRAD
 from tests import processes
 from tests.documents import ROOT, SCRIPT, blocks
 from tests.messages import messages

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.support.megatron_fsdp import PARTNERS, STRATEGIES
+from megatron_laer.rules import STRATEGIES, WITH_FSDP
 from tests.distributed.test_own_loop import HOMES, enabled_with, loaded, losses, metric, script
 from tests.distributed.test_own_loop import run as run_plain
 
@@ -27,7 +27,7 @@ AT_HOME = HOMES | {"late_plan": "wait"}
 DDP, MODEL, OPTIMIZER = "DistributedDataParallelConfig", "TransformerConfig", "OptimizerConfig"
 RENAMED = {"ddp_average_in_collective": "average_in_collective"}
 # Partners of which no configuration of Megatron Core has a field.
-OF_MEGATRONS_LOOP = {"log_params_norm", "async_save", "non_persistent_save_interval"}
+OF_MEGATRONS_LOOP = {"log_params_norm", "async_save", "non_persistent_save_interval", "ckpt_format"}
 
 # By argument: the class that has it, its value, and the beginning of the refusal.
 REFUSED: dict[str, tuple[str, Any, str]] = {
@@ -160,7 +160,8 @@ def messages(path: Path) -> dict[str, str]:
 def test_the_same_settings_are_refused_as_by_flags_before_training(
     ranks: RankPools, script: Path
 ) -> None:
-    assert {of.name for of in PARTNERS} - OF_MEGATRONS_LOOP < {*REFUSED}
+    partners = {rule.argument for rule in WITH_FSDP if rule.next_to} - {"fsep_sharding"}
+    assert partners - OF_MEGATRONS_LOOP < {*REFUSED}
     by_rank = ranks(2).run(messages, script)
     assert by_rank[0] == by_rank[1]
     for argument, (_, _, begin) in REFUSED.items():
@@ -172,4 +173,4 @@ def test_the_same_settings_are_refused_as_by_flags_before_training(
 def test_rows_are_refused_in_a_loop_of_ones_own(ranks: RankPools, script: Path) -> None:
     for result in ranks(2).run_raw(run, script, "--steps 1", {"sharding": "rows"}, "optim"):
         assert result.type_name == "ValueError", result.traceback
-        assert "--use-megatron-fsdp with --fsep-sharding rows: " in result.message
+        assert "--fsep-sharding rows with --use-megatron-fsdp: " in result.message

@@ -7,7 +7,7 @@ import csv
 import pytest
 
 from megatron_laer.cpu.ranks import RankPools
-from megatron_laer.support.megatron_fsdp import STRATEGIES
+from megatron_laer.rules import STRATEGIES
 from tests.measured_memory import FIGURES, RANKS, SETTINGS, Setting, both, cells, measure
 from tests.parity.rows import DIST_OPT
 

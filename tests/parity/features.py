@@ -1,7 +1,7 @@
 """Features that users ask for, with the parity rows or refusals that answer.
 
 Rows go by their ids. Names that begin with a flag are settings of
-`megatron_laer.support.table.REFUSALS`, or words of `--fsep-allow-unproven`. A feature without names
+`megatron_laer.rules.REFUSALS`, or words of `--fsep-allow-unproven`. A feature without names
 runs, and nothing proves it.
 """
 

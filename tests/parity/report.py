@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree
 
-from megatron_laer.support.table import REFUSALS, UNPROVEN
+from megatron_laer.rules import REFUSALS, RULES, UNPROVEN
 from tests.parity.compare import Distance
 from tests.parity.features import ALLOW, FEATURES, REPLACED, SEEN_ON_A_CARD
 from tests.parity.row import Row
@@ -87,7 +87,7 @@ def write_figures(figures: Mapping[str, Figures], path: Path | None = None) -> N
 def counts() -> Iterator[str]:
     yield (
         f"**{len(ROWS)} combinations are proved equal to stock, {len(HOME_ROWS)} of them with "
-        f"experts at home as well; {len(REFUSALS)} settings are refused at start.**"
+        f"experts at home as well; {len(RULES)} rules refuse others.**"
     )
 
 
@@ -105,15 +105,15 @@ def replaced() -> Iterator[str]:
 
 
 def refused() -> Iterator[str]:
-    yield "| refused, as a flag and as a field of TransformerConfig | because | instead |"
-    yield "|---|---|---|"
-    for item in REFUSALS:
-        field = f", `{item.field}`" if item.field and item.field != item.setting else ""
-        way_out = item.said_way_out
-        if item.words:
-            values = " or ".join(item.unproven_values)
-            way_out += f"; {values} with `{ALLOW} {' or '.join(item.words)}`"
-        yield f"| `{item.setting}`{field} | {item.reason} | {way_out} |"
+    yield "| refused, as flag and field of TransformerConfig | for example | because | instead |"
+    yield "|---|---|---|---|"
+    for rule in RULES:
+        field = f", `{rule.field}`" if rule.field and rule.field != rule.setting else ""
+        way_out = rule.said_way_out
+        if rule.words:
+            values = " or ".join(rule.unproven_values)
+            way_out += f"; {values} with `{ALLOW} {' or '.join(rule.words)}`"
+        yield f"| `{rule.setting}`{field} | `{rule.trigger}` | {rule.reason} | {way_out} |"
 
 
 def allowed() -> Iterator[str]:

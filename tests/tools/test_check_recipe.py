@@ -174,7 +174,7 @@ ADVISED = {
     ),
     "FSEP's own": (
         f"{TINY} -- --fsep-restore step",
-        "--fsep-restore: advise chooses FSEP's settings",
+        "--fsep-restore step: advise chooses FSEP's settings",
     ),
     "twice": (
         f"{TINY} --pipeline 2 -- --pipeline-model-parallel-size 4",

@@ -78,14 +78,15 @@ def test_groups_with_experts_in_other_places_are_named(
 ) -> None:
     """Rank 0 has no MoE layer."""
     rows = Sharding.ROWS, "stock's"
+    held_by_rank = [({"sharding": its, "capacity": 3}, homes) for its, homes in (rows, rows, last)]
 
     def all_gather_object(found: list[Any], held: Any) -> None:
-        found[:] = [held, rows, rows, last]
+        found[:] = [held, *held_by_rank]
 
     double = mock.Mock(get_world_size=lambda: 4, all_gather_object=all_gather_object)
     with mock.patch.object(agreement, "dist", double):
-        sharding, problem = agreement.sharding_of_all(None)
-    assert sharding == (None if said else Sharding.ROWS)
+        settings, problem = agreement.settings_of_all(None)
+    assert settings == ({} if said else held_by_rank[0][0])
     assert problem is None if said is None else said in str(problem)
 
 

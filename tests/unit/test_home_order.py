@@ -96,9 +96,9 @@ def test_a_bad_file_is_refused_with_quotes(
 
 def test_homes_imply_experts_and_are_refused_with_rows() -> None:
     assert FSEPConfig(homes="f").sharding == Sharding.EXPERTS
-    with pytest.raises(ValueError, match="--fsep-homes 'f': no expert has a home"):
+    with pytest.raises(ValueError, match=r"--fsep-homes f with .* rows: no expert has a home"):
         FSEPConfig(homes="f", sharding=Sharding.ROWS)
-    with pytest.raises(ValueError, match="--fsep-planner laer: moves every expert"):
+    with pytest.raises(ValueError, match=r"--fsep-planner laer with .*: it moves every expert"):
         FSEPConfig(homes="f", planner="laer")
 
 

@@ -57,7 +57,7 @@ def test_other_optimizers_of_the_registry_are_refused() -> None:
 @pytest.mark.parametrize(
     ("sharding", "shared", "said"),
     [
-        ("rows", False, "^optimizer='muon' with --fsep-sharding rows: .*give --fsep-sharding exp"),
+        ("rows", False, "^--optimizer muon with --fsep-sharding rows: .*give --fsep-sharding exp"),
         ("experts", True, "^--optimizer muon with --use-distributed-optimizer .*give --bf16"),
     ],
 )

@@ -126,7 +126,7 @@ def test_features_go_together_unless_the_rules_of_fsep_refuse_them() -> None:
     never |= {(name, features[-1]) for name in (*features[:4], *GRAPHED)}
     assert {*combinations(features, 2)} - found - never == set()
     for name, given, instead, reason in (
-        ("mxfp8", AT_HOME, " --fsep-sharding rows", "--fsep-allow-unproven fp8-experts: rows of"),
+        ("mxfp8", AT_HOME, " --fsep-sharding rows", "--fsep-allow-unproven fp8-experts with"),
         ("LoRA on experts", AT_HOME, " --fsep-sharding rows", "LoRA on linear_fc1"),
         ("Muon", AT_HOME, " --fsep-sharding rows", "--optimizer muon with --fsep-sharding rows"),
         ("Megatron-FSDP, optim", " optim", " optim --fp8-format e4m3", "fp8-format e4m3 with"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,22 +18,19 @@ from typing import Any
 
 import pytest
 
-from megatron_laer.choices import Auto, PlanMode, TokenExchange, Unproven
+from megatron_laer.choices import Auto, TokenExchange, Unproven
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.releases import NEXT, NUMBERS
+from megatron_laer.rules import BY_RECIPE, PROVED_RECOMPUTE, REFUSALS, RULES, UNPROVEN, Rule
 from megatron_laer.runtime.comm.agreement import describe_difference, summarise
-from megatron_laer.support import megatron_fsdp
 from megatron_laer.support import model as model_support
 from megatron_laer.support.fields import (
     MOE_FIELD,
     PROVED,
-    PROVED_RECOMPUTE,
     UNTRIED,
     WITHOUT_EFFECT,
 )
-from megatron_laer.support.refusal import BY_RECIPE
-from megatron_laer.support.table import REFUSALS, UNPROVEN
 from tests.costs import COSTS
 from tests.parity.rows import ROWS
 from tests.processes import python
@@ -51,81 +49,18 @@ ALLOW_GRAPHS, ALLOW_FP8 = "--fsep-allow-unproven te-graphs", "--fsep-allow-unpro
 ALLOW_EXPERTS = "--fsep-allow-unproven fp8-experts"
 SELECTIVE = "--recompute-granularity selective --recompute-modules"
 
-# Flags whose row has their name.
-OWN_FLAG = (
-    "--moe-pad-expert-input-to-capacity --fp8-param-gather --fp4-param-gather "
-    "--use-torch-fsdp2 --enable-cuda-graph --external-cuda-graph "
-    "--moe-use-grouped-tensor "
-    "--moe-single-grouped-weight --moe-single-grouped-bias "
-    "--use-transformer-engine-op-fuser --moe-paged-stash --moe-use-upcycling"
-)
-# Flags refused for each row of the table.
-REFUSED: dict[str, list[str]] = {
-    **{flag: [flag] for flag in OWN_FLAG.split()},
-    "--num-experts absent": ["--num-experts 0", "--num-experts -4"],
-    "--expert-model-parallel-size 1": ["--expert-model-parallel-size 1"],
-    "--moe-dispatch-fwd-dtype other than bf16": ["--moe-dispatch-fwd-dtype mxfp8"],
-    "--moe-combine-bwd-dtype other than bf16": ["--moe-combine-bwd-dtype mxfp8"],
-    "--expert-tensor-parallel-size above 1": ["--expert-tensor-parallel-size 2"],
-    "--expert-tensor-parallel-num-weight-shards": ["--expert-tensor-parallel-num-weight-shards 2"],
-    "--moe-token-dispatcher-type other than alltoall, flex": [
-        "--moe-token-dispatcher-type allgather"
-    ],
-    "--moe-flex-dispatcher-backend other than deepep, hybridep": [
-        f"{FLEX} --moe-flex-dispatcher-backend ncclep"
-    ],
-    "--moe-expert-capacity-factor": ["--moe-expert-capacity-factor 1.0"],
-    "--moe-expert-rank-capacity-factor": ["--moe-expert-rank-capacity-factor 1.0"],
-    "--fp8-format": [
-        "--fp8-format hybrid",
-        "--fp8-format e4m3",
-        f"--fp8-format hybrid {GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn",
-    ],
-    "--fp4-format": ["--fp4-format e2m1"],
-    "--te-precision-config-file": ["--te-precision-config-file precision.yaml"],
-    "--cuda-graph-impl other than none": [
-        "--cuda-graph-impl local",
-        "--cuda-graph-impl full_iteration",
-        f"{GRAPHS} --cuda-graph-modules attn",
-        f"--cuda-graph-impl local --cuda-graph-modules attn {ALLOW_GRAPHS}",
-    ],
-    "--cuda-graph-modules other than attn, mamba, mlp, moe_preprocess, moe_router": [
-        f"{GRAPHS} {ALLOW_GRAPHS} {modules}".rstrip()
-        for modules in (
-            "",
-            "--cuda-graph-modules attn moe",
-            "--cuda-graph-scope full",
-        )
-    ],
-    "--cuda-graph-modules attn with --overlap-moe-expert-parallel-comm": [
-        f"{OVERLAP} {GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn moe_router"
-    ],
-    "--overlap-dispatch-backward-with-experts-wgrad with --overlap-grad-reduce": [
-        REDUCED_EARLY,
-        f"{REDUCED_EARLY} --fsep-sharding experts",
-    ],
-    "--optimizer other than adam, sgd, lion, muon": ["--optimizer soap"],
-    "--moe-mlp-glu-interleave-size": ["--moe-mlp-glu-interleave-size 8"],
-    "--use-grouped-gemm-for-shared-expert": [
-        "--use-grouped-gemm-for-shared-expert --moe-shared-expert-intermediate-size 32"
-    ],
-    "--moe-shared-expert-glu-interleave-size": ["--moe-shared-expert-glu-interleave-size 8"],
-    "--moe-router-padding-for-quantization with fp8": [
-        f"--fp8-format hybrid {ALLOW_FP8} {padding}"
-        for padding in (PADDING, "--moe-router-padding-for-fp8")
-    ],
-    f"--recompute-modules other than {', '.join(sorted(PROVED_RECOMPUTE))}": [
-        f"{SELECTIVE} moe mhc"
-    ],
-    "--fine-grained-activation-offloading": [
-        "--fine-grained-activation-offloading --offload-modules core_attn"
-    ],
-    "--cpu-offloading-num-layers": ["--cpu-offloading-num-layers 1"],
-    "--transformer-impl other than local, transformer_engine": [
-        "--transformer-impl inference_optimized"
-    ],
+# Other values that a rule of Megatron's settings refuses, and how the text begins.
+MORE_REFUSED = {
+    "--num-experts -4": "--num-experts -4: ",
+    "--fp8-format e4m3": "--fp8-format e4m3: ",
+    f"--fp8-format hybrid {GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn": "--fp8-format hybrid",
+    "--cuda-graph-impl full_iteration": "--cuda-graph-impl full_iteration: ",
+    f"{GRAPHS} --cuda-graph-modules attn": "--cuda-graph-impl transformer_engine: nobody has run",
+    f"{GRAPHS} {ALLOW_GRAPHS}": "--cuda-graph-modules other than attn, mamba",
+    f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-scope full": "--cuda-graph-modules other than attn",
+    f"{REDUCED_EARLY} --fsep-sharding experts": f"{REDUCED_EARLY.replace(' --', ' with --')}: ",
+    f"--fp8-format hybrid {ALLOW_FP8} --moe-router-padding-for-fp8": f"{PADDING} with fp8: ",
 }
-SETTING = {line: name for name, lines in REFUSED.items() for line in lines}
 
 # Accepted: allowed by name, off for Megatron, the size of a dense part, or without effect.
 TAKEN = [
@@ -158,8 +93,9 @@ TAKEN = [
     f"{SELECTIVE} core_attn moe_act",
 ]
 
-# Refused because of FSEP's own settings next to Megatron's, or not without parts. Each part occurs
-# in one problem.
+# Refused for reasons that no rule has, or not without parts. Each part occurs in one problem.
+SHARDED = "--use-megatron-fsdp --no-gradient-accumulation-fusion --fsep-sharding experts "
+SHARDED += "--ckpt-format fsdp_dtensor --data-parallel-sharding-strategy"
 OWN = {
     f"{REDUCED_EARLY} --fsep-planner laer": [],
     f"{REDUCED_EARLY} --fsep-capacity 9 --fsep-node-size 3": [
@@ -168,26 +104,10 @@ OWN = {
         "--fsep-node-size 3 does not divide the 2 ranks",
     ],
     "--expert-model-parallel-size 16 --fsep-node-size 3": ["at most the number of ranks, 2"],
-    "--fsep-plan-mode announced --mtp-num-layers 2 --mtp-use-repeated-layer": [
-        "--fsep-plan-mode announced with --mtp-use-repeated-layer"
-    ],
-    f"--fsep-plan-mode announced {OVERLAP}": [f"--fsep-plan-mode announced with {OVERLAP}"],
-    "--optimizer muon --fsep-sharding rows": [
-        "--optimizer muon with --fsep-sharding rows: Muon needs whole matrices",
-        "give --fsep-sharding experts",
-    ],
     "--optimizer dist_muon --fsep-planner laer": [
-        "--optimizer dist_muon: it needs --fsep-sharding experts, but --fsep-planner laer: moves"
-    ],
-    "--fsep-set pairs_interval=5 --fsep-record x trace --moe-router-topk 1": [
-        "--fsep-set pairs_interval=5 with --moe-router-topk 1: no effect"
+        "--optimizer dist_muon: it needs --fsep-sharding experts, but --fsep-planner laer with"
     ],
     "--optimizer muon --num-experts 7": ["7 experts cannot be at home on 2 ranks"],
-    f"--fsep-token-exchange node {FLEX}": [f"--fsep-token-exchange node with {FLEX}"],
-    f"--fsep-token-exchange node --moe-permute-fusion {FLEX}": [
-        "--fsep-token-exchange node with --moe-permute-fusion",
-        f"--fsep-token-exchange node with {FLEX}",
-    ],
     f"--fsep-token-exchange auto --moe-permute-fusion {FLEX}": [],
     f"{GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn moe": ["--cuda-graph-modules attn moe: "],
     ALLOW_GRAPHS: [f"{ALLOW_GRAPHS}: no effect", UNPROVEN[Unproven.TE_GRAPHS]],
@@ -204,14 +124,8 @@ OWN = {
     f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-restore 2.5": [
         f"--fsep-restore 2.5 with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
     ],
-}
-
-SHARDED = "--use-megatron-fsdp --no-gradient-accumulation-fusion --fsep-sharding experts "
-SHARDED += "--ckpt-format fsdp_dtensor --data-parallel-sharding-strategy"
-# Next to dense layers that Megatron-FSDP shards; every problem, none where it runs.
-NEXT_TO_FSDP = {
     "--use-megatron-fsdp --data-parallel-sharding-strategy no_shard --fsep-sharding rows": [
-        "--use-megatron-fsdp with --fsep-sharding rows: ",
+        "--fsep-sharding rows with --use-megatron-fsdp: ",
         "--use-megatron-fsdp with fused gradient accumulation: ",
         "--ckpt-format torch_dist with --use-megatron-fsdp: ",
         "--data-parallel-sharding-strategy no_shard with",
@@ -219,41 +133,15 @@ NEXT_TO_FSDP = {
     f"{SHARDED} optim": [],
     f"{SHARDED} optim_grads": [],
     f"{SHARDED} optim_grads_params --tensor-model-parallel-size 2 --bf16": [],
-    **{
-        f"{SHARDED} optim {flag}": [f"{flag} with --use-megatron-fsdp: "]
-        for flag in (
-            "--init-model-with-meta-device",
-            "--ddp-average-in-collective",
-            "--log-params-norm",
-            "--megatron-fsdp-grad-comm-dtype bf16",
-            "--megatron-fsdp-main-params-dtype bf16",
-            "--pipeline-model-parallel-size 2",
-            "--num-distributed-optimizer-instances 2",
-            OVERLAP,
-            "--delay-wgrad-compute",
-            "--overlap-dispatch-backward-with-experts-wgrad",
-            "--use-nccl-ub",
-            "--fsdp-double-buffer",
-            "--megatron-fsdp-max-pool-double-buffer",
-            "--megatron-fsdp-enable-fine-grained-param-gather",
-            "--optimizer lion",
-            "--optimizer-cpu-offload",
-            "--use-precision-aware-optimizer",
-            "--fp16",
-            "--async-save",
-            "--non-persistent-save-interval 10",
-        )
-    },
-    f"{SHARDED} optim {ALLOW_GRAPHS} {GRAPHS} --cuda-graph-modules attn": [
-        "--cuda-graph-impl transformer_engine with"
-    ],
-    f"{SHARDED} optim --fp8-format hybrid --fp8-recipe tensorwise {ALLOW_EXPERTS}": [
-        "--fp8-format hybrid with"
-    ],
 }
 
+# Settings of triggers that are no arguments of Megatron.
+NO_ARGUMENTS = re.compile(
+    r"\b(peft|Megatron-Bridge|adapts_experts|use_kitchen|moe_token_dropping|[a-z]+[.]\w+)=([^ ]+)"
+)
+
 PROGRAM = """
-import argparse, contextlib, dataclasses, io, json, logging, os, pickle, sys
+import argparse, contextlib, dataclasses, io, json, logging, os, pickle, re, shlex, sys
 from unittest import mock
 from megatron_laer.launch import prepare
 prepare()
@@ -264,28 +152,35 @@ import megatron.training.global_vars
 from megatron_laer import plugin, session
 from megatron_laer.plugin import command_line
 from megatron_laer.fsep_flags import config_from_args
-from megatron_laer.support.arguments import fill_in, problems
-from megatron_laer.support.table import REFUSALS
+from megatron_laer.config import FSEPConfig
+from megatron_laer.rules import REFUSALS, RULES, problems_by, settings_with
+from megatron_laer.support.arguments import fill_in, problems, with_sharding
 
 given = json.load(sys.stdin)
 
 def parsed(line):
-    sys.argv = ["script", *"BASE".split(), *line.split()]
+    sys.argv = ["script", *"BASE".split(), *shlex.split(line)]
     args = arguments.parse_args()
     fill_in(args, {})
     return args
 
 def fired(line):
-    args = parsed(line)
-    allowed = args.fsep_allow_unproven or ()
-    found = {}
+    # The texts of all rules by flag, and by field.
+    args = parsed("" if "FSEPConfig" in line else re.sub(given["no_arguments"], "", line))
+    more = {name.replace("-", "_"): {"True": True, "0.1": 0.1}.get(value, value)
+            for name, value in re.findall(given["no_arguments"], line)}
+    try:
+        config = eval(line) if line.startswith("FSEPConfig(") else config_from_args(args)
+    except ValueError as error:
+        return [[str(error)], []]
+    settings = settings_with(with_sharding(args, config), config, **more)
+    by_field = []
     for row in REFUSALS:
-        by_flag = row.problem_with_flag(args, allowed)
-        if by_flag is not None:
-            fields = {row.field: getattr(args, row.argument)} if row.field else {}
-            config = argparse.Namespace(**{**vars(args), **fields})
-            found[row.setting] = [by_flag, row.problem_with_field(config, allowed)]
-    return found
+        if row.field and row.problem(settings, config.allow_unproven):
+            fields = {row.field: getattr(settings, row.argument)}
+            known = argparse.Namespace(**vars(args) | fields)
+            by_field.append(row.problem_with_field(known, config.allow_unproven))
+    return [problems_by(RULES, settings, config.allow_unproven), [*filter(None, by_field)]]
 
 REST = ("--num-layers 2 --hidden-size 48 --num-attention-heads 4 --seq-length 48 --bf16"
         " --max-position-embeddings 48 --micro-batch-size 1 --global-batch-size 4 --train-iters 1"
@@ -471,39 +366,51 @@ VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
 
 @pytest.fixture(scope="module")
 def megatron() -> dict[str, Any]:
-    unknown = refused_flags([*SETTING, *NEXT_TO_FSDP])
+    triggers = [rule.trigger for rule in RULES]
+    others = re.compile(f"FSEPConfig|{NO_ARGUMENTS.pattern}")
+    unknown = refused_flags([line for line in triggers if not others.search(line)])
     cases = {name: (line, of) for name, (line, of, _) in VALIDATED.items()}
-    lines = [*TAKEN, *(line for line in SETTING if line not in unknown)]
-    own = [*OWN, *(line for line in NEXT_TO_FSDP if line not in unknown)]
-    given = json.dumps({"lines": lines, "own": own, "cases": cases})
+    lines = [*TAKEN, *MORE_REFUSED, *(line for line in triggers if line not in unknown)]
+    given = json.dumps(
+        {"lines": lines, "own": [*OWN], "cases": cases, "no_arguments": NO_ARGUMENTS.pattern}
+    )
     found: dict[str, Any] = json.loads(python("-c", PROGRAM, stdin=given).splitlines()[-1])
     return found
 
 
-@pytest.mark.parametrize("line", SETTING)
-def test_a_refused_setting_is_told_by_flag_and_by_field(
-    megatron: dict[str, Any], line: str
+def is_text_of(rule: Rule, text: str, given: str) -> bool:
+    """Return whether a refusal names a setting, says why, and what would work."""
+    reason = rule.reason
+    if rule.words and "nobody has run it" in text:
+        by_flag = " or ".join(f"{word}{BY_RECIPE.get(word, '')}" for word in rule.words)
+        by_field = " or ".join(f"['{word}']" for word in rule.words)
+        reason = f"give FSEPConfig(allow_unproven={by_field}), or else it"
+        if given != rule.field:
+            reason = f"give --fsep-allow-unproven {by_flag}, or "
+    return text.startswith(given) and reason in text
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.setting)
+def test_each_rule_refuses_its_own_input_and_no_other_rule_does(
+    megatron: dict[str, Any], rule: Rule
 ) -> None:
-    if line not in megatron["fired"]:
+    if rule.trigger not in megatron["fired"]:
         pytest.skip("this Megatron does not know the flag")
-    (row,) = (row for row in REFUSALS if row.setting == SETTING[line])
-    assert [*megatron["fired"][line]] == [row.setting]
-    by_flag, by_field = megatron["fired"][line][row.setting]
-    assert by_flag.startswith(row.flag) and by_flag.endswith(row.said_way_out)
-    assert (by_field is None) == (not row.field)
-    if row.unproven and "nobody has run it" in by_flag:
-        words = " or ".join(f"{word}{BY_RECIPE.get(word, '')}" for word in row.words)
-        assert f"give --fsep-allow-unproven {words}, or " in by_flag
-        words = " or ".join(f"['{word}']" for word in row.words)
-        assert f"give FSEPConfig(allow_unproven={words}), or else it" in by_field
-    else:
-        assert row.reason in by_flag and (by_field is None or row.reason in by_field)
-        assert by_field is None or by_field.startswith(f"{row.field}=")
+    (by_flag,), by_field = megatron["fired"][rule.trigger]
+    name = rule.flag.split()[0] if rule.flag.startswith("--") else rule.title
+    assert is_text_of(rule, by_flag, name) and by_flag.endswith(rule.said_way_out)
+    assert [is_text_of(rule, text, rule.field) for text in by_field] == [True] * bool(rule.field)
+
+
+@pytest.mark.parametrize("line", MORE_REFUSED)
+def test_other_values_of_a_setting_are_refused_alike(megatron: dict[str, Any], line: str) -> None:
+    (text,), _ = megatron["fired"][line]
+    assert text.startswith(MORE_REFUSED[line])
 
 
 @pytest.mark.parametrize("line", TAKEN)
 def test_what_works_is_not_refused(megatron: dict[str, Any], line: str) -> None:
-    assert megatron["fired"][line] == {}
+    assert megatron["fired"][line] == [[], []]
 
 
 @pytest.mark.parametrize("line", OWN)
@@ -511,23 +418,6 @@ def test_our_own_settings_are_refused_beside_megatrons(megatron: dict[str, Any],
     found = megatron["own"][line]
     assert [part for part in OWN[line] if not any(part in text for text in found)] == []
     assert bool(found) == bool(OWN[line])
-
-
-@pytest.mark.parametrize("line", NEXT_TO_FSDP)
-def test_megatron_fsdp_is_refused_with_each_setting_that_no_test_proves(
-    megatron: dict[str, Any], line: str
-) -> None:
-    if line not in megatron["own"]:
-        pytest.skip("this Megatron does not know the flag")
-    found, parts = megatron["own"][line], NEXT_TO_FSDP[line]
-    assert len(found) == len(parts)
-    assert all(text.startswith(part) for text, part in zip(found, parts, strict=True))
-
-
-def test_partners_of_megatron_fsdp_have_megatrons_defaults(megatron: dict[str, Any]) -> None:
-    known = {partner.name: partner.default for partner in megatron_fsdp.PARTNERS}
-    found = {name: value for name, value in megatron["defaults"].items() if name in known}
-    assert found == {name: known[name] for name in found} and "fp16" in found
 
 
 @pytest.mark.parametrize("name", VALIDATED)
@@ -548,13 +438,11 @@ def twice(names: Iterable[str]) -> list[str]:
     return [name for name, times in Counter(names).items() if name and times > 1]
 
 
-def test_every_row_is_here_once_and_says_why_and_what_would_work() -> None:
-    assert sorted(row.setting for row in REFUSALS if row.flag) == sorted(REFUSED)
-    assert twice(row.setting for row in REFUSALS) == []
-    assert twice(row.argument for row in REFUSALS if " with --" not in row.setting) == []
-    for row in REFUSALS:
-        assert row.flag or row.field == row.setting, row.setting
-        assert " " in row.reason and row.way_out, row.setting
+def test_every_rule_is_there_once_and_says_why_and_what_would_work() -> None:
+    assert twice(rule.setting for rule in RULES) == []
+    assert twice(rule.trigger for rule in RULES) == []
+    for rule in RULES:
+        assert " " in rule.reason and rule.way_out and "{" not in rule.way_out, rule.setting
     assert all(" " in reason for reason in WITHOUT_EFFECT.values())
 
 
@@ -626,7 +514,7 @@ def test_every_field_and_recompute_called_proved_is_set_by_a_row_of_the_parity_t
     ],
 )
 def test_a_model_that_works_is_taken_without_a_warning(config: Config) -> None:
-    model_support.check(config)
+    model_support.check(config, FSEPConfig())
     assert model_support.warnings_of(config) == []
 
 
@@ -645,7 +533,7 @@ def test_a_model_that_a_word_does_not_allow_is_refused(
     config: Config, allowed: Unproven, quoted: str
 ) -> None:
     with pytest.raises(ValueError, match="cannot run this model") as error:
-        model_support.check(config, (allowed,))
+        model_support.check(config, FSEPConfig(allow_unproven=(allowed,)))
     assert quoted in str(error.value)
 
 
@@ -659,8 +547,8 @@ def test_fields_that_no_test_covers_are_named_in_one_warning_of_the_first_rank(
         model_support._warn_once.cache_clear()
         assert caplog.records == []
         with caplog.at_level(logging.WARNING):
-            model_support.check(config)
-            model_support.check(config)  # the next layer of the same model
+            model_support.check(config, FSEPConfig())
+            model_support.check(config, FSEPConfig())  # the next layer of the same model
     teleport, untried, warp, targets = (record.getMessage() for record in caplog.records)
     assert "moe_teleport=True" in teleport and "does not know" in teleport
     assert "moe_teleport_targets=['moon']" in targets
@@ -671,9 +559,9 @@ def test_fields_that_no_test_covers_are_named_in_one_warning_of_the_first_rank(
 def test_all_that_a_token_exchange_cannot_work_with_is_listed_in_one_text() -> None:
     config = Config(moe_token_dispatcher_type="flex", moe_permute_fusion=True)
     for exchange in (TokenExchange.RANK, Auto.AUTO):
-        model_support.check_choices(config, PlanMode.EXACT, exchange)
+        model_support.check(config, FSEPConfig(token_exchange=exchange))
     with pytest.raises(ValueError, match="cannot run") as raised:
-        model_support.check_choices(config, PlanMode.EXACT, TokenExchange.NODE)
+        model_support.check(config, FSEPConfig(token_exchange=TokenExchange.NODE))
     first, *others = str(raised.value).splitlines()
     assert first == "FSEP cannot run this model:" and len(others) == 2
     assert all(line.startswith("  --fsep-token-exchange node with --moe-") for line in others)
@@ -686,9 +574,9 @@ def test_tokens_that_the_combined_schedule_leaves_exposed_are_warned_of(
     model_support._warn_once.cache_clear()
     config = Config(overlap_moe_expert_parallel_comm=True)
     with caplog.at_level(logging.WARNING):
-        model_support.check_choices(config, PlanMode.EXACT, TokenExchange.RANK)
+        model_support.check(config, FSEPConfig())
         assert caplog.records == []
-        model_support.check_choices(config, PlanMode.EXACT, TokenExchange.NODE)
+        model_support.check(config, FSEPConfig(token_exchange=TokenExchange.NODE))
     (warning,) = (record.getMessage() for record in caplog.records)
     assert warning.startswith(f"--fsep-token-exchange node with {OVERLAP}: inside a node")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,9 +22,9 @@ from megatron_laer.layer.experts.adapters import Adapter
 from megatron_laer.layer.experts.built_parts import ADAPTED
 from megatron_laer.layer.experts.gemm import SlotGemm, check_gemm, slot_gemm
 from megatron_laer.layer.experts.slot_linear import slot_bias, slot_linear
+from megatron_laer.rules import WITH_ADAPTERS, problems_by
 from megatron_laer.runtime.weights.layer import Packer
 from megatron_laer.runtime.weights.restored import RestoredExperts
-from megatron_laer.support import expert_adapters
 
 
 class Linear(NamedTuple):
@@ -113,7 +114,8 @@ class RestoredCompute:
                 "fp8 experts have them, and replicas add no adapter to payloads; leave "
                 "fp8-experts out of --fsep-allow-unproven and train in bf16"
             )
-        if present and (problems := expert_adapters.problems(self.config)):
+        settings = SimpleNamespace(**vars(self.config) | {"adapts_experts": bool(present)})
+        if problems := problems_by(WITH_ADAPTERS, settings):
             raise ValueError(problems[0])
         matrices = [matrix[0] for adapter in present for matrix in adapter.homes]
         sizes = [size for matrix in matrices for size in matrix.shape[-2:]]

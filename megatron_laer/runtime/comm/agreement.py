@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch.distributed as dist
 
-from megatron_laer.config import FSEPConfig, Sharding, flag_name, value_text
+from megatron_laer.config import FSEPConfig, flag_name, value_text
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.native_core import native
@@ -59,25 +59,31 @@ def difference(summary: Mapping[str, str], groups: FSEPGroups) -> str | None:
     return describe_difference(summaries, groups.ranks)
 
 
-def sharding_of_all(held: tuple[Sharding, str] | None) -> tuple[Sharding | None, str | None]:
-    """Return the sharding of all FSEP groups, and one text for all ranks where groups differ.
+Held = tuple[Mapping[str, Any], str]
 
-    Collective over the world. Ranks of several groups share their experts' gradients.
+
+def settings_of_all(held: Held | None) -> tuple[Mapping[str, Any], str | None]:
+    """Return the first group's settings in force, and one text for all ranks where groups differ.
+
+    Collective over the world. Ranks of several groups share their experts' gradients, so their
+    sharding and their homes must be the same. Rank 0, whose arguments are saved, may have no MoE
+    layer.
 
     Args:
-        held: sharding and homes of this rank's experts; None on a rank without MoE layers.
+        held: settings in force and homes of this rank's experts; None on a rank without MoE layers.
     """
-    held_by_rank: list[tuple[Sharding, str] | None] = [None] * dist.get_world_size()
+    held_by_rank: list[Held | None] = [None] * dist.get_world_size()
     dist.all_gather_object(held_by_rank, held)
     having = {rank: its for rank, its in enumerate(held_by_rank) if its is not None}
     names = flag_name("sharding"), f"the content of {flag_name('homes')}"
-    for name, values in zip(names, zip(*having.values(), strict=True), strict=False):
+    of_ranks = [(settings["sharding"], homes) for settings, homes in having.values()]
+    for name, values in zip(names, zip(*of_ranks, strict=True), strict=False):
         if len({*values}) > 1:
-            return None, (
+            return {}, (
                 f"{name} is {_by_value(values, [*having])}: ranks of other groups would have other "
                 "experts in the same places; give all ranks the same"
             )
-    return next((sharding for sharding, _ in having.values()), None), None
+    return next((settings for settings, _ in having.values()), {}), None
 
 
 def describe_difference(summaries: Sequence[Mapping[str, str]], ranks: Sequence[int]) -> str | None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.checks import quoted
-from megatron_laer.integrations.bridge_config import adapts_experts, problems_of, settings_of
+from megatron_laer.integrations.bridge_config import settings_of
+from megatron_laer.rules import IN_BRIDGE, REFUSALS, WITH_ADAPTERS, problems_by
 from megatron_laer.support import arguments
-from megatron_laer.support.table import REFUSALS
 from megatron_laer.tools.recipes.verdict import Judgement, Verdict, judge
 
 _RECIPES = "megatron.bridge.recipes"
@@ -38,8 +38,7 @@ def judge_container(name: str, recipe: Any) -> Judgement:
     settings = settings_of(recipe)
     settings.world_size = settings.expert_model_parallel_size  # of the run, not of this process
     settings.is_lora = recipe.peft is not None
-    settings.adapts_experts = adapts_experts(recipe)
-    refused = [*no_megatron_builds(name), *problems_of(recipe, settings, FSEPConfig())]
+    refused = [*no_megatron_builds(name), *problems_by((*WITH_ADAPTERS, *IN_BRIDGE), settings)]
     judgement = judge(settings, also_refused=refused)
     if not judgement.runs:
         return judgement

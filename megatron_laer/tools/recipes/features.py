@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_laer.precision import recipe_of
-from megatron_laer.support.table import graphed
+from megatron_laer.rules import graphed
 
 _SWITCHES = {
     "bf16": "bf16",

@@ -6,11 +6,10 @@ from argparse import Namespace
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from megatron_laer.choices import Choice, Sharding, Unproven
+from megatron_laer.choices import Choice, Unproven
 from megatron_laer.files.checks import quoted
-from megatron_laer.support import fp8_experts, megatron_fsdp
-from megatron_laer.support.refusal import LeftOut, Refusal
-from megatron_laer.support.table import REFUSALS
+from megatron_laer.rules import REFUSALS, WITH_FSDP, LeftOut, Rule, problems_by
+from megatron_laer.support import fp8_experts
 from megatron_laer.tools.recipes.proof import Proof, proof_of
 
 
@@ -72,11 +71,10 @@ def judge(
     refusal, which no argument shows. `doubts` are reasons why nothing proves an accepted run.
     """
     _check_sizes(settings)
-    sharding = getattr(settings, "fsep_sharding", None) or Sharding.EXPERTS
     found_elsewhere = (
         *also_refused,
         *fp8_experts.problems(settings, allowed),
-        *megatron_fsdp.problems(settings, sharding),
+        *problems_by(WITH_FSDP, settings),
     )
     also_refused = tuple(dict.fromkeys(found_elsewhere))
     asked = {word for row in REFUSALS if _asks(row, settings) for word in row.words}
@@ -116,11 +114,11 @@ def judge(
     return Judgement(verdict, proof, (*reasons, *doubts), drop, tuple(sorted(allow)))
 
 
-def _refused(settings: Namespace, allowed: Collection[Unproven]) -> list[tuple[Refusal, str]]:
-    return [(row, text) for row in REFUSALS if (text := row.problem_with_flag(settings, allowed))]
+def _refused(settings: Namespace, allowed: Collection[Unproven]) -> list[tuple[Rule, str]]:
+    return [(row, text) for row in REFUSALS if (text := row.problem(settings, allowed))]
 
 
-def _asks(row: Refusal, settings: Namespace) -> bool:
+def _asks(row: Rule, settings: Namespace) -> bool:
     return row.asks_for_unproven(settings, row.argument)
 
 

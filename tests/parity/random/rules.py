@@ -6,9 +6,8 @@ import argparse
 from functools import cache
 from typing import Any
 
-from megatron_laer.config import Sharding
 from megatron_laer.fsep_flags import add_arguments, config_from_args
-from megatron_laer.support import arguments, expert_adapters
+from megatron_laer.support import arguments
 from tests.parity.row import Row
 from tests.parity.settings import adapts_experts, settings_in
 
@@ -32,13 +31,10 @@ def refusals(row: Row) -> list[str]:
         "moe_permute_fusion": False,
         "moe_flex_dispatcher_backend": None,
         "moe_layer_freq": 1,
+        "adapts_experts": adapts_experts(row),
     }
     settings = argparse.Namespace(**others_of_megatron | given)
-    found = arguments.problems(settings, config)
-    if adapts_experts(row):
-        found += expert_adapters.problems(settings)
-        found += [expert_adapters.with_rows()] if config.sharding == Sharding.ROWS else []
-    return found
+    return arguments.problems(settings, config)
 
 
 @cache

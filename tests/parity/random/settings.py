@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from megatron_laer.support.megatron_fsdp import STRATEGIES
+from megatron_laer.rules import STRATEGIES
 from tests.parity import rows
 from tests.parity.row import AT_HOME, REPLICAS_PAY
 

@@ -1,0 +1,428 @@
+"""Rules on the settings of a run, of which rules.toml is the table.
+
+Settings are attributes of one object: Megatron's arguments by their names, FSEP's after `fsep_`. A
+rule holds where all settings that it names are there. `FSEPConfig` has FSEP's alone, the command
+line Megatron's too, and a TransformerConfig some of these.
+
+Over 400 lines: the type of a rule, with the predicates of all.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple, Self
+
+from megatron_laer.choices import Sharding, Unproven
+from megatron_laer.files.checks import quoted
+
+# The paper's planner; names of its variants begin with it. It leaves no expert at home.
+LAER_PLANNER = "laer"
+
+# Modules that Transformer Engine may capture: they end at a rank's own counts, or have no experts.
+GRAPHED = frozenset({"attn", "mamba", "mlp", "moe_preprocess", "moe_router"})
+
+# Modules of selective recompute in rows of the parity table; all others are refused.
+PROVED_RECOMPUTE = frozenset(
+    "core_attn gdn_norm_out layernorm mla_up_proj mlp moe moe_act shared_experts".split()
+)
+
+# Features that each word of `--fsep-allow-unproven` allows.
+UNPROVEN = {
+    Unproven.TE_GRAPHS: "Transformer Engine's CUDA graphs of parts of layers, up to the counts",
+    Unproven.DENSE_FP8: "fp8 in all layers but the experts, which compute in the parameters' dtype",
+    Unproven.FP8_EXPERTS: "fp8 in all layers, the experts at home and their replicas included",
+}
+# Recipes that a word of `--fsep-allow-unproven` goes with.
+BY_RECIPE = {Unproven.FP8_EXPERTS: " with --fp8-recipe tensorwise, blockwise or mxfp8"}
+
+MUON = ("muon", "dist_muon")
+# Strategies of Megatron-FSDP that shard dense layers.
+STRATEGIES = ("optim", "optim_grads", "optim_grads_params")
+# Attributes of flags with other names than theirs.
+_ARGUMENTS = {
+    "--fp8-format": "fp8",
+    "--fp4-format": "fp4",
+    "--use-nccl-ub": "nccl_ub",
+    "--fsep-restore GIB": "fsep_restore_memory_gib",
+}
+_OFF: tuple[object, ...] = (False, None)
+_NOT_RUN = "nobody has run it with FSEP, and no test on a GPU has shown it"
+_PLAIN = re.compile(r"[\w.+,/:-]+")
+
+
+class LeftOut(StrEnum):
+    """Loss of a run without a refused setting that does not change the model."""
+
+    SPEED = "speed-only"
+    PRECISION = "precision"
+
+
+class NextTo(NamedTuple):
+    """Condition on another setting, as `--ckpt-format torch`, `no --flag` or `peft.dropout !0`."""
+
+    flag: str
+    values: tuple[object, ...]
+    is_negated: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        if text.startswith("no "):
+            return cls(text.removeprefix("no "), _OFF)
+        words = text.split()
+        parts = 2 if words[0] == "--fsep-set" else 1
+        values = "".join(words[parts:])
+        flag = " ".join(words[:parts])
+        return cls(flag, _values(values.lstrip("!").split("|")) or (True,), values[:1] == "!")
+
+    def holds(self, settings: Any) -> bool:
+        name = argument_of(self.flag)
+        if not hasattr(settings, name):
+            return False
+        return _is_among(getattr(settings, name), self.values) != self.is_negated
+
+    def said(self, settings: Any = None) -> str:
+        """Return the condition behind another setting, with its value if settings are given."""
+        if self.values == _OFF:
+            return f" without {self.flag}"
+        if self.values[0] is True:
+            return f" with {self.flag}"
+        if settings is not None:
+            return f" with {said(self.flag, getattr(settings, argument_of(self.flag)))}"
+        first, *more = self.values
+        if self.is_negated:
+            return f" with {self.flag} other than {first}"
+        return f" with {said(self.flag, first)}{''.join(f' or {value}' for value in more)}"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Setting that a run cannot have, or not next to other ones.
+
+    Attributes:
+        flag: as on a command line (`--fp8-format`, `--fsep-set plan_lag`), or the attribute of a
+            setting without a flag.
+        title: setting with its refused part, if not the flag.
+        accepted: accepted values, first the one to choose. None and False are both "off".
+        refused: refused values, in place of accepted ones.
+        when: predicate on the settings, in place of both.
+        next_to: other settings, next to which alone the rule holds.
+        is_idle: whether only a given flag is refused, not a default.
+        example: value, or words of a command line or of Python, that the rule refuses.
+        given: more words of the command line of the example.
+        field: field of TransformerConfig that the flag ends up in, by default of the flag's name;
+            "" if there is none.
+        field_way_out: remedy in terms of the field, if not the first accepted value.
+        is_filled_in: whether FSEP makes the accepted value the flag's default, as it does not
+            change the model.
+        words: words of `--fsep-allow-unproven` that accept `unproven_values` too.
+        fits: word of `--fsep-allow-unproven` with which the setting is accepted.
+        left_out: loss of a run without the setting, if that is speed or precision alone.
+    """
+
+    flag: str
+    reason: str
+    way_out: str = "leave it out"
+    title: str = ""
+    accepted: tuple[object, ...] = _OFF
+    refused: tuple[object, ...] = ()
+    when: Callable[[Any], bool] | None = None
+    next_to: tuple[NextTo, ...] = ()
+    is_idle: bool = False
+    example: object = True
+    given: str = ""
+    field: str = ""
+    field_way_out: str = ""
+    is_filled_in: bool = False
+    words: tuple[Unproven, ...] = ()
+    unproven_values: tuple[str, ...] = ()
+    fits: Unproven | None = None
+    left_out: LeftOut | None = None
+
+    @property
+    def argument(self) -> str:
+        """Return the attribute that holds the setting's value."""
+        return argument_of(self.flag)
+
+    @property
+    def setting(self) -> str:
+        """Return the refused setting with those next to it; key of the row in docs."""
+        return self.title + _together(other.said() for other in self.next_to)
+
+    @property
+    def trigger(self) -> str:
+        """Return words of a command line, or of a recipe, that the rule refuses."""
+        example = self.example if self.example is not True or not self.refused else self.refused
+        own = str(example)
+        if own.startswith("FSEPConfig("):
+            return own
+        if not own.startswith("--"):
+            is_list = self.argument == "fsep_allow_unproven"
+            own = said(self.flag, example if is_list or not self.refused else self.refused[0])
+        others = [
+            said(other.flag, 0.1 if other.is_negated else other.values[0])
+            for other in self.next_to
+            if other.values != _OFF and other.flag not in (self.given + own)
+        ]
+        return " ".join(filter(None, [self.given, *others, own]))
+
+    @property
+    def said_way_out(self) -> str:
+        """Return the remedy, with a note if its only cost is speed."""
+        return self._with_cost(self.way_out)
+
+    def problem(self, settings: Any, allowed: Collection[Unproven] = ()) -> str | None:
+        """Return the reason and remedy if FSEP cannot run with these settings, else None."""
+        if not self._is_refused(settings, self.argument, allowed):
+            return None
+        value = getattr(settings, self.argument)
+        if value is None and self.when is None:  # not given, so Megatron's default stands
+            return None
+        if self.asks_for_unproven(settings, self.argument):
+            words = " or ".join(f"{word}{BY_RECIPE.get(word, '')}" for word in self.words)
+            return (
+                f"{said(self.flag, value)}: {_NOT_RUN}; to run it all the same give "
+                f"--fsep-allow-unproven {words}, or {self.said_way_out}"
+            )
+        is_said_by_name = value is None or value == [] or isinstance(value, bool | tuple)
+        given = self.title if is_said_by_name else said(self.flag, value)
+        others = _together(other.said(settings) for other in self.next_to)
+        return f"{given}{others}: {self.reason}; {self.said_way_out}"
+
+    def problem_with_field(self, config: Any, allowed: Collection[Unproven] = ()) -> str | None:
+        """Return the reason and remedy if FSEP cannot run with this config, else None."""
+        if not self.field or not self._is_refused(config, self.field, allowed):
+            return None
+        given = f"{self.field}={getattr(config, self.field)!r}"
+        way_out = self._with_cost(self.field_way_out or f"must be {self.accepted[0]!r}")
+        if self.asks_for_unproven(config, self.field):
+            words = " or ".join(f"[{str(word)!r}]" for word in self.words)
+            allow = f"FSEPConfig(allow_unproven={words})"
+            return f"{given}: {_NOT_RUN}; to run it all the same give {allow}, or else it {way_out}"
+        return f"{given}: {self.reason}; {way_out}"
+
+    def asks_for_unproven(self, settings: Any, name: str) -> bool:
+        """Return whether the setting of this name has a value that was never run."""
+        return bool(self.words) and getattr(settings, name, None) in self.unproven_values
+
+    def _with_cost(self, way_out: str) -> str:
+        is_speed_only = self.left_out is LeftOut.SPEED
+        return f"{way_out} (it is {LeftOut.SPEED})" if is_speed_only else way_out
+
+    def _is_refused(self, settings: Any, name: str, allowed: Collection[Unproven]) -> bool:
+        if not hasattr(settings, name):  # another stage's, or of a newer Megatron
+            return False
+        is_default = self.is_idle and name not in getattr(settings, "fsep_given", ())
+        if is_default or self.fits in allowed:
+            return False
+        if not all(other.holds(settings) for other in self.next_to):
+            return False
+        value = getattr(settings, name)
+        if self.when is not None:
+            return self.when(settings)
+        if self.refused:
+            if isinstance(value, tuple):
+                return {*self.refused} <= {*value}
+            return _is_among(value, self.refused)
+        if not set(self.words).isdisjoint(allowed) and self.asks_for_unproven(settings, name):
+            return False
+        return self.is_idle or not _is_among(value, self.accepted)
+
+
+def lays_out_freely(planner: str) -> bool:
+    """Return whether a planner leaves no expert at home: the paper's, or a variant."""
+    return planner.split("-")[0] == LAER_PLANNER
+
+
+def graphed(settings: Any) -> set[str] | None:
+    """Return the modules that Transformer Engine captures; empty for whole layers, None without."""
+    if getattr(settings, "cuda_graph_impl", None) != "transformer_engine":
+        return None
+    # The second is the flag's old name.
+    old = getattr(settings, "cuda_graph_scope_deprecated", None)
+    modules = settings.cuda_graph_modules or old or ()
+    return {modules} if isinstance(modules, str) else set(names_of(modules))
+
+
+def _captures_plan(settings: Any) -> bool:
+    modules = graphed(settings)
+    return modules is not None and not set() < modules <= GRAPHED
+
+
+def _overlaps_graphs_of_attention(settings: Any) -> bool:
+    overlaps = getattr(settings, "overlap_moe_expert_parallel_comm", False)
+    return bool(overlaps) and "attn" in (graphed(settings) or ())
+
+
+def _reduces_before_wgrad(settings: Any) -> bool:
+    """Return True if Megatron reduces gradients of home experts before they are computed."""
+    delays = settings.overlap_dispatch_backward_with_experts_wgrad
+    overlaps = getattr(settings, "overlap_grad_reduce", False)
+    is_in_rows = getattr(settings, "fsep_sharding", None) == Sharding.ROWS
+    return bool(delays and overlaps) and not is_in_rows
+
+
+def _pads_for_fp8(settings: Any) -> bool:
+    """Return True if the router pads, which Megatron does for fp8 and fp4 alone."""
+    names = ("moe_router_padding_for_quantization", "moe_router_padding_for_fp8")
+    pads = any(getattr(settings, name, None) for name in names)
+    return pads and bool(settings.fp8 or getattr(settings, "fp4", None))
+
+
+def _recomputes_unproved(settings: Any) -> bool:
+    is_selective = settings.recompute_granularity == "selective"
+    return is_selective and not set(settings.recompute_modules or ()) <= PROVED_RECOMPUTE
+
+
+def _drops_tokens(settings: Any) -> bool:
+    factor = settings.moe_expert_capacity_factor
+    # For Megatron, a negative factor means none.
+    return factor is not None and factor >= 0
+
+
+def _fuses_accumulation(settings: Any) -> bool:
+    # A recipe that says nothing has Megatron's default.
+    return settings.use_megatron_fsdp and getattr(settings, "gradient_accumulation_fusion", True)
+
+
+# Predicates by their names in the table.
+_WHEN: Mapping[str, Callable[[Any], bool]] = {
+    "captures_plan": _captures_plan,
+    "drops_tokens": _drops_tokens,
+    "fuses_accumulation": _fuses_accumulation,
+    "is_no_file": lambda settings: settings.fsep_homes == "",
+    "lays_out_freely": lambda settings: lays_out_freely(settings.fsep_planner),
+    "no_experts": lambda settings: settings.num_experts is None or settings.num_experts < 1,
+    "nothing_by_cost": lambda settings: not settings.fsep_uses_costs,
+    "overlaps_graphs_of_attention": _overlaps_graphs_of_attention,
+    "pads_for_fp8": _pads_for_fp8,
+    "recomputes_unproved": _recomputes_unproved,
+    "reduces_before_wgrad": _reduces_before_wgrad,
+}
+
+
+def problems_by(
+    rules: Iterable[Rule], settings: Any, allowed: Collection[Unproven] = ()
+) -> list[str]:
+    """Return the reasons and remedies of the rules that these settings break."""
+    return [text for rule in rules if (text := rule.problem(settings, allowed)) is not None]
+
+
+def settings_with(settings: Any, config: Any, **more: object) -> SimpleNamespace:
+    """Return Megatron's settings and FSEP's in one object, as rules read them."""
+    ours = {f"fsep_{name}": value for name, value in vars(config).items()}
+    ours |= {"fsep_plan_mode": config.mode, "fsep_given": ()}
+    return SimpleNamespace(**vars(settings) | ours | more)
+
+
+def argument_of(flag: str) -> str:
+    """Return the attribute of a flag's value: `--fsep-set plan_lag` → `fsep_plan_lag`."""
+    if flag in _ARGUMENTS:
+        return _ARGUMENTS[flag]
+    if flag.startswith("--fsep-record "):
+        return f"fsep_record_{flag.split()[-1]}"
+    return flag.replace("--fsep-set ", "--fsep-").removeprefix("--").replace("-", "_")
+
+
+def said(flag: str, value: object) -> str:
+    """Return a setting in a command line's form: `--fsep-set plan_lag=2`, `--fsep-record d trace`.
+
+    A text that is no plain word is quoted, and an empty list is "none".
+    """
+    text = value_text(value)
+    if isinstance(value, str) and not _PLAIN.fullmatch(text):
+        text = quoted(text)
+    name, *of_value = flag.split()
+    if name == "--fsep-set" or not flag.startswith("--"):
+        return f"{flag}={text}"
+    if not name.startswith("--fsep-") and (value is None or value is True or value == []):
+        return flag
+    return " ".join([name, text, *of_value[1:]])  # the first stands for the value
+
+
+def value_text(value: object) -> str:
+    """Return a value in a command line's form; "none" for an empty list of words."""
+    if isinstance(value, list | tuple):
+        return " ".join(names_of(value)) or "none"
+    return str(getattr(value, "value", value))
+
+
+def names_of(words: Collection[Any]) -> list[str]:
+    """Return words in a command line's form; some are members of Megatron's enumerations."""
+    return [str(word if isinstance(word, str) else getattr(word, "name", word)) for word in words]
+
+
+def _together(conditions: Iterable[str]) -> str:
+    first, *more = [*conditions] or [""]
+    return first + "".join(text.replace(" with ", " and ", 1) for text in more)
+
+
+def _is_among(value: object, values: tuple[object, ...]) -> bool:
+    is_off = value is None or value is False
+    return value in values or str(value) in values or (is_off and not {*_OFF}.isdisjoint(values))
+
+
+def _values(words: Iterable[str]) -> tuple[object, ...]:
+    read = {"None": None, "False": False}
+    return tuple(read.get(word, int(word) if word.isdecimal() else word) for word in words if word)
+
+
+def _rules(row: dict[str, Any]) -> Iterator[Rule]:
+    """Yield the rules of one row of the table, which may have several flags with an example."""
+    flags = row.pop("flags", None) or [row.pop("flag")]
+    for key in ("accepted", "refused", "unproven_values"):
+        if key in row:
+            row[key] = _values(row[key].split())
+    if "words" in row:
+        row["words"] = tuple(map(Unproven, row["words"].split()))
+    next_to = row.pop("next_to", [])
+    row["next_to"] = tuple(map(NextTo.parse, [next_to] if isinstance(next_to, str) else next_to))
+    row["when"] = _WHEN[row["when"]] if "when" in row else None
+    row["left_out"] = LeftOut(row["left_out"]) if "left_out" in row else None
+    for text in flags:
+        flag, _, example = text.partition(": ")
+        own: dict[str, Any] = {"title": _title(flag, row), "example": example or True}
+        if not row["next_to"] and not flag.startswith("--fsep-") and "." not in flag:
+            own["field"] = argument_of(flag)
+        way_out = row.get("way_out", Rule.way_out).replace("{flag}", flag)
+        yield Rule(**own | row | {"flag": flag, "way_out": way_out})
+
+
+def _title(flag: str, row: Mapping[str, Any]) -> str:
+    if "refused" in row:
+        between = " " if flag == "--fsep-allow-unproven" else " or "
+        return said(flag, between.join(map(str, row["refused"]))).replace("'", "")
+    values = [str(value) for value in row.get("accepted", ()) if value not in _OFF]
+    if values and not row["next_to"]:
+        return f"{flag} other than {', '.join(values)}"
+    return flag if flag.startswith("--") or "." not in flag else f"{flag}=True"
+
+
+def _table() -> dict[str, tuple[Rule, ...]]:
+    text = (Path(__file__).with_name("rules.toml")).read_text(encoding="utf-8")
+    table = tomllib.loads(text)
+    defaults = table.pop("default")
+    return {
+        kind: tuple(rule for row in rows for rule in _rules(defaults.get(kind, {}) | row))
+        for kind, rows in table.items()
+    }
+
+
+_TABLE = _table()
+# Settings of Megatron by themselves.
+REFUSALS = _TABLE["refused"]
+# Reasons why `--fsep-sharding auto` is rows.
+NEEDS_ROWS = _TABLE["needs_rows"]
+# Given flags that others leave without effect.
+IDLE = _TABLE["idle"]
+WITH_FSDP = _TABLE["with_fsdp"]
+WITH_ADAPTERS = _TABLE["with_adapters"]
+IN_BRIDGE = _TABLE["in_bridge"]
+RULES = tuple(rule for rules in _TABLE.values() for rule in rules)
+# By two configurations in a loop of one's own; DDP's wrapper is the first to have both.
+REDUCES_BEFORE_WGRAD = next(rule for rule in REFUSALS if rule.when is _reduces_before_wgrad)
