@@ -146,7 +146,7 @@ LAYER_PATCHES = (
         "megatron.core.transformer.multi_token_prediction",
         "MultiTokenPredictionLayer.__init__",
         _built_within("for_multi_token_prediction"),
-        "tells the layers of multi-token prediction, which hybrid models do not, from the others",
+        "marks MTP layers, which hybrid models do not mark themselves",
     ),
     Patch(
         "megatron.core.parallel_state",
