@@ -13,7 +13,7 @@ pytestmark = pytest.mark.races
 
 @pytest.mark.parametrize("algorithm", ExchangeAlgorithm)
 @pytest.mark.parametrize("sharding", Sharding)
-def test_no_layout_but_the_first_compiles_a_kernel(
+def test_only_the_first_layouts_compile_kernels(
     sharding: Sharding, algorithm: ExchangeAlgorithm, ranks: RankPools
 ) -> None:
     ((first, last),) = ranks(1).run(variants.variants_by_layouts, sharding, algorithm)

@@ -20,13 +20,13 @@ from tests.fake_cuda.observing import observed
 
 RANKS, NODE_SIZE, EXPERTS, CAPACITY, RANK = 8, 2, 16, 4, 3
 ROWS, COLUMNS = 64, 48
-WARM_UP, LAYOUTS = 2, 20
+WARM_UP, LAYOUTS = 8, 20
 
 
 def variants_by_layouts(
     sharding: Sharding, algorithm: ExchangeAlgorithm
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the variants of each kernel after two random layouts, and after many more."""
+    """Return the variants of each kernel after a few random layouts, and after many more."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", store=FakeStore(), rank=RANK, world_size=RANKS)
