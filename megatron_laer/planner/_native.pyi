@@ -122,6 +122,9 @@ def change_seconds(
     home: int,
     /,
 ) -> float: ...
+def goes_by_node(
+    costs: CostModel, slots_S: _Int16, num_experts: int, node_size: int, home: int, /
+) -> bool: ...
 def exposed_seconds(
     costs: CostModel,
     slots_S: _Int16,

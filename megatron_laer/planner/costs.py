@@ -273,7 +273,10 @@ class CostModel:
 
     def exchange_of(self, placed: Placed) -> ExchangeAlgorithm:
         """Return the exchange that fetches a layout."""
-        return self.faster_exchange(placed) if self.by_layout else self.restore_algorithm
+        if not self.by_layout:
+            return self.restore_algorithm
+        by_node = native.goes_by_node(*self._native_arguments(placed))
+        return ExchangeAlgorithm.NODE if by_node else ExchangeAlgorithm.FLAT
 
     def faster_exchange(self, placed: Placed) -> ExchangeAlgorithm:
         """Return the algorithm with the shorter exchanges of a layout; `flat` if both are equal."""

@@ -300,6 +300,7 @@ def test_native_prices_of_replicas_equal_the_plain_reference(
     # Backward has the weights of forward's re-run, but for those of mxfp8.
     again = precision == Precision.MXFP8 and recompute != Recompute.NONE
     way = costs.exchange_of(layout)
+    assert way == (costs.faster_exchange(layout) if costs.by_layout else algorithm)
     whole_s = (3 if again else 2) * costs.restore_seconds(layout, way)
     whole_s += costs.reduce_seconds(layout, way)
     assert costs.exposed_seconds(layout, 0.0) == pytest.approx(whole_s, rel=1e-12)

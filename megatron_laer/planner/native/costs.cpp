@@ -262,7 +262,7 @@ Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, bool by_n
   const double reduce_s =
       costs.is_alike ? restore_s
                      : one_way_seconds(shape, costs, costs.grads, by_node, nullptr, slots_S);
-  return {restore_s, reduce_s, costs.backward_restores};
+  return {restore_s, reduce_s, costs.backward_restores, by_node};
 }
 
 }  // namespace
@@ -282,16 +282,17 @@ Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, const int
   return node.all_s() < flat.all_s() ? node : flat;
 }
 
+bool goes_by_node(const Shape& shape, const CostModel& costs, const int16_t* slots_S) {
+  if (shape.home == 0 || !costs.by_layout) return costs.by_node;
+  return exchange_seconds(shape, costs, slots_S).by_node;
+}
+
 // The solve, and in forward the fetch of the changed slots, which starts after the gate and which
 // the experts wait for. The other slots were restored ahead for the planned layout. The way is that
 // of the whole layout.
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
                       const int16_t* after_S) {
-  bool by_node = costs.by_node;
-  if (shape.home > 0 && costs.by_layout) {
-    by_node = exchange_seconds(shape, costs, true, after_S).all_s() <
-              exchange_seconds(shape, costs, false, after_S).all_s();
-  }
+  const bool by_node = goes_by_node(shape, costs, after_S);
   return one_way_seconds(shape, costs, costs.weights, by_node, before_S, after_S) + costs.solve_s;
 }
 

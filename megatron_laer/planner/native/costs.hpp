@@ -74,12 +74,16 @@ double least_fetch_seconds(const CostModel& costs);
 struct Exchanges {
   double restore_s, reduce_s;
   int backward_restores;
+  bool by_node;
 
   double backward_s() const { return backward_restores * restore_s + reduce_s; }
   double all_s() const { return (1 + backward_restores) * restore_s + reduce_s; }
 };
 
 Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S);
+
+// Whether a layout's exchanges go by node; where each layout takes the faster way, if that is it.
+bool goes_by_node(const Shape& shape, const CostModel& costs, const int16_t* slots_S);
 
 // Seconds of a change to a layout made after the gate.
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,

@@ -281,6 +281,13 @@ double exposed_seconds(const laer::CostModel& costs, const Slots& slots_S, int n
   return exposed(shape, costs, slots_S.data(), beside_s);
 }
 
+bool goes_by_node(const laer::CostModel& costs, const Slots& slots_S, int num_experts,
+                  int node_size, int home) {
+  const laer::Shape shape = priced_shape(costs, slots_S.size(), num_experts, node_size, home);
+  check_experts(slots_S, num_experts, home > 0);
+  return laer::goes_by_node(shape, costs, slots_S.data());
+}
+
 // A rank's sums and runs, with the GIL but next to no work: what is sent to and received from each
 // rank, the tokens of its slots, and the packed runs.
 struct RankSums {
@@ -524,6 +531,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("layer_seconds", &layer_seconds);
   module.def("least_layer_seconds", &least_layer_seconds);
   module.def("change_seconds", &change_seconds);
+  module.def("goes_by_node", &goes_by_node);
   module.def("exposed_seconds", &exposed_seconds<laer::exposed_seconds>);
   module.def("exposed_backward_seconds", &exposed_seconds<laer::exposed_backward_seconds>);
   module.def("replica_host_seconds", &exposed_seconds<laer::replica_host_seconds>);
