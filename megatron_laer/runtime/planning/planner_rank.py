@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.config import FSEPConfig, LatePlan, lays_out_freely, setting
+from megatron_laer.config import FSEPConfig, LatePlan, flag_name, lays_out_freely
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.recording import new_run, run_of
 from megatron_laer.planner.costs import CostModel
@@ -231,7 +231,8 @@ def naming_flag(field_name: str, folder: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"{setting(field_name, quoted(folder))}: {error}") from error
+        flag, _, what = flag_name(field_name).split()
+        raise ValueError(f"{flag} {quoted(folder)} {what}: {error}") from error
 
 
 def _warn(message: str) -> None:
