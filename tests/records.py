@@ -20,20 +20,20 @@ FORMATS: Mapping[str, Format] = {of.suffix: of for of in (TRACE, LAYOUTS, METRIC
 Content = list[tuple[str, int, dict[str, Any]]]
 
 
-def opened(path: Path) -> Format:
+def format_of(path: Path) -> Format:
     return FORMATS[path.suffix[1:]]
 
 
 def taken_apart(path: Path) -> tuple[dict[str, Any], Content]:
     """Return the header's fields, and all whole records."""
     with open_input(path) as file:
-        records = Records.of(file, path, opened(path))
+        records = Records.of(file, path, format_of(path))
         found = records.read(file, path)
         return records.fields, [(frame.kind, frame.step, values) for frame, values in found]
 
 
 def put_together(path: Path, fields: Mapping[str, Any], content: Content) -> None:
-    records = Records(opened(path), fields)
+    records = Records(format_of(path), fields)
     encoded = [
         records.encode(kind, number, step, values)
         for number, (kind, step, values) in enumerate(content, start=1)
@@ -52,7 +52,7 @@ def records_of(path: Path) -> list[bytes]:
     """Return the bytes of a file's header and of each record."""
     content = path.read_bytes()
     with open_input(path) as file:
-        records = Records.of(file, path, opened(path))
+        records = Records.of(file, path, format_of(path))
         found = [content[of.offset : of.end] for of in records.places(file, path)]
     return [records.line, *found]
 

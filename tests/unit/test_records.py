@@ -79,11 +79,11 @@ def values_of(format: Format, kind: str, seed: object) -> dict[str, Any]:
 
 
 def writer(path: Path, first_step: int, run: str | None = None, **fields: Any) -> RecordingFile:
-    return RecordingFile(path, records.opened(path), FIELDS | fields, first_step, run)
+    return RecordingFile(path, records.format_of(path), FIELDS | fields, first_step, run)
 
 
 def write_step(file: RecordingFile, path: Path, step: int, seed: int) -> None:
-    format = records.opened(path)
+    format = records.format_of(path)
     for kind in format.kinds:
         file.append(kind, step, **values_of(format, kind, (step, seed)))
 
@@ -106,7 +106,7 @@ def text_of(values: dict[str, Any]) -> str:
 
 def steps_in(path: Path) -> dict[int, int]:
     """Return the seed of each recorded step."""
-    format = records.opened(path)
+    format = records.format_of(path)
     first = next(iter(format.kinds))
     seeds = {
         (step, text_of(values_of(format, first, (step, seed)))): seed
@@ -499,7 +499,7 @@ def test_records_out_of_order_are_refused(path: Path) -> None:
     record(path, range(2), seed=1)
     _, [(kind, _, values), *_] = taken_apart(path)
     with open_input(path) as file:
-        codec = Records.of(file, path, records.opened(path))
+        codec = Records.of(file, path, records.format_of(path))
     first = codec.line + codec.encode(kind, 1, 5, values)
     for number, step, says in (
         (1, 5, "it is record 1, so some are lost or moved"),
