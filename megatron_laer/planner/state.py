@@ -143,13 +143,13 @@ class PlannerState:
                 yield "window", self.next_step, values
 
     @classmethod
-    def from_bytes(cls, data: bytes, path: str = "the state") -> PlannerState:
-        return cls.from_file(io.BytesIO(data), Path(path))
+    def from_bytes(cls, data: bytes) -> PlannerState:
+        return cls.from_file(io.BytesIO(data))
 
     @classmethod
-    def from_file(cls, file: BinaryIO, path: Path) -> PlannerState:
+    def from_file(cls, file: BinaryIO) -> PlannerState:
         """Read and check a whole file; any but that of `to_bytes` raises a ValueError."""
-        file.seek(0)
+        path = Path("the state")
         records = Records.of(file, path, STATE)
         fields: dict[str, Any] = dict.fromkeys(("next_step", "layout_version", "plans"))
         fields |= records.fields

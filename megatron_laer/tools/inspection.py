@@ -206,9 +206,9 @@ def _planner(folder: Path) -> tuple[list[str], bool]:
         name, kind = one_line(file.stem.replace("-", " "), 100), "whole"
         try:
             with open_input(file) as content:
-                found = [*_state(name, PlannerState.from_file(content, Path(name)))]
+                found = [*_state(name, PlannerState.from_file(content))]
         except (ValueError, OSError) as error:
-            found, kind = [one_line(f"planner, {error}")], "damaged"
+            found, kind = [one_line(f"planner, {name}: {error}")], "damaged"
         number[kind] += 1
         if number[kind] <= _MOST_GROUPS:
             lines += found

@@ -80,11 +80,11 @@ def test_empty_slots_are_counted(run):
 def test_a_damaged_state_is_part_of_the_report(run):
     assert "no state" in inspection.describe(run)[0]
     write_state(run, make_state().to_bytes()[:-1])
-    assert "planner, group 3 is damaged or cut off" in inspection.describe(run)[0]
+    assert "planner, group 3: the state is damaged or cut off" in inspection.describe(run)[0]
     write_state(run, make_state().to_bytes())
     path = Path(state_path(str(run / "iter_0000007"), 3))
     os.truncate(path, 2**40)
-    says = "planner, group 3, record 6 at byte"
+    says = "planner, group 3: the state, record 6 at byte"
     assert says in inspection.describe(run)[0]
     path.unlink()
     os.mkfifo(path)
@@ -101,7 +101,7 @@ def test_groups_are_shown_up_to_a_number_and_damage_ends_with_status_1(run, caps
     out = capsys.readouterr().out
     assert out.count("planner, group ") == 16
     assert "12 more groups with a whole state" in out and "2 more groups with a damaged" in out
-    assert "planner, group 21 is damaged" in out and "planner, group 22 " not in out
+    assert "planner, group 21: the state is damaged" in out and "planner, group 22:" not in out
 
 
 def write_list(run: Path, name: str, size: torch.Size) -> None:

@@ -97,10 +97,9 @@ def load_state(
     if not data:
         return Resumption(problem=problem)
     try:
-        state = adapt(PlannerState.from_bytes(data, path))
+        state = adapt(PlannerState.from_bytes(data))
     except ValueError as error:
-        text = str(error).removeprefix(f"{path}: ")
-        return Resumption(problem=f"{path}: {text}")
+        return Resumption(problem=f"{path}: {error}")
     return Resumption(state)
 
 
