@@ -12,8 +12,10 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import pairwise
 from typing import NamedTuple
+
+import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import ExchangeAlgorithm
@@ -42,10 +44,10 @@ class LayerStep(NamedTuple):
 
 def layer_steps(trace: Trace) -> Iterator[LayerStep]:
     """Yield the steps of all layers, in the order of the trace."""
-    keys = list(zip(trace.step_R.tolist(), trace.layer_R.tolist(), strict=True))
-    for (step, layer), group in groupby(range(len(trace)), key=keys.__getitem__):
-        first, *more = group
-        yield LayerStep(step, layer, range(first, first + 1 + len(more)))
+    is_new_R = (np.diff(trace.step_R) != 0) | (np.diff(trace.layer_R) != 0)
+    bounds = [0, *(np.flatnonzero(is_new_R) + 1).tolist(), len(trace)]
+    for first, end in pairwise(bounds):
+        yield LayerStep(int(trace.step_R[first]), int(trace.layer_R[first]), range(first, end))
 
 
 class Observed(NamedTuple):

@@ -127,6 +127,8 @@ class Trace:
 
     def total_NE(self, records: Sequence[int]) -> Int64:
         """Return the summed counts of consecutive records."""
+        if len(records) == 1:
+            return self.counts_NE(records[0])
         part_RNE = self.counts_RNE[records[0] : records[-1] + 1]
         summed_NE: Int64 = part_RNE.sum(axis=0, dtype=np.int64)
         return summed_NE
