@@ -70,7 +70,7 @@ INTEGERS = {
     "plan good.trace": "ranks capacity node-size experts lag hidden ffn every",
     "plan --workload W1 --experts 8": "ranks tokens topk steps",
     f"simulate good.trace {_MODEL}": "ranks node-size capacity tokens lag steps "
-    "microbatches pipeline virtual-pipeline tensor-parallel expert-data-parallel world "
+    "microbatches pipeline virtual-pipeline tensor-parallel world "
     "stock-expert-parallel",
     f"advise good.trace {_MODEL} --gpus 4": "gpus tokens microbatches pipeline "
     "virtual-pipeline tensor-parallel",

@@ -59,7 +59,7 @@ _OPTIONS = (
     ("--tensor-parallel 3", "3 tensor-parallel ranks do not divide the 4"),
     ("--stock-expert-parallel 3", "it must divide 4 ranks"),
     ("--world 6", "--world 6 is no multiple of the trace's 4 ranks"),
-    ("--world 8 --expert-data-parallel 2", "say the same; remove one of them"),
+    ("--world 8 --ranks 4 16", "--world 8 is no multiple of --ranks 16"),
     ("--workload W1", "remove one of them"),
     ("--json good.trace", "--json 'good.trace' would write over the input 'good.trace'"),
     ("-- x", "nothing follows -- here, got x"),

@@ -73,7 +73,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         lag=_LAG,
         ranks=None,
         world=None,
-        expert_data_parallel=None,
         stock_expert_parallel=None,
         flex_backend="deepep",  # Megatron's default
         overlaps_shared=False,

@@ -122,17 +122,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, groups: bool = True) -> No
 
 
 def _add_groups(sizes: argparse._ArgumentGroup) -> None:
-    for flag, high, text in (
-        ("--expert-data-parallel D", _MAX_COUNT, "FSEP groups of a stage; default: 1"),
-        ("--world W", MOST_RANKS, "ranks of a stage, which gives its number of FSEP groups"),
-        (
-            "--stock-expert-parallel X",
-            MAX_EXPERTS,
-            "ranks among which stock EP has every expert once; default: the fastest, of a node or "
-            "more, or of all that fit the memory",
-        ),
-    ):
-        option(sizes, flag, text, between(1, high))
+    text = "ranks of a stage, which are several FSEP groups; default: one group's"
+    option(sizes, "--world W", text, between(1, MOST_RANKS))
+    text = (
+        "ranks among which stock EP has every expert once; default: the fastest, of a node or "
+        "more, or of all that fit the memory"
+    )
+    option(sizes, "--stock-expert-parallel X", text, between(1, MAX_EXPERTS))
 
 
 def cluster_of(args: argparse.Namespace) -> Cluster:
@@ -238,12 +234,9 @@ def check(args: argparse.Namespace) -> None:
             "--overlap with --token-exchange node: inside a node tokens move with the experts' "
             "compute, which hides none of them; give --token-exchange rank or flex"
         )
-    if args.world is not None:
-        if args.expert_data_parallel is not None:
-            raise ValueError("--world and --expert-data-parallel say the same; remove one of them")
-        for ranks in args.ranks or []:
-            if args.world % ranks != 0:
-                raise ValueError(f"--world {args.world} is no multiple of --ranks {ranks}")
+    for ranks in args.ranks or []:
+        if args.world is not None and args.world % ranks != 0:
+            raise ValueError(f"--world {args.world} is no multiple of --ranks {ranks}")
     routing_input.check(args, "simulate")
     inputs = yaml_inputs(cluster=("cluster", args.cluster), model=("model", args.model))
     check_outputs({"--json": args.json}, inputs, args.trace)
@@ -300,11 +293,9 @@ def run_shape(
         microbatches = _WORKLOAD_MICROBATCHES
     else:
         microbatches = int(trace.microbatch_R.max()) + 1
-    replicas = args.expert_data_parallel or 1
-    if args.world is not None:
-        if args.world % ranks != 0:
-            raise ValueError(f"--world {args.world} is no multiple of the trace's {ranks} ranks")
-        replicas = args.world // ranks
+    replicas, left = divmod(args.world or ranks, ranks)
+    if left:
+        raise ValueError(f"--world {args.world} is no multiple of the trace's {ranks} ranks")
     return RunShape(
         ranks=ranks,
         node_size=geometry.node_size,
