@@ -18,7 +18,6 @@ from megatron_laer.config import ExchangeAlgorithm, PlanMode
 from megatron_laer.planner.balance import stock_tokens_N
 from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.costs import CostModel
-from megatron_laer.planner.forecast import SmoothedForecast
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
@@ -383,15 +382,3 @@ def test_steps_that_lack_a_layer_are_not_simulated():
         assert [number(trace, step) for step, _ in routing.walk(lag, 9)] == steps
     with pytest.raises(ValueError, match="record at least 6 that have all of its 2 layers"):
         list(routing.walk(5, 1))
-
-
-def test_forecasts_are_those_of_training():
-    trace = drifting_trace()
-    routing = Routing(trace, 4)
-    for step, forecasts in routing.walk(2, 3):
-        for layer, expected in forecasts.items():
-            state = SmoothedForecast()
-            for old in range(number(trace, step) - 1):
-                records = np.flatnonzero((trace.step_R == old) & (trace.layer_R == layer))
-                state = state.observe(sum(trace.counts_NE(record) for record in records))
-            assert (state.counts_NE() == expected.counts_NE()).all()
