@@ -299,6 +299,7 @@ _WHEN: Mapping[str, Callable[[Any], bool]] = {
     "lays_out_freely": lambda settings: lays_out_freely(settings.fsep_planner),
     "no_experts": lambda settings: settings.num_experts is None or settings.num_experts < 1,
     "nothing_by_cost": lambda settings: not settings.fsep_uses_costs,
+    "one_rank": lambda settings: bool(settings.expert_model_parallel_size < 2),
     "overlaps_graphs_of_attention": _overlaps_graphs_of_attention,
     "pads_for_fp8": _pads_for_fp8,
     "recomputes_unproved": _recomputes_unproved,

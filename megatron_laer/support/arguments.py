@@ -11,9 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.config import Auto, FSEPConfig, OverlapScheduler, Sharding, Unproven, setting
+from megatron_laer.config import Auto, FSEPConfig, OverlapScheduler, Sharding, Unproven
 from megatron_laer.environment import CONNECTIONS, has_one_queue
-from megatron_laer.files.checks import numbered, problem_of
+from megatron_laer.files.checks import numbered, problem_of, quoted
 from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
 from megatron_laer.planner.homes_file import read_homes
 from megatron_laer.planner.layout import MAX_EXPERTS
@@ -182,7 +182,7 @@ def _homes_problems(args: Namespace, config: FSEPConfig) -> list[str]:
     """Return problems of the file of homes, and of checkpoints that keep experts by rank."""
     if config.homes is None:
         return []
-    given = setting("homes", config.homes)
+    given = f"--fsep-homes {quoted(config.homes)}"
     problems = []
     try:
         homes = read_homes(Path(config.homes))

@@ -52,6 +52,7 @@ SELECTIVE = "--recompute-granularity selective --recompute-modules"
 # Other values that a rule of Megatron's settings refuses, and how the text begins.
 MORE_REFUSED = {
     "--num-experts -4": "--num-experts -4: ",
+    "--expert-model-parallel-size 0": "--expert-model-parallel-size 0: ",
     "--fp8-format e4m3": "--fp8-format e4m3: ",
     f"--fp8-format hybrid {GRAPHS} {ALLOW_GRAPHS} --cuda-graph-modules attn": "--fp8-format hybrid",
     "--cuda-graph-impl full_iteration": "--cuda-graph-impl full_iteration: ",
