@@ -46,7 +46,7 @@ CASES = {
     "two settings": (
         "--fsep-token-exchange node --moe-token-dispatcher-type flex",
         "--fsep-token-exchange node with --moe-token-dispatcher-type flex",
-        "remove one of them",
+        "leave out one of them",
     ),
     "yaml": ("--yaml-cfg x.yaml", "--yaml-cfg", "no effect"),
 }
