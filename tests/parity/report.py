@@ -105,15 +105,14 @@ def replaced() -> Iterator[str]:
 
 
 def refused() -> Iterator[str]:
-    yield "| refused, as flag and field of TransformerConfig | for example | because | instead |"
-    yield "|---|---|---|---|"
-    for rule in RULES:
-        field = f", `{rule.field}`" if rule.field and rule.field != rule.setting else ""
+    yield "| refused | instead |"
+    yield "|---|---|"
+    for rule in REFUSALS:
         way_out = rule.said_way_out
         if rule.words:
             values = " or ".join(rule.unproven_values)
             way_out += f"; {values} with `{ALLOW} {' or '.join(rule.words)}`"
-        yield f"| `{rule.setting}`{field} | `{rule.trigger}` | {rule.reason} | {way_out} |"
+        yield f"| `{rule.setting}` | {way_out} |"
 
 
 def allowed() -> Iterator[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_laer.config import Unproven
-from megatron_laer.rules import REFUSALS, RULES
+from megatron_laer.rules import REFUSALS
 from tests.parity import report
 from tests.parity.compare import Distance
 from tests.parity.features import ALLOW, FEATURES, REPLACED
@@ -42,7 +42,7 @@ def test_every_row_has_figures_and_no_other_has() -> None:
 
 def test_the_page_lists_every_refusal_once_and_counts_rows() -> None:
     listed = [line.split("`")[1] for line in [*report.refused()][2:]]
-    assert listed == [rule.setting for rule in RULES]
+    assert listed == [rule.setting for rule in REFUSALS]
     counts = f"{len(ROWS)} combinations are proved equal to stock, {len(HOME_ROWS)} of them with"
     assert counts in next(report.counts())
 
