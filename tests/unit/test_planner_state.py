@@ -55,8 +55,10 @@ def test_a_state_of_another_group_is_refused_with_what_differs() -> None:
         with pytest.raises(ValueError, match=r"C = 3 slots and E = 6 experts, this one has N ="):
             state.check_fits(Geometry(node_size=1, **sizes), LAYERS)
     geometry = Geometry(num_ranks=N, num_experts=E, capacity=C, node_size=2)
-    with pytest.raises(ValueError, match=r"3 layers, layer 2 to mtp 1, this group has layer 2"):
-        state.check_fits(geometry, LAYERS[:1])
+    for few, named in ((LAYERS[:1], "layer 2"), (LAYERS[:2], " and ".join(LAYERS[:2]))):
+        said = f"3 layers, layer 2 to mtp 1, this group has {named}"
+        with pytest.raises(ValueError, match=said):
+            state.check_fits(geometry, few)
 
 
 def test_a_state_with_empty_slots_comes_back_and_fits_its_sharding_only() -> None:
