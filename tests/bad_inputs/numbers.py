@@ -1,13 +1,16 @@
 """Options that take a number, each with every text that is no number, or no allowed one.
 
-A row is an option, a column a kind of text. Daily tests try every sixteenth pair of a row.
+Commands' options are found by their types. A row is an option, a column a kind of text. Daily tests
+try every sixteenth pair of a row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from megatron_laer.files.checks import one_line
+from megatron_laer.tools import cli
+from megatron_laer.tools.cli.argument_types import between, number
 from tests.bad_inputs.case import Case
 
 _EVERY = 16
@@ -65,40 +68,37 @@ NO_NUMBERS = {
     "bidi": "1\u202e5",
     "bytes": "1\udce9",
 }
-_MODEL = "--model mixtral-8x7b-e8k2"
+COMMANDS = ("plan", "simulate", "advise", "report", "calibrate")
+# Programs make their parsers when they run.
 INTEGERS = {
-    "plan good.trace": "ranks capacity node-size experts lag hidden ffn every",
-    "plan --workload W1 --experts 8": "ranks tokens topk steps",
-    f"simulate good.trace {_MODEL}": "ranks node-size capacity tokens lag steps "
-    "microbatches pipeline virtual-pipeline tensor-parallel world "
-    "stock-expert-parallel",
-    f"advise good.trace {_MODEL} --gpus 4": "gpus tokens microbatches pipeline "
-    "virtual-pipeline tensor-parallel",
-    "report measured": "group cases capacity node-size",
-    "calibrate out/c.yaml": "node-size hidden ffn",
     "benchmarks/end_to_end.py": "repeats steps",
     "benchmarks/planner.py": "offset",
     "benchmarks/gpu/__main__.py --dry-run": "ranks nodes port",
     "scripts/paper/figure8.py --toy --dry-run": "steps",
     "scripts/quickstart.py": "steps",
 }
-NUMBERS = {
-    "plan good.trace": "tolerance hours",
-    f"simulate good.trace {_MODEL}": "peak-tflops memory-gib hours host-gap-ms",
-    f"advise good.trace {_MODEL} --gpus 4": "memory-gib hours host-gap-ms",
-    "report measured": "hours",
-    "calibrate out/c.yaml": "hours",
-    "benchmarks/gpu/__main__.py --dry-run": "minutes",
-}
+NUMBERS = {"benchmarks/gpu/__main__.py --dry-run": "minutes"}
+
+
+def options() -> Iterator[tuple[str, str, Mapping[str, str]]]:
+    """Yield commands with an option of each, and the texts that are wrong for its type."""
+    for maker, texts, programs in (
+        (between, NO_INTEGERS, INTEGERS),
+        (number, NO_NUMBERS, NUMBERS),
+    ):
+        for command in COMMANDS:
+            for action in cli._parsers(command)[1]._actions:
+                if getattr(action.type, "__qualname__", "").startswith(f"{maker.__name__}."):
+                    yield command, action.option_strings[0], texts
+        for words, names in programs.items():
+            yield from ((words, f"--{name}", texts) for name in names.split())
 
 
 def cases() -> Iterator[Case]:
-    for options, texts in ((INTEGERS, NO_INTEGERS), (NUMBERS, NO_NUMBERS)):
-        pairs = ((words, name) for words, names in options.items() for name in names.split())
-        for row, (words, name) in enumerate(pairs):
-            for column, text in enumerate(texts.values()):
-                yield Case(
-                    (*words.split(" "), f"--{name}={text}"),
-                    one_line(text)[:_SHOWN],
-                    nightly=(row + column) % _EVERY != 0,
-                )
+    for row, (words, option, texts) in enumerate(options()):
+        for column, text in enumerate(texts.values()):
+            yield Case(
+                (*words.split(" "), f"{option}={text}"),
+                one_line(text)[:_SHOWN],
+                nightly=(row + column) % _EVERY != 0,
+            )
