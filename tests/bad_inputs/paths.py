@@ -153,21 +153,17 @@ MADE = (
 
 
 def cases() -> Iterator[Case]:
-    everything = ODD_NAMES | SPECIAL | CONTENTS
-    for row, place in enumerate(READ):
-        for column, (kind, path) in enumerate(everything.items()):
-            if kind not in _TAKEN.get(place, ()):
-                yield _case(place, path, nightly=(row + column) % _EVERY != 0)
-    for row, place in enumerate(READ_NAMES):
-        for column, (kind, path) in enumerate((ODD_NAMES | SPECIAL).items()):
-            if kind not in _TAKEN.get(place, ()):
-                yield _case(place, path, nightly=(row + column) % _EVERY != 0)
-    for row, place in enumerate(WRITTEN):
-        for column, path in enumerate((NO_FOLDERS | UNWRITABLE).values()):
-            yield _case(place, path, nightly=(row + column) % _EVERY != 0)
-    for row, place in enumerate(MADE):
-        for column, path in enumerate(UNWRITABLE.values()):
-            yield _case(place, path, nightly=(row + column) % _EVERY != 0)
+    names = ODD_NAMES | SPECIAL
+    for places, kinds in (
+        (READ, names | CONTENTS),
+        (READ_NAMES, names),
+        (WRITTEN, NO_FOLDERS | UNWRITABLE),
+        (MADE, UNWRITABLE),
+    ):
+        for row, place in enumerate(places):
+            for column, (kind, path) in enumerate(kinds.items()):
+                if kind not in _TAKEN.get(place, ()):
+                    yield _case(place, path, nightly=(row + column) % _EVERY != 0)
 
 
 def _case(place: str, path: str, *, nightly: bool) -> Case:
