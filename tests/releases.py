@@ -62,9 +62,9 @@ PLACES = (
     Place("constraints.txt", "\nmegatron-core==", "\n", TESTED[-1]),
     Place(
         "README.md",
-        "# megatron-core ",
-        ", Python",
-        " or ".join(filter(None, (", ".join(NUMBERS[:-1]), NUMBERS[-1]))),
+        "| Megatron | ",
+        " |\n",
+        f"{', '.join(TESTED)} | {' and '.join(NUMBERS)}",
     ),
     Place(
         "docs/architecture.md",

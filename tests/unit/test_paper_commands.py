@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from argparse import ArgumentParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.command_line import program
-from megatron_laer.config import FSEPConfig
+from megatron_laer.config import ExpertParallelMode
 from megatron_laer.device import CPU_FLAGS
+from megatron_laer.fsep_flags import MODE, add_arguments, config_from_args
 from scripts.paper import figure8, figure9, figure10, figure11, figure12, published, runner
 from scripts.paper.experiments import MODELS, Case
 from tests import processes
@@ -123,10 +125,8 @@ def test_megatron_takes_what_jobs_start_on_32_ranks(capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("case", figure12.EXPERIMENT.cases, ids=lambda case: case.method.name)
 def test_every_ablation_is_a_setting_of_its_own(case: Case) -> None:
-    words = case.method.flags.split()
-    given = dict(zip(words[::2], words[1::2], strict=True))
-    names = {flag.removeprefix("--fsep-").replace("-", "_"): to for flag, to in given.items()}
-    FSEPConfig(**names)
+    words = [MODE, ExpertParallelMode.FSEP, *case.method.flags.split()]
+    assert config_from_args(add_arguments(ArgumentParser()).parse_args(words)) is not None
     others = [other.method.flags for other in figure12.EXPERIMENT.cases if other != case]
     assert case.method.flags not in others
 

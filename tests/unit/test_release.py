@@ -145,6 +145,6 @@ def test_links_of_the_readme_lead_to_the_repository_on_the_index(
     assert described() == text
     monkeypatch.setenv("LAER_REPOSITORY_URL", "https://h/o/r")
     links = re.findall(r"\]\(([^)]+)\)", described())
-    assert f"https://h/o/r/blob/v{VERSION}/docs/plan.md" in links
+    assert f"https://h/o/r/blob/v{VERSION}/docs/from_0_to_64.md" in links
     assert [link for link in links if not link.startswith(("https://", "#"))] == []
     assert len(links) == len(re.findall(r"\]\(([^)]+)\)", text))
