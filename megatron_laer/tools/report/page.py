@@ -3,7 +3,7 @@
 The same data give the same bytes. jinja2 escapes all text from a run; within the data, `<`, `>`
 and `&` are JSON escapes. The page's policy forbids the browser to load anything. The browser
 unpacks `plotly-cartesian.min.js.gz`: the file in npm's package `plotly.js-cartesian-dist-min` 4.1.1
-(MIT licence), packed by `gzip -9n`.
+(MIT, `plotly.LICENSE`), packed by `gzip -9n`.
 """
 
 from __future__ import annotations
