@@ -132,8 +132,7 @@ class Frame(NamedTuple):
 class Records:
     """Codec of one file: a format, with the sizes of its header.
 
-    `fields` are the header's, and `line` its bytes if it was read. Raises ValueError for sizes out
-    of range.
+    `fields` are the header's, and `line` its bytes if it was read; ValueError for other sizes.
     """
 
     def __init__(self, format: Format, fields: Mapping[str, Any], line: bytes = b"") -> None:
@@ -141,10 +140,7 @@ class Records:
         check_shape({name: (fields.get(name), most) for name, most in format.sizes.items()}, layers)
         for name, known in format.columns.items():
             if fields.get(name, [*known]) != [*known]:
-                raise ValueError(
-                    f"{name} {quoted(fields[name])} are not this release's; take the release that "
-                    "wrote it"
-                )
+                raise ValueError(f"{name} {quoted(fields[name])} are another release's; take that")
         columns = {name: [*names] for name, names in format.columns.items()}
         self.fields = {**fields, **columns}
         self.line = line or header_line(format.name, self.fields)
@@ -171,7 +167,9 @@ class Records:
         """Read the header of an open file."""
         line = file.readline(MAX_TEXT_BYTES + 1)
         try:
-            if not line.endswith(b"\n") and format.magic.startswith(line[: len(format.magic)]):
+            if not format.magic.startswith(line[: len(format.magic)]):
+                raise _foreign(line, format.title)
+            if not line.endswith(b"\n"):
                 raise ValueError(f"{len(line):,} bytes are no header; give a {format.title}")
             return cls(format, read_header(line, format.name, format.title), line)
         except ValueError as error:
@@ -257,8 +255,7 @@ class Records:
                     return
                 raise _damaged(path, number, offset, "no record of its run begins there")
             if found != number:
-                text = f"it is record {found}, so some are lost or moved"
-                raise _damaged(path, number, offset, text)
+                raise _damaged(path, number, offset, f"it is record {found}; others are lost")
             if not step <= at <= MAX_STEP:
                 raise _damaged(path, number, offset, f"step {at} comes after step {step}")
             name, begin, step = self._kinds[kind], offset + _FRAME.size, at
@@ -312,8 +309,7 @@ def read_header(
     """Return a header's fields, without format and version."""
     content = json_object(line)
     if content.pop("format", None) != format_name:
-        begin = line[:100].decode(errors="backslashreplace")
-        raise ValueError(f"it begins with {quoted(begin)}; give a {title}")
+        raise _foreign(line, title)
     version = content.pop("version", None)
     if type(version) is not int or version != VERSION:
         raise ValueError(
@@ -334,17 +330,21 @@ def check_shape(sizes: Mapping[str, tuple[object, int]], layers: object) -> None
     for name, (value, most) in sizes.items():
         if type(value) is not int or not 1 <= value <= most:
             raise ValueError(f"{name} must be an integer in 1..{most}, got {quoted(value)}")
-    if not isinstance(layers, list) or not 1 <= len(layers) <= _MAX_LAYERS:
+    names = layers if isinstance(layers, list) else []
+    if not 1 <= len(names) <= _MAX_LAYERS or not all(isinstance(name, str) for name in names):
         raise ValueError(f"layers must be names of at least one layer, got {quoted(layers)}")
-    if not all(isinstance(name, str) for name in layers):
-        raise ValueError(f"layers must be names of at least one layer, got {quoted(layers)}")
-    if len(set(layers)) != len(layers):
+    if len(set(names)) != len(names):
         raise ValueError(f"layers must all be different, got {quoted(layers)}")
 
 
 def is_cut_off(path: Path) -> bool:
     """Return True for names of files that were set aside, since their steps were repeated."""
     return _ASIDE.fullmatch(path.name) is not None
+
+
+def _foreign(line: bytes, title: str) -> ValueError:
+    begin = quoted(line[:100].decode(errors="backslashreplace"))
+    return ValueError(f"it begins with {begin}; give a {title}")
 
 
 def _closed(shape: tuple[int | str, ...], length: int) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ _HEADERS: Mapping[str, tuple[Mapping[str, Any], str]] = {
     "few-slots": ({"capacity": 1}, "the slots of 4 ranks must hold each of 8"),
     "nodes": ({"node_size": 3}, "node size 3 does not divide the 4 ranks"),
     "more-layers": ({"layers": ["a", "b", "c"]}, "no record of its run begins there"),
-    "other-columns": ({"of_steps": ["step"]}, "are not this release's"),
+    "other-columns": ({"of_steps": ["step"]}, "are another release's"),
 }
 # Texts of a record that describes a run.
 _RUNS = {

@@ -350,7 +350,7 @@ def test_a_state_that_is_missing_damaged_or_of_another_run_costs_a_line(
     again = resumed(PLANNED + WEIGHTS_ONLY, "before step 3 and training begins at step 0")
     assert again == whole.probes[0]
     state = file.read_bytes()
-    for wrong, said in ((state[:-5], "cut off"), (b"x" * len(state), "is no planner's state")):
+    for wrong, said in ((state[:-5], "cut off"), (b"x" * len(state), "give a planner's state")):
         file.write_bytes(wrong)
         assert resumed(PLANNED, said) == whole.probes[0]
     file.unlink()

@@ -260,7 +260,7 @@ def test_metrics_of_another_run_or_damaged_ones_are_refused_and_not_written_over
     recording(path, drifting_trace())
     assert "they are of different runs, so move one away" in refusal()
     (tmp_path / "moved").write_text("hello\n")
-    assert "group-0.metrics, line 1: not JSON" in refusal()
+    assert "group-0.metrics, line 1: it begins with 'hello" in refusal()
 
 
 def test_experts_stay_at_home_as_recorded_or_as_the_flag_says(tmp_path, capsys):

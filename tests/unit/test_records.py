@@ -318,7 +318,7 @@ def test_columns_of_another_release_are_refused(tmp_path: Path) -> None:
     path = FORMATS["metrics"].path(tmp_path, 0)
     record(path, range(1), seed=1)
     path.write_bytes(header_line(FORMATS["metrics"].name, FIELDS | {"of_layers": ["new"]}))
-    with pytest.raises(ValueError, match=r"line 1: of_layers .*new.* are not this release's"):
+    with pytest.raises(ValueError, match=r"line 1: of_layers .*new.* are another release's"):
         read(path)
 
 
@@ -502,8 +502,8 @@ def test_records_out_of_order_are_refused(path: Path) -> None:
         codec = Records.of(file, path, records.format_of(path))
     first = codec.line + codec.encode(kind, 1, 5, values)
     for number, step, says in (
-        (1, 5, "it is record 1, so some are lost or moved"),
-        (3, 5, "it is record 3, so some are lost or moved"),
+        (1, 5, "it is record 1; others are lost"),
+        (3, 5, "it is record 3; others are lost"),
         (2, 4, "step 4 comes after step 5"),
     ):
         path.write_bytes(first + codec.encode(kind, number, step, values))
