@@ -46,7 +46,8 @@ def launch_exchange_kernels(
         grads = {like.dtype, torch.float32} if holds_step else {like.dtype}
         form = Carried(share.rows[at], share.columns[at], like.dtype)
         summed = [form._replace(dtype=dtype) for dtype in {*grads, wire_dtype or like.dtype}]
-        targets = _rows_like(share.grad_target(at, num_experts) or ())
+        target = share.grad_target(at, num_experts)
+        targets = [] if target is None else _rows_like(target)
         for of_part in summed:
             if of_part.dtype in grads:
                 _copy(row, _row(like, of_part), [])
