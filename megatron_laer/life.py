@@ -2,16 +2,7 @@
 
 A pass picks its column once its layout is known (`column`). `runtime/weights/restored.py` and
 `runtime/scheduler.py` look cells up, and carry out their actions. docs/architecture.md draws the
-table. Impossible combinations of kinds have no column.
-
-    forward   layer i:    attention  router  dispatch ┬ experts i ──────── combine
-              parameters:                             └ restore i+1
-    backward  layer i:    combine ┬ experts i ── dispatch ┬ attention ── combine ┬ experts i-1
-              parameters:         └ restore i-1           │                      └ restore i-2
-              gradients:                                  └ reduce i ─────────────────────┘
-
-In the last layer of an operation, the first one of the next operation takes the place of i+1 or
-i-1. Operations are forward or backward passes of a microbatch through a model chunk.
+table and the overlap that it makes. Impossible combinations of kinds have no column.
 
 Source: the LAER-MoE paper's fine-grained schedule (arXiv 2602.11686), with parameters and gradients
 on communicators of their own.
