@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from megatron_laer.choices import Sharding, Unproven
@@ -87,7 +86,9 @@ def run(args: argparse.Namespace) -> int:
     cluster = simulate_input.cluster_of(args)
     model = simulate_input.model_of(args)
     model, dispatches, at_home, words = _with_flags(args, model)
-    most_gib = _memory(args, cluster)
+    most_gib = simulate_input.most_gib(args, cluster)
+    if most_gib is None:
+        raise ValueError(f"--cluster {cluster.name} has no card; give --memory-gib")
     asked, trace = _run(args, cluster, model, dispatches, at_home, most_gib)
     common = [] if words else run_flags.flags_of(asked.shape)
     if args.fp8_format is not None:
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         asked = replace(asked, allow=_allowed(args, asked, [*words, *common]))
     predictor = Predictor(asked)
     tokens = asked.shape.tokens
-    balanced = replace(asked, trace_of=_made(args, model, "W0", tokens), tokens=None)
+    balanced = replace(asked, trace_of=_trace_of(args, model, "W0", tokens), tokens=None)
     results = search(
         predictor, Predictor(balanced), lambda title, items: bar(title, leave=False)(items)
     )
@@ -153,13 +154,6 @@ def _allowed(args: argparse.Namespace, asked: Run, words: list[str]) -> tuple[Un
     return run_flags.allowed(args.model, [*words, *group], args.gpus)
 
 
-def _memory(args: argparse.Namespace, cluster: Cluster) -> float:
-    most_gib = simulate_input.most_gib(args, cluster)
-    if most_gib is None:
-        raise ValueError(f"--cluster {cluster.name} has no card; give --memory-gib")
-    return most_gib
-
-
 def _run(
     args: argparse.Namespace,
     cluster: Cluster,
@@ -181,7 +175,7 @@ def _run(
     trace = None
     if args.workload is None:
         trace = routing_input.read(args, model.num_experts)
-        sizes = [size for size in sizes if _can_have(trace, size)]
+        sizes = [size for size in sizes if trace.divides(size)]
         if max(sizes, default=1) < 2:
             trace.check_divides(ranks)
     if max(sizes, default=1) < 2:
@@ -192,11 +186,9 @@ def _run(
     node_size = min(cluster.ranks_per_node, max(sizes))
     if trace is None:
         tokens = args.tokens or model.sequence
-        trace_of = _made(args, model, args.workload, tokens)
     else:
         recorded = Routing.of_run(trace, trace.num_ranks, model.topk, args.tokens, args.lag)
         tokens = recorded.tokens(model.topk)
-        trace_of = partial(_recorded, trace)
     whole = Geometry(ranks, model.num_experts, model.num_experts, 1)
     shape = simulate_input.run_shape(args, whole, tokens, trace)
     shape.layers_by_chunk(len(model.layer_has_experts))  # refuses stages without a layer
@@ -209,7 +201,7 @@ def _run(
         sizes=tuple(sizes),
         node_size=node_size,
         rates=simulate_input.rates_of(args, model, cluster),
-        trace_of=trace_of,
+        trace_of=_trace_of(args, model, args.workload, tokens, trace),
         tokens=None if trace is None else tokens,
         lag=args.lag,
         steps=_STEPS,
@@ -224,19 +216,14 @@ def _run(
     return asked, trace
 
 
-def _made(
-    args: argparse.Namespace, model: ModelShape, workload: str, tokens: int | None
+def _trace_of(
+    args: argparse.Namespace,
+    model: ModelShape,
+    workload: str,
+    tokens: int,
+    trace: Trace | None = None,
 ) -> simulate_input.TraceOf:
+    """Return a function of the group's ranks: the trace that was read, or a workload's."""
+    if trace is not None:
+        return lambda ranks: trace
     return lambda ranks: simulate_input.workload(args, model, workload, ranks, tokens)
-
-
-def _recorded(trace: Trace, ranks: int) -> Trace:
-    return trace
-
-
-def _can_have(trace: Trace, ranks: int) -> bool:
-    try:
-        trace.check_divides(ranks)
-    except ValueError:
-        return False
-    return True

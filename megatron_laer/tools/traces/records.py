@@ -156,11 +156,16 @@ class Trace:
             return replace(self, counts_RNE=merged.astype(np.int32))
         return replace(self, counts_RNE=_dealt_out(self.counts_RNE, num_ranks // recorded))
 
+    def divides(self, num_ranks: int) -> bool:
+        """Return whether `with_ranks` can make this number of ranks."""
+        recorded = self.num_ranks
+        return num_ranks >= 1 and (recorded % num_ranks == 0 or num_ranks % recorded == 0)
+
     def check_divides(self, num_ranks: int) -> None:
         """Raise ValueError for a number of ranks that `with_ranks` cannot make."""
-        recorded = self.num_ranks
-        if num_ranks >= 1 and (recorded % num_ranks == 0 or num_ranks % recorded == 0):
+        if self.divides(num_ranks):
             return
+        recorded = self.num_ranks
         works = [size for size in range(1, recorded + 1) if recorded % size == 0]
         raise ValueError(
             f"a trace of {recorded} source ranks cannot be planned for {num_ranks} ranks; use one "
