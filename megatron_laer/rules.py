@@ -404,9 +404,7 @@ def _title(flag: str, row: Mapping[str, Any]) -> str:
     return flag if flag.startswith("--") or "." not in flag else f"{flag}=True"
 
 
-def _table() -> dict[str, tuple[Rule, ...]]:
-    text = (Path(__file__).with_name("rules.toml")).read_text(encoding="utf-8")
-    table = tomllib.loads(text)
+def _read(table: dict[str, Any]) -> dict[str, tuple[Rule, ...]]:
     defaults = table.pop("default")
     return {
         kind: tuple(rule for row in rows for rule in _rules(defaults.get(kind, {}) | row))
@@ -414,7 +412,18 @@ def _table() -> dict[str, tuple[Rule, ...]]:
     }
 
 
-_TABLE = _table()
+_FILE = tomllib.loads(Path(__file__).with_name("rules.toml").read_text(encoding="utf-8"))
+# Fields of TransformerConfig about MoE that are not refused.
+_FIELDS = _FILE.pop("fields")
+PROVED, UNTRIED = (frozenset(_FIELDS[name].split()) for name in ("proved", "untried"))
+# Fields without effect on FSEP, with the reason.
+WITHOUT_EFFECT: Mapping[str, str] = {
+    field: reason
+    for reason, fields in _FILE.pop("without_effect").items()
+    for field in fields.split()
+}
+
+_TABLE = _read(_FILE)
 # Settings of Megatron by themselves.
 REFUSALS = _TABLE["refused"]
 # Reasons why `--fsep-sharding auto` is rows.

@@ -88,18 +88,19 @@ def installed_release() -> str:
 
 
 _PROGRAM = """
-import contextlib, io, json, sys
+import argparse, contextlib, io, json, shlex, sys
 from megatron_laer.launch import prepare
 prepare()
 from megatron.core.package_info import __version__
-from megatron.training.arguments import parse_args
+from megatron.training.arguments import add_megatron_arguments
+
+parser = add_megatron_arguments(argparse.ArgumentParser("script", allow_abbrev=False))
 
 def complaint(line):
-    sys.argv = ["script", *line.split()]
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output):
-            parse_args()
+            parser.parse_args(shlex.split(line))
     except SystemExit:
         return output.getvalue().splitlines()[-1]
 

@@ -10,18 +10,22 @@ import dataclasses
 import functools
 import logging
 import os
+import re
 from types import SimpleNamespace
 from typing import Any
 
 from megatron_laer.config import FSEPConfig, TokenExchange
-from megatron_laer.rules import REFUSALS, RULES, UNPROVEN, problems_by, settings_with
-from megatron_laer.support import fp8_experts
-from megatron_laer.support.fields import (
-    MOE_FIELD,
+from megatron_laer.rules import (
     PROVED,
+    REFUSALS,
+    RULES,
+    UNPROVEN,
     UNTRIED,
     WITHOUT_EFFECT,
+    problems_by,
+    settings_with,
 )
+from megatron_laer.support import fp8_experts
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,9 @@ _EXPOSED_IN_NODE = (
     "with the experts' compute, where that schedule hides none of them; give --fsep-token-exchange "
     "rank unless links between nodes are much slower"
 )
+# Names of Megatron's fields about MoE.
+MOE_FIELD = re.compile(r"moe|expert|router")
+
 _REFUSED = frozenset(row.field for row in REFUSALS)
 
 

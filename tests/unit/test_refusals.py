@@ -22,15 +22,19 @@ from megatron_laer.choices import Auto, TokenExchange, Unproven
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.releases import NEXT, NUMBERS
-from megatron_laer.rules import BY_RECIPE, PROVED_RECOMPUTE, REFUSALS, RULES, UNPROVEN, Rule
-from megatron_laer.runtime.comm.agreement import describe_difference, summarise
-from megatron_laer.support import model as model_support
-from megatron_laer.support.fields import (
-    MOE_FIELD,
+from megatron_laer.rules import (
+    BY_RECIPE,
     PROVED,
+    PROVED_RECOMPUTE,
+    REFUSALS,
+    RULES,
+    UNPROVEN,
     UNTRIED,
     WITHOUT_EFFECT,
+    Rule,
 )
+from megatron_laer.runtime.comm.agreement import describe_difference, summarise
+from megatron_laer.support import model as model_support
 from tests.costs import COSTS
 from tests.parity.rows import ROWS
 from tests.processes import python
@@ -159,9 +163,12 @@ from megatron_laer.support.arguments import fill_in, problems, with_sharding
 
 given = json.load(sys.stdin)
 
+sys.argv = ["script", *"BASE".split()]
+parser = arguments.add_megatron_arguments(argparse.ArgumentParser("script", allow_abbrev=False))
+
 def parsed(line):
-    sys.argv = ["script", *"BASE".split(), *shlex.split(line)]
-    args = arguments.parse_args()
+    args = parser.parse_args([*"BASE".split(), *shlex.split(line)])
+    args.rank, args.world_size = 0, 2
     fill_in(args, {})
     return args
 
@@ -243,12 +250,8 @@ def own(line):
     args = parsed(line)
     return problems(args, config_from_args(args))
 
-parser = arguments.add_megatron_arguments(argparse.ArgumentParser(allow_abbrev=False))
-os.environ.update(RANK="0", WORLD_SIZE="2")
-WORDS = str | int | None
 print(json.dumps({
     "version": __version__,
-    "defaults": {a.dest: a.default for a in parser._actions if isinstance(a.default, WORDS)},
     "dests": {flag: a.dest for a in parser._actions for flag in a.option_strings},
     "fields": [field.name for field in dataclasses.fields(TransformerConfig)],
     "fired": {line: fired(line) for line in given["lines"]},
@@ -487,7 +490,7 @@ class Config:
 
 def test_every_moe_field_of_this_megatron_is_known(megatron: dict[str, Any]) -> None:
     fields = set(megatron["fields"])
-    moe_fields = {name for name in fields if MOE_FIELD.search(name)}
+    moe_fields = {name for name in fields if model_support.MOE_FIELD.search(name)}
     known = [*{row.field for row in REFUSALS if row.field}, *PROVED, *WITHOUT_EFFECT]
     assert twice(known) == [], "a field is in two lists"
     assert moe_fields <= set(known), "new in this Megatron: decide what FSEP makes of it"
