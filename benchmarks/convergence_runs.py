@@ -182,7 +182,7 @@ class _Observer:
             return
         self.layouts = coordinator.layouts.version
         # Only the planner rank has samples. A step has one microbatch, which is the newest.
-        samples = [layer.statistics.take_samples()[-1:] for layer in coordinator.layers]
+        samples = [layer.statistics.take_outcomes()[-1:] for layer in coordinator.layers]
         if all(samples):
             newest = [sample.decision for (sample,) in samples]
             self.max_over_mean[-1] = statistics.fmean(

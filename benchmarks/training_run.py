@@ -172,5 +172,5 @@ def _fsep_skew() -> list[float]:
     return [
         max_over_mean(fsep_tokens_N(sample.decision.quotas))
         for layer in layers
-        for sample in layer.statistics.take_samples()
+        for sample in layer.statistics.take_outcomes()
     ]

@@ -32,7 +32,7 @@ def balance_of_step(model: object) -> tuple[float, float, int]:
     coordinator = current_coordinator()
     if coordinator is None:
         return 0.0, 0.0, -1
-    samples = [one for layer in coordinator.layers for one in layer.statistics.take_samples()]
+    samples = [one for layer in coordinator.layers for one in layer.statistics.take_outcomes()]
     if not samples:  # but on rank 0
         return 0.0, 0.0, coordinator.layouts.version
     ratios = [(one.ratio, one.stock_ratio) for one in samples]

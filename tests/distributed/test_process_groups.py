@@ -168,7 +168,7 @@ def test_ranks_go_on_alike_where_fsep_groups_are_unlike(ranks: RankPools) -> Non
     assert found == [(2, 8.0)] * 4 + [(6, 8.0)] * 4
 
 
-def chosen_node_size(command: list[str]) -> int:
+def largest_group_used(command: list[str]) -> int:
     from megatron_laer.session import current_coordinator
 
     sizes: list[int] = []
@@ -176,7 +176,8 @@ def chosen_node_size(command: list[str]) -> int:
     def look(_model: object) -> None:
         coordinator = current_coordinator()
         assert coordinator is not None
-        sizes.append(coordinator.streams.exchange.node_size)
+        used = coordinator.streams.exchange.communicators
+        sizes.append(max(group.size() for group in used))
 
     train(command, look)
     return sizes[-1]
@@ -205,7 +206,7 @@ def test_auto_goes_through_nodes_where_links_inside_are_faster(
         global_batch=8,
         steps=1,
     )
-    assert ranks(4).run(chosen_node_size, command) == [expected] * 4
+    assert ranks(4).run(largest_group_used, command) == [expected] * 4
 
 
 def test_ranks_unevenly_spread_over_nodes_are_refused() -> None:
