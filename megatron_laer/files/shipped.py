@@ -28,5 +28,6 @@ def yaml_file(kind: str, path_or_name: str | Path) -> Path:
 def did_you_mean(given: str, known: Iterable[str]) -> str:
     """Return a question for the known word that is most like a given one; "" if none is."""
     # No typing error has a thousand letters, whose comparison would take minutes.
-    close = get_close_matches(given[:100], list(known), n=1)
-    return f", did you mean {close[0]}?" if close else ""
+    words = {word.lstrip("-"): word for word in known}
+    close = get_close_matches(given.lstrip("-")[:100], list(words), n=1)
+    return f", did you mean {words[close[0]]}?" if close else ""

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_laer.files.yaml_text import parse_yaml
 from megatron_laer.tools.recipes.command_lines import (
     check_patterns,
-    flags_in_mapping,
+    flags_in_file,
     flags_in_text,
     script_flags,
     without,
@@ -21,13 +20,15 @@ def test_flags_are_taken_from_a_script_and_from_yaml(tmp_path):
     path = tmp_path / "run.sh"
     path.write_text("#!/bin/bash\ntorchrun pretrain_gpt.py \\\n  --lr 1 \\\n  --split '99,1,0'\n")
     assert flags_in_text(path) == ["--lr", "1", "--split", "99,1,0"]
-    text = "description: x\nmoe:\n  num_experts: 8\n  --moe-layer-freq: '[0,1]'\nswiglu: true\n"
-    content = parse_yaml(text)
-    assert isinstance(content, dict)
+    given = tmp_path / "x.yaml"
+    given.write_text(
+        "description: x\nmoe:\n  num_experts: 8\n  --moe-layer-freq: '[0,1]'\nswiglu: true\n"
+    )
     flags = ["--num-experts", "8", "--moe-layer-freq", "[0,1]", "--swiglu"]
-    assert flags_in_mapping(content, "x.yaml") == flags
-    with pytest.raises(ValueError, match=r"^x.yaml: 'Num Layers' is no flag"):
-        flags_in_mapping({"Num Layers": "2"}, "x.yaml")
+    assert flags_in_file(given) == flags
+    given.write_text("Num Layers: 2\n")
+    with pytest.raises(ValueError, match=r"x\.yaml: 'Num Layers' is no flag"):
+        flags_in_file(given)
     path.write_text("--lr 'x")
     with pytest.raises(ValueError, match="no command line"):
         flags_in_text(path)
