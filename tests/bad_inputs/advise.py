@@ -18,7 +18,10 @@ _CASES = (
     (f"{_RUN} --gpus 8 --cluster moon", "--cluster 'moon': unknown cluster"),
     (f"{_RUN} --gpus 8 --model moon", "--model 'moon': unknown model 'moon'"),
     (f"{_RUN} --gpus 8 --cluster cpu-gloo", "--cluster cpu-gloo has no card; give --memory"),
-    (f"{_RUN} --gpus 8 --ranks 8", "unrecognized arguments: --ranks, did you mean --trace-ranks?; "),
+    (
+        f"{_RUN} --gpus 8 --ranks 8",
+        "unrecognized arguments: --ranks, did you mean --trace-ranks?; ",
+    ),
     (f"{_RUN} --gpus 8 --world 8", "unrecognized arguments: --world, did you mean --workload?; "),
     (f"{_RUN} --gpus 66 --pipeline 33", "32 layers are too few for 33 stages"),
     (f"{_RUN} --gpus 8 --virtual-pipeline 2", "the interleaved schedule needs a pipeline"),
