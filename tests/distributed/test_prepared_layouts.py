@@ -1,4 +1,4 @@
-"""In training, index tensors are built ahead of their exchange, where nothing waits for them."""
+"""In training, this rank's part of an exchange is found ahead of it, where nothing waits."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RECOMPUTE = " --recompute-granularity full --recompute-method uniform --recomput
 
 
 def places_of_builds(command: list[str]) -> set[str]:
-    """Train; return the place in the host's program, or the thread, of every build of an index."""
+    """Train; return the place in the host's program, or the thread, where each chain is made."""
     from megatron_laer.runtime.comm import layout_index
 
     places: set[str] = set()

@@ -37,7 +37,7 @@ from tests.tools.report_pages import data_of, figure_of, report, values_of, writ
 
 # Without the data, nearly all of the file is plotly.js.
 MAX_BYTES = 1_600_000
-# Of the file in plotly.js-cartesian-dist-min 4.1.1.
+# sha256 of the file in plotly.js-cartesian-dist-min 4.1.1.
 PLOTLY = "79542150855a52c567260e3137095dbe2b744e6d702a5cabe67da246942fba7a"
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>&\u2028\"'{{DATA}}"
 

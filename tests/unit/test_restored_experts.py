@@ -278,7 +278,7 @@ def test_delayed_gradients_are_waited_for_after_the_dispatch(streams: ExchangeSt
     late = LateGrads()
     restored = restored_experts(streams, kinds=(Kind.DELAYED,), late=late)
     tokens = restored.dispatch(restored.gate(ones(needs_grad=True) * 2)) * 1
-    tokens.register_hook(lambda _: late.computes.popleft()())  # beside the dispatch
+    tokens.register_hook(lambda _: late.computes.popleft()())  # next to the dispatch
     experts(restored, tokens, ones(needs_grad=True)).sum().backward()
     assert restored.state == ExpertsState("layer 1") and streams.grads.in_use == 0
     assert all(part.main_grad.any() for part in restored._share.parameters)  # type: ignore[attr-defined]
