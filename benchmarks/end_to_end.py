@@ -45,6 +45,7 @@ from benchmarks.end_to_end_cases import (
     MODES,
     QUICK,
     QUICK_TOKENS,
+    RIVALS,
     SKEWS,
     STOCK_RECOMPUTE,
     TOKENS,
@@ -92,7 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--steps", type=between(1, MOST_STEPS), help="that are counted, but for bursts"
     )
-    parser.add_argument("--only", help="configurations whose names contain this, and stock's")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="PART",
+        help="configurations whose names contain one of these, and stock's",
+    )
     options = parser.parse_args(arguments)
     size = QUICK if options.quick else HALF if options.half else FULL
     if options.tokens:
@@ -312,11 +318,11 @@ def throughput(runs: Runs, name: str, size: Size) -> dict[str, float]:
 
 
 def kept(runs: Runs, size: Size) -> dict[str, dict[str, dict[str, float]]]:
-    """Return the share of forced balance that stock and FSEP keep under each measured workload."""
+    """Return the share of forced balance that each rival keeps under each measured workload."""
     return {
         workload: {
             kind: throughput(runs, f"{kind}, {workload}", size)
-            for kind in ("stock", "fsep")
+            for kind in RIVALS
             if f"{kind}, {workload}" in runs
         }
         for workload in routing.REPLAYED

@@ -26,9 +26,12 @@ SEED = 0
 
 FSEP = "--expert-parallel-mode fsep"
 STATIC = f"{FSEP} --fsep-planner static"
+# Every routing trains with stock, with FSEP as it chooses, and with rows.
+RIVALS = {"stock": "", "fsep": FSEP, "fsep rows": f"{FSEP} --fsep-sharding rows"}
 RECOMPUTE = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
 MODES = {
     "adaptive": FSEP,
+    "rows": f"{FSEP} --fsep-sharding rows",
     "forecast": f"{FSEP} --fsep-plan-mode forecast",
     "exact": f"{FSEP} --fsep-plan-mode exact",
     "restore step": f"{FSEP} --fsep-restore step",
@@ -137,15 +140,16 @@ def token_configurations(size: Size) -> list[Configuration]:
     ]
 
 
-def chosen(cases: Sequence[Configuration], part: str) -> list[Configuration]:
-    """Choose the configurations whose names contain `part`, and their baselines.
+def chosen(cases: Sequence[Configuration], parts: Sequence[str]) -> list[Configuration]:
+    """Choose the configurations whose names contain one of `parts`, and their baselines.
 
-    Raises ValueError if there is none.
+    Raises ValueError for a part that is in no name.
     """
-    names = {case.name for case in cases if part in case.name}
-    if not names:
-        known = "; ".join(case.name for case in cases)
-        raise ValueError(f"--only {part!r}: no configuration is called so; there are {known}")
+    for part in parts:
+        if not any(part in case.name for case in cases):
+            known = "; ".join(case.name for case in cases)
+            raise ValueError(f"--only {part!r}: no configuration is called so; there are {known}")
+    names = {case.name for case in cases if any(part in case.name for part in parts)}
     names.add("ideal")
     if any("recompute" in name for name in names):
         names.add(STOCK_RECOMPUTE)
@@ -172,7 +176,7 @@ def configurations(size: Size, ranks: int, scratch: Path) -> list[Configuration]
 
     found = [Configuration("ideal", "", balanced, steps)]
     for skew in SKEWS:
-        for kind, flags in (("stock", ""), ("fsep", FSEP), ("fsep static", STATIC)):
+        for kind, flags in (RIVALS | {"fsep static": STATIC}).items():
             long = burst_steps if skew == "burst" else steps
             found.append(Configuration(f"{kind}, {skew}", flags, skewed[skew], long))
     for name in routing.REPLAYED:
@@ -182,7 +186,7 @@ def configurations(size: Size, ranks: int, scratch: Path) -> list[Configuration]
         workload = Routing("--moe-enable-routing-replay", trace=path)
         found += [
             Configuration(f"{kind}, {name}", flags, workload, long)
-            for kind, flags in (("stock", ""), ("fsep", FSEP))
+            for kind, flags in RIVALS.items()
         ]
     for mode, flags in MODES.items():
         if mode == "recompute":

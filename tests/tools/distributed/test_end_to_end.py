@@ -8,7 +8,14 @@ from __future__ import annotations
 import pytest
 
 from benchmarks import end_to_end, routing
-from benchmarks.end_to_end_cases import SKEWS, TOKENS_OF, Size, configurations, token_configurations
+from benchmarks.end_to_end_cases import (
+    RIVALS,
+    SKEWS,
+    TOKENS_OF,
+    Size,
+    configurations,
+    token_configurations,
+)
 from megatron_laer.planner.balance import max_over_mean, stock_tokens_N
 from megatron_laer.tools.traces.workloads import WorkloadShape, workload_counts
 
@@ -38,7 +45,7 @@ def test_every_configuration_runs_under_the_routing_it_is_named_for(tmp_path):
     shape = TINY.routing_shape(2)
     assert set(result["share_of_forced_balance"]) == {"W5", "W7"}
     for workload, shares in result["share_of_forced_balance"].items():
-        assert set(shares) == {"stock", "fsep"}
+        assert set(shares) == set(RIVALS)
         assert all(set(share) == TIMES and share["min"] > 0 for share in shares.values())
         stock, fsep = (runs[f"{kind}, {workload}"][0].ranks[0] for kind in ("stock", "fsep"))
         sizes = WorkloadShape(2, shape.experts, shape.topk, shape.tokens)
