@@ -17,7 +17,7 @@ import importlib
 import inspect
 from collections.abc import Sequence
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,6 +28,19 @@ from megatron_laer.precision import Precision, Quantisation
 from megatron_laer.runtime.weights.layer import Carried, Packer
 
 TENSORS = "transformer_engine.pytorch.tensor"
+
+
+class Operand(NamedTuple):
+    """Operand of a product: the recipe's settings of it, and the dimensions of a block's scale."""
+
+    settings: str
+    dimensions: int
+    is_of_backward: bool = False
+
+
+WEIGHT = Operand("fp8_quant_fwd_weight", 2)
+INPUT = Operand("fp8_quant_fwd_inp", 1)
+GRAD = Operand("fp8_quant_bwd_grad", 1, is_of_backward=True)
 # Settings of recipes that replicas do not follow, with the variable that turns them on.
 _NOT_OF_REPLICAS = {
     "backward_override": ("NVTE_BACKWARD_OVERRIDE", "compute backward in fp8"),
@@ -110,7 +123,7 @@ class Quantised:
     def forward(
         self, input_TK: torch.Tensor, weight_CRK: torch.Tensor, tokens_C: Sequence[int]
     ) -> torch.Tensor:
-        inputs = self._inputs(input_TK, tokens_C)
+        inputs = self._quantised(INPUT, input_TK, tokens_C)
         return self._products("TN", self._weights(weight_CRK), inputs, tokens_C)
 
     def input_grad(
@@ -120,10 +133,10 @@ class Quantised:
         weights = self._weights(weight_CRK, by_columns=by_columns)
         for weight in () if by_columns else weights:
             weight.update_usage(columnwise_usage=True)
-        return self._products("NN", weights, self._grads(grad_TR, tokens_C), tokens_C)
+        return self._products("NN", weights, self._quantised(GRAD, grad_TR, tokens_C), tokens_C)
 
     def kept(self, input_TK: torch.Tensor, tokens_C: Sequence[int]) -> list[Any]:
-        return self._inputs(input_TK, tokens_C, by_columns=True)
+        return self._quantised(INPUT, input_TK, tokens_C, by_columns=True)
 
     def weight_grad(
         self,
@@ -139,7 +152,7 @@ class Quantised:
             return
         grouped.grouped_gemm()(
             kept_TK,
-            self._grads(grad_TR, tokens_C, by_columns=True),
+            self._quantised(GRAD, grad_TR, tokens_C, by_columns=True),
             [out_CRK[slot] for slot in filled],
             [None] * len(filled),
             out_CRK.dtype,
@@ -186,13 +199,14 @@ class Quantised:
         quantised: Any = weight_RK
         if not isinstance(weight_RK, self._tensor):
             # A replica transposes where its card needs it.
-            quantised = self._weights_quantiser(weight_RK.device, by_columns)(weight_RK)
+            quantise = self._quantiser(WEIGHT, weight_RK.device, not by_columns, by_columns)
+            quantised = quantise(weight_RK)
         values, scales = (f"_{self._stored(name, by_columns)}" for name in ("data", "scale_inv"))
         return getattr(quantised, values), getattr(quantised, scales)
 
     def _weights(self, payload_CPK: torch.Tensor, *, by_columns: bool = False) -> list[Any]:
         """Return the slots' matrices as tensors of Transformer Engine, in the payloads' memory."""
-        quantiser = self._weights_quantiser(payload_CPK.device, by_columns)
+        quantiser = self._quantiser(WEIGHT, payload_CPK.device, not by_columns, by_columns)
         unpack = self._forms[by_columns].unpack
         return [
             self._weight(*unpack(payload_PK), quantiser, by_columns=by_columns)
@@ -224,51 +238,35 @@ class Quantised:
             return part
         return f"{'column' if by_columns else 'row'}wise_{part}"
 
-    def _weights_quantiser(self, device: torch.device, by_columns: bool) -> Any:
-        parameters = getattr(self._recipe, "fp8_quant_fwd_weight", None)
-        made = self._quantiser(self._forward_kind, parameters, device, dimensions=2)
-        made.set_usage(rowwise=not by_columns, columnwise=by_columns)
-        return made
-
     def _quantiser(
-        self, kind: Any, parameters: Any, device: torch.device, *, dimensions: int
+        self, operand: Operand, device: torch.device, by_rows: bool, by_columns: bool
     ) -> Any:
+        parameters = getattr(self._recipe, operand.settings, None)
         given = {
-            "fp8_dtype": kind,
+            "fp8_dtype": self._backward_kind if operand.is_of_backward else self._forward_kind,
             "rowwise": True,
             "columnwise": True,
             "device": device,
             "force_pow_2_scales": getattr(parameters, "power_2_scale", None),
             "amax_epsilon": getattr(parameters, "amax_epsilon", None),
-            "block_scaling_dim": dimensions,
+            "block_scaling_dim": operand.dimensions,
         }
         module, name, arguments = self._row.quantiser
-        return _part(module, name)(**{argument: given[argument] for argument in arguments})
-
-    def _inputs(
-        self, input_TK: torch.Tensor, tokens_C: Sequence[int], *, by_columns: bool = False
-    ) -> list[Any]:
-        parameters = getattr(self._recipe, "fp8_quant_fwd_inp", None)
-        return self._quantised(self._forward_kind, parameters, input_TK, tokens_C, by_columns)
-
-    def _grads(
-        self, grad_TR: torch.Tensor, tokens_C: Sequence[int], *, by_columns: bool = False
-    ) -> list[Any]:
-        parameters = getattr(self._recipe, "fp8_quant_bwd_grad", None)
-        return self._quantised(self._backward_kind, parameters, grad_TR, tokens_C, by_columns)
+        made = _part(module, name)(**{argument: given[argument] for argument in arguments})
+        made.set_usage(rowwise=by_rows, columnwise=by_columns)
+        return made
 
     def _quantised(
         self,
-        kind: Any,
-        parameters: Any,
+        operand: Operand,
         tokens_TK: torch.Tensor,
         tokens_C: Sequence[int],
-        by_columns: bool,
+        *,
+        by_columns: bool = False,
     ) -> list[Any]:
         """Quantise the tokens of each slot that has any, with rows of zeros up to the multiple."""
-        quantise = self._quantiser(kind, parameters, tokens_TK.device, dimensions=1)
         by_rows = not by_columns or self._row.rows_for_columns
-        quantise.set_usage(rowwise=by_rows, columnwise=by_columns)
+        quantise = self._quantiser(operand, tokens_TK.device, by_rows, by_columns)
         padded_UK = padded(tokens_TK, tokens_C, self._row.multiple)
         parts = padded_UK.split(padded_sizes(tokens_C, self._row.multiple))
         return [quantise(part_nK) for part_nK in parts if len(part_nK)]
