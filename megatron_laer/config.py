@@ -38,12 +38,12 @@ from megatron_laer.choices import (
 from megatron_laer.files.checks import numbered
 from megatron_laer.rules import (
     LAER_PLANNER,
-    NEEDS_ROWS,
     RULES,
     lays_out_freely,
     problems_by,
     said,
     settings_with,
+    sharding_for,
     value_text,
 )
 
@@ -79,6 +79,7 @@ __all__ = [
     "types_of",
     "value_text",
     "words_of",
+    "write_in_force",
 ]
 
 
@@ -168,15 +169,11 @@ class FSEPConfig:
         "(the cheaper), announced (fresh, from announced routing)",
         flag="--fsep-plan-mode",
     )
-    restore: Restore = _option(
+    restore: Restore | float = _option(
         Restore.LAYER,
-        "restore experts per layer and microbatch, or once per step (all layers in memory)",
+        "restore experts per layer and microbatch, keep those that fit into GIB until backward, "
+        "or restore once per step (all layers in memory)",
         flag="--fsep-restore",
-    )
-    restore_memory_gib: float = _option(
-        0.0,
-        "memory in which restored weights stay until backward, as many as fit",
-        flag="--fsep-restore GIB",
         minimum=Bound(0, "0; 1.5 keeps 1.5 GiB"),
         maximum=Bound(4096, "4096; no card has more"),
     )
@@ -291,25 +288,15 @@ class FSEPConfig:
             if value is not None or spec.default is not None:
                 # Plain words become the members they name.
                 object.__setattr__(self, spec.name, _checked(spec, value))
-        if self.homes is not None and self.sharding == Auto.AUTO:
-            object.__setattr__(self, "sharding", Sharding.EXPERTS)
-        problems = problems_by(RULES, settings_with(SimpleNamespace(), self))
-        if self.quantises_experts and not problems:
-            problems = self.reasons_against_homes(f"--fsep-allow-unproven {Unproven.FP8_EXPERTS}")
-        if problems:
+        settings = settings_with(SimpleNamespace(), self)
+        if problems := problems_by(RULES, settings):
             raise ValueError(numbered(problems))
+        object.__setattr__(self, "sharding", sharding_for(settings)[0])
 
     @property
-    def reason_for_rows(self) -> str | None:
-        """Return why these settings need `--fsep-sharding rows`; None if they do not."""
-        at_home = settings_with(SimpleNamespace(), self, fsep_sharding=Sharding.EXPERTS)
-        return next(iter(problems_by(NEEDS_ROWS, at_home)), None)
-
-    def reasons_against_homes(self, given: str) -> list[str]:
-        """Return why `--fsep-sharding auto` is rows, where `given` needs experts at home."""
-        if self.sharding != Auto.AUTO or self.reason_for_rows is None:
-            return []
-        return [f"{given}: it needs --fsep-sharding {Sharding.EXPERTS}, but {self.reason_for_rows}"]
+    def kept_gib(self) -> float:
+        """Return the memory in which restored weights stay until backward."""
+        return 0.0 if isinstance(self.restore, str) else self.restore
 
     @property
     def quantises_experts(self) -> bool:
@@ -365,6 +352,11 @@ def settings_in_force(config: FSEPConfig) -> dict[str, Any]:
     }
 
 
+def write_in_force(args: Any, settings: Mapping[str, Any]) -> None:
+    """Write settings in force, in place of `auto`, to Megatron's arguments, which it saves."""
+    vars(args).update({f"fsep_{name}": value for name, value in settings.items()})
+
+
 @cache
 def _annotations() -> dict[str, Any]:
     """Return the fields' types, whose texts every start of a rank would evaluate many times."""
@@ -397,22 +389,26 @@ def _word(name: str, value: Any) -> Choice:
     for choice in _choices(name):
         if isinstance(value, str) and value in choice:
             return choice(value)
-    given = setting(name, value)
-    raise ValueError(f"{given}: must be one of {', '.join(words_of(name))}")
+    allowed = [*words_of(name), *(_NUMBERS[kind][1] for kind in _numbers(name))]
+    raise ValueError(f"{setting(name, value)}: must be one of {', '.join(allowed)}")
+
+
+def _numbers(name: str) -> list[type]:
+    return [kind for kind in types_of(name) if kind in _NUMBERS]
 
 
 def _checked(spec: dataclasses.Field[Any], value: Any) -> Any:
     """Return a value in its field's type, or raise a ValueError that quotes it."""
-    kind = types_of(spec.name)[0]
     if takes_several(spec.name):
         given = value if isinstance(value, list | tuple) else [value]
         # In one order on all ranks.
         return tuple(sorted({_word(spec.name, word) for word in given}))
-    if issubclass(kind, Choice):
+    numbers = _numbers(spec.name)
+    if words_of(spec.name) and not (numbers and isinstance(value, Real)):
         return _word(spec.name, value)
-    if kind not in _NUMBERS:
+    if not numbers:
         return value
-    number, noun = _NUMBERS[kind]
+    number, noun = _NUMBERS[numbers[0]]
     if not isinstance(value, number):
         raise ValueError(f"{setting(spec.name, value)}: must be {noun}")
     minimum, maximum = spec.metadata["minimum"], spec.metadata["maximum"]

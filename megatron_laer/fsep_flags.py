@@ -50,15 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "every microbatch",
     )
     for name in _FIELDS:
-        if " " not in flag_name(name) and name != "restore":
+        if " " not in flag_name(name):
             several = "+" if takes_several(name) else None
             group.add_argument(flag_name(name), nargs=several, **_option(name), help=help_of(name))
-    group.add_argument(
-        "--fsep-restore",
-        action=_Restore,
-        metavar="{layer,step,GIB}",
-        help=f"{help_of('restore')}; GIB: {help_of('restore_memory_gib')}",
-    )
     group.add_argument(
         "--fsep-record",
         action=_Record,
@@ -87,39 +81,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def check_known(words: Iterable[str]) -> None:
     """Refuse `--fsep-` flags that do not exist, each with the form that is meant."""
-    flags = list(dict.fromkeys(flag_name(name).split()[0] for name in _FIELDS))
-    problems = []
-    for word in dict.fromkeys(word.split("=")[0] for word in words):
-        if not word.startswith("--fsep-") or word in flags:
-            continue
-        name = word.removeprefix("--fsep-").replace("-", "_")
-        near = difflib.get_close_matches(name, _FIELDS, 1)
-        if name in _FIELDS:
-            meant = f"give {setting(name, _placeholder(name))}"
-        elif near:
-            meant = f"did you mean {setting(near[0], _placeholder(near[0]))}?"
-        else:
-            meant = f"there are {', '.join(flags)}"
-        problems.append(f"{word}: no such flag; {meant}")
+    flags = {flag_name(name).split()[0]: None for name in _FIELDS}
+    given = dict.fromkeys(word.split("=")[0] for word in words)
+    problems = [
+        f"{word}: no such flag; {_meant(word.removeprefix('--fsep-'), flags)}"
+        for word in given
+        if word.startswith("--fsep-") and word not in flags
+    ]
     if problems:
         raise ValueError(numbered(problems))
 
 
-def _placeholder(name: str) -> str:
-    return {"restore_memory_gib": "GIB"}.get(name, "DIR" if name in RECORDED.values() else "VALUE")
+def _meant(given: str, known: Iterable[str]) -> str:
+    """Return the way to give a setting of this name or a similar one, else the known names."""
+    asked = given.replace("-", "_")
+    for name in [asked] if asked in _FIELDS else difflib.get_close_matches(asked, _FIELDS, 1):
+        form = setting(name, "DIR" if name in RECORDED.values() else "VALUE")
+        return f"give {form}" if name == asked else f"did you mean {form}?"
+    return f"there are {', '.join(known)}"
 
 
 def _option(name: str) -> dict[str, Any]:
     # Plain strings, since Megatron pickles parsed arguments into checkpoints.
-    words = words_of(name)
-    parse = str if words else _parser(name)
-    return {"type": parse, "choices": words or None, "metavar": _metavar(name)}
+    metavar = _metavar(name)
+    choices = None if metavar else words_of(name)
+    return {"type": _parser(name), "choices": choices, "metavar": metavar}
 
 
 def _metavar(name: str) -> str | None:
     """Return the value's name in the help; None for words, which are listed."""
-    by_type = {int: "N", float: "X", str: "NAME" if name == "planner" else "FILE"}
-    return None if words_of(name) else by_type[types_of(name)[0]]
+    own = {"restore": "{layer,step,GIB}", "planner": "NAME"}
+    by_type = {int: "N", float: "X", str: "FILE"}
+    return own.get(name) or (None if words_of(name) else by_type[types_of(name)[0]])
 
 
 def help_of(name: str) -> str:
@@ -131,7 +124,8 @@ def help_of(name: str) -> str:
 
 
 def _parser(name: str) -> Callable[[str], Any]:
-    return _slots if name == "capacity" else types_of(name)[0]
+    own = {"capacity": _slots, "restore": _word_or_gib}
+    return own.get(name) or (str if words_of(name) else types_of(name)[0])
 
 
 def _slots(text: str) -> int | None:
@@ -142,19 +136,12 @@ def _slots(text: str) -> int | None:
 _slots.__name__ = "int"  # in argparse's message
 
 
-class _Restore(argparse.Action):
-    """`--fsep-restore`: a word, or memory in GiB, which is restored `layer` by layer."""
-
-    def __call__(self, _: Any, into: Any, given: Any, flag: str | None = None) -> None:
-        kept = None
-        if given not in list(Restore):
-            try:
-                kept = float(given)
-            except ValueError:
-                problem = f"invalid choice: {given!r} (choose from layer, step, or GiB such as 1.5)"
-                raise argparse.ArgumentError(self, problem) from None
-        into.fsep_restore = given if kept is None else Restore.LAYER.value
-        into.fsep_restore_memory_gib = kept
+def _word_or_gib(text: str) -> str | float:
+    try:
+        return text if text in list(Restore) else float(text)
+    except ValueError:
+        problem = f"invalid choice: {text!r} (choose from layer, step, or GiB such as 1.5)"
+        raise argparse.ArgumentTypeError(problem) from None
 
 
 class _Record(argparse.Action):
@@ -183,19 +170,11 @@ class _Set(argparse.Action):
                 if not mark:
                     raise ValueError(f"{quoted(text)}: write name=value")
                 if name not in SET:
-                    raise ValueError(f"{quoted(text)}: no setting of this list; {_meant(name)}")
+                    problem = f"{quoted(text)}: no setting of this list; {_meant(name, SET)}"
+                    raise ValueError(problem)
                 setattr(into, f"fsep_{name}", _value(name, value))
             except ValueError as error:
                 raise argparse.ArgumentError(self, str(error)) from error
-
-
-def _meant(name: str) -> str:
-    """Return the way to give a name that `--fsep-set` does not take."""
-    if name in _FIELDS:
-        return f"give {setting(name, _placeholder(name))}"
-    near = difflib.get_close_matches(name.replace("-", "_"), SET, 1)
-    meant = f"did you mean {near[0]}? " if near else ""
-    return f"{meant}there are {', '.join(SET)}"
 
 
 def _value(name: str, text: str) -> Any:

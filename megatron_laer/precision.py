@@ -89,7 +89,6 @@ class Quantisation:
         reads: passes over a tensor to quantise it; current scaling first finds its largest value.
         multiple: of rows and columns of operands.
         rows_for_columns: whether tokens along columns are made from those along rows.
-        in_buffers: whether its parameters can be moved into Megatron's buffers.
         cards: those that compute its products.
         releases: of Transformer Engine, whose classes take the arguments here.
         signature: class whose parameters are those of `tensor`.
@@ -106,7 +105,6 @@ class Quantisation:
     reads: int = 1
     multiple: int = 16
     rows_for_columns: bool = False
-    in_buffers: bool = True
     releases: str = "2.11 to 2.20"
     signature: tuple[str, str] | None = None
 
@@ -190,7 +188,6 @@ _ROWS: Mapping[Precision, Quantisation] = {
         tile=(128, 4),
         directions=2,
         multiple=32,
-        in_buffers=False,
         # Earlier ones cannot be told that scales are not swizzled.
         releases="2.12 to 2.20",
     ),
@@ -203,6 +200,23 @@ def recipe_of(settings: Any) -> str:
     """Return the recipe of Megatron's TransformerConfig or arguments, or its default."""
     recipe = getattr(settings, "fp8_recipe", None) or MEGATRONS_RECIPE
     return str(getattr(recipe, "value", recipe))
+
+
+def card_problem(precision: Precision, capability: tuple[int, int], cuda: str | None) -> str | None:
+    """Return why Transformer Engine computes no such products on a card; None if it does.
+
+    `cuda` is the release that torch was built with, None where it is not known.
+    """
+    major, minor = map(int, (cuda or "99.0").split(".")[:2])
+    fitting = [one for one in QUANTISED if one.row.cards.include(capability, (major, minor))]
+    if precision in fitting:
+        return None
+    instead = f"give --fp8-recipe {' or '.join(fitting)}" if fitting else "leave out --fp8-format"
+    return (
+        f"--fp8-recipe {precision} with --fsep-allow-unproven fp8-experts: Transformer Engine "
+        f"needs {precision.row.cards}, and this card has {dotted(capability)} with CUDA {cuda}; "
+        f"{instead}"
+    )
 
 
 def dotted(version: tuple[int, int]) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple, Self
 
-from megatron_laer.choices import Sharding, Unproven
+from megatron_laer.choices import Auto, Sharding, Unproven
 from megatron_laer.files.checks import quoted
 
 # The paper's planner; names of its variants begin with it. It leaves no expert at home.
@@ -26,11 +26,6 @@ LAER_PLANNER = "laer"
 
 # Modules that Transformer Engine may capture: they end at a rank's own counts, or have no experts.
 GRAPHED = frozenset({"attn", "mamba", "mlp", "moe_preprocess", "moe_router"})
-
-# Modules of selective recompute in rows of the parity table; all others are refused.
-PROVED_RECOMPUTE = frozenset(
-    "core_attn gdn_norm_out layernorm mla_up_proj mlp moe moe_act shared_experts".split()
-)
 
 # Features that each word of `--fsep-allow-unproven` allows.
 UNPROVEN = {
@@ -41,7 +36,6 @@ UNPROVEN = {
 # Recipes that a word of `--fsep-allow-unproven` goes with.
 BY_RECIPE = {Unproven.FP8_EXPERTS: " with --fp8-recipe tensorwise, blockwise or mxfp8"}
 
-MUON = ("muon", "dist_muon")
 # Strategies of Megatron-FSDP that shard dense layers.
 STRATEGIES = ("optim", "optim_grads", "optim_grads_params")
 # Attributes of flags with other names than theirs.
@@ -49,9 +43,9 @@ _ARGUMENTS = {
     "--fp8-format": "fp8",
     "--fp4-format": "fp4",
     "--use-nccl-ub": "nccl_ub",
-    "--fsep-restore GIB": "fsep_restore_memory_gib",
 }
 _OFF: tuple[object, ...] = (False, None)
+_SHARDING = "--fsep-sharding"
 _NOT_RUN = "nobody has run it with FSEP, and no test on a GPU has shown it"
 _PLAIN = re.compile(r"[\w.+,/:-]+")
 
@@ -84,7 +78,9 @@ class NextTo(NamedTuple):
         name = argument_of(self.flag)
         if not hasattr(settings, name):
             return False
-        return _is_among(getattr(settings, name), self.values) != self.is_negated
+        value = getattr(settings, name)
+        words = value if isinstance(value, list | tuple) else (value,)
+        return any(_is_among(word, self.values) for word in words) != self.is_negated
 
     def said(self, settings: Any = None) -> str:
         """Return the condition behind another setting, with its value if settings are given."""
@@ -117,7 +113,6 @@ class Rule:
         given: more words of the command line of the example.
         field: field of TransformerConfig that the flag ends up in, by default of the flag's name;
             "" if there is none.
-        field_way_out: remedy in terms of the field, if not the first accepted value.
         is_filled_in: whether FSEP makes the accepted value the flag's default, as it does not
             change the model.
         words: words of `--fsep-allow-unproven` that accept `unproven_values` too.
@@ -137,7 +132,6 @@ class Rule:
     example: object = True
     given: str = ""
     field: str = ""
-    field_way_out: str = ""
     is_filled_in: bool = False
     words: tuple[Unproven, ...] = ()
     unproven_values: tuple[str, ...] = ()
@@ -155,66 +149,42 @@ class Rule:
         return self.title + _together(other.said() for other in self.next_to)
 
     @property
-    def trigger(self) -> str:
-        """Return words of a command line, or of a recipe, that the rule refuses."""
-        example = self.example if self.example is not True or not self.refused else self.refused
-        own = str(example)
-        if own.startswith("FSEPConfig("):
-            return own
-        if not own.startswith("--"):
-            is_list = self.argument == "fsep_allow_unproven"
-            own = said(self.flag, example if is_list or not self.refused else self.refused[0])
-        others = [
-            said(other.flag, 0.1 if other.is_negated else other.values[0])
-            for other in self.next_to
-            if other.values != _OFF and other.flag not in (self.given + own)
-        ]
-        return " ".join(filter(None, [self.given, *others, own]))
-
-    @property
     def said_way_out(self) -> str:
         """Return the remedy, with a note if its only cost is speed."""
-        return self._with_cost(self.way_out)
+        is_speed_only = self.left_out is LeftOut.SPEED
+        return f"{self.way_out} (it is {LeftOut.SPEED})" if is_speed_only else self.way_out
 
-    def problem(self, settings: Any, allowed: Collection[Unproven] = ()) -> str | None:
-        """Return the reason and remedy if FSEP cannot run with these settings, else None."""
-        if not self._is_refused(settings, self.argument, allowed):
+    def problem(self, settings: Any, *, as_field: bool = False) -> str | None:
+        """Return the reason and remedy if FSEP cannot run with these settings, else None.
+
+        Args:
+            as_field: whether a TransformerConfig was given, and no command line.
+        """
+        if not self._is_refused(settings):
             return None
         value = getattr(settings, self.argument)
         if value is None and self.when is None:  # not given, so Megatron's default stands
             return None
-        if self.asks_for_unproven(settings, self.argument):
-            words = " or ".join(f"{word}{BY_RECIPE.get(word, '')}" for word in self.words)
-            return (
-                f"{said(self.flag, value)}: {_NOT_RUN}; to run it all the same give "
-                f"--fsep-allow-unproven {words}, or {self.said_way_out}"
-            )
         is_said_by_name = value is None or value == [] or isinstance(value, bool | tuple)
         given = self.title if is_said_by_name else said(self.flag, value)
+        if as_field and self.field:
+            given = f"{self.field}={value!r}"
+        if self.asks_for_unproven(settings):
+            words = " or ".join(f"{word}{BY_RECIPE.get(word, '')}" for word in self.words)
+            return (
+                f"{given}: {_NOT_RUN}; to run it all the same give "
+                f"--fsep-allow-unproven {words}, or {self.said_way_out}"
+            )
         others = _together(other.said(settings) for other in self.next_to)
         return f"{given}{others}: {self.reason}; {self.said_way_out}"
 
-    def problem_with_field(self, config: Any, allowed: Collection[Unproven] = ()) -> str | None:
-        """Return the reason and remedy if FSEP cannot run with this config, else None."""
-        if not self.field or not self._is_refused(config, self.field, allowed):
-            return None
-        given = f"{self.field}={getattr(config, self.field)!r}"
-        way_out = self._with_cost(self.field_way_out or f"must be {self.accepted[0]!r}")
-        if self.asks_for_unproven(config, self.field):
-            words = " or ".join(f"[{str(word)!r}]" for word in self.words)
-            allow = f"FSEPConfig(allow_unproven={words})"
-            return f"{given}: {_NOT_RUN}; to run it all the same give {allow}, or else it {way_out}"
-        return f"{given}: {self.reason}; {way_out}"
+    def asks_for_unproven(self, settings: Any) -> bool:
+        """Return whether the setting has a value that was never run."""
+        value = getattr(settings, self.argument, None)
+        return bool(self.words) and value in self.unproven_values
 
-    def asks_for_unproven(self, settings: Any, name: str) -> bool:
-        """Return whether the setting of this name has a value that was never run."""
-        return bool(self.words) and getattr(settings, name, None) in self.unproven_values
-
-    def _with_cost(self, way_out: str) -> str:
-        is_speed_only = self.left_out is LeftOut.SPEED
-        return f"{way_out} (it is {LeftOut.SPEED})" if is_speed_only else way_out
-
-    def _is_refused(self, settings: Any, name: str, allowed: Collection[Unproven]) -> bool:
+    def _is_refused(self, settings: Any) -> bool:
+        name, allowed = self.argument, allowed_by(settings)
         if not hasattr(settings, name):  # another stage's, or of a newer Megatron
             return False
         is_default = self.is_idle and name not in getattr(settings, "fsep_given", ())
@@ -226,10 +196,12 @@ class Rule:
         if self.when is not None:
             return self.when(settings)
         if self.refused:
-            if isinstance(value, tuple):
+            if isinstance(value, list | tuple):
                 return {*self.refused} <= {*value}
             return _is_among(value, self.refused)
-        if not set(self.words).isdisjoint(allowed) and self.asks_for_unproven(settings, name):
+        if isinstance(value, list | tuple):
+            return not {*value} <= {*self.accepted}
+        if not set(self.words).isdisjoint(allowed) and self.asks_for_unproven(settings):
             return False
         return self.is_idle or not _is_among(value, self.accepted)
 
@@ -274,11 +246,6 @@ def _pads_for_fp8(settings: Any) -> bool:
     return pads and bool(settings.fp8 or getattr(settings, "fp4", None))
 
 
-def _recomputes_unproved(settings: Any) -> bool:
-    is_selective = settings.recompute_granularity == "selective"
-    return is_selective and not set(settings.recompute_modules or ()) <= PROVED_RECOMPUTE
-
-
 def _drops_tokens(settings: Any) -> bool:
     factor = settings.moe_expert_capacity_factor
     # For Megatron, a negative factor means none.
@@ -290,11 +257,19 @@ def _fuses_accumulation(settings: Any) -> bool:
     return settings.use_megatron_fsdp and getattr(settings, "gradient_accumulation_fusion", True)
 
 
+def _exceeds_any_load(settings: Any) -> bool:
+    tolerance = settings.fsep_imbalance_tolerance
+    # A rank alone is refused.
+    ranks = getattr(settings, "expert_model_parallel_size", 1)
+    return tolerance is not None and ranks > 1 and tolerance >= ranks - 1
+
+
 # Predicates by their names in the table.
 _WHEN: Mapping[str, Callable[[Any], bool]] = {
     "captures_plan": _captures_plan,
     "drops_tokens": _drops_tokens,
     "fuses_accumulation": _fuses_accumulation,
+    "exceeds_any_load": _exceeds_any_load,
     "is_no_file": lambda settings: settings.fsep_homes == "",
     "lays_out_freely": lambda settings: lays_out_freely(settings.fsep_planner),
     "no_experts": lambda settings: settings.num_experts is None or settings.num_experts < 1,
@@ -302,16 +277,55 @@ _WHEN: Mapping[str, Callable[[Any], bool]] = {
     "one_rank": lambda settings: bool(settings.expert_model_parallel_size < 2),
     "overlaps_graphs_of_attention": _overlaps_graphs_of_attention,
     "pads_for_fp8": _pads_for_fp8,
-    "recomputes_unproved": _recomputes_unproved,
     "reduces_before_wgrad": _reduces_before_wgrad,
 }
 
 
-def problems_by(
-    rules: Iterable[Rule], settings: Any, allowed: Collection[Unproven] = ()
-) -> list[str]:
-    """Return the reasons and remedies of the rules that these settings break."""
-    return [text for rule in rules if (text := rule.problem(settings, allowed)) is not None]
+def problems_by(rules: Iterable[Rule], settings: Any, *, as_fields: bool = False) -> list[str]:
+    """Return the reasons and remedies of the rules that these settings break.
+
+    Fields of a TransformerConfig are quoted as such if they were given, see `of_fields`.
+    """
+    found = (rule.problem(settings, as_field=as_fields) for rule in rules)
+    return [text for text in found if text is not None]
+
+
+def allowed_by(settings: Any) -> Collection[Unproven]:
+    """Return the given words of `--fsep-allow-unproven`."""
+    return getattr(settings, "fsep_allow_unproven", None) or ()
+
+
+def idle_words(settings: Any) -> list[str]:
+    """Return the words of `--fsep-allow-unproven` that allow nothing in these settings."""
+    used = {word for row in REFUSALS if row.asks_for_unproven(settings) for word in row.words}
+    return [
+        f"--fsep-allow-unproven {word}: no effect, since nothing that it allows is asked for "
+        f"({UNPROVEN[word]}); leave it out"
+        for word in allowed_by(settings)
+        if word not in used
+    ]
+
+
+def sharding_for(settings: Any) -> tuple[Sharding | Auto, str]:
+    """Return the sharding that settings need in place of `auto`, and why rows or homes do not work.
+
+    Raises:
+        ValueError: some need rows and others experts at home.
+    """
+    given = getattr(settings, "fsep_sharding", None) or Auto.AUTO
+    if given != Auto.AUTO:
+        return given, ""
+    against: dict[Sharding, str] = {}
+    for sharding in Sharding:
+        asked = SimpleNamespace(**vars(settings) | {"fsep_sharding": sharding})
+        rules = (rule for rule in RULES if NextTo(_SHARDING, (sharding.value,)) in rule.next_to)
+        for text in problems_by(rules, asked):
+            against.setdefault(sharding, text)
+    reasons = "; but ".join(against.values())
+    fitting = [sharding for sharding in Sharding if sharding not in against]
+    if not fitting:
+        raise ValueError(f"{_SHARDING} {Auto.AUTO}: no sharding works: {reasons}")
+    return fitting[0] if against else Auto.AUTO, reasons
 
 
 def settings_with(settings: Any, config: Any, **more: object) -> SimpleNamespace:
@@ -319,6 +333,13 @@ def settings_with(settings: Any, config: Any, **more: object) -> SimpleNamespace
     ours = {f"fsep_{name}": value for name, value in vars(config).items()}
     ours |= {"fsep_plan_mode": config.mode, "fsep_given": ()}
     return SimpleNamespace(**vars(settings) | ours | more)
+
+
+def of_fields(config: Any) -> SimpleNamespace:
+    """Return the fields of a TransformerConfig, also by the names of their flags' arguments."""
+    fields = {row.argument: row.field for row in REFUSALS if hasattr(config, row.field)}
+    named = {argument: getattr(config, field) for argument, field in fields.items()}
+    return SimpleNamespace(**vars(config) | named)
 
 
 def argument_of(flag: str) -> str:
@@ -426,11 +447,10 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 _TABLE = _read(_FILE)
 # Settings of Megatron by themselves.
 REFUSALS = _TABLE["refused"]
-# Reasons why `--fsep-sharding auto` is rows.
-NEEDS_ROWS = _TABLE["needs_rows"]
 # Given flags that others leave without effect.
 IDLE = _TABLE["idle"]
 WITH_FSDP = _TABLE["with_fsdp"]
+WITH_FP8_EXPERTS = _TABLE["with_fp8_experts"]
 WITH_ADAPTERS = _TABLE["with_adapters"]
 IN_BRIDGE = _TABLE["in_bridge"]
 RULES = tuple(rule for rules in _TABLE.values() for rule in rules)

@@ -17,7 +17,7 @@ from typing import Any
 from megatron_laer import device
 from megatron_laer.config import FSEPConfig, deterministic
 from megatron_laer.files import run_mark
-from megatron_laer.integrations.bridge_config import settings_of, with_homes
+from megatron_laer.integrations.bridge_config import settings_of
 from megatron_laer.plugin.install_tracker import install_metrics
 from megatron_laer.plugin.steps import StepOutcome, training_step
 from megatron_laer.plugin.switch import enable
@@ -44,8 +44,8 @@ class FSEPCallback:
         config = config or FSEPConfig()
         if getattr(recipe.model, "deterministic_mode", False):
             config = deterministic(config)
-        config = with_homes(recipe, config)
         check_recipe(recipe, config)
+        config, _ = arguments.with_needed_sharding(settings_of(recipe), config)
         enable(config, seed=recipe.rng.seed)
         load, save, finetune = (
             getattr(recipe.checkpoint, name, None) for name in ("load", "save", "finetune")

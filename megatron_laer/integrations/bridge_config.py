@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from megatron_laer.config import Auto, FSEPConfig, Sharding
 from megatron_laer.rules import REFUSALS, names_of
-from megatron_laer.support import arguments
 
 _OVERLAPS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
 # With CanonicalLoRA's names of the first one's halves.
@@ -63,17 +60,6 @@ def settings_of(recipe: Any) -> Namespace:
     # A launcher may use another variable; Megatron-Bridge then checks the size.
     found["world_size"] = int(os.environ.get("WORLD_SIZE", found["expert_model_parallel_size"]))
     return Namespace(**found)
-
-
-def with_homes(recipe: Any, config: FSEPConfig) -> FSEPConfig:
-    """Return the settings with experts at home instead of `auto`, if the recipe needs them.
-
-    Raises:
-        ValueError: another setting needs rows.
-    """
-    if config.sharding == Auto.AUTO and adapts_experts(recipe):
-        return replace(config, sharding=Sharding.EXPERTS)
-    return arguments.at_home(recipe.optimizer, config)
 
 
 def adapts_experts(recipe: Any) -> bool:

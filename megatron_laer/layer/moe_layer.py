@@ -25,6 +25,7 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 
 from megatron_laer import session
+from megatron_laer.config import settings_in_force, write_in_force
 from megatron_laer.layer import slot_configs
 from megatron_laer.layer.dispatch.choice import make_dispatcher
 from megatron_laer.layer.dispatch.first_launches import launch_dispatch_kernels
@@ -353,6 +354,8 @@ def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
     seed = None if args is None else int(args.seed)
     tokens = None if args is None else _tokens(args, config)
     coordinator = current.coordinator_for(config, seed, tokens)
+    if args is not None:
+        write_in_force(args, settings_in_force(coordinator.config))
     return coordinator
 
 

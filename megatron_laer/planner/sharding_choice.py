@@ -130,11 +130,9 @@ def shardings(config: FSEPConfig, num_ranks: int, num_experts: int) -> list[Shar
     """Return the shardings that a run may take, which `auto` compares."""
     if config.sharding != Auto.AUTO:
         return [Sharding(config.sharding)]
-    if config.quantises_experts:
-        return [Sharding.EXPERTS]
     home, uneven = divmod(num_experts, num_ranks)
     has_replicas = config.capacity is None or config.capacity > home
-    if uneven or num_ranks == 1 or not has_replicas or config.reason_for_rows is not None:
+    if uneven or num_ranks == 1 or not has_replicas:
         return [Sharding.ROWS]
     return [Sharding.EXPERTS, Sharding.ROWS]
 

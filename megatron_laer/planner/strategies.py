@@ -75,7 +75,7 @@ def uses_costs(config: FSEPConfig) -> bool:
     return (
         (config.mode == PlanMode.ADAPTIVE and config.imbalance_tolerance is None)
         or config.makes_plans
-        or (config.sharding == Auto.AUTO and config.reason_for_rows is None)
+        or config.sharding == Auto.AUTO
         # A replica of an expert at home is made if it pays, and so are further slots.
         or (config.sharding == Sharding.EXPERTS and config.planner not in FixedPlanner)
         or config.capacity is None

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from megatron_laer import fsep_flags
-from megatron_laer.config import ExpertParallelMode, FSEPConfig, deterministic
+from megatron_laer.config import Auto, ExpertParallelMode, FSEPConfig, deterministic
 from megatron_laer.device import cpu_installed
 from megatron_laer.files import run_mark
 from megatron_laer.files.checks import quoted, read_text
@@ -113,10 +113,6 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
                 config, said = _checked(args, config, rest[0] if rest else kwargs.get("defaults"))
         if config is None:
             return original(args, *rest, **kwargs)
-        # A plain string that Megatron lists with its arguments and keeps in checkpoints. `auto`
-        # would not name the back end.
-        args.fsep_gemm = gemm_in_force(config.gemm).value
-        args.fsep_capacity = arguments.geometry(args, config).capacity
         # Megatron requires that experts divide over ranks; slots do not. Before the model is built
         # it uses the number for nothing else.
         experts, ranks = args.num_experts, args.expert_model_parallel_size
@@ -136,7 +132,7 @@ def _with_fsep_validation(original: Callable[..., Any]) -> Callable[..., Any]:
         with _refusing():
             # Megatron has derived the dtype at this point.
             device = torch.device("cpu" if cpu_installed() else "cuda")
-            check_gemm(args.fsep_gemm, device, args.params_dtype)
+            check_gemm(gemm_in_force(config.gemm), device, args.params_dtype)
             check_installed(args.optimizer)
             enable(config, seed=args.seed)
         run_mark.set_checkpoints(args.load, args.save, finetune=args.finetune)
@@ -154,11 +150,13 @@ def _checked(
         config = deterministic(config)
     filled = arguments.fill_in(args, script_defaults or {})
     arguments.check(args, config)
-    given, config = config, arguments.at_home(args, config)
+    given, (config, why) = config, arguments.with_needed_sharding(args, config)
     resumed = None
     if len(shardings(config, args.expert_model_parallel_size, args.num_experts)) > 1:
         resumed = sharding_of_checkpoint(args)
         config = replace(config, sharding=resumed or config.sharding)
+    if config.sharding != Auto.AUTO:
+        args.fsep_sharding = config.sharding.value
     left_out = arguments.leave_out(args)
     if config.node_size is None:
         launcher.told_ranks_per_node(os.environ, args.world_size)
@@ -166,10 +164,9 @@ def _checked(
     if filled:
         said.append(f"FSEP takes {' '.join(filled)}, which it needs")
     if config != given:
-        why = f"which --optimizer {args.optimizer} needs"
         if resumed is not None:
-            why = f"as the checkpoint in --load {quoted(args.load)} has it"
-        said.append(f"FSEP takes --fsep-sharding {config.sharding}, {why}")
+            why = f"the checkpoint in --load {quoted(args.load)} has it"
+        said.append(f"FSEP takes --fsep-sharding {config.sharding}: {why.split('; ')[0]}")
     if left_out:
         said.append(f"FSEP leaves out {' '.join(left_out)}, which has no effect without fp8")
     return config, said
@@ -199,7 +196,6 @@ ARGUMENT_PATCHES = (
         also=(
             "args.num_experts: rounded up to a multiple of the ranks while Megatron validates",
             "args: FSEP's needs filled in, no-ops left out, as said in lines at start",
-            "args.fsep_gemm, fsep_sharding, fsep_capacity: those in force",
         ),
     ),
 )

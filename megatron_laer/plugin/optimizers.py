@@ -36,22 +36,23 @@ def _with_slices(original: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _entry(name: str, entry: Any) -> Any:
-    if name == "muon":
-        options = functools.partial(_muon_options, entry.config_to_kwargs)
-        return replace(entry, config_to_kwargs=options)
     if name != "lion":
-        return replace(entry, config_to_kwargs=functools.partial(_refuse, name))
+        return replace(entry, config_to_kwargs=functools.partial(_judged, entry.config_to_kwargs))
     rules = {
         _without_slices(rule): override for rule, override in entry.default_param_overrides.items()
     }
     return replace(entry, default_param_overrides=rules)
 
 
-def _refuse(name: str, *_: Any) -> Any:
-    raise ValueError(
-        f"optimizer={name!r}: it needs whole matrices, and a rank may hold rows of them; use "
-        "'adam', 'sgd' or 'lion', or 'muon' with experts at home"
-    )
+def _judged(original: Callable[..., dict[str, Any]], config: Any, *rest: Any) -> Any:
+    """Refuse, in loops without Megatron's arguments too, what the table of rules refuses."""
+    current = session.current()
+    assert current is not None
+    is_shared = config.use_layer_wise_distributed_optimizer
+    asked = {"fsep_sharding": current.sharding, "use_distributed_optimizer": is_shared}
+    if problems := problems_by(RULES, SimpleNamespace(**vars(config) | asked)):
+        raise ValueError(problems[0])
+    return original(config, *rest)
 
 
 def _without_slices(rule: Any) -> Any:
@@ -64,22 +65,6 @@ def _without_slices(rule: Any) -> Any:
         return not is_slice_of_matrices(parameter) and bool(matches(parameter))
 
     return replace(rule, predicate=replace(rule.predicate, fn=fn))
-
-
-def _muon_options(original: Callable[..., dict[str, Any]], config: Any, *rest: Any) -> Any:
-    current = session.current()
-    assert current is not None
-    is_shared = config.use_layer_wise_distributed_optimizer or config.optimizer.startswith("dist_")
-    asked = SimpleNamespace(optimizer="muon", fsep_sharding=current.sharding)
-    if problems := problems_by(RULES, asked):
-        raise ValueError(problems[0])
-    if is_shared and not config.bf16:
-        raise ValueError(
-            "--optimizer muon with --use-distributed-optimizer (or dist_muon) without --bf16: "
-            "Megatron's layer-wise optimizer cannot step in fp32; give --bf16, or leave out "
-            "--use-distributed-optimizer"
-        )
-    return original(config, *rest)
 
 
 def _or_slices(original: Callable[[Any], bool]) -> Callable[[Any], bool]:

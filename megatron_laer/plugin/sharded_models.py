@@ -138,7 +138,7 @@ def _judge(
     given = {} if optimizer is None else vars(optimizer)
     named = vars(ddp_config) | given | vars(config) | {"use_megatron_fsdp": True}
     named["ddp_average_in_collective"] = ddp_config.average_in_collective
-    named["fsep_sharding"] = current.config.sharding
+    named["fsep_sharding"] = current.sharding
     named["adapts_experts"] = module is not None and has_adapters(module)
     refuse(problems_by((*WITH_FSDP, *WITH_ADAPTERS), SimpleNamespace(**named)))
 

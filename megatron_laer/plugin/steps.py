@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from megatron_laer import session
+from megatron_laer.config import write_in_force
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.plugin.sharded_models import await_weights, is_sharded, unwrapped
 from megatron_laer.runtime.scheduler import Chunk
@@ -26,9 +27,7 @@ def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
 
         with training_step(get_args().curr_iteration, get_num_microbatches(), model) as step:
             if (current := session.current()) is not None:
-                # For checkpoints, in place of `auto`.
-                for name, value in current.in_force.items():
-                    setattr(get_args(), f"fsep_{name}", value)
+                write_in_force(get_args(), current.in_force)  # on ranks without MoE layers too
             result = original(forward_step_func, data_iterator, model, *args, **kwargs)
             step.weights_changed = not result[1]  # Megatron's skipped_iter
             return result

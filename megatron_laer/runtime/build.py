@@ -118,7 +118,7 @@ def build_coordinator(
         make_exchange(config, groups, chosen, geometry),
         parameters=make_comm_stream("parameters", device, overlaps=overlaps),
         gradients=make_comm_stream("gradients", device, overlaps=overlaps),
-        kept=KeptWeights(config.restore_memory_gib * 2**30),
+        kept=KeptWeights(config.kept_gib * 2**30),
     )
     homes = _common_homes(config, groups, geometry.num_experts)
     layouts = LayoutsInForce(config, groups, geometry, chosen, seed, device, homes)

@@ -89,7 +89,7 @@ class Coordinator:
         summary = agreement.summarise(self.config, self.geometry, self.guard.costs, self.seed)
         summary["frozen experts"] = frozen_in(self.layers)
         summary["adapters of experts"] = adapters_in(self.layers)
-        slots, kept_gib = self.geometry.replica_slots, self.config.restore_memory_gib
+        slots, kept_gib = self.geometry.replica_slots, self.config.kept_gib
         problem = (
             agreement.difference(summary, self.groups)
             or self.problem_of_model()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_laer.choices import Auto
+from megatron_laer.choices import Auto, Restore
 from megatron_laer.config import FSEPConfig
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.guard import Guard
@@ -197,7 +197,7 @@ def run_settings(
         "split": config.split,
         "imbalance_tolerance": config.imbalance_tolerance,
         "plan_lag": config.plan_lag,
-        "restore": config.restore,
+        "restore": Restore.LAYER if config.kept_gib else config.restore,
         "restore_algorithm": Auto.AUTO if costs.by_layout else costs.restore_algorithm,
         "scheduler": config.scheduler,
         "gemm": config.gemm,

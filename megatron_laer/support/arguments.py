@@ -6,19 +6,26 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_laer.config import Auto, FSEPConfig, OverlapScheduler, Sharding, Unproven
+from megatron_laer.config import FSEPConfig, OverlapScheduler, Sharding
 from megatron_laer.environment import CONNECTIONS, has_one_queue
 from megatron_laer.files.checks import numbered, problem_of, quoted
 from megatron_laer.planner.geometry import Geometry, check_node_size, resolve_geometry
 from megatron_laer.planner.homes_file import read_homes
 from megatron_laer.planner.layout import MAX_EXPERTS
-from megatron_laer.rules import MUON, REFUSALS, RULES, UNPROVEN, problems_by, settings_with
-from megatron_laer.support import RefusedError, fp8_experts, triton_needs
+from megatron_laer.rules import (
+    REFUSALS,
+    RULES,
+    idle_words,
+    problems_by,
+    settings_with,
+    sharding_for,
+)
+from megatron_laer.support import RefusedError, triton_needs
 from megatron_laer.support.model import slots_multiple
 
 _DEEPEP_TOP_K = 32
@@ -60,58 +67,29 @@ def check(args: Namespace, config: FSEPConfig) -> None:
 
 def problems(args: Namespace, config: FSEPConfig) -> list[str]:
     """Return the settings that FSEP cannot run with, with reasons and remedies."""
-    allowed = config.allow_unproven
-    found = problems_by(REFUSALS, with_sharding(args, config), allowed)
-    return found + own_problems(args, config)
+    try:
+        config, _ = with_needed_sharding(args, config)
+    except ValueError as error:
+        return [str(error)]
+    return problems_by(REFUSALS, settings_with(args, config)) + own_problems(args, config)
 
 
 def own_problems(args: Namespace, config: FSEPConfig) -> list[str]:
-    """Return the problems that are more than a setting of Megatron."""
-    config, allowed = at_home(args, config), config.allow_unproven
-    settings = settings_with(with_sharding(args, config), config)
-    found = idle_words(args, allowed)
-    found += fp8_experts.problems(args, allowed, config.restore_memory_gib)
-    found += problems_by(RULES[len(REFUSALS) :], settings)
-    if is_muon(args):
-        found += config.reasons_against_homes(f"--optimizer {args.optimizer}")
+    """Return the problems that are more than a setting of Megatron; `auto` was replaced."""
+    settings = settings_with(args, config)
+    found = idle_words(settings) + problems_by(RULES[len(REFUSALS) :], settings)
     has_shape = (args.num_experts or 0) > 0 and args.expert_model_parallel_size > 1
     return found + (_shape_problems(args, config) if has_shape else [])
 
 
-def idle_words(settings: Any, allowed: Collection[Unproven]) -> list[str]:
-    """Return the words of `--fsep-allow-unproven` that allow nothing in these settings."""
-    asked = [row for row in REFUSALS if row.asks_for_unproven(settings, row.argument)]
-    used = {word for row in asked for word in row.words}
-    return [
-        f"--fsep-allow-unproven {word}: no effect, since nothing that it allows is asked for "
-        f"({UNPROVEN[word]}); leave it out"
-        for word in allowed
-        if word not in used
-    ]
+def with_needed_sharding(args: Any, config: FSEPConfig) -> tuple[FSEPConfig, str]:
+    """Return the config with the sharding that the arguments need, and why; see `sharding_for`."""
+    given = getattr(args, "fsep_sharding", config.sharding)  # before `FSEPConfig` replaced `auto`
+    sharding, why = sharding_for(settings_with(args, config, fsep_sharding=given))
+    return replace(config, sharding=sharding), why
 
 
-def is_muon(settings: Any) -> bool:
-    return getattr(settings, "optimizer", None) in MUON
-
-
-def at_home(settings: Any, config: FSEPConfig) -> FSEPConfig:
-    """Return the config with experts at home instead of `auto`, if the optimizer is Muon.
-
-    Its updates need whole matrices. With settings that need rows, `problems` refuses `auto`.
-    """
-    if not is_muon(settings) or config.sharding != Auto.AUTO or config.reason_for_rows is not None:
-        return config
-    return replace(config, sharding=Sharding.EXPERTS)
-
-
-def with_sharding(args: Namespace, config: FSEPConfig) -> Namespace:
-    """Return a copy of the arguments with the sharding that the settings imply."""
-    config = at_home(args, config)
-    sharding = config.sharding if config.reason_for_rows is None else Sharding.ROWS
-    return Namespace(**vars(args) | {"fsep_sharding": sharding})
-
-
-def geometry(args: Namespace, config: FSEPConfig) -> Geometry:
+def _geometry(args: Namespace, config: FSEPConfig) -> Geometry:
     """Return the geometry of the MoE layers, with a node size of 1: it is not known yet.
 
     Nor is what `auto` takes; any number of slots for it fits rows.
@@ -160,17 +138,10 @@ def _shape_problems(args: Namespace, config: FSEPConfig) -> list[str]:
             f"{args.world_size} (WORLD_SIZE)"
         ]
     try:
-        problems += buffer_problems(args, geometry(args, config))
+        problems += buffer_problems(args, _geometry(args, config))
     except ValueError as error:
         problems.append(str(error))
     problems += _homes_problems(args, config)
-    tolerance = config.imbalance_tolerance
-    if tolerance is not None and tolerance >= ranks - 1:
-        problems.append(
-            f"--fsep-set imbalance_tolerance={tolerance}: no fresh layout would ever be taken, "
-            f"since no rank has more than {ranks} times the mean; give less than {ranks - 1}, or "
-            "--fsep-plan-mode forecast"
-        )
     try:
         check_node_size(ranks, config.node_size or 1, "--fsep-node-size")
     except ValueError as error:

@@ -19,13 +19,13 @@ from megatron_laer.rules import (
     PROVED,
     REFUSALS,
     RULES,
-    UNPROVEN,
     UNTRIED,
     WITHOUT_EFFECT,
+    idle_words,
+    of_fields,
     problems_by,
     settings_with,
 )
-from megatron_laer.support import fp8_experts
 
 logger = logging.getLogger(__name__)
 
@@ -37,23 +37,15 @@ _EXPOSED_IN_NODE = (
 # Names of Megatron's fields about MoE.
 MOE_FIELD = re.compile(r"moe|expert|router")
 
+# Rules on arguments that are no fields of a TransformerConfig are for the command line.
+_RULES = [*(row for row in REFUSALS if row.field), *RULES[len(REFUSALS) :]]
 _REFUSED = frozenset(row.field for row in REFUSALS)
 
 
 def check(config: Any, ours: FSEPConfig) -> None:
     """Refuse a TransformerConfig that FSEP cannot run, and warn of MoE fields without a test."""
-    allowed = ours.allow_unproven
-    problems = [text for row in REFUSALS if (text := row.problem_with_field(config, allowed))]
-    asked = [row for row in REFUSALS if row.asks_for_unproven(config, row.field)]
-    used = {word for row in asked for word in row.words}
-    problems += [
-        f"FSEPConfig(allow_unproven={list(map(str, allowed))}): {word!s} has no effect, since the "
-        f"model has nothing that it allows ({UNPROVEN[word]}); leave it out"
-        for word in allowed
-        if word not in used
-    ]
-    problems += fp8_experts.problems(config, allowed, ours.restore_memory_gib)
-    refuse(problems + problems_by(RULES[len(REFUSALS) :], settings_with(config, ours)))
+    settings = settings_with(of_fields(config), ours)
+    refuse(problems_by(_RULES, settings, as_fields=True) + idle_words(settings))
     for warning in warnings_of(config):
         _warn_once(warning)
     if ours.token_exchange == TokenExchange.NODE and config.overlap_moe_expert_parallel_comm:

@@ -21,13 +21,15 @@ import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+from megatron_laer.choices import Unproven
 from megatron_laer.files.checks import quoted
 from megatron_laer.files.shipped import yaml_file
 from megatron_laer.files.yaml_text import read_yaml
 from megatron_laer.planner.layout import MAX_EXPERTS
 from megatron_laer.precision import MEGATRONS_RECIPE, Precision
-from megatron_laer.support import fp8_experts
+from megatron_laer.rules import WITH_FP8_EXPERTS, problems_by
 
 GROUPS = ("architecture", "moe", "initialization", "precision", "data")
 
@@ -222,6 +224,8 @@ def precision_of(fp8_format: str | None, recipe: str | None) -> Precision:
             )
         return Precision.PARAMETERS
     recipe = recipe or MEGATRONS_RECIPE
-    if (problem := fp8_experts.recipe_problem(recipe)) is not None:
-        raise ValueError(problem)
+    words = (Unproven.FP8_EXPERTS,)
+    asked = SimpleNamespace(fp8=fp8_format, fp8_recipe=recipe, fsep_allow_unproven=words)
+    if problems := problems_by(WITH_FP8_EXPERTS, asked):
+        raise ValueError(problems[0])
     return Precision(recipe)

@@ -29,7 +29,10 @@ _CASES = (
     (f"{_RUN} --gpus 8 --trace-ranks 0-3", "--trace-ranks 0-3: no effect here; --workload "),
     (f"{_RUN} --gpus 8 --json -", "argument --json: '-' is no file here; give a file"),
     (f"good.trace {_RUN} --gpus 8 --json good.trace", "--json 'good.trace' would write over"),
-    (f"{_RUN} --gpus 8 --fp8-format e4m3", "--fp8-recipe 'delayed', Megatron's default, with --"),
+    (
+        f"{_RUN} --gpus 8 --fp8-format e4m3",
+        "--fp8-recipe delayed with --fp8-format e4m3 and --",
+    ),
     (f"{_RUN} --gpus 8 --recipe absent", "--recipe 'absent': No such file or directory"),
     (f"{_RUN} --gpus 8 --experts 8", "unrecognized arguments: --experts; "),
     (

@@ -27,7 +27,7 @@ _OPTIONS = (
     ("--lora-rank 8 --strategy laer", "experts at home, which these flags need; use another st"),
     ("--sharding experts --ranks 16", "in equal numbers; give --sharding rows, or a number of"),
     ("--fp8-recipe blockwise", "--fp8-recipe 'blockwise': no effect without --fp8-format"),
-    ("--fp8-format e4m3", "--fp8-recipe 'delayed', Megatron's default, with --fsep-allow-"),
+    ("--fp8-format e4m3", "--fp8-recipe delayed with --fp8-format e4m3 and --fsep-allow-"),
     (_FP8, "a100-4x8-ib800 has no speed of GEMMs in fp8"),
     (f"{_FP8} --cluster h100-8 --sharding rows", "give --sharding experts"),
     ("--data-parallel-sharding-strategy optim --sharding rows", "give --sharding experts"),

@@ -52,6 +52,10 @@ def test_a_checkpoint_has_the_settings_in_force_in_place_of_auto(
     )
     ranks(2).run(train, flags)
     assert ranks(2).run(settings_of, iteration_folder(tmp_path, 1)) == [IN_FORCE] * 2
+    # Without a step before it is saved.
+    again = f"{auto} --load {tmp_path} --save {tmp_path / 'again'} --save-interval 2"
+    ranks(2).run(train, command_line(text_data, again, experts=4, steps=1))
+    assert ranks(2).run(settings_of, iteration_folder(tmp_path / "again", 1)) == [IN_FORCE] * 2
 
 
 def test_a_run_that_goes_on_with_another_back_end_says_so(

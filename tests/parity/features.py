@@ -59,7 +59,7 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "selective recompute of `gdn_norm_out`": ("delta-net",),
     "selective recompute of other modules, such as `mhc`": (
         "--recompute-modules other than core_attn, gdn_norm_out, layernorm, mla_up_proj, mlp, moe,"
-        " moe_act, shared_experts",
+        " moe_act, shared_experts with --recompute-granularity selective",
     ),
     "shared experts": ("shared", "gated-recompute"),
     "shared experts with `--moe-shared-expert-overlap`": ("losses", "tensor"),

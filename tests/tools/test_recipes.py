@@ -95,7 +95,7 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
     "fp8": (
         {"precision": "fp8_ds"},
         Verdict.PRECISION,
-        ["--fp8-format hybrid", "--fp8-recipe 'delayed', Megatron's default, with --fsep-allow"],
+        ["--fp8-format hybrid", "--fp8-recipe delayed with --fp8-format hybrid and --fsep-allow"],
         ["--fp8-format"],
     ),
     "fp4": (
@@ -107,7 +107,7 @@ OTHERS: dict[str, tuple[dict[str, str], Verdict, list[str], list[str] | None]] =
     "gpt-oss in fp8": (
         {"recipe": GPT_OSS, "precision": "fp8_ds"},
         Verdict.PRECISION,
-        ["--fp8-format hybrid", f"{PADDING} with fp8", "--fp8-recipe 'delayed'"],
+        ["--fp8-format hybrid", f"{PADDING} with fp8", "--fp8-recipe delayed"],
         ["--fp8-format", PADDING],
     ),
     "expert tensor parallel": (

@@ -72,7 +72,7 @@ def test_lora_on_experts_has_them_at_home(target: str) -> None:
     assert taken == ["experts", "auto"]
     for config, says in (
         (FSEPConfig(sharding="rows"), "take --fsep-sharding experts; or give target_modules"),
-        (FSEPConfig(planner="laer"), "--fsep-planner laer with"),
+        (FSEPConfig(planner="laer"), "experts have too, with --fsep-sharding rows: "),
     ):
         with pytest.raises(ValueError, match=says):
             FSEPCallback(given, config)
@@ -85,7 +85,7 @@ def test_muon_has_experts_at_home() -> None:
     assert enable.call_args.args[0].sharding == "experts"
     for config, says in (
         (FSEPConfig(sharding="rows"), "--optimizer muon with --fsep-sharding rows: "),
-        (FSEPConfig(planner="laer"), "--optimizer muon: it needs --fsep-sharding experts, but"),
+        (FSEPConfig(planner="laer"), "--optimizer muon with --fsep-sharding rows: "),
     ):
         with pytest.raises(ValueError, match=says):
             FSEPCallback(given, config)

@@ -1,25 +1,12 @@
-"""Settings and cards with which experts cannot compute in fp8, as they are told."""
+"""Cards that compute no products in fp8, as they are refused."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 
-from megatron_laer.choices import Unproven
-from megatron_laer.support import fp8_experts
+from megatron_laer.precision import Precision, card_problem
 
-ALLOWED = [Unproven.FP8_EXPERTS]
 A100, ADA, H100, B200, GEFORCE = (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)
-
-
-@pytest.mark.parametrize("recipe", ["tensorwise", "blockwise", "mxfp8"])
-def test_only_mxfp8_keeps_no_weights_for_backward(recipe: str) -> None:
-    settings = SimpleNamespace(fp8="e4m3", fp8_recipe=recipe)
-    assert fp8_experts.problems(settings, ALLOWED) == []
-    found = fp8_experts.problems(settings, ALLOWED, kept_gib=2.5)
-    assert bool(found) == (recipe == "mxfp8")
-    assert fp8_experts.problems(settings, [], kept_gib=2.5) == []
 
 
 @pytest.mark.parametrize(
@@ -47,7 +34,7 @@ def test_only_mxfp8_keeps_no_weights_for_backward(recipe: str) -> None:
 def test_a_card_that_computes_no_such_products_is_refused(
     recipe: str, card: tuple[int, int], cuda: str, parts: tuple[str, ...]
 ) -> None:
-    found = fp8_experts.card_problem(recipe, card, cuda)
+    found = card_problem(Precision(recipe), card, cuda)
     assert found is not None and found.startswith(f"--fp8-recipe {recipe} with --fsep-allow-")
     assert [part for part in parts if part not in found] == [], found
 
@@ -57,5 +44,5 @@ def test_a_card_that_computes_no_such_products_is_refused(
     [("tensorwise", ADA, "12.4"), ("blockwise", H100, "12.9"), ("mxfp8", B200, "12.8")],
 )
 def test_a_card_that_computes_them_is_taken(recipe: str, card: tuple[int, int], cuda: str) -> None:
-    assert fp8_experts.card_problem(recipe, card, cuda) is None
-    assert fp8_experts.card_problem(recipe, card, None) is None
+    assert card_problem(Precision(recipe), card, cuda) is None
+    assert card_problem(Precision(recipe), card, None) is None

@@ -46,10 +46,11 @@ def test_slices_go_where_stocks_experts_go_and_nothing_else_changes_its_place() 
 def test_other_optimizers_of_the_registry_are_refused() -> None:
     from megatron.core.optimizer.emerging_optimizers import _create_emerging_optimizer
 
+    settings = SimpleNamespace(optimizer="soap", use_layer_wise_distributed_optimizer=False)
     enable()
     try:
-        with pytest.raises(ValueError, match="optimizer='soap': it needs whole matrices"):
-            _create_emerging_optimizer(None, [], "soap", [], None)
+        with pytest.raises(ValueError, match="--optimizer soap: the optimizer needs whole"):
+            _create_emerging_optimizer(settings, [], "soap", [], None)
     finally:
         disable()
 
@@ -58,7 +59,11 @@ def test_other_optimizers_of_the_registry_are_refused() -> None:
     ("sharding", "shared", "said"),
     [
         ("rows", False, "^--optimizer muon with --fsep-sharding rows: .*give --fsep-sharding exp"),
-        ("experts", True, "^--optimizer muon with --use-distributed-optimizer .*give --bf16"),
+        (
+            "experts",
+            True,
+            "^--optimizer muon with --use-distributed-optimizer without --bf16: .*give",
+        ),
     ],
 )
 def test_a_loop_of_ones_own_is_refused_what_muon_cannot_do(

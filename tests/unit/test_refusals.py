@@ -25,13 +25,13 @@ from megatron_laer.releases import NEXT, NUMBERS
 from megatron_laer.rules import (
     BY_RECIPE,
     PROVED,
-    PROVED_RECOMPUTE,
     REFUSALS,
     RULES,
     UNPROVEN,
     UNTRIED,
     WITHOUT_EFFECT,
     Rule,
+    said,
 )
 from megatron_laer.runtime.comm.agreement import describe_difference, summarise
 from megatron_laer.support import model as model_support
@@ -110,7 +110,8 @@ OWN = {
     ],
     "--expert-model-parallel-size 16 --fsep-node-size 3": ["at most the number of ranks, 2"],
     "--optimizer dist_muon --fsep-planner laer": [
-        "--optimizer dist_muon: it needs --fsep-sharding experts, but --fsep-planner laer with"
+        "--fsep-sharding rows: Muon needs whole matrices",
+        "but --fsep-planner laer with --fsep-sharding experts: it moves every expert",
     ],
     "--optimizer muon --num-experts 7": ["7 experts cannot be at home on 2 ranks"],
     f"--fsep-token-exchange auto --moe-permute-fusion {FLEX}": [],
@@ -119,18 +120,18 @@ OWN = {
     f"{ALLOW_FP8} --cuda-graph-modules attn": [f"{ALLOW_FP8}: no effect"],
     ALLOW_EXPERTS: [f"{ALLOW_EXPERTS}: no effect", UNPROVEN[Unproven.FP8_EXPERTS]],
     f"{ALLOW_EXPERTS} --fp8-format hybrid": [
-        f"--fp8-recipe 'delayed', Megatron's default, with {ALLOW_EXPERTS}: ",
+        f"--fp8-recipe delayed with --fp8-format hybrid and {ALLOW_EXPERTS}: ",
         "give --fp8-recipe tensorwise (current scaling), blockwise or mxfp8",
     ],
     f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fp8-param-gather": [
-        f"--fp8-param-gather with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
+        f"--fp8-param-gather with --fp8-recipe mxfp8 and {ALLOW_EXPERTS} without --reuse-",
         "give --reuse-grad-buf-for-mxfp8-param-ag",
     ],
     f"{ALLOW_EXPERTS} --fp8-format e4m3 --fp8-recipe mxfp8 --fsep-restore 2.5": [
-        f"--fsep-restore 2.5 with {ALLOW_EXPERTS} --fp8-recipe mxfp8: ",
+        f"--fsep-restore 2.5 with --fp8-recipe mxfp8 and {ALLOW_EXPERTS}: ",
     ],
     "--use-megatron-fsdp --data-parallel-sharding-strategy no_shard --fsep-sharding rows": [
-        "--fsep-sharding rows with --use-megatron-fsdp: ",
+        "--use-megatron-fsdp with --fsep-sharding rows: ",
         "--use-megatron-fsdp with fused gradient accumulation: ",
         "--ckpt-format torch_dist with --use-megatron-fsdp: ",
         "--data-parallel-sharding-strategy no_shard with",
@@ -158,8 +159,8 @@ from megatron_laer import plugin, session
 from megatron_laer.plugin import command_line
 from megatron_laer.fsep_flags import config_from_args
 from megatron_laer.config import FSEPConfig
-from megatron_laer.rules import REFUSALS, RULES, problems_by, settings_with
-from megatron_laer.support.arguments import fill_in, problems, with_sharding
+from megatron_laer.rules import REFUSALS, RULES, of_fields, problems_by, settings_with
+from megatron_laer.support.arguments import fill_in, problems, with_needed_sharding
 
 given = json.load(sys.stdin)
 
@@ -181,14 +182,12 @@ def fired(line):
         config = eval(line) if line.startswith("FSEPConfig(") else config_from_args(args)
     except ValueError as error:
         return [[str(error)], []]
-    settings = settings_with(with_sharding(args, config), config, **more)
-    by_field = []
-    for row in REFUSALS:
-        if row.field and row.problem(settings, config.allow_unproven):
-            fields = {row.field: getattr(settings, row.argument)}
-            known = argparse.Namespace(**vars(args) | fields)
-            by_field.append(row.problem_with_field(known, config.allow_unproven))
-    return [problems_by(RULES, settings, config.allow_unproven), [*filter(None, by_field)]]
+    settings = settings_with(args, with_needed_sharding(args, config)[0], **more)
+    fields = {row.field: getattr(settings, row.argument) for row in REFUSALS
+              if row.field and hasattr(settings, row.argument)}
+    known = of_fields(argparse.Namespace(**vars(settings) | fields))
+    by_field = problems_by([row for row in REFUSALS if row.field], known, as_fields=True)
+    return [problems_by(RULES, settings), by_field]
 
 REST = ("--num-layers 2 --hidden-size 48 --num-attention-heads 4 --seq-length 48 --bf16"
         " --max-position-embeddings 48 --micro-batch-size 1 --global-batch-size 4 --train-iters 1"
@@ -236,7 +235,6 @@ def validated(line, script=(), parser=(), checkpoint=(), rank=0):
         "etp": args.expert_tensor_parallel_size,
         "said": [line for line in lines if line.startswith("FSEP ")],
         "padding": args.moe_router_padding_for_quantization or args.moe_router_padding_for_fp8,
-        "capacity": getattr(args, "fsep_capacity", None),
         "words": words,
         "kept": args.fsep_allow_unproven,
         "types": sorted({type(word).__name__ for word in args.fsep_allow_unproven or ()}),
@@ -273,8 +271,9 @@ ETP = "FSEP takes --expert-tensor-parallel-size 1, which it needs"
 BOTH = f"FSEP takes {DISPATCHER} alltoall --expert-tensor-parallel-size 1, which it needs"
 
 SAVED_ROWS = {"fsep_sharding": "rows"}
-GOES_ON = "FSEP takes --fsep-sharding rows, as the checkpoint in --load 'there' has it"
-MUON = "FSEP takes --fsep-sharding experts, which --optimizer muon needs"
+GOES_ON = "FSEP takes --fsep-sharding rows: the checkpoint in --load 'there' has it"
+MUON = "FSEP takes --fsep-sharding experts: --optimizer muon with --fsep-sharding rows: Muon needs "
+MUON += "whole matrices, and a rank holds rows of them"
 
 
 def completed(*said: str, **others: Any) -> dict[str, Any]:
@@ -283,12 +282,12 @@ def completed(*said: str, **others: Any) -> dict[str, Any]:
 
 
 STOCK = {"dispatcher": "allgather", "etp": 2, "said": [], "words": [], "kept": None}
-STOCK |= {"warned": [], "capacity": None}
+STOCK |= {"warned": []}
 # Given flags; defaults of script and parser, or a checkpoint's arguments; and what follows: parts
 # of the arguments, or of a refusal.
 VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
-    "mode alone": (FSEP, {}, completed(BOTH, capacity=5)),
-    "Muon": (f"{FSEP} --optimizer muon", {}, completed(BOTH, MUON, capacity=5)),
+    "mode alone": (FSEP, {}, completed(BOTH)),
+    "Muon": (f"{FSEP} --optimizer muon", {}, completed(BOTH, MUON)),
     "mode with =": ("--expert-parallel-mode=fsep", {}, completed(BOTH)),
     "given": (f"{DISPATCHER} alltoall --expert-tensor-parallel-size 1 {FSEP}", {}, completed()),
     "checkpoint's": (RESUMED, {"checkpoint": ALLTOALL}, completed(ETP)),
@@ -304,17 +303,6 @@ VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
         completed(BOTH, f"FSEP leaves out {PADDING} --moe-router-padding-for-fp8, {IDLE}"),
     ),
     "flex": (f"{DISPATCHER} flex {FSEP}", {}, completed(ETP, dispatcher="flex")),
-    "slots given": (f"{FSEP} --fsep-capacity 7", {}, {"capacity": 7}),
-    "slots in fours": (
-        f"{FSEP} {FLEX} --moe-flex-dispatcher-backend hybridep",
-        {},
-        {"capacity": 6},
-    ),
-    "slots over a checkpoint's": (
-        f"{RESUMED} --fsep-capacity 6",
-        {"checkpoint": {"fsep_capacity": 7}},
-        {"capacity": 6},
-    ),
     "checkpoint's sharding": (RESUMED, {"checkpoint": SAVED_ROWS}, completed(BOTH, GOES_ON)),
     "sharding over a checkpoint's": (
         f"{RESUMED} --fsep-sharding experts",
@@ -368,9 +356,26 @@ VALIDATED: dict[str, tuple[str, dict[str, Any], dict[str, Any] | str]] = {
 }
 
 
+def trigger(rule: Rule) -> str:
+    """Return words of a command line, or of a recipe, that the rule refuses."""
+    example = rule.example if rule.example is not True or not rule.refused else rule.refused
+    own = str(example)
+    if own.startswith("FSEPConfig("):
+        return own
+    if not own.startswith("--"):
+        is_list = rule.argument == "fsep_allow_unproven"
+        own = said(rule.flag, example if is_list or not rule.refused else rule.refused[0])
+    others = [
+        said(other.flag, 0.1 if other.is_negated else other.values[0])
+        for other in rule.next_to
+        if other.values != (False, None) and other.flag not in (rule.given + own)
+    ]
+    return " ".join(filter(None, [rule.given, *others, own]))
+
+
 @pytest.fixture(scope="module")
 def megatron() -> dict[str, Any]:
-    triggers = [rule.trigger for rule in RULES]
+    triggers = [*map(trigger, RULES)]
     others = re.compile(f"FSEPConfig|{NO_ARGUMENTS.pattern}")
     unknown = refused_flags([line for line in triggers if not others.search(line)])
     cases = {name: (line, of) for name, (line, of, _) in VALIDATED.items()}
@@ -386,11 +391,8 @@ def is_text_of(rule: Rule, text: str, given: str) -> bool:
     """Return whether a refusal names a setting, says why, and what would work."""
     reason = rule.reason
     if rule.words and "nobody has run it" in text:
-        by_flag = " or ".join(f"{word}{BY_RECIPE.get(word, '')}" for word in rule.words)
-        by_field = " or ".join(f"['{word}']" for word in rule.words)
-        reason = f"give FSEPConfig(allow_unproven={by_field}), or else it"
-        if given != rule.field:
-            reason = f"give --fsep-allow-unproven {by_flag}, or "
+        words = " or ".join(f"{word}{BY_RECIPE.get(word, '')}" for word in rule.words)
+        reason = f"give --fsep-allow-unproven {words}, or "
     return text.startswith(given) and reason in text
 
 
@@ -398,9 +400,9 @@ def is_text_of(rule: Rule, text: str, given: str) -> bool:
 def test_each_rule_refuses_its_own_input_and_no_other_rule_does(
     megatron: dict[str, Any], rule: Rule
 ) -> None:
-    if rule.trigger not in megatron["fired"]:
+    if trigger(rule) not in megatron["fired"]:
         pytest.skip("this Megatron does not know the flag")
-    (by_flag,), by_field = megatron["fired"][rule.trigger]
+    (by_flag,), by_field = megatron["fired"][trigger(rule)]
     name = rule.flag.split()[0] if rule.flag.startswith("--") else rule.title
     assert is_text_of(rule, by_flag, name) and by_flag.endswith(rule.said_way_out)
     assert [is_text_of(rule, text, rule.field) for text in by_field] == [True] * bool(rule.field)
@@ -444,7 +446,7 @@ def twice(names: Iterable[str]) -> list[str]:
 
 def test_every_rule_is_there_once_and_says_why_and_what_would_work() -> None:
     assert twice(rule.setting for rule in RULES) == []
-    assert twice(rule.trigger for rule in RULES) == []
+    assert twice(map(trigger, RULES)) == []
     for rule in RULES:
         assert " " in rule.reason and rule.way_out and "{" not in rule.way_out, rule.setting
     assert all(" " in reason for reason in WITHOUT_EFFECT.values())
@@ -505,7 +507,8 @@ def test_every_field_and_recompute_called_proved_is_set_by_a_row_of_the_parity_t
     flags = {name: f"--{name.replace('_', '-')}" for name in PROVED}
     flags["num_moe_experts"] = "--num-experts"
     assert [name for name, flag in flags.items() if flag not in given] == []
-    assert given | {"core_attn"} >= PROVED_RECOMPUTE
+    (recompute,) = (rule for rule in REFUSALS if rule.flag == "--recompute-modules")
+    assert given | {"core_attn"} >= {*recompute.accepted}
 
 
 @pytest.mark.parametrize(
@@ -527,10 +530,14 @@ def test_a_model_that_works_is_taken_without_a_warning(config: Config) -> None:
     [
         (Config(fp8=True), Unproven.DENSE_FP8, "fp8=True: restored experts"),
         (Config(fp8="hybrid", fp8_param=True), Unproven.DENSE_FP8, "fp8_param=True"),
-        (Config(fp8="hybrid"), Unproven.FP8_EXPERTS, "--fp8-recipe 'delayed', Megatron's default"),
+        (
+            Config(fp8="hybrid"),
+            Unproven.FP8_EXPERTS,
+            "--fp8-recipe delayed with --fp8-format hybrid",
+        ),
         (Config(fp8="e4m3", use_kitchen=True), Unproven.FP8_EXPERTS, "use_kitchen=True: replicas"),
         (Config(cuda_graph_impl="transformer_engine"), Unproven.TE_GRAPHS, "_modules=[]: layouts"),
-        (Config(), Unproven.TE_GRAPHS, "allow_unproven=['te-graphs']): te-graphs has no effect"),
+        (Config(), Unproven.TE_GRAPHS, "--fsep-allow-unproven te-graphs: no effect"),
     ],
 )
 def test_a_model_that_a_word_does_not_allow_is_refused(

@@ -13,7 +13,7 @@ from megatron_laer.files.checks import one_line
 from megatron_laer.files.writing import write_output
 from megatron_laer.planner.clusters import Cluster
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.support.arguments import is_muon
+from megatron_laer.rules import sharding_for
 from megatron_laer.tools.cli import routing_input, run_flags, simulate_input
 from megatron_laer.tools.cli.argument_types import (
     MOST_RANKS,
@@ -138,7 +138,7 @@ def _with_flags(
         run_flags.fill_in(args, settings, model)
         if settings.moe_permute_fusion:
             dispatches.remove(Dispatch.NODE)  # training refuses both
-        at_home = is_muon(settings)
+        at_home = sharding_for(settings)[0] == Sharding.EXPERTS
         args.overlaps_shared = settings.moe_shared_expert_overlap  # Megatron refuses both
     if args.stock_dispatcher == "flex":
         dispatches.append(Dispatch.FLEX)

@@ -109,10 +109,11 @@ def _judge_flags(words: list[str], ranks: int | None = None) -> int:
         config = config_from_args(settings)
         assert config is not None, "the mode is set"
         check_planner(config.planner)
+        config, _ = arguments.with_needed_sharding(settings, config)
     except ValueError as error:
         allowed = settings.fsep_allow_unproven or ()
         return say(judge(settings, allowed, also_refused=[str(error)]))
-    settings = arguments.with_sharding(settings, config)
+    settings.fsep_sharding = config.sharding
     own = arguments.own_problems(settings, config)
     judgement = judge(settings, config.allow_unproven, also_refused=own)
     # A recipe of fp8 has no effect without it.

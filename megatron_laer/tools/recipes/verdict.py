@@ -8,8 +8,14 @@ from dataclasses import dataclass
 
 from megatron_laer.choices import Choice, Unproven
 from megatron_laer.files.checks import quoted
-from megatron_laer.rules import REFUSALS, WITH_FSDP, LeftOut, Rule, problems_by
-from megatron_laer.support import fp8_experts
+from megatron_laer.rules import (
+    REFUSALS,
+    WITH_FP8_EXPERTS,
+    WITH_FSDP,
+    LeftOut,
+    Rule,
+    problems_by,
+)
 from megatron_laer.tools.recipes.proof import Proof, proof_of
 
 
@@ -73,13 +79,13 @@ def judge(
     _check_sizes(settings)
     found_elsewhere = (
         *also_refused,
-        *fp8_experts.problems(settings, allowed),
-        *problems_by(WITH_FSDP, settings),
+        *problems_by((*WITH_FP8_EXPERTS, *WITH_FSDP), _allowing(settings, allowed)),
     )
     also_refused = tuple(dict.fromkeys(found_elsewhere))
-    asked = {word for row in REFUSALS if _asks(row, settings) for word in row.words}
+    asked = {word for row in REFUSALS if row.asks_for_unproven(settings) for word in row.words}
     allow = _PROVED_BY_ROWS & asked
-    against_fp8_experts = fp8_experts.problems(settings, {Unproven.FP8_EXPERTS})
+    in_fp8 = _allowing(settings, {Unproven.FP8_EXPERTS})
+    against_fp8_experts = problems_by(WITH_FP8_EXPERTS, in_fp8)
     if Unproven.DENSE_FP8 in allowed or against_fp8_experts:
         allow -= {Unproven.FP8_EXPERTS}
     found = _refused(settings, {*allowed, *allow})
@@ -104,7 +110,7 @@ def judge(
     doubts = [*doubts] + [
         f"{row.flag} {getattr(settings, row.argument)}: allowed by name, and nobody has run it"
         for row in REFUSALS
-        if set(row.words) & (set(allowed) - allow) and _asks(row, settings)
+        if set(row.words) & (set(allowed) - allow) and row.asks_for_unproven(settings)
     ]
     if "--cuda-graph-impl" in drop:
         settings = Namespace(**vars(settings) | {"cuda_graph_impl": "none"})
@@ -115,11 +121,12 @@ def judge(
 
 
 def _refused(settings: Namespace, allowed: Collection[Unproven]) -> list[tuple[Rule, str]]:
-    return [(row, text) for row in REFUSALS if (text := row.problem(settings, allowed))]
+    settings = _allowing(settings, allowed)
+    return [(row, text) for row in REFUSALS if (text := row.problem(settings))]
 
 
-def _asks(row: Rule, settings: Namespace) -> bool:
-    return row.asks_for_unproven(settings, row.argument)
+def _allowing(settings: Namespace, words: Collection[Unproven]) -> Namespace:
+    return Namespace(**vars(settings) | {"fsep_allow_unproven": tuple(words)})
 
 
 def _check_sizes(settings: Namespace) -> None:

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 import torch
 
 from megatron_laer.layer.experts.gemm import SlotGemm
-from megatron_laer.precision import Precision, recipe_of
+from megatron_laer.precision import Precision, card_problem, recipe_of
 from megatron_laer.runtime.weights.layer import Packer
-from megatron_laer.support import fp8_experts
 
 
 class QuantisedGemm(SlotGemm, Packer, Protocol):
@@ -28,16 +27,19 @@ class QuantisedGemm(SlotGemm, Packer, Protocol):
 
 def check_card(config: Any, device: torch.device) -> None:
     """Refuse a card that computes no products of the config's recipe, before any is asked for."""
-    if device.type != "cuda":
-        return
-    card = torch.cuda.get_device_capability(device)
-    problem = fp8_experts.card_problem(recipe_of(config), card, torch.version.cuda)
-    if problem is not None:
-        raise ValueError(problem)
+    if device.type == "cuda":
+        card = torch.cuda.get_device_capability(device)
+        problem = card_problem(Precision(recipe_of(config)), card, torch.version.cuda)
+        if problem is not None:
+            raise ValueError(problem)
 
 
 def quantised_gemm(config: Any, rows: int, columns: int, device: torch.device) -> QuantisedGemm:
-    """Return the products of a linear layer by the recipe of Megatron's TransformerConfig."""
+    """Return the products of a linear layer by the recipe of Megatron's TransformerConfig.
+
+    Raises:
+        ValueError: a Transformer Engine without such products; sizes that do not fit.
+    """
     from megatron_laer.layer.experts.fp8 import te
 
     precision = Precision(recipe_of(config))
@@ -49,6 +51,5 @@ def quantised_gemm(config: Any, rows: int, columns: int, device: torch.device) -
             "other sizes, or leave out --fp8-format"
         )
     if (problem := te.problem(device, row)) is not None:
-        message = f"--fsep-allow-unproven fp8-experts: {problem}"
-        raise ValueError(message)
+        raise ValueError(f"--fsep-allow-unproven fp8-experts: {problem}")
     return te.Quantised(config, precision, rows, columns)
