@@ -100,7 +100,10 @@ def record_run(
     guard = Guard(PlanMode(run.get("plan_mode", PlanMode.ADAPTIVE)), COSTS, geometry)
     shape = Shape(4, 8, 3, 2, layers)
     writer = MetricsWriter(METRICS.path(folder, 0), shape, run, 0, cluster, number)
-    recorder = MetricsRecorder(writer, guard, layers, torch.device("cpu"), TickingClock())
+    recorder = MetricsRecorder(guard, torch.device("cpu"), TickingClock())
+    recorder.open(writer, layers)
+    times = recorder.times
+    assert times is not None
     of_run = layers, 0, number
     layouts = LayoutRecorder(folder / "group-0.layouts", geometry, SIGNATURE, *of_run)
     trace = TraceWriter(folder / "group-0.trace", 4, 8, *of_run) if has_trace else None
@@ -115,10 +118,10 @@ def record_run(
                 counts = counts_NE(step, layer, microbatch)
                 decision = guard.decide(counts, planned[layer])
                 recorder.add(layer, Outcome(decision, 1e-3))
-                recorder.times.begin_exchange(Activity(Kind.DISPATCH, name))
-                recorder.times.end_exchange(Activity(Kind.EXPERTS, name))
-                recorder.times.begin_exchange(Activity(Kind.COMBINE, name))
-                recorder.times.end_exchange(Activity(Kind.DENSE))
+                times.begin_exchange(Activity(Kind.DISPATCH, name))
+                times.end_exchange(Activity(Kind.EXPERTS, name))
+                times.begin_exchange(Activity(Kind.COMBINE, name))
+                times.end_exchange(Activity(Kind.DENSE))
                 if trace is not None:
                     trace.append(step, layer, microbatch, counts)
         recorder.end_step(PlannerStatus(plan_us=500), step, RECEIVED_BYTES * step)

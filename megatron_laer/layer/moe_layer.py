@@ -190,7 +190,7 @@ class FSEPMoELayer(MoELayer):
         self.token_dispatcher.start_shared_experts(hidden_states)
         self.token_dispatcher.launch_ahead(routing_map_TE)
         plan = self._plan = finish_plan()
-        step_times = self._coordinator.measurements.step_times
+        step_times = self._coordinator.recorder.times
         self.token_dispatcher.begin(SlotDispatch(plan, self.state.name, step_times))
         tokens, probs = super().preprocess(hidden_states, probs, routing_map_TE)
         return plan.restored.gate(tokens, reruns=plan.backward_follows), probs

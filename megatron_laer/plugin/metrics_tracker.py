@@ -69,7 +69,7 @@ def collect(
     layers = [LayerMetrics()] * (decoder_layers + mtp_layers)
     rank = RankMetrics()
     if coordinator is not None:
-        layer_ms = coordinator.measurements.take_layer_ms()
+        layer_ms = coordinator.recorder.take_layer_ms()
         sent = np.sum(
             [astuple(layer.statistics.take_sent()) for layer in coordinator.layers], axis=0
         )

@@ -43,7 +43,7 @@ from megatron_laer.runtime.comm.exchange import Exchange, wire_dtype
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from megatron_laer.runtime.coordinator import Coordinator
-from megatron_laer.runtime.measurements import Measurements
+from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.runtime.pair_counts import PairCounts
 from megatron_laer.runtime.planning.announced_layouts import AnnouncedLayouts
@@ -129,8 +129,7 @@ def build_coordinator(
         pass_layouts = PassLayouts(guard, layouts, groups, one_per_step=Kind.STEP in kinds)
     experts = LayerExperts(streams, device, geometry, kinds)
     scheduler = Scheduler(kinds, streams, experts, pass_layouts)
-    tokens_priced = {"top_k": top_k, "tokens_per_rank": tokens}
-    measurements = Measurements(config, groups, guard, streams, tokens_priced)
+    recorder = MetricsRecorder(guard, device, streams.parameters.times.clock)
     planner = MicrobatchPlanner(
         groups,
         device,
@@ -138,7 +137,7 @@ def build_coordinator(
         pass_layouts,
         experts,
         scheduler,
-        measurements,
+        recorder,
         PairCounts(
             groups,
             device,
@@ -159,7 +158,8 @@ def build_coordinator(
         pass_layouts,
         scheduler,
         planner,
-        measurements,
+        recorder,
+        {"top_k": top_k, "tokens_per_rank": tokens},
         seed,
         device,
     )

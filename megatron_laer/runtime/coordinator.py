@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +27,7 @@ from megatron_laer.runtime.layer_state import (
     name_of_layer,
     what_changed,
 )
-from megatron_laer.runtime.measurements import Measurements
+from megatron_laer.runtime.metrics_recorder import MetricsRecorder, metrics_writer
 from megatron_laer.runtime.microbatch_planner import MicrobatchPlanner
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
 from megatron_laer.runtime.planning.pass_layouts import PassLayouts
@@ -41,7 +42,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Coordinator:
-    """Coordinator of one rank of an FSEP group; the planner shares the guard's cost model."""
+    """Coordinator of one rank of an FSEP group; the planner shares the guard's cost model.
+
+    `priced` are the top-k and the tokens per rank that recordings name.
+    """
 
     config: FSEPConfig
     groups: FSEPGroups
@@ -52,7 +56,8 @@ class Coordinator:
     pass_layouts: PassLayouts
     scheduler: Scheduler
     microbatch_planner: MicrobatchPlanner
-    measurements: Measurements
+    recorder: MetricsRecorder
+    priced: Mapping[str, int]
     seed: int
     device: torch.device
     layers: list[LayerState] = field(default_factory=list)
@@ -104,7 +109,12 @@ class Coordinator:
             names = [layer.name for layer in self.layers]
             unquantised = self.layouts.unquantised
             run = run_of_group(self.config, self.groups.index) if self.groups.rank == 0 else None
-            self.measurements.start(names, first_step, self.device, unquantised, run)
+            if run is not None and names and self.config.record_metrics is not None:
+                of_run = self.config, self.guard, self.priced, self.device, self.groups.index
+                writer = metrics_writer(*of_run, names, first_step, run)
+                self.recorder.open(writer, names, unquantised)
+                for stream in (self.streams.parameters, self.streams.gradients):
+                    stream.times.step_times = self.recorder.times
             self._launch_kernels()
             self.layouts.start(first_step, run)
         except (ValueError, OSError) as error:
@@ -143,7 +153,7 @@ class Coordinator:
         assert self.microbatch_planner.in_steps, "begin_step before start"
         check_no_plan_is_left(self.layers)
         self._put_pairs()
-        self.measurements.begin_step(step)
+        self.recorder.begin_step(step)
         self._received_before = self.streams.exchange.count.received_bytes
         self.layouts.begin_step(step, num_microbatches)
         expected = self.pass_layouts.begin_step(
@@ -170,7 +180,7 @@ class Coordinator:
         self._unreported_steps += 1
         received_bytes = self.streams.exchange.count.received_bytes - self._received_before
         self._unreported_bytes += received_bytes
-        self.measurements.end_step(self.layouts.status, self.layouts.version, received_bytes)
+        self.recorder.end_step(self.layouts.status, self.layouts.version, received_bytes)
 
     def take_exchanged(self) -> tuple[float, float, float]:
         """Return this rank's means of the steps since the last call.
@@ -196,6 +206,6 @@ class Coordinator:
     def close(self) -> None:
         self._put_pairs()
         self.scheduler.close()
-        self.measurements.close()
+        self.recorder.close()
         self.pass_layouts.close()
         self.layouts.close()

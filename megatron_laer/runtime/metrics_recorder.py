@@ -1,6 +1,7 @@
 """Recorder of each step's metrics of one FSEP group, on its planner rank.
 
-It waits for no device and makes no collective. A write error ends the recording, not the run.
+It waits for no device and makes no collective. A write error ends the recording, not the run. On
+other ranks, and in runs without a recording, nothing is opened, and it does nothing.
 
 Legend: N ranks, L MoE layers.
 """
@@ -25,10 +26,11 @@ from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.guard import Guard
 from megatron_laer.planner.outcome import PRICES, Outcome, Price, price
 from megatron_laer.planner.status import PlannerStatus
+from megatron_laer.runtime.planning.planner_rank import naming_flag
 from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.clock import Clock
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS
-from megatron_laer.telemetry.metrics_file import MetricsWriter
+from megatron_laer.telemetry.metrics_file import METRICS, MetricsWriter, Shape
 from megatron_laer.telemetry.rank_memory import MemoryUse, memory_use
 from megatron_laer.telemetry.statistics import (
     LayerMetrics,
@@ -61,32 +63,39 @@ class _EndedStep:
 class MetricsRecorder:
     """Writer of the recording that `telemetry/metrics_file` describes."""
 
-    def __init__(
-        self,
-        writer: MetricsWriter,
-        guard: Guard,
-        names: Sequence[str],
-        device: torch.device,
-        clock: Clock,
-        unquantised: Collection[int] = (),
-    ) -> None:
-        self.times = StepTimes(clock)
-        self._writer: MetricsWriter | None = writer
-        self._names = tuple(names)
-        layers = range(len(self._names))
-        self._guards = [guard.in_bf16 if layer in unquantised else guard for layer in layers]
+    def __init__(self, guard: Guard, device: torch.device, clock: Clock) -> None:
+        self._guard = guard
         self._device = device
+        self._times = StepTimes(clock)
+        self._writer: MetricsWriter | None = None
+        self._names: tuple[str, ...] = ()
+        self._guards: list[Guard] = []
         self._step = 0
         self._layers: list[LayerPasses] = []
         self._waiting: deque[_EndedStep] = deque()
         self._layer_ms: float | None = None
+
+    @property
+    def times(self) -> StepTimes | None:
+        """Return the sums of activities' times; None without a recording."""
+        return None if self._writer is None else self._times
+
+    def open(
+        self, writer: MetricsWriter, names: Sequence[str], unquantised: Collection[int] = ()
+    ) -> None:
+        """Record these layers, of which some may be without fp8."""
+        self._writer, self._names = writer, tuple(names)
+        self._guards = [
+            self._guard.in_bf16 if layer in unquantised else self._guard
+            for layer in range(len(self._names))
+        ]
 
     def begin_step(self, step: int) -> None:
         if self._writer is None:
             return
         self._step = step
         self._layers = [LayerPasses.of(guard.geometry.num_ranks) for guard in self._guards]
-        self.times.begin_step()
+        self._times.begin_step()
 
     def add(self, layer: int, outcome: Outcome) -> None:
         if self._layers:
@@ -102,7 +111,7 @@ class MetricsRecorder:
             self._end_recording(error)
 
     def _end_step(self, status: PlannerStatus, version: int, received_bytes: int) -> None:
-        self.times.end_step()
+        self._times.end_step()
         prices = [
             None if layer.last is None else price(guard, layer.last)
             for guard, layer in zip(self._guards, self._layers, strict=True)
@@ -122,7 +131,7 @@ class MetricsRecorder:
     def close(self) -> None:
         if self._waiting:
             try:
-                self.times.catch_up()
+                self._times.catch_up()
                 self._write()
             except Exception as error:
                 self._end_recording(error)
@@ -131,7 +140,7 @@ class MetricsRecorder:
             self._writer = None
 
     def _write(self) -> None:
-        while self._waiting and (seconds := self.times.take()) is not None:
+        while self._waiting and (seconds := self._times.take()) is not None:
             step = self._waiting.popleft()
             of_layers = self._of_layers(step, seconds)
             of_step = _of_step(step, seconds)
@@ -149,7 +158,7 @@ class MetricsRecorder:
         # They would grow with every step of a long run.
         self._layers = []
         self._waiting.clear()
-        self.times.forget()
+        self._times.forget()
 
     def _of_layers(
         self, step: _EndedStep, seconds: Mapping[Activity, float]
@@ -184,6 +193,30 @@ class MetricsRecorder:
         )
         scalars, _ = named(layers, rank)
         return scalars | {"fsep_memory_headroom_gib": step.memory.headroom_bytes / _GIB}
+
+
+def metrics_writer(
+    config: FSEPConfig,
+    guard: Guard,
+    priced: Mapping[str, int],
+    device: torch.device,
+    group: int,
+    names: Sequence[str],
+    first_step: int,
+    run: str | None,
+) -> MetricsWriter:
+    """Open the file of a group's recording, which has the run's number."""
+    folder = str(config.record_metrics)
+    with naming_flag("record_metrics", folder):
+        of, costs = guard.geometry, guard.costs
+        return MetricsWriter(
+            METRICS.path(folder, group),
+            Shape(of.num_ranks, of.num_experts, of.capacity, of.node_size, tuple(names)),
+            run_settings(config, costs, priced, device),
+            first_step,
+            costs.cluster,
+            run,
+        )
 
 
 def run_settings(

@@ -24,7 +24,7 @@ from megatron_laer.runtime.comm.collectives import (
 )
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
 from megatron_laer.runtime.layer_state import LayerState
-from megatron_laer.runtime.measurements import Measurements
+from megatron_laer.runtime.metrics_recorder import MetricsRecorder
 from megatron_laer.runtime.microbatch_plan import MicrobatchPlan
 from megatron_laer.runtime.pair_counts import PairCounts
 from megatron_laer.runtime.planning.layouts_in_force import LayoutsInForce
@@ -50,7 +50,7 @@ class MicrobatchPlanner:
     pass_layouts: PassLayouts
     experts: LayerExperts
     scheduler: Scheduler
-    measurements: Measurements
+    recorder: MetricsRecorder
     pairs: PairCounts
     token_sizes: TokenSizesExchange | None
     follows_steps: bool
@@ -144,7 +144,7 @@ class MicrobatchPlanner:
         if self.layouts.planner_rank is not None:
             outcome = Outcome(decision, decide_s)
             layer.statistics.add_outcome(outcome)
-            self.measurements.add(layer.index, outcome)
+            self.recorder.add(layer.index, outcome)
             if microbatch is not None:
                 self.layouts.planner_rank.put(layer.index, *microbatch)
 

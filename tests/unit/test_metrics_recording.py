@@ -180,8 +180,8 @@ def test_unquantised_layers_are_predicted_at_the_prices_of_bf16(tmp_path: Path) 
     in_fp8 = replace(GUARD, costs=replace(COSTS, cluster=cluster, precision=Precision.MXFP8))
     path = METRICS.path(tmp_path, 0)
     writer = MetricsWriter(path, Shape(4, 8, 3, 2, LAYERS), RUN, 0, COSTS.cluster)
-    cpu = torch.device("cpu")
-    recorder = MetricsRecorder(writer, in_fp8, LAYERS, cpu, TickingClock(), unquantised={1})
+    recorder = MetricsRecorder(in_fp8, torch.device("cpu"), TickingClock())
+    recorder.open(writer, LAYERS, unquantised={1})
     decision = in_fp8.decide(counts_NE(0, 0, 0), ExpertLayout.static(4, 3, 8))
     recorder.begin_step(0)
     for layer in range(len(LAYERS)):
@@ -200,7 +200,8 @@ def test_a_recording_that_ended_keeps_nothing_of_later_steps(
 ) -> None:
     path = METRICS.path(tmp_path, 0)
     writer = MetricsWriter(path, Shape(4, 8, 3, 2, LAYERS), RUN, 0, COSTS.cluster)
-    recorder = MetricsRecorder(writer, GUARD, LAYERS, torch.device("cpu"), TickingClock())
+    recorder = MetricsRecorder(GUARD, torch.device("cpu"), TickingClock())
+    recorder.open(writer, LAYERS)
     decision = GUARD.decide(counts_NE(0, 0, 0), ExpertLayout.static(4, 3, 8))
     with mock.patch(f"{MetricsRecorder.__module__}.{broken}", side_effect=OSError("no space")):
         for step in range(3):
@@ -208,7 +209,7 @@ def test_a_recording_that_ended_keeps_nothing_of_later_steps(
             recorder.add(0, Outcome(decision, 1e-3))
             recorder.end_step(PlannerStatus(), step, received_bytes=0)
     assert caplog.text.count("the recording of metrics ends at step 0: no space") == 1
-    assert recorder.times.take() is None
+    assert recorder.times is None
     recorder.close()
     assert len(read_metrics(path).steps_T) == 0
 
