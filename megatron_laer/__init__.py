@@ -15,8 +15,6 @@ from megatron_laer.config import FSEPConfig
 from megatron_laer.version import __version__
 
 if TYPE_CHECKING:
-    from megatron_laer.integrations.stock_loading import load_stock_named_parameters
-    from megatron_laer.integrations.stock_names import stock_named_parameters
     from megatron_laer.plugin import disable, enable, training_step
     from megatron_laer.session import announce_routing, get_fsep_group
 
@@ -27,8 +25,6 @@ __all__ = [
     "disable",
     "enable",
     "get_fsep_group",
-    "load_stock_named_parameters",
-    "stock_named_parameters",
     "training_step",
 ]
 
@@ -37,8 +33,6 @@ _LAZY = {
     "disable": "megatron_laer.plugin",
     "announce_routing": "megatron_laer.session",
     "get_fsep_group": "megatron_laer.session",
-    "load_stock_named_parameters": "megatron_laer.integrations.stock_loading",
-    "stock_named_parameters": "megatron_laer.integrations.stock_names",
     "training_step": "megatron_laer.plugin",
 }
 

@@ -142,8 +142,6 @@ class Session:
             coordinator.begin_step(step, num_microbatches)
 
     def end_step(self, *, weights_changed: bool) -> None:
-        global _weights_version
-        _weights_version += weights_changed
         if self.coordinator is not None:
             self.coordinator.end_step(weights_changed=weights_changed)
 
@@ -158,7 +156,6 @@ _NO_GROUPS = (
 )
 
 _session: Session | None = None
-_weights_version = 0
 
 
 def current() -> Session | None:
@@ -171,11 +168,6 @@ def replace(session: Session | None) -> None:
     before, _session = _session, session
     if before is not None:
         before.close()
-
-
-def weights_version() -> int:
-    """Return a number that changes with each step that changed the weights."""
-    return _weights_version
 
 
 def current_coordinator() -> Coordinator | None:

@@ -50,7 +50,7 @@ REFUSED = {
     "groups": (changed("dist", use_decentralized_pg=True), "no FSEP group is created; set it to"),
     "files of Hugging Face": (
         changed("checkpoint", also_save_hf_checkpoint=True),
-        "export from a checkpoint, or within",
+        "and export from a checkpoint",
     ),
     "dispatcher": (
         changed("model", moe_token_dispatcher_type="allgather"),

@@ -9,7 +9,6 @@ import copy
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.moe.moe_layer import MoESubmodules
 
 from megatron_laer.layer import slot_configs
@@ -40,7 +39,6 @@ def slot_submodules(
             device=coordinator.device,
             gemm=coordinator.config.gemm,
             activation_builder=activation_builder(submodules),
-            stock_is_grouped=stock_is_grouped(submodules),
         )
 
     def with_true_config(builder: Any) -> Any:
@@ -57,8 +55,3 @@ def slot_submodules(
 def activation_builder(submodules: MoESubmodules) -> Any:
     options = getattr(submodules.experts, "keywords", {})
     return getattr(options.get("submodules"), "activation_func", None)
-
-
-def stock_is_grouped(submodules: MoESubmodules) -> bool:
-    builder = getattr(submodules.experts, "func", submodules.experts)
-    return not (isinstance(builder, type) and issubclass(builder, SequentialMLP))

@@ -1,6 +1,4 @@
-"""Megatron-Bridge's mapping code converts weights of an FSEP model as it does those of stock.
-
-With experts at home it needs no context of ours.
+"""Megatron-Bridge's mapping code converts experts at home as it does those of stock.
 
 Needs a checkout of Megatron-Bridge 0.6 in the folder MEGATRON_BRIDGE_CHECKOUT, and its
 dependencies, which the pages on it name.
@@ -8,22 +6,19 @@ dependencies, which the pages on it name.
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_laer import session
 from megatron_laer.cpu.ranks import RankPools
+from megatron_laer.cpu.training import train
 from tests.bridge_stubs import importable
 from tests.checkouts import checkout
-from tests.distributed.test_stock_loading import probed
 from tests.parity.flags import command_line
 
 CHECKOUT, pytestmark = checkout("MEGATRON_BRIDGE_CHECKOUT", "Megatron-Bridge 0.6")
 
-FSEP = " --expert-parallel-mode fsep --fsep-planner random --fsep-sharding rows"
 HOMES = " --expert-parallel-mode fsep --fsep-planner random --fsep-sharding experts"
 QWEN3 = (
     " --lr 0 --min-lr 0 --group-query-attention --num-query-groups 2 --kv-channels 16"
@@ -52,18 +47,15 @@ class _State(dict[str, torch.Tensor]):
         return list(self)
 
 
-def converted(flags: list[str], shown: bool) -> list[dict[str, torch.Tensor]]:
+def converted(flags: list[str]) -> list[dict[str, torch.Tensor]]:
     """Return the weights in Hugging Face's format, and after a load of the doubled ones.
 
-    The last entry has the doubled ones again, by tasks that were kept from before the load. With
-    `shown`, our context shows experts to Megatron-Bridge as stock's.
+    The last entry has the doubled ones again, by tasks that were kept from before the load.
     """
 
     def convert(model: list[torch.nn.Module]) -> list[dict[str, torch.Tensor]]:
         from megatron.bridge.models.qwen.qwen3_moe_bridge import Qwen3MoEBridge
         from transformers import Qwen3MoeConfig
-
-        from megatron_laer.integrations.bridge_weights import stock_weights
 
         config = Qwen3MoeConfig(num_experts=4, hidden_size=48, num_attention_heads=4)
 
@@ -73,25 +65,15 @@ def converted(flags: list[str], shown: bool) -> list[dict[str, torch.Tensor]]:
             )
             return {name: weight.clone() for name, weight in stream}
 
-        with stock_weights() if shown else contextlib.nullcontext():
-            before = exported()
-            kept = Qwen3MoEBridge().build_conversion_tasks(config, model)
-            doubled = {name: 2 * weight for name, weight in before.items()}
-            Qwen3MoEBridge().load_weights_hf_to_megatron(Pretrained(config, doubled), model)
-            after = exported()
-        again = exported(kept)
-        fsep = session.current()
-        if shown and fsep is not None and torch.distributed.get_world_size() == 2:
-            # Pipeline stages would wait for each other.
-            listed = list(kept)  # as NeMo-RL keeps them, so that experts are copies of this moment
-            exported(listed)
-            fsep.end_step(weights_changed=True)
-            with pytest.raises(RuntimeError, match="keep no list from one step to another"):
-                exported(listed)
-        return [before, after, again]
+        before = exported()
+        kept = Qwen3MoEBridge().build_conversion_tasks(config, model)
+        doubled = {name: 2 * weight for name, weight in before.items()}
+        Qwen3MoEBridge().load_weights_hf_to_megatron(Pretrained(config, doubled), model)
+        return [before, exported(), exported(kept)]
 
     with importable(CHECKOUT):
-        return probed(flags, convert)
+        found: list[dict[str, torch.Tensor]] = train(flags, convert).probes[0]
+        return found
 
 
 @pytest.mark.parametrize(
@@ -102,13 +84,11 @@ def converted(flags: list[str], shown: bool) -> list[dict[str, torch.Tensor]]:
 def test_qwen3_moe_is_converted_as_stocks_and_back(
     ranks: RankPools, text_data: str, size: int, extra: str
 ) -> None:
-    def run(mode: str, *, shown: bool) -> Any:
+    def run(mode: str) -> Any:
         flags = command_line(text_data, QWEN3 + extra + mode, experts=4, steps=1)
-        return ranks(size).run(converted, flags, shown)
+        return ranks(size).run(converted, flags)
 
-    stock = run("", shown=False)
-    of_ranks = [*run(FSEP, shown=True), *run(HOMES, shown=False)]
-    for rank, (theirs, ours) in enumerate(zip(2 * stock, of_ranks, strict=True)):
+    for rank, (theirs, ours) in enumerate(zip(run(""), run(HOMES), strict=True)):
         for expected, found in zip(theirs, ours, strict=True):
             assert found.keys() == expected.keys(), rank
             for name, weight in expected.items():

@@ -87,7 +87,6 @@ NOT_OURS = ("scripts/conversion/convert.sh", "from megatron.bridge", "git apply"
 RUN_ELSEWHERE = {
     ("performance.md", "benchmarks.convergence"): "convergence/test_long_convergence.py",
     ("own_loop.md", "own_loop.py"): "distributed/test_own_loop.py",
-    ("checkpoints.md", "stock_named_parameters"): "distributed/test_stock_names.py",
 }
 
 _IDS = [str(page.relative_to(ROOT)) for page in PAGES]

@@ -1,4 +1,4 @@
-"""slime's own copies of models, loader and weight iterator work on an FSEP model as pages say.
+"""slime's own copies of models, loader and weight iterator work on experts at home as they are.
 
 Needs a checkout of slime in the folder SLIME_CHECKOUT, and the imports of these files: tqdm and
 safetensors. slime's further dependencies, such as Ray and SGLang, are replaced here.
@@ -19,30 +19,23 @@ import torch
 import torch.distributed as dist
 
 from megatron_laer.cpu.ranks import RankPools
-from tests import documents
 from tests.checkouts import checkout
 from tests.distributed.test_announced import MICROBATCHES, announce_by_slimes_hooks
+from tests.distributed.test_home_names import train_some
 from tests.distributed.test_own_loop import code_of, script
-from tests.distributed.test_stock_loading import flags_of, probed
-from tests.distributed.test_stock_writing import values
+from tests.parity.flags import command_line
 
 __all__ = ["script"]
 
-PAGE = documents.ROOT / "docs" / "checkpoints.md"
-ASKED = "model_module.named_parameters()"
+FSEP = " --expert-parallel-mode fsep --fsep-sharding experts --fsep-planner random"
 EXPERTS, LAYERS = 4, 2
 
 CHECKOUT, pytestmark = checkout("SLIME_CHECKOUT", "slime")
 
 
-def _of_page() -> str:
-    (block,) = [block.text for block in documents.blocks(PAGE) if "module.module." in block.text]
-    return " ".join(block.split()).replace("chunk", "model_module")
-
-
 @contextlib.contextmanager
 def slime() -> Iterator[Callable[[str], ModuleType]]:
-    """Make slime's files importable one by one, with the page's change in the named one."""
+    """Make slime's files importable one by one."""
     before = set(sys.modules)
     size_and_rank = {"current_device": lambda: "cpu", "synchronize": lambda: None}
 
@@ -66,20 +59,6 @@ def slime() -> Iterator[Callable[[str], ModuleType]]:
         package("slime.backends.megatron_utils.update_weight")
         package("slime.backends.megatron_utils.hf_to_megatron")
         package("slime.backends.megatron_utils.megatron_to_hf", convert_to_hf=_converted)
-        common = CHECKOUT / "slime/backends/megatron_utils/update_weight/common.py"
-        source = common.read_text()
-        assert source.count(ASKED) == 2, "the page names another function than slime has"
-        name = "slime.backends.megatron_utils.update_weight.common"
-        package(name, __name__=name)
-        exec(
-            compile(
-                "from megatron_laer import stock_named_parameters\n"
-                + source.replace(ASKED, _of_page()),
-                str(common),
-                "exec",
-            ),
-            vars(sys.modules[name]),
-        )
         empty_like = torch.empty_like
         with mock.patch.object(torch, "empty_like", in_memory):
             yield importlib.import_module
@@ -108,6 +87,10 @@ def _exported(load: Callable[[str], ModuleType], args: Any, model: Any) -> dict[
         for chunk in iterator.get_hf_weight_chunks(weights)
         for name, tensor in chunk
     }
+
+
+def values(model: list[torch.nn.Module]) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for chunk in model for parameter in chunk.parameters()]
 
 
 def by_slime(flags: list[str], folder: Path) -> int:
@@ -165,14 +148,16 @@ def by_slime(flags: list[str], folder: Path) -> int:
                 assert torch.equal(again[name], tensor), name
             return sum(".experts." in name for name in sent)
 
-    return probed(flags, check)
+    found: int = train_some(flags, check, grouped=True).probes[0]
+    return found
 
 
 def test_slimes_own_files_read_and_write_every_expert(
     ranks: RankPools, text_data: str, tmp_path: Path
 ) -> None:
     parts = 3  # gate, up and down
-    assert ranks(2).run(by_slime, flags_of(text_data), tmp_path) == [LAYERS * EXPERTS * parts] * 2
+    flags = command_line(text_data, FSEP, experts=EXPERTS, steps=1)
+    assert ranks(2).run(by_slime, flags, tmp_path) == [LAYERS * EXPERTS * parts] * 2
 
 
 def by_slimes_replay(path: Path, hooks: Path) -> tuple[list[int], int]:

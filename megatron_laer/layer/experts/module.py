@@ -32,8 +32,6 @@ class FSEPExperts(MegatronModule):
 
     Args:
         activation_builder: Transformer Engine's activation from the module spec, or None.
-        stock_is_grouped: whether stock would build grouped experts, which determines the names of
-            their parameters.
     """
 
     def __init__(
@@ -45,7 +43,6 @@ class FSEPExperts(MegatronModule):
         device: torch.device,
         gemm: str,
         activation_builder: Any = None,
-        stock_is_grouped: bool = False,
     ) -> None:
         compute = RestoredCompute(
             config,
@@ -58,7 +55,6 @@ class FSEPExperts(MegatronModule):
         self._rank, self._num_ranks = groups.rank, groups.size
         self._expert_dp_group = pg_collection.expt_dp
         self._layer_name: str | None = None
-        self.stock_is_grouped = stock_is_grouped
         self._compute = compute
         self._activation = compute.activation
         matrices = [
