@@ -141,9 +141,9 @@ class Session:
         if coordinator is not None:
             coordinator.begin_step(step, num_microbatches)
 
-    def end_step(self, *, weights_changed: bool) -> None:
+    def end_step(self) -> None:
         if self.coordinator is not None:
-            self.coordinator.end_step(weights_changed=weights_changed)
+            self.coordinator.end_step()
 
     def close(self) -> None:
         self.forget_model()

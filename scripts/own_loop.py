@@ -151,8 +151,8 @@ def main():
             loss, _ = train_step(step, model, optimizer)
             line = ""
         else:
-            with megatron_laer.training_step(step, MICROBATCHES, model) as fsep:
-                loss, fsep.weights_changed = train_step(step, model, optimizer)
+            with megatron_laer.training_step(step, MICROBATCHES, model):
+                loss, _ = train_step(step, model, optimizer)
             line = metrics.report(loss_scale=1 / MICROBATCHES, iteration=step, num_layers=LAYERS)
         if dist.get_rank() == 0:
             print(f"step {step} | loss {loss:.9f} |{line}", flush=True)

@@ -19,7 +19,7 @@ from megatron_laer.config import FSEPConfig, deterministic
 from megatron_laer.files import run_mark
 from megatron_laer.integrations.bridge_config import settings_of
 from megatron_laer.plugin.install_tracker import install_metrics
-from megatron_laer.plugin.steps import StepOutcome, training_step
+from megatron_laer.plugin.steps import training_step
 from megatron_laer.plugin.switch import enable
 from megatron_laer.support import RefusedError, arguments
 
@@ -52,7 +52,6 @@ class FSEPCallback:
         )
         run_mark.set_checkpoints(load, save, finetune=bool(finetune))
         self._step = contextlib.ExitStack()
-        self._outcome = StepOutcome()
 
     def on_train_start(self, context: Any) -> None:
         """Add FSEP's metrics to Megatron-Bridge's writers."""
@@ -66,10 +65,9 @@ class FSEPCallback:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
 
         step = training_step(context.state.train_state.step, get_num_microbatches(), context.model)
-        self._outcome = self._step.enter_context(step)
+        self._step.enter_context(step)
 
     def on_train_step_end(self, context: Any) -> None:
-        self._outcome.weights_changed = not context.skipped_iter
         self._step.close()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,12 +24,10 @@ def _with_step_boundary(original: Callable[..., Any]) -> Callable[..., Any]:
         from megatron.core.num_microbatches_calculator import get_num_microbatches
         from megatron.training import get_args
 
-        with training_step(get_args().curr_iteration, get_num_microbatches(), model) as step:
+        with training_step(get_args().curr_iteration, get_num_microbatches(), model):
             if (current := session.current()) is not None:
                 write_in_force(get_args(), current.in_force)  # on ranks without MoE layers too
-            result = original(forward_step_func, data_iterator, model, *args, **kwargs)
-            step.weights_changed = not result[1]  # Megatron's skipped_iter
-            return result
+            return original(forward_step_func, data_iterator, model, *args, **kwargs)
 
     return train_step
 
@@ -57,17 +54,10 @@ def _with_operations(original: Any) -> Any:
     return staticmethod(functools.wraps(run_together)(run))
 
 
-@dataclass
-class StepOutcome:
-    """Outcome of a step; `weights_changed` is False if the optimizer skipped it."""
-
-    weights_changed: bool = True
-
-
 @contextmanager
 def training_step(
     step: int, num_microbatches: int | None = None, model: Sequence[torch.nn.Module] = ()
-) -> Iterator[StepOutcome]:
+) -> Iterator[None]:
     """Mark a training step, at whose start layouts change. Collective: every rank must enter it.
 
     The plugin wraps Megatron's own loop; another loop enters it like this:
@@ -81,22 +71,18 @@ def training_step(
         model: Megatron's list of model chunks, the same at every step. Without it, restores are
             scheduled within each layer only.
 
-    Yields:
-        The outcome; set its `weights_changed` to False if the optimizer skips.
-
     Raises:
         ValueError: at the first step, on every rank of the world: a recording that cannot be
             written. With `--fsep-restore step`: no `num_microbatches`.
         RuntimeError: a plan that no backward pass used.
     """
     current = session.current()
-    outcome = StepOutcome()
     if current is None:
-        yield outcome
+        yield
         return
     current.begin_step(step, num_microbatches, lambda: [_chunk(wrapped) for wrapped in model])
-    yield outcome
-    current.end_step(weights_changed=outcome.weights_changed)
+    yield
+    current.end_step()
 
 
 def _chunk(wrapped: Any) -> Chunk:

@@ -169,14 +169,14 @@ class Coordinator:
             self.microbatch_planner.tag(layer, layout)  # upload it now
         self.experts.begin_step(layouts, num_microbatches)
 
-    def end_step(self, *, weights_changed: bool) -> None:
+    def end_step(self) -> None:
         check_no_plan_is_left(self.layers)
         self.scheduler.end_step()
         self.microbatch_planner.pairs.end_step()
         for layer in self.layers:
             layer.on_step_end()
         self.layouts.end_step()
-        self.experts.end_step(weights_changed=weights_changed)
+        self.experts.end_step()
         self._unreported_steps += 1
         received_bytes = self.streams.exchange.count.received_bytes - self._received_before
         self._unreported_bytes += received_bytes

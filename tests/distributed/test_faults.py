@@ -25,7 +25,6 @@ from tests.faults.injected import (
     train_with_rerun,
     train_with_routing,
     train_with_signal,
-    train_with_skipped_step,
 )
 from tests.faults.jobs import output_of, run_job, steps_of
 from tests.parity.compare import Distance, distance, identical
@@ -277,22 +276,6 @@ def test_a_step_that_megatron_repeats_changes_no_bit(
     again = ranks(2).run(train_with_rerun, flags, 3)
     assert [digests for _, digests in again] == [digests for _, digests in plain]
     assert again[0][0].losses == plain[0][0].losses
-
-
-@pytest.mark.counts(fault_runs=2)
-def test_experts_kept_over_a_skipped_step_are_those_that_a_restore_brings(
-    ranks: RankPools, command: Callable[..., list[str]]
-) -> None:
-    flags = command(
-        extra=f"{WAIT} --fsep-restore step --fp16 --no-check-for-nan-in-loss-and-grad"
-        " --initial-loss-scale 1024"
-    )
-    kept = ranks(2).run(train_with_skipped_step, flags, 3, False)
-    anew = ranks(2).run(train_with_skipped_step, flags, 3, True)
-    for mine, other in zip(kept, anew, strict=True):
-        assert mine.skipped == other.skipped == [3]
-        assert mine.restores < other.restores, "nothing was kept"
-        assert mine.digests == other.digests
 
 
 @pytest.mark.counts(fault_runs=2)

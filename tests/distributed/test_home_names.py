@@ -157,28 +157,28 @@ def loaded(flags: list[str], grouped: bool) -> Tensors:
     return found
 
 
-def held_over_a_load(flags: list[str]) -> bool:
-    """Return True if replicas that are held over a step are gone after a load and its end."""
+def held_after_a_step(flags: list[str]) -> bool:
+    """Return True if replicas that are held over a step are gone at its end."""
     from megatron_laer import session
     from megatron_laer.runtime.weights.states import WeightState
 
-    def load(_: list[torch.nn.Module]) -> bool:
+    def end(_: list[torch.nn.Module]) -> bool:
         coordinator = session.current_coordinator()
         assert coordinator is not None
         held = [*coordinator.experts._of_step.values()]
         assert any(experts.state.weights is WeightState.RESTORED for experts in held)
-        coordinator.experts.end_step(weights_changed=False)  # a load is stock's, and not seen
+        coordinator.experts.end_step()
         return all(experts.state.weights is WeightState.SHARDED for experts in held)
 
-    found: bool = train(flags, load).probes[0]
+    found: bool = train(flags, end).probes[0]
     return found
 
 
-def test_replicas_that_a_step_holds_are_not_used_after_a_load(
+def test_replicas_that_a_step_holds_are_not_used_after_it(
     ranks: RankPools, text_data: str
 ) -> None:
     flags = command(text_data, f"{RANDOM} --fsep-restore step")
-    assert ranks(2).run(held_over_a_load, flags) == [True, True]
+    assert ranks(2).run(held_after_a_step, flags) == [True, True]
 
 
 def run_stock(cases: list[Case], folder: Path) -> None:

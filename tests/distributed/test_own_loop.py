@@ -192,10 +192,9 @@ def warnings_without_steps(path: Path, config: dict[str, Any], mode: str) -> lis
     import torch
 
     import megatron_laer
-    from megatron_laer.plugin.steps import StepOutcome
 
-    def without_step(*_: Any) -> contextlib.nullcontext[StepOutcome]:
-        return contextlib.nullcontext(StepOutcome())
+    def without_step(*_: Any) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
 
     def only_forward(
         step: int, model: list[torch.nn.Module], _optimizer: Any

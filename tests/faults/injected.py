@@ -133,58 +133,6 @@ def train_with_rerun(flags: list[str], step: int) -> tuple[Record, list[str]]:
     return record, digests
 
 
-@dataclass
-class Skipped:
-    """Run with a skipped step: digests by step, full restores, and steps without a change."""
-
-    digests: list[str] = field(default_factory=list)
-    restores: int = 0
-    skipped: list[int] = field(default_factory=list)
-
-
-def train_with_skipped_step(flags: list[str], step: int, forgets: bool) -> Skipped:
-    """Skip a step by an infinite loss under loss scaling; `forgets` then restores all anew."""
-    from megatron.training import training
-
-    import pretrain_gpt
-    from megatron_laer.runtime.weights.layer_experts import LayerExperts
-    from megatron_laer.session import current_coordinator
-
-    loss_func, end_step, found = pretrain_gpt.loss_func, LayerExperts.end_step, Skipped()
-    train_step = training.train_step
-    before: list[torch.Tensor] = []
-
-    def infinite(loss_mask: torch.Tensor, output: torch.Tensor) -> Any:
-        return loss_func(loss_mask, output * float("inf") if current_step() == step else output)
-
-    def step_with_norm(*args: Any, **kwargs: Any) -> Any:
-        result = list(train_step(*args, **kwargs))
-        if result[5] is None:
-            result[5] = float("nan")
-        return tuple(result)
-
-    def end(self: LayerExperts, *, weights_changed: bool) -> None:
-        end_step(self, weights_changed=weights_changed or forgets)
-
-    def look(model: list[torch.nn.Module]) -> None:
-        coordinator = current_coordinator()
-        assert coordinator is not None
-        weights = [weight.detach().clone() for chunk in model for weight in chunk.parameters()]
-        if before and all(map(torch.equal, weights, before)):
-            found.skipped.append(current_step())
-        before[:] = weights
-        found.digests.append(digest(model))
-        found.restores = coordinator.streams.exchange.count.restores
-
-    with (
-        mock.patch.object(pretrain_gpt, "loss_func", infinite),
-        mock.patch.object(LayerExperts, "end_step", end),
-        mock.patch.object(training, "train_step", step_with_norm),
-    ):
-        train(flags, look)
-    return found
-
-
 # Map from the router's choice to tokens' experts: bool [T, E] to bool [T, E].
 Routing = Callable[[torch.Tensor], torch.Tensor]
 

@@ -17,7 +17,6 @@ from megatron_laer.config import LatePlan
 from megatron_laer.integrations import bridge, hugging_face
 from megatron_laer.integrations.bridge import FSEPCallback, check_recipe
 from megatron_laer.integrations.bridge_config import settings_of
-from megatron_laer.plugin.steps import StepOutcome
 from tests.bridge_recipes import OVERLAP, REFUSED, changed, recipe
 
 
@@ -133,11 +132,10 @@ class Steps:
         self.seen: list[Any] = []
 
     @contextlib.contextmanager
-    def __call__(self, *step: Any) -> Iterator[StepOutcome]:
-        outcome = StepOutcome()
+    def __call__(self, *step: Any) -> Iterator[None]:
         self.seen.append(("enters", *step))
-        yield outcome
-        self.seen.append(("leaves", outcome.weights_changed))
+        yield
+        self.seen.append(("leaves",))
 
 
 def test_the_callback_turns_fsep_on_and_marks_steps() -> None:
@@ -147,7 +145,6 @@ def test_the_callback_turns_fsep_on_and_marks_steps() -> None:
     context = SimpleNamespace(
         state=SimpleNamespace(train_state=SimpleNamespace(step=3), cfg=given),
         model=["chunk"],
-        skipped_iter=False,
     )
     with (
         mock.patch.object(bridge, "enable") as enable,
@@ -159,16 +156,16 @@ def test_the_callback_turns_fsep_on_and_marks_steps() -> None:
         callback.on_train_start(context)
         callback.on_train_step_start(context)
         callback.on_train_step_end(context)
-        context.state.train_state.step, context.skipped_iter = 4, True
+        context.state.train_state.step = 4
         callback.on_train_step_start(context)
         callback.on_train_step_end(context)
     enable.assert_called_once_with(FSEPConfig(capacity=4, late_plan=LatePlan.WAIT), seed=7)
     install.assert_called_once_with(5, 2, 0)
     assert steps.seen == [
         ("enters", 3, 2, ["chunk"]),
-        ("leaves", True),
+        ("leaves",),
         ("enters", 4, 2, ["chunk"]),
-        ("leaves", False),
+        ("leaves",),
     ]
 
 

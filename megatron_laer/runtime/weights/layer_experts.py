@@ -13,7 +13,6 @@ from dataclasses import replace
 
 import torch
 
-from megatron_laer.choices import Sharding
 from megatron_laer.life import Kind, Kinds
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
@@ -79,12 +78,9 @@ class LayerExperts:
         for layer, index in indexes:
             self._of_step[layer.name].begin_step(index, num_microbatches * layer.passes)
 
-    def end_step(self, *, weights_changed: bool) -> None:
-        # Writes to homes between steps, such as a load, are stock's and not seen here.
-        weights_changed = weights_changed or self._geometry.sharding == Sharding.EXPERTS
-        if weights_changed:
-            for held in self._of_step.values():
-                held.free()
+    def end_step(self) -> None:
+        for held in self._of_step.values():
+            held.free()
 
     def memory_problem(
         self, layers: Sequence[FsepLayer], replica_slots: int, kept_gib: float
