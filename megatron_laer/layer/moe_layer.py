@@ -43,18 +43,7 @@ from megatron_laer.support import model as model_support
 from megatron_laer.telemetry.activities import Activity, Kind
 from megatron_laer.telemetry.ranges import named_range
 
-_is_numbered_later = ContextVar("is_numbered_later", default=False)
 _is_for_mtp = ContextVar("is_for_mtp", default=False)
-
-
-@contextlib.contextmanager
-def numbered_later() -> Iterator[None]:
-    """Allow layers without a number in this block; `set_layer_number` sets it later."""
-    token = _is_numbered_later.set(True)
-    try:
-        yield
-    finally:
-        _is_numbered_later.reset(token)
 
 
 @contextlib.contextmanager
@@ -85,8 +74,6 @@ class FSEPMoELayer(MoELayer):
         name: str | None = None,
     ) -> None:
         assert submodules is not None
-        if layer_number is None and not _is_numbered_later.get():
-            raise ValueError(_NO_NUMBER)
         if pg_collection is None:
             pg_collection = get_default_pg_collection()
         coordinator = _coordinator_for(config, pg_collection)
@@ -132,7 +119,8 @@ class FSEPMoELayer(MoELayer):
 
     @property
     def state(self) -> LayerState:
-        assert self._state is not None, "set_layer_number was never called"
+        if self._state is None:
+            raise ValueError(_NO_NUMBER)
         return self._state
 
     def set_layer_number(self, layer_number: int) -> None:
@@ -349,7 +337,6 @@ def _coordinator_for(config: Any, pg_collection: Any) -> Coordinator:
     assert dist.get_process_group_ranks(pg_collection.ep) == list(groups.ranks), (
         "the model's expert-parallel group is not the one that FSEP was set up for"
     )
-    pg_collection.fsep = groups.tokens
     args = _arguments()
     seed = None if args is None else int(args.seed)
     tokens = None if args is None else _tokens(args, config)

@@ -24,20 +24,15 @@ def _fsep_layer(_original: Any) -> Any:
     return FSEPMoELayer
 
 
-def _built_within(context: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Return a replacement of a constructor that runs in a context of `moe_layer`."""
+def _marking_layers(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        from megatron_laer.layer.moe_layer import for_multi_token_prediction
 
-    def replace(original: Callable[..., None]) -> Callable[..., None]:
-        @functools.wraps(original)
-        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-            from megatron_laer.layer import moe_layer
+        with for_multi_token_prediction():
+            original(self, *args, **kwargs)
 
-            with getattr(moe_layer, context)():
-                original(self, *args, **kwargs)
-
-        return __init__
-
-    return replace
+    return __init__
 
 
 def repoint_hybrid_specs() -> None:
@@ -117,17 +112,6 @@ def _with_fsep_teardown(original: Callable[..., Any]) -> Callable[..., Any]:
     return destroy_model_parallel
 
 
-def _with_fsep_field(original: classmethod[Any, Any, Any]) -> classmethod[Any, Any, Any]:
-    def use_mpu_process_groups(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        collection = original.__func__(cls, *args, **kwargs)
-        current = session.current()
-        if current is not None and current.has_groups:
-            collection.fsep = current.groups.tokens
-        return collection
-
-    return classmethod(functools.wraps(original.__func__)(use_mpu_process_groups))
-
-
 LAYER_PATCHES = (
     Patch(
         "megatron.core.models.gpt.moe_module_specs",
@@ -137,15 +121,9 @@ LAYER_PATCHES = (
         also=(f"{_HYBRID_SPECS}.hybrid_stack_spec: its MoE layer follows, if it was built before",),
     ),
     Patch(
-        "megatron.core.transformer.transformer_layer",
-        "TransformerLayer.__init__",
-        _built_within("numbered_later"),
-        "tells the layers that are numbered after they are built from those that never are",
-    ),
-    Patch(
         "megatron.core.transformer.multi_token_prediction",
         "MultiTokenPredictionLayer.__init__",
-        _built_within("for_multi_token_prediction"),
+        _marking_layers,
         "marks MTP layers, which hybrid models do not mark themselves",
     ),
     Patch(
@@ -160,11 +138,5 @@ LAYER_PATCHES = (
         "destroy_model_parallel",
         _with_fsep_teardown,
         "destroys the FSEP groups",
-    ),
-    Patch(
-        "megatron.core.process_groups_config",
-        "ProcessGroupCollection.use_mpu_process_groups",
-        _with_fsep_field,
-        "gives pg_collection.fsep to others",
     ),
 )

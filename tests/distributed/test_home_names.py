@@ -174,9 +174,7 @@ def held_after_a_step(flags: list[str]) -> bool:
     return found
 
 
-def test_replicas_that_a_step_holds_are_not_used_after_it(
-    ranks: RankPools, text_data: str
-) -> None:
+def test_replicas_that_a_step_holds_are_not_used_after_it(ranks: RankPools, text_data: str) -> None:
     flags = command(text_data, f"{RANDOM} --fsep-restore step")
     assert ranks(2).run(held_after_a_step, flags) == [True, True]
 

@@ -321,11 +321,6 @@ def build_layer(**numbered: int) -> tuple[float, bool]:
 
 
 def build_unnumbered_layer() -> tuple[float, bool]:
-    """Build a layer without a number, after Megatron's layers that were numbered later."""
-    from megatron_laer.layer.moe_layer import numbered_later
-
-    with numbered_later():
-        pass
     return build_layer()
 
 
@@ -333,7 +328,7 @@ def build_numbered_layer() -> tuple[float, bool]:
     return build_layer(layer_number=1)
 
 
-def test_a_layer_that_nobody_numbers_is_refused_when_it_is_built(ranks: RankPools) -> None:
+def test_a_layer_that_nobody_numbers_is_refused(ranks: RankPools) -> None:
     for result in ranks(2).run_raw(build_unnumbered_layer):
         assert result.type_name == "ValueError", result.traceback
         assert "layer_number=None" in result.message and "pass layer_number=" in result.message

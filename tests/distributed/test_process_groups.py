@@ -22,7 +22,6 @@ def groups_of(
     """Initialise Megatron's state with FSEP, describe the groups, and destroy everything."""
     import torch.distributed as dist
     from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
 
     import megatron_laer
     from megatron_laer import session
@@ -35,7 +34,6 @@ def groups_of(
         current = session.current()
         assert current is not None
         groups = current.groups
-        collection = ProcessGroupCollection.use_mpu_process_groups()
 
         def members(group: Any) -> list[int] | None:
             return None if group is None else dist.get_process_group_ranks(group)
@@ -55,11 +53,10 @@ def groups_of(
             "parameters": members(groups.parameters),
             "gradients": members(groups.gradients),
             "distinct": len({groups.tokens, *groups.extra()}),
-            "field": collection.fsep is megatron_laer.get_fsep_group(),
         }
         extra = groups.extra()
         parallel_state.destroy_model_parallel()
-        found["destroyed"] = not current.has_groups and all(
+        found["destroyed"] = current._groups is None and all(
             group not in dist.distributed_c10d._world.pg_map for group in extra
         )
         return found
@@ -77,7 +74,6 @@ def test_groups_of_four_ranks_on_two_nodes(ranks: RankPools) -> None:
         assert found["parameters"] == found["gradients"] == [0, 1, 2, 3]
         assert found["distinct"] == 7, "no two exchanges share a communicator"
         assert found["tokens"] == [None, None], "nobody asked for them"
-        assert found["field"]
         assert found["destroyed"]
 
 
