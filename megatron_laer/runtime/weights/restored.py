@@ -46,7 +46,7 @@ from megatron_laer.runtime.weights.autograd import (
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.late_grads import LateGrads
 from megatron_laer.runtime.weights.layer import Share
-from megatron_laer.runtime.weights.restored_weights import RestoredWeights, weights_of
+from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
 from megatron_laer.runtime.weights.states import ExpertsState
 
@@ -76,7 +76,10 @@ class RestoredExperts:
         kinds: Kinds = frozenset(),
         late: LateGrads | None = None,
     ) -> None:
-        self.weights, self.backward_weights = weights_of(name, share, index, streams)
+        self.weights = self.backward_weights = RestoredWeights(name, share, index, streams)
+        if share.for_backward is not share:
+            self.backward_weights = RestoredWeights(name, share.for_backward, index, streams)
+            kinds |= {Kind.DIRECTIONS}
         self.grads = SlotGrads(self.weights, streams)
         self._share = share
         self._exchange = streams.exchange
@@ -87,8 +90,6 @@ class RestoredExperts:
         self._waits: deque[tuple[torch.Tensor, ...]] = deque()
         if share.waits_inside:
             kinds |= {Kind.HOMES}
-        if self.backward_weights is not self.weights:
-            kinds |= {Kind.DIRECTIONS}
         self._kinds = kinds
         self.life = column(kinds)
 

@@ -171,13 +171,3 @@ class RestoredWeights:
         reuse = ReusableWeights(before, pending.result())
         exchange = self._streams.exchange
         return (yield from exchange.restore_steps(source, index, rows, reuse=reuse))
-
-
-def weights_of(
-    name: str, share: Share, index: LayoutIndex, streams: ExchangeStreams
-) -> tuple[RestoredWeights, RestoredWeights]:
-    """Return the weights of forward and those of backward; the same unless payloads differ."""
-    weights = RestoredWeights(name, share, index, streams)
-    if share.for_backward is share:
-        return weights, weights
-    return weights, RestoredWeights(name, share.for_backward, index, streams)
