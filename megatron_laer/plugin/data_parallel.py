@@ -1,7 +1,7 @@
 """Patch of Megatron's data-parallel wrapper: the stream of its gradients' hooks, and refusals.
 
 Autograd runs the wrapper's hook of a parameter on the stream on which the wrapper was built. In
-Megatron's own loop that is a side stream. `MegatronMainGrads` orders it behind sums of which
+Megatron's own loop that is a side stream. `main_grads.order_hooks` orders it behind sums of which
 autograd knows nothing.
 """
 
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from megatron_laer import session
-from megatron_laer.layer.experts.main_grads import note_hook_stream
 from megatron_laer.plugin.patching import Patch
 from megatron_laer.rules import REDUCES_BEFORE_WGRAD, problems_by
 from megatron_laer.runtime.comm.collectives import raise_everywhere
 from megatron_laer.runtime.comm.streams import has_streams
+from megatron_laer.runtime.weights.main_grads import note_hook_stream
 from megatron_laer.support.model import refuse
 
 

@@ -57,7 +57,6 @@ def moved_to(expert_E: list[int]) -> list[tuple[float, float]]:
     import torch.distributed as dist
 
     from megatron_laer.layer.experts.home_moves import move_home
-    from megatron_laer.layer.experts.main_grads import MegatronMainGrads
     from megatron_laer.planner.home_order import HomeOrder
     from megatron_laer.runtime.weights.layer import Homes
     from tests.distributed.test_exchange import gloo_groups
@@ -74,7 +73,7 @@ def moved_to(expert_E: list[int]) -> list[tuple[float, float]]:
             linear.weight.data[0, 0] = 1000.0
             keep_in_fp8(linear, Recipe.of(config))
             linears.append(linear)
-        share = Homes((tuple(linear.weight for linear in linears),), MegatronMainGrads())
+        share = Homes((tuple(linear.weight for linear in linears),))
         order, device = HomeOrder(np.array(expert_E)), torch.device("cpu")
         move_home(share, order, groups, device)
     kept = [linear.weight.get_high_precision_init_val() for linear in linears]  # type: ignore

@@ -16,7 +16,6 @@ import torch
 from torch.distributed import distributed_c10d
 
 from megatron_laer.layer.dispatch.dispatcher import SlotTokenDispatcher
-from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.plugin import steps
 from megatron_laer.runtime.comm import copies
 from megatron_laer.runtime.comm.buffers import BufferPool
@@ -25,6 +24,7 @@ from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.exchange import Exchange
 from megatron_laer.runtime.comm.steps import Steps
 from megatron_laer.runtime.comm.streams import CudaStream, OneQueueStream, _StreamResult
+from megatron_laer.runtime.weights import main_grads
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
@@ -340,7 +340,7 @@ TRAINING_FAULTS = {
         "on the stream of gradients",
     ),
     "hooks of home experts do not wait for the sums over replicas": Fault(
-        _replaced(MegatronMainGrads, "order_hooks", _nothing),
+        _replaced(main_grads, "order_hooks", _nothing),
         "experts at home, fused accumulation, both overlaps",
         "what add_ on the stream of gradients",
     ),

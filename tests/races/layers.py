@@ -15,7 +15,6 @@ import torch.distributed as dist
 
 from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.layer.experts.gemm import slot_gemm
-from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layer.experts.slot_linear import slot_linear
 from megatron_laer.life import Kind
 from megatron_laer.planner.geometry import Geometry
@@ -84,7 +83,7 @@ class Model:
         if self.scene is not Scene.AUTOGRAD:
             for parameter in parameters:
                 parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
-        return Slices(parameters, (FFN, HIDDEN), MegatronMainGrads())
+        return Slices(parameters, (FFN, HIDDEN))
 
     def next_index(self) -> Any:
         """Return another layout, the same on every rank."""

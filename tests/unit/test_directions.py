@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.life import Kind
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import layout_index
@@ -34,7 +33,7 @@ class Directed(Slices):
     @functools.cached_property
     def for_backward(self) -> Slices:
         others = tuple(torch.nn.Parameter(FACTOR * part.detach()) for part in self.parameters)
-        return Slices(others, self.rows, self.main_grads)
+        return Slices(others, self.rows)
 
 
 streams = one_direction.streams
@@ -48,7 +47,7 @@ def directed(streams: ExchangeStreams) -> RestoredExperts:
     for parameter in parameters:
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
-    share = Directed(parameters, ROWS, MegatronMainGrads())
+    share = Directed(parameters, ROWS)
     return RestoredExperts("layer 1", share, index, streams)
 
 
@@ -179,7 +178,7 @@ def test_a_step_holds_weights_of_both_directions(streams: ExchangeStreams, rerun
         index = layout_index(placed(ExpertLayout.from_slots(1, 2, 2, [1, 0])), CPU)
     held.free()
     assert gone(held, streams=streams)
-    one_way = Slices(share.parameters, ROWS, MegatronMainGrads())  # type: ignore[arg-type]
+    one_way = Slices(share.parameters, ROWS)  # type: ignore[arg-type]
     both, one = (memory_held([part], replica_slots=2**20) for part in (share, one_way))
     assert "(384.0 MiB)" in both and "(192.0 MiB)" in one
 
@@ -192,9 +191,9 @@ class Packer:
 def test_homes_restore_by_the_packers_of_each_direction() -> None:
     homes = ((torch.nn.Parameter(torch.ones(2, 2)),), (torch.nn.Parameter(torch.ones(2)),))
     same, other = Packer(), Packer()
-    one_way: Any = Homes(homes, MegatronMainGrads(), (same, None))  # type: ignore[arg-type]
+    one_way: Any = Homes(homes, (same, None))  # type: ignore[arg-type]
     assert one_way.for_backward is one_way
-    assert Homes(homes, MegatronMainGrads()).for_backward.packers == ()
-    both: Any = Homes(homes, MegatronMainGrads(), (Packer(other), None))  # type: ignore[arg-type]
+    assert Homes(homes).for_backward.packers == ()
+    both: Any = Homes(homes, (Packer(other), None))  # type: ignore[arg-type]
     assert both.for_backward.packers == (other, None) and both.for_backward.homes is homes
     assert both.for_backward is both.for_backward is both.for_backward.for_backward

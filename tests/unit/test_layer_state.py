@@ -8,14 +8,13 @@ from unittest import mock
 import numpy as np
 import torch
 
-from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.runtime.layer_state import LayerState
 from megatron_laer.runtime.weights.layer import Slices
 
 
 def layer(passes: int) -> LayerState:
-    slices = Slices((), (), MegatronMainGrads())
+    slices = Slices((), ())
     calls = [mock.Mock() for _ in range(3)]
     home = HomeOrder.stock(4)
     return LayerState(

@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from megatron_laer.choices import ExchangeAlgorithm
-from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.planner.hops import Way, way_of
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
@@ -79,9 +78,7 @@ def test_after_preparation_exchanges_build_nothing(built: list[str]) -> None:
 
 def restored_experts(index: LayoutIndex, streams: ExchangeStreams) -> RestoredExperts:
     parameters = (torch.nn.Parameter(torch.randn(EXPERTS, ROWS, COLUMNS)),)
-    return RestoredExperts(
-        "layer 1", Slices(parameters, (ROWS,), MegatronMainGrads()), index, streams
-    )
+    return RestoredExperts("layer 1", Slices(parameters, (ROWS,)), index, streams)
 
 
 def test_a_layout_made_for_a_pass_is_indexed_before_and_outside_of_its_exchanges(

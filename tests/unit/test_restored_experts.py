@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.life import Kind
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import layout_index
@@ -84,7 +83,7 @@ def restored_experts(
         if parameter.requires_grad:
             parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
-    slices = Slices(parameters, ROWS, MegatronMainGrads())
+    slices = Slices(parameters, ROWS)
     return RestoredExperts("layer 1", slices, index, streams, frozenset(kinds), late)
 
 
@@ -247,7 +246,7 @@ def test_a_flat_bias_is_lent_as_a_matrix_of_one_column(
     bias = torch.nn.Parameter(torch.arange(16.0))
     for parameter in (matrix, bias) if has_main_grads else ():
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
-    slices = Slices((matrix, bias), (8, 8), MegatronMainGrads())
+    slices = Slices((matrix, bias), (8, 8))
     assert slices.columns == (3, 1)
     index = layout_index(placed(ExpertLayout.static(1, 2, 2)), CPU)
     restored = RestoredExperts("layer 1", slices, index, streams)
@@ -351,7 +350,7 @@ def test_a_pass_without_replicas_leaves_no_wait_behind(streams: ExchangeStreams)
 def slices(dtype: torch.dtype = torch.float32) -> Slices:
     shapes = [(4, 4, 3), (4, 2, 4)]
     parameters = tuple(torch.nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes)
-    return Slices(parameters, (8, 3), MegatronMainGrads())
+    return Slices(parameters, (8, 3))
 
 
 def test_parameters_without_main_gradients_are_refused() -> None:

@@ -17,7 +17,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron_laer.layer.experts.adapters import Adapter, find_adapter
 from megatron_laer.layer.experts.built_parts import ADAPTED_AT_HOME, BuiltParts
 from megatron_laer.layer.experts.home_moves import move_home
-from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layer.experts.restored_compute import RestoredCompute
 from megatron_laer.planner.home_order import HomeOrder
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
@@ -68,9 +67,7 @@ class HomeExperts:
             packers += [*self._compute.packers[layer : layer + 1], None][: len(built)]
             if adapter is not None:
                 matrices += adapter.homes
-        return Homes(
-            tuple(matrices), MegatronMainGrads(), tuple(packers) if self._compute.packers else ()
-        )
+        return Homes(tuple(matrices), tuple(packers) if self._compute.packers else ())
 
     def what_changed(self) -> str | None:
         """Describe changes of the experts that replicas do not follow; None if there are none."""

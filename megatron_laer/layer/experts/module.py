@@ -14,7 +14,6 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
 from megatron_laer.layer.experts.built_parts import BuiltParts
-from megatron_laer.layer.experts.main_grads import MegatronMainGrads
 from megatron_laer.layer.experts.restored_compute import RestoredCompute
 from megatron_laer.layer.experts.slices import SliceSpec, initialise, sharded_slice
 from megatron_laer.runtime.comm.process_groups import FSEPGroups
@@ -101,7 +100,7 @@ class FSEPExperts(MegatronModule):
     @property
     def share(self) -> Slices:
         rows = tuple(spec.rows for spec in self._specs)
-        return Slices(tuple(self.slices()), rows, MegatronMainGrads())
+        return Slices(tuple(self.slices()), rows)
 
     @property
     def specs(self) -> tuple[SliceSpec, ...]:

@@ -16,23 +16,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from megatron_laer.runtime.weights import main_grads
 from megatron_laer.runtime.weights.late_grads import LateGrads
-
-
-class MainGrads(Protocol):
-    """Access to the gradients that a training framework keeps in buffers of its own."""
-
-    def kept_for(self, parameters: Sequence[torch.nn.Parameter]) -> bool: ...
-
-    def of(self, parameter: torch.nn.Parameter) -> torch.Tensor: ...
-
-    def order_hooks(self, parameters: Sequence[torch.nn.Parameter]) -> None:
-        """Make the hooks of these parameters wait for the current stream."""
-        ...
-
-    def mark_added(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Mark a parameter's gradient as added, and return a dummy gradient for autograd."""
-        ...
 
 
 class Carried(NamedTuple):
@@ -64,13 +49,7 @@ class Packer(Protocol):
 
 
 class Share(ABC):
-    """A rank's share of a layer's experts for exchanges: a bias is a matrix with K = 1.
-
-    Attributes:
-        main_grads: where the parameters' gradients are accumulated.
-    """
-
-    main_grads: MainGrads
+    """A rank's share of a layer's experts for exchanges: a bias is a matrix with K = 1."""
 
     @property
     @abstractmethod
@@ -143,7 +122,7 @@ class Share(ABC):
     @property
     def have_main_grads(self) -> bool:
         """Return True if gradients are added to main gradients, and not returned to autograd."""
-        return self.main_grads.kept_for(self.trained)
+        return main_grads.kept_for(self.trained)
 
 
 @dataclass(frozen=True)
@@ -157,7 +136,6 @@ class Slices(Share):
 
     slices: tuple[torch.nn.Parameter, ...]
     whole_rows: tuple[int, ...]
-    main_grads: MainGrads
 
     @property
     def matrices(self) -> tuple[tuple[torch.nn.Parameter, ...], ...]:
@@ -181,7 +159,7 @@ class Slices(Share):
     def grad_target(self, position: int, num_experts: int) -> torch.Tensor | None:
         if not self.have_main_grads:
             return None
-        grad = self.main_grads.of(self.slices[position])
+        grad = main_grads.main_grad_of(self.slices[position])
         return _by_expert(grad, num_experts, self.columns[position])
 
     def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -192,7 +170,7 @@ class Slices(Share):
 
     def added(self) -> tuple[torch.Tensor, ...]:
         """Return dummy gradients, as from Megatron's fused kernels."""
-        return tuple(map(self.main_grads.mark_added, self.trained))
+        return tuple(map(main_grads.mark_added, self.trained))
 
 
 @dataclass(frozen=True)
@@ -210,7 +188,6 @@ class Homes(Share):
     """
 
     homes: tuple[tuple[torch.nn.Parameter, ...], ...]
-    main_grads: MainGrads
     packers: tuple[Packer | None, ...] = ()
 
     @property
@@ -245,11 +222,11 @@ class Homes(Share):
     def grad_target(self, position: int, num_experts: int) -> list[torch.Tensor] | None:
         if not self.have_main_grads:
             return None
-        return _matrices([self.main_grads.of(part) for part in self.homes[position]])
+        return _matrices([main_grads.main_grad_of(part) for part in self.homes[position]])
 
     def reduced(self, sums: Sequence[torch.Tensor]) -> tuple[torch.Tensor | None, ...]:
         if self.have_main_grads:
-            self.main_grads.order_hooks(self.trained)
+            main_grads.order_hooks(self.trained)
             return self.added()
         return tuple(
             sum_RK.view(parameter.shape)

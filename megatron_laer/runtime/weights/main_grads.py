@@ -1,0 +1,62 @@
+"""Megatron's convention for gradients that are added to main gradients outside of autograd.
+
+Its data-parallel wrapper gives each parameter a `main_grad`. A kernel that adds to it sets
+`grad_added_to_main_grad` and returns a dummy gradient to autograd.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+_HOOK_STREAM = "fsep_hook_stream"
+
+
+def note_hook_stream(parameters: Iterable[torch.nn.Parameter], stream: torch.cuda.Stream) -> None:
+    """Note the stream on which autograd runs these parameters' hooks."""
+    for parameter in parameters:
+        setattr(parameter, _HOOK_STREAM, stream)
+
+
+def kept_for(parameters: Sequence[torch.nn.Parameter]) -> bool:
+    return all(hasattr(part, "main_grad") or _of_fsdp(part) for part in parameters)
+
+
+def main_grad_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    of_fsdp = _of_fsdp(parameter)
+    main_grad: torch.Tensor = of_fsdp() if of_fsdp else parameter.main_grad  # type: ignore[attr-defined]
+    return main_grad
+
+
+def mark_added(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """Mark the parameter's gradient as added, and return a dummy gradient for autograd.
+
+    Megatron clears the mark at each step. Autograd would copy a placeholder, but accepts a new
+    tensor with full storage as it is.
+    """
+    parameter.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    return _zeros(parameter.shape, parameter.dtype, parameter.device).detach()
+
+
+def order_hooks(parameters: Sequence[torch.nn.Parameter]) -> None:
+    """Make the hooks of these parameters wait for the current stream.
+
+    Autograd orders them behind defined gradients alone. One module's parameters have one stream.
+    """
+    stream: torch.cuda.Stream | None = getattr(parameters[0], _HOOK_STREAM, None)
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(stream.device))
+
+
+def _of_fsdp(parameter: torch.nn.Parameter) -> Callable[[], torch.Tensor] | None:
+    """Return Megatron-FSDP's access to a main gradient, as its attribute comes and goes."""
+    found: Callable[[], torch.Tensor] | None = getattr(parameter, "get_main_grad", None)
+    return found
+
+
+@functools.cache
+def _zeros(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Return the memory of dummy gradients, which all layers share, as Transformer Engine's do."""
+    return torch.zeros(shape, dtype=dtype, device=device)
