@@ -324,7 +324,7 @@ def sharding_for(settings: Any) -> tuple[Sharding | Auto, str]:
     reasons = "; but ".join(against.values())
     fitting = [sharding for sharding in Sharding if sharding not in against]
     if not fitting:
-        raise ValueError(f"{_SHARDING} {Auto.AUTO}: no sharding works: {reasons}")
+        raise ValueError(f"{_SHARDING} {Auto.AUTO}: neither works: {reasons}; leave out one")
     return fitting[0] if against else Auto.AUTO, reasons
 
 
