@@ -111,7 +111,7 @@ class Case:
     def summed_ERK(self, step: int, wire: torch.dtype) -> torch.Tensor:
         """Return the sums over replicas in float32 and in order; those between hops are rounded."""
         geometry, zero = self.geometry, torch.zeros(self.rows, COLUMNS)
-        width = next((w for w in self.way.widths[::-1] if w < geometry.num_ranks), None)
+        width = next((w for w in self.way.widths[-2:0:-1] if w < geometry.num_ranks), None)
         parts: list[list[torch.Tensor]] = [[] for _ in range(geometry.num_experts)]
         for first in range(0, geometry.num_ranks, width or geometry.num_ranks):
             of_node: dict[int, torch.Tensor] = {}
@@ -123,5 +123,5 @@ class Case:
             for expert, total in of_node.items():
                 parts[expert].append(total.to(wire).float() if width else total)
         sums = [sum(found[1:], start=found[0]) if found else zero for found in parts]
-        spread = geometry.num_ranks in self.way.widths
+        spread = geometry.num_ranks in self.way.widths[1:-1]
         return torch.stack([total.to(wire).float() if spread else total for total in sums])

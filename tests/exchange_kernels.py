@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm import kernels, segments
-from megatron_laer.runtime.comm.segments import Segments, upload_tables
+from megatron_laer.runtime.comm.segments import Part, Segments, Table
 
 CPU = torch.device("cpu")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -29,7 +30,24 @@ HOT = ExpertLayout.from_slots(
 SIZES = [(5, 1, 7), (8, 3, 16), (7, 2, 1030), (8, 1, 512), (20, 2, 515), (67, 1, 65), (8, 4, 1)]
 
 
-def draw(rows: int, tensors: int, seed: int, *, parts: int) -> Segments:
+def segments_of(held_Z: Any, wire_Z: Any, size_Z: Any, tensor_rows: int) -> tuple[Any, Segments]:
+    """Return a table, and its segments of tensors that have as many rows each."""
+    order_Z = np.argsort(held_Z, kind="stable")
+    rows_Z = np.stack([held_Z, wire_Z, size_Z], axis=1)[order_Z]
+    first_T = np.unique(rows_Z[:, 0], return_index=True)[1]
+    tensor_Z = rows_Z[:, 0] // tensor_rows
+    parts = []
+    for tensor in np.unique(tensor_Z).tolist():
+        first, last = np.searchsorted(tensor_Z, (tensor, tensor + 1)).tolist()
+        first_sum, last_sum = np.searchsorted(first_T, (first, last)).tolist()
+        sizes = first, last - first, first_sum, last_sum - first_sum
+        parts.append(Part(tensor, tensor * tensor_rows, *sizes))
+    table = np.concatenate([[-1], rows_Z.ravel(), first_T, [len(rows_Z)]])
+    sizes = len(rows_Z), int(size_Z.sum()), int(size_Z.max(initial=0))
+    return table, Segments(1, *sizes, end=-1, in_place=None, parts=parts)
+
+
+def draw(rows: int, tensors: int, seed: int, *, parts: int) -> tuple[Any, Segments]:
     """Cut the rows of a holding at random places, and give each segment up to `parts` on the wire.
 
     Some have none.
@@ -42,32 +60,30 @@ def draw(rows: int, tensors: int, seed: int, *, parts: int) -> Segments:
     times_Z = rng.integers(0, parts + 1, first_Z.size)
     order_Z = rng.permutation(np.repeat(np.arange(first_Z.size), times_Z))
     ends_Z = np.cumsum(size_Z[order_Z])
-    given = first_Z[order_Z], ends_Z - size_Z[order_Z], size_Z[order_Z]
-    return Segments.of(*given, rows, CPU)
+    return segments_of(first_Z[order_Z], ends_Z - size_Z[order_Z], size_Z[order_Z], rows)
 
 
-def by_kernels(part: Segments, device: torch.device) -> Segments:
-    """Return the same segments, to be moved by kernels."""
-    sorted_Z = part.held_Z, part.wire_Z, part.size_Z
-    mine = Segments(*sorted_Z, part.tensor_rows, part.in_place, device)
-    upload_tables([mine])
-    return mine
+def tables_of(numbers: Any, device: str) -> tuple[Table, Table]:
+    """Return a table whose segments torch moves, and one whose segments kernels move."""
+    with mock.patch.object(segments, "exchange_kernels", lambda _: kernels):
+        by_kernels = Table(numbers, torch.device(device))
+    return Table(numbers, CPU), by_kernels
 
 
 def check_copies(rows: int, tensors: int, columns: int, dtype: torch.dtype, device: str) -> None:
     """Pack segments and unpack others; all other memory must stay unchanged."""
-    part = draw(rows, tensors, rows + columns, parts=1)
-    mine, on_wire = by_kernels(part, torch.device(device)), int(part.size_Z.sum())
+    numbers, part = draw(rows, tensors, rows + columns, parts=1)
+    theirs, mine = tables_of(numbers, device)
     held = [numbered(rows, columns, dtype=dtype, first=at) for at in range(tensors)]
     held_there = [one.to(device, copy=True) for one in held]
-    wire = numbered(on_wire + 3, columns, dtype=dtype, first=7)
+    wire = numbered(part.rows + 3, columns, dtype=dtype, first=7)
     wire_there = wire.to(device, copy=True)
-    part.pack(held, wire)
-    mine.pack(held_there, wire_there)
+    theirs.pack(part, held, wire)
+    mine.pack(part, held_there, wire_there)
     equal([wire_there], [wire])
     wire.add_(1), wire_there.add_(1)
-    part.unpack(wire, held)
-    mine.unpack(wire_there, held_there)
+    theirs.unpack(part, wire, held)
+    mine.unpack(part, wire_there, held_there)
     equal(held_there, held)
 
 
@@ -76,17 +92,17 @@ def check_sums(
 ) -> None:
     """Sum segments, into new memory and onto existing sums."""
     rows, tensors, columns = size
-    part = draw(rows, tensors, rows + columns, parts=5)
-    mine = by_kernels(part, torch.device(device))
+    numbers, part = draw(rows, tensors, rows + columns, parts=5)
+    theirs, mine = tables_of(numbers, device)
     generator = torch.Generator().manual_seed(1)
-    wire = torch.randn(int(part.size_Z.sum()), columns, generator=generator).to(dtypes[0])
+    wire = torch.randn(part.rows, columns, generator=generator).to(dtypes[0])
     for adds in (False, True):
         held = [
             torch.randn(rows, columns, generator=generator).to(dtypes[1]) for _ in range(tensors)
         ]
         held_there = [one.to(device, copy=True) for one in held]
-        part.add(wire, held, adds=adds)
-        mine.add(wire.to(device), held_there, adds=adds)
+        theirs.add(part, wire, held, adds=adds)
+        mine.add(part, wire.to(device), held_there, adds=adds)
         equal(held_there, held)
 
 
@@ -96,17 +112,19 @@ def check_far_apart(device: str) -> None:
     far = torch.empty(last + 1, columns, dtype=torch.float16, device=device)
     far[0], far[-1] = 1, 2
     given = np.array([0, 1, 1]), np.array([last, 0, last]), np.ones(3, np.int64)
-    sums = by_kernels(Segments.of(*given, 2, CPU), torch.device(device))
+    numbers, sums = segments_of(*given, 2)
+    table = tables_of(numbers, device)[1]
     out = torch.zeros(2, columns, device=device)
-    sums.add(far, [out], adds=False)
+    table.add(sums, far, [out], adds=False)
     assert out.unique(dim=1).tolist() == [[2.0], [3.0]]
 
     one, there = torch.full((1, columns), 5.0, dtype=torch.float16, device=device), last - 1
     given = np.zeros(1, np.int64), np.array([there]), np.ones(1, np.int64)
-    copy = by_kernels(Segments.of(*given, 1, CPU), torch.device(device))
-    copy.pack([one], far)
+    numbers, copy = segments_of(*given, 1)
+    table = tables_of(numbers, device)[1]
+    table.pack(copy, [one], far)
     assert far[there].unique().tolist() == [5] and far[last].unique().tolist() == [2]
-    copy.unpack(far.add_(1), [one])
+    table.unpack(copy, far.add_(1), [one])
     assert one.unique().tolist() == [6]
 
 
@@ -126,13 +144,12 @@ def check_all(device: str) -> int:
     dtypes = [(fp16, fp16), (bf16, fp32), (fp32, fp32), (fp32, fp16)]
     # The interpreter truncates float32 to bfloat16 where a card rounds.
     dtypes += [(bf16, bf16), (fp32, bf16)] if not INTERPRETED else []
-    with mock.patch.object(segments, "exchange_kernels", lambda _: kernels):
-        for size in SIZES:
-            for dtype in (torch.uint8, fp16, fp32):
-                check_copies(*size, dtype, device)
-            for pair in dtypes:
-                check_sums(size, pair, device)
-        check_far_apart(device)
+    for size in SIZES:
+        for dtype in (torch.uint8, fp16, fp32):
+            check_copies(*size, dtype, device)
+        for pair in dtypes:
+            check_sums(size, pair, device)
+    check_far_apart(device)
     return len(SIZES) * (3 + len(dtypes)) + 1
 
 

@@ -29,8 +29,7 @@ from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
-from megatron_laer.runtime.comm.moves import Chain
-from megatron_laer.runtime.comm.segments import Segments
+from megatron_laer.runtime.comm.segments import Chain, Table
 
 _COPY_BYTES, _DRY_COPY_BYTES = 2**30, 2**16
 
@@ -123,32 +122,35 @@ def _of_gather(model: Model, setting: Setting) -> tuple[Any, ...]:
     return hidden_TH, 0, token_P
 
 
-def _moves(model: Model, setting: Setting) -> Chain:
-    """Return the flat exchange of rank 0 with rows of every expert."""
+def _reduce(model: Model, setting: Setting) -> Chain:
+    """Return the flat reduce of rank 0 with rows of every expert."""
     layout = ExpertLayout.random(model.ranks, model.slots, model.experts, (1,))
     geometry = Geometry(model.ranks, model.experts, model.slots, model.ranks)
     way = way_of(geometry, ExchangeAlgorithm.FLAT)
-    return Chain(way, Placed(layout, geometry), None, 0, setting.device)
+    parts = way, Placed(layout, geometry), None, 0, model.hidden, setting.device
+    return Chain(*parts, back=True)
 
 
 def _of_pack(model: Model, setting: Setting) -> tuple[Any, ...]:
     slots_CRK = _matrices(model.slots, model.hidden, model, setting)
-    (move,) = _moves(model, setting).reduces(model.hidden)
-    return move.leaves, [slots_CRK.flatten(0, 1)], torch.empty_like(slots_CRK).flatten(0, 1)
+    chain = _reduce(model, setting)
+    sent = torch.empty_like(slots_CRK).flatten(0, 1)
+    return chain.table, chain.moves[0].leaves, [slots_CRK.flatten(0, 1)], sent
 
 
 def _of_sum_replicas(model: Model, setting: Setting) -> tuple[Any, ...]:
-    (move,) = _moves(model, setting).reduces(model.hidden)
+    chain = _reduce(model, setting)
     mine = model.hidden // model.ranks
     parts_SrK = _matrices(model.ranks * model.slots, mine, model, setting)
     main_grad_ErK = torch.zeros(
         model.experts, mine, model.ffn, device=setting.device, dtype=torch.float32
     )
-    return move.arrives, parts_SrK.flatten(0, 1), [main_grad_ErK.flatten(0, 1)]
+    given = parts_SrK.flatten(0, 1), [main_grad_ErK.flatten(0, 1)]
+    return chain.table, chain.moves[0].arrives, *given
 
 
 def _add_replicas(*given: Any) -> None:
-    Segments.add(*given, adds=True)
+    Table.add(*given, adds=True)
 
 
 def _matrices(number: int, rows: int, model: Model, setting: Setting) -> torch.Tensor:
@@ -161,7 +163,7 @@ KERNELS = (
     Kernel("gather of tokens", torch.index_select, _of_gather),
     Kernel("sum of tokens' rows", _triton("sum_rows"), _of_sum_rows),
     # These choose between kernel and torch by themselves.
-    Kernel("rows of slots to send", Segments.pack, _of_pack),
+    Kernel("rows of slots to send", Table.pack, _of_pack),
     Kernel("sum of replicas to main gradients", _add_replicas, _of_sum_replicas),
 )
 

@@ -216,8 +216,6 @@ class FSEPMoELayer(MoELayer):
         with self.token_dispatcher.keeping_rows(), named_range(activity):
             output_TH = self._slot_experts(input_TH, probs_T, plan)
         self._coordinator.scheduler.passed(Event.COMPUTED, self.state, self.training)
-        if self.training:
-            plan.restored.prepare_backward()
         return self.token_dispatcher.combine_preprocess(output_TH), None
 
     def postprocess(

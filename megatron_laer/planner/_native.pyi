@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -12,6 +14,27 @@ class Carried:
     def __init__(
         self, intra_element_s: float, inter_element_s: float, held_N: _Int64, /
     ) -> None: ...
+
+class Way:
+    widths: list[int]
+    links: list[int]
+    def __init__(
+        self,
+        num_ranks: int,
+        num_experts: int,
+        capacity: int,
+        node_size: int,
+        home: int,
+        by_node: bool,
+        /,
+    ) -> None: ...
+
+def rank_moves(
+    way: Way, slots_S: _Int16, before_S: _Int16 | None, rank: int, rows: int, /
+) -> tuple[_Int64, list[tuple[Any, ...]]]: ...
+def restore_traffic(
+    way: Way, slots_S: _Int16, before_S: _Int16 | None, held_N: _Int64, /
+) -> tuple[_Int64, _Int64, _Int64, _Int64]: ...
 
 class CostModel:
     def __init__(

@@ -3,8 +3,8 @@
 They are sums over the hops of `hops.py`. The runtime's exchanges count their traffic, and tests
 compare both.
 
-Legend: N ranks, C slots per rank that can be fetched, S = N·C such slots, B = N row blocks of a
-matrix. A matrix has R rows and K columns. X experts that a hop moves, each to one place.
+Legend: N ranks, C slots per rank that can be fetched, S = N·C such slots. A matrix has R rows and K
+columns.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.choices import ExchangeAlgorithm
-from megatron_laer.planner.hops import Places, hops, way_of
+from megatron_laer.planner.hops import way_of
+from megatron_laer.planner.layout import EMPTY
+from megatron_laer.planner.native_core import native
 from megatron_laer.planner.placed import Placed, row_bounds
 
 
@@ -88,48 +90,20 @@ def restore_traffic(
             slots are not fetched.
         before: instead of `changed_S`, the layout under which all ranks keep restored experts.
     """
-    geometry, way = placed.geometry, way_of(placed.geometry, algorithm)
-    block_B = expert_elements_N(matrices, geometry.num_ranks)
-    received, sent = np.zeros((2, 2, geometry.num_ranks), dtype=np.int64)
-    for hop in hops(placed, way, before, changed_S):
-        received += _elements(hop.target, hop.source, block_B, geometry.node_size)
-        sent += _elements(hop.source, hop.target, block_B, geometry.node_size)
-    return Traffic(*received, *sent)
-
-
-def _elements(mine: Places, other: Places, block_B: Int64, node_size: int) -> Int64:
-    """Count the elements that each rank exchanges in a hop with its node and beyond it, [2, N].
-
-    For each expert of its place, a rank exchanges its blocks, each with one rank of the other
-    place. The narrower places' widths divide those of the wider.
-    """
-    rank_N = np.arange(len(block_B))
-    node_N = rank_N // node_size
-    narrow, wide = sorted((mine, other), key=lambda places: places.width)
-
-    def blocks_of(width: int) -> Int64:
-        """Return the elements of every `width`-th block, from each rank's own on."""
-        of_local: Int64 = block_B.reshape(-1, width).sum(axis=0)
-        return of_local[rank_N % width]
-
-    def count(place_X: Int64, width: int) -> Int64:
-        return np.bincount(place_X, minlength=len(block_B) // width)[rank_N // width]
-
-    own_X = narrow.place_X * narrow.width // wide.width == wide.place_X
-    own_N = count(narrow.place_X[own_X], narrow.width) * blocks_of(wide.width)
-    all_N = count(mine.place_X, mine.width) * blocks_of(mine.width)
-    if other.width > node_size:  # the other place has ranks in all nodes
-        width = min(mine.width, node_size)
-        of_node = block_B.reshape(-1, node_size // width, width).sum(axis=1)
-        near_N = count(mine.place_X, mine.width) * of_node[node_N, rank_N % width]
-    elif mine.width > node_size:
-        near_X = other.place_X * other.width // node_size
-        near_N = np.bincount(near_X, minlength=node_N[-1] + 1)[node_N] * blocks_of(mine.width)
-    else:
-        of_mine = mine.place_X * mine.width // node_size
-        near_X = of_mine == other.place_X * other.width // node_size
-        near_N = count(mine.place_X[near_X], mine.width) * blocks_of(mine.width)
-    return np.stack([near_N - own_N, all_N - near_N])
+    assert changed_S is None or before is None, "changed_S follows from the layout before"
+    geometry, slots_S = placed.geometry, placed.layout.slot_expert_S
+    if changed_S is not None:
+        if changed_S.shape != placed.filled_S.shape:
+            raise ValueError(
+                f"changed_S has shape {changed_S.shape}, expected {placed.filled_S.shape}"
+            )
+        slots_NC = slots_S.reshape(geometry.num_ranks, -1).copy()
+        slots_NC[:, geometry.home_slots :][~changed_S.reshape(geometry.num_ranks, -1)] = EMPTY
+        slots_S = slots_NC.reshape(-1)
+    before_S = None if before is None else before.layout.slot_expert_S
+    held_N = expert_elements_N(matrices, geometry.num_ranks)
+    way = way_of(geometry, algorithm)
+    return Traffic(*native.restore_traffic(way.native, slots_S, before_S, held_N))
 
 
 def expert_elements_N(matrices: Sequence[tuple[int, int]], num_ranks: int) -> Int64:

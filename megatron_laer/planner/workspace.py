@@ -52,7 +52,7 @@ def _most_rows(way: Way, rows: int) -> list[tuple[int, int]]:
     geometry = way.geometry
     block = -(-rows // geometry.num_ranks)
     found = []
-    for (width, wanting), link in zip(pairwise(way.all_widths), way.links, strict=True):
+    for (width, wanting), link in zip(pairwise(way.widths), way.links, strict=True):
         experts = min(geometry.num_experts, wanting * geometry.replica_slots)
         served = min(experts, geometry.home_slots)
         if width >= wanting:

@@ -18,7 +18,7 @@ from megatron_laer.runtime import coordinator
 from megatron_laer.runtime.comm import collectives, copies
 from megatron_laer.runtime.comm.collectives import CountsExchange
 from megatron_laer.runtime.comm.copies import Download
-from megatron_laer.runtime.comm.segments import Segments
+from megatron_laer.runtime.comm.segments import Table
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.telemetry.clock import StreamClock
 from tests.fake_cuda.findings import Kind
@@ -44,7 +44,7 @@ class Fault(NamedTuple):
 _preprocess = SlotTokenDispatcher.preprocess
 _start_counts = CountsExchange.start
 _sum_copies = row_map.sum_copies
-_add = Segments.add
+_add = Table.add
 _gather = dist.all_gather_into_tensor
 
 
@@ -145,7 +145,7 @@ def _first_sums(add: Any) -> Iterator[None]:
     launch = coordinator.launch_exchange_kernels
 
     def launched(*args: Any, **kwargs: Any) -> None:
-        with mock.patch.object(Segments, "add", add):
+        with mock.patch.object(Table, "add", add):
             launch(*args, **kwargs)
 
     with mock.patch.object(coordinator, "launch_exchange_kernels", launched):

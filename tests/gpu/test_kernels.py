@@ -15,10 +15,11 @@ from megatron_laer.layer.experts.gemm import gemm_names, slot_gemm
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.splits import RankQuotas, solve_quotas
 from megatron_laer.runtime.comm.layout_index import layout_index
-from megatron_laer.runtime.comm.segments import Segments, upload_tables
+from megatron_laer.runtime.comm.segments import Table
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.dispatch_kernels import check_all as check_kernels_of_permutations
 from tests.exchange_kernels import check_all as check_kernels_of_the_exchange
+from tests.exchange_kernels import segments_of
 from tests.placed import placed
 from tests.slot_gemm import COLUMNS, ROWS, SPLITS, check_back_end, check_weight_grad
 
@@ -72,14 +73,14 @@ def test_the_slot_map_is_that_of_the_cpu_and_the_same_every_time() -> None:
 def test_sums_over_replicas_are_bitwise_the_same_every_time() -> None:
     expert_S, rows = np.array(ExpertLayout.random(8, 4, 6, (3,)).to_list()), 65
     given = expert_S * rows, np.arange(expert_S.size) * rows, np.full(expert_S.size, rows)
-    sums = Segments.of(*given, 6 * rows, DEVICE)
-    upload_tables([sums])
+    numbers, sums = segments_of(*given, 6 * rows)
+    table = Table(numbers, DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(4)
     parts_SrK = torch.randn(expert_S.size, rows, 33, device=DEVICE, generator=generator)
 
     def reduce() -> torch.Tensor:
         total = torch.empty(6 * rows, 33, device=DEVICE)
-        sums.add(parts_SrK.flatten(0, 1), [total], adds=False)
+        table.add(sums, parts_SrK.flatten(0, 1), [total], adds=False)
         return total
 
     first_time = reduce()

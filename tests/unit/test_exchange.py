@@ -10,7 +10,7 @@ import torch
 
 from megatron_laer.choices import ExchangeAlgorithm, Sharding
 from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.hops import Link, hops, rank_hops, way_of
+from megatron_laer.planner.hops import Link, way_of
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.planner.traffic import restore_traffic
@@ -19,6 +19,7 @@ from megatron_laer.runtime.comm.exchange import Exchange, ReusableWeights
 from megatron_laer.runtime.comm.layout_index import layout_index
 from tests.exchange_cases import COLUMNS, CPU, Case
 from tests.loopback import groups_of, run
+from tests.oracles.hops import hops, rank_hops
 
 FLAT = ExchangeAlgorithm.FLAT
 CASES = 100
@@ -73,7 +74,7 @@ def moved_rows(case: Case, step: int, before: int | None, rank: int) -> list[np.
     """Return the rows that a rank receives, and sends, in each hop: inside its node and beyond."""
     geometry, way = case.geometry, case.way
     kept = None if before is None else case.placed(before)
-    rows_B = np.diff(row_bounds(case.rows, way.blocks))
+    rows_B = np.diff(row_bounds(case.rows, 1 if way.is_direct else geometry.num_ranks))
     node, local_rank = divmod(rank, geometry.node_size)
     found = []
     for hop in rank_hops(hops(case.placed(step), way, kept), way, rank):

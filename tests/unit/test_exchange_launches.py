@@ -28,8 +28,8 @@ FLAT, NODE = ExchangeAlgorithm
 RANK, COLUMNS = 9, 3
 # Operations that make tensors or views, and launch nothing.
 SILENT = (
-    "empty new_empty view _unsafe_view slice select split split_with_sizes detach alias".split()
-)
+    "empty new_empty view _unsafe_view slice select split split_with_sizes detach alias lift_fresh"
+).split()
 
 
 class Launches(TorchDispatchMode):
@@ -88,8 +88,6 @@ def test_exchanges_launch_two_kernels_and_one_more_if_they_go_through_nodes(
     ways = [way_of(hot.geometry, algorithm)]
     exchange = Exchange(groups_of(HOT.num_ranks, node_size)[RANK], ways)
     index = layout_index(hot, torch.device("cpu"))
-    chain = index.chain(ways[0], None, RANK)
-    assert chain.restores(num_rows) and chain.reduces(num_rows), "uploads are not counted"
     bounds = row_bounds(num_rows, HOT.num_ranks)
     slice_ErK = torch.zeros(HOT.num_experts, bounds[RANK + 1] - bounds[RANK], COLUMNS)
     grad_CRK = torch.zeros(HOT.capacity, num_rows, COLUMNS, dtype=torch.bfloat16)

@@ -72,8 +72,7 @@ def test_kernels_of_the_exchange_compile_for_cards_that_are_not_here(
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     from megatron_laer.runtime.comm import kernels
 
-    types = dict.fromkeys(("held_Z", "wire_Z", "size_Z", "first_T1"), "*i64")
-    types |= {"wire": f"*{parts}"}
+    types = {"table": "*i64", "wire": f"*{parts}"}
     for value in (False, True):
         given = {"held": f"*{parts}"}, {"PACKS": value, "BLOCK": 1024}
         compile_for(capability, kernels._copy_segments, types | given[0], given[1])

@@ -1,4 +1,4 @@
-"""A rank's part of exchanges is there before one needs it, and as long as something reads it."""
+"""A rank's part of an exchange is found once, and lives as long as something reads it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import gc
 import itertools
 import threading
 import weakref
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from megatron_laer.choices import ExchangeAlgorithm
 from megatron_laer.planner.hops import Way, way_of
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
-from megatron_laer.runtime.comm import moves
+from megatron_laer.runtime.comm import segments
 from megatron_laer.runtime.comm.exchange import Exchange, ReusableWeights
 from megatron_laer.runtime.comm.layout_index import LayoutIndex, layout_index
 from megatron_laer.runtime.comm.streams import make_comm_stream
@@ -44,64 +45,38 @@ def index_of(*slots: int) -> LayoutIndex:
     return layout_index(placed(ExpertLayout.from_slots(1, EXPERTS, EXPERTS, slots)), CPU)
 
 
-@pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Record each making of a rank's part of a layout's exchanges, of all slots or of changed."""
-    calls: list[str] = []
-    original = moves.Chain.__init__
+def test_a_part_of_an_exchange_is_found_once_for_its_rows_direction_and_layout_before(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found: list[tuple[int, bool, bool]] = []
+    original = segments.Chain.__init__
 
-    def counted(chain: Any, way: Any, placed: Any, before: Any, *args: Any) -> None:
-        calls.append("all" if before is None else "changed")
-        original(chain, way, placed, before, *args)
+    def counted(chain: Any, way: Any, placed: Any, before: Any, *args: Any, back: bool) -> None:
+        found.append((args[1], before is not None, back))
+        original(chain, way, placed, before, *args, back=back)
 
-    monkeypatch.setattr(moves.Chain, "__init__", counted)
-    return calls
-
-
-def test_after_preparation_exchanges_build_nothing(built: list[str]) -> None:
-    exchange, before, after = one_rank(), index_of(0, 1, 2, 3), index_of(0, 3, 2, 1)
-    exchange.prepare_restore(before)
-    exchange.prepare_restore(after, before)
-    exchange.prepare_restore(after)
-    exchange.prepare_reduce(after)
-    assert built == ["all", "changed", "all"]
-    slice_ErK = torch.randn(EXPERTS, ROWS, COLUMNS)
-    for _ in range(2):
-        matrix_CRK = exchange.restore(slice_ErK, before, ROWS)
-        reuse = ReusableWeights(before, matrix_CRK)
-        exchange.restore(slice_ErK, after, ROWS, reuse=reuse)
+    monkeypatch.setattr(segments.Chain, "__init__", counted)
+    exchange, before = one_rank(), index_of(0, 1, 2, 3)
+    indexes = [index_of(0, 3, 2, 1) for _ in range(2)]
+    for rows, after in itertools.product((ROWS, 2 * ROWS), indexes * 2):
+        slice_ErK = torch.randn(EXPERTS, rows, COLUMNS)
+        matrix_CRK = exchange.restore(slice_ErK, before, rows)
+        # Another index of the same layout before will do.
+        reuse = ReusableWeights(index_of(0, 1, 2, 3), matrix_CRK)
+        exchange.restore(slice_ErK, after, rows, reuse=reuse)
         assert torch.equal(matrix_CRK, slice_ErK[[0, 3, 2, 1]])
-        assert torch.equal(exchange.restore(slice_ErK, after, ROWS), matrix_CRK)
+        assert torch.equal(exchange.restore(slice_ErK, after, rows), matrix_CRK)
         assert torch.equal(exchange.reduce(matrix_CRK, after), slice_ErK)
-    assert len(built) == 3
+    of_index = [(False, False), (True, False), (False, True)]
+    expected = {(rows, *kind): 2 for rows in (ROWS, 2 * ROWS) for kind in of_index}
+    for rows in (ROWS, 2 * ROWS):
+        expected[rows, False, False] += 1  # of the index before
+    assert Counter(found) == expected
 
 
 def restored_experts(index: LayoutIndex, streams: ExchangeStreams) -> RestoredExperts:
     parameters = (torch.nn.Parameter(torch.randn(EXPERTS, ROWS, COLUMNS)),)
     return RestoredExperts("layer 1", Slices(parameters, (ROWS,)), index, streams)
-
-
-def test_a_layout_made_for_a_pass_is_indexed_before_and_outside_of_its_exchanges(
-    built: list[str],
-) -> None:
-    streams = ExchangeStreams(
-        one_rank(),
-        parameters=make_comm_stream("parameters", CPU, overlaps=True),
-        gradients=make_comm_stream("gradients", CPU, overlaps=True),
-    )
-    restored = restored_experts(index_of(0, 1, 2, 3), streams)
-    restored.weights.start_restore()
-    restored.weights.change(index_of(2, 1, 0, 3))
-    assert built == ["all", "changed"]
-    restored.weights.matrix(0)
-    restored.prepare_backward()
-    assert built[2:] == ["all"], "one for the restore and the reduce of backward"
-    restored.weights.free()
-    restored.weights.start_restore()
-    restored.grads.start_reduce([restored.weights.matrix(0)])
-    restored.grads.finish_reduce()
-    assert len(built) == 3
-    streams.close()
 
 
 def test_a_change_on_the_stream_of_the_restore_does_not_count_as_waiting() -> None:
@@ -138,13 +113,10 @@ def test_a_microbatch_holds_its_index_while_other_layouts_come_and_go() -> None:
     streams.parameters.submit(lambda: torch.tensor(goes_on.wait()), "busy")
     restored = restored_experts(index_of(2, 1, 0, 3), streams)
     restored.weights.start_restore()
-    restored.prepare_backward()
-    held = [weakref.ref(part) for part in (restored.index, *restored.index._chains.values())]
-    assert len(held) == 2
-    for slots in itertools.permutations(range(EXPERTS)):
-        streams.exchange.prepare_restore(index_of(*slots))
+    index = weakref.ref(restored.index)
+    restored.weights.index = index_of(0, 1, 2, 3)
     gc.collect()
-    assert all(part() is not None for part in held)
+    assert index() is not None
     goes_on.set()
     slice_ErK = restored._share.parameters[0]
     assert torch.equal(restored.weights.matrix(0), slice_ErK[[2, 1, 0, 3]])
@@ -152,4 +124,4 @@ def test_a_microbatch_holds_its_index_while_other_layouts_come_and_go() -> None:
     streams.close()
     del restored
     gc.collect()
-    assert all(part() is None for part in held)
+    assert index() is None

@@ -75,13 +75,13 @@ def test_exchanges_of_different_steps_are_refused() -> None:
 
 def test_exchanges_side_by_side_have_buffers_of_their_own() -> None:
     workspace = Workspace()
-    with workspace.lent() as first:
-        first.buffer("send", 8, CPU)
-        with workspace.lent() as second:
-            assert second is not first
-            second.buffer("send", 4, CPU)
-        with workspace.lent() as third:
-            assert third is second
-    with workspace.lent() as again:
-        assert again is first
+    of_bytes = None, 1, CPU
+    with workspace.lent(*of_bytes) as first:
+        eight = first("send", 8, torch.uint8)
+        with workspace.lent(*of_bytes) as second:
+            four = second("send", 4, torch.uint8)
+        with workspace.lent(*of_bytes) as third:
+            assert third("send", 4, torch.uint8).data_ptr() == four.data_ptr()
+    with workspace.lent(*of_bytes) as again:
+        assert again("send", 8, torch.uint8).data_ptr() == eight.data_ptr()
     assert workspace.num_bytes == 12

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from megatron_laer.arrays import Bool, Int64
 from megatron_laer.config import ExchangeAlgorithm
-from megatron_laer.planner.hops import Places, hops, way_of
+from megatron_laer.planner.hops import way_of
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.planner.traffic import Traffic, reduce_traffic, restore_traffic
+from tests.oracles.hops import Places, hops
 from tests.placed import placed
 from tests.unit.planner_cases import geometries, shape_of, with_holes
 

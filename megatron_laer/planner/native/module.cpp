@@ -20,6 +20,7 @@
 #include "greedy.hpp"
 #include "guard.hpp"
 #include "home.hpp"
+#include "hops.hpp"
 #include "match_previous.hpp"
 #include "node_experts.hpp"
 #include "proportional.hpp"
@@ -458,6 +459,60 @@ py::array_t<int16_t> greedy(const Counts& counts_NE, const Slots& current_S, int
   });
 }
 
+laer::Way way_of(int ranks, int experts, int capacity, int node_size, int home, bool by_node) {
+  if (ranks < 1 || node_size < 1 || ranks % node_size != 0 || experts < 1 || capacity < 1) {
+    throw py::value_error("a node's ranks must divide all ranks, and ranks have slots");
+  }
+  check_home(ranks, experts, capacity, home);
+  return {laer::Shape{ranks, experts, capacity, node_size, home}, by_node};
+}
+
+// With `before_S`, ranks keep the experts of that layout.
+std::vector<laer::Hop> hops_of(const laer::Way& way, const Slots& slots_S,
+                               const std::optional<Slots>& before_S) {
+  for (const Slots* layout_S : {&slots_S, before_S ? &*before_S : &slots_S}) {
+    check_size(*layout_S, way.shape.slots(), "the slots");
+    check_experts(*layout_S, way.shape.experts, true);
+  }
+  if (!before_S) return laer::hops(way, slots_S.data());
+  return laer::hops(way, slots_S.data(), before_S->data(), true);
+}
+
+py::tuple restore_traffic(const laer::Way& way, const Slots& slots_S,
+                          const std::optional<Slots>& before_S, const Counts& held_N) {
+  check_size(held_N, way.shape.ranks, "the elements of ranks");
+  const laer::Traffic sums = laer::traffic(way, hops_of(way, slots_S, before_S), to_vector(held_N));
+  return py::make_tuple(to_array(sums.near_N), to_array(sums.far_N), to_array(sums.sent_near_N),
+                        to_array(sums.sent_far_N));
+}
+
+py::tuple to_tuple(const laer::Segments& made) {
+  py::list parts;
+  for (const auto& part : made.parts) {
+    parts.append(py::make_tuple(part.tensor, part.tensor * made.tensor_rows, part.first, part.count,
+                                part.first_sum, part.sums));
+  }
+  py::object in_place = py::none();
+  if (made.in_place >= 0) {
+    in_place = py::make_tuple(made.in_place / made.tensor_rows, made.in_place % made.tensor_rows);
+  }
+  return py::make_tuple(made.at, made.count, made.rows, made.most_rows, made.end, in_place, parts);
+}
+
+// A rank's table of segments, and its moves: planner/hops.py names their parts.
+py::tuple rank_moves(const laer::Way& way, const Slots& slots_S,
+                     const std::optional<Slots>& before_S, int rank, int64_t rows) {
+  check_rank(way.shape, rank);
+  const laer::Moves made = laer::rank_moves(way, hops_of(way, slots_S, before_S), rank, rows);
+  py::list moves;
+  for (const laer::Move& move : made.moves) {
+    moves.append(py::make_tuple(move.link, move.is_kept, move.is_first,
+                                move.is_last, move.sent_P, move.received_P,
+                                to_tuple(move.leaves), to_tuple(move.arrives)));
+  }
+  return py::make_tuple(to_array(made.table), moves);
+}
+
 laer::Pairs pairs_of(const Counts& pairs_EE, int nodes, int top_k) {
   if (pairs_EE.ndim() != 2 || pairs_EE.shape(0) != pairs_EE.shape(1) || pairs_EE.size() == 0) {
     throw py::value_error("pairs must be [E, E]");
@@ -545,6 +600,12 @@ PYBIND11_MODULE(_native, module) {
   module.def("proportional_by_node", &proportional_by_node);
   module.def("greedy", &greedy, py::arg("counts_NE"), py::arg("current_S"), py::arg("node_size"),
              py::arg("home"), py::arg("costs") = nullptr);
+  py::class_<laer::Way>(module, "Way")
+      .def(py::init(&way_of))
+      .def_readonly("widths", &laer::Way::widths)
+      .def_readonly("links", &laer::Way::links);
+  module.def("restore_traffic", &restore_traffic);
+  module.def("rank_moves", &rank_moves);
   module.def("crossing_rows", &crossing_rows);
   module.def("together", &together);
 }

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -53,74 +54,53 @@ class BufferPool:
         self._free[tuple(tensor.shape), tensor.dtype, tensor.device].append(tensor)
 
 
-class Buffers:
-    """Named byte buffers that only grow."""
+class Take(Protocol):
+    """Buffers of one exchange, by name."""
 
-    def __init__(self) -> None:
-        self._buffers: dict[str, torch.Tensor] = {}
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(buffer.numel() for buffer in self._buffers.values())
-
-    def buffer(self, name: str, num_bytes: int, device: torch.device) -> torch.Tensor:
-        if name not in self._buffers or self._buffers[name].numel() < num_bytes:
-            self._buffers.pop(name, None)  # free before the new allocation
-            self._buffers[name] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-        return self._buffers[name]
+    def __call__(self, name: str, rows: int, dtype: torch.dtype, /) -> torch.Tensor:
+        """Return the first rows of a buffer, [rows, K]."""
+        ...
 
 
 class Workspace:
-    """Buffers of exchanges on one CUDA stream.
+    """Named buffers of exchanges on one CUDA stream, which only grow.
 
     Exchanges that run side by side have some each. Others overwrite each other's data without
     waiting.
     """
 
     def __init__(self) -> None:
-        self._lent: list[bool] = []
-        self._buffers: list[Buffers] = []
+        self._lent: set[int] = set()
+        self._buffers: dict[tuple[int, str], torch.Tensor] = {}
 
     @property
     def num_bytes(self) -> int:
-        return sum(buffers.num_bytes for buffers in self._buffers)
+        return sum(buffer.numel() for buffer in self._buffers.values())
 
     @contextlib.contextmanager
-    def lent(self) -> Iterator[Buffers]:
-        """Lend an exchange the first buffers that no other has."""
-        if all(self._lent):
-            self._lent.append(False)
-            self._buffers.append(Buffers())
-        at = self._lent.index(False)
-        self._lent[at] = True
+    def lent(
+        self, most_bytes: Mapping[str, int] | None, columns: int, device: torch.device
+    ) -> Iterator[Take]:
+        """Lend an exchange the first buffers that no other has.
+
+        Args:
+            most_bytes: of each buffer, which is allocated once; None to let them grow as needed.
+            columns: K.
+        """
+        at = next(at for at in itertools.count() if at not in self._lent)
+
+        def take(name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
+            num_bytes = rows * columns * dtype.itemsize
+            wanted = num_bytes if most_bytes is None else most_bytes[name]
+            assert num_bytes <= wanted, f"{name}: {num_bytes} bytes exceed the bound {wanted}"
+            key = at, name
+            if key not in self._buffers or self._buffers[key].numel() < wanted:
+                self._buffers.pop(key, None)  # free before the new allocation
+                self._buffers[key] = torch.empty(wanted, dtype=torch.uint8, device=device)
+            return self._buffers[key][:num_bytes].view(dtype).view(rows, columns)
+
+        self._lent.add(at)
         try:
-            yield self._buffers[at]
+            yield take
         finally:
-            self._lent[at] = False
-
-
-@dataclass(frozen=True)
-class MatrixBuffers:
-    """Buffers of a workspace for rows of one matrix, to be allocated once.
-
-    Attributes:
-        columns: K.
-        sizes: bytes of each buffer.
-        grow: whether buffers are as large as the rows so far, without a bound.
-    """
-
-    buffers: Buffers
-    columns: int
-    sizes: Mapping[str, int]
-    device: torch.device
-    grow: bool = False
-
-    def take(self, name: str, rows: int, dtype: torch.dtype) -> torch.Tensor:
-        """Return the first rows of a buffer, [rows, K]."""
-        num_bytes, most_bytes = rows * self.columns * dtype.itemsize, self.sizes[name]
-        assert self.grow or num_bytes <= most_bytes, (
-            f"{name}: {num_bytes} bytes exceed the bound {most_bytes}"
-        )
-        wanted_bytes = num_bytes if self.grow else most_bytes
-        buffer = self.buffers.buffer(name, wanted_bytes, self.device)
-        return buffer[:num_bytes].view(dtype).view(rows, self.columns)
+            self._lent.remove(at)

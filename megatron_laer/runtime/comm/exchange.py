@@ -1,7 +1,7 @@
 """The exchange: restores of experts into slots, and reduces of their gradients to the owners.
 
-`planner.hops` has the chains by which experts move, and `moves.py` a rank's rows of each hop. This
-file carries them out: pack, All-to-All, unpack or sum.
+`planner.hops` has the chains by which experts move, and `segments.py` a rank's rows of each hop.
+This file carries them out: pack, All-to-All, unpack or sum.
 
 Legend: N ranks, E experts, C replica slots per rank, h home experts of a rank. R rows of a matrix,
 r rows of one rank's slice, K columns.
@@ -9,21 +9,21 @@ r rows of one rank's slice, K columns.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from megatron_laer.config import FSEPConfig, WireDtype
-from megatron_laer.planner.hops import Link, Way
+from megatron_laer.planner.hops import Way
 from megatron_laer.planner.placed import Placed, row_bounds
 from megatron_laer.planner.workspace import reduce_workspace, restore_workspace
-from megatron_laer.runtime.comm.buffers import MatrixBuffers, Workspace
+from megatron_laer.runtime.comm.buffers import Take, Workspace
 from megatron_laer.runtime.comm.layout_index import LayoutIndex
-from megatron_laer.runtime.comm.moves import Chain, Move
 from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
-from megatron_laer.runtime.comm.segments import Held
+from megatron_laer.runtime.comm.segments import Chain, Held
 from megatron_laer.runtime.comm.stages import ExchangeCount, Stage, stage_of
 from megatron_laer.runtime.comm.steps import Steps, finish
 
@@ -72,25 +72,22 @@ class Exchange:
     ) -> None:
         self.count = ExchangeCount()
         self.restore_workspace, self.reduce_workspace = Workspace(), Workspace()
-        links = dict.fromkeys(link for way in ways for link in way.links)
-        self._restore_stages = {link: stage_of(groups, "parameters", link) for link in links}
-        self._reduce_stages = {link: stage_of(groups, "gradients", link) for link in links}
         self.groups = groups
         self._choose = choose or (lambda _: ways[0])
         self._grad_wire_dtype = grad_wire_dtype
+        links = dict.fromkeys(link for way in ways for link in way.links)
+        restores, reduces = (
+            {int(link): stage_of(groups, name, link) for link in links}
+            for name in ("parameters", "gradients")
+        )
+        self._restores = _Direction(restores, self.count.add_restore, "receive", sums=False)
+        self._reduces = _Direction(reduces, self.count.add_reduce, "send", sums=True)
 
     @property
     def communicators(self) -> tuple[Group, ...]:
         """Return the communicators that exchanges of layouts can use, as on all ranks."""
-        used = (*self._restore_stages.values(), *self._reduce_stages.values())
+        used = (*self._restores.stages.values(), *self._reduces.stages.values())
         return tuple(stage.group for stage in used if stage is not None)
-
-    def prepare_restore(self, index: LayoutIndex, before: LayoutIndex | None = None) -> None:
-        """Choose the way of a layout and find this rank's part of it, unless that is known."""
-        self._chain(index, before)
-
-    def prepare_reduce(self, index: LayoutIndex) -> None:
-        self._chain(index)
 
     @torch.no_grad()
     def restore(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -127,45 +124,20 @@ class Exchange:
             [C, R, K], the expert of this rank's slot c at c; `out` or the reused tensor if given.
         """
         assert reuse is None or out is None, "reused weights are updated in place"
-        chain = self._chain(index, None if reuse is None else reuse.index)
-        moves = chain.restores(rows)
-        out_CRK = out if reuse is None else reuse.matrix_CRK
+        before, out_CRK = (None, out) if reuse is None else (reuse.index, reuse.matrix_CRK)
+        chain = self._chain(index, rows, before)
         if out_CRK is None:
             of_one = source if isinstance(source, torch.Tensor) else source[0]
             shape = index.placed.geometry.replica_slots, rows, of_one.shape[-1]
             out_CRK = of_one.new_empty(shape)
         assert out_CRK.shape[1] == rows and out_CRK.is_contiguous()
         columns, dtype = out_CRK.shape[2], out_CRK.dtype
-        slots: Held = [out_CRK.view(-1, columns)]
-        held, end = _by_rows(source), 0
-        sizes = restore_workspace(chain.way, rows, columns, dtype.itemsize)
-        with self.restore_workspace.lent() as lent:
-            buffers = MatrixBuffers(lent, columns, sizes, out_CRK.device, grow=chain.way.is_direct)
-            for at, move in enumerate(moves):
-                target, arrives = slots, move.arrives
-                if not move.is_last:
-                    end = max(end, arrives.end)
-                    target = [buffers.take("receive", end, dtype)]
-                taken = slots if move.is_kept else held
-                stage = self._restore_stages[move.link]
-                if stage is None:
-                    arrives.unpack(taken[0], target)
-                else:
-                    # Else they lie in the buffer that the next rows go to.
-                    may_stay = move.is_first or move.is_kept
-                    sent = _packed(move, taken, buffers, dtype, may_stay=may_stay)
-                    if arrives.in_place is None:
-                        arrived = buffers.take("receive", sum(move.received_P), dtype)
-                    else:
-                        arrived = arrives.view(target)
-                    more = _has_more(moves[at + 1 :], self._restore_stages)
-                    sending = stage.all_to_all(
-                        arrived, sent, move.received_P, move.sent_P, more=more
-                    )
-                    self.count.add_restore(*(yield from sending))
-                    if arrives.in_place is None:
-                        arrives.unpack(arrived, target)
-                held = target
+        most_bytes = None
+        if not chain.way.is_direct:
+            most_bytes = restore_workspace(chain.way, rows, columns, dtype.itemsize)
+        with self.restore_workspace.lent(most_bytes, columns, out_CRK.device) as take:
+            ends = _by_rows(source), [out_CRK.view(-1, columns)]
+            yield from _carry(self._restores, chain, *ends, take, (dtype, dtype))
         return out_CRK
 
     def reduce_steps(
@@ -192,74 +164,111 @@ class Exchange:
             or [h, R, K] with zeros for home experts without replicas.
         """
         grad_CRK = grad_CRK.contiguous()
-        chain = self._chain(index)
         _, rows, columns = grad_CRK.shape
-        moves = chain.reduces(rows)
-        wire = self._grad_wire_dtype or wire_dtype or grad_CRK.dtype
-        result: torch.Tensor | None = None
+        chain = self._chain(index, rows, back=True)
+        dtype, wire = grad_CRK.dtype, self._grad_wire_dtype or wire_dtype or grad_CRK.dtype
+        adds = add_to is not None
         if add_to is None:
-            result = grad_CRK.new_zeros(self._own_shape(chain.way, rows, columns))
-            add_to = result.unbind() if chain.way.at_home else result
-        owners = _by_rows(add_to)
-        sizes = reduce_workspace(chain.way, rows, columns, grad_CRK.itemsize, wire.itemsize)
-        held: Held = [grad_CRK.view(-1, columns)]
-        with self.reduce_workspace.lent() as lent:
-            buffers = MatrixBuffers(lent, columns, sizes, grad_CRK.device, grow=chain.way.is_direct)
-            for at, move in enumerate(moves):
-                stage, arrived = self._reduce_stages[move.link], held[0]
-                if stage is not None:
-                    dtype = grad_CRK.dtype if move.is_first else wire
-                    sent = _packed(move, held, buffers, dtype)
-                    arrived = buffers.take("receive", sum(move.received_P), dtype)
-                    more = _has_more(moves[at + 1 :], self._reduce_stages)
-                    sending = stage.all_to_all(
-                        arrived, sent, move.received_P, move.sent_P, more=more
-                    )
-                    self.count.add_reduce(*(yield from sending))
-                target = owners
-                if not move.is_last:
-                    target = [buffers.take("send", move.arrives.end, wire)]
-                move.arrives.add(arrived, target, adds=result is None and move.is_last)
-                held = target
-        if result is None:
+            sums = grad_CRK.new_zeros((*self._own_shape(index.placed, rows), columns))
+            add_to = sums.unbind() if chain.way.at_home else sums
+        most_bytes = None
+        if not chain.way.is_direct:
+            most_bytes = reduce_workspace(chain.way, rows, columns, dtype.itemsize, wire.itemsize)
+        with self.reduce_workspace.lent(most_bytes, columns, grad_CRK.device) as take:
+            ends = [grad_CRK.view(-1, columns)], _by_rows(add_to)
+            yield from _carry(self._reduces, chain, *ends, take, (dtype, wire), adds=adds)
+        if adds:
             return add_to if isinstance(add_to, torch.Tensor) else add_to[0]
-        return result
+        return sums
 
-    def _chain(self, index: LayoutIndex, before: LayoutIndex | None = None) -> Chain:
-        way = self._choose(index.placed)
-        return index.chain(way, None if before is None else before.placed, self.groups.rank)
+    def _chain(
+        self,
+        index: LayoutIndex,
+        rows: int,
+        before: LayoutIndex | None = None,
+        *,
+        back: bool = False,
+    ) -> Chain:
+        """Return this rank's part, by the way that is chosen for the layout."""
+        key = self, rows, back, None if before is None else before.placed.layout
+        if key not in index.chains:
+            placed, kept = index.placed, None if before is None else before.placed
+            parts = self._choose(placed), placed, kept, self.groups.rank, rows, index.device
+            index.chains[key] = Chain(*parts, back=back)
+        return index.chains[key]
 
-    def _own_shape(self, way: Way, rows: int, columns: int) -> tuple[int, int, int]:
-        geometry = way.geometry
-        if way.at_home:
-            return geometry.home_slots, rows, columns
+    def _own_shape(self, placed: Placed, rows: int) -> tuple[int, int]:
+        geometry, rank = placed.geometry, self.groups.rank
+        if geometry.home_slots:
+            return geometry.home_slots, rows
         bounds = row_bounds(rows, geometry.num_ranks)
-        return (
-            geometry.num_experts,
-            bounds[self.groups.rank + 1] - bounds[self.groups.rank],
-            columns,
-        )
+        return geometry.num_experts, bounds[rank + 1] - bounds[rank]
 
 
-def _packed(
-    move: Move,
-    held: Held,
-    buffers: MatrixBuffers,
-    dtype: torch.dtype,
+class _Direction(NamedTuple):
+    """Restores, or reduces.
+
+    Attributes:
+        stages: by links; None for those with one rank.
+        counts: adds the bytes received inside the machine and from others.
+        between: buffer of holdings between the owners and the slots.
+        sums: whether rows that arrive are summed.
+    """
+
+    stages: Mapping[int, Stage | None]
+    counts: Callable[[int, int], None]
+    between: str
+    sums: bool
+
+
+def _carry(
+    direction: _Direction,
+    chain: Chain,
+    source: Held,
+    target: Held,
+    take: Take,
+    dtypes: tuple[torch.dtype, torch.dtype],
     *,
-    may_stay: bool = True,
-) -> torch.Tensor:
-    """Return the rows to send; those that lie as on the wire may stay where they are."""
-    if may_stay and move.leaves.in_place is not None:
-        return move.leaves.view(held)
-    sent = buffers.take("send", sum(move.sent_P), dtype)
-    move.leaves.pack(held, sent)
-    return sent
+    adds: bool = False,
+) -> Generator[Group | None, None, None]:
+    """Carry a chain's moves out, each by packing, an All-to-All, and unpacking or summing.
 
+    Rows that lie as on the wire stay where they are, and those that are to lie so arrive there.
 
-def _has_more(moves: Sequence[Move], stages: Mapping[Link, Stage | None]) -> bool:
-    """Return whether an All-to-All is among the moves."""
-    return any(stages[move.link] is not None for move in moves)
+    Args:
+        dtypes: of the rows of the source and of all others on the wire.
+        adds: whether sums are added to the target's rows.
+    """
+    table, held, end = chain.table, source, 0
+    stages = [direction.stages[move.link] for move in chain.moves]
+    for at, (move, stage) in enumerate(zip(chain.moves, stages, strict=True)):
+        leaves, arrives, dtype = move.leaves, move.arrives, dtypes[not move.is_first]
+        taken, into = target if move.is_kept else held, target
+        if not move.is_last:
+            end = max(end, arrives.end)
+            into = [take(direction.between, end, dtypes[1])]
+        in_place = stage is not None and not direction.sums and arrives.in_place is not None
+        if stage is None:
+            arrived = taken[0]
+        else:
+            # Else they lie in the buffer that the next rows go to.
+            may_stay = direction.sums or move.is_first or move.is_kept
+            if may_stay and leaves.in_place is not None:
+                sent = leaves.view(taken)
+            else:
+                sent = take("send", leaves.rows, dtype)
+                table.pack(leaves, taken, sent)
+            arrived = arrives.view(into) if in_place else take("receive", arrives.rows, dtype)
+            yield stage.group
+            rows_P = move.received_P, move.sent_P
+            dist.all_to_all_single(arrived, sent, *rows_P, group=stage.group)
+            yield stage.group if any(stages[at + 1 :]) else None
+            direction.counts(*stage.bytes_from(move.received_P, arrived))
+        if direction.sums:
+            table.add(arrives, arrived, into, adds=adds and move.is_last)
+        elif not in_place:
+            table.unpack(arrives, arrived, into)
+        held = into
 
 
 def _by_rows(owned: torch.Tensor | Sequence[torch.Tensor]) -> Held:

@@ -2,10 +2,7 @@
 
 Every result has one writer, so nothing is atomic and bits never depend on timing. Programs share
 the elements of one segment, whose start is computed in 64 bits. Numbers that change with layouts
-are not specialised, nor is the alignment of tables, so that no kernel is compiled again during
-training.
-
-Legend: K columns, Z segments, T sums.
+are not specialised, so that no kernel is compiled again during training.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from megatron_laer.runtime.comm.segments import Table
+from megatron_laer.runtime.comm.segments import Part, Segments
 
 _BLOCK_COPIED = 4096
 _BLOCK_SUMMED = 1024
@@ -23,28 +20,22 @@ _BLOCK_SUMMED = 1024
 def copy_segments(
     held: torch.Tensor,
     wire: torch.Tensor,
-    table: Table,
-    base: int,
-    part: slice,
-    most: int,
+    table: torch.Tensor,
+    segments: Segments,
+    part: Part,
     *,
     packs: bool,
 ) -> None:
-    """Copy a part of the table's segments between `held`, whose first row is `base`, and `wire`.
-
-    No segment has more than `most` rows.
-    """
+    """Copy a part of segments between its tensor of the holding and the wire."""
     columns = held.shape[1]
     assert held.is_contiguous() and wire.is_contiguous()
-    programs = triton.cdiv(most * columns, _BLOCK_COPIED)
-    _copy_segments[(programs * (part.stop - part.start),)](
+    programs = triton.cdiv(segments.most_rows * columns, _BLOCK_COPIED)
+    _copy_segments[(programs * part.segments,)](
         held,
         wire,
-        table.held_Z,
-        table.wire_Z,
-        table.size_Z,
-        base,
-        part.start,
+        table,
+        segments.at + 3 * part.first,
+        part.base,
         programs,
         columns,
         PACKS=packs,
@@ -54,27 +45,24 @@ def copy_segments(
 
 def sum_segments(
     wire: torch.Tensor,
-    table: Table,
+    table: torch.Tensor,
     held: torch.Tensor,
-    base: int,
-    sums: slice,
-    most: int,
+    segments: Segments,
+    part: Part,
     *,
     adds: bool,
 ) -> None:
-    """Sum segments of `wire` into or onto `held`, whose first row is `base`."""
+    """Sum a part of segments of the wire into or onto its tensor of the holding."""
     columns = held.shape[1]
     assert held.is_contiguous() and wire.is_contiguous()
-    programs = triton.cdiv(most * columns, _BLOCK_SUMMED)
-    _sum_segments[(programs * (sums.stop - sums.start),)](
+    programs = triton.cdiv(segments.most_rows * columns, _BLOCK_SUMMED)
+    _sum_segments[(programs * part.sums,)](
         wire,
         held,
-        table.held_Z,
-        table.wire_Z,
-        table.size_Z,
-        table.first_T1,
-        base,
-        sums.start,
+        table,
+        segments.at,
+        segments.at + 3 * segments.number + part.first_sum,
+        part.base,
         programs,
         columns,
         ADDS=adds,
@@ -82,62 +70,54 @@ def sum_segments(
     )
 
 
-_TABLE = ["held_Z", "wire_Z", "size_Z", "first_T1"]
-_OF_LAYOUTS = ["base", "first", "programs"]
-
-
-@triton.jit(do_not_specialize=_OF_LAYOUTS, do_not_specialize_on_alignment=_TABLE[:3])
+@triton.jit(do_not_specialize=["at", "base", "programs"])
 def _copy_segments(
     held,
     wire,
-    held_Z,
-    wire_Z,
-    size_Z,
+    table,
+    at,
     base,
-    first,
     programs,
     columns,
     PACKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Copy a block of one segment."""
-    segment = first + tl.program_id(0) // programs
-    at = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
-    inside = at < tl.load(size_Z + segment) * columns
-    in_held = held + (tl.load(held_Z + segment) - base) * columns + at
-    in_wire = wire + tl.load(wire_Z + segment) * columns + at
+    segment = table + at + 3 * (tl.program_id(0) // programs)
+    element = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
+    inside = element < tl.load(segment + 2) * columns
+    in_held = held + (tl.load(segment) - base) * columns + element
+    in_wire = wire + tl.load(segment + 1) * columns + element
     if PACKS:
         tl.store(in_wire, tl.load(in_held, mask=inside), mask=inside)
     else:
         tl.store(in_held, tl.load(in_wire, mask=inside), mask=inside)
 
 
-@triton.jit(do_not_specialize=_OF_LAYOUTS, do_not_specialize_on_alignment=_TABLE)
+@triton.jit(do_not_specialize=["at", "sums", "base", "programs"])
 def _sum_segments(
     wire,
     held,
-    held_Z,
-    wire_Z,
-    size_Z,
-    first_T1,
+    table,
+    at,
+    sums,
     base,
-    first,
     programs,
     columns,
     ADDS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Sum a block of the segments of one sum."""
-    number = first + tl.program_id(0) // programs
-    at = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
-    segment = tl.load(first_T1 + number)
-    inside = at < tl.load(size_Z + segment) * columns
-    part = wire + tl.load(wire_Z + segment) * columns + at
+    first = table + sums + tl.program_id(0) // programs
+    segment = table + at + 3 * tl.load(first)
+    element = tl.program_id(0) % programs * BLOCK + tl.arange(0, BLOCK)
+    inside = element < tl.load(segment + 2) * columns
+    part = wire + tl.load(segment + 1) * columns + element
     total = tl.load(part, mask=inside, other=0.0).to(tl.float32)
-    for other in range(segment + 1, tl.load(first_T1 + number + 1)):
-        part = wire + tl.load(wire_Z + other) * columns + at
+    for other in range(tl.load(first) + 1, tl.load(first + 1)):
+        part = wire + tl.load(table + at + 3 * other + 1) * columns + element
         total += tl.load(part, mask=inside, other=0.0).to(tl.float32)
-    sums = held + (tl.load(held_Z + segment) - base) * columns + at
+    target = held + (tl.load(segment) - base) * columns + element
     if ADDS:
-        total = tl.load(sums, mask=inside, other=0.0).to(tl.float32) + total
-    tl.store(sums, total.to(held.dtype.element_ty), mask=inside)
+        total = tl.load(target, mask=inside, other=0.0).to(tl.float32) + total
+    tl.store(target, total.to(held.dtype.element_ty), mask=inside)

@@ -9,15 +9,14 @@ Legend: N ranks, C slots per rank, S = N·C slots.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_laer.planner.hops import Way
-from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm.copies import upload_arrays
-from megatron_laer.runtime.comm.moves import Chain
+from megatron_laer.runtime.comm.segments import Chain
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,22 +25,16 @@ class LayoutIndex:
 
     Attributes:
         slot_expert_S: int64, the expert in each slot; 0 for an empty one, which gets no tokens.
+        chains: of exchanges, by all else that they depend on.
     """
 
     placed: Placed
     slot_expert_S: torch.Tensor
-    # By the arguments that they were made for.
-    _chains: dict[tuple[Way, ExpertLayout | None, int], Chain] = field(default_factory=dict)
+    chains: dict[Any, Chain] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
         return self.slot_expert_S.device
-
-    def chain(self, way: Way, before: Placed | None, rank: int) -> Chain:
-        key = way, None if before is None else before.layout, rank
-        if key not in self._chains:
-            self._chains[key] = Chain(way, self.placed, before, rank, self.device)
-        return self._chains[key]
 
 
 def layout_index(placed: Placed, device: torch.device) -> LayoutIndex:

@@ -1,15 +1,15 @@
-"""Copies and sums of rows between a holding and the wire: Triton kernels on CUDA, torch elsewhere.
+"""One rank's part of an exchange: the rows that each hop moves, and how they are copied and summed.
 
-The torch code is the reference for `kernels.py`.
+`planner/native/hops.cpp` finds the rows. Triton kernels move them on CUDA, and torch elsewhere,
+whose code is the reference for `kernels.py`.
 
-Legend: K columns. Z segments of rows, T sums of such.
+Legend: K columns. Z segments of rows, T sums of such, P ranks of a hop's link.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import pairwise
@@ -19,6 +19,9 @@ import numpy as np
 import torch
 
 from megatron_laer.arrays import Int64
+from megatron_laer.planner.hops import Way
+from megatron_laer.planner.native_core import native
+from megatron_laer.planner.placed import Placed
 from megatron_laer.runtime.comm.copies import upload_arrays
 
 # Tensors [rows, K] of a holding; their rows count on from one to the next.
@@ -37,143 +40,181 @@ def exchange_kernels(device: torch.device) -> Any:
     return kernels_of("megatron_laer.runtime.comm", device)
 
 
-class Table(NamedTuple):
-    """Segments on the device, in ascending order of `held_Z`.
+class Part(NamedTuple):
+    """Segments in one tensor of a holding, whose first row is `base`, and their sums."""
+
+    tensor: int
+    base: int
+    first: int
+    segments: int
+    first_sum: int
+    sums: int
+
+
+class Segments(NamedTuple):
+    """Rows that are both in a holding and on the wire, as a part of a table.
+
+    The table has three numbers for each segment: its first row in the holding, in ascending order,
+    its first row on the wire, and its rows, at least one. Segments of the same rows in the holding
+    are parts of a sum, in the order of addition. Behind them are the first segment of each sum, and
+    the number of segments.
 
     Attributes:
-        first_T1: the segments of sum t begin at `first_T1[t]`, and end where the next begin.
+        at: begin of the part; `number` of segments.
+        rows: of all segments; `most_rows` of one.
+        end: the row of the holding behind its last segment.
+        in_place: tensor and row of the holding where all rows, some at least, lie in one piece as
+            on the wire.
     """
 
-    held_Z: torch.Tensor
-    wire_Z: torch.Tensor
-    size_Z: torch.Tensor
-    first_T1: torch.Tensor
-
-
-@dataclass(eq=False)
-class Segments:
-    """Rows that are both in a holding and on the wire, in ascending order of the former.
-
-    Segments of the same rows in the holding are parts of a sum, in the order of addition. Each sum
-    has one writer, so sums need no atomics and have the same bits every time.
-
-    Attributes:
-        held_Z: the first row of each segment in the holding.
-        wire_Z: its first row on the wire.
-        size_Z: its number of rows, at least one.
-        tensor_rows: rows of each tensor of the holding.
-        in_place: the first row, if the holding has all rows, some at least, in one piece and as
-            they are on the wire.
-    """
-
-    held_Z: Int64
-    wire_Z: Int64
-    size_Z: Int64
-    tensor_rows: int
-    in_place: int | None
-    device: torch.device
-    table: Table | None = field(default=None, repr=False)
-    _runs: dict[tuple[int, bool], list[_Run]] = field(default_factory=dict, repr=False)
-
-    @classmethod
-    def of(
-        cls,
-        held_Z: Int64,
-        wire_Z: Int64,
-        size_Z: Int64,
-        tensor_rows: int,
-        device: torch.device,
-    ) -> Segments:
-        """Create segments of any order and size; parts of a sum are in the order of addition."""
-        if not size_Z.all():
-            held_Z, wire_Z, size_Z = (rows_Z[size_Z > 0] for rows_Z in (held_Z, wire_Z, size_Z))
-        in_place, shift_Z = None, held_Z - wire_Z
-        if held_Z.size and (shift_Z == shift_Z[0]).all():
-            in_one = held_Z[0] // tensor_rows == held_Z[-1] // tensor_rows
-            in_place = int(shift_Z[0]) if in_one else None
-        by_held = np.argsort(held_Z, kind="stable")
-        held_Z, wire_Z, size_Z = (rows_Z[by_held] for rows_Z in (held_Z, wire_Z, size_Z))
-        return cls(held_Z, wire_Z, size_Z, tensor_rows, in_place, device)
-
-    @cached_property
-    def first_T1(self) -> Int64:
-        """Return the first segment of each sum, and the number of segments."""
-        return np.append(_begins(self.held_Z), self.held_Z.size)
-
-    @cached_property
-    def most(self) -> int:
-        """Return the most rows of a segment."""
-        return int(self.size_Z.max(initial=0))
-
-    @property
-    def end(self) -> int:
-        """Return the row of the holding behind its last segment."""
-        return int(self.held_Z[-1] + self.size_Z[-1]) if self.held_Z.size else 0
+    at: int
+    number: int
+    rows: int
+    most_rows: int
+    end: int
+    in_place: tuple[int, int] | None
+    parts: Sequence[Part]
 
     def view(self, held: Held) -> torch.Tensor:
         """Return the rows of the holding as they are on the wire, which is possible in place."""
         assert self.in_place is not None
-        at, first = divmod(self.in_place, self.tensor_rows)
-        return held[at][first : first + int(self.size_Z.sum())]
+        tensor, first = self.in_place
+        return held[tensor][first : first + self.rows]
 
-    def pack(self, held: Held, wire: torch.Tensor) -> None:
+
+class Move(NamedTuple):
+    """Rows of one matrix that a rank sends and receives in one hop, there or back.
+
+    Attributes:
+        link: of `hops.Link`.
+        is_kept: whether the slots as they were before have the rows.
+        is_first: whether the owners or, in a reduce, the slots have them.
+        is_last: whether they go to the slots or, in a reduce, to the owners.
+        sent_P: rows to each rank of the link.
+        received_P: rows from each.
+        leaves: rows that are sent, in the holding that has them.
+        arrives: rows that are received, in the holding that they go to. Where the link has one
+            rank, nothing is sent, and the wire of each is the other's holding.
+    """
+
+    link: int
+    is_kept: bool
+    is_first: bool
+    is_last: bool
+    sent_P: list[int]
+    received_P: list[int]
+    leaves: Segments
+    arrives: Segments
+
+    def back(self) -> Move:
+        sizes = self.received_P, self.sent_P
+        return Move(
+            self.link, False, self.is_last, self.is_first, *sizes, self.arrives, self.leaves
+        )
+
+
+class Table:
+    """Segments of one rank, and their copies and sums.
+
+    Kernels read it from the device, where it is uploaded on the current stream. So that must be the
+    stream of its copies and sums.
+    """
+
+    def __init__(self, table: Int64, device: torch.device) -> None:
+        self._numbers = table
+        self._kernels = exchange_kernels(device)
+        self._runs: dict[tuple[int, int, bool], list[_Run]] = {}
+        if self._kernels is not None:
+            (self._uploaded,) = upload_arrays([table], device)
+
+    def pack(self, segments: Segments, held: Held, wire: torch.Tensor) -> None:
         """Copy rows from the holding to the wire."""
-        self._copy(held, wire, packs=True)
+        self._copy(segments, held, wire, packs=True)
 
-    def unpack(self, wire: torch.Tensor, held: Held) -> None:
+    def unpack(self, segments: Segments, wire: torch.Tensor, held: Held) -> None:
         """Copy rows from the wire to the holding."""
-        self._copy(held, wire, packs=False)
+        self._copy(segments, held, wire, packs=False)
 
-    def _copy(self, held: Held, wire: torch.Tensor, *, packs: bool) -> None:
-        for at, part in self._by_tensor:
-            if self.table is not None:
-                exchange_kernels(self.device).copy_segments(
-                    held[at], wire, self.table, at * self.tensor_rows, part, self.most, packs=packs
+    def add(self, segments: Segments, wire: torch.Tensor, held: Held, *, adds: bool) -> None:
+        """Sum rows on the wire in float32 and in order, and round once, to the holding.
+
+        Each sum has one writer, so sums need no atomics and have the same bits every time.
+
+        Args:
+            adds: whether to add the sums to the holding's rows.
+        """
+        for part in segments.parts:
+            tensor = held[part.tensor]
+            if self._kernels is not None:
+                self._kernels.sum_segments(wire, self._uploaded, tensor, segments, part, adds=adds)
+                continue
+            rows_Z = self._of(segments).tolist()
+            begin = segments.at + 3 * segments.number + part.first_sum
+            for first, last in pairwise(self._numbers[begin : begin + part.sums + 1].tolist()):
+                to, _, size = rows_Z[first]
+                summed = [wire[row : row + size] for _, row, _ in rows_Z[first:last]]
+                total = sum(summed[1:], start=summed[0].float())
+                target = tensor[to - part.base : to - part.base + size]
+                target.add_(total) if adds else target.copy_(total)
+
+    def _copy(self, segments: Segments, held: Held, wire: torch.Tensor, *, packs: bool) -> None:
+        for part in segments.parts:
+            tensor = held[part.tensor]
+            if self._kernels is not None:
+                self._kernels.copy_segments(
+                    tensor, wire, self._uploaded, segments, part, packs=packs
                 )
                 continue
-            source, target = (held[at], wire) if packs else (wire, held[at])
-            for to, size, rows in self._runs_of(at, part, packs=packs):
+            key = segments.at, part.tensor, packs
+            if key not in self._runs:
+                held_Z, wire_Z, size_Z = self._of(segments)[part.first :][: part.segments].T
+                ends = (held_Z - part.base, wire_Z) if packs else (wire_Z, held_Z - part.base)
+                self._runs[key] = _runs(*ends, size_Z, wire.device)
+            source, target = (tensor, wire) if packs else (wire, tensor)
+            for to, size, rows in self._runs[key]:
                 into = target[to : to + size]
                 if isinstance(rows, int):
                     into.copy_(source[rows : rows + size])
                 else:
                     torch.index_select(source, 0, rows, out=into)
 
-    def add(self, wire: torch.Tensor, held: Held, *, adds: bool) -> None:
-        """Sum rows on the wire in float32 and in order, and round once, to the holding.
+    def _of(self, segments: Segments) -> Int64:
+        return self._numbers[segments.at :][: 3 * segments.number].reshape(-1, 3)
 
-        Args:
-            adds: whether to add the sums to the holding's rows.
-        """
-        for at, part in self._by_tensor:
-            sums = slice(*np.searchsorted(self.first_T1, (part.start, part.stop)).tolist())
-            base = at * self.tensor_rows
-            if self.table is not None:
-                exchange_kernels(self.device).sum_segments(
-                    wire, self.table, held[at], base, sums, self.most, adds=adds
-                )
-                continue
-            size_Z, wire_Z = self.size_Z.tolist(), self.wire_Z.tolist()
-            for first, last in pairwise(self.first_T1[sums.start : sums.stop + 1].tolist()):
-                to, size = int(self.held_Z[first]) - base, size_Z[first]
-                parts = [wire[row : row + size] for row in wire_Z[first:last]]
-                total = sum(parts[1:], start=parts[0].float())
-                target = held[at][to : to + size]
-                target.add_(total) if adds else target.copy_(total)
 
-    @cached_property
-    def _by_tensor(self) -> list[tuple[int, slice]]:
-        """Return the used tensors of the holding, each with its segments."""
-        tensor_Z = self.held_Z // self.tensor_rows
-        bounds = pairwise([*_begins(tensor_Z).tolist(), tensor_Z.size])
-        return [(int(tensor_Z[first]), slice(first, last)) for first, last in bounds]
+class Chain:
+    """One rank's moves of matrices with R rows, from the owners to the slots or back.
 
-    def _runs_of(self, at: int, part: slice, *, packs: bool) -> list[_Run]:
-        if (at, packs) not in self._runs:
-            held_Z, wire_Z = self.held_Z[part] - at * self.tensor_rows, self.wire_Z[part]
-            from_Z, to_Z = (held_Z, wire_Z) if packs else (wire_Z, held_Z)
-            self._runs[at, packs] = _runs(from_Z, to_Z, self.size_Z[part], self.device)
-        return self._runs[at, packs]
+    Args:
+        before: the layout whose experts the slots have when a restore begins; None for no experts.
+    """
+
+    def __init__(
+        self,
+        way: Way,
+        placed: Placed,
+        before: Placed | None,
+        rank: int,
+        rows: int,
+        device: torch.device,
+        *,
+        back: bool = False,
+    ) -> None:
+        before_S = None if before is None else before.layout.slot_expert_S
+        slots_S = placed.layout.slot_expert_S
+        table, found = native.rank_moves(way.native, slots_S, before_S, rank, rows)
+        moves = [
+            Move._make((*others, _segments(leaves), _segments(arrives)))
+            for *others, leaves, arrives in found
+        ]
+        self.way = way
+        self.moves = [move.back() for move in reversed(moves)] if back else moves
+        self.table = Table(table, device)
+
+
+def _segments(found: tuple[Any, ...]) -> Segments:
+    *others, parts = found
+    return Segments._make((*others, [Part._make(part) for part in parts]))
 
 
 class _Run(NamedTuple):
@@ -199,20 +240,3 @@ def _runs(from_Z: Int64, to_Z: Int64, size_Z: Int64, device: torch.device) -> li
                 (rows,) = upload_arrays([gathered], device)
         found.append(_Run(int(to_Z[first]), int(sizes.sum()), rows))
     return found
-
-
-def _begins(values_Z: Int64) -> Int64:
-    """Return the places where a value follows another one."""
-    return np.flatnonzero(np.append(True, values_Z[1:] != values_Z[:-1])[: values_Z.size])
-
-
-def upload_tables(parts: Sequence[Segments]) -> None:
-    """Upload the tables of segments of one device at once, where kernels read them."""
-    if not parts or exchange_kernels(parts[0].device) is None:
-        return
-    arrays = [
-        array for part in parts for array in (part.held_Z, part.wire_Z, part.size_Z, part.first_T1)
-    ]
-    tensors = iter(upload_arrays(arrays, parts[0].device))
-    for part in parts:
-        part.table = Table(*(next(tensors) for _ in Table._fields))

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from megatron_laer.planner.hops import Link
-from megatron_laer.runtime.comm.process_groups import FSEPGroups, Group
+from megatron_laer.runtime.comm.process_groups import FSEPGroups
 
 
 @dataclass
@@ -58,25 +57,11 @@ class Stage:
     position: int
     same_machine: slice
 
-    def all_to_all(
-        self,
-        received_ZK: torch.Tensor,
-        sent_ZK: torch.Tensor,
-        received_P: list[int],
-        sent_P: list[int],
-        *,
-        more: bool,
-    ) -> Generator[Group | None, None, tuple[int, int]]:
-        """Exchange rows; return the bytes received inside the machine and from others.
-
-        `more` tells that the exchange has another All-to-All, which waits for this one.
-        """
-        yield self.group
-        dist.all_to_all_single(received_ZK, sent_ZK, received_P, sent_P, group=self.group)
-        yield self.group if more else None
-        intra, own = sum(received_P[self.same_machine]), received_P[self.position]
-        row_bytes = received_ZK.shape[1] * received_ZK.element_size()
-        return (intra - own) * row_bytes, (sum(received_P) - intra) * row_bytes
+    def bytes_from(self, rows_P: list[int], received_ZK: torch.Tensor) -> tuple[int, int]:
+        """Return the bytes that arrived from other ranks of the same machine, and from others."""
+        row_bytes = received_ZK.shape[1] * received_ZK.itemsize
+        intra = sum(rows_P[self.same_machine])
+        return (intra - rows_P[self.position]) * row_bytes, (sum(rows_P) - intra) * row_bytes
 
 
 def stage_of(groups: FSEPGroups, exchange: str, link: Link) -> Stage | None:

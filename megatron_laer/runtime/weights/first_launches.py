@@ -14,11 +14,14 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from megatron_laer.runtime.comm.segments import Segments, exchange_kernels, upload_tables
+from megatron_laer.runtime.comm.segments import Part, Segments, Table, exchange_kernels
 from megatron_laer.runtime.weights.layer import Carried, Share
 
 # Triton specialises on whether a tensor's address is a multiple of this.
 _ALIGNMENT = 16
+
+# One row of a holding and of the wire, in a table that has nothing else.
+_ROW = Segments(0, 1, 1, 1, 1, (0, 0), [Part(0, 0, 0, 1, 0, 1)])
 
 
 @torch.no_grad()
@@ -33,14 +36,12 @@ def launch_exchange_kernels(
     """
     if exchange_kernels(share.likes[0].device) is None:
         return
-    zero, one = np.zeros(1, np.int64), np.ones(1, np.int64)
-    row = Segments.of(zero, zero, one, 1, share.likes[0].device)
-    upload_tables([row])
+    table = Table(np.array([*(0, 0, 1), *(0, 1)]), share.likes[0].device)
     sources = share.sources(num_experts)
     for at, (like, carried) in enumerate(zip(share.likes, share.carried, strict=True)):
         # A payload is memory of its own, aligned as any.
         own = _rows_like(sources[at]) if carried.dtype == like.dtype else []
-        _copy(row, _row(like, carried), own)
+        _copy(table, _row(like, carried), own)
         if at not in share.trained_at:
             continue
         grads = {like.dtype, torch.float32} if holds_step else {like.dtype}
@@ -50,22 +51,22 @@ def launch_exchange_kernels(
         targets = [] if target is None else _rows_like(target)
         for of_part in summed:
             if of_part.dtype in grads:
-                _copy(row, _row(like, of_part), [])
+                _copy(table, _row(like, of_part), [])
             part = _row(like, of_part)
             for of_sum in summed:
                 # New sums of home experts lie one behind the other.
                 for offset in {0, of_sum.num_bytes % _ALIGNMENT}:
-                    row.add(part, [_row(like, of_sum, offset)], adds=False)
+                    table.add(_ROW, part, [_row(like, of_sum, offset)], adds=False)
             for target in targets:
-                row.add(part, [target], adds=True)
+                table.add(_ROW, part, [target], adds=True)
 
 
-def _copy(row: Segments, slots: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
+def _copy(table: Table, slots: torch.Tensor, sources: Sequence[torch.Tensor]) -> None:
     """Copy a row of slots or sources to a buffer, and back; a group of one needs no buffer."""
     buffer = torch.empty_like(slots)
     for held in (slots, *sources):
-        row.pack([held], buffer)
-        row.unpack(held, [buffer])
+        table.pack(_ROW, [held], buffer)
+        table.unpack(_ROW, held, [buffer])
 
 
 def _row(like: torch.Tensor, form: Carried, offset: int = 0) -> torch.Tensor:

@@ -57,11 +57,6 @@ class LayerExperts:
     ) -> None:
         """Upload index tensors of layers with known layouts, and begin to hold their experts."""
         indexes = [(layer, self._index(layer, layout)) for layer, layout in layouts]
-        for _, index in indexes:
-            if not index.placed.has_replicas:
-                continue
-            self._streams.exchange.prepare_restore(index)
-            self._streams.exchange.prepare_reduce(index)
         if not self.holds_step:
             return
         if num_microbatches is None:

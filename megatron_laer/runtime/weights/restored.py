@@ -253,12 +253,6 @@ class RestoredExperts:
         self._do(self.life[Event.AFTER_EXPERTS])
         return run_on_backward(partial(self._begin_backward, self.life), output)[0]
 
-    def prepare_backward(self) -> None:
-        """Build backward's index tensors of a new layout, while the device computes the experts."""
-        if self.index.placed.has_replicas:
-            self._exchange.prepare_restore(self.index)
-            self._exchange.prepare_reduce(self.index)
-
     # Called by autograd.
 
     def _begin_backward(self, life: Mapping[Event, Cell]) -> None:

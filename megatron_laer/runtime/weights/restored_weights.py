@@ -57,7 +57,6 @@ class RestoredWeights:
             return
         self.state.enter(WeightState.RESTORING)
         exchange, pool = self._streams.exchange, self._streams.weights
-        exchange.prepare_restore(self.index)
         exchanges = [
             # The present weights: they change between steps only.
             exchange.restore_steps(
@@ -88,7 +87,6 @@ class RestoredWeights:
             self.free()
             return
         self.state.enter(WeightState.RESTORING)
-        self._streams.exchange.prepare_restore(index, before)
         exchanges = [
             self._update(source, index, carried.rows, before, pending)
             for source, carried, pending in zip(

@@ -108,7 +108,6 @@ class SlotGrads:
         self.state.enter(GradState.REDUCING)
         self._delayed.clear()
         exchange, index = self._streams.exchange, self._weights.index
-        exchange.prepare_reduce(index)
         exchanges = [
             exchange.reduce_steps(
                 grad_CRK,

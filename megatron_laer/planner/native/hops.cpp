@@ -1,0 +1,332 @@
+// See hops.hpp. Orders are part of the result: sums over replicas follow them.
+#include "hops.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+namespace laer {
+
+Way::Way(const Shape& of, bool by_node)
+    : shape(of), widths{of.home > 0 ? 1 : of.ranks}, blocks(of.home > 0 ? 1 : of.ranks) {
+  if (by_node && shape.home > 0) {
+    widths.push_back(shape.ranks);
+    links.push_back(kAll);
+    blocks = shape.ranks;
+  }
+  if (by_node && shape.nodes() > 1) {
+    widths.push_back(shape.node_size);
+    links.push_back(kBetween);
+  }
+  links.push_back(by_node && shape.nodes() > 1 ? kInside : kAll);
+  widths.push_back(1);
+}
+
+namespace {
+
+constexpr int kNone = -1;
+
+struct Wanted {
+  Spot spot;
+  int expert;
+};
+
+bool is_replica(const Shape& shape, const int16_t* slots_S, int slot) {
+  return !shape.is_home(slot) && slots_S[slot] != kEmpty;
+}
+
+Spot spot_of(const Shape& shape, int slot) {
+  return {slot / shape.capacity, slot % shape.capacity - shape.home};
+}
+
+// A slot of `kept_S` for each node and expert. It is not always the first of an expert's slots, or
+// the first rank of a node would hand out most.
+std::vector<int> kept_slots(const Shape& shape, const int16_t* kept_S, int node_size) {
+  const auto pair = [&](int slot) {
+    return slot / shape.capacity / node_size * shape.experts + kept_S[slot];
+  };
+  std::vector<int> count(shape.ranks / node_size * shape.experts, 0), turn(count), found(count);
+  std::fill(found.begin(), found.end(), kNone);
+  for (int slot = 0; slot < shape.slots(); ++slot) {
+    if (is_replica(shape, kept_S, slot)) ++count[pair(slot)];
+  }
+  for (int slot = 0; slot < shape.slots(); ++slot) {
+    if (!is_replica(shape, kept_S, slot)) continue;
+    const int at = pair(slot);
+    if (turn[at]++ == kept_S[slot] % count[at]) found[at] = slot;
+  }
+  return found;
+}
+
+}  // namespace
+
+std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* before_S, bool keeps) {
+  const Shape& shape = way.shape;
+  std::vector<Wanted> wanted;
+  for (int slot = 0; slot < shape.slots(); ++slot) {
+    if (!is_replica(shape, slots_S, slot)) continue;
+    if (before_S != nullptr && before_S[slot] == slots_S[slot]) continue;
+    wanted.push_back({spot_of(shape, slot), slots_S[slot]});
+  }
+  std::vector<Hop> found;
+  for (size_t i = way.widths.size() - 2; i > 0; --i) {
+    const int width = way.widths[i], inner = way.widths[i + 1], places = shape.ranks / width;
+    std::vector<int> at_PE(places * shape.experts, kNone);
+    const auto pair = [&](const Wanted& one, int of) {
+      return one.spot.place * of / width * shape.experts + one.expert;
+    };
+    for (const Wanted& one : wanted) at_PE[pair(one, inner)] = 0;
+    std::vector<Wanted> held;
+    for (int place = 0; place < places; ++place) {
+      int count = 0;
+      for (int expert = 0; expert < shape.experts; ++expert) {
+        int& at = at_PE[place * shape.experts + expert];
+        if (at == kNone) continue;
+        at = count++;
+        held.push_back({{place, at}, expert});
+      }
+    }
+    Hop hop{way.links[i], width, inner, false, {}};
+    for (const Wanted& one : wanted) {
+      const Spot source{one.spot.place * inner / width, at_PE[pair(one, inner)]};
+      hop.transfers.push_back({source, one.spot});
+    }
+    found.push_back(std::move(hop));
+    wanted = std::move(held);
+    if (!keeps || width == shape.ranks) continue;
+    const std::vector<int> slot_PE = kept_slots(shape, before_S, width);
+    Hop kept{kInside, 1, width, true, {}};
+    std::vector<Wanted> others;
+    for (const Wanted& one : wanted) {
+      const int slot = slot_PE[pair(one, width)];
+      if (slot == kNone) others.push_back(one);
+      else kept.transfers.push_back({spot_of(shape, slot), one.spot});
+    }
+    found.push_back(std::move(kept));
+    wanted = std::move(others);
+  }
+  Hop first{way.links[0], way.widths[0], way.widths[1], false, {}};
+  for (const Wanted& one : wanted) {
+    const int expert = one.expert;
+    const Spot owner = shape.home > 0 ? Spot{expert / shape.home, expert % shape.home}
+                                      : Spot{0, expert};
+    first.transfers.push_back({owner, one.spot});
+  }
+  found.push_back(std::move(first));
+  std::reverse(found.begin(), found.end());
+  return found;
+}
+
+namespace {
+
+// Adds the elements of one end of a hop. For each expert of its place, a rank exchanges its blocks,
+// each with one rank of the other place. Widths of narrow places divide those of wide ones.
+void add_end(const Way& way, const Hop& hop, bool sends, const std::vector<int64_t>& held_N,
+             std::vector<int64_t>& near_N, std::vector<int64_t>& far_N) {
+  const int ranks = way.shape.ranks, node_size = way.shape.node_size;
+  const int mine = sends ? hop.source_width : hop.target_width;
+  const int other = sends ? hop.target_width : hop.source_width;
+  const int narrow = std::min(mine, other), wide = std::max(mine, other);
+  const int unit = std::min(mine, node_size);  // ranks for which as many places are near
+  std::vector<int64_t> all(ranks / mine), own(ranks / narrow), near(ranks / unit);
+  for (const Transfer& transfer : hop.transfers) {
+    const int place = (sends ? transfer.source : transfer.target).place;
+    const int other_place = (sends ? transfer.target : transfer.source).place;
+    const int at_narrow = mine < other ? place : other_place;
+    const int at_wide = mine < other ? other_place : place;
+    const int other_node = other_place * other / node_size;
+    ++all[place];
+    own[at_narrow] += at_narrow * narrow / wide == at_wide;
+    if (mine > node_size) ++near[other_node];
+    else near[place] += place * mine / node_size == other_node;
+  }
+  // Elements of every `width`-th block, from each one on, and of those of a node's ranks.
+  const auto blocks_of = [&](int width, int first, int last) {
+    std::vector<int64_t> sums(width, 0);
+    for (int rank = first; rank < last; ++rank) sums[rank % width] += held_N[rank];
+    return sums;
+  };
+  const std::vector<int64_t> of_mine = blocks_of(mine, 0, ranks), of_wide = blocks_of(wide, 0, ranks);
+  std::vector<int64_t> of_node;
+  for (int rank = 0; rank < ranks; ++rank) {
+    if (rank % node_size == 0) of_node = blocks_of(unit, rank, rank + node_size);
+    const int64_t total = all[rank / mine] * of_mine[rank % mine];
+    const int64_t within = other > node_size ? all[rank / mine] * of_node[rank % unit]
+                                             : near[rank / unit] * of_mine[rank % mine];
+    near_N[rank] += within - own[rank / narrow] * of_wide[rank % wide];
+    far_N[rank] += total - within;
+  }
+}
+
+}  // namespace
+
+Traffic traffic(const Way& way, const std::vector<Hop>& hops, const std::vector<int64_t>& held_N) {
+  Traffic sums(way.shape.ranks);
+  for (const Hop& hop : hops) {
+    add_end(way, hop, false, held_N, sums.near_N, sums.far_N);
+    add_end(way, hop, true, held_N, sums.sent_near_N, sums.sent_far_N);
+  }
+  return sums;
+}
+
+namespace {
+
+// Rows of one end of a hop on a rank, in the order of the wire.
+struct End {
+  std::vector<int64_t> row, size, of_peer;
+};
+
+// A matrix in row blocks, and the first row of each of a rank's blocks in a holding.
+class Blocks {
+ public:
+  Blocks(const Way& way, int rank, int64_t rows) : way_(way), rank_(rank), rows_(rows) {}
+
+  int64_t first(int block) const { return block * rows_ / way_.blocks; }
+  int64_t size(int block) const { return first(block + 1) - first(block); }
+
+  std::vector<int64_t> of_matrices(int number) const {
+    std::vector<int64_t> row;
+    for (int at = 0; at < number; ++at) {
+      for (int block = 0; block < way_.blocks; ++block) row.push_back(at * rows_ + first(block));
+    }
+    return row;
+  }
+
+  std::vector<int64_t> of_slices(int number) const {
+    std::vector<int64_t> row(number);
+    for (int at = 0; at < number; ++at) row[at] = at * size(rank_);
+    return row;
+  }
+
+  // One end of a hop. `row` has the holding's rows; with `arrives` rows lie as they arrive, from
+  // `end` on, and are added to it.
+  End end_of(const Hop& hop, bool sends, std::vector<int64_t>& row, bool arrives,
+             int64_t& end) const {
+    struct Piece {
+      int peer, number, block;
+    };
+    const int mine = sends ? hop.source_width : hop.target_width;
+    const int other = sends ? hop.target_width : hop.source_width;
+    const int node_size = way_.shape.node_size;
+    std::vector<Piece> pieces;
+    for (const Transfer& transfer : hop.transfers) {
+      const Spot& spot = sends ? transfer.source : transfer.target;
+      const int first_peer = (sends ? transfer.target : transfer.source).place * other;
+      if (spot.place != rank_ / mine) continue;
+      // Blocks of a place are dealt to its ranks in turn.
+      for (int block = rank_ % mine; block < way_.blocks; block += mine) {
+        const int number = (spot.at * way_.blocks + block) / mine;
+        pieces.push_back({first_peer + block % other, number, block});
+      }
+    }
+    std::stable_sort(pieces.begin(), pieces.end(),
+                     [](const Piece& a, const Piece& b) { return a.peer < b.peer; });
+    const int peers = hop.link == kInside    ? node_size
+                      : hop.link == kBetween ? way_.shape.nodes()
+                                             : way_.shape.ranks;
+    End found{{}, {}, std::vector<int64_t>(peers, 0)};
+    for (const Piece& piece : pieces) {
+      const int64_t rows = size(piece.block);
+      if (arrives) {
+        if (row.size() <= static_cast<size_t>(piece.number)) row.resize(piece.number + 1);
+        row[piece.number] = end;
+        end += rows;
+      }
+      found.row.push_back(row[piece.number]);
+      found.size.push_back(rows);
+      found.of_peer[hop.link == kBetween ? piece.peer / node_size : piece.peer % peers] += rows;
+    }
+    return found;
+  }
+
+ private:
+  const Way& way_;
+  int rank_;
+  int64_t rows_;
+};
+
+std::vector<int64_t> starts(const std::vector<int64_t>& size) {
+  std::vector<int64_t> before(size.size(), 0);
+  for (size_t i = 1; i < size.size(); ++i) before[i] = before[i - 1] + size[i - 1];
+  return before;
+}
+
+Segments segments(const End& held, const std::vector<int64_t>& wire, int64_t tensor_rows,
+                  std::vector<int64_t>& table) {
+  std::vector<size_t> order;
+  for (size_t i = 0; i < held.row.size(); ++i) {
+    if (held.size[i] > 0) order.push_back(i);
+  }
+  const int64_t at = static_cast<int64_t>(table.size()), count = static_cast<int64_t>(order.size());
+  Segments made{at, count, 0, 0, 0, -1, tensor_rows, {}};
+  const auto tensor_of = [&](size_t i) { return held.row[i] / tensor_rows; };
+  const auto is_shifted = [&](size_t i) {
+    return held.row[i] - wire[i] != held.row[order[0]] - wire[order[0]];
+  };
+  if (count > 0 && tensor_of(order.front()) == tensor_of(order.back()) &&
+      std::none_of(order.begin(), order.end(), is_shifted)) {
+    made.in_place = held.row[order[0]] - wire[order[0]];
+  }
+  std::stable_sort(order.begin(), order.end(),
+                   [&](size_t a, size_t b) { return held.row[a] < held.row[b]; });
+  std::vector<int64_t> first_T1;
+  for (int64_t segment = 0; segment < count; ++segment) {
+    const size_t i = order[segment];
+    const bool is_sum = segment == 0 || held.row[i] != held.row[order[segment - 1]];
+    if (segment == 0 || tensor_of(i) != made.parts.back().tensor) {
+      made.parts.push_back({tensor_of(i), segment, 0, static_cast<int64_t>(first_T1.size()), 0});
+    }
+    ++made.parts.back().count;
+    made.parts.back().sums += is_sum;
+    if (is_sum) first_T1.push_back(segment);
+    table.insert(table.end(), {held.row[i], wire[i], held.size[i]});
+    made.rows += held.size[i];
+    made.most_rows = std::max(made.most_rows, held.size[i]);
+    made.end = held.row[i] + held.size[i];
+  }
+  first_T1.push_back(count);
+  table.insert(table.end(), first_T1.begin(), first_T1.end());
+  return made;
+}
+
+}  // namespace
+
+Moves rank_moves(const Way& way, const std::vector<Hop>& hops, int rank, int64_t rows) {
+  constexpr int64_t kOneTensor = std::numeric_limits<int64_t>::max();
+  const Shape& shape = way.shape;
+  const Blocks blocks(way, rank, rows);
+  std::vector<int64_t> slots = blocks.of_matrices(shape.capacity - shape.home);
+  std::vector<int64_t> held = shape.home > 0 ? blocks.of_matrices(shape.home)
+                                             : blocks.of_slices(shape.experts);
+  std::vector<int64_t> arrived;
+  int64_t end = 0;
+  Moves made;
+  for (size_t i = 0; i < hops.size(); ++i) {
+    const Hop& hop = hops[i];
+    const bool is_first = i == 0, is_last = i + 1 == hops.size();
+    const End sent = blocks.end_of(hop, true, hop.is_kept ? slots : held, false, end);
+    const End received = blocks.end_of(hop, false, is_last ? slots : arrived, !is_last, end);
+    if (!is_last && !hops[i + 1].is_kept) {
+      held = std::move(arrived);
+      arrived.clear();
+      end = 0;
+    }
+    const bool moves = std::any_of(
+        hop.transfers.begin(), hop.transfers.end(), [&](const Transfer& transfer) {
+          return hop.link != kInside || transfer.target.place * hop.target_width /
+                                                      shape.node_size == rank / shape.node_size;
+        });
+    if (!moves) continue;
+    const bool on_wire = sent.of_peer.size() > 1;
+    const int64_t tensor_rows = shape.home > 0 && is_first ? rows : kOneTensor;
+    const auto wire = on_wire ? starts(sent.size) : received.row;
+    Segments leaves = segments(sent, wire, tensor_rows, made.table);
+    Segments arrives =
+        segments(received, on_wire ? starts(received.size) : sent.row, kOneTensor, made.table);
+    made.moves.push_back({hop.link, hop.is_kept, is_first, is_last, sent.of_peer, received.of_peer,
+                          std::move(leaves), std::move(arrives)});
+  }
+  return made;
+}
+
+}  // namespace laer

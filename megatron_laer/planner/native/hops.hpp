@@ -1,0 +1,95 @@
+// Exchanges of experts as chains of holdings, which planner/hops.py describes: the hops of a layout,
+// their elements on the links, and the rows that one rank sends and receives in each.
+//
+// Legend: N ranks, E experts, C slots per rank, S = N*C slots, G ranks per node. R rows of a matrix.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "shape.hpp"
+
+namespace laer {
+
+// Ranks that a hop connects: all, those of one local rank on all nodes, or those of a node.
+// planner/hops.py has the same numbers.
+enum Link { kAll, kBetween, kInside };
+
+// A chain from the owners to the slots, directly or by node.
+struct Way {
+  Way(const Shape& shape, bool by_node);
+
+  Shape shape;
+  std::vector<int> widths;  // ranks that share a place of each holding
+  std::vector<int> links;   // of the hop from each holding to the next
+  int blocks;               // row blocks of a matrix: one where whole experts go to the slots
+};
+
+// A place, and the position of an expert among those of the place.
+struct Spot {
+  int place, at;
+};
+
+struct Transfer {
+  Spot source, target;
+};
+
+// Experts that places of one holding send to places of the next, in order of the latter. The source
+// may be the slots as they were before.
+struct Hop {
+  int link;
+  int source_width, target_width;
+  bool is_kept;
+  std::vector<Transfer> transfers;
+};
+
+// The hops of a restore, from the owners on, of all slots or of those that differ from `before_S`.
+// Where ranks keep experts of that layout, a hop from its slots follows the one to the nodes.
+std::vector<Hop> hops(const Way& way, const int16_t* slots_S, const int16_t* before_S = nullptr,
+                      bool keeps = false);
+
+// Elements that ranks exchange with others of their node, and with other nodes.
+struct Traffic {
+  explicit Traffic(int ranks)
+      : near_N(ranks), far_N(ranks), sent_near_N(ranks), sent_far_N(ranks) {}
+
+  std::vector<int64_t> near_N, far_N, sent_near_N, sent_far_N;
+};
+
+// Sums over hops; a block of rows has the elements that its rank holds of an expert.
+Traffic traffic(const Way& way, const std::vector<Hop>& hops, const std::vector<int64_t>& held_N);
+
+// Segments of rows that are both in a holding and on the wire, in a table: three integers each (row
+// in the holding, row on the wire, rows), in ascending order of the first. Segments of the same rows
+// of the holding are parts of a sum, in the order of addition. Behind them the table has the first
+// segment of each sum, and their number.
+struct Segments {
+  // Those in one tensor of the holding.
+  struct Part {
+    int64_t tensor, first, count, first_sum, sums;
+  };
+
+  int64_t at;         // in the table
+  int64_t count, rows, most_rows, end;  // `end` is the row of the holding behind the last
+  int64_t in_place;   // the holding's first row, if they lie there in one piece as on the wire, or -1
+  int64_t tensor_rows;  // of each tensor of the holding
+  std::vector<Part> parts;
+};
+
+// Rows of a matrix that a rank sends and receives in one hop. Where the link has one rank, nothing
+// is sent, and the wire of each end is the other's holding.
+struct Move {
+  int link;
+  bool is_kept, is_first, is_last;
+  std::vector<int64_t> sent_P, received_P;  // to and from each rank of the link
+  Segments leaves, arrives;
+};
+
+struct Moves {
+  std::vector<Move> moves;
+  std::vector<int64_t> table;
+};
+
+Moves rank_moves(const Way& way, const std::vector<Hop>& hops, int rank, int64_t rows);
+
+}  // namespace laer
