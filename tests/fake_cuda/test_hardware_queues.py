@@ -68,11 +68,11 @@ def test_opposite_orders_hang_in_one_queue_only() -> None:
 
     ranks = program("x", "y"), program("y", "x")
     assert makespan(ranks, one_queue=False) == 2.0
-    with pytest.raises(Deadlock, match="0: 'x, launch 0', 1: 'y, launch 0'"):
+    with pytest.raises(Deadlock, match=r"wait for each other: .*unpack x"):
         makespan(ranks, one_queue=True)
 
 
 def test_an_exchange_that_a_rank_leaves_out_never_ends() -> None:
     exchange = kernel(1.0, meets="x")
-    with pytest.raises(Deadlock, match="launch 1"):
+    with pytest.raises(Deadlock, match="a rank leaves out: kernel, launch 1 of rank 0"):
         seconds([exchange, exchange], [exchange])
