@@ -33,7 +33,8 @@ class Draft:
         return values[int(self._random() * len(values))]
 
     def choose(self, table: Choice, *, but: Container[str] = (), alone: bool = False) -> str:
-        legal = [name for name in table if name not in but]
+        """Draw one of the settings that are legal here, `but` some."""
+        legal = [name for name in table if name not in but and self._allows(table[name])]
         ends = list(accumulate(table[name].weight for name in legal))
         name = legal[bisect_right(ends, self._random() * ends[-1], hi=len(ends) - 1)]
         self.take(name, table[name], alone=alone)
@@ -41,10 +42,14 @@ class Draft:
 
     def option(self, table: Choice, name: str, *, legal: bool = True, alone: bool = False) -> bool:
         """Draw whether to add a setting, whose weight is its probability where it is legal."""
-        drawn = legal and self._random() < table[name].weight
+        setting = table[name]
+        drawn = legal and self._allows(setting) and self._random() < setting.weight
         if drawn:
-            self.take(name, table[name], alone=alone)
+            self.take(name, setting, alone=alone)
         return drawn
+
+    def _allows(self, setting: Setting) -> bool:
+        return not self.has(*setting.never) and (not setting.needs or self.has(*setting.needs))
 
     def take(self, name: str, setting: Setting | None = None, *, alone: bool = False) -> None:
         self.features.append(name)

@@ -26,7 +26,6 @@ from tests.parity.row import BF16_BOUND, FP8_BOUND, FP32_BOUND, LION_BOUND, Row
 
 STEPS = 6
 
-_UNEVEN = "N does not divide E"
 _EXPERT_DATA = "expert data parallel"
 _NODES = {size: f"nodes of {size}" for size in (1, 2, 4)}
 _TABLES = [
@@ -34,7 +33,16 @@ _TABLES = [
     for table in vars(settings).values()
     if isinstance(table, dict) and all(isinstance(item, Setting) for item in table.values())
 ]
-FEATURES = {name for table in _TABLES for name in table} | {_UNEVEN, _EXPERT_DATA, *_NODES.values()}
+FEATURES = {name for table in _TABLES for name in table} | {
+    settings.UNEVEN,
+    _EXPERT_DATA,
+    *_NODES.values(),
+}
+_ADAPTS = {
+    "LoRA on attention": lora_on_attention,
+    "LoRA on experts": lora_on_experts_under_recompute,
+    "frozen in part": frozen_in_part,
+}
 _APART = 10**6  # seeds of a case's drafts
 # Their numbers depend on how many ranks have the data, or on each rank's random numbers.
 _OF_RANKS = {
@@ -157,7 +165,7 @@ def _draw_sizes(draft: Draft) -> _Sizes:
         draft.take(_EXPERT_DATA)
     experts = int(draft.choose(settings.EXPERTS).split()[0])
     if experts % expert_parallel:
-        draft.take(_UNEVEN)
+        draft.take(settings.UNEVEN)
     too_many = [name for name in settings.TOP_K if int(name[4:]) >= experts]
     draft.option(settings.RUN, "short sequences")
     return _Sizes(
@@ -172,80 +180,33 @@ def _draw_sizes(draft: Draft) -> _Sizes:
 
 
 def _draw_model(draft: Draft, sizes: _Sizes) -> Adapt | None:
-    in_pipeline = sizes.pipeline == 2
-    hybrids = {name for name in settings.STACKS if name.startswith("HybridModel")}
-    other_hybrids = {name for name in hybrids if ("pipeline" in name) != in_pipeline}
-    is_hybrid = draft.choose(settings.STACKS, but=other_hybrids) in hybrids
-    if not is_hybrid:
-        layers = draft.pick((2, 4) if in_pipeline else (2, 2, 3, 4))
-        if draft.option(settings.SIZES, "virtual pipeline", legal=in_pipeline):
+    if draft.choose(settings.STACKS) not in settings.HYBRIDS:
+        layers = draft.pick((2, 4) if sizes.pipeline == 2 else (2, 2, 3, 4))
+        if draft.option(settings.SIZES, "virtual pipeline"):
             layers = 4
         draft.flags += f" --num-layers {layers}"
         if draft.has("first layer dense"):
             draft.flags += f" --moe-layer-freq ([0]*1+[1]*{layers - 1})"
     draft.choose(settings.ACTIVATIONS)
-
-    def option(name: str, legal: bool = True) -> bool:
-        return draft.option(settings.MODEL, name, legal=legal)
-
-    if option("shared experts"):
-        option("shared experts' gate")
-        option("overlapped shared experts")
-    has_bias = option("linear bias", not draft.has("shared experts") and max(sizes.stock) > 1)
-    option("latent MoE", not has_bias and not draft.has("overlapped shared experts"))
-    predicts = (
-        not is_hybrid
-        and not in_pipeline
-        and (option("multi-token prediction") or option("repeated multi-token prediction"))
-    )
-    is_tied = option("tied embeddings")
-    is_latent = option(
-        "latent attention", not is_hybrid and not has_bias and not draft.has("context parallel 2")
-    )
-    if not is_latent:
-        option("grouped queries")
-        option("normalised queries")
-    # Adaptation functions name the parts of a plain model.
-    changes = not (is_hybrid or in_pipeline or has_bias or predicts or is_tied or is_latent)
-    if option("LoRA on attention", changes and not draft.has("tensor parallel 2")):
-        return lora_on_attention
-    if option("LoRA on experts", changes):
-        return lora_on_experts_under_recompute
-    return frozen_in_part if option("frozen in part", changes) else None
+    for name in settings.MODEL:
+        draft.option(settings.MODEL, name, legal=name != "linear bias" or max(sizes.stock) > 1)
+    return next((adapt for name, adapt in _ADAPTS.items() if draft.has(name)), None)
 
 
 def _draw_router(draft: Draft, sizes: _Sizes) -> None:
     # Quantiles need as many assignments of a microbatch for each expert.
     tokens = 32 if draft.has("short sequences") else 96
     is_uneven = tokens * sizes.top_k % sizes.experts > 0
-    balancing = draft.choose(settings.BALANCING, but={"quantile balancing"} if is_uneven else set())
-    if balancing == "sinkhorn":
-        but = {*settings.SCORES} - {"softmax"}
-    else:  # a single probability is 1 and has no gradient, unless softmax comes before top-k
-        but = {"softmax"} if sizes.top_k == 1 else set()
-    score = draft.choose(settings.SCORES, but=but)
-
-    def option(name: str, legal: bool = True) -> bool:
-        return draft.option(settings.ROUTER, name, legal=legal)
-
-    is_plain = balancing not in ("sinkhorn", "quantile balancing")
-    option("z loss", balancing not in ("all aux losses", "sinkhorn"))
-    option("expert bias", is_plain and not score.startswith("softmax"))
+    draft.choose(settings.BALANCING, but={"quantile balancing"} if is_uneven else set())
+    # A single probability is 1 and has no gradient, unless softmax comes before top-k.
+    is_constant = sizes.top_k == 1 and not draft.has("sinkhorn")
+    draft.choose(settings.SCORES, but={"softmax"} if is_constant else set())
     groups = _groups(sizes)
-    if option("groups of experts", is_plain and len(groups) > 0):
-        number, chosen = draft.pick(groups)
-        draft.flags += f" --moe-router-num-groups {number} --moe-router-group-topk {chosen}"
-    option("scaled probabilities")
-    option("probabilities on input", sizes.top_k == 1)
-    option("input jitter")
-    option("forced balance")
-    # The others' fused kernels need Transformer Engine.
-    option(
-        "fused router",
-        is_plain and score != "square-root softplus" and not draft.has("expert bias"),
-    )
-    option("fused permutation")
-    option("router replay", not draft.has(*settings.NOT_GIVEN))
+    for name in settings.ROUTER:
+        has_groups = name != "groups of experts" or len(groups) > 0
+        if draft.option(settings.ROUTER, name, legal=has_groups) and name == "groups of experts":
+            number, chosen = draft.pick(groups)
+            draft.flags += f" --moe-router-num-groups {number} --moe-router-group-topk {chosen}"
     draft.choose(settings.ROUTER_DTYPES)
 
 
@@ -264,101 +225,56 @@ def _groups(sizes: _Sizes) -> list[tuple[int, int]]:
 
 
 def _draw_recompute(draft: Draft) -> None:
-    # A checkpoint whose input needs no gradient is not run again.
-    is_frozen = draft.has("LoRA on attention", "LoRA on experts", "frozen in part")
-    but = {"full recompute", "recompute by block"} if is_frozen else set()
-    kind = draft.choose(settings.RECOMPUTE, but=but)
+    kind = draft.choose(settings.RECOMPUTE)
     if kind not in settings.IN_PARTS:
         return
-    of_activation = kind != "recompute of parts"
-    legal = {
-        "layernorm": not is_frozen,
-        "mlp": not of_activation,
-        "moe": not of_activation and not is_frozen,
-        "shared_experts": draft.has("shared experts")
-        and not draft.has("overlapped shared experts")
-        and not of_activation,
-        "mla_up_proj": draft.has("latent attention"),
-    }
-    parts = [
-        name
-        for name in settings.PARTS
-        if draft.option(settings.PARTS, name, legal=legal.get(name, True))
-    ]
-    if of_activation:  # stock's own needs Transformer Engine, so stock recomputes nothing
-        parts.append("moe_act")
-        draft.fsep += " --moe-grouped-gemm"
-    flags = settings.RECOMPUTE_PARTS + " ".join(parts or ["core_attn"])
-    if of_activation:
-        draft.fsep += flags
-    else:
-        draft.flags += flags
+    parts = [name for name in settings.PARTS if draft.option(settings.PARTS, name)]
+    flags = settings.RECOMPUTE_PARTS
+    if kind == "recompute of parts":
+        draft.flags += flags + " ".join(parts or ["core_attn"])
+    else:  # stock's own needs Transformer Engine, so stock recomputes nothing
+        draft.fsep += " --moe-grouped-gemm" + flags + " ".join([*parts, "moe_act"])
 
 
 def _draw_training(draft: Draft) -> None:
     precision = draft.choose(settings.PRECISIONS)
-    draft.option(settings.RUN, "gradients in bf16", legal=precision == "bf16")
-    # Adapters of experts are found when layers are built, after the rules were asked.
-    draft.choose(settings.FP8, but=settings.IN_FP8 if draft.has("LoRA on experts") else set())
-    # Combinations that stock's optimizers do not support.
-    with_fsdp = {name for name in settings.SHARDING if "FSDP" in name}
-    sharded = {*settings.SHARDING} - {"whole optimizer", "overlapped reduce"}
-    has_lora = draft.has("LoRA on attention", "LoRA on experts")
-    but = {
-        "Adam": with_fsdp if draft.has("LoRA on experts") else set(),  # refused
-        "SGD": sharded,
-        "Lion": {*settings.SHARDING} - {"whole optimizer"},
-        "Muon": {"overlapped reduce", *(sharded if precision == "fp32" else with_fsdp)},
-    }
-    optimizer = draft.choose(settings.OPTIMIZERS, but={"Muon"} if has_lora else set())
-    if optimizer == "Muon":
+    draft.option(settings.RUN, "gradients in bf16")
+    draft.choose(settings.FP8)
+    but: tuple[str, ...] = ()
+    if draft.choose(settings.OPTIMIZERS) == "Muon":
         draft.flags += settings.MUON[precision]
-    sharding = draft.choose(settings.SHARDING, but=but[optimizer])
+        but = settings.NOT_FOR_MUON_IN_FP32 if precision == "fp32" else ()
+    sharding = draft.choose(settings.SHARDING, but=but)
     is_kept = draft.has(*settings.IN_FP8) and precision == "bf16" and "both overlaps" in sharding
     if draft.option(settings.RUN, "experts kept in fp8", legal=is_kept) and draft.has("mxfp8"):
         draft.flags += " --reuse-grad-buf-for-mxfp8-param-ag"
     draft.option(settings.RUN, "per-token loss")
-    draft.option(settings.RUN, "evaluation", legal=not draft.has("router replay"))
+    draft.option(settings.RUN, "evaluation")
 
 
 def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
     """Draw FSEP's own settings, and return its capacity, or None for the default."""
-
-    def option(name: str, legal: bool = True) -> bool:
-        return draft.option(settings.FSEP, name, legal=legal, alone=True)
-
-    but = set() if draft.has("router replay") else {"announced"}
-    mode = draft.choose(settings.MODES, but=but, alone=True)
-    plans = mode in ("forecast", "adaptive")
-    if plans:
+    mode = draft.choose(settings.MODES, alone=True)
+    if mode in settings.PLANS:
         draft.choose(settings.PLANNERS, alone=True)
     if mode == "adaptive":
         draft.choose(settings.TOLERANCES, alone=True)
-    option("restored once per step", mode in ("random layouts, forecast", "forecast"))
-    option("older counts", plans)
-    option("late plans waited for", plans)
-    option("scheduler off")
-    option("even split", mode not in ("exact", "adaptive", "announced"))
-    option("products by grouped_mm", not draft.has("LoRA on experts"))  # too narrow for it
-
-    experts_by_nodes = option("restore by nodes")
-    if not experts_by_nodes:
-        option("flat restore")
-    tokens_by_nodes = option("tokens by nodes", not draft.has("fused permutation"))
-    if experts_by_nodes or tokens_by_nodes:
+    for name in settings.FSEP:
+        draft.option(settings.FSEP, name, alone=True)
+    if draft.has("restore by nodes", "tokens by nodes"):
         size = draft.pick([size for size in _NODES if sizes.expert_parallel % size == 0])
         draft.take(_NODES[size])
         draft.fsep += f" --fsep-node-size {size}"
-    option("fp32 gradients between nodes", experts_by_nodes)
-    draft.choose(settings.GRAPHS, but=_not_graphed(draft), alone=True)
+    draft.option(settings.FSEP_LATER, "fp32 gradients between nodes", alone=True)
+    draft.choose(settings.GRAPHS, alone=True)
     needed = {"te-graphs": settings.GRAPHED, "fp8-experts": settings.IN_FP8}
     if allowed := [word for word, features in needed.items() if draft.has(*features)]:
         draft.fsep += f" --fsep-allow-unproven {' '.join(allowed)}"
 
-    but = {"DeepEP", "HybridEP"} if tokens_by_nodes else set()
+    but = set[str]()
     if draft.has("bf16", "fp64 router") and not draft.has("fp32 router"):
         # Their probabilities are in fp32, and those of the reference in the router's dtype.
-        but |= {"DeepEP", "HybridEP"}
+        but = {"DeepEP", "HybridEP"}
     ranks, fewest = sizes.expert_parallel, -(-sizes.experts // sizes.expert_parallel)
     capacities = range(fewest, sizes.experts + 1)
     in_fours = [slots for slots in capacities if slots * ranks % 4 == 0]
@@ -366,26 +282,16 @@ def _draw_fsep(draft: Draft, sizes: _Sizes) -> int | None:
         but.add("HybridEP")
     if draft.choose(settings.DISPATCHERS, but=but, alone=True) == "HybridEP":
         return draft.pick(in_fours)
-    return draft.pick(capacities) if option("given capacity") else None
-
-
-def _not_graphed(draft: Draft) -> set[str]:
-    """Return the graphs that Megatron cannot capture."""
-    if draft.has("full recompute", "recompute by block", *settings.NEVER_IN_GRAPHS):
-        return settings.GRAPHED
-    if draft.has("recompute of the MoE layer", "moe", *settings.NOT_IN_GRAPHS_OF_ROUTER):
-        return settings.GRAPHED - {"graphs of attention"}
-    return set()
+    is_given = draft.option(settings.FSEP_LATER, "given capacity", alone=True)
+    return draft.pick(capacities) if is_given else None
 
 
 def _draw_sharding(draft: Draft, sizes: _Sizes, capacity: int | None) -> None:
     home_slots = sizes.experts // sizes.expert_parallel
-    needs_rows = draft.has(_UNEVEN, "planner laer")
-    but = {"experts at home"} if needs_rows or capacity == home_slots else set()
+    but = {"experts at home"} if capacity == home_slots else set()
     if draft.choose(settings.EXPERT_SHARDING, but=but, alone=True) == "experts at home":
-        plans = draft.has("forecast", "exact", "adaptive", "announced")
-        draft.option(settings.FSEP, "replicas that pay", legal=plans, alone=True)
-        if draft.option(settings.HOMES, "permuted homes", legal=not draft.has("LoRA on experts")):
+        draft.option(settings.FSEP_LATER, "replicas that pay", alone=True)
+        if draft.option(settings.HOMES, "permuted homes"):
             draft.fsep += f" --fsep-homes {_homes(sizes)}"
 
 
