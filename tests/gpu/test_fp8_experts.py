@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_laer.layer.experts.slot_linear import slot_linear
-from tests.gpu.test_training import HOMES, RECOMPUTE, Train, _cannot_compute, train
+from tests.gpu.test_training import HOMES, cannot_compute, train
+from tests.gpu.two_ranks import RECOMPUTE, Train
 from tests.slot_gemm import fixed_experts
 
 __all__ = ["train"]  # the fixture
@@ -26,7 +27,7 @@ TOKENS_C = [64, 0, 32, 128]
 @pytest.fixture(autouse=True)
 def needs_fp8(recipe: str) -> None:
     pytest.importorskip("transformer_engine.pytorch")
-    if why := _cannot_compute(recipe):
+    if why := cannot_compute(recipe):
         pytest.skip(why)
 
 

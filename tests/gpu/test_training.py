@@ -1,64 +1,30 @@
 """Modes that `--fsep-allow-unproven` names, in Megatron's loop with Transformer Engine's layers.
 
-Two ranks. With one card both share it and exchange over gloo, since NCCL needs a card per rank.
-With more cards each has its own, and NCCL. These tests have not been run yet.
+These tests have not been run yet.
 """
 
 from __future__ import annotations
-
-import math
-import os
-import re
-import socket
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 
 from megatron_laer.layer.experts.gemm import gemm_names, slot_gemm
-from tests import processes
+from tests.gpu.two_ranks import RECOMPUTE, Train, trainer
 from tests.slot_gemm import COLUMNS, ROWS, SPLITS, check_back_end, check_weight_grad
-from tests.text_data import TOKENIZER_FLAGS
 
-ROOT = Path(__file__).resolve().parents[2]
-STEPS, WARMUP = 8, 3
-# Sizes are multiples of 128, as fp8 by blocks needs them. The first layer is dense.
-FLAGS = f"""
-    --num-layers 3 --hidden-size 256 --num-attention-heads 4 --ffn-hidden-size 512
-    --seq-length 128 --max-position-embeddings 128 --swiglu --disable-bias-linear
-    --normalization RMSNorm --position-embedding-type rope --hidden-dropout 0 --attention-dropout 0
-    --untie-embeddings-and-output-weights --transformer-impl transformer_engine --bf16
-    --num-experts 8 --moe-ffn-hidden-size 512 --moe-router-topk 2 --moe-layer-freq ([0]*1+[1]*2)
-    --moe-shared-expert-intermediate-size 256 --moe-router-load-balancing-type none
-    --expert-model-parallel-size 2 --expert-parallel-mode fsep --fsep-sharding rows
-    --fsep-planner random
-    --lr 1e-3 --min-lr 1e-3 --lr-decay-style constant --clip-grad 1.0 --seed 1234 --split 90,10,0
-    --micro-batch-size 2 --global-batch-size 8 --train-iters {STEPS} --num-workers 0
-    --log-interval 1 --eval-iters 0 --eval-interval 1000 --logging-level 20
-    --no-gradient-accumulation-fusion --no-rope-fusion
-""".split()
+WARMUP = 3
+# The first layer is dense.
+MODEL = (
+    "--transformer-impl transformer_engine --num-layers 3 --moe-layer-freq ([0]*1+[1]*2)"
+    " --moe-ffn-hidden-size 512 --no-gradient-accumulation-fusion --no-rope-fusion"
+)
 HOMES = " --fsep-sharding experts --fsep-set restore_algorithm="
-RECOMPUTE = " --recompute-granularity selective --recompute-modules moe"
 GRAPHS = (
     " --fsep-allow-unproven te-graphs --cuda-graph-impl transformer_engine"
     f" --cuda-graph-warmup-steps {WARMUP} --cuda-graph-modules "
 )
 FP8 = " --fsep-allow-unproven dense-fp8 --fp8-format hybrid --fp8-recipe "
 BOTH = " --fsep-allow-unproven te-graphs dense-fp8"  # of several, the last one counts
-
-# Where gloo carries CUDA tensors it accepts no device ids, as on the CPU.
-WITH_GLOO = """
-import runpy, sys
-from megatron_laer.cpu import cuda
-cuda._replace_collectives()
-del sys.argv[0]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-Train = Callable[[str], tuple[list[float], str]]
 
 
 @pytest.fixture(autouse=True)
@@ -68,57 +34,8 @@ def needs_transformer_engine() -> None:
 
 
 @pytest.fixture(scope="module")
-def train(text_data: str, tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Return `train(flags)`: the losses of a run of two ranks, and their output."""
-    folder = tmp_path_factory.mktemp("training")
-    found: dict[str, tuple[list[float], str]] = {}
-
-    def run(extra: str) -> tuple[list[float], str]:
-        if extra not in found:
-            flags = ["--data-path", text_data, *TOKENIZER_FLAGS, *extra.split()]
-            found[extra] = _run(flags, folder / str(len(found)))
-        return found[extra]
-
-    return run
-
-
-def _run(flags: list[str], prefix: Path) -> tuple[list[float], str]:
-    has_two = torch.cuda.device_count() > 1
-    script = [str(ROOT / "pretrain_gpt.py")] if has_two else ["-c", WITH_GLOO, "pretrain_gpt.py"]
-    backend = ["--distributed-backend", "nccl" if has_two else "gloo"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    logs = [prefix.with_name(f"{prefix.name}-{rank}.log") for rank in range(2)]
-    ranks = []
-    for rank, log in enumerate(logs):
-        environment = os.environ | {
-            "PYTHONPATH": processes.python_path(),
-            "RANK": str(rank),
-            "WORLD_SIZE": "2",
-            "LOCAL_RANK": str(rank if has_two else 0),
-            "LOCAL_WORLD_SIZE": "2",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        command = [sys.executable, "-W", "ignore", *script, *FLAGS, *backend, *flags]
-        with log.open("w") as file:
-            ranks.append(
-                subprocess.Popen(
-                    command, stdout=file, stderr=subprocess.STDOUT, env=environment, cwd=ROOT
-                )
-            )
-    try:
-        for process in ranks:
-            process.wait(timeout=900)
-    finally:
-        for process in ranks:
-            process.kill()
-    output = "\n".join(log.read_text() for log in logs)
-    assert [rank.returncode for rank in ranks] == [0, 0], output[-5000:]
-    losses = [float(loss) for loss in re.findall(r"lm loss: (\S+)", output)]
-    assert len(losses) == STEPS and all(map(math.isfinite, losses)), output[-5000:]
-    return losses, output
+def train(text_data: str) -> Train:
+    return trainer(text_data, MODEL)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +60,7 @@ def test_experts_at_home_train_as_stock_does(algorithm: str, gemm: str, train: T
     assert at_home[-1] < 0.9 * at_home[0]
 
 
-def _cannot_compute(recipe: str) -> str | None:
+def cannot_compute(recipe: str) -> str | None:
     """Return the reason why this card cannot compute in fp8 by this recipe; None if it can."""
     from transformer_engine.pytorch import fp8
 
@@ -160,7 +77,7 @@ def _cannot_compute(recipe: str) -> str | None:
 @pytest.mark.parametrize("extra", ["", RECOMPUTE], ids=["plain", "recompute"])
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
 def test_fp8_of_dense_layers_trains_as_bf16_does(recipe: str, extra: str, train: Train) -> None:
-    if why := _cannot_compute(recipe):
+    if why := cannot_compute(recipe):
         pytest.skip(why)
     plain, _ = train(extra)
     losses, output = train(extra + FP8 + recipe)
@@ -171,7 +88,7 @@ def test_fp8_of_dense_layers_trains_as_bf16_does(recipe: str, extra: str, train:
 
 
 def test_fp8_and_graphs_train_together(train: Train) -> None:
-    if why := _cannot_compute("tensorwise"):
+    if why := cannot_compute("tensorwise"):
         pytest.skip(why)
     losses, output = train(GRAPHS + "attn moe_router" + FP8 + "tensorwise" + BOTH)
     assert "Time spent in CUDA Graphs capture" in output
@@ -182,7 +99,7 @@ def test_fp8_and_graphs_train_together(train: Train) -> None:
 def test_fp8_does_not_reach_the_products_of_experts(name: str) -> None:
     from transformer_engine.pytorch import fp8_autocast
 
-    if why := _cannot_compute("delayed"):
+    if why := cannot_compute("delayed"):
         pytest.skip(why)
     device, gemm = torch.device("cuda"), slot_gemm(name)
     if (problem := gemm.problem(device, torch.bfloat16, (ROWS, COLUMNS))) is not None:
