@@ -14,7 +14,6 @@ import torch
 from megatron_laer.cpu.ranks import RankPools
 from tests.parity.random.generator import Case, draw
 from tests.parity.random.judge import Verdict, judge
-from tests.parity.random.report import line
 from tests.parity.row import FP8_BOUND, LION_BOUND
 from tests.parity.rows import BLOCKS, IN_FP8
 
@@ -33,8 +32,8 @@ CASES = [
 @pytest.mark.parametrize("case", CASES)
 def test_a_random_case_equals_stock(case: Case, ranks: RankPools, text_data: str) -> None:
     judgement = judge(case, ranks, text_data)
-    print(f"\n{line(judgement)}")
-    assert not judgement.verdict.is_fault, line(judgement)
+    print(f"\n{judgement}")
+    assert not judgement.verdict.is_fault, str(judgement)
     if judgement.verdict is Verdict.SKIPPED:
         assert case.seed not in IN_CI, f"stock trained this case once: {judgement.message}"
         pytest.skip(judgement.message)
@@ -81,7 +80,7 @@ def test_a_wrong_gradient_is_beyond_all_floors(
     """Floors from weights a rounding off hide none, though such weights may move as much."""
     faulty = replace(case, row=replace(case.row, adapt=with_faulty_router))
     judgement = judge(faulty, ranks, text_data)
-    print(f"\n{line(judgement)}")
+    print(f"\n{judgement}")
     assert judgement.verdict is Verdict.BEYOND
     assert judgement.distance is not None
     assert ERROR / 2 < judgement.distance.grads < 2 * ERROR, "another fault than the planted one"

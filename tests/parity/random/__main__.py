@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 from megatron_laer.cpu.ranks import RankPools
-from tests.parity.random import report
 from tests.parity.random.generator import draw
 from tests.parity.random.judge import Verdict, judge
 from tests.text_data import write_text_data
@@ -31,19 +31,16 @@ def main(arguments: list[str]) -> int:
 
     verdicts: list[Verdict] = []
     with tempfile.TemporaryDirectory() as folder, RankPools(_RANKS) as ranks:
-        data = _text(Path(folder))
+        data = str(Path(folder) / "text")
+        write_text_data(data)
         for seed in seeds:
             judgement = judge(draw(seed), ranks, data)
             verdicts.append(judgement.verdict)
-            print(report.line(judgement), flush=True)
-    print(report.summary(verdicts))
+            print(judgement, flush=True)
+    counts = Counter(verdicts)
+    found = [f"{counts[verdict]} {verdict}" for verdict in Verdict if counts[verdict]]
+    print(f"{counts.total()} cases: {'; '.join(found)}")
     return int(any(verdict.is_fault for verdict in verdicts))
-
-
-def _text(folder: Path) -> str:
-    prefix = str(folder / "text")
-    write_text_data(prefix)
-    return prefix
 
 
 if __name__ == "__main__":

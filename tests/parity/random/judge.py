@@ -64,6 +64,17 @@ class Judgement:
     message: str = ""
     processor_s: float = 0.0
 
+    def __str__(self) -> str:
+        parts = [f"{self.case.seed}: {self.verdict}", ", ".join(self.case.features)]
+        for name in ("distance", "floor", "explained"):
+            if (found := getattr(self, name)) is not None:
+                parts.append(f"{name} {found}")
+        parts += [text for text in (self.near_ties, self.message) if text]
+        parts.append(f"{self.processor_s:.1f} s of processor")
+        if self.verdict.is_fault:
+            parts.append(f"again: python -m tests.parity.random --only {self.case.seed}")
+        return " | ".join(parts)
+
 
 class _RunFailed(Exception):
     """Failure of a run, with its reason."""
