@@ -1,7 +1,8 @@
 """The parity table: the combinations in which FSEP is compared with stock Megatron.
 
 A `Row` is one combination: `tests/distributed/test_parity.py` runs it and docs/support.md lists it,
-in this order. CI runs those that `tests/parity/daily.py` chooses; the others run at night.
+in this order. A row has a setting or a pair of features that no other row has, is a whole recipe,
+or trains longer. CI runs those that `tests/parity/daily.py` chooses; the others run at night.
 
 Over 400 lines: one table.
 """
@@ -141,10 +142,6 @@ class Common:
 
 
 # fmt: off
-LOSSES = Common("aux, sequence, global and z losses, full recompute of one layer in two,"
-    " multi-token prediction, overlapped shared experts with a gate, fp32 router, accumulation 2",
-    AUX_LOSSES + BLOCK_RECOMPUTE + MTP + GATED + OVERLAPPED + FP32_ROUTER,
-    {"accumulation": 2, "moe_layers": 3})
 DEPTH_3 = Common("repeated MTP layer, depth 3, aux losses, recompute of the MoE layer, shared"
     " experts, per-token loss, distributed optimizer",
     DIST_OPT + AUX_LOSSES + MOE_RECOMPUTE + SHARED + PER_TOKEN + REPEATED + "3",
@@ -172,12 +169,6 @@ GROUPED = Common("first layer dense, group-limited sigmoid router in fp64 with e
     FIRST_LAYER_DENSE + BEHIND_DISPATCH + GATED + GROUPS
     + " --moe-router-load-balancing-type seq_aux_loss --moe-aux-loss-coeff 1e-4"
     + SELECTIVE + " core_attn layernorm mlp shared_experts")
-LATENT = Common("latent attention, recompute of its up-projections, quantile balancing with a"
-    " moving average, Lion, accumulation 2",
-    LATENT_ATTENTION + " --rope-type rope" + LATENT_RECOMPUTE
-    + " --moe-router-load-balancing-type quantile_balancing"
-    " --moe-router-quantile-balancing-ema 0.5 --optimizer lion",
-    {"accumulation": 2, "bound": LION_BOUND})
 HYBRID_MODEL = Common("HybridModel of attention, dense and MoE layers, latent MoE without a gate,"
     " aux losses, shared experts, distributed optimizer",
     AUX_LOSSES + DIST_OPT + HYBRID + "*E-*E" + SQUARED_RELU + LATENT_MOE + SHARED,
@@ -186,12 +177,6 @@ IN_BF16 = Common("bf16, fp32 router, shared experts, distributed optimizer, accu
     BF16 + DIST_OPT + SHARED + FP32_ROUTER, {"accumulation": 4, "stock": (1, 2)})
 IN_BF16_ON_4 = Common("bf16, first half of the layers dense, accumulation 4, E = 8 on 4 ranks",
     BF16 + HALF_DENSE, {"ranks": 4, "accumulation": 4, "stock": (1, 4)})
-OFFLOADED_HALF = Common("half of the optimizer offloaded to the CPU with both copies overlapped,"
-    " main gradients in bf16, tied embeddings, repeated MTP layer, depth 2, full recompute,"
-    " accumulation 2",
-    OFFLOADED + " --optimizer-offload-fraction 0.5 --overlap-cpu-optimizer-d2h-h2d"
-    " --grad-reduce-in-bf16" + FULL_RECOMPUTE + REPEATED + "2",
-    {"accumulation": 2, "without": UNTIED, "moe_layers": 3})
 TENSOR_PARALLEL = Common("tensor parallel 2, MoE in every second layer, aux losses, overlapped"
     " shared experts, fused router and permutation, per-token loss",
     TENSOR + AUX_LOSSES + " --num-layers 4 --moe-layer-freq 2" + SHARED + OVERLAPPED
@@ -199,16 +184,6 @@ TENSOR_PARALLEL = Common("tensor parallel 2, MoE in every second layer, aux loss
 IN_PIPELINE = Common("pipeline 2, recompute of the MoE layer, linear bias, accumulation 2",
     PIPELINE + MOE_RECOMPUTE, {"ranks": 4, "group": 2, "stock": (2, 2), "reference_ranks": 2,
     "reference_flags": MOE_RECOMPUTE, "accumulation": 2, "without": NO_BIAS, "moe_layers": 1})
-# With one expert-parallel rank, Megatron's local layers cannot train an expert's bias.
-EVALUATED = Common("evaluation and hashes of weights between steps, linear bias without a gate,"
-    " probabilities applied on input, top-1, per-token loss, expert data parallel 2",
-    SQUARED_RELU + " --moe-apply-probs-on-input" + TOP_1 + PER_TOKEN + " --eval-interval 4"
-    " --eval-iters 2 --check-weight-hash-across-dp-replicas-interval 2",
-    {"ranks": 4, "group": 2, "stock": (2, 4), "without": NO_BIAS_NOR_SWIGLU, "evaluations": 4})
-FP8_TENSORWISE = Common("experts in fp8 (e4m3), per-tensor current scaling, distributed optimizer,"
-    " linear bias, router padding, recompute of the MoE layer, accumulation 2, E = 8 on 4 ranks",
-    E4M3 + DIST_OPT + PADDING + MOE_RECOMPUTE, {"ranks": 4, "stock": (4, 2), "accumulation": 2,
-    "without": NO_BIAS, "bound": FP8_BOUND, "not_at_home": "at home in itself"})
 # Megatron-Bridge's recipes for Blackwell in small sizes, without graphs, fused operations and
 # forced balance. In a pipeline, overlapped reduces would leave parts of the compared gradients.
 # HybridEP rounds a rank's sums of experts to bf16, which flips near-ties: with top-4 gradients
@@ -233,12 +208,6 @@ GPT_OSS = Common("as the recipe of gpt-oss: linear bias, clamped and offset quic
     + " --moe-aux-loss-coeff 1e-3 --softmax-type learnable --window-size 15,0"
     " --window-attn-skip-freq 2" + FP32_ROUTER, IN_MXFP8 | {"ranks": 4, "stock": (4, 2),
     "without": NO_BIAS_NOR_SWIGLU})
-MUON_IN_PIPELINE = Common("dist_muon, expert data parallel 2, pipeline 2, bf16, accumulation 2",
-    MUON_SHARED + PIPELINE + " --muon-tp-mode distributed", {"ranks": 4, "group": 2,
-    "accumulation": 2, "moe_layers": 1, "not_at_home": "at home in itself"})
-FP8_BLOCKS = Common("experts in fp8 by blocks, bf16, router padding, accumulation 4",
-    BF16 + BLOCKS + PADDING, {"accumulation": 4, "stock": (1, 2), "bound": FP8_BOUND,
-    "not_at_home": "at home in itself"})
 LORA_OF_EACH_KIND = Common("LoRA on attention, and on the first, the second, or canonically on both"
     " matrices of a layer's experts, shared experts, accumulation 2, E = 8 on 4 ranks",
     SHARED + " --num-layers 3" + FAST, {"ranks": 4, "accumulation": 2, "moe_layers": 3,
@@ -318,9 +287,6 @@ ROWS = [
         " --moe-router-score-function sigmoid --moe-router-bias-update-rate 1e-2", steps=LONG),
     _row("full-recompute", "full recompute", FULL_RECOMPUTE, steps=LONG),
     _row("moe-recompute", "selective recompute of the MoE layer", MOE_RECOMPUTE, steps=LONG),
-    # Stock's own needs Transformer Engine, so the stock run recomputes nothing.
-    _row("act-recompute", "recompute of the experts' activation, with the layer norms",
-        fsep=ACT_RECOMPUTE + " layernorm"),
     _row("bf16", "bf16", BF16, steps=LONG),
     _row("bf16-grads", "main gradients in bf16, accumulation 2", BF16 + " --grad-reduce-in-bf16",
         accumulation=2),
@@ -335,8 +301,6 @@ ROWS = [
     _row("forecast", "planner greedy, forecast", fsep=" --fsep-planner greedy --fsep-plan-mode"
         " forecast"),
     _on(ROUTED_TO_4, "preset", "preset laer on nodes of 2", fsep=PRESET, capacity=4),
-    _row("preset-bf16", "preset laer on nodes of 2, bf16, full recompute", BF16 + FULL_RECOMPUTE,
-        PRESET, ranks=4, capacity=4),
     _row("preset-virtual", "preset laer, virtual pipeline 2 x 2, accumulation 4", VIRTUAL, PRESET,
         ranks=4, group=2, accumulation=4, capacity=5),
     _row("exact", "fresh layouts after the gate, exact", fsep=EXACT, releases=True),
@@ -366,14 +330,17 @@ ROWS = [
     _row("fp8-dist-opt", "experts in fp8, per-tensor current scaling, bf16, distributed"
         " optimizer, shared experts, accumulation 2", FP8 + BF16 + DIST_OPT + SHARED,
         fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
-    _on(FP8_TENSORWISE, "fp8-nodes", "exchange through nodes of 2, restored once per step",
-        fsep=IN_FP8 + NODES.format(2) + STEP),
-    _on(FP8_BLOCKS, "fp8-blocks", fsep=IN_FP8),
+    _row("fp8-nodes", "exchange through nodes of 2, restored once per step, experts in fp8 (e4m3),"
+        " per-tensor current scaling, distributed optimizer, linear bias, router padding, recompute"
+        " of the MoE layer, accumulation 2, E = 8 on 4 ranks", E4M3 + DIST_OPT + PADDING
+        + MOE_RECOMPUTE, fsep=IN_FP8 + NODES.format(2) + STEP, ranks=4, stock=(4, 2),
+        accumulation=2, without=NO_BIAS, bound=FP8_BOUND, not_at_home="at home in itself"),
     _row("fp8-param", "experts kept in fp8 by blocks, the first layer's in bf16, full recompute",
         BLOCKS + BF16 + DIST_OPT + FULL_RECOMPUTE + FIRST_IN_BF16 + " --fp8-param-gather",
         fsep=IN_FP8, bound=FP8_BOUND, accumulation=2, not_at_home="at home in itself"),
-    _on(FP8_TENSORWISE, "fp8-bias", fsep=IN_FP8),
-    _on(FP8_BLOCKS, "fp8-flex", "flex dispatcher with HybridEP", fsep=IN_FP8 + HYBRIDEP),
+    _row("fp8-flex", "flex dispatcher with HybridEP, experts in fp8 by blocks, bf16, router"
+        " padding, accumulation 4", BF16 + BLOCKS + PADDING, fsep=IN_FP8 + HYBRIDEP, accumulation=4,
+        stock=(1, 2), bound=FP8_BOUND, not_at_home="at home in itself"),
     _row("fp8-mx", "experts in mxfp8", MXFP8, fsep=IN_FP8, bound=FP8_BOUND, steps=LONG,
         not_at_home="at home in itself"),
     _row("fp8-mx-recompute", "experts in mxfp8 (hybrid), full recompute, bf16, distributed"
@@ -382,12 +349,9 @@ ROWS = [
         exchanges=(6, 2), not_at_home="at home in itself"),
     _on(GPT_OSS, "fp8-mx-nodes", "exchange through nodes of 2, restored once per step, recompute of"
         " the MoE layer", fsep=IN_FP8 + NODES.format(2) + STEP + MOE_RECOMPUTE, exchanges=(4, 2)),
-    _on(QWEN3, "fp8-mx-param", "full recompute", fsep=IN_FP8 + FULL_RECOMPUTE, exchanges=(6, 2)),
     _on(QWEN3, "fp8-mx-homes", "permuted homes, full recompute", fsep=IN_FP8 + FULL_RECOMPUTE
         + PERMUTED.format(2), exchanges=(6, 2)),
     # Dispatchers.
-    _row("deepep", "flex dispatcher with DeepEP", fsep=DEEPEP),
-    _on(IN_BF16, "deepep-bf16", "flex dispatcher with DeepEP", fsep=DEEPEP),
     _on(LAYER_RECOMPUTED, "deepep-shared", "flex dispatcher with DeepEP", fsep=DEEPEP,
         releases=True),
     _row("hybridep", "flex dispatcher with HybridEP", fsep=HYBRIDEP, capacity=6, releases=True),
@@ -412,22 +376,21 @@ ROWS = [
         " fp32 router, bf16", TENSOR + BF16 + FP32_ROUTER, fsep=TOKENS.format(2), ranks=4,
         stock=(4, 2)),
     _on(HYBRID_MODEL, "tokens-latent", "tokens through nodes of 1", fsep=TOKENS.format(1)),
-    _on(EVALUATED, "tokens-bias", "tokens through nodes of 1, scheduler off",
-        fsep=TOKENS.format(1) + SCHEDULER_OFF),
+    # With one expert-parallel rank, Megatron's local layers cannot train an expert's bias.
+    _row("tokens-bias", "tokens through nodes of 1, scheduler off, evaluation and hashes of weights"
+        " between steps, linear bias without a gate, probabilities applied on input, top-1,"
+        " per-token loss, expert data parallel 2", SQUARED_RELU + " --moe-apply-probs-on-input"
+        + TOP_1 + PER_TOKEN + " --eval-interval 4 --eval-iters 2"
+        " --check-weight-hash-across-dp-replicas-interval 2", fsep=TOKENS.format(1) + SCHEDULER_OFF,
+        ranks=4, group=2, stock=(2, 4), without=NO_BIAS_NOR_SWIGLU, evaluations=4),
     _row("tokens-virtual", "tokens through nodes of 1, virtual pipeline 2 x 2, accumulation 4,"
         " restored once per step", VIRTUAL, fsep=TOKENS.format(1) + STEP, ranks=4, group=2,
         accumulation=4),
     _on(GROUPED, "tokens-router", "tokens through nodes of 1, recompute of the experts' activation",
         fsep=TOKENS.format(1) + ACT_RECOMPUTE),
-    _row("step", "restored once per step, accumulation 4", fsep=STEP, accumulation=4),
-    _row("step-dist-opt", "restored once per step, accumulation 4, distributed optimizer", DIST_OPT,
-        fsep=STEP, accumulation=4),
     _on(IN_BF16, "step-bf16", "restored once per step, experts' products by grouped_mm",
         fsep=STEP + " --fsep-set gemm=torch"),
-    _on(LAYER_RECOMPUTED, "even-split-4", "even split", fsep=" --fsep-set split=even"),
     _row("e8-on-4", "E = 8 on 4 ranks", ranks=4, steps=LONG),
-    _row("e8-on-4-dist-opt", "E = 8 on 4 ranks, distributed optimizer", DIST_OPT, ranks=4,
-        stock=(4, 2)),
     _row("e6-on-4", "E = 6 on 4 ranks", ranks=4, experts=6, stock=(1, 2), reference_ranks=1,
         steps=LONG),
     # With Adam's default of 1e-8 one gradient in 6144 is so near to zero that rounding moves its
@@ -435,8 +398,6 @@ ROWS = [
     _row("e3-on-4", "E = 3 on 4 ranks", " --adam-eps 1e-6", ranks=4, experts=3, stock=(1, 1),
         reference_ranks=1, steps=LONG),
     _row("edp", "expert data parallel 2", ranks=4, group=2, steps=LONG),
-    _row("edp-dist-opt", "expert data parallel 2, distributed optimizer", DIST_OPT, ranks=4,
-        group=2),
     _on(TENSOR_PARALLEL, "tensor", releases=True),
     _row("tensor-edp", "tensor parallel 2, expert data parallel 2, distributed optimizer", TENSOR
         + DIST_OPT, ranks=4, group=2, stock=(2, 4)),
@@ -450,26 +411,13 @@ ROWS = [
         + IN_BF16_ON_4.flags, fsep=NODES.format(2) + " --fsep-set grad_wire_dtype=fp32", ranks=8,
         group=4, stock=(1, 2), reference_ranks=4, reference_flags=IN_BF16_ON_4.flags,
         accumulation=4, moe_layers=0),
-    _row("step-virtual", "restored once per step, virtual pipeline 2 x 2, accumulation 4", VIRTUAL,
-        fsep=STEP, ranks=4, group=2, accumulation=4),
     _row("recompute-pipeline", "full recompute, pipeline 2, accumulation 4", PIPELINE
         + FULL_RECOMPUTE, ranks=4, group=2, accumulation=4, steps=LONG, moe_layers=1),
     # Megatron-FSDP. Where experts have one replica and microbatches are several, its gradients of
     # stock's experts are wrong but for `optim`, so the reference has DDP.
-    _fsdp("fsdp", "optim_grads_params", ""),
-    _fsdp("fsdp-optim", "optim", f", both overlaps, {RECOMPUTED.name}", RECOMPUTED.flags,
-        reference_flags=RECOMPUTED.flags, **RECOMPUTED.sizes),
-    _fsdp("fsdp-accum", "optim_grads_params", f", both overlaps, {RECOMPUTED.name}",
-        RECOMPUTED.flags, reference_flags=RECOMPUTED.flags, **RECOMPUTED.sizes),
     _fsdp("fsdp-moe", "optim_grads", f", both overlaps, recompute of the MoE layer, {IN_BF16.name}",
         IN_BF16.flags, reference_flags=IN_BF16.flags, fsep=MOE_RECOMPUTE,
         **IN_BF16.sizes | {"stock": (1, 1)}),
-    _fsdp("fsdp-edp", "optim_grads_params", ", expert data parallel 2, both overlaps, full"
-        " recompute, shared experts, accumulation 2", DIST_OPT + FULL_RECOMPUTE + SHARED, ranks=4,
-        group=2, accumulation=2, stock=(1, 2)),
-    _fsdp("fsdp-edp-grads", "optim_grads", ", bf16, expert data parallel 2, recompute of the MoE"
-        " layer, shared experts, accumulation 2", BF16 + MOE_RECOMPUTE + SHARED, ranks=4, group=2,
-        accumulation=2, stock=(1, 2)),
     _fsdp("fsdp-exact", "optim_grads_params", ", both overlaps, exact, tokens and experts through"
         f" nodes of 2, scheduler off, {RECOMPUTED.name}", RECOMPUTED.flags, fsep=EXACT
         + TOKENS.format(2) + SCHEDULER_OFF + " --fsep-set restore_algorithm=node",
@@ -483,25 +431,29 @@ ROWS = [
     _fsdp("fsdp-context", "optim_grads_params", ", context parallel 2, expert data parallel 2",
         CONTEXT, ranks=4, group=2, stock=(1, 2)),
     # Losses and routers.
-    _on(LOSSES, "losses"),
-    _row("losses-moe-recompute", "the same losses, recompute of the MoE layer, per-token loss",
-        AUX_LOSSES + MOE_RECOMPUTE + PER_TOKEN, accumulation=2),
-    _row("replay", "router replay, full recompute, accumulation 2", REPLAY + FULL_RECOMPUTE,
-        accumulation=2),
+    _row("losses", "aux, sequence, global and z losses, full recompute of one layer in two,"
+        " multi-token prediction, overlapped shared experts with a gate, fp32 router, accumulation"
+        " 2", AUX_LOSSES + BLOCK_RECOMPUTE + MTP + GATED + OVERLAPPED + FP32_ROUTER,
+        accumulation=2, moe_layers=3),
     # Models.
-    _row("gated-recompute", "shared experts with a gate, recompute of the MoE layer", GATED
-        + MOE_RECOMPUTE),
     _on(GROUPED, "dense-first"),
-    _on(DEPTH_3, "mtp3"),
     _on(DEPTH_3, "mtp3-exact", "exact", fsep=EXACT,
         not_at_home="passes of a repeated layer with other replicas restore them anew"),
-    _on(OFFLOADED_HALF, "mtp2-step", "restored once per step, forecast",
-        fsep=" --fsep-planner greedy --fsep-plan-mode forecast" + STEP),
+    _row("mtp2-step", "restored once per step, forecast, half of the optimizer offloaded to the CPU"
+        " with both copies overlapped, main gradients in bf16, tied embeddings, repeated MTP layer,"
+        " depth 2, full recompute, accumulation 2", OFFLOADED + " --optimizer-offload-fraction 0.5"
+        " --overlap-cpu-optimizer-d2h-h2d --grad-reduce-in-bf16" + FULL_RECOMPUTE + REPEATED + "2",
+        fsep=" --fsep-planner greedy --fsep-plan-mode forecast" + STEP, accumulation=2,
+        without=UNTIED, moe_layers=3),
     _row("mtp2-pipeline", "repeated MTP layer, depth 2, adaptive, full recompute, pipeline 2,"
         " accumulation 2", PIPELINE + FULL_RECOMPUTE + REPEATED + "2", fsep=" --fsep-planner"
         " greedy --fsep-set imbalance_tolerance=0.02",
         ranks=4, group=2, accumulation=2, moe_layers=1),
-    _on(LATENT, "latent-attention"),
+    _row("latent-attention", "latent attention, recompute of its up-projections, quantile balancing"
+        " with a moving average, Lion, accumulation 2", LATENT_ATTENTION + " --rope-type rope"
+        + LATENT_RECOMPUTE + " --moe-router-load-balancing-type quantile_balancing"
+        " --moe-router-quantile-balancing-ema 0.5 --optimizer lion", accumulation=2,
+        bound=LION_BOUND),
     _row("delta-net", "gated delta net before attention, recompute of its output norm, shared"
         " experts, global aux loss",
         " --spec tests.specs.gated_delta_net block_spec --experimental-attention-variant"
@@ -553,28 +505,17 @@ ROWS = [
         + LATENT_MOE + SIGMOID_ROUTER + " --moe-aux-loss-coeff 1e-4"
         " --moe-router-topk-scaling-factor 5.0" + SHARED + " --calculate-per-token-loss",
         fsep=HYBRIDEP, without="--swiglu", capacity=6, moe_layers=3, exchanges=(6, 4)),
-    _row("clamp", "clamped and offset quick-GEGLU", CLAMPED_GEGLU, without="--swiglu"),
     # With one expert-parallel rank, Megatron's local layers cannot train an expert's bias.
     # With three slots at home, rounding decides a value at the clamp in step 44: losses are 4.4e-7
     # apart, weights 1.2e-3.
     _row("bias-clamp", "linear bias, clamped and offset quick-GEGLU", CLAMPED_GEGLU, ranks=4,
         stock=(4, 2), without=NO_BIAS_NOR_SWIGLU, steps=LONG, capacity=4),
-    _row("bias-dist-opt", "linear bias, distributed optimizer, expert data parallel 2,"
-        " accumulation 2", DIST_OPT, ranks=4, group=2, stock=(2, 4), accumulation=2,
-        without=NO_BIAS),
     _row("bias-tensor", "linear bias, tensor parallel 2 with sequence parallel, per-token loss",
         TENSOR + PER_TOKEN, ranks=4, stock=(4, 2), without=NO_BIAS),
     _on(IN_PIPELINE, "bias-pipeline"),
-    _row("bias-act-recompute", "linear bias, recompute of the experts' activation, through nodes"
-        " of 2, E = 6 on 4 ranks", CLAMPED_GEGLU, fsep=NODES.format(2) + ACT_RECOMPUTE, ranks=4,
-        experts=6, stock=(2, 2), reference_ranks=2, without=NO_BIAS_NOR_SWIGLU),
     _row("bias-step", "linear bias, restored once per step, bf16, accumulation 4", CLAMPED_GEGLU
         + BF16, fsep=STEP, ranks=4, group=2, stock=(4, 2), accumulation=4,
         without=NO_BIAS_NOR_SWIGLU),
-    _row("probs-on-input", "probabilities applied on input, top-1", " --moe-apply-probs-on-input"
-        + TOP_1),
-    _on(OFFLOADED_HALF, "tied", exchanges=(6, 4)),
-    _on(HYBRID_MODEL, "hybrid"),
     _row("hybrid-mtp", "HybridModel, two MoE layers repeated by multi-token prediction, full"
         " recompute, sinkhorn router, SGD with momentum, exact", FULL_RECOMPUTE + HYBRID
         + "*-E/*E-E/*E-E --mtp-use-repeated-layer --moe-router-load-balancing-type sinkhorn"
@@ -601,18 +542,12 @@ ROWS = [
     # Megatron's combined 1F1B schedule, which runs with bf16 alone.
     _combined("combined", "combined 1F1B, shared experts, fp32 router, both overlaps",
         DIST_OPT + SHARED + FP32_ROUTER),
-    _combined("combined-virtual", "combined 1F1B, virtual pipeline 2 x 2, multi-token prediction,"
-        " latent MoE", VIRTUAL + MTP + LATENT_MOE, ranks=4, group=2),
-    _combined("combined-fp8", "combined 1F1B, experts in fp8 by blocks, router padding",
-        BLOCKS + PADDING, IN_FP8, bound=FP8_BOUND, not_at_home="at home in itself"),
     _combined("combined-fp8-hybridep", "combined 1F1B, experts in fp8 by blocks, router padding,"
         " flex dispatcher with HybridEP", BLOCKS + PADDING, IN_FP8 + HYBRIDEP, bound=FP8_BOUND,
         not_at_home="at home in itself"),
     _recipe(DEEPSEEK_V3, "deepseek-v3", group=2, exact=True),
     _recipe(QWEN3, "qwen3"),
     _recipe(GPT_OSS, "gpt-oss"),
-    _combined("delayed", "combined 1F1B, delayed weight gradients, shared experts, fp32 router,"
-        " both overlaps", DIST_OPT + SHARED + FP32_ROUTER + DELAYED),
     _combined("delayed-virtual", "combined 1F1B, delayed weight gradients, virtual pipeline 2 x 2,"
         " multi-token prediction, latent MoE", VIRTUAL + MTP + LATENT_MOE + DELAYED, ranks=4,
         group=2),
@@ -669,12 +604,11 @@ ROWS = [
         fsep=GRAPHS + " attn mlp moe_router moe_preprocess"),
     _on(LORA_OF_EACH_KIND, "graphs-lora", "CUDA graphs of attention, router and counts",
         fsep=GRAPHS + " attn moe_router moe_preprocess" + HOMES),
-    _on(MUON_IN_PIPELINE, "graphs-muon", "CUDA graphs of attention, router and counts", fsep=HOMES
-        + GRAPHS + " attn moe_router moe_preprocess"),
+    _row("graphs-muon", "CUDA graphs of attention, router and counts, dist_muon, expert data"
+        " parallel 2, pipeline 2, bf16, accumulation 2", MUON_SHARED + PIPELINE
+        + " --muon-tp-mode distributed", fsep=HOMES + GRAPHS + " attn moe_router moe_preprocess",
+        ranks=4, group=2, accumulation=2, moe_layers=1, not_at_home="at home in itself"),
     # Runs.
-    _row("offload", "optimizer offloaded to the CPU, expert data parallel 2", OFFLOADED, ranks=4,
-        group=2),
-    _muon("muon", "Muon", MUON),
     _muon("muon-bf16", "Muon, bf16, accumulation 2, shared experts", MUON_BF16 + SHARED,
         accumulation=2),
     _muon("muon-tensor", "Muon with Nesterov momentum, other scales and coefficients, tensor"
@@ -682,10 +616,6 @@ ROWS = [
         " --muon-momentum 0.95 --muon-scale-mode unit_rms_norm --muon-extra-scale-factor 0.2"
         " --muon-coefficient-type polar_express --muon-num-ns-steps 8 --muon-no-split-qkv",
         ranks=4, stock=(4, 2), without=NO_BIAS),
-    _muon("dist-muon", "dist_muon with both overlaps, expert data parallel 2, bf16", MUON_SHARED
-        + " --overlap-grad-reduce --overlap-param-gather", ranks=4, group=2),
-    _on(MUON_IN_PIPELINE, "dist-muon-pipeline", "permuted homes", fsep=PERMUTED.format(2)),
-    _on(EVALUATED, "evaluation"),
     _row("evaluate-only", "evaluation alone", " --skip-train --eval-iters 2", steps=0,
         evaluations=1, gradients=False),
 ]
