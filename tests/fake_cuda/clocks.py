@@ -19,8 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tests.launch_order import Launch
-
 Clock = dict[int, int]  # by stream: the number of the last operation that was waited for
 
 HOST = 0
@@ -65,30 +63,6 @@ class Memory:
     recorded: set[int] = field(default_factory=set)
     awaited: Clock = field(default_factory=dict)
     accesses: dict[Span, Operation] = field(default_factory=dict)
-
-
-@dataclass
-class Watched:
-    """Findings of a run on one rank.
-
-    Attributes:
-        found: findings of the labelled device, with their numbers.
-        launches: number of launches of each of Triton's kernels.
-        compiled_in_steps: number of its variants that no launch before the first step compiled.
-        losses: of each step, if the run trains a model.
-        orders: launches on communicators, in their order.
-        captured: operations that a CUDA graph would record, with their places.
-    """
-
-    races: list[str]
-    operations: int
-    frees: int
-    found: dict[Any, int] = field(default_factory=dict)
-    launches: dict[str, int] = field(default_factory=dict)
-    compiled_in_steps: dict[str, int] = field(default_factory=dict)
-    losses: list[float] = field(default_factory=list)
-    orders: list[Launch] = field(default_factory=list)
-    captured: set[tuple[str, str]] = field(default_factory=set)
 
 
 class Checker:

@@ -1,55 +1,122 @@
-"""The labelled device: all its parts together."""
+"""The labelled device: all its parts together, and the records of a run on it."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 from unittest import mock
 
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import _disable_current_modes
 
-from tests.fake_cuda import findings, labels, names, streams
+from megatron_laer.runtime.comm import streams as comm_streams
+from tests.fake_cuda import entered, findings, labels, names, observing, streams
 from tests.fake_cuda.clocks import Checker
-from tests.fake_cuda.findings import Findings
+from tests.fake_cuda.findings import Finding, Findings
 from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
-from tests.fake_cuda.oracle import Oracle, Watcher
+from tests.fake_cuda.observing import Observer, Works
+from tests.fake_cuda.oracle import Oracle
+from tests.launch_order import Launch
 
 H100, B200 = (9, 0), (10, 0)
+COMPILED = "kernel compiled in a step"
 
 
-class Device(NamedTuple):
-    """Records of a labelled device."""
+@dataclass
+class Watched:
+    """Findings of a run on one rank, as a process sends them.
 
+    Attributes:
+        found: findings of the labelled device.
+        launches: number of launches of each of Triton's kernels.
+        compiled_in_steps: kernels with a variant that no launch before the first step compiled.
+        entered: functions of this package that ran, by file and name.
+        captured: operations that a CUDA graph would record, with their places.
+        losses: of each step, if the run trains a model.
+        orders: launches on communicators, in their order.
+        error: the error that ended the run, or "".
+    """
+
+    races: list[str]
+    operations: int
+    frees: int
+    found: list[Finding]
+    launches: dict[str, int]
+    compiled_in_steps: list[str]
+    entered: set[str]
+    captured: set[tuple[str, str]]
+    losses: list[float] = field(default_factory=list)
+    orders: list[Launch] = field(default_factory=list)
+    error: str = ""
+
+    def report(self) -> list[str]:
+        """Return a sentence about each finding, in which a deliberate fault must show."""
+        return [
+            *self.races,
+            *(f"{kind} in {place}: {what}" for kind, place, what in self.found),
+            *(f"{COMPILED}: {name}" for name in self.compiled_in_steps),
+            *(f"captured: {operation} in {place}" for operation, place in self.captured),
+            *([self.error] if self.error else []),
+        ]
+
+
+class Observed(NamedTuple):
+    """Records of a block on the labelled device."""
+
+    checker: Checker
     findings: Findings
     launches: Launches
+    entered: set[str]
+
+    @property
+    def races(self) -> list[str]:
+        return self.checker.races
+
+    @property
+    def frees(self) -> int:
+        return self.checker.frees
+
+    def watched(self, **more: Any) -> Watched:
+        checker, found, launches, functions = self
+        return Watched(
+            *(checker.races, checker.operations, checker.frees, [*found.found]),
+            *(dict(launches.number), [*+launches.compiled_in_steps], functions),
+            {*found.captured},
+            **more,
+        )
 
 
 @contextlib.contextmanager
-def labelled_device(
-    checker: Checker,
-    watcher: Watcher,
-    *,
+def observed(
     kernels: Kernels = replaced_by_torch,
+    *,
+    one_queue: bool = False,
     capability: tuple[int, int] = H100,
-) -> Iterator[Device]:
-    """Let the card be labels inside the block, in this thread.
+    make_checker: Callable[[Callable[[], str]], Checker] = Checker,
+) -> Iterator[Observed]:
+    """Let the card be labels inside the block, in this thread; yield records of its operations.
 
     Args:
-        checker: gets the orders of streams.
-        watcher: gets all operations.
         kernels: treatment of Triton's kernels, a function of `kernels.py`.
+        one_queue: whether the card has one hardware queue, for which exchanges are launched.
+        capability: of the card.
+        make_checker: makes what gets the orders of streams, from the code's place.
     """
-    device = Device(findings.renew(), Launches())
+    checker = make_checker(findings.place)
+    works, launches, found = Works(checker), Launches(), findings.renew()
     with (
+        entered.recorded() as functions,
+        mock.patch.object(comm_streams, "has_one_queue", lambda _: one_queue),
+        observing.replaced(works),
         streams.replaced(checker),
-        kernels(device.launches),
+        kernels(launches),
         names.replaced(capability),
-        Oracle(watcher),
+        Oracle(Observer(checker, works)),
         _shapes_of_shards(),
     ):
-        yield device
+        yield Observed(checker, found, launches, functions)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -17,29 +17,16 @@ from megatron_laer.layer.experts.gemm import loop
 from megatron_laer.runtime import coordinator
 from megatron_laer.runtime.comm import collectives, copies
 from megatron_laer.runtime.comm.collectives import CountsExchange
-from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.segments import Table
 from megatron_laer.runtime.coordinator import Coordinator
 from megatron_laer.telemetry.clock import StreamClock
+from tests.fake_cuda.device import COMPILED
+from tests.fake_cuda.fault import Fault, replaced
 from tests.fake_cuda.findings import Kind
 
-RACE = "race"
-COMPILED = "kernel compiled in a step"
-_HERE = "tests/fake_cuda/faults.py:"
-
-
-class Fault(NamedTuple):
-    """Replaced function, and the kind and place of the finding, or the kernel's name.
-
-    Attributes:
-        interprets: whether Triton's kernels run, and not torch in their place.
-    """
-
-    replaced: Callable[[], AbstractContextManager[Any]]
-    kind: Kind | str
-    place: str
-    interprets: bool = False
-
+KERNELS = "Triton's kernels are interpreted"
+_HERE = "in tests/fake_cuda/faults.py:"
+_DISPATCH = f"{Kind.MISMATCH} in megatron_laer/layer/dispatch/"
 
 _preprocess = SlotTokenDispatcher.preprocess
 _start_counts = CountsExchange.start
@@ -48,24 +35,20 @@ _add = Table.add
 _gather = dist.all_gather_into_tensor
 
 
-def _replaced(owner: Any, name: str, replacement: Any) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: mock.patch.object(owner, name, replacement)
-
-
 def _uploads(replacement: Any) -> Callable[[], AbstractContextManager[Any]]:
     def start(_: Any, *given: Any) -> torch.Tensor:
         uploaded: torch.Tensor = replacement(*given)
         return uploaded
 
     @contextlib.contextmanager
-    def replaced() -> Iterator[None]:
+    def uploading() -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for module in (copies, collectives):
                 stack.enter_context(mock.patch.object(module, "upload", replacement))
             stack.enter_context(mock.patch.object(copies.Upload, "start", start))
             yield
 
-    return replaced
+    return uploading
 
 
 def _of_pageable_memory(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -100,25 +83,9 @@ def _reads_a_number(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
     return _preprocess(dispatcher, routing_map)
 
 
-def _asks_for_truth(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
-    if routing_map.any():
-        return _preprocess(dispatcher, routing_map)
-    raise AssertionError("no token has an expert")
-
-
 def _by_numpy(dispatcher: Any, routing_map: torch.Tensor) -> torch.Tensor:
     assert routing_map.numpy().any()
     return _preprocess(dispatcher, routing_map)
-
-
-def _copies_counts(download: Any, tensor: torch.Tensor) -> Any:
-    copied = tensor.cpu()
-    return lambda: copied
-
-
-def _does_not_wait(download: Any, done: Any, pinned: torch.Tensor) -> torch.Tensor:
-    download._latest = None
-    return pinned.clone()
 
 
 def _synchronises(clock: Any) -> Any:
@@ -136,13 +103,17 @@ def _gathers_too(change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
             _gather(received, wrong, group=exchange._groups.tokens)
         return _start_counts(exchange, counts_E, *args)
 
-    return _replaced(CountsExchange, "start", start)
+    return replaced(CountsExchange, "start", start)
 
 
 @contextlib.contextmanager
-def _first_sums(add: Any) -> Iterator[None]:
-    """Replace the sums of first launches, and none of exchanges."""
+def _first_sums_do_not_add() -> Iterator[None]:
+    """Launch no sums onto main gradients before the first step."""
     launch = coordinator.launch_exchange_kernels
+
+    def add(part: Any, *args: Any, adds: bool) -> None:
+        if not adds:
+            _add(part, *args, adds=adds)
 
     def launched(*args: Any, **kwargs: Any) -> None:
         with mock.patch.object(Table, "add", add):
@@ -150,11 +121,6 @@ def _first_sums(add: Any) -> Iterator[None]:
 
     with mock.patch.object(coordinator, "launch_exchange_kernels", launched):
         yield
-
-
-def _does_not_add(part: Any, *args: Any, adds: bool) -> None:
-    if not adds:
-        _add(part, *args, adds=adds)
 
 
 def _adds_a_product(grad_Rn: torch.Tensor, input_nK: torch.Tensor, out_RK: torch.Tensor) -> None:
@@ -169,70 +135,51 @@ def _sums_beside(*args: Any, **kwargs: Any) -> torch.Tensor:
 
 FAULTS = {
     "an upload of pageable memory": Fault(
-        _uploads(_of_pageable_memory), Kind.PAGEABLE, f"{_HERE}_of_pageable_memory"
+        _uploads(_of_pageable_memory), f"{Kind.PAGEABLE} {_HERE}_of_pageable_memory"
     ),
-    "an upload that blocks": Fault(_uploads(_blocking), Kind.WAIT, f"{_HERE}_blocking"),
-    "a forgotten upload": Fault(
-        _uploads(_forgotten), Kind.MISMATCH, "megatron_laer/layer/dispatch/permutation.py"
-    ),
+    "an upload that blocks": Fault(_uploads(_blocking), f"{Kind.WAIT} {_HERE}_blocking"),
+    "a forgotten upload": Fault(_uploads(_forgotten), f"{_DISPATCH}permutation.py"),
     "a forgotten upload, and a kernel": Fault(
-        _uploads(_forgotten), Kind.MISMATCH, "megatron_laer/layer/dispatch/kernels.py", True
+        _uploads(_forgotten), f"{_DISPATCH}kernels.py", KERNELS
     ),
-    "a wrong index of the card": Fault(
-        _uploads(_to_another_card), Kind.MISMATCH, "megatron_laer/layer/dispatch/permutation.py"
-    ),
+    "a wrong index of the card": Fault(_uploads(_to_another_card), f"{_DISPATCH}permutation.py"),
     "a mask": Fault(
-        _replaced(SlotTokenDispatcher, "preprocess", _by_a_mask), Kind.WAIT, f"{_HERE}_by_a_mask"
+        replaced(SlotTokenDispatcher, "preprocess", _by_a_mask), f"{Kind.WAIT} {_HERE}_by_a_mask"
     ),
     "a write by a mask": Fault(
-        _replaced(SlotTokenDispatcher, "preprocess", _writes_by_a_mask),
-        *(Kind.WAIT, f"{_HERE}_writes_by_a_mask"),
+        replaced(SlotTokenDispatcher, "preprocess", _writes_by_a_mask),
+        f"{Kind.WAIT} {_HERE}_writes_by_a_mask",
     ),
     "a number that is read back": Fault(
-        _replaced(SlotTokenDispatcher, "preprocess", _reads_a_number),
-        *(Kind.WAIT, f"{_HERE}_reads_a_number"),
-    ),
-    "a hidden bool of a tensor": Fault(
-        _replaced(SlotTokenDispatcher, "preprocess", _asks_for_truth),
-        *(Kind.WAIT, f"{_HERE}_asks_for_truth"),
+        replaced(SlotTokenDispatcher, "preprocess", _reads_a_number),
+        f"{Kind.WAIT} {_HERE}_reads_a_number",
     ),
     "an array of the card": Fault(
-        _replaced(SlotTokenDispatcher, "preprocess", _by_numpy), Kind.MISMATCH, f"{_HERE}_by_numpy"
-    ),
-    "counts by .cpu()": Fault(
-        _replaced(Download, "start", _copies_counts), Kind.WAIT, f"{_HERE}_copies_counts"
-    ),
-    "an event that is not waited for": Fault(
-        _replaced(Download, "_read", _does_not_wait), RACE, f"{_HERE}_does_not_wait"
+        replaced(SlotTokenDispatcher, "preprocess", _by_numpy), f"{Kind.MISMATCH} {_HERE}_by_numpy"
     ),
     "a timestamp that synchronises": Fault(
-        _replaced(StreamClock, "now", _synchronises), Kind.WAIT, f"{_HERE}_synchronises"
+        replaced(StreamClock, "now", _synchronises), f"{Kind.WAIT} {_HERE}_synchronises"
     ),
     "int16 over NCCL": Fault(
-        _gathers_too(lambda counts_E: counts_E.to(torch.int16)), Kind.COLLECTIVE, _HERE
-    ),
-    "float64 on the wire": Fault(
-        _gathers_too(lambda counts_E: counts_E.double()), Kind.COLLECTIVE, _HERE
+        _gathers_too(lambda counts_E: counts_E.to(torch.int16)), f"{Kind.COLLECTIVE} {_HERE}"
     ),
     "a view that is not contiguous over NCCL": Fault(
-        _gathers_too(lambda counts_E: counts_E.repeat(2)[::2]), Kind.COLLECTIVE, _HERE
+        _gathers_too(lambda counts_E: counts_E.repeat(2)[::2]), f"{Kind.COLLECTIVE} {_HERE}"
     ),
     "host memory over NCCL": Fault(
-        _gathers_too(lambda counts_E: torch.zeros(len(counts_E))), Kind.COLLECTIVE, _HERE
+        _gathers_too(lambda counts_E: torch.zeros(len(counts_E))), f"{Kind.COLLECTIVE} {_HERE}"
     ),
     "a kernel on the wrong stream": Fault(
-        _replaced(row_map, "sum_copies", _sums_beside), RACE, "dispatch/kernels.py:sum_rows", True
+        replaced(row_map, "sum_copies", _sums_beside), "dispatch/kernels.py:sum_rows", KERNELS
     ),
     "an operation newer than the oldest torch": Fault(
-        _replaced(loop, "_write_product", _adds_a_product), Kind.REFUSED, f"{_HERE}_adds_a_product"
+        replaced(loop, "_write_product", _adds_a_product), f"{Kind.REFUSED} {_HERE}_adds_a_product"
     ),
     "no launch before the first step": Fault(
-        _replaced(Coordinator, "_launch_kernels", lambda _: None), COMPILED, "_rows_of_expert", True
-    ),
-    "one kernel not launched before": Fault(
-        *(lambda: _first_sums(lambda *_, **__: None), COMPILED, "_sum_segments", True),
+        replaced(Coordinator, "_launch_kernels", lambda _: None),
+        *(f"{COMPILED}: _rows_of_expert", KERNELS),
     ),
     "sums onto main gradients not launched before": Fault(
-        *(lambda: _first_sums(_does_not_add), COMPILED, "_sum_segments", True),
+        _first_sums_do_not_add, f"{COMPILED}: _sum_segments", KERNELS
     ),
 }

@@ -62,9 +62,6 @@ class Findings:
         if torch.cuda.is_current_stream_capturing():
             self.captured[operation, place()] += 1
 
-    def places(self) -> set[tuple[str, str]]:
-        return {(str(finding.kind), finding.place) for finding in self.found}
-
 
 current = Findings()
 

@@ -23,11 +23,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from megatron_laer.runtime.comm import streams as comm_streams
 from tests.fake_cuda import findings, labels
-from tests.fake_cuda.clocks import HOST, Checker, Message, Watched
-from tests.fake_cuda.device import H100, Device, labelled_device
-from tests.fake_cuda.kernels import Kernels, Launches, replaced_by_torch
+from tests.fake_cuda.clocks import HOST, Checker, Message
 from tests.fake_cuda.streams import Event, Simulation, Stream, behind, current_stream
 
 
@@ -232,61 +229,16 @@ _COLLECTIVE_METHODS = [
 ]
 
 
-class Observed(NamedTuple):
-    """Records of a block on the labelled device."""
-
-    checker: Checker
-    device: Device
-
-    @property
-    def races(self) -> list[str]:
-        return self.checker.races
-
-    @property
-    def frees(self) -> int:
-        return self.checker.frees
-
-    @property
-    def launches(self) -> Launches:
-        return self.device.launches
-
-    def watched(self) -> Watched:
-        checker, device = self
-        found, launches = device.findings, device.launches
-        numbers = dict(launches.number), dict(+launches.compiled_in_steps)
-        return Watched(
-            *(checker.races, checker.operations, checker.frees, dict(found.found), *numbers),
-            captured=set(found.captured),
-        )
-
-
 @contextlib.contextmanager
-def observed(
-    kernels: Kernels = replaced_by_torch,
-    *,
-    one_queue: bool = False,
-    capability: tuple[int, int] = H100,
-    make_checker: Callable[[Callable[[], str]], Checker] = Checker,
-) -> Iterator[Observed]:
-    """Run the block on the labelled device; yield records of this thread's operations.
-
-    With `one_queue`, exchanges are launched for a card with one hardware queue.
-    """
-    checker = make_checker(findings.place)
-    works = Works(checker)
+def replaced(works: Works) -> Iterator[None]:
+    """Replace the methods that start collectives, and autograd's engine, inside the block."""
     with contextlib.ExitStack() as stack:
         for name in _COLLECTIVE_METHODS:
             wrapped = works.method(getattr(dist.ProcessGroup, name))
             stack.enter_context(mock.patch.object(dist.ProcessGroup, name, wrapped))
-        queues = mock.patch.object(comm_streams, "has_one_queue", lambda _: one_queue)
-        stack.enter_context(queues)
         engine = _Engine(torch.autograd.Variable._execution_engine)
         stack.enter_context(mock.patch.object(torch.autograd.Variable, "_execution_engine", engine))
-        watcher = Observer(checker, works)
-        device = stack.enter_context(
-            labelled_device(checker, watcher, kernels=kernels, capability=capability)
-        )
-        yield Observed(checker, device)
+        yield
 
 
 class _Engine:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses import fake_tensor
@@ -21,6 +21,7 @@ from megatron_laer.support.torch_version import OLDEST_ON_CUDA
 from tests.fake_cuda import findings, labels, streams
 from tests.fake_cuda.findings import Kind
 from tests.fake_cuda.labels import PINNED, UNKNOWN, Memory, is_card, label, put, torchs_own
+from tests.fake_cuda.observing import Observer
 
 _CPU = torch.device("cpu")
 _empty_strided = torchs_own(torch.empty_strided)
@@ -40,12 +41,6 @@ _KERNEL_KEYS = (
     "CompositeExplicitAutogradNonFunctional",
     "CompositeImplicitAutograd",
 )
-
-
-class Watcher(Protocol):
-    """Reader of all operations, with labelled results."""
-
-    def saw(self, schema: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None: ...
 
 
 class Answer(NamedTuple):
@@ -103,9 +98,9 @@ def _version(text: str) -> tuple[int, ...]:
 
 
 class Oracle(TorchDispatchMode):
-    def __init__(self, watcher: Watcher | None) -> None:
+    def __init__(self, observer: Observer) -> None:
         super().__init__()
-        self._watcher = watcher
+        self._observer = observer
         self._fake = fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
         self._answers: dict[Hashable, Answer] = {}
 
@@ -120,14 +115,14 @@ class Oracle(TorchDispatchMode):
         if name.startswith("c10d::"):
             _judge_collective(name, given)
             result = func(*args, **kwargs)
-            self._saw(func, args, kwargs, result)
+            self._observer.saw(func._schema, args, kwargs, result)
             return result
         if name in ("aten::copy_", "aten::_to_copy"):
             return self._copy(func, name, args, kwargs, given)
         answer = self._judge(func, name, args, kwargs, given)
         result = _computed(func)(*args, **kwargs)
         _label_results(given, result, answer.memories)
-        self._saw(func, args, kwargs, result)
+        self._observer.saw(func._schema, args, kwargs, result)
         if answer.found is not None:
             kind, what = answer.found
             streams.host_waits(what) if kind is Kind.WAIT else findings.current.note(kind, what)
@@ -149,14 +144,10 @@ class Oracle(TorchDispatchMode):
             put(result, Wanted.memory if Wanted.is_given else before)
         elif label(target) == UNKNOWN:
             put(target, before)
-        self._saw(func, args, kwargs, result)
+        self._observer.saw(func._schema, args, kwargs, result)
         non_blocking = kwargs.get("non_blocking") or (in_place and len(args) > 2 and args[2])
         judge_copy(before, label(result), non_blocking=bool(non_blocking))
         return result
-
-    def _saw(self, func: Any, args: tuple[Any, ...], kwargs: Any, result: Any) -> None:
-        if self._watcher is not None:
-            self._watcher.saw(func._schema, args, kwargs, result)
 
     def _judge(
         self, func: Any, name: str, args: tuple[Any, ...], kwargs: Any, given: list[torch.Tensor]

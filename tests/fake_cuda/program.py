@@ -23,9 +23,10 @@ import torch.distributed as dist
 
 from megatron_laer import device
 from tests.fake_cuda.allowed import STOCK
+from tests.fake_cuda.device import observed
 from tests.fake_cuda.findings import WHEN_STEADY
 from tests.fake_cuda.kernels import interpreted
-from tests.fake_cuda.observing import HOST_GROUPS, observed, side_stream_of_leaves
+from tests.fake_cuda.observing import HOST_GROUPS, side_stream_of_leaves
 
 
 @contextlib.contextmanager
@@ -71,7 +72,7 @@ def main() -> int:
             status = ended.code
     wrong = [
         f"{kind}: {what}, in {place}"
-        for kind, place, what in seen.device.findings.found
+        for kind, place, what in seen.findings.found
         if kind not in WHEN_STEADY and (kind, place) not in STOCK
     ]
     for line in (*wrong, *seen.races):

@@ -6,10 +6,9 @@ A fault replaces a function of the package by one that lacks an order, and is pu
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
 from enum import StrEnum
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
@@ -29,6 +28,7 @@ from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.restored_weights import RestoredWeights
 from megatron_laer.runtime.weights.slot_grads import SlotGrads
 from tests.fake_cuda import streams
+from tests.fake_cuda.fault import Fault, replaced
 from tests.fake_cuda.observing import AsyncWork
 
 
@@ -43,19 +43,6 @@ class Scene(StrEnum):
     NODE = "exchange through nodes of one rank"
 
 
-class Fault(NamedTuple):
-    """Replaced function, the scene in which the fault shows, and a part of its report.
-
-    Attributes:
-        one_queue: whether the card has one hardware queue.
-    """
-
-    replaced: Callable[[], AbstractContextManager[Any]]
-    scene: str = Scene.PLAIN
-    found: str = "nothing orders them"
-    one_queue: bool = False
-
-
 _submit = CudaStream.submit
 _finish = OneQueueStream.finish
 _start_reduce = SlotGrads.start_reduce
@@ -66,10 +53,6 @@ _change = RestoredWeights.change
 _start_download = Download.start
 _start_sizes = TokenSizesExchange.start
 _upload = copies.upload
-
-
-def _replaced(owner: Any, name: str, replacement: Any) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: mock.patch.object(owner, name, replacement)
 
 
 def _nothing(*_: Any, **__: Any) -> None: ...
@@ -238,125 +221,99 @@ def _without_completion() -> Iterator[None]:
 
 LAYER_FAULTS = {
     "submit does not wait for the compute": Fault(
-        _replaced(streams.Stream, "wait_stream", _nothing)
+        replaced(streams.Stream, "wait_stream", _nothing)
     ),
-    "wait waits for nothing": Fault(_replaced(_StreamResult, "wait", _result_at_once)),
+    "wait waits for nothing": Fault(replaced(_StreamResult, "wait", _result_at_once)),
     "an event is recorded before the work and not after it": Fault(
-        _replaced(CudaStream, "submit", _unordered_result)
+        replaced(CudaStream, "submit", _unordered_result)
     ),
-    "each exchange has a stream of its own": Fault(_replaced(CudaStream, "submit", _on_new_stream)),
+    "each exchange has a stream of its own": Fault(replaced(CudaStream, "submit", _on_new_stream)),
     "restores and reduces share a workspace": Fault(_one_workspace),
-    "a pool hands out a buffer twice": Fault(_replaced(BufferPool, "take", _one_buffer)),
+    "a pool hands out a buffer twice": Fault(replaced(BufferPool, "take", _one_buffer)),
     "whole gradients are put back when they are sent": Fault(
-        _replaced(SlotGrads, "start_reduce", _reduce_and_put_back)
+        replaced(SlotGrads, "start_reduce", _reduce_and_put_back)
     ),
     "nobody waits until main gradients are added to": Fault(
-        _replaced(SlotGrads, "finish_reduce", _finish_at_once),
-        found="what add_ on the stream of gradients",
+        replaced(SlotGrads, "finish_reduce", _finish_at_once),
+        "what add_ on the stream of gradients",
     ),
     "main gradients are added to beside the stream of gradients": Fault(
-        _replaced(Exchange, "reduce_steps", _add_beside), found="what add_ on"
+        replaced(Exchange, "reduce_steps", _add_beside), "what add_ on"
     ),
     "reduces do not wait for the gradients that they send": Fault(
-        _replaced(CudaStream, "submit", _reduce_at_once),
-        found="on the stream of gradients reads what mm on the compute stream writes",
+        replaced(CudaStream, "submit", _reduce_at_once),
+        "on the stream of gradients reads what mm on the compute stream writes",
     ),
     "nobody waits for an upload on a stream of its own": Fault(
-        _replaced(copies, "upload", _uploaded_on_new_stream), found="what _to_copy on stream"
+        replaced(copies, "upload", _uploaded_on_new_stream),
+        "what _to_copy on stream",
     ),
     "nobody waits for the copy of counts": Fault(
-        _replaced(Download, "_read", _read_without_waiting),
-        found="reads what copy_ on the stream of counts writes",
+        replaced(Download, "_read", _read_without_waiting),
+        "reads what copy_ on the stream of counts writes",
     ),
     "counts are copied while they are gathered": Fault(
-        _replaced(Download, "start", _copy_beside_the_exchange),
-        found="copy_ on the stream of counts reads what _allgather_base_",
+        replaced(Download, "start", _copy_beside_the_exchange),
+        "copy_ on the stream of counts reads what _allgather_base_",
     ),
     "gathered counts are freed before they are copied": Fault(
-        _replaced(Download, "start", _let_go_of_the_source),
-        found="is free while copy_ on the stream of counts may still read it",
+        replaced(Download, "start", _let_go_of_the_source),
+        "is free while copy_ on the stream of counts may still read it",
     ),
     "nobody waits for a token exchange": Fault(
-        _replaced(AsyncWork, "order", _nothing), found="alltoall_base_ on NCCL's"
+        replaced(AsyncWork, "order", _nothing), "alltoall_base_ on NCCL's"
     ),
     "a layout changes on the stream of gradients": Fault(
-        _replaced(RestoredWeights, "change", _change_on_the_other_stream), Scene.FRESH
+        replaced(RestoredWeights, "change", _change_on_the_other_stream), scene=Scene.FRESH
     ),
     "copies to slots are launched on the compute stream": Fault(
-        _replaced(OneQueueStream, "finish", _finish_on_compute),
-        found="on the compute stream reads what alltoall_base_ on the stream of",
+        replaced(OneQueueStream, "finish", _finish_on_compute),
+        "on the compute stream reads what alltoall_base_ on the stream of",
         one_queue=True,
     ),
     "a step's sums are used again when they are sent": Fault(
-        _replaced(SlotGrads, "add", _reduce_and_reset_sums), Scene.STEP
+        replaced(SlotGrads, "add", _reduce_and_reset_sums), scene=Scene.STEP
     ),
 }
 
 TRAINING_FAULTS = {
     "nobody waits for weights that replicas gather": Fault(
-        _replaced(steps, "_await_weights", _nothing),
-        "both overlaps, slices replicated",
-        "allgather_into_tensor_coalesced_",
+        replaced(steps, "_await_weights", _nothing),
+        *("allgather_into_tensor_coalesced_", "both overlaps, slices replicated"),
     ),
     "nobody waits for home experts that Megatron-FSDP gathers": Fault(
-        _replaced(steps, "await_weights", _nothing),
-        "Megatron-FSDP of gradients, home experts replicated",
+        replaced(steps, "await_weights", _nothing),
         "allgather_into_tensor_coalesced_",
+        "Megatron-FSDP of gradients, home experts replicated",
+        at_night=True,
     ),
     "nobody waits for gradients that replicas sum": Fault(
-        _replaced(distributed_c10d._CoalescingManager, "wait", _works_without_order),
-        "both overlaps",
-        "reduce_scatter_tensor_coalesced_",
-    ),
-    "nobody waits until main gradients are added to": Fault(
-        _replaced(SlotGrads, "finish_reduce", _finish_at_once),
-        "both overlaps, slices replicated",
-        "what add_ on the stream of gradients",
+        replaced(distributed_c10d._CoalescingManager, "wait", _works_without_order),
+        *("reduce_scatter_tensor_coalesced_", "both overlaps"),
     ),
     "nobody waits for activations of the stage before": Fault(
-        _activations_at_once, "virtual pipeline 2 x 2", "recv_"
-    ),
-    "wait waits for nothing": Fault(
-        _replaced(_StreamResult, "wait", _result_at_once), "full recompute"
+        _activations_at_once, "recv_", "virtual pipeline 2 x 2"
     ),
     "a re-run writes the buffer of an upload that may still run": Fault(
-        _replaced(SlotTokenDispatcher, "_runs", _upload_again),
-        "full recompute",
-        "copy_ on the host writes what _to_copy on the compute stream reads",
-    ),
-    "nobody waits for the copy of counts": Fault(
-        _replaced(Download, "_read", _read_without_waiting),
-        "plain",
-        "reads what copy_ on the stream of counts writes",
+        replaced(SlotTokenDispatcher, "_runs", _upload_again),
+        *("copy_ on the host writes what _to_copy on the compute stream reads", "full recompute"),
     ),
     "delayed weight gradients are reduced before they are computed": Fault(
-        _replaced(CudaStream, "submit", _reduce_at_once),
-        "combined 1F1B with delayed weight gradients, virtual pipeline 2 x 2",
+        replaced(CudaStream, "submit", _reduce_at_once),
         "on the stream of gradients reads what mm on the compute stream writes",
-    ),
-    "no one waits until homes' main gradients have the sums": Fault(
-        _replaced(SlotGrads, "finish_reduce", _finish_at_once),
-        "combined 1F1B with delayed weight gradients, experts at home, both overlaps",
-        "on the stream of gradients",
+        "combined 1F1B with delayed weight gradients, virtual pipeline 2 x 2",
     ),
     "hooks of home experts do not wait for the sums over replicas": Fault(
-        _replaced(main_grads, "order_hooks", _nothing),
-        "experts at home, fused accumulation, both overlaps",
+        replaced(main_grads, "order_hooks", _nothing),
         "what add_ on the stream of gradients",
+        "experts at home, fused accumulation, both overlaps",
     ),
     "weight gradients do not wait for those of the inputs": Fault(
-        _without_completion,
+        *(_without_completion, "mm on stream"),
         "experts' weight gradients during the dispatch's backward",
-        "mm on stream",
     ),
     "nobody waits for the copy of token sizes": Fault(
-        _replaced(TokenSizesExchange, "start", _sizes_without_waiting),
-        "tokens through nodes of 2",
-        "reads what copy_ on the stream of counts writes",
-    ),
-    "nobody waits for either stage of a token exchange": Fault(
-        _replaced(AsyncWork, "order", _nothing),
-        "tokens through nodes of 2",
-        "alltoall_base_ on NCCL's",
+        replaced(TokenSizesExchange, "start", _sizes_without_waiting),
+        *("reads what copy_ on the stream of counts writes", "tokens through nodes of 2"),
     ),
 }

@@ -29,8 +29,7 @@ from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from tests.fake_cuda import labels
-from tests.fake_cuda.clocks import Watched
-from tests.fake_cuda.observing import observed
+from tests.fake_cuda.device import Watched, observed
 from tests.placed import placed
 from tests.races.faults import LAYER_FAULTS, Scene
 

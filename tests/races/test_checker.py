@@ -11,7 +11,8 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.runtime.comm.buffers import BufferPool
 from megatron_laer.runtime.comm.copies import Download
 from megatron_laer.runtime.comm.streams import make_comm_stream
-from tests.fake_cuda.observing import COLLECTIVES, observed
+from tests.fake_cuda.device import observed
+from tests.fake_cuda.observing import COLLECTIVES
 from tests.fake_cuda.streams import Event, Stream, current_stream
 
 

@@ -17,8 +17,8 @@ from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.telemetry.metrics_file import METRICS
 from megatron_laer.tools.report.metrics_recording import read_metrics
 from tests.fake_cuda import findings
+from tests.fake_cuda.device import observed
 from tests.fake_cuda.findings import Kind
-from tests.fake_cuda.observing import observed
 from tests.gpu import test_host_waits as on_card
 from tests.one_layer import EXPECTED, HIDDEN, MODELS, TOKENS, one_layer
 

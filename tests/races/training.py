@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -20,10 +19,9 @@ from megatron_laer.runtime import build
 from megatron_laer.runtime.comm.streams import make_comm_stream
 from tests.fake_cuda import findings
 from tests.fake_cuda.allowed import ANNOUNCED, CAPTURE, DEEP_EP, FSDP_REDUCE, HYBRID_EP, Place
-from tests.fake_cuda.clocks import Watched
-from tests.fake_cuda.device import B200, H100
+from tests.fake_cuda.device import B200, H100, Observed, Watched, observed
 from tests.fake_cuda.kernels import Kernels, interpreted, replaced_by_torch
-from tests.fake_cuda.observing import Observed, observed, side_stream_of_leaves
+from tests.fake_cuda.observing import side_stream_of_leaves
 from tests.launch_order import Launch, recorded
 from tests.parity.bridge_lora import lora_on_experts
 from tests.parity.flags import command_line
@@ -31,6 +29,7 @@ from tests.parity.replay import REPLAY, train_row
 from tests.parity.row import REPLICAS_PAY
 from tests.parity.rows import FSDP, GRAPHS, IN_FP8, MXFP8
 from tests.races.faults import TRAINING_FAULTS
+from tests.races.graphs import GRAPH_FAULTS
 
 _RANDOM = " --fsep-planner random"
 _HOME = _RANDOM + " --fsep-sharding experts"
@@ -44,6 +43,8 @@ _VIRTUAL = (
 _NEVER = "--save-interval", "1000"
 _COMBINED = " --bf16 --overlap-moe-expert-parallel-comm"
 _DELAYED = " --delay-wgrad-compute"
+_COUNT = ("aten::sum", "megatron_laer/layer/dispatch/slot_dispatch.py:SlotDispatching.count")
+_COPY = ("aten::clone", "megatron_laer/layer/moe_layer.py:FSEPMoELayer._count")
 _GRAPHS = GRAPHS.replace("modules", "warmup-steps 2 --cuda-graph-modules")
 _MOE = " --recompute-granularity selective --recompute-modules moe"
 
@@ -59,6 +60,7 @@ class Training(NamedTuple):
         resumes: whether it goes on from `save_on_cpu`'s checkpoint, evaluates and saves again.
         adapt: changes the model before Megatron wraps it.
         fuses: whether weight gradients are added to main gradients by their product.
+        captured: operations of this package that graphs record, with their places.
     """
 
     flags: str
@@ -72,28 +74,21 @@ class Training(NamedTuple):
     capability: tuple[int, int] = H100
     adapt: training.Adapt | None = None
     fuses: bool = False
+    captured: frozenset[tuple[str, str]] = frozenset()
 
 
-SCENARIOS = {
-    "plain": Training(""),
-    "random layouts": Training(_RANDOM),
+DAILY = {
     "fresh layouts after the gate": Training(" --fsep-plan-mode exact"),
     "announced layouts": Training(
         f" --fsep-plan-mode announced {REPLAY}", more=frozenset({ANNOUNCED})
     ),
     "full recompute": Training(_RANDOM + _FULL),
-    "recompute of the MoE layer": Training(_RANDOM + _MOE),
     "experts held over a step": Training(_RANDOM + " --fsep-restore step"),
-    "both overlaps": Training(_RANDOM + _OVERLAPS),
-    "tokens through nodes of 1, recompute of the MoE layer": Training(
-        _RANDOM + _MOE + " --fsep-node-size 1 --fsep-token-exchange node"
-    ),
     "tokens through nodes of 2": Training(
         _RANDOM + " --expert-model-parallel-size 4 --fsep-node-size 2 --fsep-token-exchange node", 4
     ),
     "virtual pipeline 2 x 2": Training(_RANDOM + _VIRTUAL, 4),
     "both overlaps, slices replicated": Training(_RANDOM + _OVERLAPS, 4),
-    "experts at home, both overlaps": Training(_HOME + _OVERLAPS),
     "experts at home, fused accumulation, both overlaps": Training(_HOME + _OVERLAPS, fuses=True),
     "experts at home by relay, recompute of the MoE layer": Training(
         _HOME + _MOE + " --fsep-node-size 1 --fsep-set restore_algorithm=node"
@@ -103,7 +98,6 @@ SCENARIOS = {
         f"{_HOME} --fsep-restore step --fsep-node-size 1 --fsep-set restore_algorithm=node",
         adapt=lora_on_experts,
     ),
-    "experts at home, full recompute, both overlaps": Training(_HOME + _FULL + _OVERLAPS),
     "experts at home held over a step, both overlaps": Training(
         _HOME + _OVERLAPS + " --fsep-restore step"
     ),
@@ -112,15 +106,9 @@ SCENARIOS = {
         " --fsep-set pairs_interval=2",
         steps=4,
     ),
-    "experts at home in mxfp8, both overlaps": Training(
-        _HOME + _MXFP8 + _OVERLAPS, capability=B200
-    ),
     "experts at home in mxfp8 by relay, full recompute": Training(
         f"{_HOME}{_MXFP8}{_FULL} --fsep-node-size 1 --fsep-set restore_algorithm=node",
         capability=B200,
-    ),
-    "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer": Training(
-        f"{_HOME}{_MXFP8}{_MOE} --fsep-restore step", one_queue=True, capability=B200
     ),
     # Most features at once, with Triton's kernels.
     "kernels, by nodes of 1": Training(
@@ -129,6 +117,50 @@ SCENARIOS = {
         kernels=interpreted,
         steps=2,
         batch=4,
+    ),
+    "one queue, experts at home by relay, full recompute": Training(
+        f"{_HOME}{_FULL}{_OVERLAPS} --fsep-node-size 1 --fsep-set restore_algorithm=node",
+        one_queue=True,
+    ),
+    "combined 1F1B, shared experts": Training(
+        f"{_RANDOM}{_COMBINED} --moe-shared-expert-intermediate-size 32"
+    ),
+    "combined 1F1B with delayed weight gradients, experts at home, both overlaps": Training(
+        f"{_HOME}{_COMBINED}{_DELAYED}{_OVERLAPS}"
+    ),
+    "graphs of attention, router and counts, both overlaps": Training(
+        f"{_RANDOM}{_OVERLAPS} --moe-shared-expert-intermediate-size 32{_GRAPHS} attn moe_router "
+        "moe_preprocess",
+        more=CAPTURE,
+        steps=4,
+        captured=frozenset({_COUNT}),
+    ),
+    "experts at home, graphs of router and counts, recompute of norms": Training(
+        f"{_HOME} --recompute-granularity selective --recompute-modules layernorm{_GRAPHS} "
+        "moe_router moe_preprocess",
+        more=CAPTURE,
+        steps=4,
+        captured=frozenset({_COUNT, _COPY}),
+    ),
+    "Megatron-FSDP, experts at home, full recompute, shared experts": Training(
+        f"{_HOME}{_FULL}{FSDP}optim_grads_params --moe-shared-expert-intermediate-size 32",
+        more=FSDP_REDUCE,
+    ),
+    "Megatron-FSDP, home experts replicated, both overlaps, fresh layouts": Training(
+        f" --fsep-sharding experts --fsep-set cluster={REPLICAS_PAY}"
+        f" --fsep-plan-mode exact{_OVERLAPS}{FSDP}optim_grads_params",
+        4,
+        more=FSDP_REDUCE,
+    ),
+}
+# Their parts are in others, and in faults.
+AT_NIGHT = {
+    "both overlaps": Training(_RANDOM + _OVERLAPS),
+    "experts at home in mxfp8, both overlaps": Training(
+        _HOME + _MXFP8 + _OVERLAPS, capability=B200
+    ),
+    "one queue, experts at home in mxfp8 held over a step, recompute of the MoE layer": Training(
+        f"{_HOME}{_MXFP8}{_MOE} --fsep-restore step", one_queue=True, capability=B200
     ),
     "kernels, experts at home by relay": Training(
         f"{_HOME}{_FULL} --expert-model-parallel-size 4 --fsep-node-size 2 "
@@ -159,10 +191,6 @@ SCENARIOS = {
         batch=8,
         one_queue=True,
     ),
-    "one queue, experts at home by relay, full recompute": Training(
-        f"{_HOME}{_FULL}{_OVERLAPS} --fsep-node-size 1 --fsep-set restore_algorithm=node",
-        one_queue=True,
-    ),
     "one queue, fresh layouts after the gate": Training(" --fsep-plan-mode exact", one_queue=True),
     "one queue, virtual pipeline 2 x 2": Training(_RANDOM + _VIRTUAL, 4, one_queue=True),
     "DeepEP, fresh layouts, shared experts": Training(
@@ -180,39 +208,11 @@ SCENARIOS = {
         f"{_RANDOM} --fsep-restore step --moe-permute-fusion "
         "--moe-shared-expert-intermediate-size 32 --moe-shared-expert-overlap"
     ),
-    "combined 1F1B, shared experts": Training(
-        f"{_RANDOM}{_COMBINED} --moe-shared-expert-intermediate-size 32"
-    ),
     "combined 1F1B with delayed weight gradients, virtual pipeline 2 x 2": Training(
         f"{_RANDOM}{_COMBINED}{_DELAYED}{_VIRTUAL}", 4
     ),
-    "combined 1F1B with delayed weight gradients, experts at home, both overlaps": Training(
-        f"{_HOME}{_COMBINED}{_DELAYED}{_OVERLAPS}"
-    ),
     "experts' weight gradients during the dispatch's backward": Training(
         f"{_RANDOM} --overlap-dispatch-backward-with-experts-wgrad"
-    ),
-    "graphs of attention, router and counts, both overlaps": Training(
-        f"{_RANDOM}{_OVERLAPS} --moe-shared-expert-intermediate-size 32{_GRAPHS} attn moe_router "
-        "moe_preprocess",
-        more=CAPTURE,
-        steps=4,
-    ),
-    "experts at home, graphs of router and counts, recompute of norms": Training(
-        f"{_HOME} --recompute-granularity selective --recompute-modules layernorm{_GRAPHS} "
-        "moe_router moe_preprocess",
-        more=CAPTURE,
-        steps=4,
-    ),
-    "Megatron-FSDP, experts at home, full recompute, shared experts": Training(
-        f"{_HOME}{_FULL}{FSDP}optim_grads_params --moe-shared-expert-intermediate-size 32",
-        more=FSDP_REDUCE,
-    ),
-    "Megatron-FSDP, home experts replicated, both overlaps, fresh layouts": Training(
-        f" --fsep-sharding experts --fsep-set cluster={REPLICAS_PAY}"
-        f" --fsep-plan-mode exact{_OVERLAPS}{FSDP}optim_grads_params",
-        4,
-        more=FSDP_REDUCE,
     ),
     "Megatron-FSDP of gradients, home experts replicated": Training(
         f"{_HOME}{_MOE}{_OVERLAPS}{FSDP}optim_grads", 4, more=FSDP_REDUCE
@@ -220,13 +220,16 @@ SCENARIOS = {
     "Muon": Training(f"{_HOME} --optimizer muon"),
     "save and load": Training(f"{_HOME}{_OVERLAPS} --override-opt-param-scheduler", resumes=True),
 }
+SCENARIOS = DAILY | AT_NIGHT
+FAULTS = TRAINING_FAULTS | GRAPH_FAULTS
 
 
 def watch(data: str, scenario: str, fault: str | None) -> Watched:
-    """Train a scenario, with a fault or none; return the checker's findings on this rank."""
+    """Train a scenario, with a fault or none; return the findings on this rank."""
     settings, command = SCENARIOS[scenario], command_of(data, scenario)
-    broken = contextlib.nullcontext() if fault is None else TRAINING_FAULTS[fault].replaced()
+    broken = contextlib.nullcontext() if fault is None else FAULTS[fault].replaced()
     launches: list[Launch] = []
+    losses, error = list[float](), ""
     with (
         recorded(launches),
         # Unlike on the CPU, streams launch in the order of the program.
@@ -238,8 +241,13 @@ def watch(data: str, scenario: str, fault: str | None) -> Watched:
         _steady_steps(),
         _fused_accumulation(),
     ):
-        losses = train_row(command, adapt=settings.adapt).losses
-    return replace(device.watched(), losses=losses, orders=launches)
+        try:
+            losses = train_row(command, adapt=settings.adapt).losses
+        except Exception as raised:
+            if fault is None:
+                raise
+            error = f"{type(raised).__name__}: {raised}"
+    return device.watched(losses=losses, orders=launches, error=error)
 
 
 def watch_on(capability: tuple[int, int], data: str, scenario: str) -> Watched:
