@@ -1,7 +1,8 @@
 """Recorder of launches on the labelled device, for the times of `hardware_queues.py`.
 
-A duration is bytes over a rate, or operations over another, and a latency for exchanges. The model
-that runs may be smaller than the one that is timed by the same factor in each dimension.
+A duration is bytes over a rate, or operations over that of a cluster's fastest GEMM, and a latency
+for exchanges. The model that runs may be smaller than the one that is timed by the same factor in
+each dimension.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 
-from megatron_laer.planner.clusters import Cluster, Link
+from megatron_laer.planner.clusters import Cluster
 from megatron_laer.runtime.comm import steps
 from tests.fake_cuda.clocks import HOST, Checker, Clock, Message
 from tests.fake_cuda.hardware_queues import HostWait, Kernel, Program
@@ -161,45 +162,34 @@ class Recorder(Checker):
             yield
 
 
-class Rates(NamedTuple):
-    """Rates of a cluster file: of its fastest GEMM, memory, and links, with its nodes' size."""
-
-    flops_per_s: float
-    bytes_per_s: float
-    intra: Link
-    inter: Link
-    launch_s: float
-    node_size: int
-
-    @classmethod
-    def of(cls, cluster: Cluster, node_size: int) -> Rates:
-        flops_per_s = max(rate for _, rate in cluster.gemm.points)
-        memory, launch_s = cluster.memory_bytes_per_s, cluster.host.launch_s
-        return cls(flops_per_s, memory, cluster.intra, cluster.inter, launch_s, node_size)
-
-    def link(self, launch: Recorded) -> Link:
-        nodes = {rank // self.node_size for _, ranks in launch.meets for rank in ranks}
-        return self.intra if len(nodes) == 1 else self.inter
-
-
 def priced(
-    recording: Sequence[Recorded | HostWait], rates: Rates, scale: int, *, in_place: bool = False
+    recording: Sequence[Recorded | HostWait],
+    cluster: Cluster,
+    node_size: int,
+    scale: int,
+    *,
+    in_place: bool = False,
 ) -> Program:
-    """Return a program for a model that is larger by `scale` in each dimension of its tensors.
+    """Return a program with the durations of a cluster, in nodes of this many ranks.
 
-    `in_place` leaves out the copies of exchanges.
+    The model is larger by `scale` in each dimension of its tensors. `in_place` leaves out the
+    copies of exchanges.
     """
-    area, volume = scale**2, scale**3
+    flops_per_s = max(rate for _, rate in cluster.gemm.points)
 
-    def kernel(launch: Recorded) -> Kernel:
-        seconds = max(
-            launch.num_bytes * area / rates.bytes_per_s, launch.flops * volume / rates.flops_per_s
-        )
+    def seconds(launch: Recorded) -> float:
         if launch.meets:
-            link = rates.link(launch)
-            seconds = link.latency_s + launch.moved_bytes * area / link.bytes_per_s
-        elif in_place and launch.is_copy:
-            seconds = 0.0
-        return Kernel(frozenset(launch.after), seconds, tuple(launch.meets), launch.name)
+            nodes = {rank // node_size for _, ranks in launch.meets for rank in ranks}
+            link = cluster.intra if len(nodes) == 1 else cluster.inter
+            return link.latency_s + launch.moved_bytes * scale**2 / link.bytes_per_s
+        if in_place and launch.is_copy:
+            return 0.0
+        memory_s = launch.num_bytes * scale**2 / cluster.memory_bytes_per_s
+        return max(memory_s, launch.flops * scale**3 / flops_per_s)
 
-    return [kernel(item) if isinstance(item, Recorded) else item for item in recording]
+    return [
+        Kernel(frozenset(item.after), seconds(item), tuple(item.meets), item.name)
+        if isinstance(item, Recorded)
+        else item
+        for item in recording
+    ]

@@ -17,8 +17,9 @@ from typing import Any
 from benchmarks.command_line import add_json, parser_of, program, write_json
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
+from megatron_laer.planner.clusters import Cluster
 from tests.fake_cuda.hardware_queues import makespan
-from tests.fake_cuda.recorder import Rates, Recording, priced
+from tests.fake_cuda.recorder import Recording, priced
 from tests.races.queue_cases import CASES, SCALE, record
 from tests.text_data import write_text_data
 
@@ -32,13 +33,13 @@ COLUMNS = {
 
 
 def makespans_s(
-    at_once: list[Recording], when_needed: list[Recording], rates: Rates
+    at_once: list[Recording], when_needed: list[Recording], cluster: Cluster, node_size: int
 ) -> dict[str, float]:
     """Return the seconds of a step in both orders of launch, by ranks' recordings of each."""
 
     def seconds(recordings: list[Recording], *, one_queue: bool, in_place: bool = False) -> float:
-        programs = [priced(of, rates, SCALE, in_place=in_place) for of in recordings]
-        return makespan(programs, one_queue=one_queue, launch_s=rates.launch_s)
+        programs = [priced(of, cluster, node_size, SCALE, in_place=in_place) for of in recordings]
+        return makespan(programs, one_queue=one_queue, launch_s=cluster.host.launch_s)
 
     return {
         "many": seconds(at_once, one_queue=False),
@@ -68,7 +69,7 @@ def run() -> int:
             pool = pools(CASES[name].ranks)
             orders = [pool.run(record, data, name, late) for late in (False, True)]
             for node_size in (CASES[name].ranks, CASES[name].node_size):
-                found = makespans_s(*orders, Rates.of(cluster, node_size))
+                found = makespans_s(*orders, cluster, node_size)
                 rows.append({"training": name, "node_size": node_size, "makespan_s": found})
                 cells = [
                     f"{1e3 * found[key]:.1f} ({found[key] / found['many']:.3f})" for key in COLUMNS

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_laer.cpu.ranks import RankPools
 from megatron_laer.planner.cluster_files import load_cluster
-from tests.fake_cuda.recorder import Rates, Recorded
+from tests.fake_cuda.recorder import Recorded
 from tests.races.one_queue import makespans_s
 from tests.races.queue_cases import CASES, record
 
@@ -32,5 +32,5 @@ def test_exchanges_overlap_in_one_queue(case: str, ranks: RankPools, text_data: 
             kernel.stream for kernel in kernels if kernel.meets
         }
     cluster = load_cluster("a100-4x8-ib800")
-    found = makespans_s(at_once, when_needed, Rates.of(cluster, CASES[case].node_size))
+    found = makespans_s(at_once, when_needed, cluster, CASES[case].node_size)
     assert found["after"] < MOST[case] * found["many"] < found["before"], found
