@@ -10,34 +10,12 @@ Legend: N ranks, E experts, C slots per rank, S = N*C slots.
 from __future__ import annotations
 
 from fractions import Fraction
-from itertools import combinations
 
 import numpy as np
 
 from megatron_laer.arrays import Int64
 from megatron_laer.planner.geometry import Geometry, check_node_size
 from megatron_laer.planner.layout import ExpertLayout
-
-
-def least_largest_load(counts_NE: Int64, layout: ExpertLayout) -> int:
-    """Return the least largest rank load: over all sets of experts, their tokens per rank.
-
-    Experts of a set can only go to ranks that host one of them; some rank gets at least the
-    average, rounded up. The max-flow min-cut theorem shows that the largest such bound is attained.
-    O(2^E).
-    """
-    load_E = counts_NE.sum(axis=0)
-    ranks_of = [
-        {rank for rank in range(layout.num_ranks) if expert in layout.experts_of(rank)}
-        for expert in range(layout.num_experts)
-    ]
-    bound = 0
-    for size in range(1, layout.num_experts + 1):
-        for experts in combinations(range(layout.num_experts), size):
-            ranks = set().union(*(ranks_of[expert] for expert in experts))
-            tokens = int(load_E[list(experts)].sum())
-            bound = max(bound, -(-tokens // len(ranks)))
-    return bound
 
 
 def exact_quota_NS(counts_NE: Int64, loads_S: Int64, layout: ExpertLayout, node_size: int) -> Int64:
