@@ -64,11 +64,8 @@ def _exchange(exchange: Exchange, index: LayoutIndex, before: LayoutIndex | None
     else:
         shape = EXPERTS, ROWS // RANKS, COLUMNS
         source, sums = torch.empty(shape, dtype=dtype, device=card()), torch.zeros(shape).cuda()
-    exchange.prepare_restore(index)
-    exchange.prepare_reduce(index)
     whole_CRK = exchange.restore(source, index, ROWS)
     if before is not None:
-        exchange.prepare_restore(index, before)
         exchange.restore(source, index, ROWS, reuse=ReusableWeights(before, whole_CRK))
     exchange.reduce(torch.zeros_like(whole_CRK), index, add_to=sums)
 
