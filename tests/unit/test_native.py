@@ -1,4 +1,4 @@
-"""The native core as a module: the GIL, repeatability across memory layouts, large shapes."""
+"""The native core: fresh layouts balance any counts, on every machine alike, without the GIL."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 
 from benchmarks.costs import paper_costs
 from megatron_laer.arrays import Int64
-from megatron_laer.planner.construct import construct_layout
+from megatron_laer.planner.construct import always_balances, construct_layout
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.native_core import native
 from tests.oracles.exact import hosted_by_node, proportional_experts
-from tests.unit.planner_cases import geometries, shape_of
+from tests.unit.planner_cases import KINDS, counts_of, geometries, static
 
 
 def some_counts_NE(geometry: Geometry, seed: int) -> Int64:
@@ -68,7 +68,7 @@ def test_replicas_in_proportion_equal_the_plain_reference(geometry: Geometry, se
 def test_nodes_host_their_largest_experts_like_the_plain_reference(
     geometry: Geometry, seed: int
 ) -> None:
-    num_ranks, capacity, num_experts = shape_of(geometry)
+    num_ranks, capacity, num_experts = geometry.shape
     counts_NE, node_size = some_counts_NE(geometry, seed), geometry.node_size
     most = min(num_experts, max(node_size * (capacity - 1), -(-num_experts // geometry.num_nodes)))
     slots_S = native.proportional_by_node(counts_NE, capacity, node_size, most)
@@ -143,3 +143,56 @@ def test_large_and_odd_shapes_balance_perfectly(
     columns_NC = quotas.rank_columns(rank)
     own_S = quotas.loads_S[rank * capacity : (rank + 1) * capacity]
     assert (columns_NC.sum(axis=0) == own_S).all()
+
+
+def largest_load(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> int:
+    return int(exact_split(layout, node_size).solve(counts_NE).rank_loads_N().max())
+
+
+def off_node_share(counts_NE: Int64, layout: ExpertLayout, node_size: int) -> float:
+    far_S = exact_split(layout, node_size).solve(counts_NE).totals().far_S
+    return float(far_S.sum()) / max(int(counts_NE.sum()), 1)
+
+
+def least_load(counts_NE: Int64) -> int:
+    return int(-(-counts_NE.sum() // counts_NE.shape[0]))
+
+
+@settings(max_examples=200)
+@given(geometries(40, 64, balances=True), st.sampled_from(KINDS), st.integers(0, 2**16))
+def test_no_rank_carries_more_than_its_share_or_an_expert_twice(
+    geometry: Geometry, kind: str, seed: int
+) -> None:
+    assert always_balances(geometry)
+    counts_NE, node_size = counts_of(kind, geometry, seed), geometry.node_size
+    layout = construct_layout(counts_NE, static(geometry), node_size)
+    geometry.check_layout(layout)
+    assert largest_load(counts_NE, layout, node_size) == least_load(counts_NE)
+    for rank in range(geometry.num_ranks):
+        assert len(set(layout.experts_of(rank))) == geometry.capacity
+    assert construct_layout(counts_NE, static(geometry), node_size) == layout
+    assert construct_layout(counts_NE, layout, node_size) is layout
+
+
+@settings(max_examples=150)
+@given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 40), st.integers(0, 2**16))
+def test_no_token_leaves_its_node_where_a_node_can_balance_itself(
+    num_nodes: int, node_size: int, num_experts: int, seed: int
+) -> None:
+    capacity = min(num_experts, -(-num_experts // node_size) + 1)
+    geometry = Geometry(num_nodes * node_size, num_experts, capacity, node_size)
+    # Every rank has the same number of tokens, without a convenient divisor.
+    counts_NE = counts_of("zipf", geometry, seed)
+    layout = construct_layout(counts_NE, static(geometry), node_size)
+    assert off_node_share(counts_NE, layout, node_size) == 0
+    assert largest_load(counts_NE, layout, node_size) == least_load(counts_NE)
+
+
+def test_wrong_arguments_are_quoted() -> None:
+    current = ExpertLayout.static(4, 2, 4)
+    negative_NE = np.zeros((4, 4), dtype=np.int64)
+    negative_NE[1, 2] = -1
+    with pytest.raises(ValueError, match=r"counts_NE holds -1 at rank 1, expert 2"):
+        construct_layout(negative_NE, current, 2)
+    with pytest.raises(ValueError, match=r"shape \(4, 3\), expected .* \(4, 4\)"):
+        construct_layout(negative_NE[:, :3], current, 2)

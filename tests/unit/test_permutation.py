@@ -13,9 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.transformer.moe.moe_utils import permute, sort_chunks_by_idxs, unpermute
 
-from megatron_laer.config import Split
 from megatron_laer.layer.dispatch.permutation import (
-    SlotPermutation,
     slot_permutation,
     slot_ranges,
     true_places,
@@ -23,20 +21,10 @@ from megatron_laer.layer.dispatch.permutation import (
 from megatron_laer.layer.dispatch.row_map import row_map, sum_copies
 from megatron_laer.layer.dispatch.slots import to_slots
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.splits import RankQuotas, solve_quotas
+from tests.unit.routed import Rank, route
 
 Tensors = tuple[torch.Tensor, ...]
 HIDDEN = 5
-
-
-@dataclass(frozen=True)
-class Rank:
-    layout: ExpertLayout
-    map_TE: torch.Tensor
-    quotas: RankQuotas
-
-    def index_form(self) -> SlotPermutation:
-        return slot_permutation(self.map_TE, self.quotas, torch.from_numpy(self.quotas.runs))
 
 
 @dataclass(frozen=True)
@@ -48,7 +36,7 @@ class Steps:
 
 
 def ours(rank: Rank) -> Steps:
-    found = rank.index_form()
+    found = slot_permutation(rank.map_TE, rank.quotas, torch.from_numpy(rank.quotas.runs))
     return Steps(found.to_send, found.by_slot, found.by_rank, found.combine)
 
 
@@ -78,33 +66,6 @@ def megatrons(rank: Rank) -> Steps:
         )[0],
         lambda rows: unpermute(rows, tokens_TP[0], torch.Size((len(rank.map_TE), rows.shape[-1]))),
     )
-
-
-def world(
-    layout: ExpertLayout,
-    tokens: list[int],
-    topk: int,
-    seed: int,
-    hot: bool = False,
-    uneven: bool = False,
-) -> list[Rank]:
-    """Route on every rank; `hot` sends all to expert 0, `uneven` varies experts per token."""
-    generator = torch.Generator().manual_seed(seed)
-    maps = []
-    for number in tokens:
-        scores = torch.rand(number, layout.num_experts, generator=generator)
-        scores[:, 0] += hot
-        map_TE = torch.zeros(number, layout.num_experts, dtype=torch.bool)
-        map_TE.scatter_(1, scores.topk(topk, dim=1).indices, True)
-        maps.append(map_TE & (scores > 0.7) if uneven else map_TE)
-    counts_NE = np.stack([map_TE.sum(0).numpy() for map_TE in maps])
-    quotas = solve_quotas(Split.EXACT, counts_NE, layout, 1)
-    rows_NS = np.stack([quotas.rank_row(rank) for rank in range(layout.num_ranks)])
-    by_rank = rows_NS.reshape(layout.num_ranks, layout.num_ranks, layout.capacity)
-    return [
-        Rank(layout, map_TE, RankQuotas.of(layout, rows_NS[rank], by_rank[:, rank]))
-        for rank, map_TE in enumerate(maps)
-    ]
 
 
 def exchange(sent: list[torch.Tensor], sizes_NN: np.ndarray) -> list[torch.Tensor]:
@@ -170,12 +131,14 @@ def test_a_whole_dispatch_and_its_gradients_are_bitwise_those_of_megatrons_permu
     ranks = len(tokens)
     capacity = min(experts, -(-experts // ranks) + spare)
     layout = ExpertLayout.random(ranks, capacity, experts, (seed,))
-    assert_equal_bits(world(layout, tokens, min(topk, experts), seed, hot, uneven), dtype)
+    routed = route(layout, tokens, min(topk, experts), seed, hot=hot, uneven=uneven)
+    assert_equal_bits(routed, dtype)
 
 
 def test_4096_slots_and_few_tokens() -> None:
     layout = ExpertLayout.random(8, 512, 1024, (1,))
-    assert_equal_bits(world(layout, [6, 0, 1, 2, 3, 6, 5, 4], 8, 2, hot=True), torch.bfloat16)
+    routed = route(layout, [6, 0, 1, 2, 3, 6, 5, 4], 8, seed=2, hot=True)
+    assert_equal_bits(routed, torch.bfloat16)
 
 
 def test_what_is_kept_for_backward_does_not_grow_with_slots() -> None:
@@ -184,7 +147,7 @@ def test_what_is_kept_for_backward_does_not_grow_with_slots() -> None:
 
     def kept(make: Callable[[Rank], Steps], slots: int) -> int:
         layout = ExpertLayout.random(1, slots, slots, (5,))
-        (rank,) = world(layout, [tokens], topk, 1)
+        (rank,) = route(layout, [tokens], topk)
         storages: dict[int, torch.UntypedStorage] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -201,7 +164,7 @@ def test_what_is_kept_for_backward_does_not_grow_with_slots() -> None:
         total.backward()
         return sum(storage.nbytes() for storage in storages.values())
 
-    pairs = tokens * topk
+    pairs = (tokens - 1) * topk
     assert kept(ours, 16) == kept(ours, 256) == 24 * pairs
     assert kept(megatrons, 256) > 9 * tokens * 256
 

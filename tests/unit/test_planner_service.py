@@ -148,20 +148,6 @@ def test_only_the_plan_of_the_due_step_is_taken_where_plans_are_waited_for(
     assert service.late_plans == 0 and not services.warnings
 
 
-def test_the_next_plan_starts_from_the_last_one(services: Services) -> None:
-    seen: list[ExpertLayout] = []
-
-    def plan(counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        seen.append(current)
-        return layout_of(counts_NE, current)
-
-    service = services.start(plan, waits=True)
-    for step in range(3):
-        submit_step(service, step)
-    due_after(service, 2)
-    assert seen == [*[INITIAL] * 2, *made_from(0, 1, 100, 101)]
-
-
 def test_plans_of_an_earlier_service_are_due_and_the_next_ones_start_from_them(
     services: Services,
 ) -> None:
@@ -170,14 +156,16 @@ def test_plans_of_an_earlier_service_are_due_and_the_next_ones_start_from_them(
 
     def plan(counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
         seen.append(current)
-        return current
+        return layout_of(counts_NE, current)
 
     service = services.start(plan, waits=True, plans=plans)
     assert service.due(7) == plans[0].layouts and service.plan_ms == 2.5
     assert service.state().plans == (plans[1],)
-    submit_step(service, 8)
-    assert service.due(8) == plans[1].layouts and due_after(service, 8) is not None
-    assert seen == [*plans[1].layouts]
+    for step in (8, 9):
+        submit_step(service, step)
+        assert service.due(step) is not None
+    assert due_after(service, 9) == made_from(900, 901)
+    assert seen == [*plans[1].layouts, *made_from(800, 801)]
 
 
 def test_a_slow_strategy_plans_from_the_newest_counts(services: Services) -> None:
@@ -257,27 +245,19 @@ def test_a_raising_strategy_keeps_the_last_good_layout_and_warns_once(services: 
         (None, "returned NoneType, not an ExpertLayout"),
         ([0, 1, 2, 3] * 2, "returned list, not an ExpertLayout"),
         (ExpertLayout.static(N, C + 1, E), r"(4, 3, 4), expected (4, 2, 4)"),
+        (ExpertLayout.at_home(N, C, E), "empty slots, which only --fsep-sharding experts"),
     ],
 )
-def test_an_illegal_layout_is_not_passed_on(
+def test_a_layout_that_the_run_cannot_use_is_not_passed_on(
     services: Services, result: object, message: str
 ) -> None:
-    service = services.start(lambda counts_NE, current: result)
+    check = Geometry(N, E, C, node_size=2).check_layout
+    service = services.start(lambda counts_NE, current: result, check_layout=check)
     submit_step(service, 0)
     assert due_after(service, 0) == (INITIAL, INITIAL)
     assert service.failures == 2
     assert len(services.warnings) == 1
     assert message in services.warnings[0]
-
-
-def test_a_layout_that_the_run_cannot_use_is_not_passed_on(services: Services) -> None:
-    geometry = Geometry(N, E, C, node_size=2)
-    at_home = ExpertLayout.at_home(N, C, E)
-    service = services.start(lambda *_: at_home, check_layout=geometry.check_layout)
-    submit_step(service, 0)
-    assert due_after(service, 0) == (INITIAL, INITIAL)
-    (warning,) = services.warnings
-    assert "empty slots, which only --fsep-sharding experts" in warning
 
 
 def test_a_failing_logger_does_not_end_the_thread(services: Services) -> None:
@@ -335,20 +315,6 @@ def test_a_dead_thread_never_hangs_the_caller(services: Services, waits: bool) -
     assert service.close(PATIENCE_S)
     assert services.warnings[0] == "the planner's thread is dead; layouts stay as they are"
     assert (NOT_WAITED_FOR in services.warnings) == waits
-
-
-def test_state_leaves_out_what_is_not_planned_and_changes_nothing(services: Services) -> None:
-    gate = Gate()
-    service = services.start(gate)
-    submit_step(service, 0)
-    with time_outs(0.05):
-        state = service.state()
-    assert not state.caught_up and state.plans == ()
-    gate.go_on.release(2)
-    with time_outs(PATIENCE_S):
-        state = service.state()
-    assert state.caught_up and [plan.source_step for plan in state.plans] == [0]
-    assert service.due(1) is state.plans[0].layouts
 
 
 def test_close_while_busy_returns_in_time(services: Services) -> None:

@@ -14,11 +14,10 @@ from megatron_laer.planner.balance import fsep_tokens_N, max_over_mean, stock_to
 from megatron_laer.planner.exact import ExactQuotas, exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import EMPTY, ExpertLayout
-from megatron_laer.planner.quotas import SplitTotals, even_split
 from megatron_laer.planner.splits import solve_quotas
 from tests.oracles.exact import exact_quota_NS, off_node_tokens, off_rank_tokens
 from tests.oracles.planner import quota_NS
-from tests.unit.planner_cases import KINDS, counts_of, geometries, shape_of, with_holes
+from tests.unit.planner_cases import KINDS, counts_of, geometries, with_holes
 
 Case = tuple[Int64, ExpertLayout, int]
 
@@ -33,7 +32,7 @@ OFF_RANK_LARGEST_GAP = 1.5
 def cases(draw: st.DrawFn, max_ranks: int = 16, max_experts: int = 24) -> Case:
     """Draw counts of several kinds, a random layout (with duplicates) and a node size."""
     geometry, seed = draw(geometries(max_ranks, max_experts, 3)), draw(st.integers(0, 2**16))
-    layout = ExpertLayout.random(*shape_of(geometry), seed=(seed,))
+    layout = ExpertLayout.random(*geometry.shape, seed=(seed,))
     layout = with_holes(layout, (seed % 3) / 2, seed)
     return counts_of(draw(st.sampled_from(KINDS)), geometry, seed), layout, geometry.node_size
 
@@ -42,40 +41,49 @@ def rows_NS(quotas: ExactQuotas) -> Int64:
     return np.stack([quotas.rank_row(rank) for rank in range(quotas.layout.num_ranks)])
 
 
+@pytest.mark.parametrize("split", list(Split))
 @settings(max_examples=150)
 @given(cases())
-def test_the_exact_splits_rows_columns_and_totals_equal_the_reference(case: Case) -> None:
+def test_rows_columns_and_totals_of_a_split_equal_its_definition(split: Split, case: Case) -> None:
     counts_NE, layout, node_size = case
-    split = exact_split(layout, node_size)
-    quotas = split.solve(counts_NE)
-    expected_NS = exact_quota_NS(counts_NE, quotas.loads_S, layout, node_size)
-    expected_NNC = expected_NS.reshape(layout.num_ranks, layout.num_ranks, layout.capacity)
-
-    np.testing.assert_array_equal(rows_NS(quotas), expected_NS)
-    for rank in range(layout.num_ranks):
+    num_ranks = layout.num_ranks
+    quotas = solve_quotas(split, counts_NE, layout, node_size)
+    expected_NS = quota_NS(counts_NE, layout, node_size)
+    if split == Split.EXACT:
+        expected_NS = exact_quota_NS(counts_NE, quotas.loads_S, layout, node_size)
+    expected_NNC = expected_NS.reshape(num_ranks, num_ranks, layout.capacity)
+    for rank in range(num_ranks):
+        np.testing.assert_array_equal(quotas.rank_row(rank), expected_NS[rank])
         np.testing.assert_array_equal(quotas.rank_columns(rank), expected_NNC[:, rank, :])
+    held_SE = layout.slot_expert_S[:, None] == np.arange(layout.num_experts)
+    np.testing.assert_array_equal(expected_NS @ held_SE, counts_NE)
     np.testing.assert_array_equal(quotas.loads_S, expected_NS.sum(axis=0))
-    np.testing.assert_array_equal(expected_NS @ held_SE(layout), counts_NE)
-    check_totals(split.totals(counts_NE), expected_NS, layout, node_size)
-
-
-def held_SE(layout: ExpertLayout) -> Int64:
-    """Return 1 where a slot has an expert."""
-    return (layout.slot_expert_S[:, None] == np.arange(layout.num_experts)).astype(np.int64)
-
-
-def check_totals(
-    totals: SplitTotals, expected_NS: Int64, layout: ExpertLayout, node_size: int
-) -> None:
-    node_N = np.arange(layout.num_ranks) // node_size
+    np.testing.assert_array_equal(fsep_tokens_N(quotas), expected_NNC.sum(axis=(0, 2)))
+    # Totals are made without the matrix.
+    totals = quotas.totals()
+    node_N = np.arange(num_ranks) // node_size
     near_NN = node_N[:, None] == node_N
     near_NS = near_NN.repeat(layout.capacity, axis=1)
-    sent_NN = expected_NS.reshape(layout.num_ranks, layout.num_ranks, -1).sum(axis=2)
+    sent_NN = expected_NNC.sum(axis=2)
     np.testing.assert_array_equal(totals.near_S, np.where(near_NS, expected_NS, 0).sum(axis=0))
     np.testing.assert_array_equal(totals.far_S, np.where(near_NS, 0, expected_NS).sum(axis=0))
     np.testing.assert_array_equal(totals.sent_near_N, np.where(near_NN, sent_NN, 0).sum(axis=1))
     np.testing.assert_array_equal(totals.sent_far_N, np.where(near_NN, 0, sent_NN).sum(axis=1))
     np.testing.assert_array_equal(totals.own_N, np.diagonal(sent_NN))
+
+
+@pytest.mark.parametrize("split", list(Split))
+def test_wrong_arguments_are_quoted(split: Split) -> None:
+    layout, counts_NE = ExpertLayout.static(4, 2, 4), np.zeros((4, 4), dtype=np.int64)
+    with pytest.raises(ValueError, match=r"shape \(4, 3\), expected .* \(4, 4\)"):
+        solve_quotas(split, counts_NE[:, :3], layout, 2).totals()
+    with pytest.raises(ValueError, match=r"node size 3 does not divide the 4 ranks; .*\[1, 2, 4\]"):
+        solve_quotas(split, counts_NE, layout, 3)
+    quotas = solve_quotas(split, counts_NE, layout, 2)
+    for wrong in (4, -1):
+        for ask in (quotas.rank_row, quotas.rank_columns):
+            with pytest.raises(ValueError, match=rf"rank must be in 0\.\.3, got {wrong}"):
+                ask(wrong)
 
 
 @settings(max_examples=60)
@@ -120,21 +128,6 @@ def test_tokens_off_their_rank_are_within_the_stated_gap() -> None:
     assert len(gaps) > 80
     assert np.mean(gaps) <= OFF_RANK_MEAN_GAP
     assert max(gaps) <= OFF_RANK_LARGEST_GAP
-
-
-def test_wrong_arguments_are_quoted() -> None:
-    layout = ExpertLayout.static(4, 2, 4)
-    split = exact_split(layout, 2)
-    with pytest.raises(ValueError, match=r"shape \(4, 3\), expected .* \(4, 4\)"):
-        split.solve(np.zeros((4, 3), dtype=np.int64))
-    with pytest.raises(ValueError, match=r"rank must be in 0\.\.3, got 4"):
-        split.solve(np.zeros((4, 4), dtype=np.int64)).rank_row(4)
-    negative_NE = np.zeros((4, 4), dtype=np.int64)
-    negative_NE[1, 2] = -1
-    with pytest.raises(ValueError, match=r"counts_NE holds -1 at rank 1, expert 2"):
-        split.solve(negative_NE)
-    with pytest.raises(ValueError, match="node size 3 does not divide"):
-        exact_split(layout, 3)
 
 
 class TransportProgram:
@@ -197,53 +190,9 @@ class TransportProgram:
         return float(result.fun)
 
 
-@settings(max_examples=80)
-@given(cases())
-def test_the_even_splits_rows_columns_and_totals_equal_the_reference(case: Case) -> None:
-    counts_NE, layout, node_size = case
-    split = even_split(layout, node_size)
-    expected_NS = quota_NS(counts_NE, layout, node_size)
-    expected_NNC = expected_NS.reshape(layout.num_ranks, layout.num_ranks, layout.capacity)
-    for rank in range(layout.num_ranks):
-        np.testing.assert_array_equal(split.rank_row(counts_NE, rank), expected_NS[rank])
-        np.testing.assert_array_equal(split.rank_columns(counts_NE, rank), expected_NNC[:, rank, :])
-    np.testing.assert_array_equal(split.slot_loads(counts_NE), expected_NS.sum(axis=0))
-    np.testing.assert_array_equal(expected_NS @ held_SE(layout), counts_NE)
-    check_totals(split.totals(counts_NE), expected_NS, layout, node_size)
-
-
-def test_wrong_arguments_of_the_even_split_are_quoted() -> None:
-    layout = ExpertLayout.static(4, 2, 4)
-    counts_NE = np.zeros((4, 4), dtype=np.int64)
-    with pytest.raises(ValueError, match=r"node size 3 does not divide the 4 ranks; .*\[1, 2, 4\]"):
-        even_split(layout, 3)
-    with pytest.raises(ValueError, match="node size 0"):
-        quota_NS(counts_NE, layout, 0)
-    with pytest.raises(ValueError, match=r"rank must be in 0\.\.3, got 4"):
-        even_split(layout, 2).rank_row(counts_NE, 4)
-    with pytest.raises(ValueError, match=r"rank must be in 0\.\.3, got -1"):
-        even_split(layout, 2).rank_columns(counts_NE, -1)
-    with pytest.raises(ValueError, match=r"shape \(4, 3\), expected .* \(4, 4\)"):
-        even_split(layout, 2).slot_loads(counts_NE[:, :3])
-
-
 def test_stock_ranks_own_consecutive_experts_and_balance_is_max_over_mean() -> None:
     counts_NE = np.array([[1, 2, 3, 4], [10, 20, 30, 40]])
     assert stock_tokens_N(counts_NE).tolist() == [33, 77]
     assert max_over_mean(np.array([5, 5, 5])) == 1.0
     assert max_over_mean(np.array([0, 9, 0])) == 3.0
     assert max_over_mean(np.zeros(4, dtype=np.int64)) == 1.0
-
-
-def test_fsep_tokens_are_the_columns_of_the_quotas() -> None:
-    rng = np.random.default_rng(0)
-    for seed in range(20):
-        layout = ExpertLayout.random(4, 3, 6, (seed,))
-        counts_NE = rng.integers(0, 50, (4, 6))
-        even = solve_quotas(Split.EVEN, counts_NE, layout, 2)
-        expected = quota_NS(counts_NE, layout, 2).sum(0).reshape(4, 3).sum(1)
-        assert fsep_tokens_N(even).tolist() == expected.tolist()
-        exact = solve_quotas(Split.EXACT, counts_NE, layout, 2)
-        columns = [exact.rank_columns(rank).sum() for rank in range(4)]
-        assert fsep_tokens_N(exact).tolist() == columns
-        assert max(columns) <= expected.max()

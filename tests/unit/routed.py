@@ -1,0 +1,66 @@
+"""One microbatch of a layer on all ranks, by seed: routing, layout and quotas. Nothing is sent.
+
+Legend: T tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from megatron_laer.config import Split
+from megatron_laer.planner.layout import ExpertLayout
+from megatron_laer.planner.splits import RankQuotas, solve_quotas
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Tokens and quotas of one rank."""
+
+    layout: ExpertLayout
+    map_TE: torch.Tensor
+    quotas: RankQuotas
+    node_size: int
+    rank: int
+
+
+def route(
+    layout: ExpertLayout,
+    tokens: Sequence[int],
+    top_k: int,
+    seed: int = 0,
+    *,
+    node_size: int = 1,
+    split: Split = Split.EXACT,
+    skew: float = 0.0,
+    hot: bool = False,
+    uneven: bool = False,
+) -> list[Rank]:
+    """Route each rank's tokens at random.
+
+    `hot` sends all to expert 0. With `uneven` tokens have fewer experts, or none; else it is the
+    third one alone, as padding.
+    """
+    rng = np.random.default_rng(seed)
+    log_E = skew * rng.normal(size=layout.num_experts)
+    log_E[0] += 100.0 * hot
+    maps = []
+    for number in tokens:
+        scores_TE = log_E + rng.gumbel(size=(number, layout.num_experts))
+        map_TE = np.zeros(scores_TE.shape, dtype=np.bool_)
+        np.put_along_axis(map_TE, np.argsort(-scores_TE, axis=1)[:, :top_k], True, axis=1)
+        if uneven:
+            map_TE &= rng.random(map_TE.shape) > 0.7
+        elif number > 3:
+            map_TE[2] = False
+        maps.append(map_TE)
+    counts_NE = np.stack([map_TE.sum(axis=0, dtype=np.int64) for map_TE in maps])
+    quotas = solve_quotas(split, counts_NE, layout, node_size)
+    found = []
+    for rank, map_TE in enumerate(maps):
+        mine = RankQuotas.of(layout, quotas.rank_row(rank), quotas.rank_columns(rank))
+        found.append(Rank(layout, torch.from_numpy(map_TE), mine, node_size, rank))
+    return found
