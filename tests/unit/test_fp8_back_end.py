@@ -112,39 +112,10 @@ class Quantiser:
 
 
 class BlockTensor(Tensor):
-    """Replacement of `Float8BlockwiseQTensor`, whose scales of square blocks come in fours."""
+    """Replacement of `Float8BlockwiseQTensor`, whose scales of square blocks come in fours.
 
-    def __init__(
-        self,
-        *,
-        shape: Any,
-        dtype: torch.dtype,
-        rowwise_data: torch.Tensor,
-        rowwise_scale_inv: torch.Tensor,
-        columnwise_data: None,
-        columnwise_scale_inv: None,
-        fp8_dtype: str,
-        quantizer: Any,
-        is_2D_scaled: bool,
-    ) -> None:
-        self.block = (128, 128) if is_2D_scaled else (1, 128)
-        assert rowwise_scale_inv.shape[1] % 4 == 0 or not is_2D_scaled
-        super().__init__(
-            shape=shape,
-            dtype=dtype,
-            data=rowwise_data,
-            fp8_scale_inv=rowwise_scale_inv,
-            fp8_dtype=fp8_dtype,
-        )
-        self._rowwise_data, self._rowwise_scale_inv = rowwise_data, rowwise_scale_inv
-
-    def update_usage(self, columnwise_usage: bool) -> None:
-        assert self.block == (128, 128), "only square blocks are those of the transpose"
-        super().update_usage(columnwise_usage)
-
-
-class BlockTensorByKeyword(BlockTensor):
-    """As Transformer Engine's, whose parameters are those of `__new__`."""
+    As there, parameters are those of `__new__`.
+    """
 
     def __new__(
         cls,
@@ -157,8 +128,23 @@ class BlockTensorByKeyword(BlockTensor):
         quantizer: Any,
         is_2D_scaled: Any,
         **kwargs: Any,
-    ) -> BlockTensorByKeyword:
+    ) -> BlockTensor:
+        assert columnwise_data is columnwise_scale_inv is None
         return super().__new__(cls)
+
+    def __init__(
+        self, rowwise_data: torch.Tensor, rowwise_scale_inv: torch.Tensor, **others: Any
+    ) -> None:
+        is_square = others["is_2D_scaled"]
+        self.block = (128, 128) if is_square else (1, 128)
+        assert rowwise_scale_inv.shape[1] % 4 == 0 or not is_square
+        parts = {"data": rowwise_data, "fp8_scale_inv": rowwise_scale_inv}
+        super().__init__(**parts, **{key: others[key] for key in ("shape", "dtype", "fp8_dtype")})
+        self._rowwise_data, self._rowwise_scale_inv = rowwise_data, rowwise_scale_inv
+
+    def update_usage(self, columnwise_usage: bool) -> None:
+        assert self.block == (128, 128), "only square blocks are those of the transpose"
+        super().update_usage(columnwise_usage)
 
 
 class BlockQuantiser:
@@ -260,7 +246,7 @@ def config(request: pytest.FixtureRequest, fp8_format: str, monkeypatch: pytest.
             Float8CurrentScalingQuantizer=Quantiser, Float8Tensor=Tensor
         ),
         f"{te.TENSORS}.float8_blockwise_tensor": SimpleNamespace(
-            Float8BlockQuantizer=BlockQuantiser, Float8BlockwiseQTensor=BlockTensorByKeyword
+            Float8BlockQuantizer=BlockQuantiser, Float8BlockwiseQTensor=BlockTensor
         ),
         f"{te.TENSORS}.mxfp8_tensor": mx_fakes.MODULE,
         f"{te.TENSORS}.storage.float8_tensor_storage": SimpleNamespace(Float8TensorStorage=Storage),
@@ -349,6 +335,44 @@ def test_each_product_quantises_tokens_in_its_own_direction(
     )
     along_columns = (config.fp8_recipe == "tensorwise", True)  # transposes what is along rows
     assert asked == [(True, False)] * 4 + [along_columns] * 4
+
+
+# (R, K) of both linear layers of an expert.
+MODELS = {
+    "DeepSeek-V3": [(4096, 7168), (7168, 2048)],
+    "Qwen3-235B": [(3072, 4096), (4096, 1536)],
+    "gpt-oss-120b": [(5760, 2880), (2880, 2880)],
+}
+# Tokens of replica slots: many, none, one, and no multiple of a block.
+MANY_C = [65536, 0, 1, 4001]
+
+
+@pytest.mark.parametrize("fp8_format", ["e4m3"], indirect=True)
+@pytest.mark.parametrize("model", MODELS)
+def test_payloads_and_products_have_their_shapes_at_full_size(config: Any, model: str) -> None:
+    slots, tokens = len(MANY_C), sum(MANY_C)
+    options: dict[str, Any] = {"dtype": torch.bfloat16, "device": "meta"}
+    for rows, columns in MODELS[model]:
+        gemm = fp8.quantised_gemm(config, rows, columns, GPU)
+        payloads = []
+        for packer in (gemm, gemm.for_backward):
+            packed = [packer.pack(torch.empty(rows, columns, **options)) for _ in range(slots)]
+            payloads.append(torch.stack(packed))
+            assert payloads[-1].dtype == packer.carried.dtype == torch.uint8
+            assert payloads[-1].shape[1:] == packer.carried[:2]
+            # As the planner and the simulator price them.
+            assert payloads[-1].shape[1] == Precision(config.fp8_recipe).row.payload_rows(
+                rows, columns
+            )
+        weight_CRK = torch.empty(slots, rows, columns, **options).requires_grad_()
+        input_TK = torch.empty(tokens, columns, **options).requires_grad_()
+        experts = fixed_experts(payloads[0], weight_CRK.detach(), payloads[1])
+        output_TR = slot_linear(input_TK, weight_CRK, experts, 0, MANY_C, gemm)
+        assert (output_TR.shape, output_TR.dtype) == ((tokens, rows), torch.bfloat16)
+        output_TR.backward(torch.empty_like(output_TR))
+        for of in (input_TK, weight_CRK):
+            assert of.grad is not None and of.grad.is_meta
+            assert (of.grad.shape, of.grad.dtype) == (of.shape, of.dtype)
 
 
 @pytest.mark.parametrize("config", ["tensorwise", "blockwise"], indirect=True)
