@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from megatron_laer.life import Kind
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.runtime.comm.layout_index import layout_index
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
-from megatron_laer.runtime.weights.layer import Homes, Slices
+from megatron_laer.runtime.weights.layer import Slices
 from megatron_laer.runtime.weights.layer_experts import memory_held
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.states import ExpertsState, WeightState
@@ -181,19 +180,3 @@ def test_a_step_holds_weights_of_both_directions(streams: ExchangeStreams, rerun
     one_way = Slices(share.parameters, ROWS)  # type: ignore[arg-type]
     both, one = (memory_held([part], replica_slots=2**20) for part in (share, one_way))
     assert "(384.0 MiB)" in both and "(192.0 MiB)" in one
-
-
-class Packer:
-    def __init__(self, other: Packer | None = None) -> None:
-        self.for_backward = other or self
-
-
-def test_homes_restore_by_the_packers_of_each_direction() -> None:
-    homes = ((torch.nn.Parameter(torch.ones(2, 2)),), (torch.nn.Parameter(torch.ones(2)),))
-    same, other = Packer(), Packer()
-    one_way: Any = Homes(homes, (same, None))  # type: ignore[arg-type]
-    assert one_way.for_backward is one_way
-    assert Homes(homes).for_backward.packers == ()
-    both: Any = Homes(homes, (Packer(other), None))  # type: ignore[arg-type]
-    assert both.for_backward.packers == (other, None) and both.for_backward.homes is homes
-    assert both.for_backward is both.for_backward is both.for_backward.for_backward

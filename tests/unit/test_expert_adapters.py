@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_laer.layer.experts.adapters import Adapter, find_adapter
-from tests.parity.bridge_lora import ALPHA, RANK, GroupedExpertLinearAdapter, LoRALinear
-
-CONFIG = SimpleNamespace(params_dtype=torch.float32)
+from tests.parity.bridge_lora import ALPHA, RANK, LoRALinear
 
 
 class Narrow(torch.nn.Linear):
@@ -45,34 +42,6 @@ def shared_adapter() -> ParallelLinearAdapter:
     for parameter in adapter.parameters():
         parameter.register_hook(lambda grad: grad)
     return adapter
-
-
-def test_each_experts_matrices_travel_in_the_order_of_their_products() -> None:
-    adapters = [ParallelLinearAdapter() for _ in range(3)]
-    adapter = found(*adapters)
-    assert adapter.homes == (
-        tuple(one.linear_in.weight for one in adapters),
-        tuple(one.linear_out.weight for one in adapters),
-    )
-    tokens = torch.randn(4, 6)
-    expected = adapters[1].linear_out(adapters[1].linear_in(tokens)[0])[0] * (ALPHA / RANK)
-    of_second = adapter.output(tokens, lambda hidden, at: hidden @ adapter.homes[at][1].t())
-    assert of_second is not None and torch.equal(of_second, expected)
-
-
-def test_experts_in_one_parameter_are_one_matrix_each() -> None:
-    packed = GroupedExpertLinearAdapter(6, 5, CONFIG, num_experts=3)
-    adapter = found(packed, grouped=True)
-    assert adapter.homes == ((packed.linear_in.weight,), (packed.linear_out.weight,))
-
-
-def test_a_layer_that_experts_share_is_called_and_does_not_travel() -> None:
-    shared, tokens = shared_adapter(), torch.randn(4, 6)
-    adapter = found(shared, grouped=True)
-    assert adapter.homes == () and adapter.trains_shared
-    expected = shared.linear_out(shared.linear_in(tokens)[0])[0] * (ALPHA / RANK)
-    output = adapter.output(tokens, lambda hidden, at: pytest.fail("nothing travels"))
-    assert output is not None and torch.equal(output, expected)
 
 
 def test_ranks_compare_the_values_that_experts_share() -> None:

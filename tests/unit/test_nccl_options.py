@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 
 from megatron_laer.config import FSEPConfig
 from megatron_laer.files.shipped import yaml_file
@@ -145,13 +144,3 @@ def test_fewer_blocks_need_less_memory_of_nccl() -> None:
         assert own == (7 * blocks * 12 + more) * mebibyte
         assert fewer.communicator_bytes(ranks, 8) == card.communicator_bytes(ranks, 8) > own
         assert card.communicator_bytes(ranks, 8, of_exchange=True) > own
-
-
-@pytest.mark.parametrize("ctas", ["{intra: 0, inter: 8}", "{intra: 16}", "16"])
-def test_a_wrong_default_in_a_cluster_file_is_refused(tmp_path: Path, ctas: str) -> None:
-    content = yaml_file("cluster", "h100-8").read_text()
-    path = tmp_path / "cluster.yaml"
-    path.write_text(re.sub(r"exchange_ctas: \{[^}]*\}", f"exchange_ctas: {ctas}", content))
-    assert yaml.safe_load(path.read_text())["card"]["exchange_ctas"] is not None
-    with pytest.raises(ValueError, match=r"card\.exchange_ctas"):
-        load_cluster(path)

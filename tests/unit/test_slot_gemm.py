@@ -93,25 +93,15 @@ def test_weight_gradients_are_written_or_added_and_float32_ones_are_not_rounded(
     check_weight_grad(gemm, dtype, out_dtype, CPU, tokens_C)
 
 
-class _ForgetsEmptySlots(loop.Loop):
-    def weight_grad(self, *args: Any, **options: Any) -> None:
-        grad_TR, input_TK, tokens_C, out_CRK = args
-        full = [slot for slot, tokens in enumerate(tokens_C) if tokens]
-        found_CRK = out_CRK[full]
-        super().weight_grad(grad_TR, input_TK, [tokens_C[slot] for slot in full], found_CRK)
-        out_CRK[full] = found_CRK
-
-
 class _ForgetsARow(loop.Loop):
     def forward(self, *args: Any) -> torch.Tensor:
         output_TR = super().forward(*args)
         return torch.cat([output_TR[:-1], output_TR.new_empty(1, output_TR.shape[1])])
 
 
-@pytest.mark.parametrize("faulty", [_ForgetsEmptySlots(), _ForgetsARow()])
-def test_memory_that_a_back_end_leaves_as_it_was_is_found(faulty: SlotGemm) -> None:
+def test_memory_that_a_back_end_leaves_as_it_was_is_found() -> None:
     with pytest.raises(AssertionError, match=r"(?i)not close"):
-        check_back_end(faulty, torch.float32, CPU)
+        check_back_end(_ForgetsARow(), torch.float32, CPU)
 
 
 def test_offsets_are_uploaded_once_for_the_products_of_a_microbatch() -> None:
