@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
-
 import pytest
 
 from tests import durations
 from tests.documents import ROOT
-from tests.durations import PARITY, longest_first, measure, recorded, unit_of, write
+from tests.durations import PARITY, longest_first, recorded, unit_of
 
 
 def test_files_with_a_figure_exist() -> None:
@@ -34,26 +30,3 @@ def test_the_longest_units_come_first_and_stay_together(monkeypatch: pytest.Monk
     tests += ["tests/unit/test_long.py::a", "tests/unit/test_short.py::b"]
     places = longest_first(tests)
     assert sorted(tests, key=lambda name: places[name]) == [tests[2], tests[1], tests[0], tests[3]]
-
-
-def test_only_a_whole_day_is_measured_and_written(tmp_path: Path) -> None:
-    kept: dict[str, Any] = {}
-    options = {"markexpr": "not gpu and not nightly", "keyword": "", "ignore": None}
-    config: Any = SimpleNamespace(
-        getoption=lambda name: options[name],
-        args_source=pytest.Config.ArgsSource.TESTPATHS,
-        cache=SimpleNamespace(set=lambda name, value: kept.update({name: dict(value)})),
-    )
-    reports = [
-        SimpleNamespace(nodeid=f"tests/unit/test_a.py::{name}", duration=seconds)
-        for name, seconds in (("one", 1.0), ("one", 0.25), ("two", 2.0))
-    ]
-    options["keyword"] = "one"
-    measure(config, reports)
-    assert not kept
-    options["keyword"] = ""
-    measure(config, reports)
-    (seconds,) = kept.values()
-    assert seconds == {"tests/unit/test_a.py": 3.25}
-    write(seconds, tmp_path / "durations.csv")
-    assert (tmp_path / "durations.csv").read_text() == "file,seconds\ntests/unit/test_a.py,3.2\n"

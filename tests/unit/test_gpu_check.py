@@ -10,7 +10,6 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -20,15 +19,12 @@ import torch
 from benchmarks.end_to_end_cases import FULL
 from benchmarks.gpu import (
     __main__,
-    card_tests,
     communicators,
     connections,
-    first_replica,
     gemms,
     headline,
     kernels,
     layer,
-    lone_rank,
     overlap,
     priorities,
     recipe,
@@ -114,27 +110,6 @@ def test_pipelines_communicators_and_parity_have_rows() -> None:
     assert (same["result"], differs["result"]) == ("equal", "DIFFERS")
 
 
-@pytest.mark.parametrize("model", [*sizes.MODELS, _TINY], ids=lambda model: model.name)
-def test_splits_have_all_rows_and_the_skewed_one_a_slot_without(model: sizes.Model) -> None:
-    found = sizes.splits(model.slots, model.rows)
-    for rows_C in found.values():
-        assert len(rows_C) == model.slots and sum(rows_C) == model.rows
-    assert max(found["even"]) - min(found["even"]) <= 1
-    assert max(found["skewed"]) >= model.rows // 2
-    assert model.slots < 3 or found["skewed"][-1] == 0
-
-
-def test_a_rank_that_stands_in_receives_what_it_sends() -> None:
-    gathered = torch.full((6,), -1)
-    lone_rank.all_gather_into_tensor(gathered, torch.tensor([1, 2]))
-    assert gathered.tolist() == [1, 2, 1, 2, 1, 2]
-    received = torch.full((5,), -1)
-    assert lone_rank.all_to_all_single(received, torch.tensor([3, 4]), [2, 3], [1, 1]).wait()
-    assert received.tolist() == [3, 4, 3, 4, 3]
-    lone_rank.all_to_all_single(received, torch.tensor([], dtype=torch.int64))
-    assert received.tolist() == [0] * 5
-
-
 def test_every_part_has_tasks_and_ranks_are_asked_for() -> None:
     alone = __main__.tasks(__main__.PARTS, 1, 1, dry=False)
     assert [task.name for task in alone] == "tests kernels gemms priorities layer".split()
@@ -143,6 +118,8 @@ def test_every_part_has_tasks_and_ranks_are_asked_for() -> None:
     assert [task.ranks for task in on_eight if task.name == "parity"] == [2, 4, 8]
     numbers = [dict(task.environment) for task in on_eight if task.name == "connections"]
     assert [number["CUDA_DEVICE_MAX_CONNECTIONS"] for number in numbers] == ["32", "8", "1"]
+    on_four_nodes = __main__.tasks(["parity"], 32, 4, dry=False)
+    assert [task.ranks for task in on_four_nodes] == [4, 8]
     order = [*dict.fromkeys(task.name for task in on_eight)]
     assert order[:4] == ["tests", "gradients", "first-replica", "workloads"]
     assert order[-1] == "modes"
@@ -159,17 +136,6 @@ def test_all_parts_train_one_recipe(has_te: bool) -> None:
     assert ("--no-gradient-accumulation-fusion" in flags) != has_te
     implementation = flags[flags.index("--transformer-impl") + 1]
     assert implementation == ("transformer_engine" if has_te else "local")
-
-
-def test_the_first_replicas_have_a_row_of_their_own() -> None:
-    measured = Measured(
-        [9.0, 1.0, 1.0, 7.0, 2.0, 3.0, 4.0], free_bytes=[2**20 * n for n in range(7)]
-    )
-    balanced, first, hot, idle = first_replica.rows(measured, balanced=3, skewed=2, warm_up=1)
-    assert [row["most ms"] for row in (balanced, first, hot, idle)] == [1.0, 7.0, 2.0, 4.0]
-    assert first["least free MiB"] == 3.0
-    on_four_nodes = __main__.tasks(["parity"], 32, 4, dry=False)
-    assert [task.ranks for task in on_four_nodes] == [4, 8]
 
 
 FIRST = """
@@ -224,22 +190,6 @@ def test_a_part_that_hangs_or_fails_is_a_failure_and_its_results_count(
     assert all(part["tables"] for part in written.values())
     child = Path(f"/proc/{marker.read_text()}/stat")
     assert not child.exists() or child.read_text().split()[2] == "Z"
-
-
-def test_tests_that_need_a_card_are_counted_while_they_run(tmp_path: Path) -> None:
-    counted = card_tests.Outcomes(tmp_path / "part.json")
-    for name, when, outcome in (
-        *(("a", "call", "passed"), ("b", "setup", "skipped"), ("c", "call", "failed")),
-        *(("d", "setup", "passed"), ("d", "teardown", "failed")),
-    ):
-        told: Any = SimpleNamespace(
-            nodeid=name, when=when, outcome=outcome, passed=outcome == "passed"
-        )
-        counted.pytest_runtest_logreport(told)
-    written = json.loads((tmp_path / "part.json").read_text())
-    (row,) = written["tables"]["Tests that need a card"]
-    assert (row["passed"], row["failed"], row["skipped"]) == (1, 2, 1)
-    assert written["problems"] == ["c failed", "d failed"]
 
 
 def test_products_and_an_exchange_are_compared_with_each_alone() -> None:

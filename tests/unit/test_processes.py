@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from tests import processes
-from tests.processes import default_signals, is_running, outlive, python_path
+from tests.processes import default_signals, outlive, python_path
 
 
 def test_a_descendant_that_holds_the_output_keeps_nobody_waiting() -> None:
@@ -33,11 +33,6 @@ def test_a_descendant_that_holds_the_output_keeps_nobody_waiting() -> None:
     thread.start()
     thread.join(600.0)
     assert errors == ["TimeoutExpired"]
-
-
-def test_status_and_output_are_the_commands() -> None:
-    result = processes.run(["bash", "-c", "echo out; echo err >&2; exit 3"], timeout_s=600.0)
-    assert (result.returncode, result.stdout, result.stderr) == (3, "out\n", "err\n")
 
 
 # Starts a manager as the checkpoint writer does, after waiting for a line, so that a signal may
@@ -101,14 +96,6 @@ def test_no_signal_but_a_kill_ends_a_helper(tmp_path: Path, method: str) -> None
         returned, _ = parent.communicate("a\nb\n", timeout=600.0)
         assert (returned, parent.returncode) == ("a\nb\n", 0)
     assert outlive(helpers) == [], "they were told to end"
-
-
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_a_helper_ends_with_its_killed_parent(tmp_path: Path, method: str) -> None:
-    with parent_with_manager(tmp_path, method) as (parent, helpers):
-        assert all(map(is_running, helpers))
-        parent.kill()
-        assert outlive(helpers) == []
 
 
 FOR_EVER = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(36000)"

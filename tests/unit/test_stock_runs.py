@@ -11,7 +11,7 @@ import torch
 from megatron_laer.cpu.training import Record
 from tests.parity import stock
 from tests.parity.adapted import frozen_in_part
-from tests.parity.stock import StockRuns, digest_of, environment, read_record, write_record
+from tests.parity.stock import StockRuns, digest_of, environment, read_record
 
 FLAGS = ["--num-layers", "2"]
 
@@ -78,14 +78,6 @@ def test_a_damaged_record_is_made_again(tmp_path: Path, prefix: str, content: by
     runs = StockRuns(pools, prefix, tmp_path / "kept")  # type: ignore[arg-type]
     assert runs(2, FLAGS, None).losses == [2.0]
     assert read_record(path) is not None and len(path.read_bytes()) == len(whole)
-
-
-def test_a_record_is_whole_or_absent(tmp_path: Path) -> None:
-    path = tmp_path / "folder" / "record"
-    assert read_record(path) is None
-    write_record(path, Record(losses=[1.0]))
-    assert read_record(path) == Record(losses=[1.0])
-    assert [*path.parent.iterdir()] == [path]
 
 
 def test_variables_that_choose_how_torch_computes_and_all_sources_are_causes(
