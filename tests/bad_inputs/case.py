@@ -1,28 +1,29 @@
-"""A `Case` is one command line that cannot work, or that must not do harm."""
+"""A `Case` is one command line that cannot work, or that must not do harm, and its judgement."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-_COMMANDS = (
-    *("plan", "flags", "inspect", "prepare-data", "check-recipe", "report", "train"),
-    *("doctor", "calibrate", "simulate", "advise"),
-)
+from megatron_laer.tools import cli
+from tests.bad_inputs.forks import Ended, Job, run_all
+
+_LONGEST = 2500
 
 
 @dataclass(frozen=True)
 class Case:
     """One bad input, with a part of the message that quotes it and the command's status.
 
-    The status is 0 where the input is odd and still works. With `prints`, possible results are
-    printed all the same. Cases that are `nightly` are many and similar.
+    The status is not 2 where the input is odd and the command answers. Cases that are `nightly` are
+    many and similar.
     """
 
     words: tuple[str, ...]
     says: str
     environment: dict[str, str] = field(default_factory=dict)
     status: int = 2
-    prints: bool = False
     nightly: bool = False
 
     @property
@@ -30,8 +31,45 @@ class Case:
         first = self.words[0] if self.words else ""
         if first.endswith((".py", ".sbatch")):
             return " ".join(first.split("/")[:-1]) or first
-        return first if first in _COMMANDS else "command line"
+        return first if first in cli._COMMANDS else "command line"
 
     @property
     def key(self) -> tuple[object, ...]:
         return self.words, tuple(sorted(self.environment.items()))
+
+
+def tried(folder: Path, cases: Sequence[Case]) -> list[Ended]:
+    return list(run_all(Job(case.words, str(folder), case.environment) for case in cases))
+
+
+def problems(case: Case, ended: Ended) -> Iterator[str]:
+    if ended.limit:
+        yield f"stopped by {ended.limit}"
+    if ended.status != case.status:
+        yield f"status {ended.status}"
+    if "Traceback" in ended.errors:
+        yield "a traceback"
+    is_refused = case.status == 2
+    # Without the further lines of a message of argparse.
+    lines = [line for line in ended.errors.splitlines() if not line.startswith((" ", "usage:"))]
+    if is_refused and len(lines) != 1:
+        yield f"messages: {len(lines)}"
+    if case.says not in (ended.errors if is_refused else ended.output + ended.errors):
+        yield f"does not say {case.says!r}"
+    is_script = case.words[:1] == ("train",)  # which may print anything
+    printed = ended.errors if is_script else ended.errors + ended.output
+    if not printed.replace("\n", "").isprintable():
+        yield "control characters"
+    if is_refused and not is_script:
+        if ended.output:
+            yield f"prints {ended.output[:200]!r}"
+        if len(ended.errors) > _LONGEST:
+            yield f"{len(ended.errors)} characters"
+
+
+def failures(cases: Sequence[Case], ended: Sequence[Ended]) -> Iterator[str]:
+    """Yield a text on each case that ended wrongly."""
+    for case, end in zip(cases, ended, strict=True):
+        if found := list(problems(case, end)):
+            words = " ".join(case.words)[-300:]
+            yield f"{words!r} {case.environment}: {'; '.join(found)}\n    {end.errors[-600:]!r}"

@@ -1,33 +1,24 @@
 """Command lines that cannot work, and the message expected for each.
 
-Those of the other files follow from tables. `cases.txt` lists the rest:
+`values` makes those that follow from types and kinds of files. `cases.txt` lists the rest:
 
     # WORDS with which the lines below begin
     NAME=VALUE WORDS => PART OF THE MESSAGE
 
 NAME is a variable of the environment. `''` is an empty word, and escapes are Python's. Files are
-those of `inputs`, in the folder that the command runs in.
+those of `make`, in the folder that the command runs in.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from tests.bad_inputs import (
-    advise,
-    batch,
-    fields,
-    inputs,
-    numbers,
-    paths,
-    programs,
-    recordings,
-    report,
-    simulate,
-    variables,
-)
+from tests.bad_inputs import inputs, published, recordings, values
 from tests.bad_inputs.case import Case
 from tests.parity.flags import command_line
 
@@ -48,15 +39,19 @@ def every_case() -> list[Case]:
 
 def _all() -> Iterator[Case]:
     yield from _listed()
-    yield from _yaml_cases()
-    for words, says in report.CASES:
-        yield Case(("report", *words.split(" ")) if words else ("report",), says)
-    yield from simulate.cases()
-    yield from advise.cases()
+    for name, (_, says) in inputs.YAML.items():
+        yield Case(("flags", f"yaml-{name}.yaml"), says)
+    for name, (_, says) in inputs.MODELS.items():
+        yield Case(("flags", f"model-{name}.yaml"), says)
+    for name, (_, says) in inputs.SIZES.items():
+        yield Case(("plan", "good.trace", "--config", f"sizes-{name}.yaml"), says)
     for name, (_, says) in inputs.pickles().items():
         yield Case(("inspect", f"checkpoint-{name}"), says)
-    for part in (programs, paths, numbers, fields, variables, batch, recordings):
-        yield from part.cases()
+    train = ("train", _SCRIPT, "--", *_FLAGS, "--expert-parallel-mode", "fsep")
+    for given, says in values.settings():
+        yield Case((*train, *given.split()), says, _RANKS)
+    for part in (values.paths, values.variables, recordings.cases):
+        yield from part()
 
 
 def _listed() -> Iterator[Case]:
@@ -81,24 +76,19 @@ def _listed() -> Iterator[Case]:
             yield Case(tuple(words), says.strip(), environment)
 
 
-def _yaml_cases() -> Iterator[Case]:
-    shared = [(f"yaml-{name}", says) for name, (_, says) in inputs.YAML.items()]
-    shared += [
-        ("yaml-latin", "is not UTF-8"),
-        ("yaml-utf16", "is not UTF-8"),
-        ("yaml-sparse", "has 68,719,476,736 bytes; at most 65,536"),
-        ("yaml-pipe", "is a pipe"),
-        ("yaml-folder", "is a folder"),
-        ("absent", "absent.yaml"),
-    ]
-    for name, says in shared:
-        yield Case(("flags", f"{name}.yaml"), says)
-        yield Case(("plan", "good.trace", "--cluster", f"{name}.yaml"), says)
-    for name, (_, says) in inputs.MODELS.items():
-        yield Case(("flags", f"model-{name}.yaml"), says)
-    for name, says in (*shared[:4], ("model-off", "swiglu is 'false'")):
-        yield Case(("plan", "good.trace", "--config", f"{name}.yaml"), says)
-    for name, (_, says) in inputs.SIZES.items():
-        yield Case(("plan", "good.trace", "--config", f"sizes-{name}.yaml"), says)
-    for name, (_, _, says) in inputs.CLUSTERS.items():
-        yield Case(("plan", "good.trace", "--cluster", f"cluster-{name}.yaml"), says)
+def make(folder: Path) -> None:
+    for part in (inputs, recordings, published, values):
+        part.make(folder)
+
+
+def content(folder: Path) -> Iterator[tuple[str, str]]:
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            found = path.lstat()
+            told = f"{found.st_mode} {found.st_size} {found.st_ino}"
+            if stat.S_ISREG(found.st_mode):
+                told += f" {found.st_mtime_ns}"
+                if found.st_size < inputs.HUGE:
+                    told += hashlib.blake2b(path.read_bytes()).hexdigest()
+            yield str(path.relative_to(folder)), told

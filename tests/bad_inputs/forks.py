@@ -38,31 +38,26 @@ _TOO_LARGE = f"{RESIDENT_BYTES:,} bytes resident"
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# Commands, and prefixes of programs, that import torch.
+_NEED_TORCH = ("train", "inspect", "check-recipe", "prepare-data")
+_PROGRAMS_WITH_TORCH = ("benchmarks/", "scripts/")
+_COMMANDS = {
+    path.stem.replace("_", "-"): f"megatron_laer.tools.cli.{path.stem}"
+    for path in ROOT.glob("megatron_laer/tools/cli/[a-z]*.py")
+}
 _IMPORTED = (
     "benchmarks.command_line",
-    "megatron_laer.tools.cli.advise",
-    "megatron_laer.tools.cli.calibrate",
-    "megatron_laer.tools.cli.doctor",
-    "megatron_laer.tools.cli.flags",
-    "megatron_laer.tools.cli.plan",
-    "megatron_laer.tools.cli.prepare_data",
-    "megatron_laer.tools.cli.report",
-    "megatron_laer.tools.cli.simulate",
     "megatron_laer.telemetry.log",
+    *(module for name, module in _COMMANDS.items() if name not in _NEED_TORCH),
 )
 _IMPORTED_WITH_TORCH = (
     *(f"benchmarks.{path.stem}" for path in ROOT.glob("benchmarks/*.py")),
     "benchmarks.gpu.__main__",
-    "megatron_laer.tools.cli.check_recipe",
-    "megatron_laer.tools.cli.inspect",
+    *_COMMANDS.values(),
     "megatron_laer.tools.inspection",
     "megatron_laer.runtime.planning.planner_checkpoint",
+    "pretrain_gpt",
 )
-# Commands, and prefixes of programs, that import torch.
-_NEED_TORCH = ("train", "inspect", "check-recipe", "prepare-data")
-_PROGRAMS_WITH_TORCH = ("benchmarks/", "scripts/")
-# Variables that Python, a shell or a library reads when it starts.
-_READ_AT_START = ("PYTHON", "MPL", "MATPLOTLIBRC", "TQDM_", "LC_", "LANG", "COLUMNS", "HOME")
 
 
 @dataclass(frozen=True)
@@ -85,11 +80,6 @@ class Job:
         is_program = first.startswith(_PROGRAMS_WITH_TORCH) and first.endswith(".py")
         return is_program or first in _NEED_TORCH
 
-    @property
-    def starts_anew(self) -> bool:
-        """Return True if changing the variables of a running Python is not enough."""
-        return any(name.startswith(_READ_AT_START) for name in self.environment)
-
 
 @dataclass(frozen=True)
 class Ended:
@@ -99,8 +89,6 @@ class Ended:
     output: str
     errors: str
     limit: str
-    cpu_s: float
-    resident_bytes: int
 
 
 def run_all(jobs: Iterable[Job]) -> Iterator[Ended]:
@@ -140,7 +128,7 @@ def _serve() -> None:
         from megatron_laer.launch import prepare
 
         prepare()
-        for name in (*_IMPORTED_WITH_TORCH, "pretrain_gpt"):
+        for name in _IMPORTED_WITH_TORCH:
             importlib.import_module(name)
     for name in _IMPORTED:
         importlib.import_module(name)
@@ -187,18 +175,15 @@ class _Child:
             self._stop_at_limit()
             return None
         code = os.waitstatus_to_exitcode(status)
-        resident = usage.ru_maxrss * 1024
         if code == -signal.SIGXCPU:
             self._limit = f"{self._job.cpu_s} s of processor time"
-        elif resident > RESIDENT_BYTES:
+        elif usage.ru_maxrss * 1024 > RESIDENT_BYTES:
             self._limit = _TOO_LARGE
         return Ended(
             status=code,
             output=self._output.read_text(errors="replace"),
             errors=self._errors.read_text(errors="replace"),
             limit=self._limit,
-            cpu_s=usage.ru_utime + usage.ru_stime,
-            resident_bytes=resident,
         )
 
     def _stop_at_limit(self) -> None:
@@ -230,20 +215,12 @@ def _run_job(job: Job, output: Path, errors: Path) -> NoReturn:
         sys.argv[:] = ["megatron-laer", *job.words]
         if job.words[:1] and job.words[0].endswith(".sbatch"):
             os.execvp("bash", ["bash", str(ROOT / job.words[0]), *job.words[1:]])
-        if job.starts_anew:
-            python = [sys.executable, "-W", "ignore"]
-            os.execv(sys.executable, [*python, *_fresh(job.words)])
         status = _status_of(job.words)
         sys.stdout.flush()
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(status)
-
-
-def _fresh(words: Sequence[str]) -> list[str]:
-    is_program = words[:1] and words[0].endswith(".py")
-    return [str(ROOT / words[0]), *words[1:]] if is_program else ["-m", "megatron_laer", *words]
 
 
 def _accept_settings() -> None:

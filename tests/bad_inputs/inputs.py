@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -45,17 +46,12 @@ def _traces(folder: Path) -> None:
     (folder / "half-header.trace").write_bytes(good[: first // 2])
     (folder / "half-record.trace").write_bytes(good[: first + 9])
     (folder / "flipped.trace").write_bytes(good[: first + 40] + b"\xff" + good[first + 41 :])
-    (folder / "width.trace").write_bytes(good[: first + 4] + b"\x09" + good[first + 5 :])
     (folder / "tail.trace").write_bytes(good)
     os.truncate(folder / "tail.trace", HUGE)
     header = json.loads(good[:first])
     del header["crc"]
-    for name, change in {
-        "version": {"version": 9},
-        "huge-experts": {"num_experts": 10**9},
-    }.items():
-        line = header_line("megatron_laer-trace", header | change)
-        (folder / f"{name}.trace").write_bytes(line + good[first:])
+    line = header_line("megatron_laer-trace", header | {"version": 9})
+    (folder / "version.trace").write_bytes(line + good[first:])
     (folder / "nested.trace").write_bytes(b'{"format":"megatron_laer-trace"' + b"[" * 10**5)
     one = TraceWriter(folder / "one-step.trace", 2, 2, ["a"])
     one.append(0, 0, 0, np.ones((2, 2), int))
@@ -118,6 +114,31 @@ MODELS = {
     "spelling": ("{description: d, moe: {a-b: 1}, data: {a_b: 2}}", "a_b is given twice"),
     "escape": ('{description: d, moe: {"a\\e[31m": 1}}', "is no flag"),
 }
+# Sizes of a model that simulates, and scalars of YAML that are no size.
+MODEL: Mapping[str, object] = {
+    "hidden-size": 8,
+    "moe-ffn-hidden-size": 8,
+    "num-experts": 8,
+    "num-layers": 2,
+    "num-attention-heads": 2,
+    "moe-router-topk": 2,
+    "seq-length": 8,
+    "vocab-size": 8,
+    "kv-channels": 4,
+    "num-query-groups": 2,
+}
+NO_SIZES = (
+    *("[1, 2]", "{a: 1}", "[[8]]", "~", "-8", "8.5", "0x8", str(10**18), str(2**63), "9" * 5000),
+    *(".nan", "-.inf", "\uff18", "8 8", "2020-01-01", "!!int 8", "&a 8", "*a", '"8\\e[2J"'),
+    *('"8\\u202e"', '"8\\n9"', "[" * 40 + "]" * 40, "--lr"),
+)
+
+
+def write_model(path: Path, sizes: Mapping[str, object]) -> None:
+    lines = [f"  {name}: {size}\n" for name, size in sizes.items()]
+    path.write_text("description: d\nmoe:\n" + "".join(lines), encoding="utf-8")
+
+
 _GOOD_MODEL = "{description: d, moe: {hidden-size: %s, moe-ffn-hidden-size: %s, num-experts: %s}}"
 SIZES = {
     "no-size": ("{description: d, moe: {num-experts: 8}}", "has no hidden-size in 1..1048576"),
@@ -128,7 +149,7 @@ SIZES = {
     "dense": ("{description: d, architecture: {hidden-size: 8}}", "so all its layers are dense"),
     "other-experts": (_GOOD_MODEL % (8, 8, 9), "has 8 experts, not 9"),
 }
-GOOD_CLUSTER = """name: x
+_GOOD_CLUSTER = """name: x
 source: y
 assumed: z
 nodes: 1
@@ -138,36 +159,14 @@ intra: {bytes_per_s: 3e11, latency_s: 0}
 inter: {bytes_per_s: 1.25e+10, latency_s: 2e-5}
 solve: {base_s: 1e-5, slot_s: 1e-7, count_s: 1e-9}
 """
-CLUSTERS = {
-    "no-nodes": ("nodes: 1\n", "", "lacks the keys ['nodes']"),
-    "speed": ("nodes: 1", "nodes: 1\nspeed: 3", "unknown keys ['speed']"),
-    "zero": ("nodes: 1", "nodes: 0", "nodes must be an integer in 1..1048576, got '0'"),
-    "digits": ("nodes: 1", "nodes: " + "9" * 5000, "nodes must be an integer in 1..1048576, got"),
-    "slow": ("237e12", "slow", "must be a number like 2.37e+14, got 'slow'"),
-    "nan": ("237e12", ".nan", "must be a number like 2.37e+14, got '.nan'"),
-    "infinite": ("237e12", "1e999", "must be a number like 2.37e+14, got '1e999'"),
-    "order": ("[4096,", "[1,", "increasing tokens, got 1 after 1"),
-    "point": ("[4096, 237e12]", "[4096]", "must be a point [tokens, FLOP/s]"),
-    "latency": ("2e-5", "-1", "latency_s must be finite and not negative"),
-    "hours": ("2e-5", "1e308", "inter.latency_s must be at most 3600 s, got '1e308'"),
-    "trickle": ("3e11", "1e-300", "bytes_per_s must be in 1..1e+24 per second, got '1e-300'"),
-    "flood": ("237e12", "1e300", "must be in 1..1e+24 per second, got '1e300'"),
-    "bytes": ("3e11", "0", "bytes_per_s must be positive"),
-}
 
 
 def _yaml(folder: Path) -> None:
     for prefix, texts in (("yaml", YAML), ("model", MODELS), ("sizes", SIZES)):
         for name, (text, _) in texts.items():
             (folder / f"{prefix}-{name}.yaml").write_text(text)
-    for name, (old, new, _) in CLUSTERS.items():
-        (folder / f"cluster-{name}.yaml").write_text(GOOD_CLUSTER.replace(old, new))
+    (folder / "cluster-zero.yaml").write_text(_GOOD_CLUSTER.replace("nodes: 1", "nodes: 0"))
     (folder / "yaml-latin.yaml").write_bytes(b"a: caf\xe9")
-    (folder / "yaml-utf16.yaml").write_bytes("a: 1".encode("utf-16"))
-    (folder / "yaml-sparse.yaml").touch()
-    os.truncate(folder / "yaml-sparse.yaml", HUGE)
-    os.mkfifo(folder / "yaml-pipe.yaml")
-    (folder / "yaml-folder.yaml").mkdir()
 
 
 def pickles() -> dict[str, tuple[bytes, str]]:
@@ -239,15 +238,8 @@ def _checkpoints(folder: Path) -> None:
     place = checkpoint("pipe", b"")
     (place / ".metadata").unlink()
     os.mkfifo(place / ".metadata")
-    for name, text in {
-        "seven": "seven",
-        "negative": "-1",
-        "nothing": "",
-        "digits": "9" * 5000,
-        "up": "../../etc",
-        "escape": "\x1b[31m",
-        "missing": "8",
-    }.items():
+    runs = {"seven": "seven", "digits": "9" * 5000, "escape": "\x1b[31m", "missing": "8"}
+    for name, text in runs.items():
         place = folder / f"run-{name}"
         place.mkdir()
         (place / "latest_checkpointed_iteration.txt").write_text(text)
@@ -273,10 +265,8 @@ def _special(folder: Path) -> None:
     (folder / "loop").symlink_to("loop")
     (folder / "link.trace").symlink_to("good.trace")
     (folder / "hard.trace").hardlink_to(folder / "good.trace")
-    (folder / "latin.csv").write_bytes(b"caf\xe9\n")
-    (folder / "endless.csv").touch()
-    os.truncate(folder / "endless.csv", HUGE)
     (folder / "kept.json").write_text("{}")
+    (folder / "homes-metrics.json").write_text('{"format":"megatron_laer-metrics"}')
     write_homes(folder / "one-layer.json", 2, {"layer 2": np.arange(8)})
     (folder / "script.py").write_text("raise SystemExit(0)\n")
     (folder / "megatrons.py").write_text(

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from benchmarks.published_files import END_TO_END, Cell, read_ablation, read_cells, read_tokens
+from benchmarks.published_files import (
+    END_TO_END,
+    Cell,
+    read_ablation,
+    read_breakdown,
+    read_cells,
+    read_tokens,
+)
 from benchmarks.published_table import below, positive, read_rows, text
+from megatron_laer.files.checks import quoted
 from megatron_laer.telemetry.metrics import RECORDED_OF_LAYERS, RECORDED_OF_STEPS
 from megatron_laer.telemetry.metrics_file import METRICS, MetricsWriter, Shape
 from scripts.paper import figure8, figure9, figure10, figure12, published
@@ -19,7 +28,7 @@ from scripts.paper.measured import Measured, Profile, read_log, read_profile
 from scripts.paper.runner import Found
 from scripts.paper.tables import Result, Table
 from tests import shared_data
-from tests.bad_inputs import programs
+from tests.bad_inputs.published import tables
 from tests.costs import COSTS
 
 needs_files = shared_data.needs(published.END_TO_END)
@@ -203,13 +212,77 @@ def test_a_whole_number_is_digits_in_range(given: str) -> None:
         below(7)(given)
 
 
-def test_whole_tables_are_read(tmp_path: Path) -> None:
-    programs.make(tmp_path)
-    cells = read_cells(tmp_path / "published")
+READERS = {
+    END_TO_END: read_cells,
+    published.CONVERGENCE: published.read_curves,
+    published.PLANNER: published.read_planner,
+    published.ABLATION: read_ablation,
+    published.BREAKDOWN: read_breakdown,
+    published.TOKENS[0]: partial(read_tokens, windows={"e8k2": slice(2, 10)}),
+}
+
+
+def refused(folder: Path, file: str, lines: list[str]) -> str:
+    (folder / file).write_text("".join(f"{line}\n" for line in lines))
+    with pytest.raises(ValueError) as error:
+        READERS[file](folder)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("file", READERS)
+def test_a_whole_table_is_read_and_every_value_is_checked(file: str, tmp_path: Path) -> None:
+    header, first, *rest = lines = tables()[file]
+    (tmp_path / file).write_text("\n".join(lines))
+    assert READERS[file](tmp_path)
+    for place, column in enumerate(header.split(",")):
+        # The tokens' model is in the file's name.
+        if (file, column) == (published.TOKENS[0], "model_name"):
+            continue
+        for wrong in ("", "\x1b[31m") if column in NAMES else ("-1", "nan", "soon", "9e999"):
+            cells = first.split(",")
+            cells[place] = wrong
+            said = refused(tmp_path, file, [header, ",".join(cells), *rest])
+            assert f"line 2: {column} must be a " in said and f", got {quoted(wrong)}" in said
+    said = refused(tmp_path, file, [*lines, first])
+    assert f"line {len(lines) + 1}: " in said and "is there twice; remove one of them" in said
+
+
+NAMES = ("dataset", "method", "model_name")
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "line 1: the columns are ''"),
+        (["method,avg_time_ms"], "the table holds no rows"),
+        (["a,b"], "line 1: the columns are 'a,b', expected one 'method'"),
+        (["method,avg_time_ms", "LAER"], "line 2: 1 values, expected 2"),
+        (["method,avg_time_ms", '"LAER'], "not CSV"),
+        (["method,avg_time_ms", "x" * 200_000 + ",1"], "not CSV: field larger than field limit"),
+        (["method,avg_time_ms", "\0,1"], "method must be a name"),
+    ],
+)
+def test_a_table_that_is_none_is_refused(lines: list[str], said: str, tmp_path: Path) -> None:
+    assert said in refused(tmp_path, published.ABLATION, lines)
+
+
+def test_tables_that_lack_a_part_are_refused(tmp_path: Path) -> None:
+    lines = tables()[published.TOKENS[0]]
+    says = "LAER has 10239 counts, expected one for each layer"
+    assert says in refused(tmp_path, published.TOKENS[0], lines[:-1])
+    lines = [*tables()[published.CONVERGENCE], "FLEX,0.01,3,4,900"]
+    assert "FLEX with auxiliary loss 0.01 has 1 steps" in refused(
+        tmp_path, published.CONVERGENCE, lines
+    )
+
+
+def test_published_cells_and_tokens_keep_their_places(tmp_path: Path) -> None:
+    for file in (END_TO_END, published.TOKENS[0]):
+        (tmp_path / file).write_text("\n".join(tables()[file]))
+    cells = read_cells(tmp_path)
     assert len(cells) == 48
     assert cells[0] == Cell("wikitext", "mixtral-8x7b-e8k2", "0.0", "megatron", 20.0)
-    assert (tmp_path / "published" / END_TO_END).is_file()
-    tokens = read_tokens(tmp_path / "published", {"e8k2": slice(2, 10)})
+    tokens = read_tokens(tmp_path, {"e8k2": slice(2, 10)})
     assert {key: found.shape for key, found in tokens.items()} == {
         ("e8k2", method): (32, 8, 32) for method in ("FSDP", "FLEX", "LAER")
     }
