@@ -24,7 +24,12 @@ Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 Exceptions = dict[tuple[str, str], list[str]]
 
 # A clause, or a verb of talk, instead of the verb of the field.
-_RETIRED_FIRST = frozenset("Say Says Tell Tells Take Takes Give Gives Is Are Has Let Lets".split())
+_RETIRED_FIRST = frozenset(
+    "Say Says Tell Tells Take Takes Give Gives Is Are Has Let Lets "
+    "What Which Whose How Why Of".split()
+)
+# First words of a noun phrase, with which no function begins; ruff finds verbs of another mood.
+_NOUNS = frozenset("A All An Each Every One That The This Those".split())
 # Words for which the field has others.
 _RETIRED = re.compile(r"\b(?:beside|likewise|mend(?:s|ed)?|nobody|told|whoever)\b", re.IGNORECASE)
 # Words with which a message names a remedy, where no semicolon precedes one.
@@ -94,7 +99,8 @@ def exceptions() -> Exceptions:
             where = f"{name}:{getattr(node, 'lineno', 1)}"
             found["docstring sentence", room] += [f"{where}: {s}" for s in long_sentences(text)]
             found["docstring word", room] += [f"{where}: {w}" for w in _RETIRED.findall(text)]
-            if first_word(text) in _RETIRED_FIRST:
+            nouns = frozenset() if isinstance(node, ast.Module | ast.ClassDef) else _NOUNS
+            if first_word(text) in _RETIRED_FIRST | nouns:
                 found["docstring first word", room].append(f"{where}: {text.splitlines()[0]}")
         for line, text in without_remedy(module):
             found["error without remedy", room].append(f"{name}:{line}: {text}")

@@ -247,7 +247,7 @@ def _rows_of_expert(
     num_experts,
     BLOCK: tl.constexpr,
 ):
-    """Number an expert's tokens, and store each one's row in its slot, both ways."""
+    """Enumerate an expert's tokens, and store each one's row in its slot, both ways."""
     expert = tl.program_id(0)
     first = tl.load(first_E1 + expert)
     last = tl.load(first_E1 + expert + 1)
