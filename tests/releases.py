@@ -1,8 +1,6 @@
 """Facts about Megatron's releases for tests, from the table in `megatron_laer/releases.py`.
 
-    python -m tests.releases
-
-writes the table's texts into files that cannot import it; a unit test compares them. Tests are
+`python -m tests.site_pages` writes the table's texts into files that cannot import it. Tests are
 written for the newest supported release; this module lists the gaps of the installed one.
 """
 
@@ -13,66 +11,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
-from megatron_laer.releases import (
-    NEXT,
-    NUMBERS,
-    SUPPORTED,
-    TESTED,
-    release_after,
-)
+from megatron_laer.releases import NEXT, NUMBERS, SUPPORTED, TESTED, release_after
 
-ROOT = Path(__file__).resolve().parents[1]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Text about releases in a file that cannot import the table.
-
-    `before`, which occurs once in the file, and `after` enclose the place of `text`.
-    """
-
-    file: str
-    before: str
-    after: str
-    text: str
-
-    def split(self) -> tuple[str, str, str]:
-        """Split the file into the part up to the place, its text, and the rest."""
-        content = (ROOT / self.file).read_text(encoding="utf-8")
-        head, found, rest = content.partition(self.before)
-        there, ended, tail = rest.partition(self.after)
-        assert found and ended and self.before not in rest, f"{self.file}: {self.before!r}"
-        return head + found, there, ended + tail
-
-    def write(self) -> bool:
-        """Write the text if another one is there; return True if so."""
-        head, there, tail = self.split()
-        if there == self.text:
-            return False
-        (ROOT / self.file).write_text(head + self.text + tail, encoding="utf-8")
-        return True
-
-
-PLACES = (
-    Place("pyproject.toml", '    "megatron-core', '"', SUPPORTED),
-    Place("constraints.txt", "\nmegatron-core==", "\n", TESTED[-1]),
-    Place(
-        "README.md",
-        "| Megatron | ",
-        " |\n",
-        f"{', '.join(TESTED)} | {' and '.join(NUMBERS)}",
-    ),
-    Place(
-        "docs/architecture.md",
-        "| megatron-core ",
-        " |",
+# Texts about releases in files that cannot import the table, for the group of a pattern.
+PLACES = {
+    "pyproject.toml": (r'^    "megatron-core(.*?)"', SUPPORTED),
+    "constraints.txt": (r"^megatron-core==(.*)$", TESTED[-1]),
+    "README.md": (r"^\| Megatron \| (.*) \|$", f"{', '.join(TESTED)} | {' and '.join(NUMBERS)}"),
+    "docs/architecture.md": (
+        r"^\| megatron-core (.*?) \|",
         f"≥ {NUMBERS[0]}, < {release_after(NUMBERS[-1])}",
     ),
-)
+}
 
 # Fields of TransformerConfig in our tables that come and go with NEXT.
 FIELDS_FROM_NEXT = {"moe_combine_bwd_dtype", "moe_dispatch_fwd_dtype", "moe_use_grouped_tensor"}
@@ -134,9 +86,3 @@ def refused_flags(lines: Sequence[str]) -> dict[str, str]:
     }
     assert not unexplained or release in NUMBERS[:-1], f"megatron-core {version}: {unexplained}"
     return refused
-
-
-if __name__ == "__main__":
-    for place in PLACES:
-        if place.write():
-            print(f"{place.file}: {place.text}")

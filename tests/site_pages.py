@@ -1,7 +1,7 @@
-"""Tables in the pages of docs/ that follow from the code.
+"""Texts of pages and other files that follow from the code.
 
-`python -m tests.site_pages` writes them, each between two marks on its page, and `--check` names
-those that are old.
+`python -m tests.site_pages` writes them, tables in docs/ between two marks each, and `--check`
+names those that are old.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from megatron_laer.plugin.switch import FSEP_PATCHES
 from megatron_laer.releases import NEXT, RELEASES
 from tests import compatibility, measured_memory
 from tests.parity import report
+from tests.releases import PLACES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -96,29 +97,29 @@ TABLES: dict[tuple[str, str], Callable[[], Iterable[str]]] = {
 }
 
 
-def with_table(page: str, name: str, lines: Iterable[str]) -> str:
-    """Return the page with these lines between the marks of this name; ValueError without them."""
-    begin, end = f"<!-- {name}, by python -m tests.site_pages -->\n", "<!-- end -->"
-    table = "\n".join(lines) + "\n"
-    pattern = re.escape(begin) + ".*?" + re.escape(end)
-    written, number = re.subn(pattern, lambda _: begin + table + end, page, flags=re.DOTALL)
-    if number != 1:
-        raise ValueError(
-            f"{begin.strip()} … {end}: once on the page, and it is there {number} times"
-        )
-    return written
+def with_text(content: str, pattern: str, text: str) -> str:
+    """Return a file with this text for the pattern's group; ValueError unless it is there once."""
+    found = [*re.finditer(pattern, content, re.MULTILINE)]
+    if len(found) != 1:
+        raise ValueError(f"{pattern}: once in the file, and it is there {len(found)} times")
+    (at,) = found
+    return content[: at.start(1)] + text + content[at.end(1) :]
 
 
 def old(write: bool = False) -> list[str]:
-    """Return the tables that the code would change, as `page: name`, and write them if asked."""
-    found = []
+    """Return the texts that the code would change, as `file: name`, and write them if asked."""
+    texts = [(file, *place) for file, place in PLACES.items()]
     for (page, name), lines in TABLES.items():
-        path = DOCS / page
-        text = path.read_text(encoding="utf-8")
-        if (new := with_table(text, name, lines())) != text:
-            found.append(f"{page}: {name}")
+        begin = re.escape(f"<!-- {name}, by python -m tests.site_pages -->\n")
+        pattern = f"{begin}((?s:.*?))<!-- end -->"
+        texts.append((f"docs/{page}", pattern, "\n".join(lines()) + "\n"))
+    found = []
+    for file, pattern, text in texts:
+        content = (ROOT / file).read_text(encoding="utf-8")
+        if (new := with_text(content, pattern, text)) != content:
+            found.append(f"{file}: {pattern.partition(',')[0]}")
             if write:
-                path.write_text(new, encoding="utf-8")
+                (ROOT / file).write_text(new, encoding="utf-8")
     return found
 
 

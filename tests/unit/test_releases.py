@@ -21,7 +21,6 @@ from types import SimpleNamespace
 import pytest
 from packaging.specifiers import SpecifierSet
 
-import tests.releases
 from megatron_laer import releases
 from megatron_laer.plugin import checkpoints, pretraining
 from megatron_laer.releases import (
@@ -37,7 +36,7 @@ from megatron_laer.releases import (
 from tests import compatibility
 from tests.compatibility import RECORD, Stack, here, record, recorded
 from tests.processes import python
-from tests.releases import PLACES, ROOT, Place, installed_release
+from tests.releases import installed_release
 
 
 def test_releases_and_their_tested_versions_are_in_order() -> None:
@@ -86,22 +85,6 @@ def test_the_installed_megatron_has_what_the_table_says() -> None:
     found = json.loads(python("-c", LOOKING).splitlines()[-1])
     expected = [installed_release() not in difference.lacked_by() for difference in DIFFERENCES]
     assert found == expected, [difference.name for difference in DIFFERENCES]
-
-
-@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.file)
-def test_files_that_cannot_import_the_table_agree_with_it(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    content = (ROOT / place.file).read_text(encoding="utf-8")
-    head, text, tail = place.split()
-    assert text == place.text, "run python -m tests.releases"
-    # A text that does not agree is written, and nothing else.
-    copy = tmp_path / place.file
-    copy.parent.mkdir(exist_ok=True)
-    copy.write_text(f"{head}of long ago{tail}", encoding="utf-8")
-    monkeypatch.setattr(tests.releases, "ROOT", tmp_path)
-    assert [place.write(), place.write()] == [True, False]
-    assert copy.read_text(encoding="utf-8") == content
 
 
 MODEL = Namespace(num_experts=8, record_memory_history=False, spec=None)
