@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,10 +100,6 @@ def kept(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def slurm_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[slurm.Cluster]:
     """Yield a Slurm with two nodes of two fake GPUs, where Slurm is installed."""
-    if missing := slurm.missing_programs():
-        message = f"Slurm is not installed: {slurm.INSTALL} (missing: {', '.join(missing)})"
-        if os.environ.get(slurm.NEEDED_VARIABLE) == "1":
-            pytest.fail(message)
-        pytest.skip(message)
+    slurm.require_programs()
     with slurm.slurm_cluster(tmp_path_factory.mktemp("slurm")) as cluster:
         yield cluster

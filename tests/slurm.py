@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+import pytest
 
 PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
 INSTALL = f"apt-get install --no-install-recommends {PACKAGES}"
@@ -36,6 +37,15 @@ _FINAL = frozenset("BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL TIME
 
 def missing_programs() -> list[str]:
     return [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
+
+
+def require_programs() -> None:
+    """Skip a test where programs of Slurm are missing; fail it where Slurm is needed."""
+    if missing := missing_programs():
+        message = f"Slurm is not installed: {INSTALL} (missing: {', '.join(missing)})"
+        if os.environ.get(NEEDED_VARIABLE) == "1":
+            pytest.fail(message)
+        pytest.skip(message)
 
 
 @dataclass(frozen=True)
