@@ -51,6 +51,7 @@ def run(exchanges: Sequence[Steps]) -> list[torch.Tensor]:
     results: dict[int, torch.Tensor] = {}
     waiting: dict[int, tuple[Communicator, _Call]] = {}
     called: list[tuple[Communicator, _Call]] = []
+    goes_on: dict[int, bool] = {}  # whether a rank's exchange has another All-to-All, as it says
 
     def call(*given: Any, group: Any) -> None:
         one = _Call(*given)
@@ -62,11 +63,14 @@ def run(exchanges: Sequence[Steps]) -> list[torch.Tensor]:
             for rank, steps in enumerate(exchanges):
                 while rank not in results and rank not in waiting:
                     try:
-                        next(steps)
+                        following = next(steps)
                     except StopIteration as end:
                         results[rank] = end.value
+                        assert not goes_on.get(rank), "an All-to-All was announced, and is none"
                     if called:
                         waiting[rank] = called.pop()
+                        assert goes_on.get(rank, True), "an All-to-All was not announced"
+                        goes_on[rank] = following is not None
             complete = {
                 group
                 for group, _ in waiting.values()
