@@ -102,9 +102,6 @@ class Coordinator:
         )
         if problem is not None:
             return problem
-        held = self.experts.memory_held(self.layers, slots)
-        if held is not None and self.groups.rank == 0:
-            logger.info("FSEP: %s", held)
         try:
             names = [layer.name for layer in self.layers]
             unquantised = self.layouts.unquantised

@@ -18,7 +18,7 @@ from megatron_laer.runtime.weights.autograd import placeholder
 from megatron_laer.runtime.weights.exchange_streams import ExchangeStreams
 from megatron_laer.runtime.weights.late_grads import LateGrads
 from megatron_laer.runtime.weights.layer import Slices
-from megatron_laer.runtime.weights.layer_experts import check_main_grads, memory_held
+from megatron_laer.runtime.weights.layer_experts import check_main_grads
 from megatron_laer.runtime.weights.restored import RestoredExperts
 from megatron_laer.runtime.weights.states import ExpertsState, GradState, WeightState
 from tests.placed import placed
@@ -360,15 +360,3 @@ def test_parameters_without_main_gradients_are_refused() -> None:
     for parameter in held.parameters:
         parameter.main_grad = torch.zeros_like(parameter)  # type: ignore[attr-defined]
     check_main_grads("layer 1", held)
-
-
-def test_memory_is_that_of_slots_and_of_float32_sums() -> None:
-    elements = 2 * 1024 * (8 * 3 + 3 * 4)  # two layers with 1024 slots
-    text = memory_held([slices(torch.bfloat16)] * 2, replica_slots=1024)
-    assert "2 layers" in text
-    assert f"({2 * elements / 2**20:.1f} MiB)" in text
-    assert f"({4 * elements / 2**20:.1f} MiB)" in text
-    frozen = slices(torch.bfloat16)
-    for parameter in frozen.parameters:
-        parameter.requires_grad = False
-    assert "sums of their gradients (0.0 MiB)" in memory_held([frozen], replica_slots=1024)

@@ -92,10 +92,6 @@ class LayerExperts:
             "leave it out"
         )
 
-    def memory_held(self, layers: Sequence[FsepLayer], replica_slots: int) -> str | None:
-        shares = [layer.share for layer in layers]
-        return memory_held(shares, replica_slots) if self.holds_step else None
-
     def _make(self, layer: FsepLayer, index: LayoutIndex, kinds: Kinds) -> RestoredExperts:
         return RestoredExperts(layer.name, layer.share, index, self._streams, kinds, layer.late)
 
@@ -115,19 +111,3 @@ def check_main_grads(name: str, share: Share) -> None:
             "these parameters have none; wrap the model in Megatron's DistributedDataParallel, "
             "or take --fsep-restore layer"
         )
-
-
-def memory_held(layers: Sequence[Share], replica_slots: int) -> str:
-    """Describe the memory that one rank needs to hold these layers' experts over a step."""
-    matrices = [
-        (replica_slots * rows * columns, parameter)
-        for layer in layers
-        for rows, columns, parameter in zip(layer.rows, layer.columns, layer.likes, strict=True)
-    ]
-    held = [share for layer in layers for share in dict.fromkeys((layer, layer.for_backward))]
-    weights = sum(restored_bytes(share, replica_slots) for share in held)
-    sums = sum(4 * elements for elements, parameter in matrices if parameter.requires_grad)
-    return (
-        f"--fsep-restore step holds the restored experts of {len(layers)} layers "
-        f"({weights / 2**20:.1f} MiB), and sums of their gradients ({sums / 2**20:.1f} MiB)"
-    )
