@@ -70,7 +70,7 @@ def test_steps_without_replicas_count_no_bytes_of_them():
     homes = {"names": [FSEP], "mode": "forecast", "sharding": Sharding.EXPERTS}
     # The second step's forecast is even, and the last one's skewed.
     never, once, always = (
-        predicted(trace, **homes)[FSEP].bytes_by_kind["intra"]["restore"]
+        sum(of["restore"] for of in predicted(trace, **homes)[FSEP].bytes_by_kind.values())
         for trace in (even, replace(even, counts_RNE=counts_RNE), skewed)
     )
     assert 0 == never < once < always

@@ -9,9 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_laer.arrays import Int64
 from megatron_laer.choices import Recompute, Sharding
 from megatron_laer.config import Auto, ExchangeAlgorithm, PlanMode
+from megatron_laer.planner.cluster_files import load_cluster
 from megatron_laer.planner.clusters import Link
+from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.exact import exact_split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
@@ -170,6 +173,39 @@ def test_slots_are_filled_for_drift_if_that_pays(num_ranks: int, node_size: int)
     assert np.mean(ratios) < 1.005
     free_replicas, dear_replicas = np.mean(found, axis=0)
     assert free_replicas > 1.5 * num_ranks and dear_replicas == 0
+
+
+@pytest.mark.parametrize(("ffn", "filled"), [(1536, 2), (14336, 1)])
+def test_large_experts_of_many_nodes_leave_a_slot_free(ffn: int, filled: int) -> None:
+    """Experts of Qwen3-235B and of Mixtral-8x7B on 8 nodes: the latter's exchange takes longer."""
+    geometry = Geometry(64, 128, 4, 8, Sharding.EXPERTS)
+    costs = CostModel(load_cluster("h100-8"), 4096, ffn, True, 2, pairs_per_rank=32768)
+    counts_NE = lognormal_NE(geometry, 32768, 0.6)
+    planner = GreedyStrategy(geometry, costs.with_exchange(Auto.AUTO, geometry))
+    layout = planner.plan(counts_NE, geometry.static_layout)
+    assert layout.replicas_E.sum() == 128 + 64 * filled
+
+
+def test_plans_also_fill_slots_for_their_node_alone() -> None:
+    """With strong skew and tokens by rank, this is faster than slots that also count load."""
+    geometry = Geometry(32, 128, 6, 8, Sharding.EXPERTS)
+    costs = CostModel(load_cluster("h100-8"), 4096, 1536, True, 2, pairs_per_rank=16384)
+    costs = costs.with_exchange(Auto.AUTO, geometry)
+    counts_NE, stock = lognormal_NE(geometry, 16384, 1.0), geometry.static_layout
+    planned = GreedyStrategy(geometry, costs).plan(counts_NE, stock)
+    fresh = Guard(PlanMode.EXACT, costs, geometry).decide(counts_NE, stock).layout
+    planned_s, fresh_s = (
+        (layer_s := costs.layer_seconds(counts_NE, placed))
+        + costs.exchanges_seconds(placed, layer_s)
+        for placed in (Placed(planned, geometry), Placed(fresh, geometry))
+    )
+    assert planned_s < 0.97 * fresh_s
+
+
+def lognormal_NE(geometry: Geometry, pairs: int, sigma: float) -> Int64:
+    share_E = np.random.default_rng(0).lognormal(0, sigma, geometry.num_experts)
+    counts_E = np.rint(pairs * share_E / share_E.sum()).astype(np.int64)
+    return np.tile(counts_E, (geometry.num_ranks, 1))
 
 
 @pytest.mark.parametrize("name", ["greedy", "static"])

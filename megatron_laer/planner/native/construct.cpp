@@ -26,11 +26,7 @@ bool can_balance(const Shape& shape) {
 }
 
 std::vector<int16_t> construct(const Shape& shape, const int64_t* node_counts_QE, Purpose purpose) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < static_cast<int64_t>(shape.nodes()) * shape.experts; ++i) {
-    total += node_counts_QE[i];
-  }
-  const int64_t cap = (total + shape.ranks - 1) / shape.ranks;
+  const int64_t cap = ideal_load(shape, node_counts_QE);
   // A spare split for every rank lets nodes balance themselves; with fewer, both ways are tried.
   const bool scarce = static_cast<int64_t>(shape.ranks) * (shape.capacity - 2) < shape.experts;
   RankContents by_node(shape);

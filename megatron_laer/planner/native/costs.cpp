@@ -126,11 +126,7 @@ double least_layer_seconds(const Shape& shape, const CostModel& costs, const Cou
                            const int64_t* node_counts_QE) {
   int64_t total = 0;
   double experts_s = 0.0;
-  for (int e = 0; e < shape.experts; ++e) {
-    int64_t load = 0;
-    for (int node = 0; node < shape.nodes(); ++node) {
-      load += node_counts_QE[static_cast<int64_t>(node) * shape.experts + e];
-    }
+  for (int64_t load : expert_loads(shape, node_counts_QE)) {
     total += load;
     experts_s += costs.gemm.least_unit_seconds(load);
   }

@@ -28,14 +28,8 @@ bool is_scarce(const Shape& shape) {
 // shed load by. So each is planned for with an eighth more, at most an eighth of a rank's share.
 std::vector<int64_t> with_headroom(const Shape& shape, const int64_t* node_counts_QE) {
   const int nodes = shape.nodes(), experts = shape.experts;
-  std::vector<int64_t> loads_E(experts, 0);
-  int64_t total = 0;
-  for (int node = 0; node < nodes; ++node) {
-    for (int e = 0; e < experts; ++e) {
-      loads_E[e] += node_counts_QE[static_cast<int64_t>(node) * experts + e];
-    }
-  }
-  for (int64_t load : loads_E) total += load;
+  const std::vector<int64_t> loads_E = expert_loads(shape, node_counts_QE);
+  const int64_t total = std::accumulate(loads_E.begin(), loads_E.end(), int64_t{0});
   std::vector<int64_t> raised_QE(static_cast<size_t>(nodes) * experts);
   for (int node = 0; node < nodes; ++node) {
     for (int e = 0; e < experts; ++e) {
@@ -210,14 +204,7 @@ std::vector<int16_t> replicas_by_time(const Shape& shape, const CostModel& costs
   std::vector<int16_t> best =
       balance_by_time(shape, node_counts_QE, costs, 0.0, seconds).slots_S;
   double best_s = judge.seconds(best, kAny);
-  std::vector<std::vector<int16_t>> filled;
-  if (shape.nodes() > 1) {
-    filled = filled_layouts(shape, node_counts_QE, best);
-  } else {  // a few slots more are worth little
-    filled = {at_home(shape)};
-    fill_slots(shape, node_counts_QE, shape.capacity - shape.home, filled.front());
-  }
-  for (std::vector<int16_t>& slots_S : filled) {
+  for (std::vector<int16_t>& slots_S : filled_layouts(shape, node_counts_QE, best)) {
     const double filled_s = judge.seconds(slots_S, best_s);
     if (filled_s >= best_s) continue;
     best_s = filled_s;

@@ -49,6 +49,8 @@
 #include <set>
 #include <utility>
 
+#include "quotas.hpp"
+
 namespace laer {
 namespace {
 
@@ -212,16 +214,6 @@ class AliasMethod {
   std::vector<std::vector<std::pair<int, int64_t>>> replicas_N_;  // experts and tokens
 };
 
-// Loads of experts, [E].
-std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts_QE) {
-  std::vector<int64_t> loads_E(shape.experts, 0);
-  for (int node = 0; node < shape.nodes(); ++node) {
-    const int64_t* counts_E = node_counts_QE + static_cast<int64_t>(node) * shape.experts;
-    for (int e = 0; e < shape.experts; ++e) loads_E[e] += counts_E[e];
-  }
-  return loads_E;
-}
-
 int64_t ideal_of(const Shape& shape, const std::vector<int64_t>& loads_E) {
   const int64_t total = std::accumulate(loads_E.begin(), loads_E.end(), int64_t{0});
   return (total + shape.ranks - 1) / shape.ranks;
@@ -267,14 +259,15 @@ HomeLayout replicate(const Shape& shape, const int64_t* node_counts_QE, int64_t 
   return best;
 }
 
-void fill_slots(const Shape& shape, const int64_t* node_counts_QE, int most,
+void fill_slots(const Shape& shape, const int64_t* node_counts_QE, int most, Fill fill,
                 std::vector<int16_t>& slots_S) {
   const int experts = shape.experts;
   const std::vector<int64_t> loads_E = expert_loads(shape, node_counts_QE);
-  std::vector<int64_t> holders_E(experts, 0), load_N(shape.ranks, 0);
+  std::vector<int64_t> holders_E(experts, 0), spread_E(experts, 0), load_N(shape.ranks, 0);
   std::vector<int64_t> missed_QE(node_counts_QE, node_counts_QE + shape.nodes() * experts);
   const auto hold = [&](int rank, int expert) {
     ++holders_E[expert];
+    if (fill == Fill::kLoadAndNode) spread_E[expert] = loads_E[expert] * kParts / holders_E[expert];
     missed_QE[rank / shape.node_size * experts + expert] = 0;
   };
   for (int slot = 0; slot < shape.slots(); ++slot) {
@@ -290,13 +283,14 @@ void fill_slots(const Shape& shape, const int64_t* node_counts_QE, int most,
       if (*last != kEmpty) continue;
       const int64_t* missed_E = missed_QE.data() + rank / shape.node_size * experts;
       int best = kEmpty;
-      int64_t most_tokens = -1;
+      int64_t most_tokens = fill == Fill::kLoadAndNode ? -1 : 0;
       for (int e = 0; e < experts; ++e) {
-        const int64_t tokens = missed_E[e] * kParts + loads_E[e] * kParts / holders_E[e];
+        const int64_t tokens = missed_E[e] * kParts + spread_E[e];
         if (tokens <= most_tokens || std::find(first, last, e) != last) continue;
         most_tokens = tokens;
         best = e;
       }
+      if (best == kEmpty) continue;
       *last = static_cast<int16_t>(best);
       hold(rank, best);
       std::sort(first + shape.home, last + 1);

@@ -33,11 +33,14 @@ int64_t ideal_load(const Shape& shape, const int64_t* node_counts_QE);
 // below ceil(total / N) counts as that, the ideal. No rank carries more than under stock's placement.
 HomeLayout replicate(const Shape& shape, const int64_t* node_counts_QE, int64_t level);
 
+// What a free slot is for: load that drifts has more ways to flow with more holders of an expert; and
+// tokens of a node whose ranks do not hold the expert stay in the node with it.
+enum class Fill { kLoadAndNode, kNode };
+
 // Uses replica slots, `most` of each rank, for more than these counts need: ranks in turn, those with
-// least load at home first, each with the expert of most tokens among those that it lacks. Counted
-// are tokens per holder, since load that drifts has more ways to flow, and, if no rank of the node
-// holds the expert, the node's own, which then stay in it. Slots that are used stay as they are.
-void fill_slots(const Shape& shape, const int64_t* node_counts_QE, int most,
+// least load at home first, each with the expert of most tokens among those that it lacks: tokens per
+// holder, if load counts, and the node's own. Slots that are used stay as they are.
+void fill_slots(const Shape& shape, const int64_t* node_counts_QE, int most, Fill fill,
                 std::vector<int16_t>& slots_S);
 
 }  // namespace laer

@@ -28,6 +28,9 @@ constexpr int64_t kNearlyPart = 32;
 // Levels above the ideal, as parts of what stock's placement is above it.
 constexpr int64_t kLevelParts[] = {2, 8, 32};
 
+// Slots of a rank that are filled after the gate, where balance needs none.
+constexpr int kMostAfterGate = 2;
+
 }  // namespace
 
 double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
@@ -83,11 +86,14 @@ HomeLayout balance_by_time(const Shape& shape, const int64_t* node_counts_QE, co
 std::vector<std::vector<int16_t>> filled_layouts(const Shape& shape, const int64_t* node_counts_QE,
                                                  const std::vector<int16_t>& balanced_S) {
   std::vector<std::vector<int16_t>> layouts;
-  for (std::vector<int16_t> slots_S : {at_home(shape), balanced_S}) {
-    for (int most = 1; most <= shape.capacity - shape.home; ++most) {
-      const std::vector<int16_t> before_S = slots_S;
-      fill_slots(shape, node_counts_QE, most, slots_S);
-      if (slots_S != before_S) layouts.push_back(slots_S);
+  for (const std::vector<int16_t>& begin_S : {at_home(shape), balanced_S}) {
+    for (Fill fill : {Fill::kLoadAndNode, Fill::kNode}) {
+      std::vector<int16_t> slots_S = begin_S;
+      for (int most = 1, all = shape.capacity - shape.home; most < 2 * all; most *= 2) {
+        const std::vector<int16_t> before_S = slots_S;
+        fill_slots(shape, node_counts_QE, std::min(most, all), fill, slots_S);
+        if (slots_S != before_S) layouts.push_back(slots_S);
+      }
     }
   }
   return layouts;
@@ -119,10 +125,14 @@ HomeLayout choose_replicas(const Shape& shape, const CostModel& costs, const int
     best.slots_S = slots_S;
     best.loads_S = std::move(loads_S);
   };
-  const std::vector<std::vector<int16_t>> filled =
-      filled_layouts(shape, node_counts_QE, best.slots_S);
-  compete(best.slots_S);
-  for (const std::vector<int16_t>& slots_S : filled) compete(slots_S);
+  // Ranks wait for this choice, and nothing hides the fetch: few slots are filled.
+  std::vector<int16_t> balanced_S = best.slots_S, home_S = at_home(shape);
+  compete(balanced_S);
+  fill_slots(shape, node_counts_QE, 1, Fill::kLoadAndNode, balanced_S);
+  compete(balanced_S);
+  const int most = std::min(shape.capacity - shape.home, kMostAfterGate);
+  fill_slots(shape, node_counts_QE, most, Fill::kLoadAndNode, home_S);
+  compete(home_S);
   return best;
 }
 

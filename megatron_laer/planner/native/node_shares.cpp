@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "flow.hpp"
+#include "quotas.hpp"
 
 namespace laer {
 namespace {
@@ -56,10 +57,7 @@ class Sharing {
   // Every expert needs a node first, the largest ones choose before the others: the node that has
   // most of its tokens and room.
   void choose_one_node_each(std::vector<int>& used_Q) {
-    std::vector<int64_t> total_E(experts_, 0);
-    for (int node = 0; node < nodes_; ++node) {
-      for (int e = 0; e < experts_; ++e) total_E[e] += count(node, e);
-    }
+    const std::vector<int64_t> total_E = expert_loads(shape_, counts_QE_);
     std::vector<int> order(experts_);
     std::iota(order.begin(), order.end(), 0);
     std::sort(order.begin(), order.end(), [&](int a, int b) {

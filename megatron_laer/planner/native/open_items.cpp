@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <iterator>
 
+#include "quotas.hpp"
+
 namespace laer {
 namespace {
 
@@ -28,10 +30,7 @@ OpenItems::OpenItems(const Shape& shape, const int64_t* node_counts_QE)
       home_items_Q_(shape.nodes()) {
   const int64_t most_items = static_cast<int64_t>(shape.ranks) * (shape.capacity - 1) + 1;
   if (shape.nodes() > 1) split_ahead(node_counts_QE, most_items - shape.experts);
-  std::vector<int64_t> tokens_E(shape.experts, 0);
-  for (int node = 0; node < shape.nodes(); ++node) {
-    for (int e = 0; e < shape.experts; ++e) tokens_E[e] += mixed_tokens_QE_[at(node, e)];
-  }
+  const std::vector<int64_t> tokens_E = expert_loads(shape, mixed_tokens_QE_.data());
   for (int e = 0; e < shape.experts; ++e) {
     mixed_items_.push_back({tokens_E[e], e, Item::kMixed});
     tokens_ += tokens_E[e];

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <numeric>
 
+#include "home.hpp"
 #include "node_shares.hpp"
 
 namespace laer {
@@ -290,11 +291,7 @@ std::vector<int16_t> proportional(const Shape& shape, const int64_t* node_counts
 
 std::vector<int16_t> proportional_by_node(const Shape& shape, const int64_t* node_counts_QE,
                                           int most_experts) {
-  int64_t total = 0;
-  for (int64_t i = 0; i < static_cast<int64_t>(shape.nodes()) * shape.experts; ++i) {
-    total += node_counts_QE[i];
-  }
-  const int64_t cap = (total + shape.ranks - 1) / shape.ranks;
+  const int64_t cap = ideal_load(shape, node_counts_QE);
   const NodeShares shares = share_among_nodes(shape, node_counts_QE, cap, most_experts);
   std::vector<int16_t> slots_S(shape.slots());
   for (int node = 0; node < shape.nodes(); ++node) {

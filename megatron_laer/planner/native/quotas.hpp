@@ -23,6 +23,9 @@ struct Totals {
 // Tokens of each node for each expert, [Q, E].
 void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_counts_QE);
 
+// Tokens of all nodes for each expert, [E].
+std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts_QE);
+
 // Share of a token's visits to each node, [Q] in units of 2^-kShareBits: the chance that it needs an
 // expert of this node alone, were experts drawn one by one. All 0 without `top_k`.
 constexpr int kShareBits = 10;

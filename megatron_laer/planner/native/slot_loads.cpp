@@ -15,16 +15,12 @@ std::vector<int64_t> visit_shares(const Shape& shape, const int64_t* node_counts
                                   const Replicas& replicas) {
   std::vector<int64_t> alone_Q(shape.nodes(), 0), share_Q(shape.nodes(), 0);
   if (shape.top_k == 0) return share_Q;
-  int64_t total = 0;
+  const std::vector<int64_t> tokens_E = expert_loads(shape, node_counts_QE);
+  const int64_t total = std::accumulate(tokens_E.begin(), tokens_E.end(), int64_t{0});
   for (int e = 0; e < shape.experts; ++e) {
-    int64_t tokens = 0;
-    for (int node = 0; node < shape.nodes(); ++node) {
-      tokens += node_counts_QE[static_cast<int64_t>(node) * shape.experts + e];
-    }
-    total += tokens;
     const int first = replicas.begin_E[e], last = replicas.begin_E[e + 1] - 1;
     const int slots = shape.capacity * shape.node_size, node = replicas.slot[first] / slots;
-    if (node == replicas.slot[last] / slots) alone_Q[node] += tokens;
+    if (node == replicas.slot[last] / slots) alone_Q[node] += tokens_E[e];
   }
   for (int node = 0; node < shape.nodes(); ++node) {
     double missed = 1;
@@ -45,11 +41,7 @@ FlowGraph node_graph(const Shape& shape, const int64_t* node_counts_QE, const Re
   const std::vector<int64_t> share_Q = visit_shares(shape, node_counts_QE, replicas);
   FlowGraph graph;
   graph.ranks = shape.ranks;
-  graph.supply.assign(shape.experts, 0);
-  for (int node = 0; node < shape.nodes(); ++node) {
-    const int64_t* counts_E = node_counts_QE + static_cast<int64_t>(node) * shape.experts;
-    for (int e = 0; e < shape.experts; ++e) graph.supply[e] += counts_E[e];
-  }
+  graph.supply = expert_loads(shape, node_counts_QE);
   graph.taken_N.assign(shape.ranks, 0);
   graph.pair_rank.reserve(replicas.slot.size());
   graph.pair_slot.reserve(replicas.slot.size());
@@ -187,6 +179,15 @@ void node_counts(const Shape& shape, const int64_t* counts_NE, int64_t* node_cou
     int64_t* to = node_counts_QE + static_cast<int64_t>(rank / shape.node_size) * shape.experts;
     for (int e = 0; e < shape.experts; ++e) to[e] += from[e];
   }
+}
+
+std::vector<int64_t> expert_loads(const Shape& shape, const int64_t* node_counts_QE) {
+  std::vector<int64_t> loads_E(shape.experts, 0);
+  for (int node = 0; node < shape.nodes(); ++node) {
+    const int64_t* counts_E = node_counts_QE + static_cast<int64_t>(node) * shape.experts;
+    for (int e = 0; e < shape.experts; ++e) loads_E[e] += counts_E[e];
+  }
+  return loads_E;
 }
 
 void slot_loads(const Shape& shape, const Counts& counts, const int64_t* node_counts_QE,
