@@ -115,8 +115,8 @@ def choose_geometry(
 def _more_slots(least: Geometry) -> list[int]:
     """Return the numbers of slots to compare, above the fewest that balance."""
     if home := least.home_slots:
-        # A hot quarter of the experts, on their home ranks, fills as many slots of each other rank.
-        wanted = -(-home // min(least.num_ranks, 4))
+        # Where half of the ranks have no tokens, each takes half of the experts of another.
+        wanted = -(-home // 2)
         return list(range(least.capacity + 1, home + max(wanted, _REPLICA_SLOTS) + 1))
     if least.num_nodes == 1:
         return []

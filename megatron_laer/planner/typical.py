@@ -46,7 +46,7 @@ def skewed_counts_NE(
 
     In the first all tokens have experts of rank 0. In the second neighbours, a quarter of the
     experts, have three quarters of the tokens, as in Megatron's imbalance benchmark. In the others
-    one expert has each token, and rank 0 has none.
+    one expert has each token, rank 0 has none, and half of the experts have none.
     """
     num_experts, home = geometry.num_experts, geometry.home_slots
     pairs = pairs_per_rank or _TOKENS * num_experts
@@ -61,6 +61,7 @@ def skewed_counts_NE(
         counts_NE(slice(max(top_k, num_experts // 4)), 0.75),
         counts_NE(slice(1), 1.0 / top_k),
         counts_NE(slice(home, None), 1.0),
+        counts_NE(slice(num_experts // 2, None), 1.0),
     ]
 
 

@@ -103,9 +103,9 @@ def test_slots_that_save_less_than_a_hundredth_are_not_taken(
 
 # Model's hidden size and FFN; N, E, ranks per node; slots.
 MODELS = [
-    # Two ranks have all hot experts, of which six others take four each.
-    (2048, 768, (8, 128, 8), 20),
-    # Weights and gradients of three further experts would take 8 GiB of the card.
+    # Where half of the ranks have no tokens, each takes eight experts of another.
+    (2048, 768, (8, 128, 8), 24),
+    # Weights and gradients of seven further experts would take 19 GiB of the card.
     (7168, 16384, (8, 128, 8), 17),
 ]
 
