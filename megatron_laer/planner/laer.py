@@ -1,4 +1,4 @@
-"""The planner of LAER-MoE as its authors released it, and variants of it for ablations.
+"""The planner of LAER-MoE as its authors released it, with one scheme of replicas for ablations.
 
 Source: "LAER-MoE: Load-Adaptive Expert Re-layout for Efficient MoE Training", arXiv 2602.11686, and
 answers of its released code. Replica counts come from two schemes: `proportional_replicas` and
@@ -11,7 +11,7 @@ Legend: N ranks, E experts, C slots per rank, S = N*C slots, Q nodes.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -20,15 +20,11 @@ import numpy.typing as npt
 
 from megatron_laer.arrays import Int64
 from megatron_laer.choices import Recompute, Sharding
-from megatron_laer.config import Split
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
 
-# The released planner moves no replicas at random; that of the paper's artifact does so twice.
-PERTURBATIONS = 2
 # Passes of tokens and of experts in a step, of which a re-run of forward is one more.
 _TOKEN_PASSES, _EXPERT_PASSES = 4, 3
 # Tokens of a GEMM at full speed.
@@ -110,17 +106,14 @@ class LaerStrategy:
     """Strategy that takes the best of layouts with different replica counts; deterministic.
 
     Attributes:
-        schemes: schemes of replica counts; the first wins ties.
-        perturbations: random changes of each scheme's counts, which are candidates too.
-        priced: whether the cost model chooses, in place of the paper's objective.
+        schemes: schemes of replica counts; the first wins ties. The proportional one replaces a
+            single one without counts.
     """
 
     geometry: Geometry
     costs: CostModel
     name: str = "laer"
     schemes: tuple[Scheme, ...] = (even_replicas, proportional_replicas)
-    perturbations: int = 0
-    priced: bool = False
 
     def __post_init__(self) -> None:
         if self.geometry.sharding == Sharding.EXPERTS:
@@ -130,48 +123,23 @@ class LaerStrategy:
             )
 
     def plan(self, counts_NE: Int64, current: ExpertLayout) -> ExpertLayout:
-        geometry, node_size = self.geometry, self.geometry.node_size
+        geometry = self.geometry
         geometry.check_counts(counts_NE.shape)
         geometry.check_layout(current)
         loads_E = counts_NE.sum(axis=0)
 
         def seconds(layout: ExpertLayout) -> float:
-            if self.priced:
-                return self.costs.layer_seconds(counts_NE, Placed(layout, geometry), Split.EVEN)
-            return self.objective.seconds(counts_NE, layout, node_size)
+            return self.objective.seconds(counts_NE, layout, geometry.node_size)
 
-        layouts = (place(loads_E, each_E, geometry) for each_E in self._counts(loads_E))
-        return min(layouts, key=seconds)  # the first of equals
+        made = [scheme(loads_E, geometry) for scheme in self.schemes]
+        found = [replicas_E for replicas_E in made if replicas_E is not None]
+        found = found or [proportional_replicas(loads_E, geometry)]
+        # The first of equals.
+        return min((place(loads_E, each_E, geometry) for each_E in found), key=seconds)
 
     @cached_property
     def objective(self) -> Objective:
         return Objective.of(self.costs)
-
-    def _counts(self, loads_E: Int64) -> Iterator[Int64]:
-        """Yield replica counts; the proportional ones where a single scheme has none."""
-        made = [scheme(loads_E, self.geometry) for scheme in self.schemes]
-        found = [replicas_E for replicas_E in made if replicas_E is not None]
-        for replicas_E in found or [proportional_replicas(loads_E, self.geometry)]:
-            yield replicas_E
-            for seed in range(self.perturbations):
-                yield perturbed(replicas_E, self.geometry.num_nodes, seed)
-
-
-def perturbed(replicas_E: Int64, num_nodes: int, seed: int) -> Int64:
-    """Return counts with replicas of one drawn expert given to another, if it keeps one.
-
-    As many move as there are nodes, if both counts are multiples of that, else one.
-    """
-    num_experts = len(replicas_E)
-    # Raw words, which NumPy keeps the same in all versions.
-    giver, taker = np.random.PCG64(seed).random_raw(2) % np.uint64(num_experts)
-    both = replicas_E[[giver, taker]]
-    moved = num_nodes if not (both % num_nodes).any() else 1
-    changed_E = replicas_E.copy()
-    if replicas_E[giver] > moved:
-        changed_E[giver] -= moved
-        changed_E[taker] += moved
-    return changed_E
 
 
 def place(loads_E: Int64, replicas_E: Int64, geometry: Geometry) -> ExpertLayout:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
 
 from megatron_laer.arrays import Int64
 from megatron_laer.config import (
@@ -19,12 +19,7 @@ from megatron_laer.config import (
 from megatron_laer.planner.costs import CostModel
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.greedy import GreedyStrategy
-from megatron_laer.planner.laer import (
-    PERTURBATIONS,
-    LaerStrategy,
-    even_replicas,
-    proportional_replicas,
-)
+from megatron_laer.planner.laer import LaerStrategy, even_replicas, proportional_replicas
 from megatron_laer.planner.layout import ExpertLayout
 from megatron_laer.planner.static import StaticStrategy
 
@@ -92,16 +87,16 @@ class _Registered:
     about: str = ""
 
 
-def _laer(name: str, about: str, **settings: Any) -> Mapping[str, _Registered]:
-    return {name: _Registered(partial(LaerStrategy, name=name, **settings), about)}
-
-
 _STRATEGIES: Mapping[str, _Registered] = {
     "greedy": _Registered(GreedyStrategy),
-    **_laer(LAER_PLANNER, "the paper's, as released"),
-    **_laer("laer-even", "its equal replicas alone", schemes=(even_replicas,)),
-    **_laer("laer-perturbed", "random changes too", perturbations=PERTURBATIONS),
-    **_laer("laer-priced", "by FSEP's cost model", priced=True),
-    **_laer("laer-proportional", "its replicas by load alone", schemes=(proportional_replicas,)),
+    LAER_PLANNER: _Registered(LaerStrategy, "the paper's, as released"),
+    "laer-even": _Registered(
+        partial(LaerStrategy, name="laer-even", schemes=(even_replicas,)),
+        "its equal replicas alone",
+    ),
+    "laer-proportional": _Registered(
+        partial(LaerStrategy, name="laer-proportional", schemes=(proportional_replicas,)),
+        "its replicas by load alone",
+    ),
     "static": _Registered(lambda geometry, costs: StaticStrategy(geometry)),
 }

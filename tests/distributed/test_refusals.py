@@ -32,7 +32,7 @@ CASES = {
     "planner": (
         "--fsep-planner magic",
         "magic",
-        "greedy, laer, laer-even, laer-perturbed, laer-priced, laer-proportional, random, static",
+        "greedy, laer, laer-even, laer-proportional, random, static",
     ),
     "cluster": ("--fsep-planner laer --fsep-set cluster=moon", "'moon'", "cpu-gloo"),
     "folder": ("--fsep-record /proc/x trace", "'/proc/x'", "a folder that can be written"),

@@ -13,19 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_laer.arrays import Int64
-from megatron_laer.config import Split
 from megatron_laer.planner.geometry import Geometry
 from megatron_laer.planner.laer import (
     LaerStrategy,
     Objective,
     even_replicas,
     heaviest_first,
-    perturbed,
     place,
     proportional_replicas,
 )
 from megatron_laer.planner.layout import ExpertLayout
-from megatron_laer.planner.placed import Placed
 from megatron_laer.planner.quotas import even_split
 from megatron_laer.planner.strategies import make_strategy, strategy_names
 from tests import shared_data
@@ -128,21 +125,12 @@ def test_replica_counts_use_every_slot(geometry: Geometry, seed: int) -> None:
     loads_E = counts_for(seed, geometry).sum(axis=0)
     even_E, replicas_E = even_replicas(loads_E, geometry), proportional_replicas(loads_E, geometry)
     assert (even_E is None) == (geometry.num_slots % geometry.num_experts > 0)
-    changed_E = perturbed(replicas_E, geometry.num_nodes, seed)
-    for counts_E in (replicas_E, changed_E) if even_E is None else (even_E, replicas_E, changed_E):
+    for counts_E in (replicas_E,) if even_E is None else (even_E, replicas_E):
         assert counts_E.sum() == geometry.num_slots and counts_E.min() >= 1
         layout = place(loads_E, counts_E, geometry)
         np.testing.assert_array_equal(layout.replicas_E, counts_E)
     if geometry.num_nodes * geometry.num_experts <= geometry.num_slots:  # each on every node
         assert not (replicas_E % geometry.num_nodes).any()
-        assert not (changed_E % geometry.num_nodes).any()
-
-
-def test_random_changes_move_replicas_of_one_expert_to_another() -> None:
-    changes = [perturbed(np.full(8, 8), 4, seed) - 8 for seed in range(40)]
-    assert {*map(tuple, np.sort(changes))} == {(0,) * 8, (-4, *[0] * 6, 4)}
-    assert len({*map(tuple, changes)}) > 10
-    assert np.sort(perturbed(np.full(8, 7), 4, 0)).tolist() in ([7] * 8, [6, *[7] * 6, 8])
 
 
 @pytest.mark.parametrize("geometry", [Geometry(32, 8, 2, 8), Geometry(16, 32, 6, 8)])
@@ -157,14 +145,8 @@ def test_variants_are_candidates_of_their_own(geometry: Geometry) -> None:
         }
         score = {name: objective.seconds(counts_NE, layout, 8) for name, layout in layouts.items()}
         assert score["laer"] == min(score["laer-even"], score["laer-proportional"])
-        assert score["laer-perturbed"] <= score["laer"]
-        cost = {
-            name: COSTS.layer_seconds(counts_NE, Placed(layouts[name], geometry), Split.EVEN)
-            for name in ("laer", "laer-priced", "laer-even", "laer-proportional")
-        }
-        assert cost["laer-priced"] == min(cost.values())
         differs |= {name for name in names if layouts[name] != layouts["laer"]}
-    assert differs >= {"laer-even", "laer-perturbed"}
+    assert "laer-even" in differs
 
 
 def test_laer_removes_the_skew_that_static_suffers() -> None:
