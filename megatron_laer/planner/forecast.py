@@ -65,83 +65,59 @@ class SmoothedForecast:
     error are a jump, such as a change of text: both means start anew from them.
 
     Attributes:
-        weight: None for that, or one fixed weight in (0, 1]; 1 is the last value.
-        level_NE: mean of weight 0.75, or of `weight`, in 1/16 tokens, int64 [N, E].
-        steady_NE: mean of weight 0.25; None with a weight given. Both means are None at the start.
-        errors: wrong experts' tokens, in 1/16 tokens, of the first and the second mean.
+        kept: the quick and the steady mean, in 1/16 tokens, int64 [N, E]; none at the start.
+        errors: tokens at wrong experts, in 1/16 tokens, of the quick and of the steady mean.
     """
 
-    weight: float | None = None
-    level_NE: Int64 | None = None
-    steady_NE: Int64 | None = None
+    kept: tuple[Int64, ...] = ()
     errors: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
-        if self.weight is not None and not 0 < self.weight <= 1:
-            raise ValueError(f"weight must be above 0 and at most 1, got {self.weight!r}")
-        for name in ("level_NE", "steady_NE"):
-            mean_NE = getattr(self, name)
-            if mean_NE is not None and (mean_NE.ndim != 2 or mean_NE.dtype != np.int64):
-                raise ValueError(
-                    f"{name} must be int64 [N, E], got {mean_NE.dtype} of shape {mean_NE.shape}"
-                )
+        if len(self.kept) not in (0, 2) or any(
+            mean.ndim != 2 or mean.dtype != np.int64 for mean in self.kept
+        ):
+            found = [f"{mean.dtype} of shape {mean.shape}" for mean in self.kept]
+            raise ValueError(f"kept must be two means, int64 [N, E], or none, got {found}")
         if not all(0 <= error <= MAX_ERROR for error in self.errors):
             raise ValueError(f"errors must be in 0..{MAX_ERROR}, got {self.errors}")
 
-    @property
-    def kept(self) -> tuple[Int64, ...]:
-        return tuple(mean for mean in (self.level_NE, self.steady_NE) if mean is not None)
-
     def changed(self, change: Callable[[Int64], Int64]) -> SmoothedForecast:
-        level_NE, steady_NE = (
-            None if mean is None else change(mean) for mean in (self.level_NE, self.steady_NE)
-        )
-        return replace(self, level_NE=level_NE, steady_NE=steady_NE)
+        return replace(self, kept=tuple(map(change, self.kept)))
 
     def observe(self, counts_NE: Int64) -> SmoothedForecast:
         """Return the state after one more step, whose counts are the sum of its microbatches'."""
         new_NE = counts_NE.astype(np.int64) * _SCALE
-        level_NE = self.level_NE
-        if level_NE is not None and level_NE.shape != new_NE.shape:
+        new_NE.setflags(write=False)
+        if not self.kept:
+            return SmoothedForecast((new_NE, new_NE))
+        if self.kept[0].shape != new_NE.shape:
             raise ValueError(
-                f"counts_NE has shape {new_NE.shape}, observed before were {level_NE.shape}"
+                f"counts_NE has shape {new_NE.shape}, observed before were {self.kept[0].shape}"
             )
-        if self.weight is not None:
-            return SmoothedForecast(self.weight, _mean(level_NE, new_NE, self.weight))
-        steady_NE, errors = self.steady_NE, self.errors
-        if level_NE is not None and steady_NE is not None:
-            missed = _error(level_NE, new_NE), _error(steady_NE, new_NE)
-            both = zip(missed, errors, strict=True)
-            if all(miss * _FORGOTTEN > error * _JUMP > 0 for miss, error in both):
-                anew_NE = _mean(None, new_NE, 1.0)
-                return SmoothedForecast(None, anew_NE, anew_NE, errors)
-            # The first error also stands for those before it.
-            quick, steady = (
-                min(error - error // _FORGOTTEN + miss if error else miss * _FORGOTTEN, MAX_ERROR)
-                for error, miss in zip(errors, missed, strict=True)
-            )
-            errors = quick, steady
-        return SmoothedForecast(
-            None,
-            _mean(level_NE, new_NE, QUICK_WEIGHT),
-            _mean(steady_NE, new_NE, STEADY_WEIGHT),
-            errors,
+        missed = [_error(mean_NE, new_NE) for mean_NE in self.kept]
+        both = [*zip(missed, self.errors, strict=True)]
+        if all(miss * _FORGOTTEN > error * _JUMP > 0 for miss, error in both):
+            return SmoothedForecast((new_NE, new_NE), self.errors)
+        # The first error also stands for those before it.
+        quick, steady = (
+            min(error - error // _FORGOTTEN + miss if error else miss * _FORGOTTEN, MAX_ERROR)
+            for miss, error in both
         )
+        quick_NE, steady_NE = self.kept
+        means = _mean(quick_NE, new_NE, QUICK_WEIGHT), _mean(steady_NE, new_NE, STEADY_WEIGHT)
+        return SmoothedForecast(means, (quick, steady))
 
     def counts_NE(self) -> Int64:
         """Return expected loads, int64 [N, E], in 1/16 tokens."""
-        if self.level_NE is None:
+        if not self.kept:
             raise ValueError("nothing was observed yet; call observe first")
-        if self.steady_NE is not None and self.errors[1] < self.errors[0]:
-            return self.steady_NE
-        return self.level_NE
+        quick_NE, steady_NE = self.kept
+        return steady_NE if self.errors[1] < self.errors[0] else quick_NE
 
 
-def _mean(before_NE: Int64 | None, new_NE: Int64, weight: float) -> Int64:
-    mean_NE = new_NE.copy()
-    if before_NE is not None:
-        # One product and one rounding per element: the same on every machine.
-        mean_NE = before_NE + np.rint((new_NE - before_NE) * weight).astype(np.int64)
+def _mean(before_NE: Int64, new_NE: Int64, weight: float) -> Int64:
+    # One product and one rounding per element: the same on every machine.
+    mean_NE: Int64 = before_NE + np.rint((new_NE - before_NE) * weight).astype(np.int64)
     mean_NE.setflags(write=False)
     return mean_NE
 

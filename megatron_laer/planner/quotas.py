@@ -61,48 +61,32 @@ class EvenSplit:
     def rank_row(self, counts_NE: Int64, rank: int) -> Int64:
         """Return the tokens that `rank` sends to each slot, int64 [S]. O(S)."""
         self._check(counts_NE, rank)
-        expert_S = self.layout.slot_expert_S
-        first, end = self._node_slots(rank)
-        in_node_E = self.node_replicas_QE[rank // self.geometry.node_size]
-        shared_E = np.where(in_node_E > 0, in_node_E, self.layout.replicas_E)
-        share_E, left_E = np.divmod(counts_NE[rank], shared_E)
-
-        place_S = self.far_place_S.copy()
-        place_S[first:end] = self.near_place_S[first:end]
-        row_S: Int64 = share_E[expert_S] + _gets_extra(
-            place_S, rank, shared_E[expert_S], left_E[expert_S]
-        )
-        foreign_S = in_node_E[expert_S] > 0
-        foreign_S[first:end] = False
-        row_S[foreign_S] = 0
-        row_S[expert_S == EMPTY] = 0
-        return row_S
+        return self._quotas(counts_NE, slice(rank, rank + 1), slice(None))[0]
 
     def rank_columns(self, counts_NE: Int64, rank: int) -> Int64:
         """Return the tokens that each source sends to `rank`'s slots, int64 [N, C]. O(N*C)."""
         self._check(counts_NE, rank)
+        first = rank * self.geometry.capacity
+        return self._quotas(counts_NE, slice(None), slice(first, first + self.geometry.capacity))
+
+    def _quotas(self, counts_NE: Int64, sources: slice, slots: slice) -> Int64:
+        """Return rows and columns of the matrix of quotas."""
         geometry = self.geometry
-        node = rank // geometry.node_size
-        mine = slice(rank * geometry.capacity, (rank + 1) * geometry.capacity)
-        expert_C = self.layout.slot_expert_S[mine]
-        in_node_QC = self.node_replicas_QE[:, expert_C]
-
-        shared_QC = np.broadcast_to(self.layout.replicas_E[expert_C], in_node_QC.shape).copy()
-        shared_QC[node] = in_node_QC[node]
-        shared_QC[:, expert_C == EMPTY] = 1
-        place_QC = np.broadcast_to(self.far_place_S[mine], in_node_QC.shape).copy()
-        place_QC[node] = self.near_place_S[mine]
-        sends_QC = in_node_QC == 0
-        sends_QC[node] = True
-        sends_QC[:, expert_C == EMPTY] = False
-
-        source_N = np.arange(geometry.num_ranks)
-        node_N = source_N // geometry.node_size
-        shared_NC = shared_QC[node_N]
-        share_NC, left_NC = np.divmod(counts_NE[:, expert_C], shared_NC)
-        extra_NC = _gets_extra(place_QC[node_N], source_N[:, None], shared_NC, left_NC)
-        columns_NC: Int64 = np.where(sends_QC[node_N], share_NC + extra_NC, 0)
-        return columns_NC
+        expert_X = self.layout.slot_expert_S[slots]
+        source_R1 = np.arange(geometry.num_ranks)[sources, None]
+        node_R1 = source_R1 // geometry.node_size
+        slot_node_X = np.arange(geometry.num_slots)[slots] // (
+            geometry.num_slots // geometry.num_nodes
+        )
+        is_near_RX = node_R1 == slot_node_X
+        in_node_RX = self.node_replicas_QE[node_R1, expert_X]
+        shared_RX = np.where(in_node_RX > 0, in_node_RX, self.layout.replicas_E[expert_X])
+        share_RX, left_RX = np.divmod(counts_NE[source_R1, expert_X], shared_RX)
+        place_RX = np.where(is_near_RX, self.near_place_S[slots], self.far_place_S[slots])
+        serves_RX = (is_near_RX | (in_node_RX == 0)) & (expert_X != EMPTY)
+        extra_RX = _gets_extra(place_RX, source_R1, shared_RX, left_RX)
+        quotas_RX: Int64 = np.where(serves_RX, share_RX + extra_RX, 0)
+        return quotas_RX
 
     def slot_loads(self, counts_NE: Int64) -> Int64:
         totals = self.totals(counts_NE)
@@ -154,11 +138,6 @@ class EvenSplit:
     def _check(self, counts_NE: Int64, rank: int) -> None:
         self.geometry.check_counts(counts_NE.shape)
         check_rank(self.geometry.num_ranks, rank)
-
-    def _node_slots(self, rank: int) -> tuple[int, int]:
-        slots_per_node = self.geometry.node_size * self.geometry.capacity
-        first = rank // self.geometry.node_size * slots_per_node
-        return first, first + slots_per_node
 
 
 # Room for two plans of a deep model and one solve's candidates; a table has about 32*S + 8*Q*E

@@ -194,11 +194,8 @@ def _forecast(kept_KNE: Int64, errors: Int64 | None) -> Forecast:
         kept_NE.setflags(write=False)
     if errors is None:
         return WindowForecast(kept)
-    if len(kept) not in (0, 2):
-        raise ValueError(f"a forecast with errors must keep two means or none, got {len(kept)}")
     quick, steady = errors.tolist()
-    level_NE, steady_NE = kept or (None, None)
-    return SmoothedForecast(None, level_NE, steady_NE, (quick, steady))
+    return SmoothedForecast(kept, (quick, steady))
 
 
 def _slots_NC(layout: ExpertLayout) -> np.ndarray[Any, Any]:

@@ -11,12 +11,12 @@ FIRST_NE = np.array([[8, 0], [4, 4]])
 SECOND_NE = np.array([[0, 8], [4, 8]])
 
 
-def test_the_newest_counts_weigh_as_much_as_asked() -> None:
-    first = SmoothedForecast(weight=0.75).observe(FIRST_NE)
+def test_the_newest_counts_weigh_three_quarters_or_one() -> None:
+    first = SmoothedForecast().observe(FIRST_NE)
     assert (first.counts_NE() == 16 * FIRST_NE).all()
-    expected_NE = 16 * (0.25 * FIRST_NE + 0.75 * SECOND_NE)
-    for forecast in (first, SmoothedForecast(first.weight, first.level_NE)):  # saved between
-        assert (forecast.observe(SECOND_NE).counts_NE() == expected_NE).all()
+    for forecast in (first, SmoothedForecast(first.kept, first.errors)):  # saved between
+        for mean_NE, weight in zip(forecast.observe(SECOND_NE).kept, (0.75, 0.25), strict=True):
+            assert (mean_NE == 16 * (FIRST_NE + weight * (SECOND_NE - FIRST_NE))).all()
 
 
 def test_observing_changes_no_earlier_state_and_no_input() -> None:
@@ -42,12 +42,11 @@ def test_a_window_is_the_sum_of_the_newest_microbatches() -> None:
 
 
 def test_wrong_arguments_are_quoted() -> None:
-    with pytest.raises(ValueError, match=r"weight must be above 0 and at most 1, got 1\.5"):
-        SmoothedForecast(weight=1.5)
     with pytest.raises(ValueError, match=r"errors must be in 0\.\.\d+, got \(0, -1\)"):
         SmoothedForecast(errors=(0, -1))
-    with pytest.raises(ValueError, match=r"level_NE must be int64 \[N, E\], got float64"):
-        SmoothedForecast(level_NE=np.zeros((2, 2)))  # type: ignore[arg-type]
+    for wrong in ((np.zeros((2, 2)),) * 2, (FIRST_NE,)):
+        with pytest.raises(ValueError, match=r"two means, int64 \[N, E\], or none, got \['"):
+            SmoothedForecast(wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"shape \(1, 2\), observed before were \(2, 2\)"):
         SmoothedForecast().observe(FIRST_NE).observe(FIRST_NE[:1])
     for empty in (SmoothedForecast(), WindowForecast()):
@@ -55,25 +54,23 @@ def test_wrong_arguments_are_quoted() -> None:
             empty.counts_NE()
 
 
-def test_without_a_weight_the_mean_that_did_best_lately_is_the_forecast() -> None:
+def test_the_mean_that_did_best_lately_is_the_forecast() -> None:
     rng = np.random.default_rng(3)
     first_E, second_E = rng.dirichlet(np.ones(16), size=2)
-    forecast, steady = SmoothedForecast(), SmoothedForecast(weight=0.25)
+    forecast = SmoothedForecast()
     # Steps of one kind differ by chance alone: the longer memory is nearer.
     for _ in range(20):
-        counts_NE = rng.multinomial(200, first_E, size=8)
-        forecast, steady = forecast.observe(counts_NE), steady.observe(counts_NE)
-    assert (forecast.counts_NE() == steady.counts_NE()).all()
+        forecast = forecast.observe(rng.multinomial(200, first_E, size=8))
+    assert forecast.counts_NE() is forecast.kept[1]
     # Where loads drift the shorter one is nearer.
     for part in np.linspace(0, 1, 8):
         counts_NE = rng.multinomial(200, (1 - part) * first_E + part * second_E, size=8)
         forecast = forecast.observe(counts_NE)
-    assert forecast.counts_NE() is forecast.level_NE and forecast.errors[0] < forecast.errors[1]
+    assert forecast.counts_NE() is forecast.kept[0] and forecast.errors[0] < forecast.errors[1]
     # The longer one is nearer again once only chance differs.
     for _ in range(20):
         forecast = forecast.observe(rng.multinomial(200, second_E, size=8))
-    assert forecast.steady_NE is not None
-    assert (forecast.counts_NE() == forecast.steady_NE).all()
+    assert forecast.counts_NE() is forecast.kept[1]
 
 
 def test_both_means_start_anew_at_a_jump() -> None:
@@ -92,7 +89,7 @@ def test_a_jump_is_further_than_twice_the_errors_of_both_means_which_it_keeps() 
     missed = 16 * 20
     # Errors add up to four times the usual one, and a jump is further than twice that.
     errors = 1, 2 * missed - 1
-    jumped = SmoothedForecast(None, *means, errors).observe(SECOND_NE)
+    jumped = SmoothedForecast(means, errors).observe(SECOND_NE)
     assert (jumped.counts_NE() == 16 * SECOND_NE).all() and jumped.errors == errors
-    drifted = SmoothedForecast(None, *means, errors=(1, 2 * missed)).observe(SECOND_NE)
+    drifted = SmoothedForecast(means, (1, 2 * missed)).observe(SECOND_NE)
     assert (drifted.counts_NE() != 16 * SECOND_NE).any()

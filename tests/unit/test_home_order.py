@@ -105,16 +105,16 @@ def test_homes_imply_experts_and_are_refused_with_rows() -> None:
 def test_a_planners_state_is_saved_with_experts_numbers() -> None:
     """So a run with other homes does not take its layouts for its own."""
     geometry = Geometry(2, 4, 3, node_size=2, sharding=Sharding.EXPERTS)
-    level_NE = np.arange(8).reshape(2, 4)
-    forecast = SmoothedForecast(level_NE=level_NE, steady_NE=level_NE + 1)
+    quick_NE = np.arange(8).reshape(2, 4)
+    forecast = SmoothedForecast((quick_NE, quick_NE + 1))
     layout = geometry.static_layout
     layers = ("layer 1",)
     state = PlannerState(2, 1, layers, (layout,), (forecast,), (Plan(1, (layout,), 0.5),))
     saved = by_expert(state, [ORDER])
     assert saved.layouts[0].to_list() == saved.plans[0].layouts[0].to_list() == [3, 0, -1, 2, 1, -1]
     (found,) = saved.forecasts
-    level_NE, steady_NE = found.kept
-    assert level_NE.tolist() == [[1, 3, 2, 0], [5, 7, 6, 4]]
+    quick_NE, steady_NE = found.kept
+    assert quick_NE.tolist() == [[1, 3, 2, 0], [5, 7, 6, 4]]
     assert steady_NE.tolist() == [[2, 4, 3, 1], [6, 8, 7, 5]]
     by_position(saved, [ORDER]).check_fits(geometry, layers)
     for other in (STOCK, HomeOrder(np.array([1, 0, 3, 2]))):

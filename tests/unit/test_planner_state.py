@@ -119,7 +119,7 @@ def _set(at: int, name: str, value: Any) -> Callable[[Content], None]:
         (_set(0, "plan_ms", float("nan")), "plan_ms must be a time, got nan"),
         (_set(0, "slots_LNC", np.zeros((3, N, C))), "expert"),
         (_set(2, "slots_NC", np.full((N, C), E)), "expert"),
-        (_set(2, "kept_KNE", np.zeros((1, N, E))), "must keep two means or none, got 1"),
+        (_set(2, "kept_KNE", np.zeros((1, N, E))), "kept must be two means, int64"),
         (_set(2, "errors", (1, -2)), "errors must be in"),
         (_set(4, "kept_KNE", np.zeros((6, N, E))), "keeps 6 counts, at most 5"),
         (_set(4, "kept_KNE", np.full((1, N, E), 2**52 - 1)), "these are too large"),
