@@ -145,10 +145,7 @@ def change_seconds(
     home: int,
     /,
 ) -> float: ...
-def goes_by_node(
-    costs: CostModel, slots_S: _Int16, num_experts: int, node_size: int, home: int, /
-) -> bool: ...
-def exposed_seconds(
+def exposed(
     costs: CostModel,
     slots_S: _Int16,
     num_experts: int,
@@ -156,25 +153,7 @@ def exposed_seconds(
     home: int,
     beside_s: float,
     /,
-) -> float: ...
-def exposed_backward_seconds(
-    costs: CostModel,
-    slots_S: _Int16,
-    num_experts: int,
-    node_size: int,
-    home: int,
-    beside_s: float,
-    /,
-) -> float: ...
-def replica_host_seconds(
-    costs: CostModel,
-    slots_S: _Int16,
-    num_experts: int,
-    node_size: int,
-    home: int,
-    beside_s: float,
-    /,
-) -> float: ...
+) -> tuple[bool, float, float, float]: ...
 def proportional_by_node(
     counts_NE: _Int64, capacity: int, node_size: int, most_experts: int, /
 ) -> _Int16: ...

@@ -103,10 +103,6 @@ class HostTime:
     def forward_s(self) -> float:
         return _FORWARD_LAUNCHES * self.launch_s
 
-    def replicas_seconds(self, device_s: float) -> float:
-        """Return the part of `replicas_s` that a forward of `device_s` on the device leaves."""
-        return min(max(self.forward_s + self.replicas_s - device_s, 0.0), self.replicas_s)
-
 
 # NCCL's MAXCHANNELS, which also bounds its thread blocks.
 _MOST_CHANNELS = 64

@@ -2,7 +2,7 @@
 
 `layer_seconds` covers expert compute and the token All-to-Alls. Restores and gradient exchanges
 overlap with compute. `restore_seconds` and `reduce_seconds` predict their full time,
-`exposed_seconds` the part that is not hidden. `clusters` has hardware constants, `traffic` element
+`exposed` the part that is not hidden. `clusters` has hardware constants, `traffic` element
 counts. With experts at home only replicas move, and a layout without any costs
 nothing.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +56,25 @@ _BESIDE_COUNTS, _COUNT_BYTES = 3, 8
 _LEAST_HIDDEN_SHARE = 0.125
 # Slack of lower bounds, above the rounding errors (about 1e-15) of the bounded times.
 _BELOW_ROUNDING = 1.0 - 1e-9
+
+
+class Exposed(NamedTuple):
+    """Predicted seconds of a layout's exchanges that the layer next to it does not hide.
+
+    Attributes:
+        forward_s, backward_s: of restores, and in backward of the reduce. Backward's are equal for
+            all layouts of rows with `flat`.
+        host_s: of the host's work for replicas in forward, as far as the device is not later; the
+            same for all layouts of rows.
+    """
+
+    forward_s: float
+    backward_s: float
+    host_s: float
+
+    @property
+    def exchanges_s(self) -> float:
+        return self.forward_s + self.backward_s
 
 
 @dataclass(frozen=True)
@@ -211,35 +231,23 @@ class CostModel:
         traffic = reduce_traffic(placed, self.matrices, algorithm)
         return self._exchange_seconds(traffic, placed.geometry, algorithm, self.grads_form)
 
-    def exposed_seconds(self, placed: Placed, beside_s: float) -> float:
-        """Predict the exposed time of a layout's restores and reduce, in forward and backward.
+    def exposed(self, placed: Placed, beside_s: float) -> Exposed:
+        """Predict the times of a layout's exchanges that are not hidden.
 
         `beside_s` is the predicted time of both passes of the layer that hides them.
         """
-        return native.exposed_seconds(*self._native_arguments(placed), beside_s)
-
-    def exposed_backward_seconds(self, placed: Placed, beside_s: float) -> float:
-        """Predict the exposed time of backward alone, equal for all layouts of rows if `flat`."""
-        return native.exposed_backward_seconds(*self._native_arguments(placed), beside_s)
+        _, *seconds = native.exposed(*self._native_arguments(placed), beside_s)
+        return Exposed(*seconds)
 
     def exchanges_seconds(self, placed: Placed, beside_s: float) -> float:
         """Predict the time that a layout's restores and reduce add to a layer and microbatch.
 
-        It is their exposed time (`exposed_seconds`), `hidden_share` of the rest, and the host's
-        (`replicas_host_seconds`).
+        It is their exposed time, `hidden_share` of the rest, and the host's.
         """
         whole_s = self._whole_seconds(placed, self.exchange_of(placed))
-        exposed_s = self.exposed_seconds(placed, beside_s)
-        host_s = self.replicas_host_seconds(placed, beside_s)
-        return exposed_s + self.hidden_share * (whole_s - exposed_s) + host_s
-
-    def replicas_host_seconds(self, placed: Placed, beside_s: float) -> float:
-        """Predict the time that the host's work for a layout's replicas adds to forward.
-
-        It is the same for all layouts of rows. `beside_s`, of both passes of the layer on the
-        device, may hide it (`HostTime.replicas_seconds`).
-        """
-        return native.replica_host_seconds(*self._native_arguments(placed), beside_s)
+        exposed = self.exposed(placed, beside_s)
+        hidden_s = whole_s - exposed.exchanges_s
+        return exposed.exchanges_s + self.hidden_share * hidden_s + exposed.host_s
 
     def _native_arguments(
         self, placed: Placed
@@ -275,7 +283,7 @@ class CostModel:
         """Return the exchange that fetches a layout."""
         if not self.by_layout:
             return self.restore_algorithm
-        by_node = native.goes_by_node(*self._native_arguments(placed))
+        by_node, *_ = native.exposed(*self._native_arguments(placed), 0.0)
         return ExchangeAlgorithm.NODE if by_node else ExchangeAlgorithm.FLAT
 
     def faster_exchange(self, placed: Placed) -> ExchangeAlgorithm:
@@ -290,8 +298,8 @@ class CostModel:
     def change_seconds(self, before: ExpertLayout, after: Placed) -> float:
         """Predict the cost of replacing a planned layout after the gate; 0 if no slot changes.
 
-        It is the solve and forward's fetch; the guard also weighs `exposed_backward_seconds`. A
-        slot that becomes empty needs no fetch.
+        It is the solve and forward's fetch; the guard also weighs the exposed backward. A slot that
+        becomes empty needs no fetch.
         """
         after.geometry.check_shape_of(before)
         if before == after.layout:

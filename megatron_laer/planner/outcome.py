@@ -103,13 +103,11 @@ def _exchanges_seconds(guard: Guard, decision: Decision, beside_s: float) -> flo
 
     The host's time for the chosen one's replicas comes on top.
     """
-    costs = guard.costs
-    planned = Placed(decision.planned_layout, guard.geometry)
-    chosen = Placed(decision.layout, guard.geometry)
-    planned_s = costs.exposed_seconds(planned, beside_s)
-    forward_s = planned_s - costs.exposed_backward_seconds(planned, beside_s)
-    chosen_s = costs.exposed_backward_seconds(chosen, beside_s)
-    return forward_s + chosen_s + costs.replicas_host_seconds(chosen, beside_s)
+    planned, chosen = (
+        guard.costs.exposed(Placed(layout, guard.geometry), beside_s)
+        for layout in (decision.planned_layout, decision.layout)
+    )
+    return planned.forward_s + chosen.backward_s + chosen.host_s
 
 
 def stock_seconds(costs: CostModel, geometry: Geometry, counts_NE: Int64) -> float:

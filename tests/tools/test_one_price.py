@@ -70,7 +70,7 @@ def test_metrics_plan_and_page_agree_on_a_decision(tmp_path, capsys, sharding, e
     run.mkdir()
     guard, placed, counts_NE = record(run, sharding, exchange)
     bound_s = guard.costs.least_layer_seconds(counts_NE, guard.geometry)
-    assert guard.costs.exposed_seconds(placed, bound_s) > 0
+    assert guard.costs.exposed(placed, bound_s).exchanges_s > 0
     recorded = read_metrics(METRICS.path(run, 0))
     decided_ms = recorded.of_layers["predicted_ms"][1, 0]
 

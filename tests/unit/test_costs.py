@@ -127,8 +127,8 @@ def test_native_seconds_equal_those_of_the_oracle_to_the_last_bit(
     restore_s = costs.restore_seconds(kept, algorithm)
     for beside_s in (0.0, 0.7 * restore_s, 2.1 * restore_s, layer_s):
         exposed = (
-            costs.exposed_seconds(kept, beside_s),
-            costs.exposed_backward_seconds(kept, beside_s),
+            costs.exposed(kept, beside_s).exchanges_s,
+            costs.exposed(kept, beside_s).backward_s,
         )
         assert exposed == oracle.exposed_seconds(costs, kept, beside_s)
 
@@ -224,9 +224,9 @@ def test_what_no_layer_hides_is_exposed(
     restore_s = costs.restore_seconds(of_random, algorithm)
     assert costs.reduce_seconds(of_random, algorithm) == restore_s
     # A layer without time hides nothing: two restores and a reduce are exposed.
-    assert costs.exposed_seconds(of_random, 0.0) == pytest.approx(3 * restore_s, rel=1e-12)
-    assert costs.exposed_seconds(of_random, 3 * restore_s * (1 + 1e-9)) == 0.0
-    longer = [costs.exposed_seconds(of_random, part * restore_s) for part in (0.5, 1, 2)]
+    assert costs.exposed(of_random, 0.0).exchanges_s == pytest.approx(3 * restore_s, rel=1e-12)
+    assert costs.exposed(of_random, 3 * restore_s * (1 + 1e-9)).exchanges_s == 0.0
+    longer = [costs.exposed(of_random, part * restore_s).exchanges_s for part in (0.5, 1, 2)]
     assert longer == sorted(longer, reverse=True)
 
 
@@ -252,7 +252,7 @@ def test_a_shorter_part_of_forward_hides_less_of_a_restore_in_forward(
     for part in (0.5, 1.0, 2.0, 4.0):
         forward_s, backward_s = part * share * restore_s, part * (1 - share) * restore_s
         expected_s = max(restore_s - forward_s, 0) + max(2 * restore_s - backward_s, 0)
-        exposed_s = costs.exposed_seconds(static, part * restore_s)
+        exposed_s = costs.exposed(static, part * restore_s).exchanges_s
         assert exposed_s == pytest.approx(expected_s, rel=1e-12)
 
 

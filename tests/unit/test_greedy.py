@@ -159,7 +159,7 @@ def judged_s(
         totals = exact_split(layout, geometry.node_size).totals(parts_NE)
         in_tokens = SplitTotals(*(-(-parts // 16) for parts in vars(totals).values()))
         total_s += costs.split_seconds(in_tokens, geometry)
-        total_s += costs.exposed_seconds(Placed(layout, geometry), beside_s)
+        total_s += costs.exposed(Placed(layout, geometry), beside_s).exchanges_s
     return total_s
 
 

@@ -130,8 +130,7 @@ def test_adaptive_takes_the_cheaper_and_its_early_way_out_changes_nothing(
     cost_s = costs.change_seconds(planned, Placed(fresh, geometry))
     least_s = costs.least_layer_seconds(counts_NE, geometry)
     kept_exposed_s, fresh_exposed_s = (
-        costs.exposed_backward_seconds(Placed(layout, geometry), least_s)
-        for layout in (planned, fresh)
+        costs.exposed(Placed(layout, geometry), least_s).backward_s for layout in (planned, fresh)
     )
     if costs.restore_algorithm == ExchangeAlgorithm.FLAT:
         assert kept_exposed_s == fresh_exposed_s
@@ -201,11 +200,12 @@ def test_no_replica_is_made_that_gains_less_than_it_takes_on_the_host() -> None:
             guard = Guard(mode, costs, geometry)
             assert (guard.decide(counts_NE, planned).layout != stock) == pays
         for beside_s in (0.0, balanced_s, 9.0):
-            expected_s = host.replicas_seconds(beside_s * costs.forward_share)
-            assert costs.replicas_host_seconds(Placed(balanced, geometry), beside_s) == expected_s
-            assert costs.replicas_host_seconds(Placed(stock, geometry), beside_s) == 0.0
+            later_s = host.forward_s + host.replicas_s - beside_s * costs.forward_share
+            expected_s = min(max(later_s, 0.0), host.replicas_s)
+            assert costs.exposed(Placed(balanced, geometry), beside_s).host_s == expected_s
+            assert costs.exposed(Placed(stock, geometry), beside_s).host_s == 0.0
             rows = placed(ExpertLayout.random(*geometry.shape, (1,)), 3)  # all fetched
-            assert costs.replicas_host_seconds(rows, beside_s) == expected_s
+            assert costs.exposed(rows, beside_s).host_s == expected_s
 
 
 @pytest.mark.parametrize("tokens", [TokenPrices(), NODE])
@@ -219,7 +219,7 @@ def test_replicas_are_chosen_anew_only_where_balance_could_pay(tokens: TokenPric
 
     def seconds(decision: Decision) -> float:
         layer_s = costs.split_seconds(decision.quotas.totals(), geometry)
-        return layer_s + costs.exposed_backward_seconds(Placed(decision.layout, geometry), layer_s)
+        return layer_s + costs.exposed(Placed(decision.layout, geometry), layer_s).backward_s
 
     for _ in range(6):
         share_E, other_E = rng.lognormal(0, 0.6, 128), rng.lognormal(0, 2.0, 128)

@@ -328,18 +328,18 @@ def test_native_prices_of_replicas_equal_the_plain_reference(
         assert change_s >= costs.least_change_seconds(geometry)
     for beside_s in (0.0, 1e-6, 1.0):
         expected = priced.exposed_seconds(costs, layout, beside_s)
-        assert costs.exposed_seconds(layout, beside_s) == expected[0]
-        assert costs.exposed_backward_seconds(layout, beside_s) == expected[1]
+        assert costs.exposed(layout, beside_s).exchanges_s == expected[0]
+        assert costs.exposed(layout, beside_s).backward_s == expected[1]
         exchanges_s = costs.exchanges_seconds(layout, beside_s)
         assert expected[0] <= exchanges_s <= costs.exchanges_seconds(layout, 0.0)
-    assert costs.exposed_seconds(Placed(geometry.static_layout, geometry), 0.0) == 0.0
+    assert costs.exposed(Placed(geometry.static_layout, geometry), 0.0).exchanges_s == 0.0
     # Backward has the weights of forward's re-run, but for those of mxfp8.
     again = precision == Precision.MXFP8 and recompute != Recompute.NONE
     way = costs.exchange_of(layout)
     assert way == (costs.faster_exchange(layout) if costs.by_layout else algorithm)
     whole_s = (3 if again else 2) * costs.restore_seconds(layout, way)
     whole_s += costs.reduce_seconds(layout, way)
-    assert costs.exposed_seconds(layout, 0.0) == pytest.approx(whole_s, rel=1e-12)
+    assert costs.exposed(layout, 0.0).exchanges_s == pytest.approx(whole_s, rel=1e-12)
     guard = Guard(PlanMode.ADAPTIVE, costs, geometry)
     decision = guard.decide(counts_of("zipf", geometry, seed), before)
     if decision.replanned:

@@ -69,14 +69,13 @@ def test_replicas_cost_their_exposed_exchanges_and_host_time_where_experts_are_a
     beside_s, of_planned = kept.bound_s, Placed(planned, geometry)
     decision = guard.decide(counts, planned)
     chosen = Placed(decision.layout, geometry)
-    backward_s = [costs.exposed_backward_seconds(of, beside_s) for of in (of_planned, chosen)]
-    exchanges_s = costs.exposed_seconds(of_planned, beside_s) - backward_s[0] + backward_s[1]
-    exchanges_s += costs.replicas_host_seconds(chosen, beside_s)
+    before, after = (costs.exposed(of, beside_s) for of in (of_planned, chosen))
+    exchanges_s = before.forward_s + after.backward_s + after.host_s
     assert exchanges_s > 0
     tokens_s = costs.split_seconds(decision.quotas.totals(), geometry)
     change_s = costs.change_seconds(planned, chosen) if decision.replanned else 0.0
     assert kept.layer_s == tokens_s + exchanges_s + change_s
-    assert costs.exposed_seconds(Placed(home, geometry), beside_s) == 0
+    assert costs.exposed(Placed(home, geometry), beside_s).exchanges_s == 0
     assert bare.balanced_s == kept.balanced_s
 
 

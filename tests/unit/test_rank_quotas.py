@@ -160,7 +160,7 @@ def test_the_core_refuses_sizes_that_do_not_fit() -> None:
         native.greedy(COUNTS_NE, SLOTS_S, 2, 0, of_two)
     of_no_rank = native.CostModel(points[0], *[np.ones(1)] * 4, *numbers, *carried(0, 0), 1)
     with pytest.raises(ValueError, match="ranks must divide the slots"):
-        native.exposed_seconds(of_no_rank, SLOTS_S, 6, 2, 0, 0.0)
+        native.exposed(of_no_rank, SLOTS_S, 6, 2, 0, 0.0)
 
 
 SUMS = np.ones(12, dtype=np.int64), np.ones(12, dtype=np.int64), *[np.ones(4, dtype=np.int64)] * 3
@@ -178,8 +178,8 @@ SUMS = np.ones(12, dtype=np.int64), np.ones(12, dtype=np.int64), *[np.ones(4, dt
         (native.least_layer_seconds, (np.ones((8, 6)), 3, 2), "wrong size of counts"),
         (native.change_seconds, (SLOTS_S[:8], SLOTS_S, 6, 2, 0), "wrong size of the slots"),
         (native.change_seconds, (SLOTS_S, SLOTS_S, 5, 2, 0), "a slot holds no expert"),
-        (native.exposed_seconds, (SLOTS_S[:11], 6, 2, 0, 0.0), "ranks must divide the slots"),
-        (native.exposed_backward_seconds, (SLOTS_S, 5, 2, 0, 0.0), "a slot holds no expert"),
+        (native.exposed, (SLOTS_S[:11], 6, 2, 0, 0.0), "ranks must divide the slots"),
+        (native.exposed, (SLOTS_S, 5, 2, 0, 0.0), "a slot holds no expert"),
     ],
 )
 def test_the_core_prices_nothing_of_other_sizes(call: Any, arguments: Any, message: str) -> None:

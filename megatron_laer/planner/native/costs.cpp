@@ -198,17 +198,14 @@ Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, const int
   return node.all_s() < flat.all_s() ? node : flat;
 }
 
-bool goes_by_node(const Shape& shape, const CostModel& costs, const int16_t* slots_S) {
-  if (shape.home == 0 || !costs.by_layout) return costs.by_node;
-  return exchange_seconds(shape, costs, slots_S).by_node;
-}
-
 // The solve, and in forward the fetch of the changed slots, which starts after the gate and which
 // the experts wait for. The other slots were restored ahead for the planned layout. The way is that
 // of the whole layout.
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
                       const int16_t* after_S) {
-  const bool by_node = goes_by_node(shape, costs, after_S);
+  const bool by_node = shape.home > 0 && costs.by_layout
+                           ? exchange_seconds(shape, costs, after_S).by_node
+                           : costs.by_node;
   const Way way(shape, by_node);
   const std::vector<Hop> fetched = hops(way, after_S, before_S);
   return hops_seconds(way, fetched, costs, costs.weights, by_node) + costs.solve_s;
@@ -216,24 +213,14 @@ double change_seconds(const Shape& shape, const CostModel& costs, const int16_t*
 
 // Each exchange is scheduled under the layer before, in the order of the pass; attention between
 // MoE layers hides more, which is not counted.
-double exposed_seconds(const CostModel& costs, const Exchanges& exchanges, double beside_s) {
-  return std::max(exchanges.restore_s - beside_s * costs.forward_share, 0.0) +
-         exposed_backward_seconds(costs, exchanges, beside_s);
-}
-
-double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
-                       double beside_s) {
-  return exposed_seconds(costs, exchange_seconds(shape, costs, slots_S), beside_s);
+double exposed_forward_seconds(const CostModel& costs, const Exchanges& exchanges,
+                               double beside_s) {
+  return std::max(exchanges.restore_s - beside_s * costs.forward_share, 0.0);
 }
 
 double exposed_backward_seconds(const CostModel& costs, const Exchanges& exchanges,
                                 double beside_s) {
   return std::max(exchanges.backward_s() - (beside_s - beside_s * costs.forward_share), 0.0);
-}
-
-double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
-                                const int16_t* slots_S, double beside_s) {
-  return exposed_backward_seconds(costs, exchange_seconds(shape, costs, slots_S), beside_s);
 }
 
 bool has_replicas(const Shape& shape, const int16_t* slots_S) {

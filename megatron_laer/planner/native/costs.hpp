@@ -82,23 +82,15 @@ struct Exchanges {
 
 Exchanges exchange_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S);
 
-// Whether a layout's exchanges go by node; where each layout takes the faster way, if that is it.
-bool goes_by_node(const Shape& shape, const CostModel& costs, const int16_t* slots_S);
-
 // Seconds of a change to a layout made after the gate.
 double change_seconds(const Shape& shape, const CostModel& costs, const int16_t* before_S,
                       const int16_t* after_S);
 
-// Seconds of a layout's restores and reduce that a layer of `beside_s` seconds does not hide.
-double exposed_seconds(const CostModel& costs, const Exchanges& exchanges, double beside_s);
-double exposed_seconds(const Shape& shape, const CostModel& costs, const int16_t* slots_S,
-                       double beside_s);
-
-// The same of backward alone.
+// Seconds of a layout's restores and reduce that a layer of `beside_s` seconds does not hide, in
+// forward and in backward.
+double exposed_forward_seconds(const CostModel& costs, const Exchanges& exchanges, double beside_s);
 double exposed_backward_seconds(const CostModel& costs, const Exchanges& exchanges,
                                 double beside_s);
-double exposed_backward_seconds(const Shape& shape, const CostModel& costs,
-                                const int16_t* slots_S, double beside_s);
 
 // Whether any slot after the home slots has an expert.
 bool has_replicas(const Shape& shape, const int16_t* slots_S);

@@ -149,7 +149,8 @@ class Judge {
     return layer_s +
            (shape_.home > 0
                 ? replica_seconds(shape_, costs_, replicas.slots_S, exchanges, layer_s, false)
-                : exposed_seconds(costs_, exchanges, beside_s_));
+                : exposed_forward_seconds(costs_, exchanges, beside_s_) +
+                      exposed_backward_seconds(costs_, exchanges, beside_s_));
   }
 
   static void to_tokens(std::vector<int64_t>& parts) {

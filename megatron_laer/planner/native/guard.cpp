@@ -78,7 +78,8 @@ void by_cost(const Microbatch& microbatch, const CostModel& costs, const int16_t
   // Beside a layer that takes as little as this one could. Flat exchanges of all slots do not differ.
   const auto exposed_s = [&](const int16_t* slots_S) {
     if (shape.home == 0 && !costs.by_node) return 0.0;
-    return exposed_backward_seconds(shape, costs, slots_S, least_s) +
+    const Exchanges exchanges = exchange_seconds(shape, costs, slots_S);
+    return exposed_backward_seconds(costs, exchanges, least_s) +
            replica_host_seconds(shape, costs, slots_S, least_s);
   };
   const double kept_exposed_s = exposed_s(planned_S);

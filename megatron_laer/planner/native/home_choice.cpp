@@ -38,8 +38,8 @@ double replica_seconds(const Shape& shape, const CostModel& costs, const int16_t
   if (!has_replicas(shape, slots_S)) return 0.0;
   const double whole_s = exchanges.all_s();
   const double exposed_s =
-      is_after_gate ? exchanges.restore_s + exposed_backward_seconds(costs, exchanges, beside_s)
-                    : exposed_seconds(costs, exchanges, beside_s);
+      (is_after_gate ? exchanges.restore_s : exposed_forward_seconds(costs, exchanges, beside_s)) +
+      exposed_backward_seconds(costs, exchanges, beside_s);
   return exposed_s + (whole_s - exposed_s) * costs.hidden_share +
          replica_host_seconds(shape, costs, slots_S, beside_s);
 }

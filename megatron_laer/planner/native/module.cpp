@@ -274,19 +274,17 @@ double change_seconds(const laer::CostModel& costs, const Slots& before_S, const
   return laer::change_seconds(shape, costs, before_S.data(), after_S.data());
 }
 
-template <double (*exposed)(const laer::Shape&, const laer::CostModel&, const int16_t*, double)>
-double exposed_seconds(const laer::CostModel& costs, const Slots& slots_S, int num_experts,
-                       int node_size, int home, double beside_s) {
+// Of a layout's exchanges: whether they go by node, and the seconds that a layer of `beside_s` does not
+// hide in forward and in backward, and that the host's work for replicas adds.
+py::tuple exposed(const laer::CostModel& costs, const Slots& slots_S, int num_experts, int node_size,
+                  int home, double beside_s) {
   const laer::Shape shape = priced_shape(costs, slots_S.size(), num_experts, node_size, home);
   check_experts(slots_S, num_experts, home > 0);
-  return exposed(shape, costs, slots_S.data(), beside_s);
-}
-
-bool goes_by_node(const laer::CostModel& costs, const Slots& slots_S, int num_experts,
-                  int node_size, int home) {
-  const laer::Shape shape = priced_shape(costs, slots_S.size(), num_experts, node_size, home);
-  check_experts(slots_S, num_experts, home > 0);
-  return laer::goes_by_node(shape, costs, slots_S.data());
+  const laer::Exchanges exchanges = laer::exchange_seconds(shape, costs, slots_S.data());
+  return py::make_tuple(exchanges.by_node,
+                        laer::exposed_forward_seconds(costs, exchanges, beside_s),
+                        laer::exposed_backward_seconds(costs, exchanges, beside_s),
+                        laer::replica_host_seconds(shape, costs, slots_S.data(), beside_s));
 }
 
 // A rank's sums and runs, with the GIL but next to no work: what is sent to and received from each
@@ -586,10 +584,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("layer_seconds", &layer_seconds);
   module.def("least_layer_seconds", &least_layer_seconds);
   module.def("change_seconds", &change_seconds);
-  module.def("goes_by_node", &goes_by_node);
-  module.def("exposed_seconds", &exposed_seconds<laer::exposed_seconds>);
-  module.def("exposed_backward_seconds", &exposed_seconds<laer::exposed_backward_seconds>);
-  module.def("replica_host_seconds", &exposed_seconds<laer::replica_host_seconds>);
+  module.def("exposed", &exposed);
   module.def("decide", &decide, py::arg("mode"), py::arg("costs"), py::arg("tolerance"), counts,
              py::arg("planned_S"), node_size, home, rank, top_k);
   module.def("rank_quotas", &rank_quotas);
