@@ -167,14 +167,5 @@ def greedy(
 ) -> _Int16: ...
 def crossing_rows(pairs_EE: _Int64, hosts_QE: _Int64, top_k: int, /) -> float: ...
 def together(
-    pairs_EE: _Int64,
-    loads_XE: _Int64,
-    nodes: int,
-    node_size: int,
-    capacity: int,
-    top_k: int,
-    steps: int,
-    tries: int,
-    seed: int,
-    /,
-) -> tuple[_Int16, float]: ...
+    pairs_EE: _Int64, nodes: int, slots_per_node: int, top_k: int, steps: int, seed: int, /
+) -> _Int64: ...

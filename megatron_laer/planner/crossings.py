@@ -14,8 +14,6 @@ from functools import cached_property
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.planner.geometry import Geometry
-from megatron_laer.planner.layout import EMPTY, ExpertLayout
 from megatron_laer.planner.native_core import native
 
 
@@ -39,16 +37,6 @@ class Crossings:
     def rows(self, hosts_ME: Bool) -> float:
         """Expect the rows of a token to other nodes than its own, for the experts of each node."""
         return native.crossing_rows(self.pairs_EE, hosts_ME.astype(np.int64), self.top_k)
-
-
-def hosts_of(layout: ExpertLayout, geometry: Geometry) -> Bool:
-    """Return the experts of each node, bool [M, E]."""
-    hosts_ME = np.zeros((geometry.num_nodes, geometry.num_experts), dtype=np.bool_)
-    for hosts_E, slots_X in zip(
-        hosts_ME, layout.slot_expert_S.reshape(geometry.num_nodes, -1), strict=True
-    ):
-        hosts_E[slots_X[slots_X != EMPTY]] = True
-    return hosts_ME
 
 
 def check_pairs(pairs_EE: Int64) -> None:

@@ -49,17 +49,6 @@ void Crossings::move(int expert, int from, int to) {
   for (int node = 0; node < pairs_.nodes; ++node) update(node, expert);
 }
 
-double Crossings::load(int node, int expert) const {
-  if (!hosts(node, expert)) return 0;
-  double load = 0;
-  for (int source = 0; source < pairs_.nodes; ++source) {
-    const bool has = hosts(source, expert);
-    if (has && source != node) continue;
-    load += pairs_.load_of_node(expert) / (has ? 1 : hosts_E_[expert]);
-  }
-  return load;
-}
-
 void Crossings::add_load(int expert, double sign) {
   double far = 0;  // of each node, from nodes without the expert
   for (int source = 0; source < pairs_.nodes; ++source) {

@@ -29,7 +29,6 @@ class Crossings {
   explicit Crossings(const Pairs& pairs);
 
   bool hosts(int node, int expert) const { return hosts_QE_[at(node, expert)] != 0; }
-  int num_hosts(int expert) const { return hosts_E_[expert]; }
 
   // Takes an expert from a node and gives it to another; kNowhere is none.
   static constexpr int kNowhere = -1;
@@ -38,10 +37,9 @@ class Crossings {
   // Rows of a token to other nodes than its own.
   double rows() const;
 
-  // Pairs of a token and an expert that a node computes, and those of one expert: tokens of nodes
-  // without it are shared evenly by all that have it.
+  // Pairs of a token and an expert that a node computes: tokens of nodes without the expert are shared
+  // evenly by all that have it.
   double node_load(int node) const { return load_Q_[node]; }
-  double load(int node, int expert) const;
 
  private:
   // Experts that lead tokens to one node.

@@ -25,7 +25,6 @@
 #include "node_experts.hpp"
 #include "proportional.hpp"
 #include "quotas.hpp"
-#include "rank_experts.hpp"
 #include "shape.hpp"
 #include "token_runs.hpp"
 
@@ -536,31 +535,21 @@ double crossing_rows(const Counts& pairs_EE, const Counts& hosts_QE, int top_k) 
   return crossings.rows();
 }
 
-// Slots with home experts first, and the rows that they are expected to send.
-py::tuple together(const Counts& pairs_EE, const Counts& loads_XE, int nodes, int node_size,
-                   int capacity, int top_k, int steps, int tries, uint64_t seed) {
+// The experts at home in each node, node after node.
+py::array_t<int64_t> together(const Counts& pairs_EE, int nodes, int slots_per_node, int top_k,
+                              int steps, uint64_t seed) {
   const laer::Pairs pairs = pairs_of(pairs_EE, nodes, top_k);
-  const int ranks = nodes * node_size, home = ranks < 1 ? 0 : pairs.experts / ranks;
-  if (home < 1 || ranks * home != pairs.experts || capacity < home || capacity > pairs.experts) {
-    throw py::value_error("ranks must divide the experts, and slots be E/N to E");
+  if (pairs.experts % nodes != 0 || slots_per_node < pairs.experts / nodes) {
+    throw py::value_error("nodes must divide the experts, and have slots for their share");
   }
-  if (loads_XE.ndim() != 2 || loads_XE.shape(1) != pairs.experts || loads_XE.size() == 0) {
-    throw py::value_error("loads must be [X, E]");
+  std::vector<int64_t> order_E;
+  {
+    py::gil_scoped_release release;
+    for (const auto& experts : laer::choose_nodes(pairs, slots_per_node, steps, seed)) {
+      order_E.insert(order_E.end(), experts.begin(), experts.end());
+    }
   }
-  std::vector<std::vector<int64_t>> loads;
-  for (py::ssize_t row = 0; row < loads_XE.shape(0); ++row) {
-    loads.emplace_back(loads_XE.data() + row * pairs.experts,
-                       loads_XE.data() + (row + 1) * pairs.experts);
-  }
-  py::gil_scoped_release release;
-  const laer::Shape shape{ranks, pairs.experts, capacity, node_size, home};
-  laer::Random random(seed);
-  laer::Crossings crossings(pairs);
-  const auto chosen =
-      laer::choose_nodes(pairs, node_size * capacity, steps, random, crossings);
-  const auto slots_S = laer::choose_ranks(shape, pairs, chosen, loads, tries, random, crossings);
-  py::gil_scoped_acquire acquire;
-  return py::make_tuple(to_array(slots_S), crossings.rows());
+  return to_array(order_E);
 }
 
 }  // namespace

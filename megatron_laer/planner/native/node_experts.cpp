@@ -1,4 +1,4 @@
-// 1. Main places are swapped while more pairs are inside nodes. 2. Nodes are filled with replicas.
+// 1. Homes are swapped while more pairs are inside nodes. 2. Nodes are filled with replicas.
 // 3. Both change at random while expected rows fall.
 //
 // Legend: E experts, Q nodes.
@@ -7,6 +7,8 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+
+#include "disturb.hpp"
 
 namespace laer {
 namespace {
@@ -19,19 +21,18 @@ constexpr int kStarts = 4;
 
 class Search {
  public:
-  Search(const Pairs& pairs, int slots_per_node, Random& random, Crossings& crossings)
-      : pairs_(pairs), slots_(std::min(slots_per_node, pairs.experts)), random_(random),
-        crossings_(crossings), by_load_E_(pairs.experts) {
+  Search(const Pairs& pairs, int slots_per_node, uint64_t seed)
+      : pairs_(pairs), slots_(std::min(slots_per_node, pairs.experts)), random_(seed),
+        crossings_(pairs), by_load_E_(pairs.experts) {
     std::iota(by_load_E_.begin(), by_load_E_.end(), 0);
     std::stable_sort(by_load_E_.begin(), by_load_E_.end(),
                      [&](int a, int b) { return pairs.load(a) > pairs.load(b); });
   }
 
-  NodeExperts run(int steps) {
-    place_main();
+  std::vector<std::vector<int>> run(int steps) {
+    place_homes();
     add_replicas();
-    anneal(steps);
-    return experts_;
+    return annealed_homes(steps);
   }
 
  private:
@@ -39,7 +40,7 @@ class Search {
   int nodes() const { return pairs_.nodes; }
 
   // The best of several starts: by load in turns, and permutations of that.
-  void place_main() {
+  void place_homes() {
     std::vector<int> node_E(experts()), best_E;
     double most = -1;
     for (int i = 0; i < experts(); ++i) {
@@ -52,10 +53,10 @@ class Search {
       if (inside > most) most = inside, best_E = found_E;
       for (int i = experts() - 1; i > 0; --i) std::swap(node_E[i], node_E[random_.below(i + 1)]);
     }
-    experts_.main_Q.resize(nodes());
-    experts_.replicas_Q.resize(nodes());
+    homes_Q_.resize(nodes());
+    replicas_Q_.resize(nodes());
     for (int e = 0; e < experts(); ++e) {
-      experts_.main_Q[best_E[e]].push_back(e);
+      homes_Q_[best_E[e]].push_back(e);
       crossings_.move(e, Crossings::kNowhere, best_E[e]);
     }
   }
@@ -114,13 +115,12 @@ class Search {
 
   void add_replica(int node, int expert) {
     if (crossings_.hosts(node, expert) || room(node) == 0) return;
-    experts_.replicas_Q[node].push_back(expert);
+    replicas_Q_[node].push_back(expert);
     crossings_.move(expert, Crossings::kNowhere, node);
   }
 
   int room(int node) const {
-    const size_t used = experts_.main_Q[node].size() + experts_.replicas_Q[node].size();
-    return slots_ - static_cast<int>(used);
+    return slots_ - static_cast<int>(homes_Q_[node].size() + replicas_Q_[node].size());
   }
 
   // Each node gets its most chosen others. Nodes start elsewhere among these, so that experts have
@@ -159,7 +159,7 @@ class Search {
 
   bool draw(Change& change) {
     const int kind = random_.below(3);
-    auto& lists_Q = kind == 0 ? experts_.main_Q : experts_.replicas_Q;
+    auto& lists_Q = kind == 0 ? homes_Q_ : replicas_Q_;
     change.node = random_.below(nodes());
     change.place_X = &lists_Q[change.node];
     if (change.place_X->empty()) return false;
@@ -188,9 +188,9 @@ class Search {
     std::swap(expert, change.expert);
   }
 
-  void anneal(int steps) {
+  std::vector<std::vector<int>> annealed_homes(int steps) {
     double now = score(), least = now;
-    NodeExperts best = experts_;
+    std::vector<std::vector<int>> best_Q = homes_Q_;
     for (int step = 0; step < steps; ++step) {
       Change change;
       if (!draw(change)) continue;
@@ -199,46 +199,27 @@ class Search {
       const double heat = kTemperature * (1 - static_cast<double>(step) / steps);
       if (after < now - heat * std::log(1 - random_.uniform())) {
         now = after;
-        if (now < least) least = now, best = experts_;
+        if (now < least) least = now, best_Q = homes_Q_;
       } else {
         apply(change);
       }
     }
-    experts_ = best;
-    set_hosts();
-  }
-
-  // An expert is nowhere at no time.
-  void set_hosts() {
-    std::vector<std::vector<char>> has_QE(nodes(), std::vector<char>(experts(), 0));
-    for (int node = 0; node < nodes(); ++node) {
-      for (const auto* list : {&experts_.main_Q[node], &experts_.replicas_Q[node]}) {
-        for (int e : *list) has_QE[node][e] = 1;
-      }
-    }
-    for (const bool adds : {true, false}) {
-      for (int node = 0; node < nodes(); ++node) {
-        for (int e = 0; e < experts(); ++e) {
-          if (has_QE[node][e] != adds || crossings_.hosts(node, e) == adds) continue;
-          crossings_.move(e, adds ? Crossings::kNowhere : node, adds ? node : Crossings::kNowhere);
-        }
-      }
-    }
+    return best_Q;
   }
 
   const Pairs& pairs_;
   const int slots_;
-  Random& random_;
-  Crossings& crossings_;
+  Random random_;
+  Crossings crossings_;
   std::vector<int> by_load_E_;
-  NodeExperts experts_;
+  std::vector<std::vector<int>> homes_Q_, replicas_Q_;  // replicas are other experts of a node
 };
 
 }  // namespace
 
-NodeExperts choose_nodes(const Pairs& pairs, int slots_per_node, int steps, Random& random,
-                         Crossings& crossings) {
-  return Search(pairs, slots_per_node, random, crossings).run(steps);
+std::vector<std::vector<int>> choose_nodes(const Pairs& pairs, int slots_per_node, int steps,
+                                           uint64_t seed) {
+  return Search(pairs, slots_per_node, seed).run(steps);
 }
 
 }  // namespace laer

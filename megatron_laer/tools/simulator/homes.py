@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from megatron_laer.arrays import Bool, Int64
-from megatron_laer.choices import Sharding
 from megatron_laer.planner.coactivation import place_together
 from megatron_laer.planner.crossings import Crossings
 from megatron_laer.planner.geometry import Geometry
@@ -153,10 +152,7 @@ def _orders(pairs_EE: Int64, geometry: Geometry) -> list[Int64]:
     orders = []
     for slots in _REPLICA_SLOTS:
         capacity = min(geometry.capacity + slots, geometry.num_experts)
-        # Without replica slots the layout by counts may have any home.
-        sharding = Sharding.ROWS if capacity == geometry.capacity else Sharding.EXPERTS
-        with_slots = replace(geometry, capacity=capacity, sharding=sharding)
-        orders.append(place_together(pairs_EE, with_slots))
+        orders.append(place_together(pairs_EE, replace(geometry, capacity=capacity)))
     crossings = Crossings(pairs_EE)
     return sorted(orders, key=lambda order_E: crossings.rows(_hosts(order_E, geometry.num_nodes)))
 
